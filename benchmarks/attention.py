@@ -17,7 +17,7 @@ from rows import Row, machine, tell
 from tabulate import tabulate
 from torch import Tensor
 
-from dinoseg.backbones.attention import by_products
+from dinoseg.models.backbones.attention import by_products
 
 SHAPES = ("4x3x661", "2x6x1321", "4x12x265")
 

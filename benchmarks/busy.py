@@ -75,7 +75,7 @@ def in_turn(processes: dict[str, subprocess.Popen[str]], steps: int) -> dict[str
 def train(policy: str, size: int) -> None:
     """Train a step for each line of standard input, and print its seconds; first the number of threads."""
     if policy == OURS:
-        from dinoseg.processes.cores import limit_spinning
+        from dinoseg.utils.cores import limit_spinning
 
         limit_spinning()  # before torch is imported
     import time

@@ -21,7 +21,7 @@ from rows import Row, tell
 from tabulate import tabulate
 from torch import Tensor
 
-from dinoseg.class_ids import class_ids
+from dinoseg.core.class_ids import class_ids
 from dinoseg.metrics.confusion import ConfusionMatrix
 
 GRIDS, CLASSES = ((68, 120), (136, 240)), (10, 26, 150)

@@ -31,7 +31,7 @@ from step_times import Times, step_times, told
 from step_times import by_dinoseg as command
 from tabulate import tabulate
 
-from dinoseg.images import write_png
+from dinoseg.utils.images import write_png
 
 PATCH, CAMVID = 14, (360, 480)
 CLASSES = "sky building pole road pavement tree sign fence car pedestrian bicyclist".split()

@@ -31,17 +31,17 @@ import numpy as np
 import torch
 
 from dinoseg.config.resolvers import register_resolvers
-from dinoseg.exporting.answers import timed
-from dinoseg.exporting.graph import Graph, record_of
-from dinoseg.exporting.options import GraphOptions
-from dinoseg.exporting.pictures import pictures
-from dinoseg.exporting.proof import TIMES, Reference
-from dinoseg.images import read_image
-from dinoseg.portable.onnx_model import load_onnx, open_session
-from dinoseg.portable.onnx_pictures import GraphRuntime
-from dinoseg.runs.resume import alone
-from dinoseg.runs.trained import load_trained
+from dinoseg.experiment.resume import alone
+from dinoseg.experiment.trained import load_trained
+from dinoseg.export.answers import timed
+from dinoseg.export.graph import Graph, record_of
+from dinoseg.export.options import GraphOptions
+from dinoseg.export.pictures import pictures
+from dinoseg.export.proof import TIMES, Reference
+from dinoseg.export.runtime.onnx_model import load_onnx, open_session
+from dinoseg.export.runtime.onnx_pictures import GraphRuntime
 from dinoseg.training import checkpoint
+from dinoseg.utils.images import read_image
 
 CASES = {
     "ONNX float32": ("export=onnx",),

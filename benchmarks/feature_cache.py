@@ -22,23 +22,23 @@ from PIL import Image
 from rows import Row, tell
 from tabulate import tabulate
 
-from dinoseg.adapters import Frozen
-from dinoseg.backbones.transformers_vit import TransformersVit
-from dinoseg.contracts import Head
+from dinoseg.core.contracts import Head
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.masks import Masks
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.pairs.pair import Pair
 from dinoseg.data.transforms import Augment, ColorJitter
-from dinoseg.heads.linear import LinearHead
-from dinoseg.heads.mask2former.head import Mask2FormerHead
-from dinoseg.images import write_png
 from dinoseg.losses.cross_entropy import CrossEntropy
-from dinoseg.model import Segmenter
+from dinoseg.models.adapters import Frozen
+from dinoseg.models.backbones.transformers_vit import TransformersVit
+from dinoseg.models.heads.linear import LinearHead
+from dinoseg.models.heads.mask2former.head import Mask2FormerHead
+from dinoseg.models.model import Segmenter
 from dinoseg.training.engine import Engine
 from dinoseg.training.feature_choice import Plan, feature_cache
 from dinoseg.training.image_feed import ImageFeed
 from dinoseg.training.optim import adamw
+from dinoseg.utils.images import write_png
 
 WANTED = {"vits": 10, "vitb": 30}
 SHAPES = {"vits": (384, 6), "m2f": (384, 6), "vitb": (768, 12)}

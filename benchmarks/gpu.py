@@ -28,12 +28,12 @@ from tabulate import tabulate
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from dinoseg import build, criteria
 from dinoseg.__main__ import CONFIGS
 from dinoseg.config.resolvers import register_resolvers
+from dinoseg.core.shapes import Batch, Prediction
+from dinoseg.experiment import build, criteria
 from dinoseg.losses.cross_entropy import CrossEntropy
-from dinoseg.model import Segmenter
-from dinoseg.shapes import Batch, Prediction
+from dinoseg.models.model import Segmenter
 from dinoseg.training.engine import Engine
 
 CLASSES = 26

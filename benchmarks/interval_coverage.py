@@ -19,7 +19,7 @@ from tabulate import tabulate
 
 from dinoseg.evaluation.class_scores import ClassScores, unit_sums
 from dinoseg.evaluation.image_record import evaluated, read_record
-from dinoseg.scoring.intervals import Difference, Scores, jackknife, mean_of, widened, without_each
+from dinoseg.evaluation.scoring.intervals import Difference, Scores, jackknife, mean_of, widened, without_each
 
 UNITS = (5, 10, 13, 30, 100)
 DRAWS = 1000  # of a bootstrap

@@ -15,7 +15,7 @@ from rows import Row, machine, tell
 from step_times import told
 from tabulate import tabulate
 
-from dinoseg.images import write_png
+from dinoseg.utils.images import write_png
 
 HERE = Path(__file__).parent
 CLASSES, SIZE = 11, (352, 480)

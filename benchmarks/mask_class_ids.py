@@ -17,11 +17,11 @@ from rows import Row, machine, tell
 from tabulate import tabulate
 from torch import Tensor
 
-from dinoseg.class_ids import highest
-from dinoseg.heads.semantic import semantic_map, weighted_masks
+from dinoseg.core.class_ids import highest
+from dinoseg.core.mixed_class_ids import mixed_class_ids
+from dinoseg.core.shapes import MaskOutputs
 from dinoseg.inference.memory import PeakBytes
-from dinoseg.mixed_class_ids import mixed_class_ids
-from dinoseg.shapes import MaskOutputs
+from dinoseg.models.heads.semantic import semantic_map, weighted_masks
 
 QUERIES = 100
 GIVEN = ((12, 19), (40, 19), (20, 150), (0, 19))  # masks on regions, classes

@@ -26,7 +26,7 @@ from dinoseg.data.loader import train_batches
 from dinoseg.data.packed.pack import pack
 from dinoseg.data.train_views import TrainViews
 from dinoseg.data.transforms import Affine, Augment, ColorJitter
-from dinoseg.images import write_png
+from dinoseg.utils.images import write_png
 
 SIZE = (1080, 1920)
 CLASSES = 26

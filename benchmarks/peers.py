@@ -32,7 +32,7 @@ from step_times import by_dinoseg
 from tabulate import tabulate
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from dinoseg.images import write_png
+from dinoseg.utils.images import write_png
 
 VIT = "vit_tiny_patch16_224"
 CLASSES = "sky building pole road pavement tree sign fence car pedestrian bicyclist".split()

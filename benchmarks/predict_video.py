@@ -33,10 +33,7 @@ import torch
 from rows import Row, tell
 from tabulate import tabulate
 
-from dinoseg.backbones.transformers_vit import TransformersVit
 from dinoseg.data.classes.labels import Labels
-from dinoseg.heads.linear import LinearHead
-from dinoseg.images import write_png
 from dinoseg.inference.done import DoneInputs
 from dinoseg.inference.image_run import ImageRun, Segmentation
 from dinoseg.inference.predictor import Predictor
@@ -44,9 +41,12 @@ from dinoseg.inference.stream import Throughput
 from dinoseg.inference.video_file import VideoReader
 from dinoseg.inference.video_run import VideoInput, VideoOptions, segment_video
 from dinoseg.inference.video_writer import VideoWriter
-from dinoseg.model import Segmenter
-from dinoseg.processes.cores import count_cores
+from dinoseg.models.backbones.transformers_vit import TransformersVit
+from dinoseg.models.heads.linear import LinearHead
+from dinoseg.models.model import Segmenter
 from dinoseg.report.overlay import blend
+from dinoseg.utils.cores import count_cores
+from dinoseg.utils.images import write_png
 
 NEEDED = 0.9
 BATCH = 4

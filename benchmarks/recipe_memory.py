@@ -15,11 +15,11 @@ from omegaconf import DictConfig
 from tabulate import tabulate
 
 import dinoseg
+from dinoseg.autotune.fitting import Fitting
+from dinoseg.autotune.target import Target
 from dinoseg.config.job import job_config
 from dinoseg.config.options import options_of
 from dinoseg.config.resolvers import register_resolvers
-from dinoseg.costs.fitting import Fitting
-from dinoseg.costs.target import Target
 
 GIB = 2**30
 CARDS = (24, 48, 80)  # GB

@@ -7,6 +7,8 @@ import numpy as np
 from PIL import Image
 from tabulate import tabulate
 
+from dinoseg.evaluation.scoring.folders import score_cases
+from dinoseg.evaluation.scoring.summary import summary
 from dinoseg.metrics.protocols.ade20k import Ade20k
 from dinoseg.metrics.protocols.cityscapes import Cityscapes
 from dinoseg.metrics.protocols.davis import Davis2016, Davis2017, Davis2017Unsupervised
@@ -16,8 +18,6 @@ from dinoseg.metrics.protocols.sar_rarp50 import SarRarp50
 from dinoseg.metrics.protocols.sar_rarp50_seed import SarRarp50Seed
 from dinoseg.metrics.protocols.semantic import Semantic
 from dinoseg.metrics.protocols.video_clustering import VideoClustering
-from dinoseg.scoring.folders import score_cases
-from dinoseg.scoring.summary import summary
 
 WIDTH, HEIGHT, FRAMES = 256, 128, 5
 OBJECTS = {"a": (1, 2, 3), "b": (1, 2, 3, 4), "c": (1, 2)}  # classes of each video; 0 is background, 6 is nowhere

@@ -23,14 +23,14 @@ from omegaconf import DictConfig
 from tabulate import tabulate
 
 import dinoseg
-from dinoseg import build
+from dinoseg.autotune.stand_in import drawn_batch
+from dinoseg.autotune.step_bytes import LossBytes, step_bytes
+from dinoseg.autotune.target import Target
+from dinoseg.autotune.trial import try_steps
 from dinoseg.config.job import job_config
 from dinoseg.config.nodes import instantiate
 from dinoseg.config.resolvers import register_resolvers
-from dinoseg.costs.stand_in import drawn_batch
-from dinoseg.costs.step_bytes import LossBytes, step_bytes
-from dinoseg.costs.target import Target
-from dinoseg.costs.trial import try_steps
+from dinoseg.experiment import build
 
 MOST = 0.1  # share
 SLACK = 16 * 2**20  # bytes that Python and its libraries take by chance, of which tiny models have no more

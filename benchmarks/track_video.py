@@ -24,16 +24,16 @@ from tabulate import tabulate
 from torch import Tensor
 from tracking import dense, too_far
 
-from dinoseg.backbones.transformers_vit import TransformersVit
-from dinoseg.contracts import Backbone
-from dinoseg.images import write_png
+from dinoseg.core.contracts import Backbone
 from dinoseg.inference.video_file import VideoReader
+from dinoseg.models.backbones.transformers_vit import TransformersVit
 from dinoseg.tracking.grid.settings import MatchSettings
 from dinoseg.tracking.grid.window import ContextFrame
 from dinoseg.tracking.propagation.settings import PropagationSettings
 from dinoseg.tracking.propagation.tracker import PropagationTracker
 from dinoseg.tracking.video.labels import TrackLabels
 from dinoseg.tracking.video.run import TrackJob, track_video
+from dinoseg.utils.images import write_png
 
 MATCH = "dinoseg.tracking.grid.propagator.match"
 

@@ -28,9 +28,9 @@ import numpy as np
 from rows import Row, machine, tell
 from tabulate import tabulate
 
-from dinoseg.images import write_png
+from dinoseg.evaluation.scoring.folders import score_cases
 from dinoseg.metrics.protocols.davis import Davis2017
-from dinoseg.scoring.folders import score_cases
+from dinoseg.utils.images import write_png
 
 SIZE = (480, 854)
 REFERENCE = "vos-benchmark"

@@ -29,12 +29,12 @@ from rows import Row, tell
 from tabulate import tabulate
 from torch import Tensor
 
-from dinoseg.backbones.rgb import RgbBackbone
-from dinoseg.backbones.transformers_vit import TransformersVit
-from dinoseg.heads.linear import LinearHead
 from dinoseg.inference.predictor import Predictor
 from dinoseg.inference.windows import Windows, starts
-from dinoseg.model import Segmenter
+from dinoseg.models.backbones.rgb import RgbBackbone
+from dinoseg.models.backbones.transformers_vit import TransformersVit
+from dinoseg.models.heads.linear import LinearHead
+from dinoseg.models.model import Segmenter
 
 LEAST = 3.0
 ARCH = {"hidden_size": 192, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 768}

@@ -4,8 +4,8 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dinoseg.portable.load import load
-    from dinoseg.portable.model import Model
+    from dinoseg.export.runtime.load import load
+    from dinoseg.export.runtime.model import Model
 
 __all__ = ["Model", "__version__", "load"]
 
@@ -18,11 +18,11 @@ except PackageNotFoundError:  # a source tree that was never installed
 def __getattr__(name: str) -> Any:
     """Import `load` and `Model` when they are first asked for: `import dinoseg` alone stays light."""
     if name == "load":
-        from dinoseg.portable.load import load
+        from dinoseg.export.runtime.load import load
 
         return load
     if name == "Model":
-        from dinoseg.portable.model import Model
+        from dinoseg.export.runtime.model import Model
 
         return Model
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -49,14 +49,14 @@ def _command(arguments: list[str]) -> None:
     from hydra.errors import HydraException
     from yaml import YAMLError
 
-    from dinoseg.command.extras import check_intervals, hush_schemas, missing_extra
-    from dinoseg.command.own_keys import with_own_keys
-    from dinoseg.command.recipes import with_recipe_files
-    from dinoseg.command.typos import check_patterns, explain, explain_value
-    from dinoseg.command.words import as_text, flags_last
+    from dinoseg.cli.extras import check_intervals, hush_schemas, missing_extra
+    from dinoseg.cli.own_keys import with_own_keys
+    from dinoseg.cli.recipes import with_recipe_files
+    from dinoseg.cli.typos import check_patterns, explain, explain_value
+    from dinoseg.cli.words import as_text, flags_last
     from dinoseg.config.options import config_folders
     from dinoseg.config.resolvers import register_resolvers
-    from dinoseg.errors import UserError, telling_file_errors
+    from dinoseg.utils.errors import UserError, telling_file_errors
 
     register_resolvers()
     hush_schemas()
@@ -95,7 +95,7 @@ def _fail(message: str) -> None:
 
 
 def _tell(message: str) -> None:
-    from dinoseg.wording import printable
+    from dinoseg.utils.wording import printable
 
     print(f"error: {printable(message)}", file=sys.stderr)  # a word of the command line may stand in it
 
@@ -105,11 +105,11 @@ def run(cfg):  # noqa: ANN001, ANN201 - hydra.main wants the bare signature
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
+    from dinoseg.cli.launch import launch
     from dinoseg.config.job import job_config
     from dinoseg.config.plain import plain
-    from dinoseg.errors import UserError
-    from dinoseg.launch import launch
-    from dinoseg.processes.interrupt import Interrupted, raised
+    from dinoseg.utils.errors import UserError
+    from dinoseg.utils.interrupt import Interrupted, raised
 
     hydra_cfg = HydraConfig.get()
     composed = job_config(cfg, hydra_cfg.runtime.choices)
@@ -127,7 +127,7 @@ def run(cfg):  # noqa: ANN001, ANN201 - hydra.main wants the bare signature
         print(f"\ninterrupted{stop.note and ': '}{stop.note}", file=sys.stderr)
         sys.exit(stop.status)
     except Exception as error:
-        from dinoseg.command.typos import misplaced
+        from dinoseg.cli.typos import misplaced
         from dinoseg.config.options import config_folders
 
         if message := misplaced(words, config_folders(sys.argv[1:], Path(CONFIGS)), error):

@@ -13,8 +13,8 @@ from hydra._internal.hydra import Hydra
 from hydra.core.global_hydra import GlobalHydra
 
 from dinoseg import __main__
-from dinoseg.images import read_ids, read_image, write_png
 from dinoseg.synthetic.moving.write import render_moving_objects
+from dinoseg.utils.images import read_ids, read_image, write_png
 
 SMALL = (  # overrides of a run that takes a second
     *("data=folder", "data.classes=[dark,bright]", "data.root=data", "data.batch_size=2", "resolution.crop=[32,48]"),
@@ -87,7 +87,7 @@ def exit_status(main):
 
 
 def in_this_process(work, item, **_):
-    """Stand for `in_own_process`, which tests/processes looks at: what goes in and what comes out is pickled."""
+    """Stand for `in_own_process`, which tests/utils looks at: what goes in and what comes out is pickled."""
     work, item = pickle.loads(pickle.dumps((work, item)))
     return pickle.loads(pickle.dumps(work(item)))
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from cached_composition import PATCHES
 
-from dinoseg.processes import cores
+from dinoseg.utils import cores
 
 ROOT = Path(__file__).parents[1]
 PROCESSES = {"subprocess", "multiprocessing", "ranks"}  # what a test file that starts processes imports
@@ -78,7 +78,7 @@ def compose():
     from hydra.core.hydra_config import HydraConfig
 
     from dinoseg.__main__ import CONFIGS
-    from dinoseg.command.recipes import with_recipe_files
+    from dinoseg.cli.recipes import with_recipe_files
     from dinoseg.config.job import job_config
     from dinoseg.config.resolvers import register_resolvers
 

@@ -13,9 +13,9 @@ from command_line import SLOTS, call
 from meta_files import write_released
 from PIL import Image
 
-from dinoseg.preparation import idd, sarrarp
 from dinoseg.synthetic.moving.write import render_moving_objects
 from dinoseg.synthetic.surgery.write import render_dataset
+from dinoseg.tasks.preparation import idd, sarrarp
 
 SMALL = ("backbone.weights=random", "backbone.arch.hidden_size=24", "backbone.arch.num_hidden_layers=2")
 SMALL += ("backbone.arch.num_attention_heads=3", "backbone.layers=[-1]")

@@ -30,8 +30,8 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 from dinoseg.config.resolvers import register_resolvers
-from dinoseg.errors import UserError
 from dinoseg.synthetic.moving.write import render_moving_objects
+from dinoseg.utils.errors import UserError
 
 SECONDS = 60  # a command line that takes longer hangs
 MEMORY = 8 << 30
@@ -262,9 +262,9 @@ def _short(mode):
     if mode == "mode=bench":
         return patch("dinoseg.modes.bench.in_own_process", in_this_process)
     if mode == "mode=train":
-        return patch("dinoseg.choosing.choice.in_own_process", in_this_process)
+        return patch("dinoseg.autotune.choice.in_own_process", in_this_process)
     if mode == "mode=export":
-        return patch("dinoseg.exporting.graph.torch.export.export", side_effect=UserError("It would be traced."))
+        return patch("dinoseg.export.graph.torch.export.export", side_effect=UserError("It would be traced."))
     if mode in ("mode=serve", "mode=app"):
         return patch("dinoseg.serving.server._Server.run", lambda *_: None)
     return contextlib.nullcontext()

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from dinoseg.core.shapes import Sample
 from dinoseg.data import loader
 from dinoseg.data.train_views import TrainViews
-from dinoseg.errors import UserError
-from dinoseg.shapes import Sample
+from dinoseg.utils.errors import UserError
 
 DATA = Path(os.environ.get("DINOSEG_DATA", Path(__file__).parents[2] / "shared" / "data"))
 

@@ -3,12 +3,12 @@
 import onnx
 import torch
 
-from dinoseg import build
-from dinoseg.portable.onnx_record import KEY
-from dinoseg.portable.write import export_model
-from dinoseg.runs.recipe import run_description
-from dinoseg.runs.resume import alone
-from dinoseg.runs.trained import labels_of
+from dinoseg.experiment import build
+from dinoseg.experiment.recipe import run_description
+from dinoseg.experiment.resume import alone
+from dinoseg.experiment.trained import labels_of
+from dinoseg.export.runtime.onnx_record import KEY
+from dinoseg.export.runtime.write import export_model
 from dinoseg.training import checkpoint
 from dinoseg.training.loading import frozen_fingerprint
 

@@ -20,8 +20,8 @@ from torch.overrides import TorchFunctionMode
 
 import dinoseg
 from dinoseg.losses.fused import Fused
-from dinoseg.precision import compute_dtype
 from dinoseg.training.engine import Engine
+from dinoseg.utils.precision import compute_dtype
 
 aten = torch.ops.aten
 CUDA, MPS = torch.device("cuda", 0), torch.device("mps", 0)

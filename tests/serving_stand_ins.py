@@ -11,14 +11,14 @@ import numpy as np
 from PIL import Image
 from starlette.testclient import TestClient
 
-from dinoseg.portable.facts import Facts
-from dinoseg.portable.model import Model
-from dinoseg.processes.child import Channel, Child
+from dinoseg.export.runtime.facts import Facts
+from dinoseg.export.runtime.model import Model
 from dinoseg.serving.decoding import Decoders
 from dinoseg.serving.endpoint import endpoint
 from dinoseg.serving.guard import Hosts
 from dinoseg.serving.limits import Limits
 from dinoseg.serving.service import Service
+from dinoseg.utils.child import Channel, Child
 
 FACTS = Facts(("dark", "bright"), ((0, 0, 0), (255, 0, 0)), 255)
 

@@ -5,11 +5,11 @@ import pytest
 import torch
 from torch import nn
 
-from dinoseg import adapters
-from dinoseg.adapters import Frozen, Full, LastBlocks, Lora, merge
-from dinoseg.contracts import Backbone, Head
-from dinoseg.errors import UserError
-from dinoseg.model import Segmenter, quantised_names
+from dinoseg.core.contracts import Backbone, Head
+from dinoseg.models import adapters
+from dinoseg.models.adapters import Frozen, Full, LastBlocks, Lora, merge
+from dinoseg.models.model import Segmenter, quantised_names
+from dinoseg.utils.errors import UserError
 
 IMAGES = torch.rand(1, 3, 20, 28, generator=torch.Generator().manual_seed(1))
 

@@ -10,97 +10,69 @@ import dinoseg
 PACKAGE = Path(dinoseg.__file__).parent
 FILES = {path.relative_to(PACKAGE).as_posix(): path.read_text() for path in PACKAGE.rglob("*.py")}
 
-LEVELS = (  # a room imports its own level and those below
-    (
-        "__init__",
-        "errors",
-        "wording",
-        "shapes",
-        "contracts",
-        "geometry",
-        "class_ids",
-        "mixed_class_ids",
-        "sizes",
-        "precision",
-        "transfer",
-        "devices",
-        "images",
-        "image_bounds",
-        "ranges",
-        "bounded_regex",
-        "storage",
-        "processes",
-        "label_tables",
-        "annotation",
-        "report",
-    ),
-    ("backbones", "heads", "losses", "metrics", "data", "synthetic"),  # leaves
-    ("model", "adapters", "inference", "scoring", "doctor", "config"),
+LEVELS = (  # a package imports its own level and those below
+    ("__init__",),
+    ("utils",),
+    ("core",),
+    ("models", "losses", "report"),
+    ("data", "synthetic"),
+    ("metrics", "config", "inference"),
     ("tracking",),
     ("training",),
-    ("build", "criteria"),
-    ("runs",),
-    ("evaluation", "preparation", "portable", "probing", "selection"),
-    ("exporting", "serving"),
-    ("regimes", "sweeps"),
-    ("costs", "diagnosis"),
-    ("choosing",),
-    ("modes",),
-    ("ranks", "command"),
-    ("launch",),
+    ("experiment",),
+    ("evaluation", "export"),
+    ("tasks", "serving"),
+    ("autotune",),
+    ("modes", "cli"),
     ("__main__",),
 )
-LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
-LEAVES = LEVELS[1]  # these never import one another, and build names none of them
-ABOVE_BUILD = (
-    "runs",
+LEVEL = {package: level for level, packages in enumerate(LEVELS) for package in packages}
+LEAVES = ("models/backbones", "models/heads", "losses", "metrics", "data", "synthetic")  # none imports another
+SHARED = ("data/annotation", "data/label_tables")  # of data, what other leaves may import
+BUILDERS = ("experiment/build.py", "experiment/criteria.py")  # they reach leaves through _target_ only
+WITH_CONFIG = (
+    "config",
+    "experiment",
     "evaluation",
-    "preparation",
-    "portable",
-    "probing",
-    "selection",
-    "exporting",
+    "export",
+    "tasks",
     "serving",
-    "regimes",
-    "sweeps",
-    "costs",
-    "diagnosis",
-    "choosing",
+    "autotune",
     "modes",
-    "ranks",
-    "launch",
+    "cli",
+    "__main__",
 )
 TRACKERS = ("tracking/propagation", "tracking/slots", "tracking/smoothing")  # siblings: none imports another
-DOORS = {  # dependency to the rooms and files that may import it
-    "hydra": ("config", "runs", "sweeps", "modes", "launch", "command", "__main__"),
-    "omegaconf": ("config", "build", "criteria", *ABOVE_BUILD, "command", "__main__"),
+DOORS = {  # dependency -> the packages and files that may import it
+    "hydra": ("config", "experiment", "cli", "modes", "__main__"),
+    "omegaconf": WITH_CONFIG,
     "hydra.utils": ("config/nodes",),
     "accelerate": ("training/engine",),
-    "peft": ("adapters",),
-    "bitsandbytes": ("adapters",),
-    "transformers": ("backbones", "heads/upernet"),
-    "scipy": ("losses/matching", "metrics", "scoring/intervals"),
+    "peft": ("models/adapters",),
+    "bitsandbytes": ("models/adapters",),
+    "transformers": ("models/backbones", "models/heads/upernet"),
+    "scipy": ("losses/matching", "metrics", "evaluation/scoring/intervals"),
     "tqdm": ("report/progress", "training/meter"),  # one bar, which a pipe can read too
-    "timm": ("backbones",),
+    "timm": ("models/backbones",),
     "tensorboard": ("report/log",),
     "torch.utils.tensorboard": ("report/log",),
-    "onnx": ("exporting",),
-    "onnxscript": ("exporting",),
-    "onnxruntime": ("portable",),
-    "huggingface_hub": ("backbones", "portable"),
+    "onnx": ("export",),
+    "onnxscript": ("export",),
+    "onnxruntime": ("export/runtime",),
+    "huggingface_hub": ("models/backbones", "export/runtime"),
     "starlette": ("serving",),
     "uvicorn": ("serving",),
-    "optuna": ("sweeps/search", "sweeps/study"),
+    "optuna": ("cli/sweeps/search", "cli/sweeps/study"),
     "av": ("data/video/decoder", "inference/video_writer", "inference/sound"),
 }
 EXCEPTIONS = {
     ("__main__.py", "dinoseg.modes.help.help_for"),  # printed before hydra and torch are imported
-    ("__init__.py", "dinoseg.portable.load.load"),  # dinoseg.load, imported when it is asked for
-    ("__init__.py", "dinoseg.portable.model.Model"),  # likewise
+    ("__init__.py", "dinoseg.export.runtime.load.load"),  # dinoseg.load, imported when it is asked for
+    ("__init__.py", "dinoseg.export.runtime.model.Model"),  # likewise
 }
 LONGEST_FILE, LONGEST_FUNCTION, LONGEST_LOOP = 500, 80, 90
 LOOPS = (("training/fit.py", "fit"), ("training/many_heads.py", "fit_heads"))
-LARGEST_ROOM = 0.18  # of the lines: above it a room is two
+LARGEST_PACKAGE = 0.18  # of the lines: above it a package is two
 
 
 def imported(source):
@@ -115,47 +87,51 @@ def imported(source):
 
 def import_violations(file, source):
     """Return what a file of the package imports against the rules, one line each."""
-    own, found = room_of(file), []
+    found = []
     for line, name in imported(source):
         if (file, name) in EXCEPTIONS:
             continue
         if name.startswith(".") or name.endswith(".*"):
             found.append(f"{file}:{line}: {name}: import absolutely, and by name")
         elif name == "dinoseg" or name.startswith("dinoseg."):
-            other = (name.split(".") + ["__init__"])[1]
-            found += [f"{file}:{line}: {rule}" for rule in broken_rules(own, other if other in LEVEL else "__init__")]
-        tracker, other_tracker = tracker_of(file.removesuffix(".py")), tracker_of("/".join(name.split(".")[1:]))
-        if tracker and other_tracker and tracker != other_tracker:
-            found.append(f"{file}:{line}: {tracker} imports {other_tracker}: trackers are siblings")
+            found += [f"{file}:{line}: {rule}" for rule in broken_rules(file, "/".join(name.split(".")[1:]))]
         for door, places in DOORS.items():
-            if f"{name}.".startswith(f"{door}.") and not {own, file.removesuffix(".py")} & set(places):
+            if f"{name}.".startswith(f"{door}.") and not below(file, places):
                 found.append(f"{file}:{line}: only {', '.join(places)} may import {door}")
     return found
 
 
-def tracker_of(path):
-    return next((tracker for tracker in TRACKERS if f"{path}/".startswith(f"{tracker}/")), None)
+def below(path, places):
+    """Return the place, a package or a module, in which a path lies, or None."""
+    return next((place for place in places if f"{path.removesuffix('.py')}/".startswith(f"{place}/")), None)
 
 
-def room_of(file):
-    return file.split("/")[0].removesuffix(".py")
+def top_level(path):
+    return path.split("/")[0].removesuffix(".py")
 
 
-def broken_rules(own, other):
+def broken_rules(file, imported):
+    """Yield the rules that are broken where a file imports a module or a name in it, given as a path."""
+    own, other = top_level(file), top_level(imported) if top_level(imported) in LEVEL else "__init__"
     if LEVEL[other] > LEVEL[own]:
         yield f"{own} (level {LEVEL[own]}) imports {other} (level {LEVEL[other]})"
-    if own != other and {own, other} <= set(LEAVES):
-        yield f"{own} imports {other}: leaves know nothing of one another"
-    if own in ("build", "criteria") and other in LEAVES:
-        yield f"{own} imports {other}: it names leaves through _target_ only"
-    if (own, other) in (("launch", "modes"), ("__main__", "modes")):
+    leaf, others = below(file, LEAVES), below(imported, LEAVES)
+    known = others == leaf or other in ("utils", "core", "report", "__init__") or below(imported, SHARED)
+    if leaf and not known:
+        yield f"{leaf} imports {others or other}: leaves know nothing of one another, nor of what is made of them"
+    if file in BUILDERS and others:
+        yield f"{file} imports {others}: it names leaves through _target_ only"
+    if (own, other) in (("cli", "modes"), ("__main__", "modes")):
         yield f"{own} imports {other}: modes are reached through _target_ only"
+    tracker, other_tracker = below(file, TRACKERS), below(imported, TRACKERS)
+    if tracker and other_tracker and tracker != other_tracker:
+        yield f"{tracker} imports {other_tracker}: trackers are siblings"
 
 
 def circles(files):
-    """Return the circles of imports between files, between the packages inside rooms, and between rooms."""
+    """Return the circles of imports between files, between subpackages, and between packages of the top level."""
     by_file = {file: {other for other in map(file_of(files), names(source)) if other} for file, source in files.items()}
-    graphs = (by_file, joined(by_file, package_of), joined(by_file, room_of))
+    graphs = (by_file, joined(by_file, package_of), joined(by_file, top_level))
     return sorted({" - ".join(sorted(circle)) for graph in graphs for circle in _strongly_connected(graph)})
 
 
@@ -168,7 +144,7 @@ def joined(graph, group):
 
 
 def package_of(file):
-    """Return the package inside a room that a file is in, else the file itself."""
+    """Return the subpackage that a file is in, else the file itself."""
     parts = file.split("/")
     return "/".join(parts[:2]) if len(parts) > 2 else file
 
@@ -206,13 +182,13 @@ def _reached(graph, start):
     return reached
 
 
-def large_rooms(files):
-    """Return the rooms that hold more than their share of the lines."""
+def large_packages(files):
+    """Return the packages that hold more than their share of the lines."""
     lines = {}
     for file, source in files.items():
-        lines[room_of(file)] = lines.get(room_of(file), 0) + len(source.splitlines())
-    shares = {room: count / sum(lines.values()) for room, count in lines.items()}
-    return [f"{room}: {share:.1%} of the lines" for room, share in shares.items() if share > LARGEST_ROOM]
+        lines[top_level(file)] = lines.get(top_level(file), 0) + len(source.splitlines())
+    shares = {package: count / sum(lines.values()) for package, count in lines.items()}
+    return [f"{package}: {share:.1%} of the lines" for package, share in shares.items() if share > LARGEST_PACKAGE]
 
 
 def size_violations(file, source):
@@ -235,14 +211,14 @@ def test_imports_go_down_and_through_their_doors():
     assert not violations, "\n".join(violations)
 
 
-def test_every_room_has_its_level():
-    rooms = {
+def test_every_package_has_its_level():
+    packages = {
         path.name.removesuffix(".py") for path in PACKAGE.iterdir() if path.suffix == ".py" or list(path.glob("*.py"))
     }
-    assert rooms == LEVEL.keys()
+    assert packages == LEVEL.keys()
     assert all(
         any((PACKAGE / f"{place}{end}").exists() for end in ("", ".py"))
-        for at in (*DOORS.values(), TRACKERS)
+        for at in (*DOORS.values(), TRACKERS, LEAVES, SHARED)
         for place in at
     )
 
@@ -250,31 +226,38 @@ def test_every_room_has_its_level():
 @pytest.mark.parametrize(
     ("file", "source", "message"),
     [
-        ("heads/cnn.py", "from dinoseg.losses.cross_entropy import CrossEntropy", "leaves know nothing"),
-        ("data/voc.py", "import dinoseg.backbones.transformers_vit", "leaves know nothing"),
-        ("report/html.py", "from dinoseg.metrics.confusion import Confusion", "report (level 0) imports metrics"),
-        ("metrics/iou.py", "from dinoseg.model import Segmenter", "metrics (level 1) imports model"),
-        ("training/fit.py", "def late():\n    from dinoseg import build", "training (level 4) imports build"),
+        ("models/heads/cnn.py", "from dinoseg.losses.cross_entropy import CrossEntropy", "leaves know nothing"),
+        ("models/heads/cnn.py", "from dinoseg.models.backbones import cut", "leaves know nothing"),
+        ("models/heads/cnn.py", "from dinoseg.models.model import Segmenter", "leaves know nothing"),
+        ("data/voc.py", "import dinoseg.models.backbones.transformers_vit", "leaves know nothing"),
+        ("metrics/iou.py", "from dinoseg.models.model import Segmenter", "leaves know nothing"),
+        ("metrics/iou.py", "from dinoseg.data.formats import folder", "leaves know nothing"),
+        ("report/html.py", "from dinoseg.metrics.confusion import Confusion", "report (level 3) imports metrics"),
+        (
+            "training/fit.py",
+            "def late():\n    from dinoseg.experiment import build",
+            "training (level 7) imports experiment",
+        ),
         ("evaluation/official.py", "from dinoseg.modes.score import run", "imports modes"),
-        ("evaluation/images.py", "from dinoseg.regimes.images import TrainImages", "imports regimes"),
+        ("evaluation/images.py", "from dinoseg.tasks.images import TrainImages", "imports tasks"),
         ("tracking/video/state.py", "from dinoseg.training import checkpoint", "imports training"),
-        ("build.py", "from dinoseg.heads.linear import LinearHead", "through _target_ only"),
-        ("build.py", "from dinoseg import heads", "through _target_ only"),
-        ("launch.py", "from dinoseg.modes import train", "through _target_ only"),
+        ("experiment/build.py", "from dinoseg.models.heads.linear import LinearHead", "through _target_ only"),
+        ("experiment/build.py", "from dinoseg.models import heads", "through _target_ only"),
+        ("cli/launch.py", "from dinoseg.modes import train", "through _target_ only"),
         ("__main__.py", "from dinoseg.modes.train import train", "through _target_ only"),
         ("losses/dice.py", "from omegaconf import DictConfig", "may import omegaconf"),
         ("training/fit.py", "import hydra.core.hydra_config", "may import hydra"),
         ("modes/train.py", "from hydra.utils import instantiate", "may import hydra.utils"),
         ("modes/train.py", "from hydra import utils", "may import hydra.utils"),
         ("training/fit.py", "if True:\n    from accelerate import Accelerator", "may import accelerate"),
-        ("heads/cnn.py", "import peft.tuners as tuners", "may import peft"),
-        ("model.py", "from transformers import AutoModel", "may import transformers"),
+        ("models/heads/cnn.py", "import peft.tuners as tuners", "may import peft"),
+        ("models/model.py", "from transformers import AutoModel", "may import transformers"),
         ("report/curves.py", "from torch.utils.tensorboard import SummaryWriter", "may import torch.utils.tensorboard"),
         ("report/curves.py", "from torch.utils import tensorboard", "may import torch.utils.tensorboard"),
         ("tracking/smoothing.py", "from dinoseg.tracking.slots.matching import cosine", "trackers are siblings"),
         ("tracking/slots/following.py", "from dinoseg.tracking import smoothing", "trackers are siblings"),
-        ("heads/cnn.py", "from .linear import LinearHead", "absolutely"),
-        ("heads/cnn.py", "from dinoseg.geometry import *", "by name"),
+        ("models/heads/cnn.py", "from .linear import LinearHead", "absolutely"),
+        ("models/heads/cnn.py", "from dinoseg.core.geometry import *", "by name"),
     ],
 )
 def test_a_planted_violation_is_found(file, source, message):
@@ -285,16 +268,20 @@ def test_a_planted_violation_is_found(file, source, message):
     ("file", "source"),
     [
         (
-            "heads/cnn.py",
-            "import torch\nfrom dinoseg.geometry import upsample\nfrom dinoseg.heads.linear import LinearHead",
+            "models/heads/cnn.py",
+            "import torch\nfrom dinoseg.core.geometry import upsample\nfrom dinoseg.models.heads import linear",
         ),
-        ("modes/train.py", "from dinoseg import build\nfrom dinoseg.synthetic.surgery.write import render_dataset"),
+        ("metrics/iou.py", "from dinoseg.data.label_tables import read"),
+        (
+            "modes/train.py",
+            "from dinoseg.experiment import build\nfrom dinoseg.synthetic.surgery.write import render_dataset",
+        ),
         (
             "tracking/slots/tracker.py",
             "from dinoseg.tracking.grid import cells\nfrom dinoseg.tracking.slots.matching import cosine",
         ),
         ("training/engine.py", "from accelerate.utils import broadcast_object_list"),
-        ("runs/resume.py", "from dinoseg import __version__, build"),
+        ("experiment/resume.py", "from dinoseg import __version__\nfrom dinoseg.experiment import build"),
     ],
 )
 def test_what_is_allowed_passes(file, source):
@@ -307,24 +294,24 @@ def test_no_import_leads_back():
 
 def test_planted_circles_are_found():
     down, up = "from dinoseg.tracking.tracker import VideoTracker", "from dinoseg.training import checkpoint"
-    rooms = {"training/feed.py": down, "training/checkpoint.py": "", "tracking/tracker.py": "", "tracking/state.py": up}
-    assert circles(rooms) == ["tracking - training"]
+    packages = {"training/feed.py": down, "training/checkpoint.py": "", "tracking/tracker.py": ""}
+    assert circles({**packages, "tracking/state.py": up}) == ["tracking - training"]
     inner = {"data/scan/scan.py": "from dinoseg.data.pairs.dataset import Pair", "data/scan/cache.py": ""}
     inner |= {"data/pairs/dataset.py": "", "data/pairs/pairing.py": "from dinoseg.data.scan import cache"}
     assert circles(inner) == ["data/pairs - data/scan"]
-    files = {"heads/cnn.py": "from dinoseg.heads import mlp", "heads/mlp.py": "from dinoseg.heads.cnn import CNNHead"}
-    assert circles(files) == ["heads/cnn.py - heads/mlp.py"]
-    assert not circles({**files, "heads/mlp.py": "import torch"})
+    files = {"losses/a.py": "from dinoseg.losses import b", "losses/b.py": "from dinoseg.losses.a import A"}
+    assert circles(files) == ["losses/a.py - losses/b.py"]
+    assert not circles({**files, "losses/b.py": "import torch"})
 
 
-def test_no_room_outgrows_the_house():
-    assert not large_rooms(FILES), "\n".join(large_rooms(FILES))
+def test_no_package_outgrows_the_others():
+    assert not large_packages(FILES), "\n".join(large_packages(FILES))
 
 
-def test_a_planted_large_room_is_found():
-    files = {"data/idd.py": "x = 1\n" * 19, **{f"{room}.py": "x = 1\n" * 9 for room in "abcdefghi"}}
-    assert large_rooms(files) == ["data: 19.0% of the lines"]
-    assert not large_rooms({**files, "data/idd.py": "x = 1\n" * 17})
+def test_a_planted_large_package_is_found():
+    files = {"data/idd.py": "x = 1\n" * 19, **{f"{name}.py": "x = 1\n" * 9 for name in "abcdefghi"}}
+    assert large_packages(files) == ["data: 19.0% of the lines"]
+    assert not large_packages({**files, "data/idd.py": "x = 1\n" * 17})
 
 
 def test_files_and_functions_stay_small():

@@ -2,11 +2,11 @@
 
 import pytest
 
-from dinoseg import bounded_regex
-from dinoseg.adapters import Lora
-from dinoseg.bounded_regex import Pattern
 from dinoseg.data.splits import regex_group
-from dinoseg.errors import UserError
+from dinoseg.models.adapters import Lora
+from dinoseg.utils import bounded_regex
+from dinoseg.utils.bounded_regex import Pattern
+from dinoseg.utils.errors import UserError
 
 
 @pytest.mark.parametrize("text", ["^(a|aa)+$"])

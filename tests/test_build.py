@@ -6,8 +6,8 @@ from omegaconf import OmegaConf
 from test_matrix import SMALL_HEADS
 from tiny_parts import BACKBONES, load, tiny_node
 
-from dinoseg import build
-from dinoseg.model import constants
+from dinoseg.experiment import build
+from dinoseg.models.model import constants
 
 CELLS = [*((name, "linear") for name in BACKBONES), ("dinov3", "eomt"), ("dinov3", "mask2former"), ("convnext", "dpt")]
 

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from pretended_cuda import Pretended, pretended_cuda
 
-from dinoseg import class_ids as rooms
-from dinoseg.class_ids import class_ids, highest
-from dinoseg.geometry import lattice, upsample, upsample_at, valid_share
-from dinoseg.shapes import Prediction
+from dinoseg.core import class_ids as rooms
+from dinoseg.core.class_ids import class_ids, highest
+from dinoseg.core.geometry import lattice, upsample, upsample_at, valid_share
+from dinoseg.core.shapes import Prediction
 
 
 @pytest.fixture(autouse=True)

@@ -17,10 +17,10 @@ from safetensors.torch import save_file
 
 import dinoseg
 from dinoseg.__main__ import CONFIGS, main
-from dinoseg.command import words
-from dinoseg.images import read_image, write_png
+from dinoseg.cli import words
+from dinoseg.cli.ranks import LAUNCH_KEYS
 from dinoseg.modes.help import overview
-from dinoseg.ranks import LAUNCH_KEYS
+from dinoseg.utils.images import read_image, write_png
 
 TRAIN = ("mode=train", *SMALL)
 SCORE = ("mode=score", "reference=masks", "prediction=made", "num_classes=2")  # which imports no torch

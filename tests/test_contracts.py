@@ -5,13 +5,13 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
-from dinoseg import build, criteria
-from dinoseg.adapters import Frozen, LastBlocks, Lora
-from dinoseg.contracts import Backbone, Head, Loss
-from dinoseg.errors import UserError
+from dinoseg.core.contracts import Backbone, Head, Loss
+from dinoseg.core.geometry import upsample
 from dinoseg.evaluation.supervision import protocol_of
-from dinoseg.geometry import upsample
-from dinoseg.model import Segmenter, trained_names
+from dinoseg.experiment import build, criteria
+from dinoseg.models.adapters import Frozen, LastBlocks, Lora
+from dinoseg.models.model import Segmenter, trained_names
+from dinoseg.utils.errors import UserError
 
 
 class Least(Backbone):

@@ -3,8 +3,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dinoseg import criteria
-from dinoseg.errors import UserError
+from dinoseg.experiment import criteria
+from dinoseg.utils.errors import UserError
 
 CAMVID = ("data=camvid", "data.root=x", "loss=cross_entropy")
 SLOTS = ("trainer=slots", "head=slots", "loss=feature_reconstruction", "data=movi", "data.root=x")

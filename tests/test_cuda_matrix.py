@@ -9,9 +9,9 @@ from test_cuda_paths import LOGGED, MATCHING, VALIDATION, tiny, train
 from test_matrix import FILES, HEADS, SMALL_ADAPTERS, SMALL_HEADS, make_batch
 from tiny_parts import load, tiny_node
 
-from dinoseg import build, criteria
-from dinoseg.contracts import Loss
-from dinoseg.shapes import ClipBatch
+from dinoseg.core.contracts import Loss
+from dinoseg.core.shapes import ClipBatch
+from dinoseg.experiment import build, criteria
 from dinoseg.training.checkpoint import read
 
 pytestmark = pytest.mark.heavy

@@ -12,14 +12,13 @@ from pretended_cuda import MixedDevices, Pretended, Waits, on_cuda, pretended_cu
 from test_matrix import make_batch
 from tiny_parts import tiny_vit
 
-from dinoseg.adapters import Full
-from dinoseg.errors import UserError
-from dinoseg.heads.linear import LinearHead
+from dinoseg.core.shapes import MaskOutputs, Prediction
 from dinoseg.losses.cross_entropy import CrossEntropy
 from dinoseg.losses.mask_classification import MaskClassification
-from dinoseg.model import Segmenter
+from dinoseg.models.adapters import Full
+from dinoseg.models.heads.linear import LinearHead
+from dinoseg.models.model import Segmenter
 from dinoseg.report.log import RunLog
-from dinoseg.shapes import MaskOutputs, Prediction
 from dinoseg.tracking.propagation.settings import PropagationSettings
 from dinoseg.tracking.propagation.tracker import PropagationTracker
 from dinoseg.training.checkpoint import Checkpoints
@@ -28,6 +27,7 @@ from dinoseg.training.fit import fit
 from dinoseg.training.image_feed import ImageFeed
 from dinoseg.training.optim import Pace, adamw, schedule
 from dinoseg.training.trainee import NonFiniteLoss, Trainee
+from dinoseg.utils.errors import UserError
 
 VALIDATION = {  # at its end
     "metrics/confusion.py _raise_for_outsiders: read": 1,

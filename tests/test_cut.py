@@ -6,23 +6,23 @@ import pytest
 import torch
 from tiny_parts import tiny_vit
 
-from dinoseg.adapters import Frozen, Full, LastBlocks, Lora
-from dinoseg.backbones.convnext import ConvNext
-from dinoseg.backbones.rgb import RgbBackbone
-from dinoseg.backbones.timm_backbone import TimmBackbone
-from dinoseg.backbones.transformers_vit import TransformersVit
-from dinoseg.contracts import Head
-from dinoseg.errors import UserError
-from dinoseg.heads.cnn import CnnHead
-from dinoseg.heads.detail import DetailHead
-from dinoseg.heads.dpt import DptHead
-from dinoseg.heads.eomt import EomtHead
-from dinoseg.heads.linear import LinearHead
-from dinoseg.heads.mask2former.head import Mask2FormerHead
-from dinoseg.heads.mlp import MlpHead
-from dinoseg.heads.split import SplitHead
-from dinoseg.heads.upernet import UperNetHead
-from dinoseg.model import Segmenter
+from dinoseg.core.contracts import Head
+from dinoseg.models.adapters import Frozen, Full, LastBlocks, Lora
+from dinoseg.models.backbones.convnext import ConvNext
+from dinoseg.models.backbones.rgb import RgbBackbone
+from dinoseg.models.backbones.timm_backbone import TimmBackbone
+from dinoseg.models.backbones.transformers_vit import TransformersVit
+from dinoseg.models.heads.cnn import CnnHead
+from dinoseg.models.heads.detail import DetailHead
+from dinoseg.models.heads.dpt import DptHead
+from dinoseg.models.heads.eomt import EomtHead
+from dinoseg.models.heads.linear import LinearHead
+from dinoseg.models.heads.mask2former.head import Mask2FormerHead
+from dinoseg.models.heads.mlp import MlpHead
+from dinoseg.models.heads.split import SplitHead
+from dinoseg.models.heads.upernet import UperNetHead
+from dinoseg.models.model import Segmenter
+from dinoseg.utils.errors import UserError
 
 CONVNEXT = {"hidden_sizes": [8, 16, 16, 24], "depths": [1, 1, 1, 1]}
 VIT = {"hidden_size": 24, "num_hidden_layers": 4, "num_attention_heads": 3, "intermediate_size": 24}

@@ -15,7 +15,7 @@ from docs_pages import OURS, PAGES, ROOT, blocks, commands, kind_of
 from docs_stand_ins import CPU, SHORT, SMALL, VIT, StandIns
 from meta_files import RELEASED
 
-from dinoseg.command.own_keys import with_own_keys
+from dinoseg.cli.own_keys import with_own_keys
 from dinoseg.config.nodes import instantiate
 from dinoseg.modes import bench as benching
 

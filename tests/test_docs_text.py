@@ -14,7 +14,7 @@ def test_no_line_is_longer_than_those_of_the_code():
     assert [f"{path.name}:{number}" for path, number, line in lines if len(line) > 120] == [] and len(lines) > 3000
 
 
-def test_the_architecture_names_every_room_and_files_that_exist():
+def test_the_architecture_names_every_package_and_files_that_exist():
     page = (ROOT / "docs/architecture.md").read_text()
     paths = [*ROOT.glob("*"), *ROOT.glob("*/**/*")]
     files = {path.relative_to(ROOT).as_posix() for path in paths if ".venv" not in path.parts}
@@ -22,7 +22,7 @@ def test_the_architecture_names_every_room_and_files_that_exist():
     missing = [name for name in named if not any(f"/{file}".endswith(f"/{name.rstrip('/')}") for file in files)]
     assert len(named) > 80 and not missing
     package = {path.name for path in (ROOT / "dinoseg").iterdir() if not path.name.startswith("__") and path.is_dir()}
-    assert [room for room in package - {"assets"} if f"{room}/" not in page.split("## Inside")[0]] == []
+    assert [name for name in package - {"assets"} if f"{name}/" not in page.split("## Inside")[0]] == []
 
 
 def test_each_promise_names_a_test():

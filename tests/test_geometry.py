@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dinoseg.geometry import (
+from dinoseg.core.geometry import (
     concatenate,
     lattice,
     pad_to_multiple,

@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from dinoseg import images
-from dinoseg.errors import UserError
-from dinoseg.images import as_rgb, is_turned, read_ids, read_image, read_size
 from dinoseg.inference.strips import open_rows
+from dinoseg.utils import images
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.images import as_rgb, is_turned, read_ids, read_image, read_size
 
 
 def write_png(path, bits, kind, row):

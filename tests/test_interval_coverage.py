@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 from dinoseg.evaluation.class_scores import ClassScores
-from dinoseg.scoring.intervals import without_each
+from dinoseg.evaluation.scoring.intervals import without_each
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 

@@ -9,10 +9,10 @@ import pytest
 from command_line import SMALL, call, write_data
 from omegaconf import OmegaConf
 
-from dinoseg import launch
-from dinoseg.errors import UserError
-from dinoseg.launch import _below_recipe
-from dinoseg.processes.interrupt import Interrupted
+from dinoseg.cli import launch
+from dinoseg.cli.launch import _below_recipe
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.interrupt import Interrupted
 
 NAMED = Path("outputs/base/eval_2026-01-02_03-04-05")
 

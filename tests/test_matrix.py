@@ -14,12 +14,12 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from tiny_parts import BACKBONES, PYRAMIDS, load, tiny_node
 
-from dinoseg import build
 from dinoseg.config.nodes import instantiate
-from dinoseg.errors import UserError
-from dinoseg.shapes import Batch
+from dinoseg.core.shapes import Batch
+from dinoseg.experiment import build
 from dinoseg.training import checkpoint
 from dinoseg.training.checkpoint import Checkpoints, frozen_fingerprint
+from dinoseg.utils.errors import UserError
 
 pytestmark = pytest.mark.slow  # every head on every backbone with every adapter: minutes together
 
@@ -96,7 +96,7 @@ def loss_for(head, cfg, configs):
 def refused_by_a_part(error):
     """Return whether a head or an adapter has said itself that it does not serve: that is for its own test."""
     files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
-    return any("/dinoseg/heads/" in file or file.endswith("/dinoseg/adapters.py") for file in files)
+    return any("/dinoseg/models/heads/" in file or file.endswith("/dinoseg/models/adapters.py") for file in files)
 
 
 def make_batch():

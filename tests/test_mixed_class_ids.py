@@ -4,11 +4,11 @@ import pytest
 import torch
 from pretended_cuda import Pretended, pretended_cuda
 
-from dinoseg import mixed_class_ids as module
-from dinoseg.geometry import upsample
-from dinoseg.heads.semantic import semantic_map, weighted_masks
-from dinoseg.mixed_class_ids import mixed_class_ids
-from dinoseg.shapes import MaskOutputs, Prediction
+from dinoseg.core import mixed_class_ids as module
+from dinoseg.core.geometry import upsample
+from dinoseg.core.mixed_class_ids import mixed_class_ids
+from dinoseg.core.shapes import MaskOutputs, Prediction
+from dinoseg.models.heads.semantic import semantic_map, weighted_masks
 
 CASES = (  # images, masks, classes, grid, size, share of the grid
     (2, 20, 5, (9, 13), (70, 101), (0.93, 1.0)),

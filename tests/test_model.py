@@ -2,11 +2,11 @@ import pytest
 import torch
 from torch import nn
 
-from dinoseg.adapters import Frozen, Full, Lora
-from dinoseg.errors import UserError
-from dinoseg.heads.linear import LinearHead
-from dinoseg.heads.mlp import MlpHead
-from dinoseg.model import Segmenter, backbone_size, fingerprint, trained_names
+from dinoseg.models.adapters import Frozen, Full, Lora
+from dinoseg.models.heads.linear import LinearHead
+from dinoseg.models.heads.mlp import MlpHead
+from dinoseg.models.model import Segmenter, backbone_size, fingerprint, trained_names
+from dinoseg.utils.errors import UserError
 
 HEADS = {"linear": lambda k: LinearHead(24, 1, k), "mlp": lambda k: MlpHead(24, 1, k, 8)}
 

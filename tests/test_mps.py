@@ -13,8 +13,6 @@ from test_cuda_paths import tiny, train
 from test_matrix import FILES, HEADS, SMALL_HEADS
 from tiny_parts import tiny_vit
 
-from dinoseg.devices import synchronize
-from dinoseg.errors import UserError
 from dinoseg.losses.points import sample_maps
 from dinoseg.tracking.propagation.settings import PropagationSettings
 from dinoseg.tracking.propagation.tracker import PropagationTracker
@@ -23,6 +21,8 @@ from dinoseg.training.meter import held_memory, peak_memory
 from dinoseg.training.micro_batches import MicroBatches
 from dinoseg.training.rendezvous import meet
 from dinoseg.training.stopwatch import Stopwatch
+from dinoseg.utils.devices import synchronize
+from dinoseg.utils.errors import UserError
 
 MPS = torch.device("mps")
 train_on_mps = partial(train, device=pretended_mps)

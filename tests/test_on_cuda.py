@@ -11,15 +11,15 @@ from test_cuda_matrix import BACKBONES, QUANTISED, WAITS, cell, losses
 from test_cuda_paths import Noise, Rows, Watched, tiny
 from test_matrix import FILES, HEADS, SMALL_HEADS
 
+from dinoseg.autotune.fitting import Fitting
+from dinoseg.autotune.target import Target, memory_of
+from dinoseg.autotune.trial import drawn_steps
 from dinoseg.config.plain import plain
-from dinoseg.costs.fitting import Fitting
-from dinoseg.costs.target import Target, memory_of
-from dinoseg.costs.trial import drawn_steps
-from dinoseg.processes.workers import in_own_process
 from dinoseg.training.checkpoint import Checkpoints, read
 from dinoseg.training.engine import Engine
 from dinoseg.training.fit import fit
 from dinoseg.training.optim import adamw, schedule
+from dinoseg.utils.workers import in_own_process
 
 pytestmark = [pytest.mark.gpu, pytest.mark.heavy]
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from dinoseg import __main__
-from dinoseg.processes.interrupt import passed_on
-from dinoseg.storage.files import is_name
-from dinoseg.sweeps.study import open_study
+from dinoseg.cli.sweeps.study import open_study
+from dinoseg.utils.files import is_name
+from dinoseg.utils.interrupt import passed_on
 
 
 @pytest.mark.heavy

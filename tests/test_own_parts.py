@@ -5,7 +5,7 @@ from command_line import SMALL, call, write_data
 from dinoseg.modes.help import help_for
 
 HEAD = """
-from dinoseg.heads.linear import LinearHead
+from dinoseg.models.heads.linear import LinearHead
 
 class MyHead(LinearHead):
     pass

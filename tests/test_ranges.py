@@ -11,13 +11,13 @@ from config_files import FOLDER, read
 from hydra.utils import get_object
 from omegaconf import OmegaConf
 
-from dinoseg import build
+from dinoseg.cli.ranks import LAUNCH_KEYS
 from dinoseg.config.checks import check_given
 from dinoseg.config.nodes import instantiate
-from dinoseg.errors import UserError
-from dinoseg.ranges import Range
-from dinoseg.ranks import LAUNCH_KEYS
-from dinoseg.wording import shown
+from dinoseg.experiment import build
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.ranges import Range
+from dinoseg.utils.wording import shown
 
 OWN_CHECK = {  # numbers whose rule is no range
     **dict.fromkeys(("Frozen", "Full", "LastBlocks", "Lora"), {"bits"}),  # 4 or 8

@@ -12,10 +12,10 @@ import weakref
 import pytest
 from omegaconf import OmegaConf
 
-from dinoseg import ranks
-from dinoseg.errors import UserError
-from dinoseg.processes.cores import count_cores
-from dinoseg.processes.interrupt import Interrupted
+from dinoseg.cli import ranks
+from dinoseg.utils.cores import count_cores
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.interrupt import Interrupted
 
 
 def mode(cfg, *, out_dir, does):

@@ -1,6 +1,6 @@
 import pytest
 
-from dinoseg.sizes import evenly_spaced
+from dinoseg.core.sizes import evenly_spaced
 
 
 @pytest.mark.parametrize(

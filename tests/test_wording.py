@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from command_line import call
 
-from dinoseg.errors import UserError
-from dinoseg.images import write_png
+from dinoseg.experiment.log_file import configure_log
 from dinoseg.report.progress import Bar
-from dinoseg.runs.log_file import configure_log
-from dinoseg.wording import in_lines, listed, printable, shown
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.images import write_png
+from dinoseg.utils.wording import in_lines, listed, printable, shown
 
 NASTY = "a\x1b]0;owned\x07\r\x9b31m\u202egnp.\u2066\x7fz"
 SHOWN = r"a\x1b]0;owned\x07\r\x9b31m\u202egnp.\u2066\x7fz"

@@ -5,8 +5,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from dinoseg.__main__ import CONFIGS
-from dinoseg.backbones.transformers_vit import TransformersVit
 from dinoseg.config.resolvers import register_resolvers
+from dinoseg.models.backbones.transformers_vit import TransformersVit
 
 VIT = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
 BACKBONES = {  # the option, and what makes it small

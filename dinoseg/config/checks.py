@@ -8,9 +8,9 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
-from dinoseg.errors import UserError
-from dinoseg.ranges import Range
-from dinoseg.wording import shown
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.ranges import Range
+from dinoseg.utils.wording import shown
 
 TRUSTED = ("dinoseg", "torch.nn", "torch.optim")  # packages in which targets are looked up
 LIST = (list, tuple)

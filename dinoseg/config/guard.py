@@ -14,8 +14,8 @@ from dinoseg.config.interpolations import check_form, check_interpolations
 from dinoseg.config.limits import REMEDY, check_text, check_value
 from dinoseg.config.plain import BUILDS, Steps, below, dotted, nests
 from dinoseg.config.registry import LISTED, Entry, Registry, own_registry
-from dinoseg.errors import UserError
-from dinoseg.wording import shown
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.wording import shown
 
 ACTING = ("prepare", "render")  # of data: nodes that write files, which a checkpoint leaves out
 _MOST_VALUES = 20_000  # a table of more takes OmegaConf minutes; our largest config holds a thousand

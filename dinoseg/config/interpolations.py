@@ -9,8 +9,8 @@ from omegaconf import OmegaConf
 from dinoseg.config.limits import REMEDY, check_batch, check_value
 from dinoseg.config.plain import Steps, at, below, dotted, nests, resolved, texts_of
 from dinoseg.config.resolvers import RESOLVERS
-from dinoseg.errors import UserError
-from dinoseg.wording import shown
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.wording import shown
 
 _MOST_POINTED = 10**6  # letters and values that all interpolations together stand for
 _MOST_STEPS = 20  # from one interpolation to the next

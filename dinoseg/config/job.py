@@ -8,7 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dinoseg.config.options import chosen_options, options_of
 from dinoseg.config.plain import plain
-from dinoseg.errors import UserError
+from dinoseg.utils.errors import UserError
 
 _FILES = ("main", "engine/auto")
 _SHIPPED = Path(__file__).parents[1] / "cfg"

@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from dinoseg.config.plain import Steps, resolved
-from dinoseg.errors import UserError
+from dinoseg.utils.errors import UserError
 
 REMEDY = "Do not use this file unless you know who made it"
 LARGEST: Mapping[Steps, float] = {  # what a number below a key may be at most; the longest key that fits counts

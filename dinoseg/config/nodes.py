@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dinoseg.config.checks import check_given
-from dinoseg.errors import UserError
+from dinoseg.utils.errors import UserError
 
 Part = TypeVar("Part")
 

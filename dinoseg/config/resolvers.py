@@ -13,8 +13,8 @@ from omegaconf.errors import InterpolationResolutionError
 
 from dinoseg.config.nodes import not_set
 from dinoseg.config.options import recipe_name
-from dinoseg.errors import UserError
-from dinoseg.sizes import backbone_size
+from dinoseg.core.sizes import backbone_size
+from dinoseg.utils.errors import UserError
 
 CLASS_FILE, CELLS = "class_file", "cells"
 RESOLVERS = ("len", CELLS)  # those that a checkpoint's config may use: functions of values beside them

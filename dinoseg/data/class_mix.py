@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from dinoseg.shapes import Sample
+from dinoseg.core.shapes import Sample
 
 
 def class_mixed(source: Sample, onto: Sample, ignore_index: int, chance: np.random.Generator) -> Sample:

@@ -5,15 +5,15 @@ from pathlib import Path
 
 import numpy as np
 
+from dinoseg.core.shapes import SegmentationData
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.scan.likeness import digest
 from dinoseg.data.scan.scan import scan
 from dinoseg.data.train_views import ClassUniform
-from dinoseg.errors import UserError
-from dinoseg.ranges import HighShare
 from dinoseg.report.progress import Bar
-from dinoseg.shapes import SegmentationData
-from dinoseg.wording import listed
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.ranges import HighShare
+from dinoseg.utils.wording import listed
 
 log = logging.getLogger(__name__)
 

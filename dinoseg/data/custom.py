@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dinoseg.core.shapes import Palette, Sample, SegmentationData
 from dinoseg.data.pairs.dataset import PairDataset
-from dinoseg.errors import UserError
-from dinoseg.shapes import Palette, Sample, SegmentationData
-from dinoseg.wording import count_of, listed
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.wording import count_of, listed
 
 REQUIRED = {  # of a data set class: member and what it is
     "__len__": "the number of samples",

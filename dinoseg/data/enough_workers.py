@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from itertools import chain
 from typing import TypeVar
 
-from dinoseg.processes.cores import cores_here, ranks_here, share_of_cores
+from dinoseg.utils.cores import cores_here, ranks_here, share_of_cores
 
 Workers = int | str  # loading processes: a number, AUTO, or FROM_NONE
 AUTO = "auto"  # as many as bring more, two at least

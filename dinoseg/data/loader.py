@@ -15,16 +15,16 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from dinoseg.core.shapes import Batch, ClipBatch, Sample, SegmentationData
 from dinoseg.data.awaited import POLL, awaited
 from dinoseg.data.clips.cut import Clips
 from dinoseg.data.clips.view import ClipView
 from dinoseg.data.enough_workers import FIRST, FROM_NONE, Workers, with_enough_workers
 from dinoseg.data.train_views import ORDER, VIEW, TrainViews, chance_of
-from dinoseg.errors import UserError
-from dinoseg.processes.interrupt import SIGNALS, held
-from dinoseg.processes.workers import killed_loader
-from dinoseg.shapes import Batch, ClipBatch, Sample, SegmentationData
-from dinoseg.wording import count_of
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.interrupt import SIGNALS, held
+from dinoseg.utils.wording import count_of
+from dinoseg.utils.workers import killed_loader
 
 K = TypeVar("K")
 V = TypeVar("V")

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
+from dinoseg.core.shapes import SegmentationData
 from dinoseg.data.custom import CustomDataset
 from dinoseg.data.packed.choice import pays
 from dinoseg.data.packed.pack import Unwritable, drop_draft, is_begun, pack
@@ -11,11 +12,10 @@ from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.pairs.pairing import not_whole
 from dinoseg.data.scan.scan import scan, unreadable
 from dinoseg.data.splits import labelled_names
-from dinoseg.errors import UserError
-from dinoseg.processes.cores import count_cores
-from dinoseg.ranges import Count, HighShare, Natural
-from dinoseg.shapes import SegmentationData
-from dinoseg.wording import reasons
+from dinoseg.utils.cores import count_cores
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.ranges import Count, HighShare, Natural
+from dinoseg.utils.wording import reasons
 
 log = logging.getLogger(__name__)
 

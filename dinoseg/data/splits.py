@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol, TypeVar, cast
 
-from dinoseg.bounded_regex import Pattern
-from dinoseg.errors import UserError
-from dinoseg.images import IMAGE_SUFFIXES
-from dinoseg.ranges import Count, Natural, OpenShare
-from dinoseg.shapes import SegmentationData
-from dinoseg.sizes import evenly_spaced
-from dinoseg.storage.files import check_regular
-from dinoseg.wording import count_of, listed
+from dinoseg.core.shapes import SegmentationData
+from dinoseg.core.sizes import evenly_spaced
+from dinoseg.utils.bounded_regex import Pattern
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.files import check_regular
+from dinoseg.utils.images import IMAGE_SUFFIXES
+from dinoseg.utils.ranges import Count, Natural, OpenShare
+from dinoseg.utils.wording import count_of, listed
 
 _LONGEST = 4096  # letters of a line in a list of names, as of a path
 PARTITIONS = ("folder", "lists", "fraction")

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from dinoseg.core.shapes import Sample, SegmentationData
 from dinoseg.data.class_mix import class_mixed
-from dinoseg.shapes import Sample, SegmentationData
 
 Transform = Callable[..., tuple[np.ndarray, np.ndarray]]
 """From image (H, W, 3), mask (H, W) and chance, and a class to be shown where one is asked for, to a view of both."""

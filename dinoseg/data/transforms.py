@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from dinoseg.errors import UserError
-from dinoseg.ranges import Count, NotNegative, Share
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.ranges import Count, NotNegative, Share
 
 _OUTSIDE = (128, 128, 128)  # grey beyond the image's border; the mask says ignore there
 _DRAWS = 12  # numbers of a view

@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dinoseg.core.shapes import Sample, SegmentationData
 from dinoseg.data.pairs.pair import image_hash
 from dinoseg.data.transforms import ColorJitter, recolor
 from dinoseg.data.video.access import ImageSource, read_source
-from dinoseg.errors import UserError
-from dinoseg.ranges import Few, Positive, Share
-from dinoseg.shapes import Sample, SegmentationData
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.ranges import Few, Positive, Share
 
 _DRAWS = 12  # numbers of a strong view
 _AREA, _ASPECT = (0.02, 0.4), (0.3, 1 / 0.3)  # of a box, as shares of the view's area, and of its width by its height

@@ -13,8 +13,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from dinoseg import __version__
 from dinoseg.config.plain import plain
+from dinoseg.experiment.folder import command_line
 from dinoseg.report.html.about import About
-from dinoseg.runs.folder import command_line
 
 EVALUATION = "evaluation"  # in a run folder of mode=train: what its best checkpoint scores
 _LIBRARIES = ("torch", "transformers", "timm", "numpy", "omegaconf")

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from dinoseg.errors import UserError
 from dinoseg.evaluation.image_record import ImageRecord
-from dinoseg.wording import count_of, listed
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.wording import count_of, listed
 
 logger = logging.getLogger(__name__)
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from dinoseg.geometry import LATTICE, lattice
+from dinoseg.core.geometry import LATTICE, lattice
+from dinoseg.core.shapes import Batch, SegmentationData
 from dinoseg.metrics.boundary_errors import boundary_errors
 from dinoseg.report.html.pictures import Shot
 from dinoseg.report.overlay import reduced
-from dinoseg.shapes import Batch, SegmentationData
 
 SHOWN = 6  # best and as many worst images
 _LOGITS = 2**22  # numbers that are kept for the calibration, over all images: 16 MiB

@@ -10,7 +10,6 @@ import numpy as np
 from omegaconf import DictConfig
 from tabulate import tabulate
 
-from dinoseg.errors import UserError
 from dinoseg.evaluation.class_scores import ClassScores, unit_sums
 from dinoseg.evaluation.collected import image_mious
 from dinoseg.evaluation.image_record import ImageRecord
@@ -20,8 +19,9 @@ from dinoseg.evaluation.verdicts import deciding, differences, mean_scores
 from dinoseg.report.html.comparison import WIDEST, OtherRun
 from dinoseg.report.table import MEANS
 from dinoseg.report.verdicts import SURELY_BETTER, SURELY_WORSE
-from dinoseg.storage.csv_text import write_csv
-from dinoseg.wording import one_line
+from dinoseg.utils.csv_text import write_csv
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.wording import one_line
 
 _TOLD = 5  # images that decide
 logger = logging.getLogger(__name__)

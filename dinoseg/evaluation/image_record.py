@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from dinoseg.errors import UserError
+from dinoseg.core.shapes import Palette
 from dinoseg.evaluation.about import EVALUATION
 from dinoseg.evaluation.restart import RECORD as TRACKED
-from dinoseg.shapes import Palette
-from dinoseg.storage import forms
-from dinoseg.storage.atomic import whole_file, write_json
+from dinoseg.utils import forms
+from dinoseg.utils.atomic import whole_file, write_json
+from dinoseg.utils.errors import UserError
 
 RECORD, COUNTS = "evaluation.json", "counts.npz"  # in a run folder
 _REMEDY = "Evaluate again: python -m dinoseg mode=eval resume=RUN, with the run folder of the training as RUN."

@@ -8,23 +8,23 @@ from typing import Any
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
-from dinoseg import build
+from dinoseg.core.shapes import SegmentationData
 from dinoseg.data.splits import regex_group
-from dinoseg.errors import UserError
 from dinoseg.evaluation.about import Origin, about_run
 from dinoseg.evaluation.class_scores import ClassScores, unit_sums
 from dinoseg.evaluation.collected import Collected, Collector, image_mious, join
 from dinoseg.evaluation.image_record import ImageRecord, write_record
 from dinoseg.evaluation.official import SCORES as OFFICIAL_SCORES
+from dinoseg.evaluation.scoring.intervals import jackknife
+from dinoseg.experiment import build
 from dinoseg.metrics.boundary_errors import DISTANCES
 from dinoseg.metrics.calibration import fit_temperature, negative_log_likelihood, reliability
 from dinoseg.report.html.evaluation import EvaluationReport, evaluation_page
 from dinoseg.report.log import read_rows
-from dinoseg.scoring.intervals import jackknife
-from dinoseg.shapes import SegmentationData
-from dinoseg.storage.atomic import write_text
-from dinoseg.storage.csv_text import write_csv
 from dinoseg.training.engine import Engine
+from dinoseg.utils.atomic import write_text
+from dinoseg.utils.csv_text import write_csv
+from dinoseg.utils.errors import UserError
 
 PAGE, TABLE = "report.html", "images.csv"  # in a run folder
 

@@ -7,20 +7,20 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from dinoseg.core.shapes import Batch, SegmentationData
 from dinoseg.evaluation.collected import Collector
 from dinoseg.evaluation.official import FOLDER, official_scores
-from dinoseg.images import write_png
 from dinoseg.inference.policy import Policy
 from dinoseg.metrics.protocols.contract import DatasetProtocol
-from dinoseg.model import Segmenter
+from dinoseg.models.model import Segmenter
 from dinoseg.report.confusion import confusion_picture
 from dinoseg.report.overlay import compare
 from dinoseg.report.table import class_table, write_scores_csv
-from dinoseg.shapes import Batch, SegmentationData
-from dinoseg.storage.atomic import write_json
 from dinoseg.training.engine import Engine
 from dinoseg.training.validation import evaluate
-from dinoseg.wording import count_of, one_line
+from dinoseg.utils.atomic import write_json
+from dinoseg.utils.images import write_png
+from dinoseg.utils.wording import count_of, one_line
 
 
 def evaluate_images(

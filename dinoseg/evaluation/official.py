@@ -4,16 +4,16 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from dinoseg.annotation.drawing import mask_file
+from dinoseg.core.shapes import SegmentationData
+from dinoseg.data.annotation.drawing import mask_file
 from dinoseg.data.packed.read import reduced_size
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.pairs.pair import Pair
-from dinoseg.errors import UserError
 from dinoseg.evaluation.score_report import report, write_problems
-from dinoseg.images import read_size
+from dinoseg.evaluation.scoring.folders import Unscorable, score_cases
 from dinoseg.metrics.protocols.contract import BadFile, Case, Cases, DatasetProtocol
-from dinoseg.scoring.folders import Unscorable, score_cases
-from dinoseg.shapes import SegmentationData
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.images import read_size
 
 FOLDER = "official"  # of predictions as a benchmark wants them, in the run folder
 SCORES = "official_scores.json"  # of these, there too

@@ -10,19 +10,19 @@ from typing import Any
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
-from dinoseg import build
 from dinoseg.config.guard import ACTING, guard
 from dinoseg.config.plain import plain
 from dinoseg.config.resolvers import CLASS_FILE, settled
-from dinoseg.errors import UserError
+from dinoseg.core.shapes import SegmentationData
 from dinoseg.evaluation.image_record import ImageRecord
 from dinoseg.evaluation.run_config import BROKEN, config_file, config_of, config_text
-from dinoseg.images import read_ids, read_size
+from dinoseg.experiment import build
+from dinoseg.experiment.recipe import SAVED
 from dinoseg.report.html.comparison import PairShot
 from dinoseg.report.overlay import reduced
-from dinoseg.runs.recipe import SAVED
-from dinoseg.shapes import SegmentationData
-from dinoseg.storage.forms import as_read_back
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.forms import as_read_back
+from dinoseg.utils.images import read_ids, read_size
 
 SHOWN, _IN_ALL = 4, 28  # images that gain most, of a side and of all, and as many that lose most: a page is mailed
 _LONGEST = 512  # pixels of a picture's longer side

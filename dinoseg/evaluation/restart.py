@@ -11,15 +11,15 @@ from omegaconf import DictConfig
 
 from dinoseg.config.plain import plain
 from dinoseg.data.clips.videos import Video
-from dinoseg.errors import UserError
-from dinoseg.runs.settings import check_same_settings
-from dinoseg.storage import forms
-from dinoseg.storage.atomic import whole_folder, write_text
-from dinoseg.storage.files import check_regular, entries
-from dinoseg.storage.forms import as_read_back
-from dinoseg.storage.stamps import stamp
-from dinoseg.storage.units import finished
-from dinoseg.wording import count_of, listed
+from dinoseg.experiment.settings import check_same_settings
+from dinoseg.utils import forms
+from dinoseg.utils.atomic import whole_folder, write_text
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.files import check_regular, entries
+from dinoseg.utils.forms import as_read_back
+from dinoseg.utils.stamps import stamp
+from dinoseg.utils.units import finished
+from dinoseg.utils.wording import count_of, listed
 
 RECORD = "tracking.json"  # in a run folder: what its masks depend on
 DIGESTS = "tracked"  # in a run folder: <video>.txt for each whole video, of the files that its masks were made from

@@ -7,10 +7,10 @@ from typing import Any
 from omegaconf.errors import OmegaConfBaseException
 
 from dinoseg.config.guard import ACTING
-from dinoseg.errors import UserError
-from dinoseg.runs.recipe import SAVED
-from dinoseg.storage.forms import Misshapen, read_regular
-from dinoseg.storage.yaml_text import parse_yaml
+from dinoseg.experiment.recipe import SAVED
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.forms import Misshapen, read_regular
+from dinoseg.utils.yaml_text import parse_yaml
 
 BROKEN = (OSError, UnicodeError, KeyError, TypeError, AssertionError, Misshapen, OmegaConfBaseException)
 _LARGEST = 2**17  # bytes of a config file: ours have a twentieth

@@ -7,8 +7,8 @@ from typing import Any
 
 from dinoseg.evaluation.comparison import best_first, scores_of
 from dinoseg.evaluation.sides import Side
-from dinoseg.storage import forms
 from dinoseg.training.cost import COST
+from dinoseg.utils import forms
 
 logger = logging.getLogger(__name__)
 _KEYS = {

@@ -11,10 +11,10 @@ from dinoseg.config.nodes import instantiate
 from dinoseg.config.plain import plain
 from dinoseg.data.classes.file import NAME as CLASS_FILE
 from dinoseg.data.classes.labels import Labels
-from dinoseg.errors import UserError
+from dinoseg.experiment.folder import command_line
 from dinoseg.inference.class_record import NAME, read_class_record, references
 from dinoseg.metrics.protocols.contract import ScoreProtocol
-from dinoseg.runs.folder import command_line
+from dinoseg.utils.errors import UserError
 
 FOLDER = "masks"  # of id masks and their record, in a run folder of mode=predict
 _MASKS = "data.reader.masks."

@@ -5,12 +5,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dinoseg.evaluation.scoring.folders import Scored
+from dinoseg.evaluation.scoring.summary import summary
 from dinoseg.metrics.protocols.contract import ScoreProtocol
 from dinoseg.report.scores import few_units, scores_table
-from dinoseg.scoring.folders import Scored
-from dinoseg.scoring.summary import summary
-from dinoseg.storage.atomic import write_json
-from dinoseg.wording import count_of
+from dinoseg.utils.atomic import write_json
+from dinoseg.utils.wording import count_of
 
 logger = logging.getLogger(__name__)
 _NOTES = 10  # that are printed; the file has all

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from dinoseg.runs.folder import command_line
-from dinoseg.wording import count_of
+from dinoseg.experiment.folder import command_line
+from dinoseg.utils.wording import count_of
 
 SWEEP = "multirun.yaml"  # in the folder of a sweep
 _SEED = "seed"

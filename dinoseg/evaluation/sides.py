@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dinoseg.errors import UserError
 from dinoseg.evaluation import run_config
 from dinoseg.evaluation.about import EVALUATION
 from dinoseg.evaluation.aligned import aligned
 from dinoseg.evaluation.image_record import RECORD, ImageRecord, evaluated, read_record
 from dinoseg.evaluation.side_names import SWEEP, run_names, side_names
-from dinoseg.storage.files import entries
-from dinoseg.wording import count_of, listed, typed
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.files import entries
+from dinoseg.utils.wording import count_of, listed, typed
 
 MOST, _MOST_RUNS = 32, 160  # sides: each has pictures in the page
 _AGAIN = re.compile(r"\d+_\d+")  # what the folder of a job is called where its own was taken

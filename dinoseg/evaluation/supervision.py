@@ -6,8 +6,8 @@ from omegaconf import DictConfig
 
 from dinoseg.config.nodes import instantiate, keeping
 from dinoseg.data.clips.videos import Video
-from dinoseg.errors import UserError
 from dinoseg.metrics.protocols.contract import ScoreProtocol
+from dinoseg.utils.errors import UserError
 
 SUPERVISION = ("none", "first_frame")
 

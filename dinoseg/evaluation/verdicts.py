@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from dinoseg.evaluation.class_scores import ClassScores
+from dinoseg.evaluation.scoring.intervals import Difference, Estimate, holm, jackknife, mean_of, widened, without_each
 from dinoseg.report.verdicts import LEVEL, NO_VERDICT, SURELY_BETTER, SURELY_WORSE, UNSURE
-from dinoseg.scoring.intervals import Difference, Estimate, holm, jackknife, mean_of, widened, without_each
 
 Runs = Sequence[np.ndarray]  # of one side: sums (U, 3 K) of each over the same units
 

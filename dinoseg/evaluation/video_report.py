@@ -6,14 +6,14 @@ from pathlib import Path
 import numpy as np
 from omegaconf import DictConfig
 
+from dinoseg.core.sizes import evenly_spaced
 from dinoseg.evaluation.about import Origin, about_run
-from dinoseg.images import IMAGE_SUFFIXES, read_image
 from dinoseg.report.html.tracking import TrackingReport, tracking_page
 from dinoseg.report.overlay import reduced
-from dinoseg.sizes import evenly_spaced
-from dinoseg.storage.atomic import write_text
-from dinoseg.storage.files import entries
-from dinoseg.storage.natural_order import natural_order
+from dinoseg.utils.atomic import write_text
+from dinoseg.utils.files import entries
+from dinoseg.utils.images import IMAGE_SUFFIXES, read_image
+from dinoseg.utils.natural_order import natural_order
 
 PAGE = "report.html"  # in a run folder
 _SHOWN = 6  # worst videos

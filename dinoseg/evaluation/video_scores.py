@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from dinoseg.data.clips.videos import Video
-from dinoseg.errors import UserError
 from dinoseg.evaluation.score_report import report, write_problems
+from dinoseg.evaluation.scoring.folders import Unscorable, score_cases
 from dinoseg.metrics.protocols.contract import Case, Cases, ScoreProtocol
-from dinoseg.scoring.folders import Unscorable, score_cases
-from dinoseg.wording import count_of, listed
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.wording import count_of, listed
 
 logger = logging.getLogger(__name__)
 

@@ -9,16 +9,16 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from dinoseg import build
 from dinoseg.config.nodes import instantiate
 from dinoseg.config.plain import plain
 from dinoseg.data.clips.videos import Video, chosen
-from dinoseg.errors import UserError
 from dinoseg.evaluation.restart import digest_of, keep_digest, take_over
+from dinoseg.experiment import build
 from dinoseg.report.progress import Bar
 from dinoseg.tracking.tracker import Tracker
 from dinoseg.tracking.video.benchmark_masks import write_masks
-from dinoseg.wording import count_of
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.wording import count_of
 
 logger = logging.getLogger(__name__)
 

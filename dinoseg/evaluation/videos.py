@@ -8,22 +8,22 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from dinoseg import build
 from dinoseg.config.nodes import instantiate
-from dinoseg.errors import UserError
 from dinoseg.evaluation.restart import RECORD, earlier_run, record_of, tell_taken
 from dinoseg.evaluation.supervision import chosen_supervision, prompts_of, protocol_of
 from dinoseg.evaluation.video_report import report_videos
 from dinoseg.evaluation.video_scores import score_masks
 from dinoseg.evaluation.video_tracking import VideoTracking, videos_of, written_frames
-from dinoseg.runs.folder import first_ranks
-from dinoseg.runs.trained import Trained, is_trained
-from dinoseg.runs.unread import warn_unread
-from dinoseg.storage.atomic import write_json
+from dinoseg.experiment import build
+from dinoseg.experiment.folder import first_ranks
+from dinoseg.experiment.trained import Trained, is_trained
+from dinoseg.experiment.unread import warn_unread
 from dinoseg.tracking.propagation.tracker import PropagationTracker
 from dinoseg.tracking.slots.tracker import SlotTracker
 from dinoseg.tracking.tracker import Tracker
 from dinoseg.training.engine import Engine
+from dinoseg.utils.atomic import write_json
+from dinoseg.utils.errors import UserError
 
 BLENDS = "blends"
 

@@ -16,16 +16,16 @@ import numpy as np
 from PIL import Image
 
 import dinoseg
-from dinoseg.annotation.outline import Part, edge_polygons, middle_polygons, parts_of
-from dinoseg.annotation.rle import counts_of, to_text
+from dinoseg.data.annotation.outline import Part, edge_polygons, middle_polygons, parts_of
+from dinoseg.data.annotation.rle import counts_of, to_text
 from dinoseg.data.classes.file import NAME
 from dinoseg.data.classes.labels import Labels
-from dinoseg.errors import UserError
 from dinoseg.inference.outputs import ImagePrediction
-from dinoseg.ranges import Count, NotNegative
-from dinoseg.storage.atomic import whole_file, write_text
-from dinoseg.storage.files import visible_files
-from dinoseg.wording import one_line, printable
+from dinoseg.utils.atomic import whole_file, write_text
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.files import visible_files
+from dinoseg.utils.ranges import Count, NotNegative
+from dinoseg.utils.wording import one_line, printable
 
 FORMATS = ("polygons", "rle")
 OBJECTS = ("component", "class")

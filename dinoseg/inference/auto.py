@@ -6,14 +6,14 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from dinoseg.core.shapes import Prediction
 from dinoseg.inference.memory import PassCost, described, free_bytes, measure
 from dinoseg.inference.policy import Autocast, Policy, Seen
 from dinoseg.inference.rows import HeldRows, Rows
 from dinoseg.inference.whole import Whole
 from dinoseg.inference.windows import Overlap, Windows
-from dinoseg.model import Segmenter, Size, backbone_size
-from dinoseg.ranges import Count, HighShare, Scale
-from dinoseg.shapes import Prediction
+from dinoseg.models.model import Segmenter, Size, backbone_size
+from dinoseg.utils.ranges import Count, HighShare, Scale
 
 logger = logging.getLogger(__name__)
 _AMPLE = 2**14  # bytes a pixel that the backbone sees; no model here takes half of it, so that far nothing is computed

@@ -10,9 +10,9 @@ import numpy as np
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.mask_size import fit_mask
 from dinoseg.data.classes.masks import MaskReader, Masks
-from dinoseg.errors import UserError
-from dinoseg.storage import forms
-from dinoseg.storage.atomic import write_json
+from dinoseg.utils import forms
+from dinoseg.utils.atomic import write_json
+from dinoseg.utils.errors import UserError
 
 NAME = "classes.json"
 _FORM = forms.record(

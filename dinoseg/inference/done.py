@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dinoseg.storage import forms
-from dinoseg.storage.atomic import write_json
-from dinoseg.storage.stamps import stamp
-from dinoseg.storage.units import finished
+from dinoseg.utils import forms
+from dinoseg.utils.atomic import write_json
+from dinoseg.utils.stamps import stamp
+from dinoseg.utils.units import finished
 
 FOLDER = "predicted"  # in a run folder: NAME.json for each input whose results are whole
 _STAMP = forms.listing(forms.whole(), 4)

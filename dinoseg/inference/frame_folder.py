@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from dinoseg.data.clips.videos import picture_files
-from dinoseg.errors import UserError
-from dinoseg.images import IMAGE_SUFFIXES, read_image, read_size
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.images import IMAGE_SUFFIXES, read_image, read_size
 
 _RATE = Fraction(25)  # a folder does not say
 

@@ -9,8 +9,6 @@ import numpy as np
 import torch
 
 from dinoseg.data.classes.labels import Labels
-from dinoseg.errors import UserError
-from dinoseg.images import read_image, write_png
 from dinoseg.inference.done import DoneInputs
 from dinoseg.inference.memory import OutOfMemory
 from dinoseg.inference.outputs import ImagePrediction, ImageWriter
@@ -19,7 +17,9 @@ from dinoseg.inference.results import write_image_results
 from dinoseg.inference.stream import Throughput, run_pipeline
 from dinoseg.inference.strips import only_in_strips
 from dinoseg.report.progress import Bar
-from dinoseg.wording import count_of
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.images import read_image, write_png
+from dinoseg.utils.wording import count_of
 
 logger = logging.getLogger(__name__)
 

@@ -5,11 +5,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from dinoseg.data.classes.labels import Labels
-from dinoseg.errors import UserError
 from dinoseg.inference.annotations import CocoAnnotations, CvatAnnotations, LabelmeAnnotations, PredictedShapes
 from dinoseg.inference.output_maps import Confidence, PalettePictures, Probabilities
 from dinoseg.inference.outputs import ImageWriter
-from dinoseg.wording import listed, shown
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.wording import listed, shown
 
 _MAKERS: Mapping[str, Callable[[Path, Labels, int | None, PredictedShapes], ImageWriter]] = {
     "coco": CocoAnnotations,

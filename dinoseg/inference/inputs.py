@@ -5,12 +5,12 @@ import sys
 from pathlib import Path
 
 from dinoseg.data.video.length import VIDEO_SUFFIXES
-from dinoseg.errors import UserError
-from dinoseg.images import IMAGE_SUFFIXES, UNREAD_SUFFIXES
 from dinoseg.inference.frame_folder import FolderReader
 from dinoseg.inference.video_file import VideoReader
-from dinoseg.storage.files import found, is_pattern
-from dinoseg.wording import count_of, listed
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.files import found, is_pattern
+from dinoseg.utils.images import IMAGE_SUFFIXES, UNREAD_SUFFIXES
+from dinoseg.utils.wording import count_of, listed
 
 log = logging.getLogger(__name__)
 FrameReader = VideoReader | FolderReader  # frames one after the other, each with a name

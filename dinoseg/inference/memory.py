@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dinoseg.errors import UserError
 from dinoseg.inference.policy import Autocast
 from dinoseg.inference.rows import Rows
-from dinoseg.model import Segmenter, Size, backbone_size
-from dinoseg.processes.control_groups import PROC, group_folders, read_text
+from dinoseg.models.model import Segmenter, Size, backbone_size
+from dinoseg.utils.control_groups import PROC, group_folders, read_text
+from dinoseg.utils.errors import UserError
 
 _NOISE = 0.02  # share by which bytes a pixel may differ with the size, where they do not grow with it
 _FRAME_BYTES = 4  # of a pixel: colours and class id

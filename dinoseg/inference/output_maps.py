@@ -8,9 +8,9 @@ from PIL import Image
 from torch import Tensor
 
 from dinoseg.data.classes.labels import Labels
-from dinoseg.images import write_png
 from dinoseg.inference.outputs import ImagePrediction
-from dinoseg.storage.atomic import whole_file
+from dinoseg.utils.atomic import whole_file
+from dinoseg.utils.images import write_png
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ import torch
 from PIL.PngImagePlugin import PngImageFile
 from torch import Tensor
 
-from dinoseg.errors import UserError
-from dinoseg.images import read_orientation
 from dinoseg.inference.rows import LONGEST, Rows, Size, as_rows
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.images import read_orientation
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _GREY, _PALETTE = 0, 3

@@ -6,9 +6,9 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+from dinoseg.core.shapes import Prediction
 from dinoseg.inference.rows import Rows
-from dinoseg.model import Segmenter, Size
-from dinoseg.shapes import Prediction
+from dinoseg.models.model import Segmenter, Size
 
 Autocast = Callable[[], AbstractContextManager]
 

@@ -9,16 +9,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dinoseg.core.shapes import Prediction
 from dinoseg.inference.memory import OutOfMemory, telling_shortage
 from dinoseg.inference.png_rows import PngWriter
 from dinoseg.inference.policy import Autocast, Policy, Seen
 from dinoseg.inference.rows import HeldRows, Rows
 from dinoseg.inference.strips import open_rows
 from dinoseg.inference.whole import Whole
-from dinoseg.model import Segmenter, Size
-from dinoseg.shapes import Prediction
-from dinoseg.storage.atomic import whole_file
-from dinoseg.transfer import sent
+from dinoseg.models.model import Segmenter, Size
+from dinoseg.utils.atomic import whole_file
+from dinoseg.utils.transfer import sent
 
 T = TypeVar("T")
 

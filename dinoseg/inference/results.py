@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-from dinoseg.images import write_png
+from dinoseg.core.shapes import Palette
 from dinoseg.report.overlay import blend, legend_of, side_by_side
 from dinoseg.report.palette import colorize
 from dinoseg.report.table import class_statistics
-from dinoseg.shapes import Palette
-from dinoseg.storage.atomic import whole_folder, write_text
+from dinoseg.utils.atomic import whole_folder, write_text
+from dinoseg.utils.images import write_png
 
 
 def write_image_results(

@@ -9,13 +9,13 @@ from PIL import Image, ImageOps
 from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
 
-from dinoseg.errors import UserError
-from dinoseg.images import read_image, read_orientation
 from dinoseg.inference.memory import free_bytes
 from dinoseg.inference.png_rows import PngFileRows, PngLayout
 from dinoseg.inference.rows import HeldRows, Rows, Size, as_rows
 from dinoseg.inference.tiff_rows import TiffLayout, TiffRows
-from dinoseg.storage.files import check_regular
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.files import check_regular
+from dinoseg.utils.images import read_image, read_orientation
 
 MOST_HELD = 2 * (Image.MAX_IMAGE_PIXELS or 2**27)  # pixels from which on Pillow refuses
 _TIFF, _JPEG = (".tif", ".tiff"), (".jpg", ".jpeg")

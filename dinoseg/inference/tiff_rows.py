@@ -14,9 +14,9 @@ from PIL import Image
 from PIL.TiffImagePlugin import ImageFileDirectory_v2, TiffImageFile
 from torch import Tensor
 
-from dinoseg.errors import UserError
-from dinoseg.images import read_orientation
 from dinoseg.inference.rows import LONGEST, Rows, Size, as_rows
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.images import read_orientation
 
 _GREY, _RGB, _YCBCR = 1, 2, 6  # photometric interpretations
 _NONE, _JPEG = 1, 7  # compressions

@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
-from dinoseg.errors import UserError
-from dinoseg.model import Segmenter
-from dinoseg.sizes import Size, kept_longest
-from dinoseg.storage import forms
+from dinoseg.core.sizes import Size, kept_longest
+from dinoseg.models.model import Segmenter
+from dinoseg.utils import forms
+from dinoseg.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 KEY = "sizes"  # of a checkpoint's description

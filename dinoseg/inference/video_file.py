@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from dinoseg.data.video.decoder import MOST_PIXELS, REMEDY, Decoder
-from dinoseg.errors import UserError
+from dinoseg.utils.errors import UserError
 
 _COUNTED_SUFFIXES = (".avi", ".mp4", ".mov", ".m4v")  # their headers hold the number of frames
 _SHORTEST_TICK = Fraction(1, 2**19)  # seconds; a frame of an mp4 may last 2**29 of them: a quarter of an hour

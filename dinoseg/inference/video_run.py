@@ -9,8 +9,6 @@ from pathlib import Path
 
 import numpy as np
 
-from dinoseg.errors import UserError
-from dinoseg.images import write_png
 from dinoseg.inference.frame_classes import FrameClasses, SeenFrame
 from dinoseg.inference.image_run import DEPTH, ImageRun, Segmentation
 from dinoseg.inference.image_writers import frame_writer
@@ -19,10 +17,12 @@ from dinoseg.inference.outputs import ImagePrediction
 from dinoseg.inference.stream import Throughput, run_pipeline
 from dinoseg.inference.video_file import VideoReader
 from dinoseg.inference.video_writer import VideoWriter
-from dinoseg.processes.interrupt import ending_input
 from dinoseg.report.overlay import blend
 from dinoseg.report.progress import Bar
-from dinoseg.storage.atomic import whole_folder
+from dinoseg.utils.atomic import whole_folder
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.images import write_png
+from dinoseg.utils.interrupt import ending_input
 
 _Frame = tuple[np.ndarray, Fraction | None]  # (H, W, 3), and when it is shown
 

@@ -12,10 +12,10 @@ from av.error import FFmpegError
 from av.video.codeccontext import VideoCodecContext
 from av.video.reformatter import VideoReformatter
 
-from dinoseg.errors import UserError
 from dinoseg.inference.sound import Sound
 from dinoseg.inference.video_file import VideoTraits
-from dinoseg.storage.atomic import new_part
+from dinoseg.utils.atomic import new_part
+from dinoseg.utils.errors import UserError
 
 # H.264 plays everywhere; builds of PyAV without x264 have one of the others
 # (x264 by its trees of macroblocks gives other bytes for the second video of a process than for the first)

@@ -3,12 +3,12 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+from dinoseg.core.shapes import Prediction
 from dinoseg.inference.policy import Autocast, Place, Policy, Seen
 from dinoseg.inference.rows import Rows
 from dinoseg.inference.windows import Windows
-from dinoseg.model import Segmenter, Size
-from dinoseg.ranges import Scale
-from dinoseg.shapes import Prediction
+from dinoseg.models.model import Segmenter, Size
+from dinoseg.utils.ranges import Scale
 
 
 class Whole(Policy):

@@ -11,13 +11,13 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from dinoseg.errors import UserError
-from dinoseg.geometry import upsample
+from dinoseg.core.geometry import upsample
+from dinoseg.core.shapes import Prediction
 from dinoseg.inference.policy import Autocast, Place, Policy, Seen
 from dinoseg.inference.rows import ResizedRows, Rows, at_size, mean
-from dinoseg.model import Segmenter, Size, backbone_size
-from dinoseg.ranges import Count, Range, Scale
-from dinoseg.shapes import Prediction
+from dinoseg.models.model import Segmenter, Size, backbone_size
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.ranges import Count, Range, Scale
 
 logger = logging.getLogger(__name__)
 Overlap = Annotated[float, Range("a number from 0 to 0.9", 0, 0.9)]

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinoseg.errors import UserError
-from dinoseg.ranges import Count, NotNegative
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.ranges import Count, NotNegative
 
 
 @dataclass(frozen=True)

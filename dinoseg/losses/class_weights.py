@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from dinoseg.errors import UserError
-from dinoseg.ranges import LowShare
-from dinoseg.wording import listed, shown
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.ranges import LowShare
+from dinoseg.utils.wording import listed, shown
 
 _LEAST, _MOST = 1e-6, 1e6  # of a weight: what float32 sums hold beside others
 _NAMED = 30  # classes in a message

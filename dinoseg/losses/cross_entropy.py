@@ -2,15 +2,15 @@
 
 from torch import Tensor
 
-from dinoseg.contracts import Loss
-from dinoseg.errors import UserError
+from dinoseg.core.contracts import Loss
+from dinoseg.core.shapes import Batch, Prediction
 from dinoseg.losses.border import Border
 from dinoseg.losses.full_resolution import Pull
 from dinoseg.losses.fused import Form
 from dinoseg.losses.labelled import weights_of
 from dinoseg.losses.pixel_mean import Hardest, pixel_divisor, pixel_mean, pixel_weight
-from dinoseg.ranges import Count, HighShare, LowShare, NotNegative
-from dinoseg.shapes import Batch, Prediction
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.ranges import Count, HighShare, LowShare, NotNegative
 
 
 class CrossEntropy(Loss):

@@ -2,14 +2,14 @@
 
 from torch import Tensor
 
-from dinoseg.contracts import Loss
+from dinoseg.core.contracts import Loss
+from dinoseg.core.shapes import Batch, Prediction
 from dinoseg.losses.border import Border
 from dinoseg.losses.full_resolution import pixel_sums
 from dinoseg.losses.fused import Form
 from dinoseg.losses.labelled import image_count, labelled_images
 from dinoseg.losses.tversky import overlap_sums, tversky_loss
-from dinoseg.ranges import Count, NotNegative
-from dinoseg.shapes import Batch, Prediction
+from dinoseg.utils.ranges import Count, NotNegative
 
 
 class Dice(Loss):

@@ -7,10 +7,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dinoseg.core.shapes import Batch, Prediction
 from dinoseg.losses.full_resolution import Pull, pixel_sums
 from dinoseg.losses.points import sample_maps
-from dinoseg.shapes import Batch, Prediction
-from dinoseg.transfer import sent
+from dinoseg.utils.transfer import sent
 
 _INSIDE, _OUTSIDE = 0, 255
 

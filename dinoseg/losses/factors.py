@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping
 
-from dinoseg.errors import UserError
+from dinoseg.utils.errors import UserError
 
 
 def checked_factors(factors: Mapping[str, float], terms: Iterable[str]) -> dict[str, float]:

@@ -4,10 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinoseg.contracts import Loss
-from dinoseg.errors import UserError
-from dinoseg.precision import at_least_float32
-from dinoseg.shapes import Batch, ClipBatch, Prediction, SlotOutputs
+from dinoseg.core.contracts import Loss
+from dinoseg.core.shapes import Batch, ClipBatch, Prediction, SlotOutputs
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.precision import at_least_float32
 
 
 def slot_outputs(prediction: Prediction) -> SlotOutputs:

@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dinoseg.geometry import Span, reduce_tile, spans, upsample_tile
+from dinoseg.core.geometry import Span, reduce_tile, spans, upsample_tile
+from dinoseg.core.shapes import Batch, Prediction
 from dinoseg.losses.fused import Form, Fused, Sums, better
 from dinoseg.losses.labelled import UNLABELLED, labels
-from dinoseg.precision import at_least_float32
-from dinoseg.processes.threads import threads
-from dinoseg.shapes import Batch, Prediction
+from dinoseg.utils.precision import at_least_float32
+from dinoseg.utils.threads import threads
 
 ROWS = 32  # of a tile
 CACHED = 2**18  # numbers of a tile on a CPU: 1 MiB of float32

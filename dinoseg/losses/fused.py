@@ -10,9 +10,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from dinoseg.geometry import cell_weights
+from dinoseg.core.geometry import cell_weights
 from dinoseg.losses.labelled import weights_of
-from dinoseg.transfer import sent
+from dinoseg.utils.transfer import sent
 
 ENLARGED = 16  # pixels that a cell of the grid has at least: gradients are kept by the four corners of each cell
 _TILE, _PIXELS = 2048, 64  # scores in registers, and pixels, at once

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from dinoseg.precision import at_least_float32
-from dinoseg.shapes import Batch, Prediction
-from dinoseg.transfer import sent
+from dinoseg.core.shapes import Batch, Prediction
+from dinoseg.utils.precision import at_least_float32
+from dinoseg.utils.transfer import sent
 
 UNLABELLED = -100  # no class id, whatever the data set's ignore value is; torch's cross_entropy skips it by default
 

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from dinoseg.contracts import Loss
+from dinoseg.core.contracts import Loss
+from dinoseg.core.shapes import Batch, Prediction
 from dinoseg.losses.labelled import UNLABELLED, image_count, labelled_images, labelled_pixels, ratio
-from dinoseg.shapes import Batch, Prediction
 
 
 @torch.no_grad()

@@ -7,16 +7,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinoseg.contracts import Loss, share_of
-from dinoseg.errors import UserError
+from dinoseg.core.contracts import Loss, share_of
+from dinoseg.core.shapes import Batch, ClipBatch, MaskOutputs, Prediction
 from dinoseg.losses.factors import checked_factors
 from dinoseg.losses.labelled import UNLABELLED, labels, ratio
 from dinoseg.losses.matching import Matched, match, occurring
 from dinoseg.losses.points import sample_labels, sample_logits, uncertain_points
-from dinoseg.precision import at_least_float32
-from dinoseg.ranges import Count, NotNegative, Positive, Share
-from dinoseg.shapes import Batch, ClipBatch, MaskOutputs, Prediction
-from dinoseg.transfer import sent
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.precision import at_least_float32
+from dinoseg.utils.ranges import Count, NotNegative, Positive, Share
+from dinoseg.utils.transfer import sent
 
 TERMS = ("class", "mask", "dice")
 FACTORS = {"class": 2.0, "mask": 5.0, "dice": 5.0}

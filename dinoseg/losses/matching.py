@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from dinoseg.errors import UserError
+from dinoseg.core.shapes import MaskOutputs
 from dinoseg.losses.labelled import UNLABELLED
 from dinoseg.losses.points import random_points, sample_labels, sample_logits
-from dinoseg.precision import at_least_float32
-from dinoseg.shapes import MaskOutputs
-from dinoseg.transfer import sent
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.precision import at_least_float32
+from dinoseg.utils.transfer import sent
 
 HOPELESS = 1e8  # stands for a cost that is not finite, so that the loss itself can tell
 

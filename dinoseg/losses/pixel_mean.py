@@ -7,14 +7,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dinoseg.errors import UserError
+from dinoseg.core.shapes import Batch, Prediction
 from dinoseg.losses.border import Border
 from dinoseg.losses.full_resolution import Cost, Pull, pixel_sums, pixel_values
 from dinoseg.losses.fused import Form
 from dinoseg.losses.labelled import UNLABELLED, labels, ratio
-from dinoseg.ranges import HighShare
-from dinoseg.shapes import Batch, Prediction
-from dinoseg.transfer import sent
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.ranges import HighShare
+from dinoseg.utils.transfer import sent
 
 
 @dataclass(frozen=True)

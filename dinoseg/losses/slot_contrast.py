@@ -4,12 +4,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinoseg.contracts import Loss
-from dinoseg.errors import UserError
+from dinoseg.core.contracts import Loss
+from dinoseg.core.shapes import Batch, ClipBatch, Prediction
 from dinoseg.losses.feature_reconstruction import slot_outputs
-from dinoseg.precision import at_least_float32
-from dinoseg.ranges import Temperature
-from dinoseg.shapes import Batch, ClipBatch, Prediction
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.precision import at_least_float32
+from dinoseg.utils.ranges import Temperature
 
 
 class SlotContrast(Loss):

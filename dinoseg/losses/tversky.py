@@ -3,14 +3,14 @@
 import torch
 from torch import Tensor
 
-from dinoseg.contracts import Loss
-from dinoseg.errors import UserError
+from dinoseg.core.contracts import Loss
+from dinoseg.core.shapes import Batch, Prediction
 from dinoseg.losses.border import Border
 from dinoseg.losses.full_resolution import Pull, pixel_sums
 from dinoseg.losses.fused import Form
 from dinoseg.losses.labelled import image_count, labelled_images, ratio
-from dinoseg.ranges import Count, NotNegative
-from dinoseg.shapes import Batch, Prediction
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.ranges import Count, NotNegative
 
 
 def overlap_sums(scores: Tensor, target: Tensor, counted: Tensor) -> tuple[Tensor, Pull]:

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dinoseg.contracts import Loss
-from dinoseg.errors import UserError
+from dinoseg.core.contracts import Loss
+from dinoseg.core.shapes import Batch, ClipBatch, Prediction
 from dinoseg.losses.factors import checked_factors
-from dinoseg.shapes import Batch, ClipBatch, Prediction
+from dinoseg.utils.errors import UserError
 
 
 class WeightedSum(Loss):

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from dinoseg.errors import UserError
+from dinoseg.utils.errors import UserError
 
 MATCHINGS = ("overlap", "hungarian")
 _DENSE = 2**20  # cells of a table that is counted without sorting

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinoseg.errors import UserError
+from dinoseg.utils.errors import UserError
 
 _AT_ONCE = 2**18  # pixels of which pairs are counted together
 

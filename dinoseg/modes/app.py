@@ -7,7 +7,6 @@ from typing import Any
 from omegaconf import DictConfig
 
 from dinoseg.config.nodes import instantiate
-from dinoseg.ranges import Count, NotNegative
 from dinoseg.serving.app import App
 from dinoseg.serving.guard import Hosts
 from dinoseg.serving.jobs import uploads_folder
@@ -15,6 +14,7 @@ from dinoseg.serving.limits import ClipLimits, Limits, Port
 from dinoseg.serving.server import serve_until_signal
 from dinoseg.serving.source import tracker_maker
 from dinoseg.serving.start import started
+from dinoseg.utils.ranges import Count, NotNegative
 
 
 def app(

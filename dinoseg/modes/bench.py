@@ -9,17 +9,17 @@ import torch
 from omegaconf import DictConfig
 from tabulate import tabulate
 
-from dinoseg import build
+from dinoseg.autotune.speed import Timed, time_prediction, time_training
+from dinoseg.autotune.trial import check_alone
 from dinoseg.config.nodes import instantiate
 from dinoseg.config.plain import plain
-from dinoseg.costs.speed import Timed, time_prediction, time_training
-from dinoseg.costs.trial import check_alone
+from dinoseg.experiment import build
 from dinoseg.inference.memory import OutOfMemory
-from dinoseg.processes.workers import in_own_process
-from dinoseg.ranges import Count, Natural
-from dinoseg.regimes.choice import regime_of
-from dinoseg.storage.atomic import write_json
-from dinoseg.wording import count_of
+from dinoseg.tasks.choice import regime_of
+from dinoseg.utils.atomic import write_json
+from dinoseg.utils.ranges import Count, Natural
+from dinoseg.utils.wording import count_of
+from dinoseg.utils.workers import in_own_process
 
 
 def bench(

@@ -19,13 +19,13 @@ from dinoseg.evaluation.comparison import (
 from dinoseg.evaluation.image_report import PAGE
 from dinoseg.evaluation.run_costs import run_rows, side_rows
 from dinoseg.evaluation.sides import Side, seeds_note, sides_of, units_note
-from dinoseg.images import write_png
 from dinoseg.report.costs import costs_picture, costs_table, write_costs
 from dinoseg.report.html.comparison import ComparisonReport, comparison_page
 from dinoseg.report.scores import few_units
 from dinoseg.report.verdicts import verdicts_picture
-from dinoseg.storage.atomic import write_json, write_text
-from dinoseg.wording import count_of
+from dinoseg.utils.atomic import write_json, write_text
+from dinoseg.utils.images import write_png
+from dinoseg.utils.wording import count_of
 
 logger = logging.getLogger(__name__)
 

@@ -11,23 +11,23 @@ import numpy as np
 from omegaconf import DictConfig
 from tabulate import tabulate
 
-from dinoseg import build
 from dinoseg.data.custom import CustomDataset
+from dinoseg.data.doctor.checks.classes import home_made
+from dinoseg.data.doctor.examine import examine, scanned, summary
+from dinoseg.data.doctor.findings import Finding, Scanned, by_severity
+from dinoseg.data.doctor.suggestions import IMAGENET, class_weights, color_statistics
 from dinoseg.data.formats.idd_files import home_made_files
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.scan.measure import measure_sample
 from dinoseg.data.scan.record import Record
 from dinoseg.data.scan.scan import scan, unreadable
-from dinoseg.doctor.checks.classes import home_made
-from dinoseg.doctor.examine import examine, scanned, summary
-from dinoseg.doctor.findings import Finding, Scanned, by_severity
-from dinoseg.doctor.suggestions import IMAGENET, class_weights, color_statistics
-from dinoseg.errors import UserError
-from dinoseg.ranges import Count, Natural
+from dinoseg.experiment import build
 from dinoseg.report.doctor_page import doctor_page
 from dinoseg.report.overlay import blend, legend_of, side_by_side
-from dinoseg.storage.atomic import write_json, write_text
-from dinoseg.wording import count_of, one_line, printable
+from dinoseg.utils.atomic import write_json, write_text
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.ranges import Count, Natural
+from dinoseg.utils.wording import count_of, one_line, printable
 
 _SPLITS = ("train", "val", "test")
 _NEEDED = ("train", "val")

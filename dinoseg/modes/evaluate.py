@@ -6,16 +6,16 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from dinoseg import build
 from dinoseg.config.nodes import instantiate
 from dinoseg.evaluation.collected import Collector
 from dinoseg.evaluation.image_report import report_images
 from dinoseg.evaluation.images import evaluate_images, list_skipped
 from dinoseg.evaluation.official import usable
 from dinoseg.evaluation.videos import EvalOptions, follow_slots, needs_no_training, propagate
+from dinoseg.experiment import build
+from dinoseg.experiment.folder import first_ranks
+from dinoseg.experiment.trained import check_classes, load_trained
 from dinoseg.inference.trained_sizes import TrainedSizes, keep_scale
-from dinoseg.runs.folder import first_ranks
-from dinoseg.runs.trained import check_classes, load_trained
 
 logger = logging.getLogger(__name__)
 

@@ -12,21 +12,21 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from tabulate import tabulate
 
-from dinoseg import build
+from dinoseg.autotune.fitting import Fit, Fitting, Words
+from dinoseg.autotune.step_bytes import StepBytes
+from dinoseg.autotune.target import KINDS, Target, memory_of
+from dinoseg.autotune.trial import check_alone, drawn_steps
 from dinoseg.config.nodes import instantiate
 from dinoseg.config.plain import plain
-from dinoseg.costs.fitting import Fit, Fitting, Words
-from dinoseg.costs.step_bytes import StepBytes
-from dinoseg.costs.target import KINDS, Target, memory_of
-from dinoseg.costs.trial import check_alone, drawn_steps
-from dinoseg.errors import UserError
+from dinoseg.experiment import build
+from dinoseg.experiment.folder import last_command_line
 from dinoseg.inference.memory import OutOfMemory, free_bytes
-from dinoseg.processes.workers import in_own_process
-from dinoseg.regimes.choice import regime_of
-from dinoseg.runs.folder import last_command_line
-from dinoseg.storage.atomic import write_json
+from dinoseg.tasks.choice import regime_of
 from dinoseg.training.engine import Engine
-from dinoseg.wording import count_of, typed
+from dinoseg.utils.atomic import write_json
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.wording import count_of, typed
+from dinoseg.utils.workers import in_own_process
 
 _GIB = 2**30
 _MORE = 1.25  # times what was foretold, where a dry step did not end

@@ -9,14 +9,14 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from dinoseg import build
-from dinoseg.build import SPLITS, background_of
 from dinoseg.config.plain import plain
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.pairs.dataset import PairDataset
-from dinoseg.errors import UserError
 from dinoseg.evaluation.score_classes import FOLDER, mask_keys
-from dinoseg.images import write_png
+from dinoseg.experiment import build
+from dinoseg.experiment.build import SPLITS, background_of
+from dinoseg.experiment.settings import check_same_settings
+from dinoseg.experiment.trained import Trained, load_trained, longest_is_typed, sizes_to_keep
 from dinoseg.inference.annotations import PredictedShapes
 from dinoseg.inference.class_record import write_class_record
 from dinoseg.inference.done import DoneInputs
@@ -28,13 +28,13 @@ from dinoseg.inference.stream import Throughput
 from dinoseg.inference.trained_sizes import keep_scale
 from dinoseg.inference.video_file import VideoReader
 from dinoseg.inference.video_run import VideoInput, VideoOptions, check_any, segment_video
-from dinoseg.ranges import Count, LowShare, Natural, Share
-from dinoseg.runs.settings import check_same_settings
-from dinoseg.runs.trained import Trained, load_trained, longest_is_typed, sizes_to_keep
-from dinoseg.storage import forms
-from dinoseg.storage.atomic import remove_parts, write_json
-from dinoseg.storage.stamps import stamp
-from dinoseg.wording import count_of
+from dinoseg.utils import forms
+from dinoseg.utils.atomic import remove_parts, write_json
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.images import write_png
+from dinoseg.utils.ranges import Count, LowShare, Natural, Share
+from dinoseg.utils.stamps import stamp
+from dinoseg.utils.wording import count_of
 
 logger = logging.getLogger(__name__)
 REFERENCES = "references"  # in a run folder: the masks of the split that was predicted, as class ids

@@ -8,8 +8,8 @@ from omegaconf import DictConfig
 
 from dinoseg.config.nodes import instantiate
 from dinoseg.data.formats.sarrarp_files import TRAIN_FOLDERS
-from dinoseg.errors import UserError
-from dinoseg.preparation.pseudo_labels import Propagation, propagate
+from dinoseg.tasks.preparation.pseudo_labels import Propagation, propagate
+from dinoseg.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 

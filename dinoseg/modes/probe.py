@@ -9,23 +9,23 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from dinoseg import build
-from dinoseg.backbones.layers import resolve_layers
 from dinoseg.config.nodes import instantiate
 from dinoseg.config.plain import plain
 from dinoseg.data.scan.class_counts import class_counts
-from dinoseg.heads.linear import LinearHead
-from dinoseg.images import write_png
-from dinoseg.model import Segmenter, fingerprint
-from dinoseg.probing.probe import Grid, Probe, Readings, Solution
-from dinoseg.probing.standing import Standing
-from dinoseg.ranges import NotNegative, OpenShare, Positive
+from dinoseg.experiment import build
+from dinoseg.experiment.folder import first_ranks
+from dinoseg.models.backbones.layers import resolve_layers
+from dinoseg.models.heads.linear import LinearHead
+from dinoseg.models.model import Segmenter, fingerprint
 from dinoseg.report.probe import probe_picture, probe_table, write_probe_csv
 from dinoseg.report.scores import FEW
 from dinoseg.report.table import class_table
-from dinoseg.runs.folder import first_ranks
-from dinoseg.storage.atomic import write_json
-from dinoseg.wording import count_of
+from dinoseg.tasks.probing.probe import Grid, Probe, Readings, Solution
+from dinoseg.tasks.probing.standing import Standing
+from dinoseg.utils.atomic import write_json
+from dinoseg.utils.images import write_png
+from dinoseg.utils.ranges import NotNegative, OpenShare, Positive
+from dinoseg.utils.wording import count_of
 
 logger = logging.getLogger(__name__)
 _RECORD = "probing.json"  # in a run folder: what its sums depend on, by which the same command goes on

@@ -8,8 +8,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from dinoseg.config.nodes import instantiate, not_set
 from dinoseg.config.plain import plain
-from dinoseg.errors import UserError
-from dinoseg.ranges import Count, Natural
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.ranges import Count, Natural
 
 VIDEOS = {"train_videos": "training", "val_videos": "validation", "test_videos": "test"}
 

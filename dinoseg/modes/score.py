@@ -6,18 +6,18 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from dinoseg.errors import UserError
 from dinoseg.evaluation.score_classes import FOLDER, protocol_of
 from dinoseg.evaluation.score_report import result_of, write_problems
+from dinoseg.evaluation.scoring.folders import Scored, Unscorable, score_cases
+from dinoseg.evaluation.scoring.summary import difference
 from dinoseg.inference.class_record import NAME
 from dinoseg.metrics.protocols.contract import ScoreProtocol
 from dinoseg.metrics.protocols.davis import Sequences
 from dinoseg.metrics.protocols.davis_layout import MASKS, tracked_sequence
-from dinoseg.ranges import Count
 from dinoseg.report.scores import difference_table, scores_table
-from dinoseg.scoring.folders import Scored, Unscorable, score_cases
-from dinoseg.scoring.summary import difference
-from dinoseg.storage.atomic import write_json
+from dinoseg.utils.atomic import write_json
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.ranges import Count
 
 
 def run(

@@ -7,17 +7,17 @@ from typing import Any
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
-from dinoseg import build
 from dinoseg.config.nodes import instantiate, keeping
 from dinoseg.data.pairs.dataset import PairDataset
-from dinoseg.errors import UserError
-from dinoseg.ranges import Count, Positive
-from dinoseg.runs.unread import warn_unread
-from dinoseg.selection.look import Looker
-from dinoseg.selection.pool import Candidate, found_in, named_in, places_of
-from dinoseg.selection.results import write_selection
-from dinoseg.selection.selector import DOUBTS, FEATURES, NOTHING, Known, Selector
-from dinoseg.wording import count_of, reasons
+from dinoseg.experiment import build
+from dinoseg.experiment.unread import warn_unread
+from dinoseg.tasks.selection.look import Looker
+from dinoseg.tasks.selection.pool import Candidate, found_in, named_in, places_of
+from dinoseg.tasks.selection.results import write_selection
+from dinoseg.tasks.selection.selector import DOUBTS, FEATURES, NOTHING, Known, Selector
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.ranges import Count, Positive
+from dinoseg.utils.wording import count_of, reasons
 
 logger = logging.getLogger(__name__)
 _UNREAD = {  # what a selector asks of the images, to the groups and keys that have no effect then

@@ -6,12 +6,12 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from dinoseg.ranges import Count, NotNegative
 from dinoseg.serving.endpoint import endpoint
 from dinoseg.serving.guard import Hosts
 from dinoseg.serving.limits import Limits, Port
 from dinoseg.serving.server import serve_until_signal
 from dinoseg.serving.start import started
+from dinoseg.utils.ranges import Count, NotNegative
 
 
 def serve(

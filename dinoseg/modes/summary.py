@@ -6,9 +6,9 @@ from typing import Any
 from omegaconf import DictConfig
 from tabulate import tabulate
 
-from dinoseg import build
-from dinoseg.storage.atomic import write_json
+from dinoseg.experiment import build
 from dinoseg.training.cost import count_numbers
+from dinoseg.utils.atomic import write_json
 
 
 def summarise(cfg: DictConfig, *, out_dir: Path) -> dict[str, Any]:

@@ -8,16 +8,13 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from dinoseg import build
 from dinoseg.config.nodes import instantiate
-from dinoseg.errors import UserError
+from dinoseg.experiment import build
+from dinoseg.experiment.folder import lock, release
+from dinoseg.experiment.settings import check_same_settings
+from dinoseg.experiment.trained import is_trained, load_trained, sizes_to_keep
+from dinoseg.experiment.unread import warn_unread
 from dinoseg.inference.inputs import FrameReader, open_frames
-from dinoseg.ranges import Count, Share
-from dinoseg.runs.folder import lock, release
-from dinoseg.runs.settings import check_same_settings
-from dinoseg.runs.trained import is_trained, load_trained, sizes_to_keep
-from dinoseg.runs.unread import warn_unread
-from dinoseg.storage.atomic import remove_parts
 from dinoseg.tracking.propagation.tracker import PropagationTracker
 from dinoseg.tracking.slots.tracker import SlotTracker
 from dinoseg.tracking.smoothing import SmoothingTracker
@@ -34,7 +31,10 @@ from dinoseg.tracking.video.state import (
     check_unfinished,
     read_standing,
 )
-from dinoseg.wording import count_of
+from dinoseg.utils.atomic import remove_parts
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.ranges import Count, Share
+from dinoseg.utils.wording import count_of
 
 logger = logging.getLogger(__name__)
 _SMOOTHING = 0.5

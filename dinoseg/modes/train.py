@@ -8,20 +8,20 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from dinoseg import build
+from dinoseg.autotune.tell import tell_floor
 from dinoseg.config.nodes import instantiate
-from dinoseg.diagnosis.tell import tell_floor
-from dinoseg.errors import UserError
-from dinoseg.ranges import Natural, Share
-from dinoseg.regimes.choice import regime_of
-from dinoseg.regimes.distil import KEYS as OF_TEACHER
-from dinoseg.regimes.job import Job, begin, looked_at
-from dinoseg.regimes.many_heads import train_heads
-from dinoseg.runs.folder import first_ranks
-from dinoseg.runs.heads import SOLO
-from dinoseg.runs.initial import begin_with, check_initial
-from dinoseg.runs.log_file import announce
+from dinoseg.experiment import build
+from dinoseg.experiment.folder import first_ranks
+from dinoseg.experiment.heads import SOLO
+from dinoseg.experiment.initial import begin_with, check_initial
+from dinoseg.experiment.log_file import announce
+from dinoseg.tasks.choice import regime_of
+from dinoseg.tasks.distil import KEYS as OF_TEACHER
+from dinoseg.tasks.job import Job, begin, looked_at
+from dinoseg.tasks.many_heads import train_heads
 from dinoseg.training.mixed_feed import KEYS
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.ranges import Natural, Share
 
 # keys of a trainer that its function does not take
 _NOT_FIT_S = ("feed", "epochs", "val_images", "heads", "lrs", *KEYS, *OF_TEACHER)

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from dinoseg.core.sizes import evenly_spaced
 from dinoseg.report.overlay import blend, reduced, side_by_side, stacked
 from dinoseg.report.palette import default_palette
-from dinoseg.sizes import evenly_spaced
 
 _SHOWN = 4  # frames
 

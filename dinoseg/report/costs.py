@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 from tabulate import tabulate
 
-from dinoseg.storage.csv_text import write_csv_table
-from dinoseg.wording import in_lines
+from dinoseg.utils.csv_text import write_csv_table
+from dinoseg.utils.wording import in_lines
 
 COLUMNS = {  # keys of a row to how they are headed and shown
     "miou": ("mIoU %", lambda value: f"{100 * value:.2f}"),

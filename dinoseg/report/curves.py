@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from dinoseg.images import write_png
+from dinoseg.utils.images import write_png
 
 _BLUE, _VERMILION = "#0072B2", "#D55E00"  # told apart by colour-blind readers too, as those below
 _OTHERS = ("#009E73", "#CC79A7")  # of curves with a name of their own

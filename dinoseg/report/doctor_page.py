@@ -8,7 +8,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from dinoseg.wording import count_of
+from dinoseg.utils.wording import count_of
 
 _LISTED = 200  # files of a finding that the page shows; doctor.json has all
 _QUALITY = 85

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dinoseg.shapes import Palette
-from dinoseg.storage.atomic import whole_file
+from dinoseg.core.shapes import Palette
+from dinoseg.utils.atomic import whole_file
 
 
 @lru_cache

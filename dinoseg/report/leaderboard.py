@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from dinoseg.storage.csv_text import write_csv
+from dinoseg.utils.csv_text import write_csv
 
 TABLE = "leaderboard.csv"  # in the run folder
 _SHOWN_NOTE = 50  # letters

@@ -11,10 +11,10 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from dinoseg.errors import UserError
-from dinoseg.images import write_png
-from dinoseg.storage import forms
-from dinoseg.storage.atomic import write_text
+from dinoseg.utils import forms
+from dinoseg.utils.atomic import write_text
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.images import write_png
 
 _BOARD = "tensorboard"
 _STEP = re.compile(r"step_(\d+)")  # a folder of pictures

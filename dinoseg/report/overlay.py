@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from dinoseg.report.palette import IGNORE_COLOUR, lookup_table
 
 if TYPE_CHECKING:  # it imports torch, and pictures are drawn without
-    from dinoseg.shapes import Palette
+    from dinoseg.core.shapes import Palette
 
 Colour = tuple[int, int, int]
 Legend = Sequence[tuple[str, Colour]]  # names and colours

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from dinoseg.shapes import Palette
+    from dinoseg.core.shapes import Palette
 
 IGNORE_COLOUR = (224, 224, 192)
 _LEVELS = 8  # per colour channel: the candidates of the default palette

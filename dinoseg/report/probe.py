@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from tabulate import tabulate
 
-from dinoseg.storage.csv_text import write_csv_table
+from dinoseg.utils.csv_text import write_csv_table
 
 COLUMNS = ("blocks", "val_miou", "held_out_miou", "val_accuracy", "strength", "balance")
 

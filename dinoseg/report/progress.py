@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from dinoseg.wording import printable
+from dinoseg.utils.wording import printable
 
 T = TypeVar("T")
 _EVERY = 5.0  # seconds between two lines

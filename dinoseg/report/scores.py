@@ -5,7 +5,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from dinoseg.wording import count_of
+from dinoseg.utils.wording import count_of
 
 _MOST_CLASSES = 40  # a longer table is left to the file
 FEW = 10  # units: over fewer, intervals hold the truth less often than they say (benchmarks/interval_coverage.py)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from tabulate import tabulate
 
-from dinoseg.storage.csv_text import write_csv_table
+from dinoseg.utils.csv_text import write_csv_table
 
 _COLUMNS = ("iou", "dice", "accuracy", "precision", "recall")
 MEANS = {  # how scores that are one number over all classes are called

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from dinoseg.wording import in_lines, printable
+from dinoseg.utils.wording import in_lines, printable
 
 SURELY_BETTER, SURELY_WORSE, UNSURE, NO_VERDICT = "surely better", "surely worse", "not told apart", "no verdict"
 LEVEL = 0.05  # p below which a difference is sure

@@ -10,12 +10,12 @@ from PIL import Image
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from dinoseg.annotation.rle import encode, to_text
-from dinoseg.portable.facts import Facts
+from dinoseg.core.shapes import Palette
+from dinoseg.data.annotation.rle import encode, to_text
+from dinoseg.export.runtime.facts import Facts
 from dinoseg.report.indexed import indexed
 from dinoseg.report.overlay import blend
 from dinoseg.serving.limits import Refused
-from dinoseg.shapes import Palette
 
 FORMATS = ("palette", "ids", "rle")
 

@@ -12,10 +12,10 @@ import numpy as np
 
 from dinoseg.data.video.decoder import FrameTooLarge
 from dinoseg.data.video.length import has_more_packets
-from dinoseg.errors import UserError
 from dinoseg.inference.video_file import VideoReader, VideoTraits
-from dinoseg.processes.child import Channel, Child, ChildEnded, Message
 from dinoseg.serving.limits import MIB, ClipLimits
+from dinoseg.utils.child import Channel, Child, ChildEnded, Message
+from dinoseg.utils.errors import UserError
 
 SECONDS = 10.0  # that opening a clip, or decoding one frame of it, may take
 _BYTES_PER_PIXEL, _MORE = 64, 512 * MIB  # that decoding takes at most: frames that others refer to, and threads

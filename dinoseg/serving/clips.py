@@ -11,15 +11,15 @@ import numpy as np
 from PIL import Image
 
 from dinoseg.data.video.decoder import FrameTooLarge
-from dinoseg.errors import UserError
-from dinoseg.images import write_png
 from dinoseg.inference.stream import run_pipeline
 from dinoseg.inference.video_writer import VideoWriter
 from dinoseg.serving.answers import Look, png
 from dinoseg.serving.clip_frames import ClipReader
 from dinoseg.serving.jobs import Job
 from dinoseg.serving.limits import ClipLimits, Refused
-from dinoseg.storage.atomic import whole_file
+from dinoseg.utils.atomic import whole_file
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.images import write_png
 
 FRAME, OVERLAY, MASKS = "frame.png", "overlay.mp4", "masks.zip"
 _BATCH = 4  # frames that the model sees at once

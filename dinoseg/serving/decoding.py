@@ -13,10 +13,10 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from dinoseg.errors import UserError
-from dinoseg.images import FORMATS, as_rgb
-from dinoseg.processes.child import Channel, Child, ChildEnded, Message
 from dinoseg.serving.limits import MIB, Refused
+from dinoseg.utils.child import Channel, Child, ChildEnded, Message
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.images import FORMATS, as_rgb
 
 _NAME = "The image"
 PROCESSES = 4

@@ -12,7 +12,7 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from dinoseg.errors import UserError
+from dinoseg.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")

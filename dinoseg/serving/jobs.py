@@ -13,10 +13,10 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from dinoseg.errors import UserError
 from dinoseg.serving.answers import Look
 from dinoseg.serving.limits import ClipLimits, Refused, not_kept
-from dinoseg.storage.atomic import remove_dead, scratch_folder
+from dinoseg.utils.atomic import remove_dead, scratch_folder
+from dinoseg.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 _UPLOADS = "uploads"

@@ -4,8 +4,8 @@ import logging
 from dataclasses import dataclass
 from typing import Annotated
 
-from dinoseg.errors import UserError
-from dinoseg.ranges import Count, Positive, Range
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.ranges import Count, Positive, Range
 
 logger = logging.getLogger(__name__)
 MIB = 2**20

@@ -13,8 +13,8 @@ from typing import Any, cast
 import uvicorn
 from starlette.types import ASGIApp
 
-from dinoseg.errors import UserError
-from dinoseg.processes.interrupt import Deferral, Interrupted, deferred
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.interrupt import Deferral, Interrupted, deferred
 
 _NOTICE = "Stopping: no more requests are taken, those in hand are finished. Once more: stop at once."
 _CONNECTIONS = 1000  # at once; a request on a further one is answered 503

@@ -11,7 +11,7 @@ from typing import TypeVar
 import numpy as np
 from starlette.requests import ClientDisconnect, Request
 
-from dinoseg.portable.model import Model
+from dinoseg.export.runtime.model import Model
 from dinoseg.serving.batching import ModelWorker
 from dinoseg.serving.decoding import PROCESSES, Decoders
 from dinoseg.serving.limits import HungUp, Limits, Refused

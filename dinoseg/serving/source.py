@@ -5,19 +5,19 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from dinoseg.errors import UserError
-from dinoseg.model import Segmenter
-from dinoseg.portable.model import Model
-from dinoseg.portable.opening import open_file
-from dinoseg.portable.runtime import Opened, Options
-from dinoseg.portable.torch_runtime import TorchRuntime
-from dinoseg.portable.trained_model import model_of
-from dinoseg.runs.folder import command_line
-from dinoseg.runs.trained import load_trained, sizes_to_keep
-from dinoseg.runs.unread import warn_unread
+from dinoseg.experiment.folder import command_line
+from dinoseg.experiment.trained import load_trained, sizes_to_keep
+from dinoseg.experiment.unread import warn_unread
+from dinoseg.export.runtime.model import Model
+from dinoseg.export.runtime.opening import open_file
+from dinoseg.export.runtime.runtime import Opened, Options
+from dinoseg.export.runtime.torch_runtime import TorchRuntime
+from dinoseg.export.runtime.trained_model import model_of
+from dinoseg.models.model import Segmenter
 from dinoseg.tracking.propagation.settings import PropagationSettings
 from dinoseg.tracking.propagation.tracker import PropagationTracker
 from dinoseg.tracking.tracker import Tracker
+from dinoseg.utils.errors import UserError
 
 _OF_THE_FILE = ("finite_weights", "resolution", "backbone", "adapter", "head", "inference", "data")  # groups and keys
 

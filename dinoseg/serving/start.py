@@ -7,11 +7,11 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from dinoseg.ranges import Count, NotNegative
 from dinoseg.serving.limits import Limits, Port
 from dinoseg.serving.server import bound
 from dinoseg.serving.service import Service
 from dinoseg.serving.source import load_served, usual_batch
+from dinoseg.utils.ranges import Count, NotNegative
 
 
 @contextmanager

@@ -6,11 +6,11 @@ from typing import Any, Protocol, TypeVar
 
 import cv2
 
-from dinoseg.errors import UserError
-from dinoseg.processes.workers import in_processes
 from dinoseg.report.progress import Bar
-from dinoseg.storage.atomic import remove_parts
-from dinoseg.storage.locks import locked
+from dinoseg.utils.atomic import remove_parts
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.locks import locked
+from dinoseg.utils.workers import in_processes
 
 
 class Rendered(Protocol):

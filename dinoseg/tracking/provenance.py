@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dinoseg.model import Segmenter, fingerprint
+from dinoseg.models.model import Segmenter, fingerprint
 from dinoseg.tracking.tracker import Autocast
 
 

@@ -11,18 +11,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dinoseg.errors import UserError
-from dinoseg.geometry import upsample
+from dinoseg.core.geometry import upsample
+from dinoseg.core.shapes import Prediction
 from dinoseg.inference.trained_sizes import TrainedSizes, keep_scale
-from dinoseg.model import Segmenter
-from dinoseg.shapes import Prediction
+from dinoseg.models.model import Segmenter
 from dinoseg.tracking.grid.cells import area_mean
 from dinoseg.tracking.grid.propagator import Propagator
 from dinoseg.tracking.grid.settings import MatchSettings
 from dinoseg.tracking.provenance import model_settings, precision_of
 from dinoseg.tracking.state_form import TensorForm, check_state
 from dinoseg.tracking.tracker import Autocast, Tracker
-from dinoseg.transfer import sent
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.transfer import sent
 
 _COUNTED = {"masks": TensorForm(torch.uint8, "2 H W"), "counts": TensorForm(torch.int64, "3", 0)}
 _PROPAGATED = {

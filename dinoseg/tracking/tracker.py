@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dinoseg.errors import UserError
+from dinoseg.utils.errors import UserError
 
 Autocast = Callable[[], AbstractContextManager]
 Size = tuple[int, int]

@@ -19,10 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dinoseg.errors import UserError
-from dinoseg.model import Segmenter, trained_names
-from dinoseg.storage.files import check_regular
-from dinoseg.storage.tensor_files import is_finite, meta_tensor, write_tensors
+from dinoseg.models.model import Segmenter, trained_names
 from dinoseg.training.description import FORMAT, IDLE, read_description
 from dinoseg.training.loading import (
     CASTS,
@@ -37,7 +34,10 @@ from dinoseg.training.loading import (
 from dinoseg.training.loss_scale import LossScale
 from dinoseg.training.optim import MovingAverage
 from dinoseg.training.sharding import gathered
-from dinoseg.wording import count_of, listed, shown
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.files import check_regular
+from dinoseg.utils.tensor_files import is_finite, meta_tensor, write_tensors
+from dinoseg.utils.wording import count_of, listed, shown
 
 logger = logging.getLogger(__name__)
 FOLDER = "checkpoints"

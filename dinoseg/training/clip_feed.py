@@ -8,22 +8,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dinoseg.contracts import Loss
+from dinoseg.core.contracts import Loss
+from dinoseg.core.shapes import ClipBatch
 from dinoseg.data.clips.cut import Clip, Clips
 from dinoseg.data.clips.videos import VOID
 from dinoseg.data.clips.view import ClipView
 from dinoseg.data.enough_workers import Workers, more_workers
 from dinoseg.data.loader import check_batch_size, clip_batches
-from dinoseg.errors import UserError
 from dinoseg.metrics.clustering import contingency, segment_scores
-from dinoseg.model import Segmenter
-from dinoseg.ranges import Count
+from dinoseg.models.model import Segmenter
 from dinoseg.report.clip_strip import clip_strip
-from dinoseg.shapes import ClipBatch
 from dinoseg.tracking.slots.settings import SlotTracking
 from dinoseg.tracking.slots.tracker import SlotTracker
 from dinoseg.training.engine import Engine
 from dinoseg.training.feed import SHOWN_SIDE, Validation, spread
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.ranges import Count
 
 logger = logging.getLogger(__name__)
 SCORES = ("ari", "fg_ari", "mbo")  # of a validation where there are masks

@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from dinoseg.contracts import Backbone
-from dinoseg.errors import UserError
+from dinoseg.core.contracts import Backbone
+from dinoseg.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")

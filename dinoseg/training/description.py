@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from dinoseg.data.classes.labels import LONGEST_NAME
-from dinoseg.errors import UserError
-from dinoseg.storage import forms
-from dinoseg.wording import shown
+from dinoseg.utils import forms
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.wording import shown
 
 FORMAT = 1
 MODEL = ("backbone", "adapter", "head", "loss", "optim", "trainer")  # groups that a checkpoint fixes

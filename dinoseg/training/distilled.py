@@ -10,21 +10,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dinoseg.contracts import Loss, share_of
+from dinoseg.core.contracts import Loss, share_of
+from dinoseg.core.shapes import Batch, FrozenFeatures, Prediction, SegmentationData, mapped
 from dinoseg.data.loader import drawn_batches
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.train_views import TrainViews
 from dinoseg.data.transforms import Augment
 from dinoseg.data.unlabelled import Unmasked
-from dinoseg.errors import UserError
 from dinoseg.losses.distillation import SeenScores, divergence
-from dinoseg.ranges import NotNegative, Temperature
-from dinoseg.shapes import Batch, FrozenFeatures, Prediction, SegmentationData, mapped
 from dinoseg.training.feature_cache.cache import Views
 from dinoseg.training.feature_cache.form import MOST_BYTES
 from dinoseg.training.feature_cache.key import goes_with, hash_of, image_hash
 from dinoseg.training.feature_cache.store import FeatureStore
 from dinoseg.training.image_feed import ImageFeed
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.ranges import NotNegative, Temperature
 
 _LONGEST = 2**24  # pixels of a side
 Look = Callable[[], SeenScores]

@@ -10,18 +10,18 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dinoseg.core.sizes import Size
 from dinoseg.data.enough_workers import warn_of_many
-from dinoseg.errors import UserError
-from dinoseg.model import Segmenter
-from dinoseg.precision import NAMES, compute_dtype, has_tf32
-from dinoseg.ranges import Count, Natural, Positive
-from dinoseg.sizes import Size
+from dinoseg.models.model import Segmenter
 from dinoseg.training.compiled import compile_blocks
 from dinoseg.training.frozen_casts import keep_casts
 from dinoseg.training.loss_scale import LossScale
 from dinoseg.training.optim import scale_gradients
 from dinoseg.training.rendezvous import meet
 from dinoseg.training.sharding import Lockstep, shard, whole
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.precision import NAMES, compute_dtype, has_tf32
+from dinoseg.utils.ranges import Count, Natural, Positive
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")

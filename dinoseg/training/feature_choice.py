@@ -10,11 +10,9 @@ from typing import Any
 
 import torch
 
-from dinoseg.contracts import Head, Loss
-from dinoseg.errors import UserError
+from dinoseg.core.contracts import Head, Loss
 from dinoseg.inference.memory import free_bytes
-from dinoseg.model import Segmenter, frozen_tensors
-from dinoseg.ranges import NotNegative, Positive
+from dinoseg.models.model import Segmenter, frozen_tensors
 from dinoseg.training.engine import CACHES, Engine
 from dinoseg.training.feature_cache.cache import FeatureCache
 from dinoseg.training.feature_cache.form import TYPES, Stored
@@ -22,7 +20,9 @@ from dinoseg.training.feature_cache.key import code_hash, hash_of, origin, weigh
 from dinoseg.training.feature_cache.store import DiskStore, FeatureStore, MemoryStore, NoStore, cap_of
 from dinoseg.training.feature_cost import Cost, measured
 from dinoseg.training.image_feed import ImageFeed
-from dinoseg.wording import count_of, in_bytes
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.ranges import NotNegative, Positive
+from dinoseg.utils.wording import count_of, in_bytes
 
 logger = logging.getLogger(__name__)
 

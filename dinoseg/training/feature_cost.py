@@ -12,16 +12,16 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from dinoseg.contracts import Loss
-from dinoseg.devices import synchronize
-from dinoseg.model import Segmenter
-from dinoseg.shapes import Batch, FeatureBatch
-from dinoseg.sizes import Size
-from dinoseg.storage.disk_speed import seconds_on_disk
+from dinoseg.core.contracts import Loss
+from dinoseg.core.shapes import Batch, FeatureBatch
+from dinoseg.core.sizes import Size
+from dinoseg.models.model import Segmenter
 from dinoseg.training.engine import Engine
 from dinoseg.training.feature_cache.form import KEY_LENGTH, Stored, described, size_of
 from dinoseg.training.feature_cache.store import DiskStore
 from dinoseg.training.image_feed import ImageFeed
+from dinoseg.utils.devices import synchronize
+from dinoseg.utils.disk_speed import seconds_on_disk
 
 T = TypeVar("T")
 _BACKWARD = 2  # times as long as the forward pass

@@ -5,9 +5,9 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from dinoseg.contracts import Loss
-from dinoseg.model import Segmenter
-from dinoseg.sizes import evenly_spaced
+from dinoseg.core.contracts import Loss
+from dinoseg.core.sizes import evenly_spaced
+from dinoseg.models.model import Segmenter
 from dinoseg.training.engine import Engine
 from dinoseg.training.tally import Tally
 

@@ -5,10 +5,8 @@ from contextlib import closing
 
 from torch.optim import Optimizer
 
-from dinoseg.contracts import Loss
-from dinoseg.model import Segmenter
-from dinoseg.processes.interrupt import deferred
-from dinoseg.ranges import Count, Natural, OpenShare, Positive
+from dinoseg.core.contracts import Loss
+from dinoseg.models.model import Segmenter
 from dinoseg.report.log import RunLog
 from dinoseg.training.checkpoint import Checkpoints, Progress
 from dinoseg.training.engine import Engine
@@ -17,6 +15,8 @@ from dinoseg.training.meter import Meter
 from dinoseg.training.optim import Pace
 from dinoseg.training.time_limit import TimeLimit
 from dinoseg.training.trainee import Trainee
+from dinoseg.utils.interrupt import deferred
+from dinoseg.utils.ranges import Count, Natural, OpenShare, Positive
 
 NOTICE = "stopping: `last` is saved after this step (a second signal ends it at once, unsaved)"
 

@@ -11,24 +11,24 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from dinoseg.contracts import Loss
+from dinoseg.core.contracts import Loss
+from dinoseg.core.shapes import Batch, SegmentationData
 from dinoseg.data.enough_workers import Workers, more_workers
 from dinoseg.data.loader import check_batch_size, train_batches
 from dinoseg.data.packed.pack import PackedDataset
 from dinoseg.data.train_views import ClassUniform, TrainViews
-from dinoseg.errors import UserError
 from dinoseg.inference.policy import Policy
 from dinoseg.inference.whole import Whole
 from dinoseg.metrics.confusion import ConfusionMatrix
-from dinoseg.model import Segmenter
-from dinoseg.ranges import Count, Share
+from dinoseg.models.model import Segmenter
 from dinoseg.report.overlay import compare
-from dinoseg.shapes import Batch, SegmentationData
 from dinoseg.training.engine import Engine
 from dinoseg.training.feature_cache.cache import FeatureCache, Views
 from dinoseg.training.feed import SHOWN_SIDE, Validation, spread
 from dinoseg.training.tally import Tally
 from dinoseg.training.validation import Scored, evaluate_each
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.ranges import Count, Share
 
 
 @dataclass

@@ -7,12 +7,12 @@ from types import TracebackType
 
 from torch.optim import Optimizer
 
-from dinoseg.model import Segmenter, trained_names
-from dinoseg.processes.interrupt import Interrupted
+from dinoseg.models.model import Segmenter, trained_names
 from dinoseg.training.checkpoint import Checkpoints
 from dinoseg.training.loss_scale import LossScale
 from dinoseg.training.optim import MovingAverage, tensors_of
 from dinoseg.training.sharding import is_shared
+from dinoseg.utils.interrupt import Interrupted
 
 logger = logging.getLogger(__name__)
 

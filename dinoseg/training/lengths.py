@@ -2,8 +2,8 @@
 
 from typing import NamedTuple
 
-from dinoseg.errors import UserError
-from dinoseg.ranges import Count, Positive
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.ranges import Count, Positive
 
 
 class Lengths(NamedTuple):

@@ -15,13 +15,13 @@ from torch.nn.modules.module import (
 )
 from torch.optim import AdamW, Optimizer
 
-from dinoseg.errors import UserError
-from dinoseg.model import Segmenter, constants, fingerprint, quantised_names, trained_names
-from dinoseg.processes.cores import machine_memory
+from dinoseg.models.model import Segmenter, constants, fingerprint, quantised_names, trained_names
 from dinoseg.training.description import IDLE
 from dinoseg.training.optim import MovingAverage
 from dinoseg.training.sharding import parted, whole
-from dinoseg.wording import shown
+from dinoseg.utils.cores import machine_memory
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.wording import shown
 
 _MOST_PARTS = 50_000  # modules, parameters and buffers; DINOv3's ViT-7B with LoRA has some 5,000
 CONSTANTS = "constants"  # tensors below it are buffers that a state dict leaves out

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from dinoseg.errors import UserError
+from dinoseg.utils.errors import UserError
 
 _FIRST = 2.0**16  # times the mean loss, as torch's GradScaler
 _LARGEST = 2.0**60

@@ -11,13 +11,9 @@ from typing import Any, NamedTuple
 
 from torch.optim import Optimizer
 
-from dinoseg.contracts import Loss
-from dinoseg.errors import UserError
+from dinoseg.core.contracts import Loss
 from dinoseg.inference.memory import tells_shortage
-from dinoseg.processes.interrupt import Deferral, deferred
-from dinoseg.ranges import Count, Natural, OpenShare, Positive
 from dinoseg.report.log import RunLog
-from dinoseg.storage.atomic import write_json
 from dinoseg.training import checkpoint
 from dinoseg.training.checkpoint import Checkpoints, Progress
 from dinoseg.training.engine import Engine
@@ -30,6 +26,10 @@ from dinoseg.training.shared_features import SharingSegmenter
 from dinoseg.training.stopwatch import Stopwatch
 from dinoseg.training.time_limit import TimeLimit
 from dinoseg.training.trainee import Learnt, NonFiniteLoss, Trainee
+from dinoseg.utils.atomic import write_json
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.interrupt import Deferral, deferred
+from dinoseg.utils.ranges import Count, Natural, OpenShare, Positive
 
 logger = logging.getLogger(__name__)
 DROPPED = "dropped.json"  # in the folder of a head that is no longer trained: why

@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from dinoseg.report.progress import awaited
-from dinoseg.wording import count_of
+from dinoseg.utils.wording import count_of
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")

@@ -8,10 +8,10 @@ from typing import Any, TypeVar
 
 import torch
 
-from dinoseg.devices import empty_cache
 from dinoseg.inference.memory import OutOfMemory, reason_of, tells_shortage
 from dinoseg.training.engine import Engine
-from dinoseg.wording import count_of
+from dinoseg.utils.devices import empty_cache
+from dinoseg.utils.wording import count_of
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")

@@ -7,17 +7,17 @@ from typing import Any
 
 import torch
 
+from dinoseg.core.shapes import Batch, Prediction
 from dinoseg.data.loader import drawn_batches
 from dinoseg.data.train_views import UNLABELLED, chance_of
 from dinoseg.data.unlabelled import UnlabelledImages, Views
-from dinoseg.errors import UserError
-from dinoseg.ranges import Count, Few, LowShare, NotNegative, Positive
-from dinoseg.shapes import Batch, Prediction
 from dinoseg.training.engine import Engine
 from dinoseg.training.image_feed import ImageFeed
 from dinoseg.training.tally import Tally
 from dinoseg.training.taught import MixedBatch, TaughtBatch
-from dinoseg.wording import count_of
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.ranges import Count, Few, LowShare, NotNegative, Positive
+from dinoseg.utils.wording import count_of
 
 WHICH = {  # keys of a trainer, by what `Unlabelled` calls them
     **{"unlabelled": "images", "unlabelled_every": "every", "unlabelled_batch_size": "batch_size"}

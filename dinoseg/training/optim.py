@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dinoseg.errors import UserError
-from dinoseg.model import Segmenter
-from dinoseg.ranges import HighShare, LowShare, NotNegative, OpenShare, Positive, Share
+from dinoseg.models.model import Segmenter
 from dinoseg.training.sharding import local_part
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.ranges import HighShare, LowShare, NotNegative, OpenShare, Positive, Share
 
 logger = logging.getLogger(__name__)
 _EMBEDDING = re.compile(r"(token|tokens|pos_embed|position_embeddings|level_embed|level_encoding|queries)$")

@@ -6,7 +6,7 @@ from datetime import timedelta
 
 import torch
 
-from dinoseg.errors import UserError
+from dinoseg.utils.errors import UserError
 
 _ALIKE = r"(?s)Grad strides do not match bucket view strides.*grad\.sizes\(\) = \[(1,|\d+, \d+, 1, 1\])"
 

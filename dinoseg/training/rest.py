@@ -7,8 +7,8 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from dinoseg.contracts import Backbone
-from dinoseg.shapes import FrozenFeatures
+from dinoseg.core.contracts import Backbone
+from dinoseg.core.shapes import FrozenFeatures
 from dinoseg.training.optim import Pace
 
 logger = logging.getLogger(__name__)

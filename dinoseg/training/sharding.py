@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dinoseg.errors import UserError
-from dinoseg.model import Segmenter, quantised_names
+from dinoseg.models.model import Segmenter, quantised_names
+from dinoseg.utils.errors import UserError
 
 
 def shard(model: Segmenter, device: torch.device, world: int) -> Segmenter:

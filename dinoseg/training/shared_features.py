@@ -6,10 +6,10 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from dinoseg.contracts import Backbone, Head
-from dinoseg.errors import UserError
-from dinoseg.model import Segmenter
-from dinoseg.shapes import FrozenFeatures, Prediction
+from dinoseg.core.contracts import Backbone, Head
+from dinoseg.core.shapes import FrozenFeatures, Prediction
+from dinoseg.models.model import Segmenter
+from dinoseg.utils.errors import UserError
 
 
 class SharedFeatures:

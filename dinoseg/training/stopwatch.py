@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dinoseg.devices import timing_event
+from dinoseg.utils.devices import timing_event
 
 _MOST = 1000  # spans that are kept before they are added up
 

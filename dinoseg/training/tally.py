@@ -5,8 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from dinoseg.core.shapes import Batch, Prediction, SegmentationData
 from dinoseg.metrics.confusion import ConfusionMatrix
-from dinoseg.shapes import Batch, Prediction, SegmentationData
 from dinoseg.training.engine import Engine
 
 _POINTS = 128 * 128  # at most of an image, evenly spread: enough for shares, and a few percent of a step's time

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinoseg.contracts import Loss, share_of
+from dinoseg.core.contracts import Loss, share_of
+from dinoseg.core.shapes import Batch, Prediction, Teach
 from dinoseg.losses.pixel_mean import PixelDivisor
-from dinoseg.ranges import NotNegative
-from dinoseg.shapes import Batch, Prediction, Teach
-from dinoseg.transfer import sent
+from dinoseg.utils.ranges import NotNegative
+from dinoseg.utils.transfer import sent
 
 _VIEWS = ("weak", "outside", "strong", "boxes")  # of images without masks
 

@@ -13,13 +13,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dinoseg.contracts import Loss
-from dinoseg.errors import UserError
-from dinoseg.model import Segmenter, trained_names
-from dinoseg.precision import at_least_float32
-from dinoseg.processes.interrupt import Deferral
+from dinoseg.core.contracts import Loss
+from dinoseg.core.shapes import Prediction, mapped
+from dinoseg.models.model import Segmenter, trained_names
 from dinoseg.report.log import RunLog
-from dinoseg.shapes import Prediction, mapped
 from dinoseg.training.checkpoint import Checkpoints, Progress
 from dinoseg.training.engine import Engine
 from dinoseg.training.feed import Feed, Validation
@@ -29,6 +26,9 @@ from dinoseg.training.optim import MovingAverage, Pace, set_learning_rates, tens
 from dinoseg.training.outcome import Outcome
 from dinoseg.training.rest import Rest
 from dinoseg.training.tally import Tally
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.interrupt import Deferral
+from dinoseg.utils.precision import at_least_float32
 
 logger = logging.getLogger(__name__)
 

@@ -9,16 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinoseg.contracts import Loss
+from dinoseg.core.contracts import Loss
+from dinoseg.core.geometry import lattice
+from dinoseg.core.shapes import Batch, FeatureBatch, Prediction, SegmentationData
 from dinoseg.data.enough_workers import Workers
 from dinoseg.data.loader import eval_samples, stack_equal
-from dinoseg.geometry import lattice
 from dinoseg.inference.policy import Place, Policy
 from dinoseg.inference.predictor import Predictor
 from dinoseg.inference.whole import Whole
 from dinoseg.metrics.confusion import ConfusionMatrix
-from dinoseg.model import Segmenter, Size
-from dinoseg.shapes import Batch, FeatureBatch, Prediction, SegmentationData
+from dinoseg.models.model import Segmenter, Size
 from dinoseg.training.draws import Draws
 from dinoseg.training.engine import Engine
 

@@ -8,10 +8,10 @@ import torch
 from omegaconf import OmegaConf
 
 from dinoseg.config.resolvers import register_resolvers, settled
-from dinoseg.geometry import pad_to_multiple
-from dinoseg.heads.slots.head import SlotHead
-from dinoseg.model import backbone_size
-from dinoseg.runs.recipe import config_description
+from dinoseg.core.geometry import pad_to_multiple
+from dinoseg.experiment.recipe import config_description
+from dinoseg.models.heads.slots.head import SlotHead
+from dinoseg.models.model import backbone_size
 
 GRID = "${cells:${resolution},${backbone.patch_size}}"
 

@@ -4,11 +4,11 @@ import pytest
 from omegaconf import OmegaConf
 
 from dinoseg.config.checks import check_given
-from dinoseg.errors import UserError
+from dinoseg.utils.errors import UserError
 
-VIT = "dinoseg.backbones.transformers_vit.TransformersVit"
-TIMM = "dinoseg.backbones.timm_backbone.TimmBackbone"
-EOMT = "dinoseg.heads.eomt.EomtHead"
+VIT = "dinoseg.models.backbones.transformers_vit.TransformersVit"
+TIMM = "dinoseg.models.backbones.timm_backbone.TimmBackbone"
+EOMT = "dinoseg.models.heads.eomt.EomtHead"
 
 
 @pytest.mark.parametrize(

@@ -14,14 +14,14 @@ from hydra.utils import get_object
 from omegaconf import OmegaConf
 from transformers import AutoConfig
 
+from dinoseg.cli.ranks import LAUNCH_KEYS
 from dinoseg.config import checks
 from dinoseg.config.guard import guard
 from dinoseg.config.resolvers import register_resolvers
-from dinoseg.errors import UserError
-from dinoseg.ranks import LAUNCH_KEYS
-from dinoseg.regimes.distil import KEYS as OF_TEACHER
-from dinoseg.runs.recipe import FOLLOWING, SAVED, config_description
+from dinoseg.experiment.recipe import FOLLOWING, SAVED, config_description
+from dinoseg.tasks.distil import KEYS as OF_TEACHER
 from dinoseg.training.mixed_feed import KEYS
+from dinoseg.utils.errors import UserError
 
 # What build, launch and fit hand over; every other argument stands in a config or has a default
 AT_RUN_TIME = {
@@ -204,7 +204,7 @@ def test_every_option_of_every_other_group(rows):
 
 
 def test_a_wrong_key_or_a_missing_one_is_found():
-    right = {"_target_": "dinoseg.heads.linear.LinearHead", "_partial_": True, "num_classes": 2}
+    right = {"_target_": "dinoseg.models.heads.linear.LinearHead", "_partial_": True, "num_classes": 2}
     check_binds("head", right)
     for wrong, error in (
         (right | {"num_clases": 2}, TypeError),

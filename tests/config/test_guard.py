@@ -11,11 +11,11 @@ from omegaconf import OmegaConf
 from dinoseg.config.guard import guard
 from dinoseg.config.nodes import instantiate
 from dinoseg.config.plain import plain
-from dinoseg.errors import UserError
-from dinoseg.runs.recipe import SAVED, config_description
+from dinoseg.experiment.recipe import SAVED, config_description
+from dinoseg.utils.errors import UserError
 
 SET = ("data.root=.", "data.classes=[dark,bright]", "loss=ce_dice")
-LINEAR = "dinoseg.heads.linear.LinearHead"
+LINEAR = "dinoseg.models.heads.linear.LinearHead"
 SHELL = [  # targets that reach, or seem to reach, any callable
     "torch.nn.modules.module._WrappedHook.__call__",
     "torch.nn.modules.module._WrappedHook",
@@ -83,34 +83,34 @@ SHELL = [  # targets that reach, or seem to reach, any callable
     "yaml.unsafe_load",
     "dinoseg.config.nodes.instantiate",
     "dinoseg.config.nodes.hydra_instantiate",
-    "dinoseg.build.importlib.import_module",
-    "dinoseg.model.torch.hub.load",
-    "dinoseg.launch.launch",
+    "dinoseg.experiment.build.importlib.import_module",
+    "dinoseg.models.model.torch.hub.load",
+    "dinoseg.cli.launch.launch",
     "dinoseg.modes.render.render",
     "dinoseg.modes.export.export",
     "dinoseg.training.checkpoint.write",
-    "dinoseg.preparation.sarrarp.prepare",
-    "dinoseg.preparation.idd.prepare",
+    "dinoseg.tasks.preparation.sarrarp.prepare",
+    "dinoseg.tasks.preparation.idd.prepare",
     "dinoseg.synthetic.surgery.write.render_dataset",
-    "dinoseg.preparation.archives.shutil.rmtree",
+    "dinoseg.tasks.preparation.archives.shutil.rmtree",
     "dinoseg.data.packed.pack.pack",
-    "dinoseg.storage.locks.locked",
+    "dinoseg.utils.locks.locked",
     "dinoseg.data.packed.store.write_index",
     "dinoseg.data.scan.scan.scan",
-    "dinoseg.doctor.short.check",
+    "dinoseg.data.doctor.short.check",
     "dinoseg.data.video.index.index_videos",
-    "dinoseg.heads.linear",
-    "dinoseg.heads.linear.LinearHead.forward.__globals__",
-    "dinoseg.heads.linear.LinearHead.__init__.__globals__",
-    "dinoseg.heads.linear.LinearHead.__class__",
-    "dinoseg.heads.linear.nn.Linear",
-    "dinoseg.heads..linear.LinearHead",
-    "..dinoseg.heads.linear.LinearHead",
-    " dinoseg.heads.linear.LinearHead",
-    "dinoseg.heads.linear.LinearHead ",
-    "dinoseg.heads.linear.LinearHead\n",
-    "dinoseg.heads.linear.LinearHe\u0430d",  # a Cyrillic a
-    "dinoseg.heads.linear.\uff2cinearHead",  # a wide L, which Python reads as an L
+    "dinoseg.models.heads.linear",
+    "dinoseg.models.heads.linear.LinearHead.forward.__globals__",
+    "dinoseg.models.heads.linear.LinearHead.__init__.__globals__",
+    "dinoseg.models.heads.linear.LinearHead.__class__",
+    "dinoseg.models.heads.linear.nn.Linear",
+    "dinoseg.models.heads..linear.LinearHead",
+    "..dinoseg.models.heads.linear.LinearHead",
+    " dinoseg.models.heads.linear.LinearHead",
+    "dinoseg.models.heads.linear.LinearHead ",
+    "dinoseg.models.heads.linear.LinearHead\n",
+    "dinoseg.models.heads.linear.LinearHe\u0430d",  # a Cyrillic a
+    "dinoseg.models.heads.linear.\uff2cinearHead",  # a wide L, which Python reads as an L
     "\x1b[2J",
     "",
     "???",
@@ -264,7 +264,7 @@ ODD = {  # place, value, what the refusal says
     "weights that were moved": ("backbone/weights", "/gone/vit.safetensors", "Give the file where it is now"),
     "weights of a long name": ("backbone/weights", "a" * 4000, "no config file on this machine"),
     "weights of a broken name": ("backbone/weights", "a\0b", "no config file on this machine"),
-    "preparing": ("data/prepare", {"_target_": "dinoseg.preparation.idd.prepare"}, "may not act on files"),
+    "preparing": ("data/prepare", {"_target_": "dinoseg.tasks.preparation.idd.prepare"}, "may not act on files"),
     "rendering": ("data/render", "x", "may not act on files"),
     "a hub of one's own": ("backbone/weights", "evil/weights", "no config file on this machine names it"),
     "a request of a hub": ("backbone/weights", "facebook/dinov2-small@refs/pr/7", "no config file on this machine"),

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 from dinoseg.config import registry
 
-LINEAR = "dinoseg.heads.linear.LinearHead"
+LINEAR = "dinoseg.models.heads.linear.LinearHead"
 
 
 def test_the_search_path_and_the_choices_of_a_run_are_read(tmp_path, monkeypatch):

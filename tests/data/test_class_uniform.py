@@ -18,7 +18,7 @@ from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.pairs.pair import Pair
 from dinoseg.data.train_views import ClassUniform, TrainViews
 from dinoseg.data.transforms import Affine, Augment
-from dinoseg.errors import UserError
+from dinoseg.utils.errors import UserError
 
 CLASSES = ["road", "pole", "sign", "train"]
 SIZE = (40, 60)

@@ -10,7 +10,7 @@ from command_line import SMALL, call
 
 from dinoseg.data.custom import REQUIRED, CustomDataset, conforming
 from dinoseg.data.opened import opened
-from dinoseg.errors import UserError
+from dinoseg.utils.errors import UserError
 
 MODULE = '''
 import torch

@@ -10,8 +10,8 @@ from dinoseg.config.nodes import instantiate
 from dinoseg.config.resolvers import register_resolvers
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.scan.class_counts import class_counts
-from dinoseg.errors import UserError
 from dinoseg.modes.prepare import prepare
+from dinoseg.utils.errors import UserError
 
 CONFIGS = Path(dinoseg.__file__).parent / "cfg"
 NAMES = sorted(path.stem for path in (CONFIGS / "data").glob("[!_]*.yaml"))
@@ -35,7 +35,7 @@ def test_every_config_is_whole(tmp_path, name):
     augment = instantiate(data.augment)
     assert augment.crop == (64, 96) and augment.longest == 200
     instantiate(data.reader)
-    assert data.prepare is None or data.prepare["_target_"].startswith("dinoseg.preparation.")
+    assert data.prepare is None or data.prepare["_target_"].startswith("dinoseg.tasks.preparation.")
 
 
 def test_every_config_is_tried(tmp_path):

@@ -9,7 +9,7 @@ from making import Pictures, train_batches
 from dinoseg.data import enough_workers
 from dinoseg.data.enough_workers import FROM_NONE, with_enough_workers
 from dinoseg.data.transforms import Augment
-from dinoseg.processes import cores
+from dinoseg.utils import cores
 
 
 class Machine:

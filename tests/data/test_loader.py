@@ -14,13 +14,13 @@ from making import Pictures, train_batches
 from pretended_cuda import is_pinned, pretended_cuda
 from torch.utils.data._utils.pin_memory import pin_memory as pin_memory_of
 
+from dinoseg.core.shapes import ClipBatch
 from dinoseg.data import loader
 from dinoseg.data.clips.view import ClipView
 from dinoseg.data.loader import clip_batches, eval_samples, load_in_order, stack_equal
 from dinoseg.data.transforms import Affine, Augment, ColorJitter
-from dinoseg.errors import UserError
-from dinoseg.processes.workers import telling_killed_loaders
-from dinoseg.shapes import ClipBatch
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.workers import telling_killed_loaders
 
 AUGMENT = Augment((12, 10), scale=(0.7, 1.4), affine=Affine(15, 0.1, 5), flip=0.5, color=ColorJitter(0.2))
 SIZES = [(20 + i, 30 - i) for i in range(11)]

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from making import save
 
-from dinoseg import build
 from dinoseg.data import opened as opening
 from dinoseg.data.formats.folder import folder_dataset
 from dinoseg.data.opened import opened
 from dinoseg.data.packed import choice, draft, pack
 from dinoseg.data.packed.pack import PackedDataset
 from dinoseg.data.scan.class_counts import class_counts
-from dinoseg.errors import UserError
+from dinoseg.experiment import build
+from dinoseg.utils.errors import UserError
 
 
 @pytest.fixture

@@ -30,9 +30,9 @@ from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.pairs.pair import Pair
 from dinoseg.data.transforms import Affine, Augment, ColorJitter
 from dinoseg.data.video.access import VideoFrame
-from dinoseg.errors import UserError
-from dinoseg.model import backbone_size
-from dinoseg.storage.locks import locked
+from dinoseg.models.model import backbone_size
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.locks import locked
 
 SIZES = {"one": (1, 1), "odd": (37, 23), "flat": (1, 90), "video/a": (48, 64), "video/b": (48, 64), "wide": (31, 97)}
 NAMES = sorted(SIZES)
@@ -338,7 +338,7 @@ def test_a_killed_build_goes_on(data, cache, tmp_path):
             from dinoseg.data.formats.folder import folder_dataset
             from dinoseg.data.packed.pack import pack
             from dinoseg.data.packed import draft as packed_draft
-            from dinoseg.storage.atomic import write_whole
+            from dinoseg.utils.atomic import write_whole
             if __name__ == "__main__":
                 packed_draft.write_whole = lambda *args: (time.sleep(0.03), write_whole(*args))
                 source = folder_dataset({str(tmp_path / "data")!r}, "train", classes=["a", "b", "c"])

@@ -13,7 +13,7 @@ from dinoseg.data.splits import (
     regex_group,
     split_table,
 )
-from dinoseg.errors import UserError
+from dinoseg.utils.errors import UserError
 
 NAMES = [f"v{i // 4}/{i:03d}" for i in range(40)]
 

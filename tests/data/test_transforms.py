@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from dinoseg.data.transforms import Affine, Augment, ColorJitter
-from dinoseg.errors import UserError
+from dinoseg.utils.errors import UserError
 
 ALL = {
     "scale": (0.5, 2.0),

@@ -6,8 +6,8 @@ import pytest
 
 from dinoseg.data.transforms import Augment, ColorJitter
 from dinoseg.data.unlabelled import StrongView, UnlabelledImages
-from dinoseg.errors import UserError
-from dinoseg.images import write_png
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.images import write_png
 
 PLAIN = {"jitter": 0.0, "grey": 0.0, "blur": 0.0, "cutmix": 0.0}
 

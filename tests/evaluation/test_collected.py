@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 
+from dinoseg.core.geometry import lattice
+from dinoseg.core.shapes import Batch
 from dinoseg.evaluation import collected as collected_module
 from dinoseg.evaluation.class_scores import ClassScores, unit_sums
 from dinoseg.evaluation.collected import SHOWN, Collector, image_mious, join
-from dinoseg.geometry import lattice
+from dinoseg.evaluation.scoring.intervals import Difference, jackknife
 from dinoseg.metrics.confusion import ConfusionMatrix
-from dinoseg.scoring.intervals import Difference, jackknife
-from dinoseg.shapes import Batch
 
 SIZE, CLASSES = (40, 52), 4
 

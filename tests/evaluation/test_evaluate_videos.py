@@ -16,18 +16,18 @@ from failing import fail_after
 from omegaconf import OmegaConf
 from PIL import Image
 
-from dinoseg.errors import UserError
+from dinoseg.evaluation.scoring import folders
 from dinoseg.evaluation.videos import EvalOptions, evaluate_videos, follow_slots, needs_no_training
-from dinoseg.heads.slots.head import SlotHead
-from dinoseg.images import read_ids, write_png
-from dinoseg.model import Segmenter
+from dinoseg.models.heads.slots.head import SlotHead
+from dinoseg.models.model import Segmenter
 from dinoseg.modes import score
 from dinoseg.modes.evaluate import run as evaluate
 from dinoseg.report.indexed import voc_palette, write_indexed_png
-from dinoseg.scoring import folders
 from dinoseg.tracking.tracker import Tracker
 from dinoseg.tracking.video import benchmark_masks
 from dinoseg.training import engine
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.images import read_ids, write_png
 
 
 class Engine:

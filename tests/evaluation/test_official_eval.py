@@ -12,12 +12,12 @@ from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.masks import Masks
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.pairs.pair import Pair
-from dinoseg.errors import UserError
 from dinoseg.evaluation.official import official_scores, usable
-from dinoseg.images import write_png
+from dinoseg.evaluation.scoring import folders
 from dinoseg.metrics.protocols.idd_lite import IddLite
 from dinoseg.metrics.protocols.sar_rarp50 import SarRarp50
-from dinoseg.scoring import folders
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.images import write_png
 
 
 def write_sarrarp(root):

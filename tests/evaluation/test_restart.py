@@ -4,8 +4,8 @@ import os
 
 import pytest
 
-from dinoseg.errors import UserError
 from dinoseg.evaluation.restart import DIGESTS, take_over
+from dinoseg.utils.errors import UserError
 
 
 def test_a_note_that_is_no_file_is_not_waited_for(tmp_path):

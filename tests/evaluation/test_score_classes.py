@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from command_line import call
 
-from dinoseg.images import write_png
 from dinoseg.inference.class_record import write_class_record
+from dinoseg.utils.images import write_png
 
 CLASSES = ["background", "leaf"]
 

@@ -5,8 +5,8 @@ import os
 import pytest
 
 from dinoseg.evaluation.side_names import run_names, side_names
-from dinoseg.runs import folder as run_folder
-from dinoseg.runs.folder import write_config
+from dinoseg.experiment import folder as run_folder
+from dinoseg.experiment.folder import write_config
 
 
 @pytest.fixture

@@ -13,11 +13,11 @@ from dinoseg.data.formats.annotated import Shapes, annotated_dataset
 from dinoseg.data.formats.annotation_files import AnnotationLayout
 from dinoseg.data.formats.folder import FolderLayout, folder_dataset
 from dinoseg.data.splits import Partition
-from dinoseg.errors import UserError
-from dinoseg.images import read_ids
 from dinoseg.inference.annotations import PredictedShapes
 from dinoseg.inference.image_writers import check_outputs, image_writers
 from dinoseg.inference.outputs import ImagePrediction
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.images import read_ids
 
 CLASSES = ["background", 'leaf <&> "stem"', "ähre"]
 TOOLS = ("coco", "labelme", "cvat")

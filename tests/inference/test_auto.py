@@ -8,16 +8,16 @@ import pytest
 import torch
 from tiny_parts import tiny_vit
 
-from dinoseg.geometry import upsample
-from dinoseg.heads.linear import LinearHead
+from dinoseg.core.geometry import upsample
+from dinoseg.core.shapes import Prediction
 from dinoseg.inference import auto, memory
 from dinoseg.inference.auto import Auto
 from dinoseg.inference.predictor import Predictor
 from dinoseg.inference.trained_sizes import TrainedSizes, keep_scale
 from dinoseg.inference.whole import Whole
-from dinoseg.model import Segmenter
-from dinoseg.processes import control_groups
-from dinoseg.shapes import Prediction
+from dinoseg.models.heads.linear import LinearHead
+from dinoseg.models.model import Segmenter
+from dinoseg.utils import control_groups
 
 CPU = torch.device("cpu")
 

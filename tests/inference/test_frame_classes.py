@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from dinoseg.core.shapes import Prediction
 from dinoseg.inference.frame_classes import FrameClasses
 from dinoseg.inference.predictor import Predictor
-from dinoseg.shapes import Prediction
 
 
 class Marked(torch.nn.Module):

@@ -5,11 +5,11 @@ from types import SimpleNamespace
 import numpy as np
 
 from dinoseg.data.classes.labels import Labels
-from dinoseg.images import write_png
 from dinoseg.inference import image_run
 from dinoseg.inference.class_record import read_class_record, write_class_record
 from dinoseg.inference.done import DoneInputs
 from dinoseg.inference.image_run import ImageInput, ImageRun, Segmentation, segment_images
+from dinoseg.utils.images import write_png
 
 
 def test_results_are_drawn_as_they_are_asked_for(tmp_path, monkeypatch):

@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from dinoseg.errors import UserError
 from dinoseg.inference.inputs import is_video, list_inputs
+from dinoseg.utils.errors import UserError
 
 
 def touch(folder, *names):

@@ -4,9 +4,9 @@ import numpy as np
 import torch
 from tiny_parts import tiny_vit
 
-from dinoseg.heads.linear import LinearHead
 from dinoseg.inference.predictor import Predictor
-from dinoseg.model import Segmenter
+from dinoseg.models.heads.linear import LinearHead
+from dinoseg.models.model import Segmenter
 
 
 def test_ids_are_where_the_probability_is_highest():

@@ -3,9 +3,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dinoseg.images import read_ids, read_image
 from dinoseg.inference import results
 from dinoseg.inference.results import result_names, write_image_results
+from dinoseg.utils.images import read_ids, read_image
 
 OPTIONS = {"classes": ["ground", "car"], "palette": [(0, 0, 0), (9, 200, 30)]}
 

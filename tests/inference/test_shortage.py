@@ -2,8 +2,8 @@
 
 import pytest
 
-from dinoseg.errors import UserError
 from dinoseg.inference.memory import OutOfMemory, reason_of, shortage_of
+from dinoseg.utils.errors import UserError
 
 
 @pytest.mark.parametrize(

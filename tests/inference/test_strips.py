@@ -12,9 +12,6 @@ from PIL import Image
 from tiny_parts import tiny_vit
 
 from dinoseg.data.classes.labels import Labels
-from dinoseg.errors import UserError
-from dinoseg.heads.linear import LinearHead
-from dinoseg.images import read_ids, read_image
 from dinoseg.inference import png_rows, strips
 from dinoseg.inference.done import DoneInputs
 from dinoseg.inference.image_run import ImageInput, ImageRun, Segmentation, segment_images
@@ -24,7 +21,10 @@ from dinoseg.inference.rows import LONGEST
 from dinoseg.inference.strips import ArrayRows, JpegRows, only_in_strips, open_rows
 from dinoseg.inference.tiff_rows import _LARGEST_BLOCK, TiffLayout, TiffRows
 from dinoseg.inference.windows import Windows
-from dinoseg.model import Segmenter
+from dinoseg.models.heads.linear import LinearHead
+from dinoseg.models.model import Segmenter
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.images import read_ids, read_image
 
 CPU = torch.device("cpu")
 SIZE = (301, 97)

@@ -7,12 +7,12 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from dinoseg.errors import UserError
-from dinoseg.heads.linear import LinearHead
+from dinoseg.export.runtime.trained_model import model_of
 from dinoseg.inference.trained_sizes import TrainedSizes, keep_scale
-from dinoseg.model import Segmenter
-from dinoseg.portable.trained_model import model_of
-from dinoseg.regimes import images as images_regime
+from dinoseg.models.heads.linear import LinearHead
+from dinoseg.models.model import Segmenter
+from dinoseg.tasks import images as images_regime
+from dinoseg.utils.errors import UserError
 
 SIZES = TrainedSizes(typical=32, largest=64)
 

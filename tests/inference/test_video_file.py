@@ -11,10 +11,10 @@ from av.stream import Disposition
 from films import write_film
 
 from dinoseg.data.video.access import VideoFrame, read_frame
-from dinoseg.errors import UserError
 from dinoseg.inference import video_file, video_writer
 from dinoseg.inference.video_file import VideoReader, VideoTraits
 from dinoseg.inference.video_writer import VideoWriter
+from dinoseg.utils.errors import UserError
 
 
 def make_video(path, frames=12, size=(48, 64), codec="MJPG", fps=20.0):

@@ -10,16 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dinoseg.backbones.rgb import RgbBackbone
 from dinoseg.config.checks import check_given
-from dinoseg.contracts import Head
-from dinoseg.errors import UserError
-from dinoseg.geometry import upsample
+from dinoseg.core.contracts import Head
+from dinoseg.core.geometry import upsample
 from dinoseg.inference.predictor import Predictor
 from dinoseg.inference.rows import HeldRows, ResizedRows, at_size, mean
 from dinoseg.inference.whole import Whole
 from dinoseg.inference.windows import TURNS, Windows, covered, profile, starts, turned, turned_back
-from dinoseg.model import Segmenter
+from dinoseg.models.backbones.rgb import RgbBackbone
+from dinoseg.models.model import Segmenter
+from dinoseg.utils.errors import UserError
 
 SIZES = [(1, 1), (1, 37), (30, 2), (17, 23), (24, 24), (25, 24), (61, 40)]
 

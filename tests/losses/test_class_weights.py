@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from dinoseg.errors import UserError
 from dinoseg.losses.class_weights import SCHEMES, class_weights
+from dinoseg.utils.errors import UserError
 
 COUNTS = [700_000, 200_000, 100_000, 0]
 NAMES = ["road", "car", "pole", "cat"]

@@ -4,11 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dinoseg.errors import UserError
-from dinoseg.geometry import upsample, valid_share
+from dinoseg.core.geometry import upsample, valid_share
+from dinoseg.core.shapes import Batch, Prediction
 from dinoseg.losses.cross_entropy import CrossEntropy
 from dinoseg.losses.focal import Focal
-from dinoseg.shapes import Batch, Prediction
+from dinoseg.utils.errors import UserError
 
 
 def make(mask, grid=(3, 4), classes=3, image=(20, 30)):

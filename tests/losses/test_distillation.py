@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from dinoseg.geometry import valid_share
+from dinoseg.core.geometry import valid_share
+from dinoseg.core.shapes import Prediction, WeightedMasks
 from dinoseg.losses import full_resolution
 from dinoseg.losses.distillation import SeenScores, divergence
-from dinoseg.shapes import Prediction, WeightedMasks
 
 K = 4
 

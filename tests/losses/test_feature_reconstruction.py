@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from dinoseg.config.nodes import instantiate
-from dinoseg.errors import UserError
-from dinoseg.geometry import upsample
+from dinoseg.core.geometry import upsample
+from dinoseg.core.shapes import Batch, Prediction, SlotOutputs
 from dinoseg.losses.feature_reconstruction import FeatureReconstruction
-from dinoseg.shapes import Batch, Prediction, SlotOutputs
+from dinoseg.utils.errors import UserError
 
 
 def outputs_of(steps, clips=2, length=5, channels=3, grid=(2, 4), dtype=torch.float64):

@@ -6,12 +6,12 @@ import math
 import pytest
 import torch
 
-from dinoseg.errors import UserError
-from dinoseg.geometry import upsample, valid_share
+from dinoseg.core.geometry import upsample, valid_share
+from dinoseg.core.shapes import Batch, MaskOutputs, Prediction
 from dinoseg.losses import mask_classification as loss_module
 from dinoseg.losses import matching
 from dinoseg.losses.mask_classification import FACTORS, MaskClassification
-from dinoseg.shapes import Batch, MaskOutputs, Prediction
+from dinoseg.utils.errors import UserError
 
 K = 3
 WEIGHTS = torch.tensor([0.25, 1.0, 3.0])

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from test_full_resolution import WEIGHTS, all_logits, gradient, refused
 
-from dinoseg.errors import UserError
-from dinoseg.geometry import valid_share
+from dinoseg.core.geometry import valid_share
+from dinoseg.core.shapes import Batch, Prediction
 from dinoseg.losses import full_resolution
 from dinoseg.losses.border import near_borders
 from dinoseg.losses.cross_entropy import CrossEntropy
@@ -18,7 +18,7 @@ from dinoseg.losses.focal import Focal
 from dinoseg.losses.pixel_mean import Hardest
 from dinoseg.losses.tversky import Tversky
 from dinoseg.losses.weighted_sum import WeightedSum
-from dinoseg.shapes import Batch, Prediction
+from dinoseg.utils.errors import UserError
 
 SIZES = [(21, 34), (40, 7), (1, 1), (1, 60), (33, 33)]
 WIDTH = 2

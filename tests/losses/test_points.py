@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from dinoseg.geometry import upsample, valid_share
+from dinoseg.core.geometry import upsample, valid_share
 from dinoseg.losses import points as points_module
 from dinoseg.losses.points import random_points, sample_labels, sample_logits, uncertain_points
 

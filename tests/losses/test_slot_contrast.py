@@ -3,10 +3,10 @@ import math
 import pytest
 import torch
 
-from dinoseg.errors import UserError
-from dinoseg.geometry import upsample
+from dinoseg.core.geometry import upsample
+from dinoseg.core.shapes import Batch, Prediction, SlotOutputs
 from dinoseg.losses.slot_contrast import SlotContrast
-from dinoseg.shapes import Batch, Prediction, SlotOutputs
+from dinoseg.utils.errors import UserError
 
 
 def outputs_of(slots, **more):

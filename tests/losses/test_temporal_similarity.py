@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 
 from dinoseg.config.nodes import instantiate
-from dinoseg.errors import UserError
-from dinoseg.geometry import upsample
+from dinoseg.core.geometry import upsample
+from dinoseg.core.shapes import Batch, Prediction, SlotOutputs
 from dinoseg.losses.dice import Dice
 from dinoseg.losses.feature_reconstruction import FeatureReconstruction
 from dinoseg.losses.temporal_similarity import TemporalSimilarity, similarity_targets
 from dinoseg.losses.weighted_sum import WeightedSum
-from dinoseg.shapes import Batch, Prediction, SlotOutputs
+from dinoseg.utils.errors import UserError
 
 
 def outputs_of(steps=(0,), clips=2, length=4, channels=3, grid=(2, 3), dtype=torch.float64):

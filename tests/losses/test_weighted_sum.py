@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from dinoseg.config.nodes import instantiate
-from dinoseg.contracts import Loss
-from dinoseg.errors import UserError
-from dinoseg.geometry import upsample, valid_share
+from dinoseg.core.contracts import Loss
+from dinoseg.core.geometry import upsample, valid_share
+from dinoseg.core.shapes import Batch, Prediction
 from dinoseg.losses.cross_entropy import CrossEntropy
 from dinoseg.losses.dice import Dice
 from dinoseg.losses.focal import Focal
@@ -14,7 +14,7 @@ from dinoseg.losses.lovasz import Lovasz
 from dinoseg.losses.mask_classification import MaskClassification
 from dinoseg.losses.tversky import Tversky
 from dinoseg.losses.weighted_sum import WeightedSum
-from dinoseg.shapes import Batch, Prediction
+from dinoseg.utils.errors import UserError
 
 WEIGHTS = torch.tensor([0.5, 1.0, 2.0])
 TERMS = {"ce": CrossEntropy, "dice": Dice}

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from score_making import maps, save, scores, tree, unit_sums
 
-from dinoseg.errors import UserError
-from dinoseg.label_tables.read import label_table
+from dinoseg.data.label_tables.read import label_table
 from dinoseg.metrics.protocols.cityscapes import ENDING, Cityscapes
 from dinoseg.metrics.protocols.contract import BadFile, Case
+from dinoseg.utils.errors import UserError
 
 SIZES = {24: 3462.4756337644, 25: 3930.4788056518, 26: 12794.0202738185, 27: 27855.1264367816}
 SIZES |= {28: 35732.1511111111, 31: 67583.7075812274, 32: 6298.7200839748, 33: 4672.3249222261}

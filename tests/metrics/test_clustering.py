@@ -12,11 +12,11 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 import dinoseg
-from dinoseg.errors import UserError
+from dinoseg.evaluation.scoring.folders import score_cases
 from dinoseg.metrics.clustering import adjusted_rand_index, best_overlaps, contingency
 from dinoseg.metrics.protocols.contract import BadFile
 from dinoseg.metrics.protocols.video_clustering import VideoClustering
-from dinoseg.scoring.folders import score_cases
+from dinoseg.utils.errors import UserError
 
 KEYS = ("ARI", "FG-ARI", "mBO", "ARI_per_frame", "FG-ARI_per_frame", "mBO_per_frame")
 

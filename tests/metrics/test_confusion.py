@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from dinoseg.errors import UserError
 from dinoseg.metrics.confusion import ConfusionMatrix, commonest_class
+from dinoseg.utils.errors import UserError
 
 
 def loop_matrix(prediction, mask, num_classes, ignore_index):

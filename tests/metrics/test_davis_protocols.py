@@ -12,11 +12,11 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 import dinoseg
-from dinoseg.errors import UserError
+from dinoseg.evaluation.scoring.folders import Unscorable
+from dinoseg.evaluation.scoring.folders import score_cases as run_score
 from dinoseg.metrics.protocols.contract import BadFile
 from dinoseg.metrics.protocols.davis import KEYS, Davis2016, Davis2017, Davis2017Unsupervised
-from dinoseg.scoring.folders import Unscorable
-from dinoseg.scoring.folders import score_cases as run_score
+from dinoseg.utils.errors import UserError
 
 TASKS = {"davis2017": Davis2017, "davis2017_unsupervised": Davis2017Unsupervised, "davis2016": Davis2016}
 MASKS = {"davis2017": "Annotations", "davis2017_unsupervised": "Annotations_unsupervised", "davis2016": "Annotations"}

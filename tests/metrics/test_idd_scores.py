@@ -7,10 +7,10 @@ import pytest
 from PIL import Image
 from score_making import maps, save, scores, tree, unit_sums
 
-from dinoseg.errors import UserError
 from dinoseg.metrics.protocols.contract import BadFile, Case
 from dinoseg.metrics.protocols.idd import ENDING, NAMES, Idd
 from dinoseg.metrics.protocols.idd_lite import IddLite
+from dinoseg.utils.errors import UserError
 
 SIZES = {720: (1280, 720), 1080: (1920, 1080), 480: (858, 480), 240: (426, 240)}  # as the official script has them
 LEVEL2 = [[0], [1], [2], [3], [4], [5], [6, 7], [8, 9], [10, 11, 12], [13, 14]]

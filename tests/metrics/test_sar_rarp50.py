@@ -9,10 +9,10 @@ from PIL import Image
 from scipy import ndimage
 
 import dinoseg
-from dinoseg.errors import UserError
 from dinoseg.metrics.protocols.contract import BadFile
 from dinoseg.metrics.protocols.sar_rarp50 import CLASSES, SarRarp50
 from dinoseg.metrics.protocols.sar_rarp50_seed import SarRarp50Seed
+from dinoseg.utils.errors import UserError
 
 PROTOCOLS = [SarRarp50, SarRarp50Seed]
 CFG = Path(dinoseg.__file__).parent / "cfg"

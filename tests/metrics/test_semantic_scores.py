@@ -6,10 +6,10 @@ from PIL import Image
 from score_making import maps, save, scores, tree, unit_sums
 from sklearn.metrics import accuracy_score, f1_score, jaccard_score, recall_score
 
-from dinoseg.errors import UserError
 from dinoseg.metrics.protocols.ade20k import Ade20k
 from dinoseg.metrics.protocols.contract import BadFile, Case
 from dinoseg.metrics.protocols.semantic import Semantic
+from dinoseg.utils.errors import UserError
 
 
 def path(number):

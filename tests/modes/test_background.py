@@ -6,10 +6,10 @@ import pytest
 from command_line import SMALL, call, write_data
 from omegaconf import OmegaConf
 
-from dinoseg.build import background_of
-from dinoseg.errors import UserError
+from dinoseg.experiment.build import background_of
 from dinoseg.report.log import read_rows
 from dinoseg.training import checkpoint
+from dinoseg.utils.errors import UserError
 
 WITH = ("sarrarp", "person", "binary", "pascal_voc", "davis2016", "davis2017", "movi", "youtube_vos", "videos")
 WITHOUT = ("camvid", "camvid_segnet", "cityscapes", "idd", "idd_lite", "idd_level1", "idd_cityscapes", "ade20k")

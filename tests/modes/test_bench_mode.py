@@ -5,9 +5,9 @@ import json
 import pytest
 from command_line import SLOTS, SMALL, call, in_this_process, write_data
 
-from dinoseg.costs.speed import Timed
-from dinoseg.errors import UserError
+from dinoseg.autotune.speed import Timed
 from dinoseg.modes import bench as benching
+from dinoseg.utils.errors import UserError
 
 WORDS = ("mode=bench", *SMALL, "engine.precision=fp32", "hydra.run.dir=run")
 QUICK = ("mode.steps=3", "mode.images=4", "mode.warmup=1")

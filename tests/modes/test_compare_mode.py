@@ -10,13 +10,13 @@ import pytest
 from command_line import call, write_data
 from omegaconf import OmegaConf
 
-from dinoseg.errors import UserError
 from dinoseg.evaluation.collected import image_mious
 from dinoseg.evaluation.image_record import COUNTS, RECORD, evaluated, read_record
 from dinoseg.evaluation.side_names import run_names
 from dinoseg.evaluation.sides import sides_of
-from dinoseg.images import read_size, write_png
 from dinoseg.modes import evaluate
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.images import read_size, write_png
 
 STATES = ("as it is", "at temperature")
 LARGE = {"parameters": 7_000_000, "trainable": 10, "images_per_s": 4.0}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from command_line import call, write_data
 
-from dinoseg.images import write_png
+from dinoseg.utils.images import write_png
 
 FOLDER = ("mode=doctor", "data=folder", "data.classes=[dark,bright]", "data.root=data", "mode.workers=1")
 

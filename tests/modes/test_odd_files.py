@@ -7,7 +7,7 @@ from command_line import SMALL, call
 
 from dinoseg.data.formats.folder import folder_dataset
 from dinoseg.data.opened import opened
-from dinoseg.images import write_png
+from dinoseg.utils.images import write_png
 
 NAMES = (
     "a,b=c",

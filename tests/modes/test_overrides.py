@@ -15,19 +15,19 @@ from omegaconf import OmegaConf
 from portable_parts import TINY, untrained
 
 import dinoseg
+from dinoseg.cli.ranks import LAUNCH_KEYS
 from dinoseg.config.nodes import instantiate
-from dinoseg.errors import UserError
-from dinoseg.exporting import onnx_export, onnx_file, program
-from dinoseg.images import read_image
+from dinoseg.experiment.resume import merge
+from dinoseg.experiment.unread import warn_not_read
+from dinoseg.export import onnx_export, onnx_file, program
 from dinoseg.inference.auto import Auto
 from dinoseg.inference.whole import Whole
 from dinoseg.inference.windows import Windows
-from dinoseg.model import Segmenter
-from dinoseg.ranks import LAUNCH_KEYS
-from dinoseg.runs.resume import merge
-from dinoseg.runs.unread import warn_not_read
+from dinoseg.models.model import Segmenter
 from dinoseg.serving.source import load_served
 from dinoseg.training import checkpoint
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.images import read_image
 
 OTHER = {  # key to another value than the one below
     **{"resolution.crop": [24, 32], "resolution.scale": 0.5, "resolution.longest": 40},
@@ -182,7 +182,7 @@ def observed(where, mode, cfg, word):
         watching() as seen,
         redirect_stdout(io.StringIO()) as said,
         patch("dinoseg.modes.bench.in_own_process", in_this_process),
-        patch("dinoseg.costs.speed.matrix_peak", lambda *_, **__: 1.0),
+        patch("dinoseg.autotune.speed.matrix_peak", lambda *_, **__: 1.0),
     ):
         result = run(mode, cfg, out)
     told = f"{said.getvalue()}{result}" if mode == "summary" else ""  # of others, times or memory are in it

@@ -7,9 +7,9 @@ import pytest
 import torch
 from command_line import SMALL, call, write_data
 
-from dinoseg.images import read_ids, write_png
-from dinoseg.precision import bfloat16_is_faster
 from dinoseg.training import checkpoint
+from dinoseg.utils.images import read_ids, write_png
+from dinoseg.utils.precision import bfloat16_is_faster
 
 
 @pytest.fixture(scope="module")

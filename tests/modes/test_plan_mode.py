@@ -11,14 +11,14 @@ import pytest
 from command_line import SMALL, call, in_this_process, write_data
 from omegaconf import OmegaConf
 
-from dinoseg.costs import fitting
-from dinoseg.costs.fitting import Fit
-from dinoseg.costs.step_bytes import StepBytes
-from dinoseg.costs.target import Target
-from dinoseg.costs.trial import Trial
-from dinoseg.errors import UserError
+from dinoseg.autotune import fitting
+from dinoseg.autotune.fitting import Fit
+from dinoseg.autotune.step_bytes import StepBytes
+from dinoseg.autotune.target import Target
+from dinoseg.autotune.trial import Trial
 from dinoseg.inference.memory import OutOfMemory
 from dinoseg.modes import plan as planning
+from dinoseg.utils.errors import UserError
 
 WORDS = [*SMALL[:2], *SMALL[3:], "data.root=my data", "engine.precision=fp32"]
 

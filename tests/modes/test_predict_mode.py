@@ -14,20 +14,20 @@ import torch
 from films import write_film
 from omegaconf import OmegaConf
 
-from dinoseg import build
-from dinoseg.contracts import Head
+from dinoseg.core.contracts import Head
+from dinoseg.core.shapes import Prediction
 from dinoseg.data.formats.annotated import Shapes, annotated_dataset
 from dinoseg.data.formats.annotation_files import AnnotationLayout
 from dinoseg.data.splits import Partition
-from dinoseg.errors import UserError
-from dinoseg.images import read_ids, read_image, write_png
+from dinoseg.experiment import build
+from dinoseg.experiment.trained import Trained
 from dinoseg.inference import image_run, inputs, memory
 from dinoseg.inference.annotations import PredictedShapes
 from dinoseg.inference.video_file import VideoReader
 from dinoseg.modes import predict as mode
 from dinoseg.modes import score
-from dinoseg.runs.trained import Trained
-from dinoseg.shapes import Prediction
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.images import read_ids, read_image, write_png
 
 CLASSES = ["dark", "middle", "bright"]
 

@@ -6,9 +6,9 @@ import torch
 from command_line import SMALL, call, write_data
 from omegaconf import OmegaConf
 
-from dinoseg.images import read_image, write_png
-from dinoseg.runs.recipe import recipe_of
+from dinoseg.experiment.recipe import recipe_of
 from dinoseg.training import checkpoint
+from dinoseg.utils.images import read_image, write_png
 
 STRONG = "mode.strengths=[0.01,0.1]"
 

@@ -8,7 +8,7 @@ from command_line import SMALL, call, write_data
 from config_files import GROUPS, main_choices, options, read, read_whole
 
 from dinoseg.config.plain import texts_of
-from dinoseg.runs.unread import warn_not_read
+from dinoseg.experiment.unread import warn_not_read
 
 
 def test_a_mode_reads_groups_and_keys_that_there_are(compose):

@@ -9,11 +9,11 @@ from command_line import call
 from meta_files import RELEASED, RELEASED_ARCH, write_released
 from safetensors import safe_open
 
-from dinoseg.backbones.transformers_vit import TransformersVit
 from dinoseg.config.nodes import instantiate
-from dinoseg.heads.mask2former.head import Mask2FormerHead
-from dinoseg.images import read_ids, write_png
 from dinoseg.inference.windows import starts
+from dinoseg.models.backbones.transformers_vit import TransformersVit
+from dinoseg.models.heads.mask2former.head import Mask2FormerHead
+from dinoseg.utils.images import read_ids, write_png
 
 SIZE = (64, 96)
 SMALL = [*RELEASED, "engine=cpu", "engine.workers=0", "engine.precision=fp32"]

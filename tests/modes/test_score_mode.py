@@ -12,7 +12,7 @@ import pytest
 from command_line import call
 from PIL import Image
 
-from dinoseg.images import write_png
+from dinoseg.utils.images import write_png
 
 ROOT = Path(__file__).parents[2]
 WITHOUT_TORCH = "import sys; sys.modules['torch'] = None; from dinoseg.__main__ import main; main()"

@@ -10,8 +10,8 @@ from films import write_film
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from dinoseg.images import read_image, write_png
 from dinoseg.training.feature_cache.form import to_bytes
+from dinoseg.utils.images import read_image, write_png
 
 WORDS = ("mode=select", *(word for word in SMALL if not word.startswith(("adapter=", "trainer."))), "hydra.run.dir=R")
 NO_DATA = tuple(word for word in WORDS if not word.startswith("data."))

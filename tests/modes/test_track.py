@@ -15,17 +15,17 @@ from failing import fail_after
 from omegaconf import OmegaConf
 from PIL import Image
 
+from dinoseg.cli.launch import launch
 from dinoseg.config.nodes import instantiate
-from dinoseg.errors import UserError
-from dinoseg.images import read_ids
+from dinoseg.experiment.folder import is_locked
 from dinoseg.inference.video_file import VideoReader
-from dinoseg.launch import launch
 from dinoseg.modes import track as mode
-from dinoseg.runs.folder import is_locked
 from dinoseg.tracking.propagation.settings import CRW, DINO, DINOV3
 from dinoseg.tracking.video import mask_folder
 from dinoseg.tracking.video import report as track_report
 from dinoseg.tracking.video import run as video_run
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.images import read_ids
 
 SIZE = (36, 50)
 kept = {}  # the composed config

@@ -11,9 +11,9 @@ from meta_files import RELEASED, write_released
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from dinoseg.images import read_ids, write_png
 from dinoseg.tracking.video import mask_folder
 from dinoseg.training import engine
+from dinoseg.utils.images import read_ids, write_png
 
 WAYS = {
     "segmenter": ("resume=segmenter", "mode.smoothing=0.8", "tracker.context=2"),

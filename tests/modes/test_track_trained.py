@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from command_line import call
 
-from dinoseg.images import read_ids
+from dinoseg.utils.images import read_ids
 
 
 def run(where, *arguments):

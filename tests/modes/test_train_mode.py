@@ -4,11 +4,11 @@ import pytest
 from command_line import SMALL, call, write_data
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dinoseg import build
 from dinoseg.data.classes.masks import MaskReader
-from dinoseg.images import read_image
-from dinoseg.regimes import images
+from dinoseg.experiment import build
 from dinoseg.report.log import read_rows
+from dinoseg.tasks import images
+from dinoseg.utils.images import read_image
 
 
 @pytest.fixture

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from matplotlib.axes import Axes
 
-from dinoseg.images import read_image
 from dinoseg.report import curves
 from dinoseg.report.curves import draw_curves
+from dinoseg.utils.images import read_image
 
 BLUE, VERMILION = (0, 114, 178), (213, 94, 0)
 TRAINING = [{"step": step, "train/loss": 2 / step, "train/lr": 0.1} for step in range(1, 120)]

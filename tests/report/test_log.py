@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from tensorboard.summary.writer import event_file_writer
 
-from dinoseg.errors import UserError
-from dinoseg.images import read_image
 from dinoseg.report.log import RunLog, read_rows, write_settings
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.images import read_image
 
 
 def board_scalars(folder, tag):

@@ -7,7 +7,7 @@ import torch
 
 from dinoseg.metrics.confusion import ConfusionMatrix
 from dinoseg.report.table import class_statistics, class_table, write_scores_csv
-from dinoseg.storage.atomic import write_json
+from dinoseg.utils.atomic import write_json
 
 NAMES = ["background", "tool, long", "thread", "clamp"]
 

@@ -16,7 +16,6 @@ from PIL import Image
 from serving_stand_ins import InThread, encoded, picture, service
 from starlette.testclient import TestClient
 
-from dinoseg.errors import UserError
 from dinoseg.inference.video_file import VideoReader
 from dinoseg.inference.video_writer import VideoWriter
 from dinoseg.serving import jobs
@@ -26,6 +25,7 @@ from dinoseg.serving.clips import make_overlay
 from dinoseg.serving.guard import Hosts
 from dinoseg.serving.limits import ClipLimits, Refused
 from dinoseg.tracking.tracker import Tracker
+from dinoseg.utils.errors import UserError
 
 FRAMES, SIZE = 6, (32, 48)
 
@@ -319,7 +319,7 @@ def test_a_disk_that_takes_nothing_more_is_told_without_a_path(tmp_path, clip, m
 
 
 def test_what_a_killed_server_has_left_goes_at_the_next_start_and_a_living_ones_stays(tmp_path):
-    words = "import sys; from pathlib import Path; from dinoseg.storage.atomic import scratch_folder\n"
+    words = "import sys; from pathlib import Path; from dinoseg.utils.atomic import scratch_folder\n"
     words += "with scratch_folder(Path(sys.argv[1]), 'uploads') as folder: print(folder, flush=True); input()"
     servers = [
         subprocess.Popen([sys.executable, "-c", words, tmp_path / name], stdin=subprocess.PIPE, stdout=subprocess.PIPE)

@@ -12,8 +12,8 @@ import pytest
 from chromium import opened_page
 from command_line import call
 
-from dinoseg.images import read_ids, read_image, write_png
 from dinoseg.inference.video_writer import VideoWriter
+from dinoseg.utils.images import read_ids, read_image, write_png
 
 pytestmark = pytest.mark.heavy
 VIEW = """() => {

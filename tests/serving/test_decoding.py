@@ -13,17 +13,17 @@ from PIL import Image
 from serving_stand_ins import FACTS, Bright, InThread, encoded, picture
 
 from dinoseg.data.video.length import count_frames
-from dinoseg.errors import UserError
-from dinoseg.images import as_rgb
+from dinoseg.export.runtime.model import Model
 from dinoseg.inference.video_file import VideoReader
 from dinoseg.inference.video_writer import VideoWriter
-from dinoseg.portable.model import Model
 from dinoseg.serving import clip_frames, decoding
 from dinoseg.serving import service as service_module
 from dinoseg.serving.clip_frames import ClipReader
 from dinoseg.serving.decoding import Decoders
 from dinoseg.serving.limits import ClipLimits, Limits, Refused
 from dinoseg.serving.service import Service
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.images import as_rgb
 
 
 @pytest.fixture

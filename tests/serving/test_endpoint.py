@@ -14,13 +14,13 @@ from starlette.formparsers import MultiPartParser
 from starlette.requests import Request
 from starlette.testclient import TestClient
 
-from dinoseg.errors import UserError
-from dinoseg.images import read_image
 from dinoseg.serving.endpoint import endpoint
 from dinoseg.serving.guard import Hosts
 from dinoseg.serving.limits import Limits, Refused
 from dinoseg.serving.metrics import Metrics
 from dinoseg.serving.requests import bounded
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.images import read_image
 
 
 def opened(answer):

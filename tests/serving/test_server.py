@@ -16,14 +16,14 @@ import uvicorn
 from command_line import call
 from serving_stand_ins import FACTS, Bright, encoded, picture
 
-from dinoseg.errors import UserError
-from dinoseg.portable.model import Model
-from dinoseg.processes.interrupt import Deferral
+from dinoseg.export.runtime.model import Model
 from dinoseg.serving import server as server_module
 from dinoseg.serving import start
 from dinoseg.serving.guard import is_loopback
 from dinoseg.serving.limits import Limits
 from dinoseg.serving.server import bound
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.interrupt import Deferral
 
 
 def test_a_port_that_is_taken_is_one_message():

@@ -4,8 +4,8 @@ import pytest
 from command_line import call
 from portable_parts import exported, untrained
 
-from dinoseg import build
-from dinoseg.storage.tensor_files import write_tensors
+from dinoseg.experiment import build
+from dinoseg.utils.tensor_files import write_tensors
 
 
 @pytest.fixture

@@ -11,14 +11,14 @@ import pytest
 
 from dinoseg.data.clips.cut import Cut, open_clips
 from dinoseg.data.formats.movi import Movi
-from dinoseg.errors import UserError
 from dinoseg.metrics.clustering import adjusted_rand_index, contingency
-from dinoseg.storage.locks import locked
 from dinoseg.synthetic.moving import objects as moving_objects
 from dinoseg.synthetic.moving import write as moving_write
 from dinoseg.synthetic.moving.objects import draw_video
 from dinoseg.synthetic.moving.outlines import OUTLINES
 from dinoseg.synthetic.moving.write import render_moving_objects
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.locks import locked
 
 SMALL = {"train_videos": 2, "val_videos": 1, "test_videos": 0, "seconds": 1, "size": (32, 40), "workers": 1}
 SEEDS = [(0, 0, number) for number in range(1, 13)]

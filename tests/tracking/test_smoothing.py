@@ -8,16 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dinoseg.contracts import Backbone, Head
-from dinoseg.errors import UserError
-from dinoseg.geometry import upsample
-from dinoseg.heads.eomt import EomtHead
-from dinoseg.heads.linear import LinearHead
-from dinoseg.model import Segmenter
+from dinoseg.core.contracts import Backbone, Head
+from dinoseg.core.geometry import upsample
+from dinoseg.models.heads.eomt import EomtHead
+from dinoseg.models.heads.linear import LinearHead
+from dinoseg.models.model import Segmenter
 from dinoseg.tracking.grid.cells import area_mean, one_hot
 from dinoseg.tracking.grid.propagator import Propagator, propagate
 from dinoseg.tracking.propagation.settings import CRW, DINO, DINOV3, PropagationSettings
 from dinoseg.tracking.smoothing import SmoothingTracker, with_features
+from dinoseg.utils.errors import UserError
 
 NEAR = PropagationSettings(context=3, radius=2)
 

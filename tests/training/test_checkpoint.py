@@ -7,13 +7,13 @@ from checkpoint_files import INFO
 from safetensors.torch import save_file
 from torch import nn
 
-from dinoseg.adapters import Frozen, Full, Lora
-from dinoseg.errors import UserError
-from dinoseg.heads.linear import LinearHead
-from dinoseg.model import Segmenter
+from dinoseg.models.adapters import Frozen, Full, Lora
+from dinoseg.models.heads.linear import LinearHead
+from dinoseg.models.model import Segmenter
 from dinoseg.training import checkpoint
 from dinoseg.training.checkpoint import Checkpoints, find, load_weights, read, write
 from dinoseg.training.optim import MovingAverage, adamw
+from dinoseg.utils.errors import UserError
 
 ADAPTERS = {"frozen": Frozen(), "full": Full(), "lora": Lora(rank=2, alpha=2)}
 

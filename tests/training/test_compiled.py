@@ -4,14 +4,14 @@ import pytest
 import torch
 from tiny_parts import tiny_vit
 
-from dinoseg.adapters import Frozen, Lora
-from dinoseg.backbones.timm_backbone import TimmBackbone
-from dinoseg.errors import UserError
-from dinoseg.heads.linear import LinearHead
-from dinoseg.model import Segmenter
+from dinoseg.models.adapters import Frozen, Lora
+from dinoseg.models.backbones.timm_backbone import TimmBackbone
+from dinoseg.models.heads.linear import LinearHead
+from dinoseg.models.model import Segmenter
 from dinoseg.training import compiled
 from dinoseg.training.compiled import compile_blocks
 from dinoseg.training.engine import Engine
+from dinoseg.utils.errors import UserError
 
 
 @pytest.fixture

@@ -9,15 +9,15 @@ from checkpoint_files import INFO
 from safetensors.torch import save_file
 from torch import nn
 
-from dinoseg.backbones.rgb import RgbBackbone
 from dinoseg.data.classes.labels import Labels
-from dinoseg.errors import UserError
-from dinoseg.heads.linear import LinearHead
-from dinoseg.model import Segmenter
+from dinoseg.models.backbones.rgb import RgbBackbone
+from dinoseg.models.heads.linear import LinearHead
+from dinoseg.models.model import Segmenter
 from dinoseg.training.checkpoint import describe, outline, read, write
 from dinoseg.training.description import FORMAT
 from dinoseg.training.loading import bounded, check_fits, check_size, load_average, load_optimizer
 from dinoseg.training.optim import MovingAverage
+from dinoseg.utils.errors import UserError
 
 WEIGHT = "head.classify.weight"
 DEEP = "[" * 100_000 + "]" * 100_000

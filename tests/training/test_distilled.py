@@ -7,19 +7,19 @@ import numpy as np
 import pytest
 import torch
 
+from dinoseg.core.shapes import Batch, FeatureBatch, FrozenFeatures, Prediction
 from dinoseg.data.class_uniform import ClassUniform
 from dinoseg.data.train_views import TrainViews
 from dinoseg.data.transforms import Affine, Augment
 from dinoseg.data.unlabelled import Unmasked
-from dinoseg.errors import UserError
-from dinoseg.images import write_png
 from dinoseg.losses.cross_entropy import CrossEntropy
 from dinoseg.losses.distillation import SeenScores, divergence
-from dinoseg.shapes import Batch, FeatureBatch, FrozenFeatures, Prediction
 from dinoseg.training.distilled import DistilFeed, DistilledLoss, KeptScores, Part, ScoredBatch
 from dinoseg.training.feature_cache.form import to_bytes
 from dinoseg.training.feature_cache.store import DiskStore, NoStore
 from dinoseg.training.image_feed import ImageFeed
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.images import write_png
 
 CPU = torch.device("cpu")
 

@@ -5,8 +5,8 @@ import torch
 from pretended_cuda import pretended_engine
 from torch import nn
 
-from dinoseg.errors import UserError
 from dinoseg.training.engine import Engine, choose_device
+from dinoseg.utils.errors import UserError
 
 
 def test_auto_is_the_best_device_there_is():

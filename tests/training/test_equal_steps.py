@@ -12,13 +12,13 @@ import torch
 from config_files import options
 from torch import nn
 
-from dinoseg import criteria
-from dinoseg.contracts import Loss
-from dinoseg.geometry import upsample
+from dinoseg.core.contracts import Loss
+from dinoseg.core.geometry import upsample
+from dinoseg.core.shapes import Batch, MaskOutputs, Prediction, SlotOutputs
+from dinoseg.experiment import criteria
 from dinoseg.losses import mask_classification, matching
 from dinoseg.losses.cross_entropy import CrossEntropy
 from dinoseg.losses.distillation import SeenScores
-from dinoseg.shapes import Batch, MaskOutputs, Prediction, SlotOutputs
 from dinoseg.training.distilled import DistilledLoss, Part, ScoredBatch
 from dinoseg.training.engine import Engine
 from dinoseg.training.micro_batches import MicroBatches

@@ -16,8 +16,6 @@ from checkpoint_files import INFO
 from making import train_batches
 from torch import nn
 
-from dinoseg.adapters import Frozen, LastBlocks, Lora
-from dinoseg.backbones.transformers_vit import TransformersVit
 from dinoseg.data import loader
 from dinoseg.data.class_uniform import class_uniform
 from dinoseg.data.classes.labels import Labels
@@ -28,15 +26,14 @@ from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.pairs.pair import Pair
 from dinoseg.data.train_views import ClassUniform
 from dinoseg.data.transforms import Affine, Augment, ColorJitter
-from dinoseg.errors import UserError
-from dinoseg.heads.detail import DetailHead
-from dinoseg.heads.linear import LinearHead
-from dinoseg.images import write_png
 from dinoseg.inference.whole import Whole
 from dinoseg.inference.windows import Windows
 from dinoseg.losses.cross_entropy import CrossEntropy
-from dinoseg.model import Segmenter
-from dinoseg.processes import cores
+from dinoseg.models.adapters import Frozen, LastBlocks, Lora
+from dinoseg.models.backbones.transformers_vit import TransformersVit
+from dinoseg.models.heads.detail import DetailHead
+from dinoseg.models.heads.linear import LinearHead
+from dinoseg.models.model import Segmenter
 from dinoseg.report.log import RunLog
 from dinoseg.training import feature_choice as choice
 from dinoseg.training.checkpoint import Checkpoints, read
@@ -49,6 +46,9 @@ from dinoseg.training.feature_cost import Cost, measured
 from dinoseg.training.fit import fit
 from dinoseg.training.image_feed import ImageFeed
 from dinoseg.training.optim import adamw, schedule
+from dinoseg.utils import cores
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.images import write_png
 
 AUGMENT = Augment((24, 33), scale=(0.5, 1.5), affine=Affine(20), flip=0.5, color=ColorJitter(0.2, 0.2))
 FROZEN = Frozen()

@@ -7,15 +7,14 @@ import torch
 from checkpoint_files import INFO
 from torch import nn
 
-from dinoseg.adapters import Full
-from dinoseg.contracts import Head
+from dinoseg.core.contracts import Head
+from dinoseg.core.geometry import lattice
 from dinoseg.data.transforms import Affine, Augment
-from dinoseg.errors import UserError
-from dinoseg.geometry import lattice
-from dinoseg.heads.linear import LinearHead
-from dinoseg.heads.mlp import MlpHead
 from dinoseg.losses.cross_entropy import CrossEntropy
-from dinoseg.model import Segmenter
+from dinoseg.models.adapters import Full
+from dinoseg.models.heads.linear import LinearHead
+from dinoseg.models.heads.mlp import MlpHead
+from dinoseg.models.model import Segmenter
 from dinoseg.report.log import RunLog
 from dinoseg.training import fit as fitting
 from dinoseg.training import image_feed as feeding
@@ -32,6 +31,7 @@ from dinoseg.training.optim import adamw, schedule
 from dinoseg.training.shared_features import SharedFeatures, SharingSegmenter
 from dinoseg.training.time_limit import TimeLimit
 from dinoseg.training.validation import evaluate
+from dinoseg.utils.errors import UserError
 
 
 class Stripes:

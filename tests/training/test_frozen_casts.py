@@ -8,9 +8,9 @@ from tiny_parts import tiny_vit
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dinoseg.adapters import Frozen, Lora, merge
-from dinoseg.heads.linear import LinearHead
-from dinoseg.model import Segmenter
+from dinoseg.models.adapters import Frozen, Lora, merge
+from dinoseg.models.heads.linear import LinearHead
+from dinoseg.models.model import Segmenter
 from dinoseg.training.checkpoint import frozen_fingerprint
 from dinoseg.training.engine import Engine
 

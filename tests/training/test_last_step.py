@@ -11,13 +11,11 @@ import torch.nn.functional as F
 from checkpoint_files import INFO
 from test_fit import Rows, Stripes
 
-from dinoseg.adapters import Full
 from dinoseg.data.transforms import Affine, Augment
-from dinoseg.errors import UserError
-from dinoseg.heads.linear import LinearHead
 from dinoseg.losses.cross_entropy import CrossEntropy
-from dinoseg.model import Segmenter
-from dinoseg.processes.interrupt import Interrupted
+from dinoseg.models.adapters import Full
+from dinoseg.models.heads.linear import LinearHead
+from dinoseg.models.model import Segmenter
 from dinoseg.training import checkpoint
 from dinoseg.training.checkpoint import Checkpoints, read
 from dinoseg.training.engine import Engine
@@ -26,6 +24,8 @@ from dinoseg.training.fit import fit
 from dinoseg.training.image_feed import ImageFeed
 from dinoseg.training.optim import adamw, schedule
 from dinoseg.training.trainee import NonFiniteLoss
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.interrupt import Interrupted
 
 pytestmark = pytest.mark.slow  # trains in each test
 

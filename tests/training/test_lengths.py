@@ -4,10 +4,10 @@ import pytest
 from command_line import SMALL, call, write_data
 from omegaconf import OmegaConf
 
-from dinoseg import build
-from dinoseg.errors import UserError
+from dinoseg.experiment import build
 from dinoseg.training import checkpoint
 from dinoseg.training.lengths import in_steps
+from dinoseg.utils.errors import UserError
 
 GIVEN = {"batch_size": 4, "accumulate": 2, "steps": 70, "epochs": None, "val_every": 5}
 

@@ -10,13 +10,13 @@ from test_cuda_paths import LOGGED, VALIDATION, tiny, train
 from test_mps import train_on_mps
 from torch import nn
 
-from dinoseg.errors import UserError
 from dinoseg.losses.cross_entropy import CrossEntropy
-from dinoseg.precision import compute_dtype
 from dinoseg.training.checkpoint import read
 from dinoseg.training.engine import Engine
 from dinoseg.training.loss_scale import LossScale
 from dinoseg.training.trainee import NonFiniteLoss
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.precision import compute_dtype
 
 CPU = torch.device("cpu")
 turing = partial(pretended_cuda, capability=(7, 5))

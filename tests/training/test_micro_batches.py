@@ -6,16 +6,16 @@ import pytest
 import torch
 from checkpoint_files import INFO
 
-from dinoseg.adapters import Full
+from dinoseg.core.shapes import Batch, ClipBatch
 from dinoseg.data.transforms import Augment
-from dinoseg.heads.linear import LinearHead
-from dinoseg.heads.mlp import MlpHead
 from dinoseg.inference.memory import OutOfMemory
 from dinoseg.losses.cross_entropy import CrossEntropy
 from dinoseg.losses.dice import Dice
-from dinoseg.model import Segmenter
+from dinoseg.models.adapters import Full
+from dinoseg.models.heads.linear import LinearHead
+from dinoseg.models.heads.mlp import MlpHead
+from dinoseg.models.model import Segmenter
 from dinoseg.report.log import RunLog
-from dinoseg.shapes import Batch, ClipBatch
 from dinoseg.training.checkpoint import Checkpoints
 from dinoseg.training.engine import Engine
 from dinoseg.training.fit import fit

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 
 from dinoseg.data.train_views import UNLABELLED, VIEW, chance_of
-from dinoseg.errors import UserError
 from dinoseg.training.mixed_feed import Unlabelled, _read
+from dinoseg.utils.errors import UserError
 
 
 def test_a_batch_is_one_that_there_is_and_that_ranks_can_share():

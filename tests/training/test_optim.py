@@ -7,15 +7,14 @@ from tiny_parts import BACKBONES, tiny_node
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dinoseg.adapters import Full, Lora
-from dinoseg.backbones.rgb import RgbBackbone
-from dinoseg.backbones.transformers_vit import TransformersVit
 from dinoseg.config.nodes import instantiate
-from dinoseg.errors import UserError
-from dinoseg.heads.eomt import EomtHead
-from dinoseg.heads.linear import LinearHead
-from dinoseg.heads.mask2former.head import Mask2FormerHead
-from dinoseg.model import Segmenter
+from dinoseg.models.adapters import Full, Lora
+from dinoseg.models.backbones.rgb import RgbBackbone
+from dinoseg.models.backbones.transformers_vit import TransformersVit
+from dinoseg.models.heads.eomt import EomtHead
+from dinoseg.models.heads.linear import LinearHead
+from dinoseg.models.heads.mask2former.head import Mask2FormerHead
+from dinoseg.models.model import Segmenter
 from dinoseg.training.optim import (
     MovingAverage,
     Pace,
@@ -26,6 +25,7 @@ from dinoseg.training.optim import (
     set_learning_rates,
     warn_of_long_warmup,
 )
+from dinoseg.utils.errors import UserError
 
 
 def smallest():

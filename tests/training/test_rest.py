@@ -10,17 +10,17 @@ from test_fit import Rows, Stripes
 from tiny_parts import BACKBONES, tiny_node, tiny_vit
 from torch import nn
 
-from dinoseg.adapters import Frozen, Full, LastBlocks, Lora
 from dinoseg.config.nodes import instantiate
-from dinoseg.contracts import Backbone
+from dinoseg.core.contracts import Backbone
 from dinoseg.data.transforms import Augment
-from dinoseg.heads.detail import DetailHead
-from dinoseg.heads.eomt import EomtHead
-from dinoseg.heads.linear import LinearHead
-from dinoseg.heads.split import SplitHead
 from dinoseg.losses.cross_entropy import CrossEntropy
 from dinoseg.losses.mask_classification import MaskClassification
-from dinoseg.model import Segmenter
+from dinoseg.models.adapters import Frozen, Full, LastBlocks, Lora
+from dinoseg.models.heads.detail import DetailHead
+from dinoseg.models.heads.eomt import EomtHead
+from dinoseg.models.heads.linear import LinearHead
+from dinoseg.models.heads.split import SplitHead
+from dinoseg.models.model import Segmenter
 from dinoseg.training.checkpoint import Checkpoints, read
 from dinoseg.training.engine import Engine
 from dinoseg.training.feature_choice import Plan, feature_cache

@@ -15,9 +15,9 @@ import pytest
 import torch
 from command_line import call
 
-from dinoseg.images import write_png
 from dinoseg.training import checkpoint
 from dinoseg.training.optim import schedule
+from dinoseg.utils.images import write_png
 
 SMALL = [
     "backbone=tiny",

@@ -4,11 +4,11 @@ import pytest
 import torch
 from tiny_parts import tiny_vit
 
-from dinoseg.adapters import Full
-from dinoseg.errors import UserError
-from dinoseg.heads.linear import LinearHead
-from dinoseg.model import Segmenter
+from dinoseg.models.adapters import Full
+from dinoseg.models.heads.linear import LinearHead
+from dinoseg.models.model import Segmenter
 from dinoseg.training import sharding
+from dinoseg.utils.errors import UserError
 
 
 class SlotHead(LinearHead):

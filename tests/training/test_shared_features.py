@@ -2,11 +2,11 @@ import pytest
 import torch
 from torch import nn
 
-from dinoseg.contracts import Head
-from dinoseg.errors import UserError
-from dinoseg.heads.linear import LinearHead
-from dinoseg.model import Segmenter
+from dinoseg.core.contracts import Head
+from dinoseg.models.heads.linear import LinearHead
+from dinoseg.models.model import Segmenter
 from dinoseg.training.shared_features import SharedFeatures, SharingSegmenter
+from dinoseg.utils.errors import UserError
 
 IMAGES = torch.randint(0, 256, (2, 3, 17, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 

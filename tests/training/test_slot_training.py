@@ -11,16 +11,16 @@ from command_line import SLOTS, call
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from dinoseg import build, criteria
 from dinoseg.__main__ import CONFIGS
 from dinoseg.config.resolvers import register_resolvers
-from dinoseg.errors import UserError
-from dinoseg.images import write_png
+from dinoseg.experiment import build, criteria
 from dinoseg.metrics.clustering import contingency, segment_scores
-from dinoseg.regimes.clips import ClipRegime
 from dinoseg.synthetic.moving.write import render_moving_objects
+from dinoseg.tasks.clips import ClipRegime
 from dinoseg.training.checkpoint import read, write
 from dinoseg.training.engine import Engine
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.images import write_png
 
 BARE = ("trainer=slots", "loss=feature_reconstruction")  # of the recipe
 

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from dinoseg.errors import UserError
+from dinoseg.core.shapes import Batch, Prediction
 from dinoseg.metrics.confusion import ConfusionMatrix
-from dinoseg.shapes import Batch, Prediction
 from dinoseg.training.engine import Engine
 from dinoseg.training.tally import Tally, _centres, _thinned
+from dinoseg.utils.errors import UserError
 
 
 class Data:

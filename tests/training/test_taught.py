@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
+from dinoseg.core.shapes import Batch, Prediction
 from dinoseg.losses.cross_entropy import CrossEntropy
 from dinoseg.losses.dice import Dice
-from dinoseg.shapes import Batch, Prediction
 from dinoseg.training.taught import MixedBatch, TaughtBatch, TaughtLoss
 
 K, V = 3, 2

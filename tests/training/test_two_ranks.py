@@ -10,18 +10,18 @@ from omegaconf import OmegaConf
 from test_fit import Rows, Stripes
 from tiny_parts import tiny_vit
 
-from dinoseg import ranks
-from dinoseg.adapters import Frozen, Full, Lora
+from dinoseg.cli import ranks
 from dinoseg.data.transforms import Augment
-from dinoseg.heads.detail import DetailHead
-from dinoseg.heads.linear import LinearHead
-from dinoseg.heads.mlp import MlpHead
-from dinoseg.heads.split import SplitHead
 from dinoseg.losses.cross_entropy import CrossEntropy
 from dinoseg.losses.focal import Focal
 from dinoseg.losses.lovasz import Lovasz
 from dinoseg.losses.weighted_sum import WeightedSum
-from dinoseg.model import Segmenter
+from dinoseg.models.adapters import Frozen, Full, Lora
+from dinoseg.models.heads.detail import DetailHead
+from dinoseg.models.heads.linear import LinearHead
+from dinoseg.models.heads.mlp import MlpHead
+from dinoseg.models.heads.split import SplitHead
+from dinoseg.models.model import Segmenter
 from dinoseg.training.checkpoint import Checkpoints, read
 from dinoseg.training.engine import Engine
 from dinoseg.training.feature_choice import Plan, feature_cache

@@ -5,16 +5,16 @@ import torch
 import torch.nn.functional as F
 from tiny_parts import tiny_vit
 
-from dinoseg import shapes
-from dinoseg.geometry import upsample
-from dinoseg.heads.linear import LinearHead
+from dinoseg.core import shapes
+from dinoseg.core.geometry import upsample
+from dinoseg.core.shapes import MaskOutputs, Prediction, WeightedMasks
 from dinoseg.inference import auto
 from dinoseg.inference.auto import Auto
 from dinoseg.inference.windows import Windows, starts
 from dinoseg.losses.cross_entropy import CrossEntropy
 from dinoseg.losses.dice import Dice
-from dinoseg.model import Segmenter
-from dinoseg.shapes import MaskOutputs, Prediction, WeightedMasks
+from dinoseg.models.heads.linear import LinearHead
+from dinoseg.models.model import Segmenter
 from dinoseg.training.engine import Engine
 from dinoseg.training.validation import evaluate
 

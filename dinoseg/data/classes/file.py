@@ -25,10 +25,10 @@ from typing import Any
 from dinoseg.data.classes.labels import as_color
 from dinoseg.data.classes.mask_advice import HIGHEST_ID
 from dinoseg.data.classes.masks import FORMATS
-from dinoseg.errors import UserError
-from dinoseg.storage.files import check_regular
-from dinoseg.storage.forms import Misshapen
-from dinoseg.storage.yaml_text import read_yaml
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.files import check_regular
+from dinoseg.utils.forms import Misshapen
+from dinoseg.utils.yaml_text import read_yaml
 
 NAME = "classes.yaml"
 NOT_DESCRIBED: dict[str, Any] = {

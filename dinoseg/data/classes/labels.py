@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from dinoseg.errors import UserError
 from dinoseg.report.palette import default_palette
-from dinoseg.wording import shown
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.wording import shown
 
 Color = tuple[int, int, int]
 LONGEST_NAME = 100  # letters of a class

@@ -3,7 +3,7 @@
 import cv2
 import numpy as np
 
-from dinoseg.errors import UserError
+from dinoseg.utils.errors import UserError
 
 _PROPORTIONS = 0.05  # a resized mask may differ so much from its image's proportions
 

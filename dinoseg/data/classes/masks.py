@@ -9,11 +9,11 @@ from typing import Any
 import cv2
 import numpy as np
 
-from dinoseg.annotation.drawing import Drawing, MaskSource
+from dinoseg.data.annotation.drawing import Drawing, MaskSource
 from dinoseg.data.classes.labels import Labels, as_color
 from dinoseg.data.classes.mask_advice import HIGHEST_ID, for_binary, for_colors, for_ids
-from dinoseg.errors import UserError
-from dinoseg.images import has_one_bit, read_ids, read_image
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.images import has_one_bit, read_ids, read_image
 
 FORMATS = ("ids", "palette", "binary")
 ON_SIZE_MISMATCH = ("error", "resize_mask")

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from dinoseg.data.clips.videos import VOID, Video, VideoLayout, chosen
 from dinoseg.data.splits import Partition
-from dinoseg.errors import UserError
-from dinoseg.ranges import Count, NotNegative, Positive
-from dinoseg.wording import listed
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.ranges import Count, NotNegative, Positive
+from dinoseg.utils.wording import listed
 
 SHORT = ("error", "skip", "pad")
 

@@ -8,7 +8,7 @@ from dinoseg.data.clips.videos import VOID, Video, VideoLayout, chosen
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.pairs.pair import Pair
 from dinoseg.data.splits import Partition
-from dinoseg.errors import UserError
+from dinoseg.utils.errors import UserError
 
 
 def foreground(

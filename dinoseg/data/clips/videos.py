@@ -9,11 +9,11 @@ import numpy as np
 
 from dinoseg.data.splits import Partition, divide
 from dinoseg.data.video.access import ImageSource, VideoFrame, read_source, source_origin
-from dinoseg.errors import UserError
-from dinoseg.images import IMAGE_SUFFIXES, UNREAD_SUFFIXES, read_ids
-from dinoseg.storage.files import entries
-from dinoseg.storage.natural_order import natural_order
-from dinoseg.wording import count_of, listed
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.files import entries
+from dinoseg.utils.images import IMAGE_SUFFIXES, UNREAD_SUFFIXES, read_ids
+from dinoseg.utils.natural_order import natural_order
+from dinoseg.utils.wording import count_of, listed
 
 VOID = 255  # in a mask: no object is known here
 

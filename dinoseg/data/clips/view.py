@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 
-from dinoseg.errors import UserError
-from dinoseg.ranges import Share
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.ranges import Share
 
 
 class ClipView:

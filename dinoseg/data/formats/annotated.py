@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dinoseg.annotation.drawing import Drawing
-from dinoseg.annotation.entry import Entry, Labelled
+from dinoseg.data.annotation.drawing import Drawing
+from dinoseg.data.annotation.entry import Entry, Labelled
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.masks import Masks
 from dinoseg.data.formats.annotated_images import Images, NotThere, name_of, size_of_image
@@ -23,8 +23,8 @@ from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.pairs.pair import Pair
 from dinoseg.data.pairs.pairing import Lacking, gathered
 from dinoseg.data.splits import Partition, divide, read_name_list
-from dinoseg.errors import UserError
-from dinoseg.wording import count_of, listed, shown
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.wording import count_of, listed, shown
 
 log = logging.getLogger(__name__)
 IGNORE = "ignore"

@@ -4,16 +4,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from dinoseg.annotation.entry import Clip, Entry, size_of
+from dinoseg.data.annotation.entry import Clip, Entry, size_of
 from dinoseg.data.formats.annotation_files import AnnotationLayout, Kind
 from dinoseg.data.video.access import ImageSource, VideoFrame
 from dinoseg.data.video.index import index_videos
 from dinoseg.data.video.length import VIDEO_SUFFIXES
-from dinoseg.errors import UserError
-from dinoseg.images import IMAGE_SUFFIXES, read_size
-from dinoseg.storage.files import entries as files_in
-from dinoseg.storage.natural_order import natural_order
-from dinoseg.wording import count_of, shown
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.files import entries as files_in
+from dinoseg.utils.images import IMAGE_SUFFIXES, read_size
+from dinoseg.utils.natural_order import natural_order
+from dinoseg.utils.wording import count_of, shown
 
 
 class NotThere(ValueError):

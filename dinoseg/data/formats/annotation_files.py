@@ -5,13 +5,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from dinoseg.annotation.coco import read_coco
-from dinoseg.annotation.cvat import read_cvat
-from dinoseg.annotation.entry import LARGEST_FILE, Annotations, Entry
-from dinoseg.annotation.labelme import read_labelme
-from dinoseg.errors import UserError
-from dinoseg.storage.files import check_regular, entries, visible_files
-from dinoseg.wording import listed
+from dinoseg.data.annotation.coco import read_coco
+from dinoseg.data.annotation.cvat import read_cvat
+from dinoseg.data.annotation.entry import LARGEST_FILE, Annotations, Entry
+from dinoseg.data.annotation.labelme import read_labelme
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.files import check_regular, entries, visible_files
+from dinoseg.utils.wording import listed
 
 _ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar")
 _ALIASES = {

@@ -6,10 +6,10 @@ from pathlib import Path, PurePosixPath
 from typing import ClassVar
 
 from dinoseg.data.clips.videos import FrameFiles, Video, frames_and_masks, picture_files, require_masks
-from dinoseg.errors import UserError
-from dinoseg.ranges import Count
-from dinoseg.storage.files import is_name
-from dinoseg.wording import count_of, listed
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.files import is_name
+from dinoseg.utils.ranges import Count
+from dinoseg.utils.wording import count_of, listed
 
 FRAMES_PER_SECOND = 24
 UNSUPERVISED = 2019  # the year of the unsupervised task's test sets, which come without masks

@@ -12,10 +12,10 @@ from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.pairs.pair import Pair
 from dinoseg.data.pairs.pairing import Lacking, gathered, pair_by_name
 from dinoseg.data.splits import Partition, divide, read_name_list
-from dinoseg.errors import UserError
-from dinoseg.images import IMAGE_SUFFIXES, UNREAD_SUFFIXES
-from dinoseg.storage.files import visible_files
-from dinoseg.wording import count_of, listed
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.files import visible_files
+from dinoseg.utils.images import IMAGE_SUFFIXES, UNREAD_SUFFIXES
+from dinoseg.utils.wording import count_of, listed
 
 _REMEDY = (
     "Add the missing files or remove the others; an image and its mask have the same name up to the endings in "

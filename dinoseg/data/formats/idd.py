@@ -19,14 +19,14 @@ from dinoseg.data.formats.idd_files import (
     label_suffix,
     prepare_command,
 )
+from dinoseg.data.label_tables.read import label_table
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.pairs.pair import Pair
 from dinoseg.data.pairs.pairing import Lacking, gathered
 from dinoseg.data.splits import Partition, divide
-from dinoseg.errors import UserError
-from dinoseg.label_tables.read import label_table
-from dinoseg.storage.files import entries
-from dinoseg.wording import listed
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.files import entries
+from dinoseg.utils.wording import listed
 
 log = logging.getLogger(__name__)
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from dinoseg.errors import UserError
-from dinoseg.images import read_ids
-from dinoseg.storage.files import entries
-from dinoseg.wording import listed
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.files import entries
+from dinoseg.utils.images import read_ids
+from dinoseg.utils.wording import listed
 
 IMAGES, LABELS = "leftImg8bit", "gtFine"
 IMAGE, POLYGONS = "_leftImg8bit", "_gtFine_polygons"  # what the stems end with beside `{drive}/{id}`

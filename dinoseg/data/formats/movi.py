@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import ClassVar
 
 from dinoseg.data.clips.videos import Video, frames_and_masks, require_masks, video_folders
-from dinoseg.errors import UserError
-from dinoseg.wording import listed
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.wording import listed
 
 FRAMES_PER_SECOND = 12
 _VALIDATION = "validation"

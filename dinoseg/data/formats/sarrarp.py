@@ -24,10 +24,10 @@ from dinoseg.data.pairs.pairing import Lacking, gathered
 from dinoseg.data.splits import Partition, divide
 from dinoseg.data.video.access import ImageSource, VideoFrame
 from dinoseg.data.video.index import index_videos
-from dinoseg.errors import UserError
-from dinoseg.storage import forms
-from dinoseg.storage.files import entries
-from dinoseg.wording import listed
+from dinoseg.utils import forms
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.files import entries
+from dinoseg.utils.wording import listed
 
 # the parts of one operation stay together: video_11_1 and video_11_2
 BY_OPERATION = Partition(by="fraction", group="^(video_[^_/]+)")

@@ -3,8 +3,8 @@
 import zlib
 from pathlib import Path
 
-from dinoseg.storage import forms
-from dinoseg.storage.files import check_regular, entries
+from dinoseg.utils import forms
+from dinoseg.utils.files import check_regular, entries
 
 TRAIN_FOLDERS = ("train1", "train2", "train")
 TEST_FOLDERS = ("test",)

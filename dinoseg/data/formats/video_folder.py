@@ -7,12 +7,12 @@ from pathlib import Path
 from dinoseg.data.clips.videos import DecodedFrames, FrameFiles, Video, picture_files
 from dinoseg.data.video.index import index_videos
 from dinoseg.data.video.length import VIDEO_SUFFIXES
-from dinoseg.errors import UserError
-from dinoseg.images import IMAGE_SUFFIXES
-from dinoseg.ranges import Positive
-from dinoseg.storage.files import visible_files
-from dinoseg.storage.natural_order import natural_order
-from dinoseg.wording import count_of
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.files import visible_files
+from dinoseg.utils.images import IMAGE_SUFFIXES
+from dinoseg.utils.natural_order import natural_order
+from dinoseg.utils.ranges import Positive
+from dinoseg.utils.wording import count_of
 
 log = logging.getLogger(__name__)
 

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import ClassVar
 
 from dinoseg.data.clips.videos import FrameFiles, Video, frames_and_masks, video_folders
-from dinoseg.errors import UserError
-from dinoseg.storage import forms
-from dinoseg.storage.natural_order import natural_order
-from dinoseg.wording import count_of, listed
+from dinoseg.utils import forms
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.natural_order import natural_order
+from dinoseg.utils.wording import count_of, listed
 
 ANNOTATED_RATE, VIDEO_RATE = 6, 30  # frames per second: every fifth is annotated
 FULLY_ANNOTATED = ("train",)  # elsewhere only the frames in which an object appears have a mask

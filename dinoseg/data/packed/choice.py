@@ -11,9 +11,9 @@ import numpy as np
 
 from dinoseg.data.packed.store import aligned
 from dinoseg.data.pairs.dataset import PairDataset
-from dinoseg.storage.atomic import scratch_folder
-from dinoseg.storage.disk_speed import seconds_on_disk
-from dinoseg.wording import in_bytes
+from dinoseg.utils.atomic import scratch_folder
+from dinoseg.utils.disk_speed import seconds_on_disk
+from dinoseg.utils.wording import in_bytes
 
 log = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ import numpy as np
 
 from dinoseg.data.packed.store import EXTENT_FORM, PIXELS, Extent, StoreKey, aligned, checksum, write_index
 from dinoseg.report.progress import Bar
-from dinoseg.storage import forms
-from dinoseg.storage.atomic import open_no_link, write_whole
+from dinoseg.utils import forms
+from dinoseg.utils.atomic import open_no_link, write_whole
 
 _JOURNAL = "journal.jsonl"
 _LINE_FORM = forms.row(forms.whole(), *EXTENT_FORM)

@@ -11,17 +11,17 @@ import numpy as np
 import torch
 from PIL import Image
 
+from dinoseg.core.shapes import Sample
 from dinoseg.data.packed.draft import Draft
 from dinoseg.data.packed.read import Packed, paying_workers, read_all, reduced_size
 from dinoseg.data.packed.store import PIXELS, Store, StoreKey, aligned, open_store
 from dinoseg.data.pairs.dataset import PairDataset
-from dinoseg.errors import DISK_FULL, UserError
-from dinoseg.images import FORMATS
 from dinoseg.report.progress import Bar
-from dinoseg.shapes import Sample
-from dinoseg.storage.files import check_regular
-from dinoseg.storage.locks import acquire, locked, release
-from dinoseg.wording import in_bytes
+from dinoseg.utils.errors import DISK_FULL, UserError
+from dinoseg.utils.files import check_regular
+from dinoseg.utils.images import FORMATS
+from dinoseg.utils.locks import acquire, locked, release
+from dinoseg.utils.wording import in_bytes
 
 log = logging.getLogger(__name__)
 _LISTED = 20

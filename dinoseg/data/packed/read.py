@@ -11,9 +11,9 @@ import torch
 from dinoseg.data.packed.store import checksum
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.transforms import Augment
-from dinoseg.errors import UserError
-from dinoseg.processes.cores import count_cores
-from dinoseg.processes.workers import in_processes
+from dinoseg.utils.cores import count_cores
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.workers import in_processes
 
 _PAYS_FROM = 50  # items that are read by the time a process has started
 _MOST = 8  # more would wait for the one that writes

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from dinoseg.annotation.drawing import MOST_PIXELS
-from dinoseg.errors import UserError
-from dinoseg.storage import forms
-from dinoseg.storage.atomic import open_no_link
-from dinoseg.storage.units import finished
+from dinoseg.data.annotation.drawing import MOST_PIXELS
+from dinoseg.utils import forms
+from dinoseg.utils.atomic import open_no_link
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.units import finished
 
 PIXELS, INDEX = "pixels.bin", "index.json"
 VERSION = 1  # of the files' format: a store of another version is packed anew

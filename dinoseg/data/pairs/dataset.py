@@ -5,12 +5,12 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 import torch
 
+from dinoseg.core.shapes import Sample
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.mask_size import fit_mask
 from dinoseg.data.classes.masks import MaskReader, Masks
 from dinoseg.data.pairs.pair import Pair, fingerprint, image_hash
 from dinoseg.data.video.access import read_source
-from dinoseg.shapes import Sample
 
 
 class PairDataset:

@@ -7,12 +7,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from dinoseg.annotation.drawing import Drawing, MaskSource, mask_file
+from dinoseg.data.annotation.drawing import Drawing, MaskSource, mask_file
 from dinoseg.data.classes.masks import MaskReader
 from dinoseg.data.video.access import ImageSource, VideoFrame, source_origin
-from dinoseg.errors import UserError
-from dinoseg.storage.files import check_regular
-from dinoseg.storage.stamps import Stamp, stamp
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.files import check_regular
+from dinoseg.utils.stamps import Stamp, stamp
 
 
 @dataclass(frozen=True)

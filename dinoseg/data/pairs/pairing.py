@@ -12,10 +12,10 @@ from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.masks import Masks
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.pairs.pair import Pair
-from dinoseg.errors import UserError
-from dinoseg.images import FORMATS, read_image
-from dinoseg.storage.files import check_regular
-from dinoseg.wording import count_of, reasons
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.files import check_regular
+from dinoseg.utils.images import FORMATS, read_image
+from dinoseg.utils.wording import count_of, reasons
 
 _MASK_COLORS = 32  # of which a mask has more only where objects have ids of their own
 _FEW = 3  # reasons that are told where nothing is whole: they will be alike

@@ -11,15 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from dinoseg.annotation.drawing import MaskSource, mask_file, mask_key
+from dinoseg.data.annotation.drawing import MaskSource, mask_file, mask_key
 from dinoseg.data.classes.masks import MaskReader
 from dinoseg.data.pairs.pair import Pair
 from dinoseg.data.scan.likeness import SMALL
 from dinoseg.data.scan.record import Record
-from dinoseg.storage import forms
-from dinoseg.storage.atomic import whole_file
-from dinoseg.storage.stamps import stamp
-from dinoseg.storage.units import finished
+from dinoseg.utils import forms
+from dinoseg.utils.atomic import whole_file
+from dinoseg.utils.stamps import stamp
+from dinoseg.utils.units import finished
 
 log = logging.getLogger(__name__)
 

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import numpy as np
 
+from dinoseg.core.shapes import SegmentationData
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.scan.record import Record
 from dinoseg.data.scan.scan import scan
-from dinoseg.errors import UserError
 from dinoseg.report.progress import Bar
-from dinoseg.shapes import SegmentationData
-from dinoseg.storage import forms
-from dinoseg.storage.atomic import write_text
-from dinoseg.storage.units import finished
+from dinoseg.utils import forms
+from dinoseg.utils.atomic import write_text
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.units import finished
 
 log = logging.getLogger(__name__)
 _FORM = forms.record(fingerprint=forms.text, classes=forms.listing(forms.text), pixels=forms.listing(forms.whole()))

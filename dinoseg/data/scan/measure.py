@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from dinoseg.annotation.drawing import Drawing, MaskSource
+from dinoseg.data.annotation.drawing import Drawing, MaskSource
 from dinoseg.data.classes.mask_size import fit_mask
 from dinoseg.data.classes.masks import MaskReader
 from dinoseg.data.pairs.pair import Pair
@@ -17,9 +17,9 @@ from dinoseg.data.scan.file_ends import ends_early
 from dinoseg.data.scan.likeness import borders, digest, edges, perceptual_hash
 from dinoseg.data.scan.record import Record
 from dinoseg.data.video.access import ImageSource, read_source
-from dinoseg.errors import UserError
-from dinoseg.images import FORMATS, read_ids, read_image, read_size
-from dinoseg.storage.files import check_regular
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.files import check_regular
+from dinoseg.utils.images import FORMATS, read_ids, read_image, read_size
 
 _MOST_RAW = 256  # file values that are listed
 _LOSSY = ("JPEG", "MPO")

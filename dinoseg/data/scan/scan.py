@@ -9,9 +9,9 @@ from dinoseg.data.pairs.pair import Pair
 from dinoseg.data.scan.cache import ScanCache
 from dinoseg.data.scan.measure import measure
 from dinoseg.data.scan.record import Record
-from dinoseg.errors import UserError
-from dinoseg.processes.workers import in_processes
 from dinoseg.report.progress import Bar
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.workers import in_processes
 
 _CHUNK = 16  # pairs handed to a process at once
 _FEW = 64  # pairs below which starting processes costs more than it saves

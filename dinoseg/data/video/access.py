@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from dinoseg.data.video.index import VideoIndex, checksum, file_key, find_index, open_decoder, time_of
-from dinoseg.errors import UserError
-from dinoseg.images import read_image
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.images import read_image
 
 # torchcodec and OpenCV decode to the same pixels, and jump to the wrong frame of a video whose times are odd, as PyAV
 # does: each would need the index. torchcodec wants an FFmpeg that the system must bring.

@@ -16,8 +16,8 @@ from av.error import FFmpegError
 from av.stream import Disposition
 from av.video.reformatter import Interpolation, VideoReformatter
 
-from dinoseg.errors import UserError
-from dinoseg.storage.files import check_regular
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.files import check_regular
 
 VERSION = av.__version__  # of what decodes: another may give other pixels
 # FFmpeg's names: what holds pictures itself, unlike playlists, which in the guise of a video would lead to other files

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dinoseg.errors import UserError
-from dinoseg.processes.cores import count_cores
-from dinoseg.processes.workers import in_processes
 from dinoseg.report.progress import Bar
-from dinoseg.storage import forms
-from dinoseg.storage.atomic import whole_file
-from dinoseg.storage.files import check_regular
-from dinoseg.storage.locks import locked
+from dinoseg.utils import forms
+from dinoseg.utils.atomic import whole_file
+from dinoseg.utils.cores import count_cores
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.files import check_regular
+from dinoseg.utils.locks import locked
+from dinoseg.utils.workers import in_processes
 
 if TYPE_CHECKING:  # FFmpeg's libraries, which data sets of images do without
     from dinoseg.data.video.decoder import Decoder

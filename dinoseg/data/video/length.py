@@ -3,7 +3,7 @@
 from itertools import islice
 from pathlib import Path
 
-from dinoseg.errors import UserError
+from dinoseg.utils.errors import UserError
 
 VIDEO_SUFFIXES = (".avi", ".mp4", ".mov", ".m4v", ".mkv", ".webm", ".mpg", ".mpeg", ".ts", ".wmv")
 

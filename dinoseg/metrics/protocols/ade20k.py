@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 
-from dinoseg.errors import UserError
 from dinoseg.metrics.counts import class_counts, ratio
 from dinoseg.metrics.protocols.contract import Case, Cases, DatasetProtocol, Measured
 from dinoseg.metrics.protocols.trees import Tree, match, read_both, refuse_ids, refuse_inside
-from dinoseg.ranges import Count
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.ranges import Count
 
 _TREE = Tree()
 _CLASSES = 150

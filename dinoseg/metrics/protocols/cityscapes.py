@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from dinoseg.errors import UserError
-from dinoseg.label_tables.read import label_table
+from dinoseg.data.label_tables.read import label_table
 from dinoseg.metrics.counts import confusion, iou, mean_defined, parts
 from dinoseg.metrics.protocols.contract import BadFile, Case, Cases, DatasetProtocol, Measured
 from dinoseg.metrics.protocols.trees import Tree, match, pictures_hint, read_both, read_labels, refuse_ids
+from dinoseg.utils.errors import UserError
 
 ENDING = "_gtFine_labelIds.png"
 AVERAGE_SIZES = {  # pixels of an instance in the training set, as the official evaluation fixes them
@@ -227,6 +227,6 @@ def _refuse_train_ids(cases: Sequence[Case], folder: Path) -> None:
     if seen and max(seen) < len(_TRAIN_IDS) and seen & set(range(1, 7)):
         raise UserError(
             f"prediction={folder} holds train ids ({min(seen)}..{max(seen)}), but the official evaluation takes label "
-            "ids (road is 7, not 0). Map them by the train_id column of dinoseg/label_tables/cityscapes.csv."
+            "ids (road is 7, not 0). Map them by the train_id column of dinoseg/data/label_tables/cityscapes.csv."
             + pictures_hint(folder, (path.name for path in paths))
         )

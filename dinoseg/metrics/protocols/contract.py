@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from dinoseg.errors import UserError
+from dinoseg.utils.errors import UserError
 
 
 class BadFile(UserError):

@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from dinoseg.errors import UserError
-from dinoseg.images import read_ids
 from dinoseg.metrics.protocols.bad_files import BadFiles
 from dinoseg.metrics.protocols.contract import BadFile, Case, Cases, Measured, ScoreProtocol
 from dinoseg.metrics.protocols.davis_layout import DavisLayout
 from dinoseg.metrics.protocols.trees import read_labels, refuse_ids
 from dinoseg.metrics.region_boundary import match_proposals, object_scores, pair_scores, statistics
-from dinoseg.ranges import Count
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.images import read_ids
+from dinoseg.utils.ranges import Count
 
 KEYS = ("J&F-Mean", "J-Mean", "J-Recall", "J-Decay", "F-Mean", "F-Recall", "F-Decay")
 VOID = 255

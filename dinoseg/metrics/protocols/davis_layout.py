@@ -4,11 +4,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from dinoseg.errors import UserError
 from dinoseg.metrics.protocols.contract import Case, Cases
-from dinoseg.storage import forms
-from dinoseg.storage.files import entries, is_name
-from dinoseg.wording import listed
+from dinoseg.utils import forms
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.files import entries, is_name
+from dinoseg.utils.wording import listed
 
 _SHOWN = 5  # names in a message
 TRACKED, MASKS = "track.json", "masks"  # of a finished run of mode=track

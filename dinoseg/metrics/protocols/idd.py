@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dinoseg.errors import UserError
-from dinoseg.label_tables.read import label_table
+from dinoseg.data.label_tables.read import label_table
 from dinoseg.metrics.counts import confusion, grouped, iou, mean_defined, parts
 from dinoseg.metrics.protocols.contract import Case, Cases, DatasetProtocol, Measured
 from dinoseg.metrics.protocols.trees import Tree, match, read_labels
-from dinoseg.ranges import Count
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.ranges import Count
 
 ENDING = "_gtFine_labellevel3Ids.png"
 SIZES = {720: (1280, 720), 1080: (1920, 1080), 480: (858, 480), 240: (426, 240)}  # resolution to (W, H)

@@ -6,7 +6,7 @@ from dinoseg.metrics.counts import mean_defined
 from dinoseg.metrics.protocols.idd import SIZES as IDD_SIZES
 from dinoseg.metrics.protocols.idd import Frames
 from dinoseg.metrics.protocols.trees import Tree
-from dinoseg.ranges import Count
+from dinoseg.utils.ranges import Count
 
 ENDING = "_label.png"
 SIZES = {128: (256, 128)} | IDD_SIZES

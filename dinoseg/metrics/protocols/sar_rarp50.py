@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from dinoseg.errors import UserError
-from dinoseg.images import read_ids
 from dinoseg.metrics.protocols.contract import BadFile, Case, Cases, DatasetProtocol, Measured
 from dinoseg.metrics.protocols.trees import pictures_hint, refuse_inside
 from dinoseg.metrics.surface import surface_dices
-from dinoseg.ranges import NotNegative
-from dinoseg.storage.files import entries
-from dinoseg.wording import listed
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.files import entries
+from dinoseg.utils.images import read_ids
+from dinoseg.utils.ranges import NotNegative
+from dinoseg.utils.wording import listed
 
 CLASSES = (  # ids 1 to 9; 0, the background, is not scored
     "Tool Clasper",

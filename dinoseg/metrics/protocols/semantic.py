@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from dinoseg.errors import UserError
 from dinoseg.metrics.counts import class_counts, dice, iou, mean_defined, ratio
 from dinoseg.metrics.protocols.contract import BadFile, Case, Cases, DatasetProtocol, Measured
 from dinoseg.metrics.protocols.trees import Tree, match, read_both, read_labels, refuse_ids, refuse_inside
 from dinoseg.metrics.surface import boundary_ious, surface_dices
-from dinoseg.ranges import Count, NotNegative
-from dinoseg.wording import listed
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.ranges import Count, NotNegative
+from dinoseg.utils.wording import listed
 
 _TREE = Tree()
 _BAND = 0.02  # of the image diagonal: the width of Boundary IoU's band

@@ -8,11 +8,11 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from dinoseg.errors import UserError
-from dinoseg.images import read_ids
 from dinoseg.metrics.protocols.contract import BadFile, Case, Cases
-from dinoseg.storage.files import visible_files
-from dinoseg.wording import count_of, listed
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.files import visible_files
+from dinoseg.utils.images import read_ids
+from dinoseg.utils.wording import count_of, listed
 
 _SHOWN = 5  # names in a message
 

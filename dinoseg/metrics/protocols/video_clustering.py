@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 
-from dinoseg.errors import UserError
 from dinoseg.metrics.clustering import MATCHINGS, Contingency, contingency, segment_scores
 from dinoseg.metrics.protocols.bad_files import BadFiles
 from dinoseg.metrics.protocols.contract import BadFile, Case, Cases, Measured, ScoreProtocol
 from dinoseg.metrics.protocols.trees import Tree, extra, read_labels
+from dinoseg.utils.errors import UserError
 
 BACKGROUND = 0
 MAX_SEGMENTS = 2048  # ids in a video: more are no segments, and the table of pairs would fill memory

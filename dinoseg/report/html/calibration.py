@@ -6,7 +6,7 @@ from typing import Any
 from dinoseg.report.html.charts import Axes, around, bar_chart, line_chart
 from dinoseg.report.html.page import paragraph, percent
 from dinoseg.report.html.tables import number_cell, plain_cell, table
-from dinoseg.wording import count_of
+from dinoseg.utils.wording import count_of
 
 _LEAST = 20  # pixels of a bin that is drawn
 

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from dinoseg.core.shapes import Palette
+from dinoseg.core.sizes import evenly_spaced
 from dinoseg.report.html.about import About, about_sections
 from dinoseg.report.html.charts import Axes, around, line_chart, scatter_chart, thinned
 from dinoseg.report.html.evaluation import interval_head
@@ -16,9 +18,7 @@ from dinoseg.report.overlay import blend, legend_of
 from dinoseg.report.scores import few_units
 from dinoseg.report.table import MEANS
 from dinoseg.report.verdicts import SURELY_BETTER, SURELY_WORSE
-from dinoseg.shapes import Palette
-from dinoseg.sizes import evenly_spaced
-from dinoseg.wording import count_of
+from dinoseg.utils.wording import count_of
 
 _DOTS = 2000  # of a chart: a page of more takes seconds to open
 _MARKS = {SURELY_BETTER: ("up", "\u25b2 "), SURELY_WORSE: ("down", "\u25bc ")}

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from dinoseg.core.shapes import Palette
 from dinoseg.report.html.about import About, about_sections, training_section
 from dinoseg.report.html.calibration import calibration_section
 from dinoseg.report.html.charts import Axes, bar_chart, line_chart, thinned
@@ -15,8 +16,7 @@ from dinoseg.report.html.pictures import Shot, prediction_card
 from dinoseg.report.html.tables import class_cell, number_cell, plain_cell, table, whisker
 from dinoseg.report.scores import few_units
 from dinoseg.report.table import MEANS
-from dinoseg.shapes import Palette
-from dinoseg.wording import count_of
+from dinoseg.utils.wording import count_of
 
 _BARS = 20
 _VIDEOS = 24  # whose curves are drawn

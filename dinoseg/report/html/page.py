@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from dinoseg.wording import printable
+from dinoseg.utils.wording import printable
 
 _HERE = Path(__file__).parent
 

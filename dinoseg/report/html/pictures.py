@@ -9,9 +9,9 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from dinoseg.core.shapes import Palette
 from dinoseg.report.html.page import percent, text
 from dinoseg.report.overlay import Legend, blend, legend_of
-from dinoseg.shapes import Palette
 
 WRONG, RIGHT, BOTH_WRONG = (224, 46, 34), (70, 150, 255), (240, 196, 60)  # told apart by who sees no green, too
 _QUALITY = 82

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from dinoseg.errors import UserError
-from dinoseg.images import write_png
-from dinoseg.ranges import Count, Natural
-from dinoseg.storage.atomic import whole_folder
 from dinoseg.synthetic.moving.objects import RATE, draw_video
 from dinoseg.synthetic.rendering import check_least, missing, render_videos
-from dinoseg.wording import listed
+from dinoseg.utils.atomic import whole_folder
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.images import write_png
+from dinoseg.utils.ranges import Count, Natural
+from dinoseg.utils.wording import listed
 
 FOLDERS = ("train", "validation", "test")
 PICTURES = ("frames", "segmentations")  # in each video

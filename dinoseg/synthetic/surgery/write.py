@@ -11,11 +11,11 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from dinoseg.errors import UserError
-from dinoseg.ranges import Count, Natural
-from dinoseg.storage.atomic import scratch_folder
 from dinoseg.synthetic.rendering import check_least, missing, render_videos
 from dinoseg.synthetic.surgery.scene import RATE, render_clip
+from dinoseg.utils.atomic import scratch_folder
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.ranges import Count, Natural
 
 FPS = 60
 SPLITS = ("train1", "test")

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from dinoseg.errors import UserError
-from dinoseg.transfer import sent
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.transfer import sent
 
 
 def one_hot(ids: Tensor, num_labels: int | None = None) -> Tensor:

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinoseg.errors import UserError
 from dinoseg.tracking.grid.cells import one_hot
 from dinoseg.tracking.grid.settings import MatchSettings
 from dinoseg.tracking.grid.window import ContextFrame, match
+from dinoseg.utils.errors import UserError
 
 
 def propagate(

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dinoseg.errors import UserError
-from dinoseg.ranges import Count, NotNegative, Positive
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.ranges import Count, NotNegative, Positive
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dinoseg.tracking.grid.settings import MatchSettings
-from dinoseg.transfer import sent
+from dinoseg.utils.transfer import sent
 
 # Cells on a tile's side. Small tiles compare little outside of their windows, large ones need fewer calls: these were
 # the fastest with 60 x 107 cells and radius 12 on a CPU; a GPU has much to do at once.

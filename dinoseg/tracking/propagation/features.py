@@ -8,11 +8,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dinoseg.contracts import Backbone
-from dinoseg.errors import UserError
+from dinoseg.core.contracts import Backbone
 from dinoseg.tracking.propagation.settings import PropagationSettings
 from dinoseg.tracking.tracker import Autocast, Size
-from dinoseg.transfer import sent
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.transfer import sent
 
 
 def last_maps(

@@ -9,10 +9,10 @@ from PIL import Image
 from torch import Tensor
 
 from dinoseg.data.clips.videos import VOID
-from dinoseg.errors import UserError
 from dinoseg.tracking.grid.cells import label_count, one_hot
 from dinoseg.tracking.propagation.settings import DINOV3, PropagationSettings
-from dinoseg.wording import listed
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.wording import listed
 
 logger = logging.getLogger(__name__)
 _FLAT = 1e-6  # a channel that varies less than this share of its largest value is constant but for rounding

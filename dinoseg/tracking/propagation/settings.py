@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from dinoseg.ranges import Count
 from dinoseg.tracking.grid.settings import MatchSettings, check_at_least, check_one_of
+from dinoseg.utils.ranges import Count
 
 
 @dataclass(frozen=True)

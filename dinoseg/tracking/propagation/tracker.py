@@ -10,9 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dinoseg.contracts import Backbone
+from dinoseg.core.contracts import Backbone
 from dinoseg.data.clips.videos import VOID
-from dinoseg.errors import UserError
 from dinoseg.tracking.grid.propagator import Propagator
 from dinoseg.tracking.propagation.features import input_size, last_maps
 from dinoseg.tracking.propagation.masks import ObjectChannels
@@ -20,6 +19,7 @@ from dinoseg.tracking.propagation.settings import DINOV3, PropagationSettings
 from dinoseg.tracking.provenance import precision_of, weights_of
 from dinoseg.tracking.state_form import TensorForm, check_state
 from dinoseg.tracking.tracker import Autocast, Size, Tracker
+from dinoseg.utils.errors import UserError
 
 _FORMS = {
     "features": TensorForm(torch.float32, "F h w C"),

@@ -9,15 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dinoseg.contracts import Slots
+from dinoseg.core.contracts import Slots
 from dinoseg.data.clips.videos import VOID
-from dinoseg.errors import UserError
 from dinoseg.tracking.grid.cells import area_mean
 from dinoseg.tracking.slots.appearance import Appearance
 from dinoseg.tracking.slots.locking import hold, lock
 from dinoseg.tracking.slots.matching import Correspondence, cosine, give, overlap, owners, soft_iou
 from dinoseg.tracking.slots.settings import SlotTracking
 from dinoseg.tracking.tracker import Autocast
+from dinoseg.utils.errors import UserError
 
 
 class SlotFrame(NamedTuple):

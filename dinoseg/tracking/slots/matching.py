@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinoseg.errors import UserError
-from dinoseg.geometry import upsample
+from dinoseg.core.geometry import upsample
 from dinoseg.metrics.assignment import best_assignment
-from dinoseg.wording import count_of
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.wording import count_of
 
 _AT_ONCE = 2**25  # numbers of the upsampled masks held at a time: 128 MiB
 _STAY = 1e-6  # what two assignments may differ by and still be taken for equal

@@ -3,8 +3,8 @@
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
-from dinoseg.errors import UserError
-from dinoseg.ranges import Count, Natural, Positive, Range
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.ranges import Count, Natural, Positive, Range
 
 MATCHES = ("auto", "overlap", "soft_iou", "similarity", "appearance")
 HOLDS = ("background", "both", "none")

@@ -11,11 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dinoseg.core.geometry import valid_share
 from dinoseg.data.clips.videos import VOID
-from dinoseg.errors import UserError
-from dinoseg.geometry import valid_share
-from dinoseg.heads.slots.background import background_mask
-from dinoseg.model import Segmenter
+from dinoseg.models.heads.slots.background import background_mask
+from dinoseg.models.model import Segmenter
 from dinoseg.tracking.provenance import model_settings, precision_of
 from dinoseg.tracking.slots.appearance import Appearance
 from dinoseg.tracking.slots.following import Followed, Follower, SlotFrame
@@ -23,8 +22,9 @@ from dinoseg.tracking.slots.matching import Correspondence, winners
 from dinoseg.tracking.slots.settings import SlotTracking
 from dinoseg.tracking.state_form import TensorForm, check_state
 from dinoseg.tracking.tracker import Autocast, LabelledFrames, Tracker
-from dinoseg.transfer import sent
-from dinoseg.wording import listed
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.transfer import sent
+from dinoseg.utils.wording import listed
 
 logger = logging.getLogger(__name__)
 

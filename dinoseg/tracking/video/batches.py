@@ -9,11 +9,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dinoseg.errors import UserError
 from dinoseg.inference.inputs import FrameReader
 from dinoseg.tracking.video.labels import TrackLabels
 from dinoseg.tracking.video.state import MASKS, TrackProgress, check_masks
-from dinoseg.wording import count_of, listed
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.wording import count_of, listed
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,12 @@ import numpy as np
 from PIL import Image
 
 from dinoseg.data.clips.videos import VOID, Video
-from dinoseg.errors import UserError
 from dinoseg.inference.stream import Throughput, run_pipeline
 from dinoseg.report.indexed import voc_palette, write_indexed_png
 from dinoseg.report.overlay import blend
-from dinoseg.storage.atomic import whole_folder
 from dinoseg.tracking.tracker import LabelledFrames, Tracker
+from dinoseg.utils.atomic import whole_folder
+from dinoseg.utils.errors import UserError
 
 _DEPTH = 2  # batches that wait on either side of the tracker
 _JPEG_QUALITY = 90

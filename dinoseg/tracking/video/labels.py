@@ -7,10 +7,10 @@ import numpy as np
 from PIL import Image
 
 from dinoseg.data.clips.videos import VOID, picture_files
-from dinoseg.errors import UserError
-from dinoseg.images import FORMATS, IMAGE_SUFFIXES, read_ids
 from dinoseg.inference.inputs import FrameReader
-from dinoseg.wording import count_of, listed
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.images import FORMATS, IMAGE_SUFFIXES, read_ids
+from dinoseg.utils.wording import count_of, listed
 
 _LOSSY = ("JPEG", "MPO", "JPEG2000", "WEBP")  # Pillow's names; the form of WebP without loss is rare
 _LOSSY_TIFF = ("jpeg", "tiff_jpeg", "webp")

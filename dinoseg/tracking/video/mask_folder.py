@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dinoseg.core.shapes import Palette
 from dinoseg.report.indexed import voc_palette, write_indexed_png
 from dinoseg.report.progress import Bar
-from dinoseg.shapes import Palette
 from dinoseg.tracking.video.state import MASKS, Standing, save_standing
 
 

@@ -12,18 +12,18 @@ import numpy as np
 import torch
 
 from dinoseg import __version__
-from dinoseg.errors import UserError
-from dinoseg.images import read_ids
 from dinoseg.inference.inputs import FrameReader, open_frames
 from dinoseg.inference.stream import Throughput, run_pipeline
 from dinoseg.inference.video_writer import VideoWriter
 from dinoseg.report.overlay import blend
-from dinoseg.storage.atomic import whole_file, write_json
-from dinoseg.storage.csv_text import csv_cells
 from dinoseg.tracking.video.mask_folder import Look
 from dinoseg.tracking.video.run import TrackJob
 from dinoseg.tracking.video.state import MASKS, RESULT, STATE
-from dinoseg.wording import count_of
+from dinoseg.utils.atomic import whole_file, write_json
+from dinoseg.utils.csv_text import csv_cells
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.images import read_ids
+from dinoseg.utils.wording import count_of
 
 logger = logging.getLogger(__name__)
 _DEPTH = 4  # frames that wait on either side

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from dinoseg.errors import UserError
 from dinoseg.inference.inputs import FrameReader, open_frames
 from dinoseg.inference.stream import Throughput, run_pipeline
 from dinoseg.report.progress import Bar
@@ -16,6 +15,7 @@ from dinoseg.tracking.video.batches import FrameBatch, VideoBatches
 from dinoseg.tracking.video.labels import TrackLabels
 from dinoseg.tracking.video.mask_folder import Look, MaskFolder, TrackedBatch
 from dinoseg.tracking.video.state import Standing, TrackProgress, check_batch_size, save_standing
+from dinoseg.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 _DEPTH = 2  # batches that wait on either side of the tracker

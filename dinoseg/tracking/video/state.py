@@ -12,11 +12,11 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dinoseg.errors import UserError
-from dinoseg.storage import forms
-from dinoseg.storage.atomic import sync_to_disk
-from dinoseg.storage.tensor_files import write_tensors
-from dinoseg.wording import count_of, listed
+from dinoseg.utils import forms
+from dinoseg.utils.atomic import sync_to_disk
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.tensor_files import write_tensors
+from dinoseg.utils.wording import count_of, listed
 
 logger = logging.getLogger(__name__)
 MASKS, STATE, RESULT = "masks", "state.safetensors", "track.json"

@@ -10,6 +10,8 @@ from typing import TypeGuard
 import torch
 from torch import Tensor
 
+from dinoseg.core.shapes import FeatureBatch, FrozenFeatures, SegmentationData
+from dinoseg.core.sizes import Size
 from dinoseg.data.enough_workers import AUTO, FROM_NONE, Workers
 from dinoseg.data.loader import drawn_batches, load_in_order
 from dinoseg.data.pairs.dataset import PairDataset
@@ -17,15 +19,13 @@ from dinoseg.data.train_views import Draw, TrainViews, Transform
 from dinoseg.data.transforms import Augment
 from dinoseg.data.unlabelled import Unmasked
 from dinoseg.inference.policy import Autocast
-from dinoseg.model import Segmenter
-from dinoseg.ranges import NotNegative
-from dinoseg.shapes import FeatureBatch, FrozenFeatures, SegmentationData
-from dinoseg.sizes import Size
+from dinoseg.models.model import Segmenter
 from dinoseg.training.feature_cache.form import described
 from dinoseg.training.feature_cache.key import goes_with, hash_of, image_hash
 from dinoseg.training.feature_cache.masks import KeptMasks
 from dinoseg.training.feature_cache.store import FeatureStore, NoStore
-from dinoseg.transfer import sent
+from dinoseg.utils.ranges import NotNegative
+from dinoseg.utils.transfer import sent
 
 log = logging.getLogger(__name__)
 Kind = tuple[Size, bool]

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dinoseg.errors import UserError
-from dinoseg.storage import forms
+from dinoseg.utils import forms
+from dinoseg.utils.errors import UserError
 
 Stored = Literal["float32", "float16", "bfloat16", "int8"]
 TYPES: tuple[Stored, ...] = get_args(Stored)

@@ -15,15 +15,15 @@ import torch
 from torch import Tensor, nn
 
 import dinoseg
+from dinoseg.core.shapes import SegmentationData
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.unlabelled import Unmasked
-from dinoseg.processes.cores import count_cores
-from dinoseg.shapes import SegmentationData
-from dinoseg.storage import forms
-from dinoseg.storage.atomic import write_json
-from dinoseg.storage.units import finished
 from dinoseg.training.feature_cache.form import KEY_LENGTH
-from dinoseg.wording import listed
+from dinoseg.utils import forms
+from dinoseg.utils.atomic import write_json
+from dinoseg.utils.cores import count_cores
+from dinoseg.utils.units import finished
+from dinoseg.utils.wording import listed
 
 log = logging.getLogger(__name__)
 

@@ -15,12 +15,12 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor
 
-from dinoseg.errors import DISK_FULL, free_space
-from dinoseg.ranges import Positive
-from dinoseg.storage.atomic import open_no_link, whole_file, write_whole
-from dinoseg.storage.forms import Misshapen
 from dinoseg.training.feature_cache.form import MOST_BYTES, Stored, from_bytes, restored, rounded, to_bytes, type_of
-from dinoseg.wording import in_bytes
+from dinoseg.utils.atomic import open_no_link, whole_file, write_whole
+from dinoseg.utils.errors import DISK_FULL, free_space
+from dinoseg.utils.forms import Misshapen
+from dinoseg.utils.ranges import Positive
+from dinoseg.utils.wording import in_bytes
 
 log = logging.getLogger(__name__)
 

@@ -15,9 +15,9 @@ from dinoseg.config.guard import guard
 from dinoseg.config.nodes import instantiate
 from dinoseg.config.resolvers import settled
 from dinoseg.data.classes.file import NOT_DESCRIBED, read_class_file
-from dinoseg.errors import UserError
-from dinoseg.images import read_ids
-from dinoseg.runs.recipe import config_description
+from dinoseg.experiment.recipe import config_description
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.images import read_ids
 
 LEAVES = """
 classes:

@@ -5,7 +5,7 @@ from PIL import Image
 
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.masks import MaskReader, Masks
-from dinoseg.errors import UserError
+from dinoseg.utils.errors import UserError
 
 COLORS = ((0, 0, 0), (255, 0, 0), (0, 0, 255))
 LABELS = Labels.of(["a", "b", "c"], COLORS, 255)

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from dinoseg.data.clips.view import ClipView
-from dinoseg.errors import UserError
+from dinoseg.utils.errors import UserError
 
 
 def clip(size, length=3, seed=0):

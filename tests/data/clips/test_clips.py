@@ -14,16 +14,16 @@ from dinoseg.config.nodes import instantiate
 from dinoseg.data.clips.cut import Clips, Cut, open_clips
 from dinoseg.data.clips.foreground import foreground, no_masks
 from dinoseg.data.clips.videos import DecodedFrames, Video, chosen
+from dinoseg.data.doctor.checks.splits import check_groups
+from dinoseg.data.doctor.examine import scanned
 from dinoseg.data.formats.davis import Davis
 from dinoseg.data.formats.movi import Movi
 from dinoseg.data.formats.video_folder import VideoFolder
 from dinoseg.data.formats.youtube_vos import YoutubeVos
 from dinoseg.data.splits import Partition
 from dinoseg.data.video.access import VideoFrame, read_frame
-from dinoseg.doctor.checks.splits import check_groups
-from dinoseg.doctor.examine import scanned
-from dinoseg.errors import UserError
-from dinoseg.storage.natural_order import natural_order
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.natural_order import natural_order
 
 SIDES = ("train", "val")
 CLASSES = ["background", "object"]

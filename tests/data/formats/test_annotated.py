@@ -11,15 +11,15 @@ from making import save
 from PIL import Image
 
 import dinoseg
-from dinoseg.annotation.rle import to_text
 from dinoseg.config.nodes import instantiate
 from dinoseg.config.resolvers import register_resolvers
+from dinoseg.data.annotation.rle import to_text
 from dinoseg.data.formats.annotated import Shapes, annotated_dataset
 from dinoseg.data.formats.annotation_files import AnnotationLayout
 from dinoseg.data.packed.pack import pack
 from dinoseg.data.scan.scan import scan
 from dinoseg.data.splits import Partition
-from dinoseg.errors import UserError
+from dinoseg.utils.errors import UserError
 
 CLASSES = ("background", "leaf", "stem")
 CONFIGS = Path(dinoseg.__file__).parent / "cfg"

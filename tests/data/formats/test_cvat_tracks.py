@@ -2,12 +2,12 @@ import numpy as np
 import pytest
 from making import save, write_video
 
-from dinoseg.annotation.cvat import read_cvat
+from dinoseg.data.annotation.cvat import read_cvat
 from dinoseg.data.formats.annotated import Shapes, annotated_dataset
 from dinoseg.data.formats.annotation_files import AnnotationLayout
 from dinoseg.data.splits import Partition
 from dinoseg.data.video.access import VideoFrame
-from dinoseg.errors import UserError
+from dinoseg.utils.errors import UserError
 
 SIZE = (32, 48)
 
@@ -183,7 +183,7 @@ def test_images_of_a_project_are_divided_by_their_subsets(tmp_path):
     ],
 )  # fmt: skip
 def test_tracks_that_are_refused(tmp_path, tracks, meta, wrong, monkeypatch):
-    monkeypatch.setattr("dinoseg.annotation.cvat_tracks._MOST_BETWEEN", 100)
+    monkeypatch.setattr("dinoseg.data.annotation.cvat_tracks._MOST_BETWEEN", 100)
     path = tmp_path / "train.xml"
     write(path, *tracks, meta=task(**meta))
     try:

@@ -10,9 +10,9 @@ from making import save
 from dinoseg.data.classes.masks import Masks
 from dinoseg.data.formats.folder import FolderLayout, folder_dataset
 from dinoseg.data.splits import Partition, split_table
-from dinoseg.errors import UserError
 from dinoseg.report.palette import default_palette
-from dinoseg.storage.atomic import write_json
+from dinoseg.utils.atomic import write_json
+from dinoseg.utils.errors import UserError
 
 CLASSES = ["a", "b"]
 FLAT = FolderLayout("images", "masks")

@@ -13,10 +13,10 @@ from dinoseg.config.nodes import instantiate
 from dinoseg.config.resolvers import register_resolvers
 from dinoseg.data.classes.masks import Masks
 from dinoseg.data.formats.idd import idd
+from dinoseg.data.label_tables.read import label_table
 from dinoseg.data.opened import opened
 from dinoseg.data.splits import Partition
-from dinoseg.errors import UserError
-from dinoseg.label_tables.read import label_table
+from dinoseg.utils.errors import UserError
 
 CONFIGS = Path(dinoseg.__file__).parent / "cfg"
 COLUMNS = {

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from dinoseg.config.nodes import instantiate
-from dinoseg.errors import UserError
+from dinoseg.utils.errors import UserError
 
 CITYSCAPES = {  # label id to train id of the 19 evaluated classes, as the data set's own scripts have them
     **{7: 0, 8: 1, 11: 2, 12: 3, 13: 4, 17: 5, 19: 6, 20: 7, 21: 8, 22: 9, 23: 10, 24: 11, 25: 12, 26: 13},

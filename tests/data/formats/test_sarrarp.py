@@ -7,7 +7,7 @@ from making import save
 from dinoseg.data.formats.sarrarp import BY_OPERATION, sar_rarp50
 from dinoseg.data.opened import opened
 from dinoseg.data.splits import regex_group
-from dinoseg.errors import UserError
+from dinoseg.utils.errors import UserError
 
 CLASSES = [f"c{i}" for i in range(10)]
 

@@ -12,8 +12,8 @@ from dinoseg.data.opened import opened
 from dinoseg.data.scan.scan import scan
 from dinoseg.data.video import index as video_index
 from dinoseg.data.video.access import VideoFrame
-from dinoseg.errors import UserError
-from dinoseg.preparation.sarrarp import prepare
+from dinoseg.tasks.preparation.sarrarp import prepare
+from dinoseg.utils.errors import UserError
 
 CLASSES = [f"c{i}" for i in range(10)]
 LENGTHS = {"train1/video_01": 61, "train2/video_02_1": 130, "train2/video_02_2": 60, "test/video_41": 181}

@@ -10,7 +10,7 @@ from dinoseg.data.classes.masks import MaskReader, Masks
 from dinoseg.data.formats.folder import folder_dataset
 from dinoseg.data.scan.class_counts import class_counts
 from dinoseg.data.scan.scan import scan
-from dinoseg.errors import UserError
+from dinoseg.utils.errors import UserError
 
 
 @pytest.fixture

@@ -19,9 +19,9 @@ from dinoseg.data.scan import scan as scan_module
 from dinoseg.data.scan.likeness import perceptual_hash
 from dinoseg.data.scan.scan import scan, unreadable
 from dinoseg.data.video.access import VideoFrame
-from dinoseg.errors import UserError
-from dinoseg.images import read_image
-from dinoseg.wording import reasons
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.images import read_image
+from dinoseg.utils.wording import reasons
 
 CLASSES = ("a", "b", "c")
 

@@ -14,7 +14,7 @@ from dinoseg.data.video import access as video_access
 from dinoseg.data.video import index as video_index
 from dinoseg.data.video.access import VideoFrame, read_frame
 from dinoseg.data.video.index import find_index, index_videos
-from dinoseg.errors import UserError
+from dinoseg.utils.errors import UserError
 
 SIZE = (64, 48)
 

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from dinoseg.errors import UserError
 from dinoseg.tracking.grid.cells import one_hot
 from dinoseg.tracking.grid.propagator import Propagator, propagate, seed
 from dinoseg.tracking.propagation.masks import first_labels, to_mask
 from dinoseg.tracking.propagation.settings import CRW, DINO, DINOV3, PropagationSettings
+from dinoseg.utils.errors import UserError
 
 SMALL = {
     "crw": (CRW, {"context": 3, "radius": 3.0}),

@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch import nn
 
-from dinoseg.contracts import Backbone
+from dinoseg.core.contracts import Backbone
 from dinoseg.tracking.propagation.agreement import agree, between
 from dinoseg.tracking.propagation.settings import CRW, DINO, DINOV3, PropagationSettings
 from dinoseg.tracking.propagation.tracker import PropagationTracker

@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from failing import fail_after
 from PIL import Image
 
-from dinoseg.contracts import Backbone
-from dinoseg.images import read_ids
+from dinoseg.core.contracts import Backbone
 from dinoseg.inference.inputs import open_frames
 from dinoseg.tracking.propagation.settings import CRW, DINOV3
 from dinoseg.tracking.propagation.tracker import PropagationTracker
@@ -20,6 +19,7 @@ from dinoseg.tracking.video import mask_folder
 from dinoseg.tracking.video.labels import find_labels
 from dinoseg.tracking.video.run import TrackJob, track_video
 from dinoseg.tracking.video.state import read_standing
+from dinoseg.utils.images import read_ids
 
 pytestmark = pytest.mark.slow  # whole videos
 

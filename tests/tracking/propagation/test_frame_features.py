@@ -5,12 +5,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dinoseg.contracts import Backbone
-from dinoseg.errors import UserError
+from dinoseg.core.contracts import Backbone
 from dinoseg.tracking.propagation.features import last_maps, resize
 from dinoseg.tracking.propagation.settings import DINO, PropagationSettings
 from dinoseg.tracking.provenance import precision_of
 from dinoseg.tracking.tracker import common_size
+from dinoseg.utils.errors import UserError
 
 CPU = torch.device("cpu")
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dinoseg.errors import UserError
 from dinoseg.tracking.propagation.features import input_size, resize
 from dinoseg.tracking.propagation.settings import CRW, DINO, DINOV3, PropagationSettings
+from dinoseg.utils.errors import UserError
 
 
 def reference(size, short, short_multiple, long_multiple, rounding):

@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from dinoseg.contracts import Backbone
-from dinoseg.errors import UserError
+from dinoseg.core.contracts import Backbone
 from dinoseg.tracking.grid.propagator import propagate
 from dinoseg.tracking.propagation.masks import first_labels, to_mask
 from dinoseg.tracking.propagation.settings import CRW, DINO, DINOV3
 from dinoseg.tracking.propagation.tracker import PropagationTracker
 from dinoseg.tracking.provenance import weights_of
+from dinoseg.utils.errors import UserError
 
 TINY = {
     "dinov3": replace(DINOV3, short=32, radius=3),

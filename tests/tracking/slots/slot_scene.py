@@ -4,9 +4,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from dinoseg.contracts import Backbone, Head
-from dinoseg.geometry import pad_to_multiple
-from dinoseg.model import Segmenter
+from dinoseg.core.contracts import Backbone, Head
+from dinoseg.core.geometry import pad_to_multiple
+from dinoseg.models.model import Segmenter
 
 PATCH = 4
 GREY, RED, BLUE, GREEN = (0.4, 0.4, 0.4), (0.9, 0.1, 0.1), (0.1, 0.1, 0.9), (0.1, 0.9, 0.1)

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-from dinoseg.errors import UserError
 from dinoseg.tracking.slots import matching as slot_matching
 from dinoseg.tracking.slots.matching import Correspondence, cosine, give, owners, soft_iou, winners
+from dinoseg.utils.errors import UserError
 
 
 def draw(*shape, seed=0):

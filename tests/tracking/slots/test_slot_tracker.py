@@ -6,12 +6,12 @@ import torch
 from safetensors.torch import load, save
 from slot_scene import BLUE, GREEN, GREY, RED, Colours, at_cells, crossing, model_of, paint
 
-from dinoseg.errors import UserError
-from dinoseg.heads.linear import LinearHead
-from dinoseg.model import Segmenter
+from dinoseg.models.heads.linear import LinearHead
+from dinoseg.models.model import Segmenter
 from dinoseg.tracking.slots.appearance import Appearance
 from dinoseg.tracking.slots.settings import SlotTracking
 from dinoseg.tracking.slots.tracker import SlotTracker
+from dinoseg.utils.errors import UserError
 
 
 def follow(model, frames, labels=None, **settings):

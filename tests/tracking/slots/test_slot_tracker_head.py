@@ -5,8 +5,8 @@ import pytest
 import torch
 from slot_scene import crossing
 
-from dinoseg.heads.slots.head import SlotHead
-from dinoseg.model import Segmenter
+from dinoseg.models.heads.slots.head import SlotHead
+from dinoseg.models.model import Segmenter
 from dinoseg.tracking.slots.settings import SlotTracking
 from dinoseg.tracking.slots.tracker import SlotTracker
 

@@ -9,8 +9,8 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from slot_scene import crossing
 
-from dinoseg.heads.slots.head import SlotHead
-from dinoseg.model import Segmenter
+from dinoseg.models.heads.slots.head import SlotHead
+from dinoseg.models.model import Segmenter
 from dinoseg.tracking.slots import matching as slot_matching
 from dinoseg.tracking.slots.following import Follower
 from dinoseg.tracking.slots.settings import SlotTracking

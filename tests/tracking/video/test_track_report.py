@@ -7,12 +7,12 @@ import pytest
 from films import write_film
 from PIL import Image
 
-from dinoseg.errors import UserError
-from dinoseg.images import read_ids
 from dinoseg.inference.frame_folder import FolderReader
 from dinoseg.inference.video_file import VideoReader
 from dinoseg.report.indexed import voc_palette, write_indexed_png
 from dinoseg.tracking.video.report import ObjectRow, object_rows, write_track_report
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.images import read_ids
 
 
 def test_the_palette_is_pascal_vocs():

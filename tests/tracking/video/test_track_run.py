@@ -13,11 +13,9 @@ import torch.nn.functional as F
 from failing import fail_after
 from PIL import Image
 
-from dinoseg.contracts import Backbone
-from dinoseg.errors import UserError
-from dinoseg.images import read_ids
+from dinoseg.core.contracts import Backbone
+from dinoseg.experiment.settings import check_same_settings
 from dinoseg.inference.inputs import open_frames
-from dinoseg.runs.settings import check_same_settings
 from dinoseg.tracking.propagation.settings import PropagationSettings
 from dinoseg.tracking.propagation.tracker import PropagationTracker
 from dinoseg.tracking.video import mask_folder
@@ -25,6 +23,8 @@ from dinoseg.tracking.video import state as track_state
 from dinoseg.tracking.video.labels import find_labels
 from dinoseg.tracking.video.run import TrackJob, track_video
 from dinoseg.tracking.video.state import STATE, read_standing
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.images import read_ids
 
 pytestmark = pytest.mark.slow  # whole videos
 

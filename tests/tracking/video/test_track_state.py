@@ -2,9 +2,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dinoseg.errors import UserError
-from dinoseg.runs.settings import check_same_settings
+from dinoseg.experiment.settings import check_same_settings
 from dinoseg.tracking.video.state import STATE, read_standing
+from dinoseg.utils.errors import UserError
 
 
 def test_other_settings_are_named(tmp_path):

@@ -9,6 +9,7 @@ import torch
 from making import save
 from torch import nn
 
+from dinoseg.core.shapes import FrozenFeatures
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.masks import Masks
 from dinoseg.data.enough_workers import AUTO, FROM_NONE
@@ -16,7 +17,6 @@ from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.pairs.pair import Pair
 from dinoseg.data.train_views import TrainViews
 from dinoseg.data.transforms import Augment
-from dinoseg.shapes import FrozenFeatures
 from dinoseg.training.feature_cache import cache
 from dinoseg.training.feature_cache.cache import FeatureCache, View
 from dinoseg.training.feature_cache.masks import KeptMasks

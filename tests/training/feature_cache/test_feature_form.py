@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 import torch
 
-from dinoseg.errors import UserError
-from dinoseg.storage.forms import Misshapen
 from dinoseg.training.feature_cache.form import TYPES, from_bytes, restored, rounded, size_of, to_bytes
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.forms import Misshapen
 
 KEY = "0123456789abcdef" * 2
 SHAPES = [[(1, 1, 1)], [(5, 3, 7), (8, 1, 2)], [(9, 4)], [(6,), (2, 3, 4, 5)]]

@@ -11,7 +11,6 @@ import torch
 from making import save
 from torch import nn
 
-from dinoseg.adapters import Frozen
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.masks import Masks
 from dinoseg.data.packed.pack import pack
@@ -19,12 +18,13 @@ from dinoseg.data.pairs import pair as pairs
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.pairs.pair import Pair
 from dinoseg.data.video.access import VideoFrame
-from dinoseg.errors import UserError
-from dinoseg.heads.linear import LinearHead
-from dinoseg.model import Segmenter, frozen_tensors
+from dinoseg.models.adapters import Frozen
+from dinoseg.models.heads.linear import LinearHead
+from dinoseg.models.model import Segmenter, frozen_tensors
 from dinoseg.training.feature_cache import key
 from dinoseg.training.feature_cache.key import code_hash, hash_of, image_hash, origin, weights_hash
 from dinoseg.training.feature_cache.store import DiskStore
+from dinoseg.utils.errors import UserError
 
 PARTS = {"weights": "w1", "code": "c1", "type": "float16", "cut": "maps of blocks 2, 5"}
 

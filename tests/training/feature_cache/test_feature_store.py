@@ -9,10 +9,10 @@ from multiprocessing import get_context
 import pytest
 import torch
 
-from dinoseg.storage import atomic
 from dinoseg.training.feature_cache import store as stores
 from dinoseg.training.feature_cache.form import size_of
 from dinoseg.training.feature_cache.store import DiskStore, MemoryStore
+from dinoseg.utils import atomic
 
 SHAPE = (8, 3, 4)
 SIZE = size_of([torch.empty(SHAPE)], "float16")

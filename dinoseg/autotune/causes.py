@@ -1,0 +1,184 @@
+"""Why a training stays below its floor: each likely cause is tried on the same images, not guessed."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dinoseg.autotune.floor import BELOW, Held, solved
+from dinoseg.data.scan.class_counts import class_counts
+from dinoseg.experiment import build, criteria
+from dinoseg.inference.windows import Windows
+from dinoseg.models.backbones.normalisation import register_colours
+from dinoseg.models.model import Segmenter, trained_names
+from dinoseg.tasks.images import ImageRegime
+from dinoseg.training.optim import Pace, set_learning_rates, tensors_of
+from dinoseg.training.validation import evaluate
+from dinoseg.utils.wording import listed, typed
+
+COLOURS = {  # RGB means and deviations that published weights were trained with
+    "ImageNet's": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "0.5 throughout": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "CLIP's": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+    "none at all": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+}
+_FAR = 1.25  # times the crop, or a part of it, that images of another size are
+_STEPS = 8  # on from the best checkpoint, at each rate
+_FACTORS = (1.0, 0.1, 10.0, 0.01, 100.0)  # of the rate; its own first
+_EARLY = 0.5  # of the steps: what was best before was tried for as long again
+_CLEAR = 0.98  # of another loss: what is not lower than that is no better
+Cause = Callable[[Held], str | None]
+
+
+def absent_classes(held: Held) -> str | None:
+    """Name classes that the training masks lack, and what they cost."""
+    train = held.regime.feed.train
+    seen = class_counts(train, held.cfg.cache_dir)
+    rows = held.run["classes"]
+    gone = [row for row in rows if row["pixels"] and not seen[row["id"]]]
+    if not gone:
+        return None
+    left = [row["iou"] for row in rows if row["iou"] is not None and row not in gone]
+    names = listed([str(train.classes[row["id"]]) for row in gone])
+    return (
+        f"No training mask has a pixel of {names}, which validation images show: their IoU is 0 whatever is learnt, "
+        f"and mIoU without them {sum(left) / max(1, len(left)):.4f}. Add images that show them, or leave them out of "
+        "data.classes"
+    )
+
+
+def other_colours(held: Held) -> str | None:
+    """Solve the closed form with the colours that other weights were trained with."""
+    backbone = held.plain.backbone
+    own = backbone.mean.flatten().tolist(), backbone.std.flatten().tolist()
+    floors = {}
+    try:
+        for name, (mean, std) in COLOURS.items():
+            if max(abs(a - b) for a, b in zip((*mean, *std), (*own[0], *own[1]), strict=True)) > BELOW:
+                register_colours(backbone, mean, std)
+                backbone.to(held.engine.device)
+                scores = solved(held.plain, held.train, held.val, held.cfg, held.engine)
+                floors[name] = scores["miou"] or 0.0
+    finally:
+        register_colours(backbone, *own)
+        backbone.to(held.engine.device)
+    best = max(floors, key=lambda name: floors[name])
+    if floors[best] <= (held.floor["miou"] or 0.0) + 2 * BELOW:
+        return None
+    means, deviations = map(typed, COLOURS[best])
+    return (
+        f"With another normalisation, {best}, the closed form has {floors[best]:.4f} in place of "
+        f"{held.floor['miou']:.4f}. Either the weights were trained with that, or they see these images better so: "
+        f"look up what they were trained with, or try backbone.mean={means} backbone.std={deviations}"
+    )
+
+
+def far_crop(held: Held) -> str | None:
+    """Ask the model in windows of the size that it was trained on."""
+    crop = [int(side) for side in held.cfg.resolution.crop]
+    masks = (held.val[place]["mask"] for place in range(len(held.val)))
+    sizes = [held.model.seen_size((mask.shape[0], mask.shape[1])) for mask in masks]
+    scale = held.cfg.resolution.scale
+    if all(max(a / (scale * b) for a, b in zip(size, crop, strict=True)) < _FAR for size in sizes):
+        return None
+    scores = evaluate(held.model, held.val, held.engine, policy=Windows(crop))
+    if (scores["miou"] or 0.0) <= (held.run["miou"] or 0.0) + BELOW:
+        return None
+    return (
+        f"Asked in windows of its resolution.crop={typed(crop)}, the model has {scores['miou']:.4f} in place of "
+        f"{held.run['miou']:.4f}: the images that it is validated on are too far from that size. Give "
+        "inference=windows, a crop as large as the images, or resolution.longest"
+    )
+
+
+def learning_rate(held: Held) -> str | None:
+    """Look whether the training images are learnt, and if not, train on for a few steps at other rates."""
+    train = evaluate(held.model, held.train, held.engine, policy=held.regime.feed.policy)
+    floor = solved(held.plain, held.train, held.train, held.cfg, held.engine)
+    if train["miou"] >= floor["miou"] - BELOW:
+        return (
+            f"It knows the images that it was trained on ({train['miou']:.4f}, the closed form {floor['miou']:.4f}), "
+            "not the others: it is fitted to them. Give fewer trainer.steps, more images, adapter=frozen, or a larger "
+            "optim.optimizer.weight_decay"
+        )
+    if type(held.regime) is not ImageRegime:  # others learn from a teacher, too
+        return None
+    before, after = _losses(held)
+    best = min(after, key=lambda factor: after[factor])
+    best = best if after[best] < _CLEAR * after[1.0] else 1.0
+    if after[best] > _CLEAR * before:
+        return None
+    lower = f"the loss falls from {before:.3g} to {after[best]:.3g} within {_STEPS} more steps"
+    if best == 1 and held.best_step < _EARLY * held.steps:
+        return (
+            f"It was scored best after step {held.best_step} of {held.steps}, and more steps made it worse on the "
+            "validation images. Give fewer trainer.steps, more images, or a larger optim.optimizer.weight_decay"
+        )
+    if best == 1:
+        return f"It was still learning: {lower}. Give more trainer.steps"
+    way = "higher" if best > 1 else "lower"
+    times = f"{max(best, 1 / best):.0f} times {way}"
+    return f"At a learning rate {times} {lower}, at its own to {after[1.0]:.3g}: give a {way} one"
+
+
+CAUSES: Sequence[Cause] = (absent_classes, other_colours, far_crop, learning_rate)
+
+
+def causes_of(held: Held) -> list[str]:
+    """Return what was found to keep a run below its floor, each as a sentence or two without the last full stop.
+
+    Of a run above it the colours alone are tried, where there is time: they cost the floor as much as the run.
+    """
+    tried = CAUSES if held.is_below else [other_colours] if held.has_time else []
+    return [found for cause in tried if not held.has_ended and (found := cause(held))]
+
+
+def _losses(held: Held) -> tuple[float, dict[float, float]]:
+    """Return the loss of the training images, and after a few steps at each of the rates."""
+    model, engine, feed = held.model, held.engine, held.regime.feed
+    loss = criteria.loss(held.cfg, held.regime.labelled).to(engine.device)
+    batches = list(islice(feed.train_batches(start=0), _STEPS))
+
+    def measured() -> float:
+        value = evaluate(model, held.train, engine, policy=feed.policy, loss=loss)["loss"]
+        return value if torch.tensor(value).isfinite() else float("inf")
+
+    before, after = measured(), dict[float, float]()
+    for factor in _FACTORS:
+        if after and held.has_ended:
+            break
+        with _restored(model):
+            _train(held, loss, batches, factor)
+            after[factor] = measured()
+    return before, after
+
+
+def _train(held: Held, loss: Any, batches: Sequence[Any], factor: float) -> None:
+    optimizer = build.optimizer(held.cfg, held.model)
+    set_learning_rates(optimizer, Pace(lambda *_: factor, step=1, steps=1))  # of all that learns in the end
+    held.model.train()
+    for drawn in batches:
+        batch = drawn.to(held.engine.device)
+        with held.engine.autocast():
+            prediction = held.model(batch.image)
+            value, _ = loss(prediction, batch)
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(list(held.model.parameters()), held.cfg.trainer.clip or float("inf"))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    held.model.eval()
+
+
+@contextmanager
+def _restored(model: Segmenter) -> Iterator[None]:
+    """Give a model its weights back."""
+    kept: dict[str, Tensor] = {name: value.detach().clone() for name, value in tensors_of(model, trained_names(model))}
+    training = model.training
+    try:
+        yield
+    finally:
+        model.load_state_dict(kept, strict=False)
+        model.train(training)

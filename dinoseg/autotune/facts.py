@@ -1,0 +1,135 @@
+"""What of a data set decides how it is trained on: how large its images are, how rare and how thin its classes."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from dinoseg.core.shapes import SegmentationData
+from dinoseg.core.sizes import Size, evenly_spaced
+from dinoseg.data.pairs.dataset import PairDataset
+from dinoseg.data.scan.class_counts import class_counts
+from dinoseg.data.scan.scan import scan
+from dinoseg.utils.cores import count_cores
+from dinoseg.utils.wording import count_of, listed
+
+_LOOKED_AT = 48  # masks whose parts are measured, evenly spaced
+_LEAST, _PIXELS = 8, 2**24  # masks at least, and pixels of them all: a megapixel takes about 0.1 s for each class
+_BORDER = 1  # of the distance to the nearest pixel that is none of a part, counted from its own middle
+
+
+@dataclass(frozen=True)
+class ClassFacts:
+    """What is known of a class.
+
+    Attributes:
+        name: of the class.
+        share: of the labelled training pixels that are of it.
+        width: px; half of its pixels lie in connected parts that are nowhere wider. NaN where no mask looked at has it.
+    """
+
+    name: str
+    share: float
+    width: float
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a data set.
+
+    Attributes:
+        images: to train on.
+        val_images: to validate on.
+        size: medians of (H, W) of the training images.
+        classes: in the order of their ids.
+    """
+
+    images: int
+    val_images: int
+    size: Size
+    classes: tuple[ClassFacts, ...]
+
+    @property
+    def absent(self) -> list[str]:
+        """Names of the classes without a pixel in the training masks."""
+        return [each.name for each in self.classes if each.share == 0]
+
+    def thinner(self, width: float) -> list[ClassFacts]:
+        """Return the classes whose parts are thinner than so many pixels, the thinnest first."""
+        return sorted((each for each in self.classes if each.width < width), key=lambda each: each.width)
+
+    def rarer(self, share: float) -> list[ClassFacts]:
+        """Return the classes that have less than a share of the pixels, and some, the rarest first."""
+        return sorted((each for each in self.classes if 0 < each.share < share), key=lambda each: each.share)
+
+
+def facts_of(train: SegmentationData, val: SegmentationData, cache_dir: str | Path) -> Facts:
+    """Return what is known of a data set; each training mask is read once, and what it holds kept in `cache_dir`.
+
+    Raises:
+        UserError: a mask cannot be read.
+    """
+    counts = class_counts(train, cache_dir)
+    files = train.source if isinstance(train, PairDataset) else train  # packed ones may be reduced
+    places = evenly_spaced(len(train), _LOOKED_AT)
+    masks = [files[place]["mask"].numpy() for place in places]
+    names = [str(name) for name in train.classes]
+    measured = masks[:: min(max(1, len(masks) // _LEAST), math.ceil(sum(mask.size for mask in masks) / _PIXELS))]
+    parts = np.concatenate([list(parts_of(mask, len(names))) or np.empty((0, 3)) for mask in measured])
+    total = max(1, int(counts.sum()))
+    classes = (
+        ClassFacts(name, float(counts[id] / total), median_width(parts[parts[:, 0] == id]))
+        for id, name in enumerate(names)
+    )
+    return Facts(len(train), len(val), _size(train, masks, cache_dir), tuple(classes))
+
+
+def headline(facts: Facts, minutes: float, device: str) -> str:
+    """Return what is chosen for, in a line."""
+    height, width = facts.size
+    absent = f"; without a pixel in train: {listed(facts.absent)}" if facts.absent else ""
+    return (
+        f"{count_of(facts.images, 'training image')} of {height} x {width} (median), "
+        f"{count_of(facts.classes, 'class', 'classes')}{absent}; {minutes:g} min on this {device}"
+    )
+
+
+def parts_of(mask: np.ndarray, num_classes: int) -> Iterator[tuple[int, float, int]]:
+    """Yield class, width and pixels of each connected part of a mask (H, W).
+
+    A part is as wide as the largest disc within it, by distances to the nearest pixel that is none of it: exact to a
+    pixel of lines. Beyond the image's border it is taken to go on.
+    """
+    for id in range(num_classes):
+        inside = (mask == id).astype(np.uint8)
+        if not inside.any():
+            continue
+        count, labels, stats, _ = cv2.connectedComponentsWithStats(inside, connectivity=8)
+        distance = np.minimum(cv2.distanceTransform(inside, cv2.DIST_L2, cv2.DIST_MASK_PRECISE), max(mask.shape))
+        deepest = np.zeros(count, distance.dtype)  # of another type it takes ten times as long
+        np.maximum.at(deepest, labels.ravel(), distance.ravel())
+        widths = np.minimum(2 * deepest - _BORDER, min(mask.shape))
+        yield from ((id, float(widths[part]), int(stats[part, cv2.CC_STAT_AREA])) for part in range(1, count))
+
+
+def median_width(parts: np.ndarray) -> float:
+    """Return the width that half of the pixels of parts (N, 3), as of `parts_of`, do not exceed; NaN of none."""
+    if not len(parts):
+        return float("nan")
+    ordered = parts[parts[:, 1].argsort()]
+    pixels = ordered[:, 2].cumsum()
+    return float(ordered[np.searchsorted(pixels, pixels[-1] / 2), 1])
+
+
+def _size(train: SegmentationData, masks: list[np.ndarray], cache_dir: str | Path) -> Size:
+    """Return the medians of height and width, of all training images where they are files."""
+    sizes = [mask.shape for mask in masks]
+    if isinstance(train, PairDataset):
+        source = train.source
+        records = scan(source.pairs, source.reader, images=False, workers=count_cores(), cache_dir=cache_dir)
+        sizes = [size for record in records if (size := record.image_size or record.mask_size)] or sizes
+    height, width = np.median(sizes, axis=0)
+    return round(height), round(width)

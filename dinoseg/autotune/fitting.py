@@ -1,0 +1,196 @@
+"""How a recipe fits a memory: what of it changes, from what costs nothing to what makes another model of it."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.resources import files
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from dinoseg.autotune.step_bytes import LossBytes, StepBytes, step_bytes
+from dinoseg.autotune.target import Target
+from dinoseg.experiment import build, criteria
+from dinoseg.tasks.least_batch import check_batch, least_batch
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.wording import count_of, typed
+
+_SHARES = (0.75, 0.5, 0.25, 0.125)  # of the blocks that a smaller adapter trains
+Words = Mapping[str, Any]  # keys of the config, and groups, with their values
+
+
+@dataclass(frozen=True)
+class Change:
+    """What of a recipe is set otherwise, and why."""
+
+    words: Words
+    reason: str
+
+    def __str__(self) -> str:
+        return " ".join(f"{key}={typed(value)}" for key, value in self.words.items())
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A recipe with changes, and what a step of it takes."""
+
+    cfg: DictConfig
+    changes: tuple[Change, ...]
+    step: StepBytes
+    need: int
+
+
+class Fitting:
+    """Looks for the least change by which a recipe fits a memory; each step has the same samples as before.
+
+    Args:
+        cfg: the whole config.
+        target: what it is to fit.
+        may_change_model: whether fewer blocks may be trained where nothing else helps.
+
+    Raises:
+        UserError: the head cannot be trained on so few samples a device.
+    """
+
+    def __init__(self, cfg: DictConfig, target: Target, *, may_change_model: bool = True) -> None:
+        self.cfg, self.target = cfg, target
+        self._model = build.outline(cfg)
+        check_batch(cfg, self._model.head.least_batch, target.world)
+        self._may_change_model = may_change_model
+        self._batch, self._effective = cfg.data.batch_size, cfg.data.batch_size * cfg.trainer.accumulate
+        self._tried: dict[str, Fit] = {}
+
+    @property
+    def as_it_is(self) -> Fit:
+        """The recipe without a change."""
+        return self._fit(())
+
+    def found(self) -> Fit | None:
+        """Return the recipe with the least change by which it fits; None: none does."""
+        for smaller in self._adapters():
+            fits = [fit for again in self._recomputing() if (fit := self._largest((*smaller, *again)))]
+            if fits:
+                # where what goes through at once counts, time is given for larger parts
+                return max(fits, key=lambda fit: fit.cfg.data.batch_size) if self._bound else fits[0]
+        return None
+
+    @property
+    def least(self) -> Fit:
+        """The one that takes least of all that were tried."""
+        return min(self._tried.values(), key=lambda fit: fit.need)
+
+    @cached_property
+    def _bound(self) -> str:
+        """What depends on how many samples go through the model at once, in words; "": nothing does."""
+        parts = (part for part in self._model.modules() if isinstance(part, _BatchNorm))
+        norms = ["BatchNorm takes its statistics"] if any(part.training for part in parts) else []
+        sums = [f"loss={self.cfg.choices.loss} takes its sums"] if criteria.unweighted(self.cfg).sums_over_batch else []
+        return " and ".join(norms + sums)
+
+    def _adapters(self) -> Iterator[tuple[Change, ...]]:
+        """Yield the adapter as it is, then ones that train ever fewer of the last blocks."""
+        yield ()
+        adapter, blocks = self.cfg.adapter, len(list(self._model.backbone.blocks))
+        if not self._may_change_model or not _is_trained(self._model.backbone):
+            return
+        words: dict[str, Any] = {} if "blocks" in adapter else {"adapter": "lora"}
+        start = adapter.get("blocks") or blocks
+        if words:
+            yield (Change(words, "LoRA in place of all weights. Another model: updates of low rank alone are learnt"),)
+        for count in sorted({max(1, round(start * share)) for share in _SHARES} - {start}, reverse=True):
+            reason = (
+                f"the last {count_of(count, 'block')} of {blocks} alone are trained, those before keep nothing for the "
+                "backward pass. Another model: less of it is learnt"
+            )
+            yield (Change({**words, "adapter.blocks": count}, reason),)
+
+    def _recomputing(self) -> Iterator[tuple[Change, ...]]:
+        """Yield that activations are kept, then that they are computed again."""
+        yield ()
+        parts = {"backbone": self._model.backbone, "head": self._model.head}
+        off = [
+            name for name, part in parts.items() if self.cfg[name].get("checkpointing") is False and _is_trained(part)
+        ]
+        if off:
+            reason = "activations are computed again in the backward pass: the same numbers, about a third more time"
+            yield (Change({f"{name}.checkpointing": True for name in off}, reason),)
+
+    def _largest(self, changes: tuple[Change, ...]) -> Fit | None:
+        """Return the fit with the most samples at once."""
+        sizes = self._sizes()
+        try:
+            if self._fit((*changes, *self._parts(sizes[-1]))).need > self.target.memory:
+                return None
+            fits = (self._fit((*changes, *self._parts(size))) for size in sizes)
+            return next(fit for fit in fits if fit.need <= self.target.memory)
+        except UserError:
+            if not changes:
+                raise
+            return None  # a part that cannot do this
+
+    def _sizes(self) -> list[int]:
+        """Return the batches of which some make a step's samples, the largest first."""
+        world, most = self.target.world, self._batch if self._bound else self._effective
+        least = world * self._least
+        sizes = [size for size in range(most, 0, -1) if self._effective % size == 0 and size % world == 0]
+        return [size for size in sizes if size >= least] or [self._batch]
+
+    def _parts(self, size: int) -> tuple[Change, ...]:
+        if size == self._batch:
+            return ()
+        times = self._effective // size
+        reason = (
+            f"{count_of(size, 'sample')} at once, {count_of(times, 'time')} before each update, which is over the same "
+            f"{self._effective}"
+        )
+        if self._bound:
+            reason += f". {self._bound} over the fewer samples: not the same training to the last digit"
+        if self._loss.draws:
+            reason += (
+                ". What is drawn at random (dropout, points of masks) is drawn anew for each part, as likely as ever"
+            )
+        return (Change({"data.batch_size": size, "trainer.accumulate": times}, reason),)
+
+    @cached_property
+    def _least(self) -> int:
+        return least_batch(self.cfg)
+
+    @cached_property
+    def _loss(self) -> LossBytes:
+        return LossBytes(self.cfg, bf16=self.target.bf16, accelerator=self.target.kind != "cpu")
+
+    def _fit(self, changes: tuple[Change, ...]) -> Fit:
+        key = " ".join(map(str, changes))
+        if key not in self._tried:
+            cfg = changed(self.cfg, changes)
+            samples = cfg.data.batch_size // self.target.world
+            step = step_bytes(
+                cfg,
+                self._loss,
+                samples=samples,
+                accumulate=cfg.trainer.accumulate,
+                bf16=self.target.bf16,
+                world=self.target.world,
+            )
+            self._tried[key] = Fit(cfg, changes, step, self.target.need(step))
+        return self._tried[key]
+
+
+def changed(cfg: DictConfig, changes: tuple[Change, ...]) -> DictConfig:
+    """Return a config with changes."""
+    new = OmegaConf.create(OmegaConf.to_container(cfg))
+    assert isinstance(new, DictConfig)
+    for change in changes:
+        for key, value in change.words.items():
+            if key in new.choices:
+                new[key] = OmegaConf.load(str(files("dinoseg") / "cfg" / key / f"{value}.yaml"))
+                new.choices[key] = value
+            else:
+                OmegaConf.update(new, key, value)
+    return new
+
+
+def _is_trained(part: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in part.parameters())

@@ -1,0 +1,28 @@
+"""What was typed is not chosen: keys by themselves, and those that stand for them."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from dinoseg.autotune.rules import Choice
+
+_STAND_FOR = {  # keys that decide others, too
+    "loss.weights": ("loss",),
+    "loss.criterion.factors.dice": ("loss", "loss.criterion", "loss.criterion.factors"),
+    "optim.optimizer.head_lr": ("optim.optimizer.lr", "head.lr"),
+    "optim.optimizer.backbone_lr": ("optim.optimizer.lr", "adapter.lr"),
+    "trainer.steps": ("trainer.epochs",),
+    "trainer.max_minutes": ("trainer.steps", "trainer.epochs"),
+    "trainer.val_every": ("trainer.steps", "trainer.epochs"),
+}
+
+
+def left_of(choices: Iterable[Choice], given: frozenset[str]) -> tuple[list[Choice], list[str]]:
+    """Return choices without what was given, by itself or by a key that stands for it; and what that is."""
+    left, taken = [], set[str]()
+    for choice in choices:
+        typed = {key: given & {key, *_STAND_FOR.get(key, ())} for key in choice.words}
+        taken |= set[str]().union(*typed.values())
+        words = {key: value for key, value in choice.words.items() if not typed[key]}
+        if words:
+            left.append(replace(choice, words=words))
+    return left, sorted(taken)

@@ -1,0 +1,132 @@
+"""How fast a recipe trains and predicts on this device: some steps and some images, each in a process of its own."""
+
+import itertools
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+from omegaconf import DictConfig
+from torch.utils.flop_counter import FlopCounterMode
+
+from dinoseg.autotune.flops import matrix_peak, step_flops
+from dinoseg.autotune.stand_in import drawn_batch
+from dinoseg.autotune.trial import settled, try_steps
+from dinoseg.config.nodes import instantiate
+from dinoseg.experiment import build
+from dinoseg.inference.predictor import Predictor
+from dinoseg.tasks.choice import regime_of
+from dinoseg.training.engine import Engine
+from dinoseg.training.meter import held_memory, peak_memory, reset_peak_memory
+
+_FEW = 16  # images that are held while others are predicted
+
+
+@dataclass(frozen=True)
+class Timed:
+    """What was timed of a device.
+
+    Attributes:
+        device: its kind.
+        precision: that was computed in.
+        images: in each pass; of a training step all of its batches.
+        size: (H, W) of the images.
+        seconds: of each pass.
+        waited: share of these that was waited for data; None: none was read.
+        peak_bytes: at most beside what was there before: of a CPU resident, else allocated.
+        flops: of a pass of the model.
+        peak_flops: a second of the device, as measured by products of large matrices.
+    """
+
+    device: str
+    precision: str
+    images: int
+    size: tuple[int, int]
+    seconds: list[float]
+    waited: float | None
+    peak_bytes: int
+    flops: int
+    peak_flops: float
+
+    def figures(self, peak_flops: float) -> dict[str, Any]:
+        """Return what is told of it, by name, with its share of the operations that a device does in a second."""
+        total = sum(self.seconds)
+        p50, p95 = np.percentile(self.seconds, [50, 95])
+        a_second = self.flops * len(self.seconds) / total
+        return {
+            "images": self.images,
+            "size": list(self.size),
+            "images_per_s": self.images * len(self.seconds) / total,
+            "latency_p50_s": float(p50),
+            "latency_p95_s": float(p95),
+            "data_wait": self.waited,
+            "peak_bytes": self.peak_bytes,
+            "model_flops": self.flops,
+            "model_flops_per_s": a_second,
+            "share_of_matrix_peak": a_second / peak_flops,
+        }
+
+
+def time_training(values: Mapping[str, Any], *, steps: int, warmup: int, drawn: bool) -> Timed:
+    """Time steps of a plain config's training, after some that are not timed, on its data or on `drawn` noise."""
+    cfg, engine = settled(values)
+    batch, accumulate = cfg.data.batch_size, cfg.trainer.accumulate
+    batches: Iterator[Any] = (
+        itertools.repeat(drawn_batch(cfg, batch)) if drawn else regime_of(cfg)(cfg, engine).feed.train_batches(start=0)
+    )
+    make = partial(build.model, cfg, untrained=True)
+    trial = try_steps(cfg, make, engine, batches, steps=steps, warmup=warmup)
+    waited = None if drawn else sum(trial.waited) / sum(trial.seconds)
+    # after what is measured: what it frees is still the process's, and would be taken again unseen
+    flops = accumulate * step_flops(cfg, batch, bf16=engine.half)
+    return _timed(engine, batch * accumulate, tuple(cfg.resolution.crop), trial.seconds, waited, trial.peak, flops)
+
+
+def time_prediction(values: Mapping[str, Any], *, images: int, warmup: int, drawn: bool) -> Timed:
+    """Time a plain config's predictions of one image each, which is in memory, to its class ids, in memory too."""
+    cfg, engine = settled(values)
+    pictures = _pictures(cfg, drawn)
+    reset_peak_memory(engine.device)
+    before = held_memory(engine.device)
+    # what counts operations hooks into whatever could learn, which fails where nothing does (slots)
+    model = engine.place(build.model(cfg, untrained=True)).eval().requires_grad_(False)
+    predictor = Predictor(model, engine.device, engine.autocast, instantiate(cfg.inference))
+    with FlopCounterMode(display=False) as counter:
+        predictor.ids([pictures[0]])
+    seconds = []
+    for number in range(warmup + images):
+        picture = pictures[number % len(pictures)]
+        began = time.perf_counter()
+        predictor.ids([picture])
+        seconds.append(time.perf_counter() - began)
+    peak = peak_memory(engine.device) - before
+    size = (pictures[0].shape[0], pictures[0].shape[1])
+    return _timed(engine, 1, size, seconds[warmup:], None, peak, counter.get_total_flops())
+
+
+def _pictures(cfg: DictConfig, drawn: bool) -> list[np.ndarray]:
+    """Return images (H, W, 3) uint8 of one size: of the data to validate on, or noise of a training image's size."""
+    if drawn or cfg.trainer.feed != "images":
+        images = drawn_batch(cfg, 1).image
+        return [np.ascontiguousarray(images.flatten(0, -4)[0].permute(1, 2, 0).numpy())]
+    data = build.dataset(cfg, "val")
+    read = [np.asarray(data[place]["image"]) for place in range(min(_FEW, len(data)))]
+    same = [image for image in read if image.shape == read[0].shape]
+    return [np.ascontiguousarray(image.transpose(1, 2, 0)) for image in same]
+
+
+def _timed(
+    engine: Engine,
+    images: int,
+    size: tuple[int, ...],
+    seconds: list[float],
+    waited: float | None,
+    peak: int,
+    flops: int,
+) -> Timed:
+    fastest = matrix_peak(engine.device, engine.dtype)
+    return Timed(
+        engine.device.type, engine.precision, images, (size[0], size[1]), seconds, waited, peak, flops, fastest
+    )

@@ -1,0 +1,50 @@
+"""What a recipe trains on, where only its size counts: images and masks drawn by chance, classes of one weight."""
+
+import math
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+
+from dinoseg.config.nodes import instantiate
+from dinoseg.core.shapes import Batch, ClipBatch
+from dinoseg.utils.errors import UserError
+
+_PIECES = 4  # of a mask in each direction: about as many classes as a picture shows
+
+
+def image_shape(cfg: DictConfig) -> tuple[int, ...]:
+    """Return the shape of a training sample's pixels, (3, H, W) or (T, 3, H, W).
+
+    Raises:
+        UserError: the crop is no size, or clips are as long as their videos.
+    """
+    if cfg.trainer.feed == "images":
+        instantiate(cfg.data.augment)
+        return (3, *cfg.resolution.crop)
+    if cfg.data.clips is None:
+        raise UserError(f"data={cfg.choices.data} has no clips. Choose data=davis2017, movi or videos.")
+    instantiate(cfg.data.view)
+    length = cfg.data.clips.cut.length
+    if not isinstance(length, int) or length < 1:
+        raise UserError(
+            f"data.clips.cut.length={length}: how many frames a clip has is needed here. Give a number of at least 1."
+        )
+    return (length, 3, *cfg.resolution.crop)
+
+
+def drawn_batch(cfg: DictConfig, samples: int, seed: int = 0) -> Batch | ClipBatch:
+    """Return so many samples of noise; masks are rectangles of classes."""
+    draw = torch.Generator().manual_seed(seed)
+    shape = image_shape(cfg)
+    image = torch.randint(0, 256, (samples, *shape), dtype=torch.uint8, generator=draw)
+    names = [f"drawn {number}" for number in range(samples)]
+    return ClipBatch(image, names) if len(shape) == 4 else Batch(image, _masks(cfg, samples, draw), names)
+
+
+def _masks(cfg: DictConfig, samples: int, draw: torch.Generator) -> Tensor:
+    """Return masks (B, H, W) uint8."""
+    height, width = cfg.resolution.crop
+    ids = torch.randint(0, len(cfg.data.classes), (samples, _PIECES, _PIECES), dtype=torch.uint8, generator=draw)
+    down, along = (math.ceil(length / _PIECES) for length in (height, width))
+    return ids.repeat_interleave(down, 1).repeat_interleave(along, 2)[:, :height, :width].contiguous()

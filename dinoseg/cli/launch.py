@@ -1,0 +1,277 @@
+"""From a composed config to a running mode: the checkpoint it goes on from, its folder, its ranks."""
+
+import os
+import re
+import signal
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dinoseg.cli.extras import hush_schemas
+from dinoseg.cli.ranks import LAUNCH_KEYS, is_first_rank, run_mode, run_ranks, telling_shortages
+from dinoseg.config.plain import BUILDS, plain
+from dinoseg.config.resolvers import register_resolvers
+from dinoseg.experiment.folder import (
+    LOG,
+    claim,
+    drop_bare,
+    drop_empty,
+    drop_parts,
+    enter_within,
+    has_results,
+    lock,
+    release,
+    will_make,
+    write_config,
+)
+from dinoseg.utils.cores import keep_to_quota, keep_to_share, limit_spinning
+from dinoseg.utils.errors import UserError, telling_file_errors
+from dinoseg.utils.interrupt import Interrupted
+from dinoseg.utils.private import check_private
+from dinoseg.utils.slurm import join_slurm
+from dinoseg.utils.wording import printable
+
+_OWN_NAME = re.compile(r"[a-z]+_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d")  # as cfg/hydra/run.yaml names a run's folder
+
+# processes of a launcher plug-in (joblib, Slurm) know this module by its callback alone, and name the job's folder
+register_resolvers()
+hush_schemas()
+
+
+class NotedFolders(Callback):
+    """Notes which folders Hydra makes for a run or a sweep, before it does: one that was there is never removed."""
+
+    def on_run_start(self, config: DictConfig, **_: Any) -> None:
+        """Note those of a single run."""
+        with suppress(OmegaConfBaseException):  # of a name that cannot be had Hydra itself says so, next
+            will_make(Path(config.hydra.run.dir))
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        """Note those of a sweep."""
+        will_make(Path(config.hydra.sweep.dir))
+
+
+def launch(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> Any:
+    """Run the chosen mode and return what it returns: on one device here, else in ranks started from here.
+
+    A mode with `resume_from: last` goes on in the checkpoint's own run folder, one with `best` works in a new one; or,
+    with `goes_on`, in the one of that name where it has left a file of that name before.
+    A mode with `devices` above 1 runs in so many ranks; where torchrun (WORLD_SIZE is set) or Slurm has started them,
+    this process is one of them and works in the first one's folder.
+
+    Raises:
+        UserError: whatever the user can mend.
+    """
+    _check_words(cfg, overrides)
+    limit_spinning()
+    if not isinstance(cfg.get("cache_dir", ""), str):
+        raise UserError(f"cache_dir={plain(cfg)['cache_dir']}: give a folder, such as cache_dir=outputs/.cache.")
+    if "cache_dir" in cfg.mode.get("reads", ()) and cfg.shared_cache is not True:
+        check_private(Path(cfg.cache_dir).expanduser(), "cache_dir")
+    if "devices" in cfg.mode:
+        join_slurm()
+        if "WORLD_SIZE" in os.environ:
+            keep_to_share()
+    devices = cfg.mode.get("devices", 1)
+    if not isinstance(devices, int) or devices < 1:
+        raise UserError(f"engine.devices={devices}: give a whole number of at least 1.")
+    if devices == 1:  # ranks that are started from here keep to shares of their own
+        keep_to_quota()
+    if not cfg.mode.get("keeps_folder", True):
+        drop_empty(out_dir)
+        return run_mode(cfg, out_dir)
+    run_folder = out_dir  # which an error before it is entered leaves to be dropped
+    try:
+        with telling_file_errors(out_dir), telling_shortages():
+            cfg, run_folder = _enter_folder(cfg, out_dir, overrides)
+            if devices == 1 or "WORLD_SIZE" in os.environ:
+                return run_mode(cfg, run_folder)
+            return run_ranks(cfg, run_folder, devices)
+    except UserError:
+        drop_bare(run_folder)
+        raise
+    except KeyboardInterrupt as stop:
+        drop_empty(out_dir)  # of one that was stopped while its recipe was chosen
+        number = stop.number if isinstance(stop, Interrupted) else signal.SIGINT
+        raise Interrupted(number, note=_left(cfg, run_folder) if is_first_rank() else "") from None
+    finally:
+        release(run_folder)
+
+
+def _enter_folder(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> tuple[DictConfig, Path]:
+    """Find what to go on from, make a folder this run's own, and keep the config in it.
+
+    Args:
+        cfg: as composed.
+        out_dir: the folder that Hydra has made for this run; it goes where another is taken.
+        overrides: the words of the command line.
+    """
+    continued, new = None, out_dir
+    recipe = _recipe(cfg, overrides)
+    if recipe is not None:
+        cfg = recipe.cfg
+    if cfg.resume is not None and "resume_from" in cfg.mode:
+        typed_recipe = cfg.choices.hparam
+        cfg, continued = _resumed(cfg, out_dir, overrides)
+        new = _below_recipe(out_dir, typed_recipe, cfg.choices.hparam)
+    cfg = _settled_length(cfg, overrides)
+    cfg, own_runs = _with_heads(cfg, overrides, continued)
+    # other ranks of torchrun's only have to know the name: the first one makes the folder
+    if not is_first_rank():
+        if continued or new != out_dir:
+            drop_empty(out_dir)
+        return cfg, continued or new
+    if continued is None:
+        if new != out_dir:
+            drop_empty(out_dir)
+        goes_on = _goes_on(cfg, new)
+        run_folder = new if goes_on else claim(new)
+        if run_folder != new and not _OWN_NAME.fullmatch(new.name):  # typed: of two in one second nobody chose a name
+            said = f"hydra.run.dir={new} holds another run, which stays: this one is in {run_folder}"
+            print(printable(said), file=sys.stderr)
+        if goes_on:
+            lock(new, instead="choose another hydra.run.dir")
+            drop_parts(new)
+    else:
+        run_folder = continued
+        lock(run_folder)
+        drop_parts(run_folder)
+        drop_empty(out_dir)
+    write_config(cfg, run_folder, overrides)
+    if recipe is not None and continued is None:
+        recipe.write(run_folder / "config")
+    for name, own in own_runs.items():
+        folder = run_folder / "heads" / name
+        enter_within(folder)
+        write_config(own.cfg, folder, own.words)
+    return cfg, run_folder
+
+
+def _recipe(cfg: DictConfig, overrides: Sequence[str]) -> Any:
+    """Return the recipe that is chosen for a command line (`dinoseg.autotune.recipe.Recipe`); None: it names one.
+
+    Raises:
+        UserError: a budget is given to a recipe that has its own lengths, or nothing can be chosen.
+    """
+    reads_budget = "budget" in cfg.mode.get("reads", ())
+    if cfg.choices.hparam != "auto":
+        if reads_budget and cfg.budget.minutes is not None:
+            raise UserError(
+                f"budget.minutes={cfg.budget.minutes} is read by hparam=auto alone, which fits a training into it. "
+                "Give that too, or trainer.steps."
+            )
+        return None
+    if not reads_budget or cfg.resume not in (None, "auto"):  # what goes on has its choices
+        return None
+    from dinoseg.autotune.recipe import chosen
+
+    return chosen(cfg, overrides, first=is_first_rank())
+
+
+def _with_heads(cfg: DictConfig, overrides: Sequence[str], run: Path | None) -> tuple[DictConfig, dict[str, Any]]:
+    """Return the config of a job of several heads with that of each head's own run, and these runs."""
+    if "heads" not in cfg.trainer and cfg.get("heads") is None and cfg.get("lrs") is None:
+        return cfg, {}
+    from dinoseg.experiment.heads import SOLO, own_runs
+
+    runs = {
+        name: own._replace(cfg=_settled_length(own.cfg, overrides))
+        for name, own in own_runs(cfg, overrides, run).items()
+    }
+    return OmegaConf.merge(cfg, {SOLO: {name: plain(own.cfg) for name, own in runs.items()}}), runs  # type: ignore[return-value]
+
+
+def _goes_on(cfg: DictConfig, folder: Path) -> bool:
+    """Return whether a mode that says so goes on in a folder of its own that is there already, instead of beside it."""
+    record = cfg.mode.get("goes_on")
+    claimed = (folder / LOG).exists()
+    return record is not None and claimed and ((folder / record).is_file() or not has_results(folder))
+
+
+def _below_recipe(out_dir: Path, typed: str, recipe: Any) -> Path:
+    """Return the folder of a run that uses a checkpoint: below the checkpoint's recipe, if its name is our own choice.
+
+    The recipe's name comes from a file: what is no plain name names no folder.
+    """
+    ours = out_dir.parent.name == typed and _OWN_NAME.fullmatch(out_dir.name)
+    plain_name = isinstance(recipe, str) and re.fullmatch(r"\w[\w-]*", recipe)
+    return out_dir.parent.with_name(recipe) / out_dir.name if ours and plain_name else out_dir
+
+
+def _resumed(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> tuple[DictConfig, Path | None]:
+    """Return the config of the checkpoint that `resume` means, and its run folder if the mode goes on in it."""
+    from dinoseg.experiment import lookup, resume
+    from dinoseg.training import checkpoint
+
+    path = lookup.resumed_checkpoint(cfg, out_dir, cfg.mode.resume_from)
+    if path is None:
+        print("resume=auto: no earlier run of this recipe has a checkpoint, so this is a new one.", file=sys.stderr)
+        return resume.without(cfg), None
+    in_place = cfg.mode.resume_from == "last" and path.parent.name == checkpoint.FOLDER
+    tell = in_place and is_first_rank()
+    merged = resume.merge(cfg, _parsed(overrides), path, checkpoint.describe(path), tell=tell)
+    return merged, path.parent.parent if in_place else None
+
+
+def _settled_length(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    """Let a `trainer.steps` of the command line win over the `trainer.epochs` of a recipe or a checkpoint."""
+    typed = {override.key_or_group for override in _parsed(overrides) if override.value() is not None}
+    if {"trainer.steps", "trainer.epochs"} <= typed:
+        raise UserError("trainer.steps and trainer.epochs both say how long to train: give one of them.")
+    if "trainer.steps" not in typed:
+        return cfg
+    return OmegaConf.merge(cfg, {"trainer": {"epochs": None}})  # type: ignore[return-value]
+
+
+def _left(cfg: DictConfig, folder: Path) -> str:
+    """Return what an interrupted run has left, as it lies on the disk, in words."""
+    if cfg.mode.get("resume_from") != "last":
+        return f"what is finished is in {folder}" if has_results(folder) else ""
+    from dinoseg.training import checkpoint
+
+    last = folder / checkpoint.FOLDER / "last.safetensors"
+    if not last.exists():
+        return "this run has saved nothing"
+    step = checkpoint.describe(last)["progress"]["step"]
+    return f"{last} holds step {step}. The same command with resume=auto goes on from it, and so does resume={folder}"
+
+
+def _parsed(overrides: Sequence[str]) -> list[Override]:
+    return OverridesParser.create().parse_overrides(list(overrides))
+
+
+def _check_words(cfg: DictConfig, overrides: Sequence[str]) -> None:
+    """Refuse a `+key` that no target takes, which nothing else would say, and keys that only files may set."""
+    for override in _parsed(overrides):
+        name = override.key_or_group
+        hidden = [part for part in name.split(".") if part.startswith("_")]
+        hidden += [key for table in _tables(override.value()) for key in map(str, table) if key in BUILDS]
+        if hidden := hidden or [key for key in LAUNCH_KEYS[1:] if f"{name}.".startswith(f"mode.{key}.")]:
+            raise UserError(
+                f"{name}: {hidden[0]} is set in files alone. Choose a part by GROUP=OPTION; one of your own gets a "
+                "file GROUP/NAME.yaml in a folder that --config-dir names."
+            )
+        if override.is_add() and name not in cfg.choices and not _is_taken(cfg, name):
+            raise UserError(f"+{name} adds a key that nothing reads. Check its spelling; an existing key needs no +.")
+
+
+def _tables(value: Any) -> Iterator[Mapping[Any, Any]]:
+    """Yield each table that a value of the command line is or holds."""
+    if isinstance(value, Mapping):
+        yield value
+    for part in value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ():
+        yield from _tables(part)
+
+
+def _is_taken(cfg: DictConfig, name: str) -> bool:
+    """Return whether a key lies at or below one with a target, which says itself what it takes."""
+    nodes = [OmegaConf.select(cfg, name[:end]) for end, letter in enumerate(name) if letter == "."]
+    return any(isinstance(node, DictConfig) and "_target_" in node for node in nodes)

@@ -1,0 +1,64 @@
+"""Keys on a command line that only the checkpoint named there has."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.types import Override, OverrideType
+
+from dinoseg.cli.words import assignments, parsed, values_of
+from dinoseg.config.plain import has_key
+
+
+def with_own_keys(arguments: Sequence[str]) -> list[str]:
+    """Return a command line with `++` before the keys that the checkpoint of `resume` has in its own config.
+
+    Hydra holds keys against the groups chosen on the command line (head=linear if none is) before anyone has looked at
+    the checkpoint; with `++` it takes them as they are, and `resume.merge` sets them in the checkpoint's config. For
+    `resume=auto` nothing is changed: its runs have the recipe that the command line composes.
+
+    Raises:
+        UserError: `resume` names no checkpoint.
+    """
+    configs = own_configs(arguments)
+    words = list(arguments)
+    for position, override in _overrides(arguments) if configs else ():
+        key = override.key_or_group
+        # one without a dot is a group
+        if override.type is OverrideType.CHANGE and "." in key and all(has_key(config, key) for config in configs):
+            words[position] = f"++{words[position]}"
+    return words
+
+
+def own_configs(arguments: Sequence[str]) -> list[Mapping[str, Any]]:
+    """Return what goes on of the config of each checkpoint that `resume`, or mode.model, names, but groups chosen anew.
+
+    Raises:
+        UserError: there is no such checkpoint.
+    """
+    typed = {override.key_or_group: values_of(override) for _, override in _overrides(arguments)}
+    checkpoints = [path for path in typed.get("resume", ()) if path not in ("auto", "None")]
+    files = [
+        path for path in typed.get("mode.model", ()) if Path(path).suffix == ".safetensors" and Path(path).is_file()
+    ]
+    if not checkpoints + files:
+        return []
+    from dinoseg.experiment.recipe import SAVED  # imports torch
+    from dinoseg.training import checkpoint
+
+    descriptions = [checkpoint.describe(checkpoint.find(path, "last")) for path in checkpoints + files]
+    return [
+        {
+            key: value
+            for key, value in info["config"].items()
+            if key in SAVED and (key not in typed or typed[key] == [info["choices"].get(key)])
+        }
+        for info in descriptions
+    ]
+
+
+def _overrides(arguments: Sequence[str]) -> Iterator[tuple[int, Override]]:
+    """Yield position and meaning of the words that Hydra can read."""
+    for position, word in assignments(arguments):
+        if override := parsed(word):
+            yield position, override

@@ -1,0 +1,247 @@
+"""Several processes for one job: started here, watched, and ended together."""
+
+import atexit
+import faulthandler
+import gc
+import json
+import math
+import os
+import re
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing import connection, get_context, set_start_method
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from dinoseg.config.plain import plain
+from dinoseg.config.resolvers import register_resolvers
+from dinoseg.experiment.log_file import announce, configure_log
+from dinoseg.experiment.unread import warn_not_read
+from dinoseg.utils.cores import cores_here, count_cores, forget_share, keep_to_share
+from dinoseg.utils.errors import UserError, telling_file_errors
+from dinoseg.utils.interrupt import SIGNALS, Interrupted, passed_on, raised
+from dinoseg.utils.workers import end_with_parent, telling_killed_loaders
+
+LAUNCH_KEYS = (
+    "devices",
+    "resume_from",
+    "keeps_folder",
+    "goes_on",
+    "check",
+    "reads",
+)  # of a mode: the others are its function's
+_LAST_WORDS = 1.0  # seconds to tell where it stands
+_GRACE = 60.0  # seconds that the others have to save and end when one has failed
+_LOST = 75  # exit status of a rank that has lost another one, which is the one that has failed
+_GONE = re.compile("by peer|remote process exited")  # gloo's and NCCL's words for that
+_STUCK = re.compile("[Tt]imed out|[Ww]ait timeout")  # gloo's, NCCL's and the store's, of one that does not come
+_KILLED = -9  # exit status of a rank after SIGKILL, which Windows does not have
+_STOPPED = {status: number for number in SIGNALS for status in (128 + number, -number)}  # exit statuses
+
+
+class LostRank(UserError):
+    """Another rank has gone or is stuck: that one has failed, not this one."""
+
+
+def run_mode(cfg: DictConfig, out_dir: Path) -> Any:
+    """Call the mode's function in this process."""
+    # a spawned process would spawn its own, too: seconds for each loader's workers; joblib's would start none at all
+    set_start_method(None, force=True)
+    if cfg.mode.get("keeps_folder", True):
+        configure_log(out_dir if is_first_rank() else None)
+    if is_first_rank():
+        warn_not_read(out_dir, f"mode={cfg.choices.mode}", cfg.mode.get("reads"))
+    from dinoseg.config.nodes import instantiate
+
+    if "torch" not in sys.modules and cfg.mode.get("keeps_folder", True):
+        announce(f"mode={cfg.choices.mode}: importing libraries")
+    try:
+        with telling_killed_loaders(), _telling_lost_ranks():
+            return instantiate(cfg.mode, without=LAUNCH_KEYS)(cfg, out_dir=out_dir)
+    finally:
+        _leave_group()
+
+
+@contextmanager
+def telling_shortages() -> Iterator[None]:
+    """Turn what libraries say where memory cannot be had into a message, in a rank too; other errors pass.
+
+    Raises:
+        OutOfMemory: with their own words.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        from dinoseg.inference.memory import shortage_of  # which brings torch
+
+        if (short := shortage_of(error)) is None:
+            raise
+        raise short from error
+
+
+@contextmanager
+def _telling_lost_ranks() -> Iterator[None]:
+    """Turn what torch says of other ranks that are gone or stuck into a message; other errors pass.
+
+    Raises:
+        LostRank: saying which of both.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        said = next((line for line in str(error).splitlines() if line), "")
+        if "WORLD_SIZE" not in os.environ or not (_GONE.search(said) or _STUCK.search(said)):
+            raise
+        if _GONE.search(said):
+            raise LostRank(f"The connection to another rank is lost ({said}): see what that one says.") from error
+        raise LostRank(
+            f"Another rank has not come to where this one waits ({said}). It may be stuck: `py-spy dump --pid` shows "
+            "where. If it only has more to do, raise engine.rank_timeout. resume=auto goes on from what was saved."
+        ) from error
+
+
+def _leave_group() -> None:
+    """Leave the ranks' group, however the mode has ended: an interpreter that ends within one may never be done.
+
+    Its threads end when nothing holds it any more, so what only a cycle keeps (a model on ranks, an error's frames) is
+    freed before the interpreter goes: a thread of the group that asks for it later aborts the process.
+    """
+    if "WORLD_SIZE" in os.environ:
+        atexit.register(gc.collect)
+    distributed: Any = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def is_first_rank() -> bool:
+    """Return whether this process writes the run's files: alone, or the first of those torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def run_ranks(cfg: DictConfig, out_dir: Path, devices: int) -> Any:
+    """Run a mode in `devices` processes and return what the first one returns.
+
+    Signals are passed on to all of them. When one fails, the others may end by themselves (the first saves what it has
+    trained) and are killed if they do not.
+
+    Raises:
+        UserError: a rank has failed; it has said why.
+        Interrupted: a signal has ended them.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    forget_share()
+    context = get_context("spawn")  # CUDA does not live through a fork
+    receiving, sending = context.Pipe(duplex=False)
+    ranks = [
+        context.Process(target=_run_rank, args=(rank, devices, port, plain(cfg), out_dir, sending))
+        for rank in range(devices)
+    ]
+    try:
+        for rank in ranks:
+            rank.start()
+        sending.close()
+        with passed_on([rank.pid for rank in ranks if rank.pid]):
+            result = _watch(ranks, receiving)
+    finally:
+        for rank in ranks:
+            if rank.is_alive():
+                rank.kill()
+    return result
+
+
+def _watch(ranks: Sequence[BaseProcess], receiving: Any) -> Any:
+    """Return what the first rank sends, once all have ended well."""
+    result: list[Any] = []
+    failed: int | None = None
+    deadline = math.inf
+    ending = {rank.sentinel: number for number, rank in enumerate(ranks)}
+    waiting: list[Any] = [receiving, *ending]
+    while waiting and time.monotonic() < deadline:
+        for ready in connection.wait(waiting, timeout=1.0):
+            waiting.remove(ready)
+            if not isinstance(ready, int):
+                result += _received(receiving)  # at once: a pipe holds 64 KiB, and the rank waits until more is taken
+                continue
+            number = ending[ready]
+            ranks[number].join()
+            if ranks[number].exitcode and failed is None:
+                failed, deadline = number, time.monotonic() + _GRACE
+            elif ranks[number].exitcode and ranks[failed or 0].exitcode == _LOST:
+                failed = number  # whose connections go before it has ended
+    if failed is None:
+        return result[0]
+    status = ranks[failed].exitcode
+    stuck = [number for sentinel, number in ending.items() if sentinel in waiting]
+    if stuck and status == _LOST:
+        raise _hung([ranks[number] for number in stuck], stuck)
+    if status in _STOPPED:
+        raise Interrupted(_STOPPED[status])
+    if status == _KILLED:
+        raise UserError(
+            f"Rank {failed} was killed by SIGKILL, by the system where memory has run out. resume=auto goes on from "
+            "what was saved."
+        )
+    ended = f"status {status}" if status is None or status >= 0 else signal.Signals(-status).name
+    raise UserError(f"Rank {failed} ended with {ended}: see its message above.")
+
+
+def _hung(ranks: Sequence[BaseProcess], numbers: Sequence[int]) -> UserError:
+    """Let ranks that others have waited for in vain tell where they stand, and return the message."""
+    for rank in ranks:
+        if rank.pid and sys.platform != "win32":
+            os.kill(rank.pid, signal.SIGUSR1)  # see `_run_rank`: the rank prints its stacks
+            rank.join(_LAST_WORDS)
+    named = ", ".join(str(number) for number in numbers)
+    return UserError(
+        f"Rank {named} hung: the others waited for engine.rank_timeout seconds, and have ended. Where it stood is "
+        "above, if it could tell. If it only had more to do, raise that key. resume=auto goes on from what was saved."
+    )
+
+
+def _received(receiving: Any) -> list[Any]:
+    try:
+        return [json.loads(receiving.recv_bytes())]
+    except EOFError:  # the first rank has ended without a result
+        return []
+
+
+def _run_rank(
+    rank: int, world: int, port: int, cfg: dict[str, Any], out_dir: Path, sending: connection.Connection
+) -> None:
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    if sys.platform != "win32":
+        faulthandler.register(signal.SIGUSR1)
+    if rank:
+        sending.close()  # so that the parent sees the end of the only one that writes
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    if "SLURM_CPUS_ON_NODE" in os.environ:  # these ranks share what the process that started them may use of it
+        os.environ["SLURM_CPUS_ON_NODE"] = str(min(count_cores(), cores_here()))
+    keep_to_share()
+    register_resolvers()
+    try:
+        with raised(), telling_file_errors(out_dir), telling_shortages():
+            result = run_mode(OmegaConf.create(cfg), out_dir)
+    except UserError as error:
+        print(f"error (rank {rank}): {error}", file=sys.stderr)
+        sys.exit(_LOST if isinstance(error, LostRank) else 1)
+    except Interrupted as stop:  # the parent says what was saved
+        sys.exit(stop.status)
+    if rank == 0:
+        sending.send_bytes(json.dumps(result).encode())

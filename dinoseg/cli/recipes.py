@@ -1,0 +1,47 @@
+"""The recipes that a command line names, by the files that hold them: `sarrarp_lora` is `sarrarp/lora`."""
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from hydra.core.override_parser.types import Glob
+
+from dinoseg.cli.words import assignments, is_sweep, parsed
+from dinoseg.config.options import RECIPES, options_of, recipe_name
+
+_OPTION = re.compile(r"[\w./-]+")
+
+
+def with_recipe_files(arguments: Sequence[str], folders: Sequence[Path]) -> list[str]:
+    """Return a command line with recipes as Hydra finds them: in their families, and a sweep's patterns written out.
+
+    Hydra itself looks for a pattern's options beside the families alone, not in them.
+
+    Args:
+        arguments: the command line, without the program's name.
+        folders: those of config groups, the user's own too.
+    """
+    files = recipe_files(folders)
+    words = list(arguments)
+    for position, word in assignments(arguments):
+        key, sign, value = word.partition("=")
+        if key.lstrip("+~") == RECIPES and sign:
+            value = _matching(word, files) or value if is_sweep(arguments) else value
+            words[position] = f"{key}={_OPTION.sub(lambda option: files.get(option[0], option[0]), value)}"
+    return words
+
+
+def recipe_files(folders: Iterable[Path]) -> dict[str, str]:
+    """Return name to option of every recipe; a file of that very name goes before one in a family."""
+    options = [option for folder in folders for option in options_of(folder / RECIPES)]
+    return {recipe_name(option): option for option in sorted(options, key=lambda option: "/" not in option)}
+
+
+def _matching(word: str, names: Iterable[str]) -> str:
+    """Return the names of the recipes that a sweep's `glob(...)` matches; "" where it is none or matches none."""
+    override = parsed(word)
+    pattern = override.value() if override else None
+    if not isinstance(pattern, Glob):
+        return ""
+    by_name = Glob([recipe_name(text) for text in pattern.include], [recipe_name(text) for text in pattern.exclude])
+    return ",".join(by_name.filter(sorted(names)))

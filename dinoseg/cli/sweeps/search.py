@@ -1,0 +1,210 @@
+"""A sweep that searches: optuna chooses the values of each job by what earlier ones have scored."""
+
+import math
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep, Transformer
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn
+from hydra.plugins.launcher import Launcher
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+from dinoseg.cli.sweeps.study import open_study
+from dinoseg.cli.sweeps.told import Told
+from dinoseg.utils import locks
+from dinoseg.utils.errors import UserError
+
+SAMPLERS = ("tpe", "random")
+DIRECTIONS = ("maximize", "minimize")
+_ERROR = "error"  # what a trial is told: that its job has failed
+_LARGEST_SEED = 2**31
+_HOPELESS = 3  # jobs that have failed, and none that has not: the next would, too
+
+
+class Search(Sweeper):
+    """Searches the values of a sweep; the same command goes on with a search that was ended in whatever way.
+
+    Args:
+        storage: file that remembers all jobs.
+        trials: how many there shall be.
+        at_once: how many are chosen before the first of them has a score.
+        score: key of what a job returns.
+        direction: maximize or minimize.
+        sampler: tpe or random.
+        seed: with the number of a job it says what is drawn for it.
+    """
+
+    hydra_context: HydraContext
+    launcher: Launcher
+    _told: Told
+
+    def __init__(
+        self, storage: str, trials: int, at_once: int, score: str, direction: str, sampler: str, seed: int
+    ) -> None:
+        self.storage, self.trials, self.at_once = storage, trials, at_once
+        self.score, self.direction, self.sampler, self.seed = score, direction, sampler, seed
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Take what Hydra gives, and make the launcher.
+
+        Raises:
+            UserError: a value of the search is none that it takes.
+        """
+        self._check_values()  # not when this is made: Hydra would bury the message in its own
+        self.hydra_context, self.config = hydra_context, config
+        self._told = Told(config.hydra.sweep.dir)
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def _check_values(self) -> None:
+        for name, number, least, most in (
+            ("trials", self.trials, 1, math.inf),
+            ("at_once", self.at_once, 1, math.inf),
+            ("seed", self.seed, 0, _LARGEST_SEED),
+        ):
+            if type(number) is not int or not least <= number <= most:
+                bound = f" and at most {most}" if most < math.inf else ""
+                raise UserError(f"hydra.sweeper.{name}={number}: give a whole number of at least {least}{bound}.")
+        for name, value, allowed in (
+            ("direction", self.direction, DIRECTIONS),
+            ("sampler", self.sampler, SAMPLERS),
+        ):
+            if value not in allowed:
+                raise UserError(f"hydra.sweeper.{name}={value} is unknown. Choose {' or '.join(allowed)}.")
+        for name, value, example in (("storage", self.storage, "outputs/search.log"), ("score", self.score, "miou")):
+            if not isinstance(value, str) or not value:
+                raise UserError(f"hydra.sweeper.{name}={value}: give text, such as {example}.")
+
+    def sweep(self, arguments: list[str]) -> None:
+        """Run jobs until there are as many as asked for.
+
+        Raises:
+            UserError: nothing is to be searched, or the storage is another search's or another process's.
+        """
+        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
+        overrides = parser.parse_overrides(arguments)
+        swept = [override for override in overrides if override.is_sweep_override()]
+        fixed = [str(override.input_line) for override in overrides if not override.is_sweep_override()]
+        if not swept:
+            raise UserError(
+                "hydra/sweeper=optuna: no key has several values. Give one an interval, such as "
+                "'optim.optimizer.lr=tag(log,interval(1e-5,1e-2))', or values: head=linear,mlp."
+            )
+        space = {word.get_key_element(): _values(word) for word in swept}
+        path = Path(self.storage).expanduser()
+        held = locks.acquire(path.parent / f"{path.name}.own")
+        if held is None:
+            raise UserError(
+                f"Another process searches with {self.storage}. Wait for it, or choose another hydra.sweeper.storage."
+            )
+        try:
+            words = [self.score, self.direction, *(str(override.input_line) for override in swept)]
+            study = open_study(path, self.direction, space, words, fixed)
+            self._settle(study)
+            self._search(study, space, fixed)
+        finally:
+            locks.release(held)
+
+    def _settle(self, study: Any) -> None:
+        """Take what jobs have told that nobody waited for any more; those that were killed are to be run again."""
+        from optuna.trial import TrialState
+
+        for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            found = self._told.returned(trial.number)
+            if found is None:
+                study.enqueue_trial(trial.params)
+                study.tell(trial.number, state=TrialState.FAIL)
+            else:
+                self._tell(study, trial, *self._scored(found))
+
+    def _tell(self, study: Any, trial: Any, value: float | None, error: str) -> None:
+        if error:
+            study._storage.set_trial_user_attr(trial._trial_id, _ERROR, error)
+        study.tell(trial.number, value, _state(value))
+
+    def _search(self, study: Any, space: dict[str, Any], fixed: Sequence[str]) -> None:
+        """Run jobs and tell the study of their scores."""
+        while True:
+            scored = sum(trial.value is not None for trial in study.trials)
+            failed = sum(_ERROR in trial.user_attrs for trial in study.trials)
+            if scored + failed >= self.trials:
+                return
+            if failed >= _HOPELESS and not scored:
+                print(f"None of {failed} jobs has a score, so no more are started.", file=sys.stderr)
+                return
+            study.sampler = self._sampler(len(study.trials))
+            asked = [study.ask(space) for _ in range(min(self.at_once, self.trials - scored - failed))]
+            jobs = [[*fixed, *(f"{key}={value}" for key, value in trial.params.items())] for trial in asked]
+            returned = self.launcher.launch(jobs, initial_job_idx=asked[0].number)
+            for trial, job in zip(asked, returned, strict=True):
+                self._tell(study, trial, *self._result(job))
+
+    def _sampler(self, number: int) -> Any:
+        """Return what chooses for the jobs from a number on, the same ones however the search came so far."""
+        import optuna
+
+        if self.sampler == "random":
+            return optuna.samplers.RandomSampler(seed=self.seed + number)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            # constant_liar: those that are chosen together lie apart
+            return optuna.samplers.TPESampler(seed=self.seed + number, constant_liar=self.at_once > 1)
+
+    def _result(self, job: JobReturn) -> tuple[float | None, str]:
+        """Return a job's score, or None and why it has none."""
+        try:
+            returned = job.return_value  # raises what the job has raised
+        except Exception as error:  # noqa: BLE001 - whatever it was, the other jobs go on
+            return None, f"{type(error).__name__}: {error}"
+        return self._scored(returned)
+
+    def _scored(self, scores: Any) -> tuple[float | None, str]:
+        found = scores if isinstance(scores, dict) else {}
+        if "error" in found:
+            return None, found["error"]
+        value = found.get(self.score)
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            numbers = ", ".join(key for key, value in found.items() if isinstance(value, int | float)) or "none"
+            print(f"hydra.sweeper.score={self.score} is {value}, no number. Of this job: {numbers}.", file=sys.stderr)
+            return None, f"{self.score} is {value}"
+        return float(value), ""
+
+
+def _state(value: float | None) -> Any:
+    from optuna.trial import TrialState
+
+    return TrialState.FAIL if value is None else TrialState.COMPLETE
+
+
+def _values(override: Override) -> Any:
+    """Return what a swept key may be, as optuna says it.
+
+    Raises:
+        UserError: no number lies in it.
+    """
+    from optuna import distributions
+
+    value = override.value()
+    if isinstance(value, IntervalSweep):
+        low, high, log = value.start, value.end, "log" in value.tags
+        if low is None or high is None or low > high or (log and low <= 0):
+            positive = " of numbers above 0" if log else ""
+            raise UserError(f"{override.input_line}: give an interval{positive}, from the lower to the higher end.")
+        if isinstance(low, int) and isinstance(high, int):
+            return distributions.IntDistribution(low, high, log=log)
+        return distributions.FloatDistribution(low, high, log=log)
+    choices: list[Any] = list(override.sweep_iterator(transformer=Transformer.encode))
+    if not choices:
+        raise UserError(f"{override.input_line} holds no value. Give one or more.")
+    numbers = [choice for choice in choices if isinstance(choice, int)]
+    if isinstance(value, RangeSweep) and not value.shuffle and len(numbers) == len(choices):
+        return distributions.IntDistribution(min(numbers), max(numbers), step=abs(int(value.step)))
+    return distributions.CategoricalDistribution(choices)

@@ -1,0 +1,210 @@
+"""Sweeps: cells that cannot work are refused before the first job, and a table of all jobs stands at the end."""
+
+import os
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+from hydra.core.utils import JobReturn
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from tabulate import tabulate
+
+from dinoseg.cli.sweeps.check import impossible_cells
+from dinoseg.cli.sweeps.folds import DEVIATION, FOLD, Row, with_summaries
+from dinoseg.cli.sweeps.seeds import HIGH, LOW, SEED, over_seeds
+from dinoseg.cli.sweeps.told import Told
+from dinoseg.experiment.log_file import LABEL
+from dinoseg.utils.csv_text import write_csv
+from dinoseg.utils.wording import count_of
+
+SHARES = {  # keys of a job's scores in 0..1 to their columns, which are in percent, as in the score tables
+    "miou": "mIoU %",
+    "miou_no_background": "mIoU without background %",
+    "accuracy": "pixel accuracy %",
+    "J&F-Mean": "J&F %",
+    "FG-ARI": "FG-ARI %",
+    "mBO": "mBO %",
+}
+INTERVAL, JOBS = "95 % interval", "jobs.csv"
+OTHERS = {"loss": ".4f", "parameters": ",", "trainable": ",", "images_per_s": ".1f", "memory_gib": ".2f"}
+RANKED = ("miou", "J&F-Mean", "FG-ARI")  # the first that any job has decides the order; else the lowest loss
+_ONE_BY_ONE = ".BasicLauncher"  # of Hydra, where no plug-in launches
+_LONGEST_NUMBER = 10  # letters
+_SHOWN = 10  # impossible cells in a message
+
+
+class SweepTable(Callback):
+    """Checks the cells of a multirun, collects what each job returned, prints a table and writes sweep.csv."""
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        """End the process where a cell cannot work; what only running shows is left to its job."""
+        if not _is_first():
+            return
+        bad, cells = ([], 0) if _searches(config) else impossible_cells(config)
+        if not bad:
+            if not _told(config).take(takes_over=_searches(config)):
+                print(
+                    f"error: another sweep is at work in {config.hydra.sweep.dir}, or jobs of an earlier one are. Wait "
+                    "for it, or choose another hydra.sweep.dir.",
+                    file=sys.stderr,
+                )
+                sys.exit(1)
+            return
+        named = "".join(f"\n- {cell}: {reason}" for cell, reason in bad[:_SHOWN])
+        more = f"\n- and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
+        print(
+            f"error: {len(bad)} of {count_of(cells, 'cell')} of this sweep cannot work, so none is started:"
+            f"{named}{more}\nLeave them out: what remains can be run as several sweeps.",
+            file=sys.stderr,
+        )
+        sys.exit(1)  # hydra passes over any other exception of a callback
+
+    def on_job_start(self, config: DictConfig, **_: Any) -> None:
+        """Say that a job is at work, in the process that runs it; several at once are told apart by their lines."""
+        if config.hydra.mode == RunMode.MULTIRUN and not config.hydra.launcher._target_.endswith(_ONE_BY_ONE):
+            os.environ[LABEL] = f"job {config.hydra.job.num}: "
+        if config.hydra.mode == RunMode.MULTIRUN and _is_first():
+            _told(config).begin(config.hydra.job.num)
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
+        """Keep a finished job's overrides and scores, in the process that ran it."""
+        if config.hydra.mode != RunMode.MULTIRUN or not _is_first():
+            return
+        scores = job_return._return_value if isinstance(job_return._return_value, dict) else {}
+        # ++ is of a checkpoint's own keys
+        words = [word.removeprefix("++").partition("=") for word in job_return.overrides or []]
+        number = config.hydra.job.num
+        row: dict[str, Any] = {"words": {key: value for key, _, value in words if key != "mode"}}
+        row |= {"job": number, "process": os.getpid()}
+        numbers = {name: value for name, value in scores.items() if type(value) in (int, float) and isfinite(value)}
+        row |= {name: numbers.get(name) for name in (*SHARES, *OTHERS, "background", "ignored_class")}
+        row |= {name: scores.get(name) for name in ("matrix", "run")}
+        _told(config).tell(number, row | {"returned": numbers, "note": scores.get("error", "")})
+
+    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
+        """Print the table, best first; folds and seeds of one setting stand together, with what they say as a whole."""
+        if not _is_first():
+            return
+        told = _told(config)
+        jobs = told.rows()
+        told.leave(keep=_searches(config))
+        columns = [key for key in (*SHARES, *OTHERS) if any(row[key] is not None for row in jobs)]
+        score, sign = next(((key, -1) for key in RANKED if key in columns), ("loss", 1))
+        if score not in columns and not any(row["note"] for row in jobs):
+            return
+        swept = _swept([row["words"] for row in jobs])
+        rows = [{**row, **{key: row["words"].get(key, "") for key in swept}} for row in jobs]
+        means = [key for key in columns if key in SHARES or key == "loss"]
+        if FOLD in swept:
+            groups = with_summaries(rows, [key for key in swept if key != FOLD], means)
+        else:
+            groups = [[row] for row in rows]
+        path, rows = Path(config.hydra.sweep.dir) / "sweep.csv", _ordered(groups, score, sign)
+        if SEED in swept and not _searches(config):
+            _write(path.with_name(JOBS), rows, swept, columns)
+            swept, others = [key for key in swept if key not in (SEED, FOLD)], [*{*columns} - {*means}]
+            rows = over_seeds([_whole(group) for group in groups], swept, means, others)
+            rows = _ordered([[row] for row in rows], score, sign)
+            _print([_with_interval(row, score) for row in rows], swept, _seed_columns(columns, score))
+            _write(path, rows, swept, ["seeds", *(part for key in columns for part in _parts(key, means))])
+            print(f"\nmeans over seeds written to {path}, each job to {path.with_name(JOBS)}")
+            if len(rows) > 1 and score == "miou" and all(len(group) == 1 for group in groups):  # folds score others
+                runs = shlex.quote(f"runs=[{path.parent}]")
+                print(f"which are surely better than the first job's: python -m dinoseg mode=compare {runs}")
+        else:
+            _print(rows, swept, columns)
+            _write(path, rows, swept, columns)
+            print(f"\nwritten to {path}")
+        if any(row["note"] and row["process"] != os.getpid() for row in jobs):
+            sys.exit(1)  # of a job that failed here, the command line knows
+
+
+def _whole(group: Sequence[Row]) -> Row:
+    """Return the last row of a group that is a score: its pooled one where there are folds, or its mean."""
+    return next(row for row in reversed(group) if row.get(FOLD) != DEVIATION)
+
+
+def _ordered(groups: Sequence[Sequence[Row]], score: str, sign: int) -> list[Row]:
+    """Return the rows of groups, the best group first, those without a score last."""
+    scores = [_whole(group).get(score) for group in groups]
+    order = sorted(range(len(groups)), key=lambda number: (scores[number] is None, sign * (scores[number] or 0)))
+    return [row for number in order for row in groups[number]]
+
+
+def _parts(key: str, means: Sequence[str]) -> list[str]:
+    """Return the columns of a key of which seeds have a mean: itself, and how far it scatters."""
+    return [key, *(f"{key} {part}" for part in (DEVIATION, LOW, HIGH) if key in means)]
+
+
+def _seed_columns(columns: Sequence[str], score: str) -> list[str]:
+    """Return the columns that are printed: how far seeds scatter of the score that decides alone."""
+    place = columns.index(score) if score in columns else 0
+    return ["seeds", *columns[:place], score, f"{score} {DEVIATION}", INTERVAL, *columns[place + 1 :]]
+
+
+def _with_interval(row: Row, score: str) -> Row:
+    ends = [_text(score, row.get(f"{score} {end}")) for end in (LOW, HIGH)]
+    return {**row, INTERVAL: " .. ".join(ends) if all(ends) else "-"}
+
+
+def _told(config: DictConfig) -> Told:
+    return Told(config.hydra.sweep.dir)
+
+
+def _is_first() -> bool:
+    """Return whether this is the first of the ranks that torchrun or Slurm has started: one tells of all."""
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+
+
+def _searches(config: DictConfig) -> bool:
+    """Return whether a sweeper chooses the cells as it goes, and may go on with earlier ones."""
+    return "storage" in config.hydra.sweeper
+
+
+def _swept(words: Sequence[Mapping[str, str]]) -> list[str]:
+    """Return the keys of the command line that are not the same in all jobs."""
+    keys = dict.fromkeys(key for of_job in words for key in of_job)
+    return [key for key in keys if len({of_job.get(key) for of_job in words}) > 1]
+
+
+def _print(rows: Sequence[Mapping[str, Any]], swept: Sequence[str], columns: Sequence[str]) -> None:
+    keys = ["job", *swept, *columns, *["note"] * any(row["note"] for row in rows)]
+    shown = [[_short(row[key]) if key in swept else _text(key, row.get(key)) for key in keys] for row in rows]
+    left = {"note", *swept}
+    headers = [_head(key).rpartition("% ")[2] if DEVIATION in key else _head(key) for key in keys]
+    widths = [60 if key == "note" else 30 if key in swept else None for key in keys]
+    aligned = ["left" if key in left else "right" for key in keys]
+    print(f"\n{tabulate(shown, headers=headers, maxcolwidths=widths, disable_numparse=True, colalign=aligned)}")
+
+
+def _write(path: Path, rows: Sequence[Mapping[str, Any]], swept: Sequence[str], columns: Sequence[str]) -> None:
+    keys = ["job", *swept, *columns, "run", "note"]
+    shares = {key for key in keys if key.partition(" ")[0] in SHARES}
+    cells = [[_text(key, row.get(key)) if key in shares else row.get(key) for key in keys] for row in rows]
+    write_csv(path, [[_head(key) for key in keys], *cells])
+
+
+def _short(word: str) -> str:
+    """Return a swept value as it was typed; of a number with many digits, as a search draws it, six."""
+    try:
+        return f"{float(word):.6g}" if "." in word and len(word) > _LONGEST_NUMBER else word
+    except ValueError:
+        return word
+
+
+def _head(key: str) -> str:
+    """Return how a column is headed: a score's, or that of how far it scatters."""
+    name, _, part = key.partition(" ")
+    return f"{SHARES.get(name, name)} {part}".strip()
+
+
+def _text(key: str, value: Any) -> str:
+    key = key.partition(" ")[0]
+    if value is None:
+        return ""
+    return f"{100 * value:.2f}" if key in SHARES else format(value, OTHERS[key]) if key in OTHERS else str(value)

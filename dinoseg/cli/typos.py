@@ -1,0 +1,294 @@
+"""What is wrong with a command line that Hydra could not compose, in this project's words."""
+
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.types import Glob, Override
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from dinoseg.cli.own_keys import own_configs
+from dinoseg.cli.recipes import recipe_files
+from dinoseg.cli.words import assignments, is_sweep, parsed, values_of
+from dinoseg.config.options import RECIPES, options_of
+from dinoseg.config.plain import at, keys_of, plain
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.wording import listed, nearest, shown
+
+_ALL_KEYS = "Add `--cfg job` to see all keys, `--help` alone to see all groups and options."
+
+
+def explain(arguments: Sequence[str], folders: Sequence[Path], error: Exception) -> str:
+    """Return the mistake and its remedy; where none is recognised, what Hydra said.
+
+    Args:
+        arguments: the command line, without the program's name.
+        folders: those of config groups, the shipped one first.
+        error: what Hydra raised.
+    """
+    if moved := _moved_recipe(error, folders):
+        return moved
+    several = is_sweep(arguments)
+    chosen: list[str] = []
+    overrides: list[Override] = []
+    for _, word in assignments(arguments):
+        override, mistake = _read(word)
+        if override is None:
+            return mistake
+        if override.is_sweep_override() and not several:
+            return (
+                f"{word} gives several values. For a list use brackets: '{override.key_or_group}=[{_value(word)}]'. "
+                "For a run with each of them, add -m."
+            )
+        groups = [folder / override.get_key_element().split("@")[0] for folder in folders]
+        if override.is_add() or override.is_delete() or override.key_or_group.startswith("hydra"):
+            continue
+        if any(group.is_dir() for group in groups):
+            if mistake := _wrong_option(override, groups):
+                return mistake
+            chosen.append(f"{override.get_key_element()}={_chosen(override, groups)[0]}")
+        else:
+            overrides.append(override)
+    return _wrong_key(overrides, chosen, folders, own_configs(arguments)) or _hydras_own(error)
+
+
+def check_patterns(arguments: Sequence[str], folders: Sequence[Path]) -> None:
+    """Refuse a sweep's pattern that matches no option: Hydra would run nothing, and say nothing of it.
+
+    Raises:
+        UserError: naming the options that there are.
+    """
+    for _, word in assignments(arguments) if is_sweep(arguments) else ():
+        override = parsed(word)
+        if override is not None and isinstance(override.value(), Glob):
+            groups = [folder / override.key_or_group for folder in folders]
+            if mistake := _wrong_option(override, groups):
+                raise UserError(mistake)
+
+
+def misplaced(words: Sequence[str], folders: Sequence[Path], error: Exception) -> str:
+    """Return which word of a command line that could be composed is to blame for an error; "" where none is.
+
+    A group of keys is replaced by a value or taken away, or a value points to what is not there.
+
+    Args:
+        words: the assignments of the command line.
+        folders: those of config groups, the shipped one first.
+        error: what a job raised.
+    """
+    overrides = [
+        override for word in words if (override := parsed(word)) and not override.key_or_group.startswith("hydra")
+    ]
+    keys = {override.key_or_group for override in overrides}
+    groups = {key for key in keys if any((folder / key).is_dir() for folder in folders)}
+    known = groups - {override.key_or_group for override in overrides if override.is_delete()}
+    cfg = _composed([override.input_line or "" for override in overrides if override.key_or_group in known], folders)
+    for override in overrides:
+        key, value = override.key_or_group, override.value()
+        node = at(cfg, key.split("."))
+        if override.is_delete():
+            return f"~{key} takes away what is read. Leave it out, or give {key} another value."
+        if key not in groups and (mistake := _below_a_value(key, cfg) or _other_shape(key, value, node)):
+            return mistake
+    for override in overrides:
+        if isinstance(error, OmegaConfBaseException) and "${" in str(override.value()):
+            return (
+                f"{override.input_line} points to what is not there, or is no such value. Give a value, or the whole "
+                "name of another key, such as '${seed}'."
+            )
+    if isinstance(error, OmegaConfBaseException):
+        key = error.full_key or "A key"
+        return f"{key} has no value that can be used, as {' '.join(words)} leaves it. Take back what was changed there."
+    return ""
+
+
+def _below_a_value(key: str, cfg: Mapping[str, Any]) -> str:
+    """Return what is wrong with a key below one that is a value, or null; "" where nothing is."""
+    parts = key.split(".")
+    for end in range(1, len(parts)):
+        above, name = at(cfg, parts[: end - 1]), ".".join(parts[:end])
+        # below the root, null may stand where a table can be
+        there = (
+            isinstance(above, Mapping) and parts[end - 1] in above and (end == 1 or above[parts[end - 1]] is not None)
+        )
+        if there and not isinstance(above[parts[end - 1]], Mapping):
+            return f"{key}: {name} is a value, below which there are no keys. Set it as {name}=VALUE."
+    return ""
+
+
+def explain_value(arguments: Sequence[str], folders: Sequence[Path], error: ValueError) -> str:
+    """Return which word of a command line an error of values is of, raised by what composes; "" where none is.
+
+    A group's option is a number, an option that names the run's folder is taken away, or a name lies below a list:
+    OmegaConf takes that for the number of an item, and says no more than that it is none.
+
+    Args:
+        arguments: the command line, without the program's name.
+        folders: those of config groups, the shipped one first.
+        error: what was raised.
+    """
+    words = [word for _, word in assignments(arguments)]
+    if isinstance(error, OmegaConfBaseException):
+        return misplaced(words, folders, error)
+    if "Config group override must be" in str(error):
+        return explain(arguments, folders, error)
+    name = str(error).rpartition("invalid literal for int() with base 10: ")[2].strip("'")
+    word = next((word for word in words if _key(word).endswith(f".{name}")), None)
+    if word is None:
+        return ""
+    return f"{word}: a list has no key {name}. Its items are numbered from 0, as in data.classes.0=VALUE."
+
+
+def _composed(chosen: Sequence[str], folders: Sequence[Path]) -> dict[str, Any]:
+    """Return the config with these options, and no other words."""
+    sources = ",".join(f'"file://{folder.absolute()}"' for folder in folders[1:])
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(folders[0]), version_base="1.3"):
+        return plain(compose("main", [f"hydra.searchpath=[{sources}]", *chosen]))
+
+
+def _read(word: str) -> tuple[Override | None, str]:
+    if "=" not in word and not word.startswith("~"):
+        return None, f"{word} is no KEY=VALUE.{f' Did you mean mode={word}?' if word.isidentifier() else ''}"
+    if override := parsed(word):
+        return override, ""
+    form = f'"{_value(word)}"' if _is_text(_value(word)) else '["a value"]'
+    return None, (
+        f"{word} cannot be read: brackets, braces or quotes are left open, or text between them holds other signs. Put "
+        f"quotes around the whole word, and inside them around such text: '{_key(word)}={form}'."
+    )
+
+
+def _is_text(value: str) -> bool:
+    """Return whether a value with braces or brackets, such as {split}/pictures, is neither a list nor a table."""
+    closed = all(value.count(first) == value.count(last) for first, last in ("[]", "{}"))
+    return closed and not re.search(r"['\"]|^\[.*\]$|^\{.*\}$", value)
+
+
+def _moved_recipe(error: Exception, folders: Sequence[Path]) -> str:
+    """Return what to write where a config file of the user's names a recipe as it was before there were families."""
+    missing = error.missing_cfg_file if isinstance(error, MissingConfigException) else None
+    group, _, name = (missing or "").rpartition("/")
+    option = recipe_files(folders).get(name, name)
+    if group != RECIPES or option == name:
+        return ""
+    return f"{str(error).splitlines()[0]} It is in a family of recipes now: write /{RECIPES}/{option} there."
+
+
+def _wrong_option(override: Override, groups: Sequence[Path]) -> str:
+    """Return which option no folder of the group has."""
+    options = _options(groups)
+    bases = {path.stem for group in groups for path in group.glob("_*.yaml")}
+    name = override.key_or_group
+    for choice in _chosen(override, groups):
+        if choice not in bases.union(options):
+            question = nearest(choice, options, f"{name}=")
+            return f"{name}={choice} is unknown.{question} There are {', '.join(_nearby(choice, options))}."
+    return ""
+
+
+def _options(groups: Sequence[Path]) -> list[str]:
+    return sorted({option for group in groups for option in options_of(group)})
+
+
+def _chosen(override: Override, groups: Sequence[Path]) -> list[str]:
+    """Return the options that an assignment names; a pattern itself where it matches none."""
+    pattern = override.value()
+    return (pattern.filter(_options(groups)) if isinstance(pattern, Glob) else []) or values_of(override)
+
+
+def _nearby(choice: str, options: Sequence[str]) -> list[str]:
+    """Return the options of the family that a choice names, else all, with a pattern for each family."""
+    family = [option for option in options if option.startswith(f"{choice.partition('/')[0]}/")]
+    return family or list(dict.fromkeys(re.sub("/.*", "/*", option) for option in options))
+
+
+def _wrong_key(
+    overrides: Sequence[Override], chosen: Sequence[str], folders: Sequence[Path], own: Sequence[Mapping[str, Any]]
+) -> str:
+    """Return the mistake of the first key that the config with these choices, or a checkpoint's own, does not have."""
+    try:
+        cfg = _composed(chosen, folders)
+    except HydraException:
+        return ""
+    for config in own:
+        cfg |= config
+    keys = list(keys_of(cfg))
+    for override in overrides:
+        key = override.key_or_group
+        if key not in keys and not _below_free(cfg, key.split(".")):
+            return f"{key} is no key of the config.{_elsewhere(key, folders) or nearest(key, keys)} {_ALL_KEYS}"
+        if mistake := _other_shape(key, override.value(), at(cfg, key.split("."))):
+            return mistake
+        if (value := override.value()) and (new := _new_entries(cfg, key, value)):
+            return (
+                f"{key} has no {' or '.join(new)} so far. Is that meant, put ++ before the word, in quotes: "
+                f"'++{override.input_line}'."
+            )
+    return ""
+
+
+def _elsewhere(key: str, folders: Sequence[Path]) -> str:
+    """Return which other options of its group have a key, as their own files say."""
+    group, _, inner = key.partition(".")
+    having = []
+    for folder in folders:
+        for option in options_of(folder / group) if inner else []:
+            with suppress(OSError, YAMLError):  # a file that is no config is told of where it is chosen
+                if inner in keys_of(plain(OmegaConf.load(folder / group / f"{option}.yaml"))):
+                    having.append(f"{group}={option}")
+    return f" Of this group, {listed(having)} {'has' if len(having) == 1 else 'have'} it." if having else ""
+
+
+def _other_shape(key: str, value: Any, node: Any) -> str:
+    """Return the mistake where a value stands for a group of keys, or a group of keys for a list."""
+    if isinstance(node, Mapping) and not isinstance(value, Mapping):
+        several = f"{key}.{'|'.join(str(name) for name in node if not str(name).startswith('_'))}"
+        shown = "null" if value is None else value
+        return f"{key}={shown} stands where a group of keys is needed. Set one of them: {several}=VALUE."
+    if isinstance(node, list) and isinstance(value, Mapping):
+        return f"{key} is a list, which is written in brackets: {key}=[...]."
+    return ""
+
+
+def _new_entries(cfg: Mapping[str, Any], key: str, value: Any) -> list[str]:
+    """Return which names of a table that is given for a key the config does not have there."""
+    table = at(cfg, key.split("."))
+    both = isinstance(table, Mapping) and isinstance(value, Mapping)
+    return [str(name) for name in value if name not in table] if both else []
+
+
+def _below_free(cfg: Any, parts: Sequence[str]) -> bool:
+    """Return whether a key lies below a value that is no mapping, of which this file knows nothing."""
+    for part in parts[:-1]:
+        if not isinstance(cfg, Mapping):
+            return True
+        cfg = cfg.get(part, {})
+    return not isinstance(cfg, Mapping)
+
+
+def _key(word: str) -> str:
+    return word.split("=", 1)[0]
+
+
+def _value(word: str) -> str:
+    return word.split("=", 1)[-1]
+
+
+def _hydras_own(error: Exception) -> str:
+    """Return what Hydra says of its own keys, without its hints and the places where it looked."""
+    said = str(error).partition("Config search path:")[0]
+    if merged := re.match(r"Error merging override (.*)", said):
+        word = merged[1]
+        return (
+            f"{shown(word)} leaves {word.lstrip('~+').partition('=')[0]} without a value that it takes. Leave it out."
+        )
+    lines = [line for line in said.splitlines() if "HYDRA_FULL_ERROR" not in line]
+    return re.sub(r"\n{2,}", "\n", "\n".join(lines)).strip()

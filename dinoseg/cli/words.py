@@ -1,0 +1,132 @@
+"""The words of a command line: which are KEY=VALUE, and values that are text whatever signs they hold."""
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, Glob, IntervalSweep, Override, Quote, QuotedString
+from hydra.errors import HydraException
+
+from dinoseg.utils.errors import UserError
+
+FILES = {  # keys whose value names a file or a folder
+    *("resume", "input", "labels", "reference", "prediction", "cache_dir", "data.root"),
+    *("mode.input", "mode.labels", "mode.reference", "mode.prediction", "mode.restart"),
+    *("backbone.weights", "head.weights", "hydra.run.dir", "hydra.sweep.dir", "hydra.sweeper.storage"),
+}
+_FLAGS = ("-m", "--multirun", "--resolve", "--run", "-r", "--version", "--hydra-help", "--shell-completion", "-sc")
+_TAKES_A_VALUE = (
+    *("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn"),
+    *("--config-dir", "-cd", "--info", "-i", "--experimental-rerun"),
+)
+_LONGEST = 250  # bytes in a file's name, without its suffix
+_NESTED = ("[", "{", "'", '"')  # what a value begins with that is more than text
+
+
+def assignments(arguments: Sequence[str]) -> Iterator[tuple[int, str]]:
+    """Yield position and text of the words that are meant as KEY=VALUE: neither flags nor their values."""
+    skip = False
+    for position, word in enumerate(arguments):
+        if not skip and not word.startswith("-"):
+            yield position, word
+        skip = word in _TAKES_A_VALUE
+
+
+def flags_last(arguments: Sequence[str]) -> list[str]:
+    """Return a command line with its flags behind the words, in which alone Hydra finds those on either side."""
+    words = dict(assignments(arguments))
+    return [*words.values(), *(word for position, word in enumerate(arguments) if position not in words)]
+
+
+def as_text(arguments: Sequence[str], configs: Path) -> list[str]:
+    """Return a command line with quotes around the values that Hydra's grammar would take apart, or not read at all.
+
+    A name of a file or of a group's option is text, whatever signs it holds; any other value is where it can be nothing
+    else.
+
+    Args:
+        arguments: the command line, without the program's name.
+        configs: folder of the config groups.
+
+    Raises:
+        UserError: a flag that is none, a value without a key, or a word that nothing could be named by.
+    """
+    for word in arguments:
+        flag = word.split("=")[0]
+        if flag.startswith("-") and flag not in (*_FLAGS, *_TAKES_A_VALUE):
+            raise UserError(
+                f"{word} is no flag. There are --help, -m for several runs, and --cfg job, which shows the config; "
+                "keys are written KEY=VALUE, without dashes."
+            )
+        if "\0" in word:
+            raise UserError(f"{word!r} holds the sign NUL, which nothing is named by. Leave it out.")
+        if word.lstrip("+~").startswith("="):
+            raise UserError(f"{word} has no key before its sign of equality. Write KEY=VALUE.")
+    several = is_sweep(arguments)
+    words = list(arguments)
+    for position, word in assignments(arguments):
+        key, sign, value = word.partition("=")
+        if not sign or not value or key.startswith("~"):
+            continue
+        override = parsed(word)
+        is_group = (configs / key.lstrip("+").split("@")[0]).is_dir()
+        if (is_group or key.lstrip("+") in FILES) and max(map(len, os.fsencode(value).split(b"/"))) > _LONGEST:
+            raise UserError(
+                f"{key}={value[:40]}... is unknown: no file has a name of {len(value)} letters. Give a shorter one."
+            )
+        choices = override.value() if override is not None else None
+        if is_group and isinstance(choices, ChoiceSweep) and any(isinstance(one, list | dict) for one in choices.list):
+            raise UserError(f"{word}: a group takes one option in each run. Name options, such as head=linear,mlp.")
+        if override is None:
+            text = not value.startswith(_NESTED)
+        else:
+            text = is_group and not override.is_sweep_override() and not isinstance(override.value(), str)
+        if text or _names_file(key, value, override, several=several):
+            words[position] = f"{key}={QuotedString(value, Quote.double).with_quotes()}"
+    return words
+
+
+def is_sweep(arguments: Sequence[str]) -> bool:
+    """Return whether a command line asks for several runs."""
+    return bool({"-m", "--multirun"} & set(arguments))
+
+
+@lru_cache(maxsize=1024)  # each word is parsed about six times per launch, a millisecond each
+def parsed(word: str) -> Override | None:
+    """Return a word as Hydra reads it, to be read only; None where it cannot."""
+    try:
+        return OverridesParser.create().parse_override(word)
+    except (HydraException, ValueError):  # of a number of more digits than Python reads
+        return None
+
+
+def values_of(override: Override) -> list[str]:
+    """Return an assignment's value as text, of a sweep each of them; a pattern or an interval as it is typed."""
+    if isinstance(override.value(), Glob | IntervalSweep):
+        return [str(override.input_line).partition("=")[2]]
+    if not override.is_sweep_override():
+        return [str(override.value())]
+    return [value.text if isinstance(value, QuotedString) else str(value) for value in override.sweep_iterator()]
+
+
+def _names_file(key: str, value: str, override: Override | None, *, several: bool) -> bool:
+    """Return whether a value is a file's name as it stands, and neither a list of them nor text in quotes."""
+    if key.lstrip("+") not in FILES or value == "null":
+        return False
+    exists = _exists(value)
+    if override is None:
+        return exists or not (value.startswith(_NESTED) and value.endswith(("]", "}", "'", '"')))
+    if override.is_sweep_override():
+        return exists or not several
+    more = isinstance(override.value(), list | dict) or "${" in value or re.fullmatch(r"'.*'|\".*\"", value)
+    return override.value() != value and (exists or not more)
+
+
+def _exists(value: str) -> bool:
+    try:
+        return Path(value).expanduser().exists()
+    except (OSError, ValueError, RuntimeError):  # too long, or no text that a file could have for a name
+        return False

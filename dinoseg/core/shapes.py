@@ -1,0 +1,278 @@
+"""What passes between the rooms: axis letters, the batch, the outputs, the prediction and data to train on.
+
+Axis glossary used in every comment and docstring:
+B batch, T time, C channels, H W pixels, h w patch grid, K classes, Q queries, S slots, L tapped layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from itertools import islice
+from typing import Any, NamedTuple, Protocol, TypedDict
+
+import torch
+from torch import Tensor
+
+from dinoseg.core.class_ids import class_ids, highest
+from dinoseg.core.geometry import upsample_at
+from dinoseg.core.mixed_class_ids import mixed_class_ids
+from dinoseg.utils.transfer import sent
+
+Palette = Sequence[tuple[int, int, int]]
+
+
+class Sample(TypedDict):
+    """One dataset item."""
+
+    image: Tensor  # (3, H, W) uint8, RGB
+    mask: Tensor  # (H, W) uint8, class ids 0..K-1, ignore_index = ignore
+    name: str  # unique inside the data set, a relative path without its suffix
+
+
+@dataclass
+class Batch:
+    """Samples of one size, stacked."""
+
+    image: Tensor  # (B, 3, H, W) uint8
+    mask: Tensor  # (B, H, W) uint8
+    names: list[str]
+
+    @property
+    def count(self) -> int:
+        """The number of images."""
+        return len(self.names)
+
+    @classmethod
+    def stack(cls, samples: Sequence[Sample]) -> Batch:
+        """Stack samples of equal size."""
+        images = torch.stack([sample["image"] for sample in samples])
+        masks = torch.stack([sample["mask"] for sample in samples])
+        return cls(images, masks, [sample["name"] for sample in samples])
+
+    def to(self, device: torch.device) -> Batch:
+        """Copy to `device`."""
+        return Batch(sent(self.image, device), sent(self.mask, device), self.names)
+
+    def pin_memory(self) -> Batch:
+        """Copy to pinned memory, from which CUDA copies asynchronously."""
+        return mapped(self, Tensor.pin_memory)
+
+    def taught(self, teach: Teach) -> Batch:
+        """Return the batch with all that a loss asks: what has no labels of its own gets them by `teach`."""
+        return self
+
+    def split(self, parts: int) -> list[Batch]:
+        """Return so many batches of the samples in their order, of equal sizes but for one sample."""
+        images, masks = self.image.tensor_split(parts), self.mask.tensor_split(parts)
+        return [Batch(*part) for part in zip(images, masks, _split(self.names, images), strict=True)]
+
+
+@dataclass
+class ClipBatch:
+    """Clips of one length and size, stacked."""
+
+    image: Tensor  # (B, T, 3, H, W) uint8
+    names: list[str]
+
+    @property
+    def count(self) -> int:
+        """The number of images: of all frames."""
+        return self.image.shape[:2].numel()
+
+    @classmethod
+    def stack(cls, clips: Sequence[tuple[Tensor, str]]) -> ClipBatch:
+        """Stack the frames (T, 3, H, W) of clips, each with its name."""
+        return cls(torch.stack([frames for frames, _ in clips]), [name for _, name in clips])
+
+    def to(self, device: torch.device) -> ClipBatch:
+        """Copy to `device`."""
+        return ClipBatch(sent(self.image, device), self.names)
+
+    def pin_memory(self) -> ClipBatch:
+        """Copy to pinned memory, from which CUDA copies asynchronously."""
+        return mapped(self, Tensor.pin_memory)
+
+    def taught(self, teach: Teach) -> ClipBatch:
+        """Return the clips: nothing that learns from them asks for labels."""
+        return self
+
+    def split(self, parts: int) -> list[ClipBatch]:
+        """Return so many batches of the clips in their order, of equal sizes but for one clip."""
+        images = self.image.tensor_split(parts)
+        return [ClipBatch(*part) for part in zip(images, _split(self.names, images), strict=True)]
+
+
+def _split(names: list[str], parts: Sequence[Tensor]) -> list[list[str]]:
+    rest = iter(names)
+    return [list(islice(rest, len(part))) for part in parts]
+
+
+@dataclass
+class FrozenFeatures:
+    """What the part of a model before all that is trained gives for images: the model goes on from it as from these."""
+
+    tensors: list[Tensor]  # tokens (B, N, C) or maps (B, C, h, w); bytes (uint8) are pixels, and stay as they are
+    size: tuple[int, int]  # (H, W) of the images
+    seen: tuple[int, int]  # (H, W) at which they entered the backbone
+
+
+@dataclass
+class FeatureBatch(Batch):
+    """A batch of which the model takes what is frozen of its images, in place of these."""
+
+    image: FrozenFeatures  # type: ignore[assignment]
+
+
+@dataclass
+class MaskOutputs:
+    """What a mask-classification head predicts for an image: Q masks, and what class each is of."""
+
+    class_logits: Tensor  # (B, Q, K + 1), the last column says "no object"; (B, Q, K) for a head without it
+    mask_logits: Tensor  # (B, Q, h, w)
+    aux: list[MaskOutputs] = field(default_factory=list)  # of earlier layers, for deep supervision; empty in eval mode
+
+
+class WeightedMasks(NamedTuple):
+    """Masks that are mixed: a class scores the sum of each one's share of it times the sigmoid of its upsampled logits.
+
+    Both are of at least float32.
+    """
+
+    logits: Tensor  # (B, Q, h, w)
+    shares: Tensor  # (B, Q, K), at least 0
+
+
+@dataclass
+class SlotOutputs:
+    """What a slot head makes of clips: S segments a frame, and from them the features of this frame and later ones.
+
+    The lists have an entry for each of `steps`: what is seen in frame t tells of frame t + step. The last max(steps)
+    frames of a clip are only told of, so T' = T - max(steps) frames tell.
+    """
+
+    features: Tensor  # (B, T, C, h, w) of the backbone: what is to be reconstructed
+    reconstructions: list[Tensor]  # (B, T', C, h, w) of frame t + step
+    alphas: list[Tensor]  # (B, T', S, h, w), over the slots they sum to 1
+    attention: Tensor  # (B, T', S, h, w), likewise
+    slots: Tensor  # (B, T', S, D)
+    steps: list[int]
+    similarity: Tensor | None = None  # (B, T', N, h, w) logits: to which of the N cells of the next frame a cell goes
+    carried: bool = True  # whether the slots of a frame come from those of the one before
+
+
+@dataclass
+class Prediction:
+    """A head's outputs, and how they lie on the image: a loss or a metric chooses the size it needs.
+
+    `valid` is the share of the outputs' height and width that the image covers, counted from the top
+    left; the rest is padding to the patch multiple. `mixture` says that the head's scores are sums of
+    probabilities, as those of mask classification, and no logits.
+    """
+
+    outputs: object  # of the head's own kind
+    size: tuple[int, int]  # (H, W) of the images that were given
+    valid: tuple[float, float]
+    to_pixels: Callable[[Any, tuple[int, int], tuple[float, float]], Tensor]
+    mixture: bool = False
+    grid: Tensor | None = None  # (B, K, h, w), where the scores are these as `geometry.upsample` brings them to a size
+    masks: WeightedMasks | None = None  # whose mixture the scores are, if they are one of masks
+
+    def scores(self, size: tuple[int, int] | None = None) -> Tensor:
+        """Return per-pixel class scores (B, K, H, W) at `size` (default: the images' own): the highest is the class."""
+        return self.to_pixels(self.outputs, size or self.size, self.valid)
+
+    def class_ids(self, size: tuple[int, int] | None = None) -> Tensor:
+        """Return the ids (B, H, W) uint8 of the classes that `scores` are highest of.
+
+        Of classes that score the same it is the first, but for rounding: see `class_ids.py`.
+        """
+        if self.grid is not None:
+            return class_ids(self.grid, size or self.size, self.valid)
+        if self.masks is not None:
+            return mixed_class_ids(*self.masks, size or self.size, self.valid)
+        return highest(self.scores(size))
+
+    def class_ids_and_logits(self, places: tuple[slice, slice]) -> tuple[Tensor, Tensor]:
+        """Return `class_ids`, and `logits` (B, K, r, c) float32 at some rows and columns, of the images' own size."""
+        if self.grid is not None:
+            return self.class_ids(), upsample_at(self.grid, self.size, self.valid, places).float()
+        if self.masks is not None:
+            pixels = upsample_at(self.masks.logits, self.size, self.valid, places).sigmoid()
+            with torch.autocast(pixels.device.type, enabled=False):
+                return self.class_ids(), self.as_logits(torch.einsum("bqk,bqhw->bkhw", self.masks.shares, pixels))
+        scores = self.scores()
+        chosen = self.as_logits(scores[:, :, places[0], places[1]]).float().clone()  # a band is overwritten by the next
+        return highest(scores), chosen
+
+    def of_images(self, own: slice) -> Prediction:
+        """Return the prediction of some of the images alone."""
+        parts = {name: mapped(getattr(self, name), lambda part: part[own]) for name in ("outputs", "grid", "masks")}
+        return replace(self, **parts)
+
+    def logits(self, size: tuple[int, int] | None = None) -> Tensor:
+        """Return `scores` as logits: their softmax over the classes is the class probability."""
+        return self.as_logits(self.scores(size))
+
+    def as_logits(self, scores: Tensor) -> Tensor:
+        """Return some of `scores` as `logits`."""
+        if not self.mixture:
+            return scores
+        return scores.float().clamp(min=torch.finfo(torch.float32).tiny).log()
+
+
+def mapped(outputs: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Return a head's outputs with each tensor changed, alone or in lists, tables and dataclasses."""
+    if isinstance(outputs, Tensor):
+        return change(outputs)
+    if isinstance(outputs, list | tuple):
+        parts = [mapped(part, change) for part in outputs]
+        return type(outputs)(*parts) if hasattr(outputs, "_fields") else type(outputs)(parts)
+    if isinstance(outputs, dict):
+        return {key: mapped(part, change) for key, part in outputs.items()}
+    if is_dataclass(outputs) and not isinstance(outputs, type):
+        return replace(outputs, **{part.name: mapped(getattr(outputs, part.name), change) for part in fields(outputs)})
+    return outputs
+
+
+Teach = Callable[[Tensor], Prediction]  # images (B, 3, H, W) to what a teacher predicts for them
+
+
+class SegmentationData(Protocol):
+    """A map-style data set of images and masks; label remapping is its own job.
+
+    `dinoseg.data.custom.conforming` returns one for a class that lacks only `skipped`.
+    """
+
+    @property
+    def classes(self) -> Sequence[str]:
+        """Return the class names in id order."""
+        ...
+
+    @property
+    def palette(self) -> Palette:
+        """Return an RGB color for each class."""
+        ...
+
+    @property
+    def ignore_index(self) -> int:
+        """Return the mask id that is ignored."""
+        ...
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Return the sample names in order."""
+        ...
+
+    @property
+    def skipped(self) -> Mapping[str, str]:
+        """Return name to reason of what was left out on request."""
+        ...
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+        ...
+
+    def __getitem__(self, index: int) -> Sample:
+        """Return one sample."""
+        ...

@@ -1,0 +1,90 @@
+"""COCO's JSON: images, categories, and annotations as polygons or run lengths; imports no torch."""
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dinoseg.data.annotation import rle
+from dinoseg.data.annotation.drawing import Columns
+from dinoseg.data.annotation.entry import Annotations, Entry, Labelled, polygons, size_of, text
+from dinoseg.utils import forms
+from dinoseg.utils.wording import shown
+
+_FORM = forms.holding(
+    images=forms.listing(forms.holding(id=forms.plain, file_name=forms.text, width=forms.plain, height=forms.plain)),
+    categories=forms.listing(forms.holding(id=forms.plain, name=forms.text)),
+)
+_CROWD = -1  # its depth: a crowd lies below the objects in it
+
+
+def read_coco(content: bytes, path: Path) -> Annotations:
+    """Return what a file of COCO holds; its labels in the order of their ids.
+
+    An annotation of polygons covers what any of them covers; a crowd (`iscrowd`) lies below all others.
+
+    Raises:
+        ValueError: it is no such file, or an id stands twice or nowhere.
+    """
+    whole = forms.parse_json(content, _FORM, finite=False)  # polygons are held to bounds
+    if not isinstance(whole.get("annotations"), list):
+        raise ValueError("it has no list named annotations: export the annotations, not the images alone")
+    images = {_id(image["id"], "an image"): image for image in whole["images"]}
+    categories = {_id(entry["id"], "a category"): text(entry["name"], "a category") for entry in whole["categories"]}
+    for what, entries, known in (("images", whole["images"], images), ("categories", whole["categories"], categories)):
+        if len(known) < len(entries):
+            raise ValueError(f"{len(entries) - len(known)} ids of {what} stand more than once: make each unique")
+    names = Counter(categories.values())
+    if twice := [name for name, count in names.items() if count > 1]:
+        raise ValueError(f"{shown(twice[0])} is the name of {names[twice[0]]} categories: make each unique")
+    entries = {key: _entry(image, path) for key, image in images.items()}
+    for position, annotation in enumerate(whole["annotations"]):
+        if not isinstance(annotation, dict):
+            raise ValueError(f"annotations[{position}] is no object")
+        if "segments_info" in annotation:
+            raise ValueError(
+                "it is of COCO's panoptic form, whose masks are PNG files: turn these into class ids by "
+                "panopticapi's converter to semantic segmentation, and read them with data=folder"
+            )
+        entry = entries.get(_id(annotation.get("image_id"), f"annotations[{position}], image_id,"))
+        if entry is None:
+            raise ValueError(f"annotations[{position}] is of image {annotation['image_id']}, which is not in images")
+        if entry.wrong:
+            continue
+        try:
+            entry.shapes.append(_shape(annotation, categories, entry.size))
+        except ValueError as error:
+            entry.wrong = f"annotation {shown(annotation.get('id', position), 40)} of {entry.image}: {error}"
+    groups = {entry["name"]: entry.get("supercategory") for entry in whole["categories"]}
+    given = {name: text(group, f"the supercategory of {shown(name)}") for name, group in groups.items() if group}
+    return Annotations([categories[key] for key in sorted(categories)], list(entries.values()), given)
+
+
+def _entry(image: Mapping[str, Any], path: Path) -> Entry:
+    try:
+        return Entry(path, image["file_name"], size_of(image["height"], image["width"]))
+    except ValueError as error:
+        return Entry(path, image["file_name"], None, wrong=f"image {image['id']}: {error}")
+
+
+def _id(value: Any, what: str) -> int:
+    if type(value) is not int:
+        raise ValueError(f"{what} has the id {shown(value, 40)}: ids are whole numbers")
+    return value
+
+
+def _shape(annotation: Mapping[str, Any], categories: Mapping[int, str], size: tuple[int, int]) -> Labelled:
+    category = annotation.get("category_id")
+    if type(category) is not int or category not in categories:
+        raise ValueError(f"its category_id is {shown(category, 40)}, which is none of its categories")
+    drawn, crowd = annotation.get("segmentation"), annotation.get("iscrowd") == 1
+    depth = _CROWD if crowd else 0
+    if isinstance(drawn, list) and drawn:
+        form, area = polygons(drawn)
+        return Labelled(categories[category], form, depth, area, crowd)
+    if not isinstance(drawn, dict):
+        raise ValueError("it has no segmentation, only a box: export polygons or masks")
+    if drawn.get("size") != list(size):
+        raise ValueError(f"its mask is of size {shown(drawn.get('size'), 40)} and its image of {list(size)}")
+    counts = rle.checked(drawn.get("counts"), size[0] * size[1])
+    return Labelled(categories[category], Columns(counts.tobytes()), depth, float(counts[1::2].sum()), crowd)

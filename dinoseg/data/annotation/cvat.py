@@ -1,0 +1,174 @@
+"""CVAT's XML, "for images 1.1" and "for video 1.1": polygons, boxes, ellipses and masks; imports no torch."""
+
+import math
+from collections import Counter
+from pathlib import Path
+from typing import NoReturn
+from xml.parsers import expat
+
+import numpy as np
+
+from dinoseg.data.annotation import rle
+from dinoseg.data.annotation.between import Outline
+from dinoseg.data.annotation.cvat_tracks import Key, Track, frames_of
+from dinoseg.data.annotation.drawing import MOST_PIXELS, Box, Form, Polygons
+from dinoseg.data.annotation.entry import Annotations, Entry, Labelled, size_of, text
+from dinoseg.data.annotation.polygon import FARTHEST, check_polygon
+from dinoseg.utils.wording import shown
+
+_DEEPEST = 32
+_LONGEST = 1000  # letters of a text that is kept
+_AREAS = ("polygon", "box", "ellipse", "mask")
+_NO_AREAS = ("polyline", "points", "cuboid", "skeleton")
+
+
+def read_cvat(content: bytes, path: Path) -> Annotations:
+    """Return what a file of "CVAT for images 1.1" or "for video 1.1" holds; its labels in the order of the file.
+
+    Polygons, boxes and ellipses cover what CVAT's own export of masks draws (by pycocotools), masks their pixels.
+
+    Raises:
+        ValueError: it is no such file, declares a document type (which may hold entities that multiply), or has tracks
+            that stand for more than a file may.
+    """
+    document = _Document(path)
+    parser = expat.ParserCreate()
+    parser.StartDoctypeDeclHandler = _refuse_doctype
+    parser.StartElementHandler, parser.EndElementHandler = document.start, document.end
+    parser.CharacterDataHandler = document.characters
+    parser.buffer_text = True
+    try:
+        parser.Parse(content, True)
+    except (expat.ExpatError, LookupError) as error:  # LookupError: an encoding that nobody knows
+        raise ValueError(f"it is no XML: {error}") from None
+    if not document.is_cvat:
+        raise ValueError("it has no element <annotations>, as files of CVAT have")
+    frames = frames_of(path, document.tasks, document.tracks) if document.tracks else []
+    return Annotations(list(document.labels), [*document.entries, *frames])
+
+
+def _refuse_doctype(*_: object) -> NoReturn:
+    raise ValueError("it declares a document type (<!DOCTYPE>), which CVAT's files do not and which is not read")
+
+
+class _Document:
+    """What has been read of a file so far."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.is_cvat = False
+        self.labels: Counter[str] = Counter()  # in the order of the file
+        self.entries: list[Entry] = []
+        self.tasks: list[dict[str, str]] = []  # what is said of each
+        self.tracks: list[Track] = []
+        self._tags: list[str] = []
+        self._text = ""
+
+    def start(self, tag: str, attributes: dict[str, str]) -> None:
+        if len(self._tags) == _DEEPEST:
+            raise ValueError(f"its elements are nested deeper than {_DEEPEST}")
+        parent = self._tags[-1] if self._tags else ""
+        self.is_cvat |= not self._tags and tag == "annotations"
+        self._tags.append(tag)
+        self._text = ""
+        if tag in ("task", "job") and parent in ("meta", "tasks"):
+            self.tasks.append({})
+        elif tag == "track" and parent == "annotations":
+            label = text(attributes.get("label"), "the label of a track")
+            self.tracks.append(Track(label, attributes.get("task_id", "")))
+        elif tag == "image" and parent == "annotations":
+            self.entries.append(_entry(attributes, self.path))
+        elif parent in ("image", "track") and (tag in _AREAS or tag in _NO_AREAS):
+            (self._shape if parent == "image" else self._key)(tag, attributes)
+
+    def end(self, tag: str) -> None:
+        found = self._text.strip()
+        if self._tags[-3:] == ["labels", "label", "name"] and found:
+            self.labels[found] += 1
+        elif self._tags[-2:-1] in (["task"], ["job"], ["original_size"]) and found and self.tasks:
+            self.tasks[-1][tag] = found
+        self._tags.pop()
+
+    def characters(self, text: str) -> None:
+        self._text += text[:_LONGEST] if len(self._text) < _LONGEST else ""
+
+    def _shape(self, tag: str, attributes: dict[str, str]) -> None:
+        entry = self.entries[-1]
+        if entry.wrong:
+            return
+        try:
+            label = text(attributes.get("label"), "its label")
+            form, _ = _form(tag, attributes)
+            entry.shapes.append(Labelled(label, form, _number(attributes, "z_order", "0")))
+        except ValueError as error:
+            named = shown(attributes.get("label", ""), 40)
+            entry.wrong = f"image {shown(entry.image)}, {tag} {len(entry.shapes)} ({named}): {error}"
+
+    def _key(self, tag: str, attributes: dict[str, str]) -> None:
+        frame, form, outline, wrong, depth = attributes.get("frame", ""), None, None, "", 0.0
+        if not (frame.isdecimal() and len(frame) < 10):
+            raise ValueError(f"a {tag} of a track is of frame {shown(frame, 40)}, which is no whole number")
+        try:
+            depth = _number(attributes, "z_order", "0")
+            form, outline = _form(tag, attributes)
+        except ValueError as error:
+            wrong = f"{tag} of frame {int(frame)}: {error}"
+        fixed, hidden = attributes.get("keyframe", "1") == "1", attributes.get("outside", "0") == "1"
+        self.tracks[-1].keys.append(Key(int(frame), fixed, hidden, depth, form, outline, wrong))
+
+
+def _entry(attributes: dict[str, str], path: Path) -> Entry:
+    name, subset = text(attributes.get("name"), "the name of an image"), attributes.get("subset", "")
+    try:
+        sides = (attributes.get(side, "") for side in ("height", "width"))
+        size = size_of(*(int(side) if side.isdecimal() and len(side) < 10 else side for side in sides))
+    except ValueError as error:
+        return Entry(path, name, None, wrong=f"image {shown(name)}: {error}", subset=subset)
+    return Entry(path, name, size, subset=subset)
+
+
+def _form(tag: str, attributes: dict[str, str]) -> tuple[Form, Outline | None]:
+    """Return the form of a shape, and the outline that it has in a track."""
+    if tag in _NO_AREAS:
+        raise ValueError("it covers no pixels: draw a polygon or a mask instead, or delete it")
+    if tag == "mask":
+        return _mask(attributes), None
+    if tag == "polygon":
+        pairs = [pair.split(",") for pair in attributes.get("points", "").split(";")]
+        if any(len(pair) != 2 for pair in pairs):
+            raise ValueError("its points are no pairs x,y with ; between them")
+        values = [_as_number(value, "points") for pair in pairs for value in pair]
+    else:
+        names = ("xtl", "ytl", "xbr", "ybr") if tag == "box" else ("cx", "cy", "rx", "ry")
+        values = [_number(attributes, name) for name in names]
+    outline = Outline(tag, np.array(values).tobytes(), _number(attributes, "rotation", "0"))
+    points = outline.points()
+    check_polygon(points)
+    return Polygons((outline.numbers if tag == "polygon" and not outline.turned else points.tobytes(),)), outline
+
+
+def _mask(attributes: dict[str, str]) -> Form:
+    left, top, width, height = (_number(attributes, name) for name in ("left", "top", "width", "height"))
+    place = int(left), int(top), int(width), int(height)
+    if place != (left, top, width, height) or not (width > 0 and height > 0 and width * height <= MOST_PIXELS):
+        raise ValueError(f"its mask has the place {place}, which is no box of pixels")
+    if abs(left) > FARTHEST or abs(top) > FARTHEST:
+        raise ValueError(f"its mask has the place {place}, which is outside of any picture")
+    counts = [value.strip() for value in attributes.get("rle", "").split(",")]
+    if not all(count.isdecimal() and len(count) < 10 for count in counts):
+        raise ValueError("its rle is no list of whole numbers")
+    return Box(place, rle.checked([int(count) for count in counts], place[2] * place[3]).tobytes())
+
+
+def _number(attributes: dict[str, str], name: str, default: str | None = None) -> float:
+    return _as_number(attributes.get(name, default), name)
+
+
+def _as_number(value: str | None, what: str) -> float:
+    try:
+        number = float(value) if value is not None and len(value) < 40 else math.nan
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"{what} is {shown(value, 40)}, which is no number")
+    return number

@@ -1,0 +1,137 @@
+"""A mask that lies in no file of its own: shapes from an annotation file, drawn one over the other when it is read."""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dinoseg.data.annotation.between import Outline, between
+from dinoseg.data.annotation.polygon import figure, filled
+from dinoseg.data.annotation.rle import decode, values_of
+
+MOST_PIXELS = 178_956_970  # of an image: as many as Pillow reads
+
+
+@dataclass(frozen=True, slots=True)
+class Polygons:
+    """Polygons of one object, by the rule of pycocotools; each is float64 pairs in bytes, what any covers is in."""
+
+    rings: tuple[bytes, ...]
+
+    def paint(self, canvas: np.ndarray, value: int) -> None:
+        """Set the pixels of a canvas (H, W) that it covers."""
+        for ring in self.rings:
+            points = np.frombuffer(ring).reshape(-1, 2)
+            left, mask = filled(points, (canvas.shape[0], canvas.shape[1]))
+            canvas[:, left : left + mask.shape[1]][mask] = value
+
+
+@dataclass(frozen=True, slots=True)
+class Between:
+    """A shape of a track at a share of the way from one keyframe to the next; drawn as a polygon."""
+
+    left: Outline
+    right: Outline
+    share: float
+
+    def paint(self, canvas: np.ndarray, value: int) -> None:
+        """Set the pixels of a canvas (H, W) that it covers."""
+        points = between(self.left, self.right, self.share).points()
+        Polygons((points.tobytes(),)).paint(canvas, value)
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """Run lengths of the whole picture, column by column; int64 in bytes."""
+
+    counts: bytes
+
+    def paint(self, canvas: np.ndarray, value: int) -> None:
+        """Set the pixels of a canvas (H, W) that it covers."""
+        canvas[decode(np.frombuffer(self.counts, np.int64), (canvas.shape[0], canvas.shape[1]))] = value
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """Run lengths, row by row, of a box of (left, top, width, height) that may reach over the picture's edges."""
+
+    place: tuple[int, int, int, int]
+    counts: bytes
+
+    def paint(self, canvas: np.ndarray, value: int) -> None:
+        """Set the pixels of a canvas (H, W) that it covers."""
+        left, top, width, height = self.place
+        mask = values_of(np.frombuffer(self.counts, np.int64)).reshape(height, width)
+        mask = mask[max(0, -top) :, max(0, -left) :]
+        part = canvas[max(0, top) : max(0, top + height), max(0, left) : max(0, left + width)]
+        part[mask[: part.shape[0], : part.shape[1]]] = value
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """A figure of LabelMe, see `polygon.figure`; points are float64 pairs in bytes."""
+
+    kind: str
+    points: bytes
+
+    def paint(self, canvas: np.ndarray, value: int) -> None:
+        """Set the pixels of a canvas (H, W) that it covers."""
+        points = [(x, y) for x, y in np.frombuffer(self.points).reshape(-1, 2).tolist()]
+        canvas[figure(self.kind, points, (canvas.shape[0], canvas.shape[1]))] = value
+
+
+Form = Polygons | Between | Columns | Box | Figure
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """The mask of one image of an annotation file.
+
+    Args:
+        path: the annotation file.
+        image: what it calls the image.
+        size: height and width of the image.
+        ground: the id of pixels that no shape covers.
+        shapes: id and form of each, in the order in which they are drawn: a later one covers an earlier one.
+    """
+
+    path: Path
+    image: str
+    size: tuple[int, int]
+    ground: int
+    shapes: Sequence[tuple[int, Form]]
+
+    def __str__(self) -> str:
+        return f"{self.path}, image {self.image}"
+
+    def stat(self) -> os.stat_result:
+        """Return the annotation file's size and times."""
+        return self.path.stat()
+
+    def read(self) -> np.ndarray:
+        """Return class ids and ignore_index (H, W) uint8."""
+        canvas = np.full(self.size, self.ground, np.uint8)
+        for value, form in self.shapes:
+            form.paint(canvas, value)
+        return canvas
+
+    def digest(self) -> str:
+        """Return a hash of all that the mask is drawn from."""
+        return hashlib.sha256(repr((self.size, self.ground, *self.shapes)).encode()).hexdigest()
+
+
+MaskSource = Path | Drawing
+
+
+def mask_file(mask: MaskSource) -> Path:
+    """Return the file that a mask lies in."""
+    return mask.path if isinstance(mask, Drawing) else mask
+
+
+def mask_key(mask: MaskSource) -> str:
+    """Return a text by which a mask is known again, beside the state of its file."""
+    own = f"#{mask.digest()}" if isinstance(mask, Drawing) else ""
+    return f"{os.path.abspath(mask_file(mask))}{own}"

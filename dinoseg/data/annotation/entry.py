@@ -1,0 +1,146 @@
+"""What an annotation file says of one image, before labels are classes; what every format is read into."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dinoseg.data.annotation.drawing import MOST_PIXELS, Form, Polygons
+from dinoseg.data.annotation.polygon import check_polygon
+from dinoseg.utils.wording import shown
+
+LARGEST_FILE = 2**30  # bytes of an annotation file
+
+
+@dataclass(frozen=True, slots=True)
+class Labelled:
+    """A shape with its label; lower depths are drawn first, then as the order of the data set says.
+
+    A crowd is an area of objects that were not drawn one by one.
+    """
+
+    label: str
+    form: Form
+    depth: float = 0
+    area: float = 0
+    crowd: bool = False
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A video, or pictures in order, of which an annotation file names frames by their numbers.
+
+    Args:
+        source: the video's file, by its name alone; empty: not known.
+        subset: the part of a project that it belongs to.
+        frames: the numbers of those that are annotated, from 0.
+    """
+
+    source: str
+    subset: str
+    frames: range
+
+
+@dataclass
+class Entry:
+    """One image of an annotation file.
+
+    Args:
+        path: the annotation file.
+        image: the image's file as the annotation file names it; of a frame a name that is made for it.
+        size: height and width; None: the file does not say, and they are the image's own.
+        shapes: in the order of the file.
+        wrong: why it cannot be used; empty: it can.
+        subset: the part of a project that it belongs to, such as `Train`; empty: the file does not say.
+        clip: what it is a frame of; None: an image.
+        frame: its number there.
+    """
+
+    path: Path
+    image: str
+    size: tuple[int, int] | None
+    shapes: list[Labelled] = field(default_factory=list)
+    wrong: str = ""
+    subset: str = ""
+    clip: Clip | None = None
+    frame: int = 0
+
+
+@dataclass(frozen=True)
+class Annotations:
+    """What one annotation file holds: its labels in its own order, its images, and what labels belong to."""
+
+    labels: Sequence[str]
+    entries: Sequence[Entry]
+    groups: Mapping[str, str] = field(default_factory=dict)
+
+    def grouped(self) -> "Annotations":
+        """Return the same with groups for labels; a label of no group stays what it is.
+
+        Raises:
+            ValueError: no label has a group.
+        """
+        if not self.groups:
+            raise ValueError("its labels have no groups (supercategory), which data.reader.shapes.grouped asks for")
+        entries = [
+            replace(entry, shapes=[replace(s, label=self.groups.get(s.label, s.label)) for s in entry.shapes])
+            for entry in self.entries
+        ]
+        return Annotations(list(dict.fromkeys(self.groups.get(label, label) for label in self.labels)), entries)
+
+
+def size_of(height: Any, width: Any) -> tuple[int, int]:
+    """Return height and width.
+
+    Raises:
+        ValueError: they are no size of a picture.
+    """
+    if not all(type(side) is int and side > 0 for side in (height, width)) or height * width > MOST_PIXELS:
+        raise ValueError(
+            f"height {shown(height, 20)} and width {shown(width, 20)} are no size of a picture: give whole numbers "
+            f"that make {MOST_PIXELS:,} pixels at most"
+        )
+    return height, width
+
+
+def text(value: Any, what: str) -> str:
+    """Return a text that is not empty.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{what} is {shown(value, 40)}, and must be a name")
+    return value
+
+
+def polygons(rings: Sequence[Any]) -> tuple[Polygons, float]:
+    """Return polygons, each a flat list x1, y1, x2, y2, ..., as a form; and the sum of their areas.
+
+    Raises:
+        ValueError: one cannot be drawn.
+    """
+    checked, area = [], 0.0
+    for ring in rings:
+        if not isinstance(ring, list) or len(ring) % 2 or not {*map(type, ring)} <= {int, float}:
+            raise ValueError("its polygon is no list of numbers x1, y1, x2, y2, ...")
+        points = points_of(ring)
+        check_polygon(points)
+        checked.append(points.tobytes())
+        x, y = points.T
+        area += abs(float(x[:-1] @ y[1:] - y[:-1] @ x[1:] + x[-1] * y[0] - y[-1] * x[0])) / 2
+    return Polygons(tuple(checked)), area
+
+
+def points_of(values: Sequence[Any]) -> np.ndarray:
+    """Return flat numbers as points (N, 2) float64.
+
+    Raises:
+        ValueError: a number is larger than any.
+    """
+    try:
+        return np.array(values, np.float64).reshape(-1, 2)
+    except OverflowError:
+        raise ValueError("its points hold a number that is larger than any picture") from None

@@ -1,0 +1,96 @@
+"""LabelMe's JSON beside an image: polygons, rectangles, circles, lines, points and masks; imports no torch."""
+
+import base64
+import io
+from collections.abc import Mapping
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from dinoseg.data.annotation import rle
+from dinoseg.data.annotation.drawing import Box, Figure, Form
+from dinoseg.data.annotation.entry import Annotations, Entry, Labelled, points_of, size_of, text
+from dinoseg.data.annotation.polygon import FARTHEST, check_polygon
+from dinoseg.utils import forms
+from dinoseg.utils.wording import shown
+
+_FEWEST = {"polygon": 3, "rectangle": 2, "oriented_rectangle": 4, "circle": 2, "line": 2, "linestrip": 2, "point": 1}
+_JOINED = 7  # the version from which on corners of a linestrip are round
+_EXACTLY = ("rectangle", "oriented_rectangle", "circle", "line", "point")
+_FORM = forms.holding(shapes=forms.listing(forms.holding(label=forms.plain, points=forms.plain)), imagePath=forms.plain)
+
+
+def read_labelme(content: bytes, path: Path) -> Annotations:
+    """Return what a file of LabelMe holds; its image is known by the last part of its path, a copy inside is not read.
+
+    Raises:
+        ValueError: it is no such file.
+    """
+    whole = forms.parse_json(content, _FORM)
+    image = PureWindowsPath(text(whole["imagePath"], "imagePath")).name  # takes / and \\ alike
+    entry = Entry(path, image, None)
+    major = str(whole.get("version")).partition(".")[0]
+    joined = major.isdecimal() and len(major) < 4 and int(major) >= _JOINED
+    try:
+        sides = whole.get("imageHeight"), whole.get("imageWidth")
+        if sides != (None, None):  # the first versions say nothing of it
+            entry.size = size_of(*sides)
+        for position, shape in enumerate(whole["shapes"]):
+            entry.shapes.append(_shape(shape, position, joined))
+    except ValueError as error:
+        entry.wrong = str(error)
+    return Annotations(sorted({shape.label for shape in entry.shapes}), [entry])
+
+
+def _shape(shape: Mapping[str, Any], position: int, joined: bool) -> Labelled:
+    try:
+        label = text(shape["label"], "its label")
+        points = shape["points"]
+        if not isinstance(points, list) or not all(_is_point(point) for point in points):
+            raise ValueError("its points are no list of pairs of numbers")
+        kind = shape.get("shape_type") or "polygon"
+        if kind == "mask":
+            return Labelled(label, _mask(shape.get("mask"), points))
+        return Labelled(label, _figure(kind, points, joined))
+    except ValueError as error:
+        raise ValueError(f"shapes[{position}] ({shown(shape['label'], 40)}): {error}") from None
+
+
+def _is_point(point: Any) -> bool:
+    return isinstance(point, list) and len(point) == 2 and all(type(value) in (int, float) for value in point)
+
+
+def _figure(kind: Any, points: list[list[float]], joined: bool) -> Form:
+    if not isinstance(kind, str) or kind not in _FEWEST:
+        raise ValueError(f"its shape_type is {shown(kind, 40)}: it must be one of {', '.join((*_FEWEST, 'mask'))}")
+    if len(points) < _FEWEST[kind] or (kind in _EXACTLY and len(points) > _FEWEST[kind]):
+        raise ValueError(f"it is a {kind} of {len(points)} points, and needs {_FEWEST[kind]}")
+    values = points_of([value for point in points for value in point])
+    # a figure of fewer points is held to the same bounds
+    check_polygon(values if len(values) >= 3 else np.concatenate([values, values, values]))
+    return Figure("joined" if joined and kind == "linestrip" else kind, values.tobytes())
+
+
+def _mask(mask: Any, points: list[list[float]]) -> Form:
+    """Return the mask in a box of two corners, both inside; of corners between pixels the mask's own size counts."""
+    if len(points) != 2 or not isinstance(mask, str):
+        raise ValueError("it is a mask, and needs two points and a picture in base64")
+    corners = points_of([value for point in points for value in point])
+    if not (np.abs(corners) <= FARTHEST).all():
+        raise ValueError(f"its mask lies at {shown(points, 60)}, outside of any picture")
+    (left, top), (right, bottom) = corners.round().astype(int).tolist()
+    width, height = right - left + 1, bottom - top + 1
+    try:
+        with Image.open(io.BytesIO(base64.b64decode(mask, validate=True)), formats=("PNG",)) as picture:
+            if (corners != np.trunc(corners)).any():
+                width, height = picture.size
+            if width < 1 or height < 1 or picture.width < width or picture.height < height:
+                raise ValueError(f"its picture is {picture.width} x {picture.height}")
+            inside = np.asarray(picture.convert("L"))[:height, :width] > 0
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(
+            f"its mask must be a PNG of {width} x {height} pixels in base64 ({shown(str(error))})"
+        ) from None
+    return Box((left, top, width, height), rle.counts_of(inside.ravel()).tobytes())

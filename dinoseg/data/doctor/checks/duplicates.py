@@ -1,0 +1,170 @@
+"""Images that are the same, or nearly: by a hash of the pixels, and by a perceptual hash."""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+
+from dinoseg.data.doctor.checks.splits import same_files
+from dinoseg.data.doctor.findings import Finding, Scanned
+from dinoseg.data.scan.record import Record
+from dinoseg.utils.wording import count_of
+
+_ROWS = 64  # hashes compared with all others at once
+_MOST = 1000  # pairs that are kept and listed
+# numpy counts bits itself from 2.0 on; imagehash and imagededup compare pair by pair in Python, tens of times as slow
+_BITS = np.array([bin(value).count("1") for value in range(1 << 16)], dtype=np.uint8)
+
+
+def check_duplicates(splits: Sequence[Scanned], distance: int) -> Iterator[Finding]:
+    """Yield equal and nearly equal images, across splits and inside them.
+
+    Args:
+        splits: what is compared.
+        distance: differing bits of 64 up to which two images are nearly equal.
+    """
+    for first, second in combinations(splits, 2):
+        yield from _across(first, second, distance)
+    for part in splits:
+        yield from _inside(part, distance)
+        yield from _contradictory(part)
+
+
+@dataclass
+class Near:
+    """Pairs of 64-bit hashes that differ in few bits: the closest, and how many hashes are in any.
+
+    Frames of a camera that stands still are all alike, so pairs are counted as they are found and few are kept.
+
+    Args:
+        closest: at most 1000 (i, j, differing bits), closest first.
+        first: number of i that are in a pair.
+        second: number of j.
+        either: number of i and j together, for hashes compared among themselves.
+    """
+
+    closest: list[tuple[int, int, int]]
+    first: int
+    second: int
+    either: int
+
+
+def near_pairs(
+    first: np.ndarray, second: np.ndarray, distance: int, *, same: tuple[np.ndarray, np.ndarray], inside: bool = False
+) -> Near:
+    """Return the pairs that differ in at most `distance` bits.
+
+    Args:
+        first: (N,) uint64.
+        second: (M,) uint64.
+        distance: 0 to 64.
+        same: numbers (N,) and (M,) that say which pictures are equal; these are left out.
+        inside: `second` is `first`: only pairs i < j count.
+    """
+    ours, theirs = np.zeros(len(first), dtype=bool), np.zeros(len(second), dtype=bool)
+    nearest = np.empty((0, 3), dtype=np.int64)
+    for start in range(0, len(first), _ROWS):
+        here = slice(start, start + _ROWS)
+        differing = first[here, None] ^ second[None]  # (rows, M)
+        bits = _BITS[differing.view(np.uint16).reshape(*differing.shape, 4)].sum(axis=-1, dtype=np.uint8)
+        near = (bits <= distance) & (same[0][here, None] != same[1][None])
+        if inside:
+            near &= np.arange(len(second)) > np.arange(start, start + len(near))[:, None]
+        ours[here] |= near.any(axis=1)
+        theirs |= near.any(axis=0)
+        flat = np.flatnonzero(near)
+        flat = flat[np.argsort(bits.ravel()[flat], kind="stable")[:_MOST]]
+        rows, columns = np.divmod(flat, max(1, len(second)))
+        nearest = np.concatenate([nearest, np.stack([rows + start, columns, bits[rows, columns]], axis=1)])
+        nearest = nearest[np.argsort(nearest[:, 2], kind="stable")[:_MOST]]
+    closest = [(one, two, count) for one, two, count in nearest.tolist()]
+    either = int((ours | theirs).sum()) if inside else int(ours.sum() + theirs.sum())
+    return Near(closest, int(ours.sum()), int(theirs.sum()), either)
+
+
+def _across(first: Scanned, second: Scanned, distance: int) -> Iterator[Finding]:
+    ours, theirs = _by_digest(first), _by_digest(second)
+    told = {two.name for _, two in same_files(first, second)}
+    same = [(ours[key][0], two) for key in theirs if key in ours for two in theirs[key] if two.name not in told]
+    if same:
+        yield Finding(
+            "error",
+            "duplicate_across_splits",
+            f"{count_of(same, 'image')} of {second.split} in {first.split} too, pixel for pixel.",
+            tuple(sorted(f"{one.image} = {two.image}" for one, two in same)),
+            f"Remove them from {first.split}: what was trained on cannot be scored.",
+            ((first.split, same[0][0].name), (second.split, same[0][1].name)),
+            stops=False,
+        )
+    near, pairs = _near(first, second, distance)
+    if pairs:
+        yield Finding(
+            "warning",
+            "near_duplicate_across_splits",
+            f"{count_of(near.second, 'image')} of {second.split} much like one of {first.split} (at most {distance} of "
+            f"64 bits of the perceptual hash differ).",
+            _listing(pairs),
+            "Look at the pairs: frames of one scene belong on one side of the split (data.group).",
+            tuple(key for one, two, _ in pairs[:2] for key in ((first.split, one.name), (second.split, two.name))),
+        )
+
+
+def _inside(part: Scanned, distance: int) -> Iterator[Finding]:
+    twice = {key: records for key, records in _by_digest(part).items() if len(records) > 1}
+    if twice:
+        repeated = sum(len(records) - 1 for records in twice.values())
+        yield Finding(
+            "note",
+            "duplicate_in_split",
+            f"{count_of(repeated, 'image')} of {part.split} equal to another one, pixel for pixel.",
+            tuple(" = ".join(record.image for record in records) for records in twice.values()),
+            "Keep one of each: repeated images weigh more in training and in the score.",
+        )
+    near, pairs = _near(part, part, distance)
+    if pairs:
+        yield Finding(
+            "note",
+            "near_duplicate_in_split",
+            f"{count_of(near.either, 'image')} of {part.split} much like another one of {part.split}.",
+            _listing(pairs),
+            "Nothing to do for a video; elsewhere fewer of them would teach as much.",
+        )
+
+
+def _contradictory(part: Scanned) -> Iterator[Finding]:
+    """Yield equal images whose masks differ."""
+    for_image = [records for records in _by_digest(part).values() if len({r.mask_digest for r in records}) > 1]
+    if for_image:
+        yield Finding(
+            "warning",
+            "one_image_two_masks",
+            f"{count_of(for_image, 'image')} of {part.split} there several times, with masks that differ.",
+            tuple(" ? ".join(record.mask for record in records) for records in for_image),
+            "Keep the right mask of each.",
+        )
+
+
+def _near(first: Scanned, second: Scanned, distance: int) -> tuple[Near, list[tuple[Record, Record, int]]]:
+    ours, theirs = ([r for r in part.records if r.look is not None] for part in (first, second))
+    looks = [np.array([record.look for record in records], dtype=np.uint64) for records in (ours, theirs)]
+    number: dict[str, int] = {}
+    same = [
+        np.array([number.setdefault(r.image_digest, len(number)) for r in records], dtype=np.int64)
+        for records in (ours, theirs)
+    ]
+    near = near_pairs(looks[0], looks[1], distance, same=(same[0], same[1]), inside=first is second)
+    return near, [(ours[one], theirs[two], bits) for one, two, bits in near.closest]
+
+
+def _listing(near: Sequence[tuple[Record, Record, int]]) -> tuple[str, ...]:
+    return tuple(f"{one.image} ~ {two.image} ({bits} bits)" for one, two, bits in near)
+
+
+def _by_digest(part: Scanned) -> dict[str, list[Record]]:
+    by_digest = defaultdict(list)
+    for record in part.records:
+        if record.image_digest:
+            by_digest[record.image_digest].append(record)
+    return by_digest

@@ -1,0 +1,198 @@
+"""Faults of single files: unreadable, of another size, turned, values without class, masks saved with loss."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from dinoseg.data.classes.mask_advice import (
+    HIGHEST_ID,
+    MOST_IDS,
+    for_binary,
+    for_colors,
+    for_coloured,
+    for_ids,
+    for_instances,
+)
+from dinoseg.data.doctor.findings import Finding, Scanned
+from dinoseg.data.scan.record import Record
+from dinoseg.utils.images import IMAGE_SUFFIXES, is_turned
+from dinoseg.utils.wording import listed
+
+_SKIP = "Or leave the pairs out: data.on_error=skip."
+
+
+def check_files(splits: Sequence[Scanned]) -> Iterator[Finding]:
+    """Yield what is wrong with single files, over all splits together."""
+    records = [record for part in splits for record in part.records]
+    yield from _unreadable(records)
+    yield from _foreign_ids(splits)
+    yield from _sizes(records, splits)
+    yield from _saved_with_loss(records, splits)
+
+
+def check_orientation(splits: Sequence[Scanned]) -> Iterator[Finding]:
+    """Yield the images that are turned as they are read, while their masks are not."""
+    turned = [(part, record) for part in splits for record in part.records if _is_turned(record.image)]
+    if turned:
+        total = sum(len(part.records) for part in splits)
+        yield Finding(
+            "warning",
+            "turned_by_exif",
+            f"{len(turned)} of {total} images with an EXIF orientation: they are turned or mirrored as they are read, "
+            "their masks are not.",
+            tuple(record.image for _, record in turned),
+            "Look at the pictures. Where the mask lies as the file's pixels do, take the orientation out of the image "
+            "file (exiftool -Orientation= FILE); where it lies as viewers show the image, all is well.",
+            tuple((part.split, record.name) for part, record in turned[:4]),
+        )
+
+
+def _is_turned(image: str) -> bool:
+    if Path(image).suffix.lower() not in IMAGE_SUFFIXES:  # a video's frame, which has no file of its own
+        return False
+    try:
+        return is_turned(image)
+    except Exception:  # a decoder may raise anything on a damaged file, which other checks tell
+        return False
+
+
+def _unreadable(records: Sequence[Record]) -> Iterator[Finding]:
+    for code, kind in (("unreadable_image", "image"), ("unreadable_mask", "mask")):
+        bad = [record for record in records if code in record.problems]
+        if bad:
+            yield Finding(
+                "error",
+                code,
+                f"{len(bad)} of {len(records)} {kind}s cannot be read.",
+                tuple(getattr(record, kind) for record in bad),
+                f"Replace or remove the files. {_SKIP}",
+                reasons=tuple(record.problems[code] for record in bad),
+            )
+
+
+def _foreign_ids(splits: Sequence[Scanned]) -> Iterator[Finding]:
+    bad = [(record, part) for part in splits for record in part.records if "foreign_ids" in record.problems]
+    if not bad:
+        return
+    foreign_values = [[value for value in record.raw if not _is_known(value, part)] for record, part in bad]
+    foreign = Counter(value for values in foreign_values for value in values)
+    total, part = sum(len(part.records) for part in splits), bad[0][1]
+    yield Finding(
+        "error",
+        "foreign_ids",
+        f"{len(bad)} of {total} masks with values that are no class: "
+        f"{listed([f'{value} (in {count})' for value, count in foreign.most_common()], 10)}. {_known(part)}",
+        tuple(record.mask for record, _ in bad),
+        f"{_advice(part, list(foreign), [record for record, _ in bad])} {_SKIP}",
+        reasons=tuple(
+            f"{record.mask}: {listed(values, 10) or record.problems['foreign_ids']}"
+            for (record, _), values in zip(bad, foreign_values, strict=True)
+        ),
+    )
+
+
+def _known(part: Scanned) -> str:
+    if part.masks.format == "palette":
+        return f"{len(part.classes)} classes have colours."
+    if part.masks.format == "binary":
+        return "Masks are 0 and 255 (data.reader.masks.format=binary)."
+    return f"The classes are 0 to {len(part.classes) - 1}, and {part.ignore_index} is ignored."
+
+
+def _advice(part: Scanned, foreign: Sequence[str], records: Sequence[Record]) -> str:
+    described = part.masks.described is not None
+    if part.masks.format == "palette":
+        return for_colors([_color(value) for value in foreign if value.startswith("(")], described=described)
+    numbers = [int(value) for value in foreign if value.lstrip("-").isdecimal()]
+    if not numbers:
+        counts: Counter[tuple[int, ...]] = Counter()
+        for record in records:
+            counts.update({tuple(_color(value)): pixels for value, pixels in record.raw.items() if value[:1] == "("})
+        return for_coloured(counts, part.classes, described=described)
+    if part.masks.format == "binary":
+        every = {int(value) for record in records for value in record.raw if value.isdecimal()}
+        return for_binary(every, described=described)
+    if _count_objects(records, part):
+        return for_instances(part.classes[-1], described=described)
+    advice = for_ids(numbers, part.ignore_index, described=described)
+    if len(numbers) <= MOST_IDS:
+        return advice
+    return f"{advice} {for_instances(part.classes[-1], described=described, likely=False)}"
+
+
+def _count_objects(records: Sequence[Record], part: Scanned) -> bool:
+    """Return whether the numbers in each mask are 1, 2, ... to a number of its own, as those of instances are."""
+    ids = [{int(value) for value in record.raw if value.isdecimal()} - {0, part.ignore_index} for record in records]
+    counted = all(numbers == set(range(1, len(numbers) + 1)) for numbers in ids)
+    return counted and (len(part.classes) == 2 or len({len(numbers) for numbers in ids}) > 1)
+
+
+def _color(value: str) -> list[int]:
+    return [int(number) for number in value.strip("()").split(",")]
+
+
+def _is_known(value: str, part: Scanned) -> bool:
+    masks = part.masks
+    if masks.format == "palette":
+        further = [color for colors in (masks.colors or {}).values() for color in colors]
+        return value in {str(tuple(color)) for color in (*part.palette, *masks.ignore_colors, *further)}
+    if masks.format == "binary" or not value.isdecimal():
+        return value in ("0", "255")
+    number, last = int(value), len(part.classes) - 1 + int(masks.reduce_zero_label)
+    mapped = (masks.ids or {}).get(number)
+    if mapped is not None:
+        return mapped != -1
+    return number <= (last if masks.others is None else HIGHEST_ID) or number == part.ignore_index
+
+
+def _sizes(records: Sequence[Record], splits: Sequence[Scanned]) -> Iterator[Finding]:
+    other = [
+        record
+        for record in records
+        if record.image_size and record.mask_size and tuple(record.image_size) != tuple(record.mask_size)
+    ]
+    if not other:
+        return
+    stops = [record for record in other if "size_mismatch" in record.problems]
+    resized = all(part.masks.on_size_mismatch == "resize_mask" for part in splits)
+    if resized:
+        told = f" {len(stops)} of them stop a run, being of other proportions;" if stops else " All"
+        told += " the others" * bool(stops) + " are resized by nearest neighbour as they are read."
+        remedy = "Make them again from their source at the image's size"
+        remedy += f". {_SKIP}" if stops else "; until then borders are as coarse as the smaller masks."
+    else:
+        told = f" {len(stops)} of them stop a run." if stops else ""
+        remedy = (
+            "Make them again from their source at the image's size; masks of the image's proportions can be resized "
+            f"as they are read: data.reader.masks.on_size_mismatch=resize_mask. {_SKIP}"
+        )
+    yield Finding(
+        "error" if stops else "warning",
+        "size_mismatch",
+        f"{len(other)} of {len(records)} masks of another size (width x height) than their image.{told}",
+        tuple(record.mask for record in other),
+        remedy,
+        reasons=tuple(
+            f"{record.mask}: {_size(record.mask_size)} beside {_size(record.image_size)}" for record in other
+        ),
+    )
+
+
+def _size(size: Sequence[int] | None) -> str:
+    return f"{size[1]} x {size[0]}" if size else "unknown"
+
+
+def _saved_with_loss(records: Sequence[Record], splits: Sequence[Scanned]) -> Iterator[Finding]:
+    lossy = [record for record in records if "mask_is_jpeg" in record.problems]
+    if not lossy:
+        return
+    suffix = "" if lossy[0].mask.lower().endswith((".jpg", ".jpeg")) else ", whatever their names end with"
+    binary = all(part.masks.format == "binary" for part in splits)
+    converted = "threshold them at 128" if binary else "converting the JPEG files does not bring the ids back"
+    yield Finding(
+        "error",
+        "mask_is_jpeg",
+        f"{len(lossy)} of {len(records)} masks as JPEG files{suffix}. JPEG changes the numbers near borders.",
+        tuple(record.mask for record in lossy),
+        f"Save the masks again as PNG from their source; {converted}. {_SKIP}",
+    )

@@ -1,0 +1,140 @@
+"""Masks that belong to another image: told by how well their borders lie on each image's edges."""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from dinoseg.data.doctor.findings import Finding, Scanned
+from dinoseg.data.scan.likeness import SMALL
+from dinoseg.data.scan.record import Record
+from dinoseg.utils.wording import count_of
+
+_ROWS = 512  # images compared at once
+_SPAN = 4096  # images further apart in the order of the names are not compared
+_GAIN = 0.45  # what a swap back must gain, as a share of what a mask commonly fits by
+_LEAST_GAIN = 0.15
+_LEAST_FIT = 0.12  # below it masks do not follow edges, and nothing can be told
+_GOOD_FIT = 0.3  # share of the common fit that both masks must reach on the other's image
+_STEPS = (1, -1, 2, -2, 3, -3)  # shifts of the masks against the images that are looked for
+_CLEARLY, _MOSTLY, _FEWEST = 0.02, 0.4, 8
+
+
+def check_pairing(part: Scanned) -> Iterator[Finding]:
+    """Yield swapped masks, masks shifted against the images, and one mask that several images have."""
+    records = [record for record in part.records if record.edges and record.borders]
+    if len(records) > 1:
+        edges, borders = _unit_rows(records)
+        shift = _shift(edges, borders)
+        if shift:
+            yield _shifted(part, shift)
+        else:
+            yield from _swapped(part, records, edges, borders)
+    yield from _shared(part)
+
+
+def swapped_pairs(edges: np.ndarray, borders: np.ndarray) -> list[tuple[int, int]]:
+    """Return pairs (i, j), i < j, whose masks fit far better the other way round.
+
+    With s(i, j) the correlation of image i's edges with mask j's borders, both s(i, j) > s(i, i) and
+    s(j, i) > s(j, j) must hold, and the sum must grow by about half of what is common in the data set.
+
+    Args:
+        edges: (N, P) float32, rows of mean 0 and length 1.
+        borders: (N, P) likewise.
+    """
+    own_fit = np.einsum("np,np->n", edges, borders)  # (N,)
+    common = float(np.median(own_fit))
+    if common < _LEAST_FIT:
+        return []
+    least = max(_LEAST_GAIN, _GAIN * common)
+    swaps = []
+    for start in range(0, len(own_fit), _ROWS):
+        rows, columns = slice(start, start + _ROWS), slice(start, start + _ROWS + _SPAN)
+        ahead, back = edges[rows] @ borders[columns].T, borders[rows] @ edges[columns].T
+        mine, other = own_fit[rows, None], own_fit[None, columns]
+        gain = ahead + back - mine - other
+        fits = (ahead > mine) & (back > other) & (np.minimum(ahead, back) >= _GOOD_FIT * common)
+        for row, column in zip(*np.nonzero((gain >= least) & fits), strict=True):
+            if row < column:
+                swaps.append((float(gain[row, column]), start + int(row), start + int(column)))
+    taken: set[int] = set()
+    pairs = []
+    for _, one, two in sorted(swaps, reverse=True):
+        if not {one, two} & taken:
+            taken |= {one, two}
+            pairs.append((one, two))
+    return sorted(pairs)
+
+
+def _unit_rows(records: Sequence[Record]) -> tuple[np.ndarray, np.ndarray]:
+    edges = np.stack([np.frombuffer(record.edges, dtype=np.uint8) for record in records])
+    bits = np.stack([np.unpackbits(np.frombuffer(record.borders, dtype=np.uint8)) for record in records])
+    return _unit(edges), _unit(bits)  # (N, 64 * 64) each
+
+
+def _unit(rows: np.ndarray) -> np.ndarray:
+    assert rows.shape[1] == SMALL * SMALL
+    centred = rows - rows.mean(axis=1, dtype=np.float32, keepdims=True)
+    length = np.sqrt(np.einsum("np,np->n", centred, centred))[:, None]
+    return np.divide(centred, length, out=np.zeros_like(centred), where=length > 1e-3)
+
+
+def _shift(edges: np.ndarray, borders: np.ndarray) -> int:
+    """Return by how many places most masks fit better, 0 where they fit best as they are."""
+    if len(edges) < _FEWEST:
+        return 0
+    own_fit = np.einsum("np,np->n", edges, borders)
+    for step in _STEPS:
+        here = slice(max(0, -step), len(own_fit) - max(0, step))
+        there = slice(max(0, step), len(own_fit) + min(0, step))
+        fit = np.einsum("np,np->n", edges[here], borders[there])
+        if np.mean(fit > own_fit[here] + _CLEARLY) > _MOSTLY and np.median(fit) > np.median(own_fit) + _CLEARLY:
+            return step
+    return 0
+
+
+def _shifted(part: Scanned, shift: int) -> Finding:
+    side = "later" if shift > 0 else "earlier"
+    return Finding(
+        "error",
+        "masks_shifted",
+        f"The masks of {part.split} fit the images better when each is taken {count_of(abs(shift), 'place')} {side} in "
+        "the order of the names: images and masks are shifted against one another.",
+        tuple(record.mask for record in part.records),
+        "Pair them again by name, from the source. A file missing on one side shifts all that follow it.",
+        tuple((part.split, record.name) for record in part.records[:2]),
+        stops=False,
+    )
+
+
+def _swapped(part: Scanned, records: Sequence[Record], edges: np.ndarray, borders: np.ndarray) -> Iterator[Finding]:
+    pairs = swapped_pairs(edges, borders)
+    if pairs:
+        yield Finding(
+            "warning",
+            "swapped_pair",
+            f"{count_of(pairs, 'pair')} of masks of {part.split} that would fit far better in each other's place: each "
+            "follows the edges of the other's image.",
+            tuple(f"{records[one].mask} <-> {records[two].mask}" for one, two in pairs),
+            "Look at them, and rename the two masks if they are swapped.",
+            tuple((part.split, records[index].name) for pair in pairs for index in pair),
+        )
+
+
+def _shared(part: Scanned) -> Iterator[Finding]:
+    """Yield masks of several classes that stand beside different images."""
+    groups = defaultdict(list)
+    for record in part.records:
+        if record.mask_digest and len(record.pixels) > 1:
+            groups[record.mask_digest].append(record)
+    shared = [group for group in groups.values() if len({record.image_digest for record in group}) > 1]
+    if shared:
+        yield Finding(
+            "warning",
+            "one_mask_many_images",
+            f"{sum(map(len, shared))} images of {part.split} with the same mask as another image, pixel for pixel.",
+            tuple(" = ".join(record.mask for record in group) for group in shared),
+            "Look at them: a mask that was copied is wrong for all images but one.",
+            tuple((part.split, record.name) for record in shared[0][:2]),
+        )

@@ -1,0 +1,102 @@
+"""What is on both sides of a split: the same files, one video or drive."""
+
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from itertools import combinations
+
+from dinoseg.data.doctor.findings import Finding, Scanned
+from dinoseg.data.scan.record import Record
+from dinoseg.data.splits import regex_group
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.wording import count_of, listed
+
+_NEARLY_ALL = 0.9  # share of the smaller split that makes two splits one
+
+
+def check_same_files(splits: Sequence[Scanned]) -> Iterator[Finding]:
+    """Yield the images of two splits that are one file, or a copy: one name, one length, one mask of several classes.
+
+    Training stops where nearly all of a split is the other's very files, and warns of copies.
+    """
+    for first, second in combinations(splits, 2):
+        both = same_files(first, second)
+        if not both:
+            continue
+        most = _NEARLY_ALL * min(len(first.records), len(second.records))
+        nearly_all = len(both) >= most
+        told = f"{first.split} and {second.split} are the same data: " if nearly_all else ""
+        yield Finding(
+            "error",
+            "same_files",
+            f"{told}{count_of(both, 'file')} of {count_of(second.records, 'image')} of {second.split} in {first.split} "
+            "too. What was trained on cannot be scored.",
+            tuple(f"{one.image} = {two.image}" for one, two in both),
+            f"Give {second.split} images of its own: other folders (data.reader.layout), other lists, or a share of "
+            "one folder (data.reader.partition.by=fraction).",
+            stops=sum(map(_is_one_file, both)) >= most,
+        )
+
+
+def same_files(first: Scanned, second: Scanned) -> list[tuple[Record, Record]]:
+    """Return the pairs of the second split that are in the first too, each with its twin there."""
+    twins = {key: record for record in reversed(first.records) for key in _identity(record)}
+    both = []
+    for record in second.records:
+        twin = next((twins[key] for key in _identity(record) if key in twins), None)
+        both += [] if twin is None else [(twin, record)]
+    return both
+
+
+def _is_one_file(pair: tuple[Record, Record]) -> bool:
+    return os.path.realpath(pair[0].image) == os.path.realpath(pair[1].image)
+
+
+def _identity(record: Record) -> Iterator[tuple[str | int, ...]]:
+    yield (os.path.realpath(record.image),)
+    if record.mask_digest and len(record.pixels) > 1 and os.path.isfile(record.image):
+        yield record.name, record.mask_digest, os.path.getsize(record.image)
+
+
+def check_groups(splits: Sequence[Scanned], group: str | None) -> Iterator[Finding]:
+    """Yield the groups whose images are on two sides.
+
+    Args:
+        splits: what is compared.
+        group: regular expression on the name; None: the first folder of the name is the group.
+    """
+    try:
+        sides = {part.split: _by_group(part, regex_group(group) if group else _first_folder) for part in splits}
+    except UserError as error:
+        yield Finding("error", "group_unknown", str(error), remedy="Correct data.group.")
+        return
+    local = {part.split for part in splits if part.split_local_names}
+    for (first, ours), (second, theirs) in combinations(sides.items(), 2):
+        if {first, second} & local:
+            continue
+        if both := sorted(ours.keys() & theirs.keys()):
+            told = f"by data.group={group}" if group else "by the first folder of the name"
+            yield Finding(
+                "error",
+                "group_on_both_sides",
+                f"{count_of(both, 'video or drive', 'videos or drives')} ({told}) both in {first} and in {second}: "
+                f"{listed(both, 10)}. Frames of one are nearly the same, so the score is too high. An official split "
+                "can be like this (CamVid's is): then compare only with scores on the same split.",
+                tuple(file for name in both for file in (*ours[name], *theirs[name])),
+                "Keep all frames of one on one side, as data.folds with data.group does. If the folders are not videos "
+                "or drives, say what is: data.group=<regular expression on the name>.",
+                stops=False,
+            )
+
+
+def _by_group(part: Scanned, group: Callable[[str], str]) -> dict[str, list[str]]:
+    files = defaultdict(list)
+    for record in part.records:
+        if name := group(record.name):
+            files[name].append(record.image)
+    return files
+
+
+def _first_folder(name: str) -> str:
+    folder, slash, _ = name.partition("/")
+    return folder if slash else ""

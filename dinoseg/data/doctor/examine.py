@@ -1,0 +1,85 @@
+"""All checks on all splits."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dinoseg.data.classes.masks import Masks
+from dinoseg.data.custom import CustomDataset
+from dinoseg.data.doctor.checks.classes import check_classes
+from dinoseg.data.doctor.checks.duplicates import check_duplicates
+from dinoseg.data.doctor.checks.files import check_files, check_orientation
+from dinoseg.data.doctor.checks.pairing import check_pairing
+from dinoseg.data.doctor.checks.splits import check_groups, check_same_files
+from dinoseg.data.doctor.checks.videos import check_videos
+from dinoseg.data.doctor.findings import Finding, Scanned, by_severity
+from dinoseg.data.doctor.suggestions import IMAGENET, constant_class, suggest
+from dinoseg.data.pairs.dataset import PairDataset
+from dinoseg.data.scan.record import Record
+
+
+def scanned(split: str, dataset: PairDataset | CustomDataset, records: Sequence[Record]) -> Scanned:
+    """Return a split's records with what its reader reads them by."""
+    masks = dataset.reader.masks if isinstance(dataset, PairDataset) else Masks()
+    return Scanned(
+        *(split, records, dataset.classes, dataset.palette, dataset.ignore_index, masks),
+        split_local_names=dataset.split_local_names,
+    )
+
+
+def examine(
+    splits: Sequence[Scanned],
+    *,
+    data_name: str = "",
+    group: str | None = None,
+    near_distance: int = 6,
+    mean: Sequence[float] = IMAGENET[0],
+    std: Sequence[float] = IMAGENET[1],
+) -> list[Finding]:
+    """Return what all checks find, errors first.
+
+    Args:
+        splits: one or more, with one class table.
+        data_name: the option of `data=`.
+        group: regular expression on the name that says what belongs together; None: the name's first folder.
+        near_distance: differing bits of 64 up to which two images are nearly equal.
+        mean: by which the backbone normalises.
+        std: likewise.
+    """
+    findings = [*check_files(splits), *check_orientation(splits), *check_classes(splits, data_name)]
+    findings += [*check_same_files(splits), *check_groups(splits, group), *check_videos(splits)]
+    findings += check_duplicates(splits, near_distance)
+    for part in splits:
+        findings += check_pairing(part)
+    return by_severity([*findings, *suggest(splits, mean, std)])
+
+
+def summary(part: Scanned) -> dict[str, Any]:
+    """Return what a split holds, in numbers."""
+    sizes = sorted(
+        {record.image_size for record in part.records if record.image_size}, key=lambda size: (math.prod(size), size)
+    )
+    labelled = int(part.counts.sum())
+    return {
+        "images": len(part.records),
+        "smallest": _size(sizes[0]) if sizes else None,
+        "largest": _size(sizes[-1]) if sizes else None,
+        "void_share": part.void / (labelled + part.void) if labelled + part.void else None,
+        "constant_class": constant_class(part),
+        "classes": [_class_row(part, index, labelled) for index in range(len(part.classes))],
+    }
+
+
+def _size(size: tuple[int, int]) -> dict[str, int]:
+    return {"width": size[1], "height": size[0]}
+
+
+def _class_row(part: Scanned, index: int, labelled: int) -> Mapping[str, Any]:
+    pixels = int(part.counts[index])
+    return {
+        "id": index,
+        "class": part.classes[index],
+        "pixels": pixels,
+        "share": pixels / labelled if labelled else 0.0,
+        "images": sum(index in record.pixels for record in part.records),
+    }

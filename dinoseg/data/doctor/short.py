@@ -1,0 +1,67 @@
+"""The short form, before training: masks only, what stops a run as one error, the rest in a few lines."""
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+from dinoseg.core.shapes import SegmentationData
+from dinoseg.data.doctor.checks.classes import check_classes
+from dinoseg.data.doctor.checks.files import check_files
+from dinoseg.data.doctor.checks.splits import check_groups, check_same_files
+from dinoseg.data.doctor.examine import scanned
+from dinoseg.data.doctor.findings import Finding, Scanned, by_severity
+from dinoseg.data.pairs.dataset import PairDataset
+from dinoseg.data.scan.scan import scan
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.wording import listed, one_line, printable
+
+log = logging.getLogger(__name__)
+
+_FULL = "mode=doctor with the same data= shows all of it."
+_SHOWN = 20  # files of an error that are named, each with its reason
+
+
+def check(
+    train: SegmentationData,
+    val: SegmentationData,
+    *,
+    cache_dir: str | Path,
+    workers: int = 2,
+    group: str | None = None,
+    data_name: str = "",
+) -> list[Scanned]:
+    """Scan the masks of both splits (kept in `cache_dir`) and warn of what looks wrong; return the records.
+
+    A data set that is no pairs of files is left alone.
+
+    Raises:
+        UserError: what would stop the run later, or leave nothing to learn.
+    """
+    splits: list[Scanned] = []
+    for split, data in (("train", train), ("val", val)):
+        if not isinstance(data, PairDataset):
+            return []
+        records = scan(data.pairs, data.reader, images=False, workers=workers, cache_dir=cache_dir)
+        splits.append(scanned(split, data, records))
+    findings = brief(splits, group=group, data_name=data_name)
+    for finding in findings:
+        if finding.severity == "warning":
+            files = f" ({listed(finding.files, 3)})" if finding.files else ""
+            log.warning("data: %s", printable(f"{finding.message}{files} {finding.remedy}".rstrip()))
+    if errors := [finding for finding in findings if finding.severity == "error"]:
+        told = "".join(f"\n- {error.message}{_each(error)}\n  {error.remedy}".rstrip() for error in errors)
+        raise UserError(printable(f"The data cannot be trained on as they are:{told}\n{_FULL}"))
+    return splits
+
+
+def brief(splits: list[Scanned], *, group: str | None = None, data_name: str = "") -> list[Finding]:
+    """Return what the quick checks find, errors first; those that training does not stop on are warnings here."""
+    findings = [*check_files(splits), *check_classes(splits, data_name), *check_same_files(splits)]
+    findings += check_groups(splits, group)
+    return by_severity(finding if finding.stops else replace(finding, severity="warning") for finding in findings)
+
+
+def _each(finding: Finding) -> str:
+    lines = "".join(f"\n    {one_line(line)}" for line in finding.lines[:_SHOWN])
+    more = len(finding.lines) - _SHOWN
+    return lines + (f"\n    and {more} more" if more > 0 else "")

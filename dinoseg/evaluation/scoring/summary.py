@@ -1,0 +1,61 @@
+"""Scores with all that explains them, of one folder of predictions, and the difference of two; no torch."""
+
+from typing import Any
+
+import numpy as np
+
+from dinoseg.evaluation.scoring.folders import Scored, sums_by_unit
+from dinoseg.evaluation.scoring.intervals import METHOD, Difference, jackknife
+from dinoseg.metrics.protocols.contract import ScoreProtocol
+
+
+def summary(protocol: ScoreProtocol, scored: Scored) -> dict[str, Any]:
+    """Return the scores with everything that explains them, ready for JSON; None means undefined."""
+    unit_scores = protocol.scores(scored.sums)
+    rows = [
+        {"name": name, **{key: _plain(unit_scores[key][index]) for key in protocol.keys}, **scored.rows[index]}
+        for index, name in enumerate(scored.units)
+    ]
+    values = protocol.scores(scored.total)
+    return {
+        "protocol": protocol.name,
+        "scores": {key: _plain(values[key]) for key in protocol.keys},
+        "per_class": [{key: _plain(value) for key, value in row.items()} for row in protocol.per_class(scored.total)],
+        "per_image" if protocol.unit == "image" else "per_video": rows,
+        "rules": dict(protocol.rules),
+        "n": len(scored.units),
+        "unit": protocol.unit,
+        "files": scored.files,
+        "ci95": {key: estimate.ci95 for key, estimate in jackknife(protocol, scored.sums).items()},
+        "interval": METHOD,
+        "notes": scored.notes,
+        "problems": [{"file": str(path), "reason": reason} for path, reason in scored.problems],
+    }
+
+
+def difference(protocol: ScoreProtocol, first: Scored, second: Scored) -> dict[str, dict[str, Any]]:
+    """Return for each key `second` minus `first`, with the interval of this paired difference, and its p-value.
+
+    Each unit is left out of both at once, so what makes a video hard for both does not widen the interval. A case,
+    which is a frame or a sequence, that only one of them has is left out of both (`left_out`), and the unit with its
+    last case. Where they share no case, all values are None and `n` is 0.
+    """
+    # by case, not by unit: a video of which one side lacks a frame is still compared on the others
+    names = [{case.name for case, _ in scored.cases} for scored in (first, second)]
+    shared, left_out = names[0] & names[1], len(names[0] ^ names[1])
+    if not shared:
+        return {key: {"value": None, "ci95": None, "p": None, "n": 0, "left_out": left_out} for key in protocol.keys}
+    by_unit = [
+        sums_by_unit(protocol, [(case, sums) for case, sums in scored.cases if case.name in shared])
+        for scored in (first, second)
+    ]
+    pair = [np.stack([unit_sums[unit] for unit in by_unit[0]]).astype(np.float64) for unit_sums in by_unit]
+    found = jackknife(Difference(protocol), np.concatenate(pair, axis=1))
+    counts = {"n": len(by_unit[0]), "left_out": left_out}
+    return {key: {"value": _plain(gap.value), "ci95": gap.ci95, "p": gap.p, **counts} for key, gap in found.items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.generic | np.ndarray):
+        value = value.item()
+    return None if isinstance(value, float) and not np.isfinite(value) else value

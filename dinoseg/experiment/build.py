@@ -1,0 +1,316 @@
+"""Config to models, data and optimizers; its loss: `criteria.py`."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from torch.optim import Optimizer
+from torch.overrides import TorchFunctionMode
+
+from dinoseg.config.checks import check_given
+from dinoseg.config.nodes import instantiate, keeping, not_set
+from dinoseg.config.plain import plain
+from dinoseg.core.contracts import Backbone, Head
+from dinoseg.core.shapes import SegmentationData
+from dinoseg.models.adapters import Frozen
+from dinoseg.models.model import Segmenter
+from dinoseg.training import loading
+from dinoseg.training.lengths import Lengths, in_steps
+from dinoseg.training.shared_features import SharedFeatures, SharingSegmenter
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.tensor_files import check_file
+from dinoseg.utils.wording import listed
+
+_FILLS = ("uniform_", "normal_", "erfinv_", "mul_", "add_", "clamp_", "fill_", "zero_")
+SPLITS = ("train", "val", "test")
+_CONFORMING = {"_target_": "dinoseg.data.custom.conforming", "_partial_": True}
+
+
+def model(cfg: DictConfig, *, untrained: bool = False, outlined: bool = False, initialised: bool = True) -> Segmenter:
+    """Return the segmenter of a config.
+
+    What does not fit together is refused before any weights are read.
+
+    Args:
+        cfg: the whole config.
+        untrained: read no weights.
+        outlined: the same config's `outline` was made before, which has refused what does not fit.
+        initialised: initialise the parameters; without it they hold whatever lay in memory, for a file that has all.
+    """
+    if not untrained:
+        _check_head_file(cfg)
+    if not untrained and not outlined and cfg.backbone.get("weights") != "random":
+        outline(cfg)
+    with nullcontext() if initialised else _NoInit():
+        adapted = _adapted(cfg, untrained=untrained)
+        return Segmenter(adapted, _head(cfg, adapted, untrained=untrained), **_resolution(cfg, adapted))
+
+
+def sharing(cfgs: Sequence[DictConfig], place: Callable[[Segmenter], Any]) -> list[SharingSegmenter]:
+    """Return the segmenters of configs that differ in the head alone, of one frozen backbone; `place` places each.
+
+    Each is what `model` returns of its config, random weights included, but that the tensors of the backbone, and its
+    features, are there once for all.
+
+    Raises:
+        UserError: something of the backbone is trained, or a part does not fit.
+    """
+    for cfg in cfgs:
+        _check_head_file(cfg)
+    own = [outline(cfg).backbone for cfg in cfgs]
+    if trained := next((cfg for cfg, part in zip(cfgs, own, strict=True) if part.first_trained is not None), None):
+        raise UserError(
+            f"adapter={trained.choices.adapter}: trainer=many_heads trains heads on one backbone, of which nothing may "
+            "change. Choose adapter=frozen; or train each head with a backbone of its own, in a sweep: -m "
+            "trainer=supervised head=linear,mlp."
+        )
+    layers = sorted({layer for part in own for layer in part.layers})
+    whole = _adapted(cfgs[0], layers=layers)
+    drawn = torch.get_rng_state()  # from which each head draws its weights, as it does by itself
+    shared = SharedFeatures(Segmenter(whole, Head(), **_resolution(cfgs[0], whole)).eval())
+    place(shared.model)
+    models = []
+    for cfg, part in zip(cfgs, own, strict=True):
+        _lend_tensors(whole, part)
+        torch.set_rng_state(drawn)
+        head = _head(cfg, part)
+        models.append(SharingSegmenter(part, head, shared, **_resolution(cfg, part)))
+        place(models[-1])
+    return models
+
+
+def _lend_tensors(whole: Backbone, part: Backbone) -> None:
+    """Let a backbone on the meta device that reads fewer blocks have the tensors of another."""
+    part.weights = whole.weights
+    modules = dict(whole.named_modules())
+    for name, own in part.named_modules():
+        for key in own._parameters:
+            own._parameters[key] = modules[name]._parameters[key]
+        for key in own._buffers:
+            own._buffers[key] = modules[name]._buffers[key]
+
+
+def _adapted(cfg: DictConfig, *, untrained: bool = False, layers: Sequence[int] | None = None) -> Backbone:
+    """Return a config's backbone as its adapter leaves it, which may read other `layers`."""
+    adapter = instantiate(cfg.adapter, without=("lr",))
+    torch.manual_seed(seed_of(cfg))
+    instead: dict[str, Any] = {} if layers is None else {"layers": list(layers)}
+    if untrained and "weights" in cfg.backbone:
+        instead["weights"] = "random"
+    bare = keeping(Backbone, instantiate(cfg.backbone, instead=instead), "backbone")
+    if next(bare.parameters(), None) is None and not isinstance(adapter, Frozen):
+        raise UserError("This backbone has nothing to train, as backbone=rgb. Choose adapter=frozen.")
+    return adapter(bare)
+
+
+def _head(cfg: DictConfig, adapted: Backbone, *, untrained: bool = False) -> Head:
+    keys = plain(cfg.head)
+    late = {"in_dim": adapted.dim, "num_layers": adapted.num_layers}
+    if "patch_size" in keys and cfg.head.patch_size is None:  # of a timm model, which alone knows it
+        late["patch_size"] = adapted.patch_size
+    weightless = {"weights": None} if untrained and "weights" in keys else None
+    return keeping(Head, instantiate(cfg.head, without=("layers", "lr", *late), instead=weightless)(**late), "head")
+
+
+def _resolution(cfg: DictConfig, adapted: Backbone) -> dict[str, Any]:
+    """Return what a segmenter takes of `resolution`, checked."""
+    resolution = {"scale": cfg.resolution.scale, "longest": cfg.resolution.longest}
+    check_given("dinoseg.models.model.Segmenter", resolution, {key: f"resolution.{key}" for key in resolution})
+    _check_crop(cfg, adapted.patch_size)
+    return resolution
+
+
+def outline(cfg: DictConfig) -> Segmenter:
+    """Return the segmenter of a config on the meta device: its parts and their shapes, which take no memory."""
+    with torch.device("meta"), _NoInit():
+        return model(cfg, untrained=True)
+
+
+class _NoInit(TorchFunctionMode):
+    """Skip the initialisation of parameters, and of tensors on the meta device, which torch would take apart."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: D105
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", "") == "torch.nn.init" or getattr(func, "__name__", "") in _FILLS:
+            tensor = args[0] if args else kwargs.get("tensor")
+            if isinstance(tensor, torch.nn.Parameter) or (isinstance(tensor, torch.Tensor) and tensor.is_meta):
+                return tensor
+        return func(*args, **kwargs)
+
+
+def _check_crop(cfg: DictConfig, patch_size: int) -> None:
+    crop = plain(cfg.resolution, resolve=True)["crop"]
+    if isinstance(crop, list) and {*map(type, crop)} == {int} and min(crop) * cfg.resolution.scale < patch_size:
+        raise UserError(
+            f"resolution.crop={crop} with resolution.scale={cfg.resolution.scale} is less than one patch of the "
+            f"backbone, {patch_size} pixels. Give a larger crop."
+        )
+
+
+def check_fits(cfg: DictConfig, file: loading.Checkpoint) -> Segmenter:
+    """Refuse a checkpoint that is not of the model that a config describes, before any of it is made; return `outline`.
+
+    The model is put together on the meta device, of no more parts and numbers than this machine could hold.
+
+    Args:
+        cfg: merged with that of the checkpoint.
+        file: the checkpoint's outline.
+
+    Raises:
+        UserError: naming what differs, or what is too large.
+    """
+    try:
+        with loading.bounded(f"resume={file.path}"):
+            empty = outline(cfg)
+    except UserError:
+        raise
+    except Exception as error:  # each part fails on nonsense in its own way
+        lost = isinstance(error, OmegaConfBaseException) and f"{error.full_key} has no value that can be used"
+        said = lost or f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no more'])[0][:200]}"
+        raise UserError(
+            f"resume={file.path}: no model can be made of its config ({said}). Correct the "
+            "keys given beside it, or choose another checkpoint."
+        ) from error
+    # by where weights come from it is known what training changes
+    empty.backbone.weights = cfg.backbone.get("weights", empty.backbone.weights)
+    empty.head.weights = cfg.head.get("weights", empty.head.weights)
+    loading.check_fits(empty, file)
+    loading.check_size(empty, f"resume={file.path}")
+    return empty
+
+
+def check_split(split: str) -> None:
+    """Refuse what names no split of a data set.
+
+    Raises:
+        UserError: it is another name.
+    """
+    if split not in SPLITS:
+        raise UserError(f"split={split} is unknown. Choose one of {', '.join(SPLITS)}.")
+
+
+def backbone(cfg: DictConfig) -> Backbone:
+    """Return a config's backbone as it comes, in eval mode, nothing of it trained."""
+    torch.manual_seed(seed_of(cfg))
+    return keeping(Backbone, instantiate(cfg.backbone), "backbone").requires_grad_(False).eval()
+
+
+def _check_head_file(cfg: DictConfig) -> None:
+    """Refuse a head's file that is not given or not there, before the backbone's are fetched."""
+    weights = plain(cfg.head).get("weights")
+    if weights == "???":
+        raise UserError(not_set("head.weights"))
+    if weights is not None:
+        check_file(Path(str(weights)).expanduser(), "head.weights")
+
+
+def reader(cfg: DictConfig, instead: Mapping[str, Any] | None = None) -> Callable[[str], SegmentationData]:
+    """Return the function that gives a split of a config's data set as its files are, before `data.opened`.
+
+    Args:
+        cfg: the whole config, of which `data` is read.
+        instead: values to use instead of the reader's own.
+
+    Raises:
+        UserError: there is no reader; from the function: whatever the data set finds wrong, and see `conforming`.
+    """
+    data, node = cfg.data, cfg.data.get("reader")
+    if not OmegaConf.is_dict(node) or "_target_" not in node or not node.get("_partial_"):
+        raise UserError(
+            f"data={cfg.choices.data}: `reader` must name a class or function that takes `split`. Set in its YAML file "
+            "`_target_: MODULE.NAME` and `_partial_: true` below `reader`."
+        )
+    find, conforming = instantiate(node, instead=instead), instantiate(_CONFORMING)
+    return lambda split: conforming(find(split=split), list(data.classes), data.ignore_index)
+
+
+def dataset(
+    cfg: DictConfig, split: str, *, reduced: bool = False, decided: Callable[[Callable[[], bool]], bool] | None = None
+) -> SegmentationData:
+    """Return one split of a config's data set.
+
+    Args:
+        cfg: the whole config.
+        split: train, val or test.
+        reduced: to train on: a packed image need not be larger than the model sees it, and labels that nobody has
+            drawn (`data.reader.pseudo`) are there.
+        decided: gives what one of several ranks finds, to all; None: this one is alone.
+
+    Raises:
+        UserError: an unknown split, or whatever the data set finds wrong.
+    """
+    check_split(split)
+    # what nobody has drawn is no truth to score against
+    drawn_alone = {"pseudo": False} if "pseudo" in (cfg.data.get("reader") or ()) and not reduced else None
+    pairs = reader(cfg, drawn_alone)(split)
+    more: dict[str, Any] = {} if decided is None else {"decided": decided}
+    if reduced and split == "train" and cfg.data.get("labelled") is not None:
+        labelled = {"labelled": cfg.data.labelled}
+        check_given("dinoseg.data.opened.opened", labelled, {"labelled": "data.labelled"})
+        more |= {**labelled, "group": cfg.data.group, "seed": seed_of(cfg)}
+    return instantiate(cfg.data.opened)(pairs, split=split, reduced=reduced, **more)
+
+
+def clips(cfg: DictConfig, split: str) -> Any:
+    """Return one split of a config's videos as clips of frames (`dinoseg.data.clips.cut.Clips`).
+
+    Raises:
+        UserError: an unknown split, data that is no video, or whatever the data set finds wrong.
+    """
+    check_split(split)
+    if cfg.data.clips is None:
+        raise UserError(
+            f"data={cfg.choices.data} has no clips. Choose data=davis2016, davis2017, youtube_vos, movi or videos."
+        )
+    return instantiate(cfg.data.clips)(split=split)
+
+
+def background_of(cfg: DictConfig) -> int | None:
+    """Return the id of the class that is no object, which `data.background` names; None: each is something.
+
+    Raises:
+        UserError: there is no such class.
+    """
+    value = cfg.data.background if "background" in cfg.data else None
+    names = list(map(str, cfg.data.classes))
+    if value is None or value in names:
+        return None if value is None else names.index(value)
+    if type(value) is int and 0 <= value < len(names):
+        return value
+    raise UserError(
+        f"data.background={value} is no class. Give the name or the id of one (0 to {len(names) - 1}: "
+        f"{listed(names)}), or null where each class is something."
+    )
+
+
+def optimizer(cfg: DictConfig, model: Segmenter) -> Optimizer:
+    """Return the optimizer of a config over a model's trainable parameters."""
+    return instantiate(cfg.optim.optimizer)(model)
+
+
+def lengths(cfg: DictConfig, samples: int) -> Lengths:
+    """Return how many steps a config trains on so many samples, and how often it validates.
+
+    Raises:
+        UserError: there is no length, or one is out of range.
+    """
+    options = {key: cfg.trainer.get(key) for key in ("steps", "epochs", "val_every")}
+    options |= {"batch_size": cfg.data.batch_size, "accumulate": cfg.trainer.accumulate}
+    names = {key: f"{'data' if key == 'batch_size' else 'trainer'}.{key}" for key in options}
+    check_given("dinoseg.training.lengths.in_steps", options, names)
+    return in_steps(samples, **options)
+
+
+def seed_of(cfg: DictConfig) -> int:
+    """Return the number that all chance of a run begins with.
+
+    Raises:
+        UserError: it is no number from 0 on.
+    """
+    if not isinstance(cfg.seed, int) or cfg.seed < 0:
+        raise UserError(f"seed={cfg.seed}: give a whole number that is not negative.")
+    return cfg.seed

@@ -1,0 +1,197 @@
+"""A run of several heads: what `heads` and `lrs` mean, and the run that each head would be by itself."""
+
+import json
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hydra import compose
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from omegaconf import DictConfig, OmegaConf
+
+from dinoseg.config.job import job_config
+from dinoseg.config.plain import plain
+from dinoseg.experiment import resume
+from dinoseg.experiment.recipe import HEADS, RATES
+from dinoseg.training import checkpoint
+from dinoseg.training.many_heads import DROPPED
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.wording import listed, nearest
+
+SOLO = "solo"  # in a job's config: the config of each head's own run, by name
+_CACHE = "engine.cache"  # of several heads nothing is kept, and what is kept is rounded
+_OWN = ("head", "name", "lr")  # keys of an entry of `heads` that are no head's
+_NAME = re.compile(r"\w[\w.+-]*")
+_LONGEST_NAME = 100
+
+
+class OwnRun(NamedTuple):
+    """The run that a head would be by itself."""
+
+    cfg: DictConfig
+    words: list[str]  # of its command line
+
+
+class HeadRun(NamedTuple):
+    """One head to train."""
+
+    name: str
+    option: str  # of the group `head`
+    keys: Mapping[str, Any]  # its own settings
+    rate: float | None  # None: that of its recipe
+
+
+def named_heads(heads: Any, rates: Any) -> list[HeadRun]:
+    """Return the heads that a config means: each at each of the rates, but for those with a rate of their own.
+
+    Args:
+        heads: options of `head`, or for one with settings `{head: OPTION, KEY: VALUE}` with, beside the head's keys,
+            `name` and `lr`.
+        rates: learning rates, or None: each head has its own.
+
+    Raises:
+        UserError: an entry or a rate is none, or two heads have one name.
+    """
+    if not isinstance(heads, list) or not heads:
+        raise UserError(f"heads={heads}: give a list of at least one head, such as heads=[linear,mlp,cnn].")
+    if rates is not None and (not isinstance(rates, list) or not rates or not all(map(_is_rate, rates))):
+        raise UserError(f"lrs={rates}: give a list of learning rates above 0, such as lrs=[1e-3,1e-2], or null.")
+    runs = []
+    for entry in heads:
+        option, own = _parts(entry)
+        keys = {key: value for key, value in own.items() if key not in _OWN}
+        grid = [own["lr"]] if "lr" in own else rates or [None]
+        for rate in grid:
+            base = own.get("name", option)
+            name = f"{base}_{rate:g}" if len(grid) > 1 else base
+            runs.append(HeadRun(name, option, keys, rate))
+    names = [run.name for run in runs]
+    if twice := [run for run in runs if names.count(run.name) > 1]:
+        raise UserError(
+            f"heads: {listed(sorted({run.name for run in twice}))} stands there more than once. Give each a name, and "
+            f"each of several lrs, which are part of the names, once: 'heads=[{{head:{twice[0].option},name:first}},"
+            f"{{head:{twice[1].option},name:second}}]'."
+        )
+    return runs
+
+
+def _parts(entry: Any) -> tuple[str, Mapping[str, Any]]:
+    """Return the option of an entry of `heads`, and what it says beside."""
+    own = {"head": entry} if isinstance(entry, str) else entry
+    if not isinstance(own, Mapping) or not isinstance(own.get("head"), str):
+        raise UserError(
+            f"heads: {entry} is neither a head nor one with settings. Write linear, or {{head: linear, lr: 1e-3}}."
+        )
+    name, rate = own.get("name", own["head"]), own.get("lr", 1.0)
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or len(name) > _LONGEST_NAME:
+        raise UserError(
+            f"heads: the name {name} is none for a folder. Give one of letters, digits and the signs _ - + ."
+        )
+    if not _is_rate(rate):
+        raise UserError(f"heads: lr={rate} of {own['head']} is no learning rate. Give a number above 0, such as 1e-3.")
+    return own["head"], own
+
+
+def _is_rate(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
+
+
+def solo_configs(cfg: DictConfig) -> dict[str, DictConfig]:
+    """Return the config of each head's own run out of a job's, by name; its pointers count from its own root."""
+    return {name: OmegaConf.create(own) for name, own in plain(cfg)[SOLO].items()}
+
+
+def own_runs(cfg: DictConfig, words: Sequence[str], run: Path | None) -> dict[str, OwnRun]:
+    """Return the run that each head of a job would be by itself, by name; nothing for a job of one head.
+
+    Args:
+        cfg: of the job, merged with that of the checkpoint that it goes on from.
+        words: the command line.
+        run: the run folder to go on in; None: a new one.
+
+    Raises:
+        UserError: `heads` and the trainer do not go together, or a head cannot be.
+    """
+    given = plain(cfg)
+    if HEADS not in given["trainer"]:
+        if typed := [key for key in (HEADS, RATES) if given.get(key) is not None]:
+            raise UserError(
+                f"{typed[0]} is read by trainer=many_heads alone. Give that too; or for one head head=NAME, and "
+                "optim.optimizer.lr for its rate."
+            )
+        return {}
+    heads = named_heads(given[HEADS], given[RATES])
+    overrides = OverridesParser.create().parse_overrides(list(words))
+    if run is not None:
+        return _resumed(cfg, heads, overrides, run)
+    if given["resume"] is not None:
+        raise UserError(f"resume={given['resume']} is of several heads: give their run folder.")
+    return _composed(heads, overrides)
+
+
+def _own_words(head: HeadRun, overrides: Sequence[Override]) -> list[str]:
+    """Return the command line of a head's own run, but for its own settings."""
+    left_out = (HEADS, RATES, "trainer", "resume", _CACHE)
+    kept = [str(word.input_line) for word in overrides if word.key_or_group not in left_out]
+    rate = [] if head.rate is None else [f"optim.optimizer.lr={head.rate!r}"]
+    return [*kept, "trainer=supervised", f"head={head.option}", *rate, f"{_CACHE}=off"]
+
+
+def _composed(heads: Sequence[HeadRun], overrides: Sequence[Override]) -> dict[str, OwnRun]:
+    """Return the run that the command line would be for each head alone."""
+    if typed := next((word for word in overrides if word.key_or_group == "head"), None):
+        raise UserError(f"{typed.input_line} and heads both say what is trained: give one of them.")
+    options = [name for name in GlobalHydra.instance().config_loader().get_group_options("head") if name[0] != "_"]
+    found = {}
+    for head in heads:
+        if head.option not in options:
+            raise UserError(
+                f"heads: {head.option} is no head.{nearest(head.option, options)} Choose from {', '.join(options)}."
+            )
+        words = _own_words(head, overrides)
+        composed = compose("main", [*words, f"{HEADS}=null", f"{RATES}=null"], return_hydra_config=True)
+        cfg = job_config(composed, composed.hydra.runtime.choices)
+        known = [str(key) for key in cfg.head if not str(key).startswith("_") and key != "lr"]
+        if unknown := [key for key in head.keys if key not in known]:
+            raise UserError(
+                f"heads: {unknown[0]} is no key of head={head.option}. It has {', '.join(known)}; beside these there "
+                "are name and lr."
+            )
+        cfg.head = OmegaConf.merge(cfg.head, head.keys)
+        found[head.name] = OwnRun(cfg, [*words, *(f"head.{key}={_typed(value)}" for key, value in head.keys.items())])
+    return found
+
+
+def _typed(value: Any) -> str:
+    """Return a plain value as a command line has it."""
+    return json.dumps(value, separators=(",", ":"))
+
+
+def _resumed(cfg: DictConfig, heads: Sequence[HeadRun], overrides: Sequence[Override], run: Path) -> dict[str, OwnRun]:
+    """Return the run of each head's own checkpoint, with what the command line changes."""
+    before = checkpoint.describe(run / checkpoint.FOLDER / "last.safetensors")["config"]
+    if [before.get(key) for key in (HEADS, RATES)] != [plain(cfg).get(key) for key in (HEADS, RATES)]:
+        raise UserError(
+            f"resume={run}: this run has heads={before.get(HEADS)} and lrs={before.get(RATES)}. Leave both out, or "
+            "train other heads in a run of their own."
+        )
+    kept = [word for word in overrides if word.key_or_group not in ("trainer", HEADS, RATES)]
+    alone: Any = OmegaConf.merge(cfg, {HEADS: None, RATES: None})
+    found = {}
+    for head in heads:
+        path = run / checkpoint.HEADS / head.name / checkpoint.FOLDER / "last.safetensors"
+        if path.exists():
+            words = [str(word.input_line) for word in kept if word.key_or_group != "resume"]
+            found[head.name] = OwnRun(resume.merge(alone, kept, path, checkpoint.describe(path)), words)
+        elif not (path.parents[1] / DROPPED).exists():
+            raise UserError(
+                f"resume={run}: {path} is not there, without which {head.name} cannot go on. Put it back; or go on "
+                f"with each other head by itself, as resume={path.parents[2]}/NAME."
+            )
+    if not found:
+        raise UserError(f"resume={run}: all of its heads have dropped out. Start a new run, of lower lrs.")
+    return found

@@ -1,0 +1,190 @@
+"""A new run that begins with the weights of another: what both models have, the rest as it is made."""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+
+from dinoseg.config.plain import plain
+from dinoseg.models.model import Segmenter, fingerprint, quantised_names, trained_names
+from dinoseg.training import checkpoint
+from dinoseg.training.loading import Checkpoint, casts
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.tensor_files import check_weights
+from dinoseg.utils.wording import count_of, listed, shown
+
+logger = logging.getLogger(__name__)
+_NEEDED = "needed from "  # and a recipe's name: what one says that begins with a run of the user's
+_UPDATES = ".lora_"  # in the names of what LoRA adds to a layer
+_BASE = ".base_layer."  # in the names of what was there before
+
+
+def begin_with(
+    cfg: DictConfig, model: Segmenter, classes: list[str], share: Callable[[Any], Any] = lambda value: value
+) -> Segmenter:
+    """Return the model of a new run with the trained weights of the run that `init` names, where they fit, and say so.
+
+    A run that goes on has its own, and is returned as it is.
+
+    Args:
+        cfg: the whole config.
+        model: as it was made, on the CPU.
+        classes: of the data.
+        share: returns what the first rank gives it.
+
+    Raises:
+        UserError: there is no such run, nothing of it fits, what it learnt of the backbone would be left out, or ranks
+            have read different checkpoints of it.
+    """
+    if not has_initial(cfg):
+        return model
+    offered = _of(cfg, checkpoint.outline)
+    _, left = _fitting(cfg, model, offered)
+    # no more is read than the model has room for: a foreign file may describe more than this machine holds
+    room = {key for key, name, _ in _named(model, offered) if name not in left}
+    saved = _of(cfg, partial(checkpoint.read, finite=cfg.finite_weights, only=room))
+    progress = saved.info["progress"]
+    if share(progress) != progress:
+        raise UserError(
+            f"init={cfg.init}: that run has saved anew while the ranks of this one read it. Wait for its end, or give "
+            "a copy of its checkpoint."
+        )
+    taken, _ = _fitting(cfg, model, saved)
+    _check_frozen(cfg, model, saved)
+    model.load_state_dict(taken, strict=False)
+    _tell(cfg, model, saved, taken, left, classes)
+    return model
+
+
+def has_initial(cfg: DictConfig) -> bool:
+    """Return whether a run is a new one that begins with another's weights.
+
+    Raises:
+        UserError: its recipe begins with those of a run, and none is named.
+    """
+    if cfg.resume is not None:
+        return False
+    if str(cfg.init).startswith(_NEEDED):
+        recipe = str(cfg.init).removeprefix(_NEEDED)
+        raise UserError(
+            f"hparam={cfg.choices.hparam} begins with the weights of a run by hparam={recipe}: train that one first. "
+            "Then give init=RUN, its run folder; or init=null to begin without."
+        )
+    return cfg.init is not None
+
+
+def check_initial(cfg: DictConfig, model: Segmenter) -> None:
+    """Refuse what `begin_with` would, as far as names and shapes tell; the model may be on the meta device."""
+    if not has_initial(cfg):
+        return
+    if model.head.init is not None:
+        raise UserError(
+            f"init={cfg.init} and head.init={model.head.init} both say what the head begins with. Leave one out."
+        )
+    _fitting(cfg, model, _of(cfg, checkpoint.outline))
+
+
+def _of(cfg: DictConfig, read: Callable[[Path], Checkpoint]) -> Checkpoint:
+    given = cfg.init
+    if not isinstance(given, str):
+        raise UserError(f"init={given} names no run. Give a run folder or a checkpoint, or leave init out.")
+    try:
+        return read(checkpoint.find(given, "best"))
+    except UserError as error:
+        raise UserError(str(error).replace("resume=", "init=")) from None
+
+
+def _named(model: Segmenter, saved: Checkpoint) -> list[tuple[str, str, Tensor]]:
+    """Return each tensor of a checkpoint's model with its key there and its name in this model, adapters apart."""
+    own = {_unadapted(name): name for name in model.state_dict()}
+    have = saved.part("model")
+    return [(f"model/{name}", own.get(_unadapted(name), name), value) for name, value in have.items()]
+
+
+def _unadapted(name: str) -> str:
+    """Return the name of a tensor as it is without LoRA."""
+    return name.replace(_BASE, ".")
+
+
+def _fitting(cfg: DictConfig, model: Segmenter, saved: Checkpoint) -> tuple[dict[str, Tensor], list[str]]:
+    """Return the tensors of a checkpoint that training changes in the model, too, and that have its shapes.
+
+    Beside them the names of those that are left there.
+    """
+    state, own = model.state_dict(), trained_names(model)
+    have = {name: value for _, name, value in _named(model, saved)}
+    alike = {name: value for name, value in have.items() if name in own and value.shape == state[name].shape}
+    check_weights({name: value.to("meta") for name, value in alike.items()}, f"init={cfg.init}", state)  # types
+    taken = {name: value for name, value in alike.items() if casts(value.dtype, state[name].dtype)}
+    # a file may hold what is frozen, too, which the model has in any case
+    left = [name for name, value in have.items() if name not in taken and not _is_so(value, state.get(name))]
+    lost = [name for name in left if name.startswith("backbone.")]
+    if lost:
+        raise UserError(
+            f"init={cfg.init}: it has {count_of(len(lost), 'tensor')} of its backbone (such as {shown(lost[0])}) that "
+            "this model does not train, or has otherwise: its head knows no other features. Choose its backbone and "
+            f"adapter={shown(str(saved.info['choices']['adapter']))}, with that one's values."
+        )
+    if not any(name.startswith("head.") for name in taken):
+        raise UserError(
+            f"init={cfg.init}: of the {count_of(len(have), 'tensor')} it has, none is of this model's head. Use "
+            "the head and the backbone that it was trained with (they are in its config), or leave init out."
+        )
+    return taken, left
+
+
+def _is_so(value: Tensor, now: Tensor | None) -> bool:
+    """Return whether a model has these numbers in any case, as of a file that holds what is frozen, too."""
+    if now is None or value.shape != now.shape:
+        return False
+    return value.is_meta or torch.equal(value.to(now.dtype), now)
+
+
+def _check_frozen(cfg: DictConfig, model: Segmenter, saved: Checkpoint) -> None:
+    """Refuse other numbers in what was frozen of that run's backbone, of which its checkpoint holds a hash."""
+    if _held_as(plain(cfg)) != _held_as(saved.info["config"]):
+        return  # rounded numbers have another hash
+    there, skipped = saved.part("model").keys(), quantised_names(model)
+    updated = {name.partition(_UPDATES)[0] for name in there if _UPDATES in name}
+    frozen = []
+    for name, value in model.state_dict().items():
+        if name.startswith("backbone.") and _UPDATES not in name and name not in skipped:
+            layer, _, last = _unadapted(name).rpartition(".")
+            then = f"{layer}{_BASE}{last}" if layer in updated else f"{layer}.{last}"
+            frozen += [(then, value)] if then not in there else []
+    if fingerprint(frozen) != saved.info["frozen"].get("backbone"):
+        raise UserError(
+            f"init={cfg.init}: trained on other frozen weights than this model's backbone has (backbone.weights, "
+            "backbone.final_norm, or which of its blocks are read). Give what it was trained on."
+        )
+
+
+def _held_as(config: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Return in which type and in how many bits a config's frozen weights are held."""
+    return config["backbone"].get("dtype"), config["adapter"].get("bits")
+
+
+def _tell(
+    cfg: DictConfig,
+    model: Segmenter,
+    saved: Checkpoint,
+    taken: Mapping[str, Tensor],
+    left: Sequence[str],
+    classes: list[str],
+) -> None:
+    rest = sorted(trained_names(model) - taken.keys())
+    given = [name for name in rest if name.startswith("backbone.") and _UPDATES not in name]
+    new = [name for name in rest if name not in given]
+    said = [f"init={cfg.init}: {count_of(len(taken), 'tensor')} taken from step {saved.info['progress']['step']}"]
+    said += [f"{count_of(len(given), 'tensor')} of the backbone as backbone.weights has them"] if given else []
+    said += [f"begins anew: {listed(new, 5)}"] if new else []
+    said += [f"left there: {listed(sorted(left), 5)}"] if left else []
+    logger.info("%s.", "; ".join(said))
+    theirs = list(map(str, saved.info["classes"]))
+    if theirs != classes and len(theirs) == len(classes):
+        logger.warning("init: its classes are %s, and those of the data begin as these.", listed(theirs, 20))

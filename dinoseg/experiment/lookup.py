@@ -1,0 +1,72 @@
+"""Which checkpoint `resume` means: the one that it names, or with `auto` the newest of the same recipe."""
+
+import os
+import sys
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from dinoseg.experiment.folder import is_locked
+from dinoseg.experiment.recipe import config_description, recipe_of
+from dinoseg.training import checkpoint
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.wording import printable
+
+PATIENCE = 10  # seconds that resume=auto waits for a run of another process
+
+
+def resumed_checkpoint(cfg: DictConfig, out_dir: Path, prefer: str) -> Path | None:
+    """Return the checkpoint that `resume` means; None for `auto` where no run of this recipe has one yet.
+
+    A run is of the same recipe if nothing but its length and its intervals differ. One that another process is still
+    writing to after a while is passed over, and so is a file that cannot be read; both are said.
+
+    Args:
+        cfg: what the command line composed.
+        out_dir: of a new run, which lies below the recipe's folder.
+        prefer: `best` or `last`.
+    """
+    if cfg.resume != "auto":
+        return checkpoint.find(cfg.resume, prefer)
+    recipe_folder = next((folder for folder in out_dir.parents if folder.name == cfg.choices.hparam), out_dir.parent)
+    recipe = recipe_of(config_description(cfg))
+    for path in _newest_first(recipe_folder.rglob(f"{checkpoint.FOLDER}/{prefer}.safetensors")):
+        try:
+            is_same = recipe_of(checkpoint.describe(path)) == recipe
+        except UserError as error:
+            _say(f"passed over: {error}")
+            continue
+        if is_same and _is_free(path.parent.parent):
+            return path
+    return None
+
+
+def _newest_first(paths: Iterable[Path]) -> list[Path]:
+    dated_paths = []
+    for path in paths:
+        with suppress(OSError):  # removed meanwhile
+            dated_paths.append((path.stat().st_mtime, path))
+    return [path for _, path in sorted(dated_paths, reverse=True)]
+
+
+def _is_free(run: Path) -> bool:
+    """Return whether a run can be gone on with; one that was just told to end is given a while to do so."""
+    if os.environ.get("RANK", "0") != "0":
+        return True  # the first rank of torchrun's decides, and may hold it already
+    deadline = time.monotonic() + PATIENCE
+    if not is_locked(run):
+        return True
+    _say(f"another process is writing to {run}: waiting up to {PATIENCE} seconds for its end.")
+    while time.monotonic() < deadline:
+        time.sleep(0.1)
+        if not is_locked(run):
+            return True
+    _say(f"passed over: {run} is still written to.")
+    return False
+
+
+def _say(message: str) -> None:
+    print(printable(f"resume=auto: {message}"), file=sys.stderr)

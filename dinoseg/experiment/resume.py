@@ -1,0 +1,190 @@
+"""The config to go on with from a checkpoint: its own, with what the command line changes."""
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.types import Override
+from omegaconf import DictConfig, OmegaConf
+
+from dinoseg.config.guard import guard
+from dinoseg.config.job import machine_config, squared
+from dinoseg.config.plain import has_key, keys_of, plain
+from dinoseg.config.registry import own_registry, shipped_registry
+from dinoseg.experiment.recipe import INITIAL, SAVED, USE, USES, absolute, data_root, saved_config
+from dinoseg.training.description import CHOSEN
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.wording import nearest, printable, shown, typed
+
+
+def merge(
+    cfg: DictConfig, overrides: Sequence[Override], path: Path, info: Mapping[str, Any], *, tell: bool = False
+) -> DictConfig:
+    """Return `cfg` with the model, data and training of a checkpoint, changed as the command line says.
+
+    Args:
+        cfg: what the command line composed.
+        overrides: the command line's assignments.
+        path: the checkpoint file.
+        info: what it says of itself.
+        tell: whether to say what is changed.
+
+    Raises:
+        UserError: the checkpoint's config is not to be trusted, or the command line names another model.
+    """
+    saved, keys = saved_config(info), [override.key_or_group for override in overrides]
+    guard(saved, f"resume={path}", plain(cfg), trust=_trusted(cfg), typed=keys)
+    choices = {group: option for group, option in info["choices"].items() if group in (*CHOSEN, *USES)}
+    facts = {**plain(cfg), "resume": str(path), "choices": {**plain(cfg.choices), **choices}}  # of this machine and run
+    facts |= {INITIAL: None}  # which a new run alone has from the command line
+    merged = OmegaConf.create({**facts, **saved})
+    merged.data.root, remark = data_root(saved, Path(info["folder"]))
+    if remark and not {"data", "data.root"} & {*keys}:
+        print(printable(f"resume={path}: {remark}"), file=sys.stderr)
+    before = deepcopy(merged)
+    # options first: another data= brings its whole group, in which a key that is typed beside it holds
+    for option in (override for override in overrides if override.key_or_group in (*CHOSEN, *USES)):
+        _take_option(option, cfg, merged, path)
+    for value in (override for override in overrides if override.key_or_group not in (*CHOSEN, *USES)):
+        _take_value(value, cfg, merged, path)
+    is_lifted = _lift_time_limit(merged, keys)
+    merged = squared(merged)
+    changed = _changes(before, merged, overrides) if tell else []
+    if tell and is_lifted:
+        changed.append(f"trainer.max_minutes=null in place of {before.trainer.max_minutes:g}, as the length was typed")
+    if changed:
+        print(printable(f"resume={path}: goes on with {', '.join(changed)}"), file=sys.stderr)
+    return merged
+
+
+def alone(
+    path: Path,
+    info: Mapping[str, Any],
+    changes: Mapping[str, Any],
+    *,
+    inference: str | None = None,
+    trust: Sequence[str] = (),
+    beside: DictConfig | None = None,
+) -> DictConfig:
+    """Return the config to use a checkpoint with where there is no command line, held against the shipped config files.
+
+    Without `beside` nothing of Hydra is set up or read: the caller may be a Hydra program of its own.
+
+    Args:
+        path: the checkpoint file.
+        info: what it says of itself.
+        changes: dotted key to the user's own value, such as `engine.device` or `backbone.weights`.
+        inference: option of that group, in place of the file's own.
+        trust: packages and hub ids that the file may name beside what config files do.
+        beside: the config of the job that uses it, whose own config files then count as well, and what that trusts.
+
+    Raises:
+        UserError: the checkpoint's config is not to be trusted.
+    """
+    saved, cfg = saved_config(info), machine_config(inference or "auto")
+    registry = shipped_registry() if beside is None else own_registry(plain(beside))
+    trust = trust if beside is None else [*trust, *_trusted(beside)]
+    guard(saved, f"resume={path}", plain(cfg), trust=trust, typed=[*changes], registry=registry)
+    own = {key: value for key, value in saved.items() if not (inference and key == USE)}
+    choices = {**plain(cfg.choices), **info["choices"], **({USE: inference} if inference else {})}
+    merged = OmegaConf.create({**plain(cfg), "resume": str(path), "choices": choices, **own})
+    for key, value in changes.items():
+        OmegaConf.update(merged, key, value)
+    return squared(merged)
+
+
+def without(cfg: DictConfig) -> DictConfig:
+    """Return `cfg` with nothing to resume."""
+    return OmegaConf.create({**plain(cfg), "resume": None})
+
+
+def _trusted(cfg: DictConfig) -> list[str]:
+    names = OmegaConf.to_container(cfg.trust) if OmegaConf.is_config(cfg.trust) else cfg.trust or []
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise UserError(f"trust={names}: give a list of packages or hub ids, such as trust=[my_package].")
+    return names
+
+
+def _take_option(override: Override, cfg: DictConfig, merged: DictConfig, path: Path) -> None:
+    """Take another data set or use from the command line; refuse another of what the checkpoint fixes."""
+    group = override.key_or_group
+    option, was = cfg.choices[group], merged.choices[group]
+    if group in ("data", *USES) and option != was:
+        merged[group], merged.choices[group] = cfg[group], option
+    elif option != was:
+        raise UserError(
+            f"{group}={option}: the checkpoint {path} was trained with {group}={was}. Leave {group} out, or "
+            f"start a new run without resume."
+        )
+
+
+def _take_value(override: Override, cfg: DictConfig, merged: DictConfig, path: Path) -> None:
+    """Take the value of a key, unless it is of the part of the config that is this command line's anyway."""
+    name = override.key_or_group
+    if name == INITIAL:
+        return _check_initial(override.value(), cfg, merged, path)
+    if name.split(".")[0] not in SAVED:
+        return
+    if not (override.is_add() or override.is_force_add()):
+        _check_key(name, cfg, merged, path)
+    OmegaConf.update(merged, name, override.value())
+
+
+def _lift_time_limit(merged: DictConfig, keys: Sequence[str]) -> bool:
+    """Remove the time limit of the run where the command line gives its length alone; return whether there was one."""
+    is_lifted = bool({"trainer.steps", "trainer.epochs"} & {*keys}) and "trainer.max_minutes" not in keys
+    is_lifted = is_lifted and merged.trainer.get("max_minutes") is not None
+    if is_lifted:
+        merged.trainer.max_minutes = None
+    return is_lifted
+
+
+def _changes(before: DictConfig, merged: DictConfig, overrides: Sequence[Override]) -> list[str]:
+    """Return what the command line sets to something else than the checkpoint's run had, as `new in place of old`."""
+    found = []
+    for override in overrides:
+        name = override.key_or_group
+        where = "choices." * (name in (*CHOSEN, *USES)) + name
+        old, new = (_at(each, where) for each in (before, merged))
+        if new != old and not _one_place(old, new):
+            found.append(f"{name}={shown(typed(new))} in place of {shown(typed(old))}")
+    return found
+
+
+def _at(cfg: DictConfig, key: str) -> Any:
+    found = OmegaConf.select(cfg, key, throw_on_resolution_failure=False)
+    return OmegaConf.to_container(found) if OmegaConf.is_config(found) else found
+
+
+def _one_place(old: Any, new: Any) -> bool:
+    if not (isinstance(old, str) and isinstance(new, str)):
+        return False
+    try:
+        return os.path.realpath(os.path.expanduser(old)) == os.path.realpath(os.path.expanduser(new))
+    except ValueError:  # no path has a null byte, and a file's value may
+        return False
+
+
+def _check_initial(given: Any, cfg: DictConfig, merged: DictConfig, path: Path) -> None:
+    """Refuse another run to begin with than the one that this run began with; it goes on from its own weights."""
+    began = merged.get(INITIAL)
+    if INITIAL in cfg.mode.get("reads", ()) and given is not None and absolute(given) != began:
+        raise UserError(
+            f"init={given}: the run of {path} goes on with its own weights, and began "
+            f"{'without' if began is None else f'with init={began}'}. Leave init out, or, for a new run, resume."
+        )
+
+
+def _check_key(name: str, cfg: DictConfig, merged: DictConfig, path: Path) -> None:
+    """Refuse a key that the checkpoint's config lacks, unless it is one of the same options' that is newer."""
+    known, group = plain(merged), name.split(".")[0]
+    newer = cfg.choices.get(group) == merged.choices.get(group) and has_key(plain(cfg), name)
+    if not newer and not has_key(known, name):
+        alike = [key for key in keys_of(known) if key.split(".")[0] in SAVED]
+        raise UserError(
+            f"{name} is no key of the config of resume={path}.{nearest(name, alike)} To add it all the same, give "
+            f"++{name}=VALUE."
+        )

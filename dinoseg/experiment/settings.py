@@ -1,0 +1,64 @@
+"""The settings of a run under full names: told apart by in a table, held against those it was begun with."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from dinoseg.config.plain import plain
+from dinoseg.training.description import CHOSEN, MODEL
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.forms import as_read_back
+from dinoseg.utils.wording import typed
+
+
+def settings_of(cfg: DictConfig) -> dict[str, Any]:
+    """Return what runs are told apart by in a table, such as `optim.optimizer.lr`: choices, what is trained and how."""
+    groups = {group: plain(cfg[group], resolve=True) for group in ("resolution", *MODEL)}
+    choices = {group: cfg.choices[group] for group in CHOSEN}
+    nested = {"seed": cfg.seed, "choices": choices, "data": {"batch_size": cfg.data.batch_size}, **groups}
+    return {
+        name: value if isinstance(value, int | float) else str(value)
+        for name, value in _flat(nested)
+        if not name.rpartition(".")[2].startswith("_")
+    }
+
+
+def check_same_settings(
+    folder: Path, before: Mapping[str, Any], now: Mapping[str, Any], *, key: str = "mode.restart"
+) -> None:
+    """Refuse to go on with a run under other settings than it was begun with: its results would be of two kinds.
+
+    Args:
+        folder: of the run.
+        before: its settings, as they were read back.
+        now: those of this run.
+        key: by which the user has named the folder.
+
+    Raises:
+        UserError: naming each setting that differs.
+    """
+    were, are = dict(_flat(before)), dict(_flat(as_read_back(now)))
+    differing = [
+        f"{name} was {_told(were, name)} and is {_told(are, name)}"
+        for name in sorted(were.keys() | are.keys())
+        if were.get(name) != are.get(name)
+    ]
+    if differing:
+        raise UserError(
+            f"{key}={folder}: other settings than that run's: {'; '.join(differing)}. Give what it had (its "
+            f"command line is in {folder / 'config' / 'overrides.txt'}), or begin anew without {key}."
+        )
+
+
+def _told(settings: Mapping[str, Any], name: str) -> str:
+    return typed(settings[name]) if name in settings else "not set"
+
+
+def _flat(settings: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{path}{key}.")
+        else:
+            yield f"{path}{key}", value

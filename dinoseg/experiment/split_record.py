@@ -1,0 +1,50 @@
+"""split.json of a run folder: which names it trains and validates on, from the first step to the last."""
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from itertools import count
+from pathlib import Path
+
+from dinoseg.utils import forms
+from dinoseg.utils.atomic import write_json
+from dinoseg.utils.units import finished
+from dinoseg.utils.wording import listed
+
+logger = logging.getLogger(__name__)
+
+
+def write_split(out_dir: Path, split: Mapping[str, Sequence[str]]) -> None:
+    """Write split.json; where the run began with other images, say so and keep their list as split_1.json and so on."""
+    path = out_dir / "split.json"
+    before = _read_split(path)
+    if before is not None and before != split:
+        former = next(name for name in map("split_{}.json".format, count(1)) if not (out_dir / name).exists())
+        os.replace(path, out_dir / former)
+        changes = "; ".join(_change(side, before.get(side, []), names) for side, names in split.items())
+        logger.warning(
+            "The data is no longer what this run began with (%s). From here on it takes others, or in another "
+            "order, so it is not the run it would have been, and scores of other validation data do not compare. "
+            "The list it had is kept in %s.",
+            changes,
+            out_dir / former,
+        )
+    write_json(path, split)
+
+
+def _read_split(path: Path) -> dict[str, list[str]] | None:
+    return finished(
+        path,
+        lambda path: forms.read_json(path, forms.table(forms.listing(forms.text))),
+        damaged="%s is damaged (%s): whether the data is what this run began with is not known.",
+    )
+
+
+def _change(side: str, before: Sequence[str], now: Sequence[str]) -> str:
+    added, removed = sorted(set(now) - set(before)), sorted(set(before) - set(now))
+    if not added and not removed:
+        return f"{side}: {'the same' if list(before) == list(now) else 'the same in another order'}"
+    named = [
+        f"{len(names)} {what} ({listed(names, 3)})" for what, names in (("added", added), ("removed", removed)) if names
+    ]
+    return f"{side}: {', '.join(named)}"

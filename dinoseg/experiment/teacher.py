@@ -1,0 +1,190 @@
+"""A trained segmenter as a teacher: its class scores of whole images, as mode=predict asks for them."""
+
+import hashlib
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+
+from dinoseg.config.nodes import instantiate
+from dinoseg.config.plain import plain
+from dinoseg.core.shapes import Prediction, SegmentationData
+from dinoseg.core.sizes import backbone_size
+from dinoseg.experiment import build
+from dinoseg.experiment.resume import alone
+from dinoseg.experiment.trained import restore
+from dinoseg.inference.predictor import Predictor
+from dinoseg.inference.trained_sizes import TrainedSizes, keep_scale
+from dinoseg.models.model import Segmenter
+from dinoseg.training import checkpoint
+from dinoseg.training.engine import Engine
+from dinoseg.training.feature_cache.key import code_hash, hash_of
+from dinoseg.utils import forms
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.files import check_regular
+from dinoseg.utils.transfer import sent
+from dinoseg.utils.wording import listed, shown, typed
+
+_CROP = forms.listing(forms.whole(1), length=2)
+_PROBED = 512  # pixels of a side that a backbone sees of an image by which its cells are counted, at most
+_LEAST = -3e4  # of a score below the highest, which float16 holds
+
+
+class Teacher:
+    """A trained segmenter that is asked for scores, by its own checkpoint's settings; read when it is first asked.
+
+    Args:
+        cfg: the student's whole config; `teacher` names a run folder or a checkpoint.
+        engine: whose device and precision it is asked with.
+        labels: whose classes it must know.
+
+    Raises:
+        UserError: there is no such run, it has other classes, or its checkpoint is not to be trusted.
+    """
+
+    def __init__(self, cfg: DictConfig, engine: Engine, labels: SegmentationData) -> None:
+        self._given, self._engine = named_teacher(cfg), engine
+        with self._named():
+            self._path = checkpoint.find(self._given, "best")
+            check_regular(self._path)
+            self._digest = self._hashed()
+            self._info = checkpoint.describe(self._path)
+            self._cfg = alone(self._path, self._info, {}, beside=cfg)
+        self._check_classes(labels)
+        with self._named():
+            self._outline = build.check_fits(self._cfg, checkpoint.outline(self._path))
+            crop = plain(self._cfg.resolution, resolve=True)["crop"]
+            if not forms.fits(crop, _CROP):
+                raise UserError(
+                    f"its resolution.crop={shown(crop)} must be [height, width] in pixels, each at least 1. Choose "
+                    "another checkpoint."
+                )
+        if self._outline.head.slots is not None:
+            raise UserError(f"teacher={self._given} is a model of slots, which knows no classes. Give a segmenter.")
+        self._asked: tuple[Predictor, tuple[float, float]] | None = None
+
+    @property
+    def name(self) -> str:
+        """What tells its file from any other, wherever it lies."""
+        return f"sha256 {self._digest[:16]}"
+
+    @property
+    def parts(self) -> dict[str, str]:
+        """What its scores of an image depend on, as hashes, by what a user calls it."""
+        return {
+            "teacher": self._digest,
+            "code": code_hash([self._outline.backbone, self._outline.head], self.__call__),
+            "inference": hash_of(repr(plain(self._cfg.inference, resolve=True))),
+            "precision": hash_of(self._engine.precision, self._engine.tf32, self._engine.device.type),
+        }
+
+    @torch.no_grad()
+    def __call__(self, image: Tensor) -> tuple[Tensor, tuple[float, float]]:
+        """Return class scores (K, h, w) float32 of an image (3, H, W) uint8, and the share of them that it covers.
+
+        They are logits, of each cell the highest is 0. Where one pass sees the image whole they are those of the head,
+        as they are; else what is put together has as many cells as the head would have had.
+
+        Raises:
+            UserError: scores are no finite numbers, or memory does not suffice.
+        """
+        predictor, cells = self._asked = self._asked or self._read()
+        # windows see pictures larger than those of the training as they are
+        seen = backbone_size((image.shape[-2], image.shape[-1]), 1.0, predictor.model.longest)
+        height, width = (max(1, math.ceil(side * of - 1e-6)) for side, of in zip(seen, cells, strict=True))
+        pixels = sent(image[None], predictor.device)
+        with self._named():
+            bands = predictor.asked(pixels, lambda bands: list(map(_grid_of, bands)), size=(height, width))
+        valid, scores = bands[0][1], torch.cat([scores for scores, _ in bands], dim=1)
+        if not scores.isfinite().all():
+            raise UserError(
+                f"teacher={self._given} gives scores that are no finite numbers, which nobody can learn. Check it with "
+                "mode=eval, or compute with engine.precision=fp32."
+            )
+        return (scores - scores.amax(0)).clamp(min=_LEAST), valid
+
+    def _read(self) -> tuple[Predictor, tuple[float, float]]:
+        """Return the model as one that takes pictures, and its cells for each pixel, along both axes."""
+        devices = [self._engine.device] if self._engine.device.type == "cuda" else []
+        with self._named(), torch.random.fork_rng(devices):  # a student draws the same with kept scores and without
+            if self._hashed() != self._digest:
+                raise UserError(f"resume={self._path} was changed since this run began. Start it again.")
+            model, _ = restore(self._cfg, self._path)
+            policy = instantiate(self._cfg.inference)
+            keep_scale(model, TrainedSizes.from_info(self._info), teacher=f"teacher={self._given}")
+            model = model.to(self._engine.device).requires_grad_(False)
+            predictor = Predictor(model, self._engine.device, self._engine.autocast, policy)
+            return predictor, self._cells(model)
+
+    @torch.no_grad()
+    def _cells(self, model: Segmenter) -> tuple[float, float]:
+        """Return the cells of scores for each pixel of an image that is not reduced, down and across."""
+        most = math.ceil(_PROBED / model.scale)
+        height, width = (min(side, most) for side in plain(self._cfg.resolution, resolve=True)["crop"])
+        with self._engine.autocast():
+            seen = model(torch.zeros(1, 3, height, width, dtype=torch.uint8, device=self._engine.device), reduce=False)
+        grid = seen.grid if seen.grid is not None else seen.masks.logits if seen.masks is not None else None
+        if grid is None:
+            return (model.scale / model.patch_size,) * 2
+        return grid.shape[-2] * seen.valid[0] / height, grid.shape[-1] * seen.valid[1] / width
+
+    def _check_classes(self, labels: SegmentationData) -> None:
+        own, asked = list(map(str, self._info["classes"])), list(map(str, labels.classes))
+        if own == asked:
+            return
+        lacking, more = [name for name in asked if name not in own], [name for name in own if name not in asked]
+        differing = [
+            *([f"it does not know {listed(lacking)}"] if lacking else []),
+            *([f"it knows {listed(more)}, which the data does not have"] if more else []),
+        ]
+        raise UserError(
+            f"teacher={self._given} has other classes than the data: "
+            f"{'; '.join(differing) or f'their order is {listed(own, 20)}'}. A student learns a teacher's score of "
+            "each class: train one on data of the same classes in the same order."
+        )
+
+    def _hashed(self) -> str:
+        with open(self._path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Let messages call the checkpoint what the user calls it, and say that what they tell of is its own."""
+        try:
+            yield
+        except UserError as error:
+            told = str(error).replace("resume=", "teacher=")
+            raise UserError(told if "teacher=" in told else f"teacher={self._given}: {told}") from None
+        except OSError as error:
+            raise UserError(f"teacher={self._given}: {error.strerror}. Check that file.") from error
+
+
+def _grid_of(band: Prediction) -> tuple[Tensor, tuple[float, float]]:
+    """Return the scores of a band of one image as a grid (K, h, w), and the share of it that the band covers."""
+    if band.grid is not None:
+        return band.grid[0].float(), band.valid
+    return band.logits()[0].float().clone(), (1.0, 1.0)  # a band is overwritten by the next
+
+
+def named_teacher(cfg: DictConfig) -> str:
+    """Return the run folder or checkpoint that a config names as the teacher.
+
+    Raises:
+        UserError: it names none.
+    """
+    given = cfg.trainer.teacher
+    if not isinstance(given, str):
+        raise UserError(
+            f"trainer=distil learns from a trained model, and teacher={typed(given)} names none. Give teacher=RUN, a "
+            "run folder or a checkpoint of the same classes."
+        )
+    return given
+
+
+def scores_kept(cfg: DictConfig) -> Path:
+    """Return the folder of all teachers' scores."""
+    return Path(cfg.cache_dir).expanduser() / "teachers"

@@ -1,0 +1,167 @@
+"""A trained model, ready to predict: of a checkpoint, or of a head that was released trained."""
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from dinoseg.config.nodes import instantiate, not_set
+from dinoseg.config.plain import plain
+from dinoseg.core.shapes import Palette, SegmentationData
+from dinoseg.data.classes.labels import Labels
+from dinoseg.experiment import build
+from dinoseg.experiment.folder import last_command_line
+from dinoseg.experiment.log_file import announce
+from dinoseg.inference.policy import Policy
+from dinoseg.inference.predictor import Predictor
+from dinoseg.inference.trained_sizes import TrainedSizes
+from dinoseg.inference.whole import Whole
+from dinoseg.models.adapters import whole_state
+from dinoseg.models.model import Segmenter, constants
+from dinoseg.training import checkpoint
+from dinoseg.training.engine import Engine
+from dinoseg.utils.errors import UserError
+
+
+@dataclass
+class Trained:
+    """A trained segmenter, ready to predict, and what its classes mean."""
+
+    model: Segmenter
+    engine: Engine
+    classes: list[str]
+    palette: Palette
+    ignore_index: int
+    info: Mapping[str, Any]  # what the checkpoint says of itself
+    policy: Policy = field(default_factory=Whole)  # how it is asked
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.engine.device
+
+    def autocast(self) -> AbstractContextManager:
+        """Return the precision's context for a forward pass."""
+        return self.engine.autocast()
+
+    @property
+    def predictor(self) -> Predictor:
+        """The model as one that takes pictures."""
+        return Predictor(self.model, self.device, self.autocast, self.policy)
+
+
+def load_trained(cfg: DictConfig) -> Trained:
+    """Return the model that `resume` names, in eval mode; `cfg` is already merged with its checkpoint.
+
+    Without `resume`, a head that comes trained from a file is used as it is, with the classes of the data set.
+
+    Raises:
+        UserError: there is neither, or the checkpoint does not fit.
+    """
+    if not is_trained(cfg):
+        raise UserError(
+            "resume is not set: this mode needs a trained model. Give resume=RUN_FOLDER or a checkpoint; or use a head "
+            "that was released trained, as hparam=ade20k_m2f head.weights=FILE does."
+        )
+    return _released(cfg) if cfg.resume is None else _restored(cfg, Path(cfg.resume))
+
+
+def is_trained(cfg: DictConfig) -> bool:
+    """Return whether a config names a trained model: a checkpoint, or a head that was released trained."""
+    head = plain(cfg.head)
+    return cfg.resume is not None or (head.get("weights") is not None and head.get("class_layer") != "new")
+
+
+def labels_of(cfg: DictConfig) -> Labels:
+    """Return the classes of a config's data set, which need no file but `classes.yaml`."""
+    absent = {"classes", "palette", "ignore_index"} - cfg.data.keys()
+    if absent:
+        raise UserError(not_set(f"data.{min(absent)}"))
+    return Labels.of(cfg.data.classes, cfg.data.palette, cfg.data.ignore_index)
+
+
+def check_classes(data: SegmentationData | Labels, info: Mapping[str, Any], where: str) -> None:
+    """Refuse data whose classes are not those of a checkpoint's description.
+
+    Raises:
+        UserError: naming both.
+    """
+    now, then = (list(data.classes), data.ignore_index), (list(info["classes"]), info["ignore_index"])
+    if now != then:
+        raise UserError(
+            f"{where}: the data has the classes {', '.join(now[0])} (ignored: {now[1]}), and the checkpoint was "
+            f"trained on {', '.join(then[0])} (ignored: {then[1]}). Use data of the same classes in the same order."
+        )
+
+
+def sizes_to_keep(trained: Trained, out_dir: Path) -> TrainedSizes | None:
+    """Return the sizes that pictures are brought to; None where `resolution.longest` on the command line says it."""
+    return None if longest_is_typed(out_dir) else TrainedSizes.from_info(trained.info)
+
+
+def longest_is_typed(out_dir: Path) -> bool:
+    """Return whether the command that is at work in a run folder names `resolution.longest`."""
+    return any(word.lstrip("+").startswith("resolution.longest=") for word in last_command_line(out_dir))
+
+
+def restore(cfg: DictConfig, path: Path) -> tuple[Segmenter, Mapping[str, Any]]:
+    """Return the model of a checkpoint in eval mode, on the CPU, and what the file says of itself.
+
+    Args:
+        cfg: already merged with the checkpoint's.
+        path: the checkpoint file.
+
+    Raises:
+        UserError: the checkpoint does not fit.
+    """
+    # all that needs no tensors is refused first: reading them may take minutes
+    outline = checkpoint.outline(path)
+    check_classes(labels_of(cfg), outline.info, f"resume={path}")
+    empty = build.check_fits(cfg, outline)
+    announce(f"resume={path}: reading weights and building the model")
+    saved = checkpoint.read(path, finite=cfg.finite_weights)
+    whole = cfg.adapter.get("bits") is None and empty.state_dict().keys() <= outline.part("model").keys()
+    model = build.model(cfg, outlined=True, initialised=not whole)
+    checkpoint.load_weights(model, saved)
+    return model.eval(), outline.info
+
+
+def with_whole_weights(cfg: DictConfig, trained: Segmenter) -> Segmenter:
+    """Return the trained model with its weights in float32, or itself where none is quantised or in half precision.
+
+    The values are those of the trained model: NF4, 8-bit and bfloat16 weights are exact in float32.
+    """
+    changes: dict[str, Any] = {}
+    if cfg.adapter.get("bits") is not None:
+        changes["adapter"] = {"bits": None}
+    if cfg.backbone.get("dtype", "float32") != "float32":
+        changes["backbone"] = {"dtype": "float32"}
+    if not changes:
+        return trained
+    model = build.model(OmegaConf.merge(cfg, changes), untrained=True).eval()  # type: ignore[arg-type]
+    model.load_state_dict(whole_state(trained))
+    buffers = constants(model)
+    for name, value in constants(trained).items():
+        buffers[name].copy_(value)
+    return model
+
+
+def _restored(cfg: DictConfig, path: Path) -> Trained:
+    engine, policy = instantiate(cfg.engine), instantiate(cfg.inference)
+    model, info = restore(cfg, path)
+    palette = [(red, green, blue) for red, green, blue in info["palette"]]
+    return Trained(engine.place(model), engine, info["classes"], palette, info["ignore_index"], info, policy)
+
+
+def _released(cfg: DictConfig) -> Trained:
+    labels = labels_of(cfg)
+    engine, policy = instantiate(cfg.engine), instantiate(cfg.inference)
+    announce("Building the released model and reading its weights")
+    model = engine.place(build.model(cfg)).eval()
+    # what a checkpoint would say of the classes
+    info = {"classes": list(labels.classes), "palette": labels.palette, "ignore_index": labels.ignore_index}
+    return Trained(model, engine, list(labels.classes), list(labels.palette), labels.ignore_index, info, policy)

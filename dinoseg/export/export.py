@@ -1,0 +1,190 @@
+"""What every export of a trained model does: made whole, proven on real pictures, and only then put in its place."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from dinoseg import __version__
+from dinoseg.config.plain import plain
+from dinoseg.experiment.trained import load_trained, sizes_to_keep, with_whole_weights
+from dinoseg.experiment.unread import warn_unread
+from dinoseg.export.graph import record_of
+from dinoseg.export.options import GraphOptions
+from dinoseg.export.pictures import Picture, pictures
+from dinoseg.export.proof import Reference, compare, exported, passes
+from dinoseg.export.runtime.facts import Facts
+from dinoseg.export.runtime.onnx_record import GraphRecord
+from dinoseg.export.runtime.write import facts_of
+from dinoseg.inference.trained_sizes import keep_scale
+from dinoseg.models.adapters import merge
+from dinoseg.models.model import Segmenter
+from dinoseg.utils.atomic import scratch_folder, write_json
+from dinoseg.utils.errors import UserError
+
+REPORT = "export_report.json"
+_UNREAD = ("inference", "resolution.crop")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A trained model ready to be exported, and what it will be compared on."""
+
+    reference: Reference  # the trained model, with the weights that it was trained and scored with
+    model: Segmenter  # what is exported: the same weights in float32, LoRA updates merged
+    record: GraphRecord
+    reason: str | None  # why its size is fixed; None: it is open
+    facts: Facts
+    pictures: list[Picture]
+    folder: Path  # where files are made, beside their place; it vanishes
+    rounding: str | None  # key of the trained model's low-precision arithmetic, which the file does in float32
+
+
+@contextmanager
+def prepared(
+    cfg: DictConfig, out_dir: Path, options: GraphOptions, *, opset: int | None = None, precision: str = "float32"
+) -> Iterator[Prepared]:
+    """Find pictures, and load the model that `resume` names: as it was trained, and as it is exported.
+
+    Raises:
+        UserError: there is no checkpoint, there are no pictures, it may not be passed on, or it cannot be exported.
+    """
+    if cfg.resume is None:
+        raise UserError("This export needs a trained model: give resume=<run folder or checkpoint>.")
+    warn_unread(out_dir, _UNREAD, "The file takes whole images, at resolution.scale and up to resolution.longest.")
+    with scratch_folder(out_dir, "export") as folder:
+        found = pictures(cfg, options.images, options.count, folder)
+        # quantised weights do not move from one device to another; float16 and TF32 are for GPUs
+        own = {"device": "cpu", "tf32": False} | ({"precision": "fp32"} if cfg.engine.precision == "fp16" else {})
+        trained = load_trained(OmegaConf.merge(cfg, {"engine": own}))  # type: ignore[arg-type]
+        sizes = sizes_to_keep(trained, out_dir)
+        facts = facts_of(cfg, trained, sizes)
+        _check_licence(cfg, facts, options.gated)
+        reference = trained.model
+        model = with_whole_weights(cfg, reference)
+        if any(".lora_" in name for name, _ in model.named_parameters()):
+            model = deepcopy(model) if model is reference else model
+            merge(model.backbone)
+        record, reason = record_of(model, sizes, options, found[0].size, opset=opset, precision=precision)
+        keep_scale(reference, sizes)
+        model.limit = reference.limit
+        yield Prepared(Reference(reference, record), model, record, reason, facts, found, folder, _rounding(cfg))
+
+
+def keep_if_proven(
+    ready: Prepared,
+    kind: str,
+    files: Sequence[Path],
+    out_dir: Path,
+    options: GraphOptions,
+    explain: Callable[[], str],
+) -> dict[str, Any]:
+    """Ask the last of `files`, move all to `out_dir` if it answers as the model does, and return the report.
+
+    Args:
+        ready: what was exported.
+        kind: onnx or program.
+        files: what was written, the file that is asked last.
+        out_dir: the run folder; the report is written there.
+        options: what agreement is asked for.
+        explain: returns what differs.
+
+    Raises:
+        UserError: it differs more; nothing is kept but the report, which says so.
+    """
+    path, classes = files[-1], len(ready.facts.classes)
+    with exported(kind, path, ready.record) as ask:
+        result = compare(ready.reference, ask, ready.pictures, classes, ready.facts.ignore_index)
+    proven = passes(result, options)
+    differs = None if proven else explain()
+    report = {
+        "proven": proven,
+        "differs": differs,
+        "limits": {"agreement": options.least_agreement, "miou_points": options.most_points},
+        **result,
+        "file": path.name,
+        "bytes": sum(file.stat().st_size for file in files),
+        "size": list(ready.record.size) if ready.record.size else "any",
+        "size_fixed_because": ready.reason,
+        "opset": ready.record.opset,
+        "precision": ready.record.precision,
+        "trained_with": ready.rounding or "float32",
+        "versions": {**ready.facts.versions, **_libraries(), "dinoseg": __version__},
+        "images": [picture.path.name for picture in ready.pictures],
+    }
+    write_json(out_dir / REPORT, report)
+    if not proven:
+        raise UserError(_refusal(path, report))
+    for file in files:
+        os.replace(file, out_dir / file.name)
+    _print(out_dir / path.name, report)
+    return report
+
+
+def _rounding(cfg: DictConfig) -> str | None:
+    bits, dtype = cfg.adapter.get("bits"), cfg.backbone.get("dtype", "float32")
+    if bits is not None:
+        return f"adapter.bits={bits}"
+    return None if dtype == "float32" else f"backbone.dtype={dtype}"
+
+
+def _check_licence(cfg: DictConfig, facts: Facts, gated: bool) -> None:
+    """Refuse to write weights of others that are not to be passed on freely, unless the user says so."""
+    head = plain(cfg.head).get("weights")
+    foreign = f"{facts.backbone['weights']} ({facts.backbone['licence']})" if facts.backbone["gated"] else head
+    if foreign is not None and not gated:
+        raise UserError(
+            f"The file would hold weights of {foreign}, whose licence says on which terms they may be passed on. If "
+            f"the file stays with you or you keep to those terms: export.gated=true."
+        )
+
+
+def _refusal(path: Path, report: dict[str, Any]) -> str:
+    miou, limits = {name: f"{100 * value:.2f}" for name, value in report["miou"].items()}, report["limits"]
+    remedy = "Choose another opset or head."
+    if report["precision"] != "float32":
+        remedy = "Choose export.precision=float32."
+    elif report["trained_with"] != "float32":
+        remedy = (
+            f"The model computes with {report['trained_with']}, the file in float32 with the same weights. To accept "
+            f"this agreement, set export.least_agreement and export.most_points."
+        )
+    nan = "" if report["finite"] else ", and some of its probabilities are NaN"
+    return (
+        f"{path.name} was not kept: on {report['pictures']} pictures {report['agreement']:.4%} of the pixels have the "
+        f"class that the trained model gives (at least {limits['agreement']:.2%} must), and the mIoU is "
+        f"{miou['exported']} instead of {miou['torch']} (at most {limits['miou_points']} points apart){nan}. What "
+        f"differs: {report['differs']}. {remedy} The figures are in {REPORT}."
+    )
+
+
+def _print(path: Path, report: dict[str, Any]) -> None:
+    latency, miou = report["latency_ms"], report["miou"]
+    print(f"written to {path}: {report['bytes'] / 1e6:.2f} MB, {report['precision']}, size {report['size']}")
+    if report["size_fixed_because"]:
+        print(f"its size is fixed: {report['size_fixed_because']}")
+    if "agreement_with_predict" in report:
+        print(
+            f"at that size {report['agreement_with_predict']:.2%} of the pixels have the class that mode=predict gives"
+        )
+    print(
+        f"proven on {report['pictures']} pictures: {report['agreement']:.4%} of the pixels agree, mIoU "
+        f"{100 * miou['exported']:.2f} (PyTorch {100 * miou['torch']:.2f}; against {report['references']}); "
+        f"{latency['exported']:.1f} ms a picture (PyTorch eager {latency['torch']:.1f} ms)"
+    )
+
+
+def _libraries() -> dict[str, str]:
+    import onnx
+    import onnxscript
+
+    from dinoseg.export.runtime.onnx_model import runtime_version
+
+    found = {"torch": torch.__version__, "onnx": onnx.__version__, "onnxscript": onnxscript.__version__}
+    return {**found, "onnxruntime": runtime_version()}

@@ -1,0 +1,144 @@
+"""A trained model as the graph that is exported: pixels in, what its head gives out, and how it is to be asked."""
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from dinoseg.core.geometry import upsample
+from dinoseg.core.shapes import MaskOutputs
+from dinoseg.core.sizes import Size
+from dinoseg.export.options import LARGEST_SIDE, MOST_PIXELS, GraphOptions
+from dinoseg.export.runtime.onnx_record import GraphRecord
+from dinoseg.inference.trained_sizes import TrainedSizes
+from dinoseg.models.model import Segmenter
+from dinoseg.utils.errors import UserError
+
+MOST_CELLS = 4096  # rows and columns of the patch grid that an open graph takes, and pictures at once
+_EXAMPLE = (2, 3, 5)  # pictures, and rows and columns of patches: none of them equal, so that none is taken for another
+
+
+class Graph(nn.Module):
+    """Images (B, 3, H, W), float RGB in 0..1, to the outputs that `GraphRecord` names."""
+
+    def __init__(self, segmenter: Segmenter, record: GraphRecord) -> None:
+        super().__init__()
+        self.backbone = segmenter.backbone
+        self.head = segmenter.head
+        self.record = record
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        """Return the head's outputs, or with `pixels` class scores of each pixel."""
+        outputs = self.head.run(self.backbone, image)
+        masks = isinstance(outputs, MaskOutputs)
+        if self.record.kind != "pixels":
+            return (outputs.class_logits, outputs.mask_logits) if masks else (outputs,)
+        size = (image.shape[-2], image.shape[-1])
+        if not masks:
+            return (upsample(outputs, size, (1.0, 1.0)),)
+        classes = outputs.class_logits.float().softmax(dim=-1)
+        classes = classes[..., :-1] if self.record.no_object else classes
+        pixels = upsample(outputs.mask_logits, size, (1.0, 1.0)).sigmoid()
+        return (torch.einsum("bqk,bqhw->bkhw", classes, pixels),)
+
+
+def record_of(
+    segmenter: Segmenter,
+    sizes: TrainedSizes | None,
+    options: GraphOptions,
+    picture: Size,
+    *,
+    opset: int | None = None,
+    precision: str = "float32",
+) -> tuple[GraphRecord, str | None]:
+    """Return how the graph of a model is to be asked, and why its size is fixed (None: it is open).
+
+    Args:
+        segmenter: in eval mode.
+        sizes: of its training's pictures.
+        options: what is asked for.
+        picture: (H, W) of a picture, whose size a graph that cannot be open has.
+        opset: of an ONNX file.
+        precision: of its weights.
+
+    Raises:
+        UserError: a model of slots, a size that is no multiple of the patches, or what its head cannot be.
+    """
+    head = segmenter.head
+    if head.slots is not None:
+        raise UserError("A model of slots cannot be exported: its segments go from frame to frame. Use mode=track.")
+    reason = _reason(segmenter, options)
+    fill = [float(value) for value in segmenter.backbone.mean.flatten()]
+    kind = "pixels" if options.pixels else "masks" if head.mixture else "scores"
+    record = GraphRecord(
+        multiple=segmenter.patch_size,
+        scale=float(segmenter.scale),
+        longest=segmenter.longest,
+        typical=sizes.typical if sizes else None,
+        largest=sizes.largest if sizes else None,
+        size=None,
+        batch=None,
+        fill=(fill[0], fill[1], fill[2]),
+        kind=kind,
+        mixture=head.mixture,
+        no_object=head.no_object,
+        opset=opset,
+        precision=precision,
+    )
+    if reason is None:
+        return record, None
+    fixed = options.one_size or record.layout(picture).padded
+    multiple = segmenter.patch_size
+    if any(side % multiple for side in fixed):
+        near = [max(1, round(side / multiple)) * multiple for side in fixed]
+        raise UserError(f"export.size={list(fixed)}: give multiples of the patches' {multiple} px, such as {near}.")
+    if max(fixed) > LARGEST_SIDE or math.prod(fixed) > MOST_PIXELS:
+        raise UserError(
+            f"The graph would take the size of the first picture, {list(fixed)} ({reason}), which is too large. Give "
+            "export.size=[H,W], or smaller pictures by export.images."
+        )
+    return replace(record, size=fixed, batch=1), reason
+
+
+def trace(segmenter: Segmenter, record: GraphRecord) -> torch.export.ExportedProgram:
+    """Return the graph as torch.export traces it.
+
+    Raises:
+        UserError: it cannot be traced; the message says what torch says.
+    """
+    graph, patch = Graph(segmenter, record).eval(), record.multiple
+    batch, rows, columns = _EXAMPLE
+    example = (batch, 3, rows * patch, columns * patch)
+    shapes = None
+    if record.size is None:
+        dims = [torch.export.Dim(name, min=1, max=MOST_CELLS) for name in ("batch", "rows", "columns")]
+        shapes = ({0: dims[0], 2: patch * dims[1], 3: patch * dims[2]},)
+    else:
+        example = (record.batch or 1, 3, *record.size)
+    try:
+        with torch.no_grad():
+            return torch.export.export(graph, (torch.rand(example),), dynamic_shapes=shapes)
+    except Exception as error:  # each part that cannot be traced fails in its own way
+        raise UserError(cannot(error, record)) from error
+
+
+def cannot(error: Exception, record: GraphRecord) -> str:
+    """Return the message of a graph that cannot be exported."""
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    remedy = "Set export.dynamic=false for one size." if record.size is None else "Choose another backbone or head."
+    return f"This model cannot be exported with {_opening(record)}: {reason}. {remedy}"
+
+
+def _opening(record: GraphRecord) -> str:
+    return "an open size" if record.size is None else f"the size {list(record.size)}"
+
+
+def _reason(segmenter: Segmenter, options: GraphOptions) -> str | None:
+    one_size = segmenter.head.one_size
+    if options.dynamic and one_size is not None:
+        raise UserError(
+            f"export.dynamic=true: {one_size}. Set export.dynamic=null, and export.size=[H,W] if it is not to be that "
+            "of the pictures."
+        )
+    return options.why_fixed or one_size

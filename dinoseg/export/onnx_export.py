@@ -1,0 +1,72 @@
+"""export=onnx: a trained model as an ONNX file that has answered real pictures as the model does."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from dinoseg.export import onnx_file
+from dinoseg.export.export import keep_if_proven, prepared
+from dinoseg.export.graph import trace
+from dinoseg.export.layers import differing_layer
+from dinoseg.export.options import GraphOptions
+from dinoseg.export.proof import Reference
+from dinoseg.export.runtime.onnx_record import PRECISIONS
+from dinoseg.export.tensorrt import build_engine, check_tensorrt
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.ranges import Count
+
+NAME = "model.onnx"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnnxExport(GraphOptions):
+    """What is asked of an ONNX file; called, it writes one.
+
+    Attributes:
+        opset: version of ONNX's operators, at least 18.
+        precision: of the weights: float32, float16 or int8 with a scale for each channel; computed in float32.
+        tensorrt: build TensorRT's engine from the file, too, where TensorRT is.
+
+    Raises:
+        UserError: there is no such opset or precision here, or no TensorRT, or as `GraphOptions`.
+    """
+
+    opset: Count = 18
+    precision: str = "float32"
+    tensorrt: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be written here."""
+        super().__post_init__()
+        onnx_file.check_opset(self.opset)
+        if self.precision not in PRECISIONS:
+            raise UserError(f"export.precision={self.precision} is unknown. Choose one of {', '.join(PRECISIONS)}.")
+        if self.tensorrt:
+            check_tensorrt()
+
+    def __call__(self, cfg: DictConfig, *, out_dir: Path) -> dict[str, Any]:
+        """Write the model that `resume` names to `out_dir`/model.onnx, once it is proven, and its report beside it.
+
+        Args:
+            cfg: the whole config, merged with the checkpoint's.
+            out_dir: the run folder.
+
+        Raises:
+            UserError: it cannot be exported, or what was written answers otherwise than the model; no file is kept.
+        """
+        with prepared(cfg, out_dir, self, opset=self.opset, precision=self.precision) as ready:
+            model = onnx_file.to_onnx(trace(ready.model, ready.record), ready.record)
+            scopes = onnx_file.scopes_of(model)
+            onnx_file.finish(model, ready.record, ready.facts.description())
+            files = onnx_file.write(model, ready.folder / NAME)
+            first = ready.pictures[0].path
+            whole = Reference(ready.model, ready.record)
+            explain = lambda: differing_layer(files[-1], scopes, whole, first)  # noqa: E731
+            report = keep_if_proven(ready, "onnx", files, out_dir, self, explain)
+        path = out_dir / NAME
+        print(f'use: import dinoseg; model = dinoseg.load("{path}"); out = model.predict("picture.jpg")')
+        sizes = [ready.record.layout(picture.size).padded for picture in ready.pictures]
+        engine = {"engine": str(build_engine(path, ready.record, sizes))} if self.tensorrt else {}
+        return {"path": str(path), "agreement": report["agreement"], **engine}

@@ -1,0 +1,107 @@
+"""A traced model as an ONNX file: written, its weights shortened, and what it says of itself put in."""
+
+import ast
+import contextlib
+import io
+import json
+import logging
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+
+from dinoseg.export.graph import cannot
+from dinoseg.export.runtime.onnx_record import KEY, OUTPUTS, GraphRecord
+from dinoseg.export.weights import shorten
+from dinoseg.utils.errors import UserError
+
+LARGEST = 2**31 - 2**20  # bytes in one protobuf message; the weights of a larger model lie in a file beside it
+_SCOPES = "pkg.torch.onnx.name_scopes"
+
+
+def to_onnx(program: torch.export.ExportedProgram, record: GraphRecord) -> onnx.ModelProto:
+    """Return a traced model as an ONNX model.
+
+    Raises:
+        UserError: torch cannot say it in ONNX; the message says why.
+    """
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # it reports each step of its own
+            warnings.simplefilter("ignore")
+            for logger in loggers:
+                logger.setLevel(logging.ERROR)
+            exported = torch.onnx.export(
+                program,
+                dynamo=True,
+                opset_version=record.opset,
+                input_names=["image"],
+                output_names=list(OUTPUTS[record.kind]),
+                verbose=False,
+            )
+        if exported is None:
+            raise UserError("torch.onnx.export gave nothing. Install the newest onnxscript.")
+        return exported.model_proto
+    except Exception as error:  # an operator that ONNX lacks fails in its own way
+        raise UserError(cannot(error, record)) from error
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def scopes_of(model: onnx.ModelProto) -> dict[str, str]:
+    """Return, for each module of the traced model, the tensor that it puts out: the last one made within it."""
+    found = {}
+    for node in model.graph.node:
+        note = next((entry.value for entry in node.metadata_props if entry.key == _SCOPES), "[]")
+        for scope in ast.literal_eval(note)[:-1]:  # the last is the operation's own name
+            if scope and not scope.startswith("_"):
+                found[scope] = node.output[0]
+    return found
+
+
+def finish(model: onnx.ModelProto, record: GraphRecord, description: Mapping[str, Any]) -> None:
+    """Shorten the weights, take away what tells of this machine, and put the description in, all in place."""
+    if record.precision != "float32":
+        shorten(model, record.precision)
+    strip(model)
+    # of which torch takes a newer one than its operators need, and older runtimes refuse that
+    model.ir_version = onnx.helper.find_min_ir_version_for(list(model.opset_import))
+    del model.metadata_props[:]
+    entry = model.metadata_props.add()
+    entry.key, entry.value = KEY, json.dumps({"graph": record.plain(), **description}, allow_nan=False)
+
+
+def strip(model: onnx.ModelProto) -> None:
+    """Take away notes on nodes and values: torch's hold paths and lines of this machine's code."""
+    graph = model.graph
+    for part in (model, graph, *graph.node, *graph.input, *graph.output, *graph.initializer, *graph.value_info):
+        part.ClearField("doc_string")
+        part.ClearField("metadata_props")
+
+
+def write(model: onnx.ModelProto, path: Path) -> list[Path]:
+    """Write a model, and beside it, where it is too large for one file, its weights; return the paths, those first."""
+    if model.ByteSize() < LARGEST:
+        path.write_bytes(model.SerializeToString())
+        return [path]
+    data = path.with_name(f"{path.name}.data")
+    onnx.save_model(model, path, save_as_external_data=True, all_tensors_to_one_file=True, location=data.name)
+    return [data, path]
+
+
+def check_opset(opset: int) -> None:
+    """Refuse a version of the operators that cannot be written.
+
+    Raises:
+        UserError: naming those that can.
+    """
+    newest = onnx.defs.onnx_opset_version()
+    if not 18 <= opset <= newest:
+        raise UserError(
+            f"export.opset={opset}: give 18 (torch's first) to {newest} (the newest of onnx {onnx.__version__})."
+        )

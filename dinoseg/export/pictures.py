@@ -1,0 +1,101 @@
+"""The real pictures on which an export is proven."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from omegaconf import DictConfig
+
+from dinoseg.core.sizes import Size
+from dinoseg.experiment import build
+from dinoseg.experiment.folder import LOG
+from dinoseg.inference.class_record import NAME as CLASSES_NAME
+from dinoseg.inference.inputs import is_video, list_inputs
+from dinoseg.inference.memory import free_bytes
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.images import read_image, write_png
+
+T = TypeVar("T")
+_COPIES = 4  # of the class scores of all pixels that are there at a time
+_REMEDY = "An export is proven on real pictures before it is kept: give export.images=<folder or pattern of pictures>."
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture file, its (H, W), and its mask (H, W) uint8 where there is one."""
+
+    path: Path
+    size: Size
+    mask: np.ndarray | None = None
+
+
+def pictures(cfg: DictConfig, images: str, count: int, folder: Path) -> list[Picture]:
+    """Return pictures spread evenly over a split of the config's data set, a folder, or a pattern's matches.
+
+    Each is read once, so that what is none is told here.
+
+    Args:
+        cfg: the whole config.
+        images: train, val or test; or a picture, a folder or a glob pattern.
+        count: at most so many.
+        folder: where pictures of a data set are written, without loss.
+
+    Raises:
+        UserError: there are none: an export is not written unproven; or they are what dinoseg drew itself, no pictures,
+            or too large to be compared.
+    """
+    found = list(_of_split(cfg, images, count, folder) if images in build.SPLITS else _of_files(images, count))
+    if not found:
+        raise UserError(f"The export cannot be proven: the data set's split {images} is empty. {_REMEDY}")
+    num_classes = len(cfg.data.get("classes") or ())
+    free = free_bytes(torch.device("cpu"))
+    for picture in found:
+        needed = _COPIES * 4 * num_classes * math.prod(picture.size)
+        if needed > free:
+            raise UserError(
+                f"{picture.path.name} ({picture.size[0]} x {picture.size[1]}) takes {needed / 2**30:.1f} GiB to be "
+                f"compared class by class, and {free / 2**30:.1f} are free. Leave it out of export.images."
+            )
+    return found
+
+
+def _of_split(cfg: DictConfig, split: str, count: int, folder: Path) -> Iterator[Picture]:
+    try:
+        data = build.dataset(cfg, split)
+        for index in _spread(range(len(data)), count):
+            sample, path = data[index], folder / f"{index}.png"
+            image = np.ascontiguousarray(sample["image"].permute(1, 2, 0).numpy())
+            write_png(path, image)
+            yield Picture(path, (image.shape[0], image.shape[1]), sample["mask"].numpy())
+    except UserError as error:
+        raise UserError(f"The export cannot be proven on the data set's split {split}: {error} {_REMEDY}") from error
+
+
+def _of_files(images: str, count: int) -> Iterator[Picture]:
+    files = [path for path in list_inputs(images, "export.images") if not is_video(path)]
+    if not files:
+        raise UserError(f"export.images={images}: holds no pictures. {_REMEDY}")
+    for path in _spread(files, count):
+        _check_photograph(path, images)
+        height, width, _ = read_image(path).shape
+        yield Picture(path, (height, width))
+
+
+def _check_photograph(path: Path, images: str) -> None:
+    """Refuse what dinoseg drew itself: charts, overlays and masks, on which an export proves nothing."""
+    for folder in path.absolute().parents:
+        drawn = (folder / LOG).is_file() and (folder / "config").is_dir()
+        if drawn or (folder == path.absolute().parent and (folder / CLASSES_NAME).is_file()):
+            raise UserError(
+                f"export.images={images}: {path.name} is in {folder}, a folder that dinoseg wrote: its pictures are "
+                "charts, overlays and masks. Give pictures such as the model is to see."
+            )
+
+
+def _spread(items: Sequence[T], count: int) -> list[T]:
+    number = min(count, len(items))
+    return [items[index * len(items) // number] for index in range(number)]

@@ -1,0 +1,40 @@
+"""export=program: a trained model as a program of torch.export, which runs without dinoseg's code."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+
+from dinoseg.export.export import keep_if_proven, prepared
+from dinoseg.export.graph import trace
+from dinoseg.export.options import GraphOptions
+from dinoseg.export.runtime.onnx_record import KEY
+
+NAME = "model.pt2"
+_DIFFERS = "the traced program: export=onnx names the layer"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProgramExport(GraphOptions):
+    """What is asked of a program of torch.export; called, it writes one."""
+
+    def __call__(self, cfg: DictConfig, *, out_dir: Path) -> dict[str, Any]:
+        """Write the model that `resume` names to `out_dir`/model.pt2, once it is proven, and its report beside it.
+
+        Args:
+            cfg: the whole config, merged with the checkpoint's.
+            out_dir: the run folder.
+
+        Raises:
+            UserError: it cannot be exported, or what was written answers otherwise than the model; no file is kept.
+        """
+        with prepared(cfg, out_dir, self) as ready:
+            file = ready.folder / NAME
+            about = json.dumps({"graph": ready.record.plain(), **ready.facts.description()}, allow_nan=False)
+            torch.export.save(trace(ready.model, ready.record), file, extra_files={f"{KEY}.json": about})
+            report = keep_if_proven(ready, "program", [file], out_dir, self, lambda: _DIFFERS)
+        print(f'use: import torch; outputs = torch.export.load("{out_dir / NAME}").module()(images)')
+        return {"path": str(out_dir / NAME), "agreement": report["agreement"]}

@@ -1,0 +1,105 @@
+"""What a run has left of its data and its scores, for a file that goes where the run does not."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dinoseg.training.checkpoint import FOLDER
+from dinoseg.utils import forms
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.wording import shown
+from dinoseg.utils.yaml_text import read_yaml
+
+COUNTED = "every pixel of the split counted once, those that are ignored left out"
+_MEASURES = ("miou", "dice", "accuracy", "mean_accuracy")
+_SHARE = forms.maybe(forms.number(0, 1))
+_FOUND = forms.table(forms.plain)
+_SCORES = forms.holding(miou=_SHARE, pixels=forms.whole(), classes=forms.listing(forms.holding(iou=_SHARE)))
+_OFFICIAL = forms.holding(protocol=forms.text, scores=forms.table(forms.plain), ci95=forms.table(forms.plain))
+_EVALUATED = forms.holding(resume=forms.text, mode=forms.holding(split=forms.text))  # the config of mode=eval
+_LARGEST = 2**17  # bytes of a config file: ours have a twentieth
+_SPLIT = forms.table(forms.listing(forms.text))
+
+
+def scores_of(path: Path, classes: Sequence[str], evaluation: str | None) -> dict[str, Any] | None:
+    """Return scores with their protocol, of the end of a training or of a folder; None where there are none.
+
+    Args:
+        path: the checkpoint.
+        classes: a name for each id.
+        evaluation: folder of a mode=eval run.
+
+    Raises:
+        UserError: the folder holds no scores, or those of another checkpoint.
+    """
+    if evaluation is None:
+        folder, split = path.parent.parent / "evaluation", "val"
+        own = path.parent.name == FOLDER and path.stem == "best" and (folder / "scores.json").is_file()
+        # an older evaluation is of an earlier best
+        if not own or (folder / "scores.json").stat().st_mtime < path.stat().st_mtime:
+            return None
+    else:
+        folder = Path(evaluation).expanduser()
+        split = _split_of(folder, path)
+    where = f"export.scores={folder}"
+    scores = _read(folder / "scores.json", _SCORES, where)
+    found = {
+        "split": split,
+        "protocol": COUNTED,
+        "pixels": scores["pixels"],
+        "values": {key: scores.get(key) for key in _MEASURES},
+        "ci95": scores.get("ci95"),
+        "per_class": {name: row["iou"] for name, row in zip(classes, scores["classes"], strict=False)},
+    }
+    if (folder / "official_scores.json").is_file():
+        official = _read(folder / "official_scores.json", _OFFICIAL, where)
+        found["official"] = {
+            key: official.get(key) for key in ("protocol", "scores", "ci95", "n", "unit", "rules", "interval")
+        }
+    try:
+        _FOUND(found, "it")
+    except forms.Misshapen as error:
+        raise UserError(f"{where}: its scores cannot be used ({error}). Run mode=eval again.") from None
+    return found
+
+
+def data_of(path: Path, name: str) -> dict[str, Any]:
+    """Return a fingerprint of what a run was trained on: counts, and a hash of the names; no name itself.
+
+    Args:
+        path: the checkpoint.
+        name: of the data set's config.
+    """
+    found: dict[str, Any] = {"name": name}
+    try:
+        split = forms.read_json(path.parent.parent / "split.json", _SPLIT)
+    except (OSError, forms.Misshapen, UserError):
+        return found
+    for side, names in split.items():
+        digest = hashlib.sha256(json.dumps(names).encode()).hexdigest()
+        found[side] = {"count": len(names), "names_sha256": digest}
+    return found
+
+
+def _split_of(folder: Path, path: Path) -> str:
+    """Return the split that a mode=eval run scored this checkpoint on."""
+    try:
+        config = read_yaml(folder / "config" / "config.yaml", _LARGEST)
+        _EVALUATED(config, "it")
+        resumed, same = config["resume"], Path(config["resume"]).resolve() == path.resolve()
+    except (OSError, ValueError, UserError) as error:  # a name may hold what no path does
+        raise UserError(f"export.scores={folder} is no run folder of mode=eval ({error}). Give one.") from None
+    if not same:
+        raise UserError(
+            f"export.scores={folder}: those scores are of {shown(resumed, 500)}, not of {path}. Evaluate this one."
+        )
+    return config["mode"]["split"]
+
+
+def _read(path: Path, form: forms.Form, where: str) -> Mapping[str, Any]:
+    try:
+        return forms.read_json(path, form)
+    except (OSError, forms.Misshapen) as error:
+        raise UserError(f"{where}: {path.name} cannot be used ({error}). Run mode=eval again.") from None

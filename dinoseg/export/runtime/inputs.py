@@ -1,0 +1,159 @@
+"""Whatever a user has as a picture (a path, an array, a tensor, Pillow's) as (H, W, 3) uint8 RGB; no torch."""
+
+import logging
+from collections.abc import Iterable, Iterator
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.files import found, is_pattern
+from dinoseg.utils.images import IMAGE_SUFFIXES, as_rgb, read_image
+
+logger = logging.getLogger(__name__)
+ON_ERROR = ("stop", "skip")
+_ACCEPTED = "Give a path, an array (H, W, 3), a torch tensor (3, H, W), a Pillow image, or a list of them."
+_WHITE = 65535  # of 16 bits
+
+Picture = tuple[Path | None, np.ndarray]  # the file it is of, and (H, W, 3) uint8 RGB
+
+
+def is_one(source: Any) -> bool:
+    """Return whether a source is one picture, and no folder, pattern, stack or list of them."""
+    if isinstance(source, str | PathLike):
+        return not (_is_folder(source) or is_pattern(source))
+    return isinstance(source, Image.Image) or (_is_array(source) and len(source.shape) <= 3)
+
+
+def is_many_files(source: Any) -> bool:
+    """Return whether a source is a folder or a pattern: as many files as there are, read one after the other."""
+    return isinstance(source, str | PathLike) and not is_one(source)
+
+
+def pictures(source: Any, *, on_error: str = "stop") -> Iterator[Picture]:
+    """Return an iterator over the pictures of a source, in order; files in that of their numbers: x2 before x10.
+
+    Args:
+        source: a picture; a folder (its subfolders and hidden files are left out) or a pattern such as `a/*.png`; an
+            array (B, H, W, 3) or a tensor (B, 3, H, W); or anything that gives pictures one after the other.
+        on_error: `stop` at what is no picture, or `skip` it with a warning.
+
+    Raises:
+        UserError: it is no picture, or there is none; the message says what would be.
+    """
+    if on_error not in ON_ERROR:
+        raise UserError(f"on_error={on_error} is unknown. Choose one of {', '.join(ON_ERROR)}.")
+    return _read(_ones(source), on_error)
+
+
+def _read(ones: Iterable[Any], on_error: str) -> Iterator[Picture]:
+    for number, one in enumerate(ones):
+        try:
+            picture = _picture(one, f"picture {number}")
+        except UserError as error:
+            if on_error == "stop":
+                raise
+            logger.warning("left out: %s", error)
+            continue
+        yield picture
+
+
+def as_pixels(array: np.ndarray, name: str, *, channels_first: bool = False) -> np.ndarray:
+    """Return an array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of levels as (H, W, 3) uint8; alpha is left out.
+
+    Floats are levels in 0..1, of 16 bits in 0..65535.
+
+    Args:
+        array: the levels, RGB.
+        name: begins a message.
+        channels_first: its axes are (C, H, W), as torch's.
+
+    Raises:
+        UserError: it has other axes or numbers.
+    """
+    if channels_first and array.ndim == 3:
+        if array.shape[0] not in (1, 3, 4):
+            raise UserError(f"{name} is a tensor {list(array.shape)}: give (3, H, W), as tensor.permute(2, 0, 1) does.")
+        array = array.transpose(1, 2, 0)
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
+        hint = " Turn it: array.transpose(1, 2, 0)." if array.ndim == 3 and array.shape[0] in (1, 3, 4) else ""
+        raise UserError(f"{name} is an array of {list(array.shape)}: give (H, W, 3) RGB, or (H, W) grey.{hint}")
+    if not array.size:
+        raise UserError(f"{name} is an array of {list(array.shape)}, which holds no pixel.")
+    levels = _levels(array, name)
+    levels = levels[..., None] if levels.ndim == 2 else levels
+    rgb = levels.repeat(3, axis=2) if levels.shape[2] == 1 else levels[..., :3]
+    return np.ascontiguousarray(rgb)
+
+
+def _levels(array: np.ndarray, name: str) -> np.ndarray:
+    """Return levels as uint8."""
+    if array.dtype == np.uint8:
+        return array
+    if array.dtype == np.uint16:
+        return np.round(array * (255 / _WHITE)).astype(np.uint8)
+    if not np.issubdtype(array.dtype, np.floating):
+        raise UserError(
+            f"{name} is an array of {array.dtype}: give uint8 in 0..255 (array.astype('uint8')), uint16 or floats in "
+            "0..1."
+        )
+    least, most = float(array.min()), float(array.max())
+    if not (0 <= least and most <= 1):  # NaN is neither
+        raise UserError(
+            f"{name} holds floats from {least:.3g} to {most:.3g}: give levels in 0..1, or uint8 in 0..255. Do not "
+            "normalise them: the model does that itself."
+        )
+    return np.round(array * 255).astype(np.uint8)
+
+
+def _ones(source: Any) -> Iterable[Any]:
+    if is_one(source):
+        return [source]
+    if is_many_files(source):
+        return _files(source)
+    if isinstance(source, Iterable) or _is_array(source):
+        return source
+    raise UserError(f"{type(source).__name__} is no picture. {_ACCEPTED}")
+
+
+def _files(source: str | PathLike[str]) -> list[Path]:
+    """Return the pictures of a folder or of a pattern, of which there is one at least."""
+    files = found(source, IMAGE_SUFFIXES)
+    if not files:
+        where = (
+            f"The folder {source} holds no picture directly" if _is_folder(source) else f"{source} matches no picture"
+        )
+        raise UserError(f"{where}. Pictures end in {' '.join(IMAGE_SUFFIXES)}.")
+    return files
+
+
+def _picture(one: Any, name: str) -> Picture:
+    if isinstance(one, str | PathLike):
+        path = Path(fspath(one)).expanduser()
+        if path.is_dir():
+            raise UserError(f"{path} is a folder: give its pictures, or the folder alone.")
+        return path, read_image(path)
+    if isinstance(one, Image.Image):
+        return None, as_rgb(one, name)
+    if isinstance(one, np.ndarray):
+        return None, as_pixels(one, name)
+    if _is_array(one):
+        return None, as_pixels(_from_tensor(one), name, channels_first=True)
+    raise UserError(f"{name} is of type {type(one).__name__}, no picture. {_ACCEPTED}")
+
+
+def _is_array(source: Any) -> bool:
+    """Return whether it is numpy's or torch's; torch is not imported to find out."""
+    return isinstance(source, np.ndarray) or all(hasattr(source, name) for name in ("detach", "cpu", "shape"))
+
+
+def _from_tensor(tensor: Any) -> np.ndarray:
+    tensor = tensor.detach().cpu()
+    return np.asarray(tensor.float() if tensor.is_floating_point() else tensor)  # numpy knows no bfloat16
+
+
+def _is_folder(source: str | PathLike[str]) -> bool:
+    return Path(source).expanduser().is_dir()

@@ -1,0 +1,160 @@
+"""A trained model to use: pictures of any kind in, segmentations out, whatever runtime computes them."""
+
+import shutil
+from collections.abc import Iterator
+from itertools import islice
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dinoseg.export.runtime.facts import Facts
+from dinoseg.export.runtime.inputs import Picture, is_many_files, is_one, pictures
+from dinoseg.export.runtime.onnx_model import parts_of
+from dinoseg.export.runtime.result import Segmentation
+from dinoseg.export.runtime.runtime import Options, Runtime
+from dinoseg.utils.atomic import whole_file
+from dinoseg.utils.errors import UserError, telling_file_errors
+from dinoseg.utils.wording import shown
+
+_NO_FILE = "This model is in no file of its own. Write one: mode=export export=safetensors resume=RUN."
+
+
+class Model:
+    """A trained model and what it says of itself.
+
+    Args:
+        runtime: what computes.
+        facts: its classes, sizes, scores and sources.
+        file: what it was loaded from, if that is a model in one file.
+    """
+
+    def __init__(self, runtime: Runtime, facts: Facts, file: Path | None = None) -> None:
+        self.runtime = runtime
+        self.facts = facts
+        self.file = None if file is None else file.absolute()
+
+    def __repr__(self) -> str:
+        classes = ", ".join(self.facts.classes[:5]) + (", ..." if len(self.facts.classes) > 5 else "")
+        backbone = self.facts.backbone.get("name", "unknown")
+        said = f"{len(self.facts.classes)} classes: {classes}; backbone {shown(backbone)}; {self.runtime.name}"
+        return f"dinoseg.Model({said})"
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """A name for each class id."""
+        return self.facts.classes
+
+    @property
+    def palette(self) -> tuple[tuple[int, int, int], ...]:
+        """The colour of each class, (red, green, blue) in 0..255."""
+        return self.facts.palette
+
+    def predict(self, source: Any, *, batch_size: int = 4, on_error: str = "stop") -> Any:
+        """Segment a picture, or several.
+
+        Args:
+            source: a path, an array (H, W, 3) uint8, uint16 or float in 0..1 (RGB), a torch tensor (3, H, W), a Pillow
+                image; a list or a stack of them; a folder, a pattern or any iterator.
+            batch_size: pictures of one size, next to one another, that the model sees at once.
+            on_error: `stop` at what is no picture, or `skip` it with a warning.
+
+        Returns:
+            A `Segmentation` of one picture, a list of several, and an iterator of a folder, a pattern or an iterator,
+            which holds one batch at a time and gives files in the order of their numbers.
+
+        Raises:
+            UserError: something is no picture; the message says which, and what would be.
+        """
+        if type(batch_size) is not int or batch_size < 1:
+            raise UserError(f"batch_size={batch_size}: give a whole number of at least 1.")
+        results = self._predicted(pictures(source, on_error=on_error), batch_size)
+        if is_one(source):
+            found = list(results)
+            return found[0] if found else None
+        return results if is_many_files(source) or isinstance(source, Iterator) else list(results)
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Copy the model's file to a path, whole or not at all.
+
+        Raises:
+            UserError: it came from no file of its own, or cannot be written.
+        """
+        if self.file is None:
+            raise UserError(_NO_FILE)
+        target = Path(path).expanduser()
+        parts = parts_of(self.file, target.name)  # of a large ONNX file, with its weights, which it knows by name
+        with telling_file_errors(target.parent):
+            for source in parts:
+                with whole_file(target if source == self.file else target.with_name(source.name)) as part:
+                    shutil.copyfile(source, part)
+
+    @classmethod
+    def from_pretrained(
+        cls, source: str | PathLike[str], *, revision: str | None = None, token: str | None = None, **options: Any
+    ) -> "Model":
+        """Return the model of a hub's repository, or of a folder here that holds `model.safetensors` or `model.onnx`.
+
+        Args:
+            source: `ORG/NAME`, or a folder.
+            revision: branch, tag or commit of the repository.
+            token: of the hub, kept nowhere; None: the one that `hf auth login` has kept.
+            options: as of `dinoseg.load`.
+
+        Raises:
+            UserError: there is none, the hub does not answer, or as `dinoseg.load`.
+        """
+        from dinoseg.export.runtime.hub import fetched
+        from dinoseg.export.runtime.opening import open_model
+
+        opening = Options(**options)
+        return cls(*open_model(fetched(source, revision=revision, token=token, runtime=opening.runtime), opening))
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        token: str | None = None,
+        gated: bool = False,
+    ) -> str:
+        """Upload the model's file and a model card to a repository of the hub; return the commit's address.
+
+        Args:
+            repo_id: `ORG/NAME`, made if need be.
+            private: of a repository that is made; None: as the organisation has it.
+            revision: the branch to write to; None: main.
+            token: of the hub, kept nowhere; None: the one that `hf auth login` has kept.
+            gated: upload weights whose licence sets terms, which you then keep to.
+
+        Raises:
+            UserError: the model is in no file, holds such weights, or the hub does not take it.
+        """
+        from dinoseg.export.runtime.hub import push
+
+        if self.file is None:
+            raise UserError(_NO_FILE)
+        return push(self.file, self.facts, repo_id, private=private, revision=revision, token=token, gated=gated)
+
+    def _predicted(self, found: Iterator[Picture], batch_size: int) -> Iterator[Segmentation]:
+        for batch in _batches(found, batch_size):
+            ids = self.runtime.ids([image for _, image in batch])
+            for (path, image), mask in zip(batch, ids, strict=True):
+                yield Segmentation(mask, image, self.facts, path, ask=self._probabilities)
+
+    def _probabilities(self, image: np.ndarray) -> np.ndarray:
+        return self.runtime.probabilities([image])[0]
+
+
+def _batches(found: Iterator[Picture], size: int) -> Iterator[list[Picture]]:
+    """Yield runs of pictures of one size, at most `size` long."""
+    batch: list[Picture] = list(islice(found, 1))
+    for picture in found:
+        if len(batch) == size or batch[0][1].shape != picture[1].shape:
+            yield batch
+            batch = []
+        batch.append(picture)
+    if batch:
+        yield batch

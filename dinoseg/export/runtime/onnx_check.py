@@ -1,0 +1,172 @@
+"""What an ONNX file holds, read before any runtime sees it: nothing but tensors and standard operators is let through.
+
+`onnx_wire.py` reads the messages, so that no generated code of another package is needed where models are used.
+"""
+
+import math
+import mmap
+import os
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from dinoseg.export.runtime.onnx_wire import Damaged, WireReader
+from dinoseg.utils.errors import UserError
+
+STANDARD = ("", "ai.onnx")  # operator sets that let nothing run but ONNX's own operators
+LARGEST_FILE = 2**31 - 1  # of a protobuf message
+_MOST_NODES, _MOST_SIDE, _LONGEST_NAME, _MOST_AXES = 200_000, 2**20, 255, 64
+_BITS = {1: 32, 2: 8, 3: 8, 4: 16, 5: 16, 6: 32, 7: 64, 9: 8, 10: 16, 11: 64, 12: 32, 13: 64, 16: 16, 21: 4, 22: 4}
+_DATA = ("raw_data", "float_data", "int32_data", "int64_data", "double_data", "uint64_data")
+_EXTERNAL = 1  # of data_location
+_EXTERNAL_KEYS = ("location", "offset", "length", "checksum")
+
+
+def read_metadata(path: Path, key: str) -> str:
+    """Return the text that a model's metadata holds under `key`, after all of the file has been looked at.
+
+    Raises:
+        UserError: it is damaged or no ONNX file, has no such text, names data outside its folder, operators that are
+            no standard ones, graphs inside graphs, or tensors that are not in it in full; or it cannot be read.
+    """
+    return _read(path, key)[0]
+
+
+def data_beside(path: Path, key: str) -> list[str]:
+    """Return the names of the files beside a model in which tensors of it lie; arguments and errors as above."""
+    return sorted(_read(path, key)[1])
+
+
+def _read(path: Path, key: str) -> tuple[str, set[str]]:
+    try:
+        size = os.path.getsize(path)
+        if not path.is_file() or not 0 < size <= LARGEST_FILE:
+            raise Damaged(f"{size} bytes are no such file")
+        with open(path, "rb") as file:
+            reading = _Reading(path)
+            text = reading.model(memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)), key)
+            return text, reading.beside
+    except (ValueError, OverflowError) as error:
+        raise UserError(f"{path}: no ONNX file that dinoseg would run: {error}. Export the model again.") from None
+    except OSError as error:
+        raise UserError(f"Cannot read {path} ({error.strerror}). Check the path, its disk and that you may.") from error
+
+
+class _Reading:
+    """What is read of one file.
+
+    Args:
+        path: of the file; external data lies beside it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.reader = WireReader()
+        self.beside: set[str] = set()  # names of the files that external data lies in
+
+    def model(self, view: memoryview, key: str) -> str:
+        """Look at a ModelProto and return what its metadata says under `key`."""
+        model = self.reader.message(view, "ModelProto")
+        for entry in model.get("opset_import", ()):
+            _refuse_set(self.reader.message(entry, "OperatorSetIdProto"))
+        if len(model.get("graph", ())) != 1:
+            raise Damaged("it holds no graph")
+        self.graph(model["graph"][0])
+        found = [text for name, text in self.entries(model.get("metadata_props", [])) if name == key]
+        if len(found) != 1:
+            raise Damaged("it was not written by dinoseg (mode=export export=onnx)")
+        return found[0]
+
+    def graph(self, view: memoryview) -> None:
+        """Look at a GraphProto."""
+        graph = self.reader.message(view, "GraphProto")
+        if len(graph.get("node", ())) > _MOST_NODES:
+            raise Damaged(f"it has more than {_MOST_NODES} nodes")
+        for node in graph.get("node", ()):
+            self.node(node)
+        for tensor in graph.get("initializer", ()):
+            self.tensor(tensor)
+        for name in ("input", "output", "value_info"):
+            for value in graph.get(name, ()):
+                self.value(value, name)
+        self.entries(graph.get("metadata_props", []))
+
+    def node(self, view: memoryview) -> None:
+        """Look at a NodeProto and its attributes."""
+        node = self.reader.message(view, "NodeProto")
+        _refuse_set(node)
+        for value in node.get("attribute", ()):
+            for tensor in self.reader.message(value, "AttributeProto").get("t", ()):
+                self.tensor(tensor)
+        self.entries(node.get("metadata_props", []))
+
+    def value(self, view: memoryview, name: str) -> None:
+        """Look at the sizes of an input, an output or a value between them (ValueInfoProto)."""
+        value = self.reader.message(view, "ValueInfoProto")
+        self.entries(value.get("metadata_props", []))
+        levels = value.get("type", [])
+        for kind, inner in (("TypeProto", "tensor_type"), ("TypeProto.Tensor", "shape"), ("TensorShapeProto", "dim")):
+            levels = [found for level in levels for found in self.reader.message(level, kind).get(inner, ())]
+        dims = [self.reader.message(level, "TensorShapeProto.Dimension") for level in levels]
+        sides = [side for dim in dims for side in dim.get("dim_value", ())]
+        if name == "input" and not all(0 <= side <= _MOST_SIDE for side in sides):
+            raise Damaged("an input has a size that no picture has")
+
+    def tensor(self, view: memoryview) -> None:
+        """Look at a TensorProto: all of its numbers are there."""
+        tensor = self.reader.message(view, "TensorProto")
+        self.entries(tensor.get("metadata_props", []))
+        dims, (kind,) = tensor.get("dims", []), tensor.get("data_type", [0])
+        if kind not in _BITS or len(dims) > _MOST_AXES or not all(0 <= side < 2**40 for side in dims):
+            raise Damaged(f"a tensor is of type {kind} and shape {dims!r:.60}")
+        held = {name: tensor[name] for name in _DATA if name in tensor}
+        is_external = "external_data" in tensor or tensor.get("data_location") == [_EXTERNAL]
+        if len(held) + is_external > 1:
+            raise Damaged(f"a tensor has its numbers in two places: {', '.join(held)}")
+        count = math.prod(dims)
+        needed = -(-count * _BITS[kind] // 8)  # bytes
+        if is_external:
+            found = self.external(self.entries(tensor.get("external_data", [])))
+        elif "raw_data" in held:
+            found = len(held["raw_data"][0])
+        else:  # numbers of few bits have a whole one each, those of 4 bits half of one
+            per_number = 2 if _BITS[kind] < 8 else 1
+            found = needed if per_number * sum(map(len, held.values())) >= count else 0
+        if found < needed:
+            raise Damaged(f"a tensor of {needed} bytes has {found}")
+
+    def external(self, said: list[tuple[str, str]]) -> int:
+        """Return how many bytes of a tensor lie in the file beside; refuse any place but a plain file there."""
+        entries = dict(said)
+        wrong = next((name for name in entries if name not in _EXTERNAL_KEYS), None)
+        if wrong is not None or len(entries) != len(said):
+            raise Damaged(f"it says {wrong or said!r:.60} of its data, which is unknown or stands there twice")
+        name = entries.get("location", "")
+        plain = PurePosixPath(name).name == name == PureWindowsPath(name).name and name not in ("", ".", "..")
+        if not plain or len(name) > _LONGEST_NAME or "\0" in name:
+            raise Damaged(f"it names data at {name!r:.60}, outside its folder")
+        data = self.path.parent / name
+        if data.is_symlink() or not data.is_file():
+            raise Damaged(f"its data, the file {name!r:.60} beside it, is missing or no plain file")
+        offset, length = (_whole(entries.get(key, "0")) for key in ("offset", "length"))
+        if offset + length > data.stat().st_size:
+            raise Damaged(f"its data, the file {name!r:.60}, is cut off")
+        self.beside.add(name)
+        return length
+
+    def entries(self, views: list[memoryview]) -> list[tuple[str, str]]:
+        """Return names and texts of metadata (StringStringEntryProto)."""
+        read = [self.reader.message(view, "StringStringEntryProto") for view in views]
+        return [(entry.get("key", [""])[0], entry.get("value", [""])[0]) for entry in read]
+
+
+def _refuse_set(message: dict[str, list[Any]]) -> None:
+    (domain,) = message.get("domain", [""])
+    if domain not in STANDARD:
+        raise Damaged(f"it names operators of {domain!r:.60}, which are no standard ones")
+
+
+def _whole(text: str) -> int:
+    """Return a number of bytes, which the runtime reads as plain digits, too."""
+    if not (text.isascii() and text.isdigit() and len(text) < 16):
+        raise Damaged(f"it says {text!r:.60} of its data, and must say a number of bytes")
+    return int(text)

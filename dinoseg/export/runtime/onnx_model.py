@@ -1,0 +1,154 @@
+"""An ONNX file as a model to use: onnxruntime computes, and torch is not needed."""
+
+import functools
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dinoseg.export.runtime.facts import Facts
+from dinoseg.export.runtime.onnx_check import data_beside, read_metadata
+from dinoseg.export.runtime.onnx_pictures import GraphRuntime
+from dinoseg.export.runtime.onnx_record import KEY, OUTPUTS, GraphRecord, parse
+from dinoseg.export.runtime.runtime import Opened
+from dinoseg.utils.cores import machine_memory
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.wording import shown
+
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_INPUT = "image"
+_MEMORY_SHARE = 0.75  # of the machine, that the graphs of this process may take on the CPU
+_UNFOLDED = ["ConstantFolding"]  # would compute while a file is loaded, outside of the allocator that is bounded
+_SILENT = 3  # errors alone
+_SETTINGS = {
+    "session.load_model_format": "ONNX",  # what was looked at, whatever its name
+    "session.use_env_allocators": "1",  # the one that `_bound_memory` registers
+    "session.qdq_matmulnbits_accuracy_level": "1",  # float32: products with int8 weights round what enters to int8, too
+}
+
+
+def load_onnx(path: Path, *, device: str = "auto", threads: int | None = None) -> Opened:
+    """Return what computes for an ONNX file that `mode=export export=onnx` wrote, and what it says.
+
+    Args:
+        path: the file; data that is kept beside it lies in the same folder.
+        device: auto (CUDA where this onnxruntime has it, else CPU), cuda or cpu.
+        threads: that compute; None: one for each core.
+
+    Raises:
+        UserError: it is damaged, foreign, of a newer version, or onnxruntime is missing or cannot run it there.
+    """
+    description = parse(read_metadata(path, KEY), str(path))
+    record = GraphRecord.of(description["graph"], str(path))
+    facts = Facts.of(description, str(path))
+    session = open_session(path, device=device, threads=threads)
+    inputs = [(entry.name, entry.type, len(entry.shape)) for entry in session.get_inputs()]
+    names = [entry.name for entry in session.get_outputs()]
+    if inputs != [(_INPUT, "tensor(float)", 4)] or names != list(OUTPUTS[record.kind]):
+        raise UserError(f"{path}: takes or gives something else than its description says. Export the model again.")
+
+    def compute(pixels: np.ndarray) -> list[np.ndarray]:
+        try:
+            outputs = session.run(names, {_INPUT: pixels})
+        except Exception as error:  # its errors share no class but this one
+            raise UserError(
+                f"{path}: onnxruntime cannot compute pictures {list(pixels.shape)} with it ({_reason(error)}). Give "
+                "smaller ones, or export the model again."
+            ) from error
+        _check_outputs(outputs, record, len(facts.classes), len(pixels), str(path))
+        return outputs
+
+    return Opened(GraphRuntime(compute, record), facts, path)
+
+
+def parts_of(path: Path, name: str) -> list[Path]:
+    """Return the files of a model that is to be called `name` elsewhere: those that its weights lie in, and itself.
+
+    Raises:
+        UserError: it knows its weights by a name that does not go with that one; or it is damaged.
+    """
+    beside = data_beside(path, KEY) if path.suffix == ".onnx" else []
+    other = next((data for data in beside if data != f"{name}.data"), None)
+    if other is not None:
+        raise UserError(
+            f"{path} knows its weights as {shown(other)}, and so cannot be called {name}. Keep its name, "
+            f"{shown(other.removesuffix('.data'))}, or export it again."
+        )
+    return [*map(path.with_name, beside), path]
+
+
+def _check_outputs(outputs: list[np.ndarray], record: GraphRecord, num_classes: int, batch: int, where: str) -> None:
+    """Refuse what is no answer for so many pictures and classes, whatever the file says of itself."""
+    maps = outputs[-1]
+    columns = outputs[0].shape[1] if outputs[0].ndim > 1 else 0  # classes, or queries
+    shapes = [(batch, columns, num_classes + record.no_object)] if record.kind == "masks" else []
+    wanted = [*shapes, (batch, columns if shapes else num_classes, *maps.shape[2:])]
+    fits = [part.shape for part in outputs] == wanted and maps.ndim == 4 and maps.size > 0
+    if not fits or any(part.dtype.kind != "f" for part in outputs):
+        given = ", ".join(f"{part.dtype} {list(part.shape)}" for part in outputs)
+        raise UserError(
+            f"{where}: gives {given} for {batch} pictures, which are no scores of its {num_classes} classes. Export "
+            "the model again."
+        )
+
+
+def open_session(path: Path, *, device: str = "auto", threads: int | None = None) -> Any:
+    """Return onnxruntime's session of a file that was looked at; arguments as of `load_onnx`.
+
+    Raises:
+        UserError: onnxruntime is missing, or cannot run it there.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise UserError(f"{path}: ONNX files need onnxruntime: pip install 'dinoseg[runtime]'.") from error
+    there = onnxruntime.get_available_providers()
+    if device not in ("auto", *_PROVIDERS) or (device != "auto" and _PROVIDERS[device] not in there):
+        raise UserError(
+            f"engine.device={device}: this onnxruntime computes on {', '.join(_names(there))}. Choose one of them or "
+            "auto; for CUDA install onnxruntime-gpu."
+        )
+    wanted = [_PROVIDERS["cuda"], _PROVIDERS["cpu"]] if device == "auto" else [_PROVIDERS[device], _PROVIDERS["cpu"]]
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = _SILENT
+    for key, value in _SETTINGS.items():
+        options.add_session_config_entry(key, value)
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    try:
+        _bound_memory()
+        providers = [name for name in dict.fromkeys(wanted) if name in there]
+        return onnxruntime.InferenceSession(path, options, providers, disabled_optimizers=_UNFOLDED)
+    except Exception as error:  # its errors share no class but this one
+        raise UserError(
+            f"{path}: onnxruntime {runtime_version()} cannot run it ({_reason(error)}). Install a newer one, or export "
+            "the model again, with a lower export.opset."
+        ) from error
+
+
+@functools.cache
+def _bound_memory() -> None:
+    """Let this process's sessions share one bounded allocator: a small file can describe tensors of any size."""
+    import onnxruntime as ort
+
+    memory = machine_memory()
+    if memory < float("inf"):
+        kind = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
+        with suppress(Exception):  # the program that uses dinoseg has registered one, which is then used
+            ort.create_and_register_allocator(kind, ort.OrtArenaCfg({"max_mem": int(_MEMORY_SHARE * memory)}))
+
+
+def runtime_version() -> str:
+    """Return the version of onnxruntime."""
+    import onnxruntime
+
+    return onnxruntime.__version__
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+def _names(providers: list[str]) -> list[str]:
+    return [name for name, provider in _PROVIDERS.items() if provider in providers]

@@ -1,0 +1,134 @@
+"""Before and after an exported graph, in numpy: pictures resized and padded as in training, classes of each pixel."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+from PIL import Image
+
+from dinoseg.core.sizes import Size
+from dinoseg.export.runtime.onnx_record import GraphRecord, Layout
+from dinoseg.utils.errors import UserError
+
+Compute = Callable[[np.ndarray], Sequence[np.ndarray]]  # pixels (B, 3, H, W) to the graph's outputs
+_MOST_PIXELS = 2**28  # of a picture in the graph's input
+_AT_ONCE = 2**23  # numbers of the upsampled scores or masks held at a time: 32 MiB
+
+
+class GraphRuntime:
+    """An exported graph, asked for pictures: the `Runtime` of ONNX files, and of programs while they are proven.
+
+    Args:
+        compute: runs the graph.
+        record: how to ask it.
+    """
+
+    name = "onnx"
+
+    def __init__(self, compute: Compute, record: GraphRecord) -> None:
+        self.compute = compute
+        self.record = record
+
+    def ids(self, images: Sequence[np.ndarray]) -> np.ndarray:
+        """Return the class ids (B, H, W) uint8 of images (H, W, 3) uint8 RGB of one size."""
+        return np.stack(
+            [
+                np.concatenate([band.argmax(axis=0).astype(np.uint8) for band in bands])
+                for bands in self._pictures(images)
+            ]
+        )
+
+    def probabilities(self, images: Sequence[np.ndarray]) -> np.ndarray:
+        """Return the class probabilities (B, K, H, W) float32 of images (H, W, 3) uint8 RGB of one size."""
+        shares = _shares if self.record.mixture else softmax
+        return np.stack([np.concatenate([shares(band) for band in bands], axis=1) for bands in self._pictures(images)])
+
+    def _pictures(self, images: Sequence[np.ndarray]) -> Iterator[Iterator[np.ndarray]]:
+        """Yield, of each picture, bands (K, rows, W) of its class scores from the top down."""
+        size = (images[0].shape[0], images[0].shape[1])
+        layout = self.record.layout(size)
+        if math.prod(layout.padded) > _MOST_PIXELS:
+            raise UserError(
+                f"A picture of {size[0]} x {size[1]} would enter the model at {layout.padded[0]} x {layout.padded[1]}, "
+                f"and {_MOST_PIXELS} pixels are the most. Make it smaller."
+            )
+        step = self.record.batch or len(images)
+        for start in range(0, len(images), step):
+            batch = np.stack([pixels(image, layout, self.record.fill) for image in images[start : start + step]])
+            missing = step - len(batch)
+            outputs = self.compute(np.concatenate([batch, batch[:1].repeat(missing, axis=0)]) if missing else batch)
+            for index in range(len(batch)):
+                yield bands([np.asarray(part[index]) for part in outputs], size, layout.valid, self.record)
+
+
+def pixels(image: np.ndarray, layout: Layout, fill: Sequence[float]) -> np.ndarray:
+    """Return a picture (H, W, 3) uint8 as the graph takes it: (3, H', W') float32 in 0..1, padded with `fill`.
+
+    Resized as torch does it with `antialias=True`, to the last bits: each channel bilinearly as floats.
+    """
+    rows, columns = layout.content
+    result = np.empty((3, *layout.padded), np.float32)
+    result[:] = np.asarray(fill, np.float32)[:, None, None]
+    for channel in range(3):
+        plane = image[..., channel].astype(np.float32) / np.float32(255)
+        if plane.shape != layout.content:
+            plane = np.asarray(Image.fromarray(plane).resize((columns, rows), Image.Resampling.BILINEAR))
+        result[channel, :rows, :columns] = plane
+    return result
+
+
+def bands(
+    outputs: Sequence[np.ndarray], size: Size, valid: tuple[float, float], record: GraphRecord
+) -> Iterator[np.ndarray]:
+    """Yield bands (K, rows, W) of the class scores of one picture of `size`, from the top down.
+
+    Args:
+        outputs: of the graph: [(K, h, w)], or [(Q, K + 1), (Q, h, w)] of masks.
+        size: (H, W) of the picture.
+        valid: share of the maps' height and width that the picture covers.
+        record: which outputs these are.
+    """
+    maps = outputs[-1].astype(np.float32, copy=False)
+    rows = bilinear_matrix(size[0], maps.shape[1], valid[0])
+    columns = bilinear_matrix(size[1], maps.shape[2], valid[1]).T
+    classes = None
+    if record.kind == "masks":
+        classes = softmax(outputs[0].astype(np.float32, copy=False), axis=1)  # (Q, K + 1)
+        classes = (classes[:, :-1] if record.no_object else classes).T  # (K, Q)
+    step = max(1, _AT_ONCE // (len(maps) * size[1]))
+    for start in range(0, size[0], step):
+        band = rows[start : start + step] @ maps @ columns  # (K or Q, rows, W)
+        if classes is None:
+            yield band
+        else:
+            yield (classes @ sigmoid(band).reshape(len(band), -1)).reshape(len(classes), *band.shape[1:])
+
+
+def bilinear_matrix(length: int, cells: int, share: float) -> np.ndarray:
+    """Return what each of `length` pixels reads of `cells` (length, cells), as `geometry.upsample` does it.
+
+    Args:
+        length: pixels of a side of the picture.
+        cells: of the same side of the grid.
+        share: of the grid that the picture covers, from its start.
+    """
+    positions = np.clip((np.arange(length) + 0.5) * cells * share / length - 0.5, 0, cells - 1)
+    distance = np.abs(positions[:, None] - np.arange(cells))
+    return np.clip(1 - distance, 0, None).astype(np.float32)
+
+
+def softmax(logits: np.ndarray, axis: int = 0) -> np.ndarray:
+    """Return probabilities over an axis."""
+    raised = np.exp(logits - logits.max(axis=axis, keepdims=True))
+    return raised / raised.sum(axis=axis, keepdims=True)
+
+
+def sigmoid(logits: np.ndarray) -> np.ndarray:
+    """Return the logistic function, which never overflows."""
+    return 0.5 * (np.tanh(0.5 * logits) + 1)
+
+
+def _shares(scores: np.ndarray) -> np.ndarray:
+    """Return a mixture's scores (K, ...) as probabilities: those of `Prediction.logits`."""
+    positive = scores.clip(np.finfo(np.float32).tiny)
+    return positive / positive.sum(axis=0, keepdims=True)

@@ -1,0 +1,70 @@
+"""A trained model's file opened by the runtime that it is of, before anything of it is believed."""
+
+from os import PathLike
+from pathlib import Path
+
+from dinoseg.export.runtime.runtime import FILES, Opened, Options, file_in
+from dinoseg.utils.errors import UserError
+
+_OF_A_CALL = {  # words of a command line, as a function's arguments
+    **{"resume=": "", "finite_weights=false uses it all the same.": ""},
+    **{"engine.device=": "device=", "engine.precision=": "precision="},
+    **{"backbone.weights=": "backbone=", "head.weights=": "head="},
+}
+
+
+def open_model(path: str | PathLike[str], options: Options) -> Opened:
+    """Return what computes for a trained model and what its file says; errors are those of `load`."""
+    where = Path(path).expanduser()
+    try:
+        return open_file(where, options)
+    except UserError as error:
+        words = str(error)
+        for typed, given in _OF_A_CALL.items():
+            words = words.replace(typed, given)
+        of_call = getattr(options, words.partition("=")[0], None) is not None or str(where) in words
+        raise UserError(words if of_call else f"{where}: {words}") from error
+
+
+def open_file(path: Path, options: Options) -> Opened:
+    """Return the same, with errors in the words of a command line, whose `resume` the file is."""
+    if path.is_dir() and not (path / "checkpoints").is_dir():  # what mode=export, or push_to_hub, has left there
+        path = file_in(path, options.runtime) or path
+    runtime = options.runtime or ("onnx" if path.suffix == ".onnx" else "torch")
+    if runtime not in FILES:
+        raise UserError(f"runtime={runtime} is unknown. Choose one of {', '.join(FILES)}.")
+    if not path.exists():
+        raise UserError(f"No such file: {path}. Give a file that mode=export wrote, a run folder or a checkpoint.")
+    if runtime == "onnx":
+        from dinoseg.export.runtime.onnx_model import load_onnx
+
+        _check_onnx(path, options)
+        return load_onnx(path, device=options.device)
+    if path.suffix == ".pt2":
+        raise UserError(
+            f"{path} is a program of torch.export, which torch.export.load runs. Give the model.safetensors or "
+            "model.onnx of that model."
+        )
+    if path.suffix == ".onnx":
+        raise UserError(f"{path} is an ONNX file, which runs without torch: leave runtime={runtime} out.")
+    try:
+        from dinoseg.export.runtime.torch_runtime import load_torch
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"{path}: needs {error.name}, which is not installed: pip install dinoseg with all that it depends on, or "
+            "give the ONNX file that mode=export export=onnx writes of the model."
+        ) from error
+    return load_torch(path, options)
+
+
+def _check_onnx(path: Path, options: Options) -> None:
+    """Refuse what cannot be asked of a graph."""
+    given = {"backbone.weights": options.backbone, "head.weights": options.head, "inference": options.inference}
+    asked = {key: value for key, value in given.items() if value is not None and (key, value) != ("inference", "whole")}
+    if options.precision not in ("auto", "fp32"):
+        asked["engine.precision"] = options.precision
+    for key, value in asked.items():
+        raise UserError(
+            f"{key}={value}: {path} is an ONNX file, which takes pictures whole, computes in float32 and holds all of "
+            "its weights. Leave it out, or give the model.safetensors of that model."
+        )

@@ -1,0 +1,89 @@
+"""Torch as a model's runtime: a file, a checkpoint or a run folder opened without a command line."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dinoseg.config.nodes import instantiate
+from dinoseg.config.resolvers import lent_resolvers
+from dinoseg.experiment.resume import alone
+from dinoseg.experiment.trained import restore
+from dinoseg.export.runtime.facts import Facts
+from dinoseg.export.runtime.runtime import Opened, Options
+from dinoseg.inference.policy import Policy
+from dinoseg.inference.predictor import Predictor
+from dinoseg.inference.trained_sizes import TrainedSizes, keep_scale
+from dinoseg.training import checkpoint
+from dinoseg.training.engine import choose_device
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.precision import compute_dtype
+
+_HELD = (None, "random")  # what a config says of weights that a checkpoint holds
+
+
+class TorchRuntime:
+    """A predictor whose results are numpy's."""
+
+    name = "torch"
+
+    def __init__(self, predictor: Predictor) -> None:
+        self.predictor = predictor
+
+    def ids(self, images: Sequence[np.ndarray]) -> np.ndarray:
+        """Return the class ids (B, H, W) uint8 of images (H, W, 3) uint8 RGB of one size."""
+        return self.predictor.ids(images)
+
+    def probabilities(self, images: Sequence[np.ndarray]) -> np.ndarray:
+        """Return the class probabilities (B, K, H, W) float32 of images (H, W, 3) uint8 RGB of one size."""
+        return self.predictor.probabilities(images).cpu().numpy()
+
+
+def load_torch(path: Path, options: Options) -> Opened:
+    """Return the model of a file, a checkpoint or a run folder, which exists.
+
+    Raises:
+        UserError: in the words of a command line, whose `resume` the file is.
+    """
+    chosen = choose_device(options.device)
+    dtype = compute_dtype(options.precision, chosen)
+    file = checkpoint.find(path, "best")
+    # the caller's own functions for its configs, and its own random numbers, are as they were after it
+    with lent_resolvers(), torch.random.fork_rng(_devices(chosen)):
+        said = checkpoint.describe(file)
+        facts = Facts.of(said, str(file))
+        changes = {"engine.device": options.device, **_weights(file, said, options)}
+        cfg = alone(file, said, changes, inference=options.inference, trust=options.trust)
+        policy: Policy = instantiate(cfg.inference)
+        sizes = TrainedSizes.from_info(said)
+        model, _ = restore(cfg, file)
+    if model.head.slots is not None:
+        raise UserError(f"{file} is a model of slots, which knows no classes. mode=track follows its segments.")
+    keep_scale(model, sizes)
+    context = nullcontext if dtype == torch.float32 else partial(torch.autocast, chosen.type, dtype)
+    predictor = Predictor(model.to(chosen), chosen, context, policy)
+    return Opened(TorchRuntime(predictor), facts, file if "facts" in said else None)
+
+
+def _weights(file: Path, said: Mapping[str, Any], options: Options) -> dict[str, str]:
+    """Return the weights that are given in place of those that a file names, as keys of its config.
+
+    Raises:
+        UserError: the file names none, since it holds them.
+    """
+    changes = {}
+    for part, place in (("backbone", options.backbone), ("head", options.head)):
+        if place is None:
+            continue
+        if said["config"][part].get("weights") in _HELD:
+            raise UserError(f"{part}.weights={place}: {file} holds its own {part}. Leave it out.")
+        changes[f"{part}.weights"] = str(place)
+    return changes
+
+
+def _devices(device: torch.device) -> list[int]:
+    return list(range(torch.cuda.device_count())) if device.type == "cuda" else []

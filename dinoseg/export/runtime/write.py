@@ -1,0 +1,192 @@
+"""A trained model as one file: its weights and all that is needed to use it, described as a checkpoint is."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from dinoseg import __version__
+from dinoseg.config.plain import plain
+from dinoseg.experiment import build
+from dinoseg.experiment.recipe import INITIAL, TEACHER, USE, config_description
+from dinoseg.experiment.trained import Trained, load_trained, sizes_to_keep, with_whole_weights
+from dinoseg.experiment.unread import warn_unread
+from dinoseg.export.runtime.evidence import data_of, scores_of
+from dinoseg.export.runtime.facts import Facts
+from dinoseg.export.runtime.runtime import FILES
+from dinoseg.export.runtime.sources import is_hub_id, source_of
+from dinoseg.inference.trained_sizes import KEY, TrainedSizes
+from dinoseg.models.model import Segmenter, constants, trained_names
+from dinoseg.training import checkpoint
+from dinoseg.training.loading import CONSTANTS, frozen_fingerprint
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.wording import count_of
+
+_CHOICES = ("hparam", "data", "backbone", "adapter", "head")
+_NO_PLACES = ("classes", "group")  # keys of names and of regular expressions, which may begin as a path does
+_LIBRARIES = ("torch", "transformers", "timm", "peft", "numpy", "pillow")
+
+
+def export_model(
+    cfg: DictConfig, *, out_dir: Path, delta: bool = False, gated: bool = False, scores: str | None = None
+) -> dict[str, Any]:
+    """Write the model of the checkpoint that `resume` names to `out_dir`/model.safetensors; return its path.
+
+    Args:
+        cfg: the whole config, merged with the checkpoint's.
+        out_dir: the run folder.
+        delta: what was trained alone; the backbone is named, and comes from there again when the file is loaded.
+        gated: write weights into the file whose licence forbids passing them on freely: it goes no further.
+        scores: folder of a mode=eval run of this checkpoint; None: the evaluation at the end of its training.
+
+    Raises:
+        UserError: there is no checkpoint, it is one of slots, or the file would hold gated weights.
+    """
+    if cfg.resume is None:
+        raise UserError("export=safetensors needs a trained model: give resume=<run folder or checkpoint>.")
+    if delta and plain(cfg.backbone).get("weights") in (None, "random"):
+        raise UserError(
+            "export.delta=true: this backbone comes from nowhere else (backbone.weights=random), so a file without it "
+            "could not be used. Leave export.delta out."
+        )
+    if scores is not None:
+        scores_of(Path(cfg.resume), (), scores)  # what was typed wrong is told before the model is made
+    warn_unread(out_dir, ("cache_dir",), "This export reads no images.")
+    trained = load_trained(cfg)
+    if trained.model.head.slots is not None:
+        raise UserError(f"resume={cfg.resume} is a model of slots, which knows no classes, and so no file of them.")
+    sizes = sizes_to_keep(trained, out_dir)
+    facts = facts_of(cfg, trained, sizes, delta=delta, scores=scores)
+    held = _held_config(cfg, facts)
+    whole = not delta and cfg.adapter.get("bits") is not None
+    tensors, frozen = _tensors(held, with_whole_weights(cfg, trained.model) if whole else trained.model, delta)
+    if cfg.finite_weights:  # those of the backbone come from elsewhere than the checkpoint, which was looked at
+        checkpoint.check_finite(tensors, f"resume={cfg.resume}")
+    if whole:
+        print(f"adapter.bits={cfg.adapter.bits}: the file holds the same weights in float32, which rounds differently")
+    copies = bool(trained.model.head.own_blocks)
+    base = copies or any(name.startswith("model/backbone.") and ".lora_" not in name for name in tensors)
+    facts = replace(facts, backbone={**facts.backbone, "in_file": base})
+    if not gated:
+        weights = [name for name in tensors if name.startswith("model/") and ".lora_" not in name]
+        _check_licence(cfg, facts.backbone, weights, copies=copies)
+    description = {**config_description(held), "folder": "."}
+    info = {**trained.info, **description, **facts.description(), "frozen": frozen, "versions": dict(facts.versions)}
+    idle = {"format"} if sizes else {"format", KEY}
+    path = out_dir / FILES["torch"]
+    checkpoint.write(path, tensors, {key: value for key, value in info.items() if key not in idle})
+    size = f"{count_of(tensors, 'tensor')}, {path.stat().st_size / 1e6:.2f} MB"
+    source = facts.backbone
+    print(f"written to {path}: {size}; backbone {source['name']}, licence {source['licence']}")
+    if delta:
+        print(f"the backbone itself is not in it: {source['weights']}, revision {source['revision'] or 'unknown'}")
+    if facts.scores is None:
+        print("no scores are in it: give export.scores=<run folder of mode=eval> to have them there")
+    given = ', backbone="FILE"' if delta and Path(str(cfg.backbone.weights)).expanduser().exists() else ""
+    print(f'use: import dinoseg; model = dinoseg.load("{path}"{given}); out = model.predict("picture.jpg")')
+    return {"path": str(path)}
+
+
+def facts_of(
+    cfg: DictConfig, trained: Trained, sizes: TrainedSizes | None, *, delta: bool = False, scores: str | None = None
+) -> Facts:
+    """Return what a trained model says of itself, for a file of any kind.
+
+    Args:
+        cfg: the whole config, merged with the checkpoint's.
+        trained: its model.
+        sizes: of the training images that images are reduced to, as `runs.trained.sizes_to_keep` gives them.
+        delta: whether the file holds what was trained alone.
+        scores: as of `export_model`.
+    """
+    before = Facts.of(trained.info, f"resume={cfg.resume}")  # of a file that was such a file already
+    colours = {name: getattr(trained.model.backbone, name).flatten().tolist() for name in ("mean", "std")}
+    path = Path(cfg.resume)
+    return Facts(
+        before.classes,
+        before.palette,
+        before.ignore_index,
+        normalisation=colours,
+        sizes={**plain(cfg.resolution, resolve=True), **(sizes.as_info()[KEY] if sizes else {}), USE: _use(cfg)},
+        scores=scores_of(path, before.classes, scores) or before.scores,
+        backbone=before.backbone or source_of(plain(cfg), str(trained.info["frozen"]["backbone"])),
+        data=before.data or data_of(path, str(cfg.choices.data)),
+        versions=_versions(),
+        choices={group: str(option) for group, option in plain(cfg.choices).items() if group in _CHOICES},
+        delta=delta,
+    )
+
+
+def _held_config(cfg: DictConfig, facts: Facts) -> DictConfig:
+    """Return the config that a file holds: nothing of this machine, and no place of weights that are in the file."""
+    held = {**_without_places(plain(cfg)), TEACHER: None, INITIAL: None}
+    if "root" in held["data"]:
+        held["data"]["root"] = "???"
+    backbone, head, adapter = held["backbone"], held["head"], held["adapter"]
+    if facts.delta and is_hub_id(backbone["weights"]) and facts.backbone["revision"]:
+        backbone["weights"] = f"{facts.backbone['weights']}@{facts.backbone['revision']}"
+    if not facts.delta:
+        # as a checkpoint of a backbone of random weights, which holds all of it
+        backbone |= {"weights": "random"} if "weights" in backbone else {}
+        adapter |= {"bits": None} if "bits" in adapter else {}
+        in_file = {"weights": None, "class_layer": "loaded", "trainable": "all"}
+        head |= {key: value for key, value in in_file.items() if head.get("weights") is not None and key in head}
+    return OmegaConf.create(held)
+
+
+def _without_places(node: Any) -> Any:
+    """Return a plain config in which a path on this machine is its last part alone."""
+    if isinstance(node, Mapping):
+        return {key: value if key in _NO_PLACES else _without_places(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_without_places(value) for value in node]
+    return Path(node).name if isinstance(node, str) and node.startswith(("/", "~", "./", "../")) else node
+
+
+def _tensors(held: DictConfig, model: Segmenter, delta: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors that a file of this config holds, and the hashes of those that it does not."""
+    state = model.state_dict()
+    tensors = {f"{CONSTANTS}/{name}": value for name, value in constants(model).items()}
+    if delta:
+        return tensors | {f"model/{name}": state[name] for name in trained_names(model)}, frozen_fingerprint(model)
+    empty = build.outline(held)
+    empty.backbone.weights, empty.head.weights = "random", None
+    return tensors | {f"model/{name}": state[name] for name in trained_names(empty)}, frozen_fingerprint(empty)
+
+
+def _check_licence(cfg: DictConfig, source: Mapping[str, Any], names: Sequence[str], *, copies: bool = False) -> None:
+    """Refuse to write weights of others that are not to be passed on freely; a segmentor's file is Meta's too.
+
+    `copies`: the head has some of the backbone's blocks.
+    """
+    foreign = {"backbone": source["gated"], "head": plain(cfg.head).get("weights") is not None}
+    held = {part: any(f"/{part}." in name for name in names) for part in foreign}
+    held["backbone"] |= copies
+    part = next((part for part in foreign if foreign[part] and held[part]), None)
+    if part is not None:
+        what = f"{source['weights']} ({source['licence']})" if part == "backbone" else cfg.head.weights
+        raise UserError(
+            f"The file would hold weights of the {part} {what}, whose licence says on which terms they may be passed "
+            "on. Write what was trained alone, which LoRA and frozen backbones allow, but for head=split: export.delta="
+            "true. Or, if the file stays with you or you keep to those terms: export.gated=true."
+        )
+
+
+def _use(cfg: DictConfig) -> dict[str, Any]:
+    """Return how the model is asked for pictures of any size, in words: what is used stands in the config."""
+    values = {key: value for key, value in plain(cfg[USE], resolve=True).items() if not key.startswith("_")}
+    return {"option": str(cfg.choices[USE]), **values}
+
+
+def _versions() -> dict[str, str]:
+    found = {"dinoseg": __version__}
+    for name in _LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found

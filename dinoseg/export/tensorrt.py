@@ -1,0 +1,101 @@
+"""TensorRT's engine of an ONNX file, where TensorRT is: by trtexec, or by its Python package (10 or newer)."""
+
+import importlib
+import shutil
+import subprocess
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from dinoseg.core.sizes import Size
+from dinoseg.export.runtime.onnx_record import GraphRecord
+from dinoseg.utils.atomic import whole_file
+from dinoseg.utils.errors import UserError
+
+SUFFIX = ".engine"
+_LEAST, _MOST, _BATCH = 16, 64, 8  # rows and columns of patches that an open graph takes at any rate; pictures at once
+_KEPT = "The ONNX file is proven and stays. See what TensorRT printed above; it may need another export.opset."
+Shape = tuple[int, int, int, int]  # (B, 3, H, W)
+
+
+def check_tensorrt() -> None:
+    """Refuse to build an engine where TensorRT is not.
+
+    Raises:
+        UserError: naming what is missing.
+    """
+    if shutil.which("trtexec") is None and find_spec("tensorrt") is None:
+        raise UserError(
+            "export.tensorrt=true: neither trtexec nor the Python package tensorrt is here. Install TensorRT on the "
+            "machine with the GPU that the engine is for, or build it there from model.onnx."
+        )
+
+
+def build_engine(path: Path, record: GraphRecord, sizes: Sequence[Size]) -> Path:
+    """Build the engine of a proven ONNX file beside it, and return its path; the engine itself is not proven.
+
+    Args:
+        path: the ONNX file.
+        record: of its graph.
+        sizes: (H, W) at which pictures enter it; an open graph's engine takes these, and sizes between.
+
+    Raises:
+        UserError: TensorRT is not here, or fails; the message says what it says.
+    """
+    check_tensorrt()
+    place = path.with_suffix(SUFFIX)
+    with whole_file(place) as part:
+        build = _by_command if shutil.which("trtexec") is not None else _by_package
+        build(path, part, shapes(record, sizes))
+    print(f"written to {place}: {place.stat().st_size / 1e6:.2f} MB, for this GPU and TensorRT alone; not proven")
+    return place
+
+
+def shapes(record: GraphRecord, sizes: Sequence[Size]) -> list[Shape]:
+    """Return the smallest, commonest and largest shape that an engine takes; one of them where it is fixed."""
+    if record.size is not None:
+        return [(record.batch or 1, 3, *record.size)]
+    least = min(_LEAST * record.multiple, *(min(size) for size in sizes))
+    most = max(_MOST * record.multiple, *(max(size) for size in sizes))
+    return [(1, 3, least, least), (1, 3, *sizes[0]), (_BATCH, 3, most, most)]
+
+
+def _by_command(path: Path, part: Path, profile: Sequence[Shape]) -> None:
+    words = ["trtexec", f"--onnx={path}", f"--saveEngine={part}", "--skipInference"]
+    if len(profile) > 1:
+        named = zip(("minShapes", "optShapes", "maxShapes"), profile, strict=True)
+        words += [f"--{name}=image:{'x'.join(map(str, size))}" for name, size in named]
+    done = subprocess.run(words, capture_output=True, text=True, errors="replace", check=False)
+    if done.returncode or not part.is_file() or not part.stat().st_size:
+        said = (done.stderr or done.stdout).strip().splitlines() or ["nothing"]
+        raise UserError(f"trtexec could not build an engine of {path} (it says: {said[-1][:300]}). {_KEPT}")
+
+
+def _by_package(path: Path, part: Path, profile: Sequence[Shape]) -> None:
+    try:
+        part.write_bytes(_engine(importlib.import_module("tensorrt"), path, profile))
+    except (UserError, OSError):
+        raise
+    except Exception as error:  # without a GPU, or with another driver's libraries, it fails in its own ways
+        raise UserError(f"TensorRT could not build an engine of {path} ({error}). {_KEPT}") from error
+
+
+def _engine(tensorrt: Any, path: Path, profile: Sequence[Shape]) -> bytes:
+    log = tensorrt.Logger(tensorrt.Logger.WARNING)
+    builder = tensorrt.Builder(log)
+    network = builder.create_network(0)
+    parser = tensorrt.OnnxParser(network, log)
+    if not parser.parse_from_file(str(path)):
+        said = "; ".join(parser.get_error(number).desc() for number in range(parser.num_errors)) or "no reason"
+        raise UserError(f"TensorRT cannot read {path} ({said[:300]}). {_KEPT}")
+    config = builder.create_builder_config()
+    if len(profile) > 1:
+        sizes = builder.create_optimization_profile()
+        sizes.set_shape("image", *profile)
+        if config.add_optimization_profile(sizes) < 0:
+            raise UserError(f"TensorRT does not take the sizes {list(profile)} of {path}. {_KEPT}")
+    engine = builder.build_serialized_network(network, config)
+    if engine is None:
+        raise UserError(f"TensorRT could not build an engine of {path}. {_KEPT}")
+    return bytes(engine)

@@ -1,0 +1,315 @@
+"""How a backbone is trained: frozen, with LoRA, its last blocks, or whole. The only door to peft and bitsandbytes.
+
+An adapter checks its values when it is made, before any weights are loaded; called with a backbone, it changes it in
+place and returns it.
+"""
+
+import logging
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dinoseg.core.contracts import Backbone
+from dinoseg.utils.bounded_regex import Pattern
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.ranges import Count, LowShare
+
+TARGETS = {"attention": r"\.(attention|attn)\.", "all_linear": ""}
+
+
+class Frozen:
+    """Train nothing of the backbone: it runs in eval mode and builds no graph.
+
+    Args:
+        bits: 4 or 8 to hold the blocks' linear layers in so many bits, or None.
+        device: where the model will be; as `engine.device`.
+
+    Raises:
+        UserError: these bits cannot be had there.
+    """
+
+    def __init__(self, bits: int | None = None, device: str = "auto") -> None:
+        check_bits(bits, device)
+        self.bits = bits
+
+    def __call__(self, backbone: Backbone) -> Backbone:
+        """Return the backbone without a trainable parameter."""
+        backbone.requires_grad_(False)
+        if self.bits is not None:
+            quantise(backbone, self.bits)
+        return backbone
+
+
+class Full:
+    """Train every weight of the backbone that its features depend on.
+
+    Raises:
+        UserError: `bits` is not None.
+    """
+
+    def __init__(self, bits: int | None = None) -> None:
+        _refuse_bits(bits, "full")
+
+    def __call__(self, backbone: Backbone) -> Backbone:
+        """Return the backbone with all that is used trainable."""
+        _refuse_half(backbone, "full")
+        for name, parameter in backbone.named_parameters():
+            parameter.requires_grad_(name not in backbone.unused)
+        return backbone
+
+
+class LastBlocks:
+    """Train the last blocks of the backbone and what comes after them; the blocks before build no graph.
+
+    Args:
+        blocks: how many, counted from the last one that is read.
+        bits: for the error only: quantised weights cannot be trained.
+
+    Raises:
+        UserError: `blocks` is below 1 or more than there are, or `bits` is not None.
+    """
+
+    def __init__(self, blocks: Count, bits: int | None = None) -> None:
+        _refuse_bits(bits, "last_blocks")
+        self.blocks = blocks
+
+    def __call__(self, backbone: Backbone) -> Backbone:
+        """Return the backbone with its last blocks trainable."""
+        _refuse_half(backbone, "last_blocks")
+        backbone.requires_grad_(False)
+        for block in last_blocks(backbone, self.blocks):
+            block.requires_grad_(True)
+        if backbone.norm is not None:
+            backbone.norm.requires_grad_(True)
+        for name, parameter in backbone.named_parameters():
+            if name in backbone.unused:
+                parameter.requires_grad_(False)
+        return backbone
+
+
+class Lora:
+    """Freeze the backbone and add trainable low-rank updates (Hu et al., arXiv 2106.09685).
+
+    Each chosen linear layer W gets W + s B A, with A (rank, in) random and B (out, rank) zero.
+
+    Args:
+        rank: r, at least 1.
+        alpha: decides the scale s = alpha / rank.
+        dropout: probability, on the update's input, in [0, 1).
+        targets: `attention` (query, key, value and output projections), `all_linear` (the MLP's too), or a regular
+            expression that is searched for in the names of the linear layers.
+        rslora: s = alpha / sqrt(rank) instead (rank-stabilised; Kalajdzievski, arXiv 2312.03732).
+        dora: train the direction so, and the magnitude of each output by itself (Liu et al., arXiv 2402.09353).
+        blocks: only in this many last blocks; those before then keep no activations. None: in all.
+        bits: 4 (NF4, double quantisation, bfloat16 compute: QLoRA, Dettmers et al., arXiv 2305.14314) or 8 to hold
+            the frozen linear layers in so many bits, or None.
+        device: where the model will be; as `engine.device`.
+
+    Raises:
+        UserError: rank below 1, dropout outside [0, 1), targets that match nothing, more blocks than there are, or
+            bits that cannot be had.
+    """
+
+    def __init__(
+        self,
+        rank: Count,
+        alpha: Count,
+        *,
+        dropout: LowShare = 0.0,
+        targets: str = "attention",
+        rslora: bool = False,
+        dora: bool = False,
+        blocks: Count | None = None,
+        bits: int | None = None,
+        device: str = "auto",
+    ) -> None:
+        if rank < 1:
+            raise UserError(f"adapter.rank={rank}: LoRA needs a rank of at least 1; adapter=frozen trains no adapter.")
+        if not 0 <= dropout < 1:
+            raise UserError(f"adapter.dropout={dropout}: give a probability of at least 0 and below 1.")
+        self.pattern = Pattern(TARGETS.get(targets, targets), "adapter.targets")
+        if dora and bits is not None:
+            raise UserError(
+                f"adapter.dora=true with adapter.bits={bits}: DoRA starts from the lengths of whole weights. Choose "
+                f"adapter.dora=false, or adapter=lora."
+            )
+        check_bits(bits, device)
+        self.bits, self.blocks, self.targets = bits, blocks, targets
+        self.rank, self.alpha, self.dropout, self.rslora, self.dora = rank, alpha, dropout, rslora, dora
+
+    def __call__(self, backbone: Backbone) -> Backbone:
+        """Return the backbone with LoRA in its linear layers, nothing else of it trainable."""
+        _quiet()
+        from peft import LoraConfig, inject_adapter_in_model
+
+        where = backbone.blocks if self.blocks is None else last_blocks(backbone, self.blocks)
+        inside = {part for block in where for part in block.modules()}
+        linear = [name for name, part in backbone.named_modules() if isinstance(part, nn.Linear) and part in inside]
+        if not linear:
+            raise UserError(
+                "adapter=lora: the blocks of this backbone have no linear layers, which LoRA updates. Choose "
+                "adapter=last_blocks or adapter=full."
+            )
+        names = [name for name in linear if self.pattern.search(f".{name}.")]
+        passed_over = sorted(set(names) & backbone.uncalled_linears)
+        if passed_over:
+            raise UserError(
+                f"adapter.targets={self.targets}: this backbone multiplies with the weight of {passed_over[0]} itself "
+                f"({len(passed_over)} layers so), past any update. Choose an expression for its other layers, such as "
+                f"adapter.targets=proj, or adapter=last_blocks."
+            )
+        if not names:
+            kinds = sorted({name.rpartition(".")[2] for name in linear})
+            raise UserError(
+                f"adapter.targets={self.targets} matches no linear layer of this backbone. Choose "
+                f"{', '.join(TARGETS)} or an expression that finds one of its layers: {', '.join(kinds)}."
+            )
+        backbone.requires_grad_(False)
+        if self.bits is not None:
+            quantise(backbone, self.bits)
+        config = LoraConfig(
+            r=self.rank,
+            lora_alpha=self.alpha,
+            lora_dropout=self.dropout,
+            use_rslora=self.rslora,
+            use_dora=self.dora,
+            bias="none",
+            target_modules=names,
+        )
+        inject_adapter_in_model(config, backbone)
+        for parameter in backbone.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()  # peft follows the base's type: updates would be rounded away
+        return backbone
+
+
+def last_blocks(backbone: Backbone, count: int) -> list[nn.Module]:
+    """Return the last `count` blocks of those that are read.
+
+    Raises:
+        UserError: below 1, or more than there are.
+    """
+    blocks = list(backbone.blocks)
+    if not 1 <= count <= len(blocks):
+        raise UserError(f"adapter.blocks={count}: this backbone reads {len(blocks)} blocks; give 1 to {len(blocks)}.")
+    return blocks[-count:]
+
+
+def merge(backbone: Backbone) -> Backbone:
+    """Add the LoRA updates to the weights they update, and take them away as modules."""
+    _quiet()
+    from peft.tuners.lora import LoraLayer
+
+    for name, part in list(backbone.named_modules()):
+        if isinstance(part, LoraLayer):
+            part.merge()
+            parent, _, child = name.rpartition(".")
+            base = part.get_base_layer()
+            torch.autograd.graph.increment_version(list(base.parameters()))  # peft writes through `.data`
+            setattr(backbone.get_submodule(parent), child, base)
+    return backbone
+
+
+def whole_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return a model's state dict in which quantised weights are float32 tensors of the values that they stand for.
+
+    It has the names of the same model without quantisation.
+    """
+    state = model.state_dict()
+    for where, part in list(model.named_modules()):
+        if not type(part).__module__.startswith("bitsandbytes."):
+            continue
+        from peft.utils.integrations import dequantize_module_weight
+
+        for name in part.state_dict():
+            del state[f"{where}.{name}"]
+        state[f"{where}.weight"] = dequantize_module_weight(part).detach().float()
+        if part.bias is not None:
+            state[f"{where}.bias"] = part.bias.detach().float()
+    return state
+
+
+def check_bits(bits: int | None, device: str) -> None:
+    """Refuse a number of bits that cannot be had.
+
+    Raises:
+        UserError: neither 4 nor 8, bitsandbytes is not installed, or it cannot work on this device.
+    """
+    if bits is None:
+        return
+    if bits not in (4, 8):
+        raise UserError(f"adapter.bits={bits}: give 4, 8, or null for none.")
+    if find_spec("bitsandbytes") is None:
+        raise UserError(
+            f"adapter.bits={bits} needs bitsandbytes, which is not installed: pip install 'dinoseg[quantised]', or "
+            f"choose adapter=lora."
+        )
+    mps = device == "auto" and not torch.cuda.is_available() and torch.backends.mps.is_available()
+    if mps or device.split(":")[0] not in ("auto", "cpu", "cuda"):
+        raise UserError(
+            f"adapter.bits={bits}: bitsandbytes does not work on the device {'mps' if mps else device}, only on cuda "
+            f"and cpu. Choose adapter=lora, or engine.device=cpu."
+        )
+
+
+def quantise(backbone: Backbone, bits: int) -> None:
+    """Replace the linear layers of the blocks by frozen ones of 4 or 8 bits; they shrink when they go to the device.
+
+    Raises:
+        UserError: 8 bits for a pyramid.
+    """
+    if bits == 8 and backbone.is_pyramid:
+        raise UserError(
+            "adapter.bits=8: bitsandbytes multiplies rows of tokens in 8 bits, and the layers of a pyramid take maps. "
+            "Choose adapter.bits=4, adapter=lora_all, or a vision transformer."
+        )
+    uncalled = {backbone.get_submodule(name) for name in backbone.uncalled_linears}
+    for block in backbone.blocks:
+        for name, part in list(block.named_modules()):
+            if isinstance(part, nn.Linear) and part not in uncalled:
+                parent, _, child = name.rpartition(".")
+                setattr(block.get_submodule(parent), child, _quantised(part, bits))
+
+
+def _quantised(linear: nn.Linear, bits: int) -> nn.Module:
+    _quiet()
+    import bitsandbytes as bnb
+
+    size, bias = (linear.in_features, linear.out_features), linear.bias is not None
+    new: Any
+    if bits == 4:
+        new = bnb.nn.Linear4bit(
+            *size, bias, compute_dtype=torch.bfloat16, compress_statistics=True, quant_type="nf4", device="meta"
+        )
+        new.support_avx512bf16_for_cpu = False  # its packed format knows no widths but multiples of 32, and no training
+        new.weight = bnb.nn.Params4bit(
+            linear.weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4"
+        )
+    else:
+        new = bnb.nn.Linear8bitLt(*size, bias, has_fp16_weights=False, device="meta")
+        new.weight = bnb.nn.Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False)
+    new.bias = linear.bias
+    return new
+
+
+def _quiet() -> None:
+    """Silence bitsandbytes, which peft imports too: it warns of kernels it can do without, and at each product."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def _refuse_half(backbone: nn.Module, name: str) -> None:
+    if any(parameter.dtype != torch.float32 for parameter in backbone.parameters()):
+        raise UserError(
+            f"adapter={name} with backbone.dtype=bfloat16: small updates would be rounded away. Set backbone.dtype="
+            f"float32 (engine.precision=bf16 computes in bfloat16 all the same), or choose adapter=lora."
+        )
+
+
+def _refuse_bits(bits: int | None, name: str) -> None:
+    if bits is not None:
+        raise UserError(
+            f"adapter={name} with adapter.bits={bits}: quantised weights cannot be trained. adapter=qlora trains LoRA "
+            f"on 4-bit weights, adapter=lora_8bit on 8-bit ones; or leave adapter.bits out."
+        )

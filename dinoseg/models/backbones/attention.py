@@ -1,0 +1,224 @@
+"""Attention in which only the first rows are masked, and the way in which a processor attends fastest."""
+
+from collections.abc import Callable, Mapping
+from functools import cache
+from math import ceil, prod
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode, _get_current_function_mode
+
+from dinoseg.models.backbones.class_attention import show
+
+_NAME = "dinoseg_query_mask"
+_HELD = 2**22  # scores that `_by_products` holds at once, which stay in the processor's caches
+_FEWEST = 128  # tokens for which its calls are worth their start
+
+
+def mask_queries_only(model: Any) -> None:
+    """Make a transformers model take attention masks that are meant for its first tokens only.
+
+    A mask (B, 1, Q, N), bool, True = attend, then says what the first Q of N tokens see; all others see everything.
+    """
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(_NAME, _attend)
+    model.config._attn_implementation = _NAME
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, dropout: float, scale: float) -> Tensor:
+    """Return scaled dot-product attention (B, heads, N, C) with the first Q rows masked by (B, 1, Q, N).
+
+    Two calls over the same keys instead of one with an N x N mask: the rows of the patches, nearly all, keep the fast
+    kernels, which take no mask.
+    """
+    if mask is None:
+        return _unmasked(query, key, value, dropout, scale)
+    rows = mask.shape[-2]
+    masked = F.scaled_dot_product_attention(
+        query[..., :rows, :], key, value, attn_mask=mask, dropout_p=dropout, scale=scale
+    )
+    free = _unmasked(query[..., rows:, :], key, value, dropout, scale)
+    return torch.cat([masked, free], dim=-2)
+
+
+def attend_fastest(model: nn.Module) -> None:
+    """Let modules of timm that call torch's fused attention attend as `attend` does, where that is faster.
+
+    They are those with a flag for it, `fused_attn`; calls with a mask, or causal ones, stay torch's.
+    """
+    if not _products_are_faster():
+        return
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):  # hooks, since copies of a module and its class stay as they are
+            module.register_forward_pre_hook(_enter)
+            module.register_forward_hook(_leave, always_call=True)
+
+
+class _Intercepted(TorchFunctionMode):
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        return (_attention if func is _TORCHS else func)(*args, **(kwargs or {}))
+
+
+_TORCHS = F.scaled_dot_product_attention
+_INTERCEPTED = _Intercepted()
+
+
+def _is_eager() -> bool:
+    """Say whether operations run one by one: an autograd function fits no graph, and not this one `torch.func`."""
+    recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return not (recorded or torch._C._are_functorch_transforms_active())
+
+
+def _enter(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    of_cpu = any(isinstance(part, Tensor) and part.device.type == "cpu" for part in inputs[:1])
+    if of_cpu and _is_eager() and _get_current_function_mode() is not _INTERCEPTED:  # Ctrl-C may have left it there
+        _INTERCEPTED.__enter__()
+
+
+def _leave(_module: nn.Module, _inputs: tuple[Any, ...], _output: object) -> None:
+    if _is_eager() and _get_current_function_mode() is _INTERCEPTED:  # not where a hook before `_enter` failed
+        _INTERCEPTED.__exit__(None, None, None)
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, *others: Any, **options: Any) -> Tensor:
+    """Attend, with the signature of torch's fused attention."""
+    asked = {name: value for name, value in options.items() if value is not None and value is not False}
+    if others or asked.keys() - {"dropout_p", "scale"}:
+        return F.scaled_dot_product_attention(query, key, value, *others, **options)
+    dropout, scale = asked.get("dropout_p", 0.0), asked.get("scale", query.shape[-1] ** -0.5)
+    return _unmasked(query, key, value, dropout, scale)
+
+
+def _unmasked(query: Tensor, key: Tensor, value: Tensor, dropout: float, scale: float) -> Tensor:
+    """Return attention (B, heads, M, C) of M rows that see all N tokens."""
+    plain = not dropout and _is_eager() and query.dim() == 4 and query.shape[2] >= _FEWEST
+    alike = key.shape == value.shape == (*query.shape[:-2], key.shape[-2], query.shape[-1])  # neither wider nor shared
+    of_cpu = query.device.type == "cpu" and query.dtype == key.dtype == value.dtype == torch.bfloat16
+    if not (plain and alike and of_cpu and _products_are_faster()):
+        return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=scale)
+    return by_products(query, key, value, scale)
+
+
+@cache
+def _products_are_faster() -> bool:
+    """Say whether this processor has fast products of bfloat16, but none that torch's fused attention uses."""
+    return torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
+
+
+def by_products(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Return unmasked attention (B, heads, M, C) by matrix products, some rows at a time.
+
+    In bfloat16 it takes about half the time of torch's where `_products_are_faster`. Scores are rounded before the
+    softmax, as any attention written out in bfloat16 rounds them. Nothing of M x N is kept: weights are computed once
+    more for the gradients, as by torch's.
+
+    Args:
+        query: (B, heads, M, C).
+        key: (B, heads, N, C).
+        value: the same.
+        scale: of the products of queries and keys.
+    """
+    return _Products.apply(query, key, value, scale)
+
+
+class _Products(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(query, key, value)
+        ctx.scale = scale
+        attended, room = torch.empty_like(query), _Room(query, key)
+        for rows, all_rows in room.pieces:
+            attended[rows] = room.weights(query[rows], key[all_rows], scale) @ value[all_rows]
+        return attended
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # what it returns would pass for a constant
+            raise NotImplementedError("Attention by products cannot be differentiated twice: leave out create_graph.")
+        of_several = torch._C._functorch.is_legacy_batchedtensor(upstream)  # sums at once, by `is_grads_batched`
+        query, key, value = ctx.saved_tensors
+        if of_several or not _is_eager():
+            return *_gradients(query, key, value, ctx.scale, upstream), None
+        of_query, room = torch.empty_like(query), _Room(query, key)
+        of_key, of_value = (torch.zeros(part.shape, dtype=torch.float32) for part in (key, value))
+        for rows, all_rows in room.pieces:
+            weights = room.weights(query[rows], key[all_rows], ctx.scale)
+            slopes = room.slopes(upstream[rows], value[all_rows], weights)
+            of_query[rows] = _scaled(slopes, key[all_rows], ctx.scale)
+            of_key[all_rows] += _scaled(slopes.mT, query[rows], ctx.scale)
+            of_value[all_rows] += weights.mT @ upstream[rows]
+        return of_query, of_key.to(key.dtype), of_value.to(value.dtype), None
+
+
+def _gradients(query: Tensor, key: Tensor, value: Tensor, scale: float, upstream: Tensor) -> tuple[Tensor, ...]:
+    """Return the same gradients by operations that `vmap` knows: it knows none with a place for what they put out."""
+    weights = torch.softmax(scale * (query @ key.mT), -1)
+    slopes = scale * torch._softmax_backward_data(upstream @ value.mT, weights, -1, weights.dtype)
+    return slopes @ key, slopes.mT @ query, weights.mT @ upstream
+
+
+class _Room:
+    """An image's heads a few at a time, and memory for what their rows see, which all share: fresh pages cost time.
+
+    Where one head sees too much, it is some of its rows: products of few rows are slow.
+
+    Args:
+        query: (B, heads, M, C).
+        key: (B, heads, N, C).
+    """
+
+    def __init__(self, query: Tensor, key: Tensor) -> None:
+        images, heads, rows = query.shape[:3]
+        self._tokens = key.shape[2]
+        heads_at_once = max(1, _HELD // (rows * self._tokens))
+        rows_at_once = ceil(rows / ceil(rows * self._tokens / _HELD))
+        whole = [(image, some) for image in range(images) for some in _runs(heads, heads_at_once)]
+        self.pieces = [((*of_heads, some), of_heads) for of_heads in whole for some in _runs(rows, rows_at_once)]
+        self._memory = [query.new_empty(0)] * 3
+
+    def weights(self, queries: Tensor, keys: Tensor, scale: float) -> Tensor:
+        """Return what rows (heads, M, C) give to each of the keys (heads, N, C)."""
+        return torch.softmax(_scaled(queries, keys.mT, scale, out=self._of(0, queries)), -1, out=self._of(1, queries))
+
+    def slopes(self, upstream: Tensor, values: Tensor, weights: Tensor) -> Tensor:
+        """Return the gradient of scaled products from that of what rows attend to."""
+        of_weights = torch.bmm(upstream, values.mT, out=self._of(0, upstream))
+        into = self._of(2, upstream)
+        return torch.ops.aten._softmax_backward_data.out(of_weights, weights, -1, weights.dtype, grad_input=into)
+
+    def _of(self, number: int, rows: Tensor) -> Tensor:
+        """Return one of the places for numbers (heads, M, N)."""
+        shape = *rows.shape[:2], self._tokens
+        if not len(self._memory[number]):  # the first piece is the largest
+            self._memory[number] = rows.new_empty(prod(shape))
+        return self._memory[number][: prod(shape)].view(shape)
+
+
+def _runs(length: int, at_once: int) -> list[slice]:
+    return [slice(start, start + at_once) for start in range(0, length, at_once)]
+
+
+def _scaled(left: Tensor, right: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
+    return torch.baddbmm(left.new_empty(1), left, right, beta=0, alpha=scale, out=out)
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    dropout: float = 0.0,
+    **_: object,
+) -> tuple[Tensor, None]:
+    """Attend, with the signature that transformers calls its attention functions by."""
+    show(module, query, key, scaling)
+    attended = attend(query, key, value, attention_mask, dropout=dropout, scale=scaling)
+    return attended.transpose(1, 2).contiguous(), None

@@ -1,0 +1,117 @@
+"""DINOv3 ConvNeXt, on Hugging Face transformers' model."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dinoseg.core.contracts import Backbone
+from dinoseg.models.backbones.arch import configuration
+from dinoseg.models.backbones.layers import resolve_layers
+from dinoseg.models.backbones.normalisation import register_colours
+from dinoseg.models.backbones.pretrained import exported_state, load_model
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.ranges import Count
+
+STEM = 4  # pixels that a cell of the first stage covers; every later stage doubles it
+
+
+class ConvNext(Backbone):
+    """A DINOv3 ConvNeXt that returns what its four stages put out as maps.
+
+    Images (B, 3, H, W), float RGB in 0..1, any H and W; returns L maps (B, C, h, w), one for each of `layers`, stage s
+    with a stride of 4 * 2^s px and its own width. The final LayerNorm is applied to the map of the last stage and to no
+    other, as in Meta's `get_intermediate_layers(norm=True)`. Images are normalised here, then padded with zeros (the
+    mean colour) at the bottom and on the right. What comes after the last of `layers` is cut off.
+
+    Args:
+        arch: values of transformers' `dinov3_convnext` configuration, so that it can be built without weights.
+        weights: a hub id (`id` or `id@revision`), a local folder, a file of weights, or `random`.
+        patch_size: stride in pixels of the coarsest of `layers`: 32 with the last stage; checked.
+        layers: 0-based stages to return; negative numbers count from the last; `quarters` for all four.
+        mean: RGB mean of the images the weights were trained on, in 0..1.
+        std: RGB standard deviation of the same.
+        checkpointing: recompute block activations in the backward pass: less memory, about a third more time.
+
+    Raises:
+        UserError: a key or value of `arch` that such a model cannot have, another patch size, a layer out of range,
+            colours that cannot be, or weights that cannot be had or do not fit.
+    """
+
+    is_pyramid = True
+
+    def __init__(
+        self,
+        arch: Mapping[str, Any],
+        weights: str,
+        patch_size: Count,
+        layers: Sequence[int] | str = (-1,),
+        mean: Sequence[float] = (0.485, 0.456, 0.406),
+        std: Sequence[float] = (0.229, 0.224, 0.225),
+        checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        config = configuration("dinov3_convnext", arch)
+        self.depth = len(config.hidden_sizes)
+        self.layers = resolve_layers(layers, self.depth)
+        self.num_layers = len(self.layers)
+        self.patch_size = patch_size
+        _check_patch_size(patch_size, STEM * 2 ** max(self.layers))
+        widths = [config.hidden_sizes[layer] for layer in self.layers]
+        self.dim: int | list[int] = widths if self.num_layers > 1 else widths[0]
+        self.weights = weights
+        self.checkpointing = checkpointing
+        self.unused: list[str] = []
+        self.model = load_model(config, weights, self._cut)
+        register_colours(self, mean, std)
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The stages up to the last tapped one, in order."""
+        return self.model.model.stages
+
+    @property
+    def norm(self) -> nn.Module | None:
+        """The final LayerNorm, or None if the last stage is not read."""
+        return self.model.layer_norm
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Return one map (B, C, h, w) for each tapped stage."""
+        x = self.pixels(images)
+        maps = {}
+        for number, stage in enumerate(self.blocks):
+            x = self._run(stage, x)
+            maps[number] = x
+        if self.norm is not None:
+            maps[self.depth - 1] = self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # over the channels
+        return [maps[layer].contiguous() for layer in self.layers]  # whose layout decides how heads round
+
+    def export_state(self) -> dict[str, Tensor]:
+        """Return the weights under the names in which `weights` reads them from a file.
+
+        Raises:
+            UserError: it holds LoRA updates, which are no weights of their own.
+        """
+        return exported_state(self.model)
+
+    def _cut(self, model: Any) -> None:
+        """Take away what nothing reads."""
+        if max(self.layers) + 1 < self.depth:
+            del model.model.stages[max(self.layers) + 1 :]
+            model.layer_norm = None
+
+    def _run(self, stage: Any, x: Tensor) -> Tensor:
+        for part in stage.downsample_layers:
+            x = part(x)
+        for block in stage.layers:
+            x = checkpoint(block, x, use_reentrant=False) if self.checkpointing and self.training else block(x)
+        return x
+
+
+def _check_patch_size(patch_size: int, stride: int) -> None:
+    if patch_size != stride:
+        raise UserError(
+            f"backbone.patch_size={patch_size}: the coarsest of these layers has a stride of {stride} px: set "
+            f"backbone.patch_size={stride}."
+        )

@@ -1,0 +1,45 @@
+"""Which blocks of a backbone are read."""
+
+import math
+from collections.abc import Sequence
+
+from dinoseg.utils.errors import UserError
+
+QUARTERS = "quarters"
+_META = {
+    24: [4, 11, 17, 23]
+}  # DINOv2's and DINOv3's own choice for ViT-L, a block earlier than an even spread at first
+
+
+def resolve_layers(layers: Sequence[int] | str, depth: int) -> list[int]:
+    """Return the 0-based blocks that `layers` means in a backbone of `depth` blocks (or stages).
+
+    Args:
+        layers: block numbers, negative ones counting from the last, or the word `quarters`: four blocks, each the
+            last of a quarter of the depth (for 24 blocks 4, 11, 17 and 23, as Meta chose them).
+        depth: blocks in all.
+
+    Raises:
+        UserError: another word, no number at all, one that is not whole or out of range, or fewer than four blocks for
+            `quarters`.
+    """
+    if isinstance(layers, str):
+        if layers != QUARTERS:
+            raise UserError(f"backbone.layers={layers}: give a list of block numbers, such as [-1], or {QUARTERS}.")
+        if depth < 4:
+            raise UserError(
+                f"backbone.layers={QUARTERS} needs four blocks, and this backbone has {depth}. Choose a head that "
+                "reads any number, such as head=linear or head=cnn, with backbone.layers=[-1]."
+            )
+        return list(_META.get(depth, [math.ceil(part * depth / 4) - 1 for part in (1, 2, 3, 4)]))
+    if any(isinstance(layer, bool) or not isinstance(layer, int) for layer in layers):
+        raise UserError(
+            f"backbone.layers={list(layers)}: blocks have whole numbers. Give a list such as [-1] or [2, 5]."
+        )
+    wrong = [layer for layer in layers if not -depth <= layer < depth]
+    if wrong or not layers:
+        raise UserError(
+            f"backbone.layers={list(layers)}: this backbone has {depth} blocks; give at least one number, "
+            f"each from {-depth} to {depth - 1} (negative counts from the last)."
+        )
+    return [layer % depth for layer in layers]

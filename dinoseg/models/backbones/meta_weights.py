@@ -1,0 +1,293 @@
+"""Meta's own checkpoint files of DINO, DINOv2 and DINOv3 vision transformers, under the names of the hub's files."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dinoseg.utils.errors import UserError
+
+INV_FREQ = "rope_embeddings.inv_freq"  # DINOv3's rotation frequencies: no file of the hub has them
+LOCAL_CLS_NORM = "local_cls_norm."  # a final norm beside the usual one, read by DINOv3's pre-training only
+
+FAMILIES = ("vit", "dinov2", "dinov2_with_registers", "dinov3_vit")  # transformers' model types
+_HEADS = ("head.", "dino_head.", "ibot_head.")  # of the pre-training, in its own checkpoints
+_DIMS = {"cls_token": 3, "pos_embed": 3, "register_tokens": 3, "storage_tokens": 3, "patch_embed.proj.weight": 4}
+_QKV = {"vit": ("query", "key", "value"), "dinov3_vit": ("q", "k", "v")}
+_OUTSIDE = {  # of the tensors outside the blocks: Meta's name, the hub's name
+    "vit": {
+        "cls_token": "embeddings.cls_token",
+        "pos_embed": "embeddings.position_embeddings",
+        "patch_embed.proj.weight": "embeddings.patch_embeddings.projection.weight",
+        "patch_embed.proj.bias": "embeddings.patch_embeddings.projection.bias",
+        "norm.weight": "layernorm.weight",
+        "norm.bias": "layernorm.bias",
+    },
+    "dinov3_vit": {
+        "cls_token": "embeddings.cls_token",
+        "mask_token": "embeddings.mask_token",
+        "patch_embed.proj.weight": "embeddings.patch_embeddings.weight",
+        "patch_embed.proj.bias": "embeddings.patch_embeddings.bias",
+        "rope_embed.periods": INV_FREQ,
+        "norm.weight": "norm.weight",
+        "norm.bias": "norm.bias",
+    },
+}
+_OUTSIDE["dinov2"] = _OUTSIDE["vit"] | {"mask_token": "embeddings.mask_token"}
+_BLOCK = {  # of the modules in a block: Meta's name, the hub's name
+    "vit": {
+        "norm1": "layernorm_before",
+        "attn.qkv": "attention.attention.{}",
+        "attn.proj": "attention.output.dense",
+        "norm2": "layernorm_after",
+        "mlp.fc1": "intermediate.dense",
+        "mlp.fc2": "output.dense",
+    },
+    "dinov2": {
+        "norm1": "norm1",
+        "attn.qkv": "attention.attention.{}",
+        "attn.proj": "attention.output.dense",
+        "ls1.gamma": "layer_scale1.lambda1",
+        "norm2": "norm2",
+        "ls2.gamma": "layer_scale2.lambda1",
+    },
+    "dinov3_vit": {
+        "norm1": "norm1",
+        "attn.qkv": "attention.{}_proj",
+        "attn.proj": "attention.o_proj",
+        "ls1.gamma": "layer_scale1.lambda1",
+        "norm2": "norm2",
+        "ls2.gamma": "layer_scale2.lambda1",
+    },
+}
+_MLP = {  # by family and whether it is gated (SwiGLU)
+    ("vit", False): {},
+    ("dinov2", False): {"mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"},
+    ("dinov2", True): {"mlp.w12": "mlp.weights_in", "mlp.w3": "mlp.weights_out"},
+    ("dinov3_vit", False): {"mlp.fc1": "mlp.up_proj", "mlp.fc2": "mlp.down_proj"},
+    ("dinov3_vit", True): {"mlp.w1": "mlp.gate_proj", "mlp.w2": "mlp.up_proj", "mlp.w3": "mlp.down_proj"},
+}
+
+
+@dataclass(frozen=True)
+class VitLayout:
+    """What the weights of a vision transformer say about it."""
+
+    family: str  # transformers' model type
+    width: int
+    depth: int
+    patch_size: int
+    registers: int = 0
+    gated: bool = False  # SwiGLU
+
+    def __str__(self) -> str:
+        """Describe it in words."""
+        name = {"vit": "DINO", "dinov3_vit": "DINOv3"}.get(self.family, "DINOv2")
+        extras = [f"{self.registers} registers"] * bool(self.registers) + ["SwiGLU"] * self.gated
+        parts = [f"width {self.width}", f"{self.depth} blocks", f"patches of {self.patch_size} px", *extras]
+        return f"a {name} vision transformer ({', '.join(parts)})"
+
+
+OPTIONS = {  # the published ones: what to choose for `backbone`
+    VitLayout("vit", 384, 12, 8): "dino_vits8",
+    VitLayout("vit", 384, 12, 16): "dino_vits16",
+    VitLayout("vit", 768, 12, 8): "dino_vitb8",
+    VitLayout("vit", 768, 12, 16): "dino_vitb16",
+    VitLayout("dinov2", 384, 12, 14): "dinov2_vits14",
+    VitLayout("dinov2", 768, 12, 14): "dinov2_vitb14",
+    VitLayout("dinov2", 1024, 24, 14): "dinov2_vitl14",
+    VitLayout("dinov2", 1536, 40, 14, gated=True): "dinov2_vitg14",
+    VitLayout("dinov2_with_registers", 384, 12, 14, 4): "dinov2_vits14_reg4",
+    VitLayout("dinov2_with_registers", 768, 12, 14, 4): "dinov2_vitb14_reg4",
+    VitLayout("dinov2_with_registers", 1024, 24, 14, 4): "dinov2_vitl14_reg4",
+    VitLayout("dinov2_with_registers", 1536, 40, 14, 4, gated=True): "dinov2_vitg14_reg4",
+    VitLayout("dinov3_vit", 384, 12, 16, 4): "dinov3_vits16",
+    VitLayout("dinov3_vit", 384, 12, 16, 4, gated=True): "dinov3_vits16plus",
+    VitLayout("dinov3_vit", 768, 12, 16, 4): "dinov3_vitb16",
+    VitLayout("dinov3_vit", 1024, 24, 16, 4): "dinov3_vitl16",
+    VitLayout("dinov3_vit", 1280, 32, 16, 4, gated=True): "dinov3_vith16plus",
+    VitLayout("dinov3_vit", 4096, 40, 16, 4, gated=True): "dinov3_vit7b16",
+}
+
+
+def config_layout(config: Any) -> VitLayout:
+    """Return the layout of a transformers configuration."""
+    return VitLayout(
+        config.model_type,
+        config.hidden_size,
+        config.num_hidden_layers,
+        config.patch_size,
+        getattr(config, "num_register_tokens", 0),
+        getattr(config, "use_swiglu_ffn", False) or getattr(config, "use_gated_mlp", False),
+    )
+
+
+def unwrap(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the backbone in a checkpoint file's content under plain names; other content comes back as it is.
+
+    A checkpoint of the pre-training holds the networks as `teacher` and `student`, each a backbone and heads: the
+    teacher's backbone is taken, as Meta publishes it, the student's where there is no teacher. The blocks of models
+    that were trained in chunks (`blocks.CHUNK.NUMBER`) are called `blocks.NUMBER`.
+    """
+    names = dict(content)
+    network = next((content[key] for key in ("teacher", "student") if isinstance(content.get(key), Mapping)), None)
+    if network is not None:
+        plain = {re.sub(r"^(module\.)?(backbone\.)?", "", name): value for name, value in network.items()}
+        names = {name: value for name, value in plain.items() if not name.startswith(_HEADS)}
+    return {re.sub(r"^blocks\.\d+\.(\d+\.)", r"blocks.\1", name): value for name, value in names.items()}
+
+
+def is_meta(state: Mapping[str, object]) -> bool:
+    """Tell whether weights go by Meta's names for a vision transformer."""
+    return "cls_token" in state and "patch_embed.proj.weight" in state
+
+
+def from_meta(state: Mapping[str, Tensor], config: Any, source: str) -> dict[str, Tensor]:
+    """Return Meta's weights of a vision transformer under the names of the hub's files.
+
+    DINOv3's rotation periods come as `INV_FREQ`, and its norm for local crops, where there is one, as `LOCAL_CLS_NORM`:
+    the hub's files have neither. Its key bias, which Meta's code masks, is checked to be without effect and left out.
+
+    Args:
+        state: Meta's tensors, by plain names (`unwrap`).
+        config: transformers' configuration of the model that they are for.
+        source: where they are from, for messages.
+
+    Raises:
+        UserError: they are of another family or size, or a tensor is missing or left over.
+    """
+    _check_shapes(state, source)
+    layout = _layout(state)
+    _check_fits(layout, state, config, source)
+    names = _names(layout, state)
+    _check_complete(names, state, source)
+    converted: dict[str, Tensor] = {}
+    for name, target in names.items():
+        if ".attn.qkv." in name:
+            converted |= _split(name, target, state, layout.family, source)
+        else:
+            converted[target] = _tensor(name, state[name], layout.family)
+    return converted
+
+
+def _check_shapes(state: Mapping[str, Tensor], source: str) -> None:
+    """Refuse tensors whose size cannot be worked with: the rest is for the loader to compare."""
+    width = state["cls_token"].numel()
+    for name, value in state.items():
+        shape = tuple(value.shape)
+        if ".attn.qkv." in name:
+            fits = shape[:1] == (3 * width,)
+        elif name.startswith(LOCAL_CLS_NORM):
+            fits = shape == (width,)
+        else:
+            fits = bool(shape) and value.numel() > 0 and len(shape) == _DIMS.get(name, len(shape))
+        if not fits:
+            raise UserError(
+                f"backbone.weights={source}: {name} has the shape {shape}, which no vision transformer of Meta's has. "
+                f"Give a file as Meta publishes it."
+            )
+
+
+def _layout(state: Mapping[str, Tensor]) -> VitLayout:
+    blocks = {int(match[1]) for match in (re.match(r"blocks\.(\d+)\.", name) for name in state) if match}
+    registers = next((state[name].shape[-2] for name in ("register_tokens", "storage_tokens") if name in state), 0)
+    if "pos_embed" not in state:
+        family = "dinov3_vit"
+    elif any(name.endswith("ls1.gamma") for name in state):
+        family = "dinov2_with_registers" if registers else "dinov2"
+    else:
+        family = "vit"
+    width, *_, patch_size = state["patch_embed.proj.weight"].shape
+    gated = any(".mlp.w3." in name for name in state)
+    return VitLayout(family, width, max(blocks, default=-1) + 1, patch_size, registers, gated)
+
+
+def _check_fits(layout: VitLayout, state: Mapping[str, Tensor], config: Any, source: str) -> None:
+    wanted = config_layout(config) if config.model_type in FAMILIES else f"a {config.model_type}"
+    if layout != wanted:
+        option = OPTIONS.get(layout)
+        remedy = f"Choose backbone={option}" if option else "Set backbone.family, patch_size and arch to match"
+        raise UserError(
+            f"backbone.weights={source}: the file holds {layout}, but the backbone is {wanted}. "
+            f"{remedy}, or give the file made for this backbone."
+        )
+    if "pos_embed" in state:
+        stored, side = state["pos_embed"].shape[1] - 1, config.image_size // config.patch_size
+        if stored != side * side:
+            size = round(stored**0.5) * config.patch_size
+            raise UserError(
+                f"backbone.weights={source}: the file holds {stored} positions, but backbone.arch.image_size="
+                f"{config.image_size} means {side * side}. Set backbone.arch.image_size={size}."
+            )
+    if "rope_embed.periods" in state:
+        heads = layout.width // (4 * len(state["rope_embed.periods"]))
+        if heads != config.num_attention_heads:
+            raise UserError(
+                f"backbone.weights={source}: the file is of a model with {heads} heads, the backbone has "
+                f"{config.num_attention_heads}. Set backbone.arch.num_attention_heads={heads}."
+            )
+
+
+def _names(layout: VitLayout, state: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return the hub's name for each of Meta's, for all tensors that such a model has; {} stands for q, k and v."""
+    kind = "dinov2" if layout.family == "dinov2_with_registers" else layout.family
+    names = dict(_OUTSIDE[kind])
+    if layout.registers:
+        names["storage_tokens" if kind == "dinov3_vit" else "register_tokens"] = "embeddings.register_tokens"
+    modules = _BLOCK[kind] | _MLP[kind, layout.gated]
+    endings = {name: [""] if name.endswith(".gamma") else [".weight", ".bias"] for name in modules}
+    if kind == "dinov3_vit":  # the largest has no bias here, the others a mask on it
+        biases = [part for part in ("bias", "bias_mask") if any(name.endswith(f".attn.qkv.{part}") for name in state)]
+        endings["attn.qkv"] = [".weight", *(f".{part}" for part in biases)]
+        if any(name.startswith(LOCAL_CLS_NORM) for name in state):
+            names |= {LOCAL_CLS_NORM + part: LOCAL_CLS_NORM + part for part in ("weight", "bias")}
+    prefix = "layer" if kind == "dinov3_vit" else "encoder.layer"
+    for block in range(layout.depth):
+        for module, target in modules.items():
+            for ending in endings[module]:
+                names[f"blocks.{block}.{module}{ending}"] = f"{prefix}.{block}.{target}{ending}"
+    return names
+
+
+def _check_complete(names: Mapping[str, str], state: Mapping[str, Tensor], source: str) -> None:
+    for wrong, what in (
+        (sorted(names.keys() - state.keys()), "lacks"),
+        (sorted(state.keys() - names.keys()), "holds, beside a whole backbone,"),
+    ):
+        if wrong:
+            listed = ", ".join(wrong[:3]) + (", ..." if len(wrong) > 3 else "")
+            raise UserError(
+                f"backbone.weights={source}: the file goes by Meta's names, but {what} {listed} ({len(wrong)} in all). "
+                f"Give a file as Meta publishes it."
+            )
+
+
+def _tensor(name: str, value: Tensor, family: str) -> Tensor:
+    if name == "rope_embed.periods":
+        return 1 / value.float()
+    return value[None] if family == "dinov3_vit" and name == "mask_token" else value
+
+
+def _split(name: str, target: str, state: Mapping[str, Tensor], family: str, source: str) -> dict[str, Tensor]:
+    """Return what a fused tensor of q, k and v holds, without DINOv3's key bias."""
+    if name.endswith(".bias_mask"):
+        return {}  # applied to the bias
+    parts = dict(zip(_QKV.get(family, _QKV["vit"]), state[name].chunk(3), strict=True))
+    if family == "dinov3_vit" and name.endswith(".bias"):
+        parts = _masked(name, state, source)
+    return {target.format(part): value.clone() for part, value in parts.items()}  # no views: each is saved by itself
+
+
+def _masked(name: str, state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    """Return the biases of q and v as Meta's code applies them."""
+    mask = state.get(f"{name}_mask")
+    query, key, value = (state[name] if mask is None else state[name] * mask).chunk(3)
+    if torch.count_nonzero(key):  # counts nan too
+        raise UserError(
+            f"backbone.weights={source}: {name} has a key part that is in effect, and DINOv3's keys have no bias. "
+            f"Give a file as Meta publishes it."
+        )
+    return {"q": query, "v": value}

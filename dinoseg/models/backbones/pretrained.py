@@ -1,0 +1,283 @@
+"""Weights of transformers' models: from the hub, a folder, a file, the package, or at random."""
+
+import contextlib
+import re
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from dinoseg.models.backbones.convnext_names import convnext_names, is_meta_convnext
+from dinoseg.models.backbones.meta_weights import INV_FREQ, LOCAL_CLS_NORM, from_meta, is_meta, unwrap
+from dinoseg.utils import forms
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.tensor_files import PICKLED, check_unquantised, check_weights, outline, read_tensor_file
+
+PACKAGED = "dinoseg:"  # weights=dinoseg:NAME is a file that ships inside the package
+_ADAPTER = "adapter_config.json"  # of peft
+_INDEX = "model.safetensors.index.json"
+_SHARDS = forms.holding(weight_map=forms.table(forms.text))
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+
+
+def load_model(config: Any, weights: str, cut: Callable[[Any], None], local_cls_norm: nn.Module | None = None) -> Any:
+    """Return the model of a transformers configuration, cut, with its weights, in float32.
+
+    A file, safetensors or PyTorch's, may go by the hub's names or by Meta's own (`meta_weights`). A PyTorch file is
+    read as tensors only: nothing in it is run.
+
+    Args:
+        config: decides the architecture; weights of another one are refused.
+        weights: a hub id (`id` or `id@revision`), a local folder, a file, `dinoseg:NAME` or `random`; of the whole
+            model or of exactly what is left of it.
+        cut: takes parts away from a model in place.
+        local_cls_norm: takes DINOv3's norm for local crops, where a file has it; without it that norm is left out.
+
+    Raises:
+        UserError: the weights cannot be had or read, or do not fit.
+    """
+    from transformers import AutoModel
+
+    if weights == "random":
+        model = AutoModel.from_config(config, **_without_pooler(config))
+        cut(model)
+        return model
+    if weights.startswith(PACKAGED):
+        path = Path(str(files("dinoseg"))) / "assets" / f"{weights.removeprefix(PACKAGED)}.safetensors"
+    else:
+        path = Path(weights).expanduser()
+    if path.is_file():
+        return _from_file(config, path, cut, local_cls_norm)
+    if path.is_dir():
+        return _from_folder(weights, path, cut, config)
+    if not _HUB_ID.fullmatch(weights) or path.suffix in (".safetensors", *PICKLED):
+        raise UserError(f"backbone.weights={weights}: no such file or folder. Check the path.")
+    name, _, revision = weights.partition("@")
+    revision = revision or "main"
+    if silent := _why_silent(name, revision):
+        return _from_folder(weights, Path(_fetched_before(weights, name, revision, silent)), cut, config)
+    model = _from_pretrained(weights, name, cut, config=config, revision=revision)
+    _check_loaded(weights, model, _fetched(name, revision))
+    return model
+
+
+def _why_silent(name: str, revision: str) -> str:
+    """Return why the hub does not answer, "" where it does: one look-up, where a loader tries each file six times."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        info = HfApi().model_info(name, revision=revision, timeout=10)
+    except HfHubHTTPError:  # an answer: what it says of the files is the loader's to tell
+        return ""
+    except Exception as error:  # of whatever library the hub's client speaks through
+        return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    _check_no_adapter(f"{name}@{revision}", (file.rfilename for file in info.siblings or ()))
+    return ""
+
+
+def _check_no_adapter(weights: str, names: Iterable[str]) -> None:
+    """Refuse files among which transformers would find an adapter, and build what that says, from wherever it says."""
+    if _ADAPTER in names:
+        raise UserError(f"backbone.weights={weights}: holds {_ADAPTER}. Give the whole weights, without an adapter.")
+
+
+def _from_folder(weights: str, folder: Path, cut: Callable[[Any], None], config: Any) -> nn.Module:
+    _check_no_adapter(weights, (path.name for path in folder.iterdir()))
+    _loaded_files(weights, folder)  # or transformers would read a malformed index
+    model = _from_pretrained(weights, str(folder), cut, config=config)
+    _check_loaded(weights, model, folder)
+    return model
+
+
+def _check_loaded(weights: str, model: nn.Module, folder: Path | None) -> None:
+    """Refuse a model whose weights are not finite, or whose files in a folder held them in another type than floats."""
+    for path in _loaded_files(weights, folder) if folder else ():
+        where = f"backbone.weights={weights}: {path.name}"
+        try:
+            check_weights(outline(path), where)
+        except SafetensorError as error:
+            raise UserError(f"{where}: {error}. Download or export the weights again, unquantised.") from error
+    own = model.state_dict()
+    check_weights(own, f"backbone.weights={weights}", own)
+
+
+def _loaded_files(weights: str, folder: Path) -> list[Path]:
+    """Return the files of a folder that transformers loads: model.safetensors, or those that its index names.
+
+    Raises:
+        UserError: the index is malformed.
+    """
+    index = folder / _INDEX
+    if (folder / "model.safetensors").exists() or not index.exists():
+        return [path for path in [folder / "model.safetensors"] if path.exists()]
+    try:
+        names = forms.read_json(index, _SHARDS)["weight_map"].values()
+    except (OSError, forms.Misshapen) as error:
+        raise UserError(f"backbone.weights={weights}: {_INDEX} cannot be read ({error}). Download it again.") from None
+    return [folder / name for name in sorted(set(names))]
+
+
+def _fetched(name: str, revision: str) -> Path | None:
+    """Return the folder into which the hub's client has fetched weights; None where it keeps them otherwise."""
+    from huggingface_hub import try_to_load_from_cache
+
+    for file in ("model.safetensors", _INDEX):
+        found = try_to_load_from_cache(name, file, revision=revision)
+        if isinstance(found, str):
+            return Path(found).parent
+    return None
+
+
+def _fetched_before(weights: str, name: str, revision: str, silent: str) -> str:
+    """Return the folder of weights that were fetched while the hub still answered."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return snapshot_download(name, revision=revision, local_files_only=True)
+    except LocalEntryNotFoundError:
+        raise UserError(
+            f"backbone.weights={weights}: no such folder is here, the hub does not answer ({silent}), and nothing was "
+            f"fetched from it before. Give a downloaded file or folder, backbone.weights=PATH; or take weights that "
+            f"ship here, backbone=tiny_surgical; or none, backbone.weights=random."
+        ) from None
+
+
+def exported_state(model: Any) -> dict[str, Tensor]:
+    """Return a model's weights under the names of the files on the hub, which all versions of transformers read.
+
+    DINOv3's rotation frequencies are added where they are not those of the configuration: Meta's own files hold them
+    rounded.
+
+    Raises:
+        UserError: the model holds LoRA updates.
+    """
+    if any(".lora_" in name for name in model.state_dict()):
+        raise UserError(
+            "This backbone holds LoRA updates, which are no weights of their own: export with export.merge=true."
+        )
+    with tempfile.TemporaryDirectory() as folder, _quiet():
+        model.save_pretrained(folder, safe_serialization=True)
+        state = {key: value for path in Path(folder).glob("*.safetensors") for key, value in load_file(path).items()}
+    rope = getattr(model, "rope_embeddings", None)
+    if rope is not None:
+        frequencies = rope.inv_freq.detach().float().cpu()
+        if not torch.equal(frequencies, type(rope)(model.config).inv_freq):
+            state[INV_FREQ] = frequencies.clone()
+    return state
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors or PyTorch file by name, those of a checkpoint's backbone by plain names.
+
+    Raises:
+        UserError: the file is broken, or holds anything but tensors.
+    """
+    content = unwrap(read_tensor_file(path, "backbone.weights"))
+    other = [name for name, value in content.items() if not isinstance(value, Tensor)]
+    if other or not content:
+        raise UserError(
+            f"backbone.weights={path}: holds {', '.join(other[:3]) or 'nothing'}, and no weights by name. Give a file "
+            f"of a backbone's weights, or a checkpoint of its pre-training with a `teacher`."
+        )
+    return content
+
+
+def _from_file(config: Any, path: Path, cut: Callable[[Any], None], local_cls_norm: nn.Module | None) -> nn.Module:
+    from transformers import MODEL_MAPPING
+
+    where, stored = f"backbone.weights={path}", read_weights(path)
+    check_unquantised(stored, where)  # under the file's names
+    state = _with_hub_names(stored, config, path)
+    checked = dict(state)
+    frequencies = state.pop(INV_FREQ, None) if config.model_type == "dinov3_vit" else None
+    local = {name: state.pop(name) for name in list(state) if name.startswith(LOCAL_CLS_NORM)}
+    model: Any = _from_pretrained(
+        str(path), None, cut, model_class=MODEL_MAPPING[type(config)], config=config, state_dict=state
+    )
+    check_weights(checked, where)  # once their names fit
+    if frequencies is not None:
+        check_weights({INV_FREQ: frequencies}, where, {INV_FREQ: model.rope_embeddings.inv_freq})
+        model.rope_embeddings.inv_freq.copy_(frequencies)
+    if local_cls_norm is not None and local:
+        local_cls_norm.load_state_dict({name.removeprefix(LOCAL_CLS_NORM): value for name, value in local.items()})
+    return model
+
+
+def _with_hub_names(state: dict[str, Tensor], config: Any, path: Path) -> dict[str, Tensor]:
+    if is_meta(state):
+        return from_meta(state, config, str(path))
+    if not is_meta_convnext(state):
+        return state
+    if config.model_type != "dinov3_convnext":
+        raise UserError(
+            f"backbone.weights={path}: the file holds a DINOv3 ConvNeXt, the backbone is of another kind. "
+            f"Choose backbone=dinov3_convnext_tiny, _small, _base or _large."
+        )
+    return convnext_names(state)
+
+
+def _from_pretrained(
+    weights: str, source: str | None, cut: Callable[[Any], None], *, model_class: Any = None, **options: Any
+) -> nn.Module:
+    from transformers import AutoModel
+
+    loader: Any = model_class or AutoModel
+    # no pickles; what does not fit is listed rather than raised, and refused below
+    options |= {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
+    options |= _without_pooler(options["config"])
+    try:
+        with _quiet():
+            model, info = loader.from_pretrained(source, dtype=torch.float32, **options)
+    except (OSError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"backbone.weights={weights}: the weights cannot be had ({reason}). If they are gated, accept the licence "
+            f"on the model's hub page and log in with `hf auth login`; or give a downloaded folder or file: "
+            f"backbone.weights=PATH; to try things out untrained: backbone.weights=random."
+        ) from error
+    misfits = [key for kind in ("missing", "unexpected", "mismatched") for key in info.get(f"{kind}_keys", ())]
+    pooler = {f"pooler.dense.{part}" for part in ("weight", "bias") if options["config"].model_type == "vit"}
+    # a hub file of DINO may have a pooler, which no map depends on
+    wrong = {key if isinstance(key, str) else key[0] for key in misfits} - pooler
+    whole = model.state_dict().keys()
+    cut(model)
+    removed = whole - model.state_dict().keys()
+    if removed <= set(info.get("missing_keys", ())):  # the file is of a model cut in the same place
+        wrong -= removed
+    if wrong:
+        raise UserError(
+            f"backbone.weights={weights}: {len(wrong)} tensors are missing, left over or of another shape "
+            f"({', '.join(sorted(wrong)[:3])}, ...). Choose the backbone that these weights were made for."
+        )
+    return model
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers from printing what it reads, writes and misses; downloads still show how far they are."""
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+    from transformers.utils import logging
+
+    verbosity, bar, downloads = logging.get_verbosity(), logging.is_progress_bar_enabled(), are_progress_bars_disabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        if not downloads:
+            enable_progress_bars()
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()
+
+
+def _without_pooler(config: Any) -> dict[str, Any]:
+    return {"add_pooling_layer": False} if config.model_type == "vit" else {}

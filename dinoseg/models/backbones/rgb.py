@@ -1,0 +1,61 @@
+"""Colours instead of features."""
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from dinoseg.core.contracts import Backbone
+from dinoseg.models.backbones.layers import resolve_layers
+from dinoseg.models.backbones.normalisation import register_colours
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.ranges import Count
+
+
+class RgbBackbone(Backbone):
+    """The mean colour of each patch: a baseline that every learnt feature has to beat.
+
+    Images (B, 3, H, W), float RGB in 0..1, any H and W; returns maps (B, 3, h, w), h = ceil(H / patch_size), all the
+    same. Colours are normalised, and so lie around zero: that makes cosines between them tell colours apart. Images
+    are padded with zeros (the mean colour) at the bottom and on the right, which shortens the colours of patches on
+    the border and leaves their directions as they are. There is nothing to train, and no file of weights.
+
+    Args:
+        patch_size: side of a patch in pixels.
+        layers: of the one that there is: `[-1]`.
+        mean: RGB mean of images, in 0..1; by default ImageNet's, as for the other backbones.
+        std: RGB standard deviation of the same.
+
+    Raises:
+        UserError: a patch size below 1, another layer, or colours that cannot be.
+    """
+
+    dim = 3
+    depth = 1
+
+    def __init__(
+        self,
+        patch_size: Count = 8,
+        layers: Sequence[int] | str = (-1,),
+        mean: Sequence[float] = (0.485, 0.456, 0.406),
+        std: Sequence[float] = (0.229, 0.224, 0.225),
+    ) -> None:
+        super().__init__()
+        if patch_size < 1:
+            raise UserError(f"backbone.patch_size={patch_size}: patches are squares of pixels. Give at least 1.")
+        self.patch_size = patch_size
+        self.layers = resolve_layers(layers, self.depth)
+        self.num_layers = len(self.layers)
+        register_colours(self, mean, std)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Return one map (B, 3, h, w) for each of `layers`."""
+        return [F.avg_pool2d(self.pixels(images), self.patch_size)] * self.num_layers
+
+    def export_state(self) -> dict[str, Tensor]:
+        """Refuse to give weights.
+
+        Raises:
+            UserError: there are none.
+        """
+        raise UserError("backbone=rgb has no weights that could be exported. Give resume=RUN of another backbone.")

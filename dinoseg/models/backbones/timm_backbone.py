@@ -1,0 +1,280 @@
+"""Any vision transformer or feature pyramid of timm that takes images of any size, by name."""
+
+import contextlib
+import difflib
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dinoseg.core.contracts import Backbone, BesideTokens
+from dinoseg.models.backbones.attention import attend_fastest
+from dinoseg.models.backbones.class_attention import on_patches, plain_attention, watch_timm
+from dinoseg.models.backbones.cut import Block, onwards, until
+from dinoseg.models.backbones.layers import resolve_layers
+from dinoseg.models.backbones.normalisation import register_colours
+from dinoseg.models.backbones.timm_stages import stages
+from dinoseg.models.backbones.timm_weights import exported_state, load_exactly, read_state
+from dinoseg.models.backbones.traced import uncalled_linears, unreached
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.ranges import Count
+from dinoseg.utils.tensor_files import check_weights
+
+_ANY_SIZE: Any = ({"dynamic_img_size": True}, {"strict_img_size": False})  # a model knows one of them or none
+_UNUSED = "mask_token"  # of masked pre-training, left in some files
+
+
+class TimmBackbone(Backbone):
+    """A model of timm that returns what its blocks, or the stages of a pyramid, put out as maps.
+
+    Images (B, 3, H, W), float RGB in 0..1, any H and W, are normalised here, then padded with zeros (the mean colour)
+    at the bottom and on the right. A transformer of one grid gives L maps (B, dim, h, w), h = ceil(H / patch_size),
+    each after the model's final norm (a model that norms only what it has averaged has none) unless `final_norm` is
+    false, without class and register tokens; positions are interpolated as timm does it. A pyramid (ConvNet, Swin)
+    gives L maps of their own width and grid as its stages put them out, without a norm; its patch_size is the stride
+    of the coarsest one. What comes after the last of `layers` is cut off.
+
+    Args:
+        name: of timm's list, `vit_tiny_patch16_224` or with a tag `vit_tiny_patch16_224.augreg_in21k_ft_in1k`.
+        weights: `timm` (its own download for `name`), a safetensors, .pth or .bin file with timm's names, or `random`.
+        patch_size: side of a patch in pixels, checked against the model's own; None takes that.
+        layers: 0-based blocks (stages of a pyramid) to return; negative numbers count from the last; `quarters` for
+            four spread evenly.
+        mean: RGB mean of the images the weights were trained on, in 0..1; None: what timm says of `name`.
+        std: RGB standard deviation of the same.
+        checkpointing: recompute activations in the backward pass: less memory, about a third more time.
+        final_norm: whether the maps of a transformer pass the model's final norm, whose scales and shifts were learnt
+            for the last block; if not, the model has none.
+
+    Raises:
+        UserError: a name timm does not know, a model that takes one image size only, another patch size, a layer out
+            of range, colours that cannot be, or weights that cannot be had or do not fit.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        weights: str,
+        patch_size: Count | None,
+        layers: Sequence[int] | str = (-1,),
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        checkpointing: bool = False,
+        final_norm: bool = True,
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.weights = weights
+        self.model = _create(name, download=weights == "timm")
+        levels = _levels(self.model, name)
+        self.layers = resolve_layers(layers, len(levels))
+        self.depth = len(levels)
+        self.num_layers = len(self.layers)
+        self.is_pyramid = len({level["reduction"] for level in levels}) > 1
+        self._normed = final_norm and not self.is_pyramid
+        self.patch_size: int = max(levels[layer]["reduction"] for layer in self.layers)
+        if patch_size is not None:
+            _check_patch_size(name, patch_size, self.patch_size, self.is_pyramid)
+        self._taps = [level["module"] for level in levels[: max(self.layers) + 1]]
+        spare = {*self.model.state_dict(), *dict(self.model.named_buffers()), *_classifier(self.model), _UNUSED}
+        self.model.prune_intermediate_layers(sorted(set(self.layers)), prune_norm=not self._normed, prune_head=True)
+        if weights not in ("timm", "random"):
+            load_exactly(self.model, read_state(Path(weights).expanduser()), spare=spare, source=weights)
+        elif weights == "timm":
+            own = self.model.state_dict()
+            check_weights(own, f"backbone.weights=timm ({name})", own)
+        with uncalled_linears(self) as uncalled:
+            maps = self._probe(name, [levels[layer]["reduction"] for layer in self.layers])
+        self.uncalled_linears = frozenset(uncalled)  # only their weights are used: what replaces them never runs
+        self.dim: int | list[int] = [part.shape[1] for part in maps]
+        if self.num_layers == 1 or not self.is_pyramid:
+            self.dim = maps[0].shape[1]
+        self.unused = unreached(self, maps)
+        self.has_class_attention = plain_attention(self.model) is not None
+        self.takes_tokens = not self.is_pyramid and _is_plain(self.model)
+        attend_fastest(self.model)
+        if checkpointing:
+            _enable_checkpointing(self.model, name)
+        known = self.model.pretrained_cfg
+        register_colours(self, known["mean"] if mean is None else mean, known["std"] if std is None else std)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The blocks up to the last tapped one, in order; of a pyramid its stages, each a list of modules."""
+        return stages(self.model, self._taps) if self.is_pyramid else list(self.model.blocks)
+
+    @property
+    def norm(self) -> nn.Module | None:
+        """The final norm that the maps have passed; of a pyramid there is none."""
+        return None if self.is_pyramid else getattr(self.model, "norm", None)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Return one map (B, C, h, w) for each tapped layer."""
+        return self._maps(self.pixels(images))
+
+    def until(self, images: Tensor) -> list[Tensor]:
+        """Return the maps if nothing is trained; else what `cut.until` gives, of a plain vision transformer."""
+        first, model = self.first_trained, self.model
+        if first is None or not self.takes_tokens:
+            return super().until(images)
+        tokens, beside = self.embed(self.pixels(images))
+        return until(self.blocks, first, self.layers, tokens, model.num_prefix_tokens, beside)
+
+    def onwards(self, frozen: list[Tensor], size: tuple[int, int]) -> list[Tensor]:
+        """Return the L maps for what `until` gave of images of `size` (H, W)."""
+        first, model, blocks = self.first_trained, self.model, cast(Sequence[Block], self.blocks)
+        if first is None:
+            return frozen
+        if model.grad_checkpointing:
+            blocks = [partial(checkpoint, block, use_reentrant=False) for block in blocks]
+        grid = [-(-side // self.patch_size) for side in size]
+        patches = onwards(blocks, first, set(self.layers), frozen, model.num_prefix_tokens, dict)
+        normed = {number: model.norm(part) for number, part in patches.items()}
+        return [normed[layer].transpose(1, 2).unflatten(2, grid).contiguous() for layer in self.layers]
+
+    def embed(self, pixels: Tensor) -> tuple[Tensor, BesideTokens]:
+        """Return the tokens (B, N, dim) that enter the first block of a plain vision transformer; nothing is beside."""
+        model = self.model
+        return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(pixels)))), {}
+
+    def with_class_attention(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Return the maps, and what the class token attends to in the last block that is read, from one pass.
+
+        The latter is (B, heads, h, w), float32: softmax weights over all tokens, those of class and register tokens
+        left out, so that a head's sum to less than 1; no gradient passes through it.
+
+        Raises:
+            UserError: this model has no such token, or attends in a way of its own (`has_class_attention` is False).
+        """
+        attention = plain_attention(self.model)
+        if attention is None:
+            raise UserError(
+                f"backbone.name={self.name}: this model has no class token, or attends in a way of its own. Choose a "
+                f"plain vision transformer with one, such as vit_small_patch16_224, or backbone=dino_vits16."
+            )
+        with watch_timm(attention) as rows:
+            maps = self(images)
+        return maps, on_patches(rows[0], self.model.num_prefix_tokens, maps[0].shape[2:])
+
+    def export_state(self) -> dict[str, Tensor]:
+        """Return the weights under the names in which `weights` reads them from a file.
+
+        Raises:
+            UserError: it holds LoRA updates, which are no weights of their own.
+        """
+        return exported_state(self.model)
+
+    def _maps(self, pixels: Tensor) -> list[Tensor]:
+        wanted = sorted(set(self.layers))
+        maps = self.model.forward_intermediates(
+            pixels, indices=wanted, norm=self._normed, output_fmt="NCHW", intermediates_only=True
+        )
+        by_layer = dict(zip(wanted, maps, strict=True))
+        return [by_layer[layer].contiguous() for layer in self.layers]  # whose layout decides how heads round
+
+    def _probe(self, name: str, strides: Sequence[int]) -> list[Tensor]:
+        """Return the maps of a small image that is not square, which shows whether any size will do."""
+        height, width = 2 * self.patch_size, 3 * self.patch_size
+        was_training = self.model.training
+        self.model.eval()  # batch statistics stay as they are
+        pixels = torch.zeros(1, 3, height, width, device=next(self.model.parameters()).device)
+        try:
+            with torch.enable_grad():  # `unused` is read off the graph
+                maps = self._maps(pixels)
+            reason = "" if _grids(maps) == [(height // s, width // s) for s in strides] else f"maps of {_grids(maps)}"
+        except Exception as error:  # each model fails on a size of its own dislike in its own way
+            maps, reason = [], (str(error).splitlines() or [type(error).__name__])[0]
+        self.model.train(was_training)
+        if reason:
+            raise UserError(
+                f"backbone.name={name}: this model does not take images of any size (on {height}x{width}: {reason}). "
+                f"Choose a plain vision transformer or a feature pyramid, such as vit_small_patch16_224, "
+                f"swin_tiny_patch4_window7_224, convnext_tiny or resnet50."
+            )
+        return maps
+
+
+def _create(name: str, download: bool) -> Any:
+    import timm
+
+    architecture, _, tag = name.partition(".")
+    if not timm.is_model(architecture):
+        near = difflib.get_close_matches(architecture, timm.list_models(), n=3, cutoff=0.5)
+        raise UserError(
+            f"backbone.name={name} is no model of timm {timm.__version__}. "
+            + (f"Did you mean {' or '.join(near)}?" if near else "timm.list_models() lists their names.")
+        )
+    tags = timm.list_models(f"{architecture}.*", pretrained=True)
+    if tag and name not in tags:
+        raise UserError(f"backbone.name={name}: timm has no such tag. It has {', '.join(tags) or architecture}.")
+    if download and not tags:
+        raise UserError(
+            f"backbone.weights=timm: timm has no weights for {name}. Give a file, or backbone.weights=random."
+        )
+    try:
+        return _create_any_size(name, download)
+    except (OSError, RuntimeError, ValueError) as error:
+        if not download:
+            raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"backbone.weights=timm: {name} cannot be fetched ({reason}). Without a network give a downloaded file: "
+            f"backbone.weights=PATH; to try things out untrained: backbone.weights=random."
+        ) from error
+
+
+def _create_any_size(name: str, download: bool) -> Any:
+    """Create a model, with the option for images of any size if it has one."""
+    import timm
+
+    for options in _ANY_SIZE:
+        with contextlib.suppress(TypeError):  # this model has no such option
+            return timm.create_model(name, pretrained=download, num_classes=0, **options)
+    return timm.create_model(name, pretrained=download, num_classes=0)
+
+
+def _levels(model: Any, name: str) -> list[dict[str, Any]]:
+    """Return timm's note on each block or stage: its `module` and `reduction`."""
+    if not hasattr(model, "forward_intermediates") or not hasattr(model, "prune_intermediate_layers"):
+        raise UserError(
+            f"backbone.name={name}: timm cannot give what its blocks or stages put out. Choose another, such as "
+            f"vit_small_patch16_224 or convnext_tiny."
+        )
+    notes = model.feature_info
+    return list(notes if isinstance(notes, list) else notes.info)
+
+
+def _check_patch_size(name: str, patch_size: int, stride: int, is_pyramid: bool) -> None:
+    if patch_size != stride:
+        kind = "a stride of {} px at the coarsest of these layers" if is_pyramid else "patches of {} px"
+        raise UserError(
+            f"backbone.patch_size={patch_size}: {name} has {kind.format(stride)}: set backbone.patch_size={stride}."
+        )
+
+
+def _is_plain(model: Any) -> bool:
+    """Return whether blocks follow one another and take tokens alone."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    own = getattr(type(model), "forward_intermediates", None)
+    return own is VisionTransformer.forward_intermediates
+
+
+def _classifier(model: Any) -> list[str]:
+    named = model.pretrained_cfg.get("classifier") or ()
+    return [named] if isinstance(named, str) else list(named)
+
+
+def _grids(maps: Sequence[Tensor]) -> list[tuple[int, ...]]:
+    return [tuple(part.shape[2:]) for part in maps]
+
+
+def _enable_checkpointing(model: Any, name: str) -> None:
+    try:
+        model.set_grad_checkpointing(True)
+    except (AssertionError, AttributeError) as error:
+        raise UserError(f"backbone.checkpointing=true: {name} cannot do this. Set it to false.") from error

@@ -1,0 +1,75 @@
+"""Weights of timm's models, from a file in timm's own names: every tensor accounted for."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.tensor_files import check_weights, read_tensor_file
+
+_WRAPPERS = ("state_dict", "model")  # keys below which training scripts keep the tensors
+_CALLED = 3  # names of each kind that an error gives
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file or of a PyTorch checkpoint, read without running its pickle.
+
+    Raises:
+        UserError: no such file, not readable, or it holds other things than tensors.
+    """
+    content = read_tensor_file(path, "backbone.weights")
+    inner = [content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping)]
+    state = inner[0] if inner else content
+    if not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(
+            f"backbone.weights={path}: it holds other things than tensors. Save the model's state dict alone."
+        )
+    return dict(state)
+
+
+def load_exactly(model: nn.Module, state: Mapping[str, Tensor], *, spare: set[str], source: str) -> None:
+    """Load tensors into a model, each of which has to be there, to fit and to be used.
+
+    Args:
+        model: changed in place.
+        state: its tensors by name.
+        spare: names of tensors, or of the modules that own them, that may be left over.
+        source: what the error calls the weights.
+
+    Raises:
+        UserError: naming the first tensors that are missing, left over, of another shape, or no finite numbers.
+    """
+    expected = model.state_dict()
+    left = [key for key in state if key not in expected and not any(f"{key}.".startswith(f"{name}.") for name in spare)]
+    wrong = {
+        "missing": [key for key in expected if key not in state],
+        "left over": left,
+        "of another shape": [key for key in expected if key in state and expected[key].shape != state[key].shape],
+    }
+    if any(wrong.values()):
+        problems = [
+            f"{len(keys)} {kind} ({', '.join(keys[:_CALLED])}{', ...' if len(keys) > _CALLED else ''})"
+            for kind, keys in wrong.items()
+            if keys
+        ]
+        raise UserError(
+            f"backbone.weights={source}: tensors are {'; '.join(problems)}. Choose the backbone.name that these "
+            f"weights were made for."
+        )
+    check_weights(state, f"backbone.weights={source}", expected)
+    model.load_state_dict({key: state[key] for key in expected})
+
+
+def exported_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return a model's weights under timm's names.
+
+    Raises:
+        UserError: the model holds LoRA updates.
+    """
+    state = model.state_dict()
+    if any(".lora_" in name for name in state):
+        raise UserError(
+            "This backbone holds LoRA updates, which are no weights of their own: export with export.merge=true."
+        )
+    return {name: value.contiguous() for name, value in state.items()}

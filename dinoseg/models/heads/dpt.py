@@ -1,0 +1,125 @@
+"""The dense prediction transformer's decoder."""
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dinoseg.core.contracts import Head
+from dinoseg.core.geometry import widths
+from dinoseg.models.heads.pyramid import NUM_LEVELS, Reassemble, refuse_unless_four
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.ranges import Count, LowShare
+
+WIDEST = 1024  # channels of a level by default, at most: those of the published large model
+
+
+class DptHead(Head[Tensor]):
+    """Four maps reassembled to a pyramid and fused from coarse to fine (Ranftl et al., arXiv 2103.13413).
+
+    Earlier blocks enter at finer grids, so thin things survive the patch grid. The class token is not read. Unlike the
+    original, each fusion goes to the exact grid of the next level with pixel centres aligned, so nothing shifts on odd
+    grids, and the classes are scored on the finest level's grid, without a last doubling of it.
+
+    Args:
+        in_dim: the width of a transformer's maps, or the list of a pyramid's widths.
+        num_layers: maps, four.
+        num_classes: classes to score.
+        features: channels of the decoder.
+        out_channels: channels of the four levels before the decoder, finest first; by default an eighth, a quarter,
+            half and all of the width of a transformer's maps, or a pyramid's own widths, at most 1024 each.
+        batch_norm: normalise in the decoder, as the original does for segmentation.
+        dropout: share of the channels' values dropped before the classes in training, in [0, 1).
+
+    Raises:
+        UserError: another number of maps than four, or an option that does not fit.
+    """
+
+    def __init__(
+        self,
+        in_dim: int | Sequence[int],
+        num_layers: int,
+        num_classes: Count,
+        features: Count = 256,
+        out_channels: Sequence[int] | None = None,
+        batch_norm: bool = True,
+        dropout: LowShare = 0.1,
+    ) -> None:
+        super().__init__()
+        refuse_unless_four("dpt", num_layers)
+        _check_options(features, out_channels, dropout)
+        channels = _default_channels(in_dim) if out_channels is None else list(out_channels)
+        self.reassemble = Reassemble(in_dim, channels)
+        self.adapt = nn.ModuleList(nn.Conv2d(width, features, 3, padding=1, bias=False) for width in channels)
+        self.fuse = nn.ModuleList(
+            _Fusion(features, batch_norm, coarsest=level == NUM_LEVELS - 1) for level in range(NUM_LEVELS)
+        )
+        self.classify = nn.Sequential(
+            *_conv(features, batch_norm),
+            nn.ReLU(),
+            nn.Dropout(dropout),
+            nn.Conv2d(features, num_classes, kernel_size=1),
+        )
+
+    def forward(self, features: list[Tensor]) -> Tensor:
+        """Return class scores (B, K, 4h, 4w) of a transformer's maps, or on the finest grid of a pyramid."""
+        levels = [adapt(part) for adapt, part in zip(self.adapt, self.reassemble(features), strict=True)]
+        path = None
+        for level, fuse in reversed(list(zip(levels, self.fuse, strict=True))):
+            path = fuse(level, path)
+        return self.classify(path)
+
+    def grid_scores(self, outputs: Tensor) -> Tensor:
+        """Return the outputs: `predict` is bilinear between them."""
+        return outputs
+
+
+class _Fusion(nn.Module):
+    """Add a level to what comes from the coarser ones, and refine the sum."""
+
+    def __init__(self, features: int, batch_norm: bool, *, coarsest: bool) -> None:
+        super().__init__()
+        self.enter = None if coarsest else _ResidualUnit(features, batch_norm)
+        self.refine = _ResidualUnit(features, batch_norm)
+        self.leave = nn.Conv2d(features, features, kernel_size=1)
+
+    def forward(self, level: Tensor, coarser: Tensor | None) -> Tensor:
+        if self.enter is not None and coarser is not None:
+            level = self.enter(level) + F.interpolate(coarser, level.shape[-2:], mode="bilinear")
+        return self.leave(self.refine(level))
+
+
+class _ResidualUnit(nn.Module):
+    """Two 3x3 convolutions, each after a ReLU, added to their input."""
+
+    def __init__(self, features: int, batch_norm: bool) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.ReLU(), *_conv(features, batch_norm), nn.ReLU(), *_conv(features, batch_norm))
+
+    def forward(self, level: Tensor) -> Tensor:
+        return level + self.body(level)
+
+
+def _conv(features: int, batch_norm: bool) -> list[nn.Module]:
+    conv = nn.Conv2d(features, features, kernel_size=3, padding=1, bias=not batch_norm)
+    return [conv, nn.BatchNorm2d(features)] if batch_norm else [conv]
+
+
+def _default_channels(in_dim: int | Sequence[int]) -> list[int]:
+    shares = (8, 4, 2, 1) if isinstance(in_dim, int) else (1, 1, 1, 1)
+    widths_and_shares = zip(widths(in_dim, NUM_LEVELS), shares, strict=True)
+    return [max(1, min(width, WIDEST) // share) for width, share in widths_and_shares]
+
+
+def _check_options(features: int, out_channels: Sequence[int] | None, dropout: float) -> None:
+    if features < 1:
+        raise UserError(f"head.features={features}: give a number of channels of at least 1.")
+    if not 0 <= dropout < 1:
+        raise UserError(f"head.dropout={dropout}: give a share from 0 up to below 1.")
+    if out_channels is None:
+        return
+    if len(out_channels) != NUM_LEVELS or not all(type(width) is int and width >= 1 for width in out_channels):
+        raise UserError(
+            f"head.out_channels={list(out_channels)}: give four whole numbers of at least 1, the channels of the "
+            f"levels from fine to coarse, or null to follow the backbone's width."
+        )

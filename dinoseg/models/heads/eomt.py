@@ -1,0 +1,215 @@
+"""The encoder-only mask transformer: queries go through the last blocks of the backbone itself."""
+
+import math
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dinoseg.core.contracts import Backbone, Head
+from dinoseg.core.shapes import MaskOutputs, WeightedMasks
+from dinoseg.models.heads.semantic import semantic_map, weighted_masks
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.precision import at_least_float32
+from dinoseg.utils.ranges import Count
+
+_STRIDE = 4  # pixels between mask cells that the upscaling aims at
+_POWER = 0.9  # of the annealing's polynomial
+_EVEN = "even"
+
+
+class EomtHead(Head[MaskOutputs]):
+    """Mask classification by queries that join the last blocks of a plain ViT (Kerssies et al., arXiv 2503.19108).
+
+    Queries are put in front of all tokens. In training the masks are read before each of these blocks too (deep
+    supervision), and the queries attend there only to the patches inside their own mask so far; each such mask is
+    left out at random, more and more often, until none is left. In eval mode no mask is built at any time: the
+    backbone then runs as it is, with more tokens. A validation before the annealing's end therefore sees a
+    model that still leans on its masks.
+
+    Published: 100 queries for semantic maps; 3 blocks for ViT-S and B, 4 for L; patches of 16 px and a mask stride of
+    4 px. For another patch size this head doubles the grid as often as brings the stride closest to 4 px.
+
+    Args:
+        in_dim: width of the backbone.
+        num_layers: maps that the backbone gives; the head reads none of them.
+        num_classes: classes to score.
+        patch_size: side of the backbone's patches in pixels.
+        num_queries: masks per image, at least 1.
+        blocks: last blocks that the queries join, counted from the last one that is read.
+        no_object: give the queries a class "no object" beside those of the data.
+        anneal: when the masks of each of these blocks go: a [start, end] for each, first block first, as shares of the
+            training's steps; or `even` for the published ones: a sixth of the training each, the first from one
+            sixth on, the last up to five sixths, the others spread evenly between.
+
+    Raises:
+        UserError: a pyramid's widths, or an option out of its range.
+    """
+
+    mixture = True
+
+    def __init__(
+        self,
+        in_dim: int | Sequence[int],
+        num_layers: int,
+        num_classes: Count,
+        *,
+        patch_size: Count,
+        num_queries: Count = 100,
+        blocks: Count = 4,
+        no_object: bool = True,
+        anneal: str | Sequence[Sequence[float]] = _EVEN,
+    ) -> None:
+        super().__init__()
+        if not isinstance(in_dim, int):
+            raise _needs_another_backbone()
+        if num_queries < 1:
+            raise UserError(f"head.num_queries={num_queries}: give a number of masks of at least 1.")
+        if blocks < 1:
+            raise UserError(f"head.blocks={blocks}: the queries have to join at least 1 block.")
+        self.blocks = blocks
+        self.no_object = no_object
+        self.windows = annealing_windows(anneal, blocks)
+        self.progress = 0.0
+        doublings = max(1, round(math.log2(patch_size / _STRIDE)))
+        self.queries = nn.Parameter(torch.randn(num_queries, in_dim))
+        self.classify = nn.Linear(in_dim, num_classes + no_object)
+        self.mask_embed = nn.Sequential(
+            nn.Linear(in_dim, in_dim), nn.GELU(), nn.Linear(in_dim, in_dim), nn.GELU(), nn.Linear(in_dim, in_dim)
+        )
+        self.upscale = nn.Sequential(*(_Doubling(in_dim) for _ in range(doublings)))
+
+    def fits(self, backbone: Backbone) -> None:
+        """Refuse a backbone whose blocks take no queries, or that has too few blocks.
+
+        Raises:
+            UserError: naming what fits.
+        """
+        if not backbone.takes_queries:
+            raise _needs_another_backbone()
+        count = len(backbone.blocks)
+        if self.blocks > count:
+            raise UserError(f"head.blocks={self.blocks}: this backbone reads {count} blocks; give 1 to {count}.")
+
+    def set_progress(self, share: float) -> None:
+        """Set how much of the training is done, in [0, 1): what the annealing depends on."""
+        self.progress = share
+
+    def run(self, backbone: Backbone, images: Tensor) -> MaskOutputs:
+        """Return the masks (B, Q, h * 2^n, w * 2^n) and their classes, with those of earlier blocks in training."""
+        pixels = backbone.pixels(images)
+        grid = (pixels.shape[-2] // backbone.patch_size, pixels.shape[-1] // backbone.patch_size)
+        tokens, beside = backbone.embed(pixels)
+        norm = backbone.norm or nn.Identity()
+        blocks = list(backbone.blocks)
+        for block in blocks[: -self.blocks]:
+            tokens = block(tokens, **beside)  # (B, num_prefix + h * w, dim)
+        queries = self.queries.to(tokens.dtype).expand(tokens.shape[0], -1, -1)
+        tokens = torch.cat([queries, tokens], dim=1)  # (B, N, dim), N = Q + num_prefix + h * w
+        earlier = []
+        for block, window in zip(blocks[-self.blocks :], self.windows, strict=True):
+            mask = None
+            if self.training:
+                earlier.append(self._read(norm(tokens), grid))
+                share = masked_share(self.progress, window)
+                mask = attention_mask(earlier[-1].mask_logits, grid, tokens.shape[1], share)
+            tokens = _through(block, tokens, attention_mask=mask, **beside)
+        last = self._read(norm(tokens), grid)
+        return MaskOutputs(last.class_logits, last.mask_logits, earlier)
+
+    def weighted_masks(self, outputs: MaskOutputs) -> WeightedMasks:
+        """Return the masks that `predict` mixes."""
+        return weighted_masks(outputs, self.no_object)
+
+    def predict(self, outputs: MaskOutputs, size: tuple[int, int], valid: tuple[float, float]) -> Tensor:
+        """Return class scores (B, K, H, W): the sum over the queries of class times mask probability."""
+        return semantic_map(outputs, size, valid, self.no_object)
+
+    def _read(self, tokens: Tensor, grid: tuple[int, int]) -> MaskOutputs:
+        tokens = at_least_float32(tokens)  # a backbone may be held in half
+        queries = tokens[:, : len(self.queries)]
+        patches = tokens[:, -grid[0] * grid[1] :].transpose(1, 2).unflatten(2, grid)  # (B, dim, h, w)
+        masks = torch.einsum("bqc,bchw->bqhw", self.mask_embed(queries), self.upscale(patches))
+        return MaskOutputs(self.classify(queries), masks)
+
+
+class _Doubling(nn.Module):
+    """A grid of twice the rows and columns, of the same width."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.grow = nn.ConvTranspose2d(dim, dim, kernel_size=2, stride=2)
+        self.mix = nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim, bias=False)
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+
+    def forward(self, features: Tensor) -> Tensor:
+        mixed = self.mix(F.gelu(self.grow(features)))  # (B, dim, 2h, 2w)
+        return self.norm(mixed.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def _through(block: nn.Module, tokens: Tensor, **beside: object) -> Tensor:
+    # A block that is asked to recompute does so by itself in train mode only, but the queries' gradients pass through
+    # blocks that are not trained, and so are in eval mode, too
+    if getattr(block, "gradient_checkpointing", False) and torch.is_grad_enabled() and not block.training:
+        return checkpoint(partial(block, **beside), tokens, use_reentrant=False)
+    return block(tokens, **beside)
+
+
+@torch.no_grad()
+def attention_mask(mask_logits: Tensor, grid: tuple[int, int], num_tokens: int, share: float) -> Tensor | None:
+    """Return what each query attends to (B, 1, Q, N), bool, True = attend; None when nothing is to be masked.
+
+    Of the last h * w of the N tokens a query sees those inside its mask (logit above 0 on the patch grid, bilinear),
+    of those before all; with a probability of 1 - `share` it sees all of both.
+    """
+    if share == 0:
+        return None
+    inside = F.interpolate(mask_logits, grid, mode="bilinear").flatten(2) > 0  # (B, Q, h * w)
+    free = torch.rand(inside.shape[:2], device=inside.device) >= share
+    others = inside.new_ones(*inside.shape[:2], num_tokens - inside.shape[2])
+    return torch.cat([others, inside | free[..., None]], dim=2)[:, None]
+
+
+def masked_share(progress: float, window: tuple[float, float]) -> float:
+    """Return the probability of a mask: 1 before the window (start, end), then polynomially down to 0 at its end."""
+    start, end = window
+    if progress < start:
+        return 1.0
+    if progress >= end:
+        return 0.0
+    return (1 - (progress - start) / (end - start)) ** _POWER
+
+
+def annealing_windows(anneal: str | Sequence[Sequence[float]], blocks: int) -> list[tuple[float, float]]:
+    """Return the (start, end) of each block's annealing, as shares of the training.
+
+    Raises:
+        UserError: another word than `even`, another number of windows than blocks, or one that is none.
+    """
+    if isinstance(anneal, str):
+        if anneal != _EVEN:
+            raise UserError(f"head.anneal={anneal}: give {_EVEN}, or a list with a [start, end] for each block.")
+        starts = [(1 + 3 * number / max(1, blocks - 1)) / 6 for number in range(blocks)]
+        return [(start, start + 1 / 6) for start in starts]
+    if len(anneal) != blocks or not all(_is_window(window) for window in anneal):
+        raise UserError(
+            f"head.anneal={list(anneal)}: give {_EVEN}, or a [start, end] for each of head.blocks={blocks} blocks, "
+            f"with 0 <= start <= end <= 1 as shares of the training."
+        )
+    return [(start, end) for start, end in anneal]
+
+
+def _is_window(window: object) -> bool:
+    if not isinstance(window, list | tuple) or not all(isinstance(share, int | float) for share in window):
+        return False
+    return len(window) == 2 and 0 <= window[0] <= window[1] <= 1
+
+
+def _needs_another_backbone() -> UserError:
+    return UserError(
+        "head=eomt needs a backbone whose blocks take queries: dinov2_*, dinov3_vit*, dino_*, tiny or tiny_surgical. "
+        "Choose one of these, or a head that reads maps, such as head=mask2former or head=dpt."
+    )

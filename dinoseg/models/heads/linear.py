@@ -1,0 +1,70 @@
+"""DINOv2's linear probe."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from dinoseg.core.contracts import Head
+from dinoseg.core.geometry import concatenate, widths
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.ranges import Count
+
+
+class LinearHead(Head[Tensor]):
+    """BatchNorm and one 1x1 convolution over the concatenated feature maps (Oquab et al., arXiv 2304.07193).
+
+    Args:
+        in_dim: the width of a transformer's maps, or the list of a pyramid's widths.
+        num_layers: maps, concatenated.
+        num_classes: classes to score.
+        least_maps: refuse fewer.
+        init: how a new training begins: `probe`, from the closed form (`dinoseg.tasks.probing`); None: at random.
+
+    Raises:
+        UserError: fewer maps than that, or another beginning.
+    """
+
+    def __init__(
+        self,
+        in_dim: int | Sequence[int],
+        num_layers: int,
+        num_classes: Count,
+        least_maps: Count = 1,
+        init: str | None = None,
+    ) -> None:
+        super().__init__()
+        if init not in (None, "probe"):
+            raise UserError(f"head.init={init} is unknown. Choose probe, or null to begin at random.")
+        if num_layers < least_maps:
+            raise UserError(
+                f"This head reads at least {least_maps} feature maps (head.least_maps), but backbone.layers gives "
+                f"{num_layers}. Name more blocks, such as backbone.layers=[-4,-3,-2,-1], or choose a head that takes "
+                f"one map: linear, mlp or cnn."
+            )
+        width = sum(widths(in_dim, num_layers))
+        self.norm = nn.BatchNorm2d(width)
+        self.classify = nn.Conv2d(width, num_classes, kernel_size=1)
+        self.init = init
+
+    @torch.no_grad()
+    def start(self, weight: Tensor, bias: Tensor, mean: Tensor, variance: Tensor) -> None:
+        """Score features x as `weight` (K, D) x + `bias` (K,), in eval mode.
+
+        BatchNorm takes the `mean` and `variance` (D,) that it would have learnt of the features.
+        """
+        self.norm.reset_parameters()
+        means, variances = self.norm.get_buffer("running_mean"), self.norm.get_buffer("running_var")
+        means.copy_(mean)
+        variances.copy_(variance)
+        spread = (variances.to(weight) + self.norm.eps).sqrt()
+        self.classify.weight.copy_((weight * spread)[..., None, None])
+        self.classify.get_parameter("bias").copy_(bias + weight @ means.to(weight))
+
+    def forward(self, features: list[Tensor]) -> Tensor:
+        """Return class scores on the patch grid (B, K, h, w)."""
+        return self.classify(self.norm(concatenate(features)))
+
+    def grid_scores(self, outputs: Tensor) -> Tensor:
+        """Return the outputs: `predict` is bilinear between them."""
+        return outputs

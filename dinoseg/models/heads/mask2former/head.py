@@ -1,0 +1,199 @@
+"""The Mask2Former head for plain vision transformers, in the layout of DINOv3's released segmentor."""
+
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from dinoseg.core.contracts import Backbone, Head
+from dinoseg.core.geometry import widths
+from dinoseg.core.shapes import MaskOutputs, WeightedMasks
+from dinoseg.models.heads.mask2former.adapter import VitAdapter
+from dinoseg.models.heads.mask2former.meta_file import load_segmentor
+from dinoseg.models.heads.mask2former.pixel_decoder import GROUPS, PixelDecoder
+from dinoseg.models.heads.mask2former.predictor import Predictor
+from dinoseg.models.heads.options import check_choice, check_positive
+from dinoseg.models.heads.semantic import semantic_map, weighted_masks
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.ranges import Count, LowShare
+
+MAPS = 4
+TRAINABLE = ("all", "class_embed")
+CLASS_LAYERS = ("loaded", "new")
+
+
+class Mask2FormerHead(Head[MaskOutputs]):
+    """Adapter, pixel decoder and masked-attention decoder over four maps of a vision transformer and its pixels.
+
+    After Cheng et al. (arXiv 2112.01527) and the segmentor released with DINOv3 (arXiv 2508.10104), with which it
+    agrees number by number given the same weights. The deformable attention is plain torch and trains on any device.
+
+    Args:
+        in_dim: width of the backbone's maps.
+        num_layers: of those maps; four.
+        num_classes: K.
+        hidden_dim: width of pixel decoder and queries, a multiple of `num_heads` and of 32, at least 64; None = half
+            of `in_dim`, rounded up to such a one.
+        num_heads: of every attention; divides half of `in_dim` too.
+        feedforward_dim: hidden width of the feed-forward parts of both decoders; None = 4 x `hidden_dim`.
+        num_queries: Q, the most masks that an image can have.
+        no_object: give queries the choice to be no object: one more column of class logits, the last.
+        weights: Meta's segmentor checkpoint (.pth), or a safetensors file with the same names; None = at random.
+        class_layer: with `weights`, whether the file's class layer is `loaded`, or `new` for other classes.
+        trainable: `all`, or, with `weights`, the `class_embed` layer alone.
+        deep_supervision: give training the outputs of earlier layers too, which loss=mask_classification learns from.
+        drop_path: share of samples for which an extractor's feed-forward part is left out in training.
+        checkpointing: recompute the deformable layers in the backward pass: less memory, more time.
+
+    Raises:
+        UserError: the maps, a value or the weights do not fit; or, but for the meta device, no weights are given where
+            `class_layer` is new or the `class_embed` layer alone is trained.
+    """
+
+    mixture = True
+    one_size = "its sampling points and places depend on the size (head=mask2former)"
+
+    def __init__(
+        self,
+        in_dim: int | Sequence[int],
+        num_layers: int,
+        num_classes: Count,
+        *,
+        hidden_dim: Count | None = None,
+        num_heads: Count = 16,
+        feedforward_dim: Count | None = None,
+        num_queries: Count = 100,
+        no_object: bool = True,
+        weights: str | None = None,
+        class_layer: str = "loaded",
+        trainable: str = "all",
+        deep_supervision: bool = True,
+        drop_path: LowShare = 0.3,
+        checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        dim = _map_width(in_dim, num_layers)
+        check_positive(num_heads=num_heads, num_queries=num_queries)
+        hidden = _hidden_width(dim, hidden_dim, num_heads)
+        feedforward = 4 * hidden if feedforward_dim is None else feedforward_dim
+        check_positive(feedforward_dim=feedforward)
+        check_choice("class_layer", class_layer, CLASS_LAYERS)
+        check_choice("trainable", trainable, TRAINABLE)
+        if not 0 <= drop_path < 1:
+            raise UserError(f"head.drop_path={drop_path}: give a probability of at least 0 and below 1.")
+        device = torch.get_default_device()
+        if not weights and device.type != "meta":  # there, sizes are counted without the file
+            _check_without_weights(class_layer, trainable)
+        self.no_object, self.deep_supervision = no_object, deep_supervision
+        self.weights = weights
+        with torch.device("meta") if weights else nullcontext():  # what a file fills need not be drawn first
+            self.adapter = VitAdapter(dim, num_heads, drop_path, checkpointing)
+            self.pixel_decoder = PixelDecoder(dim, hidden, num_heads, feedforward, checkpointing)
+            self.predictor = Predictor(hidden, num_heads, feedforward, num_queries, num_classes + no_object)
+        if weights:
+            self.to_empty(device=device)
+            load_segmentor(self, weights, new_class_layer=class_layer == "new")
+            if class_layer == "new":
+                self.predictor.reset_class_layer()
+        if trainable == "class_embed":
+            self.requires_grad_(False)
+            self.predictor.class_embed.requires_grad_(True)
+
+    def run(self, backbone: Backbone, images: Tensor) -> MaskOutputs:
+        """Return the outputs for images (B, 3, H, W), float RGB in 0..1: this head sees the pixels too."""
+        return self.decode(backbone(images), backbone.pixels(images))
+
+    def until(self, backbone: Backbone, images: Tensor) -> list[Tensor]:
+        """Return what the backbone gives, and its pixels; queries and masks in turn if the class layer alone learns."""
+        given, pixels = backbone.until(images), backbone.pixels(images)
+        if not self._learns_classes_alone(backbone):
+            return [*given, pixels]
+        size = (images.shape[-2], images.shape[-1])
+        levels, mask_features = self.pixel_decoder(self.adapter(backbone.onwards(given, size), pixels))
+        return [part for read in self.predictor.read(levels, mask_features, deep=self._deep) for part in read]
+
+    def onwards(self, backbone: Backbone, frozen: list[Tensor], size: tuple[int, int]) -> MaskOutputs:
+        """Return the outputs for what `until` gave of images that entered the backbone at `size` (H, W)."""
+        if not self._learns_classes_alone(backbone):
+            return self.decode(backbone.onwards(frozen[:-1], size), frozen[-1])
+        return self.predictor.classed(list(zip(frozen[::2], frozen[1::2], strict=True)))
+
+    def _learns_classes_alone(self, backbone: Backbone) -> bool:
+        learning = {parameter for parameter in self.parameters() if parameter.requires_grad}
+        return backbone.first_trained is None and learning <= set(self.predictor.class_embed.parameters())
+
+    @property
+    def _deep(self) -> bool:
+        return self.deep_supervision and self.training
+
+    def decode(self, features: list[Tensor], pixels: Tensor) -> MaskOutputs:
+        """Return class logits (B, Q, K + 1), or K without the no-object column, and mask logits (B, Q, 4h, 4w).
+
+        Args:
+            features: four maps (B, C, h, w), early blocks first.
+            pixels: the padded, normalised image (B, 3, P * h, P * w).
+        """
+        levels, mask_features = self.pixel_decoder(self.adapter(features, pixels))
+        return self.predictor(levels, mask_features, deep=self._deep)
+
+    def weighted_masks(self, outputs: MaskOutputs) -> WeightedMasks:
+        """Return the masks that `predict` mixes."""
+        return weighted_masks(outputs, self.no_object)
+
+    def predict(self, outputs: MaskOutputs, size: tuple[int, int], valid: tuple[float, float]) -> Tensor:
+        """Return class scores (B, K, H, W): over all queries the sum of class probability times mask probability.
+
+        The masks are brought to `size` first. Scores are at least 0, and no probabilities: they may exceed 1.
+        """
+        return semantic_map(outputs, size, valid, self.no_object)
+
+
+def _map_width(in_dim: int | Sequence[int], num_layers: int) -> int:
+    if num_layers != MAPS:
+        raise UserError(
+            f"backbone.layers gives {num_layers} map{'s' * (num_layers != 1)}, but this Mask2Former head reads exactly "
+            f"{MAPS}: set backbone.layers=quarters, or list four blocks, early ones first."
+        )
+    map_widths = widths(in_dim, num_layers)
+    if len(set(map_widths)) > 1:
+        raise UserError(
+            f"The backbone gives maps of the widths {map_widths}, but this Mask2Former head makes its own pyramid out "
+            f"of four maps of one width. Choose a vision transformer, or a head that reads pyramids, such as "
+            f"head=linear."
+        )
+    return map_widths[0]
+
+
+def _check_without_weights(class_layer: str, trainable: str) -> None:
+    if class_layer == "new":
+        raise UserError(
+            "head.class_layer=new without head.weights: no file gives a class layer that another could replace, all of "
+            "the head is new. Leave head.class_layer out, or give head.weights=FILE."
+        )
+    if trainable == "class_embed":
+        raise UserError(
+            "head.trainable=class_embed without head.weights: the rest of the head would stay at random for good. Give "
+            "head.weights=FILE, Meta's segmentor checkpoint, or set head.trainable=all."
+        )
+
+
+def _hidden_width(dim: int, hidden_dim: int | None, num_heads: int) -> int:
+    fitting = [heads for heads in range(1, min(dim // 2, 64) + 1) if dim // 2 % heads == 0]
+    if num_heads not in fitting:
+        raise UserError(
+            f"head.num_heads={num_heads} does not divide {dim // 2}, half of the backbone's width {dim}. "
+            f"Choose one of {', '.join(map(str, fitting))}."
+        )
+    step = math.lcm(num_heads, GROUPS)
+    least = math.ceil(2 * GROUPS / step) * step  # a group of one channel has nothing to normalise over in a single cell
+    if hidden_dim is None:
+        return max(least, math.ceil(dim / 2 / step) * step)
+    if hidden_dim % step or hidden_dim < least:
+        below = max(least, hidden_dim // step * step)
+        raise UserError(
+            f"head.hidden_dim={hidden_dim} must be a multiple of {GROUPS} (groups of channels) and of head.num_heads="
+            f"{num_heads}, and at least {2 * GROUPS}. Choose head.hidden_dim={below} or {below + step}."
+        )
+    return hidden_dim

@@ -1,0 +1,77 @@
+"""Feature pyramids: made from a transformer's maps, or refused by heads that work on one grid."""
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dinoseg.core.geometry import widths
+from dinoseg.utils.errors import UserError
+
+NUM_LEVELS = 4
+
+
+class Reassemble(nn.Module):
+    """Four maps to a pyramid, finest first.
+
+    A transformer's maps, all on the patch grid h x w, go to the grids 4h x 4w, 2h x 2w, h x w and half of it, rounded
+    up, by transposed convolutions and a halving (the reassembly of Ranftl et al., arXiv 2103.13413, without a class
+    token to read out). A pyramid's maps keep their grids. Each map is first projected to its own number of channels.
+
+    Args:
+        in_dim: the width of a transformer's maps, or the list of a pyramid's widths.
+        channels: four numbers of channels to give.
+    """
+
+    def __init__(self, in_dim: int | Sequence[int], channels: Sequence[int]) -> None:
+        super().__init__()
+        pairs = zip(widths(in_dim, NUM_LEVELS), channels, strict=True)
+        self.project = nn.ModuleList(nn.Conv2d(width, out, kernel_size=1) for width, out in pairs)
+        first, second, _, last = channels
+        self.rescale = nn.ModuleList(nn.Identity() for _ in channels)
+        if isinstance(in_dim, int):
+            self.rescale[0] = nn.ConvTranspose2d(first, first, kernel_size=4, stride=4)
+            self.rescale[1] = nn.ConvTranspose2d(second, second, kernel_size=2, stride=2)
+            self.rescale[3] = _Halve(last)
+
+    def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """Return four maps, all covering the same area."""
+        return [
+            rescale(project(part)) for part, project, rescale in zip(features, self.project, self.rescale, strict=True)
+        ]
+
+
+class _Halve(nn.Module):
+    """A 3x3 convolution, then half the grid, rounded up, by bilinear sampling.
+
+    A strided convolution would sit on every second token: half a token off the middle of the cell when the grid is
+    even, and the features would come back shifted.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
+
+    def forward(self, part: Tensor) -> Tensor:
+        height, width = part.shape[-2:]
+        return F.interpolate(self.conv(part), ((height + 1) // 2, (width + 1) // 2), mode="bilinear")
+
+
+def refuse_unless_four(head: str, num_layers: int) -> None:
+    """Refuse another number of maps than four."""
+    if num_layers != NUM_LEVELS:
+        raise UserError(
+            f"head={head} reads four feature maps, but backbone.layers gives {num_layers}. Set "
+            f"backbone.layers=quarters or name four blocks, or choose a head that takes any number: linear, mlp or cnn."
+        )
+
+
+def one_grid_width(head: str, in_dim: int | Sequence[int], num_layers: int) -> int:
+    """Return the summed width of maps that share a grid; refuse the maps of a pyramid."""
+    if not isinstance(in_dim, int) and num_layers > 1:
+        raise UserError(
+            f"head={head} writes the pixels of each token of one grid, but backbone.layers gives {num_layers} maps of "
+            f"a pyramid, each with its own grid. Set backbone.layers=[-1], or choose head=linear, multiscale, dpt or "
+            f"upernet."
+        )
+    return sum(widths(in_dim, num_layers))

@@ -1,0 +1,203 @@
+"""Slot attention: slots compete for tokens, each then learns from those it won."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from dinoseg.models.heads.options import check_choice
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.precision import at_least_float32
+
+FIRST = ("drawn", "unlike")
+_EPSILON = 1e-6  # against a slot that won no token
+_EVAL_SEED = 0  # of the first slots in eval mode
+_SHARP = 1.5  # of the logits of clusters at first: a token's own slot has this times the root of D, another one less
+_SPREAD = 0.13  # standard deviation of what is drawn beside the tokens that clusters begin at
+
+
+def slot_weights(queries: Tensor, keys: Tensor, allowed: Tensor | None = None) -> Tensor:
+    """Return which slot each token goes to (B, S, N): a softmax over the slots of the scaled dot products.
+
+    Args:
+        queries: of the slots (B, S, D).
+        keys: of the tokens (B, N, D).
+        allowed: which tokens each slot may see (B, S, N), bool, True = may. A token that none may see has zeros.
+    """
+    scaled = queries / math.sqrt(queries.shape[-1])  # before the product: half precision does not overflow then
+    logits = at_least_float32(scaled @ keys.mT)  # (B, S, N)
+    if allowed is None:
+        return logits.softmax(dim=1)
+    # The lowest number instead of -inf: a token that no slot may see would be 0 / 0
+    lowest = logits.masked_fill(~allowed, torch.finfo(logits.dtype).min)
+    return lowest.softmax(dim=1).masked_fill(~allowed, 0)
+
+
+class SlotAttention(nn.Module):
+    """Slot attention (Locatello et al., arXiv 2006.15055) whose first slots are drawn from one learnt Gaussian.
+
+    Slots are updated by a GRU cell and a residual MLP; gradients pass through all iterations. Slots stay in float32
+    under autocast: they go from frame to frame. Queries and keys begin with a variance of one, as in the paper's code,
+    where torch's own initialisation gives a third: logits of a ninth keep slots alike for longer.
+
+    Args:
+        in_dim: width of the tokens.
+        slot_dim: D.
+        hidden_dim: hidden width of the MLP.
+        num_groups: more than one adds a learnt offset of mean and log-variance for each group.
+        variance_as_std: take exp(log-variance) as the standard deviation itself, not its square.
+        first: `drawn`; or `unlike`: what is drawn, plus a learnt projection of a token, of the tokens that are most
+            unlike one another (`unlike_tokens`). Its weights begin as those of a soft k-means: slots, keys and values
+            are one projection of tokens, and a slot becomes the mean of itself and of what it won. So slots differ
+            from the first step on, where others are alike for hundreds of steps.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        slot_dim: int,
+        hidden_dim: int,
+        *,
+        num_groups: int = 1,
+        variance_as_std: bool = False,
+        first: str = "drawn",
+    ) -> None:
+        super().__init__()
+        check_choice("first", first, FIRST)
+        self.exponent = 1.0 if variance_as_std else 0.5
+        self.norm_tokens = nn.LayerNorm(in_dim)
+        self.norm_slots = nn.LayerNorm(slot_dim)
+        self.norm_mlp = nn.LayerNorm(slot_dim)
+        self.mean = _gaussian_part(1, slot_dim)
+        self.log_variance = _gaussian_part(1, slot_dim)
+        self.group_mean = _gaussian_part(num_groups, slot_dim) if num_groups > 1 else None
+        self.group_log_variance = _gaussian_part(num_groups, slot_dim) if num_groups > 1 else None
+        self.query = nn.Linear(slot_dim, slot_dim, bias=False)
+        self.key = nn.Linear(in_dim, slot_dim, bias=False)
+        for projection in (self.query, self.key):
+            nn.init.kaiming_uniform_(projection.weight, nonlinearity="linear")
+        self.value = nn.Linear(in_dim, slot_dim, bias=False)
+        self.gru = nn.GRUCell(slot_dim, slot_dim)
+        self.mlp = nn.Sequential(nn.Linear(slot_dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, slot_dim))
+        self.seed = nn.Linear(in_dim, slot_dim) if first == "unlike" else None
+        if self.seed is not None:
+            self._begin_as_clusters(self.seed)
+
+    @torch.no_grad()
+    def _begin_as_clusters(self, seed: nn.Linear) -> None:
+        for projection in (self.value, seed):
+            projection.weight.copy_(self.key.weight)
+        nn.init.eye_(self.query.weight).mul_(_SHARP)
+        nn.init.zeros_(self.mean)
+        nn.init.constant_(self.log_variance, math.log(_SPREAD) / self.exponent)
+        told, kept = (weight.chunk(3)[2] for weight in (self.gru.weight_ih, self.gru.weight_hh))  # the new value's
+        nn.init.eye_(told)
+        last: nn.Linear = self.mlp[-1]  # type: ignore[assignment]
+        biases = (bias.chunk(3)[2] for bias in (self.gru.bias_ih, self.gru.bias_hh))
+        for nothing in (kept, *biases, seed.bias, last.weight, last.bias):
+            nn.init.zeros_(nothing)
+
+    def start(self, tokens: Tensor, sizes: Sequence[int], allowed: Tensor | None = None) -> Tensor:
+        """Return the first slots (B, S, D), `sizes` of each group.
+
+        What is drawn comes in train mode from torch's global generator; in eval mode it is the same for every clip and
+        every time.
+
+        Args:
+            tokens: (B, N, in_dim).
+            sizes: slots in each group.
+            allowed: which tokens each slot may see (B, S, N), bool, True = may.
+        """
+        drawn = self._drawn(len(tokens), sizes)
+        if self.seed is None:
+            return drawn
+        normed = self.norm_tokens(tokens)
+        chosen = unlike_tokens(normed, sum(sizes), allowed, anywhere=self.training)
+        return drawn + self.seed(normed.take_along_dim(chosen[..., None], dim=1))
+
+    def _drawn(self, batch: int, sizes: Sequence[int]) -> Tensor:
+        mean: Tensor = self.mean  # (1, 1, D)
+        log_variance: Tensor = self.log_variance
+        if self.group_mean is not None and self.group_log_variance is not None:
+            group = [number for number, size in enumerate(sizes) for _ in range(size)]
+            mean = mean + self.group_mean[:, group]  # (1, S, D)
+            log_variance = log_variance + self.group_log_variance[:, group]
+        return mean + (self.exponent * log_variance).exp() * self._noise(batch, sum(sizes))
+
+    def forward(
+        self, tokens: Tensor, slots: Tensor, iterations: int, allowed: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the slots (B, S, D) after some iterations, and the last one's `slot_weights` (B, S, N).
+
+        Args:
+            tokens: (B, N, in_dim).
+            slots: (B, S, D) before.
+            iterations: at least 1.
+            allowed: which tokens each slot may see (B, S, N), bool, True = may. A token that none may see changes
+                nothing; a slot that may see none is updated with zeros.
+        """
+        tokens = self.norm_tokens(tokens)
+        keys, values = self.key(tokens), self.value(tokens)
+        weights = slots.new_zeros(())
+        for _ in range(iterations):
+            weights = slot_weights(self.query(self.norm_slots(slots)), keys, allowed)
+            shares = weights / (weights.sum(dim=2, keepdim=True) + _EPSILON)
+            slots = self._updated(slots, shares @ values)
+        return slots, weights
+
+    def _updated(self, slots: Tensor, seen: Tensor) -> Tensor:
+        with torch.autocast(slots.device.type, enabled=False):
+            slots = self.gru(at_least_float32(seen).flatten(0, 1), slots.flatten(0, 1)).view_as(slots)
+        return slots + self.mlp(self.norm_mlp(slots))
+
+    def _noise(self, batch: int, count: int) -> Tensor:
+        shape = (count, self.mean.shape[-1])
+        if self.training:
+            return torch.randn(batch, *shape, device=self.mean.device, dtype=self.mean.dtype)
+        if self.mean.is_meta:
+            return self.mean.new_empty(batch, *shape)
+        # Drawn on the CPU, once for all clips: the masks depend neither on the device nor on what else is in the batch
+        fixed = torch.randn(shape, generator=torch.Generator().manual_seed(_EVAL_SEED), device="cpu")
+        return fixed.to(self.mean).expand(batch, -1, -1)
+
+
+@torch.no_grad()
+def unlike_tokens(tokens: Tensor, count: int, allowed: Tensor | None = None, *, anywhere: bool = False) -> Tensor:
+    """Return the places (B, S) of tokens that are most unlike one another: each is the farthest from all before it.
+
+    Farthest point sampling (Gonzalez, 1985) by Euclidean distance. The first one is the farthest from the mean of all,
+    or with `anywhere` drawn from torch's global generator.
+
+    Args:
+        tokens: (B, N, C).
+        count: S.
+        allowed: which tokens each slot may take (B, S, N), bool, True = may; one that may take none takes the first.
+        anywhere: draw the first.
+    """
+    tokens = at_least_float32(tokens)
+    mean = tokens.mean(1, keepdim=True)
+    distance = torch.rand_like(tokens[..., 0]) if anywhere else torch.cdist(tokens, mean).squeeze(2)  # (B, N)
+    chosen = []
+    for slot in range(count):
+        free = distance if allowed is None else distance.masked_fill(~allowed[:, slot], -1.0)
+        chosen.append(free.argmax(1, keepdim=True))
+        beside = torch.cdist(tokens, tokens.take_along_dim(chosen[-1][..., None], dim=1)).squeeze(2)
+        distance = beside if slot == 0 else torch.minimum(distance, beside)
+    return torch.cat(chosen, dim=1)
+
+
+def _gaussian_part(groups: int, dim: int) -> nn.Parameter:
+    """Return a parameter (1, groups, dim); each group's row as Xavier initialisation draws a (1, 1, dim)."""
+    bound = math.sqrt(3 / dim)
+    return nn.Parameter(torch.empty(1, groups, dim).uniform_(-bound, bound))
+
+
+def check_enough_cells(num_slots: int, grid: tuple[int, int]) -> None:
+    """Refuse more slots than there are cells to share out."""
+    cells = grid[0] * grid[1]
+    if num_slots > cells:
+        raise UserError(
+            f"head.num_slots={num_slots} are more slots than the {grid[0]} x {grid[1]} = {cells} cells of a frame. Set "
+            f"head.num_slots={cells} or fewer, or enlarge the frames (resolution.crop or resolution.scale)."
+        )

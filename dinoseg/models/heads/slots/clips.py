@@ -1,0 +1,80 @@
+"""The frames of a clip, one after the other: which of them tell of others, and what they tell together."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dinoseg.core.shapes import SlotOutputs
+from dinoseg.models.heads.slots.decoder import Decoded
+from dinoseg.utils.errors import UserError
+
+
+class SeenFrame(NamedTuple):
+    """What slots make of one frame."""
+
+    slots: Tensor  # (B, S, D)
+    attention: Tensor  # (B, S, h, w)
+    told: list[Decoded]  # of the frames that the steps lead to, one for each
+
+
+def telling_frames(frames: int, steps: Sequence[int], *, training: bool, learns_onwards: bool) -> int:
+    """Return how many frames of a clip tell of themselves or later ones; the last max(steps) are only told of.
+
+    Args:
+        frames: of the clip.
+        steps: offsets in frames.
+        training: else an image, a clip of one frame, tells of itself whatever the steps.
+        learns_onwards: whether a predictor learns from one such frame to the next, and so needs two.
+
+    Raises:
+        UserError: the clip is too short.
+    """
+    telling = frames - max(steps)
+    if telling == 1 and training and learns_onwards:
+        raise UserError(
+            f"head.predictor=savi learns from one frame to the next, and clips of {frames} frames leave one that "
+            f"tells (head.steps={steps}). Set data.clips.cut.length={max(steps) + 2} or more; or, for "
+            "single frames, head.predictor=none."
+        )
+    if telling >= 1:
+        return telling
+    if frames == 1 and not training:
+        return 1
+    raise UserError(
+        f"head.steps={steps} reconstructs up to {max(steps)} frames ahead, but clips have {frames}. Set "
+        f"data.clips.cut.length={max(steps) + 1} or more, or lower head.steps."
+    )
+
+
+def clip_outputs(features: Tensor, frames: Sequence[SeenFrame], steps: list[int], mask_step: int) -> SlotOutputs:
+    """Return what frames of clips tell together.
+
+    Args:
+        features: (B, T, C, h, w).
+        frames: those that tell, in order.
+        steps: offsets in frames of what each of them tells.
+        mask_step: index into `steps` of what goes with a frame's own cells, and so with their similarity.
+    """
+    told = list(zip(*(frame.told for frame in frames), strict=True))  # by step, then by frame
+    similarity = [decoded.similarity for decoded in told[mask_step] if decoded.similarity is not None]
+    return SlotOutputs(
+        features=features,
+        reconstructions=[torch.stack([decoded.features for decoded in of_step], dim=1) for of_step in told],
+        alphas=[torch.stack([decoded.alpha for decoded in of_step], dim=1) for of_step in told],
+        attention=torch.stack([frame.attention for frame in frames], dim=1),
+        slots=torch.stack([frame.slots for frame in frames], dim=1),
+        steps=steps,
+        similarity=torch.stack(similarity, dim=1) if similarity else None,
+    )
+
+
+def check_similar_cells(grid: tuple[int, int], trained_grid: tuple[int, int]) -> None:
+    """Refuse frames of other cells than the similarity is predicted over."""
+    if grid != trained_grid:
+        raise UserError(
+            f"head.similarity=true predicts {trained_grid[0]} x {trained_grid[1]} cells (head.positions_grid), but "
+            f"these frames have {grid[0]} x {grid[1]}. Set resolution.crop to head.positions_grid times the backbone's "
+            f"patch size, or head.positions_grid=[{grid[0]},{grid[1]}] and train anew."
+        )

@@ -1,0 +1,287 @@
+"""The slot head: segments that explain the backbone's features, frame after frame, without labels."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dinoseg.core.contracts import Backbone, Head, Slots
+from dinoseg.core.geometry import upsample, widths
+from dinoseg.core.shapes import SlotOutputs
+from dinoseg.models.heads.options import check_choice, check_positive
+from dinoseg.models.heads.slots.attention import SlotAttention, check_enough_cells
+from dinoseg.models.heads.slots.background import background_mask
+from dinoseg.models.heads.slots.clips import SeenFrame, check_similar_cells, clip_outputs, telling_frames
+from dinoseg.models.heads.slots.decoder import Decoded, SlotDecoder
+from dinoseg.models.heads.slots.groups import GROUPS, allowed_cells, slot_sizes
+from dinoseg.models.heads.slots.positions import Positions, linear_positions, token_places, training_grid
+from dinoseg.models.heads.slots.predictor import make_predictor
+from dinoseg.models.heads.slots.standard import Standard
+from dinoseg.models.heads.slots.time import make_time_decoders, resolve_steps
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.ranges import Count, LowShare
+
+MASK_SOURCES = ("attention", "alpha")
+
+
+class SlotHead(Head[SlotOutputs]):
+    """Slots that gather the features of a frame, and from which those of this and of later frames are reconstructed.
+
+    Slot attention with SAVi's predictor between frames (Kipf et al., arXiv 2111.12594) on features of a frozen
+    transformer, reconstructed by an MLP decoder (DINOSAUR, Seitzer et al., arXiv 2209.14860). No weight depends on the
+    number of slots: a trained head may run with another.
+
+    Args:
+        in_dim: width of the backbone's map.
+        num_layers: of those maps; one.
+        num_slots: S, or (background, foreground) slots with `groups`.
+        slot_dim: D.
+        hidden_dim: hidden width of the MLP of slot attention.
+        iterations: of slot attention in a frame.
+        first_iterations: the same where slots are drawn anew; None = `iterations`.
+        first: where slots are drawn anew, they are `drawn` alone, or begin at the cells that are most `unlike` one
+            another.
+        groups: in which frames background slots see only what the class token does not look at, and foreground slots
+            only the rest: `off`, `initial` (the first frame) or `always`.
+        variance_as_std: take exp(log-variance) as the first slots' standard deviation itself.
+        token_positions: add a learnt linear code of its place to each token that slots see (Locatello et al., arXiv
+            2006.15055), for backbones whose features hardly tell where they are: rotary positions (DINOv3), colours.
+        standardise: slots see, and reconstruct, each channel of the features with mean 0 and variance 1 over what
+            training has seen.
+        predictor: `savi`, `carry` (slots enter the next frame as they are) or `none` (drawn anew in every frame).
+        alone: share of the training at whose beginning every frame's slots are drawn anew, whatever the predictor.
+        decoder_first: share of the training at whose beginning the decoder alone learns: by what it tells before it
+            can tell anything, slots that begin as clusters would only become alike.
+        steps: offsets in frames that are reconstructed: n = 0 to n, or a list.
+        time_decoder: `none`, `linear` or `attention`, one for each of `steps`, applied to slots before decoding.
+        decoder_dim: hidden width of the decoder.
+        positions: `learnt`, `sine` or `linear`.
+        positions_grid: (h, w) that the first two are made for, and whose cells `similarity` is about; else unused.
+        similarity: predict logits over the next frame's cells (VideoSAUR, Zadaianchuk et al., arXiv 2306.04829).
+        mask_source: `attention`, or the decoder's `alpha` (of offset 0 if that is among `steps`, else of the first).
+        checkpointing: recompute the decoder in the backward pass: less memory, more time.
+
+    Raises:
+        UserError: the maps or a value do not fit.
+    """
+
+    mixture = True
+
+    def __init__(
+        self,
+        in_dim: int | Sequence[int],
+        num_layers: int,
+        *,
+        num_slots: int | Sequence[int] = 10,
+        slot_dim: Count = 256,
+        hidden_dim: Count = 1024,
+        iterations: Count = 1,
+        first_iterations: Count | None = None,
+        first: str = "drawn",
+        groups: str = "off",
+        variance_as_std: bool = False,
+        token_positions: bool = False,
+        standardise: bool = False,
+        predictor: str = "savi",
+        alone: LowShare = 0.0,
+        decoder_first: LowShare = 0.0,
+        steps: int | Sequence[int] = 0,
+        time_decoder: str = "none",
+        decoder_dim: Count = 1024,
+        positions: str = "learnt",
+        positions_grid: Sequence[int] | None = (28, 28),
+        similarity: bool = False,
+        mask_source: str = "attention",
+        checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        dim = _map_width(in_dim, num_layers)
+        first_iterations = iterations if first_iterations is None else first_iterations
+        check_positive(slot_dim=slot_dim, hidden_dim=hidden_dim, decoder_dim=decoder_dim)
+        check_positive(iterations=iterations, first_iterations=first_iterations)
+        check_choice("groups", groups, GROUPS)
+        check_choice("mask_source", mask_source, MASK_SOURCES)
+        self.sizes = slot_sizes(num_slots, groups)
+        self.num_slots = sum(self.sizes)
+        self.groups, self.mask_source = groups, mask_source
+        self.iterations = iterations
+        self.first_iterations = first_iterations
+        self.steps = resolve_steps(steps)
+        self.similarity = similarity
+        self.checkpointing = checkpointing
+        # the step whose alpha is the mask of a frame: of the frame itself, if that is reconstructed
+        self.mask_step = self.steps.index(0) if 0 in self.steps else 0
+        self.grid = training_grid(positions_grid, positions, similarity)
+        self.slot_attention = SlotAttention(
+            dim, slot_dim, hidden_dim, num_groups=len(self.sizes), variance_as_std=variance_as_std, first=first
+        )
+        self.standard = Standard(dim) if standardise else None
+        self.alone, self.decoder_first, self.progress = alone, decoder_first, 0.0
+        self.place = token_places(dim, clusters=first == "unlike") if token_positions else None
+        self.predictor = make_predictor(predictor, slot_dim)
+        self.time_decoders = make_time_decoders(time_decoder, slot_dim, len(self.steps))
+        num_cells = self.grid[0] * self.grid[1] if similarity else 0
+        self.decoder = SlotDecoder(slot_dim, dim, decoder_dim, Positions(positions, self.grid), num_cells)
+        self.norm = nn.LayerNorm(dim)
+
+    @property
+    def slots(self) -> Slots:
+        """The head itself."""
+        return self
+
+    @property
+    def late(self) -> tuple[float, Sequence[nn.Module]]:
+        """All that makes slots learns after what decodes them."""
+        makers = (self.slot_attention, self.place, self.predictor)
+        return self.decoder_first, [part for part in makers if part is not None]
+
+    def fits(self, backbone: Backbone) -> None:
+        """Refuse a backbone without a class token where groups need its attention.
+
+        Raises:
+            UserError: naming what fits.
+        """
+        if self.groups != "off" and not backbone.has_class_attention:
+            raise UserError(
+                f"head.groups={self.groups} needs a backbone with a class token whose attention can be read: "
+                f"dino_*, dinov2_*, dinov3_vit*, tiny, tiny_surgical or a plain vision transformer of timm. Choose "
+                f"one of these, or set head.groups=off and give head.num_slots as one number."
+            )
+
+    def set_progress(self, share: float) -> None:
+        """Carry slots from frame to frame from the share `alone` of the training on."""
+        self.progress = share
+
+    def run(self, backbone: Backbone, images: Tensor) -> SlotOutputs:
+        """Return the outputs for clips (B, T, 3, H, W), or for images (B, 3, H, W) as clips of one frame each."""
+        clips = images if images.dim() == 5 else images[:, None]
+        frames = clips.flatten(0, 1)  # (B * T, 3, H, W)
+        if self.groups == "off":
+            return self.follow(backbone(frames)[-1].unflatten(0, clips.shape[:2]))
+        maps, attention = backbone.with_class_attention(frames)
+        background = background_mask(attention).unflatten(0, clips.shape[:2])
+        return self.follow(maps[-1].unflatten(0, clips.shape[:2]), background)
+
+    def follow(self, features: Tensor, background: Tensor | None = None) -> SlotOutputs:
+        """Return slots, masks and reconstructions of clips.
+
+        The last max(steps) frames are only targets. In eval mode an image, a clip of one frame, is segmented all the
+        same, even if no target is left.
+
+        Args:
+            features: (B, T, C, h, w).
+            background: (B, T, h, w), bool, True = background; with groups, and only then.
+
+        Raises:
+            UserError: a clip too short for its steps, on another grid than similarity needs, or with fewer cells than
+                slots.
+        """
+        assert (background is None) == (self.groups == "off")
+        seen = features
+        if self.standard is not None:
+            seen = self.standard(features.flatten(0, 1)).unflatten(0, features.shape[:2])
+        num_frames, grid = features.shape[1], (features.shape[-2], features.shape[-1])
+        similarity = self.similarity and (num_frames > 1 or self.training)  # an image has no next frame
+        if similarity:
+            check_similar_cells(grid, self.grid)
+        learns_onwards = self.predictor is not None and any(True for _ in self.predictor.parameters())
+        telling = telling_frames(num_frames, self.steps, training=self.training, learns_onwards=learns_onwards)
+        carried = not self.training or self.progress >= self.alone
+        slots: Tensor | None = None
+        frames: list[SeenFrame] = []
+        for time in range(telling):
+            allowed = None
+            if background is not None and (time == 0 or self.groups == "always"):
+                allowed = allowed_cells(background[:, time], self.sizes)
+            slots, attention = self._step(seen[:, time], slots, allowed, self.sizes, carried=carried)
+            frames.append(SeenFrame(slots, attention, self._decode_steps(slots, grid, similarity)))
+        outputs = clip_outputs(seen, frames, self.steps, self.mask_step)
+        return replace(outputs, carried=carried and self.predictor is not None)
+
+    def step(
+        self,
+        features: Tensor,
+        slots: Tensor | None = None,
+        allowed: Tensor | None = None,
+        sizes: Sequence[int] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the slots (B, S, D) of one frame, and their attention (B, S, h, w), which sums to 1 over the slots.
+
+        Args:
+            features: (B, C, h, w).
+            slots: of the frame before (B, S, D); None in the first.
+            allowed: which cells each slot may see (B, S, h, w), bool, True = may; None: all may see all.
+            sizes: slots to draw in each group (one number without groups), where they are drawn; None = the head's.
+
+        Raises:
+            UserError: fewer cells than slots.
+        """
+        seen = features if self.standard is None else self.standard(features)
+        return self._step(seen, slots, allowed, self.sizes if sizes is None else sizes)
+
+    def _step(
+        self,
+        features: Tensor,
+        before: Tensor | None,
+        allowed: Tensor | None,
+        sizes: Sequence[int],
+        *,
+        carried: bool = True,
+    ) -> tuple[Tensor, Tensor]:
+        grid = (features.shape[-2], features.shape[-1])
+        check_enough_cells(sum(sizes), grid)
+        tokens = features.flatten(2).mT  # (B, h * w, C)
+        if self.place is not None:
+            tokens = tokens + self.place(linear_positions(grid, tokens).flatten(1).T)
+        seen = None if allowed is None else allowed.flatten(2)
+        guess = None if before is None or self.predictor is None else self.predictor(before)
+        if guess is not None and carried:
+            slots, iterations = guess, self.iterations
+        else:
+            slots, iterations = self.slot_attention.start(tokens, sizes, seen), self.first_iterations
+            if guess is not None:
+                slots = slots + 0.0 * guess  # ranks wait for a gradient of every weight
+        slots, attention = self.slot_attention(tokens, slots, iterations, seen)
+        return slots, attention.unflatten(2, grid)
+
+    def decode(self, slots: Tensor, grid: tuple[int, int], step: int = 0) -> tuple[Tensor, Tensor]:
+        """Return the features (B, C, h, w) and the alpha masks (B, S, h, w) that slots (B, S, D) tell of.
+
+        Args:
+            slots: (B, S, D) of one frame.
+            grid: (h, w) to paint.
+            step: index into `steps`.
+        """
+        decoded = self._decode(slots, grid, step, False)
+        return decoded.features, decoded.alpha
+
+    def masks(self, slots: Tensor, attention: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Return the soft masks (B, S, h, w) of one frame, by its slots (B, S, D) or its attention (B, S, h, w)."""
+        return attention if self.mask_source == "attention" else self.decode(slots, grid, self.mask_step)[1]
+
+    def predict(self, outputs: SlotOutputs, size: tuple[int, int], valid: tuple[float, float]) -> Tensor:
+        """Return the soft masks of all frames (B * T', S, H, W)."""
+        masks = outputs.attention if self.mask_source == "attention" else outputs.alphas[self.mask_step]
+        return upsample(masks.flatten(0, 1), size, valid)
+
+    def _decode(self, slots: Tensor, grid: tuple[int, int], step: int, similarity: bool) -> Decoded:
+        decoded = self.decoder(self.time_decoders[step](slots), grid, similarity=similarity)
+        return decoded._replace(features=self.norm(decoded.features.movedim(1, -1)).movedim(-1, 1))
+
+    def _decode_steps(self, slots: Tensor, grid: tuple[int, int], similarity: bool) -> list[Decoded]:
+        asked = [(slots, grid, step, similarity and step == self.mask_step) for step in range(len(self.steps))]
+        if self.checkpointing and torch.is_grad_enabled():
+            return [checkpoint(self._decode, *one, use_reentrant=False) for one in asked]
+        return [self._decode(*one) for one in asked]
+
+
+def _map_width(in_dim: int | Sequence[int], num_layers: int) -> int:
+    """Return the width of the one map; refuse several."""
+    if num_layers != 1:
+        raise UserError(
+            f"head=slots gathers from one feature map, but backbone.layers gives {num_layers}. "
+            f"Set backbone.layers=[-1]."
+        )
+    return widths(in_dim, num_layers)[0]

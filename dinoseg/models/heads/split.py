@@ -1,0 +1,195 @@
+"""ViT-Split: copies of a frozen backbone's last blocks, trained beside it on what enters them."""
+
+import copy
+import math
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dinoseg.core.contracts import Backbone, BesideTokens, Head
+from dinoseg.models.heads.options import check_positive
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.precision import at_least_float32
+from dinoseg.utils.ranges import Count
+
+_GROUPS = 32  # of channels that are normalised together, at most
+
+
+class SplitHead(Head[Tensor]):
+    """Two branches on a frozen transformer, fused (ViT-Split: Li et al., arXiv 2506.03433).
+
+    The task branch is copies of the last blocks, trained from the weights of those; it goes on from the tokens that
+    enter the first of them, class and register tokens too, and ends in the backbone's final norm, which stays as it is.
+    The prior branch mixes the frozen maps that are read. Both are mixed once more, and two doublings with normalised
+    groups of channels bring them to a grid four times finer, on which the classes are scored. A mixture is a 1x1 and a
+    3x3 convolution, each with a GELU; the latter is deformable in the published code, and here it is not.
+
+    Published for DINOv2-S: four frozen blocks spread evenly and copies of the last 3 on ADE20K, the last four and
+    copies of 5 on Cityscapes; the copies learn at a tenth of the rate of the rest.
+
+    Args:
+        in_dim: width of the backbone.
+        num_layers: frozen maps that are read.
+        num_classes: classes to score.
+        blocks: last blocks of the backbone that are copied, counted from the last one that is read.
+        channels: width of both branches' mixture; None: as wide as the backbone.
+        checkpointing: recompute the copies in the backward pass: less memory, more time.
+
+    Raises:
+        UserError: a pyramid's widths, or an option out of its range.
+    """
+
+    def __init__(
+        self,
+        in_dim: int | Sequence[int],
+        num_layers: int,
+        num_classes: Count,
+        *,
+        blocks: Count = 3,
+        channels: Count | None = None,
+        checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        if not isinstance(in_dim, int):
+            raise _needs_another_backbone()
+        width = in_dim if channels is None else channels
+        check_positive(blocks=blocks, channels=width)
+        self.blocks = blocks
+        self.checkpointing = checkpointing
+        self.copies = nn.ModuleList()
+        self.norm: nn.Module = nn.Identity()
+        self.prior = _mixture(in_dim * num_layers, width)
+        self.fuse = _mixture(width + in_dim, width)
+        self.upscale = nn.Sequential(*_doubling(width), *_doubling(width), nn.BatchNorm2d(width))
+        self.classify = nn.Conv2d(width, num_classes, kernel_size=1)
+
+    @property
+    def own_blocks(self) -> Sequence[nn.Module]:
+        """The copies, in order."""
+        return list(self.copies)
+
+    def fits(self, backbone: Backbone) -> None:
+        """Refuse a backbone without blocks that take tokens, or with too few, or of which something is trained.
+
+        Raises:
+            UserError: naming what fits.
+        """
+        if not backbone.takes_tokens:
+            raise _needs_another_backbone()
+        if backbone.first_trained is not None:
+            raise UserError(
+                "head=split trains copies of the last blocks and leaves the backbone as it is, which this adapter "
+                "changes. Choose adapter=frozen, or a head that reads maps, such as head=multiscale or head=dpt."
+            )
+        count = len(backbone.blocks)
+        if self.blocks > count:
+            raise UserError(f"head.blocks={self.blocks}: this backbone reads {count} blocks; give 1 to {count}.")
+
+    def copy_from(self, backbone: Backbone) -> None:
+        """Copy the last blocks and the final norm as float32; a head that has its copies keeps them.
+
+        Raises:
+            UserError: their weights are quantised already.
+        """
+        if len(self.copies):
+            return
+        copies = copy.deepcopy(nn.ModuleList(list(backbone.blocks)[-self.blocks :]))
+        for name, part in list(copies.named_modules()):
+            if isinstance(part, nn.Linear) and type(part.weight) is not nn.Parameter:
+                parent, _, child = name.rpartition(".")
+                setattr(copies.get_submodule(parent), child, _plain(part))
+        for part in copies.modules():
+            if getattr(part, "gradient_checkpointing", False):  # it would recompute what `checkpointing` does
+                vars(part)["gradient_checkpointing"] = False
+        self.copies = copies.float().requires_grad_(True)
+        self.norm = copy.deepcopy(backbone.norm or nn.Identity()).float()
+
+    def run(self, backbone: Backbone, images: Tensor) -> Tensor:
+        """Return class scores (B, K, 4h, 4w) for images (B, 3, H, W), float RGB in 0..1."""
+        return self.onwards(backbone, self.until(backbone, images), (images.shape[-2], images.shape[-1]))
+
+    def until(self, backbone: Backbone, images: Tensor) -> list[Tensor]:
+        """Return normed patch tokens (B, h * w, C) of each block that is read, in order, then what enters the copies.
+
+        The latter are tokens (B, N, C), with those of class and registers.
+        """
+        pixels = backbone.pixels(images)
+        rows, columns = _grid(backbone, (pixels.shape[-2], pixels.shape[-1]))
+        tokens, beside = backbone.embed(pixels)
+        norm, first = backbone.norm or nn.Identity(), len(backbone.blocks) - self.blocks
+        given, entering = [], tokens
+        for number, block in enumerate(backbone.blocks):
+            if number == first:
+                entering = tokens
+            tokens = block(tokens, **beside)
+            if number in backbone.layers:
+                given.append(norm(tokens[:, -rows * columns :]))
+        return [at_least_float32(part) for part in (*given, entering)]
+
+    def onwards(self, backbone: Backbone, frozen: list[Tensor], size: tuple[int, int]) -> Tensor:
+        """Return class scores (B, K, 4h, 4w) for what `until` gave of images of `size` (H, W)."""
+        rows, columns = _grid(backbone, size)
+        *given, tokens = frozen
+        beside = backbone.beside((rows * backbone.patch_size, columns * backbone.patch_size))
+        for block in self.copies:
+            tokens = self._through(block, tokens, beside)
+        by_layer = dict(zip(sorted({*backbone.layers}), given, strict=True))
+        patches = [*(by_layer[layer] for layer in backbone.layers), self.norm(tokens[:, -rows * columns :])]
+        return self([part.transpose(1, 2).unflatten(2, (rows, columns)) for part in patches])
+
+    def _through(self, block: nn.Module, tokens: Tensor, beside: BesideTokens) -> Tensor:
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(partial(block, **beside), tokens, use_reentrant=False)
+        return block(tokens, **beside)
+
+    def forward(self, features: list[Tensor]) -> Tensor:
+        """Return class scores (B, K, 4h, 4w) for L + 1 maps (B, C, h, w): the frozen ones, then that of the copies."""
+        *frozen, task = features
+        fused = self.fuse(torch.cat([self.prior(torch.cat(frozen, dim=1)), task], dim=1))  # (B, channels, h, w)
+        return self.classify(self.upscale(fused))
+
+    def grid_scores(self, outputs: Tensor) -> Tensor:
+        """Return the outputs: `predict` is bilinear between them."""
+        return outputs
+
+
+def _grid(backbone: Backbone, size: tuple[int, int]) -> tuple[int, int]:
+    """Return the rows and columns of patches of images of `size` (H, W)."""
+    return -(-size[0] // backbone.patch_size), -(-size[1] // backbone.patch_size)
+
+
+def _mixture(in_channels: int, channels: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(in_channels, channels, kernel_size=1),
+        nn.GELU(),
+        nn.Conv2d(channels, channels, kernel_size=3, padding=1),
+        nn.GELU(),
+    )
+
+
+def _doubling(channels: int) -> list[nn.Module]:
+    groups = math.gcd(_GROUPS, channels)
+    return [nn.ConvTranspose2d(channels, channels, 2, stride=2), nn.GroupNorm(groups, channels), nn.GELU()]
+
+
+def _plain(linear: nn.Linear) -> nn.Linear:
+    """Return a linear layer that is to be quantised as a plain one: until it is on its device, it has whole weights."""
+    whole = linear.weight.data
+    if whole.shape != (linear.out_features, linear.in_features) or not whole.is_floating_point():
+        raise UserError(
+            "head=split copies whole weights, and those of this backbone are quantised already, as with "
+            "trainer=many_heads. Choose adapter.bits=null, or train this head by itself."
+        )
+    plain = nn.Linear(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+    plain.weight, plain.bias = nn.Parameter(whole), linear.bias
+    return plain
+
+
+def _needs_another_backbone() -> UserError:
+    return UserError(
+        "head=split needs a backbone whose blocks take tokens one after another: dino_*, dinov2_*, dinov3_vit*, tiny, "
+        "tiny_surgical, or a plain vision transformer of timm. Choose one of these, or head=multiscale or head=dpt."
+    )

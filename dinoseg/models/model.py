@@ -1,0 +1,180 @@
+"""The segmenter: a backbone and a head, what of them is trained, and how an image enters."""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from dinoseg.core.contracts import Backbone, Head
+from dinoseg.core.geometry import resize, valid_share
+from dinoseg.core.shapes import FrozenFeatures, Prediction
+from dinoseg.core.sizes import Size, backbone_size
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.ranges import Count, Scale
+
+_SAMPLES = 1024  # values of a tensor that its fingerprint reads
+
+
+class Segmenter(nn.Module):
+    """Images (B, 3, H, W), uint8 RGB, to a `Prediction` that gives class scores at any size.
+
+    A head of clips takes (B, T, 3, H, W) too.
+
+    Args:
+        backbone: an adapted backbone; in eval mode for good when none of it is trained.
+        head: turns its feature maps into outputs, and those into pixels.
+        scale: backbone pixels per image pixel; 0.5 feeds half the resolution.
+        longest: larger images are reduced until their longer side has this many pixels, before `scale`.
+    """
+
+    def __init__(self, backbone: Backbone, head: Head, *, scale: Scale = 1.0, longest: Count | None = None) -> None:
+        super().__init__()
+        if scale <= 0:
+            raise UserError(f"resolution.scale={scale}: give a number above 0, such as 0.5 for half resolution.")
+        if longest is not None and longest < 1:
+            raise UserError(f"resolution.longest={longest}: give a number of pixels, or null for no limit.")
+        head.fits(backbone)
+        head.copy_from(backbone)
+        self.backbone = backbone
+        self.head = head
+        self.patch_size = backbone.patch_size
+        self.scale = scale
+        self.longest = longest
+        self.limit: Callable[[Size], int | None] | None = None  # of pictures of a size, in place of `longest`
+
+    def forward(self, images: Tensor | FrozenFeatures, *, reduce: bool = True) -> Prediction:
+        """Predict for images of one size, or for what `frozen` gave of them.
+
+        `reduce` false: they are no larger than they should be (parts of one).
+        """
+        head = self.head
+        if isinstance(images, FrozenFeatures):
+            size, seen = images.size, images.seen
+            outputs = head.onwards(self.backbone, images.tensors, seen)
+        else:
+            pixels = self.pixels(images, reduce=reduce)
+            size, seen = _size(images), _size(pixels)
+            outputs = head.run(self.backbone, pixels)
+        valid = valid_share(seen, self.patch_size)
+        grid, masks = head.grid_scores(outputs), head.weighted_masks(outputs)
+        return Prediction(outputs, size, valid, head.predict, head.mixture, grid, masks)
+
+    @torch.no_grad()
+    def frozen(self, images: Tensor, *, reduce: bool = True) -> FrozenFeatures:
+        """Return what comes of images (B, 3, H, W) before anything that is trained, at the deepest cut.
+
+        `reduce`: as of `forward`.
+
+        Raises:
+            UserError: nothing comes before it, or the model cannot be cut there.
+        """
+        if self.backbone.first_trained == 0:
+            raise UserError(
+                "Nothing of this backbone comes before its first trained block. Choose adapter=frozen, "
+                "adapter=last_blocks, LoRA in the last blocks alone (adapter.blocks=4), or engine.cache=off."
+            )
+        pixels = self.pixels(images, reduce=reduce)
+        return FrozenFeatures(self.head.until(self.backbone, pixels), _size(images), _size(pixels))
+
+    def train(self, mode: bool = True) -> "Segmenter":
+        """Switch mode, but leave every part that is not trained in eval mode: its dropout and running means rest."""
+        super().train(mode)
+        for part in self.modules():
+            parameters = list(part.parameters())
+            if part is not self and parameters and not any(parameter.requires_grad for parameter in parameters):
+                part.eval()
+        return self
+
+    def set_progress(self, share: float) -> None:
+        """Tell a head whose training changes with its length how much of it is done, in [0, 1)."""
+        self.head.set_progress(share)
+
+    def longest_of(self, size: Size) -> int | None:
+        """Return the pixels that the longer side of images of `size` (H, W) is reduced to, None for any."""
+        return self.longest if self.limit is None else self.limit(size)
+
+    def reduced_size(self, size: Size) -> Size:
+        """Return the (H, W) that images of `size` are reduced to, before `scale`."""
+        return backbone_size(size, 1.0, self.longest_of(size))
+
+    def seen_size(self, size: Size) -> Size:
+        """Return the (H, W) at which images of `size` enter the backbone."""
+        return backbone_size(size, self.scale, self.longest_of(size))
+
+    def pixels(self, images: Tensor, *, reduce: bool = True) -> Tensor:
+        """Return images (..., 3, H, W) as floats in 0..1 at the resolution that the backbone sees."""
+        images = images.float() / 255 if images.dtype == torch.uint8 else images
+        own = _size(images)
+        size = self.seen_size(own) if reduce else backbone_size(own, self.scale, None)
+        if size == tuple(images.shape[-2:]):
+            return images
+        return resize(images.flatten(0, -4), size).unflatten(0, images.shape[:-3])
+
+
+def _size(images: Tensor) -> Size:
+    return images.shape[-2], images.shape[-1]
+
+
+def trained_names(model: Segmenter) -> set[str]:
+    """Return the names in the state dict that training changes: what a checkpoint has to hold.
+
+    Trainable parameters, and the buffers of the head and of trained parts (running means). A backbone of random weights
+    is held whole, since it cannot be had again, and so is a head whose frozen part comes from no file; but for
+    quantised weights, which the seed gives again.
+    """
+    state = model.state_dict().keys()
+    parameters = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    names = {name for name, trainable in parameters.items() if trainable}
+    names |= {name for name in state if name.startswith("head.") and name not in parameters}
+    for where, part in model.named_modules():
+        if any(parameter.requires_grad for parameter in part.parameters(recurse=False)):
+            names |= {f"{where}.{name}" for name, _ in part.named_buffers(recurse=False)} & state
+    for name, part in (("backbone", model.backbone), ("head", model.head)):
+        if part.weights in (None, "random"):
+            names |= {key for key in state if key.startswith(f"{name}.")}
+    return names - quantised_names(model)
+
+
+def frozen_tensors(model: Segmenter) -> Iterator[tuple[str, Tensor]]:
+    """Yield parameters and buffers, with their names, of the modules that hold no trained parameter of their own.
+
+    Of quantised layers, scales too, which are neither.
+    """
+    for where, part in model.named_modules():
+        own = [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]
+        if _is_quantised(part):
+            rounding = getattr(part, "compute_dtype", None)  # of 4 bits: what its first use makes of the bias
+            own = [(name, value.to(rounding) if name == "bias" else value) for name, value in part.state_dict().items()]
+        if not any(tensor.requires_grad for _, tensor in own):
+            yield from ((f"{where}.{name}", tensor) for name, tensor in own)
+
+
+def constants(model: nn.Module) -> dict[str, Tensor]:
+    """Return the buffers that the state dict leaves out: colours, and rotation frequencies, which a file may say."""
+    state = model.state_dict().keys() | quantised_names(model)
+    return {name: buffer for name, buffer in model.named_buffers() if name not in state}
+
+
+def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Return a hash of tensors: their names, shapes and sampled values, in the order given."""
+    digest = hashlib.sha256()
+    for name, value in tensors:
+        flat = value.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // _SAMPLES)].float().cpu()
+        digest.update(f"{name} {tuple(value.shape)}".encode())
+        digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def quantised_names(model: nn.Module) -> set[str]:
+    """Return the names in the state dict of quantised layers: weights, scales, and biases, which change their type."""
+    names = set()
+    for where, part in model.named_modules():
+        if _is_quantised(part):
+            names |= {f"{where}.{name}" for name in part.state_dict()}
+    return names
+
+
+def _is_quantised(part: nn.Module) -> bool:
+    return type(part).__module__.startswith("bitsandbytes.")

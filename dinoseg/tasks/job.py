@@ -1,0 +1,190 @@
+"""One model's training, from its config to its scores: what the loop is given, and what is made of where it ends."""
+
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+from torch.optim import Optimizer
+
+from dinoseg.config.nodes import instantiate
+from dinoseg.core.contracts import Loss
+from dinoseg.core.shapes import SegmentationData
+from dinoseg.data.classes.labels import Labels
+from dinoseg.evaluation.images import list_skipped
+from dinoseg.experiment import build, criteria
+from dinoseg.experiment.initial import check_initial
+from dinoseg.experiment.recipe import run_description
+from dinoseg.experiment.settings import settings_of
+from dinoseg.experiment.split_record import write_split
+from dinoseg.experiment.trained import check_classes
+from dinoseg.inference.trained_sizes import TrainedSizes
+from dinoseg.models.model import Segmenter
+from dinoseg.report.curves import draw_curves
+from dinoseg.report.log import RunLog, read_rows, write_settings
+from dinoseg.tasks.regime import Regime
+from dinoseg.training import checkpoint
+from dinoseg.training.checkpoint import Checkpoints, Progress
+from dinoseg.training.cost import COST, cost_of
+from dinoseg.training.engine import Engine
+from dinoseg.training.loading import Checkpoint
+from dinoseg.training.optim import warn_of_long_warmup
+from dinoseg.utils import forms
+from dinoseg.utils.atomic import write_json
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.wording import shown, typed
+
+logger = logging.getLogger(__name__)
+CHOSEN = "engine"  # of a checkpoint's description: what the machine had it computed by, which decides numbers too
+_EXACT = "float32"  # features kept as these give the same numbers as those of none
+_FORM = forms.table(forms.maybe(forms.text))
+
+
+class Job:
+    """The training of one model in its run folder.
+
+    Args:
+        cfg: the whole config; `resume` names a checkpoint file to go on from, or nothing.
+        out_dir: the run folder.
+        regime: data, and what goes together.
+        engine: device and ranks.
+
+    Raises:
+        UserError: a part does not fit, or the checkpoint is of another model.
+    """
+
+    def __init__(self, cfg: DictConfig, out_dir: Path, regime: Regime, engine: Engine) -> None:
+        self.cfg, self.out_dir, self.regime, self.engine = cfg, out_dir, regime, engine
+        self.start: Checkpoint | None = None
+        if cfg.resume:
+            self.start, outline = _start(cfg, regime.labels)
+        else:
+            outline = build.outline(cfg)
+            check_initial(cfg, outline)
+        regime.check_parts(cfg, outline, engine.world)
+
+    @property
+    def first_step(self) -> int:
+        """Steps that were done before."""
+        return self.start.info["progress"]["step"] if self.start else 0
+
+    @property
+    def chosen_before(self) -> Mapping[str, str | None]:
+        """What the run's engine chose before, by key; nothing of a new run.
+
+        Raises:
+            UserError: the checkpoint says something else of it.
+        """
+        chosen = self.start.info.get(CHOSEN, {}) if self.start else {}
+        if not forms.fits(chosen, _FORM):
+            raise UserError(
+                f"resume={self.cfg.resume}: its {CHOSEN} is {shown(chosen)}, and must be texts. Choose another "
+                "checkpoint."
+            )
+        return chosen
+
+    def note(self, checkpoints: Checkpoints, kept: Mapping[str, str], *, tells: bool = True) -> None:
+        """Let the run's checkpoints say what it is computed by, and tell where a run goes on otherwise.
+
+        Args:
+            checkpoints: of the run.
+            kept: where what is frozen is kept and as what, and by whom a student is taught, as `Regime.keep_features`
+                gives it.
+            tells: of what differs.
+        """
+        then = self.chosen_before
+        now = {"engine.precision": self.engine.precision, "engine.cache": "off", "features.dtype": None, **kept}
+        checkpoints.info[CHOSEN] = now
+        other = [
+            f"{key} was {typed(then[key])} and is {typed(now[key])}"
+            for key in ("engine.precision", "features.dtype", "teacher")  # where features are kept changes no number
+            if key in then.keys() & now.keys() and (then[key] or _EXACT) != (now[key] or _EXACT)
+        ]
+        if other and tells:
+            logger.warning(
+                "This run goes on with other numbers than before: %s. Give what was, for the same as without a stop.",
+                "; ".join(other),
+            )
+
+    def parts(
+        self, model: Segmenter, sizes: TrainedSizes | None, steps: int
+    ) -> tuple[Segmenter, Loss, Optimizer, Checkpoints]:
+        """Return the model as it begins and what the loop takes beside, and note which images the run trains on.
+
+        Args:
+            model: on the device.
+            sizes: of the training images, where they are known.
+            steps: the length.
+        """
+        loss = self.regime.objective(criteria.loss(self.cfg, self.regime.labelled)).to(self.engine.device)
+        model = self.regime.started(model, self.engine, new=self.start is None)
+        optimizer = build.optimizer(self.cfg, model)
+        info = run_description(self.cfg, self.regime.labels) | (sizes.as_info() if sizes else {})
+        folder, writes = self.out_dir / checkpoint.FOLDER, self.engine.is_main
+        if writes:
+            write_split(self.out_dir, self.regime.split)
+        if self.start is not None:
+            logger.info("going on with %s at step %d of %d", self.start.path, self.first_step, steps)
+        if self.first_step >= steps:
+            logger.warning(
+                "This run had already done %d steps: give more trainer.steps or trainer.epochs.", self.first_step
+            )
+        return model, loss, optimizer, Checkpoints(folder, info, self.start, writes=writes)
+
+    def log(self) -> RunLog:
+        """Return the run's log, to be closed."""
+        owed = self.start is not None and self.start.info["progress"].get("owed", False)
+        return RunLog(self.out_dir, start_step=self.first_step, owed=owed, visible=self.engine.is_main)
+
+    def finish(self, model: Segmenter, run: Progress, *, metrics_only: bool, report: bool) -> dict[str, Any]:
+        """Score the best checkpoint, draw the curves, and tell where all of it is; return scores and cost.
+
+        Args:
+            model: takes the checkpoint's weights.
+            run: where the training has ended; it has a best.
+            metrics_only: write no pictures.
+            report: write report.html, and what mode=compare needs.
+        """
+        rows = self.out_dir / "metrics.jsonl"
+        curves = draw_curves(read_rows(rows), self.out_dir, self.regime.plots) if self.engine.is_main else []
+        # read back, not kept in memory: what is scored here is what mode=eval will score
+        best = checkpoint.find(self.out_dir, "best")
+        checkpoint.load_weights(model, checkpoint.read(best, finite=self.cfg.finite_weights))
+        cost = cost_of(model, rows)
+        scores = self.regime.evaluate(self.cfg, model, self.engine, best, metrics_only=metrics_only, report=report)
+        if self.engine.is_main:
+            print(f"curves:       {self.out_dir}/{', '.join(path.name for path in curves)}")
+            write_settings(self.out_dir, settings_of(self.cfg), scores)
+            write_json(self.out_dir / COST, cost)
+            print(f"TensorBoard:  tensorboard --logdir {self.out_dir / 'tensorboard'}")
+            print(f"checkpoint:   {best} (step {run.best_step})")
+            list_skipped(self.regime.skipped, self.out_dir)
+        return {**scores, **cost, "best_step": run.best_step, "run": str(self.out_dir)}
+
+
+def begin(cfg: DictConfig, regime: Regime, engine: Engine, out_dir: Path, steps: int) -> Callable[[int, int], float]:
+    """Tell what a training whose parts all fit begins with; return its schedule."""
+    schedule = instantiate(cfg.optim.schedule)
+    if engine.is_main:
+        warn_of_long_warmup(schedule, steps)
+    train, val = len(regime.feed.train), len(regime.feed.val)
+    logger.info("%d training and %d validation %s; run folder %s", train, val, regime.what, out_dir)
+    return schedule
+
+
+def looked_at(regime: Regime, engine: Engine) -> TrainedSizes | None:
+    """Tell what is wrong with the data; return on the first rank how large the training images are, where known."""
+    # one rank is enough: what it measures is kept in the cache, and what it refuses ends all
+    sizes = regime.check_data() if engine.is_main else None
+    engine.wait()
+    return sizes
+
+
+def _start(cfg: DictConfig, labels: SegmentationData | Labels) -> tuple[Checkpoint, Segmenter]:
+    """Return the checkpoint that `resume` names, and the outline of the model, which it is known to fit."""
+    # its tensors last: a foreign file may describe more than this machine holds
+    file = checkpoint.outline(Path(cfg.resume))
+    check_classes(labels, file.info, f"resume={file.path}")
+    outline = build.check_fits(cfg, file)
+    return checkpoint.read(file.path, finite=cfg.finite_weights), outline

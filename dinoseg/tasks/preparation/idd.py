@@ -1,0 +1,179 @@
+"""Make IDD ready to read: draw the label maps of its polygons, in as many encodings as wanted; imports no torch."""
+
+import contextlib
+import functools
+import hashlib
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dinoseg.data.formats.idd_files import ENCODINGS, LABELS, POLYGONS, files_of, find_parts, label_suffix
+from dinoseg.report.progress import Bar
+from dinoseg.tasks.preparation.idd_polygons import draw_label_maps
+from dinoseg.tasks.preparation.jobs import incomplete, run_jobs
+from dinoseg.utils.atomic import remove_parts
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.files import check_regular, entries
+from dinoseg.utils.images import write_png
+from dinoseg.utils.locks import locked
+from dinoseg.utils.ranges import Count
+from dinoseg.utils.wording import listed
+
+log = logging.getLogger(__name__)
+
+_PNG_START, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
+_NOTE = "polygons sha256"  # keyword of the note in a label map that says what it was drawn from
+_HEAD = 4096  # bytes of a label map in which the note is
+_UNKNOWN = "unknown label "
+_LOCK = ".prepare.lock"  # in gtFine: one run at a time
+
+
+@dataclass(frozen=True)
+class PolygonFile:
+    """A JSON file of polygons; `split` is the split's folder with its part in front."""
+
+    path: Path
+    split: str
+
+    def label_map(self, encoding: str) -> Path:
+        """Return where its label map lies."""
+        return self.path.with_name(self.path.stem.removesuffix(POLYGONS) + label_suffix(encoding) + ".png")
+
+
+def prepare(
+    root: str | Path,
+    *,
+    encodings: Sequence[str] = ("level3Id",),
+    workers: Count = 2,
+    overwrite: bool = False,
+) -> dict[str, dict[str, int]]:
+    """Draw the label maps, going on where an earlier run stopped; return the counts of each split.
+
+    A map that is there is kept, unless its polygons have changed since: then it is drawn again.
+
+    Args:
+        root: a part, which holds `gtFine`, or the folder of several.
+        encodings: which label maps, of `id`, `csId`, `csTrainId`, `level4Id`, `level3Id`, `level2Id`, `level1Id`.
+        workers: processes.
+        overwrite: draw all again that is there already.
+
+    Raises:
+        UserError: nothing to prepare, a folder that cannot be written to, a full disk, or, when all others are
+            finished, the files that failed.
+    """
+    root = Path(root).expanduser()
+    if not encodings or any(encoding not in ENCODINGS for encoding in encodings):
+        raise UserError(f"data.prepare.encodings={list(encodings)}: choose some of {', '.join(ENCODINGS)}.")
+    if workers < 1:
+        raise UserError(f"data.prepare.workers={workers}: give the number of processes, 1 or more.")
+    jobs = find_polygons(root)
+    work = functools.partial(make_label_maps, encodings=tuple(encodings), overwrite=overwrite)
+    try:
+        with contextlib.ExitStack() as locks:
+            for labels in sorted({job.path.parents[2] for job in jobs}):  # a part may be prepared by itself
+                locks.enter_context(locked(labels / _LOCK))
+            return _draw_all(root, jobs, work, workers)
+    except OSError as error:
+        raise UserError(f"Cannot write to data.root={root}: {error}. Check its permissions.") from None
+
+
+def _draw_all(
+    root: Path, jobs: Sequence[PolygonFile], work: Callable[[PolygonFile], Counter[str]], workers: int
+) -> dict[str, dict[str, int]]:
+    for drive in {job.path.parent for job in jobs}:
+        remove_parts(drive, ".*_gtFine_label*.part")
+    with Bar(total=len(jobs), desc="drawing", unit="file") as bar:
+        results, failures = run_jobs(work, jobs, bar, workers=workers, root=root, ready="files are drawn")
+    counts: dict[str, Counter[str]] = {job.split: Counter() for job in jobs}
+    for job, result in results.items():
+        counts[job.split].update(result)
+    _report(results)
+    if failures:
+        lines = [
+            str(reason) if isinstance(reason, UserError) else f"{job.path}: {reason}"
+            for job, reason in sorted(failures.items(), key=lambda failure: failure[0].path)
+        ]
+        raise incomplete(lines, f"{len(failures)} of {len(jobs)} files could not be drawn, the others are ready")
+    return {split: dict(counts[split]) for split in sorted(counts)}
+
+
+def find_polygons(root: Path) -> list[PolygonFile]:
+    """Return the polygon files of all parts and splits.
+
+    Raises:
+        UserError: there is none.
+    """
+    parts = find_parts(root)
+    jobs = [
+        PolygonFile(path, f"{part}/{split.name}".lstrip("/"))
+        for part, folder in parts.items()
+        for split in entries(folder / LABELS)
+        for path in files_of(split, POLYGONS, (".json",)).values()
+    ]
+    if not jobs:
+        folders = ", ".join(f"{folder / LABELS}" for folder in parts.values())
+        raise UserError(
+            f"Nothing to prepare: no {{split}}/{{drive}}/{{id}}{POLYGONS}.json in {folders}. Unpack the archives of "
+            "IDD with their folder gtFine first."
+        )
+    return jobs
+
+
+def make_label_maps(job: PolygonFile, *, encodings: Sequence[str], overwrite: bool) -> Counter[str]:
+    """Write the label maps of one file of polygons that are not there, not whole or outdated; return its counts.
+
+    Raises:
+        UserError: the file is damaged.
+        OSError: writing failed.
+    """
+    check_regular(job.path)
+    content = job.path.read_bytes()
+    source = hashlib.sha256(content).hexdigest()
+    there = [encoding for encoding in encodings if _is_whole(job.label_map(encoding))]
+    outdated = [encoding for encoding in there if _is_outdated(job.label_map(encoding), job.path, source)]
+    due = [encoding for encoding in encodings if overwrite or encoding not in there or encoding in outdated]
+    counts = Counter({"files": 1, "written": len(due), "kept": len(encodings) - len(due)})
+    if outdated:
+        counts["redrawn"] = len(outdated)
+    if due:
+        maps, unknown = draw_label_maps(content, job.path, due)
+        for encoding, pixels in maps.items():
+            write_png(job.label_map(encoding), pixels, note=(_NOTE, source))
+        counts.update({f"{_UNKNOWN}{label}": count for label, count in unknown.items()})
+    return counts
+
+
+def _is_outdated(label_map: Path, polygons: Path, source: str) -> bool:
+    """Return whether a map was drawn from other polygons; one that does not say from which goes by its time."""
+    with label_map.open("rb") as opened:
+        head = opened.read(_HEAD)
+    if _NOTE.encode() in head:
+        return source.encode() not in head
+    return polygons.stat().st_mtime_ns > label_map.stat().st_mtime_ns
+
+
+def _is_whole(path: Path) -> bool:
+    """Return whether a PNG is there from start to end, without decoding it."""
+    if not path.is_file() or path.stat().st_size < len(_PNG_START) + len(_PNG_END):
+        return False
+    with path.open("rb") as opened:
+        start = opened.read(len(_PNG_START))
+        opened.seek(-len(_PNG_END), 2)
+        return start == _PNG_START and opened.read() == _PNG_END
+
+
+def _report(results: Mapping[PolygonFile, Counter[str]]) -> None:
+    """Say what was done, and warn once of all labels that are not in the table."""
+    counts = sum(results.values(), Counter())
+    log.info(
+        "%d label maps drawn, %d of them again since their polygons have changed, %d kept.",
+        *(counts[key] for key in ("written", "redrawn", "kept")),
+    )
+    lines = []
+    for key in sorted(key for key in counts if key.startswith(_UNKNOWN)):
+        paths = sorted(job.path for job, result in results.items() if key in result)
+        lines.append(f"\n- {key.removeprefix(_UNKNOWN)} ({counts[key]}): {listed([str(path) for path in paths], 3)}")
+    if lines:
+        log.warning("Objects with labels that IDD does not have were left out:%s", "".join(lines))

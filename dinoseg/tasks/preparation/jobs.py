@@ -1,0 +1,67 @@
+"""Many files or videos made ready: what fails is told when the others are finished; a second run goes on with it."""
+
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from dinoseg.report.progress import Bar
+from dinoseg.utils.errors import DISK_FULL, UserError
+from dinoseg.utils.workers import in_processes
+
+J = TypeVar("J", bound=Hashable)
+R = TypeVar("R")
+
+
+def run_jobs(
+    work: Callable[[J], R],
+    jobs: Sequence[J],
+    bar: Bar,
+    *,
+    workers: int,
+    root: Path,
+    ready: str,
+    make_room: str = "",
+    show: Callable[[J], str] = lambda job: "",
+) -> tuple[dict[J, R], dict[J, Exception]]:
+    """Return the results of the jobs that are finished, and why the others are not.
+
+    Args:
+        work: on one job, in any process.
+        jobs: several are under way at once.
+        bar: of their progress.
+        workers: processes.
+        root: on the disk that may be full.
+        ready: of what is finished, such as `files are drawn`.
+        make_room: how, beside removing files.
+        show: gives what the bar says of a job.
+
+    Raises:
+        UserError: the disk is full, or a process was killed.
+    """
+    results: dict[J, R] = {}
+    failures: dict[J, Exception] = {}
+    remedy = f"Set data.prepare.workers below {workers} and run again: it goes on."
+    for job, result in in_processes(work, jobs, workers, catch=(UserError, OSError), in_order=False, remedy=remedy):
+        if isinstance(result, OSError) and result.errno in DISK_FULL:
+            raise UserError(
+                f"The disk of {root} is full: {len(results)} of {len(jobs)} {ready} and nothing is half-written. Make "
+                f"room{make_room and f' ({make_room})'} and run again: it goes on."
+            ) from result
+        if isinstance(result, Exception):
+            failures[job] = result
+        else:
+            results[job] = result
+        bar.set_postfix_str(show(job), refresh=False)
+        bar.update()
+    return results, failures
+
+
+def incomplete(failures: Iterable[str], state: str) -> UserError:
+    """Return the error of jobs that failed when all others are finished.
+
+    Args:
+        failures: a line for each.
+        state: what failed and what did not, such as `2 of 5 files could not be drawn, the others are ready`.
+    """
+    lines = "".join(f"\n- {failure}" for failure in failures)
+    return UserError(f"{state}:{lines}\nRunning again goes on with these.")

@@ -1,0 +1,188 @@
+"""Pseudo-labels for the frames between the masks of SAR-RARP50's training videos: part of mode=prepare."""
+
+import functools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+
+from dinoseg.config.nodes import instantiate
+from dinoseg.config.plain import plain
+from dinoseg.core.contracts import Backbone
+from dinoseg.data.classes.masks import MaskReader, Masks
+from dinoseg.data.formats.sarrarp_files import (
+    MASK_FOLDER,
+    PSEUDO_FILE,
+    PSEUDO_FOLDER,
+    PSEUDO_FORM,
+    frames_sum,
+    gaps,
+    mask_sums,
+    png_files,
+)
+from dinoseg.data.pairs.dataset import read_pair
+from dinoseg.data.pairs.pair import Pair
+from dinoseg.experiment import build
+from dinoseg.experiment.trained import labels_of
+from dinoseg.report.progress import Bar
+from dinoseg.tasks.preparation.jobs import incomplete, run_jobs
+from dinoseg.tracking.propagation.agreement import between
+from dinoseg.tracking.propagation.features import last_maps
+from dinoseg.tracking.propagation.settings import PropagationSettings
+from dinoseg.tracking.provenance import precision_of, weights_of
+from dinoseg.tracking.tracker import Autocast
+from dinoseg.utils import forms
+from dinoseg.utils.atomic import remove_parts, whole_folder
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.forms import as_read_back
+from dinoseg.utils.images import read_image, write_png
+from dinoseg.utils.locks import locked
+from dinoseg.utils.units import finished
+
+_LOCK = ".propagate.lock"  # in the folder of a video: one run at a time
+_BATCH = 4  # frames that the backbone sees at once
+_MEANING = "Labels propagated from the masks before and after a frame; nobody has drawn or checked them."
+
+
+@dataclass
+class Propagation:
+    """What gives the frames between two masks their labels."""
+
+    backbone: Backbone
+    settings: PropagationSettings
+    device: torch.device
+    autocast: Autocast
+    reader: MaskReader
+    min_agreement: float
+    made_by: dict[str, Any]  # what the labels depend on beside frames and masks
+
+    @classmethod
+    def of(cls, cfg: DictConfig) -> "Propagation":
+        """Return what `backbone`, `tracker`, `engine` and `data` say."""
+        engine, settings = instantiate(cfg.engine), instantiate(cfg.tracker)
+        backbone = build.backbone(cfg).to(engine.device)
+        labels = labels_of(cfg)
+        made_by = {
+            "backbone": plain(cfg.backbone, resolve=True),
+            "weights": weights_of(backbone),
+            "tracker": asdict(settings),
+            "precision": precision_of(engine.autocast, engine.device),
+            "min_agreement": cfg.data.prepare.min_agreement,
+            "ignore_index": labels.ignore_index,
+        }
+        reader = MaskReader(labels, Masks())
+        return cls(backbone, settings, engine.device, engine.autocast, reader, cfg.data.prepare.min_agreement, made_by)
+
+
+def propagate(propagation: Propagation, root: Path, videos: Sequence[str]) -> dict[str, dict[str, int]]:
+    """Write `pseudo/` into the folders of videos that are extracted at 10 Hz; return the counts of each video.
+
+    A video whose labels are there, made in the same way of the same masks, is left as it is.
+
+    Args:
+        propagation: gives the labels.
+        root: of the data set.
+        videos: names of folders below it, such as `train1/video_01`.
+
+    Raises:
+        UserError: a full disk, or, when all others are finished, the videos that failed.
+    """
+    work = functools.partial(_label_video, propagation, root)
+    with Bar(total=len(videos), desc="propagating", unit="video") as bar:
+        counts, failures = run_jobs(
+            work, videos, bar, workers=1, root=root, ready="videos have their pseudo-labels", show=str
+        )
+    if failures:
+        lines = [f"{name}: {reason}" for name, reason in failures.items()]
+        raise incomplete(
+            lines, f"{len(failures)} of {len(videos)} videos could not be given pseudo-labels, the others have them"
+        )
+    return counts
+
+
+def _label_video(propagation: Propagation, root: Path, name: str) -> dict[str, int]:
+    with locked(root / name / _LOCK):
+        return _labels_of(propagation, root / name)
+
+
+def _labels_of(propagation: Propagation, video: Path) -> dict[str, int]:
+    """Return the counts of a video's labels, which are made unless they are there."""
+    folder = video / PSEUDO_FOLDER
+    sums = {"masks": mask_sums(video), "frames": frames_sum(video)}
+    made_by = as_read_back({**propagation.made_by, **sums})
+
+    def fits(note: Mapping[str, Any]) -> bool:
+        return note["made_by"] == made_by and note["kept"].keys() == png_files(folder).keys()
+
+    note = finished(
+        folder / PSEUDO_FILE,
+        lambda path: forms.read_json(path, PSEUDO_FORM),
+        fits,
+        damaged="%s is damaged (%s): making it anew.",
+        unfit=f"{folder} was made in another way, or is not whole: making it anew.",
+    )
+    if note is None:
+        remove_parts(video, f".{PSEUDO_FOLDER}.*")
+        note = _write_labels(propagation, video, made_by)
+    return {"pseudo": len(note["kept"]), "left_out": len(note["left_out"])}
+
+
+def _write_labels(propagation: Propagation, video: Path, made_by: dict[str, Any]) -> dict[str, Any]:
+    """Write the labels of enough agreement and then the note beside them, which is returned."""
+    kept: dict[str, float] = {}
+    left_out: dict[str, float] = {}
+    # all of one making or none: training would take half of them for the whole, or mix two kinds
+    with whole_folder(video / PSEUDO_FOLDER) as part:
+        for stem, mask, agreement in _labelled(propagation, video):
+            if agreement >= propagation.min_agreement:
+                kept[stem] = round(agreement, 4)
+                write_png(part / f"{stem}.png", mask)
+            else:
+                left_out[stem] = round(agreement, 4)
+        note = {"what": _MEANING, "made_by": made_by, "kept": kept, "left_out": left_out}
+        (part / PSEUDO_FILE).write_text(json.dumps(note, indent=1), encoding="utf-8")
+    return note
+
+
+def _labelled(propagation: Propagation, video: Path) -> Iterator[tuple[str, np.ndarray, float]]:
+    """Yield the stem, the labels and the agreement of each frame that lies between two masks."""
+    for gap in gaps(video):
+        ends = [_masked(propagation, video, path) for path in (gap[0], gap[-1])]
+        inner = [read_image(path) for path in gap[1:-1]]
+        images = [ends[0][0], *inner, ends[1][0]]
+        for path, image in zip(gap, images, strict=True):
+            if image.shape != images[0].shape:
+                raise UserError(
+                    f"{path} is {image.shape[0]} x {image.shape[1]}, {gap[0]} is {images[0].shape[0]} x "
+                    f"{images[0].shape[1]} (H x W). Extract the frames of this video again."
+                )
+        agreed = between(
+            _features(propagation, images),
+            ends[0][1],
+            ends[1][1],
+            propagation.settings,
+            patch_size=propagation.backbone.patch_size,
+            ignore_index=propagation.reader.labels.ignore_index,
+        )
+        for path, (mask, agreement) in zip(gap[1:-1], agreed, strict=True):
+            yield path.stem, mask, agreement
+
+
+def _masked(propagation: Propagation, video: Path, path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Return a frame (H, W, 3) and its mask (H, W)."""
+    sample = read_pair(Pair(path.stem, path, video / MASK_FOLDER / f"{path.stem}.png"), propagation.reader)
+    return sample["image"].permute(1, 2, 0).numpy(), sample["mask"].numpy()
+
+
+@torch.inference_mode()
+def _features(propagation: Propagation, images: Sequence[np.ndarray]) -> Tensor:
+    """Return the backbone's last maps (T, C, h, w) of frames (H, W, 3)."""
+    seen_as = (propagation.settings, propagation.device, propagation.autocast)
+    starts = range(0, len(images), _BATCH)
+    return torch.cat([last_maps(propagation.backbone, images[start : start + _BATCH], *seen_as) for start in starts])

@@ -1,0 +1,234 @@
+"""Make SAR-RARP50 ready to read: unpack the archives, write the frames that are needed, verify the counts."""
+
+import functools
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dinoseg.data.formats.sarrarp_files import (
+    FRAME_FOLDERS,
+    FRAMES_PER_SECOND,
+    MASK_FOLDER,
+    MASK_STEP,
+    PREPARED,
+    PREPARED_FORM,
+    TEST_FOLDERS,
+    TRAIN_FOLDERS,
+    VIDEO,
+    frame_files,
+    png_files,
+)
+from dinoseg.report.progress import Bar
+from dinoseg.tasks.preparation.archives import unpack
+from dinoseg.tasks.preparation.frames import extract_frames
+from dinoseg.tasks.preparation.jobs import incomplete, run_jobs
+from dinoseg.utils import forms
+from dinoseg.utils.atomic import remove_parts, write_text
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.files import entries
+from dinoseg.utils.locks import locked
+from dinoseg.utils.ranges import Count, Share
+from dinoseg.utils.units import finished
+from dinoseg.utils.wording import count_of, listed
+
+SPLIT_FOLDERS = TRAIN_FOLDERS + TEST_FOLDERS
+_LOCK = ".prepare.lock"  # in the root: one run at a time
+
+
+@dataclass(frozen=True)
+class VideoJob:
+    """One video: where it belongs, and the archive it comes in, if any."""
+
+    folder: Path
+    archive: Path | None
+
+    @property
+    def name(self) -> str:
+        """Split folder and video."""
+        return f"{self.folder.parent.name}/{self.folder.name}"
+
+
+def prepare(
+    root: str | Path,
+    *,
+    rate: Count = 1,
+    workers: Count = 2,
+    videos: Sequence[str] | None = None,
+    keep_archives: bool = True,
+    propagate: bool = False,
+    min_agreement: Share = 0.5,
+) -> dict[str, dict[str, int]]:
+    """Unpack and extract, going on where an earlier run stopped; return the counts of each video.
+
+    Args:
+        root: folder with `train1`, `train2`, `train` or `test`, which hold `video_*.zip` or `video_*/`.
+        rate: frames per second of video: 1 (those with a mask) or 10 (the official toolkit's).
+        workers: videos worked on at once, one process each.
+        videos: only these, such as `video_01` or `test/video_41`; None for all.
+        keep_archives: leave an archive in place once its video is verified.
+        propagate: extract 10 frames per second of training videos, whatever `rate` says, for the labels that the mode
+            then makes for them.
+        min_agreement: of such a frame, 0 to 1; only checked here, before the work.
+
+    Raises:
+        UserError: nothing to prepare, a full disk, or, when all others are finished, the videos that failed.
+    """
+    root = Path(root).expanduser()
+    if rate not in (1, 10):
+        raise UserError(f"data.prepare.rate={rate}: choose 1 (frames that have a mask) or 10 frames per second.")
+    if workers < 1:
+        raise UserError(f"data.prepare.workers={workers}: give the number of videos to work on at once, 1 or more.")
+    if not 0 <= min_agreement <= 1:
+        raise UserError(f"data.prepare.min_agreement={min_agreement}: give a share of the pixels from 0 to 1.")
+    jobs = _chosen(find_jobs(root), videos)
+    work = functools.partial(prepare_video, rate=rate, keep_archive=keep_archives, propagate=propagate)
+    try:
+        with locked(root / _LOCK):
+            return _prepare_all(root, jobs, work, workers)
+    except OSError as error:
+        raise UserError(f"Cannot write to data.root={root}: {error}. Check its permissions.") from None
+
+
+def _prepare_all(
+    root: Path, jobs: Sequence[VideoJob], work: Callable[[VideoJob], dict[str, int]], workers: int
+) -> dict[str, dict[str, int]]:
+    with Bar(total=len(jobs), desc="preparing", unit="video") as bar:
+        counts, failures = run_jobs(
+            work,
+            jobs,
+            bar,
+            workers=workers,
+            root=root,
+            ready="videos are ready",
+            make_room="data.prepare.keep_archives=false removes each archive once its video is ready",
+            show=lambda job: job.name,
+        )
+    if failures:
+        lines = [
+            f"{name}: {reason}" for name, reason in sorted((job.name, str(error)) for job, error in failures.items())
+        ]
+        raise incomplete(lines, f"{len(failures)} of {len(jobs)} videos could not be prepared, the others are ready")
+    return {job.name: counts[job] for job in sorted(counts, key=lambda job: job.name)}
+
+
+def find_jobs(root: Path) -> list[VideoJob]:
+    """Return the videos below the split folders, packed or not.
+
+    Raises:
+        UserError: there is none, or an archive is not named after a video.
+    """
+    jobs: dict[Path, VideoJob] = {}
+    folders = [root / name for name in SPLIT_FOLDERS if (root / name).is_dir()]
+    for folder in folders:
+        for video in (path for path in entries(folder) if path.name.startswith("video_") and path.is_dir()):
+            jobs[video] = VideoJob(video, None)
+        for archive in (path for path in entries(folder) if path.suffix == ".zip"):
+            if not re.fullmatch(r"video_\w+", archive.stem):
+                raise UserError(f"{archive} is not named after a video: rename it to video_<number>.zip.")
+            video = folder / archive.stem
+            jobs[video] = VideoJob(video, archive)
+    if not jobs:
+        raise UserError(
+            f"Nothing to prepare under data.root={root}: no video_*.zip and no video_* folder in "
+            f"{', '.join(SPLIT_FOLDERS)}. Download SAR-RARP50 into these folders first."
+        )
+    return [jobs[video] for video in sorted(jobs)]
+
+
+def prepare_video(job: VideoJob, *, rate: int, keep_archive: bool, propagate: bool = False) -> dict[str, int]:
+    """Unpack and extract one video, unless that is done; return its counts.
+
+    To `propagate`, a training video needs 10 frames per second.
+
+    Raises:
+        UserError: the archive or the video is damaged, or frames and masks do not belong together.
+        OSError: writing failed, with what was finished kept.
+    """
+    rate = 10 if propagate and job.folder.parent.name in TRAIN_FOLDERS else rate
+    counts = _done_before(job, rate)
+    if counts is None:
+        # members that are there whole are left alone, so a killed run's unpacking goes on
+        if job.archive is not None:
+            unpack(job.archive, job.folder, landmark=VIDEO)
+        counts = _extract(job.folder, rate)
+    # not before the frames are verified: the archive is all that there is to make them of
+    if job.archive is not None and not keep_archive:
+        job.archive.unlink(missing_ok=True)
+    return counts
+
+
+def _done_before(job: VideoJob, rate: int) -> dict[str, int] | None:
+    """Return the counts kept by an earlier run if they still hold, else None."""
+
+    def hold(counts: Mapping[str, int]) -> bool:
+        frames, masks = (len(png_files(job.folder / name)) for name in (FRAME_FOLDERS[0], MASK_FOLDER))
+        return counts["rate"] >= rate and counts["frames"] <= frames and counts["masks"] == masks
+
+    return finished(job.folder / PREPARED, lambda path: forms.read_json(path, PREPARED_FORM), hold)
+
+
+def _extract(folder: Path, rate: int) -> dict[str, int]:
+    masks = png_files(folder / MASK_FOLDER)
+    if not masks:
+        raise UserError(f"{folder} has no masks in {MASK_FOLDER}/. Unpack the video's archive again.")
+    video = folder / VIDEO
+    if (counts := _extracted_elsewhere(folder, masks, rate)) is not None:
+        return counts
+    if not video.is_file():
+        names = sorted(path.name for path in folder.iterdir())
+        raise UserError(f"{folder} has no {VIDEO}; it holds {listed(names)}. Unpack the video's archive again.")
+    target = folder / FRAME_FOLDERS[0]
+    step = FRAMES_PER_SECOND // rate
+    decoded = extract_frames(video, target, step=step)
+    _verify(folder, decoded, step)
+    remove_parts(target, ".*.part")
+    remove_parts(folder, f"*{PREPARED}*.part")
+    # the note last: with it, the video counts as finished
+    counts = {"rate": rate, "decoded": decoded, "frames": len(range(0, decoded, step)), "masks": len(masks)}
+    write_text(folder / PREPARED, json.dumps(counts))
+    return counts
+
+
+def _extracted_elsewhere(folder: Path, masks: Mapping[str, Path], rate: int) -> dict[str, int] | None:
+    """Return the counts of frames that another tool wrote and that suffice, None if we have to extract."""
+    frames = frame_files(folder)
+    there = 10 if f"{FRAMES_PER_SECOND // 10:09d}" in frames else 1
+    has_video, ours = (folder / VIDEO).is_file(), (folder / FRAME_FOLDERS[0]).is_dir()
+    if not frames or (has_video and (ours or there < rate)):
+        return None
+    if lone := sorted(masks.keys() - frames.keys()):
+        raise UserError(
+            f"{folder} has {count_of(lone, 'mask')} without frame: {listed(lone)}. Remove its frames and put "
+            f"{VIDEO} there to extract them."
+        )
+    if there < rate:
+        raise UserError(f"{folder} has {there} frame per second; extracting {rate} needs {VIDEO} there.")
+    return {"rate": there, "frames": len(frames), "masks": len(masks)}
+
+
+def _verify(folder: Path, decoded: int, step: int) -> None:
+    due = {f"{index:09d}" for index in range(0, decoded, MASK_STEP)}  # floor((N - 1) / 60) + 1 of them
+    masks = png_files(folder / MASK_FOLDER).keys()
+    if masks != due:
+        raise UserError(
+            f"{folder / VIDEO} has {decoded} frames, so {len(due)} masks belong to it; {MASK_FOLDER}/ has "
+            f"{len(masks)} (missing: {listed(sorted(due - masks)) or 'none'}; without such a frame: "
+            f"{listed(sorted(masks - due)) or 'none'}). Unpack the video's archive again."
+        )
+    frames = png_files(folder / FRAME_FOLDERS[0]).keys()
+    if lacking := sorted({f"{index:09d}" for index in range(0, decoded, step)} - frames):
+        raise UserError(f"{folder / FRAME_FOLDERS[0]} lacks the frames {listed(lacking)}. Run again.")
+
+
+def _chosen(jobs: list[VideoJob], videos: Sequence[str] | None) -> list[VideoJob]:
+    if videos is None:
+        return jobs
+    known = {job.name for job in jobs} | {job.folder.name for job in jobs}
+    if unknown := [name for name in videos if name not in known]:
+        raise UserError(
+            f"data.prepare.videos names {', '.join(unknown)}, which are not there. Choose from "
+            f"{listed([job.name for job in jobs], 60)}."
+        )
+    return [job for job in jobs if job.name in videos or job.folder.name in videos]

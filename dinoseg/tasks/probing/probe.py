@@ -1,0 +1,249 @@
+"""The linear head that needs no training: solved from sums over one pass, its settings chosen on images held out.
+
+It is a floor for what training reaches, and a place to begin it from. It does not rank backbones for fine-tuning: how
+well features are separated by a line says little of how well they adapt (arXiv 2404.12172).
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Subset
+
+from dinoseg.core.geometry import concatenate, upsample, valid_share
+from dinoseg.core.shapes import Batch, SegmentationData
+from dinoseg.data.splits import fraction_split, regex_group
+from dinoseg.metrics.confusion import ConfusionMatrix
+from dinoseg.models.heads.linear import LinearHead
+from dinoseg.models.model import Segmenter
+from dinoseg.report.progress import Bar
+from dinoseg.tasks.probing.candidates import Candidates, Choice
+from dinoseg.tasks.probing.standing import Standing
+from dinoseg.tasks.probing.sums import Affine, Sums, cell_labels, solve
+from dinoseg.training.engine import Engine
+from dinoseg.training.validation import eval_batches
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.ranges import NotNegative, OpenShare, Positive
+
+_TOGETHER = 64  # images after which it may be kept how far the sums are
+Readings = Mapping[str, Sequence[int]]  # name to the maps that are read together, by their place among the model's
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The settings that are tried, and how many images choose among them.
+
+    Args:
+        strengths: of the ridge, on features of unit variance.
+        balances: pixels of a class count 1 / (share of it) ** balance: 0 each alike, 1 each class alike.
+        held_out: share of the training images (of its groups) that choose; all are used for what is chosen.
+        group: regular expression; images whose names match it equally stay on one side.
+        seed: decides which are held out.
+    """
+
+    strengths: Sequence[Positive] = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+    balances: Sequence[NotNegative] = (0.0, 0.5, 1.0)
+    held_out: OpenShare = 0.1
+    group: str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse a grid without a point.
+
+        Raises:
+            UserError: there is none.
+        """
+        for name in ("strengths", "balances"):
+            if not getattr(self, name):
+                raise UserError(f"{name}=[]: there is nothing to try. Give a number or more, such as {name}=[0.01].")
+
+
+@dataclass
+class Solution:
+    """What was found for the maps that are read together."""
+
+    name: str
+    affine: Affine
+    statistics: tuple[Tensor, Tensor]  # mean and variance of the features, as BatchNorm takes them
+    strength: float
+    balance: float
+    choice: Choice
+    scores: dict[str, Any] = field(default_factory=dict)  # of `ConfusionMatrix.compute`, where it was scored
+
+    def start(self, head: Any, *, sharpened: bool = False) -> None:
+        """Let a linear head score as this does, `sharpened` for a softmax."""
+        factor = self.choice.sharpness if sharpened else 1.0
+        head.start(factor * self.affine.weight, factor * self.affine.bias, *self.statistics)
+
+
+class Probe:
+    """One pass over training images, what is solved from it, and its scores.
+
+    Args:
+        model: a segmenter whose backbone gives the maps; its head is not used.
+        data: to train on.
+        counts: pixels of each class in it (K,).
+        engine: device, precision and ranks.
+        readings: which of the maps are read together, by a name.
+        grid: of settings.
+    """
+
+    def __init__(
+        self,
+        model: Segmenter,
+        data: SegmentationData,
+        counts: Sequence[int],
+        engine: Engine,
+        readings: Readings,
+        grid: Grid = Grid(),  # noqa: B008 (frozen)
+    ) -> None:
+        self.model, self.data, self.engine, self.readings, self.grid = model.eval(), data, engine, readings, grid
+        # MPS has no float64
+        self.device = torch.device("cpu") if engine.device.type == "mps" else engine.device
+        self.counts = list(counts)
+        self.weightings = _weightings(counts, grid.balances).to(self.device)
+        self.held_out = held_out(data.names, grid)
+        self.rest = sorted({*range(len(data))} - {*self.held_out})
+        widths = model.backbone.dim
+        dims = [widths] * model.backbone.num_layers if isinstance(widths, int) else widths
+        self.sums = {
+            name: Sums(sum(dims[place] for place in places), self.weightings) for name, places in readings.items()
+        }
+
+    def fit(self, standing: Standing | None = None) -> None:
+        """Sum up the training images that are not held out; with a `standing`, go on from there and keep it."""
+        images, parts = self.rest or self.held_out, dict(self._parts())
+        done = standing.load(parts) if standing is not None else 0
+        if self.engine.rank:
+            self._forget()  # the first one's hold all that was done
+        bar = self._bar("summing up", len(images), done)
+        for first in range(done, len(images), _TOGETHER):
+            last = min(first + _TOGETHER, len(images))
+            for batch in self._batches(self.data, images[first:last], bar):
+                self._add(batch, self._features(batch))
+            if standing is not None and self.engine.share(standing.due):
+                totals = {name: self.engine.sum(part) for name, part in parts.items()}
+                if self.engine.is_main:
+                    standing.save(totals, last)
+        bar.close()
+        self._over_ranks()
+
+    def choose(self) -> list[Solution]:
+        """Choose by the images held out, add them to the sums, and solve once more."""
+        strengths, ignored = self.grid.strengths, self.data.ignore_index
+        candidates = {
+            name: Candidates([each for way in solve(sums, strengths) for each in way], ignored)
+            for name, sums in self.sums.items()
+        }
+        if self.engine.rank:
+            self._forget()  # the first one's hold all
+        for batch in self._batches(self.data, self.held_out, self._bar("choosing", len(self.held_out))):
+            features = self._features(batch)
+            for name, candidate in candidates.items():
+                candidate.add(features[name], batch.mask, self._valid(batch))
+            if self.rest:  # a lone image has been summed up already
+                self._add(batch, features)
+        self._over_ranks()
+        return [self._solution(name, found) for name, found in candidates.items()]
+
+    def _solution(self, name: str, found: Candidates) -> Solution:
+        found.counts, found.losses = self.engine.sum(found.counts), self.engine.sum(found.losses)
+        choice = found.best()
+        way, place = divmod(choice.number, len(self.grid.strengths))
+        strength = self.grid.strengths[place]
+        (affine,) = next(islice(solve(self.sums[name], [strength]), way, None))
+        return Solution(name, affine, self.sums[name].statistics, strength, self.grid.balances[way], choice)
+
+    def score(self, solutions: Sequence[Solution], data: SegmentationData) -> None:
+        """Score solutions by one exact count over a data set, upsampled as a linear head's scores are."""
+        heads = {each.name: self._head(each) for each in solutions}
+        counts = {name: ConfusionMatrix(len(data.classes), data.ignore_index) for name in heads}
+        for batch in self._batches(data, range(len(data)), self._bar("scoring", len(data))):
+            features = self._features(batch)
+            size, valid = (batch.mask.shape[-2], batch.mask.shape[-1]), self._valid(batch)
+            for name, head in heads.items():
+                with torch.no_grad(), self.engine.autocast():
+                    grid = head([features[name]])
+                ids = upsample(grid, size, valid).max(dim=1).indices
+                counts[name].update(ids.to(torch.uint8), batch.mask)
+        for each in solutions:
+            matrix = counts[each.name]
+            matrix.counts = self.engine.sum(matrix.counts.to(self.engine.device))
+            each.scores = matrix.compute()
+
+    def _head(self, solution: Solution) -> LinearHead:
+        head = LinearHead(len(solution.affine.weight[0]), 1, len(solution.affine.bias))
+        solution.start(head)
+        return head.to(self.engine.device).eval()
+
+    def _bar(self, what: str, images: int, done: int = 0) -> Bar:
+        return Bar(desc=what, unit="image", total=images, initial=done, disable=not self.engine.is_main)
+
+    def _batches(self, data: SegmentationData, indices: Sequence[int], bar: Bar) -> Iterator[Batch]:
+        """Yield this rank's share of some images, on the device."""
+        engine = self.engine
+        size, workers = engine.images_at_once, engine.workers
+        part: Any = Subset(data, indices)  # type: ignore[arg-type]
+        for batch in eval_batches(part, batch_size=size, workers=workers, rank=engine.rank, world=engine.world):
+            yield batch.to(engine.device)
+            bar.update(len(batch.names) * engine.world)
+
+    @torch.no_grad()
+    def _features(self, batch: Batch) -> dict[str, Tensor]:
+        """Return for each reading the features (B, D, h, w) of a batch."""
+        with self.engine.autocast():
+            maps = self.model.backbone(self.model.pixels(batch.image))
+        return {name: concatenate([maps[place] for place in places]) for name, places in self.readings.items()}
+
+    def _valid(self, batch: Batch) -> tuple[float, float]:
+        size = self.model.seen_size((batch.image.shape[-2], batch.image.shape[-1]))
+        return valid_share(size, self.model.patch_size)
+
+    def _add(self, batch: Batch, features: Mapping[str, Tensor]) -> None:
+        labels = {}  # by the grid: those of a pyramid differ
+        mask, ignored = batch.mask.to(self.device), self.data.ignore_index
+        for name, maps in features.items():
+            grid = (maps.shape[-2], maps.shape[-1])
+            if grid not in labels:
+                labels[grid] = cell_labels(mask, self.weightings, ignored, grid, self._valid(batch))
+            self.sums[name].add(maps.to(self.device), labels[grid])
+
+    def _over_ranks(self) -> None:
+        for _, part in self._parts():
+            part.copy_(self.engine.sum(part))
+
+    def _forget(self) -> None:
+        for _, part in self._parts():
+            part.zero_()
+
+    def _parts(self) -> Iterator[tuple[str, Tensor]]:
+        for name, sums in self.sums.items():
+            yield from ((f"{name}/{kind}", part) for kind, part in sums.tensors().items())
+
+
+def held_out(names: Sequence[str], grid: Grid) -> list[int]:
+    """Return the indices of the images that choose: whole groups where there are several, the only one of one."""
+    if len(names) == 1:
+        return [0]
+    of = regex_group(grid.group)
+    group = of if len({of(name) for name in names}) > 1 else str
+    chosen = {*fraction_split(names, val_fraction=grid.held_out, seed=grid.seed, group=group)["val"]}
+    return [index for index, name in enumerate(names) if name in chosen]
+
+
+def _weightings(counts: Sequence[int], balances: Sequence[float]) -> Tensor:
+    """Return for each balance the weight of each class (S, K) float64; of an absent class, 0."""
+    share = torch.as_tensor(counts, dtype=torch.float64)
+    if share.sum() <= 0:
+        raise UserError("No pixel of the training masks is labelled, so there is nothing to solve. Check the masks.")
+    share = share / share.sum()
+    weights = torch.stack([torch.where(share > 0, share.clamp(min=1e-300) ** -balance, 0.0) for balance in balances])
+    if not weights.sum(dim=1).isfinite().all():
+        raise UserError(
+            f"balances={list(balances)}: by such a balance the rarest class weighs more than a number can say. Give 0 "
+            "to 1, from each pixel alike to each class alike."
+        )
+    return weights

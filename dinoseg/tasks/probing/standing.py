@@ -1,0 +1,82 @@
+"""How far the sums of a long pass are, kept in the run folder: the same command goes on from there."""
+
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dinoseg.experiment.settings import check_same_settings
+from dinoseg.utils import forms
+from dinoseg.utils.atomic import write_json
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.tensor_files import read_tensor_file, write_tensors
+
+logger = logging.getLogger(__name__)
+_FILE, _DONE = "sums.safetensors", "done"
+_EVERY = 60.0  # seconds
+
+
+class Standing:
+    """The sums of a run folder, and what they depend on.
+
+    Args:
+        folder: of the run.
+        record: name of the file in it that says what they depend on.
+        settings: what that is now.
+        writes: whether this rank writes files.
+
+    Raises:
+        UserError: the folder's were made under other settings.
+    """
+
+    def __init__(self, folder: Path, record: str, settings: Mapping[str, Any], *, writes: bool = True) -> None:
+        self._path, self._saved = folder / _FILE, time.monotonic()
+        note = folder / record
+        try:
+            before = forms.read_json(note, forms.table(forms.plain))
+        except FileNotFoundError:
+            before = None
+        except forms.Misshapen as error:
+            raise UserError(f"{note} is damaged ({error}). Choose another hydra.run.dir.") from None
+        if before is not None:
+            check_same_settings(folder, before, settings, key="hydra.run.dir")
+        elif writes:
+            write_json(note, dict(settings))
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time to keep how far the sums are."""
+        return time.monotonic() - self._saved >= _EVERY
+
+    def load(self, sums: Mapping[str, Tensor]) -> int:
+        """Fill sums by name with what is kept, and return how many images they are of; 0: nothing is kept."""
+        if not self._path.exists():
+            return 0
+        try:
+            kept = read_tensor_file(self._path, _FILE)
+        except UserError as error:
+            kept = {}
+            logger.warning("%s Its sums begin anew.", error)
+        wanted = {**sums, _DONE: torch.tensor(0)}
+        fits = {name: (value.shape, value.dtype) for name, value in kept.items()} == {
+            name: (value.shape, value.dtype) for name, value in wanted.items()
+        }
+        if not fits or kept[_DONE] < 1 or not all(torch.isfinite(value).all() for value in kept.values()):
+            return 0
+        for name, value in sums.items():
+            value.copy_(kept[name])
+        logger.info("going on with the sums of %d images in %s", kept[_DONE], self._path)
+        return int(kept[_DONE])
+
+    def save(self, sums: Mapping[str, Tensor], done: int) -> None:
+        """Keep sums of so many images."""
+        write_tensors(self._path, {**sums, _DONE: torch.tensor(done)}, {})
+        self._saved = time.monotonic()
+
+    def drop(self) -> None:
+        """Remove the sums, which are used up."""
+        self._path.unlink(missing_ok=True)

@@ -1,0 +1,69 @@
+"""Greedy k-centre: each image is the one farthest from all that are labelled or chosen."""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from dinoseg.tasks.selection.selector import Known, Pick, Selector
+
+
+class Farthest(NamedTuple):
+    """An image, how far it is from the nearest of those before it, and which that is; None: it is the first of all."""
+
+    place: int
+    distance: float
+    nearest: int | None
+
+
+def farthest_first(features: np.ndarray, centres: Sequence[int], among: np.ndarray) -> Iterator[Farthest]:
+    """Yield each of the images `among` (n,) once: the farthest from all centres and from those before it.
+
+    The largest distance to the nearest centre is thereby at most twice the least possible (Gonzalez, 1985; for choosing
+    what to label: Sener and Savarese, arXiv 1708.00489). Without centres, the nearest to the mean comes first.
+
+    Args:
+        features: (N, D).
+        centres: indices of those that are there already.
+        among: indices to choose from, in order; of equal ones the first comes first.
+    """
+    distance, nearest = np.full(len(among), np.inf), np.full(len(among), -1)
+    rest = np.ones(len(among), dtype=bool)
+    for centre in centres:
+        _reach(distance, nearest, features, among, centre)
+    for _ in range(len(among)):
+        if nearest[0] < 0:
+            at = int(np.argmin(_squares(features[among], features[among].mean(axis=0))))
+        else:
+            at = int(np.argmax(np.where(rest, distance, -1.0)))
+        near = int(nearest[at])
+        yield Farthest(int(among[at]), float(np.sqrt(distance[at])), near if near >= 0 else None)
+        rest[at] = False
+        _reach(distance, nearest, features, among, int(among[at]))
+
+
+class KCentre(Selector):
+    """The images that leave no other one far from all: they cover what there is."""
+
+    def choose(self, known: Known, count: int, seed: int) -> list[Pick]:
+        """Return the first of `farthest_first` from what is labelled; no draw is made."""
+        order = farthest_first(known.features, known.labelled, known.free)
+        return [Pick(found.place, told(found, known.names)) for _, found in zip(range(count), order, strict=False)]
+
+
+def told(found: Farthest, names: Sequence[str]) -> str:
+    """Return why an image was next."""
+    if found.nearest is None:
+        return "nearest to the mean of all"
+    return f"{found.distance:.3f} from {names[found.nearest]}, the nearest that is labelled or chosen"
+
+
+def _reach(distance: np.ndarray, nearest: np.ndarray, features: np.ndarray, among: np.ndarray, centre: int) -> None:
+    """Take a centre in: squared distances (n,), and which centre each is from."""
+    own = _squares(features[among], features[centre])
+    nearest[own < distance] = centre
+    np.minimum(distance, own, out=distance)
+
+
+def _squares(features: np.ndarray, point: np.ndarray) -> np.ndarray:
+    return ((features - point) ** 2).sum(axis=1)

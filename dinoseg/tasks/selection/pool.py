@@ -1,0 +1,117 @@
+"""Images without masks: those of a folder or pattern, and the frames of videos at a time step."""
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dinoseg.data.splits import read_name_list
+from dinoseg.data.video.access import ImageSource, VideoFrame
+from dinoseg.data.video.index import VideoIndex, find_index
+from dinoseg.inference.inputs import is_video, list_inputs
+from dinoseg.inference.results import mask_names
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.files import visible_files
+from dinoseg.utils.images import IMAGE_SUFFIXES
+from dinoseg.utils.wording import listed
+
+_RATE = 25.0  # frames a second of a video that does not say
+_ROUNDING = 1e-6  # seconds: a frame is not late for a step by less
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An image or a frame of a video.
+
+    Args:
+        name: unique, a relative path without suffix: of an image its place below the input, of a frame its number.
+        source: where it is read from.
+        time: of a frame, in seconds from the video's first; None: an image has none.
+    """
+
+    name: str
+    source: ImageSource
+    time: float | None = None
+
+
+def found_in(
+    source: str, *, every: float, cache_dir: Path, key: str = "input", also: Collection[str] = ()
+) -> list[Candidate]:
+    """Return the images and frames that an image, video, folder or pattern stands for, in order.
+
+    Of each video it is the first frame of each `every` seconds. Where there is one video alone, a frame is called by
+    its number, as mode=track calls it, else `<video>/<number>`.
+
+    Args:
+        source: as `list_inputs` takes it.
+        every: seconds from frame to frame.
+        cache_dir: where indexes of videos are kept.
+        key: what messages call the source.
+        also: names of further frames.
+
+    Raises:
+        UserError: nothing is there, or a video cannot be read.
+    """
+    paths = list_inputs(source, key)
+    names = mask_names(paths, source)
+    found: list[Candidate] = []
+    for path, name in zip(paths, names, strict=True):
+        if is_video(path):
+            found += _frames(path, "" if len(paths) == 1 else f"{name}/", every, cache_dir, also)
+        else:
+            found.append(Candidate(name, path))
+    return found
+
+
+def named_in(labels: str) -> set[str]:
+    """Return the names of images that a folder of their masks, or a text file with a name a line, gives.
+
+    Raises:
+        UserError: there is no such thing, or it names nothing.
+    """
+    path = Path(labels).expanduser()
+    if not path.is_dir():
+        return set(read_name_list(path, "labels"))
+    files = [parent / name for parent, names in visible_files(path) for name in names]
+    masks = {
+        file.relative_to(path).with_suffix("").as_posix() for file in files if file.suffix.lower() in IMAGE_SUFFIXES
+    }
+    if not masks:
+        raise UserError(
+            f"labels={labels} holds no mask ({' '.join(IMAGE_SUFFIXES)}). Give the folder of what is labelled already, "
+            "or leave it out where nothing is."
+        )
+    return masks
+
+
+def places_of(names: Collection[str], pool: list[Candidate]) -> list[int]:
+    """Return which of the pool have these names.
+
+    Raises:
+        UserError: a name is not in the pool.
+    """
+    known = {candidate.name: place for place, candidate in enumerate(pool)}
+    if absent := sorted(set(names) - known.keys()):
+        raise UserError(
+            f"labels names {len(absent)} of {len(names)} images that are not among the {len(pool)} to choose from: "
+            f"{listed(absent)}. Names there are such as {listed([pool[0].name, pool[-1].name])}: give masks the names "
+            "of their images, or leave labels out."
+        )
+    return sorted(known[name] for name in names)
+
+
+def _frames(path: Path, before: str, every: float, cache_dir: Path, also: Collection[str]) -> Iterator[Candidate]:
+    times = _seconds(find_index(path, cache_dir))
+    steps = np.floor((times + _ROUNDING) / every)
+    first = np.unique(steps, return_index=True)[1]
+    named = [place for place in range(len(times)) if also and f"{before}{place:09d}" in also]
+    for place in np.union1d(first, named).astype(int).tolist():
+        yield Candidate(f"{before}{place:09d}", VideoFrame(path, place, cache_dir), float(times[place]))
+
+
+def _seconds(index: VideoIndex) -> np.ndarray:
+    """Return when each frame is shown, from the first on; evenly spaced where the file's own times are none."""
+    if len(index) > 1 and np.all(np.diff(index.times) > 0):
+        return (index.times - index.times[0]) / 1000
+    return np.arange(len(index)) / (index.fps if 0 < index.fps <= 1000 else _RATE)

@@ -1,0 +1,108 @@
+"""Training on few masks and on images without: a moving average of the model labels these for it."""
+
+import logging
+from collections.abc import Mapping
+
+from omegaconf import DictConfig
+
+from dinoseg.config.checks import checked
+from dinoseg.core.contracts import Loss
+from dinoseg.data.scan.class_counts import class_counts
+from dinoseg.data.unlabelled import StrongView, UnlabelledImages
+from dinoseg.experiment import criteria
+from dinoseg.inference.trained_sizes import TrainedSizes
+from dinoseg.models.model import Segmenter
+from dinoseg.tasks.images import ImageRegime
+from dinoseg.tasks.unmasked import unmasked_images
+from dinoseg.training.engine import Engine
+from dinoseg.training.mixed_feed import KEYS, MixedFeed, SelfTraining
+from dinoseg.training.taught import TaughtLoss
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.wording import count_of, listed
+
+logger = logging.getLogger(__name__)
+
+
+class SelfTrainingRegime(ImageRegime):
+    """Images with masks, and beside them images without (FixMatch, arXiv 2001.07685; UniMatch V2, arXiv 2410.10777).
+
+    Of UniMatch V2 it takes the moving average as the teacher, one weak view (`data.augment`) and strong views of it
+    with CutMix, and the confidence threshold; not the complementary dropout of its two strong views.
+    """
+
+    feed: MixedFeed
+
+    def __init__(self, cfg: DictConfig, engine: Engine, *, pictures: int = 0) -> None:
+        if "threshold" not in cfg.trainer:
+            raise UserError(
+                f"trainer.feed=self_training: trainer={cfg.choices.trainer} does not say how images without masks are "
+                "learnt from. Choose trainer=self_training."
+            )
+        super().__init__(cfg, engine, pictures=pictures)
+        options = SelfTraining(**checked("dinoseg.training.mixed_feed.SelfTraining", cfg.trainer, KEYS, "trainer"))
+        sources = [image.source for image in unmasked_images(cfg, options, self.feed.train, self.feed.val)]
+        if not sources:
+            raise UserError(
+                "trainer=self_training has no images without masks. Give trainer.unlabelled=<folder, quoted pattern "
+                "or video>, or data.labelled=<share or file of names>, which leaves masks out; or train on masks "
+                "alone: trainer=supervised."
+            )
+        ignored = self.feed.train.ignore_index
+        seen = self.feed.augment, StrongView(), options.views
+        images = UnlabelledImages(sources, *seen, inside=0 if ignored else 1)
+        self.feed = MixedFeed(**self.feed.given, unlabelled=images, options=options)
+        logger.info("%s with masks, %s without", count_of(len(self.feed.train), "training image"), len(sources))
+
+    @classmethod
+    def check_parts(cls, cfg: DictConfig, model: Segmenter, world: int) -> None:
+        """Refuse what an image regime does, and a training without a teacher."""
+        super().check_parts(cfg, model, world)
+        if cfg.trainer.ema is None:
+            raise UserError(
+                "trainer.ema=null: of self-training the moving average is the teacher. Give its decay, such as 0.996."
+            )
+        if cfg.engine.get("sharding", "none") != "none":
+            raise UserError(
+                f"engine.sharding={cfg.engine.sharding} shares weights out, and a teacher needs whole ones. Leave it "
+                "out with trainer=self_training."
+            )
+        if cfg.data.get("feature_noise"):
+            raise UserError(
+                f"data.feature_noise={cfg.data.feature_noise} is for training on masks alone: strong views are the "
+                "noise here. Set it to 0 with trainer=self_training."
+            )
+
+    def objective(self, loss: Loss) -> Loss:
+        """Return the loss of both: class weights are for masks alone."""
+        return TaughtLoss(loss, criteria.unweighted(self.cfg), self.feed.options.weight)
+
+    def keep_features(
+        self, model: Segmenter, loss: Loss, engine: Engine, epochs: float, *, before: Mapping[str, str | None]
+    ) -> dict[str, str]:
+        """Keep none: strong views are new in each epoch."""
+        if engine.cache in ("disk", "memory"):
+            raise UserError(
+                f"engine.cache={engine.cache}: with trainer=self_training a student's views are new in each epoch, so "
+                "none of their features can be kept. Leave it out."
+            )
+        return {}
+
+    def check_data(self) -> TrainedSizes | None:
+        """Run the short doctor, and refuse masks of which a teacher would learn one answer to everything."""
+        sizes = super().check_data()
+        train = self.feed.train
+        counts = dict(zip(train.classes, class_counts(train, self.cfg.cache_dir).tolist(), strict=True))
+        there = [name for name, count in counts.items() if count]
+        if len(there) < 2:
+            only = f"{there[0]} alone" if there else "nothing but ignored pixels"
+            raise UserError(
+                f"The {count_of(len(train), 'mask')} to train on hold {only}: a teacher that knows one answer gives it "
+                "everywhere. Add a mask that shows other classes (data.labelled, or mode=select for which)."
+            )
+        absent = [name for name in counts if name not in there]
+        if absent:
+            logger.warning(
+                "No training mask has a pixel of %s: such classes cannot be learnt from images without masks either.",
+                listed(absent),
+            )
+        return sizes

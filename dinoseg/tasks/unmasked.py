@@ -1,0 +1,75 @@
+"""The images without masks that a training learns from beside those with."""
+
+import logging
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from dinoseg.core.shapes import SegmentationData
+from dinoseg.data.pairs.dataset import PairDataset
+from dinoseg.data.pairs.pair import Pair
+from dinoseg.data.unlabelled import fault
+from dinoseg.data.video.access import ImageSource
+from dinoseg.experiment import build
+from dinoseg.tasks.selection.pool import Candidate, found_in
+from dinoseg.training.mixed_feed import Unlabelled
+from dinoseg.utils.cores import count_cores
+from dinoseg.utils.wording import listed
+from dinoseg.utils.workers import in_processes
+
+logger = logging.getLogger(__name__)
+_FEW = 64  # images below which starting processes costs more than it saves
+
+
+def unmasked_images(
+    cfg: DictConfig, options: Unlabelled, train: SegmentationData, val: SegmentationData
+) -> list[Candidate]:
+    """Return the training images that are not among those with masks, and those that `trainer.unlabelled` names.
+
+    An image that both name is there once. Validation images among them are told of, and so is what cannot be read,
+    which `data.on_error=skip` leaves out.
+
+    Args:
+        cfg: the whole config.
+        options: of the trainer.
+        train: the images with masks; what `data.on_error=skip` left out of it is left out here.
+        val: the images that are scored.
+
+    Raises:
+        UserError: `trainer.unlabelled` names nothing, or what cannot be read.
+    """
+    others, found = {*train.names, *train.skipped}, []
+    whole = build.reader(cfg)("train")
+    if isinstance(whole, PairDataset):
+        found += [Candidate(pair.name, pair.image) for pair in whole.pairs if pair.name not in others]
+    if options.images is not None:
+        key, cache_dir = "trainer.unlabelled", Path(cfg.cache_dir).expanduser()
+        found += found_in(options.images, every=options.every, cache_dir=cache_dir, key=key)
+    images: dict[Hashable, Candidate] = {}
+    for candidate in found:
+        images.setdefault(_identity(candidate.source), candidate)
+    pairs: Sequence[Pair] = val.source.pairs if isinstance(val, PairDataset) else []
+    scored = {_identity(pair.image) for pair in pairs}
+    if seen := images.keys() & scored:
+        logger.warning(
+            "%d of the images without masks are validation images: scores are then of images that were seen in "
+            "training. Leave them out of trainer.unlabelled for scores that tell of new ones.",
+            len(seen),
+        )
+    skips = cfg.data.on_error == "skip"
+    return _readable([*images.values()], cfg.data.get("workers") or count_cores()) if skips else [*images.values()]
+
+
+def _readable(images: Sequence[Candidate], workers: int) -> list[Candidate]:
+    """Return the images that can be read, and say which cannot."""
+    sources, processes = [image.source for image in images], workers if len(images) >= _FEW else 1
+    faults = [why for _, why in in_processes(fault, sources, processes, remedy="Read with fewer: data.workers=1.")]
+    if bad := [why for why in faults if why]:
+        logger.warning("data.on_error=skip: left out of the images without masks: %d. %s", len(bad), listed(bad, 3))
+    return [image for image, why in zip(images, faults, strict=True) if not why]
+
+
+def _identity(source: ImageSource) -> Hashable:
+    """Return what two names of one image or frame have in common."""
+    return source.resolve() if isinstance(source, Path) else (source.path.resolve(), source.index)

@@ -1,0 +1,45 @@
+"""Regular expressions that a user or a checkpoint gives: searched for a bounded time."""
+
+import regex
+
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.wording import shown
+
+_LONGEST = 1000  # letters of an expression
+_SECONDS = 1.0  # for one name; a sound expression takes microseconds
+
+
+class Pattern:
+    """A regular expression that says so where it takes too long.
+
+    Args:
+        text: the expression.
+        key: the config key that gives it, for errors.
+
+    Raises:
+        UserError: it is none.
+    """
+
+    def __init__(self, text: str, key: str) -> None:
+        self.named = f"{key}={shown(text)}"
+        if len(text) > _LONGEST:
+            raise UserError(f"{self.named} has {len(text)} letters, above the most, {_LONGEST}. Give a shorter one.")
+        try:
+            self._compiled = regex.compile(text)
+        except (regex.error, OverflowError, RecursionError) as error:
+            raise UserError(f"{self.named} is no regular expression: {error}.") from None
+        self.groups: int = self._compiled.groups
+
+    def search(self, name: str) -> regex.Match[str] | None:
+        """Return the first match in a name, or None.
+
+        Raises:
+            UserError: the search does not end in reasonable time.
+        """
+        try:
+            return self._compiled.search(name, timeout=_SECONDS)
+        except TimeoutError:
+            raise UserError(
+                f"{self.named} takes more than {_SECONDS:g} s on the name {shown(name)}. Take out a repetition of "
+                "something that is itself repeated, such as (a+)+."
+            ) from None

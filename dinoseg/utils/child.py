@@ -1,0 +1,216 @@
+"""A process that works on hostile input: bounded in memory, killed at a deadline; imports the standard library alone.
+
+Both sides exchange messages, JSON with bytes behind it: nothing that comes back is unpickled.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import IO, Any
+
+Message = tuple[dict[str, Any], bytes]
+_LONGEST = 2**31  # bytes of a message
+_PIPE = 2**20  # bytes, the most that Linux allows everybody
+_START_SECONDS = 60.0  # that Python and the imports of a process may take before it answers
+_START = (
+    "import importlib, json, sys; words = json.loads(sys.argv[1]); sys.path[:] = words['path']; "
+    "from dinoseg.utils.child import run; "
+    "run(getattr(importlib.import_module(words['module']), words['function']), words['memory'])"
+)
+
+
+class ChildEnded(Exception):
+    """The process has ended without an answer; `late` says whether it was killed at the deadline."""
+
+    def __init__(self, late: bool) -> None:
+        super().__init__("too late" if late else "ended")
+        self.late = late
+
+
+class Child:
+    """A process that answers messages; started at once, while the caller goes on.
+
+    Args:
+        function: of a module, called there with a `Channel`.
+        memory: bytes that it may take beyond what its imports need, where the system can bound that (POSIX).
+    """
+
+    _is_late = False
+    _is_ready = False
+
+    def __init__(self, function: Callable[["Channel"], None], memory: int) -> None:
+        words = {"path": sys.path, "module": function.__module__, "function": function.__name__, "memory": memory}
+        # threads of libraries and their heaps would take addresses that the bound counts
+        single = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MALLOC_ARENA_MAX"), "1")
+        self._process = subprocess.Popen(
+            # -P: no module of the working folder comes before the installed ones
+            [sys.executable, *_interpreter_flags(), "-P", "-c", _START, json.dumps(words)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, **single},
+            start_new_session=os.name == "posix",  # Ctrl-C is this process's alone
+        )
+        assert self._process.stdin is not None and self._process.stdout is not None
+        for pipe in (self._process.stdin, self._process.stdout):
+            _enlarge(pipe)
+        self._channel = Channel(self._process.stdout, self._process.stdin)
+
+    @contextmanager
+    def deadline(self, seconds: float) -> Iterator[None]:
+        """Kill the process after so many seconds, unless what is done here has ended by then.
+
+        The seconds count from when the process is ready, for which it has a minute.
+
+        Raises:
+            ChildEnded: the process has ended before it was ready.
+        """
+        if not self._is_ready:
+            with self._killed_after(_START_SECONDS):
+                self.receive()
+            self._is_ready = True
+        with self._killed_after(seconds):
+            yield
+
+    @contextmanager
+    def _killed_after(self, seconds: float) -> Iterator[None]:
+        timer = threading.Timer(seconds, self._end_late)  # no pipe has a deadline on all systems
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+            timer.join()  # from here on `is_alive` says whether it was late
+
+    def send(self, header: dict[str, Any], body: bytes = b"") -> None:
+        """Send a message.
+
+        Raises:
+            ChildEnded: the process has ended.
+        """
+        try:
+            self._channel.send(header, body)
+        except (OSError, ValueError):  # its pipes are broken, or closed
+            raise self._ended() from None
+
+    def receive(self) -> Message:
+        """Return the next message that comes.
+
+        Raises:
+            ChildEnded: the process has ended.
+        """
+        try:
+            message = self._channel.receive()
+        except (OSError, ValueError):
+            message = None
+        if message is None:
+            raise self._ended()
+        return message
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the process has not ended."""
+        return self._process.poll() is None
+
+    def kill(self) -> None:
+        """End the process; it may have ended."""
+        self._process.kill()
+        self._process.wait()
+
+    def close(self) -> None:
+        """End the process and release its pipes: who waits for an answer learns that it has ended."""
+        self.kill()
+        for pipe in (self._process.stdin, self._process.stdout):
+            with suppress(OSError):
+                pipe.close()  # type: ignore[union-attr]
+
+    def _end_late(self) -> None:
+        self._is_late = True
+        self.kill()
+
+    def _ended(self) -> ChildEnded:
+        self.kill()
+        return ChildEnded(self._is_late)
+
+
+class Channel:
+    """One end of a pair of pipes, over which messages go."""
+
+    def __init__(self, source: IO[bytes], target: IO[bytes]) -> None:
+        self._source, self._target = source, target
+
+    def send(self, header: dict[str, Any], body: bytes | memoryview = b"") -> None:
+        """Send a message.
+
+        Raises:
+            OSError: nobody reads it.
+        """
+        text = json.dumps(header).encode()
+        self._target.write(len(text).to_bytes(8, "big") + len(body).to_bytes(8, "big") + text)
+        self._target.write(body)
+        self._target.flush()
+
+    def receive(self) -> Message | None:
+        """Return the next message; None: the other side has ended."""
+        sizes = self._source.read(16)
+        lengths = int.from_bytes(sizes[:8], "big"), int.from_bytes(sizes[8:], "big")
+        if len(sizes) < 16 or max(lengths) > _LONGEST:
+            return None
+        text, body = self._source.read(lengths[0]), self._source.read(lengths[1])
+        if (len(text), len(body)) != lengths:
+            return None
+        try:
+            header = json.loads(text)
+        except ValueError:
+            return None
+        return (header, body) if isinstance(header, dict) else None
+
+
+def run(function: Callable[[Channel], None], memory: int) -> None:
+    """Call a function in a process of `Child`, whose standard output is the channel's alone, within its memory."""
+    try:
+        os.fstat(2)
+    except OSError:  # the parent has closed its standard error, as some daemons do
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    channel = Channel(sys.stdin.buffer, os.fdopen(os.dup(1), "wb"))
+    os.dup2(2, 1)  # what a library prints is no message
+    _bound_memory(memory)
+    with suppress(BrokenPipeError):
+        channel.send({"ready": True})
+        function(channel)
+
+
+def _interpreter_flags() -> list[str]:
+    """Return the flags that this interpreter was started with, such as -I and -X utf8."""
+    flags: list[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
+    return flags
+
+
+def _enlarge(pipe: IO[bytes]) -> None:
+    """Let more bytes wait in a pipe, so that the processes switch less often, where the system can (Linux)."""
+    try:
+        import fcntl
+
+        fcntl.fcntl(pipe.fileno(), fcntl.F_SETPIPE_SZ, _PIPE)  # type: ignore[attr-defined, unused-ignore]
+    except (ImportError, AttributeError, OSError):
+        return
+
+
+def _bound_memory(more: int) -> None:
+    """Let allocations fail that take this process so many bytes beyond what it has."""
+    if sys.platform == "win32":  # the deadline alone holds, as on macOS
+        return
+    import resource
+
+    try:
+        with open("/proc/self/statm", encoding="utf-8") as file:
+            taken = int(file.read().split()[0]) * resource.getpagesize()
+    except OSError:
+        return
+    _, most = resource.getrlimit(resource.RLIMIT_AS)
+    limit = taken + more
+    resource.setrlimit(resource.RLIMIT_AS, (limit if most == resource.RLIM_INFINITY else min(limit, most), most))

@@ -1,0 +1,68 @@
+"""What the user can mend: the one exception that means it, and what the system says of files, turned into it."""
+
+import errno
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from dinoseg.utils.wording import printable
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)  # `errno` of an OSError where making room and running again helps
+_REMEDIES = {  # of errors that files and disks cause; others, such as a network's, pass as they are
+    (*DISK_FULL, errno.EFBIG): "Make room and run it again: what was whole before is untouched.",
+    (errno.EACCES, errno.EPERM, errno.EROFS): "Let your user read and write there, or choose another folder.",
+    (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ESTALE): "Check that path: another "
+    "program may have removed or replaced it, or something else lies in its place.",
+    (errno.ENAMETOOLONG,): "Choose a shorter path.",
+    (errno.EIO, errno.ENXIO, errno.ENODEV): "Check that disk.",
+    (errno.EMFILE, errno.ENFILE): "Raise the limit of open files (`ulimit -n`) or use fewer workers.",
+}
+
+
+_NO_HOME = "Could not determine home directory."  # as pathlib's expanduser says it
+
+
+class UserError(Exception):
+    """A mistake in the input that the user can mend: shown as one message, without a traceback.
+
+    The message names the value, the rule it breaks and the remedy. Its text is `printable`, whatever a file is called.
+    """
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
+
+
+@contextmanager
+def telling_file_errors(folder: Path) -> Iterator[None]:
+    """Turn what the system says of a file or a disk into a message; other errors pass as they are.
+
+    Args:
+        folder: the run's own, named where the system names no file.
+
+    Raises:
+        UserError: naming the file, what is wrong with it and the remedy.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if str(error) != _NO_HOME:
+            raise
+        raise UserError(
+            "A path begins with ~ and a name that no user of this machine has. Write the path out."
+        ) from error
+    except OSError as error:
+        remedy = next((remedy for numbers, remedy in _REMEDIES.items() if error.errno in numbers), None)
+        if remedy is None:
+            raise
+        what = error.filename2 or error.filename
+        if not isinstance(what, str):
+            what = f"a file (the folder of the run is {folder})"
+        room = f"; {free_space(Path(what) if error.filename else folder)} there" if error.errno in DISK_FULL else ""
+        raise UserError(f"Cannot read or write {what}: {error.strerror}{room}. {remedy}") from error
+
+
+def free_space(path: Path) -> str:
+    """Return how much room the disk of a path has, in words; the path need not be there."""
+    there = next((folder for folder in (path, *path.absolute().parents) if folder.exists()), Path("/"))
+    return f"{shutil.disk_usage(there).free / 2**20:.0f} MiB are free"

@@ -1,0 +1,281 @@
+"""What a program reads back from disk, held against the form in which it is written, before anything believes it.
+
+A form is a function from a value, and the place where it stands, to nothing: it raises where the value is none.
+"""
+
+import json
+import math
+import os
+import re
+import sys
+import zipfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+from dinoseg.utils.files import open_regular
+
+Form = Callable[[Any, str], None]
+_DEEPEST = 16  # of what is plain, whatever it means
+_LARGEST = 2**63 - 1
+_MOST_BYTES = 2**32  # of a JSON file; a sparse one may say that it has more than any memory
+_GREATEST = sys.float_info.max  # beyond it a whole number of JSON becomes no float
+
+
+class Misshapen(ValueError):
+    """What was read has not the form in which it is written; says where, and what stands there."""
+
+
+def read_json(path: Path, form: Form) -> Any:
+    """Return what a JSON file holds, which has this form.
+
+    Raises:
+        OSError: the file is missing, or cannot be read.
+        UserError: it is no file but, say, a pipe.
+        Misshapen: it is no JSON, or of another form, or larger than 4 GiB.
+    """
+    return parse_json(read_regular(path, _MOST_BYTES), form)
+
+
+def read_regular(path: str | Path, most: int) -> bytes:
+    """Return the content of a file of `most` bytes at most.
+
+    Raises:
+        UserError: it is no file but, say, a pipe.
+        Misshapen: it is larger.
+        OSError: nothing is there, or it cannot be read.
+    """
+    with open_regular(path) as file:
+        if (size := os.fstat(file.fileno()).st_size) > most:
+            raise Misshapen(f"it has {size} bytes, and {most} are read at most")
+        return file.read(most)
+
+
+def parse_json(text: str | bytes, form: Form, *, finite: bool = True) -> Any:
+    """Return what JSON text holds: finite numbers, each key once, all of this form.
+
+    Args:
+        text: of JSON.
+        form: that it must have.
+        finite: refuse numbers beyond any float here; else who uses them has to (much is read twice as fast).
+
+    Raises:
+        Misshapen: as above.
+    """
+    try:
+        value = json.loads(
+            text, object_pairs_hook=_unique, parse_constant=_no_number, parse_float=_finite if finite else None
+        )
+    except UnicodeDecodeError as error:
+        raise Misshapen(f"its byte {error.start} is no text in {error.encoding}: save it as UTF-8") from None
+    except (ValueError, RecursionError) as error:
+        raise Misshapen(str(error) or "it is nested too deep") from None
+    form(value, "it")
+    return value
+
+
+def as_read_back(value: Any) -> Any:
+    """Return a plain value as `parse_json` gives it back: tuples as lists, keys as text."""
+    return json.loads(json.dumps(value))
+
+
+def read_arrays(path: Path, forms: Mapping[str, tuple[str, int]]) -> dict[str, np.ndarray]:
+    """Return the arrays of an NPZ file, written without compression.
+
+    Args:
+        path: the file.
+        forms: name to type, such as `<f8`, and number of axes.
+
+    Raises:
+        OSError: the file is missing, or cannot be read.
+        UserError: it is no file but, say, a pipe.
+        Misshapen: it is damaged, or an array is missing, of another type, or another size than it says.
+    """
+    with open_regular(path) as file:
+        try:
+            with zipfile.ZipFile(file) as archive:
+                return {name: _array(archive, name, *form) for name, form in forms.items()}
+        except Misshapen:
+            raise
+        except Exception as error:  # a damaged archive raises whatever its bytes happen to mean
+            raise Misshapen(str(error)[:200] or type(error).__name__) from None  # it may quote the whole file
+
+
+def whole(least: int = 0, most: int = _LARGEST) -> Form:
+    """Return the form of a whole number in a range."""
+
+    def check(value: Any, where: str) -> None:
+        if type(value) is not int or not least <= value <= most:
+            _refuse(value, where, f"a whole number from {least} to {most}")
+
+    return check
+
+
+def number(least: float = -_GREATEST, most: float = _GREATEST) -> Form:
+    """Return the form of a number in a range."""
+
+    def check(value: Any, where: str) -> None:
+        if type(value) not in (int, float) or not least <= value <= most:
+            _refuse(value, where, f"a number from {least} to {most}")
+
+    return check
+
+
+def text(value: Any, where: str) -> None:
+    """Form of text."""
+    if not isinstance(value, str):
+        _refuse(value, where, "text")
+
+
+def flag(value: Any, where: str) -> None:
+    """Form of yes or no."""
+    if type(value) is not bool:
+        _refuse(value, where, "true or false")
+
+
+def nested(most: int) -> Form:
+    """Return the form of anything that is nested so deep at most."""
+
+    def check(value: Any, where: str) -> None:
+        level: list[Any] = [value]  # by levels, since a function that calls itself ends where Python's stack does
+        for _ in range(most):
+            level = [inner for outer in level for inner in _values(outer)]
+        if level:
+            raise Misshapen(f"{where:.99} is nested too deep")
+
+    return check
+
+
+def plain(value: Any, where: str) -> None:
+    """Form of anything, a few levels deep."""
+    nested(_DEEPEST)(value, where)
+
+
+def maybe(form: Form) -> Form:
+    """Return the form of null, or what another form says."""
+    return lambda value, where: None if value is None else form(value, where)
+
+
+def listing(form: Form, length: int | None = None) -> Form:
+    """Return the form of a list, of so many or any number."""
+
+    def check(value: Any, where: str) -> None:
+        if not isinstance(value, list) or length not in (None, len(value)):
+            _refuse(value, where, "a list" if length is None else f"a list of {length}")
+        for position, item in enumerate(value):
+            form(item, f"{where}[{position}]")
+
+    return check
+
+
+def row(*forms: Form) -> Form:
+    """Return the form of a list with one form for each place."""
+
+    def check(value: Any, where: str) -> None:
+        if not isinstance(value, list) or len(value) != len(forms):
+            _refuse(value, where, f"a list of {len(forms)}")
+        for position, (form, item) in enumerate(zip(forms, value, strict=True)):
+            form(item, f"{where}[{position}]")
+
+    return check
+
+
+def table(form: Form, names: str = ".*") -> Form:
+    """Return the form of an object whose names match a regular expression, and whose values have one form."""
+
+    def check(value: Any, where: str) -> None:
+        if not isinstance(value, dict):
+            _refuse(value, where, "an object")
+        for key, entry in value.items():
+            if re.fullmatch(names, key, re.DOTALL) is None:
+                raise Misshapen(f"{where:.99} has an entry {key!r:.60}, which is none of its own")
+            form(entry, f"{where}.{key:.60}")  # each entry below repeats it
+
+    return check
+
+
+def record(**forms: Form) -> Form:
+    """Return the form of an object with these names, and no other."""
+
+    def check(value: Any, where: str) -> None:
+        if not isinstance(value, dict) or value.keys() != forms.keys():
+            _refuse(value, where, f"an object of {', '.join(forms)}")
+        holding(**forms)(value, where)
+
+    return check
+
+
+def some_of(**forms: Form) -> Form:
+    """Return the form of an object with some of these names, and no other."""
+
+    def check(value: Any, where: str) -> None:
+        if not isinstance(value, dict) or not value.keys() <= forms.keys():
+            _refuse(value, where, f"an object of some of {', '.join(forms)}")
+        holding(**{key: forms[key] for key in value})(value, where)
+
+    return check
+
+
+def holding(**forms: Form) -> Form:
+    """Return the form of an object with these names, and any other."""
+
+    def check(value: Any, where: str) -> None:
+        if not isinstance(value, dict) or not forms.keys() <= value.keys():
+            _refuse(value, where, f"an object with {', '.join(forms)}")
+        for key, form in forms.items():
+            form(value[key], f"{where}.{key}")
+
+    return check
+
+
+def fits(value: Any, form: Form) -> bool:
+    """Return whether a value has a form, where what is wrong with it is said otherwise."""
+    try:
+        form(value, "it")
+    except Misshapen:
+        return False
+    return True
+
+
+def _refuse(value: Any, where: str, rule: str) -> NoReturn:
+    raise Misshapen(f"{where:.99} is {value!r:.60}, and must be {rule}")
+
+
+def _values(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+
+
+def _array(archive: zipfile.ZipFile, name: str, kind: str, axes: int) -> np.ndarray:
+    info = archive.getinfo(f"{name}.npy")
+    if info.compress_type != zipfile.ZIP_STORED:
+        raise Misshapen(f"{name} is compressed")
+    with archive.open(info) as file:
+        if np.lib.format.read_magic(file) != (1, 0):
+            raise Misshapen(f"{name} is of another version of the format")
+        shape, by_columns, dtype = np.lib.format.read_array_header_1_0(file)
+        content = file.read()
+    if by_columns or dtype.str != kind or len(shape) != axes or math.prod(shape) * dtype.itemsize != len(content):
+        raise Misshapen(
+            f"{name} is {dtype.str}{list(shape)} in {len(content)} bytes, and must be {kind} of {axes} axes"
+        )
+    return np.frombuffer(content, dtype).reshape(shape)
+
+
+def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    entries = dict(pairs)
+    if len(entries) < len(pairs):  # readers differ in which of the two counts
+        raise Misshapen("a name stands twice in one object")
+    return entries
+
+
+def _no_number(name: str) -> NoReturn:
+    raise Misshapen(f"{name} is no number")
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise Misshapen(f"{digits:.20} is no number")
+    return value

@@ -1,0 +1,254 @@
+"""Reading and writing picture files, strictly: a truncated or foreign file is an error that names it."""
+
+import functools
+import logging
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+from PIL.ImageFile import ImageFile
+from PIL.PngImagePlugin import PngInfo
+from PIL.TiffImagePlugin import TiffImageFile
+
+from dinoseg.utils.atomic import whole_file
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.files import check_regular
+from dinoseg.utils.image_bounds import Unfit, check_cost
+
+UNREAD_SUFFIXES = (  # of pictures that are not read; where one lies among images, it is reported
+    *(".gif", ".heic", ".heif", ".avif", ".jp2", ".j2k", ".jpx", ".jxl", ".jfif", ".jpe", ".tga", ".psd", ".svg"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".exr", ".hdr", ".dcm", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raw"),
+)
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")  # Pillow's names of those, whatever else it can read
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+_ORIENTATION = 0x0112  # EXIF and TIFF tag; 1 is upright
+_SWAPPED = (5, 6, 7, 8)  # its values that swap height and width
+_TRANSPOSES = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_METADATA = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}  # keys of Pillow's info with an orientation
+_BITS = 258  # TIFF tag: of each sample
+_SAMPLE_FORMAT, _SIGNED = 339, 2  # TIFF tag, and its value for signed integers
+_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # how such files begin
+_KEPT = ("1", "P", "I", "I;16", "I;16L", "I;16B")  # modes whose numbers Pillow gives as they are stored
+_KEPT_UNMARKED = ("L", "LA", "RGB", "RGBA", "RGBX")  # so they are with whole bytes
+_said: list[str | Path] = []  # the file of which it was said that it is scaled
+_NO_PICTURE = "is truncated or no picture: replace or remove it"
+_STRETCHED = {"2": 85, "4": 17}  # bits a pixel of grey files to what Pillow multiplies their numbers by
+
+
+def read_image(path: str | Path) -> np.ndarray:
+    """Return a picture as (H, W, 3) uint8 RGB, turned upright by the orientation in its header.
+
+    Grey ones of 16 bits are scaled from 0..65535 to 0..255, which is said once; those of 12 bits from 0..4095.
+
+    Raises:
+        UserError: the file is missing, truncated, no picture, or holds other numbers than levels of 8 or 16 bits.
+    """
+    return np.asarray(_opened(path, functools.partial(_upright_rgb, path)))
+
+
+def as_rgb(image: Image.Image, name: str) -> np.ndarray:
+    """Return an opened picture as `read_image` gives a file's: (H, W, 3) uint8 RGB, upright, the first of its frames.
+
+    Raises:
+        UserError: it is truncated, or holds other numbers than levels of 8 or 16 bits; `name` begins the message.
+    """
+    try:
+        return np.asarray(_upright_rgb(name, image))
+    except Unfit as error:
+        raise UserError(f"{name} {error}.") from None
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UserError(f"{name} cannot be read as a picture ({error}). Replace or remove it.") from error
+
+
+def read_ids(path: str | Path) -> np.ndarray:
+    """Return a mask file's stored numbers: (H, W) for grey and palette files, (H, W, 3) for RGB ones.
+
+    A palette file gives its indices, not its colours; a file of one bit a pixel gives 0 and 1, one of two or four
+    bits 0 to 3 or 15; 16-bit files keep their values.
+
+    Raises:
+        UserError: the file is missing, truncated, no picture, or of a kind whose numbers Pillow changes.
+    """
+    return _opened(path, _stored_numbers)
+
+
+def read_size(path: str | Path) -> tuple[int, int]:
+    """Return height and width of a picture as `read_image` gives it, from its header.
+
+    Raises:
+        UserError: the file is missing or no picture.
+    """
+    return _opened(path, _upright_size)
+
+
+def is_turned(path: str | Path) -> bool:
+    """Return whether a picture is turned or mirrored as it is read, by the orientation in its header.
+
+    Raises:
+        UserError: the file is missing or no picture.
+    """
+    return _opened(path, lambda image: read_orientation(image) != 1)
+
+
+def read_orientation(image: Image.Image) -> int:
+    """Return the orientation, 1 to 8 as EXIF numbers them, in the header of an image that is not loaded yet.
+
+    It stands in EXIF or TIFF tags, else in XMP; damaged tags mean 1 (upright). PNG metadata behind the pixels are not
+    read: a reader of the header does not see them.
+    """
+    if not isinstance(image, TiffImageFile) and not _METADATA & image.info.keys():
+        return 1
+    try:
+        # not `PngImageFile.getexif`, which decodes all pixels to read the chunks behind them
+        value = Image.Image.getexif(image).get(_ORIENTATION, 1)
+    except (OSError, SyntaxError, ValueError, struct.error):
+        return 1
+    return value if value in _TRANSPOSES else 1
+
+
+def has_one_bit(path: str | Path) -> bool:
+    """Return whether a picture is black and white: one bit a pixel, and no palette.
+
+    Raises:
+        UserError: the file is missing or no picture.
+    """
+    return _opened(path, lambda image: image.mode == "1")
+
+
+def write_png(path: str | Path, pixels: np.ndarray, *, note: tuple[str, str] | None = None) -> None:
+    """Write (H, W) or (H, W, 3) uint8 without loss; the file appears whole or not at all.
+
+    A note is a keyword and its text (PNG's tEXt), before the pixels.
+    """
+    info = PngInfo()
+    if note is not None:
+        info.add_text(*note)
+    with whole_file(Path(path)) as part:
+        Image.fromarray(pixels).save(part, format="PNG", compress_level=1, pnginfo=info)
+
+
+def _upright_rgb(path: str | Path, image: Image.Image) -> Image.Image:
+    check_cost(image)
+    # before the pixels are loaded; Pillow turns a TIFF itself when it loads one
+    orientation = 1 if isinstance(image, TiffImageFile) else read_orientation(image)
+    image.load()
+    if image.mode == "F":
+        raise Unfit("holds fractions, of which only you know which is white. Convert it to 8 bits")
+    upright = image.copy() if orientation == 1 else image.transpose(_TRANSPOSES[orientation])
+    if image.mode.startswith("I"):
+        upright = _eight_bits(path, upright, bits=12 if _bits(image) == (12,) else 16)
+    upright.info.pop("transparency", None)  # is left out; of a palette Pillow would warn
+    return upright.convert("RGB")
+
+
+def _eight_bits(path: str | Path, image: Image.Image, bits: int) -> Image.Image:
+    levels, white = np.asarray(image).astype(np.int64), 2**bits - 1
+    if levels.min() < 0 or levels.max() > white:
+        raise Unfit(
+            f"holds the numbers {levels.min()} to {levels.max()}, not levels of {bits} bits. Convert it to 8 bits"
+        )
+    if bits == 16:  # fewer are rarely used in part
+        _say_scaled(path)
+    return Image.fromarray(np.round(levels * (255 / white)).astype(np.uint8))
+
+
+def _bits(image: Image.Image) -> tuple[int, ...]:
+    """Return the bits of each of a TIFF file's samples."""
+    return image.tag_v2.get(_BITS, ()) if isinstance(image, TiffImageFile) else ()
+
+
+def _say_scaled(path: str | Path) -> None:
+    if not _said:
+        _said.append(path)
+        log.warning(
+            "Grey pictures of 16 bits, such as %s, are scaled from 0..65535 to 0..255. If yours use less of that, such "
+            "as 0..4095, they come out dark: convert them to 8 bits yourself.",
+            path,
+        )
+
+
+def _stored_numbers(image: Image.Image) -> np.ndarray:
+    mark = _packing(image)  # before the pixels are read, when Pillow forgets it
+    check_cost(image)
+    image.load()
+    if image.mode == "1":
+        return np.asarray(image, np.uint8)
+    if image.mode == "L" and mark in _STRETCHED:
+        return np.asarray(image) // _STRETCHED[mark]
+    if image.mode in ("I;16", "I;16L", "I;16B"):
+        return np.asarray(image).astype(np.uint16, copy=False)  # in this machine's byte order
+    if image.mode in ("L", "P", "I", "RGB"):
+        return np.asarray(image)
+    return np.asarray(image.convert("L" if image.mode == "LA" else "RGB"))
+
+
+def _packing(image: Image.Image) -> str:
+    """Return how pixels are packed, as Pillow marks it: `4` for four bits; empty for whole bytes.
+
+    Raises:
+        Unfit: ids that would be clipped, scaled or inverted.
+    """
+    tiles = image.tile if isinstance(image, ImageFile) else []
+    packed = tiles[0].args if tiles else ""
+    name = next(iter(packed), "") if isinstance(packed, tuple) else packed
+    mark = str(name).partition(";")[2]
+    unchanged = image.mode in _KEPT or (image.mode in _KEPT_UNMARKED and mark in ("", "R", "L"))
+    unchanged = unchanged or (image.mode == "L" and mark in _STRETCHED)
+    signed = image.mode == "L" and isinstance(image, TiffImageFile) and _SIGNED in image.tag_v2.get(_SAMPLE_FORMAT, ())
+    if signed or not unchanged:
+        kind = "signed numbers of 8 bits" if signed else f"{name if mark else image.mode}, by Pillow's name"
+        raise Unfit(f"is of a kind that does not keep ids as they are ({kind}). Save it as a grey PNG of 8 or 16 bits")
+    return mark
+
+
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    swapped = read_orientation(image) in _SWAPPED
+    if isinstance(image, TiffImageFile) and _ORIENTATION in image.tag_v2:
+        swapped = False  # Pillow has swapped the size already: by this tag, but not by XMP
+    return (image.width, image.height) if swapped else (image.height, image.width)
+
+
+def _opened(path: str | Path, take: Callable[[Image.Image], T]) -> T:
+    path = Path(path)
+    cause: Exception | None = None  # the system's, by which a caller knows that the file itself may be good
+    try:
+        check_regular(path)
+        with Image.open(path, formats=FORMATS) as image:
+            return take(image)
+    except FileNotFoundError:
+        message = f"No such file: {path}. Check the path."
+    except PermissionError as error:
+        cause = error
+        message = f"Cannot read {path} for want of permission. Let your user read it."
+    except MemoryError as error:
+        cause = error
+        message = f"There is not enough memory to read {path} as a picture. Free some, make it smaller or cut it up."
+    except Image.DecompressionBombError as error:
+        message = f"Cannot read {path} as a picture: it is too large ({error}). Make it smaller or cut it up."
+    except Unfit as error:
+        message = f"{path} {error}."
+    except UnidentifiedImageError as error:
+        with path.open("rb") as file:
+            is_tiff = file.read(4) in _TIFF
+        kind = "is cut short, or holds what is not read, such as fractions: replace it, or convert it to 8 bits"
+        message = f"Cannot read {path} as a picture ({error}). It {kind if is_tiff else _NO_PICTURE}."
+    except (OSError, SyntaxError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            cause = error
+            message = f"Cannot read {path} ({error.strerror}). Check the path and its disk."
+        else:
+            message = f"Cannot read {path} as a picture ({error}). It {_NO_PICTURE}."
+    raise UserError(message) from cause

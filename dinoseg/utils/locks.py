@@ -1,0 +1,109 @@
+"""Lock files: one process at a time, until it lets go or ends in whatever way."""
+
+import contextlib
+import errno
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from dinoseg.utils.atomic import open_no_link
+
+log = logging.getLogger(__name__)
+_POLL = 0.2  # seconds between two attempts to lock a file
+_PLACE = 2**30  # byte that is locked on Windows, beyond the log that others may read
+_held: set[IO[str]] = set()
+
+
+def acquire(path: Path, *, wait: bool = False) -> IO[str] | None:
+    """Lock a file, made if need be; return what `release` takes, None where another process has it.
+
+    A process that is forked does not hold it, so a killed one's workers, which live on for a while, stand in nobody's
+    way. Where files cannot be locked at all, that is said, and the file counts as locked.
+
+    Args:
+        path: of the lock file.
+        wait: for the other process, which is said, instead of returning None.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        file = open(path, "a", encoding="utf-8", opener=open_no_link)
+        if not _lock(file, path, wait):
+            file.close()
+            return None
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                _held.add(file)
+                return file
+        file.close()  # whoever had it has removed the file
+
+
+def release(file: IO[str]) -> None:
+    """Let others have a lock again."""
+    _held.discard(file)
+    file.close()
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a lock file, which is removed at the end; while another process has it, wait for that one.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    file = acquire(path, wait=True)
+    assert file is not None
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink()
+        release(file)
+
+
+def _lock(file: IO[str], path: Path, wait: bool) -> bool:
+    waited = False
+    while True:
+        try:
+            _lock_at_once(file)
+            return True
+        except (BlockingIOError, PermissionError):  # flock's and msvcrt's
+            if not wait:
+                return False
+        except OSError as error:
+            log.warning("%s cannot be locked (%s): start one process at a time.", path, error.strerror)
+            return True
+        if not waited:
+            log.warning("Another process is at work on the same data (%s is locked): waiting for it.", path)
+        waited = True
+        time.sleep(_POLL)
+
+
+def _lock_at_once(file: IO[str]) -> None:
+    if sys.platform == "win32":
+        import msvcrt
+
+        os.lseek(file.fileno(), _PLACE, os.SEEK_SET)
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _let_go() -> None:
+    for file in _held:
+        file.close()
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)

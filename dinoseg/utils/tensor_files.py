@@ -1,0 +1,178 @@
+"""Files of tensors: those that others publish, read without running anything in them, and those that we write."""
+
+import argparse
+import os
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dinoseg.utils.atomic import scratch_folder, sync_to_disk
+from dinoseg.utils.errors import UserError, free_space
+from dinoseg.utils.wording import count_of, shown
+
+_TYPES = {  # of a safetensors header
+    **{"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64, "BOOL": torch.bool},
+    **{"I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64, "U8": torch.uint8},
+    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
+}
+_LONGEST = 2**63 - 1  # of a tensor's sides
+_EXACT = (torch.int16, torch.int32, torch.int64)  # of counters, which no quantisation gives
+_WEIGHTS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_QUANTISED = (torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2)
+PICKLED = (".pth", ".pt", ".bin")  # PyTorch's own format; other files are taken for safetensors
+
+
+def read_tensor_file(path: Path, key: str) -> Mapping[str, Any]:
+    """Return what a safetensors file or a PyTorch checkpoint holds by name; of the latter's pickle nothing is run.
+
+    Args:
+        path: ends with .pth, .pt or .bin if it is PyTorch's; tensors of such a file are mapped, not copied.
+        key: the config key that names the file, for errors.
+
+    Raises:
+        UserError: no such file, a broken one, or one that holds objects which only code could make.
+    """
+    check_file(path, key)
+    content = _read_pickled(path, key) if path.suffix in PICKLED else _read_safetensors(path, key)
+    if not isinstance(content, Mapping) or not all(isinstance(name, str) for name in content):
+        raise UserError(f"{key}={path}: holds no tensors by name. Give a file of weights.")
+    return content
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: dict[str, str]) -> None:
+    """Write a safetensors file under a temporary name, flush it to the disk, then rename it.
+
+    Raises:
+        UserError: it cannot be written (a full disk, no permission); an older file of that name stays as it was.
+    """
+    try:
+        with scratch_folder(path.parent, path.name) as folder:  # safetensors gives its file a name by chance
+            part = folder / path.name
+            save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, part, header)
+            part.chmod(0o644)  # safetensors leaves it to the owner alone: a run folder is for the group to read
+            sync_to_disk(part)
+            os.replace(part, path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{path} could not be written ({error}); {free_space(path)} there. Make room and run it again, with "
+            f"resume= for a training run and mode.restart= for mode=track: what was saved before is untouched."
+        ) from error
+
+
+def meta_tensor(file: Any, key: str) -> Tensor:
+    """Return the shape and type of a tensor of an open safetensors file, on the meta device; its values stay unread.
+
+    Raises:
+        SafetensorError: its type is none of weights, such as F4, or a side is beyond what a tensor can have.
+    """
+    part = file.get_slice(key)
+    if (kind := part.get_dtype()) not in _TYPES:
+        raise SafetensorError(f"{shown(key)} has the type {shown(kind)}, which is not one of {', '.join(_TYPES)}")
+    shape = part.get_shape()
+    if any(side > _LONGEST for side in shape):
+        raise SafetensorError(f"{shown(key)} has the shape {shape}, and no tensor has a side above {_LONGEST}")
+    return torch.empty(shape, dtype=_TYPES[kind], device="meta")
+
+
+def outline(path: Path) -> dict[str, Tensor]:
+    """Return the shapes and types of the tensors in a sound safetensors file, on the meta device.
+
+    Raises:
+        SafetensorError: as `meta_tensor`.
+    """
+    with safe_open(path, framework="pt") as file:
+        return {key: meta_tensor(file, key) for key in file.keys()}  # noqa: SIM118, since it is no mapping
+
+
+def is_finite(value: Tensor) -> bool:
+    """Return whether a tensor holds neither NaN nor infinity, in one pass that makes no copy of it."""
+    return not value.numel() or all(bool(torch.isfinite(end)) for end in torch.aminmax(value))  # which propagates NaN
+
+
+def check_weights(tensors: Mapping[str, Tensor], where: str, expected: Mapping[str, Tensor] | None = None) -> None:
+    """Refuse weights that are not finite floating-point tensors.
+
+    Args:
+        tensors: by name.
+        where: config key and file, which begin the message.
+        expected: the model's own tensors, whose shapes these must have; those that are not floating-point, such as
+            counters, need values that their type holds. Tensors that it lacks are not checked.
+
+    Raises:
+        UserError: naming the first such tensor, and how many there are.
+    """
+    known = tensors if expected is None else {name: value for name, value in tensors.items() if name in expected}
+    wrong = {}
+    for name, value in known.items():
+        own = value if expected is None else expected[name]
+        kind = str(value.dtype).removeprefix("torch.")
+        if value.shape != own.shape:
+            wrong[name] = f"has the shape {list(value.shape)} instead of {list(own.shape)}"
+        elif expected is not None and not own.is_floating_point():
+            if value.dtype != own.dtype and not _casts_exactly(value, own.dtype):
+                wrong[name] = f"is {kind} instead of {str(own.dtype).removeprefix('torch.')}"
+        elif value.dtype not in _WEIGHTS:
+            wrong[name] = f"is {kind}, and weights are floating-point numbers"
+        elif not value.is_meta and not is_finite(value):
+            wrong[name] = "holds NaN or infinity"
+    if wrong:
+        name, what = next(iter(wrong.items()))
+        others = f" ({count_of(len(wrong) - 1, 'more tensor')} cannot be used either)" if len(wrong) > 1 else ""
+        raise UserError(f"{where}: {shown(name)} {what}{others}. Download or export the weights again, unquantised.")
+
+
+def check_unquantised(tensors: Mapping[str, Tensor], where: str) -> None:
+    """Refuse tensors of one byte per value (int8, float8), whatever they are.
+
+    Raises:
+        UserError: as `check_weights`.
+    """
+    check_weights({name: value.to("meta") for name, value in tensors.items() if value.dtype in _QUANTISED}, where)
+
+
+def _casts_exactly(value: Tensor, dtype: torch.dtype) -> bool:
+    """Return whether a tensor that is not quantised has values that another type holds, as far as they are known."""
+    exact = value.dtype in (*_WEIGHTS, *_EXACT)
+    return exact and (value.is_meta or torch.equal(value.to(dtype).to(value.dtype), value))
+
+
+def check_file(path: Path, key: str) -> None:
+    """Refuse a path that is no file.
+
+    Raises:
+        UserError: naming `key`, the config key that says the path.
+    """
+    if not path.is_file():
+        raise UserError(f"{key}={path}: no such file. Check the path.")
+
+
+def _read_safetensors(path: Path, key: str) -> Any:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, TypeError) as error:  # the last where a side is beyond 64 bits
+        raise UserError(
+            f"{key}={path}: not a readable safetensors file ({error}). Download or export it again."
+        ) from error
+
+
+def _read_pickled(path: Path, key: str) -> Any:
+    try:
+        # DINO's full checkpoints keep their command line in a Namespace, which does nothing when it is made
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # a broken file raises whatever its bytes happen to mean
+        foreign = re.search(r"GLOBAL (\S+)", str(error))
+        if foreign:
+            raise UserError(
+                f"{key}={path}: holds objects besides tensors ({foreign[1]}), and reading those could run code. Give a "
+                f"file of tensors only, as they are published, or as safetensors."
+            ) from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+        raise UserError(f"{key}={path}: not a readable PyTorch file ({reason}). Download it again.") from error

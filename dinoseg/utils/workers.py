@@ -1,0 +1,181 @@
+"""Work spread over processes: one way to start, feed and end them; imports the standard library alone."""
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from itertools import islice
+from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection
+from typing import Any, TypeVar
+
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.interrupt import held
+
+T = TypeVar("T")
+R = TypeVar("R")
+E = TypeVar("E", bound=Exception)
+_ENDING = 10.0  # seconds
+_MOST_WORKERS = 61 if sys.platform == "win32" else 2**20  # Windows waits for so many processes at once
+_AHEAD = 4  # items per process that are under way or wait to be taken: bounds memory
+ErrorTypes = type[Exception] | tuple[type[Exception], ...]
+_task: tuple[Callable[[Any], Any], ErrorTypes]  # of a worker process: sent once, not with every item
+
+
+def in_processes(
+    work: Callable[[T], R],
+    items: Sequence[T],
+    workers: int,
+    *,
+    remedy: str,
+    catch: type[E] | tuple[type[E], ...] = (),
+    in_order: bool = True,
+    start: Callable[[], None] | None = None,
+) -> Generator[tuple[T, R | E], None, None]:
+    """Yield each item with what `work` makes of it, a few items ahead of the one who takes them.
+
+    Processes are spawned; they end with this generator, whether it is used up, closed or interrupted, and when this
+    process is killed. `work` and `start` have to be picklable: functions of a module, or partials of them.
+
+    Args:
+        work: from an item to its result.
+        items: what to work on.
+        workers: processes; at most one, or a single item: all is done in this process.
+        remedy: what the user can do when a process was killed, such as for want of memory.
+        catch: errors that are yielded in place of the result; any other is raised when its item is due.
+        in_order: of the items; else as they are finished.
+        start: called first in each new process, never in this one.
+
+    Raises:
+        UserError: a process was killed.
+    """
+    workers = min(workers, len(items), _MOST_WORKERS)
+    if workers <= 1:
+        yield from ((item, _attempt(work, catch, item)) for item in items)
+        return
+    # spawn: a bar's thread is running, and a fork beside a thread can stand still for ever
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (work, catch, start))
+    todo = iter(items)
+    waiting: dict[Future[R | E], T] = {}
+    try:
+        while True:
+            for item in islice(todo, _AHEAD * workers - len(waiting)):
+                waiting[pool.submit(_attempt_here, item)] = item
+            if not waiting:
+                return
+            watched = [next(iter(waiting))] if in_order else waiting
+            for future in wait(watched, return_when=FIRST_COMPLETED).done:
+                yield waiting.pop(future), future.result()
+    except BrokenProcessPool:
+        raise UserError(
+            f"A process was killed, most likely for want of memory. {remedy} (In a script of your own, processes need "
+            "`if __name__ == '__main__':` around what the script does.)"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def in_own_process(work: Callable[[T], R], item: T, *, timeout: float | None = None) -> R | None:
+    """Return what `work` makes of an item in a new process, whose memory is its own; None: that was killed.
+
+    The process ends when this is interrupted, and when this process is killed; Ctrl-C reaches this one alone, which
+    else would find what the other one says of it beside its own message.
+
+    Args:
+        work: from the item to the result.
+        item: what to work on.
+        timeout: seconds after which the process is killed; None: never.
+
+    Raises:
+        UserError: of `work`. Of any other error it tells the traceback before this raises a RuntimeError.
+        TimeoutError: it took longer than `timeout`.
+    """
+    context = multiprocessing.get_context("spawn")
+    receiving, sending = context.Pipe(duplex=False)
+    process = context.Process(target=_answer, args=(work, item, sending))
+    resource_tracker.ensure_running()  # its start would let signals through
+    try:
+        with held(signal.SIGINT):
+            process.start()
+        sending.close()
+        if not receiving.poll(timeout):
+            raise TimeoutError
+        result = receiving.recv()
+        process.join(_ENDING)  # it ends its own processes
+    except EOFError:
+        process.join()
+        if process.exitcode == 1:
+            raise RuntimeError("A process of this job failed: its traceback stands above.") from None
+        return None
+    finally:
+        if process.pid is not None:
+            process.kill()
+            process.join()
+        receiving.close()
+    if isinstance(result, UserError):
+        raise result
+    return result
+
+
+def _answer(work: Callable[[Any], Any], item: Any, sending: Connection) -> None:
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    try:
+        sending.send(work(item))
+    except UserError as error:
+        sending.send(error)
+
+
+@contextmanager
+def telling_killed_loaders() -> Iterator[None]:
+    """Turn what torch says, wherever that is, when a loading process was killed into a message; other errors pass.
+
+    Raises:
+        UserError: naming the process.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise killed_loader(error) from error
+
+
+def killed_loader(error: Exception) -> UserError:
+    """Return the message that a loading process was killed, as an error says."""
+    return UserError(
+        f"A process that loads data was killed, most likely for want of memory ({error}). Free some, or let fewer "
+        "load (engine.workers=1; 0: none beside this one), and run it again: a training goes on with resume=auto."
+    )
+
+
+def _attempt(work: Callable[[T], R], catch: type[E] | tuple[type[E], ...], item: T) -> R | E:
+    try:
+        return work(item)
+    except catch as error:
+        return error
+
+
+def _start_worker(work: Callable[[Any], Any], catch: ErrorTypes, start: Callable[[], None] | None) -> None:
+    global _task
+    _task = work, catch
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    if start is not None:
+        start()
+
+
+def end_with_parent() -> None:
+    """End this process when its parent is killed: it would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _attempt_here(item: Any) -> Any:
+    return _attempt(*_task, item)

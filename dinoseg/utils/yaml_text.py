@@ -1,0 +1,76 @@
+"""YAML that others wrote: read in bounded time and memory, plain values alone."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dinoseg.utils.forms import Misshapen, read_regular
+
+_DEEPEST = 32  # levels
+_LARGEST = 2**63 - 1  # of a whole number; one of thousands of digits ends whoever prints it
+
+
+def read_yaml(path: Path, most: int) -> Any:
+    """Return what a YAML file of `most` bytes at most holds.
+
+    Raises:
+        OSError: the file is missing, or cannot be read.
+        UserError: it is no file but, say, a pipe.
+        Misshapen: it is larger, or as `parse_yaml`.
+    """
+    try:
+        return parse_yaml(read_regular(path, most).decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise Misshapen(f"its byte {error.start} is no text: save it as UTF-8") from None
+
+
+def parse_yaml(text: str) -> Any:
+    """Return the plain values that YAML text holds: no aliases, no tags, each key once; a date is text, as in Hydra.
+
+    Raises:
+        Misshapen: it is no YAML, or holds something else.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except Misshapen:
+        raise
+    except (yaml.YAMLError, ArithmeticError, ValueError, TypeError, RecursionError) as error:
+        raise Misshapen(f"it is no plain YAML: {' '.join(str(error).split()) or type(error).__name__}") from None
+
+
+class _Loader(yaml.SafeLoader):
+    yaml_implicit_resolvers = {
+        first: [(tag, form) for tag, form in rules if tag != "tag:yaml.org,2002:timestamp"]
+        for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    _depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.events.AliasEvent):  # ten lines of them stand for more than any memory holds
+            raise Misshapen("it has an alias (*name): write the value out")
+        if (tag := getattr(self.peek_event(), "tag", None)) is not None:  # constructors of tags raise anything
+            raise Misshapen(f"it has the tag {tag!r:.60}: write the value without it")
+        self._depth += 1
+        if self._depth > _DEEPEST:
+            raise Misshapen(f"it is nested deeper than {_DEEPEST} levels")
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):
+            raise Misshapen("it has a merge key (<<): write the values out")
+        mapping = super().construct_mapping(node, deep)
+        if len(mapping) < len(node.value):
+            counts = Counter(self.construct_object(key) for key, _ in node.value)
+            twice = ", ".join(f"{key}" for key, count in counts.items() if count > 1)
+            raise Misshapen(f"{twice:.200} stands more than once in one mapping: make each name unique")
+        return mapping
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        value = super().construct_object(node, deep)
+        if type(value) is int and abs(value) > _LARGEST:
+            raise Misshapen("it has a whole number of more than 64 bits")
+        return value

@@ -1,0 +1,116 @@
+"""What is known of a data set: sizes, rarity, and how thin classes are."""
+
+import numpy as np
+import pytest
+import torch
+from command_line import SMALL, write_data
+
+from dinoseg.autotune import facts
+from dinoseg.autotune.facts import ClassFacts, Facts, facts_of, median_width, parts_of
+from dinoseg.experiment import build
+from dinoseg.utils.images import write_png
+
+
+def widths(mask, num_classes=2):
+    return [(id, width) for id, width, _ in parts_of(mask, num_classes)]
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 5, 8])
+def test_lines_are_as_wide_as_they_are(width):
+    upright = np.zeros((40, 60), np.uint8)
+    upright[:, 20 : 20 + width] = 1
+    found = dict(widths(upright))
+    assert abs(found[1] - width) <= 1
+    assert abs(dict(widths(upright.T.copy()))[1] - width) <= 1
+
+
+def test_parts_agree_with_distances_of_every_pair_of_pixels():
+    draw = np.random.default_rng(0)
+    for shape in ((9, 13), (1, 7), (16, 16)):
+        mask = draw.choice([0, 1, 255], size=shape, p=[0.7, 0.2, 0.1]).astype(np.uint8)
+        for id in (0, 1):
+            inside, outside = np.argwhere(mask == id), np.argwhere(mask != id)
+            apart = np.sqrt(((inside[:, None] - outside[None]) ** 2).sum(-1)).min(1)  # of each pixel of the class
+            found = [row for row in parts_of(mask, 2) if row[0] == id]
+            assert sum(row[2] for row in found) == len(inside)
+            assert max(row[1] for row in found) == pytest.approx(min(2 * apart.max() - 1, min(shape)), abs=1e-4)
+
+
+@pytest.mark.parametrize("value", [0, 255])
+def test_a_mask_of_one_value_has_one_part_or_none(value):
+    mask = np.full((5, 8), value, np.uint8)
+    assert widths(mask) == ([(0, 5.0)] if value == 0 else [])
+    assert widths(np.full((1, 1), value, np.uint8)) == ([(0, 1.0)] if value == 0 else [])
+
+
+def test_the_median_counts_pixels_and_not_parts():
+    assert median_width(np.array([[1, 2.0, 10], [1, 30.0, 900], [1, 4.0, 20]])) == 30
+    assert median_width(np.array([[1, 2.0, 10]])) == 2
+    assert np.isnan(median_width(np.empty((0, 3))))
+
+
+def test_thin_and_rare_classes_come_first_and_absent_ones_are_neither():
+    classes = (
+        ClassFacts("sky", 0.9, 200.0),
+        ClassFacts("pole", 0.004, 3.0),
+        ClassFacts("wire", 0.002, 5.0),
+        ClassFacts("none", 0.0, float("nan")),
+    )
+    facts = Facts(10, 5, (360, 480), classes)
+    assert [each.name for each in facts.thinner(8)] == ["pole", "wire"]
+    assert [each.name for each in facts.rarer(0.01)] == ["wire", "pole"]
+    assert facts.absent == ["none"]
+
+
+def test_a_data_set_of_files_is_looked_at(tmp_path, compose):
+    write_data(tmp_path / "data", train=3, val=2, size=(20, 31))
+    cfg = compose("data=folder", f"data.root={tmp_path}/data", "data.classes=[dark,bright,none]")
+    train, val = build.dataset(cfg, "train"), build.dataset(cfg, "val")
+    found = facts_of(train, val, tmp_path / "cache")
+    shares = np.bincount(np.concatenate([train[i]["mask"].numpy().ravel() for i in range(3)]), minlength=3) / (3 * 620)
+    assert (found.images, found.val_images, found.size) == (3, 2, (20, 31))
+    assert [each.share for each in found.classes] == pytest.approx(shares.tolist())
+    assert found.absent == ["none"] and np.isnan(found.classes[2].width)
+
+
+def test_what_was_packed_smaller_is_looked_at_as_it_is_in_its_files(tmp_path, compose):
+    write_data(tmp_path / "data", train=3, val=2, size=(40, 60))
+    lines = np.zeros((40, 60), np.uint8)
+    lines[:, ::10] = 1
+    for number in range(3):
+        write_png(tmp_path / f"data/train/masks/{number}.png", lines)
+    found = []
+    for words in ((), ("data.cache=packed", "resolution.longest=30", "resolution.crop=[16,16]")):
+        cfg = compose(*SMALL, f"data.root={tmp_path}/data", f"cache_dir={tmp_path}/cache", *words)
+        train = build.dataset(cfg, "train", reduced=True)
+        found.append((train[0]["mask"].shape, facts_of(train, build.dataset(cfg, "val"), tmp_path / "cache")))
+    assert found[1][0] == (20, 30)
+    assert found[0][1].size == found[1][1].size == (40, 60)
+    assert [each.classes[1].width for _, each in found] == [1, 1] and found[0][1].classes[0].width > 7
+
+
+def test_of_large_masks_fewer_are_measured(monkeypatch, tmp_path):
+    class Data:
+        classes, ignore_index = ("a", "b"), 255
+
+        def __init__(self, size, length):
+            self.size, self.length = size, length
+
+        def __len__(self):
+            return self.length
+
+        def __getitem__(self, place):
+            return {"mask": torch.zeros(self.size, dtype=torch.uint8)}
+
+    def measured(size, length):
+        seen = []
+        with monkeypatch.context() as patch:
+            patch.setattr(facts, "class_counts", lambda *_: np.array([1, 0]))
+            patch.setattr(facts, "parts_of", lambda mask, _: seen.append(mask.shape) or [])
+            facts_of(Data(size, length), Data(size, 1), tmp_path)
+        return len(seen)
+
+    assert [measured((16, 16), length) for length in (1, 30, 200)] == [1, 30, 48]
+    monkeypatch.setattr(facts, "_PIXELS", 16 * 16 * 24)
+    assert [measured((16, 16), length) for length in (1, 30, 200)] == [1, 15, 24]
+    assert [measured((64, 64), length) for length in (1, 7, 30, 200)] == [1, 7, 10, 8]

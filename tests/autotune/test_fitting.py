@@ -1,0 +1,216 @@
+"""What is changed for a memory, with steps that take what a formula says."""
+
+from types import SimpleNamespace
+
+import pytest
+from command_line import SMALL
+
+from dinoseg.autotune import fitting
+from dinoseg.autotune.fitting import Fitting, changed
+from dinoseg.autotune.step_bytes import StepBytes
+from dinoseg.autotune.target import Target, memory_of
+from dinoseg.models.heads.mlp import MlpHead
+from dinoseg.tasks.least_batch import check_batch
+from dinoseg.utils.errors import UserError
+
+BASE = [*SMALL, "data.batch_size=8", "head=mlp"]  # no BatchNorm
+UNIT = 2**20
+
+
+@pytest.fixture
+def changes(compose, monkeypatch):
+    """Fit a recipe to a memory on a CPU: a sample takes 10 units, 4 where it is computed again, a trained block 20."""
+
+    def take(cfg, loss, *, samples, accumulate, bf16, world):
+        each = 4 if cfg.backbone.checkpointing else 10
+        blocks = 0 if cfg.choices.adapter == "frozen" else cfg.adapter.get("blocks") or 2
+        weights = 100 if cfg.choices.adapter == "full" else 0
+        return StepBytes(*[0] * 7, peak=(samples * each + 20 * blocks + weights) * UNIT)
+
+    monkeypatch.setattr(fitting, "step_bytes", take)
+    monkeypatch.setattr(fitting, "LossBytes", lambda *_, **__: SimpleNamespace(draws=False))
+
+    def run(memory, *words, world=1, **options):
+        target = SimpleNamespace(kind="cpu", memory=memory * UNIT, bf16=False, world=world, need=lambda step: step.peak)
+        found = Fitting(compose(*BASE, *words), target, **options).found()
+        return None if found is None else found.changes
+
+    return run
+
+
+@pytest.fixture
+def fit(changes):
+    """Return the words that fit a recipe to a memory."""
+
+    def run(*args, **options):
+        found = changes(*args, **options)
+        return None if found is None else " ".join(map(str, found))
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("memory", "words"),
+    [
+        (120, ""),
+        (119, "data.batch_size=4 trainer.accumulate=2"),
+        (79, "data.batch_size=2 trainer.accumulate=4"),
+        (50, "data.batch_size=1 trainer.accumulate=8"),
+        (49, "backbone.checkpointing=true data.batch_size=2 trainer.accumulate=4"),
+        (44, "backbone.checkpointing=true data.batch_size=1 trainer.accumulate=8"),
+        (43, "adapter.blocks=1 data.batch_size=2 trainer.accumulate=4"),
+        (29, "adapter.blocks=1 backbone.checkpointing=true data.batch_size=2 trainer.accumulate=4"),
+        (23, None),
+    ],
+)
+def test_what_costs_least_comes_first(fit, memory, words):
+    assert fit(memory, "adapter=lora") == words
+
+
+def test_the_model_is_changed_only_where_it_may_be(fit):
+    assert fit(43, "adapter=lora", may_change_model=False) is None
+    assert fit(150, "adapter=full") == "data.batch_size=1 trainer.accumulate=8"
+    assert fit(143, "adapter=full") == "adapter=lora"
+
+
+def test_batch_norm_is_spared_by_computing_again(fit):
+    assert fit(79, "adapter=lora", "head=linear") == "backbone.checkpointing=true"
+    assert (
+        fit(60, "adapter=lora", "head=linear") == "backbone.checkpointing=true data.batch_size=4 trainer.accumulate=2"
+    )
+    assert fit(120, "adapter=lora", "head=linear", "data.batch_size=2", "trainer.accumulate=4") == ""
+
+
+def test_statistics_that_stand_still_are_not_spared(compose):
+    fits = Fitting(compose(*BASE, "head=linear"), Target("cpu", UNIT, bf16=False))
+    fits._model.eval()
+    assert not fits._bound
+
+
+def test_fewer_of_the_blocks_that_are_trained_are_tried_from_the_most_on(fit):
+    words = ("adapter=lora", "adapter.blocks=4", "backbone.arch.num_hidden_layers=8")
+    assert fit(70, *words) == "adapter.blocks=3 data.batch_size=1 trainer.accumulate=8"
+
+
+def test_a_loss_that_takes_sums_over_a_batch_is_spared_and_named(fit, changes):
+    words = ("adapter=lora", "loss=ce_dice")
+    assert fit(79, *words) == "backbone.checkpointing=true"
+    assert fit(79, *words, "data.batch_size=2", "trainer.accumulate=4") == ""
+    (_, parts) = changes(60, *words, "head=linear")
+    named = (
+        "BatchNorm takes its statistics and loss=ce_dice takes its sums over the fewer samples: not the same training"
+    )
+    assert named in parts.reason and "at random" not in parts.reason
+
+
+def test_a_sum_whose_divisors_are_known_after_the_forward_pass_is_named(changes):
+    words = ["loss=ce_dice", "~loss.criterion.terms.dice", "~loss.criterion.factors.dice"]
+    hard = "{_target_: dinoseg.losses.cross_entropy.CrossEntropy, _partial_: true, hardest: 0.1}"
+    words += [f"+loss.criterion.terms.hard={hard}", "+loss.criterion.factors.hard=1.0"]
+    (_, parts) = changes(60, "adapter=lora", "head=linear", *words)
+    assert "loss=ce_dice takes its sums over the fewer samples" in parts.reason
+
+
+def test_more_go_through_at_once_where_there_is_room(fit):
+    words = ("adapter=frozen", "data.batch_size=2", "trainer.accumulate=3")
+    assert fit(60, *words) == "data.batch_size=6 trainer.accumulate=1"
+    assert fit(59, *words) == "data.batch_size=3 trainer.accumulate=2"
+
+
+def test_a_frozen_backbone_has_nothing_to_compute_again(fit):
+    assert fit(9, "adapter=frozen") is None
+
+
+def test_each_device_gets_as_many(fit):
+    assert fit(60, "adapter=lora", world=4) == ""
+    assert fit(59, "adapter=lora", world=4) == "data.batch_size=4 trainer.accumulate=2"
+    assert fit(49, "adapter=lora", world=4) == "backbone.checkpointing=true"
+    words = ("adapter=lora", "data.batch_size=12")
+    assert fit(69, *words, world=4) == "data.batch_size=4 trainer.accumulate=3"  # not 6, which 4 do not share
+
+
+def test_each_device_gets_as_many_as_the_head_needs(fit, monkeypatch):
+    monkeypatch.setattr(MlpHead, "least_batch", 2)
+    assert fit(50, "adapter=lora") == "backbone.checkpointing=true data.batch_size=2 trainer.accumulate=4"
+    assert fit(45, "adapter=lora", world=2) == "adapter.blocks=1 data.batch_size=4 trainer.accumulate=2"
+
+
+def test_one_image_of_a_single_cell_is_refused_where_batchnorm_sees_it(compose):
+    cell = ("head=linear", "resolution.crop=[8,8]")
+    check_batch(compose(*BASE, *cell, "data.batch_size=4"), 1, 2)
+    check_batch(compose(*BASE, "data.batch_size=3", "resolution.crop=[8,8]"), 1, 2)  # no BatchNorm
+    cfg = compose(*BASE, *cell, "data.batch_size=3")
+    told = (
+        r"data.batch_size=3: head=linear is trained on 2 images or more per device at resolution.crop=\[8,8\]. "
+        "Set data.batch_size=4, give a larger crop or choose another head."
+    )
+    with pytest.raises(UserError, match=told):
+        check_batch(cfg, 1, 2)
+    with pytest.raises(UserError, match=told):
+        Fitting(cfg, Target("cpu", UNIT, bf16=False, world=2))
+
+
+def test_no_part_is_one_image_of_a_single_cell(fit):
+    words = ("adapter=frozen", "head=linear", "resolution.crop=[8,8]", "data.batch_size=4")
+    assert fit(20, *words) == "data.batch_size=2 trainer.accumulate=2"
+    assert fit(19, *words) is None
+
+
+def test_a_step_is_asked_for_as_the_device_takes_it(compose, monkeypatch):
+    asked = []
+    monkeypatch.setattr(fitting, "LossBytes", lambda cfg, **how: asked.append(how))
+    monkeypatch.setattr(fitting, "step_bytes", lambda cfg, loss, **how: asked.append(how) or StepBytes(*[0] * 8))
+    words = (*BASE, "trainer.accumulate=3")
+    assert Fitting(compose(*words), Target("cuda", UNIT, bf16=True, world=2)).as_it_is.need == 2**30
+    first, second = {"bf16": True, "accelerator": True}, {"samples": 4, "accumulate": 3, "bf16": True, "world": 2}
+    assert asked == [first, second]
+
+
+def test_what_a_part_cannot_do_is_left_out_and_what_the_recipe_cannot_is_told(compose, monkeypatch):
+    refused = []
+
+    def take(cfg, loss, *, samples, **_):
+        if cfg.backbone.checkpointing or refused:
+            raise UserError("it cannot")
+        return StepBytes(*[0] * 7, peak=samples * UNIT)
+
+    monkeypatch.setattr(fitting, "step_bytes", take)
+    monkeypatch.setattr(fitting, "LossBytes", lambda *_, **__: SimpleNamespace(draws=False))
+    cfg, target = compose(*BASE, "adapter=lora"), Target("cpu", UNIT, bf16=False)
+    fits = Fitting(cfg, target, may_change_model=False)
+    assert fits.as_it_is.need > fits.target.memory and fits.found() is None
+    assert fits.least.cfg.data.batch_size == 1
+    refused.append(True)
+    with pytest.raises(UserError, match="it cannot"):
+        Fitting(cfg, target, may_change_model=False).found()
+
+
+@pytest.mark.parametrize(
+    ("text", "amount"),
+    [("24GiB", 24 * 2**30), ("24GB", 24 * 10**9), ("1.5 GiB", 3 * 2**29), ("800MiB", 800 * 2**20), ("2tb", 2 * 10**12)],
+)
+def test_amounts_are_read_with_their_units(text, amount):
+    assert memory_of(text) == amount
+
+
+@pytest.mark.parametrize("text", ["24", "24G", "GiB", "-1GiB", "0GB", "nan GB", "1e3GiB", "24 GiB free", "", "True"])
+def test_other_amounts_are_refused(text):
+    with pytest.raises(UserError, match="give an amount with its unit, such as 24GiB"):
+        memory_of(text)
+
+
+def test_what_lies_beside_tensors_counts():
+    step = StepBytes(*[0] * 7, peak=10**9)
+    assert Target("cuda", 0, bf16=True).need(step) == 1_080_000_000 + 2**30
+    assert Target("cpu", 0, bf16=True, seen=0.5).need(step) == 875_000_000 + 3 * 2**27
+    holes = StepBytes(*[0] * 7, peak=10**9, heap=2 * 10**9)
+    assert Target("cpu", 0, bf16=True).need(holes) == 2_400_000_000 + 3 * 2**27
+
+
+def test_a_changed_config_is_one_of_its_own(compose):
+    cfg = compose(*BASE)
+    change = fitting.Change({"adapter": "lora", "adapter.blocks": 1, "data.batch_size": 2}, "")
+    new = changed(cfg, (change,))
+    assert (new.choices.adapter, new.adapter.blocks, new.adapter.rank, new.data.batch_size) == ("lora", 1, 16, 2)
+    assert (cfg.choices.adapter, cfg.data.batch_size) == ("full", 8)
+    assert new.adapter.device == "cpu" and str(change) == "adapter=lora adapter.blocks=1 data.batch_size=2"

@@ -1,0 +1,57 @@
+"""Operations of a step are those that can be counted by hand, whatever is computed again."""
+
+from itertools import count
+from types import SimpleNamespace
+
+import pytest
+import torch
+from command_line import SMALL
+from torch.utils.flop_counter import FlopCounterMode
+
+from dinoseg.autotune import flops
+from dinoseg.autotune.flops import matrix_peak, step_flops
+from dinoseg.autotune.stand_in import drawn_batch
+from dinoseg.experiment import build, criteria
+
+BASE = [*SMALL, "engine.precision=fp32", "resolution.crop=[64,48]"]
+
+
+def test_a_step_is_what_is_counted_by_hand(compose):
+    """Two blocks of width 24 and hidden width 48 on 8 x 6 cells and five tokens beside them."""
+    cells, width, hidden, samples = 48, 24, 48, 3
+    tokens = cells + 5
+    block = 2 * tokens * (4 * width**2 + 2 * width * hidden) + 2 * 2 * tokens**2 * width
+    patches, head = 2 * cells * 3 * 8 * 8 * width, 2 * cells * width * 2
+    frozen = step_flops(compose(*BASE, "adapter=frozen", "head.layers=[-1]"), samples, bf16=False)
+    forward = samples * (patches + 2 * block + head)
+    assert frozen == pytest.approx(forward + 2 * samples * head, rel=0.02)
+    words = (*BASE, "adapter=full", "head.layers=[-1]")
+    whole = step_flops(compose(*words), samples, bf16=False)
+    assert whole == pytest.approx(3 * forward, rel=0.1)  # attention goes backward in five products for two
+    assert step_flops(compose(*words, "backbone.checkpointing=true"), samples, bf16=False) == whole
+    assert step_flops(compose(*words), 2 * samples, bf16=False) == 2 * whole
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("adapter=lora", "head=eomt", "head.blocks=1", "loss=mask_classification"),
+        ("adapter=frozen", "head=split", "head.blocks=1", "head.layers=[-1]"),
+    ],
+)
+def test_a_step_is_what_is_counted_over_a_real_one(compose, words):
+    cfg = compose(*BASE, *words)
+    model, batch, loss = build.model(cfg, untrained=True).train(), drawn_batch(cfg, 2), criteria.unweighted(cfg)
+    with FlopCounterMode(display=False) as forward:
+        prediction = model(batch.image)
+    value, _ = loss(prediction, batch)
+    with FlopCounterMode(display=False) as backward:
+        value.backward()
+    assert step_flops(cfg, 2, bf16=False) == forward.get_total_flops() + backward.get_total_flops() > 1_000_000
+
+
+def test_a_device_multiplies_at_some_rate(monkeypatch):
+    assert 1e8 < matrix_peak(torch.device("cpu"), torch.float32) < 1e15
+    monkeypatch.setattr(flops, "_SIDES", {"cpu": 8})
+    monkeypatch.setattr(flops, "time", SimpleNamespace(perf_counter=count().__next__))  # a second for each product
+    assert matrix_peak(torch.device("cpu"), torch.bfloat16) == 2 * 8**3

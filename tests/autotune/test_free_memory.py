@@ -1,0 +1,76 @@
+"""What has to change so that a step fits the memory of each device; what a step needs is made up."""
+
+import math
+
+import pytest
+from command_line import SMALL
+
+from dinoseg.autotune.memory import Memory
+from dinoseg.config.nodes import instantiate
+from dinoseg.experiment import build
+from dinoseg.inference.memory import OutOfMemory
+
+
+@pytest.fixture
+def asked(compose, monkeypatch):
+    """Return a function that gives memory of which so much is free, and a config whose samples need what `of` says."""
+    monkeypatch.setattr("dinoseg.autotune.target.Target.need", lambda target, step: step)
+
+    def ask(of, free, *words, given=(), ranks=1):
+        monkeypatch.setattr("dinoseg.autotune.memory.free_bytes", lambda device: free)
+        monkeypatch.setattr("dinoseg.autotune.fitting.step_bytes", lambda cfg, loss, *, samples, **_: of(cfg, samples))
+        cfg = compose("mode=train", *SMALL, "data.classes=[a,b]", "data.batch_size=4", *words)
+        engine, backbone = instantiate(cfg.engine, instead={"devices": 1}), build.outline(cfg).backbone
+        return Memory(engine, frozenset(given), backbone, ranks), cfg
+
+    return ask
+
+
+def needs(cfg, samples):
+    return 25 * samples
+
+
+def fits(memory, cfg):
+    return memory.fits(cfg)
+
+
+def test_a_step_fits_what_is_free_to_the_byte_as_each_device_has_its_share(asked):
+    assert fits(*asked(needs, 100)) and not fits(*asked(needs, 99))
+    assert fits(*asked(needs, 50, "engine.devices=2")) and not fits(*asked(needs, 49, "engine.devices=2"))
+    assert fits(*asked(needs, 100, "engine.devices=2", ranks=2))  # which share a machine's memory
+    assert not fits(*asked(needs, 99, "engine.devices=2", ranks=2))
+
+
+def test_what_fits_to_the_byte_stays_as_it_is_and_is_counted_in_the_precision_it_has(asked):
+    memory, cfg = asked(needs, 100, "engine.precision=fp32")
+    assert memory.changes(cfg) == [] and not memory._need(cfg)[0].target.bf16
+    memory, cfg = asked(needs, 100, "engine.precision=bf16")
+    assert memory._need(cfg)[0].target.bf16
+
+
+def test_ample_memory_is_known_without_an_exact_estimate(asked):
+    memory, cfg = asked(lambda *_: pytest.fail("estimated"), 2**32)
+    assert memory.fits(cfg) and memory.changes(cfg) == []
+
+
+def test_what_is_not_known_fits(asked):
+    memory, cfg = asked(needs, 1)
+    cfg.engine.sharding = "full"
+    assert memory.fits(cfg) and memory.changes(cfg) == []
+    assert fits(*asked(needs, math.inf))
+
+
+def test_nothing_that_was_typed_changes(asked):
+    memory, cfg = asked(needs, 30)
+    assert memory.changes(cfg)[0].words == {"data.batch_size": 1, "trainer.accumulate": 4}
+    memory, cfg = asked(needs, 30, given={"data.batch_size"})
+    assert memory.changes(cfg) == []
+
+    def of(cfg, samples):
+        return 101 if cfg.choices.adapter == "full" else 99
+
+    memory, cfg = asked(of, 100, "adapter=full")
+    assert memory.changes(cfg)[0].words == {"adapter": "lora"}
+    memory, cfg = asked(of, 100, "adapter=full", given={"adapter"})
+    with pytest.raises(OutOfMemory, match="A training step takes about"):
+        memory.changes(cfg)

@@ -1,0 +1,142 @@
+"""Choices as files: kept, and as a recipe."""
+
+import json
+
+import pytest
+import yaml
+from hydra import initialize_config_dir
+from omegaconf import OmegaConf
+
+from dinoseg.__main__ import CONFIGS
+from dinoseg.autotune.kept import GROUPS, NAME, read_choices, recipe_text, told, write_choices
+from dinoseg.autotune.rules import Choice
+from dinoseg.config.resolvers import register_resolvers
+from dinoseg.experiment.composed import composed_with, searching, typed_keys
+from dinoseg.utils.forms import Misshapen
+
+CHOICES = [
+    Choice({"head": "detail"}, "poles are thin"),
+    Choice({"adapter": "full"}, "small"),
+    Choice({"loss": "ce_dice", "loss.weights": {"pole": 3.0, "thin sign": 2.0}}, "overlap"),
+    Choice({"resolution.crop": [352, 480], "optim.optimizer.head_lr": 1e-05}, "whole images"),
+    Choice({"data.views": 4, "data.batch_size": 2}, "kept"),
+    Choice({"backbone.checkpointing": True}, "memory"),
+]
+
+
+def test_what_is_kept_is_read_back_equal(tmp_path):
+    path = tmp_path / "cache" / "choices.json"
+    assert read_choices(path) is None
+    write_choices(path, "few images", CHOICES)
+    assert read_choices(path) == ("few images", CHOICES)
+
+
+def test_what_would_not_be_read_back_is_not_written(tmp_path):
+    with pytest.raises(Misshapen, match="data.root"):
+        write_choices(tmp_path / "choices.json", "x", [Choice({"data.root": "elsewhere"}, "")])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        {"head._target_": "os.system"},
+        {"_target_": "x"},
+        {"head": "${oc.env:HOME}"},
+        {"head": {"_target_": "os.system"}},
+        *({"loss.weights": {name: 3.0}} for name in ("_target_", "_partial_", "_args_", "_convert_", "_recursive_")),
+        {"head": "../x"},
+        *({group: value} for group in GROUPS for value in (True, 3, [1], {"a": 1})),
+        {"data.batch_size": "2\nhead: x"},
+        {"data.root": "elsewhere"},
+        {"hydra.run": 3},
+        {"trust": [1]},
+        {"data.batch_size": [[1]]},
+        ["head"],
+        3,
+    ],
+)
+def test_a_damaged_file_is_none_and_is_told(tmp_path, caplog, words):
+    path = tmp_path / "choices.json"
+    path.write_text(json.dumps({"about": "x", "choices": [{"words": words, "reason": "y"}]}))
+    assert read_choices(path) is None and "choosing anew" in caplog.text
+    path.write_text("{")
+    assert read_choices(path) is None
+
+
+def test_each_choice_is_a_line_with_its_reason():
+    assert told(CHOICES[2:4]) == [
+        "  loss=ce_dice loss.weights={pole: 3, thin sign: 2}: overlap.",
+        "  resolution.crop=[352,480] optim.optimizer.head_lr=1e-05: whole images.",
+    ]
+
+
+@pytest.fixture
+def composing():
+    register_resolvers()
+    with initialize_config_dir(CONFIGS, version_base="1.3"):
+        yield
+
+
+def test_a_recipe_composes_below_what_is_typed(composing):
+    text = recipe_text("few images", CHOICES)
+    assert text.startswith("# @package _global_\n") and "# head: poles are thin\n" in text
+    words = ["mode=train", "hparam=auto", "head=mlp", "data.batch_size=3", "data.classes=[a,b]"]
+    cfg = composed_with(words, NAME, text, known_as="auto")
+    assert (cfg.choices.head, cfg.choices.adapter, cfg.choices.loss, cfg.choices.hparam) == (
+        *("mlp", "full", "ce_dice"),
+        "auto",
+    )
+    assert cfg.data.batch_size == 3 and cfg.data.views == 4 and cfg.resolution.crop == [352, 480]
+    assert cfg.optim.optimizer.head_lr == 1e-5
+    assert typed_keys(words) == {"mode", "hparam", "head", "data.batch_size", "data.classes"}
+
+
+def test_a_recipe_without_groups_composes(composing):
+    cfg = composed_with([], NAME, recipe_text("x", CHOICES[4:5]), known_as="auto")
+    assert cfg.data.batch_size == 2 and cfg.choices.head == "linear"
+
+
+@pytest.mark.parametrize("end", ["\n", "\r", "\x85", "\u2028", "\u2029", "\x0b", "\x00", "\ud800", "\ufffe"])
+def test_a_name_that_ends_a_comment_says_nothing(end):
+    name = f"pole{end}engine: {{_target_: os.system}}{end}"
+    text = recipe_text(f"without a pixel: {name}", [Choice({"head": "detail"}, f"{name} is thin")])
+    assert yaml.safe_load(text) == {"defaults": [{"override /head": "detail"}]}
+    assert len(told([Choice({"head": "detail"}, f"{name} is thin")])[0].split("\n")) == 1
+
+
+def test_of_two_options_of_a_group_the_later_is_taken():
+    text = recipe_text("x", [Choice({"adapter": "full"}, "time"), Choice({"adapter": "lora"}, "memory")])
+    assert yaml.safe_load(text) == {"defaults": [{"override /adapter": "lora"}]}
+
+
+@pytest.mark.parametrize("name", ["more", "more of them", "a,b", "it's", "a=b", "[x]"])
+def test_folders_of_any_name_are_searched_beside(composing, tmp_path, name):
+    part = tmp_path / name / "head" / "mine.yaml"
+    part.parent.mkdir(parents=True)
+    part.write_text("defaults: [linear]\nlr: 0.5\n")
+    words = [searching([f"file://{tmp_path / name}"]), "head=mine"]
+    assert composed_with(words, NAME, recipe_text("x", CHOICES[4:5]), known_as="auto").head.lr == 0.5
+
+
+def test_classes_have_their_names_in_a_recipe(composing, tmp_path):
+    names = [
+        "höhe",
+        "\U0001f6b2",
+        'a"b: {',
+        "no",
+        "1e3",
+        "null",
+        "~",
+        "_background_",
+        "it's, a.b",
+        "lead ",
+        "2024-01-01",
+    ]
+    words = {"loss": "ce_dice", "loss.weights": dict.fromkeys(names, 3.0), "loss.criterion.factors.dice": 2.0}
+    choices = [Choice(words, "")]
+    write_choices(tmp_path / "choices.json", "x", choices)
+    assert read_choices(tmp_path / "choices.json") == ("x", choices)
+    cfg = composed_with([], NAME, recipe_text("x", choices), known_as="auto")
+    saved = OmegaConf.create(OmegaConf.to_yaml(cfg.loss))
+    assert cfg.loss.weights == saved.weights == dict.fromkeys(names, 3.0)
+    assert cfg.loss.criterion.factors.dice == 2.0

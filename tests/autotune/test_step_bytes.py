@@ -1,0 +1,202 @@
+"""A step's bytes are those that a real training makes, and sums that can be done by hand."""
+
+from functools import partial
+from importlib import import_module
+from itertools import repeat
+
+import pytest
+import torch
+from command_line import SMALL
+
+from dinoseg.autotune.heap import HeapBytes
+from dinoseg.autotune.stand_in import drawn_batch, image_shape
+from dinoseg.autotune.step_bytes import LossBytes, outline, step_bytes
+from dinoseg.autotune.trial import try_steps
+from dinoseg.config.nodes import instantiate
+from dinoseg.core.shapes import ClipBatch
+from dinoseg.experiment import build
+from dinoseg.inference.memory import PeakBytes
+from dinoseg.inference.walk import walking
+from dinoseg.models.model import trained_names
+from dinoseg.tasks.least_batch import least_batch
+from dinoseg.utils.errors import UserError
+
+BASE = [*SMALL, "engine.precision=fp32", "data.classes=[a,b,c]", "data.batch_size=3", "resolution.crop=[64,48]"]
+FOUR = [*BASE, "adapter=frozen", "backbone.arch.num_hidden_layers=4"]
+MASKS = ["head=mask2former", "head.num_heads=1", "head.num_queries=5"]
+SLOTS = [
+    *("hparam=dinosavi/control", "data=movi", *SMALL[4:9], "adapter=frozen", "resolution.crop=[64,64]"),
+    *("engine=cpu", "engine.precision=fp32"),
+    *("head.slot_dim=16", "head.hidden_dim=16", "head.decoder_dim=16", "data.batch_size=2", "data.clips.cut.length=3"),
+]
+
+
+def foretold(cfg, **given):
+    given = {"samples": cfg.data.batch_size, "accumulate": cfg.trainer.accumulate, "bf16": False, **given}
+    return step_bytes(cfg, LossBytes(cfg, bf16=False, accelerator=False), **given)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize(
+    "words",
+    [
+        [*BASE, "adapter=full", "trainer.ema=0.9"],
+        [*BASE, "adapter=full", "backbone.checkpointing=true", "loss=lovasz"],
+        [*BASE, "adapter=lora", "adapter.rank=2", "head=cnn", "head.channels=16", "trainer.accumulate=3"],
+        [*FOUR, *MASKS, "loss=mask_classification"],
+        [*FOUR, *MASKS, "loss=cross_entropy"],
+        SLOTS,
+    ],
+    ids=["full", "checkpointing", "accumulate", "masks", "mixture", "clips"],
+)
+def test_the_peak_is_that_of_a_real_training(compose, words):
+    cfg = compose(*words)
+    step, engine = foretold(cfg), instantiate(cfg.engine)
+    with PeakBytes() as peak:
+        batches = repeat(drawn_batch(cfg, cfg.data.batch_size))
+        try_steps(cfg, partial(build.model, cfg, untrained=True), engine, batches, steps=2)
+    assert step.peak == pytest.approx(peak.most, rel=0.06)
+
+
+def test_parts_are_what_a_model_and_its_graph_hold(compose):
+    """By hooks on what autograd keeps, which know nothing of how storages are counted."""
+    cfg = compose(*BASE, "adapter=lora", "adapter.rank=2", "adapter.dropout=0.0", "head=mlp", "trainer.ema=0.9")
+    step, model = foretold(cfg, world=2), build.model(cfg, untrained=True).train()
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    own = {t.untyped_storage().data_ptr(): t.nbytes for t in [*model.parameters(), *model.buffers()]}
+    assert step.weights == sum(own.values())
+    assert (step.gradients, step.optimizer, step.ranks) == (trained, 2 * trained, trained)
+    assert step.average == sum(t.nbytes for t in model.state_dict().values())  # a random backbone is held whole
+    cfg.backbone.weights = "given"
+    assert not [name for name in trained_names(outline(cfg)[0]) if name.startswith("backbone.") and "lora" not in name]
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        prediction = model(drawn_batch(cfg, 3).image)
+    keep(prediction.outputs)
+    by_hand = sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in own)
+    assert step.activations == pytest.approx(by_hand, rel=0.02)
+
+
+def test_more_samples_and_less_that_is_kept_show(compose):
+    cfg = compose(*BASE, "adapter=full")
+    one, four = foretold(cfg, samples=1), foretold(cfg, samples=4)
+    assert four.weights == one.weights and 3.8 < four.activations / one.activations < 4.05
+    again = foretold(compose(*BASE, "adapter=full", "backbone.checkpointing=true"), samples=4)
+    assert again.activations < 0.6 * four.activations and again.weights == four.weights
+    frozen = foretold(compose(*BASE, "adapter=frozen"), samples=4)
+    assert frozen.activations < 0.2 * four.activations and frozen.optimizer < 0.2 * four.optimizer
+    half = foretold(cfg, samples=4, bf16=True)
+    assert 0.5 < half.activations / four.activations < 0.9
+
+
+def test_quantised_weights_take_their_bits(compose):
+    words = [*BASE, "adapter=lora", "adapter.rank=2"]
+    whole, four = foretold(compose(*words)), foretold(compose(*words, "adapter.bits=4"))
+    linear = 2 * (4 * 24 * 24 + 2 * 24 * 48)  # of two blocks
+    assert whole.weights - four.weights == pytest.approx((4 - 0.516) * linear, abs=8)
+    assert four.optimizer == whole.optimizer
+
+
+def test_larger_tiles_of_an_accelerator_are_counted_and_holes_of_a_heap(compose, monkeypatch):
+    cfg, threads = compose(*BASE, "adapter=frozen"), []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    here, there = (LossBytes(cfg, bf16=False, accelerator=there) for there in (False, True))
+    assert there.of(1) - here.of(1) == 4 * 4 * 3 * 64 * 48
+    assert threads == 4 * [1, torch.get_num_threads()]  # of two losses each, and given back
+    monkeypatch.setattr(HeapBytes, "grown", property(lambda _: 10**6, lambda *_: None), raising=False)
+    step = step_bytes(cfg, here, samples=1, accumulate=1, bf16=False)
+    assert step.heap == 10**6 + step.loss + step.optimizer + step.average + step.ranks
+
+
+def test_nothing_that_was_walked_is_left_behind(compose):
+    """Transformers keeps the positions of DINOv3 by their size: those without numbers would be used in training."""
+    cfg = compose(*BASE, "adapter=frozen")
+    foretold(cfg)
+    model = build.model(cfg, untrained=True)
+    assert torch.isfinite(model(drawn_batch(cfg, 1).image).scores()).all()
+
+
+def test_what_a_module_keeps_that_a_walk_has_imported_is_forgotten(tmp_path, monkeypatch):
+    (tmp_path / "keeping.py").write_text("import functools\n\n\n@functools.cache\ndef kept():\n    return 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with walking():
+        pass
+    with walking():
+        keeping = import_module("keeping")
+        keeping.kept()
+    assert keeping.kept.cache_info().currsize == 0
+
+
+def test_a_cache_that_a_walk_has_not_filled_is_kept(tmp_path, monkeypatch):
+    (tmp_path / "elsewhere.py").write_text("import functools\n\n\n@functools.cache\ndef kept():\n    return object()\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    kept = import_module("elsewhere").kept
+    before = kept()
+    with walking():
+        assert kept() is before
+    assert kept() is before
+
+
+def test_drawn_batches_have_the_recipe_s_sizes_and_classes(compose):
+    cfg = compose(*BASE, "resolution.crop=[33,7]")
+    batch = drawn_batch(cfg, 5)
+    assert batch.image.shape == (5, 3, 33, 7) and batch.mask.shape == (5, 33, 7) and len(batch.names) == 5
+    assert batch.image.dtype == batch.mask.dtype == torch.uint8 and set(batch.mask.unique().tolist()) <= {0, 1, 2}
+    assert torch.equal(drawn_batch(cfg, 5).image, batch.image) and batch.image.float().std() > 60
+    clips = drawn_batch(compose(*SLOTS), 2)
+    assert isinstance(clips, ClipBatch) and clips.image.shape == (2, 3, 3, 64, 64)
+
+
+def test_clips_as_long_as_their_videos_have_no_size(compose):
+    with pytest.raises(UserError, match="data.clips.cut.length=None: how many frames"):
+        image_shape(compose(*SLOTS, "data.clips.cut.length=null"))
+    with pytest.raises(UserError, match="data=camvid has no clips"):
+        image_shape(compose("data=camvid", "data.root=x", "trainer.feed=clips"))
+
+
+@pytest.mark.parametrize(
+    ("words", "draws"),
+    [
+        ([*BASE, "adapter=lora", "adapter.rank=2", "adapter.dropout=0", "head=mlp"], False),
+        ([*BASE, "adapter=frozen", "head=cnn", "head.channels=16"], True),
+        ([*FOUR, *MASKS, "head.drop_path=0", "loss=mask_classification"], True),
+    ],
+    ids=["nothing", "dropout", "points"],
+)
+def test_what_draws_at_random_is_known(compose, words, draws):
+    assert LossBytes(compose(*words), bf16=False, accelerator=False).draws is draws
+
+
+ONE_CELL = ("resolution.crop=[8,8]", "data.batch_size=1")
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize(
+    ("words", "least"),
+    [
+        (["head=linear"], 2),
+        (["head=detail", "head.layers=[0,1]"], 2),
+        (["head=cnn"], 2),
+        (["head=mlp"], 1),
+        (["head=linear", "resolution.crop=[8,9]"], 1),
+        (["head=linear", "resolution.crop=[16,16]", "resolution.scale=0.5"], 2),
+        (["head=dpt", "head.layers=[0,0,1,1]", "head.out_channels=[8,8,8,8]", "head.features=8"], 2),
+        (["head=upernet", "head.layers=[0,0,1,1]", "head.channels=8"], 2),
+        (["head=linear", "resolution.crop=[8,40]"], 1),
+    ],
+    ids=str,
+)
+def test_at_least_as_many_samples_as_a_real_step_can_take(compose, words, least):
+    cfg = compose(*BASE, *ONE_CELL, *words)
+    assert least_batch(cfg) == least
+    model = build.model(cfg, untrained=True).train()
+    model(drawn_batch(cfg, least).image)
+    if least > 1:
+        with pytest.raises((ValueError, UserError)):
+            model(drawn_batch(cfg, least - 1).image)
+    assert LossBytes(cfg, bf16=False, accelerator=False).of(4) > 0

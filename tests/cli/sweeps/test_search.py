@@ -1,0 +1,303 @@
+"""hydra/sweeper=optuna: values are searched for, and a search that was ended goes on."""
+
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
+
+import pytest
+from hydra.core.plugins import Plugins
+from omegaconf import OmegaConf
+
+from dinoseg.cli.sweeps.told import Told
+from dinoseg.utils import locks
+from dinoseg.utils.errors import UserError
+
+pytest.importorskip("optuna")
+from hydra.core.override_parser.overrides_parser import OverridesParser  # noqa: E402
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution  # noqa: E402
+
+from dinoseg.cli.sweeps.search import Search, _values  # noqa: E402
+from dinoseg.cli.sweeps.study import open_study  # noqa: E402
+
+WORDS = ["mode=train", "lr=tag(log,interval(1e-4,1e-1))", "head=linear,mlp"]
+SPACE = {"lr": FloatDistribution(1e-4, 1e-1, log=True), "head": CategoricalDistribution(["linear", "mlp"])}
+SAID = ["miou", "maximize", *WORDS[1:]]
+
+
+class Jobs:
+    """A launcher whose jobs score by their learning rate."""
+
+    def __init__(self, does=None):
+        self.done, self.does = {}, does or (lambda number, rate: {"miou": rate, "loss": -rate})
+
+    def launch(self, jobs, initial_job_idx):
+        returned = []
+        for number, words in enumerate(jobs, start=initial_job_idx):
+            assert words[0] == "mode=train"
+            self.done[number] = dict(word.split("=") for word in words)
+            returned.append(SimpleNamespace(return_value=self.does(number, float(self.done[number]["lr"]))))
+        return returned
+
+
+def search(folder, jobs, words=WORDS, **options):
+    defaults = dict(trials=4, at_once=1, score="miou", direction="maximize", sampler="tpe", seed=0)
+    made = Search(**{"storage": str(folder / "search.log"), **defaults, **options})
+    config = OmegaConf.create({"hydra": {"sweep": {"dir": str(folder)}}})
+    with patch.object(Plugins, "instantiate_launcher", lambda *_, **__: jobs):
+        made.setup(hydra_context=SimpleNamespace(config_loader=None), task_function=None, config=config)
+    made.sweep(list(words))
+
+
+def test_what_was_good_is_tried_more_and_the_same_seed_chooses_the_same(tmp_path):
+    first, second, other = Jobs(), Jobs(), Jobs()
+    search(tmp_path / "a", first, trials=40)
+    search(tmp_path / "b", second, trials=40)
+    search(tmp_path / "c", other, trials=4, seed=1)
+    rates = [float(job["lr"]) for job in first.done.values()]
+    assert first.done == second.done and [*first.done] == list(range(40))
+    assert all(1e-4 <= rate <= 1e-1 for rate in rates)
+    assert {job["head"] for job in first.done.values()} == {"linear", "mlp"}
+    later, sooner = (sum(rate > 0.02 for rate in part) / len(part) for part in (rates[20:], rates[:10]))
+    assert later > 2 * sooner and other.done[0] != first.done[0]
+    lowest = Jobs()
+    search(tmp_path / "d", lowest, trials=40, score="loss", direction="maximize")
+    assert sum(float(job["lr"]) < 1e-3 for job in [*lowest.done.values()][20:]) > 10
+
+
+def test_a_killed_search_runs_again_what_was_running_and_comes_to_its_number(tmp_path):
+    def killed(number, rate):
+        if number == 3:
+            raise KeyboardInterrupt
+        return {"miou": rate}
+
+    whole, begun, rest = Jobs(), Jobs(killed), Jobs()
+    search(tmp_path / "whole", whole, trials=6)
+    with pytest.raises(KeyboardInterrupt):
+        search(tmp_path / "cut", begun, trials=6)
+    with open(tmp_path / "cut/search.log", "a", encoding="utf-8") as file:
+        file.write('{"op_code":6,"worker')  # cut off by the kill
+    search(tmp_path / "cut", rest, trials=6)
+    assert [*begun.done] == [0, 1, 2, 3] and [*rest.done] == [4, 5, 6]
+    assert rest.done[4] == begun.done[3] == whole.done[3]
+    none, more = Jobs(), Jobs()
+    search(tmp_path / "cut", none, trials=6)
+    search(tmp_path / "cut", more, trials=7)
+    assert not none.done and [*more.done] == [7] and more.done[7]["lr"] != begun.done[3]["lr"]
+
+
+def test_jobs_that_are_chosen_together_are_launched_together_and_no_more_than_asked(tmp_path):
+    jobs, batches = Jobs(), []
+    launch = jobs.launch
+    jobs.launch = lambda several, initial_job_idx: (batches.append(len(several)), launch(several, initial_job_idx))[1]
+    search(tmp_path, jobs, trials=5, at_once=2, sampler="random")
+    assert batches == [2, 2, 1] and len({job["lr"] for job in jobs.done.values()}) == 5
+
+
+@pytest.mark.parametrize(("at_once", "apart"), [(1, False), (2, True)])
+def test_jobs_that_are_chosen_together_lie_apart(tmp_path, monkeypatch, at_once, apart):
+    import optuna
+
+    given = {}
+    monkeypatch.setattr(optuna.samplers, "TPESampler", lambda **options: given.update(options))
+    Search("search.log", 4, at_once, "miou", "maximize", "tpe", 7)._sampler(3)
+    assert given == {"seed": 10, "constant_liar": apart}
+
+
+@pytest.mark.parametrize("fault", [{"error": "no"}, {"loss": 1.0}, {"miou": float("nan")}, {"miou": None}, None])
+def test_jobs_without_a_score_count_and_three_of_them_with_no_other_end_it(tmp_path, fault, capsys):
+    hopeless, once = Jobs(lambda number, rate: fault), Jobs(lambda number, rate: {"miou": 0.5} if number else fault)
+    later = Jobs(lambda number, rate: fault if number else {"miou": 0.5})
+    search(tmp_path / "a", hopeless, trials=9)
+    search(tmp_path / "b", once, trials=5)
+    search(tmp_path / "c", later, trials=5)
+    assert [*hopeless.done] == [0, 1, 2] and [*once.done] == [*later.done] == [0, 1, 2, 3, 4]
+    assert "None of 3 jobs has a score" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"trials": 0}, "hydra.sweeper.trials=0: give a whole number"),
+        ({"trials": True}, "hydra.sweeper.trials=True: give a whole number"),
+        ({"at_once": "2"}, "hydra.sweeper.at_once=2: give a whole number"),
+        ({"seed": None}, "hydra.sweeper.seed=None: give a whole number of at least 0 and at most 2147483648"),
+        ({"seed": -1}, "hydra.sweeper.seed=-1: give a whole number"),
+        ({"score": None}, "hydra.sweeper.score=None: give text, such as miou"),
+        ({"storage": ""}, "hydra.sweeper.storage=: give text"),
+        ({"words": ["mode=train", "lr=range(5,1)"]}, "holds no value"),
+        ({"direction": "up"}, "Choose maximize or minimize"),
+        ({"sampler": "grid"}, "Choose tpe or random"),
+        ({"words": ["mode=train", "lr=0.1"]}, "no key has several values"),
+        ({"words": ["mode=train", "lr=tag(log,interval(0,1))"]}, "of numbers above 0"),
+        ({"words": ["mode=train", "lr=interval(2,1)"]}, "from the lower to the higher end"),
+    ],
+)
+def test_what_cannot_be_searched_is_refused(tmp_path, options, said):
+    jobs = Jobs()
+    with pytest.raises(UserError, match=said):
+        search(tmp_path, jobs, **options)
+    assert not jobs.done
+
+
+def test_a_storage_is_of_one_search_and_one_process(tmp_path):
+    search(tmp_path, Jobs(), trials=1)
+    with pytest.raises(UserError, match="holds another search"):
+        search(tmp_path, Jobs(), words=[*WORDS[:2], "head=linear"])
+    with pytest.raises(UserError, match="holds another search"):
+        search(tmp_path, Jobs(), score="loss")
+    held = locks.acquire(tmp_path / "search.log.own")
+    try:
+        with pytest.raises(UserError, match="Another process searches with"):
+            search(tmp_path, Jobs())
+    finally:
+        locks.release(held)
+
+
+def ended(number, rate):
+    raise KeyboardInterrupt
+
+
+def begun(folder, words=WORDS):
+    """Leave a search whose first job is at work, and return that job's rate."""
+    jobs = Jobs(ended)
+    with pytest.raises(KeyboardInterrupt):
+        search(folder, jobs, words)
+    return jobs.done[0]["lr"]
+
+
+@pytest.mark.parametrize(("note", "numbers"), [("", {"miou": 0.5}), ("broken", {})])
+def test_a_job_that_outlived_its_search_is_not_run_again(tmp_path, capsys, note, numbers):
+    begun(tmp_path)
+    row = {"words": {}, "job": 0, "process": 1, "note": note, "returned": numbers}
+    Told(tmp_path).begin(0)  # as a launcher's process does
+    Told(tmp_path).tell(0, row)
+    rest = Jobs()
+    search(tmp_path, rest)
+    assert [*rest.done] == [1, 2, 3] and not capsys.readouterr().err  # that failed: it says itself why
+
+
+def test_a_job_that_is_run_again_does_not_begin_any_more(tmp_path, capsys):
+    rate, rest = begun(tmp_path), Jobs()
+    Told(tmp_path).take(takes_over=True)
+    search(tmp_path, rest)
+    assert [*rest.done] == [1, 2, 3, 4] and rest.done[1]["lr"] == rate
+    with pytest.raises(SystemExit) as end:
+        Told(tmp_path).begin(0)
+    assert end.value.code == 0 and "another job of the search has taken the place" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", [b"notes", b"\x80weights\n\n", b"[]\n", b'{"op_code":6,"w":1}\n'])
+def test_a_file_that_is_no_search_is_left_as_it_is(tmp_path, text):
+    (tmp_path / "search.log").write_bytes(text)
+    with pytest.raises(UserError, match="search.log holds something else than a search"):
+        search(tmp_path, Jobs())
+    assert (tmp_path / "search.log").read_bytes() == text
+
+
+def change(entry):
+    """Return a change of the storage: each line that has all of an entry's keys gets its values."""
+
+    def changed(lines):
+        return [line | entry if entry.keys() <= line.keys() else line for line in lines]
+
+    return changed
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        change({"op_code": 99}),
+        change({"directions": [1, 2]}),
+        change({"directions": [1]}),
+        change({"user_attr": {"words": 5}}),
+        change({"values": ["1"]}),
+        change({"values": [float("inf")]}),
+        change({"values": [1.0, 2.0]}),
+        change({"values": None}),
+        change({"param_value_internal": 7.0}),
+        change({"distribution": '{"name": "IntDistribution", "attributes": {"low": 1, "high": 9}}'}),
+        lambda lines: [line for line in lines if "user_attr" not in line],
+        lambda lines: [*lines, 5],
+        lambda lines: [*lines, {}],
+    ],
+)
+def test_a_damaged_storage_is_refused(tmp_path, damage):
+    search(tmp_path, Jobs(), trials=1)
+    path = tmp_path / "search.log"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(line, separators=(",", ":")) + "\n" for line in damage(lines)))
+    jobs = Jobs()
+    with pytest.raises(UserError, match="search.log (is damaged|holds another search|holds something else)"):
+        search(tmp_path, jobs)
+    assert not jobs.done
+
+
+def test_a_job_that_waits_is_held_to_what_is_searched_too(tmp_path):
+    begun(tmp_path)
+    study = open_study(tmp_path / "search.log", "maximize", SPACE, SAID, ["mode=train"])
+    study.enqueue_trial({"lr": 7.0, "head": "mlp"})
+    with pytest.raises(UserError, match="search.log is damaged .*job 1 has lr=7.0"):
+        search(tmp_path, jobs := Jobs())
+    assert not jobs.done
+
+
+def test_a_job_drawn_from_other_values_is_refused_though_its_own_are_allowed(tmp_path):
+    search(tmp_path, Jobs(), trials=1)
+    narrow = SPACE | {"lr": FloatDistribution(1e-4, 0.1 + 1e-9, log=True)}
+    with pytest.raises(UserError, match="lr of job 0 was drawn from other values"):
+        open_study(tmp_path / "search.log", "maximize", narrow, SAID, ["mode=train"])
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])
+def test_a_storage_that_is_no_file_is_refused(tmp_path, make):
+    make(tmp_path / "search.log")
+    with pytest.raises(UserError, match="search.log is a (folder|named pipe). Put a file there"):
+        search(tmp_path, Jobs())
+
+
+@pytest.mark.parametrize("left", [b"", b'{"op_co', b'{"op_code":0,"worker'])
+def test_what_a_kill_has_left_of_the_first_line_begins_anew(tmp_path, left):
+    (tmp_path / "search.log").write_bytes(left)
+    search(tmp_path, jobs := Jobs(), trials=1)
+    assert [*jobs.done] == [0]
+
+
+def test_a_lock_of_a_killed_process_is_not_waited_for(tmp_path):
+    (tmp_path / "search.log.lock").symlink_to("somewhere/search.log")
+    search(tmp_path, jobs := Jobs(), trials=1)
+    assert [*jobs.done] == [0]
+
+
+def test_a_wrong_interval_can_be_mended_and_other_fixed_words_are_told(tmp_path, capsys):
+    with pytest.raises(UserError, match="from the lower"):
+        search(tmp_path, Jobs(), words=["mode=train", "lr=interval(2,1)"])
+    search(tmp_path, Jobs(), words=["mode=train", "lr=interval(1,2)"], trials=1)
+    assert not capsys.readouterr().err
+    search(tmp_path, Jobs(), words=["mode=train", "lr=interval(1,2)", "a=1"], trials=2)
+    assert "Earlier jobs of this search differ in a=1" in capsys.readouterr().err
+    search(tmp_path, Jobs(), words=["mode=train", "lr=interval(1,2)", "a=1"], trials=3)
+    assert not capsys.readouterr().err  # it has been said
+
+
+@pytest.mark.parametrize(
+    ("word", "space"),
+    [
+        ("a=interval(0.5,2)", FloatDistribution(0.5, 2)),
+        ("a=interval(1,8)", FloatDistribution(1, 8)),
+        ("a=int(interval(1,8))", IntDistribution(1, 8)),
+        ("a=tag(log,int(interval(1,8)))", IntDistribution(1, 8, log=True)),
+        ("a=range(1,8,3)", IntDistribution(1, 7, step=3)),
+        ("a=range(0.5,1.5,0.5)", CategoricalDistribution(["0.5", "1.0"])),
+        ("a=shuffle(range(1,3))", CategoricalDistribution(["1", "2"])),
+        ("a=x,'y z',[1,2]", CategoricalDistribution(["x", "'y z'", "[1,2]"])),
+    ],
+)
+def test_words_of_hydra_are_spaces_of_optuna(word, space):
+    found = _values(OverridesParser.create().parse_override(word))
+    assert type(found) is type(space)
+    if isinstance(space, CategoricalDistribution):
+        assert sorted(map(str, found.choices)) == sorted(space.choices)
+    else:
+        assert found == space

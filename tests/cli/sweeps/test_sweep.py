@@ -1,0 +1,333 @@
+"""Several jobs of one command: each has its own folder, and a table of all ends the sweep."""
+
+import csv
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from command_line import SMALL, call, write_data
+from hydra.types import RunMode
+from omegaconf import OmegaConf
+from scipy import stats
+
+from dinoseg.cli.sweeps import check
+from dinoseg.cli.sweeps.table import SweepTable
+from dinoseg.utils.errors import UserError
+
+HOLDS = "import fcntl, sys, time; fcntl.flock(file := open(sys.argv[1], 'a'), 2); print(flush=True); time.sleep(60)"
+
+
+def rows_of(path):
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_real_sweep_has_a_folder_per_job_and_a_table(tmp_path):
+    write_data(tmp_path / "data")
+    done = call(tmp_path, "-m", "mode=train", *SMALL, "mode.metrics_only=true", "head=linear,mlp")
+    assert done.status == 0, done.err
+    (folder,) = (tmp_path / "outputs/base").glob("train_*")
+    assert sorted(path.name for path in folder.iterdir()) == ["0", "1", "multirun.yaml", "sweep.csv"]
+    rows = rows_of(folder / "sweep.csv")
+    assert sorted(row["head"] for row in rows) == ["linear", "mlp"]
+    assert [float(row["mIoU %"]) for row in rows] == sorted((float(row["mIoU %"]) for row in rows), reverse=True)
+    for row in rows:
+        run = folder / row["job"]
+        assert (tmp_path / row["run"]).resolve() == run.resolve() and row["note"] == ""
+        assert (run / "checkpoints/best.safetensors").is_file() and (run / "evaluation/scores.json").is_file()
+        assert OmegaConf.load(run / "config/config.yaml").choices.head == row["head"]
+        scores = json.loads((run / "evaluation/scores.json").read_text())
+        assert row["mIoU %"] == f"{100 * scores['miou']:.2f}"  # the unit of the score table
+    by_head = {row["head"]: row for row in rows}
+    assert 0 < int(by_head["linear"]["trainable"]) < int(by_head["mlp"]["trainable"])
+    assert all(int(row["trainable"]) < int(row["parameters"]) for row in rows)  # the mask token is not trained
+    assert all(float(row["images_per_s"]) > 0 and 0.1 < float(row["memory_gib"]) < 20 for row in rows)
+    table = done.out[done.out.index("\n  job  head") :]
+    assert max(map(len, table.splitlines())) <= 140 and "trainer.steps" not in table
+    assert f"written to {folder.relative_to(tmp_path)}/sweep.csv" in done.out
+    assert all(row["mIoU %"] in table for row in rows)
+
+
+def test_a_failed_job_is_named_and_the_others_go_on(tmp_path):
+    write_data(tmp_path / "data")
+    words = [word for word in SMALL if not word.startswith("data.root")]
+    done = call(tmp_path, "-m", "mode=train", *words, "mode.metrics_only=true", "data.root=nowhere,data")
+    assert done.status == 1 and "Traceback" not in done.err
+    assert done.err.count("error: data.root=nowhere is no folder") == 1
+    (folder,) = (tmp_path / "outputs/base").glob("train_*")
+    good, bad = rows_of(folder / "sweep.csv")
+    assert good["job"] == "1" and float(good["mIoU %"]) >= 0 and good["note"] == "" and good["data.root"] == "data"
+    assert bad["job"] == "0" and bad["mIoU %"] == "" and bad["note"].startswith("data.root=nowhere")
+    assert "data.root=nowhere is no folder" in " ".join(done.out.split())
+    assert (folder / "1/checkpoints/best.safetensors").is_file() and not (folder / "0/checkpoints").exists()
+
+
+def test_cells_that_cannot_work_are_refused_before_the_first_job(tmp_path):
+    write_data(tmp_path / "data")
+    unswept = "data.tracking=${hydra:runtime.cwd}"  # known once a job begins, and not where its cells are looked at
+    done = call(tmp_path, "-m", "mode=train", *SMALL, "loss=cross_entropy,mask_classification", "seed=0,1", unswept)
+    assert done.status == 1 and "Traceback" not in done.err
+    assert "2 of 4 cells of this sweep cannot work, so none is started:" in done.err
+    assert "- loss=mask_classification seed=1: loss=mask_classification needs a head" in done.err
+    assert not (tmp_path / "outputs").exists()
+    words = [word for word in SMALL if word != "adapter=full"]
+    for key, reason in (
+        (("adapter.rank=0,2",), "adapter.rank=0"),
+        (("data.folds=3", "data.fold=0,7"), "two folds or more"),
+    ):
+        done = call(tmp_path, "-m", "mode=train", *words, "adapter=lora", *key)
+        assert done.status == 1 and reason in done.err and "1 of 2 cells" in done.err, done.err
+        assert not (tmp_path / "outputs").exists()
+
+
+def test_what_a_pattern_of_hydra_stands_for_is_looked_at_too(tmp_path):
+    done = call(tmp_path, "-m", "mode=train", *SMALL, "loss=glob(*ss*)")
+    assert done.status == 1 and "cells of this sweep cannot work" in done.err and "loss=mask_classification" in done.err
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_a_cell_by_itself_is_named_by_no_value(tmp_path):
+    done = call(tmp_path, "-m", "mode=train", *SMALL, "loss=mask_classification")
+    assert done.status == 1 and "1 of 1 cell of this sweep cannot work" in done.err
+    assert "- each: loss=mask_classification needs a head" in done.err and not (tmp_path / "outputs").exists()
+
+
+@pytest.mark.parametrize(
+    ("keys", "error", "reason"),
+    [
+        ({"mode": {"check": {}}, "resume": None}, UserError("no"), "no"),
+        ({"mode": {"check": {}}, "resume": None}, ValueError("no"), ""),  # left to the job
+        ({"mode": {"check": {}}, "resume": "run"}, UserError("no"), ""),  # its config is merged later
+        ({"mode": {}, "resume": None}, UserError("no"), ""),  # no mode that trains
+    ],
+)
+def test_only_what_is_trained_anew_is_looked_at(monkeypatch, keys, error, reason):
+    def fail(*_):
+        raise error
+
+    composed = OmegaConf.create({**keys, "hydra": {"runtime": {"choices": {}}}})
+    monkeypatch.setattr("dinoseg.experiment.heads.own_runs", fail)
+    assert check._fault(SimpleNamespace(load_sweep_config=lambda *_: composed), composed, []) == reason
+
+
+def test_a_cell_is_looked_at_with_its_own_choices(monkeypatch):
+    def tell(cfg, *_):
+        raise UserError(cfg.choices.head)
+
+    sweep, cell = (
+        OmegaConf.create({"mode": {"check": {}}, "resume": None, "hydra": {"runtime": {"choices": {"head": head}}}})
+        for head in ("linear", "mlp")
+    )
+    monkeypatch.setattr("dinoseg.experiment.heads.own_runs", tell)
+    assert check._fault(SimpleNamespace(load_sweep_config=lambda *_: cell), sweep, ["head=mlp"]) == "mlp"
+
+
+@pytest.mark.heavy
+def test_folds_are_summed_up_and_not_ranked(tmp_path):
+    write_data(tmp_path / "data", train=4, val=2)
+    for split in ("train", "val"):
+        for path in list((tmp_path / f"data/{split}").rglob("*.png")):
+            path.rename(path.with_name(f"{split}{path.name}"))
+    done = call(tmp_path, "-m", "mode=train", *SMALL, "mode.metrics_only=true", "data.folds=2", "data.fold=0,1")
+    assert done.status == 0, done.err
+    (path,) = tmp_path.glob("outputs/base/train_*/sweep.csv")
+    rows = {row["data.fold"]: row for row in rows_of(path)}
+    assert list(rows) == ["0", "1", "mean", "deviation", "pooled"]
+    scores = [json.loads((path.parent / f"{job}/evaluation/scores.json").read_text()) for job in (0, 1)]
+    mious = [100 * each["miou"] for each in scores]
+    assert float(rows["mean"]["mIoU %"]) == pytest.approx(np.mean(mious), abs=0.01)
+    assert float(rows["deviation"]["mIoU %"]) == pytest.approx(np.std(mious, ddof=1), abs=0.01)
+    counts = np.sum([each["matrix"] for each in scores], axis=0)
+    each = counts.diagonal() / (counts.sum(axis=0) + counts.sum(axis=1) - counts.diagonal())
+    assert float(rows["pooled"]["mIoU %"]) == pytest.approx(100 * each.mean(), abs=0.01)
+    assert all(name in done.out for name in ("mean", "deviation", "pooled"))
+
+
+@pytest.mark.heavy
+def test_a_crash_costs_one_job_and_not_the_table(tmp_path):
+    write_data(tmp_path / "data")
+    done = call(tmp_path, "-m", "mode=train", *SMALL, "mode.metrics_only=true", "head.num_classes=1,2")
+    assert done.status == 1 and done.err.count("Traceback") == 1
+    (path,) = tmp_path.glob("outputs/base/train_*/sweep.csv")
+    good, bad = rows_of(path)
+    assert good["job"] == "1" and good["note"] == "" and bad["note"].startswith("RuntimeError: ")
+    with pytest.raises(RuntimeError, match="weight tensor"):  # a single run shows where it broke
+        call(tmp_path, "mode=train", *SMALL, "head.num_classes=1")
+
+
+def of_job(folder, number=0, sweeper=None):
+    """Return what Hydra's config says to a job of a sweep."""
+    hydra = {"sweep": {"dir": str(folder)}, "sweeper": sweeper or {}, "mode": RunMode.MULTIRUN, "job": {"num": number}}
+    return OmegaConf.create({"hydra": hydra})
+
+
+@pytest.fixture
+def table(tmp_path):
+    callback = SweepTable()
+
+    def end(*values):
+        for number, value in enumerate(values):
+            job = SimpleNamespace(_return_value=value, overrides=["mode=train", f"head=h{number}"])
+            callback.on_job_end(of_job(tmp_path, number), job)
+        SweepTable().on_multirun_end(of_job(tmp_path))  # jobs may have run elsewhere
+        return tmp_path / "sweep.csv"
+
+    return end
+
+
+def test_the_best_job_comes_first_and_failures_last(table, capsys):
+    scores = [
+        {"miou": 0.25},
+        {"error": "no"},
+        {"miou": 0.75, "accuracy": 0.5, "run": "r"},
+        {"error": "ValueError: broken"},
+        {"miou": 0},
+    ]
+    rows = rows_of(table(*scores))
+    assert "mIoU without background %" not in rows[0]  # which no job has
+    assert [row["job"] for row in rows] == ["2", "0", "4", "1", "3"]
+    assert [row["note"] for row in rows] == ["", "", "", "no", "ValueError: broken"]
+    assert rows[0]["head"] == "h2" and rows[0]["run"] == "r" and rows[0]["pixel accuracy %"] == "50.00"
+    shown = capsys.readouterr().out
+    assert shown.index("75.00") < shown.index("25.00") < shown.index("ValueError: broken")
+
+
+def test_a_job_that_failed_in_another_process_ends_the_command_with_status_1(table, tmp_path, monkeypatch):
+    monkeypatch.setattr("dinoseg.cli.sweeps.table.os.getpid", iter(range(9)).__next__)
+    with pytest.raises(SystemExit) as ended:
+        table({"miou": 0.5}, {"error": "no"})
+    assert ended.value.code == 1 and len(rows_of(tmp_path / "sweep.csv")) == 2
+
+
+@pytest.mark.parametrize("values", [[], [None, None], [{"frames": 3}]])
+def test_jobs_without_scores_make_no_table(table, values, capsys):
+    assert not table(*values).exists() and capsys.readouterr().out == ""
+
+
+def test_rows_of_a_search_that_goes_on_are_kept(tmp_path):
+    for number in (0, 2):  # the second after a kill, or with more trials
+        SweepTable().on_multirun_start(search := of_job(tmp_path, number, {"storage": "search.log"}))
+        job = SimpleNamespace(_return_value={"miou": 0.5}, overrides=["mode=train", f"seed={number}"])
+        SweepTable().on_job_end(search, job)
+        SweepTable().on_multirun_end(search)
+    assert [row["job"] for row in rows_of(tmp_path / "sweep.csv")] == ["0", "2"]
+
+
+def test_settings_of_folds_are_ranked_by_their_pooled_score(tmp_path):
+    matrices = {"a": [[[1, 1], [1, 1]], [[9, 1], [0, 0]]], "b": [[[5, 0], [0, 5]], [[4, 1], [0, 5]]]}
+    callback = SweepTable()
+    for fold in (0, 1):
+        for number, (head, counts) in enumerate(matrices.items()):
+            words = ["mode=train", f"head={head}", f"data.fold={fold}"]
+            shares = dict.fromkeys(("miou", "miou_no_background", "accuracy"), 0.5)
+            value = {**shares, "matrix": counts[fold], "background": 1}
+            job = SimpleNamespace(_return_value=value, overrides=words)
+            callback.on_job_end(of_job(tmp_path, 2 * fold + number), job)
+    callback.on_multirun_end(of_job(tmp_path))
+    rows = rows_of(tmp_path / "sweep.csv")
+    assert [row["head"] for row in rows] == ["b"] * 5 + ["a"] * 5
+    assert [row["data.fold"] for row in rows[:5]] == ["0", "1", "mean", "deviation", "pooled"]
+    assert rows[4]["pixel accuracy %"] == "95.00" and rows[3]["mIoU %"] == "0.00"
+    assert rows[4]["mIoU without background %"] == "90.00"  # 9 of 10: class 0 alone
+
+
+def test_a_folder_is_of_one_sweep_and_its_jobs(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("dinoseg.cli.sweeps.table.impossible_cells", lambda _: ([], 1))
+    SweepTable().on_multirun_start(of_job(tmp_path))
+    with subprocess.Popen([sys.executable, "-c", HOLDS, tmp_path / ".jobs/3.own"], stdout=subprocess.PIPE) as job:
+        job.stdout.read(1)
+        with pytest.raises(SystemExit):  # a job of an earlier sweep is at work
+            SweepTable().on_multirun_start(of_job(tmp_path))
+        assert "jobs of an earlier one are" in capsys.readouterr().err
+        job.kill()
+    (tmp_path / ".jobs/7.json").write_text("{}")
+    SweepTable().on_multirun_start(of_job(tmp_path))
+    assert {path.name for path in (tmp_path / ".jobs").iterdir()} == {"sweep.own"}
+    SweepTable().on_multirun_end(of_job(tmp_path))
+    (tmp_path / ".jobs").mkdir()
+    with subprocess.Popen([sys.executable, "-c", HOLDS, tmp_path / ".jobs/sweep.own"], stdout=subprocess.PIPE) as other:
+        other.stdout.read(1)
+        for sweeper in ({}, {"storage": "search.log"}):
+            with pytest.raises(SystemExit):
+                SweepTable().on_multirun_start(of_job(tmp_path, sweeper=sweeper))
+        monkeypatch.setenv("RANK", "1")
+        SweepTable().on_multirun_start(of_job(tmp_path))
+        other.kill()
+
+
+def test_a_damaged_row_costs_no_table(table, tmp_path, capsys):
+    (tmp_path / ".jobs").mkdir()
+    for number, text in enumerate(("", "[]", '{"job": 1}')):
+        (tmp_path / f".jobs/{90 + number}.json").write_text(text)
+    rows = rows_of(table({"miou": 0.5}, {"miou": 0.25, "loss": float("nan")}))
+    assert [row["mIoU %"] for row in rows] == ["50.00", "25.00"]
+    assert capsys.readouterr().err.count("is damaged") == 3
+
+
+def end_sweep(folder, jobs):
+    """End a sweep of jobs, each words and what it returned, and return the rows of its table."""
+    for number, (words, value) in enumerate(jobs):
+        job = SimpleNamespace(_return_value=value, overrides=["mode=train", *words])
+        SweepTable().on_job_end(of_job(folder, number), job)
+    SweepTable().on_multirun_end(of_job(folder))
+    return rows_of(folder / "sweep.csv")
+
+
+def test_seeds_are_summed_up_with_an_interval(tmp_path, capsys):
+    mious = {"a": (0.5, 0.52, 0.57), "b": (0.7, 0.6, 0.62), "c": (0.4, None, None)}
+    costs = {"parameters": 30, "trainable": 10, "images_per_s": 2.0, "run": "r"}
+    jobs = [
+        ([f"seed={seed}", f"head={head}"], {"error": "it broke"} if miou is None else {"miou": miou, **costs})
+        for seed in range(3)
+        for head, miou in ((head, mious[head][seed]) for head in mious)
+    ]
+    rows = end_sweep(tmp_path, jobs)
+    assert [(row["head"], row["seeds"], row["job"]) for row in rows] == [
+        *(("b", "3", "1,4,7"), ("a", "3", "0,3,6"), ("c", "1", "2,5,8"))
+    ]
+    for row, head in zip(rows, "ba", strict=False):
+        values = 100 * np.array(mious[head])
+        low, high = stats.t.interval(0.95, 2, loc=values.mean(), scale=stats.sem(values))
+        expected = [values.mean(), values.std(ddof=1), low, high]
+        found = [float(row[f"mIoU %{part}"]) for part in ("", " deviation", " low", " high")]
+        assert found == pytest.approx(expected, abs=0.0051) and row["parameters"] == "30" and row["note"] == ""
+    assert rows[2]["mIoU %"] == "40.00" and rows[2]["mIoU % low"] == rows[2]["mIoU % deviation"] == ""
+    assert rows[2]["note"] == "1 of 3 seeds: it broke"
+    assert [row["seed"] for row in rows_of(tmp_path / "jobs.csv")] == [*"021210012"]
+    shown = capsys.readouterr().out
+    assert f"{rows[0]['mIoU % low']} .. {rows[0]['mIoU % high']}" in shown and "deviation" in shown
+    assert f"surely better than the first job's: python -m dinoseg mode=compare 'runs=[{tmp_path}]'" in shown
+    assert "each job to" in shown and max(map(len, shown.splitlines()[:6])) <= 140
+
+
+def test_a_sweep_over_seeds_alone_is_one_row(tmp_path):
+    (row,) = end_sweep(tmp_path, [([f"seed={seed}"], {"J&F-Mean": 0.1 * seed, "loss": 1.0}) for seed in range(4)])
+    assert row["seeds"] == "4" and row["J&F %"] == "15.00" and row["loss deviation"] == "0.0" and "seed" not in row
+
+
+def test_seeds_that_all_failed_are_told(tmp_path, capsys):
+    (row,) = end_sweep(tmp_path, [([f"seed={seed}"], {"error": "no"}) for seed in range(2)])
+    assert row["note"] == "0 of 2 seeds: no" and row["seeds"] == "0" and "0 of 2 seeds: no" in capsys.readouterr().out
+
+
+def test_folds_of_a_seed_are_one_score_of_it(tmp_path):
+    counts = {(0, 0): [[1, 1], [1, 1]], (0, 1): [[9, 1], [0, 0]], (1, 0): [[5, 0], [0, 5]], (1, 1): [[4, 1], [0, 5]]}
+    jobs = [
+        ([f"seed={seed}", f"data.fold={fold}"], {"miou": 0.5, "accuracy": 0.5, "matrix": matrix})
+        for (seed, fold), matrix in counts.items()
+    ]
+    (row,) = end_sweep(tmp_path, jobs)
+    accuracies = np.array([11 / 14, 19 / 20])  # of all pixels of a seed's folds
+    assert float(row["pixel accuracy %"]) == pytest.approx(100 * accuracies.mean(), abs=0.01)
+    assert float(row["pixel accuracy % deviation"]) == pytest.approx(100 * accuracies.std(ddof=1), abs=0.01)
+    assert "data.fold" not in row and len(rows_of(tmp_path / "jobs.csv")) == 10
+
+
+def test_folds_are_not_sent_to_be_compared(tmp_path, capsys):
+    scores = {"miou": 0.5, "accuracy": 0.5, "matrix": [[1, 1], [1, 1]]}
+    words = [[f"seed={seed}", f"data.fold={fold}", f"head={head}"] for seed in "01" for fold in "01" for head in "ab"]
+    rows = end_sweep(tmp_path, [(each, scores) for each in words])
+    assert len(rows) == 2 and "mode=compare" not in capsys.readouterr().out

@@ -1,0 +1,54 @@
+"""Launchers and sweepers that are not installed: which extra brings them."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from command_line import SMALL, call, write_data
+
+from dinoseg.cli.extras import missing_extra
+
+NO_LAUNCHER = RuntimeError("Unknown plugin class : 'hydra_plugins.hydra_ray_launcher.ray_launcher.RayLauncher'")
+NO_MODULE = ModuleNotFoundError("No module named 'optuna'\nmore")
+
+
+@pytest.mark.parametrize(
+    ("words", "error", "package"),
+    [
+        (["-m", "hydra/launcher=ray"], NO_LAUNCHER, "hydra-ray-launcher"),
+        (["hydra/launcher=submitit_slurm"], NO_LAUNCHER, "dinoseg[submitit]"),
+        (["mode=train", "hydra/sweeper=optuna", "a=1"], NO_MODULE, "dinoseg[optuna]"),
+        (["hydra/launcher=ray"], RuntimeError("out of memory"), None),
+        (["hydra/launcher=basic"], NO_LAUNCHER, None),
+        (["mode=train", "data.root=hydra/launcher=ray"], NO_MODULE, None),
+    ],
+)
+def test_the_package_is_that_of_the_words(words, error, package):
+    said = missing_extra(words, error)
+    assert (f"pip install '{package}'" in said and "\n" not in said) if package else said == ""
+
+
+def test_every_option_that_is_shipped_says_its_extra_in_its_file():
+    folder = Path(__file__).parents[2] / "dinoseg/cfg/hydra"
+    options = [path for group in ("launcher", "sweeper") for path in (folder / group).glob("*.yaml")]
+    assert len(options) == 5
+    for path in options:
+        said = missing_extra([f"hydra/{path.parent.name}={path.stem}"], NO_MODULE)
+        assert said.split("pip install ")[1].split(" (")[0].strip("'") in path.read_text()
+
+
+@pytest.mark.parametrize("sweep", [(), ("-m",), ("hydra/sweeper=optuna",)])
+def test_an_interval_that_nothing_searches_is_refused(tmp_path, sweep):
+    done = call(tmp_path, *sweep, "mode=train", *SMALL, "optim.optimizer.lr=interval(1e-4,1e-2)")
+    assert done.status == 1 and done.err.startswith("error: optim.optimizer.lr=interval(1e-4,1e-2) is an interval")
+    assert "-m hydra/sweeper=optuna" in done.err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(find_spec("ray") is not None, reason="ray is installed here")
+def test_a_launcher_that_is_not_installed_is_named(tmp_path):
+    write_data(tmp_path / "data")
+    done = call(tmp_path, "-m", "mode=train", *SMALL, "head=linear,mlp", "hydra/launcher=ray")
+    assert done.status == 1 and "Traceback" not in done.err
+    assert done.err.startswith(
+        "error: hydra/launcher=ray needs what is not installed here: pip install 'hydra-ray-launcher'"
+    )

@@ -1,0 +1,123 @@
+"""Keys that only the checkpoint's config has, set on the command line without its groups."""
+
+import csv
+import json
+
+import pytest
+from command_line import SLOTS, call, linked
+from omegaconf import OmegaConf
+
+from dinoseg.cli.own_keys import with_own_keys
+from dinoseg.training import checkpoint
+
+
+@pytest.fixture
+def here(trained_once, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return linked(trained_once, tmp_path)
+
+
+def run(where, *arguments):
+    done = call(where, *arguments, "engine=cpu", "engine.workers=0")
+    assert done.status == 0, done.err
+    return done
+
+
+def config(where, folder):
+    return OmegaConf.load(where / folder / "config/config.yaml")
+
+
+CLIP = "input=movi/validation/validation_0001/frames"
+
+
+@pytest.mark.parametrize("mode", [("mode=eval", "mode.metrics_only=true"), ("mode=track", CLIP)], ids=lambda m: m[0])
+def test_slots_take_another_number_and_source(here, mode):
+    words = ("head.num_slots=2", "head.mask_source=alpha", "data.view.scale.1=1.5", "resolution.scale=0.5")
+    run(here, *mode, "resume=slots", *words, "hydra.run.dir=out")
+    made = config(here, "out")
+    assert (made.head.num_slots, made.head.mask_source, made.head.slot_dim) == (2, "alpha", 16)
+    assert made.data.view.scale == [1.0, 1.5] and made.backbone == config(here, "slots").backbone
+    assert made.head.positions_grid == [4, 4]  # what its positions were learnt for, at whatever scale it sees now
+    if "mode=track" in mode:
+        assert set(json.loads((here / "out/track.json").read_text())["objects"]) <= {1, 2}
+
+
+@pytest.mark.parametrize(
+    "mode", [("mode=predict", "input=data/val/images/0.png"), ("mode=export",)], ids=lambda mode: mode[0]
+)
+def test_every_mode_of_a_checkpoint_takes_its_keys(here, mode):
+    run(here, *mode, "resume=segmenter", "head.dropout=0.5", "optim.optimizer.betas.0=0.8", "hydra.run.dir=out")
+    made = config(here, "out")
+    assert made.head.dropout == 0.5 and made.optim.optimizer.betas == [0.8, 0.999]
+
+
+def test_a_training_goes_on_with_other_values(here):
+    run(here, *SLOTS, "trainer.steps=1", "trainer.val_every=1", "mode.metrics_only=true", "hydra.run.dir=own")
+    words = ("trainer.steps=2", "head.iterations=2", "data.clips.cut.length=3")
+    run(here, "mode=train", "resume=own", *words, "mode.metrics_only=true", "engine.precision=fp32")
+    made = checkpoint.describe(here / "own/checkpoints/last.safetensors")
+    assert made["progress"]["step"] == 2 and made["choices"]["head"] == "slots"
+    assert made["config"]["head"]["iterations"] == 2 and made["config"]["data"]["clips"]["cut"]["length"] == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["resume=slots", "head.num_slot=4"], "head.num_slot is no key of the config. Did you mean head.num_slots?"),
+        (["resume=slots", "resolution.corp=[8,8]"], "resolution.corp is no key of the config. Did you mean resoluti"),
+        (["resume=slots", "head.num_slots=four"], "num_slots=four is of type str"),
+        (["resume=segmenter", "head.num_slots=3"], "head.num_slots is no key of the config."),
+        (["resume=slots", "data.reader.masks.format=ids"], "To add it all the same, give ++data.reader.masks.format="),
+        (["resume=nowhere", "head.num_slots=3"], "resume=nowhere: neither a checkpoint file nor a run folder"),
+        (["resume=slots", "data=folder", "data.splits.val=val"], "data.splits.val is no key of the config."),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_key_of_neither_is_a_typo(here, arguments, message):
+    done = call(here, "mode=eval", "engine=cpu", *arguments)
+    assert done.status == 1 and message in done.err and done.err.count("error: ") == 1, done.err
+    assert "Traceback" not in done.err and not list(here.glob("outputs/**/scores.json"))
+
+
+def test_a_sweep_goes_over_keys_of_the_checkpoint(here):
+    run(
+        here, "-m", "mode=eval", "resume=slots", "head.num_slots=2,3", "mode.metrics_only=true", "hydra.sweep.dir=sweep"
+    )
+    with open(here / "sweep/sweep.csv", encoding="utf-8") as file:
+        assert sorted((row["head.num_slots"], row["note"]) for row in csv.DictReader(file)) == [("2", ""), ("3", "")]
+    assert [config(here, f"sweep/{job}").head.num_slots for job in range(2)] == [2, 3]
+
+
+def test_only_keys_that_all_named_checkpoints_have_are_theirs(here):
+    slots, both = ("mode=eval", "head.num_slots=2"), ("mode=eval", "backbone.arch.hidden_size=24", "trainer.steps=9")
+    assert with_own_keys((*slots, "resume=slots")) == ["mode=eval", "++head.num_slots=2", "resume=slots"]
+    assert with_own_keys(("-m", *slots, "resume=slots,segmenter")) == ["-m", *slots, "resume=slots,segmenter"]
+    taken = with_own_keys(("-m", *both, "resume='slots',segmenter"))
+    assert taken == ["-m", "mode=eval", *(f"++{word}" for word in both[1:]), "resume='slots',segmenter"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["mode=eval", "head.num_slots=2"],
+        ["mode=train", "head.num_slots=2", "resume=auto"],
+        ["mode=train", "head.num_slots=2", "resume=null"],
+        ["mode=eval", "resume=slots", "head=slots", "+head.num_slots=2", "++head.num_slots=3", "~head.num_slots"],
+        ["mode=eval", "resume=slots", "data=videos", "data.view.flip=0"],
+        ["mode=eval", "resume=slots", "engine=cpu", "tracker.short=96", "mode.split=val", "resume", "a=[b"],
+    ],
+)
+def test_other_words_stay_as_they_are(here, arguments):
+    assert with_own_keys(arguments) == arguments
+
+
+def test_how_slots_are_followed_is_the_checkpoint_s_own(here):
+    assert with_own_keys(["resume=slots", "slots.match=auto"]) == ["resume=slots", "++slots.match=auto"]
+    assert with_own_keys(["resume=segmenter", "slots.match=auto"]) == ["resume=segmenter", "slots.match=auto"]
+    anew = ["resume=slots", "slots=lock_on", "slots.match=auto"]
+    assert with_own_keys(anew) == anew
+
+
+def test_repeating_the_checkpoint_s_own_group_changes_nothing(here):
+    words = ["resume=slots", "data=movi", "data.view.flip=0", "head=slots"]
+    assert with_own_keys(words) == ["resume=slots", "data=movi", "++data.view.flip=0", "head=slots"]

@@ -1,0 +1,94 @@
+import cv2
+import numpy as np
+import pytest
+from pycocotools import mask as coco
+
+from dinoseg.data.annotation.outline import edge_polygons, middle_polygons, parts_of
+from dinoseg.data.annotation.polygon import figure, filled
+from dinoseg.data.annotation.rle import encode
+
+
+def pictures():
+    """Yield class ids: noise, blobs with holes, single pixels, rings in rings, what touches the edges."""
+    draw = np.random.default_rng(0)
+    for size in ((1, 1), (1, 9), (8, 1), (7, 9), (40, 31)):
+        yield draw.integers(0, 3, size).astype(np.uint8)
+    for sigma in (1, 2, 4):
+        yield (
+            (cv2.GaussianBlur(draw.standard_normal((90, 120)), (0, 0), sigma) * sigma * 4 + 1)
+            .clip(0, 2)
+            .astype(np.uint8)
+        )
+    rings = np.zeros((41, 41), np.uint8)
+    for radius in (18, 15, 11, 8, 4, 2):
+        cv2.circle(rings, (20, 20), radius, 1 - int(rings[20, 20]), -1)
+    yield rings
+    rings[20, :] = 1
+    yield rings.T.copy()
+
+
+def drawn(polygons, shape, by_middles):
+    canvas = np.zeros(shape, bool)
+    for points in polygons:
+        if by_middles:
+            canvas |= figure("polygon", [(float(x), float(y)) for x, y in points], shape)
+        else:
+            left, mask = filled(points.astype(float), shape)
+            canvas[:, left : left + mask.shape[1]] |= mask
+    return canvas
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_parts_become_polygons_and_pixels_again(joined):
+    seen = 0
+    for ids in pictures():
+        for part in parts_of(ids, leave_out=None, joined=joined, least_area=1):
+            whole = np.zeros(ids.shape, bool)
+            height, width = part.mask.shape
+            whole[part.top : part.top + height, part.left : part.left + width] = part.mask
+            np.testing.assert_array_equal(part.counts(*ids.shape), encode(whole))
+            for by_middles, polygons in ((False, edge_polygons), (True, middle_polygons)):
+                again = drawn(polygons(part, 0), ids.shape, by_middles)
+                np.testing.assert_array_equal(again, whole, err_msg=f"{by_middles} {ids.shape}")
+            seen += 1
+    assert seen >= 25
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools' own
+def test_pycocotools_reads_the_polygons_to_the_pixel():
+    ids = list(pictures())[6]
+    again = np.zeros_like(ids)
+    for part in parts_of(ids, leave_out=0, joined=False, least_area=1):
+        rings = [points.ravel().astype(float).tolist() for points in edge_polygons(part, 0)]
+        again[coco.decode(coco.merge(coco.frPyObjects(rings, *ids.shape))).astype(bool)] = part.value
+    np.testing.assert_array_equal(again, ids)
+
+
+def test_all_parts_together_are_the_picture():
+    for ids in pictures():
+        parts = list(parts_of(ids, leave_out=0, joined=False, least_area=1))
+        assert sum(int(part.mask.sum()) for part in parts) == (ids > 0).sum()
+        large = list(parts_of(ids, leave_out=0, joined=False, least_area=5))
+        assert {part.value for part in large} <= {1, 2} and all(part.mask.sum() >= 5 for part in large)
+
+
+def test_what_hangs_together_by_corners_is_one_part():
+    corners = np.eye(3, dtype=np.uint8)
+    assert [part.mask.sum() for part in parts_of(corners, leave_out=0, joined=False, least_area=3)] == [3]
+    assert [part.mask.sum() for part in parts_of(corners, leave_out=0, joined=True, least_area=3)] == [3]
+
+
+def test_a_tolerance_leaves_points_out_and_moves_little():
+    ids = list(pictures())[7]
+    (exact, few), scores = (
+        (
+            [list(edge_polygons(part, t)) for part in parts_of(ids, leave_out=0, joined=True, least_area=1)]
+            for t in (0, 1)
+        ),
+        [],
+    )
+    for one, other in zip(exact, few, strict=True):
+        assert sum(map(len, other)) < 0.6 * sum(map(len, one))
+        before, after = drawn(one, ids.shape, False), drawn(other, ids.shape, False)
+        scores.append((before & after).sum() / (before | after).sum())
+    assert min(scores) > 0.85

@@ -1,0 +1,125 @@
+"""The short form of the doctor: what stops training, what it warns of, each told once and with its remedy."""
+
+import os
+import re
+import shutil
+
+import pytest
+from doctor_sets import opened, rewrite, scene, splits_of, write, write_clean
+from making import save
+
+from dinoseg.data.doctor.examine import examine
+from dinoseg.data.doctor.short import brief, check
+from dinoseg.data.opened import opened as as_configured
+from dinoseg.utils.errors import UserError
+
+
+@pytest.fixture
+def root(tmp_path):
+    return write_clean(tmp_path)
+
+
+def test_the_short_form_reads_no_image(root, tmp_path, caplog):
+    for path in (root / "train/images").rglob("*.png"):
+        path.write_bytes(path.read_bytes()[:300] + b"IEND")  # the header and the end are there
+    cache = tmp_path / "cache"
+    check(opened(root, "train"), opened(root, "val"), cache_dir=cache)
+    assert not caplog.records
+    rewrite(root / "train/masks/d0/f0.png", lambda mask: mask * 0 + 255)
+    (root / "val/masks/v").rename(root / "val/masks/d0")
+    (root / "val/images/v").rename(root / "val/images/d0")
+    check(opened(root, "train"), opened(root, "val"), cache_dir=cache)
+    told = [record.getMessage() for record in caplog.records]
+    assert (
+        len(told) == 2 and "1 mask of train with nothing but ignored" in told[0] and "train and in val: d0" in told[1]
+    )
+
+
+def test_the_short_form_stops_on_errors(root, tmp_path):
+    rewrite(root / "train/masks/d0/f0.png", lambda mask: mask + 7)
+    (root / "val/masks/v/f1.png").write_bytes(b"")
+    with pytest.raises(
+        UserError, match=r"cannot be trained on(?s:.*)cannot be read(?s:.*)v/f1.png(?s:.*)no class: 7(?s:.*)mode=doctor"
+    ):
+        check(opened(root, "train"), opened(root, "val"), cache_dir=tmp_path / "cache")
+    assert [f.code for f in brief(splits_of(root, images=False))] == ["unreadable_mask", "foreign_ids"]
+    check([1, 2], opened(root, "val"), cache_dir=tmp_path / "cache")  # no pairs of files: nothing to scan
+
+
+def test_a_fault_is_told_once_with_its_remedy(root, tmp_path):
+    masks = sorted((root / "train/masks").rglob("*.png"))
+    for mask in masks[:3]:
+        rewrite(mask, lambda pixels: pixels + 7)
+    with pytest.raises(UserError) as caught:
+        check(opened(root, "train"), opened(root, "val"), cache_dir=tmp_path / "cache")
+    told = str(caught.value)
+    assert all(told.count(str(mask)) == 1 for mask in masks[:3]) and told.count("Correct the masks") == 1
+    assert "'++data.reader.masks.ids={7: 255, 8: 255, 9: 255}'" in told
+
+
+def test_warnings_have_their_remedy(root, tmp_path, caplog):
+    rewrite(root / "train/masks/d0/f0.png", lambda mask: mask * 0 + 255)
+    check(opened(root, "train"), opened(root, "val"), cache_dir=tmp_path / "cache")
+    assert "Remove these pairs, or label them" in caplog.text
+
+
+@pytest.mark.parametrize("how", ["same", "linked", "copied"])
+def test_train_and_val_of_the_same_files(root, tmp_path, caplog, how):
+    shutil.rmtree(root / "val")
+    if how == "linked":
+        (root / "val").symlink_to(root / "train")
+    elif how == "copied":
+        shutil.copytree(root / "train", root / "val")
+    val = opened(root, "train" if how == "same" else "val")
+    message = "train and val are the same data: 12 files of 12 images of val(?s:.*)Give val images of its own"
+    if how == "copied":  # the name, the mask and the length of the image tell so: likely, not certain
+        check(opened(root, "train"), val, cache_dir=tmp_path / "cache")
+        assert re.search(message, caplog.text)
+        return
+    with pytest.raises(UserError, match=message):
+        check(opened(root, "train"), val, cache_dir=tmp_path / "cache")
+
+
+def test_some_files_on_both_sides_only_warn(root, tmp_path, caplog):
+    for kind in ("images", "masks"):
+        (root / f"val/{kind}/d0").mkdir()
+        os.symlink(root / f"train/{kind}/d0/f1.png", root / f"val/{kind}/d0/f1.png")
+    check(opened(root, "train"), opened(root, "val"), cache_dir=tmp_path / "cache")
+    assert "1 file of 5 images of val in train too" in caplog.text
+    (errors, softened) = (
+        {each.code: each for each in findings if each.severity == severity}
+        for findings, severity in (
+            (examine(splits_of(root)), "error"),
+            (brief(splits_of(root, images=False)), "warning"),
+        )
+    )
+    # the same findings: mode=doctor calls them errors, on which training does not stop
+    assert errors.keys() == softened.keys() == {"same_files", "group_on_both_sides"}
+    assert not any(each.stops for each in errors.values())
+
+
+def test_equal_names_and_masks_are_no_copies(tmp_path):
+    for split, first in (("train", 0), ("val", 20)):
+        write(tmp_path, split, ["a", "b"], first)
+        for name in "ab":
+            save(tmp_path / split / "masks" / f"{name}.png", scene(3)[1])
+    assert "same_files" not in {each.code for each in examine(splits_of(tmp_path))}
+
+
+def test_jpeg_masks_that_were_left_out_stop_nothing(root, tmp_path, caplog):
+    save(root / "train/masks/d0/f2.png", scene(2)[1] * 0 + 1, format="JPEG", quality=100)
+    train, val = (opened(root, split) for split in ("train", "val"))
+    with pytest.raises(UserError, match="1 of 16 masks as JPEG files, whatever"):
+        check(train, val, cache_dir=tmp_path / "cache")
+    kept = as_configured(train, split="train", on_error="skip", cache_dir=tmp_path / "cache")
+    check(kept, val, cache_dir=tmp_path / "cache")
+    assert list(kept.skipped) == ["d0/f2"]
+
+
+def test_a_name_that_is_no_utf8(root, tmp_path, caplog):
+    for kind, pixels in zip(("images", "masks"), scene(50), strict=True):
+        plain = save(root / f"train/{kind}/plain.png", pixels + 40 * (kind == "masks"))
+        os.rename(plain, os.fsencode(plain.parent) + b"/caf\xe9.png")
+    with pytest.raises(UserError, match=r"caf\\xe9\.png: 40, 41, 42") as caught:
+        check(opened(root, "train"), opened(root, "val"), cache_dir=tmp_path / "cache")
+    str(caught.value).encode("utf-8")

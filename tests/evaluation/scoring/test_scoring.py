@@ -1,0 +1,345 @@
+"""From cases to scores: sums over units, intervals, paired differences, and files that cannot be scored."""
+
+import json
+import os
+import re
+import time
+import warnings
+from dataclasses import replace
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import special, stats
+
+from dinoseg.evaluation.scoring import folders, intervals
+from dinoseg.evaluation.scoring.folders import Scored, Unscorable, score_cases
+from dinoseg.evaluation.scoring.intervals import Difference, Estimate, holm, jackknife, mean_of, widened
+from dinoseg.evaluation.scoring.summary import difference, summary
+from dinoseg.metrics.protocols.contract import BadFile, Case, Cases, Measured, ScoreProtocol
+from dinoseg.metrics.protocols.video_clustering import VideoClustering
+from dinoseg.report.scores import difference_table, scores_table
+from dinoseg.utils.errors import UserError
+
+
+class Share(ScoreProtocol):
+    """Hits among tries, written in a case's file as `hits-tries`; the mean over units is a second score."""
+
+    name, unit, keys, rules = "share", "video", ("share", "mean"), {"version": "1"}
+    signed = ("mean",)
+
+    def find(self, reference, prediction):
+        raise NotImplementedError
+
+    def measure(self, case):
+        if "bad" in f"{case.name} {case.files[0][0]}":
+            raise BadFile(Path(case.name), "it is bad")
+        hits, tries = map(int, case.files[0][0].name.split("-"))
+        return Measured(np.array([hits, tries]), {"tries": tries, "word": "x"})
+
+    def join(self, measured):
+        hits, tries = super().join(measured)
+        return np.array([hits, tries, hits / tries, 1.0])
+
+    def scores(self, sums):
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return {"share": sums[..., 0] / sums[..., 1], "mean": sums[..., 2] / sums[..., 3]}
+
+    def per_class(self, sums):
+        return [{"id": 0, "name": "hit", "hits": sums[0]}]
+
+
+def cases(*words, frames=1):
+    """Return cases of `unit/stem=hits-tries`, or `unit/hits-tries` where nothing else shares the numbers."""
+    found = Cases([])
+    for word in words:
+        name, _, numbers = word.partition("=")
+        file = Path(numbers or name.partition("/")[2])
+        found.cases.append(Case(name, name.split("/")[0], ((file, None),) * frames))
+    return found
+
+
+def test_sums_over_units_and_rows():
+    scored = score_cases(Share(), cases("a/1-2", "a/3-8", "b/4-4"), where="P")
+    result = summary(Share(), scored)
+    assert result["scores"] == {"share": 8 / 14, "mean": (0.4 + 1) / 2}
+    rows = result["per_video"]
+    assert [row["name"] for row in rows] == ["a", "b"] and rows[0]["share"] == 0.4 and rows[1]["tries"] == 4
+    assert rows[0]["files"] == 2 and rows[0]["tries"] == 10 and "word" not in rows[0]
+    assert (result["n"], result["unit"], result["files"]) == (2, "video", 3)
+    assert result["per_class"] == [{"id": 0, "name": "hit", "hits": 8.0}] and result["protocol"] == "share"
+
+
+def test_intervals_are_of_the_units_left_out_one_at_a_time():
+    rng = np.random.default_rng(1)
+    found = cases(*(f"v{index}/{rng.integers(1, 9)}-{rng.integers(9, 20)}" for index in range(12)))
+    scored = score_cases(Share(), found, where="P")
+    result = summary(Share(), scored)
+    means = stats.ttest_1samp([row["mean"] for row in result["per_video"]], 0).confidence_interval()
+    assert result["ci95"]["mean"] == pytest.approx([means.low, means.high], abs=1e-12)
+    hits, tries = scored.sums[:, :2].T.tolist()
+    without = [(sum(hits) - hit) / (sum(tries) - tried) for hit, tried in zip(hits, tries, strict=True)]
+    error = (11 / 12 * sum((each - sum(without) / 12) ** 2 for each in without)) ** 0.5
+    share = sum(hits) / sum(tries)
+    ends = stats.t.interval(0.95, 11, loc=special.logit(share), scale=error / (share * (1 - share)))
+    assert result["ci95"]["share"] == pytest.approx(special.expit(ends), abs=1e-12)
+
+
+def test_units_left_out_in_parts_are_those_of_one_go(monkeypatch):
+    found = cases(*(f"v{index}/{index + 1}-{30 - index}" for index in range(9)))
+    scored = score_cases(Share(), found, where="P")
+    whole = summary(Share(), scored)["ci95"]
+    sizes, scores = [], Share.scores
+    monkeypatch.setattr(intervals, "_AT_ONCE", 10)
+    monkeypatch.setattr(Share, "scores", lambda self, sums: (sizes.append(sums.shape), scores(self, sums))[1])
+    assert summary(Share(), scored)["ci95"] == whole
+    assert sizes.count((2, 4)) == 4 and (1, 4) in sizes and sizes.count((9, 4)) == 1  # the rows by themselves
+
+
+def test_an_interval_of_a_share_is_within_what_it_can_be():
+    shares = [Estimate(value, error, 1, share=True) for value in (1e-9, 0.02, 0.5, 1 - 1e-9) for error in (1e-9, 0.3)]
+    for each in shares:
+        low, high = each.ci95
+        assert 0 <= low <= each.value <= high <= 1
+    assert Estimate(0.0, 0.0, 1, share=True).ci95 == [0.0, 0.0] and Estimate(1.0, 0.0, 1, share=True).ci95 == [1.0, 1.0]
+    assert Estimate(0.02, 0.3, 1).ci95[0] < 0
+
+
+def test_an_interval_ends_at_the_highest_that_a_score_can_be_and_a_difference_may_be_more(monkeypatch):
+    sums = np.array([[9, 10, 0.9, 1], [1, 10, 0.1, 1]])
+    free = jackknife(Share(), sums)["mean"]
+    monkeypatch.setattr(Share, "highest", {"mean": 1.0})
+    found = jackknife(Share(), sums)["mean"]
+    assert found.ci95 == [free.ci95[0], 1.0] and free.ci95[0] < -1 and free.ci95[1] > 1
+    assert found.p == free.p == pytest.approx(1 - 2 * np.arctan(0.5 / 0.4) / np.pi)
+    first, second = np.array([[1, 2, -0.5, 1], [1, 2, -0.7, 1]]), np.array([[1, 2, 0.9, 1], [1, 2, 0.8, 1]])
+    apart = jackknife(Difference(Share()), np.hstack([first, second]))["mean"]
+    assert apart.value == pytest.approx(1.45) and apart.ci95[0] < 1.45 < apart.ci95[1]
+    assert VideoClustering.highest == {key: 1.0 for key in VideoClustering.keys if "ARI" in key}
+
+
+def test_one_unit_or_a_score_that_rests_on_one_has_no_interval():
+    scored = score_cases(Share(), cases("a/1-2"), where="P")
+    assert summary(Share(), scored)["ci95"] == {"share": None, "mean": None}
+    sums = np.array([[0.3, 0.7, 1, 1], [0.0, 0.0, 1, 1], [0.0, 0.0, 0, 1]])
+    found = jackknife(Share(), sums)
+    assert found["share"].value == pytest.approx(3 / 7) and found["share"].ci95 is found["share"].p is None
+    assert found["mean"].ci95 is not None
+
+
+def test_units_that_are_alike_have_an_interval_of_no_width():
+    found = jackknife(Share(), np.tile([1.0, 2, 0.5, 1], (7, 1)))
+    assert found["share"].ci95 == [0.5, 0.5] and found["share"].p == 0
+    assert jackknife(Difference(Share()), np.tile([1.0, 2, 0.5, 1], (7, 2)))["share"].p == 1
+
+
+@pytest.mark.parametrize("runs", [(1, 3), (3, 1), (1, 5), (2, 3)])
+def test_the_same_scores_do_not_differ_however_many_runs_have_them(runs):
+    """A mean of three equal numbers may be another one in the last place, and so surely another than one of two."""
+    for sums in np.random.default_rng(0).integers(1, 20, (40, 4, 4)).astype(float):
+        found = jackknife(Difference(Share(), *runs), np.tile(sums, (1, sum(runs))))
+        assert [(each.value, each.error, each.p) for each in found.values()] == [(0, 0, 1)] * 2
+
+
+def test_the_paired_difference_leaves_the_same_units_out_of_both():
+    names = [f"v{index}/a={index + 1}-40" for index in range(20)]
+    better = [f"v{index}/a={index + 5}-40" for index in range(20)]
+    first, second = (score_cases(Share(), cases(*each), where="P") for each in (names, better))
+    row = difference(Share(), first, second)["share"]
+    assert row["value"] == pytest.approx(0.1) and row["ci95"] == pytest.approx([0.1, 0.1]) and row["n"] == 20
+    alone = summary(Share(), first)["ci95"]["share"]
+    assert alone[1] - alone[0] > 0.05  # while each by itself varies much
+    fewer = score_cases(Share(), cases(*better[::-1][:5], "new/a=1-1"), where="P")
+    row = difference(Share(), first, fewer)["mean"]
+    assert row["n"] == 5 and row["value"] == pytest.approx(0.1) and row["left_out"] == 16
+
+
+def test_a_paired_difference_of_means_is_that_of_the_paired_t_test():
+    sides = np.random.default_rng(2).uniform(0, 1, (2, 13))
+    sums = np.concatenate([np.stack([side, side, side, np.ones(13)], axis=1) for side in sides], axis=1)
+    found, expected = jackknife(Difference(Share()), sums)["mean"], stats.ttest_rel(sides[1], sides[0])
+    assert found.p == pytest.approx(expected.pvalue)
+    assert found.ci95 == pytest.approx([*expected.confidence_interval()])
+
+
+def test_errors_of_independent_parts_are_added_as_welch_does():
+    first, second = np.random.default_rng(3).normal(0.5, 0.1, 4), np.random.default_rng(4).normal(0.3, 0.3, 6)
+    expected = stats.ttest_ind(first, second, equal_var=False)
+    found = widened(replace(mean_of(first), value=first.mean() - second.mean()), [mean_of(second)])
+    assert found.p == pytest.approx(expected.pvalue)
+    assert found.ci95 == pytest.approx([*expected.confidence_interval()])
+    assert mean_of([0.4]).ci95 is None and mean_of([]).ci95 is None
+
+
+def test_holms_values_are_those_of_closed_testing():
+    draw = np.random.default_rng(5)
+    for count in (1, 2, 5):
+        for _ in range(20):
+            chances = (draw.random(count) ** 3).round(2).tolist()
+            sets = [each for size in range(1, count + 1) for each in combinations(range(count), size)]
+            least = {each: min(1.0, len(each) * min(chances[place] for place in each)) for each in sets}
+            expected = [max(value for each, value in least.items() if place in each) for place in range(count)]
+            assert holm(chances) == pytest.approx(expected)
+    assert holm([0.04, None, 0.02]) == pytest.approx([0.04, None, 0.04]) and holm([]) == []
+
+
+def test_the_paired_difference_is_of_the_cases_that_both_have():
+    hard, easy = "{}/hard={}-10", "{}/easy={}-10"
+    first = [hard.format("a", 1), easy.format("a", 9), hard.format("b", 2), easy.format("b", 8), easy.format("c", 5)]
+    second = [easy.format("a", 9), hard.format("b", 2), easy.format("b", "bad"), hard.format("c", 1)]
+    scored = [score_cases(Share(), cases(*each), where="P", on_error="skip") for each in (first, second)]
+    found = difference(Share(), *scored)
+    assert found["share"] == found["mean"] == {"value": 0, "ci95": [0, 0], "p": 1, "n": 2, "left_out": 4}
+    assert scored[0].total[0] / scored[0].total[1] != scored[1].total[0] / scored[1].total[1]
+    text = difference_table(found, "video")
+    assert (
+        "over shared videos" in text
+        and text.splitlines()[2].split()[-1] == "2"
+        and "Left out of this difference: 4 files or sequences" in text
+    )
+
+
+def test_nothing_shared_has_no_difference():
+    scored = [score_cases(Share(), cases(*each), where="P") for each in (["a/1-2", "b/1-2"], ["c/1-2", "a/1-3"])]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = difference(Share(), *scored)
+    assert found["share"] == {"value": None, "ci95": None, "p": None, "n": 0, "left_out": 4}
+    assert "No video could be scored in both folders" in difference_table(found, "video")
+    json.dumps(found, allow_nan=False)
+
+
+@pytest.mark.slow
+def test_the_paired_difference_of_many_cases_takes_no_square_of_them():
+    many = cases(*(f"v{index}/a=1-2" for index in range(30_000)))
+    measured = [(case, Share().measure(case)) for case in many.cases]
+    sums = np.tile([1.0, 2, 0.5, 1], (len(measured), 1))
+    scored = Scored([case.name for case in many.cases], sums, sums.sum(axis=0), [], measured)
+    start = time.process_time()
+    assert difference(Share(), scored, scored)["share"]["n"] == 30_000
+    assert time.process_time() - start < 5  # looking up each in the others took a minute
+
+
+@pytest.mark.parametrize(
+    ("frames", "workers", "processes"),
+    [(1, None, 1), (60, None, 8), (20, 3, 3), (1, 5, 5), (6, None, 1), (10, None, 2)],
+)
+def test_processes_follow_the_frames_or_what_is_asked_for(monkeypatch, frames, workers, processes):
+    given = []
+
+    def alone(work, items, workers, **_):
+        given.append(workers)
+        return ((item, work(item)) for item in items)
+
+    monkeypatch.setattr(folders, "in_processes", alone)
+    monkeypatch.setattr(folders, "count_cores", lambda: 8)
+    found = cases("a/1-2", "b/1-2", "c/1-4", "d/1-2", frames=frames)
+    scored = score_cases(Share(), found, where="P", workers=workers)
+    assert given == [processes] and summary(Share(), scored)["files"] == 4 * frames
+
+
+def test_undefined_scores_are_null():
+    scored = score_cases(Share(), cases("a/0-1", "b/1-1"), where="P")
+    scored.total[:] = 0
+    assert summary(Share(), scored)["scores"] == {"share": None, "mean": None}
+
+
+def test_files_that_cannot_be_scored_are_all_named():
+    found = cases("a/1-2", "b/bad-1", "c/bad-2", "d/1-1")
+    found.problems.append((Path("lost.png"), "it is missing"))
+    with pytest.raises(Unscorable, match="^3 files of P cannot be scored") as caught:
+        score_cases(Share(), found, where="P")
+    message = str(caught.value)
+    assert all(word in message for word in ("lost.png: it is missing", "b/bad-1: it is bad", "data.on_error=skip"))
+    scored = score_cases(Share(), found, where="P", on_error="skip")
+    assert scored.units == ["a", "d"]
+    assert [row["file"] for row in summary(Share(), scored)["problems"]] == ["lost.png", "b/bad-1", "c/bad-2"]
+    many = Unscorable([(Path(f"{number}.png"), "bad") for number in range(30)], "P")
+    assert (
+        "19.png" in str(many) and "20.png" not in str(many) and "and 10 more" in str(many) and len(many.problems) == 30
+    )
+
+
+def test_processes_give_what_one_gives():
+    names = [f"v{index % 5}/{'bad' if index % 7 == 3 else index}={index}-{index + 9}" for index in range(30)]
+    alone, many = (
+        summary(Share(), score_cases(Share(), cases(*names), where="P", workers=workers, on_error="skip"))
+        for workers in (1, 3)
+    )
+    assert many == alone and len(many["problems"]) == 4 and many["files"] == 26
+
+
+class Deadly(Share):
+    """Measuring kills the process."""
+
+    def measure(self, case):
+        os._exit(9)
+
+
+def test_a_killed_process_is_told():
+    with pytest.raises(UserError, match=r"was killed.*Set mode\.workers lower"):
+        score_cases(Deadly(), cases(*["a/1-2"] * 30), where="P", workers=2)
+    with pytest.raises(UserError, match="was killed.* Do another thing") as error:
+        score_cases(Deadly(), cases(*["a/1-2"] * 30), where="P", workers=2, remedy="Do another thing.")
+    assert "mode.workers" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"on_error": "ignore"}, "data.on_error=ignore is unknown. Choose one of stop, skip"),
+        ({"on_error": "skip"}, "Nothing is left to score of P: 1 problem, such as a/bad-1: it is bad"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(UserError, match=message):
+        score_cases(Share(), cases("a/bad-1"), where="P", **options)
+
+
+def test_tables():
+    scored = score_cases(Share(), cases("a/1-2", "b/1-4"), where="P")
+    text = scores_table(summary(Share(), scored))
+    assert "share" in text and "33.33" in text and re.search(r"-121\.33 \.\. 196\.33 +2$", text, flags=re.M)
+    assert re.search(r"33\.33 +0\.\d\d \.\. 99\.\d\d +2$", text, flags=re.M)
+    text = difference_table(difference(Share(), scored, scored), "video")
+    assert re.search(r"\+0\.00 \.\. \+0\.00 +2$", text, flags=re.M)
+
+
+def test_a_table_of_one_unit_says_why_it_has_no_interval():
+    scored = score_cases(Share(), cases("a/1-2"), where="P")
+    text = scores_table(summary(Share(), scored))
+    assert "over videos\n" in text and len(re.findall(r"- \(needs two videos\) +1$", text, flags=re.M)) == 2
+    gap = difference_table(difference(Share(), scored, scored), "video")
+    assert "over shared videos\n" in gap and "- (needs two videos)" in gap
+    one_of_two = {**summary(Share(), scored), "n": 2}
+    assert "needs two" not in scores_table(one_of_two)
+
+
+def test_only_shares_are_in_percent():
+    rows = [{"id": 1, "name": "a", "iou": 0.5, "images": 3}, {"id": 2, "name": "b", "iou": None, "images": 0}]
+    scored = score_cases(Share(), cases("a/1-2", "b/1-2"), where="P")
+    text = scores_table({**summary(Share(), scored), "per_class": rows})
+    first, _, row, none = text.splitlines()[:4]
+    assert first.split() == ["id", "name", "iou", "%", "images"]
+    assert row.split() == ["1", "a", "50.00", "3"] and none.split() == ["2", "b", "-", "0"]
+
+
+class Lenient(Share):
+    """Counts the hits that a prediction's name gives as pixels of no class."""
+
+    def measure(self, case):
+        hits, tries = map(int, case.files[0][1].name.split("-"))
+        return Measured(np.array([hits, tries]), {"unknown_pixels_reference": 0, "unknown_pixels_prediction": hits})
+
+
+def test_ids_of_no_class_are_noted_with_a_file():
+    found = cases("a/x=0-2", "b/y=3-4", "c/z=2-8")
+    found.cases = [Case(case.name, case.unit, ((Path("r"), case.files[0][0]),)) for case in found.cases]
+    scored = score_cases(Lenient(), found, where="P", workers=1)
+    (note,) = scored.notes
+    assert note.startswith("2 of 3 predictions hold ids of no class, in 5 pixels, such as 3-4.")
+    assert summary(Lenient(), scored)["notes"] == [note] and not found.notes
+    found.cases = found.cases[:2]
+    (note,) = score_cases(Lenient(), found, where="P", workers=1).notes
+    assert note.startswith("1 of 2 predictions holds ids of no class, in 3 pixels")

@@ -1,0 +1,35 @@
+import pytest
+
+from dinoseg.experiment.unread import warn_not_read, warn_unread
+
+
+@pytest.mark.parametrize(
+    ("words", "unread", "named"),
+    [
+        (["mode=track", "slots=lock_on", "tracker.short=4"], ["slots"], "slots=lock_on"),
+        (["slots.match=auto", "slots.extra_slots=0"], ["slots"], "slots.match=auto, slots.extra_slots=0"),
+        (["+slots.match=auto", "tracker.short=4"], ["tracker.short", "slots"], "+slots.match=auto, tracker.short=4"),
+        (["tracker=crw", "tracker.context=3"], ["tracker.short", "tracker.first"], None),
+        (["slotsize=3", "head.slots=2", "tracker.shorter=1"], ["slots", "tracker.short"], None),
+        ([], ["slots"], None),
+    ],
+)  # fmt: skip
+def test_what_was_typed_without_effect_is_named(tmp_path, caplog, words, unread, named):
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config/overrides.txt").write_text("\n".join(words) + "\n")
+    warn_unread(tmp_path, unread, "Because.")
+    assert [record.getMessage() for record in caplog.records] == (
+        [f"No effect here: {named}. Because."] if named else []
+    )
+
+
+def test_a_folder_without_command_line_is_no_mistake(tmp_path, caplog):
+    warn_unread(tmp_path, ["slots"], "Because.")
+    assert not caplog.records
+
+
+def test_a_group_with_a_package_of_its_own_is_read_where_the_group_is(tmp_path, capsys):
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config/overrides.txt").write_text("data@data=folder\nslots@slots=free\n")
+    warn_not_read(tmp_path, "mode=score", ["data"])
+    assert capsys.readouterr().err.startswith("warning: No effect here: slots@slots=free. Beside its own keys")

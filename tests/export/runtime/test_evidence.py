@@ -1,0 +1,129 @@
+"""What a file says of its scores, its data and where its backbone's weights come from."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from dinoseg.export.runtime import write
+from dinoseg.export.runtime.evidence import COUNTED, data_of, scores_of
+from dinoseg.export.runtime.runtime import Options
+from dinoseg.export.runtime.sources import source_of
+from dinoseg.export.runtime.torch_runtime import _weights
+from dinoseg.utils.errors import UserError
+
+SCORES = {"miou": 0.5, "dice": None, "pixels": 9, "ci95": {"miou": [0.4, 0.6]}}
+SCORES["classes"] = [{"iou": 0.25}, {"iou": None}]
+OFFICIAL = {"protocol": "p", "scores": {"s": 1}, "ci95": {"s": [0, 1]}, "n": 3}
+
+
+@pytest.fixture
+def best(tmp_path):
+    """A checkpoint, older than the evaluation beside it."""
+    path = tmp_path / "run/checkpoints/best.safetensors"
+    for file, content in ((path, ""), (tmp_path / "run/evaluation/scores.json", json.dumps(SCORES))):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(content)
+    os.utime(path, (1, 1))
+    return path
+
+
+def evaluated(folder, of, split="test"):
+    (folder / "config").mkdir(parents=True)
+    (folder / "scores.json").write_text(json.dumps(SCORES))
+    OmegaConf.save({"resume": str(of), "mode": {"split": split}}, folder / "config/config.yaml")
+    return str(folder)
+
+
+def test_scores_are_those_of_the_end_of_the_training_that_chose_this_file(best):
+    found = scores_of(best, ("dark", "bright"), None)
+    assert found["split"] == "val" and found["protocol"] == COUNTED and found["ci95"] == {"miou": [0.4, 0.6]}
+    assert found["values"] == {"miou": 0.5, "dice": None, "accuracy": None, "mean_accuracy": None}
+    assert found["per_class"] == {"dark": 0.25, "bright": None} and "official" not in found
+    assert scores_of(best.with_stem("last"), (), None) is None
+    assert scores_of(best.parents[1] / "elsewhere" / best.name, (), None) is None
+    os.utime(best.parents[1] / "evaluation/scores.json", (0, 0))
+    assert scores_of(best, (), None) is None
+
+
+def test_scores_of_an_evaluation_are_of_this_checkpoint_and_say_their_split(best, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = evaluated(tmp_path / "scored", "run/../run/checkpoints/best.safetensors")
+    assert scores_of(best, (), folder)["split"] == "test"
+    (tmp_path / "scored/official_scores.json").write_text(json.dumps(OFFICIAL))
+    official = scores_of(best, (), folder)["official"]
+    assert official == {"unit": None, "rules": None, "interval": None} | OFFICIAL
+    other = evaluated(tmp_path / "other", best.with_stem("last"))
+    with pytest.raises(UserError, match="those scores are of .*last.safetensors, not of .*best.safetensors"):
+        scores_of(best, (), other)
+    deep = json.loads("[" * 600 + "]" * 600)
+    (tmp_path / "scored/scores.json").write_text(json.dumps(SCORES | {"ci95": {"miou": deep}}))
+    with pytest.raises(UserError, match="export.scores=.*its scores cannot be used .*nested too deep"):
+        scores_of(best, (), folder)
+    (tmp_path / "scored/scores.json").write_text("{}")
+    with pytest.raises(UserError, match="export.scores=.*scores.json cannot be used .*Run mode=eval again"):
+        scores_of(best, (), folder)
+
+
+def test_data_are_told_by_counts_and_a_hash_of_names(best):
+    split = best.parents[1] / "split.json"
+    assert data_of(best, "mine") == {"name": "mine"}
+    split.write_text('{"train": ["a", "b"]}')
+    digest = hashlib.sha256(b'["a", "b"]').hexdigest()
+    assert data_of(best, "mine") == {"name": "mine", "train": {"count": 2, "names_sha256": digest}}
+    split.write_text('{"train": 3}')
+    assert data_of(best, "mine") == {"name": "mine"}
+
+
+@pytest.mark.parametrize(
+    ("option", "backbone", "expected"),
+    [
+        ("dinov3_vits16", {"weights": "ours/Copy@1.0"}, ("ours/Copy", "1.0", "DINOv3 License", True)),
+        ("mine", {"weights": "/home/me/DINOv3_vits.pth"}, ("DINOv3_vits.pth", None, "DINOv3 License", True)),
+        ("mine", {"weights": "facebook/dinov2-small"}, ("facebook/dinov2-small", None, "Apache-2.0", False)),
+        ("tiny_dinov3", {"weights": "dinoseg:tiny"}, ("dinoseg:tiny", None, "Apache-2.0", False)),
+        ("dinov3_vits16", {"weights": "random"}, ("random", None, "its trainer's own", False)),
+        ("rgb", {}, (None, None, "its trainer's own", False)),
+        ("timm", {"weights": "who/knows", "name": "resnet"}, ("who/knows", None, "unknown", False)),
+    ],
+)
+def test_the_licence_of_weights_is_told_by_their_names_and_no_place_is(option, backbone, expected):
+    found = source_of({"backbone": backbone, "choices": {"backbone": option}}, "abc")
+    assert tuple(found[key] for key in ("weights", "revision", "licence", "gated")) == expected
+    assert found["hash"] == "abc" and found["name"] == ("timm resnet" if option == "timm" else option)
+
+
+def test_a_folder_of_a_hub_ids_name_is_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "facebook/dinov2-small@main").mkdir(parents=True)
+    found = source_of({"backbone": {"weights": "facebook/dinov2-small@main"}, "choices": {"backbone": "x"}}, "")
+    assert found["weights"] == "dinov2-small@main" and found["revision"] is None
+
+
+def test_scores_that_are_not_there_are_told_before_the_model_is_made(best, tmp_path, monkeypatch):
+    monkeypatch.setattr(write, "load_trained", lambda cfg: pytest.fail("the model was made"))
+    cfg = OmegaConf.create({"resume": str(best), "backbone": {"weights": "random"}})
+    with pytest.raises(UserError, match="export.scores=.*nowhere is no run folder"):
+        write.export_model(cfg, out_dir=tmp_path, scores=str(tmp_path / "nowhere"))
+
+
+def test_no_place_of_this_machine_is_kept():
+    config = {"a": "~/x/y.pth", "b": ["./z", "../q/r", "plain/z"], "classes": ["/road"], "c": "/home/me/w"}
+    kept = {"a": "y.pth", "b": ["z", "r", "plain/z"], "classes": ["/road"], "c": "w"}
+    assert write._without_places(config) == kept
+
+
+def test_a_head_of_others_is_not_passed_on_unless_asked():
+    cfg = OmegaConf.create({"head": {"weights": "head.pth"}})
+    with pytest.raises(UserError, match="weights of the head head.pth"):
+        write._check_licence(cfg, {"gated": False}, ["model/head.classify.weight"])
+    write._check_licence(cfg, {"gated": False}, ["model/backbone.norm.weight"])
+
+
+def test_weights_that_are_given_are_those_of_their_part():
+    said = {"config": {"backbone": {"weights": "a"}, "head": {"weights": "b"}}}
+    assert _weights(Path("f"), said, Options(head="h")) == {"head.weights": "h"}
+    assert _weights(Path("f"), said, Options(backbone="b", head="h")) == {"backbone.weights": "b", "head.weights": "h"}

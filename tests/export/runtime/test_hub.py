@@ -1,0 +1,199 @@
+"""Models that go to a hub and come back: a fake one in a folder, and none that answers."""
+
+import re
+import shutil
+import sys
+from types import SimpleNamespace
+
+import huggingface_hub.constants
+import numpy as np
+import pytest
+from portable_parts import TINY, exported, graph_with_weights, untrained
+
+import dinoseg
+from dinoseg import Model
+from dinoseg.export.runtime.card import model_card
+from dinoseg.export.runtime.facts import Facts
+from dinoseg.export.runtime.hub import fetched, push
+from dinoseg.utils.errors import UserError
+
+TOKEN = "hf_nobody_may_read_this"
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub whose repositories are folders; it notes what it was asked."""
+    asked = []
+
+    class Api:
+        def __init__(self, token=None):
+            asked.append({"token": token})
+
+        def create_repo(self, repo_id, private, exist_ok):
+            assert exist_ok
+            asked.append({"create": repo_id, "private": private})
+
+        def upload_folder(self, repo_id, folder_path, revision, commit_message):
+            shutil.copytree(folder_path, tmp_path / "hub" / repo_id, dirs_exist_ok=True)
+            return SimpleNamespace(commit_url=f"https://hub/{repo_id}/commit/{revision}")
+
+    def snapshot(repo_id, revision, token, allow_patterns):
+        asked.append({"fetched": repo_id, "revision": revision, "token": token, "patterns": allow_patterns})
+        return str(tmp_path / "hub" / repo_id)
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    return SimpleNamespace(folder=tmp_path / "hub", asked=asked)
+
+
+@pytest.fixture
+def file(compose, tmp_path):
+    return exported(untrained(compose, tmp_path, *TINY, "adapter=full", "head=linear"), tmp_path / "out")
+
+
+def test_a_model_comes_back_from_the_hub(hub, file):
+    model = dinoseg.load(file, device="cpu")
+    address = model.push_to_hub("me/mine", private=True, revision="draft", token=TOKEN)
+    assert address == "https://hub/me/mine/commit/draft" and {"create": "me/mine", "private": True} in hub.asked
+    assert {path.name for path in (hub.folder / "me/mine").iterdir()} == {"README.md", "model.safetensors"}
+    back = Model.from_pretrained("me/mine", revision="draft", token=TOKEN, device="cpu")
+    assert {"token": TOKEN} in hub.asked and hub.asked[-1]["token"] == TOKEN
+    assert hub.asked[-1]["revision"] == "draft" and hub.asked[-1]["patterns"][0] == "model.safetensors*"
+    image = np.random.default_rng(0).integers(0, 256, (30, 41, 3)).astype(np.uint8)
+    assert (back.predict(image).probabilities == model.predict(image).probabilities).all()
+    assert back.facts == model.facts == Model.from_pretrained(hub.folder / "me/mine", device="cpu").facts
+    assert not any(TOKEN.encode() in path.read_bytes() for path in hub.folder.rglob("*") if path.is_file())
+
+
+def test_gated_weights_are_not_uploaded_unless_asked(hub, file):
+    model = dinoseg.load(file, device="cpu")
+    of_meta = {**model.facts.backbone, "licence": "DINOv3 License", "gated": True}
+    model.facts = Facts(
+        *([getattr(model.facts, key) for key in ("classes", "palette", "ignore_index")]), backbone=of_meta
+    )
+    with pytest.raises(UserError, match="DINOv3 License.*export.delta=true.*gated=True"):
+        model.push_to_hub("me/mine")
+    assert not hub.asked
+    model.push_to_hub("me/mine", gated=True)
+
+
+def test_a_hub_that_does_not_answer_is_one_message_without_the_token(file, monkeypatch):
+    model = dinoseg.load(file, device="cpu")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+
+    class Telling:
+        def __init__(self, token):
+            raise RuntimeError(f"{token} is not valid")
+
+    for ask in (
+        lambda: model.push_to_hub("me/mine", token=TOKEN),
+        lambda: Model.from_pretrained("me/mine", token=TOKEN),
+    ):
+        with pytest.raises(UserError, match="me/mine: the hub does not answer.*hf auth login") as refused:
+            ask()
+        assert TOKEN not in str(refused.value)
+    monkeypatch.setattr(huggingface_hub, "HfApi", Telling)
+    with pytest.raises(UserError, match="RuntimeError: ... is not valid") as refused:
+        model.push_to_hub("me/mine", token=TOKEN)
+    assert TOKEN not in str(refused.value) and refused.value.__cause__ is None
+
+
+def test_a_place_without_a_model_is_refused(tmp_path, file):
+    for source, message in ((tmp_path, "holds no model.safetensors"), (file, "dinoseg.load reads it")):
+        with pytest.raises(UserError, match=message):
+            Model.from_pretrained(source)
+
+
+def test_the_card_holds_scores_and_licence_and_nothing_that_a_file_makes_up():
+    official = {"protocol": "IDD", "scores": {"miou": 0.5}, "ci95": {"miou": [0.4, 0.6]}, "n": 12, "unit": "image"}
+    scores = {
+        "split": "val",
+        "protocol": "counted",
+        "values": {"miou": 0.25},
+        "per_class": {"a|b": 0.125},
+        "official": official,
+    }
+    evil = "x</script><b>|y\n# head"
+    facts = Facts(
+        ("a|b", evil),
+        ((1, 2, 3), (4, 5, 6)),
+        255,
+        scores=scores,
+        backbone={"name": "dinov3_vits16", "licence": "DINOv3 License\nmodel: evil", "weights": evil},
+        delta=True,
+    )
+    card = model_card(facts, "me/mine")
+    assert (
+        "| `miou` | 25.00 | - |" in card
+        and "| `miou` | 50.00 | 40.00 .. 60.00 |" in card
+        and "over 12 units (`image`)" in card
+    )
+    assert "| 0 | `a\\x7cb` | (1, 2, 3) | 12.50 |" in card and "what was trained alone" in card
+    assert "<" not in card and "\n# head" not in card and "\nmodel:" not in card
+    assert card.startswith('---\nlicense: other\nlicense_name: "DINOv3 License\\nmodel: evil"\n')
+    assert "None were recorded" in model_card(Facts(("a",), ((0, 0, 0),), 255), "me/mine")
+
+
+@pytest.mark.parametrize(
+    "name", ["http://evil.example", "www.evil.example", "a_b_ ~~c~~ **d**", "[a](b)", "`a` me@b.c", ""]
+)
+def test_names_in_the_card_are_spans_of_code(name):
+    line = next(
+        line for line in model_card(Facts((name,), ((0, 0, 0),), 255), "me/mine").splitlines() if "| 0 |" in line
+    )
+    assert re.fullmatch(r"\| 0 \| `[^`|]+` \| \(0, 0, 0\) \| - \|", line)
+
+
+def test_without_the_hubs_client_it_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    facts = Facts(("a", "b"), ((0, 0, 0), (1, 2, 3)), 255)
+    (tmp_path / "model.safetensors").touch()
+    for ask in (
+        lambda: Model.from_pretrained("org/name"),
+        lambda: push(
+            tmp_path / "model.safetensors", facts, "org/name", private=None, revision=None, token=None, gated=False
+        ),
+    ):
+        with pytest.raises(UserError, match="org/name: a hub needs huggingface_hub, .* pip install huggingface_hub"):
+            ask()
+
+
+def test_odd_numbers_and_codes_of_a_file_are_harmless_in_the_card_and_on_a_terminal():
+    scores = {"values": {"miou": 10**400, "dice": float("nan")}, "per_class": [1]}
+    facts = Facts(("a",), ((0, 0, 0),), 255, scores=scores, backbone={"name": "\x1b[2J"})
+    card = model_card(facts, "me/mine")
+    assert "| `miou` | - | - |" in card and "| `dice` | - | - |" in card and "| 0 | `a` | (0, 0, 0) | - |" in card
+    assert "\x1b" not in card + repr(Model(SimpleNamespace(name="onnx"), facts))
+
+
+def test_weights_beside_a_graph_go_with_it_if_it_knows_them_by_the_hubs_name(hub, tmp_path):
+    facts = Facts(("a", "b"), ((0, 0, 0), (1, 2, 3)), 255)
+    graph_with_weights(tmp_path, "mine.onnx.data").rename(tmp_path / "mine.onnx")
+    graph_with_weights(tmp_path, "model.onnx.data")
+    for file, source in (("bare.onnx", None), ("renamed.onnx", "model.onnx.data")):
+        graph_with_weights(tmp_path, source, name=file)
+    (tmp_path / "model.onnx.txt").touch()
+    with pytest.raises(UserError, match="knows its weights as mine.onnx.data"):
+        push(tmp_path / "mine.onnx", facts, "me/mine", private=None, revision=None, token=None, gated=False)
+    assert not hub.asked
+    for file, there in (
+        ("model.onnx", {"model.onnx", "model.onnx.data", "README.md"}),
+        ("renamed.onnx", {"model.onnx", "model.onnx.data", "README.md"}),
+        ("bare.onnx", {"model.onnx", "README.md"}),
+    ):
+        push(tmp_path / file, facts, f"me/{file}", private=None, revision=None, token=None, gated=False)
+        assert {path.name for path in (hub.folder / "me" / file).iterdir()} == there
+        assert (hub.folder / "me" / file / "model.onnx").read_bytes() == (tmp_path / file).read_bytes()
+    assert fetched("me/model.onnx", runtime="onnx").name == "model.onnx" and hub.asked[-1]["patterns"] == [
+        "model.onnx*"
+    ]
+
+
+def test_gated_weights_that_say_nothing_of_where_they_are_count_as_in_the_file(hub, tmp_path):
+    facts = Facts(("a",), ((0, 0, 0),), 255, backbone={"gated": True})
+    graph_with_weights(tmp_path, None)
+    with pytest.raises(UserError, match="gated=True"):
+        push(tmp_path / "model.onnx", facts, "me/mine", private=None, revision=None, token=None, gated=False)
+    held = Facts(("a",), ((0, 0, 0),), 255, backbone={"gated": True, "in_file": False})
+    push(tmp_path / "model.onnx", held, "me/mine", private=None, revision=None, token=None, gated=False)

@@ -1,0 +1,436 @@
+"""One-file models: written, loaded in a program of its own, and predicting what mode=predict does."""
+
+import json
+import shutil
+import struct
+
+import huggingface_hub.constants
+import numpy as np
+import pytest
+import torch
+from command_line import call
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
+from portable_parts import TINY, exported, untrained
+from safetensors.torch import load_file
+from test_hostile_checkpoints import CASES, tampered
+
+import dinoseg
+from dinoseg.experiment import build
+from dinoseg.experiment.resume import alone
+from dinoseg.training import checkpoint
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.images import read_ids
+from dinoseg.utils.tensor_files import write_tensors
+
+draw = np.random.default_rng(0)
+
+
+def picture(height=30, width=41):
+    return draw.integers(0, 256, (height, width, 3)).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def file(trained, tmp_path_factory):
+    """The one-file model of a training, written by mode=export in another folder than it is used from."""
+    done = call(
+        trained, "mode=export", "export=safetensors", "resume=segmenter", "engine=cpu", "hydra.run.dir=exported"
+    )
+    assert done.status == 0, done.err
+    path = tmp_path_factory.mktemp("elsewhere") / "model.safetensors"
+    return shutil.copyfile(trained / "exported/model.safetensors", path)
+
+
+def test_a_file_predicts_what_mode_predict_does(trained, file, tmp_path, monkeypatch):
+    words = ("engine=cpu", "input=clip", "hydra.run.dir=predicted")
+    assert call(trained, "mode=predict", "resume=segmenter", *words).status == 0
+    monkeypatch.chdir(tmp_path)
+    model = dinoseg.load(file, device="cpu")
+    results = list(model.predict(trained / "clip"))
+    assert len(results) == 7
+    for out in results:
+        assert (out.mask == read_ids(trained / "predicted/masks" / out.source.name)).all()
+        assert (out.probabilities.argmax(axis=0) == out.mask).all()
+    again = dinoseg.load(trained / "segmenter", device="cpu").predict(trained / "clip/00000.png")
+    assert (again.probabilities == results[0].probabilities).all()
+
+
+@pytest.mark.heavy
+def test_a_file_goes_through_every_mode_as_a_checkpoint(trained, file):
+    words = ("engine=cpu", "data.root=data", f"resume={file}", "mode.metrics_only=true")
+    done = call(trained, "mode=eval", *words, "hydra.run.dir=scored")
+    assert done.status == 0, done.err
+    ours, theirs = (
+        json.loads((trained / name / "scores.json").read_text()) for name in ("scored", "segmenter/evaluation")
+    )
+    assert ours == theirs
+
+
+def test_a_folder_of_an_export_is_taken_for_its_file_by_the_runtime_that_is_asked_for(trained, file, tmp_path):
+    folder = shutil.copyfile(file, tmp_path / "model.safetensors").parent
+    (folder / "model.onnx").touch()
+    assert dinoseg.load(folder, device="cpu").file == dinoseg.Model.from_pretrained(folder).file == folder / file.name
+    for load in (dinoseg.load, dinoseg.Model.from_pretrained):
+        with pytest.raises(UserError, match="model.onnx: no ONNX file"):
+            load(folder, runtime="onnx")
+    words = ("engine=cpu", f"resume={folder}", "input=clip/00000.png", "hydra.run.dir=of_a_folder")
+    done = call(trained, "mode=predict", *words)
+    assert done.status == 0, done.err
+
+
+def test_a_file_says_what_it_is(trained, file, tmp_path):
+    facts = dinoseg.load(file, device="cpu").facts
+    scores = json.loads((trained / "segmenter/evaluation/scores.json").read_text())
+    assert facts.classes == ("dark", "bright") and facts.scores["values"]["miou"] == scores["miou"]
+    assert facts.backbone["licence"] == "its trainer's own" and facts.data["train"]["count"] == 4
+    assert facts.sizes["crop"] == [32, 48] and facts.sizes["typical"] == 48
+    assert facts.versions["torch"] == torch.__version__.partition("+")[0] and not facts.delta
+    assert facts.normalisation["mean"] != facts.normalisation["std"] and "_target_" not in facts.sizes["inference"]
+    assert str(trained).encode() not in file.read_bytes()[: 2**20]
+    again = dinoseg.load(exported(file, tmp_path / "again"), device="cpu").facts
+    assert again.scores == facts.scores and again.data == facts.data
+
+
+def test_nothing_of_hydra_or_chance_is_left_in_the_program(file):
+    OmegaConf.register_new_resolver("len", lambda value: "mine", replace=True)
+    OmegaConf.clear_resolver("cells")
+    state = torch.random.get_rng_state()
+    dinoseg.load(file, device="cpu")
+    assert OmegaConf.create({"x": "${len:1}"}).x == "mine" and not OmegaConf.has_resolver("cells")
+    assert not GlobalHydra.instance().is_initialized() and (torch.random.get_rng_state() == state).all()
+
+
+def test_a_program_of_hydras_own_is_neither_changed_nor_read(file, tmp_path):
+    (tmp_path / "head").mkdir()
+    (tmp_path / "head" / "mine.yaml").write_text("_target_: os.system\n")
+    (tmp_path / "main.yaml").write_text("x: 1\n")
+    evil = tmp_path / "evil.safetensors"
+    info = checkpoint.describe(file) | {
+        "config": {**checkpoint.describe(file)["config"], "head": {"_target_": "os.system"}}
+    }
+    checkpoint.write(evil, load_file(file), {key: value for key, value in info.items() if key != "format"})
+    try:
+        with initialize_config_dir(str(tmp_path), version_base="1.3"):
+            HydraConfig.instance().set_config(hydra_compose("main", return_hydra_config=True))
+            before = HydraConfig.get()
+            dinoseg.load(file, device="cpu")
+            assert HydraConfig.get() is before and GlobalHydra.instance().is_initialized()
+            with pytest.raises(UserError, match="no config file on this machine names it there"):
+                dinoseg.load(evil)
+    finally:
+        HydraConfig.instance().cfg = None
+
+
+FAMILIES = {
+    "packaged, frozen": ("backbone=tiny_surgical", "adapter=frozen", "head=linear"),
+    "packaged, LoRA": ("backbone=tiny_surgical", "adapter=lora", "head=mlp"),
+    "packaged, copies": ("backbone=tiny_surgical", "adapter=frozen", "head=split", "head.blocks=1", "head.layers=[-1]"),
+    "random": (*TINY, "adapter=frozen", "head=linear"),
+    "timm": ("backbone=timm", "backbone.name=resnet10t", "backbone.weights=random", "adapter=frozen", "head=linear"),
+    "no network": ("backbone=rgb", "adapter=frozen", "head=linear"),
+    "masks": (*TINY, "adapter=last_blocks", "adapter.blocks=1", "head=eomt", "head.blocks=1", "head.num_queries=5"),
+}
+
+
+QUICK = ("packaged, LoRA",)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        pytest.param(words, id=name, marks=() if name in QUICK else pytest.mark.heavy)
+        for name, words in FAMILIES.items()
+    ],
+)
+@pytest.mark.parametrize("delta", [False, True])
+def test_each_kind_of_model_is_the_same_from_its_file(compose, tmp_path, words, delta):
+    path = untrained(compose, tmp_path, *words)
+    if delta and words[0] != "backbone=tiny_surgical":
+        with pytest.raises(UserError, match="export.delta=true: this backbone comes from nowhere else"):
+            exported(path, tmp_path / "out", delta=True)
+        return
+    file = exported(path, tmp_path / "out", delta=delta)
+    image = picture()
+    ours = dinoseg.load(file, device="cpu").predict(image)
+    theirs = dinoseg.load(path, device="cpu").predict(image)
+    assert (ours.probabilities == theirs.probabilities).all() and (ours.mask == theirs.mask).all()
+    assert len(ours.probabilities.std(axis=(1, 2)).nonzero()[0])
+
+
+def test_a_file_is_asked_as_its_training_was_unless_told(compose, tmp_path):
+    words = (*TINY, "adapter=frozen", "head=linear", "inference=windows", "inference.size=16")
+    path = untrained(compose, tmp_path, *words)
+    file, image = exported(path, tmp_path / "out"), picture(40, 56)
+    model, whole = dinoseg.load(file, device="cpu"), dinoseg.load(file, device="cpu", inference="whole")
+    assert model.facts.sizes["inference"]["option"] == "windows" and model.facts.sizes["inference"]["size"] == 16
+    ours, theirs, other = (
+        each.predict(image).probabilities for each in (model, dinoseg.load(path, device="cpu"), whole)
+    )
+    assert (ours == theirs).all() and np.abs(ours - other).max() > 1e-3
+    with pytest.raises(UserError, match="^inference=half is unknown. Choose one of auto, whole, windows"):
+        dinoseg.load(file, inference="half")
+
+
+def foreign_file(compose, folder):
+    """Write a DINOv3 file whose rotation frequencies are not those of its config, as Meta's are."""
+    backbone = build.backbone(compose("backbone=tiny_surgical", "data.classes=[a]"))
+    backbone.model.rope_embeddings.inv_freq.mul_(1.01)
+    backbone.norm.weight.mul_(1.01)
+    path = folder / "dinov3_file.safetensors"
+    write_tensors(path, backbone.export_state(), {})
+    return path
+
+
+def test_gated_weights_are_not_passed_on_unless_asked(compose, tmp_path, capsys):
+    weights = foreign_file(compose, tmp_path)
+    words = ("backbone=tiny_surgical", f"backbone.weights={weights}", "adapter=lora", "head=linear")
+    path = untrained(compose, tmp_path, *words)
+    with pytest.raises(UserError, match="DINOv3 License.*export.delta=true.*export.gated=true"):
+        exported(path, tmp_path / "out")
+    assert not (tmp_path / "out/model.safetensors").exists()
+    image = picture()
+    theirs = dinoseg.load(path, device="cpu").predict(image).probabilities
+    whole = exported(path, tmp_path / "out", gated=True)
+    assert dinoseg.load(whole.parent, device="cpu").file == whole
+    with pytest.raises(UserError, match="^backbone=.* holds its own backbone. Leave it out"):
+        dinoseg.load(whole, backbone=weights)
+    weights_elsewhere = weights.rename(tmp_path / "moved.safetensors")
+    assert (dinoseg.load(whole, device="cpu").predict(image).probabilities == theirs).all()
+    weights_elsewhere.rename(weights)
+    delta = exported(path, tmp_path / "delta", delta=True)
+    printed = capsys.readouterr().out
+    assert 'backbone="FILE"' in printed and "no scores are in it" in printed
+    assert delta.stat().st_size < whole.stat().st_size / 4
+    assert not any("lora" not in name for name in load_file(delta) if "model/backbone" in name)
+    weights.rename(weights_elsewhere)
+    with pytest.raises(
+        UserError,
+        match="backbone=dinov3_file.safetensors, which is no file.*Give the file where it is now: backbone=PATH",
+    ):
+        dinoseg.load(delta)
+    model = dinoseg.load(delta, device="cpu", backbone=weights_elsewhere)
+    assert (model.predict(image).probabilities == theirs).all() and not model.facts.backbone["in_file"]
+    with pytest.raises(UserError, match="other frozen backbone weights"):
+        dinoseg.load(delta, device="cpu", backbone="dinoseg:tiny_surgical")
+
+
+def test_weights_that_are_not_finite_become_no_file(compose, tmp_path):
+    weights = foreign_file(compose, tmp_path)
+    words = ("backbone=tiny_surgical", f"backbone.weights={weights}", "adapter=frozen", "head=linear")
+    path = untrained(compose, tmp_path, *words)  # the checkpoint itself is sound: it holds the head alone
+    sound = load_file(weights)
+    write_tensors(weights, sound | {"norm.weight": sound["norm.weight"] / 0}, {})
+    with pytest.raises(UserError, match="norm.weight holds NaN or infinity"):
+        exported(path, tmp_path / "out", gated=True)
+    assert not list((tmp_path / "out").iterdir())
+    write_tensors(weights, sound, {})
+    held = checkpoint.read(path)
+    held.tensors["model/head.classify.weight"][0] = float("nan")
+    checkpoint.write(path, held.tensors, {key: value for key, value in held.info.items() if key != "format"})
+    for delta in (True, False):
+        with pytest.raises(UserError, match="best.safetensors: 1 of its tensors hold NaN"):
+            exported(path, tmp_path / "out", gated=True, delta=delta)
+
+
+@pytest.mark.heavy
+def test_a_delta_names_the_commit_of_its_backbone(compose, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    words = ("backbone=dinov2_vits14", "backbone.arch.hidden_size=24", "backbone.arch.num_hidden_layers=2")
+    words += ("backbone.arch.num_attention_heads=3", "adapter=frozen", "head=linear")
+    fetched, commit = tmp_path / "hub/models--facebook--dinov2-small", "0123456789" * 4
+    (fetched / "refs").mkdir(parents=True)
+    (fetched / "refs/main").write_text(commit)
+    some = build.backbone(compose(*words, "data.classes=[a]", "backbone.weights=random"))
+    write_tensors(fetched / "snapshots" / commit / "model.safetensors", some.export_state(), {})
+    path = untrained(compose, tmp_path, *words)
+    file = exported(path, tmp_path / "out", delta=True)
+    image = picture()
+    theirs = dinoseg.load(path, device="cpu").predict(image).probabilities
+    (fetched / "refs/main").write_text("f" * 40)  # what main is now is another one, which is not here
+    model = dinoseg.load(file, device="cpu")
+    assert (model.predict(image).probabilities == theirs).all()
+    source = model.facts.backbone
+    assert (source["weights"], source["revision"], source["licence"]) == ("facebook/dinov2-small", commit, "Apache-2.0")
+    assert checkpoint.describe(file)["config"]["backbone"]["weights"] == f"facebook/dinov2-small@{commit}"
+    shutil.rmtree(fetched)
+    with pytest.raises(UserError, match="model.safetensors: .*the hub does not answer.*backbone=PATH"):
+        dinoseg.load(file)
+
+
+def test_what_is_trained_of_gated_weights_is_gated_and_takes_the_rest_from_elsewhere(compose, tmp_path):
+    weights = foreign_file(compose, tmp_path)
+    words = ("backbone=tiny_surgical", f"backbone.weights={weights}", "head=linear")
+    path = untrained(compose, tmp_path, *words, "adapter=last_blocks", "adapter.blocks=1")
+    with pytest.raises(UserError, match="export.gated=true"):
+        exported(path, tmp_path / "out", delta=True)
+    delta, image = exported(path, tmp_path / "out", delta=True, gated=True), picture()
+    theirs = dinoseg.load(path, device="cpu").predict(image).probabilities
+    moved = weights.rename(tmp_path / "moved.safetensors")
+    assert (dinoseg.load(delta, device="cpu", backbone=moved).predict(image).probabilities == theirs).all()
+    with pytest.raises(UserError, match=f"^head={moved}: .* holds its own head. Leave it out."):
+        dinoseg.load(delta, device="cpu", backbone=moved, head=moved)
+
+
+@pytest.mark.heavy
+def test_a_file_of_a_file_keeps_its_sources(compose, tmp_path):
+    weights = foreign_file(compose, tmp_path)
+    words = ("backbone=tiny_surgical", f"backbone.weights={weights}", "adapter=frozen", "head=linear")
+    first = exported(untrained(compose, tmp_path, *words), tmp_path / "out", gated=True)
+    with pytest.raises(UserError, match="DINOv3 License"):
+        exported(first, tmp_path / "again")
+    again = exported(first, tmp_path / "again", gated=True)
+    assert dinoseg.load(again).facts.backbone["weights"] == weights.name
+
+
+MORE = {  # of those that a fuzzer of the description has found
+    "no classes": lambda _: {"config/data": {"root": "???"}},
+    "a long value": lambda _: {"config/head/pixel_shuffle": ["a"] * 300},
+    "no way of use": lambda _: {"config/inference": 3},
+    "a window without end": lambda _: {"config/inference/size": 10**30},
+    "a shell in its use": lambda _: {"config/inference/_target_": "os.system"},
+}
+
+
+@pytest.fixture(scope="module")
+def sound(file):
+    return checkpoint.read(file)
+
+
+@pytest.mark.parametrize("case", (CASES | MORE).values(), ids=CASES | MORE)
+def test_a_tampered_file_is_refused(tmp_path, sound, case):
+    path = tampered(tmp_path, sound, case(tmp_path))
+    with pytest.raises(UserError) as refused:
+        dinoseg.load(path, device="cpu")
+    assert str(path) in str(refused.value) and len(str(refused.value)) < 1000
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def change(name, value):
+    return lambda sound: {name: value(sound.tensors[name])}
+
+
+CHANGED = {
+    "NaN": (change("model/head.classify.weight", lambda one: one * float("nan")), "hold NaN or infinity"),
+    "another shape": (change("model/head.classify.weight", lambda one: one[:1].clone()), "of another shape"),
+    "another type": (change("model/head.classify.weight", lambda one: one.to(torch.complex64)), "has the type C64"),
+    "one more": (lambda sound: {"model/head.more": torch.zeros(1)}, "left over"),
+    "one of no part": (lambda sound: {"x": torch.zeros(1)}, "a tensor x, which dinoseg does not write"),
+    "one more constant": (lambda sound: {"constants/backbone.more": torch.zeros(1)}, "left over"),
+    "a long constant": (lambda sound: {"constants/backbone.mean": torch.zeros(9, 9)}, "of another shape"),
+}
+
+
+@pytest.mark.parametrize(("tensors", "message"), CHANGED.values(), ids=CHANGED)
+def test_tensors_that_are_not_the_models_are_refused(tmp_path, sound, tensors, message):
+    with pytest.raises(UserError, match=message):
+        dinoseg.load(tampered(tmp_path, sound, {}, tensors(sound)), device="cpu")
+
+
+def test_a_file_of_more_tensors_than_any_model_has_is_refused(file, monkeypatch):
+    monkeypatch.setattr(checkpoint, "_MOST_TENSORS", 20)
+    with pytest.raises(UserError, match="tensors, above the most, 20, which dinoseg does not write"):
+        dinoseg.load(file, device="cpu")
+
+
+def test_large_pictures_are_brought_to_the_scale_of_the_training(tmp_path, sound):
+    said = sound.info["sizes"]
+    image = picture(200, 300)
+    as_trained, as_they_are = (
+        dinoseg.load(tampered(tmp_path, sound, {"sizes": sizes}), device="cpu").predict(image).probabilities
+        for sizes in (said, {**said, "largest": 10**6})
+    )
+    assert as_trained.shape == as_they_are.shape and np.abs(as_trained - as_they_are).max() > 1e-3
+
+
+def test_a_place_that_the_caller_trusts_is_asked(tmp_path, sound):
+    path = tampered(tmp_path, sound, {"config/backbone/weights": "evil/weights"})
+    with pytest.raises(UserError, match="trust=.evil/weights."):
+        dinoseg.load(path, device="cpu")
+    with pytest.raises(UserError, match="made for another model"):  # it is believed that the backbone comes from there
+        dinoseg.load(path, device="cpu", trust=["evil/weights"])
+
+
+def test_facts_that_are_none_are_refused(tmp_path, sound):
+    for place, value in (("facts", 3), ("facts/scores", [1]), ("facts/delta", "no"), ("facts/versions", {"torch": 2})):
+        with pytest.raises(UserError, match="evil.safetensors: .*facts"):
+            dinoseg.load(tampered(tmp_path, sound, {place: value}), device="cpu")
+
+
+def test_what_is_no_file_of_dinoseg_is_refused(tmp_path, trained, file, sound):
+    whole = file.read_bytes()
+    newer = {**sound.info, "format": 99}
+    checkpoint.write(tmp_path / "newer.safetensors", sound.tensors, newer)
+    write_tensors(tmp_path / "foreign.safetensors", {"x": torch.zeros(2)}, {"format": "pt"})
+    contents = {"empty": b"", "cut": whole[: len(whole) // 2], "head": whole[:200], "text": b"hello" * 99}
+    contents["huge header"] = struct.pack("<Q", 2**60) + whole[8:]
+    contents["pickle"] = b"\x80\x04cos\nsystem\n(S'touch ran'\ntR."
+    for name, content in contents.items():
+        (tmp_path / f"{name}.safetensors").write_bytes(content)
+    for path in tmp_path.glob("*.safetensors"):
+        with pytest.raises(UserError, match=path.name) as refused:
+            dinoseg.load(path)
+        assert "resume=" not in str(refused.value) and ("Update dinoseg" in str(refused.value)) == (
+            path.stem == "newer"
+        )
+    (tmp_path / "model.pt2").write_bytes(b"PK")
+    for path, message in (
+        (tmp_path / "none", "No such file"),
+        (tmp_path / "model.pt2", "is a program of torch.export, .* Give the model.safetensors"),
+        (tmp_path, "neither a checkpoint file nor a run folder"),
+        (trained / "slots", "slots/checkpoints/.*is a model of slots"),
+    ):
+        with pytest.raises(UserError, match=message):
+            dinoseg.load(path)
+    for options, message in (
+        ({"runtime": "tpu"}, "runtime=tpu"),
+        ({"device": "tpu"}, "^device=tpu"),
+        ({"precision": "8"}, "precision=8"),
+    ):
+        with pytest.raises(UserError, match=message):
+            dinoseg.load(file, **options)
+
+
+def test_a_model_is_saved_whole_or_not_at_all(file, trained, tmp_path):
+    model = dinoseg.load(file, device="cpu")
+    model.save(tmp_path / "deeper/copy.safetensors")
+    assert (tmp_path / "deeper/copy.safetensors").read_bytes() == file.read_bytes()
+    with pytest.raises(UserError, match="Cannot read or write"):
+        model.save(file / "x")
+    with pytest.raises(UserError, match="export=safetensors"):
+        dinoseg.load(trained / "segmenter", device="cpu").save(tmp_path / "x")
+
+
+@pytest.mark.heavy
+def test_scores_of_an_evaluation_come_with_the_file(trained, tmp_path):
+    words = ("mode=export", "export=safetensors", "resume=segmenter", "engine=cpu")
+    done = call(trained, "mode=eval", "resume=segmenter", "data.root=data", "mode.split=train", "engine=cpu",
+                "mode.metrics_only=true", "hydra.run.dir=on_train")  # fmt: skip
+    assert done.status == 0, done.err
+    assert call(trained, *words, "export.scores=on_train", "hydra.run.dir=with").status == 0
+    assert dinoseg.load(trained / "with/model.safetensors").facts.scores["split"] == "train"
+    for folder, message in (("clip", "is no run folder of mode=eval"), ("slots", "is no run folder|are of None")):
+        refused = call(trained, *words, f"export.scores={folder}")
+        assert refused.status == 1 and message.split("|")[0] in refused.err or message.split("|")[1] in refused.err
+    of_slots = call(trained, "mode=export", "export=safetensors", "resume=slots", "engine=cpu")
+    assert of_slots.status == 1 and "model of slots" in of_slots.err
+
+
+def test_a_run_folder_is_loaded_by_its_best_checkpoint_even_beside_a_file(compose, tmp_path):
+    untrained(compose, tmp_path, *TINY)
+    (tmp_path / "run/model.safetensors").touch()
+    assert dinoseg.load(tmp_path / "run", device="cpu").file is None
+
+
+def test_names_that_begin_like_a_path_are_kept(compose, tmp_path):
+    path = untrained(compose, tmp_path, *TINY, "data.classes=['/road',b]", "data.group='/video'")
+    file = exported(path, tmp_path / "out")
+    said = checkpoint.describe(file)["config"]["data"]
+    assert dinoseg.load(file).classes == ("/road", "b") and said["group"] == "/video" and said["root"] == "???"
+
+
+def test_a_config_alone_needs_no_command_line(file):
+    cfg = alone(file, checkpoint.describe(file), {"engine.device": "cpu"})
+    assert cfg.engine.device == "cpu" and cfg.backbone.weights == "random"

@@ -1,0 +1,348 @@
+"""Exported graphs without torch: their pictures as torch makes them, what they say checked, hostile files refused."""
+
+import errno
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+import torch.nn.functional as F
+from onnx import TensorProto, helper, numpy_helper
+
+import dinoseg
+from dinoseg.core.geometry import upsample
+from dinoseg.core.shapes import MaskOutputs
+from dinoseg.export.runtime.onnx_check import read_metadata
+from dinoseg.export.runtime.onnx_model import load_onnx
+from dinoseg.export.runtime.onnx_pictures import bands, pixels
+from dinoseg.export.runtime.onnx_record import KEY, GraphRecord, Layout
+from dinoseg.models.heads.semantic import semantic_map
+from dinoseg.utils.errors import UserError
+
+RECORD = GraphRecord(8, 1.0, None, None, None, None, None, (0.5, 0.25, 0.125), "scores", False, False, 18, "float32")
+LABELS = {"classes": ["dark", "bright"], "palette": [[0, 0, 0], [255, 255, 255]], "ignore_index": 255}
+
+
+def changed(**values):
+    return GraphRecord.of(json.loads(json.dumps({**RECORD.plain(), **values})), "model.onnx")
+
+
+def model(record=RECORD, labels=LABELS, nodes=None, initializers=(), opsets=("",)):
+    """Return an ONNX model whose two scores are minus and plus the red channel, on a grid of 8 px."""
+    side = ["batch", 3, "height", "width"]
+    weight = np.zeros((2, 3, 1, 1), np.float32)
+    weight[:, 0, 0, 0] = -1, 1
+    weights = [numpy_helper.from_array(weight, "weight"), numpy_helper.from_array(np.float32([0.5, -0.5]), "bias")]
+    plain = [
+        helper.make_node("AveragePool", ["image"], ["grid"], kernel_shape=[8, 8], strides=[8, 8]),
+        helper.make_node("Conv", ["grid", "weight", "bias"], ["scores"]),
+    ]
+    graph = helper.make_graph(
+        plain if nodes is None else nodes,
+        "graph",
+        [helper.make_tensor_value_info("image", TensorProto.FLOAT, side)],
+        [helper.make_tensor_value_info("scores", TensorProto.FLOAT, ["batch", 2, "h", "w"])],
+        [*weights, *initializers],
+    )
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid(name, 18) for name in opsets], ir_version=10)
+    entry = made.metadata_props.add()
+    entry.key, entry.value = KEY, json.dumps({"graph": record.plain(), **labels})
+    return made
+
+
+def written(folder, made):
+    path = folder / "model.onnx"
+    path.write_bytes(made.SerializeToString())
+    return path
+
+
+@pytest.mark.parametrize(
+    ("size", "content"), [((37, 50), (37, 50)), ((90, 41), (30, 14)), ((1, 1), (5, 3)), ((4, 200), (1, 33))]
+)
+def test_pictures_enter_as_torch_resizes_them(size, content):
+    image = np.random.default_rng(0).integers(0, 256, (*size, 3)).astype(np.uint8)
+    given = pixels(image, Layout(content, (40, 56)), (0.5, 0.25, 0.125))
+    floats = torch.from_numpy(image).permute(2, 0, 1)[None].double() / 255
+    wanted = F.interpolate(floats, content, mode="bilinear", antialias=True)[0]
+    np.testing.assert_allclose(given[:, : content[0], : content[1]], wanted, atol=1e-6)
+    assert (given[:, content[0] :] == np.float32([0.5, 0.25, 0.125])[:, None, None]).all()
+
+
+@pytest.mark.parametrize("size", [(37, 50), (1, 1), (8, 8), (3, 101)])
+def test_scores_and_masks_reach_pixels_as_in_torch(size):
+    draw, layout = torch.Generator().manual_seed(0), RECORD.layout(size)
+    grid = [side // 8 for side in layout.padded]
+    maps = torch.randn(1, 5, *grid, generator=draw)
+    given = np.concatenate(list(bands([maps[0].numpy()], size, layout.valid, RECORD)), axis=1)
+    np.testing.assert_allclose(given, upsample(maps.double(), size, layout.valid)[0], atol=1e-5)
+    masks, classes = 9 * torch.randn(1, 7, *grid, generator=draw), torch.randn(1, 7, 4, generator=draw)
+    for no_object in (True, False):
+        record = changed(kind="masks", mixture=True, no_object=no_object)
+        given = np.concatenate(list(bands([classes[0].numpy(), masks[0].numpy()], size, layout.valid, record)), axis=1)
+        wanted = semantic_map(MaskOutputs(classes, masks), size, layout.valid, no_object)[0]
+        np.testing.assert_allclose(given, wanted, atol=1e-5)
+
+
+def test_layouts_follow_the_size_policy_or_fit_one_size():
+    assert changed(longest=64).layout((100, 200)) == Layout((32, 64), (32, 64))
+    assert changed(typical=48, largest=99).layout((100, 50)) == Layout((48, 24), (48, 24))
+    assert changed(typical=48, largest=100).layout((100, 50)).content == (100, 50)
+    fixed = changed(size=[48, 64], batch=1)
+    assert fixed.layout((43, 61)) == Layout((43, 61), (48, 64))  # its own grid: as it is
+    assert fixed.layout((480, 320)) == Layout((48, 32), (48, 64))
+    assert fixed.layout((1, 30_000)) == Layout((1, 64), (48, 64))
+
+
+def test_a_file_is_a_model_to_use(tmp_path):
+    image = np.zeros((20, 30, 3), np.uint8)
+    image[:, 16:] = 255
+    for record in (RECORD, changed(size=[24, 32], batch=1), changed(kind="pixels", size=[24, 32], batch=2)):
+        path = written(tmp_path, model(record))
+        out = dinoseg.load(path).predict([image, image, 255 - image])
+        assert (out[1].mask == (image[..., 0] > 0)).all() and (out[2].mask == (image[..., 0] == 0)).all()
+        assert out[0].probabilities.shape == (2, 20, 30)
+        np.testing.assert_allclose(out[0].probabilities.sum(axis=0), 1, atol=1e-6)
+
+
+def test_numpy_pillow_and_onnxruntime_are_enough(tmp_path):
+    written(tmp_path, model())
+    code = """if True:
+        import sys
+        for name in ("torch", "hydra", "omegaconf", "safetensors", "onnx", "cv2", "matplotlib", "scipy"):
+            sys.modules[name] = None
+        import dinoseg
+        import numpy as np
+        image = np.zeros((20, 32, 3), np.uint8)
+        image[:, 16:] = 255
+        out = dinoseg.load("model.onnx").predict(image)
+        out.save("mask.png")
+        print(out.mask.sum(), out.areas, out.overlay(0.5)[0, ::20, 0], out.overlay(1)[0, ::20, 0])
+        try:
+            dinoseg.load("mask.png")
+        except dinoseg.utils.errors.UserError as error:
+            print(error)
+    """
+    where = {"PYTHONPATH": str(Path(dinoseg.__file__).parent.parent), "PATH": ""}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=where, capture_output=True, text=True)
+    assert done.stdout.startswith("320 {'dark': 320, 'bright': 320} [  0 255] [  0 255]\n"), done.stderr
+    assert "mask.png: needs " in done.stdout and "is not installed: pip install" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "given", [{"inference": "windows"}, {"precision": "bf16"}, {"backbone": "b.pth"}, {"head": "h.pth"}]
+)
+def test_what_cannot_be_asked_of_a_graph_is_refused(tmp_path, given):
+    (key, value), path = *given.items(), written(tmp_path, model())
+    with pytest.raises(UserError, match=f"^{key}={value}: .*model.onnx is an ONNX file, which takes pictures whole"):
+        dinoseg.load(path, **given)
+    assert (
+        dinoseg.load(path, inference="whole", precision="fp32").predict(np.zeros((9, 9, 3), np.uint8)).mask.any() == 0
+    )
+
+
+def test_a_device_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(UserError, match="engine.device=cuda: this onnxruntime computes on cpu"):
+        load_onnx(written(tmp_path, model()), device="cuda")
+
+
+def external(location, length=4096, more=()):
+    tensor = TensorProto(name="far", data_type=TensorProto.FLOAT, dims=[1024], data_location=TensorProto.EXTERNAL)
+    for key, value in (("location", location), ("offset", "0"), ("length", str(length)), *more):
+        entry = tensor.external_data.add()
+        entry.key, entry.value = key, value
+    return tensor
+
+
+def huge():
+    return TensorProto(name="huge", data_type=TensorProto.FLOAT, dims=[2**20, 2**20], raw_data=b"1234")
+
+
+def looping():
+    body = helper.make_graph([], "body", [], [])
+    return [helper.make_node("If", ["image"], ["scores"], then_branch=body, else_branch=body)]
+
+
+HOSTILE = {
+    "outside its folder": lambda: model(initializers=[external("../../secret")]),
+    "outside its folder ": lambda: model(initializers=[external("/etc/passwd")]),
+    "outside its folder  ": lambda: model(initializers=[external("..\\secret")]),
+    "missing or no plain file": lambda: model(initializers=[external("nothing.data")]),
+    "missing or no plain file ": lambda: model(initializers=[external("link.data")]),
+    "is cut off": lambda: model(initializers=[external("short.data")]),
+    "unknown or stands there twice": lambda: model(initializers=[external("link.data", more=[("location", "/")])]),
+    "unknown or stands there twice ": lambda: model(initializers=[external("link.data", more=[("basepath", "/")])]),
+    "of type 1 and shape": lambda: model(initializers=[TensorProto(name="deep", data_type=1, dims=[1] * 65)]),
+    "a tensor of 4398046511104 bytes has 4": lambda: model(initializers=[huge()]),
+    "operators of 'evil'": lambda: model(nodes=[helper.make_node("Run", ["image"], ["scores"], domain="evil")]),
+    "operators of 'evil' ": lambda: model(opsets=("", "evil")),
+    "graphs inside graphs": lambda: model(nodes=looping()),
+}
+
+
+@pytest.mark.parametrize("reason", HOSTILE)
+def test_hostile_files_are_refused_before_onnxruntime_sees_them(tmp_path, monkeypatch, reason):
+    (tmp_path / "short.data").write_bytes(b"123")
+    (tmp_path / "secret").write_bytes(b"0" * 4096)
+    (tmp_path / "link.data").symlink_to(tmp_path / "secret")
+    monkeypatch.setattr("dinoseg.export.runtime.onnx_model.open_session", lambda *_, **__: pytest.fail("it was opened"))
+    with pytest.raises(UserError, match=reason.strip()):
+        dinoseg.load(written(tmp_path, HOSTILE[reason]()))
+
+
+def test_functions_of_the_files_own_are_refused(tmp_path):
+    made = model()
+    made.functions.append(onnx.FunctionProto(name="Mine"))
+    with pytest.raises(UserError, match="functions or training code"):
+        read_metadata(written(tmp_path, made), KEY)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x00", b"no model at all", b"\x3a\xff\xff\xff\xff\x7f", b"\x80" * 40])
+def test_a_file_that_is_none_is_refused(tmp_path, content):
+    path = tmp_path / "model.onnx"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="no ONNX file that dinoseg would run"):
+        dinoseg.load(path)
+
+
+def test_every_cut_and_changed_byte_ends_in_an_error_or_a_model(tmp_path):
+    whole, draw, path = model().SerializeToString(), np.random.default_rng(0), tmp_path / "model.onnx"
+    for _ in range(300):
+        damaged = bytearray(whole[: draw.integers(1, len(whole) + 1)])
+        damaged[draw.integers(len(damaged))] = draw.integers(256)
+        path.write_bytes(damaged)
+        try:
+            read_metadata(path, KEY)
+        except UserError:
+            continue
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [({"version": 2}, "version"), ({"kind": "code"}, "kind"), ({"scale": 0}, "scale"), ({"size": [0, 8]}, "size")],
+)
+def test_what_a_file_says_is_checked(tmp_path, change, reason):
+    made = model()
+    made.metadata_props[0].value = json.dumps({"graph": {**RECORD.plain(), **change}, **LABELS})
+    with pytest.raises(UserError, match=reason):
+        dinoseg.load(written(tmp_path, made))
+
+
+def test_a_description_of_no_end_is_refused(tmp_path):
+    with pytest.raises(UserError, match="its description is damaged"):
+        dinoseg.load(written(tmp_path, model(labels={**LABELS, "classes": ["x" * 2**20]})))
+
+
+def lying(nodes=None, **changes):
+    """Return a model whose description says something else than its graph does."""
+    made = model(
+        record=changed(**changes.pop("record", {})), labels={**LABELS, **changes.pop("labels", {})}, nodes=nodes
+    )
+    for part, value in changes.items():
+        getattr(made.graph, part)[0].CopyFrom(value)
+    return made
+
+
+SCORES = [helper.make_node("AveragePool", ["image"], ["grid"], kernel_shape=[8, 8], strides=[8, 8])]
+WHOLE = helper.make_tensor_value_info("scores", TensorProto.INT64, ["batch", 3, "h", "w"])
+LIES = {
+    "takes or gives something else": lambda: lying(record={"kind": "masks", "mixture": True}),
+    "takes or gives something else ": lambda: lying(
+        input=helper.make_tensor_value_info("picture", TensorProto.FLOAT, ["batch", 3, "height", "width"]),
+        nodes=[
+            helper.make_node("AveragePool", ["picture"], ["grid"], kernel_shape=[8, 8], strides=[8, 8]),
+            helper.make_node("Conv", ["grid", "weight", "bias"], ["scores"]),
+        ],
+    ),
+    r"gives float32 \[1, 2, 3, 4\] for 1 pictures, which are no scores of its 3 classes": lambda: lying(
+        labels={"classes": ["a", "b", "c"], "palette": [[0, 0, 0]] * 3}
+    ),
+    r"gives int64 \[1, 3, 3, 4\] for 1 pictures": lambda: lying(
+        labels={"classes": ["a", "b", "c"], "palette": [[0, 0, 0]] * 3},
+        nodes=[*SCORES, helper.make_node("Cast", ["grid"], ["scores"], to=TensorProto.INT64)],
+        output=WHOLE,
+    ),
+    r"gives float32 \[1, 2, 1, 1, 3, 4\] for 1 pictures": lambda: lying(
+        nodes=[
+            *SCORES,
+            helper.make_node("Conv", ["grid", "weight", "bias"], ["flat"]),
+            helper.make_node("Constant", [], ["axes"], value_ints=[2, 3]),
+            helper.make_node("Unsqueeze", ["flat", "axes"], ["scores"]),
+        ],
+        output=helper.make_tensor_value_info("scores", TensorProto.FLOAT, None),
+    ),
+    r"onnxruntime cannot compute pictures \[1, 3, 24, 32\] with it": lambda: lying(
+        input=helper.make_tensor_value_info("image", TensorProto.FLOAT, [1, 3, 8, 8])
+    ),
+    "20 x 30 would enter the model at .* and 1000 pixels are the most": lambda: lying(record={"scale": 64.0}),
+}
+
+
+@pytest.mark.parametrize("reason", LIES)
+def test_files_that_do_something_else_than_they_say_end_in_an_error(tmp_path, monkeypatch, reason):
+    monkeypatch.setattr("dinoseg.export.runtime.onnx_pictures._MOST_PIXELS", 1000)
+    with pytest.raises(UserError, match=reason.strip()):
+        dinoseg.load(written(tmp_path, LIES[reason]())).predict(np.zeros((20, 30, 3), np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("bound", "most", "reason"),
+    [
+        ("onnx_wire._MOST_FIELDS", 9, "it has more than 9 fields"),
+        ("onnx_wire._LONGEST_TEXT", 9, "a text in it has .* bytes"),
+        ("onnx_check._MOST_NODES", 1, "it has more than 1 nodes"),
+    ],
+)
+def test_what_is_read_of_a_file_is_bounded(tmp_path, monkeypatch, bound, most, reason):
+    monkeypatch.setattr(f"dinoseg.export.runtime.{bound}", most)
+    with pytest.raises(UserError, match=reason):
+        read_metadata(written(tmp_path, model()), KEY)
+
+
+@pytest.mark.parametrize("no_object", [True, False])
+def test_masks_and_their_classes_are_asked_as_they_are_said_to_be(tmp_path, no_object):
+    record = changed(kind="masks", mixture=True, no_object=no_object)
+    made = model(record)
+    del made.graph.output[:]
+    queries = np.float32([[[9, 0, 0], [0, 9, 0]]])[..., : 2 + no_object]  # one of each class
+    made.graph.initializer.append(numpy_helper.from_array(queries, "class_logits"))
+    made.graph.node[1].output[0] = "mask_logits"
+    for name in ("class_logits", "mask_logits"):
+        made.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
+    image = np.zeros((16, 24, 3), np.uint8)
+    image[:, 12:] = 255
+    assert (dinoseg.load(written(tmp_path, made)).predict(image).mask == (image[..., 0] > 0)).all()
+    wrong = json.loads(json.dumps({"graph": {**record.plain(), "no_object": not no_object}, **LABELS}))
+    made.metadata_props[0].value = json.dumps(wrong)
+    with pytest.raises(UserError, match="which are no scores of its 2 classes"):
+        dinoseg.load(written(tmp_path, made)).predict(image)
+
+
+def test_a_file_is_run_as_what_it_was_looked_at_whatever_its_name(tmp_path):
+    path = written(tmp_path, model()).rename(tmp_path / "model.ort")  # which onnxruntime has a format of its own for
+    assert dinoseg.load(path, runtime="onnx").predict(np.zeros((20, 30, 3), np.uint8)).mask.sum() == 0
+
+
+def test_what_the_system_or_an_older_onnxruntime_refuses_is_one_message(tmp_path, monkeypatch):
+    path = written(tmp_path, model())
+    path.chmod(0o400)  # to read is enough
+    assert dinoseg.load(path).classes == ("dark", "bright")
+    newer = model(opsets=("", "ai.onnx"))
+    newer.ir_version = 99
+    with pytest.raises(UserError, match=r"onnxruntime \d.* cannot run it .*Install a newer one, or export the model"):
+        load_onnx(written_new(tmp_path, newer))
+    monkeypatch.setattr("dinoseg.export.runtime.onnx_check.mmap.mmap", _no_disk)
+    with pytest.raises(UserError, match="Cannot read .*model.onnx .Input/output error.. Check the path"):
+        load_onnx(path)
+
+
+def written_new(folder, made):
+    (folder / "newer").mkdir()
+    return written(folder / "newer", made)
+
+
+def _no_disk(*_, **__):
+    raise OSError(errno.EIO, "Input/output error")

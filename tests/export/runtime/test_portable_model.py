@@ -1,0 +1,210 @@
+"""Pictures of any kind through a model that computes without torch."""
+
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from portable_parts import graph_with_weights
+
+from dinoseg.export.runtime.facts import Facts
+from dinoseg.export.runtime.model import Model
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.images import read_ids, write_png
+
+FACTS = Facts(("dark", "bright"), ((0, 0, 0), (255, 0, 0)), 255)
+draw = np.random.default_rng(0)
+
+
+class Thresholds:
+    """Classes by red above 127; remembers the batches that it saw."""
+
+    name = "numpy"
+
+    def __init__(self):
+        self.seen = []
+
+    def ids(self, images):
+        self.seen.append([image.shape[:2] for image in images])
+        return (np.stack(images)[..., 0] > 127).astype(np.uint8)
+
+    def probabilities(self, images):
+        red = np.stack(images)[..., 0] / np.float32(255)
+        return np.stack([1 - red, red], axis=1)
+
+
+@pytest.fixture
+def model():
+    return Model(Thresholds(), FACTS)
+
+
+def picture(height=5, width=7):
+    return draw.integers(0, 256, (height, width, 3)).astype(np.uint8)
+
+
+def test_one_picture_gives_all_that_is_asked(model):
+    image = picture()
+    out = model.predict(image)
+    assert out.mask.dtype == np.uint8 and (out.mask == (image[..., 0] > 127)).all()
+    assert out.areas == {"dark": int((out.mask == 0).sum()), "bright": int(out.mask.sum())}
+    assert model.predict(np.zeros((5, 7, 3), np.uint8)).areas == {"dark": 35, "bright": 0}
+    assert out.probabilities.shape == (2, 5, 7) and out.probabilities is out.probabilities
+    assert (out.overlay(1.0)[out.mask == 1] == (255, 0, 0)).all() and (out.overlay(0.0) == image).all()
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        lambda rgb: rgb,
+        lambda rgb: Image.fromarray(rgb),
+        lambda rgb: torch.from_numpy(rgb).permute(2, 0, 1),
+        lambda rgb: (torch.from_numpy(rgb).permute(2, 0, 1) / 255).requires_grad_(),
+        lambda rgb: rgb / 255,
+        lambda rgb: (rgb / 255).astype(np.float16).astype(np.float64),
+        lambda rgb: rgb.astype(np.uint16) * 257,
+        lambda rgb: np.dstack([rgb, np.zeros(rgb.shape[:2], np.uint8)]),
+        lambda rgb: Image.fromarray(np.dstack([rgb, np.zeros(rgb.shape[:2], np.uint8)])),
+        lambda rgb: rgb[:, ::-1][:, ::-1],
+    ],
+)
+def test_a_picture_of_any_kind_is_the_same_picture(model, given):
+    rgb = picture()
+    assert (model.predict(given(rgb)).image == rgb).all()
+
+
+def test_a_mask_is_saved_whole_or_told_what_is_wrong(model, tmp_path):
+    out = model.predict(picture())
+    out.save(tmp_path / "deeper/mask.png")
+    assert (read_ids(tmp_path / "deeper/mask.png") == out.mask).all()
+    with pytest.raises(UserError, match="Cannot read or write"):
+        out.save(tmp_path / "deeper/mask.png/x.png")
+
+
+def test_grey_has_three_channels_and_a_tensor_is_read_channels_first(model):
+    grey = picture()[..., 0]
+    for given in (grey, grey[..., None], Image.fromarray(grey), torch.from_numpy(grey), torch.from_numpy(grey)[None]):
+        assert (model.predict(given).image == grey[..., None]).all()
+    square = picture(3, 3)
+    assert (model.predict(torch.from_numpy(square)).image == square.transpose(1, 2, 0)).all()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (np.zeros((3, 5, 7), np.uint8), "array.transpose"),
+        (torch.zeros(5, 7, 3, dtype=torch.uint8), "permute"),
+        (np.zeros((5, 7, 2), np.uint8), "give \\(H, W, 3\\) RGB"),
+        (np.zeros((0, 7, 3), np.uint8), "holds no pixel"),
+        (np.zeros((5, 7, 3), np.int64), "astype\\('uint8'\\)"),
+        (np.zeros((5, 7, 3), bool), "array of bool"),
+        (np.full((5, 7, 3), 200.0), "floats from 200 to 200"),
+        (np.full((5, 7, 3), -1.5), "Do not normalise"),
+        (np.full((5, 7, 3), np.nan), "floats from nan"),
+        (np.zeros(5, np.uint8), "give \\(H, W, 3\\)"),
+        (3, "int is no picture"),
+        (None, "NoneType is no picture"),
+        ([{"image": 1}], "picture 0 is of type dict"),
+        ("nowhere.png", "No such file"),
+        ("nowhere/*.png", "matches no picture"),
+        (Image.fromarray(np.zeros((5, 7), np.float32)), "holds fractions"),
+    ],
+)
+def test_what_is_no_picture_is_refused_with_the_remedy(model, given, message):
+    with pytest.raises(UserError, match=message):
+        model.predict(given)
+
+
+def test_pictures_of_one_size_go_together_and_keep_their_order(model):
+    images = [picture(5, 7), picture(5, 7), picture(5, 7), picture(4, 7), picture(5, 7)]
+    found = model.predict(images, batch_size=2)
+    assert [out.image.shape for out in found] == [image.shape for image in images]
+    assert [len(batch) for batch in model.runtime.seen] == [2, 1, 1, 1]
+    stack = np.stack(images[:3])
+    assert all((out.image == image).all() for out, image in zip(model.predict(stack), stack, strict=True))
+    assert len(model.predict(torch.from_numpy(stack).permute(0, 3, 1, 2))) == 3 and model.predict([]) == []
+
+
+def test_a_folder_is_read_as_it_goes_in_the_order_of_numbers(model, tmp_path, caplog):
+    for number in (10, 2, 1):
+        write_png(tmp_path / f"x{number}.png", picture())
+    (tmp_path / "x3.png").touch()
+    (tmp_path / "notes.txt").touch()
+    results = model.predict(tmp_path, batch_size=1)
+    assert next(results).source == tmp_path / "x1.png" and len(model.runtime.seen) == 1
+    with pytest.raises(UserError, match="x3.png as a picture"):
+        list(results)
+    with caplog.at_level(logging.WARNING):
+        kept = list(model.predict(str(tmp_path / "*.png"), on_error="skip"))
+    assert [out.source.name for out in kept] == ["x1.png", "x2.png", "x10.png"] and "x3.png" in caplog.text
+    endless = model.predict(picture() for _ in iter(int, 1))
+    assert next(endless).mask.shape == (5, 7)
+    with pytest.raises(UserError, match="holds no picture directly"):
+        model.predict(tmp_path.parent)
+    with pytest.raises(UserError, match="on_error=pass"):
+        model.predict(tmp_path, on_error="pass")
+
+
+def test_odd_picture_files_are_right_or_refused(model, tmp_path):
+    rgb = picture(6, 9)
+    turned = Image.fromarray(rgb)
+    exif = turned.getexif()
+    exif[0x0112] = 6
+    turned.save(tmp_path / "turned.png", exif=exif)
+    assert (model.predict(tmp_path / "turned.png").image == np.rot90(rgb, -1)).all()
+    Image.fromarray(rgb).convert("CMYK").save(tmp_path / "cmyk.tif")
+    assert np.abs(model.predict(tmp_path / "cmyk.tif").image.astype(int) - rgb).max() <= 1
+    Image.fromarray(rgb[..., 0].astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    assert (model.predict(tmp_path / "deep.png").image == rgb[..., :1]).all()
+    frames = [Image.fromarray(rgb), Image.fromarray(255 - rgb)]
+    frames[0].save(tmp_path / "moves.png", save_all=True, append_images=frames[1:])
+    assert (model.predict(tmp_path / "moves.png").image == rgb).all()
+    for name, content in (("empty.png", b""), ("cut.png", (tmp_path / "deep.png").read_bytes()[:60]), ("a.mp4", b"x")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=name):
+            model.predict(tmp_path / name)
+
+
+def test_facts_come_back_and_what_is_none_is_refused():
+    facts = Facts(*(getattr(FACTS, key) for key in ("classes", "palette", "ignore_index")), {"mean": [0.5, 0.5, 0.5]})
+    assert Facts.of(facts.description(), "x") == facts
+    description = facts.description()
+    assert Facts.of({**description, "facts": {**description["facts"], "newer": 1}}, "x") == facts
+    source = {**dict.fromkeys(("name", "hash", "licence"), "a"), "weights": None, "revision": None, "gated": "no"}
+    odd = (
+        ("facts", 3),
+        ("facts", {"backbone": source}),
+        ("facts", {"scores": []}),
+        ("facts", {"backbone": {"name": "a"}}),
+        ("classes", []),
+    )
+    for key, value in (*odd, ("classes", "ab"), ("palette", [[1]])):
+        with pytest.raises(UserError, match="^x: "):
+            Facts.of({**description, key: value}, "x")
+
+
+def test_no_torch_is_imported():
+    script = (
+        "import sys; import dinoseg.export.runtime.model, dinoseg.report.overlay, dinoseg.export.runtime.inputs; "
+        "print([n for n in ('torch', 'hydra', 'omegaconf') if n in sys.modules])"
+    )
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "renamed.onnx"])
+def test_weights_beside_a_file_are_saved_with_it_under_the_name_that_it_knows(tmp_path, name):
+    file = graph_with_weights(tmp_path, "model.onnx.data").rename(tmp_path / name)
+    (tmp_path / f"{name}.data").touch()  # which a renamed one does not know
+    (tmp_path / "model.onnx.data").write_bytes(b"weights.")
+    model = Model(Thresholds(), FACTS, file)
+    model.save(tmp_path / "copy/model.onnx")
+    assert (tmp_path / "copy/model.onnx.data").read_bytes() == b"weights."
+    assert (tmp_path / "copy/model.onnx").read_bytes() == file.read_bytes()
+    assert len([*(tmp_path / "copy").iterdir()]) == 2
+    with pytest.raises(UserError, match="cannot be called other.onnx. Keep its name, model.onnx"):
+        model.save(tmp_path / "other.onnx")

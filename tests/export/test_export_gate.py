@@ -1,0 +1,261 @@
+"""Exports are kept only where they answer as the trained model does, and what differs is named."""
+
+import copy
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from command_line import write_data
+from omegaconf import OmegaConf
+from onnx import numpy_helper
+from portable_parts import TINY, untrained
+
+import dinoseg
+from dinoseg.experiment.resume import alone
+from dinoseg.export import export, onnx_export, onnx_file
+from dinoseg.export.export import REPORT
+from dinoseg.export.graph import record_of
+from dinoseg.export.onnx_export import OnnxExport
+from dinoseg.export.options import GraphOptions
+from dinoseg.export.pictures import pictures
+from dinoseg.export.program import ProgramExport
+from dinoseg.export.runtime import write
+from dinoseg.training import checkpoint
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.images import write_png
+
+_traced = {}  # an export takes seconds: what torch makes of the same model is made once
+
+
+@pytest.fixture
+def cfg(compose, tmp_path):
+    """Return the config of a tiny model with a linear head, and pictures beside it."""
+    write_data(tmp_path / "data")
+    path = untrained(compose, tmp_path, *TINY, "head=linear")
+    return alone(path, checkpoint.describe(path), {"engine.device": "cpu", "data.root": str(tmp_path / "data")})
+
+
+@pytest.fixture
+def out(tmp_path, monkeypatch):
+    """Return a folder for exports, of which the first alone is traced."""
+    (tmp_path / "out").mkdir()
+    to_onnx, trace = onnx_file.to_onnx, onnx_export.trace
+
+    def once(program, record):
+        _traced.setdefault("model", program and to_onnx(program, record))
+        return copy.deepcopy(_traced["model"])
+
+    monkeypatch.setattr(onnx_export, "trace", lambda *words: None if _traced else trace(*words))
+    monkeypatch.setattr(onnx_file, "to_onnx", once)
+    return tmp_path / "out"
+
+
+def change_weight(model, part):
+    """Change a weight of a model by a tenth of its largest."""
+    tensor = next(entry for entry in model.graph.initializer if part in entry.name)
+    values = numpy_helper.to_array(tensor).copy()
+    values.flat[: values.size // 2] += 0.5 * np.abs(values).max()
+    tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+
+
+@pytest.mark.heavy
+def test_an_export_is_proven_and_used_without_torch(cfg, out):
+    OnnxExport()(cfg, out_dir=out)
+    report = json.loads((out / REPORT).read_text())
+    assert report["proven"] and report["agreement"] == 1 and report["pictures"] == 2
+    assert report["miou"]["torch"] == report["miou"]["exported"] and report["references"] == "masks of the data set"
+    assert report["bytes"] == (out / "model.onnx").stat().st_size and report["size"] == "any"
+    assert sorted(path.name for path in out.iterdir()) == [REPORT, "model.onnx"]
+    assert b"/tests/" not in (out / "model.onnx").read_bytes()  # no paths of this machine
+    code = """if True:
+        import sys
+        for name in ("torch", "hydra", "omegaconf", "transformers", "onnx"):
+            sys.modules[name] = None
+        import dinoseg
+        print(dinoseg.load("model.onnx", runtime="onnx").predict(sys.argv[1]).mask.shape)
+    """
+    where = {"PYTHONPATH": str(Path(dinoseg.__file__).parent.parent), "PATH": ""}
+    words = [sys.executable, "-c", code, str(out.parent / "data/val/images/0.png")]
+    done = subprocess.run(words, cwd=out, env=where, capture_output=True, text=True, check=False)
+    assert done.stdout == "(32, 48)\n", done.stderr
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize(
+    ("part", "layer"), [("classify.weight", "the layer head.classify"), ("std", "the layer backbone.model.embeddings")]
+)
+def test_a_broken_export_is_refused_and_its_layer_named(cfg, out, monkeypatch, part, layer):
+    finish = onnx_file.finish
+
+    def break_and_finish(model, *words):
+        change_weight(model, part)
+        finish(model, *words)
+
+    monkeypatch.setattr(onnx_file, "finish", break_and_finish)
+    with pytest.raises(UserError, match=f"model.onnx was not kept.*What differs: {layer}"):
+        OnnxExport()(cfg, out_dir=out)
+    assert [path.name for path in out.iterdir()] == [REPORT]
+    assert not json.loads((out / REPORT).read_text())["proven"]
+
+
+@pytest.mark.heavy
+def test_pictures_resized_otherwise_are_refused(cfg, out, monkeypatch):
+    finish = onnx_file.finish
+    cfg.resolution.scale = 0.5
+    other = lambda model, record, about: finish(model, replace(record, scale=0.25), about)  # noqa: E731
+    monkeypatch.setattr(onnx_file, "finish", other)
+    monkeypatch.setattr("dinoseg.export.layers.pixels", lambda image, layout, fill: np.zeros((3, *layout.padded)))
+    with pytest.raises(UserError, match="What differs: the resizing of pictures before the first layer"):
+        OnnxExport()(cfg, out_dir=out)
+
+
+@pytest.mark.heavy
+def test_a_file_that_does_not_run_is_refused_with_its_words(cfg, out, monkeypatch):
+    finish = onnx_file.finish
+
+    def drop(model, *words):
+        finish(model, *words)
+        del model.graph.initializer[:]
+
+    monkeypatch.setattr(onnx_file, "finish", drop)
+    with pytest.raises(UserError, match="gives no answer for 0.png: /.*onnxruntime .* cannot run it"):
+        OnnxExport()(cfg, out_dir=out)
+    assert not list(out.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ({"size": [1000000, 1000000]}, r"at most 32768 px a side, and no more pixels than \[8192,8192\]"),
+        ({"size": [16384, 8192]}, "no more pixels than"),
+        ({"size": [65536, 8]}, "at most 32768 px a side"),
+        ({"size": [512]}, r"give \[H,W\]"),
+        ({"size": [64, 64], "dynamic": True}, "is one size: leave it out"),
+        ({"pixels": True, "dynamic": True}, "which takes one size"),
+        ({"opset": 17}, "export.opset=17: give 18"),
+        ({"opset": 99}, "export.opset=99: give 18"),
+        ({"precision": "int4"}, "export.precision=int4 is unknown"),
+        ({"tensorrt": True}, "neither trtexec nor the Python package"),
+    ],
+)
+def test_what_contradicts_itself_is_refused_before_anything_is_read(words, reason):
+    with pytest.raises(UserError, match=reason):
+        OnnxExport(**words)
+
+
+def test_a_size_is_fixed_only_where_something_says_so():
+    assert GraphOptions().why_fixed is None and GraphOptions(dynamic=True).why_fixed is None
+    assert "export.dynamic" in GraphOptions(dynamic=False).why_fixed
+    assert "export.pixels" in GraphOptions(pixels=True).why_fixed
+    assert GraphOptions(size=[32768, 2048]).one_size == (32768, 2048)  # as large as any
+
+
+def test_a_size_that_pictures_make_too_large_is_refused():
+    head = SimpleNamespace(slots=None, one_size="it pools", mixture=False, no_object=False)
+    mean = torch.zeros(1, 3, 1, 1)
+    model = SimpleNamespace(head=head, patch_size=16, scale=1.0, longest=None, backbone=SimpleNamespace(mean=mean))
+    record, reason = record_of(model, None, GraphOptions(), (8192, 8170))
+    assert record.size == (8192, 8176) and record.batch == 1 and reason == "it pools"
+    for picture in ((8192, 8193), (8, 32769)):
+        with pytest.raises(UserError, match=r"size of the first picture, \[.*it pools.*too large. Give export.size"):
+            record_of(model, None, GraphOptions(), picture)
+
+
+def test_pictures_are_spread_over_a_folder(tmp_path):
+    for number in range(10):
+        write_png(tmp_path / f"{number}.png", np.zeros((number + 1, 4, 3), np.uint8))
+    (tmp_path / "run.log").touch()  # of something else: a run's folder holds its config, too
+    (tmp_path / "classes.json").mkdir()
+    cfg = OmegaConf.create({"data": {"classes": ["a", "b"]}})
+    found = pictures(cfg, str(tmp_path), 3, tmp_path)
+    assert [(picture.path.name, picture.size) for picture in found] == [
+        ("0.png", (1, 4)),
+        ("3.png", (4, 4)),
+        ("6.png", (7, 4)),
+    ]
+    assert len(pictures(cfg, str(tmp_path), 99, tmp_path)) == 10
+
+
+def test_what_the_data_set_or_the_model_cannot_be_is_refused_before_anything_is_traced(cfg, out, monkeypatch):
+    monkeypatch.setattr(onnx_export, "trace", lambda *_: pytest.fail("it was traced"))
+    with pytest.raises(
+        UserError, match=r"size=\[500, 500\]: give multiples of the patches' 8 px, such as \[496, 496\]"
+    ):
+        OnnxExport(size=[500, 500])(cfg, out_dir=out)
+    monkeypatch.setattr(export, "load_trained", lambda *_: pytest.fail("a model was made"))
+    with pytest.raises(UserError, match="cannot be proven on the data set's split test.*export.images"):
+        OnnxExport(images="test")(cfg, out_dir=out)
+    assert not list(out.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("images", "reason"),
+    [
+        ("none", "No such file or folder"),
+        ("drawn", r"chart.png is in .*drawn, a folder that dinoseg wrote: its pictures are charts"),
+        ("drawn/masks/*.png", "a folder that dinoseg wrote"),
+        ("masks", "a folder that dinoseg wrote"),
+        ("cut", "cut.png as a picture.*truncated"),
+        ("film", "holds no pictures"),
+        ("large", r"0.png \(300 x 400\) takes 0.0 GiB to be compared class by class"),
+    ],
+)
+def test_pictures_that_prove_nothing_are_refused_before_a_model_is_made(tmp_path, monkeypatch, images, reason):
+    out, cfg = tmp_path, OmegaConf.create({"resume": "run", "data": {"classes": ["dark", "bright"]}})
+    (out / "film").mkdir()
+    (out / "film/a.mp4").touch()
+    for name in ("drawn/chart.png", "drawn/masks/0.png", "masks/0.png", "cut/cut.png", "large/0.png"):
+        write_png(out / name, np.zeros((300, 400, 3), np.uint8))
+    (out / "cut/cut.png").write_bytes((out / "cut/cut.png").read_bytes()[:500])
+    (out / "drawn/run.log").touch()
+    (out / "drawn/config").mkdir()
+    (out / "masks/classes.json").touch()
+    monkeypatch.setattr("dinoseg.export.pictures.free_bytes", lambda _: 3.8e6 if images == "large" else 4e6)
+    monkeypatch.setattr(export, "load_trained", lambda *_: pytest.fail("a model was made"))
+    with pytest.raises(UserError, match=reason):
+        ProgramExport(images=str(out / images))(cfg, out_dir=out)
+
+
+def test_scores_that_are_not_there_are_told_of_before_a_model_is_made(tmp_path, monkeypatch):
+    monkeypatch.setattr(write, "load_trained", lambda *_: pytest.fail("a model was made"))
+    with pytest.raises(UserError, match="export.scores=.*none is no run folder of mode=eval"):
+        write.export_model(OmegaConf.create({"resume": "run"}), out_dir=tmp_path, scores=str(tmp_path / "none"))
+
+
+@pytest.mark.heavy
+def test_weights_beside_a_large_file_are_read_from_there(cfg, out, monkeypatch):
+    monkeypatch.setattr(onnx_file, "LARGEST", 1000)
+    OnnxExport()(cfg, out_dir=out)
+    assert sorted(path.name for path in out.iterdir()) == [REPORT, "model.onnx", "model.onnx.data"]
+    assert dinoseg.load(out / "model.onnx").predict(out.parent / "data/val/images/0.png").mask.shape == (32, 48)
+
+
+@pytest.mark.heavy
+def test_lora_updates_are_merged_and_a_program_is_proven_too(compose, tmp_path):
+    write_data(tmp_path / "data")
+    path = untrained(compose, tmp_path, *TINY, "head=linear", "adapter=lora", "adapter.rank=2")
+    cfg = alone(path, checkpoint.describe(path), {"engine.device": "cpu"})
+    (tmp_path / "out").mkdir()
+    ProgramExport(images=str(tmp_path / "data/val/images"))(cfg, out_dir=tmp_path / "out")
+    report = json.loads((tmp_path / "out" / REPORT).read_text())
+    assert report["proven"] and report["references"] == "the trained model's own classes"
+    assert not [name for name in torch.export.load(tmp_path / "out/model.pt2").state_dict if "lora" in name]
+
+
+@pytest.mark.parametrize(("precision", "expected"), [("fp16", "fp32"), ("bf16", "bf16")])
+def test_settings_of_a_gpu_do_not_reach_the_export_on_the_cpu(tmp_path, monkeypatch, precision, expected):
+    def load(cfg):
+        raise UserError(f"{cfg.engine}")
+
+    monkeypatch.setattr(export, "pictures", lambda *_: [])
+    monkeypatch.setattr(export, "load_trained", load)
+    cfg = OmegaConf.create({"resume": "x", "engine": {"device": "auto", "precision": precision, "tf32": True}})
+    with pytest.raises(UserError) as refused, export.prepared(cfg, tmp_path, GraphOptions()):
+        pass
+    assert str(refused.value) == str({"device": "cpu", "precision": expected, "tf32": False})

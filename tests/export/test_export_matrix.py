@@ -1,0 +1,110 @@
+"""Each head and each backbone family as an ONNX file: what PyTorch gives, at any size where it is open."""
+
+import copy
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+from test_matrix import HEADS, SMALL_HEADS, refusal
+from tiny_parts import BACKBONES, PYRAMIDS, load, tiny_node
+
+from dinoseg.experiment import build
+from dinoseg.export import onnx_file
+from dinoseg.export.graph import record_of, trace
+from dinoseg.export.options import GraphOptions
+from dinoseg.export.proof import Reference
+from dinoseg.export.runtime.onnx_model import load_onnx
+from dinoseg.export.runtime.onnx_record import PRECISIONS
+from dinoseg.utils.errors import UserError
+
+CELLS = [  # every family with a linear head, every other head on a transformer and on a pyramid, where it can be
+    *((backbone, "linear", GraphOptions()) for backbone in BACKBONES),
+    ("dinov2", "mlp", GraphOptions()),
+    ("convnext", "mlp", GraphOptions()),
+    ("dinov3", "cnn", GraphOptions()),
+    ("timm_pyramid", "cnn", GraphOptions()),
+    ("dinov2_registers", "multiscale", GraphOptions()),
+    ("convnext", "multiscale", GraphOptions()),
+    ("dinov3", "dpt", GraphOptions()),
+    ("dino", "dpt", GraphOptions(size=(48, 64))),
+    ("convnext", "dpt", GraphOptions()),
+    ("dinov3", "detail", GraphOptions()),
+    ("dinov2", "detail", GraphOptions()),
+    ("convnext", "detail", GraphOptions()),
+    ("dinov2", "upernet", GraphOptions()),
+    ("timm_pyramid", "upernet", GraphOptions()),
+    ("dinov3", "eomt", GraphOptions()),
+    ("dinov2_registers", "eomt", GraphOptions(pixels=True)),
+    ("dinov3", "mask2former", GraphOptions()),
+    *((backbone, "split", GraphOptions()) for backbone in ("dino", "dinov2_registers", "dinov3", "timm_vit")),
+]
+ONE_SIZE = ("upernet", "mask2former")
+SIZES = ((37, 50), (64, 33), (20, 90), (90, 9))  # the last one patch wide
+
+
+def tiny(backbone, head):
+    torch.manual_seed(0)
+    node = {**load(f"head={head}")["head"], **SMALL_HEADS.get(head, {})}
+    parts = {"backbone": tiny_node(backbone), "adapter": load("adapter=frozen")["adapter"], "head": node}
+    return build.model(OmegaConf.create({**load(), **parts})).eval()
+
+
+def traced(model, options):
+    """Return a model as ONNX makes it, how it is asked, and why its size is fixed."""
+    record, reason = record_of(model, None, options, SIZES[0], opset=18)
+    return onnx_file.to_onnx(trace(model, record), record), record, reason
+
+
+def answering(folder, made, record):
+    """Return what computes for a file of a traced model."""
+    about = {"classes": ["a", "b", "c"], "palette": [[0, 0, 0], [1, 1, 1], [2, 2, 2]], "ignore_index": 255}
+    onnx_file.finish(made, record, about)
+    return load_onnx(onnx_file.write(made, folder / f"{record.precision}.onnx")[-1], device="cpu").runtime
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize(("backbone", "head", "options"), CELLS)
+def test_a_file_answers_as_the_model_does(tmp_path, backbone, head, options):
+    model = tiny(backbone, head)
+    made, record, reason = traced(model, options)
+    reference, runtime = Reference(model, record), answering(tmp_path, made, record)
+    fixed = head in ONE_SIZE or options != GraphOptions()
+    assert (reason is not None) == fixed == (record.size is not None)
+    draw = np.random.default_rng(0)
+    for size in SIZES:
+        images = list(draw.integers(0, 256, (2, *size, 3)).astype(np.uint8))
+        wanted = reference.probabilities(images)
+        # masks that became pixels of the graph before they come to another size are not those of that size
+        near = 0.02 if options.pixels and size != SIZES[0] else 1e-4
+        np.testing.assert_allclose(runtime.probabilities(images), wanted, atol=near)
+        assert (runtime.ids(images) == reference.ids(images)).mean() >= (0.999 if near < 0.02 else 0.98)
+
+
+def test_every_head_that_can_be_exported_is_tried_on_a_transformer_and_on_a_pyramid():
+    known = {(head, backbone in PYRAMIDS) for backbone, head, _ in CELLS}
+    wanted = {(head, False) for head in HEADS} | {
+        (head, True) for head in HEADS if any(refusal(backbone, "frozen", head) is None for backbone in PYRAMIDS)
+    }
+    assert known == wanted and {backbone for backbone, _, _ in CELLS} == set(BACKBONES)
+
+
+@pytest.mark.heavy
+def test_shorter_weights_give_smaller_files_and_nearly_the_same(tmp_path):
+    model = tiny("dinov3", "linear")
+    made, record, _ = traced(model, GraphOptions())
+    image = np.random.default_rng(0).integers(0, 256, (40, 60, 3)).astype(np.uint8)
+    wanted = Reference(model, record).probabilities([image])
+    sizes = {}
+    for precision in PRECISIONS:
+        runtime = answering(tmp_path, copy.deepcopy(made), replace(record, precision=precision))
+        np.testing.assert_allclose(runtime.probabilities([image]), wanted, atol=0.05)
+        sizes[precision] = (tmp_path / f"{precision}.onnx").stat().st_size
+    assert sizes["int8"] < 0.65 * sizes["float32"] and sizes["float16"] < 0.75 * sizes["float32"]
+
+
+@pytest.mark.parametrize("head", ONE_SIZE)
+def test_heads_of_one_size_say_why(head):
+    with pytest.raises(UserError, match="depend on the size.*Set export.dynamic=null"):
+        record_of(tiny("dinov3", head), None, GraphOptions(dynamic=True), (32, 32))

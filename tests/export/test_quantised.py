@@ -1,0 +1,71 @@
+"""A quantised model is exported with the weights that it was trained with, and compared as it was trained."""
+
+import json
+from contextlib import nullcontext
+
+import pytest
+import torch
+from command_line import write_data
+from portable_parts import TINY, exported, untrained
+
+import dinoseg
+from dinoseg.experiment.resume import alone
+from dinoseg.experiment.trained import load_trained
+from dinoseg.export import export
+from dinoseg.export.export import REPORT, keep_if_proven, prepared
+from dinoseg.export.options import GraphOptions
+from dinoseg.models.model import quantised_names
+from dinoseg.training import checkpoint
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.images import read_image
+
+FORMS = {
+    "adapter.bits=4": ("adapter=qlora", "adapter.rank=2"),
+    "adapter.bits=8": ("adapter=frozen", "adapter.bits=8"),
+    "backbone.dtype=bfloat16": ("adapter=lora", "adapter.rank=2", "backbone.dtype=bfloat16"),
+}
+
+
+@pytest.fixture(params=FORMS)
+def quantised(request, compose, tmp_path):
+    """Return the key that a tiny model computes with, its checkpoint and the config to use it."""
+    write_data(tmp_path / "data")
+    path = untrained(compose, tmp_path, *TINY, "head=linear", *FORMS[request.param])
+    cfg = alone(path, checkpoint.describe(path), {"engine.device": "cpu", "data.root": str(tmp_path / "data")})
+    return request.param, path, cfg
+
+
+@torch.inference_mode()
+def scores_of(model, path):
+    return model(torch.from_numpy(read_image(path).copy()).permute(2, 0, 1)[None]).scores()
+
+
+def test_the_gate_compares_the_file_with_the_trained_model(quantised, tmp_path, monkeypatch):
+    key, _, cfg = quantised
+    trained = load_trained(cfg).model
+    with prepared(cfg, tmp_path, GraphOptions()) as ready:
+        picture = ready.pictures[0].path
+        expected = scores_of(trained, picture)
+        assert torch.equal(scores_of(ready.reference.segmenter, picture), expected)
+        assert 0 < (scores_of(ready.model, picture) - expected).norm() < 5e-3 * expected.norm()
+        assert not quantised_names(ready.model)
+        assert {value.dtype for value in ready.model.parameters()} == {torch.float32}
+
+        def wrong(path, times, _):  # what a file answers that has the other class everywhere
+            image = read_image(path)
+            return 1 - ready.reference.ids([image])[0], ready.reference.probabilities([image])[0], [0.1] * times
+
+        monkeypatch.setattr(export, "exported", lambda *_: nullcontext(wrong))
+        (tmp_path / "model.onnx").touch()
+        with pytest.raises(UserError, match=f"The model computes with {key}, the file in float32.*least_agreement"):
+            keep_if_proven(ready, "onnx", [tmp_path / "model.onnx"], tmp_path, GraphOptions(), lambda: "all")
+    report = json.loads((tmp_path / REPORT).read_text(encoding="utf-8"))
+    assert report["agreement"] == 0 and report["trained_with"] == key and not report["proven"]
+
+
+def test_one_file_answers_as_the_trained_model(quantised, tmp_path):
+    _, path, cfg = quantised
+    model = dinoseg.load(exported(path, tmp_path / "out"), precision="fp32").runtime.predictor.model
+    trained, picture = load_trained(cfg).model, tmp_path / "data/val/images/0.png"
+    expected = scores_of(trained, picture)
+    assert (scores_of(model, picture) - expected).norm() < 5e-3 * expected.norm()

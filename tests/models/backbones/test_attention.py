@@ -1,0 +1,481 @@
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dinoseg.models.backbones import attention
+from dinoseg.models.backbones.attention import attend
+from dinoseg.models.backbones.timm_backbone import TimmBackbone
+from dinoseg.models.backbones.transformers_vit import TransformersVit
+
+SMALL = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3}
+ARCHS = {
+    "vit": {**SMALL, "intermediate_size": 48, "image_size": 32},
+    "dinov2": {**SMALL, "mlp_ratio": 2, "image_size": 32},
+    "dinov2_with_registers": {**SMALL, "mlp_ratio": 2, "image_size": 32, "num_register_tokens": 4},
+    "dinov3_vit": {**SMALL, "intermediate_size": 48, "num_register_tokens": 4},
+}
+
+
+def written_out(query, key, value, allowed, scale):
+    """Softmax attention, row by row in float64; `allowed` (B, N, N), True = attend."""
+    query, key, value = query.double(), key.double(), value.double()
+    out = torch.zeros_like(query)
+    for image in range(query.shape[0]):
+        for head in range(query.shape[1]):
+            for row in range(query.shape[2]):
+                seen = allowed[image, row].nonzero()[:, 0]
+                scores = scale * key[image, head, seen] @ query[image, head, row]
+                weights = (scores - scores.max()).exp()
+                out[image, head, row] = (weights / weights.sum()) @ value[image, head, seen]
+    return out
+
+
+def draw(rows, tokens, seed=0, batch=2):
+    generator = torch.Generator().manual_seed(seed)
+    parts = [3 * torch.randn(batch, 3, tokens, 5, generator=generator) for _ in range(3)]
+    mask = torch.rand(batch, 1, rows, tokens, generator=generator) > 0.6
+    mask[..., 0] = True  # no row without anything to see
+    return *parts, mask
+
+
+@pytest.mark.parametrize(("rows", "tokens"), [(3, 11), (1, 2), (7, 7), (2, 40)])
+def test_masked_rows_and_free_rows_equal_attention_with_a_dense_mask(rows, tokens):
+    query, key, value, mask = draw(rows, tokens)
+    dense = torch.ones(2, tokens, tokens, dtype=torch.bool)
+    dense[:, :rows] = mask[:, 0]
+    for scale in (0.3, 1 / math.sqrt(5)):
+        found = attend(query, key, value, mask, dropout=0.0, scale=scale)
+        torch.testing.assert_close(found.double(), written_out(query, key, value, dense, scale), atol=1e-5, rtol=1e-5)
+
+
+def test_without_a_mask_every_row_sees_everything():
+    query, key, value, _ = draw(3, 11)
+    everything = torch.ones(2, 11, 11, dtype=torch.bool)
+    found = attend(query, key, value, None, dropout=0.0, scale=0.4)
+    torch.testing.assert_close(found.double(), written_out(query, key, value, everything, 0.4), atol=1e-5, rtol=1e-5)
+
+
+def test_true_means_attend():
+    query, key, value, _ = draw(1, 6)
+    mask = torch.zeros(2, 1, 1, 6, dtype=torch.bool)
+    mask[..., 4] = True
+    found = attend(query, key, value, mask, dropout=0.0, scale=1.0)
+    torch.testing.assert_close(found[:, :, 0], value[:, :, 4])
+
+
+def test_gradients_equal_those_of_a_dense_mask():
+    *parts, mask = draw(3, 9)
+    dense = torch.ones(2, 9, 9, dtype=torch.bool)
+    dense[:, :3] = mask[:, 0]
+    weight = torch.randn(2, 3, 9, 5, dtype=torch.float64)
+    gradients = []
+    for function in (
+        lambda q, k, v: attend(q, k, v, mask, dropout=0.0, scale=0.5),
+        lambda q, k, v: written_out(q, k, v, dense, 0.5),
+    ):
+        leaves = [part.double().requires_grad_() for part in parts]
+        (function(*leaves) * weight).sum().backward()
+        gradients.append([leaf.grad for leaf in leaves])
+    for found, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_dropout_reaches_masked_and_free_rows():
+    query, key, value, mask = draw(3, 11)
+    still = attend(query, key, value, mask, dropout=0.0, scale=0.4)
+    torch.manual_seed(0)
+    dropped = attend(query, key, value, mask, dropout=0.5, scale=0.4)
+    changed = (dropped != still).flatten(3).any(-1).all(1)  # (B, N)
+    assert changed[:, :3].any() and changed[:, 3:].any()
+
+
+@pytest.mark.parametrize("family", ARCHS)
+def test_a_block_takes_a_mask_for_its_first_tokens_only(family, monkeypatch):
+    torch.manual_seed(0)
+    backbone = TransformersVit(family, ARCHS[family], "random", 8).double().eval()
+    tokens, beside = backbone.embed(backbone.pixels(torch.rand(2, 3, 24, 40, dtype=torch.float64)))
+    tokens = torch.cat([torch.randn(2, 3, 24, dtype=torch.float64), tokens], dim=1)
+    count = tokens.shape[1]
+    mask = torch.rand(2, 1, 3, count) > 0.5
+    mask[..., :4] = True
+    shapes, given = [], F.scaled_dot_product_attention
+
+    def spy(query, key, value, attn_mask=None, **kwargs):
+        shapes.append((query.shape[-2], None if attn_mask is None else tuple(attn_mask.shape)))
+        return given(query, key, value, attn_mask=attn_mask, **kwargs)
+
+    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", spy)
+    found = backbone.blocks[0](tokens, attention_mask=mask, **beside)
+    assert shapes == [(3, (2, 1, 3, count)), (count - 3, None)]
+    backbone.model.config._attn_implementation = "eager"  # transformers' own, written out, adds a dense mask
+    dense = torch.zeros(2, 1, count, count, dtype=torch.float64)
+    dense[:, :, :3].masked_fill_(~mask, float("-inf"))
+    torch.testing.assert_close(found, backbone.blocks[0](tokens, attention_mask=dense, **beside))
+
+
+@pytest.mark.parametrize("family", ARCHS)
+def test_without_a_mask_a_block_is_transformers_own(family):
+    torch.manual_seed(0)
+    backbone = TransformersVit(family, ARCHS[family], "random", 8).eval()
+    tokens, beside = backbone.embed(backbone.pixels(torch.rand(1, 3, 24, 40)))
+    found = backbone.blocks[0](tokens, **beside)
+    backbone.model.config._attn_implementation = "eager"
+    torch.testing.assert_close(found, backbone.blocks[0](tokens, **beside), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("tokens", "held"), [(1, 2**22), (40, 2**22), (40, 3300), (40, 1700), (40, 500), (41, 1)])
+def test_products_of_bfloat16_equal_attention_of_one_call(monkeypatch, tokens, held):
+    monkeypatch.setattr(attention, "_HELD", held)
+    parts = [part.bfloat16().requires_grad_() for part in draw(1, tokens)[:3]]
+    weight = torch.randn(2, 3, tokens, 5).bfloat16()
+    found = attention.by_products(*parts, 0.1)
+    found.backward(weight)
+    exact = [part.detach().double().requires_grad_() for part in parts]
+    expected = written_out(*exact, torch.ones(2, tokens, tokens, dtype=torch.bool), 0.1)
+    expected.backward(weight.double())
+    torch.testing.assert_close(found.double(), expected, atol=0.05, rtol=0.02)
+    for mine, true in zip(parts, exact, strict=True):
+        torch.testing.assert_close(mine.grad.double(), true.grad, atol=0.05, rtol=0.02)
+    alone = [part.detach()[1:] for part in parts]
+    assert torch.equal(found[1:], attention.by_products(*alone, 0.1))
+
+
+@pytest.mark.parametrize("scale", [0.02, 0.1, 0.4])
+def test_products_round_as_attention_that_is_written_out_in_bfloat16(scale):
+    """Both against float64: values and gradients, from even attention to sharp one."""
+
+    def in_float64(query, key, value):
+        return (scale * query @ key.mT).softmax(-1) @ value
+
+    def in_bfloat16(query, key, value):
+        return (scale * (query @ key.mT)).float().softmax(-1).bfloat16() @ value
+
+    query, key, value, _ = draw(1, 200)
+    weight = torch.randn(2, 3, 200, 5, generator=torch.Generator().manual_seed(0)).bfloat16()
+    found = []
+    for way in (in_float64, in_bfloat16, lambda *parts: attention.by_products(*parts, scale)):
+        kind = torch.float64 if way is in_float64 else torch.bfloat16
+        leaves = [part.bfloat16().to(kind).requires_grad_() for part in (query, key, value)]
+        attended = way(*leaves)
+        attended.backward(weight.to(kind))
+        found.append([attended.detach().double(), *(leaf.grad.double() for leaf in leaves)])
+    for true, usual, mine in zip(*found, strict=True):
+        assert (mine - true).norm() < 1.25 * (usual - true).norm()
+
+
+def test_products_are_differentiated_once():
+    leaves = [part.bfloat16().requires_grad_() for part in draw(1, 5)[:3]]
+    with pytest.raises(NotImplementedError, match="create_graph"):
+        torch.autograd.grad(attention.by_products(*leaves, 0.1).sum(), leaves[0], create_graph=True)
+
+
+@pytest.mark.parametrize("of_several", [torch.func.vmap, torch._vmap_internals._vmap])  # is_grads_batched is the latter
+def test_gradients_of_several_sums_at_once_are_those_of_each(of_several):
+    leaves = [part.bfloat16().requires_grad_() for part in draw(1, 40)[:3]]
+    attended = attention.by_products(*leaves, 0.1)
+    upstream = torch.randn(4, *attended.shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+
+    def gradients(one):
+        return torch.autograd.grad(attended, leaves, one, retain_graph=True)
+
+    alone = zip(*map(gradients, upstream), strict=True)
+    for found, expected in zip(of_several(gradients)(upstream), alone, strict=True):
+        assert (found - torch.stack(expected)).norm() < 0.02 * found.norm()
+
+
+@pytest.mark.parametrize("learns", [False, True])
+@pytest.mark.parametrize(
+    ("faster", "dtype", "dropout", "taken"),
+    [
+        (True, torch.bfloat16, 0.0, True),
+        (True, torch.bfloat16, 0.5, False),
+        (True, torch.float32, 0.0, False),
+        (False, torch.bfloat16, 0.0, False),
+    ],
+)
+def test_products_are_taken_where_they_are_faster(products, monkeypatch, faster, dtype, dropout, taken, learns):
+    monkeypatch.setattr(attention, "_products_are_faster", lambda: faster)
+    query, key, value, _ = (part.to(dtype) for part in draw(1, 130))
+    for rows in (130, 5):  # those of many rows alone
+        attend(query[:, :, :rows], key.requires_grad_(learns), value, None, dropout=dropout, scale=1.0)
+    assert len(products) == taken
+    with torch.autocast("cpu", torch.bfloat16):  # in which torch casts what is still float32, as rotated queries are
+        attend(query.float(), key, value, None, dropout=dropout, scale=1.0)
+    assert len(products) == taken
+
+
+@pytest.fixture
+def products(monkeypatch):
+    """The shapes that were attended to by products, on whatever processor."""
+    seen, given = [], attention.by_products
+
+    def spy(query, *others):
+        seen.append(tuple(query.shape))
+        return given(query, *others)
+
+    monkeypatch.setattr(attention, "by_products", spy)
+    monkeypatch.setattr(attention, "_products_are_faster", lambda: True)
+    return seen
+
+
+@pytest.fixture
+def timm_backbone(products):
+    return TimmBackbone("test_vit", "random", 16)
+
+
+IMAGES = torch.rand(2, 3, 192, 192)  # 144 patches
+
+
+def in_bfloat16(backbone, images=IMAGES):
+    with torch.autocast("cpu", torch.bfloat16):
+        return backbone(images)[0]
+
+
+def test_blocks_of_timm_attend_by_products_and_learn_as_by_torchs_attention(products, timm_backbone, monkeypatch):
+    products.clear()
+    blocks = len(timm_backbone.blocks)
+    in_bfloat16(timm_backbone).square().sum().backward()
+    assert len(products) == blocks and {shape[0] for shape in products} == {2}
+    found = {name: part.grad.clone() for name, part in timm_backbone.named_parameters() if part.grad is not None}
+    in_bfloat16(copy.deepcopy(timm_backbone))
+    assert len(products) == 2 * blocks
+    timm_backbone(IMAGES)
+    assert len(products) == 2 * blocks  # float32 is torch's own
+    timm_backbone.zero_grad()
+    monkeypatch.setattr(attention, "_products_are_faster", lambda: False)
+    in_bfloat16(timm_backbone).square().sum().backward()
+    assert len(products) == 2 * blocks
+    for name, part in timm_backbone.named_parameters():
+        if part.grad is not None:
+            assert (found[name] - part.grad).norm() <= 0.05 * part.grad.norm() + 1e-6, name
+
+
+def test_recomputed_blocks_of_timm_attend_by_products_both_times(products):
+    backbone = TimmBackbone("test_vit", "random", 16, checkpointing=True).train()
+    products.clear()
+    in_bfloat16(backbone).sum().backward()
+    assert len(products) == 2 * len(backbone.blocks)
+
+
+def test_a_block_that_fails_leaves_torchs_attention_as_it_was(products, timm_backbone):
+    module = timm_backbone.blocks[0].attn
+    with pytest.raises(RuntimeError):
+        module(torch.rand(2, 144, 3))
+    parts = [part.bfloat16() for part in draw(1, 130)[:3]]
+    products.clear()
+    F.scaled_dot_product_attention(*parts)
+    assert not products
+
+
+@pytest.mark.parametrize(
+    ("options", "taken"),
+    [
+        ({}, True),
+        ({"attn_mask": None, "is_causal": False, "dropout_p": 0.0, "scale": None}, True),
+        ({"scale": 0.3}, True),
+        ({"is_causal": True}, False),
+        ({"attn_mask": torch.ones(130, 130, dtype=torch.bool).tril()}, False),
+        ({"dropout_p": 0.5}, False),
+    ],
+)
+def test_what_timm_asks_of_attention_is_kept(products, options, taken):
+    parts = [(part / 3).bfloat16() for part in draw(1, 130)[:3]]
+    torch.manual_seed(0)
+    with attention._INTERCEPTED:
+        found = F.scaled_dot_product_attention(*parts, **options)
+    assert bool(products) == taken
+    torch.manual_seed(0)
+    torch.testing.assert_close(found, F.scaled_dot_product_attention(*parts, **options), atol=0.05, rtol=0.05)
+
+
+def test_a_mask_by_place_stays_torchs(products):
+    parts = [part.bfloat16() for part in draw(1, 130)[:3]]
+    mask = torch.ones(130, 130, dtype=torch.bool).tril()
+    with attention._INTERCEPTED:
+        found = F.scaled_dot_product_attention(*parts, mask)
+        F.scaled_dot_product_attention(*(part[0] for part in parts))  # of one image without its axis
+    assert not products
+    torch.testing.assert_close(found, F.scaled_dot_product_attention(*parts, attn_mask=mask))
+
+
+def test_nothing_is_hooked_where_torchs_attention_is_as_fast(monkeypatch):
+    monkeypatch.setattr(attention, "_products_are_faster", lambda: False)
+    assert not any(module._forward_pre_hooks for module in TimmBackbone("test_vit", "random", 16).modules())
+
+
+@pytest.mark.parametrize(
+    ("of_query", "of_key", "of_value"),
+    [
+        ((2, 3, 130, 5), (2, 3, 130, 5), (2, 3, 130, 10)),  # differential attention
+        ((2, 3, 130, 5), (2, 1, 130, 5), (2, 1, 130, 5)),  # heads that share keys and values
+        ((2, 1, 130, 5), (2, 3, 130, 5), (2, 3, 130, 5)),
+        ((1, 3, 130, 5), (2, 3, 130, 5), (2, 3, 130, 5)),
+        ((2, 3, 130, 5), (3, 130, 5), (3, 130, 5)),
+        ((3, 130, 130),) * 3,
+        ((2, 3, 130, 4, 5),) * 3,  # windows apart
+    ],
+)
+def test_other_axes_and_shared_heads_and_values_of_another_width_stay_torchs(products, of_query, of_key, of_value):
+    parts = [torch.randn(shape).bfloat16() for shape in (of_query, of_key, of_value)]
+    found = attend(*parts, None, dropout=0.0, scale=0.3)
+    assert not products
+    assert torch.equal(found, F.scaled_dot_product_attention(*parts, scale=0.3))
+
+
+@pytest.mark.parametrize("keys", [7, 131, 400])
+def test_queries_see_any_number_of_keys_by_products(products, keys):
+    query, leaves = draw(1, 130)[0].bfloat16(), [part.bfloat16() for part in draw(1, keys, seed=1)[:2]]
+    upstream = torch.randn(2, 130, 3, 5).bfloat16().transpose(1, 2)
+    gradients = []
+    for way in (attend, lambda *given, dropout, scale: F.scaled_dot_product_attention(*given[:3], scale=scale)):
+        parts = [part.detach().requires_grad_() for part in (query, *leaves)]
+        way(*parts, None, dropout=0.0, scale=0.1).backward(upstream)
+        gradients.append([part.grad for part in parts])
+    assert len(products) == 1
+    for mine, torchs in zip(*gradients, strict=True):
+        assert (mine - torchs).norm() < 0.02 * torchs.norm()
+
+
+def modes():
+    return torch.overrides._get_current_function_mode_stack()
+
+
+def test_a_block_that_is_interrupted_is_forgotten_at_the_next(timm_backbone):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    handle = timm_backbone.blocks[0].attn.proj.register_forward_hook(interrupt)
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            timm_backbone(IMAGES)
+    assert len(modes()) == 1
+    handle.remove()
+    timm_backbone(IMAGES)
+    assert not modes()
+
+
+def test_a_hook_that_fails_before_a_block_leaves_the_modes_of_others(timm_backbone):
+    def fail(*_):
+        raise ValueError("before")
+
+    class Other(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            return func(*args, **(kwargs or {}))
+
+    timm_backbone.blocks[0].attn.register_forward_pre_hook(fail, prepend=True)
+    with Other() as other:
+        with pytest.raises(ValueError, match="before"):
+            timm_backbone(IMAGES)
+        assert modes() == [other]
+
+
+def test_attention_may_be_called_by_keyword(timm_backbone):
+    module, tokens, during = timm_backbone.blocks[0].attn, torch.rand(2, 144, 64), []
+    module.proj.register_forward_hook(lambda *_: during.append(len(modes())))
+    assert torch.equal(module(x=tokens), module(tokens))
+    assert during == [0, 1] and not modes()
+
+
+def test_other_devices_are_not_intercepted(timm_backbone):
+    during = []
+    timm_backbone.blocks[0].attn.proj.register_forward_hook(lambda *_: during.append(len(modes())))
+    timm_backbone(IMAGES)
+    timm_backbone.to("meta")(IMAGES.to("meta"))
+    assert during == [1, 0]
+    attention._enter(timm_backbone, (IMAGES.to("meta"), IMAGES))  # the first says where a module works
+    assert not modes()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace")  # deprecated, but still in use
+def test_graphs_hold_torchs_attention(products, timm_backbone):
+    timm_backbone.eval()
+    products.clear()
+    module, tokens = timm_backbone.blocks[0].attn, torch.rand(2, 144, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        traced = torch.jit.trace(module, tokens, check_trace=False)
+        exported = torch.export.export(module, (tokens,))
+    assert "aten::scaled_dot_product_attention" in str(traced.inlined_graph)
+    assert "aten.scaled_dot_product_attention" in str(exported.graph)
+    assert not products and not modes()
+    block = timm_backbone.blocks[0]
+    assert torch.equal(torch.fx.symbolic_trace(block)(tokens), block(tokens))  # by inputs that are no tensors
+
+
+def test_functional_gradients_are_those_of_torchs_attention(products):
+    query, key, value, _ = (part.bfloat16() for part in draw(1, 130))
+    found = torch.func.grad(lambda part: attend(part, key, value, None, dropout=0.0, scale=0.1).sum())(query)
+    leaf = query.requires_grad_()
+    F.scaled_dot_product_attention(leaf, key, value, scale=0.1).sum().backward()
+    assert torch.equal(found, leaf.grad) and not products
+
+
+def test_products_are_taken_of_enough_rows_on_a_cpu(products):
+    parts = [part.bfloat16() for part in draw(1, attention._FEWEST)[:3]]
+    for query in (parts[0], parts[0][:, :, 1:]):
+        attend(query, *parts[1:], None, dropout=0.0, scale=1.0)
+    assert [shape[2] for shape in products] == [attention._FEWEST]
+    attend(*(part.to("meta") for part in parts), None, dropout=0.0, scale=1.0)
+    assert len(products) == 1
+
+
+@pytest.mark.parametrize("odd", range(3))
+def test_what_is_of_two_kinds_is_cast_by_torch(products, odd):
+    parts = [part.bfloat16() for part in draw(1, 130)[:3]]
+    expected = F.scaled_dot_product_attention(*parts, scale=0.1)
+    parts[odd] = parts[odd].float()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(attend(*parts, None, dropout=0.0, scale=0.1), expected)
+    assert not products
+
+
+@pytest.mark.parametrize(("bf16", "amx", "faster"), [(True, False, True), (True, True, False), (False, False, False)])
+def test_products_are_faster_where_torchs_attention_does_not_use_the_processors(monkeypatch, bf16, amx, faster):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    assert attention._products_are_faster.__wrapped__() == faster
+
+
+@pytest.mark.parametrize(
+    ("heads", "rows", "tokens", "held", "pieces"),
+    [
+        (6, 40, 10, 2400, 1),
+        (6, 40, 10, 1200, 2),
+        (6, 40, 10, 1100, 3),
+        (6, 10, 40, 400, 6),
+        (2, 40, 10, 100, 8),
+        (2, 41, 10, 100, 10),
+    ],
+)
+def test_a_piece_is_as_many_heads_or_rows_as_may_be_held(monkeypatch, heads, rows, tokens, held, pieces):
+    monkeypatch.setattr(attention, "_HELD", held)
+    query, key = torch.zeros(2, heads, rows, 4), torch.zeros(2, heads, tokens, 4)
+    room = attention._Room(query, key)
+    for part, _ in room.pieces:
+        query[part] += 1
+        assert query[part][..., 0].numel() * tokens <= held
+    assert len(room.pieces) == 2 * pieces and (query == 1).all()
+
+
+def test_pieces_share_their_memory(monkeypatch):
+    monkeypatch.setattr(attention, "_HELD", 1700)
+    query, key, *_ = draw(1, 41)
+    room = attention._Room(query, key)
+    kept = [room.weights(query[rows], key[all_rows], 0.1) for rows, all_rows in room.pieces]
+    assert len(kept) > 2 and len({part.data_ptr() for part in kept}) == 1
+
+
+def test_gradients_of_many_pieces_are_added_in_float32(monkeypatch):
+    query, key, value, _ = draw(1, 400, batch=1)
+    exact = [part.bfloat16().double().requires_grad_() for part in (query, key, value)]
+    upstream = torch.ones(1, 3, 400, 5)
+    ((0.1 * exact[0] @ exact[1].mT).softmax(-1) @ exact[2]).backward(upstream.double())
+    found = []
+    for held in (2**22, 1):
+        monkeypatch.setattr(attention, "_HELD", held)
+        leaves = [part.bfloat16().requires_grad_() for part in (query, key, value)]
+        attention.by_products(*leaves, 0.1).backward(upstream.bfloat16())
+        found.append([(leaf.grad - true.grad).norm() for leaf, true in zip(leaves, exact, strict=True)])
+    assert all(cut < 1.5 * whole for whole, cut in zip(*found, strict=True))

@@ -1,0 +1,256 @@
+"""What the class token attends to, against the libraries' own written-out attention and one by hand."""
+
+import copy
+import math
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from dinoseg.models.adapters import Frozen, Full, Lora, merge
+from dinoseg.models.backbones.class_attention import class_weights, plain_attention
+from dinoseg.models.backbones.convnext import ConvNext
+from dinoseg.models.backbones.timm_backbone import TimmBackbone
+from dinoseg.models.backbones.transformers_vit import TransformersVit
+from dinoseg.utils.errors import UserError
+
+SMALL = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 3}
+FAMILIES = {  # values, prefix tokens
+    "vit": ({**SMALL, "intermediate_size": 48, "image_size": 32}, 1),
+    "dinov2": ({**SMALL, "mlp_ratio": 2, "image_size": 32}, 1),
+    "dinov2_with_registers": ({**SMALL, "mlp_ratio": 2, "image_size": 32, "num_register_tokens": 4}, 5),
+    "dinov3_vit": ({**SMALL, "intermediate_size": 48, "num_register_tokens": 2, "key_bias": True}, 3),
+}
+TIMM = {"test_vit": (1, 2), "deit_tiny_distilled_patch16_224": (2, 3)}  # prefix tokens, heads
+SIZES = [(32, 32), (27, 30), (9, 41), (1, 1)]
+
+
+def shake(module, scale=0.2):
+    """Move every parameter from where it starts: biases off zero, projections large enough for uneven attention."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(scale * torch.randn(parameter.shape))  # drawn in float32 whatever it is
+    return module.eval()
+
+
+def build(family, layers=(-1,), **kwargs):
+    torch.manual_seed(0)
+    return shake(TransformersVit(family, FAMILIES[family][0], "random", 8, layers, **kwargs))
+
+
+def images(size, batch=2):
+    return torch.rand(batch, 3, *size, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request):
+    return request.param
+
+
+def eager(backbone, pixels):
+    """Return transformers' own attention of each block, of a model that attends written out."""
+    model = copy.deepcopy(backbone.model)
+    model.config._attn_implementation = "eager"
+    found = []
+    blocks = model.layers if hasattr(model, "layers") else (getattr(model, "encoder", None) or model.model).layer
+    for block in blocks:
+        block.attention.register_forward_hook(lambda _, __, out: found.append(out[1]))
+    twin = copy.copy(backbone)
+    twin._modules = {**backbone._modules, "model": model}
+    twin(pixels)
+    return found
+
+
+def all_tokens(attention, prefix, grid):
+    """Cut the class token's row on the patches out of (B, heads, N, N), cell by cell."""
+    rows, columns = grid
+    cells = [[attention[:, :, 0, prefix + row * columns + column] for column in range(columns)] for row in range(rows)]
+    return torch.stack([torch.stack(row, dim=-1) for row in cells], dim=-2)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_it_is_transformers_own_at_any_size(family, size):
+    backbone, prefix = build(family), FAMILIES[family][1]
+    maps, found = backbone.with_class_attention(images(size))
+    grid = tuple(-(-side // 8) for side in size)
+    whole = eager(backbone, images(size))[-1]
+    assert whole.shape[-1] == prefix + math.prod(grid) and found.shape == (2, 3, *grid)
+    torch.testing.assert_close(found, all_tokens(whole, prefix, grid), atol=1e-6, rtol=1e-5)
+    left_out = whole[:, :, 0, :prefix].sum(-1)
+    torch.testing.assert_close(found.flatten(2).sum(-1), 1 - left_out, atol=1e-6, rtol=1e-5)
+    assert found.dtype == torch.float32 and (left_out > 0).all()
+    assert all(map(torch.equal, maps, backbone(images(size))))
+
+
+@pytest.mark.parametrize("size", [(32, 32), (27, 30)])
+def test_it_is_what_the_whole_model_puts_out_when_asked_for_attentions(family, size):
+    """Where the grid is the stored one: elsewhere transformers resamples positions unlike Meta."""
+    backbone = build(family)
+    _, found = backbone.with_class_attention(images(size))
+    pixels = torch.zeros(2, 3, 32, 32)
+    pixels[..., : size[0], : size[1]] = (images(size) - backbone.mean) / backbone.std
+    backbone.model.config._attn_implementation = "eager"
+    attentions = backbone.model(pixels, output_attentions=True).attentions
+    assert len(attentions) == 3
+    expected = all_tokens(attentions[-1], FAMILIES[family][1], (4, 4))
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+    assert found.std() > 0.1 * found.mean()  # an even one would be right by chance
+
+
+@pytest.mark.parametrize("layers", [(0,), (1, 0), (0, 1)])
+def test_it_is_of_the_last_block_that_is_read(family, layers):
+    whole, cut = build(family, (0, 1, 2)), build(family, layers)
+    cut.load_state_dict({key: value for key, value in whole.state_dict().items() if key in cut.state_dict()})
+    _, found = cut.with_class_attention(images((17, 40)))
+    attentions = eager(whole, images((17, 40)))
+    own = all_tokens(attentions[max(layers)], FAMILIES[family][1], (3, 5))
+    torch.testing.assert_close(found, own, atol=1e-6, rtol=1e-5)
+
+
+def test_one_pass_serves_both_and_leaves_nothing_behind(family):
+    backbone, entered = build(family), []
+    for part in (backbone.model.embeddings.patch_embeddings, *backbone.blocks):
+        part.register_forward_hook(lambda part, *_: entered.append(part))
+    backbone.with_class_attention(images((16, 16)))
+    assert len(entered) == 4
+    with pytest.raises(RuntimeError):
+        backbone.with_class_attention(torch.rand(1, 5, 16, 16))
+    assert not any("watcher" in vars(part) for part in backbone.modules())
+
+
+def test_lora_s_updates_count(family):
+    backbone = Lora(rank=2, alpha=4)(build(family))
+    _, before = backbone.with_class_attention(images((20, 30)))
+    shake(nn.ParameterList([p for p in backbone.parameters() if p.requires_grad]))
+    maps, found = backbone.with_class_attention(images((20, 30)))
+    assert (found - before).abs().max() > 0.01
+    merged = merge(copy.deepcopy(backbone))
+    expected = all_tokens(eager(merged, images((20, 30)))[-1], FAMILIES[family][1], (3, 4))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(maps[0], merged(images((20, 30)))[0], atol=1e-4, rtol=1e-4)
+
+
+def test_half_precision_gives_float32_that_sums_exactly(family):
+    exact = build(family).with_class_attention(images((32, 48)))[1]
+    half = build(family, dtype="bfloat16").with_class_attention(images((32, 48)))[1]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = build(family).with_class_attention(images((32, 48)))[1]
+    for found in (half, mixed):
+        assert found.dtype == torch.float32 and 0 < (found - exact).abs().max() < 0.05
+    query, key = (torch.randn(1, 2, 40, 8, dtype=torch.bfloat16) for _ in range(2))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        weights = class_weights(query, key, 0.3)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(1, 2), atol=1e-6, rtol=0)
+    logits = 0.3 * (query[:, :, 0, None].double() * key.double()).sum(-1)
+    torch.testing.assert_close(weights.double(), logits.softmax(-1), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "timm"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_of_the_maps_are_as_without_it(name, checkpointing):
+    options = {"checkpointing": checkpointing}
+    backbone = build_timm("test_vit", **options) if name == "timm" else build(name, **options)
+    expected = backbone.with_class_attention(images((16, 24)))[1]
+    Full()(backbone).train()
+    gradients = []
+    for run in (backbone, lambda pixels: backbone.with_class_attention(pixels)[0]):
+        backbone.zero_grad()
+        run(images((16, 24)))[0].square().mean().backward()
+        gradients.append({name: p.grad for name, p in backbone.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys() and gradients[0]
+    assert all(torch.equal(gradients[1][name], gradient) for name, gradient in gradients[0].items())
+    found = backbone.with_class_attention(images((16, 24)))[1]
+    torch.testing.assert_close(found, expected)
+    assert not found.requires_grad
+
+
+def test_a_frozen_backbone_builds_no_graph(family):
+    maps, found = Frozen()(build(family)).with_class_attention(images((16, 24)))
+    assert not found.requires_grad and not maps[0].requires_grad
+
+
+def by_hand(attention, tokens, weight, bias, prefix, grid):
+    """Return the class row of timm's attention in float64, head by head, patch by patch."""
+    heads, dim = attention.num_heads, tokens.shape[-1] // attention.num_heads
+    projected = tokens.double() @ weight.double().T + bias.double()
+    out = torch.zeros(len(tokens), heads, *grid, dtype=torch.float64)
+    for image in range(len(tokens)):
+        for head in range(heads):
+            columns = slice(head * dim, (head + 1) * dim)
+            queries, keys = projected[image].chunk(3, dim=-1)[:2]
+            query = normed(attention.q_norm, queries[0, columns])
+            scores = torch.stack([query @ normed(attention.k_norm, key[columns]) / math.sqrt(dim) for key in keys])
+            weights = scores.exp() / scores.exp().sum()
+            for cell in range(math.prod(grid)):
+                out[image, head, cell // grid[1], cell % grid[1]] = weights[prefix + cell]
+    return out
+
+
+def normed(norm, vector):
+    if isinstance(norm, nn.Identity):
+        return vector
+    spread = ((vector - vector.mean()).square().mean() + norm.eps).sqrt()
+    return (vector - vector.mean()) / spread * norm.weight.double() + norm.bias.double()
+
+
+def build_timm(name, layers=(-1,), **kwargs):
+    torch.manual_seed(0)
+    backbone = TimmBackbone(name, "random", None, layers, **kwargs)
+    return shake(backbone, 0.05).requires_grad_(False)
+
+
+@pytest.mark.parametrize("name", TIMM)
+@pytest.mark.parametrize("variant", ["plain", "normed queries and keys", "lora", "an earlier block"])
+def test_timm_s_is_the_one_by_hand(name, variant):
+    prefix, heads = TIMM[name]
+    backbone = build_timm(name, (2, 0) if variant == "an earlier block" else (-1,))
+    attention = backbone.model.blocks[-1].attn
+    weight, bias = attention.qkv.weight, attention.qkv.bias
+    if variant == "normed queries and keys":
+        attention.q_norm, attention.k_norm = (shake(nn.LayerNorm(weight.shape[1] // heads), 0.5) for _ in "qk")
+    if variant == "lora":
+        Lora(rank=2, alpha=6, targets="qkv")(backbone)
+        down, up = attention.qkv.lora_A["default"], attention.qkv.lora_B["default"]
+        shake(nn.ModuleList([down, up]))
+        weight = weight + 3 * up.weight @ down.weight
+    seen = []
+    attention.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    maps, found = backbone.with_class_attention(images((41, 70)))
+    assert len(seen) == 1 and found.shape == (2, heads, 3, 5) and found.dtype == torch.float32
+    expected = by_hand(attention, seen[0], weight, bias, prefix, (3, 5))
+    torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-4)
+    assert found.std() > 0.03 * found.mean()
+    assert all(map(torch.equal, maps, backbone(images((41, 70)))))
+    assert not attention.qkv._forward_hooks
+
+
+def test_timm_s_own_attention_agrees_with_the_row():
+    """The row, multiplied with the values, is what the block gives its class token."""
+    backbone = build_timm("test_vit")
+    attention, seen = backbone.model.blocks[-1].attn, []
+    attention.fused_attn = False
+    attention.attn_drop.register_forward_hook(lambda _, __, out: seen.append(out))
+    _, found = backbone.with_class_attention(images((32, 48)))
+    torch.testing.assert_close(found, seen[0][:, :, 0, 1:].unflatten(-1, (2, 3)), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["test_vit2", "test_convnext", "eva02_tiny_patch14_224"])
+def test_models_without_it_say_so(name):
+    backbone = TimmBackbone(name, "random", None)
+    assert not backbone.has_class_attention
+    with pytest.raises(UserError, match=rf"^backbone\.name={name}: this model has no class token.* Choose a plain"):
+        backbone.with_class_attention(images((32, 32)))
+
+
+def test_attention_of_another_kind_is_not_taken_for_plain():
+    for kind, has in (("", True), ("diff", False)):
+        model = timm.create_model("test_vit", num_classes=0, attn_layer=kind)
+        assert (plain_attention(model) is not None) == has
+
+
+def test_a_convnext_offers_none():
+    arch = {"hidden_sizes": [16, 32, 32, 64], "depths": [1, 1, 1, 1]}
+    backbone = ConvNext(arch, "random", 32)
+    assert not backbone.has_class_attention

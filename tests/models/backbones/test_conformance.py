@@ -1,0 +1,202 @@
+"""What every backbone promises to every head, whatever library it comes from."""
+
+import re
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from tiny_parts import BACKBONES, PYRAMIDS, WEIGHTLESS, tiny_node
+
+from dinoseg.config.nodes import instantiate
+from dinoseg.core.contracts import Head
+from dinoseg.core.geometry import pad_to_multiple, widths
+from dinoseg.models.adapters import Frozen, Full, LastBlocks, Lora
+from dinoseg.models.model import Segmenter
+from dinoseg.utils.errors import UserError
+
+WITH_CLASS_TOKEN = {"dino", "dinov2", "dinov2_registers", "dinov3", "timm_vit"}
+with_weights = pytest.mark.parametrize("name", BACKBONES, indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module", params=BACKBONES | WEIGHTLESS)
+def name(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def build(name):
+    node = tiny_node(name)
+
+    def make(layers=(-1,), **changes):
+        torch.manual_seed(0)
+        return instantiate(OmegaConf.to_container(OmegaConf.merge(node, {"layers": layers}, changes))).eval()
+
+    return make
+
+
+def noise(batch, size):
+    return torch.rand(batch, 3, *size, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("size", [(64, 96), (33, 75), (1, 1), (95, 64)])
+def test_maps_cover_any_size(build, name, size):
+    backbone = build([0, 0, -1, -1] if name in WEIGHTLESS else "quarters")
+    maps = backbone(noise(2, size))
+    assert len(maps) == backbone.num_layers == 4 and [part.shape[1] for part in maps] == widths(backbone.dim, 4)
+    grid = tuple(-(-side // backbone.patch_size) for side in size)
+    coarsest = (2, *grid)
+    assert (maps[-1].shape[0], *maps[-1].shape[2:]) == coarsest
+    strides = [8, 4, 2, 1] if name in PYRAMIDS else [1, 1, 1, 1]
+    assert [tuple(part.shape[2:]) for part in maps] == [(grid[0] * s, grid[1] * s) for s in strides]
+    assert all(part.dtype == torch.float32 for part in maps)
+
+
+def test_images_of_a_batch_do_not_see_one_another(build):
+    images = noise(2, (40, 70))
+    backbone = build()
+    torch.testing.assert_close(backbone(images)[0][1:], backbone(images[1:])[0], atol=1e-5, rtol=1e-4)
+
+
+def test_padding_is_the_mean_colour_at_the_bottom_and_on_the_right(build):
+    backbone, images = build(), noise(1, (41, 70))
+    filled = backbone.mean.expand(1, 3, *pad_to_multiple(images, backbone.patch_size).shape[-2:]).clone()
+    filled[..., :41, :70] = images
+    torch.testing.assert_close(backbone(images)[0], backbone(filled)[0], atol=1e-5, rtol=1e-4)
+    pixels = backbone.pixels(images)
+    assert pixels[..., 41:, :].abs().sum() == 0 and pixels[..., 70:].abs().sum() == 0
+    torch.testing.assert_close(pixels[..., :41, :70] * backbone.std + backbone.mean, images)
+
+
+def test_normalisation_is_inside(build):
+    images = noise(1, (64, 64))
+    mean, std = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
+    by_hand = (images - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    plain, inside = build(mean=[0, 0, 0], std=[1, 1, 1]), build(mean=mean, std=std)
+    torch.testing.assert_close(inside(images)[0], plain(by_hand)[0])
+
+
+def test_prefix_tokens_are_dropped_and_positions_kept(build):
+    """What changes in the image's corner changes the map there the most: no token is out of place."""
+    backbone = build()
+    images = noise(1, (4 * backbone.patch_size, 6 * backbone.patch_size))
+    for row, column in ((0, 0), (3, 5), (1, 4)):
+        changed = images.clone()
+        p = backbone.patch_size
+        changed[..., row * p : (row + 1) * p, column * p : (column + 1) * p] = torch.rand(3, p, p)
+        difference = (backbone(changed)[0] - backbone(images)[0]).norm(dim=1)[0]  # (4, 6)
+        assert divmod(int(difference.argmax()), 6) == (row, column)
+
+
+def test_the_class_token_s_attention_comes_with_the_maps_or_is_not_told_of(build, name):
+    backbone = build()
+    assert getattr(backbone, "has_class_attention", False) == (name in WITH_CLASS_TOKEN)
+    if name in WITH_CLASS_TOKEN:
+        maps, found = backbone.with_class_attention(noise(2, (41, 70)))
+        assert all(map(torch.equal, maps, backbone(noise(2, (41, 70)))))
+        assert found.shape[::2] == maps[0].shape[::2] and found.shape[3] == maps[0].shape[3] and found.shape[1] > 1
+        total = found.flatten(2).sum(-1)
+        assert (found > 0).all() and (total < 1).all() and (total > 0.4).all()  # of these few tokens most are patches
+
+
+def test_a_frozen_backbone_rests_while_a_head_trains(build):
+    model = Segmenter(Frozen()(build()), Head()).train()
+    assert not any(part.training for part in model.backbone.modules() if list(part.parameters()))
+    images = noise(1, (64, 96))
+    first, second = (model.backbone(images)[0] for _ in range(2))
+    assert torch.equal(first, second) and not first.requires_grad
+
+
+@with_weights
+def test_gradients_reach_all_but_what_is_called_unused(name, build):
+    backbone = Full()(build())
+    backbone(noise(2, (64, 96)))[0].square().sum().backward()
+    without = {name for name, parameter in backbone.named_parameters() if parameter.grad is None}
+    assert without == set(backbone.unused)
+
+
+@with_weights
+@pytest.mark.parametrize("adapter", [Full(), LastBlocks(2), Lora(rank=2, alpha=2, targets="all_linear")])
+def test_checkpointing_changes_no_gradient(name, build, adapter):
+    gradients = []
+    for checkpointing in (False, True):
+        model = Segmenter(adapter(build("quarters", checkpointing=checkpointing)), Head()).train()
+        torch.manual_seed(1)
+        sum(part.square().mean() for part in model.backbone(noise(1, (64, 96)))).backward()
+        gradients.append({name: p.grad for name, p in model.backbone.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys() and gradients[0]
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-6, rtol=1e-4)
+
+
+@with_weights
+def test_blocks_are_in_order_and_end_with_the_last_one_read(build, name):
+    whole, cut = build("quarters"), build([1], **({"patch_size": 8} if name in PYRAMIDS else {}))
+    assert len(whole.blocks) == whole.depth and len(cut.blocks) == 2 and cut.depth == whole.depth
+    if name not in PYRAMIDS:  # their stages are lists of modules, which are not called as such
+        entered = []
+        for number, block in enumerate(whole.blocks):
+            block.register_forward_hook(lambda *_, number=number: entered.append(number))
+        whole(noise(1, (64, 64)))
+        assert entered == list(range(whole.depth))
+    inside = {id(parameter) for block in whole.blocks for parameter in block.parameters()}
+    assert sum(parameter.numel() for parameter in whole.parameters() if id(parameter) in inside) > 0.3 * sum(
+        parameter.numel() for parameter in whole.parameters()
+    )
+
+
+@with_weights
+@pytest.mark.parametrize("layers", [(-1,), [0, 1]])
+def test_exported_weights_are_read_again(build, name, tmp_path, layers):
+    from safetensors.torch import save_file
+
+    strides = {"patch_size": 8} if name in PYRAMIDS and layers == [0, 1] else {}
+    source = build(layers, **strides)
+    with torch.no_grad():
+        for parameter in source.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    save_file(source.export_state(), tmp_path / "weights.safetensors")
+    images = noise(1, (64, 96))
+    again = build(layers, weights=str(tmp_path / "weights.safetensors"), **strides)
+    for ours, expected in zip(again(images), source(images), strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("layers", [[99], [-99], [], "last"])
+def test_layers_out_of_range_are_refused(build, layers):
+    with pytest.raises(UserError, match="backbone.layers="):
+        build(layers)
+
+
+@pytest.mark.parametrize("patch_size", [0, -16])
+def test_a_patch_size_below_one_is_refused(build, patch_size):
+    with pytest.raises(UserError, match=f"^(backbone.)?patch_size={patch_size}.* (Give|set) "):
+        build(patch_size=patch_size)
+
+
+@pytest.mark.parametrize(
+    ("key", "values", "rule"),
+    [
+        ("mean", [0.5, 0.5], "give three numbers"),
+        ("mean", [], "give three numbers"),
+        ("std", [0.2] * 4, "give three numbers"),
+        ("mean", [0.5, float("nan"), 0.5], "Give a finite number for each"),
+        ("std", [0.2, float("inf"), 0.2], "Give a finite number for each"),
+        ("std", [0.2, 0.0, 0.2], "give three numbers above 0"),
+        ("std", [-0.2, 0.2, 0.2], "give three numbers above 0"),
+    ],
+)
+def test_colours_that_cannot_be_are_refused(build, key, values, rule):
+    with pytest.raises(UserError, match=rf"^(backbone\.)?{key}={re.escape(str(values))}.*{rule}"):
+        build(**{key: values})
+
+
+def test_every_option_of_the_command_line_is_one_of_these_families():
+    from config_files import options, read
+
+    def base(option):
+        started = [item for item in read("backbone", option).get("defaults", []) if isinstance(item, str)]
+        bases = [item for item in started if item != "_self_"]
+        return base(bases[0]) if bases else option
+
+    covered = {base(option) for option, _ in (BACKBONES | WEIGHTLESS).values()}
+    assert {base(option) for option in options("backbone")} == covered

@@ -1,0 +1,415 @@
+import argparse
+import math
+import pickle
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from meta_files import DEPTH, HEADS, HIDDEN, PATCH, SIDE, WIDTH, meta_state
+from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
+from timm.models import eva, vision_transformer
+from torch import nn
+
+import dinoseg
+from dinoseg.models.backbones.meta_weights import OPTIONS, VitLayout, config_layout, from_meta, unwrap
+from dinoseg.models.backbones.positions import METHODS
+from dinoseg.models.backbones.transformers_vit import TransformersVit, _config
+from dinoseg.utils.errors import UserError
+
+pytestmark = pytest.mark.slow  # large files of weights
+
+CONFIGS = Path(dinoseg.__file__).parent / "cfg" / "backbone"
+SMALL = {"hidden_size": WIDTH, "num_hidden_layers": DEPTH, "num_attention_heads": HEADS}
+V1 = {**SMALL, "intermediate_size": HIDDEN, "image_size": SIDE * PATCH, "layer_norm_eps": 1e-6}
+V2 = {**SMALL, "mlp_ratio": 4, "image_size": SIDE * PATCH}
+V3 = {**SMALL, "intermediate_size": HIDDEN, "num_register_tokens": 4}
+GATED_V3 = {**V3, "use_gated_mlp": True, "hidden_act": "silu"}
+KINDS = {  # family, arch, and what the state takes
+    "dino": ("vit", V1, {}),
+    "dinov2": ("dinov2", V2, {"hidden": 4 * WIDTH}),
+    "dinov2_swiglu": ("dinov2", {**V2, "use_swiglu_ffn": True}, {"gated": True}),
+    "dinov2_reg": ("dinov2_with_registers", {**V2, "num_register_tokens": 4}, {"registers": 4, "hidden": 4 * WIDTH}),
+    "dinov3": ("dinov3_vit", V3, {"registers": 4}),
+    "dinov3_swiglu": ("dinov3_vit", GATED_V3, {"registers": 4, "gated": True}),
+    "dinov3_7b": (
+        "dinov3_vit",
+        {**GATED_V3, "query_bias": False, "value_bias": False},
+        {"registers": 4, "gated": True, "qkv_bias": False, "local": True},
+    ),
+}
+
+
+def state_of(kind):
+    family, _, options = KINDS[kind]
+    return meta_state(family, **options)
+
+
+def load(kind, path, layers=range(DEPTH), **changes):
+    family, arch, _ = KINDS[kind]
+    plain = {"mean": (0, 0, 0), "std": (1, 1, 1)}
+    return TransformersVit(family, {**arch, **changes}, str(path), PATCH, list(layers), **plain).eval()
+
+
+@pytest.fixture(params=KINDS)
+def kind(request):
+    return request.param
+
+
+@pytest.fixture
+def saved(tmp_path):
+    def save(state, name="meta.pth"):
+        torch.save(state, tmp_path / name)
+        return tmp_path / name
+
+    return save
+
+
+def timm_vit(state, kind, grid):
+    """Return timm's ViT with the weights, its positions resampled by the rule that Meta's code states."""
+    family, _, options = KINDS[kind]
+    offset, antialias = METHODS[family]
+    assert (offset, antialias) == ((0.0, True) if options.get("registers") else (0.1, False))
+    model = vision_transformer.VisionTransformer(
+        img_size=SIDE * PATCH,
+        patch_size=PATCH,
+        num_classes=0,
+        embed_dim=WIDTH,
+        depth=DEPTH,
+        num_heads=HEADS,
+        mlp_ratio=2 * HIDDEN / WIDTH if options.get("gated") else options.get("hidden", HIDDEN) / WIDTH,
+        init_values=None if family == "vit" else 1.0,
+        reg_tokens=options.get("registers", 0),
+        no_embed_class=bool(options.get("registers")),
+        **({"mlp_layer": vision_transformer.SwiGLUPacked, "act_layer": nn.SiLU} if options.get("gated") else {}),
+    )
+    model.load_state_dict(vision_transformer.checkpoint_filter_fn(dict(state), model))
+    if grid != (SIDE, SIDE):
+        stored = state["pos_embed"][:, 1:].transpose(1, 2).reshape(1, WIDTH, SIDE, SIDE)
+        if offset:
+            scale = tuple((cells + 0.1) / SIDE for cells in grid)
+            wanted = F.interpolate(stored, scale_factor=scale, mode="bicubic")
+        else:
+            wanted = F.interpolate(stored, size=grid, mode="bicubic", antialias=True)
+        first = [] if options.get("registers") else [state["pos_embed"][:, :1]]
+        model.pos_embed = nn.Parameter(torch.cat([*first, wanted.flatten(2).transpose(1, 2)], dim=1))
+        model.patch_embed.img_size, model.patch_embed.grid_size = tuple(PATCH * cells for cells in grid), grid
+    return model
+
+
+def timm_eva(state, kind, _grid):
+    """Return timm's DINOv3 with the weights and the stored periods."""
+    options = KINDS[kind][2]
+    model = eva.Eva(
+        img_size=SIDE * PATCH,
+        patch_size=PATCH,
+        num_classes=0,
+        embed_dim=WIDTH,
+        depth=DEPTH,
+        num_heads=HEADS,
+        mlp_ratio=HIDDEN / WIDTH,
+        qkv_bias=options.get("qkv_bias", True),
+        swiglu_mlp=bool(options.get("gated")),
+        swiglu_align_to=8,
+        init_values=1.0,
+        rope_type="dinov3",
+        rope_temperature=100,
+        rope_rotate_half=True,
+        use_rot_pos_emb=True,
+        use_abs_pos_emb=False,
+        num_reg_tokens=4,
+        use_fc_norm=False,
+        dynamic_img_size=True,
+        norm_layer=partial(nn.LayerNorm, eps=1e-5),
+    )
+    missing, extra = model.load_state_dict(eva.checkpoint_filter_fn(dict(state), model), strict=False)
+    assert not extra
+    assert all(name.endswith("k_bias") for name in missing)
+    model.rope.periods.copy_(state["rope_embed.periods"])
+    return model
+
+
+@pytest.mark.parametrize("grid", [(SIDE, SIDE), (3, 3), (4, 9), (11, 2)])
+def test_features_of_every_block_are_those_of_timm(kind, grid, saved):
+    state = state_of(kind)
+    reference = (timm_eva if KINDS[kind][0] == "dinov3_vit" else timm_vit)(state, kind, grid).eval()
+    images = torch.randn(2, 3, grid[0] * PATCH, grid[1] * PATCH)
+    with torch.no_grad():
+        expected = reference.forward_intermediates(images, norm=True, intermediates_only=True)
+        found = load(kind, saved(state))(images)
+    assert len(found) == len(expected) == DEPTH
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.abs().max() > 1
+        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
+
+
+def test_stored_periods_are_used_and_exported(saved, tmp_path):
+    state = state_of("dinov3")
+    state["rope_embed.periods"] = state["rope_embed.periods"] * 1.5
+    model = load("dinov3", saved(state))
+    torch.testing.assert_close(model.model.rope_embeddings.inv_freq, 1 / state["rope_embed.periods"].float())
+    images = torch.randn(1, 3, 24, 40)
+    save_file(model.export_state(), tmp_path / "own.safetensors")
+    assert torch.equal(load("dinov3", tmp_path / "own.safetensors")(images)[-1], model(images)[-1])
+    by_config = load("dinov3", "random").export_state()
+    assert not any("rope" in name for name in by_config)
+
+
+def test_local_norm_goes_to_its_place_or_nowhere(saved):
+    family, arch, _ = KINDS["dinov3_7b"]
+    state = state_of("dinov3_7b")
+    path = str(saved(state))
+    model = TransformersVit(family, arch, path, PATCH, local_cls_norm=True)
+    assert torch.equal(model.local_cls_norm.weight, state["local_cls_norm.weight"])
+    assert torch.equal(model.local_cls_norm.bias, state["local_cls_norm.bias"])
+    assert TransformersVit(family, arch, path, PATCH).local_cls_norm is None
+
+
+def test_each_converted_tensor_has_memory_of_its_own(kind, saved, tmp_path):
+    state = load(kind, saved(state_of(kind))).model.state_dict()
+    save_file(state, tmp_path / "copy.safetensors")
+    assert sum(v.numel() for v in load_file(tmp_path / "copy.safetensors").values()) == sum(
+        v.numel() for v in state.values()
+    )
+
+
+@pytest.mark.parametrize("name", ["meta.pth", "meta.pt", "meta.bin", "meta.safetensors", "old.pth"])
+def test_same_names_in_any_file_format(name, tmp_path):
+    state = state_of("dinov2")
+    if name.endswith(".safetensors"):
+        save_file(state, tmp_path / name)
+    else:
+        torch.save(state, tmp_path / name, _use_new_zipfile_serialization=name != "old.pth")
+    torch.save(state, tmp_path / "reference.pth")
+    images = torch.randn(1, 3, 20, 30)
+    assert torch.equal(
+        load("dinov2", tmp_path / name)(images)[-1], load("dinov2", tmp_path / "reference.pth")(images)[-1]
+    )
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize("prefix", ["backbone.", "module.backbone."])
+@pytest.mark.parametrize("kind", ["dino", "dinov2", "dinov3"])
+def test_checkpoints_of_the_pretraining_give_the_teacher(kind, prefix, chunked, saved):
+    state = state_of(kind)
+    names = {name: name.replace("blocks.", "blocks.0.") if chunked else name for name in state}
+    teacher = {prefix + names[name]: value for name, value in state.items()}
+    teacher |= {"head.mlp.0.weight": torch.zeros(2), "dino_head.last_layer.weight_v": torch.zeros(2)}
+    student = {name: torch.zeros_like(value) for name, value in teacher.items()}
+    whole = {"student": student, "teacher": teacher, "epoch": 7, "args": argparse.Namespace(lr=1), "dino_loss": {}}
+    images = torch.randn(1, 3, 20, 30)
+    found = load(kind, saved(whole, "checkpoint.pth"))(images)[-1]
+    assert torch.equal(found, load(kind, saved(state))(images)[-1])
+
+
+def test_a_lone_student_is_taken():
+    state = state_of("dino")
+    assert (
+        unwrap({"student": {f"module.backbone.{name}": value for name, value in state.items()}}).keys() == state.keys()
+    )
+
+
+def test_every_missing_key_is_named(kind):
+    family, arch, _ = KINDS[kind]
+    config = _config(family, {**arch, "patch_size": PATCH})
+    state = state_of(kind)
+    told_apart = {"cls_token", "patch_embed.proj.weight", "pos_embed", "register_tokens", "storage_tokens"}
+    for name in state.keys() - told_apart:
+        if name.endswith(".bias_mask"):
+            continue  # then the key bias is in effect, which has its own message
+        rest = {other: value for other, value in state.items() if other != name}
+        with pytest.raises(UserError, match="lacks|another|the backbone is") as error:
+            from_meta(rest, config, "some.pth")
+        assert "some.pth" in str(error.value)
+        if not name.startswith("local_cls_norm"):
+            assert name in str(error.value)
+
+
+def test_every_left_over_key_is_named(kind):
+    family, arch, _ = KINDS[kind]
+    config = _config(family, {**arch, "patch_size": PATCH})
+    for extra in ("head.weight", "blocks.0.extra.weight", "cls_norm.bias", "fc_norm.weight"):
+        with pytest.raises(UserError, match=rf"f\.pth: .* but holds, beside a whole backbone, {extra} \(1 in all\)"):
+            from_meta({**state_of(kind), extra: torch.zeros(1)}, config, "f.pth")
+
+
+def test_input_is_left_as_it_was(kind):
+    family, arch, _ = KINDS[kind]
+    state = state_of(kind)
+    before = {name: value.clone() for name, value in state.items()}
+    from_meta(state, _config(family, {**arch, "patch_size": PATCH}), "f.pth")
+    assert state.keys() == before.keys()
+    assert all(torch.equal(state[name], value) for name, value in before.items())
+
+
+def published(layout, **options):
+    sizes = {"width": layout.width, "depth": layout.depth, "patch": layout.patch_size, "heads": layout.width // 64}
+    extras = {
+        "registers": layout.registers,
+        "gated": layout.gated,
+        "side": 37,
+        "make": partial(torch.empty, device="meta"),
+    }
+    return meta_state(layout.family, **sizes, **extras, **options)
+
+
+@pytest.mark.parametrize("layout", OPTIONS, ids=OPTIONS.values())
+def test_another_published_size_is_named(layout):
+    family, arch, _ = KINDS["dinov3"]
+    message = (
+        rf"f\.pth: the file holds .*width {layout.width}, {layout.depth} blocks, patches of {layout.patch_size} px"
+    )
+    with pytest.raises(UserError, match=rf"{message}.*but the backbone is .*width 24.*backbone={OPTIONS[layout]}\b"):
+        from_meta(published(layout), _config(family, {**arch, "patch_size": PATCH}), "f.pth")
+
+
+def option_config(option):
+    node = OmegaConf.load(CONFIGS / f"{option}.yaml")
+    node = OmegaConf.merge(OmegaConf.load(CONFIGS / f"{node.defaults[0]}.yaml"), node)
+    return _config(node.family, {**node.arch, "patch_size": node.patch_size})
+
+
+@pytest.mark.parametrize("option", OPTIONS.values())
+def test_names_of_published_sizes_are_backbone_options(option):
+    config = option_config(option)
+    assert OPTIONS[config_layout(config)] == option
+    assert config.hidden_size // config.num_attention_heads == (128 if option == "dinov3_vit7b16" else 64)
+
+
+def test_the_largest_is_taken_whole():
+    layout = VitLayout("dinov3_vit", 4096, 40, 16, 4, gated=True)
+    state = published(layout, hidden=8192, qkv_bias=False, local=True)
+    state["rope_embed.periods"] = torch.ones(32)
+    converted = from_meta(state, option_config("dinov3_vit7b16"), "f.pth")
+    assert sum(value.numel() for name, value in converted.items() if "inv_freq" not in name) == 6_716_043_264
+
+
+@pytest.mark.parametrize(("given", "wanted"), [("dinov2", "dinov2_reg"), ("dino", "dinov2"), ("dinov3", "dino")])
+def test_another_family_is_refused(given, wanted, saved):
+    with pytest.raises(UserError, match=r"meta\.pth: the file holds a DINO.* but the backbone is a DINO.*Set backbone"):
+        load(wanted, saved(state_of(given)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "remedy"),
+    [
+        ("dinov2", {"image_size": 7 * PATCH}, rf"arch\.image_size={SIDE * PATCH}\."),
+        ("dinov3", {"num_attention_heads": 6}, r"num_attention_heads=3\."),
+        ("dinov3", {"num_hidden_layers": 4}, "3 blocks.*4 blocks"),
+        ("dinov3", {"num_register_tokens": 0}, "4 registers"),
+        ("dinov3_swiglu", {"use_gated_mlp": False}, "SwiGLU"),
+        ("dino", {"intermediate_size": 48}, "another shape"),
+    ],
+)
+def test_other_sizes_name_the_remedy(kind, changes, remedy, saved):
+    with pytest.raises(UserError, match=remedy):
+        load(kind, saved(state_of(kind)), layers=[-1], **changes)
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (3,), (7, 5), (1, 2, 3, 4, 5)])
+def test_no_odd_shape_gets_past_the_checks(kind, shape, monkeypatch, tmp_path):
+    """Whatever a tensor's shape: a message, and not an error from the middle of the conversion."""
+    state = state_of(kind)
+    monkeypatch.setattr("dinoseg.models.backbones.pretrained.read_weights", lambda _: odd)
+    (tmp_path / "odd.pth").touch()
+    for name in [name for name in state if not name.startswith(("blocks.1", "blocks.2"))]:
+        odd = {**state, name: torch.zeros(shape)}
+        with pytest.raises(UserError, match=r"odd\.pth: "):
+            load(kind, tmp_path / "odd.pth")
+
+
+@pytest.mark.parametrize("mask", [None, 1.0, math.nan])
+def test_a_key_bias_in_effect_is_refused(mask, saved):
+    state = state_of("dinov3")
+    if mask is None:
+        del state["blocks.1.attn.qkv.bias_mask"]
+    else:
+        state["blocks.1.attn.qkv.bias_mask"].fill_(mask)
+    with pytest.raises(UserError, match=r"blocks\.1\.attn\.qkv\.bias(_mask)?\b"):
+        load("dinov3", saved(state))
+
+
+def test_zero_key_bias_needs_no_mask(saved):
+    state = state_of("dinov3")
+    masked = saved(state)
+    plain = {name: value for name, value in state.items() if not name.endswith("bias_mask")}
+    plain |= {name: value * state[f"{name}_mask"] for name, value in plain.items() if name.endswith("qkv.bias")}
+    images = torch.randn(1, 3, 20, 30)
+    assert torch.equal(load("dinov3", saved(plain, "plain.pth"))(images)[-1], load("dinov3", masked)(images)[-1])
+
+
+class Evil:
+    def __reduce__(self):
+        return print, ("code from a weights file ran",)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_code_in_a_file_is_not_run(zipped, tmp_path, capsys):
+    path = tmp_path / "evil.pth"
+    torch.save({**state_of("dino"), "x": Evil()}, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(UserError, match=r"evil\.pth: holds objects besides tensors \(.*print\).*could run code"):
+        load("dino", path)
+    assert "ran" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.7, 0.99, 0.9999])
+def test_truncated_files_are_refused(share, zipped, saved, tmp_path):
+    torch.save(state_of("dinov2"), tmp_path / "whole.pth", _use_new_zipfile_serialization=zipped)
+    content = (tmp_path / "whole.pth").read_bytes()
+    (tmp_path / "cut.pth").write_bytes(content[: int(len(content) * share)])
+    with pytest.raises(
+        UserError, match=r"backbone\.weights=.*cut\.pth: not a readable PyTorch file.*Download it again"
+    ):
+        load("dinov2", tmp_path / "cut.pth")
+
+
+@pytest.mark.parametrize("content", [b"<html>404</html>", b"\x80\x04N.", pickle.dumps([1, 2], 2), b"PK\x03\x04junk"])
+def test_what_is_no_checkpoint_is_refused(content, tmp_path):
+    (tmp_path / "page.pth").write_bytes(content)
+    with pytest.raises(UserError, match=r"page\.pth: (not a readable PyTorch file|holds no )"):
+        load("dino", tmp_path / "page.pth")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([torch.zeros(1)], "holds no tensors by name"),
+        ({1: torch.zeros(1)}, "holds no tensors by name"),
+        ({}, "holds nothing"),
+        ({"model": {"cls_token": torch.zeros(1)}, "epoch": 3}, "holds model, epoch, and no weights.*`teacher`"),
+        ({"conv.weight": torch.zeros(1)}, "tensors are missing"),
+        ({"downsample_layers.0.0.weight": torch.zeros(1)}, "holds a DINOv3 ConvNeXt.*backbone=dinov3_convnext_tiny"),
+    ],
+)
+def test_other_content_is_refused(content, message, saved):
+    with pytest.raises(UserError, match=rf"meta\.pth: .*{message}"):
+        load("dino", saved(content))
+
+
+def test_a_vit_is_refused_where_a_convnext_is_meant():
+    config = argparse.Namespace(model_type="dinov3_convnext")
+    with pytest.raises(UserError, match="holds a DINO vision transformer.*but the backbone is a dinov3_convnext"):
+        from_meta(state_of("dino"), config, "f.pth")
+
+
+def test_poolers_of_hub_files_are_no_left_overs(tmp_path):
+    family, arch, _ = KINDS["dino"]
+    model = load("dino", "random")
+    state = model.export_state()
+    assert not any("pooler" in name for name in state)
+    state |= {"pooler.dense.weight": torch.zeros(WIDTH, WIDTH), "pooler.dense.bias": torch.zeros(WIDTH)}
+    save_file(state, tmp_path / "hub.safetensors")
+    images = torch.randn(1, 3, 20, 30)
+    assert torch.equal(load("dino", tmp_path / "hub.safetensors")(images)[-1], model(images)[-1])
+    save_file(state | {"pooler.other.bias": torch.zeros(1)}, tmp_path / "odd.safetensors")
+    with pytest.raises(UserError, match=r"pooler\.other\.bias"):
+        load("dino", tmp_path / "odd.safetensors")
+
+
+def test_layouts_read_as_words():
+    assert str(VitLayout("dinov2_with_registers", 1536, 40, 14, 4, True)) == (
+        "a DINOv2 vision transformer (width 1536, 40 blocks, patches of 14 px, 4 registers, SwiGLU)"
+    )

@@ -1,0 +1,197 @@
+"""Files of whole models and of models that end with the last block that is read."""
+
+import json
+import logging
+import re
+
+import huggingface_hub
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers.utils import logging as their_logging
+
+from dinoseg.models.backbones import pretrained
+from dinoseg.models.backbones.convnext import ConvNext
+from dinoseg.models.backbones.meta_weights import INV_FREQ
+from dinoseg.models.backbones.pretrained import load_model
+from dinoseg.models.backbones.transformers_vit import FAMILIES, TransformersVit
+from dinoseg.utils.errors import UserError
+
+SMALL = {"hidden_size": 24, "num_hidden_layers": 4, "num_attention_heads": 3, "image_size": 16}
+STAGES = {"depths": [1, 1, 2, 1], "hidden_sizes": [8, 12, 16, 24], "drop_path_rate": 0.2}
+KINDS = [*FAMILIES, "convnext"]
+
+
+def build(kind, last, weights="random"):
+    if kind == "convnext":
+        return ConvNext(STAGES, str(weights), 4 * 2**last, [last]).eval()
+    return TransformersVit(kind, SMALL, str(weights), 8, [last]).eval()
+
+
+def shaken(kind, last):
+    torch.manual_seed(0)
+    backbone = build(kind, last)
+    with torch.no_grad():
+        for parameter in backbone.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return backbone
+
+
+def in_block(kind, number):
+    return f"stages.{number}." if kind == "convnext" else f"layer.{number}."
+
+
+@pytest.fixture(params=KINDS)
+def kind(request):
+    return request.param
+
+
+def test_a_whole_file_and_a_cut_one_give_the_same_cut_model(tmp_path, kind):
+    whole, cut = shaken(kind, 3), build(kind, 1)
+    cut.load_state_dict({key: value for key, value in whole.state_dict().items() if key in cut.state_dict()})
+    save_file(whole.export_state(), tmp_path / "whole.safetensors")
+    save_file(cut.export_state(), tmp_path / "cut.safetensors")
+    cut.model.save_pretrained(tmp_path / "folder")
+    images = torch.rand(1, 3, 20, 30)
+    for source in ("whole.safetensors", "cut.safetensors", "folder"):
+        again = build(kind, 1, tmp_path / source)
+        assert len(again.blocks) == 2 and again.state_dict().keys() == cut.state_dict().keys()
+        assert torch.equal(again(images)[0], cut(images)[0])
+
+
+def test_every_other_file_is_refused(tmp_path, kind):
+    file = tmp_path / "w.safetensors"
+    whole, cut = shaken(kind, 3).export_state(), shaken(kind, 1).export_state()
+    kept = next(key for key in cut if in_block(kind, 1) in key)
+    gone = next(key for key in whole if in_block(kind, 3) in key)
+    for name, state, last in (
+        ("a cut file for a whole model", cut, 3),
+        ("a cut file for a model cut later", cut, 2),
+        ("a cut file for a model cut earlier", cut, 0),
+        ("one tensor too few", {key: value for key, value in cut.items() if key != kept}, 1),
+        ("one too few after the cut", {key: value for key, value in whole.items() if key != gone}, 1),
+        ("one block too many", cut | {key: value for key, value in whole.items() if in_block(kind, 2) in key}, 1),
+        ("one tensor too many", cut | {"extra": torch.zeros(1)}, 1),
+        ("another shape", cut | {kept: torch.zeros(7)}, 1),
+        ("another shape after the cut", whole | {gone: torch.zeros(7)}, 1),
+    ):
+        save_file(state, file)
+        with pytest.raises(UserError, match=r"w\.safetensors: \d+ tensors are missing, left over or of another shape"):
+            build(kind, last, file)
+            pytest.fail(name)
+
+
+def test_transformers_keeps_quiet_while_loading_and_speaks_afterwards(tmp_path, capfd):
+    save_file(shaken("dinov3_vit", 1).export_state(), tmp_path / "cut.safetensors")
+    seen = []
+    handler = logging.Handler()
+    handler.emit = seen.append
+    theirs = their_logging.get_logger()
+    theirs.addHandler(handler)
+    before = their_logging.get_verbosity()
+    their_logging.enable_progress_bar()
+    try:
+        build("dinov3_vit", 1, tmp_path / "cut.safetensors")
+        with pytest.raises(UserError, match="tensors are missing"):
+            build("dinov3_vit", 3, tmp_path / "cut.safetensors")
+    finally:
+        theirs.removeHandler(handler)
+    assert not seen and capfd.readouterr() == ("", "")
+    assert their_logging.get_verbosity() == before and their_logging.is_progress_bar_enabled()
+
+
+def test_bars_that_were_off_stay_off(tmp_path):
+    save_file(shaken("vit", 1).export_state(), tmp_path / "cut.safetensors")
+    their_logging.disable_progress_bar()
+    try:
+        build("vit", 1, tmp_path / "cut.safetensors")
+        assert not their_logging.is_progress_bar_enabled()
+    finally:
+        their_logging.enable_progress_bar()
+
+
+def test_a_folder_that_asks_for_an_adapter_is_refused(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="holds adapter_config.json. Give the whole weights"):
+        load_model(None, str(tmp_path), lambda model: None)
+
+
+def spoilt(value, fault):
+    if fault == "int8":
+        return (100 * value).to(torch.int8)
+    return torch.cat([value.flatten()[:-1], torch.tensor([float(fault)])]).view_as(value)
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [("int8", "is int8"), ("nan", "holds NaN or infinity"), ("-inf", "holds NaN or infinity")],
+)
+def test_weights_that_are_not_finite_floats_are_refused_by_file_and_name(tmp_path, monkeypatch, kind, fault, said):
+    state = shaken(kind, 1).export_state()
+    name = next(key for key in state if in_block(kind, 1) in key and key.endswith("weight"))
+    state[name] = spoilt(state[name], fault)
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    torch.save(state, tmp_path / "w.pth")
+    monkeypatch.setattr(pretrained, "_fetched_before", lambda *given: str(tmp_path))  # tests are without a hub
+    for source in (tmp_path / "model.safetensors", tmp_path / "w.pth", tmp_path, "some/body"):
+        # transformers names some tensors otherwise than the files of the hub
+        named = r"\S+" if source in (tmp_path, "some/body") and fault != "int8" else re.escape(name)
+        with pytest.raises(UserError, match=rf"^backbone.weights={source}: (model.safetensors: )?{named} {said}"):
+            build(kind, 1, source)
+
+
+def test_the_files_that_are_loaded_are_checked_and_no_others(tmp_path):
+    state = shaken("vit", 1).export_state()
+    name = next(key for key in state if in_block("vit", 1) in key and key.endswith("weight"))
+    spoilt_state = state | {name: spoilt(state[name], "int8")}
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    save_file(spoilt_state, tmp_path / "model_int8.safetensors", {"format": "pt"})
+    build("vit", 1, tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "model-1-of-1.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(state, "model-1-of-1.safetensors")}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    build("vit", 1, tmp_path)
+    for content in ("{}", "none", '{"weight_map": {"a": 1}}'):
+        (tmp_path / "model.safetensors.index.json").write_text(content)
+        with pytest.raises(UserError, match="model.safetensors.index.json cannot be read"):
+            build("vit", 1, tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    save_file(spoilt_state, tmp_path / "model-1-of-1.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=rf"model-1-of-1.safetensors: {re.escape(name)} is int8"):
+        build("vit", 1, tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"broken")
+    with pytest.raises(UserError, match="the weights cannot be had"):
+        build("vit", 1, tmp_path)
+
+
+def test_a_tensor_too_many_is_left_over_whatever_its_type(tmp_path):
+    state = shaken("vit", 1).export_state()
+    save_file(state | {"position_ids": torch.arange(3)}, tmp_path / "w.safetensors")
+    with pytest.raises(UserError, match="left over or of another shape .position_ids"):
+        build("vit", 1, tmp_path / "w.safetensors")
+    name = next(key for key in state if in_block("vit", 1) in key and key.endswith("weight"))
+    save_file(state | {name: state[name].long()}, tmp_path / "w.safetensors")
+    with pytest.raises(UserError, match=rf"{re.escape(name)} is int64"):
+        build("vit", 1, tmp_path / "w.safetensors")
+
+
+def test_what_the_hubs_client_fetches_is_checked(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    folder = tmp_path / "models--some--body" / "snapshots" / ("01" * 20)
+    folder.mkdir(parents=True)
+    (tmp_path / "models--some--body" / "refs").mkdir()
+    (tmp_path / "models--some--body" / "refs" / "main").write_text(folder.name)
+    state = shaken("vit", 1).export_state()
+    name = next(key for key in state if in_block("vit", 1) in key and key.endswith("weight"))
+    save_file(state | {name: spoilt(state[name], "int8")}, folder / "model.safetensors", {"format": "pt"})
+    monkeypatch.setattr(pretrained, "_why_silent", lambda name, revision: "")
+    monkeypatch.setattr(pretrained, "_from_pretrained", lambda *given, **options: shaken("vit", 1).model)
+    with pytest.raises(UserError, match=rf"some/body: model.safetensors: {re.escape(name)} is int8"):
+        build("vit", 1, "some/body")
+
+
+def test_rotation_frequencies_have_their_shape(tmp_path):
+    state = shaken("dinov3_vit", 1).export_state()
+    save_file(state | {INV_FREQ: torch.ones(1)}, tmp_path / "w.safetensors")
+    with pytest.raises(UserError, match=rf"w.safetensors: {INV_FREQ} has the shape \[1\] instead of \[2\]"):
+        build("dinov3_vit", 1, tmp_path / "w.safetensors")

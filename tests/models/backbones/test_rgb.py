@@ -1,0 +1,123 @@
+import numpy as np
+import pytest
+import torch
+from config_files import options
+from omegaconf import OmegaConf
+from tiny_parts import load
+
+from dinoseg.config.nodes import instantiate
+from dinoseg.experiment import build
+from dinoseg.models.adapters import Frozen, Full, LastBlocks, Lora
+from dinoseg.models.backbones.rgb import RgbBackbone
+from dinoseg.models.heads.eomt import EomtHead
+from dinoseg.models.heads.linear import LinearHead
+from dinoseg.models.model import Segmenter, trained_names
+from dinoseg.training.checkpoint import frozen_fingerprint
+from dinoseg.utils.errors import UserError
+
+MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+
+
+def images(size, batch=2):
+    return torch.rand(batch, 3, *size, generator=torch.Generator().manual_seed(2))
+
+
+def plain(colour, size=(8, 8)):
+    return torch.tensor(colour).view(1, 3, 1, 1).expand(1, 3, *size)
+
+
+def cosine(first, second):
+    maps = [RgbBackbone()(plain(colour))[0].flatten() for colour in (first, second)]
+    return torch.cosine_similarity(*maps, dim=0).item()
+
+
+@pytest.mark.parametrize("size", [(16, 24), (17, 23), (1, 1), (5, 50)])
+@pytest.mark.parametrize("patch", [8, 3, 1])
+def test_each_patch_is_its_mean_colour(size, patch):
+    backbone = RgbBackbone(patch, [-1, 0])
+    maps = backbone(images(size))
+    pixels = (images(size).numpy().astype(float).transpose(0, 2, 3, 1) - MEAN) / STD
+    grid = tuple(-(-side // patch) for side in size)
+    expected = np.zeros((2, 3, *grid))
+    for row, column in np.ndindex(grid):
+        part = pixels[:, row * patch : (row + 1) * patch, column * patch : (column + 1) * patch]
+        expected[:, :, row, column] = part.sum(axis=(1, 2)) / patch**2  # what is missing counts as zeros
+    assert len(maps) == 2
+    for found in maps:
+        np.testing.assert_allclose(found.numpy(), expected, atol=1e-5)
+
+
+def test_cosines_tell_colours_apart():
+    assert cosine([0.9, 0.2, 0.2], [0.7, 0.3, 0.3]) > 0.8
+    assert cosine([0.9, 0.2, 0.2], [0.2, 0.2, 0.9]) < 0
+    assert cosine([0.9, 0.9, 0.9], [0.1, 0.1, 0.1]) < -0.9  # of raw colours, all positive, it is 1
+
+
+def test_padding_leaves_the_direction_of_a_colour():
+    inside, border = RgbBackbone()(plain([0.9, 0.2, 0.3], (8, 11)))[0].unbind(-1)
+    assert border.norm() < 0.5 * inside.norm()
+    torch.testing.assert_close(torch.cosine_similarity(inside, border, dim=1), torch.ones(1, 1))
+
+
+def test_it_fits_where_a_frozen_backbone_does():
+    backbone = Frozen()(RgbBackbone())
+    assert not list(backbone.parameters()) and not backbone.state_dict()
+    model = Segmenter(backbone, LinearHead(3, 1, 2)).train()
+    assert model.head.training
+    names = trained_names(model)
+    assert names == {f"head.{name}" for name in model.head.state_dict()}
+    assert frozen_fingerprint(model) == frozen_fingerprint(Segmenter(RgbBackbone(4), LinearHead(3, 1, 2)))
+    assert list(Full()(RgbBackbone()).parameters()) == [] and not RgbBackbone().unused
+    assert not RgbBackbone.has_class_attention
+
+
+def test_a_head_learns_on_colours():
+    model = Segmenter(Frozen()(RgbBackbone(1)), LinearHead(3, 1, 2)).train()
+    pictures = images((24, 30))
+    red = (pictures[:, 0] > 0.5).long()  # (B, H, W)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    for _ in range(60):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(pictures).logits(), red).backward()
+        optimizer.step()
+    assert (model.eval()(pictures).logits().argmax(1) == red).float().mean() > 0.95
+
+
+@pytest.mark.parametrize("untrained", [False, True])
+def test_it_is_built_from_its_config(untrained):
+    cfg = OmegaConf.create(load("backbone=rgb", "adapter=frozen", "head=linear"))
+    model = build.model(cfg, untrained=untrained)
+    assert isinstance(model.backbone, RgbBackbone) and (model.patch_size, model.backbone.dim) == (8, 3)
+    assert model(torch.zeros(1, 3, 20, 30, dtype=torch.uint8)).scores().shape == (1, 3, 20, 30)
+
+
+@pytest.mark.parametrize("head", ["linear", "mlp", "multiscale", "dpt", "cnn"])
+def test_heads_take_its_map_or_say_why_not(head):
+    assert head in options("head")
+    nodes = load("backbone=rgb", f"head={head}", "resolution.crop=[32,32]")
+    backbone = OmegaConf.create(nodes).backbone
+    if head in ("multiscale", "dpt"):
+        with pytest.raises(UserError, match="backbone.layers=.*this backbone has 1"):
+            instantiate(backbone)
+        backbone.layers = [-1] * 4
+    rgb = instantiate(backbone)
+    made = instantiate(OmegaConf.create(nodes).head, without=("layers", "lr"))(
+        in_dim=rgb.dim, num_layers=rgb.num_layers
+    )
+    assert Segmenter(rgb, made).eval()(images((20, 30))).scores().shape == (2, 3, 20, 30)
+
+
+def test_what_it_cannot_serve_is_refused():
+    for adapter in ("full", "lora", "last_blocks"):
+        with pytest.raises(UserError, match="nothing to train, as backbone=rgb. Choose adapter=frozen"):
+            build.model(OmegaConf.create(load("backbone=rgb", f"adapter={adapter}")))
+    with pytest.raises(UserError, match="the blocks of this backbone have no linear layers"):
+        Lora(rank=1, alpha=1)(RgbBackbone())
+    with pytest.raises(UserError, match="adapter.blocks=1: this backbone reads 0 blocks"):
+        LastBlocks(1)(RgbBackbone())
+    with pytest.raises(UserError, match="head=eomt needs a backbone whose blocks take queries"):
+        Segmenter(RgbBackbone(), EomtHead(3, 1, 2, patch_size=8, num_queries=2, blocks=1))
+    with pytest.raises(UserError, match="backbone=rgb has no weights that could be exported.*resume=RUN"):
+        RgbBackbone().export_state()
+    with pytest.raises(UserError, match=r"backbone.patch_size=0: patches are squares of pixels. Give at least 1"):
+        RgbBackbone(0)

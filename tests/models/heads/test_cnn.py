@@ -1,0 +1,238 @@
+import itertools
+import math
+
+import pytest
+import torch
+from mirrored import check_autocast, check_gradients, check_mirrored, count, mirror_weights
+
+from dinoseg.core.geometry import valid_share
+from dinoseg.models.heads.cnn import CnnHead
+from dinoseg.utils.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("dim", "num_layers", "expected"),
+    [
+        (384, 1, 6_649_347),
+        (768, 1, 8_418_819),
+        (1024, 1, 9_598_467),
+        (768, 2, 11_957_763),
+        (768, 4, 19_035_651),
+    ],
+)
+@pytest.mark.parametrize("patch_size", [8, 14, 16])
+def test_parameter_counts_of_the_original(dim, num_layers, expected, patch_size):
+    with torch.device("meta"):
+        assert count(CnnHead(dim, num_layers, 3, patch_size)) == expected
+
+
+def small(patch_size=14, num_layers=1, **options):
+    torch.manual_seed(1)
+    return CnnHead(5, num_layers, 3, patch_size, **{"channels": 32, **options})
+
+
+@pytest.mark.parametrize(("side", "pixels"), [(16, 224), (37, 518), (40, 560), (1, 14), (2, 28), (39, 546)])
+def test_output_has_the_pixels_of_the_padded_image(side, pixels):
+    head = small().eval()
+    assert head([torch.randn(1, 5, side, 3)]).shape == (1, 3, pixels, 42)
+    assert head([torch.randn(1, 5, 3, side)]).shape == (1, 3, 42, pixels)
+
+
+def test_output_size_for_every_patch_size_and_block_count():
+    tried = 0
+    for patch_size in range(1, 19):
+        for blocks in range(1, 6):
+            if 2 ** (blocks - 1) <= patch_size:
+                head = CnnHead(2, 1, 2, patch_size, blocks, 16, pixel_shuffle=min(2, blocks - 1)).eval()
+                for grid in ((1, 1), (2, 3), (5, 4)):
+                    output = head([torch.randn(1, 2, *grid)])
+                    assert output.shape[-2:] == (grid[0] * patch_size, grid[1] * patch_size), (patch_size, blocks, grid)
+                    tried += 1
+    assert tried == 3 * 64
+
+
+@pytest.mark.parametrize("size", [(45, 61), (1, 1), (224, 3), (29, 28)])
+def test_predict_crops_the_padding_and_touches_nothing_else(size):
+    head = small().eval()
+    output = head([torch.randn(2, 5, -(-size[0] // 14), -(-size[1] // 14))])
+    scores = head.predict(output, size, valid_share(size, 14))
+    assert torch.equal(scores, output[..., : size[0], : size[1]])
+    assert head.predict(output, (size[0] * 2 + 1, 7), valid_share(size, 14)).shape == (2, 3, size[0] * 2 + 1, 7)
+
+
+# The forward pass written out in float64, from the description of the original
+
+
+def convolve(grid, weight, bias):
+    out, _, side, _ = weight.shape
+    rows, columns = grid.shape[-2:]
+    margin = side // 2
+    framed = torch.zeros(*grid.shape[:2], rows + 2 * margin, columns + 2 * margin, dtype=torch.float64)
+    framed[..., margin : margin + rows, margin : margin + columns] = grid
+    result = bias.view(1, out, 1, 1).repeat(len(grid), 1, rows, columns)
+    for down, along in itertools.product(range(side), repeat=2):
+        tap = framed[..., down : down + rows, along : along + columns]
+        result += torch.einsum("oc,bcyx->boyx", weight[:, :, down, along], tap)
+    return result
+
+
+def cubic(distance, a=-0.75):
+    distance = abs(distance)
+    if distance < 1:
+        return (a + 2) * distance**3 - (a + 3) * distance**2 + 1
+    if distance < 2:
+        return a * (distance**3 - 5 * distance**2 + 8 * distance - 4)
+    return 0.0
+
+
+def cubic_matrix(cells, scale, length):
+    matrix = torch.zeros(length, cells, dtype=torch.float64)
+    for row in range(length):
+        position = (row + 0.5) / scale - 0.5
+        for tap in range(math.floor(position) - 1, math.floor(position) + 3):
+            matrix[row, min(max(tap, 0), cells - 1)] += cubic(position - tap)
+    return matrix
+
+
+def enlarge(grid, scale):
+    rows, columns = grid.shape[-2:]
+    if scale == 1:
+        return grid
+    down = cubic_matrix(rows, scale, math.ceil(rows * scale))
+    along = cubic_matrix(columns, scale, math.ceil(columns * scale))
+    return torch.einsum("yr,bcrs,xs->bcyx", down, grid, along)
+
+
+def shuffle(grid):
+    batch, channels, rows, columns = grid.shape
+    result = torch.zeros(batch, channels // 4, rows * 2, columns * 2, dtype=torch.float64)
+    for channel in range(channels):
+        target, place = divmod(channel, 4)
+        result[:, target, place // 2 :: 2, place % 2 :: 2] = grid[:, channel]
+    return result
+
+
+ACTIVATIONS = {
+    "relu": lambda x: x.where(x > 0, 0),
+    "leakyrelu": lambda x: x.where(x > 0, 0.01 * x),
+    "sigmoid": lambda x: 1 / (1 + (-x).exp()),
+    "tanh": lambda x: (x.exp() - (-x).exp()) / (x.exp() + (-x).exp()),
+}
+
+
+def reference(state, maps, patch_size, num_blocks, pixel_shuffle, activation):
+    grid = convolve(torch.cat(maps, 1), state["enter.weight"], state["enter.bias"])
+    for number in range(1, num_blocks + 1):
+        if number == 1:
+            grid = enlarge(grid, patch_size / 2 ** (num_blocks - 1))
+        else:
+            grid = shuffle(grid) if number > num_blocks - pixel_shuffle else enlarge(grid, 2)
+        prefix, inner = f"blocks.{number - 1}", grid
+        if number <= num_blocks - pixel_shuffle:
+            mean, var, scale, shift = (
+                state[f"{prefix}.0.{name}"].view(1, -1, 1, 1)
+                for name in ("running_mean", "running_var", "weight", "bias")
+            )
+            inner = (grid - mean) / (var + 1e-5).sqrt() * scale + shift
+            prefix += ".1"
+        grid = grid + convolve(inner, state[f"{prefix}.weight"], state[f"{prefix}.bias"])
+        if number in range(num_blocks, 0, -2):
+            grid = ACTIVATIONS[activation](grid)
+    rows, columns = (side * patch_size for side in maps[0].shape[-2:])
+    return convolve(grid, state["classify.weight"], state["classify.bias"])[..., :rows, :columns]
+
+
+@pytest.mark.parametrize(
+    ("patch_size", "grid", "num_layers", "options"),
+    [
+        (14, (4, 8), 1, {}),  # as the original: a whole number of cells
+        (14, (5, 3), 2, {}),
+        (14, (1, 7), 1, {"activation": "tanh"}),
+        (16, (3, 2), 3, {"activation": "leakyrelu"}),
+        (8, (3, 4), 1, {"activation": "sigmoid", "kernel_size": 5}),
+        (14, (3, 5), 1, {"num_blocks": 3, "pixel_shuffle": 0, "kernel_size": 1}),
+        (16, (2, 3), 1, {"num_blocks": 5, "pixel_shuffle": 1, "kernel_size": 7, "channels": 4}),
+        (7, (4, 3), 1, {"num_blocks": 2, "pixel_shuffle": 1}),
+        (10, (2, 3), 1, {"num_blocks": 1, "pixel_shuffle": 0}),
+    ],
+)
+def test_forward_is_what_the_description_says(patch_size, grid, num_layers, options):
+    head = small(patch_size, num_layers, **options).double().eval()
+    for part in head.modules():
+        if isinstance(part, torch.nn.BatchNorm2d):
+            for values in (part.weight, part.bias, part.running_mean):
+                torch.nn.init.normal_(values)
+            torch.nn.init.uniform_(part.running_var, 0.5, 2)
+    maps = [torch.randn(2, 5, *grid, dtype=torch.float64) for _ in range(num_layers)]
+    expected = reference(
+        head.state_dict(),
+        maps,
+        patch_size,
+        options.get("num_blocks", 4),
+        options.get("pixel_shuffle", 2),
+        options.get("activation", "relu"),
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(head(maps), expected, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize(("patch_size", "grids"), [(16, [(3, 4), (1, 1), (5, 2)]), (14, [(4, 8)]), (8, [(3, 5)])])
+def test_a_mirrored_map_gives_a_mirrored_output(patch_size, grids):
+    check_mirrored(mirror_weights(small(patch_size, kernel_size=5), equal_channels=True), grids, [5])
+
+
+@pytest.mark.parametrize("patch_size", [8, 14, 16])
+@pytest.mark.parametrize("grid", [(5, 6), (7, 9), (8, 5)])
+def test_a_bright_token_stays_where_it_is(patch_size, grid):
+    head = small(patch_size, activation="relu").eval()
+    for name, parameter in head.named_parameters():
+        torch.nn.init.zeros_(parameter)
+        if name in ("enter.weight", "classify.weight"):
+            parameter.data[:, :, 1, 1] = 1.0
+    for row, column in itertools.product((2, grid[0] - 3), (2, grid[1] - 3)):
+        token = torch.zeros(1, 5, *grid)
+        token[..., row, column] = 1
+        light = head([token])[0, 0]
+        light = light / light.sum()
+        center = [(light.sum(axis) * (torch.arange(light.shape[1 - axis]) + 0.5)).sum().item() for axis in (1, 0)]
+        assert center == pytest.approx([(row + 0.5) * patch_size, (column + 0.5) * patch_size], abs=patch_size / 14)
+
+
+def test_dropout_is_silent_at_inference_and_active_in_training():
+    maps = [torch.randn(2, 5, 4, 4)]
+    shares = []
+    head = small(dropout=0.2)
+    head.dropout.register_forward_hook(lambda module, given, result: shares.append((result == 0).float().mean().item()))
+    assert not torch.equal(head.train()(maps), head(maps))
+    assert len(shares) == 4 and all(share == pytest.approx(0.2, abs=0.05) for share in shares)
+    assert torch.equal(head.eval()(maps), head(maps))
+    assert max(shares[4:]) < 0.01
+    steady = small(dropout=0.0).train()
+    assert torch.equal(steady(maps), steady(maps))
+
+
+def test_gradients_reach_every_parameter_and_bfloat16_stays_finite():
+    maps = [torch.randn(2, 5, 3, 2)]
+    check_gradients(small(), maps)
+    check_autocast(small(), maps)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_blocks": 0, "pixel_shuffle": 0}, r"head.num_blocks=0: .*patch size, 14. Give a number from 1 to 4"),
+        ({"num_blocks": 5}, r"head.num_blocks=5: .*Give a number from 1 to 4"),
+        ({"pixel_shuffle": 4}, r"head.pixel_shuffle=4: .*Give a number from 0 to 3"),
+        ({"pixel_shuffle": -1}, r"head.pixel_shuffle=-1"),
+        ({"channels": 24}, r"head.channels=24: .*head.pixel_shuffle=2 .*positive multiple of 16"),
+        ({"channels": 0}, r"head.channels=0"),
+        ({"kernel_size": 4}, r"head.kernel_size=4: only an odd kernel has a centre"),
+        ({"kernel_size": -1}, r"head.kernel_size=-1"),
+        ({"activation": "gelu"}, r"head.activation=gelu is unknown. Choose one of relu, leakyrelu, sigmoid, tanh"),
+        ({"dropout": 1.0}, r"head.dropout=1.0: give a share from 0 up to below 1"),
+        ({"dropout": -0.1}, r"head.dropout=-0.1"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        small(**options)

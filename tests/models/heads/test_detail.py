@@ -1,0 +1,210 @@
+import inspect
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from omegaconf import OmegaConf
+from tiny_parts import tiny_vit
+
+from dinoseg.core.shapes import Batch
+from dinoseg.losses.cross_entropy import CrossEntropy
+from dinoseg.models.adapters import Frozen
+from dinoseg.models.backbones.rgb import RgbBackbone
+from dinoseg.models.heads.detail import DetailHead
+from dinoseg.models.heads.linear import LinearHead
+from dinoseg.models.model import Segmenter
+from dinoseg.utils.errors import UserError
+
+
+def small(in_dim=3, num_layers=1, patch_size=8, **options):
+    torch.manual_seed(2)
+    return DetailHead(in_dim, num_layers, 3, patch_size, **{"fine": 4, "width": 8, "direct": True, **options})
+
+
+def passing(patch_size, **options):
+    """Return a head that passes on: each score of class 0 is the sum of its 2 x 2 pixels' first colour and a token."""
+    head = small(1, 1, patch_size, fine=12, width=49, blocks=0, **options).double().eval()
+    for name, parameter in head.named_parameters():
+        if parameter.ndim > 1 or name.endswith("bias"):
+            torch.nn.init.zeros_(parameter)
+    for layer in (1, 2):
+        head.stem[layer][0].weight.data[:, :, 1, 1] = torch.eye(12, dtype=torch.float64)
+    head.project.weight.data[48] = 1
+    head.fuse[0][0].weight.data[:49, 49:, 0, 0] = torch.eye(49, dtype=torch.float64)
+    head.fuse[0][0].weight.data[48, 48] = 1
+    for place in range(4):  # 2 px apart in a cell of 4 px
+        row, column = divmod(place, 2)
+        for channel in range(12):
+            head.stem[3][0].weight.data[12 * place + channel, channel, 1 + row, 1 + column] = 1
+        head.classify.weight.data[place, 48] = 1
+        head.classify.weight.data[place, 12 * place : 12 * place + 4] = 0.25
+    for part in head.modules():
+        if isinstance(part, torch.nn.BatchNorm2d):
+            part.eps = 0.0
+    return head
+
+
+@pytest.mark.parametrize("patch_size", [2, 6, 8, 14, 16])
+@pytest.mark.parametrize("grid", [(1, 1), (3, 2), (5, 7)])
+def test_scores_lie_where_pixels_and_tokens_lie(patch_size, grid):
+    head = passing(patch_size)
+    pixels = torch.rand(2, 3, *(patch_size * side for side in grid), dtype=torch.float64)
+    nothing = torch.zeros(2, 1, *grid, dtype=torch.float64)
+    of_pixels = head.scored([nothing], pixels)
+    torch.testing.assert_close(of_pixels[:, :1], F.avg_pool2d(pixels[:, :1], 2), atol=1e-12, rtol=0)
+    assert of_pixels.shape == (2, 3, *(patch_size * side // 2 for side in grid)) and not of_pixels[:, 1:].any()
+    for axis, side in zip((-2, -1), grid, strict=True):
+        ramp = torch.arange(side, dtype=torch.float64) + 0.5
+        ramp = ramp.view(1, 1, *((-1, 1) if axis == -2 else (1, -1))).expand(2, 1, *grid)
+        found = head.scored([ramp], torch.zeros_like(pixels))[0, 0].movedim(axis, 0)[:, 0]
+        cells = (torch.arange(len(found)) // 2 + 0.5) * 4 / patch_size
+        torch.testing.assert_close(found, cells.double().clamp(0.5, side - 0.5), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("patch_size", [2, 6, 8, 14, 16])
+def test_a_linear_layer_on_the_tokens_adds_its_scores_where_they_lie(patch_size):
+    head, plain = passing(patch_size), passing(patch_size, direct=False)
+    head.direct.weight.data[1] = 3
+    head.direct.bias.data[2] = 0.5
+    pixels, tokens = torch.rand(1, 3, 3 * patch_size, 2 * patch_size).double(), torch.randn(1, 1, 3, 2).double()
+    added = head.scored([tokens], pixels) - plain.scored([tokens], pixels)
+    places = [(torch.arange(side * patch_size // 2).double() + 0.5) * 2 / patch_size - 0.5 for side in (3, 2)]
+    rows, columns = (place.clamp(0, side - 1) for place, side in zip(places, (3, 2), strict=True))
+    low = rows.floor().clamp(max=1).long()
+    tall = torch.lerp(tokens[0, 0, low], tokens[0, 0, low + 1], (rows - low)[:, None])
+    torch.testing.assert_close(added[0, 1], 3 * torch.lerp(tall[:, :1], tall[:, 1:], columns[None]), atol=1e-6, rtol=0)
+    assert not added[0, 0].any() and (added[0, 2] - 0.5).abs().max() < 1e-12
+    assert "direct.weight" not in DetailHead(3, 1, 3, 8).state_dict()  # the default
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 2), (2, 17), (37, 51)])
+@pytest.mark.parametrize("patch_size", [2, 6, 8])
+def test_an_image_of_any_size_is_scored_as_it_is_when_padded(size, patch_size):
+    """Also one that is smaller than the stride."""
+    backbone = RgbBackbone(patch_size, mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2))
+    model = Segmenter(backbone, small(patch_size=patch_size)).eval()
+    images = torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8) / 255
+    padding = (0, -size[1] % patch_size, 0, -size[0] % patch_size)
+    padded = F.pad(images - 0.5, padding) + 0.5
+    whole, scores = model(padded).outputs, model(images).outputs
+    assert model(images).scores().shape == (2, 3, *size)
+    assert scores.shape[-2:] == tuple(side // 2 for side in padded.shape[-2:])
+    torch.testing.assert_close(scores, whole, atol=1e-5, rtol=1e-5)
+
+
+def test_maps_of_a_pyramid_meet_on_its_finest_grid():
+    head = small([3, 4, 5], 3, 32).eval()
+    maps = [torch.randn(2, 3 + level, *(side * 2 ** (2 - level) for side in (2, 3))) for level in range(3)]
+    assert head.scored(maps, torch.randn(2, 3, 64, 96)).shape == (2, 3, 32, 48)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 40), (21, 2)])
+def test_strips_along_rows_learn_as_a_convolution_does(size):
+    """On a CPU they are turned where gradients are asked for."""
+    torch.manual_seed(0)
+    head = small(blocks=0).double()
+    strips = head.stem[4]
+    grid = torch.randn(2, 8, *size, dtype=torch.float64, requires_grad=True)
+    upstream = torch.randn_like(grid)
+    found = strips(grid)
+    gradients = torch.autograd.grad(found, [grid, *strips.parameters()], upstream)
+    along = F.conv2d(grid, strips.row.weight, padding=(0, 5), groups=8)
+    expected = grid + F.relu(strips.norm(strips.near(grid) + along + strips.column(grid)))
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
+    own = torch.autograd.grad(expected, [grid, *strips.parameters()], upstream)
+    for gradient, known in zip(gradients, own, strict=True):
+        torch.testing.assert_close(gradient, known, atol=1e-10, rtol=0)
+    with torch.no_grad():
+        torch.testing.assert_close(strips(grid), expected.detach(), atol=1e-12, rtol=0)
+
+
+def test_strips_are_turned_in_training_alone(monkeypatch):
+    """What a tracer sees of a head at rest is the same with gradients and without."""
+    rows, plain = [], torch.nn.Conv2d.forward
+    head, maps, pixels = small(blocks=1), [torch.randn(2, 3, 2, 2)], torch.randn(2, 3, 16, 16)
+    monkeypatch.setattr(
+        torch.nn.Conv2d,
+        "forward",
+        lambda conv, grid: plain(conv, (rows.append(conv) if conv.kernel_size == (1, 11) else None, grid)[1]),
+    )
+    found = []
+    for training, learns in ((True, True), (True, False), (False, True), (False, False)):
+        rows.clear()
+        with torch.set_grad_enabled(learns):
+            head.train(training).scored(maps, pixels)
+        found.append(len(rows))
+    assert found == [0, 2, 2, 2]
+
+
+def test_gradients_reach_every_parameter_and_bfloat16_stays_finite():
+    head, maps, pixels = small(5, 2, 14), [torch.randn(2, 5, 3, 2) for _ in range(2)], torch.randn(2, 3, 42, 28)
+    head.train().scored(maps, pixels).square().mean().backward()
+    for name, parameter in head.named_parameters():
+        cancelled = name == "project.bias"  # by the normalisation that follows
+        assert parameter.grad.isfinite().all() and (parameter.grad.abs().max() > 1e-9 or cancelled), name
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        scores = head.predict(head.scored(maps, pixels), (37, 21), (0.9, 0.7))
+    assert scores.isfinite().all() and scores.dtype == torch.float32
+
+
+def test_colours_are_jittered_in_training_alone():
+    maps, pixels = [torch.randn(2, 3, 2, 2)], torch.randn(2, 3, 16, 16)
+    head = small(jitter=0.5)
+    assert torch.equal(head.eval().scored(maps, pixels), head.scored(maps, pixels))
+    assert not torch.equal(head.train().scored(maps, pixels), head.scored(maps, pixels))
+    steady = small(jitter=0.0).train()
+    assert torch.equal(steady.scored(maps, pixels), steady.scored(maps, pixels))
+
+
+def test_the_colours_are_those_of_bytes():
+    model = Segmenter(Frozen()(tiny_vit((0, 1))), small(24, 2)).eval()
+    image = torch.randint(0, 256, (1, 3, 20, 20), dtype=torch.uint8)
+    near = (image + torch.empty(1, 3, 20, 20).uniform_(-0.4, 0.4)).clamp(0, 255) / 255
+    seen = [model.frozen(given).tensors[-1] for given in (image, image / 255, near)]
+    assert all(torch.equal(pixels, image) for pixels in seen)
+
+
+def lines(count, seed):
+    """Return images of noise with a line of 3 px at a random column, and their masks: too thin for a patch of 16."""
+    draw = torch.Generator().manual_seed(seed)
+    columns = torch.randint(0, 32, (count,), generator=draw)
+    mask = ((torch.arange(32) - columns[:, None]).abs() <= 1)[:, None].expand(count, 32, 32).to(torch.uint8)
+    image = torch.randint(0, 120, (count, 3, 32, 32), generator=draw, dtype=torch.uint8) + 120 * mask[:, None]
+    return Batch(image, mask, [str(number) for number in range(count)])
+
+
+def test_what_is_thinner_than_a_patch_is_learnt():
+    seen, other, found = lines(8, 0), lines(8, 1), {}
+    for name, head in (("detail", small(patch_size=16, jitter=0.0)), ("linear", LinearHead(3, 1, 3))):
+        model, loss = Segmenter(RgbBackbone(16), head).train(), CrossEntropy(torch.ones(3))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        for _ in range(40):
+            value, _ = loss(model(seen.image), seen)
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+        ids, line = model.eval()(other.image).class_ids() == 1, other.mask == 1
+        found[name] = ((ids & line).sum() / (ids | line).sum()).item()
+    assert found["detail"] > 0.4 and found["linear"] < 0.3, found
+
+
+def test_its_own_defaults_are_those_of_its_config():
+    file = OmegaConf.load(Path(__file__).parents[2] / "dinoseg/cfg/head/detail.yaml")
+    known = inspect.signature(DetailHead).parameters
+    assert all(known[key].default == file[key] for key in ("fine", "width", "blocks", "jitter"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"patch_size": 7}, "head=detail scores squares of 2 x 2 px, which do not fill .*patch_size=7.*even patch"),
+        ({"fine": 0}, "head.fine=0: give a whole number of at least 1"),
+        ({"width": -1}, "head.width=-1: give a whole number of at least 1"),
+        ({"blocks": -1}, "head.blocks=-1: give a number of at least 0"),
+        ({"jitter": -0.1}, "head.jitter=-0.1: give a number of at least 0"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        small(**options)

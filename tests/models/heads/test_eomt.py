@@ -1,0 +1,286 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from eomt_making import FAMILIES, pair, spy_on_attention
+
+from dinoseg.core.contracts import Backbone
+from dinoseg.experiment import build
+from dinoseg.models.adapters import Frozen, Full, LastBlocks, Lora
+from dinoseg.models.backbones.transformers_vit import TransformersVit
+from dinoseg.models.heads import eomt
+from dinoseg.models.heads.eomt import EomtHead, annealing_windows, attention_mask, masked_share
+from dinoseg.models.heads.semantic import semantic_map
+from dinoseg.models.model import Segmenter
+from dinoseg.utils.errors import UserError
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request):
+    return request.param
+
+
+def test_no_mask_has_more_rows_than_queries_and_none_is_built_when_annealed(monkeypatch):
+    backbone, head = pair(anneal=[[0.2, 0.5], [0.4, 0.8]])
+    calls = spy_on_attention(monkeypatch)
+    built, given = [], F.interpolate
+    monkeypatch.setattr(eomt.F, "interpolate", lambda *args, **kwargs: built.append(1) or given(*args, **kwargs))
+    tokens = 5 + 5 + 12
+    for progress, masked in ((0.0, 2), (0.49, 2), (0.5, 1), (0.79, 1), (0.8, 0), (0.999, 0)):
+        calls.clear(), built.clear()
+        head.set_progress(progress)
+        outputs = head.run(backbone, torch.rand(2, 3, 48, 64))
+        assert len(outputs.aux) == 2  # deep supervision goes on
+        masks = [mask for *_, mask in calls if mask is not None]
+        assert [tuple(mask.shape) for mask in masks] == [(2, 1, 5, tokens)] * masked
+        assert [rows for rows, *_ in calls] == [17, *[tokens] * (2 - masked), *[5, 17] * masked]
+        assert len(built) == masked
+
+
+def test_masks_open_where_the_logits_are_positive_and_everywhere_else_outside_the_patches():
+    logits = torch.full((1, 2, 4, 6), -1.0)
+    logits[0, 0, :2, 2:4] = 1.0  # one cell of the 2 x 3 grid: row 0, column 1
+    mask = attention_mask(logits, (2, 3), num_tokens=2 + 5 + 6, share=1.0)
+    assert mask.shape == (1, 1, 2, 13)
+    assert mask[..., :7].all()
+    assert mask[0, 0, 0, 7:].tolist() == [False, True, False, False, False, False]
+    assert not mask[0, 0, 1, 7:].any()
+
+
+def test_a_query_with_an_empty_mask_still_sees_queries_and_prefix():
+    backbone, head = pair()
+    with torch.no_grad():
+        head.mask_embed[-1].weight.zero_()
+        head.mask_embed[-1].bias.zero_()  # every logit 0: no patch is inside any mask
+    images = torch.rand(1, 3, 32, 32)
+    first, second = head.run(backbone, images), head.run(backbone, 1 - images)
+    assert first.mask_logits.eq(0).all() and torch.isfinite(first.class_logits).all()
+    first.class_logits.sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in backbone.parameters() if p.grad is not None)
+    assert not torch.equal(first.class_logits, second.class_logits)  # through the class and register tokens
+
+
+def test_masks_are_left_out_with_the_share_that_is_given():
+    torch.manual_seed(0)
+    logits = torch.full((50, 40, 2, 2), -1.0)
+    for share in (0.1, 0.5, 0.9):
+        mask = attention_mask(logits, (2, 2), 7, share)
+        masked = ~mask[:, 0, :, 3:].all(-1)
+        assert torch.equal(masked, ~mask[:, 0, :, 3:].any(-1))  # a mask goes as a whole
+        assert abs(masked.float().mean().item() - share) < 0.04
+    assert not attention_mask(logits, (2, 2), 7, 1.0)[..., 3:].any()
+    assert attention_mask(logits, (2, 2), 7, 0.0) is None
+
+
+def test_annealing_is_polynomial_in_its_window():
+    assert [masked_share(progress, (0.2, 0.6)) for progress in (0.0, 0.19, 0.2, 0.6, 0.9)] == [1, 1, 1, 0, 0]
+    assert masked_share(0.4, (0.2, 0.6)) == pytest.approx(0.5**0.9)
+    assert masked_share(0.5, (0.2, 0.6)) == pytest.approx(0.25**0.9)
+    assert [masked_share(progress, (0.5, 0.5)) for progress in (0.49, 0.5)] == [1, 0]
+    assert [masked_share(progress, (0.0, 0.0)) for progress in (0.0, 0.9)] == [0, 0]
+    assert masked_share(0.999, (1.0, 1.0)) == 1
+
+
+@pytest.mark.parametrize(
+    ("blocks", "steps", "starts", "ends"),
+    [  # of published recipes, with the steps in all
+        (4, 39153, [6520, 13040, 19560, 26080], [13040, 19560, 26080, 32600]),  # ADE20K, ViT-L
+        (4, 88716, [14782, 29564, 44346, 59128], [29564, 44346, 59128, 73910]),  # COCO, ViT-L
+        (3, 177432, [29564, 73910, 118256], [59128, 103474, 147820]),  # COCO, ViT-S
+        (3, 19902, [3317, 8292, 13268], [6634, 11609, 16585]),  # Cityscapes, ViT-B
+    ],
+)
+def test_even_windows_are_the_published_ones(blocks, steps, starts, ends):
+    for (start, end), first, last in zip(annealing_windows("even", blocks), starts, ends, strict=True):
+        assert start * steps == pytest.approx(first, rel=2e-3)
+        assert end * steps == pytest.approx(last, rel=2e-3)
+
+
+@pytest.mark.parametrize(("patch", "stride"), [(16, 4), (14, 3.5), (8, 4), (32, 4), (4, 2)])
+def test_masks_have_about_four_pixels_a_cell(patch, stride):
+    arch = FAMILIES["dinov3_vit"][0]
+    backbone = TransformersVit("dinov3_vit", arch, "random", patch).eval()
+    head = EomtHead(24, 1, 4, patch_size=patch, blocks=1, num_queries=2)
+    outputs = head.eval().run(backbone, torch.rand(1, 3, 2 * patch, 3 * patch))
+    assert outputs.mask_logits.shape == (1, 2, 2 * patch / stride, 3 * patch / stride)
+
+
+@pytest.mark.parametrize("size", [(45, 61), (1, 1), (16, 130), (64, 48)])
+@pytest.mark.parametrize("no_object", [True, False])
+def test_maps_have_the_size_of_the_image(family, size, no_object):
+    model = Segmenter(*pair(family, no_object=no_object)).eval()
+    images = torch.rand(1, 3, *size)
+    prediction = model(images)
+    assert prediction.mixture and prediction.outputs.class_logits.shape == (1, 5, 4 + no_object)
+    scores = prediction.scores()
+    assert scores.shape == (1, 4, *size) and (scores >= 0).all()
+    expected = semantic_map(prediction.outputs, size, prediction.valid, no_object)
+    torch.testing.assert_close(scores, expected)
+    assert torch.isfinite(prediction.logits()).all()
+
+
+def test_images_of_a_batch_do_not_see_one_another(family):
+    model = Segmenter(*pair(family)).eval()
+    images = torch.rand(2, 3, 40, 33)
+    torch.testing.assert_close(model(images).scores()[1:], model(images[1:]).scores(), atol=1e-5, rtol=1e-4)
+
+
+def trained(model):
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@pytest.mark.parametrize("adapter", [Frozen(), Full(), LastBlocks(1), Lora(2, 2, dropout=0.1, blocks=2), Lora(2, 2)])
+@pytest.mark.parametrize("progress", [0.0, 0.4, 0.9])
+def test_gradients_reach_all_that_is_trained_and_nothing_else(adapter, progress):
+    model = Segmenter(*pair(adapter=adapter)).train()
+    model.set_progress(progress)
+    outputs = model(torch.rand(2, 3, 40, 33)).outputs
+    parts = [outputs, *outputs.aux]
+    sum(part.class_logits.square().mean() + part.mask_logits.square().mean() for part in parts).backward()
+    reached = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert reached == trained(model)
+    assert {f"head.{name}" for name, _ in model.head.named_parameters()} <= reached
+    for name, parameter in model.named_parameters():
+        if name in reached and "lora_A" not in name:  # their partner starts at zero
+            assert parameter.grad.abs().sum() > 0, name
+
+
+def test_every_part_learns_from_the_last_layer_alone():
+    model = Segmenter(*pair(adapter=Frozen())).train()
+    model.set_progress(0.99)
+    model(torch.rand(2, 3, 40, 33)).logits().square().mean().backward()
+    assert all(p.grad.abs().sum() > 0 for p in model.head.parameters())
+
+
+@pytest.mark.parametrize("adapter", [Full(), Lora(2, 2), Lora(2, 2, blocks=1), LastBlocks(1), Frozen()])
+def test_checkpointing_changes_no_gradient(family, adapter, monkeypatch):
+    calls, gradients, passes = spy_on_attention(monkeypatch), [], []
+    for checkpointing in (False, True):
+        model = Segmenter(*pair(family, 3, adapter=adapter, held={"checkpointing": checkpointing})).train()
+        model.set_progress(0.3)  # the first block's masks are left out at random
+        calls.clear()
+        torch.manual_seed(1)
+        outputs = model(torch.ones(2, 3, 40, 33).cumsum(3) / 33).outputs
+        sum(part.class_logits.sum() + part.mask_logits.square().mean() for part in [outputs, *outputs.aux]).backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+        passes.append(len(calls))
+    assert passes[1] == 2 * passes[0]
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, msg=name)
+
+
+@pytest.mark.parametrize("adapter", [Frozen(), Lora(2, 2)])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_backbone_held_in_half(family, adapter, checkpointing):
+    held = {"dtype": "bfloat16", "checkpointing": checkpointing}
+    model = Segmenter(*pair(family, adapter=adapter, held=held)).train()
+    images = torch.rand(2, 3, 40, 33)
+    for progress in (0.0, 0.999):
+        model.set_progress(progress)
+        outputs = model(images).outputs
+        parts = [outputs, *outputs.aux]
+        assert all(part.class_logits.dtype == part.mask_logits.dtype == torch.float32 for part in parts)
+        sum(part.class_logits.square().mean() + part.mask_logits.square().mean() for part in parts).backward()
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert any("lora_B" in name for name in trainable) == isinstance(adapter, Lora)
+    assert all(torch.isfinite(p.grad).all() for p in trainable.values())
+    assert all(p.grad.any() for name, p in trainable.items() if "lora_A" not in name)  # their partner starts at zero
+    exact = Segmenter(*pair(family, adapter=adapter)).eval()
+    torch.testing.assert_close(model.eval()(images).scores(), exact(images).scores(), atol=0.1, rtol=0.1)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_half_precision(family, training):
+    model = Segmenter(*pair(family, adapter=Lora(2, 2))).train(training)
+    images = torch.rand(2, 3, 40, 33)
+    with torch.autocast("cpu", torch.bfloat16):
+        prediction = model(images)
+        scores = prediction.scores()
+        loss = prediction.logits().square().mean()
+    assert scores.dtype == torch.float32 and torch.isfinite(scores).all()
+    if training:
+        loss.backward()
+        assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+    else:
+        torch.testing.assert_close(scores, model(images).scores(), atol=0.1, rtol=0.1)
+
+
+def test_a_few_steps_of_training_learn_an_image():
+    model = Segmenter(*pair(adapter=Full(), queries=8)).train()
+    images = torch.rand(1, 3, 32, 32)
+    labels = torch.arange(4).repeat_interleave(8).view(1, 32, 1).expand(1, 32, 32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for step in range(30):
+        model.set_progress(step / 30)
+        loss = F.cross_entropy(model(images).logits(), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_progress_is_no_part_of_a_checkpoint():
+    _, head = pair()
+    before = {name: value.clone() for name, value in head.state_dict().items()}
+    head.set_progress(0.7)
+    assert before.keys() == head.state_dict().keys()
+    assert all(torch.equal(value, head.state_dict()[name]) for name, value in before.items())
+
+
+def test_too_many_blocks_are_refused_with_the_range():
+    with pytest.raises(UserError, match=r"head\.blocks=4: this backbone reads 3 blocks; give 1 to 3"):
+        Segmenter(*pair(blocks=4))
+    Segmenter(*pair(blocks=3)).train()(torch.rand(1, 3, 32, 32))
+
+
+def test_a_backbone_whose_blocks_take_no_queries_is_refused():
+    _, head = pair()
+    with pytest.raises(UserError, match="head=eomt needs a backbone.*dinov2_.*dinov3_vit.*head=mask2former"):
+        head.fits(Backbone())
+    with pytest.raises(UserError, match="head=eomt needs a backbone"):
+        EomtHead([96, 192], 2, 4, patch_size=16)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"blocks": 0}, r"head\.blocks=0: .*at least 1"),
+        ({"queries": 0}, r"head\.num_queries=0: .*at least 1"),
+        ({"anneal": "never"}, r"head\.anneal=never: give even"),
+        ({"anneal": [[0, 1]]}, r"head\.anneal=\[\[0, 1\]\]: .*each of head\.blocks=2 blocks"),
+        ({"anneal": [[0, 1], [0.6, 0.5]]}, "0 <= start <= end <= 1"),
+        ({"anneal": [[0, 1], [0.5, 1.5]]}, "0 <= start <= end <= 1"),
+        ({"anneal": [[-0.1, 1], [0.5, 1]]}, "0 <= start <= end <= 1"),
+        ({"anneal": [[0, float("nan")], [0.5, 1]]}, "0 <= start <= end <= 1"),
+        ({"anneal": [0.5, 1]}, "0 <= start <= end <= 1"),
+        ({"anneal": [[0, 1], ["half", 1]]}, "0 <= start <= end <= 1"),
+        ({"anneal": [[0, 1], [0.1, 0.2, 0.3]]}, "0 <= start <= end <= 1"),
+    ],
+)
+def test_options_out_of_range_are_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        pair(**{"blocks": 2, **options})
+
+
+def test_parameters_are_those_of_the_published_head():
+    with torch.device("meta"):
+        head = EomtHead(1024, 1, 150, patch_size=16, num_queries=100)
+    dim, doubling = 1024, 4 * 1024**2 + 1024 + 9 * 1024 + 2 * 1024
+    expected = 100 * dim + (dim + 1) * 151 + 3 * (dim + 1) * dim + 2 * doubling
+    assert sum(parameter.numel() for parameter in head.parameters()) == expected
+
+
+def test_its_config_builds_it(compose):
+    cfg = compose(
+        "data=camvid",
+        "data.root=.",
+        "backbone=tiny",
+        "head=eomt",
+        "head.blocks=3",
+        "head.anneal=[[0,0.5],[0.1,0.6],[0.2,1]]",
+    )
+    model = build.model(cfg)
+    assert model.head.windows == [(0, 0.5), (0.1, 0.6), (0.2, 1)]
+    assert model.eval()(torch.rand(1, 3, 20, 30)).scores().shape[2:] == (20, 30)

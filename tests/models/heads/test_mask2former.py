@@ -1,0 +1,253 @@
+"""The Mask2Former head: what it takes, refuses, returns and trains."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dinoseg.core.geometry import pad_to_multiple, upsample, valid_share
+from dinoseg.core.shapes import MaskOutputs
+from dinoseg.models.heads.mask2former.head import Mask2FormerHead
+from dinoseg.utils.errors import UserError
+
+DIM = 16
+TINY = {"hidden_dim": 64, "num_heads": 4, "feedforward_dim": 24, "num_queries": 5}
+
+
+def tiny(num_classes=3, **options):
+    torch.manual_seed(0)
+    return Mask2FormerHead(DIM, 4, num_classes, **{**TINY, **options})
+
+
+def made(batch=2, rows=3, columns=2, patch=16):
+    generator = torch.Generator().manual_seed(2)
+    features = [torch.randn(batch, DIM, rows, columns, generator=generator) for _ in range(4)]
+    return features, torch.randn(batch, 3, rows * patch, columns * patch, generator=generator)
+
+
+class Backbone:
+    """Four maps made of the pixels alone."""
+
+    def __init__(self, patch_size):
+        self.patch_size = patch_size
+
+    def pixels(self, images):
+        return pad_to_multiple(images - 0.5, self.patch_size)
+
+    def __call__(self, images):
+        coarse = F.avg_pool2d(self.pixels(images), self.patch_size)
+        return [torch.cat([coarse * (number + 1)] * 6, dim=1)[:, :DIM] for number in range(4)]
+
+
+@pytest.mark.parametrize("patch_size", [8, 14, 16])
+@pytest.mark.parametrize("size", [(1, 1), (16, 33), (45, 30), (64, 32)])
+def test_any_image_gives_masks_on_a_grid_four_times_the_tokens(patch_size, size):
+    head = tiny().eval()
+    images = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        outputs = head.run(Backbone(patch_size), images)
+        scores = head.predict(outputs, size, valid_share(size, patch_size))
+    rows, columns = (-(-side // patch_size) for side in size)
+    assert outputs.class_logits.shape == (1, 5, 4)
+    assert outputs.mask_logits.shape == (1, 5, 4 * rows, 4 * columns)
+    assert scores.shape == (1, 3, *size) and scores.isfinite().all() and scores.min() >= 0
+
+
+def test_sizes_follow_the_backbone_unless_they_are_given():
+    with torch.device("meta"):
+        followed, set_apart = Mask2FormerHead(384, 4, 2), Mask2FormerHead(384, 4, 2, hidden_dim=64, feedforward_dim=40)
+    assert followed.predictor.query_feat.weight.shape == (100, 192)
+    assert followed.predictor.transformer_ffn_layers[0].linear1.out_features == 768
+    assert followed.predictor.class_embed.out_features == 3
+    assert set_apart.predictor.query_feat.weight.shape == (100, 64)
+    assert set_apart.pixel_decoder.encoder.encoder["layers"][5].linear1.out_features == 40
+
+
+@pytest.mark.parametrize(("width", "heads", "hidden"), [(160, 16, 96), (24, 4, 64), (24, 12, 96), (216, 12, 192)])
+def test_a_width_that_does_not_fit_is_rounded_up(width, heads, hidden):
+    with torch.device("meta"):
+        assert Mask2FormerHead(width, 4, 2, num_heads=heads).predictor.post_norm.normalized_shape == (hidden,)
+
+
+@pytest.mark.parametrize("width", [192, 384, 768, 1024, 1280, 1536, 4096])
+def test_every_published_width_fits_as_it_is(width):
+    with torch.device("meta"):
+        assert Mask2FormerHead(width, 4, 2).predictor.post_norm.normalized_shape == (width // 2,)
+
+
+def test_four_maps_of_one_width_may_be_listed():
+    with torch.device("meta"):
+        assert Mask2FormerHead([192] * 4, 4, 2).adapter.level_embed.shape == (3, 192)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "expected"),
+    [
+        (
+            (384, 1, 2),
+            {},
+            "backbone.layers gives 1 map, but this Mask2Former head reads exactly 4: set backbone.layers=",
+        ),
+        ((384, 5, 2), {}, "backbone.layers gives 5 maps, but"),
+        (([96, 192, 384, 768], 4, 2), {}, "the widths [96, 192, 384, 768], but this Mask2Former head makes its own"),
+        (
+            (384, 4, 2),
+            {"num_heads": 7},
+            "head.num_heads=7 does not divide 192, half of the backbone's width 384. Choose",
+        ),
+        ((24, 4, 2), {}, "half of the backbone's width 24. Choose one of 1, 2, 3, 4, 6, 12."),
+        (
+            (160, 4, 2),
+            {"hidden_dim": 80},
+            "head.hidden_dim=80 must be a multiple of 32 (groups of channels) and of head.nu",
+        ),
+        ((160, 4, 2), {"hidden_dim": 100}, "Choose head.hidden_dim=96 or 128."),
+        ((160, 4, 2), {"hidden_dim": 32}, "Choose head.hidden_dim=64 or 96."),
+        ((192, 4, 2), {"num_heads": 12, "hidden_dim": 64}, "Choose head.hidden_dim=96 or 192."),
+        ((384, 4, 2), {"num_heads": 0}, "head.num_heads=0: give a whole number of at least 1."),
+        ((384, 4, 2), {"hidden_dim": -64}, "Choose head.hidden_dim=64 or 96."),
+        ((384, 4, 2), {"feedforward_dim": 0}, "head.feedforward_dim=0: give a whole number"),
+        ((384, 4, 2), {"num_queries": 0}, "head.num_queries=0: give a whole number"),
+        ((384, 4, 2), {"class_layer": "old"}, "head.class_layer=old is unknown. Choose one of loaded, new."),
+        ((384, 4, 2), {"trainable": "head"}, "head.trainable=head is unknown. Choose one of all, class_embed."),
+        ((384, 4, 2), {"drop_path": 1.0}, "head.drop_path=1.0: give a probability of at least 0 and below 1."),
+        ((384, 4, 2), {"drop_path": -0.1}, "head.drop_path=-0.1: give a probability"),
+    ],
+)
+def test_what_does_not_fit_is_refused(arguments, options, expected):
+    with torch.device("meta"), pytest.raises(UserError) as raised:
+        Mask2FormerHead(*arguments, **options)
+    assert expected in str(raised.value)
+
+
+def objective(outputs):
+    """Give every output number a weight of its own."""
+    total = sum(
+        (part * torch.linspace(-1, 1, part.numel(), device=part.device).view_as(part).sin()).sum()
+        for part in (outputs.class_logits.float(), outputs.mask_logits.float())
+    )
+    return total + sum(objective(aux) for aux in outputs.aux)
+
+
+def test_every_parameter_gets_a_gradient():
+    head = tiny().eval()  # in train mode the batch norms take away what two of the biases add
+    for name, parameter in head.named_parameters():
+        if name.endswith(("sampling_offsets.weight", "attention_weights.weight")):  # these start at zero
+            torch.nn.init.normal_(parameter, std=0.1)
+    objective(head.decode(*made())).backward()
+    silent = [
+        name
+        for name, parameter in head.named_parameters()
+        if parameter.grad is None or not parameter.grad.isfinite().all() or not parameter.grad.any()
+    ]
+    assert not silent
+
+
+def test_training_gives_finite_gradients_to_all_and_to_the_features():
+    head = tiny().train()
+    features, pixels = made()
+    features = [feature.requires_grad_() for feature in features]
+    outputs = head.decode(features, pixels)
+    assert len(outputs.aux) == 9 and outputs.aux[0].class_logits.shape == outputs.class_logits.shape
+    objective(outputs).backward()
+    assert all(parameter.grad.isfinite().all() for parameter in head.parameters())
+    assert all(feature.grad.abs().sum() > 0 for feature in features)
+
+
+def test_a_batch_is_its_images_one_by_one():
+    head = tiny().eval()
+    features, pixels = made()
+    with torch.no_grad():
+        together = head.decode(features, pixels)
+        for image in range(2):
+            alone = head.decode([feature[image : image + 1] for feature in features], pixels[image : image + 1])
+            torch.testing.assert_close(together.class_logits[image], alone.class_logits[0], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(together.mask_logits[image], alone.mask_logits[0], rtol=1e-4, atol=1e-4)
+
+
+def test_bfloat16_autocast_trains_and_stays_near(monkeypatch):
+    head = tiny(drop_path=0.0)
+    exact = head.eval().decode(*made()).class_logits
+    # oneDNN's convolution in bfloat16 reads memory beyond maps of 3 x 2 cells on CPUs with AMX, which may hold NaN
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+    with torch.autocast("cpu", torch.bfloat16):
+        near = head.decode(*made())
+        outputs = head.train().decode(*made())
+    objective(outputs).backward()
+    assert near.class_logits.isfinite().all() and outputs.mask_logits.isfinite().all()
+    assert (near.class_logits.float() - exact).abs().max() < 0.2 * exact.abs().max()
+    assert all(parameter.grad.isfinite().all() for parameter in head.parameters())
+    scores = head.predict(outputs, (48, 32), (1.0, 1.0))
+    assert scores.dtype == torch.float32
+
+
+def test_maps_and_pixels_in_half_precision_are_taken_to_float32():
+    features, pixels = made()
+    halved = [part.bfloat16() for part in (*features, pixels)]
+    with torch.no_grad():
+        outputs = tiny().eval().decode(halved[:4], halved[4])
+        expected = tiny().eval().decode([part.float() for part in halved[:4]], halved[4].float())
+    assert outputs.mask_logits.dtype == torch.float32
+    assert torch.equal(outputs.mask_logits, expected.mask_logits)
+
+
+def test_checkpointing_changes_no_gradient():
+    gradients = []
+    for checkpointing in (False, True):
+        head = tiny(drop_path=0.5, checkpointing=checkpointing).train()
+        torch.manual_seed(4)  # the same paths are dropped, in the recomputation too
+        objective(head.decode(*made())).backward()
+        gradients.append({name: parameter.grad for name, parameter in head.named_parameters()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-3, msg=name)
+
+
+def test_paths_are_dropped_in_training_only():
+    head = tiny(drop_path=0.5)
+    case = made()
+    assert torch.equal(head.eval().decode(*case).mask_logits, head.decode(*case).mask_logits)
+    assert not torch.equal(head.train().decode(*case).mask_logits, head.decode(*case).mask_logits)
+
+
+def random_outputs(queries=7, columns=4):
+    generator = torch.Generator().manual_seed(5)
+    classes = torch.randn(2, queries, columns, generator=generator, dtype=torch.float64)
+    return MaskOutputs(classes, 4 * torch.randn(2, queries, 8, 12, generator=generator, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("no_object", [True, False])
+@pytest.mark.parametrize(("size", "valid"), [((32, 48), (1.0, 1.0)), ((8, 12), (1.0, 1.0)), ((21, 45), (0.7, 0.9))])
+def test_scores_are_the_published_semantic_map(no_object, size, valid):
+    outputs = random_outputs()
+    num_classes = 4 - no_object
+    found = tiny(num_classes, no_object=no_object).predict(outputs, size, valid)
+    expected = torch.zeros(2, num_classes, *size, dtype=torch.float64)
+    masks = upsample(outputs.mask_logits, size, valid)
+    for image in range(2):
+        for query in range(7):
+            weights = outputs.class_logits[image, query].exp()
+            for number in range(num_classes):
+                share = weights[number] / weights.sum()
+                expected[image, number] += share / (1 + (-masks[image, query]).exp())
+    torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_it_learns_a_mask_and_a_class_for_each_half():
+    head = tiny(2, drop_path=0.0).train()
+    features, pixels = made(batch=2, rows=2, columns=4)
+    masks = torch.zeros(2, 2, 8, 16)
+    masks[:, 0, :, 8:] = masks[:, 1, :, :8] = 1
+    classes = torch.tensor([[0, 1, 2, 2, 2]] * 2)  # the first two queries; the others are no object
+    optimizer = torch.optim.AdamW(head.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(16):
+        outputs = head.decode(features, pixels)
+        loss = sum(
+            F.binary_cross_entropy_with_logits(part.mask_logits[:, :2], masks)
+            + F.cross_entropy(part.class_logits.transpose(1, 2), classes)
+            for part in (outputs, *outputs.aux)
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.25 * losses[0]

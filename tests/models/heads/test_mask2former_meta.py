@@ -1,0 +1,259 @@
+"""The Mask2Former head against Meta's segmentor: numbers of its computation, and files in its layout."""
+
+import logging
+import math
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from dinoseg.models.heads.mask2former.head import Mask2FormerHead
+from dinoseg.models.heads.mask2former.meta_file import meta_name
+from dinoseg.utils.errors import UserError
+
+pytestmark = pytest.mark.slow  # large files of weights
+
+TINY = {"hidden_dim": 64, "num_heads": 4, "feedforward_dim": 8, "num_queries": 3}
+
+
+def noise(name, *shape):
+    """Return numbers in -1..1 that depend on the name alone: the same on every machine."""
+    steps = torch.arange(math.prod(shape), dtype=torch.float64) + zlib.crc32(name.encode()) % 10007
+    return ((steps * 12.9898).sin() * 43758.5453).frac().view(shape).float()
+
+
+def made_weight(name, shape):
+    if not shape:
+        return torch.tensor(7)
+    if len(shape) > 1:
+        scale = 1.7 if "level_e" in name or "query_" in name else math.sqrt(3 / math.prod(shape[1:]))
+        return noise(name, *shape) * scale
+    if name.endswith("sampling_offsets.bias"):
+        return noise(name, *shape) * 2
+    return noise(name, *shape) / 5 + name.endswith(("norm.weight", "running_var"))
+
+
+def made_file(head):
+    return {meta_name(name): made_weight(meta_name(name), value.shape) for name, value in head.state_dict().items()}
+
+
+# Of Meta's computation, retyped from its public repository for this comparison alone and kept outside the project (the
+# released code itself was not run), with the weights, features (32 wide) and 64 x 96 pixels of `noise`: each map's mean
+# absolute value, standard deviation and three of its numbers; two queries' classes, all masks at two places, and the
+# semantic map at two pixels of 40 x 70
+META = {
+    "map 1": [0.34142, 0.46495, -0.24055, 0.34286, 0.15264],
+    "map 2": [0.48068, 0.66302, -0.76951, -0.45575, -0.38981],
+    "map 3": [0.40340, 0.55975, 0.21295, -0.27913, 0.78165],
+    "map 4": [0.32453, 0.43763, -1.12865, 0.63974, -0.28117],
+    "logits": [0.48082, 0.53140, -0.53495, -1.44205, -0.75764, 0.48070, 0.52734, -0.53534, -1.44044, -0.76034],
+    "masks": [
+        7.67151,
+        7.68868,
+        7.67140,
+        7.67090,
+        7.68756,
+        7.67291,
+        7.47626,
+        7.48969,
+        7.46392,
+        7.47449,
+        7.49253,
+        7.46450,
+    ],
+    "semantic": [2.10458, 2.21350, 0.76379, 0.30806, 1.83520, 1.93018, 0.66603, 0.26863],
+}
+
+
+def test_numbers_are_those_of_metas_computation(tmp_path):
+    options = {"hidden_dim": 64, "feedforward_dim": 96, "num_queries": 6}
+    torch.save(made_file(Mask2FormerHead(32, 4, 4, **options)), tmp_path / "made.pth")
+    head = Mask2FormerHead(32, 4, 4, **options, weights=str(tmp_path / "made.pth")).eval()
+    features = [noise(f"feature {index}", 1, 24, 32).mT.unflatten(2, (4, 6)) * 1.7 for index in range(4)]
+    pixels = noise("pixels", 1, 3, 64, 96) * 1.7
+    with torch.no_grad():
+        maps, outputs = head.adapter(features, pixels), head.decode(features, pixels)
+        semantic = head.predict(outputs, (40, 70), (1.0, 1.0))
+    found = {
+        f"map {number}": torch.stack([a.abs().mean(), a.std(), a[0, 3, -1, -2], a[0, -1, 0, 1], a[0, 17, 1, 2]])
+        for number, a in enumerate(maps, start=1)
+    }
+    found["logits"] = outputs.class_logits[0, ::5].flatten()
+    found["masks"] = torch.cat([outputs.mask_logits[0, :, 3, 5], outputs.mask_logits[0, :, -1, -1]])
+    found["semantic"] = torch.cat([semantic[0, :, 0, 0], semantic[0, :, 17, 33]])
+    for name, expected in META.items():
+        torch.testing.assert_close(
+            found[name], torch.tensor(expected), rtol=0, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def tiny(num_classes=2, dim=16, **options):
+    torch.manual_seed(1)
+    return Mask2FormerHead(dim, 4, num_classes, **{**TINY, **options})
+
+
+@pytest.fixture(scope="module")
+def whole():
+    return made_file(tiny())
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(tensors, name="head.pth"):
+        path = tmp_path / name
+        (save_file if name.endswith(".safetensors") else torch.save)(tensors, path)
+        return str(path)
+
+    return write
+
+
+def refusal(path, **options):
+    with pytest.raises(UserError) as raised:
+        tiny(weights=str(path), **options)
+    assert str(raised.value).startswith(f"head.weights={path}: ")
+    return str(raised.value).removeprefix(f"head.weights={path}: ")
+
+
+@pytest.mark.parametrize("name", ["head.pth", "head.safetensors"])
+def test_every_tensor_of_a_file_is_loaded(whole, write, name):
+    loaded = {meta_name(name): value for name, value in tiny(weights=write(whole, name)).state_dict().items()}
+    assert loaded.keys() == whole.keys()
+    assert all(torch.equal(value, whole[name]) for name, value in loaded.items())
+
+
+def test_half_precision_and_old_archives_are_read(whole, tmp_path):
+    halved = {name: value.bfloat16() if value.is_floating_point() else value for name, value in whole.items()}
+    torch.save(halved, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    parameter = tiny(weights=str(tmp_path / "old.pth")).predictor.post_norm.weight
+    assert parameter.dtype == torch.float32
+    assert torch.equal(parameter, halved["segmentation_model.1.predictor.post_norm.weight"].float())
+
+
+def test_keys_of_the_backbone_are_passed_over_and_counted(whole, write, caplog):
+    backbone = {f"segmentation_model.0.backbone.blocks.{number}.weight": torch.ones(1) for number in range(3)}
+    with caplog.at_level(logging.INFO):
+        tiny(weights=write(whole | backbone))
+    assert "3 keys of a backbone passed over" in caplog.text
+
+
+@pytest.mark.parametrize("no_object", [True, False])
+def test_a_new_class_layer_takes_the_place_of_the_files(whole, write, no_object):
+    head = tiny(7, weights=write(whole), class_layer="new", no_object=no_object)
+    layer = head.predictor.class_embed
+    outputs = 7 + no_object
+    assert layer.weight.shape == (outputs, 64) and not layer.bias.any()
+    assert 0.5 < layer.weight.abs().max() / math.sqrt(6 / (outputs + 64)) <= 1  # Xavier's bound
+    assert layer.weight.unique().numel() > outputs * 32
+    assert torch.equal(head.predictor.post_norm.weight, whole["segmentation_model.1.predictor.post_norm.weight"])
+    again = tiny(
+        weights=write(whole), class_layer="new", trainable="class_embed"
+    )  # of as many classes, new all the same
+    assert not torch.equal(
+        again.predictor.class_embed.weight, whole["segmentation_model.1.predictor.class_embed.weight"]
+    )
+    assert sum(value.requires_grad for value in again.parameters()) == 2
+
+
+def test_only_the_class_layer_learns_where_that_is_asked(whole, write):
+    head = tiny(weights=write(whole), trainable="class_embed").train()
+    outputs = head.decode([torch.randn(2, 16, 2, 3) for _ in range(4)], torch.randn(2, 3, 32, 48))
+    (outputs.class_logits.square().mean() + outputs.mask_logits.square().mean()).backward()
+    learnt = {name for name, parameter in head.named_parameters() if parameter.grad is not None}
+    assert learnt == {"predictor.class_embed.weight", "predictor.class_embed.bias"}
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"class_layer": "new"}, "head.class_layer=new without head.weights: .* Leave head.class_layer out"),
+        ({"trainable": "class_embed"}, "head.trainable=class_embed without head.weights: .* or set head.trainable=all"),
+    ],
+)
+def test_what_takes_a_file_is_refused_without_one_but_for_counting(options, said):
+    with pytest.raises(UserError, match=said):
+        tiny(**options)
+    with torch.device("meta"):
+        assert tiny(**options).predictor.class_embed.weight.requires_grad
+
+
+def test_on_the_meta_device_a_file_is_checked_but_not_held(whole, write):
+    with torch.device("meta"):
+        head = tiny(weights=write(whole))
+        assert "num_queries is 3 in the file and 4 here" in refusal(write(whole), num_queries=4)
+    assert all(value.is_meta for value in head.state_dict().values())
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (
+            {"num_classes": 5},
+            "class outputs is 3 in the file and 6 here (for other classes than the file's set head.class",
+        ),
+        ({"no_object": False}, "class outputs is 3 in the file and 2 here"),
+        ({"num_queries": 9}, "num_queries is 3 in the file and 9 here (set head.num_queries=3)"),
+        ({"feedforward_dim": 16}, "feedforward_dim is 8 in the file and 16 here (set head.feedforward_dim=8)"),
+        ({"hidden_dim": 96}, "hidden_dim is 64 in the file and 96 here (set head.hidden_dim=64)"),
+        ({"num_heads": 2}, "num_heads is 4 in the file and 2 here (set head.num_heads=4)"),
+        ({"dim": 32}, "the backbone's width is 16 in the file and 32 here (choose the backbone that the file is for)"),
+    ],
+)
+def test_a_file_of_another_segmentor_is_refused_with_the_remedy(whole, write, options, expected):
+    message = refusal(write(whole), **options)
+    assert expected in message and "tensors have another shape" in message
+
+
+def test_an_odd_shape_is_named(whole, write):
+    name = "segmentation_model.0.spm.stem.0.weight"
+    message = refusal(write(whole | {name: torch.ones(64, 1, 3, 3)}))
+    assert message == f"1 tensors have another shape: {name} is (64, 1, 3, 3) in the file and (64, 3, 3, 3) here."
+
+
+@pytest.mark.parametrize(("change", "said"), [(torch.Tensor.char, "is int8"), (lambda value: value / 0, "holds NaN")])
+def test_tensors_that_are_not_finite_floats_are_named(whole, write, change, said):
+    name = next(name for name, value in whole.items() if value.ndim == 2)
+    assert refusal(write(whole | {name: change(whole[name])})).startswith(f"{name} {said}")
+
+
+@pytest.mark.parametrize("class_layer", ["loaded", "new"])
+def test_missing_and_left_over_keys_are_named(whole, write, class_layer):
+    gone = "segmentation_model.1.predictor.class_embed.bias"
+    tensors = {name: value for name, value in whole.items() if name != gone} | {"teacher.cls_token": torch.ones(1)}
+    message = refusal(write(tensors), class_layer=class_layer)
+    assert f"1 missing ({gone}); 1 left over (teacher.cls_token)" in message
+    backbone_alone = {"segmentation_model.0.backbone.cls_token": torch.ones(1)}
+    assert "479 missing (segmentation_model.0.level_embed, " in refusal(write(backbone_alone))
+
+
+def test_other_contents_are_refused(whole, write):
+    assert "holds no plain dict of tensors" in refusal(write({"model": whole}))
+    assert "holds no plain dict of tensors" in refusal(write({"model": [torch.ones(2)]}))
+    assert "479 missing" in refusal(write({}))
+
+
+def test_unreadable_files_are_refused(whole, write, tmp_path):
+    assert refusal(tmp_path / "absent.pth") == "no such file. Check the path."
+    assert refusal(tmp_path) == "no such file. Check the path."
+    for name in ("head.pth", "head.safetensors"):
+        path = write(whole, name)
+        content = Path(path).read_bytes()
+        for kept in (0, 1, 3, 100, len(content) // 2, len(content) - 1):
+            Path(path).write_bytes(content[:kept])
+            assert "not a readable" in refusal(path)
+    garbage = tmp_path / "garbage.pth"
+    for content in (b"\x80\x02garbage", b"<html>Access denied</html>", bytes(range(256)) * 9, b"PK\x03\x04" * 99):
+        garbage.write_bytes(content)
+        assert "not a readable PyTorch file (" in refusal(garbage)
+
+
+class Harmful:
+    def __reduce__(self):
+        return open, ("harm.txt", "w")
+
+
+def test_no_code_of_a_file_is_run(write, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "reading those could run code" in refusal(write({"segmentation_model.0.level_embed": Harmful()}))
+    assert not (tmp_path / "harm.txt").exists()

@@ -1,0 +1,214 @@
+"""The parts of the Mask2Former head against slow references: loops over points and cells, in float64."""
+
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dinoseg.models.heads.mask2former import deformable
+from dinoseg.models.heads.mask2former.adapter import Extractor, VitAdapter, drop_samples
+from dinoseg.models.heads.mask2former.deformable import DeformableAttention, sample
+from dinoseg.models.heads.mask2former.levels import cell_centres, sine_positions, to_maps, to_tokens
+from dinoseg.models.heads.mask2former.pixel_decoder import PixelDecoder
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def shaken(module):
+    """Give every parameter a value of its own: nothing stays at zero or one."""
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.5 if parameter.ndim == 1 else parameter[0].numel() ** -0.5)
+    return module.double().eval()
+
+
+def read_bilinearly(level, x, y):
+    """Read (h, w, D) at x and y, in cells with centres at .5; what lies outside is zero."""
+    rows, columns, _ = level.shape
+    value = torch.zeros_like(level[0, 0])
+    for row in (math.floor(y - 0.5), math.floor(y - 0.5) + 1):
+        for column in (math.floor(x - 0.5), math.floor(x - 0.5) + 1):
+            if 0 <= row < rows and 0 <= column < columns:
+                value += (1 - abs(y - 0.5 - row)) * (1 - abs(x - 0.5 - column)) * level[row, column]
+    return value
+
+
+def sample_in_loops(values, sizes, points, weights):
+    batch, queries, heads, levels, count = weights.shape
+    result = torch.zeros(batch, queries, heads, values.shape[-1], dtype=values.dtype)
+    for image, head in itertools.product(range(batch), range(heads)):
+        parts = values[image, :, head].split([rows * columns for rows, columns in sizes])
+        maps = [part.view(*size, -1) for part, size in zip(parts, sizes, strict=True)]
+        for query, level, point in itertools.product(range(queries), range(levels), range(count)):
+            x, y = points[image, query, head, level, point].tolist()
+            read = read_bilinearly(maps[level], x * sizes[level][1], y * sizes[level][0])
+            result[image, query, head] += weights[image, query, head, level, point] * read
+    return result.flatten(2)
+
+
+def attend_in_loops(module, queries, centres, cells, sizes):
+    heads, levels, count = module.shape
+    offsets = module.sampling_offsets(queries).view(*queries.shape[:2], heads, levels, count, 2)
+    scale = torch.tensor([[columns, rows] for rows, columns in sizes], dtype=queries.dtype)
+    points = centres.view(1, -1, 1, 1, 1, 2) + offsets / scale.view(1, 1, 1, levels, 1, 2)
+    weights = module.attention_weights(queries).view(*queries.shape[:2], heads, -1).softmax(-1)
+    values = module.value_proj(cells).view(*cells.shape[:2], heads, -1)
+    weights = weights.view(*queries.shape[:2], heads, levels, count)
+    return module.output_proj(sample_in_loops(values, sizes, points, weights))
+
+
+@pytest.mark.parametrize("sizes", [[(1, 1)], [(3, 2)], [(1, 4), (2, 3), (5, 1)]])
+def test_sampling_equals_loops_over_points(sizes):
+    cells = sum(rows * columns for rows, columns in sizes)
+    values = torch.randn(2, cells, 3, 2, dtype=torch.float64)
+    points = torch.rand(2, 4, 3, len(sizes), 5, 2, dtype=torch.float64) * 2 - 0.5  # a good part lies outside
+    weights = torch.rand(points.shape[:-1], dtype=torch.float64)
+    torch.testing.assert_close(sample(values, sizes, points, weights), sample_in_loops(values, sizes, points, weights))
+
+
+def test_sampling_in_bands_of_queries_changes_nothing(monkeypatch):
+    values, points = torch.randn(2, 6, 2, 3), torch.rand(2, 7, 2, 1, 4, 2)
+    weights = torch.rand(points.shape[:-1])
+    whole = sample(values, [(2, 3)], points, weights)
+    for most in (1, 2 * 2 * 3 * 4 * 3):  # one query at a time; three
+        monkeypatch.setattr(deformable, "AT_ONCE", most)
+        assert torch.equal(sample(values, [(2, 3)], points, weights), whole)
+
+
+@pytest.mark.parametrize(("sizes", "ratio"), [([(2, 3)], 0.5), ([(1, 1), (2, 1), (3, 4)], 1.0)])
+def test_deformable_attention_equals_loops(sizes, ratio):
+    module = shaken(DeformableAttention(8, 2, len(sizes), ratio))
+    cells = torch.randn(2, sum(rows * columns for rows, columns in sizes), 8, dtype=torch.float64)
+    queries, centres = torch.randn(2, 5, 8, dtype=torch.float64), torch.rand(5, 2, dtype=torch.float64)
+    expected = attend_in_loops(module, queries, centres, cells, sizes)
+    torch.testing.assert_close(module(queries, centres, cells, sizes), expected)
+
+
+def test_sampling_stays_in_float32_under_autocast(monkeypatch):
+    seen = []
+
+    def watched(values, sizes, points, weights):
+        seen.extend(part.dtype for part in (values, points, weights))
+        return sample(values, sizes, points, weights)
+
+    monkeypatch.setattr(deformable, "sample", watched)
+    with torch.autocast("cpu", torch.bfloat16):
+        read = DeformableAttention(8, 2, 1)(torch.randn(1, 3, 8), torch.rand(3, 2), torch.randn(1, 4, 8), [(2, 2)])
+    assert set(seen) == {torch.float32} and read.dtype == torch.bfloat16
+
+
+def test_deformable_attention_starts_with_points_on_a_square():
+    module = DeformableAttention(16, 8, 2)
+    offsets = module.sampling_offsets.bias.detach().view(8, 2, 4, 2)
+    torch.testing.assert_close(offsets.abs().amax(-1), torch.tensor([1.0, 2, 3, 4]).expand(8, 2, 4))
+    torch.testing.assert_close(offsets[1, 0, 2], torch.tensor([3.0, 3.0]))  # an eighth turn, three cells away
+    assert not module.sampling_offsets.weight.any() and not module.attention_weights.weight.any()
+
+
+@pytest.mark.parametrize("sizes", [[(1, 1)], [(4, 6), (2, 3), (1, 2)], [(2, 1), (6, 2)]])
+def test_tokens_and_maps_are_one_another_undone(sizes):
+    maps = [torch.randn(2, 3, *size) for size in sizes]
+    tokens = to_tokens(maps)
+    centres = cell_centres(sizes, like=tokens)
+    assert all(torch.equal(a, b) for a, b in zip(to_maps(tokens, sizes), maps, strict=True))
+    last_rows, last_columns = sizes[-1]
+    assert tokens.shape[1] == len(centres)
+    torch.testing.assert_close(tokens[:, -1], maps[-1][:, :, -1, -1])
+    torch.testing.assert_close(centres[-1], torch.tensor([1 - 0.5 / last_columns, 1 - 0.5 / last_rows]))
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (3, 5)])
+def test_sine_positions_equal_their_formula(rows, columns):
+    like = torch.zeros(1, dtype=torch.float64)
+    found = sine_positions((rows, columns), 16, like).view(rows, columns, 16)
+    for row, column, channel in itertools.product(range(rows), range(columns), range(16)):
+        place, of = (row, rows) if channel < 8 else (column, columns)  # y first
+        angle = 2 * math.pi * (place + 1) / of / 10000 ** (2 * (channel % 8 // 2) / 8)
+        wave = math.cos(angle) if channel % 2 else math.sin(angle)
+        assert found[row, column, channel].item() == pytest.approx(wave, abs=1e-5)
+
+
+def test_extractor_equals_loops():
+    module = shaken(Extractor(16, 4, drop_path=0.9, checkpointing=False))  # no path is dropped in eval mode
+    sizes = [(4, 2), (2, 1), (1, 1)]
+    tokens, feature = (torch.randn(shape, dtype=torch.float64) for shape in ((2, 11, 16), (2, 16, 2, 1)))
+    centres = cell_centres(sizes, like=tokens)
+    cells = module.feat_norm(feature.flatten(2).transpose(1, 2))
+    read = tokens + attend_in_loops(module.attn, module.query_norm(tokens), centres, cells, [(2, 1)])
+    hidden, mixed = module.ffn.fc1(module.ffn_norm(read)), []
+    for first, last, size in ((0, 8, sizes[0]), (8, 10, sizes[1]), (10, 11, sizes[2])):
+        part = hidden[:, first:last].transpose(1, 2).reshape(2, 4, *size)
+        mixed.append(module.ffn.dwconv["dwconv"](part).flatten(2).transpose(1, 2))
+    expected = read + module.ffn.fc2(F.gelu(torch.cat(mixed, 1)))
+    torch.testing.assert_close(module(tokens, centres, sizes, feature), expected)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (2, 4), (3, 5)])
+def test_adapter_fits_its_pyramid_to_any_grid(rows, columns):
+    module = VitAdapter(16, 2, drop_path=0.0, checkpointing=False).eval()
+    features = [torch.randn(2, 16, rows, columns) for _ in range(4)]
+    maps = module(features, torch.randn(2, 3, 16 * rows, 16 * columns))
+    assert [tuple(level.shape[-2:]) for level in maps] == [
+        (4 * rows, 4 * columns),
+        (2 * rows, 2 * columns),
+        (rows, columns),
+        (math.ceil(rows / 2), math.ceil(columns / 2)),
+    ]
+
+
+def test_adapter_sees_16_pixels_a_token_whatever_the_patch():
+    module = VitAdapter(16, 2, drop_path=0.0, checkpointing=False).eval()
+    features = [torch.randn(1, 16, 3, 2) for _ in range(4)]
+    for patch in (8, 14):
+        pixels = torch.randn(1, 3, 3 * patch, 2 * patch)
+        resized = F.interpolate(pixels, (48, 32), mode="bilinear")
+        for found, expected in zip(module(features, pixels), module(features, resized), strict=True):
+            assert torch.equal(found, expected)
+
+
+def test_pixel_decoder_returns_coarse_levels_first_and_runs_in_float32():
+    module = PixelDecoder(8, 64, 4, 16, checkpointing=False)
+    pyramid = [torch.randn(2, 8, *size) for size in ((12, 8), (6, 4), (3, 2), (2, 1))]
+    levels, mask_features = module(pyramid)
+    assert [tuple(level.shape) for level in levels] == [(2, 64, 2, 1), (2, 64, 3, 2), (2, 64, 6, 4)]
+    assert mask_features.shape == (2, 64, 12, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        again, mask_again = module(pyramid)
+    assert torch.equal(mask_features, mask_again) and torch.equal(levels[-1], again[-1])
+
+
+def test_pixel_decoder_equals_loops():
+    module = shaken(PixelDecoder(8, 64, 4, 16, checkpointing=False))
+    pyramid = [torch.randn(1, 8, *size, dtype=torch.float64) for size in ((4, 6), (2, 3), (1, 2), (1, 1))]
+    sizes = [(1, 1), (1, 2), (2, 3)]
+    inputs = [conv(level) for conv, level in zip(module.input_convs, pyramid[:0:-1], strict=True)]
+    positions = torch.cat(
+        [sine_positions(size, 64, pyramid[0]) + module.encoder.level_encoding[i] for i, size in enumerate(sizes)]
+    )
+    tokens = torch.cat([level.flatten(2).transpose(1, 2) for level in inputs], 1)
+    for layer in module.encoder.encoder["layers"]:
+        centres = cell_centres(sizes, like=tokens)
+        read = attend_in_loops(layer.self_attn, tokens + positions, centres, tokens, sizes)
+        tokens = layer.norm1(tokens + read)
+        tokens = layer.norm2(tokens + layer.linear2(layer.linear1(tokens).relu()))
+    levels, mask_features = module(pyramid)
+    torch.testing.assert_close(torch.cat([level.flatten(2).transpose(1, 2) for level in levels], 1), tokens)
+    lateral, output = module.lateral_convs[0], module.output_convs[0]
+    above = F.interpolate(tokens[:, 3:].transpose(1, 2).reshape(1, 64, 2, 3), (4, 6), mode="bilinear")
+    mixed = F.group_norm(F.conv2d(pyramid[0], lateral.weight), 32, lateral.norm.weight, lateral.norm.bias) + above
+    mixed = F.group_norm(F.conv2d(mixed, output.weight, padding=1), 32, output.norm.weight, output.norm.bias).relu()
+    torch.testing.assert_close(mask_features, module.mask_feature(mixed))
+
+
+def test_dropped_samples_are_zero_and_the_others_scaled_up():
+    update = torch.ones(4000, 2, 3)
+    dropped = drop_samples(update, 0.25)
+    torch.testing.assert_close(dropped.unique(), torch.tensor([0.0, 4 / 3]))
+    assert dropped.mean().item() == pytest.approx(1, abs=0.05)
+    assert (dropped.flatten(1).amax(1) == dropped.flatten(1).amin(1)).all()  # whole samples
+    assert drop_samples(update, 0.0) is update

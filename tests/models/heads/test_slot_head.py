@@ -1,0 +1,533 @@
+"""The slot head as a whole: clips in, segments and reconstructions out."""
+
+import pytest
+import torch
+
+from dinoseg.core.contracts import Backbone
+from dinoseg.models.heads.slots.background import background_mask
+from dinoseg.models.heads.slots.groups import allowed_cells
+from dinoseg.models.heads.slots.head import SlotHead
+from dinoseg.models.heads.slots.standard import Standard
+from dinoseg.models.model import Segmenter
+from dinoseg.utils.errors import UserError
+
+SMALL = {"slot_dim": 8, "hidden_dim": 12, "decoder_dim": 10, "num_slots": 3, "positions_grid": [3, 4]}
+GROUPED = {"num_slots": [2, 3], "groups": "always"}
+DIM = 6
+
+
+def made(**kwargs):
+    torch.manual_seed(0)
+    return SlotHead(DIM, 1, **SMALL | kwargs).double()
+
+
+def clip(frames=4, grid=(3, 4), batch=2):
+    torch.manual_seed(5)
+    return torch.randn(batch, frames, DIM, *grid).double()
+
+
+class PixelMaps(Backbone):
+    """Maps and class attention that are read off the pixels."""
+
+    dim, patch_size, num_layers, has_class_attention = DIM, 8, 1, True
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def forward(self, images):
+        self.calls.append(("maps", tuple(images.shape)))
+        return [images[:, :1, ::8, ::8].repeat(1, DIM, 1, 1) * torch.arange(1, DIM + 1).view(-1, 1, 1)]
+
+    def with_class_attention(self, images):
+        maps = self(images)
+        self.calls[-1] = ("attention", tuple(images.shape))
+        return maps, images[:, :, ::8, ::8]
+
+
+def count(module):
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+@pytest.mark.parametrize(
+    ("slot_dim", "hidden_dim", "attention", "predictor", "decoder", "total"),
+    [
+        (128, 512, 347_008, 83_072, 2_633_153, 3_064_001),
+        (256, 1024, 1_184_768, 329_984, 2_764_225, 4_279_745),
+        (512, 2048, 4_334_848, 1_315_328, 3_026_369, 8_677_313),
+        (768, 3072, 9_451_008, 2_956_032, 3_288_513, 15_696_321),
+    ],
+)
+def test_parameter_counts_of_dinosavi(slot_dim, hidden_dim, attention, predictor, decoder, total):
+    with torch.device("meta"):
+        head = SlotHead(384, 1, slot_dim=slot_dim, hidden_dim=hidden_dim)
+    parts = (count(head.slot_attention), count(head.predictor), count(head.decoder), count(head))
+    assert parts == (attention, predictor, decoder, total)
+
+
+@pytest.mark.parametrize(
+    ("keys", "more"),
+    [
+        ({"num_slots": [5, 5], "groups": "always"}, 1_024),
+        ({"time_decoder": "linear"}, 65_792),
+        ({"time_decoder": "linear", "steps": [0, 1]}, 2 * 65_792),
+        ({"time_decoder": "attention", "steps": 3}, 4 * 263_168),
+        ({"steps": 3}, 0),
+        ({"positions": "linear"}, 2_759_041 - 2_764_225),
+        ({"positions": "sine"}, -4 * 28 * 28),
+        ({"predictor": "carry"}, -329_984),
+        ({"predictor": "none", "first_iterations": 3}, -329_984),
+        ({"similarity": True}, 784 * 1025),
+        ({"num_slots": 30}, 0),
+    ],
+)
+def test_parameter_counts_of_variants(keys, more):
+    with torch.device("meta"):
+        head = SlotHead(384, 1, **keys)
+    assert count(head) == 4_279_745 + more
+
+
+def test_the_config_gives_the_published_head(compose):
+    cfg = compose("hparam=dinosavi/s256d", "data.root=.")
+    keys = {key: value for key, value in cfg.head.items() if key[0] != "_" and key not in ("layers", "lr")}
+    with torch.device("meta"):
+        assert count(SlotHead(384, 1, **keys)) == 4_279_745
+    assert list(cfg.backbone.layers) == [-1] and cfg.head._target_ == "dinoseg.models.heads.slots.head.SlotHead"
+
+
+@pytest.mark.parametrize(("steps", "telling"), [(0, 4), (1, 3), ([1], 3), ([0, 3], 1), ([2, 0], 2)])
+def test_outputs_have_their_shapes(steps, telling):
+    head, features = made(steps=steps, time_decoder="linear").train(telling > 1), clip()
+    outputs = head.follow(features)
+    assert outputs.features is features and outputs.steps == head.steps
+    assert outputs.slots.shape == (2, telling, 3, 8) and outputs.attention.shape == (2, telling, 3, 3, 4)
+    assert len(outputs.reconstructions) == len(outputs.alphas) == len(head.steps)
+    assert all(part.shape == (2, telling, DIM, 3, 4) for part in outputs.reconstructions)
+    assert all(part.shape == (2, telling, 3, 3, 4) for part in outputs.alphas)
+    for shares in (outputs.attention, *outputs.alphas):
+        torch.testing.assert_close(shares.sum(2), torch.ones(2, telling, 3, 4).double())
+    assert outputs.similarity is None
+
+
+def test_a_predictor_that_no_frame_would_train_is_refused():
+    for steps, frames in ((0, 1), ([0, 3], 4), ([2], 3)):
+        with pytest.raises(UserError, match=rf"clips of {frames} frames leave one.*cut.length={frames + 1} or more"):
+            made(steps=steps).follow(clip(frames))
+        made(steps=steps).eval().follow(clip(frames))
+        made(steps=steps, predictor="carry").follow(clip(frames))
+
+
+@pytest.mark.parametrize("predictor", ["savi", "carry", "none"])
+@pytest.mark.parametrize("groups", ["off", "initial", "always"])
+@pytest.mark.parametrize("grid", [(3, 4), (5, 3)])
+def test_frame_by_frame_is_the_same_as_the_clip(predictor, groups, grid):
+    keys = {"num_slots": [2, 1]} if groups != "off" else {}
+    head = made(groups=groups, predictor=predictor, steps=[1, 0], iterations=2, first_iterations=3, **keys).eval()
+    features = clip(5, grid)
+    background = torch.rand(2, 5, *grid) > 0.4 if groups != "off" else None
+    outputs = head.follow(features, background)
+    slots = None
+    for time in range(4):
+        masked = groups == "always" or (groups == "initial" and time == 0)
+        slots, attention = head.step(
+            features[:, time], slots, allowed_cells(background[:, time], head.sizes) if masked else None
+        )
+        torch.testing.assert_close(slots, outputs.slots[:, time])
+        torch.testing.assert_close(attention, outputs.attention[:, time])
+        for index in range(2):
+            reconstruction, alpha = head.decode(slots, grid, index)
+            torch.testing.assert_close(reconstruction, outputs.reconstructions[index][:, time])
+            torch.testing.assert_close(alpha, outputs.alphas[index][:, time])
+
+
+def test_iterations_and_predictor_are_where_they_belong():
+    head, features = made(iterations=2, first_iterations=4).eval(), clip(3)
+    tokens = [features[:, time].flatten(2).mT for time in range(3)]
+    slots, _ = head.slot_attention(tokens[0], head.slot_attention.start(tokens[0], [3]), 4)
+    for time in (1, 2):
+        slots, weights = head.slot_attention(tokens[time], head.predictor(slots), 2)
+    outputs = head.follow(features)
+    torch.testing.assert_close(outputs.slots[:, 2], slots)
+    torch.testing.assert_close(outputs.attention[:, 2].flatten(2), weights)
+    drawn = made(predictor="none").eval()
+    together, alone = drawn.follow(features).slots, drawn.follow(features[:, 2:]).slots
+    torch.testing.assert_close(together[:, 2:], alone)  # frames know nothing of one another
+
+
+def test_reconstructions_are_normed_decodings_of_slots_taken_ahead():
+    head, features = made(steps=[0, 2], time_decoder="linear").eval(), clip()
+    with torch.no_grad():
+        head.norm.weight.uniform_(0.5, 2), head.norm.bias.uniform_(-1, 1)
+    outputs = head.follow(features)
+    for index in range(2):
+        ahead = head.time_decoders[index](outputs.slots[:, 1])
+        raw = head.decoder(ahead, (3, 4)).features
+        mean, variance = raw.mean(1, keepdim=True), raw.var(1, keepdim=True, correction=0)
+        expected = (raw - mean) / (variance + 1e-5).sqrt() * head.norm.weight.view(-1, 1, 1)
+        expected = expected + head.norm.bias.view(-1, 1, 1)
+        torch.testing.assert_close(outputs.reconstructions[index][:, 1], expected)
+
+
+def test_slots_see_and_give_back_standardised_channels():
+    torch.manual_seed(2)
+    scale, shift = torch.rand(DIM, 1, 1).double() * 9 + 0.1, torch.randn(DIM, 1, 1).double() * 5
+    seen, features = clip(), clip() * scale + shift
+    head = made(standardise=True).train()
+    outputs = head.follow(features)
+    pixels = outputs.features.transpose(0, 2).flatten(1)
+    torch.testing.assert_close(pixels.mean(1), torch.zeros(DIM).double())
+    torch.testing.assert_close(pixels.var(1, correction=0), torch.ones(DIM).double(), rtol=1e-4, atol=0)
+    pixels = features.transpose(0, 2).flatten(1)  # (C, B * T * h * w)
+    torch.testing.assert_close(head.standard.running_mean, pixels.mean(1))
+    torch.testing.assert_close(head.standard.running_var, pixels.var(1))
+    for _ in range(2):
+        head.follow(features)  # the mean over batches: of the same three times the same
+    torch.testing.assert_close(head.standard.running_mean, pixels.mean(1))
+    plain = made().train()
+    plain.load_state_dict(head.state_dict(), strict=False)
+    head.eval(), plain.eval()
+    with torch.no_grad():
+        head.standard.running_mean.copy_(shift.flatten())
+        head.standard.running_var.copy_(scale.flatten().square() - head.standard.eps)
+    ours, theirs = head.follow(features), plain.follow(seen)
+    torch.testing.assert_close(ours.attention, theirs.attention)
+    torch.testing.assert_close(ours.features, seen)
+    torch.testing.assert_close(ours.reconstructions[0], theirs.reconstructions[0])
+    slots, _ = head.step(features[:, 0])
+    torch.testing.assert_close(slots, ours.slots[:, 0])
+
+
+def test_channels_of_half_precision_are_counted_in_float32():
+    torch.manual_seed(2)
+    features = (torch.randn(2, DIM, 16, 16) * 3 + 400).half()
+    standard = Standard(DIM).train()
+    standard(features)
+    torch.testing.assert_close(standard.running_var, features.float().var((0, 2, 3)))
+    torch.testing.assert_close(standard.running_mean, features.float().mean((0, 2, 3)))
+
+
+def test_a_single_cell_has_no_variance_to_train_on():
+    head, cell = made(standardise=True, num_slots=1, predictor="none"), clip(1, (1, 1), 1)
+    with pytest.raises(UserError, match="head.standardise=true takes mean and variance over the cells of a batch"):
+        head.train().follow(cell)
+    assert head.standard.running_var.isfinite().all() and head.eval().follow(cell).slots.isfinite().all()
+
+
+def test_unlike_slots_begin_at_cells_that_their_group_may_see():
+    head = made(**GROUPED, first="unlike").eval()
+    features, background = clip(1), torch.zeros(2, 1, 3, 4, dtype=torch.bool)
+    background[..., 0] = True
+    tokens, allowed = features[:, 0].flatten(2).mT, allowed_cells(background[:, 0], head.sizes).flatten(2)
+    begun = head.slot_attention.start(tokens, head.sizes, allowed)
+    assert not begun.equal(head.slot_attention.start(tokens, head.sizes))
+    expected, _ = head.slot_attention(tokens, begun, head.first_iterations, allowed)
+    torch.testing.assert_close(head.follow(features, background).slots[:, 0], expected)
+
+
+@pytest.mark.parametrize("first", ["drawn", "unlike"])
+def test_places_weigh_as_much_as_contents_where_slots_begin_as_clusters(first):
+    torch.manual_seed(0)
+    place = SlotHead(400, 1, **SMALL, first=first, token_positions=True).place
+    spread, shift = place.weight.std().item(), place.bias.abs().max().item()
+    assert (1.4 < spread < 1.6 and shift == 0) if first == "unlike" else (spread < 0.5 and shift > 0)
+
+
+def test_the_decoder_alone_learns_for_the_first_share_of_a_training():
+    head = made(decoder_first=0.2, token_positions=True)
+    begin, parts = head.late
+    late = {id(parameter) for part in parts for parameter in part.parameters()}
+    names = {name.split(".")[0] for name, parameter in head.named_parameters() if id(parameter) in late}
+    assert begin == 0.2 and names == {"slot_attention", "place", "predictor"}
+    assert len(made(predictor="none").late[1]) == 1
+
+
+def test_slots_are_drawn_anew_in_each_frame_for_the_first_share_of_a_training():
+    head, features = made(alone=0.4, first_iterations=3).train(), clip()
+    head.set_progress(0.39)
+    torch.manual_seed(1)
+    outputs = head.follow(features)
+    assert not outputs.carried
+    torch.manual_seed(1)
+    for time in range(4):
+        slots, _ = head.step(features[:, time])
+        torch.testing.assert_close(slots, outputs.slots[:, time])
+    outputs.reconstructions[0].sum().backward()
+    assert all(parameter.grad is not None for parameter in head.parameters() if parameter.dim())
+    head.set_progress(0.4)
+    assert head.follow(features).carried
+    head.set_progress(0)
+    head.eval()
+    assert head.follow(features).carried and not made(predictor="none").eval().follow(features).carried
+
+
+def test_groups_see_only_their_side():
+    head, features = made(**GROUPED), clip()
+    assert head.sizes == [2, 3] and head.num_slots == 5
+    background = torch.rand(2, 4, 3, 4) > 0.5
+    background[0, 0], background[1, 0] = True, False  # one side is empty
+    allowed = allowed_cells(background[:, 1], head.sizes)
+    assert allowed.shape == (2, 5, 3, 4)
+    assert all(torch.equal(allowed[:, slot], background[:, 1]) for slot in (0, 1))
+    assert all(torch.equal(allowed[:, slot], ~background[:, 1]) for slot in (2, 3, 4))
+    outputs = head.follow(features, background)
+    for time in range(4):
+        of_background, of_foreground = outputs.attention[:, time, :2].sum(1), outputs.attention[:, time, 2:].sum(1)
+        torch.testing.assert_close(of_background, background[:, time].double())
+        torch.testing.assert_close(of_foreground, (~background[:, time]).double())
+    first = made(**GROUPED | {"groups": "initial"}).follow(features, background).attention
+    torch.testing.assert_close(first[:, 0, :2].sum(1), background[:, 0].double())
+    assert (first[:, 1:] > 0).all()
+    assert all(torch.isfinite(part).all() for part in (outputs.slots, *outputs.reconstructions))
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"predictor": "carry", "positions": "linear"},
+        {"predictor": "none", "iterations": 3},
+        {"steps": 2, "time_decoder": "attention", **GROUPED},
+        {"steps": [1], "time_decoder": "linear", "similarity": True},
+    ],
+)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_reach_everything(keys, checkpointing):
+    gradients = []
+    for recompute in (False, checkpointing):
+        head, features = made(checkpointing=recompute, **keys).train(), clip()
+        background = torch.rand(2, 4, 3, 4) > 0.5 if head.groups != "off" else None
+        torch.manual_seed(1)
+        outputs = head.follow(features, background)
+        parts = [*outputs.reconstructions, *([outputs.similarity] if keys.get("similarity") else [])]
+        sum((part - 1).square().mean() for part in parts).backward()
+        for name, parameter in head.named_parameters():
+            assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+        gradients.append([parameter.grad for parameter in head.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_similarity_comes_when_asked_for_the_grid_it_knows():
+    head = made(similarity=True, steps=[1, 0]).train()
+    outputs = head.follow(clip())
+    assert outputs.similarity.shape == (2, 3, 12, 3, 4)
+    expected = head.decoder(outputs.slots[:, 1], (3, 4), similarity=True).similarity
+    torch.testing.assert_close(outputs.similarity[:, 1], expected)
+    with pytest.raises(UserError, match=r"similarity=true predicts 3 x 4 .* have 5 x 4\. Set resolution\.crop"):
+        head.follow(clip(grid=(5, 4)))
+    image = clip(1, (5, 4))
+    assert head.eval().follow(image).similarity is None  # an image has no next frame
+    slots, attention = head.step(image[:, 0])
+    assert head.masks(slots, attention, (5, 4)).shape == (2, 3, 5, 4)
+
+
+def test_masks_come_from_where_they_are_asked():
+    features = clip()
+    for steps, own in ((1, 0), ([1, 0], 1), ([2, 1], 0)):
+        head = made(steps=steps, mask_source="alpha", time_decoder="linear").eval()
+        outputs = head.follow(features)
+        masks = head.masks(outputs.slots[:, 1], outputs.attention[:, 1], (3, 4))
+        torch.testing.assert_close(masks, outputs.alphas[own][:, 1])
+        torch.testing.assert_close(head.predict(outputs, (3, 4), (1.0, 1.0)), outputs.alphas[own].flatten(0, 1))
+        head.mask_source = "attention"
+        assert torch.equal(head.masks(outputs.slots[:, 1], outputs.attention[:, 1], (3, 4)), outputs.attention[:, 1])
+        pixels = head.predict(outputs, (23, 31), (23 / 24, 31 / 32))
+        assert pixels.shape == (2 * outputs.slots.shape[1], 3, 23, 31)
+        torch.testing.assert_close(pixels.sum(1), torch.ones_like(pixels[:, 0]))
+
+
+def test_eval_mode_gives_the_same_each_time_and_for_each_clip_alone():
+    head, features = made(**GROUPED).eval(), clip()
+    background = torch.rand(2, 4, 3, 4) > 0.5
+    torch.manual_seed(1)
+    first = head.follow(features, background)
+    second = head.follow(features, background)
+    alone = head.follow(features[1:], background[1:])
+    assert torch.equal(first.attention, second.attention)
+    torch.testing.assert_close(first.attention[1:], alone.attention)
+    head.train()
+    assert not torch.equal(head.follow(features, background).slots, head.follow(features, background).slots)
+
+
+def test_it_runs_on_clips_and_on_images():
+    backbone = PixelMaps()
+    for keys, kind in (({}, "maps"), (GROUPED, "attention")):
+        head = SlotHead(DIM, 1, **SMALL | keys).eval()
+        head.fits(backbone)
+        backbone.calls.clear()
+        pixels = torch.rand(2, 3, 3, 24, 32)
+        outputs = head.run(backbone, pixels)
+        assert backbone.calls == [(kind, (6, 3, 24, 32))]
+        assert outputs.attention.shape == (2, 3, head.num_slots, 3, 4)
+        torch.testing.assert_close(outputs.features[1, 2], backbone(pixels[1, 2:])[0][0])
+        image = head.run(backbone, pixels[:, 0])
+        assert image.slots.shape == (2, 1, head.num_slots, 8)
+        torch.testing.assert_close(image.attention, outputs.attention[:, :1])
+        if keys:
+            background = background_mask(pixels[:, 0, :, ::8, ::8])
+            torch.testing.assert_close(outputs.attention[:, 0, :2].sum(1), background.float())
+
+
+def test_a_segmenter_gives_soft_masks_of_images(tiny_backbone):
+    torch.manual_seed(0)
+    head = SlotHead(24, 1, **SMALL | {"steps": [0, 1], "mask_source": "alpha"})
+    model = Segmenter(tiny_backbone().requires_grad_(False), head).eval()
+    prediction = model(torch.randint(0, 255, (2, 3, 30, 45), dtype=torch.uint8))
+    scores = prediction.scores()
+    assert scores.shape == (2, 3, 30, 45) and prediction.mixture
+    torch.testing.assert_close(scores.sum(1), torch.ones(2, 30, 45))
+    assert torch.isfinite(prediction.logits()).all()
+
+
+def test_half_precision():
+    head, features = made(steps=1, time_decoder="attention", iterations=2, **GROUPED).float().train(), clip().float()
+    background = torch.rand(2, 4, 3, 4) > 0.5
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = head.follow(features, background)
+        sum(part.float().square().mean() for part in outputs.reconstructions).backward()
+    assert outputs.slots.dtype == outputs.attention.dtype == outputs.alphas[0].dtype == torch.float32
+    assert all(torch.isfinite(parameter.grad).all() for parameter in head.parameters())
+    head.eval()
+    exact = head.follow(features, background)
+    with torch.autocast("cpu", torch.bfloat16):
+        coarse = head.follow(features, background)
+    torch.testing.assert_close(coarse.attention, exact.attention, atol=0.1, rtol=0.1)
+    torch.testing.assert_close(coarse.reconstructions[1].float(), exact.reconstructions[1], atol=0.2, rtol=0.2)
+
+
+def test_a_few_steps_of_training_tell_two_halves_apart():
+    torch.manual_seed(0)
+    head = SlotHead(DIM, 1, **SMALL | {"num_slots": 2, "decoder_dim": 32, "positions_grid": [4, 4]}).train()
+    sides = torch.eye(DIM)[:2] * 4
+    features = torch.stack([sides[0], sides[1]]).T.repeat_interleave(2, 1)[None, None, :, None].expand(4, 3, -1, 4, -1)
+    optimizer = torch.optim.Adam(head.parameters(), 1e-2)
+    losses = []
+    for _ in range(100):
+        loss = (head.follow(features).reconstructions[0] - features).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.05 * losses[0]
+    segments = head.follow(features).attention[:, 0].argmax(1)  # (4, 4, 4)
+    assert segments.eq(segments[..., :1]).sum() == segments.numel() / 2  # the left half is one, the right the other
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"num_slots": 0}, r"head\.num_slots=0: give at least 1 slot"),
+        ({"num_slots": [5, 0], "groups": "always"}, r"head\.num_slots=\[5,0\]: give at least 1"),
+        ({"num_slots": [], "groups": "always"}, r"head\.num_slots=\[\]: give at least 1"),
+        ({"num_slots": [5, 5]}, r"num_slots=\[5,5\] with head\.groups=off.*head\.num_slots=10, or set head\.groups"),
+        ({"num_slots": 10, "groups": "initial"}, r"num_slots=10 with head\.groups=initial.*head\.num_slots=\[5,5\]"),
+        ({"num_slots": [1, 2, 3], "groups": "always"}, r"num_slots=\[1,2,3\] with head\.groups=always.*\[5,5\]"),
+        ({"groups": "sometimes"}, r"head\.groups=sometimes is unknown.*off, initial, always"),
+        ({"mask_source": "beta"}, r"head\.mask_source=beta is unknown.*attention, alpha"),
+        ({"iterations": 0}, r"head\.iterations=0: give a whole number of at least 1"),
+        ({"first_iterations": 0}, r"head\.first_iterations=0: give"),
+        ({"decoder_dim": -3}, r"head\.decoder_dim=-3: give"),
+        ({"slot_dim": 0}, r"head\.slot_dim=0: give"),
+        ({"hidden_dim": 0}, r"head\.hidden_dim=0: give"),
+        ({"positions_grid": [28]}, r"head\.positions_grid=\[28\]: give rows and columns"),
+        ({"positions_grid": [0, 4]}, r"head\.positions_grid=\[0, 4\]: give rows and columns"),
+        ({"positions_grid": None}, r"head\.positions=learnt is made for .* Give backbone\.patch_size, from which"),
+        ({"positions_grid": None, "positions": "linear", "similarity": True}, r"head\.similarity=true is made for the"),
+    ],
+)
+def test_what_cannot_be_is_refused(keys, message):
+    with pytest.raises(UserError, match=message):
+        made(**keys)
+
+
+@pytest.mark.parametrize(("dim", "layers"), [(384, 4), ([96, 192, 384], 3)])
+def test_several_maps_are_refused(dim, layers):
+    with pytest.raises(UserError, match=rf"gives {layers}\. Set backbone\.layers=\[-1\]"):
+        SlotHead(dim, layers)
+
+
+def test_more_slots_than_cells_are_refused():
+    head = made(num_slots=13)
+    message = r"head\.num_slots=13 .* 3 x 4 = 12 cells.*num_slots=12 or fewer.*resolution\.crop"
+    with pytest.raises(UserError, match=message):
+        head.follow(clip())
+    with pytest.raises(UserError, match=message):
+        head.step(clip()[:, 0])
+    assert made(num_slots=12).follow(clip()).slots.shape == (2, 4, 12, 8)
+
+
+def test_a_clip_too_short_for_its_steps_is_refused_and_an_image_is_segmented_all_the_same():
+    head = made(steps=2)
+    with pytest.raises(UserError, match=r"head\.steps=\[0, 1, 2\] .* clips have 2\. Set data\.clips\.cut\.length=3"):
+        head.follow(clip(2))
+    with pytest.raises(UserError, match=r"clips have 1\. Set data\.clips\.cut\.length=3"):
+        head.follow(clip(1))
+    head.eval()
+    assert head.follow(clip(1)).attention.shape == (2, 1, 3, 3, 4)
+    with pytest.raises(UserError, match="clips have 2"):
+        head.follow(clip(2))
+
+
+def test_groups_need_a_class_token():
+    plain = Backbone()
+    made().fits(plain)
+    made(**GROUPED).fits(PixelMaps())
+    with pytest.raises(UserError, match=r"head\.groups=always needs a backbone with a class token.*head\.groups=off"):
+        made(**GROUPED).fits(plain)
+    without = PixelMaps()
+    without.has_class_attention = False
+    with pytest.raises(UserError, match="needs a backbone with a class token"):
+        made(**GROUPED).fits(without)
+
+
+def test_other_numbers_of_slots_than_trained_with():
+    features = clip()
+    for keys, sizes in (({}, [5]), (GROUPED, [1, 4]), ({"predictor": "none"}, [2])):
+        head = made(**keys).eval()
+        allowed = torch.ones(2, sum(sizes), 3, 4, dtype=torch.bool)
+        allowed[:, 0, :2] = False
+        slots, attention = head.step(features[:, 0], None, allowed, sizes)
+        assert slots.shape == (2, sum(sizes), 8) and attention[:, 0, :2].eq(0).all()
+        slots, attention = head.step(features[:, 1], slots, None, sizes)
+        assert slots.shape == (2, sum(sizes), 8) and head.decode(slots, (3, 4))[1].shape == attention.shape
+        other = made(**keys | {"num_slots": sizes if keys == GROUPED else sizes[0]}).eval()
+        torch.testing.assert_close(
+            other.step(features[:, 0], None, allowed)[0], head.step(features[:, 0], None, allowed, sizes)[0]
+        )
+
+
+def test_seen_frame_alone_decides_the_slots():
+    head, features = made(steps=1).eval(), clip()
+    later = features.clone()
+    later[:, 2:] += 1
+    first, second = head.follow(features), head.follow(later)
+    assert torch.equal(first.slots[:, :2], second.slots[:, :2]) and not torch.equal(
+        first.slots[:, 2], second.slots[:, 2]
+    )
+
+
+def test_tokens_are_told_where_they_are():
+    flat = torch.ones(1, 1, DIM, 3, 4).double()
+    assert made().eval().follow(flat).attention.flatten(3).std(dim=3).max() < 1e-12
+    head = made(token_positions=True).eval()
+    assert head.follow(flat).attention.flatten(3).std(dim=3).max() > 1e-4
+    assert count(head) == count(made()) + 3 * DIM
+    rows, columns = torch.meshgrid(torch.linspace(-1, 1, 3), torch.linspace(-1, 1, 4), indexing="ij")
+    code = torch.einsum("ck,khw->chw", head.place.weight, torch.stack([rows, columns]).double())
+    code = code + head.place.bias[:, None, None]
+    plain = made().eval()
+    plain.load_state_dict({name: value for name, value in head.state_dict().items() if "place" not in name})
+    features = clip(1)
+    outputs = head.follow(features)
+    torch.testing.assert_close(outputs.attention, plain.follow(features + code).attention)
+    torch.testing.assert_close(outputs.features, features)  # what is to be reconstructed stays as it is
+
+
+def test_channels_are_standardised_as_batch_norm_does_it():
+    torch.manual_seed(0)
+    ours, theirs = Standard(5).double(), torch.nn.BatchNorm2d(5, affine=False, momentum=None).double()
+    scale = torch.tensor([0.0, 1e-3, 1e-2, 1.0, 1e3]).double()[:, None, None]  # some as small as what is added
+    for _ in range(3):
+        features = torch.randn(2, 5, 3, 4).double() * scale + 7
+        torch.testing.assert_close(ours(features), theirs(features))
+    torch.testing.assert_close(ours.eval()(features), theirs.eval()(features))

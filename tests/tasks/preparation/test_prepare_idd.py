@@ -1,0 +1,417 @@
+import errno
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import cv2
+import numpy as np
+import pytest
+from hydra import compose, initialize_config_dir
+from making import save
+from PIL import Image
+
+from dinoseg.__main__ import CONFIGS
+from dinoseg.config.resolvers import register_resolvers
+from dinoseg.data.formats.idd import idd
+from dinoseg.data.label_tables.read import label_table
+from dinoseg.modes.prepare import prepare as prepare_mode
+from dinoseg.tasks.preparation import idd as prepare_idd
+from dinoseg.tasks.preparation.idd import prepare
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.locks import locked
+
+# encoding to its file, the column of the official table, and the background
+ENCODINGS = {
+    "id": ("labelids", "id", 35),
+    "csId": ("labelcsIds", "cs_id", 0),
+    "csTrainId": ("labelcsTrainIds", "cs_train_id", 255),
+    "level4Id": ("labellevel4Ids", "level4", 255),
+    "level3Id": ("labellevel3Ids", "level3", 255),
+    "level2Id": ("labellevel2Ids", "level2", 255),
+    "level1Id": ("labellevel1Ids", "level1", 255),
+}
+NAMES = [row["name"] for row in label_table("idd")]
+SIZE = (64, 48)  # width, height
+
+
+def box(label, left, top, right, bottom, **more):
+    """Return an object that fills the columns left..right and the rows top..bottom, both ends included."""
+    return {"label": label, "polygon": [[left, top], [right, top], [right, bottom], [left, bottom]], **more}
+
+
+def add(part, split, name, objects, **more):
+    path = part / f"gtFine/{split}/{name}_gtFine_polygons.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {"imgWidth": SIZE[0], "imgHeight": SIZE[1], "objects": objects} | more
+    path.write_text(json.dumps({key: value for key, value in content.items() if value != "absent"}))
+    return path
+
+
+def label_map(part, split, name, encoding="level3Id"):
+    path = part / f"gtFine/{split}/{name}_gtFine_{ENCODINGS[encoding][0]}.png"
+    with Image.open(path) as image:
+        assert image.mode == "L"
+        return np.asarray(image)
+
+
+def painted(boxes, encoding):
+    """Paint boxes of known labels, one after the other, by slices: the reference."""
+    _, column, background = ENCODINGS[encoding]
+    values = {row["name"]: int(row[column]) for row in label_table("idd")}
+    canvas = np.full((SIZE[1], SIZE[0]), background)
+    for label, left, top, right, bottom in boxes:
+        canvas[max(top, 0) : bottom + 1, max(left, 0) : right + 1] = min(values[label], 255)
+    return canvas
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_every_label_in_every_encoding(tmp_path, encoding):
+    boxes = [(name, 8 * (i % 7), 7 * (i // 7), 8 * (i % 7) + 7, 7 * (i // 7) + 6) for i, name in enumerate(NAMES)]
+    add(tmp_path, "train", "0/000001", [box(*each) for each in boxes])
+    counts = prepare(tmp_path, encodings=[encoding], workers=1)
+    assert counts == {"train": {"files": 1, "written": 1, "kept": 0}}
+    drawn = label_map(tmp_path, "train", "0/000001", encoding)
+    np.testing.assert_array_equal(drawn, painted(boxes, encoding))
+    assert len(np.unique(drawn)) == {
+        "id": 40, "csId": 31, "csTrainId": 20, "level4Id": 31, "level3Id": 27, "level2Id": 17, "level1Id": 8
+    }[encoding]  # fmt: skip
+
+
+def test_overlap_order_and_borders(tmp_path):
+    rng = np.random.default_rng(3)
+    boxes = []
+    for _ in range(60):  # some wholly or partly outside of the picture
+        left, top = (int(v) for v in rng.integers(-20, 70, 2))
+        width, height = (int(v) for v in rng.integers(0, 40, 2))
+        boxes.append((str(rng.choice(NAMES)), left, top, left + width, top + height))
+    boxes = [each for each in boxes if each[3] >= 0 and each[4] >= 0]
+    add(tmp_path, "train", "0/a", [box(*each) for each in boxes])
+    add(tmp_path, "train", "0/b", [box(*each) for each in reversed(boxes)])
+    prepare(tmp_path, encodings=list(ENCODINGS), workers=1)
+    for encoding in ENCODINGS:
+        for name, order in (("0/a", boxes), ("0/b", boxes[::-1])):
+            np.testing.assert_array_equal(label_map(tmp_path, "train", name, encoding), painted(order, encoding))
+    assert (label_map(tmp_path, "train", "0/a") != label_map(tmp_path, "train", "0/b")).any()
+
+
+def test_slanted_polygons_of_fractions(tmp_path):
+    """Near to OpenCV's filling: the two differ on the outline only."""
+    rng = np.random.default_rng(5)
+    for number in range(6):
+        points = rng.uniform(-5, 60, (7, 2)).round(3)
+        add(tmp_path, "train", f"0/{number}", [{"label": "sky", "polygon": points.tolist()}])
+        prepare(tmp_path, workers=1)
+        reference = np.full((SIZE[1], SIZE[0]), 255, np.uint8)
+        shape = [(points * 16).round().astype(np.int32)]
+        cv2.fillPoly(reference, shape, 25, shift=4)
+        outline = np.zeros_like(reference)
+        cv2.polylines(outline, shape, True, 1, thickness=3, shift=4)
+        drawn = label_map(tmp_path, "train", f"0/{number}")
+        assert not ((drawn != reference) & (outline == 0)).any()
+        assert set(np.unique(drawn)) == {25, 255}
+
+
+def test_what_is_left_out_and_what_is_renamed(tmp_path, caplog):
+    objects = [
+        box("cargroup", 0, 0, 9, 9), box("polegroup", 10, 0, 19, 9), box("car", 0, 0, 63, 47, deleted=1),
+        box("car", 0, 0, 63, 47, deleted=True), box("road", 20, 0, 29, 9, deleted=0),
+        box("sky", 30, 0, 39, 9, deleted=None, verified=1, user="x", date="y"), box("traffic cone", 0, 0, 63, 47),
+        box("conegroup", 0, 0, 63, 47), box("conegroup", 0, 0, 63, 47), box("group", 0, 0, 63, 47),
+        box("traffic cone", 0, 0, 63, 47, deleted=1), {"label": "wall", "polygon": [[0, 0], [60, 40]]},
+        {"label": "wall", "polygon": []}, {"label": None, "polygon": None, "deleted": 1},
+    ]  # fmt: skip
+    first = add(tmp_path, "train", "0/a", objects)
+    second = add(
+        tmp_path, "val", "1/b", [box("traffic cone", 0, 0, 63, 47), {"label": "x", "polygon": [[1, 1], [2, 2]]}]
+    )
+    with caplog.at_level(logging.WARNING):
+        counts = prepare(tmp_path, encodings=["id"], workers=1)
+    assert counts["train"] == {
+        "files": 1, "written": 1, "kept": 0,
+        "unknown label traffic cone": 1, "unknown label conegroup": 2, "unknown label group": 1,
+    }  # fmt: skip
+    assert counts["val"] == {"files": 1, "written": 1, "kept": 0, "unknown label traffic cone": 1}
+    assert [record.getMessage() for record in caplog.records] == [
+        "Objects with labels that IDD does not have were left out:"
+        f"\n- conegroup (2): {first}\n- group (1): {first}\n- traffic cone (2): {first}, {second}"
+    ]
+    boxes = [("car", 0, 0, 9, 9), ("polegroup", 10, 0, 19, 9), ("road", 20, 0, 29, 9), ("sky", 30, 0, 39, 9)]
+    np.testing.assert_array_equal(label_map(tmp_path, "train", "0/a", "id"), painted(boxes, "id"))
+    assert (label_map(tmp_path, "val", "1/b", "id") == 35).all()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_both_parts_become_a_data_set(tmp_path, workers):
+    parts = {"IDD_Segmentation": ".png", "idd20kII": ".jpg"}
+    for part, suffix in parts.items():
+        for split, name in (("train", "7/a"), ("train", "7/b"), ("val", "8/c"), ("test", "9/d")):
+            save(tmp_path / part / f"leftImg8bit/{split}/{name}_leftImg8bit{suffix}", np.zeros((SIZE[1], SIZE[0], 3)))
+            if split != "test":
+                add(tmp_path / part, split, name, [box("road", 0, 20, 63, 47), box("sky", 0, 0, 63, 9)])
+    counts = prepare(tmp_path, encodings=["level3Id", "level1Id"], workers=workers)
+    assert counts == {
+        f"{part}/{split}": {"files": count, "written": 2 * count, "kept": 0}
+        for part in parts
+        for split, count in (("train", 2), ("val", 1))
+    }
+    data = idd(tmp_path, "train", classes=[str(i) for i in range(26)])
+    assert data.names == [f"{part}/7/{name}" for part in parts for name in "ab"]
+    for index in range(4):
+        expected = painted([("road", 0, 20, 63, 47), ("sky", 0, 0, 63, 9)], "level3Id")
+        np.testing.assert_array_equal(data[index]["mask"].numpy(), expected)
+    low = idd(tmp_path, "val", classes=[str(i) for i in range(7)], encoding="level1Id")
+    assert np.unique(low.mask(0)).tolist() == [0, 6, 255]
+
+
+def test_running_again_makes_what_is_missing(tmp_path):
+    for name in "abc":
+        add(tmp_path, "train", f"0/{name}", [box("road", 0, 0, 9, 9)])
+    folder = tmp_path / "gtFine/train/0"
+    save(folder / "a_gtFine_labellevel3Ids.png", [[9]])  # of another tool: whole, and kept
+    Image.fromarray(np.zeros((48, 64), np.uint8)).save(tmp_path / "cut.png")
+    cut = (tmp_path / "cut.png").read_bytes()[:-6]
+    (folder / "b_gtFine_labellevel3Ids.png").write_bytes(cut)
+    (folder / "c_gtFine_labellevel3Ids.png").write_bytes(b"")
+    (folder / ".c_gtFine_labellevel3Ids.png.77.part").write_bytes(b"half")
+    (folder / ".notes.part").write_bytes(b"somebody's")
+    assert prepare(tmp_path, workers=1) == {"train": {"files": 3, "written": 2, "kept": 1}}
+    assert label_map(tmp_path, "train", "0/a").tolist() == [[9]]
+    assert label_map(tmp_path, "train", "0/b").shape == (48, 64)
+    assert sorted(path.name for path in folder.glob(".*")) == [".notes.part"]
+    assert prepare(tmp_path, workers=1) == {"train": {"files": 3, "written": 0, "kept": 3}}
+    both = prepare(tmp_path, encodings=["level3Id", "csId"], workers=1)
+    assert both == {"train": {"files": 3, "written": 3, "kept": 3}}
+    assert prepare(tmp_path, workers=1, overwrite=True)["train"]["written"] == 3
+    assert label_map(tmp_path, "train", "0/a").shape == (48, 64)
+
+
+def test_corrected_polygons_are_drawn_again(tmp_path, caplog):
+    paths = {name: add(tmp_path, "train", f"0/{name}", [box("road", 0, 0, 9, 9)]) for name in "abcdef"}
+    prepare(tmp_path, encodings=["level3Id", "id"], workers=1)
+    old = time.time() - 1e6
+    add(tmp_path, "train", "0/a", [box("sky", 0, 0, 9, 9)])
+    add(tmp_path, "train", "0/b", [box("sky", 0, 0, 9, 9)])
+    os.utime(paths["b"], (old, old))  # unpacked again, with the time of the archive
+    os.utime(paths["c"])  # touched alone
+    paths["d"].write_bytes(paths["d"].read_bytes()[:-9])
+    os.utime(paths["d"], (old, old))
+    others = paths["e"].with_name("e_gtFine_labellevel3Ids.png")
+    for name, age in (
+        ("e", 3600),
+        ("f", -3600),
+    ):  # drawn by another tool, before and after the polygons were last saved
+        save(paths[name].with_name(f"{name}_gtFine_labellevel3Ids.png"), [[9]])
+        stamp = others.stat().st_mtime - age
+        os.utime(paths[name].with_name(f"{name}_gtFine_labellevel3Ids.png"), (stamp, stamp))
+    with (
+        caplog.at_level(logging.INFO),
+        pytest.raises(UserError, match=r"1 of 6 files .*\n- .*0/d_gtFine_.* is damaged"),
+    ):
+        prepare(tmp_path, encodings=["level3Id", "id"], workers=1)
+    assert "5 label maps drawn, 5 of them again since their polygons have changed, 5 kept." in caplog.text
+    for name, label in (("a", "sky"), ("b", "sky"), ("c", "road"), ("e", "road")):
+        np.testing.assert_array_equal(
+            label_map(tmp_path, "train", f"0/{name}"), painted([(label, 0, 0, 9, 9)], "level3Id")
+        )
+    assert label_map(tmp_path, "train", "0/f").tolist() == [[9]]
+    paths["d"].unlink()
+    assert prepare(tmp_path, encodings=["level3Id", "id"], workers=1) == {
+        "train": {"files": 5, "written": 0, "kept": 10}
+    }
+    again = prepare(tmp_path, workers=1, overwrite=True)
+    assert again == {"train": {"files": 5, "written": 5, "kept": 0}}
+
+
+def test_two_runs_at_once_leave_each_other_alone(tmp_path):
+    for part in ("one", "two"):
+        add(tmp_path / part, "train", "0/a", [box("road", 0, 0, 9, 9)])
+    half = tmp_path / "two/gtFine/train/0/.a_gtFine_labellevel3Ids.png.77.part"
+    command = f"from dinoseg.tasks.preparation.idd import prepare; prepare({str(tmp_path)!r}, workers=1)"
+    with locked(tmp_path / "two/gtFine/.prepare.lock"):  # as a run on this part alone holds it
+        half.write_bytes(b"half")
+        process = subprocess.Popen([sys.executable, "-c", command], stderr=subprocess.PIPE, text=True)
+        assert "Another process is at work on the same data" in process.stderr.readline()
+        assert half.exists() and process.poll() is None and not list(tmp_path.rglob("*.png"))
+    process.communicate(timeout=60)
+    assert process.returncode == 0 and not half.exists() and len(list(tmp_path.rglob("*.png"))) == 2
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch, caplog):
+    import fcntl
+
+    def refuse(file, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    add(tmp_path, "train", "0/a", [])
+    assert prepare(tmp_path, workers=1)["train"]["written"] == 1
+    assert "cannot be locked (No locks available): start one process at a time" in caplog.text
+
+
+BAD = {
+    "no_width": ({"imgWidth": "absent"}, "it has no imgWidth"),
+    "no_height": ({"imgHeight": None}, "it has no imgHeight"),
+    "negative": ({"imgHeight": -48}, "imgHeight=-48 is no number of pixels from 1 to 16384"),
+    "zero": ({"imgWidth": 0}, "imgWidth=0 is no number of pixels"),
+    "huge": ({"imgWidth": 10**12}, "imgWidth=1000000000000 is no number of pixels"),
+    "fraction": ({"imgWidth": 64.5}, "imgWidth=64.5 is no number"),
+    "word": ({"imgWidth": "64"}, "imgWidth=64 is no number"),
+    "nan": ({"imgWidth": float("nan")}, "imgWidth=nan is no number"),
+    "no_objects": ({"objects": "absent"}, "it has no list named objects"),
+    "objects_word": ({"objects": "road"}, "it has no list named objects"),
+    "object_word": ({"objects": ["road"]}, r"objects\[0\] is no object"),
+    "no_label": ({"objects": [box(3, 0, 0, 1, 1)]}, r"objects\[0\].label=3 is no name"),
+    "no_polygon": ({"objects": [box("sky", 0, 0, 1, 1), {"label": "road"}]}, r"objects\[1\] \(road\) has no polygon"),
+    "word_point": ({"objects": [box("road", "a", 0, 1, 1)]}, r"objects\[0\].polygon\[0\]=\['a', 0\] is no pair of num"),
+    "bool_point": ({"objects": [box("road", True, 0, 1, 1)]}, r"polygon\[0\]=\[True, 0\] is no pair of numbers"),
+    "flat": ({"objects": [{"label": "road", "polygon": [0, 0, 5, 5, 9, 9]}]}, r"polygon\[0\]=0 is no pair of numbers"),
+    "triple": ({"objects": [{"label": "road", "polygon": [[0, 0, 0]] * 3}]}, r"polygon\[0\]=\[0, 0, 0\] is no pair"),
+    "nan_point": ({"objects": [box("road", 0, float("nan"), 1, 1)]}, r"\[0, nan\] lies more than 1000000 pixels"),
+    "far": ({"objects": [box("road", -1e300, 0, 10**20, 1)]}, r"\[-1e\+300, 0\] lies more than 1000000 pixels"),
+    "deleted_word": ({"objects": [box("road", 0, 0, 1, 1, deleted="no")]}, r"deleted='no' is neither 0 nor 1"),
+}
+
+
+def test_bad_files_are_named_and_the_others_go_on(tmp_path):
+    for name, (change, _) in BAD.items():
+        add(tmp_path, "train", f"3/{name}", change.pop("objects", []), **change)
+    folder = tmp_path / "gtFine/train/3"
+    raw = {
+        "cut": ('{"imgWidth": 64, "obj', "is damaged (Unterminated string"),
+        "empty": ("", "is damaged (Expecting value"),
+        "list": ("[1, 2]", "is damaged (it is no JSON object)"),
+        "deep": ("[" * 200000, "is damaged ("),
+    }
+    for name, (text, _) in raw.items():
+        (folder / f"{name}_gtFine_polygons.json").write_text(text)
+    (folder / "latin_gtFine_polygons.json").write_bytes('{"user": "é"}'.encode("latin-1"))
+    (folder / "folder_gtFine_polygons.json").mkdir()
+    add(tmp_path, "train", "3/good", [box("road", 0, 0, 9, 9)], imgWidth=64.0)
+    add(tmp_path, "val", "4/good", [box("road", -1e6, -1e6, 1e6, 1e6)])
+    with pytest.raises(UserError) as caught:
+        prepare(tmp_path, workers=1)
+    message = str(caught.value)
+    count = len(BAD) + len(raw) + 2
+    assert message.startswith(f"{count} of {count + 2} files could not be drawn, the others are ready:\n- {folder}")
+    assert message.endswith("\nRunning again goes on with these.") and message.count("\n- ") == count
+    lines = {line.split("_gtFine_polygons")[0].rsplit("/", 1)[1]: line for line in message.splitlines()[1:-1]}
+    for name, (_, reason) in BAD.items():
+        with pytest.raises(UserError, match=reason):
+            raise UserError(lines[name])
+    for name, (_, reason) in raw.items():
+        assert reason in lines[name]
+    assert "is damaged ('utf-8' codec can't decode" in lines["latin"] and "is a folder" in lines["folder"]
+    assert label_map(tmp_path, "train", "3/good")[0, 0] == 0 and (label_map(tmp_path, "val", "4/good") == 0).all()
+    assert len(list(tmp_path.rglob("*.png"))) == 2
+
+
+def test_processes_name_what_failed_too(tmp_path):
+    for number in range(40):  # more than are under way at a time
+        add(tmp_path, "train", f"3/{number:02d}", [box("road", 0, 0, 9, 9)], imgWidth=-1 if number == 30 else 64)
+    with pytest.raises(UserError, match=r"^1 of 40 files .*\n- .*3/30_gtFine_polygons.json is damaged \(imgWidth=-1"):
+        prepare(tmp_path, workers=2)
+    assert len(list(tmp_path.rglob("*.png"))) == 39
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_stops_cleanly_and_the_next_run_goes_on(tmp_path, monkeypatch, code):
+    for name in "abcd":
+        add(tmp_path, "train", f"0/{name}", [box("road", 0, 0, 9, 9)])
+    write, written = prepare_idd.write_png, []
+
+    def fill(path, pixels, **more):
+        if len(written) == 2:
+            raise OSError(code, "No space left on device")
+        written.append(path)
+        write(path, pixels, **more)
+
+    monkeypatch.setattr(prepare_idd, "write_png", fill)
+    with pytest.raises(UserError, match=r"disk of .* is full: 2 of 4 files are drawn and nothing is half-written"):
+        prepare(tmp_path, workers=1)
+    monkeypatch.setattr(prepare_idd, "write_png", write)
+    assert prepare(tmp_path, workers=1) == {"train": {"files": 4, "written": 2, "kept": 2}}
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path):
+    for name in "ab":
+        add(tmp_path, "train", f"0/{name}", [])
+    (tmp_path / "gtFine/train/0/a_gtFine_labellevel3Ids.png").mkdir()
+    with pytest.raises(UserError, match=r"1 of 2 files .*\n- .*0/a_gtFine_polygons.json: .*irectory"):
+        prepare(tmp_path, workers=1)
+    assert (label_map(tmp_path, "train", "0/b") == 255).all()
+
+
+def test_killed_in_the_middle(tmp_path):
+    for number in range(150):
+        add(tmp_path, "train", f"0/{number:03d}", [box("road", 0, 0, 900, 900)], imgWidth=1000, imgHeight=1000)
+    command = f"from dinoseg.tasks.preparation.idd import prepare; prepare({str(tmp_path)!r}, workers=1)"
+    process = subprocess.Popen([sys.executable, "-c", command], stderr=subprocess.DEVNULL)
+    folder = tmp_path / "gtFine/train/0"
+    for _ in range(4000):
+        if len(list(folder.glob("[!.]*.png"))) >= 5:
+            break
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    there = list(folder.glob("[!.]*.png"))
+    assert 5 <= len(there) < 150
+    for path in there:
+        Image.open(path).load()  # whole, every one
+    counts = prepare(tmp_path, workers=1)
+    assert counts == {"train": {"files": 150, "written": 150 - len(there), "kept": len(there)}}
+    assert not list(folder.glob(".*"))
+
+
+def test_no_torch_in_the_worker_processes():
+    command = (
+        "import sys, dinoseg.tasks.preparation.idd; raise SystemExit('torch' in sys.modules or 'hydra' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", command], check=False).returncode == 0
+
+
+def test_what_cannot_be_prepared(tmp_path):
+    with pytest.raises(UserError, match=r"encodings=\['level3'\]: choose some of id, csId, csTrainId, level4Id, "):
+        prepare(tmp_path, encodings=["level3"])
+    with pytest.raises(UserError, match=r"encodings=\[\]: choose"):
+        prepare(tmp_path, encodings=[])
+    with pytest.raises(UserError, match="workers=0"):
+        prepare(tmp_path, workers=0)
+    with pytest.raises(UserError, match=r"is no IDD: no leftImg8bit or gtFine"):
+        prepare(tmp_path / "gone")
+    (tmp_path / "idd-segmentation.tar.gz").write_bytes(b"")
+    with pytest.raises(UserError, match=r"Unpack idd-segmentation.tar.gz there first, for a tar file with .*data"):
+        prepare(tmp_path)
+    (tmp_path / "gtFine/train/0").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"Nothing to prepare: no .*_gtFine_polygons.json in .*gtFine\. Unpack"):
+        prepare(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "encoding"),
+    [
+        ("idd", "level3Id"), ("idd_level2", "level2Id"), ("idd_level1", "level1Id"), ("idd_cityscapes", "csTrainId"),
+        ("idd_ids", "id"), ("idd_home_made", "level3Id"),
+    ],
+)  # fmt: skip
+def test_each_data_set_prepares_its_own_encoding(tmp_path, name, encoding, caplog):
+    add(tmp_path, "val", "0/a", [box("road", 0, 0, 9, 9)])
+    register_resolvers()
+    given = [f"data.root='{tmp_path}'", "data.prepare.workers=1", "+resolution={crop: 64, longest: 64}", "+cache_dir=x"]
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        cfg = compose(f"data/{name}", given)
+    with caplog.at_level(logging.INFO):
+        prepare_mode(cfg, out_dir=tmp_path)
+    assert "val: files 1, written 1, kept 0" in caplog.text
+    assert (
+        f"{tmp_path} is ready. What was counted in each of its folders (also in {tmp_path}/prepared.json):"
+        in caplog.text
+    )
+    assert json.loads((tmp_path / "prepared.json").read_text()) == {"val": {"files": 1, "written": 1, "kept": 0}}
+    np.testing.assert_array_equal(
+        label_map(tmp_path, "val", "0/a", encoding), painted([("road", 0, 0, 9, 9)], encoding)
+    )
+    assert len(list(tmp_path.rglob("*.png"))) == 1

@@ -1,0 +1,246 @@
+import errno
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+
+import numpy as np
+import pytest
+from failing import fail_after
+from making import save, write_video
+from PIL import Image
+
+from dinoseg.data.formats.sarrarp import sar_rarp50
+from dinoseg.tasks.preparation import frames as video_frames
+from dinoseg.tasks.preparation import sarrarp as prepare_sarrarp
+from dinoseg.tasks.preparation.sarrarp import prepare
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.locks import locked
+
+
+@pytest.fixture
+def add(tmp_path):
+    """Write a video with masks as it is downloaded: zipped, or unpacked already."""
+    root = tmp_path / "sar"
+
+    def write(folder, video, frames=130, masks=None, zipped=True, top=""):
+        place = tmp_path / "build" / folder / video if zipped else root / folder / video
+        write_video(place / "video_left.avi", frames)
+        for index in range(0, frames, 60) if masks is None else masks:
+            save(place / "segmentation" / f"{index:09d}.png", np.full((32, 48), index // 60))
+        (root / folder).mkdir(parents=True, exist_ok=True)
+        if zipped:
+            with zipfile.ZipFile(root / folder / f"{video}.zip", "w") as opened:
+                for path in sorted(p for p in place.rglob("*") if p.is_file()):
+                    opened.write(path, top + path.relative_to(place).as_posix())
+        return root
+
+    return write
+
+
+def frames(root, video):
+    return sorted(path.stem for path in (root / video / "rgb").glob("*.png"))
+
+
+def test_archives_become_a_data_set(add):
+    root = add("train1", "video_01", top="video_01/")
+    add("train2", "video_02", zipped=False, frames=121)
+    add("test", "video_41", frames=60)
+    counts = prepare(root, workers=1)
+    assert counts == {
+        "test/video_41": {"rate": 1, "decoded": 60, "frames": 1, "masks": 1},
+        "train1/video_01": {"rate": 1, "decoded": 130, "frames": 3, "masks": 3},
+        "train2/video_02": {"rate": 1, "decoded": 121, "frames": 3, "masks": 3},
+    }
+    assert frames(root, "train1/video_01") == ["000000000", "000000060", "000000120"]
+    for index in (0, 60, 120):  # the right frame, in the right colours
+        pixels = np.asarray(Image.open(root / f"train1/video_01/rgb/{index:09d}.png"))
+        assert pixels.shape == (32, 48, 3) and abs(float(pixels.mean()) - (index + 20)) < 4
+    classes = [f"c{i}" for i in range(10)]
+    train, val, test = (sar_rarp50(root, s, classes=classes) for s in ("train", "val", "test"))
+    assert (len(train), len(val), len(test)) == (3, 3, 1) and int(train[2]["mask"][0, 0]) == 2
+    assert (root / "train1/video_01.zip").exists()
+    assert not [p for p in root.rglob("*.part")]
+
+
+def test_ten_a_second_then_one_a_second(add):
+    root = add("train1", "video_01")
+    assert prepare(root, rate=10, workers=1)["train1/video_01"]["frames"] == 22
+    assert frames(root, "train1/video_01")[:3] == ["000000000", "000000006", "000000012"]
+    assert prepare(root, rate=1, workers=1)["train1/video_01"]["rate"] == 10  # holds what 1 Hz needs
+    root = add("train2", "video_02")
+    prepare(root, rate=1, workers=1)
+    assert prepare(root, rate=10, workers=1)["train2/video_02"]["frames"] == 22
+
+
+def test_processes_give_the_same_files(add):
+    for number in range(1, 4):
+        root = add("train1", f"video_{number:02d}", frames=70)
+    assert len(prepare(root, workers=2)) == 3
+    assert all(frames(root, f"train1/video_{n:02d}") == ["000000000", "000000060"] for n in (1, 2, 3))
+
+
+def test_running_again_does_only_what_is_missing(add, monkeypatch):
+    root = add("train1", "video_01")
+    prepare(root, workers=1)
+    seen = []
+    decode = prepare_sarrarp.extract_frames
+    monkeypatch.setattr(
+        prepare_sarrarp, "extract_frames", lambda path, *a, **k: seen.append(path) or decode(path, *a, **k)
+    )
+    add("train1", "video_02")
+    prepare(root, workers=1)
+    assert [path.parent.name for path in seen] == ["video_02"]
+    (root / "train1/video_01/rgb/000000060.png").unlink()
+    whole = (root / "train1/video_01/rgb/000000000.png").stat().st_mtime_ns
+    prepare(root, workers=1)
+    assert [path.parent.name for path in seen] == ["video_02", "video_01"]
+    assert len(frames(root, "train1/video_01")) == 3
+    assert (root / "train1/video_01/rgb/000000000.png").stat().st_mtime_ns == whole
+
+
+def test_archives_can_go_once_verified(add):
+    root = add("train1", "video_01")
+    add("train1", "video_02", masks=[0])
+    with pytest.raises(UserError, match="1 of 2"):
+        prepare(root, workers=1, keep_archives=False)
+    assert [path.name for path in (root / "train1").glob("*.zip")] == ["video_02.zip"]
+    (root / "train1/video_02.zip").unlink()
+    (root / "train1/video_01/video_left.avi").unlink()
+    assert list(prepare(root, workers=1, videos=["video_01"])) == ["train1/video_01"]
+
+
+def test_frames_of_another_tool_are_left_alone(add, tmp_path):
+    root = add("train", "video_1", zipped=False)
+    for index in (0, 60, 120):
+        save(root / f"train/video_1/frames/{index:09d}.png", np.zeros((32, 48, 3)))
+    assert prepare(root, workers=1)["train/video_1"] == {"rate": 1, "frames": 3, "masks": 3}
+    assert not (root / "train/video_1/rgb").exists()
+    (root / "train/video_1/video_left.avi").rename(tmp_path / "away.avi")
+    assert prepare(root, workers=1)["train/video_1"]["frames"] == 3
+    with pytest.raises(UserError, match="1 frame per second; extracting 10 needs video_left.avi"):
+        prepare(root, workers=1, rate=10)
+    (tmp_path / "away.avi").rename(root / "train/video_1/video_left.avi")
+    (root / "train/video_1/frames/000000060.png").unlink()
+    with pytest.raises(UserError, match="1 mask without frame: 000000060"):
+        prepare(root, workers=1)
+    assert prepare(root, workers=1, rate=10)["train/video_1"]["frames"] == 22  # into rgb/, from the video
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_truncated_video_fails_alone(add, workers):
+    root = add("train1", "video_01", zipped=False, frames=400)
+    add("train1", "video_02")
+    add("train1", "video_03", zipped=False)
+    path = root / "train1/video_01/video_left.avi"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    (root / "train1/video_03/video_left.avi").write_bytes(b"no video")
+    with pytest.raises(UserError) as caught:
+        prepare(root, workers=workers)
+    message = str(caught.value)
+    assert message.startswith("2 of 3 videos could not be prepared, the others are ready:")
+    assert "- train1/video_03: Cannot read" in message
+    line = next(line for line in message.splitlines() if line.startswith("- train1/video_01"))
+    assert "is truncated: " in line and ", 400 promised" in line
+    assert frames(root, "train1/video_02") == ["000000000", "000000060", "000000120"]
+
+
+@pytest.mark.parametrize(
+    ("masks", "message"),
+    [
+        ([0, 60], r"130 frames, so 3 masks belong to it; segmentation/ has 2 \(missing: 000000120;"),
+        ([0, 60, 120, 180], r"has 4 \(missing: none; without such a frame: 000000180\)"),
+        ([0, 6, 120], r"has 3 \(missing: 000000060; without such a frame: 000000006\)"),
+        ([], r"has no masks in segmentation/"),
+    ],
+)
+def test_masks_are_counted(add, masks, message):
+    root = add("train1", "video_01", masks=masks)
+    with pytest.raises(UserError, match=message):
+        prepare(root, workers=1)
+    assert not (root / "train1/video_01/.prepared.json").exists()
+
+
+def test_an_archive_without_video(add):
+    root = add("train1", "video_01")
+    with zipfile.ZipFile(root / "train1/video_02.zip", "w") as opened:
+        opened.writestr("segmentation/000000000.png", "")
+        opened.writestr("readme.txt", "")
+    (root / "train1/video_03.zip").write_bytes(b"cut off")
+    with pytest.raises(UserError, match=r"video_02 has no video_left.avi; it holds readme.txt, segmentation") as caught:
+        prepare(root, workers=1)
+    assert "- train1/video_03: " in str(caught.value) and "is damaged" in str(caught.value)
+    assert len(frames(root, "train1/video_01")) == 3
+
+
+def test_a_full_disk_stops_cleanly_and_the_next_run_goes_on(add, monkeypatch):
+    for number in (1, 2, 3):
+        root = add("train1", f"video_{number:02d}")
+    fail_after(monkeypatch, video_frames, "write_png", 4, OSError(errno.ENOSPC, "No space left on device"))
+    with pytest.raises(UserError, match=r"disk of .* is full: 1 of 3 videos are ready .*run again"):
+        prepare(root, workers=1)
+    assert not (root / "train1/video_02/.prepared.json").exists()
+    assert not (root / "train1/video_03").exists()
+    monkeypatch.undo()
+    assert len(prepare(root, workers=1)) == 3
+
+
+def test_killed_in_the_middle(add):
+    root = add("train1", "video_01", frames=3000)
+    command = f"from dinoseg.tasks.preparation.sarrarp import prepare; prepare({str(root)!r}, rate=10, workers=1)"
+    process = subprocess.Popen([sys.executable, "-c", command], stderr=subprocess.DEVNULL)
+    target = root / "train1/video_01/rgb"
+    for _ in range(2000):
+        if target.is_dir() and len(list(target.glob("*.png"))) >= 20:
+            break
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    half = len(frames(root, "train1/video_01"))
+    assert 20 <= half < 500 and not (root / "train1/video_01/.prepared.json").exists()
+    for path in target.glob("[!.]*.png"):
+        Image.open(path).load()  # whole, every one
+    (target / ".000000600.png.1.part").write_bytes(b"half")
+    (target.parent / "..prepared.json.1.part").write_bytes(b"half")
+    assert prepare(root, rate=10, workers=1)["train1/video_01"]["frames"] == 500
+    assert len(frames(root, "train1/video_01")) == 500 and not list(target.glob(".*"))
+    assert not list(target.parent.glob("*.part"))
+
+
+def test_a_second_run_waits_for_the_first(add, caplog):
+    root = add("train1", "video_01", frames=61)
+    live = root / "train1/video_01/rgb/.000000060.png.1.part"
+    second = threading.Thread(target=prepare, args=[root], kwargs={"workers": 1})
+    with locked(root / ".prepare.lock"):
+        live.parent.mkdir(parents=True)
+        live.write_bytes(b"of the first")
+        second.start()
+        while "waiting for it" not in caplog.text:
+            assert second.is_alive()
+        assert live.exists()
+    second.join(60)
+    assert frames(root, "train1/video_01") == ["000000000", "000000060"] and not live.exists()
+
+
+def test_choice_of_videos(add):
+    root = add("train1", "video_01", frames=10)
+    add("test", "video_41", frames=10)
+    assert list(prepare(root, workers=1, videos=["test/video_41"])) == ["test/video_41"]
+    with pytest.raises(UserError, match=r"names video_1, which .* Choose from test/video_41, train1/video_01"):
+        prepare(root, videos=["video_1"])
+
+
+def test_settings_and_folders_that_cannot_work(tmp_path, add):
+    with pytest.raises(UserError, match="rate=5: choose 1"):
+        prepare(tmp_path, rate=5)
+    with pytest.raises(UserError, match="workers=0"):
+        prepare(tmp_path, workers=0)
+    with pytest.raises(UserError, match=r"Nothing to prepare under data.root=.*gone: no video_\*\.zip"):
+        prepare(tmp_path / "gone")
+    root = add("train1", "video_01")
+    (root / "train1/masks.zip").write_bytes(b"")
+    with pytest.raises(UserError, match=r"masks\.zip is not named after a video: rename"):
+        prepare(root)

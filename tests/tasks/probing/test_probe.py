@@ -1,0 +1,234 @@
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from tiny_parts import tiny_vit
+
+from dinoseg.core.shapes import Sample
+from dinoseg.models.heads.linear import LinearHead
+from dinoseg.models.model import Segmenter
+from dinoseg.tasks.probing.candidates import SHARPNESS, Candidates
+from dinoseg.tasks.probing.probe import Grid, Probe, held_out
+from dinoseg.tasks.probing.standing import Standing
+from dinoseg.tasks.probing.sums import Affine
+from dinoseg.training.engine import Engine
+from dinoseg.training.validation import evaluate
+from dinoseg.utils.errors import UserError
+
+
+class Drawn:
+    """Images of several sizes, whose classes are their brightness; class 3 never occurs."""
+
+    classes, ignore_index, skipped = ("dark", "grey", "bright", "absent"), 255, {}
+    palette = ((0, 0, 0), (9, 9, 9), (99, 99, 99), (1, 2, 3))
+
+    def __init__(self, count, seed=0):
+        draw = np.random.default_rng(seed)
+        sizes = [(24, 40), (17, 31), (8, 8)]
+        self.images = [torch.from_numpy(draw.integers(0, 3, (h, w))) for h, w in (sizes[i % 3] for i in range(count))]
+        self.names = [f"{number // 2}_{number}" for number in range(count)]
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        ids = self.images[index][::8, ::8].repeat_interleave(8, 0).repeat_interleave(8, 1)
+        ids = ids[: self.images[index].shape[0], : self.images[index].shape[1]].to(torch.uint8)
+        mask = ids.clone()
+        mask[0] = 255
+        return Sample(image=(ids * 100).expand(3, -1, -1).contiguous(), mask=mask, name=self.names[index])
+
+    def counts(self):
+        masks = torch.cat([self[index]["mask"].flatten() for index in range(len(self))])
+        return [int((masks == number).sum()) for number in range(4)]
+
+
+def engine(**options):
+    return Engine("cpu", "fp32", workers=0, **options)
+
+
+def probed(data, *, readings=None, grid=Grid(), size=1):  # noqa: B008
+    model = Segmenter(tiny_vit((0, 1)).requires_grad_(False), LinearHead(24, 2, 4))
+    return Probe(model, data, data.counts(), engine(eval_batch_size=size), readings or {"0+1": [0, 1]}, grid)
+
+
+def test_a_head_that_begins_with_it_scores_what_it_says():
+    train, val = Drawn(9), Drawn(4, seed=1)
+    probe = probed(train, readings={"1": [1], "0+1": [0, 1]})
+    probe.fit()
+    alone, together = probe.choose()
+    probe.score([alone, together], val)
+    assert together.scores["miou"] > 0.9 and together.scores["classes"][3]["iou"] is None
+    together.start(probe.model.head, sharpened=True)
+    scored = evaluate(probe.model, val, engine())
+    assert scored == together.scores
+    one = Segmenter(tiny_vit((1,)), LinearHead(24, 1, 4))
+    alone.start(one.head)
+    assert evaluate(one, val, engine()) == alone.scores
+
+
+def test_batches_change_nothing_and_all_images_are_solved_from():
+    train = Drawn(9)
+    single, joined = probed(train), probed(train, size=3)
+    for probe in (single, joined):
+        probe.fit()
+    (first,), (second,) = single.choose(), joined.choose()
+    torch.testing.assert_close(first.affine, second.affine, rtol=1e-6, atol=1e-6)  # maps differ in the last place
+    assert first.choice == second.choice
+    total = single.sums["0+1"]
+    assert total.gram[0, -1, -1] == pytest.approx(sum(train.counts()))
+    assert total.cells[0, -1] == sum(-(-h // 8) * -(-w // 8) for h, w in (image.shape for image in train.images))
+
+
+def test_one_image_is_summed_up_once_and_chooses_itself():
+    probe = probed(Drawn(1))
+    assert (probe.held_out, probe.rest) == ([0], [])
+    probe.fit()
+    (found,) = probe.choose()
+    assert probe.sums["0+1"].gram[0, -1, -1] == pytest.approx(sum(probe.counts)) and found.choice.miou > 0.9
+
+
+def test_groups_stay_on_one_side():
+    names = [f"{group}_{number}" for group in "abc" for number in range(3)]
+    assert len({names[index][0] for index in held_out(names, Grid(group="^(.)"))}) == 1
+    assert len(held_out(names, Grid(group="^(.)"))) == 3
+    assert len(held_out(names, Grid(group="_()"))) == len(held_out(names, Grid())) == 1  # one group: each for itself
+    assert held_out(names, Grid(seed=1)) != held_out(names, Grid(seed=2))
+
+
+def test_a_candidate_is_counted_as_its_upsampled_scores_are():
+    torch.manual_seed(0)
+    features, mask = torch.randn(2, 5, 3, 4), torch.randint(0, 4, (2, 20, 30))
+    mask[mask == 3] = 255
+    maps = [Affine(torch.randn(3, 5).double(), torch.randn(3).double()) for _ in range(4)]
+    candidates = Candidates(maps, 255)
+    candidates.add(features, mask, (0.9, 1.0))
+    for number, (weight, bias) in enumerate(maps):
+        head = LinearHead(5, 1, 3).eval()
+        head.start(weight, bias, torch.zeros(5), torch.ones(5))
+        scores = head.predict(head([features]), (20, 30), (0.9, 1.0))
+        known = mask != 255
+        predicted = scores.argmax(dim=1)[known]
+        expected = torch.bincount(mask[known] * 3 + predicted, minlength=9).view(3, 3)
+        assert torch.equal(candidates.counts[number], expected)
+        for place, factor in enumerate(SHARPNESS):
+            loss = F.cross_entropy(factor * scores, mask, ignore_index=255, reduction="sum")
+            assert candidates.losses[number, place].item() == pytest.approx(loss.item(), rel=1e-4)
+    best = candidates.best()
+    assert best.number == max(range(4), key=lambda number: iou(candidates.counts[number]))
+    assert best.sharpness == SHARPNESS[int(candidates.losses[best.number].argmin())]
+
+
+def iou(counts):
+    hit = counts.diagonal().double()
+    return (hit / (counts.sum(0) + counts.sum(1) - hit)).mean().item()
+
+
+def test_a_pass_that_is_stopped_goes_on_with_its_sums(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("dinoseg.tasks.probing.probe._TOGETHER", 2)
+    monkeypatch.setattr("dinoseg.tasks.probing.standing._EVERY", 0.0)
+    train, settings = Drawn(9), {"blocks": "0+1"}
+    whole = probed(train)
+    whole.fit()
+    stopped, seen = probed(train), []
+
+    def stop(batch, features):
+        seen.append(batch.names)
+        if len(seen) == 6:
+            raise KeyboardInterrupt
+        Probe._add(stopped, batch, features)
+
+    monkeypatch.setattr(stopped, "_add", stop)
+    with pytest.raises(KeyboardInterrupt):
+        stopped.fit(Standing(tmp_path, "probing.json", settings))
+    going_on = probed(train)
+    with caplog.at_level("INFO"):
+        going_on.fit(Standing(tmp_path, "probing.json", settings))
+    assert "going on with the sums of 4 images" in caplog.text
+    for (name, value), (_, expected) in zip(going_on._parts(), whole._parts(), strict=True):
+        assert torch.equal(value, expected), name
+    with pytest.raises(UserError, match="blocks was 0\\+1 and is 1"):
+        Standing(tmp_path, "probing.json", {"blocks": "1"})
+
+
+class Ranked(Engine):
+    """One of two ranks, each in a thread of this process."""
+
+    rank, world, met, given = 0, 2, Barrier(2, timeout=60), [None, None]
+
+    def __init__(self, rank):
+        super().__init__("cpu", "fp32", workers=0)
+        self.rank = rank
+
+    def each(self, value):
+        self.given[self.rank] = value
+        self.met.wait()
+        values = list(self.given)
+        self.met.wait()
+        return values
+
+    def sum(self, tensor):
+        return sum(self.each(tensor.clone()))
+
+    def share(self, value):
+        return self.each(value)[0]
+
+
+def test_two_ranks_find_what_one_does_from_the_start_or_on_the_way(tmp_path, monkeypatch):
+    monkeypatch.setattr("dinoseg.tasks.probing.probe._TOGETHER", 4)
+    monkeypatch.setattr("dinoseg.tasks.probing.standing._EVERY", 0.0)
+    train, val, begun = Drawn(9), Drawn(5, seed=1), Standing(tmp_path, "probing.json", {})
+
+    def run(probe, standing):
+        probe.fit(standing)
+        found = probe.choose()
+        probe.score(found, val)
+        return probe, found
+
+    alone, expected = run(probed(train), None)
+    for _ in range(2):  # the second time from what the first one has kept
+        probes = [probed(train) for _ in range(2)]
+        for rank, probe in enumerate(probes):
+            probe.engine = Ranked(rank)
+        with ThreadPoolExecutor(2) as threads:
+            standings = [Standing(tmp_path, "probing.json", {}, writes=not rank) for rank in range(2)]
+            results = list(threads.map(run, probes, standings))
+        assert begun.load(dict(probed(train)._parts())) == 8
+        for probe, found in results:
+            for (name, value), (_, whole) in zip(probe._parts(), alone._parts(), strict=True):
+                torch.testing.assert_close(value, whole, rtol=1e-9, atol=1e-9, msg=name)
+            assert [(each.choice, each.scores) for each in found] == [(each.choice, each.scores) for each in expected]
+
+
+def test_sums_that_are_damaged_or_of_another_form_begin_anew(tmp_path, caplog):
+    standing, sums = Standing(tmp_path, "probing.json", {}), {"a/gram": torch.ones(2, dtype=torch.float64)}
+    standing.save(sums, 3)
+    assert standing.load({"a/gram": torch.zeros(3, dtype=torch.float64)}) == 0
+    kept = {"a/gram": torch.zeros(2, dtype=torch.float64)}
+    assert standing.load(kept) == 3 and kept["a/gram"].tolist() == [1, 1]
+    for done in (torch.tensor([3, 3]), torch.tensor(-3), torch.tensor(3.0), torch.tensor(float("nan"))):
+        save_file({**sums, "done": done}, tmp_path / "sums.safetensors")
+        assert standing.load(kept) == 0
+    save_file({"a/gram": sums["a/gram"] * np.nan, "done": torch.tensor(3)}, tmp_path / "sums.safetensors")
+    assert standing.load(kept) == 0 and kept["a/gram"].tolist() == [1, 1]
+    (tmp_path / "sums.safetensors").write_bytes(b"cut")
+    assert standing.load(kept) == 0 and "begin anew" in caplog.text
+    standing.drop()
+    assert standing.load(kept) == 0
+    (tmp_path / "probing.json").write_text("{")
+    with pytest.raises(UserError, match="is damaged"):
+        Standing(tmp_path, "probing.json", {})
+
+
+def test_a_grid_without_a_point_is_refused():
+    with pytest.raises(UserError, match="strengths=\\[\\]: there is nothing to try"):
+        Grid(strengths=())
+    model = Segmenter(tiny_vit((1,)), LinearHead(24, 1, 4))
+    with pytest.raises(UserError, match="No pixel of the training masks is labelled"):
+        Probe(model, Drawn(2), [0] * 4, engine(), {"1": [0]})
+    with pytest.raises(UserError, match="balances=\\[0.0, 5000.0\\]: by such a balance the rarest class"):
+        Probe(model, Drawn(2), [9, 90, 9, 0], engine(), {"1": [0]}, Grid(balances=(0.0, 5000.0)))

@@ -1,0 +1,50 @@
+"""What a run is computed by: its checkpoints say it, and who goes on otherwise is told."""
+
+import logging
+from types import SimpleNamespace
+
+import pytest
+from omegaconf import OmegaConf
+
+from dinoseg.tasks.job import Job
+from dinoseg.utils.errors import UserError
+
+KEPT = {"engine.cache": "disk", "features.dtype": "float16"}
+
+
+@pytest.fixture
+def noted(caplog):
+    """Return a function that notes what a job is computed by after its checkpoint's, and gives it and what is told."""
+
+    def note(before, precision="fp32", kept=KEPT, **options):
+        job = object.__new__(Job)
+        job.cfg, job.engine = OmegaConf.create({"resume": "run"}), SimpleNamespace(precision=precision)
+        job.start = before and SimpleNamespace(info=before)
+        checkpoints = SimpleNamespace(info={})
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            job.note(checkpoints, kept, **options)
+        return checkpoints.info, caplog.messages
+
+    return note
+
+
+def test_what_differs_when_a_run_goes_on_is_told_once(noted):
+    first, told = noted(None)
+    assert first == {"engine": {"engine.precision": "fp32", **KEPT}} and not told
+    assert noted(first)[1] == [] == noted({})[1] == noted(first, "bf16", tells=False)[1]
+    assert noted(first, kept={**KEPT, "engine.cache": "memory"})[1] == []  # the same numbers
+    (told,) = noted(first, "bf16")[1]
+    assert "engine.precision was fp32 and is bf16. Give what was" in told and "features" not in told
+    then, (told,) = noted(first, "bf16", kept={})
+    assert "; features.dtype was float16 and is null. Give what was" in told
+    assert then["engine"]["engine.cache"] == "off" and "was null and is float16" in noted(then)[1][0]
+    assert noted({"engine": KEPT | {"features.dtype": None}}, kept={**KEPT, "features.dtype": "float32"})[1] == []
+    assert noted({"engine": KEPT | {"teacher": "a"}})[1] == []  # no student
+    assert "teacher was a and is b" in noted({"engine": {"teacher": "a"}}, kept={**KEPT, "teacher": "b"})[1][0]
+
+
+@pytest.mark.parametrize("said", [3, ["bf16"], {"engine.precision": 16}, None])
+def test_a_checkpoint_that_says_something_else_is_refused(noted, said):
+    with pytest.raises(UserError, match=r"resume=run: its engine is .* and must be texts. Choose another"):
+        noted({"engine": said})

@@ -1,0 +1,257 @@
+"""Several heads in one pass are the runs that each would be by itself, to the bit."""
+
+import csv
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from command_line import SMALL, call, write_data
+
+from dinoseg.models.heads.cnn import CnnHead
+from dinoseg.training import checkpoint
+from dinoseg.training.checkpoint import Checkpoints
+from dinoseg.training.image_feed import ImageFeed
+from dinoseg.training.shared_features import SharedFeatures
+
+WORDS = (
+    *("mode=train", *(word for word in SMALL if not word.startswith(("adapter=", "trainer.steps="))), "adapter=frozen"),
+    *("engine.precision=fp32", "mode.metrics_only=true", "mode.report=false", "mode.pictures=1"),
+    *("trainer.steps=7", "trainer.val_every=2", "trainer.save_every=3", "trainer.log_every=1", "trainer.accumulate=2"),
+    *("trainer.clip=0.05", "trainer.ema=0.9", "trainer.patience=1"),
+)
+HEADS = "heads=[linear,{head: cnn, channels: 16, name: wide, lr: 3e-2},{head: linear, layers: [0], name: early}]"
+MANY = (*WORDS, "trainer=many_heads", HEADS)
+NAMES = ("linear", "wide", "early")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    where = tmp_path_factory.mktemp("many")
+    write_data(where / "data", train=5, val=3)
+    return where
+
+
+@pytest.fixture(scope="module")
+def run(folder):
+    """Train three heads at once; return the command's end, its folder, and how often the backbone was asked."""
+    asked, frozen = [], SharedFeatures.of
+
+    def counting(shared, images, **options):
+        before = len(shared._held)
+        features = frozen(shared, images, **options)
+        asked.append(len(shared._held) > before)
+        return features
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(SharedFeatures, "of", counting)
+        done = call(folder, *MANY, "hydra.run.dir=many")
+    assert done.status == 0, done.err
+    return SimpleNamespace(done=done, path=folder / "many", asked=asked)
+
+
+def rows(path):
+    """Return the log without what tells of the machine."""
+    timed = {"train/images_per_s", "train/data_wait", "train/memory_gib"}
+    lines = map(json.loads, (path / "metrics.jsonl").read_text().splitlines())
+    return [{key: value for key, value in line.items() if key not in timed} for line in lines]
+
+
+def assert_same(first, second):
+    """Hold two run folders against one another: weights, optimizer, average, description, log and scores."""
+    for name in ("last", "best"):
+        one, other = (checkpoint.read(path / f"checkpoints/{name}.safetensors") for path in (first, second))
+        assert one.info == other.info and one.tensors.keys() == other.tensors.keys()
+        assert all(torch.equal(one.tensors[key], other.tensors[key]) for key in one.tensors), name
+    assert rows(first) == rows(second)
+    assert (first / "evaluation/scores.json").read_text() == (second / "evaluation/scores.json").read_text()
+    assert {path.name for path in first.iterdir()} == {path.name for path in second.iterdir()}
+
+
+def step_of(path):
+    return checkpoint.describe(path / "checkpoints/last.safetensors")["progress"]["step"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_is_its_own_run_to_the_bit(folder, run, name):
+    words = (run.path / "heads" / name / "config/overrides.txt").read_text().split("\n")
+    assert "engine.cache=off" in words, "what is kept is rounded"
+    done = call(folder, *filter(None, words), f"hydra.run.dir=alone_{name}")
+    assert done.status == 0, done.err
+    assert_same(run.path / "heads" / name, folder / f"alone_{name}")
+
+
+def test_what_is_the_same_for_all_is_computed_once(run):
+    steps = [step_of(run.path / "heads" / name) for name in NAMES]
+    assert len(set(steps)) > 1, "patience ends them at different steps"
+    validations, evaluated = (max(steps) + 1) // 2, 3 * 3
+    assert sum(run.asked) == 2 * max(steps) + 3 * validations
+    assert run.asked[-evaluated:] == [False] * evaluated
+
+
+def test_the_best_stands_first(run):
+    with open(run.path / "leaderboard.csv", encoding="utf-8", newline="") as file:
+        table = list(csv.DictReader(file))
+    assert {row["head"] for row in table} == {*NAMES}
+    best = [float(row["val_miou"]) for row in table]
+    assert best == sorted(best, reverse=True)
+    for row in table:
+        scores = json.loads((Path(run.path) / "heads" / row["head"] / "evaluation/scores.json").read_text())
+        assert float(row["miou"]) == scores["miou"] and int(row["parameters"]) > 0
+    shares = [float(row["time_share"]) for row in table]
+    assert all(share > 0 for share in shares) and sum(shares) < 1
+    rates = {row["head"]: float(row["learning_rate"]) for row in table}
+    assert rates == {"linear": 1e-2, "wide": 3e-2, "early": 1e-2}
+    assert run.done.out.rstrip().endswith("leaderboard.csv") and f"\n{table[0]['head']} " in run.done.out
+
+
+def test_a_head_is_used_as_any_run_and_the_whole_is_not(folder, run):
+    words = ("mode=eval", "engine=cpu", "engine.workers=0", "engine.precision=fp32", "mode.report=false")
+    done = call(folder, *words, f"resume={run.path}/heads/wide", "hydra.run.dir=scored")
+    assert done.status == 0, done.err
+    known = (run.path / "heads/wide/evaluation/scores.json").read_text()
+    assert (folder / "scored/scores.json").read_text() == known
+    done = call(folder, *words, f"resume={run.path}")
+    assert done.status == 1 and f"early, linear, wide). Give one of them: resume={run.path}/heads/early" in done.err
+
+
+def stopping(what, number, ends):
+    """Return `what` as it is, but that call `number` ends all as `ends` does."""
+    calls = []
+
+    def called(*given, **options):
+        calls.append(1)
+        if len(calls) == number:
+            raise ends
+        return what(*given, **options)
+
+    return called
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize(
+    ("kind", "number"),
+    [("killed", 2), ("killed", 5), ("killed", 8), ("fails", 11)],
+    ids=["between the first saves", "between later ones", "between the last", "a batch cannot be read"],
+)
+def test_it_goes_on_to_the_bit(folder, run, monkeypatch, kind, number):
+    where = f"{kind}_{number}"
+    with monkeypatch.context() as patched:
+        if kind == "killed":  # what no handler sees leaves heads that stand at different steps
+            patched.setattr(Checkpoints, "save", stopping(Checkpoints.save, number, SystemExit(9)))
+        else:
+            patched.setattr(ImageFeed, "tally", stopping(ImageFeed.tally, number, OSError("truncated")))
+        with pytest.raises(OSError) if kind == "fails" else pytest.MonkeyPatch.context():
+            assert call(folder, *MANY, f"hydra.run.dir={where}/base/train_x").status == 9
+    path = folder / where / "base/train_x"
+    saved = {name: path / "heads" / name for name in NAMES}
+    found = {name: step_of(own) for name, own in saved.items() if (own / "checkpoints/last.safetensors").exists()}
+    if number == 2:
+        assert found == {"linear": 2} and not (path / "checkpoints").exists()
+        return
+    assert len(found) == 3 and (kind, len(set(found.values()))) != ("fails", 1), found
+    done = call(folder, *MANY, "resume=auto", f"hydra.run.dir={where}/base/train_y")
+    assert done.status == 0, done.err
+    assert not (folder / where / "base/train_y").exists()
+    for name in NAMES:
+        for again in (path / "heads" / name).glob("config_*"):
+            again.rename(folder / f"{where}_{name}_{again.name}")
+        assert_same(path / "heads" / name, run.path / "heads" / name)
+
+
+def diverging(head, number):
+    """Return a head's forward pass, of which that number of them in training gives no numbers."""
+    calls, forward = [], head.forward
+
+    def run(self, features):
+        calls.append(1) if self.training else None
+        return forward(self, features) * (torch.nan if len(calls) >= number else 1)
+
+    return run
+
+
+@pytest.mark.heavy
+def test_a_head_that_diverges_drops_out_alone(folder, run, monkeypatch):
+    words = [word for word in MANY if word != HEADS]
+    with monkeypatch.context() as patched:
+        patched.setattr(CnnHead, "forward", diverging(CnnHead, 9))
+        done = call(folder, *words, "heads=[linear,{head: cnn, channels: 16}]", "hydra.run.dir=dropped")
+    assert done.status == 0, done.err
+    assert "cnn drops out, and the others go on. Step 4: the loss is nan" in done.err
+    path = folder / "dropped/heads"
+    assert json.loads((path / "cnn/dropped.json").read_text())["step"] == 4 == step_of(path / "cnn")
+    assert_same(path / "linear", run.path / "heads/linear")
+    with open(folder / "dropped/leaderboard.csv", encoding="utf-8", newline="") as file:
+        table = {row["head"]: row for row in csv.DictReader(file)}
+    assert "the loss is nan" in table["cnn"]["note"] and table["cnn"]["miou"] and not table["linear"]["note"]
+    # once it goes on, what had dropped out stays out
+    done = call(folder, "mode=train", "resume=dropped", "trainer.steps=9", "trainer.patience=null")
+    assert done.status == 0, done.err
+    assert (step_of(path / "linear"), step_of(path / "cnn")) == (9, 4) and "drops out" not in done.err
+    assert "the loss is nan" in (folder / "dropped/leaderboard.csv").read_text()
+    (path / "cnn/dropped.json").write_text("{")
+    done = call(folder, "mode=train", "resume=dropped")
+    assert done.status == 1 and "cnn/dropped.json is damaged" in done.err and "the head goes on" in done.err
+
+
+def test_where_all_have_diverged_the_run_has_failed(folder, monkeypatch):
+    words = [word for word in MANY if word != HEADS]
+    monkeypatch.setattr(CnnHead, "forward", diverging(CnnHead, 1))
+    done = call(folder, *words, "heads=[{head: cnn, channels: 16}]", "hydra.run.dir=all_dropped")
+    assert done.status == 1 and "No head has come as far as a validation: dropped out. Step 0" in done.err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("trainer=many_heads",), "heads=None: give a list of at least one head"),
+        (("trainer=many_heads", "heads=[]"), "heads=[]: give a list of at least one head"),
+        (("trainer=many_heads", "heads=linear"), "heads=linear: give a list"),
+        (("heads=[linear]",), "heads is read by trainer=many_heads alone"),
+        (("lrs=[1e-3]",), "lrs is read by trainer=many_heads alone"),
+        (("trainer=many_heads", "heads=[linaer]"), "linaer is no head. Did you mean linear?"),
+        (("trainer=many_heads", "heads=[linear]", "head=cnn"), "head=cnn and heads both say what is trained"),
+        (("trainer=many_heads", "heads=[{head: cnn, depth: 2}]"), "depth is no key of head=cnn. It has layers, "),
+        (("trainer=many_heads", "heads=[linear,mlp]", "adapter=lora"), "adapter=lora: trainer=many_heads trains heads"),
+        (("trainer=many_heads", "heads=[linear,slots]"), "head=slots is trained on clips"),
+        (("trainer=many_heads", "heads=[linear]", "lrs=0.1"), "lrs=0.1: give a list"),
+        (("trainer=many_heads", "heads=[linear]", f"lrs=[1{400 * '0'},1]"), "give a list of learning rates above 0"),
+        (("trainer=many_heads", "heads=[linear]", "lrs=[0.1,1e-1]"), "linear_0.1 stands there more than once"),
+        (
+            ("trainer=many_heads", "heads=[cnn,{head: mlp, name: cnn}]"),
+            "[{head:cnn,name:first},{head:mlp,name:second}]",
+        ),
+        (("trainer=many_heads", "heads=[linear,dpt]"), "quarters"),
+        (("trainer=many_heads", "heads=[linear]", "data.feature_noise=0.1"), "data.feature_noise=0.1 is for one head"),
+    ],
+)
+def test_what_cannot_be_is_refused_and_leaves_nothing(folder, words, message):
+    done = call(folder, *WORDS, *words, "hydra.run.dir=refused")
+    assert done.status == 1 and message in done.err.replace("\n", " "), done.err
+    assert not (folder / "refused").exists()
+
+
+def test_the_backbone_that_is_shared_is_compiled_where_that_is_asked_for(folder, monkeypatch):
+    compiled = []
+    monkeypatch.setattr("dinoseg.training.engine.compile_blocks", lambda each, copies: compiled.append(each))
+    words = (
+        "trainer=many_heads",
+        "heads=[linear]",
+        "engine.compile=true",
+        "trainer.steps=1",
+        "trainer.save_every=null",
+    )
+    done = call(folder, *WORDS, *words, "hydra.run.dir=compiled")
+    assert done.status == 0 and len(compiled) == 2, done.err
+    assert compiled[0].layers == compiled[1].layers
+
+
+def test_other_heads_are_a_run_of_their_own(folder, run):
+    done = call(folder, "mode=train", f"resume={run.path}", "trainer=many_heads", "heads=[linear]")
+    assert done.status == 1 and "Leave both out, or train other heads in a run of their own" in done.err
+
+
+def test_cells_of_a_sweep_are_looked_at_before(folder):
+    done = call(folder, *WORDS, "trainer=many_heads", "heads=[linear,dpt],[linear]", "hydra.sweep.dir=swept", "-m")
+    assert done.status == 1 and "1 of 2 cells of this sweep cannot work" in done.err and "quarters" in done.err

@@ -1,0 +1,165 @@
+"""Few masks and a teacher: the same for any worker count, the same after a stop, and refused where it cannot be."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from command_line import SMALL, call, write_data
+from films import write_film
+from finished_runs import rows, trained
+
+from dinoseg.experiment.recipe import recipe_of
+from dinoseg.tasks import unmasked
+from dinoseg.tasks.self_training import SelfTrainingRegime
+from dinoseg.training import checkpoint
+from dinoseg.training.trainee import Trainee
+from dinoseg.utils.images import write_png
+
+WORDS = (
+    *("mode=train", "trainer=self_training", *(word for word in SMALL if word != "trainer.steps=2")),
+    *("mode.metrics_only=true", "mode.report=false", "mode.pictures=0", "trainer.val_every=4", "trainer.log_every=1"),
+    *("trainer.threshold=0.5", "optim.schedule.kind=constant", "optim.schedule.warmup=0"),
+)
+OTHER = (*(word for word in WORDS if not word.startswith(("trainer=", "trainer.thr"))), "trainer.feed=self_training")
+HALF = (*WORDS, "data.labelled=0.5")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    where = tmp_path_factory.mktemp("self")
+    write_data(where / "data", train=6, val=1)
+    return where
+
+
+@pytest.mark.heavy
+def test_a_run_goes_on_to_the_same_bytes_with_any_workers(folder):
+    whole, done = trained(folder, "whole", *HALF, "trainer.steps=4")
+    assert "3 training images with masks, 3 without" in done.err
+    steps = [row for row in rows(folder, "whole") if "train/loss" in row]
+    assert len(steps) == 4 and all(0 <= row["train/sure"] <= 1 and row["train/unlabelled"] >= 0 for row in steps)
+    assert any(row["train/unlabelled"] > 0 for row in steps)
+    trained(folder, "parts", *HALF, "trainer.steps=2", "engine.workers=2")
+    parts, _ = trained(folder, "parts", *HALF, "trainer.steps=4", "resume=parts")
+    assert whole.keys() == parts.keys() and all(torch.equal(whole[name], parts[name]) for name in whole)
+    other, _ = trained(folder, "other", *HALF, "trainer.steps=4", "trainer.unlabelled_weight=0")
+    assert any(not torch.equal(whole[name], other[name]) for name in whole)
+
+
+def test_the_teacher_is_the_moving_average_and_leaves_the_student_as_it_is(folder, monkeypatch):
+    seen, teach = [], Trainee._teach
+
+    def watched(trainee, images):
+        names = list(trainee.average.live)
+        before = {name: trainee.average.live[name].clone() for name in names}
+        average = {name: value.clone() for name, value in trainee.average.average.items()}
+        prediction = teach(trainee, images)
+        assert trainee.model.training and all(torch.equal(trainee.average.live[name], before[name]) for name in names)
+        state = trainee.model.state_dict()
+        trainee.model.load_state_dict({**state, **average})
+        with torch.no_grad():
+            own = trainee.model.eval()(images)
+        trainee.model.load_state_dict({**state, **before})
+        trainee.model.train()
+        assert torch.equal(prediction.logits(), own.logits()) and not prediction.logits().requires_grad
+        seen.append(any(not torch.equal(before[name], average[name]) for name in names))
+        return prediction
+
+    monkeypatch.setattr(Trainee, "_teach", watched)
+    trained(folder, "watched", *HALF, "trainer.steps=3", "engine.precision=fp32")
+    assert seen == [False, True, True]
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "ce_dice", "focal"])
+def test_weights_of_classes_are_for_masks_alone(folder, monkeypatch, loss):
+    """A teacher that learnt by them gives rare classes more pixels than they have: weighted again, ever more."""
+    made, objective = [], SelfTrainingRegime.objective
+    monkeypatch.setattr(SelfTrainingRegime, "objective", lambda *given: made.append(objective(*given)) or made[0])
+    trained(folder, f"weighted_{loss}", *HALF, "trainer.steps=1", f"loss={loss}", "loss.weights={bright: 3}")
+    assert type(made[0].of_views) is type(made[0].criterion)
+    for part, weights in (("criterion", [1.0, 3.0]), ("of_views", [1.0, 1.0])):
+        found = [value.tolist() for name, value in getattr(made[0], part).named_buffers() if name.endswith("weight")]
+        assert found and all(value == weights for value in found)
+
+
+def test_frames_of_a_video_are_learnt_from(folder):
+    write_film(folder / "film.mp4", frames=24)
+    more = ("trainer.unlabelled=film.mp4", "trainer.unlabelled_every=0.25", "trainer.unlabelled_batch_size=4")
+    _, done = trained(folder, "video", *WORDS, *more, "trainer.steps=1", "trainer.strong_views=1")
+    assert "6 training images with masks, 4 without" in done.err
+
+
+def test_each_image_is_there_once_and_those_of_the_validation_are_told_of(folder):
+    _, done = trained(folder, "once", *HALF, "trainer.unlabelled='data/*/images/*.png'", "trainer.steps=1")
+    assert "3 training images with masks, 7 without" in done.err
+    assert "1 of the images without masks are validation images: scores are then" in done.err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (WORDS, "has no images without masks. Give trainer.unlabelled="),
+        ((*HALF, "trainer.ema=null"), "the moving average is the teacher"),
+        ((*HALF, "engine.cache=memory"), "none of their features can be kept"),
+        ((*HALF, "data.feature_noise=0.1"), "data.feature_noise=0.1 is for training on masks alone"),
+        ((*HALF, "trainer.unlabelled_batch_size=4"), "trainer.unlabelled_batch_size=4 with 3 images without masks"),
+        ((*HALF, "trainer.threshold=1.5"), "trainer.threshold=1.5 is out of range"),
+        ((*HALF, "trainer.strong_views=17"), "Give a whole number from 1 to 16"),
+        ((*WORDS, "trainer.unlabelled=nowhere"), "trainer.unlabelled=nowhere"),
+        ((*WORDS, "data.labelled=names.txt"), "data.labelled=names.txt: 1 of its names are not in the training split"),
+        ((*WORDS, "data.labelled=0"), "data.labelled=0 is out of range"),
+        ((*OTHER, "trainer=many_heads", "heads=[linear]", "adapter=frozen"), "Choose trainer=self_training"),
+        (("mode=plan", *HALF[1:]), "trainer=self_training is not foretold"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(folder, words, said):
+    (folder / "names.txt").write_text("0\nnot there\n")
+    words = [word for word in words if "mode." not in word] if words[0] == "mode=plan" else words
+    refused = call(folder, *words, "trainer.steps=1", "hydra.run.dir=refused")
+    assert refused.status == 1 and said in refused.err, refused.err
+
+
+@pytest.mark.parametrize("few", [2, 64], ids=["processes", "alone"])
+def test_broken_images_without_masks_stop_a_run_by_name_or_are_left_out(folder, tmp_path, monkeypatch, few):
+    monkeypatch.setattr(unmasked, "_FEW", few)
+    shutil.copytree(folder / "data/train/images", tmp_path / "photos")
+    broken = tmp_path / "photos/1.png"
+    broken.write_bytes(broken.read_bytes()[:1000])
+    words = (*WORDS, f"trainer.unlabelled={tmp_path / 'photos'}", "trainer.steps=2", "data.workers=2")
+    done = call(folder, *words, "hydra.run.dir=broken")
+    said = "Or leave such images without masks out: data.on_error=skip."
+    assert done.status == 1 and f"Cannot read {broken} as a picture" in done.err and said in done.err, done.err
+    _, done = trained(folder, f"mended_{few}", *words, "data.on_error=skip")
+    assert f"left out of the images without masks: 1. Cannot read {broken}" in done.err, done.err
+    assert "6 training images with masks, 5 without" in done.err
+
+
+def test_masks_of_one_class_alone_are_refused(folder, tmp_path):
+    write_data(tmp_path / "data", train=4, val=1)
+    for number in range(4):
+        write_png(tmp_path / f"data/train/masks/{number}.png", np.zeros((32, 48), np.uint8))
+    refused = call(tmp_path, *HALF, "trainer.steps=1", "hydra.run.dir=R")
+    assert refused.status == 1 and "hold dark alone: a teacher that knows one answer gives it everywhere" in refused.err
+    for number in range(4):
+        write_png(tmp_path / f"data/train/masks/{number}.png", np.full((32, 48), 255, np.uint8))
+    refused = call(tmp_path, *HALF, "trainer.steps=1", "hydra.run.dir=R2")
+    assert refused.status == 1 and "nothing but ignored pixels" in refused.err
+
+
+def test_a_share_of_the_masks_is_another_recipe(folder):
+    trained(folder, "all", "mode=train", *SMALL, "mode.metrics_only=true", "mode.report=false", "data.labelled=1.0")
+    info = checkpoint.describe(folder / "all/checkpoints/last.safetensors")
+    none = json.loads(json.dumps(info))
+    none["config"]["data"]["labelled"] = None
+    assert recipe_of(none) != recipe_of(info)
+
+
+@pytest.mark.heavy
+def test_two_ranks_go_on_to_the_same_bytes(folder):
+    """Of BatchNorm each rank has running means of its own, and the teacher those of the first."""
+    words = (*HALF, "head=linear", "trainer.val_every=9", "engine.devices=2")
+    whole, _ = trained(folder, "ranks", *words, "trainer.steps=3")
+    trained(folder, "ranks_parts", *words, "trainer.steps=1")
+    parts, _ = trained(folder, "ranks_parts", *words, "trainer.steps=3", "resume=ranks_parts")
+    assert whole.keys() == parts.keys() and all(torch.equal(whole[name], parts[name]) for name in whole)

@@ -1,0 +1,170 @@
+"""Files and folders that appear whole or not at all."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from dinoseg.utils import locks
+from dinoseg.utils.atomic import (
+    _machine,
+    remove_parts,
+    whole_file,
+    whole_folder,
+    write_json,
+    write_text,
+)
+
+
+def test_a_file_takes_its_name_at_the_end_or_vanishes(tmp_path):
+    path = tmp_path / "deep" / "a.bin"
+    with whole_file(path) as part:
+        part.write_bytes(b"1")
+        assert not path.exists() and str(os.getpid()) in part.name  # another process writes to its own
+    with pytest.raises(KeyboardInterrupt), whole_file(path) as part:
+        part.write_bytes(b"2")
+        raise KeyboardInterrupt
+    assert path.read_bytes() == b"1" and list(path.parent.iterdir()) == [path]
+
+
+@pytest.fixture
+def foreseen(monkeypatch):
+    """Let the next temporary name be known, as to somebody who guesses it."""
+    monkeypatch.setattr("secrets.token_hex", lambda count: "00" * count)
+    return f"{os.getpid()}-{_machine()}-00000000"
+
+
+def test_temporary_names_are_random(tmp_path):
+    with whole_file(tmp_path / "a") as first, whole_file(tmp_path / "a") as second:
+        assert first != second and first.exists() and second.exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_link_at_a_temporary_name_is_never_written_through(tmp_path, foreseen):
+    mine, shared = tmp_path / "mine", tmp_path / "shared"
+    shared.mkdir()
+    mine.write_text("of value")
+    for name in ("a", "b", "gone"):
+        (shared / f".{name}.{foreseen}.part").symlink_to(mine if name == "a" else tmp_path / "new")
+    for write in (whole_file(shared / "a"), whole_folder(shared / "b"), whole_file(shared / "gone")):
+        with pytest.raises(FileExistsError), write:
+            pass
+    assert mine.read_text() == "of value" and not (tmp_path / "new").exists()
+
+
+def test_a_link_at_the_place_of_a_lock_is_refused(tmp_path):
+    (tmp_path / ".lock").symlink_to(tmp_path / "new")
+    with pytest.raises(OSError, match="symbolic link"):
+        locks.acquire(tmp_path / ".lock")
+    assert not (tmp_path / "new").exists()
+
+
+def test_json_refuses_what_json_cannot_say_and_leaves_the_old_file(tmp_path):
+    path = tmp_path / "a.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(path, {"a": float("nan")})
+    assert json.loads(path.read_text()) == {"a": 1}
+    write_json(path, {"é": "漢"})
+    assert '"é": "漢"' in path.read_text(encoding="utf-8"), "names stay as people read them"
+
+
+def test_a_failing_write_leaves_the_old_file_and_no_part(tmp_path, monkeypatch):
+    path = tmp_path / "a.txt"
+    write_text(path, "old")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="No space"):
+        write_text(path, "new")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_name_that_cannot_be_taken_leaves_the_old_result(tmp_path, monkeypatch):
+    folder, replace = tmp_path / "a_segmentation", os.replace
+    folder.mkdir()
+    (folder / "old.txt").write_text("old")
+
+    def refuse_part(source, target):
+        if source.suffix == ".part":
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse_part)
+    with pytest.raises(KeyboardInterrupt), whole_folder(folder):
+        pass
+    assert [path.name for path in tmp_path.rglob("*")] == ["a_segmentation", "old.txt"]
+
+
+def test_a_temporary_folder_is_private_until_the_end(tmp_path):
+    with whole_folder(tmp_path / "deep" / "masks") as part:
+        (part / "1.png").write_bytes(b"x")
+        assert not (tmp_path / "deep" / "masks").exists()
+    assert (tmp_path / "deep" / "masks" / "1.png").exists()
+
+
+def test_a_folder_takes_the_place_of_another_and_holds_nothing_of_a_killed_process(tmp_path):
+    for name in ("a", f".a.999999999-{_machine()}-00000000.part"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "old.txt").touch()
+    with whole_folder(tmp_path / "a") as part:
+        (part / "new.txt").touch()
+    assert [path.name for path in sorted(tmp_path.rglob("*"))] == ["a", "new.txt"]
+
+
+def test_what_is_half_written_goes_and_what_a_link_leads_to_stays(tmp_path):
+    (tmp_path / "target").mkdir()
+    (tmp_path / "target/a").touch()
+    (tmp_path / ".1.part").symlink_to(tmp_path / "target")
+    (tmp_path / ".2.part").mkdir()
+    (tmp_path / ".3.part").touch()
+    remove_parts(tmp_path, ".*.part")
+    assert [path.name for path in sorted(tmp_path.rglob("*"))] == ["target", "a"]
+
+
+def test_a_name_that_is_no_text_is_written_as_escapes(tmp_path):
+    write_text(tmp_path / "a.txt", os.fsdecode(b"caf\xe9"))
+    assert (tmp_path / "a.txt").read_text() == "caf\\udce9"
+
+
+KILLED = """if True:
+    import os, signal, sys
+    from pathlib import Path
+    from dinoseg.utils.atomic import scratch_folder, whole_file, whole_folder
+    here, replace = Path(sys.argv[1]), os.replace
+    def die(source, target):
+        replace(source, target)
+        os.kill(os.getpid(), signal.SIGKILL)
+    with scratch_folder(here, "export") as folder, whole_file(here / "a.bin") as part, whole_folder(here / "b") as new:
+        (folder / "model.onnx").write_bytes(b"half")
+        part.write_bytes(b"half")
+        (new / "new.txt").touch()
+        os.replace = die  # once the older folder is put aside
+"""
+
+
+def test_the_next_process_clears_what_a_killed_one_has_left_and_nothing_of_a_living_one(tmp_path):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/old.txt").touch()
+    done = subprocess.run([sys.executable, "-c", KILLED, tmp_path], env={"PYTHONPATH": os.pathsep.join(sys.path)})
+    left = sorted(re.sub(r"\d+-\w{6}-\w{8}", "MARK", found.name) for found in tmp_path.iterdir())
+    assert done.returncode == -9 and left == [".a.bin.MARK.part", ".b.MARK.old", ".b.MARK.part", ".export.MARK.part"]
+    machine = _machine()
+    elsewhere = ("0" if machine[0] != "0" else "1") + machine[1:]
+    theirs = (
+        f".c.{os.getppid()}-{machine}-{'0' * 8}.part",
+        f".d.999999999-{elsewhere}-{'0' * 8}.part",
+        ".e.999999999.part",
+        ".f.part",
+    )
+    for name in theirs:
+        (tmp_path / name).touch()
+    write_text(tmp_path / "new.txt", "")
+    assert {found.name for found in tmp_path.iterdir()} == {"b", "new.txt", *theirs}
+    assert (tmp_path / "b/old.txt").exists()

@@ -1,0 +1,136 @@
+"""A container's share of the processors, the threads that follow from it, and how threads wait for one another."""
+
+import math
+import os
+import subprocess
+import sys
+
+import psutil
+import pytest
+import torch
+
+from dinoseg.utils import control_groups, cores
+
+TOLD_AT_IMPORT = """
+import os, sys
+class Finder:
+    def find_spec(self, name, *rest):
+        if name == "torch":
+            print(os.environ.get("GOMP_SPINCOUNT"), flush=True)
+            os._exit(0)
+sys.meta_path.insert(0, Finder())
+from dinoseg.__main__ import main
+main()
+"""
+
+
+@pytest.fixture
+def groups(tmp_path, monkeypatch):
+    """Write files of control groups, and let 64 processors with two threads a core be usable."""
+    for number in range(64):
+        (tmp_path / f"cpu{number}/topology").mkdir(parents=True)
+        (tmp_path / f"cpu{number}/topology/thread_siblings_list").write_text(f"{number % 32}\n")
+    monkeypatch.setattr(cores, "_TOPOLOGY", tmp_path)
+    monkeypatch.setattr(cores, "_usable", lambda: set(range(64)))
+    monkeypatch.setattr(control_groups, "PROC", tmp_path)
+    monkeypatch.setattr(control_groups, "GROUPS", tmp_path)
+    monkeypatch.setattr(os, "environ", {})
+
+    def write(lines, files):
+        for name, text in {"self/cgroup": lines, **files}.items():
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text(text)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("lines", "files", "count"),
+    [
+        ("0::/\n", {}, 64),
+        ("0::/\n", {"cpu.max": "200000 100000\n"}, 2),  # as a container sees its own group
+        ("0::/a/b\n", {"a/cpu.max": "150000 100000\n", "a/b/cpu.max": "max 100000\n"}, 2),  # limited by one above
+        ("0::/a\n", {"a/cpu.max": "20000 100000\n"}, 1),
+        ("0::/a\n", {"a/cpu.max": "9900000 100000\n"}, 64),
+        ("0::/a\n", {"a/cpu.max": "100000 0\n"}, 64),
+        ("0::/a\n", {"a/cpu.max": "odd\n"}, 64),
+        ("1:cpu,cpuacct:/a\n0::/\n", {"cpu/a/cpu.cfs_quota_us": "400000\n", "cpu/a/cpu.cfs_period_us": "100000\n"}, 4),
+        ("1:cpu,cpuacct:/gone\n", {"cpu/cpu.cfs_quota_us": "50000\n", "cpu/cpu.cfs_period_us": "25000\n"}, 2),
+        ("1:cpu:/a\n", {"cpu/a/cpu.cfs_quota_us": "-1\n", "cpu/a/cpu.cfs_period_us": "100000\n"}, 64),
+        ("1:cpuset:/a\n", {"cpuset/a/cpu.cfs_quota_us": "100000\n", "cpuset/a/cpu.cfs_period_us": "100000\n"}, 64),
+    ],
+)
+def test_a_containers_quota_bounds_the_processors(groups, lines, files, count):
+    groups(lines, files)
+    assert cores.count_cores() == cores.share_of_cores() == count
+
+
+def test_without_control_groups_there_is_no_quota(groups):
+    assert control_groups.cpu_quota() == math.inf and cores.count_cores() == 64
+
+
+@pytest.mark.parametrize(
+    ("quota", "environment", "threads"),
+    [
+        ("max", {}, None),
+        ("800000", {}, "8"),  # on as many of the 32 cores
+        ("6000000", {}, "32"),  # no more than there are cores
+        ("800000", {"WORLD_SIZE": "2"}, "4"),
+        ("800000", {"OMP_NUM_THREADS": "5"}, "5"),
+    ],
+)
+def test_threads_follow_a_quota_unless_they_are_said(groups, monkeypatch, quota, environment, threads):
+    groups("0::/\n", {"cpu.max": f"{quota} 100000\n"})
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    os.environ.update(environment)
+    cores.keep_to_quota()
+    assert os.environ.get("OMP_NUM_THREADS") == threads
+
+
+def test_the_threads_of_a_job_are_not_taken_for_the_users_by_the_ranks_of_the_next(groups, monkeypatch):
+    groups("0::/\n", {"cpu.max": "800000 100000\n"})
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    cores.keep_to_quota()
+    cores.forget_share()
+    assert "OMP_NUM_THREADS" not in os.environ
+    os.environ["OMP_NUM_THREADS"] = "5"
+    cores.keep_to_quota()
+    cores.forget_share()
+    assert os.environ["OMP_NUM_THREADS"] == "5"
+
+
+@pytest.mark.parametrize(
+    ("lines", "files", "bytes_"),
+    [
+        ("0::/a/b\n", {"a/memory.max": "4096\n", "a/b/memory.max": "max\n"}, 4096),
+        ("1:memory:/a\n", {"memory/a/memory.limit_in_bytes": "8192\n"}, 8192),
+        ("0::/\n", {"memory.max": f"{2**63}\n"}, psutil.virtual_memory().total),
+        ("0::/\n", {}, psutil.virtual_memory().total),
+    ],
+)
+def test_a_containers_memory_is_the_machines(groups, lines, files, bytes_):
+    groups(lines, files)
+    assert cores.machine_memory() == bytes_
+
+
+@pytest.mark.parametrize(("platform", "bytes_"), [("linux", psutil.virtual_memory().total), ("win32", sys.maxsize)])
+def test_without_psutil_only_windows_does_not_know_its_memory(groups, monkeypatch, platform, bytes_):
+    groups("0::/\n", {})
+    monkeypatch.setitem(sys.modules, "psutil", None)
+    monkeypatch.setattr(cores.sys, "platform", platform)
+    assert cores.machine_memory() == bytes_
+
+
+@pytest.mark.parametrize("said", [{"OMP_WAIT_POLICY": "active"}, {"GOMP_SPINCOUNT": "7"}])
+def test_how_threads_wait_stays_as_it_is_said(monkeypatch, said):
+    monkeypatch.setattr(os, "environ", {**said})
+    cores.limit_spinning()
+    assert os.environ == said
+
+
+def test_the_spin_limit_is_set_before_torch_is_imported(tmp_path):
+    environment = {key: value for key, value in os.environ.items() if "SPIN" not in key and "OMP_WAIT" not in key}
+    words = ("mode=train", "data=folder", "data.classes=[a,b]", "engine=cpu", "backbone=tiny")
+    command = [sys.executable, "-c", TOLD_AT_IMPORT, *words]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.stdout == f"{cores._SPINS}\n", done.stderr

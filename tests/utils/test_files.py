@@ -1,0 +1,113 @@
+"""Folders searched for files: what is hidden, what is linked, and links that lead in circles."""
+
+import errno
+import os
+import socket
+
+import pytest
+
+from dinoseg.data.clips.videos import picture_files, video_folders
+from dinoseg.data.formats.sarrarp_files import png_files
+from dinoseg.data.splits import read_name_list
+from dinoseg.data.video.index import open_decoder
+from dinoseg.inference.inputs import list_inputs
+from dinoseg.inference.video_file import VideoReader
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.files import check_regular, entries, visible_files
+from dinoseg.utils.images import has_one_bit, read_ids, read_image, read_size
+
+
+def names(top):
+    return [(parent / file).relative_to(top).as_posix() for parent, files in visible_files(top) for file in files]
+
+
+@pytest.fixture
+def top(tmp_path):
+    for path in ("set/b.png", "set/.hidden", "set/a.png", "set/.git/c", "set/in/deep/d", "set/in/c", "other/e"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).touch()
+    return tmp_path / "set"
+
+
+def test_visible_files_in_order(top):
+    assert names(top) == ["a.png", "b.png", "in/c", "in/deep/d"]
+    (top / "x.png").mkdir()
+    (top / "gone").symlink_to(top / "nowhere")  # a file that cannot be read is its reader's to tell
+    assert names(top) == ["a.png", "b.png", "gone", "in/c", "in/deep/d"]
+
+
+def test_links_are_followed_once_or_more_often_but_never_upwards(top):
+    (top / "in/linked").symlink_to(top.parent / "other")
+    (top / "too").symlink_to(top.parent / "other")
+    expected = ["a.png", "b.png", "in/c", "in/deep/d", "in/linked/e", "too/e"]
+    assert names(top) == expected
+    (top / "in/deep/self").symlink_to(".")
+    (top / "in/deep/up").symlink_to(top)
+    (top / "in/deep/far").symlink_to(top.parent)
+    (top.parent / "other/back").symlink_to(top / "in")
+    found = names(top)
+    assert set(expected) <= set(found) and len(found) == len(expected) + 2  # `too/back` shows in/ a second time
+    assert {"too/back/c", "too/back/deep/d"} <= set(found)
+
+
+def test_a_link_to_the_folder_itself_can_be_searched(top):
+    (top.parent / "link").symlink_to(top)
+    (top / "again").symlink_to(top.parent / "link")
+    assert names(top.parent / "link") == names(top) == ["a.png", "b.png", "in/c", "in/deep/d"]
+
+
+def test_two_folders_that_link_to_each_other(tmp_path):
+    for one, other in ("ab", "ba"):
+        (tmp_path / one).mkdir()
+        (tmp_path / one / f"{one}.png").touch()
+        (tmp_path / one / "to").symlink_to(tmp_path / other)
+    assert names(tmp_path) == ["a/a.png", "a/to/b.png", "b/b.png", "b/to/a.png"]
+
+
+def refuse(folder):
+    """Return a stand-in for functions that list a folder, which one folder does not let."""
+
+    def of(real):
+        def call(path="."):
+            if os.fspath(path) == str(folder):
+                raise PermissionError(errno.EACCES, "Permission denied", str(folder))
+            return real(path)
+
+        return call
+
+    return of
+
+
+def test_a_folder_that_may_not_be_read_is_an_error(top, monkeypatch):
+    monkeypatch.setattr(os, "scandir", refuse(top / "in/deep")(os.scandir))
+    with pytest.raises(UserError, match=r"Cannot read the folder .*in/deep \(Permission denied\).*Let your user read"):
+        names(top)
+    assert [path.name for path in entries(top)] == ["a.png", "b.png", "in"]
+    assert entries(top / "nowhere") == entries(top / "a.png") == []
+    for listing in ("listdir", "scandir"):  # pathlib lists folders by the second since Python 3.14
+        monkeypatch.setattr(os, listing, refuse(top)(getattr(os, listing)))
+    for list_folder in (entries, picture_files, video_folders, png_files, lambda folder: list_inputs(str(folder))):
+        with pytest.raises(UserError, match=r"Cannot read the folder .*set \(Permission denied\)"):
+            list_folder(top)
+
+
+def test_what_is_no_file_is_refused_and_never_waited_for(tmp_path):
+    pipe, folder, loop = tmp_path / "pipe.png", tmp_path / "folder.png", tmp_path / "loop.png"
+    os.mkfifo(pipe)
+    folder.mkdir()
+    loop.symlink_to(loop)
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind(str(tmp_path / ".s"))
+        with pytest.raises(UserError, match="is a socket"):
+            check_regular(tmp_path / ".s")
+    for read in (read_image, read_ids, read_size, read_name_list, VideoReader, open_decoder, has_one_bit):
+        with pytest.raises(UserError, match=r"pipe\.png is a named pipe\. Put a file there, or remove it"):
+            read(pipe)
+    with pytest.raises(UserError, match=r"is a device\. Put a file there"):
+        read_image("/dev/zero")
+    with pytest.raises(UserError, match=r"folder\.png is a folder"):
+        read_image(folder)
+    with pytest.raises(UserError, match=r"loop\.png \(Too many levels of symbolic links\)"):
+        read_image(loop)
+    assert names(tmp_path) == ["loop.png", "pipe.png"]
+    assert [path.name for path in list_inputs(str(tmp_path))] == ["loop.png", "pipe.png"]  # reading tells of them

@@ -1,0 +1,284 @@
+"""What is read back from disk: hostile JSON and arrays are told apart from what was written, wherever they are read."""
+
+import json
+import logging
+import os
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from making import save
+from safetensors.torch import save_file
+
+from dinoseg.data.classes.labels import Labels
+from dinoseg.data.classes.masks import MaskReader, Masks
+from dinoseg.data.formats.sarrarp import _no_pseudo
+from dinoseg.data.formats.youtube_vos import YoutubeVos
+from dinoseg.data.packed.store import INDEX, PIXELS, Extent, StoreKey, open_store, write_index
+from dinoseg.data.pairs.dataset import PairDataset
+from dinoseg.data.pairs.pair import Pair
+from dinoseg.data.scan import cache as scan_cache
+from dinoseg.data.scan import class_counts
+from dinoseg.data.scan.record import Record
+from dinoseg.data.video import index as video_index
+from dinoseg.evaluation.restart import RECORD, earlier_run
+from dinoseg.experiment.split_record import _read_split
+from dinoseg.tracking.state_form import TensorForm, check_state
+from dinoseg.tracking.video.state import STATE, read_standing
+from dinoseg.utils import forms
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.files import is_name
+from dinoseg.utils.forms import Misshapen, parse_json, read_arrays
+
+HOSTILE = [  # none of them has the form of anything that is written
+    b"",
+    b"\xff\xfe",
+    b"[" * 100_000,
+    b'{"a":' * 100_000,
+    b"[" * 30 + b"]" * 30,
+    b"null",
+    b"[]",
+    b'"text"',
+    b"NaN",
+    b'{"a": Infinity}',
+    b'{"a": 1e999}',
+    b'{"a": 1, "a": 2}',
+    b"9" * 5000,
+    b'{"videos": NaN, "train": NaN, "data": {}, "given": "none", "tracker": {}}',
+    b'{"videos": [1], "train": [1], "made_by": 1}',
+]
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_no_reader_takes_hostile_json_or_breaks_on_it(tmp_path, caplog, text):
+    for name in (INDEX, RECORD, "split.json", "pseudo/pseudo.json", "train/meta.json", "counts.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(text)
+    (tmp_path / PIXELS).write_bytes(bytes(64))
+    assert open_store(tmp_path, StoreKey("f", None), ["a"], verify=True) is None
+    assert class_counts._load(tmp_path / "counts.json", "f", 2) is None
+    assert _read_split(tmp_path / "split.json") is None
+    assert caplog.text.count("is damaged (") == 1 and caplog.text.count("are damaged (") == 1
+    with pytest.raises(UserError, match=r"holds no readable tracking\.json \(.*leave mode\.restart out"):
+        earlier_run(str(tmp_path), {"data": {}, "given": "none", "tracker": {}})
+    assert "does not say what the pseudo-labels were made of (" in _no_pseudo(tmp_path)
+    for folder in ("JPEGImages/v", "Annotations/v"):
+        (tmp_path / "train" / folder).mkdir(parents=True)
+    with pytest.raises(UserError, match=r"Cannot read .*meta\.json as YouTube-VOS's.*Unpack it again"):
+        YoutubeVos(str(tmp_path)).videos("train")
+    save_file({"a": torch.zeros(1)}, tmp_path / STATE, {"track": text.decode("utf-8", "replace")})
+    with pytest.raises(UserError, match=r"state\.safetensors is not readable \(.*Leave mode\.restart out"):
+        read_standing(tmp_path)
+    reader = MaskReader(Labels.of(["a"], None, 255), Masks())
+    cache = scan_cache.ScanCache(tmp_path, [], reader)
+    joined = np.frombuffer(text, np.uint8)
+    np.savez(cache.path, records=joined, edges=joined[:0], borders=joined[:0])
+    caplog.clear()
+    assert scan_cache.ScanCache(tmp_path, [], reader)._known == {}
+    assert ("is damaged (" in caplog.text) == (text != b"[]")  # which says that nothing was scanned
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        *[(0, value) for value in (-64, 64, 2**70, 1.0, "0", True, None, [0])],
+        *[(1, value) for value in (0, -1, 2**40, 2.0, "2", True)],
+        *[(3, value) for value in (-1, 2**32, "1")],
+    ],
+)
+def test_places_in_a_packed_store_lie_inside_its_file(tmp_path, place, value):
+    key, names, numbers = StoreKey("f", None), ["a"], [0, 2, 3, 7]
+    (tmp_path / PIXELS).write_bytes(bytes(64))
+    write_index(tmp_path, key, names, [])
+    content = json.loads((tmp_path / INDEX).read_text())
+    for expected in (True, False):
+        (tmp_path / INDEX).write_text(json.dumps({**content, "places": [numbers]}))
+        assert (open_store(tmp_path, key, names, verify=True) is not None) == expected
+        numbers = [value if position == place else number for position, number in enumerate(numbers)]
+
+
+def test_no_item_of_a_packed_store_is_larger_than_an_image(tmp_path):
+    key = StoreKey("f", None)
+    (tmp_path / PIXELS).touch()
+    os.truncate(tmp_path / PIXELS, 2**40)  # all holes
+    for side, there in ((2**13, True), (2**15, False)):
+        write_index(tmp_path, key, ["a"], [Extent(0, side, side, 0)])
+        assert (open_store(tmp_path, key, ["a"], verify=True) is not None) == there
+
+
+@pytest.mark.parametrize("pixels", [[1.5, 2], [-1, 2], ["1", 2], [True, 2], [2**63, 2], [[1], [2]], [None, 2]])
+def test_class_counts_that_are_none_are_counted_anew(tmp_path, caplog, pixels):
+    image, mask = save(tmp_path / "i.png", np.zeros((1, 3, 3))), save(tmp_path / "m.png", [[0, 1, 1]])
+    data = PairDataset([Pair("m", image, mask)], Labels.of(["a", "b"], None, 255), Masks())
+    assert class_counts.class_counts(data, tmp_path).tolist() == [1, 2]
+    path = next(tmp_path.glob("class_counts_*"))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "pixels": pixels}))
+    assert class_counts.class_counts(data, tmp_path).tolist() == [1, 2]
+    assert "are damaged (it.pixels" in caplog.text
+    assert json.loads(path.read_text())["pixels"] == [1, 2]
+
+
+def test_a_scan_that_was_tampered_with_is_made_anew(tmp_path, caplog):
+    reader = MaskReader(Labels.of(["a"], None, 255), Masks())
+    mask = tmp_path / "m.png"
+    mask.write_bytes(b"x")
+    cache = scan_cache.ScanCache(tmp_path, [mask], reader)
+    cache.put(Record("m", str(mask), str(mask), (2, 3), (2, 3), pixels={0: 6}, raw={"0": 6}), Pair("m", mask, mask))
+    cache.save()
+    assert len(scan_cache.ScanCache(tmp_path, [mask], reader)._known) == 1
+    with np.load(cache.path) as file:
+        rows = json.loads(file["records"].tobytes())
+    for change in (
+        {"pixels": {"256": 1}},
+        {"pixels": {"-1": 1}},
+        {"pixels": {"0": -1}},
+        {"pixels": {"0": 2**64}},
+        {"raw": {"(1": 1}},
+        {"image_size": [0, 3]},
+        {"image_size": [2]},
+        {"problems": {"unreadable_image": 3}},
+        {"look": 2**64},
+        {"color_sums": ["1", 2, 3]},
+        {"unknown": 1},
+        {"passing": 0},
+    ):
+        rows[0]["record"] |= change
+        empty = np.zeros(0, np.uint8)
+        np.savez(cache.path, records=np.frombuffer(json.dumps(rows).encode(), np.uint8), edges=empty, borders=empty)
+        caplog.clear()
+        assert scan_cache.ScanCache(tmp_path, [mask], reader)._known == {} and "is damaged (" in caplog.text, change
+
+
+def npz(path, compress=False, **members):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED if compress else zipfile.ZIP_STORED) as archive:
+        for name, content in members.items():
+            archive.writestr(f"{name}.npy", content)
+
+
+def npy(kind, shape, content=b""):
+    header = f"{{'descr': {kind!r}, 'fortran_order': False, 'shape': {shape!r}, }}".encode()
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + content
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        npy("<f8", (10**15,)),  # as many bytes would be asked for
+        npy("<f8", (2**62, 8)),  # their product is no 64-bit number
+        npy("<f8", (-1,)),
+        npy("<f8", (2,), bytes(8)),
+        npy("|O", (1,), b"cos\nsystem\n(S'false'\ntR."),
+        npy("<f4", (2,), bytes(8)),
+        npy("<f8", (1, 1), bytes(8)),
+        b"\x93NUMPY\x09\x00",
+        b"\x93NUMPY\x01\x00" + b"\xff\xff" + b"(" * 65535,
+        b"",
+    ],
+)
+def test_arrays_of_another_form_are_refused_before_they_are_made(tmp_path, content):
+    npz(tmp_path / "a.npz", a=content)
+    with pytest.raises(Misshapen):
+        read_arrays(tmp_path / "a.npz", {"a": ("<f8", 1)})
+
+
+def test_archives_of_arrays_that_cannot_be_read(tmp_path, caplog):
+    path, form = tmp_path / "a.npz", {"a": ("<f8", 1)}
+    np.savez(path, a=np.arange(3.0))
+    assert read_arrays(path, form)["a"].tolist() == [0, 1, 2]
+    whole = path.read_bytes()
+    for torn in (b"", whole[:40], whole[:-9], whole.replace(b"\x00\x00\xf0\x3f", b"\x00\x00\xf0\x40")):
+        path.write_bytes(torn)
+        with pytest.raises(Misshapen):
+            read_arrays(path, form)
+    npz(path, compress=True, a=npy("<f8", (1,), bytes(8)))
+    with pytest.raises(Misshapen, match="a is compressed"):
+        read_arrays(path, form)
+    for times, sums in (([0.0, np.nan], [1, 2]), ([0.0], [1, 2]), ([], [])):
+        np.savez(path, times=np.array(times, np.float64), sums=np.array(sums, np.uint32), fps=25.0)
+        assert video_index._load(path) is None and not path.exists()
+    assert caplog.text.count("is damaged (") == 3
+    with pytest.raises(FileNotFoundError):
+        read_arrays(path, form)
+    os.mkfifo(path)
+    with pytest.raises(UserError, match="is a named pipe"):
+        read_arrays(path, form)
+
+
+def test_forms_say_where_and_what(caplog):
+    caplog.set_level(logging.INFO)
+    form = forms.record(rows=forms.listing(forms.row(forms.whole(0, 9), forms.maybe(forms.text)), length=2))
+    parse_json('{"rows": [[0, null], [9, "a"]]}', form)
+    for text, message in (
+        ('{"rows": [[0, null], [10, "a"]]}', r"it\.rows\[1\]\[0\] is 10, and must be a whole number from 0 to 9"),
+        ('{"rows": [[0, null], [9, 1]]}', r"it\.rows\[1\]\[1\] is 1, and must be text"),
+        ('{"rows": [[0, null]]}', r"it\.rows is .*, and must be a list of 2"),
+        ('{"rows": [[0, null], [9]]}', r"it\.rows\[1\] is \[9\], and must be a list of 2"),
+        ('{"row": []}', "must be an object of rows"),
+        ('{"rows": [[0, null], [9, "a"]], "more": 1}', "must be an object of rows"),
+        ('{"rows": 1e999}', "1e999 is no number"),
+        ('{"rows": [], "rows": []}', "a name stands twice"),
+        ('{"rows": -Infinity}', "-Infinity is no number"),
+    ):
+        with pytest.raises(Misshapen, match=message):
+            parse_json(text, form)
+    with pytest.raises(Misshapen, match="is 2, and must be a number from 0 to 1"):
+        parse_json("[0, 0.5, 2]", forms.listing(forms.number(0, 1)))
+    with pytest.raises(Misshapen, match="must be a number"):
+        parse_json("1" + "0" * 400, forms.number())  # no float holds it
+    with pytest.raises(Misshapen, match="must be true or false"):
+        parse_json("1", forms.flag)
+
+
+def test_a_long_name_is_not_repeated_for_each_entry_below_it():
+    seen = []
+    form = forms.table(forms.listing(lambda _, where: seen.append(len(where))))
+    parse_json(json.dumps({"k" * 10_000: [1] * 5}), form)
+    assert len(seen) == 5 and max(seen) < 80
+
+
+def test_names_that_lead_elsewhere_are_none():
+    assert all(map(is_name, ("a", "...", ".hidden", "a b", "é", "-a")))
+    assert not any(map(is_name, ("", ".", "..", "/", "a/b", "/etc", "a\0b")))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"a": torch.zeros(2, 3, dtype=torch.float64)}, "a is torch.float64"),
+        ({"a": torch.zeros(2, 4)}, r"b is .* \[3\], and must be torch.int64 \[n\]"),
+        ({"a": torch.zeros(2, 3, 1)}, "a is"),
+        ({"a": torch.full((2, 3), torch.nan)}, "a holds numbers from nan"),
+        ({"a": torch.full((2, 3), torch.inf)}, "a holds numbers from inf"),
+        ({"b": torch.tensor([0, 1, 5])}, "b holds numbers from 0.0 to 5.0, and may from 0 to 4"),
+        ({"b": torch.zeros(0, dtype=torch.int64), "a": torch.zeros(2, 0)}, "a is"),
+        ({"c": torch.zeros(1)}, "it holds a, b, c, and must hold a, b"),
+    ],
+)
+def test_tensors_of_a_state_have_their_form(change, message):
+    forms = {"a": TensorForm(torch.float32, "2 n"), "b": TensorForm(torch.int64, "n", 0, 4)}
+    state = {"a": torch.zeros(2, 3), "b": torch.tensor([0, 1, 4])}
+    check_state(state, forms)
+    with pytest.raises(ValueError, match=message):
+        check_state({**state, **change}, forms)
+
+
+@pytest.mark.parametrize(
+    "read", [lambda path: forms.read_json(path, forms.plain), lambda path: forms.read_arrays(path, {})]
+)
+def test_a_pipe_that_takes_the_place_of_a_file_after_the_check_is_not_waited_for(read, tmp_path, monkeypatch):
+    def check_then_swap(path):
+        path.unlink()
+        os.mkfifo(path)
+
+    (tmp_path / "a").write_text("{}")
+    monkeypatch.setattr("dinoseg.utils.files.check_regular", check_then_swap)
+    with pytest.raises(UserError, match="is a named pipe"):
+        read(tmp_path / "a")
+
+
+def test_a_file_that_says_it_is_larger_than_memory_is_refused(tmp_path):
+    (tmp_path / "a").touch()
+    os.truncate(tmp_path / "a", 2**40)
+    with pytest.raises(forms.Misshapen, match="1099511627776 bytes"):
+        forms.read_json(tmp_path / "a", forms.plain)

@@ -1,0 +1,154 @@
+"""What a signal does: in training it waits for a whole step, everywhere it says what is left of the work."""
+
+import os
+import signal
+
+import pytest
+from command_line import SMALL, call, write_data
+
+from dinoseg.cli import own_keys
+from dinoseg.report.log import RunLog
+from dinoseg.training import checkpoint
+from dinoseg.training.image_feed import ImageFeed
+from dinoseg.utils import interrupt
+from dinoseg.utils.interrupt import Interrupted, deferred, passed_on, raised
+
+SIGNALS = pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+
+
+def strike(monkeypatch, at, number, feed=ImageFeed):
+    """Send this process a signal just before batch `at` is drawn."""
+    whole = feed.train_batches
+
+    def batches(self, start):
+        for index, batch in enumerate(whole(self, start), start=start):
+            if index == at:
+                signal.raise_signal(number)
+            yield batch
+
+    monkeypatch.setattr(feed, "train_batches", batches)
+
+
+def train(where, *options):
+    return call(where, "mode=train", *SMALL, "mode.metrics_only=true", *options)
+
+
+@SIGNALS
+def test_a_signal_saves_the_step_it_came_in_and_says_so(tmp_path, monkeypatch, number, status):
+    write_data(tmp_path / "data")
+    strike(monkeypatch, 2, number)
+    done = train(tmp_path, "trainer.steps=9", "trainer.val_every=3")
+    last = next(tmp_path.glob("outputs/base/train_*/checkpoints/last.safetensors"))
+    assert done.status == status and "Traceback" not in done.err
+    assert f"interrupted: {last} holds step 3. The same command with resume=auto goes on from it" in done.err
+    progress = checkpoint.describe(last)["progress"]
+    assert progress["step"] == 3 and progress["owed"] and not (last.parent / "best.safetensors").exists()
+    assert not [path for path in last.parents[1].rglob(".*")]
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL, "handlers are put back"
+
+
+def test_a_validation_whose_pictures_cannot_be_kept_is_logged_once(tmp_path, monkeypatch):
+    def full(self, step, named):
+        raise OSError(28, "No space left on device", "a.png")
+
+    write_data(tmp_path / "data")
+    with monkeypatch.context() as patched:
+        patched.setattr(RunLog, "pictures", full)
+        assert train(tmp_path, "hydra.run.dir=run").status == 1
+    path, last = tmp_path / "run/metrics.jsonl", tmp_path / "run/checkpoints/last.safetensors"
+    step = checkpoint.describe(last)["progress"]["step"]
+    with path.open("a") as file:  # as a run leaves it that is killed between its row and its checkpoint
+        file.write(f'{{"step": {step}, "val/miou": 0.5}}\n')
+    assert train(tmp_path, "resume=run").status == 0
+    assert sum("val/miou" in row for row in path.read_text().splitlines()) == 1
+
+
+def test_a_signal_before_the_first_step_says_that_nothing_is_saved(tmp_path, monkeypatch):
+    write_data(tmp_path / "data")
+    monkeypatch.setattr(ImageFeed, "__post_init__", lambda self: signal.raise_signal(signal.SIGTERM))
+    done = train(tmp_path)
+    assert done.status == 143
+    assert done.err.endswith("\ninterrupted: this run has saved nothing\n")
+
+
+@SIGNALS
+def test_other_modes_say_what_is_finished(tmp_path, monkeypatch, number, status):
+    from dinoseg.modes import score
+
+    def stop(cfg, *, out_dir, **_):
+        if out_dir.name == "some":
+            (out_dir / "some.png").touch()
+        signal.raise_signal(number)
+
+    monkeypatch.setattr(score, "run", stop)
+    for name, said in (("none", "\n"), ("some", ": what is finished is in ")):
+        done = call(tmp_path, "mode=score", f"hydra.run.dir={name}")
+        assert done.status == status and done.err.startswith(f"\ninterrupted{said}"), done.err
+
+
+def test_a_command_that_is_stopped_before_it_begins_is_a_line(tmp_path, monkeypatch):
+    def stop(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(own_keys, "with_own_keys", stop)
+    done = call(tmp_path, "mode=score")
+    assert (done.status, done.err) == (130, "\ninterrupted\n")
+
+
+def test_the_second_signal_ends_at_once_and_what_follows_the_first_closely_is_the_same(monkeypatch):
+    now = [10.0]
+    monkeypatch.setattr(interrupt.time, "monotonic", lambda: now[0])
+    with pytest.raises(Interrupted) as ended, deferred("wait") as stop:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)  # torchrun passes on what the terminal has sent to all
+        assert stop.asked == signal.SIGINT
+        now[0] += 3
+        signal.raise_signal(signal.SIGTERM)
+    assert ended.value.again and ended.value.status == 143
+
+
+def test_a_kept_signal_is_raised_in_the_end_and_hides_what_it_has_caused_only():
+    with pytest.raises(Interrupted), deferred(""):
+        signal.raise_signal(signal.SIGTERM)
+    with pytest.raises(Interrupted), deferred(""):
+        signal.raise_signal(signal.SIGTERM)
+        raise RuntimeError("DataLoader worker is killed by signal")
+    with pytest.raises(ValueError, match="a file"), deferred(""):
+        signal.raise_signal(signal.SIGTERM)
+        raise ValueError("a file")
+
+
+def test_what_is_ignored_stays_ignored(monkeypatch):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with raised():
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_signals_are_passed_on_once(monkeypatch):
+    sent = []
+    monkeypatch.setattr(os, "kill", lambda process, number: sent.append((process, number)))
+    with passed_on([7, 8]):
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+    assert sent == [(7, signal.SIGTERM), (8, signal.SIGTERM)]
+
+
+def test_what_changes_nothing_is_left_at_once_and_only_that():
+    with pytest.raises(Interrupted), deferred("") as stop, stop.at_once(allowed=True):
+        signal.raise_signal(signal.SIGTERM)
+        pytest.fail("goes on")
+    with pytest.raises(Interrupted), deferred("") as stop:
+        signal.raise_signal(signal.SIGTERM)
+        with stop.at_once(allowed=True):
+            pytest.fail("begins")
+    with pytest.raises(Interrupted), deferred("") as stop:
+        with stop.at_once(allowed=True):
+            pass
+        with stop.at_once(allowed=False):
+            signal.raise_signal(signal.SIGTERM)
+        assert stop.asked == signal.SIGTERM
+    with pytest.raises(RuntimeError, match="a worker"), deferred(""):
+        raise RuntimeError("a worker has died")

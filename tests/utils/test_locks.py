@@ -1,0 +1,64 @@
+"""Lock files: held by one process, never by what it has forked."""
+
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from dinoseg.utils.locks import acquire, locked, release
+
+KILLED = """
+import os, signal, sys, time
+from pathlib import Path
+from dinoseg.utils.locks import acquire
+acquire(Path(sys.argv[1]))
+if os.fork() == 0:
+    print("forked", flush=True)
+    time.sleep(60)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_what_is_no_file_is_no_lock_and_is_not_waited_for(tmp_path, make):
+    make(tmp_path / "lock")
+    with pytest.raises(OSError):
+        acquire(tmp_path / "lock", wait=True)
+
+
+def test_one_holder_at_a_time(tmp_path):
+    first = acquire(tmp_path / "deep/lock")
+    assert first is not None and acquire(tmp_path / "deep/lock") is None
+    release(first)
+    second = acquire(tmp_path / "deep/lock")
+    assert second is not None
+    release(second)
+
+
+def test_a_worker_that_outlives_its_parent_holds_nothing(tmp_path):
+    with subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path / "lock")], stdout=subprocess.PIPE) as parent:
+        assert parent.stdout.readline() == b"forked\n"  # the child has it open still, had it kept it
+        parent.wait(10)
+        file = acquire(tmp_path / "lock")
+        parent.stdout.close()
+        assert file is not None
+        release(file)
+
+
+def test_a_lock_file_that_its_holder_removes_is_no_lock_any_more(tmp_path, caplog):
+    path, entered = tmp_path / "lock", threading.Event()
+
+    def wait():
+        with locked(path):
+            entered.set()
+
+    with locked(path):
+        waiting = threading.Thread(target=wait)
+        waiting.start()
+        while "waiting for it" not in caplog.text:
+            assert waiting.is_alive()
+        assert not entered.is_set()
+    waiting.join(10)
+    assert entered.is_set() and not path.exists()

@@ -1,0 +1,297 @@
+"""Work in processes: what comes back and in which order, how little is ahead, and that no process ever stays."""
+
+import functools
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+
+import pytest
+
+from dinoseg.utils.cores import count_cores
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.workers import in_own_process, in_processes, telling_killed_loaders
+
+run = functools.partial(in_processes, remedy="Do less.")
+started_with = []  # filled in processes by `note_start`
+
+
+def square(item):
+    return item * item
+
+
+def square_first_late(item, folder):
+    if item == 0:
+        until((folder / "3").exists)
+    return square(note(item, folder))
+
+
+def wait_for_go(item, folder):
+    if item:
+        until((folder / "go").exists)
+    return note(item, folder)
+
+
+def refuse_odd(item):
+    if item % 4 == 3:
+        raise OSError(28, "no room", f"{item}")
+    if item % 2:
+        raise UserError(f"{item} is odd")
+    return item
+
+
+def note(item, folder):
+    (folder / f"{item}").touch()
+    return item
+
+
+def die(item):
+    if item == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return item
+
+
+def note_start():
+    started_with.append(os.getpid())
+
+
+def tell_start(_):
+    time.sleep(0.02)
+    return os.getpid(), list(started_with)
+
+
+class Heavy:
+    """Work that counts how often it is sent."""
+
+    sent = 0
+
+    def __getstate__(self):
+        Heavy.sent += 1
+        return {}
+
+    def __call__(self, item):
+        return item
+
+
+def nobody_is_left():
+    return not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+@pytest.mark.parametrize(("items", "workers"), [([], 1), ([], 3), ([7], 3), (range(23), 0), (range(23), 1)])
+def test_few_items_or_no_processes(items, workers, in_order):
+    assert list(run(square, items, workers, in_order=in_order)) == [(item, item * item) for item in items]
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_each_item_comes_with_its_result_in_order(tmp_path, workers):
+    work = functools.partial(square_first_late, folder=tmp_path)
+    assert list(run(work, range(23), workers)) == [(item, item * item) for item in range(23)]
+    assert nobody_is_left()
+
+
+def test_what_is_finished_first_comes_first(tmp_path):
+    pairs = list(run(functools.partial(square_first_late, folder=tmp_path), range(12), 2, in_order=False))
+    assert sorted(pairs) == [(item, item * item) for item in range(12)] and pairs[0][0] != 0
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_named_errors_are_results(workers):
+    pairs = dict(run(refuse_odd, range(8), workers, catch=(UserError, OSError)))
+    assert [pairs[item] for item in range(0, 8, 2)] == [0, 2, 4, 6]
+    assert [str(pairs[item]) for item in (1, 5)] == ["1 is odd", "5 is odd"]
+    assert all(isinstance(pairs[item], OSError) and pairs[item].errno == 28 for item in (3, 7))
+    assert pairs[7].filename == "7"
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_other_errors_are_raised_when_their_item_is_due(workers):
+    taken = []
+    with pytest.raises(OSError, match="no room"):
+        for item, result in run(refuse_odd, range(100), workers, catch=UserError):
+            taken.append((item, str(result)))
+    assert taken == [(0, "0"), (1, "1 is odd"), (2, "2")] and nobody_is_left()
+    with pytest.raises(UserError, match="1 is odd"):
+        list(run(refuse_odd, range(100), workers))
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+def test_little_is_done_ahead_and_nothing_after_the_end(tmp_path, in_order):
+    results = run(functools.partial(note, folder=tmp_path), range(200), 2, in_order=in_order)
+    for _ in range(3):
+        next(results)
+    time.sleep(0.2)
+    assert 3 <= len(list(tmp_path.iterdir())) <= 3 + 2 * 4
+    results.close()
+    assert nobody_is_left() and len(list(tmp_path.iterdir())) <= 3 + 2 * 4
+
+
+def test_what_waits_for_a_process_is_dropped_at_the_end(tmp_path):
+    results = run(functools.partial(wait_for_go, folder=tmp_path), range(200), 2)
+    assert next(results) == (0, 0)
+    threading.Timer(0.3, (tmp_path / "go").touch).start()  # while this one closes
+    results.close()
+    assert nobody_is_left() and not (tmp_path / "7").exists()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_an_interrupted_loop_leaves_no_process(tmp_path, error):
+    def loop():
+        for item, _ in run(functools.partial(note, folder=tmp_path), range(200), 2):
+            if item == 4:
+                raise error
+
+    with pytest.raises(error):
+        loop()
+    assert nobody_is_left() and len(list(tmp_path.iterdir())) < 20
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+def test_a_killed_process_is_told(in_order):
+    with pytest.raises(UserError, match=r"^A process was killed, .* want of memory\. Do less\. \(In a script"):
+        list(run(die, range(50), 2, in_order=in_order))
+    assert nobody_is_left()
+
+
+def test_one_process_or_one_item_is_done_here():
+    for items, workers in (([1, 2, 3], 1), ([1, 2], 0), ([1], 8)):
+        here = [(os.getpid(), [])] * len(items)
+        assert [result for _, result in run(tell_start, items, workers, start=note_start)] == here
+    assert list(run(lambda item: -item, [1], 8)) == [(1, -1)]  # not even picklable
+
+
+def test_each_process_starts_once():
+    told = [result for _, result in run(tell_start, range(30), 2, start=note_start)]
+    assert all(starts == [process] for process, starts in told)
+    assert len(dict(told)) <= 2 and os.getpid() not in dict(told)
+
+
+def test_work_is_sent_once_to_each_process():
+    Heavy.sent = 0
+    assert len(list(run(Heavy(), range(60), 2))) == 60 and 1 <= Heavy.sent <= 2
+
+
+def test_cores_are_counted():
+    assert 1 <= count_cores() <= os.cpu_count()
+
+
+SCRIPT = """
+    import signal
+    import time
+    from functools import partial
+    from pathlib import Path
+    from dinoseg.utils.workers import in_processes
+
+    def work(item, folder):
+        (folder / str(item)).touch()
+        time.sleep(0.02)
+
+    if __name__ == "__main__":
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job starts without
+        for _ in in_processes(partial(work, folder=Path({folder!r})), range(1000), 2, remedy=""):
+            pass
+"""
+
+
+@pytest.mark.parametrize("way", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_no_process_outlives_a_killed_one(tmp_path, way):
+    folder = tmp_path / "done"
+    folder.mkdir()
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(SCRIPT.format(folder=str(folder))))
+    process = subprocess.Popen([sys.executable, script], stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        until(lambda: len(list(folder.iterdir())) > 5)
+        assert len(living(process.pid)) >= 3
+        process.send_signal(way)
+        assert process.wait(20) != 0
+        until(lambda: not living(process.pid))
+        assert len(list(folder.iterdir())) < 1000
+    finally:
+        if living(process.pid):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_a_script_without_guard_is_told_why(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(SCRIPT.format(folder=str(tmp_path))).replace('__name__ == "__main__"', "True"))
+    ended = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60)
+    assert ended.returncode and "processes need `if __name__ == '__main__':` around" in ended.stderr
+
+
+def until(condition, seconds=20):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def living(group):
+    """Return the processes of a group that run."""
+    found = []
+    for process in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{process}/stat", encoding="utf-8") as file:
+                state, _, of = file.read().rpartition(")")[2].split()[:3]
+        except OSError:
+            continue
+        if int(of) == group and state != "Z":
+            found.append(process)
+    return found
+
+
+def answers(item):
+    if item == "refused":
+        raise UserError("no such item")
+    if item == "broken":
+        raise ValueError("not foreseen")
+    if item == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return item, os.getpid(), held()
+
+
+def held():
+    return signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+class Struck:
+    """Work during whose sending Ctrl-C is pressed."""
+
+    def __getstate__(self):
+        signal.raise_signal(signal.SIGINT)
+        return {}
+
+
+def test_a_process_of_its_own_answers_or_tells_how_it_ended(capfd):
+    item, process, deaf = in_own_process(answers, "asked")
+    assert item == "asked" and process != os.getpid() and deaf and not held()
+    with pytest.raises(KeyboardInterrupt):
+        in_own_process(Struck(), "never")
+    assert nobody_is_left() and not held() and not capfd.readouterr().err
+    assert in_own_process(answers, "killed") is None
+    with pytest.raises(UserError, match="no such item"):
+        in_own_process(answers, "refused")
+    with pytest.raises(RuntimeError, match="its traceback stands above"):
+        in_own_process(answers, "broken")
+    assert "ValueError: not foreseen" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("words", ["(pid 7) is killed by signal: Killed.", "(pid(s) 7) exited unexpectedly"])
+def test_a_killed_loader_is_told_with_its_remedy_and_other_errors_pass(words):
+    with (
+        pytest.raises(UserError, match=r"most likely for want of memory.* 7.*engine\.workers=1.*resume=auto"),
+        telling_killed_loaders(),
+    ):
+        raise RuntimeError(f"DataLoader worker {words}")
+    with pytest.raises(RuntimeError, match="another"), telling_killed_loaders():
+        raise RuntimeError("another")
+
+
+def test_a_process_of_its_own_is_killed_at_its_time_limit():
+    with pytest.raises(TimeoutError):
+        in_own_process(time.sleep, 600, timeout=0.05)
+    assert not multiprocessing.active_children()

@@ -1,0 +1,75 @@
+"""YAML of strangers: plain values, or one error, in bounded time and memory."""
+
+import os
+import time
+
+import pytest
+from omegaconf import OmegaConf
+
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.forms import Misshapen
+from dinoseg.utils.yaml_text import parse_yaml, read_yaml
+
+LAUGHS = "a0: &a0 [x, x, x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 30))
+MERGED = "a0: &a0 {x: 1}\n" + "".join(f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 9)}]}}\n" for n in range(1, 30))
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (LAUGHS, "alias"),
+        (MERGED, "alias"),
+        ("data: &a [*a]", "alias"),
+        ("a: " + "[" * 20000, "nested deeper than 32 levels"),
+        ("".join(" " * depth + "a:\n" for depth in range(300)), "nested deeper"),
+        ("seed: " + "9" * 20000, "no plain YAML"),
+        ("seed: 0x" + "f" * 5000, "more than 64 bits"),
+        ("seed: " + ":".join(["59"] * 2000), "more than 64 bits"),
+        ("seed: " + ":".join(["59"] * 2000) + ".5", "no plain YAML"),
+        ("? {a: b}\n: 1", "no plain YAML"),
+        ("seed: 1\nseed: 2", "seed stands more than once"),
+        ("1: a\n01: b", "1 stands more than once"),
+        ("a: !!python/object/apply:os.system [true]", "has the tag 'tag:yaml.org,2002:python/object/apply:os.system'"),
+        ("seed: !!bool foo", "has the tag"),
+        ("seed: !!int ''", "has the tag"),
+        ("seed: !!float ''", "has the tag"),
+        ("seed: !!timestamp foo", "has the tag"),
+        ("seed: !!set {a}", "has the tag"),
+        ("!!str seed: 1", "has the tag"),
+        ("%TAG ! tag:yaml.org,2002:\n---\nseed: !bool foo", "has the tag"),
+        ("seed: ! foo", "has the tag"),
+        ("seed: 1\n<<: {seed: 2}", "merge key"),
+        ("---\na: 1\n---\nb: 2", "no plain YAML"),
+        ("a: \0", "no plain YAML"),
+        ("data: !!omap 3", "has the tag"),
+    ],
+)
+def test_what_is_not_plain_is_one_error_at_once(text, says):
+    begin = time.process_time()
+    with pytest.raises(Misshapen, match=says) as caught:
+        parse_yaml(text)
+    assert time.process_time() - begin < 2 and len(str(caught.value)) < 1000
+
+
+def test_what_this_program_writes_is_read_back():
+    config = {
+        "seed": 0,
+        "a": {"lr": 1e-5, "none": None, "on": "yes", "day": "2026-01-01", "text": "1e-3", "list": [1, [2.5, True]]},
+    }
+    assert parse_yaml(OmegaConf.to_yaml(OmegaConf.create({**config, "b": "${a.lr}"}))) == {**config, "b": "${a.lr}"}
+
+
+def test_dates_are_text_as_in_hydra():
+    assert parse_yaml("seed: 2026-01-01") == {"seed": "2026-01-01"}
+
+
+def test_a_file_is_looked_at_before_it_is_read(tmp_path):
+    (tmp_path / "large.yaml").write_text("#" * 101)
+    with pytest.raises(Misshapen, match="101 bytes, and 100 are read at most"):
+        read_yaml(tmp_path / "large.yaml", 100)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="is a named pipe"):
+        read_yaml(tmp_path / "pipe", 100)
+    (tmp_path / "bytes.yaml").write_bytes(b"a: \xff")
+    with pytest.raises(Misshapen, match="its byte 3 is no text"):
+        read_yaml(tmp_path / "bytes.yaml", 100)
