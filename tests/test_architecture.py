@@ -62,8 +62,8 @@ DOORS = {  # dependency -> the packages and files that may import it
     "huggingface_hub": ("models/backbones", "export/runtime"),
     "starlette": ("serving",),
     "uvicorn": ("serving",),
-    "optuna": ("cli/sweeps/search", "cli/sweeps/study"),
-    "av": ("data/video/decoder", "inference/video_writer", "inference/sound"),
+    "optuna": ("cli/sweeps/search",),
+    "av": ("data/video/decoder", "inference/video_writer"),
 }
 EXCEPTIONS = {
     ("__main__.py", "dinoseg.modes.help.help_for"),  # printed before hydra and torch are imported

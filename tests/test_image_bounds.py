@@ -9,8 +9,7 @@ import pytest
 from PIL import Image
 
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.image_bounds import MOST_SCANS
-from dinoseg.utils.images import as_rgb, read_image
+from dinoseg.utils.images import MOST_SCANS, as_rgb, read_image
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (24, 32, 3)).astype(np.uint8)
 
@@ -108,7 +107,7 @@ def test_what_encoders_write_is_read(tmp_path, data, name):
 
 
 def test_a_tile_of_four_times_the_pixels_is_read(tmp_path, monkeypatch):
-    monkeypatch.setattr("dinoseg.utils.image_bounds.MOST_BLOCK_PIXELS", 100)
+    monkeypatch.setattr("dinoseg.utils.images.MOST_BLOCK_PIXELS", 100)
     first, second = opened(tmp_path, tiff([*TILED, (322, 32), (323, 32)], block=bytes(32 * 32)), "a.tif")
     assert first.shape == (16, 16, 3) and (first == second).all()
     with pytest.raises(UserError, match="in TIFF tiles of 80 x 80"):

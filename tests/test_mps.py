@@ -16,11 +16,11 @@ from tiny_parts import tiny_vit
 from dinoseg.losses.points import sample_maps
 from dinoseg.tracking.propagation.settings import PropagationSettings
 from dinoseg.tracking.propagation.tracker import PropagationTracker
-from dinoseg.training.draws import Draws
+from dinoseg.training.engine import meet
 from dinoseg.training.meter import held_memory, peak_memory
 from dinoseg.training.micro_batches import MicroBatches
-from dinoseg.training.rendezvous import meet
 from dinoseg.training.stopwatch import Stopwatch
+from dinoseg.training.validation import Draws
 from dinoseg.utils.devices import synchronize
 from dinoseg.utils.errors import UserError
 

@@ -1,7 +1,9 @@
 """What a training step takes of memory: its tensors are counted on a walk through the model that computes nothing."""
 
+import ctypes
 import dataclasses
 import math
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +13,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dinoseg.autotune.heap import HeapBytes
 from dinoseg.autotune.stand_in import drawn_batch, image_shape
 from dinoseg.core.shapes import Prediction, mapped
 from dinoseg.experiment import build, criteria
@@ -227,3 +228,67 @@ def _real_loss(cfg: DictConfig, samples: int, bf16: bool, draws: _Draws) -> tupl
             return peak.most - before, [place for place, end in enumerate(ends_of(made)) if end.grad is not None]
     finally:
         torch.set_num_threads(threads)
+
+
+_ALIGNED = 64  # bytes: as torch asks for it
+
+
+class _Info(ctypes.Structure):
+    """What glibc's mallinfo2 tells."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+    ]
+
+
+def _glibc() -> Any:
+    """Return the C library; None: another one, or an older one, which does not tell how large its heap is."""
+    if sys.platform != "linux":
+        return None
+    library = ctypes.CDLL(None)
+    if not hasattr(library, "mallinfo2"):
+        return None
+    library.mallinfo2.restype = _Info
+    library.aligned_alloc.restype = ctypes.c_void_p
+    library.aligned_alloc.argtypes = [ctypes.c_size_t, ctypes.c_size_t]
+    library.free.argtypes = [ctypes.c_void_p]
+    return library
+
+
+class HeapBytes(PeakBytes):
+    """Counts bytes of tensors, and takes memory for each as it would be taken, which nothing is written to.
+
+    What is freed among what stays is of little use to later tensors: where blocks are computed again the heap of a
+    process may be twice as large as the tensors in it.
+
+    Attributes:
+        grown: bytes that the heap has grown by at most; 0: the C library does not tell (glibc does, from 2.33 on), or
+            gave no more.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.grown = 0
+        self._library = _glibc()
+        self._tells = self._library is not None
+        self._before = self._size() if self._tells else 0
+
+    def _take(self, size: int) -> Any:
+        address = None
+        if self._tells:
+            address = self._library.aligned_alloc(_ALIGNED, -(-max(size, 1) // _ALIGNED) * _ALIGNED)
+            self.grown = max(self.grown, self._size() - self._before)
+            if address is None:
+                self._tells, self.grown = False, 0
+        return super()._take(size), address
+
+    def _free(self, taken: Any) -> None:
+        size, address = taken
+        super()._free(size)
+        if address is not None:
+            self._library.free(address)
+
+    def _size(self) -> int:
+        told = self._library.mallinfo2()
+        return told.arena + told.hblkhd

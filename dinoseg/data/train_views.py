@@ -8,7 +8,6 @@ import numpy as np
 import torch
 
 from dinoseg.core.shapes import Sample, SegmentationData
-from dinoseg.data.class_mix import class_mixed
 
 Transform = Callable[..., tuple[np.ndarray, np.ndarray]]
 """From image (H, W, 3), mask (H, W) and chance, and a class to be shown where one is asked for, to a view of both."""
@@ -96,3 +95,20 @@ def chance_of(seed: int, epoch: int, sample: int, purpose: int) -> np.random.Gen
     """Return the chance that something of a sample in an epoch is drawn with."""
     # Philox has an independent stream for every key and counter; drawing moves only the lowest counter word
     return np.random.Generator(np.random.Philox(key=seed, counter=[0, sample, epoch, purpose]))
+
+
+def class_mixed(source: Sample, onto: Sample, ignore_index: int, chance: np.random.Generator) -> Sample:
+    """Return a view with half of the classes of another of its size pasted on it, pixels and ids.
+
+    ClassMix (Olsson et al., arXiv 2007.07936, section 3.1), of true masks: half is rounded up, and ignored pixels are
+    of no class, so they stay where they are and cover nothing.
+    """
+    present = source["mask"].unique().numpy()
+    present = present[present != ignore_index]
+    chosen = torch.from_numpy(chance.choice(present, -(-len(present) // 2), replace=False))
+    pasted = torch.isin(source["mask"], chosen)
+    return Sample(
+        image=torch.where(pasted, source["image"], onto["image"]),
+        mask=torch.where(pasted, source["mask"], onto["mask"]),
+        name=f"{onto['name']} with classes of {source['name']}",
+    )

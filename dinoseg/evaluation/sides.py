@@ -4,15 +4,16 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dinoseg.evaluation import run_config
 from dinoseg.evaluation.about import EVALUATION
-from dinoseg.evaluation.aligned import aligned
 from dinoseg.evaluation.image_record import RECORD, ImageRecord, evaluated, read_record
-from dinoseg.evaluation.side_names import SWEEP, run_names, side_names
+from dinoseg.experiment.folder import command_line
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import entries
 from dinoseg.utils.wording import count_of, listed, typed
@@ -192,3 +193,137 @@ def _warn_of_others(names: Sequence[str], recipes: Sequence[tuple[dict[str, Any]
             listed(names),
             listed(differing),
         )
+
+
+def aligned(records: dict[Path, ImageRecord]) -> list[ImageRecord]:
+    """Return records whose images have one order, that of the first.
+
+    Raises:
+        UserError: they are of other images, classes or splits, naming what differs.
+    """
+    (folder, first), *others = records.items()
+    found = [first]
+    for where, other in others:
+        differences = _differences(first, other)
+        if not differences:
+            place = {name: index for index, name in enumerate(other.images)}
+            order = [place[name] for name in first.images]
+            if [other.units[index] for index in order] != [*first.units]:
+                logger.warning(
+                    "%s says otherwise than %s what images belong to (data.group): intervals are over %s of the first.",
+                    where,
+                    folder,
+                    count_of(len({*first.units}), first.unit),
+                )
+            other = replace(other, images=first.images, units=first.units, counts=other.counts[order])
+            if not np.array_equal(other.counts[:, 1], first.counts[:, 1]):
+                changed = np.flatnonzero((other.counts[:, 1] != first.counts[:, 1]).any(axis=1))
+                names = listed([first.images[index] for index in changed.tolist()])
+                differences = [f"the references of {count_of(len(changed), 'image')} differ: {names}"]
+        if differences:
+            said = "".join(f"\n- {line}" for line in differences)
+            raise UserError(
+                f"runs: {folder} and {where} are not of the same images, so they do not compare:{said}\n"
+                "Evaluate both on the same data and split, with the same classes and sizes."
+            )
+        found.append(other)
+    return found
+
+
+def _differences(first: ImageRecord, other: ImageRecord) -> list[str]:
+    """Return what keeps two records from being compared, a line each."""
+    lines = []
+    for name in ("classes", "ignore_index", "background", "split"):
+        ours, theirs = getattr(first, name), getattr(other, name)
+        if ours != theirs:
+            shown = [listed(each) if isinstance(each, list) else str(each) for each in (ours, theirs)]
+            lines.append(f"{name}: {shown[0]} in the first; {shown[1]} in the second")
+    missing = [
+        sorted({*ours} - {*theirs}) for ours, theirs in ((first.images, other.images), (other.images, first.images))
+    ]
+    for names, where in zip(missing, ("first", "second"), strict=True):
+        if names:
+            lines.append(
+                f"{count_of(names, 'image')} only in the {where} (data={first.data}, {other.data}): {listed(names)}"
+            )
+    return lines
+
+
+SWEEP = "multirun.yaml"  # in the folder of a sweep
+_SEED = "seed"
+_LONGEST = 60  # letters: a longer one is no heading
+
+
+def run_names(folders: Sequence[Path]) -> list[str]:
+    """Return short names of run folders that tell them apart."""
+    names = _by_folders(folders)
+    return _by_words(folders, [[place] for place in range(len(folders))], (), names) or names
+
+
+def side_names(folders: Sequence[Path], sides: Sequence[Sequence[int]]) -> list[str]:
+    """Return a name for each side.
+
+    Args:
+        folders: of all runs.
+        sides: places of each side's runs.
+    """
+    names = _by_folders(folders)
+    joined = [_joined([names[place] for place in side]) for side in sides]
+    if len(set(joined)) < len(joined):  # a folder may be called 0+1
+        joined = [names[side[0]] for side in sides]
+    return _by_words(folders, sides, (_SEED,), joined) or _by_words(folders, sides, (), joined) or joined
+
+
+def _by_words(
+    folders: Sequence[Path], sides: Sequence[Sequence[int]], without: Sequence[str], others: Sequence[str]
+) -> list[str]:
+    """Return what the commands of jobs of sweeps differ in, of each side; nothing where that does not name them.
+
+    Args:
+        folders: of all runs.
+        sides: places of each side's runs.
+        without: keys that name nothing.
+        others: what sides of no sweep are called.
+    """
+    commands = [_command(folder) for folder in folders]
+    swept = [command for command in commands if command]
+    keys = dict.fromkeys(key for command in swept for key in command if not key.startswith("hydra"))
+    differing = [key for key in keys if key not in without and len({command.get(key) for command in swept}) > 1]
+    words = [" ".join(command[key] for key in differing if key in command) for command in commands]
+    of_sides = [
+        {words[place] if commands[place] else other for place in side}
+        for side, other in zip(sides, others, strict=True)
+    ]
+    names = [name for side in of_sides for name in side]
+    short = all(0 < len(word) <= _LONGEST for word, command in zip(words, commands, strict=True) if command)
+    return names if short and len(set(names)) == len(sides) == len(names) else []
+
+
+def _command(folder: Path) -> dict[str, str]:
+    """Return the words of a sweep's job, without the + of what they add, by their keys; none of another run."""
+    folder = folder.resolve()
+    if not (folder.parent / SWEEP).is_file():
+        return {}
+    try:
+        words = command_line(folder)
+    except OSError:  # who may not read it has the folder's name
+        return {}
+    return {word.lstrip("+~").partition("=")[0]: word.lstrip("+") for word in words}
+
+
+def _by_folders(folders: Sequence[Path]) -> list[str]:
+    """Return the last parts of the folders' paths, as many as it takes."""
+    whole = [folder.resolve().parts for folder in folders]
+    for count in range(1, max(map(len, whole)) + 1):
+        names = ["/".join(parts[-count:]) for parts in whole]
+        if len(set(names)) == len(names):
+            break
+    return names
+
+
+def _joined(names: Sequence[str]) -> str:
+    """Return one name of several: a/0 and a/1 as a/0+1."""
+    head, slash, first = names[0].rpartition("/")
+    if all(name.rpartition("/")[0] == head for name in names):
+        names = [f"{head}{slash}{first}", *(name.rpartition("/")[2] for name in names[1:])]
+    return "+".join(names) if len(names) <= 4 else f"{names[0]}+... ({count_of(names, 'run')})"

@@ -1,29 +1,42 @@
 """mode=eval on videos: the masks of tracked objects, written as benchmarks take them and scored by their protocols."""
 
-from collections.abc import Callable
+import json
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from omegaconf import DictConfig
 
 from dinoseg.config.nodes import instantiate
+from dinoseg.core.sizes import evenly_spaced
+from dinoseg.data.clips.videos import Video
+from dinoseg.evaluation.about import Origin, about_run
 from dinoseg.evaluation.restart import RECORD, earlier_run, record_of, tell_taken
+from dinoseg.evaluation.score_report import report, write_problems
+from dinoseg.evaluation.scoring.folders import Unscorable, score_cases
 from dinoseg.evaluation.supervision import chosen_supervision, prompts_of, protocol_of
-from dinoseg.evaluation.video_report import report_videos
-from dinoseg.evaluation.video_scores import score_masks
 from dinoseg.evaluation.video_tracking import VideoTracking, videos_of, written_frames
 from dinoseg.experiment import build
 from dinoseg.experiment.folder import first_ranks
 from dinoseg.experiment.trained import Trained, is_trained
 from dinoseg.experiment.unread import warn_unread
+from dinoseg.metrics.protocols.contract import Case, Cases, ScoreProtocol
+from dinoseg.report.html.tracking import TrackingReport, tracking_page
+from dinoseg.report.overlay import reduced
 from dinoseg.tracking.propagation.tracker import PropagationTracker
 from dinoseg.tracking.slots.tracker import SlotTracker
 from dinoseg.tracking.tracker import Tracker
 from dinoseg.training.engine import Engine
-from dinoseg.utils.atomic import write_json
+from dinoseg.utils.atomic import write_json, write_text
 from dinoseg.utils.errors import UserError
+from dinoseg.utils.files import entries
+from dinoseg.utils.images import IMAGE_SUFFIXES, read_image
+from dinoseg.utils.natural_order import natural_order
+from dinoseg.utils.wording import count_of, listed
 
 BLENDS = "blends"
 
@@ -178,3 +191,117 @@ def evaluate_videos(
             report_videos(cfg, out_dir, tracking.blends, split=options.split, best=options.best)
     engine.close()
     return {**result, "run": str(out_dir)}
+
+
+PAGE = "report.html"  # in a run folder
+_SHOWN = 6  # worst videos
+_FRAMES = 4  # of each
+_LONGEST = 480  # pixels of a picture's longer side
+_SERIES = "J&F_per_frame"  # of protocols that score each frame
+
+
+def report_videos(cfg: DictConfig, out_dir: Path, blends: Path | None, *, split: str, best: Path | None = None) -> None:
+    """Write report.html from scores.json and some blended frames; nothing where there are no scores.
+
+    Args:
+        cfg: the whole config.
+        out_dir: the run folder.
+        blends: folder of folders of blended frames; None: there are none.
+        split: of the data.
+        best: of a training that ends with this evaluation: its best checkpoint.
+    """
+    scores = out_dir / "scores.json"
+    if not scores.is_file():
+        return
+    result = json.loads(scores.read_text(encoding="utf-8"))
+    key = next(iter(result["scores"]))
+    rows = [row for row in result["per_video"] if row[key] is not None]
+    worst = [row["name"] for row in sorted(rows, key=lambda row: row[key])[:_SHOWN]]
+    curves = {row["name"]: row[_SERIES] for row in rows if _SERIES in row}
+    origin = Origin.of(cfg, out_dir, best)
+    model = "labels propagated without training" if origin.training is None else origin.model
+    report = TrackingReport(
+        title=f"{cfg.choices.data}, split {split}: {result['protocol']}",
+        said=f"backbone={cfg.choices.backbone}, {model}",
+        result=result,
+        per_frame=(_SERIES.partition("_")[0], curves),
+        shown=[] if blends is None else [(name, _frames(blends / name)) for name in worst],
+        about=about_run(cfg, origin.folder, {"model": model}),
+    )
+    write_text(out_dir / PAGE, tracking_page(report))
+    print(f"report:       {out_dir}/{PAGE}")
+
+
+def _frames(folder: Path) -> list[tuple[str, np.ndarray]]:
+    """Return some evenly spaced blended frames of a video with their names."""
+    found = [path for path in entries(folder) if path.suffix.lower() in IMAGE_SUFFIXES]
+    paths = sorted(found, key=lambda path: natural_order(path.name))
+    places = evenly_spaced(len(paths), _FRAMES)
+    return [(paths[place].stem, reduced(read_image(paths[place]), _LONGEST)) for place in places]
+
+
+logger = logging.getLogger(__name__)
+
+
+def score_masks(
+    protocol: ScoreProtocol | None,
+    videos: Sequence[Video],
+    folder: Path,
+    out_dir: Path,
+    *,
+    problems: Sequence[tuple[Path, str]] = (),
+    skip: bool = False,
+) -> dict[str, Any]:
+    """Print and write to `out_dir`/scores.json what mode=score gives of the masks `folder`/<video>/<frame>.png.
+
+    Returns the scores. Without a protocol, or where no video has more masks than those of the frames in which objects
+    appear, there are none, and it says so.
+
+    Args:
+        protocol: by which they are scored.
+        videos: of the data set.
+        folder: of the masks.
+        out_dir: the run folder.
+        problems: folder and reason of videos that were left out.
+        skip: files that cannot be scored are left out.
+
+    Raises:
+        UserError: there are files that cannot be scored.
+    """
+    known = [
+        video for video in videos if video.dense and video.masks and (len(video.masks) > 1 or len(video.frames) == 1)
+    ]
+    if protocol is None or not known:
+        if problems:
+            path = write_problems(out_dir, {folder: problems})
+            logger.warning("%s left out, with reasons in %s.", count_of(problems, "video"), path)
+        print(f"scores:       none. {_NO_PROTOCOL if known else _NO_REFERENCES}")
+        return {}
+    if protocol.annotations is None:  # DAVIS scores in the order of its list, the others in that of the names
+        known.sort(key=lambda video: video.name)
+    left_out = {path for path, _ in problems}
+    listing = Cases([_case(video, folder) for video in known if folder / video.name not in left_out], list(problems))
+    if bare := [video.name for video in videos if video not in known]:
+        listing.notes.append(f"{count_of(bare, 'video')} without references not scored: {listed(bare)}")
+    advice = f"The masks are kept: mode.restart={out_dir} takes them over."
+    try:
+        where, on_error = f"the data set and {folder}", "skip" if skip else "stop"
+        scored = score_cases(protocol, listing, where=where, on_error=on_error, remedy=advice)
+    except Unscorable as error:
+        write_problems(out_dir, {folder: error.problems})
+        raise UserError(f"{error}\n{advice}") from error
+    scores = report(protocol, scored, out_dir / "scores.json")["scores"]
+    print(f"\nscores:       {out_dir}/scores.json")
+    return scores
+
+
+_NO_REFERENCES = (
+    "These videos come with first masks at most: only the benchmark's server scores them. Hand in the masks."
+)
+_NO_PROTOCOL = "The data set has no protocol for them, or mode.official=false leaves it out."
+
+
+def _case(video: Video, folder: Path) -> Case:
+    masks = sorted(video.masks.items())
+    files = tuple((mask, folder / video.name / f"{video.frame_name(position)}.png") for position, mask in masks)
+    return Case(video.name, video.name, files)

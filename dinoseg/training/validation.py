@@ -19,7 +19,6 @@ from dinoseg.inference.predictor import Predictor
 from dinoseg.inference.whole import Whole
 from dinoseg.metrics.confusion import ConfusionMatrix
 from dinoseg.models.model import Segmenter, Size
-from dinoseg.training.draws import Draws
 from dinoseg.training.engine import Engine
 
 OnBatch = Callable[[Batch, Tensor, Tensor], None]
@@ -211,3 +210,24 @@ def eval_batches(
 ) -> Iterator[Batch]:
     """Yield a rank's share of a data set once, in order, in batches of one size (H, W), which decides of how many."""
     return stack_equal(eval_samples(data, workers=workers, rank=rank, world=world), batch_size)
+
+
+class Draws:
+    """The random draws of one of several models that take turns: each draws as if it were alone."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._accelerator = None if device.type == "cpu" else torch.get_device_module(device)
+        self._state = self._now()
+
+    @contextmanager
+    def going_on(self) -> Iterator[None]:
+        """Draw in here from where this model stood."""
+        torch.set_rng_state(self._state[0])
+        if self._accelerator is not None:
+            self._accelerator.set_rng_state(self._state[1])
+        yield
+        self._state = self._now()
+
+    def _now(self) -> list[Tensor]:
+        on_device = [] if self._accelerator is None else [self._accelerator.get_rng_state()]
+        return [torch.get_rng_state(), *on_device]

@@ -8,8 +8,8 @@ import torch
 from command_line import SMALL
 from torch.utils.flop_counter import FlopCounterMode
 
-from dinoseg.autotune import flops
-from dinoseg.autotune.flops import matrix_peak, step_flops
+from dinoseg.autotune import speed
+from dinoseg.autotune.speed import matrix_peak, step_flops
 from dinoseg.autotune.stand_in import drawn_batch
 from dinoseg.experiment import build, criteria
 
@@ -52,6 +52,6 @@ def test_a_step_is_what_is_counted_over_a_real_one(compose, words):
 
 def test_a_device_multiplies_at_some_rate(monkeypatch):
     assert 1e8 < matrix_peak(torch.device("cpu"), torch.float32) < 1e15
-    monkeypatch.setattr(flops, "_SIDES", {"cpu": 8})
-    monkeypatch.setattr(flops, "time", SimpleNamespace(perf_counter=count().__next__))  # a second for each product
+    monkeypatch.setattr(speed, "_SIDES", {"cpu": 8})
+    monkeypatch.setattr(speed, "time", SimpleNamespace(perf_counter=count().__next__))  # a second for each product
     assert matrix_peak(torch.device("cpu"), torch.bfloat16) == 2 * 8**3

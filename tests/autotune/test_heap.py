@@ -6,12 +6,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dinoseg.autotune import heap
-from dinoseg.autotune.heap import HeapBytes
+from dinoseg.autotune import step_bytes
+from dinoseg.autotune.step_bytes import HeapBytes
 
 SIDE = 2**10  # of float32: 4 MiB
 
-pytestmark = pytest.mark.skipif(heap._glibc() is None, reason="this C library does not tell how large its heap is")
+pytestmark = pytest.mark.skipif(
+    step_bytes._glibc() is None, reason="this C library does not tell how large its heap is"
+)
 
 
 def test_a_heap_has_grown_by_what_was_taken_at_most(monkeypatch):
@@ -21,9 +23,9 @@ def test_a_heap_has_grown_by_what_was_taken_at_most(monkeypatch):
         sizes[len(sizes) + 1] = size
         return len(sizes)
 
-    given = SimpleNamespace(mallinfo2=lambda: heap._Info(arena=sum(sizes.values())), aligned_alloc=take)
+    given = SimpleNamespace(mallinfo2=lambda: step_bytes._Info(arena=sum(sizes.values())), aligned_alloc=take)
     given.free = lambda address: None
-    monkeypatch.setattr(heap, "_glibc", lambda: given)
+    monkeypatch.setattr(step_bytes, "_glibc", lambda: given)
     with HeapBytes() as count:
         for _ in range(3):
             kept = [torch.empty(SIDE, SIDE, device="meta") for _ in range(4)]
@@ -45,16 +47,16 @@ def test_the_c_library_tells_that_its_heap_has_grown():
 def test_where_no_more_is_given_nothing_is_told(monkeypatch):
     asked = []
     given = SimpleNamespace(
-        mallinfo2=lambda: heap._Info(arena=len(asked)), aligned_alloc=lambda *each: asked.append(each)
+        mallinfo2=lambda: step_bytes._Info(arena=len(asked)), aligned_alloc=lambda *each: asked.append(each)
     )
-    monkeypatch.setattr(heap, "_glibc", lambda: given)
+    monkeypatch.setattr(step_bytes, "_glibc", lambda: given)
     with HeapBytes() as count:
         torch.empty(8, device="meta")
     assert count.grown == 0 and count.most == 32 and asked == [(64, 64)]  # of a whole cache line, as torch does
 
 
 def test_without_such_a_library_tensors_count_all_the_same(monkeypatch):
-    monkeypatch.setattr(heap, "_glibc", lambda: None)
+    monkeypatch.setattr(step_bytes, "_glibc", lambda: None)
     with HeapBytes() as count:
         kept = torch.empty(8, device="meta")
     assert count.grown == 0 and count.now == 32 and kept is not None

@@ -8,9 +8,8 @@ import pytest
 import torch
 from command_line import SMALL
 
-from dinoseg.autotune.heap import HeapBytes
 from dinoseg.autotune.stand_in import drawn_batch, image_shape
-from dinoseg.autotune.step_bytes import LossBytes, outline, step_bytes
+from dinoseg.autotune.step_bytes import HeapBytes, LossBytes, outline, step_bytes
 from dinoseg.autotune.trial import try_steps
 from dinoseg.config.nodes import instantiate
 from dinoseg.core.shapes import ClipBatch

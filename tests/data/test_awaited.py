@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from dinoseg.data import awaited, loader
+from dinoseg.data import loader
 from dinoseg.data.loader import load_in_order
 
 
@@ -27,9 +27,9 @@ class Slow:
 
 def test_it_is_told_once_and_then_rarely(monkeypatch, caplog):
     seconds = iter(range(0, 10_000, 5))
-    monkeypatch.setattr(awaited, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
-    assert awaited.awaited(Slow(11), 0, 2) == "item" and not caplog.messages
-    assert awaited.awaited(Slow(400), 6, 2) == "item"
+    monkeypatch.setattr(loader, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
+    assert loader.awaited(Slow(11), 0, 2) == "item" and not caplog.messages
+    assert loader.awaited(Slow(400), 6, 2) == "item"
     assert [message[:29] for message in caplog.messages] == [
         *("Nothing is loaded since 60 s:", "Nothing is loaded since 300 s", "Nothing is loaded since 1500 ")
     ]
@@ -39,19 +39,19 @@ def test_it_is_told_once_and_then_rarely(monkeypatch, caplog):
 
 def test_what_else_goes_wrong_is_no_wait():
     with pytest.raises(RuntimeError, match="killed"):
-        awaited.awaited(Slow(1, "DataLoader worker (pid 3) is killed"), 0, 2)
+        loader.awaited(Slow(1, "DataLoader worker (pid 3) is killed"), 0, 2)
 
 
 def test_a_pinning_thread_that_has_ended_is_not_waited_for():
     slow = Slow(10**9)
     slow._pin_memory_thread = SimpleNamespace(is_alive=lambda: False)
     with pytest.raises(EOFError, match="the thread that pins batches has ended"):
-        awaited.awaited(slow, 0, 2)
+        loader.awaited(slow, 0, 2)
 
 
 def test_what_comes_late_comes_all_the_same(monkeypatch, caplog):
     monkeypatch.setattr(loader, "POLL", 0.02)
-    monkeypatch.setattr(awaited, "_PATIENCE", 0.05)
+    monkeypatch.setattr(loader, "_PATIENCE", 0.05)
     items = load_in_order(lambda key: time.sleep(0.2 * (key == 2)) or key, range(4), 2)
     assert list(items) == [0, 1, 2, 3]
     assert "item 3 of this pass is to come from loading process 1 of 2" in caplog.text

@@ -10,9 +10,8 @@ import torch
 from making import Pictures
 
 from dinoseg.core.shapes import Sample
-from dinoseg.data.class_mix import class_mixed
 from dinoseg.data.loader import train_batches
-from dinoseg.data.train_views import ClassUniform, TrainViews
+from dinoseg.data.train_views import ClassUniform, TrainViews, class_mixed
 from dinoseg.data.transforms import Affine, Augment
 
 AUGMENT = Augment((12, 10), scale=(0.7, 1.4), affine=Affine(15, 0.1, 5), flip=0.5)

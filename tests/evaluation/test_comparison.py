@@ -9,11 +9,10 @@ import pytest
 from omegaconf import OmegaConf
 
 from dinoseg.evaluation import comparison, paired_pictures, run_config
-from dinoseg.evaluation.aligned import aligned
 from dinoseg.evaluation.comparison import against, best_first, scores_of, verdicts
 from dinoseg.evaluation.image_record import RECORD, ImageRecord, read_record, write_record
 from dinoseg.evaluation.paired_pictures import SHOWN, Pictures, most_different
-from dinoseg.evaluation.sides import Side, _by_seed, _jobs, seeds_note, units_note
+from dinoseg.evaluation.sides import Side, _by_seed, _jobs, aligned, seeds_note, units_note
 from dinoseg.report.html.comparison import OtherRun
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import write_png

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from dinoseg.evaluation.side_names import run_names, side_names
+from dinoseg.evaluation.sides import run_names, side_names
 from dinoseg.experiment import folder as run_folder
 from dinoseg.experiment.folder import write_config
 

@@ -5,8 +5,8 @@ import pytest
 from scipy import stats
 
 from dinoseg.evaluation.class_scores import ClassScores
+from dinoseg.evaluation.comparison import _verdict, deciding, differences, mean_scores
 from dinoseg.evaluation.scoring.intervals import Estimate
-from dinoseg.evaluation.verdicts import _verdict, deciding, differences, mean_scores
 
 KIND = ClassScores(3)
 

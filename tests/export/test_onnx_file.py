@@ -11,10 +11,10 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from dinoseg.export import onnx_file
+from dinoseg.export.onnx_file import LEAST, shorten
 from dinoseg.export.runtime.onnx_check import read_metadata
 from dinoseg.export.runtime.onnx_model import open_session
 from dinoseg.export.runtime.onnx_record import KEY, GraphRecord
-from dinoseg.export.weights import LEAST, shorten
 
 RECORD = GraphRecord(8, 1.0, None, None, None, None, None, (0.5, 0.5, 0.5), "scores", False, False, 18, "float32")
 LABELS = {"classes": ["a", "b"], "palette": [[0, 0, 0], [1, 1, 1]], "ignore_index": 255}

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from dinoseg.core.shapes import Prediction
-from dinoseg.inference.frame_classes import FrameClasses
 from dinoseg.inference.predictor import Predictor
+from dinoseg.inference.video_run import FrameClasses
 
 
 class Marked(torch.nn.Module):

@@ -7,7 +7,7 @@ import pytest
 from official_davis import official_edge, official_pairs, official_statistics
 from scipy.ndimage import distance_transform_edt
 
-from dinoseg.metrics import bit_masks
+from dinoseg.metrics import region_boundary
 from dinoseg.metrics.region_boundary import boundary_radius, match_proposals, object_scores, pair_scores, statistics
 
 
@@ -136,7 +136,7 @@ def test_all_pixels_of_a_disk_and_no_others_are_near(length):
 
 @pytest.mark.parametrize("at_once", [1, 700, 2000, 10**9])
 def test_it_does_not_matter_how_many_masks_are_worked_on_together(monkeypatch, at_once):
-    monkeypatch.setattr(bit_masks, "_AT_ONCE", at_once)
+    monkeypatch.setattr(region_boundary, "_AT_ONCE", at_once)
     rng = np.random.default_rng(1)
     size = 41, 50 + int(np.log10(at_once))  # frames of one size are remembered
     maps = [blobs(rng, size, 5), blobs(rng, size, 7)]
@@ -294,5 +294,5 @@ def test_proposals_are_matched_where_the_total_is_greatest(proposals, objects):
 
 
 def test_pixels_beyond_32_bits_are_counted():
-    rows = bit_masks.Rows(0, np.full((2**12, 2**13 + 1), -1, np.int64).view(np.uint64))
+    rows = region_boundary.Rows(0, np.full((2**12, 2**13 + 1), -1, np.int64).view(np.uint64))
     assert rows.shared(rows) == rows.words.size * 64 == 2**31 + 2**18

@@ -12,8 +12,7 @@ from omegaconf import OmegaConf
 
 from dinoseg.evaluation.collected import image_mious
 from dinoseg.evaluation.image_record import COUNTS, RECORD, evaluated, read_record
-from dinoseg.evaluation.side_names import run_names
-from dinoseg.evaluation.sides import sides_of
+from dinoseg.evaluation.sides import run_names, sides_of
 from dinoseg.modes import evaluate
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import read_size, write_png

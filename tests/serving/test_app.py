@@ -50,7 +50,7 @@ class Still(Tracker):
 @pytest.fixture(autouse=True)
 def clips_in_threads(monkeypatch):
     """Decode clips in threads: a process takes as long to start as these tests."""
-    monkeypatch.setattr("dinoseg.serving.clip_frames.Child", InThread)
+    monkeypatch.setattr("dinoseg.serving.clips.Child", InThread)
 
 
 @contextmanager

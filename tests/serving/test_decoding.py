@@ -16,9 +16,9 @@ from dinoseg.data.video.length import count_frames
 from dinoseg.export.runtime.model import Model
 from dinoseg.inference.video_file import VideoReader
 from dinoseg.inference.video_writer import VideoWriter
-from dinoseg.serving import clip_frames, decoding
+from dinoseg.serving import clips, decoding
 from dinoseg.serving import service as service_module
-from dinoseg.serving.clip_frames import ClipReader
+from dinoseg.serving.clips import ClipReader
 from dinoseg.serving.decoding import Decoders
 from dinoseg.serving.limits import ClipLimits, Limits, Refused
 from dinoseg.serving.service import Service
@@ -47,7 +47,7 @@ def refusal(decoders, data=GOOD, **options):
 
 
 def test_what_takes_too_long_is_killed_and_the_next_image_is_decoded(one_decoder, monkeypatch):
-    assert (decoding.PROCESSES, decoding.SECONDS, clip_frames.SECONDS) == (4, 10, 10)  # as docs/security.md says
+    assert (decoding.PROCESSES, decoding.SECONDS, clips.SECONDS) == (4, 10, 10)  # as docs/security.md says
     real = decoding.decode_images
     monkeypatch.setattr(decoding, "decode_images", stuck)
     late = Decoders(10_000, seconds=0.1, count=1)
@@ -95,7 +95,7 @@ def test_memory_of_decoding_is_bounded(monkeypatch):
 def test_memory_is_given_by_pixels(tmp_path, monkeypatch):
     given = []
     monkeypatch.setattr(decoding, "Child", lambda function, memory: given.append(memory))
-    monkeypatch.setattr(clip_frames, "Child", lambda function, memory: given.append(memory))
+    monkeypatch.setattr(clips, "Child", lambda function, memory: given.append(memory))
     Decoders(1000, count=1)
     ClipReader(tmp_path / "a.mp4", ClipLimits(), 1000)
     assert given == [40 * 1000 + 2**28, 64 * 1000 + 2**29]  # as docs/security.md says
@@ -153,7 +153,7 @@ def test_packets_without_frames_are_bounded(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="a.mkv has 50 packets in a row that hold no frame"):
         VideoReader(path)
     assert count_frames(path) == 0
-    monkeypatch.setattr(clip_frames, "Child", InThread)
+    monkeypatch.setattr(clips, "Child", InThread)
     with (
         pytest.raises(UserError, match="has more than 20 packets"),
         ClipReader(path, ClipLimits(max_seconds=0.01), 10**6),
@@ -177,8 +177,8 @@ def test_frames_come_from_a_process_as_they_are(tmp_path):
 
 
 def test_who_waits_for_a_frame_is_woken_when_the_work_is_cancelled(tmp_path, monkeypatch):
-    monkeypatch.setattr(clip_frames, "Child", InThread)
-    monkeypatch.setattr(clip_frames, "send_frames", lambda channel: [channel.receive(), channel.receive()])
+    monkeypatch.setattr(clips, "Child", InThread)
+    monkeypatch.setattr(clips, "send_frames", lambda channel: [channel.receive(), channel.receive()])
     reader = ClipReader(tmp_path / "a.mp4", ClipLimits(), 2000)
     threading.Timer(0.05, reader.kill).start()
     with pytest.raises(UserError, match="ended the process that decoded it"), reader:
@@ -186,8 +186,8 @@ def test_who_waits_for_a_frame_is_woken_when_the_work_is_cancelled(tmp_path, mon
 
 
 def test_a_clip_that_is_not_decoded_in_time_is_an_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(clip_frames, "SECONDS", 0.1)
-    monkeypatch.setattr(clip_frames, "send_frames", stuck)
+    monkeypatch.setattr(clips, "SECONDS", 0.1)
+    monkeypatch.setattr(clips, "send_frames", stuck)
     reader = ClipReader(tmp_path / "a.mp4", ClipLimits(), 1)
     try:
         reader._next({})

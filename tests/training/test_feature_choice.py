@@ -39,10 +39,9 @@ from dinoseg.training import feature_choice as choice
 from dinoseg.training.checkpoint import Checkpoints, read
 from dinoseg.training.engine import Engine
 from dinoseg.training.feature_cache import cache, store
+from dinoseg.training.feature_cache.cache import KeptMasks
 from dinoseg.training.feature_cache.form import to_bytes
-from dinoseg.training.feature_cache.masks import KeptMasks
-from dinoseg.training.feature_choice import Plan, feature_cache
-from dinoseg.training.feature_cost import Cost, measured
+from dinoseg.training.feature_choice import Cost, Plan, feature_cache, measured
 from dinoseg.training.fit import fit
 from dinoseg.training.image_feed import ImageFeed
 from dinoseg.training.optim import adamw, schedule

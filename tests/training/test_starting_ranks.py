@@ -15,7 +15,7 @@ from test_resume import data, newest, train  # noqa: F401 - data is a fixture
 
 from dinoseg.cli.ranks import is_first_rank
 from dinoseg.training import checkpoint
-from dinoseg.training.rendezvous import meet
+from dinoseg.training.engine import meet
 from dinoseg.utils import cores
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.slurm import join_slurm

@@ -18,8 +18,7 @@ from dinoseg.data.formats.youtube_vos import YoutubeVos
 from dinoseg.data.packed.store import INDEX, PIXELS, Extent, StoreKey, open_store, write_index
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.pairs.pair import Pair
-from dinoseg.data.scan import cache as scan_cache
-from dinoseg.data.scan import class_counts
+from dinoseg.data.scan import class_counts, scan
 from dinoseg.data.scan.record import Record
 from dinoseg.data.video import index as video_index
 from dinoseg.evaluation.restart import RECORD, earlier_run
@@ -71,11 +70,11 @@ def test_no_reader_takes_hostile_json_or_breaks_on_it(tmp_path, caplog, text):
     with pytest.raises(UserError, match=r"state\.safetensors is not readable \(.*Leave mode\.restart out"):
         read_standing(tmp_path)
     reader = MaskReader(Labels.of(["a"], None, 255), Masks())
-    cache = scan_cache.ScanCache(tmp_path, [], reader)
+    cache = scan.ScanCache(tmp_path, [], reader)
     joined = np.frombuffer(text, np.uint8)
     np.savez(cache.path, records=joined, edges=joined[:0], borders=joined[:0])
     caplog.clear()
-    assert scan_cache.ScanCache(tmp_path, [], reader)._known == {}
+    assert scan.ScanCache(tmp_path, [], reader)._known == {}
     assert ("is damaged (" in caplog.text) == (text != b"[]")  # which says that nothing was scanned
 
 
@@ -123,10 +122,10 @@ def test_a_scan_that_was_tampered_with_is_made_anew(tmp_path, caplog):
     reader = MaskReader(Labels.of(["a"], None, 255), Masks())
     mask = tmp_path / "m.png"
     mask.write_bytes(b"x")
-    cache = scan_cache.ScanCache(tmp_path, [mask], reader)
+    cache = scan.ScanCache(tmp_path, [mask], reader)
     cache.put(Record("m", str(mask), str(mask), (2, 3), (2, 3), pixels={0: 6}, raw={"0": 6}), Pair("m", mask, mask))
     cache.save()
-    assert len(scan_cache.ScanCache(tmp_path, [mask], reader)._known) == 1
+    assert len(scan.ScanCache(tmp_path, [mask], reader)._known) == 1
     with np.load(cache.path) as file:
         rows = json.loads(file["records"].tobytes())
     for change in (
@@ -147,7 +146,7 @@ def test_a_scan_that_was_tampered_with_is_made_anew(tmp_path, caplog):
         empty = np.zeros(0, np.uint8)
         np.savez(cache.path, records=np.frombuffer(json.dumps(rows).encode(), np.uint8), edges=empty, borders=empty)
         caplog.clear()
-        assert scan_cache.ScanCache(tmp_path, [mask], reader)._known == {} and "is damaged (" in caplog.text, change
+        assert scan.ScanCache(tmp_path, [mask], reader)._known == {} and "is damaged (" in caplog.text, change
 
 
 def npz(path, compress=False, **members):

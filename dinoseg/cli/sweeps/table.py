@@ -6,20 +6,27 @@ import sys
 from collections.abc import Mapping, Sequence
 from math import isfinite
 from pathlib import Path
+from statistics import stdev
 from typing import Any
 
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from tabulate import tabulate
 
-from dinoseg.cli.sweeps.check import impossible_cells
-from dinoseg.cli.sweeps.folds import DEVIATION, FOLD, Row, with_summaries
-from dinoseg.cli.sweeps.seeds import HIGH, LOW, SEED, over_seeds
+from dinoseg.cli.sweeps.folds import DEVIATION, FOLD, Row, grouped, with_summaries
 from dinoseg.cli.sweeps.told import Told
+from dinoseg.config.job import job_config
+from dinoseg.config.nodes import instantiate
+from dinoseg.config.plain import plain
+from dinoseg.evaluation.scoring.intervals import mean_of
 from dinoseg.experiment.log_file import LABEL
 from dinoseg.utils.csv_text import write_csv
+from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import count_of
 
 SHARES = {  # keys of a job's scores in 0..1 to their columns, which are in percent, as in the score tables
@@ -208,3 +215,83 @@ def _text(key: str, value: Any) -> str:
     if value is None:
         return ""
     return f"{100 * value:.2f}" if key in SHARES else format(value, OTHERS[key]) if key in OTHERS else str(value)
+
+
+SEED = "seed"
+LOW, HIGH = "low", "high"  # ends of the 95 % interval
+
+
+def over_seeds(rows: Sequence[Row], settings: Sequence[str], scores: Sequence[str], others: Sequence[str]) -> list[Row]:
+    """Return a row for each setting, with the number of its seeds that have scored under `seeds`.
+
+    Of a score it has the mean and, under the score's name and a word, the deviation of a sample and the ends of the 95
+    % interval of the mean (Student's t over seeds), None for one seed.
+
+    Args:
+        rows: of all jobs.
+        settings: the keys swept beside the seed.
+        scores: keys to summarise.
+        others: keys of what seeds do not change, or hardly: of counts the first is taken, else the mean.
+    """
+    return [_summed_up(group, settings, scores, others) for group in grouped(rows, settings)]
+
+
+def _summed_up(seeds: Sequence[Row], settings: Sequence[str], scores: Sequence[str], others: Sequence[str]) -> Row:
+    notes = [str(row["note"]) for row in seeds if row["note"]]
+    whole = len(seeds) - len(notes)
+    found: Row = {"job": ",".join(str(row["job"]) for row in seeds), "seeds": whole}
+    found["note"] = f"{whole} of {count_of(seeds, 'seed')}: {notes[0]}" if notes else ""
+    for key in scores:
+        values = _defined(seeds, key)
+        mean = mean_of(values)
+        low, high = mean.ci95 or (None, None)
+        found[key] = mean.value if values else None
+        found |= {f"{key} {DEVIATION}": stdev(values) if len(values) > 1 else None}
+        found |= {f"{key} {LOW}": low, f"{key} {HIGH}": high}
+    for key in others:
+        values = _defined(seeds, key)
+        found[key] = None if not values else values[0] if isinstance(values[0], int) else mean_of(values).value
+    return found | {key: seeds[0][key] for key in settings}
+
+
+def _defined(rows: Sequence[Row], key: str) -> list[Any]:
+    return [row[key] for row in rows if row.get(key) is not None]
+
+
+def impossible_cells(config: DictConfig) -> tuple[list[tuple[str, str]], int]:
+    """Return the swept values of each cell that cannot work with the reason, and how many cells there are.
+
+    Only modes whose config names a `check` are looked at, and not what goes on from a checkpoint, whose config is
+    merged later. Mistakes that are no UserError are left to the job, which shows where they come from.
+    """
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+
+    loader = GlobalHydra.instance().config_loader()
+    parser = OverridesParser.create(config_loader=loader)  # which finds what a glob() stands for
+    overrides = parser.parse_overrides(plain(config.hydra.overrides)["task"])  # as typed, `${hydra:...}` too
+    swept = {override.get_key_element() for override in overrides if override.is_sweep_override()}
+    cells = [cell for batch in BasicSweeper.split_arguments(overrides, None) for cell in batch]
+    bad = []
+    for cell in cells:
+        if reason := _fault(loader, config, cell):
+            named = " ".join(word for word in cell if word.partition("=")[0] in swept)
+            bad.append((named or "each", reason))
+    return bad, len(cells)
+
+
+def _fault(loader: ConfigLoader, config: DictConfig, cell: list[str]) -> str:
+    """Return what is wrong with a cell; empty where nothing is found."""
+    try:
+        composed = loader.load_sweep_config(config, cell)
+        cfg = job_config(composed, composed.hydra.runtime.choices)
+        if cfg.resume is None and "check" in cfg.mode:
+            from dinoseg.experiment.heads import own_runs  # imports torch: mode=score does without
+
+            alone = [own.cfg for own in own_runs(cfg, cell, None).values()]
+            for job in alone or [cfg]:
+                instantiate(cfg.mode.check)(job)
+    except UserError as error:
+        return str(error)
+    except Exception:  # noqa: BLE001 - found again: by the job, with its traceback, or by Hydra, before the first job
+        return ""
+    return ""

@@ -1,16 +1,29 @@
 """Every pair of a data set measured once, by several processes, and kept for the next run."""
 
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+
+from dinoseg.data.annotation.drawing import MaskSource, mask_file, mask_key
 from dinoseg.data.classes.masks import MaskReader
 from dinoseg.data.pairs.pair import Pair
-from dinoseg.data.scan.cache import ScanCache
+from dinoseg.data.scan.likeness import SMALL
 from dinoseg.data.scan.measure import measure
 from dinoseg.data.scan.record import Record
 from dinoseg.report.progress import Bar
+from dinoseg.utils import forms
+from dinoseg.utils.atomic import whole_file
 from dinoseg.utils.errors import UserError
+from dinoseg.utils.stamps import stamp
+from dinoseg.utils.units import finished
 from dinoseg.utils.workers import in_processes
 
 _CHUNK = 16  # pairs handed to a process at once
@@ -81,3 +94,123 @@ def _measured(pairs: Sequence[Pair], reader: MaskReader, images: bool, workers: 
 
 def _measure_all(pairs: Sequence[Pair], *, reader: MaskReader, images: bool) -> list[Record]:
     return [measure(pair, reader, images=images) for pair in pairs]
+
+
+log = logging.getLogger(__name__)
+
+_VERSION = 3  # of what a record holds
+_SMALL_COPIES = ("edges", "borders")
+_TUPLES = ("image_size", "mask_size", "color_sums", "color_squares")  # JSON makes lists of them
+_SIZE_FORM = forms.maybe(forms.row(forms.whole(1), forms.whole(1)))
+_COLOR_FORM = forms.listing(forms.whole())
+_FORM = forms.listing(
+    forms.record(
+        key=forms.text,
+        stamps=forms.listing(forms.whole(-(2**63))),
+        record=forms.record(
+            **dict.fromkeys(("name", "image", "mask", "mask_format", "mask_digest", "image_digest"), forms.text),
+            **dict.fromkeys(("image_size", "mask_size"), _SIZE_FORM),
+            **dict.fromkeys(("color_sums", "color_squares"), _COLOR_FORM),
+            **dict.fromkeys(("passing", "decoded"), forms.flag),
+            pixels=forms.table(forms.whole(), r"[0-9]|[1-9][0-9]|1[0-9][0-9]|2[0-4][0-9]|25[0-5]"),
+            raw=forms.table(forms.whole(), r"-?[0-9]{1,10}|\([0-9]{1,3}, [0-9]{1,3}, [0-9]{1,3}\)"),
+            problems=forms.table(forms.text),
+            look=forms.maybe(forms.whole(0, 2**64 - 1)),
+        ),
+        edges=forms.whole(0, SMALL**2),
+        borders=forms.whole(0, SMALL**2 // 8),
+    )
+)
+
+
+class ScanCache:
+    """What is known of the pairs of one folder under one set of mask rules.
+
+    Args:
+        folder: where the file is.
+        masks: the masks, by whose common folder the file is named.
+        reader: the mask rules.
+    """
+
+    def __init__(self, folder: str | Path, masks: Sequence[MaskSource], reader: MaskReader) -> None:
+        common = os.path.commonpath([os.path.abspath(mask_file(mask)) for mask in masks]) if masks else ""
+        key = hashlib.sha256(repr((_VERSION, common, reader.rules())).encode()).hexdigest()
+        self.path = Path(folder) / f"scan_{key[:16]}.npz"
+        self._known: dict[str, tuple[list[int], Record]] = self._load()
+        self._changed = False
+
+    def get(self, pair: Pair, *, images: bool) -> Record | None:
+        """Return what is known of a pair if neither file has changed; with `images`, of its image too."""
+        stamps, record = self._known.get(_key(pair), (None, None))
+        if record is None or stamps != _stamps(pair) or (images and not record.decoded):
+            return None
+        return replace(record, name=pair.name)
+
+    def put(self, record: Record, pair: Pair) -> None:
+        """Keep a record, unless one of its files is not there, or could not be read for the machine's sake."""
+        stamps = _stamps(pair)
+        if stamps is not None and not record.passing:
+            self._known[_key(pair)] = (stamps, record)
+            self._changed = True
+
+    def save(self) -> None:
+        """Write the file, whole or not at all; one that cannot be written costs the next run a scan, no more."""
+        if not self._changed:
+            return
+        rows = [_plain(key, stamps, record) for key, (stamps, record) in self._known.items()]
+        arrays: dict[str, Any] = {"records": _joined([json.dumps(rows).encode()])}
+        for name in _SMALL_COPIES:
+            arrays[name] = _joined([getattr(record, name) for _, record in self._known.values()])
+        try:
+            with whole_file(self.path) as part, open(part, "wb") as file:
+                np.savez(file, **arrays)
+        except OSError as error:
+            log.warning("The scan cannot be kept in %s (%s): the next run scans anew.", self.path, error)
+
+    def _load(self) -> dict[str, tuple[list[int], Record]]:
+        return finished(self.path, _read, damaged="The kept scan in %s is damaged (%s): scanning anew.") or {}
+
+
+def _read(path: Path) -> dict[str, tuple[list[int], Record]]:
+    """Return stamps and record of each pair."""
+    arrays = forms.read_arrays(path, dict.fromkeys(("records", *_SMALL_COPIES), ("|u1", 1)))
+    rows = forms.parse_json(arrays["records"].tobytes(), _FORM)
+    copies = (_parted(arrays[name], [row[name] for row in rows]) for name in _SMALL_COPIES)
+    return {
+        row["key"]: (row["stamps"], _record(row["record"], edges, borders))
+        for row, edges, borders in zip(rows, *copies, strict=True)
+    }
+
+
+def _key(pair: Pair) -> str:
+    source = os.path.abspath(pair.image) if isinstance(pair.image, Path) else str(pair.image)
+    return f"{source}\0{mask_key(pair.mask)}"
+
+
+def _stamps(pair: Pair) -> list[int] | None:
+    of_image, of_mask = stamp(pair.image), stamp(pair.mask)
+    return None if of_image is None or of_mask is None else [*of_image, *of_mask]
+
+
+def _plain(key: str, stamps: list[int], record: Record) -> dict[str, Any]:
+    values = {name: value for name, value in asdict(record).items() if name not in _SMALL_COPIES}
+    return {"key": key, "stamps": stamps, "record": values} | {
+        name: len(getattr(record, name)) for name in _SMALL_COPIES
+    }
+
+
+def _record(values: Mapping[str, Any], edges: bytes, borders: bytes) -> Record:
+    pixels = {int(value): count for value, count in values["pixels"].items()}
+    tuples = {name: None if values[name] is None else tuple(values[name]) for name in _TUPLES}
+    return Record(**{**values, **tuples, "pixels": pixels}, edges=edges, borders=borders)
+
+
+def _joined(parts: Sequence[bytes]) -> np.ndarray:
+    return np.frombuffer(b"".join(parts), dtype=np.uint8)
+
+
+def _parted(joined: np.ndarray, lengths: Sequence[int]) -> list[bytes]:
+    ends = np.cumsum(lengths)
+    if len(joined) != (ends[-1] if len(ends) else 0):
+        raise forms.Misshapen("the small copies are incomplete")
+    return [joined[end - length : end].tobytes() for end, length in zip(ends, lengths, strict=True)]

@@ -1,10 +1,11 @@
 """A trained model as one file: its weights and all that is needed to use it, described as a checkpoint is."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
@@ -16,9 +17,8 @@ from dinoseg.experiment.recipe import INITIAL, TEACHER, USE, config_description
 from dinoseg.experiment.trained import Trained, load_trained, sizes_to_keep, with_whole_weights
 from dinoseg.experiment.unread import warn_unread
 from dinoseg.export.runtime.evidence import data_of, scores_of
-from dinoseg.export.runtime.facts import Facts
+from dinoseg.export.runtime.facts import UNKNOWN, Facts
 from dinoseg.export.runtime.runtime import FILES
-from dinoseg.export.runtime.sources import is_hub_id, source_of
 from dinoseg.inference.trained_sizes import KEY, TrainedSizes
 from dinoseg.models.model import Segmenter, constants, trained_names
 from dinoseg.training import checkpoint
@@ -190,3 +190,64 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[name] = "not installed"
     return found
+
+
+_PACKAGED = "dinoseg:"
+_OWN = ("random", None)  # weights that nobody else has made
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+_LICENCES = (  # what a name holds, the licence of such weights, whether they may not be passed on without its terms
+    ("dinov3", "DINOv3 License", True),
+    ("facebook/dinov2-", "Apache-2.0", False),
+    ("facebook/dino-vit", "Apache-2.0", False),
+    (_PACKAGED, "Apache-2.0", False),
+)
+OWN_LICENCE = "its trainer's own"
+
+
+def source_of(cfg: Mapping[str, Any], frozen: str) -> dict[str, Any]:
+    """Return what is known of a backbone's weights.
+
+    Args:
+        cfg: the plain config: its `backbone` and `choices`.
+        frozen: hash of the backbone's frozen weights.
+    """
+    backbone, choice = cfg["backbone"], cfg["choices"]["backbone"]
+    weights = backbone.get("weights")
+    name, revision = _last(weights), ""
+    if is_hub_id(weights):
+        name, _, revision = weights.partition("@")
+        revision = _commit(name, revision or "main") or revision
+    full_name = f"{choice} {backbone['name']}" if "name" in backbone else choice  # of timm's models
+    licence, gated = _licence(full_name, weights)
+    facts = {"name": full_name, "weights": name, "revision": revision or None, "hash": frozen}
+    return {**facts, "licence": licence, "gated": gated}
+
+
+def is_hub_id(weights: Any) -> TypeGuard[str]:
+    """Return whether weights are named by a hub id, and no file or folder here has that name."""
+    return isinstance(weights, str) and bool(_HUB_ID.fullmatch(weights)) and not Path(weights).expanduser().exists()
+
+
+def _licence(names: str, weights: str | None) -> tuple[str, bool]:
+    if weights in _OWN:
+        return OWN_LICENCE, False
+    if str(weights).startswith(_PACKAGED):
+        names = ""
+    known = f"{names} {weights}".lower()
+    return next(((licence, gated) for part, licence, gated in _LICENCES if part in known), (UNKNOWN, False))
+
+
+def _last(weights: str | None) -> str | None:
+    """Return weights without the folders of this machine that they lie in."""
+    return weights if weights is None or weights.startswith(_PACKAGED) else Path(weights).name
+
+
+def _commit(name: str, revision: str) -> str | None:
+    """Return the commit that a hub's revision was when its weights were fetched here, None where they were not."""
+    from huggingface_hub import try_to_load_from_cache
+
+    for file in ("model.safetensors", "model.safetensors.index.json"):
+        found = try_to_load_from_cache(name, file, revision=revision)
+        if isinstance(found, str):
+            return Path(found).parent.name
+    return None

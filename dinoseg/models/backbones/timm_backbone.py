@@ -2,7 +2,7 @@
 
 import contextlib
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -17,9 +17,7 @@ from dinoseg.models.backbones.class_attention import on_patches, plain_attention
 from dinoseg.models.backbones.cut import Block, onwards, until
 from dinoseg.models.backbones.layers import resolve_layers
 from dinoseg.models.backbones.normalisation import register_colours
-from dinoseg.models.backbones.timm_stages import stages
 from dinoseg.models.backbones.timm_weights import exported_state, load_exactly, read_state
-from dinoseg.models.backbones.traced import uncalled_linears, unreached
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Count
 from dinoseg.utils.tensor_files import check_weights
@@ -278,3 +276,66 @@ def _enable_checkpointing(model: Any, name: str) -> None:
         model.set_grad_checkpointing(True)
     except (AssertionError, AttributeError) as error:
         raise UserError(f"backbone.checkpointing=true: {name} cannot do this. Set it to false.") from error
+
+
+@contextlib.contextmanager
+def uncalled_linears(module: nn.Module) -> Iterator[set[str]]:
+    """Yield the names of the linear layers, from which each that is called within the block goes."""
+    linears = {name: part for name, part in module.named_modules() if isinstance(part, nn.Linear)}
+    uncalled = set(linears)
+    hooks = [part.register_forward_hook(lambda *_, name=name: uncalled.discard(name)) for name, part in linears.items()]
+    try:
+        yield uncalled
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def unreached(module: nn.Module, outputs: Sequence[Tensor]) -> list[str]:
+    """Return the names of the parameters that no output depends on, as autograd recorded it."""
+    nodes = [part.grad_fn for part in outputs]
+    seen = set(nodes)
+    reached = set()
+    while nodes:
+        node: Any = nodes.pop()
+        reached.add(getattr(node, "variable", None))
+        fresh = {child for child, _ in node.next_functions if child is not None} - seen
+        seen |= fresh
+        nodes += fresh
+    return [name for name, parameter in module.named_parameters() if parameter not in reached]
+
+
+def stages(model: nn.Module, taps: Sequence[str]) -> list[nn.Module]:
+    """Return one list of modules for each tap, in order: what runs after the tap before it up to this one.
+
+    The order is that in which the model registered its modules. Where timm's notes name no module of the model, the
+    whole model is the one stage.
+
+    Args:
+        model: a model whose top modules, or the parts of those that are lists, run one after another.
+        taps: names of the modules whose output is a map, in order.
+    """
+    units = _units(model)
+    ends = [_end(list(units), tap) for tap in taps]
+    if 0 in ends or ends != sorted(set(ends)):
+        return [model]
+    parts = list(units.values())
+    return [nn.ModuleList(parts[start:end]) for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def _units(model: nn.Module) -> dict[str, nn.Module]:
+    units: dict[str, nn.Module] = {}
+    for name, child in model.named_children():
+        inner = dict(child.named_children()) if isinstance(child, nn.Sequential | nn.ModuleList) else {}
+        units |= {f"{name}.{number}": part for number, part in inner.items()} or {name: child}
+    return units
+
+
+def _end(units: Sequence[str], tap: str) -> int:
+    """Return the position after the last unit that is the tap, holds it or lies in it, or 0."""
+    inside = [
+        number
+        for number, unit in enumerate(units)
+        if f"{tap}.".startswith(f"{unit}.") or f"{unit}.".startswith(f"{tap}.")
+    ]
+    return inside[-1] + 1 if inside else 0

@@ -20,14 +20,15 @@ from dinoseg.data.formats.sarrarp_files import (
     frame_files,
     png_files,
 )
+from dinoseg.data.video.decoder import Decoder
 from dinoseg.report.progress import Bar
 from dinoseg.tasks.preparation.archives import unpack
-from dinoseg.tasks.preparation.frames import extract_frames
 from dinoseg.tasks.preparation.jobs import incomplete, run_jobs
 from dinoseg.utils import forms
 from dinoseg.utils.atomic import remove_parts, write_text
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import entries
+from dinoseg.utils.images import write_png
 from dinoseg.utils.locks import locked
 from dinoseg.utils.ranges import Count, Share
 from dinoseg.utils.units import finished
@@ -232,3 +233,27 @@ def _chosen(jobs: list[VideoJob], videos: Sequence[str] | None) -> list[VideoJob
             f"{listed([job.name for job in jobs], 60)}."
         )
     return [job for job in jobs if job.name in videos or job.folder.name in videos]
+
+
+_UNCOUNTED = 2  # frames by which a sound video may fall short of its header: some writers count dropped ones
+
+
+def extract_frames(video: Path, folder: Path, *, step: int) -> int:
+    """Write frame i as `folder/%09d.png` where i is a multiple of `step`; return how many were decoded.
+
+    Files that are there are kept: they appear whole or not at all.
+
+    Raises:
+        UserError: the video cannot be opened or decoded, or ends before the number of frames it promises.
+        OSError: writing failed, with what was finished kept.
+    """
+    frames = 0
+    with Decoder(video) as decoder:
+        while decoder.advance():
+            target = folder / f"{frames:09d}.png"
+            if frames % step == 0 and not target.exists():
+                write_png(target, decoder.rgb_image())
+            frames += 1
+    if frames == 0 or frames < decoder.promised - _UNCOUNTED:
+        raise UserError(f"{video} is truncated: {frames} frames read, {decoder.promised} promised. Replace it.")
+    return frames

@@ -18,8 +18,11 @@ pytest.importorskip("optuna")
 from hydra.core.override_parser.overrides_parser import OverridesParser  # noqa: E402
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution  # noqa: E402
 
-from dinoseg.cli.sweeps.search import Search, _values  # noqa: E402
-from dinoseg.cli.sweeps.study import open_study  # noqa: E402
+from dinoseg.cli.sweeps.search import (  # noqa: E402
+    Search,
+    _values,
+    open_study,  # noqa: E402
+)
 
 WORDS = ["mode=train", "lr=tag(log,interval(1e-4,1e-1))", "head=linear,mlp"]
 SPACE = {"lr": FloatDistribution(1e-4, 1e-1, log=True), "head": CategoricalDistribution(["linear", "mlp"])}

@@ -13,7 +13,7 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 from scipy import stats
 
-from dinoseg.cli.sweeps import check
+from dinoseg.cli.sweeps import table as sweep_table
 from dinoseg.cli.sweeps.table import SweepTable
 from dinoseg.utils.errors import UserError
 
@@ -110,7 +110,7 @@ def test_only_what_is_trained_anew_is_looked_at(monkeypatch, keys, error, reason
 
     composed = OmegaConf.create({**keys, "hydra": {"runtime": {"choices": {}}}})
     monkeypatch.setattr("dinoseg.experiment.heads.own_runs", fail)
-    assert check._fault(SimpleNamespace(load_sweep_config=lambda *_: composed), composed, []) == reason
+    assert sweep_table._fault(SimpleNamespace(load_sweep_config=lambda *_: composed), composed, []) == reason
 
 
 def test_a_cell_is_looked_at_with_its_own_choices(monkeypatch):
@@ -122,7 +122,7 @@ def test_a_cell_is_looked_at_with_its_own_choices(monkeypatch):
         for head in ("linear", "mlp")
     )
     monkeypatch.setattr("dinoseg.experiment.heads.own_runs", tell)
-    assert check._fault(SimpleNamespace(load_sweep_config=lambda *_: cell), sweep, ["head=mlp"]) == "mlp"
+    assert sweep_table._fault(SimpleNamespace(load_sweep_config=lambda *_: cell), sweep, ["head=mlp"]) == "mlp"
 
 
 @pytest.mark.heavy

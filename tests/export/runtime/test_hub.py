@@ -12,9 +12,8 @@ from portable_parts import TINY, exported, graph_with_weights, untrained
 
 import dinoseg
 from dinoseg import Model
-from dinoseg.export.runtime.card import model_card
 from dinoseg.export.runtime.facts import Facts
-from dinoseg.export.runtime.hub import fetched, push
+from dinoseg.export.runtime.hub import fetched, model_card, push
 from dinoseg.utils.errors import UserError
 
 TOKEN = "hf_nobody_may_read_this"

@@ -8,7 +8,7 @@ from timm.models.convnext import ConvNeXt, checkpoint_filter_fn
 from dinoseg.__main__ import CONFIGS
 from dinoseg.models.adapters import Full, LastBlocks, Lora
 from dinoseg.models.backbones.convnext import ConvNext
-from dinoseg.models.backbones.convnext_names import convnext_names, is_meta_convnext
+from dinoseg.models.backbones.pretrained import convnext_names, is_meta_convnext
 from dinoseg.utils.errors import UserError
 
 WIDTHS = [8, 12, 16, 24]

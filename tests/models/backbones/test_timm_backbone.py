@@ -5,8 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dinoseg.models.adapters import Full, LastBlocks, Lora
-from dinoseg.models.backbones.timm_backbone import TimmBackbone
-from dinoseg.models.backbones.traced import unreached
+from dinoseg.models.backbones.timm_backbone import TimmBackbone, unreached
 from dinoseg.utils.errors import UserError
 
 pytestmark = pytest.mark.slow  # makes timm's own models

@@ -3,7 +3,7 @@ from collections import OrderedDict
 import timm
 from torch import nn
 
-from dinoseg.models.backbones.timm_stages import stages
+from dinoseg.models.backbones.timm_backbone import stages
 
 
 def toy():

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from dinoseg.models.heads.slots.decoder import SlotDecoder
+from dinoseg.models.heads.slots.modules import make_time_decoders, resolve_steps
 from dinoseg.models.heads.slots.positions import Positions
-from dinoseg.models.heads.slots.time import make_time_decoders, resolve_steps
 from dinoseg.utils.errors import UserError
 
 

@@ -5,9 +5,8 @@ import torch
 
 from dinoseg.core.contracts import Backbone
 from dinoseg.models.heads.slots.background import background_mask
-from dinoseg.models.heads.slots.groups import allowed_cells
 from dinoseg.models.heads.slots.head import SlotHead
-from dinoseg.models.heads.slots.standard import Standard
+from dinoseg.models.heads.slots.modules import Standard, allowed_cells
 from dinoseg.models.model import Segmenter
 from dinoseg.utils.errors import UserError
 

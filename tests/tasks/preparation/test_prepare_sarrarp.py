@@ -14,7 +14,7 @@ from making import save, write_video
 from PIL import Image
 
 from dinoseg.data.formats.sarrarp import sar_rarp50
-from dinoseg.tasks.preparation import frames as video_frames
+from dinoseg.tasks.preparation import sarrarp
 from dinoseg.tasks.preparation import sarrarp as prepare_sarrarp
 from dinoseg.tasks.preparation.sarrarp import prepare
 from dinoseg.utils.errors import UserError
@@ -179,7 +179,7 @@ def test_an_archive_without_video(add):
 def test_a_full_disk_stops_cleanly_and_the_next_run_goes_on(add, monkeypatch):
     for number in (1, 2, 3):
         root = add("train1", f"video_{number:02d}")
-    fail_after(monkeypatch, video_frames, "write_png", 4, OSError(errno.ENOSPC, "No space left on device"))
+    fail_after(monkeypatch, sarrarp, "write_png", 4, OSError(errno.ENOSPC, "No space left on device"))
     with pytest.raises(UserError, match=r"disk of .* is full: 1 of 3 videos are ready .*run again"):
         prepare(root, workers=1)
     assert not (root / "train1/video_02/.prepared.json").exists()

@@ -11,8 +11,7 @@ from tiny_parts import tiny_vit
 from dinoseg.core.shapes import Sample
 from dinoseg.models.heads.linear import LinearHead
 from dinoseg.models.model import Segmenter
-from dinoseg.tasks.probing.candidates import SHARPNESS, Candidates
-from dinoseg.tasks.probing.probe import Grid, Probe, held_out
+from dinoseg.tasks.probing.probe import SHARPNESS, Candidates, Grid, Probe, held_out
 from dinoseg.tasks.probing.standing import Standing
 from dinoseg.tasks.probing.sums import Affine
 from dinoseg.training.engine import Engine

@@ -3,8 +3,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dinoseg.inference.frame_folder import FolderReader
-from dinoseg.inference.inputs import open_frames
+from dinoseg.inference.inputs import FolderReader, open_frames
 from dinoseg.inference.video_file import VideoReader
 from dinoseg.tracking.video.labels import find_labels
 from dinoseg.utils.errors import UserError

@@ -7,7 +7,7 @@ import pytest
 from films import write_film
 from PIL import Image
 
-from dinoseg.inference.frame_folder import FolderReader
+from dinoseg.inference.inputs import FolderReader
 from dinoseg.inference.video_file import VideoReader
 from dinoseg.report.indexed import voc_palette, write_indexed_png
 from dinoseg.tracking.video.report import ObjectRow, object_rows, write_track_report

@@ -18,8 +18,7 @@ from dinoseg.data.pairs.pair import Pair
 from dinoseg.data.train_views import TrainViews
 from dinoseg.data.transforms import Augment
 from dinoseg.training.feature_cache import cache
-from dinoseg.training.feature_cache.cache import FeatureCache, View
-from dinoseg.training.feature_cache.masks import KeptMasks
+from dinoseg.training.feature_cache.cache import FeatureCache, KeptMasks, View
 from dinoseg.training.feature_cache.store import MemoryStore, NoStore
 
 CPU = torch.device("cpu")

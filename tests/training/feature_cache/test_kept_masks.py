@@ -3,7 +3,7 @@ import pickle
 import numpy as np
 import torch
 
-from dinoseg.training.feature_cache.masks import KeptMasks
+from dinoseg.training.feature_cache.cache import KeptMasks
 
 
 def mask(height, width, seed=0):

@@ -15,11 +15,16 @@ from dinoseg.models.heads.slots.attention import SlotAttention, check_enough_cel
 from dinoseg.models.heads.slots.background import background_mask
 from dinoseg.models.heads.slots.clips import SeenFrame, check_similar_cells, clip_outputs, telling_frames
 from dinoseg.models.heads.slots.decoder import Decoded, SlotDecoder
-from dinoseg.models.heads.slots.groups import GROUPS, allowed_cells, slot_sizes
+from dinoseg.models.heads.slots.modules import (
+    GROUPS,
+    Standard,
+    allowed_cells,
+    make_time_decoders,
+    resolve_steps,
+    slot_sizes,
+)
 from dinoseg.models.heads.slots.positions import Positions, linear_positions, token_places, training_grid
 from dinoseg.models.heads.slots.predictor import make_predictor
-from dinoseg.models.heads.slots.standard import Standard
-from dinoseg.models.heads.slots.time import make_time_decoders, resolve_steps
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Count, LowShare
 
