@@ -27,7 +27,7 @@ from dinoseg.core.contracts import Loss
 from dinoseg.core.geometry import upsample
 from dinoseg.core.shapes import Batch, Prediction
 from dinoseg.losses.cross_entropy import CrossEntropy
-from dinoseg.losses.dice import Dice
+from dinoseg.losses.overlap import Dice
 
 MOST = {26: (1.0, 0.2), 150: (1.2, 0.4)}  # classes to: times the eager reference's time, GiB
 REFERENCES = ("usual", "compiled")

@@ -11,9 +11,8 @@ from dinoseg.core.geometry import valid_share
 from dinoseg.core.shapes import Batch, Prediction, WeightedMasks
 from dinoseg.losses import full_resolution
 from dinoseg.losses.cross_entropy import CrossEntropy
-from dinoseg.losses.dice import Dice
 from dinoseg.losses.focal import Focal
-from dinoseg.losses.tversky import Tversky
+from dinoseg.losses.overlap import Dice, Tversky
 from dinoseg.losses.weighted_sum import WeightedSum
 
 WEIGHTS = torch.tensor([0.25, 1.0, 3.0, 0.0, 0.5])

@@ -15,10 +15,9 @@ from test_full_resolution import LOSSES, WEIGHTS, all_logits, drawn, gradient
 from dinoseg.core.shapes import WeightedMasks
 from dinoseg.losses import full_resolution, fused
 from dinoseg.losses.cross_entropy import CrossEntropy
-from dinoseg.losses.dice import Dice
 from dinoseg.losses.focal import Focal
 from dinoseg.losses.fused import Form, Fused
-from dinoseg.losses.tversky import Tversky
+from dinoseg.losses.overlap import Dice, Tversky
 
 CASES = [  # as of test_full_resolution: padded, masks smaller than the grid, one pixel, nothing labelled
     ((5, 9), 4, (11, 10), 0.2),

@@ -10,10 +10,9 @@ import torch
 from dinoseg.core.geometry import upsample, valid_share
 from dinoseg.core.shapes import Batch, MaskOutputs, Prediction
 from dinoseg.losses.cross_entropy import CrossEntropy
-from dinoseg.losses.dice import Dice
 from dinoseg.losses.focal import Focal
 from dinoseg.losses.lovasz import Lovasz, lovasz_softmax
-from dinoseg.losses.tversky import Tversky
+from dinoseg.losses.overlap import Dice, Tversky
 from dinoseg.utils.errors import UserError
 
 WEIGHTS = torch.tensor([0.25, 1.0, 3.0, 0.5])

@@ -13,10 +13,9 @@ from dinoseg.core.shapes import Batch, Prediction
 from dinoseg.losses import full_resolution
 from dinoseg.losses.border import near_borders
 from dinoseg.losses.cross_entropy import CrossEntropy
-from dinoseg.losses.dice import Dice
 from dinoseg.losses.focal import Focal
+from dinoseg.losses.overlap import Dice, Tversky
 from dinoseg.losses.pixel_mean import Hardest
-from dinoseg.losses.tversky import Tversky
 from dinoseg.losses.weighted_sum import WeightedSum
 from dinoseg.utils.errors import UserError
 

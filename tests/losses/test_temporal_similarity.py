@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from dinoseg.config.nodes import instantiate
 from dinoseg.core.geometry import upsample
 from dinoseg.core.shapes import Batch, Prediction, SlotOutputs
-from dinoseg.losses.dice import Dice
 from dinoseg.losses.feature_reconstruction import FeatureReconstruction
+from dinoseg.losses.overlap import Dice
 from dinoseg.losses.temporal_similarity import TemporalSimilarity, similarity_targets
 from dinoseg.losses.weighted_sum import WeightedSum
 from dinoseg.utils.errors import UserError

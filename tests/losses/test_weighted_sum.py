@@ -8,11 +8,10 @@ from dinoseg.core.contracts import Loss
 from dinoseg.core.geometry import upsample, valid_share
 from dinoseg.core.shapes import Batch, Prediction
 from dinoseg.losses.cross_entropy import CrossEntropy
-from dinoseg.losses.dice import Dice
 from dinoseg.losses.focal import Focal
 from dinoseg.losses.lovasz import Lovasz
 from dinoseg.losses.mask_classification import MaskClassification
-from dinoseg.losses.tversky import Tversky
+from dinoseg.losses.overlap import Dice, Tversky
 from dinoseg.losses.weighted_sum import WeightedSum
 from dinoseg.utils.errors import UserError
 

@@ -10,7 +10,7 @@ from dinoseg.core.shapes import Batch, ClipBatch
 from dinoseg.data.transforms import Augment
 from dinoseg.inference.memory import OutOfMemory
 from dinoseg.losses.cross_entropy import CrossEntropy
-from dinoseg.losses.dice import Dice
+from dinoseg.losses.overlap import Dice
 from dinoseg.models.adapters import Full
 from dinoseg.models.heads.linear import LinearHead
 from dinoseg.models.heads.mlp import MlpHead

@@ -7,7 +7,7 @@ import torch
 
 from dinoseg.core.shapes import Batch, Prediction
 from dinoseg.losses.cross_entropy import CrossEntropy
-from dinoseg.losses.dice import Dice
+from dinoseg.losses.overlap import Dice
 from dinoseg.training.taught import MixedBatch, TaughtBatch, TaughtLoss
 
 K, V = 3, 2

@@ -12,7 +12,7 @@ from dinoseg.inference import auto
 from dinoseg.inference.auto import Auto
 from dinoseg.inference.windows import Windows, starts
 from dinoseg.losses.cross_entropy import CrossEntropy
-from dinoseg.losses.dice import Dice
+from dinoseg.losses.overlap import Dice
 from dinoseg.models.heads.linear import LinearHead
 from dinoseg.models.model import Segmenter
 from dinoseg.training.engine import Engine

@@ -1,4 +1,4 @@
-"""Tversky loss: overlap per class, with false positives and false negatives priced apart."""
+"""Overlap losses: Tversky, with separate weights of false positives and false negatives, and dice."""
 
 import torch
 from torch import Tensor
@@ -102,3 +102,27 @@ class Tversky(Loss):
     def divisors(self, batch: Batch) -> Tensor:
         """Return the number of images with a labelled pixel (1,)."""
         return image_count(batch, self.ignore_index, self.weight)
+
+
+class Dice(Tversky):
+    """Soft dice loss (Milletari et al., arXiv 1606.04797, without squares in the denominator, for K classes).
+
+    The weighted mean of 1 - 2 sum(p_k g_k) / (sum p_k + sum g_k) over the classes k that occur in the labels, sums over
+    all labelled pixels of the batch, p the softmax and g the labels. No smoothing term: a class that occurs
+    has a denominator of at least one pixel.
+
+    Args:
+        class_weights: one weight (K,) per class, in the mean over the classes that occur.
+        ignore_index: mask value that counts for nothing.
+        border_weight: what a pixel near a border between classes counts in the sums, beside the 1 of others.
+        border_width: pixels to each side that are near one.
+    """
+
+    def __init__(
+        self,
+        class_weights: Tensor,
+        ignore_index: int = 255,
+        border_weight: NotNegative = 1.0,
+        border_width: Count = 3,
+    ) -> None:
+        super().__init__(class_weights, ignore_index, 0.5, 0.5, border_weight, border_width)
