@@ -113,10 +113,11 @@ def kill_at(where: Path, step: int, *arguments) -> Path:
 
 
 def test_killed_and_resumed_is_bit_for_bit_the_uninterrupted_run(data, whole, tmp_path):
-    folder = kill_at(tmp_path, 7, *train(data, workers=2))
+    """With a process that loads images, and without: of more, tests/data/test_loader.py."""
+    folder = kill_at(tmp_path, 7, *train(data, workers=1))
     stood_at = checkpoint.read(folder / "checkpoints/last.safetensors").info["progress"]["step"]
     assert 7 <= stood_at < 20
-    succeed(tmp_path, *train(data, "resume=auto", workers=1))
+    succeed(tmp_path, *train(data, "resume=auto"))
     assert len(list((tmp_path / "outputs/base").glob("train_*"))) == 1, "it goes on in its own folder"
     first, second = (untimed(path / "metrics.jsonl") for path in (whole, folder))
     odd = next((pair for pair in zip(first, second, strict=True) if pair[0] != pair[1]), None)
