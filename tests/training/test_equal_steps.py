@@ -22,6 +22,7 @@ from dinoseg.losses import mask_classification, matching
 from dinoseg.losses.cross_entropy import CrossEntropy
 from dinoseg.losses.distillation import SeenScores
 from dinoseg.shapes import Batch, MaskOutputs, Prediction, SlotOutputs
+from dinoseg.training import micro_batches
 from dinoseg.training.distilled import DistilledLoss, Part, ScoredBatch
 from dinoseg.training.engine import Engine
 from dinoseg.training.micro_batches import MicroBatches
@@ -222,6 +223,12 @@ def one_set_of_points(monkeypatch):
     monkeypatch.setattr(
         mask_classification, "uncertain_points", lambda masks, *_, **__: points.expand(len(masks), -1, -1)
     )
+
+
+@pytest.fixture(autouse=True)
+def no_search_for_garbage(monkeypatch):
+    """Leave out what frees memory for smaller parts of a batch: it takes most of a test's time."""
+    monkeypatch.setattr(micro_batches.gc, "collect", lambda *_: 0)
 
 
 def check(net, loss, whole, *, batchwise=False):
