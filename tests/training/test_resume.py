@@ -112,6 +112,7 @@ def kill_at(where: Path, step: int, *arguments) -> Path:
     return newest(where)
 
 
+@pytest.mark.heavy
 def test_killed_and_resumed_is_bit_for_bit_the_uninterrupted_run(data, whole, tmp_path):
     """With a process that loads images, and without: of more, tests/data/test_loader.py."""
     folder = kill_at(tmp_path, 7, *train(data, workers=1))
