@@ -1,5 +1,6 @@
 """A new run that begins with the weights of another."""
 
+import logging
 import shutil
 
 import pytest
@@ -9,8 +10,11 @@ from command_line import SMALL, call, write_data
 from finished_runs import rows, trained
 from omegaconf import OmegaConf
 
+from dinoseg.cli.words import parsed
 from dinoseg.experiment import build
 from dinoseg.experiment.initial import begin_with, check_initial, has_initial
+from dinoseg.experiment.recipe import config_description, recipe_of
+from dinoseg.experiment.resume import merge
 from dinoseg.models.adapters import Frozen
 from dinoseg.models.heads.linear import LinearHead
 from dinoseg.models.model import Segmenter, trained_names
@@ -22,6 +26,8 @@ QUIET = ("mode.report=false", "mode.pictures=0", "mode.floor=0")
 SHORT = ("mode=train", *SMALL, *QUIET)
 _OTHERS = (word for word in SMALL if not word.startswith(("backbone", "adapter")))
 KNOWN = ("mode=train", *_OTHERS, *QUIET, "backbone=tiny_surgical", "backbone.layers=[0]", "adapter=frozen")
+CLASSES = ["dark", "bright"]
+METRICS = ("mode.metrics_only=true",)
 KEEP = ("trainer.steps=1", "optim.optimizer.lr=1e-30")  # a step that changes no weight, but one that is 0 by so much
 
 
@@ -30,13 +36,38 @@ def folder(tmp_path_factory):
     where = tmp_path_factory.mktemp("runs")
     write_data(where / "data", val=2)
     trained(where, "first", *SHORT, "seed=5")
-    trained(where, "tuned", *KNOWN, "adapter=full")
-    trained(where, "frozen", *KNOWN)
-    trained(where, "lora", *KNOWN, "adapter=lora")
+    trained(where, "tuned", *KNOWN, "adapter=full", *METRICS)
+    trained(where, "frozen", *KNOWN, *METRICS)
+    trained(where, "lora", *KNOWN, "adapter=lora", *METRICS)
     for run in ("frozen", "lora"):
         done = call(where, "mode=export", "export=safetensors", f"resume={run}", f"hydra.run.dir=exported_{run}")
         assert done.status == 0, done.err
     return where
+
+
+@pytest.fixture(scope="module")
+def begun(folder):
+    """Train a run that begins with a copy of `first`, which is removed then."""
+    shutil.copytree(folder / "first", folder / "gone")
+    trained(folder, "begun", *SHORT, "init=gone", "trainer.save_every=1", "optim.schedule.kind=constant")
+    shutil.rmtree(folder / "gone")
+    return folder / "begun"
+
+
+@pytest.fixture
+def begin(folder, compose, monkeypatch, caplog):
+    """Return a function that begins a model as mode=train does, and returns its tensors and the messages."""
+
+    def run(*words, classes=CLASSES):
+        monkeypatch.chdir(folder)
+        caplog.clear()
+        cfg = compose(*words)
+        check_initial(cfg, build.outline(cfg))
+        with caplog.at_level(logging.INFO):
+            model = begin_with(cfg, build.model(cfg, outlined=True), classes)
+        return model.state_dict(), caplog.text
+
+    return run
 
 
 def test_tensors_of_another_type_are_refused_by_name(tmp_path, tiny_backbone):
@@ -46,10 +77,6 @@ def test_tensors_of_another_type_are_refused_by_name(tmp_path, tiny_backbone):
     checkpoint.write(file, tensors, INFO)
     with pytest.raises(UserError, match=rf"^init={file}: \S+ is int8, and weights are floating-point"):
         check_initial(OmegaConf.create({"init": str(file), "resume": None}), model)
-
-
-def weights(path):
-    return checkpoint.read(path / "checkpoints/last.safetensors").part("model")
 
 
 def test_a_run_begins_with_the_best_weights_of_another(folder):
@@ -65,61 +92,88 @@ def test_a_run_begins_with_the_best_weights_of_another(folder):
     assert rows(folder, "next")[0]["step"] == 1  # its own steps, rates and optimizer
 
 
-def test_what_does_not_fit_begins_anew_and_is_named(folder):
+def test_what_does_not_fit_begins_anew_and_is_named(folder, begin):
     more = ("data.classes=[dark,bright,other]", "data.palette=[[0,0,0],[255,255,255],[9,9,9]]")
-    words = (*SHORT, "seed=5", *more, *KEEP)
-    ours, done = trained(folder, "more", *words, "init=first/checkpoints/last.safetensors")
-    fresh, _ = trained(folder, "fresh", *words)
-    theirs = weights(folder / "first")
-    anew = [name for name, value in theirs.items() if value.shape != ours[f"model/{name}"].shape]
+    words = (*SHORT, "seed=5", *more)
+    ours, said = begin(*words, "init=first/checkpoints/last.safetensors", classes=[*CLASSES, "other"])
+    fresh, _ = begin(*words)
+    theirs = checkpoint.read(folder / "first/checkpoints/last.safetensors").part("model")
+    anew = [name for name, value in theirs.items() if value.shape != ours[name].shape]
     assert anew and all(name.startswith("head.") for name in anew)
-    assert "; begins anew: " + ", ".join(sorted(anew)) in done.err and "init: its classes" not in done.err
-    for name in anew:
-        torch.testing.assert_close(ours[f"model/{name}"], fresh[f"model/{name}"], rtol=0, atol=0)
+    assert "; begins anew: " + ", ".join(sorted(anew)) in said and "init: its classes" not in said
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], fresh[name] if name in anew else value, rtol=0, atol=0)
 
 
 def test_other_classes_of_the_same_number_are_told(folder):
-    _, done = trained(folder, "renamed", *SHORT, "init=first", "data.classes=[a,b]", *KEEP)
+    """Of the data, as mode=train knows them."""
+    _, done = trained(folder, "renamed", *SHORT, "init=first", "data.classes=[a,b]", "trainer.steps=1", *METRICS)
     assert "init: its classes are dark, bright, and those of the data begin as these." in done.err
 
 
-def test_a_run_that_goes_on_has_its_own_weights(folder):
-    words = (*SHORT, "init=gone", "trainer.save_every=1")
-    shutil.copytree(folder / "first", folder / "gone")
-    trained(folder, "part", *words, "trainer.steps=2", "optim.schedule.kind=constant")
-    shutil.rmtree(folder / "gone")
-    done = call(folder, "mode=train", "resume=part", "trainer.steps=3", "hydra.run.dir=part")
+def test_a_run_that_goes_on_has_its_own_weights_and_begins_with_no_other_run(folder, begun, compose, monkeypatch):
+    done = call(folder, *SHORT, "resume=begun", "init=tuned", "trainer.steps=3")
+    told = f"and began with init={folder / 'gone'}. Leave init out, or, for a new run, resume."
+    assert done.status == 1 and told in done.err, done.err
+    done = call(folder, "mode=train", "resume=begun", "trainer.steps=3", *METRICS)
     assert done.status == 0 and "init=" not in done.err, done.err
-    info = checkpoint.describe(folder / "part/checkpoints/last.safetensors")
+    path = begun / "checkpoints/last.safetensors"
+    info = checkpoint.describe(path)
     assert info["config"]["init"] == str(folder / "gone") and info["progress"]["step"] == 3
-    assert call(folder, "mode=eval", "resume=part").status == 0
+    monkeypatch.chdir(folder)
+    for mode, init in (("train", "./gone"), ("eval", "tuned")):  # of the other modes none begins with anything
+        merged = merge(compose(f"mode={mode}", f"init={init}"), [parsed(f"init={init}")], path, info)
+        assert merged.init == str(folder / "gone") and not has_initial(merged)
+    path = folder / "first/checkpoints/last.safetensors"
+    with pytest.raises(UserError, match="and began without. Leave init out, or, for a new run, resume"):
+        merge(compose("mode=train", "init=tuned"), [parsed("init=tuned")], path, checkpoint.describe(path))
+
+
+def test_a_run_that_cannot_be_begun_with_is_refused_before_anything_is_trained(folder):
+    sweep = ("-m", "seed=0,1", "hydra.sweep.dir=refused")
+    for words, said in (
+        ((*SHORT, "init=nowhere", *sweep), "init=nowhere: neither a checkpoint file nor a run folder"),
+        ((*SHORT, "init=first", "trainer=many_heads", "heads=[linear]"), "init=first is for one head at a time"),
+        ((*KNOWN, "init=frozen", "head.init=probe"), "init=frozen and head.init=probe both say what the head"),
+    ):
+        done = call(folder, *words, "hydra.run.dir=refused")
+        assert done.status == 1 and said in done.err and "Traceback" not in done.err, done.err
+        assert not list(folder.glob("refused/**/checkpoints"))
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ((), "init=nowhere: neither a checkpoint file nor a run folder"),
-        (("init=[a]",), r"init=['a'] names no run. Give a run folder or a checkpoint"),
-        (("init=tuned", *KNOWN), "that this model does not train, or has otherwise"),
-        (("init=first", "head=mlp"), "none is of this model's head"),
-        (("init=first", "trainer=many_heads", "heads=[linear]"), "init=first is for one head at a time"),
-        (("init=data",), "init=data: neither a checkpoint file nor a run folder"),
-        (("init=frozen", *KNOWN, "head.init=probe"), "init=frozen and head.init=probe both say what the head"),
+        ((*SHORT, "init=[a]"), r"^init=\['a'\] names no run. Give a run folder or a checkpoint"),
+        ((*SHORT, "init=tuned"), "that this model does not train, or has otherwise"),
+        ((*SHORT, "init=first", "head=mlp"), "none is of this model's head"),
+        ((*SHORT, "init=data"), "^init=data: neither a checkpoint file nor a run folder"),
+        ((*SHORT, "init=cut.safetensors"), "^init=cut.safetensors: not a readable checkpoint"),
     ],
 )
-def test_a_run_that_cannot_be_begun_with_is_refused_before_anything_is_trained(folder, words, said):
-    done = call(folder, *SHORT, *(words or ("init=nowhere",)), "hydra.run.dir=refused")
-    assert done.status == 1 and said in done.err and "Traceback" not in done.err, done.err
-    assert not (folder / "refused/checkpoints").exists()
-    many = call(folder, *SHORT, *(words or ("init=nowhere",)), "-m", "seed=0,1", "hydra.sweep.dir=many")
-    assert many.status == 1 and said in many.err, many.err
+def test_a_run_that_does_not_fit_is_refused_by_either_check(folder, compose, monkeypatch, words, said):
+    """By that of a sweep's cells, which reads no weights, and by that of ranks, which have read them."""
+    monkeypatch.chdir(folder)
+    (folder / "cut.safetensors").write_bytes((folder / "first/checkpoints/best.safetensors").read_bytes()[:2000])
+    cfg = compose(*words)
+    with pytest.raises(UserError, match=said):
+        train.check(cfg)
+    with pytest.raises(UserError, match=said):
+        begin_with(cfg, build.model(cfg, outlined=True), CLASSES)
 
 
-def test_a_file_that_holds_the_frozen_part_too_is_as_good(folder):
-    ours, done = trained(folder, "from_file", *KNOWN, "init=exported_frozen", *KEEP)
+def test_what_a_run_has_learnt_of_a_backbone_is_not_left_out(begin):
+    """The check without weights cannot tell numbers of the same shapes apart."""
+    with pytest.raises(UserError, match="that this model does not train, or has otherwise"):
+        begin(*KNOWN, "init=tuned")
+
+
+def test_a_file_that_holds_the_frozen_part_too_is_as_good(folder, begin):
+    ours, said = begin(*KNOWN, "init=exported_frozen")
     theirs = checkpoint.read(folder / "frozen/checkpoints/best.safetensors").part("model")
-    torch.testing.assert_close(ours["model/head.classify.weight"], theirs["head.classify.weight"], rtol=0, atol=0)
-    assert f"init=exported_frozen: {len(theirs)} tensors taken from step 2." in done.err  # and nothing is left
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=0, atol=0)
+    assert f"init=exported_frozen: {len(theirs)} tensors taken from step 2." in said  # and nothing is left
 
 
 @pytest.mark.parametrize(
@@ -131,38 +185,23 @@ def test_a_file_that_holds_the_frozen_part_too_is_as_good(folder):
         ("lora", "qlora", "15 tensors taken from step 2."),
     ],
 )
-def test_an_adapter_may_come_later_on_the_same_weights_alone(folder, of, adapter, said):
-    words = (*KNOWN, f"adapter={adapter}", *KEEP)
+def test_an_adapter_may_come_later_on_the_same_weights_alone(begin, of, adapter, said):
+    words = (*KNOWN, f"adapter={adapter}")
     for run in (of, f"exported_{of}"):
-        _, done = trained(folder, f"{adapter}_on_{run}", *words, f"init={run}")
+        _, told = begin(*words, f"init={run}")
         whole = adapter == "full" and run != of  # a file of the whole model gives these, too
-        assert f"init={run}: {'30 tensors taken from step 2.' if whole else said}" in done.err, done.err
-    if adapter == "qlora":
-        return  # what is rounded cannot be compared
-    other = call(folder, *words, f"init={of}", "backbone.weights=random", "hydra.run.dir=refused")
-    assert other.status == 1 and "trained on other frozen weights than this model's" in other.err, other.err
+        assert f"init={run}: {'30 tensors taken from step 2.' if whole else said}" in told
+    if adapter != "qlora":  # what is rounded cannot be compared
+        with pytest.raises(UserError, match="trained on other frozen weights than this model's"):
+            begin(*words, f"init={of}", "backbone.weights=random")
 
 
-def test_another_run_to_begin_with_is_refused_where_one_goes_on(folder):
-    trained(folder, "begun", *SHORT, "init=first")
-    trained(folder, "alone", *SHORT)
-    for run, words in (("begun", f"with init={folder / 'first'}"), ("alone", "without")):
-        done = call(folder, *SHORT, f"resume={run}", "init=tuned", "trainer.steps=3")
-        assert done.status == 1 and f"and began {words}. Leave init out, or, for a new run, resume." in done.err, (
-            done.err
-        )
-    done = call(folder, *SHORT, "resume=begun", "init=./first", "trainer.steps=3")
-    assert done.status == 0, done.err
-    assert call(folder, "mode=eval", "resume=begun", "init=tuned").status == 0
-
-
-def test_what_has_no_place_in_the_model_is_not_even_read(folder):
+def test_what_has_no_place_in_the_model_is_not_even_read(folder, begin):
     file = checkpoint.read(folder / "first/checkpoints/best.safetensors")
     more = {"model/else": torch.full((3,), torch.nan), "ema/else": torch.full((3,), torch.nan)}
     kept = {key: value for key, value in file.info.items() if key != "format"}
     checkpoint.write(folder / "more.safetensors", {**file.tensors, **more}, kept)
-    _, done = trained(folder, "of_more", *SHORT, "init=more.safetensors", *KEEP)
-    assert "; left there: else." in done.err
+    assert "; left there: else." in begin(*SHORT, "init=more.safetensors")[1]
 
 
 def test_ranks_that_have_read_different_checkpoints_are_told(folder, compose, monkeypatch):
@@ -170,45 +209,44 @@ def test_ranks_that_have_read_different_checkpoints_are_told(folder, compose, mo
     cfg = compose(*KNOWN, "adapter=frozen", "init=frozen")
     model = build.model(cfg)
     with pytest.raises(UserError, match="init=frozen: that run has saved anew while the ranks of this one read it"):
-        begin_with(cfg, model, ["dark", "bright"], lambda progress: {**progress, "step": 1})
-    assert begin_with(cfg, model, ["dark", "bright"]) is model
+        begin_with(cfg, model, CLASSES, lambda progress: {**progress, "step": 1})
+    assert begin_with(cfg, model, CLASSES) is model
 
 
-def test_a_file_that_is_passed_on_says_nothing_of_the_run_that_it_began_with(folder):
-    trained(folder, "heir", *SHORT, "init=first")
-    assert call(folder, "mode=export", "export=safetensors", "resume=heir", "hydra.run.dir=passed_on").status == 0
+def test_a_file_that_is_passed_on_says_nothing_of_the_run_that_it_began_with(folder, begun):
+    done = call(folder, "mode=export", "export=safetensors", f"resume={begun}", "hydra.run.dir=passed_on")
+    assert done.status == 0, done.err
     assert "init" not in checkpoint.describe(folder / "passed_on/model.safetensors")["config"]
 
 
-def test_frozen_weights_of_another_backbone_are_refused(folder):
+def test_frozen_weights_of_another_backbone_are_refused(folder, begin):
     info = checkpoint.read(folder / "frozen/checkpoints/best.safetensors")
     changed = {**info.info, "frozen": {**info.info["frozen"], "backbone": "0" * 16}}
     checkpoint.write(folder / "other.safetensors", info.tensors, {k: v for k, v in changed.items() if k != "format"})
+    with pytest.raises(UserError, match="trained on other frozen weights"):
+        begin(*KNOWN, "init=other.safetensors")
     done = call(folder, *KNOWN, "init=other.safetensors", "hydra.run.dir=refused")
     assert done.status == 1 and "trained on other frozen weights" in done.err, done.err
 
 
-def test_rounded_weights_of_one_kind_are_begun_with_and_their_frozen_rest_is_held(folder):
+def test_rounded_weights_of_one_kind_are_begun_with_and_their_frozen_rest_is_held(folder, begin):
     """A hash is of what is not rounded, on both sides."""
-    words = (*KNOWN, "adapter=lora_8bit", *KEEP)
-    trained(folder, "rounded", *words)
-    _, done = trained(folder, "on_rounded", *words, "init=rounded")
-    assert "init=rounded: 15 tensors taken from step 1." in done.err, done.err
-    other = call(folder, *words, "init=rounded", "backbone.weights=random", "hydra.run.dir=refused")
-    assert other.status == 1 and "trained on other frozen weights" in other.err, other.err
+    words = (*KNOWN, "adapter=lora_8bit")
+    trained(folder, "rounded", *words, "trainer.steps=1", *METRICS)
+    assert "init=rounded: 15 tensors taken from step 1." in begin(*words, "init=rounded")[1]
+    with pytest.raises(UserError, match="trained on other frozen weights"):
+        begin(*words, "init=rounded", "backbone.weights=random")
 
 
-def test_a_damaged_file_is_refused_by_its_key(folder):
-    (folder / "cut.safetensors").write_bytes((folder / "first/checkpoints/best.safetensors").read_bytes()[:2000])
-    done = call(folder, *SHORT, "init=cut.safetensors", "hydra.run.dir=refused")
-    assert done.status == 1 and "init=cut.safetensors: not a readable checkpoint" in done.err, done.err
-
-
-def test_the_run_that_it_begins_with_is_part_of_a_recipe(folder):
-    words = (*SHORT, "seed=9", "trainer.steps=1")
-    trained(folder, "outputs/r/a", *words)
-    done = call(folder, *words, "init=first", "resume=auto", "hydra.run.dir=outputs/r/b")
-    assert done.status == 0 and "init=first: " in done.err, done.err
+def test_the_run_that_it_begins_with_is_part_of_a_recipe(folder, begun, compose, monkeypatch):
+    """Compare recipes as resume=auto does: that of a command line and that of a checkpoint."""
+    monkeypatch.chdir(folder)
+    without, others, same = (
+        recipe_of(config_description(compose(*SHORT, "optim.schedule.kind=constant", *words)))
+        for words in ((), ("init=tuned",), ("init=./gone",))
+    )
+    assert recipe_of(checkpoint.describe(begun / "checkpoints/last.safetensors")) == same
+    assert without != others != same != without
 
 
 @pytest.mark.parametrize(
@@ -231,14 +269,14 @@ def test_the_best_finite_weights_are_taken_whatever_type_the_frozen_ones_are_hel
     shutil.copytree("frozen/checkpoints", "odd/checkpoints")
     (folder / "odd/checkpoints/last.safetensors").write_bytes(b"cut")
     cfg = compose(*words, "backbone.dtype=bfloat16")
-    assert begin_with(cfg, build.model(cfg), ["dark", "bright"])
+    assert begin_with(cfg, build.model(cfg), CLASSES)
     whole = compose(*KNOWN, "init=exported_frozen", "backbone.dtype=bfloat16")  # its frozen part is what this rounds
-    assert begin_with(whole, build.model(whole), ["dark", "bright"])
+    assert begin_with(whole, build.model(whole), CLASSES)
     best = checkpoint.read(folder / "odd/checkpoints/best.safetensors")
     best.tensors["model/head.classify.bias"][0] = torch.nan
     kept = {key: value for key, value in best.info.items() if key != "format"}
     checkpoint.write(best.path, best.tensors, kept)
     with pytest.raises(UserError, match="^init=odd.*hold NaN or infinity"):
-        begin_with(cfg, build.model(cfg), ["dark", "bright"])
+        begin_with(cfg, build.model(cfg), CLASSES)
     cfg = compose(*words, "finite_weights=false")
-    assert begin_with(cfg, build.model(cfg), ["dark", "bright"]).head.classify.bias.isnan().any()
+    assert begin_with(cfg, build.model(cfg), CLASSES).head.classify.bias.isnan().any()

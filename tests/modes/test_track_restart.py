@@ -3,6 +3,7 @@
 import json
 import shutil
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,8 +12,11 @@ from meta_files import RELEASED, write_released
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from dinoseg.modes.track import _go_on
 from dinoseg.tracking.video import mask_folder
+from dinoseg.tracking.video.state import read_standing
 from dinoseg.training import engine
+from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import read_ids, write_png
 
 WAYS = {
@@ -49,18 +53,29 @@ def masks(folder):
     return {path.name: path.read_bytes() for path in sorted((folder / "masks").glob("*.png"))}
 
 
+@pytest.fixture(scope="module")
+def stopped(trained):
+    """Stop a run of each way; return what each said."""
+    return {way: stop(trained, f"stopped_{way}", *WAYS[way]).err.replace(f"{trained}/", "") for way in WAYS}
+
+
+@pytest.fixture
+def cut(trained, stopped, tmp_path):
+    """Return a function that copies the stopped run of a way."""
+    return lambda way: shutil.copytree(trained / f"stopped_{way}", tmp_path / "cut")
+
+
 @pytest.mark.parametrize("way", WAYS)
-def test_a_stopped_run_goes_on(trained, way):
-    done = stop(trained, f"cut_{way}", *WAYS[way])
-    assert f"Stopped: the same command with mode.restart=cut_{way} goes on." in done.err.replace(f"{trained}/", "")
-    assert "\ninterrupted: what is finished is in " in done.err and "training" not in done.err
-    assert len(masks(trained / f"cut_{way}")) == 5
-    (trained / f"cut_{way}/masks/.00005.png.1.part").write_bytes(b"half")  # as a kill leaves it
-    track(trained, f"on_{way}", *WAYS[way], f"mode.restart=cut_{way}")
-    track(trained, f"whole_{way}", *WAYS[way])
-    cut, whole = trained / f"cut_{way}", trained / f"whole_{way}"
-    assert masks(cut) == masks(whole) and len(masks(whole)) == 7 and not list((cut / "masks").glob(".*"))
-    told = [json.loads((folder / "track.json").read_text()) for folder in (cut, whole)]
+def test_a_stopped_run_goes_on(trained, stopped, cut, way):
+    assert f"Stopped: the same command with mode.restart=stopped_{way} goes on." in stopped[way]
+    assert "\ninterrupted: what is finished is in " in stopped[way] and "training" not in stopped[way]
+    part, whole = cut(way), trained / f"whole_{way}"
+    assert len(masks(part)) == 5
+    (part / "masks/.00005.png.1.part").write_bytes(b"half")  # as a kill leaves it
+    for done in (track(trained, f"on_{way}", *WAYS[way], f"mode.restart={part}"), track(trained, whole, *WAYS[way])):
+        assert "No effect here" not in done.err
+    assert masks(part) == masks(whole) and len(masks(whole)) == 7 and not list((part / "masks").glob(".*"))
+    told = [json.loads((folder / "track.json").read_text()) for folder in (part, whole)]
     assert told[0]["flicker"] == told[1]["flicker"] and told[0]["settings"] == told[1]["settings"]
     assert (told[0]["flicker"] is not None) == (way == "segmenter")
     if way == "segmenter":
@@ -76,33 +91,42 @@ def test_a_model_sees_as_many_frames_as_asked_for_in_the_engine_s_precision(trai
     assert len(passes) == 1 + count  # the first for what is kept of the provenance
 
 
-def test_a_run_does_not_go_on_at_another_scale(trained):
-    stop(trained, "cut_scale", *WAYS["segmenter"])
-    before = masks(trained / "cut_scale")
-    on = (*WAYS["segmenter"], "mode.restart=cut_scale")
+def test_a_run_does_not_go_on_at_another_scale(trained, cut):
+    """At the same it does: test_a_stopped_run_goes_on."""
+    part = cut("segmenter")
+    before = masks(part)
+    on = (*WAYS["segmenter"], f"mode.restart={part}")
     said = track(trained, "other_scale", *on, "resolution.longest=null", status=1).err
     assert "other settings than that run's: large_frames was above 72 pixels reduced to 48 (resolution.longest " in said
-    assert masks(trained / "cut_scale") == before
-    track(trained, "same_scale", *on)
-    assert len(masks(trained / "cut_scale")) == 7
+    assert masks(part) == before
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_standing_that_cannot_be_one_is_refused(trained, way):
-    stop(trained, f"bad_{way}", *WAYS[way])
-    path = trained / f"bad_{way}/state.safetensors"
+def test_a_standing_that_lacks_a_tensor_is_refused(trained, cut, way):
+    part = cut(way)
+    path = part / "state.safetensors"
     with safe_open(path, framework="pt") as file:
         info, tensors = json.loads(file.metadata()["track"]), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     assert info["progress"]["done"] == 4 and len(tensors) >= 3
-    lost = {key: value for key, value in tensors.items() if key != min(tensors)}
-    done = {"segmenter": -1, "slots": "4", "backbone": 0}[way]
-    for progress, kept in (({}, lost), ({"done": done}, tensors)):
-        text = json.dumps({**info, "progress": {**info["progress"], **progress}})
-        save_file(kept, path, {"track": text})
-        before = masks(trained / f"bad_{way}")
-        said = track(trained, f"second_{way}", *WAYS[way], f"mode.restart=bad_{way}", status=1).err
-        assert "state.safetensors is not readable" in said and "to begin anew" in said, (progress, list(kept))
-        assert masks(trained / f"bad_{way}") == before
+    save_file({key: value for key, value in tensors.items() if key != min(tensors)}, path, {"track": json.dumps(info)})
+    before = masks(part)
+    said = track(trained, f"second_{way}", *WAYS[way], f"mode.restart={part}", status=1).err
+    assert "state.safetensors is not readable" in said and "to begin anew" in said
+    assert masks(part) == before
+
+
+def test_a_standing_after_a_number_of_frames_that_is_none_is_refused(cut):
+    part = cut("backbone")
+    standing = read_standing(part)
+    tracker = SimpleNamespace(settings=standing.settings, load=lambda tensors: None)
+    assert _go_on(tracker, standing, part).done == 4
+    path = part / "state.safetensors"
+    with safe_open(path, framework="pt") as file:
+        info, tensors = json.loads(file.metadata()["track"]), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    for done in (-1, "4", 0):
+        save_file(tensors, path, {"track": json.dumps({**info, "progress": {**info["progress"], "done": done}})})
+        with pytest.raises(UserError, match=r"state.safetensors is not readable .* to begin anew"):
+            _go_on(tracker, read_standing(part), part)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +154,6 @@ def test_what_is_refused_leaves_nothing(trained, way, more, message):
         ("backbone", ("slots=lock_on", "slots.extra_slots=1", "tracker.context=3"),
          "slots=lock_on, slots.extra_slots=1. Label propagation"),
         ("segmenter", ("tracker=crw", "tracker.temperature=0.1"), None),
-        ("slots", (), None),
     ],
 )  # fmt: skip
 def test_words_without_effect_are_named_once(trained, way, more, idle):

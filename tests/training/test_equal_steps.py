@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 import torch
 from config_files import options
+from hydra import compose, initialize_config_dir
 from torch import nn
 
+from dinoseg.__main__ import CONFIGS
+from dinoseg.config.resolvers import register_resolvers
 from dinoseg.core.contracts import Loss
 from dinoseg.core.geometry import upsample
 from dinoseg.core.shapes import Batch, MaskOutputs, Prediction, SlotOutputs
@@ -19,6 +22,7 @@ from dinoseg.experiment import criteria
 from dinoseg.losses import mask_classification, matching
 from dinoseg.losses.cross_entropy import CrossEntropy
 from dinoseg.losses.distillation import SeenScores
+from dinoseg.training import micro_batches
 from dinoseg.training.distilled import DistilledLoss, Part, ScoredBatch
 from dinoseg.training.engine import Engine
 from dinoseg.training.micro_batches import MicroBatches
@@ -66,6 +70,14 @@ SEVERAL = {
     "ce, hardest",
 }
 SEVERAL |= {"masks, ce, lovasz per image"}  # divisors
+
+
+def criterion(option, *words, **weights):
+    """Return the loss of the words of a case; of the whole config nothing but the group `loss` is composed."""
+    register_resolvers()
+    with initialize_config_dir(CONFIGS, version_base="1.3"):
+        cfg = compose(option.replace("=", "/"), [*words, "+data.ignore_index=255"])
+    return criteria.criterion(cfg, **weights)
 
 
 class Table(nn.Module):
@@ -213,6 +225,12 @@ def one_set_of_points(monkeypatch):
     )
 
 
+@pytest.fixture(autouse=True)
+def no_search_for_garbage(monkeypatch):
+    """Leave out what frees memory for smaller parts of a batch: it takes most of a test's time."""
+    monkeypatch.setattr(micro_batches.gc, "collect", lambda *_: 0)
+
+
 def check(net, loss, whole, *, batchwise=False):
     """Compare the ways to go through a batch with its own loss and gradient."""
     images = whole.to(torch.device("cpu")).taught(sure)
@@ -240,10 +258,9 @@ def check(net, loss, whole, *, batchwise=False):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_gradients_are_equal_or_the_loss_declares_that_they_are_not(compose, name):
+def test_gradients_are_equal_or_the_loss_declares_that_they_are_not(name):
     clips = name in SLOTS
-    cfg = compose(*CASES[name], "data.root=.", "data.classes=[a,b,c]", *(["head=slots"] if clips else []))
-    loss = criteria.criterion(cfg, **({} if clips else {"class_weights": torch.tensor([0.3, 1.0, 2.5])}))
+    loss = criterion(*CASES[name], **({} if clips else {"class_weights": torch.tensor([0.3, 1.0, 2.5])}))
     net = table("clips" if clips else "masks" if "mask" in name else "pixels")
     check(net, loss, samples(), batchwise=name in BATCHWISE)
     assert (loss.num_divisors > 1) == (name in SEVERAL)
@@ -251,9 +268,8 @@ def test_gradients_are_equal_or_the_loss_declares_that_they_are_not(compose, nam
 
 @pytest.mark.parametrize("weight", [0.0, 0.7])
 @pytest.mark.parametrize("name", ["ce", "ce, lovasz per image"])
-def test_a_teacher_s_terms_are_joined_by_their_own_divisors(compose, name, weight):
-    cfg = compose(*CASES.get(name, ["loss=cross_entropy"]), "data.root=.", "data.classes=[a,b,c]")
-    own = criteria.criterion(cfg, class_weights=torch.tensor([0.3, 1.0, 2.5]))
+def test_a_teacher_s_terms_are_joined_by_their_own_divisors(name, weight):
+    own = criterion(*CASES.get(name, ["loss=cross_entropy"]), class_weights=torch.tensor([0.3, 1.0, 2.5]))
     taught = TaughtLoss(own, CrossEntropy(torch.ones(K)), weight)
     check(table("pixels", rows=3 * IMAGES), taught, with_views(samples()))
     scored = ScoredBatch([part(samples()), part(samples(IMAGES))])

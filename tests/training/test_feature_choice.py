@@ -142,7 +142,9 @@ def computed(monkeypatch):
 @pytest.mark.parametrize("adapter", [Frozen(), LastBlocks(1), Lora(2, 4, blocks=1, dropout=0.3)])
 def test_training_on_features_is_training_on_images(train, adapter, monkeypatch, tmp_path):
     live = train(adapter=adapter)[0]
-    assert train("memory", adapter=adapter)[0] == live and train("disk", adapter=adapter)[0] == live
+    assert train("disk", adapter=adapter)[0] == live
+    if isinstance(adapter, Lora):  # the place is none of the adapter's business
+        assert train("memory", adapter=adapter)[0] == live
     assert len(list((tmp_path / "cache/features").iterdir())) == 1  # nothing of what was measured
     opened, read_pair = [], pairs.read_pair
     monkeypatch.setattr(pairs, "read_pair", lambda pair, reader: opened.append(pair.name) or read_pair(pair, reader))
@@ -338,9 +340,18 @@ def test_an_image_that_float16_does_not_hold_is_trained_on_beside_others(train, 
     assert kinds == {torch.float16, torch.bfloat16}
 
 
-@pytest.mark.parametrize("change", [lambda part: part[:, :2], lambda part: part.to(torch.uint8)])
-@pytest.mark.parametrize("known", [True, False])
-@pytest.mark.parametrize("drawn", [True, False], ids=["views", "whole"])
+def fewer(part):
+    return part[:, :2]
+
+
+def in_bytes(part):
+    return part.to(torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("drawn", "known", "change"),  # each two of them in all ways
+    [(True, True, fewer), (True, False, in_bytes), (False, True, in_bytes), (False, False, fewer)],
+)
 def test_features_of_other_shapes_or_kinds_are_none_and_mended(
     train, data, computed, tmp_path, caplog, monkeypatch, known, drawn, change
 ):
@@ -416,11 +427,12 @@ def test_a_head_that_sees_the_pixels_trains_from_what_is_kept_as_live(train, com
     assert rows("memory", dtype="int8")[0]["train/loss"] == pytest.approx(live[0]["train/loss"], rel=2e-2)
 
 
-@pytest.mark.parametrize(("dtype", "error"), [("float16", 1e-3), ("bfloat16", 1e-2), ("int8", 2e-2)])
-def test_rounded_features_train_nearly_the_same(train, dtype, error):
-    live, kept = (train(*options)[0][0]["train/loss"] for options in ((), ("memory",)))
+def test_rounded_features_train_nearly_the_same(train):
+    live, kept = (train(*options, steps=1)[0][0]["train/loss"] for options in ((), ("memory",)))
     assert live == kept
-    assert train("memory", dtype=dtype)[0][0]["train/loss"] == pytest.approx(live, rel=error)
+    for dtype, error in (("float16", 1e-3), ("bfloat16", 1e-2), ("int8", 2e-2)):
+        rounded = train("memory", dtype=dtype, steps=1)[0][0]["train/loss"]
+        assert rounded == pytest.approx(live, rel=error) and rounded != live, dtype
 
 
 def test_noise_is_in_training_alone_and_drawn_anew_for_a_view_in_each_epoch(train):
@@ -451,9 +463,9 @@ def test_noise_is_the_same_where_features_are_kept_and_where_none_are(train, com
 
 def test_images_that_are_not_seen_whole_are_not_validated_by_features(train, computed):
     windows = {"policy": Windows(16)}
-    assert train("memory", **windows)[0] == train(**windows)[0]
+    live = train(**windows)[0]
     computed.clear()
-    train("memory", **windows)
+    assert train("memory", **windows)[0] == live
     assert sum(computed) == 2 + 10
     assert not Whole(flips="horizontal").sees_whole(None, (1, 1), None) and Whole().sees_whole(None, (1, 1), None)
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from checkpoint_files import INFO
 from test_fit import Rows, Stripes
+from tiny_parts import tiny_vit
 
 from dinoseg.data.transforms import Affine, Augment
 from dinoseg.losses.cross_entropy import CrossEntropy
@@ -58,13 +59,13 @@ class Dropping(LinearHead):
         return super().forward([F.dropout(part, 0.1, self.training) for part in features])
 
 
-@pytest.fixture
-def train(tiny_backbone):
+@pytest.fixture(scope="module")
+def train():
     """Train on stripes with a moving average and two batches a step; return the error, if any, and the rows."""
 
     def run(folder, start=None, **options):
         torch.manual_seed(0)
-        model = Segmenter(Full()(tiny_backbone()), Dropping(24, 1, 3))
+        model = Segmenter(Full()(tiny_vit()), Dropping(24, 1, 3))
         augment = Augment((24, 32), affine=Affine(degrees=20))
         feed = Failing(Stripes([(32, 40)] * 6), Stripes([(32, 40), (19, 23)]), augment, 3, seed=0, workers=0)
         for name in ("batch", "validation", "fails"):
@@ -82,6 +83,15 @@ def train(tiny_backbone):
         return SimpleNamespace(error=error, rows=log.rows)
 
     return run
+
+
+@pytest.fixture(scope="module")
+def whole(train, tmp_path_factory):
+    """Train without a stop; return the folder and the rows."""
+    folder = tmp_path_factory.mktemp("whole")
+    done = train(folder)
+    assert done.error is None
+    return SimpleNamespace(folder=folder, rows=done.rows)
 
 
 def same(first, second, names=("last", "best")):
@@ -108,22 +118,23 @@ def crash():
     raise RuntimeError("a worker has died")
 
 
-@pytest.mark.parametrize("fails", [truncated, crash, terminate])
+STOPS = [({"batch": 8}, 4), ({"batch": 9}, 4), ({"validation": 1}, 3), ({"validation": 2}, 6)]
+
+
 @pytest.mark.parametrize(
-    ("where", "step"), [({"batch": 8}, 4), ({"batch": 9}, 4), ({"validation": 1}, 3), ({"validation": 2}, 6)]
+    ("fails", "where", "step"),
+    [*((fails, *stop) for fails in (truncated, terminate) for stop in STOPS), (crash, *STOPS[1])],
 )
-def test_what_was_trained_is_saved_and_goes_on_bit_for_bit(train, tmp_path, fails, where, step):
+def test_what_was_trained_is_saved_and_goes_on_bit_for_bit(train, whole, tmp_path, fails, where, step):
     """Also in the middle of a step, between its two batches, and in the validation after the last step."""
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    uninterrupted = train(whole)
-    ended = train(cut, fails=fails, **where)
+    ended = train(tmp_path, fails=fails, **where)
     assert isinstance(ended.error, Interrupted if fails is terminate else (UserError, RuntimeError))
     finished = fails is terminate and "batch" in where  # a signal lets the step come to its end
-    assert read(cut / "last.safetensors").info["progress"]["step"] == step + finished
-    gone_on = train(cut, start=True)
-    assert uninterrupted.error is gone_on.error is None
-    same(whole, cut)
-    assert untimed(ended.rows + gone_on.rows) == untimed(uninterrupted.rows)
+    assert read(tmp_path / "last.safetensors").info["progress"]["step"] == step + finished
+    gone_on = train(tmp_path, start=True)
+    assert gone_on.error is None
+    same(whole.folder, tmp_path)
+    assert untimed(ended.rows + gone_on.rows) == untimed(whole.rows)
 
 
 def failing_at(number, whole, fails):

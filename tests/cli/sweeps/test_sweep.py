@@ -15,9 +15,13 @@ from scipy import stats
 
 from dinoseg.cli.sweeps import table as sweep_table
 from dinoseg.cli.sweeps.table import SweepTable
+from dinoseg.config.nodes import instantiate
 from dinoseg.utils.errors import UserError
 
 HOLDS = "import fcntl, sys, time; fcntl.flock(file := open(sys.argv[1], 'a'), 2); print(flush=True); time.sleep(60)"
+
+
+QUIET = ("mode.metrics_only=true", "mode.report=false", "mode.pictures=0", "mode.floor=0")
 
 
 def rows_of(path):
@@ -27,7 +31,7 @@ def rows_of(path):
 
 def test_a_real_sweep_has_a_folder_per_job_and_a_table(tmp_path):
     write_data(tmp_path / "data")
-    done = call(tmp_path, "-m", "mode=train", *SMALL, "mode.metrics_only=true", "head=linear,mlp")
+    done = call(tmp_path, "-m", "mode=train", *SMALL, *QUIET, "head=linear,mlp")
     assert done.status == 0, done.err
     (folder,) = (tmp_path / "outputs/base").glob("train_*")
     assert sorted(path.name for path in folder.iterdir()) == ["0", "1", "multirun.yaml", "sweep.csv"]
@@ -52,17 +56,22 @@ def test_a_real_sweep_has_a_folder_per_job_and_a_table(tmp_path):
 
 
 def test_a_failed_job_is_named_and_the_others_go_on(tmp_path):
+    """Jobs whose data are missing are told in a message, one that crashes with its traceback."""
     write_data(tmp_path / "data")
-    words = [word for word in SMALL if not word.startswith("data.root")]
-    done = call(tmp_path, "-m", "mode=train", *words, "mode.metrics_only=true", "data.root=nowhere,data")
-    assert done.status == 1 and "Traceback" not in done.err
-    assert done.err.count("error: data.root=nowhere is no folder") == 1
+    words = ("data.root=nowhere,data", "head.num_classes=1,2")
+    done = call(tmp_path, "-m", "mode=train", *SMALL, *QUIET, *words)
+    assert done.status == 1 and done.err.count("Traceback") == 1
+    assert done.err.count("error: data.root=nowhere is no folder") == 2
     (folder,) = (tmp_path / "outputs/base").glob("train_*")
-    good, bad = rows_of(folder / "sweep.csv")
-    assert good["job"] == "1" and float(good["mIoU %"]) >= 0 and good["note"] == "" and good["data.root"] == "data"
-    assert bad["job"] == "0" and bad["mIoU %"] == "" and bad["note"].startswith("data.root=nowhere")
+    good, *bad = rows_of(folder / "sweep.csv")
+    assert good["job"] == "3" and float(good["mIoU %"]) >= 0 and good["note"] == "" and good["data.root"] == "data"
+    assert [row["job"] for row in bad] == ["0", "1", "2"] and all(row["mIoU %"] == "" for row in bad)
+    assert all(row["note"].startswith("data.root=nowhere") for row in bad[:2])
+    assert bad[2]["note"].startswith("RuntimeError: ")
     assert "data.root=nowhere is no folder" in " ".join(done.out.split())
-    assert (folder / "1/checkpoints/best.safetensors").is_file() and not (folder / "0/checkpoints").exists()
+    assert (folder / "3/checkpoints/best.safetensors").is_file() and not (folder / "0/checkpoints").exists()
+    with pytest.raises(RuntimeError, match="weight tensor"):  # a single run shows where it broke
+        call(tmp_path, "mode=train", *SMALL, "head.num_classes=1")
 
 
 def test_cells_that_cannot_work_are_refused_before_the_first_job(tmp_path):
@@ -73,14 +82,17 @@ def test_cells_that_cannot_work_are_refused_before_the_first_job(tmp_path):
     assert "2 of 4 cells of this sweep cannot work, so none is started:" in done.err
     assert "- loss=mask_classification seed=1: loss=mask_classification needs a head" in done.err
     assert not (tmp_path / "outputs").exists()
-    words = [word for word in SMALL if word != "adapter=full"]
-    for key, reason in (
-        (("adapter.rank=0,2",), "adapter.rank=0"),
-        (("data.folds=3", "data.fold=0,7"), "two folds or more"),
-    ):
-        done = call(tmp_path, "-m", "mode=train", *words, "adapter=lora", *key)
-        assert done.status == 1 and reason in done.err and "1 of 2 cells" in done.err, done.err
-        assert not (tmp_path / "outputs").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [(("adapter.rank=0",), "adapter.rank=0"), (("data.folds=3", "data.fold=7"), "two folds or more")],
+)
+def test_a_value_that_is_out_of_range_is_found_without_weights_or_data(compose, words, reason):
+    """As the check of a sweep's cells finds it: adapters and data are made."""
+    cfg = compose("mode=train", *(word for word in SMALL if word != "adapter=full"), "adapter=lora", *words)
+    with pytest.raises(UserError, match=reason):
+        instantiate(cfg.mode.check)(cfg)
 
 
 def test_what_a_pattern_of_hydra_stands_for_is_looked_at_too(tmp_path):
@@ -131,7 +143,7 @@ def test_folds_are_summed_up_and_not_ranked(tmp_path):
     for split in ("train", "val"):
         for path in list((tmp_path / f"data/{split}").rglob("*.png")):
             path.rename(path.with_name(f"{split}{path.name}"))
-    done = call(tmp_path, "-m", "mode=train", *SMALL, "mode.metrics_only=true", "data.folds=2", "data.fold=0,1")
+    done = call(tmp_path, "-m", "mode=train", *SMALL, *QUIET, "data.folds=2", "data.fold=0,1")
     assert done.status == 0, done.err
     (path,) = tmp_path.glob("outputs/base/train_*/sweep.csv")
     rows = {row["data.fold"]: row for row in rows_of(path)}
@@ -144,18 +156,6 @@ def test_folds_are_summed_up_and_not_ranked(tmp_path):
     each = counts.diagonal() / (counts.sum(axis=0) + counts.sum(axis=1) - counts.diagonal())
     assert float(rows["pooled"]["mIoU %"]) == pytest.approx(100 * each.mean(), abs=0.01)
     assert all(name in done.out for name in ("mean", "deviation", "pooled"))
-
-
-@pytest.mark.heavy
-def test_a_crash_costs_one_job_and_not_the_table(tmp_path):
-    write_data(tmp_path / "data")
-    done = call(tmp_path, "-m", "mode=train", *SMALL, "mode.metrics_only=true", "head.num_classes=1,2")
-    assert done.status == 1 and done.err.count("Traceback") == 1
-    (path,) = tmp_path.glob("outputs/base/train_*/sweep.csv")
-    good, bad = rows_of(path)
-    assert good["job"] == "1" and good["note"] == "" and bad["note"].startswith("RuntimeError: ")
-    with pytest.raises(RuntimeError, match="weight tensor"):  # a single run shows where it broke
-        call(tmp_path, "mode=train", *SMALL, "head.num_classes=1")
 
 
 def of_job(folder, number=0, sweeper=None):
