@@ -83,7 +83,7 @@ def cells():
 def where(compose, tmp_path_factory):
     """Return a folder with images, and a checkpoint of a model that was trained on smaller ones."""
     folder = tmp_path_factory.mktemp("overrides")
-    write_data(folder / "data", train=2, val=1, size=(40, 120))
+    write_data(folder / "data", size=(40, 120))
     path = untrained(compose, folder, *WORDS[:-2], "adapter=full", sizes=SIZES)
     return SimpleNamespace(folder=folder, checkpoint=path, bases={}, number=iter(range(10**6)))
 
