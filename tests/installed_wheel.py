@@ -1,9 +1,13 @@
 """The built wheel, installed in an environment of its own, which sees the dependencies but not this checkout."""
 
+import atexit
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -11,19 +15,28 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-def install(folder, *, only=None):
-    """Build the wheel, install it alone below `folder`, and return that environment's Python.
-
-    Args:
-        folder: empty.
-        only: packages that the environment shall have, by the names of their folders; None: all that are here.
-    """
+@cache
+def built_wheel():
+    """Build the wheel once for all tests of a process, and return its path."""
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", folder, ROOT]
     done = subprocess.run(build, capture_output=True, text=True, cwd=folder)
     if done.returncode and "poetry-core" in done.stderr:
         pytest.skip("no poetry-core can be had to build the wheel with")
     assert done.returncode == 0, done.stderr
     (wheel,) = folder.glob("dinoseg-*.whl")
+    return wheel
+
+
+def install(folder, *, only=None):
+    """Install the wheel alone below `folder`, and return that environment's Python.
+
+    Args:
+        folder: empty.
+        only: packages that the environment shall have, by the names of their folders; None: all that are here.
+    """
+    wheel = built_wheel()
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "env"], check=True)
     python = folder / "env/bin/python"
     script = "import sysconfig; print(sysconfig.get_path('purelib'))"

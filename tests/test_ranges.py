@@ -1,5 +1,6 @@
 """Which numbers keys take: each is said where the value is used, and what is outside is refused by its whole key."""
 
+import copy
 import inspect
 import re
 from types import UnionType
@@ -70,6 +71,11 @@ def test_every_number_of_a_config_has_a_range():
     assert not bare and len(found) > 50 and ranged > 100
 
 
+@pytest.fixture(scope="module")
+def composed(compose):
+    return compose("mode=predict", "adapter=lora", "backbone=tiny", "data.root=x", "data.classes=[a,b]")
+
+
 @pytest.mark.parametrize(
     ("key", "value", "rule"),
     [
@@ -97,8 +103,8 @@ def test_every_number_of_a_config_has_a_range():
         ("engine.eval_batch_size", 0, "Give a whole number of at least 1."),
     ],
 )
-def test_a_number_out_of_its_range_is_refused_by_its_whole_key(compose, key, value, rule):
-    cfg = compose("mode=predict", "adapter=lora", "data.root=x", "data.classes=[a,b]")
+def test_a_number_out_of_its_range_is_refused_by_its_whole_key(composed, key, value, rule):
+    cfg = copy.deepcopy(composed)
     OmegaConf.update(cfg, key, value)
     node = OmegaConf.select(cfg, key.rsplit(".", 1)[0])
     with pytest.raises(UserError) as caught:
@@ -107,8 +113,8 @@ def test_a_number_out_of_its_range_is_refused_by_its_whole_key(compose, key, val
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0, 1e18])
-def test_a_scale_of_no_size_is_refused(compose, value):
-    cfg = compose("backbone=tiny", "data.classes=[a,b]", "data.root=x")
+def test_a_scale_of_no_size_is_refused(composed, value):
+    cfg = copy.deepcopy(composed)
     cfg.resolution.scale = value
     with pytest.raises(
         UserError,
@@ -117,10 +123,10 @@ def test_a_scale_of_no_size_is_refused(compose, value):
         build.model(cfg, untrained=True)
 
 
-@pytest.mark.parametrize(("crop", "scale"), [("[1,1]", 1), ("[32,7]", 1), ("[32,32]", 0.2)])
-def test_a_crop_below_a_patch_is_refused(compose, crop, scale):
-    words = ("backbone=tiny", "backbone.patch_size=8", "data.classes=[a,b]", "data.root=x")
-    cfg = compose(*words, f"resolution.crop={crop}", f"resolution.scale={scale}")
+@pytest.mark.parametrize(("crop", "scale"), [([1, 1], 1), ([32, 7], 1), ([32, 32], 0.2)])
+def test_a_crop_below_a_patch_is_refused(composed, crop, scale):
+    cfg = copy.deepcopy(composed)
+    cfg.backbone.patch_size, cfg.resolution.crop, cfg.resolution.scale = 8, crop, scale
     with pytest.raises(UserError, match="is less than one patch of the backbone, 8 pixels. Give a larger crop."):
         build.model(cfg, untrained=True)
 

@@ -1,5 +1,8 @@
 """Every backbone family in a size that takes milliseconds, from its own config option."""
 
+import copy
+from functools import cache
+
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
@@ -23,11 +26,16 @@ PYRAMIDS = ("convnext", "timm_pyramid")
 BASE = ("data.classes=[a,b,c]", "data.root=none", "engine=cpu")
 
 
-def load(*overrides):
-    """Compose as the command line does, with interpolations as they are typed."""
+@cache
+def _composed(overrides):
     register_resolvers()
     with initialize_config_dir(CONFIGS, version_base="1.3"):
         return OmegaConf.to_container(compose("main", [*BASE, *overrides]))
+
+
+def load(*overrides):
+    """Compose a config as the command line does, the same words once; interpolations stay as they are typed."""
+    return copy.deepcopy(_composed(overrides))
 
 
 def tiny_node(name):

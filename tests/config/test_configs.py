@@ -203,6 +203,15 @@ def test_every_option_of_every_other_group(rows):
     assert checked == expected >= 14 * len(rows) and values > 4 * tried
 
 
+def test_every_option_is_accepted_from_a_checkpoint(rows):
+    accepted = set()
+    for chosen, cfg in rows:
+        kept = json.loads(json.dumps(config_description(cfg)["config"]))  # as a file gives it back
+        guard(kept, "resume=file")
+        accepted |= {pair for pair in chosen.items() if pair[0] in SAVED}
+    assert len(accepted) == sum(len(list((FOLDER / group).glob("[!_]*.yaml"))) for group in SAVED)
+
+
 def test_a_wrong_key_or_a_missing_one_is_found():
     right = {"_target_": "dinoseg.models.heads.linear.LinearHead", "_partial_": True, "num_classes": 2}
     check_binds("head", right)

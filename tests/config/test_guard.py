@@ -5,7 +5,7 @@ import json
 import sys
 
 import pytest
-from config_files import FOLDER, needed, options
+from config_files import FOLDER
 from omegaconf import OmegaConf
 
 from dinoseg.config.guard import guard
@@ -414,14 +414,3 @@ def test_the_users_own_config_files_are_known(kept, tmp_path):
     }
     chosen = read_chosen([tmp_path], (("data/deep", "not"), ("parts@head.first", "a"), ("+parts", "b")))
     assert chosen["data", "deep"].targets == {"os.system"} and chosen["head", "first"].targets == {"my.Part"}
-
-
-@pytest.mark.heavy
-def test_every_option_of_ours_is_accepted(compose):
-    tried = 0
-    for group in set(SAVED) & {path.name for path in FOLDER.iterdir()}:
-        for option in options(group):
-            kept = as_read(config_description(compose(f"{group}={option}", *needed({group: option}))))
-            guard(kept, "resume=file")
-            tried += 1
-    assert tried == sum(len(list((FOLDER / group).glob("[!_]*.yaml"))) for group in SAVED)

@@ -35,6 +35,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.heavy  # processes that import torch, timm and transformers
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks a process that has imported torch")
 def test_a_load_imports_what_its_model_needs(compose, tmp_path):
     works = []
