@@ -1,9 +1,13 @@
 """Runs that tests train by a command line, and what these leave."""
 
 import json
+from contextlib import chdir
 
 from command_line import call
+from omegaconf import OmegaConf
 
+from dinoseg import ranks
+from dinoseg.modes.train import train
 from dinoseg.training import checkpoint
 
 
@@ -17,3 +21,24 @@ def trained(folder, run, *words):
 def rows(folder, run):
     """Return the rows of a run's log."""
     return [json.loads(row) for row in (folder / run / "metrics.jsonl").read_text().splitlines()]
+
+
+def train_in_rank(cfg, *, out_dir):
+    """Stand for a mode that trains several configs one after another, so that ranks start once for all of them."""
+    for name, each in cfg.trainings:
+        train(each, out_dir=out_dir / name, metrics_only=True, report=False, pictures=0)
+
+
+def whole_and_resumed_on_ranks(folder, compose, words):
+    """Return the tensors of a training on two ranks, and of one that is stopped after a step and resumed."""
+    with chdir(folder):
+        whole = compose(*words)
+        first, rest = whole.copy(), whole.copy()
+        first.trainer.steps = 1
+        rest.resume = str(folder / "resumed_on_ranks/checkpoints/last.safetensors")
+        mode = {"_target_": "finished_runs.train_in_rank", "_partial_": True, "keeps_folder": False}
+        trainings = [["whole_on_ranks", whole], ["resumed_on_ranks", first], ["resumed_on_ranks", rest]]
+        job = {"mode": mode, "choices": {"mode": "test"}, "trainings": trainings}
+        ranks.run_ranks(OmegaConf.create(job), folder, 2)
+    names = ("whole_on_ranks", "resumed_on_ranks")
+    return [checkpoint.read(folder / name / "checkpoints/last.safetensors").tensors for name in names]
