@@ -147,12 +147,14 @@ FOREIGN = re.compile(
 )
 
 
-def lines(count, seed):
-    """Yield command lines as tuples of words, of every mode in turn."""
-    draw = random.Random(seed)
-    keys = {name: _keys(name, base) for name, base in BASES.items()}
+def lines(count, seed, modes=None):
+    """Yield command lines as tuples of words, of every mode in turn; of some modes, those that all would have."""
+    keys = {name: _keys(name, base) for name, base in BASES.items() if modes is None or name.split()[0] in modes}
     for number in range(count):
         name = list(BASES)[number % len(BASES)]
+        if name not in keys:
+            continue
+        draw = random.Random(f"{seed} {number}")
         odd = [_odd_word(draw, keys[name], sweeps=name in SEVERAL) for _ in range(draw.choice((1, 1, 1, 2, 3)))]
         yield (_mode(name), *BASES[name], *odd)
 

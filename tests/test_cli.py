@@ -12,7 +12,9 @@ import torch
 import yaml
 from command_line import SMALL, call, write_data
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
+from refused_trainings import refusal
 from safetensors.torch import save_file
 
 import dinoseg
@@ -35,6 +37,14 @@ def test_processes_run_the_code_beside_these_tests(tmp_path):
     here = Path(__file__).parents[1] / "dinoseg"
     done = process(tmp_path, "-c", "import dinoseg; print(dinoseg.__path__[0])")
     assert done.stdout.split() == [str(here)] == list(dinoseg.__path__)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("site")
+    write_data(folder / "data")
+    (folder / "empty").mkdir()
+    return folder
 
 
 @pytest.fixture
@@ -164,13 +174,30 @@ def test_a_command_line_that_cannot_be_composed_is_one_message(place, arguments,
     [
         (["+trainer.stpes=3"], ["does not take stpes", "steps, val_every", "spelling"]),
         (["+mode.lgo_every=3"], ["does not take lgo_every", "metrics_only"]),
+        (["+nonsense=3"], ["+nonsense adds a key that nothing reads"]),
+        (["+resolution.corp=[3,3]"], ["+resolution.corp adds a key that nothing reads"]),
+        (["trainer.steps=many"], ["steps=many is of type str", "takes int"]),
+        (["data.root=nowhere"], ["data.root=nowhere is no folder"]),
+        (["engine.devices=0"], ["engine.devices=0", "at least 1"]),
+        (["data.classes=[dark]"], ["no class: 1 (in 6)", "masks/0.png: 1", "'++data.reader.masks.ids={1: 255}'"]),
+        (["resume=nowhere"], ["resume=nowhere", "outputs/"]),
+        (["resume=foreign.safetensors"], ["not a checkpoint of dinoseg"]),
+    ],
+    ids=lambda value: " ".join(value) if "=" in value[0] else "",
+)
+def test_a_mistake_while_training_is_one_message(place, arguments, parts):
+    message = refused(place, *TRAIN, *arguments)
+    assert all(part in message for part in parts), message
+    assert message.count("error: ") <= 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
         (["+data.reader.rot=x"], ["does not take rot", "root, split"]),
         (["+data.reader.masks.formt=ids"], ["does not take formt", "format, ids"]),
         (["+optim.optimizer.lrr=1"], ["does not take lrr", "lr, weight_decay"]),
         (["+backbone.arch.hiden_size=3"], ["no hiden_size", "spelling"]),
-        (["+nonsense=3"], ["+nonsense adds a key that nothing reads"]),
-        (["+resolution.corp=[3,3]"], ["+resolution.corp adds a key that nothing reads"]),
-        (["trainer.steps=many"], ["steps=many is of type str", "takes int"]),
         (["trainer.steps=1.5"], ["steps=1.5 is of type float", "takes int"]),
         (["trainer.steps=true"], ["steps=True is of type bool", "takes int"]),
         (["optim.optimizer.lr=fast"], ["lr=fast is of type str", "takes float"]),
@@ -183,28 +210,22 @@ def test_a_command_line_that_cannot_be_composed_is_one_message(place, arguments,
         (["seed=null"], ["seed=None", "not negative"]),
         (["seed=-1"], ["seed=-1", "not negative"]),
         (["trainer.steps=0"], ["trainer.steps=0", "at least 1"]),
-        (["data.root=nowhere"], ["data.root=nowhere is no folder"]),
         (["data.root=empty"], ["No folder empty/train/images", "data.reader.layout"]),
         (["adapter=lora", "adapter.rank=0"], ["adapter.rank=0", "at least 1"]),
         (["engine.device=tpu"], ["engine.device=tpu is unknown", "auto, cuda, mps or cpu"]),
-        (["engine.devices=0"], ["engine.devices=0", "at least 1"]),
         (["data.batch_size=5"], ["data.batch_size=5 with 4 training images", "from 1 to 4"]),
-        (["data.classes=[dark]"], ["no class: 1 (in 6)", "masks/0.png: 1", "'++data.reader.masks.ids={1: 255}'"]),
         (["backbone.layers=[2]"], ["backbone.layers=[2]", "2 blocks"]),
         (["backbone.weights=gone.safetensors"], ["backbone.weights=gone.safetensors", "Check the path"]),
         (["loss.weights=heavy"], ["loss.weights=heavy is unknown", "median"]),
         (["loss.weights={cat: 2}"], ["loss.weights: cat is no class", "The classes are"]),
         (["optim.schedule.kind=linear"], ["optim.schedule.kind=linear is unknown", "cosine"]),
         (["optim.optimizer.lr=0"], ["optim.optimizer.lr=0", "above 0"]),
-        (["resume=nowhere"], ["resume=nowhere", "outputs/"]),
-        (["resume=foreign.safetensors"], ["not a checkpoint of dinoseg"]),
     ],
     ids=lambda value: " ".join(value) if "=" in value[0] else "",
 )
-def test_a_mistake_while_training_is_one_message(place, arguments, parts):
-    message = refused(place, *TRAIN, *arguments)
+def test_a_training_of_other_values_is_refused(site, compose, arguments, parts):
+    message = refusal(compose, site, TRAIN, [word.removeprefix("+") for word in arguments])
     assert all(part in message for part in parts), message
-    assert message.count("error: ") <= 1
 
 
 @pytest.mark.parametrize(
@@ -250,6 +271,13 @@ ODD_NAMES = [
 
 
 @pytest.mark.parametrize("name", ODD_NAMES)
+def test_names_of_files_are_read_as_they_are(name):
+    for key, path in (("prediction", f"{name}/val/masks"), ("hydra.run.dir", f"{name} run")):
+        (word,) = words.as_text([f"{key}={path}"], Path(CONFIGS))
+        assert OverridesParser.create().parse_override(word).value() == path
+
+
+@pytest.mark.parametrize("name", ["é ü 漢字 (1), [2] x = y {3}", "it's #1 $ & !", '"q"', " lead", "5", "null-"])
 def test_names_of_files_work_as_they_are(place, name):
     (place / "data").rename(place / name)
     folder = f"{name}/val/masks"

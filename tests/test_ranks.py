@@ -42,19 +42,19 @@ def mode(cfg, *, out_dir, does):
     if does.startswith("rank") or does == "waits":
         (out_dir / f"ready{rank}").touch()
         time.sleep(60)
-    if does == "a cycle is left":
-        gc.disable()
-        left = type("Left", (), {})()
-        left.itself, seen = left, weakref.ref(left)
-        atexit.register(lambda: (out_dir / f"left{rank}").write_text(str(seen() is not None)))
-    if does == "starts":
-        return {"method": multiprocessing.get_start_method()}
-    if does == "threads":
+    threads = {"said": os.environ["OMP_NUM_THREADS"], "here": os.environ["LOCAL_WORLD_SIZE"]}
+    if does == "says its threads":
+        return threads
+    if does == "asks torch for its threads":
         import torch
 
-        said = {"said": os.environ["OMP_NUM_THREADS"], "here": os.environ["LOCAL_WORLD_SIZE"]}
-        return {"threads": torch.get_num_threads(), **said}
-    return {"matrix": [[0] * 150] * 150, "world": os.environ["WORLD_SIZE"]}
+        return {"threads": torch.get_num_threads(), **threads}
+    gc.disable()
+    left = type("Left", (), {})()
+    left.itself, seen = left, weakref.ref(left)
+    atexit.register(lambda: (out_dir / f"left{rank}").write_text(str(seen() is not None)))
+    method = multiprocessing.get_start_method()
+    return {"matrix": [[0] * 150] * 150, "world": os.environ["WORLD_SIZE"], "method": method}
 
 
 def run(where, does):
@@ -62,28 +62,35 @@ def run(where, does):
     return ranks.run_ranks(OmegaConf.create({**cfg, "choices": {"mode": "test"}}), where, 2)
 
 
-def test_a_result_larger_than_a_pipe_comes_back(tmp_path):
-    assert run(tmp_path, "result") == {"matrix": [[0] * 150] * 150, "world": "2"}
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory):
+    """Return the folder and the result of ranks that end well, and leave a cycle of references."""
+    folder = tmp_path_factory.mktemp("ended")
+    return folder, run(folder, "ends well")
 
 
-def test_what_a_cycle_keeps_is_freed_before_the_interpreter_ends(tmp_path):
-    run(tmp_path, "a cycle is left")  # as a model on ranks is, which keeps the group and its threads
-    assert [(tmp_path / f"left{rank}").read_text() for rank in range(2)] == ["False", "False"]
+def test_a_result_larger_than_a_pipe_comes_back(ended):
+    assert (ended[1]["matrix"], ended[1]["world"]) == ([[0] * 150] * 150, "2")
 
 
-def test_a_rank_starts_processes_as_any_process_does(tmp_path):
-    assert run(tmp_path, "starts") == {"method": multiprocessing.get_context().get_start_method()}
+def test_what_a_cycle_keeps_is_freed_before_the_interpreter_ends(ended):
+    """As of a model on ranks, which keeps the group and its threads."""
+    assert [(ended[0] / f"left{rank}").read_text() for rank in range(2)] == ["False", "False"]
+
+
+def test_a_rank_starts_processes_as_any_process_does(ended):
+    assert ended[1]["method"] == multiprocessing.get_context().get_start_method()
 
 
 def test_ranks_share_the_processors(tmp_path, monkeypatch):
     """Before torch is there, and accelerate, which divides the machine's cores, however few of them may be used."""
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    result = run(tmp_path, "threads")
+    result = run(tmp_path, "asks torch for its threads")
     assert 1 <= result["threads"] <= max(1, count_cores() // 2)
     assert result == {"threads": result["threads"], "said": str(result["threads"]), "here": "2"}
     for of_slurm, threads in (("6400", result["said"]), ("1", "1")):  # of a step: what this process may use of it
         monkeypatch.setenv("SLURM_CPUS_ON_NODE", of_slurm)
-        assert run(tmp_path, "threads")["said"] == threads
+        assert run(tmp_path, "says its threads") == {"said": threads, "here": "2"}
 
 
 def test_the_group_is_left_however_a_mode_ends(tmp_path, monkeypatch):

@@ -8,15 +8,15 @@ import pytest
 import torch
 from command_line import SMALL, call, write_data
 from films import write_film
-from finished_runs import rows, trained
+from finished_runs import rows, trained, whole_and_resumed_on_ranks
+from refused_trainings import refusal
 
 import dinoseg
 from dinoseg.experiment.recipe import recipe_of
 from dinoseg.experiment.teacher import Teacher
-from dinoseg.tasks import distil
+from dinoseg.tasks.distil import DistilRegime
 from dinoseg.training import checkpoint
-from dinoseg.training.distilled import DistilFeed
-from dinoseg.training.feature_cache import store
+from dinoseg.training.engine import Engine
 
 PLAIN = (
     *("mode=train", *(word for word in SMALL if word != "trainer.steps=2")),
@@ -25,17 +25,30 @@ PLAIN = (
 )
 WORDS = (*PLAIN, "trainer=distil", "teacher=teacher", "trainer.temperature=2")
 HALF = (*WORDS, "data.labelled=0.5")
-FROZEN = ("adapter=frozen", "data.views=2", "engine.cache=disk")
+FROZEN = ("adapter=frozen", "data.views=2", "engine.cache=disk", "trainer.unlabelled_batch_size=1")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     where = tmp_path_factory.mktemp("distil")
     write_data(where / "data", train=6, val=1)
-    other = ("backbone.patch_size=4", "head=mlp", "trainer.steps=3")
-    done = call(where, *PLAIN, *other, "hydra.run.dir=teacher")
-    assert done.status == 0, done.err
+    trained(where, "teacher", *PLAIN, "backbone.patch_size=4", "head=mlp", "trainer.steps=3")
     return where
+
+
+@pytest.fixture(scope="module")
+def supervised(folder):
+    return trained(folder, "supervised", *PLAIN, "trainer.steps=2")[0]
+
+
+@pytest.fixture(scope="module")
+def taught(folder):
+    return trained(folder, "taught", *WORDS, "trainer.steps=2", f"data.root={folder / 'data'}")[0]
+
+
+@pytest.fixture(scope="module")
+def kept(folder):
+    return trained(folder, "kept", *HALF, *FROZEN, "trainer.steps=4")
 
 
 def same(first, second):
@@ -54,37 +67,30 @@ def test_a_run_goes_on_to_the_same_bytes_whether_scores_are_kept_or_not(folder, 
     parts, _ = trained(folder, "parts", *HALF, "trainer.steps=4", "resume=parts")
     assert same(whole, parts) and len(asked) == 6
     (size,) = {path.stat().st_size for path in (folder / "outputs/.cache/teachers").rglob("*.features")}
-    shutil.rmtree(folder / "outputs/.cache/teachers")
-    monkeypatch.setattr(store, "_RESERVE", 2**80)  # the disk is full
-    anew, done = trained(folder, "anew", *HALF, "trainer.steps=4")
-    assert same(whole, anew) and len(asked) > 12 and "no more features are kept" in done.err
-    monkeypatch.undo()
     few, done = trained(
         folder, "few", *HALF, "trainer.steps=4", f"features.gib={2.5 * size / 2**30}", "cache_dir=small"
     )
     found = [path.stat().st_size for path in (folder / "small/teachers").rglob("*.features")]
     assert same(whole, few) and found == [size] * 2 and "at most: no more features are kept" in done.err
-    other, _ = trained(folder, "other", *HALF, "trainer.steps=4", "trainer.teacher_weight=0")
-    assert not same(whole, other)
 
 
-def test_without_weight_and_other_images_it_is_a_supervised_training(folder):
-    first, _ = trained(folder, "weightless", *WORDS, "trainer.teacher_weight=0", "trainer.steps=3")
-    second, _ = trained(folder, "supervised", *PLAIN, "trainer.steps=3")
-    assert same(first, second)
-    third, _ = trained(folder, "weighty", *WORDS, "trainer.steps=3")
-    assert not same(first, third)
+def test_without_weight_and_other_images_it_is_a_supervised_training(folder, supervised, taught):
+    weightless, _ = trained(folder, "weightless", *WORDS, "trainer.teacher_weight=0", "trainer.steps=2")
+    assert same(weightless, supervised) and not same(taught, supervised)
 
 
-def test_a_frozen_student_trains_from_kept_features_and_goes_on(folder):
-    words = (*HALF, *FROZEN, "trainer.unlabelled_batch_size=1")
-    whole, done = trained(folder, "kept", *words, "trainer.steps=4")
+def test_a_frozen_student_trains_from_kept_features(folder, kept):
+    whole, done = kept
     assert "engine.cache=disk: features are kept" in done.err
-    trained(folder, "kept_parts", *words, "trainer.steps=1")
-    parts, _ = trained(folder, "kept_parts", *words, "trainer.steps=4", "resume=kept_parts")
-    live, _ = trained(folder, "live", *words, "trainer.steps=4", "features.dtype=float32")
-    assert same(whole, parts)
+    live, _ = trained(folder, "live", *HALF, *FROZEN, "trainer.steps=4", "features.dtype=float32")
     assert all(torch.allclose(live[name], whole[name], atol=1e-2) for name in live if name.startswith("model/"))
+
+
+@pytest.mark.heavy
+def test_a_frozen_student_goes_on_from_kept_features(folder, kept):
+    trained(folder, "kept_parts", *HALF, *FROZEN, "trainer.steps=1")
+    parts, _ = trained(folder, "kept_parts", *HALF, *FROZEN, "trainer.steps=4", "resume=kept_parts")
+    assert same(kept[0], parts)
 
 
 def test_packed_and_reduced_images_are_taught_as_their_files_are(folder, monkeypatch):
@@ -93,7 +99,7 @@ def test_packed_and_reduced_images_are_taught_as_their_files_are(folder, monkeyp
         Teacher, "__call__", lambda teacher, image: sizes.add(tuple(image.shape)) or ask(teacher, image)
     )
     words = ("data.cache=packed", "resolution.longest=24", "resolution.crop=[16,24]", "cache_dir=packed")
-    trained(folder, "packed", *WORDS, *words, "data.class_uniform=0.5", "trainer.steps=3")
+    trained(folder, "packed", *WORDS, *words, "data.class_uniform=0.5", "trainer.steps=2")
     assert sizes == {(3, 32, 48)}
 
 
@@ -116,12 +122,11 @@ def test_students_of_any_kind_are_taught(folder, student):
     assert sum(found[-3:]) < 0.8 * sum(found[:3]), found
 
 
-def test_images_without_masks_are_drawn_for_no_class(folder, monkeypatch):
-    made = []
-    monkeypatch.setattr(distil, "DistilFeed", lambda **given: made.append(given) or DistilFeed(**given))
-    trained(folder, "uniform", *HALF, "data.class_uniform=0.5", "trainer.steps=1")
-    (given,) = made
-    assert given["uniform"] is not None and given["others"].uniform is None
+def test_images_without_masks_are_drawn_for_no_class(folder, compose, monkeypatch):
+    monkeypatch.chdir(folder)
+    cfg = compose(*HALF, "data.class_uniform=0.5")
+    feed = DistilRegime(cfg, Engine("cpu", "fp32", workers=0)).feed
+    assert feed.uniform is not None and feed.others.uniform is None
 
 
 def test_frames_of_a_video_are_learnt_from(folder):
@@ -132,27 +137,25 @@ def test_frames_of_a_video_are_learnt_from(folder):
 
 
 @pytest.mark.heavy
-def test_a_run_goes_on_from_another_folder_and_with_another_place_of_its_teacher(folder, tmp_path, monkeypatch):
-    trained(folder, "moved", *WORDS, "trainer.steps=1", f"data.root={folder / 'data'}")
+def test_a_run_goes_on_from_another_folder_and_with_another_place_of_its_teacher(folder, supervised, taught, tmp_path):
+    shutil.copytree(folder / "taught", folder / "moved")
     info = checkpoint.describe(folder / "moved/checkpoints/last.safetensors")
     assert info["config"]["teacher"] == str(folder / "teacher") and info["config"]["trainer"]["teacher"] == "${teacher}"
     words = ("mode=train", f"resume={folder / 'moved'}", "engine=cpu", "engine.workers=0", *PLAIN[-7:-2])
-    done = call(tmp_path, *words, "trainer.steps=2")
+    done = call(tmp_path, *words, "trainer.steps=3")
     assert done.status == 0, done.err
     (folder / "teacher").rename(folder / "elsewhere")
-    refused = call(tmp_path, *words, "trainer.steps=3")
+    refused = call(tmp_path, *words, "trainer.steps=4")
     assert refused.status == 1 and f"teacher={folder / 'teacher'}: neither a checkpoint file" in refused.err
-    done = call(tmp_path, *words, "trainer.steps=3", f"teacher={folder / 'elsewhere'}")
+    done = call(tmp_path, *words, "trainer.steps=4", f"teacher={folder / 'elsewhere'}")
     (folder / "elsewhere").rename(folder / "teacher")
     assert done.status == 0 and "other numbers" not in done.err, done.err
-    trained(folder, "another", *PLAIN, "backbone.patch_size=4", "head=mlp", "trainer.steps=1")
-    done = call(tmp_path, *words, "trainer.steps=4", f"teacher={folder / 'another'}")
+    done = call(tmp_path, *words, "trainer.steps=5", f"teacher={folder / 'supervised'}")
     assert done.status == 0 and re.search(r"other numbers than before: teacher was sha256 \w+ and is", done.err)
 
 
-def test_a_student_in_one_file_names_no_place_of_its_teacher(folder):
-    trained(folder, "shared", *WORDS, "trainer.steps=1")
-    done = call(folder, "mode=export", "export=safetensors", "resume=shared", "engine=cpu", "hydra.run.dir=file")
+def test_a_student_in_one_file_names_no_place_of_its_teacher(folder, taught):
+    done = call(folder, "mode=export", "export=safetensors", "resume=taught", "engine=cpu", "hydra.run.dir=file")
     assert done.status == 0, done.err
     said = checkpoint.describe(folder / "file/model.safetensors")
     assert "teacher" not in said["config"] and str(folder) not in json.dumps(said)
@@ -160,58 +163,72 @@ def test_a_student_in_one_file_names_no_place_of_its_teacher(folder):
     assert found.mask.shape == (32, 48)
 
 
-def test_another_teacher_is_another_recipe_and_older_checkpoints_have_none(folder):
-    trained(folder, "recipe", *WORDS, "trainer.steps=1")
-    info = checkpoint.describe(folder / "recipe/checkpoints/last.safetensors")
+def test_another_teacher_is_another_recipe_and_older_checkpoints_have_none(folder, supervised, taught, tmp_path):
+    info = checkpoint.describe(folder / "taught/checkpoints/last.safetensors")
     other = json.loads(json.dumps(info))
     other["config"]["teacher"] += "2"
     assert recipe_of(other) != recipe_of(info)
-    trained(folder, "older", *PLAIN, "trainer.steps=1")
-    assert "teacher" not in checkpoint.describe(folder / "older/checkpoints/last.safetensors")["config"]
-    found = call(folder, *WORDS, "trainer.steps=2", "resume=auto", "hydra.run.dir=any")
+    assert "teacher" not in checkpoint.describe(folder / "supervised/checkpoints/last.safetensors")["config"]
+    for name in ("supervised", "taught"):
+        shutil.copytree(folder / name, tmp_path / name)
+    words = (*WORDS, "trainer.steps=3", f"data.root={folder / 'data'}", f"teacher={folder / 'teacher'}")
+    found = call(tmp_path, *words, "resume=auto", "hydra.run.dir=any")
     assert found.status == 0 and "going on with" in found.err, found.err
+    assert checkpoint.describe(tmp_path / "taught/checkpoints/last.safetensors")["progress"]["step"] == 3
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("trainer=distil",), "learns from a trained model, and teacher=null names none. Give teacher=RUN"),
-        (("teacher=teacher",), "teacher=teacher is read by trainer=distil alone, and this is trainer=supervised"),
+        (("teacher=null",), "learns from a trained model, and teacher=null names none. Give teacher=RUN"),
+        (("trainer=supervised",), "teacher=teacher is read by trainer=distil alone, and this is trainer=supervised"),
+        (("trainer=self_training",), "teacher=teacher is read by trainer=distil alone"),
         (
-            ("trainer.feed=distil",),
+            ("trainer=supervised", "trainer.feed=distil"),
             "trainer=supervised does not say how a teacher is learnt from. Choose trainer=distil",
         ),
-        ((*WORDS, "teacher=nowhere"), "teacher=nowhere: neither a checkpoint file nor a run folder"),
-        ((*WORDS, "data.classes=[dark,light]"), "it does not know light; it knows bright"),
-        ((*WORDS, "trainer.unlabelled_batch_size=2"), "trainer.unlabelled_batch_size=2: there are no images without"),
-        ((*HALF, "trainer.unlabelled_batch_size=4"), "trainer.unlabelled_batch_size=4 with 3 images without masks"),
-        ((*WORDS, "trainer.unlabelled=nowhere"), "trainer.unlabelled=nowhere"),
-        ((*WORDS, "trainer.temperature=0"), "trainer.temperature=0 is out of range. Give a number from 0.01 to 100"),
-        ((*WORDS, "trainer.temperature=1e30"), "trainer.temperature=1e+30 is out of range. Give a number from 0.01"),
-        ((*WORDS, "trainer.teacher_weight=-1"), "trainer.teacher_weight=-1 is out of range"),
-        ((*WORDS, "features.gib=-1"), "features.gib=-1 is out of range. Give a number above 0"),
-        ((*WORDS, "data.class_mix=0.5"), "data.class_mix=0.5: a teacher's scores are of images as they are"),
-        (("trainer=self_training", "teacher=teacher"), "teacher=teacher is read by trainer=distil alone"),
-        ((*WORDS, "trainer.feed=self_training"), "this is trainer=distil with trainer.feed=self_training. Give"),
-        ((*WORDS, "trainer.feed=images"), "this is trainer=distil with trainer.feed=images. Give"),
-        *(
-            ((*WORDS, f"~trainer.{key}"), f"~trainer.{key} takes away what is read")
-            for key in ("teacher", "temperature", "teacher_weight")
+        (("teacher=nowhere",), "teacher=nowhere: neither a checkpoint file nor a run folder"),
+        (("data.classes=[dark,light]",), "it does not know light; it knows bright"),
+        (("trainer.unlabelled_batch_size=2",), "trainer.unlabelled_batch_size=2: there are no images without"),
+        (
+            ("data.labelled=0.5", "trainer.unlabelled_batch_size=4"),
+            "trainer.unlabelled_batch_size=4 with 3 images without masks",
         ),
-        (("mode=plan", *WORDS), "trainer=distil is not foretold"),
+        (("trainer.unlabelled=nowhere",), "trainer.unlabelled=nowhere"),
+        (("trainer.temperature=0",), "trainer.temperature=0 is out of range. Give a number from 0.01 to 100"),
+        (("trainer.temperature=1e30",), "trainer.temperature=1e+30 is out of range. Give a number from 0.01"),
+        (("trainer.teacher_weight=-1",), "trainer.teacher_weight=-1 is out of range"),
+        (("features.gib=-1",), "features.gib=-1 is out of range. Give a number above 0"),
+        (("data.class_mix=0.5",), "data.class_mix=0.5: a teacher's scores are of images as they are"),
+        (("trainer.feed=self_training",), "this is trainer=distil with trainer.feed=self_training. Give"),
+        (("trainer.feed=images",), "this is trainer=distil with trainer.feed=images. Give"),
     ],
 )
-def test_what_does_not_go_together_is_refused(folder, words, said):
-    plans = words[0] == "mode=plan"  # which has no such keys of its own
-    given = [word for word in (*PLAIN, *words) if not plans or not word.startswith(("mode.", "mode=train"))]
-    refused = call(folder, *given, "trainer.steps=1", "hydra.run.dir=refused")
+def test_what_does_not_go_together_is_refused(folder, compose, words, said):
+    options = tuple(word for word in words if word.startswith("trainer="))  # a trainer of which some keys are unknown
+    base = tuple(word for word in WORDS if not options or word not in ("trainer=distil", "trainer.temperature=2"))
+    assert said in refusal(compose, folder, (*base, "trainer.steps=1"), words)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ((*PLAIN, "trainer=distil"), "learns from a trained model, and teacher=null names none. Give teacher=RUN"),
+        ((*WORDS, "~trainer.teacher"), "~trainer.teacher takes away what is read"),
+        ((*WORDS, "~trainer.temperature"), "~trainer.temperature takes away what is read"),
+        (
+            ("mode=plan", *(word for word in WORDS if not word.startswith(("mode.", "mode=train")))),
+            "trainer=distil is not foretold",
+        ),
+    ],
+    ids=["no teacher", "no key of it", "no temperature", "plan"],
+)
+def test_a_command_that_cannot_teach_is_refused(folder, words, said):
+    refused = call(folder, *words, "trainer.steps=1", "hydra.run.dir=refused")
     assert refused.status == 1 and said in refused.err, refused.err
 
 
 @pytest.mark.heavy
-def test_two_ranks_go_on_to_the_same_bytes(folder):
-    words = (*HALF, "head=linear", "engine.devices=2", "trainer.unlabelled_batch_size=2")
-    whole, _ = trained(folder, "ranks", *words, "trainer.steps=3")
-    trained(folder, "ranks_parts", *words, "trainer.steps=1")
-    parts, _ = trained(folder, "ranks_parts", *words, "trainer.steps=3", "resume=ranks_parts")
-    assert same(whole, parts)
+def test_two_ranks_go_on_to_the_same_bytes(folder, compose):
+    words = (*HALF, "head=linear", "engine.devices=2", "trainer.unlabelled_batch_size=2", "trainer.steps=3")
+    assert same(*whole_and_resumed_on_ranks(folder, compose, words))

@@ -1,19 +1,23 @@
 """Few masks and a teacher: the same for any worker count, the same after a stop, and refused where it cannot be."""
 
 import json
+import logging
 import shutil
 
 import numpy as np
 import pytest
 import torch
-from command_line import SMALL, call, write_data
+from command_line import SMALL, call, in_this_process, write_data
 from films import write_film
-from finished_runs import rows, trained
+from finished_runs import rows, trained, whole_and_resumed_on_ranks
+from refused_trainings import refusal
 
+from dinoseg.experiment import criteria
 from dinoseg.experiment.recipe import recipe_of
 from dinoseg.tasks import unmasked
 from dinoseg.tasks.self_training import SelfTrainingRegime
 from dinoseg.training import checkpoint
+from dinoseg.training.engine import Engine
 from dinoseg.training.trainee import Trainee
 from dinoseg.utils.images import write_png
 
@@ -33,6 +37,12 @@ def folder(tmp_path_factory):
     return where
 
 
+@pytest.fixture
+def here(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    return folder
+
+
 @pytest.mark.heavy
 def test_a_run_goes_on_to_the_same_bytes_with_any_workers(folder):
     whole, done = trained(folder, "whole", *HALF, "trainer.steps=4")
@@ -43,8 +53,6 @@ def test_a_run_goes_on_to_the_same_bytes_with_any_workers(folder):
     trained(folder, "parts", *HALF, "trainer.steps=2", "engine.workers=2")
     parts, _ = trained(folder, "parts", *HALF, "trainer.steps=4", "resume=parts")
     assert whole.keys() == parts.keys() and all(torch.equal(whole[name], parts[name]) for name in whole)
-    other, _ = trained(folder, "other", *HALF, "trainer.steps=4", "trainer.unlabelled_weight=0")
-    assert any(not torch.equal(whole[name], other[name]) for name in whole)
 
 
 def test_the_teacher_is_the_moving_average_and_leaves_the_student_as_it_is(folder, monkeypatch):
@@ -72,14 +80,14 @@ def test_the_teacher_is_the_moving_average_and_leaves_the_student_as_it_is(folde
 
 
 @pytest.mark.parametrize("loss", ["cross_entropy", "ce_dice", "focal"])
-def test_weights_of_classes_are_for_masks_alone(folder, monkeypatch, loss):
+def test_weights_of_classes_are_for_masks_alone(here, compose, loss):
     """A teacher that learnt by them gives rare classes more pixels than they have: weighted again, ever more."""
-    made, objective = [], SelfTrainingRegime.objective
-    monkeypatch.setattr(SelfTrainingRegime, "objective", lambda *given: made.append(objective(*given)) or made[0])
-    trained(folder, f"weighted_{loss}", *HALF, "trainer.steps=1", f"loss={loss}", "loss.weights={bright: 3}")
-    assert type(made[0].of_views) is type(made[0].criterion)
+    cfg = compose(*HALF, f"loss={loss}", "loss.weights={bright: 3}", "trainer.unlabelled_weight=0.25")
+    regime = SelfTrainingRegime(cfg, Engine("cpu", "fp32", workers=0))
+    objective = regime.objective(criteria.loss(cfg, regime.labelled))
+    assert type(objective.of_views) is type(objective.criterion) and objective.weight == 0.25
     for part, weights in (("criterion", [1.0, 3.0]), ("of_views", [1.0, 1.0])):
-        found = [value.tolist() for name, value in getattr(made[0], part).named_buffers() if name.endswith("weight")]
+        found = [value.tolist() for name, value in getattr(objective, part).named_buffers() if name.endswith("weight")]
         assert found and all(value == weights for value in found)
 
 
@@ -90,61 +98,97 @@ def test_frames_of_a_video_are_learnt_from(folder):
     assert "6 training images with masks, 4 without" in done.err
 
 
-def test_each_image_is_there_once_and_those_of_the_validation_are_told_of(folder):
-    _, done = trained(folder, "once", *HALF, "trainer.unlabelled='data/*/images/*.png'", "trainer.steps=1")
-    assert "3 training images with masks, 7 without" in done.err
-    assert "1 of the images without masks are validation images: scores are then" in done.err
+def test_each_image_is_there_once_and_those_of_the_validation_are_told_of(here, compose, caplog):
+    cfg = compose(*HALF, "trainer.unlabelled='data/*/images/*.png'")
+    with caplog.at_level(logging.INFO):
+        SelfTrainingRegime(cfg, Engine("cpu", "fp32", workers=0))
+    assert "3 training images with masks, 7 without" in caplog.text
+    assert "1 of the images without masks are validation images: scores are then" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("data.labelled=null",), "has no images without masks. Give trainer.unlabelled="),
+        (("trainer.ema=null",), "the moving average is the teacher"),
+        (("engine.cache=memory",), "none of their features can be kept"),
+        (("data.feature_noise=0.1",), "data.feature_noise=0.1 is for training on masks alone"),
+        (("trainer.unlabelled_batch_size=4",), "trainer.unlabelled_batch_size=4 with 3 images without masks"),
+        (("trainer.threshold=1.5",), "trainer.threshold=1.5 is out of range"),
+        (("trainer.strong_views=17",), "Give a whole number from 1 to 16"),
+        (("data.labelled=null", "trainer.unlabelled=nowhere"), "trainer.unlabelled=nowhere"),
+        (("data.labelled=names.txt",), "data.labelled=names.txt: 1 of its names are not in the training split"),
+        (("data.labelled=0",), "data.labelled=0 is out of range"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(folder, compose, words, said):
+    (folder / "names.txt").write_text("0\nnot there\n")
+    assert said in refusal(compose, folder, (*HALF, "trainer.steps=1"), words)
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (WORDS, "has no images without masks. Give trainer.unlabelled="),
-        ((*HALF, "trainer.ema=null"), "the moving average is the teacher"),
-        ((*HALF, "engine.cache=memory"), "none of their features can be kept"),
-        ((*HALF, "data.feature_noise=0.1"), "data.feature_noise=0.1 is for training on masks alone"),
-        ((*HALF, "trainer.unlabelled_batch_size=4"), "trainer.unlabelled_batch_size=4 with 3 images without masks"),
-        ((*HALF, "trainer.threshold=1.5"), "trainer.threshold=1.5 is out of range"),
-        ((*HALF, "trainer.strong_views=17"), "Give a whole number from 1 to 16"),
-        ((*WORDS, "trainer.unlabelled=nowhere"), "trainer.unlabelled=nowhere"),
-        ((*WORDS, "data.labelled=names.txt"), "data.labelled=names.txt: 1 of its names are not in the training split"),
-        ((*WORDS, "data.labelled=0"), "data.labelled=0 is out of range"),
         ((*OTHER, "trainer=many_heads", "heads=[linear]", "adapter=frozen"), "Choose trainer=self_training"),
-        (("mode=plan", *HALF[1:]), "trainer=self_training is not foretold"),
+        (
+            ("mode=plan", *(word for word in HALF if not word.startswith(("mode.", "mode=train")))),
+            "trainer=self_training is not foretold",
+        ),
     ],
+    ids=["masks alone", "many heads", "plan"],
 )
-def test_what_does_not_go_together_is_refused(folder, words, said):
-    (folder / "names.txt").write_text("0\nnot there\n")
-    words = [word for word in words if "mode." not in word] if words[0] == "mode=plan" else words
+def test_a_command_without_images_to_learn_from_is_refused(folder, words, said):
     refused = call(folder, *words, "trainer.steps=1", "hydra.run.dir=refused")
     assert refused.status == 1 and said in refused.err, refused.err
 
 
-@pytest.mark.parametrize("few", [2, 64], ids=["processes", "alone"])
-def test_broken_images_without_masks_stop_a_run_by_name_or_are_left_out(folder, tmp_path, monkeypatch, few):
-    monkeypatch.setattr(unmasked, "_FEW", few)
+@pytest.fixture
+def photos(folder, tmp_path):
+    """Return a folder of images of which one is broken, and the words that train on it."""
     shutil.copytree(folder / "data/train/images", tmp_path / "photos")
     broken = tmp_path / "photos/1.png"
     broken.write_bytes(broken.read_bytes()[:1000])
-    words = (*WORDS, f"trainer.unlabelled={tmp_path / 'photos'}", "trainer.steps=2", "data.workers=2")
+    return broken, (*WORDS, f"trainer.unlabelled={tmp_path / 'photos'}", "trainer.steps=2")
+
+
+def test_broken_images_without_masks_stop_a_run_by_name_or_are_left_out(folder, photos):
+    broken, words = photos
     done = call(folder, *words, "hydra.run.dir=broken")
     said = "Or leave such images without masks out: data.on_error=skip."
     assert done.status == 1 and f"Cannot read {broken} as a picture" in done.err and said in done.err, done.err
-    _, done = trained(folder, f"mended_{few}", *words, "data.on_error=skip")
+    _, done = trained(folder, "mended", *words, "data.on_error=skip")
     assert f"left out of the images without masks: 1. Cannot read {broken}" in done.err, done.err
     assert "6 training images with masks, 5 without" in done.err
 
 
-def test_masks_of_one_class_alone_are_refused(folder, tmp_path):
+def test_many_images_without_masks_are_read_in_processes(here, photos, compose, monkeypatch, caplog):
+    asked = []
+
+    def pickled(work, items, processes, *, remedy):
+        asked.append(processes)
+        return [(each, in_this_process(work, each)) for each in items]
+
+    monkeypatch.setattr(unmasked, "_FEW", 2)
+    monkeypatch.setattr(unmasked, "in_processes", pickled)
+    broken, words = photos
+    regime = SelfTrainingRegime(
+        compose(*words, "data.on_error=skip", "data.workers=2"), Engine("cpu", "fp32", workers=0)
+    )
+    assert asked == [2] and f"left out of the images without masks: 1. Cannot read {broken}" in caplog.text
+    assert len(regime.feed.unlabelled) == 5
+
+
+def test_masks_of_one_class_alone_are_refused(compose, tmp_path):
     write_data(tmp_path / "data", train=4, val=1)
-    for number in range(4):
-        write_png(tmp_path / f"data/train/masks/{number}.png", np.zeros((32, 48), np.uint8))
-    refused = call(tmp_path, *HALF, "trainer.steps=1", "hydra.run.dir=R")
-    assert refused.status == 1 and "hold dark alone: a teacher that knows one answer gives it everywhere" in refused.err
-    for number in range(4):
-        write_png(tmp_path / f"data/train/masks/{number}.png", np.full((32, 48), 255, np.uint8))
-    refused = call(tmp_path, *HALF, "trainer.steps=1", "hydra.run.dir=R2")
-    assert refused.status == 1 and "nothing but ignored pixels" in refused.err
+    base = (*HALF, f"data.root={tmp_path / 'data'}", "trainer.steps=1")
+    for value, said in (
+        (0, "hold dark alone: a teacher that knows one answer gives it"),
+        (255, "255 is ignored, so there is nothing to learn"),
+    ):
+        for number in range(4):
+            write_png(tmp_path / f"data/train/masks/{number}.png", np.full((32, 48), value, np.uint8))
+        assert said in refusal(compose, tmp_path, base, [])
 
 
 def test_a_share_of_the_masks_is_another_recipe(folder):
@@ -156,10 +200,8 @@ def test_a_share_of_the_masks_is_another_recipe(folder):
 
 
 @pytest.mark.heavy
-def test_two_ranks_go_on_to_the_same_bytes(folder):
+def test_two_ranks_go_on_to_the_same_bytes(folder, compose):
     """Of BatchNorm each rank has running means of its own, and the teacher those of the first."""
-    words = (*HALF, "head=linear", "trainer.val_every=9", "engine.devices=2")
-    whole, _ = trained(folder, "ranks", *words, "trainer.steps=3")
-    trained(folder, "ranks_parts", *words, "trainer.steps=1")
-    parts, _ = trained(folder, "ranks_parts", *words, "trainer.steps=3", "resume=ranks_parts")
-    assert whole.keys() == parts.keys() and all(torch.equal(whole[name], parts[name]) for name in whole)
+    words = (*HALF, "head=linear", "trainer.val_every=9", "engine.devices=2", "trainer.steps=3")
+    whole, resumed = whole_and_resumed_on_ranks(folder, compose, words)
+    assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)

@@ -219,11 +219,22 @@ def test_ranks_at_work_wait_as_long_as_is_set_and_are_not_warned_of_gradients_th
     assert told["timeout"].total_seconds() == 7.5 == told["store"].timeout.total_seconds()
 
 
+def light(words):
+    """Return the words of a training without what takes each process long to import, and without accumulation."""
+    return [*(word for word in words if not word.startswith("adapter")), "adapter=full", "trainer.accumulate=1"]
+
+
 @pytest.mark.heavy
 def test_tasks_of_slurm_train_together(data, tmp_path):  # noqa: F811
     """As srun starts them, each with a name of its own for the folder; weights shared out, 3 images to validate."""
-    words = train(
-        data, "data.batch_size=4", "trainer.steps=2", "engine.sharding=fsdp", "hydra.run.dir=run_${oc.env:SLURM_PROCID}"
+    words = light(
+        train(
+            data,
+            "data.batch_size=4",
+            "trainer.steps=2",
+            "engine.sharding=fsdp",
+            "hydra.run.dir=run_${oc.env:SLURM_PROCID}",
+        )
     )
     step = STEP | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "localhost"}
     tasks = [
@@ -259,7 +270,8 @@ def rank_processes(parent: int, number: int) -> list[int]:
 @pytest.mark.heavy
 def test_torchrun_starts_killed_ranks_again_and_they_go_on(data, tmp_path):  # noqa: F811
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1")
-    words = train(data, "data.batch_size=4", "trainer.steps=60", "trainer.save_every=1", "resume=auto")
+    lengths = ("trainer.steps=60", "trainer.save_every=1", "trainer.val_every=60")
+    words = light(train(data, "data.batch_size=4", *lengths, "resume=auto"))
     with subprocess.Popen(
         [*launcher, "-m", "dinoseg", *words], cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
     ) as agent:
