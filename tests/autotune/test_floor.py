@@ -1,6 +1,7 @@
 """A training held against its closed form, and why it stays below: each cause is planted and found."""
 
 import json
+from copy import deepcopy
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -42,12 +43,25 @@ def world(tmp_path_factory):
     return where
 
 
+@pytest.fixture(scope="module")
+def known():
+    """Keep by their words what models were held once."""
+    return {}
+
+
 @pytest.fixture
-def held(world, compose, monkeypatch):
+def held(world, compose, monkeypatch, known):
     """Return a function that holds an untrained model of a config against its closed form."""
     monkeypatch.setattr(floor, "_affordable", lambda *_: (64, True))
 
-    def hold(*words):
+    def hold(*words, anew=False):
+        if anew:
+            return hold_anew(*words)
+        if words not in known:
+            known[words] = hold_anew(*words)
+        return deepcopy(known[words])
+
+    def hold_anew(*words):
         cfg = compose(*WORDS, f"data.root={world}/data", f"cache_dir={world}/cache", *words)
         engine = instantiate(cfg.engine)
         regime = ImageRegime(cfg, engine)
@@ -336,11 +350,12 @@ def test_the_floor_is_solved_and_scored_as_the_config_says(held, monkeypatch):
 
     monkeypatch.setattr(floor, "Probe", probe)
     monkeypatch.setattr(floor, "evaluate", scored)
-    found = held("backbone.layers=[0,1]", "data.group='^(.)'", "inference=windows", "inference.size=16")
+    words = ("backbone.layers=[0,1]", "data.group='^(.)'", "inference=windows", "inference.size=16")
+    found = held(*words, anew=True)
     said = {"places": [0, 1], "group": "^(.)", "held_out": 0.2, "policy": found.regime.feed.policy}
     assert asked == said and found.regime.feed.policy is not None
     monkeypatch.setattr(floor, "_WIDEST", 47)  # of two maps of 24
-    held("backbone.layers=[0,1]")
+    held("backbone.layers=[0,1]", anew=True)
     assert asked["places"] == [1] and asked["group"] != "^(.)"
 
 

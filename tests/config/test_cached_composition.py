@@ -54,6 +54,27 @@ def test_it_is_what_hydra_composes(anew, words):
     assert first == second == anew(words)
 
 
+def test_options_of_a_folder_are_read_anew_once_they_change(anew, tmp_path):
+    path = tmp_path / "head/mine.yaml"
+    path.parent.mkdir()
+    words = (f"hydra.searchpath=['file://{tmp_path}']", "mode=train", "head=mine")
+    found = []
+    for text in (
+        "defaults: [linear]\nlr: 0.5\n",
+        "defaults: [linear]\nlr: 0.25\n",
+        "defaults: [mlp]\nlr: 0.25\n",
+        "# @package other\ndefaults: [mlp]\nlr: 0.25\n",
+    ):
+        path.write_text(text)
+        found.append(composed(words))
+        assert found[-1] == composed(words) == anew(words)
+    assert [cfg["head"].get("lr") for cfg, _ in found[:3]] == [0.5, 0.25, 0.25]
+    assert len({repr(each) for each in found}) == 4
+    path.unlink()
+    with pytest.raises(ConfigCompositionException, match="mine"):
+        composed(words)
+
+
 def test_an_unknown_option_is_refused_each_time(anew):
     for refuse in (composed, composed, anew):
         with pytest.raises(ConfigCompositionException, match="nothing"):
