@@ -1,6 +1,7 @@
 """Compose the options once a session: Hydra takes a third of a short command's time to do it anew."""
 
 import pickle
+import re
 from pathlib import Path
 from unittest.mock import patch
 
@@ -26,7 +27,10 @@ def _own_options(repo):
             found.append(source.path)
         elif source.scheme() == "file" and Path(source.path).is_dir():
             root = Path(source.path)
-            files = sorted(path for path in root.rglob("*.yaml") if path.is_file())
+            paths = list(root.rglob("*"))
+            if any(path.is_symlink() and path.is_dir() for path in paths):
+                return None  # whose options `rglob` does not list
+            files = sorted(path for path in paths if path.suffix == ".yaml" and path.is_file())
             found.append(tuple((str(path.relative_to(root)), path.read_bytes()) for path in files))
         else:
             return None
@@ -48,7 +52,7 @@ def _deciding(text):
         return (text,)
     if not isinstance(parsed, dict) or "hydra" in parsed:
         return (text,)
-    return repr(parsed.get("defaults")), *(line for line in text.splitlines() if line.startswith(b"# @"))
+    return repr(parsed.get("defaults")), *(line for line in text.splitlines() if re.match(rb"\s*#\s*@", line))
 
 
 def _create_once(repo, config_name, overrides_list, prepend_hydra, skip_missing):

@@ -25,4 +25,5 @@ def refusal(compose, folder, base, words):
         cfg = OmegaConf.merge(_bases[base], OmegaConf.from_dotlist(list(words)))
     with chdir(folder), pytest.raises(UserError) as raised:
         train(cfg, out_dir=folder / "refused", metrics_only=True, report=False)
+    assert not (folder / "refused/checkpoints").exists()
     return str(raised.value)

@@ -191,7 +191,7 @@ def test_the_matrix_is_whole():
     ("adapter", "backbone"),
     [
         *((adapter, backbone) for adapter in ("frozen", "qlora", "last_blocks") for backbone in BACKBONES),
-        *(("lora_all", backbone) for backbone in ("dinov3", "convnext")),  # of the others as with qlora
+        *(("lora_all", backbone) for backbone in ("dinov3", "convnext", "timm_vit")),
     ],
 )
 def test_of_weights_from_a_file_only_what_was_trained_is_kept(configs, tmp_path, backbone, adapter):

@@ -215,7 +215,6 @@ def test_what_cannot_be_chosen_is_refused_and_leaves_nothing(folder, words, said
 
 
 @pytest.mark.heavy
-@pytest.mark.usefixtures("choice_alone")
 def test_a_class_without_a_pixel_is_named_before_anything_is_trained(folder):
     done = call(folder, *AUTO, FEW, "data.classes=[dark,bright,lamp]", "budget.minutes=0.2", "hydra.run.dir=R")
     assert done.status == 0 and "3 classes; without a pixel in train: lamp; 0.2 min" in done.out, done.out + done.err
@@ -717,11 +716,12 @@ def test_steps_of_a_backbone_that_rests_are_timed_where_it_learns(
 
 
 @pytest.mark.usefixtures("choice_alone")
-def test_patches_of_an_odd_size_have_a_head_of_their_own(folder):
+@pytest.mark.parametrize(("patch", "head"), [(8, "detail"), (7, "multiscale")])
+def test_patches_of_an_odd_size_have_a_head_of_their_own(folder, patch, head):
     words = [word for word in AUTO if "patch_size" not in word and "num_hidden_layers" not in word]
-    words += ["backbone.patch_size=7", "backbone.arch.num_hidden_layers=4", "budget.minutes=0.2", "mode=plan"]
+    words += [f"backbone.patch_size={patch}", "backbone.arch.num_hidden_layers=4", "budget.minutes=0.2", "mode=plan"]
     done = call(folder, *words, "mode.dry_step=false", "hydra.run.dir=R")
-    assert done.status == 0 and config_of(folder / "R").choices.head == "multiscale", done.err
+    assert done.status == 0 and config_of(folder / "R").choices.head == head, done.err
 
 
 def test_a_validation_of_few_images_is_timed_with_their_reading(tmp_path, compose, monkeypatch):

@@ -42,7 +42,12 @@ CELLS = [  # every head on a transformer and on a pyramid, where it can be, and 
     *((backbone, "split", GraphOptions()) for backbone in ("dino", "dinov2_registers", "dinov3", "timm_vit")),
 ]
 ONE_SIZE = ("upernet", "mask2former")
-FOUR_MAPS = ("dpt", "upernet")  # the other heads read two blocks, which are traced in half the time
+FOUR_MAPS = (
+    "dpt",
+    "upernet",
+    "detail",
+    "mask2former",
+)  # the other heads read two blocks, which are traced in half the time
 SIZES = ((37, 50), (64, 33), (20, 80), (100, 9))  # odd and even numbers of patches; the last one patch wide
 
 

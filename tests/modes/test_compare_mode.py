@@ -12,10 +12,10 @@ from command_line import call, write_data
 from omegaconf import OmegaConf
 
 from dinoseg.evaluation.collected import image_mious
-from dinoseg.evaluation.comparison import against, verdicts
+from dinoseg.evaluation.comparison import against
 from dinoseg.evaluation.image_record import COUNTS, RECORD, evaluated, read_record
 from dinoseg.evaluation.run_costs import run_rows
-from dinoseg.evaluation.sides import run_names, seeds_note, sides_of, units_note
+from dinoseg.evaluation.sides import run_names, seeds_note, sides_of
 from dinoseg.modes import evaluate
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import read_size, write_png
@@ -196,7 +196,7 @@ def test_lists_are_sides_whatever_they_hold(runs, held):
     assert "a0, second are one side, and differ in more than their seed: resolution.scale" in said
 
 
-def test_one_unit_has_no_interval_unless_seeds_are_told_apart(runs, held):
+def test_one_unit_has_no_interval_unless_seeds_are_told_apart(runs):
     for name, seed in (("a0", 0), ("a1", 1), ("b0", 0), ("b1", 1)):
         of_seed(runs, "first" if name[0] == "a" else "second", name, seed)
         record = json.loads((runs / name / RECORD).read_text())
@@ -205,9 +205,8 @@ def test_one_unit_has_no_interval_unless_seeds_are_told_apart(runs, held):
     done = compare(runs, "a0", "b0")
     assert done.status == 0 and "none: they need two drives, or several seeds of each side" in done.out
     assert "no verdict" in done.out
-    sides, others, _ = held(["a0", "a1"], ["b0", "b1"])
-    assert "over seeds alone: there is one drive" in units_note(sides)
-    assert "no verdict" not in verdicts(sides[0], sides[0].records[0].images, others)
+    done = compare(runs, "[a0,a1]", "[b0,b1]")
+    assert done.status == 0 and "over seeds alone: there is one drive" in done.out and "no verdict" not in done.out
 
 
 def test_what_runs_cost_is_told_where_it_is_known(runs, caplog):

@@ -216,6 +216,7 @@ def test_where_all_have_diverged_the_run_has_failed(folder, monkeypatch):
         (("trainer=many_heads", "heads=[linear,mlp]", "adapter=full"), "adapter=full: trainer=many_heads trains heads"),
         (("trainer=many_heads", "heads=[linear,slots]"), "head=slots is trained on clips"),
         (("trainer=many_heads", "heads=[linear]", f"lrs=[1{400 * '0'},1]"), "give a list of learning rates above 0"),
+        (("trainer=many_heads", "heads=[linear,dpt]"), "quarters"),
         (("trainer=many_heads", "heads=[linear]", "data.feature_noise=0.1"), "data.feature_noise=0.1 is for one head"),
     ],
 )

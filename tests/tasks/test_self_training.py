@@ -9,7 +9,7 @@ import pytest
 import torch
 from command_line import SMALL, call, in_this_process, write_data
 from films import write_film
-from finished_runs import rows, trained, whole_and_resumed_on_ranks
+from finished_runs import rows, trained
 from refused_trainings import refusal
 
 from dinoseg.experiment import criteria
@@ -200,8 +200,10 @@ def test_a_share_of_the_masks_is_another_recipe(folder):
 
 
 @pytest.mark.heavy
-def test_two_ranks_go_on_to_the_same_bytes(folder, compose):
-    """Of BatchNorm each rank has running means of its own, and the teacher those of the first."""
-    words = (*HALF, "head=linear", "trainer.val_every=9", "engine.devices=2", "trainer.steps=3")
-    whole, resumed = whole_and_resumed_on_ranks(folder, compose, words)
+def test_two_ranks_resume_to_the_same_bytes(folder):
+    """Resume by commands that start ranks; of BatchNorm each has its own running means, the teacher the first's."""
+    words = (*HALF, "head=linear", "trainer.val_every=9", "engine.devices=2")
+    whole, _ = trained(folder, "ranks", *words, "trainer.steps=3")
+    trained(folder, "ranks_parts", *words, "trainer.steps=1")
+    resumed, _ = trained(folder, "ranks_parts", *words, "trainer.steps=3", "resume=ranks_parts")
     assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)

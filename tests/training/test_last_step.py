@@ -123,7 +123,10 @@ STOPS = [({"batch": 8}, 4), ({"batch": 9}, 4), ({"validation": 1}, 3), ({"valida
 
 @pytest.mark.parametrize(
     ("fails", "where", "step"),
-    [*((fails, *stop) for fails in (truncated, terminate) for stop in STOPS), (crash, *STOPS[1])],
+    [
+        *((fails, *stop) for fails in (truncated, terminate) for stop in STOPS),
+        *((crash, *STOPS[place]) for place in (1, 2)),
+    ],
 )
 def test_what_was_trained_is_saved_and_goes_on_bit_for_bit(train, whole, tmp_path, fails, where, step):
     """Also in the middle of a step, between its two batches, and in the validation after the last step."""
