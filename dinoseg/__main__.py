@@ -45,6 +45,11 @@ def _command(arguments: list[str]) -> None:
 
         print(help_for(arguments))
         return
+    if "--version" in arguments:
+        from dinoseg.cli.version import versions
+
+        print(versions())
+        return
     import hydra
     from hydra.errors import HydraException
     from yaml import YAMLError

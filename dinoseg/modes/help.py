@@ -10,33 +10,48 @@ from dinoseg.config.options import config_folders, options_of
 
 CONFIGS = Path(str(files("dinoseg"))) / "cfg"
 COMMANDS = """\
-dinoseg turns DINO backbones into segmenters.
+dinoseg turns DINO backbones into segmenters. Docs: docs/index.md; first steps: docs/first_training.md.
 
 usage: python -m dinoseg mode=MODE [hparam=RECIPE] [GROUP=OPTION ...] [KEY=VALUE ...]
 
-  python -m dinoseg mode=prepare data=sarrarp data.root=DIR          unpack a data set as downloaded
-  python -m dinoseg mode=doctor data=idd data.root=DIR               look for faults in a data set
-  python -m dinoseg mode=probe hparam=camvid data.root=DIR           a floor in minutes, for each block, untrained
-  python -m dinoseg mode=select input=PATH count=20                  which images, or frames of a video, to label next
+  python -m dinoseg mode=doctor data=folder data.root=DIR data.classes=[background,leaf]
+                                                                     validate your own dataset
+  python -m dinoseg mode=train hparam=auto budget.minutes=30 data=folder data.root=DIR data.classes=[background,leaf]
+                                                                     choose a recipe for it, and train that
+  python -m dinoseg mode=train data=folder data.root=DIR data.classes=[background,leaf] adapter=lora
+                                                                     train by your own settings
+  python -m dinoseg mode=prepare data=sarrarp data.root=DIR          unpack a dataset as downloaded
+  python -m dinoseg mode=plan hparam=sarrarp/lora data.root=DIR      estimate memory, and what makes it fit
+  python -m dinoseg mode=bench hparam=sarrarp/lora data.root=DIR     measure training speed
+  python -m dinoseg mode=probe hparam=camvid data.root=DIR           linear probe of each block, in minutes
+  python -m dinoseg mode=select input=PATH count=20                  choose images or video frames to label next
   python -m dinoseg mode=train hparam=sarrarp/lora data.root=DIR     train a recipe
-  python -m dinoseg mode=train hparam=sarrarp/lora resume=auto       go on with its newest run
+  python -m dinoseg mode=train hparam=sarrarp/lora resume=auto       resume its newest run
   python -m dinoseg -m mode=train hparam=sarrarp/lora head=linear,mlp adapter.rank=8,16
                                                                      a sweep, with a table at the end
   python -m dinoseg mode=eval resume=RUN                             score a run folder or checkpoint
   python -m dinoseg mode=score protocol=sar_rarp50 reference=DIR prediction=DIR
                                                                      official scores of folders, without a model
   python -m dinoseg mode=predict resume=RUN input=PATH               image, folder, glob or video
-  python -m dinoseg mode=compare runs=[EVALUATION,EVALUATION]        what two evaluations differ in, as a page
+  python -m dinoseg mode=compare runs=[EVALUATION,EVALUATION]        compare evaluations, with confidence intervals
   python -m dinoseg mode=export export=safetensors resume=RUN        one file, for dinoseg.load(FILE) in Python
   python -m dinoseg mode=app resume=RUN                              try it in the browser
   python -m dinoseg mode=serve resume=RUN                            an HTTP endpoint
-  python -m dinoseg mode=track input=VIDEO labels=MASK               follow objects from the first frame's mask
+  python -m dinoseg mode=track input=VIDEO labels=MASK               track objects from the first frame's mask
+  python -m dinoseg mode=render data=sarrarp data.root=DIR           render a synthetic dataset
   python -m dinoseg mode=summary hparam=sarrarp/lora                 parameters by part, no weights needed
-  python -m dinoseg mode=train --help                                the mode's own keys
-  python -m dinoseg mode=train hparam=sarrarp/lora --cfg job         show the composed config
+  python -m dinoseg mode=train --help                                keys of a mode, and of training
+  python -m dinoseg mode=train hparam=sarrarp/lora --cfg job         print the composed config
+  python -m dinoseg --version                                        versions of dinoseg, torch, CUDA and Python
 
 Groups and their options (choose with GROUP=OPTION; RECIPE is an option of hparam, in families FAMILY/OPTION):
 """
+_TRAINING_KEYS = {  # config files, and which of their keys `mode=train --help` lists too
+    "trainer/supervised": ("steps", "epochs", "val_every", "save_every", "max_minutes", "accumulate", "ema"),
+    "data/_common": ("batch_size",),
+    "main": ("resolution.crop", "resolution.scale", "seed"),
+    "optim/adamw": ("optimizer.lr", "optimizer.weight_decay", "schedule.kind", "schedule.warmup"),
+}
 _COLUMN = 11  # letters of a group's name, its colon and a blank
 # how the lines of a mode's file begin that are no keys to set
 _NO_KEYS = ("_", " ", "defaults", "resume_from", "keeps_folder", "goes_on", "check", "reads", "#")
@@ -67,12 +82,35 @@ def help_for(arguments: Sequence[str]) -> str:
 
 def of_mode(mode: str) -> str:
     """Return what is said of one mode: commands, and its own keys as its config file explains them."""
-    commands = [line for line in COMMANDS.splitlines() if f"mode={mode} " in line]
+    lines = COMMANDS.splitlines()
+    described = zip(lines, [*lines[1:], ""], strict=True)  # a long command has its description below
+    commands = [
+        part
+        for line, below in described
+        if f"mode={mode} " in line
+        for part in ([line, below] if below.startswith(15 * " ") else [line])
+    ]
     text = _text_of(mode)
     reads = text.rpartition("\nreads: [")[2].partition("]")[0].split() if "\nreads: [" in text else []
     keys = [f"  mode.{line.replace(': ', '=', 1)}" for line in _own_keys(text)] or ["  none"]
     title = f"Keys of mode={mode}, and what they are if not given:"
-    return "\n".join((*commands, "", title, *keys, "", f"It also reads {' '.join(reads)}", "", _FURTHER))
+    return "\n".join(
+        (*commands, "", title, *keys, *_of_training(mode), "", f"It also reads {' '.join(reads)}", "", _FURTHER)
+    )
+
+
+def _of_training(mode: str) -> list[str]:
+    """Return the keys of other groups that trainings are set by most, of mode=train."""
+    if mode != "train":
+        return []
+    lines = ["", "Keys of other groups that are set most often (a recipe may set others):"]
+    for file, keys in _TRAINING_KEYS.items():
+        group = f"{file.partition('/')[0]}." if "/" in file else ""
+        found = {line.partition(":")[0]: line for line in _own_keys((CONFIGS / f"{file}.yaml").read_text("utf-8"))}
+        for key in keys:
+            setting, _, comment = found[key].replace(": ", "=", 1).partition("#")
+            lines.append(f"  {group + setting.strip().replace(', ', ','):34} # {comment.strip()}")
+    return lines
 
 
 def _text_of(mode: str) -> str:

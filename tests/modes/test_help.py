@@ -4,6 +4,8 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
+from omegaconf import OmegaConf
 
 from dinoseg.__main__ import CONFIGS
 from dinoseg.modes import help as mode
@@ -40,11 +42,25 @@ def test_it_fits_a_terminal():
 @pytest.mark.heavy
 def test_the_commands_it_shows_compose(compose):
     lines = re.findall(r"^ +python -m dinoseg (.*?)(?:   .*)?$", mode.overview(), re.MULTILINE)
-    assert len(lines) >= 7
-    for line in lines:
+    assert len(lines) >= 7 and "--version" in lines
+    for line in [line for line in lines if line != "--version"]:
         words = [word for word in line.split() if "=" in word]
         cfg = compose(*[word if "[" in word else word.partition(",")[0] for word in words])
         assert cfg.choices.mode in listed()["mode"] and f"mode={cfg.choices.mode}" in words
+
+
+def test_help_of_training_lists_keys_of_other_groups_and_describes_commands(compose):
+    lines = mode.of_mode("train").splitlines()
+    assert max(map(len, lines[: lines.index("") - 1])) <= 120
+    below = lines[lines.index("Keys of other groups that are set most often (a recipe may set others):") + 1 :]
+    listed_keys = [line.split("=")[0].strip() for line in below[: below.index("")]]
+    assert {"trainer.steps", "data.batch_size", "resolution.crop", "optim.optimizer.lr"} <= {*listed_keys}
+    cfg = compose("data.root=DIR", "data.classes=[a,b]")
+    for line in below[: below.index("")]:
+        key, _, value = line.partition("#")[0].strip().partition("=")
+        assert yaml.safe_load(value) == OmegaConf.select(cfg, key), line
+    assert any("choose a recipe for it, and train that" in line for line in lines)
+    assert "Keys of other groups" not in mode.of_mode("eval")
 
 
 def test_a_new_option_appears_by_itself(monkeypatch, tmp_path):
