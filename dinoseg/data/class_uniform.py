@@ -1,4 +1,4 @@
-"""Which images have which classes, so that samples of a training can be drawn for each."""
+"""Index of the images that contain each class, for class-uniform sampling."""
 
 import logging
 from pathlib import Path
@@ -21,16 +21,16 @@ log = logging.getLogger(__name__)
 def class_uniform(
     dataset: SegmentationData, share: HighShare, *, cache_dir: str | Path, workers: int = 1
 ) -> ClassUniform:
-    """Return how a share of a data set's samples is drawn for classes, and warn of those that no mask has.
+    """Return the class-uniform sampling of a dataset; warn of classes without a pixel in any mask.
 
-    Masks are read as for a scan, and what they hold kept in `cache_dir`; a mask that cannot be read has no class here.
-    Those of a data set that is no pairs of files are read every time.
+    Masks are scanned as by the doctor, and the results are cached in `cache_dir`. An unreadable mask counts as having
+    no class. Datasets other than `PairDataset` are read on every call.
 
     Raises:
         UserError: no mask has a pixel of a class.
     """
     if isinstance(dataset, PairDataset):
-        files = dataset.source  # the masks of a packed data set may be reduced
+        files = dataset.source  # the masks of a packed dataset may be reduced
         records = scan(files.pairs, files.reader, images=False, workers=workers, cache_dir=cache_dir)
         counts = [record.counts for record in records]
         digests = [record.mask_digest for record in records]

@@ -1,4 +1,4 @@
-"""Data sets of classes outside the package: the members that they must have, and the defaults for all others."""
+"""Datasets of classes outside the package: their required members, and defaults for all others."""
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -11,7 +11,7 @@ from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import count_of, listed
 
-REQUIRED = {  # of a data set class: member and what it is
+REQUIRED = {  # members of a dataset class, and their meaning
     "__len__": "the number of samples",
     "__getitem__": "the sample of an index: a dict of image, mask and name",
     "names": "the sample names in order, each unique, relative paths without suffix",
@@ -22,14 +22,15 @@ REQUIRED = {  # of a data set class: member and what it is
 
 
 class CustomDataset:
-    """A data set of any class with the members `REQUIRED`, checked; the rest of `SegmentationData` has defaults.
+    """Checked adapter around an object with the members `REQUIRED`; the rest of `SegmentationData` has defaults.
 
     Args:
-        samples: the data set. Its items have `image` (3, H, W) uint8 RGB, `mask` (H, W) of any integer type with class
+        samples: the dataset. Its items have `image` (3, H, W) uint8 RGB, `mask` (H, W) of any integer type with class
             ids or the ignored id, and `name`, as in `names`.
+        rows: indices of the samples to use; None: all.
 
     Raises:
-        UserError: naming what is missing or wrong; when an item is read: of the item.
+        UserError: a member is missing or wrong; when an item is read: the item is wrong.
     """
 
     def __init__(self, samples: Any, rows: Sequence[int] | None = None) -> None:
@@ -62,7 +63,7 @@ class CustomDataset:
         )
 
     def keep(self, names: Collection[str]) -> "CustomDataset":
-        """Return the data set of only these names, in the same order."""
+        """Return the dataset restricted to these names, in the same order."""
         return CustomDataset(
             self.samples, [row for row, name in zip(self.rows, self.names, strict=True) if name in names]
         )
@@ -118,15 +119,15 @@ class CustomDataset:
 
 
 def conforming(data: Any, classes: Sequence[str], ignore_index: int) -> SegmentationData:
-    """Return what a reader gives as a data set that has all of `SegmentationData`.
+    """Return a reader's result as a dataset that has all members of `SegmentationData`.
 
     Args:
         data: a `PairDataset`, or an object of any class with the members `REQUIRED`.
-        classes: of the config, which decide how many classes a model has.
-        ignore_index: of the config.
+        classes: class names of the config, which set the number of classes of a model.
+        ignore_index: ignored id of the config.
 
     Raises:
-        UserError: naming what it lacks, or in what it differs from the config.
+        UserError: a member is missing, or differs from the config.
     """
     if isinstance(data, PairDataset):
         return data
@@ -144,7 +145,7 @@ def conforming(data: Any, classes: Sequence[str], ignore_index: int) -> Segmenta
 
 
 def _colors(palette: Any) -> list[tuple[int, int, int]]:
-    """Return the colors of a palette; none where it holds anything else."""
+    """Return the colours of a palette, or an empty list if it is malformed."""
     try:
         return [(int(red), int(green), int(blue)) for red, green, blue in palette]
     except (TypeError, ValueError):

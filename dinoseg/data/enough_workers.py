@@ -1,4 +1,4 @@
-"""As many loading processes as bring more data, found by measuring while the data are used."""
+"""Automatic choice of the number of loading processes, measured while the data are in use."""
 
 import logging
 import statistics
@@ -10,18 +10,18 @@ from typing import TypeVar
 
 from dinoseg.utils.cores import cores_here, ranks_here, share_of_cores
 
-Workers = int | str  # loading processes: a number, AUTO, or FROM_NONE
-AUTO = "auto"  # as many as bring more, two at least
-FROM_NONE = "auto, from none"  # the same, but only this process where loading takes little of the time
+Workers = int | str  # number of loading processes, AUTO, or FROM_NONE
+AUTO = "auto"  # found by measuring throughput, at least two
+FROM_NONE = "auto, from none"  # the same, but only this process if loading takes little of the time
 K = TypeVar("K")
 V = TypeVar("V")
 log = logging.getLogger(__name__)
 
-FIRST = 2  # processes to begin with
-_ITEMS, _SECONDS = 30, 3.0  # that a measurement takes at least
-_MUCH = 0.05  # of the time waiting, above which more processes are tried
-_MANY, _LEAST_MANY = 4, 16  # processes for each core, and in all, above which they are too many
-_GAIN = 1.05  # times as many items a second, below which more processes are not kept
+FIRST = 2  # initial number of processes
+_ITEMS, _SECONDS = 30, 3.0  # minimum items and seconds per measurement
+_MUCH = 0.05  # share of time spent waiting, above which more processes are tried
+_MANY, _LEAST_MANY = 4, 16  # processes per core, and in all, above which a warning is logged
+_GAIN = 1.05  # minimum speed-up, in items per second, for which more processes are used
 
 
 def with_enough_workers(
@@ -31,19 +31,19 @@ def with_enough_workers(
     clock: Callable[[], float] = time.perf_counter,
     first: int = FIRST,
 ) -> Generator[V, None, None]:
-    """Yield what `load(keys, workers)` gives, in order, however many workers that are.
+    """Yield the items of `load(keys, workers)` in order, whatever the number of workers.
 
-    Their number doubles while items are waited for, and as long as that brings more items a second; after none come
-    two.
+    The number doubles while the consumer waits for items, and for as long as doubling increases the items per second; 0
+    is followed by 2.
 
     Args:
-        load: gives an item for each key, in order; it is closed and called anew, with the keys that are left.
+        load: yields an item for each key, in order; it is closed and called again with the remaining keys.
         keys: what to load.
-        most: workers at most; None: this rank's share of the machine's cores, but two at least.
-        clock: gives seconds.
-        first: workers to begin with; 0: this process loads by itself.
+        most: largest number of workers; None: this rank's share of the machine's cores, but at least two.
+        clock: returns seconds.
+        first: initial number of workers; 0: this process loads.
     """
-    source, under_way = iter(keys), deque[K]()  # and the keys that were taken, of items that have not come
+    source, under_way = iter(keys), deque[K]()  # `under_way`: keys taken by `load` whose items have not arrived
 
     def issued(again: list[K]) -> Iterator[K]:
         for key in chain(again, source):
@@ -72,36 +72,36 @@ def with_enough_workers(
 
 
 class _Search:
-    """How fast items come and are used, with one number of workers after the other."""
+    """Search for the number of workers: measures throughput for one number after the other."""
 
     def __init__(self, workers: int, most: int, clock: Callable[[], float]) -> None:
         self.workers, self._most, self._clock = workers, most, clock
-        self._fewer: tuple[int, float] | None = None  # workers that were tried before, and their items a second
+        self._fewer: tuple[int, float] | None = None  # the previous number of workers, and its items per second
         self._settled = False
 
     def start(self) -> None:
-        """Begin to measure with the present number of workers; the first items are those that they start with."""
+        """Start measuring the present number of workers; exclude the first items, which include start-up time."""
         self._skipped = max(1, 2 * self.workers)
-        self._waited: list[float] = []  # seconds until an item came, and after it until the next was asked for
+        self._waited: list[float] = []  # seconds until an item arrived, and from then until the next was requested
         self._held: list[float] = []
         self._mark = self._begin = self._clock()
 
     def came(self) -> None:
-        """Count the time until an item came."""
+        """Record the time until an item arrived."""
         self._waited.append(self._lap())
 
     def asked(self) -> None:
-        """Count the time until the next one is asked for."""
+        """Record the time until the next item was requested."""
         self._held.append(self._lap())
         if self._skipped:
             self._skipped -= 1
             self._waited, self._held, self._begin = [], [], self._mark
 
     def is_over(self) -> bool:
-        """Return whether enough is known to go on with another number of workers, which `workers` then is."""
+        """Return whether to switch to another number of workers; if so, `workers` is updated."""
         if self._settled or len(self._held) < _ITEMS or self._mark - self._begin < _SECONDS:
             return False
-        # the median: a validation between two items is no work on them
+        # the median, since a validation run between two items is no processing time of an item
         waited, held = sum(self._waited), len(self._held) * statistics.median(self._held)
         share, pace = waited / (waited + held), len(self._held) / (waited + held)
         if self._fewer is not None and pace < _GAIN * self._fewer[1]:
@@ -111,7 +111,7 @@ class _Search:
         if self.workers == self._most:
             self._settled = True
             return False
-        if share <= _MUCH:  # which changes when features are kept from the second epoch on
+        if share <= _MUCH:  # loading may become the bottleneck later, once features are cached from the second epoch on
             self._fewer, self._waited, self._held, self._begin = None, [], [], self._mark
             return False
         self._fewer, self.workers = (self.workers, pace), min(max(FIRST, 2 * self.workers), self._most)
@@ -129,7 +129,7 @@ class _Search:
 
 
 def warn_of_many(workers: Workers) -> None:
-    """Tell of more loading processes than this machine's processors can do with, whatever they wait for."""
+    """Warn if there are more loading processes than this machine can use, even if they mostly wait."""
     ranks, cores = ranks_here(), cores_here()
     if not isinstance(workers, str) and workers * ranks > max(_LEAST_MANY, _MANY * cores):
         log.warning(
@@ -140,7 +140,7 @@ def warn_of_many(workers: Workers) -> None:
 
 
 def more_workers(workers: Workers) -> str:
-    """Return what can be done about the number of loading processes where items are waited for, as a sentence."""
+    """Return a sentence of advice on the number of loading processes, for when items are waited for."""
     if isinstance(workers, str):
         return "engine.workers=auto has tried more processes: what is left takes more cores or a faster disk."
     return "Where cores are idle, let more processes load (engine.workers=auto finds how many)."

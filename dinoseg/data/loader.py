@@ -1,4 +1,4 @@
-"""Batches in an order that depends on the seed alone: not on workers, ranks or where a run was resumed."""
+"""Batch iterators whose order depends on the seed alone, not on workers, ranks or the step a run resumes from."""
 
 import functools
 import itertools
@@ -35,7 +35,7 @@ Item = TypeVar("Item")
 def train_batches(
     drawn: TrainViews, *, batch_size: int, start: int = 0, workers: Workers = 0, rank: int = 0, world: int = 1
 ) -> Iterator[Batch]:
-    """Yield this rank's share of each training batch from number `start` on, without end, as `drawn_batches` does."""
+    """Yield this rank's share of each training batch from number `start` on, indefinitely; see `drawn_batches`."""
     options = {"batch_size": batch_size, "seed": drawn.seed, "start": start, "rank": rank, "world": world}
     return drawn_batches(drawn.read, Batch.stack, len(drawn.data), workers=workers, **options)
 
@@ -52,14 +52,14 @@ def drawn_batches(
     rank: int = 0,
     world: int = 1,
 ) -> Iterator[V]:
-    """Yield what `join` makes of what `read(epoch, sample)` gives, for this rank's share of each batch, without end.
+    """Yield this rank's share of each batch, indefinitely: `join` applied to the list of `read(epoch, sample)`.
 
-    Every epoch is a new permutation, and the epochs follow one another without a gap: a batch may hold the
-    end of one and the beginning of the next. Ranks take contiguous shares of a batch.
+    Every epoch is a new permutation. Epochs follow one another without a gap: a batch may hold the end of one epoch and
+    the beginning of the next. Each rank takes a contiguous share of a batch.
 
     Raises:
-        UserError: the batch is larger than the data set, or not to be shared evenly by the ranks; while
-            iterating: whatever reading finds wrong.
+        UserError: the batch is larger than the dataset, or is not a multiple of the number of ranks; while iterating:
+            any error of `read`.
     """
     check_batch_size(batch_size, samples, world)
     _check_seed(seed)
@@ -78,10 +78,10 @@ def clip_batches(
     rank: int = 0,
     world: int = 1,
 ) -> Iterator[ClipBatch]:
-    """Yield batches of clips as `train_batches` does of images: shuffled over all videos; no mask is read.
+    """Yield batches of clips in the manner of `train_batches`: shuffled over all videos; no masks are read.
 
     Raises:
-        UserError: as `train_batches`.
+        UserError: see `train_batches`.
     """
     check_batch_size(batch_size, len(clips), world, "clip")
     _check_seed(seed)
@@ -91,7 +91,7 @@ def clip_batches(
 
 
 def check_batch_size(batch_size: int, samples: int, world: int, what: str = "image") -> None:
-    """Refuse batches that are larger than the data set, or not to be shared evenly by the ranks."""
+    """Raise a UserError if a batch is larger than the dataset, or is not a multiple of the number of ranks."""
     if not 1 <= batch_size <= samples:
         fitting = f"a number from 1 to {samples}" if samples > 1 else "1"
         raise UserError(
@@ -108,12 +108,12 @@ def _check_seed(seed: int) -> None:
 
 
 def eval_samples(dataset: SegmentationData, *, workers: Workers = 0, rank: int = 0, world: int = 1) -> Iterator[Sample]:
-    """Yield this rank's samples once and in order, as they are: number rank, rank + world, ..."""
+    """Yield this rank's samples once, in order and without augmentation: rank, rank + world, ..."""
     return load_in_order(dataset.__getitem__, range(rank, len(dataset), world), workers)
 
 
 def stack_equal(samples: Iterable[Sample], batch_size: Callable[[tuple[int, int]], int]) -> Iterator[Batch]:
-    """Join consecutive samples of one size (H, W) to batches of at most as many as `batch_size` says of it."""
+    """Stack consecutive samples of one size (H, W) into batches of at most `batch_size((H, W))` samples."""
     for size, same in itertools.groupby(samples, key=lambda sample: tuple(sample["image"].shape[1:])):
         while group := list(itertools.islice(same, batch_size(size))):
             yield Batch.stack(group)
@@ -147,7 +147,7 @@ def _read_clip(clips: Clips, view: ClipView, seed: int, epoch: int, index: int) 
 
 
 class _Keyed(Generic[K, V]):
-    """A DataLoader's view of a function; a user's mistake comes back as a value, not as a worker's crash."""
+    """Map-style dataset around a function; returns a UserError as a value, so that it does not crash a worker."""
 
     def __init__(self, read: Callable[[K], V]) -> None:
         self._read = read
@@ -160,9 +160,9 @@ class _Keyed(Generic[K, V]):
 
 
 def load_in_order(read: Callable[[K], V], keys: Iterable[K], workers: Workers, *, pin: bool = False) -> Iterator[V]:
-    """Yield `read(key)` for each key in order, read ahead by `workers` processes (0: in this one).
+    """Yield `read(key)` for each key in order, prefetched by `workers` processes (0: loaded in this process).
 
-    With `pin`, and where this process uses CUDA, a thread brings items that have `pin_memory` to pinned memory.
+    With `pin`, and if this process uses CUDA, a thread moves items that have `pin_memory` to pinned memory.
     """
     if isinstance(workers, str):
         first = 0 if workers == FROM_NONE else FIRST
@@ -176,10 +176,10 @@ def _load_ahead(
     read: Callable[[K], V], keys: Iterable[K], workers: int, *, pin: bool = False
 ) -> Generator[V, None, None]:
     with warnings.catch_warnings(), held(*SIGNALS):
-        # more workers than cores is the user's choice, and pays where reading waits for a disk
+        # more workers than cores is the user's choice, and pays off where reading waits for a disk
         warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
-        # Workers are forked where that is the default: they share the parent's memory and start in
-        # milliseconds, and use neither CUDA nor a thread pool, which is what a fork would break.
+        # fork, where it is the default, shares the parent's memory and starts in milliseconds; workers use neither
+        # CUDA nor a thread pool, which a fork would break
         warnings.filterwarnings("ignore", ".* use of fork", DeprecationWarning)
         iterator = iter(
             DataLoader(
@@ -191,7 +191,7 @@ def _load_ahead(
                 pin_memory=pin and workers > 0 and torch.cuda.is_initialized(),  # models are placed before data is read
                 timeout=POLL if workers else 0,  # see `awaited`
                 worker_init_fn=_start_worker,
-                generator=torch.Generator(),  # without it the global generator would be drawn from
+                generator=torch.Generator(),  # otherwise the DataLoader advances the global RNG
             )
         )
     try:
@@ -203,16 +203,16 @@ def _load_ahead(
             if isinstance(item, UserError):
                 raise item
             yield item
-    except (ConnectionError, EOFError) as error:  # an item was on its way
+    except (ConnectionError, EOFError) as error:  # the worker died while sending an item
         raise killed_loader(error) from error
     finally:
         del iterator  # the last reference: the workers end now, also when the caller stops early
 
 
 def _start_worker(_: int) -> None:
-    # Ctrl-C, and Slurm's SIGTERM, reach all processes: the parent finishes its step, and needs this one
+    # Ctrl-C and Slurm's SIGTERM reach all processes; the parent finishes its step and still needs this worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if sys.platform == "linux":  # SIGTERM stays blocked, as the parent left it
+    if sys.platform == "linux":  # SIGTERM stays blocked, as inherited from the parent
         threading.Thread(target=_end_when_told, args=(os.getppid(),), daemon=True).start()
     elif sys.platform != "win32":
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
@@ -221,7 +221,7 @@ def _start_worker(_: int) -> None:
 
 
 def _end_when_told(parent: int) -> None:
-    """End this process at its parent's SIGTERM, and at nobody else's."""
+    """End this process when its parent sends SIGTERM; ignore SIGTERM from any other process."""
     if sys.platform == "linux":
         while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
             pass
@@ -234,21 +234,21 @@ def _as_it_is(item: V) -> V:
 
 log = logging.getLogger(__name__)
 
-POLL = 5.0  # seconds of a DataLoader's timeout, after which torch itself looks whether its processes live
-_PATIENCE, _RARER = 60.0, 5  # seconds until it is told that nothing comes, and times as long until it is told again
+POLL = 5.0  # seconds of a DataLoader's timeout, after which torch checks that its workers are alive
+_PATIENCE, _RARER = 60.0, 5  # seconds before the first warning, and the factor between warnings
 
 
 def awaited(iterator: Any, number: int, workers: int) -> Any:
-    """Return the next item of a DataLoader; tell where it does not come for long.
+    """Return the next item of a DataLoader; log a warning if none arrives for a long time.
 
     Args:
-        iterator: of a DataLoader whose timeout is POLL, or that has no processes.
-        number: of the item, from 0.
-        workers: its processes.
+        iterator: iterator of a DataLoader whose timeout is POLL, or that has no workers.
+        number: index of the item, from 0.
+        workers: number of worker processes.
 
     Raises:
-        StopIteration: there is none.
-        EOFError: the thread that pins items has ended, as it does where an item is lost on its way.
+        StopIteration: no item is left.
+        EOFError: the pinning thread has ended, which happens when an item is lost in transit.
     """
     start, patience = time.monotonic(), _PATIENCE
     while True:
@@ -258,11 +258,11 @@ def awaited(iterator: Any, number: int, workers: int) -> Any:
             if not str(error).startswith("DataLoader timed out"):
                 raise
             pinning = getattr(iterator, "_pin_memory_thread", None)
-            if pinning is not None and not pinning.is_alive():  # which torch does not look at where it times out
+            if pinning is not None and not pinning.is_alive():  # torch does not check it on a timeout
                 raise EOFError("the thread that pins batches has ended") from error
         if (waited := time.monotonic() - start) >= patience:
             patience = _RARER * waited
-            process = number % workers  # they take turns
+            process = number % workers  # workers take turns
             log.warning(
                 "Nothing is loaded since %.0f s: item %d of this pass is to come from loading process %d of %d (id "
                 "%d). Look at what it waits for (py-spy dump --pid %d), such as a file on a disk that does not answer, "

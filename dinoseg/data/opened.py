@@ -1,4 +1,4 @@
-"""A data set as the config wants it opened: without what cannot be used, and from one packed file."""
+"""Dataset preparation as configured: label subset, skipped files, and packing into one file."""
 
 import logging
 from collections.abc import Callable
@@ -38,28 +38,29 @@ def opened(
     seed: Natural = 0,
     decided: Callable[[Callable[[], bool]], bool] = lambda find: find(),
 ) -> SegmentationData:
-    """Return the data set as it is to be used.
+    """Return the dataset, prepared as configured.
 
     Args:
-        dataset: what the reader found. One that is no `PairDataset` reads its samples itself: `skip` and `packed` are
-            refused, `auto` has no effect.
-        split: its name, for messages.
-        reduced: it is trained on: packed at `longest`. Else at full size, since it is scored there.
-        on_error: `stop`: what is no whole pair is an error now, and a file that cannot be read when it is read.
-            `skip`: all files are read once, and what cannot be used is left out; `skipped` of the data set names it.
-        cache: `packed`: images and masks come from one file of raw pixels, which is made first. `auto`: so they do as
-            they are, at full size, if the data set is trained on, it fits the disk, and reading it so is much faster.
-        cache_dir: folder of the packed files and of what is known of the files.
+        dataset: result of the reader. If it is not a `PairDataset`, it reads its own samples: `skip` and `packed` raise
+            an error, and `auto` is a no-op.
+        split: name of the split, for messages.
+        reduced: the split is for training and may be packed at `longest`. Other splits are packed at full size, which
+            scoring needs.
+        on_error: `stop`: an incomplete pair is an error now, and an unreadable file when it is read. `skip`: read all
+            files once and leave out unusable ones; `skipped` of the dataset names them.
+        cache: `packed`: read images and masks from one file of raw pixels, which is created first. `auto`: do so at
+            full size, if the split is for training, fits on the disk, and reads much faster that way.
+        cache_dir: folder of the packed files and of the cached scan results.
         longest: see `pack`.
         workers: processes that read all files once, for `skip` and `packed`; None: one per core.
-        labelled: which masks are used, see `labelled_names`; None: all.
-        group: likewise.
-        seed: likewise.
-        decided: gives what is found, on several ranks what the first one finds: each would measure another speed. All
-            of them pack then, and all but one wait for it.
+        labelled: selects the masks to use, see `labelled_names`; None: all.
+        group: see `labelled_names`.
+        seed: see `labelled_names`.
+        decided: runs a decision and returns its result. With several ranks, all get the first rank's result, since each
+            would measure a different speed. All ranks then call `pack`, and all but one wait for it.
 
     Raises:
-        UserError: an unknown option, an image without mask or a mask without image, or nothing that can be used.
+        UserError: an unknown option, an image without mask or a mask without image, or no usable image.
     """
     if on_error not in ON_ERROR:
         raise UserError(f"data.on_error={on_error} is unknown. Choose one of {', '.join(ON_ERROR)}.")
@@ -96,7 +97,7 @@ def _packed_if_there_is_room(
 ) -> PairDataset:
     try:
         return pack(dataset, cache_dir=cache_dir, workers=workers)
-    except Unwritable as error:  # the room that there was is gone
+    except Unwritable as error:  # the free space has been used up since it was checked
         folder = Path(cache_dir).expanduser()
         drop_draft(dataset, folder)
         log.warning(
@@ -108,7 +109,7 @@ def _packed_if_there_is_room(
 
 
 def _usable(dataset: PairDataset, split: str, cache_dir: Path, workers: int) -> PairDataset:
-    """Return the pairs of which both files can be used, and say what else there is."""
+    """Return the pairs whose two files are both usable, and log the others."""
     bad = unreadable(scan(dataset.pairs, dataset.reader, workers=workers, cache_dir=cache_dir))
     if len(bad) == len(dataset):
         raise UserError(f"No image of split {split} can be used with its mask:{reasons(bad, 3)}")

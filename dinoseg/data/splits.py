@@ -1,4 +1,4 @@
-"""Which names are for training and which for validation: by file list, or by a seeded share of groups."""
+"""Train/val partitions: by folder, by file list, or by a seeded share of groups."""
 
 import hashlib
 from collections import Counter
@@ -16,12 +16,12 @@ from dinoseg.utils.images import IMAGE_SUFFIXES
 from dinoseg.utils.ranges import Count, Natural, OpenShare
 from dinoseg.utils.wording import count_of, listed
 
-_LONGEST = 4096  # letters of a line in a list of names, as of a path
+_LONGEST = 4096  # most characters in a line of a file list: the longest possible path
 PARTITIONS = ("folder", "lists", "fraction")
 
 
 class Named(Protocol):
-    """Anything with a name that is unique inside its data set."""
+    """Object with a name that is unique in its dataset."""
 
     @property
     def name(self) -> str:
@@ -30,7 +30,7 @@ class Named(Protocol):
 
     @property
     def origin(self) -> str:
-        """Return what tells it from another one of its name: where its image or first frame lies."""
+        """Return the location of the image or first frame, which distinguishes items of equal name."""
         ...
 
 
@@ -39,16 +39,18 @@ Item = TypeVar("Item", bound=Named)
 
 @dataclass(frozen=True)
 class Partition:
-    """What decides on which side of the split a pair is.
+    """Rule that assigns each pair to a split.
 
     Args:
-        by: `folder` (the split's own folders), `lists` (files that name its pairs) or `fraction` (a share of all).
-        lists: split to a text file below the root, one name per line, for `lists`.
+        by: `folder` (the split's own folders), `lists` (files that name its pairs) or `fraction` (a share of all
+            pairs).
+        lists: maps each split to a text file below the root with one name per line, for `lists`.
         val_fraction: share of the groups held out, for `fraction`.
-        seed: decides which, for `fraction` and for folds.
-        group: regular expression; names with one match (its first bracket) stay together, for `fraction` and folds.
-        fold: which of `folds` parts of the train and val pairs together is val, from 0; None: no folds.
-        folds: number of parts of k-fold cross-validation.
+        seed: seed of the assignment, for `fraction` and for folds.
+        group: regular expression, for `fraction` and folds; names with the same match (its first group) stay together.
+        fold: index, from 0, of the fold that is val; the train and val pairs together form `folds` folds. None: no
+            folds.
+        folds: number of folds of k-fold cross-validation.
     """
 
     by: str = "folder"
@@ -60,7 +62,7 @@ class Partition:
     folds: Count | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what is unknown, and half of a k-fold."""
+        """Reject an unknown `by`, and incomplete or invalid fold settings."""
         if self.by not in PARTITIONS:
             raise UserError(f"data.reader.partition.by={self.by} is unknown. Choose one of {', '.join(PARTITIONS)}.")
         if (self.fold is None) != (self.folds is None):
@@ -77,10 +79,10 @@ class Partition:
 def divide(split: str, find: Callable[[str], list[Item]], partition: Partition) -> list[Item]:
     """Return the items of a split; `find(split)` gives those that its folders or its file list name.
 
-    With folds, those of train and val are put together and divided anew; other splits stay as they are.
+    With folds, the train and val items are pooled and split again; other splits are unchanged.
 
     Raises:
-        UserError: an unknown split of a share, a name in both train and val, or fewer groups than parts.
+        UserError: a split unknown to `fraction`, a name in both train and val, or fewer groups than parts.
     """
     if partition.fold is not None and split in ("train", "val"):
         pool = find("train") if partition.by == "fraction" else _joined({side: find(side) for side in ("train", "val")})
@@ -104,7 +106,7 @@ def divide(split: str, find: Callable[[str], list[Item]], partition: Partition) 
 
 
 def _fold_split(names: Sequence[str], partition: Partition) -> dict[str, list[str]]:
-    """Return `train` and `val` of a fold; groups go one by one to the fold that has fewest names so far."""
+    """Return `train` and `val` of a fold; assign groups one by one to the fold with the fewest names so far."""
     group, folds = regex_group(partition.group), partition.folds or 0
     sizes = Counter(group(name) for name in names)
     if len(sizes) < folds:
@@ -124,7 +126,7 @@ def _fold_split(names: Sequence[str], partition: Partition) -> dict[str, list[st
 
 
 def _joined(items: Mapping[str, Sequence[Item]]) -> list[Item]:
-    """Return the items of several splits; where splits number their own items alike, names end with the split.
+    """Return the items of several splits; append the split to each name if any name occurs in several splits.
 
     Raises:
         UserError: one item is in two splits.
@@ -145,10 +147,10 @@ def _joined(items: Mapping[str, Sequence[Item]]) -> list[Item]:
 def fraction_split(
     names: Sequence[str], *, val_fraction: float, seed: int, group: Callable[[str], str] = str
 ) -> dict[str, list[str]]:
-    """Split names into `train` and `val`, keeping each group on one side; at least one group on each.
+    """Split names into `train` and `val`, keeping each group on one side; each side gets at least one group.
 
-    The groups are ordered by a hash of seed and name, so neither the file system, the machine nor a
-    library's version has a say, and an added group moves few others.
+    The groups are ordered by a hash of seed and name. The order therefore depends on neither file system, machine nor
+    library version, and an added group moves few others.
 
     Raises:
         UserError: `val_fraction` is not between 0 and 1, or there are fewer than two groups.
@@ -170,10 +172,10 @@ def fraction_split(
 
 
 def regex_group(pattern: str | None) -> Callable[[str], str]:
-    """Return the function from a name to its group: the pattern's first bracket, or its whole match.
+    """Return a function that maps a name to its group: the pattern's first capture group, or its whole match.
 
     Raises:
-        UserError: the pattern is no regular expression; later, a name that it or its first bracket does not match.
+        UserError: the pattern is not a regular expression; later, the pattern or its first group does not match a name.
     """
     if pattern is None:
         return str
@@ -195,14 +197,14 @@ def regex_group(pattern: str | None) -> Callable[[str], str]:
 
 
 def read_name_list(path: Path, key: str = "data.reader.partition.lists") -> list[str]:
-    """Read one name per line; an image ending is dropped, blank lines do not count.
+    """Read one name per line; drop image suffixes and blank lines.
 
     Args:
         path: the file.
-        key: that named it, for messages.
+        key: config key that gave the path, for messages.
 
     Raises:
-        UserError: the file is missing, no text, empty, or names something twice.
+        UserError: the file is missing, not text, empty, or holds a name twice.
     """
     try:
         check_regular(path)
@@ -229,17 +231,17 @@ def labelled_names(
 ) -> list[str]:
     """Return the names of a training split whose masks are used.
 
-    A smaller share of one seed is part of a larger one, and goes group by group, of which the last may be cut: few
-    masks come from few videos.
+    With one seed, a smaller share is a subset of a larger one. Whole groups are taken in turn, and only the last may be
+    cut, so that few masks come from few videos.
 
     Args:
-        names: of the whole split.
-        labelled: the share of them, one at least; or a text file with a name a line.
-        seed: decides which.
+        names: names of the whole split.
+        labelled: share of the names to use, at least one name; or a text file with one name per line.
+        seed: seed of the selection.
         group: see `Partition`; None: each image is a group.
 
     Raises:
-        UserError: the file cannot be read, or names what the split does not have.
+        UserError: the file cannot be read, or names an image outside the split.
     """
     if isinstance(labelled, str):
         wanted = read_name_list(Path(labelled).expanduser(), "data.labelled")
@@ -255,7 +257,7 @@ def labelled_names(
 
 
 def split_table(datasets: Mapping[str, SegmentationData]) -> dict[str, list[str]]:
-    """Return the names in each split, to be written beside a run's results."""
+    """Return the names in each split, as saved with a run's results."""
     return {split: list(data.names) for split, data in datasets.items()}
 
 
@@ -269,7 +271,7 @@ def _without_ending(name: str) -> str:
 
 
 def keep_evenly_spaced(data: Any, count: Count | None) -> Any:
-    """Return a data set with at most `count` of its samples, evenly spaced; None: all of them."""
+    """Return a dataset of at most `count` evenly spaced samples; None: all samples."""
     if count is None or count >= len(data):
         return data
     return data.keep({data.names[place] for place in evenly_spaced(len(data), count)})

@@ -1,4 +1,4 @@
-"""What a training sees of its images: each view a function of the seed, the epoch and the sample's number alone."""
+"""Training views of images: each is a function of the seed, the epoch and the sample index alone."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,19 +11,19 @@ from dinoseg.core.shapes import Sample, SegmentationData
 
 Transform = Callable[..., tuple[np.ndarray, np.ndarray]]
 """From image (H, W, 3), mask (H, W) and chance, and a class to be shown where one is asked for, to a view of both."""
-ORDER, VIEW, _CLASS, _MIX, UNLABELLED = 0, 1, 2, 3, 4  # what chance is drawn for
+ORDER, VIEW, _CLASS, _MIX, UNLABELLED = 0, 1, 2, 3, 4  # purposes of random streams, one Philox counter word
 
 
 @dataclass(frozen=True)
 class ClassUniform:
-    """A share of the samples shows a class, drawn evenly among those that occur, then an image evenly among its own.
+    """Class-uniform sampling of a share of the samples: first a class, then one of its images, both uniformly.
 
-    Class-uniform sampling, as Zhu et al., arXiv 1812.01593, draw their crops.
+    Zhu et al., arXiv 1812.01593, sample their crops in this way.
 
     Args:
-        share: of the samples, in (0, 1]: the probability of each.
-        images: numbers (N,) of those that have pixels of a class, by the class's id.
-        digests: of each image's mask, by which kept features know that a crop lies where it lay.
+        share: probability in (0, 1] that a sample is class-uniform.
+        images: class id to the indices (N,) of the images that have pixels of that class.
+        digests: hash of each image's mask; a change of mask moves crops, which invalidates cached features.
     """
 
     share: float
@@ -31,7 +31,7 @@ class ClassUniform:
     digests: Sequence[str]
 
     def draw(self, chance: np.random.Generator) -> tuple[int, int] | None:
-        """Return an image and the class that is to be seen of it; None: this sample is drawn for no class."""
+        """Return an image index and the class to show, or None if this sample is not class-uniform."""
         if chance.random() >= self.share:
             return None
         shown = list(self.images)[chance.integers(len(self.images))]
@@ -39,25 +39,25 @@ class ClassUniform:
 
 
 class Draw(NamedTuple):
-    """What a sample is in an epoch."""
+    """Sampled view of one sample in one epoch."""
 
-    number: int  # of its view
+    number: int  # of the view
     image: int
-    shown: tuple[int, ...]  # the class of which the view shows a pixel; none: it lies wherever chance lays it
+    shown: tuple[int, ...]  # class that the view must show; empty: the crop's position is unconstrained
     chance: np.random.Generator
 
 
 @dataclass(frozen=True)
 class TrainViews:
-    """The views of images that a training sees.
+    """Training views of a dataset's images.
 
     Args:
-        data: images and masks; there are as many samples in an epoch.
-        augment: draws a view of both.
-        seed: decides them, with epoch and sample.
-        views: of each sample, drawn in turn; None: new ones in each epoch.
-        uniform: which samples are drawn for a class; None: none, each is the image of its number.
-        mix: share of the samples that classes of another one are pasted on, anew in each epoch.
+        data: images and masks; an epoch has one sample per image.
+        augment: samples a view of an image and its mask.
+        seed: determines the views, together with epoch and sample.
+        views: number of fixed views per sample, used in turn; None: new views in each epoch.
+        uniform: class-uniform sampling; None: each sample is the image of its own index.
+        mix: probability that classes of another image are pasted onto a sample; sampled again in each epoch.
     """
 
     data: SegmentationData
@@ -68,14 +68,14 @@ class TrainViews:
     mix: float = 0.0
 
     def draw(self, epoch: int, sample: int) -> Draw:
-        """Return what a sample is in an epoch."""
+        """Return the image, class and random generator of a sample in an epoch."""
         number = epoch if self.views is None else epoch % self.views
         drawn = self.uniform and self.uniform.draw(chance_of(self.seed, number, sample, _CLASS))
         image, *shown = drawn or (sample,)
         return Draw(number, image, tuple(shown), chance_of(self.seed, number, sample, VIEW))
 
     def read(self, epoch: int, sample: int) -> Sample:
-        """Return the view of an image that a sample is in an epoch, with classes of another's where it is mixed."""
+        """Return the view of a sample in an epoch, with classes of another image pasted on where it is mixed."""
         view, chance = self.seen(self.draw(epoch, sample)), chance_of(self.seed, epoch, sample, _MIX)
         if chance.random() >= self.mix:
             return view
@@ -84,7 +84,7 @@ class TrainViews:
         return class_mixed(self.seen(self.draw(epoch, other)), view, self.data.ignore_index, chance)
 
     def seen(self, draw: Draw) -> Sample:
-        """Return a view as it was drawn."""
+        """Return the augmented view that `draw` describes."""
         sample = self.data[draw.image]
         pixels = np.ascontiguousarray(sample["image"].permute(1, 2, 0).numpy())  # (H, W, 3)
         image, mask = self.augment(pixels, sample["mask"].numpy(), draw.chance, *draw.shown)
@@ -92,16 +92,16 @@ class TrainViews:
 
 
 def chance_of(seed: int, epoch: int, sample: int, purpose: int) -> np.random.Generator:
-    """Return the chance that something of a sample in an epoch is drawn with."""
-    # Philox has an independent stream for every key and counter; drawing moves only the lowest counter word
+    """Return the random generator of a sample in an epoch for one purpose."""
+    # Philox has an independent stream per key and counter; sampling advances only the lowest counter word
     return np.random.Generator(np.random.Philox(key=seed, counter=[0, sample, epoch, purpose]))
 
 
 def class_mixed(source: Sample, onto: Sample, ignore_index: int, chance: np.random.Generator) -> Sample:
-    """Return a view with half of the classes of another of its size pasted on it, pixels and ids.
+    """Return `onto` with half of the classes of `source`, a view of the same size, pasted on it: pixels and ids.
 
-    ClassMix (Olsson et al., arXiv 2007.07936, section 3.1), of true masks: half is rounded up, and ignored pixels are
-    of no class, so they stay where they are and cover nothing.
+    ClassMix (Olsson et al., arXiv 2007.07936, section 3.1) with true masks. Half of the classes is rounded up. Ignored
+    pixels belong to no class, so they are never pasted.
     """
     present = source["mask"].unique().numpy()
     present = present[present != ignore_index]

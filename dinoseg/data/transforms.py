@@ -1,4 +1,4 @@
-"""Random joint changes of an image and its mask: one warp, one colour matrix, one source of chance."""
+"""Random joint augmentation of image and mask: one warp, one colour matrix, one random generator."""
 
 import math
 from collections.abc import Sequence
@@ -10,9 +10,9 @@ import numpy as np
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Count, NotNegative, Share
 
-_OUTSIDE = (128, 128, 128)  # grey beyond the image's border; the mask says ignore there
-_DRAWS = 12  # numbers of a view
-_AREA_BELOW = 0.8  # bilinear reads 2 x 2 pixels: shrinking further skips some, so average them first
+_OUTSIDE = (128, 128, 128)  # grey outside the image; the mask is ignore_index there
+_DRAWS = 12  # random numbers per view
+_AREA_BELOW = 0.8  # bilinear reads 2 x 2 pixels: shrinking further would skip some, so average them first
 _LUMA = np.array([0.299, 0.587, 0.114])
 _YIQ = np.array([_LUMA, [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
 
@@ -24,12 +24,12 @@ def _check_range(key: str, value: float, most: float) -> None:
 
 @dataclass(frozen=True)
 class Affine:
-    """Ranges of a random affine change.
+    """Ranges of a random affine transform.
 
     Args:
-        degrees: turn by up to so much to either side.
-        translate: shift by up to this share of the visible width and height.
-        shear: slant by up to so many degrees.
+        degrees: largest rotation to either side.
+        translate: largest shift, as a share of the visible width and height.
+        shear: largest shear to either side, degrees.
     """
 
     degrees: NotNegative = 0.0
@@ -37,7 +37,7 @@ class Affine:
     shear: NotNegative = 0.0
 
     def __post_init__(self) -> None:
-        """Refuse what would leave nothing visible."""
+        """Reject ranges that could move the whole image out of view."""
         _check_range("degrees", self.degrees, 180)
         _check_range("translate", self.translate, 0.9)
         _check_range("shear", self.shear, 60)
@@ -45,13 +45,13 @@ class Affine:
 
 @dataclass(frozen=True)
 class ColorJitter:
-    """Ranges of a random colour change; a factor is drawn from 1 - x to 1 + x.
+    """Ranges of a random colour change; a factor is sampled from 1 - x to 1 + x.
 
     Args:
-        brightness: of the factor on all values.
-        contrast: of the factor on the distance from the mean grey.
-        saturation: of the factor on the distance from each pixel's own grey.
-        hue: turn of the colour circle to either side, 0.5 is half the circle.
+        brightness: x of the factor on all values.
+        contrast: x of the factor on the distance from the mean grey.
+        saturation: x of the factor on the distance from each pixel's own grey.
+        hue: largest rotation of the colour circle to either side; 0.5 is half the circle.
     """
 
     brightness: Share = 0.0
@@ -60,25 +60,25 @@ class ColorJitter:
     hue: Share = 0.0
 
     def __post_init__(self) -> None:
-        """Refuse factors below 0."""
+        """Reject ranges that allow factors below 0."""
         for key, most in (("brightness", 1), ("contrast", 1), ("saturation", 1), ("hue", 0.5)):
             _check_range(key, getattr(self, key), most)
 
 
 class Augment:
-    """Image and mask of any size to a random view of `crop` size.
+    """Random view of size `crop` from an image and mask of any size.
 
-    The longer side is first limited to `longest`, as the model does; then come scale, affine change about
-    the centre, crop (padded where the image is smaller), flip, and colour. All geometry is one warp: image
-    bilinear, mask nearest; what lies outside the image is ignored.
+    The steps are, in order: limit the longer side to `longest`, as the model does; scale; affine transform about the
+    centre; crop (padded where the image is smaller); flip; colour. All geometry is one warp: the image bilinear, the
+    mask nearest. Pixels outside the image are ignored.
 
     Args:
         crop: (H, W) of the result, pixels.
-        scale: least and largest factor, drawn evenly in its logarithm.
+        scale: minimum and maximum factor, sampled log-uniformly.
         longest: larger images are reduced until their longer side has this many pixels.
-        affine: turn, shift and slant.
-        flip: probability of mirroring left and right.
-        color: brightness, contrast, saturation and hue.
+        affine: ranges of rotation, shift and shear.
+        flip: probability of a horizontal flip.
+        color: ranges of brightness, contrast, saturation and hue.
         ignore_index: id of mask pixels outside the image.
     """
 
@@ -118,33 +118,33 @@ class Augment:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return a view of image (H, W, 3) and mask (H, W), both uint8.
 
-        The number of draws from `rng` is always the same, so one setting does not change another's chance.
+        Each view uses a fixed number of random numbers, so changing one setting does not change the others' values.
 
         Args:
             image: pixels.
             mask: class ids.
-            rng: chance.
-            shown: a class of which the view shows a pixel, drawn evenly among those of the mask, if it has any.
+            rng: random generator.
+            shown: class to show: the view contains one of its pixels, sampled uniformly from those of the mask, if any.
         """
         zoom, matrix, chance = self._geometry(mask, rng, shown)
         seen = _warp_image(image, matrix, zoom, self.crop)
         return recolor(seen, self.color, chance[8:]), self._warp_mask(mask, matrix)
 
     def mask(self, mask: np.ndarray, rng: np.random.Generator, shown: int | None = None) -> np.ndarray:
-        """Return the view of a mask (H, W) alone, which a call with its image gives of it."""
+        """Return the view of a mask (H, W) alone, equal to the mask of a call with the same `rng` state."""
         return self._warp_mask(mask, self.place(mask, rng, shown))
 
     def place(self, mask: np.ndarray, rng: np.random.Generator, shown: int | None = None) -> np.ndarray:
-        """Return (3, 3): the pixel (x, y, 1) of an image to its place in the view that a call with it gives.
+        """Return the matrix (3, 3) from image pixels (x, y, 1) to their positions in the view of the same call.
 
-        The mask is read where a class is to be `shown`; else its size alone counts.
+        The mask's values are read only if a class is to be `shown`; otherwise only its size matters.
         """
         return self._geometry(mask, rng, shown)[1]
 
     def _geometry(
         self, mask: np.ndarray, rng: np.random.Generator, shown: int | None
     ) -> tuple[tuple[float, float], np.ndarray, np.ndarray]:
-        """Return the zoom, the matrix and the numbers of a view."""
+        """Return the zoom, the matrix and the random numbers of a view."""
         chance, (height, width) = rng.random(_DRAWS), mask.shape
         zoom = self._zoom((height, width), chance[0])
         pixel = None if shown is None else _any_pixel(mask, shown, rng)
@@ -171,7 +171,7 @@ class Augment:
     def _matrix(
         self, size: tuple[int, int], zoom: tuple[float, float], chance: np.ndarray, pixel: np.ndarray | None
     ) -> np.ndarray:
-        """Return (3, 3): image pixel centre (x, y, 1) to its place in the crop, which has `pixel` in it if given."""
+        """Return the matrix (3, 3) from image pixel centres (x, y, 1) to the crop, which contains `pixel` if given."""
         height, width = size[0] * zoom[0], size[1] * zoom[1]
         crop_height, crop_width = self.crop
         signed = 2 * chance - 1
@@ -193,15 +193,15 @@ class Augment:
 
 
 def _place(room: float, chance: float) -> float:
-    """Return where a crop starts, in whole pixels; `room` is negative where the image is smaller."""
+    """Return the start of a crop in whole pixels; `room` is negative where the image is smaller than the crop."""
     return round(min(0.0, room) + abs(room) * chance)
 
 
 def _place_at(at: float, length: float, crop: int, chance: float) -> float:
-    """Return where a crop starts, so that `at` is the centre of a pixel in it: one that nearest mapping then takes.
+    """Return the start of a crop such that `at` falls on a pixel centre inside it, so that nearest mapping reads it.
 
-    Where that can be, it lies as `_place` would lay it, but for half a pixel; what was turned or shifted out of the
-    image's bounds is followed there.
+    If possible, the crop starts where `_place` would start it, to within half a pixel. If rotation or shift moved `at`
+    outside the image's bounds, the crop follows it there.
     """
     room = length - crop
     first, last = (min(max(round(at - start), 0), crop - 1) for start in (max(0.0, room), min(0.0, room)))
@@ -209,7 +209,7 @@ def _place_at(at: float, length: float, crop: int, chance: float) -> float:
 
 
 def _any_pixel(mask: np.ndarray, shown: int, rng: np.random.Generator) -> np.ndarray | None:
-    """Return the centre (x, y, 1) of one of a class's pixels; None: it has none."""
+    """Return the centre (x, y, 1) of a random pixel of a class, or None if the mask has none."""
     places = np.flatnonzero(mask == shown)
     if not len(places):
         return None
@@ -234,9 +234,10 @@ def _warp_image(image: np.ndarray, matrix: np.ndarray, zoom: tuple[float, float]
 
 
 def recolor(image: np.ndarray, color: ColorJitter, chance: np.ndarray) -> np.ndarray:
-    """Return an image (H, W, 3) uint8 with brightness, contrast, saturation and hue changed by `chance` (4,) in 0..1.
+    """Return an image (H, W, 3) uint8 in changed colours; `chance` (4,) in 0..1 sets the amounts within `color`.
 
-    It is one matrix, so that values are clipped only once.
+    The order of `chance` is brightness, contrast, saturation, hue. All changes form one matrix, so values are clipped
+    only once.
     """
     if color == ColorJitter():
         return image

@@ -1,4 +1,4 @@
-"""Images without masks, and the strong views of them that a student learns from."""
+"""Unlabelled images, and the strong views of them for the student of a semi-supervised training."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,23 +16,23 @@ from dinoseg.data.video.access import ImageSource, read_source
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Few, Positive, Share
 
-_DRAWS = 12  # numbers of a strong view
-_AREA, _ASPECT = (0.02, 0.4), (0.3, 1 / 0.3)  # of a box, as shares of the view's area, and of its width by its height
+_DRAWS = 12  # random numbers per strong view
+_AREA, _ASPECT = (0.02, 0.4), (0.3, 1 / 0.3)  # of a CutMix box: area as a share of the view's, and width / height
 _GREY = ColorJitter(saturation=1.0)
-_NO_COLOUR = np.array([0.5, 0.5, 0.0, 0.5])  # of `recolor`: all as it is but the saturation, which is 0
+_NO_COLOUR = np.array([0.5, 0.5, 0.0, 0.5])  # random numbers for `recolor` that only set the saturation to 0
 
 
 @dataclass(frozen=True)
 class StrongView:
-    """Ranges of what a view goes through before a student sees it (UniMatch V2, arXiv 2410.10777, and CutMix).
+    """Strong augmentation of a weak view for the student (UniMatch V2, arXiv 2410.10777, and CutMix).
 
     Args:
-        color: of a colour change.
-        jitter: its probability.
-        grey: probability that all colour is taken.
+        color: ranges of the colour jitter.
+        jitter: probability of the colour jitter.
+        grey: probability of conversion to greyscale.
         blur: probability of a Gaussian blur.
-        sigma: least and largest deviation of that, pixels.
-        cutmix: probability that a box of the next image of the batch is put in.
+        sigma: minimum and maximum standard deviation of the blur, pixels.
+        cutmix: probability that a box of the batch's next image is pasted in.
     """
 
     color: ColorJitter = ColorJitter(0.5, 0.5, 0.5, 0.25)
@@ -43,14 +43,14 @@ class StrongView:
     cutmix: Share = 0.5
 
     def __post_init__(self) -> None:
-        """Refuse a blur of no range."""
+        """Reject a `sigma` that is not an ordered pair."""
         if len(self.sigma) != 2 or self.sigma[0] > self.sigma[1]:
             raise UserError(f"sigma={list(self.sigma)}: give [least, largest] with least <= largest.")
 
     def __call__(self, image: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, tuple[int, int, int, int]]:
-        """Return a strong view of a weak one (H, W, 3) uint8, and a box: top, left, bottom, right; empty: none.
+        """Return a strong view of a weak one (H, W, 3) uint8, and a box (top, left, bottom, right); empty: no CutMix.
 
-        The number of draws from `rng` is always the same.
+        Each call uses a fixed number of random numbers from `rng`.
         """
         chance = rng.random(_DRAWS)
         if chance[0] < self.jitter:
@@ -64,10 +64,10 @@ class StrongView:
 
 
 class Views(NamedTuple):
-    """An image without a mask, as a teacher and a student see it."""
+    """Views of an unlabelled image for the teacher and the student."""
 
     weak: Tensor  # (3, H, W) uint8
-    outside: Tensor  # (H, W) uint8, the ignored id beyond the image's border
+    outside: Tensor  # (H, W) uint8, the ignored id outside the image's border
     strong: Tensor  # (V, 3, H, W) uint8
     boxes: Tensor  # (V, 4) int64
 
@@ -77,11 +77,11 @@ class UnlabelledImages:
     """Images of any size without masks.
 
     Args:
-        sources: where they are read from.
-        augment: see `Augment`: the weak view that a teacher labels.
-        strong: what makes strong views of it.
-        views: how many of these.
-        inside: an id that is not ignored.
+        sources: where to read the images from.
+        augment: see `Augment`; makes the weak view that the teacher labels.
+        strong: makes strong views of the weak view.
+        views: number of strong views.
+        inside: any id that is not ignored, to mark pixels inside the image.
     """
 
     sources: Sequence[ImageSource]
@@ -94,10 +94,10 @@ class UnlabelledImages:
         return len(self.sources)
 
     def read(self, index: int, rng: np.random.Generator) -> Views:
-        """Return the views of an image that `rng` draws.
+        """Return views of an image, sampled with `rng`.
 
         Raises:
-            UserError: it cannot be read.
+            UserError: the image cannot be read.
         """
         pixels = np.ascontiguousarray(_read(self.sources[index]))
         weak, outside = self.augment(pixels, np.full(pixels.shape[:2], self.inside, np.uint8), rng)
@@ -107,12 +107,12 @@ class UnlabelledImages:
 
 
 class Unmasked:
-    """Images without masks as a data set to train on: all their pixels are ignored.
+    """Training dataset of images without masks: all their pixels are ignored.
 
     Args:
-        names: of the images, unique.
-        sources: where they are read from.
-        labels: classes, palette and ignored id of the data set that they stand beside.
+        names: names of the images, unique.
+        sources: where to read the images from.
+        labels: the labelled dataset, which gives classes, palette and ignored id.
     """
 
     def __init__(self, names: Sequence[str], sources: Sequence[ImageSource], labels: SegmentationData) -> None:
@@ -129,7 +129,7 @@ class Unmasked:
         return Sample(image=_planes(pixels), mask=mask, name=self.names[index])
 
     def mask(self, index: int) -> np.ndarray:
-        """Return the mask (H, W) uint8 of an image, which is read for its size."""
+        """Return the mask (H, W) uint8 of an image; reads the image for its size."""
         return self[index]["mask"].numpy()
 
     def image_hash(self, index: int) -> str:
@@ -142,7 +142,7 @@ class Unmasked:
 
 
 def fault(source: ImageSource) -> str:
-    """Return why an image cannot be read; empty where it can."""
+    """Return the reason why an image cannot be read, or an empty string if it can."""
     try:
         read_source(source)
     except UserError as error:
@@ -162,7 +162,7 @@ def _planes(image: np.ndarray) -> Tensor:
 
 
 def _box(size: tuple[int, ...], chance: np.ndarray) -> tuple[int, int, int, int]:
-    """Return a box of random area, form and place; one that would not fit is cut to the view's height or width."""
+    """Return a box of random area, aspect ratio and position; its sides are limited to the view's height and width."""
     height, width = size
     area = height * width * (_AREA[0] + (_AREA[1] - _AREA[0]) * chance[0])
     aspect = _ASPECT[0] * (_ASPECT[1] / _ASPECT[0]) ** chance[1]

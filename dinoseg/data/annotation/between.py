@@ -1,21 +1,21 @@
-"""Polygons, boxes and ellipses of CVAT, and what lies between two of them in a track: CVAT's own interpolation."""
+"""Polygons, boxes and ellipses of CVAT, and CVAT's own interpolation between two of them in a track."""
 
 import math
 from dataclasses import dataclass
 
 import numpy as np
 
-_CORNERS = 720  # of an ellipse
+_CORNERS = 720  # vertices of an ellipse
 
 
 @dataclass(frozen=True, slots=True)
 class Outline:
-    """A shape as CVAT says it.
+    """Shape in CVAT's representation.
 
     Args:
         kind: `polygon`, `box` or `ellipse`.
-        numbers: float64 in bytes: x, y of each corner; left, top, right, bottom; or middle x, y and the two radii.
-        turned: degrees clockwise, about the middle.
+        numbers: float64 as bytes: x, y of each corner; left, top, right, bottom; or centre x, y and the two radii.
+        turned: clockwise rotation about the centre, degrees.
     """
 
     kind: str
@@ -40,17 +40,18 @@ class Outline:
 
 
 def between(left: Outline, right: Outline, share: float) -> Outline:
-    """Return the shape of a track at a share, 0 to 1, of the way from one keyframe to the next, both of one kind.
+    """Return a track's shape at `share`, 0 to 1, of the way between two keyframes, both of one kind.
 
-    The numbers of boxes and ellipses, and the angle the shorter way round, move in proportion. Corners of polygons are
-    matched by how far along the border they lie, and so do theirs (get_interpolated_shapes of CVAT's annotation.py).
+    The numbers of boxes and ellipses are interpolated linearly, and the angle in the shorter direction. Polygon corners
+    are matched by their relative position along the border, and matched corners are interpolated linearly
+    (get_interpolated_shapes of CVAT's annotation.py).
     """
     starts, ends = np.frombuffer(left.numbers), np.frombuffer(right.numbers)
     if left.kind == "polygon":
         points = _between_polygons(starts.reshape(-1, 2), ends.reshape(-1, 2), share)
         return Outline("polygon", points.tobytes(), left.turned)
     angle = (right.turned - left.turned + 180) % 360 - 180
-    angle = 1 if angle == -180 else angle  # so it is in CVAT: half a turn leaves both shapes as they are
+    angle = 1 if angle == -180 else angle  # as in CVAT: half a turn leaves both shapes unchanged
     return Outline(left.kind, (starts + (ends - starts) * share).tobytes(), (left.turned + angle * share) % 360)
 
 
@@ -60,7 +61,7 @@ def _between_polygons(left: np.ndarray, right: np.ndarray, share: float) -> np.n
     pairs = [(number, other) for number, others in enumerate(matches) for other in others]
     starts, ends = (points[list(which)] for points, which in zip((left, right), zip(*pairs, strict=True), strict=True))
     moved = starts + (ends - starts) * share
-    first = np.cumsum([0, *map(len, matches)])  # where the points that a corner becomes stand in them
+    first = np.cumsum([0, *map(len, matches)])  # offset of each corner's points in `moved`
     kept: list[np.ndarray] = []
     start = 0
     while start < len(matches):
@@ -76,13 +77,13 @@ def _between_polygons(left: np.ndarray, right: np.ndarray, share: float) -> np.n
 
 
 def _along(points: np.ndarray) -> np.ndarray:
-    """Return for each point of a line (N, 2) which share of its length lies before it."""
+    """Return, for each point of a line (N, 2), the share of the line's length before it."""
     lengths = np.cumsum(np.sqrt((np.diff(points, axis=0) ** 2).sum(axis=1)))
     return np.concatenate([[0], lengths / (lengths[-1] or 1)])
 
 
 def _matches(left: np.ndarray, right: np.ndarray) -> list[list[int]]:
-    """Return for each point of the left which of the right it becomes: the nearest, and all that have none else."""
+    """Return each left point's matches on the right: its nearest, and all right points that are nearest to none."""
     nearest = _nearest(left, right)
     matches = [[other] for other in nearest.tolist()]
     alone = np.setdiff1d(np.arange(len(right)), nearest)
@@ -92,14 +93,14 @@ def _matches(left: np.ndarray, right: np.ndarray) -> list[list[int]]:
 
 
 def _nearest(values: np.ndarray, line: np.ndarray) -> np.ndarray:
-    """Return the position in a rising line of what is nearest to each value; of equally near ones the first."""
+    """Return the position of each value's nearest neighbour in an ascending line; ties give the first."""
     above = np.searchsorted(line, values).clip(1, len(line) - 1)
     nearer = np.where(np.abs(values - line[above - 1]) <= np.abs(values - line[above]), above - 1, above)
     return np.searchsorted(line, line[nearer])
 
 
 def _thinned(points: np.ndarray, border: np.ndarray) -> list[np.ndarray]:
-    """Leave out points that lie nearer to the last one kept than half a mean edge of the border they come from."""
+    """Drop points that are closer to the last retained one than half the mean edge length of their border."""
     least = np.sqrt((np.diff(border, axis=0) ** 2).sum(axis=1)).sum() / (2 * len(border))
     kept = [points[0]]
     if len(points) == 1:

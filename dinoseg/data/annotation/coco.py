@@ -1,4 +1,4 @@
-"""COCO's JSON: images, categories, and annotations as polygons or run lengths; imports no torch."""
+"""Parser of COCO's JSON: images, categories, and annotations as polygons or run lengths; imports no torch."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -15,18 +15,18 @@ _FORM = forms.holding(
     images=forms.listing(forms.holding(id=forms.plain, file_name=forms.text, width=forms.plain, height=forms.plain)),
     categories=forms.listing(forms.holding(id=forms.plain, name=forms.text)),
 )
-_CROWD = -1  # its depth: a crowd lies below the objects in it
+_CROWD = -1  # depth of a crowd: below its objects
 
 
 def read_coco(content: bytes, path: Path) -> Annotations:
-    """Return what a file of COCO holds; its labels in the order of their ids.
+    """Parse a COCO file; its labels are ordered by category id.
 
-    An annotation of polygons covers what any of them covers; a crowd (`iscrowd`) lies below all others.
+    An annotation of polygons covers their union; a crowd (`iscrowd`) is drawn below all others.
 
     Raises:
-        ValueError: it is no such file, or an id stands twice or nowhere.
+        ValueError: it is not a COCO file, or an id is duplicate or undefined.
     """
-    whole = forms.parse_json(content, _FORM, finite=False)  # polygons are held to bounds
+    whole = forms.parse_json(content, _FORM, finite=False)  # polygons are checked for finite bounds later
     if not isinstance(whole.get("annotations"), list):
         raise ValueError("it has no list named annotations: export the annotations, not the images alone")
     images = {_id(image["id"], "an image"): image for image in whole["images"]}

@@ -1,4 +1,4 @@
-"""CVAT's XML, "for images 1.1" and "for video 1.1": polygons, boxes, ellipses and masks; imports no torch."""
+"""Parser of CVAT's XML, "for images 1.1" and "for video 1.1": polygons, boxes, ellipses, masks; imports no torch."""
 
 import math
 import re
@@ -20,19 +20,19 @@ from dinoseg.data.annotation.polygon import FARTHEST, check_polygon
 from dinoseg.utils.wording import shown
 
 _DEEPEST = 32
-_LONGEST = 1000  # letters of a text that is kept
+_LONGEST = 1000  # most characters stored of a text
 _AREAS = ("polygon", "box", "ellipse", "mask")
 _NO_AREAS = ("polyline", "points", "cuboid", "skeleton")
 
 
 def read_cvat(content: bytes, path: Path) -> Annotations:
-    """Return what a file of "CVAT for images 1.1" or "for video 1.1" holds; its labels in the order of the file.
+    """Parse a file of "CVAT for images 1.1" or "for video 1.1"; labels are in file order.
 
-    Polygons, boxes and ellipses cover what CVAT's own export of masks draws (by pycocotools), masks their pixels.
+    Polygons, boxes and ellipses cover the pixels of CVAT's own mask export (by pycocotools); masks cover their pixels.
 
     Raises:
-        ValueError: it is no such file, declares a document type (which may hold entities that multiply), or has tracks
-            that stand for more than a file may.
+        ValueError: it is not a CVAT file, declares a document type (whose entities may expand exponentially), or its
+            tracks expand to more shapes or frames than allowed.
     """
     document = _Document(path)
     parser = expat.ParserCreate()
@@ -42,7 +42,7 @@ def read_cvat(content: bytes, path: Path) -> Annotations:
     parser.buffer_text = True
     try:
         parser.Parse(content, True)
-    except (expat.ExpatError, LookupError) as error:  # LookupError: an encoding that nobody knows
+    except (expat.ExpatError, LookupError) as error:  # LookupError: an unknown encoding
         raise ValueError(f"it is no XML: {error}") from None
     if not document.is_cvat:
         raise ValueError("it has no element <annotations>, as files of CVAT have")
@@ -55,14 +55,14 @@ def _refuse_doctype(*_: object) -> NoReturn:
 
 
 class _Document:
-    """What has been read of a file so far."""
+    """Parser state: the contents of a file read so far."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.is_cvat = False
-        self.labels: Counter[str] = Counter()  # in the order of the file
+        self.labels: Counter[str] = Counter()  # in file order
         self.entries: list[Entry] = []
-        self.tasks: list[dict[str, str]] = []  # what is said of each
+        self.tasks: list[dict[str, str]] = []  # metadata of each task
         self.tracks: list[Track] = []
         self._tags: list[str] = []
         self._text = ""
@@ -131,7 +131,7 @@ def _entry(attributes: dict[str, str], path: Path) -> Entry:
 
 
 def _form(tag: str, attributes: dict[str, str]) -> tuple[Form, Outline | None]:
-    """Return the form of a shape, and the outline that it has in a track."""
+    """Return the form of a shape, and its outline for interpolation in a track."""
     if tag in _NO_AREAS:
         raise ValueError("it covers no pixels: draw a polygon or a mask instead, or delete it")
     if tag == "mask":
@@ -177,22 +177,22 @@ def _as_number(value: str | None, what: str) -> float:
     return number
 
 
-_MOST_FRAMES = 2**18  # of a task: two hours at 30 a second
-_MOST_BETWEEN = 2**21  # shapes of a file that stand in none of its lines: two keyframes could stand for any number
+_MOST_FRAMES = 2**18  # per task: two hours at 30 frames per second
+_MOST_BETWEEN = 2**21  # interpolated shapes per file, since two keyframes may span any number
 
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """What a track says of one frame.
+    """State of a track on one frame.
 
     Args:
-        frame: its number.
-        fixed: it was drawn there (a keyframe), not found between two that were.
-        hidden: the object is not to be seen from here to the next keyframe.
+        frame: frame number.
+        fixed: whether the frame is a keyframe, annotated by hand and not interpolated.
+        hidden: the object is not visible from here to the next keyframe.
         depth: its z_order.
         form: the shape; None: see `wrong`.
-        outline: what may move from here to the next keyframe; None of a mask.
-        wrong: why it cannot be drawn.
+        outline: shape to interpolate up to the next keyframe; None for a mask.
+        wrong: why it cannot be rasterised.
     """
 
     frame: int
@@ -206,7 +206,7 @@ class Key:
 
 @dataclass
 class Track:
-    """One object of a task, by the task's id."""
+    """One object of a task; `task` is the task's id."""
 
     label: str
     task: str
@@ -214,18 +214,18 @@ class Track:
 
 
 def frames_of(path: Path, tasks: Sequence[Mapping[str, str]], tracks: Sequence[Track]) -> list[Entry]:
-    """Return an entry for each frame of the tasks, with the shapes that the tracks have there.
+    """Return an entry for each frame of the tasks, with the tracks' shapes on it.
 
-    Between two keyframes a shape moves as CVAT moves it; after the last one it stays, up to the end of the task. What
-    the file says of a frame itself is taken as it stands. A mask is seen on its own frame alone.
+    Between two keyframes, shapes are interpolated as in CVAT; after the last one, a shape persists to the end of the
+    task. Shapes that the file lists for a frame are used unchanged. A mask applies only to its own frame.
 
     Args:
         path: the annotation file.
-        tasks: what it says of each (`id`, `source`, `start_frame`, ...); none: the frames of the tracks are all.
-        tracks: of all tasks.
+        tasks: metadata of each task (`id`, `source`, `start_frame`, ...); empty: the frames of the tracks are used.
+        tracks: tracks of all tasks.
 
     Raises:
-        ValueError: more frames or shapes than a file may stand for, or a track that does not go forwards.
+        ValueError: there are more frames or shapes than allowed per file, or a track has two shapes on one frame.
     """
     last = max((key.frame for track in tracks for key in track.keys), default=0)
     entries: list[Entry] = []
@@ -272,7 +272,7 @@ def _whole(task: Mapping[str, str], key: str) -> int:
 
 
 def _seen(track: Track, frames: Mapping[int, Entry]) -> Iterator[tuple[int, Key]]:
-    """Yield each frame that a track is seen on, and what is there."""
+    """Yield each frame on which a track is visible, and its state there."""
     keys = sorted(track.keys, key=lambda key: key.frame)
     for one, other in pairwise(keys):
         if one.frame == other.frame:
@@ -290,7 +290,7 @@ def _seen(track: Track, frames: Mapping[int, Entry]) -> Iterator[tuple[int, Key]
 
 
 def _moved(one: Key, other: Key, frame: int) -> Key:
-    """Return what lies between two keyframes."""
+    """Return the state of a track on a frame between two keyframes."""
     left, right = one.outline, other.outline
     if left is None or (right is None and other.wrong):
         return one if left is None else other

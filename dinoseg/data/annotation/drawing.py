@@ -1,4 +1,4 @@
-"""A mask that lies in no file of its own: shapes from an annotation file, drawn one over the other when it is read."""
+"""Masks without a file of their own: shapes of an annotation file, rasterised in order when the mask is read."""
 
 import hashlib
 import os
@@ -12,17 +12,17 @@ from dinoseg.data.annotation.between import Outline, between
 from dinoseg.data.annotation.polygon import figure, filled
 from dinoseg.data.annotation.rle import decode, values_of
 
-MOST_PIXELS = 178_956_970  # of an image: as many as Pillow reads
+MOST_PIXELS = 178_956_970  # per image: Pillow's own limit
 
 
 @dataclass(frozen=True, slots=True)
 class Polygons:
-    """Polygons of one object, by the rule of pycocotools; each is float64 pairs in bytes, what any covers is in."""
+    """Polygons of one object, whose union is rasterised as by pycocotools; each ring is float64 pairs as bytes."""
 
     rings: tuple[bytes, ...]
 
     def paint(self, canvas: np.ndarray, value: int) -> None:
-        """Set the pixels of a canvas (H, W) that it covers."""
+        """Set the pixels of a canvas (H, W) that the shape covers."""
         for ring in self.rings:
             points = np.frombuffer(ring).reshape(-1, 2)
             left, mask = filled(points, (canvas.shape[0], canvas.shape[1]))
@@ -31,38 +31,38 @@ class Polygons:
 
 @dataclass(frozen=True, slots=True)
 class Between:
-    """A shape of a track at a share of the way from one keyframe to the next; drawn as a polygon."""
+    """Shape of a track at a share of the way between two keyframes; rasterised as a polygon."""
 
     left: Outline
     right: Outline
     share: float
 
     def paint(self, canvas: np.ndarray, value: int) -> None:
-        """Set the pixels of a canvas (H, W) that it covers."""
+        """Set the pixels of a canvas (H, W) that the shape covers."""
         points = between(self.left, self.right, self.share).points()
         Polygons((points.tobytes(),)).paint(canvas, value)
 
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """Run lengths of the whole picture, column by column; int64 in bytes."""
+    """Run lengths of the whole image, in column-major order; int64 as bytes."""
 
     counts: bytes
 
     def paint(self, canvas: np.ndarray, value: int) -> None:
-        """Set the pixels of a canvas (H, W) that it covers."""
+        """Set the pixels of a canvas (H, W) that the shape covers."""
         canvas[decode(np.frombuffer(self.counts, np.int64), (canvas.shape[0], canvas.shape[1]))] = value
 
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """Run lengths, row by row, of a box of (left, top, width, height) that may reach over the picture's edges."""
+    """Run lengths, row by row, of a box (left, top, width, height) that may exceed the image; int64 as bytes."""
 
     place: tuple[int, int, int, int]
     counts: bytes
 
     def paint(self, canvas: np.ndarray, value: int) -> None:
-        """Set the pixels of a canvas (H, W) that it covers."""
+        """Set the pixels of a canvas (H, W) that the shape covers."""
         left, top, width, height = self.place
         mask = values_of(np.frombuffer(self.counts, np.int64)).reshape(height, width)
         mask = mask[max(0, -top) :, max(0, -left) :]
@@ -72,13 +72,13 @@ class Box:
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """A figure of LabelMe, see `polygon.figure`; points are float64 pairs in bytes."""
+    """Figure of LabelMe, see `polygon.figure`; points are float64 pairs as bytes."""
 
     kind: str
     points: bytes
 
     def paint(self, canvas: np.ndarray, value: int) -> None:
-        """Set the pixels of a canvas (H, W) that it covers."""
+        """Set the pixels of a canvas (H, W) that the shape covers."""
         points = [(x, y) for x, y in np.frombuffer(self.points).reshape(-1, 2).tolist()]
         canvas[figure(self.kind, points, (canvas.shape[0], canvas.shape[1]))] = value
 
@@ -88,14 +88,14 @@ Form = Polygons | Between | Columns | Box | Figure
 
 @dataclass(frozen=True)
 class Drawing:
-    """The mask of one image of an annotation file.
+    """Mask of one image of an annotation file.
 
     Args:
         path: the annotation file.
-        image: what it calls the image.
+        image: the image's name in that file.
         size: height and width of the image.
-        ground: the id of pixels that no shape covers.
-        shapes: id and form of each, in the order in which they are drawn: a later one covers an earlier one.
+        ground: id of pixels that no shape covers.
+        shapes: id and form of each shape, in drawing order: a later one covers an earlier one.
     """
 
     path: Path
@@ -119,7 +119,7 @@ class Drawing:
         return canvas
 
     def digest(self) -> str:
-        """Return a hash of all that the mask is drawn from."""
+        """Return a hash of everything that the mask depends on."""
         return hashlib.sha256(repr((self.size, self.ground, *self.shapes)).encode()).hexdigest()
 
 
@@ -127,11 +127,11 @@ MaskSource = Path | Drawing
 
 
 def mask_file(mask: MaskSource) -> Path:
-    """Return the file that a mask lies in."""
+    """Return the file that contains a mask."""
     return mask.path if isinstance(mask, Drawing) else mask
 
 
 def mask_key(mask: MaskSource) -> str:
-    """Return a text by which a mask is known again, beside the state of its file."""
+    """Return a text that identifies a mask, apart from the state of its file."""
     own = f"#{mask.digest()}" if isinstance(mask, Drawing) else ""
     return f"{os.path.abspath(mask_file(mask))}{own}"

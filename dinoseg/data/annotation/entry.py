@@ -1,4 +1,4 @@
-"""What an annotation file says of one image, before labels are classes; what every format is read into."""
+"""Common representation of annotation files, before labels are mapped to classes."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,9 +16,9 @@ LARGEST_FILE = 2**30  # bytes of an annotation file
 
 @dataclass(frozen=True, slots=True)
 class Labelled:
-    """A shape with its label; lower depths are drawn first, then as the order of the data set says.
+    """Shape with its label; lower depths are drawn first, equal depths in the order of the dataset.
 
-    A crowd is an area of objects that were not drawn one by one.
+    A crowd is an area of objects that were not annotated individually.
     """
 
     label: str
@@ -30,12 +30,12 @@ class Labelled:
 
 @dataclass(frozen=True)
 class Clip:
-    """A video, or pictures in order, of which an annotation file names frames by their numbers.
+    """Video, or ordered image files, whose frames an annotation file refers to by number.
 
     Args:
-        source: the video's file, by its name alone; empty: not known.
-        subset: the part of a project that it belongs to.
-        frames: the numbers of those that are annotated, from 0.
+        source: name of the video file; empty: unknown.
+        subset: subset of the project that it belongs to.
+        frames: numbers of the annotated frames, from 0.
     """
 
     source: str
@@ -49,13 +49,13 @@ class Entry:
 
     Args:
         path: the annotation file.
-        image: the image's file as the annotation file names it; of a frame a name that is made for it.
-        size: height and width; None: the file does not say, and they are the image's own.
-        shapes: in the order of the file.
-        wrong: why it cannot be used; empty: it can.
-        subset: the part of a project that it belongs to, such as `Train`; empty: the file does not say.
-        clip: what it is a frame of; None: an image.
-        frame: its number there.
+        image: the image's file as named in the annotation file; for a video frame, a generated name.
+        size: height and width; None: not in the file, so read from the image.
+        shapes: shapes in file order.
+        wrong: why the entry cannot be used; empty: it can.
+        subset: subset of the project, such as `Train`; empty: unknown.
+        clip: video that the frame belongs to; None: an image.
+        frame: frame number in the clip.
     """
 
     path: Path
@@ -70,14 +70,14 @@ class Entry:
 
 @dataclass(frozen=True)
 class Annotations:
-    """What one annotation file holds: its labels in its own order, its images, and what labels belong to."""
+    """Contents of an annotation file: labels in file order, images, and the group of each label."""
 
     labels: Sequence[str]
     entries: Sequence[Entry]
     groups: Mapping[str, str] = field(default_factory=dict)
 
     def grouped(self) -> "Annotations":
-        """Return the same with groups for labels; a label of no group stays what it is.
+        """Return a copy with labels replaced by their groups; a label without group is unchanged.
 
         Raises:
             ValueError: no label has a group.
@@ -92,10 +92,10 @@ class Annotations:
 
 
 def size_of(height: Any, width: Any) -> tuple[int, int]:
-    """Return height and width.
+    """Return height and width, validated.
 
     Raises:
-        ValueError: they are no size of a picture.
+        ValueError: they are not a valid image size.
     """
     if not all(type(side) is int and side > 0 for side in (height, width)) or height * width > MOST_PIXELS:
         raise ValueError(
@@ -106,10 +106,10 @@ def size_of(height: Any, width: Any) -> tuple[int, int]:
 
 
 def text(value: Any, what: str) -> str:
-    """Return a text that is not empty.
+    """Return a non-empty text, validated.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the value is not a non-empty text.
     """
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{what} is {shown(value, 40)}, and must be a name")
@@ -117,10 +117,10 @@ def text(value: Any, what: str) -> str:
 
 
 def polygons(rings: Sequence[Any]) -> tuple[Polygons, float]:
-    """Return polygons, each a flat list x1, y1, x2, y2, ..., as a form; and the sum of their areas.
+    """Return polygons, each a flat list x1, y1, x2, y2, ..., as a form, and the sum of their areas.
 
     Raises:
-        ValueError: one cannot be drawn.
+        ValueError: a polygon is invalid.
     """
     checked, area = [], 0.0
     for ring in rings:
@@ -138,7 +138,7 @@ def points_of(values: Sequence[Any]) -> np.ndarray:
     """Return flat numbers as points (N, 2) float64.
 
     Raises:
-        ValueError: a number is larger than any.
+        ValueError: a number overflows float64.
     """
     try:
         return np.array(values, np.float64).reshape(-1, 2)

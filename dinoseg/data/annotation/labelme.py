@@ -1,4 +1,4 @@
-"""LabelMe's JSON beside an image: polygons, rectangles, circles, lines, points and masks; imports no torch."""
+"""Parser of LabelMe's JSON: polygons, rectangles, circles, lines, points and masks; imports no torch."""
 
 import base64
 import io
@@ -17,25 +17,25 @@ from dinoseg.utils import forms
 from dinoseg.utils.wording import shown
 
 _FEWEST = {"polygon": 3, "rectangle": 2, "oriented_rectangle": 4, "circle": 2, "line": 2, "linestrip": 2, "point": 1}
-_JOINED = 7  # the version from which on corners of a linestrip are round
+_JOINED = 7  # first version with round corners of linestrips
 _EXACTLY = ("rectangle", "oriented_rectangle", "circle", "line", "point")
 _FORM = forms.holding(shapes=forms.listing(forms.holding(label=forms.plain, points=forms.plain)), imagePath=forms.plain)
 
 
 def read_labelme(content: bytes, path: Path) -> Annotations:
-    """Return what a file of LabelMe holds; its image is known by the last part of its path, a copy inside is not read.
+    """Parse a LabelMe file; its image is the last part of `imagePath`, and an embedded copy is not read.
 
     Raises:
-        ValueError: it is no such file.
+        ValueError: it is not a LabelMe file.
     """
     whole = forms.parse_json(content, _FORM)
-    image = PureWindowsPath(text(whole["imagePath"], "imagePath")).name  # takes / and \\ alike
+    image = PureWindowsPath(text(whole["imagePath"], "imagePath")).name  # splits at / and \ alike
     entry = Entry(path, image, None)
     major = str(whole.get("version")).partition(".")[0]
     joined = major.isdecimal() and len(major) < 4 and int(major) >= _JOINED
     try:
         sides = whole.get("imageHeight"), whole.get("imageWidth")
-        if sides != (None, None):  # the first versions say nothing of it
+        if sides != (None, None):  # absent in early versions
             entry.size = size_of(*sides)
         for position, shape in enumerate(whole["shapes"]):
             entry.shapes.append(_shape(shape, position, joined))
@@ -68,13 +68,13 @@ def _figure(kind: Any, points: list[list[float]], joined: bool) -> Form:
     if len(points) < _FEWEST[kind] or (kind in _EXACTLY and len(points) > _FEWEST[kind]):
         raise ValueError(f"it is a {kind} of {len(points)} points, and needs {_FEWEST[kind]}")
     values = points_of([value for point in points for value in point])
-    # a figure of fewer points is held to the same bounds
+    # repeat the points of a smaller figure, so that the same bounds apply
     check_polygon(values if len(values) >= 3 else np.concatenate([values, values, values]))
     return Figure("joined" if joined and kind == "linestrip" else kind, values.tobytes())
 
 
 def _mask(mask: Any, points: list[list[float]]) -> Form:
-    """Return the mask in a box of two corners, both inside; of corners between pixels the mask's own size counts."""
+    """Return the mask in the box of two inclusive corners; for fractional corners, the mask's own size applies."""
     if len(points) != 2 or not isinstance(mask, str):
         raise ValueError("it is a mask, and needs two points and a picture in base64")
     corners = points_of([value for point in points for value in point])

@@ -1,4 +1,4 @@
-"""Masks as what annotation tools hold: connected parts, their outlines as polygons without holes, run lengths."""
+"""Export of masks to annotation shapes: connected parts, polygon outlines without holes, and run lengths."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -7,12 +7,12 @@ from itertools import pairwise
 import cv2
 import numpy as np
 
-_FINE = 3  # small pixels in a pixel's side: corners of an outline are then known from the middle of an edge
+_FINE = 3  # upscaling factor: outline corners are then distinct from edge midpoints
 
 
 @dataclass(frozen=True)
 class Part:
-    """Pixels of one class: a mask (h, w) bool whose first pixel lies at (left, top) of a picture."""
+    """Pixels of one class: a mask (h, w) bool whose first pixel is at (left, top) of the image."""
 
     value: int
     left: int
@@ -20,7 +20,7 @@ class Part:
     mask: np.ndarray
 
     def counts(self, height: int, width: int) -> np.ndarray:
-        """Return COCO's run lengths (N,) int64, by columns of the whole picture."""
+        """Return COCO's run lengths (N,) int64, by columns of the whole image."""
         x, y = np.nonzero(self.mask.T)
         places = (x + self.left) * height + y + self.top
         first = np.concatenate([[True], np.diff(places) > 1])
@@ -34,10 +34,10 @@ def parts_of(ids: np.ndarray, *, leave_out: int | None, joined: bool, least_area
     """Yield the parts of class ids (H, W) uint8, class by class.
 
     Args:
-        ids: of a picture.
-        leave_out: the class of no object; None: every class has parts.
-        joined: all pixels of a class are one part, else what hangs together, by corners too, is one.
-        least_area: parts of fewer pixels are left out.
+        ids: class ids of an image.
+        leave_out: the class that is no object; None: every class has parts.
+        joined: all pixels of a class are one part; otherwise each 8-connected component is one.
+        least_area: parts with fewer pixels are dropped.
     """
     for value in np.flatnonzero(np.bincount(ids.ravel(), minlength=256)).tolist():
         if value == leave_out:
@@ -57,28 +57,28 @@ def parts_of(ids: np.ndarray, *, leave_out: int | None, joined: bool, least_area
 
 
 def edge_polygons(part: Part, tolerance: float) -> Iterator[np.ndarray]:
-    """Yield polygons (N, 2) along the edges of pixels, as COCO and CVAT mean them; together they cover the part.
+    """Yield polygons (N, 2) along pixel edges, as in COCO and CVAT; together they cover the part.
 
-    A polygon has no holes: a part with holes is cut by a row through each. With a tolerance of 0 they are exact, else
-    corners are left out as long as no edge moves by more pixels than that (Douglas and Peucker).
+    Polygons have no holes: a part with holes is cut along a row through each hole. With tolerance 0 they are exact;
+    otherwise corners are dropped if no edge moves by more than `tolerance` pixels (Douglas and Peucker).
     """
     for top, band in _bands(part.mask):
         fine = np.repeat(np.repeat(band, _FINE, axis=0), _FINE, axis=1)
         for outline in _outlines(fine):
-            corners = (outline + 1) // _FINE  # of the small pixels a pixel's first or last, never its middle one
+            corners = (outline + 1) // _FINE  # the first or last subpixel of a pixel, never its middle one
             yield _simpler(_without_repeats(corners), tolerance) + (part.left, part.top + top)
 
 
 def middle_polygons(part: Part, tolerance: float) -> Iterator[np.ndarray]:
-    """Yield polygons (N, 2) through the middles of border pixels, as LabelMe draws them; else as `edge_polygons`."""
+    """Yield polygons (N, 2) through the centres of border pixels, as drawn by LabelMe; else like `edge_polygons`."""
     for top, band in _bands(part.mask):
         for outline in _outlines(band):
             points = _simpler(outline, tolerance) + (part.left, part.top + top)
-            yield np.concatenate([points] * (3 if len(points) < 3 else 1))  # a polygon has three points or more
+            yield np.concatenate([points] * (3 if len(points) < 3 else 1))  # a polygon needs at least three points
 
 
 def _bands(mask: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield first row and rows of a mask, cut by a row through each hole, so that none has a hole."""
+    """Yield first row and rows of a mask, cut along a row through each hole, so that no band has a hole."""
     outlines, tree = cv2.findContours(mask.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
     holes = [outline for outline, (_, _, _, parent) in zip(outlines, tree[0], strict=True) if parent >= 0]
     boxes = [cv2.boundingRect(hole) for hole in holes]

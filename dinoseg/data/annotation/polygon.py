@@ -1,4 +1,4 @@
-"""Polygons and LabelMe's other figures as pixels, each by the rule of the tool that they come from."""
+"""Rasterisation of polygons and LabelMe's other figures, each by the rule of its own tool."""
 
 import math
 from collections.abc import Sequence
@@ -6,23 +6,23 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw
 
-FARTHEST = 1_000_000  # pixels from the origin: beyond it Pillow draws in the wrong place
-_MOST_POINTS = 2**23  # of a border, in fifths of a pixel: a few polygons that wander to and fro would fill the memory
-_FIFTHS = 5  # pycocotools walks along borders in steps of a fifth of a pixel
+FARTHEST = 1_000_000  # pixels from the origin: beyond it, Pillow draws in the wrong place
+_MOST_POINTS = 2**23  # border steps of a polygon: a few with erratic borders would exhaust memory
+_FIFTHS = 5  # pycocotools samples borders in steps of a fifth of a pixel
 LINE_WIDTH, POINT_RADIUS = 10, 5  # pixels, as LabelMe draws them
 
 
 def border_length(points: np.ndarray) -> int:
-    """Return how many steps of a fifth of a pixel the border of a polygon (N, 2) has."""
+    """Return the length of a polygon's (N, 2) border, in steps of a fifth of a pixel."""
     steps = np.abs(points - np.concatenate([points[1:], points[:1]])).max(axis=1)
     return int(_FIFTHS * steps.sum()) + 2 * len(points)
 
 
 def check_polygon(points: np.ndarray) -> None:
-    """Refuse a polygon (N, 2) that cannot be drawn.
+    """Raise a ValueError if a polygon (N, 2) cannot be rasterised.
 
     Raises:
-        ValueError: saying why.
+        ValueError: it has fewer than three points, or its points or border length exceed the limits.
     """
     if len(points) < 3:
         raise ValueError(f"its polygon has {len(points)} points, and needs 3 at least")
@@ -33,13 +33,13 @@ def check_polygon(points: np.ndarray) -> None:
 
 
 def filled(points: np.ndarray, size: tuple[int, int]) -> tuple[int, np.ndarray]:
-    """Fill a polygon (N, 2) as pycocotools does, to the pixel: return the first column and a mask (H, columns) bool.
+    """Fill a polygon (N, 2) exactly as pycocotools does: return the first column and a mask (H, columns) bool.
 
-    Borders are walked in fifths of a pixel; where one crosses the middle of a column, inside and outside change
+    The border is sampled in fifths of a pixel. Each crossing of a column's centre toggles between inside and outside
     (rleFrPoly of maskApi.c).
     """
     height, width = size
-    along, down = _border(np.trunc(_FIFTHS * points + 0.5).astype(np.int64))  # C's cast cuts towards zero
+    along, down = _border(np.trunc(_FIFTHS * points + 0.5).astype(np.int64))  # C's cast truncates towards zero
     moves = np.flatnonzero(along[1:] != along[:-1]) + 1
     column = (np.minimum(along[moves], along[moves - 1]) + 0.5) / _FIFTHS - 0.5
     row = (np.minimum(down[moves], down[moves - 1]) + 0.5) / _FIFTHS - 0.5
@@ -49,19 +49,19 @@ def filled(points: np.ndarray, size: tuple[int, int]) -> tuple[int, np.ndarray]:
     if not columns.size:
         return 0, np.zeros((height, 0), bool)
     first, count = int(columns.min()), int(columns.max() - columns.min()) + 1
-    changes = np.sort((columns - first) * height + rows)  # between inside and outside, column by column
+    changes = np.sort((columns - first) * height + rows)  # column-major positions of the toggles
     runs = np.diff(changes, prepend=0, append=max(count * height, changes[-1]))
     inside = np.repeat(np.arange(len(runs)) % 2 == 1, runs)[: count * height]
     return first, inside.reshape(count, height).T
 
 
 def _border(corners: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return x and y of every step along the border of a polygon (N, 2) int64, each edge from end to end."""
+    """Return x and y of every step along the border of a polygon (N, 2) int64; each edge includes both ends."""
     ends = np.roll(corners, -1, axis=0)
     moved = (corners != ends).any(axis=1)
     starts, ends = corners[moved], ends[moved]
     across, down = np.abs(ends - starts).T
-    flat = across >= down  # these edges are walked by columns, the others by rows
+    flat = across >= down  # edges sampled by column; the others by row
     if not len(starts):
         return np.zeros(1, np.int64), np.zeros(1, np.int64)
     longer = np.where(flat, across, down)
@@ -78,14 +78,14 @@ def _border(corners: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def figure(kind: str, points: Sequence[tuple[float, float]], size: tuple[int, int]) -> np.ndarray:
-    """Draw a figure of LabelMe as it does itself, by Pillow and with its outline: return a mask (H, W) bool.
+    """Draw a figure of LabelMe as LabelMe does, by Pillow and with its outline: return a mask (H, W) bool.
 
     Args:
-        kind: `polygon`, `rectangle` (two corners), `oriented_rectangle` (four), `circle` (its middle and a point on
-            it), `line`, `linestrip` (10 pixels wide) and `joined` (the same with round corners) or `point` (a disc of
+        kind: `polygon`, `rectangle` (two corners), `oriented_rectangle` (four), `circle` (its centre and a point on
+            it), `line`, `linestrip` (10 pixels wide), `joined` (a linestrip with round corners) or `point` (a disc of
             radius 5).
-        points: of its form, as (x, y).
-        size: of the picture.
+        points: points of the figure, as (x, y).
+        size: (H, W) of the image.
     """
     canvas = Image.new("1", (size[1], size[0]))
     pen = ImageDraw.Draw(canvas)

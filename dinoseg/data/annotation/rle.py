@@ -1,7 +1,8 @@
-"""Run lengths of binary masks as COCO writes them: counts of zeros and ones in turn, column by column.
+"""COCO's run lengths of binary masks: alternating counts of zeros and ones, column by column.
 
-The compressed form is a text: each count but the first three as its difference to the one before the last, in groups of
-five bits, the lowest first, with a sixth bit where more follow, as the letters from `0` on (pycocotools' maskApi.c).
+In the compressed form, each count from the fourth on is stored as its difference to the count two before. Each number
+is split into groups of five bits, the lowest first; a sixth bit marks that more follow. Each group is a letter, counted
+from `0` (pycocotools' maskApi.c).
 """
 
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 
 _MORE, _SIGN, _BITS, _FIRST = 32, 16, 31, 48
-_DIGITS = 7  # letters of a count: 35 bits, as the differences of 32-bit counts need
+_DIGITS = 7  # letters per count: 35 bits, as differences of 32-bit counts need
 
 
 def encode(mask: np.ndarray) -> np.ndarray:
@@ -26,7 +27,7 @@ def counts_of(values: np.ndarray) -> np.ndarray:
 
 
 def decode(counts: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Return the mask (H, W) bool of counts by columns that `checked` has passed."""
+    """Return the mask (H, W) bool of column-wise counts that `checked` has validated."""
     return values_of(counts).reshape(size[1], size[0]).T
 
 
@@ -54,7 +55,7 @@ def from_text(text: str) -> np.ndarray:
     """Return the counts (N,) int64 of the compressed form.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the text is not in the compressed form.
     """
     try:
         codes = np.frombuffer(text.encode("ascii"), np.uint8).astype(np.int64) - _FIRST
@@ -74,16 +75,16 @@ def from_text(text: str) -> np.ndarray:
     shifts = 5 * (np.arange(codes.size) - np.repeat(starts, lengths))
     values = np.add.reduceat((codes & _BITS) << shifts, starts)
     values -= np.where(codes[ends] & _SIGN, np.int64(1) << (5 * lengths), 0)
-    for first in (1, 2):  # each is told as its difference to the one before the last
+    for first in (1, 2):  # each is stored as its difference to the count two before
         values[first::2] = np.cumsum(values[first::2])
     return values
 
 
 def checked(counts: Any, pixels: int) -> np.ndarray:
-    """Return counts (N,) int64, given as numbers or in the compressed form, that make up a mask of so many pixels.
+    """Return counts (N,) int64 of a mask of `pixels` pixels, given as numbers or in the compressed form.
 
     Raises:
-        ValueError: they are no such counts.
+        ValueError: they are not counts of such a mask.
     """
     if isinstance(counts, str):
         values = from_text(counts)

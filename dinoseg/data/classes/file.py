@@ -1,4 +1,4 @@
-"""`classes.yaml` beside your own data: names, colours, merged and ignored ids.
+"""Reader of `classes.yaml`, which describes the classes of a dataset: names, colours, merged and ignored ids.
 
     classes:
       background: {ids: [0], color: [0, 0, 0]}
@@ -7,13 +7,17 @@
     ignore: {ids: [7]}
     masks: ids
 
-`classes` is a mapping in id order, or a list of names alone. With `masks: ids` (the default) a mask file holds numbers:
-`ids` says which, without it a class has its position, and `color` only draws. With `masks: palette` it holds colours: a
-class has a `color`, or several `colors` that are merged. With `masks: binary` it holds 0 and 255. `ignore` names the
-`ids` or `colors` that count nowhere, `background` the class that is no object, if any. Under `masks: ids` all numbers
-must be named, but for data.ignore_index; or `others` names the class of all that are not, such as those of instances.
-With `masks: labels` the masks are shapes that an annotation tool has given labels: a class has the `labels` that are
-it, without them its own name, and `ignore` names `labels` too.
+- `classes`: a mapping in id order, or a list of names alone.
+- `masks: ids` (the default): a mask file holds numbers. `ids` lists those of a class; without it, a class has its
+  position. `color` is only for drawing.
+- `masks: palette`: a mask file holds colours. A class has a `color`, or several `colors` that are merged.
+- `masks: binary`: a mask file holds 0 and 255.
+- `masks: labels`: masks are labelled shapes of an annotation tool. A class has `labels`; without them, its own name is
+  its label.
+- `ignore`: the `ids`, `colors` or `labels` that are ignored.
+- `background`: the class that is no object, if any.
+- `others`: the class of all numbers or labels that are not listed, such as instance IDs. Without it, `masks: ids`
+  requires every number except data.ignore_index to be listed.
 """
 
 from collections import Counter
@@ -44,15 +48,15 @@ NOT_DESCRIBED: dict[str, Any] = {
     },
     "described": None,
 }
-LABELS = "labels"  # masks that are shapes with labels, in a file of an annotation tool
-_LARGEST = 65536  # bytes: 255 classes need a fourth of it
+LABELS = "labels"  # masks are labelled shapes in a file of an annotation tool
+_LARGEST = 65536  # bytes: 255 classes need a quarter of it
 
 
 def read_class_file(path: Path, ignore_index: int) -> dict[str, Any]:
-    """Return `classes` and the other keys of `NOT_DESCRIBED` as the config has them.
+    """Return `classes` and the other keys of `NOT_DESCRIBED` in the form that the config has.
 
     Raises:
-        UserError: the file cannot be read, is too large, no YAML, or says what makes no sense.
+        UserError: the file cannot be read, is too large, is not YAML, or is inconsistent.
     """
     try:
         check_regular(path)
@@ -64,7 +68,7 @@ def read_class_file(path: Path, ignore_index: int) -> dict[str, Any]:
 
 @lru_cache(maxsize=16)
 def _read(path: Path, ignore_index: int, changed: int, size: int) -> dict[str, Any]:
-    """Read once for each state (time and size) of a file: a config asks for every key by itself."""
+    """Parse a file once per state (time and size), since the config interpolates each key separately."""
     try:
         return _described(read_yaml(path, _LARGEST), ignore_index)
     except (OSError, Misshapen) as error:
@@ -115,7 +119,7 @@ def _described(content: Any, ignore_index: int) -> dict[str, Any]:
 
 
 def _classes(node: Any) -> dict[str, dict[str, Any]]:
-    """Return name to its `ids`, `color` and `colors`."""
+    """Return a mapping from class name to its `ids`, `color`, `colors` and `labels`."""
     example = "list names in id order, such as `classes: [background, leaf]`"
     if isinstance(node, list):
         if twice := [str(name) for name, count in Counter(map(str, node)).items() if count > 1]:
@@ -146,7 +150,7 @@ def _mapping(node: Any, where: str, keys: Sequence[str]) -> dict[str, Any]:
 
 
 def _refuse_idle(classes: Mapping[str, Mapping[str, Any]], ignored: Mapping[str, Any], masks: str) -> None:
-    """Refuse what would have no effect with this kind of mask."""
+    """Raise a ValueError for keys without effect for this kind of mask."""
     idle = {
         "ids": ("colors", "labels"),
         "palette": ("ids", "labels"),
@@ -163,7 +167,7 @@ def _refuse_idle(classes: Mapping[str, Mapping[str, Any]], ignored: Mapping[str,
 
 
 def _colors(entry: Mapping[str, Any], where: str) -> list[list[int]]:
-    """Return the colours of a class; the first one draws it."""
+    """Return the colours of a class; the first one is for drawing."""
     if "color" in entry and "colors" in entry:
         raise ValueError(f"{where} has color and colors: give one of them")
     colors = [entry["color"]] if "color" in entry else entry.get("colors", [])
@@ -185,7 +189,7 @@ def _whole_numbers(numbers: Any, where: str) -> list[int]:
 def _ids(
     classes: Mapping[str, Mapping[str, Any]], ignored: Sequence[int], ignore_index: int, others: str | None
 ) -> dict[int, int]:
-    """Return file id to class id, ignore_index, or -1 for one that is refused.
+    """Return file id to class id, ignore_index, or -1 for a rejected id.
 
     The class of all `others` needs no ids.
     """
@@ -208,7 +212,7 @@ def _ids(
 
 
 def _labels(classes: Mapping[str, Mapping[str, Any]], ignored: Mapping[str, Any]) -> dict[str, str]:
-    """Return label to class, or `ignore`."""
+    """Return a mapping from label to class, or to `ignore`."""
     texts = {name: _texts(entry.get("labels", [name]), f"class {name}") for name, entry in classes.items()}
     unseen = _texts(ignored.get("labels", []), "ignore")
     owners = [(label, name) for name, labels in texts.items() for label in labels]

@@ -1,4 +1,4 @@
-"""Class names, their colours and the id that is ignored: checked once, the same for every data set."""
+"""Class names, their colours and the ignored id, validated once for all datasets."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import shown
 
 Color = tuple[int, int, int]
-LONGEST_NAME = 100  # letters of a class
+LONGEST_NAME = 100  # characters of a class name
 
 
 @dataclass(frozen=True)
 class Labels:
-    """What the numbers in a mask mean; class id i is `classes[i]`, drawn in `palette[i]`."""
+    """Meaning of the ids in a mask; class id i is `classes[i]`, drawn in `palette[i]`."""
 
     classes: tuple[str, ...]
     palette: tuple[Color, ...]
@@ -23,11 +23,11 @@ class Labels:
 
     @classmethod
     def of(cls, classes: Sequence[str], palette: Iterable[Sequence[int]] | None, ignore_index: int) -> Labels:
-        """Check and freeze what a config says.
+        """Validate and freeze the classes of a config.
 
         Raises:
-            UserError: no class or over 255, a name given twice, empty, long or not printable, another number of
-                colours than of classes, a colour or an ignore_index outside 0..255.
+            UserError: there is no class or over 255; a name is repeated, empty, long or not printable; colours and
+                classes differ in number; a colour or ignore_index is outside 0..255.
         """
         if isinstance(classes, str) or not isinstance(classes, Sequence):
             raise UserError(f"data.classes={shown(classes)}: give a list of names, such as [background, leaf].")
@@ -58,7 +58,7 @@ def as_color(values: Sequence[int]) -> Color:
     """Return (red, green, blue), each 0..255.
 
     Raises:
-        UserError: not three whole numbers in that range.
+        UserError: the values are not three whole numbers in that range.
     """
     numbers = tuple(values) if not isinstance(values, int | float | str) else ()
     if len(numbers) != 3 or not all(isinstance(v, int) and 0 <= v <= 255 for v in numbers):

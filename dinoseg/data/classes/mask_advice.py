@@ -1,19 +1,19 @@
-"""What to do about a mask that holds what is no class: told by the values, the same in every message."""
+"""Advice on masks with values that are no class, identical in every message."""
 
 import json
 import re
 import shlex
 from collections.abc import Collection, Mapping, Sequence
 
-HIGHEST_ID = 65535  # 16-bit files are the widest in use
-_LOSSY_MARGIN = 16  # how far JPEG commonly moves a 0 or a 255
-MOST_IDS = 20  # more foreign ids than that are no oversight in a table
+HIGHEST_ID = 65535  # 16-bit files are the widest in common use
+_LOSSY_MARGIN = 16  # JPEG commonly moves a 0 or a 255 by up to this
+MOST_IDS = 20  # more unknown ids are no mere gap in a table
 _PALETTE = "data.reader.masks.format=palette"
-_WORDS = ("null", "true", "false", "nan", "inf")  # which a command line would not take for text
+_WORDS = ("null", "true", "false", "nan", "inf")  # YAML values that the command line would not take for text
 
 
 def for_ids(foreign: Collection[int], ignore_index: int, *, described: bool) -> str:
-    """Return what to do about numbers without class; `described` where `classes.yaml` says which are classes."""
+    """Return advice on ids without class; `described`: `classes.yaml` lists the ids."""
     numbers = sorted(int(number) for number in foreign)
     if len(numbers) > MOST_IDS or numbers[0] < 0 or numbers[-1] > HIGHEST_ID:
         return (
@@ -33,7 +33,7 @@ def for_ids(foreign: Collection[int], ignore_index: int, *, described: bool) -> 
 
 
 def for_colors(foreign: Sequence[Sequence[int]], *, described: bool) -> str:
-    """Return what to do about colours (R, G, B) without class."""
+    """Return advice on colours (R, G, B) without class."""
     colors = [list(color) for color in foreign]
     if not 1 <= len(colors) <= MOST_IDS:
         return "Correct the masks: so many colours are not those of classes. JPEG and smooth resizing make them."
@@ -49,7 +49,7 @@ def for_colors(foreign: Sequence[Sequence[int]], *, described: bool) -> str:
 
 
 def for_binary(values: Collection[int], *, described: bool) -> str:
-    """Return what to do about masks with these values, which are more than 0 and 255."""
+    """Return advice on binary masks that hold more values than 0 and 255."""
     near_white = any(255 - _LOSSY_MARGIN <= value < 255 for value in values)
     near_black = any(0 <= value <= _LOSSY_MARGIN for value in values)
     if near_white and near_black:
@@ -59,7 +59,7 @@ def for_binary(values: Collection[int], *, described: bool) -> str:
 
 
 def for_instances(name: str, *, described: bool, likely: bool = True) -> str:
-    """Return what to do about numbers that count objects, where each may be an object of the class `name`."""
+    """Return advice on ids that number objects, where each may be an object of the class `name`."""
     remedy = (
         f"add this line to classes.yaml: `others: {json.dumps(name, ensure_ascii=False)}`"
         if described
@@ -71,7 +71,7 @@ def for_instances(name: str, *, described: bool, likely: bool = True) -> str:
 
 
 def for_coloured(counts: Mapping[tuple[int, ...], int], classes: Sequence[str], *, described: bool) -> str:
-    """Return what to do about pictures in colours, read as numbers; `counts`: pixels of each colour."""
+    """Return advice on coloured masks that are read as ids; `counts`: pixels of each colour."""
     if len(counts) > MOST_IDS:
         return (
             "So many colours are not those of classes: JPEG and smooth resizing make them. Save the masks again, as "
@@ -104,7 +104,7 @@ def _listed(colors: Sequence[Sequence[int]]) -> str:
 
 
 def _override(key: str, value: str) -> str:
-    """Return a word of the command line, as a shell takes it."""
+    """Return an override of the command line, quoted for the shell."""
     plain = re.fullmatch(r"[A-Za-z_][\w-]*", value, re.ASCII) and value.lower() not in _WORDS
     escaped = re.sub(r'(\\*)("|$)', lambda match: 2 * match[1] + ('\\"' if match[2] else ""), value)
     quoted = value if plain else f'"{escaped}"'

@@ -1,11 +1,11 @@
-"""A mask brought to the size of its image, where the rule allows it; imports no torch."""
+"""Resizing of a mask to its image's size, if the rule allows it; imports no torch."""
 
 import cv2
 import numpy as np
 
 from dinoseg.utils.errors import UserError
 
-_PROPORTIONS = 0.05  # a resized mask may differ so much from its image's proportions
+_PROPORTIONS = 0.05  # largest relative difference in aspect ratio for which a mask is resized
 
 
 def fit_mask(mask: np.ndarray, size: tuple[int, int], rule: str, *, image: object, path: object) -> np.ndarray:
@@ -13,13 +13,13 @@ def fit_mask(mask: np.ndarray, size: tuple[int, int], rule: str, *, image: objec
 
     Args:
         mask: class ids of any size.
-        size: of the image.
-        rule: `error`, or `resize_mask`: by nearest neighbour, if the proportions are alike.
-        image: what the image is called in a message.
-        path: what the mask is called, or its path.
+        size: (H, W) of the image.
+        rule: `error`, or `resize_mask`: nearest neighbour, if the aspect ratios are similar.
+        image: name of the image in a message.
+        path: name or path of the mask in a message.
 
     Raises:
-        UserError: the sizes differ, and the rule does not mend it.
+        UserError: the sizes differ, and the rule does not allow resizing.
     """
     if mask.shape == size:
         return mask

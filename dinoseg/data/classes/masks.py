@@ -1,4 +1,4 @@
-"""Mask files to class ids: stored numbers, colours, or 0 / 255; whatever has no class is an error."""
+"""Conversion of mask files to class ids: from ids, colours, or 0 / 255; a value without class is an error."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -21,20 +21,20 @@ ON_SIZE_MISMATCH = ("error", "resize_mask")
 
 @dataclass(frozen=True)
 class Masks:
-    """How mask files are written.
+    """Encoding of mask files.
 
     Args:
-        format: `ids`: the stored numbers (a palette file's indices) are class ids; `palette`: colours
-            stand for classes by `data.palette`; `binary`: 0 is class 0 and 255 is class 1, or
-            black and white of a file of one bit a pixel.
-        ids: file id to class id, ignore_index or -1 (refused), for `ids`; ids not named here stay as they are, unless
-            the table gives the number of one class to another, as {1: 0, 2: 1} does: then they have no class.
-        others: for `ids`: the class of every number that is not named: not by `ids`, no class's own, not ignored.
+        format: `ids`: the stored numbers (of a palette file, its indices) are class ids; `palette`: colours stand for
+            classes by `data.palette`; `binary`: 0 is class 0 and 255 is class 1, or black and white in a file of one
+            bit per pixel.
+        ids: file id to class id, ignore_index or -1 (rejected), for `ids`. Ids not listed here are unchanged, unless
+            the table renumbers classes, as {1: 0, 2: 1} does: then they have no class.
+        others: for `ids`: the class of every other number: not listed in `ids`, not a class id and not ignored.
         reduce_zero_label: for `ids`: file id 0 is ignored, and k is class k - 1, as in ADE20K.
         colors: class id to further colours that stand for it, for `palette`.
         ignore_colors: colours that are ignored, for `palette`.
-        on_size_mismatch: `error`, or `resize_mask`: a mask of its image's proportions is resized, nearest.
-        described: what `classes.yaml` says, of which `ids` must then be the table; None where it is not used.
+        on_size_mismatch: `error`, or `resize_mask`: resize a mask of its image's aspect ratio, nearest neighbour.
+        described: contents of `classes.yaml`, whose `ids` must equal `ids` here; None: the file is not used.
     """
 
     format: str = "ids"
@@ -47,7 +47,7 @@ class Masks:
     described: Mapping[str, Any] | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        """Refuse what would have no effect."""
+        """Reject unknown options, and those without effect."""
         for name, table in (("ids", self.ids), ("colors", self.colors)):
             if table:
                 object.__setattr__(self, name, _numbered(table))
@@ -81,19 +81,19 @@ class Masks:
 
 
 def _numbered(table: Mapping[Any, Any] | None) -> dict[Any, Any]:
-    """Return a table with numbers as keys again: a checkpoint's description is JSON, which has none."""
+    """Return a table with integer keys: a checkpoint's description is JSON, whose keys are strings."""
     return {int(key) if str(key).isdecimal() else key: value for key, value in (table or {}).items()}
 
 
 class MaskReader:
-    """Reads mask files as class ids (H, W) uint8.
+    """Reader of mask files as class ids (H, W) uint8.
 
     Args:
         labels: the classes that a mask may hold.
-        masks: how the files are written.
+        masks: how the files are encoded.
 
     Raises:
-        UserError: labels and masks do not fit each other.
+        UserError: labels and masks are inconsistent.
     """
 
     def __init__(self, labels: Labels, masks: Masks) -> None:
@@ -108,7 +108,7 @@ class MaskReader:
             raise UserError(f"data.reader.masks.format=binary needs 2 classes, data.classes has {len(labels.classes)}.")
 
     def read(self, path: MaskSource) -> np.ndarray:
-        """Return class ids 0..K-1 and ignore_index as (H, W) uint8; a drawing has them already.
+        """Return class ids 0..K-1 and ignore_index as (H, W) uint8; a drawing already holds them.
 
         Raises:
             UserError: the file is unreadable, or holds a number or colour that has no class.
@@ -123,7 +123,7 @@ class MaskReader:
         return self._from_ids(numbers, path)
 
     def rules(self) -> str:
-        """Return all that class ids depend on beside their file, as one text for equal rules, however written."""
+        """Return a canonical JSON text of everything besides the file that class ids depend on."""
         labels, masks = self.labels, self.masks
         options = {option.name: getattr(masks, option.name) or None for option in fields(masks) if option.compare}
         return json.dumps([labels.classes, labels.ignore_index, labels.palette, options], sort_keys=True)
@@ -131,7 +131,7 @@ class MaskReader:
     def _from_ids(self, numbers: np.ndarray, path: Path) -> np.ndarray:
         ids: np.ndarray | None = None  # (H, W) int16
         if numbers.dtype == np.uint8:
-            ids = cv2.LUT(numbers, self._table[:256])  # in less than half the time of indexing
+            ids = cv2.LUT(numbers, self._table[:256])  # less than half the time of indexing
         elif numbers.min() >= 0 and numbers.max() <= HIGHEST_ID:
             ids = self._table[numbers]
         if ids is None or ids.min() < 0:
@@ -193,9 +193,9 @@ def _position(name: str, labels: Labels) -> int:
 
 
 def _id_table(labels: Labels, ids: Mapping[int, int], first: int, rest: int) -> np.ndarray:
-    """Return (65536,) int16: class id or ignore_index of each file id, -1 where there is none.
+    """Return a table (65536,) int16 from file id to class id or ignore_index, or -1 for a rejected id.
 
-    The file id of the first class is `first`; those before it are ignored, those of no class are `rest`.
+    The first class has the file id `first`; lower ids are ignored, and ids without class map to `rest`.
     """
     count, ignore = len(labels.classes), labels.ignore_index
     table = np.full(HIGHEST_ID + 1, rest, dtype=np.int16)
@@ -211,7 +211,7 @@ def _id_table(labels: Labels, ids: Mapping[int, int], first: int, rest: int) -> 
             )
     moved = {source - first: target for source, target in ids.items() if 0 <= target < count}
     moved = {class_id: target for class_id, target in moved.items() if class_id != target}
-    if moved.keys() & set(moved.values()):  # it numbers anew: {1: 0, 2: 1} leaves file id 0 out; {2: 1} alone merges
+    if moved.keys() & set(moved.values()):  # renumbering: {1: 0, 2: 1} drops file id 0; {2: 1} alone merges
         table[first : first + count] = rest
     table[ignore] = ignore
     table[list(ids)] = list(ids.values())

@@ -1,4 +1,4 @@
-"""Clips: runs of frames of videos with their masks, read one clip at a time."""
+"""Clips: sequences of video frames with their masks, read one clip at a time."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,20 +18,20 @@ SHORT = ("error", "skip", "pad")
 
 
 class Clip(TypedDict):
-    """Some frames of one video; T of them, all of one size."""
+    """T frames of one video, all of one size."""
 
     frames: Tensor  # (T, 3, H, W) uint8, RGB
-    masks: Tensor  # (T, H, W) uint8, object ids, 0 = background, 255 = void; all 255 where there is no mask
+    masks: Tensor  # (T, H, W) uint8, object ids, 0 = background, 255 = void; all 255 if there is no mask
     annotated: Tensor  # (T,) bool: which frames have a mask
-    appears: Tensor  # (255,) int64: by object id, the first of the T frames whose mask shows it; -1: none does
+    appears: Tensor  # (255,) int64: object id to the first of the T frames whose mask has it, or -1
     name: str  # of the video
     start: int  # position of the first frame in the video
     stride: int  # positions from one frame to the next
-    frame_names: list[str]  # file stems, or the numbers of a video file's frames
+    frame_names: list[str]  # file stems, or the frame indices of a video file
 
 
 class Span(NamedTuple):
-    """Where a clip lies."""
+    """Position of a clip in its dataset."""
 
     video: int
     start: int
@@ -41,18 +41,18 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Cut:
-    """How videos are cut into clips.
+    """Rules for cutting videos into clips.
 
     Args:
-        length: frames in a clip; None: the whole video is one.
-        stride: every how many frames one is taken.
-        fps: frames per second wanted, from which the stride follows; None: as `stride` says.
-        fps_tolerance: share of `fps` by which the rate that a whole stride gives may miss it.
-        step: frames of the video from the start of one clip to the start of the next; None: as many as a clip
-            covers, so that none overlap. A rest that is too short for a clip is left out.
-        per_video: clips of each video, spread evenly over it, instead of as many as there is room for; None: all.
-        short: what becomes of a video with fewer frames than a clip covers: `error`; `skip`: it gives no clip;
-            `pad`: its last frame is repeated, those repetitions without a mask.
+        length: frames per clip; None: the whole video is one clip.
+        stride: use every `stride`-th frame.
+        fps: wanted frames per second, which determine the stride; None: use `stride`.
+        fps_tolerance: maximum relative deviation from `fps` that results from a whole stride.
+        step: video frames between the starts of successive clips; None: the frames that a clip covers, so that clips do
+            not overlap. A remainder too short for a clip is dropped.
+        per_video: number of clips per video, evenly spaced; None: all that fit.
+        short: treatment of a video with fewer frames than a clip covers. `error`; `skip`: it has no clip; `pad`: repeat
+            its last frame, without a mask.
     """
 
     length: Count | None = None
@@ -64,7 +64,7 @@ class Cut:
     short: str = "error"
 
     def __post_init__(self) -> None:
-        """Refuse what is no number of frames, and two ways of saying one thing."""
+        """Reject invalid numbers and contradictory options."""
         for key in ("length", "stride", "step", "per_video"):
             value = getattr(self, key)
             if value is not None and value < 1:
@@ -90,10 +90,10 @@ class Cut:
             raise UserError(f"data.clips.cut.short={self.short} is unknown. Choose one of {', '.join(SHORT)}.")
 
     def stride_of(self, video: Video) -> int:
-        """Return every how many frames of a video one is taken.
+        """Return the stride in frames for a video.
 
         Raises:
-            UserError: its frame rate is unknown, or no whole stride comes within `fps_tolerance` of the wanted one.
+            UserError: the frame rate is unknown, or no whole stride is within `fps_tolerance` of `fps`.
         """
         if self.fps is None:
             return self.stride
@@ -113,7 +113,7 @@ class Cut:
         return stride
 
     def spans(self, number: int, video: Video) -> Iterator[Span]:
-        """Yield the clips of a video, `number` in its data set.
+        """Yield the clips of a video; `number` is its index in the dataset.
 
         Raises:
             UserError: see `stride_of`; the video is too short, and `short` is `error`.
@@ -136,11 +136,11 @@ class Cut:
 
 
 class Clips:
-    """The clips of some videos, in the order of the videos; `skipped` names those too short for one.
+    """Clips of some videos, in the order of the videos; `skipped` names the videos too short for a clip.
 
     Raises:
-        UserError: no video gives a clip, or see `Cut`; when an item is read: an unreadable file, frames that
-            differ in size, a mask of another size than its frame.
+        UserError: no video has a clip, or see `Cut`; when an item is read: an unreadable file, frames that differ in
+            size, a mask whose size differs from its frame.
     """
 
     def __init__(self, videos: Sequence[Video], cut: Cut) -> None:
@@ -190,7 +190,7 @@ class Clips:
         )
 
     def _find(self, index: int) -> tuple[Video, Span, list[int]]:
-        """Return a clip's video, where the clip lies there, and the positions that the video has of it."""
+        """Return a clip's video, its span there, and the positions that exist in the video."""
         span = self.spans[index]
         video = self.videos[span.video]
         wanted = (span.start + number * span.stride for number in range(span.length))
@@ -205,23 +205,23 @@ def open_clips(
     eval_cut: Cut | None = None,
     partition: Partition = Partition(),  # noqa: B008 (frozen)
 ) -> Clips:
-    """Return the clips of a split of a data set; `eval_cut` is for other splits than train, None: as `cut`.
+    """Return the clips of a split of a dataset; `eval_cut` applies to splits other than train, None: `cut`.
 
     Raises:
-        UserError: whatever the layout finds wrong, and see `Clips`.
+        UserError: any error of the layout, and see `Clips`.
     """
     return Clips(chosen(layout, split, partition), cut if split == "train" or eval_cut is None else eval_cut)
 
 
 def _spread(room: int, count: int) -> list[int]:
-    """Return where clips start: at most `count` places from 0 to `room`, evenly; a single one lies in the middle."""
+    """Return the starts of at most `count` clips, evenly spaced from 0 to `room`; a single one is in the middle."""
     if count == 1:
         return [room // 2]
     return sorted({round(number * room / (count - 1)) for number in range(count)})
 
 
 def _first_shown(masks: Sequence[np.ndarray | None]) -> np.ndarray:
-    """Return by object id the first mask that shows it, -1 where none does; the background is no object."""
+    """Return, by object id, the index of the first mask that has it, or -1; the background is not an object."""
     first = np.full(VOID, -1, dtype=np.int64)
     for number, mask in enumerate(masks):
         if mask is not None:
@@ -232,7 +232,7 @@ def _first_shown(masks: Sequence[np.ndarray | None]) -> np.ndarray:
 
 
 def _read_frames(video: Video, positions: Sequence[int], length: int) -> np.ndarray:
-    """Read frames into (length, H, W, 3) uint8; what is over repeats the last one."""
+    """Read frames into (length, H, W, 3) uint8; positions missing at the end repeat the last frame."""
     first = video.image(positions[0])
     frames = np.empty((length, *first.shape), dtype=np.uint8)
     frames[0] = first

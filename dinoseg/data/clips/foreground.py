@@ -1,4 +1,4 @@
-"""The frames of videos that have masks as images and masks: any object against the background."""
+"""Binary segmentation dataset of annotated video frames: any object against the background."""
 
 from collections.abc import Sequence
 
@@ -20,21 +20,21 @@ def foreground(
     ignore_index: int = 255,
     partition: Partition = Partition(),  # noqa: B008 (frozen)
 ) -> PairDataset:
-    """Return the annotated frames with names `<video>/<frame>`; every object is class 1.
+    """Return the annotated frames, named `<video>/<frame>`; every object is class 1.
 
-    Of a video in which each object is annotated once, only the first mask is taken: later ones need not
-    show all objects.
+    If each object is annotated only once in a video, only the video's first mask is used: later ones may not show all
+    objects.
 
     Args:
-        layout: where the videos lie.
+        layout: locations of the videos.
         split: `train`, `val` or `test`.
         classes: names of the background and of the objects.
         palette: a colour for each, or None for default colours.
-        ignore_index: id that is ignored; void becomes this.
-        partition: what decides on which side of the split a video is.
+        ignore_index: id that is ignored; void is mapped to it.
+        partition: rule that assigns videos to splits.
 
     Raises:
-        UserError: other than two classes, a folder or file is missing, or there is no mask at all.
+        UserError: the number of classes is not two, a folder or file is missing, or there is no mask at all.
     """
     labels = Labels.of(classes, palette, ignore_index)
     if len(labels.classes) != 2:
@@ -54,7 +54,7 @@ def foreground(
 
 
 def no_masks(split: str) -> PairDataset:
-    """Refuse: a folder of videos has no masks."""
+    """Raise a UserError, since a folder of videos has no masks."""
     raise UserError(
         f"data=videos has no masks, which split {split} is asked for: it serves what needs frames "
         "alone. To train or score on labelled frames, choose another data set, such as data=folder or data=davis2017."

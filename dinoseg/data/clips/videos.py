@@ -1,4 +1,4 @@
-"""Videos as lists of frames, of which some have a mask of object ids."""
+"""Videos as lists of frames, with masks of object ids for some frames."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,11 +15,11 @@ from dinoseg.utils.images import IMAGE_SUFFIXES, UNREAD_SUFFIXES, read_ids
 from dinoseg.utils.natural_order import natural_order
 from dinoseg.utils.wording import count_of, listed
 
-VOID = 255  # in a mask: no object is known here
+VOID = 255  # mask value of pixels without a known object
 
 
 class FrameFiles(Sequence[Path]):
-    """The picture files of a folder; their paths are made when asked for, since there may be very many."""
+    """Image files of a folder; paths are created on access, since there may be very many."""
 
     def __init__(self, folder: Path, files: Sequence[str]) -> None:
         self.folder, self.files = folder, files
@@ -32,7 +32,7 @@ class FrameFiles(Sequence[Path]):
 
 
 class DecodedFrames(Sequence[VideoFrame]):
-    """The frames of a video file."""
+    """Frames of a video file."""
 
     def __init__(self, path: Path, length: int, cache_dir: Path | None) -> None:
         self.path, self.length, self.cache_dir = path, length, cache_dir
@@ -46,15 +46,17 @@ class DecodedFrames(Sequence[VideoFrame]):
 
 @dataclass(frozen=True, eq=False)
 class Video:
-    """A video and what is known of its objects.
+    """Video with its object masks.
 
     Args:
-        name: unique inside the data set.
+        name: unique in the dataset.
         frames: image files or frames of a video file.
-        fps: frames per second, None where unknown.
+        fps: frames per second, None if unknown.
         masks: position among the frames to mask file.
-        grey: masks are 0 and, for the one object, any other number; else they hold object ids, and 255 is void.
-        dense: every object is in every mask; else only in the mask of the frame in which it appears.
+        grey: masks hold 0 and, for the single object, any other number; otherwise they hold object ids, and 255 is
+            void.
+        dense: every mask shows every object; otherwise an object is only in the mask of the frame in which it first
+            appears.
     """
 
     name: str
@@ -66,23 +68,23 @@ class Video:
 
     @property
     def origin(self) -> str:
-        """Return where the first frame lies."""
+        """Return the location of the first frame."""
         return source_origin(self.frames[0])
 
     def frame_name(self, position: int) -> str:
-        """Return a frame file's stem, or the number of a video file's frame."""
+        """Return a frame file's stem, or the frame index in a video file."""
         frame = self.frames[position]
         return frame.stem if isinstance(frame, Path) else f"{frame.index:09d}"
 
     def image(self, position: int) -> np.ndarray:
-        """Read a frame (H, W, 3) uint8."""
+        """Return a frame (H, W, 3) uint8."""
         return read_source(self.frames[position])
 
     def mask(self, position: int) -> np.ndarray | None:
-        """Read a frame's object ids (H, W) uint8, 0 = background, 255 = void; None: it has no mask.
+        """Return a frame's object ids (H, W) uint8, 0 = background, 255 = void, or None if it has no mask.
 
         Raises:
-            UserError: the file is unreadable, a coloured picture, or holds ids above 255.
+            UserError: the file is unreadable, a colour image, or holds ids above 255.
         """
         path = self.masks.get(position)
         if path is None:
@@ -96,14 +98,14 @@ class Video:
 
 
 class VideoLayout(Protocol):
-    """Where a data set keeps its videos.
+    """Locations of a dataset's videos.
 
-    `split_local_names`: each split's folder names its own videos, so that one name in two splits means two videos.
+    `split_local_names`: names are unique per split only, so one name in two splits refers to two videos.
     """
 
     @property
     def split_local_names(self) -> bool:
-        """Return whether names are unique in a split alone."""
+        """Return whether names are unique only within a split."""
         ...
 
     def videos(self, split: str) -> list[Video]:
@@ -112,10 +114,10 @@ class VideoLayout(Protocol):
 
 
 def chosen(layout: VideoLayout, split: str, partition: Partition) -> list[Video]:
-    """Return the videos of a split: those of the data set's own, or a share of its training videos in their order.
+    """Return the videos of a split: of the dataset's own split, or a share of its training videos in their order.
 
     Raises:
-        UserError: the split is empty, or the data set has no such way of splitting.
+        UserError: the split is empty, or the dataset does not support this kind of partition.
     """
     if partition.by == "lists":
         raise UserError(
@@ -135,15 +137,15 @@ def chosen(layout: VideoLayout, split: str, partition: Partition) -> list[Video]
 
 
 def video_folders(folder: Path) -> list[Path]:
-    """Return the folders in a folder, as their names are counted, without hidden ones."""
+    """Return the subfolders of a folder in natural order, without hidden ones."""
     return sorted((path for path in entries(folder) if path.is_dir()), key=lambda path: natural_order(path.name))
 
 
 def picture_files(folder: Path) -> dict[str, str]:
-    """Return stem to name of the picture files in a folder, as their stems are counted, without hidden ones.
+    """Return stem to name of the image files in a folder, in natural order of the stems, without hidden ones.
 
     Raises:
-        UserError: there is no such folder, two of its files have one stem, or one is of a kind that is not read.
+        UserError: the folder does not exist, two of its files have one stem, or one is of an unsupported kind.
     """
     names: dict[str, str] = {}
     if not folder.is_dir():
@@ -183,7 +185,7 @@ def frames_and_masks(images: Path, masks: Path) -> tuple[FrameFiles, dict[int, P
 
 
 def require_masks(video: str, frames: FrameFiles, masks: Mapping[int, Path]) -> None:
-    """Refuse a video of which some frame has no mask."""
+    """Raise a UserError if any frame of a video has no mask."""
     if bare := [Path(file).stem for position, file in enumerate(frames.files) if position not in masks]:
         raise UserError(
             f"Video {video} has {count_of(bare, 'frame')} without mask: {listed(bare)}. Unpack the data set again."
@@ -191,10 +193,10 @@ def require_masks(video: str, frames: FrameFiles, masks: Mapping[int, Path]) -> 
 
 
 def one_channel(numbers: np.ndarray, path: Path) -> np.ndarray:
-    """Return (H, W) of a grey or palette file, and of a picture with three equal channels.
+    """Return (H, W) of a grey or palette image, or of an image with three equal channels.
 
     Raises:
-        UserError: it is a coloured picture.
+        UserError: it is a colour image.
     """
     if numbers.ndim == 3:
         if not (numbers == numbers[..., :1]).all():

@@ -1,4 +1,4 @@
-"""What a model sees of a clip: one crop of all its frames."""
+"""Random crop of a clip, shared by all its frames."""
 
 from collections.abc import Sequence
 
@@ -10,12 +10,12 @@ from dinoseg.utils.ranges import Share
 
 
 class ClipView:
-    """Resize frames until they cover `crop`, never stretched, and cut it out at the same place of every frame.
+    """Resize frames to cover `crop`, preserving the aspect ratio, and crop every frame at the same position.
 
     Args:
         crop: (H, W) of the result, pixels.
-        scale: least and largest factor, drawn evenly, by which frames are larger than they need be; 1 or more.
-        flip: probability of mirroring left and right, all frames of a clip or none.
+        scale: minimum and maximum factor on the smallest covering size, sampled uniformly; 1 or more.
+        flip: probability of a horizontal flip, for all frames of a clip or none.
 
     Raises:
         UserError: a value is out of range.
@@ -31,9 +31,9 @@ class ClipView:
         self.crop, self.scale, self.flip = (int(crop[0]), int(crop[1])), (float(scale[0]), float(scale[1])), flip
 
     def __call__(self, frames: np.ndarray, rng: np.random.Generator | None = None) -> np.ndarray:
-        """Return (T, *crop, 3) of frames (T, H, W, 3) uint8; without `rng` the middle at the least scale, unmirrored.
+        """Return (T, *crop, 3) of frames (T, H, W, 3) uint8; without `rng` the centre crop at minimum scale, unflipped.
 
-        The number of draws is always the same, so one setting does not change another's chance.
+        Each call uses a fixed number of random numbers, so changing one setting does not change the others' values.
         """
         zoom, down, right, mirror = np.array([0, 0.5, 0.5, 1]) if rng is None else rng.random(4)
         height, width = frames.shape[1:3]

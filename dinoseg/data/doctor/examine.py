@@ -1,4 +1,4 @@
-"""All checks on all splits."""
+"""All doctor checks on all splits, and a summary of each split."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ from dinoseg.data.scan.record import Record
 
 
 def scanned(split: str, dataset: PairDataset | CustomDataset, records: Sequence[Record]) -> Scanned:
-    """Return a split's records with what its reader reads them by."""
+    """Return a split's records together with the classes and mask rules of its reader."""
     masks = dataset.reader.masks if isinstance(dataset, PairDataset) else Masks()
     return Scanned(
         *(split, records, dataset.classes, dataset.palette, dataset.ignore_index, masks),
@@ -36,15 +36,15 @@ def examine(
     mean: Sequence[float] = IMAGENET[0],
     std: Sequence[float] = IMAGENET[1],
 ) -> list[Finding]:
-    """Return what all checks find, errors first.
+    """Return the findings of all checks, errors first.
 
     Args:
-        splits: one or more, with one class table.
+        splits: one or more splits with the same class table.
         data_name: the option of `data=`.
-        group: regular expression on the name that says what belongs together; None: the name's first folder.
-        near_distance: differing bits of 64 up to which two images are nearly equal.
-        mean: by which the backbone normalises.
-        std: likewise.
+        group: regular expression on the name that gives an image's group; None: the name's first folder.
+        near_distance: maximum number of differing bits, of 64, for two images to be nearly equal.
+        mean: mean that the backbone's normalisation uses.
+        std: standard deviation that the backbone's normalisation uses.
     """
     findings = [*check_files(splits), *check_orientation(splits), *check_classes(splits, data_name)]
     findings += [*check_same_files(splits), *check_groups(splits, group), *check_videos(splits)]
@@ -55,7 +55,7 @@ def examine(
 
 
 def summary(part: Scanned) -> dict[str, Any]:
-    """Return what a split holds, in numbers."""
+    """Return the contents of a split in numbers: images, sizes, void share, constant-class scores and class counts."""
     sizes = sorted(
         {record.image_size for record in part.records if record.image_size}, key=lambda size: (math.prod(size), size)
     )

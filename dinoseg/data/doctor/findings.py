@@ -1,4 +1,4 @@
-"""What a check says, and what it looks at."""
+"""Results and inputs of the doctor's checks."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -13,20 +13,21 @@ SEVERITIES = ("error", "warning", "note")
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that a user should know about a data set.
+    """Result of a check that a user should know about.
 
     There is one scale of severity. An error makes training impossible or its scores worthless, and mode=doctor ends
-    with exit status 1. Training stops on an error too, but for those that only the user can judge (`stops` is False):
-    an official split may share videos between its sides. Of these it warns, if it sees them: it reads masks alone.
+    with exit status 1. Training stops on an error too, unless only the user can judge it (`stops` is False): an
+    official split may share videos between its sides. Training warns of such errors if it detects them; it scans masks
+    only.
 
     Args:
-        severity: `error`, `warning`: look at it, or `note`: good to know.
-        code: a short name that stays the same.
-        message: what was found, with its number.
-        files: all files, or pairs of files, that it is about.
-        remedy: what to do.
-        look: split and name of some pairs of which a picture tells more.
-        reasons: what is wrong with each of `files`, where that differs; each names its file.
+        severity: `error`, `warning` (needs a check by the user) or `note` (information).
+        code: short name that does not change between versions.
+        message: the finding, with its number.
+        files: all files, or pairs of files, that it concerns.
+        remedy: how to fix it.
+        look: split and name of some pairs for which a figure is helpful.
+        reasons: fault of each of `files`, if they differ; each names its file.
         stops: of an error: whether training stops on it.
     """
 
@@ -41,13 +42,13 @@ class Finding:
 
     @property
     def lines(self) -> tuple[str, ...]:
-        """Return a line for each file."""
+        """Return one line per file."""
         return self.reasons or self.files
 
 
 @dataclass(frozen=True)
 class Scanned:
-    """A split's records, with the classes and the rules that they were read by."""
+    """Records of a split, with the classes and mask rules of its reader."""
 
     split: str
     records: Sequence[Record]
@@ -55,7 +56,7 @@ class Scanned:
     palette: Sequence[tuple[int, int, int]]
     ignore_index: int
     masks: Masks
-    split_local_names: bool = False  # see PairDataset
+    split_local_names: bool = False  # see `PairDataset`
 
     @property
     def counts(self) -> np.ndarray:
@@ -64,7 +65,7 @@ class Scanned:
 
     @property
     def void(self) -> int:
-        """Return the ignored pixels."""
+        """Return the number of ignored pixels."""
         return int(self._all_counts()[self.ignore_index])
 
     def _all_counts(self) -> np.ndarray:
@@ -75,10 +76,10 @@ class Scanned:
 
 
 def by_severity(findings: Iterable[Finding]) -> list[Finding]:
-    """Return errors first, then warnings, then notes, each in their order."""
+    """Return errors first, then warnings, then notes, each in their original order."""
     return sorted(findings, key=lambda finding: SEVERITIES.index(finding.severity))
 
 
 def share(part: float, whole: float) -> str:
-    """Return a share in percent, one decimal."""
+    """Return a share in percent with one decimal."""
     return f"{100 * part / whole:.1f} %" if whole else "none"

@@ -1,4 +1,4 @@
-"""The short form, before training: masks only, what stops a run as one error, the rest in a few lines."""
+"""Quick doctor before training: scans masks only, raises errors and logs warnings."""
 
 import logging
 from dataclasses import replace
@@ -18,7 +18,7 @@ from dinoseg.utils.wording import listed, one_line, printable
 log = logging.getLogger(__name__)
 
 _FULL = "mode=doctor with the same data= shows all of it."
-_SHOWN = 20  # files of an error that are named, each with its reason
+_SHOWN = 20  # most files listed per error, each with its reason
 
 
 def check(
@@ -30,12 +30,12 @@ def check(
     group: str | None = None,
     data_name: str = "",
 ) -> list[Scanned]:
-    """Scan the masks of both splits (kept in `cache_dir`) and warn of what looks wrong; return the records.
+    """Scan the masks of both splits, log warnings, and return the records, which are cached in `cache_dir`.
 
-    A data set that is no pairs of files is left alone.
+    Datasets other than `PairDataset` are not checked.
 
     Raises:
-        UserError: what would stop the run later, or leave nothing to learn.
+        UserError: a problem would stop the run later, or leaves no labels to train on.
     """
     splits: list[Scanned] = []
     for split, data in (("train", train), ("val", val)):
@@ -55,7 +55,7 @@ def check(
 
 
 def brief(splits: list[Scanned], *, group: str | None = None, data_name: str = "") -> list[Finding]:
-    """Return what the quick checks find, errors first; those that training does not stop on are warnings here."""
+    """Return the findings of the quick checks, errors first; errors that do not stop training become warnings."""
     findings = [*check_files(splits), *check_classes(splits, data_name), *check_same_files(splits)]
     findings += check_groups(splits, group)
     return by_severity(finding if finding.stops else replace(finding, severity="warning") for finding in findings)

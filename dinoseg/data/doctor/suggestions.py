@@ -1,4 +1,4 @@
-"""What is good to know before training: the score of knowing nothing, colours, class weights."""
+"""Baselines and suggestions before training: constant-class scores, colour statistics, class weights."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -8,12 +8,12 @@ import numpy as np
 from dinoseg.data.doctor.findings import Finding, Scanned, share
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-_FAR = 1.0  # a mean so many of the backbone's standard deviations away gets a warning
-_SPREAD = 2.5  # and so does a standard deviation so many times larger or smaller
+_FAR = 1.0  # warn if a mean is off by more of the backbone's standard deviations
+_SPREAD = 2.5  # warn if a standard deviation differs by a larger factor
 
 
 def suggest(splits: Sequence[Scanned], mean: Sequence[float], std: Sequence[float]) -> Iterator[Finding]:
-    """Yield notes on what to expect and to set; `mean` and `std` are the backbone's, in 0..1."""
+    """Yield notes on baselines and settings; `mean` and `std` are the backbone's, in 0..1."""
     for part in splits:
         yield from _baseline(part)
     yield from _colors(splits, mean, std)
@@ -21,9 +21,9 @@ def suggest(splits: Sequence[Scanned], mean: Sequence[float], std: Sequence[floa
 
 
 def constant_class(part: Scanned) -> dict[str, Any] | None:
-    """Return the commonest class of a split, and the scores of predicting it everywhere.
+    """Return the most common class of a split, and the scores of predicting it everywhere.
 
-    Its IoU is its share of the labelled pixels; that of every other class which is there is 0.
+    Its IoU is its share of the labelled pixels; the IoU of every other class present is 0.
     """
     total = int(part.counts.sum())
     if not total:
@@ -36,7 +36,7 @@ def constant_class(part: Scanned) -> dict[str, Any] | None:
 def class_weights(counts: np.ndarray) -> dict[str, list[float]]:
     """Return weights (K,) by median frequency and by the inverse square root of frequency.
 
-    Both are scaled to a mean of 1 over the classes that occur, as loss.weights=median is; others get 1.
+    Both are scaled to a mean of 1 over the classes present, as by loss.weights=median; other classes have weight 1.
     """
     there = counts > 0
     frequency = np.where(there, counts, 1) / max(1, counts.sum())
@@ -45,12 +45,12 @@ def class_weights(counts: np.ndarray) -> dict[str, list[float]]:
 
 
 def color_statistics(splits: Sequence[Scanned]) -> dict[str, Any] | None:
-    """Return mean and standard deviation of red, green and blue in 0..1 over all pixels, None if no image was read."""
+    """Return mean and standard deviation (red, green, blue) in 0..1 over all pixels, or None without decoded images."""
     records = [r for part in splits for r in part.records if r.decoded and r.image_size and r.color_sums]
     pixels = sum(r.image_size[0] * r.image_size[1] for r in records if r.image_size)
     if not pixels:
         return None
-    # whole numbers of any length: nothing is rounded before the one division
+    # Python integers are unbounded: only the final divisions round
     sums = [sum(record.color_sums[channel] for record in records) for channel in range(3)]
     squares = [sum(record.color_squares[channel] for record in records) for channel in range(3)]
     spread = [(pixels * square - total**2) ** 0.5 / pixels for total, square in zip(sums, squares, strict=True)]

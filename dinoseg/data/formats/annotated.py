@@ -1,4 +1,4 @@
-"""Images with shapes of an annotation tool: labels to classes, and masks that are drawn when they are read."""
+"""Reader of images with shapes from an annotation tool: maps labels to classes, and draws masks on reading."""
 
 import logging
 from collections import Counter
@@ -35,17 +35,18 @@ WITHOUT_SHAPES = ("keep", "skip")
 
 @dataclass(frozen=True)
 class Shapes:
-    """How shapes become a mask.
+    """Rules that turn shapes into a mask.
 
     Args:
-        labels: label of the tool to class, or to `ignore`; a label not named here is the class of its name.
-        others: the class of labels that are no class, or `ignore`; None: an error.
+        labels: label of the tool to class, or to `ignore`; a label not listed here is the class of its name.
+        others: the class of labels that are no class, or `ignore`; None: raise an error.
         unlabelled: the class of pixels that no shape covers, or `ignore`.
-        order: `file`: as the file has them, of CVAT by z_order first; `area`: the largest first, so that a small
-            object is seen on a large one.
+        order: `file`: the order of the file (CVAT: by z_order first); `area`: the largest first, so that small objects
+            are drawn over large ones.
         without_shapes: `keep`: an image without any shape is all unlabelled; `skip`: it is left out.
-        crowds: of COCO, `class`: a crowd is of its class, below all objects; `ignore`: it is ignored there.
-        grouped: of COCO, the supercategories are the labels.
+        crowds: of COCO. `class`: a crowd has the class of its label and is drawn below all objects; `ignore`: its
+            pixels are ignored.
+        grouped: of COCO: use the supercategories as labels.
     """
 
     labels: Mapping[str, str] | None = None
@@ -57,7 +58,7 @@ class Shapes:
     grouped: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse what is unknown."""
+        """Reject unknown options."""
         for key, value, options in (
             ("order", self.order, ORDERS),
             ("without_shapes", self.without_shapes, WITHOUT_SHAPES),
@@ -81,24 +82,24 @@ def annotated_dataset(
     partition: Partition = Partition(),  # noqa: B008 (frozen)
     cache_dir: str | Path = "outputs/.cache",
 ) -> PairDataset:
-    """Return the images that an annotation tool's files name, with the masks that their shapes draw.
+    """Return the images that an annotation tool's files list, with masks drawn from their shapes.
 
     Args:
-        root: folder that the layout starts from.
+        root: folder that the layout's paths are relative to.
         split: `train`, `val` or another name that the layout or the lists know.
         kind: `coco`, `labelme` or `cvat`.
         classes: names in id order.
-        palette: a colour per class, or None for default colours.
+        palette: one colour per class, or None for default colours.
         ignore_index: id that is ignored.
-        layout: where the files lie.
-        shapes: how they become a mask.
-        masks: whether a mask of its image's proportions is resized.
-        partition: what decides on which side of the split an image is.
-        cache_dir: where the videos' indexes are kept, for tracks.
+        layout: locations of the files.
+        shapes: rules that turn shapes into a mask.
+        masks: whether to resize a mask that has its image's aspect ratio.
+        partition: rule that assigns images to splits.
+        cache_dir: folder of the videos' frame indexes, for tracks.
 
     Raises:
-        UserError: no annotation file or one that cannot be read, labels that are no class, images named twice, or
-            nothing that can be used.
+        UserError: an annotation file is missing or unreadable, a label is no class, an image is listed twice, or no
+            image is usable.
     """
     if kind not in KINDS:
         raise UserError(f"data.reader.kind={kind} is unknown. Choose one of {', '.join(KINDS)}.")
@@ -112,7 +113,7 @@ def annotated_dataset(
 
 @dataclass
 class _Maker:
-    """Makes pairs of what an annotation file names."""
+    """Builder of pairs from the entries of an annotation file."""
 
     kind: Kind
     root: Path
@@ -120,7 +121,7 @@ class _Maker:
     shapes: Shapes
     labels: Labels
     images: Images
-    values: dict[str, int] = field(init=False)  # of each label that is known
+    values: dict[str, int] = field(init=False)  # known label to id
     others: int | None = field(init=False)
     ground: int = field(init=False)
 
@@ -134,7 +135,7 @@ class _Maker:
         self.values = {name: index for index, name in enumerate(self.labels.classes)} | given
 
     def pairs(self, split: str, partition: Partition) -> list[Pair | Lacking]:
-        """Return what a split's annotation file, or its list of names, names; in the order of the names."""
+        """Return the pairs of a split's annotation file, or of its list of names, ordered by name."""
         by_split = partition.by == "folder"
         place = find_annotations(self.kind, self.root, split, self.layout, by_split=by_split)
         entries = read_annotations(self.kind, place, grouped=self.shapes.grouped).entries

@@ -1,4 +1,4 @@
-"""Where the images that annotation files name lie: files below a folder, and frames of videos."""
+"""Image lookup for annotation files: files below a folder, and frames of videos."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,18 +17,18 @@ from dinoseg.utils.wording import count_of, shown
 
 
 class NotThere(ValueError):
-    """An image is not where it is looked for; says so."""
+    """Error that an image does not exist at its expected place."""
 
 
 @dataclass
 class Images:
-    """Finds the images of entries.
+    """Locates the images of annotation entries.
 
     Args:
-        kind: of the annotation files.
-        root: folder that the layout starts from.
-        layout: where the files lie.
-        cache_dir: where the videos' indexes are kept.
+        kind: kind of the annotation files.
+        root: folder that the layout's paths are relative to.
+        layout: locations of the files.
+        cache_dir: folder of the videos' frame indexes.
     """
 
     kind: Kind
@@ -38,15 +38,15 @@ class Images:
     _clips: dict[tuple[Path, Clip], "Path | Sequence[Path]"] = field(default_factory=dict)
 
     def folder(self, place: Path, split: str, entries: Sequence[Entry]) -> Path:
-        """Return the folder that names of images start from, or the one video.
+        """Return the folder that image names are relative to, or the only video.
 
         Args:
-            place: the annotation file, of LabelMe the folder of files.
-            split: whose entries they are.
-            entries: of which the first are looked for.
+            place: the annotation file; of LabelMe, the folder of files.
+            split: split of the entries.
+            entries: entries of the split; the first three are used to find the folder.
 
         Raises:
-            UserError: the layout names a folder that is not there.
+            UserError: the layout names a folder that does not exist.
         """
         names = self.layout.names(split)
         if self.layout.images is not None:
@@ -65,11 +65,11 @@ class Images:
         return beside
 
     def of(self, entry: Entry, folder: Path) -> ImageSource:
-        """Return the image of an entry, which is that of another ending where there is none of its own.
+        """Return the image of an entry; if its file is missing, fall back to one with another image suffix.
 
         Raises:
-            UserError: its name leads out of the folder.
-            NotThere: it cannot be found.
+            UserError: the image's name leads out of the folder.
+            NotThere: the image cannot be found.
         """
         for name in (entry.image, *filter(None, (entry.subset, entry.clip.source if entry.clip else ""))):
             if not _stays_below(name):
@@ -102,7 +102,7 @@ class Images:
         return found[position]
 
     def _clip(self, clip: Clip, folder: Path) -> "Path | Sequence[Path]":
-        """Return a video, or pictures of which the frames' numbers, or positions among them, are the places."""
+        """Return a video, or image files indexed by frame number or by position in `clip.frames`."""
         if _is_video(folder):
             return self._video(folder, clip)
         for base in (folder, folder / clip.subset):
@@ -138,10 +138,10 @@ class Images:
 
 
 def size_of_image(entry: Entry, image: ImageSource) -> tuple[int, int]:
-    """Return height and width of an entry's image, as its file says where the annotations do not.
+    """Return height and width of an entry's image, from the image file if the annotations lack them.
 
     Raises:
-        NotThere: it cannot be read, or is too large.
+        NotThere: the image cannot be read, or is too large.
     """
     if entry.size is not None:
         return entry.size
@@ -154,12 +154,12 @@ def size_of_image(entry: Entry, image: ImageSource) -> tuple[int, int]:
 
 
 def name_of(entry: Entry) -> str:
-    """Return an entry's name: that of its image without a picture's ending, below its part of a project."""
+    """Return an entry's name: its image's name without image suffix, below its subset if it has one."""
     return f"{entry.subset}/{_unended(entry.image)}" if entry.subset else _unended(entry.image)
 
 
 def _stays_below(image: str) -> bool:
-    """Return whether a name leads to nothing outside of its folder."""
+    """Return whether a relative path stays inside its folder."""
     path = PurePosixPath(image.replace("\\", "/"))
     inside = bool(path.parts) and not path.is_absolute() and ".." not in path.parts
     return inside and "\0" not in image and ":" not in path.parts[0]
@@ -177,7 +177,7 @@ def _is_video(path: Path) -> bool:
 def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
-    except OSError:  # a name that is longer than any, or a folder that may not be read
+    except OSError:  # the name is too long, or the folder is not readable
         return False
 
 
@@ -190,7 +190,7 @@ def _endings() -> Iterator[str]:
 
 
 def _image_file(folder: Path, entry: Entry) -> Path | None:
-    """Return the file of an image's name, or that of another ending in its place."""
+    """Return the file of an image's name, or one of the same stem with another image suffix."""
     image = entry.image.replace("\\", "/")
     for base in dict.fromkeys((folder, folder / entry.subset)):
         if _is_file(path := base / image):

@@ -1,4 +1,4 @@
-"""Where annotation tools leave their files below a folder, and what these hold; imports no torch."""
+"""Lookup and parsing of annotation files below a folder; imports no torch."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -23,13 +23,14 @@ _ALIASES = {
 
 @dataclass(frozen=True)
 class AnnotationLayout:
-    """Where the files lie below the root.
+    """Locations of the files below the root.
 
     Args:
-        annotations: the annotation file, of LabelMe the folder of files, with `{split}` for the split; None: where the
-            tools and their exports leave it.
-        images: the folder that image names start from, likewise; None: found by the first image.
-        splits: split to what stands for it on disk, such as `{val: valid}`; those of common data sets are known.
+        annotations: the annotation file (of LabelMe: the folder of files), with `{split}` for the split; None: the
+            default places of the tools and their exports.
+        images: the folder that image names are relative to, with `{split}` for the split; None: found by the first
+            images.
+        splits: split to its name on disk, such as `{val: valid}`; the names of common datasets are known.
     """
 
     annotations: str | None = None
@@ -37,20 +38,20 @@ class AnnotationLayout:
     splits: Mapping[str, str] = field(default_factory=dict)
 
     def names(self, split: str) -> Sequence[str]:
-        """Return what may stand for a split on disk."""
+        """Return the possible names of a split on disk."""
         return (self.splits[split],) if split in self.splits else _ALIASES.get(split, (split,))
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A form of annotation files: how one is read, and where they usually lie, with splits and without."""
+    """Kind of annotation files: its parser, and its usual locations with splits and without."""
 
     title: str
     read: Callable[[bytes, Path], Annotations]
     by_split: Sequence[str]
     single: Sequence[str]
-    beside_images: bool = False  # a file for each image
-    subsets: bool = False  # one file may say which split each image is of
+    beside_images: bool = False  # one file per image
+    subsets: bool = False  # one file may assign each image to a split
 
 
 KINDS = {
@@ -80,7 +81,7 @@ KINDS = {
 
 
 def find_annotations(kind: Kind, root: Path, split: str, layout: AnnotationLayout, *, by_split: bool) -> Path:
-    """Return the annotation file of a split, of LabelMe its folder.
+    """Return the annotation file of a split; of LabelMe, its folder.
 
     Raises:
         UserError: there is none.
@@ -112,15 +113,16 @@ def find_annotations(kind: Kind, root: Path, split: str, layout: AnnotationLayou
 
 
 def read_annotations(kind: Kind, place: Path, *, grouped: bool = False) -> Annotations:
-    """Return what the annotation file, or LabelMe's files in a folder, hold; image names start from its folder.
+    """Parse an annotation file, or LabelMe's files in a folder; image names are relative to its folder.
 
     Args:
-        kind: of the files.
-        place: the file, of LabelMe the folder.
-        grouped: groups of labels stand for them.
+        kind: kind of the files.
+        place: the file; of LabelMe, the folder.
+        grouped: replace labels by their groups.
 
     Raises:
-        UserError: a file cannot be read, or is none of this kind; one of an image alone is an entry that says so.
+        UserError: a file cannot be read, or is not of this kind. A file of a single image instead becomes an entry with
+            that error.
     """
     held = _read(kind, place) if not kind.beside_images else _of_folder(kind, place)
     try:
@@ -146,18 +148,18 @@ def _of_folder(kind: Kind, place: Path) -> Annotations:
 
 
 def of_subset(held: Sequence[Entry], names: Sequence[str]) -> list[Entry]:
-    """Return what is of the part of a project that has one of these names, in capitals or not."""
+    """Return the entries whose subset has one of these names, ignoring case."""
     wanted = {name.lower() for name in names}
     return [entry for entry in held if entry.subset.lower() in wanted]
 
 
 def labels_below(kind: Kind, root: Path, layout: AnnotationLayout, *, grouped: bool = False) -> list[str]:
-    """Return the labels (or groups) of the files of train and val, else of the one for both, in their own order.
+    """Return the labels (or groups) of the train and val files, or of the file for both, in file order.
 
     Raises:
-        UserError: no file, or one that cannot be read.
+        UserError: there is no file, or one cannot be read.
     """
-    places: dict[Path, None] = {}  # in order, each once
+    places: dict[Path, None] = {}  # ordered set
     for by_split in (True, False):
         for split in ("train", "val"):
             try:
@@ -198,6 +200,6 @@ def _read(kind: Kind, path: Path) -> Annotations:
 
 @functools.lru_cache(maxsize=2**14)
 def _parsed(title: str, path: Path, changed: int, size: int) -> Annotations:
-    """Read once for each state (time and size) of a file: classes and every split ask for it."""
+    """Parse a file once per state (time and size), since the classes and every split request it."""
     kind = next(kind for kind in KINDS.values() if kind.title == title)
     return kind.read(path.read_bytes(), path)

@@ -1,4 +1,4 @@
-"""DAVIS 2016 and 2017 as shipped: JPEGImages/, Annotations/ and ImageSets/."""
+"""Reader of DAVIS 2016 and 2017 in their original layout: JPEGImages/, Annotations/ and ImageSets/."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,13 +12,13 @@ from dinoseg.utils.ranges import Count
 from dinoseg.utils.wording import count_of, listed
 
 FRAMES_PER_SECOND = 24
-UNSUPERVISED = 2019  # the year of the unsupervised task's test sets, which come without masks
-YEARS = (2016, 2017, UNSUPERVISED)  # of the image sets
+UNSUPERVISED = 2019  # year of the unsupervised task's test sets, which have no masks
+YEARS = (2016, 2017, UNSUPERVISED)  # years of the image sets
 
 
 @dataclass(frozen=True)
 class Davis:
-    """Where DAVIS keeps its sequences; those of the unsupervised test sets (year 2019) may have no masks.
+    """Locations of the DAVIS sequences; those of the unsupervised test sets (year 2019) may have no masks.
 
     Args:
         root: folder with `JPEGImages`, `Annotations` and `ImageSets`.
@@ -39,7 +39,7 @@ class Davis:
         """Return the sequences of a split.
 
         Raises:
-            UserError: a folder, image set or sequence is missing, or frames and masks do not belong together.
+            UserError: a folder, image set or sequence is missing, or frames and masks do not match.
         """
         if self.year not in YEARS:
             raise UserError(f"data.year={self.year}: DAVIS has image sets of {listed([*map(str, YEARS)])}.")
@@ -67,7 +67,7 @@ class Davis:
                 raise UserError(f"{images} holds no frame. Unpack DAVIS again.")
             return Video(name, FrameFiles(images, files), FRAMES_PER_SECOND)
         frames, masks = frames_and_masks(images, labels)
-        if set(masks) != {0}:  # the test sets show the first mask alone
+        if set(masks) != {0}:  # the test sets contain only the first mask
             require_masks(name, frames, masks)
         return Video(name, frames, FRAMES_PER_SECOND, masks, grey=self.year == 2016)
 
@@ -92,15 +92,15 @@ def _read_set(root: Path, folders: tuple[str, str], split: str, name: str) -> li
 
 
 def _sequence(line: str) -> str:
-    """Return the sequence of a line: its name, or the path of a picture such as `/JPEGImages/480p/bear/00000.jpg`."""
+    """Return the sequence of a line: its name, or the path of an image such as `/JPEGImages/480p/bear/00000.jpg`."""
     path = PurePosixPath(line.split()[0])
     return path.parent.name if len(path.parts) > 1 and path.suffix and ".." not in path.parts else line
 
 
 def _remedy(split: str, usable: list[str]) -> str:
-    """Return what to do without the image set of a split; `usable`: the sets of this year.
+    """Return advice on a missing image set; `usable`: the sets of this year.
 
-    One set alone may stand for train only if a share of it is held out: else the score is that of training files.
+    A single set can serve as train only if a share of it is held out; otherwise the score is that of training files.
     """
     if not usable:
         return "Check data.year, and that DAVIS was unpacked as it comes."

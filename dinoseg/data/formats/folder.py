@@ -1,4 +1,4 @@
-"""A plain folder of images and a folder of masks, paired by name."""
+"""Reader of a folder of images and a folder of masks, paired by name."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -24,20 +24,20 @@ _REMEDY = (
 
 
 _CONVERT = "Convert such pictures to PNG, or move them away."
-_MASK_FOLDER = re.compile("mask|label|annot|seg|gt|truth", re.IGNORECASE)  # in the name of a folder of masks
+_MASK_FOLDER = re.compile("mask|label|annot|seg|gt|truth", re.IGNORECASE)  # in the name of a mask folder
 
 
 @dataclass(frozen=True)
 class FolderLayout:
-    """Where the files lie below the root; subfolders are searched and become part of the name.
+    """Locations of the files below the root; subfolders are searched and become part of the name.
 
     Args:
-        images: image folder, `{split}` stands for the split.
-        masks: mask folder, likewise.
-        image_suffix: what an image's stem ends with beside its name; other files are no images.
-        mask_suffix: what a mask's stem ends with; other files are no masks.
+        images: image folder, with `{split}` for the split.
+        masks: mask folder, with `{split}` for the split.
+        image_suffix: end of an image's stem, after its name; files without it are not images.
+        mask_suffix: end of a mask's stem, after its name; files without it are not masks.
         exclude: patterns of file names that are neither.
-        splits: split to what stands for it on disk, such as `{val: valid}`.
+        splits: split to its name on disk, such as `{val: valid}`.
     """
 
     images: str = "{split}/images"
@@ -59,21 +59,21 @@ def folder_dataset(
     masks: Masks = Masks(),  # noqa: B008 (frozen)
     partition: Partition = Partition(),  # noqa: B008 (frozen)
 ) -> PairDataset:
-    """Return the data set of images and masks in folders.
+    """Return the dataset of images and masks in folders.
 
     Args:
-        root: folder that the layout starts from.
+        root: folder that the layout's paths are relative to.
         split: `train`, `val` or another name that the layout or the lists know.
         classes: names in id order.
-        palette: a colour per class, or None for default colours.
+        palette: one colour per class, or None for default colours.
         ignore_index: id that is ignored.
-        layout: where the files lie.
-        masks: how mask files are written.
-        partition: what decides on which side of the split a pair is.
+        layout: locations of the files.
+        masks: how mask files are encoded.
+        partition: rule that assigns pairs to splits.
 
     Raises:
-        UserError: a folder is missing or empty, no image has its mask, or two files have one name; when an
-            item is read: an unreadable file, differing sizes, ids without class.
+        UserError: a folder is missing or empty, no image has its mask, or two files have one name; when an item is
+            read: an unreadable file, differing sizes, ids without class.
     """
     labels = Labels.of(classes, palette, ignore_index)
     pairs = find_pairs(Path(root).expanduser(), split, layout, partition)
@@ -81,7 +81,7 @@ def folder_dataset(
 
 
 def find_pairs(root: Path, split: str, layout: FolderLayout, partition: Partition) -> list[Pair | Lacking]:
-    """Return what a split names, in the order of the names or of the split's file list."""
+    """Return the pairs of a split, in the order of the names or of the split's file list."""
     _check_partition(layout, partition)
     if not root.is_dir():
         raise UserError(f"data.root={root} is no folder. Give the folder that holds the data set.")
@@ -96,7 +96,7 @@ def find_pairs(root: Path, split: str, layout: FolderLayout, partition: Partitio
 
 
 def _pairs_of(root: Path, split: str, layout: FolderLayout, partition: Partition) -> list[Pair | Lacking]:
-    """Return what a split's folders or its file list name."""
+    """Return the pairs that a split's folders or its file list name."""
     folders = _folder(root, split, layout.images, layout), _folder(root, split, layout.masks, layout)
     images, unread = _find(folders[0], layout.image_suffix, layout, is_mask=False)
     masks, unread_masks = _find(folders[1], layout.mask_suffix, layout, is_mask=True)
@@ -117,7 +117,7 @@ def _pairs_of(root: Path, split: str, layout: FolderLayout, partition: Partition
 
 
 def _find(folder: Path, suffix: str, layout: FolderLayout, *, is_mask: bool) -> tuple[dict[str, Path], dict[str, Path]]:
-    """Return name to file for all pictures below a folder whose stem ends with `suffix`: those read, and all others."""
+    """Return name to file for images below a folder whose stem ends with `suffix`: readable and unreadable kinds."""
     paths: dict[str, Path] = {}
     unread: dict[str, Path] = {}
     both_here = not is_mask and layout.mask_suffix and layout.images == layout.masks
@@ -154,7 +154,7 @@ def _folder(root: Path, split: str, pattern: str, layout: FolderLayout) -> Path:
 
 
 def _without_splits(root: Path, folders: Sequence[str]) -> str:
-    """Return the words that divide one folder of images; empty where it is not two folders of pictures alone."""
+    """Return advice on splitting one image folder, or "" unless the root has one folder each of images and masks."""
     holding = [name for name in folders if _holds_pictures(root / name)]
     masks = [name for name in holding if _MASK_FOLDER.search(name)]
     if len(holding) != 2 or len(masks) != 1:

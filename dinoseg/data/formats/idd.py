@@ -1,4 +1,4 @@
-"""IDD, Indian driving scenes in the layout of Cityscapes: one part or several, in any encoding of the labels."""
+"""Reader of IDD, Indian driving scenes in the layout of Cityscapes: one part or several, in any label encoding."""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,7 +31,7 @@ from dinoseg.utils.wording import listed
 log = logging.getLogger(__name__)
 
 BY_DRIVE = Partition(group="^(.+)/")
-_NO_CLASS_AT_HOME = (0, 3, *range(26, 255))  # beside 255, which the home-made remap takes for road
+_NO_CLASS_AT_HOME = (0, 3, *range(26, 255))  # ignored file ids of the home-made remap, which maps 255 to road
 
 
 def idd(
@@ -45,22 +45,23 @@ def idd(
     masks: Masks = Masks(),  # noqa: B008 (frozen)
     partition: Partition = BY_DRIVE,
 ) -> PairDataset:
-    """Return the images with their label maps, with names `{drive}/{id}`, or `{part}/{drive}/{id}` in several parts
-    that have a drive of the same name.
+    """Return the images with their label maps, named `{drive}/{id}`.
+
+    Names are `{part}/{drive}/{id}` if several parts have a drive of the same name.
 
     Args:
-        root: a part, which holds `leftImg8bit` and `gtFine`, or the folder of several: all are read.
+        root: a part, which holds `leftImg8bit` and `gtFine`, or the folder of several parts, which are all read.
         split: `train`, `val`, or `test` if you have its labels.
         classes: names in id order.
-        palette: a colour per class, or None for default colours.
+        palette: one colour per class, or None for default colours.
         ignore_index: id that is ignored.
-        encoding: which label maps: `id`, `csId`, `csTrainId`, `level4Id`, `level3Id`, `level2Id`, `level1Id`, or
-            `home_made` (a faulty conversion to `*_gtFine_labelIds.png`, of which 255 is taken for road; warns).
-        masks: how mask files are written.
-        partition: folds, by drive; the split itself is that of the folders.
+        encoding: label maps to read: `id`, `csId`, `csTrainId`, `level4Id`, `level3Id`, `level2Id`, `level1Id`, or
+            `home_made` (a faulty conversion to `*_gtFine_labelIds.png`, whose 255 is read as road; logs a warning).
+        masks: how mask files are encoded.
+        partition: folds, by drive; without folds, the split is given by the folders.
 
     Raises:
-        UserError: a folder is missing, no image has its label map, the classes are not those of the encoding; when
+        UserError: a folder is missing, no image has its label map, or the classes are not those of the encoding; when
             an item is read: an unreadable file, differing sizes, ids without class.
     """
     labels = Labels.of(classes, palette, ignore_index)
@@ -84,7 +85,7 @@ def idd(
 
 
 def find_pairs(root: Path, split: str, encoding: str) -> list[Pair | Lacking]:
-    """Return what a split's folders hold, part by part, in the order of the names.
+    """Return the pairs in a split's folders, part by part, ordered by name.
 
     Raises:
         UserError: see `idd`.
@@ -138,7 +139,7 @@ def _to_draw(root: Path, encoding: str) -> str:
 
 
 def _check_encoding(encoding: str, labels: Labels, masks: Masks) -> None:
-    """Refuse an unknown encoding, and classes that are not its own unless `masks.ids` says how they fit."""
+    """Raise a UserError for an unknown encoding, or for classes of another encoding unless `masks.ids` maps them."""
     if encoding not in ENCODINGS:
         raise UserError(
             f"data.reader.encoding={encoding} is unknown. Choose one of {', '.join(ENCODINGS)}, {HOME_MADE}."
@@ -154,7 +155,7 @@ def _check_encoding(encoding: str, labels: Labels, masks: Masks) -> None:
 
 
 def _share_a_drive(parts: Mapping[str, Path]) -> bool:
-    """Return whether two parts have a drive of one name, in whichever splits; so a name is the same in each run."""
+    """Return whether two parts share a drive name in any split, so that names do not depend on the split."""
     drives = [
         {drive.name for split in entries(part / IMAGES) for drive in entries(split) if drive.is_dir()}
         for part in parts.values()

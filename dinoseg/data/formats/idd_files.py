@@ -1,4 +1,4 @@
-"""How IDD lies on disk: its parts, the names of its files, the encodings of its label maps; imports no torch."""
+"""File layout of IDD: its parts, file names and label encodings; imports no torch."""
 
 from collections.abc import Collection
 from itertools import islice
@@ -12,9 +12,9 @@ from dinoseg.utils.images import read_ids
 from dinoseg.utils.wording import listed
 
 IMAGES, LABELS = "leftImg8bit", "gtFine"
-IMAGE, POLYGONS = "_leftImg8bit", "_gtFine_polygons"  # what the stems end with beside `{drive}/{id}`
+IMAGE, POLYGONS = "_leftImg8bit", "_gtFine_polygons"  # ends of the stems, after `{drive}/{id}`
 HOME_MADE = "home_made"
-ENCODINGS = {  # as the official converter names them, to the column of the label table
+ENCODINGS = {  # the official converter's names, to columns of the label table
     "id": "id",
     "csId": "cs_id",
     "csTrainId": "cs_train_id",
@@ -23,14 +23,14 @@ ENCODINGS = {  # as the official converter names them, to the column of the labe
     "level2Id": "level2",
     "level1Id": "level1",
 }
-_HOME_MADE_NAMES, _MOST_HOME_MADE = "*_gtFine_labelIds.png", 200  # the spelling of Cityscapes; so many are looked at
+_HOME_MADE_NAMES, _MOST_HOME_MADE = "*_gtFine_labelIds.png", 200  # the spelling of Cityscapes; files checked at most
 _ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".7z")
 _DATA = {"level3Id": "idd", "level2Id": "idd_level2", "level1Id": "idd_level1", "csTrainId": "idd_cityscapes"}
 _DATA |= {"id": "idd_ids"}
 
 
 def label_suffix(encoding: str) -> str:
-    """Return what the stem of a label map ends with, such as `_gtFine_labellevel3Ids`."""
+    """Return the end of a label map's stem, such as `_gtFine_labellevel3Ids`."""
     return "_gtFine_labelIds" if encoding == HOME_MADE else f"_gtFine_label{encoding}s"
 
 
@@ -41,7 +41,7 @@ def prepare_command(root: Path, encoding: str) -> str:
 
 
 def find_parts(root: Path) -> dict[str, Path]:
-    """Return name to folder of the parts (part I, part II) below a root; a root that is a part itself has no name.
+    """Return name to folder of the parts (part I, part II) below a root; a root that is a part has the name "".
 
     A part is a folder that holds `leftImg8bit` or `gtFine`.
 
@@ -66,7 +66,7 @@ def find_parts(root: Path) -> dict[str, Path]:
 
 
 def files_of(folder: Path, suffix: str, endings: Collection[str]) -> dict[str, Path]:
-    """Return `{drive}/{id}` to file for all below a split's folder whose stem ends with `suffix`, in order.
+    """Return `{drive}/{id}` to file, in order, for all files below a split's folder whose stem ends with `suffix`.
 
     Raises:
         UserError: two files have one name.
@@ -83,7 +83,7 @@ def files_of(folder: Path, suffix: str, endings: Collection[str]) -> dict[str, P
 
 
 def home_made_files(root: Path) -> list[str]:
-    """Return the label maps of a faulty conversion below an IDD tree: another name, and neither 0 nor 3 in any."""
+    """Return the label maps of a faulty conversion in an IDD tree: named otherwise, and without any 0 or 3."""
     files = list(islice(sorted(root.rglob(_HOME_MADE_NAMES)), _MOST_HOME_MADE))
     values: set[int] = set()
     for path in files:

@@ -1,6 +1,6 @@
-"""MOVi as folders of frames: {train,validation,test}/<video>/{frames,segmentations} or .../{rgb,seg}/<video>.
+"""Reader of MOVi as folders of frames: {train,validation,test}/<video>/{frames,segmentations} or .../{rgb,seg}/<video>.
 
-A split `val` may be a folder of that name, too.
+The folder of split `val` may also be named `val`.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ _VALIDATION = "validation"
 
 @dataclass(frozen=True)
 class Movi:
-    """Where the written-out videos lie, frames and segmentations with the same stems.
+    """Locations of exported videos, whose frames and segmentations have the same stems.
 
     Either `<split>/<video>/frames/*.png|jpg` and `segmentations/*.png`, or `<split>/rgb/<video>/*.png|jpg` and
     `seg/<video>/*.png`. A segmentation holds 0 for the background and k for the video's k-th instance.
@@ -30,13 +30,13 @@ class Movi:
 
     root: str
     splits: Mapping[str, str] = field(default_factory=lambda: {"val": _VALIDATION})
-    split_local_names: ClassVar[bool] = True  # the usual export counts the videos of each split from 0
+    split_local_names: ClassVar[bool] = True  # the usual export numbers the videos of each split from 0
 
     def videos(self, split: str) -> list[Video]:
         """Return the videos of a split.
 
         Raises:
-            UserError: a folder is missing, or frames and segmentations do not belong together.
+            UserError: a folder is missing, or frames and segmentations do not match.
         """
         root = Path(self.root).expanduser()
         folder = root / self.splits.get(split, split)
@@ -48,7 +48,7 @@ class Movi:
                 f"No folder {folder} for split {split}; beside it lies {listed(contents)}. Check data.root."
             )
         rgb = folder / "rgb"
-        if rgb.is_dir() and not (rgb / "frames").is_dir():  # which would make it a video of that name
+        if rgb.is_dir() and not (rgb / "frames").is_dir():  # otherwise `rgb` is a video of that name
             return [_video(video.name, video, folder / "seg" / video.name) for video in video_folders(rgb)]
         return [_video(video.name, video / "frames", video / "segmentations") for video in video_folders(folder)]
 

@@ -1,4 +1,4 @@
-"""SAR-RARP50: frames and masks of robot-assisted prostatectomies, from extracted frames or from the videos."""
+"""Reader of SAR-RARP50: robot-assisted prostatectomies, from extracted frames or directly from the videos."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -49,25 +49,26 @@ def sar_rarp50(
     cache_dir: str | Path = "outputs/.cache",
     pseudo: bool = False,
 ) -> PairDataset:
-    """Return the frames that have a mask, with names `video_XX/NNNNNNNNN` (the index in the 60 fps video).
+    """Return the frames that have a mask, named `video_XX/NNNNNNNNN` (the index in the 60 fps video).
 
-    `train` and `val` split the training videos by operation; `test` is the test folder. Frames with a pseudo-label
-    are called `video_XX/pseudo/NNNNNNNNN`; they come after the others, and have no say in the split.
+    `train` and `val` split the training videos by operation; `test` is the test folder. Frames with a pseudo-label are
+    named `video_XX/pseudo/NNNNNNNNN`. They follow the other frames, and do not affect the split.
 
     Args:
         root: folder with `train1` and `train2` (or `train`), and `test`.
         split: `train`, `val` or `test`.
         classes: names in id order.
-        palette: a colour per class, or None for default colours.
+        palette: one colour per class, or None for default colours.
         ignore_index: id that is ignored.
-        partition: how the training videos are divided into `train` and `val`; its names are `video_XX/NNNNNNNNN`.
-        source: `frames`: extracted ones; `video`: straight from `video_left.avi`.
-        cache_dir: where the videos' indexes are kept, for `video`.
-        pseudo: whether `train` has those as well, of videos that are in `train` as a whole; not to score against.
+        partition: rule that splits the training videos into `train` and `val`; it sees the names `video_XX/NNNNNNNNN`.
+        source: `frames`: extracted frames; `video`: directly from `video_left.avi`.
+        cache_dir: folder of the videos' frame indexes, for `video`.
+        pseudo: whether `train` includes pseudo-labelled frames, of videos that lie entirely in `train`; do not score
+            against them.
 
     Raises:
-        UserError: the folder is missing, or no frame has its mask, as before the data set is prepared; when
-            an item is read: an unreadable file, differing sizes, ids without class.
+        UserError: the folder is missing, or no frame has its mask, such as before `mode=prepare`; when an item is read:
+            an unreadable file, differing sizes, ids without class.
     """
     if source not in SOURCES:
         raise UserError(f"data.source={source} is unknown. Choose one of {', '.join(SOURCES)}.")
@@ -90,10 +91,10 @@ def sar_rarp50(
 
 
 def find_videos(root: Path, split: str) -> tuple[dict[str, Path], list[Lacking]]:
-    """Return video name to its folder, in order, for the folders of a split, and the videos that are still packed.
+    """Return video name to folder, in order, for the folders of a split, and the videos that are still zipped.
 
     Raises:
-        UserError: there is no such split, no folder or no video, or one of them twice.
+        UserError: the split is unknown, has no folder or no video, or a video exists twice.
     """
     if split not in FOLDERS:
         raise UserError(f"SAR-RARP50 has the splits {', '.join(FOLDERS)}, not {split}.")
@@ -131,12 +132,12 @@ def _to_prepare(root: Path) -> str:
 
 
 def _video_lacking(video: str, reason: str, remedy: str) -> Lacking:
-    """Return a whole video that cannot be used; it is divided as its first frame would be."""
+    """Return the `Lacking` of an unusable video; the split treats it like the video's first frame."""
     return Lacking(f"{video}/{0:09d}", reason, remedy, title=video)
 
 
 def _extracted(root: Path, video_folders: Mapping[str, Path]) -> tuple[dict[str, Frames], list[Lacking]]:
-    """Return each video's extracted frames, and the videos that have none."""
+    """Return each video's extracted frames, and the videos without any."""
     frames: dict[str, Frames] = {name: dict(frame_files(folder)) for name, folder in video_folders.items()}
     bare = [name for name in video_folders if not frames[name]]
     lacking = [
@@ -146,7 +147,7 @@ def _extracted(root: Path, video_folders: Mapping[str, Path]) -> tuple[dict[str,
 
 
 def _decodable(video_folders: Mapping[str, Path], cache_dir: Path) -> tuple[dict[str, Frames], list[Lacking]]:
-    """Return those frames of each video that have a mask or ought to have one, and the videos that cannot be read."""
+    """Return the frames of each video that have or should have a mask, and the videos that cannot be read."""
     videos = {name: folder / VIDEO for name, folder in video_folders.items()}
     indexes, wrong = index_videos([video for video in videos.values() if video.is_file()], cache_dir)
     frames: dict[str, Frames] = {}
@@ -196,7 +197,7 @@ def _pseudo_pairs(root: Path, video: Path, frames: Frames) -> Iterator[Pair | La
 
 
 def _no_pseudo(video: Path) -> str:
-    """Return why a video's pseudo-labels cannot be used as a whole; "": they can."""
+    """Return the reason why a video's pseudo-labels cannot be used, or "" if they can."""
     path = video / PSEUDO_FOLDER / PSEUDO_FILE
     try:
         then = forms.read_json(path, PSEUDO_FORM)["made_by"].get("masks")

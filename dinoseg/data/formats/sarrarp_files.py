@@ -1,4 +1,4 @@
-"""Where SAR-RARP50 keeps what; imports no torch, since every extraction process starts with this."""
+"""File layout of SAR-RARP50; imports no torch, since every extraction process imports this module."""
 
 import zlib
 from pathlib import Path
@@ -8,13 +8,13 @@ from dinoseg.utils.files import check_regular, entries
 
 TRAIN_FOLDERS = ("train1", "train2", "train")
 TEST_FOLDERS = ("test",)
-FRAME_FOLDERS = ("rgb", "frames")  # the official toolkit's, and an older layout's
+FRAME_FOLDERS = ("rgb", "frames")  # of the official toolkit, and of an older layout
 MASK_FOLDER = "segmentation"
-PSEUDO_FOLDER = "pseudo"  # labels of frames without a mask, made by propagation and never by hand
-PSEUDO_FILE = "pseudo.json"  # in it: what made them
+PSEUDO_FOLDER = "pseudo"  # labels of frames without a mask, propagated from masks, never annotated by hand
+PSEUDO_FILE = "pseudo.json"  # its provenance file
 VIDEO = "video_left.avi"
 FRAMES_PER_SECOND = 60
-PREPARED = ".prepared.json"  # in a video's folder: what mode=prepare counted
+PREPARED = ".prepared.json"  # in a video's folder: counts of mode=prepare
 PREPARED_FORM = forms.record(rate=forms.whole(1), decoded=forms.whole(), frames=forms.whole(), masks=forms.whole())
 PSEUDO_FORM = forms.record(
     what=forms.text,
@@ -22,11 +22,11 @@ PSEUDO_FORM = forms.record(
     kept=forms.table(forms.number(0, 1)),
     left_out=forms.table(forms.number(0, 1)),
 )
-MASK_STEP = 60  # a mask for every 60th frame: one per second
+MASK_STEP = 60  # every 60th frame has a mask: one per second
 
 
 def frame_files(video: Path) -> dict[str, Path]:
-    """Return stem to file of a video's extracted frames, `{}` where there are none."""
+    """Return stem to file of a video's extracted frames, or `{}` if there are none."""
     for name in FRAME_FOLDERS:
         if files := png_files(video / name):
             return files
@@ -34,7 +34,7 @@ def frame_files(video: Path) -> dict[str, Path]:
 
 
 def prepared_frames(video: Path) -> int:
-    """Return how many frames mode=prepare counted in a video, 0 where it has not."""
+    """Return the number of frames that mode=prepare counted in a video, or 0 if it has not run."""
     try:
         return forms.read_json(video / PREPARED, PREPARED_FORM)["decoded"]
     except (OSError, forms.Misshapen):
@@ -42,7 +42,7 @@ def prepared_frames(video: Path) -> int:
 
 
 def gaps(video: Path) -> list[list[Path]]:
-    """Return the extracted frames from each mask to the next, both included, where frames lie between them."""
+    """Return the extracted frames from each mask to the next, both included, if there are frames in between."""
     frames = {int(stem): path for stem, path in frame_files(video).items() if stem.isdigit()}
     masks = {int(stem) for stem in png_files(video / MASK_FOLDER) if stem.isdigit()} & frames.keys()
     pairs = [(start, start + MASK_STEP) for start in sorted(masks) if start + MASK_STEP in masks]
@@ -51,7 +51,7 @@ def gaps(video: Path) -> list[list[Path]]:
 
 
 def mask_sums(video: Path) -> dict[str, int]:
-    """Return stem to checksum of a video's masks: other ones make other pseudo-labels."""
+    """Return stem to checksum of a video's masks, to detect that pseudo-labels are out of date."""
     masks = png_files(video / MASK_FOLDER)
     for path in masks.values():
         check_regular(path)

@@ -1,4 +1,4 @@
-"""A folder of video files or of folders of frames, searched recursively; no masks."""
+"""Reader of a folder of video files or frame folders, searched recursively; without masks."""
 
 import logging
 from dataclasses import dataclass
@@ -19,16 +19,16 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class VideoFolder:
-    """Where the videos lie: each video file, and each folder with pictures in it, is one video.
+    """Locations of videos: each video file, and each folder with image files, is one video.
 
-    Names are paths below the folder, without a file's ending.
+    Names are paths below the folder, without file suffix.
 
     Args:
         root: folder that is searched.
-        folder: subfolder to search, in which `{split}` stands for the split.
-        folder_fps: frame rate of folders of frames, None if unknown; video files know their own.
-        on_error: `stop`, or `skip`: video files that cannot be read are left out and listed.
-        cache_dir: where the index of each video file is kept.
+        folder: subfolder to search, with `{split}` for the split.
+        folder_fps: frame rate of frame folders, None if unknown; video files state their own.
+        on_error: `stop`, or `skip`: video files that cannot be read are left out and logged.
+        cache_dir: folder of the video files' frame indexes.
     """
 
     root: str
@@ -39,14 +39,14 @@ class VideoFolder:
 
     @property
     def split_local_names(self) -> bool:
-        """Return whether each split has a folder of its own."""
+        """Return whether each split has its own folder."""
         return "{split}" in self.folder
 
     def videos(self, split: str) -> list[Video]:
-        """Return the videos of a split, as their names are counted; each video file is decoded once for its index.
+        """Return the videos of a split in natural order; decode each video file once to build its index.
 
         Raises:
-            UserError: no such folder, nothing in it, two videos of one name, or video files that cannot be read.
+            UserError: the folder does not exist or is empty, two videos have one name, or video files cannot be read.
         """
         if self.on_error not in ("stop", "skip"):
             raise UserError(f"data.on_error={self.on_error} is unknown. Choose one of stop, skip.")
@@ -87,7 +87,7 @@ class VideoFolder:
 
 
 def _search(top: Path) -> dict[str, Path]:
-    """Return name to video file or folder of frames, as the names are counted."""
+    """Return name to video file or frame folder, in natural order."""
     paths: dict[str, Path] = {}
     for here, files in visible_files(top):
         shown = [Path(file) for file in files]

@@ -1,4 +1,4 @@
-"""YouTube-VOS as shipped: {train,valid,test}/JPEGImages, Annotations and meta.json."""
+"""Reader of YouTube-VOS in its original layout: {train,valid,test}/JPEGImages, Annotations and meta.json."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,16 +12,16 @@ from dinoseg.utils.natural_order import natural_order
 from dinoseg.utils.wording import count_of, listed
 
 ANNOTATED_RATE, VIDEO_RATE = 6, 30  # frames per second: every fifth is annotated
-FULLY_ANNOTATED = ("train",)  # elsewhere only the frames in which an object appears have a mask
+FULLY_ANNOTATED = ("train",)  # in other splits, only frames in which an object first appears have a mask
 
 
 @dataclass(frozen=True)
 class YoutubeVos:
-    """Where YouTube-VOS keeps its videos.
+    """Locations of the YouTube-VOS videos.
 
     Args:
         root: folder with `train`, `valid` and `test`.
-        all_frames: take the 30 fps frames of `{split}_all_frames`, of which every fifth may have a mask.
+        all_frames: use the 30 fps frames of `{split}_all_frames`; every fifth frame may have a mask.
         splits: split to its folder.
     """
 
@@ -31,10 +31,10 @@ class YoutubeVos:
     split_local_names: ClassVar[bool] = False
 
     def videos(self, split: str) -> list[Video]:
-        """Return the videos of a split, held against `meta.json` where it is there.
+        """Return the videos of a split, checked against `meta.json` if it exists.
 
         Raises:
-            UserError: a folder is missing, a mask has no frame, or `meta.json` is damaged or tells of others.
+            UserError: a folder is missing, a mask has no frame, or `meta.json` is damaged or lists other videos.
         """
         root, folder = Path(self.root).expanduser(), self.splits.get(split, split)
         images = root / (f"{folder}_all_frames" if self.all_frames else folder) / "JPEGImages"
@@ -66,7 +66,7 @@ class YoutubeVos:
 
 
 def _read_meta(path: Path) -> Mapping | None:
-    """Return video to what is known of it, None where the file is not there."""
+    """Return video to its metadata, or None if the file does not exist."""
     if not path.is_file():
         return None
     try:
@@ -78,7 +78,7 @@ def _read_meta(path: Path) -> Mapping | None:
 
 
 def _check_objects(name: str, known: Mapping, frames: FrameFiles, labels: Mapping[int, Path]) -> None:
-    """Refuse a video in which a frame is not there, or has no mask, where by `meta.json` an object appears."""
+    """Raise a UserError if a frame in which an object first appears, by `meta.json`, is missing or has no mask."""
     try:
         first = {min(entry["frames"], key=natural_order) for entry in known["objects"].values()}
     except (ValueError, KeyError, TypeError, AttributeError):

@@ -1,4 +1,4 @@
-"""Official label tables, kept as CSV beside this file; imports no torch."""
+"""Official label tables, stored as CSV files in this folder; imports no torch."""
 
 import csv
 from functools import lru_cache

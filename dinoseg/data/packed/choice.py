@@ -1,4 +1,4 @@
-"""Whether data is packed by itself: measured on a few of its images and on the disk, and told."""
+"""Automatic choice of packing (`data.cache=auto`), measured on a few images and on the disk."""
 
 import logging
 import shutil
@@ -17,16 +17,16 @@ from dinoseg.utils.wording import in_bytes
 
 log = logging.getLogger(__name__)
 
-_TRIED = 5  # images
-_LEAST_GAIN = 3.0  # times as fast, below which the room on the disk is worth more
-_OF_FREE = 0.5  # share of what is free on the disk
+_TRIED = 5  # number of images measured
+_LEAST_GAIN = 3.0  # minimum speed-up that is worth the disk space
+_OF_FREE = 0.5  # maximum share of the free disk space
 
 
 def pays(dataset: PairDataset, split: str, cache_dir: Path) -> bool:
-    """Return whether a data set is to be packed at full size, which changes no pixel of it; say why.
+    """Return whether to pack a dataset at full size, which leaves all pixels unchanged; log the reason.
 
     Raises:
-        UserError: an image or mask that is tried cannot be read.
+        UserError: a measured image or mask cannot be read.
     """
     files, packed, sizes = [], [], []
     try:

@@ -1,4 +1,4 @@
-"""A store that is being packed: appended item by item, with a journal to go on from after a kill."""
+"""Unfinished packed store: items are appended one by one, with a journal to resume from after a kill."""
 
 import contextlib
 import errno
@@ -19,17 +19,17 @@ from dinoseg.utils.atomic import open_no_link, write_whole
 
 _JOURNAL = "journal.jsonl"
 _LINE_FORM = forms.row(forms.whole(), *EXTENT_FORM)
-_LONGEST_LINE = 128  # bytes of an item's: five whole numbers
-_SYNC_EVERY = 256 * 2**20  # bytes that a power cut may cost
+_LONGEST_LINE = 128  # bytes of an item's line: five whole numbers
+_SYNC_EVERY = 256 * 2**20  # most bytes that a power cut may lose
 
 
 class Draft:
-    """An unfinished store in its own folder; what an earlier run packed and still matches its checksum is kept.
+    """Unfinished store in its own folder; items of an earlier run are reused if they match their checksums.
 
     Args:
-        folder: of the draft.
-        key: of the store.
-        names: of its items, in order.
+        folder: folder of the draft.
+        key: key of the store.
+        names: names of its items, in order.
 
     Raises:
         OSError: the folder cannot be written to.
@@ -41,20 +41,20 @@ class Draft:
         self.extents: dict[int, Extent] = {}
         self._end = self._synced = 0
         with contextlib.ExitStack() as opened:
-            # unbuffered: a full disk is met where the write is, and a kill loses no line
+            # unbuffered: a full disk raises at the write, and a kill loses no line
             self._pixels = opened.enter_context(_open(folder / PIXELS))
             self._journal = opened.enter_context(_open(folder / _JOURNAL))
             self._recover()
             self._files = opened.pop_all()
 
     def append(self, row: int, image: np.ndarray, mask: np.ndarray, crc: int) -> None:
-        """Write an item behind the last one, then its line in the journal.
+        """Write an item after the last one, then its line in the journal.
 
         Raises:
             OSError: writing failed; the item does not count.
         """
         extent = Extent(aligned(self._end), mask.shape[0], mask.shape[1], crc)
-        # pixels first: a line of the journal promises bytes that are there
+        # pixels first: a line of the journal guarantees that its bytes exist
         self._pixels.seek(extent.offset)
         write_whole(self._pixels, np.ascontiguousarray(image).data.cast("B"))
         write_whole(self._pixels, np.ascontiguousarray(mask).data.cast("B"))
@@ -66,16 +66,16 @@ class Draft:
             self._sync()
 
     def finish(self, folder: Path) -> None:
-        """Turn the draft, which has every item, into the store at `folder`, at once."""
+        """Turn the draft, which must have every item, into the store at `folder` with an atomic rename."""
         self._sync()
-        self._files.close()  # Windows renames no folder that holds open files
+        self._files.close()  # Windows cannot rename a folder that holds open files
         write_index(self.folder, self.key, self.names, [self.extents[row] for row in range(len(self.names))])
         os.replace(self.folder, folder)
-        # the journal last: a build that is killed before this line goes on from it
+        # the journal last: a build that is killed earlier can resume from it
         (folder / _JOURNAL).unlink()
 
     def close(self) -> None:
-        """Make what there is durable, as far as a full disk lets it."""
+        """Flush to the disk, as far as there is room, and close the files."""
         if not self._pixels.closed:
             with contextlib.suppress(OSError):
                 self._sync()
@@ -87,18 +87,18 @@ class Draft:
         self._synced = self._end
 
     def _recover(self) -> None:
-        """Keep the items up to the first that is not as its journal line says, and cut the rest off."""
+        """Keep the items up to the first that does not match its journal line, and truncate the rest."""
         header = json.dumps(asdict(self.key)).encode() + b"\n"
         longest = len(json.dumps(asdict(self.key))) + _LONGEST_LINE * len(self.names)
         first, *lines = self._journal.read(longest).splitlines(keepends=True) or [b""]
-        trusted = len(first) if first == header else 0  # bytes; of another data set's journal none
+        trusted = len(first) if first == header else 0  # bytes; 0 for the journal of another dataset
         for line in Bar(lines if trusted else [], desc="checking", unit="image", delay=2, leave=False):
             try:
                 row, *numbers = forms.parse_json(line, _LINE_FORM)
             except forms.Misshapen:
-                break  # a torn line
+                break  # incomplete line
             extent = Extent(*numbers)
-            # after a power cut the journal may be on the disk and the pixels not
+            # after a power cut, the journal may be on the disk without the pixels
             if not self._holds(row, extent):
                 break
             self.extents[row] = extent

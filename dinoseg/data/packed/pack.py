@@ -1,4 +1,4 @@
-"""A data set packed once at training size, so that an epoch decodes no picture."""
+"""Datasets packed once at training size, so that no epoch decodes images."""
 
 import contextlib
 import hashlib
@@ -28,20 +28,20 @@ _LISTED = 20
 
 
 class Unwritable(UserError):
-    """A store cannot be written: there is no room for it, or no right to."""
+    """Error that a store cannot be written, for lack of space or permission."""
 
 
 class PackedDataset(PairDataset):
-    """A data set of image and mask files, read from a packed store.
+    """Dataset of image and mask files, read from a packed store.
 
-    An item is what reading the files gives, reduced once to `longest` as `Augment` would. An augmented view
-    of it has the same geometry as one of the file; where `scale` enlarges, it has the reduced image's detail.
+    An item equals that of the files, reduced once to `longest` as by `Augment`. An augmented view of it has the same
+    geometry as a view of the file. If `scale` enlarges it, it shows only the detail of the reduced image.
 
     Args:
-        source: the data set of files.
+        source: the dataset of files.
         store: its packed items.
-        longest: to which they were reduced.
-        rows: of the store, one for each item; None: all.
+        longest: maximum longer side to which they were reduced.
+        rows: rows of the store, one per item; None: all.
     """
 
     def __init__(
@@ -52,11 +52,11 @@ class PackedDataset(PairDataset):
         self.split_local_names = source.split_local_names
         self.store, self.longest = store, longest
         self.rows = list(range(len(source)) if rows is None else rows)
-        self._hashes: dict[int, str] = {}  # of rows' images
+        self._hashes: dict[int, str] = {}  # row to hash of its image
 
     @property
     def source(self) -> PairDataset:
-        """The data set of the files that were packed."""
+        """Dataset of the original files."""
         return self._source
 
     def __len__(self) -> int:
@@ -80,12 +80,12 @@ class PackedDataset(PairDataset):
         return self._hashes[row]
 
     def keep(self, names: Collection[str]) -> "PackedDataset":
-        """Return the data set of only these names, in the same order, out of the same store."""
+        """Return the dataset restricted to these names, in the same order and from the same store."""
         rows = [row for row, name in zip(self.rows, self.names, strict=True) if name in names]
         return PackedDataset(self.source.keep(names), self.store, self.longest, rows)
 
     def fingerprint(self) -> str:
-        """Return a hash of all that the masks depend on: that of the files, where nothing was reduced."""
+        """Return a hash of everything that the masks depend on; equal to that of the files if nothing was reduced."""
         own = self.source.fingerprint()
         return own if self.longest is None else hashlib.sha256(f"{own} longest={self.longest}".encode()).hexdigest()
 
@@ -98,21 +98,21 @@ def pack(
     workers: int | None = None,
     verify: bool = True,
 ) -> PackedDataset:
-    """Return the data set read from its packed store, which is made now where there is none yet.
+    """Return the dataset read from its packed store, which is built if it does not exist yet.
 
-    A store belongs to the data set's `fingerprint()` and to `longest`: changed files, classes or rules make
-    another. A build that was stopped goes on; a second one of the same store waits for the first.
+    A store is identified by the dataset's `fingerprint()` and `longest`: changed files, classes or rules need a new
+    one. An interrupted build resumes; a second build of the same store waits for the first.
 
     Args:
-        dataset: of image and mask files.
-        cache_dir: where stores are kept.
-        longest: larger images are reduced until their longer side has this many pixels; None: as they are.
-        workers: processes that read; 1: this one; None: as many as there are cores and it pays.
+        dataset: dataset of image and mask files.
+        cache_dir: folder of the stores.
+        longest: larger images are reduced until their longer side has this many pixels; None: original size.
+        workers: number of reading processes; 1: this process; None: up to one per core, if there are enough items.
         verify: compare an item with its checksum when a process reads it for the first time.
 
     Raises:
-        Unwritable: a folder that cannot be written to, or too little room.
-        UserError: files that cannot be read, or that change meanwhile; when an item is read: a damaged store.
+        Unwritable: a folder cannot be written to, or has too little space.
+        UserError: files cannot be read, or change while they are packed; when an item is read: a damaged store.
     """
     if longest is not None and longest < 1:
         raise UserError(f"resolution.longest={longest}: give a number of pixels, or null for no limit.")
@@ -124,7 +124,7 @@ def pack(
     if store is None:
         try:
             with locked(_lock(folder)):
-                # another process may have finished it while this one waited
+                # another process may have built it while this one waited for the lock
                 if open_store(folder, key, dataset.names, verify=verify) is None:
                     _build(dataset, folder, key, workers)
         except OSError as error:
@@ -137,14 +137,14 @@ def pack(
 
 
 def is_begun(dataset: PairDataset, cache_dir: Path) -> bool:
-    """Return whether a data set was packed as it is, or a run was stopped while it did that."""
+    """Return whether a full-size store of a dataset exists, finished or unfinished."""
     key = StoreKey(dataset.fingerprint(), None)
     folder = cache_dir / key.folder
     return _draft(folder).is_dir() or open_store(folder, key, dataset.names, verify=False) is not None
 
 
 def drop_draft(dataset: PairDataset, cache_dir: Path) -> None:
-    """Remove what was packed of a data set, as it is, that was not finished, unless another process goes on with it."""
+    """Remove the unfinished full-size store of a dataset, unless another process is building it."""
     folder = cache_dir / StoreKey(dataset.fingerprint(), None).folder
     with contextlib.suppress(OSError):
         if (lock := acquire(_lock(folder))) is not None:
@@ -172,7 +172,7 @@ def _build(dataset: PairDataset, folder: Path, key: StoreKey, workers: int | Non
 
 
 def _fill(draft: Draft, dataset: PairDataset, longest: int | None, workers: int | None) -> list[str]:
-    """Append every item that the draft lacks; return what is wrong with those that cannot be read."""
+    """Append every item that the draft lacks; return the errors of those that cannot be read."""
     failures = []
     rows = [row for row in range(len(dataset)) if row not in draft.extents]
     workers = paying_workers(len(rows)) if workers is None else workers
@@ -196,10 +196,10 @@ def _lock(folder: Path) -> Path:
 
 
 def _announce(dataset: PairDataset, folder: Path, part: Path, longest: int | None) -> None:
-    """Say how large the store will be; refuse what the disk has no room for."""
+    """Log the size of the store; raise Unwritable if the disk has no space for it."""
     size = sum(aligned(4 * height * width) for height, width in _sizes(dataset, longest))
     with contextlib.suppress(OSError):
-        size -= (part / PIXELS).stat().st_size  # of a build that was stopped
+        size -= (part / PIXELS).stat().st_size  # already written by an interrupted build
     free = shutil.disk_usage(folder.parent).free
     limit = f"reduced to at most {longest} pixels a side" if longest else "at full size"
     log.info(
@@ -219,10 +219,10 @@ def _announce(dataset: PairDataset, folder: Path, part: Path, longest: int | Non
 
 
 def _sizes(dataset: PairDataset, longest: int | None) -> Iterator[tuple[int, int]]:
-    """Yield (H, W) of each packed image from its header alone; of a video, one frame is decoded."""
+    """Yield (H, W) of each packed image, from its header; for each video, decode one frame."""
     videos: dict[Path, tuple[int, int]] = {}
     for index, pair in enumerate(Bar(dataset.pairs, desc="sizes", unit="image", delay=2, leave=False)):
-        size = (0, 0)  # of what cannot be read: packing it tells why
+        size = (0, 0)  # of an unreadable file: packing reports its error
         with contextlib.suppress(OSError, SyntaxError, ValueError, UserError, Image.DecompressionBombError):
             if isinstance(pair.image, Path):
                 check_regular(pair.image)
@@ -258,7 +258,7 @@ def _unreadable(failures: list[str], total: int) -> UserError:
 
 
 def _others(folder: Path) -> str:
-    """Return how much room other stores take, as a sentence."""
+    """Return a sentence on the disk space of other stores, or "" if there are none."""
     stores = folder.parent.glob(f"packed_*/{PIXELS}")
     size = sum(path.stat().st_size for path in stores if not path.parent.name.startswith(folder.name))
     return f" Other packed data there takes {in_bytes(size)} (packed_*): remove what no run uses." if size else ""

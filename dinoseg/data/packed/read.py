@@ -1,4 +1,4 @@
-"""What goes into a packed store: items read and reduced, in order, by several processes."""
+"""Parallel reading and reduction of the items of a packed store, in order."""
 
 import functools
 from collections.abc import Generator, Sequence
@@ -15,13 +15,13 @@ from dinoseg.utils.cores import count_cores
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.workers import in_processes
 
-_PAYS_FROM = 50  # items that are read by the time a process has started
-_MOST = 8  # more would wait for the one that writes
+_PAYS_FROM = 50  # items read in the time that a process takes to start
+_MOST = 8  # further processes would wait for the writer
 
 
 @dataclass(frozen=True)
 class Packed:
-    """An item as it is packed: image (H, W, 3) and mask (H, W), uint8, and their checksum."""
+    """Item to pack: image (H, W, 3) and mask (H, W), uint8, and their checksum."""
 
     image: np.ndarray
     mask: np.ndarray
@@ -31,7 +31,7 @@ class Packed:
 def read_all(
     dataset: PairDataset, rows: Sequence[int], longest: int | None, workers: int
 ) -> Generator[tuple[int, Packed | UserError], None, None]:
-    """Return an iterator over each row with its item, or with what is wrong with its files, in order.
+    """Return an iterator over each row, in order, with its item or the error of its files.
 
     Raises:
         UserError: a process was killed.
@@ -47,7 +47,7 @@ def read_all(
 
 
 def paying_workers(items: int) -> int:
-    """Return how many processes pay for so many items on this machine."""
+    """Return the number of processes that is worth starting for `items` items on this machine."""
     return max(1, min(count_cores(), items // _PAYS_FROM, _MOST))
 
 
@@ -60,13 +60,13 @@ def reduced_size(size: tuple[int, int], longest: int | None) -> tuple[int, int]:
 def reduced(
     image: np.ndarray, mask: np.ndarray, longest: int | None, ignore_index: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return image and mask as `Augment` reduces them to `longest` when it changes nothing else."""
+    """Return image and mask reduced to `longest` exactly as by `Augment` without any other change."""
     height, width = mask.shape
     size = reduced_size((height, width), longest)
     if size == (height, width):
         return image, mask
     augment = Augment(size, longest=longest, ignore_index=ignore_index)
-    return augment(image, mask, np.random.default_rng(0))  # chance has nothing to decide here
+    return augment(image, mask, np.random.default_rng(0))  # no random number has an effect here
 
 
 def _read(row: int, *, dataset: PairDataset, longest: int | None) -> Packed:

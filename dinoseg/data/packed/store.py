@@ -1,4 +1,4 @@
-"""Packed images and masks in one file: raw bytes at known places, each item read by one call."""
+"""Packed images and masks in one file: raw bytes at known offsets, each item read by one call."""
 
 import json
 import os
@@ -19,11 +19,11 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.units import finished
 
 PIXELS, INDEX = "pixels.bin", "index.json"
-VERSION = 1  # of the files' format: a store of another version is packed anew
+VERSION = 1  # format version: a store of another version is packed again
 _ALIGN = 64  # bytes, a cache line
 
 
-EXTENT_FORM = (forms.whole(), forms.whole(1), forms.whole(1), forms.whole(0, 2**32 - 1))  # of `Extent`, in its order
+EXTENT_FORM = (forms.whole(), forms.whole(1), forms.whole(1), forms.whole(0, 2**32 - 1))  # fields of `Extent`, in order
 _INDEX_FORM = forms.record(
     key=forms.plain, names=forms.listing(forms.text), places=forms.listing(forms.row(*EXTENT_FORM))
 )
@@ -31,12 +31,12 @@ _INDEX_FORM = forms.record(
 
 @dataclass(frozen=True)
 class StoreKey:
-    """All that the bytes of a store depend on.
+    """Everything that the bytes of a store depend on.
 
     Args:
-        fingerprint: of the data set that was packed.
-        longest: larger images were reduced until their longer side had this many pixels; None: none was.
-        version: of the format.
+        fingerprint: fingerprint of the packed dataset.
+        longest: larger images were reduced until their longer side had this many pixels; None: none was reduced.
+        version: version of the format.
     """
 
     fingerprint: str
@@ -45,13 +45,13 @@ class StoreKey:
 
     @property
     def folder(self) -> str:
-        """The name of the folder that holds the store."""
+        """Name of the store's folder."""
         return f"packed_{self.longest or 'full'}_{self.fingerprint[:16]}"
 
 
 @dataclass(frozen=True)
 class Extent:
-    """Where an item's bytes lie: the image (H, W, 3), then the mask (H, W)."""
+    """Byte range of an item: the image (H, W, 3), then the mask (H, W)."""
 
     offset: int
     height: int
@@ -65,12 +65,12 @@ class Extent:
 
 
 class Store:
-    """A finished store, opened by each process when it first reads.
+    """Finished store; each process opens it on its first read.
 
     Args:
-        folder: where the store lies.
-        names: of its items.
-        extents: of its items.
+        folder: folder of the store.
+        names: names of its items.
+        extents: byte ranges of its items.
         verify: compare an item with its checksum when a process reads it for the first time.
     """
 
@@ -80,7 +80,7 @@ class Store:
         self.extents = extents
         self.verify = verify
         self._verified: set[int] = set()
-        self._pixels: int | None = None  # the open file
+        self._pixels: int | None = None  # file descriptor
 
     @property
     def size(self) -> int:
@@ -91,7 +91,7 @@ class Store:
         """Return a copy of an image (H, W, 3) and its mask (H, W), uint8.
 
         Raises:
-            UserError: the file is gone, or the bytes are not those that were packed.
+            UserError: the file is gone, or its bytes differ from those that were packed.
         """
         extent = self.extents[row]
         item = self._bytes(extent.offset, extent.size)
@@ -106,10 +106,10 @@ class Store:
         return item[:colors].reshape(extent.height, extent.width, 3), item[colors:].reshape(extent.height, extent.width)
 
     def mask(self, row: int) -> np.ndarray:
-        """Return a copy of a mask (H, W) uint8, without its image where that has been compared with its checksum.
+        """Return a copy of a mask (H, W) uint8; skip reading its image if the item is already verified.
 
         Raises:
-            UserError: as `read`.
+            UserError: see `read`.
         """
         if self.verify and row not in self._verified:
             return self.read(row)[1]
@@ -118,7 +118,7 @@ class Store:
         return self._bytes(extent.offset + 3 * pixels, pixels).reshape(extent.height, extent.width)
 
     def _bytes(self, offset: int, size: int) -> np.ndarray:
-        """Return bytes of the file; not mapped, since reading a map of a file that was cut kills the process."""
+        """Return bytes of the file; not memory-mapped, since reading a map of a truncated file kills the process."""
         item = np.empty(size, np.uint8)
         try:
             got = self._read_into(item, offset)
@@ -129,8 +129,8 @@ class Store:
         return item
 
     def _read_into(self, item: np.ndarray, offset: int) -> int:
-        """Fill an array from a place of the file on; return how many bytes came."""
-        if sys.platform == "win32":  # without preadv; and an open file could not be removed
+        """Fill an array from an offset of the file; return the number of bytes read."""
+        if sys.platform == "win32":  # no preadv; and an open file could not be removed
             with open(self.folder / PIXELS, "rb", buffering=0) as file:
                 file.seek(offset)
                 return file.readinto(item.data)
@@ -140,11 +140,11 @@ class Store:
         return os.preadv(self._pixels, [item.data], offset)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_pixels": None, "_verified": set()}  # another process opens and verifies itself
+        return {**self.__dict__, "_pixels": None, "_verified": set()}  # another process opens and verifies for itself
 
 
 def open_store(folder: Path, key: StoreKey, names: Sequence[str], *, verify: bool) -> Store | None:
-    """Return a finished store, or None where there is none that is whole and of this key."""
+    """Return a finished store, or None if there is no complete one with this key."""
 
     def read(path: Path) -> Store:
         index = forms.read_json(path, _INDEX_FORM)
@@ -153,7 +153,7 @@ def open_store(folder: Path, key: StoreKey, names: Sequence[str], *, verify: boo
         return Store(folder, names, [Extent(*numbers) for numbers in index["places"]], verify=verify)
 
     def is_whole(store: Store) -> bool:
-        size = (folder / PIXELS).stat().st_size  # of which nothing need lie on the disk
+        size = (folder / PIXELS).stat().st_size  # apparent size: a sparse file need not occupy it
         return all(
             extent.offset + extent.size <= size and extent.height * extent.width <= MOST_PIXELS
             for extent in store.extents
@@ -163,7 +163,7 @@ def open_store(folder: Path, key: StoreKey, names: Sequence[str], *, verify: boo
 
 
 def write_index(folder: Path, key: StoreKey, names: Sequence[str], extents: Sequence[Extent]) -> None:
-    """Write what `open_store` reads."""
+    """Write the index that `open_store` reads."""
     numbers = [[extent.offset, extent.height, extent.width, extent.crc] for extent in extents]
     content = {"key": asdict(key), "names": list(names), "places": numbers}
     with open(folder / INDEX, "w", encoding="utf-8", opener=open_no_link) as file:
@@ -181,7 +181,7 @@ def checksum(name: str, size: tuple[int, int], *parts: np.ndarray) -> int:
 
 
 def aligned(offset: int) -> int:
-    """Return the next place where an item may begin."""
+    """Return the next aligned offset, where an item may start."""
     return -(-offset // _ALIGN) * _ALIGN
 
 

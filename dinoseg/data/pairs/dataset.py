@@ -1,4 +1,4 @@
-"""A data set of images and masks in pairs of files."""
+"""Dataset of image and mask file pairs."""
 
 from collections.abc import Collection, Mapping, Sequence
 
@@ -14,17 +14,17 @@ from dinoseg.data.video.access import read_source
 
 
 class PairDataset:
-    """Images and masks in pairs of files: what every data set of this room is in the end.
+    """Images and masks in pairs of files; all built-in readers return this class.
 
     Args:
-        pairs: in the order of the data set.
-        labels: what the numbers in a mask mean.
-        masks: how mask files are written.
-        lacking: name to reason of what belongs to the data set and is no whole pair: no item, and to be told.
-        remedy: what to do about these.
+        pairs: the pairs, in the order of the dataset.
+        labels: meaning of the ids in a mask.
+        masks: how mask files are encoded.
+        lacking: name to reason, for entries that are no complete pair: they are not items, but are reported.
+        remedy: how to fix them.
 
     Raises:
-        UserError: when an item is read: an unreadable file, differing sizes, ids without class.
+        UserError: when an item is read: an unreadable file, differing sizes, or ids without class.
     """
 
     def __init__(
@@ -40,14 +40,14 @@ class PairDataset:
         self.pairs = pairs
         self.lacking: Mapping[str, str] = lacking or {}
         self.remedy = remedy
-        self.skipped: Mapping[str, str] = {}  # name and fault of what was left out on request
-        self.split_local_names = False  # a name, or the video in it, in another split means other data
-        self.longest: int | None = None  # pixels that an image's longer side is reduced to; None: it is as its file
+        self.skipped: Mapping[str, str] = {}  # name to fault, of the pairs that `data.on_error=skip` left out
+        self.split_local_names = False  # equal names (of images or videos) in two splits are different data
+        self.longest: int | None = None  # pixels that an image's longer side is reduced to; None: original size
         self.reader = MaskReader(labels, masks)
 
     @property
     def source(self) -> "PairDataset":
-        """The data set of the files themselves, where this one is made of another."""
+        """Dataset of the original files, if this one is derived from another."""
         return self
 
     def __len__(self) -> int:
@@ -57,7 +57,7 @@ class PairDataset:
         return read_pair(self.pairs[index], self.reader)
 
     def mask(self, index: int) -> np.ndarray:
-        """Read a mask (H, W) uint8 alone."""
+        """Return the mask (H, W) uint8 alone."""
         return read_mask(self.pairs[index], self.reader)
 
     def image_hash(self, index: int) -> str:
@@ -69,22 +69,22 @@ class PairDataset:
         return image_hash(self.pairs[index].image)
 
     def keep(self, names: Collection[str]) -> "PairDataset":
-        """Return the data set of only these names, in the same order; what was no pair before is still told."""
+        """Return the dataset restricted to these names, in the same order; incomplete pairs are still reported."""
         pairs = [pair for pair in self.pairs if pair.name in names]
         subset = PairDataset(pairs, self.reader.labels, self.reader.masks, self.lacking, self.remedy)
         subset.skipped, subset.split_local_names = self.skipped, self.split_local_names
         return subset
 
     def fingerprint(self) -> str:
-        """Return a hash of all that the masks depend on."""
+        """Return a hash of everything that the masks depend on."""
         return fingerprint(self.pairs, self.reader)
 
 
 def read_pair(pair: Pair, reader: MaskReader) -> Sample:
-    """Read both files.
+    """Read the image and mask of a pair.
 
     Raises:
-        UserError: a file is unreadable, the sizes differ, or the mask holds what is no class.
+        UserError: a file is unreadable, the sizes differ, or the mask holds a value without class.
     """
     image = read_source(pair.image)
     size, rule = (image.shape[0], image.shape[1]), reader.masks.on_size_mismatch
@@ -94,7 +94,7 @@ def read_pair(pair: Pair, reader: MaskReader) -> Sample:
 
 
 def read_mask(pair: Pair, reader: MaskReader) -> np.ndarray:
-    """Read the class ids (H, W) alone, as `read_pair` gives them; the image is opened only if it must be."""
+    """Return the class ids (H, W) alone, equal to those of `read_pair`; open the image only if its size is needed."""
     if reader.masks.on_size_mismatch == "resize_mask":
         return read_pair(pair, reader)["mask"].numpy()
     return reader.read(pair.mask)

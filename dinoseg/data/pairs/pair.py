@@ -1,4 +1,4 @@
-"""One image and its mask, and by what many of them are known again; imports no torch."""
+"""Image and mask pairs, and their fingerprints; imports no torch."""
 
 import functools
 import hashlib
@@ -17,7 +17,7 @@ from dinoseg.utils.stamps import Stamp, stamp
 
 @dataclass(frozen=True)
 class Pair:
-    """An image, in a file or a video, and its mask, in a file or drawn; `name` is unique inside the data set."""
+    """Image (a file or video frame) and mask (a file or a drawing); `name` is unique in the dataset."""
 
     name: str
     image: ImageSource
@@ -25,27 +25,27 @@ class Pair:
 
     @property
     def origin(self) -> str:
-        """Return where the image lies."""
+        """Return the location of the image."""
         return source_origin(self.image)
 
 
 def fingerprint(pairs: Iterable[Pair], reader: MaskReader) -> str:
-    """Return a hash that changes with the names, any file, where it lies, the classes and the mask rules."""
-    resolved = functools.cache(os.path.realpath)  # of folders: few, and each costs a look at all above it
+    """Return a hash that changes with the names, any file or its location, the classes and the mask rules."""
+    resolved = functools.cache(os.path.realpath)  # cached per folder: there are few, and each call stats all parents
     digest = hashlib.sha256(reader.rules().encode())
     for pair in pairs:
         image, frame = (pair.image.path, pair.image.index) if isinstance(pair.image, VideoFrame) else (pair.image, None)
         files = [(resolved(path.parent), path.name, stamp(path)) for path in (image, mask_file(pair.mask))]
         drawn = (pair.mask.digest(),) if isinstance(pair.mask, Drawing) else ()
-        digest.update(f"{(pair.name, frame, files, *drawn)!r}\n".encode())  # repr, since not every file name is text
+        digest.update(f"{(pair.name, frame, files, *drawn)!r}\n".encode())  # repr, since some names are no valid text
     return digest.hexdigest()
 
 
 def image_hash(source: ImageSource) -> str:
-    """Return a hash of a file's bytes, and of which frame of it: read once by a process while the file stays the same.
+    """Return a hash of a file's bytes and the frame index; a process reads an unchanged file only once.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: the file cannot be read.
     """
     path, frame = (source.path, source.index) if isinstance(source, VideoFrame) else (source, None)
     try:

@@ -1,4 +1,4 @@
-"""Images and masks paired by name; what is no whole pair is kept with the reason, and refused or left out later."""
+"""Pairing of images and masks by name; incomplete pairs are recorded with a reason, to be rejected or skipped later."""
 
 import unicodedata
 from collections.abc import Iterable, Mapping
@@ -17,20 +17,20 @@ from dinoseg.utils.files import check_regular
 from dinoseg.utils.images import FORMATS, read_image
 from dinoseg.utils.wording import count_of, reasons
 
-_MASK_COLORS = 32  # of which a mask has more only where objects have ids of their own
-_FEW = 3  # reasons that are told where nothing is whole: they will be alike
+_MASK_COLORS = 32  # a mask has more colours only if objects have ids
+_FEW = 3  # reasons listed where no pair is complete, since all will be alike
 
 
 @dataclass(frozen=True)
 class Lacking:
-    """What ought to be a pair, or all pairs of a video.
+    """Incomplete pair, or all incomplete pairs of a video.
 
     Args:
-        name: of the pair, or of the video's first; it is divided among the splits as if it were whole, so that
-            these stay as they are when it is mended.
-        reason: what is wrong, with the file.
-        remedy: what to do about it.
-        title: what it is called; "": its name.
+        name: name of the pair, or of the video's first. It takes part in the split like a complete pair, so that the
+            splits do not change when it is fixed.
+        reason: the fault, including the file.
+        remedy: how to fix it.
+        title: name in messages; "": `name`.
     """
 
     name: str
@@ -40,20 +40,20 @@ class Lacking:
 
     @property
     def origin(self) -> str:
-        """Return what is wrong, which names the file."""
+        """Return the reason, which includes the file."""
         return self.reason
 
 
 def pair_by_name(
     images: Mapping[str, Path], masks: Mapping[str, Path], folders: tuple[Path, Path], remedy: str
 ) -> list[Pair | Lacking]:
-    """Return the pairs, and the images and masks that are alone, in the order of their names.
+    """Return the pairs, and the images and masks without counterpart, in the order of their names.
 
     Args:
         images: name to file.
-        masks: likewise.
-        folders: of the images and of the masks.
-        remedy: what to do about those that are alone.
+        masks: name to file.
+        folders: folders of the images and of the masks.
+        remedy: how to fix images or masks without counterpart.
     """
     sides = ((images, masks, "mask", folders[1]), (masks, images, "image", folders[0]))
     by_name: dict[str, Pair | Lacking] = {name: Pair(name, images[name], masks[name]) for name in images.keys() & masks}
@@ -69,14 +69,14 @@ def pair_by_name(
 
 
 def gathered(candidates: Iterable[Pair | Lacking], split: str, labels: Labels, masks: Masks) -> PairDataset:
-    """Return the data set of the whole pairs, which knows what is none.
+    """Return the dataset of the complete pairs; it records the incomplete ones.
 
     Raises:
-        UserError: nothing is whole.
+        UserError: no pair is complete.
     """
     whole: list[Pair] = []
     lacking: dict[str, str] = {}
-    remedies: dict[str, None] = {}  # in order, each once
+    remedies: dict[str, None] = {}  # ordered set
     for candidate in candidates:
         if isinstance(candidate, Pair):
             whole.append(candidate)
@@ -91,7 +91,10 @@ def gathered(candidates: Iterable[Pair | Lacking], split: str, labels: Labels, m
 
 
 def _refuse_swapped(dataset: PairDataset, split: str) -> None:
-    """Refuse a data set of whose first pair the image can be read as a mask, and the mask has the colors of a photo."""
+    """Raise a UserError if images and masks are swapped, judged by the first pair.
+
+    They are swapped if the image is a valid mask, while the mask is not and has more colours than the image.
+    """
     image, mask = dataset.pairs[0].image, dataset.pairs[0].mask
     if not isinstance(image, Path) or not isinstance(mask, Path) or not _has_colors(mask) or _is_mask(dataset, mask):
         return
@@ -111,7 +114,7 @@ def _is_mask(dataset: PairDataset, path: Path) -> bool:
 
 
 def _has_colors(path: Path) -> bool:
-    """Return whether a picture has several channels by its header: masks without are not read before they are used."""
+    """Return whether an image file has several channels by its header; single-channel masks are not decoded here."""
     try:
         check_regular(path)
         with Image.open(path, formats=FORMATS) as file:
@@ -121,7 +124,7 @@ def _has_colors(path: Path) -> bool:
 
 
 def _count_colors(path: Path) -> int:
-    """Return the number of colors of a picture; 0 where it cannot be read."""
+    """Return the number of colours of an image, or 0 if it cannot be read."""
     try:
         pixels = read_image(path).astype(np.int32)  # (H, W, 3)
     except Exception:  # a decoder may raise anything on a damaged file
@@ -130,7 +133,7 @@ def _count_colors(path: Path) -> int:
 
 
 def not_whole(dataset: PairDataset, split: str) -> UserError:
-    """Return the error that names what is no whole pair."""
+    """Return the error that lists the incomplete pairs."""
     lacking = dataset.lacking
     if not len(dataset):
         return UserError(f"Split {split} has no image with its mask:{reasons(lacking, _FEW)}\n{dataset.remedy}")

@@ -1,4 +1,4 @@
-"""Pixels per class over all masks of a data set: counted once, then kept in a file."""
+"""Pixels per class over all masks of a dataset, cached in a file."""
 
 import json
 import logging
@@ -22,17 +22,17 @@ _FORM = forms.record(fingerprint=forms.text, classes=forms.listing(forms.text), 
 
 
 def class_counts(dataset: SegmentationData, cache_dir: str | Path) -> np.ndarray:
-    """Return how many pixels (K,) int64 each class has; ignored pixels do not count.
+    """Return the number of pixels (K,) int64 of each class; ignored pixels do not count.
 
-    The counts are kept in `cache_dir` under the data set's `fingerprint()`, so a changed file, name or class
-    is counted anew; a data set that is no pairs of files is counted every time.
+    The counts are cached in `cache_dir` under the dataset's `fingerprint()`, so a changed file, name or class triggers
+    a recount. Datasets other than `PairDataset` are counted on every call.
 
     Raises:
-        UserError: a mask is unreadable or holds what is no class.
+        UserError: a mask is unreadable or holds a value without class.
     """
     if not isinstance(dataset, PairDataset):
         return _count(dataset)
-    files = dataset.source  # the masks of a packed data set may be reduced
+    files = dataset.source  # the masks of a packed dataset may be reduced
     key = files.fingerprint()
     counts = _load(_path(key, cache_dir), key, len(files.classes))
     if counts is None:
@@ -41,16 +41,16 @@ def class_counts(dataset: SegmentationData, cache_dir: str | Path) -> np.ndarray
 
 
 def keep_counts(files: PairDataset, records: Sequence[Record], key: str, cache_dir: str | Path) -> np.ndarray:
-    """Return the counts (K,) by the records of a scan of all masks, and keep them for `class_counts`.
+    """Return the counts (K,) from the records of a scan of all masks, and cache them for `class_counts`.
 
     Args:
-        files: the data set of the files.
-        records: of its pairs.
-        key: its fingerprint from before they were read.
-        cache_dir: where the counts are kept.
+        files: the dataset of the files.
+        records: records of its pairs.
+        key: its fingerprint, taken before the files were read.
+        cache_dir: folder of the cached counts.
 
     Raises:
-        UserError: a mask is unreadable or holds what is no class.
+        UserError: a mask is unreadable or holds a value without class.
     """
     for record in records:
         if record.problems and not record.pixels:
@@ -69,7 +69,7 @@ def _count(dataset: SegmentationData) -> np.ndarray:
 
 
 def _of_classes(pixels: np.ndarray, num_classes: int, ignore_index: int) -> np.ndarray:
-    """Return the pixels (K,) of the classes, of which an ignored one has none."""
+    """Return the pixels (K,) of the classes, with 0 for an ignored class."""
     pixels[ignore_index] = 0
     return pixels[:num_classes]
 

@@ -1,13 +1,13 @@
-"""What pictures are compared by: hashes of their pixels and of their look, edges and borders of small copies."""
+"""Similarity features of images: pixel hash, perceptual hash, and edges and borders of small copies."""
 
 import hashlib
 
 import cv2
 import numpy as np
 
-SMALL = 64  # rows and columns of the small copies that are kept
-_HASHED, _LOWEST = 32, 8  # the perceptual hash is of the 8 x 8 lowest frequencies of 32 x 32 pixels
-_FLAT = 2.0  # grey levels of standard deviation below which a picture has no hash: it would be noise
+SMALL = 64  # rows and columns of the small copies
+_HASHED, _LOWEST = 32, 8  # the perceptual hash covers the 8 x 8 lowest frequencies of 32 x 32 pixels
+_FLAT = 2.0  # grey-level standard deviation below which an image has no hash: it would be noise
 
 
 def digest(pixels: np.ndarray) -> str:
@@ -17,9 +17,9 @@ def digest(pixels: np.ndarray) -> str:
     return whole.hexdigest()
 
 
-# imagehash's phash finds the same copies, in 3.5 times the time, and gives a flat picture a hash of its noise
+# imagehash's phash finds the same copies in 3.5 times the time, and hashes the noise of a flat image
 def perceptual_hash(pixels: np.ndarray) -> int | None:
-    """Return 64 bits that say which low frequencies of a picture (H, W, 3) are above their median; None if flat."""
+    """Return 64 bits: which low frequencies of an image (H, W, 3) are above their median; None if it is flat."""
     grey = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
     small = cv2.resize(grey, (_HASHED, _HASHED), interpolation=cv2.INTER_AREA).astype(np.float32)
     if small.std() < _FLAT:
@@ -30,9 +30,9 @@ def perceptual_hash(pixels: np.ndarray) -> int | None:
 
 
 def edges(pixels: np.ndarray) -> np.ndarray:
-    """Return of a picture (H, W, 3) each small pixel's rank (64 * 64,) uint8 among the gradients.
+    """Return the gradient rank (64 * 64,) uint8 of each pixel in a small copy of an image (H, W, 3).
 
-    A rank survives differing exposure and contrast.
+    Ranks are robust to differences in exposure and contrast.
     """
     small = cv2.resize(pixels, (SMALL, SMALL), interpolation=cv2.INTER_AREA).astype(np.float32)
     across, down = cv2.Sobel(small, cv2.CV_32F, 1, 0), cv2.Sobel(small, cv2.CV_32F, 0, 1)
@@ -43,7 +43,7 @@ def edges(pixels: np.ndarray) -> np.ndarray:
 
 
 def borders(ids: np.ndarray) -> np.ndarray:
-    """Return of class ids (H, W) the bits (64 * 64 / 8,) uint8 of the small pixels that lie on a border."""
+    """Return bits (64 * 64 / 8,) uint8 that mark border pixels in a small copy of class ids (H, W)."""
     small = cv2.resize(ids, (SMALL, SMALL), interpolation=cv2.INTER_NEAREST_EXACT)
     on_border = np.zeros((SMALL, SMALL), dtype=bool)
     across, down = small[:, 1:] != small[:, :-1], small[1:] != small[:-1]

@@ -1,4 +1,4 @@
-"""One image and its mask read once, and all that is looked at later written down; imports no torch."""
+"""Measurement of an image and its mask in a single read; imports no torch."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -22,17 +22,17 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import check_regular
 from dinoseg.utils.images import FORMATS, read_ids, read_image, read_size
 
-_MOST_RAW = 256  # file values that are listed
+_MOST_RAW = 256  # most file values that are listed
 _LOSSY = ("JPEG", "MPO")
 
 
 def measure(pair: Pair, reader: MaskReader, *, images: bool) -> Record:
-    """Read one pair; a file that cannot be read is a problem in the record, never an error.
+    """Measure one pair; a file that cannot be read becomes a problem in the record, never an error.
 
     Args:
-        pair: an image file, or a frame of a video, and a mask file.
-        reader: how masks are read.
-        images: decode the image too; else only its header and its end are read, by which most cut files are found.
+        pair: an image file or video frame, and its mask.
+        reader: reader of the masks.
+        images: decode the image too; otherwise read only its header and its end, which detects most truncated files.
     """
     record, image, mask = Record(pair.name, str(pair.image), str(pair.mask), decoded=images), pair.image, pair.mask
     try:
@@ -47,17 +47,17 @@ def measure(pair: Pair, reader: MaskReader, *, images: bool) -> Record:
 
 
 def measure_sample(name: str, where: str, read: Callable[[], Mapping[str, Any]]) -> Record:
-    """Return the record of a sample that a data set reads itself; an error of its own is a problem in it.
+    """Return the record of a sample that a dataset reads itself; any error becomes a problem in the record.
 
     Args:
-        name: of the sample.
-        where: what stands for its files.
-        read: returns the sample, whose mask holds class ids and ignored ones alone.
+        name: name of the sample.
+        where: stands for the paths of its files.
+        read: returns the sample, whose mask holds only class ids and ignore_index.
     """
     record = Record(name, where, where, decoded=True)
     try:
         sample = read()
-    except Exception as error:  # of somebody else's code
+    except Exception as error:  # user code may raise anything
         reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         return record.with_problem("unreadable_image", reason, passing=_may_pass(error))
     ids = np.ascontiguousarray(sample["mask"].numpy())
@@ -88,16 +88,16 @@ def _with_pixels(record: Record, image: np.ndarray) -> Record:
 
 
 def _header_size(image: ImageSource) -> tuple[int, int] | None:
-    """Return height and width as `read_image` would, without decoding; None of a video's frame.
+    """Return height and width as `read_image` would, without decoding; None for a video frame.
 
     Raises:
-        UserError: the file is no picture, or ends too early and cannot be decoded either.
+        UserError: the file is not an image, or ends too early and cannot be decoded either.
     """
     if not isinstance(image, Path):
         return None
     check_regular(image)
     if ends_early(image):
-        read_image(image)  # some writers leave an end mark out: what decodes as a whole is no problem
+        read_image(image)  # some writers omit the end mark: an image that decodes completely is valid
     return read_size(image)
 
 
@@ -134,7 +134,7 @@ def _with_ids(record: Record, mask: MaskSource, image: ImageSource, reader: Mask
 
 
 def _raw_of(mask: MaskSource, reader: MaskReader, pixels: Mapping[int, int]) -> dict[str, int]:
-    """Return what the file holds; it is read again only where that differs from the class ids."""
+    """Return the value counts of the mask file, which is read again only if they differ from those of the class ids."""
     masks = reader.masks
     if isinstance(mask, Drawing):
         return {str(value): count for value, count in pixels.items()}
@@ -156,7 +156,7 @@ def _raw(path: Path, reader: MaskReader) -> dict[str, int]:
 
 
 def _counted(values: np.ndarray) -> list[tuple[int, int]]:
-    if values.dtype == np.uint8:  # several times as fast as sorting
+    if values.dtype == np.uint8:  # several times faster than sorting
         counts = np.bincount(values.ravel(), minlength=256)
         return [(int(value), int(counts[value])) for value in np.flatnonzero(counts)]
     return list(zip(*(part.tolist() for part in np.unique(values, return_counts=True)), strict=True))
@@ -171,9 +171,9 @@ def _reason(file: object, error: Exception) -> str:
 
 
 def _may_pass(error: BaseException | None) -> bool:
-    """Return whether the machine is to blame, such as a disk or a network that failed, and not the file."""
+    """Return whether an error may be transient: caused by the machine, such as a failed disk, not by the file."""
     while error is not None:
-        of_the_system = isinstance(error, OSError) and error.errno is not None  # a decoder's own has no number
+        of_the_system = isinstance(error, OSError) and error.errno is not None  # a decoder's own OSError has no errno
         out_of_memory = isinstance(error, cv2.error) and error.code == cv2.Error.StsNoMem
         if of_the_system or out_of_memory or isinstance(error, MemoryError):
             return True
@@ -181,16 +181,16 @@ def _may_pass(error: BaseException | None) -> bool:
     return False
 
 
-_ENDS = {b"\x89PNG": b"IEND", b"\xff\xd8": b"\xff\xd9"}  # first bytes to end mark
-_TAIL = 4096  # bytes in which an end mark is looked for: cameras append their own
-_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # first bytes, of the large kind too
-_STRIPS, _TILES = (273, 279), (324, 325)  # TIFF tags: where the parts of a picture begin, and their bytes
+_ENDS = {b"\x89PNG": b"IEND", b"\xff\xd8": b"\xff\xd9"}  # magic bytes to end mark
+_TAIL = 4096  # bytes that are searched for an end mark: cameras append data of their own
+_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # magic bytes, including BigTIFF
+_STRIPS, _TILES = (273, 279), (324, 325)  # TIFF tags: offsets and byte counts of an image's parts
 
 
 def ends_early(path: Path) -> bool:
-    """Return whether a file's end is not where its kind or its header says, as that of most truncated files.
+    """Return whether a file lacks the end that its format or header declares, as most truncated files do.
 
-    It costs two short reads; of TIFF files, those of the header.
+    This costs two short reads; for TIFF files, those of the header.
     """
     with path.open("rb") as file:
         start = file.read(8)

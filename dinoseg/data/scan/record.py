@@ -1,4 +1,4 @@
-"""What is known of one image and its mask; imports no torch."""
+"""Measurements of one image and its mask; imports no torch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -8,27 +8,27 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Record:
-    """One pair, measured.
+    """Measurements of one pair.
 
     Args:
-        name: of the pair.
-        image: the image file, as text.
-        mask: the mask file, as text.
-        image_size: height and width, None where unknown.
-        mask_size: height and width in the file, None where unknown.
-        mask_format: what the mask file is by its content, such as PNG or JPEG.
-        pixels: class id or ignore_index to pixels, as training sees the mask; empty for a refused one.
-        raw: number or colour in the mask file to pixels; at most 256 of them.
-        problems: code to reason, of all that would stop a run.
-        passing: whether a problem may be the disk's or the memory's, and gone the next time.
+        name: name of the pair.
+        image: path of the image file, as text.
+        mask: path of the mask file, as text.
+        image_size: height and width, None if unknown.
+        mask_size: height and width in the file, None if unknown.
+        mask_format: format of the mask file by its content, such as PNG or JPEG.
+        pixels: class id or ignore_index to number of pixels, as used in training; empty for a rejected mask.
+        raw: number or colour in the mask file to number of pixels; at most 256 entries.
+        problems: code to reason, of all problems that would stop a run.
+        passing: whether a problem may be transient, caused by the disk or memory.
         mask_digest: hash of the ids.
-        decoded: whether the image was decoded; what follows is known only then.
+        decoded: whether the image was decoded; the fields below need it.
         image_digest: hash of the pixels.
-        look: 64-bit perceptual hash (DCT), None of a flat picture.
-        color_sums: of red, green and blue levels 0..255 over all pixels.
-        color_squares: of their squares.
+        look: 64-bit perceptual hash (DCT), None for a flat image.
+        color_sums: sums of the red, green and blue levels 0..255 over all pixels.
+        color_squares: sums of their squares.
         edges: (64 * 64,) uint8, rank of the colour gradient of a small copy.
-        borders: (64 * 64 / 8,) uint8, bits: where a small copy of the mask has borders.
+        borders: (64 * 64 / 8,) uint8, bits that mark borders in a small copy of the mask.
     """
 
     name: str
@@ -52,11 +52,11 @@ class Record:
 
     @property
     def counts(self) -> np.ndarray:
-        """Return pixels (256,) int64 of each class id, those of ignore_index too."""
+        """Number of pixels (256,) int64 of each class id, including ignore_index."""
         counts = np.zeros(256, dtype=np.int64)
         counts[list(self.pixels)] = list(self.pixels.values())
         return counts
 
     def with_problem(self, code: str, reason: str, *, passing: bool = False) -> "Record":
-        """Return the record with one problem more."""
+        """Return a copy of the record with one more problem."""
         return replace(self, problems={**self.problems, code: reason}, passing=self.passing or passing)

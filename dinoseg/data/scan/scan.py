@@ -1,4 +1,4 @@
-"""Every pair of a data set measured once, by several processes, and kept for the next run."""
+"""Measurement of all pairs of a dataset by several processes, cached between runs."""
 
 import functools
 import hashlib
@@ -26,8 +26,8 @@ from dinoseg.utils.stamps import stamp
 from dinoseg.utils.units import finished
 from dinoseg.utils.workers import in_processes
 
-_CHUNK = 16  # pairs handed to a process at once
-_FEW = 64  # pairs below which starting processes costs more than it saves
+_CHUNK = 16  # pairs per task of a process
+_FEW = 64  # with fewer pairs, starting processes costs more than it saves
 
 
 def scan(
@@ -38,14 +38,14 @@ def scan(
     workers: int = 1,
     cache_dir: str | Path | None = None,
 ) -> list[Record]:
-    """Return what each pair holds, in order; a bad file is a problem in its record, never an error.
+    """Return the record of each pair, in order; a bad file becomes a problem in its record, never an error.
 
     Args:
         pairs: what to read.
-        reader: how masks are read.
-        images: decode the images too: their colours, hashes and edges are known only then.
-        workers: processes that read; 1: this one, which also reads alone where there are few pairs.
-        cache_dir: where records are kept, so that only files that changed are read again; None: nowhere.
+        reader: reader of the masks.
+        images: decode the images too; without it, their colours, hashes and edges are unknown.
+        workers: number of reading processes; 1, or few pairs: this process reads alone.
+        cache_dir: folder of the cached records, so that only changed files are read again; None: no cache.
 
     Raises:
         UserError: `workers` is below 1, or a process was killed.
@@ -66,7 +66,7 @@ def scan(
             if cache is not None:
                 cache.put(record, pairs[index])
     finally:
-        if cache is not None:  # after an interruption too: the next run goes on from here
+        if cache is not None:  # also after an interruption: the next run resumes from here
             cache.save()
     return [known[index] for index in range(len(pairs))]
 
@@ -77,7 +77,7 @@ def unreadable(records: Iterable[Record]) -> dict[str, str]:
 
 
 def _measured(pairs: Sequence[Pair], reader: MaskReader, images: bool, workers: int) -> Iterator[Record]:
-    """Yield the records in order, with a bar."""
+    """Yield the records in order, with a progress bar."""
     work = functools.partial(_measure_all, reader=reader, images=images)
     chunks = [pairs[start : start + _CHUNK] for start in range(0, len(pairs), _CHUNK)]
     with Bar(total=len(pairs), desc="scanning", unit="pair", delay=2, leave=False) as bar:
@@ -98,9 +98,9 @@ def _measure_all(pairs: Sequence[Pair], *, reader: MaskReader, images: bool) -> 
 
 log = logging.getLogger(__name__)
 
-_VERSION = 3  # of what a record holds
+_VERSION = 3  # version of the record format
 _SMALL_COPIES = ("edges", "borders")
-_TUPLES = ("image_size", "mask_size", "color_sums", "color_squares")  # JSON makes lists of them
+_TUPLES = ("image_size", "mask_size", "color_sums", "color_squares")  # JSON turns them into lists
 _SIZE_FORM = forms.maybe(forms.row(forms.whole(1), forms.whole(1)))
 _COLOR_FORM = forms.listing(forms.whole())
 _FORM = forms.listing(
@@ -124,11 +124,11 @@ _FORM = forms.listing(
 
 
 class ScanCache:
-    """What is known of the pairs of one folder under one set of mask rules.
+    """Cached records of the pairs below one folder under one set of mask rules.
 
     Args:
-        folder: where the file is.
-        masks: the masks, by whose common folder the file is named.
+        folder: folder of the cache file.
+        masks: the masks, whose common folder is part of the cache file's key.
         reader: the mask rules.
     """
 
@@ -140,21 +140,21 @@ class ScanCache:
         self._changed = False
 
     def get(self, pair: Pair, *, images: bool) -> Record | None:
-        """Return what is known of a pair if neither file has changed; with `images`, of its image too."""
+        """Return the record of a pair if neither file has changed; with `images`, only if its image was decoded."""
         stamps, record = self._known.get(_key(pair), (None, None))
         if record is None or stamps != _stamps(pair) or (images and not record.decoded):
             return None
         return replace(record, name=pair.name)
 
     def put(self, record: Record, pair: Pair) -> None:
-        """Keep a record, unless one of its files is not there, or could not be read for the machine's sake."""
+        """Store a record, unless one of its files is missing or it has a transient problem."""
         stamps = _stamps(pair)
         if stamps is not None and not record.passing:
             self._known[_key(pair)] = (stamps, record)
             self._changed = True
 
     def save(self) -> None:
-        """Write the file, whole or not at all; one that cannot be written costs the next run a scan, no more."""
+        """Write the cache file atomically; if that fails, the next run only has to scan again."""
         if not self._changed:
             return
         rows = [_plain(key, stamps, record) for key, (stamps, record) in self._known.items()]
@@ -172,7 +172,7 @@ class ScanCache:
 
 
 def _read(path: Path) -> dict[str, tuple[list[int], Record]]:
-    """Return stamps and record of each pair."""
+    """Return key to stamps and record of each pair."""
     arrays = forms.read_arrays(path, dict.fromkeys(("records", *_SMALL_COPIES), ("|u1", 1)))
     rows = forms.parse_json(arrays["records"].tobytes(), _FORM)
     copies = (_parted(arrays[name], [row[name] for row in rows]) for name in _SMALL_COPIES)

@@ -1,4 +1,4 @@
-"""Any frame of a video file, exactly as decoding from the start would give it."""
+"""Exact random access to the frames of a video file, identical to decoding from the start."""
 
 import os
 import threading
@@ -14,21 +14,21 @@ from dinoseg.data.video.index import VideoIndex, checksum, file_key, find_index,
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import read_image
 
-# torchcodec and OpenCV decode to the same pixels, and jump to the wrong frame of a video whose times are odd, as PyAV
-# does: each would need the index. torchcodec wants an FFmpeg that the system must bring.
-_OPEN = 4  # videos kept open by a thread
-_NEAR = 96  # frames that are sooner decoded than jumped over: a jump decodes from the key frame before
-_BACK = (0, 32, 256)  # frames before the wanted one at which to look for a key frame, in turn
+# torchcodec and OpenCV decode the same pixels, but like PyAV they seek to a wrong frame if timestamps are irregular, so
+# each would need the index; torchcodec also needs a system FFmpeg
+_OPEN = 4  # videos that a thread holds open
+_NEAR = 96  # frames up to which decoding is cheaper than seeking, which decodes from the previous key frame
+_BACK = (0, 32, 256)  # offsets before the wanted frame to seek to, in turn, until a key frame is found
 
 
 @dataclass(frozen=True)
 class VideoFrame:
-    """Frame `index` of a video file, counted from 0 as decoding from the start yields them.
+    """Frame `index` of a video file, counted from 0 in decoding order from the start.
 
     Args:
         path: the video.
-        index: which frame.
-        cache_dir: where the video's index is kept; None: in memory, made anew by each process.
+        index: index of the frame.
+        cache_dir: folder of the video's frame index; None: each process builds it in memory.
     """
 
     path: Path
@@ -43,7 +43,7 @@ class VideoFrame:
         return self.path.stat()
 
     def read(self) -> np.ndarray:
-        """Return the pixels, as `read_frame` does."""
+        """Return the pixels (H, W, 3), see `read_frame`."""
         return read_frame(self)
 
 
@@ -51,7 +51,7 @@ ImageSource = Path | VideoFrame  # an image file, or a frame of a video
 
 
 def source_origin(source: ImageSource) -> str:
-    """Return the file of an image, links resolved, and the number of a video's frame."""
+    """Return the path of an image with symlinks resolved, and the frame index if it is a video."""
     if isinstance(source, VideoFrame):
         return f"{os.path.realpath(source.path)}:{source.index}"
     return os.path.realpath(source)
@@ -69,11 +69,12 @@ def read_source(source: ImageSource) -> np.ndarray:
 def read_frame(frame: VideoFrame) -> np.ndarray:
     """Return a frame as (H, W, 3) uint8 RGB.
 
-    Jumps go by time and miss where frames were dropped or the rate varies. Here each frame is held against the video's
-    index, which decoding the whole file once has made: right place, right pixels, or an error.
+    Seeking goes by time, and misses frames if some were dropped or the rate varies. Each frame is therefore checked
+    against the video's index, which is built by decoding the whole file once. The result is the exact frame, or an
+    error.
 
     Raises:
-        UserError: the video is missing, damaged or truncated, or has no such frame.
+        UserError: the video is missing, damaged or truncated, or the frame does not exist.
     """
     index = find_index(frame.path, frame.cache_dir)
     if not 0 <= frame.index < len(index):
@@ -86,13 +87,13 @@ def read_frame(frame: VideoFrame) -> np.ndarray:
 
 
 class _Reader:
-    """An open video that knows which frame it is at."""
+    """Open video that tracks its current frame."""
 
     def __init__(self, path: Path, index: VideoIndex) -> None:
         self._path, self._index = path, index
-        self._orderly = bool(np.all(np.diff(index.times) > 0))  # else a frame cannot be told by its time
+        self._orderly = bool(np.all(np.diff(index.times) > 0))  # otherwise times do not identify frames
         self._decoder = open_decoder(path)
-        self._at = -1  # the frame decoded last
+        self._at = -1  # index of the last decoded frame
 
     def read(self, wanted: int) -> np.ndarray:
         for arrive in self._ways(wanted):
@@ -106,7 +107,7 @@ class _Reader:
         )
 
     def _ways(self, wanted: int) -> Iterator[Callable[[], bool]]:
-        """Yield what brings the video to `wanted` or before it, the cheapest first, decoding from the start last."""
+        """Yield functions that move the video to `wanted` or before it, the cheapest first, a restart last."""
         if 0 <= self._at <= wanted <= self._at + _NEAR:
             yield lambda: True
         if self._orderly:
@@ -141,7 +142,7 @@ class _Reader:
 
 
 class _Open(threading.local):
-    """The videos that a thread keeps open, the one used last at the end."""
+    """Videos that a thread holds open (LRU)."""
 
     def __init__(self) -> None:
         self.pid = os.getpid()
@@ -149,7 +150,7 @@ class _Open(threading.local):
 
 
 _open = _Open()
-_inherited: list[OrderedDict] = []  # a parent's: it shares their place in the file with us, so they stay as they are
+_inherited: list[OrderedDict] = []  # a parent's readers share file offsets with this process: never used or closed
 
 
 def _reader(path: Path, index: VideoIndex) -> _Reader:

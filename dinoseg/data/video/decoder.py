@@ -1,4 +1,4 @@
-"""A video decoded frame after frame, upright, each with its time: the one place that decodes."""
+"""Video decoder: upright frames in sequence, each with its time; all decoding in the package happens here."""
 
 import re
 import struct
@@ -19,40 +19,43 @@ from av.video.reformatter import Interpolation, VideoReformatter
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import check_regular
 
-VERSION = av.__version__  # of what decodes: another may give other pixels
-# FFmpeg's names: what holds pictures itself, unlike playlists, which in the guise of a video would lead to other files
+VERSION = av.__version__  # version of the decoder: another one may give other pixels
+# FFmpeg's names of containers with video data; playlists are excluded, since they could refer to other files
 _FORMATS = (
     "mov,matroska,avi,mpegts,mpeg,mpegvideo,asf,flv,ogg,mxf,nut,dv,ivf,gif,apng,h264,hevc,m4v,mjpeg,yuv4mpegpipe,obu"
 )
 _COVERS = Disposition.attached_pic | Disposition.timed_thumbnails
 _CLOCK = re.compile(r"(\d{1,4}):(\d\d):(\d\d(?:\.\d+)?)")
-MOST_PIXELS = 2**27  # of a frame; 16384 x 8192, more than any camera has: a file of a kilobyte may claim what it likes
-_MOST_SILENT = 10_000  # packets without a frame: minutes that lack the key frame to begin with
+MOST_PIXELS = 2**27  # per frame: 16384 x 8192, more than any camera has, since a file of a kilobyte may claim any size
+_MOST_SILENT = 10_000  # packets without a frame: minutes that lack the initial key frame
 REMEDY = "It is truncated, damaged or no video: replace it, or re-encode it (ffmpeg -i IN OUT.mp4)."
 
 
 class FrameTooLarge(UserError):
-    """A video whose frames have more pixels than are read."""
+    """Error that a video's frames exceed the pixel limit."""
 
 
 class Decoder:
-    """An open video. `advance` decodes the next frame, of which the other methods speak.
+    """Open video. `advance` decodes the next frame, to which the other methods refer.
 
-    Packets that are damaged are passed over, and a file that is cut off ends: whoever counts finds out. `rate` is what
-    the container says, 0 where it says nothing; `promised` how many frames it says there are, 0 likewise: that may be
-    one or two off, and is its length times its rate where no frames are counted. Its clock begins at `start` seconds
-    and ticks every `time_base`.
+    Damaged packets are skipped, and a truncated file ends early; callers detect this by counting frames.
+
+    - `rate`: frame rate by the container, 0 if unknown.
+    - `promised`: number of frames by the container, 0 if unknown. It may be off by one or two; without a frame count,
+      it is duration times rate.
+    - `start`, `time_base`: start of the file's clock in seconds, and the length of its ticks.
 
     Args:
-        path: the file, which no protocol but that of files opens; or, with `device`, what that calls its source.
-        threads: of the codec; 0: as it likes. One alone neither outlives a fork badly nor fights other processes.
-        device: FFmpeg's name of what captures, such as v4l2; None: a file.
-        max_pixels: of a frame.
+        path: the file, opened with FFmpeg's file protocol only; or, with `device`, the name of its source.
+        threads: codec threads; 0: FFmpeg's choice. A single thread is fork-safe and does not compete with other
+            processes.
+        device: FFmpeg's name of a capture device, such as v4l2; None: a file.
+        max_pixels: maximum number of pixels of a frame.
 
     Raises:
-        FrameTooLarge: its frames have more pixels, by its header.
-        UserError: it is no file or no video; from `advance`: far more packets than frames.
-        OSError: nothing is there, or it may not be looked at.
+        FrameTooLarge: the frames have more pixels, by the header.
+        UserError: it is not a file or not a video; from `advance`: far more packets than frames.
+        OSError: the file does not exist, or access is denied.
     """
 
     def __init__(
@@ -85,18 +88,18 @@ class Decoder:
 
     @property
     def fps(self) -> float:
-        """Frames per second, as the container says; 0 where it says nothing."""
+        """Frames per second by the container; 0 if unknown."""
         return float(self.rate)
 
     @property
     def pixel_aspect(self) -> Fraction:
-        """Width of a pixel by its height, of the frame as it is turned; 1 where the file does not say."""
+        """Width of a pixel divided by its height, in the upright frame; 1 if the file does not state it."""
         aspect = self._stream.sample_aspect_ratio or Fraction(1)
         return 1 / aspect if _orientation(self._frame)[0] else aspect
 
     @property
     def colour_tags(self) -> tuple[int, int, int]:
-        """The file's colour primaries, transfer and matrix, as numbers of H.273."""
+        """The file's colour primaries, transfer and matrix, as code points of H.273."""
         codec = self._stream.codec_context
         return codec.color_primaries, codec.color_trc, codec.colorspace
 
@@ -109,32 +112,32 @@ class Decoder:
 
     @property
     def time(self) -> Fraction | None:
-        """When the frame is shown, in seconds on the file's own clock; None where the file does not say."""
+        """Presentation time of the frame in seconds on the file's own clock; None if the file does not state it."""
         return None if self._frame.pts is None else self._frame.pts * self.time_base
 
     def image(self) -> np.ndarray:
-        """Return the frame's pixels (H, W, 3) uint8 BGR, turned and mirrored as the file says, to the nearest quarter.
+        """Return the frame's pixels (H, W, 3) uint8 BGR, oriented as the file states, to the nearest quarter turn.
 
         Raises:
-            UserError: it cannot be converted.
+            UserError: the frame cannot be converted.
         """
         return self._converted("bgr24")
 
     def rgb_image(self) -> np.ndarray:
-        """Return what `rgb` makes of `image`, to the bit, in less time."""
+        """Return `rgb(self.image())`, bit-identical but faster."""
         deep = any(component.bits > 8 for component in self._frame.format.components)
-        return rgb(self.image()) if deep else self._converted("rgb24")  # what is deep is rounded in the order's own way
+        return rgb(self.image()) if deep else self._converted("rgb24")  # depths over 8 bits round differently
 
     def packets(self) -> Iterator[av.Packet]:
-        """Yield the packets of all streams as they are stored; nothing can be decoded afterwards."""
-        with suppress(FFmpegError):  # cut off
+        """Yield the packets of all streams in storage order; no frame can be decoded afterwards."""
+        with suppress(FFmpegError):  # truncated
             yield from self._container.demux()
 
     def jump(self, time: float) -> None:
-        """Let the next frame be one at this time in milliseconds or before, as near as the container can tell.
+        """Seek so that the next frame is at this time in milliseconds or earlier, as near as the container allows.
 
         Raises:
-            OSError: it cannot jump.
+            OSError: seeking failed.
         """
         self._container.seek(round(time / 1000 / self.time_base), stream=self._stream)
         self._frames = self._decoded()
@@ -152,7 +155,7 @@ class Decoder:
 
     def _converted(self, order: str) -> np.ndarray:
         try:
-            # bicubic, as OpenCV's reader asks for: what was read before is read again to the bit
+            # bicubic, as OpenCV's reader requests: pixels are bit-identical to its own
             converted = self._reformatter.reformat(
                 self._frame, format=order, interpolation=Interpolation.BICUBIC, threads=self._threads
             )
@@ -165,11 +168,11 @@ class Decoder:
         return pixels if flips is None else np.asarray(cv2.flip(pixels, flips))
 
     def unreadable(self, reason: str) -> UserError:
-        """Return what says that no frame can be read."""
+        """Return the error that no frame can be read."""
         return UserError(f"Cannot read {self.path} as a video: 0 frames read ({reason}). {REMEDY}")
 
     def _pictures(self, max_pixels: int) -> av.VideoStream:
-        """Return the first stream of moving pictures: a song's cover is none."""
+        """Return the first stream of moving pictures, which excludes cover art."""
         moving = [stream for stream in self._container.streams.video if not stream.disposition & _COVERS]
         if not moving:
             raise UserError(f"{self.path} has no moving pictures, sound alone perhaps. Give a file that has some.")
@@ -181,7 +184,7 @@ class Decoder:
                 f"{self.path} claims frames of {codec.width} x {codec.height} pixels; at most {max_pixels:,} are "
                 "read. Make it smaller (ffmpeg -i IN -vf scale=4096:-2 OUT.mp4)."
             )
-        # later frames may be larger; the decoder also counts what a codec adds at the edges
+        # later frames may be larger, and the decoder's limit includes a codec's padding
         codec.options = {"max_pixels": str(min(MOST_PIXELS, 2 * max_pixels + 2**16))}
         return moving[0]
 
@@ -203,10 +206,13 @@ class Decoder:
             return
 
     def _seconds(self) -> float:
-        """Return how long the pictures last, as the header says; sound may last longer, and then only that is told."""
+        """Return the duration of the video stream by the header, or 0 if unknown.
+
+        The container's duration is used only if the file has a single stream, since audio may be longer.
+        """
         if self._stream.duration:
             return float(self._stream.duration * self.time_base)
-        if told := _CLOCK.fullmatch(self._stream.metadata.get("DURATION", "")):  # of Matroska
+        if told := _CLOCK.fullmatch(self._stream.metadata.get("DURATION", "")):  # in Matroska files
             hours, minutes, seconds = map(float, told.groups())
             return 3600 * hours + 60 * minutes + seconds - float(self.start)
         alone = len(self._container.streams) == 1
@@ -214,7 +220,7 @@ class Decoder:
 
 
 def _orientation(frame: av.VideoFrame) -> tuple[bool, int | None]:
-    """Return whether a frame's rows are shown as columns, and what OpenCV's flip then does; None: nothing."""
+    """Return whether to transpose a frame, and the code for `cv2.flip` after that; None: no flip."""
     tag = cast(Mapping[str, Buffer], frame.side_data).get("DISPLAYMATRIX")
     if tag is None:
         return False, None
@@ -226,5 +232,5 @@ def _orientation(frame: av.VideoFrame) -> tuple[bool, int | None]:
 
 
 def rgb(image: np.ndarray) -> np.ndarray:
-    """Return a decoder's pixels as (H, W, 3) uint8 RGB."""
+    """Return a decoder's BGR pixels as (H, W, 3) uint8 RGB."""
     return np.asarray(cv2.cvtColor(image, cv2.COLOR_BGR2RGB))

@@ -1,4 +1,4 @@
-"""What each frame of a video file is known by: its time and its checksum, from one pass over the whole file."""
+"""Frame index of a video file: time and checksum of each frame, from one pass over the whole file."""
 
 import contextlib
 import functools
@@ -22,32 +22,32 @@ from dinoseg.utils.files import check_regular
 from dinoseg.utils.locks import locked
 from dinoseg.utils.workers import in_processes
 
-if TYPE_CHECKING:  # FFmpeg's libraries, which data sets of images do without
+if TYPE_CHECKING:  # datasets of images do not need FFmpeg's libraries
     from dinoseg.data.video.decoder import Decoder
 
 log = logging.getLogger(__name__)
-_UNCOUNTED = 2  # frames by which a sound video may fall short of its header: some writers count dropped ones
+_UNCOUNTED = 2  # frames that an intact video may have less than its header states: some writers count dropped ones
 _WORTH_A_PROCESS = 64 * 2**20  # bytes of video; a process takes a second to start
 _known: dict[tuple[Path, int, int], "VideoIndex"] = {}
 
 
 @dataclass(frozen=True, eq=False)
 class VideoIndex:
-    """The frames of a video file in the order in which they are decoded from its start."""
+    """Frames of a video file, in decoding order from its start."""
 
-    times: np.ndarray  # (N,) float64, milliseconds on the file's own clock; all 0 where it has none
-    sums: np.ndarray  # (N,) uint32, of the decoded pixels
-    fps: float  # as the container says
+    times: np.ndarray  # (N,) float64, milliseconds on the file's own clock; all 0 if it has none
+    sums: np.ndarray  # (N,) uint32, checksums of the decoded pixels
+    fps: float  # by the container
 
     def __len__(self) -> int:
         return len(self.times)
 
 
 def open_decoder(path: Path) -> "Decoder":
-    """Open a video with a decoder of one thread: it neither outlives a fork badly nor fights other processes.
+    """Open a video with a single-threaded decoder, which is fork-safe and does not compete with other processes.
 
     Raises:
-        UserError: the file is missing or no video.
+        UserError: the file is missing or not a video.
     """
     from dinoseg.data.video.decoder import Decoder
 
@@ -56,15 +56,15 @@ def open_decoder(path: Path) -> "Decoder":
 
 
 def time_of(decoder: "Decoder") -> float:
-    """Return the time in milliseconds of the frame that a decoder is at; 0 where the file does not say."""
+    """Return the time in milliseconds of a decoder's current frame; 0 if the file does not state it."""
     return float((decoder.time or 0) * 1000)
 
 
 def file_key(path: Path) -> tuple[Path, int, int]:
-    """Return the path with the file's size and time, by which a changed file is noticed.
+    """Return the path with the file's size and modification time, to detect changes.
 
     Raises:
-        UserError: there is no such file, or it is none.
+        UserError: the file does not exist, or is not a regular file.
     """
     try:
         check_regular(path)
@@ -75,22 +75,22 @@ def file_key(path: Path) -> tuple[Path, int, int]:
 
 
 def checksum(image: np.ndarray) -> int:
-    """Return the number by which decoded pixels are known again."""
+    """Return the Adler-32 checksum of decoded pixels."""
     return zlib.adler32(np.ascontiguousarray(image).data)
 
 
 def find_index(path: Path, cache_dir: Path | None) -> VideoIndex:
-    """Return the index of a video: known already, kept in a file, or made now by decoding the whole video once.
+    """Return the index of a video from memory or its cache file; otherwise build it by decoding the whole video.
 
     Raises:
-        UserError: the file is missing, no video, damaged or truncated.
+        UserError: the file is missing, damaged, truncated or not a video.
     """
     key = file_key(path)
     if key not in _known:
         index_path = _file_of(key, cache_dir)
         index = _load(index_path)
         if index is None:
-            with _alone(index_path):  # another process may have made it meanwhile
+            with _alone(index_path):  # another process may have built it by then
                 index = _load(index_path) or _make(path, index_path)
         _known[key] = index
     return _known[key]
@@ -99,9 +99,9 @@ def find_index(path: Path, cache_dir: Path | None) -> VideoIndex:
 def index_videos(
     paths: Sequence[Path], cache_dir: Path | None, *, workers: int | None = None
 ) -> tuple[dict[Path, VideoIndex], dict[Path, str]]:
-    """Return the index of each video, and what is wrong with those that have none.
+    """Return the index of each video, and the errors of those without one.
 
-    The work goes to as many processes as there are processors, if it is worth one; a later run finds it done.
+    One process per 64 MiB of video, and at most one per core, share the work. Indexes are cached for later runs.
     """
     indexes: dict[Path, VideoIndex] = {}
     wrong: dict[Path, str] = {}
@@ -148,7 +148,7 @@ def _scan(path: Path) -> VideoIndex:
             sums.append(checksum(decoder.image()))
     finally:
         decoder.close()
-    # some containers know their length in seconds alone, so a video of varying rate may have fewer frames
+    # some containers store only a duration, so a video of varying rate may have fewer frames than computed from it
     reached = round((times[-1] - times[0]) * decoder.fps / 1000) + 1 if times else 0
     if not times or max(len(times), reached) < decoder.promised - _UNCOUNTED:
         raise UserError(f"{path} is truncated: {len(times)} frames read, {decoder.promised} promised. Replace it.")
@@ -191,7 +191,7 @@ def _save(index_path: Path, index: VideoIndex) -> None:
 
 @contextlib.contextmanager
 def _alone(index_path: Path | None) -> Iterator[None]:
-    """Let one process at a time make an index; where nothing can be written beside it, several may."""
+    """Hold the lock of an index file; without write access there is no lock, and several processes may build it."""
     with contextlib.ExitStack() as stack:
         if index_path is not None:
             with contextlib.suppress(OSError):

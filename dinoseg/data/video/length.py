@@ -1,4 +1,4 @@
-"""Which files are videos by their names, and how many frames they have: by their headers, or by counting."""
+"""Suffixes of video files, and their frame counts by header or by counting."""
 
 from itertools import islice
 from pathlib import Path
@@ -9,20 +9,20 @@ VIDEO_SUFFIXES = (".avi", ".mp4", ".mov", ".m4v", ".mkv", ".webm", ".mpg", ".mpe
 
 
 def promised_frames(path: Path) -> int:
-    """Return what the header says, which may be off by a frame or two; 0 where it says nothing, or it is no video."""
+    """Return the frame count by the header, which may be off by one or two; 0 if it is unknown or not a video."""
     return _asked(path, count=False)
 
 
 def count_frames(path: Path) -> int:
-    """Return how many frames there are, by going through the whole file; 0 where it is no video."""
+    """Return the number of frames by decoding the whole file; 0 if it is not a video."""
     return _asked(path, count=True)
 
 
 def has_more_packets(path: Path, most: int) -> bool:
-    """Return whether a video has more packets than so many, of all its streams, without decoding any.
+    """Return whether a video has more than `most` packets in all its streams, without decoding any.
 
     Raises:
-        UserError: it is no file, or no video.
+        UserError: it is not a file or not a video.
     """
     from dinoseg.data.video.decoder import Decoder
 
@@ -36,5 +36,5 @@ def _asked(path: Path, *, count: bool) -> int:
     try:
         with Decoder(path) as decoder:
             return sum(1 for _ in iter(decoder.advance, False)) if count else decoder.promised
-    except (OSError, UserError):  # damaged from its first byte, or further on
+    except (OSError, UserError):  # damaged from the first byte, or later
         return 0

@@ -1,4 +1,4 @@
-"""Classes against the class table: those never seen, what is ignored, and labels that mean something else."""
+"""Checks of masks against the class table: unseen classes, ignored pixels, and labels of another meaning."""
 
 from collections.abc import Iterator, Sequence
 
@@ -14,7 +14,7 @@ _OF_IDD = {"road", "rail track", "autorickshaw", "obs-str-bar-fallback"}
 
 
 def check_classes(splits: Sequence[Scanned], data_name: str = "") -> Iterator[Finding]:
-    """Yield what is odd about the classes; `data_name` is the option of `data=`."""
+    """Yield findings about the classes; `data_name` is the option of `data=`."""
     yield from _binary_as_ids(splits)
     yield from _home_made_idd(splits, data_name)
     if not any(part.counts.any() for part in splits):
@@ -56,9 +56,9 @@ def _home_made_idd(splits: Sequence[Scanned], data_name: str) -> Iterator[Findin
 
 
 def home_made(files: Sequence[str], data_name: str) -> Finding:
-    """Return the finding of IDD label maps that a faulty conversion has left without road.
+    """Return the finding that a faulty conversion has removed road from IDD label maps.
 
-    Training on them stops, unless `data_name` is the option that repeats such a run on purpose.
+    It stops training, unless `data_name` is the option that repeats such a run on purpose.
     """
     return Finding(
         "error",

@@ -1,4 +1,4 @@
-"""Images that are the same, or nearly: by a hash of the pixels, and by a perceptual hash."""
+"""Checks for equal and nearly equal images, by pixel hash and perceptual hash."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -13,17 +13,17 @@ from dinoseg.data.scan.record import Record
 from dinoseg.utils.wording import count_of
 
 _ROWS = 64  # hashes compared with all others at once
-_MOST = 1000  # pairs that are kept and listed
-# numpy counts bits itself from 2.0 on; imagehash and imagededup compare pair by pair in Python, tens of times as slow
+_MOST = 1000  # most pairs that are stored and listed
+# numpy counts bits itself from 2.0 on; imagehash and imagededup compare pairs in Python, tens of times slower
 _BITS = np.array([bin(value).count("1") for value in range(1 << 16)], dtype=np.uint8)
 
 
 def check_duplicates(splits: Sequence[Scanned], distance: int) -> Iterator[Finding]:
-    """Yield equal and nearly equal images, across splits and inside them.
+    """Yield findings about equal and nearly equal images, across splits and within them.
 
     Args:
-        splits: what is compared.
-        distance: differing bits of 64 up to which two images are nearly equal.
+        splits: the splits to compare.
+        distance: maximum number of differing bits, of 64, for two images to be nearly equal.
     """
     for first, second in combinations(splits, 2):
         yield from _across(first, second, distance)
@@ -34,15 +34,15 @@ def check_duplicates(splits: Sequence[Scanned], distance: int) -> Iterator[Findi
 
 @dataclass
 class Near:
-    """Pairs of 64-bit hashes that differ in few bits: the closest, and how many hashes are in any.
+    """Pairs of 64-bit hashes that differ in few bits: the closest, and the number of hashes in any pair.
 
-    Frames of a camera that stands still are all alike, so pairs are counted as they are found and few are kept.
+    All frames of a static camera are alike, so pairs are counted as they are found and only the closest are stored.
 
     Args:
         closest: at most 1000 (i, j, differing bits), closest first.
-        first: number of i that are in a pair.
-        second: number of j.
-        either: number of i and j together, for hashes compared among themselves.
+        first: number of distinct i in a pair.
+        second: number of distinct j in a pair.
+        either: number of distinct i and j together, for hashes compared among themselves.
     """
 
     closest: list[tuple[int, int, int]]
@@ -60,7 +60,7 @@ def near_pairs(
         first: (N,) uint64.
         second: (M,) uint64.
         distance: 0 to 64.
-        same: numbers (N,) and (M,) that say which pictures are equal; these are left out.
+        same: ids (N,) and (M,) of the images' content; pairs of equal ids are left out.
         inside: `second` is `first`: only pairs i < j count.
     """
     ours, theirs = np.zeros(len(first), dtype=bool), np.zeros(len(second), dtype=bool)
@@ -134,7 +134,7 @@ def _inside(part: Scanned, distance: int) -> Iterator[Finding]:
 
 
 def _contradictory(part: Scanned) -> Iterator[Finding]:
-    """Yield equal images whose masks differ."""
+    """Yield findings about equal images whose masks differ."""
     for_image = [records for records in _by_digest(part).values() if len({r.mask_digest for r in records}) > 1]
     if for_image:
         yield Finding(

@@ -1,4 +1,4 @@
-"""Faults of single files: unreadable, of another size, turned, values without class, masks saved with loss."""
+"""Checks of single files: unreadable, size mismatch, EXIF rotation, values without class, lossy masks."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -22,7 +22,7 @@ _SKIP = "Or leave the pairs out: data.on_error=skip."
 
 
 def check_files(splits: Sequence[Scanned]) -> Iterator[Finding]:
-    """Yield what is wrong with single files, over all splits together."""
+    """Yield findings about single files, over all splits together."""
     records = [record for part in splits for record in part.records]
     yield from _unreadable(records)
     yield from _foreign_ids(splits)
@@ -31,7 +31,7 @@ def check_files(splits: Sequence[Scanned]) -> Iterator[Finding]:
 
 
 def check_orientation(splits: Sequence[Scanned]) -> Iterator[Finding]:
-    """Yield the images that are turned as they are read, while their masks are not."""
+    """Yield a finding of the images that are rotated on reading while their masks are not."""
     turned = [(part, record) for part in splits for record in part.records if _is_turned(record.image)]
     if turned:
         total = sum(len(part.records) for part in splits)
@@ -48,11 +48,11 @@ def check_orientation(splits: Sequence[Scanned]) -> Iterator[Finding]:
 
 
 def _is_turned(image: str) -> bool:
-    if Path(image).suffix.lower() not in IMAGE_SUFFIXES:  # a video's frame, which has no file of its own
+    if Path(image).suffix.lower() not in IMAGE_SUFFIXES:  # a video frame has no file of its own
         return False
     try:
         return is_turned(image)
-    except Exception:  # a decoder may raise anything on a damaged file, which other checks tell
+    except Exception:  # a decoder may raise anything on a damaged file, which other checks report
         return False
 
 
@@ -121,7 +121,7 @@ def _advice(part: Scanned, foreign: Sequence[str], records: Sequence[Record]) ->
 
 
 def _count_objects(records: Sequence[Record], part: Scanned) -> bool:
-    """Return whether the numbers in each mask are 1, 2, ... to a number of its own, as those of instances are."""
+    """Return whether the ids in each mask are 1, 2, ... up to a number of its own, as instance IDs are."""
     ids = [{int(value) for value in record.raw if value.isdecimal()} - {0, part.ignore_index} for record in records]
     counted = all(numbers == set(range(1, len(numbers) + 1)) for numbers in ids)
     return counted and (len(part.classes) == 2 or len({len(numbers) for numbers in ids}) > 1)

@@ -1,4 +1,4 @@
-"""Masks that belong to another image: told by how well their borders lie on each image's edges."""
+"""Checks for masks paired with the wrong image, by how well mask borders match image edges."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -11,17 +11,17 @@ from dinoseg.data.scan.record import Record
 from dinoseg.utils.wording import count_of
 
 _ROWS = 512  # images compared at once
-_SPAN = 4096  # images further apart in the order of the names are not compared
-_GAIN = 0.45  # what a swap back must gain, as a share of what a mask commonly fits by
+_SPAN = 4096  # images further apart in name order are not compared
+_GAIN = 0.45  # minimum gain of a swap, as a share of the median fit
 _LEAST_GAIN = 0.15
-_LEAST_FIT = 0.12  # below it masks do not follow edges, and nothing can be told
-_GOOD_FIT = 0.3  # share of the common fit that both masks must reach on the other's image
-_STEPS = (1, -1, 2, -2, 3, -3)  # shifts of the masks against the images that are looked for
+_LEAST_FIT = 0.12  # below it, masks do not follow edges, and no swap can be detected
+_GOOD_FIT = 0.3  # share of the median fit that both masks must reach on the other's image
+_STEPS = (1, -1, 2, -2, 3, -3)  # shifts of the masks against the images that are tried
 _CLEARLY, _MOSTLY, _FEWEST = 0.02, 0.4, 8
 
 
 def check_pairing(part: Scanned) -> Iterator[Finding]:
-    """Yield swapped masks, masks shifted against the images, and one mask that several images have."""
+    """Yield findings about swapped masks, masks shifted against the images, and a mask shared by several images."""
     records = [record for record in part.records if record.edges and record.borders]
     if len(records) > 1:
         edges, borders = _unit_rows(records)
@@ -34,14 +34,20 @@ def check_pairing(part: Scanned) -> Iterator[Finding]:
 
 
 def swapped_pairs(edges: np.ndarray, borders: np.ndarray) -> list[tuple[int, int]]:
-    """Return pairs (i, j), i < j, whose masks fit far better the other way round.
+    """Return pairs (i, j), i < j, whose masks fit far better when swapped.
 
-    With s(i, j) the correlation of image i's edges with mask j's borders, both s(i, j) > s(i, i) and
-    s(j, i) > s(j, j) must hold, and the sum must grow by about half of what is common in the data set.
+    Let s(i, j) be the correlation of image i's edges with mask j's borders, and m the median of s(i, i). A swap
+    requires:
+
+    - s(i, j) > s(i, i) and s(j, i) > s(j, j);
+    - both s(i, j) and s(j, i) at least 0.3 m;
+    - a gain in the sum of at least max(0.15, 0.45 m).
+
+    If m < 0.12, no pair is returned.
 
     Args:
         edges: (N, P) float32, rows of mean 0 and length 1.
-        borders: (N, P) likewise.
+        borders: (N, P) float32, rows of mean 0 and length 1.
     """
     own_fit = np.einsum("np,np->n", edges, borders)  # (N,)
     common = float(np.median(own_fit))
@@ -81,7 +87,7 @@ def _unit(rows: np.ndarray) -> np.ndarray:
 
 
 def _shift(edges: np.ndarray, borders: np.ndarray) -> int:
-    """Return by how many places most masks fit better, 0 where they fit best as they are."""
+    """Return the shift of masks against images, in positions, that clearly improves the fit; 0 if there is none."""
     if len(edges) < _FEWEST:
         return 0
     own_fit = np.einsum("np,np->n", edges, borders)
@@ -123,7 +129,7 @@ def _swapped(part: Scanned, records: Sequence[Record], edges: np.ndarray, border
 
 
 def _shared(part: Scanned) -> Iterator[Finding]:
-    """Yield masks of several classes that stand beside different images."""
+    """Yield a finding about multi-class masks that are paired with different images."""
     groups = defaultdict(list)
     for record in part.records:
         if record.mask_digest and len(record.pixels) > 1:

@@ -1,4 +1,4 @@
-"""What is on both sides of a split: the same files, one video or drive."""
+"""Checks for data on both sides of a split: the same files, or frames of one video or drive."""
 
 import os
 from collections import defaultdict
@@ -11,13 +11,14 @@ from dinoseg.data.splits import regex_group
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import count_of, listed
 
-_NEARLY_ALL = 0.9  # share of the smaller split that makes two splits one
+_NEARLY_ALL = 0.9  # share of the smaller split above which two splits count as the same
 
 
 def check_same_files(splits: Sequence[Scanned]) -> Iterator[Finding]:
-    """Yield the images of two splits that are one file, or a copy: one name, one length, one mask of several classes.
+    """Yield a finding of the images of two splits that are one file, or a copy of it.
 
-    Training stops where nearly all of a split is the other's very files, and warns of copies.
+    A copy has the same name, the same length and the same mask of several classes. Training stops if nearly all of a
+    split are the other's very files; copies only log a warning.
     """
     for first, second in combinations(splits, 2):
         both = same_files(first, second)
@@ -39,7 +40,7 @@ def check_same_files(splits: Sequence[Scanned]) -> Iterator[Finding]:
 
 
 def same_files(first: Scanned, second: Scanned) -> list[tuple[Record, Record]]:
-    """Return the pairs of the second split that are in the first too, each with its twin there."""
+    """Return the pairs of the second split that are also in the first, each preceded by its twin there."""
     twins = {key: record for record in reversed(first.records) for key in _identity(record)}
     both = []
     for record in second.records:
@@ -59,10 +60,10 @@ def _identity(record: Record) -> Iterator[tuple[str | int, ...]]:
 
 
 def check_groups(splits: Sequence[Scanned], group: str | None) -> Iterator[Finding]:
-    """Yield the groups whose images are on two sides.
+    """Yield findings about groups whose images are on two sides of the split.
 
     Args:
-        splits: what is compared.
+        splits: the splits to compare.
         group: regular expression on the name; None: the first folder of the name is the group.
     """
     try:

@@ -1,4 +1,4 @@
-"""SAR-RARP50: masks counted against the video they were drawn on."""
+"""Check of SAR-RARP50 masks against the frame count of their videos."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ from dinoseg.utils.wording import count_of, listed
 
 
 def check_videos(splits: Sequence[Scanned]) -> Iterator[Finding]:
-    """Yield the videos of N frames that have other masks than one for every 60th, floor((N - 1) / 60) + 1."""
+    """Yield findings about videos whose masks are not one per 60th frame: floor((N - 1) / 60) + 1 of N frames."""
     mask_folders = {Path(record.mask).parent for part in splits for record in part.records}
     for folder in sorted(mask_folder.parent for mask_folder in mask_folders if mask_folder.name == MASK_FOLDER):
         if (folder / VIDEO).is_file():
@@ -28,7 +28,7 @@ def _check_masks_of_frames(folder: Path) -> Iterator[Finding]:
     masks = png_files(folder / MASK_FOLDER)
     frames = prepared_frames(folder) or promised_frames(folder / VIDEO)
     if masks.keys() != _due(frames):
-        frames = count_frames(folder / VIDEO)  # a header may be off by a frame or two: only counting tells
+        frames = count_frames(folder / VIDEO)  # a header may be off by a frame or two, so count them
     due = _due(frames)
     if masks.keys() != due:
         missing, extra = sorted(due - masks.keys()), sorted(masks.keys() - due)
