@@ -1,4 +1,4 @@
-"""dinoseg: DINO backbones as segmenters, from Hydra configs; `load` gives a trained one to use without any."""
+"""Segmentation with DINO backbones, trained from Hydra configs; `load` loads a trained model without a config."""
 
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
@@ -11,12 +11,12 @@ __all__ = ["Model", "__version__", "load"]
 
 try:
     __version__ = version("dinoseg")
-except PackageNotFoundError:  # a source tree that was never installed
+except PackageNotFoundError:  # a source tree that is not installed
     __version__ = "0+unknown"
 
 
 def __getattr__(name: str) -> Any:
-    """Import `load` and `Model` when they are first asked for: `import dinoseg` alone stays light."""
+    """Import `load` and `Model` on first access, so that `import dinoseg` stays cheap."""
     if name == "load":
         from dinoseg.export.runtime.load import load
 

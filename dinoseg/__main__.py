@@ -1,4 +1,4 @@
-"""`python -m dinoseg`: compose the config, and hand it to launch."""
+"""Entry point of `python -m dinoseg`: composes the config and launches the job."""
 
 import argparse
 import os
@@ -8,22 +8,22 @@ from io import TextIOWrapper
 from pathlib import Path
 
 CONFIGS = str(Path(__file__).parent / "cfg")
-failures: list[str] = []  # messages of the jobs that did not end well
+failures: list[str] = []  # error messages of failed jobs
 
 
 def main() -> None:
-    """Run the command line; exit status 1 where any job failed, 141 where nobody reads on, as of `| head`."""
-    if sys.platform == "darwin":  # torch reads it once, when it is imported: what MPS lacks, the CPU computes
+    """Run the command line; exit with 1 if a job failed, 130 on Ctrl-C, 141 if the reader of stdout is gone."""
+    if sys.platform == "darwin":  # torch reads it on import: the CPU computes what MPS does not support
         os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
     if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is: a pipe on Windows knows few letters
+        sys.stdout.reconfigure(errors="backslashreplace")  # like stderr: pipes on Windows encode few characters
     try:
         _command(sys.argv[1:])
         sys.stdout.flush()
     except BrokenPipeError:
         _leave_if_unread()
         raise
-    except KeyboardInterrupt:  # before a job begins, which says itself what is left of it
+    except KeyboardInterrupt:  # before a job begins; a running job reports an interrupt itself
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
     if failures:
@@ -31,11 +31,11 @@ def main() -> None:
 
 
 def _leave_if_unread() -> None:
-    """End the process where the reader of standard output has gone: there is nobody to tell."""
+    """Exit with 141 if the reader of standard output has gone."""
     try:
         print(flush=True)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python reports it again at exit
         sys.exit(141)
 
 
@@ -66,28 +66,28 @@ def _command(arguments: list[str]) -> None:
     register_resolvers()
     hush_schemas()
     folders = config_folders(arguments, Path(CONFIGS))
-    # Python 3.14 looks into each help text as it is given; one of Hydra 1.3 is an object, on which it would end
+    # Python 3.14 formats each help text when it is added, which fails on an object that Hydra 1.3 passes
     argparse.ArgumentParser._check_help = lambda *_: None  # type: ignore[attr-defined]
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # so that an error comes back as it was raised
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # raise errors unchanged
     try:
         words = with_recipe_files(as_text(flags_last(arguments), Path(CONFIGS)), folders)
         check_patterns(words, folders)
         check_intervals(words)
         sys.argv[1:] = with_own_keys(words)
-        with telling_file_errors(Path.cwd()):  # of the run folder itself, which Hydra makes
+        with telling_file_errors(Path.cwd()):  # errors of the run folder, which Hydra creates
             hydra.main(version_base="1.3", config_path=CONFIGS, config_name="main")(run)()
     except UserError as error:
         _fail(str(error))
     except HydraException as error:
         _fail(explain(sys.argv[1:], folders, error))
-    except YAMLError as error:  # of a config file of the user's
+    except YAMLError as error:  # in a user's config file
         _fail(f"A config file is no YAML: {' '.join(str(error).split())}. Correct it there.")
     except (ImportError, RuntimeError) as error:
         message = missing_extra(sys.argv[1:], error)
         if not message:
             raise
         _fail(message)
-    except ValueError as error:  # Hydra's and OmegaConf's, of what a word may not stand for; or a job's
+    except ValueError as error:  # by Hydra and OmegaConf for invalid values, or by a job
         message = explain_value(sys.argv[1:], folders, error)
         if not message:
             raise
@@ -102,11 +102,11 @@ def _fail(message: str) -> None:
 def _tell(message: str) -> None:
     from dinoseg.utils.wording import printable
 
-    print(f"error: {printable(message)}", file=sys.stderr)  # a word of the command line may stand in it
+    print(f"error: {printable(message)}", file=sys.stderr)  # it may quote an override with unprintable characters
 
 
 def run(cfg):  # noqa: ANN001, ANN201 - hydra.main wants the bare signature
-    """Run one job; a mistake that the user can mend is one message, and a sweep goes on after any failure."""
+    """Run one job; print a user error as one message, and continue a sweep after any failure."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
@@ -118,7 +118,7 @@ def run(cfg):  # noqa: ANN001, ANN201 - hydra.main wants the bare signature
 
     hydra_cfg = HydraConfig.get()
     composed = job_config(cfg, hydra_cfg.runtime.choices)
-    words = plain(hydra_cfg.overrides)["task"]  # as typed: asked for one by one, each `${...}` in them is resolved
+    words = plain(hydra_cfg.overrides)["task"]  # as typed: single access would resolve each `${...}`
     try:
         with raised():
             return launch(composed, Path(hydra_cfg.runtime.output_dir), words)
@@ -141,7 +141,7 @@ def run(cfg):  # noqa: ANN001, ANN201 - hydra.main wants the bare signature
             raise
         else:
             message = f"{type(error).__name__}: {error}"
-            traceback.print_exc()  # raised, it would cost the sweep its table
+            traceback.print_exc()  # raising would lose the sweep's table
     failures.append(message)
     return {"error": message}
 

@@ -1,4 +1,4 @@
-"""Why a training stays below its floor: each likely cause is tried on the same images, not guessed."""
+"""Diagnosis of runs below their linear-probe baseline: each likely cause is tested on the same images."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,22 +19,22 @@ from dinoseg.training.optim import Pace, set_learning_rates, tensors_of
 from dinoseg.training.validation import evaluate
 from dinoseg.utils.wording import listed, typed
 
-COLOURS = {  # RGB means and deviations that published weights were trained with
+COLOURS = {  # RGB means and standard deviations of published weights
     "ImageNet's": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "0.5 throughout": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
     "CLIP's": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
     "none at all": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
 }
-_FAR = 1.25  # times the crop, or a part of it, that images of another size are
-_STEPS = 8  # on from the best checkpoint, at each rate
-_FACTORS = (1.0, 0.1, 10.0, 0.01, 100.0)  # of the rate; its own first
-_EARLY = 0.5  # of the steps: what was best before was tried for as long again
-_CLEAR = 0.98  # of another loss: what is not lower than that is no better
+_FAR = 1.25  # ratio of image side to crop side from which the sizes are too different
+_STEPS = 8  # from the best checkpoint on, at each learning rate
+_FACTORS = (1.0, 0.1, 10.0, 0.01, 100.0)  # of the learning rate; the unchanged one first
+_EARLY = 0.5  # share of the steps; if the best score came earlier, more steps did not help
+_CLEAR = 0.98  # factor; a loss has to be below this share of another one to count as lower
 Cause = Callable[[Held], str | None]
 
 
 def absent_classes(held: Held) -> str | None:
-    """Name classes that the training masks lack, and what they cost."""
+    """Return a message that names classes absent from the training masks, and their cost; None if there are none."""
     train = held.regime.feed.train
     seen = class_counts(train, held.cfg.cache_dir)
     rows = held.run["classes"]
@@ -51,7 +51,7 @@ def absent_classes(held: Held) -> str | None:
 
 
 def other_colours(held: Held) -> str | None:
-    """Solve the closed form with the colours that other weights were trained with."""
+    """Solve the linear probe with the normalisations of other published weights; return a message if one is better."""
     backbone = held.plain.backbone
     own = backbone.mean.flatten().tolist(), backbone.std.flatten().tolist()
     floors = {}
@@ -77,7 +77,7 @@ def other_colours(held: Held) -> str | None:
 
 
 def far_crop(held: Held) -> str | None:
-    """Ask the model in windows of the size that it was trained on."""
+    """Score the model in sliding windows of its training crop; return a message if that is better."""
     crop = [int(side) for side in held.cfg.resolution.crop]
     masks = (held.val[place]["mask"] for place in range(len(held.val)))
     sizes = [held.model.seen_size((mask.shape[0], mask.shape[1])) for mask in masks]
@@ -95,7 +95,7 @@ def far_crop(held: Held) -> str | None:
 
 
 def learning_rate(held: Held) -> str | None:
-    """Look whether the training images are learnt, and if not, train on for a few steps at other rates."""
+    """Test for overfitting, too few steps and a bad learning rate; return a message on the first one found."""
     train = evaluate(held.model, held.train, held.engine, policy=held.regime.feed.policy)
     floor = solved(held.plain, held.train, held.train, held.cfg, held.engine)
     if train["miou"] >= floor["miou"] - BELOW:
@@ -104,7 +104,7 @@ def learning_rate(held: Held) -> str | None:
             "not the others: it is fitted to them. Give fewer trainer.steps, more images, adapter=frozen, or a larger "
             "optim.optimizer.weight_decay"
         )
-    if type(held.regime) is not ImageRegime:  # others learn from a teacher, too
+    if type(held.regime) is not ImageRegime:  # other regimes also learn from a teacher
         return None
     before, after = _losses(held)
     best = min(after, key=lambda factor: after[factor])
@@ -128,16 +128,17 @@ CAUSES: Sequence[Cause] = (absent_classes, other_colours, far_crop, learning_rat
 
 
 def causes_of(held: Held) -> list[str]:
-    """Return what was found to keep a run below its floor, each as a sentence or two without the last full stop.
+    """Return the causes found, each as a sentence or two without the last full stop.
 
-    Of a run above it the colours alone are tried, where there is time: they cost the floor as much as the run.
+    For a run above its baseline, only other normalisations are tested, if there is time: a wrong one lowers the
+    baseline as much as the run.
     """
     tried = CAUSES if held.is_below else [other_colours] if held.has_time else []
     return [found for cause in tried if not held.has_ended and (found := cause(held))]
 
 
 def _losses(held: Held) -> tuple[float, dict[float, float]]:
-    """Return the loss of the training images, and after a few steps at each of the rates."""
+    """Return the loss on the training images, and the losses after a few steps by factor of the learning rate."""
     model, engine, feed = held.model, held.engine, held.regime.feed
     loss = criteria.loss(held.cfg, held.regime.labelled).to(engine.device)
     batches = list(islice(feed.train_batches(start=0), _STEPS))
@@ -158,7 +159,7 @@ def _losses(held: Held) -> tuple[float, dict[float, float]]:
 
 def _train(held: Held, loss: Any, batches: Sequence[Any], factor: float) -> None:
     optimizer = build.optimizer(held.cfg, held.model)
-    set_learning_rates(optimizer, Pace(lambda *_: factor, step=1, steps=1))  # of all that learns in the end
+    set_learning_rates(optimizer, Pace(lambda *_: factor, step=1, steps=1))  # delayed parameters, too
     held.model.train()
     for drawn in batches:
         batch = drawn.to(held.engine.device)
@@ -174,7 +175,7 @@ def _train(held: Held, loss: Any, batches: Sequence[Any], factor: float) -> None
 
 @contextmanager
 def _restored(model: Segmenter) -> Iterator[None]:
-    """Give a model its weights back."""
+    """Restore the trained weights and the mode of a model after the block."""
     kept: dict[str, Tensor] = {name: value.detach().clone() for name, value in tensors_of(model, trained_names(model))}
     training = model.training
     try:

@@ -1,4 +1,4 @@
-"""A recipe for data, memory and time: facts, then rules, then what is measured of the recipe that they give."""
+"""Search for a recipe that fits data, memory and time: collect facts, apply rules, time the resulting candidates."""
 
 import math
 import shutil
@@ -33,22 +33,22 @@ from dinoseg.utils.workers import in_own_process
 
 Compose = Callable[[Sequence[Choice]], DictConfig]
 Minutes = Annotated[float, Range("a number of minutes above 0 and at most 1000000 (two years)", 0, 1e6, open_at=(0,))]
-_ROOM = 2**30  # bytes of the disk that kept features leave
-_LEAST_TIMED = 0.02  # share of the budget in which a candidate may be timed at least
-_MEASURING = 0.6  # share of a candidate's time after which steps that are timed are not repeated
-_LEAST_LEFT = 0.2  # share of the budget that a training has, however long choosing took
+_ROOM = 2**30  # bytes of disk space that the feature cache leaves free
+_LEAST_TIMED = 0.02  # share of the budget; with less time left, a candidate is not timed
+_MEASURING = 0.6  # share of a candidate's time limit after which timed steps are not repeated
+_LEAST_LEFT = 0.2  # share of the budget reserved for training, however long the search took
 
 
 @dataclass(frozen=True)
 class Tried:
-    """A way to train that was measured.
+    """A candidate that was timed.
 
     Attributes:
-        choices: by which it is this one.
-        cfg: with these.
-        timed: what it takes.
-        length: what of it fits into the time.
-        is_closed_form: whether a head is solved in closed form, without a training.
+        choices: that define the candidate.
+        cfg: config with these choices.
+        timed: measured times.
+        length: training that fits into the remaining time.
+        is_closed_form: whether a linear head is solved in closed form instead of training.
     """
 
     choices: tuple[Choice, ...]
@@ -63,10 +63,10 @@ class Candidate:
     """A way to train the backbone that may be timed.
 
     Attributes:
-        case: what it is chosen for; its images may be smaller.
+        case: inputs of the rules; its images may be reduced.
         way: the adapter.
-        surely: training images from which on it is taken without timing others.
-        least: training images from which on it is taken if no other is.
+        surely: number of training images from which the candidate is chosen without timing others.
+        least: number of training images from which it is chosen if no other candidate is.
     """
 
     case: Case
@@ -76,18 +76,18 @@ class Candidate:
 
 
 class Chooser:
-    """Chooses for one data set and machine.
+    """Search of a recipe for one dataset and machine.
 
     Args:
-        compose: gives the whole config with choices, under what was typed.
-        given: keys and groups that were typed, which are taken as they are.
-        minutes: for everything, from now on.
-        tell: takes what is done next, in words.
-        joined: ranks of this machine that torchrun or Slurm has started, each with its share of the processors; 0: the
-            training starts its own.
+        compose: returns the whole config with choices applied; typed overrides take precedence.
+        given: keys and groups typed on the command line, which stay unchanged.
+        minutes: budget for everything, counted from now.
+        tell: receives progress messages.
+        joined: ranks on this machine that torchrun or Slurm started, each with its share of the cores; 0: the training
+            starts its own ranks.
 
     Attributes:
-        about: what was chosen for, in words; known once that is done.
+        about: one-line summary of data, budget and device; "" until `choose` has returned.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class Chooser:
         self.about = ""
         self._began, self._minutes = monotonic(), minutes
         self._ends, self._choosing_ends = (self._began + 60 * share * minutes for share in (1, rules.CHOOSING))
-        self._longest = 0.0  # seconds of the candidates that were timed
+        self._longest = 0.0  # seconds of the slowest timed candidate
         self._trained: dict[str, bool] = {}
         self.cfg = compose(())
         if self.cfg.trainer.feed != "images":
@@ -112,11 +112,11 @@ class Chooser:
                 "recipe by its name: mode=help lists them."
             )
         check_alone(self.cfg)
-        build.lengths(self.cfg, samples=1)  # refuses what is no number of steps or batches, as the training would
+        build.lengths(self.cfg, samples=1)  # raises for invalid numbers of steps or batches, as training would
         drawn = {"batch_size": self.cfg.data.batch_size, "views": self.cfg.data.get("views")}
         drawn["class_mix"] = self.cfg.data.get("class_mix", 0.0)
         check_given("dinoseg.training.image_feed.ImageFeed", drawn, {key: f"data.{key}" for key in drawn})
-        instantiate(self.cfg.data.augment)  # refuses a crop that is none
+        instantiate(self.cfg.data.augment)  # raises for an invalid crop
         val_images = {"count": self.cfg.trainer.get("val_images")}
         check_given("dinoseg.data.splits.keep_evenly_spaced", val_images, {"count": "trainer.val_images"})
         self.engine: Engine = instantiate(self.cfg.engine, instead={"devices": 1})
@@ -124,14 +124,14 @@ class Chooser:
         self._model = build.outline(self.cfg)
         ranks = (joined or devices) if on_cpu else 1
         self.memory = Memory(self.engine, given, self._model.backbone, ranks)
-        # ranks that the training itself starts on a CPU share the threads with which one alone is timed
+        # on a CPU, ranks started by the training share the threads that a single process is timed with
         self._ranks = 1 if on_cpu and not joined else devices
 
     def choose(self) -> list[Choice]:
-        """Return the choices, in the order in which they were made; those too that were typed otherwise.
+        """Return all choices in the order in which they were made, including those that typed overrides replace.
 
         Raises:
-            UserError: memory does not suffice for any way.
+            UserError: no candidate fits into memory.
         """
         train, val = build.dataset(self.cfg, "train", reduced=True), build.dataset(self.cfg, "val")
         facts = facts_of(train, keep_evenly_spaced(val, self.cfg.trainer.get("val_images")), self.cfg.cache_dir)
@@ -139,7 +139,7 @@ class Chooser:
         by_data, tried = self._way(case)
         chosen = [*by_data, *tried.choices, *self._batch(tried, by_data, case)]
         if not tried.is_closed_form:
-            tried = replace(tried, length=self._length(tried.cfg, tried.timed, facts))  # that took time, too
+            tried = replace(tried, length=self._length(tried.cfg, tried.timed, facts))  # less time is left
         chosen += [*self._rates(tried.cfg), *self._views(tried), self._steps(tried, self._composed(chosen), facts)]
         self.about = headline(facts, self._minutes, self.engine.device.type)
         return chosen
@@ -158,15 +158,16 @@ class Chooser:
         )
 
     def _way(self, case: Case) -> tuple[list[Choice], Tried]:
-        """Return how the backbone is trained, and what the data decides with it: smaller images may leave time to tune.
+        """Choose how to train the backbone; return the choices that follow from the data, and the timed candidate.
 
-        The cheapest candidate is timed first. The others follow, the best first, while there is time for choosing.
+        Both are chosen together, since smaller images may leave time to tune the backbone. The cheapest candidate is
+        timed first. The others follow in order of preference while there is time for the search.
         """
         candidates = self._candidates(case)
         first = self._try(candidates[0], 1, len(candidates))
-        whole: Tried | None = None  # that tunes the backbone, on images that are no smaller
+        whole: Tried | None = None  # tunes the backbone, on images that are not reduced further
         enough: tuple[Candidate, Tried, float, str] | None = None
-        slow = skipped = ""  # notes on candidates that had too little time, and on those that were not timed
+        slow = skipped = ""  # notes on candidates with too little time, and on candidates that were not timed
         for number, candidate in enumerate(candidates[1:], start=2):
             tried = self._try(candidate, number, len(candidates))
             if isinstance(tried, str):
@@ -177,13 +178,13 @@ class Chooser:
             whole = tried if candidate.case is case else whole
             fewest = max(candidate.least, rules.LEAST_STEPS * _per_step(tried.cfg))
             if enough is None and tried.length.images >= fewest:
-                enough = candidate, tried, fewest, slow  # without its own note and those on candidates after it
+                enough = candidate, tried, fewest, slow  # without the notes on this candidate and later ones
             of = " that are smaller" if candidate.case.smaller < 1 else ""
             adapter = tried.cfg.choices.adapter
             slow += f"; with adapter={adapter} there would be time for {tried.length.images} images{of}"
         if enough is not None:
             candidate, tried, fewest, before = enough
-            tried = replace(tried, length=self._length(tried.cfg, tried.timed, case.facts))  # of what time is left
+            tried = replace(tried, length=self._length(tried.cfg, tried.timed, case.facts))  # less time is left by now
             if tried.length.images >= fewest:
                 return self._settled(candidate, tried, before + skipped)
         if whole is not None and (rested := self._rested(whole, case)):
@@ -196,7 +197,7 @@ class Chooser:
         return rules.by_data(candidate.case), _noted(tried, notes)
 
     def _candidates(self, case: Case) -> list[Candidate]:
-        """Return ways of training: the cheapest, which is the last resort, then the others, the best first."""
+        """Return the candidates: the cheapest (the fallback) first, then the others in order of preference."""
         any_number, never = -math.inf, math.inf
         if "adapter" in self.given:
             return [Candidate(case, Choice({"adapter": self.cfg.choices.adapter}, "as given"), any_number, never)]
@@ -215,7 +216,7 @@ class Chooser:
         return any(key.partition(".")[0] == "resolution" for key in self.given)
 
     def _rested(self, tuned: Tried, case: Case) -> Tried | None:
-        """Return the way that tunes the backbone once the head has learnt while it rests, if there is time for it."""
+        """Return the variant that freezes the backbone at first; None if it was not timed or takes too long."""
         if tuned.timed.resting is None:
             return None
         image = rules.REST * tuned.timed.resting + (1 - rules.REST) * tuned.timed.image
@@ -226,21 +227,21 @@ class Chooser:
         return Tried((rules.rested(case), *tuned.choices[1:]), tuned.cfg, timed, length)
 
     def _may_rest(self, case: Case) -> bool:
-        able = "backbone_begin" in self.cfg.optim.optimizer and self.cfg.engine.devices == 1  # ranks gain no time by it
+        able = "backbone_begin" in self.cfg.optim.optimizer and self.cfg.engine.devices == 1  # saves ranks no time
         typed = self.given & {"adapter", "optim.optimizer.backbone_begin"}
         return able and not typed and case.sees_pixels and case.smaller == 1
 
     def _try(self, candidate: Candidate, number: int, count: int) -> Tried | str:
-        """Time a candidate; return why that was not possible where there is too little memory or time for choosing.
+        """Time a candidate; return a note instead if memory or the time for the search does not suffice.
 
-        The first one gets an estimate then: by its time limit, or by a share of the budget where reading the data has
-        spent the time for choosing; `trainer.max_minutes` bounds what takes longer. The others are started only if they
-        can be shorter than it.
+        The first candidate is estimated if timing it times out: from its time limit, or from a share of the budget if
+        reading the data used up the time for the search. `trainer.max_minutes` stops a training that turns out slower.
+        Later candidates are timed only if more time is left than the slowest candidate took so far.
 
         Args:
             candidate: to time.
-            number: of it, from 1.
-            count: of candidates.
+            number: of the candidate, from 1.
+            count: number of candidates.
         """
         began = monotonic()
         words = " ".join(f"{key}={value}" for key, value in candidate.way.words.items())
@@ -269,7 +270,7 @@ class Chooser:
         return Tried(tuple(choices[len(by_data) :]), cfg, timed, self._length(cfg, timed, candidate.case.facts))
 
     def _composed_for(self, choices: Sequence[Choice], case: Case) -> tuple[list[Choice], DictConfig]:
-        """Return choices with those that follow from them, and the config by which they are timed."""
+        """Return `choices` extended by the choices that follow from them, and the config for timing."""
         trial = self._least_batch(case)
         adapter = choices[-1].words["adapter"]
         trains = self._trains_backbone(self.cfg) if "adapter" in self.given else adapter != "frozen"
@@ -279,7 +280,7 @@ class Chooser:
         return ([*found, *changes], self._composed([trial, *found, *changes])) if changes else (found, cfg)
 
     def _trains_backbone(self, cfg: DictConfig) -> bool:
-        """Return whether anything of the backbone is trained; a model is outlined once for each adapter."""
+        """Return whether any backbone parameter is trained; cached per adapter, since it needs a model outline."""
         key = repr(plain(cfg.adapter))
         if key not in self._trained:
             self._trained[key] = build.outline(cfg).backbone.first_trained is not None
@@ -296,7 +297,7 @@ class Chooser:
         return timed
 
     def _shortened(self, by_data: list[Choice], tried: Tried, case: Case) -> tuple[list[Choice], Tried]:
-        """Return a training of a few steps at least: on smaller images, and if these are too many, in closed form."""
+        """Return a training of at least `LEAST_STEPS` steps: on smaller images, else a head solved in closed form."""
         least = rules.LEAST_STEPS * _per_step(tried.cfg)
         if not self._sizes_given and case.longest is None:
             whole = tried.timed
@@ -317,20 +318,23 @@ class Chooser:
 
     @property
     def _least_timed(self) -> float:
-        """Seconds below which timing a candidate is not worth its start."""
+        """Seconds below which timing a candidate is not worth starting its process."""
         return _LEAST_TIMED * 60 * self._minutes
 
     @property
     def _left(self) -> float:
-        """Seconds that are left for the training; a part of the budget, however long choosing took."""
+        """Seconds left for the training: at least a fixed share of the budget, however long the search took."""
         return max(self._ends - monotonic(), _LEAST_LEFT * 60 * self._minutes)
 
     def _length(self, cfg: DictConfig, timed: Seconds, facts: Facts) -> Length:
-        """Return what fits into the time that is left."""
+        """Return the training length that fits into the remaining time."""
         return length_within(self._left, timed, facts, views=self._possible_views(cfg, timed, facts))
 
     def _batch(self, tried: Tried, by_data: Sequence[Choice], case: Case) -> Iterator[Choice]:
-        """Yield how many images are taken at once, where memory has not decided it: no more than fit."""
+        """Yield the batch size: the desired one, or the largest below it that fits into memory.
+
+        Nothing is yielded if fitting the memory has already set the batch size.
+        """
         if any("data.batch_size" in choice.words for choice in tried.choices):
             return
         sized = partial(rules.batch, tried.length.images, case.facts, self.cfg.engine.devices)
@@ -378,7 +382,7 @@ class Chooser:
         length, words = tried.length, dict[str, Any]()
         steps = max(1, length.images // _per_step(cfg))
         words["trainer.steps"], words["trainer.val_every"] = steps, math.ceil(steps / length.validations)
-        # by now: choosing the batch and composing the config took time as well
+        # counted from now: choosing the batch size and composing the config took time, too
         limit = length_within(self._left, tried.timed, facts, views=[length.views]).limit
         words["trainer.max_minutes"] = float(f"{limit / 60:.3g}")
         fewer = ""
@@ -405,6 +409,6 @@ def _existing(path: Path) -> Path:
 
 
 def _noted(tried: Tried, notes: str) -> Tried:
-    """Return a way with what became of the others in the reason of its first choice."""
+    """Return `tried` with notes on the other candidates appended to the reason of its first choice."""
     first, *others = tried.choices
     return replace(tried, choices=(replace(first, reason=f"{first.reason}{notes}"), *others))

@@ -1,4 +1,4 @@
-"""What of a data set decides how it is trained on: how large its images are, how rare and how thin its classes."""
+"""Facts about a dataset that decide how to train on it: image size, rare classes and thin classes."""
 
 import math
 from collections.abc import Iterator
@@ -16,19 +16,20 @@ from dinoseg.data.scan.scan import scan
 from dinoseg.utils.cores import count_cores
 from dinoseg.utils.wording import count_of, listed
 
-_LOOKED_AT = 48  # masks whose parts are measured, evenly spaced
-_LEAST, _PIXELS = 8, 2**24  # masks at least, and pixels of them all: a megapixel takes about 0.1 s for each class
-_BORDER = 1  # of the distance to the nearest pixel that is none of a part, counted from its own middle
+_LOOKED_AT = 48  # evenly spaced masks that are read to measure parts
+_LEAST, _PIXELS = 8, 2**24  # masks at least, and pixels in all: a megapixel takes about 0.1 s per class
+_BORDER = 1  # px; distances run between pixel centres, so doubling them counts one pixel too many
 
 
 @dataclass(frozen=True)
 class ClassFacts:
-    """What is known of a class.
+    """Facts about a class.
 
     Attributes:
         name: of the class.
-        share: of the labelled training pixels that are of it.
-        width: px; half of its pixels lie in connected parts that are nowhere wider. NaN where no mask looked at has it.
+        share: of the labelled training pixels.
+        width: px; half of the class's pixels lie in connected parts of at most this width. NaN: not in the sampled
+            masks.
     """
 
     name: str
@@ -38,11 +39,11 @@ class ClassFacts:
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of a data set.
+    """Facts about a dataset.
 
     Attributes:
-        images: to train on.
-        val_images: to validate on.
+        images: number of training images.
+        val_images: number of validation images.
         size: medians of (H, W) of the training images.
         classes: in the order of their ids.
     """
@@ -58,22 +59,22 @@ class Facts:
         return [each.name for each in self.classes if each.share == 0]
 
     def thinner(self, width: float) -> list[ClassFacts]:
-        """Return the classes whose parts are thinner than so many pixels, the thinnest first."""
+        """Return the classes whose parts are thinner than `width` px, the thinnest first."""
         return sorted((each for each in self.classes if each.width < width), key=lambda each: each.width)
 
     def rarer(self, share: float) -> list[ClassFacts]:
-        """Return the classes that have less than a share of the pixels, and some, the rarest first."""
+        """Return the classes that cover less than `share` of the pixels, but more than none, the rarest first."""
         return sorted((each for each in self.classes if 0 < each.share < share), key=lambda each: each.share)
 
 
 def facts_of(train: SegmentationData, val: SegmentationData, cache_dir: str | Path) -> Facts:
-    """Return what is known of a data set; each training mask is read once, and what it holds kept in `cache_dir`.
+    """Return the facts about a dataset; each training mask is read once, and its counts are cached in `cache_dir`.
 
     Raises:
         UserError: a mask cannot be read.
     """
     counts = class_counts(train, cache_dir)
-    files = train.source if isinstance(train, PairDataset) else train  # packed ones may be reduced
+    files = train.source if isinstance(train, PairDataset) else train  # packed masks may be reduced
     places = evenly_spaced(len(train), _LOOKED_AT)
     masks = [files[place]["mask"].numpy() for place in places]
     names = [str(name) for name in train.classes]
@@ -88,7 +89,7 @@ def facts_of(train: SegmentationData, val: SegmentationData, cache_dir: str | Pa
 
 
 def headline(facts: Facts, minutes: float, device: str) -> str:
-    """Return what is chosen for, in a line."""
+    """Return a one-line summary of data, time budget and device."""
     height, width = facts.size
     absent = f"; without a pixel in train: {listed(facts.absent)}" if facts.absent else ""
     return (
@@ -98,10 +99,10 @@ def headline(facts: Facts, minutes: float, device: str) -> str:
 
 
 def parts_of(mask: np.ndarray, num_classes: int) -> Iterator[tuple[int, float, int]]:
-    """Yield class, width and pixels of each connected part of a mask (H, W).
+    """Yield class id, width in px and number of pixels of each connected part of a mask (H, W).
 
-    A part is as wide as the largest disc within it, by distances to the nearest pixel that is none of it: exact to a
-    pixel of lines. Beyond the image's border it is taken to go on.
+    The width is the diameter of the largest disc inside the part, by distances to the nearest pixel outside. It is
+    exact to a pixel for lines. A part at the image border is assumed to continue beyond it.
     """
     for id in range(num_classes):
         inside = (mask == id).astype(np.uint8)
@@ -109,14 +110,14 @@ def parts_of(mask: np.ndarray, num_classes: int) -> Iterator[tuple[int, float, i
             continue
         count, labels, stats, _ = cv2.connectedComponentsWithStats(inside, connectivity=8)
         distance = np.minimum(cv2.distanceTransform(inside, cv2.DIST_L2, cv2.DIST_MASK_PRECISE), max(mask.shape))
-        deepest = np.zeros(count, distance.dtype)  # of another type it takes ten times as long
+        deepest = np.zeros(count, distance.dtype)  # another dtype takes ten times as long
         np.maximum.at(deepest, labels.ravel(), distance.ravel())
         widths = np.minimum(2 * deepest - _BORDER, min(mask.shape))
         yield from ((id, float(widths[part]), int(stats[part, cv2.CC_STAT_AREA])) for part in range(1, count))
 
 
 def median_width(parts: np.ndarray) -> float:
-    """Return the width that half of the pixels of parts (N, 3), as of `parts_of`, do not exceed; NaN of none."""
+    """Return the width that half of the pixels of parts (N, 3) from `parts_of` do not exceed; NaN without parts."""
     if not len(parts):
         return float("nan")
     ordered = parts[parts[:, 1].argsort()]
@@ -125,7 +126,7 @@ def median_width(parts: np.ndarray) -> float:
 
 
 def _size(train: SegmentationData, masks: list[np.ndarray], cache_dir: str | Path) -> Size:
-    """Return the medians of height and width, of all training images where they are files."""
+    """Return the medians of height and width; over all training images if they are files, else over the masks."""
     sizes = [mask.shape for mask in masks]
     if isinstance(train, PairDataset):
         source = train.source

@@ -1,4 +1,4 @@
-"""How a recipe fits a memory: what of it changes, from what costs nothing to what makes another model of it."""
+"""Search for changes that make a recipe fit into memory, from free changes to ones that change the model."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,13 +17,13 @@ from dinoseg.tasks.least_batch import check_batch, least_batch
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import count_of, typed
 
-_SHARES = (0.75, 0.5, 0.25, 0.125)  # of the blocks that a smaller adapter trains
-Words = Mapping[str, Any]  # keys of the config, and groups, with their values
+_SHARES = (0.75, 0.5, 0.25, 0.125)  # of the blocks, trained by smaller adapters
+Words = Mapping[str, Any]  # config keys and groups with their values
 
 
 @dataclass(frozen=True)
 class Change:
-    """What of a recipe is set otherwise, and why."""
+    """Config overrides that reduce memory, with a reason."""
 
     words: Words
     reason: str
@@ -34,7 +34,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Fit:
-    """A recipe with changes, and what a step of it takes."""
+    """A recipe with changes, and the memory of a step."""
 
     cfg: DictConfig
     changes: tuple[Change, ...]
@@ -43,15 +43,15 @@ class Fit:
 
 
 class Fitting:
-    """Looks for the least change by which a recipe fits a memory; each step has the same samples as before.
+    """Search for the smallest change with which a recipe fits into memory; the samples per step stay the same.
 
     Args:
         cfg: the whole config.
-        target: what it is to fit.
-        may_change_model: whether fewer blocks may be trained where nothing else helps.
+        target: device and memory to fit.
+        may_change_model: whether fewer blocks may be trained if nothing else helps.
 
     Raises:
-        UserError: the head cannot be trained on so few samples a device.
+        UserError: the head cannot be trained with so few samples per device.
     """
 
     def __init__(self, cfg: DictConfig, target: Target, *, may_change_model: bool = True) -> None:
@@ -64,33 +64,33 @@ class Fitting:
 
     @property
     def as_it_is(self) -> Fit:
-        """The recipe without a change."""
+        """The recipe without changes."""
         return self._fit(())
 
     def found(self) -> Fit | None:
-        """Return the recipe with the least change by which it fits; None: none does."""
+        """Return the recipe with the smallest change that fits; None if none does."""
         for smaller in self._adapters():
             fits = [fit for again in self._recomputing() if (fit := self._largest((*smaller, *again)))]
             if fits:
-                # where what goes through at once counts, time is given for larger parts
+                # if the micro-batch size affects the result, large micro-batches are worth the time
                 return max(fits, key=lambda fit: fit.cfg.data.batch_size) if self._bound else fits[0]
         return None
 
     @property
     def least(self) -> Fit:
-        """The one that takes least of all that were tried."""
+        """The variant with the lowest memory among those tried."""
         return min(self._tried.values(), key=lambda fit: fit.need)
 
     @cached_property
     def _bound(self) -> str:
-        """What depends on how many samples go through the model at once, in words; "": nothing does."""
+        """Parts whose result depends on the micro-batch size, in words; "" if none does."""
         parts = (part for part in self._model.modules() if isinstance(part, _BatchNorm))
         norms = ["BatchNorm takes its statistics"] if any(part.training for part in parts) else []
         sums = [f"loss={self.cfg.choices.loss} takes its sums"] if criteria.unweighted(self.cfg).sums_over_batch else []
         return " and ".join(norms + sums)
 
     def _adapters(self) -> Iterator[tuple[Change, ...]]:
-        """Yield the adapter as it is, then ones that train ever fewer of the last blocks."""
+        """Yield no change, then LoRA if all weights are trained, then ever fewer trained blocks at the end."""
         yield ()
         adapter, blocks = self.cfg.adapter, len(list(self._model.backbone.blocks))
         if not self._may_change_model or not _is_trained(self._model.backbone):
@@ -107,7 +107,7 @@ class Fitting:
             yield (Change({**words, "adapter.blocks": count}, reason),)
 
     def _recomputing(self) -> Iterator[tuple[Change, ...]]:
-        """Yield that activations are kept, then that they are computed again."""
+        """Yield no change, then activation checkpointing."""
         yield ()
         parts = {"backbone": self._model.backbone, "head": self._model.head}
         off = [
@@ -118,7 +118,7 @@ class Fitting:
             yield (Change({f"{name}.checkpointing": True for name in off}, reason),)
 
     def _largest(self, changes: tuple[Change, ...]) -> Fit | None:
-        """Return the fit with the most samples at once."""
+        """Return the fit with the largest batch size; None if no batch size fits."""
         sizes = self._sizes()
         try:
             if self._fit((*changes, *self._parts(sizes[-1]))).need > self.target.memory:
@@ -128,10 +128,10 @@ class Fitting:
         except UserError:
             if not changes:
                 raise
-            return None  # a part that cannot do this
+            return None  # a part does not support the change
 
     def _sizes(self) -> list[int]:
-        """Return the batches of which some make a step's samples, the largest first."""
+        """Return the batch sizes that divide the samples of a step, the largest first."""
         world, most = self.target.world, self._batch if self._bound else self._effective
         least = world * self._least
         sizes = [size for size in range(most, 0, -1) if self._effective % size == 0 and size % world == 0]
@@ -179,7 +179,7 @@ class Fitting:
 
 
 def changed(cfg: DictConfig, changes: tuple[Change, ...]) -> DictConfig:
-    """Return a config with changes."""
+    """Return a copy of a config with changes applied."""
     new = OmegaConf.create(OmegaConf.to_container(cfg))
     assert isinstance(new, DictConfig)
     for change in changes:

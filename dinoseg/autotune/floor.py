@@ -1,6 +1,6 @@
-"""A training held against its floor: the linear head that is solved in closed form, on the same images.
+"""Comparison of a training with its baseline, a linear probe that is solved in closed form on the same images.
 
-A floor is no more than that: it does not say which backbone is best to tune (arXiv 2404.12172).
+The probe is only a baseline: it does not show which backbone is best to tune (arXiv 2404.12172).
 """
 
 import logging
@@ -34,36 +34,36 @@ from dinoseg.utils.devices import synchronize
 from dinoseg.utils.wording import count_of
 
 logger = logging.getLogger(__name__)
-FLOOR = "floor.json"  # in the run folder
-BELOW = 0.01  # of mIoU: less is chance among so few images
-_LEAST_SECONDS = 1.0  # below which nothing can be solved
-_FEW, _MOST = 16, 64  # images of each split
-_WIDEST = 1024  # numbers of a pixel; of more the last map alone is read, since solving takes their third power
-_SOLVED = 3.0  # times what it takes to score an image by a closed form: sums, choosing, solving, and the score
-_COLOURS = 3  # others, with which it is solved as well
-_TIMED = 4  # images of each split, by which the time of one is told
-_TIMING = 0.1  # of the time at most, or of fewer
+FLOOR = "floor.json"  # name of the file in the run folder
+BELOW = 0.01  # mIoU; smaller differences are chance with so few images
+_LEAST_SECONDS = 1.0  # with less time nothing can be solved
+_FEW, _MOST = 16, 64  # minimum and maximum number of images per split
+_WIDEST = 1024  # features per pixel; with more, only the last feature map is read, since solving is cubic in them
+_SOLVED = 3.0  # cost of the probe per image, as a multiple of scoring it: sums, selection, solving and the score
+_COLOURS = 3  # number of other normalisations to solve the probe with
+_TIMED = 4  # images per split that are timed to estimate the cost of one
+_TIMING = 0.1  # maximum share of the time spent on this estimate
 _GRID = {"strengths": (1e-3, 1e-2, 1e-1), "balances": (0.0, 0.5), "held_out": 0.2}
 
 
 @dataclass(frozen=True)
 class Held:
-    """A trained model, and the closed form on the same images.
+    """A trained model and its linear-probe baseline, scored on the same images.
 
     Attributes:
         cfg: the whole config.
         regime: its data.
         engine: device and ranks.
-        model: as it was scored best.
-        plain: the backbone as it came, below a head that is not used.
-        train: images that the closed form is solved from.
+        model: with the weights of the best checkpoint.
+        plain: the pretrained backbone below an unused head.
+        train: images that the probe is solved from.
         val: images that both are scored on.
         run: scores of the model on `val`.
-        floor: of the closed form on `val`.
-        has_time: for other colours, too, where the run is not below it.
-        best_step: of the steps that were done, the one after which the model was scored so.
-        steps: that were done.
-        until: time of `time.monotonic` after which no further cause is looked for.
+        floor: scores of the probe on `val`.
+        has_time: whether there is time to try other normalisations even if the run beats the probe.
+        best_step: step with the best score.
+        steps: number of training steps done.
+        until: deadline for the search of causes, on the clock of `time.monotonic`.
     """
 
     cfg: DictConfig
@@ -82,30 +82,32 @@ class Held:
 
     @property
     def has_ended(self) -> bool:
-        """Whether the time for causes is spent, by the first rank's clock."""
+        """Return whether the time for causes is up, by rank 0's clock."""
         return self.engine.decided(lambda: time.monotonic() >= self.until)
 
     @property
     def is_below(self) -> bool:
-        """Whether the run has learnt less than the closed form."""
+        """Return whether the run scores below the linear probe."""
         return (self.run["miou"] or 0.0) < (self.floor["miou"] or 0.0) - BELOW
 
 
 def held_against_floor(
     cfg: DictConfig, regime: Regime, engine: Engine, model: Segmenter, *, seconds: float
 ) -> Held | None:
-    """Return a run beside its floor; None where there is no time for it, or no class head on images.
+    """Score a run and its linear-probe baseline; return None without a class head on images or without time.
+
+    None is also returned with sharded weights, or if no pixel of the selected images is labelled.
 
     Args:
         cfg: the whole config.
         regime: of the run.
         engine: of the run.
-        model: with the best checkpoint's weights.
-        seconds: that it may take: by them it is decided of how many images, at most 64 of each split.
+        model: with the weights of the best checkpoint.
+        seconds: time limit; it decides the number of images, at most 64 per split.
     """
-    if not isinstance(regime, ImageRegime) or engine.sharded:  # of clips the ranks have parted by now
+    if not isinstance(regime, ImageRegime) or engine.sharded:  # ranks that train on clips are out of step by now
         return None
-    seconds = engine.share(seconds)  # of the first of several ranks, or one would go on without another
+    seconds = engine.share(seconds)  # rank 0's value, or ranks would decide differently and wait for one another
     if seconds < _LEAST_SECONDS:
         return None
     train, val = regime.feed.train, regime.feed.val
@@ -131,7 +133,7 @@ def held_against_floor(
 def solved(
     plain: Segmenter, train: SegmentationData, val: SegmentationData, cfg: DictConfig, engine: Engine
 ) -> Mapping[str, Any]:
-    """Return the scores on `val` of the linear head that is solved from `train`."""
+    """Return the scores on `val` of a linear head that is solved in closed form from `train`."""
     dims = widths(plain.backbone.dim, plain.backbone.num_layers)
     places = list(range(len(dims))) if sum(dims) <= _WIDEST else [len(dims) - 1]
     grid = Grid(**_GRID, group=cfg.data.group, seed=build.seed_of(cfg))  # type: ignore[arg-type]
@@ -143,7 +145,7 @@ def solved(
 
 
 def told(held: Held) -> str:
-    """Return both scores in a sentence."""
+    """Return a sentence with both scores."""
     return (
         f"mIoU {held.run['miou']:.4f} on {count_of(len(held.val), 'validation image')}, where a linear head that is "
         f"solved from {count_of(len(held.train), 'training image')} has {held.floor['miou']:.4f}"
@@ -159,21 +161,21 @@ def _plain(cfg: DictConfig) -> Segmenter:
 def _affordable(
     run: "_Way", plain: "_Way", splits: Sequence[SegmentationData], engine: Engine, seconds: float
 ) -> tuple[int, bool]:
-    """Return how many images of each split there is time for, by some of them; and whether for all there is.
+    """Return how many images per split there is time for, and whether that includes other normalisations.
 
-    That is to solve the closed form with other colours, too. Images may be of many sizes: the first tells little.
+    Images may differ in size, so the estimate averages over several.
 
     Args:
-        run: scores images of val.
-        plain: scores images of both splits, as a closed form does.
+        run: scores validation images.
+        plain: scores images of both splits, as the probe does.
         splits: train and val.
         engine: of the run.
-        seconds: for all.
+        seconds: time limit for everything.
     """
     began = time.perf_counter()
     train, val = ([(data, place) for place in evenly_spaced(len(data), _TIMED)] for data in splits)
     for way in (run, plain):
-        _score(way, val[0], engine)  # the first takes longer
+        _score(way, val[0], engine)  # the first call takes longer
     of_run, of_plain = list[float](), list[float]()
     for one, other in zip_longest(train[::2] + train[1::2], val[::2] + val[1::2]):
         of_plain += [_score(plain, each, engine) for each in (one, other) if each]
@@ -186,14 +188,14 @@ def _affordable(
 
 
 class _Way(NamedTuple):
-    """A model, and how it is asked; None: of whole images."""
+    """A model and its inference strategy; None: whole images."""
 
     model: Segmenter
     policy: Policy | None = None
 
 
 def _score(way: _Way, image: tuple[SegmentationData, int], engine: Engine) -> float:
-    """Return the seconds in which an image is read and scored; ranks are not waited for, since one alone asks."""
+    """Return the seconds to read and score an image; ranks are not synchronised, since only rank 0 calls this."""
     began = time.perf_counter()
     data, place = image
     scored = Scored(way.model, data, engine, policy=way.policy)

@@ -1,11 +1,11 @@
-"""What was typed is not chosen: keys by themselves, and those that stand for them."""
+"""Filter for choices that typed overrides replace, directly or through keys that imply them."""
 
 from collections.abc import Iterable
 from dataclasses import replace
 
 from dinoseg.autotune.rules import Choice
 
-_STAND_FOR = {  # keys that decide others, too
+_STAND_FOR = {  # keys that also imply others
     "loss.weights": ("loss",),
     "loss.criterion.factors.dice": ("loss", "loss.criterion", "loss.criterion.factors"),
     "optim.optimizer.head_lr": ("optim.optimizer.lr", "head.lr"),
@@ -17,7 +17,7 @@ _STAND_FOR = {  # keys that decide others, too
 
 
 def left_of(choices: Iterable[Choice], given: frozenset[str]) -> tuple[list[Choice], list[str]]:
-    """Return choices without what was given, by itself or by a key that stands for it; and what that is."""
+    """Return the choices without typed keys or keys implied by typed ones, and the sorted list of those typed keys."""
     left, taken = [], set[str]()
     for choice in choices:
         typed = {key: given & {key, *_STAND_FOR.get(key, ())} for key in choice.words}

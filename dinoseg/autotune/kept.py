@@ -1,4 +1,4 @@
-"""Choices as files: kept for the same command, and written as a recipe that can be edited."""
+"""Storage of choices: a cache file for the same command, and an editable recipe in YAML."""
 
 import json
 import re
@@ -13,9 +13,9 @@ from dinoseg.utils.atomic import write_text
 from dinoseg.utils.units import finished
 from dinoseg.utils.wording import one_line, typed
 
-NAME = "chosen"  # of the recipe
-GROUPS = ("adapter", "head", "loss")  # of which an option is chosen
-_KEYS = (  # what is ever chosen: a file that says more is none of ours
+NAME = "chosen"  # of the written recipe
+GROUPS = ("adapter", "head", "loss")  # config groups whose option is chosen
+_KEYS = (  # all keys that may be chosen; a file with other keys is rejected
     *GROUPS,
     *("adapter.blocks", "backbone.checkpointing", "head.checkpointing"),
     *("loss.weights", "loss.criterion.factors.dice"),
@@ -25,11 +25,11 @@ _KEYS = (  # what is ever chosen: a file that says more is none of ours
     *("data.labelled", "head.init"),
 )
 
-_NAMES = rf"(?!(?:{'|'.join(BUILDS)})$).*"  # of a table: nothing that is built
+_NAMES = rf"(?!(?:{'|'.join(BUILDS)})$).*"  # keys of a table, except those of `BUILDS`
 
 
 def _value(value: Any, where: str) -> None:
-    """Form of what a key may be set to: a number, several, in a row or by name, yes or no, or a name; nothing built."""
+    """Validate a key's value: a bool, a name, a number, or a list or table of numbers; no `_target_`."""
     if isinstance(value, bool) or (isinstance(value, str) and re.fullmatch(r"[a-z]\w*", value)):
         return
     number = forms.number()
@@ -45,7 +45,7 @@ _ANY_WORDS = forms.table(_value, "|".join(map(re.escape, _KEYS)))
 
 
 def _words(value: Any, where: str) -> None:
-    """Form of a choice's words: of a group the name of an option, of other keys what they may be set to."""
+    """Validate the overrides of a choice: option names for groups, plain values for other keys."""
     _ANY_WORDS(value, where)
     for group in value.keys() & set(GROUPS):
         forms.text(value[group], f"{where}.{group}")
@@ -55,7 +55,7 @@ _FORM = forms.record(about=forms.text, choices=forms.listing(forms.record(words=
 
 
 def read_choices(path: Path) -> tuple[str, list[Choice]] | None:
-    """Return what was chosen, and for what; None where that file is not there or is damaged, which is told."""
+    """Return the stored summary and choices; None if the file is absent or damaged. Damage is logged."""
     found = finished(
         path,
         lambda path: forms.read_json(path, _FORM),
@@ -67,15 +67,15 @@ def read_choices(path: Path) -> tuple[str, list[Choice]] | None:
 
 
 def write_choices(path: Path, about: str, choices: Iterable[Choice]) -> None:
-    """Keep what was chosen, and for what."""
+    """Store the summary and the choices."""
     rows = [{"words": dict(choice.words), "reason": choice.reason} for choice in choices]
     text = json.dumps({"about": about, "choices": rows})
-    forms.parse_json(text, _FORM)  # or it would be chosen anew each time
+    forms.parse_json(text, _FORM)  # a file that fails validation would be chosen again each time
     write_text(path, text)
 
 
 def told(choices: Iterable[Choice]) -> list[str]:
-    """Return a line for each choice: what is set, and why."""
+    """Return one line per choice, with overrides and reason."""
     rows = [(" ".join(f"{key}={_typed(value)}" for key, value in each.words.items()), each.reason) for each in choices]
     return [one_line(f"  {words}: {reason}.") for words, reason in rows]
 
@@ -90,7 +90,7 @@ def recipe_text(about: str, choices: Sequence[Choice]) -> str:
     """Return choices as a recipe: a config file of the group hparam."""
     lines = ["# @package _global_", _comment(f"Chosen by hparam=auto: {about}.")]
     keys: dict[str, Any] = {}
-    groups: dict[str, Any] = {}  # of two for one, the later: memory may ask for another adapter than time
+    groups: dict[str, Any] = {}  # the later of two choices wins: memory may need another adapter than time does
     for choice in choices:
         lines.append(_comment(f"{' '.join(choice.words)}: {choice.reason}"))
         groups |= {key: value for key, value in choice.words.items() if key in GROUPS}
@@ -103,11 +103,11 @@ def recipe_text(about: str, choices: Sequence[Choice]) -> str:
                 node[last] = value
     lines += ["defaults:"] if groups else []
     lines += [f"  - override /{group}: {option}" for group, option in groups.items()]
-    # JSON is YAML, and a number such as 1e-05 is one in it to OmegaConf
+    # JSON is valid YAML, in which OmegaConf parses numbers such as 1e-05 as such
     lines += [f"{key}: {json.dumps(node, ensure_ascii=False)}" for key, node in keys.items()]
     return "\n".join(lines) + "\n"
 
 
 def _comment(text: str) -> str:
-    """Return text as one line of YAML that says nothing: a class may be called what would end a comment."""
+    """Return text as a one-line YAML comment; unprintable characters, which could end it, are escaped."""
     return "# " + "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)

@@ -1,4 +1,4 @@
-"""How much of a training fits into a time, by what was measured of its parts."""
+"""Length of a training that fits into a time budget, from measured times."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -7,22 +7,22 @@ from dinoseg.autotune.facts import Facts
 from dinoseg.autotune.rules import LEAST_GAIN, LEAST_USES, MOST_VALIDATIONS, SCORING, VALIDATING, VIEWS
 from dinoseg.autotune.timing import Seconds
 
-SURE = 0.95  # of the time: what else runs on the machine comes and goes
-FLOOR = 0.03  # of a training's time: mode=train's own share to hold it against its closed form
-_SCORED = 2.0  # validations: the scoring at the end draws pictures and a report beside
+SURE = 0.95  # share of the time to plan with, since the load of the machine varies
+FLOOR = 0.03  # share of the training's time that mode=train spends on the comparison with the linear probe
+_SCORED = 2.0  # cost of the final evaluation in validations; it also draws figures and a report
 
 
 @dataclass(frozen=True)
 class Length:
-    """What of a training fits into a time.
+    """Length of a training within a time budget.
 
     Attributes:
-        images: that are trained on, counted each time; 0 where there is no time for any.
-        views: of each image, whose features are kept; None: new ones in each epoch.
-        val_images: that each validation and the scoring see; None: all.
-        validations: beside the scoring at the end.
-        spent: seconds that pass beside the steps and the closed form.
-        limit: seconds, for the steps and the validations between them.
+        images: training images, with repetition; 0 if there is no time for any.
+        views: fixed views of each image whose features are cached; None: new views in each epoch.
+        val_images: images of each validation and of the final evaluation; None: all.
+        validations: besides the final evaluation.
+        spent: seconds besides the steps and the linear probe.
+        limit: seconds for the steps and the validations between them.
     """
 
     images: int
@@ -36,13 +36,13 @@ class Length:
 def length_within(
     seconds: float, timed: Seconds, facts: Facts, *, views: Sequence[int | None] = (None, *VIEWS)
 ) -> Length:
-    """Return the training that fits into so many seconds.
+    """Return the training that fits into a number of seconds.
 
     Args:
-        seconds: from now on, until all is scored.
-        timed: what its parts take.
+        seconds: from now until the final evaluation has ended.
+        timed: measured times.
         facts: of the data.
-        views: that may be chosen; None among them: new ones in each epoch.
+        views: allowed numbers of cached views; None among them allows new views in each epoch.
     """
     most = max(1, int(SCORING * seconds / max((1 + _SCORED) * timed.val, 1e-9)))
     val_images = None if most >= facts.val_images else most
@@ -50,7 +50,7 @@ def length_within(
     validations = max(1, min(MOST_VALIDATIONS, int(VALIDATING * seconds / max(validation, 1e-9))))
     beside = timed.start + _SCORED * validation
     spent = beside + validations * validation
-    # a training knows how long a validation takes once there was one
+    # the trainer knows the duration of a validation only after the first one
     limit = max(1.0, (seconds - beside) / (1 + FLOOR) - (validation if validations == 1 else 0))
     left = (SURE * seconds - spent) / (1 + FLOOR)
     live = Length(max(0, int(left / timed.image)), None, val_images, validations, spent, limit)
@@ -62,7 +62,7 @@ def length_within(
 
 
 def _kept(left: float, timed: Seconds, facts: Facts, views: int, live: Length) -> Length | None:
-    """Return the length where features of so many views are kept, each computed when it first comes."""
+    """Return the length with features cached at first use, of `views` views; None if the model cannot be cut."""
     if timed.kept is None:
         return None
     distinct = views * facts.images

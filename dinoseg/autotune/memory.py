@@ -1,4 +1,4 @@
-"""What of a recipe has to change, so that its steps fit the memory that is free."""
+"""Changes to a recipe that make its steps fit into the free memory."""
 
 import math
 from dataclasses import dataclass
@@ -17,13 +17,13 @@ _AMPLE = 0.5  # share of the free memory
 
 @dataclass(frozen=True)
 class Memory:
-    """The memory of a device, and what may be changed for it.
+    """The memory of a device, and the parts of the config that may change to fit it.
 
     Attributes:
         engine: of one device.
-        given: keys and groups that were typed, which do not change.
-        backbone: without numbers, whatever is trained of it.
-        ranks: that take of the same memory, as those of a CPU do.
+        given: keys and groups typed on the command line, which do not change.
+        backbone: on the meta device; which of its parameters are trained does not matter.
+        ranks: that share the memory, as ranks on a CPU do.
     """
 
     engine: Engine
@@ -32,10 +32,10 @@ class Memory:
     ranks: int = 1
 
     def changes(self, cfg: DictConfig) -> list[Choice]:
-        """Return what has to change so that a step fits, as mode=plan would say.
+        """Return the changes with which a step fits, as mode=plan reports them.
 
         Raises:
-            OutOfMemory: nothing suffices.
+            OutOfMemory: no change suffices.
         """
         if self._is_ample(cfg):
             return []
@@ -52,17 +52,17 @@ class Memory:
         return [Choice(change.words, f"to fit {free / 2**30:.1f} GiB: {change.reason}") for change in changes]
 
     def fits(self, cfg: DictConfig) -> bool:
-        """Return whether a step fits as it is, as far as that is known."""
+        """Return whether a step fits without changes; True if the need is unknown."""
         if self._is_ample(cfg):
             return True
         fitting, free = self._need(cfg)
         return fitting is None or fitting.as_it_is.need <= free
 
     def _is_ample(self, cfg: DictConfig) -> bool:
-        """Return whether even a generous bound fits: an exact estimate takes half a minute of a busy processor.
+        """Return whether even a generous bound fits, since an exact estimate takes half a minute of CPU time.
 
-        The bound has 50 values of each token and an attention map in each block, 4 values of 64 channels and of each
-        class at each pixel, and 4 of each weight.
+        The bound counts float32 values: 50 per token and channel plus an attention map in each block, 4 per weight, and
+        4 x (64 + classes) per pixel.
         """
         backbone = self.backbone
         if not isinstance(backbone.dim, int):
@@ -76,7 +76,7 @@ class Memory:
         return 4 * values < _AMPLE * free_bytes(self.engine.device) / self.ranks  # bytes of float32
 
     def _need(self, cfg: DictConfig) -> tuple[Fitting | None, float]:
-        """Return what a step needs, and the bytes that are free; None where that is not known."""
+        """Return the memory of a step and the free bytes; None instead of the former if it cannot be estimated."""
         kind, free = self.engine.device.type, free_bytes(self.engine.device) / self.ranks
         if kind not in KINDS or math.isinf(free) or cfg.engine.sharding != "none":
             return None, free

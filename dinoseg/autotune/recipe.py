@@ -1,4 +1,4 @@
-"""`hparam=auto`: the choices for a command line, made once and kept, so that the same one chooses the same again."""
+"""`hparam=auto`: choices for a command line, made once and stored, so that the same command gets the same choices."""
 
 import hashlib
 import json
@@ -32,19 +32,19 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.locks import locked
 from dinoseg.utils.wording import printable
 
-AUTO = "auto"  # the recipe that is chosen
-_RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")  # of the environment: what makes a process a rank
-_OF_A_RUN = ("seed", "resume", "budget", "hydra", "mode", "hparam")  # words that no choice depends on
+AUTO = "auto"  # name of the recipe that is chosen automatically
+_RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")  # environment variables that make a process a rank
+_OF_A_RUN = ("seed", "resume", "budget", "hydra", "mode", "hparam")  # overrides that do not affect the choices
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What was chosen for a command line.
+    """The recipe chosen for a command line.
 
     Attributes:
-        cfg: its whole config.
-        text: of the recipe's file.
-        words: of a command line that trains by that file.
+        cfg: the whole config with the choices.
+        text: content of the recipe's file.
+        words: overrides of a command line that trains with that file.
     """
 
     cfg: DictConfig
@@ -52,26 +52,26 @@ class Recipe:
     words: Sequence[str]
 
     def write(self, folder: Path) -> None:
-        """Write the recipe so that `--config-dir FOLDER hparam=chosen` finds it, and tell how to use it."""
+        """Write the recipe where `--config-dir FOLDER hparam=chosen` finds it, and print the command that uses it."""
         path = folder / "hparam" / f"{NAME}.yaml"
         if not path.exists():
             write_text(path, self.text)
         own = [searching([f"file://{Path(each).absolute()}" for each in own_folders()])] if own_folders() else []
-        words = [*self.words, *own, f"hparam={NAME}", "--config-dir", str(folder)]  # of two, Hydra takes the last alone
+        words = [*self.words, *own, f"hparam={NAME}", "--config-dir", str(folder)]  # Hydra reads the last --config-dir
         command = shlex.join(["python", "-m", "dinoseg", *words])
         print(printable(f"\nrecipe:       {path}\n              {command}\n"))
 
 
 def chosen(cfg: DictConfig, words: Sequence[str], *, first: bool) -> Recipe:
-    """Return the recipe for a command line: as it was chosen before, or chosen now, by the first of several ranks.
+    """Return the recipe for a command line: from stored choices, or from new ones that the first rank makes.
 
     Args:
-        cfg: what the command line composed, without choices.
+        cfg: composed from the command line, without choices.
         words: of the command line.
-        first: whether this rank chooses; another waits.
+        first: whether this rank makes the choices; other ranks wait.
 
     Raises:
-        UserError: nothing fits, or the first rank does not choose.
+        UserError: nothing fits, or the first rank does not write its choices.
     """
     minutes = cfg.budget.minutes
     check_given("dinoseg.autotune.choice.Chooser", {"minutes": minutes}, {"minutes": "budget.minutes"})
@@ -79,7 +79,7 @@ def chosen(cfg: DictConfig, words: Sequence[str], *, first: bool) -> Recipe:
     path = _path(cfg, given)
     source = f"as they were chosen before, since {path} holds them (remove it to choose anew)"
     if first:
-        # others that are started at once, as the jobs of a sweep over seeds, wait and take the same
+        # concurrent commands, such as the jobs of a sweep over seeds, wait and reuse the choices
         with _one_at_a_time(path):
             kept = read_choices(path)
             if kept is None:
@@ -96,7 +96,7 @@ def chosen(cfg: DictConfig, words: Sequence[str], *, first: bool) -> Recipe:
     else:
         kept = read_choices(path) or _awaited(path, cfg.engine.rank_timeout)
     about, choices = kept
-    choices, taken = left_of(choices, given)  # kept whole: the next command line may leave its length to be chosen
+    choices, taken = left_of(choices, given)  # the file stores all: other keys may be typed next
     about += f"; as given: {', '.join(taken)}" if taken else ""
     if first:
         print(printable(f"hparam=auto: {about}; {source}:\n\n" + "\n".join(told(choices))))
@@ -113,7 +113,10 @@ def _composed(words: Sequence[str], about: str, choices: Sequence[Choice]) -> Di
 
 
 def _path(cfg: DictConfig, given: frozenset[str]) -> Path:
-    """Return the file of choices: named by all that these depend on but for how fast the machine is just now."""
+    """Return the file that stores the choices, named by a hash of their inputs.
+
+    The machine's current speed is not part of the hash.
+    """
     data = [build.dataset(cfg, split, reduced=split == "train") for split in ("train", "val")]
     depends = {
         "version": __version__,
@@ -122,7 +125,7 @@ def _path(cfg: DictConfig, given: frozenset[str]) -> Path:
         "minutes": float(cfg.budget.minutes),
         "data": [each.fingerprint() if isinstance(each, PairDataset) else list(each.names) for each in data],
         "engine": {key: plain(cfg.engine)[key] for key in ("device", "precision", "cache", "devices", "sharding")},
-        # several ranks may be on several machines, and look for the same file
+        # ranks on several machines need the same file
         "machine": _shared() if _others_wait() else (platform.node(), count_cores()),
     }
     key = hashlib.sha256(json.dumps(depends, sort_keys=True, default=str).encode()).hexdigest()
@@ -143,9 +146,9 @@ def _awaited(path: Path, seconds: float) -> tuple[str, list[Choice]]:
 
 @contextmanager
 def _one_at_a_time(path: Path) -> Iterator[None]:
-    """Wait for another process that chooses the same; where no lock can be written, none is waited for."""
+    """Lock out processes that make the same choices; a no-op if the lock file cannot be written."""
     with ExitStack() as stack:
-        with suppress(OSError):  # of which what is written beside it tells
+        with suppress(OSError):  # `_keep` reports it when it writes to the same folder
             stack.enter_context(locked(path.with_suffix(".lock")))
         yield
 
@@ -164,18 +167,18 @@ def _keep(path: Path, about: str, choices: Sequence[Choice]) -> None:
 
 
 def _shared() -> list[str]:
-    """Return the words that say how many ranks share a batch, where torchrun or Slurm has started them."""
+    """Return the override for the number of ranks that share a batch, if torchrun or Slurm started them."""
     return [f"engine.devices={os.environ['WORLD_SIZE']}"] if "WORLD_SIZE" in os.environ else []
 
 
 def _others_wait() -> bool:
-    """Return whether other ranks that torchrun or Slurm has started take what the first one chooses."""
+    """Return whether other ranks, started by torchrun or Slurm, wait for the choices of the first one."""
     return os.environ.get("WORLD_SIZE", "1") != "1"
 
 
 @contextmanager
 def _alone() -> Iterator[None]:
-    """Let this process be no rank for a while: one alone measures."""
+    """Remove the rank variables from the environment for the block, since a single process is timed."""
     before = {name: os.environ.pop(name) for name in _RANKS if name in os.environ}
     try:
         yield

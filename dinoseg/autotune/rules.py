@@ -1,7 +1,7 @@
-"""The rules by which `hparam=auto` chooses: a function each, in the order in which they are asked, with its reason.
+"""Rules of `hparam=auto`: functions from a `Case` to config keys and a reason, in the order in which they are applied.
 
-A rule sees a `Case` and says which keys it sets and why, or None where it has nothing to say. What it rests on stands
-beside it, measured in docs/results.md and docs/experiments.md; where nothing was measured it says so.
+A rule returns None if it does not apply. Its evidence is stated next to it, measured in docs/results.md and
+docs/experiments.md; rules without measurements say so.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,41 +12,41 @@ from dinoseg.autotune.facts import ClassFacts, Facts
 from dinoseg.config.plain import BUILDS
 from dinoseg.utils.wording import count_of
 
-PATCHES = {"cpu": 1200}  # of an image, by device: what a CPU trains on at several images a second with a small backbone
-PATCHES_ELSE = 4096  # attention is quadratic in them
-THIN = 0.5  # of a patch: CamVid's poles, 2 to 5 px of 16, were found by no head on patches alone
-RARE = 0.02  # of the pixels; CamVid's poles have 1.03 %, and gained by their weight
-SMALL_BACKBONE = 40_000_000  # parameters that are all trained at 1e-4; larger ones by LoRA
-FEW_IMAGES = 20  # by which a whole backbone would be fitted to them; not measured
-SURELY_TUNED = 2500  # images that are trained on, with which nothing but tuning is tried
-LEAST_TUNED = 600  # with which it wins over a frozen backbone, however long that one trains, under a head on tokens
-LEAST_TUNED_DETAIL = 1500  # under one that sees pixels, too, and gets further on a frozen backbone
-REST = 0.4  # share of a training in which the backbone rests, and steps take less time
-LEAST_RESTED = 1000  # images that are trained on, in all, with which that wins over a frozen backbone
-SMALLER = 2 / 3  # of the images' sides, where that leaves time to tune the backbone
-LEAST_SMALLER = 1200  # images of that size that are trained on, for it to win
-THIN_WEIGHT = 3.0  # of a class that is thin and rare, where others have 1
-THIN_DICE = 2.0  # times the overlap, beside such weights
-VIEWS = (4, 2, 1)  # of each image, whose features are kept
-LEAST_USES = 1.5  # of each kept view
-LEAST_GAIN = 1.2  # times as many images, below which views that never come twice are better
+PATCHES = {"cpu": 1200}  # patches per image; a CPU trains a small backbone at several images a second
+PATCHES_ELSE = 4096  # on other devices; the cost of attention is quadratic in the number of patches
+THIN = 0.5  # of a patch side; CamVid's poles (2 to 5 px of 16) were found by no head that sees patches only
+RARE = 0.02  # share of the pixels; CamVid's poles have 1.03 % and gained from class weights
+SMALL_BACKBONE = 40_000_000  # parameters; up to this size all are trained, at 1e-4, larger backbones by LoRA
+FEW_IMAGES = 20  # with fewer, training the whole backbone would overfit; not measured
+SURELY_TUNED = 2500  # training images (with repetition) from which tuning is chosen without timing alternatives
+LEAST_TUNED = 600  # from which tuning beats a frozen backbone, however long that trains, with a head on tokens
+LEAST_TUNED_DETAIL = 1500  # the same with a head that also sees pixels, which does better on a frozen backbone
+REST = 0.4  # share of a training with a frozen backbone, whose steps are faster
+LEAST_RESTED = 1000  # training images (with repetition) from which freezing at first beats a frozen backbone
+SMALLER = 2 / 3  # factor of the image sides, if that leaves time to tune the backbone
+LEAST_SMALLER = 1200  # training images (with repetition) of that size from which tuning wins
+THIN_WEIGHT = 3.0  # of thin and rare classes; others have 1
+THIN_DICE = 2.0  # factor of the dice loss, together with such weights
+VIEWS = (4, 2, 1)  # fixed views of each image whose features are cached
+LEAST_USES = 1.5  # minimum uses of each cached view
+LEAST_GAIN = 1.2  # minimum gain in training images; below it, new views in each epoch are better
 BATCHES = (8, 4, 2)
-ENOUGH_STEPS = 1500  # below which a smaller batch is taken: detail did best in 1,500 to 2,000 steps of 2
+ENOUGH_STEPS = 1500  # fewer steps lead to a smaller batch: detail did best in 1,500 to 2,000 steps of 2 images
 MOST_VALIDATIONS = 5
-VALIDATING = 0.05  # share of the time, at most, beside the scoring at the end
-SCORING = 0.3  # share of the time, at most, of one validation and that scoring: else fewer images are validated
-CHOOSING = 0.25  # share of the time, at most, in which candidates are timed
-SHRUNK = (0.5, 0.25)  # of the images' sides, where the time is too short for larger ones
+VALIDATING = 0.05  # maximum share of the time, besides the final evaluation
+SCORING = 0.3  # maximum share of the time for one validation and the final evaluation; else fewer images are validated
+CHOOSING = 0.25  # maximum share of the time for timing candidates
+SHRUNK = (0.5, 0.25)  # factors of the image sides, if the time is too short for larger images
 DEPTH = 4  # blocks that heads other than linear read
-LEAST_STEPS = 10  # below which nothing is learnt: images shrink, then the closed form takes the place of training
+LEAST_STEPS = 10  # fewer are useless: images shrink, then the closed-form linear probe replaces training
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What is set, and why.
+    """Config overrides with a reason.
 
     Attributes:
-        words: keys of the config, and groups, with their values.
+        words: config keys and groups with their values.
         reason: a sentence without its full stop.
     """
 
@@ -56,18 +56,18 @@ class Choice:
 
 @dataclass(frozen=True)
 class Case:
-    """What is chosen for.
+    """Inputs of the rules: data, device, backbone and typed overrides.
 
     Attributes:
         facts: of the data.
         device: cpu, cuda or mps.
-        patch: px of the image that a patch sees on a side.
-        depth: blocks of the backbone.
-        parameters: of it.
-        longest: to which images are reduced, where that is given.
-        head: where that is given.
-        smaller: what the sides of images are multiplied by, so that there is time to tune the backbone.
-        even: whether patches have an even number of pixels, as a head that sees pixels needs it.
+        patch: side of a patch in image px.
+        depth: number of backbone blocks.
+        parameters: number of backbone parameters.
+        longest: longest image side in px, if given.
+        head: option of the head group, if given.
+        smaller: factor of the image sides that leaves time to tune the backbone.
+        even: whether the patch size is even, as a head that sees pixels needs it.
     """
 
     facts: Facts
@@ -82,7 +82,7 @@ class Case:
 
     @property
     def size(self) -> tuple[int, int]:
-        """The median (H, W) as a model sees it, reduced to the patches that this device bears."""
+        """Median (H, W) of the model's input, reduced to the number of patches that this device can handle."""
         height, width = self.facts.size
         most = PATCHES.get(self.device, PATCHES_ELSE) * self.patch**2
         factor = min(1.0, (most / (height * width)) ** 0.5) * self.smaller
@@ -92,17 +92,17 @@ class Case:
 
     @property
     def reduced(self) -> float:
-        """What lengths in the images are multiplied by."""
+        """Factor between lengths in the model's input and in the image files."""
         return max(self.size) / max(self.facts.size)
 
     @property
     def thin(self) -> list[ClassFacts]:
-        """Classes whose parts are thinner than the grid of patches resolves."""
+        """Classes whose parts are too thin for the patch grid to resolve."""
         return self.facts.thinner(THIN * self.patch / self.reduced)
 
     @property
     def sees_pixels(self) -> bool:
-        """Whether the head sees pixels beside tokens."""
+        """Return whether the head sees pixels in addition to tokens."""
         return (head(self).words["head"] if self.head is None else self.head) == "detail"
 
 
@@ -110,7 +110,7 @@ Rule = Callable[[Case], Choice | None]
 
 
 def longest(case: Case) -> Choice | None:
-    """Reduce images that have more patches than the device bears."""
+    """Reduce images that have more patches than the device can handle."""
     if case.longest is not None or case.reduced == 1:
         return None
     height, width = case.facts.size
@@ -134,7 +134,7 @@ def longest(case: Case) -> Choice | None:
 
 
 def crop(case: Case) -> Choice | None:
-    """Take whole images as crops, down to whole patches: what is validated is then what was trained."""
+    """Use whole images, rounded down to whole patches, as crops: validation then matches training."""
     patch = max(1, round(case.patch))
     sides = [max(patch, side // patch * patch) for side in case.size]
     return Choice(
@@ -143,10 +143,10 @@ def crop(case: Case) -> Choice | None:
 
 
 def head(case: Case) -> Choice:
-    """Let a head see pixels beside tokens, whether or not classes are thinner than patches.
+    """Choose a head that sees pixels in addition to tokens, whether or not classes are thinner than patches.
 
-    Frozen ViT-Tiny, CamVid: detail 0.646, multiscale 0.563 of mIoU, linear 0.533. Of a budget of ten minutes, all
-    weights, IDD-Lite: detail 0.656 in 605 s, multiscale 0.632 in 508 s (seed 0); no class is thin there.
+    CamVid, frozen ViT-Tiny: mIoU 0.646 with detail, 0.563 with multiscale, 0.533 with linear. IDD-Lite, all weights,
+    budget of ten minutes: detail 0.656 in 605 s, multiscale 0.632 in 508 s (seed 0), although no class is thin there.
     """
     if case.depth < DEPTH:
         return Choice({"head": "linear"}, f"the backbone has {count_of(case.depth, 'block')}, too few to read several")
@@ -162,11 +162,11 @@ def head(case: Case) -> Choice:
 
 
 def loss(case: Case) -> Choice | None:
-    """Count the overlap of each class beside its pixels.
+    """Add dice to cross-entropy; weight thin, rare classes more.
 
-    CamVid, frozen, multiscale: 0.563 with it, 0.545 without. Weights of `median` lost 5 points of mIoU under detail;
-    three times the weight of poles alone, with dice counted twice, had poles at 0.211 and 0.170, a mIoU of 0.650 and
-    0.654, where without it was 0.099 and 0.641; these are 1.03 % of the pixels.
+    CamVid, frozen, multiscale: mIoU 0.563 with dice, 0.545 without. Weights by `median` lost 5 points of mIoU with
+    detail. Weight 3 on poles alone (1.03 % of the pixels) with doubled dice gave them an IoU of 0.211 (seed 0) and
+    0.170 (seed 2), with mIoU 0.650 and 0.654. Without, it was 0.099, with mIoU 0.641.
     """
     slender = [each for each in case.thin if each.share < RARE and each.name not in BUILDS]
     if slender and case.depth >= DEPTH:
@@ -188,25 +188,26 @@ BY_DATA: Sequence[Rule] = (longest, crop, head, loss)
 
 
 def by_data(case: Case) -> list[Choice]:
-    """Return what the data alone decides."""
+    """Return the choices that follow from the data alone."""
     return [found for rule in BY_DATA if (found := rule(case))]
 
 
 def smaller(case: Case) -> Case | None:
-    """Return the case with smaller images, where no class would be thin in them.
+    """Return the case with smaller images; None if a class would be thin in them or `resolution.longest` is given.
 
-    person, ViT-Tiny: 0.919 by LoRA after 1,200 images of 320 px, 0.894 frozen after 4,325 of 480 px; under multiscale,
-    and not measured under detail.
+    person, ViT-Tiny: LoRA 0.919 after 1,200 images of 320 px, frozen 0.894 after 4,325 images of 480 px. Measured with
+    multiscale, not with detail.
     """
     made = replace(case, smaller=SMALLER)
     return None if case.longest is not None or made.thin else made
 
 
 def ways(case: Case) -> list[Choice]:
-    """Return how the backbone may be trained, the best first; each is taken if time suffices, the last in any case.
+    """Return ways to train the backbone in order of preference; the last is the fallback if time is short.
 
-    CamVid, multiscale: all weights 0.615 after 600 images and 0.664 after 3,360, LoRA 0.619 after 2,800, frozen 0.563
-    after 4,000. Detail: all weights 0.628 after 600 images and 0.694 after 2,400, frozen 0.664 after 3,000.
+    mIoU on CamVid with multiscale: all weights 0.615 after 600 images and 0.664 after 3,360, LoRA 0.619 after 2,800,
+    frozen 0.563 after 4,000. With detail: all weights 0.628 after 600 images and 0.694 after 2,400, frozen 0.664 after
+    3,000.
     """
     frozen = Choice(
         {"adapter": "frozen"}, "the backbone stays as it is: its features can be kept, and a step takes less"
@@ -219,14 +220,14 @@ def ways(case: Case) -> list[Choice]:
 
 
 def least_tuned(case: Case) -> int:
-    """Return how many images have to be trained on, for tuning to win over a frozen backbone in the same time."""
+    """Return the number of training images from which tuning beats a frozen backbone in the same time."""
     return LEAST_TUNED_DETAIL if case.sees_pixels else LEAST_TUNED
 
 
 def rested(case: Case) -> Choice:
-    """Let the backbone rest at first, under a head that sees pixels and gets far without it.
+    """Freeze the backbone at first, with a head that sees pixels and does well without tuning.
 
-    CamVid, detail, ten minutes of two cores: 0.689 so, 0.670 frozen.
+    CamVid, detail, ten minutes on two cores: mIoU 0.689 this way, 0.670 with a frozen backbone.
     """
     tuned = _tuned(case)
     return Choice(
@@ -237,11 +238,11 @@ def rested(case: Case) -> Choice:
 
 
 def closed_form(seconds: float, image: float, facts: Facts) -> Choice:
-    """Solve a linear head from as many images as there is time for, where there is none for training.
+    """Solve a linear head in closed form on as many images as fit, if there is no time for training.
 
     Args:
-        seconds: for everything that is left.
-        image: seconds in which the frozen backbone sees one.
+        seconds: time left for everything.
+        image: seconds of one forward pass of the frozen backbone.
         facts: of the data.
     """
     images = max(2, int(seconds / 3 / image))
@@ -252,10 +253,10 @@ def closed_form(seconds: float, image: float, facts: Facts) -> Choice:
 
 
 def zoom(*, trains: bool, pixels: bool = False) -> Choice:
-    """Enlarge views at random where the backbone learns from them, or the head sees pixels.
+    """Enlarge views at random if the backbone is trained or the head sees pixels.
 
-    CamVid, frozen, linear: 0.498 after 1,000 steps with factors of 0.75 to 1.5, 0.533 after 500 without. Detail
-    learnt poles with factors of 1 to 1.5 (see `loss`).
+    CamVid, frozen, linear: mIoU 0.498 after 1,000 steps with factors of 0.75 to 1.5, 0.533 after 500 without. Detail
+    learned poles with factors of 1 to 1.5 (see `loss`).
     """
     if trains:
         return Choice(
@@ -269,16 +270,16 @@ def zoom(*, trains: bool, pixels: bool = False) -> Choice:
 
 
 def batch(images: int, facts: Facts, devices: int, *, accumulate: int = 1, most: int = BATCHES[0]) -> Choice:
-    """Take fewer images at once where steps would be few: a head begins from nothing, and steps count more.
+    """Reduce the batch size if there would be few steps: a head that starts from scratch needs steps.
 
-    CamVid, detail: in batches of 2 ahead of 4 after as many images. On several devices each has its share.
+    CamVid, detail: batches of 2 beat batches of 4 after the same number of images. Several devices share a batch.
 
     Args:
-        images: that are trained on.
+        images: number of training images, with repetition.
         facts: of the data.
         devices: that share a batch.
-        accumulate: batches in a step.
-        most: images at once that memory bears.
+        accumulate: batches per step.
+        most: largest batch size that fits into memory.
     """
     sizes = [size for size in BATCHES if size <= most and images // (size * accumulate) >= ENOUGH_STEPS]
     size = max(devices, min((*sizes, BATCHES[-1])[0], facts.images) // devices * devices)

@@ -1,4 +1,4 @@
-"""How fast a recipe trains and predicts on this device: some steps and some images, each in a process of its own."""
+"""Benchmark of a recipe on this device: training steps and predictions, each in a separate process."""
 
 import itertools
 import time
@@ -25,23 +25,23 @@ from dinoseg.training.engine import Engine
 from dinoseg.training.meter import held_memory, peak_memory, reset_peak_memory
 from dinoseg.utils.devices import synchronize
 
-_FEW = 16  # images that are held while others are predicted
+_FEW = 16  # images held in memory and predicted in turn
 
 
 @dataclass(frozen=True)
 class Timed:
-    """What was timed of a device.
+    """Measurements of a benchmark.
 
     Attributes:
-        device: its kind.
-        precision: that was computed in.
-        images: in each pass; of a training step all of its batches.
+        device: its type.
+        precision: of the computation.
+        images: per pass; a training step counts all of its batches.
         size: (H, W) of the images.
         seconds: of each pass.
-        waited: share of these that was waited for data; None: none was read.
-        peak_bytes: at most beside what was there before: of a CPU resident, else allocated.
+        waited: share of the time spent waiting for data; None: no data was read.
+        peak_bytes: peak on top of what was there before: resident memory on a CPU, else allocated.
         flops: of a pass of the model.
-        peak_flops: a second of the device, as measured by products of large matrices.
+        peak_flops: of the device per second, measured by products of large matrices.
     """
 
     device: str
@@ -55,7 +55,7 @@ class Timed:
     peak_flops: float
 
     def figures(self, peak_flops: float) -> dict[str, Any]:
-        """Return what is told of it, by name, with its share of the operations that a device does in a second."""
+        """Return the results by name, including the share of `peak_flops`, the device's FLOPs per second."""
         total = sum(self.seconds)
         p50, p95 = np.percentile(self.seconds, [50, 95])
         a_second = self.flops * len(self.seconds) / total
@@ -74,7 +74,7 @@ class Timed:
 
 
 def time_training(values: Mapping[str, Any], *, steps: int, warmup: int, drawn: bool) -> Timed:
-    """Time steps of a plain config's training, after some that are not timed, on its data or on `drawn` noise."""
+    """Time training steps of a plain config after `warmup` untimed ones, on its data or, if `drawn`, on noise."""
     cfg, engine = settled(values)
     batch, accumulate = cfg.data.batch_size, cfg.trainer.accumulate
     batches: Iterator[Any] = (
@@ -83,18 +83,18 @@ def time_training(values: Mapping[str, Any], *, steps: int, warmup: int, drawn: 
     make = partial(build.model, cfg, untrained=True)
     trial = try_steps(cfg, make, engine, batches, steps=steps, warmup=warmup)
     waited = None if drawn else sum(trial.waited) / sum(trial.seconds)
-    # after what is measured: what it frees is still the process's, and would be taken again unseen
+    # counted last: the process keeps the memory that this frees, so the peak would miss its reuse
     flops = accumulate * step_flops(cfg, batch, bf16=engine.half)
     return _timed(engine, batch * accumulate, tuple(cfg.resolution.crop), trial.seconds, waited, trial.peak, flops)
 
 
 def time_prediction(values: Mapping[str, Any], *, images: int, warmup: int, drawn: bool) -> Timed:
-    """Time a plain config's predictions of one image each, which is in memory, to its class ids, in memory too."""
+    """Time a plain config's predictions of single images, from an image in memory to its class ids in memory."""
     cfg, engine = settled(values)
     pictures = _pictures(cfg, drawn)
     reset_peak_memory(engine.device)
     before = held_memory(engine.device)
-    # what counts operations hooks into whatever could learn, which fails where nothing does (slots)
+    # FlopCounterMode hooks into trainable modules, which fails if no gradient is computed (slots)
     model = engine.place(build.model(cfg, untrained=True)).eval().requires_grad_(False)
     predictor = Predictor(model, engine.device, engine.autocast, instantiate(cfg.inference))
     with FlopCounterMode(display=False) as counter:
@@ -111,7 +111,7 @@ def time_prediction(values: Mapping[str, Any], *, images: int, warmup: int, draw
 
 
 def _pictures(cfg: DictConfig, drawn: bool) -> list[np.ndarray]:
-    """Return images (H, W, 3) uint8 of one size: of the data to validate on, or noise of a training image's size."""
+    """Return images (H, W, 3) uint8 of one size: validation images, or noise of a training image's size."""
     if drawn or cfg.trainer.feed != "images":
         images = drawn_batch(cfg, 1).image
         return [np.ascontiguousarray(images.flatten(0, -4)[0].permute(1, 2, 0).numpy())]
@@ -136,17 +136,17 @@ def _timed(
     )
 
 
-_SIDES = {"cuda": 8192, "cpu": 1024}  # of the matrices that are multiplied: large enough to be bound by arithmetic
+_SIDES = {"cuda": 8192, "cpu": 1024}  # sides of the multiplied matrices: large enough to be compute-bound
 _TIMES = 10
 
 
 def step_flops(cfg: DictConfig, samples: int, *, bf16: bool) -> int:
-    """Return the operations of a model's forward and backward pass over so many samples; a multiply-add is two.
+    """Return the FLOPs of a forward and a backward pass over `samples` samples; a multiply-add counts as two.
 
-    Matrix products, convolutions and attention count. What checkpointing computes again does not, nor the loss.
+    Matrix products, convolutions and attention are counted. Recomputation by checkpointing and the loss are not.
 
     Raises:
-        UserError: the parts of the config do not go together.
+        UserError: the parts of the config do not fit together.
     """
     parts = [part for part in ("backbone", "head") if cfg[part].get("checkpointing")]
     cfg = changed(cfg, (Change({f"{part}.checkpointing": False for part in parts}, ""),))
@@ -159,7 +159,7 @@ def step_flops(cfg: DictConfig, samples: int, *, bf16: bool) -> int:
 
 
 def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the operations a second of the fastest of some products of large square matrices on a device."""
+    """Return a device's FLOPs per second, from the fastest of several products of large square matrices."""
     side = _SIDES.get(device.type, 1024)
     matrix = torch.randn(side, side, device=device, dtype=dtype)
     best = float("inf")

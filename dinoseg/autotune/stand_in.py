@@ -1,4 +1,4 @@
-"""What a recipe trains on, where only its size counts: images and masks drawn by chance, classes of one weight."""
+"""Random images and masks in the shapes of a recipe's training data."""
 
 import math
 
@@ -10,14 +10,14 @@ from dinoseg.config.nodes import instantiate
 from dinoseg.core.shapes import Batch, ClipBatch
 from dinoseg.utils.errors import UserError
 
-_PIECES = 4  # of a mask in each direction: about as many classes as a picture shows
+_PIECES = 4  # of a mask along each side: a typical number of classes per image
 
 
 def image_shape(cfg: DictConfig) -> tuple[int, ...]:
     """Return the shape of a training sample's pixels, (3, H, W) or (T, 3, H, W).
 
     Raises:
-        UserError: the crop is no size, or clips are as long as their videos.
+        UserError: the crop is invalid, the data has no clips, or clips have no fixed length.
     """
     if cfg.trainer.feed == "images":
         instantiate(cfg.data.augment)
@@ -34,7 +34,7 @@ def image_shape(cfg: DictConfig) -> tuple[int, ...]:
 
 
 def drawn_batch(cfg: DictConfig, samples: int, seed: int = 0) -> Batch | ClipBatch:
-    """Return so many samples of noise; masks are rectangles of classes."""
+    """Return a batch of noise; its masks consist of rectangles with random classes."""
     draw = torch.Generator().manual_seed(seed)
     shape = image_shape(cfg)
     image = torch.randint(0, 256, (samples, *shape), dtype=torch.uint8, generator=draw)

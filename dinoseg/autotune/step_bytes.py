@@ -1,4 +1,4 @@
-"""What a training step takes of memory: its tensors are counted on a walk through the model that computes nothing."""
+"""Estimate of the memory of a training step, counted on fake tensors, without computing anything."""
 
 import ctypes
 import dataclasses
@@ -24,9 +24,9 @@ from dinoseg.tasks.least_batch import least_batch
 from dinoseg.training.frozen_casts import keep_casts
 from dinoseg.training.optim import tensors_of
 
-_BITS = {4: 0.516, 8: 1.002}  # bytes of a quantised weight, with the scales of its blocks or rows
-_HALF = 2  # bytes of a bfloat16 number
-_TILE = 4 * 4 * LAUNCHED  # bytes of the loss's tiles on an accelerator: four of float32 at a time
+_BITS = {4: 0.516, 8: 1.002}  # bytes per quantised weight, including the scales of its blocks or rows
+_HALF = 2  # bytes of a bfloat16 value
+_TILE = 4 * 4 * LAUNCHED  # bytes of the loss's tiles on an accelerator: four float32 tiles at a time
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,14 @@ class StepBytes:
 
     Attributes:
         weights: of the whole model.
-        gradients: of what is trained.
-        optimizer: what it keeps.
-        average: moving average of what is trained.
-        ranks: copies of the gradients that ranks send one another.
-        activations: images, and what the forward pass keeps for the backward pass.
-        loss: what it takes at most beside these.
-        peak: the most of all at a time.
-        heap: what the C library of a CPU takes for these, holes included; 0: it does not tell, or it is no CPU.
+        gradients: of the trained parameters.
+        optimizer: its state.
+        average: moving average of the trained parameters.
+        ranks: copies of the gradients for communication between ranks.
+        activations: images, and tensors that the forward pass saves for the backward pass.
+        loss: peak of the loss, in addition to the above.
+        peak: maximum of all at a time.
+        heap: heap that the C library takes for these on a CPU, fragmentation included; 0: unknown, or not a CPU.
     """
 
     weights: int
@@ -57,14 +57,15 @@ class StepBytes:
 
 
 class LossBytes:
-    """What the loss of a config takes beside a model's outputs, told from real losses of a few samples.
+    """Memory of a config's loss in addition to the model's outputs, extrapolated from real losses of a few samples.
 
-    `learns` are the places of the outputs from which it learns, `draws` says whether it or the model draws at random.
+    `learns` holds the indices of the output tensors that receive a gradient. `draws` states whether the loss or the
+    model samples at random.
 
     Args:
-        cfg: the whole config; its classes and crop count.
+        cfg: the whole config; its classes and crop matter.
         bf16: whether the model computes in bfloat16.
-        accelerator: whether it is for one, whose tiles are larger.
+        accelerator: whether to estimate for an accelerator, whose tiles are larger.
     """
 
     def __init__(self, cfg: DictConfig, *, bf16: bool, accelerator: bool) -> None:
@@ -80,30 +81,30 @@ class LossBytes:
             self._fixed += min(_TILE, 4 * 4 * len(cfg.data.classes) * height * width)
 
     def of(self, samples: int) -> int:
-        """Return the bytes for so many samples."""
+        """Return the bytes for `samples` samples."""
         return max(0, self._fixed + samples * self._each)
 
 
 def step_bytes(
     cfg: DictConfig, loss: LossBytes, *, samples: int, accumulate: int, bf16: bool, world: int = 1
 ) -> StepBytes:
-    """Return what a step takes on one of `world` devices that takes `samples` at once, `accumulate` times.
+    """Return the memory of a step on one of `world` devices, with `samples` per batch and `accumulate` batches.
 
-    Left out are what single operations and the libraries take for themselves, and all of validation.
+    Temporary memory of single operations and libraries is not counted, nor is validation.
 
     Raises:
-        UserError: the parts of the config do not go together.
+        UserError: the parts of the config do not fit together.
     """
     model, saved = outline(cfg)
     with walking(PeakBytes() if loss.accelerator else HeapBytes()) as peak:
         model.to_empty(device="cpu")
         weights = peak.now - saved
         if bf16:
-            keep_casts(model)  # as `Engine.prepare` does
+            keep_casts(model)  # as in `Engine.prepare`
         state = _optimizer_bytes(cfg, model)
         average = sum(value.nbytes for _, value in tensors_of(model, trained_names(model))) if cfg.trainer.ema else 0
         activations = most = 0
-        for _ in range(min(2, accumulate)):  # the second time beside the gradients of the first
+        for _ in range(min(2, accumulate)):  # the second pass runs with the gradients of the first in memory
             before = peak.now
             ends = ends_of(predict(model, cfg, samples, bf16))
             activations, most = peak.now - before, max(most, peak.now + loss.of(samples))
@@ -121,7 +122,7 @@ def step_bytes(
 
 
 class _Draws(TorchDispatchMode):
-    """Notes in `seen` whether an operation draws at random; attention that drops nothing out is none."""
+    """Dispatch mode that records in `seen` whether an operation is random; attention without dropout does not count."""
 
     seen = False
 
@@ -135,9 +136,9 @@ class _Draws(TorchDispatchMode):
 
 
 def outline(cfg: DictConfig) -> tuple[Segmenter, int]:
-    """Return a config's model, ready to train, and how many bytes less it is than its tensors, for quantised weights.
+    """Return a config's model on the meta device in train mode, and the bytes that quantisation saves.
 
-    These stand as bfloat16, in which they are multiplied.
+    Quantised weights appear as bfloat16, in which they are multiplied; subtract the second value from their size.
     """
     bits = cfg.adapter.get("bits")
     if bits in _BITS:
@@ -150,28 +151,28 @@ def outline(cfg: DictConfig) -> tuple[Segmenter, int]:
                 if isinstance(part, nn.Linear) and "lora_" not in name:
                     part.weight.data = part.weight.data.to(torch.bfloat16)
                     saved += part.weight.numel() * (_HALF - _BITS[bits])
-    # by where weights come from it is known what training changes
+    # which parameters are trained depends on where the weights come from
     model.backbone.weights = cfg.backbone.get("weights", model.backbone.weights)
     model.head.weights = cfg.head.get("weights", model.head.weights)
     return model.train(), math.floor(saved)
 
 
 def predict(model: Segmenter, cfg: DictConfig, samples: int, bf16: bool) -> Prediction:
-    """Return what a model makes of so many training samples; within `walking`, without numbers."""
+    """Return a model's prediction for `samples` training samples; within `walking` its tensors are fake."""
     images = torch.empty(samples, *image_shape(cfg), dtype=torch.uint8)
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16 or cfg.adapter.get("bits") in _BITS):
         return model(images)
 
 
 def ends_of(prediction: Prediction) -> list[Tensor]:
-    """Return the tensors of a prediction, through some of which a loss reaches the model."""
+    """Return the distinct tensors of a prediction, some of which connect the loss to the model."""
     ends: dict[int, Tensor] = {}
     mapped([prediction.outputs, prediction.grid, prediction.masks], lambda end: ends.setdefault(id(end), end))
     return list(ends.values())
 
 
 class Learnt(torch.autograd.Function):
-    """A loss that keeps nothing, and gives gradients of its inputs' own size."""
+    """Dummy loss that saves nothing and returns gradients of the sizes of its inputs."""
 
     @staticmethod
     def forward(ctx: Any, *outputs: Tensor) -> Tensor:
@@ -181,12 +182,12 @@ class Learnt(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Any:
-        """Return gradients, which no numbers are written to."""
+        """Return uninitialised gradients."""
         return tuple(upstream.new_empty(shape, dtype=dtype) for shape, dtype in ctx.kinds)
 
 
 def _optimizer_bytes(cfg: DictConfig, model: Segmenter) -> int:
-    """Return what an optimizer keeps of a model's weights, by what one of its kind keeps of a few real numbers."""
+    """Return the size of an optimizer's state, extrapolated from a real step on a small parameter."""
     optimizer: Optimizer = build.optimizer(cfg, model)
     trained = sum(parameter.numel() for group in optimizer.param_groups for parameter in group["params"])
     side = 64
@@ -200,7 +201,10 @@ def _optimizer_bytes(cfg: DictConfig, model: Segmenter) -> int:
 
 
 def _real_loss(cfg: DictConfig, samples: int, bf16: bool, draws: _Draws) -> tuple[int, list[int]]:
-    """Return what a real loss takes at most beside a model's outputs for so many samples, and from which it learns."""
+    """Run a real loss on `samples` samples; return its peak memory and the indices of outputs with a gradient.
+
+    The memory counts in addition to the model's outputs.
+    """
     model, _ = outline(cfg)
     with walking():
         model.to_empty(device="cpu")
@@ -209,7 +213,7 @@ def _real_loss(cfg: DictConfig, samples: int, bf16: bool, draws: _Draws) -> tupl
     batch = drawn_batch(cfg, samples)
     loss = criteria.unweighted(cfg)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # what is made in other threads is not counted
+    torch.set_num_threads(1)  # tensors made in other threads are not counted
     try:
         with PeakBytes() as peak:
             drawn: dict[int, Tensor] = {}
@@ -230,11 +234,11 @@ def _real_loss(cfg: DictConfig, samples: int, bf16: bool, draws: _Draws) -> tupl
         torch.set_num_threads(threads)
 
 
-_ALIGNED = 64  # bytes: as torch asks for it
+_ALIGNED = 64  # bytes; torch's alignment
 
 
 class _Info(ctypes.Structure):
-    """What glibc's mallinfo2 tells."""
+    """Result of glibc's mallinfo2."""
 
     _fields_ = [
         (name, ctypes.c_size_t)
@@ -243,7 +247,7 @@ class _Info(ctypes.Structure):
 
 
 def _glibc() -> Any:
-    """Return the C library; None: another one, or an older one, which does not tell how large its heap is."""
+    """Return the C library; None if it cannot report its heap size (glibc before 2.33, or another library)."""
     if sys.platform != "linux":
         return None
     library = ctypes.CDLL(None)
@@ -257,14 +261,14 @@ def _glibc() -> Any:
 
 
 class HeapBytes(PeakBytes):
-    """Counts bytes of tensors, and takes memory for each as it would be taken, which nothing is written to.
+    """Counter of tensor bytes that also allocates each tensor on the heap, without writing to it.
 
-    What is freed among what stays is of little use to later tensors: where blocks are computed again the heap of a
-    process may be twice as large as the tensors in it.
+    Memory freed between live tensors is hard to reuse: with recomputed blocks, the heap of a process may be twice as
+    large as the tensors in it.
 
     Attributes:
-        grown: bytes that the heap has grown by at most; 0: the C library does not tell (glibc does, from 2.33 on), or
-            gave no more.
+        grown: maximum growth of the heap in bytes; 0: the C library does not report it (glibc does from 2.33 on), or
+            ran out of memory.
     """
 
     def __init__(self) -> None:

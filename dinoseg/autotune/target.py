@@ -1,4 +1,4 @@
-"""What a training may take of the memory of a device, which need not be here."""
+"""Memory budget of a training on a device, which need not be present."""
 
 import re
 from dataclasses import dataclass
@@ -8,18 +8,18 @@ from dinoseg.utils.errors import UserError
 
 KINDS = ("cpu", "cuda")
 _AMOUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([MGT])(i?)B", re.IGNORECASE)
-# of CUDA: its context and the workspaces of its libraries; blocks of the allocator that are of no use to one another.
-# Of a CPU: code that is read when it is first run; holes of the C library's heap, see benchmarks/step_memory.py
+# CUDA: its context and library workspaces; gaps between allocator blocks. CPU: code that is loaded on first use; holes
+# in the heap of the C library, see benchmarks/step_memory.py
 _BESIDE = {"cuda": 2**30, "cpu": 3 * 2**27}
 _HOLES = {"cuda": 1.08, "cpu": 1.75}
-_HEAP = 1.2  # times the heap that tensors alone take: operations take memory for themselves among these
+_HEAP = 1.2  # times the heap of tensors alone: operations allocate memory between them
 
 
 def memory_of(text: str | float) -> int:
     """Return the bytes of an amount such as 24GiB (2^30 bytes each) or 24GB (10^9).
 
     Raises:
-        UserError: it is none, or nothing.
+        UserError: it is not an amount with a unit, or zero.
     """
     found = _AMOUNT.fullmatch(str(text).strip())
     if found is None or float(found[1]) == 0:
@@ -33,14 +33,14 @@ def memory_of(text: str | float) -> int:
 
 @dataclass(frozen=True)
 class Target:
-    """The device that a training is to fit.
+    """The device that a training has to fit.
 
     Attributes:
         kind: cpu or cuda.
-        memory: bytes that it has to give.
+        memory: available bytes.
         bf16: whether it computes in bfloat16.
         world: devices that share a batch.
-        seen: by how much more a step was seen to take than was foretold of it.
+        seen: ratio of measured to estimated memory of a step.
     """
 
     kind: str
@@ -51,10 +51,10 @@ class Target:
 
     @property
     def beside(self) -> int:
-        """Bytes that are taken beside tensors and what lies between them."""
+        """Bytes needed in addition to tensors and the gaps between them."""
         return _BESIDE[self.kind]
 
     def need(self, step: StepBytes) -> int:
-        """Return the bytes that a training with such steps takes of it, holes and libraries included."""
+        """Return the bytes that a training with such steps takes, gaps and libraries included."""
         taken = max(step.peak * _HOLES[self.kind], step.heap * _HEAP)
         return round(taken * self.seen) + self.beside

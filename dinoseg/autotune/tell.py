@@ -1,4 +1,4 @@
-"""What is told of a training that is held against its floor, and what is written of it."""
+"""Report of the comparison with the linear-probe baseline, and the file `floor.json`."""
 
 import logging
 import time
@@ -18,7 +18,7 @@ from dinoseg.utils.atomic import write_json
 from dinoseg.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
-_LOOKING = 3.0  # times what the comparison may take: for the causes of a run that is below
+_LOOKING = 3.0  # time limit for the search of causes, as a multiple of the comparison's limit
 
 
 def tell_floor(
@@ -32,20 +32,20 @@ def tell_floor(
     best_step: int,
     steps: int,
 ) -> dict[str, Any] | None:
-    """Hold a run against its closed form, say where it is below that, and why; return what `floor.json` says.
+    """Compare a run with the linear probe, report scores and causes, and return the content of `floor.json`.
 
     Args:
         cfg: the whole config.
         regime: of the run.
         engine: of the run.
-        model: with the best checkpoint's weights.
+        model: with the weights of the best checkpoint.
         out_dir: the run folder.
-        seconds: that the comparison may take; after three times that no further cause is looked for.
-        best_step: after which the model had these weights.
-        steps: that were done.
+        seconds: time limit of the comparison; no further cause is tested after three times that.
+        best_step: step of the best checkpoint.
+        steps: number of training steps done.
     """
     if engine.is_main:
-        (out_dir / FLOOR).unlink(missing_ok=True)  # of a run that has gone on since
+        (out_dir / FLOOR).unlink(missing_ok=True)  # outdated, if the run was resumed since
     try:
         held = held_against_floor(cfg, regime, engine, model, seconds=seconds)
         until = time.monotonic() + _LOOKING * seconds

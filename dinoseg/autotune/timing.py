@@ -1,4 +1,4 @@
-"""What a recipe takes on this machine: some of its own steps and validated images, in a process of its own."""
+"""Timing of a recipe on this machine: a few training steps and validated images, in a separate process."""
 
 import math
 import statistics
@@ -27,21 +27,21 @@ from dinoseg.utils.devices import synchronize
 from dinoseg.utils.errors import UserError
 
 _STEPS, _WARMUP, _VALIDATED = 3, 1, 6
-_SHARE, _MOST = 0.015, 8.0  # of the time that is given, and seconds: for which steps go on
+_SHARE, _MOST = 0.015, 8.0  # share of the time budget, and a maximum in seconds, for the timed steps
 
 
 @dataclass(frozen=True)
 class Seconds:
-    """What was measured of a recipe, in seconds.
+    """Measured times of a recipe, in seconds.
 
     Attributes:
-        start: until its first batch is there.
-        image: of a training step, for each image, from files; data that is waited for counts.
-        kept: the same from features that are kept; None: its model cannot be cut.
-        frozen: what is frozen of a model, for an image, which is computed once where it is kept.
-        bytes: that it takes to keep, of one view.
+        start: until the first batch is ready.
+        image: per image of a training step on image files, including the time to wait for data.
+        kept: the same on cached features; None: the model cannot be cut into a frozen and a trained part.
+        frozen: forward pass of the frozen part per image, which is computed once if cached.
+        bytes: size of the cached features of one view.
         val: to validate an image, read from its file.
-        resting: what `image` is while the backbone rests; None: it was not asked, or nothing of the backbone learns.
+        resting: like `image` with the backbone frozen at first; None: not timed, or no backbone parameter is trained.
     """
 
     start: float
@@ -53,7 +53,7 @@ class Seconds:
     resting: float | None = None
 
     def on_smaller_images(self, scale: float) -> "Seconds":
-        """Return an estimate for images whose sides are multiplied by `scale`: a share by their area."""
+        """Return an estimate for images with sides multiplied by `scale`; times scale with the area."""
         area = scale**2
         kept = None if self.kept is None else area * self.kept
         return replace(
@@ -62,43 +62,44 @@ class Seconds:
 
 
 def unmeasured(seconds: float) -> Seconds:
-    """Return a careful estimate of a recipe whose timing did not end, or begin, within so many seconds."""
+    """Return a cautious estimate for a recipe whose timing did not finish, or start, within `seconds`."""
     image = seconds / (_STEPS + _WARMUP + _VALIDATED)
     return Seconds(start=image, image=image, kept=None, frozen=image, bytes=0, val=image)
 
 
 @dataclass(frozen=True)
 class _Again:
-    """A batch of features that is drawn again and again, as one of kept ones: complete once it is on the device."""
+    """Batch of features that is yielded repeatedly instead of cached ones; it is already on the device."""
 
     batch: FeatureBatch
 
     @property
     def names(self) -> list[str]:
-        """Return the samples' names."""
+        """Names of the samples."""
         return self.batch.names
 
     def to(self, device: torch.device) -> FeatureBatch:
-        """Return it."""
+        """Return the features unchanged."""
         return self.batch
 
 
 def time_recipe(
     values: Mapping[str, Any], *, minutes: float, may_rest: bool = False, ranks: int = 1, until: float = math.inf
 ) -> Seconds:
-    """Time a plain config on its own data, with random weights; call it in a process of its own, which is no rank.
+    """Time a plain config on its own data with random weights; call it in a separate process that is no rank.
 
     Args:
         values: the config.
-        minutes: that are given for everything, of which timing takes a share.
-        may_rest: whether to time steps of a backbone that rests as well, where it learns.
-        ranks: that share a batch and the images of a validation, each as fast as this one: its share is timed, and an
-            image then takes so much less. That they wait for one another is not counted.
-        until: time of `time.monotonic`, the same in all processes, after which one step of each kind has to do.
+        minutes: the whole time budget; timing takes a share of it.
+        may_rest: whether to time also steps with a backbone that is frozen at first, if it is trained at all.
+        ranks: that share a batch and a validation at the speed of this process. One rank's share is timed, and the time
+            per image is divided by their number. Waiting between ranks is not counted.
+        until: deadline on the clock of `time.monotonic`, shared by all processes; after it one step of each kind
+            suffices.
 
     Raises:
-        UserError: its parts do not go together.
-        OutOfMemory: there is too little.
+        UserError: the parts of the config do not fit together.
+        OutOfMemory: memory does not suffice.
     """
     began = time.perf_counter()
     cfg, engine = settled(values, instead={"devices": 1})
@@ -139,7 +140,9 @@ def time_recipe(
 
 
 def _later_median(seconds: Sequence[float]) -> float:
-    """Return the median of the later half of steps: while workers still read ahead, a step may take half as long again.
+    """Return the median of the later half of the steps.
+
+    While workers still read ahead, a step may take half as long again.
 
     Args:
         seconds: of each step.
@@ -148,7 +151,7 @@ def _later_median(seconds: Sequence[float]) -> float:
 
 
 def _cut(model: Segmenter, batch: Batch, engine: Engine) -> tuple[Any, float] | None:
-    """Return what is frozen of a batch, and the seconds that it took; None: the model cannot be cut."""
+    """Return the output of the frozen part for a batch and its seconds; None if the model cannot be cut."""
     images = batch.to(engine.device).image
     try:
         for _ in range(2):
@@ -163,10 +166,10 @@ def _cut(model: Segmenter, batch: Batch, engine: Engine) -> tuple[Any, float] | 
 
 
 def _seconds_of_val(cfg: Any, model: Segmenter, engine: Engine, until: float = math.inf) -> float:
-    """Return what an image takes as it is validated: read, predicted, its loss and counts; some of them are."""
+    """Return the seconds to read, predict and score a validation image, loss included, averaged over a few."""
     data, policy = build.dataset(cfg, "val"), instantiate(cfg.inference)
     loss = criteria.unweighted(cfg).to(engine.device)
-    places = evenly_spaced(len(data), _VALIDATED)  # may be of many sizes
+    places = evenly_spaced(len(data), _VALIDATED)  # evenly spaced, since sizes may differ
 
     def validated(some: Iterable[int]) -> float:
         began, count = time.perf_counter(), 0
@@ -182,5 +185,5 @@ def _seconds_of_val(cfg: Any, model: Segmenter, engine: Engine, until: float = m
         evaluate(model, data, engine, policy=policy, loss=loss, batches=batches())
         return (time.perf_counter() - began) / count
 
-    first = validated(places[:1])  # takes longer than others
+    first = validated(places[:1])  # slower than later images
     return first if time.monotonic() >= until else validated(places)

@@ -1,4 +1,4 @@
-"""Some steps of a recipe's own training, for what they take: nothing is learnt that is kept, and nothing written."""
+"""Short trials of a recipe's own training loop, to measure time and memory; nothing is saved."""
 
 import math
 import time
@@ -28,21 +28,21 @@ from dinoseg.utils.devices import synchronize
 from dinoseg.utils.errors import UserError
 
 _NEVER = 10**9  # steps
-_MOST = 100  # of these, however short they are
+_MOST = 100  # steps at most if they go by seconds (`lasting`), however short they are
 
 
 class _Enough(Exception):  # noqa: N818 - an end, not an error
-    """All steps are done."""
+    """Signal that all steps are done."""
 
 
 @dataclass
 class Trial:
-    """What steps of a training took.
+    """Time and memory of trial steps.
 
     Attributes:
-        seconds: of each step that was timed.
-        waited: seconds of it until its batches were there.
-        peak: bytes at most of these and the steps before them, beside `before`.
+        seconds: of each timed step.
+        waited: seconds of each that were spent waiting for its batches.
+        peak: peak bytes of timed and warm-up steps, in addition to `before`.
         before: bytes that the process or the device held without the model.
     """
 
@@ -54,7 +54,7 @@ class Trial:
 
 @dataclass
 class _TimedFeed:
-    """A feed that takes the time at each batch, and ends the training after so many steps, and so many seconds."""
+    """Feed that records the time at each batch, and ends the training after enough steps and seconds."""
 
     batches: Iterator[Any]
     device: torch.device
@@ -73,7 +73,7 @@ class _TimedFeed:
     epoch: float = 1.0
 
     def train_batches(self, start: int) -> Iterator[Any]:
-        """Yield the batches of all steps; what is asked for one more ends the training."""
+        """Yield the batches of all steps; requesting one more ends the training."""
         began = None
         for step in range(self.most + 1):
             began = self._note(began)
@@ -88,16 +88,16 @@ class _TimedFeed:
                 self.trial.waited[-1] += time.perf_counter() - asked
                 yield batch
         for noted in (self.trial.seconds, self.trial.waited):
-            del noted[: min(self.warmup, len(noted) - 1)]  # of a trial that is cut short, a step is left
+            del noted[: min(self.warmup, len(noted) - 1)]  # a trial that is cut short keeps one step
         raise _Enough
 
     @property
     def most(self) -> int:
-        """Steps that are tried at most."""
+        """Maximum number of steps."""
         return max(self.warmup + self.steps, _MOST if self.lasting else 0)
 
     def _note(self, began: float | None) -> float:
-        """Note the seconds since a step began, once it is done, and return when the next one begins."""
+        """Record the duration of the step that began at `began`, if any; return the current time."""
         synchronize(self.device)
         now = time.perf_counter()
         if began is not None:
@@ -105,23 +105,23 @@ class _TimedFeed:
         return now
 
     def tally(self, engine: Engine) -> Tally | None:
-        """Count nothing."""
+        """Return None: nothing is counted."""
 
     def validate(self, model: Segmenter, loss: Loss, engine: Engine) -> Validation:
-        """Validate nothing: no step is the last one."""
+        """Raise NotImplementedError: a trial ends before its last step, so it never validates."""
         raise NotImplementedError
 
 
 def drawn_steps(values: Mapping[str, Any], samples: int, steps: int = 2) -> Trial:
-    """Try a config's steps on so many samples of noise each, in a process that holds nothing else.
+    """Run trial steps of a config on random samples, in a process that holds nothing else.
 
     Args:
         values: the whole config, plain.
-        samples: at once.
-        steps: to try.
+        samples: batch size.
+        steps: number of steps.
 
     Raises:
-        OutOfMemory: there is too little.
+        OutOfMemory: memory does not suffice.
     """
     cfg, engine = settled(values, instead={"devices": 1})
     batches = repeat(drawn_batch(cfg, samples))
@@ -129,17 +129,17 @@ def drawn_steps(values: Mapping[str, Any], samples: int, steps: int = 2) -> Tria
 
 
 def settled(values: Mapping[str, Any], instead: Mapping[str, Any] | None = None) -> tuple[DictConfig, Engine]:
-    """Return a plain config as one, in a process that has read none, and its engine."""
+    """Return a plain config as a DictConfig, in a process that has not loaded a config yet, and its engine."""
     register_resolvers()
     cfg = OmegaConf.create(dict(values))
     return cfg, instantiate(cfg.engine, instead=instead)
 
 
 def check_alone(cfg: DictConfig) -> None:
-    """Refuse a trainer of several models, or of images without masks: what a step takes is asked of one and of labels.
+    """Refuse trainers of several heads or with unlabelled images: estimates cover one head and labelled images only.
 
     Raises:
-        UserError: naming what to give.
+        UserError: naming the overrides to give instead.
     """
     if "heads" in cfg.trainer:
         raise UserError(
@@ -165,18 +165,18 @@ def try_steps(
     until: float = math.inf,
     rests: bool = False,
 ) -> Trial:
-    """Train a model for some steps by its config's own trainer.
+    """Train a model for a few steps with its config's own trainer.
 
     Args:
         cfg: the whole config.
-        make: gives the model.
+        make: returns the model.
         engine: of one rank.
-        batches: as many as the steps take, or more.
-        steps: optimizer steps that are timed, at least.
+        batches: at least as many as the steps need.
+        steps: minimum number of timed optimizer steps.
         warmup: steps before them.
-        lasting: seconds for which steps go on, however many these are.
-        until: time of `time.monotonic` after which no further step is taken, but for a single one.
-        rests: whether what the config lets rest at first does so in all of these steps; else all of it learns.
+        lasting: minimum seconds of timed steps in total, up to 100 steps.
+        until: deadline on the clock of `time.monotonic`; after it no step starts except the first.
+        rests: whether parts that the config freezes at first stay frozen in all these steps; else they are trained.
     """
     reset_peak_memory(engine.device)
     trial = Trial(before=held_memory(engine.device))
@@ -197,7 +197,7 @@ def try_steps(
     for group in optimizer.param_groups:
         if group["rests"]:
             group["rests"], group["begin"] = rests, feed.most / (feed.most + 1)
-    # the feed ends it in place of the last step, after which it would validate
+    # the feed raises before the last step, after which the trainer would validate
     lengths = {"steps": feed.most + 1, "val_every": _NEVER, "save_every": None, "max_minutes": None}
     fit = instantiate(cfg.trainer, without=("feed", "epochs", "val_images"), instead=lengths)
     checkpoints = Checkpoints(Path(), {}, writes=False)

@@ -1,4 +1,4 @@
-"""Launchers and sweepers that are installed only where they are asked for."""
+"""Launchers and sweepers that need optional packages."""
 
 import warnings
 from collections.abc import Sequence
@@ -13,22 +13,22 @@ _INSTALLED_BY = {
         "joblib": "dinoseg[joblib]",
         "submitit_local": "dinoseg[submitit]",
         "submitit_slurm": "dinoseg[submitit]",
-        "ray": "hydra-ray-launcher",  # no extra: its cloudpickle below 3 would be everybody's in one lock file
+        "ray": "hydra-ray-launcher",  # no extra: its cloudpickle below 3 would pin everybody in one lock file
     },
     "hydra/sweeper": {"optuna": "dinoseg[optuna]"},
 }
 
 
 def hush_schemas() -> None:
-    """Say nothing of our files for launchers having the names of their plug-ins, which Hydra 1.3 means for schemas."""
+    """Suppress a Hydra 1.3 warning: it takes our launcher configs for schemas, as they share the plug-ins' names."""
     warnings.filterwarnings("ignore", "(?s).* is validated against ConfigStore schema")
 
 
 def check_intervals(arguments: Sequence[str]) -> None:
-    """Refuse an interval where nothing searches in it.
+    """Refuse an interval if no sweeper searches it.
 
     Raises:
-        UserError: naming the sweeper that does.
+        UserError: naming the sweeper to use.
     """
     words = [word for _, word in assignments(arguments)]
     if is_sweep(arguments) and any(word.startswith("hydra/sweeper=") for word in words):
@@ -40,11 +40,11 @@ def check_intervals(arguments: Sequence[str]) -> None:
 
 
 def missing_extra(arguments: Sequence[str], error: Exception) -> str:
-    """Return what a command line needs that could not be imported, and how to get it; "" where it names none.
+    """Return which override needs a package that is not installed, and how to install it; "" if none does.
 
     Args:
         arguments: the command line, without the program's name.
-        error: what Hydra raised when it made its launcher or sweeper.
+        error: raised by Hydra when it created its launcher or sweeper.
     """
     if isinstance(error, RuntimeError) and "Unknown plugin class" not in str(error):
         return ""

@@ -1,4 +1,4 @@
-"""From a composed config to a running mode: the checkpoint it goes on from, its folder, its ranks."""
+"""Launch of a mode from a composed config: checkpoint to resume, run folder and ranks."""
 
 import os
 import re
@@ -39,36 +39,37 @@ from dinoseg.utils.private import check_private
 from dinoseg.utils.slurm import join_slurm
 from dinoseg.utils.wording import printable
 
-_OWN_NAME = re.compile(r"[a-z]+_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d")  # as cfg/hydra/run.yaml names a run's folder
+_OWN_NAME = re.compile(r"[a-z]+_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d")  # names of run folders by cfg/hydra/run.yaml
 
-# processes of a launcher plug-in (joblib, Slurm) know this module by its callback alone, and name the job's folder
+# processes of launcher plug-ins (joblib, Slurm) import only this module, through its callback, and resolve the name of
+# the job's folder
 register_resolvers()
 hush_schemas()
 
 
 class NotedFolders(Callback):
-    """Notes which folders Hydra makes for a run or a sweep, before it does: one that was there is never removed."""
+    """Hydra callback that records which folders Hydra is about to create; older folders are never removed."""
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
-        """Note those of a single run."""
-        with suppress(OmegaConfBaseException):  # of a name that cannot be had Hydra itself says so, next
+        """Record the folders of a single run."""
+        with suppress(OmegaConfBaseException):  # Hydra reports a name that cannot be resolved right after this
             will_make(Path(config.hydra.run.dir))
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """Note those of a sweep."""
+        """Record the folders of a sweep."""
         will_make(Path(config.hydra.sweep.dir))
 
 
 def launch(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> Any:
-    """Run the chosen mode and return what it returns: on one device here, else in ranks started from here.
+    """Run the chosen mode and return its result: in this process for one device, else in ranks started from here.
 
-    A mode with `resume_from: last` goes on in the checkpoint's own run folder, one with `best` works in a new one; or,
-    with `goes_on`, in the one of that name where it has left a file of that name before.
-    A mode with `devices` above 1 runs in so many ranks; where torchrun (WORLD_SIZE is set) or Slurm has started them,
-    this process is one of them and works in the first one's folder.
+    A mode with `resume_from: last` resumes in the checkpoint's own run folder; with `best` it uses a new one. A mode
+    with `goes_on` resumes in the given run folder if that holds the file of this name or no results.
+    A mode with `devices` above 1 runs in that many ranks. If torchrun (WORLD_SIZE is set) or Slurm has started them,
+    this process is one of them and uses the run folder of the first.
 
     Raises:
-        UserError: whatever the user can mend.
+        UserError: any error that the user can fix.
     """
     _check_words(cfg, overrides)
     limit_spinning()
@@ -83,12 +84,12 @@ def launch(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> Any:
     devices = cfg.mode.get("devices", 1)
     if not isinstance(devices, int) or devices < 1:
         raise UserError(f"engine.devices={devices}: give a whole number of at least 1.")
-    if devices == 1:  # ranks that are started from here keep to shares of their own
+    if devices == 1:  # ranks started from here set their own limits
         keep_to_quota()
     if not cfg.mode.get("keeps_folder", True):
         drop_empty(out_dir)
         return run_mode(cfg, out_dir)
-    run_folder = out_dir  # which an error before it is entered leaves to be dropped
+    run_folder = out_dir  # removed after an error, unless another one is entered
     try:
         with telling_file_errors(out_dir), telling_shortages():
             cfg, run_folder = _enter_folder(cfg, out_dir, overrides)
@@ -99,7 +100,7 @@ def launch(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> Any:
         drop_bare(run_folder)
         raise
     except KeyboardInterrupt as stop:
-        drop_empty(out_dir)  # of one that was stopped while its recipe was chosen
+        drop_empty(out_dir)  # if stopped while the recipe was being chosen
         number = stop.number if isinstance(stop, Interrupted) else signal.SIGINT
         raise Interrupted(number, note=_left(cfg, run_folder) if is_first_rank() else "") from None
     finally:
@@ -107,11 +108,11 @@ def launch(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> Any:
 
 
 def _enter_folder(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> tuple[DictConfig, Path]:
-    """Find what to go on from, make a folder this run's own, and keep the config in it.
+    """Find the run to resume, claim a run folder and write the config to it.
 
     Args:
         cfg: as composed.
-        out_dir: the folder that Hydra has made for this run; it goes where another is taken.
+        out_dir: created by Hydra for this run; removed if another folder is used.
         overrides: the words of the command line.
     """
     continued, new = None, out_dir
@@ -124,7 +125,7 @@ def _enter_folder(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> t
         new = _below_recipe(out_dir, typed_recipe, cfg.choices.hparam)
     cfg = _settled_length(cfg, overrides)
     cfg, own_runs = _with_heads(cfg, overrides, continued)
-    # other ranks of torchrun's only have to know the name: the first one makes the folder
+    # other ranks of torchrun only need the name: the first one creates the folder
     if not is_first_rank():
         if continued or new != out_dir:
             drop_empty(out_dir)
@@ -134,7 +135,7 @@ def _enter_folder(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> t
             drop_empty(out_dir)
         goes_on = _goes_on(cfg, new)
         run_folder = new if goes_on else claim(new)
-        if run_folder != new and not _OWN_NAME.fullmatch(new.name):  # typed: of two in one second nobody chose a name
+        if run_folder != new and not _OWN_NAME.fullmatch(new.name):  # a typed name; default names may collide
             said = f"hydra.run.dir={new} holds another run, which stays: this one is in {run_folder}"
             print(printable(said), file=sys.stderr)
         if goes_on:
@@ -156,10 +157,10 @@ def _enter_folder(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> t
 
 
 def _recipe(cfg: DictConfig, overrides: Sequence[str]) -> Any:
-    """Return the recipe that is chosen for a command line (`dinoseg.autotune.recipe.Recipe`); None: it names one.
+    """Return the recipe that `hparam=auto` chooses (`dinoseg.autotune.recipe.Recipe`); None for other or resumed runs.
 
     Raises:
-        UserError: a budget is given to a recipe that has its own lengths, or nothing can be chosen.
+        UserError: a budget is given to a recipe with fixed lengths, or nothing can be chosen.
     """
     reads_budget = "budget" in cfg.mode.get("reads", ())
     if cfg.choices.hparam != "auto":
@@ -169,7 +170,7 @@ def _recipe(cfg: DictConfig, overrides: Sequence[str]) -> Any:
                 "Give that too, or trainer.steps."
             )
         return None
-    if not reads_budget or cfg.resume not in (None, "auto"):  # what goes on has its choices
+    if not reads_budget or cfg.resume not in (None, "auto"):  # a resumed run has its choices
         return None
     from dinoseg.autotune.recipe import chosen
 
@@ -177,7 +178,7 @@ def _recipe(cfg: DictConfig, overrides: Sequence[str]) -> Any:
 
 
 def _with_heads(cfg: DictConfig, overrides: Sequence[str], run: Path | None) -> tuple[DictConfig, dict[str, Any]]:
-    """Return the config of a job of several heads with that of each head's own run, and these runs."""
+    """Return the config of a multi-head job, including each head's own run config, and these runs."""
     if "heads" not in cfg.trainer and cfg.get("heads") is None and cfg.get("lrs") is None:
         return cfg, {}
     from dinoseg.experiment.heads import SOLO, own_runs
@@ -190,16 +191,16 @@ def _with_heads(cfg: DictConfig, overrides: Sequence[str], run: Path | None) -> 
 
 
 def _goes_on(cfg: DictConfig, folder: Path) -> bool:
-    """Return whether a mode that says so goes on in a folder of its own that is there already, instead of beside it."""
+    """Return whether a mode with `goes_on` resumes in its existing run folder instead of using a new one."""
     record = cfg.mode.get("goes_on")
     claimed = (folder / LOG).exists()
     return record is not None and claimed and ((folder / record).is_file() or not has_results(folder))
 
 
 def _below_recipe(out_dir: Path, typed: str, recipe: Any) -> Path:
-    """Return the folder of a run that uses a checkpoint: below the checkpoint's recipe, if its name is our own choice.
+    """Return the run folder of a mode that uses a checkpoint: below the checkpoint's recipe, unless its name was typed.
 
-    The recipe's name comes from a file: what is no plain name names no folder.
+    The recipe's name comes from a file, so only a plain name is used as a folder.
     """
     ours = out_dir.parent.name == typed and _OWN_NAME.fullmatch(out_dir.name)
     plain_name = isinstance(recipe, str) and re.fullmatch(r"\w[\w-]*", recipe)
@@ -207,7 +208,7 @@ def _below_recipe(out_dir: Path, typed: str, recipe: Any) -> Path:
 
 
 def _resumed(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> tuple[DictConfig, Path | None]:
-    """Return the config of the checkpoint that `resume` means, and its run folder if the mode goes on in it."""
+    """Return the config of the checkpoint that `resume` names, and its run folder if the mode resumes in place."""
     from dinoseg.experiment import lookup, resume
     from dinoseg.training import checkpoint
 
@@ -222,7 +223,7 @@ def _resumed(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> tuple[
 
 
 def _settled_length(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
-    """Let a `trainer.steps` of the command line win over the `trainer.epochs` of a recipe or a checkpoint."""
+    """Let a typed `trainer.steps` override the `trainer.epochs` of a recipe or checkpoint."""
     typed = {override.key_or_group for override in _parsed(overrides) if override.value() is not None}
     if {"trainer.steps", "trainer.epochs"} <= typed:
         raise UserError("trainer.steps and trainer.epochs both say how long to train: give one of them.")
@@ -232,7 +233,7 @@ def _settled_length(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
 
 
 def _left(cfg: DictConfig, folder: Path) -> str:
-    """Return what an interrupted run has left, as it lies on the disk, in words."""
+    """Return a note on what an interrupted run has left on disk."""
     if cfg.mode.get("resume_from") != "last":
         return f"what is finished is in {folder}" if has_results(folder) else ""
     from dinoseg.training import checkpoint
@@ -249,7 +250,7 @@ def _parsed(overrides: Sequence[str]) -> list[Override]:
 
 
 def _check_words(cfg: DictConfig, overrides: Sequence[str]) -> None:
-    """Refuse a `+key` that no target takes, which nothing else would say, and keys that only files may set."""
+    """Refuse a `+key` that no target takes, which Hydra would add silently, and keys that only files may set."""
     for override in _parsed(overrides):
         name = override.key_or_group
         hidden = [part for part in name.split(".") if part.startswith("_")]
@@ -264,7 +265,7 @@ def _check_words(cfg: DictConfig, overrides: Sequence[str]) -> None:
 
 
 def _tables(value: Any) -> Iterator[Mapping[Any, Any]]:
-    """Yield each table that a value of the command line is or holds."""
+    """Yield each table in a value of the command line, including the value itself."""
     if isinstance(value, Mapping):
         yield value
     for part in value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ():
@@ -272,6 +273,6 @@ def _tables(value: Any) -> Iterator[Mapping[Any, Any]]:
 
 
 def _is_taken(cfg: DictConfig, name: str) -> bool:
-    """Return whether a key lies at or below one with a target, which says itself what it takes."""
+    """Return whether a key is at or below a node with a `_target_`, whose arguments are checked later."""
     nodes = [OmegaConf.select(cfg, name[:end]) for end, letter in enumerate(name) if letter == "."]
     return any(isinstance(node, DictConfig) and "_target_" in node for node in nodes)

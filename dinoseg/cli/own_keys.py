@@ -1,4 +1,4 @@
-"""Keys on a command line that only the checkpoint named there has."""
+"""Command-line keys that only the config of the named checkpoint has."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,11 +11,11 @@ from dinoseg.config.plain import has_key
 
 
 def with_own_keys(arguments: Sequence[str]) -> list[str]:
-    """Return a command line with `++` before the keys that the checkpoint of `resume` has in its own config.
+    """Return a command line with `++` before the keys that the config of the checkpoint in `resume` has.
 
-    Hydra holds keys against the groups chosen on the command line (head=linear if none is) before anyone has looked at
-    the checkpoint; with `++` it takes them as they are, and `resume.merge` sets them in the checkpoint's config. For
-    `resume=auto` nothing is changed: its runs have the recipe that the command line composes.
+    Hydra validates keys against the groups on the command line (head=linear by default), before the checkpoint is read.
+    With `++` it accepts any key, and `resume.merge` sets them in the checkpoint's config. Nothing changes for
+    `resume=auto`: it looks for runs of the recipe that the command line composes.
 
     Raises:
         UserError: `resume` names no checkpoint.
@@ -24,17 +24,17 @@ def with_own_keys(arguments: Sequence[str]) -> list[str]:
     words = list(arguments)
     for position, override in _overrides(arguments) if configs else ():
         key = override.key_or_group
-        # one without a dot is a group
+        # a key without a dot is a group
         if override.type is OverrideType.CHANGE and "." in key and all(has_key(config, key) for config in configs):
             words[position] = f"++{words[position]}"
     return words
 
 
 def own_configs(arguments: Sequence[str]) -> list[Mapping[str, Any]]:
-    """Return what goes on of the config of each checkpoint that `resume`, or mode.model, names, but groups chosen anew.
+    """Return the reused config of each checkpoint in `resume` or `mode.model`, without groups that are chosen again.
 
     Raises:
-        UserError: there is no such checkpoint.
+        UserError: the checkpoint does not exist.
     """
     typed = {override.key_or_group: values_of(override) for _, override in _overrides(arguments)}
     checkpoints = [path for path in typed.get("resume", ()) if path not in ("auto", "None")]
@@ -58,7 +58,7 @@ def own_configs(arguments: Sequence[str]) -> list[Mapping[str, Any]]:
 
 
 def _overrides(arguments: Sequence[str]) -> Iterator[tuple[int, Override]]:
-    """Yield position and meaning of the words that Hydra can read."""
+    """Yield position and parsed form of the words that Hydra can parse."""
     for position, word in assignments(arguments):
         if override := parsed(word):
             yield position, override

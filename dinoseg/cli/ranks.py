@@ -1,4 +1,4 @@
-"""Several processes for one job: started here, watched, and ended together."""
+"""Ranks of a job as processes of this machine: started, watched and ended together."""
 
 import atexit
 import faulthandler
@@ -37,23 +37,23 @@ LAUNCH_KEYS = (
     "goes_on",
     "check",
     "reads",
-)  # of a mode: the others are its function's
-_LAST_WORDS = 1.0  # seconds to tell where it stands
-_GRACE = 60.0  # seconds that the others have to save and end when one has failed
-_LOST = 75  # exit status of a rank that has lost another one, which is the one that has failed
-_GONE = re.compile("by peer|remote process exited")  # gloo's and NCCL's words for that
-_STUCK = re.compile("[Tt]imed out|[Ww]ait timeout")  # gloo's, NCCL's and the store's, of one that does not come
+)  # keys of a mode that are not arguments of its function
+_LAST_WORDS = 1.0  # seconds for a stuck rank to print its stacks
+_GRACE = 60.0  # seconds for the other ranks to save and exit after one has failed
+_LOST = 75  # exit status of a rank that has lost another one; the other one has failed
+_GONE = re.compile("by peer|remote process exited")  # in gloo's and NCCL's messages on a lost rank
+_STUCK = re.compile("[Tt]imed out|[Ww]ait timeout")  # if a rank does not respond: gloo, NCCL and the store
 _KILLED = -9  # exit status of a rank after SIGKILL, which Windows does not have
-_STOPPED = {status: number for number in SIGNALS for status in (128 + number, -number)}  # exit statuses
+_STOPPED = {status: number for number in SIGNALS for status in (128 + number, -number)}  # exit status to signal number
 
 
 class LostRank(UserError):
-    """Another rank has gone or is stuck: that one has failed, not this one."""
+    """Error of a rank that waited for another one that is gone or stuck: the other one has failed."""
 
 
 def run_mode(cfg: DictConfig, out_dir: Path) -> Any:
     """Call the mode's function in this process."""
-    # a spawned process would spawn its own, too: seconds for each loader's workers; joblib's would start none at all
+    # or spawned processes would spawn theirs, too: seconds per loader worker, and joblib's could not start any
     set_start_method(None, force=True)
     if cfg.mode.get("keeps_folder", True):
         configure_log(out_dir if is_first_rank() else None)
@@ -72,15 +72,15 @@ def run_mode(cfg: DictConfig, out_dir: Path) -> Any:
 
 @contextmanager
 def telling_shortages() -> Iterator[None]:
-    """Turn what libraries say where memory cannot be had into a message, in a rank too; other errors pass.
+    """Convert out-of-memory errors of libraries into `OutOfMemory`, in ranks too; other errors pass.
 
     Raises:
-        OutOfMemory: with their own words.
+        OutOfMemory: with the library's own message.
     """
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        from dinoseg.inference.memory import shortage_of  # which brings torch
+        from dinoseg.inference.memory import shortage_of  # imports torch
 
         if (short := shortage_of(error)) is None:
             raise
@@ -89,10 +89,10 @@ def telling_shortages() -> Iterator[None]:
 
 @contextmanager
 def _telling_lost_ranks() -> Iterator[None]:
-    """Turn what torch says of other ranks that are gone or stuck into a message; other errors pass.
+    """Convert torch's errors about ranks that are gone or stuck into `LostRank`; other errors pass.
 
     Raises:
-        LostRank: saying which of both.
+        LostRank: stating which of both.
     """
     try:
         yield
@@ -109,10 +109,10 @@ def _telling_lost_ranks() -> Iterator[None]:
 
 
 def _leave_group() -> None:
-    """Leave the ranks' group, however the mode has ended: an interpreter that ends within one may never be done.
+    """Destroy the process group, however the mode ended: an interpreter that exits within one may hang.
 
-    Its threads end when nothing holds it any more, so what only a cycle keeps (a model on ranks, an error's frames) is
-    freed before the interpreter goes: a thread of the group that asks for it later aborts the process.
+    The group's threads end when nothing references it. Reference cycles (a model on ranks, an error's frames) are
+    therefore collected before the interpreter exits: a thread that needs the interpreter later aborts the process.
     """
     if "WORLD_SIZE" in os.environ:
         atexit.register(gc.collect)
@@ -122,25 +122,25 @@ def _leave_group() -> None:
 
 
 def is_first_rank() -> bool:
-    """Return whether this process writes the run's files: alone, or the first of those torchrun started."""
+    """Return whether this process writes the run's files: it runs alone or is rank 0."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def run_ranks(cfg: DictConfig, out_dir: Path, devices: int) -> Any:
-    """Run a mode in `devices` processes and return what the first one returns.
+    """Run a mode in `devices` processes and return the result of the first.
 
-    Signals are passed on to all of them. When one fails, the others may end by themselves (the first saves what it has
-    trained) and are killed if they do not.
+    Signals are forwarded to all of them. If one fails, the others get time to exit by themselves (the first saves its
+    progress) and are killed afterwards.
 
     Raises:
-        UserError: a rank has failed; it has said why.
+        UserError: a rank has failed and printed the reason.
         Interrupted: a signal has ended them.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     forget_share()
-    context = get_context("spawn")  # CUDA does not live through a fork
+    context = get_context("spawn")  # CUDA does not survive a fork
     receiving, sending = context.Pipe(duplex=False)
     ranks = [
         context.Process(target=_run_rank, args=(rank, devices, port, plain(cfg), out_dir, sending))
@@ -160,7 +160,7 @@ def run_ranks(cfg: DictConfig, out_dir: Path, devices: int) -> Any:
 
 
 def _watch(ranks: Sequence[BaseProcess], receiving: Any) -> Any:
-    """Return what the first rank sends, once all have ended well."""
+    """Return the result of the first rank once all have succeeded; raise if one failed."""
     result: list[Any] = []
     failed: int | None = None
     deadline = math.inf
@@ -170,14 +170,14 @@ def _watch(ranks: Sequence[BaseProcess], receiving: Any) -> Any:
         for ready in connection.wait(waiting, timeout=1.0):
             waiting.remove(ready)
             if not isinstance(ready, int):
-                result += _received(receiving)  # at once: a pipe holds 64 KiB, and the rank waits until more is taken
+                result += _received(receiving)  # at once: a pipe holds 64 KiB, and the rank blocks until it is read
                 continue
             number = ending[ready]
             ranks[number].join()
             if ranks[number].exitcode and failed is None:
                 failed, deadline = number, time.monotonic() + _GRACE
             elif ranks[number].exitcode and ranks[failed or 0].exitcode == _LOST:
-                failed = number  # whose connections go before it has ended
+                failed = number  # the lost rank, whose connections close before it exits
     if failed is None:
         return result[0]
     status = ranks[failed].exitcode
@@ -196,10 +196,10 @@ def _watch(ranks: Sequence[BaseProcess], receiving: Any) -> Any:
 
 
 def _hung(ranks: Sequence[BaseProcess], numbers: Sequence[int]) -> UserError:
-    """Let ranks that others have waited for in vain tell where they stand, and return the message."""
+    """Make ranks that others waited for in vain print their stacks, and return the error to raise."""
     for rank in ranks:
         if rank.pid and sys.platform != "win32":
-            os.kill(rank.pid, signal.SIGUSR1)  # see `_run_rank`: the rank prints its stacks
+            os.kill(rank.pid, signal.SIGUSR1)  # the rank prints its stacks, see `_run_rank`
             rank.join(_LAST_WORDS)
     named = ", ".join(str(number) for number in numbers)
     return UserError(
@@ -211,7 +211,7 @@ def _hung(ranks: Sequence[BaseProcess], numbers: Sequence[int]) -> UserError:
 def _received(receiving: Any) -> list[Any]:
     try:
         return [json.loads(receiving.recv_bytes())]
-    except EOFError:  # the first rank has ended without a result
+    except EOFError:  # the first rank ended without a result
         return []
 
 
@@ -222,7 +222,7 @@ def _run_rank(
     if sys.platform != "win32":
         faulthandler.register(signal.SIGUSR1)
     if rank:
-        sending.close()  # so that the parent sees the end of the only one that writes
+        sending.close()  # so that the parent gets EOF when the only writer exits
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -231,7 +231,7 @@ def _run_rank(
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-    if "SLURM_CPUS_ON_NODE" in os.environ:  # these ranks share what the process that started them may use of it
+    if "SLURM_CPUS_ON_NODE" in os.environ:  # these ranks share the cores of the process that started them
         os.environ["SLURM_CPUS_ON_NODE"] = str(min(count_cores(), cores_here()))
     keep_to_share()
     register_resolvers()
@@ -241,7 +241,7 @@ def _run_rank(
     except UserError as error:
         print(f"error (rank {rank}): {error}", file=sys.stderr)
         sys.exit(_LOST if isinstance(error, LostRank) else 1)
-    except Interrupted as stop:  # the parent says what was saved
+    except Interrupted as stop:  # the parent reports the saved state
         sys.exit(stop.status)
     if rank == 0:
         sending.send_bytes(json.dumps(result).encode())

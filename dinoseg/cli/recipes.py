@@ -1,4 +1,4 @@
-"""The recipes that a command line names, by the files that hold them: `sarrarp_lora` is `sarrarp/lora`."""
+"""Recipe names of a command line and the files that hold them: `sarrarp_lora` is `sarrarp/lora`."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -13,13 +13,13 @@ _OPTION = re.compile(r"[\w./-]+")
 
 
 def with_recipe_files(arguments: Sequence[str], folders: Sequence[Path]) -> list[str]:
-    """Return a command line with recipes as Hydra finds them: in their families, and a sweep's patterns written out.
+    """Return a command line with recipes as Hydra finds them: with their families, and a sweep's globs expanded.
 
-    Hydra itself looks for a pattern's options beside the families alone, not in them.
+    Hydra's own globs do not search in families.
 
     Args:
         arguments: the command line, without the program's name.
-        folders: those of config groups, the user's own too.
+        folders: of config groups, including the user's own.
     """
     files = recipe_files(folders)
     words = list(arguments)
@@ -32,13 +32,13 @@ def with_recipe_files(arguments: Sequence[str], folders: Sequence[Path]) -> list
 
 
 def recipe_files(folders: Iterable[Path]) -> dict[str, str]:
-    """Return name to option of every recipe; a file of that very name goes before one in a family."""
+    """Return a dict from recipe name to option; a file of that exact name takes precedence over one in a family."""
     options = [option for folder in folders for option in options_of(folder / RECIPES)]
     return {recipe_name(option): option for option in sorted(options, key=lambda option: "/" not in option)}
 
 
 def _matching(word: str, names: Iterable[str]) -> str:
-    """Return the names of the recipes that a sweep's `glob(...)` matches; "" where it is none or matches none."""
+    """Return the recipe names that a sweep's `glob(...)` matches, comma-separated; "" if no glob matches."""
     override = parsed(word)
     pattern = override.value() if override else None
     if not isinstance(pattern, Glob):

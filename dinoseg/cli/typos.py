@@ -1,4 +1,4 @@
-"""What is wrong with a command line that Hydra could not compose, in this project's words."""
+"""Error messages for command lines that Hydra could not compose."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -26,12 +26,12 @@ _ALL_KEYS = "Add `--cfg job` to see all keys, `--help` alone to see all groups a
 
 
 def explain(arguments: Sequence[str], folders: Sequence[Path], error: Exception) -> str:
-    """Return the mistake and its remedy; where none is recognised, what Hydra said.
+    """Return the mistake and its fix; Hydra's own message if no mistake is recognised.
 
     Args:
         arguments: the command line, without the program's name.
-        folders: those of config groups, the shipped one first.
-        error: what Hydra raised.
+        folders: of config groups, the shipped one first.
+        error: raised by Hydra.
     """
     if moved := _moved_recipe(error, folders):
         return moved
@@ -60,10 +60,10 @@ def explain(arguments: Sequence[str], folders: Sequence[Path], error: Exception)
 
 
 def check_patterns(arguments: Sequence[str], folders: Sequence[Path]) -> None:
-    """Refuse a sweep's pattern that matches no option: Hydra would run nothing, and say nothing of it.
+    """Refuse a sweep's glob that matches no option: Hydra would run nothing, without a message.
 
     Raises:
-        UserError: naming the options that there are.
+        UserError: naming the existing options.
     """
     for _, word in assignments(arguments) if is_sweep(arguments) else ():
         override = parsed(word)
@@ -74,14 +74,14 @@ def check_patterns(arguments: Sequence[str], folders: Sequence[Path]) -> None:
 
 
 def misplaced(words: Sequence[str], folders: Sequence[Path], error: Exception) -> str:
-    """Return which word of a command line that could be composed is to blame for an error; "" where none is.
+    """Return which override of a composed command line caused an error; "" if none did.
 
-    A group of keys is replaced by a value or taken away, or a value points to what is not there.
+    Recognised are a group of keys that is deleted or replaced by a value, and an interpolation of a missing key.
 
     Args:
-        words: the assignments of the command line.
-        folders: those of config groups, the shipped one first.
-        error: what a job raised.
+        words: the overrides of the command line.
+        folders: of config groups, the shipped one first.
+        error: raised by a job.
     """
     overrides = [
         override for word in words if (override := parsed(word)) and not override.key_or_group.startswith("hydra")
@@ -110,11 +110,11 @@ def misplaced(words: Sequence[str], folders: Sequence[Path], error: Exception) -
 
 
 def _below_a_value(key: str, cfg: Mapping[str, Any]) -> str:
-    """Return what is wrong with a key below one that is a value, or null; "" where nothing is."""
+    """Return the mistake of a key below a plain value or null; "" if there is none."""
     parts = key.split(".")
     for end in range(1, len(parts)):
         above, name = at(cfg, parts[: end - 1]), ".".join(parts[:end])
-        # below the root, null may stand where a table can be
+        # below the root, null may stand for a table
         there = (
             isinstance(above, Mapping) and parts[end - 1] in above and (end == 1 or above[parts[end - 1]] is not None)
         )
@@ -124,15 +124,15 @@ def _below_a_value(key: str, cfg: Mapping[str, Any]) -> str:
 
 
 def explain_value(arguments: Sequence[str], folders: Sequence[Path], error: ValueError) -> str:
-    """Return which word of a command line an error of values is of, raised by what composes; "" where none is.
+    """Return which override caused an error while the config was composed; "" if none did.
 
-    A group's option is a number, an option that names the run's folder is taken away, or a name lies below a list:
-    OmegaConf takes that for the number of an item, and says no more than that it is none.
+    Recognised are a number as a group's option, a deleted option that names the run folder, and a name below a list.
+    OmegaConf reads the last as an item's index, and only reports an invalid integer.
 
     Args:
         arguments: the command line, without the program's name.
-        folders: those of config groups, the shipped one first.
-        error: what was raised.
+        folders: of config groups, the shipped one first.
+        error: the error raised.
     """
     words = [word for _, word in assignments(arguments)]
     if isinstance(error, OmegaConfBaseException):
@@ -147,7 +147,7 @@ def explain_value(arguments: Sequence[str], folders: Sequence[Path], error: Valu
 
 
 def _composed(chosen: Sequence[str], folders: Sequence[Path]) -> dict[str, Any]:
-    """Return the config with these options, and no other words."""
+    """Return the config composed from these options alone."""
     sources = ",".join(f'"file://{folder.absolute()}"' for folder in folders[1:])
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(folders[0]), version_base="1.3"):
@@ -167,13 +167,13 @@ def _read(word: str) -> tuple[Override | None, str]:
 
 
 def _is_text(value: str) -> bool:
-    """Return whether a value with braces or brackets, such as {split}/pictures, is neither a list nor a table."""
+    """Return whether a value with braces or brackets, such as {split}/pictures, is text: neither a list nor a table."""
     closed = all(value.count(first) == value.count(last) for first, last in ("[]", "{}"))
     return closed and not re.search(r"['\"]|^\[.*\]$|^\{.*\}$", value)
 
 
 def _moved_recipe(error: Exception, folders: Sequence[Path]) -> str:
-    """Return what to write where a config file of the user's names a recipe as it was before there were families."""
+    """Return the fix for a user's config file that names a recipe as before recipes had families; "" if none does."""
     missing = error.missing_cfg_file if isinstance(error, MissingConfigException) else None
     group, _, name = (missing or "").rpartition("/")
     option = recipe_files(folders).get(name, name)
@@ -183,7 +183,7 @@ def _moved_recipe(error: Exception, folders: Sequence[Path]) -> str:
 
 
 def _wrong_option(override: Override, groups: Sequence[Path]) -> str:
-    """Return which option no folder of the group has."""
+    """Return the mistake of an option that no folder of the group has; "" if all exist."""
     options = _options(groups)
     bases = {path.stem for group in groups for path in group.glob("_*.yaml")}
     name = override.key_or_group
@@ -199,13 +199,13 @@ def _options(groups: Sequence[Path]) -> list[str]:
 
 
 def _chosen(override: Override, groups: Sequence[Path]) -> list[str]:
-    """Return the options that an assignment names; a pattern itself where it matches none."""
+    """Return the options that an override names; a glob without matches is returned as it was typed."""
     pattern = override.value()
     return (pattern.filter(_options(groups)) if isinstance(pattern, Glob) else []) or values_of(override)
 
 
 def _nearby(choice: str, options: Sequence[str]) -> list[str]:
-    """Return the options of the family that a choice names, else all, with a pattern for each family."""
+    """Return the options in the family of a choice; without any, all options with a glob for each family."""
     family = [option for option in options if option.startswith(f"{choice.partition('/')[0]}/")]
     return family or list(dict.fromkeys(re.sub("/.*", "/*", option) for option in options))
 
@@ -213,7 +213,7 @@ def _nearby(choice: str, options: Sequence[str]) -> list[str]:
 def _wrong_key(
     overrides: Sequence[Override], chosen: Sequence[str], folders: Sequence[Path], own: Sequence[Mapping[str, Any]]
 ) -> str:
-    """Return the mistake of the first key that the config with these choices, or a checkpoint's own, does not have."""
+    """Return the mistake of the first key that is neither in the config with these options nor in a checkpoint's."""
     try:
         cfg = _composed(chosen, folders)
     except HydraException:
@@ -236,19 +236,19 @@ def _wrong_key(
 
 
 def _elsewhere(key: str, folders: Sequence[Path]) -> str:
-    """Return which other options of its group have a key, as their own files say."""
+    """Return a hint on which other options of the group have a key, by their own files."""
     group, _, inner = key.partition(".")
     having = []
     for folder in folders:
         for option in options_of(folder / group) if inner else []:
-            with suppress(OSError, YAMLError):  # a file that is no config is told of where it is chosen
+            with suppress(OSError, YAMLError):  # an invalid config file is reported when it is chosen
                 if inner in keys_of(plain(OmegaConf.load(folder / group / f"{option}.yaml"))):
                     having.append(f"{group}={option}")
     return f" Of this group, {listed(having)} {'has' if len(having) == 1 else 'have'} it." if having else ""
 
 
 def _other_shape(key: str, value: Any, node: Any) -> str:
-    """Return the mistake where a value stands for a group of keys, or a group of keys for a list."""
+    """Return the mistake if a value replaces a group of keys, or a group of keys replaces a list."""
     if isinstance(node, Mapping) and not isinstance(value, Mapping):
         several = f"{key}.{'|'.join(str(name) for name in node if not str(name).startswith('_'))}"
         shown = "null" if value is None else value
@@ -259,14 +259,14 @@ def _other_shape(key: str, value: Any, node: Any) -> str:
 
 
 def _new_entries(cfg: Mapping[str, Any], key: str, value: Any) -> list[str]:
-    """Return which names of a table that is given for a key the config does not have there."""
+    """Return the names in a table given for a key that the config's table does not have."""
     table = at(cfg, key.split("."))
     both = isinstance(table, Mapping) and isinstance(value, Mapping)
     return [str(name) for name in value if name not in table] if both else []
 
 
 def _below_free(cfg: Any, parts: Sequence[str]) -> bool:
-    """Return whether a key lies below a value that is no mapping, of which this file knows nothing."""
+    """Return whether a key is below a value that is no mapping, where keys cannot be checked."""
     for part in parts[:-1]:
         if not isinstance(cfg, Mapping):
             return True
@@ -283,7 +283,7 @@ def _value(word: str) -> str:
 
 
 def _hydras_own(error: Exception) -> str:
-    """Return what Hydra says of its own keys, without its hints and the places where it looked."""
+    """Return Hydra's message about its own keys, without its hints and its search path."""
     said = str(error).partition("Config search path:")[0]
     if merged := re.match(r"Error merging override (.*)", said):
         word = merged[1]

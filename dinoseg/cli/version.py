@@ -1,4 +1,4 @@
-"""Versions for bug reports, as `--version` prints them."""
+"""Versions for bug reports, printed by `--version`."""
 
 import platform
 
@@ -6,7 +6,7 @@ import dinoseg
 
 
 def versions() -> str:
-    """Return the versions of dinoseg, torch with its CUDA, and Python, a line each."""
+    """Return the versions of dinoseg, torch with its CUDA, and Python, one per line."""
     import torch
 
     cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"

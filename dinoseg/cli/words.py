@@ -1,4 +1,4 @@
-"""The words of a command line: which are KEY=VALUE, and values that are text whatever signs they hold."""
+"""Words of a command line: which are KEY=VALUE overrides, and which values need quotes because they are text."""
 
 import os
 import re
@@ -12,7 +12,7 @@ from hydra.errors import HydraException
 
 from dinoseg.utils.errors import UserError
 
-FILES = {  # keys whose value names a file or a folder
+FILES = {  # keys whose values are paths
     *("resume", "input", "labels", "reference", "prediction", "cache_dir", "data.root"),
     *("mode.input", "mode.labels", "mode.reference", "mode.prediction", "mode.restart"),
     *("backbone.weights", "head.weights", "hydra.run.dir", "hydra.sweep.dir", "hydra.sweeper.storage"),
@@ -22,12 +22,12 @@ _TAKES_A_VALUE = (
     *("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn"),
     *("--config-dir", "-cd", "--info", "-i", "--experimental-rerun"),
 )
-_LONGEST = 250  # bytes in a file's name, without its suffix
-_NESTED = ("[", "{", "'", '"')  # what a value begins with that is more than text
+_LONGEST = 250  # bytes of a file name without its suffix
+_NESTED = ("[", "{", "'", '"')  # first characters of values that are more than text
 
 
 def assignments(arguments: Sequence[str]) -> Iterator[tuple[int, str]]:
-    """Yield position and text of the words that are meant as KEY=VALUE: neither flags nor their values."""
+    """Yield position and text of the words meant as KEY=VALUE: neither flags nor values of flags."""
     skip = False
     for position, word in enumerate(arguments):
         if not skip and not word.startswith("-"):
@@ -36,23 +36,23 @@ def assignments(arguments: Sequence[str]) -> Iterator[tuple[int, str]]:
 
 
 def flags_last(arguments: Sequence[str]) -> list[str]:
-    """Return a command line with its flags behind the words, in which alone Hydra finds those on either side."""
+    """Return a command line with flags after the overrides: Hydra does not find overrides on both sides of a flag."""
     words = dict(assignments(arguments))
     return [*words.values(), *(word for position, word in enumerate(arguments) if position not in words)]
 
 
 def as_text(arguments: Sequence[str], configs: Path) -> list[str]:
-    """Return a command line with quotes around the values that Hydra's grammar would take apart, or not read at all.
+    """Return a command line with quotes around values that Hydra's grammar would split or could not parse.
 
-    A name of a file or of a group's option is text, whatever signs it holds; any other value is where it can be nothing
-    else.
+    Paths and option names are text, whatever characters they contain. Any other value is text only if it cannot be
+    anything else.
 
     Args:
         arguments: the command line, without the program's name.
         configs: folder of the config groups.
 
     Raises:
-        UserError: a flag that is none, a value without a key, or a word that nothing could be named by.
+        UserError: an unknown flag, a value without a key, or a name that no file or option can have.
     """
     for word in arguments:
         flag = word.split("=")[0]
@@ -90,21 +90,21 @@ def as_text(arguments: Sequence[str], configs: Path) -> list[str]:
 
 
 def is_sweep(arguments: Sequence[str]) -> bool:
-    """Return whether a command line asks for several runs."""
+    """Return whether a command line requests several runs."""
     return bool({"-m", "--multirun"} & set(arguments))
 
 
-@lru_cache(maxsize=1024)  # each word is parsed about six times per launch, a millisecond each
+@lru_cache(maxsize=1024)  # each word is parsed about six times per launch, 1 ms each
 def parsed(word: str) -> Override | None:
-    """Return a word as Hydra reads it, to be read only; None where it cannot."""
+    """Return a word as parsed by Hydra (cached: do not modify it); None if Hydra cannot parse it."""
     try:
         return OverridesParser.create().parse_override(word)
-    except (HydraException, ValueError):  # of a number of more digits than Python reads
+    except (HydraException, ValueError):  # ValueError: a number with more digits than Python parses
         return None
 
 
 def values_of(override: Override) -> list[str]:
-    """Return an assignment's value as text, of a sweep each of them; a pattern or an interval as it is typed."""
+    """Return an override's values as text, one for each run of a sweep; a glob or an interval as typed."""
     if isinstance(override.value(), Glob | IntervalSweep):
         return [str(override.input_line).partition("=")[2]]
     if not override.is_sweep_override():
@@ -113,7 +113,7 @@ def values_of(override: Override) -> list[str]:
 
 
 def _names_file(key: str, value: str, override: Override | None, *, several: bool) -> bool:
-    """Return whether a value is a file's name as it stands, and neither a list of them nor text in quotes."""
+    """Return whether a value is a path as it stands: neither a list of paths nor text in quotes."""
     if key.lstrip("+") not in FILES or value == "null":
         return False
     exists = _exists(value)
@@ -128,5 +128,5 @@ def _names_file(key: str, value: str, override: Override | None, *, several: boo
 def _exists(value: str) -> bool:
     try:
         return Path(value).expanduser().exists()
-    except (OSError, ValueError, RuntimeError):  # too long, or no text that a file could have for a name
+    except (OSError, ValueError, RuntimeError):  # too long, or not valid as a path
         return False

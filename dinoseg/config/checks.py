@@ -1,4 +1,4 @@
-"""Config nodes held against what they name: keys and values that fit."""
+"""Validation of config nodes against the signatures of their targets: known keys, types and ranges."""
 
 import importlib
 import inspect
@@ -12,10 +12,10 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Range
 from dinoseg.utils.wording import shown
 
-TRUSTED = ("dinoseg", "torch.nn", "torch.optim")  # packages in which targets are looked up
+TRUSTED = ("dinoseg", "torch.nn", "torch.optim")  # packages whose targets are imported and inspected
 LIST = (list, tuple)
-_LONGEST = 200  # letters of a value in a message
-PLAIN: dict[Any, Any] = {  # what an annotated parameter takes from a config
+_LONGEST = 200  # characters of a value in a message
+PLAIN: dict[Any, Any] = {  # annotation to the types that a config may give for it
     **{int: int, float: (int, float), str: str, bool: bool, NoneType: NoneType},
     **{Path: (str, Path), Sequence: LIST, Iterable: LIST, tuple: LIST, Mapping: Mapping},
 }
@@ -26,9 +26,9 @@ def check_given(target: str, arguments: Mapping[str, Any], names: Mapping[str, s
     """Refuse keys that a target does not take, and values that its annotations do not allow.
 
     Args:
-        target: a dotted path; one outside the trusted packages is not looked at.
+        target: a dotted path; targets outside the trusted packages are not checked.
         arguments: its keyword arguments.
-        names: of these arguments as whole keys of the config; one not named here goes by its own name.
+        names: full config keys of these arguments, for messages; an argument without one appears by its own name.
 
     Raises:
         UserError: naming the key and what the target takes.
@@ -50,16 +50,16 @@ def check_given(target: str, arguments: Mapping[str, Any], names: Mapping[str, s
 
 
 def checked(target: str, node: Mapping[str, Any], keys: Mapping[str, str], where: str) -> dict[str, Any]:
-    """Return values of a config by the names that a target calls them, held against its signature.
+    """Return config values by the parameter names of a target, validated against its signature.
 
     Args:
-        target: whole name of what takes them.
-        node: holds them.
-        keys: of the node, to those names.
-        where: the node's own name, for messages.
+        target: full name of the callable that takes them.
+        node: mapping that holds the values.
+        keys: from keys of the node to parameter names.
+        where: full key of the node, for messages.
 
     Raises:
-        UserError: a value is none that the target takes.
+        UserError: the target does not take a value.
     """
     given = {name: node[key] for key, name in keys.items()}
     check_given(target, given, {name: f"{where}.{key}" for key, name in keys.items()})
@@ -87,7 +87,7 @@ def _check_value(key: str, value: Any, annotation: Any, target: str) -> None:
 
 
 def _fits(value: Any, annotation: Any) -> bool:
-    """Return whether a value from a config can be what an annotation says; one not in `PLAIN` allows everything."""
+    """Return whether a config value matches an annotation; annotations that are not in `PLAIN` allow everything."""
     if isinstance(value, Mapping) and "_target_" in value:
         return True
     annotation = _bare(annotation)
@@ -105,26 +105,29 @@ def _fits(value: Any, annotation: Any) -> bool:
 
 
 def _broken(value: Any, annotation: Any) -> list[str]:
-    """Return the rules of ranges that a value of the right type is outside of; none where one of several holds."""
+    """Return the rules of the ranges that a value of the right type violates.
+
+    For a union, the list is empty if the value satisfies one member.
+    """
     ranges = [rule for rule in get_args(annotation) if isinstance(rule, Range)]
     annotation = _bare(annotation)
     if get_origin(annotation) in (Union, UnionType):
         broken = [_broken(value, part) for part in get_args(annotation) if _fits(value, part)]
         return [] if [] in broken else sum(broken, [])
     if isinstance(value, int | float) and not isinstance(value, bool):
-        finite = [] if abs(value) <= sys.float_info.max else ["a finite number"]  # a whole one may be larger
+        finite = [] if abs(value) <= sys.float_info.max else ["a finite number"]  # integers may be larger
         return [rule.rule for rule in ranges if value not in rule] or finite
     of_items = [f"{rule} for each" for item, part in _parts(value, annotation) for rule in _broken(item, part)]
     return [rule.replace(" for each for each", " for each") for rule in of_items]
 
 
 def _is_part(kind: Any) -> bool:
-    """Return whether a parameter takes an object of this package, which a config describes by a `_target_`."""
+    """Return whether a type is a class of this package, which a config describes by a `_target_`."""
     return inspect.isclass(kind) and _below(kind.__module__, TRUSTED[:1])
 
 
 def _parts(value: Any, annotation: Any) -> list[tuple[Any, Any]]:
-    """Return what a list or a table holds, each with its own annotation."""
+    """Return the items of a list or mapping, each with its annotation."""
     arguments = get_args(annotation)
     kind = PLAIN.get(get_origin(annotation))
     if kind is LIST and isinstance(value, LIST):
@@ -140,7 +143,7 @@ def _bare(annotation: Any) -> Any:
 
 
 def _said(annotation: Any) -> str:
-    """Return an annotation as it is written, without ranges and the names of modules."""
+    """Return the source text of an annotation, without ranges and module names."""
     annotation = _bare(annotation)
     if get_origin(annotation) in (Union, UnionType):
         return " | ".join(_said(part) for part in get_args(annotation))
@@ -159,11 +162,11 @@ def _below(path: str, roots: Iterable[str]) -> bool:
 
 
 def _locate(path: str) -> Any:
-    """Return the object of a dotted path, importing only below the trusted packages."""
+    """Return the object at a dotted path; import modules only below the trusted packages."""
     names = path.split(".")
     part: Any = importlib.import_module(names[0])
     for end, name in enumerate(names[1:], start=2):
-        # a module is no attribute of its package before it is imported
+        # a submodule is no attribute of its package before it is imported
         if inspect.ismodule(part) and name not in vars(part) and _below(part.__name__, TRUSTED):
             try:
                 importlib.import_module(".".join(names[:end]))

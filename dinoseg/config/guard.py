@@ -1,6 +1,6 @@
-"""What a config read from a file may say: what this machine's own config files say at the same place, and plain values.
+"""Validation of configs read from files: plain values, and targets of this machine's config files at the same place.
 
-`docs/security.md` says what this promises.
+`docs/security.md` describes the guarantee.
 """
 
 import importlib
@@ -19,10 +19,10 @@ from dinoseg.config.resolvers import RESOLVERS
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import shown
 
-ACTING = ("prepare", "render")  # of data: nodes that write files, which a checkpoint leaves out
-_MOST_VALUES = 20_000  # a table of more takes OmegaConf minutes; our largest config holds a thousand
+ACTING = ("prepare", "render")  # keys of data for nodes that write files; checkpoints omit them
+_MOST_VALUES = 20_000  # OmegaConf takes minutes for larger configs; our largest one holds a thousand values
 _KEY = re.compile(r"-?[^\W_][\w -]*")
-_BY_CLASS = ("loss", "weights")  # whose keys are names of classes, of any letters and signs
+_BY_CLASS = ("loss", "weights")  # its keys are class names, with any letters and signs
 _AT_COMMIT = re.compile(r"(.+)@[0-9a-f]{40}")
 _OWN_WEIGHTS = re.compile(r"random|timm|dinoseg:\w+")
 _PATH = re.compile(r"[/~.].*|.*\\.*|.*\.(safetensors|pth|pt|bin)")
@@ -37,20 +37,20 @@ def guard(
     typed: Collection[str] = (),
     registry: Registry | None = None,
 ) -> None:
-    """Refuse a config read from a file that says more than config files of this machine could, but for plain values.
+    """Refuse a config from a file that contains more than this machine's config files allow, apart from plain values.
 
     No target is imported before its name is known to be allowed at its place.
 
     Args:
-        config: plain, not resolved.
-        where: what an error calls the file.
-        composed: the config of the command line, plain, not resolved.
+        config: plain, with interpolations unresolved.
+        where: name of the file in errors.
+        composed: the config of the command line, plain, with interpolations unresolved.
         trust: packages whose targets the user allows at any place, and hub ids that weights may come from.
-        typed: keys that the command line gives instead of the file.
-        registry: what may stand where, instead of what the running Hydra's config files say.
+        typed: keys that the command line sets instead of the file.
+        registry: allowed content by place; default: that of the running Hydra's config files.
 
     Raises:
-        UserError: naming the place, what stands there, and what would be allowed.
+        UserError: naming the place, its content, and what would be allowed.
     """
     composed = composed or {}
     registry = own_registry(composed) if registry is None else registry
@@ -112,12 +112,12 @@ def _check_target(node: Mapping[str, Any], allowed: Entry, trust: Collection[str
 
 
 def _entry(steps: Steps, registry: Registry) -> Entry:
-    """Return what config files write at the end of steps."""
+    """Return what config files write at a place."""
     return registry.get(tuple(LISTED if isinstance(step, int) else step for step in steps), Entry())
 
 
 def _trusted(target: str, trust: Collection[str]) -> bool:
-    """Return whether a name is public and below a trusted package; `_parameters` looks at what it stands for."""
+    """Return whether a target is a public name below a trusted package; `_parameters` checks the object behind it."""
     public = all(part.isidentifier() and not part.startswith("_") for part in target.split("."))
     return public and _inside(target, trust)
 
@@ -127,11 +127,11 @@ def _inside(name: str, packages: Collection[str]) -> bool:
 
 
 def _parameters(target: str, known: bool, trust: Collection[str], what: str) -> Collection[str] | None:
-    """Return the names of what an allowed target takes, None for any."""
+    """Return the parameter names of an allowed target; None if it takes any."""
     part = _located(target, what)
     if not (inspect.isclass(part) or inspect.isfunction(part)):
         raise UserError(f"{what}._target_={target} is refused: it is neither a class nor a function here. {REMEDY}.")
-    # a trusted package may import anything, os.system as well: what a name stands for must be at home there too
+    # a trusted package may import anything, such as os.system: the object must be defined in the package, too
     if not known and not _inside(f"{part.__module__}.{part.__name__}", trust):
         raise UserError(
             f"{what}._target_={target} is refused: it is {part.__module__}.{part.__name__}, and trust={list(trust)} "
@@ -143,7 +143,7 @@ def _parameters(target: str, known: bool, trust: Collection[str], what: str) -> 
 
 
 def _located(target: str, what: str) -> Any:
-    """Return the object of a dotted name that is already known to be allowed, None if its module has no such name.
+    """Return the object of an already allowed dotted name; None if its module lacks the name.
 
     Raises:
         UserError: its module cannot be imported, with the reason.
@@ -156,7 +156,7 @@ def _located(target: str, what: str) -> Any:
             part: Any = importlib.import_module(module)
         except (ImportError, OSError) as error:  # OSError: a library of the system is missing
             reason = reason or error
-            # the module itself is missing, and not one that it imports: the name may be a class's, inside a module
+            # the module itself is missing, not one of its imports: the name may be that of a class inside a module
             if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
                 continue
             break
@@ -171,7 +171,7 @@ def _located(target: str, what: str) -> Any:
 
 
 def _check_weights(config: Mapping[str, Any], registry: Registry, trust: Collection[str], where: str) -> None:
-    """Refuse to fetch weights from a place that only the file names."""
+    """Refuse weights from a place that only the file names, since they would be downloaded."""
     backbone = config.get("backbone")
     weights = backbone.get("weights") if isinstance(backbone, Mapping) else None
     known = registry.get(("backbone",), Entry()).values.get("weights", set())
@@ -195,36 +195,36 @@ def _check_weights(config: Mapping[str, Any], registry: Registry, trust: Collect
 def _exists(path: str) -> bool:
     try:
         return Path(path).expanduser().exists()
-    except (OSError, RuntimeError, ValueError):  # too long a name, nobody's home, nothing that a name may hold
+    except (OSError, RuntimeError, ValueError):  # too long, an unknown home directory, or invalid characters
         return False
 
 
-_MOST_POINTED = 10**6  # letters and values that all interpolations together stand for
-_MOST_STEPS = 20  # from one interpolation to the next
+_MOST_POINTED = 10**6  # characters and values that all interpolations together may resolve to
+_MOST_STEPS = 20  # length of a chain of interpolations
 _POINTER = re.compile(r"\$\{(\.*)([A-Za-z]\w*(?:\.[A-Za-z0-9]\w*)*)\}")
-_COMPUTED = re.compile(rf"\$\{{(?:{'|'.join(RESOLVERS)}):[ ,]*\}}")  # once the pointers in it are taken out
+_COMPUTED = re.compile(rf"\$\{{(?:{'|'.join(RESOLVERS)}):[ ,]*\}}")  # after the pointers in it have been removed
 
 
 def check_form(text: str, what: str) -> None:
-    """Refuse a text with an interpolation that does more than point, or compute from what it points to."""
+    """Refuse a text with interpolations that do more than point within the config or compute from pointers."""
     rest = _COMPUTED.sub("", _POINTER.sub("", text))
     if "${" in text and ("$" in rest or "\\" in rest):
         raise UserError(f"{what}: this interpolation is refused. A config from a checkpoint may only point within it.")
 
 
 def check_interpolations(config: Mapping[str, Any], composed: Mapping[str, Any], where: str) -> None:
-    """Refuse interpolations of what is to be built, of so much that it would not end, and of what may not stand there.
+    """Refuse interpolations that point to a `_target_`, resolve to too much, or give a value that is not allowed there.
 
     Args:
         config: from the file, plain; each text in it has passed `check_form`.
-        composed: the config of the command line, plain: what the file lacks is looked up there.
-        where: what an error calls the file.
+        composed: the config of the command line, plain; keys that the file lacks are looked up there.
+        where: name of the file in errors.
     """
     _check_pointers(config, {**composed, **config}, where)
     whole = OmegaConf.create({**composed, **config})
     for steps, text in below(config, ()):
         if isinstance(text, str) and "${" in text:
-            # what they stand for is held against the rules of the place where they stand: to point is no way round
+            # the resolved value has to satisfy the rules of this place, or a pointer would bypass them
             for deeper, value in below(resolved(whole, steps), steps):
                 if value is not None:
                     check_value(value, deeper, f"{where}: {dotted(steps)}={text}, which stands for {shown(value)},")
@@ -242,20 +242,20 @@ def _check_pointers(config: Mapping[str, Any], whole: Mapping[str, Any], where: 
                     f"{what} is refused: it points at something that is built, which may stand only where config files "
                     f"put it. {REMEDY}."
                 )
-            # counted before OmegaConf resolves any: thousands of pointers to one large table would take it hours
+            # counted before OmegaConf resolves any: thousands of pointers to one large table would take hours
             pointed += sum(1 + len(node) if isinstance(node, str) else 1 for _, node in below(target, ()))
             if pointed > _MOST_POINTED:
                 raise UserError(f"{where}: its interpolations stand for more than {_MOST_POINTED} values. {REMEDY}.")
 
 
 def _followed(whole: Mapping[str, Any], steps: Steps, pointer: re.Match[str], what: str) -> Any:
-    """Return what a pointer leads to, by way of others that stand alone; None where nothing stands.
+    """Return what a pointer leads to, through pointers that stand alone; None if there is nothing.
 
     Args:
         whole: the config that it points within.
-        steps: to the place of the pointer, from which leading dots count.
+        steps: to the pointer, from which leading dots count.
         pointer: a match of `_POINTER`.
-        what: for the message: file, key and value.
+        what: file, key and value, for the message.
     """
     for _ in range(_MOST_STEPS):
         dots, names = len(pointer[1]), pointer[2].split(".")

@@ -1,4 +1,4 @@
-"""The config of a job: what Hydra composed, with the option that each group has, and short forms written out."""
+"""The config of a job: composed by Hydra, with the option of each group added and short forms expanded."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,24 +15,24 @@ _SHIPPED = Path(__file__).parents[1] / "cfg"
 
 
 def job_config(cfg: DictConfig, options: Mapping[str, Any]) -> DictConfig:
-    """Return what Hydra composed as the whole config of a job, with `choices`: an option for each group.
+    """Return the whole config of a job: as composed by Hydra, with `choices`, the option of each group.
 
     Args:
         cfg: composed by Hydra.
-        options: hydra's choices.
+        options: Hydra's choices.
     """
     job = {key: value for key, value in plain(squared(cfg)).items() if key != "hydra"}
     return OmegaConf.create({**job, "choices": chosen_options(options)})
 
 
 def machine_config(inference: str) -> DictConfig:
-    """Return what a job's config says of the machine and of the use of a model, by the shipped files and no Hydra.
+    """Return the machine and inference parts of a job's config, from the shipped files and without Hydra.
 
     Args:
-        inference: option of that group.
+        inference: option of the group inference.
 
     Raises:
-        UserError: it is none.
+        UserError: the option does not exist.
     """
     options = options_of(_SHIPPED / "inference")
     if inference not in options:
@@ -43,6 +43,6 @@ def machine_config(inference: str) -> DictConfig:
 
 
 def squared(cfg: DictConfig) -> DictConfig:
-    """Return `cfg` with a crop that is one number, n, written out as [n, n]."""
+    """Return `cfg` with a crop given as one number n expanded to [n, n]."""
     crop = OmegaConf.select(cfg, "resolution.crop")
     return OmegaConf.merge(cfg, {"resolution": {"crop": [crop, crop]}}) if type(crop) is int else cfg  # type: ignore[return-value]

@@ -1,4 +1,4 @@
-"""What a plain value of a checkpoint's config may be: no place to write to, and nothing larger than ours need."""
+"""Limits for plain values in a checkpoint's config: no paths to write to, and no sizes beyond ours."""
 
 import math
 import re
@@ -11,7 +11,7 @@ from dinoseg.config.plain import Steps, resolved
 from dinoseg.utils.errors import UserError
 
 REMEDY = "Do not use this file unless you know who made it"
-LARGEST: Mapping[Steps, float] = {  # what a number below a key may be at most; the longest key that fits counts
+LARGEST: Mapping[Steps, float] = {  # maximum of a number at or below a key; the longest matching key counts
     **{("seed",): 2**63 - 1, ("resolution",): 2**14, ("resolution", "scale"): 16},
     **{("head", "iterations"): 2**8, ("head", "first_iterations"): 2**8, ("resolution", "longest"): 2**20},
     **dict.fromkeys([("backbone",), ("adapter",), ("head",)], 2**16),
@@ -22,16 +22,16 @@ LARGEST: Mapping[Steps, float] = {  # what a number below a key may be at most; 
 _LARGEST_ELSEWHERE = 2**20
 _MOST_PIXELS = 2**30  # of all images of a training batch
 _LONGEST_TEXT = 4096
-_TRACKED = ("data", "tracking", "folder")  # where masks of tracked videos are written, below the run's own folder
+_TRACKED = ("data", "tracking", "folder")  # folder for masks of tracked videos, below the run folder
 
 
 def check_text(text: str, steps: Steps, what: str) -> None:
-    """Refuse a text as it stands in the file, an interpolation or not: one too long, or another place for caches.
+    """Refuse a text of the file, interpolated or not, that is too long or sets a cache folder of its own.
 
     Args:
-        text: what the file says.
+        text: content of the file.
         steps: to its place.
-        what: for the message: file, key and value.
+        what: file, key and value, for the message.
     """
     if len(text) > _LONGEST_TEXT:
         raise UserError(f"{what} has {len(text)} letters, above the most, {_LONGEST_TEXT}. {REMEDY}.")
@@ -43,7 +43,7 @@ def check_text(text: str, steps: Steps, what: str) -> None:
 
 
 def check_value(value: Any, steps: Steps, what: str) -> None:
-    """Refuse a value, none of it an interpolation any more, that writes elsewhere or asks for too much."""
+    """Refuse a value without interpolations that writes elsewhere or requests too much."""
     if steps == _TRACKED and isinstance(value, str):
         if not re.fullmatch(r"\w+(/\w+)*", value):
             raise UserError(f"{what} is refused. A config from a checkpoint may only name folders below the run's own.")
@@ -60,7 +60,7 @@ def check_value(value: Any, steps: Steps, what: str) -> None:
 
 
 def check_batch(whole: DictConfig, where: str) -> None:
-    """Refuse training batches of more pixels than any machine would hold, each number of them small enough alone."""
+    """Refuse training batches with more pixels than any machine can hold, even if each factor is small enough."""
     crop, batch = (resolved(whole, steps) for steps in (("resolution", "crop"), ("data", "batch_size")))
     frames = resolved(whole, ("data", "clips", "cut", "length"))
     sizes = [*(crop if isinstance(crop, list) else [crop]), batch, frames]

@@ -1,4 +1,4 @@
-"""A config node to what it describes: the only caller of hydra's instantiate; imports no torch."""
+"""Instantiation of config nodes: the only caller of hydra's instantiate; imports no torch."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,15 +16,15 @@ Part = TypeVar("Part")
 
 
 def instantiate(node: Any, *, without: Sequence[str] = (), instead: Mapping[str, Any] | None = None) -> Any:
-    """Return what a config node describes; a `_partial_` node gives a callable that waits for the rest.
+    """Instantiate a config node; a `_partial_` node gives a callable that takes the remaining arguments.
 
     Args:
         node: a config node or a dict, with `_target_`.
-        without: keys beside it that are for somebody else.
-        instead: values to use in place of the node's own.
+        without: keys of the node that other code reads.
+        instead: values that override the node's own.
 
     Raises:
-        UserError: a value is missing, or a key or its value is not one that the target takes.
+        UserError: a value is missing, or the target does not take a key or its value.
     """
     try:
         values: Any = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
@@ -38,7 +38,7 @@ def instantiate(node: Any, *, without: Sequence[str] = (), instead: Mapping[str,
     unset = next(_unset(values, where), None)
     if unset:
         raise UserError(not_set(unset))
-    # hydra would resolve it once more, and so run what was meant as text
+    # hydra would resolve the text again, and so run it
     pointer = next((text for text in _texts(values) if "${" in text), None)
     if pointer is not None:
         raise UserError(f"{pointer} reads as an interpolation even after it is resolved. Choose a value without ${{.")
@@ -47,11 +47,11 @@ def instantiate(node: Any, *, without: Sequence[str] = (), instead: Mapping[str,
     try:
         return hydra_instantiate(values, _convert_="all")
     except InstantiationException as error:
-        raise (error.__cause__ or error) from None  # what the target itself raised, not hydra's wrapping
+        raise (error.__cause__ or error) from None  # the target's own error, without hydra's wrapper
 
 
 def _targets(values: Any, node: Any, where: str) -> Iterator[tuple[str, dict[str, Any], dict[str, str]]]:
-    """Yield every `_target_` at or below a node with the keys and values beside it, and each key's whole name."""
+    """Yield every `_target_` at or below a node with its arguments and the full key of each argument."""
     items: Any = values.items() if isinstance(values, Mapping) else enumerate(values)
     below = {key: (value, *_typed_at(node, key, where)) for key, value in items}
     if isinstance(values, Mapping) and isinstance(values.get("_target_"), str):
@@ -63,9 +63,9 @@ def _targets(values: Any, node: Any, where: str) -> Iterator[tuple[str, dict[str
 
 
 def _typed_at(node: Any, key: Any, where: str) -> tuple[Any, str]:
-    """Return the node below a key and the whole key at which its value is typed, which may be where it points to."""
+    """Return the node below a key, and the full key that sets its value; for an interpolation, the key it points to."""
     name = f"{where}.{key}".lstrip(".")
-    has_more = OmegaConf.is_list(node) and key >= len(node)  # a longer list stands in its place
+    has_more = OmegaConf.is_list(node) and key >= len(node)  # a longer list has replaced the node's
     inner = node._get_node(key) if OmegaConf.is_config(node) and not has_more else None
     if inner is None:
         return None, name
@@ -75,7 +75,11 @@ def _typed_at(node: Any, key: Any, where: str) -> tuple[Any, str]:
 
 
 def keeping(contract: type[Part], part: object, key: str) -> Part:
-    """Return a part that a config describes; refuse one that does not say what is asked of it."""
+    """Return `part` if it is an instance of `contract`.
+
+    Raises:
+        UserError: it is not, naming the class to inherit from.
+    """
     if not isinstance(part, contract):
         raise UserError(
             f"{key}: {type(part).__name__} is no {contract.__module__}.{contract.__name__}. Let it inherit that class, "
@@ -85,12 +89,12 @@ def keeping(contract: type[Part], part: object, key: str) -> Part:
 
 
 def not_set(key: str) -> str:
-    """Return the message for a key without a value."""
+    """Return the error message for a key without a value."""
     return f"{key} is not set. Give it on the command line: {key}=VALUE."
 
 
 def _unset(values: Any, where: str) -> Iterator[str]:
-    """Yield the whole names of the values that still stand as `???`."""
+    """Yield the full keys of values that are still `???`."""
     if values == "???":
         yield where
     items = values.items() if isinstance(values, Mapping) else enumerate(values) if isinstance(values, list) else ()

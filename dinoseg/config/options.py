@@ -1,4 +1,4 @@
-"""The options of config groups, which are files; a family of options is a folder of them."""
+"""Options of config groups: files, or folders of files for families of options."""
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -9,7 +9,7 @@ RECIPES = "hparam"  # the group whose options have families
 
 
 def config_folders(arguments: Sequence[str], shipped: Path) -> list[Path]:
-    """Return the folders of config groups: the shipped one, and that of the user's own which `--config-dir` names."""
+    """Return the folders of config groups: the shipped one first, then those given by `--config-dir`."""
     flags = ("--config-dir", "-cd")
     named = [value for flag, value in pairwise(arguments) if flag in flags]
     named += [word.partition("=")[2] for word in arguments if word.partition("=")[0] in flags and "=" in word]
@@ -17,21 +17,21 @@ def config_folders(arguments: Sequence[str], shipped: Path) -> list[Path]:
 
 
 def options_of(group: Path) -> list[str]:
-    """Return the options that a group's folder holds, of a family as `family/option`."""
+    """Return the options in a group's folder, those of a family as `family/option`."""
     names = (path.relative_to(group).with_suffix("") for path in group.rglob("*.yaml"))
     return sorted(name.as_posix() for name in names if not name.name.startswith("_"))
 
 
 def recipe_name(option: str) -> str:
-    """Return the name of a recipe, by which its runs and checkpoints know it, whatever family its file is in."""
+    """Return the name of a recipe in run folders and checkpoints, whose family becomes a prefix."""
     return option.replace("/", "_")
 
 
 def chosen_options(choices: Mapping[str, Any]) -> dict[str, Any]:
-    """Return group to option, as a run's config holds them.
+    """Return a dict from group to option, as a run's config holds it.
 
     Args:
-        choices: hydra's, which also has options of groups that only files choose.
+        choices: Hydra's, including nested groups that only files choose.
     """
     chosen = {group: option for group, option in choices.items() if "/" not in group}
     return {group: recipe_name(str(option)) if group == RECIPES else option for group, option in chosen.items()}

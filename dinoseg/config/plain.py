@@ -1,4 +1,4 @@
-"""Plain configs, which are dicts and lists: what stands where, by keys and indices or by dotted names."""
+"""Access to plain configs (dicts and lists) by keys and indices, or by dotted names."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -7,22 +7,22 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 Steps = tuple[str | int, ...]  # keys and indices, from the root of a config down
-BUILDS = ("_target_", "_partial_", "_args_", "_recursive_", "_convert_")  # what makes a table something that is built
+BUILDS = ("_target_", "_partial_", "_args_", "_recursive_", "_convert_")  # of tables that build objects
 
 
 def plain(node: Any, *, resolve: bool = False) -> dict[str, Any]:
-    """Return a config node as a dict; interpolations stay as they are typed unless `resolve`."""
+    """Return a config node as a dict; interpolations stay unresolved unless `resolve`."""
     container = OmegaConf.to_container(node, resolve=resolve)
     assert isinstance(container, dict)
     return {str(key): value for key, value in container.items()}
 
 
 def below(node: Any, steps: Steps) -> Iterator[tuple[Steps, Any]]:
-    """Yield steps and content of a node and of all below it, targets and the like apart.
+    """Yield path and content of a node and everything below it, except targets and `_partial_`.
 
     Args:
-        node: a plain config, or what stands in one.
-        steps: to that node.
+        node: a plain config, or a part of one.
+        steps: path to that node.
     """
     yield steps, node
     if isinstance(node, Mapping):
@@ -35,17 +35,20 @@ def below(node: Any, steps: Steps) -> Iterator[tuple[Steps, Any]]:
 
 
 def texts_of(node: Any) -> Iterator[str]:
-    """Yield every text at and below a node, targets and the like apart."""
+    """Yield every text at and below a node, except targets."""
     return (value for _, value in below(node, ()) if isinstance(value, str))
 
 
 def nests(node: Any) -> bool:
-    """Return whether something that is built lies at or below a node."""
+    """Return whether a `_target_` is at or below a node."""
     return any(isinstance(value, Mapping) and "_target_" in value for _, value in below(node, ()))
 
 
 def at(node: Any, steps: Iterable[str | int]) -> Any:
-    """Return what stands at the end of steps, None where nothing does; an interpolation on the way is what stands."""
+    """Return the content at the end of `steps`; None if there is none.
+
+    An interpolation on the way is returned itself.
+    """
     for step in steps:
         if isinstance(node, Mapping):
             node = node.get(step)
@@ -57,9 +60,9 @@ def at(node: Any, steps: Iterable[str | int]) -> Any:
 
 
 def resolved(node: Any, steps: Iterable[Any]) -> Any:
-    """Return what stands at the end of steps in an OmegaConf config, resolved and plain; None for what cannot be had.
+    """Return the content at the end of `steps` in an OmegaConf config, resolved and plain; None if that fails.
 
-    What lies below is looked at one by one, so that a value that cannot be resolved takes no other with it.
+    Values below are resolved one by one, so that one that cannot be resolved does not affect the others.
     """
     try:
         for step in steps:
@@ -72,12 +75,12 @@ def resolved(node: Any, steps: Iterable[Any]) -> Any:
 
 
 def dotted(steps: Steps) -> str:
-    """Return steps as they are typed."""
+    """Return `steps` as they are typed."""
     return ".".join(map(str, steps)) or "its root"
 
 
 def keys_of(node: Mapping[Any, Any], above: str = "") -> Iterator[str]:
-    """Yield the dotted names of all keys; the items of lists have none."""
+    """Yield the dotted names of all keys; items of lists have none."""
     for key, value in node.items():
         yield f"{above}{key}"
         if isinstance(value, Mapping):
@@ -85,7 +88,7 @@ def keys_of(node: Mapping[Any, Any], above: str = "") -> Iterator[str]:
 
 
 def has_key(node: Any, name: str) -> bool:
-    """Return whether there is a dotted name, in which the items of a list are numbers."""
+    """Return whether a dotted name exists; items of a list are numbers in it."""
     for part in name.split("."):
         items = node if isinstance(node, Mapping) else dict(enumerate(node)) if isinstance(node, list) else {}
         by_name = {str(key): value for key, value in items.items()}

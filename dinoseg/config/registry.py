@@ -1,4 +1,4 @@
-"""What the config files on this machine's own search path name, and where: the config is the registry."""
+"""Registry of what this machine's config files contain, by place in the config."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,25 +13,25 @@ from hydra.core.hydra_config import HydraConfig
 
 from dinoseg.config.options import RECIPES
 
-# those that a checkpoint's config fills
+# groups that a checkpoint's config fills
 GROUPS = ("backbone", "adapter", "head", "loss", "data", "optim", "trainer", "inference")
-_ACROSS = (RECIPES, "local")  # whose files write below other groups' keys
-LISTED = "*"  # stands for an index of a list
+_ACROSS = (RECIPES, "local")  # groups whose files write below the keys of other groups
+LISTED = "*"  # stands for any index of a list
 _SHIPPED = Path(__file__).parents[1] / "cfg"
 _PACKAGE = re.compile(r"^\s*#\s*@package\s+(\S+)", re.MULTILINE)
-_LOADER = yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader  # the one in C is eight times as fast
+_LOADER = yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader  # the loader in C is eight times as fast
 
-Keys = tuple[str, ...]  # from the root of the config down
+Keys = tuple[str, ...]  # path from the root of a config
 
 
 @dataclass
 class Entry:
-    """What config files write at one place.
+    """Content of config files at one place.
 
     Attributes:
         targets: every `_target_`.
         partial: every `_partial_`.
-        values: key to every text that stands beside them; a key without text is there all the same.
+        values: from each key to its texts; a key without texts has an empty set.
     """
 
     targets: set[str] = field(default_factory=set)
@@ -43,17 +43,17 @@ Registry = Mapping[Keys, Entry]
 
 
 def shipped_registry() -> Registry:
-    """Return what may stand where by the shipped config files alone, whatever Hydra program this runs in."""
+    """Return the registry of the shipped config files only, whatever Hydra program this runs in."""
     return read_registry((_SHIPPED,))
 
 
 def own_registry(config: Mapping[str, Any]) -> Registry:
-    """Return what may stand where: what config files say, shipped ones and the user's, and the composed config.
+    """Return the registry of all config files, shipped ones and the user's, and of the composed config.
 
-    The user's config files are those in hydra's search path, where hydra runs.
+    The user's config files are those in hydra's search path, if hydra runs.
 
     Args:
-        config: what the command line composed, plain, not resolved.
+        config: composed from the command line, plain, with interpolations unresolved.
     """
     composed: dict[Keys, Entry] = {}
     _add({group: config[group] for group in GROUPS if group in config}, (), composed)
@@ -68,10 +68,10 @@ def own_registry(config: Mapping[str, Any]) -> Registry:
 
 @lru_cache(maxsize=4)
 def read_registry(folders: tuple[Path, ...]) -> Registry:
-    """Return what config files name, by place.
+    """Return the registry of config files in `folders`.
 
-    Read are the files beside the main one, those of `GROUPS`, `hparam` and `local`, and what they start from by their
-    defaults lists, at the place where these put it.
+    Files next to the main one and those of `GROUPS`, `hparam` and `local` are read. The files in their defaults lists
+    follow, at the place where these put them.
 
     Args:
         folders: roots of config groups.
@@ -88,7 +88,7 @@ def read_registry(folders: tuple[Path, ...]) -> Registry:
 
 
 def read_chosen(folders: Sequence[Path], chosen: Iterable[tuple[str, Any]]) -> Registry:
-    """Return what other config files name, which the command line chose.
+    """Return the registry of other config files, which the command line chose.
 
     Args:
         folders: roots of config groups.
@@ -102,7 +102,7 @@ def read_chosen(folders: Sequence[Path], chosen: Iterable[tuple[str, Any]]) -> R
 
 
 def _joined(registry: Registry, more: Registry) -> Registry:
-    """Return what either says of each place."""
+    """Return the union of two registries."""
     both = {**registry, **more}
     for keys in registry.keys() & more.keys():
         first, second = registry[keys], more[keys]
@@ -113,7 +113,7 @@ def _joined(registry: Registry, more: Registry) -> Registry:
 
 
 def _folder(schema: str, path: str) -> Path | None:
-    """Return the folder that a source of hydra's search path is, None for one that is none."""
+    """Return the folder of a source in hydra's search path; None if it is no folder."""
     if schema == "file":
         return Path(path)
     return Path(str(files(path.replace("/", ".")))) if schema == "pkg" and not path.startswith("hydra") else None
@@ -121,13 +121,13 @@ def _folder(schema: str, path: str) -> Path | None:
 
 @dataclass(frozen=True)
 class _Config:
-    """A config by its path below the roots, and where it is put.
+    """A config by its path below the roots, and its place.
 
     Attributes:
         name: `data/camvid`.
-        package: dotted, relative to `parent` unless it begins with `_global_`; None: what its file's header says.
-        usual: where it stands below `parent` if neither says.
-        parent: where the config stands whose defaults list names it.
+        package: dotted, relative to `parent` unless it begins with `_global_`; None: taken from the file's header.
+        usual: place below `parent` if neither gives one.
+        parent: place of the config whose defaults list contains it.
     """
 
     name: str
@@ -136,7 +136,7 @@ class _Config:
     parent: str = ""
 
     def place(self, header: str | None) -> str:
-        """Return where hydra puts it, dotted; a header counts from the root."""
+        """Return the dotted place where hydra puts the config; a header counts from the root."""
         if self.package is None and header not in (None, "_group_"):
             return str(header).removeprefix("_global_").lstrip(".")
         package = self.usual if self.package is None else self.package
@@ -146,7 +146,7 @@ class _Config:
 
 
 def _collect(folders: Sequence[Path], config: _Config, registry: dict[Keys, Entry], seen: set[_Config]) -> None:
-    """Add what a config writes, and what those write that it starts from."""
+    """Add the content of a config, and of the configs in its defaults list."""
     if config in seen:
         return
     seen.add(config)
@@ -155,7 +155,7 @@ def _collect(folders: Sequence[Path], config: _Config, registry: dict[Keys, Entr
             text = path.read_text(encoding="utf-8")
             content = yaml.load(text, _LOADER)
         except (OSError, ValueError, yaml.YAMLError):
-            continue  # hydra says so where it is used
+            continue  # hydra reports it where it is used
         if isinstance(content, dict):
             header = _PACKAGE.search(text)
             where = config.place(header[1] if header else None)
@@ -166,7 +166,7 @@ def _collect(folders: Sequence[Path], config: _Config, registry: dict[Keys, Entr
 
 
 def _bases(defaults: Any, group: str, where: str) -> Iterator[_Config]:
-    """Yield each config that the defaults list of a config of `group`, put at `where`, starts from."""
+    """Yield each config in the defaults list of a config of `group` that is put at `where`."""
     for entry in defaults if isinstance(defaults, list) else ():
         for key, options in entry.items() if isinstance(entry, dict) else [("", entry)]:
             word = str(key).split()[-1] if key else ""  # without `override` and `optional`
@@ -176,7 +176,7 @@ def _bases(defaults: Any, group: str, where: str) -> Iterator[_Config]:
 
 
 def _base(key: str, option: str, group: str, where: str) -> _Config:
-    """Return what an entry of a defaults list means: `option` alone, or `key: option`, whose key names a group."""
+    """Return the config of a defaults-list entry: `option` alone, or `key: option`, whose key names a group."""
     path, _, package = (key or option).partition("@")
     absolute = path.startswith("/")
     folder = path.strip("/") if key else path.strip("/").rpartition("/")[0] if absolute else ""
@@ -186,7 +186,7 @@ def _base(key: str, option: str, group: str, where: str) -> _Config:
 
 
 def _add(node: Any, keys: Keys, registry: dict[Keys, Entry]) -> None:
-    """Add what a file writes at and below `keys`."""
+    """Add the content of a file at and below `keys`."""
     for value in node if isinstance(node, list) else ():
         _add(value, (*keys, LISTED), registry)
     if not isinstance(node, dict):

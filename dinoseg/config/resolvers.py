@@ -1,4 +1,4 @@
-"""The functions that config files may call, and configs in which what they give to one run alone is written out."""
+"""OmegaConf resolvers for config files, and configs with the run-specific ones already resolved."""
 
 import math
 import threading
@@ -17,23 +17,25 @@ from dinoseg.core.sizes import backbone_size
 from dinoseg.utils.errors import UserError
 
 CLASS_FILE, CELLS = "class_file", "cells"
-RESOLVERS = ("len", CELLS)  # those that a checkpoint's config may use: functions of values beside them
-_ONE_AT_A_TIME = threading.RLock()  # OmegaConf has one table of functions for all threads
+RESOLVERS = ("len", CELLS)  # resolvers allowed in a checkpoint's config: functions of other values in it
+_ONE_AT_A_TIME = threading.RLock()  # OmegaConf has one table of resolvers for all threads
 
 
 class _Unmet(UserError, InterpolationResolutionError):
-    """A mistake found while a value is resolved, which OmegaConf then passes on as it is instead of wrapping it."""
+    """User error in a resolver, of a type that OmegaConf passes on without wrapping it."""
 
     _initialized = True
 
 
 def register_resolvers() -> None:
-    """Register the functions that config files may call.
+    """Register the resolvers that config files may use.
 
-    `${len:${.classes}}` is the length of a list, `${class_file:KEY}` what `classes.yaml` says (with
-    `${class_file:KEY,drawn}`, where there is none, what the files of an annotation tool say),
-    `${cells:${resolution},${backbone.patch_size}}` the rows and columns of cells in a training crop (null where the
-    patch size is null), and `${recipe_name:sarrarp/lora}` the name of a recipe.
+    - `${len:${.classes}}` is the length of a list.
+    - `${class_file:KEY}` is the value of a key in `classes.yaml`. With `${class_file:KEY,drawn}`, the annotation files
+      replace an absent `classes.yaml`.
+    - `${cells:${resolution},${backbone.patch_size}}` is the number of rows and columns of cells in a training crop;
+      null if the patch size is null.
+    - `${recipe_name:sarrarp/lora}` is the name of a recipe.
     """
     OmegaConf.register_new_resolver("len", _length, replace=True)
     OmegaConf.register_new_resolver(CELLS, _cells, replace=True)
@@ -43,7 +45,7 @@ def register_resolvers() -> None:
 
 @contextmanager
 def lent_resolvers() -> Iterator[None]:
-    """Have our functions registered for the block; a program that uses Hydra itself has its own again after it."""
+    """Register our resolvers for the block, and restore those of the surrounding program after it."""
     with _ONE_AT_A_TIME:
         before = dict(BaseContainer._resolvers)
         register_resolvers()
@@ -55,9 +57,9 @@ def lent_resolvers() -> Iterator[None]:
 
 
 def settled(node: DictConfig) -> dict[Any, Any]:
-    """Return a config node as a dict with what only this run knows written out: `classes.yaml`, and grids of cells.
+    """Return a config node as a dict, with `classes.yaml` and grids of cells, which only this run knows, resolved.
 
-    What cannot be had stands as `???`, as any value that is not set.
+    Values that cannot be resolved become `???`, like any value that is not set.
     """
     values = OmegaConf.to_container(node)
     assert isinstance(values, dict)
@@ -92,9 +94,9 @@ def _cells(resolution: DictConfig, patch_size: int | None) -> list[int] | None:
 
 
 def _from_class_file(key: str, drawn: str = "", *, _root_: DictConfig) -> Any:
-    """Return what `classes.yaml` in `data.root` says; where `data.classes` is given, the file is not read.
+    """Return the value of a key in `classes.yaml` in `data.root`; if `data.classes` is given, the file is not read.
 
-    Where there is none and masks are `drawn` from shapes, the labels of these are the classes.
+    Without the file, and with masks `drawn` from shapes, the labels of the shapes are the classes.
     """
     from dinoseg.data.classes.file import LABELS, NAME, NOT_DESCRIBED
 
@@ -117,12 +119,12 @@ def _from_class_file(key: str, drawn: str = "", *, _root_: DictConfig) -> Any:
 
 
 def _ground(data: DictConfig) -> str | None:
-    """Return the class of pixels that no shape covers; None where they are ignored."""
+    """Return the class of pixels that no shape covers; None if they are ignored."""
     return None if data.unlabelled == "ignore" else data.unlabelled
 
 
 def _classes_of_labels(data: DictConfig, root: Path) -> list[str]:
-    """Return the class of unlabelled pixels, if any, and the labels that are not said to be another class."""
+    """Return the class of unlabelled pixels, if any, and the labels that are not mapped to another class."""
     from dinoseg.data.formats.annotation_files import KINDS, AnnotationLayout, labels_below
 
     values = OmegaConf.to_container(data.reader.layout, resolve=True)
@@ -139,7 +141,7 @@ def _classes_of_labels(data: DictConfig, root: Path) -> list[str]:
 
 
 def _read_class_file(path: Path, ignore_index: int) -> Mapping[str, Any] | None:
-    """Return what a file of classes says, None where there is none."""
+    """Return the content of a class file; None if there is no file."""
     from dinoseg.data.classes.file import read_class_file
 
     try:

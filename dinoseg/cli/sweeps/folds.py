@@ -1,4 +1,4 @@
-"""What the folds of a cross-validation say together: they are parts of one measurement, not rivals."""
+"""Summaries of cross-validation: the folds of a setting are averaged and pooled, not ranked."""
 
 from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
@@ -14,21 +14,21 @@ Row = dict[str, Any]
 
 
 def with_summaries(rows: Sequence[Row], settings: Sequence[str], scores: Sequence[str]) -> list[list[Row]]:
-    """Return the jobs of each setting in the order of their folds, then rows for mean, deviation and pooled scores.
+    """Return the rows of each setting in the order of their folds, followed by mean, deviation and pooled scores.
 
-    The deviation is that of a sample, which needs two folds; pooled scores are those of the sum of all confusion
-    counts, in which every image counts once.
+    The deviation is the sample standard deviation, which needs two folds. Pooled scores use the sum of all confusion
+    matrices, in which every image counts once.
 
     Args:
         rows: of all jobs.
-        settings: the keys swept beside the fold.
+        settings: swept keys except the fold.
         scores: keys to summarise.
     """
     return [_summarised(sorted(group, key=_fold), settings, scores) for group in grouped(rows, settings)]
 
 
 def grouped(rows: Sequence[Row], settings: Sequence[str]) -> list[list[Row]]:
-    """Return the rows of each setting, in the order of their first ones."""
+    """Return the rows of each setting, in the order of first appearance."""
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
         groups.setdefault(tuple(row[key] for key in settings), []).append(row)
@@ -55,7 +55,7 @@ def _summarised(folds: list[Row], settings: Sequence[str], scores: Sequence[str]
 
 
 def _pooled(matrices: Sequence[Any], fold: Row) -> Row:
-    """Return the scores of the sum of confusion matrices (K, K), rows the reference.
+    """Return the scores of the sum of confusion matrices (K, K), whose rows are the reference.
 
     `background` and `ignored_class` of a fold's row are ids, or None.
     """

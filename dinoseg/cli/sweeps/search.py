@@ -1,4 +1,4 @@
-"""A sweep that searches: optuna chooses the values of each job by what earlier ones have scored."""
+"""Hydra sweeper that searches with optuna: the values of each job depend on the scores of earlier ones."""
 
 import math
 import os
@@ -25,22 +25,22 @@ from dinoseg.utils.wording import printable
 
 SAMPLERS = ("tpe", "random")
 DIRECTIONS = ("maximize", "minimize")
-_ERROR = "error"  # what a trial is told: that its job has failed
+_ERROR = "error"  # attribute of a failed trial
 _LARGEST_SEED = 2**31
-_HOPELESS = 3  # jobs that have failed, and none that has not: the next would, too
+_HOPELESS = 3  # failed jobs after which the search stops if none has succeeded
 
 
 class Search(Sweeper):
-    """Searches the values of a sweep; the same command goes on with a search that was ended in whatever way.
+    """Sweeper that searches the values of a sweep; the same command resumes a search, however it ended.
 
     Args:
-        storage: file that remembers all jobs.
-        trials: how many there shall be.
-        at_once: how many are chosen before the first of them has a score.
-        score: key of what a job returns.
+        storage: file that stores all jobs.
+        trials: total number of jobs.
+        at_once: number of jobs whose values are chosen before the first of them has a score.
+        score: key of the score in a job's result.
         direction: maximize or minimize.
         sampler: tpe or random.
-        seed: with the number of a job it says what is drawn for it.
+        seed: of the sampler; the number of the job is added to it.
     """
 
     hydra_context: HydraContext
@@ -54,12 +54,12 @@ class Search(Sweeper):
         self.score, self.direction, self.sampler, self.seed = score, direction, sampler, seed
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Take what Hydra gives, and make the launcher.
+        """Store what Hydra passes, and create the launcher.
 
         Raises:
-            UserError: a value of the search is none that it takes.
+            UserError: an argument of the search is invalid.
         """
-        self._check_values()  # not when this is made: Hydra would bury the message in its own
+        self._check_values()  # not in the constructor, whose errors Hydra buries in its own
         self.hydra_context, self.config = hydra_context, config
         self._told = Told(config.hydra.sweep.dir)
         self.launcher = Plugins.instance().instantiate_launcher(
@@ -86,10 +86,10 @@ class Search(Sweeper):
                 raise UserError(f"hydra.sweeper.{name}={value}: give text, such as {example}.")
 
     def sweep(self, arguments: list[str]) -> None:
-        """Run jobs until there are as many as asked for.
+        """Run jobs until the requested number is reached.
 
         Raises:
-            UserError: nothing is to be searched, or the storage is another search's or another process's.
+            UserError: no key is swept, or the storage belongs to another search or is in use by another process.
         """
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         overrides = parser.parse_overrides(arguments)
@@ -116,7 +116,7 @@ class Search(Sweeper):
             locks.release(held)
 
     def _settle(self, study: Any) -> None:
-        """Take what jobs have told that nobody waited for any more; those that were killed are to be run again."""
+        """Record the results of jobs that ended after an earlier search did; enqueue killed jobs again."""
         from optuna.trial import TrialState
 
         for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
@@ -133,7 +133,7 @@ class Search(Sweeper):
         study.tell(trial.number, value, _state(value))
 
     def _search(self, study: Any, space: dict[str, Any], fixed: Sequence[str]) -> None:
-        """Run jobs and tell the study of their scores."""
+        """Run jobs and report their scores to the study."""
         while True:
             scored = sum(trial.value is not None for trial in study.trials)
             failed = sum(_ERROR in trial.user_attrs for trial in study.trials)
@@ -150,21 +150,21 @@ class Search(Sweeper):
                 self._tell(study, trial, *self._result(job))
 
     def _sampler(self, number: int) -> Any:
-        """Return what chooses for the jobs from a number on, the same ones however the search came so far."""
+        """Return the sampler for the jobs from `number` on; interruptions of the search do not change its choices."""
         import optuna
 
         if self.sampler == "random":
             return optuna.samplers.RandomSampler(seed=self.seed + number)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            # constant_liar: those that are chosen together lie apart
+            # constant_liar: spreads values that are chosen together
             return optuna.samplers.TPESampler(seed=self.seed + number, constant_liar=self.at_once > 1)
 
     def _result(self, job: JobReturn) -> tuple[float | None, str]:
-        """Return a job's score, or None and why it has none."""
+        """Return a job's score and ""; None and the reason if it has no score."""
         try:
-            returned = job.return_value  # raises what the job has raised
-        except Exception as error:  # noqa: BLE001 - whatever it was, the other jobs go on
+            returned = job.return_value  # raises the job's exception
+        except Exception as error:  # noqa: BLE001 - of any type: the other jobs continue
             return None, f"{type(error).__name__}: {error}"
         return self._scored(returned)
 
@@ -187,10 +187,10 @@ def _state(value: float | None) -> Any:
 
 
 def _values(override: Override) -> Any:
-    """Return what a swept key may be, as optuna says it.
+    """Return the values of a swept key as an optuna distribution.
 
     Raises:
-        UserError: no number lies in it.
+        UserError: there are no values.
     """
     from optuna import distributions
 
@@ -212,35 +212,35 @@ def _values(override: Override) -> Any:
     return distributions.CategoricalDistribution(choices)
 
 
-_WORDS, _FIXED = "words", "fixed"  # what a study is told of itself
-_FIRST = b'{"op_code":0,'  # how optuna's file begins: a study is made
-_MOST_BYTES = 2**30  # of its file: a job takes some thousands
+_WORDS, _FIXED = "words", "fixed"  # attributes of a study
+_FIRST = b'{"op_code":0,'  # first bytes of optuna's file: the creation of a study
+_MOST_BYTES = 2**30  # maximum size of the file; a job takes a few thousand bytes
 _REMEDY = "Choose another hydra.sweeper.storage, or remove the file."
 
 
 def open_study(path: Path, direction: str, space: Mapping[str, Any], words: Sequence[str], fixed: Sequence[str]) -> Any:
-    """Return the search that a file holds, or a new one; jobs of other fixed words are told.
+    """Return the study that a file holds, or a new one; report earlier jobs with other fixed overrides.
 
     Args:
-        path: of the file; this process is the only one that has it.
+        path: of the file, locked by this process.
         direction: maximize or minimize.
-        space: keys to what their values may be, as optuna says it.
-        words: what makes two searches the same.
-        fixed: the other words of the command line.
+        space: keys to optuna distributions.
+        words: score, direction and swept overrides; a file with other ones holds another search.
+        fixed: the other overrides of the command line.
 
     Raises:
-        UserError: it holds something else, another search, or is damaged.
+        UserError: the file is damaged, or holds something else or another search.
     """
     import optuna
     from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock, JournalStorage
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     _drop_cut_line(path)
-    # of a process that was killed as it wrote: optuna would wait for it, and where the path is relative for ever
+    # left by a process that was killed while writing: optuna would wait for it, with a relative path forever
     path.with_name(f"{path.name}.lock").unlink(missing_ok=True)
     try:
         study = optuna.create_study(
-            # its usual lock is a link, which Windows lets administrators alone make
+            # optuna's default lock is a link, which only administrators can create on Windows
             storage=JournalStorage(JournalFileBackend(str(path), JournalFileOpenLock(str(path)))),
             study_name="search",
             direction=direction,  # type: ignore[arg-type, unused-ignore]
@@ -255,7 +255,7 @@ def open_study(path: Path, direction: str, space: Mapping[str, Any], words: Sequ
         changed = {*study.user_attrs.get(_FIXED, fixed)} ^ {*fixed}
     except OSError:
         raise
-    except Exception as error:  # whatever its lines happen to mean to optuna
+    except Exception as error:  # any error that damaged lines cause in optuna
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error!s:.200}). {_REMEDY}") from error
     if known != words:
         raise UserError(f"{path} holds another search ({known}) than this one ({words}). {_REMEDY}")
@@ -270,7 +270,7 @@ def open_study(path: Path, direction: str, space: Mapping[str, Any], words: Sequ
 
 
 def _drop_cut_line(path: Path) -> None:
-    """Remove what a process that was killed, or a full disk, has left of a line: optuna would refuse the file."""
+    """Remove an incomplete last line, left by a killed process or a full disk: optuna would reject the file."""
     if not path.exists():
         return
     try:
@@ -284,10 +284,10 @@ def _drop_cut_line(path: Path) -> None:
 
 
 def _check(trials: Sequence[Any], space: Mapping[str, Any]) -> None:
-    """Refuse what this search cannot have written.
+    """Refuse trials that this search cannot have written.
 
     Raises:
-        Exception: of any kind.
+        Exception: of any type.
     """
     for trial in trials:
         trial._validate()

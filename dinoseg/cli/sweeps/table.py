@@ -1,4 +1,4 @@
-"""Sweeps: cells that cannot work are refused before the first job, and a table of all jobs stands at the end."""
+"""Hydra callback for sweeps: refuses invalid cells before the first job and writes a table of all jobs at the end."""
 
 import os
 import shlex
@@ -29,7 +29,7 @@ from dinoseg.utils.csv_text import write_csv
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import count_of
 
-SHARES = {  # keys of a job's scores in 0..1 to their columns, which are in percent, as in the score tables
+SHARES = {  # keys of a job's scores in 0..1 to columns in percent, as in the score tables
     "miou": "mIoU %",
     "miou_no_background": "mIoU without background %",
     "accuracy": "pixel accuracy %",
@@ -39,17 +39,17 @@ SHARES = {  # keys of a job's scores in 0..1 to their columns, which are in perc
 }
 INTERVAL, JOBS = "95 % interval", "jobs.csv"
 OTHERS = {"loss": ".4f", "parameters": ",", "trainable": ",", "images_per_s": ".1f", "memory_gib": ".2f"}
-RANKED = ("miou", "J&F-Mean", "FG-ARI")  # the first that any job has decides the order; else the lowest loss
-_ONE_BY_ONE = ".BasicLauncher"  # of Hydra, where no plug-in launches
-_LONGEST_NUMBER = 10  # letters
-_SHOWN = 10  # impossible cells in a message
+RANKED = ("miou", "J&F-Mean", "FG-ARI")  # the first one that any job has is the sort key; without any, the lowest loss
+_ONE_BY_ONE = ".BasicLauncher"  # Hydra's own launcher, without a plug-in
+_LONGEST_NUMBER = 10  # characters
+_SHOWN = 10  # maximum number of invalid cells in a message
 
 
 class SweepTable(Callback):
-    """Checks the cells of a multirun, collects what each job returned, prints a table and writes sweep.csv."""
+    """Callback that validates the cells of a multirun, collects job results, prints a table and writes sweep.csv."""
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """End the process where a cell cannot work; what only running shows is left to its job."""
+        """Exit if a cell is invalid; errors that only a run can show are left to the job."""
         if not _is_first():
             return
         bad, cells = ([], 0) if _searches(config) else impossible_cells(config)
@@ -69,21 +69,21 @@ class SweepTable(Callback):
             f"{named}{more}\nLeave them out: what remains can be run as several sweeps.",
             file=sys.stderr,
         )
-        sys.exit(1)  # hydra passes over any other exception of a callback
+        sys.exit(1)  # Hydra ignores any other exception of a callback
 
     def on_job_start(self, config: DictConfig, **_: Any) -> None:
-        """Say that a job is at work, in the process that runs it; several at once are told apart by their lines."""
+        """Record that a job is running, in its own process; label its log lines if several jobs may run at once."""
         if config.hydra.mode == RunMode.MULTIRUN and not config.hydra.launcher._target_.endswith(_ONE_BY_ONE):
             os.environ[LABEL] = f"job {config.hydra.job.num}: "
         if config.hydra.mode == RunMode.MULTIRUN and _is_first():
             _told(config).begin(config.hydra.job.num)
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
-        """Keep a finished job's overrides and scores, in the process that ran it."""
+        """Store the overrides and scores of a finished job, in the process that ran it."""
         if config.hydra.mode != RunMode.MULTIRUN or not _is_first():
             return
         scores = job_return._return_value if isinstance(job_return._return_value, dict) else {}
-        # ++ is of a checkpoint's own keys
+        # ++ marks keys of a checkpoint's own config
         words = [word.removeprefix("++").partition("=") for word in job_return.overrides or []]
         number = config.hydra.job.num
         row: dict[str, Any] = {"words": {key: value for key, _, value in words if key != "mode"}}
@@ -94,7 +94,7 @@ class SweepTable(Callback):
         _told(config).tell(number, row | {"returned": numbers, "note": scores.get("error", "")})
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
-        """Print the table, best first; folds and seeds of one setting stand together, with what they say as a whole."""
+        """Print and write the table, best first; folds and seeds of a setting are grouped and summarised."""
         if not _is_first():
             return
         told = _told(config)
@@ -120,7 +120,7 @@ class SweepTable(Callback):
             _print([_with_interval(row, score) for row in rows], swept, _seed_columns(columns, score))
             _write(path, rows, swept, ["seeds", *(part for key in columns for part in _parts(key, means))])
             print(f"\nmeans over seeds written to {path}, each job to {path.with_name(JOBS)}")
-            if len(rows) > 1 and score == "miou" and all(len(group) == 1 for group in groups):  # folds score others
+            if len(rows) > 1 and score == "miou" and all(len(group) == 1 for group in groups):  # folds differ in images
                 runs = shlex.quote(f"runs=[{path.parent}]")
                 print(f"which are surely better than the first job's: python -m dinoseg mode=compare {runs}")
         else:
@@ -128,28 +128,28 @@ class SweepTable(Callback):
             _write(path, rows, swept, columns)
             print(f"\nwritten to {path}")
         if any(row["note"] and row["process"] != os.getpid() for row in jobs):
-            sys.exit(1)  # of a job that failed here, the command line knows
+            sys.exit(1)  # the command line reports jobs that failed in this process
 
 
 def _whole(group: Sequence[Row]) -> Row:
-    """Return the last row of a group that is a score: its pooled one where there are folds, or its mean."""
+    """Return the row that scores a group: the pooled row of folds, their mean, or the only row."""
     return next(row for row in reversed(group) if row.get(FOLD) != DEVIATION)
 
 
 def _ordered(groups: Sequence[Sequence[Row]], score: str, sign: int) -> list[Row]:
-    """Return the rows of groups, the best group first, those without a score last."""
+    """Return the rows of all groups, the best group first, groups without a score last."""
     scores = [_whole(group).get(score) for group in groups]
     order = sorted(range(len(groups)), key=lambda number: (scores[number] is None, sign * (scores[number] or 0)))
     return [row for number in order for row in groups[number]]
 
 
 def _parts(key: str, means: Sequence[str]) -> list[str]:
-    """Return the columns of a key of which seeds have a mean: itself, and how far it scatters."""
+    """Return the columns of a key: with a mean over seeds, also its deviation and the ends of its interval."""
     return [key, *(f"{key} {part}" for part in (DEVIATION, LOW, HIGH) if key in means)]
 
 
 def _seed_columns(columns: Sequence[str], score: str) -> list[str]:
-    """Return the columns that are printed: how far seeds scatter of the score that decides alone."""
+    """Return the printed columns; deviation and interval are printed for the ranking score only."""
     place = columns.index(score) if score in columns else 0
     return ["seeds", *columns[:place], score, f"{score} {DEVIATION}", INTERVAL, *columns[place + 1 :]]
 
@@ -164,17 +164,17 @@ def _told(config: DictConfig) -> Told:
 
 
 def _is_first() -> bool:
-    """Return whether this is the first of the ranks that torchrun or Slurm has started: one tells of all."""
+    """Return whether this is the first rank that torchrun or Slurm started, which reports for all."""
     return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
 
 
 def _searches(config: DictConfig) -> bool:
-    """Return whether a sweeper chooses the cells as it goes, and may go on with earlier ones."""
+    """Return whether a sweeper chooses the cells while it runs, and may resume an earlier sweep."""
     return "storage" in config.hydra.sweeper
 
 
 def _swept(words: Sequence[Mapping[str, str]]) -> list[str]:
-    """Return the keys of the command line that are not the same in all jobs."""
+    """Return the keys of the command line that differ between jobs."""
     keys = dict.fromkeys(key for of_job in words for key in of_job)
     return [key for key in keys if len({of_job.get(key) for of_job in words}) > 1]
 
@@ -197,7 +197,7 @@ def _write(path: Path, rows: Sequence[Mapping[str, Any]], swept: Sequence[str], 
 
 
 def _short(word: str) -> str:
-    """Return a swept value as it was typed; of a number with many digits, as a search draws it, six."""
+    """Return a swept value as it was typed; long decimals, as a search samples them, with six digits."""
     try:
         return f"{float(word):.6g}" if "." in word and len(word) > _LONGEST_NUMBER else word
     except ValueError:
@@ -205,7 +205,7 @@ def _short(word: str) -> str:
 
 
 def _head(key: str) -> str:
-    """Return how a column is headed: a score's, or that of how far it scatters."""
+    """Return the header of a column: that of a score, or of its deviation or interval."""
     name, _, part = key.partition(" ")
     return f"{SHARES.get(name, name)} {part}".strip()
 
@@ -222,16 +222,16 @@ LOW, HIGH = "low", "high"  # ends of the 95 % interval
 
 
 def over_seeds(rows: Sequence[Row], settings: Sequence[str], scores: Sequence[str], others: Sequence[str]) -> list[Row]:
-    """Return a row for each setting, with the number of its seeds that have scored under `seeds`.
+    """Return a row for each setting, with the number of seeds that have a score under `seeds`.
 
-    Of a score it has the mean and, under the score's name and a word, the deviation of a sample and the ends of the 95
-    % interval of the mean (Student's t over seeds), None for one seed.
+    Scores are means. Columns named after the score and a suffix hold the sample standard deviation and the ends of the
+    95 % interval of the mean. The interval is Student's t over seeds. All three are None for one seed.
 
     Args:
         rows: of all jobs.
-        settings: the keys swept beside the seed.
+        settings: swept keys except the seed.
         scores: keys to summarise.
-        others: keys of what seeds do not change, or hardly: of counts the first is taken, else the mean.
+        others: keys that seeds hardly change: integers are taken from the first seed, other numbers are averaged.
     """
     return [_summed_up(group, settings, scores, others) for group in grouped(rows, settings)]
 
@@ -259,16 +259,16 @@ def _defined(rows: Sequence[Row], key: str) -> list[Any]:
 
 
 def impossible_cells(config: DictConfig) -> tuple[list[tuple[str, str]], int]:
-    """Return the swept values of each cell that cannot work with the reason, and how many cells there are.
+    """Return the swept values of each invalid cell with the reason, and the number of cells.
 
-    Only modes whose config names a `check` are looked at, and not what goes on from a checkpoint, whose config is
-    merged later. Mistakes that are no UserError are left to the job, which shows where they come from.
+    Only modes whose config names a `check` are validated. Jobs that resume from a checkpoint are not, since its config
+    is merged later. Errors other than UserError are left to the job, which shows their origin.
     """
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
     loader = GlobalHydra.instance().config_loader()
-    parser = OverridesParser.create(config_loader=loader)  # which finds what a glob() stands for
-    overrides = parser.parse_overrides(plain(config.hydra.overrides)["task"])  # as typed, `${hydra:...}` too
+    parser = OverridesParser.create(config_loader=loader)  # it expands glob()
+    overrides = parser.parse_overrides(plain(config.hydra.overrides)["task"])  # as typed, including `${hydra:...}`
     swept = {override.get_key_element() for override in overrides if override.is_sweep_override()}
     cells = [cell for batch in BasicSweeper.split_arguments(overrides, None) for cell in batch]
     bad = []
@@ -280,12 +280,12 @@ def impossible_cells(config: DictConfig) -> tuple[list[tuple[str, str]], int]:
 
 
 def _fault(loader: ConfigLoader, config: DictConfig, cell: list[str]) -> str:
-    """Return what is wrong with a cell; empty where nothing is found."""
+    """Return the error of a cell; "" if none is found."""
     try:
         composed = loader.load_sweep_config(config, cell)
         cfg = job_config(composed, composed.hydra.runtime.choices)
         if cfg.resume is None and "check" in cfg.mode:
-            from dinoseg.experiment.heads import own_runs  # imports torch: mode=score does without
+            from dinoseg.experiment.heads import own_runs  # imports torch, which mode=score does not need
 
             alone = [own.cfg for own in own_runs(cfg, cell, None).values()]
             for job in alone or [cfg]:

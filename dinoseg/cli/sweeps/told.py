@@ -1,6 +1,6 @@
-"""What jobs of a sweep tell of themselves, each in a file of the sweep's folder: they may run on other machines.
+"""Results of a sweep's jobs, each in a file of the sweep's folder, since jobs may run on other machines.
 
-A job holds a lock from its start until it has told, so that one which outlives its sweep is known.
+A job holds a lock from its start until its result is stored, so that jobs which outlive their sweep are detected.
 """
 
 import atexit
@@ -23,7 +23,7 @@ _held: dict[Path, IO[str]] = {}
 
 
 class Told:
-    """The files in a sweep's folder.
+    """Store for the jobs' files in a sweep's folder.
 
     Args:
         sweep: the folder.
@@ -33,13 +33,13 @@ class Told:
         self.folder = Path(sweep).absolute() / ".jobs"
 
     def take(self, *, takes_over: bool) -> bool:
-        """Make the folder this process's own; False: another one sweeps there.
+        """Claim the folder for this process; return False if another sweep uses it.
 
         Args:
-            takes_over: whether what earlier jobs have told is kept, and they may still be at work.
+            takes_over: whether results of earlier jobs are reused, and these jobs may still be running.
 
         Raises:
-            UserError: the folder is a link, behind which files of others may lie.
+            UserError: the folder is a link, which may lead to files of others.
         """
         if self.folder.is_symlink():
             raise UserError(f"{self.folder} is a link to another folder. Remove it, or give another hydra.sweep.dir.")
@@ -54,27 +54,27 @@ class Told:
         return True
 
     def leave(self, *, keep: bool) -> None:
-        """Let others sweep there."""
+        """Release the folder for other sweeps."""
         if not keep:
             shutil.rmtree(self.folder, ignore_errors=True)
         _let_go(self.folder / _SWEEP)
 
     def begin(self, number: int) -> None:
-        """Say that a job is at work; one that another has taken the place of ends here."""
-        _hold(self._own(number))  # where it cannot be, another rank of the job does
+        """Record that a job is running; exit if another job has replaced it."""
+        _hold(self._own(number))  # if this fails, another rank of the job holds the lock
         if self._given_up(number).exists():
             print("another job of the search has taken the place of this one, which waited too long", file=sys.stderr)
             sys.exit(0)
 
     def tell(self, number: int, row: Mapping[str, Any]) -> None:
-        """Keep what a job says at its end."""
+        """Store the result of a job and release its lock."""
         write_json(self.folder / f"{number}.json", row)
         _let_go(self._own(number))
 
     def returned(self, number: int) -> dict[str, Any] | None:
-        """Return the numbers of a job's result, or its `error`, once it has ended; None: it never told.
+        """Return a job's numbers, or its `error`, once it has ended; None if it stored no result.
 
-        One that is not at work will not begin any more.
+        A job that is not running by then is marked as given up, and will not start.
         """
         held = locks.acquire(self._own(number), wait=True)
         assert held is not None
@@ -88,7 +88,7 @@ class Told:
             locks.release(held)
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return what jobs have told, by their numbers."""
+        """Return the stored results in the order of job numbers."""
         rows = [self._read(path) for path in self.folder.glob("*.json")]
         return sorted((row for row in rows if row is not None), key=lambda row: row["job"])
 
@@ -109,7 +109,7 @@ class Told:
 
 
 def _hold(path: Path) -> bool:
-    """Lock a file until this process lets go or ends; False: another one has it."""
+    """Lock a file until it is released or this process ends; return False if another process holds it."""
     if path not in _held:
         file = locks.acquire(path)
         if file is None:
@@ -125,9 +125,9 @@ def _let_go(path: Path) -> None:
 
 @atexit.register
 def _end() -> None:
-    """Let go of what this process has when it ends; a sweep that came to no job leaves no folder."""
+    """Release all locks when this process ends; remove the folder of a sweep without jobs."""
     for path, file in [*_held.items()]:
         empty = path.name == _SWEEP and not file.closed and [*path.parent.iterdir()] == [path]
-        if empty:  # of a process that was forked it is closed
+        if empty:  # closed in a forked process
             shutil.rmtree(path.parent, ignore_errors=True)
         _let_go(path)
