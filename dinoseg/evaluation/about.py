@@ -1,4 +1,4 @@
-"""What a report says of how its figures came about."""
+"""Provenance of a report: command line, versions, device and config."""
 
 import os
 import platform
@@ -16,18 +16,18 @@ from dinoseg.config.plain import plain
 from dinoseg.experiment.folder import command_line
 from dinoseg.report.html.about import About
 
-EVALUATION = "evaluation"  # in a run folder of mode=train: what its best checkpoint scores
+EVALUATION = "evaluation"  # in a run folder of mode=train: evaluation of its best checkpoint
 _LIBRARIES = ("torch", "transformers", "timm", "numpy", "omegaconf")
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where an evaluated model comes from.
+    """Origin of an evaluated model.
 
     Args:
         model: its checkpoint, or its released weights.
-        folder: the run folder that keeps the command.
-        training: the run folder of its training; None where that is not known.
+        folder: run folder that stores the command line.
+        training: run folder of the model's training; None if unknown.
     """
 
     model: str
@@ -36,7 +36,7 @@ class Origin:
 
     @classmethod
     def of(cls, cfg: DictConfig, out_dir: Path, best: Path | None = None) -> "Origin":
-        """Return that of an evaluation into `out_dir`, or of a training that ends with one of its `best` checkpoint."""
+        """Return the origin of an evaluation into `out_dir`, or of the evaluation of `best` that ends a training."""
         if best is not None:
             run = best.parent.parent
             return cls(str(best), run, run)
@@ -46,13 +46,13 @@ class Origin:
 
 
 def about_run(cfg: DictConfig, out_dir: Path, facts: Mapping[str, str], device: torch.device | None = None) -> About:
-    """Return what was run.
+    """Return the provenance of a run.
 
     Args:
         cfg: the whole config.
-        out_dir: the run folder, which keeps its command line.
-        facts: what the mode knows itself, by name.
-        device: that was computed on.
+        out_dir: run folder, which stores the command line.
+        facts: entries from the mode itself, by name.
+        device: compute device; None leaves it out.
     """
     command = f"python -m dinoseg {shlex.join(command_line(out_dir))}"
     machine = {

@@ -1,4 +1,4 @@
-"""Scores of classes as functions of sums over units, so that leaving units out gives their intervals."""
+"""Class scores as functions of sums over units, so that leaving out units gives their confidence intervals."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,11 +11,11 @@ from dinoseg.evaluation.collected import class_ious
 
 @dataclass(frozen=True)
 class ClassScores:
-    """The scores of a confusion matrix by names: `miou`, `dice`, `accuracy`, and `iou/ID` of each class.
+    """Scores of a confusion matrix by name: `miou`, `dice`, `accuracy`, and `iou/ID` of each class.
 
     Args:
         num_classes: K.
-        background: id of the class that is no object; then there is `miou_no_background`.
+        background: id of the background class, which adds `miou_no_background`; None without one.
     """
 
     num_classes: int
@@ -25,16 +25,16 @@ class ClassScores:
 
     @property
     def means(self) -> Sequence[str]:
-        """The names of what is one number over all classes."""
+        """Return the names of the scores over all classes."""
         return ("miou", *(() if self.background is None else ("miou_no_background",)), "dice", "accuracy")
 
     @property
     def keys(self) -> Sequence[str]:
-        """All names."""
+        """Return the names of all scores."""
         return (*self.means, *(f"iou/{index}" for index in range(self.num_classes)))
 
     def scores(self, sums: np.ndarray) -> dict[str, np.ndarray]:
-        """Return each score (...) of sums (..., 3 K) of `class_counts`; nan where it is undefined."""
+        """Return each score (...) from sums (..., 3 K) of `class_counts`; nan where undefined."""
         counts = sums.reshape(*sums.shape[:-1], 3, self.num_classes).astype(np.float64)
         ious = class_ious(counts)
         right, reference, predicted = np.moveaxis(counts, -2, 0)
@@ -49,7 +49,7 @@ class ClassScores:
 
 
 def unit_sums(counts: np.ndarray, units: Sequence[str]) -> np.ndarray:
-    """Return the sums (U, 3 K) of images' counts (N, 3, K) by unit, in the order of their first images."""
+    """Return the sums (U, 3 K) of per-image counts (N, 3, K) by unit, in the order of the units' first images."""
     places = {unit: place for place, unit in enumerate(dict.fromkeys(units))}
     sums = np.zeros((len(places), *counts.shape[1:]), np.int64)
     np.add.at(sums, [places[unit] for unit in units], counts)

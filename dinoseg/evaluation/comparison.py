@@ -1,4 +1,4 @@
-"""Sides of a comparison held against the first of them: by class, by image, and with pictures."""
+"""Comparison of each side with the first side: by class, by image, and in example images."""
 
 import logging
 import math
@@ -24,22 +24,22 @@ from dinoseg.utils.csv_text import write_csv
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import one_line
 
-_TOLD = 5  # images that decide
+_TOLD = 5  # most decisive images named per side
 logger = logging.getLogger(__name__)
 
 
 def scores_of(records: Sequence[ImageRecord]) -> dict[str, float | None]:
-    """Return all scores of a side's records by name, averaged over them; None where one is undefined."""
+    """Return all scores by name, averaged over the records of a side; None where undefined."""
     return mean_scores(_kind(records[0]), [record.counts for record in records])
 
 
 def best_first(scores: Sequence[float | None]) -> list[int]:
-    """Return the places of scores, the highest first, those that are undefined last; equal ones stay in order."""
+    """Return the indices of scores in descending order: undefined scores last, ties in their original order."""
     return sorted(range(len(scores)), key=lambda place: math.inf if (score := scores[place]) is None else -score)
 
 
 def against(cfg: DictConfig, sides: Sequence[Side]) -> list[OtherRun]:
-    """Return each side but the first, held against that."""
+    """Compare each other side with the first side."""
     kind, first = _kind(sides[0].records[0]), sides[0]
     counts = [[record.counts for record in side.records] for side in sides]
     sums = [[unit_sums(each, first.records[0].units) for each in side] for side in counts]
@@ -65,13 +65,13 @@ def against(cfg: DictConfig, sides: Sequence[Side]) -> list[OtherRun]:
                 no_pictures=reason,
             )
         )
-    for reason in refused:  # once, though it were the same for all
+    for reason in refused:  # log each reason once, even if it applies to all sides
         logger.warning("The page has no pictures: %s", reason)
     return found
 
 
 def mean_mious(side: Side) -> list[float | None]:
-    """Return the mIoU of each image, averaged over a side's runs that have one."""
+    """Return the mIoU of each image, averaged over those runs of a side where it is defined."""
     by_image = zip(*(image_mious(record.counts) for record in side.records), strict=True)
     defined = [[miou for miou in of_image if miou is not None] for of_image in by_image]
     return [float(np.mean(each)) if each else None for each in defined]
@@ -82,7 +82,7 @@ def _kind(record: ImageRecord) -> ClassScores:
 
 
 def verdicts(first: Side, images: Sequence[str], others: Sequence[OtherRun]) -> str:
-    """Return what is to be said of the sides: by class and image, or of more than a few a line for each."""
+    """Return the verdicts as text: by class and image, or one line per side for more than `WIDEST` sides."""
     if len(others) > WIDEST:
         return sides_table(first, others)
     lines = verdict_lines(first.name, images, others)
@@ -90,7 +90,10 @@ def verdicts(first: Side, images: Sequence[str], others: Sequence[OtherRun]) -> 
 
 
 def sides_table(first: Side, others: Sequence[OtherRun]) -> str:
-    """Return the mIoU of each side as text, best first, in percent and points, and of how many classes it is sure."""
+    """Return a text table with one row per side, best first.
+
+    It shows mIoU in percent, differences in points, and the number of classes with a significant difference.
+    """
     heads = ["", "mIoU %", "points", "95 % interval", "p", "verdict", "classes better", "worse"]
     own, keys = scores_of(first.records)["miou"], [key for key in score_labels(first) if key.startswith("iou/")]
     rows = [[first.name, _shown(own), *["-"] * 3, "the first", "", ""]]
@@ -107,7 +110,7 @@ def sides_table(first: Side, others: Sequence[OtherRun]) -> str:
 
 
 def verdict_lines(first: str, images: Sequence[str], others: Sequence[OtherRun]) -> list[str]:
-    """Return for each other side whether its mIoU is another, how surely, and which images add most to that."""
+    """Return, for each other side, the verdict on its mIoU and the images that contribute most to the difference."""
     lines = []
     for other in others:
         gap = other.differences["miou"]
@@ -122,7 +125,7 @@ def verdict_lines(first: str, images: Sequence[str], others: Sequence[OtherRun])
 
 
 def comparison_table(first: Side, others: Sequence[OtherRun]) -> str:
-    """Return scores and differences as text, in percent and points."""
+    """Return scores and differences as a text table, in percent and points."""
     rows, labels = [], score_labels(first)
     for key, value in scores_of(first.records).items():
         row = [labels[key], _shown(value)]
@@ -139,7 +142,7 @@ def comparison_table(first: Side, others: Sequence[OtherRun]) -> str:
 
 
 def write_tables(out_dir: Path, first: Side, others: Sequence[OtherRun]) -> None:
-    """Write compare.csv, a line for each score, and images.csv, one for each image; scores in 0..1."""
+    """Write compare.csv (one line per score) and images.csv (one line per image); scores are in 0..1."""
     record, labels = first.records[0], score_labels(first)
     heads: list[Any] = ["score", first.name]
     for other in others:
@@ -159,7 +162,7 @@ def write_tables(out_dir: Path, first: Side, others: Sequence[OtherRun]) -> None
 
 
 def score_labels(side: Side) -> Mapping[str, str]:
-    """Return how each score is called, by its name."""
+    """Return the display label of each score, by the score's name."""
     record = side.records[0]
     means = {key: MEANS[key] for key in _kind(record).means}
     return means | {f"iou/{index}": f"IoU {name}" for index, name in enumerate(record.classes)}
@@ -173,20 +176,20 @@ def _shown(value: float | None, sign: str = "") -> str:
     return "-" if value is None else f"{100 * value:{sign}.2f}"
 
 
-Runs = Sequence[np.ndarray]  # of one side: sums (U, 3 K) of each over the same units
+Runs = Sequence[np.ndarray]  # runs of one side: sums (U, 3 K) each, over the same units
 
 
 def mean_scores(kind: ClassScores, side: Runs) -> dict[str, float | None]:
-    """Return each score, averaged over a side's runs; None where one is undefined."""
+    """Return each score, averaged over the runs of a side; None where undefined."""
     found = {key: values.mean() for key, values in _scores(kind, side).items()}
     return {key: float(value) if np.isfinite(value) else None for key, value in found.items()}
 
 
 def differences(kind: ClassScores, sides: Sequence[Runs]) -> list[dict[str, dict[str, Any]]]:
-    """Return for each side but the first what each of its scores differs by from the first one's.
+    """Return, for each other side, the differences of its scores from those of the first side.
 
-    A difference has a `value`, the interval `ci95`, `p`, and by it a `verdict`; `p` is corrected by Holm over all
-    sides, and for classes over these too.
+    Each difference has a `value`, an interval `ci95`, a p-value `p` and the resulting `verdict`. Holm's method
+    corrects `p` over all sides; for the class scores, over all classes as well.
     """
     gaps = [_difference(kind, sides[0], side) for side in sides[1:]]
     families = [*([key] for key in kind.means), [key for key in kind.keys if key not in kind.means]]
@@ -202,9 +205,9 @@ def differences(kind: ClassScores, sides: Sequence[Runs]) -> list[dict[str, dict
 
 
 def deciding(kind: ClassScores, first: Runs, second: Runs) -> list[float | None]:
-    """Return what each image adds to the difference of mIoU: that of all images less that of all others.
+    """Return each image's contribution to the mIoU difference: that of all images minus that of all others.
 
-    Both sides' runs are counts (N, 3, K) of the same images.
+    The runs of both sides are counts (N, 3, K) of the same images.
     """
     whole, sums = Difference(kind, len(first), len(second)), _side_by_side(first, second)
     gaps = float(whole.scores(sums.sum(axis=0))["miou"]) - without_each(whole, sums)["miou"]
@@ -212,9 +215,9 @@ def deciding(kind: ClassScores, first: Runs, second: Runs) -> list[float | None]
 
 
 def _difference(kind: ClassScores, first: Runs, second: Runs) -> dict[str, Estimate]:
-    """Return each score's difference; its error is that over units and, of sides with several runs, over these.
+    """Return each score's difference, with the error over units and, for sides with several runs, over runs.
 
-    Over one unit it is that over runs alone, where both sides have several.
+    With a single unit, the error is that over runs alone, if both sides have several.
     """
     found = jackknife(Difference(kind, len(first), len(second)), _side_by_side(first, second))
     by_seed = [_scores(kind, side) for side in (first, second) if len(side) > 1]
@@ -229,7 +232,7 @@ def _side_by_side(*sides: Runs) -> np.ndarray:
 
 
 def _scores(kind: ClassScores, side: Runs) -> dict[str, np.ndarray]:
-    """Return each score (S,) of a side's runs."""
+    """Return each score (S,) of the S runs of a side."""
     return kind.scores(np.stack([run.sum(axis=0).reshape(-1) for run in side]))
 
 

@@ -1,4 +1,4 @@
-"""What an evaluation of images leaves for comparisons: counts of each image, and of what they are, without pickle."""
+"""Record of an image evaluation for comparisons: per-image counts and metadata, stored without pickle."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,8 +17,8 @@ from dinoseg.utils.errors import UserError
 RECORD, COUNTS = "evaluation.json", "counts.npz"  # in a run folder
 _REMEDY = "Evaluate again: python -m dinoseg mode=eval resume=RUN, with the run folder of the training as RUN."
 _MOST_CLASSES = 256
-_LARGEST = 2**27  # bytes of the JSON file: names of half a million images
-_FRAMING = 4096  # bytes of an NPZ file of one array beside its numbers
+_LARGEST = 2**27  # maximum bytes of the JSON file: names of half a million images
+_FRAMING = 4096  # bytes of an NPZ file of one array in addition to its values
 _COLOUR = forms.row(*[forms.whole(0, 255)] * 3)
 _FORM = forms.record(
     classes=forms.listing(forms.text),
@@ -37,20 +37,20 @@ _FORM = forms.record(
 
 @dataclass(frozen=True)
 class ImageRecord:
-    """What was counted, image by image.
+    """Per-image counts of an evaluation, with metadata.
 
     Args:
-        classes: names.
-        palette: a colour for each.
-        ignore_index: id that is not labelled.
-        background: id of the class that is no object; None: there is none.
-        data: the option of the group data.
-        root: the data set's folder, a whole path.
+        classes: class names.
+        palette: one colour per class.
+        ignore_index: id of unlabelled pixels.
+        background: id of the background class; None without one.
+        data: option of the config group `data`.
+        root: absolute path of the data set's folder.
         split: train, val or test.
-        unit: what is resampled: `image`, or what images are of.
-        images: names, in order.
+        unit: resampling unit: `image`, or the name of a group of images.
+        images: image names, in order.
         units: the unit of each image.
-        source: where the model came from.
+        source: origin of the model.
         counts: (N, 3, K) int64, see `class_counts`.
     """
 
@@ -69,7 +69,7 @@ class ImageRecord:
 
 
 def write_record(record: ImageRecord, out_dir: Path) -> None:
-    """Write a record into a run folder: the counts first, so that where the other is, both are."""
+    """Write a record into a run folder: the counts first, so that a JSON file implies complete counts."""
     said: dict[str, Any] = {key: value for key, value in vars(record).items() if key != "counts"}
     with whole_file(out_dir / COUNTS) as part, part.open("wb") as file:
         np.savez(file, classes=record.counts.astype("<i8"))
@@ -80,10 +80,10 @@ def write_record(record: ImageRecord, out_dir: Path) -> None:
 
 
 def evaluated(folder: Path) -> Path:
-    """Return where the record of a run folder lies: in it or, of a training, in that of the evaluation at its end.
+    """Return the folder of a run's evaluation record: the run folder, or the evaluation at the end of a training.
 
     Raises:
-        UserError: there is none.
+        UserError: the record is missing.
     """
     if not folder.is_dir():
         raise UserError(f"runs: {folder} is no folder. Give run folders of mode=eval or mode=train.")
@@ -103,10 +103,10 @@ def evaluated(folder: Path) -> Path:
 
 
 def read_record(folder: Path) -> ImageRecord:
-    """Return the record that lies in a folder.
+    """Read the record in a folder.
 
     Raises:
-        UserError: it is damaged.
+        UserError: the record is damaged.
     """
     try:
         _check_size(folder / RECORD, _LARGEST)
@@ -120,21 +120,21 @@ def read_record(folder: Path) -> ImageRecord:
 
 
 def _check_size(path: Path, most: int) -> None:
-    """Refuse a file that is larger than it can be, before it is read.
+    """Refuse a file above its maximum size before it is read.
 
     Raises:
-        OSError: it is not there.
-        Misshapen: naming both sizes.
+        OSError: the file is missing.
+        Misshapen: the file is too large (names both sizes).
     """
     if (size := path.stat().st_size) > most:
         raise forms.Misshapen(f"{path.name} has {size} bytes, and {most} at most where it is whole")
 
 
 def _check(said: dict[str, Any], counts: np.ndarray) -> None:
-    """Refuse numbers that do not fit together.
+    """Refuse inconsistent numbers.
 
     Raises:
-        Misshapen: naming them.
+        Misshapen: naming the inconsistent numbers.
     """
     images, classes = len(said["images"]), len(said["classes"])
     if not 1 <= classes <= _MOST_CLASSES or len(said["palette"]) != classes:

@@ -1,4 +1,4 @@
-"""The report of an evaluation of images, and what comparisons need of it."""
+"""Report of an image evaluation, with the record that comparisons need."""
 
 import json
 from collections.abc import Mapping
@@ -40,17 +40,17 @@ def report_images(
     split: str,
     best: Path | None = None,
 ) -> None:
-    """Write report.html, images.csv and what comparisons need to a folder, and tell so.
+    """Write report.html, images.csv and the record for comparisons to a folder, and print the paths.
 
     Args:
         cfg: the whole config.
-        collector: of this rank; the first one writes what all of them have.
-        scores: of the same images, with `official` ones where there are such.
-        data: that was evaluated.
+        collector: results of this rank; the main rank writes the results of all ranks.
+        scores: scores of the same images, with an `official` entry if the benchmark's protocol scored them.
+        data: the evaluated data set.
         engine: device and ranks.
-        out_dir: where the scores are.
-        split: the name of the data's split.
-        best: of a training that ends with this evaluation: its best checkpoint.
+        out_dir: folder of the scores.
+        split: name of the data's split.
+        best: best checkpoint, if this evaluation ends a training.
     """
     parts = engine.gather(collector.parts)
     if not engine.is_main:
@@ -96,7 +96,7 @@ def _record(
     official: Mapping[str, Any] | None,
     source: str,
 ) -> ImageRecord:
-    """Return what comparisons need."""
+    """Return the record for comparisons."""
     names = list(data.names)
     groups = groups_of(cfg, names)
     return ImageRecord(
@@ -116,16 +116,19 @@ def _record(
 
 
 def groups_of(cfg: DictConfig, names: list[str]) -> list[str]:
-    """Return what each image belongs to by `data.group`, such as its video; itself where that does not say."""
+    """Return each image's group by `data.group`, such as its video.
+
+    An image is its own group if the option is not set, or if it does not match all names.
+    """
     try:
         group = regex_group(cfg.data.get("group"))
         return [group(name) for name in names]
-    except UserError:  # of another data set's names: the split did not need it, nor does a report
+    except UserError:  # the pattern is for another data set's names: neither the split nor a report needs it
         return names
 
 
 def _unit(groups: list[str], official: Mapping[str, Any] | None) -> str:
-    """Return what groups are called: as the benchmark calls them, if it has as many."""
+    """Return the name of the groups: the benchmark's unit if the number of groups matches."""
     if official is not None and official["n"] == len(set(groups)):
         return str(official["unit"])
     return "image" if len(set(groups)) == len(groups) else "group"
@@ -147,14 +150,14 @@ def _calibration(collected: Collected) -> dict[str, Any] | None:
 
 
 def _official(scores: Mapping[str, Any], out_dir: Path) -> dict[str, Any] | None:
-    """Return what this run has just written of the benchmark's own scores; None where there are none."""
+    """Return the benchmark scores that this run has just written; None without any."""
     if scores.get("official") is None:
         return None
     return json.loads((out_dir / OFFICIAL_SCORES).read_text(encoding="utf-8"))
 
 
 def _training(origin: Origin) -> list[dict[str, Any]] | None:
-    """Return the rows of the log of the training that the model comes from, if it lies there and can be read."""
+    """Return the log rows of the model's training; None if the log is missing or unreadable."""
     if origin.training is None:
         return None
     try:

@@ -1,4 +1,4 @@
-"""Images of a split scored by one exact count, with tables, pictures and the benchmark's own protocol."""
+"""Evaluation of a split's images: exact counts, tables, figures and the benchmark's own protocol."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,12 +36,12 @@ def evaluate_images(
     on_error: str = "stop",
     collector: Collector | None = None,
 ) -> dict[str, Any]:
-    """Evaluate, print the table, and write scores.json, scores.csv, confusion.png and the pictures to `out_dir`.
+    """Evaluate, print the table, and write scores.json, scores.csv, confusion.png and the predictions to `out_dir`.
 
-    Pictures lie in `out_dir`/predictions/<name>_vis.png (frame | prediction | reference) and <name>_pred.png (class
-    ids at full size). A protocol's scores go to official_scores.json, and the predictions as the benchmark wants
-    them to `out_dir`/official; where it cannot score them, problems.json says why, and the other scores stand.
-    A collector is handed every batch of this rank.
+    Predictions lie in `out_dir`/predictions: <name>_vis.png (frame | prediction | reference) and <name>_pred.png (class
+    ids at full size). A protocol's scores go to official_scores.json, and the predictions in the benchmark's layout to
+    `out_dir`/official. If the protocol cannot score them, problems.json gives the reasons; the other scores stand.
+    The collector receives every batch of this rank.
     """
 
     def write(batch: Batch, ids: Tensor, logits: Tensor) -> None:
@@ -54,7 +54,7 @@ def evaluate_images(
             if not metrics_only:
                 _write_pictures(out_dir / "predictions" / name, data, image, mask, prediction)
 
-    # without a use for the predictions they are never brought back from the device
+    # skip the device-to-host copy if nothing uses the predictions
     on_batch = None if metrics_only and protocol is None and collector is None else write
     scores = evaluate(model, data, engine, policy=policy, background=background, on_batch=on_batch)
     if engine.is_main:
@@ -71,7 +71,7 @@ def evaluate_images(
 
 
 def list_skipped(skipped: Mapping[str, Mapping[str, str]], out_dir: Path) -> None:
-    """Print which files data.on_error=skip left out, by split, and write all with their reasons to skipped.json."""
+    """Print the files that data.on_error=skip left out, by split, and write all with their reasons to skipped.json."""
     lines = [f"{split}: {name}: {reason}" for split, reasons in skipped.items() for name, reason in reasons.items()]
     if lines:
         write_json(out_dir / "skipped.json", {split: dict(reasons) for split, reasons in skipped.items()})

@@ -1,4 +1,4 @@
-"""Predictions of mode=eval scored by the protocol of the data set's benchmark, where that can be done."""
+"""Official scores of mode=eval predictions, by the protocol of the data set's benchmark."""
 
 import logging
 from pathlib import Path
@@ -15,21 +15,21 @@ from dinoseg.metrics.protocols.contract import BadFile, Case, Cases, DatasetProt
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import read_size
 
-FOLDER = "official"  # of predictions as a benchmark wants them, in the run folder
-SCORES = "official_scores.json"  # of these, there too
+FOLDER = "official"  # in the run folder: predictions in the benchmark's layout
+SCORES = "official_scores.json"  # in the run folder: their scores
 
 logger = logging.getLogger(__name__)
 
 
 def usable(protocol: DatasetProtocol, data: SegmentationData, out_dir: Path, *, on_error: str, tells: bool) -> bool:
-    """Return whether a protocol can score a data set's predictions, before any is made; else tell why not.
+    """Return whether a protocol can score a data set's predictions before any is made; if not, log why.
 
     Args:
-        protocol: of the benchmark.
+        protocol: protocol of the benchmark.
         data: pairs of image and mask files.
         out_dir: the run folder.
-        on_error: `stop`: every image has to be fit to be scored; `skip`: one is enough.
-        tells: this process is the one that warns and writes `problems.json`.
+        on_error: `stop`: every image must be scorable; `skip`: one image is enough.
+        tells: whether this process warns and writes `problems.json`.
     """
     try:
         problems = _problems(protocol, _of_files(data), out_dir / FOLDER)
@@ -45,9 +45,9 @@ def usable(protocol: DatasetProtocol, data: SegmentationData, out_dir: Path, *, 
 def official_scores(
     protocol: DatasetProtocol, data: SegmentationData, out_dir: Path, on_error: str
 ) -> dict[str, Any] | None:
-    """Score the predictions in `out_dir`/official against the reference files themselves; write official_scores.json.
+    """Score the predictions in `out_dir`/official against the original reference files; write official_scores.json.
 
-    Returns None where that cannot be done, and tells why: the scores that the model has already are worth keeping.
+    If that fails, log the reason and return None, so that the scores computed so far are not lost.
     """
     folder = out_dir / FOLDER
     remedy = f"Score what was predicted by itself: mode=score prediction={folder} mode.workers=1, with its reference."
@@ -68,7 +68,7 @@ def official_scores(
 
 
 def _of_files(data: SegmentationData) -> PairDataset:
-    """Return a data set as one of files, which official scores are read from."""
+    """Return a data set of files, from which official scores are read; refuse any other."""
     if not isinstance(data, PairDataset):
         raise UserError(
             "data.official needs a data set of image and mask files, and data.reader reads its samples itself. Set "
@@ -95,9 +95,9 @@ def _case(protocol: DatasetProtocol, pair: Pair, folder: Path) -> Case:
 
 
 def _check_size(data: PairDataset, pair: Pair) -> None:
-    """Refuse a mask file of another size than the image that the data set gives: classes are predicted at that size.
+    """Refuse a mask whose size differs from the loaded image, since classes are predicted at the image's size.
 
-    Headers are read where the data set may resize: a mask to its image, or both when they are packed.
+    File headers are read only if the data set may resize: a mask to its image, or both when they are packed.
     """
     longest = data.longest
     fits = data.reader.masks.on_size_mismatch == "resize_mask"

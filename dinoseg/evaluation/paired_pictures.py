@@ -1,4 +1,4 @@
-"""Pictures of what evaluations predict: masks from their run folders, frames and references from the data set."""
+"""Images of compared predictions: masks from the run folders, frames and references from the data set."""
 
 import re
 from collections.abc import Sequence
@@ -24,19 +24,19 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.forms import as_read_back
 from dinoseg.utils.images import read_ids, read_size
 
-SHOWN, _IN_ALL = 4, 28  # images that gain most, of a side and of all, and as many that lose most: a page is mailed
-_LONGEST = 512  # pixels of a picture's longer side
+SHOWN, _IN_ALL = 4, 28  # most improved images per side and in all, and most worsened: the page is e-mailed
+_LONGEST = 512  # pixels of an image's longer side
 _OF_CLASS_FILE = re.compile(rf"\$\{{{CLASS_FILE}:\w+(,drawn)?\}}")
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """Where pictures of a first run and of those that are held against it come from.
+    """Image source for a first run and the runs compared with it.
 
     Args:
-        cfg: what the command line composed.
-        record: of the first run.
-        folder: where it lies.
+        cfg: config composed from the command line.
+        record: record of the first run.
+        folder: folder of that record.
     """
 
     cfg: DictConfig
@@ -45,10 +45,10 @@ class Pictures:
 
     @property
     def data(self) -> SegmentationData:
-        """The data set of the first run, as its folder describes it: held against the same rules as a checkpoint.
+        """Return the data set of the first run, built from its saved config under the rules for checkpoint configs.
 
         Raises:
-            UserError: the config is missing or refused, or the data are not there any more.
+            UserError: the config is missing or refused, or the data set is missing or has changed.
         """
         if isinstance(self._opened, UserError):
             raise self._opened
@@ -56,7 +56,7 @@ class Pictures:
 
     @cached_property
     def _opened(self) -> SegmentationData | UserError:
-        """The data set, or why there is none: neither is asked for again for each of the other runs."""
+        """Return the data set or its error, cached so that other runs do not open it again."""
         try:
             return self._open()
         except UserError as error:
@@ -66,7 +66,7 @@ class Pictures:
         path = config_file(self.folder)
         try:
             text, mine = config_text(path), plain(self.cfg)
-            # a training's config leaves to `classes.yaml` what that says: the rest is judged before it is asked
+            # a training's config refers to `classes.yaml`: the rest is checked before that file is read
             guard(self._saved(_OF_CLASS_FILE.sub("''", text)), str(path), mine, trust=list(self.cfg.trust))
             saved = self._saved(text)
             saved["data"] = settled(OmegaConf.create(saved).data)
@@ -79,17 +79,17 @@ class Pictures:
         return data
 
     def _saved(self, text: str) -> dict[str, Any]:
-        """Return what a checkpoint would keep of a config file, with the data where they were evaluated."""
+        """Return a config file in the form a checkpoint would save, with the data root of the evaluation."""
         kept = as_read_back(config_of(text))
         saved = {key: kept[key] for key in SAVED}
         saved["data"] = {**saved["data"], **dict.fromkeys(ACTING), "root": self.record.root}
         return saved
 
     def shot(self, index: int, other: Path, mious: tuple[float, float]) -> PairShot:
-        """Return an image with the predictions of the first run and of another.
+        """Return an image with the predictions of the first run and of another run.
 
         Raises:
-            UserError: a file is missing, or of another size.
+            UserError: a file is missing, of another size, or not a mask of the classes.
         """
         name = self.record.images[index]
         sample = self.data[index]
@@ -112,17 +112,17 @@ class Pictures:
 def most_different(
     pictures: Pictures, other: Path, first: Sequence[float | None], second: Sequence[float | None], sides: int = 1
 ) -> tuple[list[PairShot], str]:
-    """Return the images whose mIoU gains or loses most in another run, by size of the difference; or none, and why.
+    """Return the images whose mIoU differs most in another run, by size of the difference; or none, and the reason.
 
     Args:
-        pictures: where they come from.
-        other: where the record of the other run lies.
+        pictures: source of the images.
+        other: folder of the other run's record.
         first: mIoU of each image in the first run.
-        second: the same in the other one.
-        sides: how many runs are held against the first: of many, each has fewer pictures.
+        second: mIoU of each image in the other run.
+        sides: number of runs compared with the first: many runs get fewer images each.
 
     Raises:
-        UserError: there are predictions, and no pictures of them.
+        UserError: predictions exist, but their images cannot be built.
     """
     pairs: list[Any] = [
         (theirs - ours, index)

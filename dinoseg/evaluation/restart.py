@@ -1,4 +1,4 @@
-"""Going on with an evaluation of videos that was stopped: masks of whole videos are taken over from its run folder."""
+"""Resuming an interrupted evaluation of videos: masks of finished videos are copied from its run folder."""
 
 import hashlib
 import logging
@@ -21,21 +21,21 @@ from dinoseg.utils.stamps import stamp
 from dinoseg.utils.units import finished
 from dinoseg.utils.wording import count_of, listed
 
-RECORD = "tracking.json"  # in a run folder: what its masks depend on
-DIGESTS = "tracked"  # in a run folder: <video>.txt for each whole video, of the files that its masks were made from
+RECORD = "tracking.json"  # in a run folder: settings that its masks depend on
+DIGESTS = "tracked"  # in a run folder: <video>.txt per finished video, a hash of its masks' inputs
 
 logger = logging.getLogger(__name__)
 _FORM = forms.record(data=forms.table(forms.plain), given=forms.text, tracker=forms.table(forms.plain))
 
 
 def record_of(cfg: DictConfig, settings: Mapping[str, Any], *, split: str, prompts: str) -> dict[str, Any]:
-    """Return what the masks of a run depend on, as JSON gives it back.
+    """Return the settings that a run's masks depend on, in the form in which JSON reads them back.
 
     Args:
         cfg: the whole config.
-        settings: of its tracker.
-        split: of the data.
-        prompts: which masks the tracker is shown.
+        settings: settings of the tracker.
+        split: split of the data.
+        prompts: which masks prompt the tracker.
     """
     clips = {key: plain(cfg.data.clips[key], resolve=True) for key in ("layout", "partition")}
     clips["layout"]["root"] = str(Path(clips["layout"]["root"]).expanduser().resolve())  # the same from any folder
@@ -43,10 +43,10 @@ def record_of(cfg: DictConfig, settings: Mapping[str, Any], *, split: str, promp
 
 
 def earlier_run(restart: str | None, record: Mapping[str, Any]) -> Path | None:
-    """Return the run folder `mode.restart`, None where it is not set.
+    """Return the run folder `mode.restart`; None if it is not set.
 
     Raises:
-        UserError: it is none of this kind, or its masks depend on other settings.
+        UserError: the folder is not an evaluation of videos, or its masks depend on other settings.
     """
     if restart is None:
         return None
@@ -63,19 +63,19 @@ def earlier_run(restart: str | None, record: Mapping[str, Any]) -> Path | None:
 
 
 def tell_taken(restart: str | None, videos: Sequence[str]) -> None:
-    """Log which videos' masks were taken over from the run folder `mode.restart`, if it is set."""
+    """Log which videos' masks were copied from the run folder `mode.restart`, if it is set."""
     if restart is not None:
         names = f": {listed(sorted(videos))}" if videos else ""
         logger.info("mode.restart=%s: %s taken over%s", restart, count_of(videos, "video"), names)
 
 
 def digest_of(video: Video, prompts: str) -> str:
-    """Return a hash of what a video's masks are made from: its frames' names and files, and the masks that are given.
+    """Return a hash of the inputs of a video's masks: names and files of its frames, and the prompt masks.
 
-    Frames are known by size, times and number of their files, so copied ones count as others; masks by what they hold.
+    Frames are identified by size, times and inode of their files, so copied files count as changed; masks by content.
 
     Args:
-        video: of the data set.
+        video: video of the data set.
         prompts: `none`, `first` or `appearing`, see `dinoseg.tracking.video.benchmark_masks.prompted_frames`.
     """
     digest = hashlib.blake2b(digest_size=16)
@@ -89,21 +89,21 @@ def digest_of(video: Video, prompts: str) -> str:
 
 
 def keep_digest(out_dir: Path, video: str, digest: str) -> None:
-    """Note in a run folder that a video's masks are whole, and from what they were made."""
+    """Mark a video's masks in a run folder as complete, with the hash of their inputs."""
     write_text(out_dir / DIGESTS / f"{video}.txt", f"{digest}\n")
 
 
 def take_over(
     earlier: Path | None, out_dir: Path, files: Mapping[Path, Collection[str]], video: str, digest: str
 ) -> bool:
-    """Copy what an earlier run has of a video, if that is whole and made from the same files; return whether it is.
+    """Copy a video's masks from an earlier run if complete and from the same inputs; return whether they were copied.
 
     Args:
-        earlier: its run folder; None: there is none.
-        out_dir: this one's.
-        files: the names of the files that belong in each folder below `out_dir`.
-        video: its name.
-        digest: see `digest_of`; if another was noted, that is said.
+        earlier: run folder of the earlier run; None without one.
+        out_dir: run folder of this run.
+        files: expected file names in each folder below `out_dir`.
+        video: name of the video.
+        digest: see `digest_of`; a different stored hash is logged.
     """
     if earlier is None:
         return False
@@ -122,16 +122,16 @@ def take_over(
     for folder, source in sources.items():
         with whole_folder(folder) as part:
             shutil.copytree(source, part, dirs_exist_ok=True)
-    # last, as where a video is tracked: this run may be stopped and taken over from, too
+    # last, as after tracking: this run may be interrupted and resumed, too
     keep_digest(out_dir, video, digest)
     return True
 
 
 def _settings_of(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a record with its tracker's settings, which have groups of their own, beside the rest."""
+    """Return a record with the tracker's settings merged into its top level."""
     return {key: value for key, value in record.items() if key != "tracker"} | record["tracker"]
 
 
 def _read_digest(path: Path) -> str:
-    check_regular(path)  # a pipe would be waited for without end
+    check_regular(path)  # reading a pipe could block forever
     return path.read_text(encoding="utf-8", errors="replace").strip()

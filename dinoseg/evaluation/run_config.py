@@ -1,4 +1,4 @@
-"""The config file of a run folder, as text that nobody has vouched for, and what of it makes two runs one recipe."""
+"""Config files of run folders, read as untrusted text, and the keys that identify a training recipe."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,33 +13,33 @@ from dinoseg.utils.forms import Misshapen, read_regular
 from dinoseg.utils.yaml_text import parse_yaml
 
 BROKEN = (OSError, UnicodeError, KeyError, TypeError, AssertionError, Misshapen, OmegaConfBaseException)
-_LARGEST = 2**17  # bytes of a config file: ours have a twentieth
-_OF_CLASS_FILE = "${class_file:"  # how a training names what evaluations of it have read
-_ELSEWHERE = ("seed", "data.root", *(f"data.{key}" for key in ACTING))  # what no two runs need to share
+_LARGEST = 2**17  # maximum bytes of a config file; typical files have a twentieth
+_OF_CLASS_FILE = "${class_file:"  # interpolation in a training's config; its evaluations store the value
+_ELSEWHERE = ("seed", "data.root", *(f"data.{key}" for key in ACTING))  # may differ within a recipe
 
 
 def config_file(folder: Path) -> Path:
-    """Return where the config of an evaluation lies: in its folder, or in that of the training that it ends."""
+    """Return the path of an evaluation's config: in its folder, or in that of the training it ends."""
     places = [folder / "config" / "config.yaml", folder.parent / "config" / "config.yaml"]
     return next((place for place in places if place.is_file()), places[0])
 
 
 def config_text(path: Path) -> str:
-    """Return a config file's text.
+    """Return the text of a config file.
 
     Raises:
-        UserError: it is no plain file.
-        Misshapen: it is too large for a config.
-        OSError: it is not there.
+        UserError: the file is not a regular file.
+        Misshapen: the file is too large for a config.
+        OSError: the file is missing.
     """
     return read_regular(path, _LARGEST).decode()
 
 
 def config_of(text: str) -> dict[str, Any]:
-    """Return what the text of a config file says; interpolations stay as they are written.
+    """Parse the text of a config file, with interpolations unresolved.
 
     Raises:
-        Misshapen: it is no config.
+        Misshapen: the text is not a config.
     """
     config = parse_yaml(text)
     if not isinstance(config, dict) or not all(isinstance(key, str) for key in config):
@@ -48,9 +48,9 @@ def config_of(text: str) -> dict[str, Any]:
 
 
 def recipes(folders: Sequence[Path]) -> list[tuple[dict[str, Any], Any] | None]:
-    """Return what evaluated models were trained by, by whole keys, and their seeds; None where no config says so.
+    """Return the training recipe of each evaluated model, by full key, and its seed; None without a readable config.
 
-    What one of them leaves to the data's class file is no part of any: others may have read it already.
+    Keys that one config leaves to the data's class file are removed from all: other configs may store their values.
     """
     found = [_recipe_keys(folder) for folder in folders]
     left = {key for recipe in found if recipe for key, value in recipe[0].items() if _is_of_class_file(value)}

@@ -1,4 +1,4 @@
-"""What compared runs score and cost: one row each, best first, and one for each side."""
+"""Scores and costs of compared runs: one row per run and one per side, best first."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -14,18 +14,18 @@ logger = logging.getLogger(__name__)
 _KEYS = {
     "parameters": forms.whole(),
     "trainable": forms.whole(),
-    "images_per_s": forms.maybe(forms.number(1e-9, 1e9)),  # its inverse, too, is a number
+    "images_per_s": forms.maybe(forms.number(1e-9, 1e9)),  # bounded so that its inverse is finite
     "memory_gib": forms.maybe(forms.number(0, 1e9)),
 }
 
 
 def run_rows(sides: Sequence[Side]) -> list[dict[str, Any]]:
-    """Return a row for each run, by mIoU; what is not known of a run is None, and a damaged record of costs is told."""
+    """Return a row for each run, by mIoU; unknown values are None, and a damaged cost record is logged."""
     rows = []
     runs = [run for side in sides for run in zip(side.names, side.folders, side.records, strict=True)]
     for name, folder, record in runs:
         scores = scores_of([record])
-        trained = [folder, Path(record.source).parent.parent]  # mode=train; of mode=eval its checkpoint's run
+        trained = [folder, Path(record.source).parent.parent]  # run of mode=train, or the checkpoint's
         found = next((path for run in trained if (path := run / COST).is_file()), None)
         cost = (None if found is None else _read(found)) or dict.fromkeys(_KEYS)
         speed = cost.pop("images_per_s")
@@ -35,7 +35,7 @@ def run_rows(sides: Sequence[Side]) -> list[dict[str, Any]]:
 
 
 def side_rows(sides: Sequence[Side], rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return a row for each side, by mIoU: means of the rows of its runs; what is not known of them all is None."""
+    """Return a row for each side, by mIoU: means over the rows of its runs; None if any run's value is unknown."""
     by_run = {row["run"]: row for row in rows}
     return _ranked([_mean(side.name, [by_run[name] for name in side.names]) for side in sides])
 

@@ -1,4 +1,4 @@
-"""What mode=score knows of classes: from the command line's data, or from what lies beside the predictions."""
+"""Classes for mode=score: from the data on the command line, or from a record stored with the predictions."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,19 +16,19 @@ from dinoseg.inference.class_record import NAME, read_class_record, references
 from dinoseg.metrics.protocols.contract import ScoreProtocol
 from dinoseg.utils.errors import UserError
 
-FOLDER = "masks"  # of id masks and their record, in a run folder of mode=predict
+FOLDER = "masks"  # in a run folder of mode=predict: id masks and their class record
 _MASKS = "data.reader.masks."
 
 
 def protocol_of(cfg: DictConfig, predictions: Sequence[Path], out_dir: Path) -> ScoreProtocol:
-    """Return the protocol; one that takes any classes is told their names, and how the references are written.
+    """Return the protocol, with class names and reference encoding filled in if it accepts any classes.
 
-    They are those of `data=` where that says them, else those of `classes.json` beside the predictions, and then keys
-    of `data.reader.masks` on the command line win. A protocol that is told by its own keys how references are written
-    reads them so.
+    Both come from `data=` if it names classes, else from `classes.json` next to the predictions. In the second case,
+    keys of `data.reader.masks` on the command line take precedence. A protocol whose own keys define the reference
+    encoding uses these keys.
 
     Raises:
-        UserError: two folders of predictions, or they and the data, are of other classes.
+        UserError: two folders of predictions, or they and the data, have different classes.
     """
     if "classes" not in cfg.protocol or cfg.protocol.classes is not None:
         return instantiate(cfg.protocol)
@@ -44,7 +44,7 @@ def protocol_of(cfg: DictConfig, predictions: Sequence[Path], out_dir: Path) -> 
 
 
 def _told(cfg: DictConfig, predictions: Sequence[Path], out_dir: Path) -> tuple[Labels | None, Mapping[str, Any]]:
-    """Return the classes, and the keys of `Masks` for the references; None where nothing tells."""
+    """Return the classes, and the keys of `Masks` for the references; None without a source of classes."""
     records = {folder: record for folder in predictions if (record := read_class_record(folder)) is not None}
     known = {str(folder / NAME): labels for folder, (labels, _) in records.items()}
     if _says_classes(cfg.data):
@@ -65,14 +65,14 @@ def _told(cfg: DictConfig, predictions: Sequence[Path], out_dir: Path) -> tuple[
 
 
 def mask_keys(data: DictConfig) -> dict[str, Any]:
-    """Return how a data set's masks are written, as keys of `Masks`; empty where its format is fixed."""
+    """Return a data set's mask encoding, as keys of `Masks`; empty for a fixed format."""
     node = data.reader.get("masks")
     keys = {} if node is None else plain(node, resolve=True)
     return {key: value for key, value in keys.items() if key not in ("_target_", "described")}
 
 
 def _says_classes(data: DictConfig) -> bool:
-    """Return whether a data node names its classes, without asking a file that is not there."""
+    """Return whether a data node names its classes, without reading a missing class file."""
     if not OmegaConf.is_interpolation(data, "classes"):
         return not OmegaConf.is_missing(data, "classes")
     root = None if OmegaConf.is_missing(data, "root") else data.root

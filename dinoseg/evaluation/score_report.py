@@ -1,4 +1,4 @@
-"""Official scores of folders told and written: the table, what was odd, and what could not be scored; no torch."""
+"""Output of official scores: printed table, warnings and unscorable files; no torch."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -13,11 +13,11 @@ from dinoseg.utils.atomic import write_json
 from dinoseg.utils.wording import count_of
 
 logger = logging.getLogger(__name__)
-_NOTES = 10  # that are printed; the file has all
+_NOTES = 10  # printed notes; the file has all
 
 
 def report(protocol: ScoreProtocol, scored: Scored, path: Path) -> dict[str, Any]:
-    """Print and write the scores of predictions that a mode has just made; return them."""
+    """Print the scores of predictions that a mode has just made, write them to `path`, and return them."""
     result = result_of(protocol, scored, path)
     write_json(path, result)
     print(f"\n{scores_table(result)}")
@@ -25,7 +25,7 @@ def report(protocol: ScoreProtocol, scored: Scored, path: Path) -> dict[str, Any
 
 
 def result_of(protocol: ScoreProtocol, scored: Scored, path: Path) -> dict[str, Any]:
-    """Return the scores that are to be written to `path`, and warn of what they hold beside."""
+    """Return the scores for the file `path`, and warn of notes, unscorable files and too few units."""
     for note in scored.notes[:_NOTES]:
         logger.warning("%s", note)
     if len(scored.notes) > _NOTES:
@@ -41,7 +41,7 @@ def result_of(protocol: ScoreProtocol, scored: Scored, path: Path) -> dict[str, 
 
 
 def write_problems(out_dir: Path, problems: Mapping[Path, Sequence[tuple[Path, str]]]) -> Path:
-    """Write what cannot be scored below each folder of predictions to `problems.json`; return its path."""
+    """Write the unscorable files below each folder of predictions to `problems.json`; return its path."""
     rows = [
         {"prediction": str(folder), "file": str(path), "reason": reason}
         for folder, faults in problems.items()

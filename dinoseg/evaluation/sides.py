@@ -1,4 +1,4 @@
-"""The sides of a comparison: each a run, or several that differ in their seed alone."""
+"""Sides of a comparison: each is one run, or several runs that differ only in their seed."""
 
 import logging
 import re
@@ -18,8 +18,8 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import entries
 from dinoseg.utils.wording import count_of, listed, typed
 
-MOST, _MOST_RUNS = 32, 160  # sides: each has pictures in the page
-_AGAIN = re.compile(r"\d+_\d+")  # what the folder of a job is called where its own was taken
+MOST, _MOST_RUNS = 32, 160  # sides (each has images in the page) and runs
+_AGAIN = re.compile(r"\d+_\d+")  # folder name of a repeated job, whose own name was taken
 logger = logging.getLogger(__name__)
 
 
@@ -28,11 +28,11 @@ class Side:
     """Runs of one recipe.
 
     Args:
-        name: tells it from the others.
+        name: unique name of the side.
         folders: run folders.
-        names: of the runs.
-        places: where the evaluations lie.
-        records: of the runs, with the images in the same order for all sides.
+        names: names of the runs.
+        places: folders of the evaluations.
+        records: records of the runs, with the images in the same order for all sides.
     """
 
     name: str
@@ -43,10 +43,10 @@ class Side:
 
 
 def sides_of(runs: Any) -> list[Side]:
-    """Return the sides that `runs` names: lists in it are sides, and where there are none, seeds are put together.
+    """Return the sides in `runs`: nested lists are sides; without any, runs are grouped over seeds.
 
     Raises:
-        UserError: fewer than two sides or too many, or runs that do not compare.
+        UserError: there are fewer than two sides or too many, or the runs cannot be compared.
     """
     given = _given(runs)
     folders = [folder for side in given for folder in side]
@@ -81,7 +81,7 @@ def sides_of(runs: Any) -> list[Side]:
 
 
 def units_note(sides: Sequence[Side]) -> str:
-    """Return what intervals are over."""
+    """Return a note on the units of the intervals."""
     record = sides[0].records[0]
     units = len(set(record.units))
     if units > 1:
@@ -94,7 +94,7 @@ def units_note(sides: Sequence[Side]) -> str:
 
 
 def seeds_note(sides: Sequence[Side]) -> str:
-    """Return what the verdicts say of other seeds."""
+    """Return a note on whether the verdicts account for other seeds."""
     single = [side.name for side in sides if len(side.folders) == 1]
     several = [f"{len(side.folders)} of {side.name}" for side in sides if len(side.folders) > 1]
     if not several:
@@ -109,13 +109,13 @@ def seeds_note(sides: Sequence[Side]) -> str:
 
 
 def _has_intervals(sides: Sequence[Side]) -> bool:
-    """Return whether there are several units, or with one the first side and another have several runs."""
+    """Return whether there are several units, or several runs of the first side and of another."""
     first, *others = [len(side.folders) for side in sides]
     return len(set(sides[0].records[0].units)) > 1 or min(first, max(others)) > 1
 
 
 def _given(runs: Any) -> list[list[Path]]:
-    """Return the folders of each entry; the folder of a sweep stands for those of its jobs that were not named yet."""
+    """Return the folders of each entry; a sweep's folder stands for its jobs that no earlier entry names."""
     if not isinstance(runs, list | tuple):
         raise _refusal(runs, "is no list")
     found: list[list[Path]] = []
@@ -162,7 +162,7 @@ def _refusal(runs: Any, found: str) -> UserError:
 
 
 def _by_seed(recipes: Sequence[tuple[dict[str, Any], Any] | None]) -> list[list[int]]:
-    """Return the places of runs that differ in their seed alone together; each by itself where all of them do."""
+    """Group the indices of runs that differ only in their seed; if all of them do, each run is a side."""
     sides: list[list[int]] = []
     for number, recipe in enumerate(recipes):
         alike = [side for side in sides if recipe and (first := recipes[side[0]]) and first[0] == recipe[0]]
@@ -174,7 +174,7 @@ def _by_seed(recipes: Sequence[tuple[dict[str, Any], Any] | None]) -> list[list[
     if len(sides) == 1:
         logger.info("The runs differ in their seed alone: each stands for itself.")
         return alone
-    # runs of one seed are no further seeds: what differs, such as the checkpoint, is what is compared
+    # runs with equal seeds are not repetitions: compare what differs instead, such as the checkpoint
     seeds = [[recipe[1] for number in side if (recipe := recipes[number])] for side in sides]
     return sorted(
         part
@@ -196,10 +196,10 @@ def _warn_of_others(names: Sequence[str], recipes: Sequence[tuple[dict[str, Any]
 
 
 def aligned(records: dict[Path, ImageRecord]) -> list[ImageRecord]:
-    """Return records whose images have one order, that of the first.
+    """Return the records with their images in the order of the first record.
 
     Raises:
-        UserError: they are of other images, classes or splits, naming what differs.
+        UserError: images, references, classes or splits differ (names the differences).
     """
     (folder, first), *others = records.items()
     found = [first]
@@ -231,7 +231,7 @@ def aligned(records: dict[Path, ImageRecord]) -> list[ImageRecord]:
 
 
 def _differences(first: ImageRecord, other: ImageRecord) -> list[str]:
-    """Return what keeps two records from being compared, a line each."""
+    """Return the reasons why two records cannot be compared, one line each."""
     lines = []
     for name in ("classes", "ignore_index", "background", "split"):
         ours, theirs = getattr(first, name), getattr(other, name)
@@ -251,11 +251,11 @@ def _differences(first: ImageRecord, other: ImageRecord) -> list[str]:
 
 SWEEP = "multirun.yaml"  # in the folder of a sweep
 _SEED = "seed"
-_LONGEST = 60  # letters: a longer one is no heading
+_LONGEST = 60  # characters: a longer name does not fit a heading
 
 
 def run_names(folders: Sequence[Path]) -> list[str]:
-    """Return short names of run folders that tell them apart."""
+    """Return short unique names of run folders."""
     names = _by_folders(folders)
     return _by_words(folders, [[place] for place in range(len(folders))], (), names) or names
 
@@ -264,12 +264,12 @@ def side_names(folders: Sequence[Path], sides: Sequence[Sequence[int]]) -> list[
     """Return a name for each side.
 
     Args:
-        folders: of all runs.
-        sides: places of each side's runs.
+        folders: folders of all runs.
+        sides: indices of each side's runs.
     """
     names = _by_folders(folders)
     joined = [_joined([names[place] for place in side]) for side in sides]
-    if len(set(joined)) < len(joined):  # a folder may be called 0+1
+    if len(set(joined)) < len(joined):  # a folder may itself be named 0+1
         joined = [names[side[0]] for side in sides]
     return _by_words(folders, sides, (_SEED,), joined) or _by_words(folders, sides, (), joined) or joined
 
@@ -277,13 +277,13 @@ def side_names(folders: Sequence[Path], sides: Sequence[Sequence[int]]) -> list[
 def _by_words(
     folders: Sequence[Path], sides: Sequence[Sequence[int]], without: Sequence[str], others: Sequence[str]
 ) -> list[str]:
-    """Return what the commands of jobs of sweeps differ in, of each side; nothing where that does not name them.
+    """Name each side by the overrides in which the sweep jobs differ; return an empty list if these are not unique.
 
     Args:
-        folders: of all runs.
-        sides: places of each side's runs.
-        without: keys that name nothing.
-        others: what sides of no sweep are called.
+        folders: folders of all runs.
+        sides: indices of each side's runs.
+        without: keys to leave out of the names.
+        others: names of the sides that are not from a sweep.
     """
     commands = [_command(folder) for folder in folders]
     swept = [command for command in commands if command]
@@ -300,19 +300,19 @@ def _by_words(
 
 
 def _command(folder: Path) -> dict[str, str]:
-    """Return the words of a sweep's job, without the + of what they add, by their keys; none of another run."""
+    """Return the overrides of a sweep's job by key, without a leading +; empty for other runs."""
     folder = folder.resolve()
     if not (folder.parent / SWEEP).is_file():
         return {}
     try:
         words = command_line(folder)
-    except OSError:  # who may not read it has the folder's name
+    except OSError:  # unreadable: fall back to the folder's name
         return {}
     return {word.lstrip("+~").partition("=")[0]: word.lstrip("+") for word in words}
 
 
 def _by_folders(folders: Sequence[Path]) -> list[str]:
-    """Return the last parts of the folders' paths, as many as it takes."""
+    """Return the shortest path suffixes of the folders that are unique."""
     whole = [folder.resolve().parts for folder in folders]
     for count in range(1, max(map(len, whole)) + 1):
         names = ["/".join(parts[-count:]) for parts in whole]
@@ -322,7 +322,7 @@ def _by_folders(folders: Sequence[Path]) -> list[str]:
 
 
 def _joined(names: Sequence[str]) -> str:
-    """Return one name of several: a/0 and a/1 as a/0+1."""
+    """Join several names into one: a/0 and a/1 become a/0+1."""
     head, slash, first = names[0].rpartition("/")
     if all(name.rpartition("/")[0] == head for name in names):
         names = [f"{head}{slash}{first}", *(name.rpartition("/")[2] for name in names[1:])]

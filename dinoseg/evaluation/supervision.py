@@ -1,4 +1,4 @@
-"""What a tracker is told of a benchmark's objects, and the protocol by which its masks are then scored."""
+"""Tracker supervision by the masks of a benchmark, and the protocol that scores the tracked masks."""
 
 from collections.abc import Sequence
 
@@ -13,10 +13,10 @@ SUPERVISION = ("none", "first_frame")
 
 
 def chosen_supervision(cfg: DictConfig, asked: str | None) -> str:
-    """Return what a tracker is told: as `asked`, or as the data set says.
+    """Return the supervision of a tracker: `asked` if given, else the default of the data set.
 
     Raises:
-        UserError: it is unknown, or the data has no masks.
+        UserError: the supervision is unknown, or the data set has no masks.
     """
     if cfg.data.tracking is None:
         raise UserError(
@@ -30,10 +30,10 @@ def chosen_supervision(cfg: DictConfig, asked: str | None) -> str:
 
 
 def prompts_of(cfg: DictConfig, supervision: str, videos: Sequence[Video], split: str) -> str:
-    """Return which masks a tracker is prompted with, see `prompted_frames`: `none`, `first` or `appearing`.
+    """Return which masks prompt a tracker, see `prompted_frames`: `none`, `first` or `appearing`.
 
     Raises:
-        UserError: no video of the split has a mask that it could be prompted with.
+        UserError: no video of the split has a mask for prompting.
     """
     if supervision == "none":
         return "none"
@@ -46,10 +46,10 @@ def prompts_of(cfg: DictConfig, supervision: str, videos: Sequence[Video], split
 
 
 def protocol_of(cfg: DictConfig, supervision: str) -> ScoreProtocol | None:
-    """Return the protocol by which a data set's videos are scored; None where there is none.
+    """Return the protocol that scores a data set's videos; None without one.
 
     Raises:
-        UserError: it is no `ScoreProtocol`.
+        UserError: the config node is not a `ScoreProtocol`.
     """
     node = cfg.data.tracking.protocols[supervision]
     if node is None:

@@ -1,4 +1,4 @@
-"""The masks of a split's videos: each tracked by a tracker of its own, or taken over from an evaluation before."""
+"""Masks of a split's videos: each video gets its own tracker, or its masks from an earlier evaluation."""
 
 import logging
 import time
@@ -24,10 +24,10 @@ logger = logging.getLogger(__name__)
 
 
 def videos_of(cfg: DictConfig, split: str, changes: Mapping[str, Any]) -> list[Video]:
-    """Return the videos of a split, with other values of some of data's keys.
+    """Return the videos of a split, with overrides of some keys of `data`.
 
     Raises:
-        UserError: there is no such split, or no video in it.
+        UserError: the split is unknown or has no videos.
     """
     build.check_split(split)
     merged = OmegaConf.merge(cfg, {"data": changes})
@@ -35,9 +35,9 @@ def videos_of(cfg: DictConfig, split: str, changes: Mapping[str, Any]) -> list[V
 
 
 def written_frames(cfg: DictConfig, split: str) -> dict[str, set[str]] | None:
-    """Return by video the names of the frames whose masks are written, None for all of them.
+    """Return the names of the frames whose masks are written, by video; None for all frames.
 
-    Benchmarks want fewer than are tracked: their server takes masks of the frames that it has annotated alone.
+    Benchmarks want fewer frames than are tracked: their servers accept masks of annotated frames only.
     """
     changes = plain(cfg.data.tracking.written)
     if all(cfg.data[key] == value for key, value in changes.items()):
@@ -47,27 +47,27 @@ def written_frames(cfg: DictConfig, split: str) -> dict[str, set[str]] | None:
 
 @dataclass(frozen=True)
 class TrackedVideo:
-    """What became of a video."""
+    """Result of one video."""
 
-    frames: int  # tracked, none of those taken over
-    problem: tuple[Path, str] | None = None  # where it was left out
-    taken_over: str | None = None  # its name, if its masks are those of an earlier run
+    frames: int  # tracked frames, without copied ones
+    problem: tuple[Path, str] | None = None  # folder and reason, if the video was left out
+    taken_over: str | None = None  # name of the video, if its masks are from an earlier run
 
 
 @dataclass(frozen=True)
 class VideoTracking:
-    """How the videos of a split are tracked, and where their masks go.
+    """Settings and output folders for tracking the videos of a split.
 
     Args:
-        make_tracker: gives one that has seen nothing yet.
+        make_tracker: creates a tracker without any state.
         out_dir: the run folder.
-        masks: folder of folders of masks.
-        blends: the same of blends; None: there are none.
-        prompts: which masks a tracker is prompted with, see `prompted_frames`.
-        written: video to names of the frames whose masks are written; None: all.
-        batch_size: frames that a tracker is handed at once.
-        skip: a video that cannot be tracked is left out.
-        earlier: run folder of masks that are taken over.
+        masks: folder with one mask folder per video.
+        blends: folder with one blend folder per video; None writes no blends.
+        prompts: which masks prompt a tracker, see `prompted_frames`.
+        written: names of the frames whose masks are written, by video; None for all.
+        batch_size: frames per call of the tracker.
+        skip: whether to leave out videos that cannot be tracked.
+        earlier: run folder whose masks are reused; None without one.
     """
 
     make_tracker: Callable[[], Tracker]
@@ -81,7 +81,7 @@ class VideoTracking:
     earlier: Path | None
 
     def track(self, videos: Sequence[Video]) -> list[TrackedVideo]:
-        """Write the masks of videos, one after the other, and say how fast.
+        """Track videos one after the other, write their masks, and log the speed.
 
         Raises:
             UserError: a video cannot be tracked, or its masks cannot be written.
@@ -102,7 +102,7 @@ class VideoTracking:
         return tracked
 
     def _track_video(self, video: Video) -> TrackedVideo:
-        """Write a video's masks, or take them over."""
+        """Write a video's masks, or copy them from the earlier run."""
         written = None if self.written is None else self.written.get(video.name, ())
         digest = digest_of(video, self.prompts)
         if take_over(self.earlier, self.out_dir, self._files(video, written), video.name, digest):
@@ -125,7 +125,7 @@ class VideoTracking:
         return TrackedVideo(len(video.frames))
 
     def _files(self, video: Video, written: Collection[str] | None) -> dict[Path, list[str]]:
-        """Return the names of a video's files in each folder."""
+        """Return the expected names of a video's files in each folder."""
         frames = [name for name in _frame_names(video) if written is None or name in written]
         files = {self.masks / video.name: [f"{name}.png" for name in frames]}
         if self.blends is not None:

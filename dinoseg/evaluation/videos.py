@@ -1,4 +1,4 @@
-"""mode=eval on videos: the masks of tracked objects, written as benchmarks take them and scored by their protocols."""
+"""mode=eval on videos: masks of tracked objects, written in the benchmark's layout and scored by its protocol."""
 
 import json
 import logging
@@ -43,16 +43,16 @@ BLENDS = "blends"
 
 @dataclass(frozen=True)
 class EvalOptions:
-    """What `mode=eval` was asked for.
+    """Options of `mode=eval`.
 
     Args:
         split: train, val or test.
         metrics_only: write no blends.
         official: score the masks.
-        supervision: `first_frame`, `none`, or None as the data set says.
-        restart: run folder whose masks of whole videos are taken over.
-        report: write report.html, and what mode=compare needs.
-        best: of a training that ends with this evaluation: its best checkpoint.
+        supervision: `first_frame`, `none`, or None for the data set's default.
+        restart: run folder whose masks of finished videos are reused.
+        report: write report.html, and the record for mode=compare.
+        best: best checkpoint, if this evaluation ends a training.
     """
 
     split: str = "val"
@@ -64,10 +64,10 @@ class EvalOptions:
     best: Path | None = None
 
     def refuse_tracking(self) -> None:
-        """Refuse what only tracking reads.
+        """Refuse options that only tracking reads.
 
         Raises:
-            UserError: one of these is given.
+            UserError: such an option is set.
         """
         for key, value in (("supervision", self.supervision), ("restart", self.restart)):
             if value is not None:
@@ -78,12 +78,12 @@ class EvalOptions:
 
 
 def needs_no_training(cfg: DictConfig) -> bool:
-    """Return whether a backbone alone is to track: in videos, without a checkpoint or a head that came trained."""
+    """Return whether a backbone alone tracks: on videos, without a checkpoint or a pretrained head."""
     return cfg.data.clips is not None and not is_trained(cfg)
 
 
 def propagate(cfg: DictConfig, out_dir: Path, options: EvalOptions) -> dict[str, Any]:
-    """Track objects by label propagation, which needs their first masks, and score their masks."""
+    """Track objects by label propagation from their first masks, and score their masks."""
     supervision = chosen_supervision(cfg, options.supervision or "first_frame")
     if supervision == "none":
         raise UserError(
@@ -107,7 +107,7 @@ def follow_slots(cfg: DictConfig, trained: Trained, out_dir: Path, options: Eval
     """Track objects by the slots of a trained model, with or without their first masks, and score their masks.
 
     Raises:
-        UserError: its slots are more than the protocol takes, they need masks that are not given, or see
+        UserError: the model has more slots than the protocol accepts, its slots need masks that are not given, or see
             `evaluate_videos`.
     """
     supervision = chosen_supervision(cfg, options.supervision)
@@ -144,25 +144,25 @@ def evaluate_videos(
 ) -> dict[str, Any]:
     """Track the objects of all videos of a split and score their masks; return the scores.
 
-    Masks go to `out_dir`/<data.tracking.folder>/<video>/<frame>.png, blends to `out_dir`/blends. `scores.json` is what
-    mode=score writes of the same masks; where a split has no references but first masks, there is none.
+    Masks go to `out_dir`/<data.tracking.folder>/<video>/<frame>.png, blends to `out_dir`/blends. `scores.json` equals
+    that of mode=score for the same masks; it is not written if the split has only first masks as references.
 
     Args:
         cfg: the whole config.
-        make_tracker: gives a tracker for a video.
-        engine: of its ranks, each takes every n-th video.
+        make_tracker: creates a tracker for a video.
+        engine: device and ranks; each rank takes every n-th video.
         out_dir: the run folder.
-        options: what was asked for.
+        options: options of the mode.
         supervision: `first_frame` or `none`.
 
     Raises:
-        UserError: masks that are to be given are missing, files cannot be read or scored, or the disk is full.
+        UserError: prompt masks are missing, files cannot be read or scored, or the disk is full.
     """
     out_dir, protocol = first_ranks(out_dir, engine.share), protocol_of(cfg, supervision)
     annotations = None if protocol is None else protocol.annotations
     videos = videos_of(cfg, options.split, {} if annotations is None else {"annotations": annotations})
     prompts = prompts_of(cfg, supervision, videos, options.split)
-    first_tracker = make_tracker()  # for what all of them are: it tracks nothing
+    first_tracker = make_tracker()  # only for the settings that all trackers share
     record = record_of(cfg, first_tracker.settings, split=options.split, prompts=prompts)
     tracking = VideoTracking(
         make_tracker=make_tracker,
@@ -195,20 +195,20 @@ def evaluate_videos(
 
 PAGE = "report.html"  # in a run folder
 _SHOWN = 6  # worst videos
-_FRAMES = 4  # of each
-_LONGEST = 480  # pixels of a picture's longer side
-_SERIES = "J&F_per_frame"  # of protocols that score each frame
+_FRAMES = 4  # per video
+_LONGEST = 480  # pixels of an image's longer side
+_SERIES = "J&F_per_frame"  # key of per-frame scores, if the protocol has them
 
 
 def report_videos(cfg: DictConfig, out_dir: Path, blends: Path | None, *, split: str, best: Path | None = None) -> None:
-    """Write report.html from scores.json and some blended frames; nothing where there are no scores.
+    """Write report.html from scores.json and some blended frames; a no-op without scores.
 
     Args:
         cfg: the whole config.
         out_dir: the run folder.
-        blends: folder of folders of blended frames; None: there are none.
-        split: of the data.
-        best: of a training that ends with this evaluation: its best checkpoint.
+        blends: folder with one blend folder per video; None without blends.
+        split: split of the data.
+        best: best checkpoint, if this evaluation ends a training.
     """
     scores = out_dir / "scores.json"
     if not scores.is_file():
@@ -233,7 +233,7 @@ def report_videos(cfg: DictConfig, out_dir: Path, blends: Path | None, *, split:
 
 
 def _frames(folder: Path) -> list[tuple[str, np.ndarray]]:
-    """Return some evenly spaced blended frames of a video with their names."""
+    """Return some evenly spaced blended frames of a video, with their names."""
     found = [path for path in entries(folder) if path.suffix.lower() in IMAGE_SUFFIXES]
     paths = sorted(found, key=lambda path: natural_order(path.name))
     places = evenly_spaced(len(paths), _FRAMES)
@@ -252,21 +252,21 @@ def score_masks(
     problems: Sequence[tuple[Path, str]] = (),
     skip: bool = False,
 ) -> dict[str, Any]:
-    """Print and write to `out_dir`/scores.json what mode=score gives of the masks `folder`/<video>/<frame>.png.
+    """Print the scores of the masks `folder`/<video>/<frame>.png, as in mode=score, and write `out_dir`/scores.json.
 
-    Returns the scores. Without a protocol, or where no video has more masks than those of the frames in which objects
-    appear, there are none, and it says so.
+    Returns the scores. They are empty, with the reason printed, without a protocol. They are also empty if no video has
+    masks beyond those of the frames in which objects appear.
 
     Args:
-        protocol: by which they are scored.
-        videos: of the data set.
-        folder: of the masks.
+        protocol: scores the masks; None without one.
+        videos: videos of the data set.
+        folder: folder of the masks.
         out_dir: the run folder.
-        problems: folder and reason of videos that were left out.
-        skip: files that cannot be scored are left out.
+        problems: folder and reason of each video that was left out.
+        skip: whether to leave out files that cannot be scored.
 
     Raises:
-        UserError: there are files that cannot be scored.
+        UserError: some files cannot be scored.
     """
     known = [
         video for video in videos if video.dense and video.masks and (len(video.masks) > 1 or len(video.frames) == 1)
@@ -277,7 +277,7 @@ def score_masks(
             logger.warning("%s left out, with reasons in %s.", count_of(problems, "video"), path)
         print(f"scores:       none. {_NO_PROTOCOL if known else _NO_REFERENCES}")
         return {}
-    if protocol.annotations is None:  # DAVIS scores in the order of its list, the others in that of the names
+    if protocol.annotations is None:  # DAVIS scores in the order of its list, other protocols by name
         known.sort(key=lambda video: video.name)
     left_out = {path for path, _ in problems}
     listing = Cases([_case(video, folder) for video in known if folder / video.name not in left_out], list(problems))

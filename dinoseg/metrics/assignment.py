@@ -1,11 +1,11 @@
-"""One-to-one assignment of greatest summed score."""
+"""One-to-one assignment with the greatest total score."""
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 
 def best_assignment(scores: np.ndarray) -> np.ndarray:
-    """Return for each row of (R, C), R <= C, a column of its own, so that the summed score is greatest.
+    """Return a distinct column for each row of scores (R, C), R <= C, so that the total score is greatest.
 
     Raises:
         ValueError: there are more rows than columns, or a score is not a number.

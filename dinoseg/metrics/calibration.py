@@ -1,22 +1,22 @@
-"""Whether a model is right as often as it is sure: reliability, expected calibration error, temperature; no torch."""
+"""Calibration of class probabilities: reliability, expected calibration error and temperature; no torch."""
 
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import minimize_scalar
 
-BINS = 15  # of equal width over the confidence, as C. Guo et al. (2017) take them
-_SHARPEST = 100.0  # times that logits may be multiplied, or divided
+BINS = 15  # equal-width bins over the confidence, as in C. Guo et al. (2017)
+_SHARPEST = 100.0  # greatest factor or divisor of the logits
 
 
 @dataclass(frozen=True)
 class Reliability:
-    """Pixels by confidence, the greatest class probability: in bins of equal width over 0..1.
+    """Pixel counts by confidence (the greatest class probability), in bins of equal width over 0..1.
 
     Args:
         pixels: (BINS,) int64.
-        correct: (BINS,) int64, whose class of this probability is the reference's.
-        confidence: (BINS,) float64, sums.
+        correct: (BINS,) int64, pixels whose most probable class is the reference's.
+        confidence: (BINS,) float64, sums of the confidence.
     """
 
     pixels: np.ndarray
@@ -25,23 +25,26 @@ class Reliability:
 
     @property
     def ece(self) -> float | None:
-        """The expected calibration error: gaps between confidence and accuracy, averaged over pixels; None for none."""
+        """Return the expected calibration error; None without pixels.
+
+        It is the gap between confidence and accuracy in each bin, averaged over the bins, weighted by pixels.
+        """
         total = self.pixels.sum()
         return float(np.abs(self.correct - self.confidence).sum() / total) if total else None
 
 
 def reliability(logits: np.ndarray, labels: np.ndarray, temperature: float = 1.0) -> Reliability:
-    """Return how sure and how right a model is at pixels.
+    """Return confidence and accuracy of a model at labelled pixels, by bins of the confidence.
 
     Args:
         logits: (N, K).
         labels: (N,) ids below K.
-        temperature: by which logits are divided.
+        temperature: divisor of the logits.
     """
     scaled = _scaled(logits, 1 / temperature)
-    confidence = 1 / np.exp(scaled).sum(axis=1)  # of the largest, which is 0
+    confidence = 1 / np.exp(scaled).sum(axis=1)  # probability of the largest logit, shifted to 0
     correct = logits.argmax(axis=1) == labels
-    # upper ends belong to their bin: a confidence of 1 to the last one
+    # bins include their upper end, so a confidence of 1 is in the last one
     bins = np.clip(np.ceil(confidence * BINS).astype(np.int64) - 1, 0, BINS - 1)
     pixels = np.bincount(bins, minlength=BINS)
     hits = np.bincount(bins[correct], minlength=BINS)
@@ -56,12 +59,12 @@ def negative_log_likelihood(logits: np.ndarray, labels: np.ndarray, temperature:
 
 
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
-    """Return the temperature under which labels (N,) are likeliest, between 0.01 and 100.
+    """Return the temperature in 0.01..100 that maximises the likelihood of labels (N,).
 
-    In the inverse temperature the likelihood has one maximum (C. Guo et al., 2017), which is searched there.
+    The likelihood has a single maximum in the inverse temperature (C. Guo et al., 2017), so a bounded search finds it.
 
     Raises:
-        ValueError: no pixel, or one class only: every temperature is as good.
+        ValueError: there are no pixels, or there is only one class: every temperature is equally good.
     """
     if not len(labels) or logits.shape[1] < 2:
         raise ValueError("A temperature needs pixels of two classes or more.")
@@ -75,6 +78,6 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
 
 
 def _scaled(logits: np.ndarray, factor: float) -> np.ndarray:
-    """Return logits (N, K) float64, of which the largest is 0, times a factor."""
+    """Return logits (N, K) as float64, shifted to a maximum of 0 and multiplied by a factor."""
     precise = logits.astype(np.float64)
     return factor * (precise - precise.max(axis=1, keepdims=True))

@@ -1,4 +1,4 @@
-"""ARI, FG-ARI and mBO of predicted segments, from how many pixels each shares with each true one."""
+"""ARI, FG-ARI and mBO of predicted segments, from the pixel counts that they share with true segments."""
 
 from dataclasses import dataclass, replace
 
@@ -8,17 +8,17 @@ from scipy.optimize import linear_sum_assignment
 from dinoseg.utils.errors import UserError
 
 MATCHINGS = ("overlap", "hungarian")
-_DENSE = 2**20  # cells of a table that is counted without sorting
-_MAX = 2**63 - 1  # of int64, which holds a pair of ids as one number
+_DENSE = 2**20  # maximum cells of a table that is counted without sorting
+_MAX = 2**63 - 1  # of int64, which encodes a pair of ids
 
 
 @dataclass(frozen=True)
 class Contingency:
-    """Pixels that true and predicted segments share.
+    """Pixel counts shared by true and predicted segments.
 
     Args:
         true_ids: (R,) ascending, each with a pixel.
-        predicted_ids: (C,) likewise.
+        predicted_ids: (C,) ascending, each with a pixel.
         counts: (R, C) int64.
     """
 
@@ -27,7 +27,7 @@ class Contingency:
     counts: np.ndarray
 
     def __add__(self, other: "Contingency") -> "Contingency":
-        """Return the pixels of both, such as of two frames of one video."""
+        """Return the summed counts of both tables, such as of two frames of one video."""
         true_ids = np.union1d(self.true_ids, other.true_ids)
         predicted_ids = np.union1d(self.predicted_ids, other.predicted_ids)
         counts = np.zeros((len(true_ids), len(predicted_ids)), dtype=np.int64)
@@ -37,14 +37,16 @@ class Contingency:
         return Contingency(true_ids, predicted_ids, counts)
 
     def without(self, true_id: int) -> "Contingency":
-        """Return the pixels of the other true segments, with the predicted ones that have any of these."""
+        """Return the counts without one true segment, and without predicted segments that only overlap this one."""
         counts = self.counts[self.true_ids != true_id]
         held = counts.any(axis=0)
         return Contingency(self.true_ids[self.true_ids != true_id], self.predicted_ids[held], counts[:, held])
 
 
 def contingency(true: np.ndarray, predicted: np.ndarray) -> Contingency:
-    """Count the pixels of each true and predicted id, arrays of one shape and any integer type, ids from 0.
+    """Count the pixels of each pair of true and predicted ids.
+
+    Both arrays have the same shape and any integer type; ids start at 0.
 
     Raises:
         ValueError: the shapes differ, or an id is negative or beyond int64.
@@ -59,7 +61,7 @@ def contingency(true: np.ndarray, predicted: np.ndarray) -> Contingency:
     height, width = int(true.max()) + 1, int(predicted.max()) + 1
     if max(height, width) > _MAX:
         raise ValueError(f"Ids are at most {_MAX - 1}, and there are larger ones.")
-    if height * width > _MAX:  # such as hashes: number the ids, since the keys below would overflow
+    if height * width > _MAX:  # such as hashes: renumber the ids, since the keys below would overflow
         true_ids, true = np.unique(true.astype(np.int64), return_inverse=True)
         predicted_ids, predicted = np.unique(predicted.astype(np.int64), return_inverse=True)
         return replace(contingency(true, predicted), true_ids=true_ids, predicted_ids=predicted_ids)
@@ -80,29 +82,29 @@ def contingency(true: np.ndarray, predicted: np.ndarray) -> Contingency:
 def adjusted_rand_index(counts: np.ndarray) -> float:
     """Return the ARI of a table (R, C) of pixel counts, exact but for one division; 1 where it is 0 / 0.
 
-    With sums of n (n - 1) over cells, rows and columns: s, a and b, expected e = a b / (N (N - 1)), it is
-    (s - e) / ((a + b) / 2 - e). 0 / 0 are all pixels in one segment on both sides, each pixel in one of its
-    own, or no pixels.
+    Let s, a and b be the sums of n (n - 1) over cells, rows and columns. With the expected value
+    e = a b / (N (N - 1)) of s, the ARI is (s - e) / ((a + b) / 2 - e). It is 0 / 0 without pixels, if all pixels are in
+    one segment on both sides, or if each pixel is a segment on both.
     """
     cells, rows, columns, total = (
         _ordered_pairs(part) for part in (counts, counts.sum(axis=1), counts.sum(axis=0), counts.sum(keepdims=True))
     )
-    both = 2 * rows * columns  # whole numbers beyond 64 bits, which Python counts exactly
+    both = 2 * rows * columns  # may exceed 64 bits: Python integers are exact
     divisor = (rows + columns) * total - both
     return (2 * cells * total - both) / divisor if divisor else 1.0
 
 
 def best_overlaps(counts: np.ndarray, objects: np.ndarray, matching: str = "overlap") -> np.ndarray:
-    """Return the IoU (n,) of each object with its predicted segment; their mean is mBO.
+    """Return the IoU (n,) of each object with its predicted segment; the mean is mBO.
 
     Args:
-        counts: (R, C) of all pixels, the background's too: they enlarge a segment.
+        counts: (R, C) counts of all pixels, including the background's: these enlarge a segment.
         objects: (R,) bool, True for the n rows that are objects.
-        matching: `overlap`: the segment of greatest IoU, which may serve several objects; `hungarian`: one
-            to one with the greatest sum, 0 for objects that get none.
+        matching: `overlap`: the segment with the greatest IoU, which may match several objects; `hungarian`: one
+            to one with the greatest sum, 0 for unmatched objects.
 
     Raises:
-        UserError: an unknown matching.
+        UserError: the matching is unknown.
     """
     if matching not in MATCHINGS:
         raise UserError(f"matching={matching} is unknown. Choose one of {', '.join(MATCHINGS)}.")
@@ -121,10 +123,10 @@ def segment_scores(
 ) -> tuple[float, float, float | None]:
     """Return ARI, FG-ARI (without the pixels of the true background) and mBO of a video or frame.
 
-    mBO is None where there is no object; FG-ARI then is 1, as in SAVi, VideoSAUR and OCLF.
+    Without objects, mBO is None and FG-ARI is 1, as in SAVi, VideoSAUR and OCLF.
 
     Raises:
-        UserError: an unknown matching.
+        UserError: the matching is unknown.
     """
     overlaps = best_overlaps(table.counts, table.true_ids != background, matching)
     foreground = adjusted_rand_index(table.without(background).counts)
@@ -132,5 +134,5 @@ def segment_scores(
 
 
 def _ordered_pairs(counts: np.ndarray) -> int:
-    """Return the sum of n (n - 1) in Python integers: from n = 3,037,000,501 on, one product exceeds int64."""
+    """Return the sum of n (n - 1) in Python integers: from n = 3,037,000,501, one product exceeds int64."""
     return sum(count * (count - 1) for count in counts[counts > 1].tolist())

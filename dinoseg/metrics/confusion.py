@@ -1,4 +1,4 @@
-"""One confusion matrix for a whole data set, and the scores that follow from it."""
+"""Confusion matrix of a whole data set, and the scores derived from it."""
 
 from typing import Any
 
@@ -7,19 +7,19 @@ from torch import Tensor
 
 from dinoseg.utils.errors import UserError
 
-_AT_ONCE = 2**18  # pixels of which pairs are counted together
+_AT_ONCE = 2**18  # pixels per chunk
 
 
 class ConfusionMatrix:
     """Pixel counts of (reference class, predicted class), exact in int64.
 
-    `counts` is one flat tensor, so that a single sum over ranks merges everything: the K * K matrix in
-    row order, then the ignored pixels, then reference ids and predicted ids outside 0..K-1.
+    `counts` is one flat tensor, so that a single sum over ranks merges everything. It holds the K * K matrix in row
+    order, then the number of ignored pixels, of reference ids and of predicted ids outside 0..K-1.
 
     Args:
         num_classes: K.
-        ignore_index: id that is ignored; if it is one of 0..K-1, that class can never be right and enters no mean.
-        background: id of the class that is no object, which `miou_no_background` leaves out; None: there is none.
+        ignore_index: ignored id; if it is one of 0..K-1, that class can never be correct and enters no mean.
+        background: id of the background class, which `miou_no_background` leaves out; None without one.
     """
 
     def __init__(self, num_classes: int, ignore_index: int = 255, background: int | None = None) -> None:
@@ -32,17 +32,17 @@ class ConfusionMatrix:
 
     @property
     def matrix(self) -> Tensor:
-        """Counts (K, K): rows are reference classes, columns are predicted ones."""
+        """Return the counts (K, K): rows are reference classes, columns are predicted classes."""
         return self.counts[: self.num_classes**2].view(self.num_classes, self.num_classes)
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Set all counts to 0."""
         self.counts = torch.zeros_like(self.counts)
 
     def update(self, prediction: Tensor, mask: Tensor) -> None:
         """Count predicted ids (B, H, W) against reference ids (B, H, W), both of any integer type.
 
-        An accelerator is never waited for: ids outside the classes raise here on the CPU, elsewhere in
+        This never synchronises with an accelerator: ids outside the classes raise here on the CPU, on other devices in
         `compute`.
 
         Raises:
@@ -64,7 +64,7 @@ class ConfusionMatrix:
             self._raise_for_outsiders(f" (found: {wrong})" if wrong else "")
 
     def _bins(self, prediction: Tensor, mask: Tensor) -> Tensor:
-        """Return which of `counts` each of the pixels (N,) int64 adds to."""
+        """Return the index into `counts` of each of the pixels (N,) int64."""
         size = self.num_classes
         bins = mask * size + prediction
         bins = bins.where((prediction >= 0) & (prediction < size), size**2 + 2)
@@ -73,13 +73,13 @@ class ConfusionMatrix:
         return bins.where(mask != self.ignore_index, size**2)
 
     def _folded(self, pairs: Tensor) -> Tensor:
-        """Return what (256, 256) pairs of ids add to `counts`."""
+        """Return the contribution of (256, 256) pairs of ids to `counts`."""
         every = torch.arange(256)
         bins = self._bins(every.repeat(256), every.repeat_interleave(256))
         return torch.zeros_like(self.counts).index_add_(0, bins, pairs.flatten())
 
     def merge(self, other: "ConfusionMatrix") -> None:
-        """Add the counts of another matrix of the same classes."""
+        """Add the counts of another matrix with the same classes."""
         if (other.num_classes, other.ignore_index) != (self.num_classes, self.ignore_index):
             raise ValueError(
                 f"Cannot merge {other.num_classes} classes with ignore index {other.ignore_index} into "
@@ -90,11 +90,11 @@ class ConfusionMatrix:
     def compute(self) -> dict[str, Any]:
         """Return the scores as plain numbers in 0..1, ready for JSON; None means undefined.
 
-        A class that neither the reference nor the prediction holds has no score at all ("absent") and
-        enters no mean; nor does the class `ignore_index`. A class's `accuracy` is its recall.
+        A class in neither the reference nor the prediction has no score ("absent") and enters no mean; nor does the
+        class `ignore_index`. A class's `accuracy` is its recall.
 
         Returns:
-            `miou`, `background` (its id) and `miou_no_background` (both only where a class is the background),
+            `miou`, `background` (its id) and `miou_no_background` (both only with a background class),
             `ignored_class` (only where `ignore_index` is a class), `dice`
             (means over the present classes), `accuracy` (share of the pixels), `mean_accuracy` (mean recall over the
             reference's classes), `present_classes`, `pixels`, `ignored_pixels`, `matrix`, and `classes`: for each class
@@ -142,7 +142,7 @@ class ConfusionMatrix:
 
 
 def commonest_class(matrix: list[list[int]]) -> tuple[int, float]:
-    """Return the id that most reference pixels have, and the mIoU of predicting it everywhere; 0.0 without pixels."""
+    """Return the most frequent class of the reference, and the mIoU of predicting it everywhere; 0.0 without pixels."""
     pixels = [sum(row) for row in matrix]
     commonest = pixels.index(max(pixels))
     present = sum(count > 0 for count in pixels)
@@ -158,9 +158,9 @@ def _check_class_ids(prediction: Tensor, mask: Tensor) -> None:
 
 
 def _pairs(prediction: Tensor, mask: Tensor) -> Tensor:
-    """Return how often each pair of ids (N,) uint8 occurs: (256, 256), by reference and prediction.
+    """Return the count of each pair of ids (N,) uint8: (256, 256), by reference and prediction.
 
-    A table of all pairs of bytes takes a twentieth of the time of int64 bins, and a part of the pixels at a time.
+    Counting all pairs of bytes, chunk by chunk, takes a twentieth of the time of int64 bins.
     """
     table = torch.zeros(2**16, dtype=torch.int64)
     for predicted, wanted in zip(prediction.split(_AT_ONCE), mask.split(_AT_ONCE), strict=True):
@@ -171,7 +171,7 @@ def _pairs(prediction: Tensor, mask: Tensor) -> Tensor:
 def _histogram(bins: Tensor, length: int) -> Tensor:
     if bins.device.type in ("cpu", "mps"):
         return torch.bincount(bins, minlength=length)
-    # on CUDA torch.bincount reads the largest value back, and so waits for the device
+    # on CUDA, torch.bincount reads back the largest value, which synchronises
     zeros = torch.zeros(length, dtype=torch.int64, device=bins.device)
     return zeros.scatter_add_(0, bins, torch.ones_like(bins))
 

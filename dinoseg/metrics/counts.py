@@ -1,4 +1,4 @@
-"""Pixel counts of a reference against a prediction, exact in int64, and the ratios that follow; no torch."""
+"""Pixel counts of a reference and a prediction, exact in int64, and ratios derived from them; no torch."""
 
 from collections.abc import Sequence
 
@@ -13,9 +13,10 @@ def confusion(reference: np.ndarray, prediction: np.ndarray, size: int) -> np.nd
 
 
 def class_counts(reference: np.ndarray, prediction: np.ndarray, num_classes: int) -> np.ndarray:
-    """Return true positives, false positives and false negatives (3, K) int64 of pixels that all count.
+    """Return true positives, false positives and false negatives (3, K) int64, with no pixel ignored.
 
-    Reference ids are 0..K-1. A predicted id from K on belongs to no class: it is a false negative of the reference's.
+    Reference ids are 0..K-1. A predicted id of K or more belongs to no class: it is a false negative of the
+    reference's class.
     """
     counts = [
         np.bincount(ids, minlength=num_classes)[:num_classes]
@@ -28,12 +29,12 @@ def class_counts(reference: np.ndarray, prediction: np.ndarray, num_classes: int
 def parts(matrix: np.ndarray, scored: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return true positives, false positives and false negatives, each (..., K), of the scored ids of a matrix.
 
-    What is predicted where the reference holds an id that is not scored is nobody's mistake; a prediction of such an
-    id where the reference is scored is a false negative.
+    Predictions are ignored where the reference's id is not scored. A predicted id that is not scored is a false
+    negative where the reference's id is scored.
 
     Args:
         matrix: counts (..., N, N).
-        scored: K of its N ids.
+        scored: the K scored ids of the N ids.
     """
     rows = matrix[..., list(scored), :]
     block = rows[..., list(scored)]
@@ -64,6 +65,6 @@ def dice(hits: np.ndarray, false_positives: np.ndarray, false_negatives: np.ndar
 
 
 def mean_defined(values: np.ndarray) -> np.ndarray:
-    """Return the mean over the last axis without its nan entries; nan where there is no other."""
+    """Return the mean over the last axis, ignoring nan; nan if all entries are nan."""
     defined = ~np.isnan(values)
     return ratio(np.where(defined, values, 0.0).sum(-1), defined.sum(-1))

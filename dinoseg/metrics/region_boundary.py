@@ -1,4 +1,4 @@
-"""DAVIS's region similarity J, boundary measure F and statistics, of all pairs or of the same ids."""
+"""DAVIS's region similarity J, boundary measure F and statistics, for all pairs or for equal ids."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,19 +11,19 @@ import numpy as np
 
 _WORD = np.dtype("<u8")  # 64 pixels of a row; the lowest bit is the leftmost
 _BITS = 64
-_COUNTED = 2**27  # bytes that OpenCV counts in one call, since it adds their bits up in a signed 32-bit integer
-_AT_ONCE = 2**16  # bytes of masks that are worked on together: they stay in the processor's cache
+_COUNTED = 2**27  # bytes per OpenCV call, which sums their bits in a signed 32-bit integer
+_AT_ONCE = 2**16  # bytes of masks per chunk: they stay in the processor's cache
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Some rows of a mask as bits: (h, words) from row `top` on, which may lie above the image; others are empty."""
+    """Some rows of a bit mask: (h, words) from row `top` on, which may lie above the image; other rows are empty."""
 
     top: int
     words: np.ndarray
 
     def shared(self, other: "Rows") -> int:
-        """Return the number of pixels that both hold."""
+        """Return the number of pixels set in both."""
         top = max(self.top, other.top)
         bottom = min(self.top + len(self.words), other.top + len(other.words))
         if bottom <= top:
@@ -35,7 +35,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Mask:
-    """A mask, its boundary, and what lies within the tolerance of its boundary; with the pixels of the first two."""
+    """A mask, its boundary and the area within the tolerance of the boundary, with pixel counts of the first two."""
 
     inside: Rows
     edge: Rows
@@ -45,13 +45,13 @@ class Mask:
 
 
 class Frame:
-    """How the masks of frames of one size are held: all with rows of as many words.
+    """Bit layout of the masks of frames of one size: all rows have the same number of words.
 
-    Every row ends with `radius` or more empty pixels: what is shifted out of one row does not reach the next one.
+    Every row ends with at least `radius` empty pixels, so that shifts do not carry pixels into the next row.
 
     Args:
         size: (H, W).
-        radius: distance in pixels, itself included, within which a pixel is near a boundary.
+        radius: inclusive distance in pixels within which a pixel is near a boundary.
     """
 
     def __init__(self, size: tuple[int, ...], radius: int) -> None:
@@ -63,7 +63,7 @@ class Frame:
         self._has_right = _packed(np.arange(self.words * _BITS) < self.width - 1)
 
     def masks(self, maps: Sequence[tuple[np.ndarray, range]]) -> list[list[Mask]]:
-        """Return the masks of some labels of each map of ids (H, W)."""
+        """Return the masks of the given labels of each map of ids (H, W)."""
         bits = np.concatenate([self._bits(ids, labels) for ids, labels in maps])
         steps = range(0, len(bits), self.at_once)
         masks = [mask for start in steps for mask in self._masks(bits[start : start + self.at_once])]
@@ -71,7 +71,7 @@ class Frame:
         return [masks[end - len(labels) : end] for end, (_, labels) in zip(ends, maps, strict=True)]
 
     def _bits(self, ids: np.ndarray, labels: range) -> np.ndarray:
-        """Return each label's mask (n, H, words)."""
+        """Return the mask (n, H, words) of each label."""
         held = np.zeros((len(labels), self.height, self.words * _WORD.itemsize), dtype=np.uint8)
         rows = max(_AT_ONCE // max(self.width, 1), 1)
         for plane, label in zip(held, labels, strict=True):
@@ -81,9 +81,9 @@ class Frame:
         return held.view(_WORD)
 
     def _masks(self, bits: np.ndarray) -> list[Mask]:
-        """Describe masks by their rows and one more above, which keeps their whole boundary.
+        """Describe each mask by its occupied rows and the row above them, which together hold the whole boundary.
 
-        They are widened one below the other, each with `radius` empty rows above and below.
+        All masks are dilated in one column, one below the other, each with `radius` empty rows above and below.
         """
         edges = _edges(bits, self._has_right)
         spans = [_span(rows.tobytes()) for rows in np.asarray(bits.any(axis=2))]
@@ -110,7 +110,7 @@ def _packed(pixels: np.ndarray) -> np.ndarray:
 
 
 def _span(rows: bytes) -> tuple[int, int]:
-    """Return the row above the first one that holds a pixel, and the end of the last one; 0, 0 for none."""
+    """Return the row above the first row with a pixel, and the end of the last such row; 0, 0 for an empty mask."""
     return max(rows.find(1) - 1, 0), rows.rfind(1) + 1
 
 
@@ -130,13 +130,13 @@ def _edges(bits: np.ndarray, has_right: np.ndarray) -> np.ndarray:
 def _widened(bits: np.ndarray, radius: int) -> np.ndarray:
     """Return the union of disks around all pixels of (h, words), whose `radius` outermost rows are empty.
 
-    A disk is a run of pixels for each of its rows: runs grow from its ends to its middle.
+    Each row of a disk is a run of pixels: the runs grow from the ends of the disk to its middle.
     """
     runs, near, reach = bits.copy(), bits.copy(), 0
     for row in range(radius, -1, -1):
         half = isqrt(radius**2 - row**2)
         while reach < half:
-            step = min(half - reach, 2 * reach + 1, _BITS - 1)  # a longer one would leave gaps
+            step = min(half - reach, 2 * reach + 1, _BITS - 1)  # a longer step would leave gaps
             _grow(runs.reshape(-1), step)
             reach += step
         near[row:] |= runs[: len(runs) - row]
@@ -145,7 +145,7 @@ def _widened(bits: np.ndarray, radius: int) -> np.ndarray:
 
 
 def _grow(flat: np.ndarray, step: int) -> None:
-    """Add to every pixel of a flat image those `step` to the left and to the right, at most 63."""
+    """Add to every pixel of a flat image its neighbours `step` pixels to the left and right, at most 63."""
     ahead, behind = flat << step, flat >> step
     ahead[1:] |= flat[:-1] >> (_BITS - step)
     behind[:-1] |= flat[1:] << (_BITS - step)
@@ -154,14 +154,14 @@ def _grow(flat: np.ndarray, step: int) -> None:
 
 
 def _count(words: np.ndarray) -> int:
-    """Return the number of bits that are set."""
+    """Return the number of set bits."""
     flat = words.reshape(-1).view(np.uint8)
     return sum(
         int(cv2.norm(flat[start : start + _COUNTED], cv2.NORM_HAMMING)) for start in range(0, len(flat), _COUNTED)
     )
 
 
-TOLERANCE = 0.008  # share of the image's diagonal within which boundaries match
+TOLERANCE = 0.008  # share of the image diagonal within which boundaries match
 
 
 def pair_scores(
@@ -173,18 +173,17 @@ def pair_scores(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return J and F, each (P, G) float64, of every proposal with every object of one frame.
 
-    Each mask's boundary is found and widened once, on bits, so that the cost hardly depends on what the masks
-    look like.
+    Each mask's boundary is found and dilated once, on bits, so the cost hardly depends on the content of the masks.
 
     Args:
         reference: object ids (H, W) of any integer type: 1..G, anything else is background.
         prediction: proposal ids (H, W): 1..P, anything else is background.
         num_objects: G, at most 255.
         num_proposals: P, at most 255.
-        void: True (H, W) where a pixel is background in both.
+        void: (H, W) bool, True where a pixel is background in both.
 
     Raises:
-        ValueError: the maps differ in size, or more than 255 masks.
+        ValueError: the maps differ in size, or there are more than 255 masks.
     """
     _check_frame(reference, prediction, max(num_objects, num_proposals))
     maps = [(reference, num_objects), (prediction, num_proposals)]
@@ -200,16 +199,16 @@ def object_scores(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return J and F, each (G,) float64, of every object with the proposal of the same id.
 
-    The diagonal of `pair_scores`, without the cost of the other pairs.
+    This is the diagonal of `pair_scores`, without the cost of the other pairs.
 
     Args:
         reference: object ids (H, W) of any integer type: 1..G, anything else is background.
-        prediction: proposal ids (H, W), likewise.
+        prediction: proposal ids (H, W), in the same form.
         num_objects: G, at most 255.
-        void: True (H, W) where a pixel is background in both.
+        void: (H, W) bool, True where a pixel is background in both.
 
     Raises:
-        ValueError: the maps differ in size, or more than 255 masks.
+        ValueError: the maps differ in size, or there are more than 255 masks.
     """
     _check_frame(reference, prediction, num_objects)
     frame = _frame(reference.shape)
@@ -224,16 +223,16 @@ def object_scores(
 
 
 def boundary_radius(size: tuple[int, ...]) -> int:
-    """Return the distance in pixels, itself included, within which boundaries of an (H, W) image match."""
+    """Return the inclusive distance in pixels within which boundaries of an (H, W) image match."""
     return int(np.ceil(TOLERANCE * np.linalg.norm(size)))
 
 
 def statistics(values: np.ndarray) -> np.ndarray:
-    """Return mean, recall and decay (..., 3) of scores per frame (..., T); nan without a frame.
+    """Return mean, recall and decay (..., 3) of scores per frame (..., T); nan without frames.
 
-    Recall is the share of frames above 0.5. Decay is the mean of the first quarter of the frames less that
-    of the last, where a quarter's last frame is also the next one's first. A frame of nan is in no mean and
-    not recalled.
+    Recall is the share of frames above 0.5. Decay is the mean of the first quarter of the frames minus that of the
+    last; the last frame of a quarter is also the first of the next. A nan frame enters no mean and counts as not
+    recalled.
     """
     length = values.shape[-1]
     if length == 0:
@@ -245,13 +244,13 @@ def statistics(values: np.ndarray) -> np.ndarray:
 
 
 def match_proposals(region: np.ndarray, boundary: np.ndarray) -> np.ndarray:
-    """Return the proposal (G,) of each object that makes the sum of the means of J and F greatest, one to one.
+    """Return the proposal (G,) of each object, matched one to one to maximise the sum of the means of J and F.
 
     Args:
         region: J (P, G, T) per frame, with P at least G and T at least 1.
         boundary: F (P, G, T).
     """
-    from scipy.optimize import linear_sum_assignment  # two thirds of what a process imports, where nothing is matched
+    from scipy.optimize import linear_sum_assignment  # lazy: two thirds of a worker's imports, unused without matching
 
     quality = (region.mean(axis=2) + boundary.mean(axis=2)) / 2
     proposals, objects = linear_sum_assignment(quality, maximize=True)
@@ -278,7 +277,7 @@ def _frame(size: tuple[int, ...]) -> Frame:
 
 
 def _known(ids: np.ndarray, count: int, void: np.ndarray | None) -> np.ndarray:
-    """Return ids (H, W) uint8, of which 1..count are as given, 0 where void."""
+    """Return ids (H, W) uint8, with 1..count unchanged and 0 where void."""
     if ids.dtype != np.uint8:
         ids = np.where((ids > 0) & (ids <= count), ids, 0).astype(np.uint8)
     return ids if void is None else ids * ~void

@@ -1,4 +1,4 @@
-"""How well outlines agree: normalised surface dice and boundary IoU, exact, for all classes at once; no torch."""
+"""Boundary agreement: normalised surface dice and Boundary IoU, exact, for all classes at once; no torch."""
 
 import math
 from collections.abc import Sequence
@@ -12,15 +12,15 @@ _CV2_DTYPES = (np.uint8, np.uint16, np.int16, np.float32, np.float64)
 
 
 def boundary(mask: np.ndarray) -> np.ndarray:
-    """Return the pixels (H, W) bool of a mask that touch, by an edge, a pixel outside it or the image's border."""
+    """Return the pixels (H, W) bool of a mask that share an edge with a pixel outside it or with the image border."""
     mask = mask.astype(bool, copy=False)
     return _edges(mask) & mask
 
 
 def surface_dice(reference: np.ndarray, prediction: np.ndarray, tolerance: float) -> float:
-    """Return the share of two masks' boundary pixels that lie within `tolerance` of the other's boundary.
+    """Return the share of two masks' boundary pixels that lie within `tolerance` of the other mask's boundary.
 
-    Boundaries are counted in pixels (A. Reinke et al., 2021, as MONAI counts them), not in arc length.
+    Boundaries are counted in pixels (A. Reinke et al., 2021, as in MONAI), not in arc length.
 
     Args:
         reference: (H, W) bool.
@@ -28,7 +28,7 @@ def surface_dice(reference: np.ndarray, prediction: np.ndarray, tolerance: float
         tolerance: Euclidean distance in pixels, inclusive.
 
     Returns:
-        1 where both masks are empty, 0 where one is.
+        1 if both masks are empty, 0 if only one is.
     """
     masks = reference.astype(bool, copy=False), prediction.astype(bool, copy=False)
     return float(surface_dices(*masks, [True], tolerance)[0])
@@ -45,11 +45,11 @@ def surface_dices(
 def surface_counts(
     reference: np.ndarray, prediction: np.ndarray, classes: Sequence[int], tolerance: float
 ) -> np.ndarray:
-    """Return for each class how many boundary pixels are near the other map's, and how many there are.
+    """Return for each class the number of boundary pixels near the other map's boundary, and of all boundary pixels.
 
-    The quotient is the surface dice; summed over images before dividing, it is the pooled one. Distances are
-    compared as whole squares, so that a distance of exactly `tolerance` counts. The cost is that of the classes'
-    bounding boxes, in proportion to the tolerance.
+    The quotient is the surface dice; of counts summed over images, it is the pooled surface dice. Distances are
+    compared as integer squares, so a distance of exactly `tolerance` counts. The cost is proportional to the classes'
+    bounding boxes and to the tolerance.
 
     Args:
         reference: (H, W) ids.
@@ -74,9 +74,9 @@ def surface_counts(
 def boundary_iou(reference: np.ndarray, prediction: np.ndarray, ratio: float = 0.02) -> tuple[int, int]:
     """Return intersection and union, in pixels, of the inner boundary bands of two masks (H, W) bool.
 
-    Their quotient is the Boundary IoU (B. Cheng et al., 2021); summed over images before dividing, it is the pooled
-    one. A band holds the mask's pixels at most d = max(1, round(ratio * image diagonal)) rows or columns away from a
-    pixel that is not in the mask or not in the image.
+    The quotient is the Boundary IoU (B. Cheng et al., 2021); of counts summed over images, it is the pooled one. The
+    band width is d = max(1, round(ratio * image diagonal)). A band holds the mask's pixels at most d rows or columns
+    away from a pixel that is not in the mask or not in the image.
     """
     masks = reference.astype(np.uint8), prediction.astype(np.uint8)
     both, either = boundary_ious(*masks, [1], ratio)[0].tolist()
@@ -102,7 +102,7 @@ def _check_sizes(reference: np.ndarray, prediction: np.ndarray) -> None:
 
 
 def _edges(ids: np.ndarray) -> np.ndarray:
-    """Return where (H, W) a pixel differs from one of its four neighbours, or lies on the image's border."""
+    """Return where (H, W) a pixel differs from one of its four neighbours, or lies on the image border."""
     edges = np.zeros(ids.shape, bool)
     edges[:1], edges[-1:], edges[:, :1], edges[:, -1:] = True, True, True, True
     down = ids[1:] != ids[:-1]
@@ -117,7 +117,7 @@ def _edges(ids: np.ndarray) -> np.ndarray:
 def _outlines(ids: np.ndarray, classes: Sequence[int]) -> list[np.ndarray]:
     """Return each class's boundary pixels as (2, n) rows and columns.
 
-    One pass over the image finds those of all classes, since no pixel belongs to two.
+    One pass over the image finds those of all classes, since each pixel belongs to one class.
     """
     flat = np.flatnonzero(_edges(ids))
     owners = ids.reshape(-1)[flat]
@@ -125,7 +125,7 @@ def _outlines(ids: np.ndarray, classes: Sequence[int]) -> list[np.ndarray]:
 
 
 def _reaches(tolerance: float, shape: tuple[int, ...]) -> list[int]:
-    """Return how many columns away a pixel 0, 1, 2 ... rows away may be; as far as the image goes."""
+    """Return the maximum column distance for each row distance 0, 1, 2 ..., limited by the image size."""
     if not (math.isfinite(tolerance) and tolerance >= 0):
         raise ValueError(f"tolerance={tolerance} is no distance in pixels: give a number of 0 or more.")
     square = min(math.floor(Fraction(tolerance) ** 2), shape[0] ** 2 + shape[1] ** 2)
@@ -143,7 +143,7 @@ def _count_near(points: np.ndarray, targets: np.ndarray, reaches: list[int]) -> 
     canvas[row, column] = 1
     near = np.zeros((height, width), np.uint8)
     wide, widened = canvas, 0
-    # a disk is a stack of segments: widen the targets to each length, and add them at the heights of that length
+    # a disk is a stack of segments: dilate the targets to each length, and add them at the rows of that length
     for reach, heights in groupby(reversed(range(far + 1)), key=reaches.__getitem__):
         if reach > widened:
             wide = np.asarray(cv2.dilate(wide, np.ones((1, 2 * (reach - widened) + 1), np.uint8)))

@@ -1,4 +1,4 @@
-"""A picture of a clip: some of its frames above what was found in them."""
+"""Figure of a clip: some of its frames above their predicted segments."""
 
 from collections.abc import Sequence
 
@@ -18,10 +18,10 @@ def clip_strip(
     *,
     longest: int | None = None,
 ) -> np.ndarray:
-    """Return up to four frames (H, W, 3) of a clip, spread evenly, above their segments and references (H, W).
+    """Return up to four frames (H, W, 3) of a clip, evenly spaced, above their segments and references (H, W).
 
-    Ids are told apart by colour; id 0 stays as it is, and 255 (nothing is known) becomes beige. Frames with more than
-    `longest` pixels on their longer side are reduced to so many.
+    Each id has its own colour; id 0 leaves the frame unchanged, and 255 (unknown) becomes beige. Frames with more than
+    `longest` pixels on their longer side are downscaled to `longest`.
     """
     shown = evenly_spaced(len(frames), _SHOWN)
     palette = default_palette(255)

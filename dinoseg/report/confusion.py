@@ -1,4 +1,4 @@
-"""The confusion matrix as a picture."""
+"""Figure of a confusion matrix."""
 
 import io
 from collections.abc import Sequence
@@ -9,14 +9,14 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-_LONGEST_NAME = 40  # letters of a class that the picture shows: its size grows with them
-_MOST_NUMBERS = 40  # classes above which the cells carry no numbers
+_LONGEST_NAME = 40  # characters of a class name: the figure grows with them
+_MOST_NUMBERS = 40  # classes up to which the cells carry numbers
 
 
 def confusion_picture(matrix: Sequence[Sequence[int]] | np.ndarray, classes: Sequence[str]) -> np.ndarray:
     """Draw counts (K, K), rows = reference, as RGB: each row in percent of the reference's pixels.
 
-    A row without pixels is hatched, not shown as 0 %.
+    A row without pixels is hatched instead of shown as 0 %.
     """
     counts = np.asarray(matrix, dtype=np.int64)
     num_classes = len(classes)
@@ -41,7 +41,7 @@ def confusion_picture(matrix: Sequence[Sequence[int]] | np.ndarray, classes: Seq
 
 def _pixels(figure: Figure) -> np.ndarray:
     buffer = io.BytesIO()
-    # "tight" grows the picture to whatever the labels need
+    # "tight" grows the figure to fit the labels
     figure.savefig(buffer, format="png", bbox_inches="tight", pad_inches=0.15)
     return np.asarray(Image.open(buffer).convert("RGB"))
 

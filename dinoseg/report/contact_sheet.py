@@ -1,4 +1,4 @@
-"""A contact sheet: small pictures in rows, each with its caption."""
+"""Contact sheet: small images in rows, each with a caption."""
 
 from collections.abc import Sequence
 
@@ -6,12 +6,12 @@ import numpy as np
 
 from dinoseg.report.overlay import reduced, side_by_side, stacked
 
-_SIDE = 320  # pixels of a picture's longer side
-_LONGEST = 22  # letters of a caption; of a longer one the end is shown
+_SIDE = 320  # pixels of an image's longer side
+_LONGEST = 22  # characters of a caption; longer captions show their end
 
 
 def contact_sheet(pictures: Sequence[tuple[str, np.ndarray]], *, columns: int = 5) -> np.ndarray:
-    """Lay (caption, picture (H, W, 3) of any size) pairs in rows, from left to right."""
+    """Lay out pairs of caption and image (H, W, 3), of any size, in rows from left to right."""
     small = [(_short(caption), reduced(picture, _SIDE)) for caption, picture in pictures]
     height, width = (max(picture.shape[axis] for _, picture in small) for axis in (0, 1))
     cells = [(caption, _centred(picture, height, width)) for caption, picture in small]

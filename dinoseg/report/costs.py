@@ -1,4 +1,4 @@
-"""What runs score and cost beside one another: as a table, as CSV and as a picture."""
+"""Scores and costs of runs side by side: as a text table, CSV file and figure."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from tabulate import tabulate
 from dinoseg.utils.csv_text import write_csv_table
 from dinoseg.utils.wording import in_lines
 
-COLUMNS = {  # keys of a row to how they are headed and shown
+COLUMNS = {  # key of a row: heading and format
     "miou": ("mIoU %", lambda value: f"{100 * value:.2f}"),
     "accuracy": ("pixel accuracy %", lambda value: f"{100 * value:.2f}"),
     "parameters": ("parameters", "{:,}".format),
@@ -23,12 +23,12 @@ COLUMNS = {  # keys of a row to how they are headed and shown
     "seconds": ("s per trained image", "{:.3g}".format),
     "memory_gib": ("peak GiB of training", "{:.2f}".format),
 }
-_COSTS = ("parameters", "seconds", "memory_gib")  # that a score is drawn against
+_COSTS = ("parameters", "seconds", "memory_gib")  # x axes of the figure
 _BLUE = "#0072B2"
 
 
 def costs_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return rows of `run` and `COLUMNS`, in their order, as text; what no run has is left out."""
+    """Return rows of `run` and `COLUMNS`, in their order, as text, without columns that all runs lack."""
     kept = {key: column for key, column in COLUMNS.items() if any(row[key] is not None for row in rows)}
     shown = [[row["run"], *("-" if row[key] is None else kept[key][1](row[key]) for key in kept)] for row in rows]
     heads = ["run", *(head for head, _ in kept.values())]
@@ -36,12 +36,12 @@ def costs_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def write_costs(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write a line per row, scores in 0..1; what is not known is an empty cell."""
+    """Write one line per row, with scores in 0..1; unknown values are empty cells."""
     write_csv_table(path, ["run", *COLUMNS], rows)
 
 
 def costs_picture(rows: Sequence[Mapping[str, Any]]) -> np.ndarray | None:
-    """Draw mIoU against each cost that two runs or more are known by, as RGB; None where there is none."""
+    """Plot mIoU against each cost that is known for two runs or more, as RGB; None without such a cost."""
     panels = []
     for key in _COSTS:
         points = [row for row in rows if row["miou"] is not None and row[key]]
@@ -55,7 +55,7 @@ def costs_picture(rows: Sequence[Mapping[str, Any]]) -> np.ndarray | None:
         _draw(axes, key, points)
     figure.axes[0].set_ylabel("mIoU %")
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")  # letters that the font lacks are drawn as boxes
+        warnings.filterwarnings("ignore", "Glyph")  # characters that the font lacks become boxes
         canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
@@ -70,9 +70,9 @@ def _draw(axes: Axes, key: str, points: Sequence[Mapping[str, Any]]) -> None:
     axes.xaxis.set_major_formatter(EngFormatter(sep="") if key == "parameters" else "{x:g}")
     middle = (min(costs) * max(costs)) ** 0.5 if axes.get_xscale() == "log" else (min(costs) + max(costs)) / 2
     for row, cost, score in zip(points, costs, scores, strict=True):
-        right = cost > middle  # names stay within the picture
+        right = cost > middle  # keeps names within the figure
         place, side = ((-7, 4), "right") if right else ((7, 4), "left")
-        named: dict[str, Any] = {"ha": side, "fontsize": 8, "parse_math": False}  # $ is a letter
+        named: dict[str, Any] = {"ha": side, "fontsize": 8, "parse_math": False}  # $ is plain text
         axes.annotate(in_lines(row["run"], 30), (cost, score), place, textcoords="offset points", **named)
     axes.margins(0.12)
     axes.set_xlabel(COLUMNS[key][0])

@@ -1,4 +1,4 @@
-"""Training curves as pictures, from the rows of metrics.jsonl."""
+"""Figures of training curves, from the rows of metrics.jsonl."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -13,14 +13,14 @@ from matplotlib.ticker import MaxNLocator
 
 from dinoseg.utils.images import write_png
 
-_BLUE, _VERMILION = "#0072B2", "#D55E00"  # told apart by colour-blind readers too, as those below
-_OTHERS = ("#009E73", "#CC79A7")  # of curves with a name of their own
+_BLUE, _VERMILION = "#0072B2", "#D55E00"  # these and the colours below are colour-blind safe
+_OTHERS = ("#009E73", "#CC79A7")  # colours of curves with their own label
 _STYLES = {"train": (_BLUE, "training"), "val": (_VERMILION, "validation")}
-_JUDGED = ("val/miou", "val/fg_ari")  # whose best value is marked
-_MANY = 40  # points from which a noisy training curve is shown as a mean over a pale line
-_ROOM = 0.06  # share of an axis, above and below what is drawn
-_BEGINNING = 0.1  # share of the steps whose training scores may leave a picture
-_LEAST_SPAN = 0.02  # of an axis of shares: less is noise, which should not fill a picture
+_JUDGED = ("val/miou", "val/fg_ari")  # scores whose best value is marked
+_MANY = 40  # points above which a curve becomes a running mean over a pale line
+_ROOM = 0.06  # margin above and below the curves, as a share of the axis
+_BEGINNING = 0.1  # share of the first steps whose training scores may lie outside the axis
+_LEAST_SPAN = 0.02  # least span of an axis of shares: noise should not fill a figure
 
 
 Plot = tuple[str, Mapping[str, str | None], str | None]  # file, keys with their names, title of a share in 0..1
@@ -39,10 +39,10 @@ CLIP_PLOTS: tuple[Plot, ...] = (
 def draw_curves(
     rows: Sequence[Mapping[str, Any]], out_dir: str | Path, plots: Sequence[Plot] = IMAGE_PLOTS
 ) -> list[Path]:
-    """Write the pictures of `plots` from `rows` with `step` and keys such as `train/loss`; return their paths.
+    """Write the figures of `plots` from `rows` with `step` and keys such as `train/loss`; return their paths.
 
-    Rows may lack any key, hold None or non-finite values, and come in any order of steps. A score that
-    has no value yet gives a picture that says so.
+    Rows may lack any key, hold None or non-finite values, and come in any order of steps. The figure of a score
+    without values has a note instead of curves.
     """
     paths = []
     for name, keys, title in plots:
@@ -77,7 +77,7 @@ def _picture(
 
 
 def _points(rows: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
-    """Return (N, 2) steps and finite values, sorted by step; of equal steps the last row counts."""
+    """Return steps and finite values (N, 2), sorted by step; for equal steps, the last row counts."""
     values = {row["step"]: float(row[key]) for row in rows if row.get(key) is not None}
     points = [(step, value) for step, value in sorted(values.items()) if math.isfinite(value)]
     return np.array(points, dtype=np.float64).reshape(-1, 2)
@@ -106,7 +106,7 @@ def _draw(axes: Axes, points: np.ndarray, style: tuple[str, str], *, best: bool)
 
 
 def _running_mean(points: np.ndarray) -> np.ndarray:
-    """Return the centred mean over about a twentieth of the points, over fewer ones at the ends."""
+    """Return the centred mean over about a twentieth of the points, and over fewer points at the ends."""
     reach = max(1, len(points) // 40)
     sums = np.concatenate([np.zeros((1, 2)), points.cumsum(axis=0)])
     index = np.arange(len(points))
@@ -130,10 +130,10 @@ def _mark_best(axes: Axes, points: np.ndarray) -> None:
 
 
 def _shown_values(curves: Sequence[np.ndarray], *, share: bool) -> np.ndarray:
-    """Return the values that the axis is made for: of a score with validations, those after its beginning.
+    """Return the values that determine the axis limits; for a validated score, those after the beginning.
 
-    A training score starts near 0, and would leave no room for what validations differ by. The beginning is what lies
-    before the first validation, a tenth of the steps at most: a run may be validated at its end alone.
+    A training score starts near 0, which would hide the differences between validations. The beginning ends at the
+    first validation, or after a tenth of the steps if that is earlier: a run may validate only at its end.
     """
     validated = [points[0, 0] for points in curves[1:] if len(points)]
     last = max((points[-1, 0] for points in curves if len(points)), default=0)
@@ -156,7 +156,7 @@ def _dress(axes: Axes, title: str, values: np.ndarray, *, share: bool) -> None:
 
 
 def _limits(lowest: float, highest: float, *, share: bool) -> tuple[float, float]:
-    """Return both ends of the axis of values: around them, or from 0 on where that costs less than half."""
+    """Return the limits of the value axis: around the values, or from 0 if that takes less than half of the axis."""
     span = max(highest - lowest, _LEAST_SPAN if share else 0.01 * abs(highest) or 1.0)
     room = _ROOM * span + (span - (highest - lowest)) / 2
     bottom = 0.0 if 0 <= lowest < span else lowest - room

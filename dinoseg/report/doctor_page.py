@@ -1,4 +1,4 @@
-"""What the data doctor found, as one HTML file that needs nothing else: no network, light and dark."""
+"""HTML page with the findings of the data doctor: one self-contained file, offline, in a light and a dark theme."""
 
 import base64
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ import numpy as np
 
 from dinoseg.utils.wording import count_of
 
-_LISTED = 200  # files of a finding that the page shows; doctor.json has all
+_LISTED = 200  # files listed per finding; doctor.json has all
 _QUALITY = 85
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c1e21; --dim: #667; --paper: #fff; --card: #f4f5f7; --line: #d5d8de;
@@ -42,16 +42,16 @@ def doctor_page(
     palette: Sequence[Sequence[int]],
     pictures: Sequence[tuple[str, np.ndarray]],
 ) -> str:
-    """Return the page.
+    """Return the page as HTML.
 
     Args:
-        title: names the data set.
+        title: name of the data set.
         findings: `severity`, `code`, `message`, `files`, `reasons` (of the files, or none), `remedy` and
-            `stops_training` of each, in order.
+            `stops_training` of each finding, in order.
         splits: `images`, `smallest` and `largest` (`width`, `height`), `void_share`, `constant_class` and `classes` of
-            each.
-        palette: a colour per class.
-        pictures: caption and pixels (H, W, 3) uint8 of each.
+            each split.
+        palette: one colour per class.
+        pictures: caption and pixels (H, W, 3) uint8 of each image.
     """
     counts = {kind: sum(each["severity"] == kind for each in findings) for kind in ("error", "warning", "note")}
     told = ", ".join(count_of(count, kind) for kind, count in counts.items())

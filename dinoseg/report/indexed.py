@@ -1,4 +1,4 @@
-"""Masks of object ids as palette pictures, as PASCAL VOC, DAVIS and YouTube-VOS publish and expect them."""
+"""Palette images of object-id masks, in the format of PASCAL VOC, DAVIS and YouTube-VOS."""
 
 from functools import lru_cache
 from pathlib import Path
@@ -12,7 +12,10 @@ from dinoseg.utils.atomic import whole_file
 
 @lru_cache
 def voc_palette() -> tuple[tuple[int, int, int], ...]:
-    """Return PASCAL VOC's 256 colours: bits 0, 3, 6 of an id make red from its highest bit down, 1, 4, 7 green, ..."""
+    """Return PASCAL VOC's 256 colours.
+
+    Bits 0, 3 and 6 of an id give red from its highest bit down; bits 1, 4 and 7 give green, and so on.
+    """
     return tuple(
         (_channel(index), _channel(index >> 1), _channel(index >> 2))  # red, green, blue
         for index in range(256)
@@ -20,18 +23,18 @@ def voc_palette() -> tuple[tuple[int, int, int], ...]:
 
 
 def indexed(ids: np.ndarray, palette: Palette | None = None) -> Image.Image:
-    """Return ids (H, W) uint8 as a picture with a palette, PASCAL VOC's unless given."""
+    """Return ids (H, W) uint8 as a palette image; the default palette is PASCAL VOC's."""
     picture = Image.fromarray(ids)
     picture.putpalette([level for colour in palette or voc_palette() for level in colour])
     return picture
 
 
 def write_indexed_png(path: str | Path, ids: np.ndarray, palette: Palette | None = None) -> None:
-    """Write ids (H, W) uint8 as a picture with a palette, PASCAL VOC's unless given; whole or not at all."""
+    """Write ids (H, W) uint8 atomically as a palette PNG; the default palette is PASCAL VOC's."""
     with whole_file(Path(path)) as part:
         indexed(ids, palette).save(part, format="PNG", compress_level=1)
 
 
 def _channel(bits: int) -> int:
-    """Return a colour's level 0..255 from bits 0, 3 and 6, the lowest of which counts most."""
+    """Return a colour level 0..255 from bits 0, 3 and 6, where the lowest bit is the most significant."""
     return sum((bits >> 3 * level & 1) << 7 - level for level in range(3))

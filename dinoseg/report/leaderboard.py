@@ -1,4 +1,4 @@
-"""The heads of a run beside one another, the best first."""
+"""Leaderboard of the heads of a run, best first."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import astuple, dataclass, fields, replace
@@ -9,39 +9,39 @@ from tabulate import tabulate
 from dinoseg.utils.csv_text import write_csv
 
 TABLE = "leaderboard.csv"  # in the run folder
-_SHOWN_NOTE = 50  # letters
+_SHOWN_NOTE = 50  # characters
 
 
 @dataclass(frozen=True)
 class Row:
-    """A head; None: it is not known."""
+    """Results of one head; None means unknown."""
 
     name: str
     rate: float | None = None  # highest base learning rate
-    best: float | None = None  # the validation's score that decides, at its best
+    best: float | None = None  # best value of the score that selects checkpoints
     best_step: int | None = None
-    miou: float | None = None  # of the evaluation at the end, 0..1, as the next
+    miou: float | None = None  # of the final evaluation, 0..1, like `accuracy`
     accuracy: float | None = None
     parameters: int | None = None  # of the head
-    share: float | None = None  # of the time that training steps took, 0..1; backbone and reading are nobody's
+    share: float | None = None  # of the training step time, 0..1; backbone and data loading belong to no head
     note: str = ""
-    run: str = ""  # its folder
+    run: str = ""  # run folder
 
 
 def leaderboard(rows: Sequence[Row], out_dir: Path, score: str, lowest: Collection[str], *, visible: bool) -> str:
-    """Print heads and write them to leaderboard.csv, the best first; return the first one's name.
+    """Print the heads, best first, and write them to leaderboard.csv; return the name of the best head.
 
     Args:
-        rows: in any order.
-        out_dir: where the table goes.
-        score: the name of `best`.
-        lowest: scores of which the lowest is the best.
+        rows: one per head, in any order.
+        out_dir: folder of the table.
+        score: name of the score in `best`.
+        lowest: names of scores for which lower is better.
         visible: whether this rank prints and writes.
     """
     sign = 1 if score in lowest else -1
     ordered = sorted(rows, key=lambda row: (row.best is None, sign * (row.best or 0.0)))
     if visible:
-        share = score not in lowest  # a loss is none
+        share = score not in lowest  # a loss is not a share
         headers = [
             *(
                 "head",

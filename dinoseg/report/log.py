@@ -1,4 +1,4 @@
-"""What a run writes while it goes: metrics.jsonl, validation pictures, and both for TensorBoard with the settings."""
+"""Logs of a run: metrics.jsonl, validation images, and both for TensorBoard together with the settings."""
 
 import json
 import math
@@ -17,17 +17,17 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import write_png
 
 _BOARD = "tensorboard"
-_STEP = re.compile(r"step_(\d+)")  # a folder of pictures
+_STEP = re.compile(r"step_(\d+)")  # folder with the images of one validation
 _ROW = forms.table(forms.maybe(forms.number(-1e300, 1e300)))
-_MOST_BYTES = 2**30  # of a log: a row has about 300, and a training at most some millions of them
+_MOST_BYTES = 2**30  # maximum bytes of a log: a row has about 300, a training at most some million rows
 
 
 class RunLog:
-    """Writes one JSON line per call to `out_dir`/metrics.jsonl, and the same to `out_dir`/tensorboard.
+    """Writes one JSON line per call to `out_dir`/metrics.jsonl, and the same values to `out_dir`/tensorboard.
 
-    Pictures become `out_dir`/validation/step_00500/NAME.png. A run that goes on from `start_step` first drops what a
-    killed run had written beyond it; where the validation at that step is `owed`, so made again, its row as well. With
-    `visible` off (every rank but the first) nothing is written.
+    Images are written to `out_dir`/validation/step_00500/NAME.png. A run that resumes at `start_step` first drops
+    everything that a killed run wrote after that step. If the validation at that step is pending (`owed`), it runs
+    again, so its row is dropped, too. With `visible` off (all ranks but the first), nothing is written.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class RunLog:
             self._board = _open_board(out_dir / _BOARD, start_step)
 
     def scalars(self, step: int, values: Mapping[str, float | None]) -> None:
-        """Write values such as `train/loss` or `val/miou`; None and non-finite ones become null."""
+        """Write values such as `train/loss` or `val/miou`; None and non-finite values become null."""
         finite = {key: _finite(value) for key, value in values.items()}
         if self._file is not None:
             self._file.write(json.dumps({"step": int(step), **finite}, allow_nan=False) + "\n")
@@ -66,17 +66,17 @@ class RunLog:
                     self._board.add_scalar(key, value, step)
 
     def pictures(self, step: int, named: Mapping[str, np.ndarray]) -> None:
-        """Keep pictures (H, W, 3) uint8 of a validation by the names of its samples."""
+        """Write images (H, W, 3) uint8 of a validation, by the names of its samples."""
         for name, rgb in named.items() if self._file is not None else ():
             write_png(self._pictures / f"step_{step:05d}" / f"{name}.png", rgb)
             if self._board is not None:
                 self._board.add_image(f"val/{name}", rgb, step, dataformats="HWC")
 
     def close(self) -> None:
-        """Flush and close everything; a second call does nothing."""
+        """Flush and close all writers; a second call is a no-op."""
         file, board = self._file, self._board
         self._file = self._board = None
-        with ExitStack() as stack:  # each, also where another cannot be flushed
+        with ExitStack() as stack:  # closes each writer even if another fails
             for writer in (file, board):
                 if writer is not None:
                     stack.callback(writer.close)
@@ -89,9 +89,9 @@ class RunLog:
 
 
 def write_settings(out_dir: str | Path, settings: Mapping[str, Any], scores: Mapping[str, Any]) -> None:
-    """Give TensorBoard's table of runs a row: settings such as `trainer.steps`, and the final scores.
+    """Add a row to TensorBoard's table of runs: settings such as `trainer.steps`, and the final scores.
 
-    What is neither a number, a text nor true or false is left out of both.
+    Settings other than numbers, strings and booleans are left out, and so are scores other than floats.
     """
     from torch.utils.tensorboard import SummaryWriter
     from torch.utils.tensorboard.summary import hparams
@@ -99,7 +99,7 @@ def write_settings(out_dir: str | Path, settings: Mapping[str, Any], scores: Map
     shown = {key: value for key, value in settings.items() if isinstance(value, int | float | str)}
     final = {f"final/{key}": value for key, value in scores.items() if isinstance(value, float)}
     with SummaryWriter(str(Path(out_dir) / _BOARD)) as board:
-        # what add_hparams does, but for its folder of its own, which would be a run beside this one
+        # like add_hparams, but without its separate folder, which would appear as another run
         for summary in hparams(shown, final):
             board.file_writer.add_summary(summary)
         for key, value in final.items():
@@ -107,10 +107,10 @@ def write_settings(out_dir: str | Path, settings: Mapping[str, Any], scores: Map
 
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
-    """Return the rows of a metrics.jsonl; a last line that a killed run left unfinished is left out.
+    """Return the rows of a metrics.jsonl, without a last line that a killed run left unfinished.
 
     Raises:
-        UserError: the file is missing, or another line is no JSON object of numbers with a step.
+        UserError: the file is missing, or another line is not a JSON object of numbers with a step.
     """
     path = Path(path)
     try:
@@ -127,7 +127,7 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
             row = forms.parse_json(line, _ROW)
             rows.append({**row, "step": int(row["step"])})
         except (ValueError, KeyError, TypeError):
-            if number < len(lines):  # a finished line ends in a line break, so the torn one is the last
+            if number < len(lines):  # a complete line ends in a line break, so only the last can be torn
                 raise UserError(
                     f"Line {number} of {path} is no JSON object of numbers with a step. Repair or remove that line."
                 ) from None

@@ -1,4 +1,4 @@
-"""Pictures that lay classes over a frame, and frames beside one another with captions and a legend."""
+"""Figures of class colours over a frame, and of frames side by side with captions and a legend."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from PIL import Image, ImageDraw, ImageFont
 
 from dinoseg.report.palette import IGNORE_COLOUR, lookup_table
 
-if TYPE_CHECKING:  # it imports torch, and pictures are drawn without
+if TYPE_CHECKING:  # imports torch, which drawing does not need
     from dinoseg.core.shapes import Palette
 
 Colour = tuple[int, int, int]
 Legend = Sequence[tuple[str, Colour]]  # names and colours
-_SMALLEST_PANEL = 300  # pixels: smaller frames are enlarged by a whole factor
+_SMALLEST_PANEL = 300  # pixels: smaller frames are enlarged by an integer factor
 _INK, _PAPER, _EDGE = (20, 20, 20), (255, 255, 255), (150, 150, 150)
 
 
@@ -27,20 +27,20 @@ def blend(
 ) -> np.ndarray:
     """Tint a frame (H, W, 3) by the classes of `mask` (H, W); `opacity` 0..1, 1 = colours only.
 
-    Classes whose colour is black leave the frame as it is, at any opacity below 1.
+    Classes whose colour is black leave the frame unchanged, at any opacity below 1.
     """
     table = lookup_table(palette, ignore_index)
     plain = (table.max(axis=1) == 0) & (opacity < 1)
     try:
         import cv2
-    except ImportError:  # where models are used with numpy alone
+    except ImportError:  # fallback for inference with numpy alone
         return _blended(frame, mask, table, plain, opacity)
     tinted = np.asarray(cv2.addWeighted(frame, 1 - opacity, table.take(mask, axis=0), opacity, 0))
     return np.asarray(cv2.copyTo(frame, plain.astype(np.uint8).take(mask), tinted))
 
 
 def _blended(frame: np.ndarray, mask: np.ndarray, table: np.ndarray, plain: np.ndarray, opacity: float) -> np.ndarray:
-    """Mix as OpenCV does, to the last bit, in twice its time: each level of each class is looked up."""
+    """Blend exactly as OpenCV does, by a lookup of each level of each class, in twice the time of OpenCV."""
     colours = (table * np.float32(opacity)).astype(np.float64)  # OpenCV rounds these to float32, and then the sum
     levels = np.arange(256) * np.float64(np.float32(1 - opacity))
     tints = (levels + colours[..., None]).astype(np.float32).round().astype(np.uint8)  # (ids, 3, levels)
@@ -62,9 +62,9 @@ def compare(
     opacity: float = 0.6,
     longest: int | None = None,
 ) -> np.ndarray:
-    """Return frame | prediction | reference (if given) with captions and a legend of what is there.
+    """Return frame | prediction | reference (if given) with captions and a legend of the classes present.
 
-    Frames with more than `longest` pixels on their longer side are reduced to so many.
+    Frames with more than `longest` pixels on their longer side are downscaled to `longest`.
     """
     masks = {"prediction": prediction} | ({} if reference is None else {"reference": reference})
     frame, masks = reduced(frame, longest), {caption: reduced(mask, longest) for caption, mask in masks.items()}
@@ -77,7 +77,7 @@ def compare(
 
 
 def reduced(pixels: np.ndarray, longest: int | None) -> np.ndarray:
-    """Return a frame (H, W, 3), or ids (H, W), of which none are mixed, with at most `longest` pixels a side."""
+    """Return a frame (H, W, 3), or ids (H, W) without mixing them, downscaled to at most `longest` pixels a side."""
     import cv2
 
     height, width = pixels.shape[:2]
@@ -91,9 +91,9 @@ def reduced(pixels: np.ndarray, longest: int | None) -> np.ndarray:
 def legend_of(
     masks: Sequence[np.ndarray], classes: Sequence[str], palette: Palette, *, ignore_index: int = 255
 ) -> Legend:
-    """Return (name, colour of the palette) of each class that stands in one of the masks, in id order; "ignored" last.
+    """Return (name, palette colour) of each class present in the masks, in id order; "ignored" comes last.
 
-    A black class is black here too where `blend` leaves the frame as it is: the colours are those of every picture.
+    A black class is black in the legend although `blend` leaves the frame unchanged there, so that legends agree.
     """
     present = set().union(*(np.unique(mask).tolist() for mask in masks))
     entries: list[tuple[str, Colour]] = []
@@ -104,11 +104,11 @@ def legend_of(
 
 
 def side_by_side(panels: Sequence[tuple[str, np.ndarray]], legend: Legend = ()) -> np.ndarray:
-    """Lay (caption, frame) pairs of one size beside one another on white, the legend below, wrapped."""
+    """Lay out (caption, frame) pairs of one size side by side on white, with the wrapped legend below."""
     height, width = panels[0][1].shape[:2]
     factor = _enlargement(height, width)
     height, width = height * factor, width * factor
-    size = max(14, round(min(0.016 * width * len(panels), 0.1 * height)))  # pixels of the letters
+    size = max(14, round(min(0.016 * width * len(panels), 0.1 * height)))  # font size in pixels
     font = _font(size)
     gap = size // 2
     column = max([width, *(_text_width(font, caption) for caption, _ in panels)])
@@ -129,7 +129,7 @@ def side_by_side(panels: Sequence[tuple[str, np.ndarray]], legend: Legend = ()) 
 
 
 def stacked(strips: Sequence[np.ndarray]) -> np.ndarray:
-    """Lay pictures (H, W, 3) below one another on white, flush left."""
+    """Stack images (H, W, 3) vertically on white, aligned to the left."""
     width = max(strip.shape[1] for strip in strips)
     return np.concatenate(
         [np.pad(strip, ((0, 0), (0, width - strip.shape[1]), (0, 0)), constant_values=255) for strip in strips]
@@ -175,6 +175,6 @@ def _enlargement(height: int, width: int) -> int:
 def _font(size: int) -> ImageFont.FreeTypeFont:
     import matplotlib
 
-    # matplotlib ships DejaVu Sans: a file that is always there and knows more than Latin letters
+    # matplotlib ships DejaVu Sans, so it is always available; it covers more than Latin letters
     path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
     return ImageFont.truetype(str(path), size)

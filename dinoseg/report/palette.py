@@ -1,4 +1,4 @@
-"""Class colours: a default palette, and masks as pictures."""
+"""Class colours: a default palette, and masks as RGB images."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _LEVELS = 8  # per colour channel: the candidates of the default palette
 
 
 def default_palette(num_classes: int) -> list[tuple[int, int, int]]:
-    """Return `num_classes` (1..256) distinct colours; class 0 is black, read as "nothing here".
+    """Return `num_classes` (1..256) distinct colours; class 0 is black, which reads as "nothing here".
 
-    Each colour is the candidate farthest from all before it, so a longer palette begins with a shorter one.
+    Each colour is the candidate farthest from all previous colours, so a longer palette starts with any shorter one.
     """
     if not 1 <= num_classes <= 256:
         raise ValueError(f"A palette has 1 to 256 colours, not {num_classes}.")

@@ -1,4 +1,4 @@
-"""What a probe found, as a table, as CSV and as a picture."""
+"""Results of a probe: as a text table, CSV file and figure."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ COLUMNS = ("blocks", "val_miou", "held_out_miou", "val_accuracy", "strength", "b
 
 
 def probe_table(rows: Sequence[Mapping[str, Any]], best: str) -> str:
-    """Return rows with `COLUMNS` as text, scores in percent, `best` marked."""
+    """Return rows with `COLUMNS` as text, with scores in percent and `best` marked."""
     shown = [
         (
             f"{row['blocks']}{' *' if row['blocks'] == best else ''}",
@@ -31,13 +31,13 @@ def probe_table(rows: Sequence[Mapping[str, Any]], best: str) -> str:
 
 
 def write_probe_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write one line per row, scores in 0..1; an undefined score is an empty cell."""
+    """Write one line per row, with scores in 0..1; an undefined score is an empty cell."""
     write_csv_table(path, COLUMNS, rows)
 
 
 def probe_picture(rows: Sequence[Mapping[str, Any]], best: str) -> np.ndarray:
-    """Draw the scores of rows in their order as RGB, the best one's name in bold."""
-    layout = ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.1)  # inches: names of several blocks stay off the edge
+    """Plot the scores of rows in their order as RGB, with the name of the best row in bold."""
+    layout = ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.1)  # inches: keeps long block names off the edge
     figure = Figure(figsize=(max(4.0, 1.5 + 0.5 * len(rows)), 3.6), dpi=110, layout=layout)
     canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot()

@@ -1,4 +1,4 @@
-"""Progress that can be read anywhere: a bar on a terminal; in a pipe or a file, one line every few seconds."""
+"""Progress display for any output: a bar on a terminal; in a pipe or a file, one line every few seconds."""
 
 import sys
 import time
@@ -16,7 +16,7 @@ _EVERY = 5.0  # seconds between two lines
 def awaited(
     items: Iterable[T], tell: Callable[[float], None], clock: Callable[[], float] = time.perf_counter
 ) -> Iterator[T]:
-    """Yield from `items`, and tell the seconds that each took to come."""
+    """Yield from `items`, and pass the waiting time for each item, in seconds, to the callback."""
     iterator = iter(items)
     while True:
         asked = clock()
@@ -29,7 +29,7 @@ def awaited(
 
 
 class Bar(tqdm):
-    """tqdm's bar, with its arguments; where stderr is no terminal, a line every few seconds instead."""
+    """tqdm's bar, with the same arguments; if stderr is not a terminal, it prints a line every few seconds instead."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         self.as_lines = not sys.stderr.isatty()
@@ -38,14 +38,14 @@ class Bar(tqdm):
         super().__init__(*args, **options)
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
-        """Draw the bar, or write the line."""
+        """Draw the bar, or print the line."""
         if not self.as_lines:
             super().display(printable(str(self)) if msg is None else msg, pos)
         elif self.n > self.initial:
             print(printable(self._line()), file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """End the bar; lines need no end."""
+        """Close the bar; lines need no closing."""
         if self.as_lines:
             self.disable = True
         else:

@@ -1,4 +1,4 @@
-"""Official scores as a printed table."""
+"""Official scores as a text table."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,12 +7,12 @@ from tabulate import tabulate
 
 from dinoseg.utils.wording import count_of
 
-_MOST_CLASSES = 40  # a longer table is left to the file
-FEW = 10  # units: over fewer, intervals hold the truth less often than they say (benchmarks/interval_coverage.py)
+_MOST_CLASSES = 40  # longer tables are in the file only
+FEW = 10  # units: with fewer, intervals cover less than 95 % (benchmarks/interval_coverage.py)
 
 
 def scores_table(result: Mapping[str, Any]) -> str:
-    """Return the scores of `scoring.summary` as text, in percent: per class where there are few, then the scores."""
+    """Return the scores of `scoring.summary` as text, in percent: class scores for few classes, then the totals."""
     unit = result["unit"]
     parts = []
     if 0 < len(result["per_class"]) <= _MOST_CLASSES:
@@ -33,7 +33,7 @@ def scores_table(result: Mapping[str, Any]) -> str:
 
 
 def few_units(units: int, unit: str) -> str:
-    """Return what is to be said of intervals over few units; empty where there are enough, or too few for any."""
+    """Return a warning about intervals over few units; empty for enough units, or for too few to have intervals."""
     if not 2 <= units < FEW:
         return ""
     return (
@@ -43,7 +43,7 @@ def few_units(units: int, unit: str) -> str:
 
 
 def difference_table(differences: Mapping[str, Mapping[str, Any]], unit: str) -> str:
-    """Return paired differences in percentage points as text."""
+    """Return paired differences as text, in percentage points."""
     counts = next(iter(differences.values()))
     none = _no_interval(counts["n"], unit)
     rows = [
@@ -66,7 +66,7 @@ def _interval_table(rows: list[list[str]], headers: list[str], units: str) -> st
 
 
 def _no_interval(units: int, unit: str) -> str:
-    """Return what stands in place of an interval that there is none of."""
+    """Return the placeholder for a missing interval."""
     return f"- (needs two {unit}s)" if units < 2 else "-"
 
 
@@ -75,6 +75,6 @@ def _percent(value: float | None, sign: str = "") -> str:
 
 
 def _interval(limits: list[float] | None, none: str, units: int, sign: str = "") -> tuple[str, str]:
-    """Return an interval, and the number of units that stands beside it."""
+    """Return an interval as text, and its number of units."""
     text = none if limits is None else f"{_percent(limits[0], sign)} .. {_percent(limits[1], sign)}"
     return text, str(units)

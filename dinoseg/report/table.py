@@ -1,4 +1,4 @@
-"""Scores as a printed table and as CSV."""
+"""Class scores as a text table and as CSV."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +10,7 @@ from tabulate import tabulate
 from dinoseg.utils.csv_text import write_csv_table
 
 _COLUMNS = ("iou", "dice", "accuracy", "precision", "recall")
-MEANS = {  # how scores that are one number over all classes are called
+MEANS = {  # labels of scores that are one number over all classes
     "miou": "mIoU",
     "miou_no_background": "mIoU without background",
     "dice": "mean Dice",
@@ -19,10 +19,10 @@ MEANS = {  # how scores that are one number over all classes are called
 
 
 def class_table(scores: Mapping[str, Any], classes: Sequence[str], background: int | None = None) -> str:
-    """Return the scores of a ConfusionMatrix as text: one row per class, then the means, in percent.
+    """Return the scores of a `ConfusionMatrix` as text, in percent: one row per class, then the means.
 
-    `background` is the class that it knows as such. A class is "absent" where neither the reference nor the prediction
-    holds it; "-" is an undefined score.
+    `background` is the background class of the matrix. A class is "absent" if neither the reference nor the prediction
+    contains it; "-" is an undefined score.
     """
     headers = ["id", "class", "IoU %", "Dice %", "accuracy = recall %", "precision %", "pixels"]
     rows = [_text_row(row, classes[row["id"]]) for row in scores["classes"]]
@@ -49,7 +49,7 @@ def class_table(scores: Mapping[str, Any], classes: Sequence[str], background: i
 
 
 def class_statistics(mask: np.ndarray, classes: Sequence[str]) -> str:
-    """Return the class distribution of one mask (H, W) as text, ending in a line break."""
+    """Return the class distribution of one mask (H, W) as text that ends in a line break."""
     ids, counts = np.unique(mask, return_counts=True)
     lines = [
         "Segmentation statistics",
@@ -67,7 +67,7 @@ def class_statistics(mask: np.ndarray, classes: Sequence[str]) -> str:
 
 
 def write_scores_csv(path: str | Path, scores: Mapping[str, Any], classes: Sequence[str]) -> None:
-    """Write one line per class, scores in 0..1; an undefined score is an empty cell."""
+    """Write one line per class, with scores in 0..1; an undefined score is an empty cell."""
     columns = ["id", "class", *_COLUMNS, "pixels", "predicted_pixels"]
     write_csv_table(path, columns, [{**row, "class": classes[row["id"]]} for row in scores["classes"]])
 

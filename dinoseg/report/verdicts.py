@@ -1,4 +1,4 @@
-"""What comparisons say of a difference, and the picture of all of them with their intervals."""
+"""Verdicts on differences in comparisons, and the figure of all differences with their intervals."""
 
 import math
 import warnings
@@ -12,27 +12,27 @@ from matplotlib.figure import Figure
 from dinoseg.utils.wording import in_lines, printable
 
 SURELY_BETTER, SURELY_WORSE, UNSURE, NO_VERDICT = "surely better", "surely worse", "not told apart", "no verdict"
-LEVEL = 0.05  # p below which a difference is sure
+LEVEL = 0.05  # p-value below which a difference is significant
 _COLOURS = {SURELY_BETTER: "#0072B2", SURELY_WORSE: "#D55E00", UNSURE: "#888888", NO_VERDICT: "#bbbbbb"}
 _MOST_ROWS, _MOST_COLUMNS = 40, 4
-_LONGEST = 30  # letters of a class that are drawn
+_LONGEST = 30  # characters of a class name
 
 
 def verdicts_picture(
     first: str, labels: Mapping[str, str], others: Sequence[tuple[str, Mapping[str, Mapping[str, Any]]]]
 ) -> np.ndarray:
-    """Draw the differences from the first side in points with their intervals as RGB, a panel for each other side.
+    """Draw the differences from the first side in points, with intervals, as RGB, with one panel for each other side.
 
     Args:
         first: name of the first side.
-        labels: how scores are called, by name, from the top down.
-        others: name of each other side, and `value`, `ci95` and `verdict` of its differences by name of a score.
+        labels: display label of each score, by name, from top to bottom.
+        others: name of each other side, and `value`, `ci95` and `verdict` of its differences by score name.
     """
     keys, left_out = _shown(labels, others)
     columns = min(len(others), _MOST_COLUMNS)
     lines = math.ceil(len(others) / columns)
     titles, unit = [in_lines(name, 48) for name, _ in others], in_lines(f"points, less {first}", 54)
-    named = max(title.count("\n") for title in titles) + unit.count("\n")  # lines beside the first
+    named = max(title.count("\n") for title in titles) + unit.count("\n")  # additional text lines
     size = (2.2 + 3.6 * columns, 0.7 + lines * (0.9 + 0.16 * named + 0.26 * len(keys)))
     figure = Figure(figsize=size, dpi=110, layout="constrained")
     canvas = FigureCanvasAgg(figure)
@@ -60,13 +60,16 @@ def verdicts_picture(
     said = "95 % intervals; blue: surely better, red: surely worse, grey: not told apart (p corrected by Holm)"
     figure.supxlabel(said + left_out, fontsize=7)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")  # letters that the font lacks are drawn as boxes
+        warnings.filterwarnings("ignore", "Glyph")  # characters that the font lacks become boxes
         canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
 def _shown(labels: Mapping[str, str], others: Sequence[tuple[str, Mapping[str, Mapping[str, Any]]]]) -> tuple:
-    """Return the scores that are drawn, those that differ most where there are too many, and what is said of it."""
+    """Return the scores to draw, and a note on those left out.
+
+    With more than `_MOST_ROWS` scores, the class scores with the smallest differences are left out.
+    """
     reach = {key: max(abs(gaps[key]["value"] or 0.0) for _, gaps in others) for key in labels}
     kept = sorted(labels, key=lambda key: ("/" in key, -reach[key]))[:_MOST_ROWS]
     more = len(labels) - len(kept)

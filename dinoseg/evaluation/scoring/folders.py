@@ -1,4 +1,4 @@
-"""Folders of predictions measured against their references, in many processes, and added up by unit; no torch."""
+"""Scoring of prediction folders against references, in parallel processes, with sums by unit; no torch."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -16,23 +16,23 @@ from dinoseg.utils.wording import count_of, listed
 from dinoseg.utils.workers import in_processes
 
 ON_ERROR = ("stop", "skip")
-_LISTED = 20  # problems in a message; the others are in the file
-_FRAMES_PER_PROCESS = 24  # fewer, of 10 ms each, are measured sooner than a process starts (0.25 s)
+_LISTED = 20  # problems in a message; the file has all
+_FRAMES_PER_PROCESS = 24  # fewer (10 ms each) take less time than a process start (0.25 s)
 
 
 @dataclass
 class Scored:
-    """What was measured in one folder of predictions.
+    """Measurements of one folder of predictions.
 
     Args:
         units: names of the videos or images, in order.
-        sums: (U, d) float64, what each unit adds to the whole.
-        total: (d,) what they add up to; whole numbers stay exact.
-        rows: for each unit a row of plain numbers beside its scores.
-        cases: what was measured, in order.
-        problems: file and reason of what was left out.
-        notes: what is odd but changes no score.
-        files: frames measured, those without prediction too.
+        sums: (U, d) float64, the contribution of each unit.
+        total: (d,) sum over all units; integers stay exact.
+        rows: for each unit, a row of plain numbers in addition to its scores.
+        cases: measured cases, in order.
+        problems: file and reason of everything left out.
+        notes: oddities that change no score.
+        files: number of measured frames, including those without prediction.
     """
 
     units: list[str]
@@ -46,7 +46,7 @@ class Scored:
 
 
 class Unscorable(UserError):
-    """Files that cannot be scored; `problems` are file and reason of all of them."""
+    """Error for files that cannot be scored; `problems` has the file and reason of each."""
 
     def __init__(self, problems: Sequence[tuple[Path, str]], where: str) -> None:
         lines = "".join(f"\n- {path}: {reason}" for path, reason in problems[:_LISTED])
@@ -67,19 +67,19 @@ def score_cases(
     on_error: str = "stop",
     remedy: str = "Set mode.workers lower, 1 for no process beside this one, and run again.",
 ) -> Scored:
-    """Measure all cases and add them up by unit.
+    """Measure all cases and sum them by unit.
 
     Args:
-        protocol: how a case is measured.
-        listing: the cases, and what was wrong with the folders.
+        protocol: measures a case.
+        listing: the cases, and the problems of the folders.
         where: names both folders in messages.
-        workers: processes; None for one per core, and none beside this one for few frames.
-        on_error: `stop` when all files have been looked at, or `skip` what cannot be scored.
-        remedy: what the user can do when a process was killed.
+        workers: number of processes; None for one per core, or only this process for few frames.
+        on_error: `stop` once all files are measured, or `skip` files that cannot be scored.
+        remedy: advice to the user if a process was killed.
 
     Raises:
-        Unscorable: files that cannot be scored.
-        UserError: an unknown `on_error`, or nothing left to score.
+        Unscorable: some files cannot be scored.
+        UserError: `on_error` is unknown, or nothing is left to score.
     """
     if on_error not in ON_ERROR:
         raise UserError(f"data.on_error={on_error} is unknown. Choose one of {', '.join(ON_ERROR)}.")
@@ -90,7 +90,7 @@ def score_cases(
             problems += [(result.path, result.reason), *result.more]
         else:
             cases.append((case, result))
-    # only now: a user who mends files wants to hear of all of them at once
+    # raise late, to name all bad files at once
     if problems and on_error == "stop":
         raise Unscorable(problems, where)
     if not cases:
@@ -117,12 +117,12 @@ def _by_unit(cases: Iterable[tuple[Case, Measured]]) -> dict[str, list[tuple[Cas
 
 
 def sums_by_unit(protocol: ScoreProtocol, cases: Iterable[tuple[Case, Measured]]) -> dict[str, np.ndarray]:
-    """Return each unit's sums (d,)."""
+    """Return the sums (d,) of each unit."""
     return {unit: protocol.join([measured for _, measured in parts]) for unit, parts in _by_unit(cases).items()}
 
 
 def _row(cases: Sequence[tuple[Case, Measured]]) -> dict[str, Any]:
-    """Return a unit's details: its case's own, or the sums of the numbers of several."""
+    """Return a unit's details: those of its only case, or the summed numbers of several cases."""
     details = [measured.details for _, measured in cases]
     if len(details) == 1:
         return details[0]
@@ -132,7 +132,10 @@ def _row(cases: Sequence[tuple[Case, Measured]]) -> dict[str, Any]:
 
 
 def _unknown_notes(cases: Sequence[tuple[Case, Measured]]) -> list[str]:
-    """Return a note for each side with pixels of no class, which some official scripts count instead of refusing."""
+    """Return a note for each side with pixels of no class.
+
+    Some official scripts count such pixels instead of refusing them.
+    """
     notes = []
     for column, side in enumerate(("reference", "prediction")):
         key = f"unknown_pixels_{side}"
@@ -148,7 +151,7 @@ def _unknown_notes(cases: Sequence[tuple[Case, Measured]]) -> list[str]:
 
 
 def _bare_notes(protocol: ScoreProtocol, cases: Sequence[tuple[Case, Measured]]) -> list[str]:
-    """Return a note where references show no object at all, for which a rule stands in for a measurement."""
+    """Return a note on references without any object, which are scored by a rule instead of a measurement."""
     bare = [case.name for case, measured in cases if measured.details.get("objects") == 0]
     if not bare:
         return []
@@ -165,7 +168,7 @@ def _frames(cases: Iterable[Case]) -> int:
 def _measure_all(
     protocol: ScoreProtocol, cases: Sequence[Case], workers: int | None, remedy: str
 ) -> Iterable[tuple[Case, Measured | BadFile]]:
-    """Return each case with what it gives, in their order."""
+    """Return each case with its result, in order."""
     processes = workers or min(count_cores(), ceil(_frames(cases) / _FRAMES_PER_PROCESS))
     results = in_processes(protocol.measure, cases, processes, catch=BadFile, remedy=remedy)
     return Bar(results, total=len(cases), desc=f"scoring {protocol.name}", unit="file", leave=False)

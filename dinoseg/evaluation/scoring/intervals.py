@@ -1,8 +1,8 @@
-"""Intervals of scores over units: Student's t with the standard error of the jackknife; no torch.
+"""Confidence intervals of scores over units: Student's t with the standard error of the jackknife; no torch.
 
-The units are what varies independently, not the frames of one video. Each is left out once: how much the score moves
-gives the error of whatever is a function of sums over units (J. W. Tukey, 1958; R. G. Miller, 1974). Why not a
-bootstrap: benchmarks/interval_coverage.py.
+Units vary independently, unlike the frames of one video. The jackknife leaves out each unit once. The change of the
+score gives the error of any function of sums over units (J. W. Tukey, 1958; R. G. Miller, 1974).
+benchmarks/interval_coverage.py shows why this is not a bootstrap.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -13,42 +13,42 @@ from typing import Protocol
 
 import numpy as np
 
-METHOD = "Student's t, jackknife over units"  # as results say it
+METHOD = "Student's t, jackknife over units"  # as written to results
 _MOST_LOGITS = 500.0
-_AT_ONCE = 2**22  # numbers, 32 MiB
+_AT_ONCE = 2**22  # values per chunk, 32 MiB
 
 
 class Scores(Protocol):
-    """What gives scores of sums over units, as every `ScoreProtocol` does."""
+    """Interface of scores from sums over units, implemented by every `ScoreProtocol`."""
 
     @property
     def keys(self) -> Sequence[str]:
-        """Names of the scores."""
+        """Return the names of the scores."""
         ...
 
     @property
     def signed(self) -> Collection[str]:
-        """Names of those that may lie outside 0..1."""
+        """Return the names of the scores that may lie outside 0..1."""
         ...
 
     @property
     def highest(self) -> Mapping[str, float]:
-        """What those can be at most that have a bound."""
+        """Return the upper bound of each signed score that has one."""
         ...
 
     def scores(self, sums: np.ndarray) -> dict[str, np.ndarray]:
-        """Return each key's score (...) from sums (..., d); nan where it is undefined."""
+        """Return each key's score (...) from sums (..., d); nan where undefined."""
         ...
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Scores of a second side less those of a first, each side one run or more, whose scores are averaged.
+    """Scores of a second side minus those of a first side, averaged over the runs of each side.
 
     Args:
-        protocol: of the scores; the sums (..., runs * d) hold those of all runs side by side.
-        first: runs of the first side, which come first.
-        second: runs of the second side.
+        protocol: protocol of the scores; the sums (..., runs * d) concatenate those of all runs.
+        first: number of runs of the first side, which come first.
+        second: number of runs of the second side.
     """
 
     protocol: Scores
@@ -57,23 +57,23 @@ class Difference:
 
     @property
     def keys(self) -> Sequence[str]:
-        """Names of the scores."""
+        """Return the names of the scores."""
         return self.protocol.keys
 
     @property
     def signed(self) -> Collection[str]:
-        """All of them."""
+        """Return all names: any difference may be negative."""
         return self.keys
 
     @property
     def highest(self) -> Mapping[str, float]:
-        """Of none: two scores of at most 1 may differ by more."""
+        """Return no bounds: two scores of at most 1 may differ by more than 1."""
         return {}
 
     def scores(self, sums: np.ndarray) -> dict[str, np.ndarray]:
         """Return each key's difference (...)."""
         found = self.protocol.scores(sums.reshape(*sums.shape[:-1], self.first + self.second, -1))
-        # beside one of the runs, since means of equal scores, of more runs and of fewer, may differ in the last place
+        # relative to one run: means of equal scores over different numbers of runs may differ in the last digit
         beside = {key: values - values[..., :1] for key, values in found.items()}
         parts = {key: np.split(values, [self.first], axis=-1) for key, values in beside.items()}
         return {key: second.mean(axis=-1) - first.mean(axis=-1) for key, (first, second) in parts.items()}
@@ -81,14 +81,14 @@ class Difference:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A score or a difference, and how far it may be off.
+    """A score or a difference, with its standard error.
 
     Args:
-        value: nan where it is undefined.
-        error: its standard error; nan where there are too few units for one.
+        value: nan where undefined.
+        error: standard error; nan with too few units.
         freedom: degrees of freedom of the error.
-        share: it lies in 0..1, and so does its interval, which is that of its logit.
-        highest: that it can be, where its interval ends.
+        share: whether the value and its interval lie in 0..1; the interval is then computed on the logit scale.
+        highest: upper bound of the value, where its interval ends.
     """
 
     value: float
@@ -99,10 +99,10 @@ class Estimate:
 
     @property
     def ci95(self) -> list[float] | None:
-        """The 95 % interval; None where there is no error."""
+        """Return the 95 % interval; None without an error."""
         if not isfinite(self.value) or not isfinite(self.error):
             return None
-        from scipy.special import stdtrit  # not before it is asked for: each start of the program would wait for it
+        from scipy.special import stdtrit  # lazy import: it would slow down every program start
 
         if not self.error:
             return [self.value, self.value]
@@ -114,7 +114,7 @@ class Estimate:
 
     @property
     def p(self) -> float | None:
-        """The chance of a value this far from 0 if the truth were 0; below 0.05 where `ci95` leaves 0 out."""
+        """Return the p-value of the value under a true value of 0; below 0.05 where `ci95` excludes 0."""
         if self.ci95 is None:
             return None
         if not self.error:
@@ -125,9 +125,9 @@ class Estimate:
 
 
 def jackknife(protocol: Scores, sums: np.ndarray) -> dict[str, Estimate]:
-    """Return each key's score of all units with its error, from sums (U, d) over each.
+    """Return each key's score over all units with its error, from sums (U, d) of the units.
 
-    A score that is undefined without one of the units rests on that unit alone, and has no error.
+    A score that is undefined without one of the units depends on that unit alone, and has no error.
     """
     values = {key: float(value) for key, value in protocol.scores(sums.sum(axis=0)).items()}
     count = len(sums)
@@ -144,7 +144,7 @@ def jackknife(protocol: Scores, sums: np.ndarray) -> dict[str, Estimate]:
 
 
 def without_each(protocol: Scores, sums: np.ndarray) -> dict[str, np.ndarray]:
-    """Return each key's scores (U,) of all units but one, from sums (U, d) over each."""
+    """Return each key's scores (U,) of all units but one, from sums (U, d) of the units."""
     whole, at_once = sums.sum(axis=0), max(1, _AT_ONCE // sums.shape[1])
     parts = [protocol.scores(whole - sums[start : start + at_once]) for start in range(0, len(sums), at_once)]
     return {key: np.concatenate([part[key] for part in parts]) for key in protocol.keys}
@@ -153,15 +153,15 @@ def without_each(protocol: Scores, sums: np.ndarray) -> dict[str, np.ndarray]:
 def mean_of(values: Sequence[float]) -> Estimate:
     """Return the mean of independent values, such as scores of several seeds, with its error (Student, 1908).
 
-    Where one of them is undefined, so is the mean.
+    The mean is undefined if one of the values is.
     """
-    if len(values) < 2 or not all(map(isfinite, values)):  # of such stdev raises
+    if len(values) < 2 or not all(map(isfinite, values)):  # stdev raises on these
         return Estimate(fmean(values) if values else nan)
     return Estimate(fmean(values), stdev(values) / sqrt(len(values)), len(values) - 1)
 
 
 def widened(estimate: Estimate, others: Sequence[Estimate]) -> Estimate:
-    """Return an estimate whose error has those of others beside its own (F. E. Satterthwaite, 1946)."""
+    """Return an estimate whose error includes those of other estimates (F. E. Satterthwaite, 1946)."""
     parts = [(each.error**2, each.freedom) for each in (estimate, *others)]
     whole = sum(variance for variance, _ in parts)
     if not whole > 0:
@@ -171,7 +171,7 @@ def widened(estimate: Estimate, others: Sequence[Estimate]) -> Estimate:
 
 
 def holm(chances: Sequence[float | None]) -> list[float | None]:
-    """Return p-values that hold for all of them together (S. Holm, 1979); None stays, and counts for nothing."""
+    """Return p-values adjusted for multiple comparisons (S. Holm, 1979); None stays None and does not count."""
     order = sorted((chance, place) for place, chance in enumerate(chances) if chance is not None)
     adjusted: list[float | None] = [None] * len(chances)
     least = 0.0

@@ -1,4 +1,4 @@
-"""Scores with all that explains them, of one folder of predictions, and the difference of two; no torch."""
+"""JSON summary of the scores of one folder of predictions, and the difference of two folders; no torch."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from dinoseg.metrics.protocols.contract import ScoreProtocol
 
 
 def summary(protocol: ScoreProtocol, scored: Scored) -> dict[str, Any]:
-    """Return the scores with everything that explains them, ready for JSON; None means undefined."""
+    """Return scores, rows by class and unit, rules, intervals and notes, ready for JSON; None means undefined."""
     unit_scores = protocol.scores(scored.sums)
     rows = [
         {"name": name, **{key: _plain(unit_scores[key][index]) for key in protocol.keys}, **scored.rows[index]}
@@ -34,13 +34,13 @@ def summary(protocol: ScoreProtocol, scored: Scored) -> dict[str, Any]:
 
 
 def difference(protocol: ScoreProtocol, first: Scored, second: Scored) -> dict[str, dict[str, Any]]:
-    """Return for each key `second` minus `first`, with the interval of this paired difference, and its p-value.
+    """Return for each key `second` minus `first`, with the interval and p-value of this paired difference.
 
-    Each unit is left out of both at once, so what makes a video hard for both does not widen the interval. A case,
-    which is a frame or a sequence, that only one of them has is left out of both (`left_out`), and the unit with its
-    last case. Where they share no case, all values are None and `n` is 0.
+    Each unit is left out of both at once, so a video that is hard for both does not widen the interval. A case (a frame
+    or a sequence) that only one folder has is left out of both and counted in `left_out`; a unit is left out with its
+    last case. If the folders share no case, all values are None and `n` is 0.
     """
-    # by case, not by unit: a video of which one side lacks a frame is still compared on the others
+    # by case, not by unit: if one side lacks a frame, the video's other frames are still compared
     names = [{case.name for case, _ in scored.cases} for scored in (first, second)]
     shared, left_out = names[0] & names[1], len(names[0] ^ names[1])
     if not shared:

@@ -1,4 +1,4 @@
-"""ADE20K scene parsing: mean IoU over all classes and pixel accuracy, as its benchmark counts them."""
+"""ADE20K scene parsing: mean IoU over all classes and pixel accuracy, as in its benchmark."""
 
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,10 @@ _CLASSES = 150
 
 
 class Ade20k(DatasetProtocol):
-    """Scores of the scene parsing benchmark: same-named PNGs of ids 1..150, 0 in the reference is ignored.
+    """Scores of the scene parsing benchmark: PNGs of the same name with ids 1..150; 0 in the reference is ignored.
 
     Args:
-        num_classes: null for the 150 of the benchmark.
+        num_classes: number of classes; null for the benchmark's 150.
     """
 
     name = "ade20k"
@@ -45,7 +45,7 @@ class Ade20k(DatasetProtocol):
         }
 
     def find(self, reference: Path, prediction: Path) -> Cases:
-        """Return a case for each file of the reference."""
+        """Return a case for each reference file."""
         refuse_inside(reference, prediction)
         return match(
             _TREE.files(reference, "reference"),
@@ -74,7 +74,7 @@ class Ade20k(DatasetProtocol):
         }
 
     def per_class(self, sums: np.ndarray) -> list[dict[str, Any]]:
-        """Return IoU and accuracy of each class, by its id in the files."""
+        """Return IoU and accuracy of each class, by the class's id in the files."""
         hits, wrong, missed = self._counts(sums)
         values = zip(ratio(hits, hits + wrong + missed), ratio(hits, hits + missed), strict=True)
         return [
@@ -83,7 +83,7 @@ class Ade20k(DatasetProtocol):
         ]
 
     def file_ids(self, ids: np.ndarray) -> np.ndarray:
-        """Return the ids of the files, which start at 1."""
+        """Return the ids in the benchmark's files, which start at 1."""
         return (ids.astype(np.int64) + 1).astype(np.uint8)
 
     def _counts(self, sums: np.ndarray) -> tuple[np.ndarray, ...]:

@@ -1,4 +1,4 @@
-"""All the bad files of a case that is scored as a whole: one is enough to leave it out, and each should be named."""
+"""Collection of all bad files of a case that is scored as a whole: one drops the case, but all are named."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,10 +12,10 @@ from dinoseg.metrics.protocols.trees import refuse_other_size
 
 
 class BadFiles:
-    """Collect the bad files of a case, each with its first reason.
+    """Collects the bad files of a case, each with its first reason.
 
     Args:
-        unit: what the case is and what is left out with it, such as `sequence`.
+        unit: name of the unit that is left out, such as `sequence`.
     """
 
     def __init__(self, unit: str) -> None:
@@ -23,12 +23,12 @@ class BadFiles:
         self._reasons: dict[Path, str] = {}
 
     def __bool__(self) -> bool:
-        """Return whether there are any."""
+        """Return whether there are any bad files."""
         return bool(self._reasons)
 
     @contextmanager
     def noted(self) -> Iterator[None]:
-        """Note a file that is found bad inside, and go on after it."""
+        """Record a file that turns out bad inside the block, and continue after the block."""
         try:
             yield
         except BadFile as error:
@@ -38,7 +38,7 @@ class BadFiles:
     def read_pair(
         self, file: Path, predicted: Path, read: Callable[[Path], np.ndarray]
     ) -> tuple[np.ndarray, np.ndarray] | None:
-        """Return reference and prediction (H, W), or None once they are noted: unreadable, or of different sizes."""
+        """Return reference and prediction (H, W); None if they are unreadable or differ in size, which is recorded."""
         maps = []
         for path in (file, predicted):
             with self.noted():
@@ -51,7 +51,7 @@ class BadFiles:
         return None
 
     def refuse(self) -> NoReturn:
-        """Raise a BadFile that names them all."""
+        """Raise a `BadFile` that names all bad files."""
         (path, reason), *more = (
             (path, f"{reason.rstrip('.')}, so its {self._unit} is not scored.")
             for path, reason in self._reasons.items()

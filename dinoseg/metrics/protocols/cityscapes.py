@@ -1,4 +1,4 @@
-"""Cityscapes: class and category IoU, and the instance-weighted iIoU, of its official pixel-level evaluation."""
+"""Cityscapes: class and category IoU, and instance-weighted iIoU, of the official pixel-level evaluation."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from dinoseg.metrics.protocols.trees import Tree, match, pictures_hint, read_bot
 from dinoseg.utils.errors import UserError
 
 ENDING = "_gtFine_labelIds.png"
-AVERAGE_SIZES = {  # pixels of an instance in the training set, as the official evaluation fixes them
+AVERAGE_SIZES = {  # pixels per instance in the training set, as fixed by the official evaluation
     **{"person": 3462.4756337644, "rider": 3930.4788056518, "car": 12794.0202738185, "truck": 27855.1264367816},
     **{"bus": 35732.1511111111, "train": 67583.7075812274, "motorcycle": 6298.7200839748},
     **{"bicycle": 4672.3249222261},
@@ -32,11 +32,11 @@ _THING_CATEGORIES = sorted({int(_CATEGORY[label]) for label in _THINGS})
 _REFERENCE = Tree(ENDING, f"<city>/<city>_<sequence>_<frame>{ENDING}, such as gtFine/val", depth=1)
 _PREDICTION = Tree(layout="PNG files whose names begin with <city>_<sequence>_<frame>")
 _NO_INSTANCES = "is missing, and iIoU needs it. It comes with gtFine_trainvaltest.zip: put it beside the label ids."
-_LOOKED_AT = 8  # predictions that are searched for train ids
+_LOOKED_AT = 8  # predictions searched for train ids
 
 
 class Cityscapes(DatasetProtocol):
-    """Scores of Cityscapes: label ids 0..33 on both sides, `_gtFine_instanceIds.png` beside each reference."""
+    """Scores of Cityscapes: label ids 0..33 on both sides, with `_gtFine_instanceIds.png` next to each reference."""
 
     name = "cityscapes"
     unit = "image"
@@ -58,7 +58,7 @@ class Cityscapes(DatasetProtocol):
         }
 
     def find(self, reference: Path, prediction: Path) -> Cases:
-        """Return a case for each image of the reference that has its instances and one prediction."""
+        """Return a case for each reference image that has its instance file and exactly one prediction."""
         by_image = _by_image(_PREDICTION.files(prediction, "prediction"))
         references = _REFERENCE.files(reference, "reference", lambda name: _image(name) in by_image)
         predictions = {name: by_image.pop(_image(name)) for name in references if _image(name) in by_image}
@@ -81,7 +81,7 @@ class Cityscapes(DatasetProtocol):
         return listing
 
     def measure(self, case: Case) -> Measured:
-        """Return the matrix (34 * 34,) of an image, then weighted hits and misses of instances (2 * 10,)."""
+        """Return the matrix (34 * 34,) of an image, followed by weighted hits and misses of instances (2 * 10,)."""
         reference, prediction = read_both(case)
         reference_file, prediction_file = case.files[0]
         for ids, path in ((reference, reference_file), (prediction, prediction_file)):
@@ -89,7 +89,7 @@ class Cityscapes(DatasetProtocol):
             rule = f"Label ids are 0..{_SIZE - 1}; map train ids (0..18, 255 = ignored) to them first."
             refuse_ids(ids, (ids < 0) | (ids >= _SIZE), path, rule)
         path = _instance_file(reference_file)
-        instances = read_labels(path).astype(np.int32)  # in 8 bits where no pixel is of a thing
+        instances = read_labels(path).astype(np.int32)  # 8-bit if no pixel is of a thing
         if instances.shape != reference.shape:
             raise BadFile(path, f"is not of the size of {reference_file}. Take both from one archive.")
         labels = instances // 1000
@@ -114,7 +114,7 @@ class Cityscapes(DatasetProtocol):
         }
 
     def per_class(self, sums: np.ndarray) -> list[dict[str, Any]]:
-        """Return the IoU of each of the 19 classes, and the iIoU of those with instances."""
+        """Return the IoU of each of the 19 classes, and the iIoU of classes with instances."""
         matrix, weighted = _split(sums)
         values = iou(*parts(matrix, _SCORED))
         instance_values = dict(zip(_THINGS, _instance_iou(matrix, weighted), strict=True))
@@ -129,7 +129,7 @@ class Cityscapes(DatasetProtocol):
         ]
 
     def case(self, name: str, reference: Path, prediction: Path) -> Case:
-        """Return the case of one image; a reference in train ids stands for the label ids beside it."""
+        """Return the case of one image; a reference in train ids is replaced by the label ids next to it."""
         labels = reference.with_name(reference.name.replace("_labelTrainIds.", "_labelIds."))
         if not (instances := _instance_file(labels)).is_file():
             raise BadFile(instances, _NO_INSTANCES)
@@ -147,9 +147,9 @@ def _split(sums: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _instance_counts(instances: np.ndarray, labels: np.ndarray, prediction: np.ndarray) -> np.ndarray:
-    """Return weighted hits and misses (2, 10): of each class with instances, then of each of their categories."""
+    """Return weighted hits and misses (2, 10): of each class with instances, then of each category of these classes."""
     numbers = np.where(instances > 1000, instances, 0)
-    labels = np.minimum(labels, _SIZE - 1)  # group regions and pixels without instance are counted at number 0
+    labels = np.minimum(labels, _SIZE - 1)  # group regions and pixels without an instance count as number 0
     length = 1000 * _SIZE
     sizes = np.bincount(numbers.ravel(), minlength=length)
     right = np.bincount(numbers[prediction == labels], minlength=length)
@@ -167,7 +167,7 @@ def _instance_counts(instances: np.ndarray, labels: np.ndarray, prediction: np.n
 
 
 def _instance_iou(matrix: np.ndarray, weighted: np.ndarray) -> np.ndarray:
-    """Return the iIoU (..., 8) of each class with instances; false positives are plain pixels."""
+    """Return the iIoU (..., 8) of each class with instances; false positives are unweighted pixels."""
     wrong = parts(matrix, _SCORED)[1][..., [_SCORED.index(label) for label in _THINGS]]
     count = len(_THINGS)
     return iou(weighted[..., 0, :count], wrong, weighted[..., 1, :count])
@@ -176,12 +176,12 @@ def _instance_iou(matrix: np.ndarray, weighted: np.ndarray) -> np.ndarray:
 def _category_parts(
     matrix: np.ndarray, categories: Sequence[int], *, columns: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return true positives, false positives and false negatives (..., C): mistakes inside a category are none.
+    """Return true positives, false positives and false negatives (..., C), ignoring confusions within a category.
 
     Args:
         matrix: counts (..., 34, 34).
         categories: ids of the C categories.
-        columns: predicted labels that stand for their category; iIoU takes ignored ones too.
+        columns: predicted labels that count for their category; for iIoU, ignored labels too.
     """
     by_category = []
     for category in categories:
@@ -197,13 +197,13 @@ def _category_parts(
 
 
 def _image(name: str) -> str:
-    """Return `<city>_<sequence>_<frame>` of a path, or the path where it has none."""
+    """Return `<city>_<sequence>_<frame>` of a path, or the whole path if it has no such name."""
     start = _IMAGE.match(name.rpartition("/")[2])
     return start[0] if start else name
 
 
 def _by_image(files: Mapping[str, Path]) -> dict[str, list[Path]]:
-    """Return the files of each image."""
+    """Group files by image."""
     by_image: dict[str, list[Path]] = {}
     for name, path in files.items():
         by_image.setdefault(_image(name), []).append(path)
@@ -215,14 +215,14 @@ def _instance_file(reference: Path) -> Path:
 
 
 def _refuse_train_ids(cases: Sequence[Case], folder: Path) -> None:
-    """Refuse predictions whose ids are those of training: they would score near nothing, without an error."""
+    """Refuse predictions in train ids, which would score nearly 0 without an error."""
     held: set[int] = set()
     paths = [path for case in islice(cases, _LOOKED_AT) for _, path in case.files if path is not None]
     for path in paths:
         try:
             held |= set(np.unique(read_labels(path)).tolist())
         except BadFile:
-            continue  # told when it is measured
+            continue  # reported by `measure`
     seen = held - {255}
     if seen and max(seen) < len(_TRAIN_IDS) and seen & set(range(1, 7)):
         raise UserError(

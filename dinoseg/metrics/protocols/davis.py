@@ -1,4 +1,4 @@
-"""DAVIS's official scores of video object segmentation: 2017 semi-supervised and unsupervised, and 2016."""
+"""Official DAVIS scores of video object segmentation: 2017 semi-supervised and unsupervised, and 2016."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -18,7 +18,7 @@ from dinoseg.utils.ranges import Count
 
 KEYS = ("J&F-Mean", "J-Mean", "J-Recall", "J-Decay", "F-Mean", "F-Recall", "F-Decay")
 VOID = 255
-_LATER_SETS = ("test-dev", "test-challenge")  # sets that were drawn anew for the unsupervised task
+_LATER_SETS = ("test-dev", "test-challenge")  # sets with new sequences for the unsupervised task
 MAX_OBJECTS = 254
 
 _RESOLUTION = "as annotated; another size is an error"
@@ -33,10 +33,10 @@ _SHORT = "a sequence of one or two frames has none to score and adds no object; 
 
 
 class Sequences(ScoreProtocol):
-    """Scores of the objects in the sequences of a set of DAVIS: each statistic in sum over objects, and their number.
+    """Base class of DAVIS scores: each statistic summed over the objects of a sequence, and the number of objects.
 
     Args:
-        layout: where they lie.
+        layout: layout of the sequences on disk.
     """
 
     unit = "sequence"
@@ -51,7 +51,7 @@ class Sequences(ScoreProtocol):
         return self.layout.find(reference, prediction)
 
     def scores(self, sums: np.ndarray) -> dict[str, np.ndarray]:
-        """Return the scores (...) from sums (..., 7); nan without an object."""
+        """Return the scores (...) from sums (..., 7); nan without objects."""
         count = sums[..., -1:]
         means = np.divide(sums[..., :-1], count, out=np.full(sums[..., :-1].shape, np.nan), where=count > 0)
         scores = dict(zip(KEYS[1:], np.moveaxis(means, -1, 0), strict=True))
@@ -59,7 +59,7 @@ class Sequences(ScoreProtocol):
 
 
 class Davis2017(Sequences):
-    """Semi-supervised DAVIS-2017: objects are known from the first frame, and tracked under their ids.
+    """Semi-supervised DAVIS-2017: objects are given in the first frame and tracked under their ids.
 
     Args:
         split: list of sequences below ImageSets/2017.
@@ -88,7 +88,7 @@ class Davis2017(Sequences):
         }
 
     def measure(self, case: Case) -> Measured:
-        """Return the objects' statistics in sum, and their number: (7,) float64."""
+        """Return the summed statistics of the objects, and their number: (7,) float64."""
         bad = BadFiles(self.unit)
         count = _num_objects(case, bad)
         rule = _allowed(count, "the objects of the first annotated frame")
@@ -104,12 +104,12 @@ class Davis2017(Sequences):
 
 
 class Davis2017Unsupervised(Sequences):
-    """Unsupervised DAVIS-2017: proposals under ids of their own, matched to the objects of a sequence.
+    """Unsupervised DAVIS-2017: proposals with arbitrary ids, matched to the objects of a sequence.
 
     Args:
         split: list of sequences below ImageSets/2017, or of test-dev and test-challenge below ImageSets/2019.
         resolution: folder below Annotations_unsupervised.
-        max_proposals: largest id that a prediction may hold; official: 20.
+        max_proposals: largest valid id of a prediction; official: 20.
 
     Raises:
         UserError: the number of proposals is out of range.
@@ -145,7 +145,7 @@ class Davis2017Unsupervised(Sequences):
         }
 
     def measure(self, case: Case) -> Measured:
-        """Return the matched objects' statistics in sum, and their number: (7,) float64."""
+        """Return the summed statistics of the matched objects, and their number: (7,) float64."""
         bad = BadFiles(self.unit)
         objects, proposals = _num_objects(case, bad), 0
         rule = _allowed(self.max_proposals, "proposals")
@@ -169,10 +169,10 @@ class Davis2017Unsupervised(Sequences):
 
 
 class Davis2016(Sequences):
-    """DAVIS-2016: one foreground in each sequence, whatever its id.
+    """DAVIS-2016: one foreground object in each sequence, whatever its id.
 
     Args:
-        split: list of sequences below ImageSets/2016, or below ImageSets/480p as DAVIS-2016 shipped it.
+        split: list of sequences below ImageSets/2016, or below ImageSets/480p as in the original DAVIS-2016.
         resolution: folder below Annotations.
     """
 
@@ -190,7 +190,7 @@ class Davis2016(Sequences):
         }
 
     def measure(self, case: Case) -> Measured:
-        """Return the sequence's statistics, and 1: (7,) float64."""
+        """Return the sequence's statistics, and a count of 1: (7,) float64."""
         bad = BadFiles(self.unit)
         scores = []
         for _, reference, prediction in _frames(case, bad, skip_ends=True, read=_read_foreground):
@@ -202,7 +202,10 @@ class Davis2016(Sequences):
 
 
 def _num_objects(case: Case, bad: BadFiles) -> int:
-    """Return the largest id of a sequence's first annotated frame, void aside; any id may be one where it is bad."""
+    """Return the largest id, except void, of a sequence's first annotated frame.
+
+    If that frame is bad, return `sys.maxsize`, which accepts any id.
+    """
     with bad.noted():
         return _largest_id(case)
     return sys.maxsize
@@ -221,7 +224,7 @@ def _largest_id(case: Case) -> int:
 
 
 def _read_foreground(path: Path) -> np.ndarray:
-    """Return 1 where a grey, palette or colour file holds anything but 0, as (H, W) uint8."""
+    """Return 1 where a grey, palette or colour file is not 0, as (H, W) uint8."""
     try:
         pixels = read_ids(path)
     except UserError as error:
@@ -233,7 +236,7 @@ def _read_foreground(path: Path) -> np.ndarray:
 def _frames(
     case: Case, bad: BadFiles, *, skip_ends: bool, read: Callable[[Path], np.ndarray] = read_labels
 ) -> Iterator[tuple[Path, np.ndarray, np.ndarray]]:
-    """Yield prediction file, reference and prediction (H, W) of each scored frame that is sound, one at a time."""
+    """Yield prediction file, reference and prediction (H, W) of each valid scored frame, one at a time."""
     for file, predicted in case.files[1:-1] if skip_ends else case.files:
         assert predicted is not None
         maps = bad.read_pair(file, predicted, read)

@@ -1,4 +1,4 @@
-"""DAVIS as it lies on disk: the sequences of a set, their annotations, and the results beside these."""
+"""Folder layout of DAVIS: sequences of a set, their annotations, and the predictions."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,23 +11,23 @@ from dinoseg.utils.files import entries, is_name
 from dinoseg.utils.wording import listed
 
 _SHOWN = 5  # names in a message
-TRACKED, MASKS = "track.json", "masks"  # of a finished run of mode=track
+TRACKED, MASKS = "track.json", "masks"  # in a finished run of mode=track
 _TRACKED_FORM = forms.holding(input=forms.text)
 
 
 @dataclass(frozen=True)
 class DavisLayout:
-    """Where the sequences of a task lie below the data set's root.
+    """Layout of a task's sequences below the root of the data set.
 
     Args:
         annotations: folder of the masks.
-        years: folders below ImageSets that may hold the list of sequences, the first one that does counts.
+        years: folders below ImageSets that may hold the list of sequences; the first match counts.
         split: name of that list.
         resolution: folder below the annotations.
-        skip_ends: the first and the last frame of a sequence are not scored and need no prediction.
+        skip_ends: whether the first and last frame of a sequence are not scored and need no prediction.
 
     Raises:
-        UserError: split or resolution is no name.
+        UserError: split or resolution is not a valid name.
     """
 
     annotations: str
@@ -42,10 +42,10 @@ class DavisLayout:
                 raise UserError(f"protocol.{option}={value} is no name. Give one such as {example}.")
 
     def find(self, reference: Path, prediction: Path) -> Cases:
-        """Return a case for each sequence of the set: all its annotated frames in order.
+        """Return a case for each sequence of the set, with all its annotated frames in order.
 
         Raises:
-            UserError: the root is none of DAVIS, lacks the set or the resolution, or nothing is predicted.
+            UserError: the root is not that of DAVIS or lacks the set or the resolution, or there is no prediction.
         """
         if (tracked := tracked_sequence(prediction)) is not None:
             return self._find_tracked(reference, prediction, tracked)
@@ -65,7 +65,7 @@ class DavisLayout:
         return listing
 
     def _find_tracked(self, reference: Path, run: Path, name: str) -> Cases:
-        """Return the case of a run folder of mode=track: one video, in the set or with a folder of masks of its own."""
+        """Return the case of a mode=track run folder: one video, from the set or with its own folder of masks."""
         listing, masks = Cases([]), reference
         if (reference / "ImageSets").is_dir():
             masks = self._masks_folder(reference) / name
@@ -107,7 +107,7 @@ class DavisLayout:
             listing.cases.append(Case(name, name, files))
 
     def _sequences(self, root: Path) -> list[str]:
-        """Return the sequences that the list names: one a line, or one line a frame as DAVIS-2016 shipped it."""
+        """Return the sequences in the list: one per line, or one line per frame as in the original DAVIS-2016."""
         file = self._set_file(root)
         content = file.read_text(encoding="utf-8-sig", errors="surrogateescape")
         lines = [line.strip() for line in content.splitlines() if line.strip()]
@@ -153,7 +153,7 @@ class DavisLayout:
 
 
 def tracked_sequence(folder: Path) -> str | None:
-    """Return the name of the video that a run folder of mode=track is of; None: it is no such folder."""
+    """Return the video name of a mode=track run folder; None for any other folder."""
     record = folder / TRACKED
     if not (record.is_file() and (folder / MASKS).is_dir()):
         return None
@@ -170,7 +170,7 @@ def _sequence(line: str) -> str:
 
 
 def _pngs(folder: Path) -> dict[str, Path]:
-    """Return file name to path in the order of the names; hidden files are none."""
+    """Return the PNG files of a folder by name, sorted by name, without hidden files."""
     return {path.name: path for path in entries(folder) if path.suffix == ".png"}
 
 

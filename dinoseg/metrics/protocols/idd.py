@@ -1,4 +1,4 @@
-"""India Driving Dataset: the mean IoU of its official script at the three levels of its classes."""
+"""India Driving Dataset: mean IoU of its official script at the three levels of its class hierarchy."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,7 +26,7 @@ _REFERENCE = Tree(ENDING, f"<drive>/<id>{ENDING} (mode=prepare data=idd makes th
 
 
 def _groups(fine: str, coarse: str) -> np.ndarray:
-    """Return for each class of a level the one it belongs to at a coarser level."""
+    """Return the class at a coarser level of each class at a finer level."""
     pairs = {int(row[fine]): int(row[coarse]) for row in label_table("idd") if row[fine] != "255"}
     return np.array([pairs[index] for index in range(len(pairs))])
 
@@ -35,19 +35,19 @@ _TO_LEVEL2, _TO_LEVEL1 = _groups("level3", "level2"), _groups("level2", "level1"
 
 
 class Frames(DatasetProtocol):
-    """One matrix over the frames `<drive>/<id>` of all drives, each resized by Pillow's nearest neighbour.
+    """Base class of IDD scores: one matrix over the frames `<drive>/<id>` of all drives, resized by nearest neighbour.
 
     Args:
-        resolution: height of the frames that are compared.
+        resolution: height of the compared frames.
         sizes: the official (W, H) of each height.
 
     Raises:
-        UserError: there is no such resolution.
+        UserError: the resolution is unknown.
     """
 
     unit = "drive"
     any_size = True
-    classes: Sequence[str]  # of the ids 0 to K - 1; every larger one is void
+    classes: Sequence[str]  # names of the ids 0 to K - 1; larger ids are void
     version: str  # of the official script
     reference_tree: Tree
     prediction_tree: Tree
@@ -72,7 +72,7 @@ class Frames(DatasetProtocol):
         }
 
     def find(self, reference: Path, prediction: Path) -> Cases:
-        """Return a case for each frame of the reference."""
+        """Return a case for each reference frame."""
         predictions = self.prediction_tree.files(prediction, "prediction")
         return match(
             self.reference_tree.files(reference, "reference", predictions.__contains__),
@@ -83,10 +83,10 @@ class Frames(DatasetProtocol):
         )
 
     def measure(self, case: Case) -> Measured:
-        """Return the matrix ((K + 1)^2,) of a frame, in which every id from K on is one.
+        """Return the matrix ((K + 1)^2,) of a frame, where all ids of K or more share the last index.
 
         Raises:
-            BadFile: a file is unreadable or in colours.
+            BadFile: a file is unreadable or has colour channels.
         """
         void = len(self.classes)
         (reference_file, prediction_file), *_ = case.files
@@ -101,7 +101,7 @@ class Frames(DatasetProtocol):
         )
 
     def matrix(self, sums: np.ndarray) -> np.ndarray:
-        """Return the matrix (..., K + 1, K + 1) that sums hold; its last id is void."""
+        """Return sums as a matrix (..., K + 1, K + 1), whose last id is void."""
         size = len(self.classes) + 1
         return sums.reshape(*sums.shape[:-1], size, size)
 
@@ -115,7 +115,7 @@ class Frames(DatasetProtocol):
         return [{"id": index, "name": name, "IoU": float(value)} for index, (name, value) in enumerate(rows)]
 
     def unit_of(self, name: str) -> str:
-        """Return the drive that a frame's name begins with."""
+        """Return the drive at the start of a frame's name."""
         return name.rpartition("/")[0] or name
 
 
@@ -123,8 +123,8 @@ class Idd(Frames):
     """Mean IoU of IDD, `<drive>/<id>_gtFine_labellevel3Ids.png` on both sides.
 
     Args:
-        resolution: height that reference and prediction are resized to by Pillow's nearest neighbour, as the official
-            script does: 720, 1080, 480 or 240.
+        resolution: height to which reference and prediction are resized by Pillow's nearest neighbour, as in the
+            official script: 720, 1080, 480 or 240.
     """
 
     name = "idd"
@@ -149,7 +149,7 @@ class Idd(Frames):
         """Return the four means (...)."""
         known = self.matrix(sums)[..., : len(NAMES), : len(NAMES)]
         level2 = grouped(known, _TO_LEVEL2)
-        misread = known[..., : len(_TO_LEVEL1), : len(_TO_LEVEL1)]  # level-3 ids where level 2 belongs
+        misread = known[..., : len(_TO_LEVEL1), : len(_TO_LEVEL1)]  # level-3 ids misread as level 2
         return {
             "mIoU_level3": mean_defined(self.ious(sums)),
             "mIoU_level2": _mean_iou(level2),

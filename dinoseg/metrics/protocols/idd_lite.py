@@ -1,4 +1,4 @@
-"""IDD-Lite: the mean IoU over its seven classes, the last number that its official script prints."""
+"""IDD-Lite: mean IoU over its seven classes, the last number that the official script prints."""
 
 import numpy as np
 
@@ -18,8 +18,8 @@ class IddLite(Frames):
     """Mean IoU of IDD-Lite, `<drive>/<id>_label.png` on both sides.
 
     Args:
-        resolution: height that reference and prediction are resized to by Pillow's nearest neighbour, as the official
-            script does: 128, or one of IDD's.
+        resolution: height to which reference and prediction are resized by Pillow's nearest neighbour, as in the
+            official script: 128, or one of IDD's.
     """
 
     name = "idd_lite"

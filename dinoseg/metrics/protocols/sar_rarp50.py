@@ -1,4 +1,4 @@
-"""SAR-RARP50's official segmentation scores (EndoVis challenge 2022): mIoU, mNSD and what they combine to."""
+"""Official SAR-RARP50 segmentation scores (EndoVis challenge 2022): mIoU, mNSD and their combination."""
 
 import math
 from collections.abc import Sequence
@@ -33,12 +33,12 @@ OFFICIAL_TOLERANCE = 10.0
 
 
 class VideoFrames(DatasetProtocol):
-    """Frames `<video>/segmentation/<stem>.png` on both sides, of which predictions may be missing."""
+    """Base class for frames `<video>/segmentation/<stem>.png` on both sides, where predictions may be missing."""
 
     unit = "video"
 
     def find(self, reference: Path, prediction: Path) -> Cases:
-        """Return a case for each frame of the reference."""
+        """Return a case for each reference frame."""
         return find_frames(reference, prediction)
 
     def target(self, name: str) -> str:
@@ -53,18 +53,18 @@ class VideoFrames(DatasetProtocol):
         return f"{video}/{FOLDER}/{stem}.png"
 
     def case(self, name: str, reference: Path, prediction: Path) -> Case:
-        """Return the case of a frame from the files of its masks, also where its prediction is missing."""
+        """Return the case of a frame from its mask files; the prediction may be missing."""
         return Case(name, name.rpartition("/")[0], ((reference, prediction if prediction.is_file() else None),))
 
 
 class SarRarp50(VideoFrames):
-    """Scores as `rarptk evaluate` counts them: per frame, then over classes, a video's frames, and videos.
+    """Scores as in `rarptk evaluate`: per frame, then averaged over classes, a video's frames, and videos.
 
     Args:
-        tolerance: distance of two outlines that still counts as agreement, in pixels, inclusive; official: 10.
+        tolerance: distance within which two boundaries agree, in pixels, inclusive; official: 10.
 
     Raises:
-        UserError: the tolerance is no distance.
+        UserError: the tolerance is not a valid distance.
     """
 
     name = "sar_rarp50"
@@ -96,7 +96,7 @@ class SarRarp50(VideoFrames):
         }
 
     def measure(self, case: Case) -> Measured:
-        """Return 1, the IoU and the NSD of classes 1 to 9: (19,) float64."""
+        """Return 1, then the IoU and the NSD of classes 1 to 9: (19,) float64."""
         reference, prediction = read_frame(case)
         values = np.zeros(2 * len(CLASSES))
         if prediction is not None:
@@ -106,7 +106,7 @@ class SarRarp50(VideoFrames):
         return Measured(np.concatenate(([1.0], values)), frame_details(case))
 
     def join(self, measured: Sequence[Measured]) -> np.ndarray:
-        """Return 1 and a video's means over its frames, so that videos add up with equal weights."""
+        """Return 1 and a video's means over its frames, so that all videos have equal weight."""
         total = super().join(measured)
         return total / total[0]
 
@@ -117,7 +117,7 @@ class SarRarp50(VideoFrames):
         return {"mIoU": miou, "mNSD": mnsd, "score": np.sqrt(miou * mnsd)}
 
     def per_class(self, sums: np.ndarray) -> list[dict[str, Any]]:
-        """Return `iou` and `nsd` of each class, means over a video's frames and over videos."""
+        """Return `iou` and `nsd` of each class, as means over a video's frames and over videos."""
         rows = zip(CLASSES, *_class_means(sums), strict=True)
         return [
             {"id": label, "name": name, "iou": float(iou), "nsd": float(nsd)}
@@ -171,12 +171,12 @@ def find_frames(reference: Path, prediction: Path) -> Cases:
 
 
 def frame_details(case: Case) -> dict[str, Any]:
-    """Return what a video's row sums up: its frames, and those without prediction."""
+    """Return the details that a video's row sums: frames, and frames without prediction."""
     return {"frames": 1, "missing": int(case.files[0][1] is None)}
 
 
 def read_frame(case: Case) -> tuple[np.ndarray, np.ndarray | None]:
-    """Return the ids (H, W) uint8 of reference and prediction, None where there is no prediction.
+    """Return the ids (H, W) uint8 of reference and prediction; None for a missing prediction.
 
     Raises:
         BadFile: a file is unreadable, coloured, of another size, or holds ids above 9.
@@ -230,12 +230,12 @@ def _folders_in(folder: Path) -> list[str]:
 
 
 def _masks_in(folder: Path) -> dict[str, Path]:
-    """Return file name to path of a folder's PNG files, without hidden ones and folders; empty where it is missing."""
+    """Return a folder's visible PNG files by name, without folders; empty if the folder is missing."""
     return {path.name: path for path in entries(folder) if path.suffix == ".png" and not path.is_dir()}
 
 
 def _add_video(listing: Cases, video: str, masks: dict[str, Path], folder: Path) -> None:
-    """Add a video's cases, and a note of what only one side has."""
+    """Add a video's cases, and a note on files that only one side has."""
     predicted = {path.name for path in entries(folder) if path.is_file()}
     for file, mask in masks.items():
         prediction = folder / file if file in predicted else None

@@ -1,4 +1,4 @@
-"""SAR-RARP50 as a public LoRA training code counted it: a mean over images, not the challenge's score."""
+"""SAR-RARP50 scores as in a public LoRA training code: a mean over images, not the challenge's score."""
 
 from typing import Any
 
@@ -7,13 +7,13 @@ import numpy as np
 from dinoseg.metrics.protocols.contract import Case, Measured
 from dinoseg.metrics.protocols.sar_rarp50 import CLASSES, VideoFrames, class_counts, frame_details, read_frame
 
-_EPSILON = 1e-6  # added to every union, as that code does
+_EPSILON = 1e-6  # added to every union, as in that code
 
 
 class SarRarp50Seed(VideoFrames):
-    """Mean over images of the mean IoU over the classes 1 to 9 that an image's reference or prediction holds.
+    """Mean over images of the mean IoU over those of the classes 1 to 9 in the image's reference or prediction.
 
-    Not comparable with challenge tables: classes absent from both are left out here and count 1 there.
+    It is not comparable with challenge tables: classes absent from both are left out here, but count as 1 there.
     """
 
     name = "sar_rarp50_seed"
@@ -32,7 +32,7 @@ class SarRarp50Seed(VideoFrames):
         }
 
     def measure(self, case: Case) -> Measured:
-        """Return the image's mean and 1, and each class's IoU and 1, with 0 for what is left out: (20,) float64."""
+        """Return the image's mean and count, then each class's IoU and count, with 0 where left out: (20,) float64."""
         reference, prediction = read_frame(case)
         both, either = class_counts(reference, np.zeros_like(reference) if prediction is None else prediction)
         held = either > 0
@@ -45,7 +45,7 @@ class SarRarp50Seed(VideoFrames):
         return {self.keys[0]: _ratio(sums[..., 0], sums[..., 1])}
 
     def per_class(self, sums: np.ndarray) -> list[dict[str, Any]]:
-        """Return each class's mean IoU over the `images` that hold it, nan where none does."""
+        """Return each class's mean IoU over the `images` that contain it; nan without such images."""
         iou, images = sums[2:].reshape(2, len(CLASSES))
         rows = zip(CLASSES, _ratio(iou, images), images, strict=True)
         return [

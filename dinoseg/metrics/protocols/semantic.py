@@ -1,4 +1,4 @@
-"""Any semantic segmentation: counts pooled over the whole data set, as mmseg and Hugging Face evaluate give them."""
+"""Generic semantic segmentation: counts pooled over the whole data set, as in mmseg and Hugging Face evaluate."""
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -15,22 +15,22 @@ from dinoseg.utils.ranges import Count, NotNegative
 from dinoseg.utils.wording import listed
 
 _TREE = Tree()
-_BAND = 0.02  # of the image diagonal: the width of Boundary IoU's band
+_BAND = 0.02  # width of the Boundary IoU band, as a share of the image diagonal
 
 
 class Semantic(DatasetProtocol):
-    """Pooled scores of two trees of same-named PNGs.
+    """Pooled scores of two trees of PNGs with the same names.
 
     Args:
-        num_classes: K; ids are 0..K-1. Null: as many as `classes`, or 2 for binary masks.
-        classes: their names, or None.
-        references: `references(path)` gives class ids and `ignore_index` (H, W) of a reference that is written
-            otherwise, `references(path, prediction, size)` at its prediction's size; None: it holds them as they are.
+        num_classes: K; ids are 0..K-1. Null: the number of `classes`, or 2 for binary masks.
+        classes: class names, or None.
+        references: reads another encoding. `references(path)` returns class ids and `ignore_index` (H, W);
+            `references(path, prediction, size)` does so at the prediction's size. None: the files hold class ids.
         ignore_index: reference id whose pixels do not count.
         reduce_zero_label: in references, 0 is ignored and class k is stored as k + 1; predictions hold 0..K-1.
-        boundary: score the Boundary IoU too.
-        nsd: score the normalised surface dice too.
-        tolerance: of the surface dice, in pixels, inclusive.
+        boundary: whether to score the Boundary IoU, too.
+        nsd: whether to score the normalised surface dice, too.
+        tolerance: tolerance of the surface dice in pixels, inclusive.
         binary: both sides hold 0 and 255 (or 0 and 1), which are the classes 0 and 1; nothing is ignored.
     """
 
@@ -116,10 +116,10 @@ class Semantic(DatasetProtocol):
         return rules
 
     def find(self, reference: Path, prediction: Path) -> Cases:
-        """Return a case for each file of the reference.
+        """Return a case for each reference file.
 
         Raises:
-            UserError: a folder is missing, or none of the files fit.
+            UserError: a folder is missing, or no file has a counterpart.
         """
         refuse_inside(reference, prediction)
         listing = match(
@@ -138,7 +138,7 @@ class Semantic(DatasetProtocol):
         return listing
 
     def measure(self, case: Case) -> Measured:
-        """Return the counts (3 * K,) of an image, then those of the outlines (2 * K each) that are asked for."""
+        """Return the counts (3 * K,) of an image, followed by those of the requested boundary scores (2 * K each)."""
         reference, prediction = self._read(case)
         if self.binary:
             reference, prediction = (
@@ -155,7 +155,7 @@ class Semantic(DatasetProtocol):
         return Measured(np.concatenate(counts), {"unknown_pixels_prediction": int((unknown & held).sum())})
 
     def _read(self, case: Case) -> tuple[np.ndarray, np.ndarray]:
-        """Return what reference and prediction hold (H, W)."""
+        """Return the ids of reference and prediction (H, W)."""
         if self.references is None:
             return read_both(case)
         (file, predicted), *_ = case.files
@@ -167,7 +167,7 @@ class Semantic(DatasetProtocol):
             raise BadFile(file, str(error).replace(f"{file} ", "it ")) from None
 
     def _ids(self, reference: np.ndarray, path: Path) -> tuple[np.ndarray, np.ndarray]:
-        """Return a reference's class ids and which pixels count (H, W)."""
+        """Return a reference's class ids (H, W), and which pixels count (H, W)."""
         ids, held = reference.astype(np.int64), np.ones(reference.shape, bool)
         if self.binary:
             return ids, held
@@ -185,7 +185,7 @@ class Semantic(DatasetProtocol):
         return ids, held
 
     def _outlines(self, reference: np.ndarray, prediction: np.ndarray) -> list[np.ndarray]:
-        """Return the counts (2 * K,) of Boundary IoU and of surface dice, those that are asked for."""
+        """Return the counts (2 * K,) of Boundary IoU and of surface dice, if requested."""
         present = np.union1d(reference, prediction)
         present = present[present < self.num_classes]
         counts = []
@@ -217,7 +217,7 @@ class Semantic(DatasetProtocol):
         return scores
 
     def per_class(self, sums: np.ndarray) -> list[dict[str, Any]]:
-        """Return the same scores of each class."""
+        """Return the scores of each class."""
         rows = self._counts(sums)
         hits, wrong, missed = rows[:3]
         values = {"IoU": iou(hits, wrong, missed), "accuracy": ratio(hits, hits + missed)}
@@ -232,18 +232,18 @@ class Semantic(DatasetProtocol):
         ]
 
     def _counts(self, sums: np.ndarray) -> np.ndarray:
-        """Return rows (R, ..., K): hits, false positives, false negatives, then two for each kind of outline."""
+        """Return rows (R, ..., K): hits, false positives, false negatives, then two rows for each boundary score."""
         return np.moveaxis(sums.reshape(*sums.shape[:-1], -1, self.num_classes), -2, 0)
 
 
 def _look_binary(references: Iterable[Path], read: Callable[[Path], np.ndarray]) -> bool:
-    """Return whether references hold 0 and 255 and nothing else; the first that holds more ends the search."""
+    """Return whether references hold 0 and 255 only; the search ends at the first file with other ids."""
     seen: set[int] = set()
     for path in references:
         try:
             seen |= set(np.unique(read(path)).tolist())
         except UserError:
-            continue  # told when it is measured
+            continue  # reported by `measure`
         if not seen <= {0, 255}:
             return False
     return len(seen) == 2
@@ -253,7 +253,7 @@ def _from_binary(numbers: np.ndarray, path: Path | None) -> np.ndarray:
     """Return a mask of 0 and 255, or of 0 and 1, as class ids (H, W).
 
     Raises:
-        BadFile: it holds anything else.
+        BadFile: the mask has other values.
     """
     assert path is not None
     high = 255 if (numbers == 255).any() else 1

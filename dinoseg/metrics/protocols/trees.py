@@ -1,4 +1,4 @@
-"""Two trees of label files: those of one name belong together, and what fits nowhere is told."""
+"""Two trees of label files, matched by name, with a report on files without a counterpart."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -19,13 +19,13 @@ _SHOWN = 5  # names in a message
 
 @dataclass(frozen=True)
 class Tree:
-    """How label files lie below a folder.
+    """Layout of label files below a folder.
 
     Args:
-        ending: of their names; a file's own name is its path below the folder without it.
-        layout: the same in words, for messages.
-        depth: folders between the folder and a file, None for any number.
-        exclude: a pattern of file names that are something else.
+        ending: end of the file names; the rest of the path below the folder is the file's name.
+        layout: description of the layout, for messages.
+        depth: number of folders between the folder and a file; None for any number.
+        exclude: pattern of file names to leave out.
     """
 
     ending: str = ".png"
@@ -34,16 +34,15 @@ class Tree:
     exclude: str = ""
 
     def files(self, folder: Path, option: str, wanted: Callable[[str], bool] | None = None) -> dict[str, Path]:
-        """Return name to file, sorted by name.
+        """Return the files by name, sorted by name.
 
         Args:
-            folder: where to look.
+            folder: folder to search.
             option: `reference` or `prediction`, for messages.
-            wanted: whether a name has its counterpart, where that is known: of folders further down, the message
-                suggests the one with most of these.
+            wanted: whether a name has a counterpart, if known: the message suggests the subfolder with most such names.
 
         Raises:
-            UserError: no folder, or no such file at that depth.
+            UserError: the folder is missing, or has no such file at that depth.
         """
         if not folder.is_dir():
             raise UserError(f"{option}={folder} is no folder. Give the folder that holds {self.layout}.")
@@ -79,10 +78,10 @@ class Tree:
 
 
 def refuse_inside(reference: Path, prediction: Path) -> None:
-    """Refuse predictions below the folder of references, where they would be taken for references.
+    """Refuse predictions below the folder of references, where they would be read as references.
 
     Raises:
-        UserError: they lie there.
+        UserError: the predictions lie there.
     """
     if reference.resolve() in prediction.resolve().parents:
         raise UserError(
@@ -92,7 +91,7 @@ def refuse_inside(reference: Path, prediction: Path) -> None:
 
 
 def pictures_hint(folder: Path, files: Iterable[str]) -> str:
-    """Return what to give in place of mode=eval's pictures; empty for other files."""
+    """Return a hint on what to give instead of the images of mode=eval; empty for other files."""
     if not any(file.endswith(("_pred.png", "_pred")) for file in files):
         return ""
     official = folder.parent / "official"
@@ -113,14 +112,14 @@ def match(
     missing: Callable[[str], Path],
     unit: Callable[[str], str] = str,
 ) -> Cases:
-    """Return a case for each reference with a prediction of its name, a problem for each other one.
+    """Return a case for each reference with a prediction of the same name, and a problem for every other reference.
 
     Args:
-        reference: name to file.
-        prediction: likewise.
+        reference: files by name.
+        prediction: files by name.
         folders: of references and of predictions, for messages.
-        missing: where the prediction of a name should lie.
-        unit: what a name belongs to.
+        missing: returns the expected path of a name's prediction.
+        unit: returns the unit of a name.
 
     Raises:
         UserError: no reference has a prediction.
@@ -144,7 +143,7 @@ def match(
 
 
 def extra(names: Iterable[str], folder: Path) -> list[str]:
-    """Return a note for each folder, below that of the predictions, that holds some without reference."""
+    """Return a note for each folder with predictions that have no reference."""
     by_parent: dict[Path, list[str]] = {}
     for name in sorted(names):
         parent, _, stem = name.rpartition("/")
@@ -160,7 +159,7 @@ def read_labels(path: Path) -> np.ndarray:
     """Return the ids (H, W) of a label file, of any integer type.
 
     Raises:
-        BadFile: it is missing, unreadable or in colours.
+        BadFile: the file is missing, unreadable or has colour channels.
     """
     try:
         ids = read_ids(path)
@@ -185,7 +184,7 @@ def read_both(case: Case) -> tuple[np.ndarray, np.ndarray]:
 
 
 def refuse_other_size(reference: np.ndarray, prediction: np.ndarray, path: Path) -> None:
-    """Refuse a prediction, the file `path`, that is not of its reference's size (H, W).
+    """Refuse a prediction, the file `path`, whose size (H, W) differs from its reference's.
 
     Raises:
         BadFile: naming both sizes.
@@ -198,16 +197,16 @@ def refuse_other_size(reference: np.ndarray, prediction: np.ndarray, path: Path)
 
 
 def refuse_ids(ids: np.ndarray, wrong: np.ndarray, path: Path, rule: str) -> None:
-    """Refuse a file whose ids are wrong somewhere.
+    """Refuse a file with invalid ids.
 
     Args:
         ids: (H, W).
-        wrong: (H, W) bool, True = has no meaning.
+        wrong: (H, W) bool, True where an id is invalid.
         path: the file.
-        rule: what ids there are, and what to do.
+        rule: the valid ids, and the remedy.
 
     Raises:
-        BadFile: naming the first wrong ids.
+        BadFile: naming the first invalid ids.
     """
     if wrong.any():
         held = [str(number) for number in np.unique(ids[wrong])]
@@ -216,7 +215,7 @@ def refuse_ids(ids: np.ndarray, wrong: np.ndarray, path: Path, rule: str) -> Non
 
 
 def _walk(folder: Path) -> Iterable[str]:
-    """Yield the path of every visible file below a folder, with slashes."""
+    """Yield the relative path of every visible file below a folder, with slashes."""
     for parent, files in visible_files(folder):
         start = parent.relative_to(folder)
         yield from ((start / file).as_posix() for file in files)

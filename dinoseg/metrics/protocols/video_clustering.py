@@ -1,4 +1,4 @@
-"""Scores of object-centric models on video: ARI, FG-ARI and mBO, over whole videos and frame by frame."""
+"""Scores of object-centric video models: ARI, FG-ARI and mBO, over whole videos and per frame."""
 
 from pathlib import Path
 from typing import Any
@@ -12,16 +12,16 @@ from dinoseg.metrics.protocols.trees import Tree, extra, read_labels
 from dinoseg.utils.errors import UserError
 
 BACKGROUND = 0
-MAX_SEGMENTS = 2048  # ids in a video: more are no segments, and the table of pairs would fill memory
+MAX_SEGMENTS = 2048  # ids in a video: maps with more are not segments, and the pair table would fill memory
 _VIDEO_KEYS = ("ARI", "FG-ARI", "mBO")
 
 
 class VideoClustering(ScoreProtocol):
-    """Compare segments whose ids mean nothing across videos; 0 is the reference's background.
+    """Scores of segments whose ids have no meaning across videos; 0 is the reference's background.
 
     Args:
-        ignore: reference id whose pixels do not count, such as 255 of padding; null for none.
-        matching: of mBO: `overlap`, the best segment of each object, or `hungarian`, one to one.
+        ignore: reference id whose pixels do not count, such as 255 for padding; null for none.
+        matching: matching of mBO: `overlap`, the best segment of each object, or `hungarian`, one to one.
 
     Raises:
         UserError: an option is unknown or out of range.
@@ -30,7 +30,7 @@ class VideoClustering(ScoreProtocol):
     name = "video_clustering"
     unit = "video"
     keys = (*_VIDEO_KEYS, *(f"{key}_per_frame" for key in _VIDEO_KEYS))
-    signed = tuple(key for key in keys if "ARI" in key)  # worse than chance is below 0
+    signed = tuple(key for key in keys if "ARI" in key)  # negative if worse than chance
     highest = dict.fromkeys(signed, 1.0)
 
     def __init__(self, ignore: int | None = None, matching: str = "overlap") -> None:
@@ -85,7 +85,7 @@ class VideoClustering(ScoreProtocol):
         return listing
 
     def measure(self, case: Case) -> Measured:
-        """Return the video's scores and the sums of its frames', each with how many there are: (10,) float64."""
+        """Return the scores of the video and the summed scores of its frames, each with counts: (10,) float64."""
         total = contingency(np.zeros(0, np.uint8), np.zeros(0, np.uint8))
         frames = np.zeros(5)
         bad = BadFiles(self.unit)
@@ -107,7 +107,7 @@ class VideoClustering(ScoreProtocol):
         return Measured(np.concatenate([self._scores(total), frames]), details)
 
     def scores(self, sums: np.ndarray) -> dict[str, np.ndarray]:
-        """Return the scores (...) from sums (..., 10); mBO is nan where there is no object."""
+        """Return the scores (...) from sums (..., 10); mBO is nan without objects."""
         halves = (sums[..., :5], sums[..., 5:])
         means = [
             np.divide(
@@ -125,13 +125,13 @@ class VideoClustering(ScoreProtocol):
         return contingency(true, predicted)
 
     def _scores(self, table: Contingency) -> np.ndarray:
-        """Return ARI, FG-ARI, mBO or 0, 1, and whether there is an object: (5,)."""
+        """Return ARI, FG-ARI, mBO (0 without objects), 1, and whether there are objects: (5,)."""
         ari, foreground, mean = segment_scores(table, background=BACKGROUND, matching=self.matching)
         return np.array([ari, foreground, mean or 0.0, 1.0, float(mean is not None)])
 
 
 def _by_video(files: dict[str, Path]) -> dict[str, dict[str, Path]]:
-    """Return the files of each folder, name to path."""
+    """Group files by folder: name to path."""
     videos: dict[str, dict[str, Path]] = {}
     for name, path in files.items():
         videos.setdefault(name.rpartition("/")[0], {})[name] = path

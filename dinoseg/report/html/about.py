@@ -1,4 +1,4 @@
-"""What a report says of the run behind it: how it was trained, its command, versions, machine and config."""
+"""Report sections on the run: training curves, command, versions, machine and config."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -18,12 +18,12 @@ _CURVES = (
 
 @dataclass(frozen=True)
 class About:
-    """What was run.
+    """Provenance of a run.
 
     Args:
-        command: as it can be typed.
-        facts: name and value of versions, the machine, the checkpoint and so on.
-        config: as YAML.
+        command: command line, ready to type.
+        facts: names and values of versions, machine, checkpoint and so on.
+        config: config as YAML.
     """
 
     command: str
@@ -32,7 +32,7 @@ class About:
 
 
 def about_sections(about: About) -> list[Section]:
-    """Return what was run, with the whole config shut."""
+    """Return the section on the run, with the whole config collapsed."""
     rows = [[plain_cell(name), plain_cell(value)] for name, value in about.facts.items()]
     command, config = block("Command", about.command, shut=False), block("Config", about.config)
     facts = table([("what", "text"), ("value", "long")], rows, "Versions and machine")
@@ -40,7 +40,7 @@ def about_sections(about: About) -> list[Section]:
 
 
 def training_section(rows: Sequence[Mapping[str, Any]] | None) -> Section:
-    """Return the curves of the training that the model comes from."""
+    """Return the training curves of the model."""
     if not rows:
         return Section("training", "Training", paragraph("No metrics.jsonl of the training beside the checkpoint."))
     charts = []
@@ -62,6 +62,6 @@ def training_section(rows: Sequence[Mapping[str, Any]] | None) -> Section:
 
 
 def _points(rows: Sequence[Mapping[str, Any]], key: str) -> Points:
-    """Return steps and finite values of a curve."""
+    """Return the steps and finite values of a curve."""
     known = {row["step"]: float(row[key]) for row in rows if row.get(key) is not None and math.isfinite(row[key])}
     return thinned(sorted(known.items()))

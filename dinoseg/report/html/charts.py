@@ -1,4 +1,4 @@
-"""Charts drawn as SVG, sharp at any size and in either theme: curves, bars and scattered points on one kind of axes."""
+"""SVG charts that are sharp at any size and fit either theme: curves, bars and scattered points on the same axes."""
 
 import math
 from collections.abc import Sequence
@@ -8,15 +8,15 @@ from dinoseg.report.html.page import text
 
 Points = Sequence[tuple[float, float]]
 _WIDTH, _HEIGHT = 460, 260
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 10, 40  # room around the plot
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 10, 40  # margins of the plot
 _STYLES = 4  # colours of the style sheet
 _TICKS = 5
-MOST = 400  # points of a curve
+MOST = 400  # maximum points of a curve
 
 
 @dataclass(frozen=True)
 class Axes:
-    """What is seen of both axes, and their names.
+    """Ranges and names of both axes.
 
     Args:
         x: left and right end.
@@ -31,14 +31,14 @@ class Axes:
     y_name: str
 
     def at(self, x: float, y: float) -> tuple[float, float]:
-        """Return where a point lies in the drawing; one outside lies on the edge."""
+        """Return the drawing coordinates of a point; a point outside is moved to the edge."""
         across = _share(x, self.x) * (_WIDTH - _LEFT - _RIGHT)
         up = _share(y, self.y) * (_HEIGHT - _TOP - _BOTTOM)
         return round(_LEFT + across, 1), round(_HEIGHT - _BOTTOM - up, 1)
 
 
 def around(values: Sequence[float], *, zero: bool = False) -> tuple[float, float]:
-    """Return both ends of an axis that shows all values, with 0 if asked for; never of no length."""
+    """Return an axis range of positive length that contains all values, and 0 if `zero` is set."""
     ends = [*values, *([0.0] if zero else [])] or [0.0, 1.0]
     low, high = min(ends), max(ends)
     room = 0.05 * (high - low) or abs(high) * 0.05 or 0.5
@@ -46,14 +46,14 @@ def around(values: Sequence[float], *, zero: bool = False) -> tuple[float, float
 
 
 def thinned(points: Points) -> Points:
-    """Return a curve of at most `MOST` points: means of neighbours where it has more."""
+    """Return a curve of at most `MOST` points: longer curves are averaged over neighbours."""
     at_once = math.ceil(len(points) / MOST) or 1
     parts = [points[start : start + at_once] for start in range(0, len(points), at_once)]
     return [(sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part)) for part in parts]
 
 
 def line_chart(title: str, curves: Sequence[tuple[str, Points]], axes: Axes, *, ideal: bool = False) -> str:
-    """Return curves with their names; a curve of one point is a dot. `ideal` adds the line from corner to corner."""
+    """Return curves with their names; a curve of one point is a dot. `ideal` adds the diagonal."""
     drawn = [_ideal(axes)] if ideal else []
     for number, (name, points) in enumerate(curves):
         style = number % _STYLES
@@ -70,7 +70,7 @@ def line_chart(title: str, curves: Sequence[tuple[str, Points]], axes: Axes, *, 
 
 
 def bar_chart(title: str, edges: Sequence[float], counts: Sequence[float], axes: Axes) -> str:
-    """Return a histogram: a bar for each count between two edges."""
+    """Return a histogram with one bar per count, between two edges."""
     bars = []
     for left, right, count in zip(edges, edges[1:], counts, strict=False):
         (start, top), (end, foot) = axes.at(left, count), axes.at(right, 0)
@@ -83,7 +83,7 @@ def bar_chart(title: str, edges: Sequence[float], counts: Sequence[float], axes:
 
 
 def scatter_chart(title: str, points: Sequence[tuple[float, float, str]], axes: Axes) -> str:
-    """Return a dot for each point, which tells its name, and the line on which both values are the same."""
+    """Return a dot for each point, with its name as tooltip, and the line of equal values."""
     dots = [_ideal(axes)]
     for x, y, name in points:
         across, down = axes.at(x, y)
@@ -104,7 +104,7 @@ def _chart(title: str, drawn: Sequence[str], axes: Axes, names: Sequence[str]) -
 
 
 def _frame(axes: Axes) -> str:
-    """Return grid, numbers and names of the axes."""
+    """Return the grid, tick labels and names of the axes."""
     parts = []
     for value in ticks(*axes.y):
         (left, y), (right, _) = axes.at(axes.x[0], value), axes.at(axes.x[1], value)
@@ -126,7 +126,7 @@ def _frame(axes: Axes) -> str:
 
 
 def ticks(low: float, high: float) -> list[float]:
-    """Return about five round numbers between two ends, those included."""
+    """Return about five round numbers between two ends, inclusive."""
     rough = (high - low) / _TICKS
     unit = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * unit for factor in (1, 2, 2.5, 5, 10) if factor * unit >= rough * 0.999)

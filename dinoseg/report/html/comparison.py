@@ -1,4 +1,4 @@
-"""The report of two or more evaluations of the same images: what differs, how surely, and where it can be seen."""
+"""Report that compares evaluations of the same images: differences, their intervals, and example images."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,19 +20,19 @@ from dinoseg.report.table import MEANS
 from dinoseg.report.verdicts import SURELY_BETTER, SURELY_WORSE
 from dinoseg.utils.wording import count_of
 
-_DOTS = 2000  # of a chart: a page of more takes seconds to open
+_DOTS = 2000  # dots per chart: with more, a page takes seconds to open
 _MARKS = {SURELY_BETTER: ("up", "\u25b2 "), SURELY_WORSE: ("down", "\u25bc ")}
-_DECIDING = 6  # images that are named
-WIDEST = 3  # sides that have columns for all that is said of them; of more, compare.png shows the intervals
+_DECIDING = 6  # images named as decisive
+WIDEST = 3  # other sides with interval columns; for more, compare.png shows the intervals
 
 
 @dataclass(frozen=True)
 class PairShot:
-    """An image that two runs predict differently, reduced.
+    """An image that two runs predict differently, downscaled.
 
     Args:
-        name: of the image.
-        mious: of both runs.
+        name: name of the image.
+        mious: mIoU of both runs.
         frame: (H, W, 3) uint8.
         reference: (H, W) uint8.
         predictions: (H, W) uint8 of both runs.
@@ -47,16 +47,16 @@ class PairShot:
 
 @dataclass(frozen=True)
 class OtherRun:
-    """A run held against the first one.
+    """A run compared with the first run.
 
     Args:
-        name: of the run.
-        scores: by name.
-        differences: `value`, `ci95`, `p` and `verdict` by name of a score: this run less the first.
-        mious: of each image.
-        decides: what each image adds to the difference of mIoU.
-        shots: images that gain or lose most.
-        no_pictures: why there are none; empty where there are.
+        name: name of the run.
+        scores: scores by name.
+        differences: `value`, `ci95`, `p` and `verdict` by score name: this run minus the first.
+        mious: mIoU of each image.
+        decides: contribution of each image to the mIoU difference.
+        shots: images with the greatest gain or loss.
+        no_pictures: reason why there are no images; empty if there are some.
     """
 
     name: str
@@ -70,23 +70,23 @@ class OtherRun:
 
 @dataclass(frozen=True)
 class ComparisonReport:
-    """What the page shows.
+    """Content of the page.
 
     Args:
         said: a line below the title.
-        classes: names.
-        palette: a colour for each.
-        ignore_index: id that is not labelled.
-        images: names.
-        units: how many are resampled.
-        unit: what they are.
-        intervals: what they are over.
-        seeds: what is said of other seeds.
+        classes: class names.
+        palette: one colour per class.
+        ignore_index: id of unlabelled pixels.
+        images: image names.
+        units: number of resampled units.
+        unit: name of a unit.
+        intervals: note on the units of the intervals.
+        seeds: note on other seeds.
         first: name of the first run.
-        scores: of the first run, by name.
-        mious: of each image, by the first run.
-        others: the runs that are held against it.
-        about: what was run.
+        scores: scores of the first run, by name.
+        mious: mIoU of each image in the first run.
+        others: runs compared with the first.
+        about: provenance of the comparison.
     """
 
     said: str
@@ -106,7 +106,7 @@ class ComparisonReport:
 
 
 def comparison_page(report: ComparisonReport) -> str:
-    """Return the page."""
+    """Return the page as HTML."""
     sections = [_scores(report), _classes(report)]
     for number, other in enumerate(report.others):
         end = f" ({other.name})" if len(report.others) > 1 else ""
@@ -208,7 +208,7 @@ def _by_image(report: ComparisonReport, other: OtherRun) -> str:
 
 
 def _deciding(report: ComparisonReport, other: OtherRun) -> str:
-    """Return which images the difference would lose most without."""
+    """Return a sentence on the images that contribute most to the difference."""
     pairs = [(share, name) for share, name in zip(other.decides, report.images, strict=True) if share]
     pairs.sort(key=lambda pair: -abs(pair[0]))
     told = "; ".join(f"{name} {100 * share:+.2f}" for share, name in pairs[:_DECIDING])

@@ -1,4 +1,4 @@
-"""The report of an evaluation of images: what it scored, where it errs, how sure it is, and what it was."""
+"""Report of an image evaluation: scores, errors, calibration and provenance."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ from dinoseg.report.table import MEANS
 from dinoseg.utils.wording import count_of
 
 _BARS = 20
-_VIDEOS = 24  # whose curves are drawn
+_VIDEOS = 24  # videos with a curve
 _NOTES = {
     "miou": "mean over the classes present",
     "miou_no_background": "mean over the other classes present",
@@ -29,28 +29,28 @@ _NOTES = {
 
 @dataclass(frozen=True)
 class EvaluationReport:
-    """What the page shows.
+    """Content of the page.
 
     Args:
         title: plain text.
-        said: a line below it.
-        classes: names.
-        palette: a colour for each.
-        ignore_index: id that is not labelled.
-        scores: of `ConfusionMatrix.compute`.
-        intervals: 95 % interval by name of a score, and `iou/ID` of each class; None where there is none.
-        unit: what is resampled for them: `image`, or what images are of, as `video`.
-        names: of the images.
+        said: a line below the title.
+        classes: class names.
+        palette: one colour per class.
+        ignore_index: id of unlabelled pixels.
+        scores: result of `ConfusionMatrix.compute`.
+        intervals: 95 % interval by score name, and `iou/ID` of each class; None without an interval.
+        unit: resampling unit of the intervals: `image`, or a group of images such as `video`.
+        names: image names.
         groups: the unit of each image.
-        mious: of each image, None where nothing is labelled.
+        mious: mIoU of each image; None without labelled pixels.
         distances: upper ends of the bands around boundaries, in pixels.
         boundary: (bands, 2) labelled and wrong pixels.
-        calibration: see `calibration_section`; None where there is none.
-        best: best images first.
-        worst: worst ones first.
-        official: what `scoring.summary` gives; None without a protocol.
-        about: what was run.
-        training: rows of its metrics.jsonl; None where there are none.
+        calibration: see `calibration_section`; None without one.
+        best: best images, best first.
+        worst: worst images, worst first.
+        official: result of `scoring.summary`; None without a protocol.
+        about: provenance of the evaluation.
+        training: rows of the training's metrics.jsonl; None without these.
     """
 
     title: str
@@ -75,7 +75,7 @@ class EvaluationReport:
 
 
 def evaluation_page(report: EvaluationReport) -> str:
-    """Return the page."""
+    """Return the page as HTML."""
     sections = [
         _scores(report),
         _classes(report),
@@ -94,11 +94,11 @@ def evaluation_page(report: EvaluationReport) -> str:
 def interval_head(units: int, unit: str) -> str:
     """Return the heading of a column of intervals over units."""
     halves = ("95 % interval", f"over {count_of(units, unit)}")
-    return " ".join(half.replace(" ", "\u00a0") for half in halves)  # wraps between them alone
+    return " ".join(half.replace(" ", "\u00a0") for half in halves)  # wraps only between the halves
 
 
 def interval_note(units: int, unit: str) -> str:
-    """Return what is to be said of intervals over units."""
+    """Return a note on the intervals over units."""
     over = count_of(units, unit)
     if units < 2:
         return f"No intervals: they need two {unit}s, and there is {over}."
@@ -126,7 +126,7 @@ def _scores(report: EvaluationReport) -> Section:
 
 
 def official_table(official: Mapping[str, Any]) -> str:
-    """Return the scores of a benchmark's own protocol, as `scoring.summary` gives them."""
+    """Return the scores of a benchmark's own protocol, from `scoring.summary`."""
     rows = [
         [plain_cell(key), number_cell(value, percent(value, 2)), plain_cell(spanned(official["ci95"][key], 2))]
         for key, value in official["scores"].items()
@@ -225,7 +225,7 @@ def _boundary(report: EvaluationReport) -> Section:
 
 
 def _videos(report: EvaluationReport) -> list[Section]:
-    """Return the curve of each video, the worst ones first; none where images stand by themselves."""
+    """Return the curve of each video, worst first; empty if the images are not grouped."""
     groups: dict[str, list[float | None]] = {}
     for group, score in zip(report.groups, report.mious, strict=True):
         groups.setdefault(group, []).append(score)
@@ -235,7 +235,7 @@ def _videos(report: EvaluationReport) -> list[Section]:
 
 
 def video_curves(videos: Mapping[str, Sequence[float | None]], name: str, unit: str) -> Section:
-    """Return a curve over the frames of each video, those with the lowest mean first."""
+    """Return a curve over the frames of each video, lowest mean first."""
     known = {
         video: [(float(place), 100 * score) for place, score in enumerate(scores, start=1) if score is not None]
         for video, scores in videos.items()
@@ -256,15 +256,16 @@ def video_curves(videos: Mapping[str, Sequence[float | None]], name: str, unit: 
     return Section("videos", f"By {unit}", paragraph(told) + f'<div class="charts small">{"".join(charts)}</div>')
 
 
-_LEAST = 20  # pixels of a bin that is drawn
+_LEAST = 20  # minimum pixels of a bin in the chart
 
 
 def calibration_section(found: Mapping[str, Any] | None) -> str:
-    """Return what is known of confidence.
+    """Return the section on calibration.
 
     Args:
-        found: `pixels` and `images` that were sampled, `temperature`, and of `before` and `after` it: `nll`, `ece`, and
-            `bins`: pixels, correct ones and the sum of confidences of each. None: nothing is labelled, or one class.
+        found: `pixels` and `images` of the sample, `temperature`, and two states: `before` and `after` scaling by it. A
+            state has `nll`, `ece` and `bins`: pixels, correct pixels and sum of confidences of each bin. None: no pixel
+            is labelled, or there is only one class.
     """
     if found is None:
         return paragraph("None: it needs labelled pixels of two classes or more.")
@@ -300,5 +301,5 @@ def calibration_section(found: Mapping[str, Any] | None) -> str:
 
 
 def _reliable(bins: Sequence[tuple[int, int, float]]) -> list[tuple[float, float]]:
-    """Return mean confidence and accuracy of the bins that hold enough pixels."""
+    """Return mean confidence and accuracy of the bins with enough pixels."""
     return [(confidence / pixels, correct / pixels) for pixels, correct, confidence in bins if pixels >= _LEAST]

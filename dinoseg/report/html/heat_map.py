@@ -1,4 +1,4 @@
-"""A confusion matrix as a map whose cells tell their counts to a pointer or to the arrow keys."""
+"""Heat map of a confusion matrix, whose cells show their counts on hover or by the arrow keys."""
 
 from collections.abc import Sequence
 
@@ -7,11 +7,11 @@ import numpy as np
 from dinoseg.report.html.page import paragraph, text, values
 from dinoseg.report.html.pictures import data_uri
 
-MOST = 150  # classes that are shown: those with the most pixels in the reference
+MOST = 150  # maximum classes: those with the most pixels in the reference
 _MOST_NUMBERS = 20  # classes up to which the cells carry numbers
 _LONGEST_NAME = 24
-_LEAST = 0.001  # share that is written
-_FULL = 0.3  # share from which a number is light on the cell
+_LEAST = 0.001  # minimum share with a number
+_FULL = 0.3  # share above which the number is light
 _BLUE = (31, 95, 191)
 _EMPTY = (128, 128, 128, 40)  # a row without pixels
 
@@ -19,8 +19,8 @@ _EMPTY = (128, 128, 128, 40)  # a row without pixels
 def heat_map(matrix: np.ndarray, classes: Sequence[str], name: str = "counts") -> str:
     """Return counts (K, K), rows = reference, as a map of each row's shares.
 
-    It is a picture of as many pixels as there are cells, more or less opaque, so that it fits a light page and a dark
-    one; without a script it is there too, and only does not tell its counts.
+    It is an image with one pixel per cell, whose opacity grows with the share, so that it fits a light and a dark page.
+    Without a script, the map is visible but does not show its counts.
     """
     order = np.arange(len(classes))
     note = ""
@@ -46,7 +46,7 @@ def _drawing(counts: np.ndarray, shares: np.ndarray, names: Sequence[str], name:
     side = margin + cell * size
     pixels = np.zeros((size, size, 4), np.uint8)
     pixels[..., :3] = _BLUE
-    # the root lets rare confusions be seen beside a diagonal of nearly 1
+    # the root keeps rare confusions visible next to a diagonal of nearly 1
     pixels[..., 3] = np.round(255 * np.sqrt(shares))
     pixels[counts.sum(axis=1) == 0] = _EMPTY
     parts = [

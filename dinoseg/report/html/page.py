@@ -1,4 +1,4 @@
-"""The frame of every report: one HTML file that needs nothing else and asks the network for nothing."""
+"""HTML frame of every report: one self-contained file without network requests."""
 
 import base64
 import hashlib
@@ -16,12 +16,12 @@ _HERE = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a page.
+    """A section of a page.
 
     Args:
-        name: its anchor, a word.
+        name: anchor, one word.
         title: plain text.
-        body: HTML, in which everything from data is escaped.
+        body: HTML with all text from data escaped.
     """
 
     name: str
@@ -30,16 +30,16 @@ class Section:
 
 
 def page(title: str, said: str, sections: Sequence[Section], warnings: Sequence[str] = ()) -> str:
-    """Return the whole page.
+    """Return the whole page as HTML.
 
-    The only script that a browser runs in it is our own, known by its hash, so a name that were left unescaped by
-    mistake would still do nothing.
+    The content security policy allows only our own script, by its hash, so that a name left unescaped by mistake runs
+    nothing.
 
     Args:
         title: plain text.
-        said: a line below it, plain text.
-        sections: in order.
-        warnings: plain texts above them; empty ones are none.
+        said: a line below the title, plain text.
+        sections: sections, in order.
+        warnings: plain texts above the sections; empty ones are left out.
     """
     style, script = (_HERE.joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -61,7 +61,7 @@ def page(title: str, said: str, sections: Sequence[Section], warnings: Sequence[
 
 
 def text(value: object) -> str:
-    """Return plain text as HTML: escaped, and without what would steer a terminal or turn the line around."""
+    """Return plain text as HTML: escaped, without characters that control a terminal or the text direction."""
     return escape(printable(str(value)))
 
 
@@ -71,28 +71,28 @@ def paragraph(*sentences: str, kind: str = "note") -> str:
 
 
 def block(title: str, content: str, *, shut: bool = True) -> str:
-    """Return plain text of many lines that is opened by its title."""
+    """Return multi-line plain text in a collapsible element, opened by its title."""
     return f"<details{'' if shut else ' open'}><summary>{text(title)}</summary><pre>{text(content)}</pre></details>"
 
 
 def values(name: str, value: Any) -> str:
-    """Return plain values as an element that a script reads by its id and no browser runs."""
+    """Return plain values as an inert JSON element, which a script reads by its id."""
     content = json.dumps(value, ensure_ascii=True).replace("<", "\\u003c")
     return f'<script type="application/json" id="{name}">{content}</script>'
 
 
 def percent(value: float | None, digits: int = 1) -> str:
-    """Return a share of 0..1 in percent; a dash where it is undefined."""
+    """Return a share in 0..1 as percent; a dash if undefined."""
     return "-" if value is None else f"{100 * value:.{digits}f}"
 
 
 def spanned(limits: Sequence[float] | None, digits: int = 1, sign: str = "") -> str:
-    """Return an interval of shares in percent; a dash where there is none."""
+    """Return an interval of shares as percent; a dash if there is none."""
     return "-" if limits is None else " .. ".join(f"{100 * end:{sign}.{digits}f}" for end in limits)
 
 
 def tiles(shown: Sequence[tuple[str, str, str]]) -> str:
-    """Return large values, each with its name and a line below it, plain texts."""
+    """Return large values, each with a name and a note, all plain texts."""
     cells = (
         f'<div class="tile">{text(name)}<b>{text(value)}</b><span>{text(note)}</span></div>'
         for name, value, note in shown

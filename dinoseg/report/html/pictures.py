@@ -1,4 +1,4 @@
-"""Pictures inside a page: data URIs of bounded size, beside one another, with what tells where a prediction errs."""
+"""Images inside a page: data URIs of bounded size, side by side, with error maps of the predictions."""
 
 import base64
 import io
@@ -13,13 +13,13 @@ from dinoseg.core.shapes import Palette
 from dinoseg.report.html.page import percent, text
 from dinoseg.report.overlay import Legend, blend, legend_of
 
-WRONG, RIGHT, BOTH_WRONG = (224, 46, 34), (70, 150, 255), (240, 196, 60)  # told apart by who sees no green, too
+WRONG, RIGHT, BOTH_WRONG = (224, 46, 34), (70, 150, 255), (240, 196, 60)  # colour-blind safe
 _QUALITY = 82
-_DARKEST = 0.45  # of a frame below an error map
+_DARKEST = 0.45  # brightness of a frame below an error map
 
 
 def data_uri(pixels: np.ndarray) -> str:
-    """Return a picture (H, W, 3) uint8 as a WebP that an `img` takes as its source; (H, W, 4) as a PNG."""
+    """Return an image (H, W, 3) uint8 as a WebP data URI; (H, W, 4) as a PNG data URI."""
     lossless = pixels.shape[2] == 4
     kind, options = ("png", {}) if lossless else ("webp", {"quality": _QUALITY, "method": 4})
     buffer = io.BytesIO()
@@ -28,11 +28,11 @@ def data_uri(pixels: np.ndarray) -> str:
 
 
 def panels(shown: Sequence[tuple[str, np.ndarray]], about: str) -> str:
-    """Return pictures (H, W, 3) side by side, one below the other on a phone.
+    """Return images (H, W, 3) side by side; on a phone, one below the other.
 
     Args:
-        shown: caption and pixels of each.
-        about: what all of them show, plain text, for who cannot see them.
+        shown: caption and pixels of each image.
+        about: description of all images, plain text, for screen readers.
     """
     figures = (
         f'<figure><img alt="{text(f"{about}: {caption}")}" width="{pixels.shape[1]}" height="{pixels.shape[0]}" '
@@ -43,7 +43,7 @@ def panels(shown: Sequence[tuple[str, np.ndarray]], about: str) -> str:
 
 
 def card(title: str, told: str, shown: Sequence[tuple[str, np.ndarray]], legend: Legend = ()) -> str:
-    """Return a card of one image: its name, a line about it, its panels, and the classes in them; plain texts."""
+    """Return a card of one image: name, a line about it, panels and a legend of its classes; all texts are plain."""
     entries = "".join(
         f'<li><span class="swatch" style="background: rgb({red}, {green}, {blue})"></span>{text(name)}</li>'
         for name, (red, green, blue) in legend
@@ -54,7 +54,7 @@ def card(title: str, told: str, shown: Sequence[tuple[str, np.ndarray]], legend:
 
 
 def error_map(frame: np.ndarray, wrong: np.ndarray, ignored: np.ndarray) -> np.ndarray:
-    """Return a dark grey frame on which pixels that are wrong (True, (H, W)) are red, and ignored ones black."""
+    """Return a dark grey frame with wrong pixels (True, (H, W)) in red and ignored pixels in black."""
     return marked(frame, [(wrong, WRONG), (ignored, (0, 0, 0))])
 
 
@@ -69,10 +69,10 @@ def marked(frame: np.ndarray, marks: Sequence[tuple[np.ndarray, tuple[int, int, 
 
 @dataclass(frozen=True)
 class Shot:
-    """An image that is shown with its masks, reduced.
+    """An image with its masks, downscaled.
 
     Args:
-        index: of the image in its data set.
+        index: index of the image in its data set.
         score: mean IoU over the classes of the image, 0..1.
         frame: (H, W, 3) uint8.
         prediction: (H, W) uint8.
@@ -89,7 +89,7 @@ class Shot:
 def prediction_card(
     shot: Shot, name: str, *, classes: Sequence[str], palette: Palette, ignore_index: int, told: str = ""
 ) -> str:
-    """Return a card of an image: frame, prediction, reference, and where these differ."""
+    """Return a card of an image: frame, prediction, reference and error map."""
     masks = {"prediction": shot.prediction, "reference": shot.reference}
     tinted = [
         (caption, blend(shot.frame, mask, palette, ignore_index=ignore_index, opacity=0.6))

@@ -1,4 +1,4 @@
-"""Tables that mouse and keyboard sort, and the marks that stand in their cells."""
+"""Tables that sort by mouse and keyboard, and the contents of their cells."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,11 +8,11 @@ from dinoseg.report.html.page import text
 
 @dataclass(frozen=True)
 class Cell:
-    """What stands in a cell, and what it is sorted by.
+    """Content and sort key of a cell.
 
     Args:
-        html: escaped.
-        value: a number, plain text, or None where it is undefined: those stay last.
+        html: escaped HTML.
+        value: number, plain text, or None if undefined: these sort last.
     """
 
     html: str
@@ -20,12 +20,12 @@ class Cell:
 
 
 def table(heads: Sequence[tuple[str, str]], rows: Sequence[Sequence[Cell]], caption: str = "") -> str:
-    """Return a table of which the first cell of a row names it.
+    """Return a table whose first column names the rows.
 
     Args:
-        heads: name and kind (`number`, `text`, or `long` text that wraps) of each column, plain text; `plain` ones do
-            not sort.
-        rows: a cell for each column.
+        heads: name (plain text) and kind of each column: `number`, `text`, or `long` for text that wraps; `plain` ones
+            do not sort.
+        rows: one cell per column.
         caption: plain text.
     """
     head = "".join(
@@ -35,7 +35,7 @@ def table(heads: Sequence[tuple[str, str]], rows: Sequence[Sequence[Cell]], capt
     kinds = [kind for _, kind in heads]
     body = "\n".join("<tr>" + "".join(map(_cell, row, kinds, range(len(row)))) + "</tr>" for row in rows)
     told = f"<caption>{text(caption)}</caption>" if caption else ""
-    # a box that scrolls has to be reached by keys, too
+    # a scrolling box must be reachable by keyboard
     label = text(caption or heads[0][0])
     return (
         f'<div class="wide" tabindex="0" role="region" aria-label="{label}"><table>{told}'
@@ -44,23 +44,23 @@ def table(heads: Sequence[tuple[str, str]], rows: Sequence[Sequence[Cell]], capt
 
 
 def plain_cell(value: object) -> Cell:
-    """Return a cell of plain text, sorted by it."""
+    """Return a cell of plain text, sorted by this text."""
     return Cell(text(value), str(value))
 
 
 def number_cell(value: float | None, shown: str) -> Cell:
-    """Return a cell that shows a number, sorted by it."""
+    """Return a cell that shows a number as `shown`, sorted by its value."""
     return Cell(text(shown), value)
 
 
 def class_cell(name: str, colour: Sequence[int]) -> Cell:
-    """Return a cell that names a class in its colour."""
+    """Return a cell with the name and colour of a class."""
     levels = ", ".join(str(int(level)) for level in colour)
     return Cell(f'<span class="swatch" style="background: rgb({levels})"></span>{text(name)}', name)
 
 
 def whisker(value: float | None, limits: Sequence[float] | None, ends: tuple[float, float] = (0.0, 1.0)) -> Cell:
-    """Return a cell that draws a value and its interval between the ends of a scale, with 0 marked if it is inside."""
+    """Return a cell that draws a value and its interval on a scale between `ends`, with 0 marked if inside."""
     if value is None:
         return Cell("", None)
     low, high = ends

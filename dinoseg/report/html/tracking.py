@@ -1,4 +1,4 @@
-"""The report of tracked objects in videos: what they scored, video by video and object by object."""
+"""Report of tracked objects in videos: scores by video and by object."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,15 +16,15 @@ from dinoseg.report.scores import few_units
 
 @dataclass(frozen=True)
 class TrackingReport:
-    """What the page shows.
+    """Content of the page.
 
     Args:
         title: plain text.
-        said: a line below it.
-        result: what `scoring.summary` gives of the videos.
-        per_frame: name of the score that is drawn over the frames, and by video its values; may hold none.
-        shown: name and blended frames, each with its name, of the worst videos, worst first.
-        about: what was run.
+        said: a line below the title.
+        result: result of `scoring.summary` for the videos.
+        per_frame: name of the score that the page plots over the frames, and its values by video, if any.
+        shown: name and blended frames, each frame with its name, of the worst videos, worst first.
+        about: provenance of the evaluation.
     """
 
     title: str
@@ -36,7 +36,7 @@ class TrackingReport:
 
 
 def tracking_page(report: TrackingReport) -> str:
-    """Return the page."""
+    """Return the page as HTML."""
     result, (name, curves) = report.result, report.per_frame
     sections = [_scores(result), _videos(result), *_objects(result)]
     if curves:
@@ -64,7 +64,7 @@ def _videos(result: Mapping[str, Any]) -> Section:
 
 
 def _objects(result: Mapping[str, Any]) -> list[Section]:
-    """Return a table of objects; none where the protocol tells of none."""
+    """Return a table of objects; empty if the protocol has no scores by object."""
     held = [(row["name"], row["objects"]) for row in _rows(result) if isinstance(row.get("objects"), Mapping)]
     found = [(video, number, scores) for video, objects in held for number, scores in objects.items()]
     if not found:
