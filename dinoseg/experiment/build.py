@@ -1,4 +1,4 @@
-"""Config to models, data and optimizers; its loss: `criteria.py`."""
+"""Builders of models, datasets and optimizers from the config (losses: `criteria.py`)."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -33,13 +33,13 @@ _CONFORMING = {"_target_": "dinoseg.data.custom.conforming", "_partial_": True}
 def model(cfg: DictConfig, *, untrained: bool = False, outlined: bool = False, initialised: bool = True) -> Segmenter:
     """Return the segmenter of a config.
 
-    What does not fit together is refused before any weights are read.
+    Parts that do not fit together are refused before any weights are read.
 
     Args:
         cfg: the whole config.
         untrained: read no weights.
-        outlined: the same config's `outline` was made before, which has refused what does not fit.
-        initialised: initialise the parameters; without it they hold whatever lay in memory, for a file that has all.
+        outlined: whether `outline` has already checked this config; the check is then skipped.
+        initialised: initialise the parameters. Without it they stay uninitialised, for a file that holds all of them.
     """
     if not untrained:
         _check_head_file(cfg)
@@ -51,13 +51,17 @@ def model(cfg: DictConfig, *, untrained: bool = False, outlined: bool = False, i
 
 
 def sharing(cfgs: Sequence[DictConfig], place: Callable[[Segmenter], Any]) -> list[SharingSegmenter]:
-    """Return the segmenters of configs that differ in the head alone, of one frozen backbone; `place` places each.
+    """Return segmenters that share one frozen backbone, for configs that differ only in the head.
 
-    Each is what `model` returns of its config, random weights included, but that the tensors of the backbone, and its
-    features, are there once for all.
+    Each segmenter equals the result of `model` for its config, random weights included. The backbone's tensors and
+    features exist only once.
+
+    Args:
+        cfgs: one whole config per head.
+        place: moves a segmenter to the device.
 
     Raises:
-        UserError: something of the backbone is trained, or a part does not fit.
+        UserError: a part of the backbone is trained, or a part does not fit.
     """
     for cfg in cfgs:
         _check_head_file(cfg)
@@ -70,7 +74,7 @@ def sharing(cfgs: Sequence[DictConfig], place: Callable[[Segmenter], Any]) -> li
         )
     layers = sorted({layer for part in own for layer in part.layers})
     whole = _adapted(cfgs[0], layers=layers)
-    drawn = torch.get_rng_state()  # from which each head draws its weights, as it does by itself
+    drawn = torch.get_rng_state()  # each head samples its initial weights from this state, as in a run of its own
     shared = SharedFeatures(Segmenter(whole, Head(), **_resolution(cfgs[0], whole)).eval())
     place(shared.model)
     models = []
@@ -84,7 +88,7 @@ def sharing(cfgs: Sequence[DictConfig], place: Callable[[Segmenter], Any]) -> li
 
 
 def _lend_tensors(whole: Backbone, part: Backbone) -> None:
-    """Let a backbone on the meta device that reads fewer blocks have the tensors of another."""
+    """Share the tensors of `whole` with `part`, a backbone on the meta device that reads a subset of its blocks."""
     part.weights = whole.weights
     modules = dict(whole.named_modules())
     for name, own in part.named_modules():
@@ -95,7 +99,7 @@ def _lend_tensors(whole: Backbone, part: Backbone) -> None:
 
 
 def _adapted(cfg: DictConfig, *, untrained: bool = False, layers: Sequence[int] | None = None) -> Backbone:
-    """Return a config's backbone as its adapter leaves it, which may read other `layers`."""
+    """Return the backbone of a config with its adapter; `layers` overrides the blocks that it reads."""
     adapter = instantiate(cfg.adapter, without=("lr",))
     torch.manual_seed(seed_of(cfg))
     instead: dict[str, Any] = {} if layers is None else {"layers": list(layers)}
@@ -110,14 +114,14 @@ def _adapted(cfg: DictConfig, *, untrained: bool = False, layers: Sequence[int] 
 def _head(cfg: DictConfig, adapted: Backbone, *, untrained: bool = False) -> Head:
     keys = plain(cfg.head)
     late = {"in_dim": adapted.dim, "num_layers": adapted.num_layers}
-    if "patch_size" in keys and cfg.head.patch_size is None:  # of a timm model, which alone knows it
+    if "patch_size" in keys and cfg.head.patch_size is None:  # timm backbones: known only once the model is built
         late["patch_size"] = adapted.patch_size
     weightless = {"weights": None} if untrained and "weights" in keys else None
     return keeping(Head, instantiate(cfg.head, without=("layers", "lr", *late), instead=weightless)(**late), "head")
 
 
 def _resolution(cfg: DictConfig, adapted: Backbone) -> dict[str, Any]:
-    """Return what a segmenter takes of `resolution`, checked."""
+    """Return the checked `scale` and `longest` of `resolution` as arguments of `Segmenter`."""
     resolution = {"scale": cfg.resolution.scale, "longest": cfg.resolution.longest}
     check_given("dinoseg.models.model.Segmenter", resolution, {key: f"resolution.{key}" for key in resolution})
     _check_crop(cfg, adapted.patch_size)
@@ -125,13 +129,13 @@ def _resolution(cfg: DictConfig, adapted: Backbone) -> dict[str, Any]:
 
 
 def outline(cfg: DictConfig) -> Segmenter:
-    """Return the segmenter of a config on the meta device: its parts and their shapes, which take no memory."""
+    """Return the segmenter of a config on the meta device: its parts and their shapes, without memory."""
     with torch.device("meta"), _NoInit():
         return model(cfg, untrained=True)
 
 
 class _NoInit(TorchFunctionMode):
-    """Skip the initialisation of parameters, and of tensors on the meta device, which torch would take apart."""
+    """Skip the initialisation of parameters, and of meta tensors, for which torch would decompose the operation."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: D105
         kwargs = kwargs or {}
@@ -152,30 +156,30 @@ def _check_crop(cfg: DictConfig, patch_size: int) -> None:
 
 
 def check_fits(cfg: DictConfig, file: loading.Checkpoint) -> Segmenter:
-    """Refuse a checkpoint that is not of the model that a config describes, before any of it is made; return `outline`.
+    """Refuse a checkpoint that does not fit the model of a config, before the model is built; return its `outline`.
 
-    The model is put together on the meta device, of no more parts and numbers than this machine could hold.
+    The outline is built on the meta device, with no more parts and parameters than this machine could hold.
 
     Args:
-        cfg: merged with that of the checkpoint.
+        cfg: merged with the config of the checkpoint.
         file: the checkpoint's outline.
 
     Raises:
-        UserError: naming what differs, or what is too large.
+        UserError: the checkpoint does not fit, or the model is too large; the message names the part.
     """
     try:
         with loading.bounded(f"resume={file.path}"):
             empty = outline(cfg)
     except UserError:
         raise
-    except Exception as error:  # each part fails on nonsense in its own way
+    except Exception as error:  # invalid values raise different errors in each part
         lost = isinstance(error, OmegaConfBaseException) and f"{error.full_key} has no value that can be used"
         said = lost or f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no more'])[0][:200]}"
         raise UserError(
             f"resume={file.path}: no model can be made of its config ({said}). Correct the "
             "keys given beside it, or choose another checkpoint."
         ) from error
-    # by where weights come from it is known what training changes
+    # the source of the weights decides which tensors count as trained
     empty.backbone.weights = cfg.backbone.get("weights", empty.backbone.weights)
     empty.head.weights = cfg.head.get("weights", empty.head.weights)
     loading.check_fits(empty, file)
@@ -184,23 +188,23 @@ def check_fits(cfg: DictConfig, file: loading.Checkpoint) -> Segmenter:
 
 
 def check_split(split: str) -> None:
-    """Refuse what names no split of a data set.
+    """Refuse an unknown name of a split.
 
     Raises:
-        UserError: it is another name.
+        UserError: the name is not one of `SPLITS`.
     """
     if split not in SPLITS:
         raise UserError(f"split={split} is unknown. Choose one of {', '.join(SPLITS)}.")
 
 
 def backbone(cfg: DictConfig) -> Backbone:
-    """Return a config's backbone as it comes, in eval mode, nothing of it trained."""
+    """Return the backbone of a config without adapter, frozen and in eval mode."""
     torch.manual_seed(seed_of(cfg))
     return keeping(Backbone, instantiate(cfg.backbone), "backbone").requires_grad_(False).eval()
 
 
 def _check_head_file(cfg: DictConfig) -> None:
-    """Refuse a head's file that is not given or not there, before the backbone's are fetched."""
+    """Refuse an unset or missing file of head weights, before the backbone's weights are downloaded."""
     weights = plain(cfg.head).get("weights")
     if weights == "???":
         raise UserError(not_set("head.weights"))
@@ -209,14 +213,15 @@ def _check_head_file(cfg: DictConfig) -> None:
 
 
 def reader(cfg: DictConfig, instead: Mapping[str, Any] | None = None) -> Callable[[str], SegmentationData]:
-    """Return the function that gives a split of a config's data set as its files are, before `data.opened`.
+    """Return the function that maps a split to a config's dataset as read from its files, before `data.opened`.
 
     Args:
-        cfg: the whole config, of which `data` is read.
-        instead: values to use instead of the reader's own.
+        cfg: the whole config; only `data` is read.
+        instead: overrides of the reader's own values.
 
     Raises:
-        UserError: there is no reader; from the function: whatever the data set finds wrong, and see `conforming`.
+        UserError: no reader is configured. The returned function raises it for any fault of the dataset, see
+            `conforming`.
     """
     data, node = cfg.data, cfg.data.get("reader")
     if not OmegaConf.is_dict(node) or "_target_" not in node or not node.get("_partial_"):
@@ -231,20 +236,20 @@ def reader(cfg: DictConfig, instead: Mapping[str, Any] | None = None) -> Callabl
 def dataset(
     cfg: DictConfig, split: str, *, reduced: bool = False, decided: Callable[[Callable[[], bool]], bool] | None = None
 ) -> SegmentationData:
-    """Return one split of a config's data set.
+    """Return one split of a config's dataset.
 
     Args:
         cfg: the whole config.
         split: train, val or test.
-        reduced: to train on: a packed image need not be larger than the model sees it, and labels that nobody has
-            drawn (`data.reader.pseudo`) are there.
-        decided: gives what one of several ranks finds, to all; None: this one is alone.
+        reduced: open it for training: packed images may be stored at the model's input size, and pseudo-labels
+            (`data.reader.pseudo`) are included.
+        decided: runs a check on rank 0 and returns its result on every rank; None: there is only one rank.
 
     Raises:
-        UserError: an unknown split, or whatever the data set finds wrong.
+        UserError: the split is unknown, or the dataset has a fault.
     """
     check_split(split)
-    # what nobody has drawn is no truth to score against
+    # pseudo-labels are no ground truth to score against
     drawn_alone = {"pseudo": False} if "pseudo" in (cfg.data.get("reader") or ()) and not reduced else None
     pairs = reader(cfg, drawn_alone)(split)
     more: dict[str, Any] = {} if decided is None else {"decided": decided}
@@ -259,7 +264,7 @@ def clips(cfg: DictConfig, split: str) -> Any:
     """Return one split of a config's videos as clips of frames (`dinoseg.data.clips.cut.Clips`).
 
     Raises:
-        UserError: an unknown split, data that is no video, or whatever the data set finds wrong.
+        UserError: the split is unknown, the data are no videos, or the dataset has a fault.
     """
     check_split(split)
     if cfg.data.clips is None:
@@ -270,10 +275,10 @@ def clips(cfg: DictConfig, split: str) -> Any:
 
 
 def background_of(cfg: DictConfig) -> int | None:
-    """Return the id of the class that is no object, which `data.background` names; None: each is something.
+    """Return the class ID of the background, as named by `data.background`; None if every class is an object.
 
     Raises:
-        UserError: there is no such class.
+        UserError: the dataset has no class of this name.
     """
     value = cfg.data.background if "background" in cfg.data else None
     names = list(map(str, cfg.data.classes))
@@ -293,10 +298,10 @@ def optimizer(cfg: DictConfig, model: Segmenter) -> Optimizer:
 
 
 def lengths(cfg: DictConfig, samples: int) -> Lengths:
-    """Return how many steps a config trains on so many samples, and how often it validates.
+    """Return the number of training steps of a config and its validation interval, for `samples` training samples.
 
     Raises:
-        UserError: there is no length, or one is out of range.
+        UserError: no length is configured, or a value is out of range.
     """
     options = {key: cfg.trainer.get(key) for key in ("steps", "epochs", "val_every")}
     options |= {"batch_size": cfg.data.batch_size, "accumulate": cfg.trainer.accumulate}
@@ -306,10 +311,10 @@ def lengths(cfg: DictConfig, samples: int) -> Lengths:
 
 
 def seed_of(cfg: DictConfig) -> int:
-    """Return the number that all chance of a run begins with.
+    """Return the seed of all random numbers of a run.
 
     Raises:
-        UserError: it is no number from 0 on.
+        UserError: the seed is not a non-negative integer.
     """
     if not isinstance(cfg.seed, int) or cfg.seed < 0:
         raise UserError(f"seed={cfg.seed}: give a whole number that is not negative.")

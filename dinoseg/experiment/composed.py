@@ -1,4 +1,4 @@
-"""A command line composed once more, with a recipe that is chosen after the data was looked at."""
+"""Second composition of a command line, with a recipe that is chosen after the data were examined."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,26 +20,26 @@ def typed_keys(words: Sequence[str]) -> frozenset[str]:
 
 
 def own_folders() -> list[str]:
-    """Return the folder that `--config-dir` names, if it is given."""
+    """Return the folder that `--config-dir` names, as a list; empty if it is not given."""
     return [each.path for each in HydraConfig.get().runtime.config_sources if each.provider == "command-line"]
 
 
 def searching(folders: Sequence[str]) -> str:
-    """Return the word of a command line by which configs are looked for in further folders, whatever their names."""
+    """Return the override that adds folders, of any name, to Hydra's search path for configs."""
     quoted = ["'" + folder.replace("'", "\\'") + "'" for folder in folders]
     return f"{_SEARCHED}=[{','.join(quoted)}]"
 
 
 def composed_with(words: Sequence[str], name: str, text: str, *, known_as: str) -> DictConfig:
-    """Return the config of a command line with a recipe of this text in place of its own.
+    """Return the config of a command line with a recipe of the given text instead of its own.
 
-    Precedence is as ever: what is typed wins over it, and so does `local`.
+    Precedence is unchanged: typed values and `local` override the recipe.
 
     Args:
         words: the command line.
-        name: of the recipe.
-        text: of its file.
-        known_as: the recipe's name in `choices`, by which its runs are known.
+        name: name of the recipe.
+        text: content of the recipe's file.
+        known_as: the recipe's name in `choices`, under which its runs are listed.
     """
     overrides = OverridesParser.create().parse_overrides(list(words))
     kept = [str(each.input_line) for each in overrides if each.key_or_group not in ("hparam", _SEARCHED)]

@@ -1,4 +1,4 @@
-"""Config to losses, with weights of classes or without."""
+"""Builders of losses from the config, with or without class weights."""
 
 import torch
 from omegaconf import DictConfig
@@ -11,18 +11,21 @@ from dinoseg.utils.errors import UserError
 
 
 def criterion(cfg: DictConfig, **weights: Tensor) -> Loss:
-    """Return the loss that a config describes, with `class_weights` if it is one on labels."""
+    """Return the loss of a config; a loss on labels also takes `class_weights`."""
     return keeping(Loss, instantiate(cfg.loss.criterion)(**weights), "loss.criterion")
 
 
 def unweighted(cfg: DictConfig) -> Loss:
-    """Return a config's loss with the same weight for each class: no labels are counted."""
+    """Return the loss of a config with equal class weights, without counting labels."""
     weighs = cfg.loss.class_weights is not None
     return criterion(cfg, **({"class_weights": torch.ones(len(cfg.data.classes))} if weighs else {}))
 
 
 def loss(cfg: DictConfig, train: SegmentationData | None) -> Loss:
-    """Return the loss of a config, its class weights from the pixels of the training masks; None: it needs no masks."""
+    """Return the loss of a config, with class weights from the pixels of the training masks.
+
+    `train` may be None for losses that need no masks.
+    """
     if cfg.loss.class_weights is None:
         if cfg.loss.weights != "none":
             raise UserError(f"loss.weights={cfg.loss.weights}: loss={cfg.choices.loss} knows no classes. Leave it out.")

@@ -1,4 +1,4 @@
-"""A run's own folder: claimed, locked while it is written to, with its config; and removed where it stayed empty."""
+"""Run folders: claiming, locking, saved configs and command lines, and removal of empty ones."""
 
 import shutil
 from collections.abc import Callable, Sequence
@@ -15,20 +15,20 @@ from dinoseg.utils.files import check_regular
 
 LOG = "run.log"
 _TYPED = "overrides.txt"
-_LONGEST = 2**18  # bytes of a command: twice what one word may have on Linux; the folder may be a stranger's
-_run_locks: dict[Path, IO[str]] = {}  # locks last as long as the process
-_made_paths: set[Path] = set()  # folders and logs that this process has made, and so may remove again
+_LONGEST = 2**18  # maximum bytes of a command: twice Linux's limit of one word; the folder may be untrusted
+_run_locks: dict[Path, IO[str]] = {}  # locks are held until the process ends
+_made_paths: set[Path] = set()  # folders and logs created by this process, which it may remove again
 
 
 def will_make(folder: Path) -> None:
-    """Note which folders come into being with `folder`: what was there before is never removed."""
+    """Record which folders the creation of `folder` will add; folders that existed before are never removed."""
     folder = folder.absolute()
-    with suppress(OSError):  # a path that cannot be: making it will say so
+    with suppress(OSError):  # an invalid path: its creation raises the error
         _made_paths.update(path for path in (folder, *folder.parents) if not path.exists())
 
 
 def claim(out_dir: Path) -> Path:
-    """Make a new run folder this process's own; one that another run has claimed is left alone, and `_2`, ... taken."""
+    """Create and lock a new run folder; if another run has claimed it, try `_2`, `_3`, ... instead."""
     for number in range(1, 1000):
         folder = out_dir if number == 1 else out_dir.with_name(f"{out_dir.name}_{number}")
         will_make(folder)
@@ -36,7 +36,7 @@ def claim(out_dir: Path) -> Path:
         try:
             (folder / LOG).touch(exist_ok=False)
         except FileExistsError:
-            remove_dead(folder)  # which may be as large as the model that a killed export was writing
+            remove_dead(folder)  # partial files of a killed export may be as large as its model
             continue
         _made_paths.add((folder / LOG).absolute())
         lock(folder)
@@ -45,7 +45,7 @@ def claim(out_dir: Path) -> Path:
 
 
 def enter_within(folder: Path) -> None:
-    """Make a folder within a run folder a run folder of its own, or take it as it is, and lock it."""
+    """Create or reuse a run folder within a run folder, and lock it."""
     will_make(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / LOG).touch()
@@ -57,11 +57,11 @@ def lock(folder: Path, *, instead: str = "start a run of its own without resume"
     """Make this process the only one that writes to a run folder, until it ends.
 
     Args:
-        folder: of the run.
-        instead: what its user can do beside waiting.
+        folder: the run folder.
+        instead: what the user can do instead of waiting, for the message.
 
     Raises:
-        UserError: another process does.
+        UserError: another process is writing to it.
     """
     folder = folder.resolve()
     if folder in _run_locks:
@@ -75,13 +75,13 @@ def lock(folder: Path, *, instead: str = "start a run of its own without resume"
 
 
 def release(folder: Path) -> None:
-    """Let others write again to a run folder, and to those within it."""
+    """Release the locks of a run folder and of those within it."""
     for held in [path for path in _run_locks if path.is_relative_to(folder.resolve())]:
         locks.release(_run_locks.pop(held))
 
 
 def is_locked(folder: Path) -> bool:
-    """Return whether another process writes to a run folder."""
+    """Return whether another process is writing to a run folder."""
     if folder.resolve() in _run_locks or not (folder / LOG).is_file():
         return False
     file = locks.acquire(folder / LOG)
@@ -91,9 +91,9 @@ def is_locked(folder: Path) -> bool:
 
 
 def drop_empty(folder: Path) -> None:
-    """Remove a run folder that nothing was written to, and those above it that were made for it and are empty now."""
+    """Remove a run folder if it is empty, and its parents that were created for it and are empty now."""
     folder = folder.absolute()
-    with suppress(OSError):  # it is not empty, or not there any more
+    with suppress(OSError):  # not empty, or already removed
         for path in (folder, *folder.parents):
             if _made_paths.isdisjoint((path, *path.parents)):
                 return
@@ -101,13 +101,13 @@ def drop_empty(folder: Path) -> None:
 
 
 def first_ranks(folder: Path, share: Callable[[str], str]) -> Path:
-    """Return the run folder of the first rank, in which all work, and drop this rank's own, if it is another.
+    """Return the run folder of rank 0, in which all ranks work, and remove this rank's own if it is another.
 
-    Hydra names and makes one for each rank that others have started, by the second in which it starts.
+    Hydra creates a folder for each rank of an external launcher, named by the second in which the rank starts.
 
     Args:
-        folder: as this rank knows it.
-        share: returns what the first rank gives it.
+        folder: the run folder of this rank.
+        share: broadcasts a value from rank 0.
     """
     first = Path(share(str(folder)))
     if first != folder:
@@ -116,7 +116,7 @@ def first_ranks(folder: Path, share: Callable[[str], str]) -> Path:
 
 
 def drop_bare(folder: Path) -> None:
-    """Remove the folder of a run that ended before it did anything: an empty log and its config are all there is."""
+    """Remove the folder of a run that ended before it did anything: it holds only an empty log and its config."""
     folder = folder.absolute()
     with suppress(OSError):
         contents = set(folder.iterdir())
@@ -127,28 +127,28 @@ def drop_bare(folder: Path) -> None:
 
 
 def has_results(folder: Path) -> bool:
-    """Return whether a run folder holds more than its log and the config."""
+    """Return whether a run folder holds more than its log and config."""
     return any(path.name != LOG and not path.name.startswith("config") for path in folder.glob("*"))
 
 
 def write_config(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> None:
-    """Keep the composed config and the command line in `config/`, those of a continuation in `config_2/`, ..."""
+    """Save the composed config and the command line in `config/`, or in `config_2/`, ... when a run resumes."""
     names = ("config", *(f"config_{number}" for number in range(2, 10_000)))
     folder = next(out_dir.absolute() / name for name in names if not (out_dir / name).exists())
     folder.mkdir()
     _made_paths.add(folder)
     OmegaConf.save(cfg, folder / "config.yaml")
-    # names on a disk are bytes, which need be no text
+    # file names are bytes and need not be valid text
     (folder / _TYPED).write_text("\n".join(overrides) + "\n", encoding="utf-8", errors="surrogateescape")
 
 
 def command_line(folder: Path) -> list[str]:
-    """Return the words of the command that began a run; none where the folder keeps none, or what no command is."""
+    """Return the words of the command that started a run; empty if none is stored or its file is too large."""
     return _words(folder / "config" / _TYPED)
 
 
 def last_command_line(folder: Path) -> list[str]:
-    """Return the words of the command that is at work in a folder: the first one's, or those by which it goes on."""
+    """Return the words of the newest command in a folder: the one that started or last resumed the run."""
     newest = max(folder.glob(f"config*/{_TYPED}"), key=lambda path: path.stat().st_mtime_ns, default=None)
     return [] if newest is None else _words(newest)
 
@@ -156,10 +156,11 @@ def last_command_line(folder: Path) -> list[str]:
 def _words(path: Path) -> list[str]:
     if not path.is_file() or path.stat().st_size > _LONGEST:
         return []
-    lines = path.read_bytes().decode(errors="replace").split("\n")  # a word may hold other characters that end lines
+    # not splitlines: a word may hold other line separators
+    lines = path.read_bytes().decode(errors="replace").split("\n")
     return [word for word in lines if word]
 
 
 def drop_parts(folder: Path) -> None:
-    """Remove what a killed process has left half-written in a run folder that is locked, and so nobody else's."""
-    remove_parts(folder, ".*.part", "checkpoints/.*.part", "checkpoints/.tmp??????")  # .tmp: by safetensors
+    """Remove partial files that a killed process left in a run folder; the folder must be locked."""
+    remove_parts(folder, ".*.part", "checkpoints/.*.part", "checkpoints/.tmp??????")  # .tmp: written by safetensors

@@ -1,4 +1,4 @@
-"""A run of several heads: what `heads` and `lrs` mean, and the run that each head would be by itself."""
+"""Runs of several heads: parsing of `heads` and `lrs`, and the config of each head's own run."""
 
 import json
 import re
@@ -22,39 +22,38 @@ from dinoseg.training.many_heads import DROPPED
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import listed, nearest
 
-SOLO = "solo"  # in a job's config: the config of each head's own run, by name
-_CACHE = "engine.cache"  # of several heads nothing is kept, and what is kept is rounded
-_OWN = ("head", "name", "lr")  # keys of an entry of `heads` that are no head's
+SOLO = "solo"  # key of a job's config: the config of each head's own run, by name
+_CACHE = "engine.cache"  # off for several heads: their features are not cached, and cached ones are rounded
+_OWN = ("head", "name", "lr")  # keys of an entry of `heads` that are not passed to the head
 _NAME = re.compile(r"\w[\w.+-]*")
 _LONGEST_NAME = 100
 
 
 class OwnRun(NamedTuple):
-    """The run that a head would be by itself."""
+    """Config and command line of the run that a head would be by itself."""
 
     cfg: DictConfig
-    words: list[str]  # of its command line
+    words: list[str]  # words of its command line
 
 
 class HeadRun(NamedTuple):
-    """One head to train."""
+    """One head to train, with its settings and learning rate."""
 
     name: str
-    option: str  # of the group `head`
-    keys: Mapping[str, Any]  # its own settings
-    rate: float | None  # None: that of its recipe
+    option: str  # option of the group `head`
+    keys: Mapping[str, Any]  # settings of the head
+    rate: float | None  # None: the learning rate of its recipe
 
 
 def named_heads(heads: Any, rates: Any) -> list[HeadRun]:
-    """Return the heads that a config means: each at each of the rates, but for those with a rate of their own.
+    """Return the heads of a config: each at every learning rate, except those with a rate of their own.
 
     Args:
-        heads: options of `head`, or for one with settings `{head: OPTION, KEY: VALUE}` with, beside the head's keys,
-            `name` and `lr`.
-        rates: learning rates, or None: each head has its own.
+        heads: options of `head`, or mappings `{head: OPTION, KEY: VALUE}` with keys of the head, `name` and `lr`.
+        rates: learning rates; None: each head has that of its recipe.
 
     Raises:
-        UserError: an entry or a rate is none, or two heads have one name.
+        UserError: an entry or a rate is invalid, or two heads have the same name.
     """
     if not isinstance(heads, list) or not heads:
         raise UserError(f"heads={heads}: give a list of at least one head, such as heads=[linear,mlp,cnn].")
@@ -80,7 +79,7 @@ def named_heads(heads: Any, rates: Any) -> list[HeadRun]:
 
 
 def _parts(entry: Any) -> tuple[str, Mapping[str, Any]]:
-    """Return the option of an entry of `heads`, and what it says beside."""
+    """Return the option of an entry of `heads`, and the entry as a mapping."""
     own = {"head": entry} if isinstance(entry, str) else entry
     if not isinstance(own, Mapping) or not isinstance(own.get("head"), str):
         raise UserError(
@@ -101,20 +100,20 @@ def _is_rate(value: Any) -> bool:
 
 
 def solo_configs(cfg: DictConfig) -> dict[str, DictConfig]:
-    """Return the config of each head's own run out of a job's, by name; its pointers count from its own root."""
+    """Return the config of each head's own run from that of a job, by name; interpolations start from its own root."""
     return {name: OmegaConf.create(own) for name, own in plain(cfg)[SOLO].items()}
 
 
 def own_runs(cfg: DictConfig, words: Sequence[str], run: Path | None) -> dict[str, OwnRun]:
-    """Return the run that each head of a job would be by itself, by name; nothing for a job of one head.
+    """Return the run that each head of a job would be by itself, by name; empty for a job with one head.
 
     Args:
-        cfg: of the job, merged with that of the checkpoint that it goes on from.
+        cfg: config of the job, merged with that of the checkpoint that it resumes.
         words: the command line.
-        run: the run folder to go on in; None: a new one.
+        run: the run folder to resume; None: a new run.
 
     Raises:
-        UserError: `heads` and the trainer do not go together, or a head cannot be.
+        UserError: `heads` and the trainer do not go together, or a head is invalid.
     """
     given = plain(cfg)
     if HEADS not in given["trainer"]:
@@ -134,7 +133,7 @@ def own_runs(cfg: DictConfig, words: Sequence[str], run: Path | None) -> dict[st
 
 
 def _own_words(head: HeadRun, overrides: Sequence[Override]) -> list[str]:
-    """Return the command line of a head's own run, but for its own settings."""
+    """Return the command line of a head's own run, without the settings in its entry of `heads`."""
     left_out = (HEADS, RATES, "trainer", "resume", _CACHE)
     kept = [str(word.input_line) for word in overrides if word.key_or_group not in left_out]
     rate = [] if head.rate is None else [f"optim.optimizer.lr={head.rate!r}"]
@@ -142,7 +141,7 @@ def _own_words(head: HeadRun, overrides: Sequence[Override]) -> list[str]:
 
 
 def _composed(heads: Sequence[HeadRun], overrides: Sequence[Override]) -> dict[str, OwnRun]:
-    """Return the run that the command line would be for each head alone."""
+    """Compose the run of each head alone from the command line."""
     if typed := next((word for word in overrides if word.key_or_group == "head"), None):
         raise UserError(f"{typed.input_line} and heads both say what is trained: give one of them.")
     options = [name for name in GlobalHydra.instance().config_loader().get_group_options("head") if name[0] != "_"]
@@ -167,12 +166,12 @@ def _composed(heads: Sequence[HeadRun], overrides: Sequence[Override]) -> dict[s
 
 
 def _typed(value: Any) -> str:
-    """Return a plain value as a command line has it."""
+    """Return a plain value as typed on a command line."""
     return json.dumps(value, separators=(",", ":"))
 
 
 def _resumed(cfg: DictConfig, heads: Sequence[HeadRun], overrides: Sequence[Override], run: Path) -> dict[str, OwnRun]:
-    """Return the run of each head's own checkpoint, with what the command line changes."""
+    """Return the run of each head's own checkpoint, changed by the command line."""
     before = checkpoint.describe(run / checkpoint.FOLDER / "last.safetensors")["config"]
     if [before.get(key) for key in (HEADS, RATES)] != [plain(cfg).get(key) for key in (HEADS, RATES)]:
         raise UserError(

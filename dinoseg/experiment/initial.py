@@ -1,4 +1,4 @@
-"""A new run that begins with the weights of another: what both models have, the rest as it is made."""
+"""Initial weights of a new run, loaded from another run (`init`) for all tensors that both models train."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -19,33 +19,36 @@ from dinoseg.utils.tensor_files import check_weights
 from dinoseg.utils.wording import count_of, listed, shown
 
 logger = logging.getLogger(__name__)
-_NEEDED = "needed from "  # and a recipe's name: what one says that begins with a run of the user's
-_UPDATES = ".lora_"  # in the names of what LoRA adds to a layer
-_BASE = ".base_layer."  # in the names of what was there before
+_NEEDED = "needed from "  # prefix of a recipe's name: value of `init` in recipes that build on a run of the user
+_UPDATES = ".lora_"  # part of the names of LoRA's tensors
+_BASE = ".base_layer."  # part of the names of the original tensors of a layer with LoRA
 
 
 def begin_with(
     cfg: DictConfig, model: Segmenter, classes: list[str], share: Callable[[Any], Any] = lambda value: value
 ) -> Segmenter:
-    """Return the model of a new run with the trained weights of the run that `init` names, where they fit, and say so.
+    """Load the trained weights of the run that `init` names into a new model, where they fit, and log the result.
 
-    A run that goes on has its own, and is returned as it is.
+    Without `init`, and for a resumed run, the model is returned unchanged.
 
     Args:
         cfg: the whole config.
-        model: as it was made, on the CPU.
-        classes: of the data.
-        share: returns what the first rank gives it.
+        model: as built, on the CPU.
+        classes: class names of the data.
+        share: broadcasts a value from rank 0.
+
+    Returns:
+        The same model.
 
     Raises:
-        UserError: there is no such run, nothing of it fits, what it learnt of the backbone would be left out, or ranks
-            have read different checkpoints of it.
+        UserError: the run does not exist, nothing of it fits, backbone weights that it trained would be left out, or
+            ranks read different checkpoints of it.
     """
     if not has_initial(cfg):
         return model
     offered = _of(cfg, checkpoint.outline)
     _, left = _fitting(cfg, model, offered)
-    # no more is read than the model has room for: a foreign file may describe more than this machine holds
+    # read only what the model has room for: an untrusted file may describe more than fits in memory
     room = {key for key, name, _ in _named(model, offered) if name not in left}
     saved = _of(cfg, partial(checkpoint.read, finite=cfg.finite_weights, only=room))
     progress = saved.info["progress"]
@@ -62,10 +65,10 @@ def begin_with(
 
 
 def has_initial(cfg: DictConfig) -> bool:
-    """Return whether a run is a new one that begins with another's weights.
+    """Return whether a run is new and starts from the weights of another run.
 
     Raises:
-        UserError: its recipe begins with those of a run, and none is named.
+        UserError: the recipe requires such a run, and none is named.
     """
     if cfg.resume is not None:
         return False
@@ -79,7 +82,7 @@ def has_initial(cfg: DictConfig) -> bool:
 
 
 def check_initial(cfg: DictConfig, model: Segmenter) -> None:
-    """Refuse what `begin_with` would, as far as names and shapes tell; the model may be on the meta device."""
+    """Run the checks of `begin_with` that need only names and shapes; the model may be on the meta device."""
     if not has_initial(cfg):
         return
     if model.head.init is not None:
@@ -100,28 +103,28 @@ def _of(cfg: DictConfig, read: Callable[[Path], Checkpoint]) -> Checkpoint:
 
 
 def _named(model: Segmenter, saved: Checkpoint) -> list[tuple[str, str, Tensor]]:
-    """Return each tensor of a checkpoint's model with its key there and its name in this model, adapters apart."""
+    """Return the key, the name in this model and the value of each tensor of a checkpoint, ignoring LoRA's renaming."""
     own = {_unadapted(name): name for name in model.state_dict()}
     have = saved.part("model")
     return [(f"model/{name}", own.get(_unadapted(name), name), value) for name, value in have.items()]
 
 
 def _unadapted(name: str) -> str:
-    """Return the name of a tensor as it is without LoRA."""
+    """Return the name that a tensor has without LoRA."""
     return name.replace(_BASE, ".")
 
 
 def _fitting(cfg: DictConfig, model: Segmenter, saved: Checkpoint) -> tuple[dict[str, Tensor], list[str]]:
-    """Return the tensors of a checkpoint that training changes in the model, too, and that have its shapes.
+    """Return the tensors of a checkpoint that the model also trains, in the same shapes, and the names of the others.
 
-    Beside them the names of those that are left there.
+    Frozen tensors that the model already has are in neither.
     """
     state, own = model.state_dict(), trained_names(model)
     have = {name: value for _, name, value in _named(model, saved)}
     alike = {name: value for name, value in have.items() if name in own and value.shape == state[name].shape}
-    check_weights({name: value.to("meta") for name, value in alike.items()}, f"init={cfg.init}", state)  # types
+    check_weights({name: value.to("meta") for name, value in alike.items()}, f"init={cfg.init}", state)  # checks dtypes
     taken = {name: value for name, value in alike.items() if casts(value.dtype, state[name].dtype)}
-    # a file may hold what is frozen, too, which the model has in any case
+    # a file may also hold frozen tensors, which the model already has
     left = [name for name, value in have.items() if name not in taken and not _is_so(value, state.get(name))]
     lost = [name for name in left if name.startswith("backbone.")]
     if lost:
@@ -139,16 +142,19 @@ def _fitting(cfg: DictConfig, model: Segmenter, saved: Checkpoint) -> tuple[dict
 
 
 def _is_so(value: Tensor, now: Tensor | None) -> bool:
-    """Return whether a model has these numbers in any case, as of a file that holds what is frozen, too."""
+    """Return whether a model already has this value, as for frozen tensors that a file also holds.
+
+    For a meta tensor, equal shapes suffice.
+    """
     if now is None or value.shape != now.shape:
         return False
     return value.is_meta or torch.equal(value.to(now.dtype), now)
 
 
 def _check_frozen(cfg: DictConfig, model: Segmenter, saved: Checkpoint) -> None:
-    """Refuse other numbers in what was frozen of that run's backbone, of which its checkpoint holds a hash."""
+    """Refuse a model whose frozen backbone differs from that of the `init` run; its checkpoint stores a hash."""
     if _held_as(plain(cfg)) != _held_as(saved.info["config"]):
-        return  # rounded numbers have another hash
+        return  # weights of another precision have another hash
     there, skipped = saved.part("model").keys(), quantised_names(model)
     updated = {name.partition(_UPDATES)[0] for name in there if _UPDATES in name}
     frozen = []
@@ -165,7 +171,7 @@ def _check_frozen(cfg: DictConfig, model: Segmenter, saved: Checkpoint) -> None:
 
 
 def _held_as(config: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Return in which type and in how many bits a config's frozen weights are held."""
+    """Return the dtype and the quantisation bits of a config's frozen weights."""
     return config["backbone"].get("dtype"), config["adapter"].get("bits")
 
 

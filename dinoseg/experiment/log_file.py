@@ -1,4 +1,4 @@
-"""A run's log: to the terminal and to `run.log` in its folder."""
+"""Log of a run: on the terminal, and in `run.log` of its folder."""
 
 import logging
 import os
@@ -12,18 +12,18 @@ from typing import Any, TextIO, cast
 from dinoseg.experiment.folder import LOG
 from dinoseg.utils.wording import Printable, printable
 
-_TRANSIENT = "transient"  # attribute of records that are for the terminal alone
-LABEL = "DINOSEG_LABEL"  # of the environment: what lines on the terminal begin with, where several jobs write there
+_TRANSIENT = "transient"  # attribute of records that only the terminal shows
+LABEL = "DINOSEG_LABEL"  # environment variable: prefix of terminal lines where several jobs share a terminal
 
 
 class Labelled:
-    """A text stream whose lines begin with a label; else the stream itself."""
+    """Text stream that starts each line with a label, and otherwise behaves like the wrapped stream."""
 
     def __init__(self, stream: Any, label: str) -> None:
         self.stream, self._label, self._within = stream, label, False
 
     def write(self, text: str) -> int:
-        """Write it."""
+        """Write text, with the label at the start of each line."""
         if not text:
             return 0
         start = "" if self._within else self._label
@@ -35,12 +35,12 @@ class Labelled:
 
 
 def configure_log(folder: Path | None) -> None:
-    """Send the log to the terminal and the run folder's `run.log`; without a folder (other ranks) only warnings."""
+    """Send the log to the terminal and the run folder's `run.log`; without a folder (other ranks), only warnings."""
     out, err = (stream.stream if isinstance(stream, Labelled) else stream for stream in (sys.stdout, sys.stderr))
-    if isinstance(out, TextIOWrapper):  # of a rank or a launcher's process, which `__main__` has not prepared
+    if isinstance(out, TextIOWrapper):  # in processes of ranks and launchers, which do not pass through `__main__`
         out.reconfigure(errors="backslashreplace")
     if not isinstance(out, Printable):
-        out = Printable(out)  # what is printed names files, too
+        out = Printable(out)  # printed text contains file names, too
     label = os.environ.get(LABEL, "")
     sys.stdout, sys.stderr = (cast(TextIO, Labelled(each, label) if label else each) for each in (out, err))
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
@@ -62,13 +62,13 @@ def configure_log(folder: Path | None) -> None:
 def announce(step: str) -> None:
     """Log on the terminal that a long step begins.
 
-    The log file does not hold it: it stays empty, and its run folder is removed, where a run fails in its first steps.
+    The log file omits it. If a run fails in its first steps, the file is thus empty and its run folder is removed.
     """
     logging.getLogger(__name__).info("%s ...", step, extra={_TRANSIENT: True})
 
 
 def _tell_thread_error(caught: threading.ExceptHookArgs) -> None:
-    """Say in a line what the system refused a thread, such as TensorBoard's, which passes it on; else as ever."""
+    """Log an OSError of a thread, such as TensorBoard's writer, in one line; pass other errors to the default hook."""
     if isinstance(caught.exc_value, OSError):
         logging.getLogger(__name__).warning("Writing has failed: %s", caught.exc_value)
     else:
@@ -76,7 +76,7 @@ def _tell_thread_error(caught: threading.ExceptHookArgs) -> None:
 
 
 class LogFile(logging.FileHandler):
-    """A log file; when it cannot be written, as on a full disk, that is said once and the terminal has the rest."""
+    """Log file that closes after a write error, as on a full disk, with one warning; the terminal log continues."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802, D102 - logging's name
         error = sys.exc_info()[1]

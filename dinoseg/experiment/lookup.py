@@ -1,4 +1,4 @@
-"""Which checkpoint `resume` means: the one that it names, or with `auto` the newest of the same recipe."""
+"""Lookup of the checkpoint that `resume` names, or with `auto` of the newest one of the same recipe."""
 
 import os
 import sys
@@ -15,18 +15,18 @@ from dinoseg.training import checkpoint
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import printable
 
-PATIENCE = 10  # seconds that resume=auto waits for a run of another process
+PATIENCE = 10  # seconds that resume=auto waits for another process to end its run
 
 
 def resumed_checkpoint(cfg: DictConfig, out_dir: Path, prefer: str) -> Path | None:
-    """Return the checkpoint that `resume` means; None for `auto` where no run of this recipe has one yet.
+    """Return the checkpoint that `resume` names; None for `auto` if no run of this recipe has one yet.
 
-    A run is of the same recipe if nothing but its length and its intervals differ. One that another process is still
-    writing to after a while is passed over, and so is a file that cannot be read; both are said.
+    Runs have the same recipe if they differ only in length and intervals. For `auto`, a run that another process is
+    still writing to after `PATIENCE` seconds is skipped, and so is an unreadable file; both are reported.
 
     Args:
-        cfg: what the command line composed.
-        out_dir: of a new run, which lies below the recipe's folder.
+        cfg: composed from the command line.
+        out_dir: folder of the new run, below the recipe's folder.
         prefer: `best` or `last`.
     """
     if cfg.resume != "auto":
@@ -47,15 +47,15 @@ def resumed_checkpoint(cfg: DictConfig, out_dir: Path, prefer: str) -> Path | No
 def _newest_first(paths: Iterable[Path]) -> list[Path]:
     dated_paths = []
     for path in paths:
-        with suppress(OSError):  # removed meanwhile
+        with suppress(OSError):  # removed in the meantime
             dated_paths.append((path.stat().st_mtime, path))
     return [path for _, path in sorted(dated_paths, reverse=True)]
 
 
 def _is_free(run: Path) -> bool:
-    """Return whether a run can be gone on with; one that was just told to end is given a while to do so."""
+    """Return whether a run can be resumed, waiting up to `PATIENCE` seconds for a process that is shutting down."""
     if os.environ.get("RANK", "0") != "0":
-        return True  # the first rank of torchrun's decides, and may hold it already
+        return True  # under torchrun rank 0 decides, and may already hold the lock
     deadline = time.monotonic() + PATIENCE
     if not is_locked(run):
         return True

@@ -1,4 +1,4 @@
-"""What a run is made of, as its checkpoints say it; and by what two runs are of the same recipe."""
+"""Description of a run for its checkpoints, and the settings that identify its recipe."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,20 +16,20 @@ from dinoseg.data.classes.labels import Labels
 from dinoseg.training.description import CHOSEN, GROUPS
 from dinoseg.utils.forms import as_read_back
 
-USE = "inference"  # the group that says how a model is asked: what validates with windows is evaluated with them
-FOLLOWING = "slots"  # the same of a model of slots: how these are followed
+USE = "inference"  # inference strategy: a run that validates with windows is evaluated with them
+FOLLOWING = "slots"  # the same for slot models: how slots are tracked
 USES = (USE, FOLLOWING)
-HEADS, RATES = "heads", "lrs"  # what a run of several heads trains
-TEACHER = "teacher"  # the run that a student learns from
-INITIAL = "init"  # the run whose weights a new one begins with
-OPTIONAL = (*USES, HEADS, RATES, TEACHER, INITIAL)  # root keys that a checkpoint lacks where they say nothing
-SAVED = ("seed", *GROUPS, *OPTIONAL)  # root keys of a config that a checkpoint keeps
-# of a trainer: a run may go on with others
+HEADS, RATES = "heads", "lrs"  # heads and learning rates of a run of several heads
+TEACHER = "teacher"  # the run that teaches a student
+INITIAL = "init"  # the run whose weights initialise a new one
+OPTIONAL = (*USES, HEADS, RATES, TEACHER, INITIAL)  # root keys that a checkpoint omits if they are not set
+SAVED = ("seed", *GROUPS, *OPTIONAL)  # root keys of a config that a checkpoint saves
+# keys of `trainer` that may change when a run resumes
 LENGTHS = ("steps", "epochs", "max_minutes", "patience", "val_every", "val_images", "save_every", "log_every")
 
 
 def run_description(cfg: DictConfig, data: SegmentationData | Labels) -> dict[str, Any]:
-    """Return what a run's checkpoints say of themselves beside their progress."""
+    """Return the description that a run's checkpoints store in addition to their progress."""
     return {
         **config_description(cfg),
         "classes": list(data.classes),
@@ -40,15 +40,15 @@ def run_description(cfg: DictConfig, data: SegmentationData | Labels) -> dict[st
 
 
 def config_description(cfg: DictConfig) -> dict[str, Any]:
-    """Return the part of the description that the config alone decides."""
+    """Return the part of the description that depends only on the config."""
     unsaid = () if cfg.trainer.feed == "clips" else (FOLLOWING,)
     config = {key: value for key, value in plain(cfg).items() if key in {*SAVED} - {*unsaid} and value is not None}
-    # what acts is the machine's to say, never a file's
+    # nodes that write files come from this machine's config, never from a checkpoint
     config["data"] = {**settled(cfg.data), **dict.fromkeys(ACTING)}
     for key in (TEACHER, INITIAL):
         if key in config:
             config[key] = absolute(config[key])
-    config["head"] = settled(cfg.head)  # its grid is what it was trained for, whatever later images are seen at
+    config["head"] = settled(cfg.head)  # the head's grid is that of its training, whatever size later images have
     return {
         "config": config,
         "choices": {group: cfg.choices[group] for group in (*CHOSEN, *USES) if group not in unsaid},
@@ -57,44 +57,44 @@ def config_description(cfg: DictConfig) -> dict[str, Any]:
 
 
 def absolute(place: Any) -> Any:
-    """Return the whole path of a run, which is gone on with from any folder; what is no text as it is."""
+    """Return the absolute path of a run, which may be resumed from any folder; other values than text are unchanged."""
     return str(Path(place).expanduser().absolute()) if isinstance(place, str) else place
 
 
 def recipe_of(info: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what makes two runs the same recipe, as a checkpoint would give it back.
+    """Return the settings that identify the recipe of a run, in the form in which a checkpoint returns them.
 
     Args:
-        info: a description; where the data lies is part of it, and how long is trained is not.
+        info: a description. The location of the data is part of the recipe, the length of the training is not.
     """
-    # how it is asked changes nothing that is trained
+    # the inference strategy does not affect training
     config = {key: value for key, value in as_read_back(saved_config(info)).items() if key not in USES}
     trainer = {key: value for key, value in config["trainer"].items() if key not in LENGTHS}
-    # by the background alone a score differs, and nothing that is trained
+    # the background affects a score, but not training
     data = {**config["data"], "root": data_root(config, Path(info["folder"]))[0], "background": None}
-    unread = {"least_maps"}  # which says what is refused, nothing that is trained
+    unread = {"least_maps"}  # decides what is refused, but does not affect training
     if "mask_classification" not in repr(config["loss"]):
-        unread.add("deep_supervision")  # which no other loss reads
+        unread.add("deep_supervision")  # no other loss reads it
     head = {key: value for key, value in config["head"].items() if key not in unread}
     return {**config, "trainer": trainer, "data": data, "head": head}
 
 
 def saved_config(info: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the root keys of a checkpoint's config that a run has, optional ones where they say something."""
+    """Return the root keys of a checkpoint's config that describe the run; optional keys only if they are set."""
     given = info["config"]
     return {key: given[key] for key in SAVED if key not in OPTIONAL or given.get(key) is not None}
 
 
 def data_root(config: Mapping[str, Any], folder: Path) -> tuple[str, str]:
-    """Return the data root of a run as a whole path, and what to say of the choice.
+    """Return the absolute data root of a run, and a remark on the choice for the user.
 
-    A relative one is that of the run, below the folder where it was started, even if there is one of the same name
-    here: that may be another data set. Only where the run's is not there, the one here is taken. What is no name of a
-    folder is none given.
+    A relative root is resolved in the folder where the run was started, even if the current folder has one of the same
+    name: that may be another dataset. Only if the run's root does not exist is the one in the current folder used. A
+    value that is no valid path counts as not set.
 
     Args:
-        config: of the run.
-        folder: where it was started.
+        config: config of the run.
+        folder: where the run was started.
     """
     root = config["data"].get("root")
     if not isinstance(root, str):
@@ -104,7 +104,7 @@ def data_root(config: Mapping[str, Any], folder: Path) -> tuple[str, str]:
     try:
         here, there = (path.resolve() for path in (Path(root).expanduser(), folder / Path(root).expanduser()))
         is_here, is_there = here.exists(), there.exists()
-    except (OSError, RuntimeError, ValueError):  # too long a name, nobody's home, nothing that a name may hold
+    except (OSError, RuntimeError, ValueError):  # name too long, home of an unknown user, invalid characters
         return "???", ""
     if here == there or not is_here:
         return str(there), ""

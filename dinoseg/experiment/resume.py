@@ -1,4 +1,4 @@
-"""The config to go on with from a checkpoint: its own, with what the command line changes."""
+"""Config of a resumed run: that of the checkpoint, changed by the command line."""
 
 import os
 import sys
@@ -23,14 +23,14 @@ from dinoseg.utils.wording import nearest, printable, shown, typed
 def merge(
     cfg: DictConfig, overrides: Sequence[Override], path: Path, info: Mapping[str, Any], *, tell: bool = False
 ) -> DictConfig:
-    """Return `cfg` with the model, data and training of a checkpoint, changed as the command line says.
+    """Return `cfg` with the model, data and training settings of a checkpoint, changed by the command line.
 
     Args:
-        cfg: what the command line composed.
+        cfg: composed from the command line.
         overrides: the command line's assignments.
         path: the checkpoint file.
-        info: what it says of itself.
-        tell: whether to say what is changed.
+        info: the description in the checkpoint.
+        tell: whether to print the changes.
 
     Raises:
         UserError: the checkpoint's config is not to be trusted, or the command line names another model.
@@ -38,14 +38,15 @@ def merge(
     saved, keys = saved_config(info), [override.key_or_group for override in overrides]
     guard(saved, f"resume={path}", plain(cfg), trust=_trusted(cfg), typed=keys)
     choices = {group: option for group, option in info["choices"].items() if group in (*CHOSEN, *USES)}
-    facts = {**plain(cfg), "resume": str(path), "choices": {**plain(cfg.choices), **choices}}  # of this machine and run
-    facts |= {INITIAL: None}  # which a new run alone has from the command line
+    # settings of this machine and run
+    facts = {**plain(cfg), "resume": str(path), "choices": {**plain(cfg.choices), **choices}}
+    facts |= {INITIAL: None}  # only a new run takes it from the command line
     merged = OmegaConf.create({**facts, **saved})
     merged.data.root, remark = data_root(saved, Path(info["folder"]))
     if remark and not {"data", "data.root"} & {*keys}:
         print(printable(f"resume={path}: {remark}"), file=sys.stderr)
     before = deepcopy(merged)
-    # options first: another data= brings its whole group, in which a key that is typed beside it holds
+    # options first: another data= replaces the whole group, in which typed keys then take effect
     for option in (override for override in overrides if override.key_or_group in (*CHOSEN, *USES)):
         _take_option(option, cfg, merged, path)
     for value in (override for override in overrides if override.key_or_group not in (*CHOSEN, *USES)):
@@ -69,17 +70,17 @@ def alone(
     trust: Sequence[str] = (),
     beside: DictConfig | None = None,
 ) -> DictConfig:
-    """Return the config to use a checkpoint with where there is no command line, held against the shipped config files.
+    """Return the config for using a checkpoint without a command line, validated against the shipped config files.
 
-    Without `beside` nothing of Hydra is set up or read: the caller may be a Hydra program of its own.
+    Without `beside`, Hydra is neither initialised nor read: the caller may be a Hydra program of its own.
 
     Args:
         path: the checkpoint file.
-        info: what it says of itself.
+        info: the description in the checkpoint.
         changes: dotted key to the user's own value, such as `engine.device` or `backbone.weights`.
-        inference: option of that group, in place of the file's own.
-        trust: packages and hub ids that the file may name beside what config files do.
-        beside: the config of the job that uses it, whose own config files then count as well, and what that trusts.
+        inference: option of that group, instead of the file's own.
+        trust: packages and hub IDs that the file may name, in addition to those in config files.
+        beside: config of the job that uses the checkpoint; its own config files and its `trust` then count as well.
 
     Raises:
         UserError: the checkpoint's config is not to be trusted.
@@ -97,7 +98,7 @@ def alone(
 
 
 def without(cfg: DictConfig) -> DictConfig:
-    """Return `cfg` with nothing to resume."""
+    """Return `cfg` without a run to resume."""
     return OmegaConf.create({**plain(cfg), "resume": None})
 
 
@@ -109,7 +110,7 @@ def _trusted(cfg: DictConfig) -> list[str]:
 
 
 def _take_option(override: Override, cfg: DictConfig, merged: DictConfig, path: Path) -> None:
-    """Take another data set or use from the command line; refuse another of what the checkpoint fixes."""
+    """Apply another data, inference or slots option of the command line; refuse options that the checkpoint fixes."""
     group = override.key_or_group
     option, was = cfg.choices[group], merged.choices[group]
     if group in ("data", *USES) and option != was:
@@ -122,7 +123,7 @@ def _take_option(override: Override, cfg: DictConfig, merged: DictConfig, path: 
 
 
 def _take_value(override: Override, cfg: DictConfig, merged: DictConfig, path: Path) -> None:
-    """Take the value of a key, unless it is of the part of the config that is this command line's anyway."""
+    """Apply a typed value to the checkpoint's config; keys that checkpoints do not save are already set in it."""
     name = override.key_or_group
     if name == INITIAL:
         return _check_initial(override.value(), cfg, merged, path)
@@ -134,7 +135,7 @@ def _take_value(override: Override, cfg: DictConfig, merged: DictConfig, path: P
 
 
 def _lift_time_limit(merged: DictConfig, keys: Sequence[str]) -> bool:
-    """Remove the time limit of the run where the command line gives its length alone; return whether there was one."""
+    """Remove the time limit if the command line sets only a new length; return whether there was a limit."""
     is_lifted = bool({"trainer.steps", "trainer.epochs"} & {*keys}) and "trainer.max_minutes" not in keys
     is_lifted = is_lifted and merged.trainer.get("max_minutes") is not None
     if is_lifted:
@@ -143,7 +144,7 @@ def _lift_time_limit(merged: DictConfig, keys: Sequence[str]) -> bool:
 
 
 def _changes(before: DictConfig, merged: DictConfig, overrides: Sequence[Override]) -> list[str]:
-    """Return what the command line sets to something else than the checkpoint's run had, as `new in place of old`."""
+    """Return a text for each setting that the command line changes from the checkpoint's, with both values."""
     found = []
     for override in overrides:
         name = override.key_or_group
@@ -164,12 +165,12 @@ def _one_place(old: Any, new: Any) -> bool:
         return False
     try:
         return os.path.realpath(os.path.expanduser(old)) == os.path.realpath(os.path.expanduser(new))
-    except ValueError:  # no path has a null byte, and a file's value may
+    except ValueError:  # a path cannot contain a null byte, a value from a file can
         return False
 
 
 def _check_initial(given: Any, cfg: DictConfig, merged: DictConfig, path: Path) -> None:
-    """Refuse another run to begin with than the one that this run began with; it goes on from its own weights."""
+    """Refuse an `init` other than the one that the run started from: a resumed run has its own weights."""
     began = merged.get(INITIAL)
     if INITIAL in cfg.mode.get("reads", ()) and given is not None and absolute(given) != began:
         raise UserError(
@@ -179,7 +180,7 @@ def _check_initial(given: Any, cfg: DictConfig, merged: DictConfig, path: Path) 
 
 
 def _check_key(name: str, cfg: DictConfig, merged: DictConfig, path: Path) -> None:
-    """Refuse a key that the checkpoint's config lacks, unless it is one of the same options' that is newer."""
+    """Refuse a key that the checkpoint's config lacks, unless the same option has gained it since."""
     known, group = plain(merged), name.split(".")[0]
     newer = cfg.choices.get(group) == merged.choices.get(group) and has_key(plain(cfg), name)
     if not newer and not has_key(known, name):

@@ -1,4 +1,4 @@
-"""The settings of a run under full names: told apart by in a table, held against those it was begun with."""
+"""Settings of a run by dotted name: for tables of runs, and to check that a resumed run has not changed."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,7 +14,10 @@ from dinoseg.utils.wording import typed
 
 
 def settings_of(cfg: DictConfig) -> dict[str, Any]:
-    """Return what runs are told apart by in a table, such as `optim.optimizer.lr`: choices, what is trained and how."""
+    """Return the settings that distinguish runs in a table, such as `optim.optimizer.lr`.
+
+    They are the seed, the chosen options, the batch size, and the values of `resolution` and of the groups in `MODEL`.
+    """
     groups = {group: plain(cfg[group], resolve=True) for group in ("resolution", *MODEL)}
     choices = {group: cfg.choices[group] for group in CHOSEN}
     nested = {"seed": cfg.seed, "choices": choices, "data": {"batch_size": cfg.data.batch_size}, **groups}
@@ -28,16 +31,16 @@ def settings_of(cfg: DictConfig) -> dict[str, Any]:
 def check_same_settings(
     folder: Path, before: Mapping[str, Any], now: Mapping[str, Any], *, key: str = "mode.restart"
 ) -> None:
-    """Refuse to go on with a run under other settings than it was begun with: its results would be of two kinds.
+    """Refuse to resume a run with settings other than its first ones: its results would be inconsistent.
 
     Args:
-        folder: of the run.
-        before: its settings, as they were read back.
-        now: those of this run.
-        key: by which the user has named the folder.
+        folder: the run folder.
+        before: its settings, as read back.
+        now: the settings of this run.
+        key: config key with which the user named the folder.
 
     Raises:
-        UserError: naming each setting that differs.
+        UserError: settings differ; the message names each of them.
     """
     were, are = dict(_flat(before)), dict(_flat(as_read_back(now)))
     differing = [

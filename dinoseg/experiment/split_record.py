@@ -1,4 +1,4 @@
-"""split.json of a run folder: which names it trains and validates on, from the first step to the last."""
+"""Record of the training and validation names of a run in its split.json."""
 
 import logging
 import os
@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 def write_split(out_dir: Path, split: Mapping[str, Sequence[str]]) -> None:
-    """Write split.json; where the run began with other images, say so and keep their list as split_1.json and so on."""
+    """Write split.json; if the names differ from before, warn and save the former list as split_1.json and so on."""
     path = out_dir / "split.json"
     before = _read_split(path)
     if before is not None and before != split:

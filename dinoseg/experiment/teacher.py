@@ -1,4 +1,4 @@
-"""A trained segmenter as a teacher: its class scores of whole images, as mode=predict asks for them."""
+"""Teacher of a distillation: a trained segmenter that returns class scores of whole images, as in mode=predict."""
 
 import hashlib
 import math
@@ -30,20 +30,20 @@ from dinoseg.utils.transfer import sent
 from dinoseg.utils.wording import listed, shown, typed
 
 _CROP = forms.listing(forms.whole(1), length=2)
-_PROBED = 512  # pixels of a side that a backbone sees of an image by which its cells are counted, at most
-_LEAST = -3e4  # of a score below the highest, which float16 holds
+_PROBED = 512  # maximum side in backbone pixels of the dummy image that measures cells per pixel
+_LEAST = -3e4  # lowest score relative to the highest; float16 can hold it
 
 
 class Teacher:
-    """A trained segmenter that is asked for scores, by its own checkpoint's settings; read when it is first asked.
+    """Trained segmenter that scores images with the settings of its own checkpoint; loads it at the first call.
 
     Args:
         cfg: the student's whole config; `teacher` names a run folder or a checkpoint.
-        engine: whose device and precision it is asked with.
-        labels: whose classes it must know.
+        engine: device and precision of the forward passes.
+        labels: dataset whose classes the teacher must have.
 
     Raises:
-        UserError: there is no such run, it has other classes, or its checkpoint is not to be trusted.
+        UserError: the run does not exist, its classes differ, or its checkpoint is not to be trusted.
     """
 
     def __init__(self, cfg: DictConfig, engine: Engine, labels: SegmentationData) -> None:
@@ -69,12 +69,12 @@ class Teacher:
 
     @property
     def name(self) -> str:
-        """What tells its file from any other, wherever it lies."""
+        """Return a hash that identifies the checkpoint file, wherever it is stored."""
         return f"sha256 {self._digest[:16]}"
 
     @property
     def parts(self) -> dict[str, str]:
-        """What its scores of an image depend on, as hashes, by what a user calls it."""
+        """Return hashes of everything that the scores of an image depend on, keyed by its name for users."""
         return {
             "teacher": self._digest,
             "code": code_hash([self._outline.backbone, self._outline.head], self.__call__),
@@ -86,14 +86,15 @@ class Teacher:
     def __call__(self, image: Tensor) -> tuple[Tensor, tuple[float, float]]:
         """Return class scores (K, h, w) float32 of an image (3, H, W) uint8, and the share of them that it covers.
 
-        They are logits, of each cell the highest is 0. Where one pass sees the image whole they are those of the head,
-        as they are; else what is put together has as many cells as the head would have had.
+        The scores are logits, shifted so that the highest of each cell is 0. If one pass covers the whole image, they
+        have the resolution of the head's output. Otherwise, the merged scores have the number of cells that the head
+        would have returned.
 
         Raises:
-            UserError: scores are no finite numbers, or memory does not suffice.
+            UserError: scores are not finite, or memory does not suffice.
         """
         predictor, cells = self._asked = self._asked or self._read()
-        # windows see pictures larger than those of the training as they are
+        # windows take images larger than those of the training at full size
         seen = backbone_size((image.shape[-2], image.shape[-1]), 1.0, predictor.model.longest)
         height, width = (max(1, math.ceil(side * of - 1e-6)) for side, of in zip(seen, cells, strict=True))
         pixels = sent(image[None], predictor.device)
@@ -108,9 +109,10 @@ class Teacher:
         return (scores - scores.amax(0)).clamp(min=_LEAST), valid
 
     def _read(self) -> tuple[Predictor, tuple[float, float]]:
-        """Return the model as one that takes pictures, and its cells for each pixel, along both axes."""
+        """Return the model as a predictor of images, and its number of cells per pixel along both axes."""
         devices = [self._engine.device] if self._engine.device.type == "cuda" else []
-        with self._named(), torch.random.fork_rng(devices):  # a student draws the same with kept scores and without
+        # the random state is restored: cached scores must not change the student's random numbers
+        with self._named(), torch.random.fork_rng(devices):
             if self._hashed() != self._digest:
                 raise UserError(f"resume={self._path} was changed since this run began. Start it again.")
             model, _ = restore(self._cfg, self._path)
@@ -122,7 +124,7 @@ class Teacher:
 
     @torch.no_grad()
     def _cells(self, model: Segmenter) -> tuple[float, float]:
-        """Return the cells of scores for each pixel of an image that is not reduced, down and across."""
+        """Return the number of score cells per pixel of an image that is not reduced, along height and width."""
         most = math.ceil(_PROBED / model.scale)
         height, width = (min(side, most) for side in plain(self._cfg.resolution, resolve=True)["crop"])
         with self._engine.autocast():
@@ -153,7 +155,7 @@ class Teacher:
 
     @contextmanager
     def _named(self) -> Iterator[None]:
-        """Let messages call the checkpoint what the user calls it, and say that what they tell of is its own."""
+        """Rewrite errors to name the checkpoint as typed by the user (`teacher=`); an OSError becomes a UserError."""
         try:
             yield
         except UserError as error:
@@ -167,14 +169,14 @@ def _grid_of(band: Prediction) -> tuple[Tensor, tuple[float, float]]:
     """Return the scores of a band of one image as a grid (K, h, w), and the share of it that the band covers."""
     if band.grid is not None:
         return band.grid[0].float(), band.valid
-    return band.logits()[0].float().clone(), (1.0, 1.0)  # a band is overwritten by the next
+    return band.logits()[0].float().clone(), (1.0, 1.0)  # cloned: the next band overwrites this one
 
 
 def named_teacher(cfg: DictConfig) -> str:
     """Return the run folder or checkpoint that a config names as the teacher.
 
     Raises:
-        UserError: it names none.
+        UserError: the config names none.
     """
     given = cfg.trainer.teacher
     if not isinstance(given, str):
@@ -186,5 +188,5 @@ def named_teacher(cfg: DictConfig) -> str:
 
 
 def scores_kept(cfg: DictConfig) -> Path:
-    """Return the folder of all teachers' scores."""
+    """Return the folder that caches the scores of all teachers."""
     return Path(cfg.cache_dir).expanduser() / "teachers"

@@ -1,4 +1,4 @@
-"""A trained model, ready to predict: of a checkpoint, or of a head that was released trained."""
+"""Trained models ready to predict: from a checkpoint, or with a head that was released trained."""
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -29,38 +29,38 @@ from dinoseg.utils.errors import UserError
 
 @dataclass
 class Trained:
-    """A trained segmenter, ready to predict, and what its classes mean."""
+    """Trained segmenter, ready to predict, with its classes."""
 
     model: Segmenter
     engine: Engine
     classes: list[str]
     palette: Palette
     ignore_index: int
-    info: Mapping[str, Any]  # what the checkpoint says of itself
-    policy: Policy = field(default_factory=Whole)  # how it is asked
+    info: Mapping[str, Any]  # description in the checkpoint
+    policy: Policy = field(default_factory=Whole)  # inference strategy
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """Return the device of the model."""
         return self.engine.device
 
     def autocast(self) -> AbstractContextManager:
-        """Return the precision's context for a forward pass."""
+        """Return the autocast context of the engine's precision for a forward pass."""
         return self.engine.autocast()
 
     @property
     def predictor(self) -> Predictor:
-        """The model as one that takes pictures."""
+        """Return a predictor of images with this model."""
         return Predictor(self.model, self.device, self.autocast, self.policy)
 
 
 def load_trained(cfg: DictConfig) -> Trained:
     """Return the model that `resume` names, in eval mode; `cfg` is already merged with its checkpoint.
 
-    Without `resume`, a head that comes trained from a file is used as it is, with the classes of the data set.
+    Without `resume`, a head with trained weights from a file is used unchanged, with the classes of the dataset.
 
     Raises:
-        UserError: there is neither, or the checkpoint does not fit.
+        UserError: neither is given, or the checkpoint does not fit.
     """
     if not is_trained(cfg):
         raise UserError(
@@ -77,7 +77,11 @@ def is_trained(cfg: DictConfig) -> bool:
 
 
 def labels_of(cfg: DictConfig) -> Labels:
-    """Return the classes of a config's data set, which need no file but `classes.yaml`."""
+    """Return the classes, palette and ignored ID of a config's dataset; no file but `classes.yaml` is needed.
+
+    Raises:
+        UserError: one of them is not set.
+    """
     absent = {"classes", "palette", "ignore_index"} - cfg.data.keys()
     if absent:
         raise UserError(not_set(f"data.{min(absent)}"))
@@ -85,10 +89,10 @@ def labels_of(cfg: DictConfig) -> Labels:
 
 
 def check_classes(data: SegmentationData | Labels, info: Mapping[str, Any], where: str) -> None:
-    """Refuse data whose classes are not those of a checkpoint's description.
+    """Refuse a dataset whose classes or ignored ID differ from those of a checkpoint's description.
 
     Raises:
-        UserError: naming both.
+        UserError: they differ; the message names both.
     """
     now, then = (list(data.classes), data.ignore_index), (list(info["classes"]), info["ignore_index"])
     if now != then:
@@ -99,17 +103,17 @@ def check_classes(data: SegmentationData | Labels, info: Mapping[str, Any], wher
 
 
 def sizes_to_keep(trained: Trained, out_dir: Path) -> TrainedSizes | None:
-    """Return the sizes that pictures are brought to; None where `resolution.longest` on the command line says it."""
+    """Return the training sizes to which images are scaled; None if the command line sets `resolution.longest`."""
     return None if longest_is_typed(out_dir) else TrainedSizes.from_info(trained.info)
 
 
 def longest_is_typed(out_dir: Path) -> bool:
-    """Return whether the command that is at work in a run folder names `resolution.longest`."""
+    """Return whether the newest command of a run folder sets `resolution.longest`."""
     return any(word.lstrip("+").startswith("resolution.longest=") for word in last_command_line(out_dir))
 
 
 def restore(cfg: DictConfig, path: Path) -> tuple[Segmenter, Mapping[str, Any]]:
-    """Return the model of a checkpoint in eval mode, on the CPU, and what the file says of itself.
+    """Return the model of a checkpoint in eval mode on the CPU, and the description in the file.
 
     Args:
         cfg: already merged with the checkpoint's.
@@ -118,7 +122,7 @@ def restore(cfg: DictConfig, path: Path) -> tuple[Segmenter, Mapping[str, Any]]:
     Raises:
         UserError: the checkpoint does not fit.
     """
-    # all that needs no tensors is refused first: reading them may take minutes
+    # checks without tensors come first: reading tensors may take minutes
     outline = checkpoint.outline(path)
     check_classes(labels_of(cfg), outline.info, f"resume={path}")
     empty = build.check_fits(cfg, outline)
@@ -131,9 +135,9 @@ def restore(cfg: DictConfig, path: Path) -> tuple[Segmenter, Mapping[str, Any]]:
 
 
 def with_whole_weights(cfg: DictConfig, trained: Segmenter) -> Segmenter:
-    """Return the trained model with its weights in float32, or itself where none is quantised or in half precision.
+    """Return the trained model in float32, or itself if no weights are quantised or in half precision.
 
-    The values are those of the trained model: NF4, 8-bit and bfloat16 weights are exact in float32.
+    The values do not change: NF4, 8-bit and bfloat16 weights are exact in float32.
     """
     changes: dict[str, Any] = {}
     if cfg.adapter.get("bits") is not None:
@@ -162,6 +166,6 @@ def _released(cfg: DictConfig) -> Trained:
     engine, policy = instantiate(cfg.engine), instantiate(cfg.inference)
     announce("Building the released model and reading its weights")
     model = engine.place(build.model(cfg)).eval()
-    # what a checkpoint would say of the classes
+    # the class entries of a checkpoint's description
     info = {"classes": list(labels.classes), "palette": labels.palette, "ignore_index": labels.ignore_index}
     return Trained(model, engine, list(labels.classes), list(labels.palette), labels.ignore_index, info, policy)

@@ -1,4 +1,4 @@
-"""Words of a command line that the chosen mode, or its way of tracking, does not read."""
+"""Warnings of words on the command line that the chosen mode or tracker does not read."""
 
 import logging
 import sys
@@ -9,17 +9,17 @@ from dinoseg.experiment.folder import last_command_line
 from dinoseg.utils.wording import listed, printable
 
 logger = logging.getLogger(__name__)
-# what every mode reads, and facts of the machine
+# read by every mode, or settings of the machine
 _FOR_ALL = ("mode", "hparam", "hydra", "local", "trust", "shared_cache", "engine")
 
 
 def warn_unread(out_dir: Path, unread: Collection[str], reason: str) -> None:
-    """Warn once of what was typed for groups or keys without effect; what a recipe says for other modes is no mistake.
+    """Warn once of typed groups or keys without effect; settings of a recipe for other modes are no mistake.
 
     Args:
-        out_dir: the run folder, which keeps its command line.
-        unread: groups such as `slots`, which stand for all of their keys, and keys such as `tracker.short`.
-        reason: who does not read them.
+        out_dir: the run folder, which stores its command line.
+        unread: groups such as `slots`, with all of their keys, and keys such as `tracker.short`.
+        reason: sentence on who does not read them.
     """
     idle = [word for word in last_command_line(out_dir) if _within(_key(word), unread)]
     if idle:
@@ -27,12 +27,12 @@ def warn_unread(out_dir: Path, unread: Collection[str], reason: str) -> None:
 
 
 def warn_not_read(out_dir: Path, mode: str, reads: Collection[str] | None) -> None:
-    """Warn once of what was typed for keys that a mode never reads.
+    """Warn once of typed keys that a mode never reads.
 
     Args:
-        out_dir: the run folder, which keeps its command line.
+        out_dir: the run folder, which stores its command line.
         mode: for the message, such as `mode=score`.
-        reads: groups and keys that it reads beside its own; None: it does not say.
+        reads: groups and keys that it reads in addition to its own; None: unknown, so there is no warning.
     """
     if reads is None:
         return
@@ -41,7 +41,7 @@ def warn_not_read(out_dir: Path, mode: str, reads: Collection[str] | None) -> No
     ]
     if idle:
         said = f"No effect here: {listed(idle)}. Beside its own keys {mode} reads {', '.join(reads)}."
-        # printed: a line in the log would keep the folder of a run that fails at once
+        # printed, not logged: a line in the log would preserve the folder of a run that fails at once
         print(printable(f"warning: {said}"), file=sys.stderr)
 
 
@@ -50,7 +50,7 @@ def _key(word: str) -> str:
 
 
 def _is_read(key: str, names: Collection[str]) -> bool:
-    # a group that is typed is read where one of its keys is
+    # a typed group is read if one of its keys is
     return _within(key, names) or any(name.startswith(f"{key}.") for name in names)
 
 

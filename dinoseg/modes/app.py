@@ -1,4 +1,4 @@
-"""mode=app: a page in the browser that segments pictures and clips, and follows what is painted."""
+"""mode=app: browser app that segments images and clips, and tracks painted objects."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,10 +30,10 @@ def app(
     limits: Limits,
     clips: ClipLimits,
 ) -> dict[str, Any]:
-    """Serve the app, and the endpoint of mode=serve beside it, until SIGINT or SIGTERM.
+    """Serve the app, and the endpoint of mode=serve, until SIGINT or SIGTERM.
 
     Raises:
-        UserError: there is no model, or the port is taken, or `hosts` or `cfg.tracker` say what cannot be.
+        UserError: there is no model, the port is taken, or `hosts` or `cfg.tracker` are invalid.
     """
     known, settings, run = Hosts.of(host, hosts), instantiate(cfg.tracker), Path(out_dir)
     with (

@@ -1,4 +1,4 @@
-"""mode=bench: how fast a recipe trains and predicts on this device, with which memory and share of its arithmetic."""
+"""mode=bench: speed, memory and arithmetic efficiency of a recipe's training and inference on this device."""
 
 import platform
 from functools import partial
@@ -30,16 +30,16 @@ def bench(
     Args:
         cfg: the whole config.
         out_dir: the run folder; `bench.json` in it holds the figures.
-        steps: of training that are timed.
-        images: predicted one by one.
-        warmup: steps, and images, before those that are timed.
-        drawn: use noise in place of the data, of which none is read then.
+        steps: training steps to time.
+        images: images to predict, one by one.
+        warmup: untimed steps, and images, before the timed ones.
+        drawn: use noise instead of the data, which are then not read.
 
     Raises:
-        UserError: the recipe cannot be trained here, or memory does not suffice.
+        UserError: the recipe cannot be trained on this device, or memory does not suffice.
     """
     check_alone(cfg)
-    instantiate(cfg.engine)  # refuses a device that is not here before anything is made
+    instantiate(cfg.engine)  # refuses a missing device before anything is built
     regime_of(cfg).check_parts(cfg, build.outline(cfg), 1)
     values = plain(cfg)
     training = _alone(partial(time_training, steps=steps, warmup=warmup, drawn=drawn), values)

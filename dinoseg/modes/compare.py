@@ -1,4 +1,4 @@
-"""mode=compare: evaluations of the same images held against one another; reads what mode=eval has left of them."""
+"""mode=compare: comparison of evaluations of the same images, from the files that mode=eval wrote."""
 
 import logging
 from collections.abc import Sequence
@@ -31,16 +31,16 @@ logger = logging.getLogger(__name__)
 
 
 def run(cfg: DictConfig, *, out_dir: Path, runs: Sequence[str | Sequence[str]] | None) -> dict[str, Any]:
-    """Hold runs of mode=eval against the first of them: which are surely better, where, and what each costs.
+    """Compare runs of mode=eval with the first of them: significance, differences by class and image, and costs.
 
     Args:
         cfg: the whole config.
         out_dir: the run folder.
-        runs: run folders of mode=eval on the same images, or of trainings, for the evaluation at their end; several
-            seeds of one side in a list of their own, or found by their configs.
+        runs: run folders of mode=eval on the same images, or of trainings, whose final evaluation is used. Several
+            seeds of one side form a list of their own, or are found by their configs.
 
     Raises:
-        UserError: fewer than two, or runs that do not compare.
+        UserError: there are fewer than two runs, or they are not comparable.
     """
     sides = sides_of(runs)
     report = _report(cfg, out_dir, sides)

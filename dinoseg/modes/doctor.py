@@ -1,4 +1,4 @@
-"""mode=doctor: look through a data set before anything is trained on it."""
+"""mode=doctor: validation of a dataset before training."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -31,10 +31,10 @@ from dinoseg.utils.wording import count_of, one_line, printable
 
 _SPLITS = ("train", "val", "test")
 _NEEDED = ("train", "val")
-_SHOWN = {"error": 10, "warning": 10, "note": 3}  # files that the terminal shows of a finding
+_SHOWN = {"error": 10, "warning": 10, "note": 3}  # files per finding that the terminal lists
 _HEADERS = ("split", "images", "smallest (width x height)", "largest (width x height)")
 DoctorData = PairDataset | CustomDataset
-_LONGEST = 480  # pixels of a picture's longer side
+_LONGEST = 480  # longer side of an example image, in pixels
 
 
 def doctor(
@@ -46,18 +46,18 @@ def doctor(
     images: bool = True,
     samples: Natural = 12,
 ) -> dict[str, Any]:
-    """Scan train, val and, where there is one, test; print what is found and write doctor.json and doctor.html.
+    """Scan train, val and, where there is one, test; print the findings and write doctor.json and doctor.html.
 
     Args:
-        cfg: the whole config, of which only `data`, `cache_dir` and the backbone's colours are read.
+        cfg: the whole config; only `data`, `cache_dir` and the backbone's `mean` and `std` are read.
         out_dir: the run folder.
         workers: processes that scan.
-        near_distance: differing bits of 64 up to which two images are nearly equal.
-        images: decode the images too; without it colours, duplicates and swapped masks stay unknown.
-        samples: pictures in doctor.html.
+        near_distance: differing bits of 64 up to which two images count as near duplicates.
+        images: decode the images too; without it colours, duplicates and swapped masks are not checked.
+        samples: example images in doctor.html.
 
     Raises:
-        UserError: an option is out of range; when everything is written: the data hold errors.
+        UserError: an option is out of range, or the data have errors; the latter only after all files are written.
     """
     if not 0 <= near_distance <= 64 or samples < 0:
         raise UserError(f"mode.near_distance={near_distance} must be 0 to 64, mode.samples={samples} not negative.")
@@ -100,7 +100,7 @@ def _what_now(findings: Sequence[Finding]) -> str:
 
 
 def _printable(value: Any) -> Any:
-    """Return a report without what UTF-8 cannot hold, as some file names."""
+    """Return a report without characters that UTF-8 cannot encode, as in some file names."""
     if isinstance(value, str):
         return printable(value)
     if isinstance(value, Mapping):
@@ -109,14 +109,14 @@ def _printable(value: Any) -> Any:
 
 
 def _open_splits(cfg: DictConfig) -> tuple[dict[str, DoctorData], list[Finding]]:
-    """Return the splits that can be listed, and why others cannot."""
+    """Return the splits that can be listed, with findings for the others and for incomplete pairs."""
     reader = build.reader(cfg)
     datasets: dict[str, DoctorData] = {}
     findings = []
     for split in _SPLITS:
         try:
             data = reader(split)
-        except Exception as error:  # a data set class raises whatever it likes for a split that it lacks
+        except Exception as error:  # a dataset class may raise any error for a missing split
             if split not in _NEEDED:
                 findings.append(Finding("note", "split_left_out", f"Split {split} is left out: {error}"))
             elif isinstance(error, UserError):
@@ -152,7 +152,7 @@ def _lacking(split: str, data: PairDataset) -> Finding:
 
 
 def _records(split: str, data: DoctorData, **options: Any) -> list[Record]:
-    """Return what is known of each sample; a data set that reads its samples itself is read here, image by image."""
+    """Return the record of each sample; a dataset that reads its own samples is measured here, one by one."""
     if isinstance(data, PairDataset):
         return scan(data.pairs, data.reader, **options)
     return [
@@ -162,7 +162,7 @@ def _records(split: str, data: DoctorData, **options: Any) -> list[Record]:
 
 
 def _same_files(data: DoctorData, others: Mapping[str, DoctorData]) -> str | None:
-    """Return the split that a data set without a test split of its own gives in its place."""
+    """Return the split with the same files, as in datasets that return another split for a missing test split."""
     files = _files(data)
     return next((split for split, other in others.items() if files and _files(other) == files), None)
 
@@ -219,7 +219,7 @@ def _size(size: Mapping[str, int] | None) -> str:
 def _pictures(
     datasets: Mapping[str, DoctorData], splits: Sequence[Scanned], findings: Sequence[Finding], samples: int
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield caption and picture of pairs that findings are about, then of each class, then of each split."""
+    """Yield captions and images of pairs: first those with findings, then examples of each class and each split."""
     wanted: dict[tuple[str, str], str] = {}
     for finding in findings:
         for key in finding.look[:4]:
@@ -237,7 +237,7 @@ def _pictures(
 
 
 def _of_classes(splits: Sequence[Scanned]) -> Iterator[tuple[tuple[str, str], str]]:
-    """Yield the pair with most pixels of each class, rarest class first, then every so many of each split."""
+    """Yield the pair with most pixels of each class, rarest class first, then evenly spaced pairs of each split."""
     total = sum((part.counts for part in splits), np.zeros(len(splits[0].classes) if splits else 0, dtype=np.int64))
     for index in sorted(np.flatnonzero(total).tolist(), key=lambda index: total[index]):
         most = max(

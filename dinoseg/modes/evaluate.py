@@ -1,4 +1,4 @@
-"""mode=eval: score a trained model on a split, with tables and pictures."""
+"""mode=eval: evaluation of a trained model on a split, with tables and figures."""
 
 import logging
 from pathlib import Path
@@ -31,17 +31,17 @@ def run(
     restart: str | None = None,
     report: bool = True,
 ) -> dict[str, Any]:
-    """Score the checkpoint of `resume` on a split; a model of slots, or a backbone alone, tracks: `evaluate_videos`.
+    """Score the checkpoint of `resume` on a split; slot models and bare backbones track instead, see `evaluate_videos`.
 
     Args:
         cfg: the whole config, merged with the checkpoint's.
-        out_dir: the run folder; everything is written into it.
+        out_dir: the run folder, for all files.
         split: train, val or test.
-        metrics_only: write no pictures of single images.
-        official: score by the protocol of the data set's benchmark too, where it has one.
-        supervision: of tracking, see `EvalOptions`.
-        restart: likewise.
-        report: write report.html, and what mode=compare needs.
+        metrics_only: write no figures of single images.
+        official: also score with the protocol of the dataset's benchmark, if it has one.
+        supervision: for tracking, see `EvalOptions`.
+        restart: for tracking, see `EvalOptions`.
+        report: write report.html, and the files that mode=compare reads.
     """
     build.check_split(split)
     options = EvalOptions(split, metrics_only, official, supervision, restart, report)

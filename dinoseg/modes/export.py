@@ -1,4 +1,4 @@
-"""mode=export: write a trained model, or its backbone, as a file for other uses; `export` says which."""
+"""mode=export: export of a trained model or its backbone to a file, in the format of `export`."""
 
 from pathlib import Path
 from typing import Any
@@ -9,9 +9,9 @@ from dinoseg.config.nodes import instantiate
 
 
 def export(cfg: DictConfig, *, out_dir: Path) -> dict[str, Any]:
-    """Write what `export` asks for of the checkpoint that `resume` names to `out_dir`, and return where.
+    """Export the checkpoint that `resume` names to `out_dir` in the format of `export`; return the files.
 
     Raises:
-        UserError: as the export says.
+        UserError: see the chosen export.
     """
     return {"run": str(out_dir), **instantiate(cfg.export)(cfg, out_dir=out_dir)}

@@ -46,14 +46,14 @@ usage: python -m dinoseg mode=MODE [hparam=RECIPE] [GROUP=OPTION ...] [KEY=VALUE
 
 Groups and their options (choose with GROUP=OPTION; RECIPE is an option of hparam, in families FAMILY/OPTION):
 """
-_TRAINING_KEYS = {  # config files, and which of their keys `mode=train --help` lists too
+_TRAINING_KEYS = {  # config files, and their keys that `mode=train --help` lists too
     "trainer/supervised": ("steps", "epochs", "val_every", "save_every", "max_minutes", "accumulate", "ema"),
     "data/_common": ("batch_size",),
     "main": ("resolution.crop", "resolution.scale", "seed"),
     "optim/adamw": ("optimizer.lr", "optimizer.weight_decay", "schedule.kind", "schedule.warmup"),
 }
-_COLUMN = 11  # letters of a group's name, its colon and a blank
-# how the lines of a mode's file begin that are no keys to set
+_COLUMN = 11  # width of a group's name with colon and space
+# beginnings of lines in a mode's file that set no key
 _NO_KEYS = ("_", " ", "defaults", "resume_from", "keeps_folder", "goes_on", "check", "reads", "#")
 _FURTHER = (
     "`--help` alone shows all modes, groups and options; `--cfg job` instead of it all keys of this command line."
@@ -64,7 +64,7 @@ def overview(own: Sequence[Path] = ()) -> str:
     """Return the help text: commands, then every config group with its options.
 
     Args:
-        own: folders of config groups beside the shipped one.
+        own: further folders of config groups, in addition to the shipped one.
     """
     names = sorted(path.name for path in CONFIGS.iterdir() if path.is_dir() and path.name not in ("hydra", "local"))
     groups = {name: [folder / name for folder in (CONFIGS, *own)] for name in names}
@@ -74,16 +74,16 @@ def overview(own: Sequence[Path] = ()) -> str:
 
 
 def help_for(arguments: Sequence[str]) -> str:
-    """Return the help text of a command line: that of the mode it names, if it does; with options of `--config-dir`."""
+    """Return the help text of the mode that a command line names, else the overview with options of `--config-dir`."""
     own = config_folders(arguments, CONFIGS)[1:]
     modes = [word.removeprefix("mode=") for word in arguments if word.startswith("mode=") and word != "mode=help"]
     return of_mode(modes[-1]) if modes and modes[-1] in options_of(CONFIGS / "mode") else overview(own)
 
 
 def of_mode(mode: str) -> str:
-    """Return what is said of one mode: commands, and its own keys as its config file explains them."""
+    """Return the help text of one mode: its commands, and its keys with the comments of its config file."""
     lines = COMMANDS.splitlines()
-    described = zip(lines, [*lines[1:], ""], strict=True)  # a long command has its description below
+    described = zip(lines, [*lines[1:], ""], strict=True)  # the description of a long command is on the next line
     commands = [
         part
         for line, below in described
@@ -100,7 +100,7 @@ def of_mode(mode: str) -> str:
 
 
 def _of_training(mode: str) -> list[str]:
-    """Return the keys of other groups that trainings are set by most, of mode=train."""
+    """Return the most common keys of other groups for mode=train, and nothing for other modes."""
     if mode != "train":
         return []
     lines = ["", "Keys of other groups that are set most often (a recipe may set others):"]
@@ -114,7 +114,7 @@ def _of_training(mode: str) -> list[str]:
 
 
 def _text_of(mode: str) -> str:
-    """Return a mode's file, after those that it stands on."""
+    """Return the text of a mode's config file, preceded by the files of its defaults list."""
     text = (CONFIGS / "mode" / f"{mode}.yaml").read_text(encoding="utf-8")
     first = text.splitlines()[0] if text else ""
     below = (
@@ -124,7 +124,7 @@ def _text_of(mode: str) -> str:
 
 
 def _own_keys(text: str) -> list[str]:
-    """Return the lines of keys to set, those of a table under its name."""
+    """Return the lines that set keys; those of a table are prefixed with its name."""
     lines, table = [], ""
     for line in text.splitlines():
         if line.startswith("  ") and table and not line.startswith("  _"):
@@ -144,7 +144,7 @@ def show(cfg: Any, *, out_dir: Path) -> None:
 
 
 def _by_family(places: Sequence[Path]) -> list[list[str]]:
-    """Return the words of a list of a group's options: those of no family, then each family's name and options.
+    """Return the words that list a group's options: those without a family, then each family's name and options.
 
     Args:
         places: the group's folders.

@@ -1,4 +1,4 @@
-"""mode=plan: what memory a recipe takes to train, and what of it to change so that it fits."""
+"""mode=plan: memory estimate of a recipe's training, and the changes that make it fit."""
 
 import dataclasses
 import math
@@ -29,8 +29,8 @@ from dinoseg.utils.wording import count_of, typed
 from dinoseg.utils.workers import in_own_process
 
 _GIB = 2**30
-_MORE = 1.25  # times what was foretold, where a dry step did not end
-_TRIES = 3  # plans that a dry step may find too large
+_MORE = 1.25  # factor on the estimate after a dry step that ran out of memory
+_TRIES = 3  # plans that a dry step may reject as too large
 
 
 def plan(
@@ -42,22 +42,22 @@ def plan(
     dry_step: bool = True,
     change_model: bool = True,
 ) -> dict[str, Any]:
-    """Foretell the memory of a recipe's training step, find what makes it fit, and print how to start it so.
+    """Estimate the memory of a recipe's training step, find the changes that make it fit, and print the command.
 
     Args:
         cfg: the whole config.
         out_dir: the run folder.
-        memory: what there is, such as 24GiB; None: what is free on this device.
-        device: cuda or cpu: what is planned for; None: the engine's.
-        dry_step: try what is found with two real steps, where this device is the one and has room.
-        change_model: train fewer blocks where nothing else helps.
+        memory: available memory, such as 24GiB; None: the free memory of this device.
+        device: target of the plan, cuda or cpu; None: the engine's.
+        dry_step: test the plan with two real steps, if this device is the target and has enough memory.
+        change_model: train fewer blocks if nothing else helps.
 
     Raises:
-        UserError: nothing that is known here fits, or a value is none.
+        UserError: no known change makes the step fit, or a value is invalid.
     """
     check_alone(cfg)
     target, engine = _target(cfg, memory, device)
-    build.lengths(cfg, samples=1)  # refuses what is no number of steps or batches, as the training would
+    build.lengths(cfg, samples=1)  # refuses invalid numbers of steps and batches, as training would
     regime_of(cfg).check_parts(cfg, build.outline(cfg), target.world)
     if cfg.data.batch_size % target.world:
         raise UserError(
@@ -93,7 +93,7 @@ def plan(
 
 
 def _target(cfg: DictConfig, memory: str | float | None, device: str | None) -> tuple[Target, Engine | None]:
-    """Return what is planned for, and the engine to try it on; None: it is another device than this machine's."""
+    """Return the target of the plan, and the engine for dry steps; None if the target is not this machine's device."""
     if device not in (None, *KINDS):
         raise UserError(f"mode.device={device} is unknown. Choose {' or '.join(KINDS)}, or leave it out.")
     amount = None if memory is None else memory_of(memory)
@@ -113,7 +113,7 @@ def _target(cfg: DictConfig, memory: str | float | None, device: str | None) -> 
         if amount is None:
             raise UserError(f"mode.device={kind} is not this machine's: say what it has with mode.memory, as 24GiB.")
         return Target(kind, amount, bf16=cfg.engine.precision != "fp32", world=world), None
-    sharing = world if kind == "cpu" else 1  # ranks of a CPU take of the same
+    sharing = world if kind == "cpu" else 1  # ranks on a CPU share its memory
     free = free_bytes(engine.device) / sharing if amount is None else amount
     if math.isinf(free):
         raise UserError("This system does not say how much memory is free. Give mode.memory, as 24GiB.")
@@ -134,7 +134,10 @@ def _found(fitting: Fitting) -> Fit:
 
 
 def _measured(cfg: DictConfig, engine: Engine, found: Fit, target: Target) -> int | None:
-    """Return what two real steps take, with what lies beside tensors; None: there is no room to try."""
+    """Return the memory of two real steps, with that outside tensors; None if there is too little to try.
+
+    If the steps run out of memory, the result is `_MORE` times the estimate.
+    """
     free = free_bytes(engine.device)
     if found.need > free:
         print(f"No dry step: it would take about {_told(found.need)}, and {_told(free)} are free on this device.\n")
@@ -148,7 +151,7 @@ def _measured(cfg: DictConfig, engine: Engine, found: Fit, target: Target) -> in
     if trial is None:
         print("The process of a dry step was killed, most likely for want of memory.\n")
         return round(_MORE * found.need)
-    # on a CPU the process is measured with all that lies beside its tensors
+    # on a CPU the measurement covers the whole process, not only tensors
     measured = trial.peak + (target.beside if target.kind == "cuda" else 0)
     print(
         f"Two real steps took {_told(measured)}; foretold were {_told(found.need)}, of which tensors "
@@ -188,7 +191,7 @@ def _print_changes(found: Fit, target: Target, command: str, *, fits: bool) -> N
 
 
 def _command(out_dir: Path, words: Words) -> str:
-    """Return the command that trains what was typed, with other words in place of those that change."""
+    """Return the command that trains with the typed words, of which `words` replaces those that change."""
     gone = ("mode", "hydra.run.dir", *words)
     kept = [word for word in last_command_line(out_dir) if not _is_of(word.lstrip("+~").partition("=")[0], gone)]
     new = [f"{key}={typed(value)}" for key, value in words.items()]

@@ -1,4 +1,4 @@
-"""mode=predict: segment an image, a folder, a glob pattern, a video or a camera's pictures with a trained model."""
+"""mode=predict: segmentation of an image, folder, glob pattern, video or camera stream with a trained model."""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,11 +37,11 @@ from dinoseg.utils.stamps import stamp
 from dinoseg.utils.wording import count_of
 
 logger = logging.getLogger(__name__)
-REFERENCES = "references"  # in a run folder: the masks of the split that was predicted, as class ids
-_RECORD = "predict.json"  # in a run folder: what its results depend on, by which the same command goes on
+REFERENCES = "references"  # in a run folder: reference masks of the predicted split, as class IDs
+_RECORD = "predict.json"  # in a run folder: what its results depend on; needed to resume with the same command
 _ANY = forms.table(forms.plain)
 _SETTINGS = ("resolution", "backbone", "adapter", "head", "inference")
-_MODEL = ("resume", "stamp")  # in that file: the model's, which is one fact
+_MODEL = ("resume", "stamp")  # keys in that file that identify the model
 
 
 def predict(
@@ -58,20 +58,21 @@ def predict(
     outputs: Sequence[str] = (),
     shapes: PredictedShapes = PredictedShapes(),  # noqa: B008 (frozen)
 ) -> dict[str, Any]:
-    """Segment everything `input` stands for, at its own size, into `out_dir`; return counts and rates.
+    """Segment every input at its own size into `out_dir`; return counts and rates.
 
-    `input` may be a split of the data set, too: masks/<name>.png then has the split's names, and references/<name>.png
-    the class ids of its own masks, so that mode=score compares the two folders.
+    `input` may also be a split of the dataset. Then masks/<name>.png has the split's names, and references/<name>.png
+    the class IDs of its own masks, so that mode=score can compare the two folders.
 
-    An image gives the folder <stem>_segmentation and its class ids as masks/<name>.png, with masks/classes.json as
-    mode=score takes them (`masks` false: none); a video <stem>_overlay.mp4 and, with `masks` true, the class ids of
-    each frame as <stem>_masks/%09d.png. `outputs` names what is written of images beside, each in a folder of its
-    name, and of a video's frames as <stem>_palette and so on; `shapes` says how class ids become shapes for annotation
-    tools. What cannot be read is left out, and named at the end. In a folder of the same model and settings it goes on
-    where it stopped.
+    An image results in the folder <stem>_segmentation and class IDs in masks/<name>.png, with masks/classes.json for
+    mode=score (`masks` false: none). A video results in <stem>_overlay.mp4 and, with `masks` true, the class IDs of
+    each frame in <stem>_masks/%09d.png.
+
+    `outputs` names further results: a folder each for images, and <stem>_palette and so on for the frames of a video.
+    `shapes` configures the conversion of class IDs to shapes for annotation tools. Unreadable inputs are skipped, and
+    listed at the end. In a folder with results of the same model and settings, the run resumes where it stopped.
 
     Raises:
-        UserError: nothing can be read, some inputs failed, or the folder's results were made by other settings.
+        UserError: nothing can be read, some inputs failed, or the folder holds results of other settings.
     """
     if input is None or input == "":
         raise UserError("mode=predict needs something to segment: give input=<image, folder, glob or video>.")
@@ -96,14 +97,14 @@ def predict(
     run = ImageRun(folder, None if masks is False else folder / FOLDER, DoneInputs(folder), list(writers.values()))
     try:
         write_json(folder / _RECORD, settings)
-        remove_parts(folder, "**/.*.[0-9]*.part", "**/.*.[0-9]*.old")  # of a run that was killed
+        remove_parts(folder, "**/.*.[0-9]*.part", "**/.*.[0-9]*.old")  # left by a killed run
         targets = mask_names([path for path, _ in images], str(input)) if split is None else split.names
         totals = _segment_images(by, images, targets, run) | _segment_videos(by, videos, run, options)
         if split is not None and run.masks is not None:
             for index, name in enumerate(split.names):
                 write_png(folder / REFERENCES / f"{name}.png", split.mask(index))
         if run.masks is not None and run.count:
-            keys = mask_keys(cfg.data) if split is None else {}  # those references are class ids already
+            keys = mask_keys(cfg.data) if split is None else {}  # references of a split are already class IDs
             write_class_record(run.masks, labels.classes, labels.palette, labels.ignore_index, keys)
     except OSError as error:
         raise UserError(
@@ -116,7 +117,7 @@ def predict(
 
 
 def _found(source: str | int) -> tuple[list[tuple[Path, str]], list[VideoInput]]:
-    """Return the images, and what their results are called, and the videos that an input stands for."""
+    """Return the images with the names of their results, and the videos, that an input refers to."""
     camera = camera_of(source)
     if camera is not None:
         return [], [VideoInput(f"camera_{camera}", partial(open_camera, camera))]
@@ -127,10 +128,10 @@ def _found(source: str | int) -> tuple[list[tuple[Path, str]], list[VideoInput]]
 
 
 def _split_data(cfg: DictConfig, source: str | int) -> PairDataset | None:
-    """Return the data set of the split that an input names; None where it names a path.
+    """Return the dataset of the split that an input names; None if it names a path.
 
     Raises:
-        UserError: its images are no files, or whatever the data set finds wrong.
+        UserError: its images are not files, or the dataset has a fault.
     """
     if source not in SPLITS or Path(str(source)).exists():
         return None
@@ -141,7 +142,7 @@ def _split_data(cfg: DictConfig, source: str | int) -> PairDataset | None:
 
 
 def _images_of(data: PairDataset, source: str) -> list[tuple[Path, str]]:
-    """Return the images of a split, and what their results are called."""
+    """Return the images of a split with the names of their results."""
     paths = [pair.image for pair in data.pairs if isinstance(pair.image, Path)]
     return list(zip(paths, result_names(paths), strict=True))
 
@@ -161,23 +162,23 @@ def _refuse_slots(trained: Trained, resume: str | None) -> None:
 
 
 def _settings(cfg: DictConfig, options: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Return what results depend on beside their inputs."""
+    """Return the settings that results depend on, in addition to their inputs."""
     weights = None if cfg.get("resume") is None else list(stamp(Path(cfg.resume)) or ())
     model = {key: plain(cfg[key], resolve=True) for key in _SETTINGS if key in cfg}
-    # typed, a size holds for large pictures too, were it the very one that the checkpoint says
+    # a typed size also applies to large images, even if it equals that of the checkpoint
     typed = {"resolution.longest on the command line": True} if longest_is_typed(folder) else {}
     return {"resume": cfg.get("resume"), "stamp": weights, **model, **typed, "mode": options}
 
 
 def _check_earlier(folder: Path, settings: dict[str, Any]) -> None:
-    """Hold the settings against those that the results of an earlier run in this folder were made by."""
+    """Refuse settings other than those of the results that an earlier run left in this folder."""
     try:
         before = forms.read_json(folder / _RECORD, _ANY)
     except FileNotFoundError:
         return
     except forms.Misshapen as error:
         raise UserError(f"{folder / _RECORD} is damaged ({error}). Choose another hydra.run.dir.") from None
-    if before.get("stamp") != settings["stamp"]:  # one file may be named in several ways
+    if before.get("stamp") != settings["stamp"]:  # one file may have several paths
         was, now = before.get("resume"), settings["resume"]
         change = f"{now} is another file than it was" if was == now else f"it was {was}, and is {now}"
         raise UserError(
@@ -231,7 +232,7 @@ def _log(what: str, passed: Throughput, count: str) -> None:
 def _written(
     run: ImageRun, totals: Mapping[str, Any], video_masks: bool, outputs: Sequence[str], reference: str
 ) -> Iterator[str]:
-    """Yield a line for each kind of result."""
+    """Yield a summary line for each kind of result."""
     if run.count:
         yield f"pictures:     {run.folder}/*_segmentation, of {count_of(run.count, 'image')}"
         if run.masks is not None:

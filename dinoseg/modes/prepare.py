@@ -1,4 +1,4 @@
-"""mode=prepare: make a downloaded data set ready to read."""
+"""mode=prepare: preparation of a downloaded dataset for reading."""
 
 import json
 import logging
@@ -15,12 +15,12 @@ log = logging.getLogger(__name__)
 
 
 def prepare(cfg: DictConfig, *, out_dir: Path) -> None:
-    """Run the data set's own preparation (`cfg.data.prepare`) and write its counts to `prepared.json`.
+    """Run the dataset's own preparation (`cfg.data.prepare`) and write its counts to `prepared.json`.
 
-    With `cfg.data.prepare.propagate`, the frames between the masks of training videos get pseudo-labels, too.
+    With `cfg.data.prepare.propagate`, the frames between the masks of training videos also get pseudo-labels.
 
     Raises:
-        UserError: the data set needs none, or what its preparation finds wrong.
+        UserError: the dataset needs no preparation, or its preparation fails.
     """
     root = cfg.data.root
     if cfg.data.prepare is None:
@@ -28,7 +28,7 @@ def prepare(cfg: DictConfig, *, out_dir: Path) -> None:
             f"The data set under data.root={root} needs no preparation: train on it as it is, "
             "with mode=train and the same data=."
         )
-    # before hours of extraction: a backbone that cannot be had is known at once
+    # built before hours of extraction, to fail early if the backbone is not available
     propagation = Propagation.of(cfg) if cfg.data.prepare.get("propagate") else None
     counts: dict[str, dict[str, int]] = instantiate(cfg.data.prepare)()
     if propagation is not None:

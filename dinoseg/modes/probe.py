@@ -1,4 +1,4 @@
-"""mode=probe: the linear head that needs no training, solved for each block of a backbone in one pass."""
+"""mode=probe: closed-form linear probe (ridge regression) of each block of a backbone, in one pass."""
 
 import hashlib
 import logging
@@ -28,7 +28,7 @@ from dinoseg.utils.ranges import NotNegative, OpenShare, Positive
 from dinoseg.utils.wording import count_of
 
 logger = logging.getLogger(__name__)
-_RECORD = "probing.json"  # in a run folder: what its sums depend on, by which the same command goes on
+_RECORD = "probing.json"  # in a run folder: what its sums depend on; needed to resume with the same command
 _FLOOR = (
     "This is a floor for a trained linear head, and what head.init=probe begins one from. It does not say which "
     "backbone is best to fine-tune."
@@ -44,15 +44,15 @@ def probe(
     balances: Sequence[NotNegative] = Grid.balances,
     held_out: OpenShare = Grid.held_out,
 ) -> dict[str, Any]:
-    """Solve a linear head for each block alone, and for those that the head reads, and score them on val.
+    """Solve a linear probe for each block alone and for the blocks that the head reads, and score them on val.
 
     Args:
         cfg: the whole config.
         out_dir: the run folder; probe.json, probe.csv and probe.png go there.
-        layers: blocks to probe, as `head.layers`; None: all.
+        layers: blocks to probe, as in `head.layers`; None: all.
         strengths: see `Grid`.
-        balances: likewise.
-        held_out: likewise.
+        balances: see `Grid`.
+        held_out: see `Grid`.
     """
     engine = instantiate(cfg.engine)
     out_dir = first_ranks(out_dir, engine.share)
@@ -91,7 +91,7 @@ def probe(
 
 
 def _model(cfg: DictConfig, layers: Sequence[int] | None) -> tuple[Segmenter, Readings]:
-    """Return a segmenter whose backbone gives all maps that are probed, and which of them are read together."""
+    """Return a segmenter whose backbone returns all probed maps, and the sets of maps that are read together."""
     depth = build.outline(cfg).backbone.depth
     alone = resolve_layers(list(range(depth)) if layers is None else list(layers), depth)
     together = resolve_layers(plain(cfg.head, resolve=True)["layers"], depth)
@@ -104,7 +104,7 @@ def _model(cfg: DictConfig, layers: Sequence[int] | None) -> tuple[Segmenter, Re
 
 
 def _settings(cfg: DictConfig, found: Probe, precision: str) -> dict[str, Any]:
-    """Return what the sums depend on."""
+    """Return the settings that the sums depend on."""
     names = hashlib.sha256("\n".join(found.data.names).encode(errors="surrogateescape")).hexdigest()[:16]
     return {
         "backbone": fingerprint(found.model.backbone.state_dict().items()),

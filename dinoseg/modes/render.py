@@ -1,4 +1,4 @@
-"""mode=render: draw a data set, so that everything can be tried and measured without a download."""
+"""mode=render: rendering of a synthetic dataset, to try and measure everything without a download."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,13 +26,13 @@ def render(
     seed: Natural,
     workers: Count,
 ) -> None:
-    """Draw what the data set of `cfg.data` can be drawn as (`cfg.data.render`), under `cfg.data.root`.
+    """Render the synthetic dataset that `cfg.data.render` configures, under `cfg.data.root`.
 
-    What is None is as that node says. `size` is (height, width) in pixels.
+    Arguments that are None have the value of that node. `size` is (height, width) in pixels.
 
     Raises:
-        UserError: the data set cannot be drawn, a setting is not one of its own or out of range, or the root cannot
-            be written or holds other data.
+        UserError: the dataset cannot be rendered; a setting does not apply to it or is out of range; or the root is not
+            writable or holds other data.
     """
     node, data = cfg.data.render, cfg.choices.data
     if node is None:

@@ -1,4 +1,4 @@
-"""mode=score: score folders of predictions by a benchmark's official protocol; needs no model and no torch."""
+"""mode=score: official benchmark scores of prediction folders; needs no model and no torch."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,23 +29,23 @@ def run(
     workers: Count | None = None,
     on_error: str = "stop",
 ) -> dict[str, Any]:
-    """Score one folder of predictions, or two and their paired difference; print tables and write `scores.json`.
+    """Score one or two folders of predictions, with the paired difference of two; print tables and write `scores.json`.
 
     Args:
-        cfg: the whole config, of which `protocol` is read, and `data` where it says the classes.
+        cfg: the whole config; `protocol` is read, and `data` if it defines the classes.
         out_dir: the run folder.
         reference: folder of references, laid out as the protocol's official tool expects.
         prediction: folder of predictions, such as a run folder of mode=predict or mode=track, or two of them.
         workers: processes, null for one per core.
-        on_error: `stop` where files cannot be scored, or `skip` them.
+        on_error: `stop` if files cannot be scored, or `skip` them.
 
     Raises:
-        UserError: an option makes no sense, a folder is missing, or files cannot be scored; `problems.json` in the run
-            folder names all of either folder.
+        UserError: an option is invalid, a folder is missing, or files cannot be scored; `problems.json` in the run
+            folder lists all of them.
     """
     folders = _folders(reference, prediction)
     protocol = protocol_of(cfg, folders[1:], out_dir)
-    if not isinstance(protocol, Sequences):  # those know runs of mode=track themselves
+    if not isinstance(protocol, Sequences):  # these protocols read run folders of mode=track themselves
         folders[1:] = [each / MASKS if tracked_sequence(each) else each for each in folders[1:]]
     scored = _score_all(protocol, folders[0], folders[1:], out_dir, workers=workers, on_error=on_error)
     results = [
@@ -77,7 +77,7 @@ def _score_all(
     workers: int | None,
     on_error: str,
 ) -> list[Scored]:
-    """Score each folder; what is wrong with any of them is told when all have been looked at."""
+    """Score each folder; errors of all folders are raised together, after all were tried."""
     scored, problems, messages = [], {}, []
     for folder in predictions:
         try:
@@ -110,5 +110,5 @@ def _folders(reference: str | None, prediction: str | Sequence[str] | None) -> l
     for key, folder in zip(("reference", "prediction", "prediction"), folders, strict=False):
         if not folder.is_dir():
             raise UserError(f"{key}={folder} is no folder. Give the folder that holds the {key}s.")
-    # a run folder of mode=predict stands for the masks in it
+    # for a run folder of mode=predict, use the masks in it
     return [folders[0], *(each / FOLDER if (each / FOLDER / NAME).is_file() else each for each in folders[1:])]

@@ -1,4 +1,4 @@
-"""mode=select: which images or frames to label next."""
+"""mode=select: choice of the images or frames to label next."""
 
 import logging
 from pathlib import Path
@@ -20,7 +20,7 @@ from dinoseg.utils.ranges import Count, Positive
 from dinoseg.utils.wording import count_of, reasons
 
 logger = logging.getLogger(__name__)
-_UNREAD = {  # what a selector asks of the images, to the groups and keys that have no effect then
+_UNREAD = {  # groups and keys without effect, by what the selector needs of the images
     NOTHING: ("resolution", "backbone", "adapter", "head", "inference"),
     FEATURES: ("inference", "resolution.crop"),
     DOUBTS: (),
@@ -37,15 +37,15 @@ def select(
     split: str = "train",
     every: Positive = 1.0,
 ) -> dict[str, Any]:
-    """Choose `count` images that are not labelled, the most useful first, by `cfg.selection`; see `write_selection`.
+    """Choose the `count` most useful unlabelled images by `cfg.selection`, in order; see `write_selection`.
 
     Args:
-        cfg: the whole config; with `resume` its model looks at the images.
+        cfg: the whole config; with `resume`, its model analyses the images.
         out_dir: the run folder.
         input: see `found_in`; None: the images of a split of `cfg.data`.
-        labels: see `named_in`; None: nothing is labelled.
-        count: how many.
-        split: of the data set.
+        labels: see `named_in`; None: no image is labelled.
+        count: number of images to choose.
+        split: split of the dataset.
         every: seconds between two frames of a video.
 
     Raises:

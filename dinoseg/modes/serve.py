@@ -1,4 +1,4 @@
-"""mode=serve: a trained model as an HTTP endpoint."""
+"""mode=serve: HTTP endpoint of a trained model."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,10 +26,10 @@ def serve(
     wait_ms: NotNegative,
     limits: Limits,
 ) -> dict[str, Any]:
-    """Answer POST /segment, /health and /metrics until SIGINT or SIGTERM; finish what is in hand then.
+    """Answer POST /segment, /health and /metrics until SIGINT or SIGTERM; then finish the pending requests.
 
     Raises:
-        UserError: there is no model, or the port is taken, or `hosts` are no names.
+        UserError: there is no model, the port is taken, or `hosts` are no valid names.
     """
     known = Hosts.of(host, hosts)
     with started(

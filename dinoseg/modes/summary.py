@@ -1,4 +1,4 @@
-"""mode=summary: how large a recipe's model is, by part, without loading weights."""
+"""mode=summary: parameter counts of a recipe's model by part, without loading weights."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from dinoseg.utils.atomic import write_json
 
 
 def summarise(cfg: DictConfig, *, out_dir: Path) -> dict[str, Any]:
-    """Print and return total and trainable parameters of backbone, adapter, head and the whole."""
+    """Print, save and return the total and trainable parameters of backbone, adapter, head and the whole model."""
     model = build.outline(cfg)
     adapter = {name for name, _ in model.backbone.named_parameters() if ".lora_" in name}
     parts = {

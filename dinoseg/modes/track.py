@@ -1,4 +1,4 @@
-"""mode=track: follow objects through a video from the mask of its first frame, or what a trained model sees in it."""
+"""mode=track: tracking of objects through a video, from the mask of its first frame or with a trained model."""
 
 import logging
 from collections.abc import Iterator
@@ -56,17 +56,17 @@ def track(
     opacity: Share,
     smoothing: Share | None,
 ) -> dict[str, Any]:
-    """Follow the objects of `labels` through `input`; return counts and rates.
+    """Track the objects of `labels` through `input`; return counts and rates.
 
-    Without a trained model labels are propagated on the backbone's features. A trained segmenter, of `resume` or
-    released, gives each frame its classes, smoothed over time by `smoothing` (None: 0.5); a model of slots its
-    segments, or with `labels` the objects.
+    Without a trained model, labels are propagated by the similarity of backbone features. A trained segmenter, from
+    `resume` or released, predicts the classes of each frame, smoothed over time by `smoothing` (None: 0.5). A slot
+    model tracks its own segments or, with `labels`, the objects.
 
-    Writes masks/<frame>.png (ids with a palette), overlay.mp4, objects.csv and, when all is done,
-    track.json to `out_dir`, or to the folder of the unfinished run that `restart` names.
+    Writes masks/<frame>.png (IDs with a palette), overlay.mp4, objects.csv and, at the end, track.json. They go to
+    `out_dir`, or to the folder of the unfinished run that `restart` names.
 
     Raises:
-        UserError: an option is out of range, or input, labels or the run to go on with cannot be used.
+        UserError: an option is out of range, or input, labels or the run to resume cannot be used.
     """
     if not 0 <= opacity <= 1:
         raise UserError(f"mode.opacity={opacity}: give a number from 0 (frame only) to 1 (colours only).")
@@ -100,14 +100,14 @@ def _says_how_to_go_on(folder: Path) -> Iterator[None]:
 
 
 def _next_run(folder: Path) -> str:
-    """Return what the same command does next, by what a stopped run has left."""
+    """Return what the same command does next, given the files that a stopped run has left."""
     if (folder / STATE).is_file():
         return f"the same command with mode.restart={folder} goes on"
     return "the same command begins anew, since no state was saved yet (mode.save_every)"
 
 
 def _open_input(input: str | None, labels: str | None, *, needs_labels: bool) -> tuple[FrameReader, TrackLabels]:
-    """Return frames and masks, those that can be checked in time checked."""
+    """Return frames and masks, after the checks that are possible before tracking."""
     if not input:
         raise UserError("mode=track needs something to track in: give input=<video or folder of frames>.")
     if needs_labels and not labels:
@@ -134,10 +134,10 @@ def _open_input(input: str | None, labels: str | None, *, needs_labels: bool) ->
 def _choose_tracker(
     cfg: DictConfig, batch_size: int, smoothing: float | None, labels: str | None, out_dir: Path
 ) -> tuple[Tracker, Look]:
-    """Return what follows objects, and how its masks are shown.
+    """Return the tracker, and how its masks are displayed.
 
     Raises:
-        UserError: it has no use for `smoothing` or `labels`, or cannot be made.
+        UserError: the tracker does not support `smoothing` or `labels`, or cannot be built.
     """
     if not is_trained(cfg):
         settings, engine = instantiate(cfg.tracker), instantiate(cfg.engine)
@@ -167,7 +167,7 @@ def _choose_tracker(
 
 @contextmanager
 def _unfinished_run(folder: Path, restart: str | None) -> Iterator[Standing | None]:
-    """Give what an unfinished run has kept, while no other process writes to its folder; None for a new run."""
+    """Lock the folder of an unfinished run and yield its saved state; yield None for a new run."""
     if restart is None:
         yield None
         return
@@ -181,10 +181,10 @@ def _unfinished_run(folder: Path, restart: str | None) -> Iterator[Standing | No
 
 
 def _go_on(tracker: Tracker, standing: Standing, folder: Path) -> TrackProgress:
-    """Bring a tracker to where a run stands.
+    """Load the saved state of a run into a tracker and return the progress of the run.
 
     Raises:
-        UserError: the run has another tracker, or its standing cannot be one.
+        UserError: the run used another tracker, or its state is invalid.
     """
     check_same_settings(folder, standing.settings, tracker.settings)
     done = standing.progress.done

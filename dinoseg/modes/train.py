@@ -1,4 +1,4 @@
-"""mode=train: build everything, fit, and score the best checkpoint."""
+"""mode=train: training, and evaluation of the best checkpoint."""
 
 import math
 import time
@@ -23,7 +23,7 @@ from dinoseg.training.mixed_feed import KEYS
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Natural, Share
 
-# keys of a trainer that its function does not take
+# keys of `trainer` that the training function does not take
 _NOT_FIT_S = ("feed", "epochs", "val_images", "heads", "lrs", *KEYS, *OF_TEACHER)
 
 
@@ -39,16 +39,16 @@ def train(
     """Train, then evaluate the best checkpoint on the validation split; return its scores.
 
     Args:
-        cfg: the whole config; `resume` names a checkpoint file to go on from, or nothing.
+        cfg: the whole config; `resume` names a checkpoint file to resume from, or is None.
         out_dir: the run folder.
-        metrics_only: write no pictures of the final evaluation.
-        pictures: validation samples of which each validation keeps a picture, the same ones every time.
-        report: write report.html of the final evaluation, and what mode=compare needs.
-        floor: share of the training's time that may be spent to hold it against its closed form; 0: it is not.
+        metrics_only: write no figures of the final evaluation.
+        pictures: number of validation samples shown in a figure at each validation, always the same ones.
+        report: write report.html of the final evaluation, and the files that mode=compare reads.
+        floor: share of the training time that the comparison with the closed-form linear probe may take; 0: none.
     """
     engine = instantiate(cfg.engine)
     out_dir = first_ranks(out_dir, engine.share)
-    # under torchrun each rank has looked for itself, and another run may have been saved in between
+    # under torchrun each rank searched for itself, and another run may have been saved in between
     if engine.share(cfg.resume) != cfg.resume:
         raise UserError("resume=auto: the ranks found different runs. Name the one to go on with: resume=RUN_FOLDER.")
     announce(f"data={cfg.choices.data}: listing the files")
@@ -77,7 +77,7 @@ def train(
         spent = time.monotonic() - began
         scores = job.finish(model, run, **shown)
         images = run.step * cfg.data.batch_size * cfg.trainer.accumulate
-        spent = max(spent, images / (scores["images_per_s"] or math.inf))  # with what was done before a stop
+        spent = max(spent, images / (scores["images_per_s"] or math.inf))  # includes the steps before a resume
         reached = {"best_step": run.best_step, "steps": run.step}
         tell_floor(cfg, regime, engine, model, out_dir, seconds=floor * spent, **reached)
     engine.close()
@@ -85,7 +85,7 @@ def train(
 
 
 def check(cfg: DictConfig) -> None:
-    """Refuse a config whose parts cannot be put together or are out of range; reads neither weights nor data."""
+    """Refuse a config whose parts do not fit together or are out of range, without reading weights or data."""
     regime, model = regime_of(cfg), build.outline(cfg)
     check_initial(cfg, model)
     regime.check_parts(cfg, model, 1)

@@ -1,4 +1,4 @@
-"""Which kind of training a config means: the one place that asks."""
+"""Choice of the training task by `trainer.feed`."""
 
 from collections.abc import Mapping
 
@@ -17,10 +17,10 @@ REGIMES: Mapping[str, type[Regime]] = {  # by trainer.feed
 
 
 def regime_of(cfg: DictConfig) -> type[Regime]:
-    """Return the kind of training that a config's `trainer.feed` names.
+    """Return the training task that a config's `trainer.feed` names.
 
     Raises:
-        UserError: there is none of that name, or a teacher is given that it does not learn from.
+        UserError: the name is unknown, or a teacher is given to a task without distillation.
     """
     if cfg.trainer.get("feed") not in REGIMES:
         raise UserError(f"trainer.feed={cfg.trainer.get('feed')} is unknown. Choose one of {', '.join(REGIMES)}.")

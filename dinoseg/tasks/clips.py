@@ -1,4 +1,4 @@
-"""Training on clips without labels."""
+"""Training task for clips without labels."""
 
 import logging
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 class ClipRegime(Regime):
-    """Training of slots on clips, whose masks, where there are any, only score."""
+    """Training task for slots on clips; masks, if there are any, are only used to score."""
 
     what = "clips"
     feed: ClipFeed
@@ -47,7 +47,7 @@ class ClipRegime(Regime):
         )
         self.labels = labels_of(cfg)
         self.plots = [plot for plot in CLIP_PLOTS if plot[0] in self.feed.score_names]
-        # of whole videos: clips of one video on both sides would be the same data
+        # by video: clips of one video on both sides would leak data
         sides = {"train": self.feed.train, "val": self.feed.val}
         self.split = {side: [video.name for video in clips.videos] for side, clips in sides.items()}
 
@@ -89,7 +89,7 @@ class ClipRegime(Regime):
 
     @staticmethod
     def _check_following(cfg: DictConfig) -> None:
-        """Refuse what the evaluation at the end would, a training later."""
+        """Refuse settings that the evaluation would only refuse at the end of the training."""
         if cfg.data.tracking is None:
             return
         supervision = chosen_supervision(cfg, None)
@@ -101,11 +101,11 @@ class ClipRegime(Regime):
 
     @classmethod
     def data_nodes(cls, cfg: DictConfig) -> Iterator[DictConfig]:
-        """Yield how clips are cut and what is seen of them."""
+        """Yield the nodes of clips and of the views of them."""
         yield from (cfg.data.clips, cfg.data.view)
 
     def check_data(self) -> None:
-        """Tell of videos on both sides, and of those too short for a clip."""
+        """Warn of videos on both sides of the split, and of videos too short for a clip."""
         both = sorted(set(self.split["train"]) & set(self.split["val"]))
         if both:
             logger.warning(
@@ -120,7 +120,7 @@ class ClipRegime(Regime):
     def evaluate(
         self, cfg: DictConfig, model: Segmenter, engine: Engine, best: Path, *, metrics_only: bool, report: bool
     ) -> dict[str, Any]:
-        """Score as mode=eval does; of data without masks there is the loss alone, and no report."""
+        """Score as mode=eval does; without masks, only report the loss and write no report."""
         out_dir = best.parent.parent / EVALUATION
         if cfg.data.tracking is not None:
             palette = [(red, green, blue) for red, green, blue in self.labels.palette]

@@ -1,4 +1,4 @@
-"""Training a student of a trained segmenter: its class scores are learnt beside masks, and on images without."""
+"""Distillation: a student learns the class scores of a trained segmenter, on images with masks and without."""
 
 import logging
 from dataclasses import replace
@@ -23,13 +23,13 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import count_of
 
 logger = logging.getLogger(__name__)
-_OF_LOSS = {"teacher_weight": "weight", "temperature": "temperature"}  # keys of a trainer, by what the loss calls them
+_OF_LOSS = {"teacher_weight": "weight", "temperature": "temperature"}  # keys of `trainer` to parameters of the loss
 _CAP = "dinoseg.training.feature_cache.store.cap_of"
 KEYS = ("teacher", *_OF_LOSS)
 
 
 class DistilRegime(ImageRegime):
-    """Images with masks, and beside them images without, with what a teacher says of both (arXiv 1503.02531)."""
+    """Training task for images with masks and without, with a teacher's scores for both (arXiv 1503.02531)."""
 
     feed: DistilFeed
 
@@ -55,7 +55,7 @@ class DistilRegime(ImageRegime):
 
     @classmethod
     def check_parts(cls, cfg: DictConfig, model: Segmenter, world: int) -> None:
-        """Refuse what an image regime does, no teacher, and classes pasted on images that it has not seen them on."""
+        """Refuse what `ImageRegime` refuses, a missing teacher, and `data.class_mix`: teachers score unmixed images."""
         super().check_parts(cfg, model, world)
         named_teacher(cfg)
         _loss_options(cfg)
@@ -66,15 +66,15 @@ class DistilRegime(ImageRegime):
             )
 
     def keep_features(self, model: Segmenter, loss: Loss, engine: Engine, *given: Any, **more: Any) -> dict[str, str]:
-        """Do what an image regime does, and say which file the teacher is, for a run that goes on with another."""
+        """Cache features as `ImageRegime` does; add the teacher's hash, by which a resumed run detects another one."""
         return {**super().keep_features(model, loss, engine, *given, **more), "teacher": self._teacher.name}
 
     def objective(self, loss: Loss) -> Loss:
-        """Return the loss of masks and of the teacher's scores."""
+        """Return the loss on masks and on the teacher's scores."""
         return DistilledLoss(loss, **_loss_options(self.cfg))
 
     def _others(self, cfg: DictConfig) -> ImageFeed | None:
-        """Return what batches of images without masks are drawn by; None: there are none."""
+        """Return the feed of images without masks; None if there are none."""
         feed = self.feed
         options = Unlabelled(**checked("dinoseg.training.mixed_feed.Unlabelled", cfg.trainer, WHICH, "trainer"))
         found = unmasked_images(cfg, options, feed.train, feed.val)
@@ -92,5 +92,5 @@ class DistilRegime(ImageRegime):
 
 
 def _loss_options(cfg: DictConfig) -> dict[str, float]:
-    """Return how a teacher's scores are learnt."""
+    """Return the options of the distillation loss."""
     return checked("dinoseg.training.distilled.DistilledLoss", cfg.trainer, _OF_LOSS, "trainer")

@@ -1,4 +1,4 @@
-"""Training on images and their masks."""
+"""Training task for images and their masks."""
 
 import logging
 from collections.abc import Iterator, Mapping
@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 
 class ImageRegime(Regime):
-    """Training on images whose every pixel has a class."""
+    """Training task for images in which every pixel has a class."""
 
     what = "images"
     plots = IMAGE_PLOTS
@@ -82,7 +82,7 @@ class ImageRegime(Regime):
                 "it is (data.background=NAME), or choose by another score, such as trainer.score=miou."
             )
         names = [str(name) for name in cfg.data.classes]
-        instantiate(cfg.loss.class_weights)([1] * len(names), names)  # refuses a scheme or a name that is none
+        instantiate(cfg.loss.class_weights)([1] * len(names), names)  # refuses an unknown scheme or class name
         head = model.head
         with torch.device("meta"):
             loss = criteria.unweighted(cfg)
@@ -100,13 +100,13 @@ class ImageRegime(Regime):
 
     @classmethod
     def data_nodes(cls, cfg: DictConfig) -> Iterator[DictConfig]:
-        """Yield how pairs are found and how they are augmented."""
+        """Yield the reader of pairs and their augmentation."""
         yield from (cfg.data.reader, cfg.data.augment)
 
     def keep_features(
         self, model: Segmenter, loss: Loss, engine: Engine, epochs: float, *, before: Mapping[str, str | None]
     ) -> dict[str, str]:
-        """Let the feed give what is kept of the frozen part of a model, where that pays or is asked for."""
+        """Let the feed cache the features of the frozen part of a model, if that saves time or is requested."""
         cfg = self.cfg
         options = {"dtype": stored_as(cfg.features.dtype, before), "gib": cfg.features.gib}
         options["noise"] = cfg.data.get("feature_noise", 0.0)
@@ -125,7 +125,7 @@ class ImageRegime(Regime):
         return {"engine.cache": cache.place, "features.dtype": plan.dtype}
 
     def check_data(self) -> TrainedSizes | None:
-        """Run the short doctor; return how large the training images are, where they are files."""
+        """Run the short dataset checks; return the sizes of the training images, if they are files."""
         data, train, cache_dir = self.cfg.data, self.feed.train, self.cfg.cache_dir
         files = train.source if isinstance(train, PairDataset) and self.cfg.loss.weights != "none" else None
         key = files.fingerprint() if files else ""
@@ -133,7 +133,7 @@ class ImageRegime(Regime):
         splits = examine(train, self.feed.val, cache_dir=cache_dir, **options)
         records = splits[0].records if splits else ()
         if files and records:
-            keep_counts(files, records, key, cache_dir)  # for the loss, which would read all masks once more
+            keep_counts(files, records, key, cache_dir)  # for the loss, which would otherwise read all masks again
         sizes = [
             [size for record in split.records if (size := record.image_size or record.mask_size)] for split in splits
         ]
@@ -141,7 +141,7 @@ class ImageRegime(Regime):
         return TrainedSizes.of(*sizes, longest=longest, enlarged=enlarged) if any(sizes[:1]) else None
 
     def started(self, model: Segmenter, engine: Engine, *, new: bool) -> Segmenter:
-        """Return the model; in a new training, a head that is to begin with the closed form scores as that does."""
+        """Return the model; in a new training, `head.init` sets the head to the closed-form linear probe."""
         if model.head.init is None or not new:
             return model
         if engine.sharded:
@@ -171,7 +171,7 @@ class ImageRegime(Regime):
     def evaluate(
         self, cfg: DictConfig, model: Segmenter, engine: Engine, best: Path, *, metrics_only: bool, report: bool
     ) -> dict[str, Any]:
-        """Score by one exact count over the split, and tell of a model that has learnt nothing."""
+        """Score by one exact count over the split; warn if the model is no better than a constant prediction."""
         data, out_dir = self.feed.val, best.parent.parent / EVALUATION
         collector = Collector(data, engine.rank, engine.world) if report else None
         scores = evaluate_images(
@@ -203,18 +203,18 @@ class ImageRegime(Regime):
 
     @property
     def skipped(self) -> dict[str, Mapping[str, str]]:
-        """Return the files that were left out."""
+        """Return the files that were left out, with their reasons, by split."""
         return {"train": self.feed.train.skipped, "val": self.feed.val.skipped}
 
 
 def _validated(data: Any, count: Any) -> Any:
-    """Return at most `count` evenly spaced samples of a data set; None: all."""
+    """Return at most `count` evenly spaced samples of a dataset; None: all."""
     check_given("dinoseg.data.splits.keep_evenly_spaced", {"count": count}, {"count": "trainer.val_images"})
     return keep_evenly_spaced(data, count)
 
 
 def _uniform(cfg: DictConfig, train: SegmentationData, engine: Engine) -> ClassUniform | None:
-    """Return which samples are drawn for a class, as `data.class_uniform` says; the first rank looks for them."""
+    """Return the class-balanced sampling of `data.class_uniform`, which rank 0 prepares; None if it is off."""
     share = cfg.data.class_uniform if "class_uniform" in cfg.data else 0.0
     if share == 0 and not isinstance(share, bool):
         return None

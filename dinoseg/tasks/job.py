@@ -1,4 +1,4 @@
-"""One model's training, from its config to its scores: what the loop is given, and what is made of where it ends."""
+"""Training of one model, from its config to its scores: the inputs of the training loop and the use of its result."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -36,18 +36,18 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import shown, typed
 
 logger = logging.getLogger(__name__)
-CHOSEN = "engine"  # of a checkpoint's description: what the machine had it computed by, which decides numbers too
-_EXACT = "float32"  # features kept as these give the same numbers as those of none
+CHOSEN = "engine"  # key of a checkpoint's description: choices of the engine, which also affect the numbers
+_EXACT = "float32"  # features cached in this type give the same numbers as no cache
 _FORM = forms.table(forms.maybe(forms.text))
 
 
 class Job:
-    """The training of one model in its run folder.
+    """Training of one model in its run folder.
 
     Args:
-        cfg: the whole config; `resume` names a checkpoint file to go on from, or nothing.
+        cfg: the whole config; `resume` names a checkpoint file to resume from, or is None.
         out_dir: the run folder.
-        regime: data, and what goes together.
+        regime: data and checks of the training task.
         engine: device and ranks.
 
     Raises:
@@ -66,15 +66,15 @@ class Job:
 
     @property
     def first_step(self) -> int:
-        """Steps that were done before."""
+        """Return the number of steps done before this job."""
         return self.start.info["progress"]["step"] if self.start else 0
 
     @property
     def chosen_before(self) -> Mapping[str, str | None]:
-        """What the run's engine chose before, by key; nothing of a new run.
+        """Return the engine's choices in the run to resume, by key; empty for a new run.
 
         Raises:
-            UserError: the checkpoint says something else of it.
+            UserError: the checkpoint's entry has another form.
         """
         chosen = self.start.info.get(CHOSEN, {}) if self.start else {}
         if not forms.fits(chosen, _FORM):
@@ -85,20 +85,20 @@ class Job:
         return chosen
 
     def note(self, checkpoints: Checkpoints, kept: Mapping[str, str], *, tells: bool = True) -> None:
-        """Let the run's checkpoints say what it is computed by, and tell where a run goes on otherwise.
+        """Store the engine's choices in the run's checkpoints, and warn if a resumed run changes them.
 
         Args:
             checkpoints: of the run.
-            kept: where what is frozen is kept and as what, and by whom a student is taught, as `Regime.keep_features`
-                gives it.
-            tells: of what differs.
+            kept: where and in which type frozen features are cached, and the teacher of a student, as returned by
+                `Regime.keep_features`.
+            tells: whether to warn.
         """
         then = self.chosen_before
         now = {"engine.precision": self.engine.precision, "engine.cache": "off", "features.dtype": None, **kept}
         checkpoints.info[CHOSEN] = now
         other = [
             f"{key} was {typed(then[key])} and is {typed(now[key])}"
-            for key in ("engine.precision", "features.dtype", "teacher")  # where features are kept changes no number
+            for key in ("engine.precision", "features.dtype", "teacher")  # the cache's location changes no number
             if key in then.keys() & now.keys() and (then[key] or _EXACT) != (now[key] or _EXACT)
         ]
         if other and tells:
@@ -110,12 +110,12 @@ class Job:
     def parts(
         self, model: Segmenter, sizes: TrainedSizes | None, steps: int
     ) -> tuple[Segmenter, Loss, Optimizer, Checkpoints]:
-        """Return the model as it begins and what the loop takes beside, and note which images the run trains on.
+        """Return the initial model, loss, optimizer and checkpoints, and record which images the run trains on.
 
         Args:
             model: on the device.
-            sizes: of the training images, where they are known.
-            steps: the length.
+            sizes: sizes of the training images, if they are known.
+            steps: length of the training.
         """
         loss = self.regime.objective(criteria.loss(self.cfg, self.regime.labelled)).to(self.engine.device)
         model = self.regime.started(model, self.engine, new=self.start is None)
@@ -133,22 +133,22 @@ class Job:
         return model, loss, optimizer, Checkpoints(folder, info, self.start, writes=writes)
 
     def log(self) -> RunLog:
-        """Return the run's log, to be closed."""
+        """Return the run's log, which the caller must close."""
         owed = self.start is not None and self.start.info["progress"].get("owed", False)
         return RunLog(self.out_dir, start_step=self.first_step, owed=owed, visible=self.engine.is_main)
 
     def finish(self, model: Segmenter, run: Progress, *, metrics_only: bool, report: bool) -> dict[str, Any]:
-        """Score the best checkpoint, draw the curves, and tell where all of it is; return scores and cost.
+        """Score the best checkpoint, draw the curves, and print the paths of all results; return scores and cost.
 
         Args:
-            model: takes the checkpoint's weights.
-            run: where the training has ended; it has a best.
-            metrics_only: write no pictures.
-            report: write report.html, and what mode=compare needs.
+            model: receives the checkpoint's weights.
+            run: state at the end of the training; it has a best score.
+            metrics_only: write no figures.
+            report: write report.html, and the files that mode=compare reads.
         """
         rows = self.out_dir / "metrics.jsonl"
         curves = draw_curves(read_rows(rows), self.out_dir, self.regime.plots) if self.engine.is_main else []
-        # read back, not kept in memory: what is scored here is what mode=eval will score
+        # read from the file, so that the scores are those of mode=eval
         best = checkpoint.find(self.out_dir, "best")
         checkpoint.load_weights(model, checkpoint.read(best, finite=self.cfg.finite_weights))
         cost = cost_of(model, rows)
@@ -164,7 +164,7 @@ class Job:
 
 
 def begin(cfg: DictConfig, regime: Regime, engine: Engine, out_dir: Path, steps: int) -> Callable[[int, int], float]:
-    """Tell what a training whose parts all fit begins with; return its schedule."""
+    """Log the sizes of the data and the run folder; return the learning-rate schedule."""
     schedule = instantiate(cfg.optim.schedule)
     if engine.is_main:
         warn_of_long_warmup(schedule, steps)
@@ -174,16 +174,16 @@ def begin(cfg: DictConfig, regime: Regime, engine: Engine, out_dir: Path, steps:
 
 
 def looked_at(regime: Regime, engine: Engine) -> TrainedSizes | None:
-    """Tell what is wrong with the data; return on the first rank how large the training images are, where known."""
-    # one rank is enough: what it measures is kept in the cache, and what it refuses ends all
+    """Check the data on rank 0, and return there the sizes of the training images, if they are known."""
+    # one rank is enough: its measurements are cached, and its error ends all ranks
     sizes = regime.check_data() if engine.is_main else None
     engine.wait()
     return sizes
 
 
 def _start(cfg: DictConfig, labels: SegmentationData | Labels) -> tuple[Checkpoint, Segmenter]:
-    """Return the checkpoint that `resume` names, and the outline of the model, which it is known to fit."""
-    # its tensors last: a foreign file may describe more than this machine holds
+    """Return the checkpoint that `resume` names, and the outline of the model, after checking that they fit."""
+    # tensors last: an untrusted file may describe more than fits in memory
     file = checkpoint.outline(Path(cfg.resume))
     check_classes(labels, file.info, f"resume={file.path}")
     outline = build.check_fits(cfg, file)

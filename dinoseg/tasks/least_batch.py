@@ -1,4 +1,4 @@
-"""How many samples at once a model can be trained on at least."""
+"""Minimum number of samples per device that a model can be trained on."""
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -11,11 +11,11 @@ from dinoseg.inference.walk import walking
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import typed
 
-_SMALL = 4  # patches along a crop, beyond which no map of it is a single cell
+_SMALL = 4  # patches along a crop, above which its maps have several cells
 
 
 def check_batch(cfg: DictConfig, least: int, world: int) -> None:
-    """Refuse less than `least` images a rank, which the head needs, and one of a single cell for BatchNorm."""
+    """Refuse a batch of less than `least` images per rank, which the head needs, or too small for BatchNorm."""
     size, larger = cfg.data.batch_size, ""
     if least * world <= size < (least + 1) * world and (needed := least_batch(cfg)) > least:
         least, larger = needed, f" at resolution.crop={typed(list(cfg.resolution.crop))}"
@@ -27,7 +27,10 @@ def check_batch(cfg: DictConfig, least: int, world: int) -> None:
 
 
 def least_batch(cfg: DictConfig) -> int:
-    """Return how many samples at once a model is trained on at least: of one cell BatchNorm has no statistics.
+    """Return the minimum number of samples per device for training.
+
+    BatchNorm has no statistics of a single value per channel. If one sample has only a single cell, the minimum rises
+    by one.
 
     Raises:
         UserError: the parts of the config do not go together.
@@ -39,7 +42,7 @@ def least_batch(cfg: DictConfig) -> int:
     norms = [part for part in model.modules() if isinstance(part, _BatchNorm) and part.training]
     if cfg.trainer.feed != "images" or not norms:
         return least
-    instantiate(cfg.data.augment)  # refuses a crop that is no size
+    instantiate(cfg.data.augment)  # refuses an invalid crop
     if max(cfg.resolution.crop) * model.scale > _SMALL * model.patch_size:
         return least
     for norm in norms:
@@ -54,7 +57,7 @@ def least_batch(cfg: DictConfig) -> int:
 
 
 class _OneValue(Exception):
-    """BatchNorm has one value of each channel."""
+    """Raised if BatchNorm gets a single value per channel."""
 
 
 def _refuse_one_value(norm: nn.Module, given: tuple[Tensor, ...]) -> None:

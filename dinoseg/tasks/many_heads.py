@@ -1,4 +1,4 @@
-"""Training of several heads on one frozen backbone: each a run of its own, in a folder of its own, and who is best."""
+"""Multi-head training on one frozen backbone: a run folder for each head, and a leaderboard at the end."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -41,19 +41,19 @@ def train_heads(
     steps: int,
     **shown: bool,
 ) -> dict[str, Any]:
-    """Train the heads of a config, evaluate the best checkpoint of each, and return the scores of the first.
+    """Train the heads of a config, evaluate the best checkpoint of each, and return the scores of the best head.
 
     Args:
         cfg: the whole config, with that of each head's own run.
-        regime: data.
+        regime: data of the training task.
         engine: device and ranks.
         out_dir: the run folder.
-        fit: the loop.
-        steps: the length.
-        shown: what is written of the evaluations, see `Job.finish`.
+        fit: the training loop.
+        steps: length of the training.
+        shown: options of the evaluations, see `Job.finish`.
 
     Raises:
-        UserError: no head has come as far as a validation.
+        UserError: no head has reached a validation.
     """
     _check_feed(cfg, regime, engine)
     folder = out_dir / checkpoint.HEADS
@@ -105,10 +105,10 @@ def _check_feed(cfg: DictConfig, regime: Regime, engine: Engine) -> None:
 
 
 def _dropped(folder: Path) -> dict[str, str]:
-    """Return, by name, why heads had dropped out before this run was gone on with.
+    """Return why heads dropped out before this run resumed, by name.
 
     Raises:
-        UserError: a note of it is damaged.
+        UserError: a file with the reason is damaged.
     """
     return {path.parent.name: _reason(path) for path in sorted(folder.glob(f"*/{DROPPED}"))}
 
@@ -127,7 +127,7 @@ def _progress(job: Job) -> Progress:
 
 
 def _keep(cfg: DictConfig, regime: Regime, engine: Engine, out_dir: Path, model: SharingSegmenter, step: int) -> None:
-    """Write what `resume` finds the run by: its config, and that all of its heads can go on from a step."""
+    """Write the checkpoint that `resume` needs to find the run: its config, and a step from which all heads resume."""
     if engine.is_main:
         info = {**run_description(cfg, regime.labels), "progress": asdict(Progress(step=step))}
         frozen = {**checkpoint.frozen_fingerprint(model), "head": "several"}

@@ -1,4 +1,4 @@
-"""What kinds of training differ in, before the first step and after the last: the steps between are `fit`'s alone."""
+"""Base class of training tasks: everything before the first step and after the last; `fit` runs the steps between."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,13 +21,13 @@ from dinoseg.utils.errors import UserError
 
 
 class Regime(ABC):
-    """A kind of training: what it is fed, what goes together in it, and how the best checkpoint is scored.
+    """Base class of training tasks: their data, the checks of their parts, and the evaluation of the best checkpoint.
 
     Attributes:
-        what: is trained on.
-        feed: its batches, and how it is validated.
-        labels: classes, palette and ignored id, which a checkpoint keeps.
-        labelled: whose masks a loss may count; None: there are none.
+        what: name of the training samples, for messages.
+        feed: batches and validation.
+        labels: classes, palette and ignored ID, which a checkpoint stores.
+        labelled: dataset whose masks a loss may count; None: there are no masks.
         split: names in train and val.
         plots: curves of the run.
     """
@@ -41,51 +41,51 @@ class Regime(ABC):
 
     @abstractmethod
     def __init__(self, cfg: DictConfig, engine: Engine, *, pictures: int = 0) -> None:
-        """List the data of a config; each validation shows so many pictures."""
+        """List the data of a config; each validation shows `pictures` images."""
 
     @classmethod
     @abstractmethod
     def check_parts(cls, cfg: DictConfig, model: Segmenter, world: int) -> None:
-        """Refuse a model, which may be on meta, a loss or a batch that so many ranks cannot be trained with.
+        """Refuse a model, which may be on the meta device, a loss or a batch that `world` ranks cannot train with.
 
         Raises:
-            UserError: naming what does not go together.
+            UserError: parts do not go together; the message names them.
         """
 
     @classmethod
     @abstractmethod
     def data_nodes(cls, cfg: DictConfig) -> Iterator[DictConfig]:
-        """Yield the parts of `data` that training makes, which a sweep tries before its first job."""
+        """Yield the nodes of `data` that training instantiates, which a sweep tries before its first job."""
 
     def check_data(self) -> TrainedSizes | None:
-        """Tell what is wrong with the data; return how large the training images are, where that is known."""
+        """Report faults of the data; return the sizes of the training images, if they are known."""
         return None
 
     def started(self, model: Segmenter, engine: Engine, *, new: bool) -> Segmenter:
-        """Return the model; of a `new` training, with what `head.init` says that it begins with."""
+        """Return the model, initialised according to `head.init` if the training is `new`."""
         return model
 
     def objective(self, loss: Loss) -> Loss:
-        """Return what training makes small, of the config's loss."""
+        """Return the loss to minimise, built from the loss of the config."""
         return loss
 
     def keep_features(
         self, model: Segmenter, loss: Loss, engine: Engine, epochs: float, *, before: Mapping[str, str | None]
     ) -> dict[str, str]:
-        """Let the feed give what is kept of the frozen part of a model, where `engine.cache` has it so.
+        """Let the feed cache the features of the frozen part of a model, if `engine.cache` enables it.
 
         Args:
             model: on the device.
-            loss: that it is trained by.
+            loss: the training loss.
             engine: device and ranks.
             epochs: of the whole training.
-            before: what a run that goes on has chosen, by key; nothing of a new one.
+            before: choices of a resumed run, by key; empty for a new run.
 
         Returns:
-            Where it is kept (engine.cache), and as what (features.dtype); nothing where none is.
+            Where features are cached (engine.cache) and in which type (features.dtype); empty if they are not cached.
 
         Raises:
-            UserError: it is to be kept, and cannot be.
+            UserError: features must be cached, but cannot be.
         """
         if engine.cache in ("disk", "memory"):
             raise UserError(f"engine.cache={engine.cache}: no features of {self.what} are kept. Leave it out.")
@@ -97,17 +97,26 @@ class Regime(ABC):
     ) -> dict[str, Any]:
         """Score the model of a run's best checkpoint into `evaluation` in the run folder, as mode=eval does.
 
-        Returns the scores; `report` writes report.html too, where there are any to tell of.
+        Args:
+            cfg: the whole config.
+            model: with the weights of the best checkpoint.
+            engine: device and ranks.
+            best: the checkpoint file.
+            metrics_only: write no figures.
+            report: also write report.html, if there are scores to report.
+
+        Returns:
+            The scores.
         """
 
     @property
     def skipped(self) -> Mapping[str, Mapping[str, str]]:
-        """Return by split the names that data.on_error=skip left out, with their reasons."""
+        """Return the names that data.on_error=skip left out, with their reasons, by split."""
         return {}
 
 
 def share_of(cfg: DictConfig, engine: Engine, pictures: int) -> dict[str, Any]:
-    """Return what every feed takes: the size, order and number of one rank's batches."""
+    """Return the arguments common to all feeds: size, order and number of one rank's batches."""
     check_given(
         "dinoseg.training.image_feed.ImageFeed",
         {"batch_size": cfg.data.batch_size},

@@ -1,4 +1,4 @@
-"""Training on few masks and on images without: a moving average of the model labels these for it."""
+"""Self-training on few masks and on images without masks, which the model's moving average labels."""
 
 import logging
 from collections.abc import Mapping
@@ -24,10 +24,10 @@ logger = logging.getLogger(__name__)
 
 
 class SelfTrainingRegime(ImageRegime):
-    """Images with masks, and beside them images without (FixMatch, arXiv 2001.07685; UniMatch V2, arXiv 2410.10777).
+    """Training task for images with masks and without (FixMatch, arXiv 2001.07685; UniMatch V2, arXiv 2410.10777).
 
-    Of UniMatch V2 it takes the moving average as the teacher, one weak view (`data.augment`) and strong views of it
-    with CutMix, and the confidence threshold; not the complementary dropout of its two strong views.
+    It follows UniMatch V2 in the moving average as the teacher, one weak view (`data.augment`), strong views of it with
+    CutMix, and the confidence threshold. It omits the complementary dropout of the two strong views.
     """
 
     feed: MixedFeed
@@ -55,7 +55,7 @@ class SelfTrainingRegime(ImageRegime):
 
     @classmethod
     def check_parts(cls, cfg: DictConfig, model: Segmenter, world: int) -> None:
-        """Refuse what an image regime does, and a training without a teacher."""
+        """Refuse what `ImageRegime` refuses, and settings without a teacher, with sharding or with feature noise."""
         super().check_parts(cfg, model, world)
         if cfg.trainer.ema is None:
             raise UserError(
@@ -73,13 +73,17 @@ class SelfTrainingRegime(ImageRegime):
             )
 
     def objective(self, loss: Loss) -> Loss:
-        """Return the loss of both: class weights are for masks alone."""
+        """Return the loss on masks and on pseudo-labels; class weights apply only to masks."""
         return TaughtLoss(loss, criteria.unweighted(self.cfg), self.feed.options.weight)
 
     def keep_features(
         self, model: Segmenter, loss: Loss, engine: Engine, epochs: float, *, before: Mapping[str, str | None]
     ) -> dict[str, str]:
-        """Keep none: strong views are new in each epoch."""
+        """Cache nothing: strong views are new in each epoch.
+
+        Raises:
+            UserError: `engine.cache` requires a cache.
+        """
         if engine.cache in ("disk", "memory"):
             raise UserError(
                 f"engine.cache={engine.cache}: with trainer=self_training a student's views are new in each epoch, so "
@@ -88,7 +92,7 @@ class SelfTrainingRegime(ImageRegime):
         return {}
 
     def check_data(self) -> TrainedSizes | None:
-        """Run the short doctor, and refuse masks of which a teacher would learn one answer to everything."""
+        """Run the short dataset checks, and refuse masks of at most one class: a teacher would predict only that."""
         sizes = super().check_data()
         train = self.feed.train
         counts = dict(zip(train.classes, class_counts(train, self.cfg.cache_dir).tolist(), strict=True))

@@ -1,4 +1,4 @@
-"""The images without masks that a training learns from beside those with."""
+"""Images without masks that a training uses in addition to those with masks."""
 
 import logging
 from collections.abc import Hashable, Sequence
@@ -19,7 +19,7 @@ from dinoseg.utils.wording import listed
 from dinoseg.utils.workers import in_processes
 
 logger = logging.getLogger(__name__)
-_FEW = 64  # images below which starting processes costs more than it saves
+_FEW = 64  # number of images below which starting processes costs more than it saves
 
 
 def unmasked_images(
@@ -27,17 +27,17 @@ def unmasked_images(
 ) -> list[Candidate]:
     """Return the training images that are not among those with masks, and those that `trainer.unlabelled` names.
 
-    An image that both name is there once. Validation images among them are told of, and so is what cannot be read,
-    which `data.on_error=skip` leaves out.
+    An image that both name appears once. Validation images among them cause a warning. With `data.on_error=skip`,
+    unreadable images are left out with a warning.
 
     Args:
         cfg: the whole config.
-        options: of the trainer.
-        train: the images with masks; what `data.on_error=skip` left out of it is left out here.
-        val: the images that are scored.
+        options: options of the trainer.
+        train: the images with masks; those that `data.on_error=skip` left out of it are left out here, too.
+        val: the validation images.
 
     Raises:
-        UserError: `trainer.unlabelled` names nothing, or what cannot be read.
+        UserError: `trainer.unlabelled` names nothing, or something unreadable.
     """
     others, found = {*train.names, *train.skipped}, []
     whole = build.reader(cfg)("train")
@@ -62,7 +62,7 @@ def unmasked_images(
 
 
 def _readable(images: Sequence[Candidate], workers: int) -> list[Candidate]:
-    """Return the images that can be read, and say which cannot."""
+    """Return the images that can be read, and warn of the others."""
     sources, processes = [image.source for image in images], workers if len(images) >= _FEW else 1
     faults = [why for _, why in in_processes(fault, sources, processes, remedy="Read with fewer: data.workers=1.")]
     if bad := [why for why in faults if why]:
@@ -71,5 +71,5 @@ def _readable(images: Sequence[Candidate], workers: int) -> list[Candidate]:
 
 
 def _identity(source: ImageSource) -> Hashable:
-    """Return what two names of one image or frame have in common."""
+    """Return a key that is the same for all names of one image or frame."""
     return source.resolve() if isinstance(source, Path) else (source.path.resolve(), source.index)

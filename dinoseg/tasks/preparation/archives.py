@@ -1,4 +1,4 @@
-"""Unpack a ZIP archive that nobody vouches for: nothing outside the folder, nothing half-written."""
+"""Extraction of untrusted ZIP archives: nothing outside the folder, no partial files."""
 
 import errno
 import shutil
@@ -13,20 +13,20 @@ from dinoseg.utils.atomic import whole_file
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import check_regular
 
-_MAX_RATIO = 100  # video and PNG hardly shrink: what grows a hundredfold is no recording
-_RATIO_MATTERS = 100 * 2**20  # bytes; below, a high ratio harms nobody
+_MAX_RATIO = 100  # video and PNG hardly compress: a file that grows a hundredfold is no recording
+_RATIO_MATTERS = 100 * 2**20  # bytes below which a high ratio is harmless
 
 
 def unpack(archive: Path, folder: Path, *, landmark: str) -> int:
-    """Unpack into a folder and return the number of files; those that are there whole are left alone.
+    """Extract into a folder and return the number of files; files that are already complete are skipped.
 
-    Files below the folder in the archive that holds `landmark` are put straight into `folder`, so it does
-    not matter whether the archive has a folder of its own at the top.
+    Files below the archive's folder that holds `landmark` go directly into `folder`, so it does not matter whether the
+    archive has a top-level folder.
 
     Raises:
-        UserError: the archive is damaged or encrypted, names a path outside the folder, a link or a file
-            twice, or unpacks to more than the disk holds or than is plausible.
-        OSError: writing failed, with what was finished kept.
+        UserError: the archive is damaged or encrypted; it contains a link, a file twice or a path outside the folder;
+            or it exceeds the free disk space or a plausible size.
+        OSError: writing failed; finished files remain.
     """
     check_regular(archive)
     try:
@@ -42,7 +42,7 @@ def unpack(archive: Path, folder: Path, *, landmark: str) -> int:
         if error.errno != errno.EINVAL or error.filename is not None:
             raise
         raise UserError(f"{archive} is damaged (it points outside itself): download it again.") from None
-    except (RuntimeError, NotImplementedError) as error:  # zipfile's own for passwords and odd methods
+    except (RuntimeError, NotImplementedError) as error:  # raised by zipfile for passwords and unsupported methods
         raise UserError(f"{archive} cannot be unpacked ({error}): unpack it by hand into {folder}.") from None
     return len(members)
 
@@ -57,7 +57,7 @@ def _checked_members(archive: Path, opened: zipfile.ZipFile, landmark: str) -> d
             raise NotImplementedError(f"{info.filename} is packed by method {info.compress_type}")
         if stat.S_ISLNK(info.external_attr >> 16):
             raise UserError(f"{archive} holds a link ({info.filename}), which is refused: do not trust it.")
-        # what a desktop adds on its own
+        # added by desktop systems
         if info.is_dir() or path.parts[0] == "__MACOSX" or path.name.startswith("."):
             continue
         if path in members:

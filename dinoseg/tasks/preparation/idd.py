@@ -1,4 +1,4 @@
-"""Make IDD ready to read: draw the label maps of its polygons, in as many encodings as wanted; imports no torch."""
+"""Preparation of IDD: rendering of label maps from its polygons, in several encodings; imports no torch."""
 
 import contextlib
 import functools
@@ -30,21 +30,21 @@ from dinoseg.utils.wording import listed
 log = logging.getLogger(__name__)
 
 _PNG_START, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
-_NOTE = "polygons sha256"  # keyword of the note in a label map that says what it was drawn from
-_HEAD = 4096  # bytes of a label map in which the note is
+_NOTE = "polygons sha256"  # PNG keyword in a label map: hash of the polygons that it was rendered from
+_HEAD = 4096  # bytes at the start of a label map that contain the note
 _UNKNOWN = "unknown label "
 _LOCK = ".prepare.lock"  # in gtFine: one run at a time
 
 
 @dataclass(frozen=True)
 class PolygonFile:
-    """A JSON file of polygons; `split` is the split's folder with its part in front."""
+    """JSON file of polygons; `split` is the split's folder, after its part."""
 
     path: Path
     split: str
 
     def label_map(self, encoding: str) -> Path:
-        """Return where its label map lies."""
+        """Return the path of its label map."""
         return self.path.with_name(self.path.stem.removesuffix(POLYGONS) + label_suffix(encoding) + ".png")
 
 
@@ -55,19 +55,19 @@ def prepare(
     workers: Count = 2,
     overwrite: bool = False,
 ) -> dict[str, dict[str, int]]:
-    """Draw the label maps, going on where an earlier run stopped; return the counts of each split.
+    """Render the label maps, resuming where an earlier run stopped; return the counts of each split.
 
-    A map that is there is kept, unless its polygons have changed since: then it is drawn again.
+    Existing maps are reused, unless their polygons have changed since.
 
     Args:
-        root: a part, which holds `gtFine`, or the folder of several.
-        encodings: which label maps, of `id`, `csId`, `csTrainId`, `level4Id`, `level3Id`, `level2Id`, `level1Id`.
-        workers: processes.
-        overwrite: draw all again that is there already.
+        root: a part, which holds `gtFine`, or a folder of several parts.
+        encodings: label maps to render, of `id`, `csId`, `csTrainId`, `level4Id`, `level3Id`, `level2Id`, `level1Id`.
+        workers: number of processes.
+        overwrite: render existing maps again.
 
     Raises:
-        UserError: nothing to prepare, a folder that cannot be written to, a full disk, or, when all others are
-            finished, the files that failed.
+        UserError: there is nothing to prepare, a folder is not writable, the disk is full, or some files failed; the
+            last only after all others are finished.
     """
     root = Path(root).expanduser()
     if not encodings or any(encoding not in ENCODINGS for encoding in encodings):
@@ -78,7 +78,7 @@ def prepare(
     work = functools.partial(make_label_maps, encodings=tuple(encodings), overwrite=overwrite)
     try:
         with contextlib.ExitStack() as locks:
-            for labels in sorted({job.path.parents[2] for job in jobs}):  # a part may be prepared by itself
+            for labels in sorted({job.path.parents[2] for job in jobs}):  # by part, which may be prepared alone
                 locks.enter_context(locked(labels / _LOCK))
             return _draw_all(root, jobs, work, workers)
     except OSError as error:
@@ -109,7 +109,7 @@ def find_polygons(root: Path) -> list[PolygonFile]:
     """Return the polygon files of all parts and splits.
 
     Raises:
-        UserError: there is none.
+        UserError: there are none.
     """
     parts = find_parts(root)
     jobs = [
@@ -128,7 +128,7 @@ def find_polygons(root: Path) -> list[PolygonFile]:
 
 
 def make_label_maps(job: PolygonFile, *, encodings: Sequence[str], overwrite: bool) -> Counter[str]:
-    """Write the label maps of one file of polygons that are not there, not whole or outdated; return its counts.
+    """Write the missing, incomplete and outdated label maps of one polygon file; return its counts.
 
     Raises:
         UserError: the file is damaged.
@@ -152,7 +152,7 @@ def make_label_maps(job: PolygonFile, *, encodings: Sequence[str], overwrite: bo
 
 
 def _is_outdated(label_map: Path, polygons: Path, source: str) -> bool:
-    """Return whether a map was drawn from other polygons; one that does not say from which goes by its time."""
+    """Return whether a map was rendered from other polygons; without a note of them, file times decide."""
     with label_map.open("rb") as opened:
         head = opened.read(_HEAD)
     if _NOTE.encode() in head:
@@ -161,7 +161,7 @@ def _is_outdated(label_map: Path, polygons: Path, source: str) -> bool:
 
 
 def _is_whole(path: Path) -> bool:
-    """Return whether a PNG is there from start to end, without decoding it."""
+    """Return whether a PNG exists from start to end, without decoding it."""
     if not path.is_file() or path.stat().st_size < len(_PNG_START) + len(_PNG_END):
         return False
     with path.open("rb") as opened:
@@ -171,7 +171,7 @@ def _is_whole(path: Path) -> bool:
 
 
 def _report(results: Mapping[PolygonFile, Counter[str]]) -> None:
-    """Say what was done, and warn once of all labels that are not in the table."""
+    """Log the counts, and warn once of all labels that are not in the table."""
     counts = sum(results.values(), Counter())
     log.info(
         "%d label maps drawn, %d of them again since their polygons have changed, %d kept.",
@@ -185,25 +185,26 @@ def _report(results: Mapping[PolygonFile, Counter[str]]) -> None:
         log.warning("Objects with labels that IDD does not have were left out:%s", "".join(lines))
 
 
-_LONGEST_SIDE = 16384  # pixels; a file that asks for more would only fill the memory
-_FARTHEST = 1_000_000  # pixels; Pillow draws points far beyond the picture in the wrong place
+_LONGEST_SIDE = 16384  # pixels; a larger size in a file would only fill the memory
+_FARTHEST = 1_000_000  # pixels; Pillow misplaces points far outside the image
 _BACKGROUND = "unlabeled"
 
 
 def draw_label_maps(content: bytes, path: Path, encodings: Iterable[str]) -> tuple[dict[str, np.ndarray], Counter[str]]:
-    """Draw the polygons that `content`, the bytes of `path`, holds.
+    """Render the polygons in `content`, the bytes of the file at `path`.
 
-    Return a label map (H, W) uint8 per encoding, and how many objects of each unknown label were left out.
+    Objects are filled in the order of the file, later over earlier, without outline. Deleted objects and those with
+    fewer than 3 points are left out. An unknown label that ends in `group` is read without this suffix.
 
-    Objects are filled in the order of the file, later over earlier, without outline. Deleted objects and those of
-    fewer than 3 points are left out. An unknown label that ends in `group` is read without it.
+    Returns:
+        A label map (H, W) uint8 per encoding, and the number of objects of each unknown label, which are left out.
 
     Raises:
         UserError: the file is damaged.
     """
     try:
         return _draw(json.loads(content), encodings)
-    except (ValueError, RecursionError) as error:  # also what is no JSON and no UTF-8
+    except (ValueError, RecursionError) as error:  # also raised for invalid JSON and UTF-8
         raise UserError(f"{path} is damaged ({error}). Unpack it from the archive again, or correct it.") from None
 
 
@@ -229,7 +230,7 @@ def _draw(content: Any, encodings: Iterable[str]) -> tuple[dict[str, np.ndarray]
 
 
 def _shape(entry: Any, where: str) -> tuple[str, list[tuple[float, float]]]:
-    """Return label and points of an object; a deleted one has no points."""
+    """Return the label and the points of an object; a deleted object has no points."""
     if not isinstance(entry, Mapping):
         raise ValueError(f"{where} is no object")
     label, points, deleted = entry.get("label"), entry.get("polygon"), entry.get("deleted") or 0
@@ -279,6 +280,6 @@ def _ids() -> dict[str, int]:
 
 @lru_cache
 def _values(encoding: str) -> np.ndarray:
-    """Return the value of each raw id in an encoding, uint8."""
+    """Return the value of each raw ID in an encoding, uint8."""
     values = [min(int(row[ENCODINGS[encoding]]), 255) for row in label_table("idd")]  # csId 355 does not fit 8 bits
     return np.array(values, dtype=np.uint8)

@@ -1,4 +1,4 @@
-"""Many files or videos made ready: what fails is told when the others are finished; a second run goes on with it."""
+"""Preparation of many files or videos: failures are reported at the end, and a second run resumes with them."""
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
@@ -23,17 +23,17 @@ def run_jobs(
     make_room: str = "",
     show: Callable[[J], str] = lambda job: "",
 ) -> tuple[dict[J, R], dict[J, Exception]]:
-    """Return the results of the jobs that are finished, and why the others are not.
+    """Return the results of the finished jobs, and the errors of the others.
 
     Args:
-        work: on one job, in any process.
-        jobs: several are under way at once.
-        bar: of their progress.
-        workers: processes.
-        root: on the disk that may be full.
-        ready: of what is finished, such as `files are drawn`.
-        make_room: how, beside removing files.
-        show: gives what the bar says of a job.
+        work: processes one job, in any process.
+        jobs: several run at once.
+        bar: shows their progress.
+        workers: number of processes.
+        root: folder on the disk that may be full.
+        ready: describes finished jobs, such as `files are drawn`.
+        make_room: how to free disk space, in addition to removing files.
+        show: returns the bar's text for a job.
 
     Raises:
         UserError: the disk is full, or a process was killed.
@@ -57,10 +57,10 @@ def run_jobs(
 
 
 def incomplete(failures: Iterable[str], state: str) -> UserError:
-    """Return the error of jobs that failed when all others are finished.
+    """Return the error for jobs that failed, to be raised after all others are finished.
 
     Args:
-        failures: a line for each.
+        failures: one line per failure.
         state: what failed and what did not, such as `2 of 5 files could not be drawn, the others are ready`.
     """
     lines = "".join(f"\n- {failure}" for failure in failures)

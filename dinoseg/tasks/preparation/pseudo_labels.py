@@ -46,13 +46,13 @@ from dinoseg.utils.locks import locked
 from dinoseg.utils.units import finished
 
 _LOCK = ".propagate.lock"  # in the folder of a video: one run at a time
-_BATCH = 4  # frames that the backbone sees at once
+_BATCH = 4  # frames per forward pass of the backbone
 _MEANING = "Labels propagated from the masks before and after a frame; nobody has drawn or checked them."
 
 
 @dataclass
 class Propagation:
-    """What gives the frames between two masks their labels."""
+    """Backbone and settings that label the frames between two masks."""
 
     backbone: Backbone
     settings: PropagationSettings
@@ -60,11 +60,11 @@ class Propagation:
     autocast: Autocast
     reader: MaskReader
     min_agreement: float
-    made_by: dict[str, Any]  # what the labels depend on beside frames and masks
+    made_by: dict[str, Any]  # what the labels depend on, in addition to frames and masks
 
     @classmethod
     def of(cls, cfg: DictConfig) -> "Propagation":
-        """Return what `backbone`, `tracker`, `engine` and `data` say."""
+        """Return the propagation that `backbone`, `tracker`, `engine` and `data` configure."""
         engine, settings = instantiate(cfg.engine), instantiate(cfg.tracker)
         backbone = build.backbone(cfg).to(engine.device)
         labels = labels_of(cfg)
@@ -81,17 +81,17 @@ class Propagation:
 
 
 def propagate(propagation: Propagation, root: Path, videos: Sequence[str]) -> dict[str, dict[str, int]]:
-    """Write `pseudo/` into the folders of videos that are extracted at 10 Hz; return the counts of each video.
+    """Write `pseudo/` into the folders of videos extracted at 10 Hz; return the counts of each video.
 
-    A video whose labels are there, made in the same way of the same masks, is left as it is.
+    A video is skipped if its labels exist and were made with the same settings from the same masks and frames.
 
     Args:
-        propagation: gives the labels.
-        root: of the data set.
+        propagation: labels the frames.
+        root: root of the dataset.
         videos: names of folders below it, such as `train1/video_01`.
 
     Raises:
-        UserError: a full disk, or, when all others are finished, the videos that failed.
+        UserError: the disk is full, or some videos failed; the latter only after all others are finished.
     """
     work = functools.partial(_label_video, propagation, root)
     with Bar(total=len(videos), desc="propagating", unit="video") as bar:
@@ -112,7 +112,7 @@ def _label_video(propagation: Propagation, root: Path, name: str) -> dict[str, i
 
 
 def _labels_of(propagation: Propagation, video: Path) -> dict[str, int]:
-    """Return the counts of a video's labels, which are made unless they are there."""
+    """Return the counts of a video's labels, which are made unless they exist."""
     folder = video / PSEUDO_FOLDER
     sums = {"masks": mask_sums(video), "frames": frames_sum(video)}
     made_by = as_read_back({**propagation.made_by, **sums})
@@ -134,10 +134,10 @@ def _labels_of(propagation: Propagation, video: Path) -> dict[str, int]:
 
 
 def _write_labels(propagation: Propagation, video: Path, made_by: dict[str, Any]) -> dict[str, Any]:
-    """Write the labels of enough agreement and then the note beside them, which is returned."""
+    """Write the labels with sufficient agreement, then the note on them, which is returned."""
     kept: dict[str, float] = {}
     left_out: dict[str, float] = {}
-    # all of one making or none: training would take half of them for the whole, or mix two kinds
+    # all or nothing: training must not see a part of the labels, or labels of two settings
     with whole_folder(video / PSEUDO_FOLDER) as part:
         for stem, mask, agreement in _labelled(propagation, video):
             if agreement >= propagation.min_agreement:
@@ -151,7 +151,7 @@ def _write_labels(propagation: Propagation, video: Path, made_by: dict[str, Any]
 
 
 def _labelled(propagation: Propagation, video: Path) -> Iterator[tuple[str, np.ndarray, float]]:
-    """Yield the stem, the labels and the agreement of each frame that lies between two masks."""
+    """Yield the stem, the labels and the agreement of each frame between two masks."""
     for gap in gaps(video):
         ends = [_masked(propagation, video, path) for path in (gap[0], gap[-1])]
         inner = [read_image(path) for path in gap[1:-1]]
@@ -182,7 +182,7 @@ def _masked(propagation: Propagation, video: Path, path: Path) -> tuple[np.ndarr
 
 @torch.inference_mode()
 def _features(propagation: Propagation, images: Sequence[np.ndarray]) -> Tensor:
-    """Return the backbone's last maps (T, C, h, w) of frames (H, W, 3)."""
+    """Return the backbone's last feature maps (T, C, h, w) of frames (H, W, 3)."""
     seen_as = (propagation.settings, propagation.device, propagation.autocast)
     starts = range(0, len(images), _BATCH)
     return torch.cat([last_maps(propagation.backbone, images[start : start + _BATCH], *seen_as) for start in starts])

@@ -1,4 +1,4 @@
-"""Make SAR-RARP50 ready to read: unpack the archives, write the frames that are needed, verify the counts."""
+"""Preparation of SAR-RARP50: unpacking of archives, extraction of the needed frames, and checks of their counts."""
 
 import functools
 import json
@@ -40,14 +40,14 @@ _LOCK = ".prepare.lock"  # in the root: one run at a time
 
 @dataclass(frozen=True)
 class VideoJob:
-    """One video: where it belongs, and the archive it comes in, if any."""
+    """One video: its folder, and its archive, if any."""
 
     folder: Path
     archive: Path | None
 
     @property
     def name(self) -> str:
-        """Split folder and video."""
+        """Return the split folder and the video's folder."""
         return f"{self.folder.parent.name}/{self.folder.name}"
 
 
@@ -61,20 +61,21 @@ def prepare(
     propagate: bool = False,
     min_agreement: Share = 0.5,
 ) -> dict[str, dict[str, int]]:
-    """Unpack and extract, going on where an earlier run stopped; return the counts of each video.
+    """Unpack and extract, resuming where an earlier run stopped; return the counts of each video.
 
     Args:
         root: folder with `train1`, `train2`, `train` or `test`, which hold `video_*.zip` or `video_*/`.
         rate: frames per second of video: 1 (those with a mask) or 10 (the official toolkit's).
-        workers: videos worked on at once, one process each.
+        workers: videos to process at once, one process each.
         videos: only these, such as `video_01` or `test/video_41`; None for all.
-        keep_archives: leave an archive in place once its video is verified.
-        propagate: extract 10 frames per second of training videos, whatever `rate` says, for the labels that the mode
-            then makes for them.
-        min_agreement: of such a frame, 0 to 1; only checked here, before the work.
+        keep_archives: do not remove an archive once its video is verified.
+        propagate: extract 10 frames per second of training videos, whatever `rate` is, for the pseudo-labels that
+            mode=prepare then makes.
+        min_agreement: minimum agreement of a pseudo-label, 0 to 1; only checked here, before the work.
 
     Raises:
-        UserError: nothing to prepare, a full disk, or, when all others are finished, the videos that failed.
+        UserError: there is nothing to prepare, the disk is full, or some videos failed; the last only after all others
+            are finished.
     """
     root = Path(root).expanduser()
     if rate not in (1, 10):
@@ -118,7 +119,7 @@ def find_jobs(root: Path) -> list[VideoJob]:
     """Return the videos below the split folders, packed or not.
 
     Raises:
-        UserError: there is none, or an archive is not named after a video.
+        UserError: there are none, or an archive is not named after a video.
     """
     jobs: dict[Path, VideoJob] = {}
     folders = [root / name for name in SPLIT_FOLDERS if (root / name).is_dir()]
@@ -141,27 +142,27 @@ def find_jobs(root: Path) -> list[VideoJob]:
 def prepare_video(job: VideoJob, *, rate: int, keep_archive: bool, propagate: bool = False) -> dict[str, int]:
     """Unpack and extract one video, unless that is done; return its counts.
 
-    To `propagate`, a training video needs 10 frames per second.
+    With `propagate`, a training video needs 10 frames per second.
 
     Raises:
         UserError: the archive or the video is damaged, or frames and masks do not belong together.
-        OSError: writing failed, with what was finished kept.
+        OSError: writing failed; finished files remain.
     """
     rate = 10 if propagate and job.folder.parent.name in TRAIN_FOLDERS else rate
     counts = _done_before(job, rate)
     if counts is None:
-        # members that are there whole are left alone, so a killed run's unpacking goes on
+        # complete members are skipped, so that the unpacking of a killed run resumes
         if job.archive is not None:
             unpack(job.archive, job.folder, landmark=VIDEO)
         counts = _extract(job.folder, rate)
-    # not before the frames are verified: the archive is all that there is to make them of
+    # only after the frames are verified: the archive is their only source
     if job.archive is not None and not keep_archive:
         job.archive.unlink(missing_ok=True)
     return counts
 
 
 def _done_before(job: VideoJob, rate: int) -> dict[str, int] | None:
-    """Return the counts kept by an earlier run if they still hold, else None."""
+    """Return the counts that an earlier run saved if they are still valid, else None."""
 
     def hold(counts: Mapping[str, int]) -> bool:
         frames, masks = (len(png_files(job.folder / name)) for name in (FRAME_FOLDERS[0], MASK_FOLDER))
@@ -186,14 +187,14 @@ def _extract(folder: Path, rate: int) -> dict[str, int]:
     _verify(folder, decoded, step)
     remove_parts(target, ".*.part")
     remove_parts(folder, f"*{PREPARED}*.part")
-    # the note last: with it, the video counts as finished
+    # written last: this file marks the video as finished
     counts = {"rate": rate, "decoded": decoded, "frames": len(range(0, decoded, step)), "masks": len(masks)}
     write_text(folder / PREPARED, json.dumps(counts))
     return counts
 
 
 def _extracted_elsewhere(folder: Path, masks: Mapping[str, Path], rate: int) -> dict[str, int] | None:
-    """Return the counts of frames that another tool wrote and that suffice, None if we have to extract."""
+    """Return the counts of sufficient frames that another tool wrote; None if frames must be extracted."""
     frames = frame_files(folder)
     there = 10 if f"{FRAMES_PER_SECOND // 10:09d}" in frames else 1
     has_video, ours = (folder / VIDEO).is_file(), (folder / FRAME_FOLDERS[0]).is_dir()
@@ -235,17 +236,17 @@ def _chosen(jobs: list[VideoJob], videos: Sequence[str] | None) -> list[VideoJob
     return [job for job in jobs if job.name in videos or job.folder.name in videos]
 
 
-_UNCOUNTED = 2  # frames by which a sound video may fall short of its header: some writers count dropped ones
+_UNCOUNTED = 2  # tolerated lack of frames compared with the header: some writers count dropped frames
 
 
 def extract_frames(video: Path, folder: Path, *, step: int) -> int:
-    """Write frame i as `folder/%09d.png` where i is a multiple of `step`; return how many were decoded.
+    """Write frame i as `folder/%09d.png` for each multiple i of `step`; return the number of decoded frames.
 
-    Files that are there are kept: they appear whole or not at all.
+    Existing files are reused, since files are written atomically.
 
     Raises:
-        UserError: the video cannot be opened or decoded, or ends before the number of frames it promises.
-        OSError: writing failed, with what was finished kept.
+        UserError: the video cannot be opened or decoded, or ends before the number of frames that its header promises.
+        OSError: writing failed; finished files remain.
     """
     frames = 0
     with Decoder(video) as decoder:

@@ -1,7 +1,7 @@
-"""The linear head that needs no training: solved from sums over one pass, its settings chosen on images held out.
+"""Closed-form linear probe: solved from sums over one pass, with settings chosen on held-out images.
 
-It is a floor for what training reaches, and a place to begin it from. It does not rank backbones for fine-tuning: how
-well features are separated by a line says little of how well they adapt (arXiv 2404.12172).
+It is a baseline for training, and can initialise it. It does not rank backbones for fine-tuning: linear separability of
+features hardly predicts how well they adapt (arXiv 2404.12172).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,20 +28,20 @@ from dinoseg.training.validation import eval_batches
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import NotNegative, OpenShare, Positive
 
-_PIXELS = 4096  # of an image, evenly spaced, that candidates are scored at
-SHARPNESS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # factors of scores that a softmax is taken of
+_PIXELS = 4096  # evenly spaced pixels of an image that score the candidates
+SHARPNESS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # candidate factors of the logits in a softmax
 
 
 class Candidates:
-    """Linear maps of the same features, each counted in a confusion matrix of its own.
+    """Linear maps of the same features, each with a confusion matrix of its own.
 
     Args:
         maps: the candidates.
-        ignore_index: pixels of it count nowhere.
+        ignore_index: label of pixels that are not counted.
 
     Attributes:
         counts: (candidates, K, K) int64.
-        losses: (candidates, sharpness) float64, the cross-entropy of the scores times each of `SHARPNESS`, summed.
+        losses: (candidates, sharpness) float64, summed cross-entropy of the scores times each of `SHARPNESS`.
     """
 
     def __init__(self, maps: Sequence[Affine], ignore_index: int) -> None:
@@ -53,7 +53,7 @@ class Candidates:
         self.losses = torch.zeros(len(maps), len(SHARPNESS), dtype=torch.float64, device=self.bias.device)
 
     def add(self, features: Tensor, mask: Tensor, valid: tuple[float, float]) -> None:
-        """Count maps (B, D, h, w) against masks (B, H, W)."""
+        """Count the predictions from maps (B, D, h, w) against masks (B, H, W)."""
         size = (mask.shape[-2], mask.shape[-1])
         places = lattice(size, _PIXELS)
         rows, columns = (
@@ -74,7 +74,7 @@ class Candidates:
             self.losses[:, number] += (sharpened.logsumexp(dim=-1) - right).double().sum(dim=0)
 
     def best(self) -> "Choice":
-        """Return the candidate of the highest mIoU, the first of equals."""
+        """Return the candidate with the highest mIoU, the first in case of ties."""
         scores = []
         for counts in self.counts:
             matrix = ConfusionMatrix(self.num_classes, self.ignore_index)
@@ -86,27 +86,29 @@ class Candidates:
 
 
 class Choice(NamedTuple):
-    """Which candidate was chosen."""
+    """Chosen candidate, with its mIoU and best sharpness."""
 
     number: int
     miou: float
-    sharpness: float  # by which its scores are best multiplied before a softmax
+    sharpness: float  # factor of its logits with the lowest cross-entropy
 
 
-_TOGETHER = 64  # images after which it may be kept how far the sums are
-Readings = Mapping[str, Sequence[int]]  # name to the maps that are read together, by their place among the model's
+_TOGETHER = 64  # images after which the sums may be saved
+Readings = Mapping[str, Sequence[int]]  # name to the indices of the maps that are read together
 
 
 @dataclass(frozen=True)
 class Grid:
-    """The settings that are tried, and how many images choose among them.
+    """Settings to try, and how many images choose among them.
 
     Args:
-        strengths: of the ridge, on features of unit variance.
-        balances: pixels of a class count 1 / (share of it) ** balance: 0 each alike, 1 each class alike.
-        held_out: share of the training images (of its groups) that choose; all are used for what is chosen.
+        strengths: strengths of the ridge, on features of unit variance.
+        balances: a pixel has weight 1 / (share of its class) ** balance: 0 weighs pixels equally, 1 weighs classes
+            equally.
+        held_out: share of the training images (of their groups) that choose; the chosen setting is solved on all
+            images.
         group: regular expression; images whose names match it equally stay on one side.
-        seed: decides which are held out.
+        seed: decides which images are held out.
     """
 
     strengths: Sequence[Positive] = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
@@ -116,10 +118,10 @@ class Grid:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse a grid without a point.
+        """Refuse a grid without points.
 
         Raises:
-            UserError: there is none.
+            UserError: `strengths` or `balances` is empty.
         """
         for name in ("strengths", "balances"):
             if not getattr(self, name):
@@ -128,31 +130,31 @@ class Grid:
 
 @dataclass
 class Solution:
-    """What was found for the maps that are read together."""
+    """Solution for the maps that are read together."""
 
     name: str
     affine: Affine
-    statistics: tuple[Tensor, Tensor]  # mean and variance of the features, as BatchNorm takes them
+    statistics: tuple[Tensor, Tensor]  # mean and variance of the features, as in BatchNorm
     strength: float
     balance: float
     choice: Choice
-    scores: dict[str, Any] = field(default_factory=dict)  # of `ConfusionMatrix.compute`, where it was scored
+    scores: dict[str, Any] = field(default_factory=dict)  # from `ConfusionMatrix.compute`, once it is scored
 
     def start(self, head: Any, *, sharpened: bool = False) -> None:
-        """Let a linear head score as this does, `sharpened` for a softmax."""
+        """Initialise a linear head with this solution, `sharpened` for a softmax."""
         factor = self.choice.sharpness if sharpened else 1.0
         head.start(factor * self.affine.weight, factor * self.affine.bias, *self.statistics)
 
 
 class Probe:
-    """One pass over training images, what is solved from it, and its scores.
+    """Linear probe: one pass over training images, the solutions from it, and their scores.
 
     Args:
-        model: a segmenter whose backbone gives the maps; its head is not used.
-        data: to train on.
+        model: a segmenter whose backbone returns the maps; its head is not used.
+        data: the training images.
         counts: pixels of each class in it (K,).
         engine: device, precision and ranks.
-        readings: which of the maps are read together, by a name.
+        readings: names of the sets of maps that are read together.
         grid: of settings.
     """
 
@@ -179,11 +181,11 @@ class Probe:
         }
 
     def fit(self, standing: Standing | None = None) -> None:
-        """Sum up the training images that are not held out; with a `standing`, go on from there and keep it."""
+        """Sum over the training images that are not held out; with a `standing`, resume from it and save to it."""
         images, parts = self.rest or self.held_out, dict(self._parts())
         done = standing.load(parts) if standing is not None else 0
         if self.engine.rank:
-            self._forget()  # the first one's hold all that was done
+            self._forget()  # the sums of rank 0 hold all that was done
         bar = self._bar("summing up", len(images), done)
         for first in range(done, len(images), _TOGETHER):
             last = min(first + _TOGETHER, len(images))
@@ -197,19 +199,19 @@ class Probe:
         self._over_ranks()
 
     def choose(self) -> list[Solution]:
-        """Choose by the images held out, add them to the sums, and solve once more."""
+        """Choose settings on the held-out images, add these to the sums, and solve again."""
         strengths, ignored = self.grid.strengths, self.data.ignore_index
         candidates = {
             name: Candidates([each for way in solve(sums, strengths) for each in way], ignored)
             for name, sums in self.sums.items()
         }
         if self.engine.rank:
-            self._forget()  # the first one's hold all
+            self._forget()  # the sums of rank 0 hold all
         for batch in self._batches(self.data, self.held_out, self._bar("choosing", len(self.held_out))):
             features = self._features(batch)
             for name, candidate in candidates.items():
                 candidate.add(features[name], batch.mask, self._valid(batch))
-            if self.rest:  # a lone image has been summed up already
+            if self.rest:  # a single image is already in the sums
                 self._add(batch, features)
         self._over_ranks()
         return [self._solution(name, found) for name, found in candidates.items()]
@@ -223,7 +225,7 @@ class Probe:
         return Solution(name, affine, self.sums[name].statistics, strength, self.grid.balances[way], choice)
 
     def score(self, solutions: Sequence[Solution], data: SegmentationData) -> None:
-        """Score solutions by one exact count over a data set, upsampled as a linear head's scores are."""
+        """Score solutions by one exact count over a dataset, upsampled like the scores of a linear head."""
         heads = {each.name: self._head(each) for each in solutions}
         counts = {name: ConfusionMatrix(len(data.classes), data.ignore_index) for name in heads}
         for batch in self._batches(data, range(len(data)), self._bar("scoring", len(data))):
@@ -248,7 +250,7 @@ class Probe:
         return Bar(desc=what, unit="image", total=images, initial=done, disable=not self.engine.is_main)
 
     def _batches(self, data: SegmentationData, indices: Sequence[int], bar: Bar) -> Iterator[Batch]:
-        """Yield this rank's share of some images, on the device."""
+        """Yield this rank's share of the images, on the device."""
         engine = self.engine
         size, workers = engine.images_at_once, engine.workers
         part: Any = Subset(data, indices)  # type: ignore[arg-type]
@@ -258,7 +260,7 @@ class Probe:
 
     @torch.no_grad()
     def _features(self, batch: Batch) -> dict[str, Tensor]:
-        """Return for each reading the features (B, D, h, w) of a batch."""
+        """Return the features (B, D, h, w) of a batch for each reading."""
         with self.engine.autocast():
             maps = self.model.backbone(self.model.pixels(batch.image))
         return {name: concatenate([maps[place] for place in places]) for name, places in self.readings.items()}
@@ -268,7 +270,7 @@ class Probe:
         return valid_share(size, self.model.patch_size)
 
     def _add(self, batch: Batch, features: Mapping[str, Tensor]) -> None:
-        labels = {}  # by the grid: those of a pyramid differ
+        labels = {}  # by grid size: a pyramid has several
         mask, ignored = batch.mask.to(self.device), self.data.ignore_index
         for name, maps in features.items():
             grid = (maps.shape[-2], maps.shape[-1])
@@ -290,7 +292,7 @@ class Probe:
 
 
 def held_out(names: Sequence[str], grid: Grid) -> list[int]:
-    """Return the indices of the images that choose: whole groups where there are several, the only one of one."""
+    """Return the indices of the held-out images: whole groups if there are several; a single image is held out, too."""
     if len(names) == 1:
         return [0]
     of = regex_group(grid.group)
@@ -300,7 +302,11 @@ def held_out(names: Sequence[str], grid: Grid) -> list[int]:
 
 
 def _weightings(counts: Sequence[int], balances: Sequence[float]) -> Tensor:
-    """Return for each balance the weight of each class (S, K) float64; of an absent class, 0."""
+    """Return the weight of each class for each balance (S, K) float64; 0 for an absent class.
+
+    Raises:
+        UserError: no pixel is labelled, or a weight overflows.
+    """
     share = torch.as_tensor(counts, dtype=torch.float64)
     if share.sum() <= 0:
         raise UserError("No pixel of the training masks is labelled, so there is nothing to solve. Check the masks.")

@@ -1,4 +1,4 @@
-"""How far the sums of a long pass are, kept in the run folder: the same command goes on from there."""
+"""Saved sums of a long pass, in the run folder, from which the same command resumes."""
 
 import logging
 import time
@@ -21,16 +21,16 @@ _EVERY = 60.0  # seconds
 
 
 class Standing:
-    """The sums of a run folder, and what they depend on.
+    """Saved sums of a run folder, and the settings that they depend on.
 
     Args:
-        folder: of the run.
-        record: name of the file in it that says what they depend on.
-        settings: what that is now.
+        folder: the run folder.
+        record: name of the file in it that holds the settings.
+        settings: the current settings.
         writes: whether this rank writes files.
 
     Raises:
-        UserError: the folder's were made under other settings.
+        UserError: the folder's sums were made under other settings.
     """
 
     def __init__(self, folder: Path, record: str, settings: Mapping[str, Any], *, writes: bool = True) -> None:
@@ -49,11 +49,11 @@ class Standing:
 
     @property
     def due(self) -> bool:
-        """Whether it is time to keep how far the sums are."""
+        """Return whether it is time to save the sums."""
         return time.monotonic() - self._saved >= _EVERY
 
     def load(self, sums: Mapping[str, Tensor]) -> int:
-        """Fill sums by name with what is kept, and return how many images they are of; 0: nothing is kept."""
+        """Fill sums by name with the saved ones; return the number of images they cover, 0 if none are valid."""
         if not self._path.exists():
             return 0
         try:
@@ -73,10 +73,10 @@ class Standing:
         return int(kept[_DONE])
 
     def save(self, sums: Mapping[str, Tensor], done: int) -> None:
-        """Keep sums of so many images."""
+        """Save the sums over the first `done` images."""
         write_tensors(self._path, {**sums, _DONE: torch.tensor(done)}, {})
         self._saved = time.monotonic()
 
     def drop(self) -> None:
-        """Remove the sums, which are used up."""
+        """Remove the saved sums, which are no longer needed."""
         self._path.unlink(missing_ok=True)

@@ -1,9 +1,9 @@
-"""Sums over labelled pixels, kept on the grid, from which linear maps to class scores are solved.
+"""Sums over labelled pixels, stored on the grid, from which linear maps to class scores are solved.
 
-A linear head scores a pixel by the features of the four cells around it, weighted as `geometry.upsample` weighs them:
-x_p = sum_t u_pt x_t, since a linear map and bilinear upsampling may change places. The sums over pixels of x_p x_p' and
-x_p y_p' are therefore X' A X and X' T, with A_ts = sum_p w_p u_pt u_ps and T_tk = sum of u_pt over the pixels of class
-k: exact, and no feature is ever brought to full size. A couples each cell with its eight neighbours alone.
+A linear head scores a pixel from the features of the four cells around it, with the weights of `geometry.upsample`.
+Thus x_p = sum_t u_pt x_t, since a linear map and bilinear upsampling commute. The sums over pixels of x_p x_p' and
+x_p y_p' are X' A X and X' T, with A_ts = sum_p w_p u_pt u_ps and T_tk = sum of u_pt over the pixels of class k. This is
+exact, and no feature is upsampled to full size. A couples each cell only with its eight neighbours.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,27 +18,27 @@ from dinoseg.utils.errors import UserError
 
 
 class CellLabels(NamedTuple):
-    """The labelled pixels of a batch as its cells read them, cells in a row: image by image, row by row."""
+    """Labelled pixels of a batch, aggregated over the cells that they read; cells are ordered by image, then by row."""
 
-    shares: Tensor  # (cells, K) float64: pixels of each class, each counted as much as it reads the cell
-    coupling: Tensor  # (S, 5, cells) float64: what a cell shares with itself and with later ones, for each weighting
-    steps: tuple[int, ...]  # how many cells later each of the five is
+    shares: Tensor  # (cells, K) float64: pixels of each class, weighted by how much they read the cell
+    coupling: Tensor  # (S, 5, cells) float64: coupling of a cell with itself and later cells, by weighting
+    steps: tuple[int, ...]  # offset in cells of each of the five
 
 
 def cell_labels(
     mask: Tensor, weightings: Tensor, ignore_index: int, grid: tuple[int, int], valid: tuple[float, float]
 ) -> CellLabels:
-    """Return the labels of a batch as its cells read them.
+    """Return the labels of a batch, aggregated over the cells that its pixels read.
 
     Args:
         mask: (B, H, W) integer.
-        weightings: (S, K) float64, a weight for the pixels of each class in each of S ways of counting.
-        ignore_index: pixels of it count nowhere.
+        weightings: (S, K) float64, a weight for the pixels of each class in each of S weightings.
+        ignore_index: label of pixels that are not counted.
         grid: (h, w) of the feature maps.
         valid: share of the grid that the image covers, as for `geometry.upsample`.
 
     Raises:
-        UserError: a mask holds an id that is neither a class nor ignored.
+        UserError: a mask holds an ID that is neither a class nor ignored.
     """
     count, num_classes = weightings.shape
     rows, columns = (
@@ -74,9 +74,9 @@ class Sums:
         weightings: (S, K) float64, see `cell_labels`.
 
     Attributes:
-        gram: (S, D + 1, D + 1), x_p x_p' weighted, of features with a 1 behind them.
-        cross: (D + 1, K), x_p summed over the pixels of each class, unweighted.
-        cells: (2, D + 1), x_t and its square summed over all cells, of which BatchNorm takes its statistics.
+        gram: (S, D + 1, D + 1), weighted sum of x_p x_p', for features with an appended 1.
+        cross: (D + 1, K), unweighted sum of x_p over the pixels of each class.
+        cells: (2, D + 1), sums of x_t and its square over all cells, for the statistics of BatchNorm.
     """
 
     def __init__(self, dim: int, weightings: Tensor) -> None:
@@ -87,19 +87,19 @@ class Sums:
         self.cells = self.gram.new_zeros(2, dim + 1)
 
     def add(self, features: Tensor, labels: CellLabels) -> None:
-        """Add maps (B, D, h, w) whose labels are given on the same grid."""
+        """Add maps (B, D, h, w) with labels on the same grid."""
         x = F.pad(features.double().permute(0, 2, 3, 1).flatten(0, 2), (0, 1), value=1)  # (cells, D + 1)
         for gram, coupling in zip(self.gram, labels.coupling, strict=True):
             coupled = torch.zeros_like(x)
             for weight, step in zip(coupling[..., None], labels.steps, strict=True):
                 coupled[: len(x) - step].addcmul_(weight[: len(x) - step], x[step:])
-            half = x.T @ coupled  # each pair once, and each cell with itself by half
+            half = x.T @ coupled  # each pair once, each cell with itself at half weight
             gram += half + half.T
         self.cross += x.T @ labels.shares
         self.cells += torch.stack((x.sum(dim=0), (x**2).sum(dim=0)))
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return all sums by name, themselves."""
+        """Return all sums by name, without copying them."""
         return {"gram": self.gram, "cross": self.cross, "cells": self.cells}
 
     @property
@@ -110,7 +110,7 @@ class Sums:
 
 
 class Affine(NamedTuple):
-    """Class scores of features: weight x + bias."""
+    """Affine map from features to class scores: weight x + bias."""
 
     weight: Tensor  # (K, D) float64
     bias: Tensor  # (K,) float64
@@ -119,10 +119,10 @@ class Affine(NamedTuple):
 def solve(sums: Sums, strengths: Sequence[float]) -> Iterator[list[Affine]]:
     """Yield for each weighting the ridge solutions of all strengths.
 
-    Each minimises, over pixels p with weights w_p and labels y_p as rows of zeros with a one,
+    Each minimises, over pixels p with weights w_p and one-hot labels y_p,
     sum_p w_p |y_p - (W x_p + b)|^2 / sum_p w_p + strength * sum_j s_j^2 |W_j|^2
-    with s_j the standard deviation of feature j over these pixels: the usual ridge on standardised features, the bias
-    free. A feature without any spread, and a class without pixels, get zeros.
+    with s_j the standard deviation of feature j over these pixels. This is the usual ridge on standardised features,
+    with an unpenalised bias. A feature without any spread, and a class without pixels, get zeros.
 
     Raises:
         UserError: there is no labelled pixel, or a feature is not finite.
@@ -136,7 +136,7 @@ def solve(sums: Sums, strengths: Sequence[float]) -> Iterator[list[Affine]]:
         mean, share = gram[:-1, -1] / total, cross[-1] / total
         covariance = gram[:-1, :-1] / total - torch.outer(mean, mean)
         variance = covariance.diagonal()
-        # what sums of so many digits leave of a constant is no spread
+        # below this, the variance is rounding error of a constant feature
         spread = variance > 1e-12 * (variance + mean**2)
         scale = torch.where(spread, variance, 1).rsqrt() * spread
         values, vectors = torch.linalg.eigh(covariance * scale[:, None] * scale)
@@ -156,5 +156,5 @@ def reads(length: int, cells: int, share: float) -> Tensor:
 
 
 def _next(reads: Tensor) -> Tensor:
-    """Return what each pixel reads of the next cell; after the last one there is none."""
+    """Return how much each pixel reads of the next cell; 0 for the last one."""
     return F.pad(reads[:, 1:], (0, 1))

@@ -1,4 +1,4 @@
-"""The baseline: images drawn at random, of which no pixel is read."""
+"""Random selection of images: the baseline, which reads no pixels."""
 
 import numpy as np
 
@@ -6,11 +6,11 @@ from dinoseg.tasks.selection.selector import NOTHING, Known, Pick, Selector
 
 
 class Drawn(Selector):
-    """Images in an order that the seed alone decides: fewer of them are the first of more."""
+    """Images in a random order that only the seed decides: a smaller selection is the beginning of a larger one."""
 
     needs = NOTHING
 
     def choose(self, known: Known, count: int, seed: int) -> list[Pick]:
-        """Return the first of a permutation."""
+        """Return the first images of a random permutation."""
         order = np.random.default_rng(seed).permutation(known.free)
         return [Pick(int(index), f"drawn with seed {seed}") for index in order[:count]]

@@ -1,4 +1,4 @@
-"""Greedy k-centre: each image is the one farthest from all that are labelled or chosen."""
+"""Greedy k-centre: each chosen image is the farthest from all labelled or chosen images."""
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -9,7 +9,7 @@ from dinoseg.tasks.selection.selector import Known, Pick, Selector
 
 
 class Farthest(NamedTuple):
-    """An image, how far it is from the nearest of those before it, and which that is; None: it is the first of all."""
+    """Image, its distance to the nearest earlier one, and which one that is; None for the first of all."""
 
     place: int
     distance: float
@@ -19,13 +19,13 @@ class Farthest(NamedTuple):
 def farthest_first(features: np.ndarray, centres: Sequence[int], among: np.ndarray) -> Iterator[Farthest]:
     """Yield each of the images `among` (n,) once: the farthest from all centres and from those before it.
 
-    The largest distance to the nearest centre is thereby at most twice the least possible (Gonzalez, 1985; for choosing
-    what to label: Sener and Savarese, arXiv 1708.00489). Without centres, the nearest to the mean comes first.
+    The largest distance to the nearest centre is thereby at most twice the optimum (Gonzalez, 1985; for choosing images
+    to label: Sener and Savarese, arXiv 1708.00489). Without centres, the image nearest to the mean comes first.
 
     Args:
         features: (N, D).
-        centres: indices of those that are there already.
-        among: indices to choose from, in order; of equal ones the first comes first.
+        centres: indices of the initial centres.
+        among: indices to choose from, in order; ties go to the first.
     """
     distance, nearest = np.full(len(among), np.inf), np.full(len(among), -1)
     rest = np.ones(len(among), dtype=bool)
@@ -43,23 +43,23 @@ def farthest_first(features: np.ndarray, centres: Sequence[int], among: np.ndarr
 
 
 class KCentre(Selector):
-    """The images that leave no other one far from all: they cover what there is."""
+    """Images that cover the pool: no other image is far from all of them."""
 
     def choose(self, known: Known, count: int, seed: int) -> list[Pick]:
-        """Return the first of `farthest_first` from what is labelled; no draw is made."""
+        """Return the first of `farthest_first`, starting from the labelled images; `seed` is not used."""
         order = farthest_first(known.features, known.labelled, known.free)
         return [Pick(found.place, told(found, known.names)) for _, found in zip(range(count), order, strict=False)]
 
 
 def told(found: Farthest, names: Sequence[str]) -> str:
-    """Return why an image was next."""
+    """Return the reason for choosing an image."""
     if found.nearest is None:
         return "nearest to the mean of all"
     return f"{found.distance:.3f} from {names[found.nearest]}, the nearest that is labelled or chosen"
 
 
 def _reach(distance: np.ndarray, nearest: np.ndarray, features: np.ndarray, among: np.ndarray, centre: int) -> None:
-    """Take a centre in: squared distances (n,), and which centre each is from."""
+    """Add a centre: update the squared distances (n,) and the nearest centres in place."""
     own = _squares(features[among], features[centre])
     nearest[own < distance] = centre
     np.minimum(distance, own, out=distance)

@@ -1,4 +1,4 @@
-"""What a backbone, and a model, say of each image of a pool: computed once, kept, and taken over after a stop."""
+"""Features and uncertainty of each image of a pool: computed once, cached, and reused when a run resumes."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -29,20 +29,20 @@ from dinoseg.training.feature_cache.store import DiskStore
 from dinoseg.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
-_FOLDER = "looks"  # of cache_dir
+_FOLDER = "looks"  # folder below cache_dir
 _DOUBTS = 2  # entropy, margin
-_COARSER = 4  # pixels of an image for one at which its classes are doubted
+_COARSER = 4  # output stride of the scores from which uncertainty is computed
 
 
 class Looker:
-    """A model that looks at images one by one, so that what it says depends on no neighbour, batch or process.
+    """Feature and uncertainty extractor for single images: results depend on no neighbour, batch or process.
 
     Args:
-        cfg: the whole config; with `resume` its model looks, else the backbone as it comes.
-        doubts: ask how sure the model is of its classes.
+        cfg: the whole config; with `resume` its model is used, else the backbone alone.
+        doubts: also compute how uncertain the model is of its classes.
 
     Raises:
-        UserError: there is no trained model to doubt, or it knows no classes.
+        UserError: uncertainty needs a trained model, and there is none, or it has no classes.
     """
 
     def __init__(self, cfg: DictConfig, *, doubts: bool) -> None:
@@ -63,11 +63,11 @@ class Looker:
         self._store = self._opened(cfg)
 
     def look(self, pool: Sequence[Candidate], *, skip: bool) -> tuple[np.ndarray, np.ndarray | None, dict[int, str]]:
-        """Return features and doubts of a pool, see `Known`, and by place why images could not be read.
+        """Return features and doubts of a pool, see `Known`, and the errors of unreadable images by index.
 
         Args:
             pool: the images.
-            skip: go on without those that cannot be read, whose rows are 0; else the first of them is an error.
+            skip: leave out unreadable images, whose rows are 0; else the first of them is an error.
 
         Raises:
             UserError: an image cannot be read, or no image can.
@@ -105,7 +105,7 @@ class Looker:
 
     @torch.inference_mode()
     def _look_at(self, pixels: np.ndarray) -> list[Tensor]:
-        """Return the mean (C,) of the last map of an image (H, W, 3), and its doubts (2,)."""
+        """Return the mean (C,) of the last map of an image (H, W, 3), and its uncertainty (2,)."""
         images = torch.from_numpy(pixels).permute(2, 0, 1)[None].to(self.engine.device)
         with self.engine.autocast():
             mean = self.model.backbone.maps(self.model.pixels(images))[-1][0].float().mean(dim=(1, 2))
@@ -129,7 +129,7 @@ class Looker:
 
 
 class _Pixels:
-    """Reads images of a pool, in a loading process too; one that cannot be read comes as its error."""
+    """Reader of a pool's images, also in worker processes; an unreadable image is returned as its error."""
 
     def __init__(self, pool: Sequence[Candidate]) -> None:
         self._pool = pool
@@ -149,7 +149,7 @@ def _key(candidate: Candidate) -> str | UserError:
 
 
 def _doubts(band: Prediction) -> Tensor:
-    """Return entropy by its highest value and 1 less the margin (2, r * W) of each pixel of a band, on the CPU."""
+    """Return normalised entropy and 1 - margin (2, r * W) of each pixel of a band, on the CPU."""
     shares = band.logits().float().softmax(dim=1)[0].flatten(1).double().cpu()  # (K, r * W)
     classes = len(shares)
     entropy = torch.special.entr(shares).sum(dim=0) / np.log(max(2, classes))

@@ -16,18 +16,18 @@ from dinoseg.utils.files import visible_files
 from dinoseg.utils.images import IMAGE_SUFFIXES
 from dinoseg.utils.wording import listed
 
-_RATE = 25.0  # frames a second of a video that does not say
-_ROUNDING = 1e-6  # seconds: a frame is not late for a step by less
+_RATE = 25.0  # frames per second of a video without a valid rate
+_ROUNDING = 1e-6  # tolerance in seconds of a frame's time at a step
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """An image or a frame of a video.
+    """Image, or frame of a video, that can be selected.
 
     Args:
-        name: unique, a relative path without suffix: of an image its place below the input, of a frame its number.
-        source: where it is read from.
-        time: of a frame, in seconds from the video's first; None: an image has none.
+        name: unique relative path without suffix: an image's path below the input, or a frame's number.
+        source: where to read it from.
+        time: of a frame, in seconds from the video's first; None for an image.
     """
 
     name: str
@@ -38,20 +38,20 @@ class Candidate:
 def found_in(
     source: str, *, every: float, cache_dir: Path, key: str = "input", also: Collection[str] = ()
 ) -> list[Candidate]:
-    """Return the images and frames that an image, video, folder or pattern stands for, in order.
+    """Return the images and frames that an image, video, folder or pattern refers to, in order.
 
-    Of each video it is the first frame of each `every` seconds. Where there is one video alone, a frame is called by
-    its number, as mode=track calls it, else `<video>/<number>`.
+    A video contributes the first frame of each `every` seconds. If the source is a single video, frames are named by
+    their number, as in mode=track, else `<video>/<number>`.
 
     Args:
-        source: as `list_inputs` takes it.
+        source: as for `list_inputs`.
         every: seconds from frame to frame.
-        cache_dir: where indexes of videos are kept.
-        key: what messages call the source.
+        cache_dir: folder of cached video indexes.
+        key: config key of the source, for messages.
         also: names of further frames.
 
     Raises:
-        UserError: nothing is there, or a video cannot be read.
+        UserError: nothing is found, or a video cannot be read.
     """
     paths = list_inputs(source, key)
     names = mask_names(paths, source)
@@ -65,10 +65,10 @@ def found_in(
 
 
 def named_in(labels: str) -> set[str]:
-    """Return the names of images that a folder of their masks, or a text file with a name a line, gives.
+    """Return the names of labelled images, from a folder of their masks or a text file with a name per line.
 
     Raises:
-        UserError: there is no such thing, or it names nothing.
+        UserError: the path does not exist, or it names nothing.
     """
     path = Path(labels).expanduser()
     if not path.is_dir():
@@ -86,7 +86,7 @@ def named_in(labels: str) -> set[str]:
 
 
 def places_of(names: Collection[str], pool: list[Candidate]) -> list[int]:
-    """Return which of the pool have these names.
+    """Return the indices of the named images in the pool.
 
     Raises:
         UserError: a name is not in the pool.
@@ -111,7 +111,7 @@ def _frames(path: Path, before: str, every: float, cache_dir: Path, also: Collec
 
 
 def _seconds(index: VideoIndex) -> np.ndarray:
-    """Return when each frame is shown, from the first on; evenly spaced where the file's own times are none."""
+    """Return the time of each frame from the first on; evenly spaced if the file's own times are invalid."""
     if len(index) > 1 and np.all(np.diff(index.times) > 0):
         return (index.times - index.times[0]) / 1000
     return np.arange(len(index)) / (index.fps if 0 < index.fps <= 1000 else _RATE)

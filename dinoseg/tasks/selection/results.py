@@ -1,4 +1,4 @@
-"""What a selection leaves: lists, a contact sheet, and the chosen images by their own names."""
+"""Output of a selection: lists, a contact sheet, and the chosen images under their own names."""
 
 import shutil
 from collections.abc import Sequence
@@ -17,24 +17,24 @@ from dinoseg.utils.images import write_png
 from dinoseg.utils.wording import one_line
 
 FOLDER = "images"  # in the run folder
-_SHOWN = 60  # pictures on the contact sheet
-_LINES = 20  # rows that are printed
+_SHOWN = 60  # images on the contact sheet
+_LINES = 20  # rows printed on the terminal
 
 
 def write_selection(out_dir: Path, chosen: Sequence[tuple[Candidate, Pick]], by: str) -> None:
-    """Write what was chosen, in its order, and print the first of it.
+    """Write the chosen images in their order, and print the first of them.
 
-    selection.csv and selection.json say of each image its name, file, frame, time and the reason; selection.txt names
-    alone; contact_sheet.png shows the first 60; images/ holds copies: of files their bytes, of a video's frames PNGs.
+    selection.csv and selection.json list name, file, frame, time and reason of each image; selection.txt lists only
+    names. contact_sheet.png shows the first 60. images/ holds copies: image files byte by byte, video frames as PNGs.
 
     Args:
         out_dir: the run folder.
         chosen: at least one image.
-        by: what has chosen.
+        by: name of the selector.
 
     Raises:
         UserError: an image cannot be read.
-        OSError: something cannot be written.
+        OSError: a file cannot be written.
     """
     rows = [_row(order, *each) for order, each in enumerate(chosen, start=1)]
     for candidate, _ in chosen:

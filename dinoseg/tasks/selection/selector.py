@@ -1,4 +1,4 @@
-"""What chooses the images to label next: the contract of what `cfg/selection` chooses from."""
+"""Base class of selectors, which choose the images to label next; implementations are in `cfg/selection`."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -8,11 +8,11 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 
-NOTHING, FEATURES, DOUBTS = "nothing", "features", "doubts"  # what a selector asks of the images
+NOTHING, FEATURES, DOUBTS = "nothing", "features", "doubts"  # what a selector needs of the images
 
 
 class Pick(NamedTuple):
-    """An image that was chosen, and why."""
+    """Chosen image, and the reason."""
 
     place: int
     reason: str
@@ -20,13 +20,14 @@ class Pick(NamedTuple):
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of the images to choose from, in their order.
+    """Information on the images to choose from, in their order.
 
     Args:
-        names: of all N.
-        labelled: indices of those that are labelled already.
-        features: (N, D) float64, of unit length; of width 0 where none were asked for.
-        doubts: (N, 2) float64 in 0..1: mean entropy and mean margin of a model's classes; None: there is no model.
+        names: names of all N images.
+        labelled: indices of the images that are already labelled.
+        features: (N, D) float64, of unit length; of width 0 if the selector needs none.
+        doubts: (N, 2) float64 in 0..1: mean normalised entropy, and mean 1 - margin, of a model's classes; None: no
+            model.
     """
 
     names: Sequence[str]
@@ -36,19 +37,19 @@ class Known:
 
     @cached_property
     def free(self) -> np.ndarray:
-        """Return the indices of those that are not labelled, in order."""
+        """Return the indices of the unlabelled images, in order."""
         return np.setdiff1d(np.arange(len(self.names)), np.asarray(self.labelled, dtype=int))
 
 
 class Selector(ABC):
-    """A way to choose; of images that are equal to it, it takes the first.
+    """Base class of selectors; ties go to the first image.
 
     Attributes:
-        needs: what it asks of the images: nothing, features, or a model's doubts beside.
+        needs: required information on the images: nothing, features, or features and a model's uncertainty.
     """
 
     needs: ClassVar[str] = FEATURES
 
     @abstractmethod
     def choose(self, known: Known, count: int, seed: int) -> list[Pick]:
-        """Return `count` images that are not labelled, at most as many as there are, the most useful first."""
+        """Return `count` unlabelled images, the most useful first; there must be at least `count` of them."""

@@ -1,4 +1,4 @@
-"""What a trained model doubts most, and no two alike: first the most uncertain images, then k-centre among them."""
+"""Selection by uncertainty and diversity: the most uncertain images, then k-centre among them."""
 
 import numpy as np
 
@@ -14,13 +14,13 @@ class Uncertainty(Selector):
     """Uncertain images that differ (the two steps of Yang et al., arXiv 1706.04737).
 
     Args:
-        measure: `entropy` of the class probabilities by its highest value, or `margin`: 1 less the lead of the best
-            class over the second; either is a mean over the image.
-        candidates: images that the most uncertain ones are taken from, in multiples of how many are wanted; 1: the most
-            uncertain alone, however alike.
+        measure: `entropy` of the class probabilities, divided by its maximum, or `margin`: 1 minus the lead of the best
+            class over the second; both are means over the image.
+        candidates: number of the most uncertain images to choose among, as a multiple of the wanted number; 1: only the
+            most uncertain ones, however similar.
 
     Raises:
-        UserError: another measure.
+        UserError: the measure is unknown.
     """
 
     needs = DOUBTS
@@ -31,7 +31,7 @@ class Uncertainty(Selector):
         self.measure, self.candidates = measure, candidates
 
     def choose(self, known: Known, count: int, seed: int) -> list[Pick]:
-        """Return the first of `farthest_first` among the most uncertain; no draw is made."""
+        """Return the first of `farthest_first` among the most uncertain images; `seed` is not used."""
         assert known.doubts is not None
         doubt = known.doubts[:, MEASURES.index(self.measure)]
         ranked = known.free[np.argsort(-doubt[known.free], kind="stable")]
