@@ -1,6 +1,6 @@
-"""What an exported file answers, in a process of its own: started by `proof.Exported`, without torch for ONNX files.
+"""The process that `proof.Exported` starts to run an exported file, without torch for ONNX files.
 
-It reads lines of JSON and writes arrays, each after its length: class ids, some of the probabilities, and seconds.
+It reads JSON lines and writes arrays, each after its length in bytes: class ids, thinned probabilities and seconds.
 """
 
 import json
@@ -18,20 +18,20 @@ from dinoseg.export.runtime.onnx_record import GraphRecord
 from dinoseg.export.runtime.runtime import Runtime
 from dinoseg.utils.images import read_image
 
-MOST = 2**22  # probabilities that are compared for a picture
+MOST = 2**22  # number of probabilities compared per image
 
 
 def answer(kind: str, path: str, threads: int, record: str) -> None:
-    """Answer for the pictures whose paths come on the standard input, until it ends.
+    """Write the answers for the image paths read from standard input, until it ends.
 
     Args:
         kind: onnx or program.
         path: the exported file.
-        threads: that compute.
+        threads: number of compute threads.
         record: of a program's graph, as JSON.
     """
     out = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a library prints is no array
+    os.dup2(2, 1)  # libraries that print must not corrupt the arrays
     runtime = _onnx(path, threads) if kind == "onnx" else _program(path, threads, record)
     for line in sys.stdin:
         picture, times = json.loads(line)
@@ -44,14 +44,14 @@ def answer(kind: str, path: str, threads: int, record: str) -> None:
 
 
 def timed(runtime: Runtime, image: np.ndarray) -> float:
-    """Return the seconds from a picture (H, W, 3) in memory to its class ids."""
+    """Return the seconds from an image (H, W, 3) in memory to its class ids."""
     start = time.perf_counter()
     runtime.ids([image])
     return time.perf_counter() - start
 
 
 def thinned(probabilities: np.ndarray) -> np.ndarray:
-    """Return every so many rows and columns of (K, H, W), so that no more than `MOST` numbers are left."""
+    """Subsample the rows and columns of (K, H, W) by one common step, to about `MOST` values at most."""
     step = max(1, int(np.ceil((probabilities.size / MOST) ** 0.5)))
     return np.ascontiguousarray(probabilities[:, ::step, ::step], np.float32)
 

@@ -1,4 +1,4 @@
-"""A trained backbone as a file that `backbone.weights=FILE` reads."""
+"""Export of a trained backbone to a file for `backbone.weights=FILE`."""
 
 from pathlib import Path
 from typing import Any
@@ -16,16 +16,16 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 def export_backbone(cfg: DictConfig, *, out_dir: Path, dtype: str = "float32", merge: bool = False) -> dict[str, Any]:
-    """Write the backbone of the checkpoint that `resume` names to `out_dir`/backbone.safetensors.
+    """Write the backbone of the checkpoint named by `resume` to `out_dir`/backbone.safetensors.
 
     Args:
         cfg: the whole config, merged with the checkpoint's.
         out_dir: the run folder.
         dtype: of the weights in the file.
-        merge: add LoRA updates to the weights that they update; where those are quantised, to their float32 values.
+        merge: add LoRA updates to their base weights; quantised base weights are replaced by their float32 values.
 
     Raises:
-        UserError: an unknown dtype, or LoRA updates that are not merged: they are no weights of their own.
+        UserError: if `dtype` is unknown, or the backbone has unmerged LoRA updates, which are no stand-alone weights.
     """
     if dtype not in DTYPES:
         raise UserError(f"export.dtype={dtype} is unknown. Choose one of {', '.join(DTYPES)}.")

@@ -1,4 +1,4 @@
-"""What every export of a trained model does: made whole, proven on real pictures, and only then put in its place."""
+"""Shared steps of graph exports: load the trained model, verify the exported file, and move it into the run folder."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -34,33 +34,34 @@ _UNREAD = ("inference", "resolution.crop")
 
 @dataclass(frozen=True)
 class Prepared:
-    """A trained model ready to be exported, and what it will be compared on."""
+    """A trained model ready for export, and the images on which the export is verified."""
 
     reference: Reference  # the trained model, with the weights that it was trained and scored with
-    model: Segmenter  # what is exported: the same weights in float32, LoRA updates merged
+    model: Segmenter  # the exported model: the same weights in float32, LoRA updates merged
     record: GraphRecord
-    reason: str | None  # why its size is fixed; None: it is open
+    reason: str | None  # why the graph's size is fixed; None: it is dynamic
     facts: Facts
     pictures: list[Picture]
-    folder: Path  # where files are made, beside their place; it vanishes
-    rounding: str | None  # key of the trained model's low-precision arithmetic, which the file does in float32
+    folder: Path  # scratch folder inside the run folder, removed at the end
+    rounding: str | None  # low-precision setting of the trained model; the file computes in float32
 
 
 @contextmanager
 def prepared(
     cfg: DictConfig, out_dir: Path, options: GraphOptions, *, opset: int | None = None, precision: str = "float32"
 ) -> Iterator[Prepared]:
-    """Find pictures, and load the model that `resume` names: as it was trained, and as it is exported.
+    """Load the model named by `resume`, as trained and as exported, and yield it with the images to verify it on.
 
     Raises:
-        UserError: there is no checkpoint, there are no pictures, it may not be passed on, or it cannot be exported.
+        UserError: if `resume` is null, there are no images, the licence restricts redistribution, or the model
+            cannot be exported.
     """
     if cfg.resume is None:
         raise UserError("This export needs a trained model: give resume=<run folder or checkpoint>.")
     warn_unread(out_dir, _UNREAD, "The file takes whole images, at resolution.scale and up to resolution.longest.")
     with scratch_folder(out_dir, "export") as folder:
         found = pictures(cfg, options.images, options.count, folder)
-        # quantised weights do not move from one device to another; float16 and TF32 are for GPUs
+        # quantised weights cannot move between devices; float16 and TF32 are for GPUs
         own = {"device": "cpu", "tf32": False} | ({"precision": "fp32"} if cfg.engine.precision == "fp16" else {})
         trained = load_trained(OmegaConf.merge(cfg, {"engine": own}))  # type: ignore[arg-type]
         sizes = sizes_to_keep(trained, out_dir)
@@ -85,18 +86,18 @@ def keep_if_proven(
     options: GraphOptions,
     explain: Callable[[], str],
 ) -> dict[str, Any]:
-    """Ask the last of `files`, move all to `out_dir` if it answers as the model does, and return the report.
+    """Verify an exported file, move `files` to `out_dir` if it agrees with the model, and return the report.
 
     Args:
-        ready: what was exported.
+        ready: the exported model and its reference.
         kind: onnx or program.
-        files: what was written, the file that is asked last.
+        files: the written files; the last one is verified.
         out_dir: the run folder; the report is written there.
-        options: what agreement is asked for.
-        explain: returns what differs.
+        options: the required agreement.
+        explain: returns a description of what differs.
 
     Raises:
-        UserError: it differs more; nothing is kept but the report, which says so.
+        UserError: if the file misses the required agreement; only the report is written then, with the reason.
     """
     path, classes = files[-1], len(ready.facts.classes)
     with exported(kind, path, ready.record) as ask:
@@ -135,7 +136,7 @@ def _rounding(cfg: DictConfig) -> str | None:
 
 
 def _check_licence(cfg: DictConfig, facts: Facts, gated: bool) -> None:
-    """Refuse to write weights of others that are not to be passed on freely, unless the user says so."""
+    """Refuse to write third-party weights whose licence restricts redistribution, unless `gated` is set."""
     head = plain(cfg.head).get("weights")
     foreign = f"{facts.backbone['weights']} ({facts.backbone['licence']})" if facts.backbone["gated"] else head
     if foreign is not None and not gated:

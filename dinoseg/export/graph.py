@@ -1,4 +1,4 @@
-"""A trained model as the graph that is exported: pixels in, what its head gives out, and how it is to be asked."""
+"""The exported graph of a trained model: its module, the record that describes it, and its trace."""
 
 import math
 from dataclasses import replace
@@ -15,12 +15,12 @@ from dinoseg.inference.trained_sizes import TrainedSizes
 from dinoseg.models.model import Segmenter
 from dinoseg.utils.errors import UserError
 
-MOST_CELLS = 4096  # rows and columns of the patch grid that an open graph takes, and pictures at once
-_EXAMPLE = (2, 3, 5)  # pictures, and rows and columns of patches: none of them equal, so that none is taken for another
+MOST_CELLS = 4096  # maximum of a dynamic graph's patch rows, patch columns and batch size
+_EXAMPLE = (2, 3, 5)  # batch, patch rows and columns: all different, so that torch.export keeps the dimensions apart
 
 
 class Graph(nn.Module):
-    """Images (B, 3, H, W), float RGB in 0..1, to the outputs that `GraphRecord` names."""
+    """Module that maps images (B, 3, H, W), float RGB in 0..1, to the outputs that `GraphRecord` describes."""
 
     def __init__(self, segmenter: Segmenter, record: GraphRecord) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class Graph(nn.Module):
         self.record = record
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
-        """Return the head's outputs, or with `pixels` class scores of each pixel."""
+        """Return the head's outputs or, for the kind `pixels`, the class scores of each pixel."""
         outputs = self.head.run(self.backbone, image)
         masks = isinstance(outputs, MaskOutputs)
         if self.record.kind != "pixels":
@@ -52,18 +52,19 @@ def record_of(
     opset: int | None = None,
     precision: str = "float32",
 ) -> tuple[GraphRecord, str | None]:
-    """Return how the graph of a model is to be asked, and why its size is fixed (None: it is open).
+    """Return the record of a model's graph, and the reason why its size is fixed (None: it is dynamic).
 
     Args:
         segmenter: in eval mode.
-        sizes: of its training's pictures.
-        options: what is asked for.
-        picture: (H, W) of a picture, whose size a graph that cannot be open has.
+        sizes: of its training images.
+        options: the export options.
+        picture: (H, W) of an image; fixes the size where the graph cannot be dynamic and `options` give none.
         opset: of an ONNX file.
-        precision: of its weights.
+        precision: of the stored weights.
 
     Raises:
-        UserError: a model of slots, a size that is no multiple of the patches, or what its head cannot be.
+        UserError: if the model has slots, the size is too large or no multiple of the patch size, or
+            `export.dynamic=true` contradicts the head.
     """
     head = segmenter.head
     if head.slots is not None:
@@ -102,10 +103,10 @@ def record_of(
 
 
 def trace(segmenter: Segmenter, record: GraphRecord) -> torch.export.ExportedProgram:
-    """Return the graph as torch.export traces it.
+    """Trace the graph with torch.export and return the program.
 
     Raises:
-        UserError: it cannot be traced; the message says what torch says.
+        UserError: if tracing fails; the message quotes torch's reason.
     """
     graph, patch = Graph(segmenter, record).eval(), record.multiple
     batch, rows, columns = _EXAMPLE
@@ -119,12 +120,12 @@ def trace(segmenter: Segmenter, record: GraphRecord) -> torch.export.ExportedPro
     try:
         with torch.no_grad():
             return torch.export.export(graph, (torch.rand(example),), dynamic_shapes=shapes)
-    except Exception as error:  # each part that cannot be traced fails in its own way
+    except Exception as error:  # torch.export raises many exception types
         raise UserError(cannot(error, record)) from error
 
 
 def cannot(error: Exception, record: GraphRecord) -> str:
-    """Return the message of a graph that cannot be exported."""
+    """Return the error message of a failed export."""
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
     remedy = "Set export.dynamic=false for one size." if record.size is None else "Choose another backbone or head."
     return f"This model cannot be exported with {_opening(record)}: {reason}. {remedy}"

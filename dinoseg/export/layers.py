@@ -1,4 +1,4 @@
-"""Which layer of an exported file computes something else than the trained model."""
+"""Search for the layer of an exported file that computes something else than the trained model."""
 
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -17,20 +17,20 @@ from dinoseg.export.runtime.onnx_pictures import bands, pixels
 from dinoseg.export.runtime.onnx_record import OUTPUTS
 from dinoseg.utils.images import read_image
 
-# largest difference over the largest number of the trained model's, from which on a layer is another one
+# largest absolute difference over the trained model's largest absolute value, above which a layer differs
 TOLERANCE = {"float32": 1e-3, "float16": 1e-2, "int8": 5e-2}
 
 
 def differing_layer(file: Path, scopes: Mapping[str, str], reference: Reference, picture: Path) -> str:
-    """Return the first layer whose output differs, in the order in which the graph computes them, in words.
+    """Describe the first layer, in the graph's order of computation, whose output differs.
 
-    What comes before the graph (resizing, padding) and after it (upsampling) is looked at, too.
+    The preprocessing before the graph (resizing, padding) and the upsampling after it are compared, too.
 
     Args:
-        file: the ONNX file that was refused.
-        scopes: of each module of the traced model the tensor that it puts out.
+        file: the ONNX file that failed verification.
+        scopes: module of the traced model to the name of its output tensor.
         reference: the model that was traced.
-        picture: on which they are compared.
+        picture: the image on which they are compared.
     """
     record, image = reference.record, read_image(picture)
     layout = record.layout((image.shape[0], image.shape[1]))
@@ -42,7 +42,7 @@ def differing_layer(file: Path, scopes: Mapping[str, str], reference: Reference,
     expected = _module_outputs(Graph(reference.segmenter, record), wanted, scopes)
     given = _tensors(file, [scopes[scope] for scope in expected], entering)
     ordered = [name for name in given if name in set(scopes.values())]
-    of_tensor = {scopes[scope]: scope for scope in reversed(expected)}  # the innermost completes first
+    of_tensor = {scopes[scope]: scope for scope in reversed(expected)}  # the innermost module wins
     worst = ("", 0.0)
     for name in ordered:
         scope = of_tensor.get(name)
@@ -60,12 +60,12 @@ def differing_layer(file: Path, scopes: Mapping[str, str], reference: Reference,
 
 
 def _module_outputs(graph: nn.Module, entering: Tensor, names: Mapping[str, str]) -> dict[str, np.ndarray]:
-    """Return what modules of these names put out, where it is a tensor, the last time that they run."""
+    """Return the tensor outputs of the named modules, each of its module's last call."""
     found: dict[str, np.ndarray] = {}
 
     def note(name: str) -> Any:
         def hook(_: nn.Module, __: Any, output: Any) -> None:
-            if isinstance(output, Tensor):  # of several, nothing says which one the graph makes last
+            if isinstance(output, Tensor):  # several outputs do not show which one the graph computes last
                 found[name] = output.float().numpy()
 
         return hook
@@ -81,7 +81,7 @@ def _module_outputs(graph: nn.Module, entering: Tensor, names: Mapping[str, str]
 
 
 def _tensors(file: Path, names: Sequence[str], entering: np.ndarray) -> dict[str, np.ndarray]:
-    """Return tensors of an ONNX file by name, in the order in which they are computed, its outputs last."""
+    """Return tensors of an ONNX file by name, in the order of computation, with the graph's outputs last."""
     model = onnx.load(str(file))
     made = [name for node in model.graph.node for name in node.output]
     outputs = [entry.name for entry in model.graph.output]

@@ -1,4 +1,4 @@
-"""export=onnx: a trained model as an ONNX file that has answered real pictures as the model does."""
+"""export=onnx: a trained model as an ONNX file, verified on real images."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,15 +22,16 @@ NAME = "model.onnx"
 
 @dataclass(frozen=True, kw_only=True)
 class OnnxExport(GraphOptions):
-    """What is asked of an ONNX file; called, it writes one.
+    """ONNX export and its options; calling it writes the file.
 
     Attributes:
         opset: version of ONNX's operators, at least 18.
-        precision: of the weights: float32, float16 or int8 with a scale for each channel; computed in float32.
-        tensorrt: build TensorRT's engine from the file, too, where TensorRT is.
+        precision: type of the stored weights: float32, float16, or int8 with one scale per output channel. The graph
+            computes in float32.
+        tensorrt: also build a TensorRT engine from the file, where TensorRT is installed.
 
     Raises:
-        UserError: there is no such opset or precision here, or no TensorRT, or as `GraphOptions`.
+        UserError: if the opset or precision is unsupported, TensorRT is missing, or as `GraphOptions`.
     """
 
     opset: Count = 18
@@ -38,7 +39,7 @@ class OnnxExport(GraphOptions):
     tensorrt: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be written here."""
+        """Refuse options that this machine cannot fulfil."""
         super().__post_init__()
         onnx_file.check_opset(self.opset)
         if self.precision not in PRECISIONS:
@@ -47,14 +48,14 @@ class OnnxExport(GraphOptions):
             check_tensorrt()
 
     def __call__(self, cfg: DictConfig, *, out_dir: Path) -> dict[str, Any]:
-        """Write the model that `resume` names to `out_dir`/model.onnx, once it is proven, and its report beside it.
+        """Write the model named by `resume` to `out_dir`/model.onnx once it is verified, with its report next to it.
 
         Args:
             cfg: the whole config, merged with the checkpoint's.
             out_dir: the run folder.
 
         Raises:
-            UserError: it cannot be exported, or what was written answers otherwise than the model; no file is kept.
+            UserError: if the model cannot be exported, or the file disagrees with it; no model file is left then.
         """
         with prepared(cfg, out_dir, self, opset=self.opset, precision=self.precision) as ready:
             model = onnx_file.to_onnx(trace(ready.model, ready.record), ready.record)

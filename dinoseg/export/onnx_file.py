@@ -1,4 +1,4 @@
-"""A traced model as an ONNX file: written, its weights shortened, and what it says of itself put in."""
+"""ONNX files of traced models: conversion, weight compression and metadata."""
 
 import ast
 import contextlib
@@ -19,20 +19,20 @@ from dinoseg.export.graph import cannot
 from dinoseg.export.runtime.onnx_record import KEY, OUTPUTS, GraphRecord
 from dinoseg.utils.errors import UserError
 
-LARGEST = 2**31 - 2**20  # bytes in one protobuf message; the weights of a larger model lie in a file beside it
+LARGEST = 2**31 - 2**20  # bytes in one protobuf message; larger models store their weights in a second file
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
 
 def to_onnx(program: torch.export.ExportedProgram, record: GraphRecord) -> onnx.ModelProto:
-    """Return a traced model as an ONNX model.
+    """Convert a traced model to an ONNX model.
 
     Raises:
-        UserError: torch cannot say it in ONNX; the message says why.
+        UserError: if torch cannot convert it; the message gives the reason.
     """
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # it reports each step of its own
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # the exporter prints its steps
             warnings.simplefilter("ignore")
             for logger in loggers:
                 logger.setLevel(logging.ERROR)
@@ -47,7 +47,7 @@ def to_onnx(program: torch.export.ExportedProgram, record: GraphRecord) -> onnx.
         if exported is None:
             raise UserError("torch.onnx.export gave nothing. Install the newest onnxscript.")
         return exported.model_proto
-    except Exception as error:  # an operator that ONNX lacks fails in its own way
+    except Exception as error:  # unsupported operators raise many exception types
         raise UserError(cannot(error, record)) from error
     finally:
         for logger, level in zip(loggers, levels, strict=True):
@@ -55,22 +55,22 @@ def to_onnx(program: torch.export.ExportedProgram, record: GraphRecord) -> onnx.
 
 
 def scopes_of(model: onnx.ModelProto) -> dict[str, str]:
-    """Return, for each module of the traced model, the tensor that it puts out: the last one made within it."""
+    """Map each module of the traced model to its output tensor: the last one computed in its scope."""
     found = {}
     for node in model.graph.node:
         note = next((entry.value for entry in node.metadata_props if entry.key == _SCOPES), "[]")
-        for scope in ast.literal_eval(note)[:-1]:  # the last is the operation's own name
+        for scope in ast.literal_eval(note)[:-1]:  # the last entry is the operation itself
             if scope and not scope.startswith("_"):
                 found[scope] = node.output[0]
     return found
 
 
 def finish(model: onnx.ModelProto, record: GraphRecord, description: Mapping[str, Any]) -> None:
-    """Shorten the weights, take away what tells of this machine, and put the description in, all in place."""
+    """Compress the weights, strip metadata about this machine and add the description, all in place."""
     if record.precision != "float32":
         shorten(model, record.precision)
     strip(model)
-    # of which torch takes a newer one than its operators need, and older runtimes refuse that
+    # torch sets a newer IR version than the operators need, which older runtimes reject
     model.ir_version = onnx.helper.find_min_ir_version_for(list(model.opset_import))
     del model.metadata_props[:]
     entry = model.metadata_props.add()
@@ -78,7 +78,7 @@ def finish(model: onnx.ModelProto, record: GraphRecord, description: Mapping[str
 
 
 def strip(model: onnx.ModelProto) -> None:
-    """Take away notes on nodes and values: torch's hold paths and lines of this machine's code."""
+    """Remove the metadata of nodes and values: torch's notes hold paths and source lines of this machine."""
     graph = model.graph
     for part in (model, graph, *graph.node, *graph.input, *graph.output, *graph.initializer, *graph.value_info):
         part.ClearField("doc_string")
@@ -86,7 +86,7 @@ def strip(model: onnx.ModelProto) -> None:
 
 
 def write(model: onnx.ModelProto, path: Path) -> list[Path]:
-    """Write a model, and beside it, where it is too large for one file, its weights; return the paths, those first."""
+    """Write a model, and its weights to a second file where it is too large; return the paths, the model's last."""
     if model.ByteSize() < LARGEST:
         path.write_bytes(model.SerializeToString())
         return [path]
@@ -96,10 +96,10 @@ def write(model: onnx.ModelProto, path: Path) -> list[Path]:
 
 
 def check_opset(opset: int) -> None:
-    """Refuse a version of the operators that cannot be written.
+    """Refuse an ONNX opset that cannot be written.
 
     Raises:
-        UserError: naming those that can.
+        UserError: if `opset` is outside the supported range, which the message gives.
     """
     newest = onnx.defs.onnx_opset_version()
     if not 18 <= opset <= newest:
@@ -108,17 +108,17 @@ def check_opset(opset: int) -> None:
         )
 
 
-LEAST = 1024  # numbers of a tensor that is worth it
-# operator to the input that is its weight, and the axis of its output channels
+LEAST = 1024  # smallest number of weights that is worth compressing
+# operator: (index of its weight input, axis of the output channels; None: depends on transB)
 _WEIGHTS = {"Conv": (1, 0), "ConvTranspose": (1, 1), "Gemm": (1, None), "MatMul": (1, 1), "Transpose": (0, 0)}
 
 
 def shorten(model: onnx.ModelProto, precision: str) -> None:
-    """Hold the weights of convolutions and matrix products in fewer bits, in place.
+    """Store the weights of convolutions and matrix products in fewer bits, in place.
 
     Args:
         model: its weights are float32.
-        precision: float16; or int8: a scale for each output channel, its largest weight 127 steps.
+        precision: float16; or int8 with one scale per output channel, whose largest weight is 127 steps.
     """
     graph = model.graph
     axes = _axes(graph)
@@ -137,7 +137,7 @@ def shorten(model: onnx.ModelProto, precision: str) -> None:
 
 
 def _axes(graph: onnx.GraphProto) -> dict[str, int]:
-    """Return the weights' names, each with the axis of its output channels."""
+    """Map the names of weights to the axis of their output channels."""
     axes = {}
     for node in graph.node:
         place, axis = _WEIGHTS.get(node.op_type, (0, -1))

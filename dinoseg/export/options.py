@@ -1,4 +1,4 @@
-"""What every export of a graph is asked for: keys of `export`, held against one another before a model is made."""
+"""Options that graph exports share: keys of `export`, checked against one another before the model is built."""
 
 import math
 from collections.abc import Sequence
@@ -8,27 +8,27 @@ from dinoseg.core.sizes import Size
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Count, NotNegative, Share
 
-LARGEST_SIDE = 2**15  # pixels of a graph's one size: what a file may say of itself
+LARGEST_SIDE = 2**15  # px, largest side of a fixed-size graph; `GraphRecord` accepts no larger one
 MOST_PIXELS = 2**26
 
 
 @dataclass(frozen=True, kw_only=True)
 class GraphOptions:
-    """The keys that ONNX files and programs share.
+    """Options that ONNX files and programs share.
 
     Attributes:
-        dynamic: leave batch and size open: True, False, or None where backbone and head can.
-        size: the only (H, W) that it takes, in its own pixels, multiples of the patches; None: any, or that of the
-            first picture where it cannot be open.
-        pixels: let the graph of one size give class scores of each pixel itself, for use without dinoseg.
-        images: pictures that it is proven on: a split of the data set, a folder or a pattern.
-        count: at most so many of them.
-        least_agreement: share of pixels that must have the model's class.
-        most_points: of mIoU that it may differ by, in points of 100.
-        gated: write weights into the file whose licence forbids passing them on freely: it goes no further.
+        dynamic: leave batch and image size dynamic: True, False, or None for where backbone and head can.
+        size: fixed (H, W) of the graph's input in px, multiples of the patch size; None: any, or the first image's
+            where the graph cannot be dynamic.
+        pixels: let a fixed-size graph output the class scores of each pixel, for use without dinoseg.
+        images: images for the verification: a split of the data set, a folder or a pattern.
+        count: largest number of these images.
+        least_agreement: required share of pixels with the trained model's class.
+        most_points: largest allowed difference in mIoU, in percentage points.
+        gated: write weights whose licence restricts redistribution; do not share the file except on its terms.
 
     Raises:
-        UserError: they contradict one another, or the size is none of a graph.
+        UserError: if the options contradict one another, or the size is invalid.
     """
 
     dynamic: bool | None = None
@@ -41,7 +41,7 @@ class GraphOptions:
     gated: bool = False
 
     def __post_init__(self) -> None:
-        """Hold them against one another."""
+        """Check the options against one another."""
         if self.size is not None:
             _check_size(self.size)
             if self.dynamic:
@@ -53,12 +53,12 @@ class GraphOptions:
 
     @property
     def one_size(self) -> Size | None:
-        """The (H, W) asked for."""
+        """The requested (H, W); None where none is requested."""
         return None if self.size is None else (self.size[0], self.size[1])
 
     @property
     def why_fixed(self) -> str | None:
-        """Why the graph is to have one size, whatever backbone and head can; None: nothing says so."""
+        """The reason why the options fix the graph's size, whatever backbone and head support; None: they do not."""
         if self.pixels:
             return "it gives scores of each pixel (export.pixels)"
         if self.size is not None:

@@ -1,4 +1,4 @@
-"""The real pictures on which an export is proven."""
+"""Real images on which an export is verified."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -20,13 +20,13 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import read_image, write_png
 
 T = TypeVar("T")
-_COPIES = 4  # of the class scores of all pixels that are there at a time
+_COPIES = 4  # class-score arrays of an image in memory at once
 _REMEDY = "An export is proven on real pictures before it is kept: give export.images=<folder or pattern of pictures>."
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture file, its (H, W), and its mask (H, W) uint8 where there is one."""
+    """An image file, its (H, W), and its mask (H, W) uint8 where there is one."""
 
     path: Path
     size: Size
@@ -34,19 +34,19 @@ class Picture:
 
 
 def pictures(cfg: DictConfig, images: str, count: int, folder: Path) -> list[Picture]:
-    """Return pictures spread evenly over a split of the config's data set, a folder, or a pattern's matches.
+    """Return images spread evenly over a split of the config's data set, a folder, or a pattern's matches.
 
-    Each is read once, so that what is none is told here.
+    Each file is read once, so that invalid ones are reported here.
 
     Args:
         cfg: the whole config.
-        images: train, val or test; or a picture, a folder or a glob pattern.
-        count: at most so many.
-        folder: where pictures of a data set are written, without loss.
+        images: train, val or test; or an image, a folder or a glob pattern.
+        count: largest number of images.
+        folder: receives the images of a data set, without loss.
 
     Raises:
-        UserError: there are none: an export is not written unproven; or they are what dinoseg drew itself, no pictures,
-            or too large to be compared.
+        UserError: if there are no images, since an unverified export is never written. Also if an image is invalid, too
+            large to be compared, or a chart, overlay or mask that dinoseg wrote.
     """
     found = list(_of_split(cfg, images, count, folder) if images in build.SPLITS else _of_files(images, count))
     if not found:
@@ -86,7 +86,7 @@ def _of_files(images: str, count: int) -> Iterator[Picture]:
 
 
 def _check_photograph(path: Path, images: str) -> None:
-    """Refuse what dinoseg drew itself: charts, overlays and masks, on which an export proves nothing."""
+    """Refuse charts, overlays and masks that dinoseg wrote: they verify nothing about an export."""
     for folder in path.absolute().parents:
         drawn = (folder / LOG).is_file() and (folder / "config").is_dir()
         if drawn or (folder == path.absolute().parent and (folder / CLASSES_NAME).is_file()):

@@ -19,17 +19,17 @@ _DIFFERS = "the traced program: export=onnx names the layer"
 
 @dataclass(frozen=True, kw_only=True)
 class ProgramExport(GraphOptions):
-    """What is asked of a program of torch.export; called, it writes one."""
+    """Export to a program of torch.export and its options; calling it writes the file."""
 
     def __call__(self, cfg: DictConfig, *, out_dir: Path) -> dict[str, Any]:
-        """Write the model that `resume` names to `out_dir`/model.pt2, once it is proven, and its report beside it.
+        """Write the model named by `resume` to `out_dir`/model.pt2 once it is verified, with its report next to it.
 
         Args:
             cfg: the whole config, merged with the checkpoint's.
             out_dir: the run folder.
 
         Raises:
-            UserError: it cannot be exported, or what was written answers otherwise than the model; no file is kept.
+            UserError: if the model cannot be exported, or the file disagrees with it; no model file is left then.
         """
         with prepared(cfg, out_dir, self) as ready:
             file = ready.folder / NAME

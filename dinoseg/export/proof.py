@@ -1,4 +1,7 @@
-"""The gate: an exported file answers real pictures, in a process without torch, as the trained model does."""
+"""Verification of exported files: compare their answers on real images with those of the trained model.
+
+The file runs in a process of its own, an ONNX file in one that cannot import torch.
+"""
 
 import json
 import math
@@ -31,11 +34,11 @@ from dinoseg.models.model import Segmenter
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import read_image
 
-LEAST_LIMIT, LIMIT_TIMES = 300.0, 50  # seconds an answer may take, and more by what PyTorch takes
-TIMES = 5  # a picture's latency is measured so often, the first time left out
-_LAST_WORDS = 5  # seconds
+LEAST_LIMIT, LIMIT_TIMES = 300.0, 50  # timeout of an answer: 300 s + 50 times PyTorch's time
+TIMES = 5  # timed runs per image, after one warm-up run; also the number of timed images
+_LAST_WORDS = 5  # seconds to wait for the exit code
 _OURS = "dinoseg.utils.errors.UserError: "
-_LONGEST = 2**31  # bytes of an array
+_LONGEST = 2**31  # largest array accepted, in bytes
 _START = (
     "import sys; {block}from dinoseg.export.answers import answer; "
     "answer(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4])"
@@ -43,7 +46,9 @@ _START = (
 
 
 class Reference:
-    """The trained model in PyTorch, asked as mode=predict asks it, and by a graph of one size as that is asked.
+    """The trained model in PyTorch, run as mode=predict runs it.
+
+    For a fixed-size graph, it runs at that graph's input size instead.
 
     Args:
         segmenter: on the CPU, in eval mode.
@@ -63,7 +68,7 @@ class Reference:
 
     @torch.inference_mode()
     def predicted(self, image: np.ndarray) -> np.ndarray:
-        """Return the class ids (H, W) that mode=predict gives an image (H, W, 3), whatever size the graph has."""
+        """Return the class ids (H, W) that mode=predict gives an image (H, W, 3), whatever the graph's input size."""
         whole = self.segmenter(torch.from_numpy(image[None].copy()).permute(0, 3, 1, 2))
         return whole.class_ids()[0].numpy()
 
@@ -78,7 +83,7 @@ class Reference:
         return self._predict([image]).scores()[0].numpy()
 
     def pixels(self, images: Tensor) -> Tensor:
-        """Return images (B, 3, H, W) uint8 as the graph takes them."""
+        """Return images (B, 3, H, W) uint8 as the graph's input."""
         layout = self.record.layout((images.shape[-2], images.shape[-1]))
         floats = images.float() / 255
         if layout.content != tuple(images.shape[-2:]):
@@ -98,7 +103,7 @@ class Reference:
 
 
 class Exported:
-    """An exported file that answers in a process of its own."""
+    """A running process that computes answers with an exported file."""
 
     def __init__(self, process: subprocess.Popen[bytes], path: Path, log: IO[bytes]) -> None:
         self._process = process
@@ -106,15 +111,15 @@ class Exported:
         self._log = log
 
     def __call__(self, picture: Path, times: int, usual: float) -> tuple[np.ndarray, np.ndarray, list[float]]:
-        """Return a picture's class ids, `thinned` probabilities, and the seconds of so many times.
+        """Return an image's class ids, its `thinned` probabilities and the seconds of each timed run.
 
         Args:
-            picture: its file.
-            times: that it is computed to be timed.
-            usual: seconds that PyTorch takes for all of it: far later, its process is ended.
+            picture: the image file.
+            times: number of timed runs.
+            usual: seconds that PyTorch takes for these runs; sets the timeout after which the process is killed.
 
         Raises:
-            UserError: the process ended or was ended; the message says what it said last.
+            UserError: if the process ends, times out or gives an invalid answer; the message quotes its last line.
         """
         into, out = self._process.stdin, self._process.stdout
         assert into is not None and out is not None
@@ -126,7 +131,7 @@ class Exported:
             into.flush()
             arrays = [_read(out) for _ in range(3)]
         except (OSError, ValueError) as error:
-            with suppress(OSError):  # what was not taken would be tried again, and fail, when the pipe is left
+            with suppress(OSError):  # closing flushes unsent bytes: let that fail here, not when Popen closes the pipe
                 into.close()
             late = f"not within {limit:.0f} s, and PyTorch took {usual:.1f} s" if timer.finished.is_set() else ""
             raise UserError(
@@ -140,7 +145,7 @@ class Exported:
     def _last_words(self) -> str:
         try:
             code = self._process.wait(timeout=_LAST_WORDS)
-        except subprocess.TimeoutExpired:  # it lives, and answers nonsense
+        except subprocess.TimeoutExpired:  # still running, so its answer was malformed
             self._process.kill()
             code = 0
         self._log.seek(0)
@@ -163,12 +168,18 @@ def _read(out: IO[bytes]) -> np.ndarray:
 
 @contextmanager
 def exported(kind: str, path: Path, record: GraphRecord) -> Iterator[Exported]:
-    """Start the process of an exported file, of the kind onnx (where torch cannot be imported) or program."""
+    """Start the process of an exported file and yield its handle.
+
+    Args:
+        kind: onnx (torch cannot be imported there) or program.
+        path: the exported file.
+        record: of its graph.
+    """
     code = _START.format(block="sys.modules['torch'] = None; " if kind == "onnx" else "")
     package = str(Path(dinoseg.__file__).absolute().parent.parent)
     where = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
     record_text = json.dumps(record.plain())
-    # -P: no module of a folder that others may write to comes before the installed ones
+    # -P: keeps the working folder, which others may write to, off sys.path
     words = [sys.executable, "-P", "-c", code, kind, str(path.absolute()), str(torch.get_num_threads()), record_text]
     with (
         tempfile.TemporaryFile() as log,
@@ -190,15 +201,15 @@ def exported(kind: str, path: Path, record: GraphRecord) -> Iterator[Exported]:
 def compare(
     reference: Reference, ask: Exported, pictures: Sequence[Picture], num_classes: int, ignore_index: int
 ) -> dict[str, Any]:
-    """Return how an exported file agrees with the trained model on pictures, and how long each takes.
+    """Measure the agreement of an exported file with the trained model on images, and the latency of both.
 
-    Where no picture has a mask, `miou` is 1 for the trained model, and that of the file against it.
+    Without masks, the file's `miou` is computed against the trained model's classes, and the trained model's is 1.
 
     Raises:
-        UserError: the trained model answers a picture with NaN, which agrees with anything.
+        UserError: if the trained model gives NaN probabilities, since NaN would agree with anything.
     """
     ours, theirs = (ConfusionMatrix(num_classes, ignore_index) for _ in range(2))
-    between = ConfusionMatrix(num_classes)  # of class ids alone, none of them ignored
+    between = ConfusionMatrix(num_classes)  # exported against trained class ids, no id ignored
     equal, as_predicted, largest, seconds = 0, 0, 0.0, ([], [])  # type: ignore[var-annotated]
     one_size = reference.record.size is not None
     for number, picture in enumerate(pictures):
@@ -246,6 +257,6 @@ def compare(
 
 
 def passes(result: dict[str, Any], options: GraphOptions) -> bool:
-    """Return whether a comparison keeps what is asked for; NaN, which agrees with anything, keeps nothing."""
+    """Return whether a comparison meets the required agreement; NaN, which would agree with anything, fails."""
     points = 100 * abs(result["miou"]["torch"] - result["miou"]["exported"])
     return result["finite"] and result["agreement"] >= options.least_agreement and points <= options.most_points

@@ -1,4 +1,4 @@
-"""TensorRT's engine of an ONNX file, where TensorRT is: by trtexec, or by its Python package (10 or newer)."""
+"""TensorRT engines of ONNX files, built by trtexec or by the Python package `tensorrt` (10 or newer)."""
 
 import importlib
 import shutil
@@ -14,16 +14,16 @@ from dinoseg.utils.atomic import whole_file
 from dinoseg.utils.errors import UserError
 
 SUFFIX = ".engine"
-_LEAST, _MOST, _BATCH = 16, 64, 8  # rows and columns of patches that an open graph takes at any rate; pictures at once
+_LEAST, _MOST, _BATCH = 16, 64, 8  # patch rows and columns that a dynamic engine always supports; largest batch
 _KEPT = "The ONNX file is proven and stays. See what TensorRT printed above; it may need another export.opset."
 Shape = tuple[int, int, int, int]  # (B, 3, H, W)
 
 
 def check_tensorrt() -> None:
-    """Refuse to build an engine where TensorRT is not.
+    """Refuse to build an engine where TensorRT is not installed.
 
     Raises:
-        UserError: naming what is missing.
+        UserError: if both trtexec and the Python package are missing.
     """
     if shutil.which("trtexec") is None and find_spec("tensorrt") is None:
         raise UserError(
@@ -33,15 +33,17 @@ def check_tensorrt() -> None:
 
 
 def build_engine(path: Path, record: GraphRecord, sizes: Sequence[Size]) -> Path:
-    """Build the engine of a proven ONNX file beside it, and return its path; the engine itself is not proven.
+    """Build the engine of a verified ONNX file next to it, and return its path.
+
+    The engine itself is not verified.
 
     Args:
         path: the ONNX file.
         record: of its graph.
-        sizes: (H, W) at which pictures enter it; an open graph's engine takes these, and sizes between.
+        sizes: (H, W) of images at the graph's input; a dynamic engine supports these and sizes between them.
 
     Raises:
-        UserError: TensorRT is not here, or fails; the message says what it says.
+        UserError: if TensorRT is missing or fails; the message quotes its reason.
     """
     check_tensorrt()
     place = path.with_suffix(SUFFIX)
@@ -53,7 +55,7 @@ def build_engine(path: Path, record: GraphRecord, sizes: Sequence[Size]) -> Path
 
 
 def shapes(record: GraphRecord, sizes: Sequence[Size]) -> list[Shape]:
-    """Return the smallest, commonest and largest shape that an engine takes; one of them where it is fixed."""
+    """Return the smallest, most common and largest input shape of an engine; a single one for a fixed-size graph."""
     if record.size is not None:
         return [(record.batch or 1, 3, *record.size)]
     least = min(_LEAST * record.multiple, *(min(size) for size in sizes))
@@ -77,7 +79,7 @@ def _by_package(path: Path, part: Path, profile: Sequence[Shape]) -> None:
         part.write_bytes(_engine(importlib.import_module("tensorrt"), path, profile))
     except (UserError, OSError):
         raise
-    except Exception as error:  # without a GPU, or with another driver's libraries, it fails in its own ways
+    except Exception as error:  # raises many types, as without a GPU or with a mismatched driver
         raise UserError(f"TensorRT could not build an engine of {path} ({error}). {_KEPT}") from error
 
 

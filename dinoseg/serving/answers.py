@@ -1,4 +1,4 @@
-"""What a mask is sent as: a picture with a palette, plain ids, run lengths, or colours over a frame."""
+"""Response formats of masks: PNG with a palette, grey ids, run lengths, or an overlay over a frame."""
 
 import io
 from collections.abc import Callable
@@ -22,14 +22,14 @@ FORMATS = ("palette", "ids", "rle")
 
 @dataclass(frozen=True)
 class Look:
-    """What ids in the masks of a clip are called and look like.
+    """Names, colours and visibility of the ids in a clip's masks.
 
     Args:
-        names: of an id.
-        palette: a colour for each.
-        ignore_index: shown as ignored.
+        names: maps an id to its name.
+        palette: a colour for each id.
+        ignore_index: id that is shown as ignored.
         opacity: 0..1, 1 = colours only.
-        hidden: ids that leave the frame as it is.
+        hidden: ids where the frame shows without a colour.
     """
 
     names: Callable[[int], str]
@@ -39,7 +39,7 @@ class Look:
     hidden: frozenset[int] = frozenset()
 
     def over(self, frame: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        """Return a frame (H, W, 3) uint8 with its mask (H, W) uint8 over it."""
+        """Return a frame (H, W, 3) uint8 with its mask (H, W) uint8 overlaid."""
         tinted = blend(frame, mask, self.palette, ignore_index=self.ignore_index, opacity=self.opacity)
         if self.hidden:
             plain = np.isin(mask, list(self.hidden))
@@ -48,10 +48,10 @@ class Look:
 
 
 def wanted_format(request: Request) -> str:
-    """Return what a request asks for: by `?format=`, else by its Accept header; a picture with a palette otherwise.
+    """Return the response format of a request: `?format=`, else by its Accept header, else `palette`.
 
     Raises:
-        Refused: there is no such format.
+        Refused: if the format is unknown.
     """
     asked = request.query_params.get("format")
     if asked is None:
@@ -63,7 +63,7 @@ def wanted_format(request: Request) -> str:
 
 
 def encoder(kind: str, facts: Facts) -> Callable[[np.ndarray], Response]:
-    """Return what makes an answer of class ids (H, W) uint8."""
+    """Return the function that turns class ids (H, W) uint8 into a response."""
     if kind == "rle":
         return lambda ids: JSONResponse(as_run_lengths(ids, facts))
     colours = facts.palette if kind == "palette" else None
@@ -71,14 +71,14 @@ def encoder(kind: str, facts: Facts) -> Callable[[np.ndarray], Response]:
 
 
 def png(ids: np.ndarray, palette: tuple[tuple[int, int, int], ...] | None) -> bytes:
-    """Return ids (H, W) uint8 as a PNG, with a palette or grey."""
+    """Encode ids (H, W) uint8 as a PNG, with a palette or in grey."""
     file = io.BytesIO()
     (Image.fromarray(ids) if palette is None else indexed(ids, palette)).save(file, format="PNG", compress_level=1)
     return file.getvalue()
 
 
 def areas(ids: np.ndarray, facts: Facts) -> list[dict[str, Any]]:
-    """Return for each class in a mask its id, name, colour, pixels and share of the mask."""
+    """Return id, name, colour, pixels and share of the mask for each class in it."""
     counts = np.bincount(ids.ravel(), minlength=1)
     return [
         {
@@ -93,7 +93,7 @@ def areas(ids: np.ndarray, facts: Facts) -> list[dict[str, Any]]:
 
 
 def as_run_lengths(ids: np.ndarray, facts: Facts) -> dict[str, Any]:
-    """Return a mask as its size and, for each class in it, what `areas` says and COCO's compressed run lengths."""
+    """Return a mask's size and, for each class in it, the entry of `areas` with COCO's compressed run lengths."""
     size = list(ids.shape)
 
     def with_lengths(area: dict[str, Any]) -> dict[str, Any]:

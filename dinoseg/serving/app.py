@@ -1,4 +1,4 @@
-"""The app: a page, pictures and short clips that people drop on it, and what is made of them."""
+"""The web app: a page that segments uploaded images, and segments or tracks objects in short clips."""
 
 import asyncio
 import base64
@@ -30,19 +30,19 @@ from dinoseg.tracking.tracker import Tracker
 _PAGE = Path(__file__).parent / "page"
 _PAGE_FILES = {"": "index.html", "style.css": "style.css", "app.js": "app.js", "paint.js": "paint.js"}
 _RESULTS = (FRAME, OVERLAY, MASKS)
-_SWEEP = 5.0  # seconds between two looks for what nobody asks for any more
-_UPLOAD = 10  # a clip may take so many times as long to come as a picture
+_SWEEP = 5.0  # seconds between two removals of abandoned uploads
+_UPLOAD = 10  # a clip's upload timeout, as a multiple of an image's
 _OBJECTS = default_palette(255)
 
 
 class App:
-    """The routes of the app beside those of the endpoint.
+    """Routes of the app, in addition to those of the endpoint.
 
     Args:
         service: the model and its limits.
         clips: limits of clips.
         folder: this server's own, for uploads.
-        tracker: makes what follows painted objects; None: the model has no backbone to do so with.
+        tracker: creates a tracker of painted objects; None: the model has no backbone for tracking.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class App:
         service.at_stop = self._jobs.interrupt_coming
 
     def application(self, hosts: Hosts) -> Starlette:
-        """Return it, and the endpoint, as an ASGI application."""
+        """Return the app and the endpoint as an ASGI application."""
         pages = [Route(f"/{path}", partial(_page, name)) for path, name in _PAGE_FILES.items()]
         routes = [
             Route("/app/about", self.about),
@@ -71,7 +71,7 @@ class App:
         return endpoint(self._service, hosts, [*pages, *routes], self._lifespan)
 
     async def about(self, request: Request) -> Response:
-        """Tell the page what there is, and its limits."""
+        """Return the classes, colours, features and limits for the page."""
         facts, limits = self._service.model.facts, self._service.limits
         return JSONResponse(
             {
@@ -86,7 +86,7 @@ class App:
         )
 
     async def image(self, request: Request) -> Response:
-        """Segment a picture; answer its size, areas and mask, with the classes' colours and as grey ids."""
+        """Segment an image; return its size, areas and mask, as PNGs of the classes' colours and of grey ids."""
         facts = self._service.model.facts
 
         def encode(ids: np.ndarray) -> Response:
@@ -98,7 +98,7 @@ class App:
         return await self._service.segment(request, encode)
 
     async def clip(self, request: Request) -> Response:
-        """Take a clip in; answer its size and length and the id under which its first frame is."""
+        """Receive a clip; return its size, its length and the id under which its first frame is served."""
         job = self._jobs.new()
         try:
             path = await self._received(job, request)
@@ -113,7 +113,7 @@ class App:
         return self._told(job)
 
     async def segment(self, request: Request) -> Response:
-        """Begin to segment each frame of a clip."""
+        """Start segmenting each frame of a clip."""
         facts, worker = self._service.model.facts, self._service.worker
 
         def masks_of(frames: Frames) -> list[np.ndarray]:
@@ -123,7 +123,7 @@ class App:
         return self._begin(request, look, partial(make_overlay, masks_of=masks_of))
 
     async def track(self, request: Request) -> Response:
-        """Begin to follow the objects of a mask through a clip: its body has a byte a pixel of the first frame."""
+        """Start tracking the objects of a mask through a clip; the body has one byte per pixel of the first frame."""
         if self._tracker is None:
             raise Refused(400, "no_tracker", "This model has no backbone to follow objects with.")
         job = self._jobs.get(request.path_params["job"])
@@ -137,29 +137,29 @@ class App:
         return self._begin(request, Look(_object_name, _OBJECTS), partial(make_overlay, masks_of=masks_of))
 
     async def redraw(self, request: Request) -> Response:
-        """Begin to draw the overlay of the masks that a clip has once more: `hidden` are ids that are not shown."""
+        """Start redrawing the overlay from a clip's stored masks; `hidden` lists ids that are not shown."""
         look = self._jobs.get(request.path_params["job"]).look
         if look is None:
             raise Refused(400, "no_masks", "Nothing was made of this clip yet: segment it first.")
         return self._begin(request, replace(look, hidden=_hidden(request)), redraw)
 
     async def state(self, request: Request) -> Response:
-        """Tell where a clip stands."""
+        """Return the state and progress of a clip."""
         return self._told(self._jobs.get(request.path_params["job"]))
 
     async def cancel(self, request: Request) -> Response:
-        """End the work on a clip, which can be begun again."""
+        """Cancel the work on a clip, which can be started again."""
         job = self._jobs.get(request.path_params["job"])
         self._jobs.cancel(job)
         return self._told(job)
 
     async def remove(self, request: Request) -> Response:
-        """Forget an upload, and end the work on it."""
+        """Remove an upload, and cancel the work on it."""
         self._jobs.remove(self._jobs.get(request.path_params["job"]))
         return Response(status_code=204)
 
     async def result(self, request: Request) -> Response:
-        """Give one of an upload's files."""
+        """Return one of an upload's result files."""
         job, name = self._jobs.get(request.path_params["job"]), request.path_params["file"]
         path = job.folder / name
         if name not in _RESULTS or not path.is_file():
@@ -167,7 +167,7 @@ class App:
         return FileResponse(path)
 
     def _begin(self, request: Request, look: Look, make: Callable[[Job, Path, ClipLimits, Look], None]) -> Response:
-        """Begin to make a clip's overlay, as opaque as is asked for."""
+        """Start making a clip's overlay, with the opacity in the request."""
         job, look = self._jobs.get(request.path_params["job"]), replace(look, opacity=_opacity(request))
         path = next(job.folder.glob("clip.*"))
         self._jobs.start(job, lambda job: make(job, path, self._clips, look))
@@ -183,7 +183,7 @@ class App:
         return JSONResponse({"id": job.id, **job.facts, **progress, "error": job.error})
 
     async def _received(self, job: Job, request: Request) -> Path:
-        """Write a clip to its folder as it comes."""
+        """Write a clip to its folder while it is received."""
         try:
             async with asyncio.timeout(_UPLOAD * self._service.limits.timeout):
                 return await _written(bounded(request, self._clips.video_mib), job.folder)
@@ -211,7 +211,7 @@ async def _page(name: str, request: Request) -> Response:
 
 
 async def _written(request: Request, folder: Path) -> Path:
-    """Write a request's body to clip.SUFFIX as it comes, by the kind that its first bytes are of."""
+    """Stream a request's body to clip.SUFFIX, with the suffix that its first bytes determine."""
     chunks, start = request.stream(), b""
     async for chunk in chunks:
         start += chunk

@@ -1,4 +1,4 @@
-"""The one thread that owns the model: images of many clients in batches of one size, and calls in between."""
+"""Dynamic batching: the one thread that owns the model, and runs images of many clients in batches of one size."""
 
 import logging
 import threading
@@ -15,25 +15,25 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class _Waiting:
-    work: np.ndarray | Callable[[], Any]  # an image (H, W, 3) uint8, or what is called alone
+    work: np.ndarray | Callable[[], Any]  # an image (H, W, 3) uint8, or a function that runs alone
     future: Future = field(default_factory=Future)
     since: float = field(default_factory=time.monotonic)
 
 
 class ModelWorker:
-    """Runs a model in a thread of its own, so that no two requests use it at once.
+    """Thread that runs a model, so that no two requests use it at once.
 
-    What has waited longest is next. An image takes those of its size that wait behind it along, up to `batch_size`
-    of them and `max_pixels` in all, and waits for more until it is `wait` seconds old: not longer than it would have
-    waited for a busy model. What is cancelled while it waits is never computed. Where a batch fails, each of its images
-    is tried alone, so that none fails for another's sake.
+    The item that has waited longest is next. An image is batched with the waiting images of its size, up to
+    `batch_size` images and `max_pixels` in all. It waits for further ones until it is `wait` seconds old; time spent
+    waiting for a busy model counts. Items cancelled while they wait are never computed. If a batch fails, each of its
+    images is tried alone, so that one image cannot fail the others.
 
     Args:
-        ids: images (H, W, 3) uint8 RGB of one size to their class ids (B, H, W) uint8.
-        batch_size: images at most in a batch.
+        ids: maps images (H, W, 3) uint8 RGB of one size to their class ids (B, H, W) uint8.
+        batch_size: largest number of images in a batch.
         wait: seconds.
         max_pixels: of all images of a batch together; a single image may have more.
-        observe: told of each batch: how many images, and the seconds that the model took.
+        observe: called after each batch with its number of images and the seconds that the model took.
     """
 
     def __init__(
@@ -54,19 +54,19 @@ class ModelWorker:
         self._thread.start()
 
     def __len__(self) -> int:
-        """Return how much waits for the model."""
+        """Return the number of items that wait for the model."""
         return len(self._queue)
 
     def submit(self, image: np.ndarray) -> "Future[np.ndarray]":
-        """Return the class ids (H, W) uint8 to come of an image (H, W, 3) uint8 RGB."""
+        """Queue an image (H, W, 3) uint8 RGB, and return the future of its class ids (H, W) uint8."""
         return self._put(image)
 
     def call(self, function: Callable[[], Any]) -> Future:
-        """Return what a function is to give, called between batches: it may use the model."""
+        """Queue a function that runs between batches and may use the model; return the future of its result."""
         return self._put(function)
 
     def stop(self) -> None:
-        """Finish all that waits, and end the thread."""
+        """Finish all waiting items, and end the thread."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
@@ -88,7 +88,7 @@ class ModelWorker:
                 self._work(ready)
 
     def _next_batch(self) -> list[_Waiting]:
-        """Return what is to be done now, taken from the queue; nothing at the end."""
+        """Take the next batch from the queue when it is due; return an empty one at the end."""
         with self._changed:
             while True:
                 self._queue = [waiting for waiting in self._queue if not waiting.future.cancelled()]
@@ -106,7 +106,7 @@ class ModelWorker:
                 self._changed.wait(left)
 
     def _alike(self) -> tuple[list[_Waiting], bool]:
-        """Return what can be done at once with the first in the queue, and whether no more could be."""
+        """Return the items that can share a batch with the first in the queue, and whether that batch is full."""
         first = self._queue[0]
         if not isinstance(first.work, np.ndarray):
             return [first], True

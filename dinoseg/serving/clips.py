@@ -1,4 +1,4 @@
-"""A short video through the model or a tracker: its overlay as a video, its masks, and what areas they have."""
+"""Short videos in the app: isolated decoding, segmentation or tracking, overlay video, masks and areas."""
 
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -23,13 +23,13 @@ from dinoseg.utils.child import Channel, Child, ChildEnded, Message
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import write_png
 
-SECONDS = 10.0  # that opening a clip, or decoding one frame of it, may take
-_BYTES_PER_PIXEL, _MORE = 64, 512 * MIB  # that decoding takes at most: frames that others refer to, and threads
-_PACKETS = 2000  # of pictures, sound and all else, in a second of a clip
+SECONDS = 10.0  # timeout for opening a clip, or decoding one frame of it
+_BYTES_PER_PIXEL, _MORE = 64, 512 * MIB  # memory limit of decoding: reference frames, and threads
+_PACKETS = 2000  # packets of all streams per second of a clip
 
 
 class ClipReader:
-    """Frames of a clip as `VideoReader` gives them, and what that knows of it.
+    """Frames and properties of a clip as `VideoReader` gives them, decoded in a child process.
 
     Args:
         path: of the clip.
@@ -37,8 +37,8 @@ class ClipReader:
         max_pixels: of a frame.
     """
 
-    size: tuple[int, int]  # (H, W); this and what follows is known once the clip is opened
-    count: int  # of frames, by the header
+    size: tuple[int, int]  # (H, W); this and the next ones are set when the clip is opened
+    count: int  # number of frames, by the header
     rate: Fraction
     fps: float
     traits: VideoTraits
@@ -52,8 +52,8 @@ class ClipReader:
         """Open the clip.
 
         Raises:
-            FrameTooLarge: its frames have more pixels.
-            UserError: it is no video, takes too long, or has far more packets than frames and sound need.
+            FrameTooLarge: if its frames have more than `max_pixels`.
+            UserError: if it is no video, takes too long, or has far more packets than frames and sound need.
         """
         try:
             about, _ = self._next(self._asked)
@@ -71,10 +71,12 @@ class ClipReader:
         self._child.close()
 
     def timed(self) -> Iterator[tuple[np.ndarray, Fraction | None]]:
-        """Yield each frame (H, W, 3) uint8 RGB, and when it is shown, in seconds from the clip's start, if it says.
+        """Yield each frame (H, W, 3) uint8 RGB with its presentation time.
+
+        The time is in seconds from the clip's start, or None where the clip does not state it.
 
         Raises:
-            UserError: it is damaged, or a frame takes too long.
+            UserError: if the clip is damaged, or a frame takes too long.
         """
         while True:
             header, pixels = self._next()
@@ -85,11 +87,11 @@ class ClipReader:
             yield np.frombuffer(pixels, np.uint8).reshape(*self.size, 3), time
 
     def kill(self) -> None:
-        """End the process: whoever waits for a frame of it gets an error."""
+        """Kill the decoding process: a pending read of a frame raises an error."""
         self._child.kill()
 
     def _next(self, asked: dict[str, Any] | None = None) -> Message:
-        """Return the next message, after sending one."""
+        """Send a message, if one is given, and return the next message of the process."""
         try:
             with self._child.deadline(SECONDS):
                 if asked is not None:
@@ -104,7 +106,7 @@ class ClipReader:
 
 
 def send_frames(channel: Channel) -> None:
-    """Send what is known of the clip that a message names, and then its frames, as fast as they are taken."""
+    """Send the properties and then the frames of the clip that a message names, as fast as the receiver reads them."""
     message = channel.receive()
     if message is None:
         return
@@ -131,25 +133,25 @@ def send_frames(channel: Channel) -> None:
 
 
 FRAME, OVERLAY, MASKS = "frame.png", "overlay.mp4", "masks.zip"
-_BATCH = 4  # frames that the model sees at once
-_DEPTH = 2  # batches that wait on either side of it
-_KINDS = {  # first bytes of video files to their suffix; ... stands for any byte
+_BATCH = 4  # frames in a batch
+_DEPTH = 2  # batches queued before and after the model
+_KINDS = {  # suffix of a video file to the offset and bytes of its signature
     ".mp4": (4, b"ftyp"),
     ".mkv": (0, b"\x1a\x45\xdf\xa3"),  # WebM too
     ".avi": (8, b"AVI "),
 }
 
 Frames = list[np.ndarray]
-_Timed = list[tuple[np.ndarray, Fraction | None]]  # frames, and when they are shown
+_Timed = list[tuple[np.ndarray, Fraction | None]]  # frames with their presentation times
 
 
 def kind_of(start: bytes) -> str:
     """Return the suffix of a video by its file's first bytes.
 
-    A file's content chooses what reads it: a playlist in a video's place could make that read other files.
+    Readers choose the format by content: a playlist uploaded as a video could make them read other files.
 
     Raises:
-        Refused: it is no MP4, MOV, MKV, WebM or AVI.
+        Refused: if it is no MP4, MOV, MKV, WebM or AVI.
     """
     for suffix, (at, mark) in _KINDS.items():
         if start[at : at + len(mark)] == mark:
@@ -158,10 +160,10 @@ def kind_of(start: bytes) -> str:
 
 
 def look_at(job: Job, path: Path, limits: ClipLimits, max_pixels: int) -> None:
-    """Keep an uploaded clip's first frame, and note its size and length.
+    """Save an uploaded clip's first frame, and record its size and length in the job.
 
     Raises:
-        Refused: it is no video, or too long or large.
+        Refused: if it is no video, or too long or large.
     """
     try:
         with _reader(job, path, limits, max_pixels) as reader:
@@ -178,10 +180,10 @@ def look_at(job: Job, path: Path, limits: ClipLimits, max_pixels: int) -> None:
 
 
 def check_objects(body: bytes, facts: dict[str, Any]) -> np.ndarray:
-    """Return painted object ids (H, W) uint8 that came as so many bytes.
+    """Return painted object ids (H, W) uint8 from a request body of one byte per pixel.
 
     Raises:
-        Refused: they are not of the frame's size, or show no object.
+        Refused: if the number of bytes does not match the frame, or no object is painted.
     """
     height, width = facts["height"], facts["width"]
     if len(body) != height * width:
@@ -195,18 +197,18 @@ def check_objects(body: bytes, facts: dict[str, Any]) -> np.ndarray:
 def make_overlay(
     job: Job, path: Path, limits: ClipLimits, look: Look, masks_of: Callable[[Frames], Sequence[np.ndarray]]
 ) -> None:
-    """Write a clip's overlay and the masks of its frames, and note the areas.
+    """Write a clip's overlay and the masks of its frames, and record the areas in the job.
 
     Raises:
-        Cancelled: nobody wants them any more.
-        UserError: the clip is longer than it said, or cannot be read to its end.
+        Cancelled: if the job was cancelled.
+        UserError: if the clip is longer than its header states, or cannot be read to its end.
     """
     counts = np.zeros(256, np.int64)
     with (
         _reader(job, path, limits, job.facts["width"] * job.facts["height"]) as reader,
         VideoWriter(job.folder / OVERLAY, reader.rate, reader.size, like=reader.traits) as writer,
         whole_file(job.folder / MASKS) as part,
-        zipfile.ZipFile(part, "w") as masks,  # PNGs are packed already
+        zipfile.ZipFile(part, "w") as masks,  # uncompressed: PNGs are compressed already
     ):
 
         def follow(frames: _Timed) -> tuple[_Timed, Sequence[np.ndarray]]:
@@ -226,7 +228,7 @@ def make_overlay(
 
 
 def redraw(job: Job, path: Path, limits: ClipLimits, look: Look) -> None:
-    """Write a clip's overlay anew, of the masks that it has; raise what `make_overlay` does."""
+    """Write a clip's overlay again from its stored masks; raises as `make_overlay`."""
     with zipfile.ZipFile(job.folder / MASKS) as masks:
         names = iter(masks.namelist())
 
@@ -237,7 +239,7 @@ def redraw(job: Job, path: Path, limits: ClipLimits, look: Look) -> None:
 
 
 def _reader(job: Job, path: Path, limits: ClipLimits, max_pixels: int) -> ClipReader:
-    """Return a clip's reader, which ends when the work on it is cancelled."""
+    """Return a clip's reader, which is killed when the job is cancelled."""
     reader = ClipReader(path, limits, max_pixels)
     job.interrupt = reader.kill
     if job.cancelled.is_set():
@@ -254,7 +256,7 @@ def _batches(reader: ClipReader, limits: ClipLimits) -> Iterator[_Timed]:
 
 
 def _areas(counts: np.ndarray, frames: int, look: Look) -> list[dict[str, Any]]:
-    """Return for each id its name, colour, pixels of a frame on average and share of all."""
+    """Return id, name, colour, mean pixels per frame and share of all pixels for each id in the masks."""
     return [
         {
             "id": label,

@@ -1,4 +1,4 @@
-"""Encoded images to pixels, in processes of their own: what an upload costs beyond a deadline or its memory ends there.
+"""Image decoding in child processes, which bound the time and memory that an upload costs.
 
 `decode_images` runs in such a process, `Decoders` in the server.
 """
@@ -20,22 +20,22 @@ from dinoseg.utils.images import FORMATS, as_rgb
 
 _NAME = "The image"
 PROCESSES = 4
-SECONDS = 10.0  # that decoding may take; 16 million pixels take about one
-_BYTES_PER_PIXEL, _MORE = 40, 256 * MIB  # that decoding takes at most: grey ones of 16 bits, progressive JPEG
+SECONDS = 10.0  # timeout of decoding; 16 million pixels take about 1 s
+_BYTES_PER_PIXEL, _MORE = 40, 256 * MIB  # memory limit of decoding: 16-bit grey, progressive JPEG
 
 
 class Decoders:
-    """Processes that decode images, one image each at a time; one that was killed is replaced.
+    """Pool of processes that decode one image each at a time; killed ones are replaced.
 
     Args:
         max_pixels: of an image.
-        seconds: within which it has to be decoded.
-        count: of processes; they are started at once.
+        seconds: timeout of decoding an image.
+        count: number of processes, which start at once.
     """
 
     def __init__(self, max_pixels: int, *, seconds: float = SECONDS, count: int = PROCESSES) -> None:
         self._max_pixels, self._seconds = max_pixels, seconds
-        self._idle: queue.LifoQueue[Child] = queue.LifoQueue()  # the one used last is used next: its memory is warm
+        self._idle: queue.LifoQueue[Child] = queue.LifoQueue()  # last used first: its memory is warm
         self._lock = threading.Lock()
         self._children: list[Child] = []
         self._is_ended = False
@@ -43,15 +43,15 @@ class Decoders:
             self._idle.put(self._started())
 
     def decode(self, data: bytes, max_pixels: int, admit: Callable[[int], None]) -> np.ndarray:
-        """Return an image as mode=predict reads it, (H, W, 3) uint8 RGB.
+        """Decode an image as mode=predict reads it: (H, W, 3) uint8 RGB.
 
         Args:
             data: the encoded image.
-            max_pixels: that it may have.
-            admit: called with its number of pixels, from its header, while it is decoded; may refuse it.
+            max_pixels: largest number of pixels.
+            admit: called with the number of pixels, from the header, during decoding; may refuse the image.
 
         Raises:
-            Refused: it is empty, no image, too large, animated, damaged, or takes too long or too much memory.
+            Refused: if the image is empty, invalid, too large, animated or damaged, or takes too much time or memory.
         """
         child = self._idle.get()
         try:
@@ -79,14 +79,14 @@ class Decoders:
             self._idle.put(child)
 
     def end(self) -> None:
-        """Kill all processes: what is not decoded by now is refused, as all that comes later."""
+        """Kill all processes: images in progress and later ones are refused."""
         with self._lock:
             self._is_ended = True
             for child in self._children:
                 child.close()
 
     def _started(self) -> Child:
-        """Return a new process; after the end, one that is killed."""
+        """Return a new process; after `end`, one that is already killed."""
         with self._lock:
             child = Child(decode_images, _MORE + _BYTES_PER_PIXEL * self._max_pixels)
             self._children = [child, *(other for other in self._children if other.is_alive)]
@@ -105,8 +105,8 @@ class Decoders:
 
 
 def decode_images(channel: Channel) -> None:
-    """Answer each encoded image with its number of pixels, from its header, and then with its pixels."""
-    warnings.simplefilter("ignore")  # of odd metadata
+    """Respond to each encoded image with its number of pixels, from its header, and then with its pixels."""
+    warnings.simplefilter("ignore")  # about odd metadata
     while (message := channel.receive()) is not None:
         header, data = message
         try:
@@ -121,18 +121,18 @@ def decode_images(channel: Channel) -> None:
 
 
 def measure(data: bytes, max_pixels: int) -> int:
-    """Return the number of pixels of an encoded image, from its header: nothing is decoded.
+    """Return the number of pixels of an encoded image from its header, without decoding it.
 
     Raises:
-        Refused: it is empty, no image, too large, or animated.
+        Refused: if the image is empty, invalid, too large or animated.
     """
     if not data:
         raise Refused(400, "empty", f"{_NAME} has 0 bytes. Send the file's content: curl -F image=@FILE.")
     try:
         with _opened(data) as image:
             width, height = image.size
-            # of a phone's MPO the first is the photo, the others its previews; frames are not counted, as of a TIFF
-            # file each would be read
+            # the first frame of a phone's MPO is the photo, the others its previews; counting
+            # frames would read each one of a TIFF file
             is_animated = image.format != "MPO" and getattr(image, "is_animated", False)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise Refused(400, "max_pixels", f"{_NAME} is too large ({error}). {_smaller(max_pixels)}") from error
@@ -150,10 +150,10 @@ def measure(data: bytes, max_pixels: int) -> int:
 
 
 def decode(data: bytes) -> np.ndarray:
-    """Return an image as mode=predict reads it, (H, W, 3) uint8 RGB; it is measured before.
+    """Decode an image, measured before, as mode=predict reads it: (H, W, 3) uint8 RGB.
 
     Raises:
-        Refused: it is truncated or damaged, or holds what are no levels of 8 or 16 bits.
+        Refused: if the image is truncated or damaged, or holds other values than levels of 8 or 16 bits.
     """
     try:
         with _opened(data) as image:
@@ -165,7 +165,7 @@ def decode(data: bytes) -> np.ndarray:
 
 
 def _answer(child: Child) -> Message:
-    """Return a process's answer, or raise the `Refused` that it is."""
+    """Return a process's answer, or raise the `Refused` in it."""
     header, body = child.receive()
     if "refused" in header:
         raise Refused(*header["refused"])

@@ -1,4 +1,4 @@
-"""The HTTP endpoint: POST /segment, GET /health, GET /metrics; what is refused is told in JSON."""
+"""The HTTP endpoint: POST /segment, GET /health, GET /metrics; errors are JSON."""
 
 import logging
 import time
@@ -20,7 +20,7 @@ from dinoseg.serving.service import Service
 
 logger = logging.getLogger(__name__)
 Answer = Callable[[Request], Awaitable[Response]]
-_GONE = 499  # nginx's number for a client that has hung up: nobody reads it, the metrics count it
+_GONE = 499  # nginx's status for a disconnected client: only the metrics see it
 
 
 def endpoint(
@@ -30,9 +30,9 @@ def endpoint(
 
     Args:
         service: the model and its limits.
-        hosts: by which it may be asked.
-        further: routes beside it, looked at first.
-        lifespan: what goes on beside the requests.
+        hosts: accepted host names.
+        further: additional routes, matched first.
+        lifespan: background tasks of the application.
     """
     routes = [
         Route("/segment", counted(service, partial(_segment, service)), methods=["POST"]),
@@ -49,14 +49,14 @@ def endpoint(
 
 
 def told(request: Request, error: Exception) -> Response:
-    """Answer what is refused: the rule's name and a sentence, in JSON."""
+    """Return the JSON response of a refused request: the rule's name and a sentence."""
     assert isinstance(error, Refused)
     headers = {} if error.retry_after is None else {"retry-after": str(error.retry_after)}
     return JSONResponse({"error": {"rule": error.rule, "message": error.message}}, error.status, headers)
 
 
 def counted(service: Service, answer: Answer) -> Answer:
-    """Return what answers a request for a mask as one that the metrics count, whatever becomes of it."""
+    """Wrap a handler of mask requests, so that the metrics count each of them, whatever its outcome."""
 
     async def counting(request: Request) -> Response:
         start = time.perf_counter()
@@ -75,7 +75,7 @@ def counted(service: Service, answer: Answer) -> Answer:
 
 
 async def _mask_or_why(answer: Answer, request: Request) -> Response:
-    """Return an answer; what goes wrong is `Refused` or `HungUp`."""
+    """Return the handler's response; turn every failure into `Refused` or `HungUp`."""
     try:
         return await answer(request)
     except (Refused, HungUp):

@@ -1,4 +1,4 @@
-"""Who may ask: no page of another site through somebody's browser, and no name that was made to point here."""
+"""Host and origin checks: protection against cross-site requests and DNS rebinding."""
 
 import logging
 import re
@@ -31,11 +31,13 @@ _HEADERS = (
 
 @dataclass(frozen=True)
 class Hosts:
-    """Names by which a server may be asked: a browser sends the one in its address bar, whoever made it point here.
+    """Host names that a server accepts, against DNS rebinding.
+
+    A browser sends the name in its address bar, even if an attacker made that name resolve to this server.
 
     Args:
-        names: in lower case; `*` is any.
-        addresses: whether any IP address is one: nobody can make an address point elsewhere.
+        names: in lower case; `*` accepts any.
+        addresses: whether any IP address is accepted: an address cannot be made to resolve elsewhere.
     """
 
     names: frozenset[str]
@@ -43,12 +45,12 @@ class Hosts:
 
     @classmethod
     def of(cls, host: str, further: Sequence[str] = ()) -> "Hosts":
-        """Return those of a server that listens on `host`, which is told where other machines reach it.
+        """Return the accepted hosts of a server that listens on `host`; log a warning if other machines can reach it.
 
-        On loopback they are its names and `further`; elsewhere this machine's name and all addresses are, too.
+        On loopback these are the names of loopback and `further`, elsewhere also this machine's name and all addresses.
 
         Raises:
-            UserError: one of `further` is no name, such as an address with a scheme or a port.
+            UserError: if an entry of `further` is no host name, such as an address with a scheme or a port.
         """
         for name in further:
             if not (re.fullmatch(r"[A-Za-z0-9_.-]+|\*", name) or _is_address(name)):
@@ -70,30 +72,30 @@ class Hosts:
         return hosts
 
     def __contains__(self, header: str) -> bool:
-        """Return whether a Host header holds one of them."""
+        """Return whether a Host header holds an accepted host."""
         name = _name(header)
         return "*" in self.names or name in self.names or (self.addresses and _is_address(name))
 
     def __str__(self) -> str:
-        """Return them in words."""
+        """Return the accepted hosts in words."""
         if "*" in self.names:
             return "any name"
         return ", ".join(sorted(self.names)) + (" or any IP address" if self.addresses else "")
 
 
 class Guard:
-    """Refuse what a browser was led to send from elsewhere, and give every answer headers that bind it to this site.
+    """ASGI middleware that refuses cross-site requests and adds security headers to every response.
 
     Args:
-        app: what is guarded.
-        hosts: by which it may be asked.
+        app: the guarded application.
+        hosts: accepted host names.
     """
 
     def __init__(self, app: ASGIApp, hosts: Hosts) -> None:
         self._app, self._hosts = app, hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer 403 where the host is none of ours, or the request comes from another site's page."""
+        """Respond with 403 if the host is not accepted, or the request comes from another site's page."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -114,7 +116,7 @@ class Guard:
         origin = headers.get("origin")
         other = origin is not None and origin.lower().partition("://")[2] != host.lower()
         sent = headers.get("sec-fetch-site") in ("cross-site", "same-site")
-        # who follows a link from elsewhere sees the page: it is in no frame, and a GET changes nothing
+        # a link from another site may open the page: it is not framed, and a GET changes nothing
         followed = method == "GET" and headers.get("sec-fetch-mode") == "navigate"
         if other or (sent and not (followed and headers.get("sec-fetch-dest") == "document")):
             return "A page of another site may not ask this server."
@@ -122,7 +124,7 @@ class Guard:
 
 
 def is_loopback(host: str) -> bool:
-    """Return whether nobody but this machine reaches a server that listens on a name or address."""
+    """Return whether only this machine reaches a server that listens on this name or address."""
     return host == "localhost" or (_is_address(host) and ip_address(host).is_loopback)
 
 
@@ -135,7 +137,7 @@ def _is_address(name: str) -> bool:
 
 
 def _name(host: str) -> str:
-    """Return a Host header's name without the port and without the brackets of IPv6."""
+    """Return the name in a Host header, without the port and the brackets of IPv6."""
     try:
         return (urlsplit(f"//{host}").hostname or "").lower()
     except ValueError:

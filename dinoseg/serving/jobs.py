@@ -1,4 +1,4 @@
-"""Uploads of the app: each in a folder of its own, under a name that nobody guesses, for a time."""
+"""Uploads of the app: each in its own folder, under an unguessable id, for a limited time."""
 
 import logging
 import secrets
@@ -20,11 +20,11 @@ from dinoseg.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 _UPLOADS = "uploads"
-_FORGOTTEN = 60.0  # seconds without a question after which work is given up: its page is closed
+_FORGOTTEN = 60.0  # seconds without a request after which work is cancelled: its page was closed
 
 
 class State(StrEnum):
-    """Where an upload stands."""
+    """State of an upload."""
 
     COMING = "coming"
     READY = "ready"
@@ -35,34 +35,34 @@ class State(StrEnum):
 
 
 class Cancelled(Exception):
-    """Nobody wants it any more."""
+    """The work on an upload was cancelled."""
 
 
 @dataclass
 class Job:
-    """An upload, what is made of it, and how far that is."""
+    """An upload, its results and its progress."""
 
     id: str
     folder: Path
-    facts: dict[str, Any] = field(default_factory=dict)  # told with its state
+    facts: dict[str, Any] = field(default_factory=dict)  # sent with its state
     state: State = State.COMING
-    look: Look | None = None  # of its results, where there are any
+    look: Look | None = None  # of its results, if any
     done: int = 0  # frames
     total: int = 0
     error: str = ""
-    asked: float = field(default_factory=time.monotonic)  # when somebody last asked for it
+    asked: float = field(default_factory=time.monotonic)  # time of the last request for it
     cancelled: threading.Event = field(default_factory=threading.Event)
     removed: bool = False
-    interrupt: Callable[[], None] = lambda: None  # called when it is cancelled, whatever its thread waits for
-    work: Future | None = None  # what is made of it now
+    interrupt: Callable[[], None] = lambda: None  # called on cancellation, to unblock its thread
+    work: Future | None = None  # the current work
 
     @property
     def busy(self) -> bool:
-        """Whether something is being made of it, or will be."""
+        """True if work on the upload is waiting or running."""
         return self.state in (State.WAITING, State.RUNNING)
 
     def check(self) -> None:
-        """Raise `Cancelled` where it is."""
+        """Raise `Cancelled` if the work was cancelled."""
         if self.cancelled.is_set():
             raise Cancelled
 
@@ -71,20 +71,20 @@ class Jobs:
     """All uploads of a server; to be used from its event loop.
 
     Args:
-        folder: this server's own; what is below is removed.
-        limits: how many and how long.
+        folder: this server's own; its subfolders are removed with their uploads.
+        limits: of the number and the lifetime of uploads.
     """
 
     def __init__(self, folder: Path, limits: ClipLimits) -> None:
         self._folder, self._limits = folder, limits
-        self._jobs: dict[str, Job] = {}  # in the order in which they came
+        self._jobs: dict[str, Job] = {}  # in order of arrival
         self._pool = ThreadPoolExecutor(limits.at_once, thread_name_prefix="clips")
 
     def new(self) -> Job:
-        """Make room for an upload.
+        """Create a job for an upload; if the maximum is stored, the oldest one that is not in use is removed.
 
         Raises:
-            Refused: as many as are held are all on their way or being worked on, or the disk is full.
+            Refused: if all stored uploads are being received or worked on, or the disk is full.
         """
         while len(self._jobs) >= self._limits.held:
             finished = next((job for job in self._jobs.values() if not job.busy and job.state != State.COMING), None)
@@ -102,14 +102,14 @@ class Jobs:
         return job
 
     def arrived(self, job: Job) -> None:
-        """Note that an upload is whole, from when on it is kept as long as others."""
+        """Mark an upload as complete: from now on, it expires like others."""
         job.state, job.asked = State.READY, time.monotonic()
 
     def get(self, name: str) -> Job:
         """Return an upload by its id.
 
         Raises:
-            Refused: there is none of that id, or not any more.
+            Refused: if the id is unknown, or its upload has expired.
         """
         job = self._jobs.get(name)
         if job is None:
@@ -121,41 +121,41 @@ class Jobs:
         return job
 
     def start(self, job: Job, work: Callable[[Job], None]) -> None:
-        """Let a job's work be done when its turn comes.
+        """Queue the work on a job.
 
         Raises:
-            Refused: something is made of it already.
+            Refused: if work on it is already waiting or running.
         """
         if job.busy:
             raise Refused(409, "started", "This clip is being worked on. Wait for it, or cancel that first.")
         before, job.state, job.done, job.error = job.state, State.WAITING, 0, ""
         job.cancelled.clear()
         job.work = self._pool.submit(self._run, job, work, before)
-        # what is cancelled before its turn has no other end
+        # work that is cancelled while queued never reaches `_run`
         job.work.add_done_callback(lambda work: self._cancelled(job, before) if work.cancelled() else None)
 
     def ahead_of(self, job: Job) -> int:
-        """Return how many wait before a job that waits."""
+        """Return the number of waiting jobs before a waiting job."""
         waiting = [other.id for other in self._jobs.values() if other.state is State.WAITING]
         return waiting.index(job.id) if job.id in waiting else 0
 
     def cancel(self, job: Job) -> None:
-        """End the work on an upload: what was made of it before is there as it was."""
+        """Cancel the work on an upload; its earlier results stay as they were."""
         job.cancelled.set()
         job.interrupt()
         if job.work is not None:
             job.work.cancel()
 
     def remove(self, job: Job) -> None:
-        """Forget an upload, and end the work on it."""
+        """Remove an upload, and cancel the work on it."""
         job.removed = True
         self._jobs.pop(job.id, None)
         self.cancel(job)
-        if not job.busy:  # else its thread does
+        if not job.busy:  # else its thread removes the folder
             shutil.rmtree(job.folder, ignore_errors=True)
 
     def sweep(self) -> None:
-        """Give up what nobody asks for any more."""
+        """Remove the uploads without recent requests."""
         now = time.monotonic()
         for job in [job for job in self._jobs.values() if job.state != State.COMING]:
             patience = _FORGOTTEN if job.busy else 60 * self._limits.keep_minutes
@@ -163,12 +163,12 @@ class Jobs:
                 self.remove(job)
 
     def interrupt_coming(self) -> None:
-        """End what is done with uploads that were not taken in yet."""
+        """Interrupt the reading of uploads that are still being received."""
         for job in [job for job in list(self._jobs.values()) if job.state is State.COMING]:
             job.interrupt()
 
     def close(self) -> None:
-        """End all work, and remove all uploads."""
+        """Cancel all work, and remove all uploads."""
         for job in list(self._jobs.values()):
             self.remove(job)
         self._pool.shutdown()
@@ -185,7 +185,7 @@ class Jobs:
             job.error = not_kept(error).message
             self._end(job, State.FAILED)
         except UserError as error:
-            if job.cancelled.is_set():  # its clip's process was ended for that
+            if job.cancelled.is_set():  # the error comes from killing the decoder
                 self._cancelled(job, before)
                 return
             logger.warning("Work on a clip has failed: %s", error)
@@ -208,7 +208,7 @@ class Jobs:
 
 @contextmanager
 def uploads_folder(run: Path) -> Iterator[Path]:
-    """Give a folder for uploads in a run folder, removed at the end; remove what killed runs beside it have left."""
+    """Yield a folder for uploads in a run folder, removed at the end; remove those of killed runs next to it."""
     for left in run.absolute().parent.glob(f"*/.{_UPLOADS}.*"):
         remove_dead(left.parent)
     with scratch_folder(run, _UPLOADS) as folder:

@@ -1,4 +1,4 @@
-"""What one request may cost, and how it is refused: by a rule that has a name."""
+"""Limits of requests and uploads, and the exceptions that refuse a request by a named rule."""
 
 import logging
 from dataclasses import dataclass
@@ -14,13 +14,13 @@ Port = Annotated[int, Range("a port from 0 to 65535", 0, 65535)]
 
 @dataclass(frozen=True)
 class Limits:
-    """What a server takes in.
+    """Limits of a server.
 
     Args:
-        image_mib: largest request that brings an image, in MiB.
-        max_pixels: of an image, and of all that the model sees at once.
-        queue: requests in hand at once, from their first byte to their answer; one more is told to come back.
-        timeout: seconds for a request to come whole, and again for its answer.
+        image_mib: largest request with an image, in MiB.
+        max_pixels: of an image, and of all images in a batch.
+        queue: concurrent requests, from their first byte to their answer; further ones get a 503 with Retry-After.
+        timeout: seconds for a request to arrive, and again for its answer.
     """
 
     image_mib: Positive = 20.0
@@ -30,14 +30,14 @@ class Limits:
 
     @property
     def patience(self) -> float:
-        """The seconds within which every request in hand has its answer."""
+        """Seconds within which every request in progress is answered."""
         return 2 * self.timeout
 
     def check_wait(self, wait_ms: float) -> None:
-        """Refuse a wait for other images in which every request would run out of time.
+        """Refuse a wait for batching that is so long that every request would time out.
 
         Raises:
-            UserError: naming both.
+            UserError: if `wait_ms` reaches the timeout; the message names both.
         """
         if wait_ms >= 1000 * self.timeout:
             raise UserError(
@@ -47,9 +47,9 @@ class Limits:
 
 
 class Refused(Exception):
-    """A request that gets no answer but this: an HTTP status, the rule's name for programs, and a sentence for people.
+    """A refused request: an HTTP status, the rule's name for programs, and a sentence for people.
 
-    `retry_after` are the seconds after which it may be tried again; None: it is of no use.
+    `retry_after`: seconds after which the request may be tried again; None: trying again does not help.
     """
 
     def __init__(self, status: int, rule: str, message: str, *, retry_after: int | None = None) -> None:
@@ -58,25 +58,25 @@ class Refused(Exception):
 
 
 class HungUp(Exception):
-    """The client has gone: nobody waits for an answer."""
+    """The client has disconnected, and its answer is no longer needed."""
 
 
 def not_kept(error: OSError) -> Refused:
-    """Log what the system says of a file, and return what its client is told."""
+    """Log a failed write of a file, and return the refusal for its client."""
     logger.error("An upload or what is made of it cannot be kept: %s", error)
     return Refused(507, "disk", f"The server cannot keep it ({error.strerror}). Try again later.")
 
 
 @dataclass(frozen=True)
 class ClipLimits:
-    """What the app takes in of videos, and how long it keeps what it made.
+    """Limits of videos in the app, and the lifetime of their results.
 
     Args:
         video_mib: largest video, in MiB.
         max_seconds: longest video; at 60 frames a second, a faster one has to be shorter.
-        at_once: clips that are worked on at once.
-        held: uploads that are kept at once, with their results; the oldest finished one makes room.
-        keep_minutes: after which what nobody has asked for is removed.
+        at_once: clips that are processed at once.
+        held: uploads that are stored at once, with their results; the oldest finished one is evicted.
+        keep_minutes: minutes without a request after which an upload is removed.
     """
 
     video_mib: Positive = 200.0
@@ -87,5 +87,5 @@ class ClipLimits:
 
     @property
     def max_frames(self) -> int:
-        """The largest number of frames of a video."""
+        """Largest number of frames of a video."""
         return int(60 * self.max_seconds)

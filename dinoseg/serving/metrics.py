@@ -1,4 +1,4 @@
-"""Counts and times of a server, as Prometheus reads them (text format 0.0.4)."""
+"""Server metrics in Prometheus' text format 0.0.4."""
 
 import threading
 from bisect import bisect_left
@@ -12,7 +12,7 @@ _IMAGES = (1, 2, 4, 8, 16, 32, 64)
 
 
 class Histogram:
-    """How many values are at most as large as each of some bounds."""
+    """Cumulative histogram: the number of values at or below each bound."""
 
     def __init__(self, bounds: Sequence[float]) -> None:
         self._bounds = bounds
@@ -20,12 +20,12 @@ class Histogram:
         self._sum = 0.0
 
     def add(self, value: float) -> None:
-        """Count one value."""
+        """Add one value."""
         self._counts[bisect_left(self._bounds, value)] += 1
         self._sum += value
 
     def lines(self, name: str) -> Iterator[str]:
-        """Yield its lines of text."""
+        """Yield the histogram's lines of text."""
         total = 0
         for bound, count in zip((*self._bounds, "+Inf"), self._counts, strict=True):
             total += count
@@ -35,11 +35,11 @@ class Histogram:
 
 
 class Metrics:
-    """What a server counts; each method may be called from any thread.
+    """Counters and histograms of a server; each method may be called from any thread.
 
     Args:
-        waiting: gives how much waits for the model now.
-        in_hand: gives how many requests are in hand now.
+        waiting: returns the number of items that wait for the model.
+        in_hand: returns the number of requests in progress.
     """
 
     def __init__(self, waiting: Callable[[], int], in_hand: Callable[[], int]) -> None:
@@ -53,29 +53,29 @@ class Metrics:
         self._latency, self._batches, self._model = Histogram(_SECONDS), Histogram(_IMAGES), Histogram(_SECONDS)
 
     def answered(self, status: int, seconds: float) -> None:
-        """Count a request for a mask by its answer's status, and the seconds that it took."""
+        """Count a mask request by its response's status, and the seconds that it took."""
         with self._lock:
             self._requests[status] += 1
             self._latency.add(seconds)
 
     def refused(self, rule: str) -> None:
-        """Count a request that got no mask, by the rule that it broke."""
+        """Count a request without a mask, by the rule that it broke."""
         with self._lock:
             self._errors[rule] += 1
 
     def batch(self, count: int, seconds: float) -> None:
-        """Count what the model saw at once, and the seconds that it took."""
+        """Count a batch by its number of images, and the seconds that the model took."""
         with self._lock:
             self._batches.add(count)
             self._model.add(seconds)
 
     def text(self) -> str:
-        """Return all of it."""
+        """Return all metrics as text."""
         with self._lock:
             return "\n".join(self._lines()) + "\n"
 
     def summary(self) -> str:
-        """Return in words what was asked and answered."""
+        """Return the number of requests and of each response status, in words."""
         answers = ", ".join(f"{count} x {status}" for status, count in sorted(self._requests.items()))
         return count_of(self._requests.total(), "request") + (f" ({answers})" if answers else "")
 

@@ -1,4 +1,4 @@
-"""What a request brings: its bytes, counted as they come."""
+"""Reading of request bodies, with a limit on their size."""
 
 from python_multipart.multipart import parse_options_header
 from starlette.datastructures import UploadFile
@@ -8,14 +8,14 @@ from starlette.types import Message, Receive
 
 from dinoseg.serving.limits import MIB, Refused, not_kept
 
-_CHARSETS = ("utf-8", "us-ascii", "iso-8859-1")  # of the names in a form
+_CHARSETS = ("utf-8", "us-ascii", "iso-8859-1")  # accepted charsets of form names
 
 
 def bounded(request: Request, mib: float) -> Request:
-    """Return the request as one that is refused once more than so many MiB have come, or are announced.
+    """Wrap a request, so that it is refused once its received or announced length exceeds a number of MiB.
 
     Raises:
-        Refused: announced, or later while it is read.
+        Refused: if the announced length is too large; received bytes are checked while the request is read.
     """
     most = int(mib * MIB)
     announced = request.headers.get("content-length", "")
@@ -25,16 +25,16 @@ def bounded(request: Request, mib: float) -> Request:
 
 
 async def read_upload(request: Request) -> bytes:
-    """Return the one file of a multipart form, or else the whole body.
+    """Return the single file of a multipart form, or else the whole body.
 
     Raises:
-        Refused: a form without a file, with several, or that cannot be read.
+        Refused: if a form holds no file or several, or cannot be read.
     """
     kind, parameters = parse_options_header(request.headers.get("content-type"))
     if kind != b"multipart/form-data":
         return await request.body()
     charset = parameters.get(b"charset", b"utf-8").decode("latin-1")
-    if charset.lower() not in _CHARSETS:  # some codecs fail in ways of their own, or take quadratic time
+    if charset.lower() not in _CHARSETS:  # some codecs raise other errors, or take quadratic time
         known = ", ".join(_CHARSETS)
         raise Refused(400, "one_file", f"The form is in charset={charset!r:.40}, and may be in {known}. Leave it out.")
     try:
@@ -45,7 +45,7 @@ async def read_upload(request: Request) -> bytes:
             return await files[0].read()
     except HTTPException as error:
         raise _not_one_file(f"cannot be read ({error.detail.rstrip('.')})") from error
-    except OSError as error:  # Starlette keeps more than a MiB in a file
+    except OSError as error:  # Starlette stores more than a MiB in a file
         raise not_kept(error) from error
 
 

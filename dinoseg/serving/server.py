@@ -1,4 +1,4 @@
-"""An application on a port until a signal: what is in hand is then finished, and nothing new is taken."""
+"""HTTP server that stops on a signal: it finishes the requests in progress and accepts no new ones."""
 
 import asyncio
 import errno
@@ -17,18 +17,18 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.interrupt import Deferral, Interrupted, deferred
 
 _NOTICE = "Stopping: no more requests are taken, those in hand are finished. Once more: stop at once."
-_CONNECTIONS = 1000  # at once; a request on a further one is answered 503
-_IDLE = 15  # seconds that a connection may wait between two requests
-_LINGER = 2  # seconds for a client to notice that its request was answered before it was sent whole
-_LEAST_READ = 2**18  # bytes of an answer that a client has to read in `_IDLE` seconds
-_LAST_BYTES = 0.5  # seconds in which clients that were connected when the signal came can still send their request
+_CONNECTIONS = 1000  # concurrent connections; requests on further ones get a 503
+_IDLE = 15  # seconds that a connection may idle between two requests
+_LINGER = 2  # seconds for a client to notice a response to its incomplete request
+_LEAST_READ = 2**18  # bytes of a response that a client must read in `_IDLE` seconds
+_LAST_BYTES = 0.5  # seconds in which clients connected at the signal can still send their request
 
 
 def bound(host: str, port: int) -> socket.socket:
-    """Return a socket with a port of its own, which does not listen yet; port 0 takes a free one.
+    """Return a socket that is bound to a port and does not listen yet; port 0 selects a free one.
 
     Raises:
-        UserError: the port is taken or not allowed, or the host is none of this machine's.
+        UserError: if the port is taken or not allowed, or the host is not one of this machine.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -47,17 +47,17 @@ def bound(host: str, port: int) -> socket.socket:
 
 
 def serve_until_signal(app: ASGIApp, listener: socket.socket, on_stop: Callable[[], None], *, patience: float) -> None:
-    """Answer requests until SIGINT or SIGTERM; return when all in hand are answered.
+    """Serve requests until SIGINT or SIGTERM; return when those in progress are answered.
 
     Args:
         app: the application.
-        listener: as `bound` gives it; closed at the end.
-        on_stop: called when the signal has come, before the last requests are finished.
-        patience: seconds for that; a client that does not read its answer is cut off then.
+        listener: as `bound` returns it; closed at the end.
+        on_stop: called on the signal, before the last requests are finished.
+        patience: seconds for the last requests; clients that do not read their response are disconnected then.
 
     Raises:
-        UserError: another program has begun to listen there.
-        Interrupted: by a second signal, at once.
+        UserError: if another program has begun to listen on the port.
+        Interrupted: at once, on a second signal.
     """
     host, port = listener.getsockname()[:2]
     try:
@@ -88,40 +88,40 @@ def serve_until_signal(app: ASGIApp, listener: socket.socket, on_stop: Callable[
 
 @dataclass
 class _Wait:
-    """What the server waits for on a connection: bytes of its last answer that are unread, or else a new request."""
+    """The wait for a connection's client: to read bytes of its last response, or else to send a new request."""
 
     cycle: Any  # uvicorn's, of the last request
     unread: int
     since: float
 
     def has_no_progress(self, unread: int) -> bool:
-        """Return whether the client has neither read all that was unread, nor enough of it."""
+        """Return whether the client has read neither all unread bytes, nor enough of them."""
         return unread == self.unread or 0 < unread < self.unread < unread + _LEAST_READ
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server, stopped by this program's way with signals."""
+    """uvicorn's server, stopped by a `Deferral` instead of its own signal handlers."""
 
     def __init__(self, config: uvicorn.Config, stop: Deferral, on_stop: Callable[[], None]) -> None:
         super().__init__(config)
         self._stop, self._on_stop = stop, on_stop
-        self._waits: dict[Any, _Wait] = {}  # for the client of a connection
+        self._waits: dict[Any, _Wait] = {}  # by connection
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Leave them to `deferred`."""
+        """Leave signals to `deferred`."""
         yield
 
     async def on_tick(self, counter: int) -> bool:
-        """Look several times a second whether a signal has come."""
+        """Check for a stop signal, several times a second."""
         self.should_exit = self.should_exit or bool(self._stop.asked)
         self._close_slow()
         return await super().on_tick(counter)
 
     def _close_slow(self) -> None:
-        """Close connections whose client is too slow to send a request, to stop sending one, or to read its answer.
+        """Close connections whose client is too slow to send a request, to stop sending one, or to read its response.
 
-        uvicorn closes connections between two requests alone.
+        uvicorn itself only closes connections that are idle between two requests.
         """
         now, connections = time.monotonic(), cast(Any, self.server_state.connections)
         before, self._waits = self._waits, {}
@@ -129,7 +129,7 @@ class _Server(uvicorn.Server):
             cycle, unread = connection.cycle, connection.transport.get_write_buffer_size()
             answered = cycle is None or cycle.response_complete
             if not (answered or unread):
-                continue  # the server is at work
+                continue  # the server is computing
             wait = before.get(connection)
             if wait is None or wait.cycle is not cycle or not wait.has_no_progress(unread):
                 wait = _Wait(cycle, unread, now)
@@ -139,15 +139,15 @@ class _Server(uvicorn.Server):
                 (connection.transport.abort if unread else connection.transport.close)()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Stop listening, and finish every request whose client has connected before."""
+        """Stop listening, and finish the requests of all clients that have connected."""
         self._on_stop()
-        # what the system has connected and nobody has accepted yet would be cut off when the socket is closed
+        # connections that wait to be accepted would be cut off when the socket is closed
         late = [connection for listener in sockets or [] for connection in _accepted(listener)]
         for server in self.servers:
             server.close()
         for connection in late:
             await asyncio.get_running_loop().connect_accepted_socket(self._protocol, connection)
-        # uvicorn closes a connection whose request it has not read yet: that request would be lost
+        # uvicorn closes connections whose request it has not read yet, and loses these requests
         await asyncio.sleep(_LAST_BYTES)
         await super().shutdown(sockets)
         for connection in cast(Any, self.server_state.connections).copy():
@@ -160,7 +160,7 @@ class _Server(uvicorn.Server):
 
 
 def _accepted(listener: socket.socket) -> Iterator[socket.socket]:
-    """Yield the connections that wait at a socket, which does not block."""
+    """Yield the connections that wait to be accepted by a non-blocking socket."""
     with suppress(OSError):
         while True:
             yield listener.accept()[0]

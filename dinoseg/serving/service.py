@@ -1,4 +1,4 @@
-"""What both modes ask: the picture of a request in, its class ids out, within the limits and counted."""
+"""The segmentation service of both server modes: an image in, its class ids out, limited and counted."""
 
 import asyncio
 import threading
@@ -19,20 +19,20 @@ from dinoseg.serving.metrics import Metrics
 from dinoseg.serving.requests import bounded, read_upload
 
 T = TypeVar("T")
-_CODERS = 4  # threads that encode pictures: Pillow lets others run meanwhile
-_HELD = 16  # largest images whose pixels may be held at once
-_LAST_DECODED = 3.0  # seconds after a signal in which images are still decoded
+_CODERS = 4  # threads that encode images: Pillow releases the GIL
+_HELD = 16  # pixels in memory at once, in images of `max_pixels`
+_LAST_DECODED = 3.0  # seconds after a stop signal in which images are still decoded
 
 
 class Service:
-    """A model for many clients at once.
+    """A model shared by many concurrent clients.
 
     Args:
-        model: what segments.
-        limits: of a request, and of all together.
-        batch_size: images at most that the model sees at once.
+        model: segments the images.
+        limits: of one request, and of all together.
+        batch_size: largest number of images in a batch.
         wait: seconds that an image waits for others of its size, where the model is idle.
-        decoders: that decode images, which stay open; None: of its own.
+        decoders: image decoders, which are left open at the end; None: the service creates and ends its own.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class Service:
         self.model, self.limits = model, limits
         self.in_hand = 0
         self.stopping = False
-        self.at_stop: Callable[[], None] = lambda: None  # called seconds after a signal
+        self.at_stop: Callable[[], None] = lambda: None  # called `_LAST_DECODED` seconds after a stop signal
         self._pixels = _Held(_HELD * limits.max_pixels)
         self._decoders, self._owns_decoders = decoders or Decoders(limits.max_pixels), decoders is None
         self._decoding = ThreadPoolExecutor(PROCESSES, thread_name_prefix="decoding")  # each waits for a process
@@ -56,11 +56,11 @@ class Service:
         )
 
     async def segment(self, request: Request, encode: Callable[[np.ndarray], T]) -> T:
-        """Return what `encode` makes of the class ids (H, W) uint8 of the picture that a request brings.
+        """Segment the image in a request, and return `encode` of its class ids (H, W) uint8.
 
         Raises:
-            Refused: by one of the limits, or the picture is of no use.
-            HungUp: the client has gone; what was to be done for it is dropped.
+            Refused: if a limit is exceeded, or the image is invalid.
+            HungUp: if the client has disconnected; its remaining work is dropped.
         """
         async with self._admitted():
             data = await self.uploaded(request)
@@ -69,11 +69,11 @@ class Service:
                 return await self.code(lambda: encode(ids))
 
     async def uploaded(self, request: Request) -> bytes:
-        """Return the bytes of the one file that a request brings, within the limits.
+        """Return the bytes of the single file in a request, within the limits.
 
         Raises:
-            Refused: they are too many, or none, or take too long.
-            HungUp: the client has gone.
+            Refused: if the file is missing or too large, or takes too long to arrive.
+            HungUp: if the client has disconnected.
         """
         try:
             async with self._in_time(408, "The request has not come whole within"):
@@ -82,18 +82,18 @@ class Service:
             raise HungUp from error
 
     async def code(self, function: Callable[[], T]) -> T:
-        """Return what a function gives that reads or encodes, called in a thread."""
+        """Run a function that reads or encodes in a thread, and return its result."""
         return await asyncio.get_running_loop().run_in_executor(self._coders, function)
 
     def announce_stop(self) -> None:
-        """Let /health say that the server stops, and refuse what is not decoded within seconds."""
+        """Report the stop in /health, and refuse images that are not decoded within `_LAST_DECODED` seconds."""
         self.stopping = True
         timer = threading.Timer(_LAST_DECODED, self._end_decoding)
         timer.daemon = True
         timer.start()
 
     def close(self) -> None:
-        """Finish what waits for the model, and end all threads."""
+        """Finish the images that wait for the model, and end all threads."""
         self.worker.stop()
         self._end_decoding()
         self._decoding.shutdown()
@@ -125,21 +125,24 @@ class Service:
 
     @asynccontextmanager
     async def _decoded(self, data: bytes) -> AsyncIterator[np.ndarray]:
-        """Give an image; the pixels of all that are held at once are bounded."""
+        """Yield a decoded image; the number of pixels in memory at once is bounded."""
         with self._pixels.share() as admit:
             work = partial(self._decoders.decode, data, self.limits.max_pixels, admit)
             yield await asyncio.get_running_loop().run_in_executor(self._decoding, work)
 
 
 class _Held:
-    """The pixels that are held, of at most so many; a single image may have more."""
+    """Counter of the pixels in memory, with a maximum that only a single image may exceed."""
 
     def __init__(self, most: int) -> None:
         self._most, self._held, self._lock = most, 0, threading.Lock()
 
     @contextmanager
     def share(self) -> Iterator[Callable[[int], None]]:
-        """Give what takes a number of pixels, or refuses them; at the end, they are let go and no more are taken."""
+        """Yield a function that reserves a number of pixels or refuses them.
+
+        At the end, its pixels are released, and it refuses any further ones.
+        """
         taken: int | None = 0
 
         def admit(pixels: int) -> None:
@@ -157,10 +160,10 @@ class _Held:
 
 
 async def unless_gone(request: Request, answer: Awaitable[T]) -> T:
-    """Return an answer, or cancel it when the client hangs up, after its request is read.
+    """Return an answer, or cancel it when the client disconnects after its request was read.
 
     Raises:
-        HungUp: it has.
+        HungUp: if the client has disconnected.
     """
     waiting, gone = asyncio.ensure_future(answer), asyncio.ensure_future(_gone(request))
     try:

@@ -1,4 +1,4 @@
-"""The model that is served: of a run or a checkpoint, or of one file."""
+"""Loading of the served model: from a run, a checkpoint or a one-file model."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -19,14 +19,14 @@ from dinoseg.tracking.propagation.tracker import PropagationTracker
 from dinoseg.tracking.tracker import Tracker
 from dinoseg.utils.errors import UserError
 
-_OF_THE_FILE = ("finite_weights", "resolution", "backbone", "adapter", "head", "inference", "data")  # groups and keys
+_OF_THE_FILE = ("finite_weights", "resolution", "backbone", "adapter", "head", "inference", "data")  # set by the file
 
 
 def load_served(cfg: DictConfig, out_dir: Path, file: str | None) -> Model:
-    """Return the model of a file, or the one that `resume` names.
+    """Load the model of a file, or the one named by `resume`.
 
     Raises:
-        UserError: there is none, or two, or it knows no classes.
+        UserError: if there is no model, both name one, or it has slots and so no classes.
     """
     if file is not None:
         if cfg.resume is not None:
@@ -42,13 +42,13 @@ def load_served(cfg: DictConfig, out_dir: Path, file: str | None) -> Model:
 
 
 def usual_batch(model: Model) -> int:
-    """Return how many images a model is best asked for at once: on a CPU one, as docs/serving.md measures."""
+    """Return the default batch size of a model: 1 on a CPU, as measured in docs/serving.md, else 8."""
     on_cpu = not isinstance(model.runtime, TorchRuntime) or model.runtime.predictor.device.type == "cpu"
     return 1 if on_cpu else 8
 
 
 def tracker_maker(settings: PropagationSettings, model: Model) -> Callable[[], Tracker] | None:
-    """Return what makes trackers of such settings on a model's backbone; None where torch does not compute it."""
+    """Return a factory of trackers on a model's backbone; None where torch does not run the model."""
     if not isinstance(model.runtime, TorchRuntime) or not isinstance(model.runtime.predictor.model, Segmenter):
         return None
     predictor = model.runtime.predictor
@@ -57,7 +57,7 @@ def tracker_maker(settings: PropagationSettings, model: Model) -> Callable[[], T
 
 
 def _opened(cfg: DictConfig, out_dir: Path, file: str) -> Opened:
-    """Return what computes for a file, which says itself how it is asked; a delta's weights may be typed."""
+    """Open a one-file model with the settings that it stores; a delta's weights may be given on the command line."""
     typed = {word.lstrip("+").partition("=")[0] for word in command_line(out_dir)}
     weights = {part: cfg[part].weights for part in ("backbone", "head") if f"{part}.weights" in typed}
     unread = {key for key in typed if key.partition(".")[0] in _OF_THE_FILE} - {f"{part}.weights" for part in weights}

@@ -1,4 +1,4 @@
-"""What mode=serve and mode=app begin with: a port of their own, then the model, then what asks it for many clients."""
+"""Startup of mode=serve and mode=app: bind the port, load the model and start the service."""
 
 import socket
 from collections.abc import Iterator
@@ -26,10 +26,11 @@ def started(
     wait_ms: NotNegative,
     limits: Limits,
 ) -> Iterator[tuple[socket.socket, Service]]:
-    """Give a socket of its own and the service of the model; at the end, all that waits is finished.
+    """Yield a bound socket and the service of the model; at the end, finish all waiting images.
 
     Raises:
-        UserError: the wait is too long, the port is taken, or there is no model; in this order, the slow one last.
+        UserError: if the wait is too long, the port is taken, or there is no model; checked in this order, since
+            loading is slow.
     """
     limits.check_wait(wait_ms)
     with bound(host, port) as listener:

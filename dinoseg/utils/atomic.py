@@ -1,8 +1,9 @@
-"""Files and folders that appear whole or not at all: written beside their place under a hidden name, then renamed.
+"""Atomic files and folders: written next to their destination under a hidden name, then renamed.
 
-The name tells the process: `.NAME.PROCESS-MACHINE-RANDOM.part`, and `.old` of a folder that is being replaced. What a
-killed process leaves so is removed by the next one that writes to the same folder; what a living one writes stays.
-The random digits and the exclusive creation keep other users of a shared folder from laying a link at that name.
+The hidden name identifies the process: `.NAME.PROCESS-MACHINE-RANDOM.part`, or `.old` for a folder that is being
+replaced. The next process that writes to the same folder removes the leftovers of killed processes, but not the files
+of running ones. The random digits and the exclusive creation keep other users of a shared folder from placing a link
+under that name.
 """
 
 import functools
@@ -27,12 +28,12 @@ _looked_at: set[Path] = set()  # folders that this process has written to
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Give a temporary path, in a folder that is made if need be; it takes the name `path` at the end.
+    """Yield a temporary path that is renamed to `path` at the end; its folder is created if missing.
 
-    On an exception it vanishes, and an older file of that name stays as it was.
+    On an exception it is removed, and an older file at `path` stays as it was.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: if it cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = new_part(path)
@@ -45,26 +46,28 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """Give a temporary folder that takes the name `folder` at the end, or vanishes on an exception."""
+    """Yield a temporary folder that is renamed to `folder` at the end, or removed on an exception."""
     with scratch_folder(folder.parent, folder.name) as part:
         old = part.with_suffix(".old")
         try:
             yield part
             if folder.exists():
-                os.replace(folder, old)  # a folder that holds something cannot be replaced at once
+                os.replace(folder, old)  # a non-empty folder cannot be replaced in one step
             os.replace(part, folder)
         finally:
-            if old.exists() and not folder.exists():  # something came between
+            if old.exists() and not folder.exists():  # the second rename failed
                 os.replace(old, folder)
             shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager
 def scratch_folder(parent: Path, name: str) -> Iterator[Path]:
-    """Give an empty hidden folder of this process's own in `parent`, made if need be; it is removed at the end.
+    """Yield an empty hidden folder in `parent`, for this process alone; it is removed at the end.
+
+    `parent` is created if missing.
 
     Raises:
-        OSError: it cannot be made.
+        OSError: if it cannot be created.
     """
     parent.mkdir(parents=True, exist_ok=True)
     part = _hidden_name(parent / name)
@@ -76,10 +79,10 @@ def scratch_folder(parent: Path, name: str) -> Iterator[Path]:
 
 
 def new_part(path: Path) -> Path:
-    """Create an empty file of a hidden name beside `path`, for this process alone to write and rename.
+    """Create an empty file with a hidden name next to `path`, for this process alone to write and rename.
 
     Raises:
-        OSError: it cannot be created.
+        OSError: if it cannot be created.
     """
     part = _hidden_name(path)
     with open(part, "xb", opener=open_no_link):
@@ -87,12 +90,12 @@ def new_part(path: Path) -> Path:
 
 
 def open_no_link(path: str, flags: int) -> int:
-    """Open a file for `open(opener=)`; refuse a symbolic link and wait for no pipe in its place, where that can be."""
+    """Open a file for `open(opener=)` without following a symbolic link or blocking on a pipe, where supported."""
     return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), 0o666)
 
 
 def _hidden_name(path: Path) -> Path:
-    """Return a new hidden name beside `path`; the first time in a folder, remove what killed processes left there."""
+    """Return a new hidden name next to `path`; on the first call in a folder, remove leftovers of killed processes."""
     folder = path.parent.absolute()
     if folder not in _looked_at:
         _looked_at.add(folder)
@@ -101,9 +104,9 @@ def _hidden_name(path: Path) -> Path:
 
 
 def remove_dead(folder: Path) -> None:
-    """Remove what killed processes of this machine have left half-written in a folder, as far as it can be.
+    """Remove the partial files of this machine's killed processes from a folder; ignore errors.
 
-    A folder that one had put aside to replace it gets its name back where nothing has that.
+    A folder that was set aside for its replacement is renamed back, unless its name is taken.
     """
     with suppress(OSError):
         for name in os.listdir(folder):
@@ -116,7 +119,7 @@ def remove_dead(folder: Path) -> None:
 
 
 def remove_parts(folder: Path, *patterns: str) -> None:
-    """Remove what killed processes have left half-written in a folder that no other one writes to, as far as it can be.
+    """Remove partial files from a folder to which no other process writes; ignore errors.
 
     Args:
         folder: searched.
@@ -130,20 +133,20 @@ def sync_to_disk(path: Path) -> None:
     """Flush a written file to the disk.
 
     Raises:
-        OSError: the disk does not take it.
+        OSError: if the disk does not accept it.
     """
     with open(path, "r+b") as file:  # Windows flushes through a writable handle only
         os.fsync(file.fileno())
 
 
 def write_whole(file: RawIOBase, data: memoryview) -> None:
-    """Write all bytes; a disk that fills up takes the first of them before it refuses."""
+    """Write all bytes, in several writes if needed: a disk that fills up accepts some before it raises an error."""
     while data:
         data = data[file.write(data) :]
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write UTF-8 text, what is none (a file's name may be) as escapes."""
+    """Write text as UTF-8, and characters that UTF-8 cannot encode (of a file's name, for example) as escapes."""
     with whole_file(Path(path)) as part:
         part.write_text(text, encoding="utf-8", errors="backslashreplace")
 
@@ -152,7 +155,7 @@ def write_json(path: str | Path, value: Any) -> None:
     """Write `value` as JSON.
 
     Raises:
-        ValueError: a number is not finite, which JSON cannot say.
+        ValueError: if a number is not finite, which JSON cannot represent.
     """
     write_text(path, json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
 
@@ -166,7 +169,7 @@ def _remove(path: Path) -> None:
 
 
 def _is_alive(process: int) -> bool:
-    """Return whether a process of this machine runs; a number that no process can have counts as running."""
+    """Return whether a process of this machine is running; an impossible process number counts as running."""
     import psutil
 
     with suppress(OverflowError):
@@ -176,8 +179,8 @@ def _is_alive(process: int) -> bool:
 
 @functools.cache
 def _machine() -> str:
-    """Return a word for where a process's number means what it means here: the host, and Linux's space of numbers."""
+    """Return an identifier of the host and, on Linux, the PID namespace in which process numbers are valid."""
     space = ""
     with suppress(OSError):
-        space = os.readlink("/proc/self/ns/pid")  # of a container another one
+        space = os.readlink("/proc/self/ns/pid")  # containers have their own
     return hashlib.sha256(f"{platform.node()} {space}".encode()).hexdigest()[:6]

@@ -1,23 +1,23 @@
-"""Regular expressions that a user or a checkpoint gives: searched for a bounded time."""
+"""Regular expressions from users or checkpoints, searched with a timeout."""
 
 import regex
 
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import shown
 
-_LONGEST = 1000  # letters of an expression
-_SECONDS = 1.0  # for one name; a sound expression takes microseconds
+_LONGEST = 1000  # characters of an expression
+_SECONDS = 1.0  # timeout for one name; a sound expression takes microseconds
 
 
 class Pattern:
-    """A regular expression that says so where it takes too long.
+    """A regular expression whose search raises an error when it takes too long.
 
     Args:
         text: the expression.
         key: the config key that gives it, for errors.
 
     Raises:
-        UserError: it is none.
+        UserError: if it is too long, or no regular expression.
     """
 
     def __init__(self, text: str, key: str) -> None:
@@ -34,7 +34,7 @@ class Pattern:
         """Return the first match in a name, or None.
 
         Raises:
-            UserError: the search does not end in reasonable time.
+            UserError: if the search times out.
         """
         try:
             return self._compiled.search(name, timeout=_SECONDS)

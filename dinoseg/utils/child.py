@@ -1,6 +1,6 @@
-"""A process that works on hostile input: bounded in memory, killed at a deadline; imports the standard library alone.
+"""Child processes for hostile input: limited in memory, killed at a deadline. Imports only the standard library.
 
-Both sides exchange messages, JSON with bytes behind it: nothing that comes back is unpickled.
+Both sides exchange messages, JSON followed by bytes: nothing that comes back is unpickled.
 """
 
 import json
@@ -13,9 +13,9 @@ from contextlib import contextmanager, suppress
 from typing import IO, Any
 
 Message = tuple[dict[str, Any], bytes]
-_LONGEST = 2**31  # bytes of a message
-_PIPE = 2**20  # bytes, the most that Linux allows everybody
-_START_SECONDS = 60.0  # that Python and the imports of a process may take before it answers
+_LONGEST = 2**31  # bytes of the header or body of a message
+_PIPE = 2**20  # bytes, the largest that Linux grants unprivileged users
+_START_SECONDS = 60.0  # timeout for starting Python and the imports of a process
 _START = (
     "import importlib, json, sys; words = json.loads(sys.argv[1]); sys.path[:] = words['path']; "
     "from dinoseg.utils.child import run; "
@@ -24,7 +24,7 @@ _START = (
 
 
 class ChildEnded(Exception):
-    """The process has ended without an answer; `late` says whether it was killed at the deadline."""
+    """The process has ended without an answer; `late`: whether it was killed at the deadline."""
 
     def __init__(self, late: bool) -> None:
         super().__init__("too late" if late else "ended")
@@ -32,11 +32,11 @@ class ChildEnded(Exception):
 
 
 class Child:
-    """A process that answers messages; started at once, while the caller goes on.
+    """A process that answers messages; it starts in the background.
 
     Args:
-        function: of a module, called there with a `Channel`.
-        memory: bytes that it may take beyond what its imports need, where the system can bound that (POSIX).
+        function: of a module, called in the process with a `Channel`.
+        memory: bytes that it may allocate beyond the needs of its imports, where the system can limit that (Linux).
     """
 
     _is_late = False
@@ -44,15 +44,15 @@ class Child:
 
     def __init__(self, function: Callable[["Channel"], None], memory: int) -> None:
         words = {"path": sys.path, "module": function.__module__, "function": function.__name__, "memory": memory}
-        # threads of libraries and their heaps would take addresses that the bound counts
+        # library threads and their heaps would use up the limited address space
         single = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MALLOC_ARENA_MAX"), "1")
         self._process = subprocess.Popen(
-            # -P: no module of the working folder comes before the installed ones
+            # -P: keeps the working folder off sys.path
             [sys.executable, *_interpreter_flags(), "-P", "-c", _START, json.dumps(words)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, **single},
-            start_new_session=os.name == "posix",  # Ctrl-C is this process's alone
+            start_new_session=os.name == "posix",  # Ctrl-C reaches only the parent
         )
         assert self._process.stdin is not None and self._process.stdout is not None
         for pipe in (self._process.stdin, self._process.stdout):
@@ -61,12 +61,12 @@ class Child:
 
     @contextmanager
     def deadline(self, seconds: float) -> Iterator[None]:
-        """Kill the process after so many seconds, unless what is done here has ended by then.
+        """Kill the process after `seconds`, unless the block has ended by then.
 
-        The seconds count from when the process is ready, for which it has a minute.
+        The time counts from when the process is ready, which may take it up to a minute.
 
         Raises:
-            ChildEnded: the process has ended before it was ready.
+            ChildEnded: if the process ended before it was ready.
         """
         if not self._is_ready:
             with self._killed_after(_START_SECONDS):
@@ -77,31 +77,31 @@ class Child:
 
     @contextmanager
     def _killed_after(self, seconds: float) -> Iterator[None]:
-        timer = threading.Timer(seconds, self._end_late)  # no pipe has a deadline on all systems
+        timer = threading.Timer(seconds, self._end_late)  # pipes have no portable timeout
         timer.daemon = True
         timer.start()
         try:
             yield
         finally:
             timer.cancel()
-            timer.join()  # from here on `is_alive` says whether it was late
+            timer.join()  # from here on, `is_alive` shows whether it was killed
 
     def send(self, header: dict[str, Any], body: bytes = b"") -> None:
         """Send a message.
 
         Raises:
-            ChildEnded: the process has ended.
+            ChildEnded: if the process has ended.
         """
         try:
             self._channel.send(header, body)
-        except (OSError, ValueError):  # its pipes are broken, or closed
+        except (OSError, ValueError):  # its pipes are broken or closed
             raise self._ended() from None
 
     def receive(self) -> Message:
-        """Return the next message that comes.
+        """Return the next message.
 
         Raises:
-            ChildEnded: the process has ended.
+            ChildEnded: if the process has ended.
         """
         try:
             message = self._channel.receive()
@@ -113,16 +113,16 @@ class Child:
 
     @property
     def is_alive(self) -> bool:
-        """Whether the process has not ended."""
+        """True if the process has not ended."""
         return self._process.poll() is None
 
     def kill(self) -> None:
-        """End the process; it may have ended."""
+        """Kill the process; no-op if it has ended."""
         self._process.kill()
         self._process.wait()
 
     def close(self) -> None:
-        """End the process and release its pipes: who waits for an answer learns that it has ended."""
+        """Kill the process and close its pipes: pending reads and writes raise `ChildEnded`."""
         self.kill()
         for pipe in (self._process.stdin, self._process.stdout):
             with suppress(OSError):
@@ -138,7 +138,7 @@ class Child:
 
 
 class Channel:
-    """One end of a pair of pipes, over which messages go."""
+    """One end of a pair of pipes that carry messages."""
 
     def __init__(self, source: IO[bytes], target: IO[bytes]) -> None:
         self._source, self._target = source, target
@@ -147,7 +147,7 @@ class Channel:
         """Send a message.
 
         Raises:
-            OSError: nobody reads it.
+            OSError: if the other end is closed.
         """
         text = json.dumps(header).encode()
         self._target.write(len(text).to_bytes(8, "big") + len(body).to_bytes(8, "big") + text)
@@ -155,7 +155,7 @@ class Channel:
         self._target.flush()
 
     def receive(self) -> Message | None:
-        """Return the next message; None: the other side has ended."""
+        """Return the next message; None if the other side has ended."""
         sizes = self._source.read(16)
         lengths = int.from_bytes(sizes[:8], "big"), int.from_bytes(sizes[8:], "big")
         if len(sizes) < 16 or max(lengths) > _LONGEST:
@@ -171,13 +171,13 @@ class Channel:
 
 
 def run(function: Callable[[Channel], None], memory: int) -> None:
-    """Call a function in a process of `Child`, whose standard output is the channel's alone, within its memory."""
+    """Run a function in a process of `Child`, with limited memory and standard output reserved for the channel."""
     try:
         os.fstat(2)
     except OSError:  # the parent has closed its standard error, as some daemons do
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     channel = Channel(sys.stdin.buffer, os.fdopen(os.dup(1), "wb"))
-    os.dup2(2, 1)  # what a library prints is no message
+    os.dup2(2, 1)  # libraries that print must not corrupt the messages
     _bound_memory(memory)
     with suppress(BrokenPipeError):
         channel.send({"ready": True})
@@ -185,13 +185,13 @@ def run(function: Callable[[Channel], None], memory: int) -> None:
 
 
 def _interpreter_flags() -> list[str]:
-    """Return the flags that this interpreter was started with, such as -I and -X utf8."""
+    """Return the flags with which this interpreter was started, such as -I and -X utf8."""
     flags: list[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
     return flags
 
 
 def _enlarge(pipe: IO[bytes]) -> None:
-    """Let more bytes wait in a pipe, so that the processes switch less often, where the system can (Linux)."""
+    """Enlarge a pipe's buffer, where supported (Linux), so that the processes switch less often."""
     try:
         import fcntl
 
@@ -201,8 +201,8 @@ def _enlarge(pipe: IO[bytes]) -> None:
 
 
 def _bound_memory(more: int) -> None:
-    """Let allocations fail that take this process so many bytes beyond what it has."""
-    if sys.platform == "win32":  # the deadline alone holds, as on macOS
+    """Let allocations fail that exceed this process's current memory by more than `more` bytes."""
+    if sys.platform == "win32":  # only the deadline applies, as on macOS
         return
     import resource
 

@@ -1,4 +1,4 @@
-"""Control groups of Linux, versions 1 and 2: the folders that limit this process, and what they leave of a machine."""
+"""Linux control groups, versions 1 and 2: the CPU and memory limits of this process."""
 
 import math
 import sys
@@ -12,7 +12,7 @@ def group_folders(controller: str) -> Iterator[Path]:
     """Yield the folders of the groups that this process is in, each followed by those above it.
 
     Args:
-        controller: `cpu` or `memory`, by which version 1 sorts its groups.
+        controller: `cpu` or `memory`; version 1 has separate groups for each.
     """
     for line in read_text(PROC / "self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
@@ -23,7 +23,7 @@ def group_folders(controller: str) -> Iterator[Path]:
 
 
 def cpu_quota() -> float:
-    """Return how many processors this process may keep busy, as containers limit it; infinity without a limit."""
+    """Return the number of processors that container limits allow this process; infinity without a limit."""
     quota = math.inf
     for folder in group_folders("cpu"):
         numbers = read_text(folder / "cpu.max").split()  # of version 2: `200000 100000`, or `max 100000`
@@ -34,14 +34,14 @@ def cpu_quota() -> float:
 
 
 def memory_limit() -> int:
-    """Return the bytes that this process's groups may take, as containers limit them; the largest number without."""
+    """Return the bytes that container limits allow this process; the largest integer (sys.maxsize) without a limit."""
     files = (folder / name for folder in group_folders("memory") for name in ("memory.max", "memory.limit_in_bytes"))
     texts = [read_text(file).strip() for file in files]
     return min((int(text) for text in texts if text.isdecimal()), default=sys.maxsize)  # `max`: none
 
 
 def read_text(path: Path) -> str:
-    """Return what a file of the system holds, "" where there is none."""
+    """Return the content of a system file, "" if it cannot be read."""
     try:
         return path.read_text(encoding="utf-8")
     except OSError:

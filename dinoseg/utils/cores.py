@@ -1,4 +1,4 @@
-"""How many of the machine's processors are this process's, alone or as one of several ranks, and its memory."""
+"""Processors and memory that this process may use, alone or as one of several ranks."""
 
 import math
 import os
@@ -10,36 +10,36 @@ from typing import Any
 from dinoseg.utils.control_groups import cpu_quota, memory_limit
 from dinoseg.utils.errors import UserError
 
-_SPINS = "300"  # `benchmarks/busy.py` compares numbers
-_written: set[str] = set()  # values of OMP_NUM_THREADS that are not the user's
+_SPINS = "300"  # compared with others in `benchmarks/busy.py`
+_written: set[str] = set()  # values of OMP_NUM_THREADS that `keep_to_share` set
 _TOPOLOGY = Path("/sys/devices/system/cpu")
 
 
 def count_cores() -> int:
-    """Return how many processors this process may use, and may keep busy as a container limits it."""
+    """Return the number of processors that this process may use, within a container's CPU limit."""
     usable = len(_usable())
     return max(1, min(usable, math.ceil(min(cpu_quota(), usable))))
 
 
 def machine_memory() -> int:
-    """Return the machine's memory in bytes, or what a container leaves of it."""
+    """Return the machine's memory in bytes, or a container's limit if that is lower."""
     return min(_installed_memory(), memory_limit())
 
 
 def cores_here() -> int:
-    """Return how many processors are the ranks' of this machine: more than one may use, where each is bound to its own.
+    """Return the number of processors for all ranks of this machine, which may exceed this process's own.
 
-    Slurm says it of a step, whether its tasks are bound to them or not; elsewhere those that this process may use are
-    everybody's.
+    Slurm states it for a step, whether or not its tasks are bound to processors. Elsewhere the ranks share the
+    processors that this process may use.
     """
     return _slurm_cores() or count_cores()
 
 
 def ranks_here() -> int:
-    """Return how many ranks share this machine's cores; where nobody says it, all of them.
+    """Return the number of ranks that share this machine's cores: LOCAL_WORLD_SIZE, else WORLD_SIZE, else 1.
 
     Raises:
-        UserError: what says it is no number of ranks.
+        UserError: if the environment variable is no number of ranks.
     """
     for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"):
         if said := os.environ.get(name):
@@ -53,48 +53,48 @@ def ranks_here() -> int:
 
 
 def share_of_cores() -> int:
-    """Return how many processors are this rank's: an even share, one at least."""
+    """Return this rank's even share of the processors, at least one."""
     return _share(count_cores())
 
 
 def keep_to_share() -> None:
-    """Let torch start as many threads as cores are this rank's, where OMP_NUM_THREADS does not say how many.
+    """Limit torch's threads to this rank's share of the cores, unless OMP_NUM_THREADS is set.
 
-    Two threads of a core (hyper-threading) count as one. Ranks with the whole machine's threads each wait for one
-    another's processors: two on two cores took six times as long.
+    Two threads of a core (hyper-threading) count as one. If each rank starts threads for the whole machine, they wait
+    for one another's processors: two ranks on two cores took six times as long.
     """
-    if os.environ.get("OMP_NUM_THREADS"):  # torchrun writes 1
+    if os.environ.get("OMP_NUM_THREADS"):  # torchrun sets 1
         return
     usable = _usable()
     cores = len({_core_of(number) for number in usable})
-    # a quota is of time on any processors, and so on as many cores
+    # a quota limits time on any processors, so it may be spent on whole cores
     threads = min(share_of_cores(), max(1, _share(len(usable)) * cores // len(usable)))
     os.environ["OMP_NUM_THREADS"] = str(threads)
     _written.add(str(threads))
-    torch: Any = sys.modules.get("torch")  # which reads it once
+    torch: Any = sys.modules.get("torch")  # torch reads the variable only once
     if torch is not None:
         torch.set_num_threads(threads)
 
 
 def forget_share() -> None:
-    """Remove what `keep_to_share` wrote for this process: ranks that are started from here find shares of their own."""
+    """Unset the OMP_NUM_THREADS that `keep_to_share` wrote, so that ranks started from here find their own shares."""
     if os.environ.get("OMP_NUM_THREADS") in _written:
         del os.environ["OMP_NUM_THREADS"]
     _written.clear()
 
 
 def keep_to_quota() -> None:
-    """Let torch start as many threads as a container's limit lets run, where there is one that is below the machine."""
+    """Limit torch's threads to a container's CPU limit, if that is below the machine's processors."""
     if count_cores() < len(_usable()):
         keep_to_share()
 
 
 def limit_spinning() -> None:
-    """Let threads that wait for one another spin briefly before they sleep, unless the environment says how they wait.
+    """Let threads that wait for one another spin only briefly before they sleep, unless the environment configures it.
 
-    Without a limit they spin for milliseconds after each of a step's thousands of parallel loops, and take the
-    processor from the thread that they wait for where another process is busy. libgomp, which is torch's OpenMP on
-    Linux, reads this when torch is imported; processes that are started later inherit it.
+    Without a limit they spin for milliseconds after each of a step's thousands of parallel loops. If another process
+    is busy, they take the processor from the thread that they wait for. libgomp, torch's OpenMP on Linux, reads the
+    variable when torch is imported; processes started later inherit it.
     """
     if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
         os.environ["GOMP_SPINCOUNT"] = _SPINS
@@ -104,7 +104,7 @@ def _installed_memory() -> int:
     if sys.platform == "win32":
         try:
             import psutil
-        except ImportError:  # exported models run without it, on Windows within any memory
+        except ImportError:  # optional for exported models, which then have no memory limit on Windows
             return sys.maxsize
         return int(psutil.virtual_memory().total)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -126,7 +126,7 @@ def _usable() -> set[int]:
 
 
 def _core_of(processor: int) -> str:
-    """Return what names a processor's core: the processors that it has."""
+    """Return an identifier of a processor's core: the list of its hardware threads."""
     try:
         return (_TOPOLOGY / f"cpu{processor}" / "topology/thread_siblings_list").read_text()
     except OSError:

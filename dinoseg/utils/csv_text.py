@@ -1,4 +1,4 @@
-"""CSV that a spreadsheet opens: names from files and folders stay text and are never run as formulas."""
+"""CSV for spreadsheets: names from files and folders stay text and never run as formulas."""
 
 import csv
 import io
@@ -10,14 +10,14 @@ from typing import Any
 from dinoseg.utils.atomic import write_text
 from dinoseg.utils.wording import one_line, printable
 
-_FORMULA = re.compile('(^|;)(?=["\\s]*[=+\\-@\uff1d\uff0b\uff0d\uff20])')  # `;` ends cells in much of Europe
+_FORMULA = re.compile('(^|;)(?=["\\s]*[=+\\-@\uff1d\uff0b\uff0d\uff20])')  # `;` separates cells in much of Europe
 
 
 def write_csv(path: str | Path, rows: Iterable[Sequence[Any]]) -> None:
-    """Write rows of values to a CSV file, as `csv_cells` writes them.
+    """Write rows of values to a CSV file, converted by `csv_cells`.
 
     Raises:
-        OSError: the file cannot be written.
+        OSError: if the file cannot be written.
     """
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(map(csv_cells, rows))
@@ -25,14 +25,14 @@ def write_csv(path: str | Path, rows: Iterable[Sequence[Any]]) -> None:
 
 
 def write_csv_table(path: str | Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write the header `columns` and a line for each row; values of other keys are left out."""
+    """Write a header of `columns` and one line for each row; values of other keys are ignored."""
     write_csv(path, [columns, *([row.get(column) for column in columns] for row in rows)])
 
 
 def csv_cells(row: Iterable[Any]) -> list[Any]:
-    """Return the values of a row as cells: text that would be a formula begins with an apostrophe, None is empty.
+    """Convert the values of a row to cells: a text that would be a formula gets an apostrophe, None becomes empty.
 
-    Numbers stay numbers, written as text too. Control characters and those that turn text around are escaped.
+    Numbers stay numbers, even as text. Control characters and those that reverse the text direction are escaped.
     """
     return ["" if value is None else _as_text(value) if isinstance(value, str) else value for value in row]
 

@@ -1,4 +1,4 @@
-"""What accelerators (CUDA, MPS) have in common and a CPU lacks: queued work, and an allocator that caches."""
+"""Common features of accelerators (CUDA, MPS) that a CPU lacks: queued work, and a caching allocator."""
 
 from typing import Any
 
@@ -6,13 +6,13 @@ import torch
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until an accelerator has done the work queued so far; a CPU has none."""
+    """Wait until an accelerator has finished its queued work; no-op on a CPU."""
     if device.type != "cpu":
         torch.get_device_module(device).synchronize()
 
 
 def empty_cache(device: torch.device) -> None:
-    """Return memory that the allocator of an accelerator caches to the system."""
+    """Release the memory that an accelerator's allocator caches to the system; no-op on a CPU."""
     if device.type != "cpu":
         torch.get_device_module(device).empty_cache()
 

@@ -1,4 +1,4 @@
-"""What the user can mend: the one exception that means it, and what the system says of files, turned into it."""
+"""The exception for mistakes that the user can fix, and the translation of file-system errors into it."""
 
 import errno
 import shutil
@@ -8,8 +8,8 @@ from pathlib import Path
 
 from dinoseg.utils.wording import printable
 
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)  # `errno` of an OSError where making room and running again helps
-_REMEDIES = {  # of errors that files and disks cause; others, such as a network's, pass as they are
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)  # `errno` of an OSError where freeing space and running again helps
+_REMEDIES = {  # for errors of files and disks; others, such as a network's, pass unchanged
     (*DISK_FULL, errno.EFBIG): "Make room and run it again: what was whole before is untouched.",
     (errno.EACCES, errno.EPERM, errno.EROFS): "Let your user read and write there, or choose another folder.",
     (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ESTALE): "Check that path: another "
@@ -20,13 +20,14 @@ _REMEDIES = {  # of errors that files and disks cause; others, such as a network
 }
 
 
-_NO_HOME = "Could not determine home directory."  # as pathlib's expanduser says it
+_NO_HOME = "Could not determine home directory."  # message of pathlib's expanduser
 
 
 class UserError(Exception):
-    """A mistake in the input that the user can mend: shown as one message, without a traceback.
+    """A mistake in the input that the user can fix: shown as one message, without a traceback.
 
-    The message names the value, the rule it breaks and the remedy. Its text is `printable`, whatever a file is called.
+    The message names the value, the rule that it breaks and the remedy. Its text is `printable`, whatever a file is
+    called.
     """
 
     def __str__(self) -> str:
@@ -35,13 +36,13 @@ class UserError(Exception):
 
 @contextmanager
 def telling_file_errors(folder: Path) -> Iterator[None]:
-    """Turn what the system says of a file or a disk into a message; other errors pass as they are.
+    """Turn the system's errors about files and disks into messages; other errors pass unchanged.
 
     Args:
-        folder: the run's own, named where the system names no file.
+        folder: the run folder, named where the system names no file.
 
     Raises:
-        UserError: naming the file, what is wrong with it and the remedy.
+        UserError: if a file or disk fails; the message names the file, the problem and the remedy.
     """
     try:
         yield
@@ -63,6 +64,6 @@ def telling_file_errors(folder: Path) -> Iterator[None]:
 
 
 def free_space(path: Path) -> str:
-    """Return how much room the disk of a path has, in words; the path need not be there."""
+    """Return the free space on the disk of a path, in words; the path need not exist."""
     there = next((folder for folder in (path, *path.absolute().parents) if folder.exists()), Path("/"))
     return f"{shutil.disk_usage(there).free / 2**20:.0f} MiB are free"

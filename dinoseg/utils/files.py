@@ -1,4 +1,4 @@
-"""Folders searched for files: nothing that may not be read is left out; imports the standard library alone."""
+"""File search that raises on unreadable folders instead of skipping them. Imports only the standard library."""
 
 import glob
 import os
@@ -22,10 +22,10 @@ _KINDS = {
 
 
 def entries(folder: Path) -> list[Path]:
-    """Return what lies in a folder, in the order of the names, without what is hidden; nothing where there is none.
+    """Return the visible entries of a folder, sorted by name; an empty list if there is no folder.
 
     Raises:
-        UserError: the folder may not be read.
+        UserError: if the folder may not be read.
     """
     try:
         return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
@@ -36,16 +36,16 @@ def entries(folder: Path) -> list[Path]:
 
 
 def found(source: str | PathLike[str], kinds: Collection[str]) -> list[Path]:
-    """Return the files of some kinds directly in a folder, or those that a pattern matches: x2 before x10.
+    """Return the files with some suffixes in a folder or matched by a pattern, in natural order: x2 before x10.
 
-    What is hidden is left out.
+    Hidden files are left out.
 
     Args:
         source: a folder, or a pattern such as `a/**/*.png`; `~` is the user's home.
         kinds: suffixes in lower case, with their dot.
 
     Raises:
-        UserError: the folder may not be read.
+        UserError: if the folder may not be read.
     """
     path = Path(source).expanduser()
     paths = entries(path) if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))
@@ -54,32 +54,32 @@ def found(source: str | PathLike[str], kinds: Collection[str]) -> list[Path]:
 
 
 def is_pattern(source: str | PathLike[str]) -> bool:
-    """Return whether a text is a pattern of names, and not the very name of what is there."""
+    """Return whether a text is a glob pattern, and not the name of an existing file or folder."""
     return isinstance(source, str) and glob.has_magic(source) and not Path(source).expanduser().exists()
 
 
 def is_name(text: str) -> bool:
-    """Return whether a text names something in a folder itself, and nothing above or below it."""
+    """Return whether a text names an entry directly in a folder, without any folder above or below it."""
     separators = "/\\:\0" if sys.platform == "win32" else "/\0"
     return text not in ("", ".", "..") and not {*separators} & {*text}
 
 
 def check_regular(path: str | Path) -> None:
-    """Refuse what is no file but, say, a named pipe: reading one may wait for ever.
+    """Refuse a path that is no regular file: reading a named pipe, for example, may block forever.
 
     Raises:
-        UserError: it is none.
-        OSError: nothing is there, or it may not be looked at.
+        UserError: if it is no regular file.
+        OSError: if the file is missing or its status cannot be read.
     """
     _check_kind(path, os.stat(path))
 
 
 def open_regular(path: str | Path) -> BinaryIO:
-    """Open a file for reading, and check that what was opened is one: it may have been replaced since a check.
+    """Open a regular file for reading, and check the opened file again: it may have been replaced in between.
 
     Raises:
-        UserError: it is no file but, say, a pipe.
-        OSError: nothing is there, or it cannot be read.
+        UserError: if it is no regular file, but a pipe, for example.
+        OSError: if the file is missing or cannot be read.
     """
     check_regular(path)
     file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))
@@ -98,13 +98,12 @@ def _check_kind(path: str | Path, status: os.stat_result) -> None:
 
 
 def visible_files(top: Path) -> Iterator[tuple[Path, list[str]]]:
-    """Yield `top` and every folder below it, each with the names of its files in order; hidden ones are left out.
+    """Yield `top` and every folder below it, each with the sorted names of its files; hidden ones are left out.
 
-    Links to folders are followed, unless they lead into a folder that lies above them: its files would be found
-    again without end.
+    Links to folders are followed, unless they lead to a folder above them: its files would be found again and again.
 
     Raises:
-        UserError: a folder may not be read.
+        UserError: if a folder may not be read.
     """
     real_top = top.resolve()
     above = {str(top): frozenset(_identity(folder) for folder in (real_top, *real_top.parents))}
@@ -116,7 +115,7 @@ def visible_files(top: Path) -> Iterator[tuple[Path, list[str]]]:
             if not name.startswith(".") and (identity := _identity(path)) not in trail:
                 above[path] = trail | {identity}
                 followed.append(name)
-        folders[:] = followed  # what os.walk goes into
+        folders[:] = followed  # the folders that os.walk enters
         yield Path(parent), sorted(name for name in files if not name.startswith("."))
 
 

@@ -1,6 +1,6 @@
-"""What a program reads back from disk, held against the form in which it is written, before anything believes it.
+"""Validation of data that is read back from disk: each value is checked against the form in which it is written.
 
-A form is a function from a value, and the place where it stands, to nothing: it raises where the value is none.
+A form is a function of a value and its location in the data. It returns nothing, and raises for an invalid value.
 """
 
 import json
@@ -18,34 +18,34 @@ import numpy as np
 from dinoseg.utils.files import open_regular
 
 Form = Callable[[Any, str], None]
-_DEEPEST = 16  # of what is plain, whatever it means
+_DEEPEST = 16  # nesting levels of a `plain` value
 _LARGEST = 2**63 - 1
-_MOST_BYTES = 2**32  # of a JSON file; a sparse one may say that it has more than any memory
-_GREATEST = sys.float_info.max  # beyond it a whole number of JSON becomes no float
+_MOST_BYTES = 2**32  # of a JSON file; a sparse one may claim more than any memory
+_GREATEST = sys.float_info.max  # larger integers in JSON cannot become a float
 
 
 class Misshapen(ValueError):
-    """What was read has not the form in which it is written; says where, and what stands there."""
+    """Error for data that does not have the form in which it is written; names the location and the value."""
 
 
 def read_json(path: Path, form: Form) -> Any:
-    """Return what a JSON file holds, which has this form.
+    """Read a JSON file, and check it against a form.
 
     Raises:
-        OSError: the file is missing, or cannot be read.
-        UserError: it is no file but, say, a pipe.
-        Misshapen: it is no JSON, or of another form, or larger than 4 GiB.
+        OSError: if the file is missing or cannot be read.
+        UserError: if it is no regular file, but a pipe, for example.
+        Misshapen: if it is no JSON, of another form, or larger than 4 GiB.
     """
     return parse_json(read_regular(path, _MOST_BYTES), form)
 
 
 def read_regular(path: str | Path, most: int) -> bytes:
-    """Return the content of a file of `most` bytes at most.
+    """Return the content of a regular file of at most `most` bytes.
 
     Raises:
-        UserError: it is no file but, say, a pipe.
-        Misshapen: it is larger.
-        OSError: nothing is there, or it cannot be read.
+        UserError: if it is no regular file, but a pipe, for example.
+        Misshapen: if it is larger.
+        OSError: if the file is missing or cannot be read.
     """
     with open_regular(path) as file:
         if (size := os.fstat(file.fileno()).st_size) > most:
@@ -54,15 +54,16 @@ def read_regular(path: str | Path, most: int) -> bytes:
 
 
 def parse_json(text: str | bytes, form: Form, *, finite: bool = True) -> Any:
-    """Return what JSON text holds: finite numbers, each key once, all of this form.
+    """Parse JSON text with finite numbers and unique keys, and check it against a form.
 
     Args:
         text: of JSON.
-        form: that it must have.
-        finite: refuse numbers beyond any float here; else who uses them has to (much is read twice as fast).
+        form: the required form.
+        finite: refuse numbers beyond the range of floats; without it, parsing is twice as fast for long texts, and the
+            caller has to check them.
 
     Raises:
-        Misshapen: as above.
+        Misshapen: if the text is no such JSON, or of another form.
     """
     try:
         value = json.loads(
@@ -77,21 +78,21 @@ def parse_json(text: str | bytes, form: Form, *, finite: bool = True) -> Any:
 
 
 def as_read_back(value: Any) -> Any:
-    """Return a plain value as `parse_json` gives it back: tuples as lists, keys as text."""
+    """Return a plain value as `parse_json` returns it: tuples as lists, keys as text."""
     return json.loads(json.dumps(value))
 
 
 def read_arrays(path: Path, forms: Mapping[str, tuple[str, int]]) -> dict[str, np.ndarray]:
-    """Return the arrays of an NPZ file, written without compression.
+    """Read the arrays of an NPZ file that was written without compression.
 
     Args:
         path: the file.
         forms: name to type, such as `<f8`, and number of axes.
 
     Raises:
-        OSError: the file is missing, or cannot be read.
-        UserError: it is no file but, say, a pipe.
-        Misshapen: it is damaged, or an array is missing, of another type, or another size than it says.
+        OSError: if the file is missing or cannot be read.
+        UserError: if it is no regular file, but a pipe, for example.
+        Misshapen: if it is damaged, or an array is missing or not of the required type, axes and declared size.
     """
     with open_regular(path) as file:
         try:
@@ -99,12 +100,12 @@ def read_arrays(path: Path, forms: Mapping[str, tuple[str, int]]) -> dict[str, n
                 return {name: _array(archive, name, *form) for name, form in forms.items()}
         except Misshapen:
             raise
-        except Exception as error:  # a damaged archive raises whatever its bytes happen to mean
-            raise Misshapen(str(error)[:200] or type(error).__name__) from None  # it may quote the whole file
+        except Exception as error:  # a damaged archive raises many exception types
+            raise Misshapen(str(error)[:200] or type(error).__name__) from None  # the message may quote the whole file
 
 
 def whole(least: int = 0, most: int = _LARGEST) -> Form:
-    """Return the form of a whole number in a range."""
+    """Return the form of an integer in a range."""
 
     def check(value: Any, where: str) -> None:
         if type(value) is not int or not least <= value <= most:
@@ -124,22 +125,22 @@ def number(least: float = -_GREATEST, most: float = _GREATEST) -> Form:
 
 
 def text(value: Any, where: str) -> None:
-    """Form of text."""
+    """Check that a value is text."""
     if not isinstance(value, str):
         _refuse(value, where, "text")
 
 
 def flag(value: Any, where: str) -> None:
-    """Form of yes or no."""
+    """Check that a value is a boolean."""
     if type(value) is not bool:
         _refuse(value, where, "true or false")
 
 
 def nested(most: int) -> Form:
-    """Return the form of anything that is nested so deep at most."""
+    """Return the form of any value that is nested at most `most` levels deep."""
 
     def check(value: Any, where: str) -> None:
-        level: list[Any] = [value]  # by levels, since a function that calls itself ends where Python's stack does
+        level: list[Any] = [value]  # level by level: recursion would exceed Python's stack
         for _ in range(most):
             level = [inner for outer in level for inner in _values(outer)]
         if level:
@@ -149,17 +150,17 @@ def nested(most: int) -> Form:
 
 
 def plain(value: Any, where: str) -> None:
-    """Form of anything, a few levels deep."""
+    """Check that a value is nested only a few levels deep, whatever it holds."""
     nested(_DEEPEST)(value, where)
 
 
 def maybe(form: Form) -> Form:
-    """Return the form of null, or what another form says."""
+    """Return the form of null or a value of another form."""
     return lambda value, where: None if value is None else form(value, where)
 
 
 def listing(form: Form, length: int | None = None) -> Form:
-    """Return the form of a list, of so many or any number."""
+    """Return the form of a list of values of one form, with a given length or any."""
 
     def check(value: Any, where: str) -> None:
         if not isinstance(value, list) or length not in (None, len(value)):
@@ -171,7 +172,7 @@ def listing(form: Form, length: int | None = None) -> Form:
 
 
 def row(*forms: Form) -> Form:
-    """Return the form of a list with one form for each place."""
+    """Return the form of a list with one form for each position."""
 
     def check(value: Any, where: str) -> None:
         if not isinstance(value, list) or len(value) != len(forms):
@@ -183,7 +184,7 @@ def row(*forms: Form) -> Form:
 
 
 def table(form: Form, names: str = ".*") -> Form:
-    """Return the form of an object whose names match a regular expression, and whose values have one form."""
+    """Return the form of an object whose keys match a regular expression and whose values have one form."""
 
     def check(value: Any, where: str) -> None:
         if not isinstance(value, dict):
@@ -191,13 +192,13 @@ def table(form: Form, names: str = ".*") -> Form:
         for key, entry in value.items():
             if re.fullmatch(names, key, re.DOTALL) is None:
                 raise Misshapen(f"{where:.99} has an entry {key!r:.60}, which is none of its own")
-            form(entry, f"{where}.{key:.60}")  # each entry below repeats it
+            form(entry, f"{where}.{key:.60}")  # shortened: nested entries repeat it
 
     return check
 
 
 def record(**forms: Form) -> Form:
-    """Return the form of an object with these names, and no other."""
+    """Return the form of an object with exactly these keys."""
 
     def check(value: Any, where: str) -> None:
         if not isinstance(value, dict) or value.keys() != forms.keys():
@@ -208,7 +209,7 @@ def record(**forms: Form) -> Form:
 
 
 def some_of(**forms: Form) -> Form:
-    """Return the form of an object with some of these names, and no other."""
+    """Return the form of an object with some of these keys, and no other."""
 
     def check(value: Any, where: str) -> None:
         if not isinstance(value, dict) or not value.keys() <= forms.keys():
@@ -219,7 +220,7 @@ def some_of(**forms: Form) -> Form:
 
 
 def holding(**forms: Form) -> Form:
-    """Return the form of an object with these names, and any other."""
+    """Return the form of an object with at least these keys."""
 
     def check(value: Any, where: str) -> None:
         if not isinstance(value, dict) or not forms.keys() <= value.keys():
@@ -231,7 +232,7 @@ def holding(**forms: Form) -> Form:
 
 
 def fits(value: Any, form: Form) -> bool:
-    """Return whether a value has a form, where what is wrong with it is said otherwise."""
+    """Return whether a value has a form, for callers that report errors themselves."""
     try:
         form(value, "it")
     except Misshapen:
@@ -265,7 +266,7 @@ def _array(archive: zipfile.ZipFile, name: str, kind: str, axes: int) -> np.ndar
 
 def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     entries = dict(pairs)
-    if len(entries) < len(pairs):  # readers differ in which of the two counts
+    if len(entries) < len(pairs):  # parsers differ in which of the two wins
         raise Misshapen("a name stands twice in one object")
     return entries
 

@@ -1,4 +1,4 @@
-"""Reading and writing picture files, strictly: a truncated or foreign file is an error that names it."""
+"""Strict reading and writing of image files: a truncated or foreign file is an error that names it."""
 
 import functools
 import logging
@@ -20,16 +20,16 @@ from dinoseg.utils.atomic import whole_file
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import check_regular
 
-UNREAD_SUFFIXES = (  # of pictures that are not read; where one lies among images, it is reported
+UNREAD_SUFFIXES = (  # of unsupported image formats; such files among images are reported
     *(".gif", ".heic", ".heif", ".avif", ".jp2", ".j2k", ".jpx", ".jxl", ".jfif", ".jpe", ".tga", ".psd", ".svg"),
     *(".ppm", ".pgm", ".pbm", ".pnm", ".exr", ".hdr", ".dcm", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raw"),
 )
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
-FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")  # Pillow's names of those, whatever else it can read
+FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")  # Pillow's names of these formats; it could read others
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 _ORIENTATION = 0x0112  # EXIF and TIFF tag; 1 is upright
-_SWAPPED = (5, 6, 7, 8)  # its values that swap height and width
+_SWAPPED = (5, 6, 7, 8)  # values that swap height and width
 _TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -39,33 +39,33 @@ _TRANSPOSES = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_METADATA = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}  # keys of Pillow's info with an orientation
-_BITS = 258  # TIFF tag: of each sample
+_METADATA = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}  # info keys with a possible orientation
+_BITS = 258  # TIFF tag: bits per sample
 _SAMPLE_FORMAT, _SIGNED = 339, 2  # TIFF tag, and its value for signed integers
-_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # how such files begin
-_KEPT = ("1", "P", "I", "I;16", "I;16L", "I;16B")  # modes whose numbers Pillow gives as they are stored
-_KEPT_UNMARKED = ("L", "LA", "RGB", "RGBA", "RGBX")  # so they are with whole bytes
-_said: list[str | Path] = []  # the file of which it was said that it is scaled
+_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # signatures of TIFF files
+_KEPT = ("1", "P", "I", "I;16", "I;16L", "I;16B")  # modes in which Pillow returns the stored values
+_KEPT_UNMARKED = ("L", "LA", "RGB", "RGBA", "RGBX")  # the same, if packed in whole bytes
+_said: list[str | Path] = []  # the file that the warning about scaling named
 _NO_PICTURE = "is truncated or no picture: replace or remove it"
-_STRETCHED = {"2": 85, "4": 17}  # bits a pixel of grey files to what Pillow multiplies their numbers by
+_STRETCHED = {"2": 85, "4": 17}  # bits per pixel of grey files to Pillow's factor on their values
 
 
 def read_image(path: str | Path) -> np.ndarray:
-    """Return a picture as (H, W, 3) uint8 RGB, turned upright by the orientation in its header.
+    """Read an image as (H, W, 3) uint8 RGB, upright by the orientation in its header.
 
-    Grey ones of 16 bits are scaled from 0..65535 to 0..255, which is said once; those of 12 bits from 0..4095.
+    16-bit grey images are scaled from 0..65535 to 0..255, with one warning per process; 12-bit ones from 0..4095.
 
     Raises:
-        UserError: the file is missing, truncated, no picture, or holds other numbers than levels of 8 or 16 bits.
+        UserError: if the file is missing, truncated or no image, or holds other values than levels of 8 or 16 bits.
     """
     return np.asarray(_opened(path, functools.partial(_upright_rgb, path)))
 
 
 def as_rgb(image: Image.Image, name: str) -> np.ndarray:
-    """Return an opened picture as `read_image` gives a file's: (H, W, 3) uint8 RGB, upright, the first of its frames.
+    """Convert an opened image as `read_image` does: (H, W, 3) uint8 RGB, upright, only the first frame.
 
     Raises:
-        UserError: it is truncated, or holds other numbers than levels of 8 or 16 bits; `name` begins the message.
+        UserError: if it is truncated, or holds other values than levels of 8 or 16 bits; `name` begins the message.
     """
     try:
         return np.asarray(_upright_rgb(name, image))
@@ -76,40 +76,40 @@ def as_rgb(image: Image.Image, name: str) -> np.ndarray:
 
 
 def read_ids(path: str | Path) -> np.ndarray:
-    """Return a mask file's stored numbers: (H, W) for grey and palette files, (H, W, 3) for RGB ones.
+    """Read the stored values of a mask file: (H, W) for grey and palette files, (H, W, 3) for RGB ones.
 
-    A palette file gives its indices, not its colours; a file of one bit a pixel gives 0 and 1, one of two or four
-    bits 0 to 3 or 15; 16-bit files keep their values.
+    Palette files give their indices, not their colours. Files of 1, 2 or 4 bits per pixel give 0..1, 0..3 or 0..15;
+    16-bit files keep their values.
 
     Raises:
-        UserError: the file is missing, truncated, no picture, or of a kind whose numbers Pillow changes.
+        UserError: if the file is missing, truncated or no image, or Pillow would change its values.
     """
     return _opened(path, _stored_numbers)
 
 
 def read_size(path: str | Path) -> tuple[int, int]:
-    """Return height and width of a picture as `read_image` gives it, from its header.
+    """Return height and width of an image as `read_image` returns it, from its header.
 
     Raises:
-        UserError: the file is missing or no picture.
+        UserError: if the file is missing or no image.
     """
     return _opened(path, _upright_size)
 
 
 def is_turned(path: str | Path) -> bool:
-    """Return whether a picture is turned or mirrored as it is read, by the orientation in its header.
+    """Return whether `read_image` rotates or mirrors an image, by the orientation in its header.
 
     Raises:
-        UserError: the file is missing or no picture.
+        UserError: if the file is missing or no image.
     """
     return _opened(path, lambda image: read_orientation(image) != 1)
 
 
 def read_orientation(image: Image.Image) -> int:
-    """Return the orientation, 1 to 8 as EXIF numbers them, in the header of an image that is not loaded yet.
+    """Return the orientation (1 to 8, as in EXIF) in the header of an image that is not loaded yet.
 
-    It stands in EXIF or TIFF tags, else in XMP; damaged tags mean 1 (upright). PNG metadata behind the pixels are not
-    read: a reader of the header does not see them.
+    It is read from EXIF or TIFF tags, else from XMP; damaged tags mean 1 (upright). PNG metadata behind the pixels is
+    not read: a reader of the header does not see it.
     """
     if not isinstance(image, TiffImageFile) and not _METADATA & image.info.keys():
         return 1
@@ -122,18 +122,18 @@ def read_orientation(image: Image.Image) -> int:
 
 
 def has_one_bit(path: str | Path) -> bool:
-    """Return whether a picture is black and white: one bit a pixel, and no palette.
+    """Return whether an image is black and white: one bit per pixel, and no palette.
 
     Raises:
-        UserError: the file is missing or no picture.
+        UserError: if the file is missing or no image.
     """
     return _opened(path, lambda image: image.mode == "1")
 
 
 def write_png(path: str | Path, pixels: np.ndarray, *, note: tuple[str, str] | None = None) -> None:
-    """Write (H, W) or (H, W, 3) uint8 without loss; the file appears whole or not at all.
+    """Write (H, W) or (H, W, 3) uint8 as a lossless PNG; the file appears whole or not at all.
 
-    A note is a keyword and its text (PNG's tEXt), before the pixels.
+    `note`: a keyword and its text (PNG's tEXt), stored before the pixels.
     """
     info = PngInfo()
     if note is not None:
@@ -144,7 +144,7 @@ def write_png(path: str | Path, pixels: np.ndarray, *, note: tuple[str, str] | N
 
 def _upright_rgb(path: str | Path, image: Image.Image) -> Image.Image:
     check_cost(image)
-    # before the pixels are loaded; Pillow turns a TIFF itself when it loads one
+    # before loading; Pillow itself rotates a TIFF while it loads one
     orientation = 1 if isinstance(image, TiffImageFile) else read_orientation(image)
     image.load()
     if image.mode == "F":
@@ -152,7 +152,7 @@ def _upright_rgb(path: str | Path, image: Image.Image) -> Image.Image:
     upright = image.copy() if orientation == 1 else image.transpose(_TRANSPOSES[orientation])
     if image.mode.startswith("I"):
         upright = _eight_bits(path, upright, bits=12 if _bits(image) == (12,) else 16)
-    upright.info.pop("transparency", None)  # is left out; of a palette Pillow would warn
+    upright.info.pop("transparency", None)  # dropped: Pillow would warn about a palette's transparency
     return upright.convert("RGB")
 
 
@@ -162,13 +162,13 @@ def _eight_bits(path: str | Path, image: Image.Image, bits: int) -> Image.Image:
         raise Unfit(
             f"holds the numbers {levels.min()} to {levels.max()}, not levels of {bits} bits. Convert it to 8 bits"
         )
-    if bits == 16:  # fewer are rarely used in part
+    if bits == 16:  # 12-bit files mostly use their full range
         _say_scaled(path)
     return Image.fromarray(np.round(levels * (255 / white)).astype(np.uint8))
 
 
 def _bits(image: Image.Image) -> tuple[int, ...]:
-    """Return the bits of each of a TIFF file's samples."""
+    """Return the bits of each sample of a TIFF file."""
     return image.tag_v2.get(_BITS, ()) if isinstance(image, TiffImageFile) else ()
 
 
@@ -183,7 +183,7 @@ def _say_scaled(path: str | Path) -> None:
 
 
 def _stored_numbers(image: Image.Image) -> np.ndarray:
-    mark = _packing(image)  # before the pixels are read, when Pillow forgets it
+    mark = _packing(image)  # before loading, which discards it
     check_cost(image)
     image.load()
     if image.mode == "1":
@@ -198,10 +198,10 @@ def _stored_numbers(image: Image.Image) -> np.ndarray:
 
 
 def _packing(image: Image.Image) -> str:
-    """Return how pixels are packed, as Pillow marks it: `4` for four bits; empty for whole bytes.
+    """Return Pillow's mark of how pixels are packed: `4` for four bits, empty for whole bytes.
 
     Raises:
-        Unfit: ids that would be clipped, scaled or inverted.
+        Unfit: if Pillow would clip, scale or invert ids.
     """
     tiles = image.tile if isinstance(image, ImageFile) else []
     packed = tiles[0].args if tiles else ""
@@ -219,13 +219,13 @@ def _packing(image: Image.Image) -> str:
 def _upright_size(image: Image.Image) -> tuple[int, int]:
     swapped = read_orientation(image) in _SWAPPED
     if isinstance(image, TiffImageFile) and _ORIENTATION in image.tag_v2:
-        swapped = False  # Pillow has swapped the size already: by this tag, but not by XMP
+        swapped = False  # Pillow has already swapped the size by this tag, but would not by XMP
     return (image.width, image.height) if swapped else (image.height, image.width)
 
 
 def _opened(path: str | Path, take: Callable[[Image.Image], T]) -> T:
     path = Path(path)
-    cause: Exception | None = None  # the system's, by which a caller knows that the file itself may be good
+    cause: Exception | None = None  # a system error: the file itself may be intact
     try:
         check_regular(path)
         with Image.open(path, formats=FORMATS) as image:
@@ -257,25 +257,25 @@ def _opened(path: str | Path, take: Callable[[Image.Image], T]) -> T:
 
 
 MOST_SCANS = 32  # of a JPEG file: each is a pass over all pixels; progressive encoders write about ten
-MOST_BLOCK_PIXELS = 2**22  # of a TIFF tile that is larger than its image
-MOST_TILE_RATIO = 4  # of the pixels of a TIFF tile above that to those of its image
-_MOST_TAGS = 2**16  # of a TIFF file that are read
+MOST_BLOCK_PIXELS = 2**22  # always allowed in a TIFF tile, whatever the size of its image
+MOST_TILE_RATIO = 4  # largest ratio of a larger TIFF tile's pixels to its image's
+_MOST_TAGS = 2**16  # tags of a TIFF file that are read
 _SCAN, _END = 0xDA, 0xD9
-_MARKER = re.compile(rb"\xff+([^\x00\x01\xff\xd0-\xd8])", re.DOTALL)  # those with a length, and the end
+_MARKER = re.compile(rb"\xff+([^\x00\x01\xff\xd0-\xd8])", re.DOTALL)  # markers with a length, and the end
 _WIDTH, _HEIGHT, _SAMPLES, _ROWS, _TILE_WIDTH, _TILE_HEIGHT = 256, 257, 277, 278, 322, 323  # TIFF tags
 _OFFSETS = (273, 324)  # TIFF tags: of strips, of tiles
 _LAYOUT = (_WIDTH, _HEIGHT, _SAMPLES, _ROWS, _TILE_WIDTH, _TILE_HEIGHT, *_OFFSETS)
 
 
 class Unfit(Exception):
-    """An image that was opened, but is of no use; the text continues a sentence that begins with its name."""
+    """Error for an opened image that cannot be used; the text continues a sentence that begins with its name."""
 
 
 def check_cost(image: Image.Image) -> None:
-    """Refuse an opened image that costs far more time or memory to decode than its pixels do.
+    """Refuse an opened image that takes far more time or memory to decode than its size warrants.
 
     Raises:
-        Unfit: its file has too many scans, or blocks that are larger or more than its pixels need.
+        Unfit: if its file has too many scans, or larger or more blocks than its pixels need.
     """
     if not isinstance(image, ImageFile) or image.fp is None or image.fp.closed or not image.tile:
         return  # decoded already, or never a file
@@ -323,7 +323,7 @@ def _check_blocks(image: TiffImageFile) -> None:
 
 
 def _tag_numbers(image: TiffImageFile) -> list[int]:
-    """Return the numbers of all tags of a file's first image: libtiff heeds the first of two, Pillow the last."""
+    """Return all tag numbers of a TIFF's first image: of duplicates, libtiff uses the first, Pillow the last."""
     assert image.fp is not None and image.tag_v2.offset is not None
     order = "<" if image.tag_v2.prefix == b"II" else ">"
     image.fp.seek(2)

@@ -1,4 +1,4 @@
-"""SIGINT (Ctrl-C) and SIGTERM (`kill`, Slurm): both end what runs by one exception, and training at a whole step."""
+"""Handling of SIGINT (Ctrl-C) and SIGTERM (`kill`, Slurm) by one exception; training stops after a complete step."""
 
 import os
 import signal
@@ -10,13 +10,13 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_TWICE = 2.0  # seconds after which a signal is a second one: torchrun passes on what the terminal has sent to all
+_TWICE = 2.0  # seconds after which a signal is a second one: torchrun forwards those that the terminal sent to all
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal has asked this process to end; `again` if that was not the first time.
+    """Exception for a signal that ends this process; `again`: whether the signal was repeated.
 
-    `note` is what is left of the work, in words.
+    `note`: a description of the remaining work.
     """
 
     def __init__(self, number: int, *, again: bool = False, note: str = "") -> None:
@@ -26,17 +26,17 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Deferral:
-    """Whether a signal has asked to end, kept until the work is at a point where it can."""
+    """A stop request by signal, deferred until the work is at a point where it can stop."""
 
     def __init__(self, notice: str) -> None:
-        self.asked = 0  # number of the signal
+        self.asked = 0  # number of the signal; 0: none
         self._notice, self._since, self._waits = notice, 0.0, True
 
     def receive(self, number: int) -> None:
-        """Take a signal: the first waits until it is asked for, a second one ends everything.
+        """Handle a signal: the first is deferred, a second one ends everything.
 
         Raises:
-            Interrupted: where nothing is in its way, and at the second signal.
+            Interrupted: if signals are not deferred now, and on the second signal.
         """
         if self.asked:
             if time.monotonic() - self._since >= _TWICE:
@@ -46,10 +46,10 @@ class Deferral:
         if not self._waits:
             raise Interrupted(number)
         if self._notice:
-            os.write(2, f"\n{self._notice}\n".encode())  # print may be what was interrupted, and is not safe in here
+            os.write(2, f"\n{self._notice}\n".encode())  # print is not reentrant, and may have been interrupted
 
     def leave(self) -> None:
-        """End, though it may be another rank that was asked.
+        """End the work, even if the signal reached only another rank.
 
         Raises:
             Interrupted: always.
@@ -58,7 +58,7 @@ class Deferral:
 
     @contextmanager
     def at_once(self, allowed: bool) -> Iterator[None]:
-        """Let a signal end what is done in here, where that changes nothing that is kept."""
+        """Let a signal interrupt the block at once, if `allowed`: where that changes nothing that is saved."""
         self._waits = not allowed
         try:
             if self.asked and allowed:
@@ -70,7 +70,7 @@ class Deferral:
 
 @contextmanager
 def raised() -> Iterator[None]:
-    """Let each signal raise `Interrupted`, SIGTERM as well, so that what is half-written is removed."""
+    """Let each signal raise `Interrupted`, SIGTERM as well, so that partial files are removed."""
 
     def end(number: int) -> None:
         raise Interrupted(number)
@@ -81,10 +81,10 @@ def raised() -> Iterator[None]:
 
 @contextmanager
 def deferred(notice: str) -> Iterator[Deferral]:
-    """Keep a first signal until the work asks for it, or is done; say `notice` when it comes.
+    """Defer the first signal until the work checks for it or is done; print `notice` when it comes.
 
     Raises:
-        Interrupted: when a signal has come, in place of an error that it may have caused, such as the end of a worker.
+        Interrupted: if a signal has come, instead of an error that it may have caused, such as the end of a worker.
     """
     deferral = Deferral(notice)
     with _handled(deferral.receive):
@@ -100,7 +100,7 @@ def deferred(notice: str) -> Iterator[Deferral]:
 
 @contextmanager
 def ending_input() -> Iterator[Deferral]:
-    """Let a first signal be the end of an input that has none, and nothing be raised for it; a second ends all."""
+    """Let a first signal end an endless input without raising anything; a second one ends everything."""
     deferral = Deferral("Stopping: what came so far is being finished.")
     with _handled(deferral.receive):
         yield deferral
@@ -108,7 +108,7 @@ def ending_input() -> Iterator[Deferral]:
 
 @contextmanager
 def passed_on(processes: Sequence[int]) -> Iterator[None]:
-    """Pass a first signal on to processes by their numbers; a second one raises `Interrupted` here.
+    """Forward a first signal to processes by their numbers; a second one raises `Interrupted` here.
 
     On Windows, Ctrl-C reaches every process of the console by itself, and `os.kill` would end them at once.
     """
@@ -127,7 +127,7 @@ def passed_on(processes: Sequence[int]) -> Iterator[None]:
 
 @contextmanager
 def held(*numbers: int) -> Iterator[None]:
-    """Hold signals back until the block's end, here and in processes that start in it, until these let them through."""
+    """Block signals until the end of the block, also in processes that start in it, until these unblock them."""
     if sys.platform == "win32":
         yield
         return
@@ -144,9 +144,9 @@ def _handled(receive: Callable[[int], None]) -> Iterator[None]:
         receive(number)
 
     if threading.current_thread() is not threading.main_thread():
-        yield  # signals are the main thread's
+        yield  # only the main thread can handle signals
         return
-    # what is ignored, as under nohup, stays so; None: not Python's
+    # signals that are ignored, as under nohup, stay ignored; None: not handled by Python
     before = {number: signal.getsignal(number) for number in SIGNALS}
     taken = [number for number, former in before.items() if former not in (signal.SIG_IGN, None)]
     for number in taken:

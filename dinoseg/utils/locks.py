@@ -1,4 +1,4 @@
-"""Lock files: one process at a time, until it lets go or ends in whatever way."""
+"""Lock files: one process at a time holds a lock, until it releases it or ends in any way."""
 
 import contextlib
 import errno
@@ -14,26 +14,26 @@ from dinoseg.utils.atomic import open_no_link
 
 log = logging.getLogger(__name__)
 _POLL = 0.2  # seconds between two attempts to lock a file
-_PLACE = 2**30  # byte that is locked on Windows, beyond the log that others may read
+_PLACE = 2**30  # byte that is locked on Windows, beyond any content that others may read
 _held: set[IO[str]] = set()
 
 
 def acquire(path: Path, *, wait: bool = False) -> IO[str] | None:
-    """Lock a file, made if need be; return what `release` takes, None where another process has it.
+    """Lock a file, created if missing; return a handle for `release`, or None where another process holds the lock.
 
-    A process that is forked does not hold it, so a killed one's workers, which live on for a while, stand in nobody's
-    way. Where files cannot be locked at all, that is said, and the file counts as locked.
+    Forked processes do not inherit the lock, so workers that outlive a killed process do not block others. On file
+    systems without locks, a warning is logged and the file counts as locked.
 
     Args:
         path: of the lock file.
-        wait: for the other process, which is said, instead of returning None.
+        wait: wait for the other process, with a logged warning, instead of returning None.
 
     Raises:
-        OSError: the file cannot be written.
+        OSError: if the file cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
-        if path.exists() and not path.is_file():  # a pipe would be waited for
+        if path.exists() and not path.is_file():  # opening a pipe would block
             raise OSError(errno.EINVAL, "not a regular file", str(path))
         file = open(path, "a", encoding="utf-8", opener=open_no_link)
         if not _lock(file, path, wait):
@@ -43,21 +43,21 @@ def acquire(path: Path, *, wait: bool = False) -> IO[str] | None:
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 _held.add(file)
                 return file
-        file.close()  # whoever had it has removed the file
+        file.close()  # the previous holder has removed this file
 
 
 def release(file: IO[str]) -> None:
-    """Let others have a lock again."""
+    """Release a lock."""
     _held.discard(file)
     file.close()
 
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold a lock file, which is removed at the end; while another process has it, wait for that one.
+    """Hold a lock file during the block, waiting for its current holder; the file is removed at the end.
 
     Raises:
-        OSError: the file cannot be written.
+        OSError: if the file cannot be written.
     """
     file = acquire(path, wait=True)
     assert file is not None
@@ -75,7 +75,7 @@ def _lock(file: IO[str], path: Path, wait: bool) -> bool:
         try:
             _lock_at_once(file)
             return True
-        except (BlockingIOError, PermissionError):  # flock's and msvcrt's
+        except (BlockingIOError, PermissionError):  # of flock and of msvcrt
             if not wait:
                 return False
         except OSError as error:

@@ -1,4 +1,4 @@
-"""Half precision: where it pays, and where it is too coarse."""
+"""Precision of computation: the dtype to use on a device, and casts out of half precision."""
 
 import torch
 from torch import Tensor
@@ -10,13 +10,13 @@ _TENSOR_CORES = 7, 0  # compute capability from which float16 has them
 
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """Return what a precision (auto, bf16, fp16 or fp32) computes in on `device`.
+    """Return the dtype for a precision (auto, bf16, fp16 or fp32) on `device`.
 
     `auto` is bfloat16 where that is faster than float32, float16 on other CUDA devices with tensor cores (V100, T4),
     else float32.
 
     Raises:
-        UserError: the precision is unknown, or fp16 on a CPU.
+        UserError: if the precision is unknown, or fp16 on a CPU.
     """
     if precision not in ("auto", *NAMES.values()):
         raise UserError(f"engine.precision={precision} is unknown. Choose auto, {', '.join(NAMES.values())}.")
@@ -32,9 +32,9 @@ def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 
 def bfloat16_is_faster(device: torch.device) -> bool:
-    """Return whether `device` multiplies bfloat16 natively and faster than float32, so that autocast to it pays.
+    """Return whether `device` multiplies bfloat16 natively and faster than float32, so that autocast pays off.
 
-    Of processors, those with AMX do, and AMD's with AVX-512's bfloat16. Intel's that have this alone, as where a
+    Among CPUs, those with AMX do, and AMD's with AVX-512 bfloat16. Intel CPUs that have only the latter, as where a
     virtual machine hides AMX, take 1.5 to 1.8 times as long as in float32.
     """
     if device.type == "cuda":
@@ -46,10 +46,10 @@ def bfloat16_is_faster(device: torch.device) -> bool:
 
 
 def has_tf32(device: torch.device) -> bool:
-    """Return whether `device` multiplies float32 in TF32 on request: CUDA devices from Ampere on."""
+    """Return whether `device` supports TF32 for float32 products: CUDA devices from Ampere on."""
     return device.type == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
 
 
 def at_least_float32(values: Tensor) -> Tensor:
-    """Return half precision as float32, and all else as it is."""
+    """Cast half-precision tensors to float32, and return others unchanged."""
     return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values

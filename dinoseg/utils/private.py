@@ -1,4 +1,4 @@
-"""Folders whose content is read back without question: their owner has to be the user, and nobody else may write."""
+"""Permission check of folders that are trusted when read back: the user owns them, and no other user may write."""
 
 import os
 import stat
@@ -13,26 +13,27 @@ from dinoseg.utils.wording import printable
 
 _WRITABLE = stat.S_IWGRP | stat.S_IWOTH
 _ENTERABLE = stat.S_IXGRP | stat.S_IXOTH
-_LEVELS = 2  # below the folder, that are checked
+_LEVELS = 2  # levels below the folder that are checked
 
 
 def check_private(folder: Path, key: str) -> None:
-    """Refuse a folder that other users may write to; a group that has the user's own name holds nobody else.
+    """Refuse a folder that other users may write to.
 
-    A missing folder is created for its user alone where the umask would let others write to it. A folder that nobody
-    else can enter, by its own permissions or by those of a folder above it, is private whatever it holds. Where the
-    file system stores neither owners nor permissions (a mounted Windows disk), this is printed and the run continues.
+    A group with the user's own name and no other members is allowed. A missing folder is created with mode 700 where
+    the umask would let others write to it. A folder that other users cannot enter, by its own permissions or those of
+    a folder above it, is private whatever it holds. On file systems that store neither owners nor permissions (a
+    mounted Windows disk), a warning is printed and the run continues.
 
     Args:
         folder: root may own it, too.
         key: the config key that names it.
 
     Raises:
-        UserError: others may write to it or to an entry one or two levels below, naming the remedy.
+        UserError: if others may write to the folder or to an entry one or two levels below; the message gives a remedy.
     """
-    if sys.platform == "win32":  # permissions there are lists that Python does not read
+    if sys.platform == "win32":  # Windows has access control lists, which Python does not read
         return
-    with suppress(OSError):  # what cannot be made or read here fails where it is used, or is optional there
+    with suppress(OSError):  # an inaccessible folder fails where it is used, or is optional there
         if not folder.exists():
             if _umask() & _WRITABLE != _WRITABLE:
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -58,7 +59,7 @@ def check_private(folder: Path, key: str) -> None:
 
 
 def _is_shielded(folder: Path) -> bool:
-    """Return whether nobody else can enter a folder or one of those above it."""
+    """Return whether other users cannot enter a folder or one of those above it."""
     own = folder.resolve()
     trusted = _trusted(folder)
     return any(
@@ -67,7 +68,7 @@ def _is_shielded(folder: Path) -> bool:
 
 
 def _entries(folder: Path, levels: int) -> Iterator[Path]:
-    """Yield what so many levels below a folder hold; links are not followed."""
+    """Yield the entries down to `levels` levels below a folder, without following links."""
     try:
         paths = [Path(entry.path) for entry in os.scandir(folder)]
     except OSError:
@@ -80,13 +81,13 @@ def _entries(folder: Path, levels: int) -> Iterator[Path]:
 
 
 def _trusted(folder: Path) -> set[int]:
-    """Return the owners whose folder it may be; for root the owner of the project too, as in a container."""
+    """Return the user ids that may own a folder; for root also the owner of its parent folder, as in a container."""
     user = _user()
     return {0, user} if user else {0, folder.resolve().parent.stat().st_uid}
 
 
 def _writers(path: Path, trusted: set[int]) -> str:
-    """Return who beside this user and root may write to a path; "" for nobody."""
+    """Return who may write to a path, apart from this user and root; "" for no one."""
     try:
         owner = path.lstat().st_uid
         return f"user {_user_name(owner)}, who owns it," if owner not in trusted else _others(path, _WRITABLE)
@@ -95,7 +96,7 @@ def _writers(path: Path, trusted: set[int]) -> str:
 
 
 def _others(path: Path, rights: int) -> str:
-    """Return who beside the owner has one of these rights to a path; "" for nobody."""
+    """Return who has one of these rights to a path, apart from its owner; "" for no one."""
     status = path.lstat()
     if status.st_mode & rights & stat.S_IRWXO:
         return "every user of this machine"
@@ -109,7 +110,7 @@ def _others(path: Path, rights: int) -> str:
 
 
 def _has_list(path: Path) -> bool:
-    """Return whether an access control list of POSIX names further users or groups."""
+    """Return whether a POSIX access control list names further users or groups."""
     if sys.platform != "linux":
         return False
     try:
@@ -119,7 +120,7 @@ def _has_list(path: Path) -> bool:
 
 
 def _stores_permissions(folder: Path) -> bool:
-    """Return whether a file that is made in a folder has the owner and the permissions that it is made with."""
+    """Return whether a new file in a folder has the owner and the permissions with which it is created."""
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             status = os.fstat(file.fileno())
@@ -146,7 +147,7 @@ def _user_name(number: int) -> str:
 
 
 def _group(number: int) -> tuple[str, list[str]]:
-    """Return the name of a group and the users that are listed as its members."""
+    """Return the name of a group and its listed members."""
     if sys.platform == "win32":
         return str(number), []
     import grp

@@ -1,4 +1,4 @@
-"""What numbers a key takes, said in the signature of what uses them; `checks.check_given` holds values against it."""
+"""Value ranges of config keys, as annotations in the signatures that use them; `checks.check_given` enforces them."""
 
 import math
 from dataclasses import dataclass
@@ -7,13 +7,13 @@ from typing import Annotated
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers from `least` to `most`, in words as `rule`.
+    """The numbers from `least` to `most`, described by `rule`.
 
     Args:
         rule: what to give, such as "a number above 0".
         least: the smallest number.
-        most: the largest.
-        open_at: ends that are themselves no such number.
+        most: the largest number.
+        open_at: ends that are excluded.
     """
 
     rule: str
@@ -22,7 +22,7 @@ class Range:
     open_at: tuple[float, ...] = ()
 
     def __contains__(self, value: float) -> bool:
-        """Return whether a number is one of them."""
+        """Return whether a number lies in the range."""
         return self.least <= value <= self.most and value not in self.open_at
 
 

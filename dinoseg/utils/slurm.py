@@ -1,4 +1,4 @@
-"""Slurm's tasks as ranks: what srun says of a task, told as torchrun tells it."""
+"""Slurm tasks as ranks: srun's environment variables translated into torchrun's."""
 
 import os
 import re
@@ -7,16 +7,16 @@ from dinoseg.utils.errors import UserError
 
 _PORTS = range(20_000, 40_000)
 _MOST = 10**6  # tasks of a step
-_TASKS = "([1-9][0-9]{0,4})(?:[(]x([0-9]{1,5})[)])?"  # of a machine, or of several in a row
+_TASKS = "([1-9][0-9]{0,4})(?:[(]x([0-9]{1,5})[)])?"  # tasks of one machine, or of several in a row
 
 
 def join_slurm() -> None:
-    """Tell of Slurm's tasks as torchrun would, where `srun` has started several; the first one is MASTER_ADDR.
+    """Set torchrun's variables from Slurm's where `srun` has started several tasks; the first node is MASTER_ADDR.
 
-    In an sbatch script's own shell there are no tasks: the variables of a step are srun's.
+    In an sbatch script's own shell there are no tasks: only srun sets the variables of a step.
 
     Raises:
-        UserError: a variable of the task is missing, or is not what Slurm writes there.
+        UserError: if a variable of the task is missing or malformed.
     """
     own = os.environ
     if "WORLD_SIZE" in own:
@@ -29,13 +29,13 @@ def join_slurm() -> None:
     if "MASTER_ADDR" not in own:
         own["MASTER_ADDR"] = _first_node()
     if "MASTER_PORT" not in own:
-        number = _of_slurm("SLURM_JOB_ID") * 7 + _of_slurm("SLURM_STEP_ID")  # steps of a job may run at once
+        number = _of_slurm("SLURM_JOB_ID") * 7 + _of_slurm("SLURM_STEP_ID")  # steps of a job may run at the same time
         own["MASTER_PORT"] = str(_PORTS[number % len(_PORTS)])
     own |= {"RANK": str(rank), "LOCAL_RANK": str(local), "WORLD_SIZE": str(tasks), "LOCAL_WORLD_SIZE": str(here)}
 
 
 def _of_slurm(name: str, *, least: int = 0, most: int = 2**32, default: str | None = None) -> int:
-    """Return the whole number that a variable of a task holds."""
+    """Return the integer in a variable of a task."""
     text = os.environ.get(name, default)
     if text is None or not re.fullmatch("[0-9]{1,10}", text) or not least <= int(text) <= most:
         raise _not_of_task(name, f"must be a whole number from {least} to {most}")
@@ -43,10 +43,10 @@ def _of_slurm(name: str, *, least: int = 0, most: int = 2**32, default: str | No
 
 
 def _tasks_here(tasks: int) -> int:
-    """Return how many of the step's tasks are on this machine; all of them, where srun does not say it."""
+    """Return the number of the step's tasks on this machine; of all tasks, where srun does not state it."""
     text, node = os.environ.get("SLURM_STEP_TASKS_PER_NODE", ""), os.environ.get("SLURM_NODEID", "")
     if re.fullmatch(f"{_TASKS}(,{_TASKS})*", text) and re.fullmatch("[0-9]{1,6}", node):
-        machines = 0  # whose tasks were read
+        machines = 0  # machines read so far
         for count, times in re.findall(_TASKS, text):
             machines += int(times or 1)
             if int(node) < machines:
@@ -56,7 +56,7 @@ def _tasks_here(tasks: int) -> int:
 
 def _first_node() -> str:
     """Return the name of the step's first machine."""
-    # each bracket of a list such as gpu[03-04,7],n1 stands for its first number
+    # replace each bracket of a list such as gpu[03-04,7],n1 by its first number
     first = re.match(r"(?:[^,\[]|\[[^]]*\])*", os.environ.get("SLURM_STEP_NODELIST", ""))
     host = re.sub(r"\[([^],-]*)[^]]*\]", r"\1", first[0] if first else "")
     if not re.fullmatch(r"\w[\w.-]*", host):

@@ -1,4 +1,4 @@
-"""By what a file that has not changed is known again; imports the standard library alone."""
+"""Stamps that show whether a file has changed. Imports only the standard library."""
 
 import os
 from typing import Protocol
@@ -7,7 +7,7 @@ Stamp = tuple[int, int, int, int]
 
 
 class HasStatus(Protocol):
-    """A path, or anything else that lies in a file."""
+    """A path, or another object with the status of a file."""
 
     def stat(self) -> os.stat_result:
         """Return the file's status."""
@@ -15,9 +15,9 @@ class HasStatus(Protocol):
 
 
 def stamp(file: HasStatus) -> Stamp | None:
-    """Return size, time of content, time of status and number of a file; None where there is none.
+    """Return size, modification time, status-change time and inode of a file; None if it does not exist.
 
-    Size and time of content are alike where files were unpacked or copied with their times; the other two are not.
+    Size and modification time are equal for files that were unpacked or copied with their times; the other two are not.
     """
     try:
         status = file.stat()

@@ -1,4 +1,4 @@
-"""Files of tensors: those that others publish, read without running anything in them, and those that we write."""
+"""Tensor files: published ones, read without running code from them, and our own."""
 
 import argparse
 import os
@@ -17,27 +17,27 @@ from dinoseg.utils.atomic import scratch_folder, sync_to_disk
 from dinoseg.utils.errors import UserError, free_space
 from dinoseg.utils.wording import count_of, shown
 
-_TYPES = {  # of a safetensors header
+_TYPES = {  # names in a safetensors header
     **{"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64, "BOOL": torch.bool},
     **{"I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64, "U8": torch.uint8},
     **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
 }
-_LONGEST = 2**63 - 1  # of a tensor's sides
-_EXACT = (torch.int16, torch.int32, torch.int64)  # of counters, which no quantisation gives
+_LONGEST = 2**63 - 1  # largest side of a tensor
+_EXACT = (torch.int16, torch.int32, torch.int64)  # types of counters, not of quantised weights
 _WEIGHTS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _QUANTISED = (torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2)
-PICKLED = (".pth", ".pt", ".bin")  # PyTorch's own format; other files are taken for safetensors
+PICKLED = (".pth", ".pt", ".bin")  # PyTorch's own format; other files are read as safetensors
 
 
 def read_tensor_file(path: Path, key: str) -> Mapping[str, Any]:
-    """Return what a safetensors file or a PyTorch checkpoint holds by name; of the latter's pickle nothing is run.
+    """Read a safetensors file or a PyTorch checkpoint, by name; pickled code is never run.
 
     Args:
-        path: ends with .pth, .pt or .bin if it is PyTorch's; tensors of such a file are mapped, not copied.
+        path: a suffix .pth, .pt or .bin marks PyTorch's format, whose tensors are memory-mapped instead of copied.
         key: the config key that names the file, for errors.
 
     Raises:
-        UserError: no such file, a broken one, or one that holds objects which only code could make.
+        UserError: if the file is missing or broken, or holds objects that only code can create.
     """
     check_file(path, key)
     content = _read_pickled(path, key) if path.suffix in PICKLED else _read_safetensors(path, key)
@@ -50,13 +50,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: dict[str, s
     """Write a safetensors file under a temporary name, flush it to the disk, then rename it.
 
     Raises:
-        UserError: it cannot be written (a full disk, no permission); an older file of that name stays as it was.
+        UserError: if it cannot be written (full disk, no permission); an older file of that name stays as it was.
     """
     try:
-        with scratch_folder(path.parent, path.name) as folder:  # safetensors gives its file a name by chance
+        with scratch_folder(path.parent, path.name) as folder:  # safetensors writes under a random name
             part = folder / path.name
             save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, part, header)
-            part.chmod(0o644)  # safetensors leaves it to the owner alone: a run folder is for the group to read
+            part.chmod(0o644)  # safetensors restricts the file to its owner, but a run folder is readable by the group
             sync_to_disk(part)
             os.replace(part, path)
     except (OSError, SafetensorError) as error:
@@ -67,10 +67,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: dict[str, s
 
 
 def meta_tensor(file: Any, key: str) -> Tensor:
-    """Return the shape and type of a tensor of an open safetensors file, on the meta device; its values stay unread.
+    """Return the shape and type of a tensor in an open safetensors file, on the meta device; no values are read.
 
     Raises:
-        SafetensorError: its type is none of weights, such as F4, or a side is beyond what a tensor can have.
+        SafetensorError: if its type is unsupported, such as F4, or a side exceeds the limit of a tensor.
     """
     part = file.get_slice(key)
     if (kind := part.get_dtype()) not in _TYPES:
@@ -82,7 +82,7 @@ def meta_tensor(file: Any, key: str) -> Tensor:
 
 
 def outline(path: Path) -> dict[str, Tensor]:
-    """Return the shapes and types of the tensors in a sound safetensors file, on the meta device.
+    """Return the shapes and types of the tensors in a valid safetensors file, on the meta device.
 
     Raises:
         SafetensorError: as `meta_tensor`.
@@ -92,8 +92,8 @@ def outline(path: Path) -> dict[str, Tensor]:
 
 
 def is_finite(value: Tensor) -> bool:
-    """Return whether a tensor holds neither NaN nor infinity, in one pass that makes no copy of it."""
-    return not value.numel() or all(bool(torch.isfinite(end)) for end in torch.aminmax(value))  # which propagates NaN
+    """Return whether a tensor is free of NaN and infinity, in one pass without a copy."""
+    return not value.numel() or all(bool(torch.isfinite(end)) for end in torch.aminmax(value))  # aminmax propagates NaN
 
 
 def check_weights(tensors: Mapping[str, Tensor], where: str, expected: Mapping[str, Tensor] | None = None) -> None:
@@ -102,11 +102,11 @@ def check_weights(tensors: Mapping[str, Tensor], where: str, expected: Mapping[s
     Args:
         tensors: by name.
         where: config key and file, which begin the message.
-        expected: the model's own tensors, whose shapes these must have; those that are not floating-point, such as
-            counters, need values that their type holds. Tensors that it lacks are not checked.
+        expected: the model's own tensors, which determine the required shapes. Tensors that are not floating-point,
+            such as counters, need values that their type can represent. Tensors missing here are not checked.
 
     Raises:
-        UserError: naming the first such tensor, and how many there are.
+        UserError: if any tensor is invalid; the message names the first one and the number of others.
     """
     known = tensors if expected is None else {name: value for name, value in tensors.items() if name in expected}
     wrong = {}
@@ -129,7 +129,7 @@ def check_weights(tensors: Mapping[str, Tensor], where: str, expected: Mapping[s
 
 
 def check_unquantised(tensors: Mapping[str, Tensor], where: str) -> None:
-    """Refuse tensors of one byte per value (int8, float8), whatever they are.
+    """Refuse tensors of one byte per value (int8, float8), whatever their role.
 
     Raises:
         UserError: as `check_weights`.
@@ -138,7 +138,7 @@ def check_unquantised(tensors: Mapping[str, Tensor], where: str) -> None:
 
 
 def _casts_exactly(value: Tensor, dtype: torch.dtype) -> bool:
-    """Return whether a tensor that is not quantised has values that another type holds, as far as they are known."""
+    """Return whether an unquantised tensor casts to `dtype` without changing its values; those on meta are unknown."""
     exact = value.dtype in (*_WEIGHTS, *_EXACT)
     return exact and (value.is_meta or torch.equal(value.to(dtype).to(value.dtype), value))
 
@@ -147,7 +147,7 @@ def check_file(path: Path, key: str) -> None:
     """Refuse a path that is no file.
 
     Raises:
-        UserError: naming `key`, the config key that says the path.
+        UserError: if there is no file; the message names `key`, the config key of the path.
     """
     if not path.is_file():
         raise UserError(f"{key}={path}: no such file. Check the path.")
@@ -156,7 +156,7 @@ def check_file(path: Path, key: str) -> None:
 def _read_safetensors(path: Path, key: str) -> Any:
     try:
         return load_file(path)
-    except (SafetensorError, OSError, TypeError) as error:  # the last where a side is beyond 64 bits
+    except (SafetensorError, OSError, TypeError) as error:  # TypeError: a side beyond 64 bits
         raise UserError(
             f"{key}={path}: not a readable safetensors file ({error}). Download or export it again."
         ) from error
@@ -164,10 +164,10 @@ def _read_safetensors(path: Path, key: str) -> Any:
 
 def _read_pickled(path: Path, key: str) -> Any:
     try:
-        # DINO's full checkpoints keep their command line in a Namespace, which does nothing when it is made
+        # DINO's full checkpoints store their command line in a Namespace, which is harmless to construct
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # a broken file raises whatever its bytes happen to mean
+    except Exception as error:  # a broken file raises many exception types
         foreign = re.search(r"GLOBAL (\S+)", str(error))
         if foreign:
             raise UserError(

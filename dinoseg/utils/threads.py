@@ -1,4 +1,4 @@
-"""Work on one image spread over the processor's threads, each of which works alone."""
+"""Work on one image, distributed over CPU threads that each compute alone."""
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,10 +10,10 @@ import torch
 
 @contextmanager
 def threads(device: torch.device) -> Iterator[Callable[..., Iterator[Any]]]:
-    """Give a `map` whose calls share the CPU's threads; for another device it is Python's own.
+    """Yield a `map` whose calls share the CPU's threads; for another device it is Python's own.
 
-    For operations that are too short to be shared themselves: on a loaded machine threads wait for one another at the
-    end of each.
+    It is for operations too short to run in parallel themselves. On a loaded machine, their threads would wait for one
+    another at the end of each operation.
     """
     count = torch.get_num_threads()
     if device.type != "cpu" or count == 1:
@@ -21,7 +21,7 @@ def threads(device: torch.device) -> Iterator[Callable[..., Iterator[Any]]]:
         return
     try:
         with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            torch.set_num_threads(1)  # here too: what this thread shared would wait for those that are at work
+            torch.set_num_threads(1)  # here too: parallel operations of this thread would wait for the busy workers
             yield pool.map
     finally:
-        torch.set_num_threads(count)  # to threads to come, the last call in any thread counts
+        torch.set_num_threads(count)  # new threads use the value last set in any thread

@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a tensor of the host to `device`, on CUDA without waiting for the copy.
+    """Copy a host tensor to `device`, on CUDA without waiting for the copy.
 
     Only CUDA copies asynchronously, and only from pinned memory: a tensor that is not pinned yet (loaders pin their
     batches ahead) is pinned here. MPS would read host memory later, which may have been reused by then.

@@ -1,7 +1,7 @@
-"""Finished units of work: a note, written last, says what each was made from; it is taken over, made anew, or refused.
+"""Finished units of work: a note, written last, records the inputs of each; a unit is reused, made again, or refused.
 
-A unit is a video's masks, its frames or pseudo-labels, a packed data set, a count. "Unit" and not "cache": most are
-results, of which nothing may be mixed with what was made otherwise.
+A unit is a video's masks, its frames or pseudo-labels, a packed data set, a count. It is a "unit" and not a "cache"
+because most are results, which must not be mixed with results made otherwise.
 """
 
 import logging
@@ -23,16 +23,16 @@ def finished(
     damaged: str = "",
     unfit: str = "",
 ) -> T | None:
-    """Return what the note of a unit says where the unit is taken over, None where it is to be made.
+    """Return the content of a unit's note if the unit can be reused, None if it has to be made.
 
-    One without a note was never finished, which needs no word: the note is written last, and at once.
+    A unit without a note was never finished and needs no warning: the note is written last, and atomically.
 
     Args:
         note: the file.
-        read: gives what it says, held against its form.
-        fits: whether the unit is whole, and made from what it would be made from now.
-        damaged: warning of a unit that cannot be read, with `%s` for the note and `%s` for the reason; empty: none.
-        unfit: warning of a unit that does not fit; empty: none.
+        read: returns the validated content of the note.
+        fits: whether the unit is complete and was made from the current inputs.
+        damaged: warning about a note that cannot be read, with `%s` for the note and `%s` for the reason; empty: none.
+        unfit: warning about a unit that does not fit; empty: none.
     """
     try:
         content = read(note)

@@ -1,4 +1,4 @@
-"""Work spread over processes: one way to start, feed and end them; imports the standard library alone."""
+"""Worker processes: one way to start, feed and end them. Imports only the standard library."""
 
 import multiprocessing
 import os
@@ -21,8 +21,8 @@ T = TypeVar("T")
 R = TypeVar("R")
 E = TypeVar("E", bound=Exception)
 _ENDING = 10.0  # seconds
-_MOST_WORKERS = 61 if sys.platform == "win32" else 2**20  # Windows waits for so many processes at once
-_AHEAD = 4  # items per process that are under way or wait to be taken: bounds memory
+_MOST_WORKERS = 61 if sys.platform == "win32" else 2**20  # Windows cannot wait for more processes at once
+_AHEAD = 4  # unfinished or unconsumed items per process: bounds memory
 ErrorTypes = type[Exception] | tuple[type[Exception], ...]
 _task: tuple[Callable[[Any], Any], ErrorTypes]  # of a worker process: sent once, not with every item
 
@@ -37,28 +37,28 @@ def in_processes(
     in_order: bool = True,
     start: Callable[[], None] | None = None,
 ) -> Generator[tuple[T, R | E], None, None]:
-    """Yield each item with what `work` makes of it, a few items ahead of the one who takes them.
+    """Yield each item with its result of `work`, computed a few items ahead of the consumer.
 
-    Processes are spawned; they end with this generator, whether it is used up, closed or interrupted, and when this
-    process is killed. `work` and `start` have to be picklable: functions of a module, or partials of them.
+    Processes are spawned. They end when this generator is exhausted, closed or interrupted, and when this process is
+    killed. `work` and `start` have to be picklable: module-level functions, or partials of them.
 
     Args:
-        work: from an item to its result.
+        work: maps an item to its result.
         items: what to work on.
-        workers: processes; at most one, or a single item: all is done in this process.
-        remedy: what the user can do when a process was killed, such as for want of memory.
-        catch: errors that are yielded in place of the result; any other is raised when its item is due.
-        in_order: of the items; else as they are finished.
+        workers: number of processes; with at most one, or a single item, all work runs in this process.
+        remedy: advice to the user in case a process was killed, for example for lack of memory.
+        catch: exceptions that are yielded instead of the result; others are raised when their item is due.
+        in_order: yield in the order of the items, else in the order of completion.
         start: called first in each new process, never in this one.
 
     Raises:
-        UserError: a process was killed.
+        UserError: if a process was killed.
     """
     workers = min(workers, len(items), _MOST_WORKERS)
     if workers <= 1:
         yield from ((item, _attempt(work, catch, item)) for item in items)
         return
-    # spawn: a bar's thread is running, and a fork beside a thread can stand still for ever
+    # spawn: a progress bar's thread is running, and forking next to a thread can deadlock
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, context, _start_worker, (work, catch, start))
     todo = iter(items)
@@ -82,24 +82,25 @@ def in_processes(
 
 
 def in_own_process(work: Callable[[T], R], item: T, *, timeout: float | None = None) -> R | None:
-    """Return what `work` makes of an item in a new process, whose memory is its own; None: that was killed.
+    """Run `work` on an item in a new process with its own memory, and return its result; None if it was killed.
 
-    The process ends when this is interrupted, and when this process is killed; Ctrl-C reaches this one alone, which
-    else would find what the other one says of it beside its own message.
+    The process ends when this one is interrupted or killed. Ctrl-C reaches only this one; otherwise the child would
+    print its own traceback next to this one's message.
 
     Args:
-        work: from the item to the result.
+        work: maps the item to the result.
         item: what to work on.
         timeout: seconds after which the process is killed; None: never.
 
     Raises:
-        UserError: of `work`. Of any other error it tells the traceback before this raises a RuntimeError.
-        TimeoutError: it took longer than `timeout`.
+        UserError: if `work` raises it.
+        RuntimeError: if `work` raises any other error, whose traceback is printed before.
+        TimeoutError: if it takes longer than `timeout`.
     """
     context = multiprocessing.get_context("spawn")
     receiving, sending = context.Pipe(duplex=False)
     process = context.Process(target=_answer, args=(work, item, sending))
-    resource_tracker.ensure_running()  # its start would let signals through
+    resource_tracker.ensure_running()  # starting it later would unblock signals
     try:
         with held(signal.SIGINT):
             process.start()
@@ -107,7 +108,7 @@ def in_own_process(work: Callable[[T], R], item: T, *, timeout: float | None = N
         if not receiving.poll(timeout):
             raise TimeoutError
         result = receiving.recv()
-        process.join(_ENDING)  # it ends its own processes
+        process.join(_ENDING)  # time to end its own processes
     except EOFError:
         process.join()
         if process.exitcode == 1:
@@ -133,10 +134,10 @@ def _answer(work: Callable[[Any], Any], item: Any, sending: Connection) -> None:
 
 @contextmanager
 def telling_killed_loaders() -> Iterator[None]:
-    """Turn what torch says, wherever that is, when a loading process was killed into a message; other errors pass.
+    """Turn torch's error about a killed loading process, wherever it is raised, into a message; other errors pass.
 
     Raises:
-        UserError: naming the process.
+        UserError: if a loading process was killed; the message names it.
     """
     try:
         yield
@@ -147,7 +148,7 @@ def telling_killed_loaders() -> Iterator[None]:
 
 
 def killed_loader(error: Exception) -> UserError:
-    """Return the message that a loading process was killed, as an error says."""
+    """Return the error message for a killed loading process, which quotes `error`."""
     return UserError(
         f"A process that loads data was killed, most likely for want of memory ({error}). Free some, or let fewer "
         "load (engine.workers=1; 0: none beside this one), and run it again: a training goes on with resume=auto."
@@ -170,7 +171,7 @@ def _start_worker(work: Callable[[Any], Any], catch: ErrorTypes, start: Callable
 
 
 def end_with_parent() -> None:
-    """End this process when its parent is killed: it would wait for work for ever."""
+    """End this process when its parent is killed: it would wait for work forever."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

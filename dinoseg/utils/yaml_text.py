@@ -1,4 +1,4 @@
-"""YAML that others wrote: read in bounded time and memory, plain values alone."""
+"""Reading of untrusted YAML: bounded time and memory, plain values only."""
 
 from collections import Counter
 from pathlib import Path
@@ -8,17 +8,17 @@ import yaml
 
 from dinoseg.utils.forms import Misshapen, read_regular
 
-_DEEPEST = 32  # levels
-_LARGEST = 2**63 - 1  # of a whole number; one of thousands of digits ends whoever prints it
+_DEEPEST = 32  # nesting levels
+_LARGEST = 2**63 - 1  # largest integer; printing one of thousands of digits raises
 
 
 def read_yaml(path: Path, most: int) -> Any:
-    """Return what a YAML file of `most` bytes at most holds.
+    """Read the plain values in a YAML file of at most `most` bytes.
 
     Raises:
-        OSError: the file is missing, or cannot be read.
-        UserError: it is no file but, say, a pipe.
-        Misshapen: it is larger, or as `parse_yaml`.
+        OSError: if the file is missing or cannot be read.
+        UserError: if it is no regular file, but a pipe, for example.
+        Misshapen: if it is larger, or as `parse_yaml`.
     """
     try:
         return parse_yaml(read_regular(path, most).decode("utf-8-sig"))
@@ -27,10 +27,10 @@ def read_yaml(path: Path, most: int) -> Any:
 
 
 def parse_yaml(text: str) -> Any:
-    """Return the plain values that YAML text holds: no aliases, no tags, each key once; a date is text, as in Hydra.
+    """Parse YAML text into plain values: no aliases, no tags, unique keys; dates stay text, as in Hydra.
 
     Raises:
-        Misshapen: it is no YAML, or holds something else.
+        Misshapen: if it is no YAML, or holds anything else.
     """
     try:
         return yaml.load(text, _Loader)
@@ -48,9 +48,9 @@ class _Loader(yaml.SafeLoader):
     _depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.events.AliasEvent):  # ten lines of them stand for more than any memory holds
+        if self.check_event(yaml.events.AliasEvent):  # ten lines of them can expand beyond any memory
             raise Misshapen("it has an alias (*name): write the value out")
-        if (tag := getattr(self.peek_event(), "tag", None)) is not None:  # constructors of tags raise anything
+        if (tag := getattr(self.peek_event(), "tag", None)) is not None:  # tag constructors may raise anything
             raise Misshapen(f"it has the tag {tag!r:.60}: write the value without it")
         self._depth += 1
         if self._depth > _DEEPEST:

@@ -1,4 +1,4 @@
-"""What a run has left of its data and its scores, for a file that goes where the run does not."""
+"""Scores and data fingerprint of a run, collected for its exported files."""
 
 import hashlib
 import json
@@ -18,26 +18,26 @@ _SHARE = forms.maybe(forms.number(0, 1))
 _FOUND = forms.table(forms.plain)
 _SCORES = forms.holding(miou=_SHARE, pixels=forms.whole(), classes=forms.listing(forms.holding(iou=_SHARE)))
 _OFFICIAL = forms.holding(protocol=forms.text, scores=forms.table(forms.plain), ci95=forms.table(forms.plain))
-_EVALUATED = forms.holding(resume=forms.text, mode=forms.holding(split=forms.text))  # the config of mode=eval
-_LARGEST = 2**17  # bytes of a config file: ours have a twentieth
+_EVALUATED = forms.holding(resume=forms.text, mode=forms.holding(split=forms.text))  # config of a mode=eval run
+_LARGEST = 2**17  # bytes of a config file; dinoseg's have a twentieth
 _SPLIT = forms.table(forms.listing(forms.text))
 
 
 def scores_of(path: Path, classes: Sequence[str], evaluation: str | None) -> dict[str, Any] | None:
-    """Return scores with their protocol, of the end of a training or of a folder; None where there are none.
+    """Return scores with their protocol, from an evaluation folder or the end of training; None where there are none.
 
     Args:
         path: the checkpoint.
         classes: a name for each id.
-        evaluation: folder of a mode=eval run.
+        evaluation: folder of a mode=eval run; None: the evaluation at the end of the training.
 
     Raises:
-        UserError: the folder holds no scores, or those of another checkpoint.
+        UserError: if the folder holds no scores, or those of another checkpoint.
     """
     if evaluation is None:
         folder, split = path.parent.parent / "evaluation", "val"
         own = path.parent.name == FOLDER and path.stem == "best" and (folder / "scores.json").is_file()
-        # an older evaluation is of an earlier best
+        # an evaluation older than the checkpoint scored an earlier best
         if not own or (folder / "scores.json").stat().st_mtime < path.stat().st_mtime:
             return None
     else:
@@ -66,7 +66,7 @@ def scores_of(path: Path, classes: Sequence[str], evaluation: str | None) -> dic
 
 
 def data_of(path: Path, name: str) -> dict[str, Any]:
-    """Return a fingerprint of what a run was trained on: counts, and a hash of the names; no name itself.
+    """Return a fingerprint of a run's training data: counts and hashes of the file names, without the names.
 
     Args:
         path: the checkpoint.
@@ -84,12 +84,12 @@ def data_of(path: Path, name: str) -> dict[str, Any]:
 
 
 def _split_of(folder: Path, path: Path) -> str:
-    """Return the split that a mode=eval run scored this checkpoint on."""
+    """Return the split on which a mode=eval run scored this checkpoint."""
     try:
         config = read_yaml(folder / "config" / "config.yaml", _LARGEST)
         _EVALUATED(config, "it")
         resumed, same = config["resume"], Path(config["resume"]).resolve() == path.resolve()
-    except (OSError, ValueError, UserError) as error:  # a name may hold what no path does
+    except (OSError, ValueError, UserError) as error:  # a name may be no valid path
         raise UserError(f"export.scores={folder} is no run folder of mode=eval ({error}). Give one.") from None
     if not same:
         raise UserError(

@@ -1,4 +1,4 @@
-"""What a trained model is, beside its weights: its classes, sizes, scores and sources, as plain values; no torch."""
+"""Metadata of a trained model: classes, sizes, scores and sources as plain values; imports no torch."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -30,21 +30,21 @@ _PART: Mapping[str, forms.Form] = {  # key under `facts` to the form of its valu
 
 @dataclass(frozen=True)
 class Facts:
-    """What a trained model says of itself.
+    """Metadata of a trained model.
 
     Attributes:
         classes: a name for each id.
         palette: (red, green, blue) for each class, 0..255.
-        ignore_index: what ids that are not scored have in masks of its data.
-        normalisation: `mean` and `std` of its backbone's colours, RGB in 0..1; images are normalised inside.
-        sizes: `scale`, `longest`, `crop` of the training's resolution, `typical` and `largest` of its images, and how
-            images are predicted (`inference`).
-        scores: with their protocol and where they come from; None where no evaluation was found.
+        ignore_index: id of unscored pixels in the masks of its data.
+        normalisation: `mean` and `std` of its backbone's input, RGB in 0..1; the model normalises images itself.
+        sizes: `scale`, `longest`, `crop` of the training's resolution, `typical` and `largest` of its images, and the
+            inference strategy (`inference`).
+        scores: with their protocol and source; None where no evaluation was found.
         backbone: `name`, `weights`, `revision`, `hash`, `licence`, `gated`.
         data: a fingerprint of the training data.
-        versions: of dinoseg and the libraries that it was written with.
+        versions: of dinoseg and the libraries that wrote the file.
         choices: option of each config group.
-        delta: whether the file holds what was trained alone.
+        delta: whether the file holds only what was trained.
     """
 
     classes: tuple[str, ...]
@@ -60,23 +60,23 @@ class Facts:
     delta: bool = False
 
     def part(self) -> dict[str, Any]:
-        """Return all but the classes as plain values, as a file's description holds it under `facts`."""
+        """Return all but the classes as plain values, as a file's description stores them under `facts`."""
         return {key: value for key, value in asdict(self).items() if key in _PART}
 
     def description(self) -> dict[str, Any]:
-        """Return all as plain values, from which `of` makes it again."""
+        """Return everything as plain values, from which `of` restores it."""
         colours = [list(colour) for colour in self.palette]
         labels = {"classes": list(self.classes), "palette": colours, "ignore_index": self.ignore_index}
         return {**labels, "facts": self.part()}
 
     @classmethod
     def of(cls, description: Mapping[str, Any], where: str) -> "Facts":
-        """Return what a description says, which may come from anybody; one without `facts` tells of its classes alone.
+        """Parse a file's description, which is not trusted; without `facts`, only its classes and colours are read.
 
-        What a newer dinoseg says beside is passed over.
+        Unknown entries, as of a newer dinoseg, are ignored.
 
         Raises:
-            UserError: something in it is not what dinoseg writes; `where` begins the message.
+            UserError: if an entry is not of the form that dinoseg writes; `where` begins the message.
         """
         try:
             _LABELS(dict(description), "its description")

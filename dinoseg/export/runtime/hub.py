@@ -1,4 +1,4 @@
-"""One-file models on a hub: fetched by name and revision, and uploaded with a model card."""
+"""One-file models on a hub: download by name and revision, upload with a model card."""
 
 import json
 import re
@@ -20,12 +20,12 @@ from dinoseg.utils.wording import printable
 def fetched(
     source: str | PathLike[str], *, revision: str | None = None, token: str | None = None, runtime: str | None = None
 ) -> Path:
-    """Return the file of a model in a folder here or in a hub's repository, of which nothing else is fetched.
+    """Return the model file in a local folder or a hub repository; only that file and its weights are downloaded.
 
-    Where the hub does not answer, what was fetched before is taken.
+    Where the hub does not answer, an earlier download is used.
 
     Raises:
-        UserError: neither holds one, or the hub does not answer.
+        UserError: if the source is a file or holds no model, or the hub does not answer and nothing is cached.
     """
     folder = Path(source).expanduser()
     names = [FILES[runtime]] if runtime in FILES else list(FILES.values())
@@ -35,7 +35,7 @@ def fetched(
         with _telling(str(source), token):
             from huggingface_hub import snapshot_download
 
-            # an ONNX file may keep its weights beside it
+            # an ONNX file may have its weights in a second file
             patterns = [f"{name}*" for name in names]
             folder = Path(snapshot_download(str(source), revision=revision, token=token, allow_patterns=patterns))
     found = file_in(folder, runtime)
@@ -56,11 +56,11 @@ def push(
     token: str | None,
     gated: bool,
 ) -> str:
-    """Upload a model's file and a card of its facts to a repository, made if need be; return the commit's address.
+    """Upload a model's file and its model card to a repository, created if missing; return the commit's address.
 
     Raises:
-        UserError: it holds weights that are not to be passed on freely, it knows its weights by another name, or
-            the hub does not take it.
+        UserError: if the file holds weights of restricted licence without `gated`, or the hub refuses the upload. Also
+            if the name of its weight file does not match the model's name on the hub.
     """
     source = facts.backbone
     if source.get("gated") and source.get("in_file", True) and not gated:
@@ -69,14 +69,14 @@ def push(
             "which terms they may be passed on. Export with export.delta=true, or keep to them and say gated=True."
         )
     runtime = next((key for key, name in FILES.items() if Path(name).suffix == file.suffix), "torch")
-    parts = parts_of(file, FILES[runtime])  # of a large ONNX file, with its weights, which it knows by name
+    parts = parts_of(file, FILES[runtime])  # a large ONNX file refers to its weight file by name
     with TemporaryDirectory() as folder, _telling(repo_id, token):
         from huggingface_hub import HfApi
 
         for part in parts:
             target = Path(folder) / (FILES[runtime] if part == file else part.name)
             try:
-                target.symlink_to(part)  # which may be larger than the disk of temporary files
+                target.symlink_to(part)  # a link: the file may be larger than the temporary disk
             except OSError:
                 shutil.copyfile(part, target)
         (Path(folder) / "README.md").write_text(model_card(facts, repo_id), encoding="utf-8")
@@ -90,7 +90,7 @@ def push(
 
 @contextmanager
 def _telling(repo: str, token: str | None) -> Iterator[None]:
-    """Turn whatever a hub's client raises into one message, in which no token stands."""
+    """Turn every exception of a hub's client into one message that does not contain the token."""
     try:
         yield
     except UserError:
@@ -99,7 +99,7 @@ def _telling(repo: str, token: str | None) -> Iterator[None]:
         raise UserError(
             f"{repo}: a hub needs {error.name}, which is not installed: pip install {error.name}"
         ) from error
-    except Exception as error:  # of whatever library the hub's client speaks through
+    except Exception as error:  # the client's libraries raise their own types
         kind = type(error).__name__
         reason = (str(error).strip().splitlines() or [kind])[0][:300]
         hidden = reason.replace(token, "...") if token else reason
@@ -109,12 +109,12 @@ def _telling(repo: str, token: str | None) -> Iterator[None]:
         ) from None
 
 
-_HUB_LICENCES = {"Apache-2.0": "apache-2.0", "MIT": "mit"}  # ours to the hub's names; others are "other"
-_UNSAFE = re.compile("[`|<>]")  # they end a span of code or a cell of a table, or begin HTML
+_HUB_LICENCES = {"Apache-2.0": "apache-2.0", "MIT": "mit"}  # SPDX names to the hub's; all others are "other"
+_UNSAFE = re.compile("[`|<>]")  # end a code span or a table cell, or begin HTML
 
 
 def model_card(facts: Facts, repo_id: str) -> str:
-    """Return the card's text; whatever a file says stands in it as text alone."""
+    """Return the text of a model card; text from the file is escaped, so that it renders as text alone."""
     return (
         "\n".join([*_header(facts), *_use(facts, repo_id), *_classes(facts), *_scores(facts), *_origin(facts)]) + "\n"
     )
@@ -125,7 +125,7 @@ def _header(facts: Facts) -> Iterator[str]:
     yield "---"
     yield f"license: {_HUB_LICENCES.get(licence, 'other')}"
     if licence not in _HUB_LICENCES:
-        yield f"license_name: {json.dumps(licence)}"  # a JSON string is one of YAML
+        yield f"license_name: {json.dumps(licence)}"  # a JSON string is valid YAML
     yield "library_name: dinoseg"
     yield "pipeline_tag: image-segmentation"
     yield "---"
@@ -227,7 +227,7 @@ def _percent(value: Any) -> str:
 
 
 def _text(value: Any) -> str:
-    """Return a value as a number or one span of code, in which nothing is a link, emphasis or HTML."""
+    """Return a value as a number or one code span, in which no link, emphasis or HTML is rendered."""
     if type(value) in (int, float):
         return str(value)
     text = _UNSAFE.sub(lambda letter: f"\\x{ord(letter[0]):02x}", printable(" ".join(str(value).split())))

@@ -1,4 +1,4 @@
-"""Whatever a user has as a picture (a path, an array, a tensor, Pillow's) as (H, W, 3) uint8 RGB; no torch."""
+"""Conversion of any image source (path, array, tensor, Pillow image) to (H, W, 3) uint8 RGB; imports no torch."""
 
 import logging
 from collections.abc import Iterable, Iterator
@@ -16,33 +16,33 @@ from dinoseg.utils.images import IMAGE_SUFFIXES, as_rgb, read_image
 logger = logging.getLogger(__name__)
 ON_ERROR = ("stop", "skip")
 _ACCEPTED = "Give a path, an array (H, W, 3), a torch tensor (3, H, W), a Pillow image, or a list of them."
-_WHITE = 65535  # of 16 bits
+_WHITE = 65535  # white level of 16 bits
 
-Picture = tuple[Path | None, np.ndarray]  # the file it is of, and (H, W, 3) uint8 RGB
+Picture = tuple[Path | None, np.ndarray]  # its file, if any, and (H, W, 3) uint8 RGB
 
 
 def is_one(source: Any) -> bool:
-    """Return whether a source is one picture, and no folder, pattern, stack or list of them."""
+    """Return whether a source is a single image, not a folder, pattern, stack or list."""
     if isinstance(source, str | PathLike):
         return not (_is_folder(source) or is_pattern(source))
     return isinstance(source, Image.Image) or (_is_array(source) and len(source.shape) <= 3)
 
 
 def is_many_files(source: Any) -> bool:
-    """Return whether a source is a folder or a pattern: as many files as there are, read one after the other."""
+    """Return whether a source is a folder or a pattern: its files are read one after the other."""
     return isinstance(source, str | PathLike) and not is_one(source)
 
 
 def pictures(source: Any, *, on_error: str = "stop") -> Iterator[Picture]:
-    """Return an iterator over the pictures of a source, in order; files in that of their numbers: x2 before x10.
+    """Return an iterator over the images of a source, in order; files in natural order: x2 before x10.
 
     Args:
-        source: a picture; a folder (its subfolders and hidden files are left out) or a pattern such as `a/*.png`; an
-            array (B, H, W, 3) or a tensor (B, 3, H, W); or anything that gives pictures one after the other.
-        on_error: `stop` at what is no picture, or `skip` it with a warning.
+        source: an image; a folder (without its subfolders and hidden files) or a pattern such as `a/*.png`; an
+            array (B, H, W, 3) or a tensor (B, 3, H, W); or any iterable of images.
+        on_error: `stop` at an invalid image, or `skip` it with a warning.
 
     Raises:
-        UserError: it is no picture, or there is none; the message says what would be.
+        UserError: if an image is invalid or there is none; the message names the accepted kinds.
     """
     if on_error not in ON_ERROR:
         raise UserError(f"on_error={on_error} is unknown. Choose one of {', '.join(ON_ERROR)}.")
@@ -62,17 +62,17 @@ def _read(ones: Iterable[Any], on_error: str) -> Iterator[Picture]:
 
 
 def as_pixels(array: np.ndarray, name: str, *, channels_first: bool = False) -> np.ndarray:
-    """Return an array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of levels as (H, W, 3) uint8; alpha is left out.
+    """Convert an array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of levels to (H, W, 3) uint8; alpha is dropped.
 
-    Floats are levels in 0..1, of 16 bits in 0..65535.
+    Floats are levels in 0..1, uint16 in 0..65535.
 
     Args:
         array: the levels, RGB.
-        name: begins a message.
-        channels_first: its axes are (C, H, W), as torch's.
+        name: begins an error message.
+        channels_first: whether its axes are (C, H, W), as torch's.
 
     Raises:
-        UserError: it has other axes or numbers.
+        UserError: if it has other axes or numbers.
     """
     if channels_first and array.ndim == 3:
         if array.shape[0] not in (1, 3, 4):
@@ -90,7 +90,7 @@ def as_pixels(array: np.ndarray, name: str, *, channels_first: bool = False) -> 
 
 
 def _levels(array: np.ndarray, name: str) -> np.ndarray:
-    """Return levels as uint8."""
+    """Convert levels to uint8."""
     if array.dtype == np.uint8:
         return array
     if array.dtype == np.uint16:
@@ -101,7 +101,7 @@ def _levels(array: np.ndarray, name: str) -> np.ndarray:
             "0..1."
         )
     least, most = float(array.min()), float(array.max())
-    if not (0 <= least and most <= 1):  # NaN is neither
+    if not (0 <= least and most <= 1):  # false for NaN
         raise UserError(
             f"{name} holds floats from {least:.3g} to {most:.3g}: give levels in 0..1, or uint8 in 0..255. Do not "
             "normalise them: the model does that itself."
@@ -120,7 +120,7 @@ def _ones(source: Any) -> Iterable[Any]:
 
 
 def _files(source: str | PathLike[str]) -> list[Path]:
-    """Return the pictures of a folder or of a pattern, of which there is one at least."""
+    """Return the images in a folder or matched by a pattern; raise an error if there are none."""
     files = found(source, IMAGE_SUFFIXES)
     if not files:
         where = (
@@ -146,13 +146,13 @@ def _picture(one: Any, name: str) -> Picture:
 
 
 def _is_array(source: Any) -> bool:
-    """Return whether it is numpy's or torch's; torch is not imported to find out."""
+    """Return whether a source is a numpy array or torch tensor, without importing torch."""
     return isinstance(source, np.ndarray) or all(hasattr(source, name) for name in ("detach", "cpu", "shape"))
 
 
 def _from_tensor(tensor: Any) -> np.ndarray:
     tensor = tensor.detach().cpu()
-    return np.asarray(tensor.float() if tensor.is_floating_point() else tensor)  # numpy knows no bfloat16
+    return np.asarray(tensor.float() if tensor.is_floating_point() else tensor)  # numpy has no bfloat16
 
 
 def _is_folder(source: str | PathLike[str]) -> bool:

@@ -1,4 +1,4 @@
-"""`dinoseg.load`: a trained model as one file, ready to use, by whatever runtime the file is of."""
+"""`dinoseg.load`: load a trained model from one file, on the runtime that the file needs."""
 
 from collections.abc import Sequence
 from os import PathLike
@@ -19,24 +19,24 @@ def load(
     inference: str | None = None,
     trust: Sequence[str] = (),
 ) -> Model:
-    """Return the trained model of a file, ready to predict; nothing in the file is executed.
+    """Load a trained model for inference; nothing in the file is executed.
 
     Args:
         path: what `mode=export` wrote (`model.safetensors`, `model.onnx`) or its folder, a run folder, a checkpoint.
         device: auto (CUDA, then MPS, then CPU), cuda, mps or cpu.
         runtime: torch or onnx; None: by the file.
         precision: auto (bf16 where it is faster), bf16 or fp32.
-        backbone: weights for a file that holds what was trained alone: a file, a folder or a hub id instead of the one
+        backbone: weights for a file that holds only what was trained: a file, a folder or a hub id instead of the one
             that it names.
-        head: the same of a head whose frozen part comes from a file.
-        inference: whole, windows or auto (whole images where there is memory for them); None: as the file says.
-        trust: packages and hub ids that the file may name beside what dinoseg ships.
+        head: weights for a head whose frozen part comes from a file, in the same way.
+        inference: whole, windows or auto (whole images where memory suffices); None: as the file states.
+        trust: packages and hub ids that the file may name in addition to those of dinoseg.
 
-    An ONNX file takes pictures whole, computes in float32 and holds all of its weights.
+    An ONNX file takes whole images, computes in float32 and holds all of its weights.
 
     Raises:
-        UserError: no such file, or it is damaged, foreign, of a newer version, or says what no model of dinoseg does;
-            or an argument is none that it takes.
+        UserError: if the file is missing, damaged, foreign or of a newer version, describes no model of dinoseg, or
+            does not support an argument.
     """
     options = Options(
         device=device,

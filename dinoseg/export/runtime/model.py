@@ -1,4 +1,4 @@
-"""A trained model to use: pictures of any kind in, segmentations out, whatever runtime computes them."""
+"""The trained model for inference: images of any kind in, segmentations out, on any runtime."""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -23,20 +23,20 @@ from dinoseg.utils.wording import shown
 
 @dataclass
 class Segmentation:
-    """A picture's segmentation, at the picture's own size.
+    """The segmentation of an image, at the image's own size.
 
     Attributes:
         mask: class ids (H, W) uint8.
-        image: the picture (H, W, 3) uint8 RGB.
+        image: the image (H, W, 3) uint8 RGB.
         facts: of the model.
-        source: the picture's file, where it came from one.
+        source: the image's file, where it came from one.
     """
 
     mask: np.ndarray
     image: np.ndarray
     facts: Facts
     source: Path | None = None
-    # asked only when needed, since they are 4 * K bytes a pixel and their own pass through the model
+    # called only when needed: 4 * K bytes a pixel, and another forward pass
     ask: Callable[[np.ndarray], np.ndarray] = field(repr=False, kw_only=True)
 
     @cached_property
@@ -46,12 +46,12 @@ class Segmentation:
 
     @property
     def areas(self) -> dict[str, int]:
-        """Number of pixels of each class, in the order of their ids."""
+        """Number of pixels of each class, in the order of the class ids."""
         counts = np.bincount(self.mask.ravel(), minlength=len(self.facts.classes))
         return {name: int(count) for name, count in zip(self.facts.classes, counts, strict=False)}
 
     def overlay(self, opacity: float = 0.5) -> np.ndarray:
-        """Return the picture (H, W, 3) uint8 tinted by the classes; opacity 0..1, 1 = colours alone."""
+        """Return the image (H, W, 3) uint8 tinted by class; opacity 0..1, 1 = colours alone."""
         from dinoseg.report.overlay import blend
 
         colours = self.facts.palette
@@ -61,7 +61,7 @@ class Segmentation:
         """Write the class ids as a PNG without loss; the file appears whole or not at all.
 
         Raises:
-            UserError: it cannot be written.
+            UserError: if it cannot be written.
         """
         target = Path(path).expanduser()
         with telling_file_errors(target.parent):
@@ -72,12 +72,12 @@ _NO_FILE = "This model is in no file of its own. Write one: mode=export export=s
 
 
 class Model:
-    """A trained model and what it says of itself.
+    """A trained model with its facts, ready for inference.
 
     Args:
-        runtime: what computes.
+        runtime: computes the class ids and probabilities.
         facts: its classes, sizes, scores and sources.
-        file: what it was loaded from, if that is a model in one file.
+        file: the file that it was loaded from, if that is a one-file model.
     """
 
     def __init__(self, runtime: Runtime, facts: Facts, file: Path | None = None) -> None:
@@ -102,20 +102,20 @@ class Model:
         return self.facts.palette
 
     def predict(self, source: Any, *, batch_size: int = 4, on_error: str = "stop") -> Any:
-        """Segment a picture, or several.
+        """Segment one image or several.
 
         Args:
             source: a path, an array (H, W, 3) uint8, uint16 or float in 0..1 (RGB), a torch tensor (3, H, W), a Pillow
                 image; a list or a stack of them; a folder, a pattern or any iterator.
-            batch_size: pictures of one size, next to one another, that the model sees at once.
-            on_error: `stop` at what is no picture, or `skip` it with a warning.
+            batch_size: largest number of consecutive images of one size in a batch.
+            on_error: `stop` at an invalid image, or `skip` it with a warning.
 
         Returns:
-            A `Segmentation` of one picture, a list of several, and an iterator of a folder, a pattern or an iterator,
-            which holds one batch at a time and gives files in the order of their numbers.
+            A `Segmentation` for one image, a list for several, and an iterator for a folder, a pattern or an iterator.
+            The iterator holds one batch at a time and yields numbered files in natural order.
 
         Raises:
-            UserError: something is no picture; the message says which, and what would be.
+            UserError: if an image is invalid; the message names it and the accepted kinds.
         """
         if type(batch_size) is not int or batch_size < 1:
             raise UserError(f"batch_size={batch_size}: give a whole number of at least 1.")
@@ -129,12 +129,12 @@ class Model:
         """Copy the model's file to a path, whole or not at all.
 
         Raises:
-            UserError: it came from no file of its own, or cannot be written.
+            UserError: if the model has no file of its own, or the copy cannot be written.
         """
         if self.file is None:
             raise UserError(_NO_FILE)
         target = Path(path).expanduser()
-        parts = parts_of(self.file, target.name)  # of a large ONNX file, with its weights, which it knows by name
+        parts = parts_of(self.file, target.name)  # a large ONNX file refers to its weight file by name
         with telling_file_errors(target.parent):
             for source in parts:
                 with whole_file(target if source == self.file else target.with_name(source.name)) as part:
@@ -144,16 +144,16 @@ class Model:
     def from_pretrained(
         cls, source: str | PathLike[str], *, revision: str | None = None, token: str | None = None, **options: Any
     ) -> "Model":
-        """Return the model of a hub's repository, or of a folder here that holds `model.safetensors` or `model.onnx`.
+        """Return the model in a hub repository, or in a local folder with `model.safetensors` or `model.onnx`.
 
         Args:
             source: `ORG/NAME`, or a folder.
             revision: branch, tag or commit of the repository.
-            token: of the hub, kept nowhere; None: the one that `hf auth login` has kept.
+            token: of the hub, never stored; None: the one that `hf auth login` has stored.
             options: as of `dinoseg.load`.
 
         Raises:
-            UserError: there is none, the hub does not answer, or as `dinoseg.load`.
+            UserError: if there is no model, the hub does not answer, or as `dinoseg.load`.
         """
         from dinoseg.export.runtime.hub import fetched
         from dinoseg.export.runtime.opening import open_model
@@ -170,17 +170,17 @@ class Model:
         token: str | None = None,
         gated: bool = False,
     ) -> str:
-        """Upload the model's file and a model card to a repository of the hub; return the commit's address.
+        """Upload the model's file and a model card to a hub repository; return the commit's address.
 
         Args:
-            repo_id: `ORG/NAME`, made if need be.
-            private: of a repository that is made; None: as the organisation has it.
+            repo_id: `ORG/NAME`, created if missing.
+            private: visibility of a new repository; None: the organisation's default.
             revision: the branch to write to; None: main.
-            token: of the hub, kept nowhere; None: the one that `hf auth login` has kept.
-            gated: upload weights whose licence sets terms, which you then keep to.
+            token: of the hub, never stored; None: the one that `hf auth login` has stored.
+            gated: upload weights whose licence restricts redistribution; you must follow its terms.
 
         Raises:
-            UserError: the model is in no file, holds such weights, or the hub does not take it.
+            UserError: if the model has no file, holds such weights, or the hub refuses the upload.
         """
         from dinoseg.export.runtime.hub import push
 
@@ -199,7 +199,7 @@ class Model:
 
 
 def _batches(found: Iterator[Picture], size: int) -> Iterator[list[Picture]]:
-    """Yield runs of pictures of one size, at most `size` long."""
+    """Yield batches of consecutive images of one size, at most `size` long."""
     batch: list[Picture] = list(islice(found, 1))
     for picture in found:
         if len(batch) == size or batch[0][1].shape != picture[1].shape:

@@ -1,6 +1,6 @@
-"""What an ONNX file holds, read before any runtime sees it: nothing but tensors and standard operators is let through.
+"""Validation of ONNX files before any runtime loads them: only tensors and standard operators are accepted.
 
-`onnx_wire.py` reads the messages, so that no generated code of another package is needed where models are used.
+`onnx_wire.py` reads the messages, so that inference needs no generated protobuf code of another package.
 """
 
 import math
@@ -12,27 +12,30 @@ from typing import Any
 from dinoseg.export.runtime.onnx_wire import Damaged, WireReader
 from dinoseg.utils.errors import UserError
 
-STANDARD = ("", "ai.onnx")  # operator sets that let nothing run but ONNX's own operators
-LARGEST_FILE = 2**31 - 1  # of a protobuf message
+STANDARD = ("", "ai.onnx")  # domains of ONNX's own operators
+LARGEST_FILE = 2**31 - 1  # limit of a protobuf message
 _MOST_NODES, _MOST_SIDE, _LONGEST_NAME, _MOST_AXES = 200_000, 2**20, 255, 64
 _BITS = {1: 32, 2: 8, 3: 8, 4: 16, 5: 16, 6: 32, 7: 64, 9: 8, 10: 16, 11: 64, 12: 32, 13: 64, 16: 16, 21: 4, 22: 4}
 _DATA = ("raw_data", "float_data", "int32_data", "int64_data", "double_data", "uint64_data")
-_EXTERNAL = 1  # of data_location
+_EXTERNAL = 1  # value of data_location
 _EXTERNAL_KEYS = ("location", "offset", "length", "checksum")
 
 
 def read_metadata(path: Path, key: str) -> str:
-    """Return the text that a model's metadata holds under `key`, after all of the file has been looked at.
+    """Return the text under `key` in a model's metadata, after validating the whole file.
 
     Raises:
-        UserError: it is damaged or no ONNX file, has no such text, names data outside its folder, operators that are
-            no standard ones, graphs inside graphs, or tensors that are not in it in full; or it cannot be read.
+        UserError: if the file cannot be read, is damaged or no ONNX file, or lacks this text; or if it refers to data
+            outside its folder, non-standard operators, nested graphs or incomplete tensors.
     """
     return _read(path, key)[0]
 
 
 def data_beside(path: Path, key: str) -> list[str]:
-    """Return the names of the files beside a model in which tensors of it lie; arguments and errors as above."""
+    """Return the names of the files next to a model that hold its external tensors.
+
+    Arguments and errors are those of `read_metadata`.
+    """
     return sorted(_read(path, key)[1])
 
 
@@ -52,19 +55,19 @@ def _read(path: Path, key: str) -> tuple[str, set[str]]:
 
 
 class _Reading:
-    """What is read of one file.
+    """Validator of one file.
 
     Args:
-        path: of the file; external data lies beside it.
+        path: of the file; external data lies next to it.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.reader = WireReader()
-        self.beside: set[str] = set()  # names of the files that external data lies in
+        self.beside: set[str] = set()  # names of the files with external data
 
     def model(self, view: memoryview, key: str) -> str:
-        """Look at a ModelProto and return what its metadata says under `key`."""
+        """Validate a ModelProto and return the text under `key` in its metadata."""
         model = self.reader.message(view, "ModelProto")
         for entry in model.get("opset_import", ()):
             _refuse_set(self.reader.message(entry, "OperatorSetIdProto"))
@@ -77,7 +80,7 @@ class _Reading:
         return found[0]
 
     def graph(self, view: memoryview) -> None:
-        """Look at a GraphProto."""
+        """Validate a GraphProto."""
         graph = self.reader.message(view, "GraphProto")
         if len(graph.get("node", ())) > _MOST_NODES:
             raise Damaged(f"it has more than {_MOST_NODES} nodes")
@@ -91,7 +94,7 @@ class _Reading:
         self.entries(graph.get("metadata_props", []))
 
     def node(self, view: memoryview) -> None:
-        """Look at a NodeProto and its attributes."""
+        """Validate a NodeProto and its attributes."""
         node = self.reader.message(view, "NodeProto")
         _refuse_set(node)
         for value in node.get("attribute", ()):
@@ -100,7 +103,7 @@ class _Reading:
         self.entries(node.get("metadata_props", []))
 
     def value(self, view: memoryview, name: str) -> None:
-        """Look at the sizes of an input, an output or a value between them (ValueInfoProto)."""
+        """Validate the shape of an input, an output or an intermediate value (ValueInfoProto)."""
         value = self.reader.message(view, "ValueInfoProto")
         self.entries(value.get("metadata_props", []))
         levels = value.get("type", [])
@@ -112,7 +115,7 @@ class _Reading:
             raise Damaged("an input has a size that no picture has")
 
     def tensor(self, view: memoryview) -> None:
-        """Look at a TensorProto: all of its numbers are there."""
+        """Validate a TensorProto: all of its numbers must be present."""
         tensor = self.reader.message(view, "TensorProto")
         self.entries(tensor.get("metadata_props", []))
         dims, (kind,) = tensor.get("dims", []), tensor.get("data_type", [0])
@@ -128,14 +131,14 @@ class _Reading:
             found = self.external(self.entries(tensor.get("external_data", [])))
         elif "raw_data" in held:
             found = len(held["raw_data"][0])
-        else:  # numbers of few bits have a whole one each, those of 4 bits half of one
+        else:  # types below 32 bits use one entry per number, 4-bit types half of one
             per_number = 2 if _BITS[kind] < 8 else 1
             found = needed if per_number * sum(map(len, held.values())) >= count else 0
         if found < needed:
             raise Damaged(f"a tensor of {needed} bytes has {found}")
 
     def external(self, said: list[tuple[str, str]]) -> int:
-        """Return how many bytes of a tensor lie in the file beside; refuse any place but a plain file there."""
+        """Return the number of bytes of a tensor in external data; refuse all but a plain file next to the model."""
         entries = dict(said)
         wrong = next((name for name in entries if name not in _EXTERNAL_KEYS), None)
         if wrong is not None or len(entries) != len(said):
@@ -154,7 +157,7 @@ class _Reading:
         return length
 
     def entries(self, views: list[memoryview]) -> list[tuple[str, str]]:
-        """Return names and texts of metadata (StringStringEntryProto)."""
+        """Return the keys and values of metadata (StringStringEntryProto)."""
         read = [self.reader.message(view, "StringStringEntryProto") for view in views]
         return [(entry.get("key", [""])[0], entry.get("value", [""])[0]) for entry in read]
 
@@ -166,7 +169,7 @@ def _refuse_set(message: dict[str, list[Any]]) -> None:
 
 
 def _whole(text: str) -> int:
-    """Return a number of bytes, which the runtime reads as plain digits, too."""
+    """Return a number of bytes, which must be plain digits: the runtime reads those in the same way."""
     if not (text.isascii() and text.isdigit() and len(text) < 16):
         raise Damaged(f"it says {text!r:.60} of its data, and must say a number of bytes")
     return int(text)

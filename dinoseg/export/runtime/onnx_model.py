@@ -1,4 +1,4 @@
-"""An ONNX file as a model to use: onnxruntime computes, and torch is not needed."""
+"""Inference with an ONNX file by onnxruntime, without torch."""
 
 import functools
 from contextlib import suppress
@@ -18,26 +18,26 @@ from dinoseg.utils.wording import shown
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _INPUT = "image"
-_MEMORY_SHARE = 0.75  # of the machine, that the graphs of this process may take on the CPU
-_UNFOLDED = ["ConstantFolding"]  # would compute while a file is loaded, outside of the allocator that is bounded
-_SILENT = 3  # errors alone
+_MEMORY_SHARE = 0.75  # share of the machine that this process's graphs may use on the CPU
+_UNFOLDED = ["ConstantFolding"]  # would compute at load time, outside the bounded allocator
+_SILENT = 3  # errors only
 _SETTINGS = {
-    "session.load_model_format": "ONNX",  # what was looked at, whatever its name
-    "session.use_env_allocators": "1",  # the one that `_bound_memory` registers
-    "session.qdq_matmulnbits_accuracy_level": "1",  # float32: products with int8 weights round what enters to int8, too
+    "session.load_model_format": "ONNX",  # the validated format, whatever the suffix
+    "session.use_env_allocators": "1",  # registered by `_bound_memory`
+    "session.qdq_matmulnbits_accuracy_level": "1",  # float32; otherwise int8 products round activations to int8
 }
 
 
 def load_onnx(path: Path, *, device: str = "auto", threads: int | None = None) -> Opened:
-    """Return what computes for an ONNX file that `mode=export export=onnx` wrote, and what it says.
+    """Load an ONNX file that `mode=export export=onnx` wrote: return its runtime, facts and path.
 
     Args:
-        path: the file; data that is kept beside it lies in the same folder.
+        path: the file; external data lies in the same folder.
         device: auto (CUDA where this onnxruntime has it, else CPU), cuda or cpu.
-        threads: that compute; None: one for each core.
+        threads: number of compute threads; None: one for each core.
 
     Raises:
-        UserError: it is damaged, foreign, of a newer version, or onnxruntime is missing or cannot run it there.
+        UserError: if the file is damaged, foreign or of a newer version, or onnxruntime is missing or cannot run it.
     """
     description = parse(read_metadata(path, KEY), str(path))
     record = GraphRecord.of(description["graph"], str(path))
@@ -63,10 +63,10 @@ def load_onnx(path: Path, *, device: str = "auto", threads: int | None = None) -
 
 
 def parts_of(path: Path, name: str) -> list[Path]:
-    """Return the files of a model that is to be called `name` elsewhere: those that its weights lie in, and itself.
+    """Return the files of a model for a copy named `name`: the files of its weights, and the model itself last.
 
     Raises:
-        UserError: it knows its weights by a name that does not go with that one; or it is damaged.
+        UserError: if the file is damaged, or the name of its weight file does not match `name`.
     """
     beside = data_beside(path, KEY) if path.suffix == ".onnx" else []
     other = next((data for data in beside if data != f"{name}.data"), None)
@@ -79,7 +79,7 @@ def parts_of(path: Path, name: str) -> list[Path]:
 
 
 def _check_outputs(outputs: list[np.ndarray], record: GraphRecord, num_classes: int, batch: int, where: str) -> None:
-    """Refuse what is no answer for so many pictures and classes, whatever the file says of itself."""
+    """Refuse outputs whose shapes or types do not match the batch and the classes, whatever the file states."""
     maps = outputs[-1]
     columns = outputs[0].shape[1] if outputs[0].ndim > 1 else 0  # classes, or queries
     shapes = [(batch, columns, num_classes + record.no_object)] if record.kind == "masks" else []
@@ -94,10 +94,10 @@ def _check_outputs(outputs: list[np.ndarray], record: GraphRecord, num_classes: 
 
 
 def open_session(path: Path, *, device: str = "auto", threads: int | None = None) -> Any:
-    """Return onnxruntime's session of a file that was looked at; arguments as of `load_onnx`.
+    """Return onnxruntime's session for a validated file; arguments as of `load_onnx`.
 
     Raises:
-        UserError: onnxruntime is missing, or cannot run it there.
+        UserError: if onnxruntime is missing, or cannot run the file on the device.
     """
     try:
         import onnxruntime
@@ -135,7 +135,7 @@ def _bound_memory() -> None:
     memory = machine_memory()
     if memory < float("inf"):
         kind = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
-        with suppress(Exception):  # the program that uses dinoseg has registered one, which is then used
+        with suppress(Exception):  # fails where the calling program has registered one: that one is used
             ort.create_and_register_allocator(kind, ort.OrtArenaCfg({"max_mem": int(_MEMORY_SHARE * memory)}))
 
 

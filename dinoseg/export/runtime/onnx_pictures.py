@@ -1,4 +1,4 @@
-"""Before and after an exported graph, in numpy: pictures resized and padded as in training, classes of each pixel."""
+"""Pre- and postprocessing of an exported graph in numpy: resizing and padding as in training, and per-pixel classes."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -11,16 +11,16 @@ from dinoseg.export.runtime.onnx_record import GraphRecord, Layout
 from dinoseg.utils.errors import UserError
 
 Compute = Callable[[np.ndarray], Sequence[np.ndarray]]  # pixels (B, 3, H, W) to the graph's outputs
-_MOST_PIXELS = 2**28  # of a picture in the graph's input
-_AT_ONCE = 2**23  # numbers of the upsampled scores or masks held at a time: 32 MiB
+_MOST_PIXELS = 2**28  # largest input of the graph
+_AT_ONCE = 2**23  # upsampled scores or masks in memory at a time: 32 MiB
 
 
 class GraphRuntime:
-    """An exported graph, asked for pictures: the `Runtime` of ONNX files, and of programs while they are proven.
+    """The `Runtime` of ONNX files, and of programs during verification.
 
     Args:
         compute: runs the graph.
-        record: how to ask it.
+        record: describes its input and outputs.
     """
 
     name = "onnx"
@@ -44,7 +44,7 @@ class GraphRuntime:
         return np.stack([np.concatenate([shares(band) for band in bands], axis=1) for bands in self._pictures(images)])
 
     def _pictures(self, images: Sequence[np.ndarray]) -> Iterator[Iterator[np.ndarray]]:
-        """Yield, of each picture, bands (K, rows, W) of its class scores from the top down."""
+        """Yield an iterator for each image, over bands (K, rows, W) of its class scores from the top down."""
         size = (images[0].shape[0], images[0].shape[1])
         layout = self.record.layout(size)
         if math.prod(layout.padded) > _MOST_PIXELS:
@@ -62,9 +62,9 @@ class GraphRuntime:
 
 
 def pixels(image: np.ndarray, layout: Layout, fill: Sequence[float]) -> np.ndarray:
-    """Return a picture (H, W, 3) uint8 as the graph takes it: (3, H', W') float32 in 0..1, padded with `fill`.
+    """Convert an image (H, W, 3) uint8 to the graph's input: (3, H', W') float32 in 0..1, padded with `fill`.
 
-    Resized as torch does it with `antialias=True`, to the last bits: each channel bilinearly as floats.
+    Resizing matches torch's `antialias=True` to the last bits: each channel is resized bilinearly as floats.
     """
     rows, columns = layout.content
     result = np.empty((3, *layout.padded), np.float32)
@@ -80,13 +80,13 @@ def pixels(image: np.ndarray, layout: Layout, fill: Sequence[float]) -> np.ndarr
 def bands(
     outputs: Sequence[np.ndarray], size: Size, valid: tuple[float, float], record: GraphRecord
 ) -> Iterator[np.ndarray]:
-    """Yield bands (K, rows, W) of the class scores of one picture of `size`, from the top down.
+    """Yield bands (K, rows, W) of the class scores of one image of `size`, from the top down.
 
     Args:
-        outputs: of the graph: [(K, h, w)], or [(Q, K + 1), (Q, h, w)] of masks.
-        size: (H, W) of the picture.
-        valid: share of the maps' height and width that the picture covers.
-        record: which outputs these are.
+        outputs: of the graph: [(K, h, w)], or [(Q, K + 1), (Q, h, w)] for masks.
+        size: (H, W) of the image.
+        valid: shares of the maps' height and width that the image covers.
+        record: states the kind of the outputs.
     """
     maps = outputs[-1].astype(np.float32, copy=False)
     rows = bilinear_matrix(size[0], maps.shape[1], valid[0])
@@ -105,12 +105,12 @@ def bands(
 
 
 def bilinear_matrix(length: int, cells: int, share: float) -> np.ndarray:
-    """Return what each of `length` pixels reads of `cells` (length, cells), as `geometry.upsample` does it.
+    """Return the weights (length, cells) with which `length` pixels read `cells`, as `geometry.upsample` does.
 
     Args:
-        length: pixels of a side of the picture.
-        cells: of the same side of the grid.
-        share: of the grid that the picture covers, from its start.
+        length: pixels along a side of the image.
+        cells: along the same side of the grid.
+        share: of the grid that the image covers, from its start.
     """
     positions = np.clip((np.arange(length) + 0.5) * cells * share / length - 0.5, 0, cells - 1)
     distance = np.abs(positions[:, None] - np.arange(cells))
@@ -118,17 +118,17 @@ def bilinear_matrix(length: int, cells: int, share: float) -> np.ndarray:
 
 
 def softmax(logits: np.ndarray, axis: int = 0) -> np.ndarray:
-    """Return probabilities over an axis."""
+    """Return the softmax of logits over an axis."""
     raised = np.exp(logits - logits.max(axis=axis, keepdims=True))
     return raised / raised.sum(axis=axis, keepdims=True)
 
 
 def sigmoid(logits: np.ndarray) -> np.ndarray:
-    """Return the logistic function, which never overflows."""
+    """Return the logistic function of logits, without overflow."""
     return 0.5 * (np.tanh(0.5 * logits) + 1)
 
 
 def _shares(scores: np.ndarray) -> np.ndarray:
-    """Return a mixture's scores (K, ...) as probabilities: those of `Prediction.logits`."""
+    """Return a mixture's scores (K, ...) as probabilities, equal to the softmax of `Prediction.logits`."""
     positive = scores.clip(np.finfo(np.float32).tiny)
     return positive / positive.sum(axis=0, keepdims=True)

@@ -1,4 +1,4 @@
-"""What an exported graph says of itself: which pictures it takes, and what is done with what it gives; no torch."""
+"""Description of an exported graph: the images that it takes and the processing of its outputs; imports no torch."""
 
 import math
 from collections.abc import Mapping
@@ -9,9 +9,9 @@ from dinoseg.core.sizes import Size, backbone_size, kept_longest
 from dinoseg.utils import forms
 from dinoseg.utils.errors import UserError
 
-KEY = "dinoseg"  # of the file's metadata: JSON of `graph` and of `portable.facts.Facts.description`
+KEY = "dinoseg"  # metadata key: JSON of `graph` and of `Facts.description`
 LARGEST_TEXT = 2**20  # bytes of that JSON
-OUTPUTS = {  # names of what a graph of each kind gives
+OUTPUTS = {  # kind of graph to the names of its outputs
     "scores": ("scores",),
     "masks": ("class_logits", "mask_logits"),
     "pixels": ("scores",),
@@ -48,20 +48,20 @@ _FORM = forms.record(
 
 @dataclass(frozen=True)
 class Layout:
-    """How a picture lies in the graph's input, from the top left."""
+    """Placement of an image in the graph's input, from the top left."""
 
-    content: Size  # rows and columns that it covers
-    padded: Size  # of the input
+    content: Size  # rows and columns that the image covers
+    padded: Size  # rows and columns of the input
 
     @property
     def valid(self) -> tuple[float, float]:
-        """The share of the input's height and width that the picture covers."""
+        """The shares of the input's height and width that the image covers."""
         return self.content[0] / self.padded[0], self.content[1] / self.padded[1]
 
 
 @dataclass(frozen=True)
 class GraphRecord:
-    """How to ask an exported graph for a picture.
+    """Description of an exported graph's input and outputs.
 
     The graph takes `image` (B, 3, H, W), float32 RGB in 0..1, and normalises inside. Its outputs are, by `kind`:
     `scores`: one map (B, K, h, w) of class scores over the whole input; `masks`: class logits (B, Q, K + 1) and mask
@@ -69,18 +69,18 @@ class GraphRecord:
 
     Attributes:
         multiple: H and W are multiples of it.
-        scale: pixels of the input per pixel of the picture.
-        longest: larger pictures are reduced until their longer side has so many pixels, before `scale`.
-        typical: pictures larger than any of training are reduced to this; None: unknown.
-        largest: the longer side above which they are.
-        size: the only H and W that the graph takes; None: any.
-        batch: the only B that it takes; None: any.
+        scale: pixels of the input per pixel of the image.
+        longest: longer side in px to which larger images are reduced, before `scale`.
+        typical: longer side in px to which images larger than all training images are reduced; None: unknown.
+        largest: the longer side above which an image counts as larger than these.
+        size: the fixed H and W of the graph; None: any.
+        batch: the fixed B of the graph; None: any.
         fill: colour of the padding, which normalises to 0.
         kind: see above.
-        mixture: whether scores are sums of probabilities, and no logits.
-        no_object: whether the last column of class logits says "no object".
-        opset: of ONNX; None for a program of torch.
-        precision: in which weights are held; everything is computed in float32.
+        mixture: whether scores are sums of probabilities instead of logits.
+        no_object: whether the last column of class logits stands for "no object".
+        opset: of ONNX; None for a torch program.
+        precision: of the stored weights; the graph computes in float32.
     """
 
     multiple: int
@@ -99,9 +99,9 @@ class GraphRecord:
     version: int = 1
 
     def layout(self, size: Size) -> Layout:
-        """Return how a picture of this size (H, W) lies in the input.
+        """Return the placement of an image of `size` (H, W) in the input.
 
-        A graph of one size takes a picture whose own grid is another as large as fits, its shape kept.
+        A fixed-size graph takes other images scaled to the largest size that fits, with their aspect ratio preserved.
         """
         longest = self.longest
         if self.typical is not None and self.largest is not None:
@@ -116,15 +116,15 @@ class GraphRecord:
         return Layout((fitted[0], fitted[1]), self.size)
 
     def plain(self) -> dict[str, Any]:
-        """Return it as JSON takes it."""
+        """Return the record as JSON-compatible values."""
         return asdict(self)
 
     @classmethod
     def of(cls, value: Any, where: str) -> "GraphRecord":
-        """Return what a file says, which may come from anybody.
+        """Parse a record from a file, which is not trusted.
 
         Raises:
-            UserError: something in it is not what dinoseg writes; `where` begins the message.
+            UserError: if an entry is not of the form that dinoseg writes; `where` begins the message.
         """
         try:
             _FORM(value, "its description of the graph")
@@ -135,10 +135,10 @@ class GraphRecord:
 
 
 def parse(text: str, where: str) -> Mapping[str, Any]:
-    """Return the description that a file's metadata holds: `graph`, and what `Facts.of` reads.
+    """Parse the description in a file's metadata: `graph`, and the entries that `Facts.of` reads.
 
     Raises:
-        UserError: it is too long, or no such JSON.
+        UserError: if it is too long, or no such JSON.
     """
     try:
         if len(text) > LARGEST_TEXT:

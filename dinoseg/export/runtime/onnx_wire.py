@@ -1,29 +1,29 @@
-"""The messages of an ONNX file, read strictly: protobuf can read what is accepted here in one way only.
+"""Strict reader of the protobuf messages of an ONNX file: it accepts only what has a single reading.
 
-Parsers of protobuf skip fields that they do not know, cut long numbers to the bits of their type and merge messages
-that come twice. A check that reads a file differently from the runtime can be bypassed, so all of this is refused.
+Protobuf parsers skip unknown fields, truncate long numbers to the bits of their type and merge repeated messages.
+A check that reads a file differently from the runtime can be bypassed, so all of this is refused.
 """
 
 import struct
 from typing import Any, NamedTuple
 
 VARINT, FIXED64, DELIMITED, FIXED32 = 0, 1, 2, 5  # wire types
-_MOST_FIELDS, _LONGEST_TEXT = 2**22, 2**23  # of all messages of a file together; bytes
+_MOST_FIELDS, _LONGEST_TEXT = 2**22, 2**23  # over all messages of a file; bytes
 
 
 class Damaged(ValueError):
-    """The file is no ONNX model, or one that may not be run; the text says why."""
+    """Error for a file that is no ONNX model, or one that may not be run; the text gives the reason."""
 
 
 class Field(NamedTuple):
-    """A field of a message: its name in onnx.proto, the message or scalar type of its values, how many there may be."""
+    """A message field: its name in onnx.proto, the message or scalar type of its values, and whether it may repeat."""
 
     name: str
     kind: str
     repeated: bool = False
 
 
-# by message and field number, as in onnx.proto: what exported models consist of, and what belongs to plain tensors
+# by message and field number, as in onnx.proto: the fields of exported models and of plain tensors
 SCHEMA: dict[str, dict[int, Field]] = {
     "ModelProto": {
         1: Field("ir_version", "int64"),
@@ -113,7 +113,7 @@ _REFUSED = {
     ("AttributeProto", 23): _SPARSE,
     ("TensorProto", 6): "text",
 }
-_ENUMS = {"AttributeType": 15, "DataLocation": 2}  # how many values each has; parsers pass over others
+_ENUMS = {"AttributeType": 15, "DataLocation": 2}  # number of valid values; parsers ignore others
 _WIRE = {
     "float": FIXED32,
     "double": FIXED64,
@@ -123,20 +123,20 @@ _FIXED = {FIXED32: ("<f", 4), FIXED64: ("<d", 8)}
 
 
 class WireReader:
-    """Reads messages of one file, of all of them so many fields at most, since each costs time, however short it is."""
+    """Reader of the messages of one file, limited in the number of fields of all messages: each field costs time."""
 
     def __init__(self) -> None:
         self._left = _MOST_FIELDS
 
     def message(self, view: memoryview, kind: str) -> dict[str, list[Any]]:
-        """Return the fields of a message by their names, in the order of the file; messages inside stay bytes.
+        """Return the fields of a message by name, in the file's order; nested messages stay bytes.
 
         Args:
             view: the bytes of the message.
             kind: its name in `SCHEMA`.
 
         Raises:
-            Damaged: it is cut off, no such message, or one that parsers might read in more than one way.
+            Damaged: if the message is truncated or invalid, or parsers might read it in more than one way.
         """
         fields: dict[str, list[Any]] = {}
         schema, position = SCHEMA[kind], 0
@@ -169,7 +169,7 @@ class WireReader:
         return fields
 
     def _packed(self, view: memoryview, field: Field) -> list[Any]:
-        """Return the numbers of a repeated field that stand in one value."""
+        """Return the numbers of a packed repeated field."""
         if (wire := _WIRE[field.kind]) in _FIXED:
             form, size = _FIXED[wire]
             if len(view) % size:
@@ -190,7 +190,7 @@ class WireReader:
 
 
 def _number(view: memoryview, position: int, kind: str) -> tuple[Any, int]:
-    """Return the number that begins at a position, and where it ends."""
+    """Return the number that begins at a position, and the position after it."""
     if (wire := _WIRE[kind]) in _FIXED:
         form, size = _FIXED[wire]
         if size > len(view) - position:
@@ -207,7 +207,10 @@ def _number(view: memoryview, position: int, kind: str) -> tuple[Any, int]:
 
 
 def _varint(view: memoryview, position: int) -> tuple[int, int]:
-    """Return the number of at most 64 bits that begins at a position, in its shortest form, and where it ends."""
+    """Return the number of at most 64 bits that begins at a position, and the position after it.
+
+    Only its shortest encoding is accepted.
+    """
     result = 0
     for shift in range(0, 70, 7):
         if position >= len(view):

@@ -1,4 +1,4 @@
-"""A trained model's file opened by the runtime that it is of, before anything of it is believed."""
+"""Choice of the runtime for a trained model's file, with validation before anything is loaded."""
 
 from os import PathLike
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from dinoseg.export.runtime.runtime import FILES, Opened, Options, file_in
 from dinoseg.utils.errors import UserError
 
-_OF_A_CALL = {  # words of a command line, as a function's arguments
+_OF_A_CALL = {  # command-line terms to the arguments of `dinoseg.load`
     **{"resume=": "", "finite_weights=false uses it all the same.": ""},
     **{"engine.device=": "device=", "engine.precision=": "precision="},
     **{"backbone.weights=": "backbone=", "head.weights=": "head="},
@@ -14,7 +14,7 @@ _OF_A_CALL = {  # words of a command line, as a function's arguments
 
 
 def open_model(path: str | PathLike[str], options: Options) -> Opened:
-    """Return what computes for a trained model and what its file says; errors are those of `load`."""
+    """Open a trained model: return its runtime, facts and file; errors are those of `load`."""
     where = Path(path).expanduser()
     try:
         return open_file(where, options)
@@ -27,8 +27,8 @@ def open_model(path: str | PathLike[str], options: Options) -> Opened:
 
 
 def open_file(path: Path, options: Options) -> Opened:
-    """Return the same, with errors in the words of a command line, whose `resume` the file is."""
-    if path.is_dir() and not (path / "checkpoints").is_dir():  # what mode=export, or push_to_hub, has left there
+    """Open a trained model as `open_model` does, with errors in the terms of a command line with it as `resume`."""
+    if path.is_dir() and not (path / "checkpoints").is_dir():  # a folder of mode=export or push_to_hub
         path = file_in(path, options.runtime) or path
     runtime = options.runtime or ("onnx" if path.suffix == ".onnx" else "torch")
     if runtime not in FILES:
@@ -58,7 +58,7 @@ def open_file(path: Path, options: Options) -> Opened:
 
 
 def _check_onnx(path: Path, options: Options) -> None:
-    """Refuse what cannot be asked of a graph."""
+    """Refuse options that an ONNX graph does not support."""
     given = {"backbone.weights": options.backbone, "head.weights": options.head, "inference": options.inference}
     asked = {key: value for key, value in given.items() if value is not None and (key, value) != ("inference", "whole")}
     if options.precision not in ("auto", "fp32"):

@@ -1,4 +1,4 @@
-"""What computes for a model in one file: torch, or another runtime where torch is not installed."""
+"""The interface of runtimes: torch, or another one where torch is not installed."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,11 +10,11 @@ import numpy as np
 
 from dinoseg.export.runtime.facts import Facts
 
-FILES = {"torch": "model.safetensors", "onnx": "model.onnx"}  # runtime to the name of its file
+FILES = {"torch": "model.safetensors", "onnx": "model.onnx"}  # runtime: name of its file
 
 
 class Runtime(Protocol):
-    """Pictures of one size to classes of the same size. An implementation may not need torch."""
+    """Interface that maps images of one size to classes at the same size. An implementation may not need torch."""
 
     name: str  # torch | onnx
 
@@ -28,7 +28,7 @@ class Runtime(Protocol):
 
 
 class Opened(NamedTuple):
-    """What computes for a model, what the model says of itself, and its file, if it is a model in one file."""
+    """An opened model: its runtime, its facts, and its file if it is a one-file model."""
 
     runtime: Runtime
     facts: Facts
@@ -37,7 +37,7 @@ class Opened(NamedTuple):
 
 @dataclass(frozen=True)
 class Options:
-    """How the file of a trained model is opened: the arguments of `dinoseg.load`, which says what they mean."""
+    """Options for opening a trained model: the arguments of `dinoseg.load`, where they are documented."""
 
     device: str = "auto"
     runtime: str | None = None
@@ -49,6 +49,6 @@ class Options:
 
 
 def file_in(folder: Path, runtime: str | None) -> Path | None:
-    """Return the model in one file that a folder holds, for a runtime or any; None where there is none."""
+    """Return the one-file model in a folder, for one runtime or any; None where there is none."""
     names = [FILES[runtime]] if runtime in FILES else FILES.values()
     return next((folder / name for name in names if (folder / name).is_file()), None)

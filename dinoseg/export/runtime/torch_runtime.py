@@ -1,4 +1,4 @@
-"""Torch as a model's runtime: a file, a checkpoint or a run folder opened without a command line."""
+"""Inference with torch: load a file, a checkpoint or a run folder without a command line."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -23,11 +23,11 @@ from dinoseg.training.engine import choose_device
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.precision import compute_dtype
 
-_HELD = (None, "random")  # what a config says of weights that a checkpoint holds
+_HELD = (None, "random")  # config values for weights that the checkpoint itself holds
 
 
 class TorchRuntime:
-    """A predictor whose results are numpy's."""
+    """The `Runtime` of torch: a predictor with numpy results."""
 
     name = "torch"
 
@@ -44,15 +44,15 @@ class TorchRuntime:
 
 
 def load_torch(path: Path, options: Options) -> Opened:
-    """Return the model of a file, a checkpoint or a run folder, which exists.
+    """Load the model of an existing file, checkpoint or run folder.
 
     Raises:
-        UserError: in the words of a command line, whose `resume` the file is.
+        UserError: in the terms of a command line with the file as `resume`.
     """
     chosen = choose_device(options.device)
     dtype = compute_dtype(options.precision, chosen)
     file = checkpoint.find(path, "best")
-    # the caller's own functions for its configs, and its own random numbers, are as they were after it
+    # restore the caller's OmegaConf resolvers and random state afterwards
     with lent_resolvers(), torch.random.fork_rng(_devices(chosen)):
         said = checkpoint.describe(file)
         facts = Facts.of(said, str(file))
@@ -70,10 +70,10 @@ def load_torch(path: Path, options: Options) -> Opened:
 
 
 def _weights(file: Path, said: Mapping[str, Any], options: Options) -> dict[str, str]:
-    """Return the weights that are given in place of those that a file names, as keys of its config.
+    """Return config overrides for weights that are given instead of those that the file names.
 
     Raises:
-        UserError: the file names none, since it holds them.
+        UserError: if the file names none, since it holds them.
     """
     changes = {}
     for part, place in (("backbone", options.backbone), ("head", options.head)):

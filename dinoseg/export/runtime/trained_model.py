@@ -1,4 +1,4 @@
-"""A trained model of this program as one that takes pictures of any kind."""
+"""Conversion of a trained model of this process to the public `Model`."""
 
 from dinoseg.experiment.trained import Trained
 from dinoseg.export.runtime.facts import Facts
@@ -8,11 +8,11 @@ from dinoseg.inference.trained_sizes import TrainedSizes, keep_scale
 
 
 def model_of(trained: Trained, sizes: TrainedSizes | None) -> Model:
-    """Return a trained model as one to use.
+    """Return a trained model as a `Model` for images of any kind.
 
     Args:
         trained: in eval mode.
-        sizes: those that pictures are brought to, as `runs.trained.sizes_to_keep` gives them.
+        sizes: training sizes to which images are reduced, as `sizes_to_keep` returns them.
     """
     keep_scale(trained.model, sizes)
     return Model(TorchRuntime(trained.predictor), Facts.of(trained.info, "the checkpoint"))

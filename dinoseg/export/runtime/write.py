@@ -1,4 +1,4 @@
-"""A trained model as one file: its weights and all that is needed to use it, described as a checkpoint is."""
+"""A trained model as one file: its weights and everything needed to use it, described like a checkpoint."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -27,24 +27,25 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import count_of
 
 _CHOICES = ("hparam", "data", "backbone", "adapter", "head")
-_NO_PLACES = ("classes", "group")  # keys of names and of regular expressions, which may begin as a path does
+_NO_PLACES = ("classes", "group")  # keys whose names or regular expressions may look like paths
 _LIBRARIES = ("torch", "transformers", "timm", "peft", "numpy", "pillow")
 
 
 def export_model(
     cfg: DictConfig, *, out_dir: Path, delta: bool = False, gated: bool = False, scores: str | None = None
 ) -> dict[str, Any]:
-    """Write the model of the checkpoint that `resume` names to `out_dir`/model.safetensors; return its path.
+    """Write the model of the checkpoint named by `resume` to `out_dir`/model.safetensors; return its path.
 
     Args:
         cfg: the whole config, merged with the checkpoint's.
         out_dir: the run folder.
-        delta: what was trained alone; the backbone is named, and comes from there again when the file is loaded.
-        gated: write weights into the file whose licence forbids passing them on freely: it goes no further.
+        delta: write only what was trained; the file names the backbone's source, from where it is loaded again.
+        gated: write weights whose licence restricts redistribution; do not share the file except on its terms.
         scores: folder of a mode=eval run of this checkpoint; None: the evaluation at the end of its training.
 
     Raises:
-        UserError: there is no checkpoint, it is one of slots, or the file would hold gated weights.
+        UserError: if there is no checkpoint, the model has slots, or the file would hold weights of restricted licence.
+            Also if `delta` meets a backbone without a source, or `scores` is no evaluation of this checkpoint.
     """
     if cfg.resume is None:
         raise UserError("export=safetensors needs a trained model: give resume=<run folder or checkpoint>.")
@@ -54,7 +55,7 @@ def export_model(
             "could not be used. Leave export.delta out."
         )
     if scores is not None:
-        scores_of(Path(cfg.resume), (), scores)  # what was typed wrong is told before the model is made
+        scores_of(Path(cfg.resume), (), scores)  # report a wrong folder before the slow model build
     warn_unread(out_dir, ("cache_dir",), "This export reads no images.")
     trained = load_trained(cfg)
     if trained.model.head.slots is not None:
@@ -64,7 +65,7 @@ def export_model(
     held = _held_config(cfg, facts)
     whole = not delta and cfg.adapter.get("bits") is not None
     tensors, frozen = _tensors(held, with_whole_weights(cfg, trained.model) if whole else trained.model, delta)
-    if cfg.finite_weights:  # those of the backbone come from elsewhere than the checkpoint, which was looked at
+    if cfg.finite_weights:  # loading checked the checkpoint, but not the backbone's weights
         checkpoint.check_finite(tensors, f"resume={cfg.resume}")
     if whole:
         print(f"adapter.bits={cfg.adapter.bits}: the file holds the same weights in float32, which rounds differently")
@@ -94,16 +95,16 @@ def export_model(
 def facts_of(
     cfg: DictConfig, trained: Trained, sizes: TrainedSizes | None, *, delta: bool = False, scores: str | None = None
 ) -> Facts:
-    """Return what a trained model says of itself, for a file of any kind.
+    """Return the facts of a trained model, for an exported file of any kind.
 
     Args:
         cfg: the whole config, merged with the checkpoint's.
         trained: its model.
-        sizes: of the training images that images are reduced to, as `runs.trained.sizes_to_keep` gives them.
-        delta: whether the file holds what was trained alone.
+        sizes: training sizes to which images are reduced, as `sizes_to_keep` returns them.
+        delta: whether the file holds only what was trained.
         scores: as of `export_model`.
     """
-    before = Facts.of(trained.info, f"resume={cfg.resume}")  # of a file that was such a file already
+    before = Facts.of(trained.info, f"resume={cfg.resume}")  # facts of a checkpoint that is itself an exported file
     colours = {name: getattr(trained.model.backbone, name).flatten().tolist() for name in ("mean", "std")}
     path = Path(cfg.resume)
     return Facts(
@@ -122,7 +123,7 @@ def facts_of(
 
 
 def _held_config(cfg: DictConfig, facts: Facts) -> DictConfig:
-    """Return the config that a file holds: nothing of this machine, and no place of weights that are in the file."""
+    """Return the config that a file stores: without paths of this machine or sources of weights that the file holds."""
     held = {**_without_places(plain(cfg)), TEACHER: None, INITIAL: None}
     if "root" in held["data"]:
         held["data"]["root"] = "???"
@@ -130,7 +131,7 @@ def _held_config(cfg: DictConfig, facts: Facts) -> DictConfig:
     if facts.delta and is_hub_id(backbone["weights"]) and facts.backbone["revision"]:
         backbone["weights"] = f"{facts.backbone['weights']}@{facts.backbone['revision']}"
     if not facts.delta:
-        # as a checkpoint of a backbone of random weights, which holds all of it
+        # a checkpoint with a random-weights backbone holds all of that backbone
         backbone |= {"weights": "random"} if "weights" in backbone else {}
         adapter |= {"bits": None} if "bits" in adapter else {}
         in_file = {"weights": None, "class_layer": "loaded", "trainable": "all"}
@@ -139,7 +140,7 @@ def _held_config(cfg: DictConfig, facts: Facts) -> DictConfig:
 
 
 def _without_places(node: Any) -> Any:
-    """Return a plain config in which a path on this machine is its last part alone."""
+    """Return a plain config in which each local path is reduced to its last part."""
     if isinstance(node, Mapping):
         return {key: value if key in _NO_PLACES else _without_places(value) for key, value in node.items()}
     if isinstance(node, list):
@@ -148,7 +149,7 @@ def _without_places(node: Any) -> Any:
 
 
 def _tensors(held: DictConfig, model: Segmenter, delta: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors that a file of this config holds, and the hashes of those that it does not."""
+    """Return the tensors that a file of this config holds, and the hashes of those that it does not hold."""
     state = model.state_dict()
     tensors = {f"{CONSTANTS}/{name}": value for name, value in constants(model).items()}
     if delta:
@@ -159,9 +160,10 @@ def _tensors(held: DictConfig, model: Segmenter, delta: bool) -> tuple[dict[str,
 
 
 def _check_licence(cfg: DictConfig, source: Mapping[str, Any], names: Sequence[str], *, copies: bool = False) -> None:
-    """Refuse to write weights of others that are not to be passed on freely; a segmentor's file is Meta's too.
+    """Refuse to write third-party weights whose licence restricts redistribution.
 
-    `copies`: the head has some of the backbone's blocks.
+    A head loaded from `head.weights` (Meta's segmentors) counts as third-party, too. `copies`: whether the head holds
+    copies of the backbone's blocks.
     """
     foreign = {"backbone": source["gated"], "head": plain(cfg.head).get("weights") is not None}
     held = {part: any(f"/{part}." in name for name in names) for part in foreign}
@@ -177,7 +179,7 @@ def _check_licence(cfg: DictConfig, source: Mapping[str, Any], names: Sequence[s
 
 
 def _use(cfg: DictConfig) -> dict[str, Any]:
-    """Return how the model is asked for pictures of any size, in words: what is used stands in the config."""
+    """Return the inference strategy as plain values, for readers: loading uses the one in the config."""
     values = {key: value for key, value in plain(cfg[USE], resolve=True).items() if not key.startswith("_")}
     return {"option": str(cfg.choices[USE]), **values}
 
@@ -193,9 +195,9 @@ def _versions() -> dict[str, str]:
 
 
 _PACKAGED = "dinoseg:"
-_OWN = ("random", None)  # weights that nobody else has made
+_OWN = ("random", None)  # values for weights without a third-party source
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
-_LICENCES = (  # what a name holds, the licence of such weights, whether they may not be passed on without its terms
+_LICENCES = (  # part of the name, licence of such weights, whether it restricts redistribution
     ("dinov3", "DINOv3 License", True),
     ("facebook/dinov2-", "Apache-2.0", False),
     ("facebook/dino-vit", "Apache-2.0", False),
@@ -205,7 +207,7 @@ OWN_LICENCE = "its trainer's own"
 
 
 def source_of(cfg: Mapping[str, Any], frozen: str) -> dict[str, Any]:
-    """Return what is known of a backbone's weights.
+    """Return the name, source, revision, hash and licence of a backbone's weights.
 
     Args:
         cfg: the plain config: its `backbone` and `choices`.
@@ -217,14 +219,14 @@ def source_of(cfg: Mapping[str, Any], frozen: str) -> dict[str, Any]:
     if is_hub_id(weights):
         name, _, revision = weights.partition("@")
         revision = _commit(name, revision or "main") or revision
-    full_name = f"{choice} {backbone['name']}" if "name" in backbone else choice  # of timm's models
+    full_name = f"{choice} {backbone['name']}" if "name" in backbone else choice  # timm models
     licence, gated = _licence(full_name, weights)
     facts = {"name": full_name, "weights": name, "revision": revision or None, "hash": frozen}
     return {**facts, "licence": licence, "gated": gated}
 
 
 def is_hub_id(weights: Any) -> TypeGuard[str]:
-    """Return whether weights are named by a hub id, and no file or folder here has that name."""
+    """Return whether weights are named by a hub id, and no local file or folder has that name."""
     return isinstance(weights, str) and bool(_HUB_ID.fullmatch(weights)) and not Path(weights).expanduser().exists()
 
 
@@ -238,12 +240,12 @@ def _licence(names: str, weights: str | None) -> tuple[str, bool]:
 
 
 def _last(weights: str | None) -> str | None:
-    """Return weights without the folders of this machine that they lie in."""
+    """Return the name of weights without the local folders that contain them."""
     return weights if weights is None or weights.startswith(_PACKAGED) else Path(weights).name
 
 
 def _commit(name: str, revision: str) -> str | None:
-    """Return the commit that a hub's revision was when its weights were fetched here, None where they were not."""
+    """Return the commit of a hub revision in the local hub cache; None where its weights were not downloaded."""
     from huggingface_hub import try_to_load_from_cache
 
     for file in ("model.safetensors", "model.safetensors.index.json"):
