@@ -1,4 +1,4 @@
-"""Class ids of a grid of scores: what it scores highest at each pixel, without the scores of all pixels."""
+"""Class IDs from a grid of scores: the highest class at each pixel, without upsampling all scores."""
 
 import functools
 import math
@@ -12,30 +12,30 @@ from dinoseg.core.geometry import cell_weights, upsample
 from dinoseg.utils.precision import at_least_float32
 from dinoseg.utils.threads import threads
 
-_BAND = 2**17  # scores of a grid looked at together
-_AT_ONCE = 2**17  # upsampled numbers held at a time: what stays in a core's cache
-_SMALL = 2**19  # of an image: less is upsampled as a whole before the other ways have begun
-_LAUNCHED = 2**26  # the same on an accelerator, where an operation takes its time to start
-# what things take beside an upsampled number of some classes, measured: a class that can win in a cell, any other, and
-# a number of all pixels, class by class
+_BAND = 2**17  # scores of a grid processed at once
+_AT_ONCE = 2**17  # upsampled numbers held at a time, to stay in a core's cache
+_SMALL = 2**19  # upsampled numbers of an image, below which upsampling all is fastest
+_LAUNCHED = 2**26  # the same on an accelerator, where kernel launches take time
+# measured costs, relative to one upsampled number in the method by cells: a class that can win in a cell, any class in
+# a cell, and one upsampled number if all pixels are upsampled class by class
 _PAIR, _LOOK, _PIXEL = 25, 5, 0.65
-_SAMPLE = 48  # rows and columns of cells by which it is chosen
-_ROUNDING = 10  # times the type's epsilon and the largest score: 8 by which two sums of four cells can differ, and room
+_SAMPLE = 48  # rows and columns of cells sampled to choose the method
+_ROUNDING = 10  # times epsilon and the largest score: two sums of four cells differ by at most 8; the rest is margin
 
 
 def highest(scores: Tensor) -> Tensor:
-    """Return the ids (B, H, W) uint8 of the highest of (B, K, H, W) scores, of equal ones the first."""
-    # the indices of max are those of argmax, which takes 6 times as long on a CPU
+    """Return the IDs (B, H, W) uint8 of the highest of (B, K, H, W) scores; ties go to the first."""
+    # same indices as argmax, which takes 6 times as long on a CPU
     return scores.max(dim=1).indices.to(torch.uint8)
 
 
 @torch.no_grad()
 def class_ids(scores: Tensor, size: tuple[int, int], valid: tuple[float, float]) -> Tensor:
-    """Return the ids (B, H, W) uint8 of the classes that `upsample` of finite (B, K, h, w) scores highest.
+    """Return the IDs (B, H, W) uint8 of the classes with the highest `upsample` of finite (B, K, h, w) scores.
 
-    Of classes that score the same, it is the first; of those that differ by no more than rounding, any. It takes a few
-    numbers a pixel, however many classes there are. A score between four cells lies between theirs: on a CPU, a class
-    is upsampled only where it can win, and nothing is where one class alone can, if that takes less time.
+    Ties go to the first class; scores that differ only by rounding may go to either. Memory is a few numbers per
+    pixel, for any number of classes. A score between four cells lies between theirs. On a CPU, a class is thus
+    upsampled only where it can win, and nothing where only one class can, if that is faster.
     """
     scores = at_least_float32(scores)
     if scores.device.type != "cpu":
@@ -45,7 +45,7 @@ def class_ids(scores: Tensor, size: tuple[int, int], valid: tuple[float, float])
 
 
 def _of_image(scores: Tensor, size: tuple[int, int], valid: tuple[float, float]) -> Tensor:
-    """Return the ids (1, H, W) of one image's scores (1, K, h, w) on a CPU, the way that takes less time."""
+    """Return the IDs (1, H, W) of one image's scores (1, K, h, w) on a CPU, by the faster method."""
     grid = scores[0]
     if len(grid) * math.prod(size) <= _SMALL:
         return highest(upsample(scores, size, valid))
@@ -63,30 +63,30 @@ def _of_image(scores: Tensor, size: tuple[int, int], valid: tuple[float, float])
 
 
 def _one_by_one(scores: Tensor, size: tuple[int, int], valid: tuple[float, float]) -> Tensor:
-    """Return the best ids (B, H, W) of classes that are upsampled one by one."""
+    """Return the IDs (B, H, W) of the highest classes, which are upsampled one by one."""
     best = upsample(scores[:, :1], size, valid)[:, 0].clone()
     ids = torch.zeros_like(best, dtype=torch.uint8)
     for label in range(1, scores.shape[1]):
         pixels = upsample(scores[:, label : label + 1], size, valid)[:, 0]
         better = (pixels > best).to(torch.uint8)
-        torch.maximum(ids, better.mul_(label), out=ids)  # ascending: each is greater than all before
+        torch.maximum(ids, better.mul_(label), out=ids)  # ascending: each label is greater than all before
         torch.maximum(best, pixels, out=best)
     return ids
 
 
 class _Cells(NamedTuple):
-    """The spaces between neighbours on an axis of a grid: N that hold a pixel, none more than P."""
+    """Spaces between neighbouring grid points on an axis: the N that contain a pixel, none more than P."""
 
-    low: Tensor  # (N,) where on the grid each begins
-    high: Tensor  # (N,) and where it ends
-    owner: Tensor  # (pixels,) in which of them each pixel lies
-    pixels: Tensor  # (N, P) which pixels lie in each, the last of them again where they are fewer than P
-    weights: Tensor  # (2, N, P) what these read of where it begins, and where it ends
+    low: Tensor  # (N,) start on the grid
+    high: Tensor  # (N,) end on the grid
+    owner: Tensor  # (pixels,) index of the space that contains each pixel
+    pixels: Tensor  # (N, P) pixels in each, padded with the last one
+    weights: Tensor  # (2, N, P) weights of start and end for these pixels
 
 
 @functools.lru_cache(maxsize=16)
 def _cells(length: int, cells: int, share: float, dtype: torch.dtype) -> _Cells:
-    """Return the cells between `length` pixels' neighbours."""
+    """Return the spaces between neighbouring grid points that contain `length` pixels."""
     low, weights = cell_weights(length, cells, share, dtype)
     begins, owner, counts = low.unique_consecutive(return_inverse=True, return_counts=True)
     offsets = torch.arange(int(counts.max())).minimum(counts[:, None] - 1)  # (N, P)
@@ -95,20 +95,20 @@ def _cells(length: int, cells: int, share: float, dtype: torch.dtype) -> _Cells:
 
 
 def _pays(grid: Tensor, rows: _Cells, columns: _Cells, slack: float) -> bool:
-    """Return whether to look at cells, of which some are sampled, takes less than to upsample all classes."""
+    """Return whether checking cells, estimated from a sample of them, is faster than upsampling all classes."""
     cells, pixels = len(rows.low) * len(columns.low), len(rows.owner) * len(columns.owner)
     if _LOOK * cells >= _PIXEL * pixels:
         return False
     down, along = ([end[:: -(-len(axis.low) // _SAMPLE)] for end in (axis.low, axis.high)] for axis in (rows, columns))
     able = _able(grid, down, along, slack)[0]
     counts = able.sum(1)
-    pairs = float(counts[counts > 1].sum()) / len(able)  # of a cell
+    pairs = float(counts[counts > 1].sum()) / len(able)  # mean per cell
     side = rows.pixels.shape[1] * columns.pixels.shape[1]
     return cells * (pairs * (_PAIR + side) + len(grid) * _LOOK) < _PIXEL * len(grid) * pixels
 
 
 def _able(grid: Tensor, down: Sequence[Tensor], along: Sequence[Tensor], slack: float) -> tuple[Tensor, Tensor]:
-    """Return which classes can win in cells (N, K), and what is the most that they score there (K, N)."""
+    """Return which classes can win in each cell (N, K), and their maximum scores there (K, N)."""
     most, least = (
         pick(*(pick(*(grid.index_select(1, end) for end in down)).index_select(2, end) for end in along)).flatten(1)
         for pick in (torch.maximum, torch.minimum)
@@ -116,9 +116,9 @@ def _able(grid: Tensor, down: Sequence[Tensor], along: Sequence[Tensor], slack: 
     return (most >= least.amax(0) - slack).T.contiguous(), most
 
 
-@torch.no_grad()  # a thread has a mode of its own
+@torch.no_grad()  # grad mode is per thread
 def _band_ids(grid: Tensor, rows: _Cells, columns: _Cells, slack: float, band: slice) -> Tensor:
-    """Return the ids (r, W) of some rows of cells of a grid (K, h, w)."""
+    """Return the IDs (r, W) of some rows of cells of a grid (K, h, w)."""
     able, most = _able(grid, [end[band] for end in rows[:2]], columns[:2], slack)
     winners = most.max(0).indices.to(torch.uint8).view(-1, len(columns.low))
     owner = rows.owner[(rows.owner >= band.start) & (rows.owner < band.stop)]
@@ -141,7 +141,7 @@ def _band_ids(grid: Tensor, rows: _Cells, columns: _Cells, slack: float, band: s
 
 
 def _best(corners: Tensor, down: Tensor, along: Tensor) -> Tensor:
-    """Return which of a few classes scores highest (n, p, q) between corners (n, k, 4)."""
+    """Return the index of the highest of k classes (n, p, q), interpolated between corners (n, k, 4)."""
     sides = corners.view(*corners.shape[:2], 2, 2, 1)  # of both rows, of both columns
     edges = sides[:, :, 0] * down[0][:, None, None] + sides[:, :, 1] * down[1][:, None, None]  # (n, k, 2, p)
     pixels = edges[:, :, 0, :, None] * along[0][:, None, None]

@@ -1,6 +1,6 @@
-"""What backbones, heads and losses promise one another: base classes with defaults, so that nobody has to ask.
+"""Base classes of backbones, heads and losses, with default behaviour.
 
-A part of your own inherits one of them. Axis letters are those of `shapes.py`.
+Custom parts inherit one of them. Axis letters are those of `shapes.py`.
 """
 
 from collections.abc import Hashable, Sequence
@@ -14,15 +14,16 @@ from dinoseg.core.shapes import Batch, ClipBatch, Prediction, WeightedMasks
 from dinoseg.utils.errors import UserError
 
 Outputs = TypeVar("Outputs")
-_FEW = (4, 3, 2, 1)  # images at a time: 0.87 of the time of 16 at once, ViT-S, 350 x 476, float32
-BesideTokens = dict[str, tuple[Tensor, Tensor]]  # what a block takes beside its tokens, by keyword
+_FEW = (4, 3, 2, 1)  # chunk sizes: 0.87 of the time of 16 images at once, ViT-S, 350 x 476, float32
+BesideTokens = dict[str, tuple[Tensor, Tensor]]  # keyword arguments of a block besides its tokens
 
 
 class Backbone(nn.Module):
-    """Images (B, 3, H, W), float in 0..1, to L maps (B, C, h, w) of h = ceil(H / patch_size) rows.
+    """Base class of backbones: map images (B, 3, H, W), float in 0..1, to L maps (B, C, h, w).
 
-    It normalises inside and pads at the bottom and on the right to the patch multiple; the caller crops back. The maps
-    of a pyramid have a width and a grid each, the coarsest h x w; `dim` then lists the widths.
+    h = ceil(H / patch_size) and w = ceil(W / patch_size). A backbone normalises images and pads them at the bottom
+    and on the right to the patch multiple; the caller crops back. The maps of a pyramid differ in width and grid, the
+    coarsest being h x w; `dim` then lists the widths.
     """
 
     dim: int | list[int]
@@ -33,33 +34,33 @@ class Backbone(nn.Module):
     is_pyramid: bool = False
     mean: Tensor  # (3, 1, 1) buffers, see `backbones.pixels.register_colours`
     std: Tensor
-    weights: str | None = None  # where they came from; None or `random`: a checkpoint has to hold all of them
+    weights: str | None = None  # source of the weights; None or `random`: checkpoints have to hold all of them
     unused: Sequence[str] = ()  # parameters that no map depends on
-    uncalled_linears: frozenset[str] = frozenset()  # linear layers whose weight is read past their `forward`
-    has_class_attention: bool = False  # whether there is `with_class_attention`
-    takes_tokens: bool = False  # whether there is `embed`: its tokens go through one block after another
-    takes_queries: bool = False  # whether blocks then take more tokens than it gives
+    uncalled_linears: frozenset[str] = frozenset()  # linear layers whose weight is used outside their `forward`
+    has_class_attention: bool = False  # whether `with_class_attention` is implemented
+    takes_tokens: bool = False  # whether `embed` is implemented, whose tokens pass through one block after another
+    takes_queries: bool = False  # whether blocks then accept more tokens than `embed` returns
 
-    if TYPE_CHECKING:  # nn.Module's own, of which its types say nothing
+    if TYPE_CHECKING:  # nn.Module's own, which is untyped
 
         def __call__(self, images: Tensor) -> list[Tensor]:
             """Run `forward`."""
             ...
 
-    # A class attribute would hide a module of its name that a backbone assigns to itself, so these two look it up
+    # looked up in `_modules`: a class attribute would hide a submodule of the same name
     @property
     def blocks(self) -> nn.ModuleList | nn.Sequential | list[nn.Module]:
-        """The blocks up to the last one that is read, in order; of a pyramid its stages."""
+        """Return the blocks up to the last one that is read, in order; for a pyramid, its stages."""
         blocks = self._modules.get("blocks")
         return blocks if isinstance(blocks, nn.ModuleList | nn.Sequential) else []
 
     @property
     def norm(self) -> nn.Module | None:
-        """The final norm that the maps have passed, if there is one."""
+        """Return the final norm that is applied to the maps, if there is one."""
         return self._modules.get("norm")
 
     def pixels(self, images: Tensor) -> Tensor:
-        """Return images normalised and padded, as the blocks see them."""
+        """Return images normalised and padded, as input of the blocks."""
         return pad_to_multiple((images - self.mean) / self.std, self.patch_size)
 
     def forward(self, images: Tensor) -> list[Tensor]:
@@ -67,13 +68,13 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     def maps(self, images: Tensor) -> list[Tensor]:
-        """Return what `forward` does; on a CPU, where nothing of it learns, of a few images at a time.
+        """Run `forward`, in chunks of at most 4 images if the backbone is frozen and on the CPU.
 
-        The tokens of few stay in the processor's caches.
+        The tokens of a few images stay in the processor's caches.
         """
         if (
             images.device.type != "cpu"
-            or torch.compiler.is_compiling()  # asked first: a graph traced past here takes this many images alone
+            or torch.compiler.is_compiling()  # before the size is read: it would be traced as a constant
             or any(parameter.requires_grad for parameter in self.parameters())
             or (few := next(few for few in _FEW if len(images) % few == 0)) == len(images)
         ):
@@ -82,9 +83,9 @@ class Backbone(nn.Module):
 
     @property
     def first_trained(self) -> int | None:
-        """The number of the first block of which something is trained; 0: of what comes before; None: nothing is.
+        """Return the index of the first block with a trained parameter; None: nothing is trained.
 
-        A norm after the blocks counts as one more block.
+        It is 0 if anything before the blocks is trained. A norm after the blocks counts as one more block.
         """
         trained = {parameter for parameter in self.parameters() if parameter.requires_grad}
         if not trained:
@@ -95,13 +96,13 @@ class Backbone(nn.Module):
         return firsts[0] if trained <= within else 0
 
     def until(self, images: Tensor) -> list[Tensor]:
-        """Return tokens (B, N, C) or maps (B, C, h, w) that the frozen part gives for images, for `onwards`.
+        """Return the frozen part's tokens (B, N, C) or maps (B, C, h, w) for images, as input of `onwards`.
 
-        One for each block that is read, in their order; if something is trained, and more than the blocks before the
-        first of it are read, what enters that block comes last.
+        There is one for each block that is read, in their order. If something is trained, these are the blocks before
+        the first trained one. If later blocks are read too, the input of that block comes last.
 
         Raises:
-            UserError: something is trained, and this backbone can be cut behind all of it alone.
+            UserError: something is trained, and this backbone can only be split behind its last block.
         """
         if self.first_trained is not None:
             raise UserError(
@@ -112,7 +113,7 @@ class Backbone(nn.Module):
         return [maps[layer] for layer in sorted(maps)]
 
     def onwards(self, frozen: list[Tensor], size: tuple[int, int]) -> list[Tensor]:
-        """Return the L maps (B, C, h, w) for what `until` gave of images of `size` (H, W)."""
+        """Return the L maps (B, C, h, w) from the result of `until` for images of `size` (H, W)."""
         maps = dict(zip(sorted({*self._read}), frozen, strict=True))
         return [maps[layer] for layer in self._read]
 
@@ -121,33 +122,33 @@ class Backbone(nn.Module):
         return self.layers or range(self.num_layers)
 
     def with_class_attention(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Return the maps and where the class token looks in the last block, (B, heads, h, w) float32, of one pass."""
+        """Return the maps and the class token's attention (B, heads, h, w) float32 in the last block, from one pass."""
         raise NotImplementedError
 
     def embed(self, pixels: Tensor) -> tuple[Tensor, BesideTokens]:
-        """Return the tokens (B, N, C) that enter the first block, and what each block takes beside."""
+        """Return the tokens (B, N, C) that enter the first block, and further keyword arguments of each block."""
         raise NotImplementedError
 
     def beside(self, size: tuple[int, int]) -> BesideTokens:
-        """Return what each block takes beside the tokens of padded pixels of `size` (H, W)."""
+        """Return the keyword arguments of each block besides its tokens, for padded pixels of `size` (H, W)."""
         return {}
 
     def export_state(self) -> dict[str, Tensor]:
-        """Return the weights under the names in which `weights` reads them from a file.
+        """Return the weights under the names that `weights` reads from a file.
 
         Raises:
-            UserError: there are none, or it holds LoRA updates, which are no weights of their own.
+            UserError: the backbone has no weights to export, or holds LoRA updates, which are not weights of their own.
         """
         raise UserError(f"{type(self).__name__} has no weights that could be exported. Choose another backbone.")
 
 
 class Slots(Protocol):
-    """Segments of a head that go from frame to frame."""
+    """Interface of slot heads, whose segments are propagated from frame to frame."""
 
-    groups: str  # in which frames background slots see the background alone: off, initial or always
+    groups: str  # in which frames background slots attend only to the background: off, initial or always
     sizes: list[int]  # slots in each group, all in one without groups
     num_slots: int
-    predictor: nn.Module | None  # slots to a first guess of those of the next frame; None: drawn anew in each
+    predictor: nn.Module | None  # maps slots to initial slots of the next frame; None: sampled in each frame
 
     def step(
         self,
@@ -165,19 +166,19 @@ class Slots(Protocol):
 
 
 class Head(nn.Module, Generic[Outputs]):
-    """Feature maps to outputs of its own kind, and those to pixels.
+    """Base class of heads: map feature maps to outputs of the head's own type, and these to pixels.
 
-    Outputs are tensors (B, ...), alone or in lists, tables or dataclasses: a validation asks the loss of each image.
+    Outputs are tensors (B, ...), alone or in lists, dicts or dataclasses: a validation computes the loss of each image.
 
-    It has either `forward`, or `run` if it needs more than the maps: the pixels, clips, or the blocks themselves.
+    A head overrides `forward`, or `run` if it needs more than the maps: the pixels, clips, or the blocks themselves.
     """
 
-    mixture: bool = False  # whether its scores are sums of probabilities, as of mask classification, and no logits
-    least_batch: int = 1  # training images per rank at once
-    weights: str | None = None  # the file that its frozen part came from, if any
-    no_object: bool = False  # whether the last column of its class logits says "no object"
-    init: str | None = None  # `probe`: a new training begins with what `start` is given; None: at random
-    one_size: str | None = None  # why an exported graph of it takes one size alone; None: it takes any
+    mixture: bool = False  # whether its scores are sums of probabilities, as in mask classification, not logits
+    least_batch: int = 1  # minimum number of training images per rank and pass
+    weights: str | None = None  # file of its frozen part, if any
+    no_object: bool = False  # whether the last column of its class logits means "no object"
+    init: str | None = None  # `probe`: a new training starts from a linear probe, see `start`; None: at random
+    one_size: str | None = None  # why its exported graph has a fixed input size; None: any size
 
     if TYPE_CHECKING:
 
@@ -187,49 +188,52 @@ class Head(nn.Module, Generic[Outputs]):
 
     @property
     def slots(self) -> Slots | None:
-        """The head as one of slots, which follows clips without labels; None: it scores classes."""
+        """Return the head as a slot head, which segments clips without labels; None: it scores classes."""
         return None
 
     @property
     def own_blocks(self) -> Sequence[nn.Module]:
-        """Copies of a backbone's last blocks, in order, which it trains: all that is said of blocks holds for them."""
+        """Return trained copies of a backbone's last blocks, in order; whatever applies to blocks applies to them."""
         return ()
 
     @property
     def late(self) -> tuple[float, Sequence[nn.Module]]:
-        """The share of a training after which some of its parts begin to learn, and these parts."""
+        """Return the share of the training after which some modules start to be trained, and these modules."""
         return 0.0, ()
 
     def fits(self, backbone: Backbone) -> None:
-        """Refuse a backbone that cannot serve it.
+        """Refuse a backbone that this head cannot use.
 
         Raises:
-            UserError: naming what fits.
+            UserError: with the backbones that it can use.
         """
 
     def copy_from(self, backbone: Backbone) -> None:
-        """Take copies of what it begins with of a backbone that fits, when a model is put together of both.
+        """Copy the modules that the head starts from out of a suitable backbone, when a model is assembled.
 
         Raises:
-            UserError: no copy can be made of it.
+            UserError: they cannot be copied.
         """
 
     def start(self, weight: Tensor, bias: Tensor, mean: Tensor, variance: Tensor) -> None:
-        """Score features x (D,) as `weight` (K, D) x + `bias` (K,); they have this mean and variance (D,)."""
+        """Initialise the head to score features x (D,) as `weight` (K, D) x + `bias` (K,), from a linear probe.
+
+        `mean` and `variance` (D,) are those of the features.
+        """
         raise NotImplementedError
 
     def set_progress(self, share: float) -> None:
-        """Take how much of the training is done, in [0, 1): for a head whose training changes with its length."""
+        """Receive the share of the training that is done, in [0, 1): for heads whose training depends on it."""
 
     def run(self, backbone: Backbone, images: Tensor) -> Outputs:
         """Return the outputs for images (B, 3, H, W), float RGB in 0..1."""
         return self(backbone.maps(images))
 
     def until(self, backbone: Backbone, images: Tensor) -> list[Tensor]:
-        """Return tokens (B, N, C) or maps (B, C, h, w) of all before anything trained: `onwards` goes on as `run`.
+        """Return tokens (B, N, C) or maps (B, C, h, w) from before anything trained; `onwards` completes `run`.
 
         Raises:
-            UserError: this head has a `run` of its own, and not this.
+            UserError: this head overrides `run`, but not this method.
         """
         if type(self).run is not Head.run:
             raise UserError(
@@ -239,7 +243,7 @@ class Head(nn.Module, Generic[Outputs]):
         return backbone.until(images)
 
     def onwards(self, backbone: Backbone, frozen: list[Tensor], size: tuple[int, int]) -> Outputs:
-        """Return the outputs for what `until` gave of images that entered the backbone at `size` (H, W)."""
+        """Return the outputs from the result of `until`, for images that entered the backbone at `size` (H, W)."""
         return self(backbone.onwards(frozen, size))
 
     def forward(self, features: list[Tensor]) -> Outputs:
@@ -247,21 +251,21 @@ class Head(nn.Module, Generic[Outputs]):
         raise NotImplementedError
 
     def grid_scores(self, outputs: Outputs) -> Tensor | None:
-        """Return the class scores (B, K, h, w) of which `predict` is `geometry.upsample` and no more, else None.
+        """Return class scores (B, K, h, w) if `predict` only applies `geometry.upsample` to them, else None.
 
-        Losses then take them to pixels a tile at a time.
+        Losses then upsample them one tile at a time.
         """
         return None
 
     def weighted_masks(self, outputs: Outputs) -> WeightedMasks | None:
-        """Return the masks that `predict` mixes, at least float32, if it is such a mixture and no more, else None.
+        """Return the masks, at least float32, if `predict` only computes their mixture, else None.
 
-        Losses then mix them a tile at a time.
+        Losses then mix them one tile at a time.
         """
         return None
 
     def predict(self, outputs: Outputs, size: tuple[int, int], valid: tuple[float, float]) -> Tensor:
-        """Return class scores (B, K, H, W) at `size` for the image part `valid` of the outputs."""
+        """Return class scores (B, K, H, W) at `size`, for the share `valid` of the outputs that the image covers."""
         grid = self.grid_scores(outputs)
         if grid is None:
             raise NotImplementedError
@@ -269,15 +273,15 @@ class Head(nn.Module, Generic[Outputs]):
 
 
 class Loss(nn.Module):
-    """What training makes small."""
+    """Base class of losses: map a prediction and a batch to a scalar and its named parts."""
 
-    needs_masks: bool = False  # whether it wants `MaskOutputs`
-    needs_slots: bool = False  # whether it wants `SlotOutputs`, and asks for no labels
-    needs_similarity: bool = False  # whether it wants those with `similarity`
-    needs_carried: bool = False  # whether it compares slots that go from frame to frame
-    sums_over_batch: bool = False  # whether it is no mean over samples or labels, so that parts of a batch have others
-    num_divisors: int = 1  # D, by which its terms are divided; more than 1: see `in_step`
-    divisor: Hashable = None  # names the divisor of a single term; None: known after the forward pass alone
+    needs_masks: bool = False  # whether it needs `MaskOutputs`
+    needs_slots: bool = False  # whether it needs `SlotOutputs`, and no labels
+    needs_similarity: bool = False  # whether it needs `SlotOutputs` with `similarity`
+    needs_carried: bool = False  # whether it compares slots that are propagated from frame to frame
+    sums_over_batch: bool = False  # whether splitting a batch changes it: it is no mean over samples or labels
+    num_divisors: int = 1  # D, number of divisors of its terms; more than 1: see `in_step`
+    divisor: Hashable = None  # identifies the divisor of a single term; None: only known after the forward pass
 
     if TYPE_CHECKING:
 
@@ -286,19 +290,19 @@ class Loss(nn.Module):
             ...
 
     def forward(self, prediction: Prediction, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return a mean, and its parts by name; `weight`, if it is among them, is what the mean was divided by."""
+        """Return a mean, and its parts by name; a part `weight` is the divisor of the mean."""
         raise NotImplementedError
 
     def divisors(self, batch: Any) -> Tensor:
-        """Return what the labels of a batch, or of one that `to` has not completed yet, add to the divisors (D,)."""
+        """Return what a batch's labels add to the divisors (D,); the batch may not have been completed by `to` yet."""
         return torch.full((self.num_divisors,), float(len(batch.names)))
 
     def in_step(
         self, prediction: Prediction, batch: Batch | ClipBatch, divisors: Tensor
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Return the part of a batch in the loss of a step, the loss of the batch alone, and its parts by name.
+        """Return the batch's part of a step's loss, the loss of the batch alone, and its parts by name.
 
-        Each term is divided by its own divisor over all batches and ranks of the step, so that the parts of the batches
+        Each term is divided by its own divisor over all batches and ranks of the step. The parts of the batches thus
         add up to the loss of one batch with all samples.
 
         Args:

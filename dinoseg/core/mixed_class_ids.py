@@ -1,4 +1,4 @@
-"""Class ids of a mixture of masks: in each tile of an image, masks that add little are left out of most pixels."""
+"""Class IDs of a mixture of masks; masks that contribute little to a tile are skipped at most of its pixels."""
 
 import functools
 
@@ -10,25 +10,26 @@ from dinoseg.utils.threads import threads
 
 _ROWS = 32  # of a tile
 _CACHED = 2**18  # numbers of a tile
-_LAUNCHED = 2**25  # on an accelerator, where an operation takes its time to start
-_LEFT_OUT = 2**-5  # of a class's score, what the masks that are left out of a tile may add up to
-_SINGLE = 12  # what a mask at a single pixel takes, against one at a pixel of a whole tile
+_LAUNCHED = 2**25  # on an accelerator, where kernel launches take time
+_LEFT_OUT = 2**-5  # maximum of a class's score that the masks skipped in a tile may add up to
+_SINGLE = 12  # cost of a mask at a single pixel, relative to a pixel of a whole tile
 
 
 @torch.no_grad()
 def mixed_class_ids(masks: Tensor, shares: Tensor, size: tuple[int, int], valid: tuple[float, float]) -> Tensor:
-    """Return the ids (B, H, W) uint8 of the classes that a mixture of masks scores highest.
+    """Return the IDs (B, H, W) uint8 of the classes that a mixture of masks scores highest.
 
-    A class scores the sum of each mask's share of it times the sigmoid of its upsampled logits. Of classes that score
-    the same it is the first; of those that differ by no more than rounding, any. Upsampled logits lie between those of
-    the cells around, so what a mask adds within a tile is bounded: of masks that together add less than a bound, only
-    pixels whose best two classes are closer than these masks could bring them are asked (on a CPU: elsewhere it would
-    have to be waited for).
+    A class's score is the sum over masks of share times sigmoid of the upsampled logits. Ties go to the first class;
+    scores that differ only by rounding may go to either.
+
+    Upsampled logits lie between those of the cells around them, which bounds a mask's contribution to a tile. Masks
+    whose contributions together stay below a limit are evaluated only at some pixels: where they could change which
+    class is best. This holds on a CPU; on an accelerator, it would require a device sync.
 
     Args:
         masks: logits (B, Q, h, w) of at least float32.
         shares: (B, Q, K), at least 0, of each mask in each class.
-        size: (H, W) of the ids.
+        size: (H, W) of the IDs.
         valid: share of the grid's height and width that lies on the image.
     """
     (height, width), numbers = size, masks.shape[1] + shares.shape[2]
@@ -45,18 +46,18 @@ def mixed_class_ids(masks: Tensor, shares: Tensor, size: tuple[int, int], valid:
     return torch.stack(images)
 
 
-@torch.no_grad()  # a thread has a mode of its own
+@torch.no_grad()  # grad mode is per thread
 def _band_ids(masks: Tensor, shares: Tensor, columns: list[Span], rows: Span) -> Tensor:
-    """Return the ids (r, W) of a band of rows of one image."""
+    """Return the IDs (r, W) of a band of rows of one image."""
     return torch.cat([_tile_ids(masks[:, rows.cells, tile.cells], shares, rows, tile) for tile in columns], dim=1)
 
 
 def _tile_ids(cells: Tensor, shares: Tensor, rows: Span, columns: Span) -> Tensor:
-    """Return the ids (r, c) of a tile of the masks' cells (Q, h, w)."""
+    """Return the IDs (r, c) of a tile from the masks' cells (Q, h, w)."""
     if cells.device.type != "cpu":
         scores = _scores(upsample_tile(cells, rows, columns), shares)
         return scores.max(0).indices.to(torch.uint8)
-    most = cells.flatten(1).amax(1).sigmoid()[:, None] * shares  # (Q, K) that a mask adds
+    most = cells.flatten(1).amax(1).sigmoid()[:, None] * shares  # (Q, K) maximum contribution of each mask
     least_first = most.amax(1).argsort()
     few = int((most[least_first].cumsum(0).amax(1) < _LEFT_OUT).sum())
     out, kept = least_first[:few], least_first[few:]
@@ -78,5 +79,5 @@ def _tile_ids(cells: Tensor, shares: Tensor, rows: Span, columns: Span) -> Tenso
 
 
 def _scores(pixels: Tensor, shares: Tensor) -> Tensor:
-    """Return the scores (K, ...) of upsampled logits (Q, ...), which are overwritten, and shares (Q, K)."""
+    """Return scores (K, ...) from upsampled logits (Q, ...), which are overwritten, and shares (Q, K)."""
     return (shares.T @ pixels.sigmoid_().flatten(1)).unflatten(1, pixels.shape[1:])

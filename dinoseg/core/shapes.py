@@ -1,7 +1,7 @@
-"""What passes between the rooms: axis letters, the batch, the outputs, the prediction and data to train on.
+"""Data types shared by all packages: batches, outputs, predictions and the dataset protocol.
 
-Axis glossary used in every comment and docstring:
-B batch, T time, C channels, H W pixels, h w patch grid, K classes, Q queries, S slots, L tapped layers.
+Axis letters in all comments and docstrings:
+B batch, T time, C channels, H W pixels, h w patch grid, K classes, Q queries, S slots, L layers read as maps.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ Palette = Sequence[tuple[int, int, int]]
 
 
 class Sample(TypedDict):
-    """One dataset item."""
+    """Sample of a dataset."""
 
     image: Tensor  # (3, H, W) uint8, RGB
     mask: Tensor  # (H, W) uint8, class ids 0..K-1, ignore_index = ignore
-    name: str  # unique inside the data set, a relative path without its suffix
+    name: str  # unique in the dataset, a relative path without its suffix
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Batch:
 
     @property
     def count(self) -> int:
-        """The number of images."""
+        """Return the number of images."""
         return len(self.names)
 
     @classmethod
@@ -59,11 +59,11 @@ class Batch:
         return mapped(self, Tensor.pin_memory)
 
     def taught(self, teach: Teach) -> Batch:
-        """Return the batch with all that a loss asks: what has no labels of its own gets them by `teach`."""
+        """Return the batch with all labels that a loss needs; `teach` predicts those of images without labels."""
         return self
 
     def split(self, parts: int) -> list[Batch]:
-        """Return so many batches of the samples in their order, of equal sizes but for one sample."""
+        """Split the samples in their order into batches whose sizes differ by at most one sample."""
         images, masks = self.image.tensor_split(parts), self.mask.tensor_split(parts)
         return [Batch(*part) for part in zip(images, masks, _split(self.names, images), strict=True)]
 
@@ -77,7 +77,7 @@ class ClipBatch:
 
     @property
     def count(self) -> int:
-        """The number of images: of all frames."""
+        """Return the number of images, that is, of all frames."""
         return self.image.shape[:2].numel()
 
     @classmethod
@@ -94,11 +94,11 @@ class ClipBatch:
         return mapped(self, Tensor.pin_memory)
 
     def taught(self, teach: Teach) -> ClipBatch:
-        """Return the clips: nothing that learns from them asks for labels."""
+        """Return the clips unchanged: training on clips needs no labels."""
         return self
 
     def split(self, parts: int) -> list[ClipBatch]:
-        """Return so many batches of the clips in their order, of equal sizes but for one clip."""
+        """Split the clips in their order into batches whose sizes differ by at most one clip."""
         images = self.image.tensor_split(parts)
         return [ClipBatch(*part) for part in zip(images, _split(self.names, images), strict=True)]
 
@@ -110,33 +110,33 @@ def _split(names: list[str], parts: Sequence[Tensor]) -> list[list[str]]:
 
 @dataclass
 class FrozenFeatures:
-    """What the part of a model before all that is trained gives for images: the model goes on from it as from these."""
+    """Output of a model's frozen part for images, which the trained part takes instead of the images."""
 
-    tensors: list[Tensor]  # tokens (B, N, C) or maps (B, C, h, w); bytes (uint8) are pixels, and stay as they are
+    tensors: list[Tensor]  # tokens (B, N, C) or maps (B, C, h, w); uint8 tensors are pixels and never converted
     size: tuple[int, int]  # (H, W) of the images
-    seen: tuple[int, int]  # (H, W) at which they entered the backbone
+    seen: tuple[int, int]  # (H, W) at which they enter the backbone
 
 
 @dataclass
 class FeatureBatch(Batch):
-    """A batch of which the model takes what is frozen of its images, in place of these."""
+    """Batch with frozen features instead of images."""
 
     image: FrozenFeatures  # type: ignore[assignment]
 
 
 @dataclass
 class MaskOutputs:
-    """What a mask-classification head predicts for an image: Q masks, and what class each is of."""
+    """Output of a mask-classification head: Q masks per image, and their class logits."""
 
-    class_logits: Tensor  # (B, Q, K + 1), the last column says "no object"; (B, Q, K) for a head without it
+    class_logits: Tensor  # (B, Q, K + 1), the last column means "no object"; (B, Q, K) for a head without it
     mask_logits: Tensor  # (B, Q, h, w)
     aux: list[MaskOutputs] = field(default_factory=list)  # of earlier layers, for deep supervision; empty in eval mode
 
 
 class WeightedMasks(NamedTuple):
-    """Masks that are mixed: a class scores the sum of each one's share of it times the sigmoid of its upsampled logits.
+    """Masks to be mixed: a class's score is the sum over masks of share times sigmoid of the upsampled logits.
 
-    Both are of at least float32.
+    Both tensors are at least float32.
     """
 
     logits: Tensor  # (B, Q, h, w)
@@ -145,47 +145,47 @@ class WeightedMasks(NamedTuple):
 
 @dataclass
 class SlotOutputs:
-    """What a slot head makes of clips: S segments a frame, and from them the features of this frame and later ones.
+    """Output of a slot head for clips: S segments per frame, and features of this and later frames predicted from them.
 
-    The lists have an entry for each of `steps`: what is seen in frame t tells of frame t + step. The last max(steps)
-    frames of a clip are only told of, so T' = T - max(steps) frames tell.
+    The lists have an entry for each of `steps`: frame t predicts frame t + step. The last max(steps) frames of a clip
+    are only predicted, so T' = T - max(steps) frames make predictions.
     """
 
-    features: Tensor  # (B, T, C, h, w) of the backbone: what is to be reconstructed
+    features: Tensor  # (B, T, C, h, w) of the backbone: targets of the reconstruction
     reconstructions: list[Tensor]  # (B, T', C, h, w) of frame t + step
     alphas: list[Tensor]  # (B, T', S, h, w), over the slots they sum to 1
-    attention: Tensor  # (B, T', S, h, w), likewise
+    attention: Tensor  # (B, T', S, h, w), over the slots they sum to 1
     slots: Tensor  # (B, T', S, D)
     steps: list[int]
-    similarity: Tensor | None = None  # (B, T', N, h, w) logits: to which of the N cells of the next frame a cell goes
-    carried: bool = True  # whether the slots of a frame come from those of the one before
+    similarity: Tensor | None = None  # (B, T', N, h, w) logits: to which of the N cells of the next frame a cell moves
+    carried: bool = True  # whether a frame's slots are propagated from the previous frame
 
 
 @dataclass
 class Prediction:
-    """A head's outputs, and how they lie on the image: a loss or a metric chooses the size it needs.
+    """A head's outputs and their position on the image; losses and metrics choose the size that they need.
 
-    `valid` is the share of the outputs' height and width that the image covers, counted from the top
-    left; the rest is padding to the patch multiple. `mixture` says that the head's scores are sums of
-    probabilities, as those of mask classification, and no logits.
+    `valid` is the share of the outputs' height and width that the image covers, from the top left. The rest is padding
+    to the patch multiple. `mixture` states that the head's scores are sums of probabilities, as in mask
+    classification, and not logits.
     """
 
-    outputs: object  # of the head's own kind
-    size: tuple[int, int]  # (H, W) of the images that were given
+    outputs: object  # of the head's own type
+    size: tuple[int, int]  # (H, W) of the input images
     valid: tuple[float, float]
     to_pixels: Callable[[Any, tuple[int, int], tuple[float, float]], Tensor]
     mixture: bool = False
-    grid: Tensor | None = None  # (B, K, h, w), where the scores are these as `geometry.upsample` brings them to a size
-    masks: WeightedMasks | None = None  # whose mixture the scores are, if they are one of masks
+    grid: Tensor | None = None  # (B, K, h, w), if the scores are its `geometry.upsample`
+    masks: WeightedMasks | None = None  # if the scores are a mixture of masks
 
     def scores(self, size: tuple[int, int] | None = None) -> Tensor:
-        """Return per-pixel class scores (B, K, H, W) at `size` (default: the images' own): the highest is the class."""
+        """Return per-pixel class scores (B, K, H, W) at `size` (default: that of the images); the highest wins."""
         return self.to_pixels(self.outputs, size or self.size, self.valid)
 
     def class_ids(self, size: tuple[int, int] | None = None) -> Tensor:
-        """Return the ids (B, H, W) uint8 of the classes that `scores` are highest of.
+        """Return the IDs (B, H, W) uint8 of the classes with the highest `scores`.
 
-        Of classes that score the same it is the first, but for rounding: see `class_ids.py`.
+        Ties go to the first class, up to rounding: see `class_ids.py`.
         """
         if self.grid is not None:
             return class_ids(self.grid, size or self.size, self.valid)
@@ -194,7 +194,7 @@ class Prediction:
         return highest(self.scores(size))
 
     def class_ids_and_logits(self, places: tuple[slice, slice]) -> tuple[Tensor, Tensor]:
-        """Return `class_ids`, and `logits` (B, K, r, c) float32 at some rows and columns, of the images' own size."""
+        """Return `class_ids`, and `logits` (B, K, r, c) float32 at some rows and columns, at the size of the images."""
         if self.grid is not None:
             return self.class_ids(), upsample_at(self.grid, self.size, self.valid, places).float()
         if self.masks is not None:
@@ -206,23 +206,23 @@ class Prediction:
         return highest(scores), chosen
 
     def of_images(self, own: slice) -> Prediction:
-        """Return the prediction of some of the images alone."""
+        """Return the prediction for some of the images."""
         parts = {name: mapped(getattr(self, name), lambda part: part[own]) for name in ("outputs", "grid", "masks")}
         return replace(self, **parts)
 
     def logits(self, size: tuple[int, int] | None = None) -> Tensor:
-        """Return `scores` as logits: their softmax over the classes is the class probability."""
+        """Return `scores` as logits, whose softmax over the classes is the class probability."""
         return self.as_logits(self.scores(size))
 
     def as_logits(self, scores: Tensor) -> Tensor:
-        """Return some of `scores` as `logits`."""
+        """Convert some of `scores` to `logits`."""
         if not self.mixture:
             return scores
         return scores.float().clamp(min=torch.finfo(torch.float32).tiny).log()
 
 
 def mapped(outputs: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Return a head's outputs with each tensor changed, alone or in lists, tables and dataclasses."""
+    """Return a head's outputs with `change` applied to each tensor, alone or in lists, dicts and dataclasses."""
     if isinstance(outputs, Tensor):
         return change(outputs)
     if isinstance(outputs, list | tuple):
@@ -235,28 +235,28 @@ def mapped(outputs: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return outputs
 
 
-Teach = Callable[[Tensor], Prediction]  # images (B, 3, H, W) to what a teacher predicts for them
+Teach = Callable[[Tensor], Prediction]  # images (B, 3, H, W) to a teacher's prediction
 
 
 class SegmentationData(Protocol):
-    """A map-style data set of images and masks; label remapping is its own job.
+    """Map-style dataset of images and masks with remapped labels.
 
     `dinoseg.data.custom.conforming` returns one for a class that lacks only `skipped`.
     """
 
     @property
     def classes(self) -> Sequence[str]:
-        """Return the class names in id order."""
+        """Return the class names in the order of their IDs."""
         ...
 
     @property
     def palette(self) -> Palette:
-        """Return an RGB color for each class."""
+        """Return an RGB colour for each class."""
         ...
 
     @property
     def ignore_index(self) -> int:
-        """Return the mask id that is ignored."""
+        """Return the ignored mask ID."""
         ...
 
     @property
@@ -266,7 +266,7 @@ class SegmentationData(Protocol):
 
     @property
     def skipped(self) -> Mapping[str, str]:
-        """Return name to reason of what was left out on request."""
+        """Return the samples that were excluded on request: name to reason."""
         ...
 
     def __len__(self) -> int:

@@ -1,4 +1,4 @@
-"""Arithmetic without torch: the input size of a backbone, and evenly spaced indices."""
+"""Arithmetic without torch: input size of a backbone, and evenly spaced indices."""
 
 import numpy as np
 
@@ -12,17 +12,20 @@ def backbone_size(size: Size, scale: float, longest: int | None) -> Size:
 
 
 def kept_longest(size: Size, longest: int | None, typical: int, largest: int) -> int | None:
-    """Return what `longest` becomes for a picture of `size`: the typical one of training where it is larger than any.
+    """Return `longest` for an image of `size`, or `typical` if the image is larger than any in training.
 
     Args:
-        size: of the picture.
-        longest: as the config says, for pictures of the training's scale.
-        typical: longer side of the training's pictures.
-        largest: the longer side above which it is larger than any that was trained or validated on.
+        size: (H, W) of the image, which `longest` limits before it is compared.
+        longest: configured limit of the longer side, for images at the scale of the training; None: no limit.
+        typical: longer side of the training images.
+        largest: maximum longer side of the training and validation images.
     """
     return typical if min(max(size), longest or max(size)) > largest else longest
 
 
 def evenly_spaced(length: int, count: int) -> list[int]:
-    """Return at most `count` different indices below `length`, in order: the first, and of several the last."""
+    """Return at most `count` different indices below `length`, in order, from the first to the last.
+
+    A single one is the first.
+    """
     return [round(place) for place in np.linspace(0, length - 1, min(count, length)).tolist()]

@@ -1,4 +1,4 @@
-"""Predictions as files of annotation tools: COCO, LabelMe and CVAT, so that they can be corrected there."""
+"""Predictions in the formats of annotation tools (COCO, LabelMe, CVAT), for correction there."""
 
 import base64
 import io
@@ -29,18 +29,18 @@ from dinoseg.utils.wording import one_line, printable
 
 FORMATS = ("polygons", "rle")
 OBJECTS = ("component", "class")
-_PIECES = ".pieces"  # of each image; they are joined at the end, and stay for a run that goes on
+_PIECES = ".pieces"  # one file per image, merged at the end; needed again when a stopped run resumes
 
 
 @dataclass(frozen=True)
 class PredictedShapes:
-    """How class ids become shapes.
+    """Conversion of class IDs to shapes.
 
     Args:
-        format: `polygons`, which can be edited point by point, or `rle`: masks, exact to the pixel.
-        objects: `component`: pixels that hang together are one object; `class`: all of a class in an image are.
-        tolerance: pixels that an edge of a polygon may move where points are left out; 0: exact.
-        least_area: parts of fewer pixels are left out.
+        format: `polygons`, editable point by point, or `rle`: masks, exact to the pixel.
+        objects: `component`: each connected component is an object; `class`: all pixels of a class in an image are one.
+        tolerance: maximum distance in pixels by which simplification may move a polygon's edge; 0: exact.
+        least_area: minimum area in pixels; smaller parts are dropped.
     """
 
     format: str = "polygons"
@@ -49,7 +49,7 @@ class PredictedShapes:
     least_area: Count = 1
 
     def __post_init__(self) -> None:
-        """Refuse what is unknown."""
+        """Check the options."""
         for key, value, options in (("format", self.format, FORMATS), ("objects", self.objects, OBJECTS)):
             if value not in options:
                 raise UserError(f"mode.shapes.{key}={value} is unknown. Choose one of {', '.join(options)}.")
@@ -60,20 +60,20 @@ class PredictedShapes:
             )
 
     def parts(self, ids: np.ndarray, background: int | None) -> Iterator[Part]:
-        """Yield the parts of class ids (H, W) that are objects."""
+        """Yield the parts of class IDs (H, W) that become objects."""
         joined = self.objects == "class"
         yield from parts_of(ids, leave_out=background, joined=joined, least_area=self.least_area)
 
 
 @dataclass(frozen=True)
 class _Annotations:
-    """What the writers below have in common.
+    """Base class of the annotation writers below.
 
     Args:
-        folder: where the files go.
+        folder: output folder.
         labels: the classes.
-        background: the class that is no object, and is not written; None: every class is written.
-        shapes: how class ids become shapes.
+        background: the background class, which is not written; None: every class is written.
+        shapes: conversion of class IDs to shapes.
     """
 
     folder: Path
@@ -83,11 +83,11 @@ class _Annotations:
     needs_probabilities = False
 
     def names(self) -> list[tuple[int, str]]:
-        """Return id and name of the classes that are written."""
+        """Return (ID, name) of each class that is written."""
         return [(index, name) for index, name in enumerate(self.labels.classes) if index != self.background]
 
     def finish(self) -> None:
-        """Write `classes.yaml` beside, so that what was corrected is read with the same classes and colours."""
+        """Write `classes.yaml`, so that corrected annotations are read with the same classes and colours."""
         colors = zip(self.labels.classes, self.labels.palette, strict=True)
         classes = json.dumps({name: {"color": list(color)} for name, color in colors}, ensure_ascii=False)
         ground = None if self.background is None else self.labels.classes[self.background]
@@ -96,14 +96,14 @@ class _Annotations:
 
 
 class CocoAnnotations(_Annotations):
-    """Writes `annotations.json` of all images: polygons on the edges of pixels, or compressed run lengths.
+    """Writer of `annotations.json` for all images: polygons along pixel edges, or compressed run-length encoding.
 
-    A category has its class id + 1. COCO's polygons have no holes: a part with holes is cut into several, which are
-    one annotation.
+    The category ID is the class ID + 1. COCO polygons have no holes: a part with holes is split into several polygons
+    of one annotation.
     """
 
     def write(self, prediction: ImagePrediction) -> None:
-        """Write an image's piece."""
+        """Write the annotations of one image to an intermediate file."""
         height, width = prediction.ids.shape
         annotations = [
             self._annotation(part, height, width) for part in self.shapes.parts(prediction.ids, self.background)
@@ -112,7 +112,7 @@ class CocoAnnotations(_Annotations):
         write_text(_piece(self.folder, prediction), json.dumps({"image": image, "annotations": annotations}))
 
     def finish(self) -> None:
-        """Join the pieces, numbering images and annotations."""
+        """Merge the intermediate files and number images and annotations."""
         super().finish()
         categories = [{"id": index + 1, "name": name, "supercategory": ""} for index, name in self.names()]
         with whole_file(self.folder / "annotations.json") as part, open(part, "w", encoding="utf-8") as file:
@@ -121,7 +121,7 @@ class CocoAnnotations(_Annotations):
                 "info": info,
                 "licenses": [],
                 "categories": categories,
-            }  # other tools do not do without the first two
+            }  # other tools require `info` and `licenses`
             file.write(f'{json.dumps(head)[:-1]},\n"images": [')
             _join(file.write, ({"id": number, **piece["image"]} for number, piece in _pieces(self.folder)))
             file.write('],\n"annotations": [')
@@ -146,13 +146,13 @@ class CocoAnnotations(_Annotations):
 
 
 class CvatAnnotations(_Annotations):
-    """Writes `annotations.xml` of all images, as CVAT's "CVAT for images 1.1": polygons or masks.
+    """Writer of `annotations.xml` for all images in the format "CVAT for images 1.1": polygons or masks.
 
-    A part with holes is cut into several polygons, which share a group.
+    A part with holes is split into several polygons that share a group.
     """
 
     def write(self, prediction: ImagePrediction) -> None:
-        """Write an image's piece."""
+        """Write the annotations of one image to an intermediate file."""
         height, width = prediction.ids.shape
         shapes: list[str] = []
         for number, part in enumerate(self.shapes.parts(prediction.ids, self.background), 1):
@@ -163,7 +163,7 @@ class CvatAnnotations(_Annotations):
         write_text(_piece(self.folder, prediction), json.dumps(text))
 
     def finish(self) -> None:
-        """Join the pieces, numbering images."""
+        """Merge the intermediate files and number the images."""
         super().finish()
         colors = {index: "#{:02x}{:02x}{:02x}".format(*self.labels.palette[index]) for index, _ in self.names()}
         labels = "".join(
@@ -189,14 +189,14 @@ class CvatAnnotations(_Annotations):
 
 
 class LabelmeAnnotations(_Annotations):
-    """Writes a JSON file of each image, beside the image: polygons through the middles of border pixels, or masks.
+    """Writer of one JSON file per image, next to the image: polygons through border-pixel centres, or masks.
 
-    The image is a hard link to the original where the disk can, else a copy. A part with holes is cut into several
-    polygons, which share a group.
+    The image is a hard link to the original where the file system allows, else a copy. A part with holes is split into
+    several polygons that share a group.
     """
 
     def write(self, prediction: ImagePrediction) -> None:
-        """Write an image and its file."""
+        """Write one image and its JSON file."""
         height, width = prediction.ids.shape
         suffix = prediction.path.suffix
         target = self.folder / f"{prediction.name}{suffix}"
@@ -225,7 +225,7 @@ class LabelmeAnnotations(_Annotations):
 
 
 def _image_name(prediction: ImagePrediction) -> str:
-    """Return the place of an image below the input, with its ending."""
+    """Return the path of an image relative to the input folder, with its suffix."""
     return (Path(prediction.name).parent / prediction.path.name).as_posix()
 
 
@@ -234,7 +234,7 @@ def _piece(folder: Path, prediction: ImagePrediction) -> Path:
 
 
 def _pieces(folder: Path) -> Iterator[tuple[int, Any]]:
-    """Yield number, from 1, and content of every image's piece, in the order of the names."""
+    """Yield number, from 1, and content of each intermediate file, sorted by path."""
     top = folder / _PIECES
     paths = sorted(parent / file for parent, files in visible_files(top) for file in files if file.endswith(".json"))
     for number, path in enumerate(paths, 1):

@@ -1,4 +1,4 @@
-"""Whole images where there is memory for them, else windows."""
+"""Automatic choice between whole-image and sliding-window inference by free memory."""
 
 import logging
 import math
@@ -16,23 +16,23 @@ from dinoseg.models.model import Segmenter, Size, backbone_size
 from dinoseg.utils.ranges import Count, HighShare, Scale
 
 logger = logging.getLogger(__name__)
-_AMPLE = 2**14  # bytes a pixel that the backbone sees; no model here takes half of it, so that far nothing is computed
+_AMPLE = 2**14  # bytes per input pixel, over twice what any model here needs; if this fits, no measurement is made
 
 
 class Auto(Policy):
-    """Whole images, and windows where a pass over the whole would take too much of the memory that is free.
+    """Whole-image inference, with sliding windows as fallback for images that need too much of the free memory.
 
-    Both see an image at the same scale, so that windows change what a model predicts as little as they can. What a pass
-    takes is told from small ones, see `measure`; it is compared with what is free once for images of so many pixels.
+    Both use the same image scale, so windows change predictions as little as possible. The memory of a pass is
+    estimated from small passes (see `measure`) and compared with free memory once per pixel count.
 
     Args:
         size: height and width of a window, see `Windows`.
-        memory: share of the free memory that a whole image may take.
-        overlap: of windows.
-        weights: of windows.
-        batch_size: windows that the model sees at once.
-        flips: as of `Windows`, for either.
-        scales: likewise.
+        memory: fraction of free memory that a whole image may use.
+        overlap: see `Windows`.
+        weights: see `Windows`.
+        batch_size: windows per forward pass.
+        flips: see `Windows`; applies to whole images too.
+        scales: see `Windows`; applies to whole images too.
     """
 
     def __init__(
@@ -50,25 +50,25 @@ class Auto(Policy):
         self.whole = Whole(flips=flips, scales=scales)
         self.windows = Windows(size, **options)  # type: ignore[arg-type]
         self.memory = memory
-        self._cost: PassCost | None = None  # of the model; there is one to a policy
-        self._fits, self._too_many = 0.0, math.inf  # pixels of a batch, as the model sees them and as it predicts them
+        self._cost: PassCost | None = None  # of the model; a policy serves one model
+        self._fits, self._too_many = 0.0, math.inf  # pixels of a batch, input plus output
 
     def bands(
         self, model: Segmenter, rows: Rows, autocast: Autocast, *, size: Size | None = None, seen: Seen | None = None
     ) -> Iterator[Prediction]:
-        """Yield what whole images or windows give."""
+        """Yield the predictions of whole images, or of windows if whole images need too much memory."""
         grid = model.reduced_size(rows.size)
         if self._whole_fits(model, rows, autocast, size or rows.size):
             return self.whole.bands(model, rows, autocast, size=size, seen=seen)
         return self.windows.over(model, rows, autocast, grid, size=size, seen=seen)
 
     def sees_whole(self, model: Segmenter, size: Size, autocast: Autocast) -> bool:
-        """Return whether there is one pass, of a whole image."""
+        """Return whether the prediction of an image of `size` is a single pass over the whole image."""
         rows = HeldRows(torch.empty(1, 3, *size, device="meta"))
         return self.whole.sees_whole(model, size, autocast) and self._whole_fits(model, rows, autocast, size)
 
     def spare(self, model: Segmenter, rows: Rows, *, size: Size | None = None) -> bool:
-        """See such images, and larger ones, in windows from now on."""
+        """Use windows for images of this size and larger from now on; return False if that is already the case."""
         pixels = self._pixels(model, rows, size or rows.size)
         if pixels > self._fits:
             return False
@@ -100,7 +100,7 @@ class Auto(Policy):
         return rows.count * (math.prod(self._seen(model, rows)) + math.prod(size))
 
     def _seen(self, model: Segmenter, rows: Rows) -> Size:
-        """Return the (h, w) at which the backbone sees whole images, at the largest scale."""
+        """Return the (h, w) of the backbone's input for whole images, at the largest scale."""
         return backbone_size(model.seen_size(rows.size), max(1.0, *self.windows.scales), None)
 
     def _said(self, facts: str, *, whole: bool) -> str:

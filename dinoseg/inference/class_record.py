@@ -1,4 +1,4 @@
-"""`classes.json` beside predictions: what their ids mean, and how masks are written that they are scored against."""
+"""`classes.json` of a prediction folder: the classes of its IDs and the encoding of the reference masks."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,15 +25,15 @@ _FORM = forms.record(
 
 @dataclass(frozen=True)
 class References:
-    """Reads reference masks as a data set reads its own."""
+    """Reader of reference masks with the encoding of the dataset's own masks."""
 
     reader: MaskReader
 
     def __call__(self, path: Path, prediction: Path | None = None, size: tuple[int, int] | None = None) -> np.ndarray:
-        """Return class ids and ignore_index (H, W) uint8, at the size of its prediction where that is given.
+        """Return class IDs and ignore_index (H, W) uint8, fitted to the prediction's `size` if given.
 
         Raises:
-            UserError: the file is unreadable, of another size, or holds what is no class.
+            UserError: the file is unreadable, has another size, or contains values that are no class.
         """
         ids = self.reader.read(path)
         return (
@@ -50,17 +50,17 @@ def write_class_record(
     ignore_index: int,
     masks: Mapping[str, Any],
 ) -> None:
-    """Write what predicted ids mean; `masks` are the keys of `Masks` that the data set's own masks are read by."""
+    """Write the classes of predicted IDs; `masks` holds the arguments of `Masks` for the dataset's masks."""
     colors = [list(color) for color in palette]
     record = {"classes": list(classes), "palette": colors, "ignore_index": ignore_index, "masks": dict(masks)}
     write_json(folder / NAME, record)
 
 
 def read_class_record(folder: Path) -> tuple[Labels, dict[str, Any]] | None:
-    """Return the classes and the keys of `Masks` that a folder of predictions keeps; None where it keeps none.
+    """Return the classes and the arguments of `Masks` saved with a folder of predictions; None without such a record.
 
     Raises:
-        UserError: the file is there, and no such record.
+        UserError: the file exists but is not a valid record.
     """
     path = folder / NAME
     if not path.is_file():
@@ -75,9 +75,9 @@ def read_class_record(folder: Path) -> tuple[Labels, dict[str, Any]] | None:
 
 
 def references(labels: Labels, masks: Mapping[str, Any]) -> References:
-    """Return what reads the references of these classes.
+    """Return a reader of reference masks for these classes.
 
     Raises:
-        UserError: the keys make no sense.
+        UserError: the arguments of `Masks` are invalid.
     """
     return References(MaskReader(labels, Masks(**masks)))

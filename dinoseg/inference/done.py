@@ -1,4 +1,4 @@
-"""Which inputs of a prediction are done: a note each in the run folder, by which a stopped run goes on."""
+"""Record of completed inputs in a prediction's run folder, from which a stopped run resumes."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,22 +9,23 @@ from dinoseg.utils.atomic import write_json
 from dinoseg.utils.stamps import stamp
 from dinoseg.utils.units import finished
 
-FOLDER = "predicted"  # in a run folder: NAME.json for each input whose results are whole
+FOLDER = "predicted"  # in the run folder: NAME.json for each input with complete results
 _STAMP = forms.listing(forms.whole(), 4)
 _FORM = forms.record(input=forms.text, stamp=_STAMP)
 
 
 class DoneInputs:
-    """The inputs whose results in a run folder are whole, known by their files' stamps."""
+    """Inputs whose results in a run folder are complete, identified by the stamps of their files."""
 
     def __init__(self, run_folder: Path) -> None:
         self._folder = run_folder / FOLDER
-        self._found: dict[str, dict[str, Any]] = {}  # the inputs as they were before they were read
+        self._found: dict[str, dict[str, Any]] = {}  # inputs with their stamps from before they were read
 
     def holds(self, name: str, path: Path, results: Sequence[Path]) -> bool:
-        """Return whether an input is done: its note is of this very file, and its results are there.
+        """Return whether an input is done: its record matches the file's stamp, and all its results exist.
 
-        This comes before the file is read: what replaces it later is not what its results are noted to be made from.
+        Call this before reading the file. The stamp taken here is what `note` records, so a file replaced in the
+        meantime is not mistaken for the source of the results.
         """
         unfit = f"{path} is predicted anew: it is another file than before, or its results are gone."
         made_from = self._found[name] = self._made_from(path)
@@ -40,7 +41,7 @@ class DoneInputs:
         )
 
     def note(self, name: str) -> None:
-        """Note that all results of an input are written, of which `holds` was asked."""
+        """Record that all results of an input are written; `holds` must have been called for it before."""
         write_json(self._folder / f"{name}.json", self._found[name])
 
     def _made_from(self, path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Pictures through a model: decode | predict | write, in batches of one size; what cannot be read is left out."""
+"""Image segmentation pipeline: decode, predict and write, in batches of one size; unreadable images are skipped."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -23,18 +23,18 @@ from dinoseg.utils.wording import count_of
 
 logger = logging.getLogger(__name__)
 
-DEPTH = 2  # batches that wait on either side of the model
+DEPTH = 2  # batches queued before and after the model
 
 
 @dataclass(frozen=True)
 class Segmentation:
-    """What pictures and videos are segmented by, and how the results look.
+    """Predictor of images and videos, with the settings of its results.
 
     Args:
-        predictor: of the trained model.
-        labels: what its class ids mean.
-        opacity: of the class colours over the picture, 0..1.
-        batch_size: pictures predicted at once.
+        predictor: predictor of the trained model.
+        labels: classes of its IDs.
+        opacity: opacity of class colours in overlays, 0..1.
+        batch_size: images per batch.
     """
 
     predictor: Predictor
@@ -45,7 +45,7 @@ class Segmentation:
 
 @dataclass(frozen=True)
 class ImageInput:
-    """An image to segment: its file, what its folder of results is called, and where its mask belongs."""
+    """Image to segment: its file, the name of its result folder, and the path of its mask without suffix."""
 
     path: Path
     name: str
@@ -54,15 +54,15 @@ class ImageInput:
 
 @dataclass
 class ImageRun:
-    """Where the results of images go, and what came of them.
+    """Output locations and progress of an image segmentation.
 
     Args:
-        folder: of the run.
-        masks: where class ids go; None: nowhere.
-        writers: what is written of each image beside.
-        done: what an earlier, stopped run has finished in the same folder.
-        failures: a message for each image that could not be read.
-        count: images done, also by that.
+        folder: the run folder.
+        masks: folder of class-ID masks; None: no masks are written.
+        writers: writers of further outputs.
+        done: inputs that an earlier, stopped run completed in the same folder.
+        failures: one message per image that failed.
+        count: number of completed images, including those of the earlier run.
     """
 
     folder: Path
@@ -80,12 +80,12 @@ class _Batch:
 
 
 def segment_images(by: Segmentation, images: Sequence[ImageInput], run: ImageRun) -> tuple[int, Throughput]:
-    """Write the results of all images that can be read and are not done; return how many were, and the rest's times.
+    """Write the results of all readable images that are not done; return how many were done, and the throughput.
 
-    Of images that are only read in strips, class ids are all that is written.
+    For images that can only be read in strips, only class IDs are written.
 
     Raises:
-        OSError: they cannot be written.
+        OSError: results cannot be written.
     """
     whole = any(writer.needs_probabilities for writer in run.writers)
 
@@ -176,7 +176,7 @@ def _results(given: ImageInput, run: ImageRun) -> list[Path]:
 
 
 def _batches(images: Sequence[ImageInput], size: int, failures: list[str]) -> Iterator[_Batch]:
-    """Yield runs of images of one size, at most `size` long; what cannot be read becomes a failure."""
+    """Yield batches of consecutive images of one size, at most `size` long; unreadable images go to `failures`."""
     batch = _Batch([], [])
     for given in images:
         try:

@@ -1,4 +1,4 @@
-"""Which further outputs of images and frames there are, by the names that `mode.outputs` takes."""
+"""Optional outputs of images and video frames, selected by name in `mode.outputs`."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -20,54 +20,57 @@ from dinoseg.utils.wording import listed, shown
 
 @dataclass(frozen=True)
 class PalettePictures:
-    """Writes class ids as PNGs that viewers show in the classes' colours; data=folder reads the ids from them."""
+    """Writer of class-ID PNGs with a palette: viewers show the class colours, data=folder reads the IDs."""
 
     folder: Path
     labels: Labels
     needs_probabilities = False
 
     def write(self, prediction: ImagePrediction) -> None:
-        """Write an image's PNG."""
+        """Write the PNG of one image."""
         picture = Image.fromarray(prediction.ids)
         picture.putpalette([level for color in self.labels.palette for level in color])
         with whole_file(self.folder / f"{prediction.name}.png") as part:
             picture.save(part, format="PNG")
 
     def finish(self) -> None:
-        """Do nothing more."""
+        """Do nothing: each image is complete once written."""
 
 
 @dataclass(frozen=True)
 class Probabilities:
-    """Writes the probability of each class at each pixel as (K, H, W) float16, `<name>.npy`."""
+    """Writer of per-pixel class probabilities as `<name>.npy`, (K, H, W) float16."""
 
     folder: Path
     needs_probabilities = True
 
     def write(self, prediction: ImagePrediction) -> None:
-        """Write an image's array."""
+        """Write the array of one image."""
         _save(self.folder / f"{prediction.name}.npy", _known(prediction).half())
 
     def finish(self) -> None:
-        """Do nothing more."""
+        """Do nothing: each image is complete once written."""
 
 
 @dataclass(frozen=True)
 class Confidence:
-    """Writes the highest probability p of each pixel: `<name>.npy` (H, W) float16, `<name>.png` of round(255 p)."""
+    """Writer of the highest class probability p per pixel.
+
+    `<name>.npy` holds p as (H, W) float16, `<name>.png` holds round(255 p).
+    """
 
     folder: Path
     needs_probabilities = True
 
     def write(self, prediction: ImagePrediction) -> None:
-        """Write an image's array and picture."""
+        """Write the array and the PNG of one image."""
         highest = _known(prediction).max(dim=0).values
         _save(self.folder / f"{prediction.name}.npy", highest.half())
         levels = (highest.clamp(0, 1) * 255).round().cpu().numpy().astype(np.uint8)
         write_png(self.folder / f"{prediction.name}.png", levels)
 
     def finish(self) -> None:
-        """Do nothing more."""
+        """Do nothing: each image is complete once written."""
 
 
 def _known(prediction: ImagePrediction) -> Tensor:
@@ -88,34 +91,35 @@ _MAKERS: Mapping[str, Callable[[Path, Labels, int | None, PredictedShapes], Imag
     "probabilities": lambda place, *_: Probabilities(place),
     "confidence": lambda place, *_: Confidence(place),
 }
-_OF_FRAMES = ("palette", "probabilities", "confidence")  # the others name picture files, which frames are not
+_OF_FRAMES = ("palette", "probabilities", "confidence")  # the other formats refer to image files, and frames are none
 
 
 def image_writers(
     outputs: Sequence[str], folder: Path, labels: Labels, background: int | None, shapes: PredictedShapes
 ) -> dict[str, ImageWriter]:
-    """Return the writers of further outputs by name; each writes into a folder of its name.
+    """Return the requested writers by name; each writes into a subfolder of its name.
 
     Args:
-        outputs: some of `coco`, `labelme`, `cvat`, `palette`, `probabilities`, `confidence`: as `check_outputs` wants.
-        folder: of the run.
+        outputs: names of outputs, validated by `check_outputs`: some of `coco`, `labelme`, `cvat`, `palette`,
+            `probabilities`, `confidence`.
+        folder: the run folder.
         labels: the classes.
-        background: id of the class that is no object, of which no shapes are made; None: there is none.
-        shapes: how class ids become shapes.
+        background: ID of the background class, which gets no shapes; None: every class gets shapes.
+        shapes: conversion of class IDs to shapes.
     """
     return {name: _MAKERS[name](folder / name, labels, background, shapes) for name in outputs}
 
 
 def frame_writer(name: str, folder: Path, labels: Labels) -> ImageWriter:
-    """Return the writer into `folder` of a further output of a video's frames, as `check_frame_outputs` wants it."""
+    """Return the writer of one output of video frames into `folder`; `check_frame_outputs` has validated the name."""
     return _MAKERS[name](folder, labels, None, PredictedShapes())
 
 
 def check_outputs(outputs: Sequence[str]) -> None:
-    """Refuse names that are no output, or that stand twice.
+    """Check that `mode.outputs` lists known outputs, each at most once.
 
     Raises:
-        UserError: naming them.
+        UserError: a name is unknown or repeated, or the value is not a list.
     """
     if isinstance(outputs, str) or not isinstance(outputs, Sequence):
         raise UserError(f"mode.outputs={shown(outputs)}: give a list, such as mode.outputs=[coco,palette].")
@@ -127,10 +131,10 @@ def check_outputs(outputs: Sequence[str]) -> None:
 
 
 def check_frame_outputs(outputs: Sequence[str], video: str) -> None:
-    """Refuse outputs that a video's frames do not have.
+    """Check that each output is available for video frames.
 
     Raises:
-        UserError: naming them, and the video.
+        UserError: outputs that exist for image files only; the message names them and the video.
     """
     if tools := [name for name in outputs if name not in _OF_FRAMES]:
         raise UserError(

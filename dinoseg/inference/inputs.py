@@ -1,4 +1,4 @@
-"""What a user may give as `input`: pictures and videos of one's own, found and opened."""
+"""User-supplied inputs of prediction: image files, videos, folders of frames, glob patterns and cameras."""
 
 import logging
 import sys
@@ -16,21 +16,22 @@ from dinoseg.utils.files import found, is_pattern
 from dinoseg.utils.images import IMAGE_SUFFIXES, UNREAD_SUFFIXES, read_image, read_size
 from dinoseg.utils.wording import count_of, listed
 
-_RATE = Fraction(25)  # a folder does not say
+_RATE = Fraction(25)  # frames per second assumed for a folder
 
 
 class FolderReader:
-    """The pictures of a folder as the frames (H, W, 3) uint8 RGB of a video, in the order in which they are counted.
+    """Images of a folder as video frames (H, W, 3) uint8 RGB, in natural order of their names.
 
-    `size` is (H, W), the same for all; `count` is their number.
+    `size` is (H, W) of all frames, `count` their number.
 
     Raises:
-        UserError: there is no picture, two have one name, their sizes differ; while reading: a broken picture.
+        UserError: the folder holds no image, two images share a stem, or sizes differ; while reading: an image is
+            damaged.
     """
 
     rate = _RATE
     fps = float(_RATE)
-    traits = None  # nothing but frames
+    traits = None  # no sound, tick or colour tags
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -47,11 +48,11 @@ class FolderReader:
         self.size = self._common_size()
 
     def frame_name(self, position: int) -> str:
-        """Return a frame's name: its file's, without the suffix."""
+        """Return a frame's name: its file name without suffix."""
         return self._names[position]
 
     def position(self, name: str) -> int | None:
-        """Return which frame has a name; None where there is none."""
+        """Return the index of the frame with this name; None if there is none."""
         return self._positions.get(name)
 
     def __iter__(self) -> Iterator[np.ndarray]:
@@ -59,7 +60,7 @@ class FolderReader:
         return (read_image(self.path / file) for file in self._files)
 
     def timed(self) -> Iterator[tuple[np.ndarray, None]]:
-        """Yield each frame, and that nothing is known of when it is shown."""
+        """Yield each frame with None as its timestamp."""
         return ((frame, None) for frame in self)
 
     def __enter__(self) -> "FolderReader":
@@ -80,8 +81,8 @@ class FolderReader:
 
 
 log = logging.getLogger(__name__)
-FrameReader = VideoReader | FolderReader  # frames one after the other, each with a name
-_CAMERAS = {"linux": ("v4l2", "/dev/video{}"), "darwin": ("avfoundation", "{}")}  # FFmpeg's names
+FrameReader = VideoReader | FolderReader  # both yield frames in order, each with a name
+_CAMERAS = {"linux": ("v4l2", "/dev/video{}"), "darwin": ("avfoundation", "{}")}  # FFmpeg's device and source names
 _KINDS = (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES)
 _ACCEPTED = (
     f"Accepted are an image ({' '.join(IMAGE_SUFFIXES)}), a video ({' '.join(VIDEO_SUFFIXES)}), a folder of "
@@ -90,13 +91,13 @@ _ACCEPTED = (
 
 
 def list_inputs(source: str, key: str = "input") -> list[Path]:
-    """Return the images and videos that an image, video, folder or glob pattern stands for: x2 before x10.
+    """Return the images and videos that a file, folder or glob pattern names, in natural order (x2 before x10).
 
-    In a folder and among a pattern's matches, files of other kinds and hidden files are passed over;
-    subfolders are not searched. `key` is what messages call it.
+    In folders and among pattern matches, hidden files and files of other types are skipped. Subfolders are not
+    searched. `key` is the config key that messages name.
 
     Raises:
-        UserError: nothing is there, it cannot be read, or none of it is an image or a video.
+        UserError: nothing is there, it cannot be read, or it contains no image or video.
     """
     path = Path(source).expanduser()
     if path.is_dir():
@@ -119,21 +120,21 @@ def list_inputs(source: str, key: str = "input") -> list[Path]:
 
 
 def is_video(path: Path) -> bool:
-    """Say whether the file's suffix is one of a video."""
+    """Return whether the file has a video suffix."""
     return path.suffix.lower() in VIDEO_SUFFIXES
 
 
 def camera_of(source: str | int) -> int | None:
-    """Return the number of the camera that an input names; None for a path, which may be a number, too."""
+    """Return the camera number that an input names; None for a path, which may also be a number."""
     number = isinstance(source, int) or source.isdecimal()
     return int(source) if number and not Path(str(source)).exists() else None
 
 
 def open_camera(number: int) -> VideoReader:
-    """Return the frames of a camera, which do not end by themselves.
+    """Open a camera as an endless stream of frames.
 
     Raises:
-        UserError: there is none of that number, or this system's cameras have none.
+        UserError: no camera has this number, or the operating system is not supported.
     """
     if sys.platform not in _CAMERAS:
         raise UserError(f"input={number}: cameras are read on Linux and macOS. Record a video, and give its file.")
@@ -148,10 +149,10 @@ def open_camera(number: int) -> VideoReader:
 
 
 def open_frames(source: str) -> FrameReader:
-    """Return the frames of a video file or of a folder of pictures, one after the other.
+    """Open a video file or a folder of images as a sequence of frames.
 
     Raises:
-        UserError: there is nothing of that name, it is neither, or it holds no frame.
+        UserError: the path does not exist, is neither of the two, or holds no frame.
     """
     path = Path(source).expanduser()
     if path.is_dir():

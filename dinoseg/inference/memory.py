@@ -1,4 +1,4 @@
-"""How much memory a pass over an image takes, told from small ones, and how much is free."""
+"""Estimated memory of inference passes, free memory, and out-of-memory errors."""
 
 import math
 import sys
@@ -21,39 +21,39 @@ from dinoseg.models.model import Segmenter, Size, backbone_size
 from dinoseg.utils.control_groups import PROC, group_folders, read_text
 from dinoseg.utils.errors import UserError
 
-_NOISE = 0.02  # share by which bytes a pixel may differ with the size, where they do not grow with it
-_FRAME_BYTES = 4  # of a pixel: colours and class id
-# (limit, usage, what of it is files that can be dropped) of both versions of control groups
+_NOISE = 0.02  # relative difference in bytes per pixel between two sizes that counts as none
+_FRAME_BYTES = 4  # per pixel: RGB and class ID
+# (limit, usage, reclaimable file cache) of cgroup v2 and v1
 _FILES = (
     ("memory.max", "memory.current", "inactive_file"),
     ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 )
 
 
-# what libraries say, as a RuntimeError, where memory cannot be had
+# parts of RuntimeError messages with which libraries report failed allocations
 _SHORT = (
     *("can't allocate memory", "not enough memory", "out of memory", "bad_alloc", "ALLOC_FAILED"),
-    "Storage size calculation overflowed",  # of a tensor that no memory would hold
+    "Storage size calculation overflowed",  # of a tensor larger than any memory
 )
 
 
 class OutOfMemory(UserError):
-    """Images take more memory than there is."""
+    """Error raised when images need more memory than is available."""
 
 
 def tells_shortage(error: Exception) -> bool:
-    """Return whether an error says that memory could not be had."""
+    """Return whether an error reports a failed allocation."""
     return isinstance(error, MemoryError) or any(words in str(error) for words in _SHORT)
 
 
 def reason_of(shortage: Exception) -> str:
-    """Return what a library says of memory that could not be had, in a line."""
+    """Return the line of an out-of-memory error that states the reason."""
     lines = str(shortage).splitlines() or ["none left"]
     return next((line for line in lines if any(words in line for words in _SHORT)), lines[0]).strip()
 
 
 def shortage_of(error: Exception) -> OutOfMemory | None:
-    """Return what to raise for an error that says that memory could not be had; None for others."""
+    """Return the `OutOfMemory` error to raise for a failed allocation; None for other errors."""
     if not tells_shortage(error):
         return None
     return OutOfMemory(
@@ -64,10 +64,10 @@ def shortage_of(error: Exception) -> OutOfMemory | None:
 
 @contextmanager
 def telling_shortage(rows: Rows) -> Iterator[None]:
-    """Turn what libraries say where memory cannot be had into a message; other errors pass as they are.
+    """Convert allocation errors of libraries to `OutOfMemory`; other errors propagate unchanged.
 
     Raises:
-        OutOfMemory: naming the images that are predicted.
+        OutOfMemory: an allocation failed; the message states number and size of the images.
     """
     try:
         yield
@@ -82,13 +82,13 @@ def telling_shortage(rows: Rows) -> Iterator[None]:
 
 
 def described(rows: Rows) -> str:
-    """Return how many images of which size there are, in words."""
+    """Return number and size of the images in words."""
     images = f"{rows.count} images" if rows.count > 1 else "an image"
     return f"{images} of {rows.size[1]} x {rows.size[0]} (width x height)"
 
 
 class PeakBytes(TorchDispatchMode):
-    """Count the bytes of the tensors that operations make, and their most at a time."""
+    """Dispatch mode that tracks the bytes of tensors created by operations: current (`now`) and peak (`most`)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -116,13 +116,13 @@ class PeakBytes(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class PassCost:
-    """What tensors of a pass over one image take beside the weights: by pixels that the backbone sees, and predicted.
+    """Memory of a pass over one image, without weights, per pixel of the backbone's input and of the prediction.
 
     Attributes:
-        forward: bytes a pixel seen, at most while the model runs.
-        squared: bytes a pixel seen and pixel seen, where attention is written out.
-        kept: bytes a pixel seen of the head's outputs.
-        scores: bytes a pixel predicted, at most while class ids are made of the outputs.
+        forward: peak bytes per input pixel during the forward pass.
+        squared: bytes per input pixel squared, for attention that materialises its matrix.
+        kept: bytes per input pixel of the head's outputs.
+        scores: peak bytes per predicted pixel while the outputs become class IDs.
     """
 
     forward: float
@@ -131,21 +131,21 @@ class PassCost:
     scores: float
 
     def of(self, images: int, seen: Size, size: Size) -> float:
-        """Return the bytes for images that the backbone sees at (h, w) and that are predicted at (H, W)."""
+        """Return the bytes for images with backbone inputs of `seen` (h, w) and predictions of `size` (H, W)."""
         pixels = math.prod(seen)
         forward = self.forward * pixels + self.squared * pixels**2
         return images * max(forward, self.kept * pixels + self.scores * math.prod(size))
 
 
 def measure(model: Segmenter, side: int, autocast: Autocast) -> PassCost:
-    """Measure passes over two small black squares.
+    """Measure the memory of passes over two small black squares, whose sides differ by a factor of 2.
 
-    What a single operation takes for itself is not seen.
+    Workspace that an operation allocates internally is not measured.
 
     Args:
         model: a segmenter in eval mode.
-        side: about that of the larger square, in pixels of the image.
-        autocast: the precision's context.
+        side: approximate side of the larger square, in image pixels.
+        autocast: context manager factory of the precision.
     """
     patch = model.patch_size / model.scale
     cells = max(1, round(side / patch / 2))
@@ -157,7 +157,7 @@ def measure(model: Segmenter, side: int, autocast: Autocast) -> PassCost:
 
 
 class _Taken(NamedTuple):
-    """Bytes a pixel."""
+    """Bytes per pixel, measured on one square."""
 
     pixels: int
     forward: float
@@ -180,10 +180,10 @@ def _taken(model: Segmenter, side: int, autocast: Autocast) -> _Taken:
 
 
 def check_frames(path: Path, size: Size, count: int) -> None:
-    """Refuse a video of which so many frames (H, W), with what is made of them, do not go into the free memory.
+    """Check that `count` frames (H, W) of a video, with their class IDs, fit into free memory.
 
     Raises:
-        UserError: naming its size, and what helps.
+        UserError: they do not fit; the message states their size and remedies.
     """
     needed, free = _FRAME_BYTES * count * math.prod(size), free_bytes(torch.device("cpu"))
     if needed > free:
@@ -195,7 +195,7 @@ def check_frames(path: Path, size: Size, count: int) -> None:
 
 
 def free_bytes(device: torch.device) -> float:
-    """Return how much memory is free on a device; of a CPU what this process may take, control groups included."""
+    """Return the free bytes of a device; for a CPU, what this process may allocate, cgroup limits included."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -209,11 +209,11 @@ def _available() -> float:
     for line in read_text(PROC / "meminfo").splitlines():
         if line.startswith("MemAvailable:"):
             return float(line.split()[1]) * 1024
-    return float(psutil.virtual_memory().available)  # of macOS and Windows
+    return float(psutil.virtual_memory().available)  # macOS and Windows
 
 
 def _addresses() -> float:
-    """Return what a limit of this process's address space (`ulimit -v`) leaves, without end where there is none."""
+    """Return the bytes left below the address-space limit (`ulimit -v`); infinity without a limit."""
     if sys.platform == "win32":
         return math.inf
     import resource
@@ -224,14 +224,14 @@ def _addresses() -> float:
 
 
 def _group_limits() -> list[tuple[float, float]]:
-    """Return limit and use of the control groups that this process is in."""
+    """Return (limit, usage) of each cgroup of this process that has a limit."""
     return [limit for folder in group_folders("memory") for limit in _limit(folder)]
 
 
 def _limit(folder: Path) -> list[tuple[float, float]]:
     for limit, usage, dropped in _FILES:
         texts = read_text(folder / limit).strip(), read_text(folder / usage).strip()
-        if all(text.isdecimal() for text in texts):  # one without a limit says max
+        if all(text.isdecimal() for text in texts):  # a cgroup without a limit states "max"
             stat = dict(line.split() for line in read_text(folder / "memory.stat").splitlines())
             return [(float(texts[0]), float(texts[1]) - float(stat.get(dropped, 0)))]
     return []

@@ -1,4 +1,4 @@
-"""What each predicted image is handed to: writers of files beside those that mode=predict always leaves."""
+"""Prediction of one image, and the protocol of the writers that mode=predict passes it to."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,14 +10,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ImagePrediction:
-    """One image and what a model sees in it.
+    """Image and the model's prediction for it.
 
     Args:
-        name: the image's place below the input, without suffix, as its mask is called: `a/x`.
+        name: the image's path relative to the input, without suffix, which is also the mask's name: `a/x`.
         path: the image file.
         image: (H, W, 3) uint8 RGB, upright.
         ids: (H, W) uint8, classes 0..K-1.
-        probabilities: (K, H, W) float32 on the model's device; None where no writer asks for them.
+        probabilities: (K, H, W) float32 on the model's device; None if no writer needs them.
     """
 
     name: str
@@ -28,14 +28,14 @@ class ImagePrediction:
 
 
 class ImageWriter(Protocol):
-    """Writes an output of every image; called in one thread, image after image."""
+    """Protocol of writers of one output per image, called sequentially from one thread."""
 
-    needs_probabilities: bool  # else `probabilities` may be None
+    needs_probabilities: bool  # if False, `probabilities` may be None
 
     def write(self, prediction: ImagePrediction) -> None:
-        """Write what belongs to one image, whole or not at all."""
+        """Write the files of one image atomically."""
         ...
 
     def finish(self) -> None:
-        """Write what belongs to all images together, also those that an earlier, stopped run has written."""
+        """Write the files that cover all images, including those of an earlier run that was stopped."""
         ...

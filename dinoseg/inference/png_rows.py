@@ -1,4 +1,4 @@
-"""PNG files too large to hold: rows decompressed one after the other, and class ids written as they are done."""
+"""Row-by-row reader and writer of PNG files that are too large for memory."""
 
 import io
 import struct
@@ -20,20 +20,20 @@ from dinoseg.utils.images import read_orientation
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _GREY, _PALETTE = 0, 3
-_CHANNELS = {_GREY: 1, 2: 3, _PALETTE: 1, 4: 2, 6: 4}  # kinds of colour, of 8 bits: bytes a pixel
-_PIECE = 2**16  # bytes that are read or decompressed at once
-_BAND = 2**22  # bytes that are unfiltered at once, or a row
-_KEPT = 2**27  # bytes of rows that are kept for windows that overlap, and for other scales
+_CHANNELS = {_GREY: 1, 2: 3, _PALETTE: 1, 4: 2, 6: 4}  # channels of each colour type at 8 bits
+_PIECE = 2**16  # bytes read or decompressed at once
+_BAND = 2**22  # bytes unfiltered at once, at least one row
+_KEPT = 2**27  # bytes of rows cached for overlapping windows and other scales
 
 
 class PngLayout:
-    """What a PNG file of 8 bits, not interlaced, says before its pixels.
+    """Header of a PNG file with 8 bits per channel and no interlacing.
 
     Attributes:
         size: (H, W).
-        kind: of colour, as PNG numbers them.
-        palette: (256, 3) uint8 of a file with one.
-        start: where its first pixels lie.
+        kind: colour type, numbered as in the PNG specification.
+        palette: (256, 3) uint8; None: the file has no palette.
+        start: file offset of the first IDAT chunk.
     """
 
     def __init__(self, size: Size, kind: int, palette: np.ndarray | None, start: int) -> None:
@@ -41,10 +41,10 @@ class PngLayout:
 
     @classmethod
     def of(cls, path: Path) -> "PngLayout | None":
-        """Read a file's header; None: it is no PNG file, or of a kind that is not read row by row.
+        """Read a file's header; None: it is no PNG file, or of a kind that cannot be read row by row.
 
         Raises:
-            UserError: it is damaged.
+            UserError: the file is damaged.
         """
         palette, size, kind = None, None, -1
         with path.open("rb") as file:
@@ -52,7 +52,7 @@ class PngLayout:
                 return None
             while (found := _chunk_at(file, path))[1] != b"IDAT":
                 length, name = found
-                # what else may stand here is passed over, however long it says that it is
+                # other chunks are skipped, whatever length they state
                 content = file.read(length) if name in (b"IHDR", b"PLTE") and length < _PIECE else b""
                 if content and file.read(4) != struct.pack(">I", zlib.crc32(name + content)):
                     raise UserError(f"{path} does not hold what its checksums say. It is damaged: replace it.")
@@ -73,7 +73,7 @@ class PngLayout:
 
 
 class PngFileRows(Rows):
-    """Rows of a PNG file, decompressed from the top down; who asks for rows above those kept begins anew."""
+    """Rows of a PNG file, decompressed from the top down; reading above the cached rows restarts decompression."""
 
     count = 1
 
@@ -85,7 +85,7 @@ class PngFileRows(Rows):
         """Return the rows (1, 3, bottom - top, W) uint8.
 
         Raises:
-            UserError: the file ends before, or is damaged.
+            UserError: the file is truncated or damaged.
         """
         if self._kept and top < self._kept[0][0]:
             self._begin()
@@ -104,17 +104,20 @@ class PngFileRows(Rows):
 
     def _begin(self) -> None:
         self._bands, self._next = self._unfiltered(), 0
-        self._kept: deque[tuple[int, np.ndarray]] = deque()  # bands with their first row
+        self._kept: deque[tuple[int, np.ndarray]] = deque()  # (first row, band)
 
     def _unfiltered(self) -> Iterator[np.ndarray]:
-        """Yield bands of rows (r, W, 1 or 3): Pillow unfilters each as a PNG of its own, below the row above it."""
+        """Yield bands of rows (r, W, 1 or 3).
+
+        Pillow unfilters each band as a separate PNG, with the previous row on top.
+        """
         layout = self.layout
         height, width = self.size
         channels = _CHANNELS[layout.kind]
         line = width * channels + 1
         step = max(1, _BAND // line)
         kind = _GREY if layout.kind == _PALETTE else layout.kind
-        above, lines, found = bytes(line), self._decompressed(), bytearray()  # a row begins with how it is filtered
+        above, lines, found = bytes(line), self._decompressed(), bytearray()  # each line starts with its filter type
         for top in range(0, height, step):
             count = min(step, height - top)
             while len(found) < count * line:
@@ -133,7 +136,7 @@ class PngFileRows(Rows):
             yield np.ascontiguousarray(colours) if layout.palette is None else layout.palette[colours[..., 0]]
 
     def _decompressed(self) -> Iterator[bytes]:
-        """Yield filtered rows as bytes, a piece at a time, and then fail: the file has ended."""
+        """Yield decompressed bytes, still filtered, in pieces; raise `UserError` when the data end."""
         packer = zlib.decompressobj()
         try:
             for piece in self._pieces():
@@ -147,7 +150,7 @@ class PngFileRows(Rows):
         raise UserError(f"{self.path} ends before its last row. It is truncated: replace it.")
 
     def _pieces(self) -> Iterator[bytes]:
-        """Yield what the chunks of pixels hold, each held against its checksum."""
+        """Yield the data of the IDAT chunks and verify each chunk's checksum."""
         with self.path.open("rb") as file:
             file.seek(self.layout.start)
             while (found := _chunk_at(file, self.path))[1] == b"IDAT":
@@ -160,14 +163,14 @@ class PngFileRows(Rows):
 
 
 class PngWriter:
-    """A PNG file of class ids, grey of 8 bits, written as rows are done.
+    """Row-by-row writer of class IDs to an 8-bit greyscale PNG file.
 
     Args:
-        path: of the file.
-        size: (H, W) of all rows.
+        path: the file.
+        size: (H, W) of the image.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
 
     def __init__(self, path: Path, size: Size) -> None:
@@ -178,11 +181,11 @@ class PngWriter:
         self._write(b"IHDR", struct.pack(">IIBBBBB", size[1], size[0], 8, 0, 0, 0, 0))
 
     def __enter__(self) -> "PngWriter":
-        """Return itself."""
+        """Return the writer."""
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        """Write the end, unless something went wrong."""
+        """Write the final chunks, unless an exception was raised."""
         with self._file:
             if kind is None:
                 self._write(b"IDAT", self._packer.flush())
@@ -190,7 +193,7 @@ class PngWriter:
 
     def write(self, ids: np.ndarray) -> None:
         """Write the next rows (r, W) uint8."""
-        lines = np.zeros((len(ids), self.size[1] + 1), np.uint8)  # each begins with how it is filtered: not at all
+        lines = np.zeros((len(ids), self.size[1] + 1), np.uint8)  # each line starts with filter type 0 (none)
         lines[:, 1:] = ids
         packed = self._packer.compress(lines.tobytes())
         if packed:
@@ -205,7 +208,7 @@ def _chunk(name: bytes, content: bytes) -> bytes:
 
 
 def _chunk_at(file: BinaryIO, path: Path) -> tuple[int, bytes]:
-    """Return length and name of the chunk that begins here."""
+    """Return length and name of the chunk at the file's position."""
     head = file.read(8)
     if len(head) < 8:
         raise UserError(f"{path} ends before its last row. It is truncated: replace it.")
@@ -214,7 +217,7 @@ def _chunk_at(file: BinaryIO, path: Path) -> tuple[int, bytes]:
 
 def _is_turned(path: Path) -> bool:
     try:
-        with PngImageFile(path) as image:  # not by `Image.open`, which refuses it for its size alone
+        with PngImageFile(path) as image:  # `Image.open` would refuse the file for its size alone
             return read_orientation(image) != 1
     except (OSError, SyntaxError, ValueError, struct.error) as error:
         raise UserError(f"{path}: its header cannot be read ({error}). It is damaged: replace it.") from error

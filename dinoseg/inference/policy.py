@@ -1,4 +1,4 @@
-"""How a trained model is asked for the classes of an image: the contract of what `cfg/inference` chooses from."""
+"""Protocol of inference strategies, which the config group `inference` selects from."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -14,40 +14,40 @@ Autocast = Callable[[], AbstractContextManager]
 
 
 class Place(NamedTuple):
-    """Which image of a batch a part is of, and where its first pixel lies."""
+    """Position of a crop: index of its image in the batch, and row and column of its first pixel."""
 
     image: int
     top: int
     left: int
 
 
-# told of a pass of the model: its prediction, what it saw (n, 3, h, w), where that lies, and in images of which (H, W)
+# called after each pass with (prediction, its input (n, 3, h, w), places of the inputs, (H, W) of the images)
 Seen = Callable[[Prediction, Tensor, Sequence[Place], Size], None]
 
 
 class Policy(Protocol):
-    """Which parts of an image a model sees at a time, and how their predictions become one."""
+    """Inference strategy: splits images into parts for the model and merges the predictions."""
 
     def bands(
         self, model: Segmenter, rows: Rows, autocast: Autocast, *, size: Size | None = None, seen: Seen | None = None
     ) -> Iterator[Prediction]:
         """Yield predictions of bands of rows, from the top down, that together cover images of one size.
 
-        A band may be overwritten when the next one is asked for.
+        A band may be overwritten when the next one is requested.
 
         Args:
-            model: in eval mode.
+            model: segmenter in eval mode.
             rows: the images, on the model's device.
-            autocast: the precision's context.
-            size: (H, W) to predict at; None: the images' own.
-            seen: told of passes that together see each pixel of the images, none of it mirrored.
+            autocast: context manager factory of the precision.
+            size: (H, W) to predict at; None: the images' own size.
+            seen: callback for unmirrored passes that together cover each pixel of the images.
         """
         ...
 
     def sees_whole(self, model: Segmenter, size: Size, autocast: Autocast) -> bool:
-        """Return whether one pass sees all of an image of `size`, and nothing else does: then this is its answer."""
+        """Return whether the prediction of an image of `size` is a single pass over the whole image."""
         return False
 
     def spare(self, model: Segmenter, rows: Rows, *, size: Size | None = None) -> bool:
-        """Hear that memory did not suffice for `bands` of such images; return whether it takes less from now on."""
+        """Handle an out-of-memory error of `bands` for such images; return whether a retry would use less memory."""
         return False

@@ -1,4 +1,4 @@
-"""A trained model asked for pictures: arrays of any size in, class ids or probabilities of that size out."""
+"""Inference on arrays and image files of any size: class IDs or probabilities at the input's size."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Predictor:
-    """A segmenter in eval mode on its device, the precision that it computes in, and how it is asked."""
+    """Segmenter in eval mode with its device, precision and inference strategy."""
 
     model: Segmenter
     device: torch.device
@@ -34,10 +34,10 @@ class Predictor:
 
     @torch.inference_mode()
     def ids(self, images: Sequence[np.ndarray]) -> np.ndarray:
-        """Return the class ids (B, H, W) uint8 of images (H, W, 3) uint8 RGB of one size.
+        """Return the class IDs (B, H, W) uint8 of images (H, W, 3) uint8 RGB of one size.
 
         Raises:
-            OutOfMemory: they take more memory than there is.
+            OutOfMemory: the images need more memory than is available.
         """
         return (
             self.asked(self._stacked(images), lambda bands: torch.cat([band.class_ids() for band in bands], dim=1))
@@ -50,7 +50,7 @@ class Predictor:
         """Return the class probabilities (B, K, H, W) float32, on the device, of images (H, W, 3) of one size.
 
         Raises:
-            OutOfMemory: they take more memory than there is.
+            OutOfMemory: the images need more memory than is available.
         """
         return self.asked(
             self._stacked(images),
@@ -58,10 +58,10 @@ class Predictor:
         )
 
     def strips(self, source: str | Path) -> Iterator[np.ndarray]:
-        """Yield the class ids (r, W) uint8 of bands of rows, from the top down, of an image file that is never held.
+        """Yield class IDs (r, W) uint8 in bands of rows, from the top down, without loading the whole image file.
 
-        With a policy of windows (or `auto`, which takes them for what is large) memory is bounded by the image's width:
-        windows' height x width x classes float32 numbers. Which files can be read so: see `open_rows`.
+        With a policy of windows, or `auto`, which uses windows for large images, memory is bounded by the image's
+        width: window height x image width x classes float32 numbers. `open_rows` lists the supported files.
 
         Raises:
             UserError: the file cannot be read, or memory does not suffice.
@@ -69,7 +69,7 @@ class Predictor:
         return self._strips(open_rows(source, self.device))
 
     def write_strips(self, source: str | Path, target: str | Path) -> None:
-        """Write the class ids of `strips` as a PNG file, rows as they are done; it appears whole or not at all.
+        """Write the class IDs of `strips` to a PNG file, row by row; the file appears only when complete.
 
         Raises:
             UserError: the source cannot be read, or memory does not suffice.
@@ -88,18 +88,18 @@ class Predictor:
         size: Size | None = None,
         seen: Seen | None = None,
     ) -> T:
-        """Return what `take` makes of the predictions of bands of rows, each gone when the next is asked for.
+        """Return `take(bands)` for the predictions of bands of rows, each valid until the next is requested.
 
-        It is called again where memory did not suffice and the policy has a way that takes less.
+        If memory does not suffice and the policy has a fallback that uses less, `take` is called again.
 
         Args:
             images: (B, 3, H, W) on the device, of one size.
-            take: is given the bands, from the top down.
-            size: (H, W) to predict at; None: the images' own.
-            seen: told of each pass of the model, see `Policy`.
+            take: function of the iterator of bands, from the top down.
+            size: (H, W) to predict at; None: the images' own size.
+            seen: callback for each pass of the model, see `Policy`.
 
         Raises:
-            OutOfMemory: they take more memory than there is.
+            OutOfMemory: the images need more memory than is available.
         """
         rows = HeldRows(images)
         while True:

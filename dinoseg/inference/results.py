@@ -1,4 +1,4 @@
-"""What a prediction leaves on disk: one folder per image, whole or not at all."""
+"""Result files of predicted images: one folder per image, written atomically."""
 
 import glob
 import os
@@ -27,10 +27,10 @@ def write_image_results(
     ignore_index: int = 255,
     opacity: float = 0.5,
 ) -> None:
-    """Write an image (H, W, 3) and its class ids (H, W) uint8 to `folder`, replacing an older result.
+    """Write the results of an image (H, W, 3) with class IDs (H, W) uint8 to `folder`, replacing an older result.
 
-    original.png, segmentation_raw.npy, segmentation_colored.png, comparison.png (image | overlay, with a
-    legend) and class_statistics.txt.
+    Files: original.png, segmentation_raw.npy, segmentation_colored.png, comparison.png (image and overlay side by side,
+    with a legend) and class_statistics.txt.
     """
     overlay = blend(image, mask, palette, ignore_index=ignore_index, opacity=opacity)
     legend = legend_of([mask], classes, palette, ignore_index=ignore_index)
@@ -43,10 +43,10 @@ def write_image_results(
 
 
 def result_names(paths: Sequence[Path]) -> list[str]:
-    """Return a name for each input's results: its stem, and where several share it, what tells them apart.
+    """Return a unique name for each input's results: its stem, or a longer form if several inputs share the stem.
 
-    `a/x.jpg` and `b/x.jpg` become `a_x_jpg` and `b_x_jpg`. Upper and lower case count as equal, since some
-    file systems think so.
+    `a/x.jpg` and `b/x.jpg` become `a_x_jpg` and `b_x_jpg`. Names are compared case-insensitively, since some file
+    systems ignore case.
     """
     parent = Path(os.path.commonpath([path.absolute().parent for path in paths]))
     inner = [path.absolute().relative_to(parent) for path in paths]
@@ -54,13 +54,13 @@ def result_names(paths: Sequence[Path]) -> list[str]:
 
 
 def mask_names(paths: Sequence[Path], source: str) -> list[str]:
-    """Return where each image's mask belongs, without suffix: the image's place below what `source` names.
+    """Return the mask path of each image without suffix: the image's path relative to what `source` names.
 
-    Below a folder or the fixed part of a pattern `a/x.jpg` is `a/x`, as a data set names it; where `a/x.png` is
-    there too, they are `a/x_jpg` and `a/x_png`.
+    Below a folder or the fixed part of a pattern, `a/x.jpg` becomes `a/x`, as in a dataset. If `a/x.png` exists too,
+    the two become `a/x_jpg` and `a/x_png`.
     """
     root = Path(source).expanduser()
-    if not root.exists():  # a pattern
+    if not root.exists():  # a glob pattern
         parts = list(takewhile(lambda part: not glob.has_magic(part), root.parts))
         root = Path(*parts)
     top = (root if root.is_dir() else root.parent).absolute()
@@ -69,7 +69,7 @@ def mask_names(paths: Sequence[Path], source: str) -> list[str]:
 
 
 def _apart(names: Sequence[str], longer: Sequence[str]) -> list[str]:
-    """Return each name, or its longer form where several are equal but for case, numbered where that is taken."""
+    """Return each name, or its longer form if several names are equal up to case; taken longer forms are numbered."""
     counts = Counter(name.casefold() for name in names)
     taken = {name for name, count in counts.items() if count == 1}
     apart: list[str] = []

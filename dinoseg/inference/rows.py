@@ -1,4 +1,4 @@
-"""Images read and written some rows at a time, at any scale, so that none of them need be held whole."""
+"""Images read in bands of rows at any scale, so that no image has to be in memory as a whole."""
 
 from collections.abc import Iterable, Iterator
 from typing import Protocol
@@ -9,36 +9,36 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Size = tuple[int, int]  # (H, W)
-LONGEST = 2**20  # pixels of a side of a file that is read by rows
-_READ = 256  # rows of a file that are brought to another scale at once
-_PIECE = 2**24  # numbers of a band that is enlarged: a piece at a time, as its enlargement has no bound
+LONGEST = 2**20  # maximum side in pixels of a file that is read by rows
+_READ = 256  # rows of a file that are resized at once
+_PIECE = 2**24  # elements of an enlarged band that are yielded at once; bounds memory for any scale factor
 
 
 class Rows(Protocol):
-    """Images of one size, of which any rows can be read."""
+    """Images of one size with random access to their rows."""
 
     size: Size
     count: int  # B
 
     def read(self, top: int, bottom: int) -> Tensor:
-        """Return the rows (B, 3, bottom - top, W), uint8 RGB or floats in 0..1, on the device of the model."""
+        """Return the rows (B, 3, bottom - top, W), uint8 RGB or floats in 0..1, on the model's device."""
         ...
 
 
 class HeldRows(Rows):
-    """Images (B, 3, H, W) in memory."""
+    """Rows of images (B, 3, H, W) in memory."""
 
     def __init__(self, images: Tensor) -> None:
         self.images = images
         self.count, self.size = len(images), (images.shape[-2], images.shape[-1])
 
     def read(self, top: int, bottom: int) -> Tensor:
-        """Return the rows (B, 3, bottom - top, W) as they are."""
+        """Return the rows (B, 3, bottom - top, W) unchanged."""
         return self.images[:, :, top:bottom]
 
 
 class ResizedRows(Rows):
-    """Images brought to another size as `F.interpolate(..., mode="bilinear", antialias=True)` does."""
+    """Rows of resized images, equal to `F.interpolate(..., mode="bilinear", antialias=True)`."""
 
     def __init__(self, rows: Rows, size: Size) -> None:
         self.rows, self.size, self.count = rows, size, rows.count
@@ -67,18 +67,18 @@ class ResizedRows(Rows):
 
 
 def at_size(bands: Iterable[Tensor], grid: Size, size: Size) -> Iterator[Tensor]:
-    """Bring bands (B, K, r, w), which together have `grid` (h, w), bilinearly to (H, W), as `F.interpolate` does."""
+    """Resize bands (B, K, r, w) of a map of size `grid` (h, w) bilinearly to `size` (H, W), as `F.interpolate` does."""
     if grid == size:
         yield from bands
         return
     positions = ((torch.arange(size[0], dtype=torch.float64) + 0.5) * grid[0] / size[0] - 0.5).clamp(0, grid[0] - 1)
-    above = positions.long()  # (H,) the row of the grid at or above each row
+    above = positions.long()  # (H,) grid row at or above each output row
     below = (above + 1).clamp(max=grid[0] - 1)
-    held, top, done = None, 0, 0  # rows of the grid from `top` on that are still needed; rows given so far
+    held, top, done = None, 0, 0  # grid rows still needed; index of the first one; output rows yielded
     for band in bands:
         held = band if held is None else torch.cat([held, band], dim=2)
         known = top + held.shape[2]
-        ready = int((below < known).sum())  # `below` rises
+        ready = int((below < known).sum())  # `below` is sorted
         step = max(1, _PIECE // (held.shape[0] * held.shape[1] * size[1]))
         for start in range(done, ready, step):
             end = min(start + step, ready)
@@ -91,7 +91,7 @@ def at_size(bands: Iterable[Tensor], grid: Size, size: Size) -> Iterator[Tensor]
 
 
 def mean(streams: list[Iterator[Tensor]]) -> Iterator[Tensor]:
-    """Yield the mean of streams of bands (B, K, r, W), whose bands need not end at the same rows."""
+    """Yield the mean of streams of bands (B, K, r, W), whose band boundaries may differ."""
     if len(streams) == 1:
         yield from streams[0]
         return

@@ -1,4 +1,4 @@
-"""Decode | model | write as a pipeline: three stages at once, in order, with bounded queues between them."""
+"""Three-stage pipeline (read, model, write): concurrent, ordered, with bounded queues between the stages."""
 
 import queue
 import threading
@@ -19,12 +19,12 @@ T = TypeVar("T")
 
 
 class _End(Enum):
-    """What follows the last item in a queue."""
+    """Sentinel that follows the last item in a queue."""
 
     END = 0
 
 
-_POLL = 0.05  # seconds between two looks at whether another stage has failed
+_POLL = 0.05  # seconds between checks for a failure of another stage
 
 
 STAGES = ("read", "model", "write")
@@ -32,12 +32,12 @@ STAGES = ("read", "model", "write")
 
 @dataclass
 class Throughput:
-    """How much went through a pipeline, and the wall time from the first read to the last write.
+    """Number of items that passed a pipeline, and the wall time from the first read to the last write.
 
     Args:
-        items: that were written.
-        seconds: of wall time.
-        stages: the seconds that each item took in a stage, without waiting for the others.
+        items: number of items written.
+        seconds: wall time.
+        stages: seconds per item in each stage, without waiting for other stages.
     """
 
     items: int
@@ -45,7 +45,7 @@ class Throughput:
     stages: dict[str, list[float]] = field(default_factory=dict)
 
     def report(self) -> str:
-        """Return each stage's latency in a line: of an item, which may be a batch; and which stage is the slowest."""
+        """Return the slowest stage and each stage's latency (median and p95 per item or batch), in one line."""
         busy = {stage: sum(times) for stage, times in self.stages.items() if times}
         if not busy:
             return ""
@@ -61,11 +61,11 @@ class Throughput:
 def run_pipeline(
     read: Iterable[Read], infer: Callable[[Read], Done], write: Callable[[Done], None], *, depth: int = 4
 ) -> Throughput:
-    """Write `infer(item)` for each item of `read`, in order.
+    """Call `write(infer(item))` for each item of `read`, in order.
 
-    `read` is iterated in a thread, `write` called in another, `infer` runs in the caller's, which owns the
-    device. At most `depth` items wait before and after the model. The first exception of any stage stops
-    all three and is raised here, after both threads have ended.
+    `read` is iterated in one thread, `write` runs in another, and `infer` runs in the caller's thread, which owns the
+    device. At most `depth` items wait before and after the model. The first exception of any stage stops all three; it
+    is raised here after both threads have ended.
     """
     start = time.perf_counter()
     pipeline: _Pipeline[Read, Done] = _Pipeline(depth)

@@ -1,4 +1,4 @@
-"""Images too large to hold, as rows of their files: TIFF and PNG read as they are needed, JPEG where memory allows."""
+"""Images too large for memory, as rows of their files: TIFF, PNG and .npy on demand, JPEG if memory allows."""
 
 import math
 from pathlib import Path
@@ -17,7 +17,7 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import check_regular
 from dinoseg.utils.images import read_image, read_orientation
 
-MOST_HELD = 2 * (Image.MAX_IMAGE_PIXELS or 2**27)  # pixels from which on Pillow refuses
+MOST_HELD = 2 * (Image.MAX_IMAGE_PIXELS or 2**27)  # maximum number of pixels that Pillow opens
 _TIFF, _JPEG = (".tif", ".tiff"), (".jpg", ".jpeg")
 _LATER = (
     "Images of any size are read from a PNG file of 8 bits that is not interlaced; from a TIFF file of 8 bits, grey or "
@@ -27,10 +27,10 @@ _LATER = (
 
 
 def open_rows(path: str | Path, device: torch.device) -> Rows:
-    """Return an image file as rows: of a TIFF, PNG or .npy file read when they are asked for, of any other held.
+    """Open an image file as rows: TIFF, PNG and .npy files are read on demand, others are loaded into memory.
 
     Raises:
-        UserError: the file is missing, truncated or no picture, or is too large and of a kind that has to be held.
+        UserError: the file is missing, truncated or no image, or is too large and of a kind that must be loaded whole.
     """
     path = Path(path)
     check_regular(path)
@@ -51,20 +51,20 @@ def open_rows(path: str | Path, device: torch.device) -> Rows:
 
 
 def only_in_strips(path: Path) -> bool:
-    """Return whether an image file is too large for `read_image`, and of a kind that is read by `open_rows`."""
+    """Return whether an image file is too large for `read_image` but can be read by `open_rows`."""
     try:
         layout = _layout(path)
-    except (OSError, UserError):  # reading it says so
+    except (OSError, UserError):  # the error is raised when the image is read
         return False
     return layout is not None and math.prod(layout.size) > MOST_HELD
 
 
 def _layout(path: Path) -> "TiffLayout | PngLayout | JpegLayout | None":
-    """Read what a file says of itself; None: it is of a kind that has to be held.
+    """Read a file's header; None: it is of a kind that must be loaded whole.
 
     Raises:
-        UserError: it is not what its name says.
-        OSError: it cannot be read.
+        UserError: the content does not match the suffix.
+        OSError: the file cannot be read.
     """
     suffix = path.suffix.lower()
     if suffix in _TIFF:
@@ -75,7 +75,7 @@ def _layout(path: Path) -> "TiffLayout | PngLayout | JpegLayout | None":
 
 
 class ArrayRows(Rows):
-    """Rows of an array (H, W, 3) uint8 in a .npy file, of which nothing is unpickled."""
+    """Rows of an array (H, W, 3) uint8 in a .npy file, memory-mapped without unpickling."""
 
     count = 1
 
@@ -95,14 +95,14 @@ class ArrayRows(Rows):
 
 
 class JpegLayout:
-    """What a JPEG file says before its pixels: its size (H, W), and how many bytes it takes to decode it."""
+    """Header of a JPEG file: its size (H, W), and the bytes needed to decode it."""
 
     def __init__(self, image: JpegImageFile) -> None:
         pixels = image.width * image.height
         self.size: Size = (image.height, image.width)
         self.is_turned = read_orientation(image) != 1
         held = pixels * (1 if image.mode == "L" else 4) * (2 if self.is_turned else 1)
-        # all coefficients, 2 bytes each, before the first pixel
+        # progressive files need all coefficients, 2 bytes each, before the first pixel
         self.bytes = held + (6 * pixels if image.info.get("progressive") else 0)
 
     @classmethod
@@ -116,18 +116,18 @@ class JpegLayout:
 
 
 class JpegRows(Rows):
-    """Rows of a JPEG file, which is decoded whole: 4 bytes a pixel, where there are so many."""
+    """Rows of a JPEG file that is decoded whole: 4 bytes per pixel, checked against free memory."""
 
     count = 1
 
     def __init__(self, path: Path, device: torch.device) -> None:
-        """Decode it.
+        """Decode the file.
 
         Raises:
-            UserError: memory does not suffice, or it is truncated.
+            UserError: memory does not suffice, or the file is truncated.
         """
         try:
-            # not by `Image.open`, which refuses it for its size alone
+            # `Image.open` would refuse the file for its size alone
             with JpegImageFile(path) as image:
                 layout, free = JpegLayout(image), free_bytes(torch.device("cpu"))
                 if layout.bytes > free:

@@ -1,4 +1,4 @@
-"""TIFF files too large to hold: rows of their strips or tiles, read when they are asked for."""
+"""Block-by-block reader of TIFF files that are too large for memory."""
 
 import io
 import math
@@ -20,13 +20,13 @@ from dinoseg.utils.images import read_orientation
 
 _GREY, _RGB, _YCBCR = 1, 2, 6  # photometric interpretations
 _NONE, _JPEG = 1, 7  # compressions
-_DECODED = (5, _JPEG, 8, 32773, 32946, 50000)  # and LZW, deflate, PackBits, Zstandard
-_KEPT = (258, 259, 262, 277, 317, 347, 530)  # tags: bits, compression, colours, channels, predictor, tables of JPEG
-_LARGEST_BLOCK = 2**28  # bytes of a strip or tile once it is decoded
+_DECODED = (5, _JPEG, 8, 32773, 32946, 50000)  # in addition: LZW, deflate, PackBits, Zstandard
+_KEPT = (258, 259, 262, 277, 317, 347, 530)  # tags: bits, compression, colours, channels, predictor, JPEG tables
+_LARGEST_BLOCK = 2**28  # bytes of a decoded strip or tile
 
 
 class TiffLayout:
-    """Where the blocks of a TIFF file of 8 bits, grey or RGB, lie: tiles, or strips as wide as the image."""
+    """Block layout of an 8-bit greyscale or RGB TIFF file: tiles, or strips as wide as the image."""
 
     def __init__(self, tags: ImageFileDirectory_v2) -> None:
         self.size: Size = (int(tags[257]), int(tags[256]))
@@ -37,18 +37,18 @@ class TiffLayout:
         )
         self.offsets, self.lengths = (tuple(map(int, tags[key])) for key in ((324, 325) if tiled else (273, 279)))
         self.compression, self.predictor = int(tags.get(259, 1)), int(tags.get(317, 1))
-        self.kept = {key: tags[key] for key in _KEPT if key in tags}  # what a block is decoded by
+        self.kept = {key: tags[key] for key in _KEPT if key in tags}  # tags needed to decode a block
 
     @classmethod
     def of(cls, path: Path) -> "TiffLayout | None":
-        """Read the first image's tags; None: it is of a kind that is not read in blocks.
+        """Read the tags of the first image; None: its kind cannot be read in blocks.
 
         Raises:
-            UserError: it is no TIFF file.
+            UserError: the file is no TIFF file, or is truncated or damaged.
         """
         try:
             with path.open("rb") as file, warnings.catch_warnings():
-                warnings.simplefilter("error")  # of tags that end too early, Pillow only warns
+                warnings.simplefilter("error")  # Pillow only warns about truncated tags
                 header = file.read(8)
                 header += file.read(8) if header[2:3] == b"\x2b" or header[3:4] == b"\x2b" else b""
                 tags = ImageFileDirectory_v2(header)
@@ -76,29 +76,29 @@ class TiffLayout:
 
     @property
     def across(self) -> int:
-        """How many blocks lie side by side."""
+        """Number of blocks side by side."""
         return math.ceil(self.size[1] / self.block[1])
 
     @property
     def is_raw(self) -> bool:
-        """Whether blocks are not compressed."""
+        """True if blocks are stored uncompressed."""
         return self.compression == _NONE
 
 
 class TiffRows(Rows):
-    """Rows of a TIFF file of 8 bits, read a strip or a row of tiles at a time; blocks are decoded by Pillow."""
+    """Rows of an 8-bit TIFF file, read one strip or one row of tiles at a time; Pillow decodes the blocks."""
 
     count = 1
 
     def __init__(self, path: Path, layout: TiffLayout, device: torch.device) -> None:
         self.path, self.layout, self.size, self.device = path, layout, layout.size, device
-        self._number, self._decoded = -1, np.empty(0)  # the row of blocks that was decoded last
+        self._number, self._decoded = -1, np.empty(0)  # the row of blocks decoded last
 
     def read(self, top: int, bottom: int) -> Tensor:
         """Return the rows (1, 3, bottom - top, W) uint8.
 
         Raises:
-            UserError: the file ends before, or a block cannot be decoded.
+            UserError: the file is truncated, or a block cannot be decoded.
         """
         height = self.layout.block[0]
         parts = []
@@ -113,14 +113,14 @@ class TiffRows(Rows):
         return as_rows(np.concatenate(parts), self.device)
 
     def _blocks(self, number: int, read: Callable[[BinaryIO, int], np.ndarray]) -> np.ndarray:
-        """Return a row of blocks (r, W, channels) put together, without what lies beyond the image on the right."""
+        """Return a row of blocks (r, W, channels), concatenated and cropped to the image's width."""
         across = self.layout.across
         with self.path.open("rb") as file:
             blocks = [read(file, number * across + column) for column in range(across)]
         return np.concatenate(blocks, axis=1)[:, : self.size[1]]
 
     def _stored(self, file: BinaryIO, number: int, first: int, last: int) -> np.ndarray:
-        """Return some rows of a block that is not compressed (last - first, width, channels)."""
+        """Return rows of an uncompressed block (last - first, width, channels)."""
         layout = self.layout
         line = layout.block[1] * layout.channels
         file.seek(layout.offsets[number] + first * line)
@@ -130,7 +130,7 @@ class TiffRows(Rows):
         return np.frombuffer(found, np.uint8).reshape(last - first, layout.block[1], layout.channels)
 
     def _unpacked(self, file: BinaryIO, number: int) -> np.ndarray:
-        """Return a block (height, width, channels): Pillow decodes a TIFF file that holds it alone."""
+        """Return a block (height, width, channels), decoded by Pillow as a TIFF file of its own."""
         layout = self.layout
         height, width = layout.block
         if not layout.tiled:  # the last strip ends with the image
@@ -138,7 +138,7 @@ class TiffRows(Rows):
         file.seek(layout.offsets[number])
         packed = file.read(layout.lengths[number])
         tags = ImageFileDirectory_v2(b"II*\0" + bytes(4))
-        # one strip, at 0 behind the tags, as Pillow writes offsets
+        # Pillow counts strip offsets from the end of the tags: 0 is the first byte behind them
         for key, value in {**layout.kept, 256: width, 257: height, 273: 0, 278: height, 279: len(packed)}.items():
             tags[key] = value
         alone = b"II*\0" + struct.pack("<I", 8) + tags.tobytes(8) + packed

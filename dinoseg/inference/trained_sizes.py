@@ -1,4 +1,4 @@
-"""How large the pictures were that a model was trained on: larger ones show it things at a scale it never saw."""
+"""Image sizes that a model was trained on, and the reduction of larger images to that scale."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -12,20 +12,20 @@ from dinoseg.utils import forms
 from dinoseg.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
-KEY = "sizes"  # of a checkpoint's description
+KEY = "sizes"  # key in a checkpoint's description
 _FORM = forms.record(typical=forms.whole(1), largest=forms.whole(1))
 
 
 @dataclass(frozen=True)
 class TrainedSizes:
-    """Longer sides of training images in pixels, as the model was fed them before crop and augmentation.
+    """Longer sides of training images in pixels, at the model's input before crop and augmentation.
 
-    Crops say nothing of scale: what is seen in them is as large as in the whole image.
+    Crops do not change the scale: objects are as large in a crop as in the whole image.
 
     Args:
         typical: the median.
-        largest: no picture of the training, enlarged as far as the augmentation does, or of its validation is larger,
-            so that mode=predict never changes what mode=eval has scored.
+        largest: the largest longer side among training images, at the augmentation's maximum scale, and validation
+            images. Images up to this size are never reduced, so mode=predict and mode=eval see them at the same scale.
     """
 
     typical: int
@@ -35,20 +35,20 @@ class TrainedSizes:
     def of(
         cls, trained: Sequence[Size], scored: Sequence[Size], *, longest: int | None, enlarged: float
     ) -> "TrainedSizes":
-        """Measure images (H, W), all reduced to `longest`; those that are trained on are enlarged by up to a factor."""
+        """Measure images (H, W) reduced to `longest`; `enlarged` is the maximum scale factor of the augmentation."""
         sides, others = ([min(max(size), longest or max(size)) for size in sizes] for sizes in (trained, scored))
         return cls(round(median(sides)), max([round(max(sides) * max(1.0, enlarged)), *others]))
 
     def as_info(self) -> dict[str, Any]:
-        """Return what a checkpoint says of it."""
+        """Return the entry of a checkpoint's description."""
         return {KEY: asdict(self)}
 
     @classmethod
     def from_info(cls, info: Mapping[str, Any]) -> "TrainedSizes | None":
-        """Read what a checkpoint says; None where it was not trained on images.
+        """Read the sizes from a checkpoint's description; None if the model was not trained on images.
 
         Raises:
-            UserError: it is no pair of sizes.
+            UserError: the entry is not a valid pair of sizes.
         """
         sizes = info.get(KEY)
         if sizes is None:
@@ -63,17 +63,17 @@ class TrainedSizes:
 def keep_scale(
     model: Segmenter, sizes: TrainedSizes | None, *, reduces: bool = True, teacher: str | None = None
 ) -> None:
-    """Let a segmenter take pictures larger than any of its training at the typical size, and say so once.
+    """Reduce images larger than any training image to the typical training size, and log this once.
 
     Args:
         model: a segmenter; its `limit` is set.
-        sizes: of its training; None: nothing is known, nothing done.
-        reduces: else it only says so.
-        teacher: the words that name it in a student's training.
+        sizes: image sizes of its training; None: unknown, which makes this a no-op.
+        reduces: whether to reduce such images; False: only log a warning.
+        teacher: name of the model in messages if it is the teacher of a student; None: it is not.
     """
     if sizes is None:
         return
-    longest = model.longest  # as the config says, for pictures of the training's scale
+    longest = model.longest  # the configured limit, for images at training scale
     told = False
 
     def limit(size: Size) -> int | None:

@@ -1,4 +1,4 @@
-"""Video files and cameras read frame by frame, whatever wrote them."""
+"""Frame-by-frame reader of video files and cameras."""
 
 import math
 from collections.abc import Iterator
@@ -12,19 +12,19 @@ from dinoseg.data.video.decoder import MOST_PIXELS, REMEDY, Decoder
 from dinoseg.utils.errors import UserError
 
 _COUNTED_SUFFIXES = (".avi", ".mp4", ".mov", ".m4v")  # their headers hold the number of frames
-_SHORTEST_TICK = Fraction(1, 2**19)  # seconds; a frame of an mp4 may last 2**29 of them: a quarter of an hour
-_RATE = Fraction(25)  # where a file does not say, or talks nonsense
+_SHORTEST_TICK = Fraction(1, 2**19)  # seconds; an mp4 frame may last 2**29 of them, about 17 minutes
+_RATE = Fraction(25)  # if the file states no rate, or an implausible one
 
 
 @dataclass(frozen=True)
 class VideoTraits:
-    """What a video has beside its frames and their rate, which a video made of its frames takes over.
+    """Properties of a video besides its frames and rate, to be copied to a video made from its frames.
 
     Args:
-        tick: what times are whole multiples of, in seconds.
-        aspect: width of a pixel by its height.
-        colours: primaries, transfer and matrix, as numbers of H.273.
-        sound: the file that holds it, if any.
+        tick: unit of timestamps in seconds; all timestamps are multiples of it.
+        aspect: pixel aspect ratio, width by height.
+        colours: primaries, transfer and matrix, numbered as in H.273.
+        sound: the file that contains the sound, if any.
     """
 
     tick: Fraction
@@ -34,20 +34,19 @@ class VideoTraits:
 
 
 class VideoReader:
-    """Frames of a video as (H, W, 3) uint8 RGB, turned upright by the file's rotation tag.
+    """Frames of a video as (H, W, 3) uint8 RGB, rotated upright by the file's rotation tag.
 
-    `size` is (H, W) after turning, `fps` is 25 where the file does not say, `count` is what the file's
-    header says (0 = unknown), `frames_read` how many frames came so far. Interlaced frames come as they are stored.
+    `size` is (H, W) after rotation, `fps` is 25 if the file states no rate, `count` is the frame count in the file's
+    header (0 = unknown), `frames_read` is the number of frames read so far. Interlaced frames are returned as stored.
 
     Args:
-        path: the file; with `device` what that calls its source.
-        device: FFmpeg's name of what captures; None: a file.
-        max_pixels: of a frame.
+        path: the file; with `device`, the name of its source.
+        device: FFmpeg's name of the capture device; None: a file.
+        max_pixels: maximum number of pixels of a frame.
 
     Raises:
-        FrameTooLarge: its frames have more pixels.
-        UserError: the file cannot be opened or holds no frame; while reading: it ends early or the size
-            of its frames changes.
+        FrameTooLarge: a frame has more pixels than `max_pixels`.
+        UserError: the file cannot be opened or holds no frame; while reading: it ends early, or its frame size changes.
     """
 
     def __init__(self, path: str | Path, *, device: str | None = None, max_pixels: int = MOST_PIXELS) -> None:
@@ -57,7 +56,7 @@ class VideoReader:
             self._decoder = Decoder(path, device=device, max_pixels=max_pixels)
         except OSError as error:
             raise UserError(f"Cannot read {path} as a video ({error.strerror}). Check the path.") from None
-        self._waiting = self._decoder.advance()  # whether a frame is decoded that was not yielded
+        self._waiting = self._decoder.advance()  # whether a decoded frame was not yielded yet
         if not self._waiting:
             self.close()
             raise self._decoder.unreadable("it holds none")
@@ -75,14 +74,14 @@ class VideoReader:
         self.count = self._decoder.promised
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        """Yield each frame once; a second iteration goes on where the first stopped."""
+        """Yield each frame once; a second iteration continues where the first stopped."""
         return (frame for frame, _ in self.timed())
 
     def timed(self) -> Iterator[tuple[np.ndarray, Fraction | None]]:
-        """Yield each frame as `__iter__` does, and when it is shown, in seconds from the file's start, if it says.
+        """Yield each frame with its timestamp in seconds from the file's start; None if the file states no timestamp.
 
-        Times are multiples of `traits.tick`: exact, and of a constant rate where only the file's own clock makes it
-        uneven.
+        Timestamps are exact multiples of `traits.tick`. If only rounding to the file's clock makes them uneven, they are
+        corrected to the constant rate.
         """
         end = Fraction(0)  # seconds from the file's start
         while self._waiting or self._decoder.advance():
@@ -100,17 +99,17 @@ class VideoReader:
             raise UserError(f"{self.path} ends early: {self.frames_read} of {self.count} frames read. {REMEDY}")
 
     def frame_name(self, position: int) -> str:
-        """Return what results of a frame, counted from 0, are called."""
+        """Return the name of the result files of a frame, counted from 0."""
         return f"{position:09d}"
 
     def position(self, name: str) -> int | None:
-        """Return which frame a name stands for: its number, however many zeros are in front; None where it is none."""
+        """Return the frame index that a name states, with or without leading zeros; None if it is no valid index."""
         known = name.isascii() and name.isdigit()
-        # without a counter in the header, the count may be one short
+        # without a counter in the header, the count may be one too low
         return int(name) if known and (self.count == 0 or int(name) <= self.count) else None
 
     def close(self) -> None:
-        """Release the file."""
+        """Close the file."""
         self._decoder.close()
 
     def __enter__(self) -> "VideoReader":
@@ -129,15 +128,15 @@ class VideoReader:
     def _ended_early(self, end: Fraction) -> bool:
         if self.frames_read >= self.count - 1:
             return False
-        # elsewhere `count` is duration times a frame rate that may be nominal: the time must be short too
+        # in other formats, `count` is duration times a possibly nominal rate, so the time must be short too
         counted = self.path.suffix.lower() in _COUNTED_SUFFIXES
         return counted or end < (self.count - Fraction(3, 2)) / self.rate
 
 
 def _common_tick(rate: Fraction, time_base: Fraction) -> Fraction:
-    """Return a length of time of which both a frame and a tick of the file's clock are multiples, if none is too short.
+    """Return a common divisor of a frame's duration and the clock's tick, or the tick if the divisor is too short.
 
-    Matroska counts milliseconds, of which no frame of 30 a second is a multiple.
+    Matroska's clock counts milliseconds, and a frame at 30 fps is no whole number of them.
     """
     common = Fraction(1, math.lcm(rate.numerator, time_base.denominator))
     return common if common >= _SHORTEST_TICK else time_base

@@ -1,4 +1,4 @@
-"""A video through a model: decode | predict | write its overlay and masks."""
+"""Video segmentation pipeline: decode frames, predict, and write overlay, masks and other outputs."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
@@ -27,19 +27,19 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import write_png
 from dinoseg.utils.interrupt import ending_input
 
-_Frame = tuple[np.ndarray, Fraction | None]  # (H, W, 3), and when it is shown
+_Frame = tuple[np.ndarray, Fraction | None]  # (H, W, 3), and its timestamp
 
 
 @dataclass(frozen=True)
 class VideoOptions:
-    """How a video is segmented.
+    """Options of video segmentation.
 
     Args:
-        masks: whether the class ids of each frame are written, too.
-        skip: every so manieth frame is predicted.
-        smooth: share of the frames before in a frame's class probabilities, below 1.
-        frames: at most so many; None: all.
-        outputs: what else is written of each frame, as `check_frame_outputs` wants it.
+        masks: whether to write the class IDs of each frame.
+        skip: predict every n-th frame.
+        smooth: weight of the previous frames in a frame's class probabilities, below 1.
+        frames: maximum number of frames; None: all.
+        outputs: further outputs per frame, validated by `check_frame_outputs`.
     """
 
     masks: bool = False
@@ -51,11 +51,11 @@ class VideoOptions:
 
 @dataclass(frozen=True)
 class VideoInput:
-    """A video to segment.
+    """Video to segment.
 
     Args:
-        name: what its results are called.
-        open: gives its frames.
+        name: prefix of its result files.
+        open: function that opens the reader of its frames.
         path: the file; None: a camera.
     """
 
@@ -65,10 +65,10 @@ class VideoInput:
 
 
 def check_any(videos: Sequence[VideoInput], batch_size: int) -> None:
-    """Refuse videos of which none can be segmented: that is known before there is a model.
+    """Check that at least one video can be segmented; this needs no model.
 
     Raises:
-        UserError: naming them.
+        UserError: no video can be segmented; the message states the reason for each.
     """
     failures: list[str] = []
     for video in videos:
@@ -81,13 +81,13 @@ def check_any(videos: Sequence[VideoInput], batch_size: int) -> None:
 
 
 def segment_video(by: Segmentation, video: VideoInput, run: ImageRun, options: VideoOptions) -> Throughput | None:
-    """Write NAME_overlay.mp4, and what else of each frame is asked for, into a run's folder; None where all is done.
+    """Write NAME_overlay.mp4 and the other outputs of a video to the run folder; return None if it was already done.
 
-    Class ids are NAME_masks/%09d.png, further outputs files in NAME_palette and so on. The result counts frames. What a
-    camera gives ends with a first signal, and is whole then.
+    Class IDs are written to NAME_masks/%09d.png, other outputs to NAME_palette and so on. The returned throughput counts
+    frames. For a camera, the first signal ends the input, and all results up to there are complete.
 
     Raises:
-        UserError: the video cannot be read to its end, or the disk is full; nothing of it is left then.
+        UserError: the video cannot be read to its end, or the disk is full; partial results are deleted.
         OSError: a mask cannot be written.
     """
     target = run.folder / f"{video.name}_overlay.mp4"
@@ -134,7 +134,7 @@ def segment_video(by: Segmentation, video: VideoInput, run: ImageRun, options: V
 def _open(video: VideoInput, batch_size: int) -> VideoReader:
     reader = video.open()
     try:
-        check_frames(reader.path, reader.size, (2 * DEPTH + 3) * batch_size)  # in both queues, and in three hands
+        check_frames(reader.path, reader.size, (2 * DEPTH + 3) * batch_size)  # both queues, and one batch in each of the 3 stages
     except UserError:
         reader.close()
         raise
@@ -148,24 +148,24 @@ def _batches(frames: Iterable[_Frame], size: int) -> Iterator[list[_Frame]]:
 
 
 class SeenFrame(NamedTuple):
-    """What is shown of a frame: class ids (H, W) uint8, and probabilities (K, H, W) on the device, if they are kept."""
+    """Result of a frame: class IDs (H, W) uint8, and probabilities (K, H, W) on the device if requested."""
 
     ids: np.ndarray
     probabilities: Tensor | None
 
 
 class FrameClasses:
-    """Classes of one video's frames, which come in order.
+    """Class predictions for the consecutive frames of one video.
 
-    With `smooth`, the class probabilities p of each predicted frame are averaged over time, m = smooth * m + (1 -
-    smooth) * p from m = p of the first, and the class is where m is greatest. That needs whole probabilities: K float32
-    numbers a pixel, of a batch and of m.
+    With `smooth`, class probabilities p are averaged over predicted frames: m = smooth * m + (1 - smooth) * p, where m
+    starts as p of the first frame. The class is the argmax of m. This needs all probabilities in memory: K float32 numbers
+    per pixel, for a batch and for m.
 
     Args:
-        predictor: of the trained model.
-        skip: every so manieth frame is predicted, the first one too; the frames between show the same.
-        smooth: share of the frames before, at least 0 and below 1; 0: each frame by itself.
-        probabilities: whether they are kept; with `smooth` those are m.
+        predictor: predictor of the trained model.
+        skip: predict every n-th frame, starting with the first; the frames between repeat the last result.
+        smooth: weight of the previous frames, at least 0 and below 1; 0: frames are independent.
+        probabilities: whether to return probabilities; with `smooth`, these are m.
     """
 
     def __init__(
@@ -177,7 +177,7 @@ class FrameClasses:
         self._held: SeenFrame | None = None
 
     def of(self, frames: Sequence[np.ndarray]) -> list[SeenFrame]:
-        """Return what the next frames (H, W, 3) uint8 RGB show."""
+        """Return the results of the next frames (H, W, 3) uint8 RGB."""
         due = [(self._count + place) % self._skip == 0 for place in range(len(frames))]
         predicted = iter(self._predicted([frame for frame, is_due in zip(frames, due, strict=True) if is_due]))
         shown = []
@@ -196,7 +196,7 @@ class FrameClasses:
         seen = []
         for shares in self._predictor.probabilities(frames):
             if self._smooth:
-                # this way round the average of what does not change is that, to the bit
+                # in this argument order, constant probabilities stay bit-identical
                 shares = shares if self._mean is None else torch.lerp(self._mean, shares, 1 - self._smooth)
                 self._mean = shares
             ids = shares.max(dim=0).indices.to(torch.uint8).cpu().numpy()

@@ -1,4 +1,4 @@
-"""Videos written frame by frame, as any browser plays them."""
+"""Frame-by-frame writer of mp4 videos that browsers play, with optional sound."""
 
 import os
 from collections.abc import Iterator
@@ -20,34 +20,35 @@ from dinoseg.inference.video_file import VideoTraits
 from dinoseg.utils.atomic import new_part
 from dinoseg.utils.errors import UserError
 
-# H.264 plays everywhere; builds of PyAV without x264 have one of the others
-# (x264 by its trees of macroblocks gives other bytes for the second video of a process than for the first)
+# H.264 plays everywhere; PyAV builds without x264 fall back to one of the others
+# mbtree=0: with macroblock trees, x264 output differs between the first and second video of a process
 _CODECS = {
     "libx264": {"preset": "veryfast", "crf": "20", "x264-params": "mbtree=0"},
     "libopenh264": {},
     "libvpx-vp9": {"cpu-used": "8"},
 }
-_MATRICES = (1, 4, 5, 6, 7, 9)  # from RGB to what H.264 holds, by numbers of H.273; PyAV's are the same
+_MATRICES = (1, 4, 5, 6, 7, 9)  # matrices from RGB to YUV that H.264 stores, numbered as in H.273 and PyAV
 _UNTOLD = 2
-# mp4 counts in 31 bits how much later a frame is shown than decoded: up to four frames; fewer ticks a second it doubles
+# mp4 stores the delay from decoding to display (up to 4 frames) in 31 bits, and doubles ticks below 20,000/s
 _MOST_TICKS, _LEAST_TICKS = 2**29, 20_000
 
 
 class VideoWriter:
-    """Writes RGB frames to an mp4 that plays in browsers, and appears under its name only when complete.
+    """Writer of RGB frames to an mp4 for browsers; the file gets its name only when complete.
 
-    H.264 (yuv420p, its index in front). That needs even sides: an odd frame's last row or column is repeated once.
-    Leaving the `with` block by an exception leaves no file.
+    Encodes H.264 (yuv420p, index at the front). The format needs even sides: the last row or column of an odd frame is
+    repeated once. If the `with` block raises, no file remains.
 
     Args:
         path: the file.
-        rate: frames per second, for frames without a time of their own.
+        rate: frames per second, for frames without a timestamp.
         size: (H, W) of the frames.
-        like: of the video whose frames these are: what is taken over; None: of frames alone.
-        cut: whether the sound ends with the pictures, too.
+        like: traits of the source video to reuse; None: default traits and no sound.
+        cut: whether to end the sound with the last frame.
 
     Raises:
-        UserError: no encoder works, or the file came out shorter than what was written (a full disk).
+        UserError: no encoder works, a frame starts later after its predecessor than mp4 allows, or the file has fewer
+            frames than were written (a full disk).
     """
 
     def __init__(
@@ -65,9 +66,9 @@ class VideoWriter:
         self._size, self._cut = size, cut
         rate = rate if isinstance(rate, Fraction) else Fraction(rate).limit_denominator(1001)
         self._tick = 1 / rate if like is None else like.tick
-        self._longest = _MOST_TICKS // max(_LEAST_TICKS, self._tick.denominator)  # seconds that a frame may last
-        self._step = max(1, round(1 / rate / self._tick))  # ticks of a frame without a time
-        self._last = -self._step  # when the frame before was shown, in ticks
+        self._longest = _MOST_TICKS // max(_LEAST_TICKS, self._tick.denominator)  # seconds, maximum duration of a frame
+        self._step = max(1, round(1 / rate / self._tick))  # ticks of a frame without a timestamp
+        self._last = -self._step  # timestamp of the previous frame, in ticks
         self._reformatter = VideoReformatter()
         codec = next((name for name in _CODECS if name in av.codecs_available), None)
         if codec is None:
@@ -87,9 +88,9 @@ class VideoWriter:
             raise self._unwritable(str(error.strerror)) from error
 
     def write(self, frame: np.ndarray, time: Fraction | None = None) -> None:
-        """Append one frame (H, W, 3) uint8 RGB, shown `time` seconds after the start; None: a frame after the last one.
+        """Append one frame (H, W, 3) uint8 RGB, shown at `time` seconds; None: one frame after the previous frame.
 
-        Times that do not rise are moved by as little as they must.
+        Timestamps that do not increase are moved forward by the minimum.
         """
         if frame.shape[:2] != self._size:
             raise ValueError(f"A frame {frame.shape[:2]} does not fit a video of {self._size} (H, W).")
@@ -115,7 +116,7 @@ class VideoWriter:
         self.frames_written += 1
 
     def close(self) -> None:
-        """Finish the file, check that it holds every frame, and give it its name."""
+        """Finish the file, check that it contains every frame, and rename it to its final name."""
         reason = ""
         try:
             try:
@@ -130,12 +131,12 @@ class VideoWriter:
                 raise self._unwritable(f"{reason}{stored} of {self.frames_written} frames arrived")
             self._sound.close()
             os.replace(self._part, self.path)
-        except BaseException:  # a signal too
+        except BaseException:  # signals included
             self.discard()
             raise
 
     def discard(self) -> None:
-        """Drop what was written."""
+        """Delete the unfinished file."""
         self._sound.close()
         with suppress(FFmpegError):
             self._container.close()
@@ -172,21 +173,21 @@ class VideoWriter:
         )
 
 
-_KEPT = ("aac", "mp3", "opus", "flac")  # what browsers play in an mp4; all else becomes AAC
-_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)  # of AAC; other rates become the last one
-_FRAME = 1024  # samples that AAC encodes at once
+_KEPT = ("aac", "mp3", "opus", "flac")  # codecs that browsers play in an mp4; other codecs become AAC
+_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)  # of AAC; others become 48000
+_FRAME = 1024  # samples per AAC frame
 
-_Timed = tuple[Fraction, av.Packet]  # in seconds from the file's start
+_Timed = tuple[Fraction, av.Packet]  # (seconds from the file's start, packet)
 
 
 class Sound:
-    """The first sound track of a video, packet by packet: as it is, or as AAC where browsers could not play it.
+    """First audio track of a video, packet by packet: copied, or encoded as AAC if browsers cannot play the original.
 
-    What of it is damaged is left out; a file without sound gives none.
+    Damaged packets are dropped; a file without sound yields no packets.
 
     Args:
-        source: the video; None: there is no sound.
-        target: the mp4, before its first packet.
+        source: the video; None: no sound.
+        target: the mp4 container, before its first packet.
     """
 
     def __init__(self, source: Path | None, target: OutputContainer) -> None:
@@ -206,20 +207,20 @@ class Sound:
         self._waiting = next(self._packets, None)
 
     def write_until(self, time: Fraction | None) -> None:
-        """Write what is heard before `time`, in seconds; None: all the rest."""
+        """Write the packets before `time` in seconds; None: all remaining packets."""
         while self._waiting is not None and (time is None or self._waiting[0] < time):
             self._target.mux(self._waiting[1])
             self._waiting = next(self._packets, None)
 
     def close(self) -> None:
-        """Release the source."""
+        """Close the source file."""
         if self._source is not None:
             self._source.close()
 
     def _copied(self, output: AudioStream) -> Iterator[_Timed]:
         for packet in self._demuxed():
             if packet.pts is None or packet.dts is None:
-                continue  # the empty one at the end
+                continue  # the empty flush packet at the end
             packet.stream = output
             shift = round(self._start / packet.time_base)
             packet.pts, packet.dts = packet.pts - shift, packet.dts - shift
@@ -249,4 +250,4 @@ class Sound:
         try:
             yield from self._source.demux(self._track)
         except FFmpegError:
-            return  # cut off
+            return  # truncated file

@@ -1,4 +1,4 @@
-"""A walk through a model that computes nothing, by tensors that have shapes and no numbers."""
+"""Dry runs of a model with fake tensors, which have shapes but no data."""
 
 import functools
 import gc
@@ -17,10 +17,10 @@ _FOUND = WeakSet[Any]()  # functions with an lru_cache
 
 @contextmanager
 def walking(count: PeakBytes | None = None) -> Iterator[PeakBytes]:
-    """Make tensors without numbers within the block, and count their bytes, by another count than the plain one.
+    """Create fake tensors within the block and count their bytes, with `count` if given.
 
-    Cached functions that computed something within the block (transformers': positions) lose their caches, which hold
-    tensors without numbers; those of other code keep theirs. Blocks are not nested.
+    If an `lru_cache` missed within the block (such as that of transformers' positions), it is cleared afterwards, since
+    it holds fake tensors; other caches are unchanged. Blocks must not be nested.
     """
     misses = {function: function.cache_info().misses for function in _cached_functions(len(sys.modules))}
     try:
@@ -34,11 +34,11 @@ def walking(count: PeakBytes | None = None) -> Iterator[PeakBytes]:
 
 @functools.lru_cache(maxsize=1)
 def _cached_functions(modules: int) -> WeakSet[Any]:
-    """Return all functions with an `lru_cache`; the search takes long, and is repeated only after further imports.
+    """Return all functions with an `lru_cache`; the slow search is repeated only after further imports.
 
-    Functions that `gc.freeze` hides are returned if an earlier call has found them.
+    Functions hidden by `gc.freeze` are returned only if an earlier call found them.
     """
-    # by type: some objects warn where they are asked for their class
+    # by type: `isinstance` reads `__class__`, and some objects then emit warnings
     found = (each for each in gc.get_objects() if type(each) is functools._lru_cache_wrapper)
     for each in found:
         if each is not _cached_functions and not each.__module__.startswith("torch."):

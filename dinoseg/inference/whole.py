@@ -1,4 +1,4 @@
-"""Whole images: each at once, padded to the backbone's patches."""
+"""Whole-image inference: one pass per image, padded to the backbone's patch size."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -12,16 +12,16 @@ from dinoseg.utils.ranges import Scale
 
 
 class Whole(Policy):
-    """The whole image at once; class probabilities are averaged over `flips` and `scales`, see `Windows`."""
+    """Whole-image inference strategy; averages class probabilities over `flips` and `scales`, see `Windows`."""
 
     def __init__(self, *, flips: str = "none", scales: Sequence[Scale] = (1.0,)) -> None:
-        # one window, larger than any image: each is seen as it is
+        # a single window larger than any image
         self.looks = Windows(2**31, overlap=0.0, weights="uniform", batch_size=2**31, flips=flips, scales=scales)
 
     def bands(
         self, model: Segmenter, rows: Rows, autocast: Autocast, *, size: Size | None = None, seen: Seen | None = None
     ) -> Iterator[Prediction]:
-        """Yield one band, the model's own prediction; several where it is an average."""
+        """Yield the model's prediction as one band, or several bands if it is averaged over flips or scales."""
         if not self.sees_whole(model, rows.size, autocast):
             grid = model.reduced_size(rows.size)
             yield from self.looks.over(model, rows, autocast, grid, size=size, seen=seen)
@@ -34,5 +34,5 @@ class Whole(Policy):
         yield replace(prediction, size=size or prediction.size)
 
     def sees_whole(self, model: Segmenter, size: Size, autocast: Autocast) -> bool:
-        """Return whether there is one pass."""
+        """Return whether the prediction is a single pass: no flips and only scale 1."""
         return len(self.looks.turns) == 1 and list(self.looks.scales) == [1.0]

@@ -1,4 +1,4 @@
-"""Windows over an image: where they lie, how they are weighted, and rows that are done freed as soon as they are."""
+"""Sliding-window inference: placement, weighting and averaging of windows in bounded memory."""
 
 import itertools
 import logging
@@ -22,7 +22,7 @@ from dinoseg.utils.ranges import Count, Range, Scale
 logger = logging.getLogger(__name__)
 Overlap = Annotated[float, Range("a number from 0 to 0.9", 0, 0.9)]
 Shortest = Annotated[int, Range("a whole number from 1 to 16384", 1, 2**14)]
-Turn = tuple[bool, bool, bool]  # rows and columns exchanged; then upside down; then left and right exchanged
+Turn = tuple[bool, bool, bool]  # (transpose, flip vertically, flip horizontally), applied in this order
 
 _AS_IT_IS: Turn = (False, False, False)
 TURNS: dict[str, Sequence[Turn]] = {
@@ -34,29 +34,29 @@ TURNS: dict[str, Sequence[Turn]] = {
 }
 WEIGHTS = ("cosine", "uniform")
 AVERAGES = ("probabilities", "scores")
-_MOST_PIXELS = 2**26  # of an image that is enlarged
+_MOST_PIXELS = 2**26  # limit of an image enlarged by `shortest`
 
 
 class Windows(Policy):
-    """Windows that overlap, batched across images, their predictions averaged; memory is bounded by the width.
+    """Overlapping windows, batched across images, with averaged predictions.
 
-    A window that would leave the image is shifted back into it, as mmsegmentation does. What is held at a time is
-    `size` rows of all classes, in float32.
+    A window that would leave the image is shifted back into it, as in mmsegmentation. Memory is bounded by the image's
+    width: `size` rows of all classes, in float32.
 
     Args:
-        size: height and width of a window, in pixels of the image; one number for both. A smaller image is one window.
-        overlap: share of a window that the next one shows again.
-        weights: cosine, by which what lies at a window's border counts little, or uniform.
-        average: probabilities, which are comparable between windows, mirrored images and scales; or scores, as
-            mmsegmentation and Meta do: windows of the head's own scores, and then images of other scales or mirrored,
-            from each of which windows are cut anew, of the softmax of these.
-        batch_size: windows that the model sees at once.
-        flips: none; horizontal: left and right exchanged, too; all: the eight of a square.
-        scales: at which an image is seen, 1 as it is; the average over all is taken.
-        shortest: the image's shorter side is first brought to so many pixels; None: it is as large as it is.
+        size: height and width of a window in image pixels; one number for both. A smaller image is one window.
+        overlap: fraction of a window that the next window covers again.
+        weights: `cosine`, which gives pixels near a window's border a low weight, or `uniform`.
+        average: `probabilities`, which are comparable between windows, flips and scales, or `scores`, as in
+            mmsegmentation and Meta's code. `scores` averages the head's raw scores over the windows of one view (flip
+            and scale), then the softmax of these over the views; each view is cut into its own windows.
+        batch_size: windows per forward pass.
+        flips: `none`; `horizontal`: the image and its mirror image; `all`: the eight symmetries of a square.
+        scales: image scales to average over; 1 is the original scale.
+        shortest: length in pixels to which the image's shorter side is resized first; None: no resizing.
 
     Raises:
-        UserError: a word is none of those.
+        UserError: an option is unknown, `size` has neither 1 nor 2 numbers, or `scales` is empty.
     """
 
     def __init__(
@@ -85,13 +85,13 @@ class Windows(Policy):
             raise UserError("inference.scales=[] leaves nothing to look at. Give [1.0] for the image as it is.")
         self.overlap, self.weights, self.average = overlap, weights, average
         self.batch_size, self.turns, self.scales, self.shortest = batch_size, TURNS[flips], scales, shortest
-        self._told = False  # that an image is not enlarged as far as `shortest` says
+        self._told = False  # whether the warning about `shortest` was logged
 
     def bands(
         self, model: Segmenter, rows: Rows, autocast: Autocast, *, size: Size | None = None, seen: Seen | None = None
     ) -> Iterator[Prediction]:
-        """Yield predictions of bands of rows, each of which no later window reaches."""
-        # who asks for windows wants to see what is small: of pictures only resolution.longest limits the scale
+        """Yield predictions of bands of rows, each as soon as no later window overlaps it."""
+        # windows serve small objects, so the image is reduced only if resolution.longest is set
         grid = backbone_size(rows.size, 1.0, model.longest)
         return self.over(model, rows, autocast, grid, size=size, seen=seen)
 
@@ -105,7 +105,7 @@ class Windows(Policy):
         size: Size | None = None,
         seen: Seen | None = None,
     ) -> Iterator[Prediction]:
-        """Yield the same of images that are brought to `grid` (H, W) before windows are cut from them."""
+        """Yield predictions as `bands` does, after resizing the images to `grid` (H, W)."""
         grid, size = self._enlarged(grid), size or rows.size
         views = [self.turns] if self.average == "probabilities" else [(turn,) for turn in self.turns]
         passes: list[_Pass] = []
@@ -124,7 +124,7 @@ class Windows(Policy):
             yield Prediction(band, (band.shape[2], band.shape[3]), (1.0, 1.0), upsample, mixture)
 
     def _enlarged(self, grid: Size) -> Size:
-        """Return `grid` (H, W) with its shorter side as `shortest` says, within bounds."""
+        """Return `grid` (H, W) enlarged so that its shorter side is `shortest`, up to `_MOST_PIXELS` pixels."""
         if self.shortest is None:
             return grid
         wanted = self.shortest / min(grid)
@@ -142,17 +142,20 @@ class Windows(Policy):
 
 @dataclass
 class _Pass:
-    """One look at images of one scale, turned in some ways; windows are cut as of images in the first of these."""
+    """One pass over images at one scale, averaged over turns; the first turn sets the window placement."""
 
     windows: Windows
     model: Segmenter
     autocast: Autocast
     turns: Sequence[Turn]
     seen: Seen | None
-    mixture: bool = True  # whether what is averaged are sums of probabilities
+    mixture: bool = True  # whether the averaged values are probabilities
 
     def averages(self, rows: Rows) -> Iterator[Tensor]:
-        """Yield bands (B, K, r, W) of weighted averages, each when no later window reaches it, and only until then."""
+        """Yield bands (B, K, r, W) of weighted averages, each as soon as no later window overlaps it.
+
+        A band is valid only until the next one is requested.
+        """
         exchanged, *flipped = self.turns[0]
         sides, mirrored = (pair[::-1] if exchanged else pair for pair in (self.windows.size, flipped))
         height, width = (min(side, most) for side, most in zip(sides, rows.size, strict=True))
@@ -162,7 +165,7 @@ class _Pass:
                 along[axis] = [rows.size[axis] - side - start for start in reversed(along[axis])]
         profiles = [profile(side, self.windows.weights) for side in (height, width)]
         totals = [covered(*given) for given in zip(rows.size, along, profiles, strict=True)]
-        held: Tensor | None = None  # (B, K, height, W), from row `top` on
+        held: Tensor | None = None  # (B, K, height, W), starting at row `top`
         top = 0
         cut = _cut(rows, along, (height, width))
         while batch := list(islice(cut, self.windows.batch_size)):
@@ -184,7 +187,7 @@ class _Pass:
         yield _divided(held, totals, top)
 
     def _scores(self, crops: Tensor, places: Sequence[Place], size: Size) -> Tensor:
-        """Return what is averaged (n, K, h, w) of crops (n, 3, h, w), as the mean over how they are turned."""
+        """Return the values to average (n, K, h, w) for crops (n, 3, h, w): the mean over `turns`."""
         total: Tensor | None = None
         for turn in self.turns:
             with self.autocast():
@@ -200,21 +203,21 @@ class _Pass:
 
 
 def starts(length: int, window: int, overlap: float) -> list[int]:
-    """Return where windows of `window` pixels begin that together cover `length`, the last one shifted back."""
+    """Return the first positions of windows of `window` pixels that cover `length`, the last one shifted back."""
     stride = max(1, round(window * (1 - overlap)))
     count = max(0, math.ceil((length - window) / stride)) + 1
     return [min(number * stride, max(0, length - window)) for number in range(count)]
 
 
 def profile(length: int, weights: str) -> Tensor:
-    """Return the weight (length,) float64 of each row or column of a window, above 0 everywhere."""
+    """Return the weight (length,) float64 of each row or column of a window; all weights are above 0."""
     if weights == "uniform":
         return torch.ones(length, dtype=torch.float64)
     return torch.sin((torch.arange(length, dtype=torch.float64) + 0.5) * (math.pi / length))
 
 
 def covered(length: int, begins: Sequence[int], weights: Tensor) -> Tensor:
-    """Return the sum of weights (length,) of all windows over each row or column."""
+    """Return the summed window weights (length,) at each row or column."""
     total = torch.zeros(length, dtype=weights.dtype)
     for start in begins:
         total[start : start + len(weights)] += weights
@@ -222,19 +225,19 @@ def covered(length: int, begins: Sequence[int], weights: Tensor) -> Tensor:
 
 
 def turned(images: Tensor, turn: Turn) -> Tensor:
-    """Return images (..., H, W) turned."""
+    """Return images (..., H, W) transposed and flipped as `turn` states."""
     images = images.transpose(-1, -2) if turn[0] else images
     return images.flip([axis for axis, flips in zip((-2, -1), turn[1:], strict=True) if flips])
 
 
 def turned_back(images: Tensor, turn: Turn) -> Tensor:
-    """Undo `turned`."""
+    """Invert `turned`."""
     images = images.flip([axis for axis, flips in zip((-2, -1), turn[1:], strict=True) if flips])
     return images.transpose(-1, -2) if turn[0] else images
 
 
 def _cut(rows: Rows, begins: Sequence[Sequence[int]], window: Size) -> Iterator[tuple[Place, Tensor]]:
-    """Yield windows with their places from the top down, each row of them through all images."""
+    """Yield windows with their places, from the top down; each row of windows covers all images."""
     for top in begins[0]:
         strip = rows.read(top, top + window[0])  # (B, 3, h, W)
         for image, left in itertools.product(range(rows.count), begins[1]):
@@ -242,8 +245,8 @@ def _cut(rows: Rows, begins: Sequence[Sequence[int]], window: Size) -> Iterator[
 
 
 def _divided(band: Tensor, totals: Sequence[Tensor], top: int) -> Tensor:
-    """Divide weighted sums (B, K, r, W) from row `top` on by their weights, in place."""
-    # weights are products of a row's and a column's, and so are their sums over a grid of windows
+    """Divide weighted sums (B, K, r, W) by their weights in-place; the band starts at row `top`."""
+    # window weights are separable, and so are their sums over a grid of windows
     return band.div_(totals[0][top : top + band.shape[2], None]).div_(totals[1])
 
 

@@ -1,4 +1,4 @@
-"""Class weights from pixel counts, or as they are given."""
+"""Class weights, computed from pixel counts or given by name."""
 
 from collections.abc import Mapping, Sequence
 
@@ -9,26 +9,26 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import LowShare
 from dinoseg.utils.wording import listed, shown
 
-_LEAST, _MOST = 1e-6, 1e6  # of a weight: what float32 sums hold beside others
-_NAMED = 30  # classes in a message
+_LEAST, _MOST = 1e-6, 1e6  # range of a weight: float32 sums stay accurate
+_NAMED = 30  # maximum number of classes listed in a message
 SCHEMES = ("none", "one_minus_frequency", "inverse", "median", "effective_number")
 
 
 def class_weights(
     counts: Sequence[int], classes: Sequence[str], scheme: str | Mapping[str, float], *, beta: LowShare = 0.9999
 ) -> Tensor:
-    """Return one weight (K,) float32 per class, by a scheme from the pixels counted over the training masks.
+    """Return one weight (K,) float32 per class, by a scheme from the pixel counts of the training masks.
 
-    With f the share of a class among all labelled pixels: `one_minus_frequency` is 1 - f; `inverse` is 1 / f
-    and `median` is median(f) / f over the classes that occur (Eigen and Fergus, arXiv 1411.4734);
-    `effective_number` is (1 - beta) / (1 - beta^n), n the count in units of 10,000 pixels (Cui et al., arXiv
-    1901.05555). The last three are scaled to a mean of 1 over the classes that occur. A class that never
-    occurs gets 1: nothing in training asks for it. Weights may be given instead, by the names of classes: these are
-    taken as they are, and a class without one has 1.
+    Let f be the share of a class among all labelled pixels. `one_minus_frequency` is 1 - f; `inverse` is 1 / f and
+    `median` is median(f) / f over the classes that occur (Eigen and Fergus, arXiv 1411.4734). `effective_number` is
+    (1 - beta) / (1 - beta^n), n the count in units of 10,000 pixels (Cui et al., arXiv 1901.05555). The last three
+    are scaled to a mean of 1 over the classes that occur. A class that never occurs gets 1, which has no effect in
+    training.
+
+    Weights may also be given by class name; these are used unchanged, and classes without one get 1.
 
     Raises:
-        UserError: an unknown scheme, no labelled pixel at all, no such class, or what is no number
-            from a millionth to a million.
+        UserError: unknown scheme, no labelled pixel, unknown class name, or a weight outside 1e-6 to 1e6.
     """
     if isinstance(scheme, Mapping):
         return _given(scheme, classes)
@@ -58,7 +58,7 @@ def class_weights(
 def _given(weights: Mapping[str, float], classes: Sequence[str]) -> Tensor:
     found = dict.fromkeys(classes, 1.0)
     for key, weight in weights.items():
-        name = str(key)  # YAML takes a class 1 for a number
+        name = str(key)  # YAML parses a class named 1 as a number
         if name not in found:
             raise UserError(
                 f"loss.weights: {shown(name)} is no class. The classes are {listed(classes, _NAMED)}. Weigh these "

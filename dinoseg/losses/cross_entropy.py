@@ -1,4 +1,4 @@
-"""Cross-entropy on every labelled pixel, at the labels' own resolution."""
+"""Cross-entropy over labelled pixels at the resolution of the labels."""
 
 from torch import Tensor
 
@@ -14,16 +14,16 @@ from dinoseg.utils.ranges import Count, HighShare, LowShare, NotNegative
 
 
 class CrossEntropy(Loss):
-    """Cross-entropy over pixels, the class scores brought to the masks' size tile by tile (`full_resolution.py`).
+    """Cross-entropy over pixels; class scores are upsampled to the mask size tile by tile (`full_resolution.py`).
 
     Args:
         class_weights: one weight (K,) per class; the mean is over the summed weights, as in
             `torch.nn.functional.cross_entropy`.
-        ignore_index: mask value that counts for nothing.
+        ignore_index: mask value of unlabelled pixels.
         label_smoothing: share of the target spread evenly over the classes, in [0, 1).
-        hardest: share of the labelled pixels of each image over which the mean is: those that cost most.
-        border_weight: what a pixel near a border between classes counts, beside the 1 of others.
-        border_width: pixels to each side that are near one.
+        hardest: share of the labelled pixels of each image, those with the highest loss, that the mean is over.
+        border_weight: weight of pixels near a class border; all others have 1.
+        border_width: distance in pixels up to which a pixel is near a border.
     """
 
     weight: Tensor
@@ -47,9 +47,9 @@ class CrossEntropy(Loss):
         self.divisor = pixel_divisor(ignore_index, self.border, self.hardest, class_weights)
 
     def forward(self, prediction: Prediction, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss, and `weight`: the summed weights that it is a mean over.
+        """Return the loss, and `weight`: the summed weights that it is averaged over.
 
-        A batch without a labelled pixel gives 0 and a weight of 0.
+        A batch without labelled pixels gives a loss of 0 and a weight of 0.
         """
         form, ignored = Form(self.weight, self.label_smoothing), self.ignore_index
         return pixel_mean(prediction, batch, ignored, self._cost, border=self.border, hardest=self.hardest, form=form)
@@ -59,9 +59,10 @@ class CrossEntropy(Loss):
         return pixel_weight(batch, self.ignore_index, self.weight, self.border)
 
     def _cost(self, scores: Tensor, target: Tensor, counted: Tensor) -> tuple[Tensor, Tensor, Pull]:
-        """Return what each of a tile's pixels costs, and its weight: a `full_resolution.Cost`.
+        """Return the loss of each pixel in a tile, its weight and the gradient function: a `full_resolution.Cost`.
 
-        With q = (1 - s) w_t on the label t and s w_k / K beside, a pixel costs the sum over k of -q_k log p_k.
+        With q = (1 - s) w_t for the label t, plus s w_k / K for each class k, the loss is the sum over k of -q_k log
+        p_k.
         """
         weights = weights_of(self.weight, scores)
         place = target.clamp(min=0)[None]
@@ -76,7 +77,7 @@ class CrossEntropy(Loss):
         mass = own + even * weights.sum()
         costs = mass * norm.log() - expected
 
-        def pull(upstream: Tensor) -> Tensor:  # q_k summed times p, less q
+        def pull(upstream: Tensor) -> Tensor:  # sum(q) p - q
             scores.mul_(mass * upstream[0] / norm).scatter_add_(0, place, (-upstream[0] * own)[None])
             return scores.addr_(weights, even * upstream[0], alpha=-1) if self.label_smoothing else scores
 

@@ -1,4 +1,4 @@
-"""How far class scores are from a teacher's, pixel by pixel (Hinton et al., arXiv 1503.02531)."""
+"""Distillation loss: divergence of class scores from a teacher's (Hinton et al., arXiv 1503.02531)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,13 +17,13 @@ _INSIDE, _OUTSIDE = 0, 255
 
 @dataclass(frozen=True)
 class SeenScores:
-    """A teacher's class scores of a whole image, and where the pixels of a view of it lie in that.
+    """A teacher's class scores of a whole image, and the position of a view in this image.
 
     Args:
         scores: (K, h, w), a grid of cells that cover the image.
-        valid: the share of the grid's height and width that the image covers, as of a `Prediction`.
-        place: (2, 3) float32: a pixel (x, y, 1) of the view to its place in the image, from -1 at the left and upper
-            border to 1 at the right and lower one.
+        valid: the share of the grid's height and width that the image covers, as in `Prediction`.
+        place: (2, 3) float32, maps a pixel (x, y, 1) of the view to image coordinates. These range from -1 at the
+            left and upper border to 1 at the right and lower one.
     """
 
     scores: Tensor
@@ -32,39 +32,43 @@ class SeenScores:
 
     @classmethod
     def of(cls, scores: Tensor, valid: tuple[float, float], matrix: np.ndarray, size: tuple[int, int]) -> "SeenScores":
-        """Return them for a view that `matrix` (3, 3) brings the pixels (x, y, 1) of an image of `size` (H, W) to."""
+        """Return the scores for a view of an image of `size` (H, W).
+
+        `matrix` (3, 3) maps pixels (x, y, 1) of the image to the view.
+        """
         height, width = size
         to_share = np.array([[2 / width, 0, 1 / width - 1], [0, 2 / height, 1 / height - 1]])
         return cls(scores, valid, torch.from_numpy(to_share @ np.linalg.inv(matrix)).float())
 
     def to(self, device: torch.device) -> "SeenScores":
-        """Copy to `device`, as float32."""
+        """Return a float32 copy on `device`."""
         return replace(self, scores=sent(self.scores, device).float(), place=sent(self.place, device))
 
     def at(self, rows: slice, columns: slice) -> Tensor:
-        """Return the scores (K, r, c) of some pixels of the view, bilinear between cells; beyond them the border's."""
+        """Return the scores (K, r, c) of some pixels of the view, bilinear between cells, border values outside."""
         share = self.place.new_tensor(self.valid[::-1])
-        places = (self._places(rows, columns) + 1) * share - 1  # from border to border of the grid
+        places = (self._places(rows, columns) + 1) * share - 1  # grid coordinates, -1..1 from border to border
         return sample_maps(self.scores[None], places[None])[0]
 
     def inside(self, size: tuple[int, int]) -> Tensor:
-        """Return which pixels (H, W) bool of a view of `size` lie in the image."""
+        """Return which pixels (H, W) bool of a view of `size` lie inside the image."""
         return (self._places(slice(0, size[0]), slice(0, size[1])).abs() <= 1).all(-1)
 
     def _places(self, rows: slice, columns: slice) -> Tensor:
-        """Return where pixels lie in the image, (r, c, 2): x and y."""
+        """Return the image coordinates of pixels, (r, c, 2): x and y."""
         y, x = (torch.arange(run.start, run.stop, device=self.place.device).float() for run in (rows, columns))
         along, down, start = self.place.unbind(1)
         return x[None, :, None] * along + y[:, None, None] * down + start
 
 
 def divergence(prediction: Prediction, seen: Sequence[SeenScores], size: tuple[int, int], temperature: float) -> Tensor:
-    """Return T^2 KL(teacher || student): its mean over the pixels of a view that show its image, and over the views.
+    """Return T^2 KL(teacher || student), averaged over the pixels of a view inside its image, then over the views.
 
-    A view that shows nothing of its image counts 0.
+    Views without such pixels contribute 0.
 
-    With scores t and s it is T^2 sum_k p_k (log p_k - log q_k), p = softmax(t / T) and q = softmax(s / T): by T^2 its
-    gradient is of the same size at each temperature T. Both are brought to the views' pixels tile by tile.
+    With scores t and s it is T^2 sum_k p_k (log p_k - log q_k), p = softmax(t / T) and q = softmax(s / T). The factor
+    T^2 makes the gradient magnitude independent of the temperature. Both scores are upsampled to the views tile by
+    tile.
 
     Args:
         prediction: of the views (B).

@@ -1,4 +1,4 @@
-"""What the terms of a sum are multiplied by."""
+"""Validation of the factors of a weighted sum."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -10,7 +10,7 @@ def checked_factors(factors: Mapping[str, float], terms: Iterable[str]) -> dict[
     """Return one factor per term, in the order of the terms.
 
     Raises:
-        UserError: a term without a factor, a factor without a term, or one that is not a number of at least 0.
+        UserError: a term without a factor, a factor without a term, or a factor that is not a number of at least 0.
     """
     names = list(terms)
     unknown = [name for name in factors if name not in names]

@@ -1,4 +1,4 @@
-"""Feature reconstruction: slots must tell what the backbone saw, in their own frame and in later ones."""
+"""Feature reconstruction loss for slot heads."""
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ def slot_outputs(prediction: Prediction) -> SlotOutputs:
     """Return the outputs of a slot head.
 
     Raises:
-        UserError: another head made them.
+        UserError: the outputs are those of another head.
     """
     if not isinstance(prediction.outputs, SlotOutputs):
         raise UserError(
@@ -27,19 +27,19 @@ def slot_outputs(prediction: Prediction) -> SlotOutputs:
 class FeatureReconstruction(Loss):
     """Squared error of the features that slots reconstruct (DINOSAUR: Seitzer et al., arXiv 2209.14860).
 
-    On clips, whose slots go from frame to frame, as in SAVi (Kipf et al., arXiv 2111.12594). The mean over all
-    elements of a frame's features, over frames and over the offsets `steps` of the head, each offset counting the same.
-    The features are targets only: no gradient reaches the backbone through them.
+    On clips, slots are carried from frame to frame, as in SAVi (Kipf et al., arXiv 2111.12594). The error is averaged
+    over all elements of a frame's features, over frames, and over the head's offsets `steps` with equal weight. The
+    features are targets only: no gradient reaches the backbone through them.
     """
 
     needs_slots = True
-    divisor = "clips"  # all have the same length, so that means over frames are divided by the number of clips
+    divisor = "clips"  # equal clip lengths: a mean over frames is a mean over clips
 
-    def __init__(self) -> None:  # that of nn.Module takes any key
+    def __init__(self) -> None:  # nn.Module's would accept any keyword
         super().__init__()
 
     def forward(self, prediction: Prediction, batch: Batch | ClipBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss; `weight`, the number of frames that tell, over all clips; and `step_<offset>`.
+        """Return the loss; `weight`, the number of source frames over all clips; and `step_<offset>`.
 
         Raises:
             UserError: the head has no slots.
@@ -48,7 +48,7 @@ class FeatureReconstruction(Loss):
         errors: dict[str, Tensor] = {}
         for step, told in zip(outputs.steps, outputs.reconstructions, strict=True):
             seen = outputs.features[:, step : step + told.shape[1]].detach()  # (B, T', C, h, w)
-            assert seen.shape == told.shape  # else one would be spread over the other
+            assert seen.shape == told.shape  # mse_loss would broadcast
             errors[f"step_{step}"] = F.mse_loss(at_least_float32(told), at_least_float32(seen))
         value = torch.stack(list(errors.values())).mean()
         clips, frames = outputs.slots.shape[:2]

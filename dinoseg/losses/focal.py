@@ -1,4 +1,4 @@
-"""Focal loss: cross-entropy that looks away from the pixels that are right already."""
+"""Focal loss: cross-entropy with reduced weight for well-classified pixels."""
 
 import torch
 from torch import Tensor
@@ -16,17 +16,17 @@ from dinoseg.utils.ranges import Count, HighShare, NotNegative
 class Focal(Loss):
     """Focal loss over pixels (Lin et al., arXiv 1708.02002, equation 5, with a softmax over K classes).
 
-    A pixel of class t costs -w_t (1 - p_t)^gamma log p_t, w the class weights in the place of alpha. The normaliser
-    is the summed class weights of the labelled pixels, so gamma = 0 is weighted cross-entropy. (The paper divides by
-    the number of matched anchors, which pixels do not have.)
+    The loss of a pixel of class t is -w_t (1 - p_t)^gamma log p_t, with the class weights w instead of alpha. It is
+    normalised by the summed class weights of the labelled pixels, so gamma = 0 is weighted cross-entropy. (The paper
+    divides by the number of matched anchors, which do not exist for pixels.)
 
     Args:
         class_weights: one weight (K,) per class.
-        ignore_index: mask value that counts for nothing.
-        gamma: how much easy pixels fade, at least 0.
-        hardest: share of the labelled pixels of each image over which the mean is: those that cost most.
-        border_weight: what a pixel near a border between classes counts, beside the 1 of others.
-        border_width: pixels to each side that are near one.
+        ignore_index: mask value of unlabelled pixels.
+        gamma: focusing parameter, at least 0; higher values reduce the weight of easy pixels.
+        hardest: share of the labelled pixels of each image, those with the highest loss, that the mean is over.
+        border_weight: weight of pixels near a class border; all others have 1.
+        border_width: distance in pixels up to which a pixel is near a border.
     """
 
     weight: Tensor
@@ -50,7 +50,7 @@ class Focal(Loss):
         self.divisor = pixel_divisor(ignore_index, self.border, self.hardest, class_weights)
 
     def forward(self, prediction: Prediction, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss, and `weight`: the summed class weights that it is a mean over."""
+        """Return the loss, and `weight`: the summed class weights that it is averaged over."""
         ignored = self.ignore_index
         return pixel_mean(prediction, batch, ignored, self._cost, border=self.border, hardest=self.hardest)
 
@@ -59,20 +59,20 @@ class Focal(Loss):
         return pixel_weight(batch, self.ignore_index, self.weight, self.border)
 
     def _cost(self, scores: Tensor, target: Tensor, counted: Tensor) -> tuple[Tensor, Tensor, Pull]:
-        """Return what each of a tile's pixels costs, and its weight: a `full_resolution.Cost`."""
+        """Return the loss of each pixel in a tile, its weight and the gradient function: a `full_resolution.Cost`."""
         place = target.clamp(min=0)[None]
         weight = weights_of(self.weight, scores)[place[0]] * counted  # (N,)
         scores.sub_(scores.amax(0))
         own = scores.gather(0, place)[0]
         norm = scores.exp_().sum(0)
         log_share = own - norm.log()  # log p_t
-        # at p_t = 1 the slope of a power below 1 is infinite, and infinity times the 0 after it is not a number
+        # at p_t = 1 a power below 1 has an infinite slope, and inf * 0 would be NaN
         missing = (-torch.expm1(log_share)).clamp(min=torch.finfo(scores.dtype).tiny)  # 1 - p_t
         faded = weight * missing**self.gamma
 
         def pull(upstream: Tensor) -> Tensor:
             rise = self.gamma * weight * missing ** (self.gamma - 1) * log_share.exp() * log_share
-            slope = upstream[0] * (rise - faded)  # by log p_t
+            slope = upstream[0] * (rise - faded)  # derivative by log p_t
             return scores.mul_(-slope / norm).scatter_add_(0, place, slope[None])
 
         return -(faded * log_share), weight, pull

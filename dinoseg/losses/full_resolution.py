@@ -1,7 +1,7 @@
-"""Sums over the masks' pixels of scores that are upsampled a tile at a time: none is ever held at full size.
+"""Sums over mask pixels of scores that are upsampled tile by tile, without full-size tensors.
 
-Upsampling is two small matrix products, its gradient their transposes. Without the full-size logits, their softmax and
-their gradient, what a tile needs stays in a processor's cache.
+Upsampling is two small matrix products, its gradient their transposes. Without full-size logits, softmax and
+gradients, the data of a tile fit into the processor's cache.
 """
 
 import functools
@@ -19,9 +19,9 @@ from dinoseg.losses.labelled import UNLABELLED, labels
 from dinoseg.utils.precision import at_least_float32
 from dinoseg.utils.threads import threads
 
-ROWS = 32  # of a tile
-CACHED = 2**18  # numbers of a tile on a CPU: 1 MiB of float32
-LAUNCHED = 2**25  # on an accelerator, where each operation has to be worth its launch: 128 MiB
+ROWS = 32  # rows of a tile
+CACHED = 2**18  # values per tile on a CPU: 1 MiB of float32
+LAUNCHED = 2**25  # values per tile on an accelerator, to amortise kernel launches: 128 MiB
 
 Pull = Callable[[Tensor], Tensor]
 Term = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Pull]]
@@ -48,20 +48,20 @@ def pixel_sums(
     form: Form | None = None,
     beside: Beside | None = None,
 ) -> Tensor:
-    """Return the sums (S,) of a term over all pixels of the masks, of logits of at least float32.
+    """Return the sums (S,) of a term over all mask pixels, computed from logits in float32 or better.
 
-    They can be differentiated once. Where the first alone depends on the scores, its gradient is found in the same
-    pass; else the scores are upsampled once more in the backward pass.
+    The sums can be differentiated once. If only the first depends on the scores, the forward pass also computes its
+    gradient; otherwise the backward pass upsamples the scores again.
 
     Args:
-        prediction: one that says its `grid` or its `masks` needs no scores at full size.
-        batch: whose masks (B, H, W) give the size, at which the scores are taken.
-        ignore_index: mask value that is UNLABELLED to the term.
-        term: of the pixels of a tile.
-        weights: what pixels (B, H, W) count; None: 1 each. Unlabelled ones count nothing.
-        first_alone: whether all sums but the first depend on the labels alone.
-        form: the term as a kernel of CUDA knows it, if one does; it takes no weights.
-        beside: further numbers, which the term gets as rows behind the scores; it pulls the gradient of these alone.
+        prediction: with `grid` or `masks`, no full-size scores are needed.
+        batch: its masks (B, H, W) determine the size to which scores are upsampled.
+        ignore_index: mask value mapped to UNLABELLED for the term.
+        term: function of the pixels of a tile.
+        weights: pixel weights (B, H, W); None: 1 each. Unlabelled pixels always get 0.
+        first_alone: whether all sums except the first depend on the labels only.
+        form: the term in the form of the CUDA kernel, if it has one; the kernel supports no weights.
+        beside: additional values, passed to the term as rows after the scores; they get no gradient.
     """
     parts, valid = _parts(prediction, batch)
     tiles = _Tiles.over(parts, batch.mask, valid, ignore_index, weights)
@@ -76,12 +76,12 @@ def pixel_sums(
 def pixel_values(
     prediction: Prediction, batch: Batch, ignore_index: int, value: Value, *, weights: Tensor | None = None
 ) -> Tensor:
-    """Return what a function gives of each pixel of the masks, (B, H, W), of the logits that `pixel_sums` takes."""
+    """Return a function's value for each mask pixel, (B, H, W), computed from the same logits as in `pixel_sums`."""
     parts, valid = _parts(prediction, batch)
     tiles = _Tiles.over(parts, batch.mask, valid, ignore_index, weights)
     device = parts[0].device
 
-    @torch.no_grad()  # a thread has a mode of its own
+    @torch.no_grad()  # grad mode is per thread
     def of_band(band: tuple[int, Span]) -> Tensor:
         row = (tiles.tile(parts, band, columns) for columns in tiles.columns)
         found = [value(tile.scores, tile.target, tile.counted).view(tile.pixels.shape[1:]) for tile in row]
@@ -92,7 +92,7 @@ def pixel_values(
 
 
 def _parts(prediction: Prediction, batch: Batch) -> tuple[list[Tensor], tuple[float, float]]:
-    """Return what the scores are made of, and the share of it that the images cover."""
+    """Return the tensors that scores are computed from, and the share of their grid that the images cover."""
     valid, parts = prediction.valid, list(prediction.masks or ())
     if prediction.grid is not None:
         parts = [prediction.grid]
@@ -102,10 +102,10 @@ def _parts(prediction: Prediction, batch: Batch) -> tuple[list[Tensor], tuple[fl
 
 
 class _Tile(NamedTuple):
-    """Some pixels of an image: what they read, upsampled; their scores, labels and weights; and the way back."""
+    """Pixels of a tile: upsampled values, scores, labels, weights, and the gradient function."""
 
     pixels: Tensor  # (K, rows, columns), or (Q, rows, columns) of masks
-    scores: Tensor  # (K, N), of (K + M, N) with M numbers beside
+    scores: Tensor  # (K, N), or (K + M, N) with M additional values
     target: Tensor  # (N,)
     counted: Tensor  # (N,)
     back: Callable[[Tensor], tuple[Tensor, ...]]
@@ -113,10 +113,10 @@ class _Tile(NamedTuple):
 
 @dataclass(frozen=True)
 class _Tiles:
-    """The pixels of masks (B, H, W) in bands of rows, each in tiles of columns.
+    """Mask pixels (B, H, W) in bands of rows, each split into tiles of columns.
 
-    What they are read of has `parts`, the first a grid (B, K, h, w): of scores, or of masks with the shares (B, Q, K)
-    that classes have of these.
+    Their scores are computed from `parts`. The first is a grid (B, K, h, w) of scores; or a grid of Q masks, followed
+    by the class shares (B, Q, K) of the masks.
     """
 
     mask: Tensor
@@ -124,7 +124,7 @@ class _Tiles:
     ignore_index: int
     bands: list[tuple[int, Span]]  # image, rows
     columns: list[Span]
-    fixed: bool  # masks that nobody asks the gradient of, only that of their shares
+    fixed: bool  # masks without gradient: only their class shares get one
     beside: Beside | None = None
 
     @classmethod
@@ -136,9 +136,9 @@ class _Tiles:
         ignore_index: int,
         weights: Tensor | None = None,
     ) -> "_Tiles":
-        """Lay tiles over masks for some parts."""
+        """Return the tiles of masks for some parts."""
         (images, height, width), grid = mask.shape, parts[0]
-        numbers = grid.shape[1] + sum(part.shape[2] for part in parts[1:])  # of a pixel
+        numbers = grid.shape[1] + sum(part.shape[2] for part in parts[1:])  # values per pixel
         if mask.device.type == "cpu":
             rows, across = ROWS, max(1, CACHED // (ROWS * numbers))
         else:
@@ -149,7 +149,7 @@ class _Tiles:
         return cls(mask, weights, ignore_index, of_images, columns, len(parts) > 1 and not grid.requires_grad)
 
     def tile(self, parts: Sequence[Tensor], band: tuple[int, Span], columns: Span) -> _Tile:
-        """Return the pixels of some columns of a band."""
+        """Return the tile of some columns of a band."""
         image, rows = band
         cells = parts[0][image, :, rows.cells]
         pixels = upsample_tile(cells[..., columns.cells], rows, columns)
@@ -169,16 +169,16 @@ class _Tiles:
 
 @dataclass(frozen=True)
 class _Tiled:
-    """A term over the pixels of tiles."""
+    """A term summed over the pixels of tiles."""
 
     tiles: _Tiles
     term: Term
 
     @torch.no_grad()
     def sums(self, parts: Sequence[Tensor], upstream: Tensor | None) -> tuple[Tensor, list[Tensor]]:
-        """Return the sums (S,) and, given the gradient of these (S,), those of the parts.
+        """Return the sums (S,) and, given their gradient (S,), the gradients of the parts.
 
-        Bands are added up in their order, whichever thread they come from.
+        Bands are added in a fixed order, whichever thread computes them, so that results are deterministic.
         """
         gradients = [] if upstream is None else [torch.zeros_like(part) for part in parts]
         found, device = [], parts[0].device
@@ -194,11 +194,11 @@ class _Tiled:
                     gradient += more
         return torch.stack(found).sum(0), gradients
 
-    @torch.no_grad()  # a thread has a mode of its own
+    @torch.no_grad()  # grad mode is per thread
     def _band(
         self, parts: Sequence[Tensor], upstream: Tensor | None, band: tuple[int, Span]
     ) -> tuple[Tensor, list[Tensor]]:
-        """Return the sums of a band of an image's rows, and the gradients of the parts that it reads."""
+        """Return the sums of a band of one image's rows, and the gradients of the parts that it uses."""
         image, rows = band
         read = parts[0][image, :, rows.cells], *(part[image] for part in parts[1:])
         gradients = [] if upstream is None else [torch.zeros_like(part) for part in read]
@@ -218,7 +218,7 @@ class _Tiled:
 
 
 class _Sums(torch.autograd.Function):
-    """The sums of a way to add up, and the gradients of parts through them."""
+    """Autograd function of the sums over pixels, for any implementation of `Sums`."""
 
     @staticmethod
     def forward(ctx: Any, way: Sums, first_alone: bool, *parts: Tensor) -> Tensor:
@@ -230,7 +230,7 @@ class _Sums(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # what it returns would pass for a constant
+        if torch.is_grad_enabled():  # double backward would silently treat the result as a constant
             raise NotImplementedError("A sum over tiles cannot be differentiated twice: leave out create_graph.")
         saved = ctx.saved_tensors
         if ctx.first_alone:
@@ -243,13 +243,13 @@ def _as_it_is(pulled: Tensor) -> tuple[Tensor, ...]:
 
 
 def _mixed(masks: Tensor, shares: Tensor, *, fixed: bool) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, ...]]]:
-    """Return the logits (K, N) of masks (Q, N), which are overwritten, and how their gradient becomes that of both.
+    """Return the logits (K, N) of masks (Q, N), which are overwritten, and the gradient function.
 
-    The first gradient is no such of `fixed` masks.
+    That function returns the gradients of masks and shares; for `fixed` masks the first one is not meaningful.
     """
     masks.sigmoid_()
     scores = shares.T @ masks
-    least = torch.finfo(torch.float32).tiny  # that of `Prediction.as_logits`
+    least = torch.finfo(torch.float32).tiny  # as in `Prediction.as_logits`
     kept = scores.clamp(min=least)
 
     def back(pulled: Tensor) -> tuple[Tensor, ...]:

@@ -1,4 +1,4 @@
-"""The sums of `full_resolution.py` by one kernel on CUDA, where that is proven to be right and faster there."""
+"""Sums of `full_resolution.py` by a CUDA kernel, used only where a test run shows that it is correct and faster."""
 
 import functools
 import importlib.util
@@ -14,32 +14,32 @@ from dinoseg.core.geometry import cell_weights
 from dinoseg.losses.labelled import weights_of
 from dinoseg.utils.transfer import sent
 
-ENLARGED = 16  # pixels that a cell of the grid has at least: gradients are kept by the four corners of each cell
-_TILE, _PIXELS = 2048, 64  # scores in registers, and pixels, at once
-_MOST = 1024  # classes
+ENLARGED = 16  # minimum pixels per grid cell: the kernel stores gradients for the four corners of each cell
+_TILE, _PIXELS = 2048, 64  # scores in registers and pixels, per iteration
+_MOST = 1024  # maximum number of classes
 
 log = logging.getLogger(__name__)
-_chosen: dict[tuple[object, ...], bool] = {}  # by device, classes and form: whether the kernel is taken
+_chosen: dict[tuple[object, ...], bool] = {}  # (device, classes, form) -> whether to use the kernel
 
 
 class Form(NamedTuple):
-    """What the kernel adds up of a softmax: weighted cross-entropy as (cost, weight), else overlap as (3 K,) sums."""
+    """Sums of a softmax: weighted cross-entropy as (cost, weight), or without weights the overlap as (3 K,) sums."""
 
     weights: Tensor | None = None  # (K,)
     smoothing: float = 0.0
 
 
 class Sums(Protocol):
-    """A way to add up what pixels cost."""
+    """Implementation of a sum over pixels."""
 
     def sums(self, parts: list[Tensor] | tuple[Tensor, ...], upstream: Tensor | None) -> tuple[Tensor, list[Tensor]]:
-        """Return sums (S,) and, given the gradient of these (S,), those of the parts."""
+        """Return the sums (S,) and, given their gradient (S,), the gradients of the parts."""
         ...
 
 
 @dataclass(frozen=True)
 class Fused:
-    """A form over the pixels of masks (B, H, W), all of it by one launch; the same bits each time."""
+    """A form summed over the pixels of masks (B, H, W) in one kernel launch; bitwise deterministic."""
 
     mask: Tensor
     valid: tuple[float, float]
@@ -47,7 +47,7 @@ class Fused:
     form: Form
 
     def takes(self, grid: Tensor) -> bool:
-        """Return whether a grid (B, K, h, w) is such that the kernel can pay: on CUDA, and much smaller than masks."""
+        """Return whether the kernel can pay off for a grid (B, K, h, w): on CUDA, and much smaller than the masks."""
         if grid.device.type != "cuda" or not torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
             return False
         enlarged = self.mask.numel() * grid.shape[1] >= ENLARGED * grid.numel()
@@ -55,9 +55,9 @@ class Fused:
 
     @torch.no_grad()
     def sums(self, parts: list[Tensor] | tuple[Tensor, ...], upstream: Tensor | None) -> tuple[Tensor, list[Tensor]]:
-        """Return the sums (S,) and, given the gradient of these (S,), that of the one part (B, K, h, w).
+        """Return the sums (S,) and, given their gradient (S,), that of the only part (B, K, h, w).
 
-        Of entropy that depends on the gradient of the cost alone.
+        For cross-entropy only the gradient of the cost is used.
         """
         from dinoseg.losses.fused_kernel import add_up
 
@@ -90,10 +90,11 @@ class Fused:
         return sums, [gradient if self.form.weights is None else gradient * upstream[0]]
 
     def _of_classes(self, grid: Tensor, upstream: Tensor | None) -> Tensor:
-        """Return the two numbers of each class (2, K) that the kernel reads.
+        """Return the two values per class (2, K) that the kernel reads.
 
         Raises:
-            RuntimeError: the weights are those of another number of classes, beyond which it would read.
+            RuntimeError: the number of weights differs from the number of classes, so the kernel would read out of
+                bounds.
         """
         if self.form.weights is not None:
             return weights_of(self.form.weights, grid[0]).to(grid).expand(2, -1).contiguous()
@@ -104,7 +105,7 @@ class Fused:
 def _tables(
     size: tuple[int, int], grid: tuple[int, int], valid: tuple[float, float], device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Return where the pixels between neighbours of the grid begin, and what pixels read of these, for the kernel."""
+    """Return, for the kernel, the first pixel between each pair of grid neighbours, and interpolation weights."""
     starts, reads = [], []
     for length, cells, share in zip(size, grid, valid, strict=True):
         low, weights = cell_weights(length, cells, share, torch.float32)
@@ -114,7 +115,10 @@ def _tables(
 
 
 def _of_cells(corners: Tensor) -> Tensor:
-    """Return (B, K, h, w) of the corners (B, h + 1, w + 1, 2, 2, K) of cells: beyond the edge, they are the edge's."""
+    """Return gradients (B, K, h, w), summed over the corners (B, h + 1, w + 1, 2, 2, K) of cells.
+
+    Corners outside the grid are added to its edge.
+    """
     images, rows, columns, _, _, classes = corners.shape
     summed = corners.new_zeros(images, rows + 1, columns + 1, classes)
     for down, along in ((0, 0), (0, 1), (1, 0), (1, 1)):
@@ -126,11 +130,11 @@ def _of_cells(corners: Tensor) -> Tensor:
 
 
 def better(fused: Fused, tiled: Sums, grid: Tensor) -> Sums:
-    """Return which of two ways to add up is taken for a grid (B, K, h, w).
+    """Return the implementation to use for a grid (B, K, h, w): the kernel or the tiles.
 
-    The first time on a device, for so many classes, both are tried on what is given: the kernel has to run, to agree,
-    and to be faster. What is found is told. Each rank finds for itself: ways that agree differ by rounding alone, and
-    none waits for what another one takes.
+    At first use for a device and number of classes, both run on the given data. The kernel is used if it runs, agrees
+    and is faster; the result is logged. Each rank decides independently: implementations that agree differ only by
+    rounding, and no rank waits for the choice of another.
     """
     key = (grid.device, grid.shape[1], fused.form.weights is None, fused.form.smoothing > 0)
     if key not in _chosen:
@@ -139,14 +143,14 @@ def better(fused: Fused, tiled: Sums, grid: Tensor) -> Sums:
 
 
 def _proven(fused: Fused, tiled: Sums, grid: Tensor) -> bool:
-    """Return whether the kernel runs, agrees, and is faster, and tell it."""
+    """Return whether the kernel runs, agrees and is faster, and log the result."""
     by_tiles = _Trial.of(tiled, grid)
     try:
         _Trial.of(fused, grid)  # compiles
         by_kernel = _Trial.of(fused, grid)
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # of a compiler, a driver, a device: whatever it is, the other way is there
+    except Exception as error:  # compiler, driver or device errors: fall back to tiles
         reason = str(error).strip().splitlines() or [type(error).__name__]
         log.warning(
             "losses: the Triton kernel does not run here (%s); tiles are added up by torch instead.", reason[-1]
@@ -162,7 +166,7 @@ def _proven(fused: Fused, tiled: Sums, grid: Tensor) -> bool:
 
 
 class _Trial(NamedTuple):
-    """What a way gave, and the seconds that it took."""
+    """Result of an implementation, and its time in seconds."""
 
     sums: Tensor
     gradient: Tensor
@@ -178,7 +182,7 @@ class _Trial(NamedTuple):
         return cls(sums, gradient, time.perf_counter() - start)
 
     def agrees(self, other: "_Trial") -> bool:
-        """Return whether sums and gradient are another's but for rounding; what is no number, both have to be."""
+        """Return whether sums and gradient match another trial's up to rounding, with NaN at the same places."""
         return all(
             torch.allclose(mine, others, rtol=1e-4, atol=1e-4 * _largest(others), equal_nan=True)
             for mine, others in ((self.sums, other.sums), (self.gradient, other.gradient))

@@ -1,4 +1,4 @@
-"""The Triton kernel of `fused.py`: sums over the pixels of a cell and their gradients, no score of a pixel stored."""
+"""Triton kernel of `fused.py`: sums over the pixels of a grid cell and their gradients, without stored scores."""
 
 import triton
 import triton.language as tl
@@ -8,19 +8,19 @@ import triton.language as tl
 def add_up(
     scores,  # (B, h, w, K) float32
     mask,  # (B, H, W), of any integer type
-    starts,  # (h + 2 + w + 2,) int32: the first pixel between each row of the grid and the next, then of columns
-    reads,  # (2 H + 2 W,) float32: what rows read of the grid's row before and of that after them, then columns
-    of_classes,  # (2, K) float32: of entropy weights, twice; of overlap slopes, by hits and by what is claimed
-    sums,  # out (cells, 3, K): of entropy costs, weights, and 0; of overlap hits, what is claimed, what is wanted
+    starts,  # (h + 2 + w + 2,) int32: first pixel between each pair of grid rows, then of grid columns
+    reads,  # (2 H + 2 W,) float32: weights of the grid row before and after each row, then the same for columns
+    of_classes,  # (2, K) float32: entropy: weights, twice; overlap: slopes by hits and by predicted area
+    sums,  # out (cells, 3, K): entropy: costs, weights, and 0; overlap: hits, predicted area, labelled area
     slopes,  # out (cells, 4, K): gradients of the cell's corners
     shape,  # K, h, w, H, W, the ignore index
     smoothing,
-    CLASSES: tl.constexpr,  # K, brought to a power of two
-    PIXELS: tl.constexpr,  # at once
+    CLASSES: tl.constexpr,  # K, rounded up to a power of two
+    PIXELS: tl.constexpr,  # pixels per iteration
     ENTROPY: tl.constexpr,
     GRADIENT: tl.constexpr,
 ):
-    """Add up what the pixels between four corners of the grid, or beyond its edge, cost or overlap: a program a cell.
+    """Sum cost or overlap of the pixels between four corners of the grid, or beyond its edge; one program per cell.
 
     A label that is neither a class nor ignored makes the sums NaN.
     """
@@ -67,7 +67,7 @@ def add_up(
 
 @triton.jit
 def _corners(grid, row, column, rows, columns, num_classes, known):
-    """Return the scores (1, K) of the four corners of a cell, beyond the edge those of the edge."""
+    """Return the scores (1, K) of the four corners of a cell; corners outside the grid repeat the edge."""
     above, below = tl.maximum(row - 1, 0) * columns, tl.minimum(row, rows - 1) * columns
     before, after = tl.maximum(column - 1, 0), tl.minimum(column, columns - 1)
     north_west = tl.load(grid + (above + before) * num_classes, mask=known, other=0.0)[None, :]
@@ -79,14 +79,14 @@ def _corners(grid, row, column, rows, columns, num_classes, known):
 
 @triton.jit
 def _read(reads, places, length, inside):
-    """Return what pixels of an axis read of the grid before and after them, (pixels, 1) each."""
+    """Return the weights of the grid points before and after the pixels of an axis, (pixels, 1) each."""
     before = tl.load(reads + places, mask=inside, other=0.0)
     return before[:, None], tl.load(reads + length + places, mask=inside, other=0.0)[:, None]
 
 
 @triton.jit
 def _softmax(logits, known, wrong):
-    """Return shares and their logarithms, both 0 of classes beyond the last, NaN where a label is wrong."""
+    """Return softmax and log-softmax: 0 for padded classes, NaN where a label is invalid."""
     logits = tl.where(known, logits, float("-inf"))
     logits -= tl.max(logits, 1)[:, None]
     shares = tl.exp(logits)
@@ -96,7 +96,10 @@ def _softmax(logits, known, wrong):
 
 @triton.jit
 def _entropy(shares, log_shares, own, weights, certain, even):
-    """Return costs, weights, nothing, and slopes by the logits: q is `certain` w on the label and `even` w on each."""
+    """Return costs, weights, zeros, and slopes by the logits.
+
+    The target is `certain` w on the label plus `even` w on each class.
+    """
     weighted = tl.where(own, weights, 0.0)
     wanted = certain * weighted + even * weights
     return -wanted * log_shares, weighted, tl.zeros_like(shares), shares * tl.sum(wanted, 1)[:, None] - wanted
@@ -104,7 +107,7 @@ def _entropy(shares, log_shares, own, weights, certain, even):
 
 @triton.jit
 def _overlap(shares, own, labelled, by_hits, by_claims):
-    """Return hits, claims, what is wanted, and slopes by the logits."""
+    """Return hits, predicted area, labelled area, and slopes by the logits."""
     shares = tl.where(labelled, shares, 0.0)
     hits = tl.where(own, shares, 0.0)
     gain = hits * by_hits + shares * by_claims

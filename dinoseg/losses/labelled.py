@@ -1,4 +1,4 @@
-"""What the losses share: scores and labels at the masks' size, and means over what is labelled."""
+"""Shared functions of the losses: logits and labels at mask size, class weights and safe ratios."""
 
 import torch
 from torch import Tensor
@@ -7,26 +7,26 @@ from dinoseg.core.shapes import Batch, Prediction
 from dinoseg.utils.precision import at_least_float32
 from dinoseg.utils.transfer import sent
 
-UNLABELLED = -100  # no class id, whatever the data set's ignore value is; torch's cross_entropy skips it by default
+UNLABELLED = -100  # internal ignore value for all data sets; the default `ignore_index` of torch's cross_entropy
 
 
 def labelled_pixels(prediction: Prediction, batch: Batch, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """Return logits (B, K, H, W) at the masks' size, at least float32, and the `labels` (B, H, W)."""
+    """Return logits (B, K, H, W) at mask size, in float32 or better, and the `labels` (B, H, W)."""
     height, width = batch.mask.shape[-2:]
     return at_least_float32(prediction.logits((height, width))), labels(batch.mask, ignore_index)
 
 
 def labels(mask: Tensor, ignore_index: int) -> Tensor:
-    """Return the class ids of a mask as int64, UNLABELLED where it says `ignore_index`."""
+    """Return the class ids of a mask as int64, with UNLABELLED instead of `ignore_index`."""
     ids = mask.long()
     return ids.masked_fill(ids == ignore_index, UNLABELLED)
 
 
 def weights_of(class_weights: Tensor, scores: Tensor) -> Tensor:
-    """Return class weights (K,) as numbers of the kind of scores (K, N).
+    """Return class weights (K,) with the dtype of scores (K, N).
 
     Raises:
-        RuntimeError: these are scores of another number of classes.
+        RuntimeError: the scores have another number of classes.
     """
     if len(class_weights) != len(scores):
         raise RuntimeError(
@@ -37,15 +37,15 @@ def weights_of(class_weights: Tensor, scores: Tensor) -> Tensor:
 
 
 def labelled_images(mask: Tensor, ignore_index: int) -> Tensor:
-    """Return how many images have a labelled pixel."""
+    """Return the number of images with a labelled pixel."""
     return (mask != ignore_index).flatten(1).any(dim=1).sum()
 
 
 def image_count(batch: Batch, ignore_index: int, weights: Tensor) -> Tensor:
-    """Return `labelled_images` as a divisor (1,), of the dtype and device of `weights`."""
+    """Return `labelled_images` as a divisor (1,), with the dtype and device of `weights`."""
     return labelled_images(sent(batch.mask, weights.device), ignore_index).to(weights.dtype)[None]
 
 
 def ratio(total: Tensor, norm: Tensor) -> Tensor:
-    """Return total / norm, or the total, which then is 0 too, where the norm is 0."""
+    """Return total / norm, or the total (also 0) where the norm is 0."""
     return total / torch.where(norm > 0, norm, 1)

@@ -1,4 +1,4 @@
-"""Lovasz-softmax: a convex stand-in for 1 - IoU."""
+"""Lovasz-softmax loss: a convex surrogate of 1 - IoU."""
 
 import torch
 from torch import Tensor
@@ -10,11 +10,11 @@ from dinoseg.losses.labelled import UNLABELLED, image_count, labelled_images, la
 
 @torch.no_grad()
 def jaccard_steps(errors: Tensor, is_class: Tensor) -> Tensor:
-    """Return by how much each pixel raises the Jaccard loss when pixels go wrong in the order of their errors.
+    """Return the increase of the Jaccard loss by each pixel, if pixels turn wrong by descending error.
 
-    The g of Berman et al., arXiv 1705.08790, definition 2 and algorithm 1. Where the first i pixels are wrong, the
-    loss is 1 - I / U: a pixel of the class takes 1 from I, which costs 1 / U; any other adds 1 to U, which costs
-    I / (U (U - 1)). So said, nothing cancels, as differences of nearly equal losses do in float32.
+    The g of Berman et al., arXiv 1705.08790, definition 2 and algorithm 1. If the first i pixels are wrong, the loss
+    is 1 - I / U. A pixel of the class reduces I by 1, which costs 1 / U; any other increases U by 1, which costs I /
+    (U (U - 1)). These closed forms avoid the cancellation of nearly equal losses in float32.
 
     Args:
         errors: (N,).
@@ -50,12 +50,12 @@ def lovasz_softmax(shares: Tensor, target: Tensor, class_weights: Tensor) -> Ten
 
 
 class Lovasz(Loss):
-    """The `lovasz_softmax` loss of all labelled pixels of a batch, or the mean of its images' own.
+    """The `lovasz_softmax` loss over all labelled pixels of a batch, or its mean over the images.
 
     Args:
         class_weights: one weight (K,) per class, in the mean over the classes that occur.
-        ignore_index: mask value that counts for nothing.
-        per_image: whether each image stands for itself (with its own classes), or all pixels of the batch are one.
+        ignore_index: mask value of unlabelled pixels.
+        per_image: whether to compute the loss per image (with its own classes) instead of over the whole batch.
     """
 
     weight: Tensor

@@ -1,4 +1,4 @@
-"""Mask classification: every class of an image is claimed by one query, with its mask."""
+"""Mask classification loss: one query predicts each class of an image, with its mask."""
 
 from collections.abc import Mapping, Sequence
 from typing import TypedDict
@@ -23,7 +23,7 @@ FACTORS = {"class": 2.0, "mask": 5.0, "dice": 5.0}
 
 
 class Sampling(TypedDict):
-    """How `uncertain_points` chooses."""
+    """Options of `uncertain_points`."""
 
     num_points: int
     oversample: float
@@ -31,25 +31,28 @@ class Sampling(TypedDict):
 
 
 class MaskClassification(Loss):
-    """Mask2Former's loss (Cheng et al., arXiv 2112.01527, sections 3.3 and 4.1) on the classes of semantic masks.
+    """Mask2Former's loss (Cheng et al., arXiv 2112.01527, sections 3.3 and 4.1) for the classes of semantic masks.
 
-    Per layer, the last and each of `aux`: queries are matched with the classes that occur in the image; the matched
-    masks get binary cross-entropy and dice loss at points, all queries cross-entropy on their class or "no object".
-    Unlike there, unlabelled pixels count nowhere: not as background of the masks, and an image without labels
-    asks no query to be "no object"; and a point's label is that of the pixel it lies in, where the original samples
-    the target masks bilinearly. Without a no-object column, unmatched queries have no class loss.
+    In the last layer and in each of `aux`, queries are matched with the classes that occur in the image. Matched
+    masks get binary cross-entropy and dice loss at sampled points; all queries get cross-entropy on their class or
+    "no object".
 
-    In eval mode a head gives no `aux`, so the value is that of the last layer alone: train/loss, a sum over all
-    layers, does not compare with val/loss.
+    Differences from the paper: unlabelled pixels are ignored, not treated as background of the masks. In an image
+    without labels, queries are not trained to predict "no object". The label of a point is that of the pixel it lies
+    in, whereas the original samples the target masks bilinearly. Without a no-object column, unmatched queries have
+    no class loss.
+
+    In eval mode heads return no `aux`, so the value is that of the last layer only. train/loss, a sum over all
+    layers, is therefore not comparable with val/loss.
 
     Args:
         class_weights: one weight (K,) per class, in the mean of the class term.
-        ignore_index: mask value that counts for nothing.
+        ignore_index: mask value of unlabelled pixels.
         factors: of the terms `class`, `mask` and `dice`, in the matching as in the loss.
         no_object: class weight of "no object".
         num_points: points per mask.
-        oversample: random points per kept one, when choosing uncertain ones; at least 1.
-        importance: share of the points that are chosen as uncertain, in [0, 1].
+        oversample: ratio of random candidates to points when selecting uncertain ones; at least 1.
+        importance: share of the points that are selected as uncertain, in [0, 1].
     """
 
     weight: Tensor
@@ -84,7 +87,7 @@ class MaskClassification(Loss):
     def forward(self, prediction: Prediction, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the summed loss of all layers, and the last layer's terms.
 
-        The mask and dice terms are means over the N target masks, the class term one over the summed weights of the
+        The mask and dice terms are means over the N target masks, the class term over the summed weights of the
         queries.
 
         Raises:
@@ -94,7 +97,7 @@ class MaskClassification(Loss):
         return self._summed(terms), {name: term.detach() for name, term in terms[0].items()}
 
     def divisors(self, batch: Batch) -> Tensor:
-        """Return the target masks, their summed class weights and the images with labels (3,)."""
+        """Return (3,): number of target masks, their summed class weights, and number of images with labels."""
         target = labels(sent(batch.mask, self.weight.device), self.ignore_index)
         present = occurring(target, len(self.weight))
         return torch.stack([present.sum(), (present * self.weight).sum(), present.any(1).sum()])
@@ -102,7 +105,7 @@ class MaskClassification(Loss):
     def in_step(
         self, prediction: Prediction, batch: Batch | ClipBatch, divisors: Tensor
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Return the part of a batch in the loss of a step, the loss of the batch alone, and the last layer's terms."""
+        """Return the batch's share of the step loss, the loss of the batch itself, and the last layer's terms."""
         assert isinstance(batch, Batch)
         outputs, terms = self._of_layers(prediction, batch)
         own = self.divisors(batch).to(divisors)
@@ -113,7 +116,7 @@ class MaskClassification(Loss):
         return part, self._summed(terms).detach(), {name: term.detach() for name, term in terms[0].items()}
 
     def _query_weight(self, counts: Tensor, class_logits: Tensor) -> Tensor:
-        """Return the summed weights () of all queries, by `divisors` (3,)."""
+        """Return the summed weights () of all queries, given `divisors` (3,)."""
         masks, weight, images = counts
         _, queries, columns = class_logits.shape
         return weight + self.no_object * (images * queries - masks) if columns > len(self.weight) else weight
@@ -151,7 +154,7 @@ class MaskClassification(Loss):
         return {"class": class_term, "mask": entropy.mean(), "dice": dice.mean()}
 
     def _class_term(self, logits: Tensor, matched: Matched, query: Tensor) -> Tensor:
-        """Return the mean over the queries (B, Q) of images with labels, by the weight of the class each should say."""
+        """Return the class loss of the queries (B, Q) in images with labels, weighted by their target class."""
         num_classes = len(self.weight)
         weights = self.weight.to(logits.dtype)
         unmatched = UNLABELLED
@@ -159,7 +162,7 @@ class MaskClassification(Loss):
             weights = torch.cat([weights, weights.new_full((1,), self.no_object)])
             unmatched = num_classes
         wanted = torch.full(logits.shape[:2], UNLABELLED, device=logits.device)
-        wanted.index_fill_(0, matched.image, unmatched)  # torch 2.11 waits for CUDA in an indexed assignment
+        wanted.index_fill_(0, matched.image, unmatched)  # indexed assignment synchronises with CUDA in torch 2.11
         wanted[matched.image, query] = matched.wanted
         total = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), weights, reduction="sum")
         norm = torch.where(wanted == UNLABELLED, 0, weights[wanted.clamp(min=0)]).sum()
@@ -171,7 +174,7 @@ def mask_losses(logits: Tensor, inside: Tensor, labelled: Tensor) -> tuple[Tenso
 
     Args:
         logits: (N, P).
-        inside: (N, P) bool, whether the point is of the mask; then it is labelled.
+        inside: (N, P) bool, whether the point is in the target mask; implies labelled.
         labelled: (N, P) bool.
     """
     truth, counts = inside.to(logits.dtype), labelled.to(logits.dtype)

@@ -1,4 +1,4 @@
-"""Which query answers for which class of an image: the cheapest assignment of one to the other."""
+"""Bipartite matching of queries and classes by minimum cost."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,16 +16,16 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.precision import at_least_float32
 from dinoseg.utils.transfer import sent
 
-HOPELESS = 1e8  # stands for a cost that is not finite, so that the loss itself can tell
+HOPELESS = 1e8  # replaces non-finite costs, so that the loss itself becomes non-finite instead of the matching failing
 
 
 @dataclass
 class Matched:
-    """Which query answers for which class: N pairs of an image and a class that occurs in it."""
+    """Matching of N pairs of an image and a class in it with queries."""
 
     image: Tensor  # (N,) ascending
     wanted: Tensor  # (N,) class ids, ascending in an image
-    queries: Sequence[Tensor]  # (N,) of each layer
+    queries: Sequence[Tensor]  # (N,) for each layer
 
 
 @torch.no_grad()
@@ -38,19 +38,19 @@ def match(
     num_points: int,
     valid: tuple[float, float],
 ) -> Matched:
-    """Return the query, in each layer, of each class that occurs in an image.
+    """Return the matched query, in each layer, for each class that occurs in an image.
 
-    The assignment is the one of least summed cost (as in Cheng et al., arXiv 2112.01527). Every image and layer
-    draws its own uniform points. The device is waited for once: all costs go to the host in one transfer, together with
-    the classes they are of.
+    The assignment minimises the summed cost (as in Cheng et al., arXiv 2112.01527). Every image and layer samples its
+    own uniform points. The device is synchronised once: all costs and their classes are transferred to the host
+    together.
 
     Args:
-        layers: of one set of images.
-        target: class ids (B, H, W), UNLABELLED where nothing counts.
+        layers: outputs of several layers for the same images.
+        target: class ids (B, H, W), UNLABELLED for ignored pixels.
         names: of the images.
         num_classes: K.
         factors: of the costs `class`, `mask` and `dice`.
-        num_points: points at which masks are compared.
+        num_points: number of points at which masks are compared.
         valid: share of the masks' height and width that the image covers.
 
     Raises:
@@ -72,7 +72,7 @@ def match(
     for layer_costs in on_host[asked.numel() :].reshape(all_costs.shape):
         pairs = zip(layer_costs, classes, strict=True)
         queries = [linear_sum_assignment(each[:, ids >= 0].T)[1] for each, ids in pairs]
-        rows.append(np.concatenate([np.zeros(0), *queries]))  # numpy concatenates no empty list
+        rows.append(np.concatenate([np.zeros(0), *queries]))  # concatenate needs at least one array
     image, wanted, *of_layers = sent(torch.from_numpy(np.array(rows, np.int64)), target.device)
     return Matched(image, wanted, of_layers)
 
@@ -80,14 +80,14 @@ def match(
 def pair_costs(
     layer: MaskOutputs, labels: Tensor, classes: Tensor, points: Tensor, valid: tuple[float, float]
 ) -> dict[str, Tensor]:
-    """Return the costs (B, Q, M) of each query answering for each class: `class`, `mask` and `dice`.
+    """Return the costs (B, Q, M) of assigning each query to each class: `class`, `mask` and `dice`.
 
-    Minus the class probability; the mean binary cross-entropy and the dice loss over the labelled points.
+    They are minus the class probability, the mean binary cross-entropy, and the dice loss over the labelled points.
 
     Args:
         layer: class and mask logits.
         labels: class ids (B, P) at the points.
-        classes: class ids (B, M), filled up with -1.
+        classes: class ids (B, M), padded with -1.
         points: (B, P, 2).
         valid: share of the masks' height and width that the image covers.
     """
@@ -115,9 +115,9 @@ def occurring(target: Tensor, num_classes: int) -> Tensor:
 
 
 def _present(target: Tensor, num_classes: int) -> Tensor:
-    """Return the classes that occur in each image (B, M), ascending, and -1 where there is none.
+    """Return the classes that occur in each image (B, M), ascending and padded with -1.
 
-    On a CPU M is the most that any image has; elsewhere it is all K, since a count would be waited for.
+    On a CPU, M is the maximum number of classes of any image; elsewhere it is K, since a count would synchronise.
     """
     present = occurring(target, num_classes)
     classes = torch.arange(num_classes, device=target.device).where(present, num_classes)

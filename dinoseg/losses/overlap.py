@@ -1,4 +1,4 @@
-"""Overlap losses: Tversky, with separate weights of false positives and false negatives, and dice."""
+"""Overlap losses: Tversky, with separate weights for false positives and false negatives, and dice."""
 
 import torch
 from torch import Tensor
@@ -14,10 +14,10 @@ from dinoseg.utils.ranges import Count, NotNegative
 
 
 def overlap_sums(scores: Tensor, target: Tensor, counted: Tensor) -> tuple[Tensor, Pull]:
-    """Return sums (3 K,) of a tile's pixels: a `full_resolution.Term`.
+    """Return the overlap sums (3 K,) of a tile and the gradient function: a `full_resolution.Term`.
 
-    For each class the soft hits sum p_k g_k, what was claimed sum p_k, and what was wanted sum g_k, over labelled
-    pixels as often as each counts, p the softmax and g the labels.
+    For each class they are the soft hits sum p_k g_k, the predicted area sum p_k, and the labelled area sum g_k. They
+    run over labelled pixels with their weights; p is the softmax and g the labels.
     """
     place = target.clamp(min=0)
     shares = scores.sub_(scores.amax(0)).exp_()
@@ -25,10 +25,10 @@ def overlap_sums(scores: Tensor, target: Tensor, counted: Tensor) -> tuple[Tenso
     own = shares.gather(0, place[None])[0]  # (N,)
     sums = scores.new_zeros(2, len(scores)).index_add_(1, place, torch.stack([own, counted]))
 
-    def pull(upstream: Tensor) -> Tensor:  # p times what each share adds, less its mean by p
+    def pull(upstream: Tensor) -> Tensor:  # p times each class's slope minus their mean under p
         of_hits, of_claims = upstream.view(3, -1)[:2]
         hit = of_hits[place] * own
-        mean = of_claims @ shares + hit  # as often as it counts, which `shares` has once more
+        mean = of_claims @ shares + hit  # includes the pixel weight, as does `shares`: divided out once below
         shares.mul_(of_claims[:, None] - mean / torch.where(counted > 0, counted, 1))
         return shares.scatter_add_(0, place[None], hit[None])
 
@@ -38,15 +38,15 @@ def overlap_sums(scores: Tensor, target: Tensor, counted: Tensor) -> tuple[Tenso
 def tversky_loss(sums: Tensor, class_weights: Tensor, alpha: float, beta: float) -> Tensor:
     """Return the weighted mean of 1 - T_k over the classes k that occur in the labels of the batch.
 
-    T_k = TP / (TP + alpha FP + beta FN), with the soft counts TP = sum p_k g_k, FP = sum p_k (1 - g_k) and
-    FN = sum (1 - p_k) g_k over all labelled pixels of the batch, p the softmax and g the labels (Salehi et al.,
-    arXiv 1706.05721, for K classes).
+    T_k = TP / (TP + alpha FP + beta FN), after Salehi et al. (arXiv 1706.05721), for K classes. The soft counts are
+    TP = sum p_k g_k, FP = sum p_k (1 - g_k) and FN = sum (1 - p_k) g_k. They run over all labelled pixels of the
+    batch; p is the softmax and g the labels.
 
     Args:
         sums: (3 K,) of `overlap_sums`.
         class_weights: (K,).
-        alpha: price of a false positive.
-        beta: price of a false negative.
+        alpha: weight of false positives.
+        beta: weight of false negatives.
     """
     hits, claimed, wanted = sums.view(3, -1)
     present = wanted > 0
@@ -61,12 +61,12 @@ class Tversky(Loss):
 
     Args:
         class_weights: one weight (K,) per class, in the mean over the classes that occur.
-        ignore_index: mask value that counts for nothing.
-        alpha: price of a false positive, at least 0.
-        beta: price of a false negative, above 0; more than alpha favours recall. Both 0.5: the dice loss; both 1:
-            the soft Jaccard loss.
-        border_weight: what a pixel near a border between classes counts in the sums, beside the 1 of others.
-        border_width: pixels to each side that are near one.
+        ignore_index: mask value of unlabelled pixels.
+        alpha: weight of false positives, at least 0.
+        beta: weight of false negatives, above 0; more than alpha favours recall. Both 0.5: the dice loss; both 1: the
+            soft Jaccard loss.
+        border_weight: weight in the sums of pixels near a class border; all others have 1.
+        border_width: distance in pixels up to which a pixel is near a border.
     """
 
     weight: Tensor
@@ -107,15 +107,15 @@ class Tversky(Loss):
 class Dice(Tversky):
     """Soft dice loss (Milletari et al., arXiv 1606.04797, without squares in the denominator, for K classes).
 
-    The weighted mean of 1 - 2 sum(p_k g_k) / (sum p_k + sum g_k) over the classes k that occur in the labels, sums over
-    all labelled pixels of the batch, p the softmax and g the labels. No smoothing term: a class that occurs
-    has a denominator of at least one pixel.
+    It is the weighted mean of 1 - 2 sum(p_k g_k) / (sum p_k + sum g_k) over the classes k that occur in the labels.
+    Sums are over all labelled pixels of the batch, p is the softmax and g the labels. There is no smoothing term: a
+    class that occurs has a denominator of at least one pixel.
 
     Args:
         class_weights: one weight (K,) per class, in the mean over the classes that occur.
-        ignore_index: mask value that counts for nothing.
-        border_weight: what a pixel near a border between classes counts in the sums, beside the 1 of others.
-        border_width: pixels to each side that are near one.
+        ignore_index: mask value of unlabelled pixels.
+        border_weight: weight in the sums of pixels near a class border; all others have 1.
+        border_width: distance in pixels up to which a pixel is near a border.
     """
 
     def __init__(

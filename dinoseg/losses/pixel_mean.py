@@ -1,4 +1,4 @@
-"""The weighted mean of what pixels cost: over all that are labelled, or over the hardest of each image."""
+"""Weighted mean of pixel losses, over all labelled pixels or over the hardest ones of each image."""
 
 from dataclasses import dataclass
 from math import ceil
@@ -19,19 +19,19 @@ from dinoseg.utils.transfer import sent
 
 @dataclass(frozen=True)
 class Hardest:
-    """Which pixels of an image count: those that cost most, a share of its labelled ones.
+    """Selection of the hardest pixels of an image: a share of its labelled pixels with the highest loss.
 
-    Online hard example mining (Shrivastava et al., arXiv 1604.03540) of pixels, in each image by itself, so that it
-    depends on no batch. Pixels that cost as much as the last one of the share count too.
+    Online hard example mining (Shrivastava et al., arXiv 1604.03540) for pixels, within each image, so that it does
+    not depend on the batch. Pixels that tie with the last selected one are selected too.
 
     Args:
-        share: of the labelled pixels, at least one; 1: all count.
+        share: of the labelled pixels, at least one; 1 selects all.
     """
 
     share: HighShare = 1.0
 
     def __post_init__(self) -> None:
-        """Refuse what is no share."""
+        """Refuse an invalid share."""
         if not 0 < self.share <= 1:
             raise UserError(
                 f"loss.criterion.hardest={self.share}: give a share of the pixels above 0 and at most 1, which is all."
@@ -39,7 +39,7 @@ class Hardest:
 
     @torch.no_grad()
     def kept(self, costs: Tensor, labelled: Tensor) -> Tensor:
-        """Return which pixels (B, H, W) bool count, by what each costs; one that costs no number counts too."""
+        """Return the selected pixels (B, H, W) bool by their losses; NaN losses are selected too."""
         least = torch.full_like(costs[:, :1, :1], torch.inf)
         for row, (own, known) in enumerate(zip(costs, labelled, strict=True)):
             if count := int(known.sum()):
@@ -48,23 +48,23 @@ class Hardest:
 
 
 class PixelDivisor(NamedTuple):
-    """The summed weights of the labelled pixels, named by what these weights depend on."""
+    """Key of the summed weights of the labelled pixels: the options that these weights depend on."""
 
     ignore_index: int
-    border: Border | None  # None: all pixels of a class count alike
+    border: Border | None  # None: all pixels of a class have the same weight
     class_weights: tuple[float, ...]
 
 
 def pixel_divisor(ignore_index: int, border: Border, hardest: Hardest, class_weights: Tensor) -> PixelDivisor | None:
-    """Return the divisor of `pixel_mean`; None: it depends on the scores."""
+    """Return the divisor of `pixel_mean`, or None if it depends on the scores."""
     if hardest.share < 1:
         return None
-    weights = () if class_weights.is_meta else tuple(class_weights.tolist())  # meta: the model's outline is built
+    weights = () if class_weights.is_meta else tuple(class_weights.tolist())  # meta tensors have no values
     return PixelDivisor(ignore_index, border if border.weight != 1 else None, weights)
 
 
 def pixel_weight(batch: Batch, ignore_index: int, class_weights: Tensor, border: Border) -> Tensor:
-    """Return the summed weights (1,) of a batch's labelled pixels, all of them whatever share is the hardest."""
+    """Return the summed weights (1,) of all labelled pixels of a batch, including those that are not the hardest."""
     mask = sent(batch.mask, class_weights.device)
     target = labels(mask, ignore_index)
     weights = class_weights[target.clamp(min=0)]
@@ -83,18 +83,18 @@ def pixel_mean(
     hardest: Hardest,
     form: Form | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the mean of what pixels cost over their summed weights, and these as `weight`.
+    """Return the mean pixel loss over the summed weights, and these as `weight`.
 
-    A batch without a labelled pixel gives 0 and a weight of 0.
+    A batch without labelled pixels gives a loss of 0 and a weight of 0.
 
     Args:
         prediction: see `pixel_sums`.
-        batch: likewise.
-        ignore_index: mask value that counts for nothing.
-        cost: of the pixels of a tile.
-        border: weighs pixels; those that are hardest are so with their weight.
-        hardest: chooses pixels, by one pass more over their scores.
-        form: the cost as a kernel of CUDA knows it, which takes all pixels alike.
+        batch: see `pixel_sums`.
+        ignore_index: mask value of unlabelled pixels.
+        cost: function of the pixels of a tile.
+        border: weights of pixels near class borders; they also enter the losses that select the hardest pixels.
+        hardest: selection of pixels, which takes an additional pass over their scores.
+        form: the cost in the form of the CUDA kernel, which supports no pixel weights.
     """
 
     def sums(scores: Tensor, target: Tensor, counted: Tensor) -> tuple[Tensor, Pull]:

@@ -1,4 +1,4 @@
-"""Masks and labels at points: (x, y) as shares of the image's width and height, 0 at the top left."""
+"""Sampling of masks and labels at points (x, y): shares of the image's width and height, 0 at the top left."""
 
 import torch
 import torch.nn.functional as F
@@ -13,10 +13,10 @@ def random_points(count: int, num_points: int, device: torch.device) -> Tensor:
 
 
 def sample_logits(maps: Tensor, points: Tensor, valid: tuple[float, float]) -> Tensor:
-    """Return (N, C, P): maps (N, C, h, w) at the points (N, P, 2), bilinear as `geometry.upsample` is.
+    """Return (N, C, P): maps (N, C, h, w) sampled bilinearly at points (N, P, 2), as in `geometry.upsample`.
 
-    `valid` is the share of the maps' height and width that the image covers. Past the outermost cells' centres
-    the value stays, instead of fading to a logit of 0.
+    `valid` is the share of the maps' height and width that the image covers. Beyond the centres of the outermost
+    cells the border value is used, instead of fading to a logit of 0.
     """
     x, y = points.to(maps.dtype).unbind(-1)
     grid = 2 * torch.stack([x * valid[1], y * valid[0]], dim=-1) - 1
@@ -24,10 +24,10 @@ def sample_logits(maps: Tensor, points: Tensor, valid: tuple[float, float]) -> T
 
 
 def sample_maps(maps: Tensor, places: Tensor) -> Tensor:
-    """Read maps (N, C, h, w) bilinearly at places (N, r, c, 2), x and y in -1..1 from border to border: (N, C, r, c).
+    """Return maps (N, C, h, w) sampled bilinearly at places (N, r, c, 2), x and y in -1..1 from border to border.
 
-    Beyond the outermost cells' centres their value stays. On MPS the places are clamped to these centres, since its
-    `grid_sample` has no such padding in torch 2.9.
+    The result is (N, C, r, c). Beyond the centres of the outermost cells their value is used. On MPS the places are
+    clamped to these centres, since its `grid_sample` does not support border padding in torch 2.9.
     """
     padding = "border"
     if maps.device.type == "mps":
@@ -38,9 +38,9 @@ def sample_maps(maps: Tensor, places: Tensor) -> Tensor:
 
 
 def sample_labels(target: Tensor, image: Tensor, points: Tensor) -> Tensor:
-    """Return (N, P): the class ids in target (B, H, W), of image (N,), of the pixels that points (N, P, 2) lie in."""
+    """Return the class ids (N, P) of the pixels at points (N, P, 2), for image indices (N,) into target (B, H, W)."""
     height, width = target.shape[-2:]
-    # a point on the right or the lower edge, a share of 1, is of the last pixel
+    # points on the right or lower edge (share 1) belong to the last pixel
     x = (points[..., 0] * width).long().clamp(max=width - 1)
     y = (points[..., 1] * height).long().clamp(max=height - 1)
     return target[image[:, None], y, x]
@@ -57,15 +57,15 @@ def uncertain_points(
     oversample: float,
     importance: float,
 ) -> Tensor:
-    """Return points (N, P, 2): some where the mask is least certain, the rest uniform.
+    """Return points (N, P, 2): some where the mask is most uncertain, the rest uniform.
 
-    Of oversample * P uniform points, the importance * P whose logit is nearest to 0 are kept (Kirillov et al.,
-    arXiv 1912.08193, section 3.1). Unlabelled points come last, since nothing can be learnt there.
+    Of oversample * P uniform points, the importance * P with the logit nearest to 0 are selected (Kirillov et al.,
+    arXiv 1912.08193, section 3.1). Unlabelled points are selected last, since they give no training signal.
 
     Args:
         masks: logits (N, h, w).
         target: class ids (B, H, W).
-        image: which of the B images each mask is of (N,).
+        image: image index of each mask (N,).
         valid: see `sample_logits`.
         num_points: P.
         oversample: at least 1.

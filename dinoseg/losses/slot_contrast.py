@@ -1,4 +1,4 @@
-"""Slot contrast: a slot must be told from all others by what it is in the next frame."""
+"""Slot contrast loss: each slot must match itself in the next frame, among all other slots."""
 
 import torch
 import torch.nn.functional as F
@@ -15,16 +15,16 @@ from dinoseg.utils.ranges import Temperature
 class SlotContrast(Loss):
     """Contrast of each slot with the slots of the next frame (Manasyan et al., SlotContrast, arXiv 2412.14295).
 
-    Cross-entropy of the cosine similarities of a slot with all slots of the next frame, those of the other clips of the
-    batch among them; the slot's own is the one at its place. The mean over slots, clips and pairs of frames. It is 0
-    where slots are not carried from frame to frame: which one has which place is then chance.
+    It is the cross-entropy of the cosine similarities of a slot with all slots of the next frame, in all clips of the
+    batch; the target is the slot with the same index in the same clip. It is averaged over slots, clips and pairs of
+    frames. It is 0 if slots are not carried from frame to frame, since their order is then arbitrary.
 
     Args:
-        temperature: what similarities are divided by.
+        temperature: divisor of the similarities.
     """
 
     needs_slots = True
-    divisor = "clips"  # all have the same length, so that means over frames are divided by the number of clips
+    divisor = "clips"  # equal clip lengths: a mean over frames is a mean over clips
     needs_carried = True
     sums_over_batch = True
 
@@ -36,7 +36,7 @@ class SlotContrast(Loss):
         """Return the loss, and `weight`: the number of frames with a next one, over all clips.
 
         Raises:
-            UserError: the head has no slots, or a single frame of each clip tells.
+            UserError: the head has no slots, or clips have a single source frame.
         """
         outputs = slot_outputs(prediction)
         slots = F.normalize(at_least_float32(outputs.slots), dim=-1)
@@ -48,7 +48,7 @@ class SlotContrast(Loss):
             )
         weight = slots.new_full((), clips * (frames - 1))
         if not outputs.carried:
-            return (outputs.slots.sum() * 0.0).abs(), {"weight": weight}  # no -0.0, which would be told
+            return (outputs.slots.sum() * 0.0).abs(), {"weight": weight}  # abs avoids logging -0.0
         here, following = (part.transpose(0, 1).flatten(1, 2) for part in (slots[:, :-1], slots[:, 1:]))
         logits = here @ following.mT / self.temperature  # (T' - 1, B S, B S)
         own = torch.arange(clips * count, device=logits.device).expand(frames - 1, -1)

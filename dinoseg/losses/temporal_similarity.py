@@ -1,4 +1,4 @@
-"""Temporal similarity: slots must tell where in the next frame the features of each cell are found again."""
+"""Temporal similarity loss: slots predict the cells of the next frame with similar features."""
 
 import math
 
@@ -15,21 +15,22 @@ from dinoseg.utils.ranges import Positive
 
 
 def similarity_targets(here: Tensor, following: Tensor, temperature: float, threshold: float) -> tuple[Tensor, Tensor]:
-    """Return how the cells of one frame are spread over those of the next, and which cells are at all.
+    """Return the soft assignment of a frame's cells to those of the next frame, and which cells have one.
 
     Args:
         here: features (B, C, N) of a frame.
-        following: features (B, C, M) of the next one.
-        temperature: what the cosine similarities are divided by before their softmax.
-        threshold: pairs less similar than this have no share.
+        following: features (B, C, M) of the next frame.
+        temperature: divisor of the cosine similarities before their softmax.
+        threshold: pairs with a lower similarity get no share.
 
     Returns:
-        Shares (B, M, N), which sum to 1 over M, or to 0 where no cell is similar enough; and whether one is (B, N).
+        Shares (B, M, N), which sum to 1 over M, or to 0 where no cell is similar enough; and whether a cell has
+        shares (B, N), bool.
     """
     here, following = F.normalize(at_least_float32(here), dim=1), F.normalize(at_least_float32(following), dim=1)
     similarity = following.transpose(1, 2) @ here  # (B, M, N)
     unlike = similarity < threshold
-    lost = unlike.all(dim=1)  # a softmax of nothing would be NaN; NaN features are not hidden by this
+    lost = unlike.all(dim=1)  # their softmax would be NaN; NaN features still propagate
     shares = similarity.div_(temperature).masked_fill_(unlike, -math.inf).softmax(dim=1)
     return shares.masked_fill_(lost[:, None], 0), ~lost
 
@@ -38,22 +39,22 @@ class TemporalSimilarity(Loss):
     """VideoSAUR's temporal feature similarity loss (Zadaianchuk et al., arXiv 2306.04829).
 
     Targets are the softmax over the cells of frame t + 1 of the cosine similarities with a cell of frame t. The loss
-    is their cross-entropy with the head's `similarity`, the mean over cells, frames and clips. A cell that is like
-    none in the next frame is left out: it adds 0, whereas VideoSAUR's code gives it a uniform target.
+    is their cross-entropy with the head's `similarity`, averaged over cells, frames and clips. A cell without a
+    similar one in the next frame is left out: it adds 0, whereas VideoSAUR's code gives it a uniform target.
 
-    VideoSAUR compares the keys of the last attention block; here it is the features that the head sees.
+    VideoSAUR compares the keys of the last attention block; this loss compares the features that the head receives.
 
-    Frame by frame, at N = h w cells: each frame of a clip keeps one target matrix of N x N float32 until the backward
-    pass, 2.5 MB at 28 x 28 cells and 7.5 MB at 37 x 37, beside the logits themselves and, where these are of half
-    precision, a float32 copy.
+    The loss is computed frame by frame at N = h w cells. Each frame of a clip stores one target matrix of N x N
+    float32 until the backward pass: 2.5 MB at 28 x 28 cells and 7.5 MB at 37 x 37. The logits themselves and, for
+    half-precision logits, a float32 copy come on top.
 
     Args:
-        temperature: what similarities are divided by; the lower, the fewer cells share a target.
-        threshold: similarities below it have no share, in [-1, 1).
+        temperature: divisor of the similarities; the lower, the fewer cells share a target.
+        threshold: pairs with a lower similarity get no share, in [-1, 1).
     """
 
     needs_slots = True
-    divisor = "clips"  # all have the same length, so that means over frames are divided by the number of clips
+    divisor = "clips"  # equal clip lengths: a mean over frames is a mean over clips
     needs_similarity = True
 
     def __init__(self, temperature: Positive = 0.075, threshold: float = 0.0) -> None:
@@ -86,14 +87,14 @@ class TemporalSimilarity(Loss):
             )
         features = outputs.features.detach().flatten(3).unbind(1)  # T of (B, C, N)
         logits = outputs.similarity.flatten(3).unbind(1)  # T' of (B, N of the next frame, N)
-        pairs = list(zip(logits, features, features[1:], strict=False))  # a last frame without a next one is not asked
+        pairs = list(zip(logits, features, features[1:], strict=False))  # drops a last frame without a next one
         value = torch.stack([self._frame(*pair) for pair in pairs]).mean()
         return value, {"weight": value.new_full((), len(outputs.features) * len(pairs))}
 
     def _frame(self, logits: Tensor, here: Tensor, following: Tensor) -> Tensor:
         """Return the mean cross-entropy of one frame's cells.
 
-        Written out, it keeps only the targets and the logits for the backward pass, and not the log-softmax.
+        Written out, it stores only the targets and the logits for the backward pass, but not the log-softmax.
         """
         shares, has_target = similarity_targets(here, following, self.temperature, self.threshold)
         assert shares.shape == logits.shape

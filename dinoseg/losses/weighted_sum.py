@@ -1,4 +1,4 @@
-"""A weighted sum of losses."""
+"""Weighted sum of losses."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -15,12 +15,12 @@ from dinoseg.utils.errors import UserError
 
 
 class WeightedSum(Loss):
-    """The sum over terms of factor times loss.
+    """Weighted sum of losses.
 
     Args:
-        terms: name to what makes the loss, called with `class_weights` where it takes them.
-        factors: name to what the term's loss is multiplied by.
-        class_weights: one weight (K,) per class; None where no term is about classes.
+        terms: maps names to factories of losses, called with `class_weights` if they accept them.
+        factors: maps names to the factors of the terms.
+        class_weights: one weight (K,) per class; None if no term uses classes.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class WeightedSum(Loss):
     def forward(self, prediction: Prediction, batch: Batch | ClipBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the sum; each term's own value under its name; and `weight`, if the terms share one.
 
-        Further parts of a term are called `<term>_<part>`.
+        Further parts of a term are named `<term>_<part>`.
         """
         prediction = _scoring_once(prediction)
         terms = [loss(prediction, batch) for loss in self._terms]
@@ -55,7 +55,7 @@ class WeightedSum(Loss):
         return value, parts if self.num_divisors > 1 or "weight" not in first else {"weight": first["weight"], **parts}
 
     def divisors(self, batch: Any) -> Tensor:
-        """Return the divisors of the terms one after the other, or the one that they share."""
+        """Return the concatenated divisors of the terms, or the single one that they share."""
         losses = self._terms if self.num_divisors > 1 else self._terms[:1]
         device = next(self.buffers(), torch.empty(0)).device
         return torch.cat([loss.divisors(batch).to(device, torch.float32) for loss in losses])
@@ -63,7 +63,7 @@ class WeightedSum(Loss):
     def in_step(
         self, prediction: Prediction, batch: Batch | ClipBatch, divisors: Tensor
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Return the part of a batch in the loss of a step, the loss of the batch alone, and its parts by name."""
+        """Return the batch's share of the step loss, the loss of the batch itself, and its parts by name."""
         if self.num_divisors == 1:
             return super().in_step(prediction, batch, divisors)
         prediction = _scoring_once(prediction)
@@ -83,9 +83,10 @@ class WeightedSum(Loss):
         return torch.stack(values).sum(), parts
 
     def _set_divisors(self) -> None:
-        """Count the divisors, and find whether parts of a batch have other losses than the batch.
+        """Set the divisors, and `sums_over_batch`: whether the loss of a batch is not the mean over its parts.
 
-        They do where a term's own divisor is not known before the forward pass: it is averaged by an approximate one.
+        The latter also holds if a term's divisor is unknown before the forward pass, since an approximate one
+        averages it.
         """
         keys = {loss.divisor for loss in self._terms if loss.num_divisors == 1}
         first, counts = self._terms[0], [loss.num_divisors for loss in self._terms]
@@ -101,7 +102,7 @@ class WeightedSum(Loss):
 
 
 def _make(name: str, make: Callable[..., Loss], class_weights: Tensor | None) -> Loss:
-    """Return a term, its complaints about keys moved to where the keys stand."""
+    """Return a term; config keys in its error messages are rewritten to their place below `terms`."""
     weighs = "class_weights" in signature(make).parameters
     if weighs and class_weights is None:
         raise UserError(
@@ -115,7 +116,7 @@ def _make(name: str, make: Callable[..., Loss], class_weights: Tensor | None) ->
 
 
 def _scoring_once(prediction: Prediction) -> Prediction:
-    """Return the prediction with its scores kept: brought to the masks' size, they are the largest tensor of a step."""
+    """Return the prediction with cached scores: at mask size, they are the largest tensor of a step."""
     scores: dict[tuple[int, int], Tensor] = {}
 
     def to_pixels(outputs: object, size: tuple[int, int], valid: tuple[float, float]) -> Tensor:

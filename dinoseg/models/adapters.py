@@ -1,7 +1,7 @@
-"""How a backbone is trained: frozen, with LoRA, its last blocks, or whole. The only door to peft and bitsandbytes.
+"""Backbone adapters: frozen, LoRA, last blocks or full fine-tuning.
 
-An adapter checks its values when it is made, before any weights are loaded; called with a backbone, it changes it in
-place and returns it.
+No other module imports peft or bitsandbytes. Constructors validate their arguments before any weights are loaded.
+Calling an adapter modifies the backbone in place and returns it.
 """
 
 import logging
@@ -20,14 +20,14 @@ TARGETS = {"attention": r"\.(attention|attn)\.", "all_linear": ""}
 
 
 class Frozen:
-    """Train nothing of the backbone: it runs in eval mode and builds no graph.
+    """Freeze the whole backbone: it runs in eval mode and builds no autograd graph.
 
     Args:
-        bits: 4 or 8 to hold the blocks' linear layers in so many bits, or None.
-        device: where the model will be; as `engine.device`.
+        bits: 4 or 8 to quantise the linear layers of the blocks to this many bits, or None.
+        device: target device of the model, as `engine.device`.
 
     Raises:
-        UserError: these bits cannot be had there.
+        UserError: `bits` is not supported on this device.
     """
 
     def __init__(self, bits: int | None = None, device: str = "auto") -> None:
@@ -43,7 +43,7 @@ class Frozen:
 
 
 class Full:
-    """Train every weight of the backbone that its features depend on.
+    """Train every backbone weight that the features depend on.
 
     Raises:
         UserError: `bits` is not None.
@@ -53,7 +53,7 @@ class Full:
         _refuse_bits(bits, "full")
 
     def __call__(self, backbone: Backbone) -> Backbone:
-        """Return the backbone with all that is used trainable."""
+        """Return the backbone with all used parameters trainable."""
         _refuse_half(backbone, "full")
         for name, parameter in backbone.named_parameters():
             parameter.requires_grad_(name not in backbone.unused)
@@ -61,14 +61,14 @@ class Full:
 
 
 class LastBlocks:
-    """Train the last blocks of the backbone and what comes after them; the blocks before build no graph.
+    """Train the last blocks of the backbone and its final norm; earlier blocks build no autograd graph.
 
     Args:
-        blocks: how many, counted from the last one that is read.
-        bits: for the error only: quantised weights cannot be trained.
+        blocks: number of blocks to train, counted back from the last tapped one.
+        bits: must be None; accepted only to raise a clear error, since quantised weights cannot be trained.
 
     Raises:
-        UserError: `blocks` is below 1 or more than there are, or `bits` is not None.
+        UserError: `blocks` is below 1 or exceeds the number of blocks, or `bits` is not None.
     """
 
     def __init__(self, blocks: Count, bits: int | None = None) -> None:
@@ -96,20 +96,21 @@ class Lora:
 
     Args:
         rank: r, at least 1.
-        alpha: decides the scale s = alpha / rank.
-        dropout: probability, on the update's input, in [0, 1).
-        targets: `attention` (query, key, value and output projections), `all_linear` (the MLP's too), or a regular
-            expression that is searched for in the names of the linear layers.
-        rslora: s = alpha / sqrt(rank) instead (rank-stabilised; Kalajdzievski, arXiv 2312.03732).
-        dora: train the direction so, and the magnitude of each output by itself (Liu et al., arXiv 2402.09353).
-        blocks: only in this many last blocks; those before then keep no activations. None: in all.
-        bits: 4 (NF4, double quantisation, bfloat16 compute: QLoRA, Dettmers et al., arXiv 2305.14314) or 8 to hold
-            the frozen linear layers in so many bits, or None.
-        device: where the model will be; as `engine.device`.
+        alpha: sets the scale s = alpha / rank.
+        dropout: dropout probability on the input of the update, in [0, 1).
+        targets: `attention` (query, key, value and output projections), `all_linear` (the MLP layers too), or a
+            regular expression searched in the names of the linear layers.
+        rslora: use s = alpha / sqrt(rank) (rank-stabilised; Kalajdzievski, arXiv 2312.03732).
+        dora: decompose weights into direction, updated by LoRA, and trainable magnitude per output (Liu et al.,
+            arXiv 2402.09353).
+        blocks: adapt only this many last blocks; earlier blocks then store no activations. None: all blocks.
+        bits: 4 (NF4, double quantisation, bfloat16 compute: QLoRA, Dettmers et al., arXiv 2305.14314) or 8 to
+            quantise the frozen linear layers to this many bits, or None.
+        device: target device of the model, as `engine.device`.
 
     Raises:
-        UserError: rank below 1, dropout outside [0, 1), targets that match nothing, more blocks than there are, or
-            bits that cannot be had.
+        UserError: rank below 1, dropout outside [0, 1), targets without a match, more blocks than the backbone has,
+            or unsupported bits.
     """
 
     def __init__(
@@ -140,7 +141,7 @@ class Lora:
         self.rank, self.alpha, self.dropout, self.rslora, self.dora = rank, alpha, dropout, rslora, dora
 
     def __call__(self, backbone: Backbone) -> Backbone:
-        """Return the backbone with LoRA in its linear layers, nothing else of it trainable."""
+        """Return the backbone with trainable LoRA layers and all other parameters frozen."""
         _quiet()
         from peft import LoraConfig, inject_adapter_in_model
 
@@ -181,15 +182,15 @@ class Lora:
         inject_adapter_in_model(config, backbone)
         for parameter in backbone.parameters():
             if parameter.requires_grad:
-                parameter.data = parameter.data.float()  # peft follows the base's type: updates would be rounded away
+                parameter.data = parameter.data.float()  # peft copies the base dtype: bfloat16 rounds updates away
         return backbone
 
 
 def last_blocks(backbone: Backbone, count: int) -> list[nn.Module]:
-    """Return the last `count` blocks of those that are read.
+    """Return the last `count` of the blocks up to the last tapped one.
 
     Raises:
-        UserError: below 1, or more than there are.
+        UserError: `count` is below 1 or exceeds the number of blocks.
     """
     blocks = list(backbone.blocks)
     if not 1 <= count <= len(blocks):
@@ -198,7 +199,7 @@ def last_blocks(backbone: Backbone, count: int) -> list[nn.Module]:
 
 
 def merge(backbone: Backbone) -> Backbone:
-    """Add the LoRA updates to the weights they update, and take them away as modules."""
+    """Merge the LoRA updates into their base weights and remove the LoRA modules."""
     _quiet()
     from peft.tuners.lora import LoraLayer
 
@@ -213,9 +214,9 @@ def merge(backbone: Backbone) -> Backbone:
 
 
 def whole_state(model: nn.Module) -> dict[str, Tensor]:
-    """Return a model's state dict in which quantised weights are float32 tensors of the values that they stand for.
+    """Return a model's state dict with quantised weights dequantised to float32.
 
-    It has the names of the same model without quantisation.
+    Its keys are those of the same model without quantisation.
     """
     state = model.state_dict()
     for where, part in list(model.named_modules()):
@@ -232,10 +233,10 @@ def whole_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def check_bits(bits: int | None, device: str) -> None:
-    """Refuse a number of bits that cannot be had.
+    """Raise an error if the model cannot be quantised to this number of bits.
 
     Raises:
-        UserError: neither 4 nor 8, bitsandbytes is not installed, or it cannot work on this device.
+        UserError: `bits` is neither 4 nor 8, bitsandbytes is not installed, or it does not support this device.
     """
     if bits is None:
         return
@@ -255,7 +256,7 @@ def check_bits(bits: int | None, device: str) -> None:
 
 
 def quantise(backbone: Backbone, bits: int) -> None:
-    """Replace the linear layers of the blocks by frozen ones of 4 or 8 bits; they shrink when they go to the device.
+    """Replace the linear layers of the blocks by frozen 4- or 8-bit ones; weights shrink when moved to the device.
 
     Raises:
         UserError: 8 bits for a pyramid.
@@ -283,7 +284,7 @@ def _quantised(linear: nn.Linear, bits: int) -> nn.Module:
         new = bnb.nn.Linear4bit(
             *size, bias, compute_dtype=torch.bfloat16, compress_statistics=True, quant_type="nf4", device="meta"
         )
-        new.support_avx512bf16_for_cpu = False  # its packed format knows no widths but multiples of 32, and no training
+        new.support_avx512bf16_for_cpu = False  # its packed format needs widths divisible by 32 and cannot train
         new.weight = bnb.nn.Params4bit(
             linear.weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4"
         )
@@ -295,7 +296,7 @@ def _quantised(linear: nn.Linear, bits: int) -> nn.Module:
 
 
 def _quiet() -> None:
-    """Silence bitsandbytes, which peft imports too: it warns of kernels it can do without, and at each product."""
+    """Silence bitsandbytes (peft imports it too): it warns of optional kernels and at each matrix product."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 

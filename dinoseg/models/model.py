@@ -1,4 +1,4 @@
-"""The segmenter: a backbone and a head, what of them is trained, and how an image enters."""
+"""The segmentation model: a backbone, a head and the preprocessing of images."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
@@ -13,19 +13,19 @@ from dinoseg.core.sizes import Size, backbone_size
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Count, Scale
 
-_SAMPLES = 1024  # values of a tensor that its fingerprint reads
+_SAMPLES = 1024  # values per tensor that enter the fingerprint
 
 
 class Segmenter(nn.Module):
-    """Images (B, 3, H, W), uint8 RGB, to a `Prediction` that gives class scores at any size.
+    """Map images (B, 3, H, W), uint8 RGB, to a `Prediction` that returns class scores at any size.
 
-    A head of clips takes (B, T, 3, H, W) too.
+    Heads for clips also take (B, T, 3, H, W).
 
     Args:
-        backbone: an adapted backbone; in eval mode for good when none of it is trained.
-        head: turns its feature maps into outputs, and those into pixels.
-        scale: backbone pixels per image pixel; 0.5 feeds half the resolution.
-        longest: larger images are reduced until their longer side has this many pixels, before `scale`.
+        backbone: adapted backbone; always in eval mode if fully frozen.
+        head: maps feature maps to outputs, and outputs to pixel predictions.
+        scale: backbone pixels per image pixel; 0.5 halves the resolution.
+        longest: larger images are reduced to this length of the longer side in pixels, before `scale` is applied.
     """
 
     def __init__(self, backbone: Backbone, head: Head, *, scale: Scale = 1.0, longest: Count | None = None) -> None:
@@ -41,12 +41,12 @@ class Segmenter(nn.Module):
         self.patch_size = backbone.patch_size
         self.scale = scale
         self.longest = longest
-        self.limit: Callable[[Size], int | None] | None = None  # of pictures of a size, in place of `longest`
+        self.limit: Callable[[Size], int | None] | None = None  # longest side per image size; overrides `longest`
 
     def forward(self, images: Tensor | FrozenFeatures, *, reduce: bool = True) -> Prediction:
-        """Predict for images of one size, or for what `frozen` gave of them.
+        """Return the prediction for images of one size, or for the output of `frozen`.
 
-        `reduce` false: they are no larger than they should be (parts of one).
+        `reduce`: limit the resolution to `longest`; False for crops that already have the right resolution.
         """
         head = self.head
         if isinstance(images, FrozenFeatures):
@@ -62,12 +62,14 @@ class Segmenter(nn.Module):
 
     @torch.no_grad()
     def frozen(self, images: Tensor, *, reduce: bool = True) -> FrozenFeatures:
-        """Return what comes of images (B, 3, H, W) before anything that is trained, at the deepest cut.
+        """Return the frozen features of images (B, 3, H, W).
 
-        `reduce`: as of `forward`.
+        These are the activations at the deepest cut before any trained parameter.
+
+        `reduce`: as in `forward`.
 
         Raises:
-            UserError: nothing comes before it, or the model cannot be cut there.
+            UserError: the first block is trained, or the model cannot be split at this cut.
         """
         if self.backbone.first_trained == 0:
             raise UserError(
@@ -78,7 +80,7 @@ class Segmenter(nn.Module):
         return FrozenFeatures(self.head.until(self.backbone, pixels), _size(images), _size(pixels))
 
     def train(self, mode: bool = True) -> "Segmenter":
-        """Switch mode, but leave every part that is not trained in eval mode: its dropout and running means rest."""
+        """Switch mode, but leave frozen modules in eval mode: their dropout is off, their running means are fixed."""
         super().train(mode)
         for part in self.modules():
             parameters = list(part.parameters())
@@ -87,23 +89,23 @@ class Segmenter(nn.Module):
         return self
 
     def set_progress(self, share: float) -> None:
-        """Tell a head whose training changes with its length how much of it is done, in [0, 1)."""
+        """Pass the finished share of training, in [0, 1), to heads whose behaviour depends on it."""
         self.head.set_progress(share)
 
     def longest_of(self, size: Size) -> int | None:
-        """Return the pixels that the longer side of images of `size` (H, W) is reduced to, None for any."""
+        """Return the limit in pixels for the longer side of images of `size` (H, W), or None for no limit."""
         return self.longest if self.limit is None else self.limit(size)
 
     def reduced_size(self, size: Size) -> Size:
-        """Return the (H, W) that images of `size` are reduced to, before `scale`."""
+        """Return the (H, W) of images of `size` after the limit on the longer side and before `scale`."""
         return backbone_size(size, 1.0, self.longest_of(size))
 
     def seen_size(self, size: Size) -> Size:
-        """Return the (H, W) at which images of `size` enter the backbone."""
+        """Return the (H, W) at which the backbone sees images of `size`."""
         return backbone_size(size, self.scale, self.longest_of(size))
 
     def pixels(self, images: Tensor, *, reduce: bool = True) -> Tensor:
-        """Return images (..., 3, H, W) as floats in 0..1 at the resolution that the backbone sees."""
+        """Return images (..., 3, H, W) as floats in 0..1 at the resolution of the backbone."""
         images = images.float() / 255 if images.dtype == torch.uint8 else images
         own = _size(images)
         size = self.seen_size(own) if reduce else backbone_size(own, self.scale, None)
@@ -117,11 +119,11 @@ def _size(images: Tensor) -> Size:
 
 
 def trained_names(model: Segmenter) -> set[str]:
-    """Return the names in the state dict that training changes: what a checkpoint has to hold.
+    """Return the state-dict names that a checkpoint must contain because training changes them.
 
-    Trainable parameters, and the buffers of the head and of trained parts (running means). A backbone of random weights
-    is held whole, since it cannot be had again, and so is a head whose frozen part comes from no file; but for
-    quantised weights, which the seed gives again.
+    These are trainable parameters, and the buffers of the head and of trained modules (running means). A randomly
+    initialised backbone is included as a whole, since no file can restore it; so is a head whose frozen part comes
+    from no file. Quantised weights are excluded, since the seed reproduces them.
     """
     state = model.state_dict().keys()
     parameters = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
@@ -137,27 +139,27 @@ def trained_names(model: Segmenter) -> set[str]:
 
 
 def frozen_tensors(model: Segmenter) -> Iterator[tuple[str, Tensor]]:
-    """Yield parameters and buffers, with their names, of the modules that hold no trained parameter of their own.
+    """Yield names, parameters and buffers of the modules without a trainable parameter of their own.
 
-    Of quantised layers, scales too, which are neither.
+    Quantised layers also yield their scales, which are neither parameters nor buffers.
     """
     for where, part in model.named_modules():
         own = [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]
         if _is_quantised(part):
-            rounding = getattr(part, "compute_dtype", None)  # of 4 bits: what its first use makes of the bias
+            rounding = getattr(part, "compute_dtype", None)  # 4-bit layers cast the bias at their first forward
             own = [(name, value.to(rounding) if name == "bias" else value) for name, value in part.state_dict().items()]
         if not any(tensor.requires_grad for _, tensor in own):
             yield from ((f"{where}.{name}", tensor) for name, tensor in own)
 
 
 def constants(model: nn.Module) -> dict[str, Tensor]:
-    """Return the buffers that the state dict leaves out: colours, and rotation frequencies, which a file may say."""
+    """Return the non-persistent buffers: colour statistics, and rotation frequencies that a weights file may set."""
     state = model.state_dict().keys() | quantised_names(model)
     return {name: buffer for name, buffer in model.named_buffers() if name not in state}
 
 
 def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """Return a hash of tensors: their names, shapes and sampled values, in the order given."""
+    """Return a hash of the names, shapes and sampled values of tensors, in the given order."""
     digest = hashlib.sha256()
     for name, value in tensors:
         flat = value.detach().flatten()
@@ -168,7 +170,7 @@ def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def quantised_names(model: nn.Module) -> set[str]:
-    """Return the names in the state dict of quantised layers: weights, scales, and biases, which change their type."""
+    """Return the state-dict names of quantised layers: weights, scales, and biases (which change dtype)."""
     names = set()
     for where, part in model.named_modules():
         if _is_quantised(part):

@@ -1,19 +1,19 @@
-"""Where parts are laid over one another: colour and class id from the same coverage, so that both agree."""
+"""Canvas that composes parts: colour and class ids come from the same coverage, so that both agree."""
 
 import cv2
 import numpy as np
 
 from dinoseg.synthetic.relief import Sprite
 
-FINEST = 8  # lines thinner than this are drawn with care for their exact width
-SHADE = 0.55  # how much of the light a shadow takes
+FINEST = 8  # below this width in pixels, lines are supersampled to get their exact width
+SHADE = 0.55  # share of the light that a shadow removes
 
 
 class Canvas:
-    """A frame in the making: `rgb` (H, W, 3) uint8 and `mask` (H, W) uint8.
+    """A frame under construction: `rgb` (H, W, 3) uint8 and `mask` (H, W) uint8.
 
-    `unit` is the length in pixels of one design unit; `camera` is the shift (x, y) in pixels that what is
-    fixed to the tissue makes against the frame.
+    `unit` is the length in pixels of one design unit; `camera` is the shift (x, y) in pixels of objects fixed to the
+    tissue relative to the frame.
     """
 
     def __init__(self, rgb: np.ndarray, unit: float, camera: np.ndarray) -> None:
@@ -21,7 +21,7 @@ class Canvas:
         self.mask: np.ndarray = np.zeros(rgb.shape[:2], np.uint8)
 
     def paste(self, sprite: Sprite, place: np.ndarray, scale: float = 1.0, gain: float = 1.0) -> None:
-        """Lay a part down: `place` is (x, y, angle[, squash]) of its joint, radians, pixels.
+        """Paste a part with its joint at `place`: (x, y, angle[, squash]), in pixels and radians.
 
         `squash` shrinks it across its axis, as a turn out of the image plane does.
         """
@@ -40,7 +40,7 @@ class Canvas:
         self.lay(colour, cover, sprite.label, (left, top))
 
     def shade(self, sprite: Sprite, place: np.ndarray, scale: float, lift: float) -> None:
-        """Drop the soft shadow of a part that floats `lift` units above what lies below."""
+        """Draw the soft shadow of a part that floats `lift` units above the surface."""
         forward = _placement(sprite, place, scale)
         forward[:, 2] += 0.35 * lift * self.unit, 0.8 * lift * self.unit
         room_y = (sprite.shadow.shape[0] * 4 - sprite.rgba.shape[0]) // 8 * 4
@@ -64,14 +64,14 @@ class Canvas:
             fixed = np.rint((points - (left, top)) * 16).astype(np.int32)
             cv2.polylines(cover, [fixed], False, 255, thick, cv2.LINE_AA, 4)
             return cover
-        # cv2 widens thin smooth lines by up to two pixels: draw large, then shrink
+        # cv2 widens thin antialiased lines by up to two pixels: draw enlarged, then downsample
         large = cv2.resize(cover, None, fx=4, fy=4)
         fixed = np.rint((points - (left, top) + 0.5) * 64 - 8).astype(np.int32)
         cv2.polylines(large, [fixed], False, 255, 4 * thick - 2, cv2.LINE_8, 4)
         return cv2.resize(large, cover.shape[::-1], interpolation=cv2.INTER_AREA)
 
     def shade_stroke(self, points: np.ndarray, thick: int, lift: float, strength: float) -> None:
-        """Drop the shadow of a line."""
+        """Draw the shadow of a line."""
         moved = points + (0.3 * lift * self.unit, 0.8 * lift * self.unit)
         window = self.around(moved, thick + 4 * self.unit)
         if window is not None:
@@ -79,14 +79,14 @@ class Canvas:
             self._darken(dark, strength, window[:2])
 
     def around(self, points: np.ndarray, reach: float) -> tuple[int, int, int, int] | None:
-        """Return the part of the frame (left, top, right, bottom) within `reach` of the points, if any."""
+        """Return the frame area (left, top, right, bottom) within `reach` of the points, or None if it is empty."""
         height, width = self.mask.shape[:2]
         left, top = np.maximum(np.floor(points.min(axis=0) - reach).astype(int), 0)
         right, bottom = np.minimum(np.ceil(points.max(axis=0) + reach).astype(int) + 1, (width, height))
         return (int(left), int(top), int(right), int(bottom)) if left < right and top < bottom else None
 
     def lay(self, colour: np.ndarray, cover: np.ndarray, label: int, corner: tuple[int, int]) -> None:
-        """Lay premultiplied `colour` (h, w, 3) with `cover` (h, w) at `corner` (x, y), and its id beneath."""
+        """Blend premultiplied `colour` (h, w, 3) with `cover` (h, w) at `corner` (x, y), and set the class id."""
         left, top = corner
         part = np.s_[top : top + cover.shape[0], left : left + cover.shape[1]]
         behind = cv2.cvtColor(cv2.bitwise_not(cover), cv2.COLOR_GRAY2RGB)

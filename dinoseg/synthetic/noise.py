@@ -1,4 +1,4 @@
-"""Smooth random fields and smooth random motion: what tissue, steel and movement are made of."""
+"""Smooth random fields for textures, and smooth random functions of time for motion."""
 
 from collections.abc import Sequence
 
@@ -21,7 +21,7 @@ def fractal(rng: np.random.Generator, shape: Sequence[int], cell: float, octaves
 
 
 def smoothstep(low: float, high: float, values: np.ndarray) -> np.ndarray:
-    """Rise from 0 at `low` to 1 at `high` without a kink."""
+    """Return a smooth step from 0 at `low` to 1 at `high`."""
     share = np.clip((values - low) / (high - low), 0, 1)
     return share * share * (3 - 2 * share)
 
@@ -38,9 +38,9 @@ def vary(rng: np.random.Generator, colour: Sequence[float], amount: float = 0.15
 
 
 class Wander:
-    """A smooth random function of time in seconds that stays within `low`..`high`.
+    """Smooth random function of time in seconds within `low`..`high`.
 
-    `period` is the length in seconds of its slowest swing.
+    `period` is the length in seconds of its slowest oscillation.
     """
 
     def __init__(self, rng: np.random.Generator, low: float, high: float, period: float = 6.0) -> None:

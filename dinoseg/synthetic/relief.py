@@ -1,4 +1,4 @@
-"""Small sculptures: parts of instruments built from rounded shapes, lit once and kept as sprites."""
+"""Instrument parts built as height fields from rounded shapes, lit once and stored as sprites."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,23 +14,23 @@ DETAIL = 2.0  # sprite pixels per frame pixel
 
 @dataclass
 class Sprite:
-    """A painted part: premultiplied RGB and coverage, and where its joint lies."""
+    """A painted part: premultiplied RGB and coverage, with the position of its joint."""
 
     rgba: np.ndarray  # (h, w, 4) uint8
-    shadow: np.ndarray  # (h, w) uint8, coverage blurred, at a quarter of the sprite's resolution
+    shadow: np.ndarray  # (h, w) uint8, blurred coverage at a quarter of the sprite's resolution
     pivot: tuple[float, float]  # (x, y) in sprite pixels
     label: int
 
 
 def disc(x: np.ndarray, y: np.ndarray, centre: tuple[float, float], radius: float) -> np.ndarray:
-    """Signed distance to a disc: negative inside."""
+    """Return the signed distance to a disc, negative inside."""
     return np.hypot(x - centre[0], y - centre[1]) - radius
 
 
 def box(
     x: np.ndarray, y: np.ndarray, centre: tuple[float, float], half: tuple[float, float], radius: float
 ) -> np.ndarray:
-    """Signed distance to a box with rounded corners: negative inside."""
+    """Return the signed distance to a box with rounded corners, negative inside."""
     away_x = np.abs(x - centre[0]) - half[0] + radius
     away_y = np.abs(y - centre[1]) - half[1] + radius
     outside = np.hypot(np.maximum(away_x, 0), np.maximum(away_y, 0))
@@ -44,7 +44,7 @@ def rod(
     end: tuple[float, float],
     girth: tuple[float, float],
 ) -> np.ndarray:
-    """Signed distance to a rod whose radius goes from `girth[0]` to `girth[1]`: negative inside."""
+    """Return the signed distance to a rod whose radius changes from `girth[0]` to `girth[1]`, negative inside."""
     along = np.subtract(end, start)
     share = ((x - start[0]) * along[0] + (y - start[1]) * along[1]) / max(float(along @ along), 1e-9)
     share = np.clip(share, 0, 1)
@@ -53,7 +53,7 @@ def rod(
 
 
 def metal_sphere(rng: np.random.Generator, warmth: tuple[float, float, float]) -> np.ndarray:
-    """Paint what a steel ball mirrors (64, 64, 3) float32: headlight, reddish tissue, dark horizon."""
+    """Return the reflection of a steel ball (64, 64, 3) float32: headlight, reddish tissue, dark horizon."""
     normal_y, normal_x = np.mgrid[-1:1:64j, -1:1:64j].astype(np.float32)
     normal_z = np.sqrt(np.clip(1 - normal_x**2 - normal_y**2, 0, 1))
     mirror_x, mirror_y = 2 * normal_z * normal_x, 2 * normal_z * normal_y
@@ -83,7 +83,7 @@ class Relief:
         self.gloss = np.zeros((rows, columns), np.float32)
 
     def add(self, inside: np.ndarray, tint: Colour, gloss: float, edge: float, base: float = 0.0) -> None:
-        """Lay a shape on what is there, wherever it is higher: `edge` units of bevel, `base` units up."""
+        """Add a shape wherever it is higher than the surface: `edge` units of bevel, `base` units up."""
         cover = np.clip(0.5 - inside * self.density, 0, 1)
         rise = np.clip(-inside / edge, 0, 1)
         height = (base + edge * np.sqrt(1 - (1 - rise) ** 2)) * (cover > 0)
@@ -94,17 +94,17 @@ class Relief:
         self.cover = np.maximum(self.cover, cover).astype(np.float32)
 
     def engrave(self, inside: np.ndarray, tint: Colour, share: float = 0.8) -> None:
-        """Paint a flat mark (a hole, a slot, a ring, blood) on the surface; coverage stays."""
+        """Paint a flat mark (a hole, a slot, a ring, blood) on the surface; coverage is unchanged."""
         cover = share * np.clip(0.5 - inside * self.density, 0, 1)[..., None]
         self.tint += (np.asarray(tint, np.float32) - self.tint) * cover
         self.gloss *= 1 - 0.8 * cover[..., 0]
 
     def cut(self, inside: np.ndarray) -> None:
-        """Cut a hole through: one sees what lies behind."""
+        """Cut a hole through which the background is visible."""
         self.cover = np.minimum(self.cover, np.clip(0.5 + inside * self.density, 0, 1)).astype(np.float32)
 
     def sprite(self, ball: np.ndarray, pivot: tuple[float, float], label: int, grain: np.ndarray) -> Sprite:
-        """Light the relief with what `ball` reflects; `grain` (h, w) brightens and darkens the surface."""
+        """Return the relief lit by the reflections of `ball`; `grain` (h, w) varies the surface brightness."""
         height = cv2.GaussianBlur(self.height, (0, 0), 0.3 * self.density) * self.density
         slope_x = cv2.Sobel(height, cv2.CV_32F, 1, 0, scale=0.125)
         slope_y = cv2.Sobel(height, cv2.CV_32F, 0, 1, scale=0.125)
@@ -122,7 +122,7 @@ class Relief:
 
 
 def _soften(cover: np.ndarray, reach: float) -> np.ndarray:
-    """Blur coverage for a shadow, on a grid four times coarser, with room for the blur around it."""
+    """Return coverage blurred for a shadow, at a quarter of the resolution, with a margin for the blur."""
     room = 4 * int(np.ceil(reach / 2))
     height, width = cover.shape
     padded = cv2.copyMakeBorder(cover, room, room + -height % 4, room, room + -width % 4, cv2.BORDER_CONSTANT)

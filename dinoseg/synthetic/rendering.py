@@ -1,4 +1,4 @@
-"""Rendering many videos below one folder: several at once, those that are there already kept, nothing else mixed in."""
+"""Parallel rendering of videos below one folder: finished videos are reused, other content is refused."""
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -14,29 +14,29 @@ from dinoseg.utils.workers import in_processes
 
 
 class Rendered(Protocol):
-    """What determines one video's content; its description is kept with the finished video."""
+    """Settings that determine one video's content; their description is stored with the finished video."""
 
     @property
     def description(self) -> Any:
-        """All of its settings."""
+        """All settings of the video."""
         ...
 
     def path(self, root: Path) -> Path:
-        """Return where the finished video lies."""
+        """Return the path of the finished video."""
         ...
 
 
 Video = TypeVar("Video", bound=Rendered)
-_LOCK = ".render.lock"  # in the root: one run at a time
+_LOCK = ".render.lock"  # in the root: one process renders at a time
 
 
 def render_videos(
     root: Path, find: Callable[[], Sequence[Video]], write: Callable[[Video], Any], *, total: int, workers: int
 ) -> None:
-    """Write those of `total` videos that `find` returns, `workers` at once; a second run of one root waits.
+    """Write the videos that `find` returns, out of `total`, with `workers` processes; a second run of one root waits.
 
     Raises:
-        UserError: as `find`; the disk is full or cannot be written.
+        UserError: raised by `find`; or the disk is full or not writable.
     """
     try:
         with locked(root / _LOCK):
@@ -56,17 +56,17 @@ def render_videos(
 def missing(
     root: Path, videos: Iterable[Video], existing: Iterable[Path], description: Callable[[Path], Any], what: str
 ) -> list[Video]:
-    """Return the videos still to be written.
+    """Return the videos that are not written yet.
 
     Args:
-        root: below which they lie.
-        videos: all.
-        existing: what lies where videos do.
-        description: of a finished one.
-        what: a finished one is, `file` or `folder`.
+        root: folder of the videos.
+        videos: all videos of this rendering.
+        existing: paths found where videos are written.
+        description: returns the description of a finished video.
+        what: kind of a finished video, `file` or `folder`.
 
     Raises:
-        UserError: one of them is none of these videos.
+        UserError: an existing path is none of these videos.
     """
     wanted = {video.path(root): video for video in videos}
     for path in existing:
@@ -79,7 +79,7 @@ def missing(
 
 
 def check_least(**settings: tuple[int, int]) -> None:
-    """Refuse settings, each given with its least value, that are below it."""
+    """Refuse settings, each given with its minimum, that are below it."""
     for name, (value, least) in settings.items():
         if value < least:
             raise UserError(f"{name}={value} is too small: give a whole number of at least {least}.")

@@ -1,8 +1,8 @@
-"""Checkpoints that describe themselves: one safetensors file each, read without unpickling anything.
+"""Self-describing checkpoints: one safetensors file each, read without unpickling anything.
 
-A file holds tensors under `model/`, and in `last` also `optimizer/`, `ema/` and `loss_scale/`; its header holds one
-JSON object with the step, the scores, the unresolved config, classes, palette and versions. `last` is what a run goes
-on from, `best` what it is remembered by.
+A file holds tensors under `model/`; `last` also has `optimizer/`, `ema/` and `loss_scale/`. The header holds one JSON
+object with the step, the scores, the unresolved config, classes, palette and versions. A run resumes from `last`;
+`best` holds the weights with the best validation score.
 """
 
 import json
@@ -41,28 +41,28 @@ from dinoseg.utils.wording import count_of, listed, shown
 
 logger = logging.getLogger(__name__)
 FOLDER = "checkpoints"
-HEADS = "heads"  # in the folder of a run of several heads: a run folder of each
-ONE_FILE = "model"  # the stem of what mode=export leaves in its folder
-_PARTS = ("model", "optimizer", "ema", "loss_scale", CONSTANTS)  # what stands before the slash of a tensor's name
-_MOST_TENSORS = 50_000  # the largest backbone with all of its training's state has a tenth of it
+HEADS = "heads"  # subfolder of a multi-head run, with one run folder per head
+ONE_FILE = "model"  # stem of the file that mode=export writes
+_PARTS = ("model", "optimizer", "ema", "loss_scale", CONSTANTS)  # prefixes of tensor names, before the slash
+_MOST_TENSORS = 50_000  # ten times those of the largest backbone with its training state
 
 
 @dataclass
 class Progress:
-    """Where a run stands."""
+    """Progress of a run."""
 
     step: int = 0  # optimizer steps done
     best: float | None = None  # best validation score so far
     best_step: int = 0
-    stale: int = 0  # validations since then
-    owed: bool = False  # the validation due at this step has not come to its end: a run that goes on begins with it
+    stale: int = 0  # validations since the best one
+    owed: bool = False  # whether a validation is pending at this step: a resumed run starts with it
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
-    """Write a checkpoint, whole or not at all.
+    """Write a checkpoint atomically.
 
     Raises:
-        UserError: it cannot be written; an older file of that name stays as it was.
+        UserError: the file cannot be written; an older file of that name stays unchanged.
     """
     write_tensors(path, tensors, {"dinoseg": json.dumps({"format": FORMAT, **info})})
 
@@ -73,10 +73,10 @@ def read(path: Path, *, finite: bool = True, only: Container[str] | None = None)
     Args:
         path: the file.
         finite: refuse tensors that hold NaN or infinity.
-        only: tensors to read; None: all.
+        only: names of the tensors to read; None: all.
 
     Raises:
-        UserError: no such file, not a checkpoint of dinoseg, truncated, of another format, or not finite.
+        UserError: the file is missing, truncated, not finite, of another format, or not a checkpoint of dinoseg.
     """
     file = _read(path, _tensor, only)
     if finite:
@@ -86,7 +86,7 @@ def read(path: Path, *, finite: bool = True, only: Container[str] | None = None)
 
 def _tensor(file: Any, key: str) -> Tensor:
     value = file.get_tensor(key)
-    return value.clone() if sys.platform == "win32" else value  # Windows replaces no file that tensors are mapped from
+    return value.clone() if sys.platform == "win32" else value  # Windows cannot replace a memory-mapped file
 
 
 def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
@@ -94,10 +94,10 @@ def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
 
     Args:
         tensors: by name.
-        where: begins the message.
+        where: start of the error message.
 
     Raises:
-        UserError: some do; `finite_weights=false` is the remedy that is named.
+        UserError: some do; the message suggests `finite_weights=false`.
     """
     odd = [key for key, value in tensors.items() if value.dtype in CASTS and not is_finite(value)]
     if odd:
@@ -108,19 +108,19 @@ def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
 
 
 def outline(path: Path) -> Checkpoint:
-    """Read a checkpoint file's description, and of its tensors no more than names, shapes and types (device meta).
+    """Read a checkpoint's description, and the names, shapes and dtypes of its tensors (on the meta device).
 
     Raises:
-        UserError: as `read`.
+        UserError: see `read`.
     """
     return _read(path, meta_tensor)
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """Read what a checkpoint file says of itself, without its tensors.
+    """Read a checkpoint's description without its tensors.
 
     Raises:
-        UserError: as `read`.
+        UserError: see `read`.
     """
     return _read(path, None).info
 
@@ -135,12 +135,12 @@ def _read(path: Path, value_of: Callable[[Any, str], Tensor] | None, only: Conta
             return Checkpoint(path, {key: value_of(file, key) for key in wanted if value_of}, info)
     except FileNotFoundError:
         raise UserError(f"resume={path}: no such file. Give a run folder or a checkpoint in it.") from None
-    except (SafetensorError, OSError, RuntimeError, TypeError) as error:  # the last where a side is beyond 64 bits
+    except (SafetensorError, OSError, RuntimeError, TypeError) as error:  # TypeError: a dimension exceeds 64 bits
         raise UserError(f"resume={path}: not a readable checkpoint ({error}). Choose another one.") from error
 
 
 def _known(names: Sequence[str], path: Path) -> Sequence[str]:
-    """Return names of tensors, each of which is of a part that a checkpoint has."""
+    """Return the names of a checkpoint's tensors if they are not too many and each has a known prefix."""
     odd = next((name for name in names if name.partition("/")[0] not in _PARTS), None)
     if odd is not None or len(names) > _MOST_TENSORS:
         wrong = f"{len(names)} tensors, above the most, {_MOST_TENSORS}" if odd is None else f"a tensor {shown(odd)}"
@@ -149,14 +149,14 @@ def _known(names: Sequence[str], path: Path) -> Sequence[str]:
 
 
 def find(target: str | Path, prefer: str) -> Path:
-    """Return the checkpoint file that a run folder, that of an export too, or a file path names.
+    """Return the checkpoint file of a run folder or of an export folder, or the given file itself.
 
     Args:
         target: the folder or file.
-        prefer: best or last, which the other one stands in for.
+        prefer: `best` or `last`; the other one is the fallback.
 
     Raises:
-        UserError: there is none, or it is one of several.
+        UserError: there is no checkpoint, or the run has several heads and `best` is ambiguous.
     """
     path = Path(target).expanduser()
     if path.is_file():
@@ -184,13 +184,14 @@ def find(target: str | Path, prefer: str) -> Path:
 
 @dataclass
 class Checkpoints:
-    """A run's own checkpoints: saves `last` and `best`, restores `last`.
+    """Checkpoints of one run: saves `last` and `best`, restores `last`.
 
     Args:
-        folder: where the files go.
-        info: the part of the description that does not change: config, classes, palette, versions.
-        start: the checkpoint to go on from, or None for a new run.
+        folder: folder of the checkpoint files.
+        info: constant part of the description: config, classes, palette, versions.
+        start: the checkpoint to resume from, or None for a new run.
         writes: whether this rank writes files.
+        progress: progress of the run.
     """
 
     folder: Path
@@ -202,9 +203,9 @@ class Checkpoints:
     def restore(
         self, model: Segmenter, optimizer: Optimizer, ema: MovingAverage | None, scale: LossScale | None = None
     ) -> Progress:
-        """Load everything a run needs to go on, and return where it stands.
+        """Load the whole training state of the checkpoint to resume from, and return the progress of the run.
 
-        The best score is discarded where `trainer.score` or `trainer.val_images` has changed: values do not compare.
+        The best score is discarded if `trainer.score` or `trainer.val_images` has changed: values are not comparable.
         """
         self.info = {**self.info, "frozen": frozen_fingerprint(model)}
         if self.start is not None:
@@ -224,7 +225,7 @@ class Checkpoints:
     def save(
         self, model: Segmenter, optimizer: Optimizer, ema: MovingAverage | None, scale: LossScale | None = None
     ) -> None:
-        """Save `last`: weights and all that is needed to go on exactly."""
+        """Save `last`: the weights and all state that an exact resume needs."""
         tensors = {f"model/{name}": value for name, value in _held(model).items()}
         state = _optimizer_state(optimizer)
         tensors |= {f"optimizer/{key}": value for key, value in state.items()}
@@ -233,12 +234,12 @@ class Checkpoints:
         self._write("last", tensors, self.progress, {IDLE: len(without_state(optimizer, state))})
 
     def judge(self, model: Segmenter, score: float, *, lowest: bool = False) -> Progress:
-        """Save `best` where `score` beats all before; the model must hold the weights that were scored.
+        """Save `best` if `score` beats all previous ones; the model must hold the weights that were scored.
 
-        The highest score is the best, or the `lowest`.
+        The highest score is the best, or the lowest if `lowest`.
 
         Returns:
-            Where the run stands with that; `settle` makes it so, once all else of the validation is kept.
+            The updated progress, which `settle` commits once the rest of the validation is saved.
         """
         now = self.progress
         if now.best is not None and (score >= now.best if lowest else score <= now.best):
@@ -248,7 +249,7 @@ class Checkpoints:
         return best
 
     def settle(self, judged: Progress) -> None:
-        """Take over what `judge` has returned."""
+        """Commit the progress that `judge` returned."""
         vars(self.progress).update(vars(judged))
 
     def _write(self, name: str, tensors: Mapping[str, Tensor], progress: Progress, more: Any = None) -> None:
@@ -259,7 +260,7 @@ class Checkpoints:
 
 
 def _chosen_by(info: Mapping[str, Any]) -> str:
-    """Return the score by which a run's best checkpoint is chosen, and of how many images it is."""
+    """Return the score that selects a run's best checkpoint, and the number of images it is computed on."""
     trainer = info.get("config", {}).get("trainer", {})
     images = trainer.get("val_images")
     return f"{trainer.get('score')} of {'all images' if images is None else count_of(images, 'image')}"
@@ -271,7 +272,7 @@ def _held(model: Segmenter) -> dict[str, Tensor]:
 
 
 def _optimizer_state(optimizer: Optimizer) -> dict[str, Tensor]:
-    """Return the optimizer's state by parameter name, so that it does not depend on the groups' order."""
+    """Return the optimizer's state by parameter name, so that it does not depend on the order of groups."""
     return {
         f"{name}/{key}": torch.as_tensor(value)
         for group in optimizer.param_groups

@@ -1,4 +1,4 @@
-"""Where clips come from that are trained on without labels, and how the segments found in them are scored."""
+"""Batches of clips for training without labels, and validation of the segments found in clips."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -26,7 +26,7 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Count
 
 logger = logging.getLogger(__name__)
-SCORES = ("ari", "fg_ari", "mbo")  # of a validation where there are masks
+SCORES = ("ari", "fg_ari", "mbo")  # of a validation with masks
 
 
 @dataclass
@@ -34,15 +34,15 @@ class ClipFeed:
     """Batches of clips for one rank.
 
     Args:
-        train: clips to draw from; their masks are never read.
-        val: clips to validate on, whole.
-        view: what the model sees of a training clip.
+        train: training clips; their masks are never read.
+        val: validation clips, used at full length.
+        view: maps the frames of a training clip to what the model sees.
         batch_size: clips in a batch, over all ranks.
-        seed: decides order and views, with epoch and clip.
-        workers: loading processes.
+        seed: determines order and views, together with epoch and clip.
+        workers: data-loading processes.
         rank: this rank.
         world: number of ranks.
-        pictures: validation clips that are shown at each validation, the same ones every time.
+        pictures: number of validation clips that each validation visualises, the same ones every time.
         following: how slots are followed from frame to frame in validation.
     """
 
@@ -73,7 +73,7 @@ class ClipFeed:
 
     @property
     def remedy(self) -> str:
-        """Return what lets batches come sooner, in a sentence."""
+        """Return advice on loading batches faster, in a sentence."""
         return more_workers(self.workers)
 
     def train_batches(self, start: int) -> Iterator[ClipBatch]:
@@ -91,23 +91,23 @@ class ClipFeed:
 
     @property
     def epoch(self) -> float:
-        """Batches in which each clip is seen once."""
+        """Return the number of batches in which each clip is seen once."""
         return len(self.train) / self.batch_size
 
     def tally(self, engine: Engine) -> None:
-        """Count nothing: clips have no classes."""
+        """Return None: clips have no classes to count."""
 
     @torch.no_grad()
     def validate(self, model: Segmenter, loss: Loss, engine: Engine) -> Validation:
-        """Return the loss and, where there are masks, `ari`, `fg_ari` and `mbo`, means over the clips; and pictures.
+        """Return the loss and, if there are masks, `ari`, `fg_ari` and `mbo`, as means over clips; and visualisations.
 
-        The loss is that of each clip's first frames, as many and as far apart as in training, seen in the middle; a
-        clip with fewer is left out of it. The scores are those of the segments in the whole clip at the masks' own
-        size, as in protocol=video_clustering.
+        The loss is that of each clip's first frames, in the number and spacing of training, with a centred view.
+        Clips with fewer frames are excluded from it. The scores are those of the segments in the whole clip at the
+        masks' own size, as in protocol=video_clustering.
         """
         training = model.training
         model.eval()
-        sums = np.zeros(2 * len(self.score_names))  # of each score, and of how many clips have it
+        sums = np.zeros(2 * len(self.score_names))  # of each score, and of the clips that have it
         pictures: dict[str, np.ndarray] = {}
         shown = spread(len(self.val), self.pictures, self.world)
         for index in range(self.rank, len(self.val), self.world):

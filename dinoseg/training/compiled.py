@@ -1,4 +1,4 @@
-"""A backbone's blocks, and a head's copies of them, compiled for the first size that comes twice running."""
+"""Compilation of a backbone's blocks, and of a head's copies of them, for the first shape seen twice in a row."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -16,16 +16,16 @@ T = TypeVar("T")
 
 
 def compile_blocks(backbone: Backbone, copies: Sequence[nn.Module] = ()) -> None:
-    """Let torch compile each block for the first shape of tokens that comes twice running; others run as ever.
+    """Compile each block for the first shape of tokens that occurs twice in a row; other shapes run uncompiled.
 
-    So it does with `copies` of blocks that a head has.
+    The same holds for `copies`, a head's copies of blocks.
 
-    Nothing is compiled twice: other sizes, of a validation or of a last batch, are not worth the wait. Where torch
-    cannot compile here, blocks run as ever, which is said once. So does the last one where its attention is asked for,
-    which compiled code does not show.
+    Nothing is compiled twice: other sizes, as in a validation or a last batch, are not worth the wait. If torch cannot
+    compile here, blocks run uncompiled, and a warning is logged once. The last block also runs uncompiled when its
+    attention is requested, which compiled code does not expose.
 
     Raises:
-        UserError: it is a pyramid, whose stages are no blocks.
+        UserError: the backbone is a pyramid, whose stages are not blocks.
     """
     if backbone.is_pyramid:
         raise UserError("engine.compile=true: blocks of a vision transformer are compiled. Leave it out for a pyramid.")
@@ -37,7 +37,7 @@ def compile_blocks(backbone: Backbone, copies: Sequence[nn.Module] = ()) -> None
 
 
 class _State:
-    """What the blocks of a backbone share."""
+    """State shared by the blocks of a backbone."""
 
     failed = False
 
@@ -53,7 +53,7 @@ class _Once:
         self._rests = False
 
     def resting(self, call: Callable[[Tensor], T], images: Tensor) -> T:
-        """Return what a call makes of images, the block within it as ever."""
+        """Return the result of `call` on images, with this block uncompiled."""
         self._rests = True
         try:
             return call(images)

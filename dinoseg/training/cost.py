@@ -1,4 +1,4 @@
-"""What a model costs: how large it is, and how fast and with what memory it was trained."""
+"""Cost of a model: its size, and the speed and memory of its training."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,7 +13,7 @@ COST = "cost.json"  # in the run folder of a training
 
 
 def count_numbers(parameters: Iterable[Tensor]) -> dict[str, int]:
-    """Return how many numbers parameters hold, `total` and `trainable`."""
+    """Return the number of values that parameters hold, as `total` and `trainable`."""
     parameters = list(parameters)
     return {
         "total": sum(parameter.numel() for parameter in parameters),
@@ -22,7 +22,7 @@ def count_numbers(parameters: Iterable[Tensor]) -> dict[str, int]:
 
 
 def cost_of(model: nn.Module, log: Path) -> dict[str, Any]:
-    """Return how large a model is, and how fast and with what peak memory the run was, from its metrics.jsonl."""
+    """Return a model's size, and the speed and peak memory of its run, read from the run's metrics.jsonl."""
     rows = [row for row in read_rows(log) if "train/images_per_s" in row]
     counts = count_numbers(model.parameters())
     return {

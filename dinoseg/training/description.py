@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself, checked where it is read: each thing of its type, nothing deep, nothing huge."""
+"""Description of a checkpoint, validated when read: each entry has its type, limited depth and limited size."""
 
 import json
 from collections.abc import Mapping
@@ -11,27 +11,27 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import shown
 
 FORMAT = 1
-MODEL = ("backbone", "adapter", "head", "loss", "optim", "trainer")  # groups that a checkpoint fixes
+MODEL = ("backbone", "adapter", "head", "loss", "optim", "trainer")  # config groups that a checkpoint fixes
 GROUPS = ("resolution", "data", *MODEL)
 CHOSEN = ("hparam", "data", *MODEL)
-_LARGEST = 2**20  # letters of a description
+_LARGEST = 2**20  # characters of a description
 _DEEPEST = 32
-IDLE = "idle"  # of `last`: how many parameters had no optimizer state
+IDLE = "idle"  # key in `last`: number of parameters without optimizer state
 _COUNT = forms.whole()
-_COUNTS = ("step", "best_step", "stale")  # of the progress
+_COUNTS = ("step", "best_step", "stale")  # in the progress
 
 
 def read_description(text: str | None, path: Path) -> dict[str, Any]:
     """Return the description in a safetensors file's header.
 
     Raises:
-        UserError: there is none, it is of another format, or something in it is not what dinoseg writes.
+        UserError: there is none, it has another format, or it has an entry that dinoseg does not write.
     """
     where = f"resume={path}"
     if text is not None and len(text) > _LARGEST:
         raise UserError(f"{where}: its description has {len(text)} letters, above the most, {_LARGEST}. {_OTHER}")
     try:
-        info = json.loads(text or "null")  # not forms.parse_json: a config may hold .inf, which a recipe can say
+        info = json.loads(text or "null")  # not forms.parse_json: a config may hold .inf, which recipes can set
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: its description cannot be read ({type(error).__name__}). {_OTHER}") from error
     if not isinstance(info, dict):
@@ -75,7 +75,7 @@ def _names_by_name(value: Any, where: str) -> None:
 
 
 def _choices(value: Any, where: str) -> None:
-    """Form of an option of each group, which is no interpolation: it goes into the config as it is."""
+    """Validate an option name for each group; interpolations are refused, since the names go into the config."""
     _names_by_name(value, where)
     forms.holding(**dict.fromkeys(CHOSEN, _name))(value, where)
     if any("${" in option or option == "???" for option in value.values()):
@@ -88,7 +88,7 @@ def _folder(value: Any, where: str) -> None:
 
 
 _FINITE = forms.number()
-RULES: Mapping[str, tuple[forms.Form, str]] = {  # key to the form of its value, and that form in words
+RULES: Mapping[str, tuple[forms.Form, str]] = {  # key to the form of its value, and a description of that form
     "format": (_COUNT, "a whole number"),
     "progress": (
         forms.some_of(**dict.fromkeys(_COUNTS, _COUNT), best=forms.maybe(_FINITE), owed=forms.flag),

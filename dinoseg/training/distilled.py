@@ -1,4 +1,4 @@
-"""Batches of views with what a teacher says of them, and the loss of both: its scores are kept of whole images."""
+"""Batches of views with a teacher's class scores, which are cached per image, and the loss on both."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -26,17 +26,17 @@ from dinoseg.training.image_feed import ImageFeed
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import NotNegative, Temperature
 
-_LONGEST = 2**24  # pixels of a side
+_LONGEST = 2**24  # maximum side in pixels
 Look = Callable[[], SeenScores]
 
 
 @dataclass
 class KeptScores:
-    """A teacher's class scores of whole images: read where they are kept, else asked for and kept.
+    """A teacher's class scores of whole images: read from a cache, or computed and cached.
 
     Args:
-        ask: from an image (3, H, W) uint8 to scores (K, h, w) and the share of that grid that it covers.
-        store: where they are kept.
+        ask: maps an image (3, H, W) uint8 to scores (K, h, w) and the share of that grid that the image covers.
+        store: cache of the scores.
         classes: K.
     """
 
@@ -45,10 +45,10 @@ class KeptScores:
     classes: int
 
     def look(self, drawn: TrainViews, epoch: int, sample: int) -> SeenScores:
-        """Return the scores of the view of an image that a sample is in an epoch.
+        """Return the scores of the view that a sample shows in an epoch.
 
         Raises:
-            UserError: the image cannot be read, or the teacher cannot say.
+            UserError: the image cannot be read, or the teacher cannot predict it.
         """
         draw, data = drawn.draw(epoch, sample), drawn.data
         scores, (height, width, *valid) = self._of_image(data, draw.image)
@@ -59,7 +59,7 @@ class KeptScores:
         return SeenScores.of(scores, (valid[0], valid[1]), matrix, (mask.shape[0], mask.shape[1]))
 
     def _of_image(self, data: SegmentationData, index: int) -> tuple[Tensor, list[float]]:
-        """Return scores (K, h, w) of an image as its file has it, and its height, width and shares of the grid."""
+        """Return scores (K, h, w) of an image at its file's own size, and its height, width and shares of the grid."""
         files = data.source if isinstance(data, PairDataset) else data
         key = hash_of(image_hash(files, index))
         kept = self.store.get(key)
@@ -77,7 +77,7 @@ class KeptScores:
         return kept[0], kept[1].view(torch.float64).tolist()
 
     def _fits(self, kept: Sequence[Tensor]) -> bool:
-        """Return whether tensors are scores of so many classes, a size and shares."""
+        """Return whether cached tensors are scores of `classes` classes, with a valid size and valid shares."""
         if len(kept) != 2 or kept[0].dim() != 3 or (kept[1].dtype, kept[1].shape) != (torch.uint8, (32,)):
             return False
         facts = kept[1].view(torch.float64)
@@ -88,44 +88,44 @@ class KeptScores:
 
 @dataclass
 class Part:
-    """Samples of one kind, and how the teacher's scores of each are had."""
+    """Samples of one kind, each with a function that returns the teacher's scores of it."""
 
     batch: Batch | Views
     looks: list[Look]
 
     def split(self, parts: int) -> list["Part"]:
-        """Return so many parts of the samples in their order, of equal sizes but for one sample."""
+        """Split the samples in their order into parts whose sizes differ by at most one sample."""
         rest = iter(self.looks)
         return [Part(batch, list(islice(rest, len(batch.names)))) for batch in self.batch.split(parts)]
 
 
 @dataclass
 class ScoredBatch:
-    """Samples with masks, and behind them those without if there are any, whose scores are had on the way."""
+    """Samples with masks, followed by those without, if any; `to` looks up the teacher's scores."""
 
     parts: list[Part]
 
     @property
     def names(self) -> list[str]:
-        """The names of the samples with or without masks, whichever are fewer: of these each share of a batch has."""
+        """Return the names of the kind with fewer samples: each part of a split batch has to hold some of them."""
         return min((part.batch.names for part in self.parts), key=len)
 
     @property
     def with_masks(self) -> "Batch | Views":
-        """The samples with masks."""
+        """Return the samples with masks."""
         return self.parts[0].batch
 
     @property
     def count(self) -> int:
-        """The number of images."""
+        """Return the number of images."""
         return sum(len(part.batch.names) for part in self.parts)
 
     def split(self, parts: int) -> list["ScoredBatch"]:
-        """Return so many batches of the samples of each kind in their order."""
+        """Split the samples of each kind, in their order, into `parts` batches."""
         return [ScoredBatch(list(each)) for each in zip(*(part.split(parts) for part in self.parts), strict=True)]
 
     def to(self, device: torch.device) -> "DistilledBatch":
-        """Return the samples in one batch on `device`, and the teacher's scores of each."""
+        """Return all samples as one batch on `device`, with the teacher's scores of each."""
         batches = [part.batch.to(device) for part in self.parts]
         seen = [look().to(device) for part in self.parts for look in part.looks]
         masks, names = torch.cat([batch.mask for batch in batches]), [name for each in batches for name in each.names]
@@ -134,32 +134,32 @@ class ScoredBatch:
 
 @dataclass
 class DistilledBatch(Batch):
-    """Views with the teacher's scores of each; of the first `labelled` masks are learnt."""
+    """Views with the teacher's scores of each; the masks of the first `labelled` ones are used as labels."""
 
     seen: list[SeenScores]
     labelled: int
 
     @property
     def with_masks(self) -> Batch:
-        """The views with masks."""
+        """Return the views with masks."""
         own = slice(0, self.labelled)
         return Batch(mapped(self.image, lambda part: part[own]), self.mask[own], self.names[own])
 
 
 @dataclass(kw_only=True)
 class DistilFeed(ImageFeed):
-    """Batches for a student of a trained segmenter: of images with masks, and beside them of images without.
+    """Batches for distillation from a trained segmenter: images with masks, and optionally images without.
 
     Args:
-        scores: the teacher's.
-        others: what batches of images without masks are drawn by; None: there are none.
+        scores: scores of the teacher.
+        others: feed of the images without masks; None: there are none.
     """
 
     scores: KeptScores
     others: ImageFeed | None = None
 
     def __post_init__(self) -> None:
-        """Refuse views of which it is not known where they lie in their image."""
+        """Refuse augmentations that do not report where a view lies in its image."""
         super().__post_init__()
         if not (isinstance(self.augment, Augment) and goes_with(type(self.augment), "place", "__call__")):
             raise UserError(
@@ -178,13 +178,13 @@ class DistilFeed(ImageFeed):
 
 
 class DistilledLoss(Loss):
-    """A loss of images with masks, and, times `weight`, of the divergence from a teacher on all images.
+    """Sum of a loss on images with masks and `weight` times the divergence from a teacher on all images.
 
     Args:
-        criterion: the loss of masks.
-        weight: of the divergence.
-        temperature: that scores of both are divided by in it, see `divergence`; a larger one than it takes leaves
-            nothing of their differences in float32.
+        criterion: the loss on masks.
+        weight: weight of the divergence.
+        temperature: divisor of both models' scores in the divergence, see `divergence`. Values above its limit
+            would leave nothing of the scores' differences in float32.
     """
 
     def __init__(self, criterion: Loss, weight: NotNegative = 1.0, temperature: Temperature = 1.0) -> None:
@@ -194,7 +194,7 @@ class DistilledLoss(Loss):
         self.num_divisors, self.divisor = criterion.num_divisors + (1 if weight else 0), criterion.divisor
 
     def forward(self, prediction: Prediction, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the sum; parts are those of the images with masks, and `teacher`: the divergence."""
+        """Return the loss; its parts are those of the images with masks, and `teacher`, the divergence."""
         if not isinstance(batch, DistilledBatch):
             return self.criterion(prediction, batch)
         value, parts = self.criterion(prediction.of_images(slice(0, batch.labelled)), batch.with_masks)
@@ -202,12 +202,12 @@ class DistilledLoss(Loss):
         return value + self.weight * taught, {**parts, "teacher": taught.detach()}
 
     def divisors(self, batch: Any) -> Tensor:
-        """Return the divisors of the loss of masks, and the number of images."""
+        """Return the divisors of the loss on masks, and the number of images."""
         own = self.criterion.divisors(batch.with_masks)
         return torch.cat([own, own.new_full((1,), batch.count)]) if self.weight else own
 
     def in_step(self, prediction: Prediction, batch: Any, divisors: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Return the part of a batch in the loss of a step, the loss of the batch alone, and its parts by name."""
+        """Return the batch's part of a step's loss, the loss of the batch alone, and its parts by name."""
         own = self.criterion.num_divisors
         labelled = prediction.of_images(slice(0, batch.labelled))
         part, value, parts = self.criterion.in_step(labelled, batch.with_masks, divisors[:own])
@@ -221,7 +221,7 @@ class DistilledLoss(Loss):
 
 
 def _parts(scores: KeptScores, feed: ImageFeed, batches: Iterator[Batch | Views], start: int) -> Iterator[Part]:
-    """Yield batches of a feed with what tells the teacher's scores of each sample."""
+    """Yield the batches of a feed, with a function for each sample that returns the teacher's scores."""
     drawn = feed.drawn
 
     def later(epoch: int, sample: int) -> Look:
@@ -232,7 +232,7 @@ def _parts(scores: KeptScores, feed: ImageFeed, batches: Iterator[Batch | Views]
 
 
 def _joined(images: Sequence[Tensor | FrozenFeatures]) -> Any:
-    """Return images, or what is frozen of them, one behind the other."""
+    """Concatenate images, or their frozen features, along the batch."""
     first = images[0]
     if isinstance(first, Tensor):
         return torch.cat([image for image in images if isinstance(image, Tensor)])
@@ -241,5 +241,5 @@ def _joined(images: Sequence[Tensor | FrozenFeatures]) -> Any:
 
 
 def _mask(data: SegmentationData, index: int) -> np.ndarray:
-    """Return the mask (H, W) of an image as a view's geometry reads it."""
+    """Return the mask (H, W) of an image in the form that determines a view's geometry."""
     return data.mask(index) if isinstance(data, PairDataset | Unmasked) else data[index]["mask"].numpy()

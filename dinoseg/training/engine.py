@@ -1,4 +1,4 @@
-"""Devices, precision and ranks: the only importer of accelerate."""
+"""Devices, precision and ranks; the only module that imports accelerate."""
 
 import logging
 import math
@@ -29,14 +29,14 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 SHARDINGS = ("none", "fsdp")
 CACHES = ("auto", "off", "disk", "memory")
-_PIXELS, _IMAGES, _FRAMES = 2**21, 16, 4  # predicted at once on an accelerator: of images, images, frames of a video
+_PIXELS, _IMAGES, _FRAMES = 2**21, 16, 4  # predicted at once on an accelerator: pixels, images, video frames
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """Return the device of that name; `auto` takes CUDA, then MPS, then the CPU.
+    """Return the device of the given name; `auto` prefers CUDA, then MPS, then the CPU.
 
     Raises:
-        UserError: the device is unknown or not on this machine.
+        UserError: the device is unknown or not available on this machine.
     """
     have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
@@ -53,21 +53,21 @@ def choose_device(name: str = "auto") -> torch.device:
 
 
 class Engine:
-    """One rank's device, precision and view of the others.
+    """Device and precision of one rank, and its communication with the other ranks.
 
     Args:
         device: auto, cuda, mps or cpu.
-        precision: auto, bf16, fp16 or fp32, see `compute_dtype`. bf16 and fp16 are autocast; weights stay float32.
-            fp16 scales losses (`LossScale`), and is for GPUs without bfloat16.
-        workers: processes that load data, per rank; auto: two, and more where they are waited for and bring more.
+        precision: auto, bf16, fp16 or fp32, see `compute_dtype`. bf16 and fp16 use autocast; weights stay float32.
+            fp16 scales losses (`LossScale`), and is meant for GPUs without bfloat16.
+        workers: data-loading processes per rank; auto: two, and more if training waits for data and they help.
         eval_batch_size: images of one size predicted at once when scoring, per rank; auto: see `images_at_once`.
-        devices: the number of ranks that were to be started from here.
-        sharding: none, each rank has all weights; or fsdp, each has a part of each (several ranks).
-        cache: whether what the frozen part of a model gives is kept: auto (where that pays), off, disk or memory.
-        rendezvous_timeout: seconds that ranks wait for one another before they begin.
-        rank_timeout: seconds that a rank waits for the others at work, before it takes them for stuck.
+        devices: number of ranks that were requested; 1 accepts any number.
+        sharding: none: each rank holds all weights; fsdp: each rank holds a shard of each weight (several ranks).
+        cache: whether outputs of the model's frozen part are cached: auto (if that pays off), off, disk or memory.
+        rendezvous_timeout: seconds that ranks wait for one another at the start.
+        rank_timeout: seconds that a rank waits for the others during the run before it considers them stuck.
         compile: whether torch compiles the backbone's blocks and copies of them, see `compile_blocks`.
-        tf32: whether products of float32 matrices are computed in TF32 (10 bits of mantissa), on GPUs from Ampere on.
+        tf32: whether float32 matrix products are computed in TF32 (10 bits of mantissa), on GPUs from Ampere on.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class Engine:
             raise UserError(f"engine.eval_batch_size={eval_batch_size} is unknown. Choose auto, or a number of images.")
         if sharding not in SHARDINGS:
             raise UserError(f"engine.sharding={sharding} is unknown. Choose {' or '.join(SHARDINGS)}.")
-        # accelerate keeps these between engines of one process (sweeps, tests): a new engine starts afresh
+        # accelerate stores these per process, which sweeps and tests share between engines
         AcceleratorState._reset_state(reset_partial_state=False)
         GradientState._reset_state()
         if not torch.distributed.is_initialized():
@@ -110,7 +110,7 @@ class Engine:
             cpu=chosen.type == "cpu",
             mixed_precision=NAMES[self.dtype] if self.half else "no",
             device_placement=True,
-            kwargs_handlers=[GradScalerKwargs(enabled=False)],  # `LossScale` does it, without waiting for the device
+            kwargs_handlers=[GradScalerKwargs(enabled=False)],  # `LossScale` scales, without a device sync
         )
         if devices not in (1, self.world):
             raise UserError(f"engine.devices={devices}: this mode runs on {self.world}. Leave engine.devices out.")
@@ -126,7 +126,7 @@ class Engine:
         if compile and self.sharded:
             raise UserError(f"engine.compile=true with engine.sharding={sharding}: leave one of them out.")
         self.compile = compile
-        self._lockstep: Lockstep | None = None  # of the model that was placed, if its weights are shared out
+        self._lockstep: Lockstep | None = None  # of the placed model, if it is sharded
         self.workers = workers
         if self.is_main:
             warn_of_many(workers)
@@ -134,39 +134,39 @@ class Engine:
 
     @property
     def precision(self) -> str:
-        """What is computed in: bf16, fp16 or fp32."""
+        """Return the name of the compute precision: bf16, fp16 or fp32."""
         return NAMES[self.dtype]
 
     @property
     def half(self) -> bool:
-        """Whether autocast computes in 16 bits, bfloat16 or float16."""
+        """Return whether autocast computes in 16 bits, bfloat16 or float16."""
         return self.dtype != torch.float32
 
     @property
     def device(self) -> torch.device:
-        """The device of this rank."""
+        """Return the device of this rank."""
         return self.accelerator.device
 
     @property
     def rank(self) -> int:
-        """This process's number among all, from 0."""
+        """Return the index of this process among all processes, from 0."""
         return self.accelerator.process_index
 
     @property
     def world(self) -> int:
-        """The number of processes."""
+        """Return the number of processes."""
         return self.accelerator.num_processes
 
     @property
     def is_main(self) -> bool:
-        """Whether this rank writes files and prints."""
+        """Return whether this rank writes files and prints."""
         return self.rank == 0
 
     def place(self, model: Segmenter) -> Segmenter:
-        """Bring a model to the device, or this rank's part of it; an optimizer is made after that.
+        """Move a model, or this rank's shard of it, to the device; create the optimizer afterwards.
 
         Raises:
-            UserError: its weights cannot be shared out.
+            UserError: the weights cannot be sharded.
         """
         if not self.sharded:
             model = model.to(self.device)
@@ -178,16 +178,16 @@ class Engine:
         return model
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        """Make a model that was placed ready to train: with several ranks, gradients are averaged over them.
+        """Wrap a placed model for training; with several ranks, gradients are averaged over them.
 
-        On several CUDA devices, BatchNorm takes its statistics over all of them; elsewhere each rank takes those of its
-        own images, and the first one's running means are scored and saved. Under autocast, frozen weights are cast
-        once, and not in every pass.
+        On several CUDA devices, BatchNorm computes its statistics over all of them. Elsewhere each rank uses its own
+        images, and rank 0's running means are scored and saved. Under autocast, frozen weights are cast once instead of
+        in every pass, unless the model is sharded or compiled.
         """
         if self.half and not (self.sharded or self.compile):
             keep_casts(model)
         if self.sharded:
-            return self.accelerator.prepare_model(model, evaluation_mode=True)  # it averages its gradients itself
+            return self.accelerator.prepare_model(model, evaluation_mode=True)  # FSDP averages gradients itself
         return self.accelerator.prepare(self._synchronised(model))
 
     def _synchronised(self, model: Any) -> Any:
@@ -195,7 +195,7 @@ class Engine:
         return nn.SyncBatchNorm.convert_sync_batchnorm(model) if several else model
 
     def align(self, model: nn.Module) -> None:
-        """Give every rank the first one's buffers (running means), as they are saved."""
+        """Broadcast rank 0's buffers (running means) to all ranks, as they are saved."""
         if self.world > 1:
             for buffer in model.buffers():
                 torch.distributed.broadcast(buffer, src=0)
@@ -203,8 +203,9 @@ class Engine:
     def images_at_once(self, size: Size | None = None) -> int:
         """Return how many images of `size` (H, W), or frames of a video, are predicted at once when scoring.
 
-        By itself it is one on a CPU, where more are no faster; elsewhere so many as together are of the pixels of an
-        image of full HD, at most 16, and 4 frames. A larger image is one, so that none is cut for being of a batch.
+        A number in `eval_batch_size` is returned as such. With auto, it is 1 on a CPU, where larger batches are no
+        faster. On an accelerator, images together have at most the pixels of a full-HD image and number at most 16;
+        frames number 4. A larger image forms a batch of its own, so that batching never causes an image to be cut.
         """
         if not isinstance(self.eval_batch_size, str):
             return self.eval_batch_size
@@ -213,23 +214,26 @@ class Engine:
         return _FRAMES if size is None else max(1, min(_IMAGES, _PIXELS // math.prod(size)))
 
     def seed(self, seed: int, step: int) -> None:
-        """Make the random draws of a step (dropout) a function of seed, step and rank, not of what came before."""
+        """Make the random draws of a step (dropout) a function of seed, step and rank, not of previous draws."""
         torch.manual_seed(hash((seed, step, self.rank)) % 2**63)
 
     def autocast(self) -> AbstractContextManager:
-        """Return the precision's context for a forward pass outside training."""
+        """Return the autocast context for a forward pass outside training."""
         return self.accelerator.autocast()
 
     def loss_scale(self) -> LossScale | None:
-        """Return a scale for the losses of a model, which float16 alone needs."""
+        """Return a new loss scale in float16; None in other precisions, which need none."""
         return LossScale() if self.dtype == torch.float16 else None
 
     def backward(self, loss: Tensor, scale: LossScale | None = None) -> None:
-        """Accumulate gradients, of `scale` times the loss."""
+        """Accumulate the gradients of the loss, multiplied by `scale` if there is one."""
         self.accelerator.backward(loss if scale is None else loss * scale.value)
 
     def accumulating(self, model: nn.Module, last: bool) -> AbstractContextManager:
-        """Keep gradients on their rank until the last micro-batch of a step; of shared weights, each keeps its part."""
+        """Return a context that defers gradient synchronisation until the last micro-batch of a step.
+
+        It is a no-op for sharded weights, whose gradients are reduced to each rank's shard in every pass.
+        """
         if last or self.world == 1 or self.sharded:
             return nullcontext()
         return self.accelerator.no_sync(model)
@@ -240,9 +244,9 @@ class Engine:
         return self.sum(torch.stack([value.detach().float().to(self.device) for value in there]))
 
     def updates_without_waiting(self, optimizer: Optimizer) -> bool:
-        """Return whether `step` leaves it to the device whether it updates, so that its outcome can be read later."""
+        """Return whether `step` decides on the device whether to update, so that its outcome can be read later."""
         late = self.device.type == "cuda" and getattr(optimizer, "_step_supports_amp_scaling", False)
-        return late and not self.sharded  # never tried with parts of weights
+        return late and not self.sharded  # untested with sharded weights
 
     def step(
         self,
@@ -254,21 +258,21 @@ class Engine:
         before: Tensor | None = None,
         loss_scale: LossScale | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Go on by the mean of a step's losses: scale and clip the gradients, update, clear.
+        """Update the weights by the mean of a step's losses: scale and clip the gradients, update, clear.
 
-        Nothing is updated where the mean, the norm of the gradient or `before` is not finite. Where the gradient alone
-        overflows under a loss scale, the step is skipped, and its norm is 0.
+        Nothing is updated if the mean, the gradient norm or `before` is not finite. If only the gradient overflows
+        under a loss scale, the step is skipped, and its norm is 0.
 
         Args:
-            optimizer: whose gradients are those of `total`, as a mean over the ranks.
+            optimizer: its parameters hold the gradients of `total`, averaged over the ranks.
             total: sum of losses over all ranks, ().
-            weight: what to divide it by, (); 0: there is nothing to learn.
-            clip: highest norm of the gradient, or None.
-            before: the norm of the last step, if it may not be known yet.
-            loss_scale: by which the gradients are too large; it is updated.
+            weight: divisor of `total`, (); 0: the step has no labels.
+            clip: maximum gradient norm, or None.
+            before: gradient norm of the previous step, if it may not have been read yet.
+            loss_scale: factor of the losses that the gradients are divided by; it is updated.
 
         Returns:
-            The mean, and the norm of the gradient before clipping, NaN where the mean is not finite: () float64.
+            The mean, and the gradient norm before clipping, NaN where the mean is not finite: () float64.
         """
         late = self.updates_without_waiting(optimizer)
         if not late:
@@ -280,7 +284,7 @@ class Engine:
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         scale_gradients(parameters, scale)
         norm = whole(torch.nn.utils.clip_grad_norm_(parameters, clip or float("inf")))
-        norm = norm.to(mean.device).to(mean.dtype)  # one after the other: MPS has no float64
+        norm = norm.to(mean.device).to(mean.dtype)  # moved before it is cast: MPS has no float64
         finite = mean.isfinite() & norm.isfinite()
         skipped = torch.zeros_like(finite)
         if loss_scale is not None:
@@ -290,7 +294,7 @@ class Engine:
         if before is not None:
             finite &= before.isfinite()
         if late:
-            vars(optimizer).update(grad_scale=None, found_inf=(~finite).float())  # as torch's GradScaler tells it
+            vars(optimizer).update(grad_scale=None, found_inf=(~finite).float())  # interface of torch's GradScaler
         if late or finite:
             optimizer.step()
         if late or finite or skipped:
@@ -298,14 +302,14 @@ class Engine:
         return mean, norm.where(mean.isfinite(), math.nan)
 
     def gather(self, values: list[Any]) -> list[Any]:
-        """Return the values of all ranks, one list after the other."""
+        """Return the values of all ranks in one list, in the order of the ranks."""
         from accelerate.utils import gather_object
 
         self._join()
         return gather_object(values)
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Return the exact sum over ranks (integers stay integers)."""
+        """Return the sum of a tensor over all ranks; integers are summed exactly."""
         self._join()
         return self.accelerator.reduce(tensor, reduction="sum")
 
@@ -317,11 +321,11 @@ class Engine:
         return broadcast_object_list([value])[0]
 
     def decided(self, by: Callable[[], T]) -> T:
-        """Return what rank 0 alone finds, on every rank."""
+        """Call `by` on rank 0 only, and return its result on every rank."""
         return self.share(by() if self.is_main else None)
 
     def wait(self) -> None:
-        """Return when every rank has come here."""
+        """Wait until every rank has called this method."""
         self._join()
         self.accelerator.wait_for_everyone()
 
@@ -330,7 +334,7 @@ class Engine:
             self._lockstep.join()
 
     def close(self) -> None:
-        """Leave the process group, where this engine is in one."""
+        """Destroy the process group, if there is one."""
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 
@@ -339,15 +343,15 @@ _ALIKE = r"(?s)Grad strides do not match bucket view strides.*grad\.sizes\(\) = 
 
 
 def meet(device: torch.device, seconds: float, at_work: float) -> None:
-    """Join the group of ranks that the environment names (`WORLD_SIZE`, `MASTER_ADDR` ...), if it names any.
+    """Join the process group that the environment describes (`WORLD_SIZE`, `MASTER_ADDR` ...), if any.
 
     Args:
-        device: what the ranks compute on, which decides how they talk.
-        seconds: that they wait for one another.
-        at_work: seconds that they wait for one another later; then torch ends those that wait.
+        device: device type of the ranks, which selects the backend (NCCL or Gloo).
+        seconds: timeout of the rendezvous.
+        at_work: timeout of later collective operations in seconds, after which torch ends the waiting ranks.
 
     Raises:
-        UserError: the first one cannot be reached, or some of the others do not come.
+        UserError: rank 0 cannot be reached, other ranks do not join, or several ranks are to use MPS.
     """
     distributed, world = torch.distributed, os.environ.get("WORLD_SIZE", "1")
     if device.type == "mps" and (world != "1" or distributed.is_initialized()):
@@ -357,19 +361,19 @@ def meet(device: torch.device, seconds: float, at_work: float) -> None:
         )
     if world == "1" or distributed.is_initialized():
         return
-    # DDP's, of tokens (1, N, C) before a rank's only sample, to be part of a larger gradient costs nothing; and of
-    # convolutions of a single pixel, whose channels lie one after another in either layout
+    # harmless DDP warnings: tokens (1, N, C) prepended to a rank's only sample have a slice of its gradient as theirs,
+    # and 1 x 1 convolutions have contiguous channels in either memory layout
     warnings.filterwarnings("ignore", _ALIKE)
     place, rank = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}", os.environ.get("RANK")
     try:
         store, number, ranks = next(distributed.rendezvous("env://", timeout=timedelta(seconds=seconds)))
         patience = timedelta(seconds=at_work)
         store.set_timeout(patience)
-        # torchrun keeps its store when it starts ranks again, and with it addresses of those that are dead
+        # torchrun reuses its store when it restarts ranks, with stale addresses of dead ranks
         store = distributed.PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
         backend = "nccl" if device.type == "cuda" else "gloo"
         distributed.init_process_group(backend, store=store, rank=number, world_size=ranks, timeout=patience)
-    except (distributed.DistError, ValueError) as error:  # ValueError: a variable that is missing or no number
+    except (distributed.DistError, ValueError) as error:  # ValueError: a variable is missing or not a number
         said = next((line for line in str(error).splitlines() if line), type(error).__name__)
         raise UserError(
             f"Rank {rank} of {world} did not meet the others at {place} within {seconds:g} s ({said}). Look whether "

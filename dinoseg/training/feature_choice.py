@@ -1,4 +1,4 @@
-"""Whether what the frozen part of a model gives is kept, and where: asked once before training, and told."""
+"""Decision before training whether, and where, the outputs of a model's frozen part are cached."""
 
 import logging
 import math
@@ -32,23 +32,29 @@ from dinoseg.utils.ranges import NotNegative, Positive
 from dinoseg.utils.wording import count_of, in_bytes
 
 T = TypeVar("T")
-_BACKWARD = 2  # times as long as the forward pass
+_BACKWARD = 2  # duration of a backward pass, in forward passes
 
 
 class Cost(NamedTuple):
-    """Seconds and bytes of one view of an image."""
+    """Cost of one view of an image, in seconds and bytes."""
 
-    frozen: float  # seconds of the frozen part
-    rest: float  # of a step without it
+    frozen: float  # seconds of the frozen forward pass
+    rest: float  # seconds of a training step without it
     write: float
     read: float
     bytes: int
-    pixels: int  # that the backbone saw
-    shapes: str = ""  # of its features, see `described`
+    pixels: int  # as the backbone sees them
+    shapes: str = ""  # of the features, see `described`
     size: Size = (0, 0)  # (H, W) of the view
 
     def gain(self, epochs: float, views: int, *, disk: bool) -> float:
-        """Return how many times faster so many epochs train with features that are kept."""
+        """Return the speed-up of training so long with cached features, on disk or in memory.
+
+        Args:
+            epochs: length of the training.
+            views: fixed views of each image.
+            disk: whether features are cached on disk, not in memory.
+        """
         if disk and math.isinf(self.write):
             return 0.0
         computed = min(epochs, views)
@@ -58,26 +64,26 @@ class Cost(NamedTuple):
 
 
 def measured(feed: ImageFeed, model: Segmenter, loss: Loss, engine: Engine, root: Path, stored: Stored) -> Cost:
-    """Return what the first view of the first image costs; the model stays as it is.
+    """Measure the cost of the first view of the first training image; the model stays unchanged.
 
     Args:
-        feed: whose image that is.
-        model: on its device.
-        loss: of a step.
+        feed: training images and their views.
+        model: a segmenter on its device.
+        loss: loss of a training step.
         engine: device and precision.
-        root: the folder where features are kept.
-        stored: the type that they are kept in.
+        root: folder of the cached features.
+        stored: type in which features are cached.
 
     Raises:
-        UserError: the model cannot be cut, or its features cannot be kept.
+        UserError: the model cannot be split behind its frozen part, or its features cannot be cached.
     """
     training = model.training
     batch = Batch.stack([feed.drawn.read(0, 0)]).to(engine.device)
     try:
         with torch.no_grad(), engine.autocast():
-            model.train()  # which a head may give more in; what is frozen stays in eval mode
+            model.train()  # a head may use more features in train mode; frozen parts stay in eval
             frozen, seconds = _timed(lambda: model.frozen(batch.image), engine)
-            model.eval()  # no running means change
+            model.eval()  # leaves running means unchanged
             given = FeatureBatch(frozen, batch.mask, batch.names)
             _, rest = _timed(lambda: loss(model(frozen), given), engine)
     finally:
@@ -89,7 +95,7 @@ def measured(feed: ImageFeed, model: Segmenter, loss: Loss, engine: Engine, root
 
 
 def _timed(work: Callable[[], T], engine: Engine) -> tuple[T, float]:
-    """Return what `work` gives, and the seconds of the quicker of two calls."""
+    """Return the result of `work`, and the duration in seconds of the faster of two calls."""
     least = math.inf
     for _ in range(2):
         start = time.perf_counter()
@@ -100,11 +106,11 @@ def _timed(work: Callable[[], T], engine: Engine) -> tuple[T, float]:
 
 
 def _disk_seconds(root: Path, stored: Stored, rows: list[Tensor]) -> tuple[float, float]:
-    """Return the seconds that the features of an image take to be written, and to be read from the disk itself."""
+    """Return the seconds to write an image's features, and to read them from the disk itself; infinite on failure."""
     store, key = DiskStore(root, f"measured-{os.getpid()}", stored), "0" * KEY_LENGTH
     try:
         return seconds_on_disk(store.path(key), partial(store.put, key, rows), partial(store.get, key))
-    except OSError:  # the folder or the file could not be made
+    except OSError:  # folder or file could not be created
         return math.inf, math.inf
     finally:
         shutil.rmtree(store.folder, ignore_errors=True)
@@ -113,27 +119,27 @@ def _disk_seconds(root: Path, stored: Stored, rows: list[Tensor]) -> tuple[float
 logger = logging.getLogger(__name__)
 
 _FOLDER = "features"
-_LEAST_GAIN = 1.2  # times faster, below which estimates of seconds decide nothing
-_OF_MEMORY = 0.5  # share of what is free
+_LEAST_GAIN = 1.2  # speed-up; smaller estimates are too uncertain to decide
+_OF_MEMORY = 0.5  # share of the free memory
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be decided on.
+    """Inputs of the decision whether features are cached.
 
     Args:
-        cache_dir: where features are kept.
-        epochs: of the whole training.
-        drawing: settings that decide, beside its draw, how a view of an image is made.
-        parts: settings that features depend on beside weights and code, by what a user calls them; those of `head`
-            count where features are of its own making.
+        cache_dir: folder of the cache.
+        epochs: length of the whole training.
+        drawing: settings that determine a view of an image, together with its random draw.
+        parts: settings, by their names for users, on which features depend besides weights and code. `head` counts only
+            if the head computes its features itself.
         noise: see `FeatureCache`.
-        dtype: the type that features are kept in.
-        gib: GiB that are kept at most; None: what leaves 1 GiB of the disk, or half of the free memory.
-        before: what a run that goes on has chosen, which `auto` chooses again: off, disk or memory; None: unknown.
+        dtype: type in which features are cached.
+        gib: maximum size in GiB; None: all of the free disk but 1 GiB, or half of the free memory.
+        before: choice of the run that is resumed, which `auto` repeats: off, disk or memory; None: unknown.
 
     Raises:
-        UserError: another type.
+        UserError: `dtype` is unknown.
     """
 
     cache_dir: Path
@@ -146,15 +152,15 @@ class Plan:
     before: str | None = None
 
     def __post_init__(self) -> None:
-        """Refuse another type."""
+        """Validate the type."""
         if self.dtype not in TYPES:
             raise UserError(f"features.dtype={self.dtype} is unknown. Choose one of {', '.join(TYPES)}, or auto.")
 
 
 def stored_as(asked: Any, before: Mapping[str, str | None]) -> Any:
-    """Return the type that `features.dtype` asks for: `auto` is that of a run that goes on, or float16.
+    """Resolve `features.dtype`: `auto` is the type of the run that is resumed, or float16.
 
-    One that has kept none goes on in float32, which gives the same numbers.
+    A resumed run that has cached no features uses float32, which gives the same numbers.
     """
     if asked != "auto":
         return asked
@@ -162,14 +168,14 @@ def stored_as(asked: Any, before: Mapping[str, str | None]) -> Any:
 
 
 class _Live(UserError):
-    """Why no features can be kept, or why that does not pay."""
+    """Raised when features cannot be cached, or caching does not pay off; its message is the reason."""
 
 
 def feature_cache(feed: ImageFeed, model: Segmenter, loss: Loss, engine: Engine, plan: Plan) -> FeatureCache | None:
-    """Return where features of a training are kept, as `engine.cache` says; None: it is trained on images.
+    """Return the feature cache that `engine.cache` selects; None: the model is trained on images.
 
     Raises:
-        UserError: they are to be kept and cannot be, or are to be changed by noise and are not to be had apart.
+        UserError: caching is requested but impossible, or feature noise is set but not supported by model or data.
     """
     wanted = plan.before if engine.cache == "auto" and plan.before in CACHES else engine.cache
     chosen, reason = None, "This run was begun without: name disk or memory for another choice."
@@ -196,14 +202,14 @@ def feature_cache(feed: ImageFeed, model: Segmenter, loss: Loss, engine: Engine,
 
 
 def _check_cut(feed: ImageFeed, model: Segmenter, engine: Engine, noise: float) -> None:
-    """Refuse noise where what is frozen cannot be had apart."""
+    """Refuse feature noise if the model cannot be split behind its frozen part."""
     sample = feed.val[0]["image"][None].to(engine.device)
     try:
         if not engine.sharded:
             with engine.autocast():
                 model.frozen(sample)
             return
-    except UserError:  # whose remedy is that of a cache
+    except UserError:  # its remedy concerns the cache
         pass
     raise UserError(
         f"data.feature_noise={noise} is added to what the frozen part of a model gives, and of this one that cannot be "
@@ -213,7 +219,7 @@ def _check_cut(feed: ImageFeed, model: Segmenter, engine: Engine, noise: float) 
 
 
 def _chosen_or_why_not(wanted: str, *parts: Any) -> tuple[tuple[str, Cost] | None, str]:
-    """Return what `_chosen` does; or None, and the reason."""
+    """Return the result of `_chosen`, or None and the reason."""
     try:
         return _chosen(wanted, *parts), ""
     except _Live as error:
@@ -221,10 +227,10 @@ def _chosen_or_why_not(wanted: str, *parts: Any) -> tuple[tuple[str, Cost] | Non
 
 
 def _chosen(wanted: str, feed: ImageFeed, model: Segmenter, loss: Loss, engine: Engine, plan: Plan) -> tuple[str, Cost]:
-    """Return `disk` or `memory`, whichever is `wanted`, and what an image costs; tell what is to be kept there.
+    """Return `disk` or `memory`, as `wanted` or whichever pays off, and the cost of an image; log the choice.
 
     Raises:
-        _Live: neither is possible, or `auto` finds that neither pays.
+        _Live: neither is possible, or `auto` finds that neither pays off.
     """
     forced = wanted if wanted in ("disk", "memory") else None
     if feed.views is None:
@@ -242,14 +248,14 @@ def _chosen(wanted: str, feed: ImageFeed, model: Segmenter, loss: Loss, engine: 
     logger.info("engine.cache=%s: timing steps with and without cached features ...", engine.cache)
     try:
         cost = measured(feed, model, loss, engine, _root(plan), plan.dtype)
-    except UserError as error:  # it cannot be cut
+    except UserError as error:  # the model cannot be split
         raise _Live(str(error)) from None
     count = len(feed.train) * min(feed.views, math.ceil(plan.epochs))
     size = cost.bytes * count + _val_bytes(feed, model, cost)
     rooms = {"disk": _disk_room(plan), "memory": _memory_room(plan, engine)}
     gains = {kind: cost.gain(plan.epochs, feed.views, disk=kind == "disk") for kind in rooms}
     paying = [kind for kind in rooms if size <= rooms[kind] and gains[kind] >= _LEAST_GAIN]
-    read = f"{cost.read:.2g} s to read back, " if math.isfinite(cost.read) else ""  # else no file could be written
+    read = f"{cost.read:.2g} s to read back, " if math.isfinite(cost.read) else ""  # inf: write failed
     facts = (
         f"The features of {count_of(len(feed.train), 'image')} in {count_of(feed.views, 'view')} and of "
         f"{count_of(len(feed.val), 'validation image')} take about {in_bytes(size)} as {plan.dtype}; an "
@@ -289,7 +295,7 @@ def _why_not(plan: Plan, views: int, size: int, rooms: Mapping[str, int], gains:
 
 
 def _val_bytes(feed: ImageFeed, model: Segmenter, cost: Cost) -> int:
-    """Return about how many bytes features of the validation images take, if they are as large as the first."""
+    """Estimate the bytes of the validation images' features, as if all these images had the size of the first."""
     height, width = feed.val[0]["mask"].shape
     return round(cost.bytes * math.prod(model.seen_size((height, width))) / cost.pixels) * len(feed.val)
 
@@ -309,10 +315,10 @@ def _memory_room(plan: Plan, engine: Engine) -> int:
 
 
 def _opened(memory: bool, feed: ImageFeed, model: Segmenter, engine: Engine, plan: Plan) -> FeatureStore:
-    """Return the store of the features of a model as it is."""
+    """Return the feature store for the model's current weights."""
     if memory:
         return MemoryStore(plan.dtype, _memory_room(plan, engine))
-    maps_alone = type(model.head).until is Head.until  # which all such heads share
+    maps_alone = type(model.head).until is Head.until  # features that do not depend on the head
     parts = {
         **{name: part for name, part in plan.parts.items() if name != "head" or not maps_alone},
         "weights": weights_hash(frozen_tensors(model)),

@@ -1,4 +1,4 @@
-"""What a training asks of the place where its batches come from."""
+"""Interface of training data: batches to train on, and a validation."""
 
 from collections.abc import Iterator, Sequence, Sized
 from typing import Any, NamedTuple, Protocol
@@ -11,56 +11,56 @@ from dinoseg.models.model import Segmenter
 from dinoseg.training.engine import Engine
 from dinoseg.training.tally import Tally
 
-SHOWN_SIDE = 384  # pixels at most of a frame in the pictures of a validation, of which a run keeps many
+SHOWN_SIDE = 384  # maximum side in pixels of a visualised frame, since a run saves many
 
 
 class Validation(NamedTuple):
-    """The scores of a validation, and pictures of some of its samples."""
+    """Scores of a validation, and visualised predictions of some of its samples."""
 
     scores: dict[str, Any]  # numbers, None where undefined; others are left out of the log
     pictures: dict[str, np.ndarray]  # by the sample's name, (H, W, 3) uint8; only rank 0 has any
 
 
 class Feed(Protocol):
-    """What `fit` trains from, and how what it trained is validated."""
+    """Source of training batches for `fit`, and validation of the trained model."""
 
     seed: int
-    score_names: Sequence[str]  # of a validation that may decide which checkpoint is best
-    lowest: Sequence[str]  # of these, where the lowest value is the best
+    score_names: Sequence[str]  # validation scores that can select the best checkpoint
+    lowest: Sequence[str]  # those of them for which lower is better
 
     @property
     def epoch(self) -> float:
-        """Return the batches in which each sample is seen once."""
+        """Return the number of batches in which each sample is seen once."""
         ...
 
     @property
     def train(self) -> Sized:
-        """Return what is trained on."""
+        """Return the training samples."""
         ...
 
     @property
     def val(self) -> Sized:
-        """Return what is validated on."""
+        """Return the validation samples."""
         ...
 
     @property
     def remedy(self) -> str:
-        """Return what lets batches come sooner, in a sentence or two."""
+        """Return advice on loading batches faster, in a sentence or two."""
         ...
 
     def train_batches(self, start: int) -> Iterator[Any]:
         """Yield this rank's share of every batch from number `start` on, without end.
 
-        A batch has `image`, what the model takes; `names`, of its samples; `to(device)`; and `split(parts)`.
+        A batch has `image`, the input of the model; `names`, of its samples; `to(device)`; and `split(parts)`.
         """
         ...
 
     def tally(self, engine: Engine) -> Tally | None:
-        """Return what counts how well a training step predicts its batches; None: they have no classes."""
+        """Return a tally of how well a training step predicts its batches; None: they have no classes."""
         ...
 
     def validate(self, model: Segmenter, loss: Loss, engine: Engine) -> Validation:
-        """Score the model; with several ranks each scores its share, and all get the scores of the whole."""
+        """Score the model; each rank scores its share, and all ranks get the scores of the whole dataset."""
         ...
 
 

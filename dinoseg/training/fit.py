@@ -1,4 +1,4 @@
-"""The training loop."""
+"""Training loop of a single model."""
 
 from collections.abc import Callable
 from contextlib import closing
@@ -50,23 +50,24 @@ def fit(
         feed: batches, and how the model is validated.
         optimizer: over `parameter_groups`.
         engine: device, precision and ranks.
-        checkpoints: where the run stands, and where it is kept.
-        log: scalars and pictures.
-        schedule: `schedule(step, steps)`, what the base rates are multiplied by.
+        checkpoints: progress and checkpoint files of the run.
+        log: receives scalars and images.
+        schedule: `schedule(step, steps)`, multiplier of the base learning rates.
         steps: optimizer steps in all.
         val_every: steps between validations; the last step validates too.
-        save_every: steps between saves beside those at each validation.
-        log_every: steps between log rows.
+        save_every: steps between saves in addition to those at each validation; or None.
+        log_every: steps between logged rows.
         accumulate: batches per optimizer step.
-        clip: highest norm of the gradient, or None.
+        clip: maximum gradient norm, or None.
         patience: stop after more validations than this without a better score, or None.
-        ema: decay of a moving average of the weights, which then is what gets scored and kept as best.
-        score: the score of a validation that decides which checkpoint is best.
-        max_minutes: wall-clock limit, within which steps that take too long are dropped, see `TimeLimit`; or None.
+        ema: decay of a moving average of the weights, which is then scored and saved as best; or None.
+        score: validation score that selects the best checkpoint.
+        max_minutes: wall-clock limit, for which steps that take too long are dropped, see `TimeLimit`; or None.
 
     Raises:
-        NonFiniteLoss: naming the step and the samples; then no step is saved, for the last ones led to it.
-        Interrupted: by a signal; a first one waits for the end of the step. Whatever else ends it saves that, too.
+        NonFiniteLoss: with the step and the samples; no step is saved then, since the last ones led to it.
+        Interrupted: by a signal; the first one waits for the end of the step. This and any other error except
+            `NonFiniteLoss` save the last completed step.
     """
     one = Trainee(model, loss, feed, optimizer, engine, checkpoints, log, accumulate=accumulate, ema=ema, score=score)
     run, limit = one.run, TimeLimit(max_minutes, engine)
@@ -112,5 +113,5 @@ def fit(
 
 
 def is_due(step: int, every: int | None, steps: int) -> bool:
-    """Return whether what is done every so many steps, and after the last of `steps`, is done after this one."""
+    """Return whether something due every `every` steps, and after the last of `steps`, is due after this one."""
     return every is not None and (step % every == 0 or step == steps)

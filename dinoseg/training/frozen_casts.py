@@ -1,7 +1,7 @@
-"""Frozen layers that keep the half-precision copy of their weights, which autocast would make in every forward pass.
+"""Frozen layers that cache the half-precision copy of their weights, which autocast would make in every forward pass.
 
-Autocast caches casts of weights that need a gradient, and of no others. The float32 weights stay: checkpoints, hashes
-and passes outside autocast read them.
+Autocast caches casts only of weights that require a gradient. The float32 weights remain: checkpoints, hashes and
+passes outside autocast read them.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 def keep_casts(model: nn.Module) -> None:
-    """Let each frozen linear layer and 2D convolution of a model cast its weights once; results stay the same bits."""
+    """Make each frozen linear layer and 2D convolution of a model cast its weights once; results are bitwise equal."""
     for part in model.modules():
         kept = _KINDS.get(type(part))
         if kept is not None and not any(parameter.requires_grad for parameter in part.parameters()):
@@ -19,39 +19,39 @@ def keep_casts(model: nn.Module) -> None:
 
 
 def _cast(layer: nn.Linear | nn.Conv2d, like: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Return weight and bias as autocast gives them to a product with `like`, from `layer.kept` while that is valid.
+    """Return weight and bias as autocast casts them for a product with `like`, from `layer.kept` while that is valid.
 
-    Writes through `.data` have to call `torch.autograd.graph.increment_version`, which `adapters.merge` does.
+    Writes through `.data` have to call `torch.autograd.graph.increment_version`, as `adapters.merge` does.
     """
     weight, bias, place = layer.weight, layer.bias, like.device.type
     if torch.compiler.is_compiling() or not torch.is_autocast_enabled(place) or weight.requires_grad:
         return weight, bias
-    if weight.dtype != torch.float32 or like.dtype == torch.float64:  # which autocast leaves as it is
+    if weight.dtype != torch.float32 or like.dtype == torch.float64:  # not cast by autocast
         return weight, bias
     dtype, parts = torch.get_autocast_dtype(place), (weight, bias)
     version: list[Any] = [dtype, weight.device]
     version += [None if part is None else (part._version, _address(part)) for part in parts]
     kept: Any = vars(layer).get("kept")
     if kept is None or kept[0] is not weight or kept[1] is not bias or kept[2] != version:
-        with torch.inference_mode(False), torch.no_grad():  # else training could not save the casts for backward
+        with torch.inference_mode(False), torch.no_grad():  # inference tensors could not be saved for backward
             kept = vars(layer)["kept"] = *parts, version, *(None if part is None else part.to(dtype) for part in parts)
     return kept[3:]
 
 
 def _address(value: Tensor) -> int:
-    """Return the address of a tensor's storage, which changes with an assignment to `.data`."""
+    """Return the address of a tensor's storage, which changes on assignment to `.data`."""
     return value.untyped_storage()._cdata
 
 
 class _Linear(nn.Linear):
     def forward(self, inputs: Tensor) -> Tensor:
-        """Multiply as `nn.Linear` does."""
+        """Apply the layer as `nn.Linear` does."""
         return nn.functional.linear(inputs, *_cast(self, inputs))
 
 
 class _Conv2d(nn.Conv2d):
     def forward(self, inputs: Tensor) -> Tensor:
-        """Convolve as `nn.Conv2d` does."""
+        """Apply the layer as `nn.Conv2d` does."""
         return self._conv_forward(inputs, *_cast(self, inputs))
 
 

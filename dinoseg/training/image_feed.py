@@ -1,4 +1,4 @@
-"""Batches of images and masks: one data set to train on, one to validate on."""
+"""Batches of images and masks, from one dataset for training and one for validation."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -36,21 +36,21 @@ class ImageFeed:
     """Batches of images and masks for one rank.
 
     Args:
-        train: data set to draw from.
-        val: data set to score on.
+        train: training dataset.
+        val: validation dataset.
         augment: joint transform of a training image and its mask.
         batch_size: images in a batch, over all ranks.
-        seed: decides order and augmentation, with epoch and sample.
-        workers: loading processes.
-        background: id of the class that is no object; None: there is none.
-        policy: how the model is asked when it is validated; None: whole images.
+        seed: determines order and augmentation, together with epoch and sample.
+        workers: data-loading processes.
+        background: ID of the background class; None: there is none.
+        policy: inference strategy of validations; None: whole images.
         rank: this rank.
         world: number of ranks.
-        pictures: validation images that are shown at each validation, the same ones every time.
-        views: of each training image, drawn in turn; None: new ones in each epoch.
-        uniform: which training samples are drawn for a class; None: none.
-        class_mix: share of the training samples that classes of another are pasted on.
-        cache: what the frozen part of the model gives for them; None: batches are of images.
+        pictures: number of validation images that each validation visualises, the same ones every time.
+        views: fixed augmentations of each training image, used in turn; None: new ones in each epoch.
+        uniform: class-balanced sampling: which training samples show each class; None: off.
+        class_mix: share of the training samples on which classes of another sample are pasted.
+        cache: feature cache of the model's frozen part; None: batches consist of images.
     """
 
     train: SegmentationData
@@ -72,7 +72,7 @@ class ImageFeed:
     lowest: Sequence[str] = ("loss",)
 
     def __post_init__(self) -> None:
-        """Refuse a batch size that does not fit, long before the first batch."""
+        """Refuse a batch size or sampling options that do not fit, long before the first batch."""
         check_batch_size(self.batch_size, len(self.train), self.world)
         if self.uniform is not None and "shown" not in signature(self.augment).parameters:
             raise UserError(
@@ -89,22 +89,22 @@ class ImageFeed:
 
     @property
     def given(self) -> dict[str, Any]:
-        """What it is made with, by name."""
+        """Return the arguments of the constructor by name."""
         return {field.name: getattr(self, field.name) for field in fields(ImageFeed) if field.init}
 
     @property
     def drawn(self) -> TrainViews:
-        """What is seen of the training images."""
+        """Return the training images as augmented views."""
         return TrainViews(self.train, self.augment, self.seed, self.views, self.uniform, self.class_mix)
 
     @property
     def epoch(self) -> float:
-        """Batches in which each image is seen once."""
+        """Return the number of batches in which each image is seen once."""
         return len(self.train) / self.batch_size
 
     @property
     def remedy(self) -> str:
-        """Return what lets batches come sooner, in a sentence or two."""
+        """Return advice on loading batches faster, in a sentence or two."""
         if self.cache is not None and self.cache.place == "memory":
             return "Features are kept in memory: images are read until each view has come once, and no more then."
         if self.cache is not None and self.cache.keeps:
@@ -125,15 +125,15 @@ class ImageFeed:
         return train_batches(self.drawn, workers=self.workers, **order)
 
     def tally(self, engine: Engine) -> Tally:
-        """Return what counts how well a training step predicts its batches."""
+        """Return a tally of how well a training step predicts its batches."""
         return Tally(self.train, engine)
 
     def validate(self, model: Segmenter, loss: Loss, engine: Engine) -> Validation:
-        """Return the scores of `evaluate`, with `iou/CLASS` for each class, and some images with what was predicted."""
+        """Return the scores of `evaluate`, `iou/CLASS` for each class, and visualised predictions of some images."""
         return self.validate_each([self.scored(model, loss, engine)], engine)[0]
 
     def scored(self, model: Segmenter, loss: Loss, engine: Engine) -> "Shown":
-        """Return a model as `validate_each` takes it; what it draws at random begins here."""
+        """Return a model in the form that `validate_each` takes; its random state is that of this call."""
         return Shown(self, model, loss, engine)
 
     def validate_each(
@@ -143,13 +143,13 @@ class ImageFeed:
         *,
         sharing: Callable[[Tensor], AbstractContextManager] = nullcontext,
     ) -> list[Validation]:
-        """Return what `validate` does of each of several models, by one pass over the data, see `evaluate_each`."""
+        """Validate several models in one pass over the data, see `evaluate_each`."""
         batches = None if self.cache is None else self._kept(self.cache, models[0].model, engine)
         found = evaluate_each([shown.scored for shown in models], self.val, engine, batches=batches, sharing=sharing)
         return [shown.validation(scores) for shown, scores in zip(models, found, strict=True)]
 
     def _kept(self, cache: FeatureCache, model: Segmenter, engine: Engine) -> Iterator[Batch | Views]:
-        """Yield validation images as what is kept of them, or as they are where they are not seen whole."""
+        """Yield cached features of the validation images, or the image itself if the policy does not see it whole."""
         policy = self.policy or Whole()
         samples = cache.eval_batches(self.val, workers=self.workers, rank=self.rank, world=self.world)
         for index, views in zip(count(self.rank, self.world), samples, strict=False):
@@ -158,7 +158,7 @@ class ImageFeed:
 
 
 class Shown:
-    """A model that is validated, and pictures of some images with what it predicts."""
+    """A model in validation, with visualised predictions of some images."""
 
     def __init__(self, feed: ImageFeed, model: Segmenter, loss: Loss, engine: Engine) -> None:
         self.model, data = model, feed.val
@@ -172,7 +172,7 @@ class Shown:
         self._pictures: dict[str, np.ndarray] = {}
 
     def validation(self, scores: dict[str, Any]) -> Validation:
-        """Return scores with `iou/CLASS` for each class, and the pictures."""
+        """Return the scores with `iou/CLASS` for each class, and the visualised predictions."""
         by_class = {f"iou/{self._data.classes[row['id']]}": row["iou"] for row in scores["classes"]}
         return Validation(scores | by_class, self._pictures)
 

@@ -1,4 +1,4 @@
-"""What was trained is not lost when training ends early: the last whole step is saved, exactly as it was."""
+"""Emergency checkpoint: saves the last completed step exactly when training ends early."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -18,12 +18,12 @@ logger = logging.getLogger(__name__)
 
 
 class LastStep:
-    """Saves `last` when an error or a signal ends its block, as it stood after the newest update.
+    """Context manager that saves `last` in the state after the newest update if an error or a signal ends its block.
 
-    Of what a checkpoint holds, a step changes buffers alone (running means) before its update, so these are kept. What
-    fails within `update` leaves no whole step, and a loss that is not finite is among it: nothing is saved then. On
-    CUDA that may not have been read yet, so `updated` is asked whether all updates were made. Nor is anything saved
-    where weights are shared out and one rank fails: what it held is gone.
+    Of what a checkpoint holds, a step changes only buffers (running means) before its update, so copies of these are
+    stored. An error within `update`, such as a non-finite loss, leaves no completed step, and nothing is saved. On CUDA
+    the loss may not have been read yet, so `updated` returns whether all updates were finite. Nothing is saved either
+    if weights are sharded and one rank fails, since its shard is lost.
     """
 
     def __init__(
@@ -43,13 +43,13 @@ class LastStep:
 
     @contextmanager
     def update(self) -> Iterator[None]:
-        """Change weights, optimizer, average and progress together."""
+        """Mark the block in which weights, optimizer, average and progress change together."""
         self._whole = False
         yield
         self._keep()
 
     def undo(self) -> None:
-        """Take back what a step has changed before its update: gradients, and buffers."""
+        """Revert what a step has changed before its update: gradients and buffers."""
         self._state[1].zero_grad(set_to_none=True)
         for buffer, before in zip(self._buffers, self._before, strict=True):
             buffer.copy_(before)
@@ -66,13 +66,13 @@ class LastStep:
             return
         if not self._updated():
             return
-        if is_shared(self._state[0]) and not first:  # by a signal all ranks leave at the same step
+        if is_shared(self._state[0]) and not first:  # on a signal, all ranks stop at the same step
             logger.error("Training stopped after step %d, which is not saved: a rank has failed with its part.", step)
             return
         self.undo()
         try:
             self._checkpoints.save(*self._state)
-        except Exception as second:  # the first error is the one to tell
+        except Exception as second:  # report the first error
             logger.error("Training stopped after step %d, which could not be saved: %s", step, second)
         else:
             if self._checkpoints.writes:

@@ -1,4 +1,4 @@
-"""How long a training is, in optimizer steps: given so, or in epochs."""
+"""Length of a training in optimizer steps, from a number of steps or epochs."""
 
 from typing import NamedTuple
 
@@ -7,7 +7,7 @@ from dinoseg.utils.ranges import Count, Positive
 
 
 class Lengths(NamedTuple):
-    """The lengths that `fit` takes."""
+    """Lengths that `fit` takes."""
 
     steps: int
     val_every: int
@@ -24,19 +24,19 @@ def in_steps(
 ) -> Lengths:
     """Return a training's lengths in optimizer steps.
 
-    Epochs follow one another without a gap, so one of 10 samples in batches of 4 is two and a half steps long; what
-    comes of that is rounded once.
+    Epochs follow one another without a gap: an epoch of 10 samples in batches of 4 is two and a half steps long. Only
+    the total is rounded.
 
     Args:
         samples: in an epoch.
         batch_size: samples in a batch, over all devices.
         accumulate: batches per optimizer step.
-        steps: the length where `epochs` is None.
-        epochs: the length, whatever `steps` says.
+        steps: the length if `epochs` is None.
+        epochs: the length, which takes precedence over `steps`.
         val_every: steps between validations; None: an epoch.
 
     Raises:
-        UserError: there is no length.
+        UserError: neither `steps` nor `epochs` is set.
     """
     if epochs is None and steps is None:
         raise UserError("Neither trainer.steps nor trainer.epochs is set: give one of them.")

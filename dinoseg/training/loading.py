@@ -1,4 +1,4 @@
-"""A checkpoint's tensors into a model, its optimizer and its moving average: all of them, as they are, or none."""
+"""Loading of a checkpoint's tensors into a model, its optimizer and its moving average: all of them, or none."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,14 +23,14 @@ from dinoseg.utils.cores import machine_memory
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import shown
 
-_MOST_PARTS = 50_000  # modules, parameters and buffers; DINOv3's ViT-7B with LoRA has some 5,000
-CONSTANTS = "constants"  # tensors below it are buffers that a state dict leaves out
-CASTS = (torch.float16, torch.bfloat16, torch.float32)  # each may be loaded into each
+_MOST_PARTS = 50_000  # modules, parameters and buffers; DINOv3's ViT-7B with LoRA has about 5,000
+CONSTANTS = "constants"  # prefix of buffers that a state dict leaves out
+CASTS = (torch.float16, torch.bfloat16, torch.float32)  # each can be loaded into any other
 
 
 @dataclass
 class Checkpoint:
-    """A checkpoint file's tensors and description."""
+    """Tensors and description of a checkpoint file."""
 
     path: Path
     tensors: dict[str, Tensor]
@@ -44,10 +44,10 @@ class Checkpoint:
 
 @contextmanager
 def bounded(where: str) -> Iterator[None]:
-    """Stop within the block once the modules that are made there are more, or larger, than this machine could hold.
+    """Abort within the block once the modules created there are too many, or too large for this machine's memory.
 
     Raises:
-        UserError: they are; `where` begins the message.
+        UserError: they are; `where` starts the message.
     """
     memory, parts = machine_memory(), 0
 
@@ -77,7 +77,7 @@ def check_size(model: nn.Module, where: str) -> None:
     """Refuse a model on the meta device that is larger than this machine's memory.
 
     Raises:
-        UserError: it is; `where` begins the message.
+        UserError: it is; `where` starts the message.
     """
     tensors = {id(part): part for part in (*model.parameters(), *model.buffers())}.values()
     size = sum(part.numel() * part.element_size() for part in tensors)
@@ -89,10 +89,10 @@ def check_size(model: nn.Module, where: str) -> None:
 
 
 def load_weights(model: Segmenter, checkpoint: Checkpoint) -> None:
-    """Load the trained tensors; every one must be there, none may be left over.
+    """Load the trained tensors; none may be missing or left over.
 
     Raises:
-        UserError: the checkpoint is of another architecture, or its frozen backbone had other weights.
+        UserError: the checkpoint has another architecture, or was trained on other frozen weights.
     """
     check_fits(model, checkpoint)
     now, then = frozen_fingerprint(model), checkpoint.info["frozen"]
@@ -114,11 +114,11 @@ def check_fits(model: Segmenter, checkpoint: Checkpoint) -> None:
     """Refuse a checkpoint whose tensors are not exactly those that training changes in a model; both may be on meta.
 
     Raises:
-        UserError: saying how many are missing, left over, of another shape or of another type.
+        UserError: with the numbers of tensors that are missing, left over, of another shape or of another type.
     """
     state = model.state_dict()
     parts = _misfits({name: state[name] for name in trained_names(model)}, checkpoint.part("model"))
-    held, own = checkpoint.part(CONSTANTS), constants(model)  # of a file that is a whole model
+    held, own = checkpoint.part(CONSTANTS), constants(model)  # only in a file that holds a whole model
     parts = parts or _misfits({name: own[name] for name in own if held}, held)
     if parts:
         raise UserError(
@@ -128,7 +128,7 @@ def check_fits(model: Segmenter, checkpoint: Checkpoint) -> None:
 
 
 def _misfits(want: Mapping[str, Tensor], have: Mapping[str, Tensor]) -> str:
-    """Return how tensors differ from those wanted, in names, shapes and types."""
+    """Describe how tensors differ from the expected ones in names, shapes and types; empty if they do not."""
     both = sorted(want.keys() & have.keys())
     wrong = {
         "missing": sorted(want.keys() - have.keys()),
@@ -142,14 +142,14 @@ def _misfits(want: Mapping[str, Tensor], have: Mapping[str, Tensor]) -> str:
 
 
 def casts(have: torch.dtype, want: torch.dtype) -> bool:
-    """Return whether numbers of one type may be loaded into those of another."""
+    """Return whether a tensor of type `have` may be loaded into one of type `want`."""
     return have == want or (have in CASTS and want in CASTS)
 
 
 def frozen_fingerprint(model: Segmenter) -> dict[str, str]:
     """Return, for backbone and head, a hash of names, shapes and sampled values that a checkpoint does not hold.
 
-    Quantised weights are left out: they differ in the last place between devices.
+    Quantised weights are excluded: they differ in the last place between devices.
     """
     skipped = trained_names(model) | quantised_names(model)
     frozen = [(name, value) for name, value in model.state_dict().items() if name not in skipped]
@@ -160,10 +160,10 @@ def frozen_fingerprint(model: Segmenter) -> dict[str, str]:
 
 
 def load_optimizer(optimizer: Optimizer, checkpoint: Checkpoint) -> None:
-    """Load the optimizer's state, by the names of the parameters.
+    """Load the optimizer's state by parameter name.
 
     Raises:
-        UserError: there is none, or not that of these parameters.
+        UserError: the checkpoint has no optimizer state, or that of other parameters.
     """
     saved = checkpoint.part("optimizer")
     if not saved:
@@ -181,7 +181,7 @@ def load_optimizer(optimizer: Optimizer, checkpoint: Checkpoint) -> None:
     for group in optimizer.param_groups:
         for name, parameter in zip(group["names"], group["params"], strict=True):
             state = {key.rpartition("/")[2]: saved[key] for key in saved if key.rpartition("/")[0] == name}
-            stays = set() if group.get("fused") else {"step"}  # a fused optimizer counts on the device
+            stays = set() if group.get("fused") else {"step"}  # fused optimizers have it on the device
             optimizer.state[parameter] = {
                 key: value.clone() if key in stays else parted(value.to(parameter.device), parameter)
                 for key, value in state.items()
@@ -189,13 +189,13 @@ def load_optimizer(optimizer: Optimizer, checkpoint: Checkpoint) -> None:
 
 
 def without_state(optimizer: Optimizer, saved: Mapping[str, Tensor]) -> list[str]:
-    """Return the parameters of which an optimizer keeps nothing, as where no gradient has reached them."""
+    """Return the names of parameters without optimizer state, such as those that no gradient has reached."""
     held = {key.rpartition("/")[0] for key in saved}
     return [name for group in optimizer.param_groups for name in group["names"] if name not in held]
 
 
 def _check_state(optimizer: Optimizer, saved: Mapping[str, Tensor], where: str) -> None:
-    """Refuse state that is of no parameter, or not a number or as the parameter is."""
+    """Refuse state of an unknown parameter, and state that is not a float scalar or of the parameter's shape."""
     named = {
         name: parameter
         for group in optimizer.param_groups
@@ -214,7 +214,7 @@ def _check_state(optimizer: Optimizer, saved: Mapping[str, Tensor], where: str) 
 
 
 def _check_moments(name: str, parameter: Tensor, saved: Mapping[str, Tensor], where: str) -> None:
-    """Refuse what AdamW has not kept of a parameter: its step, and two moments of its shape and type."""
+    """Refuse AdamW state that is not a step and two moments of the parameter's shape and type, or is negative."""
     state = {key.rpartition("/")[2]: saved[key] for key in saved if key.rpartition("/")[0] == name}
     alike = state.keys() == {"step", "exp_avg", "exp_avg_sq"} and state["step"].shape == ()
     for moment in ("exp_avg", "exp_avg_sq") if alike else ():
@@ -227,10 +227,10 @@ def _check_moments(name: str, parameter: Tensor, saved: Mapping[str, Tensor], wh
 
 
 def load_average(ema: MovingAverage | None, checkpoint: Checkpoint) -> None:
-    """Load the moving average, or nothing where there is none.
+    """Load the moving average, if there is one.
 
     Raises:
-        UserError: it was on and is off, or the other way round, or it is of other tensors.
+        UserError: `trainer.ema` was switched on or off, or the average is of other tensors.
     """
     saved = checkpoint.part("ema")
     if (ema is None) == bool(saved):

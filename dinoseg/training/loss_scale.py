@@ -1,4 +1,4 @@
-"""Dynamic loss scaling, which keeps gradients of float16 layers within their range (arXiv 1710.03740)."""
+"""Dynamic loss scaling, which keeps gradients of float16 layers in range (arXiv 1710.03740)."""
 
 import math
 
@@ -7,22 +7,22 @@ from torch import Tensor
 
 from dinoseg.utils.errors import UserError
 
-_FIRST = 2.0**16  # times the mean loss, as torch's GradScaler
+_FIRST = 2.0**16  # for the mean loss, as in torch's GradScaler
 _LARGEST = 2.0**60
 _GROWS_AFTER = 2000  # steps without an overflow
-_MOST_OVERFLOWS = 40  # steps one after the other, after which the gradient itself is taken for infinite
+_MOST_OVERFLOWS = 40  # consecutive steps, after which the gradient itself is considered infinite
 
 
 class LossScale:
-    """The factor of losses before their backward pass: halved where gradients overflow, doubled after 2000 steps.
+    """Factor of losses before their backward pass: halved when gradients overflow, doubled after 2000 steps without.
 
-    It stays on the device, so that nothing waits for it. `begin` sets it once the weight of a first batch is known:
-    losses are sums over so many pixels or samples, and divided by their weight after the backward pass.
+    It stays on the device, to avoid a sync. `begin` sets it once the weight of a first batch is known. That is because
+    losses are sums over pixels or samples, and are divided by their weight only after the backward pass.
 
     Attributes:
-        started: whether `begin` or `restore` has set it for good.
+        started: whether `begin` or `restore` has set the scale permanently.
         value: () float32.
-        steady: () float32, steps since an overflow, or less than 0: overflows one after the other.
+        steady: () float32, steps since the last overflow; negative: number of consecutive overflows.
     """
 
     started = False
@@ -30,19 +30,19 @@ class LossScale:
     steady: Tensor
 
     def begin(self, weight: float, device: torch.device) -> None:
-        """Set the scale that suits losses of a total weight; where that is 0, the next batch sets it again."""
+        """Set the scale that suits losses of this total weight; if the weight is 0, the next batch sets it again."""
         self._set(_FIRST / 2 ** math.ceil(math.log2(max(1.0, weight))), 0.0, device)
         self.started = weight > 0  # without labels, loss and gradients are 0 whatever the scale
 
     def overflows(self, mean: Tensor, norm: Tensor) -> Tensor:
-        """Return whether a step has to be skipped: its loss is finite, and its gradient is not. () bool.
+        """Return whether to skip a step because its loss is finite but its gradient is not. () bool.
 
-        After 40 such steps one after the other it is not skipped but left to fail: no scale helps.
+        After 40 such steps in a row the step is not skipped but left to fail: no scale helps.
         """
         return mean.isfinite() & ~norm.isfinite() & (self.steady > -_MOST_OVERFLOWS).to(mean.device)
 
     def update(self, overflow: Tensor) -> None:
-        """Choose the scale of the next step by whether this one has overflowed, () bool."""
+        """Update the scale for the next step; `overflow`, () bool, states whether this step has overflowed."""
         overflow = overflow.to(self.value.device)
         steady = torch.where(overflow, self.steady.clamp(max=0) - 1, self.steady.clamp(min=0) + 1)
         grows = steady >= _GROWS_AFTER
@@ -50,14 +50,14 @@ class LossScale:
         self.value, self.steady = (self.value * factor).clamp(max=_LARGEST), steady.masked_fill(grows, 0)
 
     def state(self) -> dict[str, Tensor]:
-        """Return what a checkpoint holds of it; nothing before the first batch with labels."""
+        """Return the tensors for a checkpoint; none before the first batch with labels."""
         return {"value": self.value, "steady": self.steady} if self.started else {}
 
     def restore(self, state: dict[str, Tensor], device: torch.device, where: str) -> None:
-        """Take over what `state` has returned; nothing is there where the run was not one in float16.
+        """Load the tensors that `state` returned; there are none if the run was not in float16.
 
         Raises:
-            UserError: it holds something else; `where` begins the message.
+            UserError: the tensors are not those of a loss scale; `where` starts the message.
         """
         if not state:
             return

@@ -1,4 +1,4 @@
-"""The training loop of several heads on one frozen backbone: each goes as it would by itself."""
+"""Training loop of several heads on one frozen backbone; each head is trained as it would be alone."""
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,11 +32,11 @@ from dinoseg.utils.interrupt import Deferral, deferred
 from dinoseg.utils.ranges import Count, Natural, OpenShare, Positive
 
 logger = logging.getLogger(__name__)
-DROPPED = "dropped.json"  # in the folder of a head that is no longer trained: why
+DROPPED = "dropped.json"  # reason, in the folder of a head that has dropped out
 
 
 class HeadParts(NamedTuple):
-    """What `fit` takes of a model, and the name and folder of its run."""
+    """Arguments of `fit` for one head, and the name and folder of its run."""
 
     name: str
     folder: Path
@@ -49,7 +49,13 @@ class HeadParts(NamedTuple):
 
 @dataclass
 class Outcome:
-    """How the training of a head has ended; `share` is its part of the time that training steps took, if any did."""
+    """Result of one head's training.
+
+    Attributes:
+        run: progress of its run.
+        share: its share of the time spent in training steps; None if there were none.
+        dropped: why its training was abandoned; None if it was not.
+    """
 
     run: Progress
     share: float | None
@@ -74,33 +80,33 @@ def fit_heads(
     score: str = "miou",
     max_minutes: Positive | None = None,
 ) -> list[Outcome]:
-    """Train heads as `fit` would train each by itself, from where each stands, but read and look at each batch once.
+    """Train each head from its checkpoint as `fit` would alone, but read and encode each batch only once.
 
-    Heads may stand at different steps, as after a kill between two saves: those that are ahead wait. One whose loss is
-    not finite drops out, and the others go on.
+    The heads may be at different steps, as after a kill between two saves: those that are ahead wait. A head whose loss
+    is not finite drops out, and the others continue.
 
     Args:
-        parts: of each head; their models share their features.
+        parts: model, loss, optimizer and run of each head; the models share their features.
         feed: batches, and how models are validated.
         engine: device, precision and ranks.
-        keep: called with a step when all heads have been saved: what has been learnt up to there can be gone on from.
-        schedule: this and the following: see `fit`, each head for itself.
-        steps: likewise.
-        val_every: likewise.
-        save_every: likewise.
-        log_every: likewise.
-        accumulate: likewise.
-        clip: likewise.
-        patience: likewise.
-        ema: likewise.
-        score: likewise.
-        max_minutes: likewise, of all heads together.
+        keep: called with a step once all heads are saved: the run can resume from that step.
+        schedule: see `fit`; this and the following hold for each head.
+        steps: see `fit`.
+        val_every: see `fit`.
+        save_every: see `fit`.
+        log_every: see `fit`.
+        accumulate: see `fit`.
+        clip: see `fit`.
+        patience: see `fit`.
+        ema: see `fit`.
+        score: see `fit`.
+        max_minutes: see `fit`; a limit for all heads together.
 
     Returns:
-        How each has ended.
+        The result of each head.
 
     Raises:
-        Interrupted: by a signal; a first one waits for the end of the step. Whatever else ends it saves that, too.
+        Interrupted: by a signal; the first one waits for the end of the step. Any error saves the last completed step.
     """
     own = {"accumulate": accumulate, "ema": ema, "score": score}
     heads = [_Head(part, feed, engine, own) for part in parts]
@@ -146,11 +152,11 @@ def fit_heads(
 
 
 class _Head:
-    """A head in training, how long its own part of the steps takes, and whether it has dropped out."""
+    """A head in training, with the time that its own part of the steps takes, and whether it has dropped out."""
 
     learnt: Learnt
-    asked = False  # whether a rank was to stop when it last updated
-    dropped: str | None = None  # why
+    asked = False  # whether any rank had a stop request at the last update
+    dropped: str | None = None  # reason
 
     def __init__(self, parts: HeadParts, feed: ImageFeed, engine: Engine, own: Mapping[str, Any]) -> None:
         model, optimizer, log = parts.model, parts.optimizer, parts.log
@@ -164,28 +170,28 @@ class _Head:
         self.run = self.one.run
 
     def goes_on(self, steps: int, patience: int | None) -> bool:
-        """Return whether there is more to learn."""
+        """Return whether training continues: steps are left, and patience lasts or a validation is pending."""
         ended = self.dropped is not None or self.run.step >= steps
         return not ended and (self.run.owed or not self.one.has_stalled(patience))
 
     def drop(self, error: NonFiniteLoss) -> None:
-        """Train it no more, and note why."""
+        """Stop training this head, and write the reason to `dropped.json`."""
         self.dropped = str(error)
         logger.warning("%s drops out, and the others go on. %s", self.name, error)
         if self.one.engine.is_main:
             write_json(self.folder / DROPPED, {"step": self.run.step, "reason": self.dropped})
 
     def is_saved(self) -> bool:
-        """Return whether a run can go on with it, or without."""
+        """Return whether a run can resume in terms of this head: it has a `last` checkpoint or was dropped."""
         return self.dropped is not None or (self.folder / checkpoint.FOLDER / "last.safetensors").exists()
 
     def outcome(self, seconds: float) -> Outcome:
-        """Return how it has ended; `seconds` is what all steps took."""
+        """Return the result of the training; `seconds` is the duration of all steps."""
         return Outcome(self.run, self.clock.read() / seconds if seconds else None, self.dropped)
 
 
 class _Together:
-    """What is done with several heads at once; what they had learnt is saved however its block ends."""
+    """Steps, validations and saves of several heads; if its block ends early, their last steps are saved."""
 
     def __init__(
         self, heads: Sequence[_Head], feed: ImageFeed, engine: Engine, keep: Callable[[int], None], stop: Deferral
@@ -203,15 +209,15 @@ class _Together:
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         self._lasts.__exit__(kind, error, trace)
         if error is not None:
-            with suppress(UserError, OSError):  # the first error is the one to tell
+            with suppress(UserError, OSError):  # report the first error
                 self.tell({})
                 self._note()
 
     def learn(self, heads: Sequence[_Head], drawn: Sequence[Any], **how: Any) -> None:
-        """Let each take a step on the same batches, whose features are computed once."""
+        """Train each head for one step on the same batches, whose features are computed once."""
         batches = [batch.to(self._engine.device) for batch in drawn]
         with self._shared.held(*(batch.image for batch in batches)):
-            self._look(batches)  # here, so that no head is charged for it
+            self._look(batches)  # outside the timers of the heads
             for head in heads:
                 with head.clock.running():
                     self._step(head, iter(batches), **how)
@@ -222,7 +228,7 @@ class _Together:
                 for batch in batches:
                     self._shared.of(batch.image)
         except (MemoryError, RuntimeError) as error:
-            if not tells_shortage(error):  # else each head takes its batches in parts
+            if not tells_shortage(error):  # in a shortage, each head splits its batches instead
                 raise
 
     def _step(self, head: _Head, batches: Iterator[Any], *, pace: Pace, clip: float | None, **due: bool) -> None:
@@ -236,13 +242,13 @@ class _Together:
             head.drop(error)
 
     def tell(self, speed: dict[str, float]) -> None:
-        """Log the last step of each that has taken it."""
+        """Log the last step of each head that took it."""
         for head, learnt in self._untold:
             head.one.tell(learnt, speed)
         self._untold.clear()
 
     def validate(self, heads: Sequence[_Head]) -> None:
-        """Score heads by one pass over the data, and save them."""
+        """Score heads in one pass over the data, and save them."""
         heads = [head for head in heads if head.dropped is None]
         with ExitStack() as stack:
             scored = []
@@ -250,7 +256,7 @@ class _Together:
                 stack.enter_context(head.one.as_scored())
                 head.one.seed_draws()
                 scored.append(self._feed.scored(head.one.model, head.one.loss, self._engine))
-            # a run that goes on begins with the validation it owes
+            # a resumed run starts with the pending validation
             with self._stop.at_once(allowed=self._engine.world == 1):
                 found = self._feed.validate_each(scored, self._engine, sharing=self._shared.held) if scored else []
             judged = [self._judge(head, validation) for head, validation in zip(heads, found, strict=True)]
@@ -267,14 +273,14 @@ class _Together:
             return None
 
     def save(self, heads: Sequence[_Head]) -> None:
-        """Save heads, and that all of them are."""
+        """Save heads, and report the step to resume from."""
         for head in heads:
             if head.dropped is None:
                 head.one.save()
         self._note()
 
     def _note(self) -> None:
-        """Say from which step all can go on, once each can."""
+        """Report the step from which all heads can resume, once each can."""
         standing = [head.run.step for head in self._heads if head.dropped is None]
         if standing and all(head.is_saved() for head in self._heads):
             self._keep(min(standing))

@@ -1,4 +1,4 @@
-"""How a run goes: images per second, the share of time spent waiting for data, memory, time left."""
+"""Throughput of a training: images per second, share of time spent waiting for data, memory, time left."""
 
 import logging
 import sys
@@ -17,15 +17,15 @@ from dinoseg.utils.wording import count_of
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-_STATUS = Path("/proc/self/status")  # of Linux: its peak can be reset
+_STATUS = Path("/proc/self/status")  # Linux only; the peak in it can be reset
 _BAR = "{percentage:3.0f}%|{bar:16}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
-_ON_TERMINAL, _IN_FILE = 0.5, 10.0  # seconds between two figures of a bar, or two lines
-_MUCH = 0.05  # of the time waiting for data, above which something is to be done about it
+_ON_TERMINAL, _IN_FILE = 0.5, 10.0  # seconds between two updates of the bar, or two lines
+_MUCH = 0.05  # share of time spent waiting for data, above which a remedy is logged
 
 
 @dataclass
 class _Window:
-    """What was trained since a moment, in seconds of the clock."""
+    """Images and waiting time of a period, in seconds of the clock."""
 
     start: float
     images: int = 0
@@ -38,19 +38,19 @@ class _Window:
 
 
 class Meter:
-    """Counts images and waiting time between two readings, and shows on one rank how the run goes.
+    """Counter of images and waiting time between two readings, which displays progress on one rank.
 
-    A terminal has a bar; where stderr is a file or a pipe, a line is logged every ten seconds.
+    A terminal shows a progress bar; if stderr is a file or a pipe, a line is logged every ten seconds.
 
     Args:
-        done: optimizer steps that the run begins with.
-        steps: in all.
-        val_every: steps between validations, whose time is part of what is left.
+        done: optimizer steps done before.
+        steps: optimizer steps in all.
+        val_every: steps between validations, whose duration is part of the time left.
         epoch: steps in which each sample is seen once.
-        device: whose memory is told.
-        visible: this rank shows how it goes.
-        clock: gives seconds.
-        terminal: whether there is a bar; None: where stderr is a terminal.
+        device: device whose memory is reported.
+        visible: whether this rank displays progress.
+        clock: returns seconds.
+        terminal: whether to show a progress bar; None: if stderr is a terminal.
     """
 
     def __init__(
@@ -73,14 +73,14 @@ class Meter:
         self.bar = tqdm(total=steps, initial=done, disable=not self._has_bar, dynamic_ncols=True, bar_format=_BAR)
         self._remedy = ""
         self._first = self._trained = 0.0  # seconds of the first step, and of all later ones
-        self._later = _Window(0.0)  # what the later steps have trained and waited
-        self._other = 0, 0.0  # of the later ones, those that took other times than those to come, and their seconds
+        self._later = _Window(0.0)  # images and waiting time of the later steps
+        self._other = 0, 0.0  # later steps before `change`, and their seconds
         self._validated: list[float] = []  # seconds of each validation
         self._mark = self._shown = clock()
         self._row, self._status = _Window(self._mark), _Window(self._mark)
 
     def waiting(self, batches: Iterable[T], remedy: str) -> Iterator[T]:
-        """Yield from `batches`, counting the time until each comes; `remedy` is told at the end if that is much."""
+        """Yield from `batches` and measure the wait for each; `remedy` is logged at the end if it was long."""
         self._remedy = remedy
 
         def count(seconds: float) -> None:
@@ -90,7 +90,7 @@ class Meter:
         return awaited(batches, count, self._clock)
 
     def step(self, images: int, loss: float, rate: float) -> None:
-        """Count one optimizer step of so many images."""
+        """Count one optimizer step over `images` images."""
         now = self._clock()
         for window in self._windows():
             window.images += images
@@ -113,18 +113,18 @@ class Meter:
         return {"train/images_per_s": speed, "train/data_wait": waited, "train/memory_gib": memory}
 
     def pause(self) -> None:
-        """Take the time since the last step for a validation's, which is no training."""
+        """Count the time since the last step as a validation, not as training."""
         now = self._clock()
         self._validated.append(now - self._mark)
         self._mark = now
         self._row, self._status = _Window(now), _Window(now)
 
     def change(self) -> None:
-        """Foretell the time left from here on by the steps to come, which take other times than those before."""
+        """Estimate the time left from later steps only, since their duration differs from that of the steps so far."""
         self._other = self._step - self._start - 1, self._trained
 
     def close(self) -> None:
-        """Leave the bar as it stands, and tell how fast the training was and what it waited for."""
+        """Close the progress bar, and log the training speed and the share of time spent waiting for data."""
         self.bar.close()
         if not self._visible or self._step - self._start < 2:
             return
@@ -134,7 +134,7 @@ class Meter:
             logger.warning("The training waited for data %.0f%% of its time. %s", 100 * waited, self._remedy)
 
     def left(self) -> str:
-        """Return the time left, with that of the validations; before the first of them they are named, not guessed."""
+        """Return the time left including validations, or their number as long as their duration is unknown."""
         seconds = (self._steps - self._step) * self._seconds_a_step()
         validations = self._steps // self._val_every - self._step // self._val_every
         validations += self._step < self._steps and self._steps % self._val_every > 0
@@ -147,9 +147,9 @@ class Meter:
         return self._row, self._status, self._later
 
     def _seconds_a_step(self) -> float:
-        """Return the mean so far, without the first step, which starts everything up, once there are others.
+        """Return the mean duration of the steps so far, without the first one, which includes start-up.
 
-        Of such as are to come, once there are any.
+        After `change`, only later steps count as soon as there are any. The first step counts while it is the only one.
         """
         later, (other, seconds) = self._step - self._start - 1, self._other
         if later > other:
@@ -170,12 +170,12 @@ class Meter:
 
 
 def _told(speed: float) -> str:
-    """Return images a second as they are told: below one, what says how slow they are."""
+    """Format images per second: with one decimal, or below 1 with two significant digits."""
     return f"{speed:.1f}" if speed >= 1 else f"{speed:.2g}"
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Let `peak_memory` count from here on, where the system can: jobs of a sweep share a process."""
+    """Restart the count of `peak_memory` where the system can, since jobs of a sweep share a process."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif device.type == "mps":
@@ -186,9 +186,9 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the highest memory so far in bytes: allocated on an accelerator, resident in the process otherwise.
+    """Return the peak memory so far in bytes: allocated on an accelerator, resident in the process otherwise.
 
-    MPS counts no peak; what its allocator holds is close to it, for that is given back in a shortage alone.
+    MPS has no peak counter. The memory held by its allocator is close to it: it is released only in a shortage.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
@@ -200,7 +200,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def held_memory(device: torch.device) -> int:
-    """Return the memory that is held now, as `peak_memory` counts it; on a CPU without Linux the highest so far."""
+    """Return the memory in use, counted as in `peak_memory`; on a CPU without Linux, the peak so far."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     if device.type == "mps":

@@ -1,4 +1,4 @@
-"""A training step's batches in parts: halved where memory does not suffice for a whole one, and gone on with."""
+"""Micro-batches of a training step, which are halved and run again when memory does not suffice."""
 
 import gc
 import logging
@@ -18,16 +18,16 @@ T = TypeVar("T")
 
 
 class MicroBatches:
-    """Takes each batch of a step in parts: in one at first, in twice as many from a step on that memory is short in.
+    """Splitter of a step's batches into parts: one at first, and twice the number whenever memory is short.
 
-    The update stays one over the same samples. With several ranks nothing is halved: one would wait for the others.
+    The update is still over the same samples. With several ranks nothing is split: ranks would wait for one another.
 
     Args:
         engine: device and ranks.
-        accumulate: batches of a step.
-        least: samples of a part at least.
-        undo: takes back what a step has changed when it ends before its update.
-        several: whether other heads are trained beside, on the same features.
+        accumulate: batches per optimizer step.
+        least: minimum number of samples in a part.
+        undo: reverts what a step has changed when it ends before its update.
+        several: whether other heads are trained on the same features.
         sums_over_batch: whether the loss of a batch is not the mean of the losses of its parts.
     """
 
@@ -44,12 +44,12 @@ class MicroBatches:
         self.parts = 1
         self._several, self._sums_over_batch = several, sums_over_batch
         self._engine, self._accumulate, self._least, self._undo = engine, accumulate, least, undo
-        self._samples = 0  # of the batch that was taken last
+        self._samples = 0  # in the latest batch
 
     def through(self, work: Callable[[Iterator[Any], int], T], batches: Iterator[Any]) -> T:
-        """Return what `work` makes of the next step's batches, given in parts, and of how many parts there are.
+        """Call `work` with the parts of the next step's batches and their number, and return its result.
 
-        Where memory does not suffice it is asked again from the step's start, with its random draws.
+        If memory does not suffice, the step is run again from its start, with smaller parts and the same random draws.
 
         Raises:
             OutOfMemory: parts cannot be smaller.
@@ -63,7 +63,7 @@ class MicroBatches:
                 if not tells_shortage(error):
                     raise
                 self._halve(reason_of(error))
-            # out of `except`, whose traceback holds what the step has made
+            # outside `except`, whose traceback holds the step's tensors
             self._undo()
             self._free()
             torch.manual_seed(torch.initial_seed())

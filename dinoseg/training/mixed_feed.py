@@ -1,4 +1,4 @@
-"""Batches of images with masks beside batches of images without: two orders, each a function of the seed alone."""
+"""Batches of images with masks paired with batches of images without; each order depends only on the seed."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,10 +19,10 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Count, Few, LowShare, NotNegative, Positive
 from dinoseg.utils.wording import count_of
 
-WHICH = {  # keys of a trainer, by what `Unlabelled` calls them
+WHICH = {  # keys of a trainer, and the fields of `Unlabelled` that they set
     **{"unlabelled": "images", "unlabelled_every": "every", "unlabelled_batch_size": "batch_size"}
 }
-KEYS = {  # the same of `SelfTraining`
+KEYS = {  # the same for `SelfTraining`
     **WHICH,
     **{"unlabelled_weight": "weight", "threshold": "threshold", "strong_views": "views"},
 }
@@ -30,12 +30,12 @@ KEYS = {  # the same of `SelfTraining`
 
 @dataclass(frozen=True)
 class Unlabelled:
-    """Which images without masks are learnt from, and how many at once.
+    """Images without masks to train on, and their number per batch.
 
     Args:
-        images: folder, pattern or video of them, beside the training images whose masks are not used.
+        images: folder, pattern or video of them, used in addition to training images whose masks are not used.
         every: seconds between two frames of a video.
-        batch_size: images of a batch, over all ranks; None: as many as with masks.
+        batch_size: images in a batch, over all ranks; None: the number of images with masks.
     """
 
     images: str | None = None
@@ -43,10 +43,10 @@ class Unlabelled:
     batch_size: Count | None = None
 
     def size(self, labelled: int, there: int, world: int) -> int:
-        """Return the images without masks of a batch, beside so many with masks.
+        """Return the images without masks in a batch that has `labelled` images with masks.
 
         Raises:
-            UserError: there are too few of them, or the ranks cannot share them.
+            UserError: the batch is larger than the number of images, or is not a multiple of the number of ranks.
         """
         size = self.batch_size or labelled
         if size > there or size % world:
@@ -59,15 +59,15 @@ class Unlabelled:
 
 @dataclass(frozen=True)
 class SelfTraining(Unlabelled):
-    """How images without masks are learnt from by what a moving average says of them.
+    """Options of self-training on images without masks, labelled by a moving average of the weights.
 
     Args:
         images: see `Unlabelled`.
-        every: likewise.
-        batch_size: likewise.
-        weight: of their loss.
-        threshold: least probability of a class that a teacher's label is learnt with.
-        views: strong ones of each image.
+        every: see `Unlabelled`.
+        batch_size: see `Unlabelled`.
+        weight: weight of their loss.
+        threshold: minimum probability of a class for a teacher's label to be used.
+        views: strong views of each image.
     """
 
     weight: NotNegative = 1.0
@@ -77,11 +77,11 @@ class SelfTraining(Unlabelled):
 
 @dataclass(kw_only=True)
 class MixedFeed(ImageFeed):
-    """Batches for a student that learns from a teacher beside its masks.
+    """Batches of images with and without masks, for a student that is also trained on a teacher's labels.
 
     Args:
         unlabelled: images without masks.
-        options: how they are learnt from.
+        options: options of self-training.
     """
 
     unlabelled: UnlabelledImages
@@ -97,11 +97,11 @@ class MixedFeed(ImageFeed):
         read = partial(_read, self.unlabelled, self.seed)
         order = {"batch_size": self._size, "seed": self.seed, "start": start, "rank": self.rank, "world": self.world}
         views = drawn_batches(read, _stacked, len(self.unlabelled), workers=self.workers, **order)
-        labelled: Iterator[Any] = super().train_batches(start)  # of images: no features are kept
+        labelled: Iterator[Any] = super().train_batches(start)  # of images: features are not cached
         return map(self._mixed, labelled, views)
 
     def tally(self, engine: Engine) -> Tally:
-        """Return what counts how well a step predicts its images with masks."""
+        """Return a tally of how well a step predicts its images with masks."""
         return _TallyOfMasks(self.train, engine)
 
     def _mixed(self, labelled: Batch, views: Views) -> MixedBatch:
@@ -111,7 +111,7 @@ class MixedFeed(ImageFeed):
 
 class _TallyOfMasks(Tally):
     def add(self, prediction: Prediction, batch: Batch) -> None:
-        """Count what has masks of its own."""
+        """Count the images that have masks of their own."""
         if isinstance(batch, TaughtBatch):
             prediction, batch = prediction.of_images(slice(0, len(batch.names))), batch.labelled
         super().add(prediction, batch)

@@ -1,4 +1,4 @@
-"""Parameter groups, learning rates as pure functions of the step, and the weights' moving average."""
+"""Parameter groups, learning rates as pure functions of the step, and a moving average of the weights."""
 
 import logging
 import math
@@ -21,10 +21,10 @@ logger = logging.getLogger(__name__)
 _EMBEDDING = re.compile(r"(token|tokens|pos_embed|position_embeddings|level_embed|level_encoding|queries)$")
 SCHEDULES = ("constant", "cosine", "poly")
 _LEAST_PAST_WARMUP = 0.2  # share of the steps
-_FULL = 0.999  # of the rate that is set, but for rounding
+_FULL = 0.999  # share of the configured rate that counts as reached, to allow for rounding
 _FUSED = ("cpu", "cuda", "mps")  # devices with fused AdamW kernels
-_SWAPPED_BYTES = 2**26  # of the trained weights, copied at once to exchange them with their average
-_RISE = 0.1  # share of the training in which what begins late comes to its rate
+_SWAPPED_BYTES = 2**26  # of trained weights, cloned at once when they are swapped with their average
+_RISE = 0.1  # share of the training in which late groups ramp up to their rate
 
 
 def parameter_groups(
@@ -37,17 +37,21 @@ def parameter_groups(
     layer_decay: float | None = None,
     backbone_begin: float = 0.0,
 ) -> list[dict]:
-    """Put every trainable parameter into exactly one group.
+    """Return optimizer groups in which every trainable parameter occurs exactly once.
 
-    Biases, norms and other vectors are not decayed, nor are tokens, positions, queries and other embeddings. Backbone
-    parameters, and a head's copies of its blocks, learn at `backbone_lr` (`lr` where it is None) times
-    `backbone_lr_scale`, all others at `lr`; with `layer_decay` d, block i of the n that are read (of a pyramid: stage
-    i; of copies: the n of them) at a further d^(n - i), what comes before the blocks at d^(n + 1) (BEiT, arXiv
-    2106.08254). What a head has `late` begins so, and the backbone's own at `backbone_begin`.
+    Weight decay applies neither to biases, norms and other vectors, nor to tokens, positions, queries and other
+    embeddings.
+
+    Backbone parameters, and a head's copies of its blocks, are trained at `backbone_lr` (`lr` if None) times
+    `backbone_lr_scale`, all others at `lr`. `layer_decay` d multiplies the rate of block i (0-based) of n by
+    d^(n - i). It multiplies that of parameters before the blocks by d^(n + 1) (BEiT, arXiv 2106.08254). n counts the blocks that
+    are read, the stages of a pyramid, or a head's copies of blocks.
+
+    The modules that a head lists in `late` start at its share of the training, the backbone at `backbone_begin`.
 
     Returns:
-        Groups with `params`, `names`, `lr`, `base_lr`, `weight_decay`, `begin`, the share of the training before which
-        they do not learn, and `rests`, whether they have no gradients until then, in the model's order.
+        Groups in the model's order, with `params`, `names`, `lr`, `base_lr` and `weight_decay`. `begin` is the share of
+        the training before which they are not trained; `rests` states whether they have no gradients until then.
 
     Raises:
         UserError: nothing is trainable.
@@ -90,11 +94,14 @@ def adamw(
     layer_decay: HighShare | None = None,
     backbone_begin: LowShare = 0.0,
 ) -> Optimizer:
-    """Return AdamW (Loshchilov and Hutter, arXiv 1711.05101) over `parameter_groups`.
+    """Return an AdamW optimizer (Loshchilov and Hutter, arXiv 1711.05101) over `parameter_groups`.
 
-    All that is trained learns at `lr`; without it the head at `head_lr` and the backbone at `backbone_lr`, from
-    `backbone_begin` on: a share of the training, before which the head learns on features that stay as they are
-    (Kumar et al., arXiv 2202.10054).
+    With `lr`, all trainable parameters use it. Without it, the head uses `head_lr` and the backbone `backbone_lr`.
+    The backbone is trained from `backbone_begin` on, a share of the training. Before that, the head is trained on
+    features that do not change (Kumar et al., arXiv 2202.10054).
+
+    Raises:
+        UserError: no learning rate is set, `betas` are not two numbers, or nothing is trainable.
     """
     rate, backbone_rate = (head_lr, backbone_lr) if lr is None else (lr, None)
     if rate is None:
@@ -116,25 +123,25 @@ def adamw(
 
 @torch.no_grad()
 def scale_gradients(parameters: Iterable[Tensor], scale: Tensor) -> None:
-    """Multiply the gradients of `parameters` by `scale` (), in one call for each dtype."""
+    """Multiply the gradients of `parameters` by `scale` (), in one call per dtype."""
     for (gradients,) in _by_dtype(
         [local_part(parameter.grad)] for parameter in parameters if parameter.grad is not None
     ):
         first = gradients[0]
-        torch._foreach_mul_(gradients, scale.to(first.dtype).to(first.device))  # MPS takes no float64
+        torch._foreach_mul_(gradients, scale.to(first.dtype).to(first.device))  # MPS has no float64
 
 
 def schedule(
     kind: str = "cosine", *, warmup: NotNegative = 0, power: NotNegative = 0.9, floor: Share = 0.0
 ) -> Callable[[int, int], float]:
-    """Return `factor(step, steps)`, what the learning rate is multiplied by at a 0-based step.
+    """Return `factor(step, steps)`, the multiplier of the learning rate at a 0-based step.
 
-    A linear rise in the warm-up (the first step already learns), then constant, half a cosine or a polynomial of
-    `power` from 1 down to `floor` at the last step. `warmup` is a share of the length (a float below 1), or a number of
-    steps (an int).
+    The factor rises linearly during the warm-up, whose first step is already above 0. After that it is constant, or
+    falls from 1 to `floor` at the last step: as half a cosine, or as a polynomial of `power`. `warmup` is a share of
+    the length (a float below 1) or a number of steps (an int).
 
     Raises:
-        UserError: an unknown kind, or a warm-up that is neither.
+        UserError: `kind` is unknown, or `warmup` is a float of 1 or more.
     """
     if kind not in SCHEDULES:
         raise UserError(f"optim.schedule.kind={kind} is unknown. Choose one of {', '.join(SCHEDULES)}.")
@@ -156,9 +163,9 @@ def schedule(
 
 
 def warn_of_long_warmup(factor: Callable[[int, int], float], steps: int) -> None:
-    """Warn where less than a fifth of the steps are left once the learning rate is what is set.
+    """Warn if less than a fifth of the steps is left once the learning rate reaches its configured value.
 
-    How it falls from there on is the schedule's own affair, and not counted.
+    How the rate falls after that depends on the schedule and is not considered.
     """
     rise = next((step for step in range(steps) if factor(step, steps) > _FULL), steps)
     if steps - rise < _LEAST_PAST_WARMUP * steps:
@@ -174,12 +181,12 @@ def warn_of_long_warmup(factor: Callable[[int, int], float], steps: int) -> None
 
 @dataclass(frozen=True)
 class Pace:
-    """Where in its training a step lies, and how fast it learns by that.
+    """Position of a step in the training, from which its learning rates follow.
 
     Attributes:
-        schedule: `schedule(step, steps)`, what base rates are multiplied by.
-        step: 0-based.
-        steps: of the training.
+        schedule: `schedule(step, steps)`, multiplier of the base rates.
+        step: 0-based number of the step.
+        steps: length of the training.
     """
 
     schedule: Callable[[int, int], float]
@@ -188,15 +195,15 @@ class Pace:
 
     @property
     def share(self) -> float:
-        """How much of the training is done, in [0, 1)."""
+        """Return the share of the training that is done, in [0, 1)."""
         return self.step / self.steps
 
     def left(self, begin: float) -> int:
-        """Return for how many steps rests what does so until the share `begin`."""
+        """Return the number of steps from this one to the share `begin` of the training, at least 0."""
         return max(0, _first(begin, self.steps) - self.step)
 
     def factor(self, begin: float = 0.0) -> float:
-        """Return the factor of a training in two parts, before and from the share `begin` on, each by the schedule."""
+        """Return the factor of a training in two parts, before and from the share `begin` on, each a full schedule."""
         first = _first(begin, self.steps)
         if self.step < first:
             return self.schedule(self.step, first)
@@ -204,19 +211,19 @@ class Pace:
 
 
 def _first(begin: float, steps: int) -> int:
-    return math.ceil(round(begin * steps, 6))  # 0.07 * 100 is more than 7
+    return math.ceil(round(begin * steps, 6))  # 0.07 * 100 > 7 in floating point
 
 
 def set_learning_rates(optimizer: Optimizer, pace: Pace) -> float:
-    """Set each group's rate to its base rate times the schedule's factor; return the highest.
+    """Set each group's rate to its base rate times the schedule's factor, and return the highest rate.
 
-    Where something rests, all rates follow the schedule anew from where it begins, as a second training of all of it
-    would. What begins late without a rest comes to its rate evenly: its moments are those of all steps, or the first of
-    its own would be several times too large.
+    If some groups are frozen at first, all rates restart the schedule when these are unfrozen, as in a second training
+    of the whole model. Groups that start late without being frozen ramp up linearly to their rate. Their moments
+    include all steps before; moments of their own first steps alone would make updates several times too large.
 
     Args:
         optimizer: over `parameter_groups`.
-        pace: of the step.
+        pace: schedule state of the step.
     """
     groups = optimizer.param_groups
     factor = pace.factor(max((group["begin"] for group in groups if group["rests"]), default=0.0))
@@ -231,7 +238,7 @@ def set_learning_rates(optimizer: Optimizer, pace: Pace) -> float:
 
 
 class MovingAverage:
-    """An exponential moving average of the trainable weights and of the floating buffers that training changes."""
+    """Exponential moving average of the trainable weights and of the floating-point buffers that training changes."""
 
     def __init__(self, named: Iterable[tuple[str, Tensor]], decay: OpenShare) -> None:
         self.decay = decay
@@ -242,7 +249,7 @@ class MovingAverage:
     def update(self, step: int) -> None:
         """Move the average towards the live weights by 1 - min(decay, (1 + step) / (10 + step)).
 
-        The first steps count little by that bound, or the initial weights would stay in the average for long.
+        This bound lowers the decay in the first steps; otherwise the initial weights would stay in the average long.
         """
         share = 1 - min(self.decay, (1 + step) / (10 + step))
         for averages, values in self._pairs():
@@ -253,7 +260,7 @@ class MovingAverage:
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
-        """Let the model hold the average, and give it back its weights however that ends."""
+        """Swap the average into the model within the block, and restore the weights however it ends."""
         self._swap()
         try:
             yield
@@ -277,7 +284,7 @@ class MovingAverage:
 
 
 def _by_dtype(rows: Iterable[Sequence[Tensor]]) -> Iterator[tuple[list[Tensor], ...]]:
-    """Yield the columns of the rows that start with a tensor of one dtype: fused kernels take one dtype a call."""
+    """Group rows by the dtype of their first tensor and yield each group's columns; fused kernels need one dtype."""
     groups: dict[torch.dtype, list[Sequence[Tensor]]] = {}
     for row in rows:
         groups.setdefault(row[0].dtype, []).append(row)
@@ -285,14 +292,14 @@ def _by_dtype(rows: Iterable[Sequence[Tensor]]) -> Iterator[tuple[list[Tensor], 
 
 
 def tensors_of(model: nn.Module, names: set[str]) -> Iterator[tuple[str, Tensor]]:
-    """Yield the model's own tensors of these names, in the order of its state dict."""
+    """Yield the model's live tensors of these names, in the order of its state dict."""
     yield from ((name, value) for name, value in model.state_dict(keep_vars=True).items() if name in names)
 
 
 def _layers_above(model: Segmenter) -> dict[int, int]:
-    """Return how many layers lie between parameters of a backbone, by their ids, and the head: 0 after the last block.
+    """Return the number of layers between a backbone parameter and the head, by parameter ID: 0 after the last block.
 
-    A head's copies of blocks count as the blocks of which they are.
+    A head's copies of blocks count like the blocks that they were copied from.
     """
     backbone = model.backbone
     above = {id(parameter): len(backbone.blocks) + 1 for parameter in backbone.parameters()}

@@ -1,4 +1,4 @@
-"""A backbone that rests: until its share of the training is done, the head learns on features that stay as they are."""
+"""Delayed fine-tuning: until a share of the training is done, the backbone is frozen and only the head is trained."""
 
 import logging
 from collections.abc import Iterator
@@ -15,16 +15,16 @@ logger = logging.getLogger(__name__)
 
 
 class Rest:
-    """Lets the trained parts of a backbone rest, as their groups say.
+    """Freeze of the trained parts of a backbone until the time set in their parameter groups.
 
-    What rests is in eval mode, as what is frozen is, and has no gradient: none is computed on one rank. Several ranks
-    expect those of all that is trained, and features that are kept enter where what is trained begins, which would move
-    with them: there they are computed, and dropped.
+    Frozen parts are in eval mode and have no gradient. On one rank, none is computed. A gradient is computed and
+    dropped with several ranks, which expect gradients of all trained parameters, and with cached features. These enter
+    the model at its first trained block, which would change if parameters no longer required gradients.
 
     Args:
         backbone: of the model in training.
         optimizer: over `parameter_groups`.
-        alone: whether there is one rank.
+        alone: whether there is only one rank.
     """
 
     def __init__(self, backbone: Backbone, optimizer: Optimizer, *, alone: bool) -> None:
@@ -34,11 +34,11 @@ class Rest:
 
     @property
     def begin(self) -> float:
-        """The share of the training until which something is frozen."""
+        """Return the share of the training until which something is frozen."""
         return max((group["begin"] for group in self._groups), default=0.0)
 
     def tell(self, pace: Pace) -> None:
-        """Say for how many steps something rests, and on one rank that those after them take longer."""
+        """Log for how many steps the backbone is frozen and, on one rank, that the steps after these take longer."""
         steps, to_come = max((pace.left(group["begin"]) for group in self._groups), default=0), pace.steps - pace.step
         if steps and steps == to_come:
             logger.warning(
@@ -51,10 +51,12 @@ class Rest:
             logger.info("The backbone rests for %d of the %d steps to come%s.", steps, to_come, quicker)
 
     def ends_with(self, pace: Pace) -> bool:
-        """Return whether a step is the last one of a rest, or the first one after a rest that fewer steps cut short.
+        """Return whether a step is the last frozen one, or the first one after a freeze that was cut short.
+
+        A freeze is cut short when the number of steps is reduced.
 
         Args:
-            pace: of each step in turn.
+            pace: schedule state; call this for each step in turn.
         """
         left = [pace.left(group["begin"]) for group in self._groups]
         was_frozen, self._was_frozen = self._was_frozen, max(left, default=0) > 1
@@ -62,7 +64,7 @@ class Rest:
 
     @contextmanager
     def during(self, pace: Pace, images: Any) -> Iterator[None]:
-        """Let them rest while a model goes forward and backward through images, or through features of images."""
+        """Freeze the parts while a model runs forward and backward on images, or on features of images."""
         resting = [each for group in self._groups if pace.left(group["begin"]) for each in group["params"]]
         if not resting:
             yield

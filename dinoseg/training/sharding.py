@@ -1,4 +1,4 @@
-"""Weights shared out over ranks (FSDP, arXiv 2304.11277): each keeps a part of every tensor and borrows the rest."""
+"""Sharding of weights over ranks (FSDP, arXiv 2304.11277): each stores a shard and gathers the rest when needed."""
 
 import sys
 from collections.abc import Iterable
@@ -12,14 +12,14 @@ from dinoseg.utils.errors import UserError
 
 
 def shard(model: Segmenter, device: torch.device, world: int) -> Segmenter:
-    """Keep this rank's part of each parameter on `device`; the other parts are borrowed block by block.
+    """Keep this rank's shard of each parameter on `device`; the others are gathered block by block in each pass.
 
-    Parameters become tensors of another kind, so this comes before an optimizer is made.
+    Parameters become DTensors, so shard a model before its optimizer is created.
 
     Raises:
-        UserError: its layers are quantised, or its head is one of slots.
+        UserError: the model has quantised layers or a slot head.
     """
-    if model.head.slots is not None:  # parts of it are asked frame by frame, beside the model's own pass
+    if model.head.slots is not None:  # parts of it run frame by frame, outside the model's `forward`
         raise UserError("engine.sharding=fsdp: the weights of slots cannot be shared out. Leave engine.sharding out.")
     if quantised_names(model):
         raise UserError(
@@ -27,25 +27,25 @@ def shard(model: Segmenter, device: torch.device, world: int) -> Segmenter:
             "backbone.dtype=bfloat16, or leave engine.sharding out."
         )
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard  # a second of imports, for this alone
+    from torch.distributed.fsdp import fully_shard  # takes a second to import
 
     options: dict[str, Any] = {"mesh": init_device_mesh(device.type, (world,)), "reshard_after_forward": True}
-    blocks = model.backbone.blocks if not model.backbone.is_pyramid else ()  # stages that nothing calls as such
+    blocks = model.backbone.blocks if not model.backbone.is_pyramid else ()  # its stages are not called as modules
     for block in (*blocks, *model.head.own_blocks):
         fully_shard(block, **options)
-    # one of all else, the head too, parts of which run past its `forward`; lent for one pass as the others are, or what
-    # is written to the parts (a moving average) would not be seen
+    # one group for the rest, including the head, which also runs outside its `forward`; resharded after each pass
+    # like the blocks, or writes to the shards (moving average) would have no effect
     fully_shard(model, **options)
     return model
 
 
 def is_shared(model: nn.Module) -> bool:
-    """Return whether this rank holds parts of a model, so that only all ranks together have it."""
+    """Return whether the model's weights are sharded, so that only all ranks together hold it."""
     return any(map(_is_distributed, model.parameters()))
 
 
 def whole(value: Tensor) -> Tensor:
-    """Return a tensor with the parts of all ranks, which have to ask for it together."""
+    """Return the full tensor of a sharded one; a collective operation, which all ranks have to call."""
     shared: Any = value
     return shared.full_tensor() if _is_distributed(value) else value
 
@@ -57,9 +57,9 @@ def local_part(value: Tensor) -> Tensor:
 
 
 def gathered(tensors: Iterable[tuple[str, Tensor]], *, keep: bool) -> dict[str, Tensor]:
-    """Return tensors by name, those that are shared out whole and on the CPU; none on a rank that does not keep them.
+    """Return tensors by name, sharded ones in full and on the CPU; an empty dict on ranks without `keep`.
 
-    One after the other, so that a device holds one whole tensor at a time.
+    Tensors are gathered one after another, so that a device holds one full tensor at a time.
     """
     held = {}
     for name, value in tensors:
@@ -70,7 +70,7 @@ def gathered(tensors: Iterable[tuple[str, Tensor]], *, keep: bool) -> dict[str, 
 
 
 def parted(value: Tensor, held: Tensor) -> Tensor:
-    """Return a whole tensor shared out as `held` is; every rank has all of it, so nothing is sent."""
+    """Return a full tensor sharded like `held`; every rank has all of it, so nothing is sent."""
     if not _is_distributed(held) or value.shape != held.shape:
         return value
     from torch.distributed.tensor import distribute_tensor
@@ -80,32 +80,33 @@ def parted(value: Tensor, held: Tensor) -> Tensor:
 
 
 def _is_distributed(value: Tensor) -> bool:
-    """Return whether a tensor is a DTensor, without importing their module: there are none before it is imported."""
+    """Return whether a tensor is a DTensor, without importing its module: before the import, none exist."""
     module: Any = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(value, module.DTensor)
 
 
 class Lockstep:
-    """Lets ranks predict unequal numbers of images: one that is done goes on lending its parts until all are.
+    """Synchroniser of the ranks' forward passes when they predict unequal numbers of images.
 
-    Each pass needs the parts of all ranks, so all have to make the same number of passes.
+    Each pass gathers shards from all ranks, so all ranks have to run the same number of passes. A rank that has
+    finished runs dummy passes until all have.
 
     Args:
-        model: shared out by `shard`.
+        model: sharded by `shard`.
         device: of this rank.
     """
 
     def __init__(self, model: Segmenter, device: torch.device) -> None:
         self._model, self._device, self._lends = model, device, False
-        model.register_forward_pre_hook(self._announce, prepend=True)  # before the pass borrows parts
+        model.register_forward_pre_hook(self._announce, prepend=True)  # before the pass gathers shards
 
     def _announce(self, model: nn.Module, _: Any) -> None:
-        if not torch.is_grad_enabled() and not self._lends:  # steps of a training are as many on each rank
+        if not torch.is_grad_enabled() and not self._lends:  # training steps are the same number on each rank
             self._at_work(1)
 
     @torch.no_grad()
     def join(self) -> None:
-        """Return when every rank has come here."""
+        """Run dummy passes until every rank has called this method."""
         training, side = self._model.training, self._model.patch_size
         self._model.eval()
         self._lends = True

@@ -1,4 +1,4 @@
-"""What a frozen backbone gives for images, computed once for all of the models that share it."""
+"""Features of a frozen backbone, computed once for all models that share it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,22 +13,22 @@ from dinoseg.utils.errors import UserError
 
 
 class SharedFeatures:
-    """The features of every block that any of several heads reads.
+    """Features of every block that any of several heads reads, cached for a batch at a time.
 
     Args:
-        model: its backbone reads all of these blocks, in order; its head is none.
+        model: a segmenter whose backbone reads all of these blocks, in order; its head is not used.
     """
 
     def __init__(self, model: Segmenter) -> None:
         self.model = model
-        self._storages: set[int] = set()  # in which the images lie whose features are kept
+        self._storages: set[int] = set()  # of the images whose features are cached
         self._held: dict[tuple, tuple[Tensor, FrozenFeatures, list[int]]] = {}
 
     @contextmanager
     def held(self, *images: Tensor) -> Iterator[None]:
-        """Keep what is computed in here of these images (B, 3, H, W), or of some of a batch, for whoever asks again.
+        """Cache the features of these images (B, 3, H, W), or of slices of such a batch, within the block.
 
-        Of others nothing is kept: windows are cut from an image by each who asks, and come never again.
+        Features of other images are not cached: each head cuts its own windows from an image and uses them once.
         """
         self._storages = {batch.untyped_storage().data_ptr() for batch in images}
         try:
@@ -41,11 +41,11 @@ class SharedFeatures:
         """Return the features of images (B, 3, H, W), as `Segmenter.frozen` does.
 
         Raises:
-            UserError: one who was given them has changed them.
+            UserError: a head has modified cached features in place.
         """
         if images.untyped_storage().data_ptr() not in self._storages:
             return self.model.frozen(images, reduce=reduce)
-        # the images are kept, so that no others lie where these lie
+        # the images are stored too, so that their memory is not reused for others
         key = (images.data_ptr(), images.shape, images.stride(), images.dtype, images._version, reduce)
         if key not in self._held:
             features = self.model.frozen(images, reduce=reduce)
@@ -60,17 +60,17 @@ class SharedFeatures:
 
 
 class SharingSegmenter(Segmenter):
-    """A segmenter whose backbone's tensors and features are those of others too.
+    """A segmenter that shares its backbone's tensors and features with others.
 
     Args:
-        backbone: as the head alone would have it, its tensors those of the shared one.
-        head: one that cuts the model in its own way runs the backbone by itself.
+        backbone: the backbone that the head would have alone, with the tensors of the shared one.
+        head: a head that splits the model in its own way runs the backbone by itself.
         shared: computes the features.
         scale: see `Segmenter`.
-        longest: likewise.
+        longest: see `Segmenter`.
 
     Raises:
-        UserError: the shared backbone sees images padded to other multiples.
+        UserError: the shared backbone pads images to other multiples.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class SharingSegmenter(Segmenter):
         self._takes_maps = type(head).run is Head.run and type(head).until is Head.until
 
     def forward(self, images: Tensor | FrozenFeatures, *, reduce: bool = True) -> Prediction:
-        """Predict for images of one size, or for the shared features of them."""
+        """Predict for images of one size, or for their shared features."""
         if not self._takes_maps:
             return super().forward(images, reduce=reduce)
         features = images if isinstance(images, FrozenFeatures) else self.shared.of(images, reduce=reduce)

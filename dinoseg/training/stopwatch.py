@@ -1,4 +1,4 @@
-"""How long parts of training take on the device that they run on."""
+"""Timer for parts of a training, on the device that runs them."""
 
 import time
 from collections.abc import Iterator
@@ -9,11 +9,11 @@ import torch
 
 from dinoseg.utils.devices import timing_event
 
-_MOST = 1000  # spans that are kept before they are added up
+_MOST = 1000  # spans that are stored before they are added up
 
 
 class Stopwatch:
-    """Adds up the seconds of spans, on an accelerator by its own clock, without waiting for it in between."""
+    """Sum of the durations of spans in seconds; an accelerator is timed with its own events, without waiting for it."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -22,7 +22,7 @@ class Stopwatch:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Count the time of the block."""
+        """Add the duration of the block."""
         on_cpu = self._device.type == "cpu"
         start = time.perf_counter() if on_cpu else timing_event(self._device)
         yield

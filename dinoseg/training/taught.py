@@ -1,4 +1,4 @@
-"""A batch of images with masks and of views of images without, whose labels are what a teacher is sure of."""
+"""Batches for self-training: images with masks, and views of images without, labelled by a confident teacher."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from dinoseg.losses.pixel_mean import PixelDivisor
 from dinoseg.utils.ranges import NotNegative
 from dinoseg.utils.transfer import sent
 
-_VIEWS = ("weak", "outside", "strong", "boxes")  # of images without masks
+_VIEWS = ("weak", "outside", "strong", "boxes")  # fields with views of images without masks
 
 
 @dataclass
 class MixedBatch(Batch):
-    """Images with masks (B), and U images without, of which a teacher sees a weak view and a student V strong ones."""
+    """B images with masks, and U images without: a weak view of each for a teacher, V strong ones for a student."""
 
     weak: Tensor  # (U, 3, H, W) uint8
     outside: Tensor  # (U, H, W) uint8, `ignore_index` beyond the image's border
     strong: Tensor  # (U, V, 3, H, W) uint8
-    boxes: Tensor  # (U, V, 4) int64: top, left, bottom, right of what comes from the image before; empty: nothing
-    threshold: float  # least probability of a teacher's class that is learnt
+    boxes: Tensor  # (U, V, 4) int64: top, left, bottom, right of the part from the previous image; may be empty
+    threshold: float  # minimum probability of a teacher's class to become a label
     ignore_index: int
 
     @property
     def count(self) -> int:
-        """The number of images that a student sees."""
+        """Return the number of images that the student sees."""
         return len(self.names) + self.boxes.shape[:2].numel()
 
     def to(self, device: torch.device) -> MixedBatch:
@@ -41,7 +41,7 @@ class MixedBatch(Batch):
         return replace(self, **there)
 
     def split(self, parts: int) -> list[Batch]:
-        """Return so many batches of the images in their order; boxes then come from images of the same part."""
+        """Split the images in their order into `parts` batches; boxes then come from images of the same part."""
         views = zip(*(getattr(self, name).tensor_split(parts) for name in _VIEWS), strict=True)
         return [
             replace(self, **vars(labelled), **dict(zip(_VIEWS, part, strict=True)))
@@ -49,9 +49,9 @@ class MixedBatch(Batch):
         ]
 
     def taught(self, teach: Teach) -> Batch:
-        """Return all that the student sees in one batch, the strong views with what `teach` is sure of the weak ones.
+        """Return all images of the student in one batch, with labels of the strong views predicted from the weak ones.
 
-        Ignored are pixels of less than `threshold` and those beyond an image's border; boxes bring their labels.
+        Pixels below `threshold` and those beyond an image's border are ignored; pasted boxes keep their own labels.
         """
         if not len(self.weak):
             return Batch(self.image, self.mask, self.names)
@@ -67,54 +67,54 @@ class MixedBatch(Batch):
 
     @property
     def inside(self) -> Tensor:
-        """The number () of pixels of the strong views that show an image."""
+        """Return the number () of pixels of the strong views that show an image."""
         return (~self._pasted(self.outside == self.ignore_index)).sum()
 
     @property
     def _cut(self) -> Tensor:
-        """Which pixels (U, V, H, W) of the strong views come from the image before."""
+        """Return which pixels (U, V, H, W) of the strong views come from the previous image."""
         return _within(self.boxes, self.outside.shape[-2], self.outside.shape[-1])
 
     def _pasted(self, maps: Tensor) -> Tensor:
-        """Return maps (U, H, W) of the weak views as maps (U, V, H, W) of the strong ones."""
+        """Paste maps (U, H, W) of the weak views like the strong ones, into maps (U, V, H, W)."""
         return torch.where(self._cut, maps.roll(1, 0)[:, None], maps[:, None])
 
 
 @dataclass
 class TaughtBatch(Batch):
-    """Images with masks, `names` of these alone, and behind them views with a teacher's labels."""
+    """Images with masks, followed by views with a teacher's labels; `names` are those of the images with masks."""
 
     inside: Tensor  # (), pixels of the views that show an image
     ignore_index: int
 
     @property
     def count(self) -> int:
-        """The number of images."""
+        """Return the number of images."""
         return len(self.image)
 
     @property
     def labelled(self) -> Batch:
-        """The images with masks."""
+        """Return the images with masks."""
         return Batch(self.image[: len(self.names)], self.mask[: len(self.names)], self.names)
 
     @property
     def views(self) -> Batch:
-        """The views with a teacher's labels, which have no names."""
+        """Return the views with a teacher's labels, which have no names."""
         own = self.image[len(self.names) :], self.mask[len(self.names) :]
         return Batch(*own, [""] * len(own[0]))
 
 
 class TaughtLoss(Loss):
-    """A loss of images with masks, and, times `weight`, of views with a teacher's labels.
+    """Sum of a loss on images with masks and `weight` times a loss on views with a teacher's labels.
 
-    The latter is a mean over all pixels of the views, of which those that the teacher is not sure of cost nothing
-    (FixMatch, arXiv 2001.07685): what is learnt from them grows with how sure it is.
+    The latter is a mean over all pixels of the views; uncertain pixels contribute 0 (FixMatch, arXiv 2001.07685).
+    Its size thus grows with the share of pixels that have a teacher's label.
 
     Args:
-        criterion: of images with masks.
-        of_views: that of views: for it all classes should weigh alike. A teacher that learnt with weights gives rare
-            classes more pixels than they have; weighted once more, its student would give them more yet, and so on.
-        weight: of the views.
+        criterion: loss on images with masks.
+        of_views: loss on views, in which all classes should have the same weight. A teacher trained with class
+            weights predicts rare classes too often. Class weights here would amplify that in the student.
+        weight: weight of the views.
     """
 
     def __init__(self, criterion: Loss, of_views: Loss, weight: NotNegative) -> None:
@@ -122,12 +122,12 @@ class TaughtLoss(Loss):
         self.criterion, self.of_views, self.weight = criterion, of_views, weight
         self.needs_masks = criterion.needs_masks
         self.num_divisors, self.divisor = criterion.num_divisors + (1 if weight else 0), criterion.divisor
-        # another mean times the share of sure pixels is no sum over pixels
+        # other means, times the share of certain pixels, are not sums over pixels
         plain = isinstance(of_views.divisor, PixelDivisor) and of_views.divisor.border is None
         self.sums_over_batch = criterion.sums_over_batch or (weight > 0 and not plain)
 
     def forward(self, prediction: Prediction, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the sum; parts are those of the images with masks, `unlabelled`, and `sure`: the share of pixels."""
+        """Return the loss; its parts are those of the images with masks, `unlabelled` and `sure` (share of pixels)."""
         if not isinstance(batch, TaughtBatch):
             return self.criterion(prediction, batch)
         value, parts = self.criterion(prediction.of_images(slice(0, len(batch.names))), batch.labelled)
@@ -135,12 +135,12 @@ class TaughtLoss(Loss):
         return value + self.weight * taught, parts | more
 
     def divisors(self, batch: Any) -> Tensor:
-        """Return the divisors of the loss of masks, and the pixels of the views that show an image."""
+        """Return the divisors of the loss on masks, and the number of pixels of the views that show an image."""
         own = self.criterion.divisors(batch)
         return torch.cat([own, batch.inside.to(own)[None]]) if self.weight else own
 
     def in_step(self, prediction: Prediction, batch: Any, divisors: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Return the part of a batch in the loss of a step, the loss of the batch alone, and its parts by name."""
+        """Return the batch's part of a step's loss, the loss of the batch alone, and its parts by name."""
         own = self.criterion.num_divisors
         if not isinstance(batch, TaughtBatch):
             return self.criterion.in_step(prediction, batch, divisors[:own])
@@ -151,7 +151,7 @@ class TaughtLoss(Loss):
         return part + self.weight * share * taught, value + self.weight * taught.detach(), parts | more
 
     def _of_views(self, prediction: Prediction, batch: TaughtBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss of the views, and it and the share of pixels that the teacher is sure of as parts."""
+        """Return the loss on the views; its parts are itself and the share of pixels the teacher is certain of."""
         views = batch.views
         taught, _ = self.of_views(prediction.of_images(slice(len(batch.names), None)), views)
         sure = (views.mask != batch.ignore_index).sum() / batch.inside.clamp(min=1)

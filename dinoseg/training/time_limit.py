@@ -1,4 +1,4 @@
-"""A wall-clock limit on a training: fewer steps where they take longer than planned."""
+"""Wall-clock limit of a training, which reduces the number of steps if they take longer than planned."""
 
 import logging
 import time
@@ -15,35 +15,35 @@ _RECENT = 16  # steps whose mean duration estimates the next ones
 
 
 class TimeLimit:
-    """Reduce the number of steps so that a training ends, validated, within its wall-clock limit.
+    """Wall-clock limit, which reduces the number of steps so that a training ends, validated, in time.
 
-    The limit counts from here, also in a resumed run. A training that keeps up with its plan is not changed.
+    The limit counts from the construction, also in a resumed run. A training that is on schedule is not changed.
 
     Args:
         minutes: the limit; None: there is none.
-        engine: of the run; all ranks follow the first one's clock.
+        engine: of the run; all ranks use rank 0's clock.
         clock: returns seconds.
     """
 
     def __init__(self, minutes: float | None, engine: Engine, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._minutes, self._engine, self._clock = minutes, engine, clock
         self._began = clock()
-        self._mark: float | None = None  # end of the step before; None: there was none
+        self._mark: float | None = None  # end of the previous step; None before the first one
         self._durations: deque[float] = deque(maxlen=_RECENT)
-        self._fitted: int | None = None  # steps that fit, of those planned
+        self._fitted: int | None = None  # number of planned steps that fit
         self._validation, self._is_validated, self._is_reported = 0.0, False, False
 
     def fit_steps(self, step: int, steps: int, *, frozen_until: float = 0.0) -> int:
-        """Return in how many of `steps` the training has to end; `step` itself: now, without another step.
+        """Return the number of `steps` after which the training has to end; `step`: now, without another step.
 
         Call it before each step. The training is validated after the last one. The number never rises, so that neither
-        the learning rate nor a frozen part goes back to an earlier state.
+        the learning rate nor a frozen part returns to an earlier state.
 
         Args:
             step: 0-based number of the next step.
-            steps: that were planned.
+            steps: planned number of steps.
             frozen_until: share of the steps until which a part is frozen. If it is still frozen after this share of the
-                limit, the number falls at once, so that the part is trained for the remaining share.
+                limit, the number is reduced at once. The part is then trained for the remaining share.
         """
         if self._minutes is None:
             return steps

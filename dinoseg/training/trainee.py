@@ -1,4 +1,4 @@
-"""A model in training: what a step and a validation do to it, and what is kept of it."""
+"""Training state of one model: gradients, optimizer updates, validation and checkpoints."""
 
 import logging
 import math
@@ -33,47 +33,50 @@ logger = logging.getLogger(__name__)
 
 
 class NonFiniteLoss(UserError):
-    """The loss became infinite or not a number."""
+    """Error raised when the loss, the gradient norm or the validation score is not finite."""
 
 
 @dataclass
 class Learnt:
-    """What the batches of a step came to on this rank; `mean` and `norm` are of all ranks, once they are read."""
+    """Result of the forward and backward passes of one step on this rank.
+
+    `mean` and `norm` cover all ranks; they are NaN until the outcome of the step is read.
+    """
 
     rate: float
-    sums: list[Tensor]  # of loss times weight, and of weights
-    names: list[str]  # of the samples
+    sums: list[Tensor]  # sum of loss times weight, and sum of weights
+    names: list[str]  # of the samples of the step
     images: int
-    parts: dict[str, Tensor]  # of the last batch's loss
+    parts: dict[str, Tensor]  # named parts of the last batch's loss
     tally: Tally | None
     mean: float = math.nan
     norm: float = math.nan
 
 
 class Trainee:
-    """A model in training, from where its checkpoint stands, with all that is its own.
+    """A model in training, resumed from its checkpoint, with its optimizer, moving average and progress.
 
     Args:
         model: a segmenter on the engine's device.
         loss: `loss(prediction, batch) -> (scalar, dict of scalars)`.
-        feed: how it is validated, and the seed of its draws.
+        feed: validation, training tally and random seed.
         optimizer: over `parameter_groups`.
         engine: device, precision and ranks.
-        checkpoints: where the run stands, and where it is kept.
-        log: scalars and pictures.
-        accumulate: batches of a step.
-        ema: decay of a moving average of the weights, which then is what gets scored and kept as best; or None.
-        score: the score of a validation that decides which checkpoint is best.
-        name: by which the log tells it from others.
+        checkpoints: progress and checkpoint files of the run.
+        log: receives scalars and images.
+        accumulate: batches per optimizer step.
+        ema: decay of a moving average of the weights, which is then scored and saved as best; or None.
+        score: validation score that selects the best checkpoint.
+        name: prefix of log messages when several models are trained; empty: none.
 
     Attributes:
-        run: where the run stands.
-        last: saves the last whole step when its block ends early.
-        mean: the loss of the newest step whose outcome was read.
-        rest: of what begins to learn later.
+        run: progress of the run.
+        last: emergency checkpoint, which saves the last completed step when its block ends early.
+        mean: loss of the newest step whose outcome was read.
+        rest: freezes trained parts of the backbone at the start of the training.
 
     Raises:
-        UserError: no validation has such a score, or the checkpoint does not fit.
+        UserError: the feed has no score of that name, or the checkpoint does not fit.
     """
 
     def __init__(
@@ -101,7 +104,7 @@ class Trainee:
         self.scale = engine.loss_scale()
         self.run: Progress = checkpoints.restore(model, optimizer, self.average, self.scale)
         self.last = LastStep(checkpoints, model, optimizer, self.average, self._whole, self.scale)
-        self._unread: deque[tuple[int, Learnt, Outcome]] = deque()  # what steps came to, in the order of the steps
+        self._unread: deque[tuple[int, Learnt, Outcome]] = deque()  # oldest first
         self.mean = math.nan
         self.rest = Rest(model.backbone, optimizer, alone=engine.world == 1)
         self._micro = MicroBatches(
@@ -115,7 +118,7 @@ class Trainee:
         model.train()
 
     def has_stalled(self, patience: int | None) -> bool:
-        """Return whether more validations than `patience` have brought no better score; say so."""
+        """Return whether more than `patience` validations have passed without a better score; if so, log it."""
         stalled = patience is not None and self.run.stale > patience
         if stalled:
             named = self._named, self.run.stale, self.run.step
@@ -123,19 +126,19 @@ class Trainee:
         return stalled
 
     def seed_draws(self) -> None:
-        """Let what is drawn at random from here on depend on the step alone."""
+        """Seed the random generators from the feed's seed and the current step, independently of previous steps."""
         self.engine.seed(self.feed.seed, self.run.step)
 
     def learn(self, batches: Iterator[Any], pace: Pace, *, counted: bool) -> Learnt:
-        """Go backward through each batch of the next step.
+        """Run the forward and backward passes of the next step.
 
         Args:
-            batches: of this rank, from that step's first on.
-            pace: of that step.
-            counted: whether to tally what is predicted.
+            batches: this rank's batches, from the first one of the step.
+            pace: schedule state of the step.
+            counted: whether to tally the predictions.
 
         Raises:
-            OutOfMemory: there is too little for a single image.
+            OutOfMemory: a batch does not fit in memory and cannot be split further.
         """
         self.seed_draws()
         rate = set_learning_rates(self.optimizer, pace)
@@ -143,7 +146,7 @@ class Trainee:
         return self._micro.through(partial(self._gradients, pace, rate, counted), batches)
 
     def _gradients(self, pace: Pace, rate: float, counted: bool, batches: Iterable[Any], count: int) -> Learnt:
-        """Go backward through each of `count` batches, and count what was predicted."""
+        """Run the forward and backward passes of `count` batches, and tally the predictions if `counted`."""
         tally = self.feed.tally(self.engine) if counted else None
         batches, divisors = self._divisors(batches, count)
         sums = [torch.zeros((), device=self.engine.device)] * 2
@@ -166,9 +169,10 @@ class Trainee:
         return Learnt(rate, sums, names, images, parts, tally)
 
     def _divisors(self, batches: Iterable[Any], count: int) -> tuple[Iterable[Any], Tensor | None]:
-        """Return the `count` batches of a step, and the divisors (D,) of all ranks if the loss needs them first.
+        """Return the `count` batches of a step, and the loss divisors (D,) of all ranks if they are needed in advance.
 
-        A single divisor divides the gradients after the last batch instead.
+        They are not if the loss has a single divisor, which divides the gradients after the last batch. Nor are they
+        if the step consists of a single batch.
         """
         if self.loss.num_divisors == 1 or count * self.engine.world == 1:
             return batches, None
@@ -179,7 +183,10 @@ class Trainee:
     def _loss_part(
         self, prediction: Prediction, batch: Any, divisors: Tensor | None, count: int
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Return what to go backward from, the weight by which the sum over all batches is divided, and named parts."""
+        """Return the tensor to backpropagate, its weight and the named parts of the loss.
+
+        The sum of these tensors over all batches is divided by the sum of the weights.
+        """
         if divisors is not None:
             part, _, parts = self.loss.in_step(prediction, batch, divisors)
             return part, torch.full_like(part, 1 / (count * self.engine.world)), parts
@@ -191,10 +198,10 @@ class Trainee:
 
     @torch.no_grad()
     def _teach(self, images: Tensor) -> Prediction:
-        """Predict for images (B, 3, H, W) as the moving average does, in eval mode: the same on each rank."""
+        """Predict for images (B, 3, H, W) with the moving average in eval mode; the result is the same on each rank."""
         assert self.average is not None, "a teacher is a moving average: its regime asks for trainer.ema"
         with self.average.swapped():
-            self.engine.align(self.model)  # each rank averages running means of its own
+            self.engine.align(self.model)  # running means differ between ranks
             self.model.eval()
             try:
                 with self.engine.autocast():
@@ -203,25 +210,25 @@ class Trainee:
                 self.model.train()
 
     def update(self, learnt: Learnt, *, clip: float | None, owed: bool, asked: int, told: bool = True) -> bool:
-        """Update with the mean over all labels of the step, however they lay in batches and ranks.
+        """Update the weights with the mean gradient over all labels of the step, across its batches and ranks.
 
-        On CUDA, a step that is not `told` is read with the next one, so that nobody waits for the device. One that is
-        not finite updates nothing there either, nor does the one after it.
+        On CUDA, the outcome of a step with `told=False` is read one step later, so that the host does not wait for the
+        device. If it is not finite, neither this step nor the next one changes the weights.
 
         Args:
-            learnt: of this step.
-            clip: highest norm of the gradient, or None.
-            owed: whether a validation is due after it.
-            asked: not 0 if this rank is to stop.
-            told: whether its loss and norm are to be known now; needed where anything is kept or logged after it.
+            learnt: result of the step's forward and backward passes.
+            clip: maximum gradient norm, or None.
+            owed: whether a validation is due after the step.
+            asked: non-zero if this rank has a stop request.
+            told: whether to read loss and norm now; required if anything is saved or logged after the step.
 
         Returns:
-            Whether any rank is to stop.
+            Whether any rank has a stop request.
 
         Raises:
-            NonFiniteLoss: of this step or the one before, before its update.
+            NonFiniteLoss: of this step or the previous one, before its update.
         """
-        # ranks learn of a stop at the same step, and lose none when one of them is lost here: no update has begun
+        # all ranks see a stop request at the same step; a rank that fails here costs no step, as no update has begun
         total, weight, stop = self.engine.total(*learnt.sums, asked)
         with self.last.update():
             before = self._unread[-1][2].norm if self._unread else None
@@ -237,37 +244,40 @@ class Trainee:
         return stops
 
     def tell(self, learnt: Learnt, speed: dict[str, float]) -> None:
-        """Log a step: its loss, rate and gradient, how fast it went, what was tallied, and the terms of the loss."""
+        """Log a step: loss, learning rate, gradient norm, speed, tallied scores and loss terms."""
         row: dict[str, float | None] = {"train/loss": learnt.mean, "train/lr": learnt.rate}
         row |= {"train/gradient_norm": learnt.norm, **speed}
         row |= {} if learnt.tally is None else learnt.tally.read()
         if self.scale is not None and self.scale.started:
             row["train/loss_scale"] = self.scale.value.item()
-        # of this rank's last batch
+        # parts of the loss of this rank's last batch
         row |= {f"train/{name}": value.item() for name, value in learnt.parts.items() if name != "weight"}
         self.log.scalars(self.run.step, row)
 
     def validate(self, stop: Deferral) -> None:
-        """Score the model, log it, and keep it where it is the best yet."""
+        """Score the model, log the scores, and save the model if it is the best so far."""
         self.seed_draws()
         with self.as_scored():
-            with stop.at_once(allowed=self.engine.world == 1):  # a run that goes on begins with the validation it owes
+            with stop.at_once(allowed=self.engine.world == 1):  # a resumed run starts with the pending validation
                 validation = self.feed.validate(self.model, self.loss, self.engine)
             judged = self.judge(validation)
         self.settle(validation, judged)
 
     @contextmanager
     def as_scored(self) -> Iterator[None]:
-        """Let the model hold what is scored: its moving average, where there is one, and the first rank's buffers."""
+        """Swap in the tensors that are scored: the moving average, if there is one, and rank 0's buffers."""
         with self.average.swapped() if self.average is not None else nullcontext():
-            self.engine.align(self.model)  # each rank averages running means of its own
+            self.engine.align(self.model)  # running means differ between ranks
             yield
 
     def judge(self, validation: Validation) -> Progress:
-        """Keep the model `as_scored` if it is the best yet; return where the run stands with that.
+        """Save the model as `best` if its score is the best so far, and return the updated progress.
+
+        The model has to be in the state of `as_scored`.
 
         Raises:
-            UserError: the score is undefined; NonFiniteLoss: it is no number.
+            UserError: the score is undefined.
+            NonFiniteLoss: the score is not finite.
         """
         value = validation.scores[self.score]
         if value is None:
@@ -282,10 +292,10 @@ class Trainee:
         return self.checkpoints.judge(self.model, value, lowest=self.score in self.feed.lowest)
 
     def settle(self, validation: Validation, judged: Progress) -> None:
-        """Log a validation, and take over what `judge` has returned of it."""
+        """Log a validation, and commit the progress that `judge` returned for it."""
         step, scores = self.run.step, validation.scores
         self.log.pictures(step, validation.pictures)
-        # last: where something fails before it, the validation comes again
+        # last: if anything fails before, the resumed run repeats the validation
         self.log.scalars(step, {f"val/{name}": value for name, value in scores.items() if isinstance(value, float)})
         self.checkpoints.settle(judged)
         logger.info(
@@ -299,14 +309,14 @@ class Trainee:
         )
 
     def save(self) -> None:
-        """Save `last`."""
+        """Save the `last` checkpoint."""
         self.checkpoints.save(self.model, self.optimizer, self.average, self.scale)
 
     def _read(self, later: int = 0) -> bool:
-        """Take in what the steps came to, but for the newest `later` of them; return whether any rank is to stop."""
+        """Read the outcomes of all but the newest `later` steps; return whether any rank has a stop request."""
         stops = False
         while len(self._unread) > later:
-            step, learnt, outcome = self._unread[0]  # where it is not finite it stays, so that nothing is saved
+            step, learnt, outcome = self._unread[0]  # not removed if not finite, so that nothing is saved
             learnt.mean, learnt.norm, asked = outcome.read()
             if not math.isfinite(learnt.norm):
                 raise self._diverged(step, learnt)
@@ -315,7 +325,7 @@ class Trainee:
         return stops
 
     def _whole(self) -> bool:
-        """Return whether each update so far was one, for when training ends early: other ranks are not asked."""
+        """Return whether all unread steps are finite, without communication: for a training that ends early."""
         for step, _, outcome in self._unread:
             if not math.isfinite(outcome.read()[1]):
                 logger.error("The loss of step %d was not finite: nothing is saved.", step)
@@ -333,9 +343,9 @@ class Trainee:
 
 
 class Outcome:
-    """The loss of a step, the norm of its gradient, and how many ranks are asked to stop: () each, to be read later.
+    """Loss, gradient norm and number of stop requests of a step, () each, to be read later.
 
-    From CUDA they are copied while the next step is prepared, so that who reads them then waits for nothing.
+    On CUDA they are copied to pinned memory while the next step is prepared, so that reading them takes no time.
     """
 
     def __init__(self, loss: Tensor, norm: Tensor, asked: Tensor) -> None:
@@ -349,7 +359,7 @@ class Outcome:
             self._copied.record()
 
     def read(self) -> list[float]:
-        """Return them, once the device has come to the end of their step."""
+        """Return the loss, the norm and the number of stop requests once the device has completed the step."""
         if self._copied is not None:
             self._copied.synchronize()
         return self._host.tolist()

@@ -1,4 +1,4 @@
-"""Score a model on a data set at the masks' own size: one exact count over all images and ranks."""
+"""Scores of a model on a dataset at the masks' own size, with exact counts over all images and ranks."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -38,19 +38,20 @@ def evaluate(
 ) -> dict[str, Any]:
     """Return the scores of `ConfusionMatrix.compute` and, given a loss, `loss`.
 
-    Every rank sees its own images once; counts are summed as integers, so the number of ranks changes nothing.
+    Every rank processes its own images once. Counts are summed as integers, so scores do not depend on the number of
+    ranks.
 
     Args:
-        model: a segmenter, unwrapped; put in eval mode, and back as it was.
-        data: scores are counted at each mask's own size.
+        model: a segmenter, unwrapped; its train or eval mode is restored at the end.
+        data: dataset, scored at each mask's own size.
         engine: device, precision and ranks.
-        policy: how the model is asked; None: whole images.
-        background: id of the class that is no object; None: there is none.
-        loss: averaged over images, or over the windows that they are seen in.
-        on_batch: called with each batch (on the device), its class ids (B, H, W) uint8, and its logits (B, K, h, w)
-            float32 at the pixels that `geometry.lattice` names.
-        batches: this rank's images once and in order, where they are not read here: with what is kept of an image, the
-            policy is not asked.
+        policy: inference strategy; None: whole images.
+        background: ID of the background class; None: there is none.
+        loss: averaged over images, or over the windows in which they are predicted.
+        on_batch: called with each batch on the device, its class IDs (B, H, W) uint8, and its logits. These are
+            (B, K, h, w) float32 at the pixels of `geometry.lattice`.
+        batches: this rank's images once and in order, if they are not to be read here; cached features are predicted
+            without the policy.
     """
     scored = Scored(model, data, engine, policy=policy, background=background, loss=loss, on_batch=on_batch)
     return evaluate_each([scored], data, engine, batches=batches)[0]
@@ -65,14 +66,14 @@ def evaluate_each(
     batches: Iterable[Any] | None = None,
     sharing: Callable[[Tensor], AbstractContextManager] = nullcontext,
 ) -> list[dict[str, Any]]:
-    """Return the scores of several models, as `evaluate` does of each, which see the data in one pass.
+    """Return the scores of several models, each as `evaluate` would, from one pass over the data.
 
     Args:
         models: each with its own counts.
-        data: that they are scored on.
+        data: dataset to score on.
         engine: device, precision and ranks.
-        batches: as of `evaluate`.
-        sharing: what is done within the context that it gives for images, by one model after the other, is of them.
+        batches: see `evaluate`.
+        sharing: returns a context for a batch's images, within which the models predict them one after the other.
     """
     if batches is None:
         batches = eval_batches(
@@ -90,9 +91,9 @@ def evaluate_each(
 
 
 class Scored:
-    """A model and what is counted of it, batch by batch.
+    """A model and its counts, accumulated batch by batch.
 
-    The arguments are those of `evaluate`; what the loss draws at random it draws as if the model were alone.
+    The arguments are those of `evaluate`. Random draws of the loss are the same as if the model were scored alone.
     """
 
     def __init__(
@@ -108,20 +109,20 @@ class Scored:
     ) -> None:
         self._model, self._engine, self._loss, self._on_batch = model, engine, loss, on_batch
         self._counts = ConfusionMatrix(len(data.classes), data.ignore_index, background)
-        self._losses: list[Tensor] = []  # read at the end: no batch is waited for
+        self._losses: list[Tensor] = []  # read at the end, to avoid a device sync per batch
         self._predictor = Predictor(model, engine.device, engine.autocast, policy or Whole())
         self._draws = Draws(engine.device)
 
     @contextmanager
     def in_eval_mode(self) -> Iterator[None]:
-        """Put the model in eval mode, and back as it was once all is done."""
+        """Put the model in eval mode within the block, and restore its mode afterwards."""
         training = self._model.training
         self._model.eval()
         yield
         self._model.train(training)
 
     def add(self, batch: Batch) -> None:
-        """Count what the model predicts for a batch on the device."""
+        """Count the model's predictions for a batch on the device."""
         size = (batch.mask.shape[-2], batch.mask.shape[-1])
         with self._draws.going_on():
             ids, logits, added = _asked(self._predictor, batch, self._loss, size)
@@ -143,7 +144,7 @@ class Scored:
 
 
 def _asked(predictor: Predictor, batch: Batch, loss: Loss | None, size: Size) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Return what `_read` does of a batch, and its losses."""
+    """Return the class IDs and logits of a batch as `_read` does, and its losses."""
     losses: list[Tensor] = []
     if isinstance(batch, FeatureBatch):
         with predictor.autocast():
@@ -154,17 +155,17 @@ def _asked(predictor: Predictor, batch: Batch, loss: Loss | None, size: Size) ->
     seen = partial(_add_loss, loss, losses, batch) if loss is not None else None
 
     def take(bands: Iterable[Prediction]) -> tuple[Tensor, Tensor]:
-        losses.clear()  # of a try before, for which memory did not suffice
+        losses.clear()  # of an attempt that ran out of memory
         return _read(bands, size)
 
     return *predictor.asked(batch.image, take, size=size, seen=seen), losses
 
 
 def _read(bands: Iterable[Prediction], size: Size) -> tuple[Tensor, Tensor]:
-    """Return class ids (B, H, W) uint8, and logits (B, K, h, w) float32 at the pixels of the lattice, of all bands."""
+    """Return class IDs (B, H, W) uint8, and logits (B, K, h, w) float32 at the lattice's pixels, of all bands."""
     ids, logits = [], []
     rows, columns = lattice(size)
-    due, top = rows.start, 0  # the next row of the lattice; the first one of the band
+    due, top = rows.start, 0  # next row of the lattice; first row of the band
     for band in bands:
         some, chosen = band.class_ids_and_logits((slice(due - top, None, rows.step), columns))
         ids.append(some)
@@ -182,20 +183,20 @@ def _add_loss(
     places: Sequence[Place],
     size: Size,
 ) -> None:
-    """Add the loss of parts (n, 3, h, w) of a batch's images to `losses`."""
+    """Append the loss of parts (n, 3, h, w) of a batch's images to `losses`."""
     masks = _part_masks(batch, (parts.shape[-2], parts.shape[-1]), places, size)
     losses += _of_images(loss, prediction, Batch(parts, masks, [batch.names[place.image] for place in places]))
 
 
 def _of_images(loss: Loss, prediction: Prediction, batch: Batch) -> list[Tensor]:
-    """Return the loss of each image by itself, so that it is the same in batches of any size."""
+    """Return the loss of each image by itself, so that it does not depend on the batch size."""
     if batch.count == 1:
         return [loss(prediction, batch)[0]]
     return [loss(prediction.of_images(slice(row, row + 1)), one)[0] for row, one in enumerate(batch.split(batch.count))]
 
 
 def _part_masks(batch: Batch, part: Size, places: Sequence[Place], size: Size) -> Tensor:
-    """Return the masks of parts (h, w) of a batch's images, which were brought to `size` before they were cut."""
+    """Return the masks of parts (h, w) that were cut from a batch's images after resizing to `size`."""
     if part == size:
         return torch.stack([batch.mask[place.image] for place in places])
     masks = batch.mask
@@ -208,12 +209,15 @@ def _part_masks(batch: Batch, part: Size, places: Sequence[Place], size: Size) -
 def eval_batches(
     data: SegmentationData, *, batch_size: Callable[[Size], int], workers: Workers, rank: int, world: int
 ) -> Iterator[Batch]:
-    """Yield a rank's share of a data set once, in order, in batches of one size (H, W), which decides of how many."""
+    """Yield a rank's share of a dataset once and in order, in batches of one image size (H, W).
+
+    `batch_size` returns the number of images in a batch of that size.
+    """
     return stack_equal(eval_samples(data, workers=workers, rank=rank, world=world), batch_size)
 
 
 class Draws:
-    """The random draws of one of several models that take turns: each draws as if it were alone."""
+    """Random generator state of one of several models that take turns, so that each draws as if it were alone."""
 
     def __init__(self, device: torch.device) -> None:
         self._accelerator = None if device.type == "cpu" else torch.get_device_module(device)
@@ -221,7 +225,7 @@ class Draws:
 
     @contextmanager
     def going_on(self) -> Iterator[None]:
-        """Draw in here from where this model stood."""
+        """Continue this model's random draws within the block."""
         torch.set_rng_state(self._state[0])
         if self._accelerator is not None:
             self._accelerator.set_rng_state(self._state[1])

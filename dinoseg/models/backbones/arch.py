@@ -1,4 +1,4 @@
-"""The values under `backbone.arch`, held against what transformers' models can be built of."""
+"""Validation of `backbone.arch` and construction of transformers configurations."""
 
 import re
 from collections.abc import Mapping
@@ -6,7 +6,7 @@ from typing import Any
 
 from dinoseg.utils.errors import UserError
 
-_AT_LEAST = {  # numbers, or each of a list of numbers
+_AT_LEAST = {  # minimum of a number, or of each number in a list
     **dict.fromkeys(("patch_size", "hidden_size", "num_attention_heads", "num_hidden_layers"), 1),
     **dict.fromkeys(("intermediate_size", "mlp_ratio", "hidden_sizes", "depths"), 1),
     **dict.fromkeys(("num_register_tokens", "initializer_range", "layer_norm_eps"), 0),
@@ -15,25 +15,25 @@ _RATES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "attention_drop
 
 
 def configuration(model_type: str, values: Mapping[str, Any]) -> Any:
-    """Return transformers' configuration of a model type, of which a model can be built.
+    """Return a valid transformers configuration of a model type.
 
     Args:
-        model_type: as transformers calls it.
-        values: those of `backbone.arch`, and the `patch_size` of a model that has one.
+        model_type: name of the model type in transformers.
+        values: the values of `backbone.arch`, plus `patch_size` for models that have one.
 
     Raises:
-        UserError: naming the key that there is not, or the value that cannot be.
+        UserError: unknown key or invalid value; the message names it.
     """
     from transformers import AutoConfig, PretrainedConfig
 
-    # what every model of transformers has (labels, types, names) is nothing of an architecture
+    # keys common to all transformers models (labels, dtypes, names) do not belong to the architecture
     known = AutoConfig.for_model(model_type).to_dict().keys() - PretrainedConfig().to_dict().keys()
     unknown = sorted(values.keys() - known)
     if unknown:
         raise UserError(f"backbone.arch: {model_type} has no {', '.join(unknown)}. Check the key's spelling.")
     try:
         config = AutoConfig.for_model(model_type, **values)
-    except Exception as error:  # transformers checks the types, and raises kinds of its own
+    except Exception as error:  # transformers validates the types and raises its own error classes
         raise _of_another_type(values, error) from error
     _check_ranges(config)
     _check_names(config)
@@ -84,7 +84,7 @@ def _check_stages(config: Any) -> None:
 
 def _check_heads(config: Any) -> None:
     heads = config.num_attention_heads
-    part = 4 * heads if config.model_type == "dinov3_vit" else heads  # which turns pairs of channels along two axes
+    part = 4 * heads if config.model_type == "dinov3_vit" else heads  # 2D RoPE: channel pairs along two axes
     if config.hidden_size % part:
         raise UserError(
             f"{_setting('num_attention_heads', heads)} with backbone.arch.hidden_size={config.hidden_size}: so many "
@@ -93,7 +93,7 @@ def _check_heads(config: Any) -> None:
 
 
 def _check_positions(config: Any) -> None:
-    if config.model_type != "dinov3_vit" and config.image_size < config.patch_size:  # else there are none to learn
+    if config.model_type != "dinov3_vit" and config.image_size < config.patch_size:  # position grid would be empty
         raise UserError(
             f"{_setting('image_size', config.image_size)}: the learnt positions are those of an image of at least one "
             f"patch. Give at least backbone.patch_size={config.patch_size}."

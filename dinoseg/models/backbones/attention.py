@@ -1,4 +1,4 @@
-"""Attention in which only the first rows are masked, and the way in which a processor attends fastest."""
+"""Attention with a mask on the first rows only, and a faster CPU kernel for bfloat16."""
 
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -13,14 +13,14 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode
 from dinoseg.models.backbones.class_attention import show
 
 _NAME = "dinoseg_query_mask"
-_HELD = 2**22  # scores that `_by_products` holds at once, which stay in the processor's caches
-_FEWEST = 128  # tokens for which its calls are worth their start
+_HELD = 2**22  # scores per chunk in `by_products`: fits into the CPU caches
+_FEWEST = 128  # tokens from which `by_products` pays off its call overhead
 
 
 def mask_queries_only(model: Any) -> None:
-    """Make a transformers model take attention masks that are meant for its first tokens only.
+    """Make a transformers model accept attention masks that cover its first tokens only.
 
-    A mask (B, 1, Q, N), bool, True = attend, then says what the first Q of N tokens see; all others see everything.
+    A mask (B, 1, Q, N), bool, True = attend, restricts the first Q of N tokens; all others attend to everything.
     """
     from transformers import AttentionInterface
 
@@ -31,7 +31,7 @@ def mask_queries_only(model: Any) -> None:
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, dropout: float, scale: float) -> Tensor:
     """Return scaled dot-product attention (B, heads, N, C) with the first Q rows masked by (B, 1, Q, N).
 
-    Two calls over the same keys instead of one with an N x N mask: the rows of the patches, nearly all, keep the fast
+    Two calls over the same keys replace one with an N x N mask: the patch rows, nearly all rows, still use the fast
     kernels, which take no mask.
     """
     if mask is None:
@@ -45,14 +45,14 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, dr
 
 
 def attend_fastest(model: nn.Module) -> None:
-    """Let modules of timm that call torch's fused attention attend as `attend` does, where that is faster.
+    """Route fused attention in timm modules through `attend` where that is faster on this CPU.
 
-    They are those with a flag for it, `fused_attn`; calls with a mask, or causal ones, stay torch's.
+    This affects modules with the flag `fused_attn`; calls with a mask and causal calls still use torch's kernel.
     """
     if not _products_are_faster():
         return
     for module in model.modules():
-        if hasattr(module, "fused_attn"):  # hooks, since copies of a module and its class stay as they are
+        if hasattr(module, "fused_attn"):  # hooks leave the class and copies of the module unchanged
             module.register_forward_pre_hook(_enter)
             module.register_forward_hook(_leave, always_call=True)
 
@@ -69,24 +69,24 @@ _INTERCEPTED = _Intercepted()
 
 
 def _is_eager() -> bool:
-    """Say whether operations run one by one: an autograd function fits no graph, and not this one `torch.func`."""
+    """Return whether operations run eagerly: `_Products` supports neither graph capture nor `torch.func`."""
     recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
     return not (recorded or torch._C._are_functorch_transforms_active())
 
 
 def _enter(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
     of_cpu = any(isinstance(part, Tensor) and part.device.type == "cpu" for part in inputs[:1])
-    if of_cpu and _is_eager() and _get_current_function_mode() is not _INTERCEPTED:  # Ctrl-C may have left it there
+    if of_cpu and _is_eager() and _get_current_function_mode() is not _INTERCEPTED:  # an interrupt may leave it active
         _INTERCEPTED.__enter__()
 
 
 def _leave(_module: nn.Module, _inputs: tuple[Any, ...], _output: object) -> None:
-    if _is_eager() and _get_current_function_mode() is _INTERCEPTED:  # not where a hook before `_enter` failed
+    if _is_eager() and _get_current_function_mode() is _INTERCEPTED:  # inactive if a hook before `_enter` failed
         _INTERCEPTED.__exit__(None, None, None)
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, *others: Any, **options: Any) -> Tensor:
-    """Attend, with the signature of torch's fused attention."""
+    """Compute attention with the signature of `F.scaled_dot_product_attention`."""
     asked = {name: value for name, value in options.items() if value is not None and value is not False}
     if others or asked.keys() - {"dropout_p", "scale"}:
         return F.scaled_dot_product_attention(query, key, value, *others, **options)
@@ -95,9 +95,11 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, *others: Any, **option
 
 
 def _unmasked(query: Tensor, key: Tensor, value: Tensor, dropout: float, scale: float) -> Tensor:
-    """Return attention (B, heads, M, C) of M rows that see all N tokens."""
+    """Return attention (B, heads, M, C) of M rows over all N tokens, without a mask."""
     plain = not dropout and _is_eager() and query.dim() == 4 and query.shape[2] >= _FEWEST
-    alike = key.shape == value.shape == (*query.shape[:-2], key.shape[-2], query.shape[-1])  # neither wider nor shared
+    alike = (
+        key.shape == value.shape == (*query.shape[:-2], key.shape[-2], query.shape[-1])
+    )  # no grouped queries, same C
     of_cpu = query.device.type == "cpu" and query.dtype == key.dtype == value.dtype == torch.bfloat16
     if not (plain and alike and of_cpu and _products_are_faster()):
         return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=scale)
@@ -106,22 +108,22 @@ def _unmasked(query: Tensor, key: Tensor, value: Tensor, dropout: float, scale: 
 
 @cache
 def _products_are_faster() -> bool:
-    """Say whether this processor has fast products of bfloat16, but none that torch's fused attention uses."""
+    """Return whether this CPU has fast bfloat16 products (AVX-512) that torch's fused attention does not use."""
     return torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
 
 
 def by_products(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """Return unmasked attention (B, heads, M, C) by matrix products, some rows at a time.
+    """Return unmasked attention (B, heads, M, C) by chunked matrix products.
 
-    In bfloat16 it takes about half the time of torch's where `_products_are_faster`. Scores are rounded before the
-    softmax, as any attention written out in bfloat16 rounds them. Nothing of M x N is kept: weights are computed once
-    more for the gradients, as by torch's.
+    In bfloat16 it takes about half the time of torch's kernel where `_products_are_faster`. Scores are rounded before
+    the softmax, as in any unfused bfloat16 attention. No M x N matrix is stored: the backward pass recomputes the
+    weights, as torch's kernel does.
 
     Args:
         query: (B, heads, M, C).
         key: (B, heads, N, C).
-        value: the same.
-        scale: of the products of queries and keys.
+        value: (B, heads, N, C).
+        scale: factor of the query-key products.
     """
     return _Products.apply(query, key, value, scale)
 
@@ -138,9 +140,9 @@ class _Products(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # what it returns would pass for a constant
+        if torch.is_grad_enabled():  # double backward would silently treat the result as a constant
             raise NotImplementedError("Attention by products cannot be differentiated twice: leave out create_graph.")
-        of_several = torch._C._functorch.is_legacy_batchedtensor(upstream)  # sums at once, by `is_grads_batched`
+        of_several = torch._C._functorch.is_legacy_batchedtensor(upstream)  # vmapped by `is_grads_batched`
         query, key, value = ctx.saved_tensors
         if of_several or not _is_eager():
             return *_gradients(query, key, value, ctx.scale, upstream), None
@@ -156,16 +158,17 @@ class _Products(torch.autograd.Function):
 
 
 def _gradients(query: Tensor, key: Tensor, value: Tensor, scale: float, upstream: Tensor) -> tuple[Tensor, ...]:
-    """Return the same gradients by operations that `vmap` knows: it knows none with a place for what they put out."""
+    """Return the gradients by out-of-place operations: `vmap` does not support `out=` arguments."""
     weights = torch.softmax(scale * (query @ key.mT), -1)
     slopes = scale * torch._softmax_backward_data(upstream @ value.mT, weights, -1, weights.dtype)
     return slopes @ key, slopes.mT @ query, weights.mT @ upstream
 
 
 class _Room:
-    """An image's heads a few at a time, and memory for what their rows see, which all share: fresh pages cost time.
+    """Chunks of heads (or rows) of an image, and a workspace for their scores; reuse avoids the cost of fresh pages.
 
-    Where one head sees too much, it is some of its rows: products of few rows are slow.
+    A chunk holds a few heads. If the scores of one head exceed the budget, it holds some of its rows; products of few
+    rows are slow.
 
     Args:
         query: (B, heads, M, C).
@@ -182,17 +185,17 @@ class _Room:
         self._memory = [query.new_empty(0)] * 3
 
     def weights(self, queries: Tensor, keys: Tensor, scale: float) -> Tensor:
-        """Return what rows (heads, M, C) give to each of the keys (heads, N, C)."""
+        """Return the softmax weights of rows (heads, M, C) over the keys (heads, N, C)."""
         return torch.softmax(_scaled(queries, keys.mT, scale, out=self._of(0, queries)), -1, out=self._of(1, queries))
 
     def slopes(self, upstream: Tensor, values: Tensor, weights: Tensor) -> Tensor:
-        """Return the gradient of scaled products from that of what rows attend to."""
+        """Return the gradient of the scaled products, given the gradient of the attention output."""
         of_weights = torch.bmm(upstream, values.mT, out=self._of(0, upstream))
         into = self._of(2, upstream)
         return torch.ops.aten._softmax_backward_data.out(of_weights, weights, -1, weights.dtype, grad_input=into)
 
     def _of(self, number: int, rows: Tensor) -> Tensor:
-        """Return one of the places for numbers (heads, M, N)."""
+        """Return one of the three workspace buffers, viewed as (heads, M, N)."""
         shape = *rows.shape[:2], self._tokens
         if not len(self._memory[number]):  # the first piece is the largest
             self._memory[number] = rows.new_empty(prod(shape))
@@ -218,7 +221,7 @@ def _attend(
     dropout: float = 0.0,
     **_: object,
 ) -> tuple[Tensor, None]:
-    """Attend, with the signature that transformers calls its attention functions by."""
+    """Compute attention with the signature of transformers' attention functions."""
     show(module, query, key, scaling)
     attended = attend(query, key, value, attention_mask, dropout=dropout, scale=scaling)
     return attended.transpose(1, 2).contiguous(), None

@@ -1,4 +1,4 @@
-"""What the class token attends to: one row of an attention matrix, taken while a block runs in its own way."""
+"""Attention weights of the class token, recorded while a block runs its own attention kernel."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,15 +12,15 @@ from torch import Tensor, nn
 def class_weights(query: Tensor, key: Tensor, scale: float) -> Tensor:
     """Return the softmax weights (B, heads, N), float32, of the first token over all N.
 
-    The fused kernels that blocks attend with do not give them; one row costs 1 / N of the matrix. No gradient passes:
-    within a block that is recomputed in the backward pass, what nobody computes again may not be on the graph.
+    The fused kernels of the blocks do not return weights; one row costs 1 / N of the matrix. No gradient passes:
+    under activation checkpointing, tensors that the recomputation skips must not be on the graph.
 
     Args:
-        query: (B, heads, N, C), with all that the block does to it: norms, rotary positions.
-        key: the same.
-        scale: of their products.
+        query: (B, heads, N, C), after the block's query norm and rotary positions.
+        key: (B, heads, N, C), after the same operations.
+        scale: factor of the query-key products.
     """
-    with torch.autocast(query.device.type, enabled=False):  # which would multiply in half precision
+    with torch.autocast(query.device.type, enabled=False):  # autocast would multiply in half precision
         logits = scale * query[:, :, :1].float() @ key.float().transpose(-2, -1)  # (B, heads, 1, N)
         return logits.softmax(dim=-1)[:, :, 0]
 
@@ -32,9 +32,9 @@ def on_patches(weights: Tensor, num_prefix: int, grid: torch.Size) -> Tensor:
 
 @contextmanager
 def watch_transformers(attention: Any) -> Iterator[list[Tensor]]:
-    """Collect `class_weights` from an attention module of transformers at each call within the block.
+    """Collect `class_weights` from a transformers attention module at each call within the context.
 
-    It has to attend with the function of `attention.mask_queries_only`, which calls `show`.
+    The module must use the attention function of `attention.mask_queries_only`, which calls `show`.
     """
     rows: list[Tensor] = []
     attention.watcher = lambda query, key, scale: rows.append(class_weights(query, key, scale))
@@ -45,27 +45,27 @@ def watch_transformers(attention: Any) -> Iterator[list[Tensor]]:
 
 
 def show(attention: Any, query: Tensor, key: Tensor, scale: float) -> None:
-    """Let whoever watches this attention module see its queries and keys."""
+    """Pass queries and keys to the watcher of this attention module, if it has one."""
     if hasattr(attention, "watcher"):
         attention.watcher(query, key, scale)
 
 
 def plain_attention(model: Any) -> Any:
-    """Return the attention module of the last block of a timm model, or None where `watch_timm` cannot serve.
+    """Return the attention module of a timm model's last block, or None where `watch_timm` does not apply.
 
-    It can where a plain vision transformer has a class token and attends in timm's plain way.
+    It applies to plain vision transformers with a class token and timm's plain `Attention`.
     """
     from timm.models.vision_transformer import Attention, VisionTransformer
 
     if not isinstance(model, VisionTransformer) or not model.has_class_token:
         return None
     attention = getattr(model.blocks[-1], "attn", None)
-    return attention if type(attention) is Attention else None  # others subtract, rotate or mask
+    return attention if type(attention) is Attention else None  # variants subtract, rotate or mask
 
 
 @contextmanager
 def watch_timm(attention: Any) -> Iterator[list[Tensor]]:
-    """Collect `class_weights` from timm's plain attention module at each call within the block."""
+    """Collect `class_weights` from a plain timm attention module at each call within the context."""
     rows: list[Tensor] = []
 
     def watch(_module: nn.Module, _inputs: object, projected: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""DINOv3 ConvNeXt, on Hugging Face transformers' model."""
+"""DINOv3 ConvNeXt backbone, built on the model of Hugging Face transformers."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,29 +14,29 @@ from dinoseg.models.backbones.pretrained import exported_state, load_model
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Count
 
-STEM = 4  # pixels that a cell of the first stage covers; every later stage doubles it
+STEM = 4  # stride of the first stage in pixels; each later stage doubles it
 
 
 class ConvNext(Backbone):
-    """A DINOv3 ConvNeXt that returns what its four stages put out as maps.
+    """DINOv3 ConvNeXt that returns the outputs of its four stages as maps.
 
-    Images (B, 3, H, W), float RGB in 0..1, any H and W; returns L maps (B, C, h, w), one for each of `layers`, stage s
-    with a stride of 4 * 2^s px and its own width. The final LayerNorm is applied to the map of the last stage and to no
-    other, as in Meta's `get_intermediate_layers(norm=True)`. Images are normalised here, then padded with zeros (the
-    mean colour) at the bottom and on the right. What comes after the last of `layers` is cut off.
+    Images (B, 3, H, W), float RGB in 0..1, any H and W; returns L maps (B, C, h, w), one for each of `layers`. Stage
+    s has a stride of 4 * 2^s px and its own width. The final LayerNorm is applied to the map of the last stage only,
+    as in Meta's `get_intermediate_layers(norm=True)`. Images are normalised, then padded with zeros (the mean colour)
+    at the bottom and on the right. Stages after the last of `layers` are removed.
 
     Args:
-        arch: values of transformers' `dinov3_convnext` configuration, so that it can be built without weights.
-        weights: a hub id (`id` or `id@revision`), a local folder, a file of weights, or `random`.
-        patch_size: stride in pixels of the coarsest of `layers`: 32 with the last stage; checked.
+        arch: values of transformers' `dinov3_convnext` configuration, so that the model can be built without weights.
+        weights: a hub id (`id` or `id@revision`), a local folder, a weights file, or `random`.
+        patch_size: stride in pixels of the coarsest of `layers` (32 for the last stage); validated.
         layers: 0-based stages to return; negative numbers count from the last; `quarters` for all four.
         mean: RGB mean of the images the weights were trained on, in 0..1.
-        std: RGB standard deviation of the same.
+        std: RGB standard deviation of the same images.
         checkpointing: recompute block activations in the backward pass: less memory, about a third more time.
 
     Raises:
-        UserError: a key or value of `arch` that such a model cannot have, another patch size, a layer out of range,
-            colours that cannot be, or weights that cannot be had or do not fit.
+        UserError: invalid key or value in `arch`, wrong patch size, layer out of range, invalid colour statistics, or
+            weights that are not available or do not fit.
     """
 
     is_pyramid = True
@@ -73,7 +73,7 @@ class ConvNext(Backbone):
 
     @property
     def norm(self) -> nn.Module | None:
-        """The final LayerNorm, or None if the last stage is not read."""
+        """The final LayerNorm, or None if the last stage is not tapped."""
         return self.model.layer_norm
 
     def forward(self, images: Tensor) -> list[Tensor]:
@@ -85,18 +85,18 @@ class ConvNext(Backbone):
             maps[number] = x
         if self.norm is not None:
             maps[self.depth - 1] = self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # over the channels
-        return [maps[layer].contiguous() for layer in self.layers]  # whose layout decides how heads round
+        return [maps[layer].contiguous() for layer in self.layers]  # the memory format affects rounding in heads
 
     def export_state(self) -> dict[str, Tensor]:
-        """Return the weights under the names in which `weights` reads them from a file.
+        """Return the weights under the names that `weights` accepts in a file.
 
         Raises:
-            UserError: it holds LoRA updates, which are no weights of their own.
+            UserError: the model has LoRA updates that are not merged.
         """
         return exported_state(self.model)
 
     def _cut(self, model: Any) -> None:
-        """Take away what nothing reads."""
+        """Remove the stages after the last tapped one, and the final norm if unused."""
         if max(self.layers) + 1 < self.depth:
             del model.model.stages[max(self.layers) + 1 :]
             model.layer_norm = None

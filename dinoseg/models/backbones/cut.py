@@ -1,4 +1,4 @@
-"""A transformer's blocks in two parts: what those before a cut give, and how the others go on from it."""
+"""Split forward pass of a transformer: the blocks before a cut, and those after it."""
 
 from collections.abc import Callable, Collection, Sequence
 
@@ -12,15 +12,15 @@ Block = Callable[..., Tensor]
 def until(
     blocks: Sequence[Block], cut: int, tapped: Collection[int], tokens: Tensor, prefix: int, beside: BesideTokens
 ) -> list[Tensor]:
-    """Return the patch tokens (B, h * w, C) of tapped blocks before number `cut`, and the tokens that enter that one.
+    """Return the patch tokens (B, h * w, C) of tapped blocks before block `cut`, and the input tokens of block `cut`.
 
     Args:
         blocks: in order.
-        cut: a number of theirs, or how many there are: then no tokens enter one.
-        tapped: numbers of the blocks that are read.
-        tokens: (B, prefix + h * w, C), which enter the first block.
-        prefix: class and register tokens, which come first.
-        beside: what each block takes beside the tokens.
+        cut: index of a block, or the number of blocks (then no input tokens are returned).
+        tapped: indices of the blocks whose output is returned.
+        tokens: input of the first block, (B, prefix + h * w, C).
+        prefix: number of class and register tokens, which come first.
+        beside: keyword arguments of each block.
     """
     given = []
     for number, block in enumerate(blocks[:cut]):
@@ -38,11 +38,11 @@ def onwards(
     prefix: int,
     beside: Callable[[], BesideTokens],
 ) -> dict[int, Tensor]:
-    """Return the patch tokens (B, h * w, C) of each tapped block, from what `until` gave.
+    """Return the patch tokens (B, h * w, C) of each tapped block, given the output of `until`.
 
-    `beside` is asked for only if there are blocks to go through.
+    `beside` is called only if there are blocks left to run.
     """
-    patches = dict(zip(sorted(tapped), frozen, strict=False))  # of those before the cut, and of no more
+    patches = dict(zip(sorted(tapped), frozen, strict=False))  # stops at the tapped blocks before the cut
     if cut == len(blocks):
         return patches
     tokens, with_tokens = frozen[-1], beside()

@@ -1,4 +1,4 @@
-"""Which blocks of a backbone are read."""
+"""Resolution of `backbone.layers` to block indices."""
 
 import math
 from collections.abc import Sequence
@@ -8,20 +8,20 @@ from dinoseg.utils.errors import UserError
 QUARTERS = "quarters"
 _META = {
     24: [4, 11, 17, 23]
-}  # DINOv2's and DINOv3's own choice for ViT-L, a block earlier than an even spread at first
+}  # Meta's choice for ViT-L in DINOv2 and DINOv3; the first is one block earlier than in an even spread
 
 
 def resolve_layers(layers: Sequence[int] | str, depth: int) -> list[int]:
-    """Return the 0-based blocks that `layers` means in a backbone of `depth` blocks (or stages).
+    """Return the 0-based block indices that `layers` denotes in a backbone of `depth` blocks (or stages).
 
     Args:
-        layers: block numbers, negative ones counting from the last, or the word `quarters`: four blocks, each the
-            last of a quarter of the depth (for 24 blocks 4, 11, 17 and 23, as Meta chose them).
-        depth: blocks in all.
+        layers: block numbers (negative ones count from the last), or the word `quarters`: four blocks, each the last
+            of a quarter of the depth (4, 11, 17 and 23 of 24 blocks, as Meta chose them).
+        depth: number of blocks.
 
     Raises:
-        UserError: another word, no number at all, one that is not whole or out of range, or fewer than four blocks for
-            `quarters`.
+        UserError: unknown word, empty list, number that is not an integer or out of range, or fewer than four blocks
+            for `quarters`.
     """
     if isinstance(layers, str):
         if layers != QUARTERS:

@@ -1,4 +1,4 @@
-"""Meta's own checkpoint files of DINO, DINOv2 and DINOv3 vision transformers, under the names of the hub's files."""
+"""Conversion of Meta's DINO, DINOv2 and DINOv3 ViT checkpoints to the names of the Hugging Face hub."""
 
 import re
 from collections.abc import Mapping
@@ -10,14 +10,14 @@ from torch import Tensor
 
 from dinoseg.utils.errors import UserError
 
-INV_FREQ = "rope_embeddings.inv_freq"  # DINOv3's rotation frequencies: no file of the hub has them
-LOCAL_CLS_NORM = "local_cls_norm."  # a final norm beside the usual one, read by DINOv3's pre-training only
+INV_FREQ = "rope_embeddings.inv_freq"  # DINOv3's rotation frequencies, absent from the hub's files
+LOCAL_CLS_NORM = "local_cls_norm."  # second final norm, used only in DINOv3's pre-training
 
 FAMILIES = ("vit", "dinov2", "dinov2_with_registers", "dinov3_vit")  # transformers' model types
-_HEADS = ("head.", "dino_head.", "ibot_head.")  # of the pre-training, in its own checkpoints
+_HEADS = ("head.", "dino_head.", "ibot_head.")  # pre-training heads in Meta's training checkpoints
 _DIMS = {"cls_token": 3, "pos_embed": 3, "register_tokens": 3, "storage_tokens": 3, "patch_embed.proj.weight": 4}
 _QKV = {"vit": ("query", "key", "value"), "dinov3_vit": ("q", "k", "v")}
-_OUTSIDE = {  # of the tensors outside the blocks: Meta's name, the hub's name
+_OUTSIDE = {  # tensors outside the blocks: Meta's name -> the hub's name
     "vit": {
         "cls_token": "embeddings.cls_token",
         "pos_embed": "embeddings.position_embeddings",
@@ -37,7 +37,7 @@ _OUTSIDE = {  # of the tensors outside the blocks: Meta's name, the hub's name
     },
 }
 _OUTSIDE["dinov2"] = _OUTSIDE["vit"] | {"mask_token": "embeddings.mask_token"}
-_BLOCK = {  # of the modules in a block: Meta's name, the hub's name
+_BLOCK = {  # modules in a block: Meta's name -> the hub's name
     "vit": {
         "norm1": "layernorm_before",
         "attn.qkv": "attention.attention.{}",
@@ -63,7 +63,7 @@ _BLOCK = {  # of the modules in a block: Meta's name, the hub's name
         "ls2.gamma": "layer_scale2.lambda1",
     },
 }
-_MLP = {  # by family and whether it is gated (SwiGLU)
+_MLP = {  # by family and whether the MLP is gated (SwiGLU)
     ("vit", False): {},
     ("dinov2", False): {"mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"},
     ("dinov2", True): {"mlp.w12": "mlp.weights_in", "mlp.w3": "mlp.weights_out"},
@@ -74,7 +74,7 @@ _MLP = {  # by family and whether it is gated (SwiGLU)
 
 @dataclass(frozen=True)
 class VitLayout:
-    """What the weights of a vision transformer say about it."""
+    """Architecture of a vision transformer, as inferred from its weights or configuration."""
 
     family: str  # transformers' model type
     width: int
@@ -84,14 +84,14 @@ class VitLayout:
     gated: bool = False  # SwiGLU
 
     def __str__(self) -> str:
-        """Describe it in words."""
+        """Return a description in words."""
         name = {"vit": "DINO", "dinov3_vit": "DINOv3"}.get(self.family, "DINOv2")
         extras = [f"{self.registers} registers"] * bool(self.registers) + ["SwiGLU"] * self.gated
         parts = [f"width {self.width}", f"{self.depth} blocks", f"patches of {self.patch_size} px", *extras]
         return f"a {name} vision transformer ({', '.join(parts)})"
 
 
-OPTIONS = {  # the published ones: what to choose for `backbone`
+OPTIONS = {  # published models -> values of `backbone`
     VitLayout("vit", 384, 12, 8): "dino_vits8",
     VitLayout("vit", 384, 12, 16): "dino_vits16",
     VitLayout("vit", 768, 12, 8): "dino_vitb8",
@@ -126,11 +126,11 @@ def config_layout(config: Any) -> VitLayout:
 
 
 def unwrap(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the backbone in a checkpoint file's content under plain names; other content comes back as it is.
+    """Return a checkpoint's backbone under plain names; content of any other form is returned under its own names.
 
-    A checkpoint of the pre-training holds the networks as `teacher` and `student`, each a backbone and heads: the
-    teacher's backbone is taken, as Meta publishes it, the student's where there is no teacher. The blocks of models
-    that were trained in chunks (`blocks.CHUNK.NUMBER`) are called `blocks.NUMBER`.
+    A pre-training checkpoint holds two networks, `teacher` and `student`, each a backbone with heads. The teacher's
+    backbone is returned, as Meta publishes it, or the student's if there is no teacher. The blocks of models trained
+    in chunks (`blocks.CHUNK.NUMBER`) are renamed to `blocks.NUMBER`.
     """
     names = dict(content)
     network = next((content[key] for key in ("teacher", "student") if isinstance(content.get(key), Mapping)), None)
@@ -141,23 +141,24 @@ def unwrap(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_meta(state: Mapping[str, object]) -> bool:
-    """Tell whether weights go by Meta's names for a vision transformer."""
+    """Return whether the weights use Meta's names for a vision transformer."""
     return "cls_token" in state and "patch_embed.proj.weight" in state
 
 
 def from_meta(state: Mapping[str, Tensor], config: Any, source: str) -> dict[str, Tensor]:
     """Return Meta's weights of a vision transformer under the names of the hub's files.
 
-    DINOv3's rotation periods come as `INV_FREQ`, and its norm for local crops, where there is one, as `LOCAL_CLS_NORM`:
-    the hub's files have neither. Its key bias, which Meta's code masks, is checked to be without effect and left out.
+    DINOv3's rotation periods are returned as `INV_FREQ`, and its norm for local crops, if present, as
+    `LOCAL_CLS_NORM`; the hub's files have neither. Its key bias, which Meta's code masks, is checked to have no
+    effect and left out.
 
     Args:
-        state: Meta's tensors, by plain names (`unwrap`).
-        config: transformers' configuration of the model that they are for.
-        source: where they are from, for messages.
+        state: Meta's tensors under plain names (see `unwrap`).
+        config: transformers configuration of the target model.
+        source: origin of the weights, for messages.
 
     Raises:
-        UserError: they are of another family or size, or a tensor is missing or left over.
+        UserError: another family or size, or a tensor is missing or unexpected.
     """
     _check_shapes(state, source)
     layout = _layout(state)
@@ -174,7 +175,7 @@ def from_meta(state: Mapping[str, Tensor], config: Any, source: str) -> dict[str
 
 
 def _check_shapes(state: Mapping[str, Tensor], source: str) -> None:
-    """Refuse tensors whose size cannot be worked with: the rest is for the loader to compare."""
+    """Refuse tensors of a shape that the conversion cannot handle; the loader compares the other shapes."""
     width = state["cls_token"].numel()
     for name, value in state.items():
         shape = tuple(value.shape)
@@ -232,14 +233,14 @@ def _check_fits(layout: VitLayout, state: Mapping[str, Tensor], config: Any, sou
 
 
 def _names(layout: VitLayout, state: Mapping[str, Tensor]) -> dict[str, str]:
-    """Return the hub's name for each of Meta's, for all tensors that such a model has; {} stands for q, k and v."""
+    """Map Meta's names to the hub's for all tensors of such a model; {} stands for q, k and v."""
     kind = "dinov2" if layout.family == "dinov2_with_registers" else layout.family
     names = dict(_OUTSIDE[kind])
     if layout.registers:
         names["storage_tokens" if kind == "dinov3_vit" else "register_tokens"] = "embeddings.register_tokens"
     modules = _BLOCK[kind] | _MLP[kind, layout.gated]
     endings = {name: [""] if name.endswith(".gamma") else [".weight", ".bias"] for name in modules}
-    if kind == "dinov3_vit":  # the largest has no bias here, the others a mask on it
+    if kind == "dinov3_vit":  # the 7B model has no qkv bias, the others have a mask on it
         biases = [part for part in ("bias", "bias_mask") if any(name.endswith(f".attn.qkv.{part}") for name in state)]
         endings["attn.qkv"] = [".weight", *(f".{part}" for part in biases)]
         if any(name.startswith(LOCAL_CLS_NORM) for name in state):
@@ -272,20 +273,20 @@ def _tensor(name: str, value: Tensor, family: str) -> Tensor:
 
 
 def _split(name: str, target: str, state: Mapping[str, Tensor], family: str, source: str) -> dict[str, Tensor]:
-    """Return what a fused tensor of q, k and v holds, without DINOv3's key bias."""
+    """Split a fused qkv tensor into q, k and v, without DINOv3's key bias."""
     if name.endswith(".bias_mask"):
-        return {}  # applied to the bias
+        return {}  # `_masked` applies it to the bias
     parts = dict(zip(_QKV.get(family, _QKV["vit"]), state[name].chunk(3), strict=True))
     if family == "dinov3_vit" and name.endswith(".bias"):
         parts = _masked(name, state, source)
-    return {target.format(part): value.clone() for part, value in parts.items()}  # no views: each is saved by itself
+    return {target.format(part): value.clone() for part, value in parts.items()}  # safetensors refuses shared views
 
 
 def _masked(name: str, state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
-    """Return the biases of q and v as Meta's code applies them."""
+    """Return the biases of q and v after Meta's bias mask."""
     mask = state.get(f"{name}_mask")
     query, key, value = (state[name] if mask is None else state[name] * mask).chunk(3)
-    if torch.count_nonzero(key):  # counts nan too
+    if torch.count_nonzero(key):  # also true for nan
         raise UserError(
             f"backbone.weights={source}: {name} has a key part that is in effect, and DINOv3's keys have no bias. "
             f"Give a file as Meta publishes it."

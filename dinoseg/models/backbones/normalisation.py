@@ -1,4 +1,4 @@
-"""The colours that a backbone normalises by."""
+"""Colour statistics for the normalisation of images."""
 
 import math
 from collections.abc import Sequence
@@ -10,10 +10,10 @@ from dinoseg.utils.errors import UserError
 
 
 def register_colours(module: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
-    """Register the RGB mean and standard deviation as buffers `mean` and `std`, (3, 1, 1), that no file holds.
+    """Register the RGB mean and standard deviation as non-persistent buffers `mean` and `std`, (3, 1, 1).
 
     Raises:
-        UserError: not three numbers, or a standard deviation that is not above 0.
+        UserError: not three finite numbers, or a standard deviation that is not above 0.
     """
     for name, values in (("mean", mean), ("std", std)):
         if len(values) != 3 or not all(math.isfinite(value) for value in values):

@@ -1,4 +1,4 @@
-"""Learned positions on other grids than the stored one, resampled exactly as Meta does it."""
+"""Interpolation of learned position embeddings, exactly as in Meta's code."""
 
 import math
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from dinoseg.core.geometry import resize
 from dinoseg.utils.precision import at_least_float32
 
-METHODS = {  # offset, antialias: of Meta's published models, by transformers' model type
+METHODS = {  # (offset, antialias) of Meta's published models, by transformers model type
     "vit": (0.1, False),
     "dinov2": (0.1, False),
     "dinov2_with_registers": (0.0, True),
@@ -19,19 +19,19 @@ METHODS = {  # offset, antialias: of Meta's published models, by transformers' m
 def interpolate(positions: Tensor, grid: tuple[int, int], *, offset: float, antialias: bool) -> Tensor:
     """Resample learned positions of a square grid bicubically to another grid.
 
-    With an offset, the scale is (cells + offset) / stored cells, so that cells are not quite evenly spread: an early
-    guard against rounding which the weights were trained with, and which moves DINO's and DINOv2's features visibly
-    when left out. Positions of half precision are resampled in float32.
+    With an offset, the scale is (cells + offset) / stored cells, so cells are not quite evenly spread. This early
+    guard against rounding was active when the weights were trained; leaving it out visibly changes DINO's and
+    DINOv2's features. Half-precision positions are resampled in float32.
 
     Args:
-        positions: (1, 1 + M * M, C): of the class token, then of the stored grid, row by row.
-        grid: (h, w), rows and columns of patches wanted. At (M, M), and only there, the positions come back untouched,
-            even with an offset.
-        offset: in cells of the wanted grid; 0 asks for the size itself.
+        positions: (1, 1 + M * M, C): the class token, then the stored grid, row by row.
+        grid: (h, w), rows and columns of patches. Only at (M, M) are the positions returned unchanged, even with an
+            offset.
+        offset: in cells of the target grid; 0 resamples to the exact size.
         antialias: widen the kernel when the grid shrinks.
 
     Returns:
-        (1, 1 + h * w, C), the class token's position as it was.
+        (1, 1 + h * w, C), with the class token's position unchanged.
     """
     side = math.isqrt(positions.shape[1] - 1)
     if not torch.compiler.is_exporting() and grid == (side, side):
@@ -51,9 +51,9 @@ def interpolate(positions: Tensor, grid: tuple[int, int], *, offset: float, anti
 
 
 def _interpolate_traced(stored: Tensor, grid: tuple[int, int], offset: float, antialias: bool) -> Tensor:
-    """Return the same as two matrix products, (1, C, h, w), in which a graph may leave the grid open.
+    """Return the interpolation as two matrix products, (1, C, h, w), so that exported graphs accept any grid.
 
-    Other runtimes round scales otherwise, and their antialiased bicubic kernel is another one.
+    Other runtimes round scales differently and use a different antialiased bicubic kernel.
     """
     side = stored.shape[-1]
     height, width = (torch.full((), cells, dtype=torch.float32) for cells in grid)
@@ -65,9 +65,9 @@ def _interpolate_traced(stored: Tensor, grid: tuple[int, int], offset: float, an
 
 
 def _bicubic_matrix(cells: Tensor, side: int, scale: Tensor, antialias: bool) -> Tensor:
-    """Return what each of `cells` reads of `side` stored ones (cells, side); beyond the border the last one counts."""
+    """Return the weights (cells, side) of `side` stored cells for `cells`; borders replicate the last cell."""
     reach = (1 / scale).clamp(min=1) if antialias else torch.ones(())  # the kernel widens where the grid shrinks
-    sharpness = -0.5 if antialias else -0.75  # as torch has them
+    sharpness = -0.5 if antialias else -0.75  # torch's constants
     centres = (cells + 0.5) / scale - 0.5
     if antialias:
         taps = _bicubic((torch.arange(side) - centres[:, None]) / reach, sharpness)

@@ -1,4 +1,4 @@
-"""Weights of transformers' models: from the hub, a folder, a file, the package, or at random."""
+"""Loading of weights for transformers models: hub, folder, file, packaged asset, or random."""
 
 import contextlib
 import re
@@ -19,27 +19,27 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.tensor_files import PICKLED, check_unquantised, check_weights, outline, read_tensor_file
 
 PACKAGED = "dinoseg:"  # weights=dinoseg:NAME is a file that ships inside the package
-_ADAPTER = "adapter_config.json"  # of peft
+_ADAPTER = "adapter_config.json"  # marks a peft adapter
 _INDEX = "model.safetensors.index.json"
 _SHARDS = forms.holding(weight_map=forms.table(forms.text))
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 
 def load_model(config: Any, weights: str, cut: Callable[[Any], None], local_cls_norm: nn.Module | None = None) -> Any:
-    """Return the model of a transformers configuration, cut, with its weights, in float32.
+    """Return the model of a transformers configuration in float32, with its weights and without the cut parts.
 
-    A file, safetensors or PyTorch's, may go by the hub's names or by Meta's own (`meta_weights`). A PyTorch file is
-    read as tensors only: nothing in it is run.
+    A safetensors or PyTorch file may use the hub's names or Meta's (`meta_weights`). PyTorch files are read as
+    tensors only: no pickled code is run.
 
     Args:
         config: decides the architecture; weights of another one are refused.
-        weights: a hub id (`id` or `id@revision`), a local folder, a file, `dinoseg:NAME` or `random`; of the whole
-            model or of exactly what is left of it.
-        cut: takes parts away from a model in place.
-        local_cls_norm: takes DINOv3's norm for local crops, where a file has it; without it that norm is left out.
+        weights: a hub id (`id` or `id@revision`), a local folder, a file, `dinoseg:NAME` or `random`; the file holds
+            either the whole model or exactly the parts left after `cut`.
+        cut: removes parts from a model in place.
+        local_cls_norm: receives DINOv3's norm for local crops if the file has one; None discards that norm.
 
     Raises:
-        UserError: the weights cannot be had or read, or do not fit.
+        UserError: the weights are not available, cannot be read, or do not fit.
     """
     from transformers import AutoModel
 
@@ -67,36 +67,39 @@ def load_model(config: Any, weights: str, cut: Callable[[Any], None], local_cls_
 
 
 def _why_silent(name: str, revision: str) -> str:
-    """Return why the hub does not answer, "" where it does: one look-up, where a loader tries each file six times."""
+    """Return why the hub does not respond, or "".
+
+    One request suffices, where the loader would retry each file six times.
+    """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
         info = HfApi().model_info(name, revision=revision, timeout=10)
-    except HfHubHTTPError:  # an answer: what it says of the files is the loader's to tell
+    except HfHubHTTPError:  # the hub responds; the loader reports errors about the files
         return ""
-    except Exception as error:  # of whatever library the hub's client speaks through
+    except Exception as error:  # the client's HTTP library raises its own errors
         return (str(error).strip().splitlines() or [type(error).__name__])[0]
     _check_no_adapter(f"{name}@{revision}", (file.rfilename for file in info.siblings or ()))
     return ""
 
 
 def _check_no_adapter(weights: str, names: Iterable[str]) -> None:
-    """Refuse files among which transformers would find an adapter, and build what that says, from wherever it says."""
+    """Refuse files with a peft adapter: transformers would load it, and its base model from any path it names."""
     if _ADAPTER in names:
         raise UserError(f"backbone.weights={weights}: holds {_ADAPTER}. Give the whole weights, without an adapter.")
 
 
 def _from_folder(weights: str, folder: Path, cut: Callable[[Any], None], config: Any) -> nn.Module:
     _check_no_adapter(weights, (path.name for path in folder.iterdir()))
-    _loaded_files(weights, folder)  # or transformers would read a malformed index
+    _loaded_files(weights, folder)  # validates the index before transformers reads it
     model = _from_pretrained(weights, str(folder), cut, config=config)
     _check_loaded(weights, model, folder)
     return model
 
 
 def _check_loaded(weights: str, model: nn.Module, folder: Path | None) -> None:
-    """Refuse a model whose weights are not finite, or whose files in a folder held them in another type than floats."""
+    """Refuse a model with non-finite weights, or files in a folder that store them in a non-float type."""
     for path in _loaded_files(weights, folder) if folder else ():
         where = f"backbone.weights={weights}: {path.name}"
         try:
@@ -108,7 +111,7 @@ def _check_loaded(weights: str, model: nn.Module, folder: Path | None) -> None:
 
 
 def _loaded_files(weights: str, folder: Path) -> list[Path]:
-    """Return the files of a folder that transformers loads: model.safetensors, or those that its index names.
+    """Return the files of a folder that transformers loads: model.safetensors, or those listed in its index.
 
     Raises:
         UserError: the index is malformed.
@@ -124,7 +127,7 @@ def _loaded_files(weights: str, folder: Path) -> list[Path]:
 
 
 def _fetched(name: str, revision: str) -> Path | None:
-    """Return the folder into which the hub's client has fetched weights; None where it keeps them otherwise."""
+    """Return the hub cache folder of the weights, or None if the cache does not hold them under these names."""
     from huggingface_hub import try_to_load_from_cache
 
     for file in ("model.safetensors", _INDEX):
@@ -135,7 +138,7 @@ def _fetched(name: str, revision: str) -> Path | None:
 
 
 def _fetched_before(weights: str, name: str, revision: str, silent: str) -> str:
-    """Return the folder of weights that were fetched while the hub still answered."""
+    """Return the folder of weights that were downloaded while the hub was reachable."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -150,13 +153,13 @@ def _fetched_before(weights: str, name: str, revision: str, silent: str) -> str:
 
 
 def exported_state(model: Any) -> dict[str, Tensor]:
-    """Return a model's weights under the names of the files on the hub, which all versions of transformers read.
+    """Return a model's weights under the names of the hub's files, which all versions of transformers read.
 
-    DINOv3's rotation frequencies are added where they are not those of the configuration: Meta's own files hold them
+    DINOv3's rotation frequencies are added if they differ from those of the configuration: Meta's files store them
     rounded.
 
     Raises:
-        UserError: the model holds LoRA updates.
+        UserError: the model has LoRA updates.
     """
     if any(".lora_" in name for name in model.state_dict()):
         raise UserError(
@@ -174,7 +177,7 @@ def exported_state(model: Any) -> dict[str, Tensor]:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors or PyTorch file by name, those of a checkpoint's backbone by plain names.
+    """Return the tensors of a safetensors or PyTorch file by name; backbones of checkpoints get plain names.
 
     Raises:
         UserError: the file is broken, or holds anything but tensors.
@@ -193,7 +196,7 @@ def _from_file(config: Any, path: Path, cut: Callable[[Any], None], local_cls_no
     from transformers import MODEL_MAPPING
 
     where, stored = f"backbone.weights={path}", read_weights(path)
-    check_unquantised(stored, where)  # under the file's names
+    check_unquantised(stored, where)  # reports the names of the file
     state = _with_hub_names(stored, config, path)
     checked = dict(state)
     frequencies = state.pop(INV_FREQ, None) if config.model_type == "dinov3_vit" else None
@@ -201,7 +204,7 @@ def _from_file(config: Any, path: Path, cut: Callable[[Any], None], local_cls_no
     model: Any = _from_pretrained(
         str(path), None, cut, model_class=MODEL_MAPPING[type(config)], config=config, state_dict=state
     )
-    check_weights(checked, where)  # once their names fit
+    check_weights(checked, where)  # after the loader has checked the names
     if frequencies is not None:
         check_weights({INV_FREQ: frequencies}, where, {INV_FREQ: model.rope_embeddings.inv_freq})
         model.rope_embeddings.inv_freq.copy_(frequencies)
@@ -229,7 +232,7 @@ def _from_pretrained(
     from transformers import AutoModel
 
     loader: Any = model_class or AutoModel
-    # no pickles; what does not fit is listed rather than raised, and refused below
+    # no pickles; mismatches are listed instead of raised, and refused below
     options |= {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
     options |= _without_pooler(options["config"])
     try:
@@ -244,12 +247,12 @@ def _from_pretrained(
         ) from error
     misfits = [key for kind in ("missing", "unexpected", "mismatched") for key in info.get(f"{kind}_keys", ())]
     pooler = {f"pooler.dense.{part}" for part in ("weight", "bias") if options["config"].model_type == "vit"}
-    # a hub file of DINO may have a pooler, which no map depends on
+    # DINO files on the hub may have a pooler, which no map depends on
     wrong = {key if isinstance(key, str) else key[0] for key in misfits} - pooler
     whole = model.state_dict().keys()
     cut(model)
     removed = whole - model.state_dict().keys()
-    if removed <= set(info.get("missing_keys", ())):  # the file is of a model cut in the same place
+    if removed <= set(info.get("missing_keys", ())):  # the file holds a model with the same parts cut
         wrong -= removed
     if wrong:
         raise UserError(
@@ -261,7 +264,7 @@ def _from_pretrained(
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep transformers from printing what it reads, writes and misses; downloads still show how far they are."""
+    """Silence transformers' logs and progress bars for reading and writing; download bars still show."""
     from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
     from transformers.utils import logging
 
@@ -293,16 +296,16 @@ _RENAMED = (
 
 
 def is_meta_convnext(state: Mapping[str, Tensor]) -> bool:
-    """Return whether a checkpoint's keys are those of Meta's ConvNeXt."""
+    """Return whether the keys are those of Meta's ConvNeXt checkpoint."""
     return "downsample_layers.0.0.weight" in state
 
 
 def convnext_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors of Meta's ConvNeXt checkpoint under the hub's names.
 
-    Meta's file holds the final norm twice, as `norm` and as `norms.3` (the norm of the last of four stages; the others
-    have none): the second is left out where it is the same. A key that no rule knows stays as it is, for the loader to
-    refuse.
+    Meta's file holds the final norm twice, as `norm` and as `norms.3` (the norm of the last of four stages; the
+    others have none). The second is left out if it is identical. Unknown keys stay unchanged, so that the loader
+    refuses them.
     """
     return {_renamed(key): value for key, value in state.items() if not _is_copy(key, value, state)}
 

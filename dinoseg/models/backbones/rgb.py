@@ -1,4 +1,4 @@
-"""Colours instead of features."""
+"""Backbone that returns mean colours instead of features."""
 
 from collections.abc import Sequence
 
@@ -13,21 +13,21 @@ from dinoseg.utils.ranges import Count
 
 
 class RgbBackbone(Backbone):
-    """The mean colour of each patch: a baseline that every learnt feature has to beat.
+    """Mean colour of each patch: a baseline for learned features.
 
-    Images (B, 3, H, W), float RGB in 0..1, any H and W; returns maps (B, 3, h, w), h = ceil(H / patch_size), all the
-    same. Colours are normalised, and so lie around zero: that makes cosines between them tell colours apart. Images
-    are padded with zeros (the mean colour) at the bottom and on the right, which shortens the colours of patches on
-    the border and leaves their directions as they are. There is nothing to train, and no file of weights.
+    Images (B, 3, H, W), float RGB in 0..1, any H and W; returns identical maps (B, 3, h, w), h = ceil(H /
+    patch_size). Colours are normalised around zero, so that cosine similarity distinguishes them. Images are padded
+    with zeros (the mean colour) at the bottom and on the right. Padding shortens the colour vectors of border patches
+    but keeps their directions. There are no parameters and no weights file.
 
     Args:
         patch_size: side of a patch in pixels.
-        layers: of the one that there is: `[-1]`.
-        mean: RGB mean of images, in 0..1; by default ImageNet's, as for the other backbones.
-        std: RGB standard deviation of the same.
+        layers: indices into the single layer, such as `[-1]`.
+        mean: RGB mean of images, in 0..1; ImageNet's by default, as in the other backbones.
+        std: RGB standard deviation of the same images.
 
     Raises:
-        UserError: a patch size below 1, another layer, or colours that cannot be.
+        UserError: patch size below 1, layer out of range, or invalid colour statistics.
     """
 
     dim = 3
@@ -53,9 +53,9 @@ class RgbBackbone(Backbone):
         return [F.avg_pool2d(self.pixels(images), self.patch_size)] * self.num_layers
 
     def export_state(self) -> dict[str, Tensor]:
-        """Refuse to give weights.
+        """Raise an error: this backbone has no weights.
 
         Raises:
-            UserError: there are none.
+            UserError: always.
         """
         raise UserError("backbone=rgb has no weights that could be exported. Give resume=RUN of another backbone.")

@@ -1,4 +1,4 @@
-"""Any vision transformer or feature pyramid of timm that takes images of any size, by name."""
+"""Backbones from timm: any vision transformer or feature pyramid that takes images of any size."""
 
 import contextlib
 import difflib
@@ -22,35 +22,39 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Count
 from dinoseg.utils.tensor_files import check_weights
 
-_ANY_SIZE: Any = ({"dynamic_img_size": True}, {"strict_img_size": False})  # a model knows one of them or none
-_UNUSED = "mask_token"  # of masked pre-training, left in some files
+_ANY_SIZE: Any = ({"dynamic_img_size": True}, {"strict_img_size": False})  # a model has one of these options or none
+_UNUSED = "mask_token"  # left over from masked pre-training in some files
 
 
 class TimmBackbone(Backbone):
-    """A model of timm that returns what its blocks, or the stages of a pyramid, put out as maps.
+    """timm model that returns the outputs of its blocks, or of the stages of a pyramid, as maps.
 
-    Images (B, 3, H, W), float RGB in 0..1, any H and W, are normalised here, then padded with zeros (the mean colour)
-    at the bottom and on the right. A transformer of one grid gives L maps (B, dim, h, w), h = ceil(H / patch_size),
-    each after the model's final norm (a model that norms only what it has averaged has none) unless `final_norm` is
-    false, without class and register tokens; positions are interpolated as timm does it. A pyramid (ConvNet, Swin)
-    gives L maps of their own width and grid as its stages put them out, without a norm; its patch_size is the stride
-    of the coarsest one. What comes after the last of `layers` is cut off.
+    Images are (B, 3, H, W), float RGB in 0..1, any H and W. They are normalised, then padded with zeros (the mean
+    colour) at the bottom and on the right. Parts after the last of `layers` are removed.
+
+    A transformer with one grid returns L maps (B, dim, h, w), h = ceil(H / patch_size), without class and register
+    tokens. Each map passes the model's final norm unless `final_norm` is False; models that normalise only pooled
+    features have none. Positions are interpolated as in timm.
+
+    A pyramid (ConvNet, Swin) returns L maps as its stages output them, each with its own width and grid, without a
+    norm. Its patch_size is the stride of the coarsest map.
 
     Args:
-        name: of timm's list, `vit_tiny_patch16_224` or with a tag `vit_tiny_patch16_224.augreg_in21k_ft_in1k`.
-        weights: `timm` (its own download for `name`), a safetensors, .pth or .bin file with timm's names, or `random`.
-        patch_size: side of a patch in pixels, checked against the model's own; None takes that.
+        name: timm model name, `vit_tiny_patch16_224`, or with a tag `vit_tiny_patch16_224.augreg_in21k_ft_in1k`.
+        weights: `timm` (downloads timm's weights for `name`), a safetensors, .pth or .bin file with timm's names, or
+            `random`.
+        patch_size: side of a patch in pixels, checked against the model; None takes the model's.
         layers: 0-based blocks (stages of a pyramid) to return; negative numbers count from the last; `quarters` for
             four spread evenly.
-        mean: RGB mean of the images the weights were trained on, in 0..1; None: what timm says of `name`.
-        std: RGB standard deviation of the same.
+        mean: RGB mean of the images the weights were trained on, in 0..1; None: timm's value for `name`.
+        std: RGB standard deviation of the same images.
         checkpointing: recompute activations in the backward pass: less memory, about a third more time.
-        final_norm: whether the maps of a transformer pass the model's final norm, whose scales and shifts were learnt
-            for the last block; if not, the model has none.
+        final_norm: apply the final norm to the maps of a transformer, although its scales and shifts were learned for
+            the last block; False removes it from the model.
 
     Raises:
-        UserError: a name timm does not know, a model that takes one image size only, another patch size, a layer out
-            of range, colours that cannot be, or weights that cannot be had or do not fit.
+        UserError: name unknown to timm, model with a fixed image size, wrong patch size, layer out of range, invalid
+            colour statistics, or weights that are not available or do not fit.
     """
 
     def __init__(
@@ -87,7 +91,7 @@ class TimmBackbone(Backbone):
             check_weights(own, f"backbone.weights=timm ({name})", own)
         with uncalled_linears(self) as uncalled:
             maps = self._probe(name, [levels[layer]["reduction"] for layer in self.layers])
-        self.uncalled_linears = frozenset(uncalled)  # only their weights are used: what replaces them never runs
+        self.uncalled_linears = frozenset(uncalled)  # never called, only their weights are read: LoRA has no effect
         self.dim: int | list[int] = [part.shape[1] for part in maps]
         if self.num_layers == 1 or not self.is_pyramid:
             self.dim = maps[0].shape[1]
@@ -102,12 +106,12 @@ class TimmBackbone(Backbone):
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """The blocks up to the last tapped one, in order; of a pyramid its stages, each a list of modules."""
+        """The blocks up to the last tapped one, in order; for a pyramid its stages, each a list of modules."""
         return stages(self.model, self._taps) if self.is_pyramid else list(self.model.blocks)
 
     @property
     def norm(self) -> nn.Module | None:
-        """The final norm that the maps have passed; of a pyramid there is none."""
+        """The final norm applied to the maps; None for a pyramid."""
         return None if self.is_pyramid else getattr(self.model, "norm", None)
 
     def forward(self, images: Tensor) -> list[Tensor]:
@@ -115,7 +119,7 @@ class TimmBackbone(Backbone):
         return self._maps(self.pixels(images))
 
     def until(self, images: Tensor) -> list[Tensor]:
-        """Return the maps if nothing is trained; else what `cut.until` gives, of a plain vision transformer."""
+        """Return the maps if nothing is trained; otherwise, for a plain ViT, the output of `cut.until`."""
         first, model = self.first_trained, self.model
         if first is None or not self.takes_tokens:
             return super().until(images)
@@ -123,7 +127,7 @@ class TimmBackbone(Backbone):
         return until(self.blocks, first, self.layers, tokens, model.num_prefix_tokens, beside)
 
     def onwards(self, frozen: list[Tensor], size: tuple[int, int]) -> list[Tensor]:
-        """Return the L maps for what `until` gave of images of `size` (H, W)."""
+        """Return the L maps for the output of `until` on images of `size` (H, W)."""
         first, model, blocks = self.first_trained, self.model, cast(Sequence[Block], self.blocks)
         if first is None:
             return frozen
@@ -135,18 +139,18 @@ class TimmBackbone(Backbone):
         return [normed[layer].transpose(1, 2).unflatten(2, grid).contiguous() for layer in self.layers]
 
     def embed(self, pixels: Tensor) -> tuple[Tensor, BesideTokens]:
-        """Return the tokens (B, N, dim) that enter the first block of a plain vision transformer; nothing is beside."""
+        """Return the input tokens (B, N, dim) of a plain ViT's first block, and no keyword arguments."""
         model = self.model
         return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(pixels)))), {}
 
     def with_class_attention(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Return the maps, and what the class token attends to in the last block that is read, from one pass.
+        """Return the maps and the class token's attention in the last tapped block, from one forward pass.
 
-        The latter is (B, heads, h, w), float32: softmax weights over all tokens, those of class and register tokens
-        left out, so that a head's sum to less than 1; no gradient passes through it.
+        The attention is (B, heads, h, w), float32: softmax weights over all tokens. Those of class and register
+        tokens are left out, so each head sums to less than 1. No gradient passes through it.
 
         Raises:
-            UserError: this model has no such token, or attends in a way of its own (`has_class_attention` is False).
+            UserError: the model has no class token or a non-standard attention (`has_class_attention` is False).
         """
         attention = plain_attention(self.model)
         if attention is None:
@@ -159,10 +163,10 @@ class TimmBackbone(Backbone):
         return maps, on_patches(rows[0], self.model.num_prefix_tokens, maps[0].shape[2:])
 
     def export_state(self) -> dict[str, Tensor]:
-        """Return the weights under the names in which `weights` reads them from a file.
+        """Return the weights under the names that `weights` accepts in a file.
 
         Raises:
-            UserError: it holds LoRA updates, which are no weights of their own.
+            UserError: the model has LoRA updates that are not merged.
         """
         return exported_state(self.model)
 
@@ -172,19 +176,19 @@ class TimmBackbone(Backbone):
             pixels, indices=wanted, norm=self._normed, output_fmt="NCHW", intermediates_only=True
         )
         by_layer = dict(zip(wanted, maps, strict=True))
-        return [by_layer[layer].contiguous() for layer in self.layers]  # whose layout decides how heads round
+        return [by_layer[layer].contiguous() for layer in self.layers]  # the memory format affects rounding in heads
 
     def _probe(self, name: str, strides: Sequence[int]) -> list[Tensor]:
-        """Return the maps of a small image that is not square, which shows whether any size will do."""
+        """Return the maps of a small non-square image, and refuse models that do not take any image size."""
         height, width = 2 * self.patch_size, 3 * self.patch_size
         was_training = self.model.training
-        self.model.eval()  # batch statistics stay as they are
+        self.model.eval()  # keeps the running statistics unchanged
         pixels = torch.zeros(1, 3, height, width, device=next(self.model.parameters()).device)
         try:
             with torch.enable_grad():  # `unused` is read off the graph
                 maps = self._maps(pixels)
             reason = "" if _grids(maps) == [(height // s, width // s) for s in strides] else f"maps of {_grids(maps)}"
-        except Exception as error:  # each model fails on a size of its own dislike in its own way
+        except Exception as error:  # the error class for an unsupported size differs between models
             maps, reason = [], (str(error).splitlines() or [type(error).__name__])[0]
         self.model.train(was_training)
         if reason:
@@ -236,7 +240,7 @@ def _create_any_size(name: str, download: bool) -> Any:
 
 
 def _levels(model: Any, name: str) -> list[dict[str, Any]]:
-    """Return timm's note on each block or stage: its `module` and `reduction`."""
+    """Return timm's `feature_info` of each block or stage: its `module` and `reduction`."""
     if not hasattr(model, "forward_intermediates") or not hasattr(model, "prune_intermediate_layers"):
         raise UserError(
             f"backbone.name={name}: timm cannot give what its blocks or stages put out. Choose another, such as "
@@ -255,7 +259,7 @@ def _check_patch_size(name: str, patch_size: int, stride: int, is_pyramid: bool)
 
 
 def _is_plain(model: Any) -> bool:
-    """Return whether blocks follow one another and take tokens alone."""
+    """Return whether the model is a plain sequence of blocks that take only tokens."""
     from timm.models.vision_transformer import VisionTransformer
 
     own = getattr(type(model), "forward_intermediates", None)
@@ -280,7 +284,7 @@ def _enable_checkpointing(model: Any, name: str) -> None:
 
 @contextlib.contextmanager
 def uncalled_linears(module: nn.Module) -> Iterator[set[str]]:
-    """Yield the names of the linear layers, from which each that is called within the block goes."""
+    """Yield the set of linear-layer names; each layer called within the context is removed from it."""
     linears = {name: part for name, part in module.named_modules() if isinstance(part, nn.Linear)}
     uncalled = set(linears)
     hooks = [part.register_forward_hook(lambda *_, name=name: uncalled.discard(name)) for name, part in linears.items()]
@@ -292,7 +296,7 @@ def uncalled_linears(module: nn.Module) -> Iterator[set[str]]:
 
 
 def unreached(module: nn.Module, outputs: Sequence[Tensor]) -> list[str]:
-    """Return the names of the parameters that no output depends on, as autograd recorded it."""
+    """Return the names of the parameters that no output depends on, according to the autograd graph."""
     nodes = [part.grad_fn for part in outputs]
     seen = set(nodes)
     reached = set()
@@ -306,13 +310,13 @@ def unreached(module: nn.Module, outputs: Sequence[Tensor]) -> list[str]:
 
 
 def stages(model: nn.Module, taps: Sequence[str]) -> list[nn.Module]:
-    """Return one list of modules for each tap, in order: what runs after the tap before it up to this one.
+    """Return one module list per tap, in order: the modules that run after the previous tap up to this one.
 
-    The order is that in which the model registered its modules. Where timm's notes name no module of the model, the
-    whole model is the one stage.
+    The order is that of module registration. If timm's `feature_info` names no module of the model, the whole model
+    is the only stage.
 
     Args:
-        model: a model whose top modules, or the parts of those that are lists, run one after another.
+        model: a model whose top-level modules, or the entries of those that are lists, run one after another.
         taps: names of the modules whose output is a map, in order.
     """
     units = _units(model)
@@ -332,7 +336,7 @@ def _units(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _end(units: Sequence[str], tap: str) -> int:
-    """Return the position after the last unit that is the tap, holds it or lies in it, or 0."""
+    """Return the index after the last unit that equals, contains or lies inside the tap, or 0 for none."""
     inside = [
         number
         for number, unit in enumerate(units)

@@ -1,4 +1,4 @@
-"""Weights of timm's models, from a file in timm's own names: every tensor accounted for."""
+"""Strict loading and export of weights under timm's names."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,15 +8,15 @@ from torch import Tensor, nn
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.tensor_files import check_weights, read_tensor_file
 
-_WRAPPERS = ("state_dict", "model")  # keys below which training scripts keep the tensors
-_CALLED = 3  # names of each kind that an error gives
+_WRAPPERS = ("state_dict", "model")  # keys under which training scripts store the tensors
+_CALLED = 3  # names per kind in an error message
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file or of a PyTorch checkpoint, read without running its pickle.
+    """Return the tensors of a safetensors file or PyTorch checkpoint, without running pickled code.
 
     Raises:
-        UserError: no such file, not readable, or it holds other things than tensors.
+        UserError: the file does not exist, is not readable, or holds anything but tensors.
     """
     content = read_tensor_file(path, "backbone.weights")
     inner = [content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping)]
@@ -29,16 +29,16 @@ def read_state(path: Path) -> dict[str, Tensor]:
 
 
 def load_exactly(model: nn.Module, state: Mapping[str, Tensor], *, spare: set[str], source: str) -> None:
-    """Load tensors into a model, each of which has to be there, to fit and to be used.
+    """Load tensors into a model; every tensor must be present, fit and be used.
 
     Args:
         model: changed in place.
         state: its tensors by name.
-        spare: names of tensors, or of the modules that own them, that may be left over.
-        source: what the error calls the weights.
+        spare: names of tensors, or of the modules that own them, that may be unexpected.
+        source: origin of the weights, for the error message.
 
     Raises:
-        UserError: naming the first tensors that are missing, left over, of another shape, or no finite numbers.
+        UserError: tensors are missing, unexpected, of another shape or not finite; the message names the first ones.
     """
     expected = model.state_dict()
     left = [key for key in state if key not in expected and not any(f"{key}.".startswith(f"{name}.") for name in spare)]

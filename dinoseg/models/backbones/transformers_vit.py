@@ -1,4 +1,4 @@
-"""DINO, DINOv2 and DINOv3 vision transformers, on Hugging Face transformers' models."""
+"""DINO, DINOv2 and DINOv3 vision transformers, built on the models of Hugging Face transformers."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -24,34 +24,34 @@ FAMILIES = ("vit", "dinov2", "dinov2_with_registers", "dinov3_vit")
 
 
 class TransformersVit(Backbone):
-    """A DINO vision transformer that returns its patch tokens as maps.
+    """DINO vision transformer that returns its patch tokens as maps.
 
-    Images (B, 3, H, W), float RGB in 0..1, any H and W; returns L maps (B, dim, h, w), h = ceil(H / patch_size),
-    one for each of `layers`, each after the final LayerNorm (as Meta's `get_intermediate_layers(norm=True)`) unless
-    `final_norm` is false; the class and register tokens are dropped by count. Images are normalised here, then padded
+    Images (B, 3, H, W), float RGB in 0..1, any H and W; returns L maps (B, dim, h, w), h = ceil(H / patch_size), one
+    for each of `layers`. Each map passes the final LayerNorm (as in Meta's `get_intermediate_layers(norm=True)`)
+    unless `final_norm` is False. Class and register tokens are dropped by count. Images are normalised, then padded
     with zeros (the mean colour) at the bottom and on the right.
 
-    Learned positions (DINO, DINOv2) are resampled to the grid as Meta's code does it, see `positions.interpolate`.
-    DINOv3's random rescaling of positions in training is off unless `arch` asks for it (`pos_embed_rescale`).
+    Learned positions (DINO, DINOv2) are resampled to the grid as in Meta's code, see `positions.interpolate`.
+    DINOv3's random rescaling of positions in training is off unless enabled in `arch` (`pos_embed_rescale`).
 
     Args:
-        family: `vit` (DINO), `dinov2`, `dinov2_with_registers` or `dinov3_vit`: the transformers model type.
-        arch: values of its configuration, so that it can be built without weights or network.
+        family: transformers model type: `vit` (DINO), `dinov2`, `dinov2_with_registers` or `dinov3_vit`.
+        arch: values of its configuration, so that the model can be built without weights or network.
         weights: a hub id (`id` or `id@revision`), a local folder, a safetensors file, a checkpoint file of Meta,
             `dinoseg:NAME` or `random`.
         patch_size: side of a patch in pixels.
         layers: 0-based blocks to return; negative numbers count from the last; `quarters` for four spread evenly.
         mean: RGB mean of the images the weights were trained on, in 0..1.
-        std: RGB standard deviation of the same.
+        std: RGB standard deviation of the same images.
         checkpointing: recompute block activations in the backward pass: less memory, about a third more time.
-        local_cls_norm: hold the second final norm of Meta's ViT-7B, which only its pre-training reads.
-        dtype: `float32`, or `bfloat16` to hold the weights in half the memory; the maps are float32 all the same.
-        final_norm: whether the maps pass the final LayerNorm, whose scales and shifts were learnt for the last block;
-            if not, the model has none.
+        local_cls_norm: store the second final norm of Meta's ViT-7B, which is used only in pre-training.
+        dtype: `float32`, or `bfloat16` to store the weights in half the memory; the maps are always float32.
+        final_norm: apply the final LayerNorm to the maps, although its scales and shifts were learned for the last
+            block; False removes it from the model.
 
     Raises:
-        UserError: unknown family, a key or value of `arch` that it cannot have, a layer out of range, colours that
-            cannot be, or weights that cannot be had or do not fit.
+        UserError: unknown family, invalid key or value in `arch`, layer out of range, invalid colour statistics, or
+            weights that are not available or do not fit.
     """
 
     has_class_attention = True
@@ -102,14 +102,15 @@ class TransformersVit(Backbone):
 
     @property
     def norm(self) -> nn.Module:
-        """The final LayerNorm, or what leaves all as it is."""
+        """The final LayerNorm, or an identity if it was removed."""
         return getattr(self.model, _norm_name(self.model))
 
     def embed(self, pixels: Tensor) -> tuple[Tensor, BesideTokens]:
-        """Return the tokens (B, num_prefix + h * w, dim) that enter the first block, and what each block takes beside.
+        """Return the input tokens of the first block, and the keyword arguments of each block.
 
-        Blocks are called as `block(tokens, **beside)`. More tokens may be put in front, and the first Q rows of the
-        attention masked with `attention_mask` (B, 1, Q, N), bool, True = attend.
+        The tokens are (B, num_prefix + h * w, dim). Blocks are called as `block(tokens, **beside)`. More tokens may
+        be prepended, and the first Q rows of the attention masked with `attention_mask` (B, 1, Q, N), bool, True =
+        attend.
         """
         return self._tokens(pixels), self.beside((pixels.shape[-2], pixels.shape[-1]))
 
@@ -119,11 +120,11 @@ class TransformersVit(Backbone):
         return parts(pixels) if self._turns_positions else self._embed_with_learned_positions(pixels)
 
     def beside(self, size: tuple[int, int]) -> BesideTokens:
-        """Return the rotary positions for padded pixels of `size` (H, W), where the model has such."""
+        """Return the block keyword arguments for padded pixels of `size` (H, W): rotary positions, if any."""
         model: Any = self.model
         if not self._turns_positions:
             return {}
-        pixels = model.embeddings.cls_token.new_empty(()).expand(1, 3, *size)  # of which only size and type are read
+        pixels = model.embeddings.cls_token.new_empty(()).expand(1, 3, *size)  # only shape and dtype are used
         return {"position_embeddings": model.rope_embeddings(pixels)}
 
     @property
@@ -131,7 +132,7 @@ class TransformersVit(Backbone):
         return hasattr(self.model, "rope_embeddings")
 
     def _embed_with_learned_positions(self, pixels: Tensor) -> Tensor:
-        # transformers resamples the positions in another way than the weights were trained with
+        # transformers resamples positions differently from the code that trained the weights
         parts: Any = self.model.embeddings
         grid = (pixels.shape[-2] // self.patch_size, pixels.shape[-1] // self.patch_size)
         offset, antialias = METHODS[self.model.config.model_type]
@@ -139,7 +140,7 @@ class TransformersVit(Backbone):
         patches = parts.patch_embeddings(pixels) + positions[:, 1:]
         prefix = [parts.cls_token + positions[:, :1]]
         if hasattr(parts, "register_tokens"):
-            prefix.append(parts.register_tokens)  # they have no position
+            prefix.append(parts.register_tokens)  # registers have no position
         tokens = [*(part.expand(pixels.shape[0], -1, -1) for part in prefix), patches]
         return parts.dropout(torch.cat(tokens, dim=1))
 
@@ -149,16 +150,16 @@ class TransformersVit(Backbone):
 
     @property
     def first_trained(self) -> int | None:
-        """As of `Backbone`; 0 as well where training draws positions at random, which all blocks have to share."""
+        """See `Backbone`; also 0 if training randomises the positions, which all blocks must share."""
         first, model = super().first_trained, self.model.config
         drawn = [getattr(model, f"pos_embed_{how}", None) for how in ("shift", "jitter", "rescale")]
         return 0 if first and any(drawn) else first
 
     def until(self, images: Tensor) -> list[Tensor]:
-        """Return the patch tokens (B, h * w, dim) of each tapped block before the first one that is trained.
+        """Return the patch tokens (B, h * w, dim) of each tapped block before the first trained one.
 
-        If nothing is trained, they have passed the final norm. Else the tokens (B, num_prefix + h * w, dim) that enter
-        the first trained block come last.
+        If nothing is trained, they have passed the final norm. Otherwise the input tokens (B, num_prefix + h * w,
+        dim) of the first trained block are appended.
         """
         pixels = self.pixels(images)
         first, tokens = self.first_trained, self._tokens(pixels)
@@ -168,23 +169,23 @@ class TransformersVit(Backbone):
         return [self.norm(patches) for patches in given] if first is None else given
 
     def onwards(self, frozen: list[Tensor], size: tuple[int, int]) -> list[Tensor]:
-        """Return the L maps (B, dim, h, w) for what `until` gave of images of `size` (H, W)."""
+        """Return the L maps (B, dim, h, w) for the output of `until` on images of `size` (H, W)."""
         rows, columns = (-(-side // self.patch_size) for side in size)
         first, tapped = self.first_trained, set(self.layers)
         cut = len(self.blocks) if first is None else first
         beside = partial(self.beside, (rows * self.patch_size, columns * self.patch_size))
         dtype = cast(Any, self.model).embeddings.cls_token.dtype
-        frozen = [part.to(dtype) for part in frozen]  # kept ones are float32
+        frozen = [part.to(dtype) for part in frozen]  # cached features are float32
         patches = onwards(list(self.blocks), cut, tapped, frozen, self.num_prefix, beside)
         if first is not None:
             patches = {number: self.norm(part) for number, part in patches.items()}
         return [patches[layer].transpose(1, 2).unflatten(2, (rows, columns)).float() for layer in self.layers]
 
     def with_class_attention(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Return the maps, and what the class token attends to in the last block that is read, from one pass.
+        """Return the maps and the class token's attention in the last tapped block, from one forward pass.
 
-        The latter is (B, heads, h, w), float32: softmax weights over all tokens, those of class and register tokens
-        left out, so that a head's sum to less than 1; no gradient passes through it.
+        The attention is (B, heads, h, w), float32: softmax weights over all tokens. Those of class and register
+        tokens are left out, so each head sums to less than 1. No gradient passes through it.
         """
         blocks: Any = self.blocks
         with watch_transformers(blocks[-1].attention) as rows:
@@ -192,15 +193,15 @@ class TransformersVit(Backbone):
         return maps, on_patches(rows[0], self.num_prefix, maps[0].shape[2:])
 
     def export_state(self) -> dict[str, Tensor]:
-        """Return the weights under the names in which `weights` reads them from a file.
+        """Return the weights under the names that `weights` accepts in a file.
 
         Raises:
-            UserError: it holds LoRA updates, which are no weights of their own.
+            UserError: the model has LoRA updates that are not merged.
         """
         return exported_state(self.model)
 
     def _cut(self, model: Any) -> None:
-        """Take away what nothing reads."""
+        """Remove the blocks after the last tapped one, and the final norm if `final_norm` is False."""
         del _blocks(model)[max(self.layers) + 1 :]
         if not self._has_norm:
             setattr(model, _norm_name(model), nn.Identity())
@@ -224,6 +225,6 @@ def _blocks(model: Any) -> nn.ModuleList:
 
 
 def _enable_checkpointing(model: Any) -> None:
-    # transformers renamed this method in the course of version 5
+    # transformers 5 renamed this method in a minor release
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})

@@ -1,4 +1,4 @@
-"""A convolutional decoder that enlarges the patch grid to pixels, block by block."""
+"""Convolutional decoder that upsamples the patch grid to pixels, block by block."""
 
 import math
 from collections.abc import Sequence
@@ -17,27 +17,27 @@ ACTIVATIONS = {"relu": nn.ReLU, "leakyrelu": nn.LeakyReLU, "sigmoid": nn.Sigmoid
 
 
 class CnnHead(Head[Tensor]):
-    """Residual convolutions between enlargements, after Brondolo and Beaussant (arXiv 2407.18100).
+    """Residual convolutions between upsampling steps, after Brondolo and Beaussant (arXiv 2407.18100).
 
-    Each block enlarges the grid by 2, the first by what remains to the patch size (1.75 for 14 pixels and four blocks),
-    then adds a convolution of the result to it. The first blocks enlarge bicubically and normalise before the
-    convolution; the last ones shuffle channels into pixels, which quarters the channels. Dropout and the activation
-    follow every second block, the last one among them.
+    Each block upsamples the grid by 2, the first by the remaining factor (1.75 for a patch size of 14 and four
+    blocks). It then adds a convolution of the grid to the grid. The first blocks upsample bicubically and apply
+    BatchNorm before the convolution; the last ones use pixel shuffle, which divides the channels by 4. Dropout and
+    the activation follow every second block, including the last one.
 
     Args:
         in_dim: width of the maps.
-        num_layers: maps, concatenated.
-        num_classes: classes to score.
-        patch_size: side of a patch in pixels, the enlargement in all.
-        num_blocks: blocks, at most 1 + log2(patch_size).
-        channels: of the blocks before any shuffle.
+        num_layers: number of maps, concatenated.
+        num_classes: number of classes K.
+        patch_size: side of a patch in pixels, the total upsampling factor.
+        num_blocks: number of blocks, at most 1 + log2(patch_size).
+        channels: width of the blocks before any pixel shuffle.
         kernel_size: of every convolution, odd.
         activation: relu, leakyrelu, sigmoid or tanh.
-        dropout: share of the activations dropped in training, in [0, 1).
-        pixel_shuffle: how many of the last blocks enlarge by pixel shuffle.
+        dropout: dropout probability, in [0, 1).
+        pixel_shuffle: number of last blocks that upsample by pixel shuffle.
 
     Raises:
-        UserError: an option that does not fit, or the maps of a pyramid.
+        UserError: an option is invalid, or the maps belong to a pyramid.
     """
 
     def __init__(
@@ -79,23 +79,23 @@ class CnnHead(Head[Tensor]):
             grid = grid + block(grid)
             if (len(self.blocks) - number) % 2 == 1:
                 grid = self.activation(self.dropout(grid))
-        # the first block's last row and column may reach beyond the last token
+        # the last row and column of the first block's grid may extend beyond the last token
         return self.classify(grid)[..., : height * self.patch_size, : width * self.patch_size]
 
     def grid_scores(self, outputs: Tensor) -> Tensor:
-        """Return the outputs: `predict` is bilinear between them."""
+        """Return the outputs, since `predict` only upsamples them bilinearly."""
         return outputs
 
     def _enlarge_first(self, grid: Tensor) -> Tensor:
-        """Enlarge to the first block's grid; its last row and column may reach beyond the last token.
+        """Resize to the first block's grid, whose last row and column may extend beyond the last token.
 
-        The border token is repeated until the enlarged grid is whole, so that the scale is exact for any grid: rounding
-        the size instead would stretch it.
+        Border tokens are replicated until the grid has a whole number of cells, so the scale is exact for any grid.
+        Rounding the size instead would stretch the grid.
         """
-        cells = 2 ** (len(self.blocks) - 1)  # pixels in a cell of the first block's grid
+        cells = 2 ** (len(self.blocks) - 1)  # side in pixels of a cell of the first block's grid
         if cells == self.patch_size:
             return grid
-        whole = cells // math.gcd(cells, self.patch_size)  # tokens that make a whole number of cells
+        whole = cells // math.gcd(cells, self.patch_size)  # tokens per whole number of cells
         height, width = grid.shape[-2:]
         padded = F.pad(grid, (0, -width % whole, 0, -height % whole), mode="replicate")
         size = [side * self.patch_size // cells for side in padded.shape[-2:]]

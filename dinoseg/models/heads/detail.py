@@ -1,4 +1,4 @@
-"""A head that sees the pixels beside the tokens, for what is thinner than a patch."""
+"""Head that reads pixels as well as tokens, for structures thinner than a patch."""
 
 from collections.abc import Sequence
 
@@ -12,34 +12,37 @@ from dinoseg.models.heads.options import check_positive
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Count, Natural, NotNegative
 
-STRIDE = 4  # pixels along a cell of the grid on which tokens and details meet
-_FINEST = 2  # pixels along a cell of the finest details, and of the scores
-_REACH = 11  # cells along a strip: 44 px
+STRIDE = 4  # output stride in pixels of the grid that fuses tokens and details
+_FINEST = 2  # output stride in pixels of the finest details and of the scores
+_REACH = 11  # length of a strip convolution in cells: 44 px
 
 
 class DetailHead(Head[Tensor]):
-    """Tokens joined by what a few convolutions see in the pixels, on a grid of 4 px; each cell scores 2 x 2 places.
+    """Tokens fused with convolutional pixel features at output stride 4; each cell predicts 2 x 2 scores.
 
-    Squares of 2 x 2 pixels enter the first convolutions as 12 channels, and cells leave as squares of scores
-    (sub-pixel convolution, Shi et al., arXiv 1609.05158): nothing thin is averaged away, and most work is done on the
-    coarser grid. Strips along rows and columns see what is long and thin (after Hou et al., arXiv 2003.13328). A
-    convolutional branch beside a transformer is that of ViTMatte (Yao et al., arXiv 2305.15272) and Dino U-Net (arXiv
-    2508.20909). With `direct`, the scores of a linear layer on the tokens are added: these tell classes apart within a
-    few steps, and the convolutions learn what they lack.
+    Squares of 2 x 2 pixels enter the first convolutions as 12 channels. Each cell outputs a square of scores
+    (sub-pixel convolution, Shi et al., arXiv 1609.05158). Thin structures are thus not averaged away, and most of the
+    work is done on the coarser grid. Strip convolutions along rows and columns capture long, thin shapes (after Hou
+    et al., arXiv 2003.13328). ViTMatte (Yao et al., arXiv 2305.15272) and Dino U-Net (arXiv 2508.20909) also combine
+    a transformer with a convolutional branch.
+
+    With `direct`, the scores of a linear layer on the tokens are added: it separates the classes within a few steps,
+    and the convolutions learn the residual.
 
     Args:
         in_dim: the width of a transformer's maps, or the list of a pyramid's widths.
-        num_layers: maps; those of a pyramid meet on its finest grid.
-        num_classes: classes to score.
-        patch_size: side of a patch in pixels, even; of a pyramid that of the coarsest map.
-        fine: channels of the details that are 2 px apart.
-        width: channels of details, of tokens, and of both together, 4 px apart.
-        blocks: residual convolutions that mix these.
-        jitter: deviation of the contrast and the colour shift that details of an image are drawn with in training.
-        direct: whether a linear layer scores the tokens, too.
+        num_layers: number of maps; those of a pyramid are resized to its finest grid.
+        num_classes: number of classes K.
+        patch_size: side of a patch in pixels, even; for a pyramid the stride of the coarsest map.
+        fine: channels of the details at output stride 2.
+        width: channels of the details, the tokens and their fusion at output stride 4.
+        blocks: number of residual strip convolutions after the fusion.
+        jitter: standard deviation of the random contrast and colour shift per image, applied to the pixels in
+            training.
+        direct: add the scores of a linear layer on the tokens.
 
     Raises:
-        UserError: an odd patch size, or a number below its least.
+        UserError: odd patch size, or a value below its minimum.
     """
 
     def __init__(
@@ -64,7 +67,7 @@ class DetailHead(Head[Tensor]):
             nn.PixelUnshuffle(_FINEST),
             _convolution(3 * _FINEST**2, fine, 3),
             _convolution(fine, fine, 3),
-            _convolution(fine, width, 4, stride=2),  # an even kernel lies in the middle of the cells that it joins
+            _convolution(fine, width, 4, stride=2),  # an even kernel is centred on the 2 x 2 cells it merges
             _Strips(width),
         )
         self.norm = nn.BatchNorm2d(total)
@@ -78,11 +81,11 @@ class DetailHead(Head[Tensor]):
         return self.scored(backbone.maps(images), backbone.pixels(images))
 
     def until(self, backbone: Backbone, images: Tensor) -> list[Tensor]:
-        """Return what the backbone gives, and the pixels (B, 3, H, W) uint8: exact of images at their own size."""
+        """Return the backbone's frozen features and the images as uint8 (B, 3, H, W); exact without resizing."""
         return [*backbone.until(images), (images * 255).round().clamp(0, 255).to(torch.uint8)]
 
     def onwards(self, backbone: Backbone, frozen: list[Tensor], size: tuple[int, int]) -> Tensor:
-        """Return the scores for what `until` gave of images that entered the backbone at `size` (H, W)."""
+        """Return the scores for the output of `until` on images that entered the backbone at `size` (H, W)."""
         return self.scored(backbone.onwards(frozen[:-1], size), backbone.pixels(frozen[-1].float() / 255))
 
     def scored(self, features: list[Tensor], pixels: Tensor) -> Tensor:
@@ -94,19 +97,19 @@ class DetailHead(Head[Tensor]):
         """
         height, width = pixels.shape[-2:]
         padded = pad_to_multiple(self._jittered(pixels), STRIDE)
-        details = self.stem(padded.contiguous(memory_format=torch.channels_last))  # a quarter less time on a CPU
+        details = self.stem(padded.contiguous(memory_format=torch.channels_last))  # a quarter faster on a CPU
         read = self.norm(concatenate(features).contiguous(memory_format=torch.channels_last))
         tokens = self._on_grid(self.project(read), details)
         squares = self.classify(self.fuse(torch.cat([tokens, details], dim=1)))  # (B, 4K, ceil(H / 4), ceil(W / 4))
         scores = F.pixel_shuffle(squares, STRIDE // _FINEST)
-        if self.patch_size % STRIDE:  # the last cells may reach beyond the image
+        if self.patch_size % STRIDE:  # the last cells may extend beyond the image
             scores = _first(scores, height // _FINEST, width // _FINEST)
         if self.direct is None:
             return scores
         return scores + F.interpolate(self.direct(read), scores.shape[-2:], mode="bilinear")
 
     def grid_scores(self, outputs: Tensor) -> Tensor:
-        """Return the outputs: `predict` is bilinear between them."""
+        """Return the outputs, since `predict` only upsamples them bilinearly."""
         return outputs
 
     def _jittered(self, pixels: Tensor) -> Tensor:
@@ -116,17 +119,17 @@ class DetailHead(Head[Tensor]):
         return pixels * contrast + self.jitter * torch.randn(len(pixels), 3, 1, 1, device=pixels.device)
 
     def _on_grid(self, tokens: Tensor, details: Tensor) -> Tensor:
-        """Return tokens (B, C, h, w) on the grid of the details, cell centres aligned."""
+        """Return tokens (B, C, h, w) resampled to the grid of the details, with aligned cell centres."""
         if self.patch_size % STRIDE == 0:
             return F.interpolate(tokens, details.shape[-2:], mode="bilinear")
-        # the last cell of the details may reach beyond the last token, which is repeated
+        # the last detail cell may extend beyond the last token, which is therefore replicated
         beyond = F.pad(tokens, (0, 1, 0, 1), mode="replicate")
         enlarged = F.interpolate(beyond, scale_factor=self.patch_size / STRIDE, mode="bilinear")
         return enlarged[..., : details.shape[-2], : details.shape[-1]]
 
 
 class _Strips(nn.Module):
-    """The sum of a 3x3 convolution and of one along each row and column, by channel; added to their input."""
+    """Residual block: sum of a 3x3 convolution and depthwise strip convolutions along rows and columns."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -141,7 +144,7 @@ class _Strips(nn.Module):
     def _along_rows(self, grid: Tensor) -> Tensor:
         if grid.device.type != "cpu" or not (self.training and torch.is_grad_enabled()):
             return self.row(grid)
-        # CPUs take up to nine times as long for the gradients of rows as for those of columns
+        # CPUs take up to nine times as long for row gradients as for column gradients
         turned = grid.transpose(2, 3).contiguous(memory_format=torch.channels_last)
         columns = F.conv2d(
             turned, self.row.weight.transpose(2, 3), padding=(_REACH // 2, 0), groups=len(self.row.weight)
@@ -158,7 +161,8 @@ def _convolution(in_channels: int, out_channels: int, kernel_size: int, stride: 
 def _first(scores: Tensor, height: int, width: int) -> Tensor:
     """Return the first rows and columns of scores (B, K, h, w).
 
-    Not as a slice, of which a trace keeps whether anything was left out: its file would refuse other pictures.
+    A slice would not do: a trace fixes whether anything was cut off, so the exported file would refuse other image
+    sizes.
     """
     rows, columns = (torch.arange(side, device=scores.device) for side in (height, width))
     return scores.index_select(-2, rows).index_select(-1, columns)

@@ -1,4 +1,4 @@
-"""The dense prediction transformer's decoder."""
+"""Decoder of the dense prediction transformer (DPT)."""
 
 from collections.abc import Sequence
 
@@ -11,28 +11,28 @@ from dinoseg.models.heads.pyramid import NUM_LEVELS, Reassemble, refuse_unless_f
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Count, LowShare
 
-WIDEST = 1024  # channels of a level by default, at most: those of the published large model
+WIDEST = 1024  # maximum default width of a level: that of the published large model
 
 
 class DptHead(Head[Tensor]):
-    """Four maps reassembled to a pyramid and fused from coarse to fine (Ranftl et al., arXiv 2103.13413).
+    """Four maps reassembled into a pyramid and fused from coarse to fine (Ranftl et al., arXiv 2103.13413).
 
-    Earlier blocks enter at finer grids, so thin things survive the patch grid. The class token is not read. Unlike the
-    original, each fusion goes to the exact grid of the next level with pixel centres aligned, so nothing shifts on odd
-    grids, and the classes are scored on the finest level's grid, without a last doubling of it.
+    Earlier blocks enter at finer grids, so thin structures survive the patch grid. The class token is not used.
+    Unlike the original, each fusion resizes to the exact grid of the next level with aligned pixel centres, so
+    nothing shifts on odd grids. The classes are scored on the grid of the finest level, without a final doubling.
 
     Args:
         in_dim: the width of a transformer's maps, or the list of a pyramid's widths.
-        num_layers: maps, four.
-        num_classes: classes to score.
+        num_layers: number of maps, four.
+        num_classes: number of classes K.
         features: channels of the decoder.
-        out_channels: channels of the four levels before the decoder, finest first; by default an eighth, a quarter,
+        out_channels: channels of the four levels before the decoder, finest first. Default: an eighth, a quarter,
             half and all of the width of a transformer's maps, or a pyramid's own widths, at most 1024 each.
-        batch_norm: normalise in the decoder, as the original does for segmentation.
-        dropout: share of the channels' values dropped before the classes in training, in [0, 1).
+        batch_norm: use BatchNorm in the decoder, as the original does for segmentation.
+        dropout: dropout probability before the classifier, in [0, 1).
 
     Raises:
-        UserError: another number of maps than four, or an option that does not fit.
+        UserError: the number of maps is not four, or an option is invalid.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class DptHead(Head[Tensor]):
         )
 
     def forward(self, features: list[Tensor]) -> Tensor:
-        """Return class scores (B, K, 4h, 4w) of a transformer's maps, or on the finest grid of a pyramid."""
+        """Return class scores (B, K, 4h, 4w) for a transformer, or on the finest grid of a pyramid."""
         levels = [adapt(part) for adapt, part in zip(self.adapt, self.reassemble(features), strict=True)]
         path = None
         for level, fuse in reversed(list(zip(levels, self.fuse, strict=True))):
@@ -70,12 +70,12 @@ class DptHead(Head[Tensor]):
         return self.classify(path)
 
     def grid_scores(self, outputs: Tensor) -> Tensor:
-        """Return the outputs: `predict` is bilinear between them."""
+        """Return the outputs, since `predict` only upsamples them bilinearly."""
         return outputs
 
 
 class _Fusion(nn.Module):
-    """Add a level to what comes from the coarser ones, and refine the sum."""
+    """Add a level to the output of the coarser ones, and refine the sum."""
 
     def __init__(self, features: int, batch_norm: bool, *, coarsest: bool) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The encoder-only mask transformer: queries go through the last blocks of the backbone itself."""
+"""Encoder-only mask transformer (EoMT): queries pass through the last blocks of the backbone itself."""
 
 import math
 from collections.abc import Sequence
@@ -16,37 +16,37 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.precision import at_least_float32
 from dinoseg.utils.ranges import Count
 
-_STRIDE = 4  # pixels between mask cells that the upscaling aims at
-_POWER = 0.9  # of the annealing's polynomial
+_STRIDE = 4  # target output stride of the masks in pixels
+_POWER = 0.9  # exponent of the polynomial annealing
 _EVEN = "even"
 
 
 class EomtHead(Head[MaskOutputs]):
     """Mask classification by queries that join the last blocks of a plain ViT (Kerssies et al., arXiv 2503.19108).
 
-    Queries are put in front of all tokens. In training the masks are read before each of these blocks too (deep
-    supervision), and the queries attend there only to the patches inside their own mask so far; each such mask is
-    left out at random, more and more often, until none is left. In eval mode no mask is built at any time: the
-    backbone then runs as it is, with more tokens. A validation before the annealing's end therefore sees a
-    model that still leans on its masks.
+    Queries are prepended to all tokens. In training, masks are also predicted before each of these blocks (deep
+    supervision), and queries attend only to the patches inside their current mask. Each such attention mask is
+    dropped at random with rising probability, until all are gone. In eval mode no attention mask is used: the
+    backbone runs unmodified, with more tokens. A validation before the end of the annealing therefore evaluates a
+    model that still depends on its masks.
 
-    Published: 100 queries for semantic maps; 3 blocks for ViT-S and B, 4 for L; patches of 16 px and a mask stride of
-    4 px. For another patch size this head doubles the grid as often as brings the stride closest to 4 px.
+    Published settings: 100 queries for semantic maps; 3 blocks for ViT-S and B, 4 for L; patches of 16 px and a mask
+    stride of 4 px. For other patch sizes, the number of doublings is the one that brings the stride closest to 4 px.
 
     Args:
         in_dim: width of the backbone.
-        num_layers: maps that the backbone gives; the head reads none of them.
-        num_classes: classes to score.
+        num_layers: number of maps of the backbone; the head uses none of them.
+        num_classes: number of classes K.
         patch_size: side of the backbone's patches in pixels.
         num_queries: masks per image, at least 1.
-        blocks: last blocks that the queries join, counted from the last one that is read.
-        no_object: give the queries a class "no object" beside those of the data.
-        anneal: when the masks of each of these blocks go: a [start, end] for each, first block first, as shares of the
-            training's steps; or `even` for the published ones: a sixth of the training each, the first from one
-            sixth on, the last up to five sixths, the others spread evenly between.
+        blocks: number of blocks that the queries join, counted back from the last tapped one.
+        no_object: add a "no object" class to the class logits of the queries.
+        anneal: when the attention mask of each of these blocks is removed: a [start, end] per block, first block
+            first, as shares of the training steps. `even` for the published ones: each lasts a sixth of the training;
+            the first starts at one sixth, the last ends at five sixths, the others are spread evenly between.
 
     Raises:
-        UserError: a pyramid's widths, or an option out of its range.
+        UserError: the widths are those of a pyramid, or an option is out of range.
     """
 
     mixture = True
@@ -83,10 +83,10 @@ class EomtHead(Head[MaskOutputs]):
         self.upscale = nn.Sequential(*(_Doubling(in_dim) for _ in range(doublings)))
 
     def fits(self, backbone: Backbone) -> None:
-        """Refuse a backbone whose blocks take no queries, or that has too few blocks.
+        """Refuse a backbone whose blocks do not accept queries, or that has too few blocks.
 
         Raises:
-            UserError: naming what fits.
+            UserError: the backbone does not fit; the message names ones that do.
         """
         if not backbone.takes_queries:
             raise _needs_another_backbone()
@@ -95,11 +95,11 @@ class EomtHead(Head[MaskOutputs]):
             raise UserError(f"head.blocks={self.blocks}: this backbone reads {count} blocks; give 1 to {count}.")
 
     def set_progress(self, share: float) -> None:
-        """Set how much of the training is done, in [0, 1): what the annealing depends on."""
+        """Set the finished share of training, in [0, 1), which controls the annealing."""
         self.progress = share
 
     def run(self, backbone: Backbone, images: Tensor) -> MaskOutputs:
-        """Return the masks (B, Q, h * 2^n, w * 2^n) and their classes, with those of earlier blocks in training."""
+        """Return masks (B, Q, h * 2^n, w * 2^n) and class logits; in training also those of earlier blocks."""
         pixels = backbone.pixels(images)
         grid = (pixels.shape[-2] // backbone.patch_size, pixels.shape[-1] // backbone.patch_size)
         tokens, beside = backbone.embed(pixels)
@@ -121,7 +121,7 @@ class EomtHead(Head[MaskOutputs]):
         return MaskOutputs(last.class_logits, last.mask_logits, earlier)
 
     def weighted_masks(self, outputs: MaskOutputs) -> WeightedMasks:
-        """Return the masks that `predict` mixes."""
+        """Return the masks and class probabilities that `predict` mixes."""
         return weighted_masks(outputs, self.no_object)
 
     def predict(self, outputs: MaskOutputs, size: tuple[int, int], valid: tuple[float, float]) -> Tensor:
@@ -129,7 +129,7 @@ class EomtHead(Head[MaskOutputs]):
         return semantic_map(outputs, size, valid, self.no_object)
 
     def _read(self, tokens: Tensor, grid: tuple[int, int]) -> MaskOutputs:
-        tokens = at_least_float32(tokens)  # a backbone may be held in half
+        tokens = at_least_float32(tokens)  # the backbone may run in half precision
         queries = tokens[:, : len(self.queries)]
         patches = tokens[:, -grid[0] * grid[1] :].transpose(1, 2).unflatten(2, grid)  # (B, dim, h, w)
         masks = torch.einsum("bqc,bchw->bqhw", self.mask_embed(queries), self.upscale(patches))
@@ -137,7 +137,7 @@ class EomtHead(Head[MaskOutputs]):
 
 
 class _Doubling(nn.Module):
-    """A grid of twice the rows and columns, of the same width."""
+    """Upsampling by 2 at constant width."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -151,8 +151,8 @@ class _Doubling(nn.Module):
 
 
 def _through(block: nn.Module, tokens: Tensor, **beside: object) -> Tensor:
-    # A block that is asked to recompute does so by itself in train mode only, but the queries' gradients pass through
-    # blocks that are not trained, and so are in eval mode, too
+    # checkpointed blocks recompute activations in train mode only, but the gradients of the queries also pass through
+    # frozen blocks, which are in eval mode
     if getattr(block, "gradient_checkpointing", False) and torch.is_grad_enabled() and not block.training:
         return checkpoint(partial(block, **beside), tokens, use_reentrant=False)
     return block(tokens, **beside)
@@ -160,10 +160,10 @@ def _through(block: nn.Module, tokens: Tensor, **beside: object) -> Tensor:
 
 @torch.no_grad()
 def attention_mask(mask_logits: Tensor, grid: tuple[int, int], num_tokens: int, share: float) -> Tensor | None:
-    """Return what each query attends to (B, 1, Q, N), bool, True = attend; None when nothing is to be masked.
+    """Return the attention mask of the queries (B, 1, Q, N), bool, True = attend, or None if nothing is masked.
 
-    Of the last h * w of the N tokens a query sees those inside its mask (logit above 0 on the patch grid, bilinear),
-    of those before all; with a probability of 1 - `share` it sees all of both.
+    Among the last h * w of the N tokens, a query attends to those inside its mask: logit above 0 on the patch
+    grid, bilinear. It attends to all earlier tokens. With a probability of 1 - `share` it attends to all tokens.
     """
     if share == 0:
         return None
@@ -174,7 +174,7 @@ def attention_mask(mask_logits: Tensor, grid: tuple[int, int], num_tokens: int, 
 
 
 def masked_share(progress: float, window: tuple[float, float]) -> float:
-    """Return the probability of a mask: 1 before the window (start, end), then polynomially down to 0 at its end."""
+    """Return the mask probability: 1 before the window (start, end), then polynomial decay to 0 at its end."""
     start, end = window
     if progress < start:
         return 1.0
@@ -187,7 +187,7 @@ def annealing_windows(anneal: str | Sequence[Sequence[float]], blocks: int) -> l
     """Return the (start, end) of each block's annealing, as shares of the training.
 
     Raises:
-        UserError: another word than `even`, another number of windows than blocks, or one that is none.
+        UserError: unknown word, number of windows unlike the number of blocks, or invalid window.
     """
     if isinstance(anneal, str):
         if anneal != _EVEN:

@@ -1,4 +1,4 @@
-"""DINOv2's linear probe."""
+"""Linear head, as in the linear probe of DINOv2."""
 
 from collections.abc import Sequence
 
@@ -16,13 +16,14 @@ class LinearHead(Head[Tensor]):
 
     Args:
         in_dim: the width of a transformer's maps, or the list of a pyramid's widths.
-        num_layers: maps, concatenated.
-        num_classes: classes to score.
-        least_maps: refuse fewer.
-        init: how a new training begins: `probe`, from the closed form (`dinoseg.tasks.probing`); None: at random.
+        num_layers: number of maps, concatenated.
+        num_classes: number of classes K.
+        least_maps: minimum number of maps.
+        init: initialisation of a new training: `probe`, from the closed-form linear probe (`dinoseg.tasks.probing`),
+            or None, at random.
 
     Raises:
-        UserError: fewer maps than that, or another beginning.
+        UserError: fewer maps than `least_maps`, or unknown `init`.
     """
 
     def __init__(
@@ -49,9 +50,9 @@ class LinearHead(Head[Tensor]):
 
     @torch.no_grad()
     def start(self, weight: Tensor, bias: Tensor, mean: Tensor, variance: Tensor) -> None:
-        """Score features x as `weight` (K, D) x + `bias` (K,), in eval mode.
+        """Initialise the head so that features x score `weight` (K, D) x + `bias` (K,) in eval mode.
 
-        BatchNorm takes the `mean` and `variance` (D,) that it would have learnt of the features.
+        The running statistics of BatchNorm are set to the `mean` and `variance` (D,) of the features.
         """
         self.norm.reset_parameters()
         means, variances = self.norm.get_buffer("running_mean"), self.norm.get_buffer("running_var")
@@ -66,5 +67,5 @@ class LinearHead(Head[Tensor]):
         return self.classify(self.norm(concatenate(features)))
 
     def grid_scores(self, outputs: Tensor) -> Tensor:
-        """Return the outputs: `predict` is bilinear between them."""
+        """Return the outputs, since `predict` only upsamples them bilinearly."""
         return outputs

@@ -1,4 +1,4 @@
-"""A per-patch MLP that writes a block of pixels for each token."""
+"""Per-patch MLP that predicts a block of pixels for each token."""
 
 from collections.abc import Sequence
 
@@ -12,12 +12,12 @@ from dinoseg.utils.ranges import Count
 
 
 class MlpHead(Head[Tensor]):
-    """Three linear layers per token, each K * P * P wide; the last is a P x P block of class scores.
+    """Three linear layers per token, each K * P * P wide; the last outputs a P x P block of class scores.
 
-    No mixing between patches: all context comes from the backbone.
+    Patches are not mixed: all context comes from the backbone.
 
     Raises:
-        UserError: the maps of a pyramid.
+        UserError: the maps belong to a pyramid.
     """
 
     def __init__(self, in_dim: int | Sequence[int], num_layers: int, num_classes: Count, patch_size: Count) -> None:
@@ -39,5 +39,5 @@ class MlpHead(Head[Tensor]):
         return F.pixel_shuffle(blocks, self.patch_size)
 
     def grid_scores(self, outputs: Tensor) -> Tensor:
-        """Return the outputs: `predict` is bilinear between them."""
+        """Return the outputs, since `predict` only upsamples them bilinearly."""
         return outputs

@@ -1,4 +1,4 @@
-"""What numbers and words the keys of heads take, for callers from Python too."""
+"""Validation of head options, also for callers from Python."""
 
 from collections.abc import Iterable
 
@@ -13,6 +13,6 @@ def check_positive(**values: int) -> None:
 
 
 def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
-    """Refuse a word that is none of the choices."""
+    """Refuse a word that is not among the choices."""
     if value not in choices:
         raise UserError(f"head.{name}={value} is unknown. Choose one of {', '.join(choices)}.")

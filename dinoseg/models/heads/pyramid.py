@@ -1,4 +1,4 @@
-"""Feature pyramids: made from a transformer's maps, or refused by heads that work on one grid."""
+"""Feature pyramids from a transformer's maps, and checks for heads that need a single grid."""
 
 from collections.abc import Sequence
 
@@ -12,15 +12,16 @@ NUM_LEVELS = 4
 
 
 class Reassemble(nn.Module):
-    """Four maps to a pyramid, finest first.
+    """Convert four maps to a pyramid, finest first.
 
-    A transformer's maps, all on the patch grid h x w, go to the grids 4h x 4w, 2h x 2w, h x w and half of it, rounded
-    up, by transposed convolutions and a halving (the reassembly of Ranftl et al., arXiv 2103.13413, without a class
-    token to read out). A pyramid's maps keep their grids. Each map is first projected to its own number of channels.
+    A transformer's maps, all on the patch grid h x w, are resized to 4h x 4w, 2h x 2w, h x w and half of it, rounded
+    up. Transposed convolutions and a halving do this, as in the reassembly of Ranftl et al. (arXiv 2103.13413) but
+    without the readout of the class token. A pyramid's maps keep their grids. Each map is first projected to its
+    number of channels.
 
     Args:
         in_dim: the width of a transformer's maps, or the list of a pyramid's widths.
-        channels: four numbers of channels to give.
+        channels: output channels of the four levels.
     """
 
     def __init__(self, in_dim: int | Sequence[int], channels: Sequence[int]) -> None:
@@ -42,10 +43,10 @@ class Reassemble(nn.Module):
 
 
 class _Halve(nn.Module):
-    """A 3x3 convolution, then half the grid, rounded up, by bilinear sampling.
+    """3x3 convolution, then bilinear resampling to half the grid, rounded up.
 
-    A strided convolution would sit on every second token: half a token off the middle of the cell when the grid is
-    even, and the features would come back shifted.
+    On even grids a strided convolution would be centred half a token off the middle of each cell, and the features
+    would come back shifted.
     """
 
     def __init__(self, channels: int) -> None:
@@ -58,7 +59,7 @@ class _Halve(nn.Module):
 
 
 def refuse_unless_four(head: str, num_layers: int) -> None:
-    """Refuse another number of maps than four."""
+    """Refuse any number of maps other than four."""
     if num_layers != NUM_LEVELS:
         raise UserError(
             f"head={head} reads four feature maps, but backbone.layers gives {num_layers}. Set "
@@ -67,7 +68,7 @@ def refuse_unless_four(head: str, num_layers: int) -> None:
 
 
 def one_grid_width(head: str, in_dim: int | Sequence[int], num_layers: int) -> int:
-    """Return the summed width of maps that share a grid; refuse the maps of a pyramid."""
+    """Return the summed width of maps on one grid; refuse the maps of a pyramid."""
     if not isinstance(in_dim, int) and num_layers > 1:
         raise UserError(
             f"head={head} writes the pixels of each token of one grid, but backbone.layers gives {num_layers} maps of "

@@ -1,4 +1,4 @@
-"""The semantic map of mask classification: what Q masks and their classes say about each pixel."""
+"""Semantic maps of mask classification: class scores per pixel from Q masks and their classes."""
 
 from collections.abc import Iterable
 
@@ -10,11 +10,11 @@ from dinoseg.core.geometry import upsample
 from dinoseg.core.shapes import MaskOutputs, WeightedMasks
 from dinoseg.utils.precision import at_least_float32
 
-_AT_ONCE = 2**25  # numbers of the upsampled masks held at a time: 128 MiB, and as much for their sigmoid
+_AT_ONCE = 2**25  # upsampled mask values per chunk: 128 MiB, plus the same for their sigmoid
 
 
 def weighted_masks(outputs: MaskOutputs, no_object: bool = True) -> WeightedMasks:
-    """Return what `semantic_map` mixes, of at least float32."""
+    """Return the masks and class probabilities that `semantic_map` mixes, in float32 or better."""
     masks = at_least_float32(outputs.mask_logits)
     shares = outputs.class_logits.to(masks.dtype).softmax(dim=-1)  # (B, Q, K + 1)
     return WeightedMasks(masks, shares[..., :-1] if no_object else shares)
@@ -23,18 +23,18 @@ def weighted_masks(outputs: MaskOutputs, no_object: bool = True) -> WeightedMask
 def semantic_map(
     outputs: MaskOutputs, size: tuple[int, int], valid: tuple[float, float], no_object: bool = True
 ) -> Tensor:
-    """Return class scores (B, K, H, W), float32: the sum over the queries of class probability times mask probability.
+    """Return class scores (B, K, H, W), float32: class times mask probability, summed over the queries.
 
-    Class probabilities are a softmax over all columns, of which the no-object column is then dropped; mask
-    probabilities the sigmoid of the mask logits, upsampled first (Cheng et al., arXiv 2107.06278). Always computed in
-    float32, a few queries at a time, which also are recomputed in the backward pass: the memory needed beside
-    the result does not grow with the number of queries.
+    Class probabilities are a softmax over all columns, after which the no-object column is dropped. Mask
+    probabilities are the sigmoid of the mask logits, which are upsampled first (Cheng et al., arXiv 2107.06278). The
+    computation runs in float32, a few queries at a time, and is recomputed in the backward pass. Beyond the result,
+    the memory does not grow with the number of queries.
 
     Args:
-        outputs: of the last layer; `aux` is not read.
+        outputs: of the last layer; `aux` is not used.
         size: (H, W) of the map.
         valid: share of the masks' height and width that lies on the image.
-        no_object: whether the last column of the class logits says "no object".
+        no_object: whether the last column of the class logits is "no object".
     """
     with torch.autocast(outputs.mask_logits.device.type, enabled=False):
         masks, classes = weighted_masks(outputs, no_object)
@@ -45,12 +45,12 @@ def semantic_map(
         for scores, image in zip(maps, images, strict=True):
             for part_classes, part_masks in _parts(*image, size):
                 pixels = _pixels(part_masks, size, valid)
-                scores.flatten(1).addmm_(part_classes.T, pixels.flatten(1))  # into the result: no second map beside it
+                scores.flatten(1).addmm_(part_classes.T, pixels.flatten(1))  # in place: no second map in memory
     return maps
 
 
 def _image_map(classes: Tensor, masks: Tensor, size: tuple[int, int], valid: tuple[float, float]) -> Tensor:
-    """Return the map (K, H, W) of one image's (Q, K) and (Q, h, w), with gradients."""
+    """Return the map (K, H, W) of one image's classes (Q, K) and masks (Q, h, w), with gradients."""
     scores = classes.new_zeros(classes.shape[1], *size)
     for part in _parts(classes, masks, size):
         scores = scores + checkpoint(_sum, *part, size, valid, use_reentrant=False)
@@ -58,7 +58,7 @@ def _image_map(classes: Tensor, masks: Tensor, size: tuple[int, int], valid: tup
 
 
 def _parts(classes: Tensor, masks: Tensor, size: tuple[int, int]) -> Iterable[tuple[Tensor, Tensor]]:
-    """Return an image's (Q, K) and (Q, h, w) by a few queries at a time."""
+    """Return an image's classes (Q, K) and masks (Q, h, w) in chunks of a few queries."""
     at_once = max(1, _AT_ONCE // (size[0] * size[1]))
     return zip(classes.split(at_once), masks.split(at_once), strict=True)
 

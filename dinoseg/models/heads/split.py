@@ -1,4 +1,4 @@
-"""ViT-Split: copies of a frozen backbone's last blocks, trained beside it on what enters them."""
+"""ViT-Split head: trained copies of a frozen backbone's last blocks."""
 
 import copy
 import math
@@ -15,31 +15,33 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.precision import at_least_float32
 from dinoseg.utils.ranges import Count
 
-_GROUPS = 32  # of channels that are normalised together, at most
+_GROUPS = 32  # maximum number of groups in GroupNorm
 
 
 class SplitHead(Head[Tensor]):
-    """Two branches on a frozen transformer, fused (ViT-Split: Li et al., arXiv 2506.03433).
+    """Task branch and prior branch on a frozen transformer, fused (ViT-Split: Li et al., arXiv 2506.03433).
 
-    The task branch is copies of the last blocks, trained from the weights of those; it goes on from the tokens that
-    enter the first of them, class and register tokens too, and ends in the backbone's final norm, which stays as it is.
-    The prior branch mixes the frozen maps that are read. Both are mixed once more, and two doublings with normalised
-    groups of channels bring them to a grid four times finer, on which the classes are scored. A mixture is a 1x1 and a
-    3x3 convolution, each with a GELU; the latter is deformable in the published code, and here it is not.
+    The task branch consists of copies of the last blocks, initialised with their weights. It receives the input
+    tokens of the first copied block, including class and register tokens, and ends in the backbone's final norm,
+    which stays frozen. The prior branch mixes the tapped frozen maps.
 
-    Published for DINOv2-S: four frozen blocks spread evenly and copies of the last 3 on ADE20K, the last four and
-    copies of 5 on Cityscapes; the copies learn at a tenth of the rate of the rest.
+    A further mixture fuses both branches. Two upsampling steps by 2 with GroupNorm lead to a grid four times finer,
+    on which the classes are scored. A mixture is a 1x1 and a 3x3 convolution, each followed by a GELU; the published
+    code uses a deformable 3x3 convolution.
+
+    Published for DINOv2-S: four evenly spread frozen blocks and copies of the last 3 on ADE20K, the last four and
+    copies of 5 on Cityscapes; the copies train with a tenth of the learning rate of the rest.
 
     Args:
         in_dim: width of the backbone.
-        num_layers: frozen maps that are read.
-        num_classes: classes to score.
-        blocks: last blocks of the backbone that are copied, counted from the last one that is read.
-        channels: width of both branches' mixture; None: as wide as the backbone.
+        num_layers: number of frozen maps.
+        num_classes: number of classes K.
+        blocks: number of blocks to copy, counted back from the last tapped one.
+        channels: width of both branches' mixture; None: the width of the backbone.
         checkpointing: recompute the copies in the backward pass: less memory, more time.
 
     Raises:
-        UserError: a pyramid's widths, or an option out of its range.
+        UserError: the widths are those of a pyramid, or an option is out of range.
     """
 
     def __init__(
@@ -68,14 +70,14 @@ class SplitHead(Head[Tensor]):
 
     @property
     def own_blocks(self) -> Sequence[nn.Module]:
-        """The copies, in order."""
+        """The copied blocks, in order."""
         return list(self.copies)
 
     def fits(self, backbone: Backbone) -> None:
-        """Refuse a backbone without blocks that take tokens, or with too few, or of which something is trained.
+        """Refuse a backbone whose blocks do not take tokens, that has too few blocks, or that is not fully frozen.
 
         Raises:
-            UserError: naming what fits.
+            UserError: the backbone does not fit; the message names ones that do.
         """
         if not backbone.takes_tokens:
             raise _needs_another_backbone()
@@ -89,10 +91,10 @@ class SplitHead(Head[Tensor]):
             raise UserError(f"head.blocks={self.blocks}: this backbone reads {count} blocks; give 1 to {count}.")
 
     def copy_from(self, backbone: Backbone) -> None:
-        """Copy the last blocks and the final norm as float32; a head that has its copies keeps them.
+        """Copy the last blocks and the final norm as float32; a no-op if the head already has copies.
 
         Raises:
-            UserError: their weights are quantised already.
+            UserError: the weights are already quantised.
         """
         if len(self.copies):
             return
@@ -102,7 +104,7 @@ class SplitHead(Head[Tensor]):
                 parent, _, child = name.rpartition(".")
                 setattr(copies.get_submodule(parent), child, _plain(part))
         for part in copies.modules():
-            if getattr(part, "gradient_checkpointing", False):  # it would recompute what `checkpointing` does
+            if getattr(part, "gradient_checkpointing", False):  # else `checkpointing` would recompute twice
                 vars(part)["gradient_checkpointing"] = False
         self.copies = copies.float().requires_grad_(True)
         self.norm = copy.deepcopy(backbone.norm or nn.Identity()).float()
@@ -112,9 +114,9 @@ class SplitHead(Head[Tensor]):
         return self.onwards(backbone, self.until(backbone, images), (images.shape[-2], images.shape[-1]))
 
     def until(self, backbone: Backbone, images: Tensor) -> list[Tensor]:
-        """Return normed patch tokens (B, h * w, C) of each block that is read, in order, then what enters the copies.
+        """Return normed patch tokens (B, h * w, C) of each tapped block, in order, then the input of the copies.
 
-        The latter are tokens (B, N, C), with those of class and registers.
+        The latter are tokens (B, N, C), including class and register tokens.
         """
         pixels = backbone.pixels(images)
         rows, columns = _grid(backbone, (pixels.shape[-2], pixels.shape[-1]))
@@ -130,7 +132,7 @@ class SplitHead(Head[Tensor]):
         return [at_least_float32(part) for part in (*given, entering)]
 
     def onwards(self, backbone: Backbone, frozen: list[Tensor], size: tuple[int, int]) -> Tensor:
-        """Return class scores (B, K, 4h, 4w) for what `until` gave of images of `size` (H, W)."""
+        """Return class scores (B, K, 4h, 4w) for the output of `until` on images of `size` (H, W)."""
         rows, columns = _grid(backbone, size)
         *given, tokens = frozen
         beside = backbone.beside((rows * backbone.patch_size, columns * backbone.patch_size))
@@ -146,18 +148,18 @@ class SplitHead(Head[Tensor]):
         return block(tokens, **beside)
 
     def forward(self, features: list[Tensor]) -> Tensor:
-        """Return class scores (B, K, 4h, 4w) for L + 1 maps (B, C, h, w): the frozen ones, then that of the copies."""
+        """Return class scores (B, K, 4h, 4w) for L + 1 maps (B, C, h, w): the frozen ones, then the copies' map."""
         *frozen, task = features
         fused = self.fuse(torch.cat([self.prior(torch.cat(frozen, dim=1)), task], dim=1))  # (B, channels, h, w)
         return self.classify(self.upscale(fused))
 
     def grid_scores(self, outputs: Tensor) -> Tensor:
-        """Return the outputs: `predict` is bilinear between them."""
+        """Return the outputs, since `predict` only upsamples them bilinearly."""
         return outputs
 
 
 def _grid(backbone: Backbone, size: tuple[int, int]) -> tuple[int, int]:
-    """Return the rows and columns of patches of images of `size` (H, W)."""
+    """Return the patch rows and columns of images of `size` (H, W)."""
     return -(-size[0] // backbone.patch_size), -(-size[1] // backbone.patch_size)
 
 
@@ -176,7 +178,7 @@ def _doubling(channels: int) -> list[nn.Module]:
 
 
 def _plain(linear: nn.Linear) -> nn.Linear:
-    """Return a linear layer that is to be quantised as a plain one: until it is on its device, it has whole weights."""
+    """Return a plain copy of a layer marked for quantisation: weights are float until moved to the device."""
     whole = linear.weight.data
     if whole.shape != (linear.out_features, linear.in_features) or not whole.is_floating_point():
         raise UserError(

@@ -1,4 +1,4 @@
-"""UPerNet, on transformers' decoder."""
+"""UPerNet head, built on the decoder of Hugging Face transformers."""
 
 from collections.abc import Sequence
 
@@ -11,22 +11,22 @@ from dinoseg.utils.ranges import Count
 
 
 class UperNetHead(Head[Tensor]):
-    """Pooled context on the coarsest of four maps, and a feature pyramid above it (Xiao et al., arXiv 1807.10221).
+    """Pyramid pooling on the coarsest of four maps, and a feature pyramid above it (Xiao et al., arXiv 1807.10221).
 
-    A transformer's maps are first made a pyramid, at 4, 2, 1 and half of the patch grid; those of a pyramid backbone
-    are taken as they are. The auxiliary head of the original is left out.
+    A transformer's maps are first converted to a pyramid at 4, 2, 1 and half of the patch grid; the maps of a pyramid
+    backbone are used unchanged. The auxiliary head of the original is omitted.
 
     Args:
         in_dim: the width of a transformer's maps, or the list of a pyramid's widths.
-        num_layers: maps, four.
-        num_classes: classes to score.
-        channels: of the decoder.
+        num_layers: number of maps, four.
+        num_classes: number of classes K.
+        channels: width of the decoder.
 
     Raises:
-        UserError: another number of maps than four; in training, batches of one image.
+        UserError: the number of maps is not four; in training, batches of one image.
     """
 
-    least_batch = 2  # training images per rank at once: one alone leaves nothing to normalise its pooled average over
+    least_batch = 2  # minimum images per rank in training: BatchNorm on 1x1 pooled maps needs two values
     one_size = "the windows of its pooling depend on the size (head=upernet)"
 
     def __init__(self, in_dim: int | Sequence[int], num_layers: int, num_classes: Count, channels: Count = 512) -> None:
@@ -44,7 +44,7 @@ class UperNetHead(Head[Tensor]):
         self.decoder = Decoder(config, pyramid or [channels] * NUM_LEVELS)
 
     def forward(self, features: list[Tensor]) -> Tensor:
-        """Return class scores (B, K, 4h, 4w) of a transformer's maps, or on the finest grid of a pyramid."""
+        """Return class scores (B, K, 4h, 4w) for a transformer, or on the finest grid of a pyramid."""
         if self.training and len(features[0]) == 1:
             raise UserError(
                 "head=upernet cannot train on batches of one image: it normalises an average over each whole image by "
@@ -53,5 +53,5 @@ class UperNetHead(Head[Tensor]):
         return self.decoder(self.reassemble(features))
 
     def grid_scores(self, outputs: Tensor) -> Tensor:
-        """Return the outputs: `predict` is bilinear between them."""
+        """Return the outputs, since `predict` only upsamples them bilinearly."""
         return outputs

@@ -1,4 +1,4 @@
-"""Videos of textured things that move, turn and hide one another before a textured ground, with their exact masks."""
+"""Videos of textured objects that move, rotate and occlude one another on a textured ground, with exact masks."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,26 +11,26 @@ from dinoseg.synthetic.noise import Wander, fractal, mix, smoothstep
 from dinoseg.synthetic.relief import Sprite
 
 RATE = 12  # frames per second
-FEWEST, MOST = 3, 5  # objects of a video
-SIZES = (0.28, 0.45)  # an object's diameter, as a share of the frame's shorter side
-CONTRASTS = (0.2, 0.7)  # of an object's pattern: how far its second colour is that of the palette
-CALM = (0.3, 1.0)  # the same of the ground, so that the objects are what differs most
+FEWEST, MOST = 3, 5  # number of objects in a video
+SIZES = (0.28, 0.45)  # diameter of an object, as a share of the frame's shorter side
+CONTRASTS = (0.2, 0.7)  # maximum share of the second palette colour in an object's pattern
+CALM = (0.3, 1.0)  # the same for the ground, whose colours are dull, so that objects stand out
 SPEEDS = (0.3, 0.9)  # shorter sides per second
-SPIN = 1.5  # fastest turn, radians per second
-SHOWN = 0.4  # share of itself that each object shows in the first frame at least
+SPIN = 1.5  # maximum angular speed, radians per second
+SHOWN = 0.4  # minimum visible share of each object in the first frame
 _DETAIL = 2  # sprite pixels per frame pixel
-_FINE = 4  # pixels per sprite pixel in which outlines are drawn
-_SHADOW = 0.45  # how dark a shadow is: below a half, so that it never counts as its object
-_SOFT = 0.25  # how far a shadow reaches beyond its object, in radii
-_ROOM = 0.1  # what the ground is larger than the frame on each side, for its drift
+_FINE = 4  # supersampling of outlines, per sprite pixel
+_SHADOW = 0.45  # opacity of shadows: below 0.5, so that a shadow never enters the mask
+_SOFT = 0.25  # extent of a shadow beyond its object, in radii
+_ROOM = 0.1  # margin of the ground on each side of the frame, for its drift, as a share of the shorter side
 Seed = int | Sequence[int]
 
 
 def draw_video(seed: Seed, frames: int, size: tuple[int, int]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield `frames` pictures (H, W, 3) uint8 RGB with their masks (H, W) uint8, 12 a second.
+    """Yield `frames` images (H, W, 3) uint8 RGB with their masks (H, W) uint8, 12 per second.
 
-    The same seed and size give the same frames. In a mask 0 is the ground and k the k-th object from the back; an id
-    stands where its object is seen at the pixel's centre.
+    The same seed and size give the same frames. Mask value 0 is the ground, k the k-th object from the back. A pixel
+    has the ID of the object visible at its centre.
     """
     scene = _Scene(seed, size)
     for index in range(frames):
@@ -39,7 +39,7 @@ def draw_video(seed: Seed, frames: int, size: tuple[int, int]) -> Iterator[tuple
 
 @dataclass
 class _Mover:
-    """An object: its picture, its shadow, and the straight way that borders fold back into the frame."""
+    """An object: its sprite, its shadow, and a straight path that is reflected at the borders."""
 
     body: Sprite
     shadow: Sprite
@@ -49,7 +49,7 @@ class _Mover:
     turn: tuple[float, float]  # radians, radians per second
 
     def place(self, seconds: float, size: tuple[int, int]) -> np.ndarray:
-        """Return (x, y, angle) at a time; the centre is thrown back at 0.8 of a radius from the border."""
+        """Return (x, y, angle) at a time; the centre is reflected at 0.8 of a radius from the border."""
         low = 0.8 * self.radius
         room = np.array([size[1], size[0]]) - 2 * low
         way = (self.start - low + self.speed * seconds) % (2 * room)
@@ -57,7 +57,7 @@ class _Mover:
 
 
 class _Scene:
-    """One video's world; a pure function of time once built."""
+    """The world of one video; a pure function of time once built."""
 
     def __init__(self, seed: Seed, size: tuple[int, int]) -> None:
         rng = np.random.default_rng(seed)
@@ -65,20 +65,20 @@ class _Scene:
         palette = draw_palette(rng)
         pairs = [(i, j) for i in range(len(palette)) for j in range(i)]
         count = int(rng.integers(FEWEST, MOST + 1))
-        taken = rng.permutation(len(pairs))[:count]  # no two things share both colours
+        taken = rng.permutation(len(pairs))[:count]  # no two objects share both colours
         own = [rng.permutation(palette[list(pairs[number])]) for number in taken]
         self._ground = _paint_ground(rng, size, draw_greys(rng))
-        self._drift = rng.uniform(-_ROOM, _ROOM, (2, 2)) * side * (rng.random() < 0.5)  # from where to where
+        self._drift = rng.uniform(-_ROOM, _ROOM, (2, 2)) * side * (rng.random() < 0.5)  # start and end of the drift
         self._light = Wander(rng, 0.82, 1.12, 3.0) if rng.random() < 0.4 else None
         self._shadows = rng.random() < 0.6
-        self._fall = side * rng.uniform(0.015, 0.04) * _direction(rng)  # where shadows fall
+        self._fall = side * rng.uniform(0.015, 0.04) * _direction(rng)  # offset of shadows
         self._movers = [_make_mover(rng, size, colours, label) for label, colours in enumerate(own, start=1)]
         while not self._shows_all():
             for mover in self._movers:
                 mover.start = rng.uniform(mover.radius, np.array([size[1], size[0]]) - mover.radius)
 
     def frame(self, seconds: float) -> tuple[np.ndarray, np.ndarray]:
-        """Return the picture (H, W, 3) uint8 RGB and the mask (H, W) uint8 at `seconds`."""
+        """Return the image (H, W, 3) uint8 RGB and the mask (H, W) uint8 at `seconds`."""
         canvas = Canvas(self._seen_ground(seconds), 1.0, np.zeros(2))
         for mover in self._movers:
             place = mover.place(seconds, self._size)
@@ -91,7 +91,7 @@ class _Scene:
 
     def _seen_ground(self, seconds: float) -> np.ndarray:
         height, width = self._size
-        share = 0.5 - 0.5 * np.cos(np.pi * seconds / 4)  # there and back in 8 seconds
+        share = 0.5 - 0.5 * np.cos(np.pi * seconds / 4)  # back and forth in 8 seconds
         shift = self._drift[0] + share * (self._drift[1] - self._drift[0])
         room = (np.array([self._ground.shape[1] - width, self._ground.shape[0] - height])) / 2
         moved = np.column_stack([np.eye(2), shift - room])
@@ -119,9 +119,9 @@ def _make_mover(rng: np.random.Generator, size: tuple[int, int], colours: np.nda
 
 
 def _paint_body(rng: np.random.Generator, radius: float, colours: np.ndarray, label: int) -> Sprite:
-    """Cut an outline out of a painted sheet and darken it towards its rim."""
+    """Return a sprite: an outline filled with a painted pattern that is darkened towards the rim."""
     reach = _DETAIL * radius
-    half = int(np.ceil(reach * (1 + _SOFT))) + 2  # room for the shadow's blur
+    half = int(np.ceil(reach * (1 + _SOFT))) + 2  # margin for the shadow's blur
     sheet = (2 * half + 1, 2 * half + 1)
     outline = OUTLINES[rng.integers(len(OUTLINES))](rng) * reach + half
     fine = np.zeros((_FINE * sheet[0], _FINE * sheet[1]), np.uint8)
@@ -137,7 +137,7 @@ def _paint_body(rng: np.random.Generator, radius: float, colours: np.ndarray, la
 
 
 def _blurred(body: Sprite, radius: float) -> Sprite:
-    """Return the soft shadow of a body."""
+    """Return the soft shadow of a body as a sprite."""
     soft = cv2.GaussianBlur(body.rgba[..., 3], (0, 0), max(0.5, _SOFT / 3 * _DETAIL * radius))
     rgba = np.zeros_like(body.rgba)
     rgba[..., 3] = cv2.convertScaleAbs(soft, alpha=_SHADOW)
@@ -145,7 +145,7 @@ def _blurred(body: Sprite, radius: float) -> Sprite:
 
 
 def _paint_ground(rng: np.random.Generator, size: tuple[int, int], colours: np.ndarray) -> np.ndarray:
-    """Return what lies behind the objects (H', W', 3) uint8, larger than the frame by the room for its drift."""
+    """Return the ground (H', W', 3) uint8, larger than the frame by the margin for its drift."""
     side = min(size)
     room = 2 * int(np.ceil(_ROOM * side))
     sheet = (size[0] + room, size[1] + room)
@@ -160,11 +160,11 @@ def _direction(rng: np.random.Generator) -> np.ndarray:
     return np.array([np.cos(angle), np.sin(angle)])
 
 
-_POINTS = 96  # of an outline that is curved
+_POINTS = 96  # points of a curved outline
 
 
 def ellipse(rng: np.random.Generator) -> np.ndarray:
-    """Return a disc, or one pressed to no less than 0.7 of its width."""
+    """Return an ellipse with an aspect ratio of 0.7 to 1."""
     around = np.linspace(0, 2 * np.pi, _POINTS, endpoint=False)
     return np.column_stack([np.cos(around), rng.uniform(0.7, 1) * np.sin(around)])
 
@@ -182,13 +182,13 @@ def star(rng: np.random.Generator) -> np.ndarray:
 
 
 def polygon(rng: np.random.Generator) -> np.ndarray:
-    """Return a polygon of three to seven corners, not quite regular."""
+    """Return a slightly irregular polygon of three to seven corners."""
     corners = rng.uniform(0.8, 1, int(rng.integers(3, 8)))
     return _radial(corners / corners.max())
 
 
 def blob(rng: np.random.Generator) -> np.ndarray:
-    """Return a soft shape with bulges and hollows."""
+    """Return a smooth shape with convex and concave parts."""
     around = np.linspace(0, 2 * np.pi, _POINTS, endpoint=False)
     waves = [rng.uniform(-1, 1) / order * np.cos(order * around + rng.uniform(0, 2 * np.pi)) for order in (2, 3, 4, 5)]
     reach = 1 + 0.5 * np.sum(waves, axis=0)
@@ -199,17 +199,17 @@ OUTLINES = (ellipse, box, star, polygon, blob)
 
 
 def _radial(reach: np.ndarray) -> np.ndarray:
-    """Return points (N, 2) at equal angles, `reach` (N,) from the centre."""
+    """Return points (N, 2) at equal angles, at distances `reach` (N,) from the centre."""
     around = np.linspace(0, 2 * np.pi, len(reach), endpoint=False)
     return reach[:, None] * np.column_stack([np.cos(around), np.sin(around)])
 
 
-COLOURS = 6  # in a video's palette
-_CANDIDATES = 12  # tried for each colour, of which the one least like the others is taken
+COLOURS = 6  # colours in a video's palette
+_CANDIDATES = 12  # candidates per colour; the most distant from the others is taken
 
 
 def draw_palette(rng: np.random.Generator) -> np.ndarray:
-    """Return colours (COLOURS, 3) float32 RGB in 0..255 that differ well, none of them black or white."""
+    """Return well separated colours (COLOURS, 3) float32 RGB in 0..255, without black and white."""
     chosen = _draw_colours(rng, 1)
     while len(chosen) < COLOURS:
         candidates = _draw_colours(rng, _CANDIDATES)
@@ -219,7 +219,7 @@ def draw_palette(rng: np.random.Generator) -> np.ndarray:
 
 
 def draw_greys(rng: np.random.Generator) -> np.ndarray:
-    """Return two dull colours (2, 3) float32 RGB in 0..255, of the ground."""
+    """Return two dull colours (2, 3) float32 RGB in 0..255, for the ground."""
     return _rgb(rng.uniform((0, 0.0, 0.35), (360, 0.15, 0.6), (2, 1, 3)))
 
 
@@ -232,51 +232,51 @@ def _rgb(hsv: np.ndarray) -> np.ndarray:
 
 
 def gradient(rng: np.random.Generator, size: tuple[int, int], cell: float) -> np.ndarray:
-    """Go smoothly from one side to the other, whatever `cell` is."""
+    """Return a smooth transition from one side to the other; `cell` is ignored."""
     across = _turned(rng, size)[0]
     return smoothstep(across.min(), across.max(), across)
 
 
 def blotches(rng: np.random.Generator, size: tuple[int, int], cell: float) -> np.ndarray:
-    """Scatter rough blotches."""
+    """Return rough blotches."""
     return smoothstep(-0.35, 0.35, fractal(rng, size, 1.2 * cell, 4))
 
 
 def clouds(rng: np.random.Generator, size: tuple[int, int], cell: float) -> np.ndarray:
-    """Let one colour drift into the other without an edge."""
+    """Return soft clouds without edges."""
     return smoothstep(-0.9, 0.9, fractal(rng, size, 2 * cell, 2))
 
 
 def stripes(rng: np.random.Generator, size: tuple[int, int], cell: float) -> np.ndarray:
-    """Lay slightly bent stripes."""
+    """Return slightly bent stripes."""
     across = _turned(rng, size)[0] + 0.25 * cell * fractal(rng, size, 3 * cell, 1)
     return smoothstep(-0.4, 0.4, np.sin(np.pi * across / cell))
 
 
 def checks(rng: np.random.Generator, size: tuple[int, int], cell: float) -> np.ndarray:
-    """Lay a chequered board."""
+    """Return a chequerboard."""
     across, along = _turned(rng, size)
     return smoothstep(-0.2, 0.2, np.sin(np.pi * across / cell) * np.sin(np.pi * along / cell))
 
 
 def dots(rng: np.random.Generator, size: tuple[int, int], cell: float) -> np.ndarray:
-    """Lay rows of dots."""
+    """Return rows of dots."""
     across, along = _turned(rng, size)
     return smoothstep(0.1, 0.7, np.cos(np.pi * across / cell) + np.cos(np.pi * along / cell) - 0.3)
 
 
-FIGURES = (gradient, blotches, stripes, checks, dots)  # of objects
-GROUNDS = (gradient, blotches, clouds, stripes)  # of what lies behind them
+FIGURES = (gradient, blotches, stripes, checks, dots)  # patterns of objects
+GROUNDS = (gradient, blotches, clouds, stripes)  # patterns of the ground
 
 
 def paint(pattern: np.ndarray, colours: Sequence[np.ndarray] | np.ndarray, grain: np.ndarray) -> np.ndarray:
-    """Return (H, W, 3) float32: from the first to the second colour as `pattern` (H, W) says, with fine `grain`."""
+    """Return (H, W, 3) float32: a blend of the first and second colour by `pattern` (H, W), with fine `grain`."""
     flat = np.broadcast_to(np.asarray(colours[0], np.float32), (*pattern.shape, 3))
     return mix(flat, colours[1], pattern) * (1 + grain[..., None])
 
 
 def _turned(rng: np.random.Generator, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the coordinates across and along a random direction, each (H, W), from a random origin."""
+    """Return the coordinates across and along a random direction, each (H, W), with a random origin."""
     rows, columns = np.mgrid[0 : size[0], 0 : size[1]].astype(np.float32)
     angle, origin = rng.uniform(0, 2 * np.pi), rng.uniform(0, 100)
     cosine, sine = np.float32(np.cos(angle)), np.float32(np.sin(angle))

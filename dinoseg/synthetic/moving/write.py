@@ -1,4 +1,4 @@
-"""Write videos of moving objects as folders of frames and masks, as `dinoseg.data.formats.movi` reads MOVi."""
+"""Writer for videos of moving objects: folders of frames and masks that `dinoseg.data.formats.movi` reads as MOVi."""
 
 import functools
 import json
@@ -17,15 +17,15 @@ from dinoseg.utils.ranges import Count, Natural
 from dinoseg.utils.wording import listed
 
 FOLDERS = ("train", "validation", "test")
-PICTURES = ("frames", "segmentations")  # in each video
+PICTURES = ("frames", "segmentations")  # subfolders of each video
 DESCRIPTION = "rendering.json"  # inside each finished video
 log = logging.getLogger(__name__)
-_SMALLEST = 32  # pixels, so that the smallest object still has some
+_SMALLEST = 32  # pixels: smaller frames could leave objects without pixels
 
 
 @dataclass(frozen=True)
 class MovingVideo:
-    """What determines one video's content; kept in its folder."""
+    """Settings that determine one video's content; stored in its folder."""
 
     seed: int
     folder: str
@@ -35,11 +35,11 @@ class MovingVideo:
 
     @property
     def description(self) -> str:
-        """The text inside the finished folder."""
+        """The text stored in the finished folder."""
         return json.dumps({"dinoseg": "moving objects", **asdict(self)}, indent=1)
 
     def path(self, root: Path) -> Path:
-        """Where the finished video lies; no two folders share its name."""
+        """Return the path of the finished video; names are unique across folders."""
         return root / self.folder / f"{self.folder}_{self.number:04d}"
 
 
@@ -54,14 +54,14 @@ def render_moving_objects(
     seed: Natural = 0,
     workers: Count = 2,
 ) -> None:
-    """Write `root/{train,validation,test}/<video>/{frames,segmentations}/%05d.png`, several videos at once.
+    """Write `root/{train,validation,test}/<video>/{frames,segmentations}/%05d.png`, several videos in parallel.
 
-    There are 12 frames a second of `size` (H, W); masks are grey, 0 = ground, k = the video's k-th object. Videos
-    finished by an earlier call with the same settings are kept; a video appears whole or not at all. Neither seeds
-    nor folders share a video.
+    Videos have 12 frames per second of `size` (H, W). Masks are greyscale: 0 = ground, k = the video's k-th object.
+    Videos finished by an earlier call with the same settings are reused; videos are written atomically. No two seeds
+    or folders share a video.
 
     Raises:
-        UserError: a setting is out of range, `root` cannot be written or holds other data.
+        UserError: a setting is out of range, or `root` is not writable or holds other data.
     """
     root, counts = Path(root).expanduser(), (train_videos, val_videos, test_videos)
     _check_sizes(counts, seconds, size, seed, workers)
@@ -89,9 +89,9 @@ def _check_sizes(counts: tuple[int, int, int], seconds: int, size: Sequence[int]
 
 
 def _missing(root: Path, videos: list[MovingVideo]) -> list[MovingVideo]:
-    """Return the videos still to be written, having made sure that nothing else lies in the way.
+    """Return the videos that are not written yet, and refuse a root with other content.
 
-    One that lacks pictures is removed and counts as missing.
+    A video with missing images is deleted and counts as missing.
     """
     foreign = [path.name for path in _shown(root) if path.name not in FOLDERS]
     if foreign:
@@ -113,7 +113,7 @@ def _is_whole(video: MovingVideo, path: Path) -> bool:
 
 
 def _shown(folder: Path) -> list[Path]:
-    """Return what lies in a folder, if there is one, but for hidden files."""
+    """Return the visible entries of a folder, or an empty list if it does not exist."""
     return sorted(path for path in folder.iterdir() if path.name[0] != ".") if folder.exists() else []
 
 
@@ -125,7 +125,7 @@ def _description(path: Path) -> str:
 
 
 def _write_video(video: MovingVideo, root: Path) -> Path:
-    """Draw one video into its folder, which appears when it is finished."""
+    """Render one video into its folder, which appears when it is finished."""
     path = video.path(root)
     with whole_folder(path) as part:
         entropy = (video.seed, FOLDERS.index(video.folder), video.number)

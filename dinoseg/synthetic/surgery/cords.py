@@ -1,4 +1,4 @@
-"""What bends: the suture thread and the catheter, drawn along smooth curves."""
+"""Flexible parts, drawn along smooth curves: the suture thread and the catheter."""
 
 import cv2
 import numpy as np
@@ -9,13 +9,13 @@ from dinoseg.synthetic.surgery.parts import CATHETER, THREAD
 
 THREADS = ((52, 56, 128), (96, 58, 140), (206, 202, 196), (34, 30, 38), (48, 92, 104), (150, 150, 170))
 TUBES = ((206, 164, 112), (190, 122, 92), (216, 194, 168), (188, 108, 96))
-CLEARNESS = 0.22  # how much of what lies behind shows through the catheter
+CLEARNESS = 0.22  # transparency of the catheter
 
 
 def curve(knots: np.ndarray) -> np.ndarray:
-    """Return a smooth line (N, 2) from the first to the last of `knots` (K, 2), drawn towards the others.
+    """Return a smooth line (N, 2) from the first to the last of `knots` (K, 2), attracted by the others.
 
-    Corner cutting (Chaikin, 1974).
+    The algorithm is corner cutting (Chaikin, 1974).
     """
     line = knots
     for _ in range(4):
@@ -26,7 +26,7 @@ def curve(knots: np.ndarray) -> np.ndarray:
 
 
 class Thread:
-    """A suture three pixels thick with a twist along it."""
+    """A twisted suture, three design units thick."""
 
     def __init__(self, rng: np.random.Generator, unit: float) -> None:
         self.thick = max(1, round(3 * unit))
@@ -35,7 +35,7 @@ class Thread:
         self._lift = rng.uniform(2, 5)
 
     def draw(self, canvas: Canvas, points: np.ndarray) -> None:
-        """Draw it along `points` (N, 2)."""
+        """Draw the thread along `points` (N, 2)."""
         window = canvas.around(points, 4 * self._unit)
         if window is None:
             return
@@ -53,7 +53,7 @@ class Thread:
 
 
 class Catheter:
-    """A soft, half translucent tube that comes in over the border and ends with a rounded, eyed tip."""
+    """A soft, translucent tube that enters over the border and ends in a rounded tip with an eye."""
 
     def __init__(self, rng: np.random.Generator, unit: float, origin: np.ndarray, tip: np.ndarray) -> None:
         self._unit = unit
@@ -69,7 +69,7 @@ class Catheter:
         self._ink = (vary(rng, (60, 60, 70), 0.3)).tolist()
 
     def draw(self, canvas: Canvas, seconds: float) -> None:
-        """Draw it as it lies at `seconds`."""
+        """Draw the catheter at `seconds`."""
         tip = self._tip - canvas.camera + [drift(seconds) for drift in self._drift]
         knots = np.linspace(self._origin - canvas.camera, tip, 4)
         knots[1:3] += self._across * np.array([[bow(seconds)] for bow in self._bows])
@@ -111,7 +111,7 @@ class Catheter:
 
 
 def _tube_profile(tint: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Return two tables (1, 256, 3) by roundness 0 (rim) .. 255 (ridge): body colour, and highlight."""
+    """Return two lookup tables (1, 256, 3) by roundness 0 (rim) to 255 (ridge): body colour, and highlight."""
     level = np.linspace(0, 1, 256)[:, None]
     deep = tint * (0.62, 0.45, 0.42)
     body = deep + (tint - deep) * level**1.2 + 18 * np.sin(np.pi * level) * (1.0, 0.7, 0.5)

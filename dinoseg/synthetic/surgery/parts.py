@@ -1,4 +1,4 @@
-"""The painted parts of the instruments; lengths are in units of one pixel at 192 x 320."""
+"""Painted parts of the instruments; lengths are in design units of one pixel at 192 x 320."""
 
 import numpy as np
 
@@ -14,7 +14,7 @@ SHAFT_LENGTH = 300.0
 
 
 def _brushed(relief: Relief, strength: float, along: float, across: float) -> np.ndarray:
-    """Return a grain (h, w) of streaks `along` units long and `across` units wide."""
+    """Return a grain (h, w) of streaks, `along` units long and `across` units wide."""
     rows, columns = relief.height.shape
     squeezed = (rows, max(4, round(columns * across / along)))
     streaks = fractal(relief.rng, squeezed, across * relief.density, 3)
@@ -28,7 +28,7 @@ def _brushed(relief: Relief, strength: float, along: float, across: float) -> np
 def _stain(relief: Relief, share: float) -> None:
     """Smear some blood over the part."""
     spots = fractal(relief.rng, relief.height.shape, 9 * relief.density, 3)
-    soft = 1.2 / relief.density  # a smear has no sharp rim
+    soft = 1.2 / relief.density  # smears have a soft rim
     relief.engrave((0.9 - share - spots) * soft, vary(relief.rng, BLOOD, 0.3), 0.6)
 
 

@@ -1,4 +1,4 @@
-"""One operation: what is in it, where it lies, how it moves, and how the endoscope sees it."""
+"""Scene of one operation: its contents, their layout and motion, and the endoscope's optics."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -13,14 +13,14 @@ from dinoseg.synthetic.surgery.parts import paint_needle
 from dinoseg.synthetic.surgery.tissue import Tissue
 from dinoseg.synthetic.surgery.tools import Clamp, Pose, Reach, Robot, Suction
 
-# the thread leads from the needle through these parts (x, y) of the frame, in shares of its sides
+# the thread runs from the needle through these zones of the frame, (x, y) as shares of its sides
 KNOT_ZONES = (((0.5, 0.1), (0.9, 0.3)), ((0.15, 0.15), (0.5, 0.4)), ((0.2, 0.6), (0.6, 0.85)))
 RATE = 10  # unique frames per second
 Seed = int | Sequence[int]
 
 
 def render_clip(seed: Seed, frames: int, size: tuple[int, int]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield `frames` pictures (H, W, 3) uint8 RGB with their masks (H, W) uint8 at 10 Hz.
+    """Yield `frames` images (H, W, 3) uint8 RGB with their masks (H, W) uint8 at 10 Hz.
 
     The same seed and size give the same frames; mask values are the SAR-RARP50 ids 0..9.
     """
@@ -30,7 +30,7 @@ def render_clip(seed: Seed, frames: int, size: tuple[int, int]) -> Iterator[tupl
 
 
 class Scene:
-    """One video's world; a pure function of time once built."""
+    """The world of one video; a pure function of time once built."""
 
     def __init__(self, seed: Seed, size: tuple[int, int]) -> None:
         rng = np.random.default_rng(seed)
@@ -62,7 +62,7 @@ class Scene:
         self._thread_over = rng.random() < 0.5
 
     def frame(self, seconds: float) -> tuple[np.ndarray, np.ndarray]:
-        """Return the picture (H, W, 3) uint8 RGB and the mask (H, W) uint8 at `seconds`."""
+        """Return the image (H, W, 3) uint8 RGB and the mask (H, W) uint8 at `seconds`."""
         camera = np.array([shift(seconds) for shift in self._camera])
         canvas = Canvas(self._tissue.frame(seconds, camera), self._unit, camera)
         for draw in self._behind:
@@ -122,7 +122,7 @@ class Scene:
         return Suction(rng, Reach(rng, home, port, self._span * (0.18, 0.16)), ball, self._unit)
 
     def _needle_place(self, pose: Pose, seconds: float) -> tuple[np.ndarray, np.ndarray]:
-        """Return the needle's place on the canvas and its threaded end (x, y)."""
+        """Return the needle's placement on the canvas and its threaded end (x, y)."""
         _, radius, spread = self._needle
         x, y, angle = pose.jaws
         grip = pose.scale * 30 * self._unit
@@ -148,11 +148,11 @@ class Scene:
         return curve(np.array(knots))
 
 
-NOISES = 7  # how many noise pictures are reused in turn
+NOISES = 7  # number of noise images, used in rotation
 
 
 class Lens:
-    """Turn what is there into what the camera records."""
+    """Camera model: illumination, blur, haze and sensor noise."""
 
     def __init__(self, rng: np.random.Generator, size: tuple[int, int]) -> None:
         height, width = size
@@ -161,7 +161,7 @@ class Lens:
         away = np.hypot((columns - centre[0]) * 0.9, (rows - centre[1]) * 0.75)
         fall = np.clip(1.12 - rng.uniform(0.35, 0.6) * away**2, 0.2, 1.15)
         balance = rng.uniform(0.92, 1.08, 3) * rng.uniform(1.0, 1.4)
-        self._light = np.clip(fall[..., None] * balance * 160, 0, 255).astype(np.uint8)  # 160 = unchanged
+        self._light = np.clip(fall[..., None] * balance * 160, 0, 255).astype(np.uint8)  # 160 = gain 1
         self._gain = Wander(rng, 0.92, 1.08, 5.0)
         self._blur = [Wander(rng, 0.35, 0.75, 3.0) for _ in range(2)]
         self._haze = rng.uniform(0, 14)
@@ -169,7 +169,7 @@ class Lens:
         self._noise = [_grain(rng, strength, size) for _ in range(NOISES)]
 
     def expose(self, rgb: np.ndarray, seconds: float) -> np.ndarray:
-        """Return the recorded picture (H, W, 3) uint8."""
+        """Return the recorded image (H, W, 3) uint8."""
         seen = cv2.multiply(rgb, self._light, scale=self._gain(seconds) / 160)
         seen = cv2.GaussianBlur(seen, (3, 3), self._blur[0](seconds), sigmaY=self._blur[1](seconds))
         noise = self._noise[round(seconds * 1000) // 7 % NOISES]

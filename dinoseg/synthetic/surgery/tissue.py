@@ -1,11 +1,11 @@
-"""The operating field: wet, uneven tissue, painted once per video and then bent, moved and lit per frame."""
+"""Operating field: wet, uneven tissue, painted once per video, then deformed, moved and lit per frame."""
 
 import cv2
 import numpy as np
 
 from dinoseg.synthetic.noise import Wander, fractal, mix, smoothstep, vary
 
-MARGIN = 1.3  # the painted field is so much larger than the frame
+MARGIN = 1.3  # size of the painted field relative to the frame
 FLESH = ((176, 72, 70), (150, 48, 50), (196, 104, 96), (205, 128, 112), (140, 62, 74), (186, 88, 92))
 FAT = (214, 168, 112)
 BLOOD = (92, 10, 14)
@@ -14,7 +14,7 @@ VEIN = (100, 36, 58)
 
 
 class Tissue:
-    """One patient's tissue: `frame(seconds)` gives it as seen by the moving camera."""
+    """Tissue of one patient; `frame(seconds)` returns it as seen by the moving camera."""
 
     def __init__(self, rng: np.random.Generator, size: tuple[int, int], unit: float) -> None:
         height, width = size
@@ -42,7 +42,7 @@ class Tissue:
 
 
 def paint_tissue(rng: np.random.Generator, size: tuple[int, int], unit: float) -> np.ndarray:
-    """Paint (H, W, 4) uint8: lit RGB colour, and in the fourth channel how near a place is to glinting."""
+    """Return painted tissue (H, W, 4) uint8: lit RGB colour, and gloss in the fourth channel."""
     organs, creases = _organs(rng, size, unit)
     relief = _relief(rng, size, unit, organs, creases)
     colour = _colour(rng, size, unit, organs, relief)
@@ -61,7 +61,7 @@ def paint_tissue(rng: np.random.Generator, size: tuple[int, int], unit: float) -
 
 
 def _organs(rng: np.random.Generator, size: tuple[int, int], unit: float) -> tuple[np.ndarray, np.ndarray]:
-    """Split the field into a few parts: their number per pixel, and the distance to the nearest border."""
+    """Return a split of the field into regions: the region index and the border distance of each pixel."""
     height, width = size
     count = int(rng.integers(4, 7))
     centres = rng.uniform((0, 0), (width, height), (count, 2))
@@ -76,7 +76,7 @@ def _organs(rng: np.random.Generator, size: tuple[int, int], unit: float) -> tup
 def _relief(
     rng: np.random.Generator, size: tuple[int, int], unit: float, organs: np.ndarray, creases: np.ndarray
 ) -> np.ndarray:
-    """Return the height of the surface in pixels: bulging parts, folds, lobules and fine grain."""
+    """Return the height of the surface in pixels: bulging regions, folds, lobules and fine grain."""
     bulge = 24 * unit * (1 - np.exp(-creases / (26 * unit)))
     folds = fractal(rng, size, 46 * unit, 2) + 0.6 * fractal(rng, size, 120 * unit, 1)
     lobules = np.abs(fractal(rng, size, 26 * unit, 2))
@@ -92,7 +92,7 @@ def _colour(
     """Return the unlit colour (H, W, 3) float32: flesh of several kinds, fat, vessels and blood."""
     kinds = rng.integers(0, len(FLESH), int(organs.max()) + 1)
     flesh = np.stack([vary(rng, FLESH[kind], 0.18) for kind in kinds])
-    flesh += 0.45 * (flesh.mean(axis=0) - flesh)  # one patient, one complexion
+    flesh += 0.45 * (flesh.mean(axis=0) - flesh)  # similar flesh tones within one patient
     colour = cv2.GaussianBlur(flesh[organs].astype(np.float32), (0, 0), 2.5 * unit)
     colour *= 1 + 0.16 * fractal(rng, size, 40 * unit, 4)[..., None]
     crest = smoothstep(0, 8 * unit, relief - cv2.GaussianBlur(relief, (0, 0), 9 * unit))
@@ -109,7 +109,7 @@ def _colour(
 
 
 def _vessels(rng: np.random.Generator, size: tuple[int, int], unit: float, trees: int, girth: float) -> np.ndarray:
-    """Return the share of vessel (H, W) in 0..1 of `trees` wandering, forking lines."""
+    """Return vessel coverage (H, W) in 0..1, drawn as `trees` wandering, branching lines."""
     height, width = size
     lines = np.zeros(size, np.uint8)
     for _ in range(trees):
@@ -129,7 +129,7 @@ def _vessels(rng: np.random.Generator, size: tuple[int, int], unit: float, trees
 def _gloss(
     rng: np.random.Generator, size: tuple[int, int], unit: float, slope_x: np.ndarray, slope_y: np.ndarray
 ) -> np.ndarray:
-    """Return how near the wet surface is to mirroring the light: above 150 it glints."""
+    """Return the gloss of the wet surface: how closely it mirrors the light; above 150 it glints."""
     tilt_x = cv2.GaussianBlur(slope_x, (0, 0), 1.6 * unit) + 0.22 * fractal(rng, size, 12 * unit, 2)
     tilt_y = cv2.GaussianBlur(slope_y, (0, 0), 1.6 * unit) + 0.22 * fractal(rng, size, 12 * unit, 2)
     mirror = np.exp(-((tilt_x + 0.10) ** 2 + (tilt_y + 0.16) ** 2) / 0.03)

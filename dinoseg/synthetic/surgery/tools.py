@@ -1,4 +1,4 @@
-"""Articulated and straight instruments that come in over the border and move about a point outside it."""
+"""Articulated and straight instruments that enter over the border and pivot about a point outside the frame."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from dinoseg.synthetic.surgery.parts import (
 
 
 class Reach:
-    """A tip that roams around `home`, held by a rod through the fixed point `port`; both (x, y) in pixels."""
+    """Motion of a tip around `home`, on a rod through the fixed point `port`; both (x, y) in pixels."""
 
     def __init__(self, rng: np.random.Generator, home: np.ndarray, port: np.ndarray, span: np.ndarray) -> None:
         self._home, self._port = home, port
@@ -34,7 +34,7 @@ class Reach:
 
 @dataclass
 class Pose:
-    """Where a robot's joints are: (x, y, angle) each, the jaws' half opening in radians, and the scale."""
+    """Pose of a robot: (x, y, angle) of each joint, the jaws' half opening in radians, and the scale."""
 
     shaft: np.ndarray
     knuckle: np.ndarray
@@ -44,7 +44,7 @@ class Pose:
 
 
 class Robot:
-    """Shaft, two-link wrist and a pair of jaws."""
+    """Robotic instrument: shaft, two-link wrist and a pair of jaws."""
 
     def __init__(self, rng: np.random.Generator, reach: Reach, ball: np.ndarray, unit: float, *, holder: bool) -> None:
         self._reach, self._unit = reach, unit
@@ -61,7 +61,7 @@ class Robot:
         self._gain = Wander(rng, 0.85, 1.2, 4.0)
 
     def pose(self, seconds: float) -> Pose:
-        """Return where each joint is."""
+        """Return the pose of all joints."""
         start, angle = self._reach(seconds)
         scale = self._depth(seconds)
         wrist = start + scale * self._steps[0] * _direction(angle)
@@ -71,7 +71,7 @@ class Robot:
         return Pose(np.array([*start, angle]), np.array([*wrist, bent]), jaws, self._open(seconds), scale)
 
     def draw(self, canvas: Canvas, seconds: float, held: Callable[[Canvas, Pose, float], None] | None = None) -> None:
-        """Draw it; `held` draws what lies between its jaws."""
+        """Draw the instrument; `held` draws the object between its jaws."""
         pose = self.pose(seconds)
         scale, gain = pose.scale / DETAIL, self._gain(seconds)
         upper = np.array([*pose.jaws[:2], pose.jaws[2] - pose.opening, 1.0])
@@ -89,7 +89,7 @@ class Robot:
 
 
 class Suction:
-    """A straight pipe."""
+    """A straight suction pipe."""
 
     def __init__(self, rng: np.random.Generator, reach: Reach, ball: np.ndarray, unit: float) -> None:
         self._reach = reach
@@ -97,7 +97,7 @@ class Suction:
         self._gain = Wander(rng, 0.8, 1.15, 4.0)
 
     def draw(self, canvas: Canvas, seconds: float) -> None:
-        """Draw it."""
+        """Draw the pipe at `seconds`."""
         tip, angle = self._reach(seconds)
         place = np.array([*tip, angle])
         canvas.shade(self._pipe, place, 1 / DETAIL, 6)
@@ -105,7 +105,7 @@ class Suction:
 
 
 class Clamp:
-    """A clip on the tissue: it goes with it, and is dragged and turned a little."""
+    """A clip that moves with the tissue and is dragged and rotated slightly."""
 
     def __init__(self, rng: np.random.Generator, home: np.ndarray, ball: np.ndarray, unit: float) -> None:
         self._home = home
@@ -117,7 +117,7 @@ class Clamp:
         self._gain = Wander(rng, 0.8, 1.1, 4.0)
 
     def draw(self, canvas: Canvas, seconds: float) -> None:
-        """Draw it."""
+        """Draw the clip at `seconds`."""
         x, y = self._home - canvas.camera + (self._x(seconds), self._y(seconds))
         place = np.array([x, y, self._angle(seconds), self._squash(seconds)])
         canvas.shade(self._clip, place, 1 / DETAIL, 3)

@@ -1,4 +1,4 @@
-"""Write rendered operations in the form in which SAR-RARP50 is downloaded: zipped videos with 1 Hz masks."""
+"""Writer for rendered operations in the download format of SAR-RARP50: zipped videos with 1 Hz masks."""
 
 import functools
 import json
@@ -24,7 +24,7 @@ FIRST_TEST_VIDEO = 41  # as in SAR-RARP50
 
 @dataclass(frozen=True)
 class SurgeryVideo:
-    """What determines one video's content; kept as the comment of its zip."""
+    """Settings that determine one video's content; stored as the comment of its zip."""
 
     seed: int
     split: str
@@ -34,11 +34,11 @@ class SurgeryVideo:
 
     @property
     def description(self) -> bytes:
-        """The description inside the finished zip."""
+        """The description stored in the finished zip."""
         return b"dinoseg render " + json.dumps(asdict(self)).encode()
 
     def path(self, root: Path) -> Path:
-        """Where the finished zip lies."""
+        """Return the path of the finished zip."""
         return root / self.split / f"video_{self.number:02d}.zip"
 
 
@@ -52,13 +52,13 @@ def render_dataset(
     seed: Natural = 0,
     workers: Count = 2,
 ) -> None:
-    """Write `root/train1/video_*.zip` and `root/test/video_*.zip`, several videos at once.
+    """Write `root/train1/video_*.zip` and `root/test/video_*.zip`, several videos in parallel.
 
-    Each zip holds `video_left.avi` (60 fps, `size` (H, W)) and `segmentation/%09d.png` for every 60th frame.
-    Zips finished by an earlier call with the same settings are kept; a zip appears whole or not at all.
+    Each zip holds `video_left.avi` (60 fps, `size` (H, W)) and `segmentation/%09d.png` for every 60th frame. Zips
+    finished by an earlier call with the same settings are reused; zips are written atomically.
 
     Raises:
-        UserError: a setting is out of range, `root` cannot be written or holds other videos.
+        UserError: a setting is out of range, or `root` is not writable or holds other videos.
     """
     root, size = Path(root), (int(size[0]), int(size[1]))
     _check_sizes(train_videos, test_videos, seconds, size, seed, workers)
@@ -86,7 +86,7 @@ def _check_sizes(
 
 
 def _missing(root: Path, videos: list[SurgeryVideo]) -> list[SurgeryVideo]:
-    """Return the videos still to be written, having made sure that nothing else lies in the way."""
+    """Return the videos that are not written yet, and refuse a root with other content."""
     for split in SPLITS:
         (root / split).mkdir(parents=True, exist_ok=True)
     existing = [path for split in SPLITS for path in sorted((root / split).glob("*.zip"))]
@@ -102,7 +102,7 @@ def _comment(path: Path) -> bytes:
 
 
 def _write_video(video: SurgeryVideo, root: Path) -> Path:
-    """Render one video beside its place and move the finished zip there."""
+    """Render one video in a scratch folder next to its target, then move the finished zip there."""
     path = video.path(root)
     with scratch_folder(path.parent, path.name) as part:
         entropy = (video.seed, SPLITS.index(video.split), video.number)

@@ -1,4 +1,4 @@
-"""Batches of what the frozen part of a model gives for images: read where it is kept, else computed and kept."""
+"""Batches of features of a model's frozen part: read from a cache, or computed and cached."""
 
 import logging
 import zlib
@@ -32,10 +32,10 @@ _MOST = 2**28  # bytes
 
 
 class KeptMasks:
-    """Masks by the key of a view and its name, as long as there is room.
+    """Compressed masks in memory, by the key and name of a view, up to a maximum size.
 
     Args:
-        cap: bytes at most.
+        cap: maximum size in bytes.
     """
 
     def __init__(self, cap: int = _MOST) -> None:
@@ -43,14 +43,14 @@ class KeptMasks:
         self._kept: dict[tuple[str, str], tuple[torch.Size, bytes]] = {}
 
     def get(self, key: tuple[str, str], read: Callable[[], np.ndarray]) -> Tensor:
-        """Return a mask (H, W) uint8, by `read` where it is not kept."""
+        """Return a mask (H, W) uint8, by calling `read` if it is not cached."""
         if key not in self._kept:
             return torch.from_numpy(read())
         shape, content = self._kept[key]
         return torch.frombuffer(bytearray(zlib.decompress(content)), dtype=torch.uint8).view(shape)
 
     def keep(self, key: tuple[str, str], mask: Tensor) -> None:
-        """Keep a mask (H, W) uint8 that `get` gave, here or in another process."""
+        """Cache a mask (H, W) uint8 that `get` returned, here or in another process."""
         if key in self._kept or self._room <= 0:
             return
         content = zlib.compress(mask.contiguous().numpy().data, 1)
@@ -59,36 +59,39 @@ class KeptMasks:
         self._room -= len(content)
 
     def __reduce__(self) -> tuple[type["KeptMasks"], tuple[()]]:
-        return KeptMasks, ()  # a process that is not forked begins with none: sending them takes longer
+        return KeptMasks, ()  # a process that is not forked starts empty: sending the masks takes longer
 
 
 log = logging.getLogger(__name__)
 Kind = tuple[Size, bool]
-_DRAW_DIGITS = 15  # of a hash, as a number that every device's generator takes
+_DRAW_DIGITS = 15  # digits of a hash, to form a seed within the range of all devices' generators
 
 
 @dataclass
 class View:
-    """A sample as it is read: with its features where they are kept, else with its image."""
+    """A sample with its features if they are cached, else with its image."""
 
     key: str
     mask: Tensor  # (H, W) uint8
     name: str
     features: list[Tensor] | None
     image: Tensor | None  # (3, H, W) uint8
-    source: tuple[int, ...]  # what it is read by
-    draw: int | None = None  # what its noise in an epoch is drawn with; None: it has none
-    anew: bool = False  # what is kept of it cannot be used
+    source: tuple[int, ...]  # arguments of the function that reads it
+    draw: int | None = None  # seed of its noise in an epoch; None: no noise
+    anew: bool = False  # whether its cached features are unusable
 
     @property
     def kind(self) -> Kind:
-        """What all have features of the same shapes: (H, W), and whether it is drawn (heads give more in training)."""
+        """Return what determines the shapes of features: (H, W), and whether it is a training view.
+
+        Heads may use more features in training than in validation.
+        """
         return _size(self.mask), self.draw is not None
 
 
 @dataclass
 class Views:
-    """Samples of one size, whose features are completed on their way to the device."""
+    """Samples of one size, whose missing features are computed by `to`."""
 
     cache: "FeatureCache"
     views: list[View]
@@ -113,7 +116,7 @@ class Views:
         return self.cache.completed(self.views, device)
 
     def split(self, parts: int) -> list["Views"]:
-        """Return so many batches of the samples in their order, of equal sizes but for one sample."""
+        """Split the samples in their order into batches whose sizes differ by at most one sample."""
         whole, more = divmod(len(self.views), parts)
         ends = [number * whole + min(number, more) for number in range(parts + 1)]
         return [Views(self.cache, self.views[first:last]) for first, last in zip(ends, ends[1:], strict=False)]
@@ -121,20 +124,20 @@ class Views:
 
 @dataclass
 class FeatureCache:
-    """What the frozen part of a model gives for views of images, kept.
+    """Cache of the outputs of a model's frozen part for views of images.
 
     Each image goes through the frozen part by itself, so that its features do not depend on its batch.
 
     Args:
-        model: whose part that is, on its device; put in train mode or eval mode by its user.
-        autocast: the precision's context.
-        open_store: gives the place where features of the model as it then is are kept.
-        drawing: what decides, beside its draw, how a view of an image is made.
-        views: of each image, drawn in turn; None: new ones in each epoch.
-        noise: added to features of training, as a share of the deviation of all numbers of an image's tensor; drawn
-            anew for a view in each epoch.
-        place: what that is: disk or memory; None: nothing is kept, features are only computed apart.
-        shapes: of the features of views of a kind, as far as they are known; see `described`.
+        model: a segmenter on its device; its user sets train mode or eval mode.
+        autocast: returns the precision's context.
+        open_store: returns the store of features for the model's weights at the time of the call.
+        drawing: settings that determine a view of an image, together with its random draw.
+        views: fixed augmentations of each image, used in turn; None: new ones in each epoch.
+        noise: noise on training features, as a share of the standard deviation of an image's tensor. It is sampled
+            again for a view in each epoch.
+        place: disk or memory; None: nothing is cached, features are only computed separately.
+        shapes: known shapes of the features of each kind of view, see `described`.
     """
 
     model: Segmenter
@@ -148,35 +151,35 @@ class FeatureCache:
     _store: FeatureStore | None = None
     _masks: KeptMasks = field(default_factory=KeptMasks)
     _validated: bool = False
-    _told: bool = False  # of features that cannot be used
+    _told: bool = False  # whether unusable features were logged
 
     @property
     def store(self) -> FeatureStore:
-        """Where features are kept: opened when it is first asked for, since a checkpoint may bring other weights."""
+        """Return the store; it is opened on first use, since a checkpoint may change the weights before."""
         self._store = self._store or self.open_store()
         return self._store
 
     @property
     def keeps(self) -> bool:
-        """Whether features are kept, and not only computed apart."""
+        """Return whether features are cached, and not only computed separately."""
         return self.place is not None
 
     def train_batches(
         self, drawn: TrainViews, *, workers: Workers, batch_size: int, start: int, **order: int
     ) -> Iterator[Views]:
-        """Yield this rank's share of each training batch, as `loader.train_batches` does of the same views.
+        """Yield this rank's share of each training batch, with the same views as `loader.train_batches`.
 
-        Once each view was read, AUTO begins anew with this process alone: a view from another costs more to receive
-        than it costs to read here.
+        Once each view has been read, AUTO restarts with this process only: receiving a view from another process takes
+        longer than reading it here.
         """
         samples = len(drawn.data)
         read = partial(_read_drawn, drawn, self.store, self.drawing, self._masks)
         batches = partial(drawn_batches, read, list, samples, batch_size=batch_size, seed=drawn.seed, **order)
         first = self._workers(workers)
-        here = isinstance(first, str) or first == 0  # views are read by this process, now or later
+        here = isinstance(first, str) or first == 0  # this process reads views, now or later
         again = partial(_read_drawn, drawn, NoStore(), self.drawing, self._masks)
         stream = batches(start=start, workers=first)
-        if self.views is None or not self.keeps:  # none comes again
+        if self.views is None or not self.keeps:  # no view occurs twice
             return map(partial(Views, self), stream)
         if first == AUTO:
             seen = self.views * -(-samples // batch_size)
@@ -184,7 +187,7 @@ class FeatureCache:
         return map(partial(self._arrived, again, masks=here), stream)
 
     def eval_batches(self, data: SegmentationData, *, workers: Workers, rank: int, world: int) -> Iterator[Views]:
-        """Yield this rank's samples once and in order, each by itself and as it is."""
+        """Yield this rank's samples once and in order, each in a batch of its own and not augmented."""
         read = partial(_read_whole, data, self.store, self._masks)
         workers = self._workers(workers)
         workers = FROM_NONE if workers == AUTO and self._validated else workers
@@ -194,10 +197,10 @@ class FeatureCache:
         return (self._arrived(again, [sample]) for sample in samples)
 
     def completed(self, views: list[View], device: torch.device) -> FeatureBatch:
-        """Return features and masks of views on `device`; what is not kept is computed and kept."""
+        """Return features and masks of views on `device`; missing features are computed and cached."""
         rows = [self._features(view, device) for view in views]
         stacks = [sent(torch.stack(part), device) for part in zip(*rows, strict=True)]
-        tensors = [part.float() if part.is_floating_point() else part for part in stacks]  # bytes are pixels
+        tensors = [part.float() if part.is_floating_point() else part for part in stacks]  # uint8 tensors are pixels
         if self.noise:
             for row, view in enumerate(views):
                 self._disturb([part[row] for part in tensors if part.is_floating_point()], view.draw)
@@ -207,7 +210,7 @@ class FeatureCache:
         return FeatureBatch(frozen, sent(masks, device), [view.name for view in views])
 
     def _disturb(self, features: list[Tensor], draw: int | None) -> None:
-        """Add noise to features of one image, in place."""
+        """Add noise to the features of one image, in place."""
         if draw is None:
             return
         chance = torch.Generator(features[0].device).manual_seed(draw)
@@ -218,7 +221,7 @@ class FeatureCache:
     def _features(self, view: View, device: torch.device) -> list[Tensor]:
         if view.features is not None:
             return view.features
-        # another rank or batch may have put it there since the view was read
+        # another rank or batch may have stored it since the view was read
         kept = None if view.anew else self.store.get(view.key)
         if kept is not None and self._fits(kept, view.kind):
             return kept
@@ -230,15 +233,15 @@ class FeatureCache:
         return computed
 
     def _workers(self, workers: Workers) -> Workers:
-        return 0 if self.place == "memory" else workers  # other processes would not see what is kept
+        return 0 if self.place == "memory" else workers  # other processes would not see cached features
 
     def _arrived(self, again: Callable[..., View], views: list[View], *, masks: bool = True) -> Views:
-        """Return views that were read, here or in another process, and know next time what that took.
+        """Return views that were read here or in another process, and remember their masks and checked keys.
 
         Args:
-            again: reads one from its image.
+            again: reads a view from its image.
             views: of one size.
-            masks: keep them, for views that are read from here on.
+            masks: whether to cache the masks, for views that this process reads from now on.
         """
         if not all(view.features is None or self._fits(view.features, view.kind) for view in views):
             views = [replace(again(*view.source), anew=True) for view in views]
@@ -250,7 +253,7 @@ class FeatureCache:
         return Views(self, views)
 
     def _fits(self, features: list[Tensor], kind: Kind) -> bool:
-        """Return whether features of a view have the shapes that the model gives for its kind; tell it once."""
+        """Return whether a view's features have the shapes of its kind; log the first mismatch."""
         found, expected = described(features), self._shapes_of(kind)
         if found != expected and not self._told:
             self._told = True
@@ -263,7 +266,7 @@ class FeatureCache:
         return found == expected
 
     def _shapes_of(self, kind: Kind) -> str:
-        """Return the shapes of the features of views of a kind; none that is kept is believed to say them."""
+        """Return the shapes of a kind of view's features, from a pass through the model, not from cached features."""
         if kind not in self.shapes:
             (height, width), drawn = kind
             device = next(self.model.parameters()).device
@@ -286,12 +289,12 @@ def _followed(
     first: Iterator[list[View]], count: int, then: Callable[[], Iterator[list[View]]]
 ) -> Iterator[list[View]]:
     yield from islice(first, count)
-    del first  # the last reference: its processes end
+    del first  # the last reference: ends its processes
     yield from then()
 
 
 def view_key(data: SegmentationData, index: int, *draw: object) -> str:
-    """Return the key of a view of an image, which `draw` decides; without it, of the image as it is."""
+    """Return the key of the view of an image that `draw` determines; without `draw`, of the unaugmented image."""
     return hash_of(image_hash(data, index), *draw)
 
 
@@ -308,7 +311,7 @@ def _read_drawn(drawn: TrainViews, store: FeatureStore, drawing: str, masks: Kep
 
 
 def _aim(drawn: TrainViews, draw: Draw) -> tuple[object, ...]:
-    """Return what decides where a view for a class lies: the class, and the mask that has its pixels."""
+    """Return what determines the position of a class-balanced view: the class, and the hash of the image's mask."""
     if drawn.uniform is None or not draw.shown:
         return ()
     return *draw.shown, drawn.uniform.digests[draw.image]

@@ -1,4 +1,4 @@
-"""How the tensors of a sample are kept: rounded to a type, and as bytes behind a header that is held to a form."""
+"""File format of cached features: tensors rounded to a type, stored as bytes after a validated header."""
 
 import json
 import math
@@ -16,35 +16,36 @@ from dinoseg.utils.errors import UserError
 Stored = Literal["float32", "float16", "bfloat16", "int8"]
 TYPES: tuple[Stored, ...] = get_args(Stored)
 KEY_LENGTH = 32
-MOST_BYTES = 2**30  # of a sample's file: a larger one is not read
+MOST_BYTES = 2**30  # maximum size of a sample's file
 
 _MAGIC = b"dinoseg features 2\n"
-_START = len(_MAGIC) + 4  # a checksum of all that follows stands between
+_START = len(_MAGIC) + 4  # the checksum of everything after it lies between
 _ALIGN = 64  # bytes, a cache line
 _LONGEST_HEADER = 2**16
 _DTYPES: dict[Stored, torch.dtype] = {name: getattr(torch, name) for name in TYPES}
 _FORM = forms.record(
     key=forms.text,
     stored=forms.text,
-    bytes=forms.listing(forms.whole()),  # which of the tensors are bytes
+    bytes=forms.listing(forms.whole()),  # indices of the tensors that are bytes
     shapes=forms.listing(forms.listing(forms.whole(1, MOST_BYTES))),
 )
 
 
 def described(tensors: Sequence[Tensor]) -> str:
-    """Return the shapes of what is kept of a sample, and which of it are bytes: all that its user relies on."""
+    """Return the shapes of a sample's tensors, and which of them are bytes: all that users of the cache rely on."""
     kinds = ((tuple(tensor.shape), " of bytes" if tensor.dtype == torch.uint8 else "") for tensor in tensors)
     return f"[{', '.join(f'{shape}{kind}' for shape, kind in kinds)}]"
 
 
 def rounded(tensors: Sequence[Tensor], stored: Stored) -> list[Tensor]:
-    """Return tensors in the type that they are kept in; with int8 each has its scales behind it.
+    """Return tensors in the type in which they are stored; with int8, each is followed by its scales.
 
-    A scale is of a token, so over the channels, which come last. Of a sample with numbers that float16 does not have,
-    all are bfloat16, which takes as much room. Tensors of bytes (uint8: pixels) stay as they are.
+    There is one scale per token, that is, over the channels, which are the last axis. If a sample has numbers that
+    float16 cannot represent, all its numbers are stored in bfloat16, which takes the same space. Tensors of bytes
+    (uint8: pixels) are stored unchanged.
 
     Raises:
-        UserError: a number is not finite, or none as it would be kept.
+        UserError: a number is not finite, or would not be in the stored type.
     """
     kept: list[Tensor] = []
     for tensor in (tensor.detach().cpu() for tensor in tensors):
@@ -68,28 +69,28 @@ def rounded(tensors: Sequence[Tensor], stored: Stored) -> list[Tensor]:
 
 
 def type_of(kept: Sequence[Tensor], stored: Stored) -> Stored:
-    """Return the type in which `rounded` gives a sample that is to be kept in `stored`."""
+    """Return the type that `rounded` has chosen for a sample to be stored in `stored`."""
     wider = any(tensor.dtype == torch.bfloat16 for tensor in kept)
     return "bfloat16" if stored == "float16" and wider else stored
 
 
 def restored(kept: Sequence[Tensor], stored: Stored) -> list[Tensor]:
-    """Return the tensors that are used: as they are kept, those of int8 in float32."""
+    """Return tensors for use: those of int8 are converted to float32, others are returned unchanged."""
     parts = iter(kept)
     return [part.float() * next(parts)[..., None] if part.dtype == torch.int8 else part for part in parts]
 
 
 def size_of(tensors: Sequence[Tensor], stored: Stored) -> int:
-    """Return the bytes of the file of a sample of such tensors."""
+    """Return the file size in bytes of a sample with such tensors."""
     start = _aligned(len(_header("0" * KEY_LENGTH, tensors, stored)))
     return _places(start, [tensor.shape for tensor in tensors], _bytes_among(tensors), stored)[1]
 
 
 def to_bytes(key: str, kept: Sequence[Tensor], stored: Stored) -> bytes:
-    """Return the file of a sample, of what `rounded` gives.
+    """Return the content of a sample's file, from the tensors that `rounded` returned.
 
     Raises:
-        UserError: it is larger than what is read back.
+        UserError: it exceeds the size that would be read back.
     """
     values = [tensor for tensor in kept if tensor.dtype != torch.float32] if stored == "int8" else kept
     parts = [_padded(_header(key, values, type_of(kept, stored)))]
@@ -104,16 +105,16 @@ def to_bytes(key: str, kept: Sequence[Tensor], stored: Stored) -> bytes:
 
 
 def from_bytes(key: str, data: np.ndarray, stored: Stored, *, verify: bool) -> list[Tensor]:
-    """Return what `to_bytes` was given; the tensors share the memory of the file.
+    """Return the tensors that `to_bytes` was given; they share the memory of the file.
 
     Args:
-        key: that it must say.
+        key: expected key.
         data: the whole file, uint8.
-        stored: the type that it must be kept in, see `rounded`.
-        verify: hold it against its checksum, and its numbers against what is finite.
+        stored: expected type, see `rounded`.
+        verify: whether to verify the checksum and that all numbers are finite.
 
     Raises:
-        Misshapen: it is no such file, or damaged.
+        Misshapen: the file has another format or content, or is damaged.
     """
     start = data[: _START + _LONGEST_HEADER].tobytes()
     if not start.startswith(_MAGIC):
@@ -137,7 +138,7 @@ def from_bytes(key: str, data: np.ndarray, stored: Stored, *, verify: bool) -> l
 
 
 def _header(key: str, tensors: Sequence[Tensor], stored: Stored) -> bytes:
-    """Return the beginning of a file, its checksum left empty."""
+    """Return the beginning of a file, with an empty checksum."""
     shapes = [list(tensor.shape) for tensor in tensors]
     content = {"key": key, "stored": stored, "bytes": _bytes_among(tensors), "shapes": shapes}
     return _MAGIC + bytes(_START - len(_MAGIC)) + json.dumps(content).encode() + b"\n"
@@ -150,9 +151,9 @@ def _bytes_among(tensors: Sequence[Tensor]) -> list[int]:
 def _places(
     place: int, shapes: Sequence[Sequence[int]], whole: Sequence[int], stored: Stored
 ) -> tuple[list[tuple[int, int, torch.dtype, Sequence[int]]], int]:
-    """Return offset, bytes, type and shape of all that is kept from a place on, and where it ends.
+    """Return offset, size in bytes, type and shape of all stored tensors from `place` on, and the end offset.
 
-    The tensors of the numbers `whole` are bytes.
+    `whole` has the indices of the tensors that are bytes.
     """
     parts = []
     for number, shape in enumerate(shapes):
@@ -168,7 +169,7 @@ def _places(
 
 
 def _quantised(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """Return whole numbers from -127 to 127, and the scale of each token."""
+    """Return integers from -127 to 127, and the scale of each token."""
     scales = tensor.abs().amax(-1) / 127
     divisor = torch.where(scales > 0, scales, 1)[..., None]
     return (tensor / divisor).round().to(torch.int8).contiguous(), scales

@@ -1,4 +1,4 @@
-"""What stored features depend on, as hashes: where any of it differs, there are none."""
+"""Hashes of everything that cached features depend on; features with other hashes are not used."""
 
 import hashlib
 import importlib.metadata
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 _NOTE = "origin.json"
 _LIBRARIES = ("torch", "transformers", "timm", "peft", "bitsandbytes", "pillow", "av", "opencv-python-headless")
-_OWN = (  # what lies between a file and its features: rooms and files of the package
+_OWN = (  # source between an image file and its features: folders and files of the package
     *("backbones", "heads", "adapters.py", "contracts.py", "model.py", "geometry.py", "sizes.py", "shapes.py"),
     *("images.py", "data/loader.py", "data/train_views.py", "data/class_mix.py", "data/transforms.py"),
     *("data/video", "data/packed/read.py"),
@@ -38,11 +38,11 @@ _OWN = (  # what lies between a file and its features: rooms and files of the pa
 
 
 def origin(root: Path, parts: Mapping[str, str]) -> str:
-    """Return the name of the folder for what is computed in one way, and say where `root` has only other ways.
+    """Return the folder name for features computed in one way; log the difference if `root` has only others.
 
     Args:
-        root: the folder of all features.
-        parts: all that the features of every image depend on, by what a user calls it.
+        root: folder of all features.
+        parts: everything that the features of every image depend on, by its name for users.
     """
     name = hash_of(*sorted(parts.items()))
     if finished(root / name / _NOTE, _read) != parts:
@@ -54,30 +54,30 @@ def origin(root: Path, parts: Mapping[str, str]) -> str:
                 root,
                 listed(min(differing, key=len)),
             )
-        with suppress(OSError):  # told by the first features that cannot be written
+        with suppress(OSError):  # logged when the first features cannot be written
             write_json(root / name / _NOTE, dict(parts))
     return name
 
 
 def hash_of(*parts: object) -> str:
-    """Return a hash of numbers, texts, and tuples of them."""
+    """Return a hash of numbers, strings, and tuples of them."""
     return hashlib.sha256(repr(parts).encode(errors="surrogateescape")).hexdigest()[:KEY_LENGTH]
 
 
 def weights_hash(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """Return a hash of tensors: names, shapes, types and every value, in the order given."""
+    """Return a hash of tensors: names, shapes, types and all values, in the given order."""
     named = list(tensors)
-    with ThreadPoolExecutor(min(count_cores(), len(named) or 1)) as threads:  # hashing lets go of the interpreter
+    with ThreadPoolExecutor(min(count_cores(), len(named) or 1)) as threads:  # hashing releases the GIL
         hashes = threads.map(_tensor_hash, (tensor for _, tensor in named))
         return hash_of(*((name, each) for (name, _), each in zip(named, hashes, strict=True)))
 
 
 def code_hash(parts: Iterable[nn.Module], augment: Any = None) -> str:
-    """Return a hash of the code that computes: the modules' source, our own, and the versions of the libraries.
+    """Return a hash of the code that computes features: source of the modules and of dinoseg, and library versions.
 
     Args:
-        parts: of the model.
-        augment: what draws the views, of any kind; `data.augment` may name somebody's own.
+        parts: modules of the model.
+        augment: transform that makes the views; `data.augment` may name a custom one.
     """
     while isinstance(augment, partial):
         augment = augment.func
@@ -92,7 +92,7 @@ def code_hash(parts: Iterable[nn.Module], augment: Any = None) -> str:
 
 
 def image_hash(data: SegmentationData, index: int) -> str:
-    """Return a hash of an image's bytes: of its file, or of the pixels where it has none of its own."""
+    """Return a hash of an image's bytes: of its file, or of its pixels if it has no file of its own."""
     if isinstance(data, PairDataset | Unmasked) and goes_with(type(data), "image_hash", "__getitem__"):
         return data.image_hash(index)
     pixels = data[index]["image"].numpy()
@@ -100,7 +100,7 @@ def image_hash(data: SegmentationData, index: int) -> str:
 
 
 def goes_with(kind: type, name: str, other: str) -> bool:
-    """Return whether what overrides the method `other` of a class, or of one before it, overrides `name` too."""
+    """Return whether the class that overrides the method `other`, or a subclass of it, also overrides `name`."""
     owner = next(base for base in kind.__mro__ if other in vars(base))
     return any(name in vars(base) for base in kind.__mro__[: kind.__mro__.index(owner) + 1])
 
@@ -115,7 +115,7 @@ def _tensor_hash(tensor: Tensor) -> str:
 def _source(kind: Any) -> str | None:
     try:
         return inspect.getsourcefile(kind)
-    except (TypeError, OSError):  # it is built in, or was typed
+    except (TypeError, OSError):  # built in, or defined interactively
         return None
 
 

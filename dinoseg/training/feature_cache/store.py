@@ -1,4 +1,4 @@
-"""Features of images under their keys, on the disk or in memory: what is not there is computed again, and no more."""
+"""Stores of cached features on disk or in memory, by key; missing features only have to be computed again."""
 
 import logging
 import os
@@ -25,38 +25,38 @@ from dinoseg.utils.wording import in_bytes
 log = logging.getLogger(__name__)
 
 _SUFFIX = ".features"
-_RESERVE = 2**30  # bytes of the disk that stay free, for checkpoints
-_STEP = 2**28  # bytes that are removed at once, and after which it is counted again what others have written
-_CLOCKS = 10**10  # nanoseconds that those of a file server and of this machine may differ
+_RESERVE = 2**30  # bytes of the disk left free for checkpoints
+_STEP = 2**28  # bytes that are evicted at once, and written between two counts of the folder's size
+_CLOCKS = 10**10  # nanoseconds, maximum difference between the clocks of a file server and of this machine
 
 
 class FeatureStore(Protocol):
-    """What the frozen part of a model gives for an image, by a key that is a hash of all it depends on."""
+    """Store of a model's frozen features per image, by a key that is a hash of everything they depend on."""
 
     stored: Stored
 
     def get(self, key: str) -> list[Tensor] | None:
-        """Return the tensors of a key, None where they are not there or not whole."""
+        """Return the tensors of a key; None if they are missing or incomplete."""
         ...
 
     def put(self, key: str, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Keep tensors where there is room, and return them as `get` gives them: rounded, on the CPU.
+        """Store tensors if there is room, and return them as `get` would: rounded, on the CPU.
 
         Raises:
-            UserError: a number is not finite, or none in the type that is kept.
+            UserError: a number is not finite, or would not be in the stored type.
         """
         ...
 
     def trust(self, key: str) -> None:
-        """Take a key for whole: a process of this one's has read it."""
+        """Mark a key as verified: a worker of this process has read it."""
         ...
 
     def __contains__(self, key: str) -> bool:
-        """Return whether there is something under a key, whole or not."""
+        """Return whether a key has an entry, complete or not."""
         ...
 
     def room(self) -> int:
-        """Return the bytes that may still be kept."""
+        """Return the bytes that can still be stored."""
         ...
 
 
@@ -64,28 +64,28 @@ class MemoryStore:
     """Features in the memory of this process.
 
     Args:
-        stored: the type that numbers are kept in.
-        cap: bytes at most.
+        stored: type in which numbers are stored.
+        cap: maximum size in bytes.
     """
 
     def __init__(self, stored: Stored, cap: int) -> None:
         self.stored, self.cap = stored, cap
         self._kept: dict[str, list[Tensor]] = {}
         self._used = 0
-        self._closed = False  # nothing more is kept
+        self._closed = False  # whether storing has ended
 
     def get(self, key: str) -> list[Tensor] | None:
-        """Return the tensors of a key, None where they are not there."""
+        """Return the tensors of a key; None if they are missing."""
         kept = self._kept.get(key)
         return None if kept is None else restored(kept, self.stored)
 
     def put(self, key: str, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Keep tensors where there is room, and return them as `get` gives them."""
+        """Store tensors if there is room, and return them as `get` would."""
         kept = _rounded(tensors, self.stored)
         if key not in self._kept and not self._closed:
             size = sum(tensor.nbytes for tensor in kept)
             if size <= self.room():
-                self._kept[key] = [tensor.clone() for tensor in kept]  # a slice would hold its whole batch
+                self._kept[key] = [tensor.clone() for tensor in kept]  # a slice would keep its whole batch in memory
                 self._used += size
             else:
                 self._closed = True
@@ -93,18 +93,18 @@ class MemoryStore:
         return restored(kept, self.stored)
 
     def trust(self, key: str) -> None:
-        """Do nothing: nothing that is in memory is checked."""
+        """Do nothing: entries in memory are not verified."""
 
     def __contains__(self, key: str) -> bool:
         return key in self._kept
 
     def room(self) -> int:
-        """Return the bytes that may still be kept."""
+        """Return the bytes that can still be stored."""
         return self.cap - self._used
 
 
 class NoStore:
-    """Keeps nothing: features are computed each time, and given as they are."""
+    """Store without entries: features are computed each time and returned unchanged."""
 
     stored: Stored = "float32"
 
@@ -128,30 +128,30 @@ class NoStore:
 
 
 class DiskStore:
-    """Features in files, one for each key: written aside and renamed, checked when a process first reads them.
+    """Features in files, one per key, which are written atomically and verified when a process first reads them.
 
-    What is damaged, or somebody else's, counts as not there. Several processes may use one folder. What no run
-    has read for longest is removed for new features, but nothing that was written or read since this store was
-    opened: in a run that draws each image once an epoch, that would be what is needed next.
+    Damaged or foreign files count as missing. Several processes may use one folder. The least-recently-used files are
+    evicted for new features, except those written or read since this store was opened. A run that reads each image once
+    per epoch would need exactly these next.
 
     Args:
-        root: the folder of all features of this machine.
-        origin: name of the folder in it for what this run computes.
-        stored: the type that numbers are kept in.
-        cap: bytes at most in `root`; None: as many as leave 1 GiB of the disk free.
+        root: folder of all features of this machine.
+        origin: name of this run's folder in it, see `key.origin`.
+        stored: type in which numbers are stored.
+        cap: maximum bytes in `root`; None: all of the free disk but 1 GiB.
     """
 
     def __init__(self, root: Path, origin: str, stored: Stored, cap: int | None = None) -> None:
         self.root, self.folder, self.stored, self.cap = root, root / origin, stored, cap
         self._opened = time.time_ns() - _CLOCKS
-        self._used = self._written = 0  # bytes in `root`, and of them those written since that was counted
-        self._seen: set[str] = set()  # keys that this process has checked
-        self._told = False  # of a file that cannot be used
-        self._closed = False  # nothing more is kept
+        self._used = self._written = 0  # bytes in `root`, and bytes written since they were counted
+        self._seen: set[str] = set()  # keys that this process has verified
+        self._told = False  # whether an unusable file was logged
+        self._closed = False  # whether storing has ended
         self._count()
 
     def get(self, key: str) -> list[Tensor] | None:
-        """Return the tensors of a key, None where they are not there or not whole."""
+        """Return the tensors of a key; None if they are missing or incomplete."""
         path, first = self.path(key), key not in self._seen
         try:
             kept = from_bytes(key, _read(path, touch=first), self.stored, verify=first)
@@ -166,7 +166,7 @@ class DiskStore:
         return restored(kept, self.stored)
 
     def put(self, key: str, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Keep tensors where there is room, and return them as `get` gives them."""
+        """Store tensors if there is room, and return them as `get` would."""
         kept = _rounded(tensors, self.stored)
         if not self._closed:
             try:
@@ -180,18 +180,18 @@ class DiskStore:
         return restored(kept, self.stored)
 
     def trust(self, key: str) -> None:
-        """Take a key for whole: a process of this one's has read it."""
+        """Mark a key as verified: a worker of this process has read it."""
         self._seen.add(key)
 
     def __contains__(self, key: str) -> bool:
         return self.path(key).is_file()
 
     def room(self) -> int:
-        """Return the bytes that may still be kept, where what is old is removed for them."""
+        """Return the bytes that can still be stored, including those of files that may be evicted."""
         return max(0, self._free() + sum(size for _, _, size in self._old()))
 
     def path(self, key: str) -> Path:
-        """Return the file of a key, which need not be there."""
+        """Return the path of a key's file, which need not exist."""
         return self.folder / f"{key}{_SUFFIX}"
 
     def _write(self, path: Path, content: bytes) -> None:
@@ -211,7 +211,7 @@ class DiskStore:
         self._seen.add(path.stem)
 
     def _free(self) -> int:
-        """Return the bytes that may be written as things stand."""
+        """Return the bytes that can be written without eviction."""
         there = next(folder for folder in (self.root, *self.root.absolute().parents) if folder.exists())
         on_disk = shutil.disk_usage(there).free - _RESERVE
         return on_disk if self.cap is None else min(on_disk, self.cap - self._used)
@@ -220,7 +220,7 @@ class DiskStore:
         self._used, self._written = sum(status.st_size for _, status in self._files()), 0
 
     def _remove_old(self, needed: int) -> None:
-        """Remove what was not used for longest, some more than needed now; of this run's own folder last."""
+        """Evict least-recently-used files, somewhat more than needed now; those of this run's own folder last."""
         self._count()
         enough, removed = needed + min(_STEP, (self.cap or sys.maxsize) // 16), 0
         for _, path, size in sorted(self._old()):
@@ -232,7 +232,7 @@ class DiskStore:
         self._used -= removed
 
     def _old(self) -> Iterator[tuple[tuple[bool, int], Path, int]]:
-        """Yield an order of removal, path and bytes of each file that was not used since this store was opened."""
+        """Yield eviction order, path and bytes of each file that was not used since this store was opened."""
         for path, status in self._files():
             if status.st_mtime_ns < self._opened:
                 yield (path.parent == self.folder, status.st_mtime_ns), path, status.st_size
@@ -246,12 +246,12 @@ class DiskStore:
 
 
 def cap_of(gib: Positive | None) -> int | None:
-    """Return the bytes that so many GiB are, of which a store takes none too many; None: it is not bounded."""
+    """Convert GiB to bytes, at most `sys.maxsize`; None: no limit."""
     return None if gib is None else int(min(gib * 2**30, sys.maxsize))
 
 
 def _read(path: Path, *, touch: bool) -> np.ndarray:
-    """Return the bytes of a file; not mapped, since reading a map of a file that was cut kills the process."""
+    """Return the bytes of a file; not memory-mapped, since reading a map of a truncated file kills the process."""
     status = path.lstat()
     if not stat.S_ISREG(status.st_mode):
         raise Misshapen("it is a folder, a link or the like")
@@ -264,7 +264,7 @@ def _read(path: Path, *, touch: bool) -> np.ndarray:
         if file.readinto(content.data) < len(content):
             raise Misshapen("it ends too early")
     if touch:
-        with suppress(OSError):  # a cache that may only be read
+        with suppress(OSError):  # a read-only cache
             os.utime(path)
     return content
 
@@ -278,7 +278,7 @@ def _rounded(tensors: Sequence[Tensor], stored: Stored) -> list[Tensor]:
 
 @cache
 def _tell_wider() -> None:
-    """Tell it once in a process."""
+    """Log the warning once per process."""
     log.warning(
         "Features of an image are larger than the numbers of float16: those of such images are kept in bfloat16, which "
         "is coarser. features.dtype=float32 keeps all as they are."

@@ -1,4 +1,4 @@
-"""From the maps of a plain vision transformer, and the image, to a pyramid of strides 4, 8, 16 and 32."""
+"""ViT adapter: a pyramid of strides 4, 8, 16 and 32 from the maps of a plain vision transformer and the image."""
 
 import math
 from collections.abc import Sequence
@@ -12,19 +12,19 @@ from dinoseg.models.heads.mask2former.deformable import DeformableAttention
 from dinoseg.models.heads.mask2former.levels import Size, cell_centres, size_of, to_maps, to_tokens
 from dinoseg.utils.precision import at_least_float32
 
-TOKEN = 16  # pixels a side that one token stands for
+TOKEN = 16  # image pixels per token side
 STEM = 64  # channels of the first convolutions
 
 
 class VitAdapter(nn.Module):
-    """A convolutional pyramid that reads from four maps of a transformer (after Chen et al., arXiv 2205.08534).
+    """Convolutional pyramid that attends to four maps of a transformer (after Chen et al., arXiv 2205.08534).
 
-    As in DINOv3's segmentor nothing is written back into the transformer. The parts are named as in Meta's file.
+    As in DINOv3's segmentor, nothing is written back into the transformer. Modules are named as in Meta's file.
 
     Args:
         dim: width of the transformer's maps, and of the pyramid.
-        num_heads: of the deformable attention; it divides half of `dim`.
-        drop_path: share of samples for which a feed-forward part is left out in training.
+        num_heads: heads of the deformable attention; a divisor of half of `dim`.
+        drop_path: probability of skipping a feed-forward block per sample in training.
         checkpointing: recompute the extractors' activations in the backward pass.
     """
 
@@ -47,10 +47,10 @@ class VitAdapter(nn.Module):
         """Return maps (B, dim, ., .) of 4h x 4w, 2h x 2w, h x w and h/2 x w/2 cells, the last rounded up.
 
         Args:
-            features: four maps (B, dim, h, w), of early blocks first.
-            pixels: the image that they are of, normalised; resized to 16 pixels a token where it has others.
+            features: four maps (B, dim, h, w), early blocks first.
+            pixels: the normalised images of these maps; resized to 16 pixels per token if necessary.
         """
-        features = [at_least_float32(feature).contiguous() for feature in features]  # a backbone may be held in half
+        features = [at_least_float32(feature).contiguous() for feature in features]  # the backbone may be bfloat16
         pixels = at_least_float32(pixels)
         rows, columns = size_of(features[-1])
         if size_of(pixels) != (TOKEN * rows, TOKEN * columns):
@@ -73,7 +73,7 @@ class VitAdapter(nn.Module):
 
 
 class SpatialPrior(nn.Module):
-    """A small convolutional network over the pixels; returns maps (B, dim, ., .) of strides 4, 8, 16 and 32."""
+    """Small convolutional network on the pixels; returns maps (B, dim, ., .) of strides 4, 8, 16 and 32."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ class SpatialPrior(nn.Module):
 
 
 class Interaction(nn.Module):
-    """What the pyramid reads from one map of the transformer: one extractor, and `extra` more after it."""
+    """One extractor, and `extra` more after it, that read one map of the transformer into the pyramid."""
 
     def __init__(self, dim: int, num_heads: int, drop_path: float, checkpointing: bool, *, extra: int) -> None:
         super().__init__()
@@ -103,14 +103,14 @@ class Interaction(nn.Module):
         self.extra_extractors = nn.ModuleList(Extractor(*options) for _ in range(extra))
 
     def forward(self, tokens: Tensor, centres: Tensor, sizes: Sequence[Size], feature: Tensor) -> Tensor:
-        """Return the pyramid's tokens (B, N, dim), updated."""
+        """Return the updated pyramid tokens (B, N, dim)."""
         for extract in (self.extractor, *self.extra_extractors):
             tokens = extract(tokens, centres, sizes, feature)
         return tokens
 
 
 class Extractor(nn.Module):
-    """Deformable attention from the pyramid's tokens to one map, then a feed-forward part with a 3x3 convolution."""
+    """Deformable attention from the pyramid's tokens to one map, then a feed-forward block with a 3x3 convolution."""
 
     def __init__(self, dim: int, num_heads: int, drop_path: float, checkpointing: bool) -> None:
         super().__init__()
@@ -123,7 +123,7 @@ class Extractor(nn.Module):
         self.ffn_norm = nn.LayerNorm(dim, eps=1e-6)
 
     def forward(self, tokens: Tensor, centres: Tensor, sizes: Sequence[Size], feature: Tensor) -> Tensor:
-        """Return the pyramid's tokens (B, N, dim), updated."""
+        """Return the updated pyramid tokens (B, N, dim)."""
         if self.checkpointing and torch.is_grad_enabled():
             return checkpoint(self._extract, tokens, centres, sizes, feature, use_reentrant=False)
         return self._extract(tokens, centres, sizes, feature)
@@ -136,7 +136,7 @@ class Extractor(nn.Module):
 
 
 class ConvFeedForward(nn.Module):
-    """Two linear layers, with a depthwise 3x3 convolution on each level of the pyramid between them."""
+    """Two linear layers with a depthwise 3x3 convolution on each pyramid level between them."""
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
@@ -152,7 +152,7 @@ class ConvFeedForward(nn.Module):
 
 
 def drop_samples(update: Tensor, share: float) -> Tensor:
-    """Set a random share of samples (B, ...) to zero and scale up the others (Huang et al., arXiv 1603.09382)."""
+    """Set a random share of samples (B, ...) to zero and rescale the others (Huang et al., arXiv 1603.09382)."""
     if share == 0:
         return update
     survives = torch.rand(update.shape[0], *[1] * (update.ndim - 1), device=update.device) >= share

@@ -12,21 +12,21 @@ from dinoseg.utils.precision import at_least_float32
 from dinoseg.utils.transfer import sent
 
 POINTS = 4  # per head and level
-# Sampled numbers held at a time, 256 MiB in float32, but only without gradients: the backward pass needs those of all
-# bands, of every layer at once or, with head.checkpointing=true, of one layer at a time.
+# sampled values per chunk, 256 MiB in float32; only without gradients, since the backward pass needs all chunks, of
+# every layer at once or, with head.checkpointing=true, of one layer at a time
 AT_ONCE = 2**26
 
 
 class DeformableAttention(nn.Module):
     """Multi-scale deformable attention (Zhu et al., arXiv 2010.04159), forward and backward on any device.
 
-    The sampling runs in float32 under autocast too: half precision would move the points by fractions of a cell.
+    The sampling always runs in float32: half precision would move the points by fractions of a cell.
 
     Args:
         dim: width of queries and cells.
-        num_heads: M; it divides the width of the values.
-        num_levels: L maps to read from.
-        ratio: width of the values over `dim`.
+        num_heads: M, a divisor of the width of the values.
+        num_levels: number of maps L.
+        ratio: width of the values divided by `dim`.
     """
 
     def __init__(self, dim: int, num_heads: int, num_levels: int, ratio: float = 1.0) -> None:
@@ -40,7 +40,7 @@ class DeformableAttention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Start with equal weights on points that lie along one direction per head, 1 to 4 cells away."""
+        """Initialise equal weights and points along one direction per head, 1 to 4 cells away."""
         for layer in (self.sampling_offsets, self.attention_weights):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
@@ -50,18 +50,18 @@ class DeformableAttention(nn.Module):
         num_heads, num_levels, points = self.shape
         angles = torch.arange(num_heads) * (2 * math.pi / num_heads)
         directions = torch.stack((angles.cos(), angles.sin()), dim=-1)
-        directions = directions / directions.abs().amax(-1, keepdim=True)  # on the square around the query
+        directions = directions / directions.abs().amax(-1, keepdim=True)  # onto the square around the query
         offsets = directions[:, None, None] * torch.arange(1, points + 1)[:, None]  # (M, 1, P, 2)
         with torch.no_grad():
             self.sampling_offsets.bias.copy_(offsets.expand(-1, num_levels, -1, -1).flatten())
 
     def forward(self, queries: Tensor, centres: Tensor, cells: Tensor, sizes: Sequence[Size]) -> Tensor:
-        """Return what the queries read, (B, Q, dim).
+        """Return the attention output (B, Q, dim).
 
         Args:
             queries: (B, Q, dim).
             centres: (Q, 2), x and y of each query in 0..1.
-            cells: (B, N, dim), those of all levels as `to_tokens` orders them.
+            cells: (B, N, dim), all levels in the order of `to_tokens`.
             sizes: rows and columns of the L levels.
         """
         offsets = self.sampling_offsets(queries).unflatten(-1, (*self.shape, 2))  # (B, Q, M, L, P, 2)
@@ -77,7 +77,7 @@ class DeformableAttention(nn.Module):
 
 
 def sample(values: Tensor, sizes: Sequence[Size], points: Tensor, weights: Tensor) -> Tensor:
-    """Return weighted sums (B, Q, M * D) of values read bilinearly at points; outside a level they are zero.
+    """Return weighted sums (B, Q, M * D) of values sampled bilinearly at points; values outside a level are zero.
 
     Args:
         values: (B, N, M, D), the cells of all levels; M heads.

@@ -1,4 +1,4 @@
-"""The Mask2Former head for plain vision transformers, in the layout of DINOv3's released segmentor."""
+"""Mask2Former head for plain vision transformers, in the layout of DINOv3's released segmentor."""
 
 import math
 from collections.abc import Sequence
@@ -27,29 +27,30 @@ CLASS_LAYERS = ("loaded", "new")
 class Mask2FormerHead(Head[MaskOutputs]):
     """Adapter, pixel decoder and masked-attention decoder over four maps of a vision transformer and its pixels.
 
-    After Cheng et al. (arXiv 2112.01527) and the segmentor released with DINOv3 (arXiv 2508.10104), with which it
-    agrees number by number given the same weights. The deformable attention is plain torch and trains on any device.
+    It follows Cheng et al. (arXiv 2112.01527) and the segmentor released with DINOv3 (arXiv 2508.10104), whose
+    outputs it reproduces number by number with the same weights. The deformable attention is plain torch and trains
+    on any device.
 
     Args:
         in_dim: width of the backbone's maps.
-        num_layers: of those maps; four.
+        num_layers: number of these maps; four.
         num_classes: K.
         hidden_dim: width of pixel decoder and queries, a multiple of `num_heads` and of 32, at least 64; None = half
-            of `in_dim`, rounded up to such a one.
-        num_heads: of every attention; divides half of `in_dim` too.
-        feedforward_dim: hidden width of the feed-forward parts of both decoders; None = 4 x `hidden_dim`.
-        num_queries: Q, the most masks that an image can have.
-        no_object: give queries the choice to be no object: one more column of class logits, the last.
-        weights: Meta's segmentor checkpoint (.pth), or a safetensors file with the same names; None = at random.
-        class_layer: with `weights`, whether the file's class layer is `loaded`, or `new` for other classes.
-        trainable: `all`, or, with `weights`, the `class_embed` layer alone.
-        deep_supervision: give training the outputs of earlier layers too, which loss=mask_classification learns from.
-        drop_path: share of samples for which an extractor's feed-forward part is left out in training.
+            of `in_dim`, rounded up to a valid width.
+        num_heads: heads of every attention; also a divisor of half of `in_dim`.
+        feedforward_dim: hidden width of the feed-forward blocks of both decoders; None = 4 x `hidden_dim`.
+        num_queries: Q, the maximum number of masks per image.
+        no_object: add a no-object column to the class logits, as the last one.
+        weights: Meta's segmentor checkpoint (.pth), or a safetensors file with the same names; None = random.
+        class_layer: with `weights`, `loaded` uses the class layer of the file, `new` a random one for other classes.
+        trainable: `all`, or, with `weights`, only the `class_embed` layer.
+        deep_supervision: also return the outputs of earlier layers in training, for loss=mask_classification.
+        drop_path: probability of skipping an extractor's feed-forward block per sample in training.
         checkpointing: recompute the deformable layers in the backward pass: less memory, more time.
 
     Raises:
-        UserError: the maps, a value or the weights do not fit; or, but for the meta device, no weights are given where
-            `class_layer` is new or the `class_embed` layer alone is trained.
+        UserError: the maps, a value or the weights do not fit. Also if `weights` is missing for class_layer=new or
+            trainable=class_embed, except on the meta device.
     """
 
     mixture = True
@@ -84,11 +85,11 @@ class Mask2FormerHead(Head[MaskOutputs]):
         if not 0 <= drop_path < 1:
             raise UserError(f"head.drop_path={drop_path}: give a probability of at least 0 and below 1.")
         device = torch.get_default_device()
-        if not weights and device.type != "meta":  # there, sizes are counted without the file
+        if not weights and device.type != "meta":  # on meta only sizes are counted, without the file
             _check_without_weights(class_layer, trainable)
         self.no_object, self.deep_supervision = no_object, deep_supervision
         self.weights = weights
-        with torch.device("meta") if weights else nullcontext():  # what a file fills need not be drawn first
+        with torch.device("meta") if weights else nullcontext():  # the file replaces any random initialisation
             self.adapter = VitAdapter(dim, num_heads, drop_path, checkpointing)
             self.pixel_decoder = PixelDecoder(dim, hidden, num_heads, feedforward, checkpointing)
             self.predictor = Predictor(hidden, num_heads, feedforward, num_queries, num_classes + no_object)
@@ -102,11 +103,14 @@ class Mask2FormerHead(Head[MaskOutputs]):
             self.predictor.class_embed.requires_grad_(True)
 
     def run(self, backbone: Backbone, images: Tensor) -> MaskOutputs:
-        """Return the outputs for images (B, 3, H, W), float RGB in 0..1: this head sees the pixels too."""
+        """Return the outputs for images (B, 3, H, W), float RGB in 0..1; the head also reads the pixels."""
         return self.decode(backbone(images), backbone.pixels(images))
 
     def until(self, backbone: Backbone, images: Tensor) -> list[Tensor]:
-        """Return what the backbone gives, and its pixels; queries and masks in turn if the class layer alone learns."""
+        """Return the backbone's frozen features and pixels.
+
+        If only the class layer is trained, return queries and masks in alternation instead.
+        """
         given, pixels = backbone.until(images), backbone.pixels(images)
         if not self._learns_classes_alone(backbone):
             return [*given, pixels]
@@ -115,7 +119,7 @@ class Mask2FormerHead(Head[MaskOutputs]):
         return [part for read in self.predictor.read(levels, mask_features, deep=self._deep) for part in read]
 
     def onwards(self, backbone: Backbone, frozen: list[Tensor], size: tuple[int, int]) -> MaskOutputs:
-        """Return the outputs for what `until` gave of images that entered the backbone at `size` (H, W)."""
+        """Return the outputs for the output of `until` on images that entered the backbone at `size` (H, W)."""
         if not self._learns_classes_alone(backbone):
             return self.decode(backbone.onwards(frozen[:-1], size), frozen[-1])
         return self.predictor.classed(list(zip(frozen[::2], frozen[1::2], strict=True)))
@@ -139,13 +143,13 @@ class Mask2FormerHead(Head[MaskOutputs]):
         return self.predictor(levels, mask_features, deep=self._deep)
 
     def weighted_masks(self, outputs: MaskOutputs) -> WeightedMasks:
-        """Return the masks that `predict` mixes."""
+        """Return the masks and class probabilities that `predict` mixes."""
         return weighted_masks(outputs, self.no_object)
 
     def predict(self, outputs: MaskOutputs, size: tuple[int, int], valid: tuple[float, float]) -> Tensor:
-        """Return class scores (B, K, H, W): over all queries the sum of class probability times mask probability.
+        """Return class scores (B, K, H, W): class probability times mask probability, summed over the queries.
 
-        The masks are brought to `size` first. Scores are at least 0, and no probabilities: they may exceed 1.
+        The masks are upsampled to `size` first. Scores are non-negative but not probabilities: they may exceed 1.
         """
         return semantic_map(outputs, size, valid, self.no_object)
 
@@ -187,7 +191,7 @@ def _hidden_width(dim: int, hidden_dim: int | None, num_heads: int) -> int:
             f"Choose one of {', '.join(map(str, fitting))}."
         )
     step = math.lcm(num_heads, GROUPS)
-    least = math.ceil(2 * GROUPS / step) * step  # a group of one channel has nothing to normalise over in a single cell
+    least = math.ceil(2 * GROUPS / step) * step  # GroupNorm on a single cell needs two channels per group
     if hidden_dim is None:
         return max(least, math.ceil(dim / 2 / step) * step)
     if hidden_dim % step or hidden_dim < least:

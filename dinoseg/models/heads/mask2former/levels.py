@@ -1,4 +1,4 @@
-"""Maps of several levels as one row of tokens: there and back, and where their cells lie."""
+"""Conversion between maps of several levels and one token sequence, and positions of their cells."""
 
 import math
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ Size = tuple[int, int]  # rows and columns of a level
 
 
 def size_of(level: Tensor) -> Size:
-    """Return rows and columns of a map (B, C, h, w)."""
+    """Return the rows and columns of a map (B, C, h, w)."""
     return level.shape[-2], level.shape[-1]
 
 
@@ -20,7 +20,7 @@ def to_tokens(maps: Sequence[Tensor]) -> Tensor:
 
 
 def to_maps(tokens: Tensor, sizes: Sequence[Size]) -> list[Tensor]:
-    """Undo `to_tokens`."""
+    """Invert `to_tokens`."""
     parts = tokens.split([math.prod(size) for size in sizes], dim=1)
     return [part.transpose(1, 2).contiguous().unflatten(2, size) for part, size in zip(parts, sizes, strict=True)]
 
@@ -37,9 +37,10 @@ def cell_centres(sizes: Sequence[Size], like: Tensor) -> Tensor:
 
 
 def sine_positions(size: Size, dim: int, like: Tensor) -> Tensor:
-    """Return sines and cosines (N, dim) of the cells' places: half the channels for y, half for x.
+    """Return sine and cosine position codes (N, dim) of the cells: half the channels for y, half for x.
 
-    Cell i of n is at the angle 2 pi (i + 1) / n, divided by dim / 4 powers of 10000 (Carion et al., arXiv 2005.12872).
+    Cell i of n has the angle 2 pi (i + 1) / n, divided by dim / 4 powers of 10000, as in Carion et al. (arXiv
+    2005.12872).
     """
     rows, columns = size
     pairs = torch.arange(dim // 4, device=like.device, dtype=like.dtype)

@@ -1,4 +1,4 @@
-"""Read a segmentor checkpoint in Meta's layout: every key and every shape accounted for."""
+"""Strict loading of a segmentor checkpoint in Meta's layout: every key and shape is checked."""
 
 import logging
 from collections.abc import Collection, Mapping
@@ -17,7 +17,7 @@ CLASS_LAYER = f"{HEAD}predictor.class_embed."
 
 logger = logging.getLogger(__name__)
 
-# What shapes tell of the segmentor that a file holds: a value, the tensor, its axis and divisor, and the remedy
+# how tensor shapes identify the segmentor of a file: value, tensor, axis, divisor and remedy
 TELLING = (
     ("the backbone's width", f"{ADAPTER}level_embed", 1, 1, "choose the backbone that the file is for"),
     ("hidden_dim", f"{HEAD}predictor.post_norm.weight", 0, 1, "set head.hidden_dim={}"),
@@ -29,18 +29,18 @@ TELLING = (
 
 
 def load_segmentor(head: nn.Module, path: str, *, new_class_layer: bool) -> int:
-    """Fill adapter, pixel decoder and predictor of a head from a file; return how many backbone keys were passed over.
+    """Load adapter, pixel decoder and predictor of a head from a file; return the number of ignored backbone keys.
 
-    The backbone has its own weights: keys below `segmentation_model.0.backbone.` are allowed, and not read.
+    The backbone has its own weights: keys below `segmentation_model.0.backbone.` are allowed and ignored.
 
     Args:
-        head: has the parts `adapter`, `pixel_decoder` and `predictor`; on the meta device it is only checked.
+        head: has the modules `adapter`, `pixel_decoder` and `predictor`; on the meta device it is only checked.
         path: Meta's `.pth` checkpoint, or a safetensors file with the same names.
-        new_class_layer: expect the file's class layer, of any number of classes, but leave the head's as it is.
+        new_class_layer: expect the file's class layer, for any number of classes, but do not load it.
 
     Raises:
-        UserError: the file cannot be read, keys are missing or left over, shapes do not fit, or
-            tensors are no finite numbers.
+        UserError: the file cannot be read, keys are missing or unexpected, shapes do not fit, or tensors are not
+            finite.
     """
     tensors = read_tensors(path)
     passed_over = [key for key in tensors if key.startswith(BACKBONE)]
@@ -63,16 +63,16 @@ def load_segmentor(head: nn.Module, path: str, *, new_class_layer: bool) -> int:
 
 
 def meta_name(name: str) -> str:
-    """Return Meta's name of a parameter or buffer of the head."""
+    """Return Meta's name for a parameter or buffer of the head."""
     part, _, rest = name.partition(".")
     return f"{ADAPTER}{rest}" if part == "adapter" else f"{HEAD}{name}"
 
 
 def read_tensors(path: str) -> dict[str, Tensor]:
-    """Return the tensors of a `.pth` or `.safetensors` file by name; no code in it is run.
+    """Return the tensors of a `.pth` or `.safetensors` file by name, without running pickled code.
 
     Raises:
-        UserError: there is no such file, it cannot be read, or it holds something else.
+        UserError: the file does not exist, cannot be read, or holds anything but tensors.
     """
     tensors = read_tensor_file(Path(path).expanduser(), "head.weights")
     if not all(isinstance(value, Tensor) for value in tensors.values()):

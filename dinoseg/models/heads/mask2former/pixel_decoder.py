@@ -1,4 +1,4 @@
-"""The pixel decoder: deformable attention among three levels, then one step up to stride 4."""
+"""Pixel decoder: deformable attention among three levels, then one step up to stride 4."""
 
 from collections.abc import Sequence
 
@@ -11,21 +11,21 @@ from dinoseg.models.heads.mask2former.deformable import DeformableAttention
 from dinoseg.models.heads.mask2former.levels import Size, cell_centres, sine_positions, size_of, to_maps, to_tokens
 from dinoseg.utils.precision import at_least_float32
 
-GROUPS = 32  # of the group norms
+GROUPS = 32  # of GroupNorm
 LAYERS = 6  # of the encoder
 LEVELS = 3
 
 
 class PixelDecoder(nn.Module):
-    """Mask2Former's pixel decoder (Cheng et al., arXiv 2112.01527), in float32 under autocast too.
+    """Mask2Former's pixel decoder (Cheng et al., arXiv 2112.01527), always in float32.
 
-    The parts are named as in Meta's file.
+    Modules are named as in Meta's file.
 
     Args:
         in_dim: width of the pyramid's maps.
-        dim: width of what is returned; a multiple of `num_heads` and of 32.
-        num_heads: of the deformable attention.
-        feedforward_dim: hidden width of the feed-forward parts.
+        dim: output width; a multiple of `num_heads` and of 32.
+        num_heads: heads of the deformable attention.
+        feedforward_dim: hidden width of the feed-forward blocks.
         checkpointing: recompute the encoder's activations in the backward pass.
     """
 
@@ -65,7 +65,7 @@ class PixelDecoder(nn.Module):
 
 
 class LevelEncoder(nn.Module):
-    """Layers of deformable attention from the cells of all levels to the cells of all levels."""
+    """Stack of deformable attention layers in which the cells of all levels attend to all levels."""
 
     def __init__(self, dim: int, num_heads: int, feedforward_dim: int, checkpointing: bool) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class LevelEncoder(nn.Module):
         nn.init.normal_(self.level_encoding)
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        """Return maps (B, dim, ., .) of the sizes that were given."""
+        """Return updated maps (B, dim, ., .) of the same sizes."""
         sizes = [size_of(level) for level in maps]
         tokens = to_tokens(maps)  # (B, N, dim)
         centres = cell_centres(sizes, like=tokens)
@@ -95,7 +95,7 @@ class LevelEncoder(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """Deformable attention and a feed-forward part, each followed by its LayerNorm."""
+    """Deformable attention and a feed-forward block, each followed by its LayerNorm."""
 
     def __init__(self, dim: int, num_heads: int, feedforward_dim: int) -> None:
         super().__init__()
@@ -108,14 +108,14 @@ class EncoderLayer(nn.Module):
             nn.init.xavier_uniform_(layer.weight)
 
     def forward(self, tokens: Tensor, positions: Tensor, centres: Tensor, sizes: Sequence[Size]) -> Tensor:
-        """Return the tokens (B, N, dim), updated; positions are (N, dim), centres (N, 2)."""
+        """Return the updated tokens (B, N, dim); positions are (N, dim), centres (N, 2)."""
         tokens = self.norm1(tokens + self.self_attn(tokens + positions, centres, tokens, sizes))
         return self.norm2(tokens + self.linear2(self.linear1(tokens).relu()))
 
 
 def _normed_conv(in_dim: int, dim: int, kernel_size: int) -> nn.Conv2d:
     conv = nn.Conv2d(in_dim, dim, kernel_size, padding=kernel_size // 2, bias=False)
-    conv.add_module("norm", nn.GroupNorm(GROUPS, dim))  # inside the convolution, where Meta's names have it
+    conv.add_module("norm", nn.GroupNorm(GROUPS, dim))  # a child of the convolution, as in Meta's names
     return conv
 
 

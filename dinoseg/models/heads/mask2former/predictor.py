@@ -1,4 +1,4 @@
-"""The masked-attention decoder: queries that each become one mask and its class."""
+"""Masked-attention decoder: each query predicts one mask and its class."""
 
 import math
 from collections.abc import Sequence
@@ -15,15 +15,15 @@ LEVELS = 3
 
 
 class Predictor(nn.Module):
-    """Mask2Former's transformer decoder (Cheng et al., arXiv 2112.01527); parts are named as in Meta's file.
+    """Mask2Former's transformer decoder (Cheng et al., arXiv 2112.01527); modules are named as in Meta's file.
 
-    Each layer reads one level, in turn strides 32, 16 and 8, and of it only the cells that the query's mask so far
-    covers; a query whose mask is empty reads all.
+    Layers attend to strides 32, 16 and 8 in turn. A query attends only to the cells inside its current mask, or to
+    all cells if the mask is empty.
 
     Args:
         dim: width of queries and maps.
-        num_heads: divides `dim`.
-        feedforward_dim: hidden width of the feed-forward parts.
+        num_heads: a divisor of `dim`.
+        feedforward_dim: hidden width of the feed-forward blocks.
         num_queries: Q.
         num_outputs: columns of the class layer.
     """
@@ -43,7 +43,7 @@ class Predictor(nn.Module):
         self.reset_class_layer()
 
     def reset_class_layer(self) -> None:
-        """Draw the class layer's weights anew; its biases become zero."""
+        """Reinitialise the class layer at random, with zero biases."""
         nn.init.xavier_uniform_(self.class_embed.weight)
         nn.init.zeros_(self.class_embed.bias)
 
@@ -53,17 +53,17 @@ class Predictor(nn.Module):
         Args:
             levels: maps (B, dim, ., .) of strides 32, 16 and 8.
             mask_features: (B, dim, h, w), of stride 4.
-            deep: whether outputs of earlier layers are wanted.
+            deep: whether to return the outputs of earlier layers.
         """
         return self.classed(self.read(levels, mask_features, deep=deep))
 
     def classed(self, read: Sequence[tuple[Tensor, Tensor]]) -> MaskOutputs:
-        """Return the outputs for what `read` gives."""
+        """Return the outputs, with class logits, for the queries and masks of `read`."""
         *aux, last = (MaskOutputs(self.class_embed(queries), masks) for queries, masks in read)
         return MaskOutputs(last.class_logits, last.mask_logits, aux)
 
     def read(self, levels: Sequence[Tensor], mask_features: Tensor, *, deep: bool) -> list[tuple[Tensor, Tensor]]:
-        """Return queries (B, Q, dim) and their mask logits (B, Q, h, w): the last ones and, if `deep`, earlier ones."""
+        """Return the final queries (B, Q, dim) and mask logits (B, Q, h, w), preceded by earlier ones if `deep`."""
         batch = mask_features.shape[0]
         sizes = [size_of(level) for level in levels]
         cells = [
@@ -97,14 +97,14 @@ class Predictor(nn.Module):
 
     @staticmethod
     def _blocked(mask_logits: Tensor, size: Size) -> Tensor:
-        """Return where queries may not read, (B, 1, Q, N), True = blocked; no row is blocked in full."""
+        """Return blocked positions (B, 1, Q, N), True = blocked; rows that would be blocked in full are unblocked."""
         logits = F.interpolate(mask_logits.detach(), size, mode="bilinear", align_corners=False)
         blocked = logits.sigmoid().flatten(2) < 0.5
         return (blocked & ~blocked.all(-1, keepdim=True))[:, None]
 
 
 class Attention(nn.Module):
-    """Multi-head attention with parameters as those of `nn.MultiheadAttention`, and one mask for all heads."""
+    """Multi-head attention with the parameters of `nn.MultiheadAttention`, and one mask for all heads."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
@@ -117,14 +117,14 @@ class Attention(nn.Module):
         nn.init.zeros_(self.out_proj.bias)
 
     def forward(self, queries: Tensor, keys: Tensor, values: Tensor, blocked: Tensor | None = None) -> Tensor:
-        """Return (B, Q, dim); `blocked` is (B, 1, Q, N), True = not read."""
+        """Return (B, Q, dim); `blocked` is (B, 1, Q, N), True = not attended to."""
         parts = zip((queries, keys, values), self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3), strict=True)
         query, key, value = (
             F.linear(part, weight, bias).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for part, weight, bias in parts
         )  # (B, heads, ., dim / heads)
-        # Plain products, not a fused kernel: its other rounding moves single mask cells across the threshold, and with
-        # them whole queries away from what Meta's code gives. With few queries the scores are small.
+        # no fused kernel: its different rounding moves single mask cells across the threshold, and with them whole
+        # queries away from the outputs of Meta's code; with few queries the scores are small anyway
         scores = query * math.sqrt(1 / query.shape[-1]) @ key.mT  # (B, heads, Q, N)
         if blocked is not None:
             scores = scores.masked_fill(blocked, -math.inf)
@@ -133,7 +133,7 @@ class Attention(nn.Module):
 
 
 class CrossAttentionLayer(nn.Module):
-    """Queries read from the cells of a level; the LayerNorm comes after the sum."""
+    """Queries attend to the cells of a level; post-norm."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
@@ -141,12 +141,12 @@ class CrossAttentionLayer(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, queries: Tensor, places: Tensor, keys: Tensor, values: Tensor, blocked: Tensor) -> Tensor:
-        """Return the queries (B, Q, dim), updated."""
+        """Return the updated queries (B, Q, dim)."""
         return self.norm(queries + self.multihead_attn(queries + places, keys, values, blocked))
 
 
 class SelfAttentionLayer(nn.Module):
-    """Queries read from one another."""
+    """Queries attend to one another; post-norm."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
@@ -154,13 +154,13 @@ class SelfAttentionLayer(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, queries: Tensor, places: Tensor) -> Tensor:
-        """Return the queries (B, Q, dim), updated."""
+        """Return the updated queries (B, Q, dim)."""
         placed = queries + places
         return self.norm(queries + self.self_attn(placed, placed, queries))
 
 
 class FeedForwardLayer(nn.Module):
-    """Two linear layers on each query."""
+    """Two linear layers on each query; post-norm."""
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
@@ -171,5 +171,5 @@ class FeedForwardLayer(nn.Module):
             nn.init.xavier_uniform_(layer.weight)
 
     def forward(self, queries: Tensor) -> Tensor:
-        """Return the queries (B, Q, dim), updated."""
+        """Return the updated queries (B, Q, dim)."""
         return self.norm(queries + self.linear2(self.linear1(queries).relu()))

@@ -1,4 +1,4 @@
-"""Slot attention: slots compete for tokens, each then learns from those it won."""
+"""Slot attention: slots compete for tokens, and each is updated from the tokens it won."""
 
 import math
 from collections.abc import Sequence
@@ -11,46 +11,46 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.precision import at_least_float32
 
 FIRST = ("drawn", "unlike")
-_EPSILON = 1e-6  # against a slot that won no token
-_EVAL_SEED = 0  # of the first slots in eval mode
-_SHARP = 1.5  # of the logits of clusters at first: a token's own slot has this times the root of D, another one less
-_SPREAD = 0.13  # standard deviation of what is drawn beside the tokens that clusters begin at
+_EPSILON = 1e-6  # avoids 0 / 0 for a slot that won no token
+_EVAL_SEED = 0  # seed of the initial slots in eval mode
+_SHARP = 1.5  # scale of initial cluster logits: 1.5 sqrt(D) for a token's own slot, less for others
+_SPREAD = 0.13  # standard deviation of the noise added to the tokens that initialise clusters
 
 
 def slot_weights(queries: Tensor, keys: Tensor, allowed: Tensor | None = None) -> Tensor:
-    """Return which slot each token goes to (B, S, N): a softmax over the slots of the scaled dot products.
+    """Return the assignment of tokens to slots (B, S, N): a softmax over the slots of the scaled dot products.
 
     Args:
         queries: of the slots (B, S, D).
         keys: of the tokens (B, N, D).
-        allowed: which tokens each slot may see (B, S, N), bool, True = may. A token that none may see has zeros.
+        allowed: which tokens each slot may attend to (B, S, N), bool, True = may. Tokens without a slot get zeros.
     """
-    scaled = queries / math.sqrt(queries.shape[-1])  # before the product: half precision does not overflow then
+    scaled = queries / math.sqrt(queries.shape[-1])  # before the product, to avoid overflow in half precision
     logits = at_least_float32(scaled @ keys.mT)  # (B, S, N)
     if allowed is None:
         return logits.softmax(dim=1)
-    # The lowest number instead of -inf: a token that no slot may see would be 0 / 0
+    # finite minimum instead of -inf: avoids 0 / 0 for tokens without any allowed slot
     lowest = logits.masked_fill(~allowed, torch.finfo(logits.dtype).min)
     return lowest.softmax(dim=1).masked_fill(~allowed, 0)
 
 
 class SlotAttention(nn.Module):
-    """Slot attention (Locatello et al., arXiv 2006.15055) whose first slots are drawn from one learnt Gaussian.
+    """Slot attention (Locatello et al., arXiv 2006.15055) with initial slots sampled from one learned Gaussian.
 
-    Slots are updated by a GRU cell and a residual MLP; gradients pass through all iterations. Slots stay in float32
-    under autocast: they go from frame to frame. Queries and keys begin with a variance of one, as in the paper's code,
-    where torch's own initialisation gives a third: logits of a ninth keep slots alike for longer.
+    A GRU cell and a residual MLP update the slots; gradients pass through all iterations. Slots stay in float32 under
+    autocast, since they are passed from frame to frame. Queries and keys are initialised to a variance of one, as in
+    the paper's code. Torch's default gives a third: logits nine times smaller, which keep slots alike for longer.
 
     Args:
         in_dim: width of the tokens.
         slot_dim: D.
         hidden_dim: hidden width of the MLP.
-        num_groups: more than one adds a learnt offset of mean and log-variance for each group.
-        variance_as_std: take exp(log-variance) as the standard deviation itself, not its square.
-        first: `drawn`; or `unlike`: what is drawn, plus a learnt projection of a token, of the tokens that are most
-            unlike one another (`unlike_tokens`). Its weights begin as those of a soft k-means: slots, keys and values
-            are one projection of tokens, and a slot becomes the mean of itself and of what it won. So slots differ
-            from the first step on, where others are alike for hundreds of steps.
+        num_groups: more than one adds a learned offset of mean and log-variance for each group.
+        variance_as_std: use exp(log-variance) as the standard deviation itself, not its square.
+        first: initial slots: `drawn`, samples of the Gaussian; or `unlike`, such samples plus a learned projection of
+            mutually distant tokens (`unlike_tokens`). For `unlike`, the weights are initialised as a soft k-means:
+            slots, keys and values share one projection of tokens, and a slot becomes the mean of itself and of the
+            tokens it won. Slots thus differ from the first step on, instead of being alike for hundreds of steps.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class SlotAttention(nn.Module):
         nn.init.eye_(self.query.weight).mul_(_SHARP)
         nn.init.zeros_(self.mean)
         nn.init.constant_(self.log_variance, math.log(_SPREAD) / self.exponent)
-        told, kept = (weight.chunk(3)[2] for weight in (self.gru.weight_ih, self.gru.weight_hh))  # the new value's
+        told, kept = (weight.chunk(3)[2] for weight in (self.gru.weight_ih, self.gru.weight_hh))  # candidate gate
         nn.init.eye_(told)
         last: nn.Linear = self.mlp[-1]  # type: ignore[assignment]
         biases = (bias.chunk(3)[2] for bias in (self.gru.bias_ih, self.gru.bias_hh))
@@ -99,15 +99,15 @@ class SlotAttention(nn.Module):
             nn.init.zeros_(nothing)
 
     def start(self, tokens: Tensor, sizes: Sequence[int], allowed: Tensor | None = None) -> Tensor:
-        """Return the first slots (B, S, D), `sizes` of each group.
+        """Return the initial slots (B, S, D), with `sizes` slots per group.
 
-        What is drawn comes in train mode from torch's global generator; in eval mode it is the same for every clip and
-        every time.
+        In train mode, noise is sampled from torch's global generator. In eval mode it is the same for every clip and
+        call.
 
         Args:
             tokens: (B, N, in_dim).
             sizes: slots in each group.
-            allowed: which tokens each slot may see (B, S, N), bool, True = may.
+            allowed: which tokens each slot may attend to (B, S, N), bool, True = may.
         """
         drawn = self._drawn(len(tokens), sizes)
         if self.seed is None:
@@ -128,14 +128,14 @@ class SlotAttention(nn.Module):
     def forward(
         self, tokens: Tensor, slots: Tensor, iterations: int, allowed: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Return the slots (B, S, D) after some iterations, and the last one's `slot_weights` (B, S, N).
+        """Return the slots (B, S, D) after some iterations, and the last iteration's `slot_weights` (B, S, N).
 
         Args:
             tokens: (B, N, in_dim).
-            slots: (B, S, D) before.
+            slots: initial slots (B, S, D).
             iterations: at least 1.
-            allowed: which tokens each slot may see (B, S, N), bool, True = may. A token that none may see changes
-                nothing; a slot that may see none is updated with zeros.
+            allowed: which tokens each slot may attend to (B, S, N), bool, True = may. Tokens without a slot have no
+                effect; slots without tokens are updated with zeros.
         """
         tokens = self.norm_tokens(tokens)
         keys, values = self.key(tokens), self.value(tokens)
@@ -157,23 +157,24 @@ class SlotAttention(nn.Module):
             return torch.randn(batch, *shape, device=self.mean.device, dtype=self.mean.dtype)
         if self.mean.is_meta:
             return self.mean.new_empty(batch, *shape)
-        # Drawn on the CPU, once for all clips: the masks depend neither on the device nor on what else is in the batch
+        # sampled once on the CPU for all clips: masks depend neither on the device nor on the rest of the batch
         fixed = torch.randn(shape, generator=torch.Generator().manual_seed(_EVAL_SEED), device="cpu")
         return fixed.to(self.mean).expand(batch, -1, -1)
 
 
 @torch.no_grad()
 def unlike_tokens(tokens: Tensor, count: int, allowed: Tensor | None = None, *, anywhere: bool = False) -> Tensor:
-    """Return the places (B, S) of tokens that are most unlike one another: each is the farthest from all before it.
+    """Return the indices (B, S) of mutually distant tokens: each is the farthest from all previous ones.
 
-    Farthest point sampling (Gonzalez, 1985) by Euclidean distance. The first one is the farthest from the mean of all,
-    or with `anywhere` drawn from torch's global generator.
+    This is farthest point sampling (Gonzalez, 1985) by Euclidean distance. The first token is the farthest from the
+    mean of all tokens, or a random one with `anywhere`.
 
     Args:
         tokens: (B, N, C).
         count: S.
-        allowed: which tokens each slot may take (B, S, N), bool, True = may; one that may take none takes the first.
-        anywhere: draw the first.
+        allowed: which tokens each slot may take (B, S, N), bool, True = may; a slot without any takes the first
+            token.
+        anywhere: sample the first token from torch's global generator.
     """
     tokens = at_least_float32(tokens)
     mean = tokens.mean(1, keepdim=True)
@@ -188,13 +189,13 @@ def unlike_tokens(tokens: Tensor, count: int, allowed: Tensor | None = None, *, 
 
 
 def _gaussian_part(groups: int, dim: int) -> nn.Parameter:
-    """Return a parameter (1, groups, dim); each group's row as Xavier initialisation draws a (1, 1, dim)."""
+    """Return a parameter (1, groups, dim), each row with the Xavier initialisation of shape (1, 1, dim)."""
     bound = math.sqrt(3 / dim)
     return nn.Parameter(torch.empty(1, groups, dim).uniform_(-bound, bound))
 
 
 def check_enough_cells(num_slots: int, grid: tuple[int, int]) -> None:
-    """Refuse more slots than there are cells to share out."""
+    """Refuse more slots than cells in the grid."""
     cells = grid[0] * grid[1]
     if num_slots > cells:
         raise UserError(

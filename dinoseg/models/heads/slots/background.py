@@ -1,4 +1,4 @@
-"""What the class token does not look at is background."""
+"""Background estimation from the attention of the class token."""
 
 from torch import Tensor
 
@@ -6,11 +6,11 @@ from dinoseg.utils.precision import at_least_float32
 
 
 def background_mask(attention: Tensor) -> Tensor:
-    """Return where the background is (B, h, w), bool, True = background, from attention of the class token.
+    """Return the background (B, h, w), bool, True = background, from the attention of the class token.
 
-    Heads that look at few places count more (after Siméoni et al., FOUND, arXiv 2212.07834). A head looks at the cells
-    above the mean of all heads; its weight is the logarithm of all heads' number of such cells over its own. Background
-    is where the weighted mean of the heads lies below its mean over the grid.
+    Heads that attend to few cells get a higher weight (after Siméoni et al., FOUND, arXiv 2212.07834). A head attends
+    to the cells above the mean over all heads. Its weight is the logarithm of the number of such cells of all heads
+    divided by its own. Background is where the weighted mean over the heads lies below its mean over the grid.
 
     Args:
         attention: (B, heads, h, w), at least 0.
@@ -20,6 +20,6 @@ def background_mask(attention: Tensor) -> Tensor:
     looked_at = looked_at.to(attention.dtype)
     weights = (looked_at.sum(dim=1, keepdim=True) / looked_at).log()
     if attention.shape[1] == 1:
-        weights = weights + 1  # a head alone has no other to be weighed against: log(1) would leave nothing of it
+        weights = weights + 1  # with a single head the weight would be log(1) = 0
     seen = (attention * weights[:, :, None, None]).mean(dim=1)  # (B, h, w)
     return seen < seen.mean(dim=(1, 2), keepdim=True)

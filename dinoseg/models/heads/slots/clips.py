@@ -1,4 +1,4 @@
-"""The frames of a clip, one after the other: which of them tell of others, and what they tell together."""
+"""Source frames of a clip, and assembly of their outputs."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -12,21 +12,23 @@ from dinoseg.utils.errors import UserError
 
 
 class SeenFrame(NamedTuple):
-    """What slots make of one frame."""
+    """Slots, attention and reconstructions of one frame."""
 
     slots: Tensor  # (B, S, D)
     attention: Tensor  # (B, S, h, w)
-    told: list[Decoded]  # of the frames that the steps lead to, one for each
+    told: list[Decoded]  # reconstructions, one for each offset in `steps`
 
 
 def telling_frames(frames: int, steps: Sequence[int], *, training: bool, learns_onwards: bool) -> int:
-    """Return how many frames of a clip tell of themselves or later ones; the last max(steps) are only told of.
+    """Return the number of source frames, whose slots reconstruct frames.
+
+    The last max(steps) frames are only targets.
 
     Args:
-        frames: of the clip.
-        steps: offsets in frames.
-        training: else an image, a clip of one frame, tells of itself whatever the steps.
-        learns_onwards: whether a predictor learns from one such frame to the next, and so needs two.
+        frames: number of frames in the clip.
+        steps: offsets in frames of the reconstruction targets.
+        training: False allows an image, a clip of one frame, as its own source whatever the steps.
+        learns_onwards: whether the predictor is trained from one source frame to the next, and so needs two.
 
     Raises:
         UserError: the clip is too short.
@@ -49,13 +51,13 @@ def telling_frames(frames: int, steps: Sequence[int], *, training: bool, learns_
 
 
 def clip_outputs(features: Tensor, frames: Sequence[SeenFrame], steps: list[int], mask_step: int) -> SlotOutputs:
-    """Return what frames of clips tell together.
+    """Return the outputs of the source frames, stacked over time.
 
     Args:
         features: (B, T, C, h, w).
-        frames: those that tell, in order.
-        steps: offsets in frames of what each of them tells.
-        mask_step: index into `steps` of what goes with a frame's own cells, and so with their similarity.
+        frames: source frames, in order.
+        steps: offsets in frames of their reconstructions.
+        mask_step: index into `steps` of the reconstruction used for masks and similarity.
     """
     told = list(zip(*(frame.told for frame in frames), strict=True))  # by step, then by frame
     similarity = [decoded.similarity for decoded in told[mask_step] if decoded.similarity is not None]
@@ -71,7 +73,7 @@ def clip_outputs(features: Tensor, frames: Sequence[SeenFrame], steps: list[int]
 
 
 def check_similar_cells(grid: tuple[int, int], trained_grid: tuple[int, int]) -> None:
-    """Refuse frames of other cells than the similarity is predicted over."""
+    """Refuse a grid other than the one the similarity is predicted over."""
     if grid != trained_grid:
         raise UserError(
             f"head.similarity=true predicts {trained_grid[0]} x {trained_grid[1]} cells (head.positions_grid), but "

@@ -1,4 +1,4 @@
-"""The spatial broadcast decoder: each slot paints the whole grid, and says how much of each cell is its own."""
+"""Spatial broadcast decoder: each slot predicts features on the whole grid, and an alpha mask."""
 
 from typing import NamedTuple
 
@@ -13,30 +13,31 @@ DEPTH = 4  # layers
 
 
 class Decoded(NamedTuple):
-    """What slots paint together."""
+    """Features and masks decoded from all slots together."""
 
     features: Tensor  # (B, C, h, w)
-    alpha: Tensor  # (B, S, h, w), over the slots it sums to 1
+    alpha: Tensor  # (B, S, h, w), sums to 1 over the slots
     similarity: Tensor | None  # (B, num_cells, h, w) logits
 
 
 class SlotDecoder(nn.Module):
-    """An MLP per slot and cell, the same for all, over the cell's position and the slot (Seitzer et al., 2209.14860).
+    """MLP shared by all slots and cells, on the cell's position and the slot (Seitzer et al., 2209.14860).
 
-    Its last output is the logit of the alpha mask, a softmax over the slots; all others are averaged over the slots
-    with the alpha mask as weights. Two shortcuts give the same numbers for less. The first layer is split:
-    its position part is computed once for all slots, its slot part once for all cells. The last is linear and the
-    weights sum to 1, so hidden values are averaged before it, and it runs once per cell and not per slot.
+    Its last output is the logit of the alpha mask, a softmax over the slots. All other outputs are averaged over the
+    slots with the alpha mask as weights. Two optimisations give the same numbers at lower cost. The first layer is
+    split: its position part is computed once for all slots, its slot part once for all cells. The last layer is
+    linear and the weights sum to 1, so hidden values are averaged first. The layer then runs once per cell, not per
+    slot.
 
-    The hidden values are the memory of training: 3 x B x S x h x w x hidden_dim numbers for each frame and step, in
-    float32 96 MB for 10 slots, 28 x 28 cells and 1,024 hidden values, so 11 GB for 16 clips of 7 frames.
+    The hidden values dominate training memory: 3 x B x S x h x w x hidden_dim numbers for each frame and step. In
+    float32, 10 slots, 28 x 28 cells and 1,024 hidden values take 96 MB, so 16 clips of 7 frames take 11 GB.
 
     Args:
         slot_dim: D.
         out_dim: C, channels of the features.
         hidden_dim: width of the hidden layers.
-        positions: what tells the cells apart.
-        num_cells: further outputs, logits over so many cells.
+        positions: position embedding of the cells.
+        num_cells: number of additional outputs, logits over this many cells.
     """
 
     def __init__(self, slot_dim: int, out_dim: int, hidden_dim: int, positions: Positions, num_cells: int = 0) -> None:
@@ -48,7 +49,7 @@ class SlotDecoder(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(*pair) for pair in zip(widths, widths[1:], strict=False))
 
     def forward(self, slots: Tensor, grid: tuple[int, int], *, similarity: bool = False) -> Decoded:
-        """Return what slots (B, S, D) paint on a grid (h, w); `similarity` asks for the logits over cells too."""
+        """Return the decoded slots (B, S, D) on a grid (h, w); `similarity` adds the logits over cells."""
         hidden = self._hidden(slots, grid)  # (B, N, S, hidden_dim)
         last: nn.Linear = self.layers[-1]  # type: ignore[assignment]
         alpha = at_least_float32(F.linear(hidden, last.weight[-1:], last.bias[-1:])).softmax(dim=2)  # (B, N, S, 1)

@@ -1,4 +1,4 @@
-"""The slot head: segments that explain the backbone's features, frame after frame, without labels."""
+"""Slot head: unsupervised segments that reconstruct the backbone's features, frame by frame."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -32,38 +32,40 @@ MASK_SOURCES = ("attention", "alpha")
 
 
 class SlotHead(Head[SlotOutputs]):
-    """Slots that gather the features of a frame, and from which those of this and of later frames are reconstructed.
+    """Slots that bind to the features of a frame and reconstruct those of this and later frames.
 
-    Slot attention with SAVi's predictor between frames (Kipf et al., arXiv 2111.12594) on features of a frozen
-    transformer, reconstructed by an MLP decoder (DINOSAUR, Seitzer et al., arXiv 2209.14860). No weight depends on the
-    number of slots: a trained head may run with another.
+    Slot attention, with SAVi's predictor between frames (Kipf et al., arXiv 2111.12594), runs on the features of a
+    frozen transformer. An MLP decoder reconstructs these (DINOSAUR, Seitzer et al., arXiv 2209.14860). No weight
+    depends on the number of slots: a trained head may run with another number.
 
     Args:
         in_dim: width of the backbone's map.
-        num_layers: of those maps; one.
+        num_layers: number of maps; one.
         num_slots: S, or (background, foreground) slots with `groups`.
         slot_dim: D.
         hidden_dim: hidden width of the MLP of slot attention.
-        iterations: of slot attention in a frame.
-        first_iterations: the same where slots are drawn anew; None = `iterations`.
-        first: where slots are drawn anew, they are `drawn` alone, or begin at the cells that are most `unlike` one
-            another.
-        groups: in which frames background slots see only what the class token does not look at, and foreground slots
-            only the rest: `off`, `initial` (the first frame) or `always`.
-        variance_as_std: take exp(log-variance) as the first slots' standard deviation itself.
-        token_positions: add a learnt linear code of its place to each token that slots see (Locatello et al., arXiv
-            2006.15055), for backbones whose features hardly tell where they are: rotary positions (DINOv3), colours.
-        standardise: slots see, and reconstruct, each channel of the features with mean 0 and variance 1 over what
-            training has seen.
-        predictor: `savi`, `carry` (slots enter the next frame as they are) or `none` (drawn anew in every frame).
-        alone: share of the training at whose beginning every frame's slots are drawn anew, whatever the predictor.
-        decoder_first: share of the training at whose beginning the decoder alone learns: by what it tells before it
-            can tell anything, slots that begin as clusters would only become alike.
-        steps: offsets in frames that are reconstructed: n = 0 to n, or a list.
+        iterations: iterations of slot attention per frame.
+        first_iterations: the same for frames with newly initialised slots; None = `iterations`.
+        first: initialisation of slots: `drawn` samples noise only, `unlike` starts from mutually distant cells.
+        groups: frames in which background slots attend only to cells that the class token ignores, and foreground
+            slots only to the rest: `off`, `initial` (the first frame) or `always`.
+        variance_as_std: use exp(log-variance) of the initial slots as their standard deviation itself.
+        token_positions: add a learned linear position code to the tokens (Locatello et al., arXiv 2006.15055), for
+            backbones whose features hardly encode positions: rotary positions (DINOv3), colours.
+        standardise: standardise each channel of the features to mean 0 and variance 1 over the training data, both as
+            input of the slots and as reconstruction target.
+        predictor: `savi`, `carry` (slots enter the next frame unchanged) or `none` (initialised again in every
+            frame).
+        alone: initial share of the training in which slots are initialised again in every frame, whatever the
+            predictor.
+        decoder_first: initial share of the training in which only the decoder learns. The gradients of an untrained
+            decoder would only make slots alike that are initialised as clusters.
+        steps: offsets in frames of the reconstruction targets: n = 0 to n, or a list.
         time_decoder: `none`, `linear` or `attention`, one for each of `steps`, applied to slots before decoding.
         decoder_dim: hidden width of the decoder.
         positions: `learnt`, `sine` or `linear`.
-        positions_grid: (h, w) that the first two are made for, and whose cells `similarity` is about; else unused.
+        positions_grid: (h, w) of the training cells, for `learnt` and `sine` positions and for `similarity`;
+            otherwise unused.
         similarity: predict logits over the next frame's cells (VideoSAUR, Zadaianchuk et al., arXiv 2306.04829).
         mask_source: `attention`, or the decoder's `alpha` (of offset 0 if that is among `steps`, else of the first).
         checkpointing: recompute the decoder in the backward pass: less memory, more time.
@@ -116,7 +118,7 @@ class SlotHead(Head[SlotOutputs]):
         self.steps = resolve_steps(steps)
         self.similarity = similarity
         self.checkpointing = checkpointing
-        # the step whose alpha is the mask of a frame: of the frame itself, if that is reconstructed
+        # offset whose alpha masks segment a frame: 0 if the frame itself is reconstructed
         self.mask_step = self.steps.index(0) if 0 in self.steps else 0
         self.grid = training_grid(positions_grid, positions, similarity)
         self.slot_attention = SlotAttention(
@@ -138,15 +140,15 @@ class SlotHead(Head[SlotOutputs]):
 
     @property
     def late(self) -> tuple[float, Sequence[nn.Module]]:
-        """All that makes slots learns after what decodes them."""
+        """The share of training after which the modules that produce slots start to learn, and these modules."""
         makers = (self.slot_attention, self.place, self.predictor)
         return self.decoder_first, [part for part in makers if part is not None]
 
     def fits(self, backbone: Backbone) -> None:
-        """Refuse a backbone without a class token where groups need its attention.
+        """Refuse a backbone without a class token if groups need its attention.
 
         Raises:
-            UserError: naming what fits.
+            UserError: the backbone does not fit; the message names ones that do.
         """
         if self.groups != "off" and not backbone.has_class_attention:
             raise UserError(
@@ -156,11 +158,11 @@ class SlotHead(Head[SlotOutputs]):
             )
 
     def set_progress(self, share: float) -> None:
-        """Carry slots from frame to frame from the share `alone` of the training on."""
+        """Set the finished share of training; from `alone` on, slots are carried from frame to frame."""
         self.progress = share
 
     def run(self, backbone: Backbone, images: Tensor) -> SlotOutputs:
-        """Return the outputs for clips (B, T, 3, H, W), or for images (B, 3, H, W) as clips of one frame each."""
+        """Return the outputs for clips (B, T, 3, H, W), or for images (B, 3, H, W) as clips of one frame."""
         clips = images if images.dim() == 5 else images[:, None]
         frames = clips.flatten(0, 1)  # (B * T, 3, H, W)
         if self.groups == "off":
@@ -172,15 +174,15 @@ class SlotHead(Head[SlotOutputs]):
     def follow(self, features: Tensor, background: Tensor | None = None) -> SlotOutputs:
         """Return slots, masks and reconstructions of clips.
 
-        The last max(steps) frames are only targets. In eval mode an image, a clip of one frame, is segmented all the
-        same, even if no target is left.
+        The last max(steps) frames are only targets. In eval mode an image, a clip of one frame, is segmented even if
+        no target is left.
 
         Args:
             features: (B, T, C, h, w).
-            background: (B, T, h, w), bool, True = background; with groups, and only then.
+            background: (B, T, h, w), bool, True = background; required with groups, None without.
 
         Raises:
-            UserError: a clip too short for its steps, on another grid than similarity needs, or with fewer cells than
+            UserError: a clip too short for its steps, a grid that `similarity` does not fit, or fewer cells than
                 slots.
         """
         assert (background is None) == (self.groups == "off")
@@ -216,9 +218,9 @@ class SlotHead(Head[SlotOutputs]):
 
         Args:
             features: (B, C, h, w).
-            slots: of the frame before (B, S, D); None in the first.
-            allowed: which cells each slot may see (B, S, h, w), bool, True = may; None: all may see all.
-            sizes: slots to draw in each group (one number without groups), where they are drawn; None = the head's.
+            slots: slots (B, S, D) of the previous frame; None in the first.
+            allowed: which cells each slot may attend to (B, S, h, w), bool, True = may; None: all cells.
+            sizes: slots per group (one number without groups) for new slots; None = the head's.
 
         Raises:
             UserError: fewer cells than slots.
@@ -247,23 +249,23 @@ class SlotHead(Head[SlotOutputs]):
         else:
             slots, iterations = self.slot_attention.start(tokens, sizes, seen), self.first_iterations
             if guess is not None:
-                slots = slots + 0.0 * guess  # ranks wait for a gradient of every weight
+                slots = slots + 0.0 * guess  # DDP expects a gradient for every weight
         slots, attention = self.slot_attention(tokens, slots, iterations, seen)
         return slots, attention.unflatten(2, grid)
 
     def decode(self, slots: Tensor, grid: tuple[int, int], step: int = 0) -> tuple[Tensor, Tensor]:
-        """Return the features (B, C, h, w) and the alpha masks (B, S, h, w) that slots (B, S, D) tell of.
+        """Return the features (B, C, h, w) and the alpha masks (B, S, h, w) decoded from slots (B, S, D).
 
         Args:
             slots: (B, S, D) of one frame.
-            grid: (h, w) to paint.
+            grid: (h, w) of the output.
             step: index into `steps`.
         """
         decoded = self._decode(slots, grid, step, False)
         return decoded.features, decoded.alpha
 
     def masks(self, slots: Tensor, attention: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Return the soft masks (B, S, h, w) of one frame, by its slots (B, S, D) or its attention (B, S, h, w)."""
+        """Return the soft masks (B, S, h, w) of one frame, given its slots (B, S, D) and attention (B, S, h, w)."""
         return attention if self.mask_source == "attention" else self.decode(slots, grid, self.mask_step)[1]
 
     def predict(self, outputs: SlotOutputs, size: tuple[int, int], valid: tuple[float, float]) -> Tensor:
@@ -283,7 +285,7 @@ class SlotHead(Head[SlotOutputs]):
 
 
 def _map_width(in_dim: int | Sequence[int], num_layers: int) -> int:
-    """Return the width of the one map; refuse several."""
+    """Return the width of the single map; refuse several maps."""
     if num_layers != 1:
         raise UserError(
             f"head=slots gathers from one feature map, but backbone.layers gives {num_layers}. "

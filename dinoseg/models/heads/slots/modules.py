@@ -1,4 +1,4 @@
-"""Channels of mean 0 and variance 1, over all that training has seen."""
+"""Building blocks of the slot head: feature standardisation, slot groups, step offsets and time decoders."""
 
 from collections.abc import Sequence
 
@@ -13,10 +13,11 @@ from dinoseg.utils.precision import at_least_float32
 
 
 class Standard(nn.BatchNorm2d):
-    """Standardises channels of features (B, C, h, w): in training over the batch, else by the mean over all batches.
+    """Standardise channels of features (B, C, h, w): by the batch in training, by running statistics in eval mode.
 
-    What is frozen gives the same features from first to last, so no batch counts more than another. That is
-    `momentum=None` of BatchNorm, which reads its own count, and so waits for the device, in each step; this does not.
+    The running statistics are the mean over all training batches with equal weight, since frozen features do not
+    change during training. `momentum=None` of BatchNorm gives the same, but reads its batch counter in each step and
+    so synchronises with the device; this class does not.
     """
 
     def __init__(self, channels: int) -> None:
@@ -26,7 +27,7 @@ class Standard(nn.BatchNorm2d):
         """Return the standardised features.
 
         Raises:
-            UserError: a single cell to train on.
+            UserError: a training batch has a single cell.
         """
         if not self.training:
             return super().forward(features)
@@ -36,7 +37,7 @@ class Standard(nn.BatchNorm2d):
                 "cell. Enlarge data.batch_size or resolution.crop, or set head.standardise=false."
             )
         mean, variance, count = self.running_mean, self.running_var, self.num_batches_tracked
-        assert mean is not None and variance is not None and count is not None  # it tracks them
+        assert mean is not None and variance is not None and count is not None  # running stats are enabled
         with torch.no_grad():
             of_batch = torch.var_mean(at_least_float32(features), (0, 2, 3))
             count += 1
@@ -49,7 +50,7 @@ GROUPS = ("off", "initial", "always")
 
 
 def slot_sizes(num_slots: int | Sequence[int], groups: str) -> list[int]:
-    """Return the number of slots in each group, all in one without groups."""
+    """Return the number of slots in each group; a single group if groups are off."""
     sizes = [num_slots] if isinstance(num_slots, int) else list(num_slots)
     shown = str(sizes).replace(" ", "") if not isinstance(num_slots, int) else num_slots
     if min(sizes, default=0) < 1:
@@ -68,11 +69,11 @@ def slot_sizes(num_slots: int | Sequence[int], groups: str) -> list[int]:
 
 
 def allowed_cells(background: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Return which cells each slot may see (B, S, h, w), bool, True = may.
+    """Return which cells each slot may attend to (B, S, h, w), bool, True = may.
 
     Args:
-        background: where it is (B, h, w), bool.
-        sizes: slots of the background and of the foreground, which come in this order.
+        background: background mask (B, h, w), bool.
+        sizes: number of background and of foreground slots, in the order of the output.
     """
     cells = background[:, None]
     num_background, num_foreground = sizes
@@ -83,10 +84,10 @@ TIME_DECODERS = ("none", "linear", "attention")
 
 
 def resolve_steps(steps: int | Sequence[int]) -> list[int]:
-    """Return the offsets in frames: a number n means 0 to n, a list itself.
+    """Return the offsets in frames: 0 to n for a number n, a list unchanged.
 
     Raises:
-        UserError: none, a negative one or one twice.
+        UserError: no offset, a negative one, or a duplicate.
     """
     offsets = list(range(steps + 1)) if isinstance(steps, int) else list(steps)
     if not offsets or min(offsets) < 0 or len(set(offsets)) < len(offsets):
@@ -98,22 +99,22 @@ def resolve_steps(steps: int | Sequence[int]) -> list[int]:
 
 
 class SlotsToSlots(nn.Module):
-    """Attention of slots to one another, and nothing beside it."""
+    """Self-attention of slots, without residual or norm."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.attention = nn.MultiheadAttention(dim, HEADS, batch_first=True)
 
     def forward(self, slots: Tensor) -> Tensor:
-        """Return slots (B, S, D)."""
+        """Return updated slots (B, S, D)."""
         return self.attention(slots, slots, slots, need_weights=False)[0]
 
 
 def make_time_decoders(kind: str, dim: int, count: int) -> nn.ModuleList:
-    """Return a module for each of `count` steps, slots (B, S, D) to slots.
+    """Return a module from slots (B, S, D) to slots for each of `count` steps.
 
     Raises:
-        UserError: an unknown kind, or a width that the attention cannot split.
+        UserError: unknown kind, or a width not divisible by the attention heads.
     """
     check_choice("time_decoder", kind, TIME_DECODERS)
     if kind == "attention":

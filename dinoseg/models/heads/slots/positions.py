@@ -1,4 +1,4 @@
-"""Where a cell lies, as numbers that the decoder reads beside a slot."""
+"""Position codes of cells for the slot decoder and for tokens."""
 
 from collections.abc import Sequence
 
@@ -11,19 +11,19 @@ from dinoseg.utils.errors import UserError
 
 KINDS = ("learnt", "sine", "linear")
 _CHANNELS = {"learnt": 4, "sine": 4, "linear": 2}
-_APART = 1.5  # standard deviation of what a token is told of its place at first, where clusters begin by it
+_APART = 1.5  # initial standard deviation of a token's position code if slots start as clusters
 
 
 def training_grid(positions_grid: Sequence[int] | None, positions: str, similarity: bool) -> tuple[int, int]:
-    """Return rows and columns of the cells in training, (1, 1) where nothing is made for them.
+    """Return rows and columns of the training cells, or (1, 1) if no module depends on them.
 
     Args:
-        positions_grid: these, if they are known.
+        positions_grid: rows and columns, or None if unknown.
         positions: kind of positions.
         similarity: whether logits over these cells are predicted.
 
     Raises:
-        UserError: no such pair, or none where one is needed.
+        UserError: invalid rows and columns, or None although they are needed.
     """
     if positions_grid is None and (similarity or positions != "linear"):
         user = "head.similarity=true" if similarity else f"head.positions={positions}"
@@ -38,15 +38,15 @@ def training_grid(positions_grid: Sequence[int] | None, positions: str, similari
 
 
 def linear_positions(grid: tuple[int, int], like: Tensor) -> Tensor:
-    """Return (2, h, w): row, then column, from -1 at the first to 1 at the last."""
+    """Return row and column coordinates (2, h, w), from -1 at the first to 1 at the last."""
     lines = (torch.linspace(-1, 1, cells, device=like.device, dtype=like.dtype) for cells in grid)
     return torch.stack(torch.meshgrid(*lines, indexing="ij"))
 
 
 def token_places(dim: int, *, clusters: bool) -> nn.Linear:
-    """Return what makes a code (..., dim) of a place (..., 2) to add to a token.
+    """Return a linear layer from a position (..., 2) to a code (..., dim) that is added to a token.
 
-    With `clusters` it weighs as much at first as channels of variance 1, so that what lies apart is told apart.
+    With `clusters`, its initial magnitude matches channels of variance 1, so that distant tokens are distinguishable.
     """
     places = nn.Linear(2, dim)
     if clusters:
@@ -56,21 +56,22 @@ def token_places(dim: int, *, clusters: bool) -> nn.Linear:
 
 
 def sine_positions(grid: tuple[int, int], like: Tensor) -> Tensor:
-    """Return (4, h, w): sine and cosine of the column's number, then of the row's, in radians."""
+    """Return (4, h, w): sine and cosine of the column index, then of the row index, in radians."""
     lines = (torch.arange(cells, device=like.device, dtype=like.dtype) for cells in grid)
     rows, columns = torch.meshgrid(*lines, indexing="ij")
     return torch.stack([columns.sin(), columns.cos(), rows.sin(), rows.cos()])
 
 
 class Positions(nn.Module):
-    """Positions of one kind for any grid.
+    """Position codes of one kind for any grid.
 
     Args:
-        kind: `learnt` or `sine`, made for one grid and resampled bicubically to any other; or `linear`, made for each.
-        grid: (h, w) for which the first two are made.
+        kind: `learnt` or `sine`, defined on one grid and resampled bicubically to any other; or `linear`, computed
+            for each grid.
+        grid: (h, w) on which the first two are defined.
 
     Raises:
-        UserError: an unknown kind.
+        UserError: unknown kind.
     """
 
     def __init__(self, kind: str, grid: tuple[int, int]) -> None:
@@ -83,7 +84,7 @@ class Positions(nn.Module):
         self.table = nn.Parameter(nn.init.xavier_uniform_(torch.empty(shape))) if kind == "learnt" else None
 
     def forward(self, grid: tuple[int, int], like: Tensor) -> Tensor:
-        """Return positions (channels, h, w) on the device of `like`, in its precision."""
+        """Return positions (channels, h, w) with the device and dtype of `like`."""
         if self.kind == "linear":
             return linear_positions(grid, like)
         stored = self.table if self.table is not None else sine_positions(self.grid, like)

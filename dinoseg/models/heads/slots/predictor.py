@@ -1,18 +1,18 @@
-"""From the slots of one frame to a first guess of those of the next."""
+"""Predictors that initialise the slots of a frame from those of the previous one."""
 
 from torch import Tensor, nn
 
 from dinoseg.models.heads.options import check_choice
 from dinoseg.utils.errors import UserError
 
-HEADS = 4  # of every attention between slots
+HEADS = 4  # attention heads between slots
 PREDICTORS = ("savi", "carry", "none")
 
 
 class SaviPredictor(nn.Module):
-    """Slots look at one another, then each at itself; normalised after each residual (Kipf et al., arXiv 2111.12594).
+    """Self-attention between slots, then a feed-forward layer, both post-norm (Kipf et al., arXiv 2111.12594).
 
-    Its feed-forward part is a single layer.
+    The feed-forward part is a single layer.
     """
 
     def __init__(self, dim: int) -> None:
@@ -23,17 +23,17 @@ class SaviPredictor(nn.Module):
         self.norm_mlp = nn.LayerNorm(dim)
 
     def forward(self, slots: Tensor) -> Tensor:
-        """Return slots (B, S, D)."""
+        """Return the predicted slots (B, S, D)."""
         seen, _ = self.attention(slots, slots, slots, need_weights=False)
         slots = self.norm_attention(slots + seen)
         return self.norm_mlp(slots + self.mlp(slots))
 
 
 def make_predictor(kind: str, dim: int) -> nn.Module | None:
-    """Return what takes slots to the next frame; None draws them anew in every frame.
+    """Return the predictor of slots in the next frame, or None to initialise slots again in every frame.
 
     Raises:
-        UserError: an unknown kind, or a width that the attention cannot split.
+        UserError: unknown kind, or a width not divisible by the attention heads.
     """
     check_choice("predictor", kind, PREDICTORS)
     if kind == "savi":
@@ -43,7 +43,7 @@ def make_predictor(kind: str, dim: int) -> nn.Module | None:
 
 
 def check_heads(dim: int, user: str) -> None:
-    """Refuse a slot width that attention heads cannot share evenly."""
+    """Refuse a slot width that is not divisible by the number of attention heads."""
     if dim % HEADS:
         raise UserError(
             f"head.slot_dim={dim} is no multiple of {HEADS}, the heads of {user}. "
