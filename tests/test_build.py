@@ -1,8 +1,11 @@
-"""A segmenter that is built for a file of all its parameters: nothing but these is left out."""
+"""Segmenters that are built without values: on the meta device, or for a file of all their parameters."""
 
 import pytest
+import timm
 import torch
+from command_line import SMALL, call, write_data
 from omegaconf import OmegaConf
+from safetensors.torch import save_file
 from test_matrix import SMALL_HEADS
 from tiny_parts import BACKBONES, load, tiny_node
 
@@ -38,3 +41,22 @@ def test_parameters_alone_are_not_initialised(monkeypatch, backbone, head):
     images = torch.randint(0, 256, (1, 3, 32, 48), dtype=torch.uint8)
     with torch.no_grad():
         assert torch.equal(bare(images).logits(), whole(images).logits())
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_convnext", "test_efficientnet"])
+def test_an_outline_has_the_unused_parameters_of_the_model(name):
+    cfg = config("timm_vit", "linear")
+    cfg.backbone.name, cfg.backbone.patch_size = name, None
+    assert build.outline(cfg).backbone.unused == build.model(cfg).backbone.unused
+
+
+def test_a_tuned_resnet_with_weights_of_a_file_is_evaluated_and_resumed(tmp_path):
+    write_data(tmp_path / "data")
+    save_file(timm.create_model("test_resnet").state_dict(), tmp_path / "weights.safetensors")
+    words = [word for word in SMALL if not word.startswith(("backbone", "adapter"))]
+    words += ["backbone=timm", "backbone.name=test_resnet", "backbone.weights=weights.safetensors", "adapter=full"]
+    quick = ("mode.metrics_only=true", "mode.report=false", "hydra.run.dir=run")
+    assert call(tmp_path, "mode=train", *words, *quick).status == 0
+    for command in (("mode=eval", "resume=run", "engine=cpu"), ("mode=train", "resume=run", "trainer.steps=3")):
+        done = call(tmp_path, *command, "mode.metrics_only=true")
+        assert done.status == 0, done.err

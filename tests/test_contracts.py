@@ -119,13 +119,15 @@ def test_a_part_that_keeps_no_contract_is_refused(compose):
     remedy = r"Let it inherit that class, which says what is asked of it and has defaults for the rest\."
     for key in ("backbone", "head"):
         cfg = OmegaConf.merge(compose("backbone=tiny", "data=camvid", "data.root=x"), {key: plain})
-        with pytest.raises(UserError, match=rf"{key}: Identity is no dinoseg\.contracts\.{key.title()}\. {remedy}"):
+        with pytest.raises(
+            UserError, match=rf"{key}: Identity is no dinoseg\.core\.contracts\.{key.title()}\. {remedy}"
+        ):
             build.model(cfg, untrained=True)
         if key == "backbone":  # alone, as label propagation takes it
             with pytest.raises(UserError, match=r"backbone: Identity is no"):
                 build.backbone(cfg)
     cfg = OmegaConf.merge(compose("data=camvid", "data.root=x"), {"loss": {"criterion": plain}})
-    with pytest.raises(UserError, match=rf"loss\.criterion: Identity is no dinoseg\.contracts\.Loss\. {remedy}"):
+    with pytest.raises(UserError, match=rf"loss\.criterion: Identity is no dinoseg\.core\.contracts\.Loss\. {remedy}"):
         criteria.criterion(cfg, class_weights=torch.ones(2))
 
 

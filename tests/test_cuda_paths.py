@@ -38,7 +38,7 @@ VALIDATION = {  # at its end
 LOGGED = {
     "metrics/confusion.py _raise_for_outsiders: read": 1,
     "metrics/confusion.py compute: read": 2,
-    "training/outcome.py read: work just launched": 1,
+    "training/trainee.py read: work just launched": 1,
 }
 MATCHING = {"losses/matching.py match: copy to the host": 1}
 

@@ -135,15 +135,22 @@ def outline(cfg: DictConfig) -> Segmenter:
 
 
 class _NoInit(TorchFunctionMode):
-    """Skip the initialisation of parameters, and of meta tensors, for which torch would decompose the operation."""
+    """Skip the initialisation of parameters, and of meta tensors, for which torch would decompose the operation.
+
+    Operations of a forward pass are executed: a backbone reads off their graph which parameters reach its maps.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: D105
         kwargs = kwargs or {}
         if getattr(func, "__module__", "") == "torch.nn.init" or getattr(func, "__name__", "") in _FILLS:
             tensor = args[0] if args else kwargs.get("tensor")
-            if isinstance(tensor, torch.nn.Parameter) or (isinstance(tensor, torch.Tensor) and tensor.is_meta):
+            if isinstance(tensor, torch.nn.Parameter) or _is_unfilled(tensor):
                 return tensor
         return func(*args, **kwargs)
+
+
+def _is_unfilled(tensor: Any) -> bool:
+    return isinstance(tensor, torch.Tensor) and tensor.is_meta and tensor.grad_fn is None
 
 
 def _check_crop(cfg: DictConfig, patch_size: int) -> None:

@@ -43,8 +43,8 @@ def parameter_groups(
     embeddings.
 
     Backbone parameters, and a head's copies of its blocks, are trained at `backbone_lr` (`lr` if None) times
-    `backbone_lr_scale`, all others at `lr`. `layer_decay` d multiplies the rate of block i (0-based) of n by
-    d^(n - i). It multiplies that of parameters before the blocks by d^(n + 1) (BEiT, arXiv 2106.08254). n counts the blocks that
+    `backbone_lr_scale`, all others at `lr`. `layer_decay` d multiplies the rate of block i (0-based) of n by d^(n - i).
+    It multiplies that of parameters before the blocks by d^(n + 1) (BEiT, arXiv 2106.08254). n counts the blocks that
     are read, the stages of a pyramid, or a head's copies of blocks.
 
     The modules that a head lists in `late` start at its share of the training, the backbone at `backbone_begin`.

@@ -30,10 +30,9 @@ log = logging.getLogger(__name__)
 _NOTE = "origin.json"
 _LIBRARIES = ("torch", "transformers", "timm", "peft", "bitsandbytes", "pillow", "av", "opencv-python-headless")
 _OWN = (  # source between an image file and its features: folders and files of the package
-    *("backbones", "heads", "adapters.py", "contracts.py", "model.py", "geometry.py", "sizes.py", "shapes.py"),
-    *("images.py", "data/loader.py", "data/train_views.py", "data/class_mix.py", "data/transforms.py"),
-    *("data/video", "data/packed/read.py"),
-    *("precision.py", "transfer.py", "training/feature_cache"),
+    *("models", "core/contracts.py", "core/geometry.py", "core/sizes.py", "core/shapes.py"),
+    *("data/loader.py", "data/train_views.py", "data/transforms.py", "data/video", "data/packed/read.py"),
+    *("utils/images.py", "utils/precision.py", "utils/transfer.py", "training/feature_cache"),
 )
 
 

@@ -33,7 +33,7 @@ def test_jobs_in_other_processes_are_in_the_table(tmp_path, launcher):
     done = subprocess.run(
         [sys.executable, "-m", "dinoseg", "-m", "mode=train", *words, "data.root=data,nowhere", *SEARCH * searches],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])},
         capture_output=True,
         text=True,
     )

@@ -181,6 +181,20 @@ def test_binary_masks_read_as_ids(root):
     assert len(messages) == 2 and "255 is no class" in messages[0]
 
 
+def test_one_class_is_an_error(root):
+    for path in root.glob("*/masks/*/*.png"):
+        rewrite(path, lambda mask: np.where(mask > 0, 255, 0))
+    finding = found(root, options={"classes": CLASSES[:1], "palette": None})["one_class"]
+    assert finding.severity == "error" and finding.stops
+    assert f"data.classes=[background,{CLASSES[0]}]" in finding.remedy and "format=binary" in finding.remedy
+
+
+def test_names_that_differ_in_blanks_or_case_are_similar(root):
+    names = [CLASSES[0], "Cat ", "cat", *CLASSES[3:]]
+    finding = found(root, options={"classes": names})["similar_class_names"]
+    assert finding.severity == "warning" and "'Cat ', 'cat'" in finding.message
+
+
 IDD = [f"c{index}" for index in range(26)]
 
 

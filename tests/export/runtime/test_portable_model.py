@@ -191,7 +191,7 @@ def test_no_torch_is_imported():
         "import sys; import dinoseg.export.runtime.model, dinoseg.report.overlay, dinoseg.export.runtime.inputs; "
         "print([n for n in ('torch', 'hydra', 'omegaconf') if n in sys.modules])"
     )
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -190,7 +190,7 @@ def test_what_is_thinner_than_a_patch_is_learnt():
 
 
 def test_its_own_defaults_are_those_of_its_config():
-    file = OmegaConf.load(Path(__file__).parents[2] / "dinoseg/cfg/head/detail.yaml")
+    file = OmegaConf.load(Path(__file__).parents[3] / "dinoseg/cfg/head/detail.yaml")
     known = inspect.signature(DetailHead).parameters
     assert all(known[key].default == file[key] for key in ("fine", "width", "blocks", "jitter"))
 

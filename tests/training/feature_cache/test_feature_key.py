@@ -128,19 +128,9 @@ def test_code_that_draws_views_counts(written):
 
 
 def test_own_code_that_computes_counts():
-    computes_nothing = (  # of the values of features: messages, checks, files, processes, and what comes behind them
-        *(
-            "bounded_regex.py",
-            "errors.py",
-            "image_bounds.py",
-            "ranges.py",
-            "wording.py",
-            "storage",
-            "processes",
-            "report",
-        ),
-        *("class_ids.py", "mixed_class_ids.py", "data/awaited.py", "data/clips", "data/enough_workers.py"),
-        *("data/packed/store.py", "data/pairs/dataset.py"),  # images are known by their bytes
+    computes_nothing = (  # of the values of features: messages, checks, files, processes, class ids of predictions
+        *("utils", "report", "core/class_ids.py", "core/mixed_class_ids.py", "data/clips", "data/enough_workers.py"),
+        *("data/packed/store.py", "data/pairs/dataset.py"),  # images are identified by their bytes
     )
     package = key.Path(key.dinoseg.__file__).parent
 
@@ -157,10 +147,10 @@ def test_own_code_that_computes_counts():
                     assert found in counts | rest, f"{path.name} imports {found}"
 
 
-def test_own_rooms_that_count_are_there(monkeypatch):
+def test_own_source_that_counts_is_there(monkeypatch):
     package, first = key.Path(key.dinoseg.__file__).parent, code_hash([])
     with monkeypatch.context() as patched:
-        patched.setattr(key, "_OWN", ("geometry.py",))
+        patched.setattr(key, "_OWN", ("core/geometry.py",))
         assert code_hash([]) != first
     assert all((package / place).exists() for place in key._OWN)
     assert all(list((package / place).rglob("*.py")) for place in key._OWN if not place.endswith(".py"))

@@ -15,6 +15,8 @@ _OF_IDD = {"road", "rail track", "autorickshaw", "obs-str-bar-fallback"}
 
 def check_classes(splits: Sequence[Scanned], data_name: str = "") -> Iterator[Finding]:
     """Yield findings about the classes; `data_name` is the option of `data=`."""
+    yield from _one_class(splits)
+    yield from _similar_names(splits)
     yield from _binary_as_ids(splits)
     yield from _home_made_idd(splits, data_name)
     if not any(part.counts.any() for part in splits):
@@ -22,6 +24,31 @@ def check_classes(splits: Sequence[Scanned], data_name: str = "") -> Iterator[Fi
     yield from _unseen(splits)
     for part in splits:
         yield from _void(part)
+
+
+def _one_class(splits: Sequence[Scanned]) -> Iterator[Finding]:
+    part = splits[0]
+    if len(part.classes) == 1:
+        yield Finding(
+            "error",
+            "one_class",
+            f"data.classes has one class, {part.classes[0]}: every pixel gets it, whatever the model is.",
+            remedy=f"Name the rest too, such as data.classes=[background,{part.classes[0]}]; for masks of 0 and 255 "
+            f"add {_BINARY}.",
+        )
+
+
+def _similar_names(splits: Sequence[Scanned]) -> Iterator[Finding]:
+    by_name: dict[str, list[str]] = {}
+    for name in map(str, splits[0].classes):
+        by_name.setdefault(" ".join(name.split()).casefold(), []).append(name)
+    for names in (names for names in by_name.values() if len(names) > 1):
+        yield Finding(
+            "warning",
+            "similar_class_names",
+            f"Classes that differ only in blanks or case: {', '.join(map(repr, names))}. Each is a class of its own.",
+            remedy="Give objects of one class one name in the annotation files or in data.classes.",
+        )
 
 
 def _binary_as_ids(splits: Sequence[Scanned]) -> Iterator[Finding]:
