@@ -12,7 +12,7 @@ from dinoseg.data.clips.videos import picture_files
 from dinoseg.data.video.length import VIDEO_SUFFIXES
 from dinoseg.inference.video_file import VideoReader
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.files import found, is_pattern
+from dinoseg.utils.files import entries, found, is_pattern
 from dinoseg.utils.images import IMAGE_SUFFIXES, UNREAD_SUFFIXES, read_image, read_size
 from dinoseg.utils.wording import count_of, listed
 
@@ -116,7 +116,15 @@ def list_inputs(source: str, key: str = "input") -> list[Path]:
         raise UserError(f"{nothing} {_ACCEPTED}{f' There are {left_out} Convert them to PNG.' if unread else ''}")
     if unread:
         log.warning("%s=%s: left out are %s Convert them to PNG.", key, source, left_out)
+    if path.is_dir() and (below := [folder.name for folder in entries(path) if _has_media(folder)]):
+        what = f"images or videos in {count_of(below, 'subfolder')} ({listed(below)})"
+        log.warning("%s=%s: left out are %s. Give %s='%s/**/*' to include them.", key, source, what, key, path)
     return media
+
+
+def _has_media(path: Path) -> bool:
+    """Return whether a path is a folder with an image or a video in it or below it."""
+    return path.is_dir() and any(each.suffix.lower() in _KINDS for each in path.rglob("*"))
 
 
 def is_video(path: Path) -> bool:

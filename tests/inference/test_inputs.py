@@ -24,6 +24,13 @@ class TestListInputs:
         (tmp_path / "folder.png").mkdir()
         assert [path.name for path in list_inputs(str(tmp_path))] == ["a.jpg", "b.png", "v.avi"]
 
+    def test_media_in_subfolders_are_left_out_with_a_warning(self, tmp_path, caplog):
+        touch(tmp_path, "a.png", "deep/er/b.png", "other/c.mp4", "notes/d.txt")
+        assert [path.name for path in list_inputs(str(tmp_path))] == ["a.png"]
+        (message,) = caplog.messages
+        assert "images or videos in 2 subfolders (deep, other)" in message
+        assert [path.name for path in list_inputs(message.split("'")[1])] == ["a.png", "b.png", "c.mp4"]
+
     def test_frames_come_as_they_are_counted(self, tmp_path):
         touch(tmp_path, "frame10.png", "frame2.png", "frame1.png")
         expected = ["frame1.png", "frame2.png", "frame10.png"]
