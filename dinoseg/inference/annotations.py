@@ -39,7 +39,7 @@ class PredictedShapes:
     Args:
         format: `polygons`, editable point by point, or `rle`: masks, exact to the pixel.
         objects: `component`: each connected component is an object; `class`: all pixels of a class in an image are one.
-        tolerance: maximum distance in pixels by which simplification may move a polygon's edge; 0: exact.
+        tolerance: maximum shift in pixels of a polygon's edge by simplification; 0: exact.
         least_area: minimum area in pixels; smaller parts are dropped.
     """
 

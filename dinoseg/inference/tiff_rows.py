@@ -138,7 +138,7 @@ class TiffRows(Rows):
         file.seek(layout.offsets[number])
         packed = file.read(layout.lengths[number])
         tags = ImageFileDirectory_v2(b"II*\0" + bytes(4))
-        # Pillow counts strip offsets from the end of the tags: 0 is the first byte behind them
+        # one strip; Pillow counts strip offsets from the end of the tags: 0 is the first byte behind them
         for key, value in {**layout.kept, 256: width, 257: height, 273: 0, 278: height, 279: len(packed)}.items():
             tags[key] = value
         alone = b"II*\0" + struct.pack("<I", 8) + tags.tobytes(8) + packed

@@ -63,7 +63,7 @@ class TrainedSizes:
 def keep_scale(
     model: Segmenter, sizes: TrainedSizes | None, *, reduces: bool = True, teacher: str | None = None
 ) -> None:
-    """Reduce images larger than any training image to the typical training size, and log this once.
+    """Make a segmenter reduce images larger than any in training to the typical size, and log this once.
 
     Args:
         model: a segmenter; its `limit` is set.

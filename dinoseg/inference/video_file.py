@@ -36,8 +36,8 @@ class VideoTraits:
 class VideoReader:
     """Frames of a video as (H, W, 3) uint8 RGB, rotated upright by the file's rotation tag.
 
-    `size` is (H, W) after rotation, `fps` is 25 if the file states no rate, `count` is the frame count in the file's
-    header (0 = unknown), `frames_read` is the number of frames read so far. Interlaced frames are returned as stored.
+    `size` is (H, W) after rotation; `fps` is 25 if the file states no rate. `count` is the frame count in the file's
+    header (0 = unknown), `frames_read` the number of frames read so far. Interlaced frames are returned as stored.
 
     Args:
         path: the file; with `device`, the name of its source.
@@ -80,8 +80,8 @@ class VideoReader:
     def timed(self) -> Iterator[tuple[np.ndarray, Fraction | None]]:
         """Yield each frame with its timestamp in seconds from the file's start; None if the file states no timestamp.
 
-        Timestamps are exact multiples of `traits.tick`. If only rounding to the file's clock makes them uneven, they are
-        corrected to the constant rate.
+        Timestamps are exact multiples of `traits.tick`. If only rounding to the file's clock makes them uneven, they
+        are corrected to the constant rate.
         """
         end = Fraction(0)  # seconds from the file's start
         while self._waiting or self._decoder.advance():

@@ -83,8 +83,8 @@ def check_any(videos: Sequence[VideoInput], batch_size: int) -> None:
 def segment_video(by: Segmentation, video: VideoInput, run: ImageRun, options: VideoOptions) -> Throughput | None:
     """Write NAME_overlay.mp4 and the other outputs of a video to the run folder; return None if it was already done.
 
-    Class IDs are written to NAME_masks/%09d.png, other outputs to NAME_palette and so on. The returned throughput counts
-    frames. For a camera, the first signal ends the input, and all results up to there are complete.
+    Class IDs are written to NAME_masks/%09d.png, other outputs to NAME_palette and so on. The returned throughput
+    counts frames. For a camera, the first signal ends the input, and all results up to there are complete.
 
     Raises:
         UserError: the video cannot be read to its end, or the disk is full; partial results are deleted.
@@ -134,7 +134,7 @@ def segment_video(by: Segmentation, video: VideoInput, run: ImageRun, options: V
 def _open(video: VideoInput, batch_size: int) -> VideoReader:
     reader = video.open()
     try:
-        check_frames(reader.path, reader.size, (2 * DEPTH + 3) * batch_size)  # both queues, and one batch in each of the 3 stages
+        check_frames(reader.path, reader.size, (2 * DEPTH + 3) * batch_size)  # queues and stages
     except UserError:
         reader.close()
         raise
@@ -158,8 +158,8 @@ class FrameClasses:
     """Class predictions for the consecutive frames of one video.
 
     With `smooth`, class probabilities p are averaged over predicted frames: m = smooth * m + (1 - smooth) * p, where m
-    starts as p of the first frame. The class is the argmax of m. This needs all probabilities in memory: K float32 numbers
-    per pixel, for a batch and for m.
+    starts as p of the first frame. The class is the argmax of m. This needs all probabilities in memory: K float32
+    numbers per pixel, for a batch and for m.
 
     Args:
         predictor: predictor of the trained model.

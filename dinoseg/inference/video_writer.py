@@ -47,8 +47,8 @@ class VideoWriter:
         cut: whether to end the sound with the last frame.
 
     Raises:
-        UserError: no encoder works, a frame starts later after its predecessor than mp4 allows, or the file has fewer
-            frames than were written (a full disk).
+        UserError: no encoder works, the time between two frames exceeds mp4's limit, or the file has fewer frames than
+            were written (a full disk).
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What a tracker's masks were made by, in plain values: a run is only gone on with where these are equal."""
+"""Settings that a tracker's masks depend on, as plain values; a run resumes only if they are equal."""
 
 from typing import Any
 
@@ -15,12 +15,12 @@ def weights_of(module: nn.Module) -> str:
 
 
 def model_settings(model: Segmenter) -> dict[str, Any]:
-    """Return what a segmenter's outputs depend on beside the pixels."""
+    """Return what a segmenter's outputs depend on besides the pixels: weights and resolution."""
     return {"weights": weights_of(model), "scale": model.scale, "longest": model.longest}
 
 
 def precision_of(autocast: Autocast, device: torch.device) -> str:
-    """Return the name of the number type of a forward pass in a precision's context, such as bfloat16."""
+    """Return the dtype of a forward pass under `autocast`, such as "bfloat16"."""
     with autocast():
         half = torch.is_autocast_enabled(device.type)
         used = torch.get_autocast_dtype(device.type) if half else torch.float32

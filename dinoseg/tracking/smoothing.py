@@ -1,4 +1,4 @@
-"""Less flicker in the masks of a trained segmenter: what a frame shows, mixed with what the frames before it say."""
+"""Temporal smoothing of a trained segmenter's masks by label propagation, which reduces flicker."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -29,17 +29,17 @@ _PROPAGATED = {
     "features": TensorForm(torch.float32, "F h w C"),
     "labels": TensorForm(torch.float32, "F h w K"),
 }
-_READ = {field.name for field in fields(MatchSettings)}  # of the settings: a segmenter resizes frames by itself
+_READ = {field.name for field in fields(MatchSettings)}  # settings that apply here; the segmenter resizes frames itself
 Share = tuple[float, float]
 
 
 def with_features(model: Segmenter, images: Tensor) -> tuple[Prediction, Tensor]:
-    """Return a prediction for images (B, 3, H, W) and, of the same pass, the backbone's last map (B, C, h, w).
+    """Return a prediction for images (B, 3, H, W) and the backbone's last map (B, C, h, w) of the same pass.
 
-    A head that runs the blocks itself asks for no maps: then it is the patch tokens that left the final norm last, of
-    which it read its masks.
+    A head that runs the blocks itself requests no maps. The map then consists of the patch tokens of the last
+    final-norm call, from which the head predicted its masks.
     """
-    # such a head norms after several blocks: only the last output is kept, which is also what its last masks are of
+    # such a head applies the norm after several blocks; its final masks come from the last call
     outputs: dict[str, Tensor] = {}
     hooks = [model.backbone.register_forward_hook(lambda *call: outputs.update(last_map=call[2][-1]))]
     if model.backbone.norm is not None:
@@ -57,22 +57,23 @@ def with_features(model: Segmenter, images: Tensor) -> tuple[Prediction, Tensor]
 
 
 class SmoothingTracker(Tracker):
-    """Masks of one video by a trained segmenter, in which a frame's class probabilities lean on the frames before it.
+    """Tracker that segments each frame and smooths its class probabilities with those of earlier frames.
 
-    On the feature grid, `smoothing` of the probabilities comes from label propagation and the rest from the frame; that
-    is what later frames read. Pixels take over the change alone, enlarged bilinearly, so that they keep their own
-    detail; a `smoothing` of 0 gives the segmenter's own masks. What it keeps is that of a Propagator, and two masks.
+    On the feature grid, label propagation contributes the fraction `smoothing` of the probabilities, and the frame
+    itself the rest; later frames read this mixture. Only the change is upsampled bilinearly and added to the pixels, so
+    that they retain their detail. With `smoothing` 0, the masks are the segmenter's own. The state is that of a
+    `Propagator` plus two masks.
 
     Args:
-        model: in eval mode, on its device.
-        settings: of the matches by which the frames before say what a cell is.
-        smoothing: share of a frame's probabilities that comes from the frames before it, 0 to 1.
-        sizes: of its training, to which larger frames are reduced; None: they are not.
-        autocast: gives the precision's context for a forward pass.
-        batch_size: frames that the model sees at once.
+        model: segmenter in eval mode, on its device.
+        settings: matching between a cell and the cells of earlier frames.
+        smoothing: fraction of a frame's probabilities that comes from earlier frames, 0 to 1.
+        sizes: image sizes of its training, to which larger frames are reduced; None: no reduction.
+        autocast: context manager factory of the precision.
+        batch_size: frames per forward pass.
 
     Raises:
-        UserError: `smoothing` is no share.
+        UserError: `smoothing` is outside 0..1.
     """
 
     unread_because = (
@@ -104,13 +105,13 @@ class SmoothingTracker(Tracker):
             "resolution.crop",
             *(f"tracker.{field.name}" for field in fields(settings) if field.name not in _READ),
         )
-        self._last: np.ndarray | None = None  # (2, H, W): the segmenter's own mask, and the smoothed one
-        self._changed = np.zeros(2, np.int64)  # pixels, of the one and of the other
+        self._last: np.ndarray | None = None  # (2, H, W): the segmenter's mask and the smoothed mask
+        self._changed = np.zeros(2, np.int64)  # changed pixels of either mask
         self._compared = 0
 
     @cached_property
     def settings(self) -> Mapping[str, Any]:
-        """What the masks depend on beside frames and labels."""
+        """Return the settings that masks depend on besides frames and labels."""
         return {
             "kind": "smoothing",
             "smoothing": self._share,
@@ -122,7 +123,7 @@ class SmoothingTracker(Tracker):
 
     @torch.no_grad()
     def track_batch(self, frames: Sequence[np.ndarray], labels: Sequence[np.ndarray | None]) -> list[np.ndarray]:
-        """Return the class ids (H, W) uint8 of the next frames.
+        """Return the class IDs (H, W) uint8 of the next frames.
 
         Raises:
             UserError: labels are given.
@@ -146,30 +147,30 @@ class SmoothingTracker(Tracker):
         return masks
 
     def flicker(self) -> dict[str, float]:
-        """Return the share of pixels, 0 to 1, whose class is another in the next frame, of all masks so far.
+        """Return the fraction of pixels, 0 to 1, whose class changes in the next frame, over all masks so far.
 
-        That is `before` and `after` they were smoothed; 0 for a single frame.
+        The keys are `before` and `after` smoothing; both are 0 for a single frame.
         """
         before, after = self._changed / max(1, self._compared)
         return {"before": float(before), "after": float(after)}
 
     def state(self) -> dict[str, Tensor]:
-        """Return all that the next frame, and the flicker, depends on; empty before the first frame."""
+        """Return all tensors that the next frame and the flicker depend on; empty before the first frame."""
         if self._last is None:
             return {}
         counts = torch.tensor([*self._changed.tolist(), self._compared])
         return {**self._propagator.state(), "masks": torch.from_numpy(self._last.copy()), "counts": counts}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from a `state()` of the same settings.
+        """Restore a `state()` of a tracker with the same settings.
 
         Raises:
-            UserError: the state has more frames than the settings hold.
-            ValueError: it is no such state.
+            UserError: the state has more frames than the settings allow.
+            ValueError: the state is invalid.
         """
         if state:
             check_state(state, {**(_PROPAGATED if self._share else {}), **_COUNTED})
-        needed = ("features", "labels") if state and self._share else ()  # without smoothing none are kept
+        needed = ("features", "labels") if state and self._share else ()  # without smoothing, none are stored
         self._propagator.load({key: state[key].to(self.device) for key in needed})
         self._last = state["masks"].cpu().numpy().copy() if state else None
         self.size = None if self._last is None else (self._last.shape[1], self._last.shape[2])
@@ -177,7 +178,7 @@ class SmoothingTracker(Tracker):
         self._changed, self._compared = np.array(counts[:2], np.int64), int(counts[2])
 
     def _smoothed(self, mask: Tensor, pixels: Tensor, features: Tensor, valid: Share) -> Tensor:
-        """Return the smoothed mask (H, W) of a frame with the probabilities `pixels` (K, H, W)."""
+        """Return the smoothed mask (H, W) of a frame with probabilities `pixels` (K, H, W); modifies `pixels`."""
         features, valid = _on_image(features, valid)
         cells = area_mean(pixels, (features.shape[-2], features.shape[-1]), valid)  # (K, h, w)
         change = self._propagator.blend(features, cells, self._share) - cells
@@ -187,7 +188,7 @@ class SmoothingTracker(Tracker):
         return pixels.add_(upsample(change[None], size, valid)[0]).max(dim=0).indices
 
     def _counted(self, mask: Tensor, smoothed: Tensor) -> np.ndarray:
-        """Return the smoothed mask, and count the pixels of both that are of another class than in the last frame."""
+        """Return the smoothed mask, and count the pixels of both masks whose class differs from the last frame."""
         now = torch.stack([mask, smoothed]).to(torch.uint8).cpu().numpy()
         if self._last is not None:
             self._changed += (now != self._last).sum(axis=(1, 2))
@@ -204,7 +205,7 @@ def _large_frames(sizes: TrainedSizes | None) -> dict[str, str]:
 
 
 def _probabilities(scores: Tensor, mixture: bool) -> Tensor:
-    """Return what `Prediction.logits` gives after a softmax, for one frame (K, H, W), in float32."""
+    """Return the softmax of `Prediction.logits` for one frame (K, H, W), in float32."""
     scores = scores.float()
     if mixture:
         return scores / scores.sum(0).clamp(min=torch.finfo(torch.float32).tiny)
@@ -212,7 +213,7 @@ def _probabilities(scores: Tensor, mixture: bool) -> Tensor:
 
 
 def _on_image(features: Tensor, valid: Share) -> tuple[Tensor, Share]:
-    """Return the cells of (C, h, w) that lie on the image at least in part, and the share of them that it covers."""
+    """Return the cells of (C, h, w) that overlap the image, and the fraction of them (height, width) that it covers."""
     height, width = features.shape[-2:]
     covered = (height * valid[0], width * valid[1])
     rows, columns = (math.ceil(cells - 1e-6) for cells in covered)

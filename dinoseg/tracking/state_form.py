@@ -1,4 +1,4 @@
-"""The form of a tracker's state, which is read back from disk: no other tensors go on."""
+"""Validation of tracker states read from disk: tensor names, dtypes, shapes and value ranges."""
 
 import math
 from collections.abc import Mapping
@@ -9,13 +9,13 @@ from torch import Tensor
 
 
 class TensorForm(NamedTuple):
-    """Form of a tensor that is read back from disk.
+    """Expected dtype, shape and value range of a tensor; values must be finite.
 
     Args:
-        dtype: of its numbers; None: any of floating point.
-        shape: in words such as `2 H W`; axes of one letter are equally long in all tensors of a state.
-        least: of its numbers, which are finite in any case.
-        most: likewise.
+        dtype: expected dtype; None: any floating-point dtype.
+        shape: axes, such as `2 H W`; an axis letter has the same length in all tensors of a state.
+        least: minimum value.
+        most: maximum value.
     """
 
     dtype: torch.dtype | None
@@ -25,10 +25,10 @@ class TensorForm(NamedTuple):
 
 
 def check_state(state: Mapping[str, Tensor], forms: Mapping[str, TensorForm]) -> None:
-    """Refuse a state that no tracker has written.
+    """Check that a state has the expected tensors.
 
     Raises:
-        ValueError: a tensor is missing or foreign, or of another form.
+        ValueError: a tensor is missing, unknown or of another form.
     """
     if state.keys() != forms.keys():
         raise ValueError(f"it holds {', '.join(sorted(state)) or 'nothing'}, and must hold {', '.join(sorted(forms))}")

@@ -1,4 +1,4 @@
-"""What every tracker promises: objects followed through one video, in memory that does not grow with its length."""
+"""Base class of trackers, which follow objects through one video in memory independent of its length."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -13,20 +13,20 @@ from dinoseg.utils.errors import UserError
 
 Autocast = Callable[[], AbstractContextManager]
 Size = tuple[int, int]
-LabelledFrames = tuple[Sequence[np.ndarray], Sequence[np.ndarray | None]]  # as `Tracker.track` takes them
+LabelledFrames = tuple[Sequence[np.ndarray], Sequence[np.ndarray | None]]  # the arguments of `Tracker.track`
 
 
 class Tracker(ABC):
-    """One video's tracker: frames in order in, a mask for each out.
+    """Base class of trackers of one video: consume frames in order and return one mask per frame.
 
     Args:
-        device: where its model is.
-        autocast: gives the precision's context for a forward pass.
-        batch_size: frames that its model sees at once.
+        device: device of its model.
+        autocast: context manager factory of the precision.
+        batch_size: frames per forward pass.
     """
 
-    unread: Sequence[str] = ()  # groups and keys of the config that say nothing to it
-    unread_because = ""  # a sentence that tells why
+    unread: Sequence[str] = ()  # config groups and keys that the tracker ignores
+    unread_because = ""  # the reason, as a sentence
 
     def __init__(
         self, *, device: torch.device | str = "cpu", autocast: Autocast = nullcontext, batch_size: int = 4
@@ -34,16 +34,16 @@ class Tracker(ABC):
         self.device = torch.device(device)
         self.autocast = autocast
         self.batch_size = batch_size
-        self.size: Size | None = None  # (H, W) of the video's frames, once there is one
+        self.size: Size | None = None  # (H, W) of the video's frames; None before the first frame
 
     def track(self, frames: Sequence[np.ndarray], labels: Sequence[np.ndarray | None]) -> list[np.ndarray]:
         """Return the masks (H, W) uint8 of the next frames (H, W, 3) uint8 RGB, all of one size.
 
-        `labels` has a mask (H, W) uint8 of object ids 0..n, or None, for each frame. The same frames in other batches
-        give the same masks but for rounding.
+        `labels` has a mask (H, W) uint8 of object IDs 0..n, or None, for each frame. Other batch boundaries change
+        masks by rounding only.
 
         Raises:
-            UserError: frames or labels that do not fit what was seen before.
+            UserError: frames or labels do not fit those tracked before.
         """
         masks: list[np.ndarray] = []
         for batch in self.batches(frames, labels):
@@ -51,51 +51,51 @@ class Tracker(ABC):
         return masks
 
     def batches(self, frames: Sequence[np.ndarray], labels: Sequence[np.ndarray | None]) -> Iterator[LabelledFrames]:
-        """Yield the next frames and labels, `batch_size` at a time, once they are known to be of the video's size."""
-        # callers hand over as many frames as suits their files: what the model sees at once is limited by its memory
+        """Yield the next frames and labels, `batch_size` at a time, after checking that they have the video's size."""
+        # callers choose batches for their files; this limit is for the model's memory
         for start in range(0, len(frames), self.batch_size):
             batch = slice(start, start + self.batch_size)
             self.size = common_size(self.size, frames[batch], labels[batch])
             yield frames[batch], labels[batch]
 
     def look_ahead(self, video: Callable[[], Iterable[LabelledFrames]]) -> None:  # noqa: B027 - most need nothing
-        """See a whole video before its first frame is tracked, if the tracker asks for that.
+        """Read the whole video before its first frame is tracked; by default a no-op.
 
         Args:
-            video: gives its batches from the first one on; called if they are needed.
+            video: function that returns an iterator over the video's batches from the first one.
         """
 
     @abstractmethod
     def track_batch(self, frames: Sequence[np.ndarray], labels: Sequence[np.ndarray | None]) -> list[np.ndarray]:
-        """Return the masks of the next frames as `track` does: no more than `batch_size`, of the size `self.size`."""
+        """Return the masks of at most `batch_size` next frames of size `self.size`, as `track` does."""
 
     @property
     @abstractmethod
     def settings(self) -> Mapping[str, Any]:
-        """Return in plain values (for JSON) what its masks depend on beside frames and labels.
+        """Return the settings that masks depend on besides frames and labels, as plain values for JSON.
 
-        A run is only gone on with where they are equal. All weights are read for it, so it is made when asked for: not
-        every video's tracker is.
+        A run resumes only if they are equal. Evaluated lazily, because it reads all weights and not every tracker needs
+        it.
         """
 
     @abstractmethod
     def state(self) -> dict[str, Tensor]:
-        """Return all that the next frame depends on; empty before the first."""
+        """Return all tensors that the next frame depends on; empty before the first frame."""
 
     @abstractmethod
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from a `state()` of a tracker with the same settings.
+        """Restore a `state()` of a tracker with the same settings.
 
         Raises:
-            ValueError: it is no such state.
+            ValueError: the state is invalid.
         """
 
     def describe(self, size: Size) -> str:
-        """Return in words how frames of `size` (H, W) are seen; "": there is nothing to say."""
+        """Describe in words how frames of `size` (H, W) are resized; "" if there is nothing to report."""
         return ""
 
     def flicker(self) -> dict[str, float] | None:
-        """Return what share of the pixels, 0 to 1, changes its class from frame to frame; None: that is not counted."""
+        """Return the fraction of pixels, 0 to 1, that change class between frames; None if it is not measured."""
         return None
 
 
@@ -103,12 +103,12 @@ def common_size(size: Size | None, frames: Sequence[np.ndarray], masks: Sequence
     """Return the (H, W) that all frames and masks of a video share.
 
     Args:
-        size: of the video's first frame; None: the first of these is it.
+        size: (H, W) of the video's first frame; None: `frames` starts with it.
         frames: (H, W, 3), at least one.
         masks: (H, W) or None.
 
     Raises:
-        UserError: one is of another size.
+        UserError: a frame or mask has another size.
     """
     height, width = size or frames[0].shape[:2]
     shapes = [("frame", frame.shape[:2]) for frame in frames]

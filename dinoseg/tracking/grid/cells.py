@@ -1,4 +1,4 @@
-"""What the cells of a feature grid hold: which id, and which share of the pixels below them."""
+"""Conversion of pixel masks to feature-grid cells: one-hot labels and area-weighted means."""
 
 import torch
 from torch import Tensor
@@ -8,20 +8,20 @@ from dinoseg.utils.transfer import sent
 
 
 def one_hot(ids: Tensor, num_labels: int | None = None) -> Tensor:
-    """Return ids (H, W) as labels (L, H, W), float32: L is `num_labels`, or the highest id + 1.
+    """Return IDs (H, W) as one-hot labels (L, H, W), float32; L is `num_labels`, or the highest ID + 1.
 
     Raises:
-        UserError: for an id outside of 0..255 or of 0..L-1.
+        UserError: an ID is outside 0..255 or 0..L-1.
     """
     num_labels = label_count(ids, num_labels)
     return torch.stack([ids == label for label in range(num_labels)]).float()
 
 
 def label_count(ids: Tensor, num_labels: int | None = None) -> int:
-    """Return how many labels ids need: `num_labels`, or the highest id + 1.
+    """Return the number of labels for these IDs: `num_labels`, or the highest ID + 1.
 
     Raises:
-        UserError: for an id outside of 0..255 or of 0..num_labels-1.
+        UserError: an ID is outside 0..255 or 0..num_labels-1.
     """
     low, high = int(ids.min()), int(ids.max())
     num_labels = high + 1 if num_labels is None else num_labels
@@ -34,14 +34,14 @@ def label_count(ids: Tensor, num_labels: int | None = None) -> int:
 
 
 def area_mean(pixels: Tensor, grid: tuple[int, int], valid: tuple[float, float]) -> Tensor:
-    """Return the mean (K, h, w) of pixels (K, H, W) inside each cell, weighted by area where a pixel lies in several.
+    """Return the mean (K, h, w) of pixels (K, H, W) in each cell; pixels that span cells are weighted by area.
 
-    Only the top left `valid` share of the grid lies on the pixels. A cell that reaches beyond has the mean of its part
-    on them, one that lies wholly beyond is 0.
+    Only the top-left `valid` fraction of the grid lies on the pixels. Cells partly beyond average the part on the
+    pixels; cells wholly beyond are 0.
     """
     rows = _overlaps(pixels.shape[-2], grid[0], valid[0]).to(pixels.dtype)  # (h, H)
     columns = _overlaps(pixels.shape[-1], grid[1], valid[1]).to(pixels.dtype)  # (w, W)
-    # half precision would round each mean to 3 digits, and the change of a frame is a small difference of two
+    # half precision rounds means to 3 digits, too few for the small differences between frames
     with torch.autocast(pixels.device.type, enabled=False):
         return sent(rows, pixels.device) @ pixels @ sent(columns, pixels.device).T
 

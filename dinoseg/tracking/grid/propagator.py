@@ -1,4 +1,4 @@
-"""Training-free label propagation: the labels of a clip's first frame follow the features through the others."""
+"""Training-free label propagation from a clip's first frame to later frames by feature similarity."""
 
 from collections import deque
 from collections.abc import Mapping
@@ -25,14 +25,14 @@ def propagate(
     top_k: int | None = None,
     temperature: float | None = None,
 ) -> Tensor:
-    """Return the soft labels (T, L, h, w) of a clip whose features are (T, C, h, w), normalised inside.
+    """Return the soft labels (T, L, h, w) of a clip with features (T, C, h, w), which are normalised here.
 
-    `labels` are those of frame 0, as (L, h, w) or as ids (h, w); or of several frames by their number, where those
-    after 0 seed objects as `seed` does. A parameter that is None is that of `settings`. The labels are as they were
-    mixed, without any normalisation over the frame. Half precision is computed, and returned, as float32.
+    `labels` are those of frame 0, as (L, h, w) or as IDs (h, w), or a mapping from frame numbers to labels. Labels
+    after frame 0 add objects, see `seed`. Parameters that are None are taken from `settings`. The result is not
+    normalised over the frame. Half-precision features are processed and returned as float32.
 
     Raises:
-        UserError: for labels of another grid, no labels for frame 0, or settings out of range.
+        UserError: labels have another grid, frame 0 has no labels, or a setting is out of range.
     """
     overrides = {"context": context, "radius": radius, "window": window, "top_k": top_k, "temperature": temperature}
     settings = replace(settings, **{key: value for key, value in overrides.items() if value is not None})  # type: ignore[arg-type]
@@ -48,9 +48,10 @@ def propagate(
 
 
 def seed(soft: Tensor, labels: Tensor) -> Tensor:
-    """Return soft labels (L, h, w) with the objects of `labels` (M, h, w) written in; channel 0 is not read.
+    """Return soft labels (L, h, w) with the objects of `labels` (M, h, w) added; channel 0 of `labels` is ignored.
 
-    Where the objects cover a cell by a share p, what was there keeps 1 - p. Objects beyond L get new channels.
+    Where objects cover a fraction p of a cell, its previous labels are scaled by 1 - p. Objects beyond L get new
+    channels.
     """
     objects = labels.clone()
     objects[:1] = 0
@@ -60,9 +61,9 @@ def seed(soft: Tensor, labels: Tensor) -> Tensor:
 
 
 class Propagator:
-    """Labels for one frame after the other, in memory that does not grow: frame 0 and the last `context` frames.
+    """Frame-by-frame label propagation in constant memory: frame 0 and the last `context` frames.
 
-    What it is given and what it returns is never kept: both may be written into.
+    Arguments and results are never stored by reference, so callers may modify them.
     """
 
     def __init__(self, settings: MatchSettings = MatchSettings()) -> None:  # noqa: B008 (frozen)
@@ -74,10 +75,10 @@ class Propagator:
     def step(self, features: Tensor, labels: Tensor | None = None) -> Tensor:
         """Return the soft labels (L, h, w) of the next frame, whose features are (C, h, w).
 
-        `labels`, as (L, h, w) or ids (h, w), are needed for the first frame; later they seed objects as `seed` does.
+        `labels`, as (L, h, w) or IDs (h, w), are required for the first frame; later they add objects, see `seed`.
 
         Raises:
-            UserError: where the first frame has no labels, or features or labels have another shape than before.
+            UserError: the first frame has no labels, or features or labels have another shape than before.
         """
         target, lengths = _unit(features)
         seeds = None if labels is None else _on_grid(labels, target)
@@ -85,7 +86,7 @@ class Propagator:
             _check_finite(lengths)
             return self._start(target, seeds)
         _check_same(target, self._first[0])
-        with torch.autocast(target.device.type, enabled=False):  # half precision would make ties
+        with torch.autocast(target.device.type, enabled=False):  # half precision would create ties
             soft = match(target, [self._first, *self._recent], self.settings)
         _check_finite(lengths)
         if seeds is not None:
@@ -97,13 +98,13 @@ class Propagator:
 
     @torch.no_grad()
     def blend(self, features: Tensor, labels: Tensor, share: float) -> Tensor:
-        """Return a frame's own soft labels (L, h, w) mixed with those that come from the frames before it.
+        """Return a frame's soft labels (L, h, w), mixed with those propagated from earlier frames.
 
-        That is (1 - share) labels + share propagated: `labels` for a share of 0. The first frame keeps its own. Later
+        The result is (1 - share) * labels + share * propagated. The first frame's labels are returned unchanged. Later
         frames read the mixture.
 
         Raises:
-            UserError: where features or labels have another shape than before.
+            UserError: features or labels have another shape than before.
         """
         if self._first is None:
             return self.step(features, labels)
@@ -117,7 +118,7 @@ class Propagator:
         return _channels_first(mixed)
 
     def state(self) -> dict[str, Tensor]:
-        """Return all that the next frame depends on: frame 0, and the recent frames stacked; empty before the first."""
+        """Return the stacked tensors of frame 0 and the recent frames; empty before frame 0."""
         if self._first is None:
             return {}
         frames = [self._first, *self._recent]
@@ -127,13 +128,13 @@ class Propagator:
         }
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from a `state()` of the same settings, on the device that its tensors are on.
+        """Restore a `state()` of the same settings, on the device of its tensors.
 
         Raises:
-            UserError: for a state with more frames than `settings.context` holds.
+            UserError: the state has more frames than `settings.context`.
         """
         pairs = zip(state.get("features", ()), state.get("labels", ()), strict=True)
-        frames = [(features.clone(), labels.clone()) for features, labels in pairs]  # a view would keep all of them
+        frames = [(features.clone(), labels.clone()) for features, labels in pairs]  # views would hold the whole stack
         if len(frames) > self.settings.context + 1:
             raise UserError(
                 f"context={self.settings.context}, but the state holds {len(frames) - 1} frames beside the first. "
@@ -152,7 +153,7 @@ class Propagator:
 
 
 def _unit(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (C, h, w) as (h, w, C) of unit length, in memory of its own, and the lengths; zero vectors stay zero."""
+    """Return (C, h, w) as unit vectors (h, w, C) in new memory, and their original lengths; zero vectors stay zero."""
     if features.ndim != 3:
         raise UserError(f"A frame's features have the shape {tuple(features.shape)}. Give (C, h, w).")
     wide = features if features.dtype == torch.float64 else features.float()
@@ -162,7 +163,7 @@ def _unit(features: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _check_finite(lengths: Tensor) -> None:
-    """Refuse features of such lengths; asked after the frame is matched, when a device has been waited for."""
+    """Check that feature lengths are finite; called after matching, which has synchronised the device anyway."""
     if not lengths.isfinite().all():
         raise UserError(
             "A frame's features hold values that are not finite, and would spread to all frames after it. Run the "

@@ -1,4 +1,4 @@
-"""How labels travel over the feature grid: the context that is searched, and the matches that count."""
+"""Settings of label propagation on the feature grid: context frames, search window and matches."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,22 +9,22 @@ from dinoseg.utils.ranges import Count, NotNegative, Positive
 
 @dataclass(frozen=True)
 class MatchSettings:
-    """How labels travel from the frames seen so far (the context) to the next one. The defaults are DINOv3's.
+    """Settings for propagating labels from earlier frames (the context) to the next frame; the defaults are DINOv3's.
 
     Attributes:
-        context: frames kept beside frame 0, which always stays.
-        radius: reach of the window, in grid cells.
+        context: number of recent frames stored besides frame 0, which is always stored.
+        radius: radius of the window, in grid cells.
         window: "circle" (Euclidean distance) or "square" (the larger of both offsets).
         inclusive: whether a cell at exactly `radius` is inside.
-        window_first: whether the window also limits the search in frame 0; in its repetitions it always does.
+        window_first: whether the window also limits the search in frame 0; for its repetitions it always does.
         repeat_first: whether frame 0 fills the context until enough frames were seen.
-        top_k: best matches that count, of all context frames together.
-        ties: whether all that equal the k-th best count too; otherwise exactly k do, of equal ones the earlier
-            frame's first, then the upper left.
-        temperature: divides the cosine similarities before their softmax over the kept matches.
+        top_k: number of best matches to use, over all context frames together.
+        ties: whether all matches equal to the k-th best are used; otherwise exactly k, earlier frames first, then the
+            upper left.
+        temperature: divisor of the cosine similarities before the softmax over the top matches.
 
     Raises:
-        UserError: for a value out of range or an unknown word.
+        UserError: a value is out of range, or an option is unknown.
     """
 
     context: Count = 7
@@ -52,12 +52,12 @@ class MatchSettings:
 
 
 def check_at_least(key: str, value: int, least: int, meaning: str) -> None:
-    """Refuse a value below a whole number, or between two."""
+    """Check that a value is a whole number of at least `least`."""
     if value < least or value != int(value):
         raise UserError(f"{key}={value} must be a whole number, {least} or more. It is {meaning}.")
 
 
 def check_one_of(key: str, value: str, known: Sequence[str]) -> None:
-    """Refuse a word that is not known."""
+    """Check that a value is one of the known options."""
     if value not in known:
         raise UserError(f"{key}={value} is unknown. Choose one of: {', '.join(known)}.")

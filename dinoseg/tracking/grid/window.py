@@ -1,4 +1,4 @@
-"""The best matches of every cell inside its window, without the similarities of all cells to all."""
+"""Windowed top-k matching of grid cells in tiles, without the full similarity matrix."""
 
 import math
 from collections.abc import Sequence
@@ -10,14 +10,14 @@ from torch import Tensor
 from dinoseg.tracking.grid.settings import MatchSettings
 from dinoseg.utils.transfer import sent
 
-# Cells on a tile's side. Small tiles compare little outside of their windows, large ones need fewer calls: these were
-# the fastest with 60 x 107 cells and radius 12 on a CPU; a GPU has much to do at once.
+# Cells per tile side. Small tiles compute fewer similarities outside their windows, large tiles need fewer calls.
+# 8 was the fastest on a CPU with 60 x 107 cells and radius 12; a GPU needs larger tiles for parallelism.
 _TILE_CPU, _TILE_GPU = 8, 16
 ContextFrame = tuple[Tensor, Tensor]  # features (h, w, C) of unit length, labels (h, w, L)
 
 
 def match(target: Tensor, frames: Sequence[ContextFrame], settings: MatchSettings) -> Tensor:
-    """Return the labels (h, w, L) that a target (h, w, C) gets from context frames, frame 0 the first of them.
+    """Return the labels (h, w, L) of a target (h, w, C), propagated from context frames that start with frame 0.
 
     Temporary memory is that of one tile's similarities: tile cells x frames x cells of the tile's surroundings.
     """
@@ -26,7 +26,7 @@ def match(target: Tensor, frames: Sequence[ContextFrame], settings: MatchSetting
     labels = target.new_empty(height, width, frames[0][1].shape[2])
     corners = [(top, left) for top in range(0, height, tile) for left in range(0, width, tile)]
     areas = [(slice(top, min(top + tile, height)), slice(left, min(left + tile, width))) for top, left in corners]
-    waits = target.device.type != "cpu"  # for an answer: whether there are ties is asked once, of all tiles
+    waits = target.device.type != "cpu"  # on a GPU, reading results synchronises: ties are checked once for all tiles
     tied = []
     for area in areas:
         labels[area], ties = _match_tile(target[area], area, frames, settings, untie=not waits)
@@ -41,7 +41,7 @@ def match(target: Tensor, frames: Sequence[ContextFrame], settings: MatchSetting
 def _match_tile(
     target: Tensor, area: tuple[slice, slice], frames: Sequence[ContextFrame], settings: MatchSettings, *, untie: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return the labels of a tile, and which of its cells have ties (M,), that count only if it is to `untie` them."""
+    """Return the labels of a tile, and a mask (M,) of its cells with ties, which only `untie` resolves."""
     grid = (frames[0][0].shape[0], frames[0][0].shape[1])
     whole = (slice(0, grid[0]), slice(0, grid[1]))
     near = (_around(area[0], grid[0], settings), _around(area[1], grid[1], settings))
@@ -66,7 +66,7 @@ def _around(cells: slice, length: int, settings: MatchSettings) -> slice:
 
 
 def _outside(area: tuple[slice, slice], near: tuple[slice, slice], settings: MatchSettings) -> Tensor:
-    """Say for each cell of `area` and each of `near` whether they are too far apart: (M, N), True = outside."""
+    """Return a mask (M, N) of the cells of `near` that are outside the window of each cell of `area`."""
     rows, columns = (
         torch.arange(here.start, here.stop, dtype=torch.float64)[:, None]
         - torch.arange(there.start, there.stop, dtype=torch.float64)
@@ -82,9 +82,9 @@ def _outside(area: tuple[slice, slice], near: tuple[slice, slice], settings: Mat
 
 
 def _mix(similarities: Tensor, labels: Tensor, settings: MatchSettings, untie: bool) -> tuple[Tensor, Tensor]:
-    """Return the mean (M, L) of labels (N, L), weighted by the best of the similarities (M, N) of each row; and ties.
+    """Return the mean (M, L) of labels (N, L), weighted by each row's top similarities (M, N), and the tied rows.
 
-    Without `untie`, of matches that equal the last that counts any one does.
+    Without `untie`, ties at the last match used are broken arbitrarily.
     """
     count = min(settings.top_k, len(labels))
     values, cells = similarities.topk(min(count + 1, len(labels)))
@@ -94,14 +94,14 @@ def _mix(similarities: Tensor, labels: Tensor, settings: MatchSettings, untie: b
     last, next_best = values[:, count - 1], values[:, count]
     tied = (last == next_best) & last.isfinite()
     rows = tied.nonzero()[:, 0] if untie else ()
-    if len(rows):  # rare, and dear: a weight for every cell of the surroundings
+    if len(rows):  # rare but expensive: a weight for every cell of the surroundings
         matches = _matches(similarities[rows], last[rows, None], settings)
         mixed[rows] = _weights(matches, settings) @ labels
     return mixed, tied
 
 
 def _matches(similarities: Tensor, last: Tensor, settings: MatchSettings) -> Tensor:
-    """Return the similarities (M, N) of the matches that count where some equal the `last` one, elsewhere -inf."""
+    """Return the similarities (M, N) of the matches to use if some equal the `last` one, elsewhere -inf."""
     counts = similarities >= last
     if not settings.ties:
         above, equal = similarities > last, similarities == last

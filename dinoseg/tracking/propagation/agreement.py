@@ -1,4 +1,4 @@
-"""Labels for the frames between two masks, propagated from both: what both ways agree on can be believed."""
+"""Pseudo-labels for the frames between two masks: propagated forward and backward, valid where both agree."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -15,13 +15,13 @@ BACKGROUND = 0
 
 
 class Agreed(NamedTuple):
-    """What two ways agree on in one frame.
+    """Labels of one frame on which forward and backward propagation agree.
 
-    `agreement` is the share of pixels of one class in both, of those that either takes for another class than the
-    background: 1 where there is none.
+    `agreement` is the fraction of pixels with equal classes, among those that either direction labels as an object; 1
+    if there is none.
     """
 
-    mask: np.ndarray  # (H, W) uint8, ignored where they differ
+    mask: np.ndarray  # (H, W) uint8, ignored where the directions differ
     agreement: float
 
 
@@ -34,10 +34,10 @@ def between(
     patch_size: int,
     ignore_index: int = 255,
 ) -> Iterator[Agreed]:
-    """Yield what the frames 1..T-2 get from the masks (H, W) uint8 of the frames 0 and T-1.
+    """Yield labels for frames 1..T-2 from the masks (H, W) uint8 of frames 0 and T-1.
 
-    The features (T, C, h, w) cover the frames exactly. Pixels that are ignored in a mask are propagated as if they were
-    a class, and ignored where they come to lie.
+    The grid of the features (T, C, h, w) covers the frames exactly. Ignored pixels of a mask are propagated like a
+    class, and are ignored in the result.
     """
     size = (first.shape[0], first.shape[1])
     ways = []
@@ -53,7 +53,7 @@ def between(
 
 
 def agree(one: np.ndarray, other: np.ndarray, ignore_index: int = 255) -> Agreed:
-    """Return what two masks (H, W) agree on; a pixel that either ignores is ignored and does not count."""
+    """Return the labels on which two masks (H, W) agree; pixels ignored in either are ignored and not counted."""
     known = (one != ignore_index) & (other != ignore_index)
     same = known & (one == other)
     objects = known & ((one != BACKGROUND) | (other != BACKGROUND))
@@ -62,6 +62,6 @@ def agree(one: np.ndarray, other: np.ndarray, ignore_index: int = 255) -> Agreed
 
 
 def _propagated(features: Tensor, channels: np.ndarray, settings: PropagationSettings) -> Tensor:
-    """Return the soft labels (T, L, h, w) that come from frame 0's channels (H, W), numbered from 0."""
+    """Return the soft labels (T, L, h, w) propagated from frame 0's channels (H, W), numbered from 0."""
     labels = first_labels(torch.from_numpy(channels), (features.shape[2], features.shape[3]), settings)
     return propagate(features, labels.to(features.device), settings=settings)

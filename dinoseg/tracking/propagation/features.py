@@ -1,4 +1,4 @@
-"""What a backbone sees of frames: its last map, of frames resized so that its grid covers them exactly."""
+"""Backbone features for label propagation: last map of frames resized so that the grid covers them exactly."""
 
 from collections.abc import Sequence
 
@@ -22,14 +22,14 @@ def last_maps(
     device: torch.device,
     autocast: Autocast,
 ) -> Tensor:
-    """Return a backbone's last map (B, C, h, w) of frames (H, W, 3) uint8 RGB of one size, resized as `settings` say.
+    """Return a backbone's last map (B, C, h, w) for frames (H, W, 3) uint8 RGB of one size, resized by `settings`.
 
     Args:
-        backbone: in eval mode, on `device`.
-        frames: seen at once.
-        settings: how they are resized.
-        device: where the backbone is.
-        autocast: gives the precision's context for a forward pass.
+        backbone: backbone in eval mode, on `device`.
+        frames: frames of one forward pass.
+        settings: target size and resampling.
+        device: device of the backbone.
+        autocast: context manager factory of the precision.
     """
     size = input_size((frames[0].shape[0], frames[0].shape[1]), settings, backbone.patch_size)
     resized = np.stack([resize(frame, size, settings.resample) for frame in frames])
@@ -41,9 +41,9 @@ def last_maps(
 def input_size(size: Size, settings: PropagationSettings, patch_size: int) -> Size:
     """Return the (H, W) to which a frame of `size` is resized.
 
-    The shorter side comes first: `settings.short`, rounded to a multiple of the patch size; the longer one grows in
-    proportion to it, and is rounded to `settings.long_multiple`. Each is at least one multiple. A frame that is smaller
-    than `settings.short` keeps its size unless `settings.enlarge` is set.
+    The shorter side is `settings.short`, rounded to a multiple of the patch size. The longer side is scaled in
+    proportion and rounded to `settings.long_multiple`. Each side is at least one multiple. A frame smaller than
+    `settings.short` is only enlarged if `settings.enlarge` is set.
 
     Raises:
         UserError: `long_multiple` is no multiple of the patch size.
@@ -64,7 +64,7 @@ def input_size(size: Size, settings: PropagationSettings, patch_size: int) -> Si
 
 
 def resize(frame: np.ndarray, size: Size, resample: str) -> np.ndarray:
-    """Return a frame (H, W, 3) uint8 at `size` (H, W), "bilinear" as OpenCV does it, "bicubic" as Pillow does."""
+    """Resize a frame (H, W, 3) uint8 to `size` (H, W): "bilinear" with OpenCV, "bicubic" with Pillow."""
     height, width = size
     if frame.shape[:2] == (height, width):
         return frame
@@ -74,6 +74,6 @@ def resize(frame: np.ndarray, size: Size, resample: str) -> np.ndarray:
 
 
 def _rounded(dividend: int, divisor: int, multiple: int, rounding: str) -> int:
-    """Return dividend / divisor as a multiple: whole numbers alone, since a float may fall beside an exact one."""
+    """Return dividend / divisor rounded to a multiple, in integer arithmetic, which has no rounding errors."""
     count = dividend // (divisor * multiple) if rounding == "down" else -(-dividend // (divisor * multiple))
     return max(1, count) * multiple

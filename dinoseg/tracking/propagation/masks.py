@@ -1,4 +1,4 @@
-"""Between masks of pixels and soft labels on the feature grid, in which each object has a channel."""
+"""Conversion between pixel masks and soft labels on the feature grid, with one channel per object."""
 
 import logging
 
@@ -15,17 +15,17 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import listed
 
 logger = logging.getLogger(__name__)
-_FLAT = 1e-6  # a channel that varies less than this share of its largest value is constant but for rounding
+_FLAT = 1e-6  # relative range below which a channel counts as constant
 
 
 class ObjectChannels:
-    """Which object each channel of a video's soft labels is; `ids` says it, and begins with the background, 0.
+    """Mapping from the channels of a video's soft labels to object IDs: `ids`, which starts with the background, 0.
 
-    Masks may use few of 255 ids: channels are those that were seen, since each costs memory and time.
+    Channels exist only for IDs that occurred, because each channel costs memory and time.
 
     Args:
-        settings: how masks and labels become one another.
-        patch_size: of the backbone.
+        settings: conversion between masks and labels.
+        patch_size: patch size of the backbone.
     """
 
     def __init__(self, settings: PropagationSettings, patch_size: int) -> None:
@@ -33,13 +33,13 @@ class ObjectChannels:
         self.ids = [0]
 
     def labels(self, mask: np.ndarray, grid: tuple[int, int], frame: int) -> Tensor:
-        """Return the labels (L, h, w) of a mask (H, W) uint8; objects that are new get channels of their own.
+        """Return the labels (L, h, w) of a mask (H, W) uint8, and add channels for new objects.
 
-        An object that no label is left of is warned of, with the number of its frame.
+        Warns about objects that cover no grid cell, with the number of their frame.
         """
         in_mask = [int(label) for label in np.unique(mask) if label not in (0, VOID)]
         self.ids += [label for label in in_mask if label not in self.ids]
-        channels = np.zeros(256, np.uint8)  # of each id; void is background
+        channels = np.zeros(256, np.uint8)  # channel of each ID; void is background
         channels[self.ids] = range(len(self.ids))
         labels = first_labels(torch.from_numpy(channels[mask]), grid, self._settings, num_labels=len(self.ids))
         lost = [str(label) for label in in_mask if not labels[self.ids.index(label)].any()]
@@ -53,24 +53,24 @@ class ObjectChannels:
         return labels
 
     def winners(self, soft: Tensor, size: tuple[int, int]) -> Tensor:
-        """Return the channels (H, W) uint8 that win in soft labels (L, h, w), still on their device."""
+        """Return the winning channels (H, W) uint8 of soft labels (L, h, w), on their device."""
         return to_mask(soft, size, self._settings, patch_size=self._patch_size)
 
     def mask(self, channels: Tensor) -> np.ndarray:
-        """Return the mask (H, W) uint8 of the objects that channels (H, W) are of."""
+        """Return the mask (H, W) uint8 of object IDs for channels (H, W)."""
         return np.array(self.ids, np.uint8)[channels.cpu().numpy()]
 
 
 def first_labels(
     mask: Tensor, grid: tuple[int, int], settings: PropagationSettings = DINOV3, *, num_labels: int | None = None
 ) -> Tensor:
-    """Return the labels (L, h, w) of a mask of ids (H, W) on a feature grid (h, w), as `settings.first` says.
+    """Return the labels (L, h, w) of a mask of IDs (H, W) on a feature grid (h, w), resized by `settings.first`.
 
-    L is `num_labels`, or the highest id + 1. An object that lies under no cell's centre has an empty channel, except
-    where the way is "bilinear".
+    L is `num_labels`, or the highest ID + 1. An object that covers no cell's centre has an empty channel, except with
+    `settings.first` "bilinear".
 
     Raises:
-        UserError: for ids outside of 0..255 or of 0..L-1, or a mask that is not (H, W).
+        UserError: an ID is outside 0..255 or 0..L-1, or the mask is not (H, W).
     """
     if mask.ndim != 2 or not mask.numel():
         raise UserError(f"The mask has the shape {tuple(mask.shape)}. Give one id for each pixel: (H, W).")
@@ -79,7 +79,7 @@ def first_labels(
         return one_hot(_nearest_by_pillow(mask.to(torch.uint8), grid), num_labels)
     if settings.first == "nearest_exact":
         return one_hot(F.interpolate(mask[None, None].float(), grid, mode="nearest-exact")[0, 0], num_labels)
-    # One label at full size at a time, and in double precision: in single its weights are OpenCV's to 5 digits only.
+    # one label at full size at a time; in float32, weights match OpenCV's to only 5 digits
     single = ((mask == label)[None, None].double() for label in range(num_labels))
     return torch.cat([F.interpolate(label, grid, mode="bilinear")[0].float() for label in single])
 
@@ -88,13 +88,13 @@ def first_labels(
 def to_mask(
     soft: Tensor, size: tuple[int, int], settings: PropagationSettings = DINOV3, *, patch_size: int | None = None
 ) -> Tensor:
-    """Return the winning ids (H, W), uint8, of soft labels (L, h, w), as `settings.upsample` and `.min_max` say.
+    """Return the winning IDs (H, W), uint8, of soft labels (L, h, w), using `settings.upsample` and `settings.min_max`.
 
-    Of equal labels the lowest id wins. `patch_size` is needed for "patch_bilinear" only. Needs the memory of a few
-    channels of `size`, whatever L.
+    The lowest of equal labels wins. `patch_size` is needed for "patch_bilinear" only. Memory is that of a few channels
+    of `size`, independent of L.
 
     Raises:
-        UserError: for a missing `patch_size`, or more than 256 labels.
+        UserError: `patch_size` is missing, or there are more than 256 labels.
     """
     if len(soft) > 256:
         raise UserError(f"{len(soft)} labels do not fit into a mask of 256 ids. Track fewer objects at once.")
@@ -111,7 +111,7 @@ def to_mask(
 
 
 def _nearest_by_pillow(ids: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize as Pillow does: it and torch choose another pixel where a cell's centre lies between two."""
+    """Resize with Pillow, which differs from torch if a cell's centre lies between two pixels."""
     resized = Image.fromarray(ids.cpu().numpy()).resize((size[1], size[0]), Image.Resampling.NEAREST)
     return torch.from_numpy(np.array(resized)).to(ids.device)
 

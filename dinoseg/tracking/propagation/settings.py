@@ -1,4 +1,4 @@
-"""What a protocol of training-free label propagation fixes, and the three that papers report."""
+"""Settings of training-free label propagation, with the published protocols of DINOv3, DINO and CRW."""
 
 from dataclasses import dataclass
 
@@ -8,25 +8,25 @@ from dinoseg.utils.ranges import Count
 
 @dataclass(frozen=True)
 class PropagationSettings(MatchSettings):
-    """How labels travel, and how frames and masks are resized. The defaults are DINOv3's.
+    """Settings of label propagation and of the resizing of frames and masks; the defaults are DINOv3's.
 
     Attributes:
-        first: how frame 0's mask becomes labels: "nearest" (the id under each cell's centre, by Pillow),
-            "nearest_exact" (by torch: another pixel where a centre lies between two) or "bilinear" (soft).
-        upsample: how soft labels become pixels: "nearest", "bilinear", or "patch_bilinear" (bilinear to
-            grid x patch size, decided there, then Pillow's nearest pixel).
-        min_max: which channels are stretched to 0..1 over the frame before the largest wins: "none", "all" (a constant
-            one becomes 0), or "positive" (those with a value above 0; a constant one wins everywhere).
-        short: pixels of a frame's shorter side as the backbone sees it; None = as it is. It becomes a multiple of the
-            patch size.
-        enlarge: whether frames whose shorter side is below `short` are enlarged to it, as the protocols do.
-        long_multiple: what the longer side becomes a multiple of, in pixels; None = the patch size.
-        rounding: "up" or "down" to those multiples.
-        resample: how frames are resized: "bilinear" (OpenCV's: it reads four pixels, however much is lost) or
-            "bicubic" (Pillow's: it smooths where it reduces).
+        first: conversion of frame 0's mask to labels: "nearest" (the ID under each cell's centre, by Pillow),
+            "nearest_exact" (by torch: another pixel if a centre lies between two) or "bilinear" (soft).
+        upsample: conversion of soft labels to pixels: "nearest", "bilinear", or "patch_bilinear" (bilinear to
+            grid x patch size, argmax there, then Pillow's nearest pixel).
+        min_max: channels that are rescaled to 0..1 over the frame before the argmax: "none", "all" (constant channels
+            become 0), or "positive" (those with a value above 0; a constant one wins everywhere).
+        short: pixels of a frame's shorter side at the backbone's input, rounded to a multiple of the patch size;
+            None: the original size, also rounded.
+        enlarge: whether frames whose shorter side is below `short` are enlarged to it, as in the protocols.
+        long_multiple: multiple in pixels to which the longer side is rounded; None: the patch size.
+        rounding: direction of rounding to these multiples, "up" or "down".
+        resample: resizing of frames: "bilinear" (OpenCV, reads four pixels even when downsampling) or "bicubic"
+            (Pillow, anti-aliased when downsampling).
 
     Raises:
-        UserError: for a value out of range or an unknown word.
+        UserError: a value is out of range, or an option is unknown.
     """
 
     first: str = "nearest_exact"

@@ -1,4 +1,4 @@
-"""Objects followed through a video by what a frozen backbone sees: label propagation from frames to masks."""
+"""Training-free tracker: propagates labels between frames by the features of a frozen backbone."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -31,17 +31,18 @@ _FORMS = {
 
 
 class PropagationTracker(Tracker):
-    """Follow the objects of masks through one video; nothing is trained.
+    """Tracker that propagates object masks through one video without training.
 
-    Masks hold ids 0 (background) to 254, not necessarily all of them, and 255 where no object is known, which counts
-    as background. The first frame needs a mask, and gets it back; the objects of a later one are followed from there.
+    Masks hold IDs 0 (background) to 254, not necessarily contiguous, and 255 for unknown pixels, which count as
+    background. The first frame needs a mask, and its returned mask equals it. Objects in later masks are followed from
+    that frame on.
 
     Args:
-        backbone: frozen and in eval mode, on `device`; its last map is used.
-        settings: how frames are resized and labels propagated.
-        device: where the backbone is.
-        autocast: gives the precision's context for a forward pass.
-        batch_size: frames that the backbone sees at once.
+        backbone: frozen backbone in eval mode, on `device`; its last map is used.
+        settings: resizing of frames and propagation of labels.
+        device: device of the backbone.
+        autocast: context manager factory of the precision.
+        batch_size: frames per forward pass.
     """
 
     unread = ("slots", "resolution")
@@ -68,7 +69,7 @@ class PropagationTracker(Tracker):
 
     @cached_property
     def settings(self) -> Mapping[str, Any]:
-        """What the masks depend on beside frames and labels."""
+        """Return the settings that masks depend on besides frames and labels."""
         return {
             "kind": "propagation",
             "tracker": asdict(self._protocol),
@@ -81,7 +82,7 @@ class PropagationTracker(Tracker):
         }
 
     def describe(self, size: Size) -> str:
-        """Return at which size the backbone sees frames of `size` (H, W), and on which grid."""
+        """Describe the backbone's input size and grid for frames of `size` (H, W)."""
         patch = self._backbone.patch_size
         height, width = input_size(size, self._protocol, patch)
         text = f"the backbone sees them at {height} x {width}, on a grid of {height // patch} x {width // patch} cells"
@@ -101,7 +102,7 @@ class PropagationTracker(Tracker):
         """
         assert self.size is not None
         maps = last_maps(self._backbone, frames, self._protocol, self.device, self.autocast)
-        masks: list[np.ndarray | Tensor] = []  # those on the device are read at the end: nothing waits for them
+        masks: list[np.ndarray | Tensor] = []  # tensors are copied from the device at the end: no sync per frame
         for features, mask in zip(maps, labels, strict=True):
             grid = (features.shape[1], features.shape[2])
             first = self._frames_seen == 0
@@ -110,24 +111,24 @@ class PropagationTracker(Tracker):
             seeds = None if mask is None else self._objects.labels(mask, grid, self._frames_seen).to(self.device)
             soft = self._propagator.step(features, seeds)  # (L, h, w)
             self._frames_seen += 1
-            if mask is not None and first:  # what the user says: propagation would only give it back, coarsely
+            if mask is not None and first:  # the given mask is exact; propagation would return it at grid resolution
                 masks.append(without_void(mask))
             else:
                 masks.append(self._objects.winners(soft, self.size))
         return [each if isinstance(each, np.ndarray) else self._objects.mask(each) for each in masks]
 
     def state(self) -> dict[str, Tensor]:
-        """Return all that the next frame depends on; empty before the first."""
+        """Return all tensors that the next frame depends on; empty before the first frame."""
         if self.size is None:
             return {}
         counts = {"ids": self._objects.ids, "size": self.size, "seen": [self._frames_seen]}
         return self._propagator.state() | {name: torch.tensor(value) for name, value in counts.items()}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from a `state()` of a tracker with the same settings.
+        """Restore a `state()` of a tracker with the same settings.
 
         Raises:
-            ValueError: it is no such state.
+            ValueError: the state is invalid.
         """
         if state:
             check_state(state, _FORMS)
@@ -140,5 +141,5 @@ class PropagationTracker(Tracker):
 
 
 def without_void(mask: np.ndarray) -> np.ndarray:
-    """Return a mask's ids (H, W) uint8, with background where no object is known."""
+    """Return a mask's IDs (H, W) uint8, with void replaced by background."""
     return np.where(mask == VOID, 0, mask).astype(np.uint8)

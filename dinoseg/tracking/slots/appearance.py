@@ -1,4 +1,4 @@
-"""Which slot is which, and which cells are whose, by what each slot looks like."""
+"""Appearance model of slots: assigns slots to those of the first frame, and cells to slots, by mean features."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -9,31 +9,31 @@ from torch import Tensor
 
 from dinoseg.metrics.assignment import best_assignment
 
-_LEAST = 1e-4  # added to masks, whose logarithm is taken
-_STAY = 1e-6  # what two assignments may differ by and still be taken for equal
-_FAR = 1e9  # how far from all cells a slot is that has never won one
+_LEAST = 1e-4  # added to masks before the logarithm
+_STAY = 1e-6  # tolerance within which two assignments count as equal
+_FAR = 1e9  # distance to a slot that has never won a cell
 
 
 class Settled(NamedTuple):
-    """A frame's slots as they are told from each other by their looks."""
+    """Result of one frame: updated appearance, slot assignment and masks."""
 
-    known: "Appearance"  # with this frame
-    successors: Tensor  # (S,) the slot of this frame that each slot of the first one is
-    masks: Tensor  # (S, h, w) float32 in the order of the first frame's slots, which sum to 1
+    known: "Appearance"  # including this frame
+    successors: Tensor  # (S,) this frame's slot for each slot of the first frame
+    masks: Tensor  # (S, h, w) float32 in the order of the first frame's slots; sums to 1 over S
 
 
 @dataclass(frozen=True)
 class Appearance:
-    """The mean features of what each of the S slots of a video's first frame has won, in all frames that were seen.
+    """Mean features of the cells that each of the S slots of the first frame has won in all frames so far.
 
-    A slot that has lost its object takes another one's, where two meet or one is hidden; and this tells, as long as
-    they look different, however far apart in time and place they were seen. On the CPU and in double precision.
+    When objects meet or one is hidden, a slot may switch to another object. The mean features detect this if the
+    objects look different, whatever their distance in time and space. Computed on the CPU in double precision.
 
     Args:
-        sums: (S, C) of the features of the cells that each has won.
-        cells: (S,) how many these are.
+        sums: (S, C) sums of the features of the cells that each slot has won.
+        cells: (S,) number of these cells.
         moments: (2, C) sums of the features of all cells, and of their squares.
-        whole: of a whole video, which was seen before: frames that are seen again change nothing.
+        whole: whether this covers the whole video, from a first pass; it is then no longer updated.
     """
 
     sums: Tensor
@@ -43,7 +43,7 @@ class Appearance:
 
     @classmethod
     def nothing(cls, num_slots: int, width: int) -> "Appearance":
-        """Return that before the first frame."""
+        """Return the empty appearance before the first frame."""
         return cls(_zeros(num_slots, width), _zeros(num_slots), _zeros(2, width))
 
     def step(
@@ -56,24 +56,26 @@ class Appearance:
         *,
         same: bool = False,
     ) -> Settled:
-        """Return what is known with one more frame, which slot is which in it, and its cells' masks by that.
+        """Add a frame, assign its slots to those of the first frame, and compute its masks.
 
-        Cells are won by the slot of the greatest mask, and look most like that slot of the first frame whose mean is
-        the nearest. The assignment with the greatest sum of overlaps (IoU) of the two decides which slot is which, and
-        between equals the last one; in a video's first frame, slots are themselves. Then a cell's score for a slot is
-        the logarithm of its mask minus `weight` times the squared distance from the slot's mean, this frame's cells
-        among them; by the greatest score cells count in the frames to come. The masks are a softmax of the scores,
-        whose temperature is half the weight, and at least 1: they are upsampled, and harder ones would have steps.
+        A cell is won by the slot with the highest mask; it also has a nearest slot of the first frame by mean features.
+        The assignment maximises the summed IoU between the two partitions; ties keep the previous assignment. Before
+        any cell is won, as in the first frame, and with `same`, the assignment is `last`.
 
-        Distances are means over the channels, each in its standard deviation over all cells.
+        A cell's score for a slot is the log of its mask minus `weight` times the squared distance to the slot's mean,
+        which includes this frame's cells. The highest score decides which slot a cell counts for in later frames. The
+        masks are a softmax of the scores at temperature max(1, weight / 2): they are upsampled, and sharper ones would
+        show steps.
+
+        Distances are means over the channels, each divided by its standard deviation over all cells.
 
         Args:
             features: (C, h, w).
             masks: soft masks of this frame's slots (S, h, w).
-            valid: share of the grid's height and width that the frame covers; cells beyond do not count.
-            last: (S,) which slots of the last frame they were.
-            weight: of looks beside masks.
-            same: whether slots are what they were, however they look.
+            valid: fraction of the grid's height and width that the frame covers; cells beyond are ignored.
+            last: (S,) assignment of the previous frame.
+            weight: weight of the appearance relative to the masks.
+            same: whether to keep the assignment regardless of appearance.
         """
         tokens, soft = features.flatten(1).T.cpu().double(), masks.flatten(1).cpu().double()  # (N, C), (S, N)
         inside = _inside((masks.shape[1], masks.shape[2]), valid)
@@ -95,33 +97,33 @@ class Appearance:
         return Settled(known, successors, settled.float().view_as(masks).to(masks.device))
 
     def _with(self, tokens: Tensor, won: Tensor, moments: Tensor) -> "Appearance":
-        """Return this with the cells of one more frame (N, C), as (S, N) says who won which."""
+        """Return the appearance updated by one frame's tokens (N, C); `won` (S, N) is 1 where a slot won a cell."""
         if self.whole:
             return self
         return Appearance(self.sums + won @ tokens, self.cells + won.sum(1), moments)
 
     def _distances(self, tokens: Tensor, scale: "_Scale") -> Tensor:
-        """Return how far each of some scaled tokens (N, C) is from what each slot looks like (S, N), squared."""
+        """Return the squared distances (S, N) of scaled tokens (N, C) to each slot's mean features."""
         means = scale(self.sums / self.cells.clamp(min=1)[:, None])
         apart = torch.cdist(means, tokens).square() / tokens.shape[1]
         return apart.masked_fill(self.cells[:, None] == 0, _FAR)
 
 
 class _Scale(NamedTuple):
-    """Each channel's mean and standard deviation (C,)."""
+    """Mean and standard deviation of each channel (C,)."""
 
     mean: Tensor
     deviation: Tensor
 
     @classmethod
     def of(cls, moments: Tensor, count: Tensor) -> "_Scale":
-        """Return those of so many cells, by the sums of their features and of the squares."""
+        """Return mean and deviation of `count` cells from the sums of their features and squares."""
         mean, square = moments / count
         variance = square - mean.square()
         return cls(mean, torch.where(variance > 0, variance, torch.inf).sqrt())
 
     def __call__(self, features: Tensor) -> Tensor:
-        """Return features (N, C) with mean 0 and variance 1 over all cells; those of a constant channel are about 0."""
+        """Standardise features (N, C) to mean 0 and variance 1 over all cells; constant channels become about 0."""
         return (features - self.mean) / self.deviation
 
 
@@ -130,7 +132,7 @@ def _zeros(*shape: int) -> Tensor:
 
 
 def _inside(grid: tuple[int, int], valid: tuple[float, float]) -> Tensor:
-    """Return which cells (h * w,) of a grid the frame covers."""
+    """Return a mask (h * w,) of the cells that the frame covers."""
     rows, columns = (
         torch.arange(length) < max(1, round(share * length)) for length, share in zip(grid, valid, strict=True)
     )
@@ -138,11 +140,11 @@ def _inside(grid: tuple[int, int], valid: tuple[float, float]) -> Tensor:
 
 
 def _winners(scores: Tensor) -> Tensor:
-    """Return 1 for the slot with the greatest of scores (S, N), and 0 for the others."""
+    """Return a one-hot encoding (S, N) of the slot with the highest score in each column of `scores` (S, N)."""
     return F.one_hot(scores.argmax(0), len(scores)).T.double()
 
 
 def _overlaps(one: Tensor, other: Tensor) -> Tensor:
-    """Return the intersection over union (S, S) of each of some segments (S, N) of zeros and ones with each other."""
+    """Return the pairwise intersection over union (S, S) of two sets of binary segments (S, N)."""
     both = one @ other.T
     return both / (one.sum(1)[:, None] + other.sum(1) - both).clamp(min=1)

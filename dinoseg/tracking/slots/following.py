@@ -1,4 +1,4 @@
-"""Slots taken from frame to frame, and what each of them stands for."""
+"""Frame-to-frame propagation of slots, and their assignment to objects."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -20,21 +20,21 @@ from dinoseg.utils.errors import UserError
 
 
 class SlotFrame(NamedTuple):
-    """What is known of a frame before slots see it."""
+    """Inputs of the slots for one frame."""
 
     features: Tensor  # (1, C, h, w)
-    background: Tensor | None  # (h, w) bool: what the class attention does not look at
-    labels: np.ndarray | None  # (H, W) ids, 0 = background
-    valid: tuple[float, float]  # share of the grid's height and width that the frame covers
+    background: Tensor | None  # (h, w) bool: cells that the class attention ignores
+    labels: np.ndarray | None  # (H, W) IDs, 0 = background
+    valid: tuple[float, float]  # fraction of the grid's height and width that the frame covers
 
     def ids(self) -> list[int]:
-        """Return the objects in the labels, ascending."""
+        """Return the object IDs in the labels, ascending."""
         return [] if self.labels is None else [int(one) for one in np.unique(self.labels) if one]
 
     def shares(self, ids: Sequence[int]) -> Tensor:
-        """Return the share of each cell that the pixels of each id cover (K, h, w): of a small object little, not none.
+        """Return the fraction (K, h, w) of each cell that the pixels of each ID cover, above 0 for small objects too.
 
-        One id at a time is held at full size, as 4-byte numbers.
+        Only one ID at a time is expanded to full size, as float32.
         """
         grid = (self.features.shape[-2], self.features.shape[-1])
         labels = torch.from_numpy(np.asarray(self.labels))
@@ -44,48 +44,48 @@ class SlotFrame(NamedTuple):
 
 @dataclass(frozen=True)
 class Followed:
-    """All that the next frame depends on."""
+    """State of the slots that the next frame depends on."""
 
     slots: Tensor  # (1, S, D) of the last frame
     masks: Tensor  # (S, h, w) of the last frame, float32
     correspondence: Correspondence
-    ids: list[int]  # (S,) what each slot of the first frame is in the masks
-    labelled: bool  # whether these are ids of labels
-    sizes: list[int]  # slots in each of the head's groups
-    num_background: int  # of these, the first, kept to the background; with `lock_on` without groups too
-    appearance: Appearance | None  # of what slots of the first frame have won, where they are followed by it
+    ids: list[int]  # (S,) the ID in the masks of each slot of the first frame
+    labelled: bool  # whether the IDs come from labels
+    sizes: list[int]  # number of slots in each of the head's groups
+    num_background: int  # number of leading slots restricted to the background; `lock_on` sets it without groups too
+    appearance: Appearance | None  # of the first frame's slots; None unless match=appearance
 
 
 class Follower:
-    """Takes a slot head from frame to frame.
+    """Propagation of a slot head's slots from frame to frame.
 
     Args:
-        head: in eval mode.
-        settings: how slots are bound and followed.
-        autocast: gives the precision's context for a forward pass.
+        head: slot head in eval mode.
+        settings: binding and matching of slots.
+        autocast: context manager factory of the precision.
     """
 
     def __init__(self, head: Slots, settings: SlotTracking, autocast: Autocast = nullcontext) -> None:
         self._head, self._settings, self._autocast = head, settings, autocast
 
     def asks_background(self, *, first: bool) -> bool:
-        """Return whether a video's first frame, or each later one, is to come with its `background`."""
+        """Return whether the first frame of a video, or each later frame, needs its `background`."""
         holds = self._settings.hold != "none"
         if first:
             return (holds and self._head.groups != "off") or self._settings.extra_slots > 0
         return holds and (self._head.groups == "always" or self._settings.lock_on)
 
     def begin(self, frame: SlotFrame, known: Appearance | None = None) -> tuple[Followed, Tensor]:
-        """Return what the first frame's slots stand for, as its labels say or each for itself; and their masks.
+        """Process the first frame: return the state, with each slot's ID from the labels or its number, and the masks.
 
-        Masks are (S, h, w) in the order of the first frame's slots, and by looks where slots are followed by these.
+        Masks are (S, h, w) in the order of the first frame's slots; with match=appearance, they take it into account.
 
         Args:
-            frame: the first one.
-            known: what its slots look like in the whole video, where that was seen before.
+            frame: the first frame.
+            known: appearance of the slots over the whole video, from a first pass; None: there was none.
 
         Raises:
-            UserError: more slots than ids, or more objects than slots.
+            UserError: there are more slots than IDs, or more objects than slots.
         """
         sizes, num_background, allowed = list(self._head.sizes), 0, None
         if len(sizes) == 2:
@@ -97,13 +97,13 @@ class Follower:
             if self._settings.lock_on:
                 lock_on = lock(shares, ids, self._settings, frame.background)
                 num_background, serves = lock_on.num_background, lock_on.serves
-                # extra slots count as background in masks, but see foreground: they are drawn as those of objects are
+                # extra slots count as background in masks but see foreground: they are sampled like those of objects
                 sizes = [num_background, len(serves) - num_background] if len(sizes) == 2 else [len(serves)]
                 allowed = lock_on.allowed[None]
         slots, masks = self._see(frame, None, allowed, sizes)
         if known is None and self._settings.match == "appearance":
             known = Appearance.nothing(len(masks), frame.features.shape[1])
-        locked = serves is not None  # each sees what it stands for: looks say nothing of which is which
+        locked = serves is not None  # each slot sees only its object, so appearance must not reassign slots
         start = Correspondence.start(len(masks))
         correspondence, appearance, shown = self._told(frame, masks, start, known, same=locked)
         if serves is None:
@@ -121,7 +121,7 @@ class Follower:
         return followed, shown
 
     def go_on(self, last: Followed, frame: SlotFrame) -> tuple[Followed, Tensor]:
-        """Return where the slots of the last frame are in this one, whose new objects get a slot each; and the masks.
+        """Process a later frame: return the state, with a slot for each new object, and the masks (S, h, w).
 
         Raises:
             UserError: no slot is left for a new object.
@@ -136,7 +136,7 @@ class Follower:
             correspondence = correspondence.step(cosine(last.slots[0], slots[0]), self._settings.temperature)
         elif match == "soft_iou":
             correspondence = correspondence.step(soft_iou(last.masks, masks), self._settings.temperature)
-        # auto: slots that the head carries over keep their order, those that are drawn anew have none
+        # auto: slots that the head propagates keep their order; those sampled in each frame have none
         elif match == "overlap" or (match == "auto" and self._head.predictor is None):
             correspondence = correspondence.step(overlap(last.masks, masks), self._settings.temperature)
         correspondence, appearance, shown = self._told(frame, masks, correspondence, last.appearance)
@@ -158,9 +158,9 @@ class Follower:
         *,
         same: bool = False,
     ) -> tuple[Correspondence, Appearance | None, Tensor]:
-        """Return which slot is which, by their looks where these are known, and the masks by that.
+        """Return the correspondence, the updated appearance and the masks, using appearance if it is known.
 
-        These are (S, h, w) in the order of the first frame's slots.
+        Masks are (S, h, w) in the order of the first frame's slots.
         """
         if known is None:
             return correspondence, None, masks[correspondence.successors.to(masks.device)]
@@ -185,7 +185,7 @@ class Follower:
 
 
 def _numbered(num_slots: int) -> list[int]:
-    """Return an id of its own for each slot."""
+    """Return a unique ID for each slot, from 1."""
     if num_slots >= VOID:
         raise UserError(
             f"head.num_slots={num_slots} do not fit into masks of ids 1 to {VOID - 1}. Use a model of fewer slots, or "
@@ -195,27 +195,27 @@ def _numbered(num_slots: int) -> list[int]:
 
 
 class Locked(NamedTuple):
-    """The slots of a first frame, those of the background first."""
+    """Slots of a first frame under `lock_on`, background slots first."""
 
-    allowed: Tensor  # (S, h, w) bool: which cells each slot may see
-    serves: list[int]  # (S,) the id of each: 0 = background
-    num_background: int  # slots without the extra ones, which serve it too
+    allowed: Tensor  # (S, h, w) bool: cells that each slot may see
+    serves: list[int]  # (S,) ID of each slot: 0 = background
+    num_background: int  # number of background slots, without extra slots, which have ID 0 too
 
 
 def lock(shares: Tensor, ids: Sequence[int], settings: SlotTracking, background: Tensor | None = None) -> Locked:
-    """Return which cells each slot sees: those of the background, or of its object.
+    """Return the cells that each slot sees: those of the background, or those of its object.
 
-    A cell is of what covers most of it, the earlier of equals. An object that covers most of no cell has the cell of
-    which it covers most, together with what is there; one without a pixel has no slot. None gets more slots than it has
-    cells, but the background has one in any case.
+    A cell belongs to the ID that covers most of it; of equal IDs the first wins. An object that dominates no cell
+    shares the cell that it covers most; an object without pixels gets no slot. No ID gets more slots than it has cells,
+    but the background has at least one.
 
-    Background slots see all that the labels call background; extra slots of that what the class attention does not, and
-    where there is no such cell there are none.
+    Background slots see all cells labelled background. Extra slots see those of them that the class attention marks as
+    foreground; without such cells there are no extra slots.
 
     Args:
-        shares: of each cell (1 + objects, h, w) that the background and the objects cover.
-        ids: of these, 0 first.
-        settings: how many slots there are to be.
+        shares: fraction (1 + objects, h, w) of each cell that the background and the objects cover.
+        ids: their IDs, 0 first.
+        settings: numbers of slots.
         background: (h, w) bool, True where the class attention sees background; needed for extra slots.
     """
     cells = shares.argmax(0) == torch.arange(len(shares), device=shares.device)[:, None, None]  # (1 + objects, h, w)
@@ -236,11 +236,11 @@ def lock(shares: Tensor, ids: Sequence[int], settings: SlotTracking, background:
 
 
 def hold(background: Tensor, sizes: Sequence[int], side: str) -> Tensor | None:
-    """Return which cells each slot may see (1, S, h, w), bool; None: all see all.
+    """Return the cells that each slot may see (1, S, h, w), bool; None: all slots see all cells.
 
     Args:
         background: (h, w) bool, True where the class attention sees background.
-        sizes: numbers of background slots, which come first, and of the others.
+        sizes: number of background slots, which come first, and of other slots.
         side: see `SlotTracking.hold`.
     """
     others = {"background": torch.ones_like(background), "both": ~background}

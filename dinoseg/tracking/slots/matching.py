@@ -1,4 +1,4 @@
-"""Which slot is which: from frame to frame, and to the objects of a mask by overlap."""
+"""Matching of slots between frames, and of slots to labelled objects by mask overlap."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,14 +13,14 @@ from dinoseg.metrics.assignment import best_assignment
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import count_of
 
-_AT_ONCE = 2**25  # numbers of the upsampled masks held at a time: 128 MiB
-_STAY = 1e-6  # what two assignments may differ by and still be taken for equal
+_AT_ONCE = 2**25  # elements of upsampled masks in memory at once: 128 MiB
+_STAY = 1e-6  # tolerance within which two assignments count as equal
 
 
 def overlap(first: Tensor, second: Tensor) -> Tensor:
     """Return the overlap (A, B) of soft masks (A, h, w) and (B, h, w): sum of products over sum of maxima (DINOSAVi).
 
-    For masks of zeros and ones this is their IoU; a soft mask's with itself is below 1. Of two empty masks it is 0.
+    For binary masks this is the IoU. A soft mask's overlap with itself is below 1; that of two empty masks is 0.
     """
     rows = []
     for mask in first:
@@ -32,10 +32,10 @@ def overlap(first: Tensor, second: Tensor) -> Tensor:
 def soft_iou(first: Tensor, second: Tensor) -> Tensor:
     """Return the IoU (A, B) of soft masks (A, h, w) and (B, h, w) in 0..1: sum of minima over sum of maxima.
 
-    For masks of zeros and ones this is the IoU itself; of two empty masks it is 0.
+    For binary masks this is the usual IoU; that of two empty masks is 0.
     """
     rows = []
-    for mask in first:  # one at a time: all pairs of masks at once would take A x B grids
+    for mask in first:  # one at a time: all pairs at once would take A x B grids
         least = torch.minimum(mask, second).sum((1, 2))
         rows.append(least / (mask.sum() + second.sum((1, 2)) - least).clamp(min=1e-12))
     return torch.stack(rows)
@@ -48,13 +48,13 @@ def cosine(first: Tensor, second: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Correspondence:
-    """Which slots of a frame the S slots of the first one have become.
+    """Correspondence between the S slots of the first frame and those of the current frame.
 
-    On the CPU and in double precision, which not every device has: that is where assignments are made.
+    Stored on the CPU in double precision, where assignments are computed; not every device supports double precision.
 
     Args:
-        matrix: (S, S) how much of each slot of the first frame each slot of this one is; rows sum to 1.
-        successors: (S,) the slot of this frame that each slot of the first one is, by the assignment of greatest sum.
+        matrix: (S, S) fraction of each slot of the first frame in each slot of this frame; rows sum to 1.
+        successors: (S,) this frame's slot for each slot of the first frame, by the assignment with the greatest sum.
     """
 
     matrix: Tensor
@@ -62,19 +62,19 @@ class Correspondence:
 
     @classmethod
     def start(cls, num_slots: int) -> "Correspondence":
-        """Return that of the first frame with itself."""
+        """Return the identity correspondence of the first frame."""
         return cls(torch.eye(num_slots, dtype=torch.float64), torch.arange(num_slots))
 
     def step(self, similarity: Tensor, temperature: float) -> "Correspondence":
-        """Return the correspondence one frame further on.
+        """Return the correspondence one frame later.
 
-        A softmax of each row says what share of a slot goes where, and these are multiplied on. Over hundreds of frames
-        that forgets what set similar slots apart: between assignments that differ by less than 1e-6, the shares of this
-        step alone decide.
+        The softmax of each row of similarities is a transition matrix, and these are multiplied over time. Over
+        hundreds of frames the product forgets what distinguishes similar slots. Assignments that differ by less than
+        1e-6 are therefore decided by this step alone.
 
         Args:
-            similarity: (S, S) of the slots of the last frame and those of this one.
-            temperature: divides it.
+            similarity: (S, S) between the slots of the last frame and those of this frame.
+            temperature: divisor of the similarities.
         """
         edges = (similarity.cpu().double() / temperature).softmax(1)
         matrix = self.matrix @ edges
@@ -83,18 +83,18 @@ class Correspondence:
 
 
 def owners(masks: Tensor, shares: Tensor, ids: Sequence[int]) -> list[int]:
-    """Return for each of S slots the id of what it serves.
+    """Return the ID that each of S slots is assigned to.
 
-    It is what the slot's mask has the greatest IoU with, the earlier of equals, so several slots may serve one object.
-    An object that none would serve is then given one, see `give`.
+    Each slot is assigned to the ID with the greatest mask IoU (the first of equal ones), so several slots may share an
+    object. Objects without a slot are then given one, see `give`.
 
     Args:
-        masks: of the slots (S, h, w), in 0..1.
-        shares: of each cell (1 + objects, h, w) that the background and the objects cover.
-        ids: of these, 0 first.
+        masks: soft masks of the slots (S, h, w), in 0..1.
+        shares: fraction (1 + objects, h, w) of each cell that the background and the objects cover.
+        ids: their IDs, 0 first.
 
     Raises:
-        UserError: there are fewer slots than the objects and the background.
+        UserError: there are fewer slots than objects plus background.
     """
     overlap = soft_iou(masks, shares).cpu().numpy()  # (S, 1 + objects)
     served = [ids[best] for best in overlap.argmax(1)]
@@ -103,14 +103,14 @@ def owners(masks: Tensor, shares: Tensor, ids: Sequence[int]) -> list[int]:
 
 
 def give(served: list[int], overlap: Mapping[int, np.ndarray]) -> None:
-    """Write objects into `served`, the ids of what S slots serve (0 = background): one slot for each object.
+    """Assign one slot to each object in `overlap`, by changing `served`, the IDs of S slots (0 = background).
 
-    The greatest overlap of all goes first. A slot is taken from the background; from objects only where the background
-    has a single one; and the last slot from neither.
+    Objects are assigned in order of greatest overlap. Slots are taken from the background; only if the background has a
+    single slot, they are taken from objects. The last slot of an ID is never taken.
 
     Args:
-        served: (S,).
-        overlap: by each new object's id, with every slot (S,).
+        served: (S,) IDs, modified in-place.
+        overlap: overlap (S,) with every slot, by the ID of each new object.
 
     Raises:
         UserError: no slot can be taken.
@@ -133,10 +133,9 @@ def give(served: list[int], overlap: Mapping[int, np.ndarray]) -> None:
 
 
 def winners(masks: Tensor, size: tuple[int, int], valid: tuple[float, float]) -> Tensor:
-    """Return (H, W) int64: the slot whose soft mask of (S, h, w), upsampled bilinearly, is the greatest.
+    """Return the slot (H, W) int64 whose soft mask of (S, h, w), upsampled bilinearly, is the greatest at each pixel.
 
-    With slots that serve one object the object is where the greatest of its slots wins, which is the same as comparing
-    the objects' maxima.
+    With several slots per object, this is equivalent to comparing the maxima over each object's slots.
     """
     best = masks.new_full(size, -torch.inf)
     index = torch.zeros(size, dtype=torch.int64, device=masks.device)

@@ -1,4 +1,4 @@
-"""How slots are bound to a video's objects, and followed from frame to frame."""
+"""Settings of slot tracking: binding of slots to objects, and matching between frames."""
 
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
@@ -8,33 +8,33 @@ from dinoseg.utils.ranges import Count, Natural, Positive, Range
 
 MATCHES = ("auto", "overlap", "soft_iou", "similarity", "appearance")
 HOLDS = ("background", "both", "none")
-_OF_LOOKS = ("appearance", "looks")  # that nothing depends on unless slots are known by what they look like
+_OF_LOOKS = ("appearance", "looks")  # fields that matter only with match=appearance
 
 
 @dataclass(frozen=True)
 class SlotTracking:
-    """How slots are bound to objects, and followed.
+    """Settings for binding slots to objects and following them.
 
     Args:
-        lock_on: show each slot of the first frame only what it shall follow, as the labels say; otherwise the slots
-            that the model finds are given to what they overlap most.
-        slots_per_object: that an object has with `lock_on`.
-        background_slots: that the background has with `lock_on`.
-        extra_slots: with `lock_on`, for what the labels call background and the class attention does not; 0 for none.
-        hold: which slots see only their side of what the class attention calls background and foreground, in the frames
-            in which the head's groups say so and, with `lock_on`, in all after the first: those of the `background`
-            (as DINOSAVi does when it evaluates), `both` (as groups are trained) or `none`.
-        match: how slots are followed to the next frame: by the `overlap` or the `soft_iou` of their masks or the
-            `similarity` (cosine) of their vectors, see `Correspondence`; by the `appearance` of what they have won in
-            all frames so far, see `Appearance`; `auto`: they keep their places where the head carries them over, and
-            otherwise by overlap.
-        temperature: of the steps of a `Correspondence`, by overlap, soft_iou and similarity.
-        appearance: what looks count beside a slot's own mask, with that `match`; 0: masks alone say whose a cell is.
-        looks: times that a video is looked at, with that `match`: at the second one it is known from the first frame on
-            what each slot looks like in all of them. It takes twice as long, and a video that can be read twice.
+        lock_on: restrict each slot of the first frame to the cells of its object, as labelled. False: slots are
+            assigned to the objects that they overlap most.
+        slots_per_object: slots per object with `lock_on`.
+        background_slots: slots of the background with `lock_on`.
+        extra_slots: with `lock_on`, slots for cells that the labels call background and the class attention foreground;
+            0 for none.
+        hold: which slots are restricted to their side of the class attention's background and foreground:
+            `background` slots (as in DINOSAVi's evaluation), `both` (as groups are trained) or `none`. Applies in the
+            frames that the head's groups name and, with `lock_on`, in all frames after the first.
+        match: how slots are matched to the next frame. `overlap` and `soft_iou` compare masks, `similarity` (cosine)
+            compares slot vectors, see `Correspondence`. `appearance` compares mean features of the cells won so far,
+            see `Appearance`. `auto`: slots keep their order if the head propagates them, else `overlap`.
+        temperature: temperature of `Correspondence`, for overlap, soft_iou and similarity.
+        appearance: weight of appearance relative to a slot's mask, with that `match`; 0: masks alone assign cells.
+        looks: number of passes over a video, with that `match`. With 2, the second pass knows each slot's appearance in
+            the whole video from the first frame on. It takes twice as long and needs a video that can be read twice.
 
     Raises:
-        UserError: for a value out of range or an unknown word.
+        UserError: a value is out of range, or an option is unknown.
     """
 
     lock_on: bool = False
@@ -77,6 +77,6 @@ class SlotTracking:
                 )
 
     def told(self) -> dict[str, Any]:
-        """Return what masks depend on."""
+        """Return the settings that affect masks; those of appearance only with match=appearance."""
         values = asdict(self)
         return values if self.match == "appearance" else {key: values[key] for key in values if key not in _OF_LOOKS}

@@ -1,4 +1,4 @@
-"""A video's objects followed by slots: what a slot of the first frame saw, its successors stand for."""
+"""Slot tracker: follows the slots of a video's first frame through later frames."""
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -39,7 +39,7 @@ _FORMS = {
     "frame": TensorForm(torch.int64, "2", 1),
     "background": TensorForm(torch.int64, "1", 0),
 }
-_APPEARANCE = {  # beside these, where slots are followed by it
+_APPEARANCE = {  # additional tensors with match=appearance
     "won": TensorForm(torch.float64, "S C"),
     "cells": TensorForm(torch.float64, "S", 0),
     "moments": TensorForm(torch.float64, "2 C"),
@@ -48,29 +48,28 @@ _APPEARANCE = {  # beside these, where slots are followed by it
 
 
 class SlotTracker(Tracker):
-    """Follow what the slots of a trained model see through one video.
+    """Tracker that follows the slots of a trained model through one video.
 
-    Without labels, masks say which slot of the first frame a pixel belongs to: id s + 1 for slot s. With a mask of the
-    first frame, they hold the ids of its objects (1 to 254), and 0 for the background, as which 255 in labels counts
-    too. The mask that is returned for a labelled frame is what slots see of it, by their looks as well with
+    Without labels, masks state the first-frame slot that a pixel belongs to: ID s + 1 for slot s. With a mask of the
+    first frame, they hold the IDs of its objects (1 to 254), and 0 for the background; 255 in labels counts as
+    background. The mask returned for a labelled frame is the slots' own segmentation, which includes appearance with
     `match=appearance`.
 
-    Of later masks only objects that are new are read: each gets the slot that overlaps it most, of those of the
-    background as long as that has two, see `give`. They can only be told if the first frame has a mask, if need be
-    one of zeros.
+    Later masks only add new objects. Each gets the slot that overlaps it most, taken from the background while that has
+    at least two, see `give`. New objects require a mask of the first frame, which may be all zeros.
 
-    A video has as many slots as the head (`head.num_slots`); with `lock_on` as many as the settings ask for. That works
-    for any head: its slots are drawn from one distribution, or one for each group, where slots of objects and extra
-    ones then are of the foreground group.
+    A video has the head's number of slots (`head.num_slots`), or with `lock_on` the number in the settings. Any head
+    supports this, because slots are sampled from one distribution, or one per group. With groups, slots of objects and
+    extra slots belong to the foreground group.
 
     Args:
         model: a segmenter with a slot head, in eval mode and on its device.
-        settings: how slots are bound and followed.
-        batch_size: frames that the backbone sees at once; slots see one after the other.
-        autocast: gives the precision's context for a forward pass.
+        settings: binding and matching of slots.
+        batch_size: frames per backbone pass; slots process frames one by one.
+        autocast: context manager factory of the precision.
 
     Raises:
-        UserError: the head has no slots, or the backbone lacks the class attention that extra slots need.
+        UserError: the head has no slots, or the backbone lacks the class attention that the settings need.
     """
 
     unread = ("tracker",)
@@ -93,11 +92,11 @@ class SlotTracker(Tracker):
             _refuse_class_attention(settings)
         self._follower = Follower(slots, settings, autocast)
         self._followed: Followed | None = None
-        self._known: Appearance | None = None  # of a whole video, once that was looked at
+        self._known: Appearance | None = None  # of the whole video, after a first pass
 
     @cached_property
     def settings(self) -> Mapping[str, Any]:
-        """What the masks depend on beside frames and labels."""
+        """Return the settings that masks depend on besides frames and labels."""
         return {
             "kind": "slots",
             "slots": self._slot_settings.told(),
@@ -110,8 +109,9 @@ class SlotTracker(Tracker):
         """Return the masks (H, W) uint8 of the next frames; `labels` has a mask or None for each.
 
         Raises:
-            UserError: ids that are none; labels for a video whose first frame had none, or none although `lock_on`
-                needs them; more objects than slots.
+            UserError: an ID is invalid; labels are given for a video whose first frame had none, or are missing
+                although `lock_on` needs them; there are more objects than slots; or `looks` is 2 and `look_ahead` was
+                not called.
         """
         if self._slot_settings.looks == 2 and self._followed is None and self._known is None:
             raise UserError(
@@ -130,10 +130,10 @@ class SlotTracker(Tracker):
 
     @torch.inference_mode()
     def look_ahead(self, video: Callable[[], Iterable[LabelledFrames]]) -> None:
-        """Learn what slots look like in the whole video, with two `looks`.
+        """Collect the slots' appearance over the whole video if `looks` is 2; otherwise only reset the tracker.
 
         Raises:
-            UserError: as `track` does.
+            UserError: see `track`.
         """
         self._followed, self._known, self.size = None, None, None
         if self._slot_settings.looks == 1:
@@ -149,7 +149,7 @@ class SlotTracker(Tracker):
     def _through(
         self, frames: Sequence[np.ndarray], labels: Sequence[np.ndarray | None]
     ) -> Iterator[tuple[Tensor, Tensor, tuple[float, float]]]:
-        """Yield the soft masks (S, h, w) of each of the next frames, the id (S,) uint8 of each, and `valid`."""
+        """Yield the soft masks (S, h, w) of each of the next frames, the slots' IDs (S,) uint8, and `valid`."""
         self._check_labels(labels)
         images = sent(torch.from_numpy(np.stack(frames)), self.device).permute(0, 3, 1, 2)  # (B, 3, H, W)
         pixels = self._model.pixels(images)
@@ -169,7 +169,7 @@ class SlotTracker(Tracker):
             yield masks, torch.tensor(self._followed.ids, dtype=torch.uint8, device=self.device), valid
 
     def state(self) -> dict[str, Tensor]:
-        """Return all that the next frame depends on; empty before the first."""
+        """Return all tensors that the next frame depends on; empty before the first frame."""
         now = self._followed
         if now is None or self.size is None:
             return {}
@@ -184,16 +184,16 @@ class SlotTracker(Tracker):
         if now.appearance is not None:
             tensors |= {"won": now.appearance.sums, "cells": now.appearance.cells, "moments": now.appearance.moments}
             counts["whole"] = [int(now.appearance.whole)]
-        # copies: the tracker goes on while another thread writes them
+        # copies, because the tracker continues while another thread writes them
         return {name: value.clone() for name, value in tensors.items()} | {
             name: torch.tensor(value) for name, value in counts.items()
         }
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from a `state()` of a tracker with the same settings.
+        """Restore a `state()` of a tracker with the same settings.
 
         Raises:
-            ValueError: it is no such state.
+            ValueError: the state is invalid.
         """
         self._followed, self.size = None, None
         if not state:
@@ -219,7 +219,7 @@ class SlotTracker(Tracker):
         )
 
     def _features(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the backbone's last map (B, C, h, w) and, if it is needed, where the background is (B, h, w)."""
+        """Return the backbone's last map (B, C, h, w) and, if needed, a mask of the background (B, h, w)."""
         asks = self._follower.asks_background
         needed = asks(first=False) or (self._followed is None and asks(first=True))
         with self.autocast():
@@ -251,7 +251,7 @@ class SlotTracker(Tracker):
 
 
 def _tell_unseen(given: np.ndarray, found: np.ndarray, remedies: Sequence[str]) -> None:
-    """Warn of objects of the given mask that have no pixel in the same frame's mask by slots."""
+    """Warn about objects of the given mask that have no pixel in the slots' mask of the same frame."""
     ids = np.setdiff1d(np.unique(given), [0, VOID])
     unseen = [str(each) for each in np.setdiff1d(ids, found)]
     if unseen:
@@ -271,7 +271,7 @@ def _appearance(state: Mapping[str, Tensor]) -> Appearance:
 
 
 def _refuse_class_attention(settings: SlotTracking) -> None:
-    """Refuse what only a backbone with a class token gives."""
+    """Check that no setting needs the class attention, which only a backbone with a class token has."""
     if settings.extra_slots:
         raise UserError(
             f"slots.extra_slots={settings.extra_slots} needs a backbone with a class token, whose attention tells "

@@ -1,4 +1,4 @@
-"""A video's frames and masks in batches, from where a run stands; those that it has seen before must be the same."""
+"""Batches of a video's frames and masks; a resumed run starts after its verified frames."""
 
 import hashlib
 from collections.abc import Iterator
@@ -18,13 +18,13 @@ from dinoseg.utils.wording import count_of, listed
 
 @dataclass(frozen=True)
 class FrameBatch:
-    """Frames that are tracked at once, with their names and the masks that are given for them."""
+    """Batch of frames to track, with their names and given masks."""
 
     names: list[str]
     frames: list[np.ndarray]  # (H, W, 3) uint8
     labels: list[np.ndarray | None]  # (H, W) uint8
-    before: TrackProgress  # of the run, before these
-    save: bool = False  # where the run stands before these is to be written
+    before: TrackProgress  # progress of the run before this batch
+    save: bool = False  # whether to save the run's state before this batch
 
 
 class _LabelledFrame(NamedTuple):
@@ -34,23 +34,23 @@ class _LabelledFrame(NamedTuple):
 
 
 class VideoBatches:
-    """The batches of frames that are not done, in order; the last is shorter than the others, and perhaps empty.
+    """Batches of the frames that are not done, in order; the last batch is shorter than the others, possibly empty.
 
-    Where the run stands is to be saved every `save_every` frames, rounded up to whole batches, and where the input
-    ends: always before a batch, so that a run that goes on there sees the same batches. An input that ends too early is
-    told of by `check_end` alone: what came before that shall still be tracked.
+    The state is due for saving every `save_every` frames, rounded up to whole batches, and at the end of the input. It
+    is always saved before a batch, so that a resumed run sees the same batches. An input that ends early is reported by
+    `check_end` only, so that the frames before the error are still tracked.
 
     Args:
-        frames: read from their start, whatever is done.
-        labels: the masks given.
-        folder: of the run.
-        start: what is done; None for a new run.
-        batch_size: frames in a batch.
-        save_every: frames between two savings.
+        frames: reader at the start of the video, including frames that are done.
+        labels: the given masks.
+        folder: the run folder.
+        start: progress of the run to resume; None: a new run.
+        batch_size: frames per batch.
+        save_every: frames between two saves.
 
     Raises:
-        UserError: while iterating: frames or masks are not those that the run has seen, or masks that it has written
-            are lost.
+        UserError: while iterating: frames or masks differ from those that the run has processed, or masks that it has
+            written are missing.
     """
 
     def __init__(
@@ -70,12 +70,12 @@ class VideoBatches:
         self._failure: UserError | None = None
 
     def progress(self) -> TrackProgress:
-        """Return how far the frames are read, with digests of all of them."""
+        """Return the number of frames read, with digests of all of them."""
         digests = (self._frames_digest.hexdigest(), self._labels_digest.hexdigest())
         return TrackProgress(self._done, *digests, self._batch_size)
 
     def __iter__(self) -> Iterator[FrameBatch]:
-        """Yield each batch once the next one is read: only then is it known whether the input ends well."""
+        """Yield each batch after reading the next one, which shows whether the input ends in an error."""
         frames = self._labelled_frames()
         if self._start is not None:
             self._pass_over(frames, self._start)
@@ -83,7 +83,7 @@ class VideoBatches:
         batch = self._next_batch(frames)
         while len(batch.frames) == self._batch_size:
             following = self._next_batch(frames)
-            # frames just before a failure may be damaged: a run that goes on shall read them again
+            # frames just before an error may be damaged: a resumed run must read them again
             save = self._failure is not None or batch.before.done - saved >= self._save_every
             saved = batch.before.done if save else saved
             yield replace(batch, save=save)
@@ -91,7 +91,7 @@ class VideoBatches:
         yield replace(batch, save=self._failure is None)
 
     def check_end(self) -> None:
-        """Raise what ended the input too early, or refuse masks whose frames never came."""
+        """Raise the error that ended the input early, or an error for masks whose frames do not exist."""
         go_on = (
             f"{count_of(self._done, 'mask')} so far are in {self._folder / MASKS}: the same command with "
             f"mode.restart={self._folder} goes on there."
@@ -106,7 +106,7 @@ class VideoBatches:
             )
 
     def _labelled_frames(self) -> Iterator[_LabelledFrame]:
-        """Yield every frame with its name and its mask, and add all three to the digests."""
+        """Yield every frame with its name and mask, and add all three to the digests."""
         frames = iter(self._frames)
         for position in count():
             mask = self._labels.read(position)
@@ -114,7 +114,7 @@ class VideoBatches:
             if frame is None:
                 return
             name = self._frames.frame_name(position)
-            # pixels and not the file's bytes: a run goes on with the whole video in place of a truncated one
+            # pixels, not file bytes: a truncated video may be replaced by the complete one before resuming
             self._frames_digest.update(f"{name} {frame.shape}".encode(errors="surrogateescape"))
             self._frames_digest.update(np.ascontiguousarray(frame).data)
             if mask is not None:
@@ -130,12 +130,12 @@ class VideoBatches:
                 batch.frames.append(frame)
                 batch.labels.append(mask)
                 self._done += 1
-        except UserError as error:  # what came before it shall still be tracked and kept
+        except UserError as error:  # the frames before it are still tracked and saved
             self._failure = error
         return batch
 
     def _pass_over(self, frames: Iterator[_LabelledFrame], start: TrackProgress) -> None:
-        """Read the frames that are done, and refuse others than the run has seen, or lost masks of them."""
+        """Read the frames that are done; check that frames and labels are unchanged and the written masks exist."""
         remedy = (
             f"Give what it had, unchanged (its command line is in {self._folder / 'config' / 'overrides.txt'}), or "
             "begin anew without mode.restart."

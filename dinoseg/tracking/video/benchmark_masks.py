@@ -1,4 +1,4 @@
-"""Masks of the objects of a video, tracked and written one frame at a time."""
+"""Tracking of benchmark videos: prompts from their masks, and one written mask per frame."""
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack
@@ -17,29 +17,29 @@ from dinoseg.tracking.tracker import LabelledFrames, Tracker
 from dinoseg.utils.atomic import whole_folder
 from dinoseg.utils.errors import UserError
 
-_DEPTH = 2  # batches that wait on either side of the tracker
+_DEPTH = 2  # batches queued before and after the tracker
 _JPEG_QUALITY = 90
 
 
 class PromptedFrame(NamedTuple):
-    """A frame as a tracker is handed it, with the mask that it is prompted with."""
+    """Frame with the mask that prompts the tracker."""
 
     name: str
     image: np.ndarray  # (H, W, 3) uint8
-    labels: np.ndarray | None  # (H, W) uint8 ids, 0 = background or nothing new
+    labels: np.ndarray | None  # (H, W) uint8 IDs, 0 = background or no new object
 
 
 def prompted_frames(video: Video, prompts: str) -> Iterator[PromptedFrame]:
-    """Yield a video's frames, one in memory at a time, with the masks that prompt a tracker; void is background.
+    """Yield a video's frames, one at a time, with the masks that prompt a tracker; void becomes background.
 
     Args:
-        video: read frame by frame.
-        prompts: `none`: no mask; `first`: frame 0's; `appearing`: of each object the mask of the frame in which it
-            appears, and of that frame no other object's.
+        video: video that is read frame by frame.
+        prompts: `none`: no mask; `first`: the mask of frame 0; `appearing`: the mask of each object in the frame in
+            which it appears, without the other objects.
 
     Raises:
-        UserError: a frame has another size than the first one, a mask another than its frame, or frame 0 has no mask
-            although it alone is given.
+        UserError: a frame differs in size from the first one, a mask differs from its frame, or frame 0 has no mask
+            with `prompts` "first".
     """
     if prompts == "first" and 0 not in video.masks:
         raise UserError(
@@ -79,28 +79,28 @@ def write_masks(
     written: Collection[str] | None = None,
     batch_size: int = 1,
 ) -> Throughput:
-    """Track a video's objects and write `folder`/<frame>.png for each frame: ids under the palette that DAVIS has.
+    """Track a video's objects and write `folder`/<frame>.png for each frame: IDs with the palette of DAVIS.
 
-    Both folders appear whole or not at all. Frames before the first mask that is given hold no object.
+    Both folders appear only when complete. Frames before the first given mask contain no object.
 
     Args:
-        video: read frame by frame.
-        tracker: that has seen nothing yet.
-        folder: for the masks.
+        video: video that is read frame by frame.
+        tracker: tracker without any frame yet.
+        folder: folder of the masks.
         prompts: see `prompted_frames`.
-        blends: folder for <frame>.jpg, masks and frames in equal parts; None for none.
-        written: names of the frames that are written; None for all.
-        batch_size: frames that the tracker is handed at once.
+        blends: folder of <frame>.jpg, blends of frame and mask in equal parts; None: not written.
+        written: names of the frames to write; None: all.
+        batch_size: frames passed to the tracker at once.
 
     Raises:
-        UserError: see `prompted_frames`, and what the tracker refuses.
-        OSError: the disk is full, or may not be written to.
+        UserError: see `prompted_frames`, or an error of the tracker.
+        OSError: the disk is full or not writable.
     """
     started = prompts == "none"
 
     def follow(batch: list[PromptedFrame]) -> list[tuple[PromptedFrame, np.ndarray]]:
         nonlocal started
-        early = 0  # frames before the first mask: a tracker that needs one would refuse them
+        early = 0  # frames before the first mask, which a tracker that needs one would refuse
         while not started and early < len(batch):
             started = batch[early].labels is not None
             early += not started
@@ -127,16 +127,16 @@ def write_masks(
 
 
 def _from_first_mask(video: Video, prompts: str, batch_size: int) -> Iterator[LabelledFrames]:
-    """Yield a video's frames and masks in batches, from the first mask on where there are any to come."""
+    """Yield a video's frames and masks in batches, starting at the first mask if masks are prompts."""
     frames = dropwhile(lambda frame: prompts != "none" and frame.labels is None, prompted_frames(video, prompts))
     for batch in _batches(frames, batch_size):
         yield [frame.image for frame in batch], [frame.labels for frame in batch]
 
 
 def _new_objects(mask: np.ndarray, known: np.ndarray, position: int) -> np.ndarray | None:
-    """Return the objects of a mask that were not `known` (256,) bool, which learns them; None if a later one has none.
+    """Return the objects of a mask that are not in `known` (256,) bool, and add them to it; None if there are none.
 
-    A first mask without objects is one all the same.
+    The mask of frame 0 is returned even without objects.
     """
     new = (np.bincount(mask.ravel(), minlength=256) > 0) & ~known
     known |= new

@@ -1,4 +1,4 @@
-"""The masks that a user gives for a video: of its first frame, and of later ones in which objects appear."""
+"""User-supplied masks for a video: of its first frame, and of later frames in which objects appear."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,27 +12,26 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import FORMATS, IMAGE_SUFFIXES, read_ids
 from dinoseg.utils.wording import count_of, listed
 
-_LOSSY = ("JPEG", "MPO", "JPEG2000", "WEBP")  # Pillow's names; the form of WebP without loss is rare
+_LOSSY = ("JPEG", "MPO", "JPEG2000", "WEBP")  # Pillow's names; lossless WebP is rare
 _LOSSY_TIFF = ("jpeg", "tiff_jpeg", "webp")
 _NAMES = "named as the frames of a folder, or by the number of a video's frame, from 0 (000000040.png or 40.png)"
 
 
 class TrackLabels:
-    """Mask files by the position of their frame, and the path that was given for them."""
+    """Mask files by frame index, with the path that the user gave."""
 
     def __init__(self, files: Mapping[int, Path], size: tuple[int, int], source: str | None = None) -> None:
         self.files, self.source = dict(files), source
         self._size = size
-        self._one_object: bool | None = None  # once a mask has been read that shows anything
+        self._one_object: bool | None = None  # None until a non-empty mask has been read
 
     def read(self, position: int) -> np.ndarray | None:
-        """Return a frame's object ids (H, W) uint8, 0 = background, 255 = void; None: no mask is given for it.
+        """Return a frame's object IDs (H, W) uint8, 0 = background, 255 = void; None if it has no mask.
 
-        Where the first mask that shows anything has no ids but 0 and 255, 255 is an object in every mask, with id 1.
+        If the first non-empty mask holds only 0 and 255, then 255 is an object with ID 1 in every mask.
 
         Raises:
-            UserError: the file is unreadable, of a lossy format, a coloured picture, of another size, or holds ids
-                above 255.
+            UserError: the file is unreadable, lossy, coloured or of another size, or holds IDs above 255.
         """
         path = self.files.get(position)
         if path is None:
@@ -50,10 +49,10 @@ class TrackLabels:
 
 
 def find_labels(source: str | None, frames: FrameReader) -> TrackLabels:
-    """Return the masks of a file (of the first frame) or of a folder; None: there are none.
+    """Find the masks in a file (of the first frame) or a folder; without a source, the result is empty.
 
     Raises:
-        UserError: nothing is there, the first frame has no mask, or a mask has no frame.
+        UserError: the path does not exist, the first frame has no mask, or a mask has no frame.
     """
     if source is None:
         return TrackLabels({}, frames.size)

@@ -1,4 +1,4 @@
-"""The masks of a run as they come: written as pictures, and with them, every so often, where the run stands."""
+"""Writer of a run's masks as images, and of its state at intervals."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,11 +15,11 @@ from dinoseg.tracking.video.state import MASKS, Standing, save_standing
 
 @dataclass(frozen=True)
 class Look:
-    """How masks are shown.
+    """Colours of masks.
 
     Args:
-        palette: a colour for each id.
-        background: the id that is no object; None: all are.
+        palette: one colour per ID.
+        background: ID of the background, which is no object; None: every ID is an object.
     """
 
     palette: Palette = voc_palette()
@@ -27,34 +27,34 @@ class Look:
 
 
 class TrackedBatch(NamedTuple):
-    """What a tracker gives for frames that it is handed at once."""
+    """Masks of the frames that a tracker processed at once."""
 
-    standing: Standing | None  # of the run before these, where it is to be saved
-    masks: Mapping[str, np.ndarray]  # (H, W) uint8 by the name of the frame
+    standing: Standing | None  # of the run before this batch, if it is to be saved
+    masks: Mapping[str, np.ndarray]  # (H, W) uint8 by frame name
 
 
 class MaskFolder:
-    """Writes masks/<frame>.png to a run's folder, and where the run stands.
+    """Writer of masks/<frame>.png to a run folder, and of the run's state.
 
     Args:
-        folder: of the run.
-        palette: the masks' colours.
-        bar: told of each mask.
+        folder: the run folder.
+        palette: colours of the masks.
+        bar: progress bar, advanced by each mask.
     """
 
     def __init__(self, folder: Path, palette: Palette, bar: Bar) -> None:
         self.count = 0
         self._folder, self._palette, self._bar = folder, palette, bar
-        self._unsaved: list[Path] = []  # masks that do not yet count as done
+        self._unsaved: list[Path] = []  # masks that the saved state does not count as done
 
     def write(self, batch: TrackedBatch) -> None:
-        """Write a batch's masks, and before them where the run stands.
+        """Write a batch's masks, preceded by the run's state if it is due.
 
         Raises:
-            UserError: it cannot be written.
+            UserError: the state cannot be written.
             OSError: the disk is full.
         """
-        if batch.standing is not None:  # all masks before are written by now
+        if batch.standing is not None:  # all earlier masks are written by now
             save_standing(self._folder, batch.standing, self._unsaved)
             self._unsaved.clear()
         for name, mask in batch.masks.items():

@@ -1,4 +1,4 @@
-"""What a finished tracking run shows, made of its frames and masks on the disk: overlay video, table and track.json."""
+"""Results of a finished tracking run: overlay video, object table and track.json, from its frames and saved masks."""
 
 import csv
 import logging
@@ -26,11 +26,11 @@ from dinoseg.utils.images import read_ids
 from dinoseg.utils.wording import count_of
 
 logger = logging.getLogger(__name__)
-_DEPTH = 4  # frames that wait on either side
+_DEPTH = 4  # frames queued before and after the middle stage
 
 
 class ObjectRow(NamedTuple):
-    """An object in a frame, as objects.csv has it."""
+    """Row of objects.csv: one object in one frame."""
 
     frame: int
     name: str
@@ -45,7 +45,7 @@ class ObjectRow(NamedTuple):
 
 
 class _Masked(NamedTuple):
-    """A frame (H, W, 3), when it is shown, and its mask (H, W)."""
+    """Frame (H, W, 3) with its timestamp and mask (H, W)."""
 
     position: int
     frame: np.ndarray
@@ -54,13 +54,13 @@ class _Masked(NamedTuple):
 
 
 def write_results(job: TrackJob, passed: Throughput, source: str, opacity: float) -> dict[str, Any]:
-    """Write what a run shows whose masks are all there; its standing is not needed any more.
+    """Write the results of a run whose masks are complete, and delete its saved state.
 
     Args:
-        job: that is done.
-        passed: the frames tracked, and in how long.
-        source: of the frames, which are read once more.
-        opacity: of the masks over the frames.
+        job: the finished job.
+        passed: number of frames tracked, and the time it took.
+        source: path of the frames, which are read again.
+        opacity: opacity of the masks in the overlay.
 
     Raises:
         UserError: see `write_track_report`.
@@ -92,7 +92,7 @@ def write_results(job: TrackJob, passed: Throughput, source: str, opacity: float
         "flicker": flicker,
         "versions": {"dinoseg": __version__, "torch": torch.__version__},
     }
-    # a run with this file is finished, so it comes last; without the state nobody goes on with it
+    # track.json marks the run as finished, so it is written last; without the state, no run can resume here
     write_json(job.folder / RESULT, result)
     (job.folder / STATE).unlink()
     logger.info("Masks, overlay and table are in %s", job.folder)
@@ -106,12 +106,12 @@ def write_track_report(
     opacity: float,
     look: Look = Look(),  # noqa: B008 (frozen)
 ) -> tuple[list[int], Throughput]:
-    """Write overlay.mp4 and objects.csv beside a run's masks; return all ids in them, and the frames and seconds.
+    """Write overlay.mp4 and objects.csv to a run folder; return all IDs in its masks, and the throughput.
 
-    The overlay has the times, sound and colours of a video, as those of mode=predict.
+    The overlay has the timestamps, sound and colours of the input video, as with mode=predict.
 
-    objects.csv has a row for each object in each frame that shows it, and none where it is absent. Pixels are counted
-    from 0; left, top, right and bottom are the outermost ones of the object, and its centre the mean of all.
+    objects.csv has one row per object and frame in which the object is visible. Pixels are counted from 0. Left, top,
+    right and bottom are the object's outermost pixels, the centre is the mean of all its pixels.
 
     Raises:
         UserError: a frame or a mask cannot be read, or the disk is full.
@@ -137,7 +137,7 @@ def write_track_report(
 
 
 def object_rows(position: int, name: str, mask: np.ndarray, background: int | None = 0) -> list[ObjectRow]:
-    """Return a row for each object of a mask (H, W) of ids; the background is none."""
+    """Return a row for each object of a mask (H, W) of IDs, without the background."""
     rows: list[ObjectRow] = []
     for label in np.flatnonzero(np.bincount(mask.ravel(), minlength=256)):
         if label == background:
@@ -163,7 +163,7 @@ def _with_masks(frames: FrameReader, masks: Path) -> Iterator[_Masked]:
 
 @contextmanager
 def _table(path: Path) -> Iterator[Any]:
-    """Give a CSV writer whose file takes its name at the end, or vanishes on an exception."""
+    """Open a CSV writer whose file gets its name on success and is deleted on an exception."""
     with whole_file(path) as part, open(part, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(ObjectRow._fields)

@@ -1,4 +1,4 @@
-"""A whole video through a tracker: decode | track | write masks, in steady memory, to be gone on with after a stop."""
+"""Tracking pipeline of a whole video (read, track, write masks) in constant memory, resumable after a stop."""
 
 import logging
 import time
@@ -18,22 +18,22 @@ from dinoseg.tracking.video.state import Standing, TrackProgress, check_batch_si
 from dinoseg.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
-_DEPTH = 2  # batches that wait on either side of the tracker
+_DEPTH = 2  # batches queued before and after the tracker
 
 
 @dataclass(frozen=True)
 class TrackJob:
-    """What is tracked, by what, and where to.
+    """Inputs, tracker and output folder of a tracking run.
 
     Args:
-        tracker: new, or with the state of what is done.
-        frames: read from their start, whatever is done.
-        labels: the masks given.
-        folder: where masks/<frame>.png and the run's standing go.
-        start: what is done; None for a new run.
+        tracker: new tracker, or one with the state of the run to resume.
+        frames: reader at the start of the video, including frames that are done.
+        labels: the given masks.
+        folder: run folder for masks/<frame>.png and the saved state.
+        start: progress of the run to resume; None: a new run.
         batch_size: frames tracked at once.
-        save_every: frames between two savings of where the run stands, rounded up to whole batches.
-        look: the masks' colours.
+        save_every: frames between two saves of the state, rounded up to whole batches.
+        look: colours of the masks.
     """
 
     tracker: Tracker
@@ -47,16 +47,16 @@ class TrackJob:
 
 
 def track_video(job: TrackJob) -> Throughput:
-    """Write the masks of all frames that are not done; return how many, and the seconds with decoding and writing.
+    """Track all frames that are not done and write their masks; return the throughput, decoding and writing included.
 
-    What the folder keeps of the run's standing is written before the first frame, every `save_every` frames, and
-    where the input ends: always at the end of a whole batch, so that a run that goes on there sees the same batches,
-    and gives the same masks. Where the input ends too early the last frames may be damaged: the standing is then one
-    batch or more before the end. Another `batch_size` is warned of.
+    The state is saved before the first frame, every `save_every` frames, and at the end of the input. It is always
+    saved at the end of a whole batch, so that a resumed run sees the same batches and returns the same masks. If the
+    input ends early, its last frames may be damaged; the state then lies one or more batches before the end. A changed
+    `batch_size` is logged as a warning.
 
     Raises:
-        UserError: input or labels are not those of the run that is gone on with, masks that it has written are lost, a
-            frame or a mask cannot be used, a mask is given for a frame that never came, or the disk is full.
+        UserError: input or labels differ from those of the run to resume, masks that it has written are missing, a
+            frame or a mask is invalid, a mask has no frame, or the disk is full.
     """
     tracker = job.tracker
     batches = VideoBatches(
@@ -82,7 +82,7 @@ def track_video(job: TrackJob) -> Throughput:
     looking = time.perf_counter() - began
 
     def follow(batch: FrameBatch) -> TrackedBatch:
-        # taken now, before the tracker goes on, and written in the next stage, when all masks before the batch are
+        # captured before the tracker continues; the next stage saves it after all masks of earlier batches
         standing = Standing(batch.before, tracker.settings, tracker.state()) if batch.save else None
         masks = tracker.track(batch.frames, batch.labels)
         return TrackedBatch(standing, dict(zip(batch.names, masks, strict=True)))
@@ -95,7 +95,7 @@ def track_video(job: TrackJob) -> Throughput:
 
 
 def _ahead(job: TrackJob) -> Iterator[LabelledFrames]:
-    """Yield the batches of a video that is looked at before it is tracked, from a reader of their own.
+    """Yield the batches for a first pass over a video, from a separate reader.
 
     Raises:
         UserError: a frame or a mask cannot be read.

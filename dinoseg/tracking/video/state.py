@@ -1,4 +1,4 @@
-"""Where an unfinished tracking run stands, on disk: what its next frame depends on, and what it was made of."""
+"""Saved state of an unfinished tracking run: progress, tracker settings and tracker state."""
 
 import json
 import logging
@@ -27,7 +27,7 @@ _FORM = forms.record(format=forms.whole(1), progress=_PROGRESS_FORM, settings=fo
 
 @dataclass(frozen=True)
 class TrackProgress:
-    """How many frames are done, how many at once, and hashes of them (names and pixels) and of their masks."""
+    """Progress of a run: frames done, batch size, and digests of the frames (names and pixels) and the given masks."""
 
     done: int
     frames: str
@@ -37,36 +37,36 @@ class TrackProgress:
 
 @dataclass(frozen=True)
 class Standing:
-    """What an unfinished run has kept."""
+    """Saved state of an unfinished run."""
 
     progress: TrackProgress
     settings: Mapping[str, Any]  # of its tracker
-    tensors: dict[str, Tensor]  # its tracker's state
+    tensors: dict[str, Tensor]  # state of its tracker
 
 
 def save_standing(folder: Path, standing: Standing, masks: Sequence[Path] = ()) -> None:
-    """Write where a run stands to its folder, whole or not at all.
+    """Save a run's state to its folder atomically.
 
     Args:
-        folder: of the run.
-        standing: counts as done what must not be lost.
-        masks: files written since the last saving; the disk has them before the new one, also if the power fails.
+        folder: the run folder.
+        standing: the state; frames that it counts as done are never tracked again.
+        masks: files written since the last save; flushed to disk first, so that a power failure cannot lose them.
 
     Raises:
-        UserError: it cannot be written; what was there stays as it was.
-        OSError: a mask is not on the disk.
+        UserError: the state cannot be written; the previous state is unchanged.
+        OSError: a mask cannot be flushed.
     """
-    # before the state that counts them as done: a run that goes on would not write them again
+    # before the state that counts them as done: a resumed run does not write them again
     _flush(masks)
     info = {"format": _FORMAT, "progress": asdict(standing.progress), "settings": standing.settings}
     write_tensors(folder / STATE, standing.tensors, {"track": json.dumps(info)})
 
 
 def check_unfinished(folder: Path) -> None:
-    """Refuse a folder without an unfinished run.
+    """Check that a folder contains an unfinished run.
 
     Raises:
-        UserError: the run is finished, or none is there.
+        UserError: the run is finished, or there is none.
     """
     if (folder / RESULT).is_file():
         raise UserError(
@@ -81,10 +81,10 @@ def check_unfinished(folder: Path) -> None:
 
 
 def read_standing(folder: Path) -> Standing:
-    """Read where the run in a folder stands; nothing in the file is executed.
+    """Read the saved state of the run in a folder, without unpickling.
 
     Raises:
-        UserError: there is no unfinished one, or its file cannot be read.
+        UserError: there is no unfinished run, or its file cannot be read.
     """
     check_unfinished(folder)
     path = folder / STATE
@@ -101,7 +101,7 @@ def read_standing(folder: Path) -> Standing:
 
 
 def check_batch_size(folder: Path, then: int, now: int) -> None:
-    """Warn of other batches than a run was begun with: they round differently."""
+    """Warn if the batch size differs from that of the run to resume, since other batches round differently."""
     if then != now:
         logger.warning(
             "mode.restart=%s: mode.batch_size was %d and is %d. Masks may differ by rounding from those of a run that "
@@ -114,10 +114,10 @@ def check_batch_size(folder: Path, then: int, now: int) -> None:
 
 
 def check_masks(folder: Path, names: Iterable[str]) -> None:
-    """Refuse to go on where masks of frames that are done are lost: they would not be written again.
+    """Check that the masks of all frames that are done exist; a resumed run would not write them again.
 
     Raises:
-        UserError: naming the files that are not there, or empty.
+        UserError: masks are missing or empty; the message names them.
     """
     files = [folder / MASKS / f"{name}.png" for name in names]
     lost = [path.name for path in files if not (path.is_file() and path.stat().st_size)]
