@@ -32,7 +32,7 @@ class Backbone(nn.Module):
     depth: int  # blocks (stages of a pyramid) in all
     layers: Sequence[int] = ()  # 0-based blocks of the maps
     is_pyramid: bool = False
-    mean: Tensor  # (3, 1, 1) buffers, see `backbones.pixels.register_colours`
+    mean: Tensor  # (3, 1, 1) buffers, see `models.backbones.normalisation.register_colours`
     std: Tensor
     weights: str | None = None  # source of the weights; None or `random`: checkpoints have to hold all of them
     unused: Sequence[str] = ()  # parameters that no map depends on
