@@ -62,7 +62,8 @@ def load_model(config: Any, weights: str, cut: Callable[[Any], None], local_cls_
     if silent := _why_silent(name, revision):
         return _from_folder(weights, Path(_fetched_before(weights, name, revision, silent)), cut, config)
     model = _from_pretrained(weights, name, cut, config=config, revision=revision)
-    _check_loaded(weights, model, _fetched(name, revision))
+    folder = _fetched(name, revision)
+    _check_loaded(weights, model, _loaded_files(weights, folder) if folder else ())
     return model
 
 
@@ -92,15 +93,15 @@ def _check_no_adapter(weights: str, names: Iterable[str]) -> None:
 
 def _from_folder(weights: str, folder: Path, cut: Callable[[Any], None], config: Any) -> nn.Module:
     _check_no_adapter(weights, (path.name for path in folder.iterdir()))
-    _loaded_files(weights, folder)  # validates the index before transformers reads it
+    loaded = _loaded_files(weights, folder)  # validates the index before transformers reads it
     model = _from_pretrained(weights, str(folder), cut, config=config)
-    _check_loaded(weights, model, folder)
+    _check_loaded(weights, model, loaded)
     return model
 
 
-def _check_loaded(weights: str, model: nn.Module, folder: Path | None) -> None:
-    """Refuse a model with non-finite weights, or files in a folder that store them in a non-float type."""
-    for path in _loaded_files(weights, folder) if folder else ():
+def _check_loaded(weights: str, model: nn.Module, loaded: Iterable[Path]) -> None:
+    """Refuse a model with non-finite weights, or loaded files that store them in a non-float type."""
+    for path in loaded:
         where = f"backbone.weights={weights}: {path.name}"
         try:
             check_weights(outline(path), where)
