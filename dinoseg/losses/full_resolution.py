@@ -25,16 +25,15 @@ LAUNCHED = 2**25  # values per tile on an accelerator, to amortise kernel launch
 
 Pull = Callable[[Tensor], Tensor]
 Term = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Pull]]
-"""What a loss adds up: from scores (K, N), which it may overwrite, labels (N,), and what each pixel counts (N,), which
-is 0 where it is unlabelled, to sums (S,) and how their gradient (S,) becomes that of the scores (K, N), which is asked
-once at most."""
+"""Sums of a tile: maps scores (K, N), which it may overwrite, labels (N,) and pixel weights (N,), 0 for unlabelled
+pixels, to sums (S,) and a function from their gradient (S,) to that of the scores (K, N), called at most once."""
 Cost = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Pull]]
-"""What a loss has of each pixel, from the same: its cost (N,), its weight (N,) in a mean, and how the gradient of both
-sums (2,) becomes that of the scores."""
+"""Cost of each pixel: maps the same to costs (N,), weights (N,) in a mean, and a function from the gradient of both
+sums (2,) to that of the scores."""
 Value = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""What is asked of each pixel, from the same: (N,)."""
+"""Value of each pixel (N,), from the same arguments."""
 Beside = Callable[[int, slice, slice], Tensor]
-"""Of an image, some rows and some columns: numbers (M, r, c) of each pixel that nobody asks the gradient of."""
+"""Maps an image index, rows and columns to values (M, r, c) of these pixels, which need no gradient."""
 
 
 def pixel_sums(
