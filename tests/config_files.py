@@ -36,7 +36,8 @@ def written_targets(group, option):
         base for entry in read(group, option).get("defaults", []) if entry != "_self_" for base in _bases(group, entry)
     ]
     own = len(re.findall(r"^\s*_target_:", (FOLDER / group / f"{option}.yaml").read_text(), re.MULTILINE))
-    replaced = sum("_target_" in read(*base) for base in bases) if "_target_" in read(group, option) else 0
+    places = {path for path, _ in nodes(read(group, option))}
+    replaced = sum(path in places for base in bases for path, _ in nodes(read(*base)))
     return own + sum(written_targets(*base) for base in bases) - replaced
 
 

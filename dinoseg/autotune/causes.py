@@ -14,7 +14,7 @@ from dinoseg.experiment import build, criteria
 from dinoseg.inference.windows import Windows
 from dinoseg.models.backbones.normalisation import register_colours
 from dinoseg.models.model import Segmenter, trained_names
-from dinoseg.tasks.images import ImageRegime
+from dinoseg.tasks.images import ImageTask
 from dinoseg.training.optim import Pace, set_learning_rates, tensors_of
 from dinoseg.training.validation import evaluate
 from dinoseg.utils.wording import listed, typed
@@ -104,7 +104,7 @@ def learning_rate(held: Held) -> str | None:
             "not the others: it is fitted to them. Give fewer trainer.steps, more images, adapter=frozen, or a larger "
             "optim.optimizer.weight_decay"
         )
-    if type(held.regime) is not ImageRegime:  # other regimes also learn from a teacher
+    if type(held.regime) is not ImageTask:  # other regimes also learn from a teacher
         return None
     before, after = _losses(held)
     best = min(after, key=lambda factor: after[factor])

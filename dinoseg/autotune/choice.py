@@ -106,7 +106,7 @@ class Chooser:
         self._longest = 0.0  # seconds of the slowest timed candidate
         self._trained: dict[str, bool] = {}
         self.cfg = compose(())
-        if self.cfg.trainer.feed != "images":
+        if build.on_clips(self.cfg) or "unlabelled" in self.cfg.trainer:
             raise UserError(
                 f"hparam=auto chooses for images and their masks, not for trainer={self.cfg.choices.trainer}. Give a "
                 "recipe by its name: mode=help lists them."

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from dinoseg.autotune.step_bytes import LossBytes, StepBytes, step_bytes
 from dinoseg.autotune.target import Target
 from dinoseg.experiment import build, criteria
-from dinoseg.tasks.least_batch import check_batch, least_batch
+from dinoseg.experiment.min_batch import check_batch, min_batch
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import count_of, typed
 
@@ -155,7 +155,7 @@ class Fitting:
 
     @cached_property
     def _least(self) -> int:
-        return least_batch(self.cfg)
+        return min_batch(self.cfg)
 
     @cached_property
     def _loss(self) -> LossBytes:

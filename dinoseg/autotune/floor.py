@@ -25,9 +25,9 @@ from dinoseg.experiment import build
 from dinoseg.inference.policy import Policy
 from dinoseg.models.heads.linear import LinearHead
 from dinoseg.models.model import Segmenter
-from dinoseg.tasks.images import ImageRegime
+from dinoseg.tasks.images import ImageTask
 from dinoseg.tasks.probing.probe import Grid, Probe
-from dinoseg.tasks.regime import Regime
+from dinoseg.tasks.task import TrainingTask
 from dinoseg.training.engine import Engine
 from dinoseg.training.validation import Scored, evaluate
 from dinoseg.utils.devices import synchronize
@@ -67,7 +67,7 @@ class Held:
     """
 
     cfg: DictConfig
-    regime: ImageRegime
+    regime: ImageTask
     engine: Engine
     model: Segmenter
     plain: Segmenter
@@ -92,7 +92,7 @@ class Held:
 
 
 def held_against_floor(
-    cfg: DictConfig, regime: Regime, engine: Engine, model: Segmenter, *, seconds: float
+    cfg: DictConfig, regime: TrainingTask, engine: Engine, model: Segmenter, *, seconds: float
 ) -> Held | None:
     """Score a run and its linear-probe baseline; return None without a class head on images or without time.
 
@@ -105,7 +105,7 @@ def held_against_floor(
         model: with the weights of the best checkpoint.
         seconds: time limit; it decides the number of images, at most 64 per split.
     """
-    if not isinstance(regime, ImageRegime) or engine.sharded:  # ranks that train on clips are out of step by now
+    if not isinstance(regime, ImageTask) or engine.sharded:  # ranks that train on clips are out of step by now
         return None
     seconds = engine.share(seconds)  # rank 0's value, or ranks would decide differently and wait for one another
     if seconds < _LEAST_SECONDS:

@@ -18,9 +18,9 @@ from dinoseg.autotune.step_bytes import Learnt, LossBytes, ends_of, outline, pre
 from dinoseg.autotune.trial import settled, try_steps
 from dinoseg.config.nodes import instantiate
 from dinoseg.experiment import build
+from dinoseg.experiment.builder import build_task
 from dinoseg.inference.predictor import Predictor
 from dinoseg.inference.walk import walking
-from dinoseg.tasks.choice import regime_of
 from dinoseg.training.engine import Engine
 from dinoseg.training.meter import held_memory, peak_memory, reset_peak_memory
 from dinoseg.utils.devices import synchronize
@@ -77,9 +77,7 @@ def time_training(values: Mapping[str, Any], *, steps: int, warmup: int, drawn: 
     """Time training steps of a plain config after `warmup` untimed ones, on its data or, if `drawn`, on noise."""
     cfg, engine = settled(values)
     batch, accumulate = cfg.data.batch_size, cfg.trainer.accumulate
-    batches: Iterator[Any] = (
-        itertools.repeat(drawn_batch(cfg, batch)) if drawn else regime_of(cfg)(cfg, engine).feed.train_batches(start=0)
-    )
+    batches: Iterator[Any] = itertools.repeat(drawn_batch(cfg, batch)) if drawn else _train_batches(cfg, engine)
     make = partial(build.model, cfg, untrained=True)
     trial = try_steps(cfg, make, engine, batches, steps=steps, warmup=warmup)
     waited = None if drawn else sum(trial.waited) / sum(trial.seconds)
@@ -110,9 +108,15 @@ def time_prediction(values: Mapping[str, Any], *, images: int, warmup: int, draw
     return _timed(engine, 1, size, seconds[warmup:], None, peak, counter.get_total_flops())
 
 
+def _train_batches(cfg: DictConfig, engine: Engine) -> Iterator[Any]:
+    task = build_task(cfg)
+    task.open(engine)
+    return task.feed.train_batches(start=0)
+
+
 def _pictures(cfg: DictConfig, drawn: bool) -> list[np.ndarray]:
     """Return images (H, W, 3) uint8 of one size: validation images, or noise of a training image's size."""
-    if drawn or cfg.trainer.feed != "images":
+    if drawn or build.on_clips(cfg):
         images = drawn_batch(cfg, 1).image
         return [np.ascontiguousarray(images.flatten(0, -4)[0].permute(1, 2, 0).numpy())]
     data = build.dataset(cfg, "val")

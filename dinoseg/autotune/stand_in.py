@@ -8,6 +8,7 @@ from torch import Tensor
 
 from dinoseg.config.nodes import instantiate
 from dinoseg.core.shapes import Batch, ClipBatch
+from dinoseg.experiment import build
 from dinoseg.utils.errors import UserError
 
 _PIECES = 4  # of a mask along each side: a typical number of classes per image
@@ -19,7 +20,7 @@ def image_shape(cfg: DictConfig) -> tuple[int, ...]:
     Raises:
         UserError: the crop is invalid, the data has no clips, or clips have no fixed length.
     """
-    if cfg.trainer.feed == "images":
+    if not build.on_clips(cfg):
         instantiate(cfg.data.augment)
         return (3, *cfg.resolution.crop)
     if cfg.data.clips is None:

@@ -16,11 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dinoseg.autotune.stand_in import drawn_batch, image_shape
 from dinoseg.core.shapes import Prediction, mapped
 from dinoseg.experiment import build, criteria
+from dinoseg.experiment.min_batch import min_batch
 from dinoseg.inference.memory import PeakBytes
 from dinoseg.inference.walk import walking
 from dinoseg.losses.full_resolution import LAUNCHED
 from dinoseg.models.model import Segmenter, trained_names
-from dinoseg.tasks.least_batch import least_batch
 from dinoseg.training.frozen_casts import keep_casts
 from dinoseg.training.optim import tensors_of
 
@@ -70,14 +70,14 @@ class LossBytes:
 
     def __init__(self, cfg: DictConfig, *, bf16: bool, accelerator: bool) -> None:
         self.accelerator = accelerator
-        least = least_batch(cfg)
+        least = min_batch(cfg)
         draws = _Draws()
         (few, _), (more, self.learns) = (_real_loss(cfg, samples, bf16, draws) for samples in (least, least + 1))
         self.draws = draws.seen
         self._each = more - few
         self._fixed = few - least * self._each
         height, width = image_shape(cfg)[-2:]
-        if accelerator and cfg.trainer.feed == "images":
+        if accelerator and not build.on_clips(cfg):
             self._fixed += min(_TILE, 4 * 4 * len(cfg.data.classes) * height * width)
 
     def of(self, samples: int) -> int:

@@ -12,7 +12,7 @@ from dinoseg.autotune.causes import causes_of
 from dinoseg.autotune.floor import FLOOR, held_against_floor, told
 from dinoseg.inference.memory import reason_of, tells_shortage
 from dinoseg.models.model import Segmenter
-from dinoseg.tasks.regime import Regime
+from dinoseg.tasks.task import TrainingTask
 from dinoseg.training.engine import Engine
 from dinoseg.utils.atomic import write_json
 from dinoseg.utils.errors import UserError
@@ -23,7 +23,7 @@ _LOOKING = 3.0  # time limit for the search of causes, as a multiple of the comp
 
 def tell_floor(
     cfg: DictConfig,
-    regime: Regime,
+    regime: TrainingTask,
     engine: Engine,
     model: Segmenter,
     out_dir: Path,

@@ -17,8 +17,8 @@ from dinoseg.config.nodes import instantiate
 from dinoseg.core.shapes import Batch, FeatureBatch
 from dinoseg.core.sizes import evenly_spaced
 from dinoseg.experiment import build, criteria
+from dinoseg.experiment.builder import build_task
 from dinoseg.models.model import Segmenter
-from dinoseg.tasks.choice import regime_of
 from dinoseg.training.engine import Engine
 from dinoseg.training.feature_cache.form import size_of
 from dinoseg.training.feature_choice import stored_as
@@ -104,7 +104,8 @@ def time_recipe(
     began = time.perf_counter()
     cfg, engine = settled(values, instead={"devices": 1})
     cfg.data.batch_size = max(1, cfg.data.batch_size // ranks)
-    regime = regime_of(cfg)(cfg, engine)
+    regime = build_task(cfg)
+    regime.open(engine)
     make = partial(build.model, cfg, untrained=True)
     model = engine.place(make())
     batches = regime.feed.train_batches(start=0)

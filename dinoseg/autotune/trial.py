@@ -199,7 +199,7 @@ def try_steps(
             group["rests"], group["begin"] = rests, feed.most / (feed.most + 1)
     # the feed raises before the last step, after which the trainer would validate
     lengths = {"steps": feed.most + 1, "val_every": _NEVER, "save_every": None, "max_minutes": None}
-    fit = instantiate(cfg.trainer, without=("feed", "epochs", "val_images"), instead=lengths)
+    fit = build.training_loop(cfg, lengths)
     checkpoints = Checkpoints(Path(), {}, writes=False)
     try:
         with RunLog("", visible=False) as log:

@@ -281,6 +281,11 @@ def clips(cfg: DictConfig, split: str) -> Any:
     return instantiate(cfg.data.clips)(split=split)
 
 
+def on_clips(cfg: DictConfig) -> bool:
+    """Return whether a config trains on clips of videos: losses on images have classes to weight."""
+    return cfg.loss.class_weights is None
+
+
 def background_of(cfg: DictConfig) -> int | None:
     """Return the class ID of the background, as named by `data.background`; None if every class is an object.
 
@@ -315,6 +320,16 @@ def lengths(cfg: DictConfig, samples: int) -> Lengths:
     names = {key: f"{'data' if key == 'batch_size' else 'trainer'}.{key}" for key in options}
     check_given("dinoseg.training.lengths.in_steps", options, names)
     return in_steps(samples, **options)
+
+
+def training_loop(cfg: DictConfig, lengths: Mapping[str, Any]) -> Callable[..., Any]:
+    """Return the training loop of a config with its settings.
+
+    Args:
+        cfg: the whole config.
+        lengths: settings in steps, such as `steps`, which override those of the config.
+    """
+    return instantiate(cfg.trainer.loop, instead=lengths)
 
 
 def seed_of(cfg: DictConfig) -> int:

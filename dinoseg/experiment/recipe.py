@@ -13,6 +13,7 @@ from dinoseg.config.plain import plain
 from dinoseg.config.resolvers import settled
 from dinoseg.core.shapes import SegmentationData
 from dinoseg.data.classes.labels import Labels
+from dinoseg.experiment import build
 from dinoseg.training.description import CHOSEN, GROUPS
 from dinoseg.utils.forms import as_read_back
 
@@ -41,7 +42,7 @@ def run_description(cfg: DictConfig, data: SegmentationData | Labels) -> dict[st
 
 def config_description(cfg: DictConfig) -> dict[str, Any]:
     """Return the part of the description that depends only on the config."""
-    unsaid = () if cfg.trainer.feed == "clips" else (FOLLOWING,)
+    unsaid = () if build.on_clips(cfg) else (FOLLOWING,)
     config = {key: value for key, value in plain(cfg).items() if key in {*SAVED} - {*unsaid} and value is not None}
     # nodes that write files come from this machine's config, never from a checkpoint
     config["data"] = {**settled(cfg.data), **dict.fromkeys(ACTING)}

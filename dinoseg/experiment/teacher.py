@@ -4,7 +4,6 @@ import hashlib
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from omegaconf import DictConfig
@@ -27,8 +26,9 @@ from dinoseg.utils import forms
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import check_regular
 from dinoseg.utils.transfer import sent
-from dinoseg.utils.wording import listed, shown, typed
+from dinoseg.utils.wording import listed, shown
 
+TEACHERS = "teachers"  # folder in the cache that holds the scores of all teachers
 _CROP = forms.listing(forms.whole(1), length=2)
 _PROBED = 512  # maximum side in backbone pixels of the dummy image that measures cells per pixel
 _LEAST = -3e4  # lowest score relative to the highest; float16 can hold it
@@ -47,7 +47,7 @@ class Teacher:
     """
 
     def __init__(self, cfg: DictConfig, engine: Engine, labels: SegmentationData) -> None:
-        self._given, self._engine = named_teacher(cfg), engine
+        self._given, self._engine = cfg.trainer.teacher, engine
         with self._named():
             self._path = checkpoint.find(self._given, "best")
             check_regular(self._path)
@@ -170,23 +170,3 @@ def _grid_of(band: Prediction) -> tuple[Tensor, tuple[float, float]]:
     if band.grid is not None:
         return band.grid[0].float(), band.valid
     return band.logits()[0].float().clone(), (1.0, 1.0)  # cloned: the next band overwrites this one
-
-
-def named_teacher(cfg: DictConfig) -> str:
-    """Return the run folder or checkpoint that a config names as the teacher.
-
-    Raises:
-        UserError: the config names none.
-    """
-    given = cfg.trainer.teacher
-    if not isinstance(given, str):
-        raise UserError(
-            f"trainer=distil learns from a trained model, and teacher={typed(given)} names none. Give teacher=RUN, a "
-            "run folder or a checkpoint of the same classes."
-        )
-    return given
-
-
-def scores_kept(cfg: DictConfig) -> Path:
-    """Return the folder that caches the scores of all teachers."""
-    return Path(cfg.cache_dir).expanduser() / "teachers"

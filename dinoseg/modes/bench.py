@@ -14,8 +14,8 @@ from dinoseg.autotune.trial import check_alone
 from dinoseg.config.nodes import instantiate
 from dinoseg.config.plain import plain
 from dinoseg.experiment import build
+from dinoseg.experiment.builder import build_task
 from dinoseg.inference.memory import OutOfMemory
-from dinoseg.tasks.choice import regime_of
 from dinoseg.utils.atomic import write_json
 from dinoseg.utils.ranges import Count, Natural
 from dinoseg.utils.wording import count_of
@@ -40,7 +40,7 @@ def bench(
     """
     check_alone(cfg)
     instantiate(cfg.engine)  # refuses a missing device before anything is built
-    regime_of(cfg).check_parts(cfg, build.outline(cfg), 1)
+    build_task(cfg).check_parts(build.outline(cfg), 1)
     values = plain(cfg)
     training = _alone(partial(time_training, steps=steps, warmup=warmup, drawn=drawn), values)
     prediction = _alone(partial(time_prediction, images=images, warmup=warmup, drawn=drawn), values)

@@ -19,9 +19,9 @@ from dinoseg.autotune.trial import check_alone, drawn_steps
 from dinoseg.config.nodes import instantiate
 from dinoseg.config.plain import plain
 from dinoseg.experiment import build
+from dinoseg.experiment.builder import build_task
 from dinoseg.experiment.folder import last_command_line
 from dinoseg.inference.memory import OutOfMemory, free_bytes
-from dinoseg.tasks.choice import regime_of
 from dinoseg.training.engine import Engine
 from dinoseg.utils.atomic import write_json
 from dinoseg.utils.errors import UserError
@@ -58,7 +58,7 @@ def plan(
     check_alone(cfg)
     target, engine = _target(cfg, memory, device)
     build.lengths(cfg, samples=1)  # refuses invalid numbers of steps and batches, as training would
-    regime_of(cfg).check_parts(cfg, build.outline(cfg), target.world)
+    build_task(cfg).check_parts(build.outline(cfg), target.world)
     if cfg.data.batch_size % target.world:
         raise UserError(
             f"data.batch_size={cfg.data.batch_size} cannot be shared by {target.world} devices: use a multiple of "

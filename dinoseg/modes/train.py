@@ -11,20 +11,15 @@ from omegaconf import DictConfig
 from dinoseg.autotune.tell import tell_floor
 from dinoseg.config.nodes import instantiate
 from dinoseg.experiment import build
+from dinoseg.experiment.builder import build_task
 from dinoseg.experiment.folder import first_ranks
 from dinoseg.experiment.heads import SOLO
 from dinoseg.experiment.initial import begin_with, check_initial
 from dinoseg.experiment.log_file import announce
-from dinoseg.tasks.choice import regime_of
-from dinoseg.tasks.distil import KEYS as OF_TEACHER
 from dinoseg.tasks.job import Job, begin, looked_at
 from dinoseg.tasks.many_heads import train_heads
-from dinoseg.training.mixed_feed import KEYS
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Natural, Share
-
-# keys of `trainer` that the training function does not take
-_NOT_FIT_S = ("feed", "epochs", "val_images", "heads", "lrs", *KEYS, *OF_TEACHER)
 
 
 def train(
@@ -52,9 +47,10 @@ def train(
     if engine.share(cfg.resume) != cfg.resume:
         raise UserError("resume=auto: the ranks found different runs. Name the one to go on with: resume=RUN_FOLDER.")
     announce(f"data={cfg.choices.data}: listing the files")
-    regime = regime_of(cfg)(cfg, engine, pictures=pictures)
+    regime = build_task(cfg)
+    regime.open(engine, pictures=pictures)
     length = build.lengths(cfg, len(regime.feed.train))
-    fit = instantiate(cfg.trainer, without=_NOT_FIT_S, instead=length._asdict())
+    fit = build.training_loop(cfg, length._asdict())
     shown = {"metrics_only": metrics_only, "report": report}
     if SOLO in cfg:
         scores = train_heads(cfg, regime, engine, out_dir, fit, steps=length.steps, **shown)
@@ -67,7 +63,7 @@ def train(
         model, loss, optimizer, checkpoints = job.parts(engine.place(made), sizes, length.steps)
         schedule = begin(cfg, regime, engine, out_dir, length.steps)
         epochs = length.steps * cfg.trainer.accumulate / regime.feed.epoch
-        kept = regime.keep_features(model, loss, engine, epochs, before=job.chosen_before)
+        kept = regime.cache_features(model, loss, engine, epochs, before=job.chosen_before)
         job.note(checkpoints, kept)
         with job.log() as log:
             began = time.monotonic()
@@ -86,11 +82,10 @@ def train(
 
 def check(cfg: DictConfig) -> None:
     """Refuse a config whose parts do not fit together or are out of range, without reading weights or data."""
-    regime, model = regime_of(cfg), build.outline(cfg)
+    regime, model = build_task(cfg), build.outline(cfg)
     check_initial(cfg, model)
-    regime.check_parts(cfg, model, 1)
+    regime.check_parts(model, 1)
     with torch.device("meta"):
         build.optimizer(cfg, model)
     instantiate(cfg.optim.schedule)
-    for node in regime.data_nodes(cfg):
-        instantiate(node)
+    regime.check_sources()

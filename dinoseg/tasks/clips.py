@@ -1,108 +1,121 @@
 """Training task for clips without labels."""
 
 import logging
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
-
-from dinoseg.config.nodes import instantiate
 from dinoseg.data.classes.labels import Labels
 from dinoseg.evaluation.about import EVALUATION
 from dinoseg.evaluation.supervision import chosen_supervision
 from dinoseg.evaluation.videos import EvalOptions, follow_slots
-from dinoseg.experiment import build, criteria
-from dinoseg.experiment.trained import Trained, labels_of
+from dinoseg.experiment.builder import Builder
+from dinoseg.experiment.trained import Trained
 from dinoseg.models.model import Segmenter
 from dinoseg.report.curves import CLIP_PLOTS
-from dinoseg.tasks.regime import Regime, share_of
+from dinoseg.tasks.task import TrainingTask
 from dinoseg.training.clip_feed import ClipFeed
 from dinoseg.training.engine import Engine
 from dinoseg.utils.atomic import write_json
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import write_png
+from dinoseg.utils.ranges import Count
 from dinoseg.utils.wording import listed
 
 logger = logging.getLogger(__name__)
 
 
-class ClipRegime(Regime):
-    """Training task for slots on clips; masks, if there are any, are only used to score."""
+class ClipTask(TrainingTask):
+    """Training task for slots on clips; masks, if there are any, are only used to score.
+
+    Args:
+        parts: builds the parts of the experiment.
+        val_images: None; clips are all validated.
+    """
 
     what = "clips"
+    on_clips = True
     feed: ClipFeed
     labels: Labels
 
-    def __init__(self, cfg: DictConfig, engine: Engine, *, pictures: int = 0) -> None:
-        share, slots = share_of(cfg, engine, pictures), instantiate(cfg.slots)
-        self.cfg = cfg
+    def __init__(self, parts: Builder, *, val_images: Count | None = None) -> None:
+        super().__init__(parts)
+        self._val_images = val_images
+
+    def open(self, engine: Engine, *, pictures: int = 0) -> None:
+        """List the clips of train and val."""
+        parts = self.parts
         self.feed = ClipFeed(
-            train=build.clips(cfg, "train"),
-            val=build.clips(cfg, "val"),
-            view=instantiate(cfg.data.view),
-            following=replace(slots, lock_on=False, slots_per_object=1, extra_slots=0),  # no labels to lock on to
-            **share,
+            train=parts.clips("train"),
+            val=parts.clips("val"),
+            view=parts.part("data.view"),
+            # no labels to lock on to
+            following=replace(parts.part("slots"), lock_on=False, slots_per_object=1, extra_slots=0),
+            seed=parts.seed,
+            workers=engine.workers,
+            rank=engine.rank,
+            world=engine.world,
+            pictures=pictures,
+            **parts.arguments(ClipFeed, {"batch_size": "data.batch_size"}),
         )
-        self.labels = labels_of(cfg)
+        self.labels = parts.labels
         self.plots = [plot for plot in CLIP_PLOTS if plot[0] in self.feed.score_names]
         # by video: clips of one video on both sides would leak data
         sides = {"train": self.feed.train, "val": self.feed.val}
         self.split = {side: [video.name for video in clips.videos] for side, clips in sides.items()}
 
-    @classmethod
-    def check_parts(cls, cfg: DictConfig, model: Segmenter, world: int) -> None:
+    def check_parts(self, model: Segmenter, world: int) -> None:
         """Refuse a head or a loss that clips cannot be trained with."""
+        parts, options = self.parts, self.parts.options
         if model.head.slots is None:
             raise UserError(
-                f"trainer.feed=clips trains slots, and head={cfg.choices.head} has none. Choose head=slots, or "
-                "trainer=supervised for images and masks."
+                f"trainer={options['trainer']} trains slots, and head={options['head']} has none. Choose head=slots, "
+                "or trainer=supervised for images and masks."
             )
-        loss = criteria.criterion(cfg) if cfg.loss.class_weights is None else None
+        loss = None if parts.loss_has_classes else parts.loss(None)
         if loss is None or not loss.needs_slots:
             raise UserError(
-                f"loss={cfg.choices.loss} is no loss of slots. Choose loss=feature_reconstruction, "
+                f"loss={options['loss']} is no loss of slots. Choose loss=feature_reconstruction, "
                 "loss=video_similarity or loss=slot_contrast."
             )
-        if cfg.head.similarity != loss.needs_similarity:
-            fitting = {True: "loss=video_similarity", False: "loss=feature_reconstruction"}[cfg.head.similarity]
+        similarity = parts.value("head.similarity")
+        if similarity != loss.needs_similarity:
+            fitting = {True: "loss=video_similarity", False: "loss=feature_reconstruction"}[similarity]
             raise UserError(
-                f"head.similarity={str(cfg.head.similarity).lower()} does not go with loss={cfg.choices.loss}: with it "
+                f"head.similarity={str(similarity).lower()} does not go with loss={options['loss']}: with it "
                 f"goes {fitting}. Change one of them."
             )
         if loss.needs_carried and model.head.slots.predictor is None:
             raise UserError(
-                f"loss={cfg.choices.loss} compares slots that go from frame to frame, and head.predictor=none draws "
+                f"loss={options['loss']} compares slots that go from frame to frame, and head.predictor=none draws "
                 "them anew in each. Set head.predictor=savi or carry, or choose loss=feature_reconstruction."
             )
-        if cfg.trainer.get("val_images") is not None:
+        if self._val_images is not None:
             raise UserError(
-                f"trainer.val_images={cfg.trainer.val_images} is for images with masks, not for clips. Set it to null."
+                f"trainer.val_images={self._val_images} is for images with masks, not for clips. Set it to null."
             )
-        if cfg.data.cache is not None:
-            raise UserError(f"data.cache={cfg.data.cache} holds images with masks, not clips. Set data.cache=null.")
+        if (cache := parts.value("data.cache")) is not None:
+            raise UserError(f"data.cache={cache} holds images with masks, not clips. Set data.cache=null.")
         for key in ("feature_noise", "class_uniform", "class_mix"):
-            if value := cfg.data.get(key):
+            if value := parts.value(f"data.{key}"):
                 raise UserError(f"data.{key}={value} is for images with masks, not for clips. Set it to 0.")
-        cls._check_following(cfg)
+        self._check_tracking()
 
-    @staticmethod
-    def _check_following(cfg: DictConfig) -> None:
+    def _check_tracking(self) -> None:
         """Refuse settings that the evaluation would only refuse at the end of the training."""
-        if cfg.data.tracking is None:
+        if self.parts.value("data.tracking") is None:
             return
-        supervision = chosen_supervision(cfg, None)
-        if instantiate(cfg.slots).lock_on and supervision == "none":
+        supervision = chosen_supervision(self.parts.cfg, None)
+        if self.parts.part("slots").lock_on and supervision == "none":
             raise UserError(
-                f"slots.lock_on=true needs the first frame's masks, and data={cfg.choices.data} is evaluated "
+                f"slots.lock_on=true needs the first frame's masks, and data={self.parts.options['data']} is evaluated "
                 "without: train with slots=free. mode=eval mode.supervision=first_frame slots=lock_on gives them later."
             )
 
-    @classmethod
-    def data_nodes(cls, cfg: DictConfig) -> Iterator[DictConfig]:
-        """Yield the nodes of clips and of the views of them."""
-        yield from (cfg.data.clips, cfg.data.view)
+    def check_sources(self) -> None:
+        """Refuse clips, or views of them, that cannot be built."""
+        self.parts.part("data.clips")
+        self.parts.part("data.view")
 
     def check_data(self) -> None:
         """Warn of videos on both sides of the split, and of videos too short for a clip."""
@@ -118,20 +131,21 @@ class ClipRegime(Regime):
                 logger.warning("%s: too short for a clip and left out: %s", side, listed(clips.skipped))
 
     def evaluate(
-        self, cfg: DictConfig, model: Segmenter, engine: Engine, best: Path, *, metrics_only: bool, report: bool
+        self, model: Segmenter, engine: Engine, best: Path, *, metrics_only: bool, report: bool
     ) -> dict[str, Any]:
         """Score as mode=eval does; without masks, only report the loss and write no report."""
         out_dir = best.parent.parent / EVALUATION
-        if cfg.data.tracking is not None:
+        if self.parts.value("data.tracking") is not None:
             palette = [(red, green, blue) for red, green, blue in self.labels.palette]
             labels = (list(self.labels.classes), palette, self.labels.ignore_index)
             trained = Trained(model.eval(), engine, *labels, info={})
             options = EvalOptions(metrics_only=metrics_only, report=report, best=best)
-            return follow_slots(cfg, trained, out_dir, options)
-        scores, pictures = self.feed.validate(model, criteria.loss(cfg, None).to(engine.device), engine)
+            return follow_slots(self.parts.cfg, trained, out_dir, options)
+        scores, pictures = self.feed.validate(model, self.parts.loss(None).to(engine.device), engine)
         if engine.is_main:
             write_json(out_dir / "scores.json", scores)
-            print(f"val/loss:     {scores['loss']:.4f}, and no other score: data={cfg.choices.data} has no masks")
+            name = self.parts.options["data"]
+            print(f"val/loss:     {scores['loss']:.4f}, and no other score: data={name} has no masks")
             if pictures and not metrics_only:
                 write_png(out_dir / "segments.png", next(iter(pictures.values())))
                 print(f"picture:      {out_dir / 'segments.png'}")

@@ -23,7 +23,7 @@ from dinoseg.inference.trained_sizes import TrainedSizes
 from dinoseg.models.model import Segmenter
 from dinoseg.report.curves import draw_curves
 from dinoseg.report.log import RunLog, read_rows, write_settings
-from dinoseg.tasks.regime import Regime
+from dinoseg.tasks.task import TrainingTask
 from dinoseg.training import checkpoint
 from dinoseg.training.checkpoint import Checkpoints, Progress
 from dinoseg.training.cost import COST, cost_of
@@ -54,7 +54,7 @@ class Job:
         UserError: a part does not fit, or the checkpoint is of another model.
     """
 
-    def __init__(self, cfg: DictConfig, out_dir: Path, regime: Regime, engine: Engine) -> None:
+    def __init__(self, cfg: DictConfig, out_dir: Path, regime: TrainingTask, engine: Engine) -> None:
         self.cfg, self.out_dir, self.regime, self.engine = cfg, out_dir, regime, engine
         self.start: Checkpoint | None = None
         if cfg.resume:
@@ -62,7 +62,7 @@ class Job:
         else:
             outline = build.outline(cfg)
             check_initial(cfg, outline)
-        regime.check_parts(cfg, outline, engine.world)
+        regime.check_parts(outline, engine.world)
 
     @property
     def first_step(self) -> int:
@@ -117,8 +117,9 @@ class Job:
             sizes: sizes of the training images, if they are known.
             steps: length of the training.
         """
-        loss = self.regime.objective(criteria.loss(self.cfg, self.regime.labelled)).to(self.engine.device)
-        model = self.regime.started(model, self.engine, new=self.start is None)
+        loss = self.regime.wrap_loss(criteria.loss(self.cfg, self.regime.labelled)).to(self.engine.device)
+        if self.start is None:
+            self.regime.init_head(model, self.engine)
         optimizer = build.optimizer(self.cfg, model)
         info = run_description(self.cfg, self.regime.labels) | (sizes.as_info() if sizes else {})
         folder, writes = self.out_dir / checkpoint.FOLDER, self.engine.is_main
@@ -152,7 +153,7 @@ class Job:
         best = checkpoint.find(self.out_dir, "best")
         checkpoint.load_weights(model, checkpoint.read(best, finite=self.cfg.finite_weights))
         cost = cost_of(model, rows)
-        scores = self.regime.evaluate(self.cfg, model, self.engine, best, metrics_only=metrics_only, report=report)
+        scores = self.regime.evaluate(model, self.engine, best, metrics_only=metrics_only, report=report)
         if self.engine.is_main:
             print(f"curves:       {self.out_dir}/{', '.join(path.name for path in curves)}")
             write_settings(self.out_dir, settings_of(self.cfg), scores)
@@ -163,7 +164,9 @@ class Job:
         return {**scores, **cost, "best_step": run.best_step, "run": str(self.out_dir)}
 
 
-def begin(cfg: DictConfig, regime: Regime, engine: Engine, out_dir: Path, steps: int) -> Callable[[int, int], float]:
+def begin(
+    cfg: DictConfig, regime: TrainingTask, engine: Engine, out_dir: Path, steps: int
+) -> Callable[[int, int], float]:
     """Log the sizes of the data and the run folder; return the learning-rate schedule."""
     schedule = instantiate(cfg.optim.schedule)
     if engine.is_main:
@@ -173,7 +176,7 @@ def begin(cfg: DictConfig, regime: Regime, engine: Engine, out_dir: Path, steps:
     return schedule
 
 
-def looked_at(regime: Regime, engine: Engine) -> TrainedSizes | None:
+def looked_at(regime: TrainingTask, engine: Engine) -> TrainedSizes | None:
     """Check the data on rank 0, and return there the sizes of the training images, if they are known."""
     # one rank is enough: its measurements are cached, and its error ends all ranks
     sizes = regime.check_data() if engine.is_main else None

@@ -16,7 +16,7 @@ from dinoseg.experiment.initial import has_initial
 from dinoseg.experiment.recipe import run_description
 from dinoseg.report.leaderboard import Row, leaderboard
 from dinoseg.tasks.job import Job, begin, looked_at
-from dinoseg.tasks.regime import Regime
+from dinoseg.tasks.task import TrainingTask
 from dinoseg.training import checkpoint
 from dinoseg.training.checkpoint import Progress
 from dinoseg.training.engine import Engine
@@ -33,7 +33,7 @@ _NOTE = forms.holding(step=forms.whole(), reason=forms.text)
 
 def train_heads(
     cfg: DictConfig,
-    regime: Regime,
+    regime: TrainingTask,
     engine: Engine,
     out_dir: Path,
     fit: Callable[..., Sequence[Outcome]],
@@ -89,7 +89,7 @@ def train_heads(
     return {**scores[first], "head": first}
 
 
-def _check_feed(cfg: DictConfig, regime: Regime, engine: Engine) -> None:
+def _check_feed(cfg: DictConfig, regime: TrainingTask, engine: Engine) -> None:
     if type(regime.feed) is not ImageFeed:
         raise UserError("trainer=many_heads trains on images and masks: leave trainer.feed out.")
     if engine.sharded or engine.cache in ("disk", "memory"):
@@ -126,7 +126,9 @@ def _progress(job: Job) -> Progress:
     return Progress(**job.start.info["progress"]) if job.start else Progress()
 
 
-def _keep(cfg: DictConfig, regime: Regime, engine: Engine, out_dir: Path, model: SharingSegmenter, step: int) -> None:
+def _keep(
+    cfg: DictConfig, regime: TrainingTask, engine: Engine, out_dir: Path, model: SharingSegmenter, step: int
+) -> None:
     """Write the checkpoint that `resume` needs to find the run: its config, and a step from which all heads resume."""
     if engine.is_main:
         info = {**run_description(cfg, regime.labels), "progress": asdict(Progress(step=step))}

@@ -3,44 +3,47 @@
 import logging
 from collections.abc import Mapping
 
-from omegaconf import DictConfig
-
-from dinoseg.config.checks import checked
 from dinoseg.core.contracts import Loss
 from dinoseg.data.scan.class_counts import class_counts
 from dinoseg.data.unlabelled import StrongView, UnlabelledImages
-from dinoseg.experiment import criteria
+from dinoseg.experiment.builder import Builder
 from dinoseg.inference.trained_sizes import TrainedSizes
 from dinoseg.models.model import Segmenter
-from dinoseg.tasks.images import ImageRegime
+from dinoseg.tasks.images import ImageTask
 from dinoseg.tasks.unmasked import unmasked_images
 from dinoseg.training.engine import Engine
-from dinoseg.training.mixed_feed import KEYS, MixedFeed, SelfTraining
+from dinoseg.training.mixed_feed import MixedFeed, SelfTraining
 from dinoseg.training.taught import TaughtLoss
 from dinoseg.utils.errors import UserError
+from dinoseg.utils.ranges import Count
 from dinoseg.utils.wording import count_of, listed
 
 logger = logging.getLogger(__name__)
 
 
-class SelfTrainingRegime(ImageRegime):
+class SelfTrainingTask(ImageTask):
     """Training task for images with masks and without (FixMatch, arXiv 2001.07685; UniMatch V2, arXiv 2410.10777).
 
     It follows UniMatch V2 in the moving average as the teacher, one weak view (`data.augment`), strong views of it with
     CutMix, and the confidence threshold. It omits the complementary dropout of the two strong views.
+
+    Args:
+        parts: builds the parts of the experiment.
+        options: images without masks, and how they are used.
+        val_images: see `ImageTask`.
     """
 
     feed: MixedFeed
 
-    def __init__(self, cfg: DictConfig, engine: Engine, *, pictures: int = 0) -> None:
-        if "threshold" not in cfg.trainer:
-            raise UserError(
-                f"trainer.feed=self_training: trainer={cfg.choices.trainer} does not say how images without masks are "
-                "learnt from. Choose trainer=self_training."
-            )
-        super().__init__(cfg, engine, pictures=pictures)
-        options = SelfTraining(**checked("dinoseg.training.mixed_feed.SelfTraining", cfg.trainer, KEYS, "trainer"))
-        sources = [image.source for image in unmasked_images(cfg, options, self.feed.train, self.feed.val)]
+    def __init__(self, parts: Builder, *, options: SelfTraining, val_images: Count | None = None) -> None:
+        super().__init__(parts, val_images=val_images)
+        self._options = options
+
+    def open(self, engine: Engine, *, pictures: int = 0) -> None:
+        """List the images with masks and those without."""
+        super().open(engine, pictures=pictures)
+        options = self._options
+        sources = [image.source for image in unmasked_images(self.parts, options, self.feed.train, self.feed.val)]
         if not sources:
             raise UserError(
                 "trainer=self_training has no images without masks. Give trainer.unlabelled=<folder, quoted pattern "
@@ -53,30 +56,30 @@ class SelfTrainingRegime(ImageRegime):
         self.feed = MixedFeed(**self.feed.given, unlabelled=images, options=options)
         logger.info("%s with masks, %s without", count_of(len(self.feed.train), "training image"), len(sources))
 
-    @classmethod
-    def check_parts(cls, cfg: DictConfig, model: Segmenter, world: int) -> None:
-        """Refuse what `ImageRegime` refuses, and settings without a teacher, with sharding or with feature noise."""
-        super().check_parts(cfg, model, world)
-        if cfg.trainer.ema is None:
+    def check_parts(self, model: Segmenter, world: int) -> None:
+        """Refuse what `ImageTask` refuses, and settings without a teacher, with sharding or with feature noise."""
+        super().check_parts(model, world)
+        parts = self.parts
+        if parts.value("trainer.ema") is None:
             raise UserError(
                 "trainer.ema=null: of self-training the moving average is the teacher. Give its decay, such as 0.996."
             )
-        if cfg.engine.get("sharding", "none") != "none":
+        if (sharding := parts.value("engine.sharding", "none")) != "none":
             raise UserError(
-                f"engine.sharding={cfg.engine.sharding} shares weights out, and a teacher needs whole ones. Leave it "
+                f"engine.sharding={sharding} shares weights out, and a teacher needs whole ones. Leave it "
                 "out with trainer=self_training."
             )
-        if cfg.data.get("feature_noise"):
+        if noise := parts.value("data.feature_noise"):
             raise UserError(
-                f"data.feature_noise={cfg.data.feature_noise} is for training on masks alone: strong views are the "
+                f"data.feature_noise={noise} is for training on masks alone: strong views are the "
                 "noise here. Set it to 0 with trainer=self_training."
             )
 
-    def objective(self, loss: Loss) -> Loss:
+    def wrap_loss(self, loss: Loss) -> Loss:
         """Return the loss on masks and on pseudo-labels; class weights apply only to masks."""
-        return TaughtLoss(loss, criteria.unweighted(self.cfg), self.feed.options.weight)
+        return TaughtLoss(loss, self.parts.unweighted_loss(), self._options.weight)
 
-    def keep_features(
+    def cache_features(
         self, model: Segmenter, loss: Loss, engine: Engine, epochs: float, *, before: Mapping[str, str | None]
     ) -> dict[str, str]:
         """Cache nothing: strong views are new in each epoch.
@@ -95,7 +98,7 @@ class SelfTrainingRegime(ImageRegime):
         """Run the short dataset checks, and refuse masks of at most one class: a teacher would predict only that."""
         sizes = super().check_data()
         train = self.feed.train
-        counts = dict(zip(train.classes, class_counts(train, self.cfg.cache_dir).tolist(), strict=True))
+        counts = dict(zip(train.classes, class_counts(train, self.parts.cache_dir).tolist(), strict=True))
         there = [name for name, count in counts.items() if count]
         if len(there) < 2:
             only = f"{there[0]} alone" if there else "nothing but ignored pixels"

@@ -4,17 +4,14 @@ import logging
 from collections.abc import Hashable, Sequence
 from pathlib import Path
 
-from omegaconf import DictConfig
-
 from dinoseg.core.shapes import SegmentationData
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.pairs.pair import Pair
 from dinoseg.data.unlabelled import fault
 from dinoseg.data.video.access import ImageSource
-from dinoseg.experiment import build
+from dinoseg.experiment.builder import Builder
 from dinoseg.tasks.selection.pool import Candidate, found_in
 from dinoseg.training.mixed_feed import Unlabelled
-from dinoseg.utils.cores import count_cores
 from dinoseg.utils.wording import listed
 from dinoseg.utils.workers import in_processes
 
@@ -23,7 +20,7 @@ _FEW = 64  # number of images below which starting processes costs more than it 
 
 
 def unmasked_images(
-    cfg: DictConfig, options: Unlabelled, train: SegmentationData, val: SegmentationData
+    parts: Builder, options: Unlabelled, train: SegmentationData, val: SegmentationData
 ) -> list[Candidate]:
     """Return the training images that are not among those with masks, and those that `trainer.unlabelled` names.
 
@@ -31,7 +28,7 @@ def unmasked_images(
     unreadable images are left out with a warning.
 
     Args:
-        cfg: the whole config.
+        parts: builds the parts of the experiment.
         options: options of the trainer.
         train: the images with masks; those that `data.on_error=skip` left out of it are left out here, too.
         val: the validation images.
@@ -40,12 +37,12 @@ def unmasked_images(
         UserError: `trainer.unlabelled` names nothing, or something unreadable.
     """
     others, found = {*train.names, *train.skipped}, []
-    whole = build.reader(cfg)("train")
+    whole = parts.reader()("train")
     if isinstance(whole, PairDataset):
         found += [Candidate(pair.name, pair.image) for pair in whole.pairs if pair.name not in others]
     if options.images is not None:
-        key, cache_dir = "trainer.unlabelled", Path(cfg.cache_dir).expanduser()
-        found += found_in(options.images, every=options.every, cache_dir=cache_dir, key=key)
+        key = "trainer.unlabelled"
+        found += found_in(options.images, every=options.every, cache_dir=parts.cache_dir, key=key)
     images: dict[Hashable, Candidate] = {}
     for candidate in found:
         images.setdefault(_identity(candidate.source), candidate)
@@ -57,8 +54,8 @@ def unmasked_images(
             "training. Leave them out of trainer.unlabelled for scores that tell of new ones.",
             len(seen),
         )
-    skips = cfg.data.on_error == "skip"
-    return _readable([*images.values()], cfg.data.get("workers") or count_cores()) if skips else [*images.values()]
+    chosen = [*images.values()]
+    return _readable(chosen, parts.workers) if parts.skips_faulty_files else chosen
 
 
 def _readable(images: Sequence[Candidate], workers: int) -> list[Candidate]:

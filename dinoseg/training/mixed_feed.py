@@ -19,14 +19,6 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Count, Few, LowShare, NotNegative, Positive
 from dinoseg.utils.wording import count_of
 
-WHICH = {  # keys of a trainer, and the fields of `Unlabelled` that they set
-    **{"unlabelled": "images", "unlabelled_every": "every", "unlabelled_batch_size": "batch_size"}
-}
-KEYS = {  # the same for `SelfTraining`
-    **WHICH,
-    **{"unlabelled_weight": "weight", "threshold": "threshold", "strong_views": "views"},
-}
-
 
 @dataclass(frozen=True)
 class Unlabelled:

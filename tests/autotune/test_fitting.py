@@ -9,8 +9,8 @@ from dinoseg.autotune import fitting
 from dinoseg.autotune.fitting import Fitting, changed
 from dinoseg.autotune.step_bytes import StepBytes
 from dinoseg.autotune.target import Target, memory_of
+from dinoseg.experiment.min_batch import check_batch
 from dinoseg.models.heads.mlp import MlpHead
-from dinoseg.tasks.least_batch import check_batch
 from dinoseg.utils.errors import UserError
 
 BASE = [*SMALL, "data.batch_size=8", "head=mlp"]  # no BatchNorm

@@ -14,9 +14,10 @@ from dinoseg.autotune import causes, floor
 from dinoseg.autotune.floor import Held, held_against_floor, solved
 from dinoseg.config.nodes import instantiate
 from dinoseg.experiment import build
+from dinoseg.experiment.builder import build_task
 from dinoseg.inference.whole import Whole
 from dinoseg.models.heads.linear import LinearHead
-from dinoseg.tasks.images import ImageRegime
+from dinoseg.tasks.images import ImageTask
 from dinoseg.tasks.probing.probe import Probe
 from dinoseg.training.validation import evaluate
 from dinoseg.utils.errors import UserError
@@ -64,7 +65,8 @@ def held(world, compose, monkeypatch, known):
     def hold_anew(*words):
         cfg = compose(*WORDS, f"data.root={world}/data", f"cache_dir={world}/cache", *words)
         engine = instantiate(cfg.engine)
-        regime = ImageRegime(cfg, engine)
+        regime = build_task(cfg)
+        regime.open(engine)
         found = held_against_floor(cfg, regime, engine, engine.place(build.model(cfg)), seconds=9.0)
         assert isinstance(found, Held)
         return found
@@ -85,7 +87,8 @@ def test_the_floor_of_what_a_line_separates_is_high_and_an_untrained_model_is_be
 def test_no_floor_where_there_is_no_time_or_nothing_to_solve(world, compose, monkeypatch):
     cfg = compose(*WORDS, f"data.root={world}/data", f"cache_dir={world}/cache")
     engine = instantiate(cfg.engine)
-    regime, model = ImageRegime(cfg, engine), build.model(cfg)
+    regime, model = build_task(cfg), build.model(cfg)
+    regime.open(engine)
     assert held_against_floor(cfg, regime, engine, model, seconds=0.5) is None
     assert held_against_floor(cfg, object(), engine, model, seconds=9.0) is None
     asked = []
@@ -254,7 +257,7 @@ def test_rates_are_tried_where_labels_alone_teach_and_told_where_they_clearly_he
     said = causes.learning_rate(replace(half, best_step=49))  # more steps have been tried
     assert "scored best after step 49 of 100, and more steps made it worse" in said and "fewer trainer.steps" in said
 
-    class OfTeacher(ImageRegime):
+    class OfTeacher(ImageTask):
         pass
 
     other = object.__new__(OfTeacher)

@@ -14,10 +14,10 @@ from dinoseg.autotune.trial import try_steps
 from dinoseg.config.nodes import instantiate
 from dinoseg.core.shapes import ClipBatch
 from dinoseg.experiment import build
+from dinoseg.experiment.min_batch import min_batch
 from dinoseg.inference.memory import PeakBytes
 from dinoseg.inference.walk import walking
 from dinoseg.models.model import trained_names
-from dinoseg.tasks.least_batch import least_batch
 from dinoseg.utils.errors import UserError
 
 BASE = [*SMALL, "engine.precision=fp32", "data.classes=[a,b,c]", "data.batch_size=3", "resolution.crop=[64,48]"]
@@ -163,7 +163,7 @@ def test_clips_as_long_as_their_videos_have_no_size(compose):
     with pytest.raises(UserError, match="data.clips.cut.length=None: how many frames"):
         image_shape(compose(*SLOTS, "data.clips.cut.length=null"))
     with pytest.raises(UserError, match="data=camvid has no clips"):
-        image_shape(compose("data=camvid", "data.root=x", "trainer.feed=clips"))
+        image_shape(compose("data=camvid", "data.root=x", "loss=feature_reconstruction"))
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,7 @@ ONE_CELL = ("resolution.crop=[8,8]", "data.batch_size=1")
 )
 def test_at_least_as_many_samples_as_a_real_step_can_take(compose, words, least):
     cfg = compose(*BASE, *ONE_CELL, *words)
-    assert least_batch(cfg) == least
+    assert min_batch(cfg) == least
     model = build.model(cfg, untrained=True).train()
     model(drawn_batch(cfg, least).image)
     if least > 1:

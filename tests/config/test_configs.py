@@ -19,8 +19,6 @@ from dinoseg.config import checks
 from dinoseg.config.guard import guard
 from dinoseg.config.resolvers import register_resolvers
 from dinoseg.experiment.recipe import FOLLOWING, SAVED, config_description
-from dinoseg.tasks.distil import KEYS as OF_TEACHER
-from dinoseg.training.mixed_feed import KEYS
 from dinoseg.utils.errors import UserError
 
 # What build, launch and fit hand over; every other argument stands in a config or has a default
@@ -39,7 +37,19 @@ AT_RUN_TIME = {
     "mode": {"cfg", "out_dir"},
     "mode.check": {"cfg"},
     "optim.optimizer": {"model"},
-    "trainer": {"model", "loss", "feed", "optimizer", "engine", "checkpoints", "log", "schedule", "steps", "val_every"},
+    "trainer.task": {"parts"},
+    "trainer.loop": {
+        "model",
+        "loss",
+        "feed",
+        "optimizer",
+        "engine",
+        "checkpoints",
+        "log",
+        "schedule",
+        "steps",
+        "val_every",
+    },
     "dinoseg.training.many_heads.fit_heads": {"parts", "feed", "engine", "keep", "schedule", "steps", "val_every"},
 }
 
@@ -48,7 +58,6 @@ AT_RUN_TIME = {
 FOR_OTHERS = {
     "mode": set(LAUNCH_KEYS),
     "head": {"layers", "lr"},
-    "trainer": {"feed", "epochs", "val_images", "steps", "val_every", "heads", "lrs", *KEYS, *OF_TEACHER},
     "adapter": {"lr"},
 }
 
@@ -282,7 +291,7 @@ def test_every_other_key_is_read(compose, data):
     unread = [
         key
         for key in keys
-        if not re.search(rf"\bcfg\.{re.escape(key)}\b", python)
+        if not re.search(rf"\bcfg\.{re.escape(key)}\b|\"{re.escape(key)}\"", python)  # or as `Builder` reads it
         and not re.search(rf"\${{({re.escape(key)}|\.+{re.escape(key.split('.')[-1])})}}", configs)
     ]
     assert not unread

@@ -7,11 +7,12 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from dinoseg.experiment.builder import Builder
 from dinoseg.export.runtime.trained_model import model_of
 from dinoseg.inference.trained_sizes import TrainedSizes, keep_scale
 from dinoseg.models.heads.linear import LinearHead
 from dinoseg.models.model import Segmenter
-from dinoseg.tasks import images as images_regime
+from dinoseg.tasks import images as images_task
 from dinoseg.utils.errors import UserError
 
 SIZES = TrainedSizes(typical=32, largest=64)
@@ -56,11 +57,11 @@ def test_images_to_be_scored_count_as_they_are(monkeypatch):
     data = {"group": None, "workers": 1, "augment": {"scale": [0.5, 0.75]}}
     groups = {"data": data, "loss": {"weights": "none"}, "resolution": {"longest": None}}
     cfg = OmegaConf.create({**groups, "cache_dir": "", "choices": {"data": "folder"}})
-    regime = SimpleNamespace(cfg=cfg, feed=SimpleNamespace(train=None, val=None))
+    task = SimpleNamespace(parts=Builder(cfg), feed=SimpleNamespace(train=None, val=None))
     for (trained, scored), largest in ((records, 8), (records[::-1], 8), (([], []), None)):
         splits = [SimpleNamespace(records=trained), SimpleNamespace(records=scored)]
-        monkeypatch.setattr(images_regime, "examine", lambda *_, splits=splits, **__: splits)
-        found = images_regime.ImageRegime.check_data(regime)
+        monkeypatch.setattr(images_task, "examine", lambda *_, splits=splits, **__: splits)
+        found = images_task.ImageTask.check_data(task)
         assert (found and found.largest) == largest
 
 

@@ -12,9 +12,9 @@ from finished_runs import rows, trained, whole_and_resumed_on_ranks
 from refused_trainings import refusal
 
 import dinoseg
+from dinoseg.experiment.builder import build_task
 from dinoseg.experiment.recipe import recipe_of
 from dinoseg.experiment.teacher import Teacher
-from dinoseg.tasks.distil import DistilRegime
 from dinoseg.training import checkpoint
 from dinoseg.training.engine import Engine
 
@@ -125,8 +125,9 @@ def test_students_of_any_kind_are_taught(folder, student):
 def test_images_without_masks_are_drawn_for_no_class(folder, compose, monkeypatch):
     monkeypatch.chdir(folder)
     cfg = compose(*HALF, "data.class_uniform=0.5")
-    feed = DistilRegime(cfg, Engine("cpu", "fp32", workers=0)).feed
-    assert feed.uniform is not None and feed.others.uniform is None
+    task = build_task(cfg)
+    task.open(Engine("cpu", "fp32", workers=0))
+    assert task.feed.uniform is not None and task.feed.others.uniform is None
 
 
 def test_frames_of_a_video_are_learnt_from(folder):
@@ -183,10 +184,6 @@ def test_another_teacher_is_another_recipe_and_older_checkpoints_have_none(folde
         (("teacher=null",), "learns from a trained model, and teacher=null names none. Give teacher=RUN"),
         (("trainer=supervised",), "teacher=teacher is read by trainer=distil alone, and this is trainer=supervised"),
         (("trainer=self_training",), "teacher=teacher is read by trainer=distil alone"),
-        (
-            ("trainer=supervised", "trainer.feed=distil"),
-            "trainer=supervised does not say how a teacher is learnt from. Choose trainer=distil",
-        ),
         (("teacher=nowhere",), "teacher=nowhere: neither a checkpoint file nor a run folder"),
         (("data.classes=[dark,light]",), "it does not know light; it knows bright"),
         (("trainer.unlabelled_batch_size=2",), "trainer.unlabelled_batch_size=2: there are no images without"),
@@ -200,8 +197,6 @@ def test_another_teacher_is_another_recipe_and_older_checkpoints_have_none(folde
         (("trainer.teacher_weight=-1",), "trainer.teacher_weight=-1 is out of range"),
         (("features.gib=-1",), "features.gib=-1 is out of range. Give a number above 0"),
         (("data.class_mix=0.5",), "data.class_mix=0.5: a teacher's scores are of images as they are"),
-        (("trainer.feed=self_training",), "this is trainer=distil with trainer.feed=self_training. Give"),
-        (("trainer.feed=images",), "this is trainer=distil with trainer.feed=images. Give"),
     ],
 )
 def test_what_does_not_go_together_is_refused(folder, compose, words, said):

@@ -4,8 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from dinoseg.experiment.builder import Builder
 from dinoseg.tasks import images
-from dinoseg.tasks.images import ImageRegime
+from dinoseg.tasks.images import ImageTask
 from dinoseg.utils.errors import UserError
 
 
@@ -18,9 +19,9 @@ def plan(compose, monkeypatch):
 
     def planned(*words, before=None):
         cfg = compose("data.root=.", "data.classes=[a,b]", "backbone=tiny", "data.views=2", *words)
-        regime = SimpleNamespace(cfg=cfg, feed=SimpleNamespace())
-        ImageRegime.keep_features(regime, None, None, None, 3.0, before=before or {})
-        return regime.feed.cache.plan
+        task = SimpleNamespace(parts=Builder(cfg), feed=SimpleNamespace())
+        ImageTask.cache_features(task, None, None, None, 3.0, before=before or {})
+        return task.feed.cache.plan
 
     return planned
 

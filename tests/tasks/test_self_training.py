@@ -13,9 +13,9 @@ from finished_runs import rows, trained
 from refused_trainings import refusal
 
 from dinoseg.experiment import criteria
+from dinoseg.experiment.builder import build_task
 from dinoseg.experiment.recipe import recipe_of
 from dinoseg.tasks import unmasked
-from dinoseg.tasks.self_training import SelfTrainingRegime
 from dinoseg.training import checkpoint
 from dinoseg.training.engine import Engine
 from dinoseg.training.trainee import Trainee
@@ -26,7 +26,6 @@ WORDS = (
     *("mode.metrics_only=true", "mode.report=false", "mode.pictures=0", "trainer.val_every=4", "trainer.log_every=1"),
     *("trainer.threshold=0.5", "optim.schedule.kind=constant", "optim.schedule.warmup=0"),
 )
-OTHER = (*(word for word in WORDS if not word.startswith(("trainer=", "trainer.thr"))), "trainer.feed=self_training")
 HALF = (*WORDS, "data.labelled=0.5")
 
 
@@ -83,8 +82,9 @@ def test_the_teacher_is_the_moving_average_and_leaves_the_student_as_it_is(folde
 def test_weights_of_classes_are_for_masks_alone(here, compose, loss):
     """A teacher that learnt by them gives rare classes more pixels than they have: weighted again, ever more."""
     cfg = compose(*HALF, f"loss={loss}", "loss.weights={bright: 3}", "trainer.unlabelled_weight=0.25")
-    regime = SelfTrainingRegime(cfg, Engine("cpu", "fp32", workers=0))
-    objective = regime.objective(criteria.loss(cfg, regime.labelled))
+    task = build_task(cfg)
+    task.open(Engine("cpu", "fp32", workers=0))
+    objective = task.wrap_loss(criteria.loss(cfg, task.labelled))
     assert type(objective.of_views) is type(objective.criterion) and objective.weight == 0.25
     for part, weights in (("criterion", [1.0, 3.0]), ("of_views", [1.0, 1.0])):
         found = [value.tolist() for name, value in getattr(objective, part).named_buffers() if name.endswith("weight")]
@@ -101,7 +101,7 @@ def test_frames_of_a_video_are_learnt_from(folder):
 def test_each_image_is_there_once_and_those_of_the_validation_are_told_of(here, compose, caplog):
     cfg = compose(*HALF, "trainer.unlabelled='data/*/images/*.png'")
     with caplog.at_level(logging.INFO):
-        SelfTrainingRegime(cfg, Engine("cpu", "fp32", workers=0))
+        build_task(cfg).open(Engine("cpu", "fp32", workers=0))
     assert "3 training images with masks, 7 without" in caplog.text
     assert "1 of the images without masks are validation images: scores are then" in caplog.text
 
@@ -130,13 +130,12 @@ def test_what_does_not_go_together_is_refused(folder, compose, words, said):
     ("words", "said"),
     [
         (WORDS, "has no images without masks. Give trainer.unlabelled="),
-        ((*OTHER, "trainer=many_heads", "heads=[linear]", "adapter=frozen"), "Choose trainer=self_training"),
         (
             ("mode=plan", *(word for word in HALF if not word.startswith(("mode.", "mode=train")))),
             "trainer=self_training is not foretold",
         ),
     ],
-    ids=["masks alone", "many heads", "plan"],
+    ids=["masks alone", "plan"],
 )
 def test_a_command_without_images_to_learn_from_is_refused(folder, words, said):
     refused = call(folder, *words, "trainer.steps=1", "hydra.run.dir=refused")
@@ -172,11 +171,10 @@ def test_many_images_without_masks_are_read_in_processes(here, photos, compose, 
     monkeypatch.setattr(unmasked, "_FEW", 2)
     monkeypatch.setattr(unmasked, "in_processes", pickled)
     broken, words = photos
-    regime = SelfTrainingRegime(
-        compose(*words, "data.on_error=skip", "data.workers=2"), Engine("cpu", "fp32", workers=0)
-    )
+    task = build_task(compose(*words, "data.on_error=skip", "data.workers=2"))
+    task.open(Engine("cpu", "fp32", workers=0))
     assert asked == [2] and f"left out of the images without masks: 1. Cannot read {broken}" in caplog.text
-    assert len(regime.feed.unlabelled) == 5
+    assert len(task.feed.unlabelled) == 5
 
 
 def test_masks_of_one_class_alone_are_refused(compose, tmp_path):

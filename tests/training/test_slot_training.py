@@ -14,11 +14,12 @@ from omegaconf import OmegaConf
 from refused_trainings import refusal
 
 from dinoseg.__main__ import CONFIGS
+from dinoseg.config.job import job_config
 from dinoseg.config.resolvers import register_resolvers
 from dinoseg.experiment import build, criteria
+from dinoseg.experiment.builder import build_task
 from dinoseg.metrics.clustering import contingency, segment_scores
 from dinoseg.synthetic.moving.write import render_moving_objects
-from dinoseg.tasks.clips import ClipRegime
 from dinoseg.training.checkpoint import read, write
 from dinoseg.training.engine import Engine
 from dinoseg.utils.errors import UserError
@@ -233,7 +234,7 @@ def test_videos_without_masks_have_a_loss_alone(here):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("head=linear", *BARE), "trainer.feed=clips trains slots, and head=linear has none. Choose head=slots"),
+        (("head=linear", *BARE), "trainer=slots trains slots, and head=linear has none. Choose head=slots"),
         (("loss=cross_entropy",), "loss=cross_entropy is no loss of slots. Choose loss=feature_reconstruction"),
         (("loss.weights=median",), "loss.weights=median: loss=feature_reconstruction knows no classes"),
         (
@@ -241,7 +242,6 @@ def test_videos_without_masks_have_a_loss_alone(here):
             "loss=feature_reconstruction learns from clips, without labels. Choose trainer=slots",
         ),
         (("trainer=supervised", "loss=cross_entropy"), "head=slots is trained on clips. Choose trainer=slots"),
-        (("trainer.feed=films",), "trainer.feed=films is unknown. Choose one of images, clips"),
         (("trainer.score=miou",), "trainer.score=miou is not a score. Choose one of loss, ari, fg_ari, mbo"),
         (("head.num_slots=17",), "head.num_slots=17 are more slots than the 4 x 4 = 16 cells"),
         (("head.steps=[4]",), r"data.clips.cut.length=5 or more, or lower head.steps"),
@@ -286,7 +286,9 @@ def parts(movi, *more):
     with initialize_config_dir(CONFIGS, version_base="1.3"):
         cfg = hydra_compose("main", [*SLOTS[1:], f"data.root={movi / 'movi'}", *more])
     engine = Engine("cpu", "fp32", workers=0, eval_batch_size=5)
-    return build.model(cfg).eval(), engine, ClipRegime(cfg, engine).feed, criteria.loss(cfg, None)
+    task = build_task(job_config(cfg, {"trainer": "slots"}))
+    task.open(engine)
+    return build.model(cfg).eval(), engine, task.feed, criteria.loss(cfg, None)
 
 
 def test_the_loss_of_a_validation_sees_frames_as_far_apart_as_training(movi):

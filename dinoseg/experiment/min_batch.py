@@ -17,7 +17,7 @@ _SMALL = 4  # patches along a crop, above which its maps have several cells
 def check_batch(cfg: DictConfig, least: int, world: int) -> None:
     """Refuse a batch of less than `least` images per rank, which the head needs, or too small for BatchNorm."""
     size, larger = cfg.data.batch_size, ""
-    if least * world <= size < (least + 1) * world and (needed := least_batch(cfg)) > least:
+    if least * world <= size < (least + 1) * world and (needed := min_batch(cfg)) > least:
         least, larger = needed, f" at resolution.crop={typed(list(cfg.resolution.crop))}"
     if size < least * world:
         raise UserError(
@@ -26,7 +26,7 @@ def check_batch(cfg: DictConfig, least: int, world: int) -> None:
         )
 
 
-def least_batch(cfg: DictConfig) -> int:
+def min_batch(cfg: DictConfig) -> int:
     """Return the minimum number of samples per device for training.
 
     BatchNorm has no statistics of a single value per channel. If one sample has only a single cell, the minimum rises
@@ -40,8 +40,8 @@ def least_batch(cfg: DictConfig) -> int:
     model = build.outline(cfg).train()
     least = model.head.least_batch
     norms = [part for part in model.modules() if isinstance(part, _BatchNorm) and part.training]
-    if cfg.trainer.feed != "images" or not norms:
-        return least
+    if model.head.slots is not None or "unlabelled" in cfg.trainer or not norms:
+        return least  # slots see several frames of a clip, and a batch also has images without masks
     instantiate(cfg.data.augment)  # refuses an invalid crop
     if max(cfg.resolution.crop) * model.scale > _SMALL * model.patch_size:
         return least

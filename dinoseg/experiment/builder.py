@@ -1,0 +1,155 @@
+"""Parts of an experiment for its training task, which reads no config."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from dinoseg.config.checks import check_given
+from dinoseg.config.nodes import instantiate
+from dinoseg.config.plain import plain
+from dinoseg.core.contracts import Loss
+from dinoseg.core.shapes import SegmentationData
+from dinoseg.data.classes.labels import Labels
+from dinoseg.experiment import build, criteria
+from dinoseg.experiment.min_batch import check_batch
+from dinoseg.experiment.teacher import Teacher
+from dinoseg.experiment.trained import labels_of
+from dinoseg.models.model import Segmenter
+from dinoseg.training.engine import Engine
+from dinoseg.training.feature_cache.key import hash_of
+from dinoseg.utils.cores import count_cores
+from dinoseg.utils.errors import UserError
+
+
+def build_task(cfg: DictConfig) -> Any:
+    """Return the training task that `trainer.task` names (`dinoseg.tasks.task.TrainingTask`); it reads no data yet.
+
+    Raises:
+        UserError: a teacher is given to a task without distillation, or an option is invalid.
+    """
+    if cfg.get("teacher") is not None and "teacher" not in cfg.trainer:
+        raise UserError(
+            f"teacher={cfg.teacher} is read by trainer=distil alone, and this is trainer={cfg.choices.trainer}. Give "
+            "trainer=distil, or leave teacher out."
+        )
+    return instantiate(cfg.trainer.task)(Builder(cfg))
+
+
+class Builder:
+    """Builder of the parts of an experiment from its config.
+
+    Args:
+        cfg: the whole config.
+
+    Attributes:
+        options: the selected option of each config group, such as {"head": "linear"}; for messages.
+    """
+
+    def __init__(self, cfg: DictConfig) -> None:
+        self.cfg = cfg
+        self.options: Mapping[str, str] = cfg.choices
+
+    @property
+    def seed(self) -> int:
+        """Return the seed of all random numbers of the run."""
+        return build.seed_of(self.cfg)
+
+    @property
+    def cache_dir(self) -> Path:
+        """Return the folder of all caches."""
+        return Path(self.cfg.cache_dir).expanduser()
+
+    @property
+    def workers(self) -> int:
+        """Return the number of processes that check or pack files."""
+        return self.cfg.data.get("workers") or count_cores()
+
+    @property
+    def skips_faulty_files(self) -> bool:
+        """Return whether unreadable files are left out with a warning instead of an error."""
+        return self.cfg.data.on_error == "skip"
+
+    @property
+    def class_names(self) -> list[str]:
+        """Return the class names of the data in the order of their IDs."""
+        return [str(name) for name in self.cfg.data.classes]
+
+    @property
+    def labels(self) -> Labels:
+        """Return the classes, palette and ignored ID of the data."""
+        return labels_of(self.cfg)
+
+    @property
+    def background(self) -> int | None:
+        """Return the ID of the background class; None if every class is an object."""
+        return build.background_of(self.cfg)
+
+    def value(self, key: str, default: Any = None) -> Any:
+        """Return the value or config node at a full key such as `data.group`; `default` if the config lacks it."""
+        node: Any = self.cfg
+        for name in key.split("."):
+            if name not in node.keys():
+                return default
+            node = node[name]
+        return node
+
+    def arguments(self, target: Callable[..., Any], keys: Mapping[str, str]) -> dict[str, Any]:
+        """Return config values as keyword arguments of a class or function, validated against its signature.
+
+        Args:
+            target: what takes them.
+            keys: from parameter names to full keys; keys that the config lacks are left out.
+
+        Raises:
+            UserError: a value has another type or is out of range; the message names its key.
+        """
+        absent = object()
+        values = {name: self.value(key, absent) for name, key in keys.items()}
+        given = {name: value for name, value in values.items() if value is not absent}
+        check_given(f"{target.__module__}.{target.__qualname__}", given, keys)
+        return given
+
+    def part(self, key: str) -> Any:
+        """Return the object of the config node at a full key such as `data.augment`."""
+        return instantiate(self.value(key))
+
+    def digest(self, key: str) -> str:
+        """Return a hash of the resolved config node at a full key, without its learning rate."""
+        return hash_of(repr({**plain(self.value(key), resolve=True), "lr": None}))
+
+    def dataset(self, split: str, engine: Engine | None = None) -> SegmentationData:
+        """Return one split of the data, see `build.dataset`; with an engine, as it is opened for training."""
+        if engine is None:
+            return build.dataset(self.cfg, split)
+        return build.dataset(self.cfg, split, reduced=True, decided=engine.decided)
+
+    def reader(self) -> Callable[[str], SegmentationData]:
+        """Return the function that maps a split to the data as read from files, see `build.reader`."""
+        return build.reader(self.cfg)
+
+    def clips(self, split: str) -> Any:
+        """Return one split of the videos as clips, see `build.clips`."""
+        return build.clips(self.cfg, split)
+
+    def loss(self, train: SegmentationData | None) -> Loss:
+        """Return the loss, with class weights from the training masks, see `criteria.loss`."""
+        return criteria.loss(self.cfg, train)
+
+    def unweighted_loss(self) -> Loss:
+        """Return the loss with equal class weights."""
+        return criteria.unweighted(self.cfg)
+
+    @property
+    def loss_has_classes(self) -> bool:
+        """Return whether the loss is computed from labels, whose classes it can weight."""
+        return self.cfg.loss.class_weights is not None
+
+    def teacher(self, engine: Engine, labels: SegmentationData) -> Teacher:
+        """Return the trained segmenter that `teacher` names."""
+        return Teacher(self.cfg, engine, labels)
+
+    def check_batch(self, model: Segmenter, world: int) -> None:
+        """Refuse a batch that is too small for the head or for BatchNorm on `world` ranks."""
+        check_batch(self.cfg, model.head.least_batch, world)
