@@ -1,6 +1,7 @@
 """Which keys of the config the code of a mode can read, told from the source, without running it."""
 
 import ast
+import re
 from functools import cache
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import dinoseg
 
 PACKAGE = Path(dinoseg.__file__).parent
 CONFIGS = ("cfg", "_cfg")  # what a config is called
+BUILDER = ("value", "part", "digest", "arguments")  # methods of `Builder` that take full keys
 
 
 class Code:
@@ -96,6 +98,11 @@ def keys_in(node):
         if isinstance(each, ast.Call) and path_of(each.func) in (["instantiate"], ["plain"]) and each.args:
             if path_of(each.func) == ["instantiate"] or each.keywords:  # plain(NODE, resolve=True)
                 built.add(each.args[0])
+        if isinstance(each, ast.Call) and isinstance(each.func, ast.Attribute) and each.func.attr in BUILDER:
+            texts = [part.value for part in ast.walk(each) if isinstance(part, ast.Constant)]
+            full = [text for text in texts if isinstance(text, str) and re.fullmatch(r"[a-z_]+(\.[a-z_]+)*", text)]
+            whole = "*" * (each.func.attr in ("part", "digest"))
+            yield from (".".join(text.split(".")[:2]) + whole for text in full if "." in text or whole)
         path = path_of(each)
         if path is None or len(path) < 2 or path[0] not in CONFIGS or each in inner:
             continue

@@ -29,7 +29,7 @@ def build_task(cfg: DictConfig) -> Any:
     Raises:
         UserError: a teacher is given to a task without distillation, or an option is invalid.
     """
-    if cfg.get("teacher") is not None and "teacher" not in cfg.trainer:
+    if cfg.get("teacher") is not None and "teacher" not in cfg.trainer.task:
         raise UserError(
             f"teacher={cfg.teacher} is read by trainer=distil alone, and this is trainer={cfg.choices.trainer}. Give "
             "trainer=distil, or leave teacher out."

@@ -35,9 +35,6 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Count
 
 logger = logging.getLogger(__name__)
-# parameters of the feed and of the feature cache, and the keys that set them
-_FEED = {"batch_size": "data.batch_size", "views": "data.views", "class_mix": "data.class_mix"}
-_PLAN = {"dtype": "features.dtype", "gib": "features.gib", "noise": "data.feature_noise"}
 
 
 class ImageTask(TrainingTask):
@@ -59,7 +56,8 @@ class ImageTask(TrainingTask):
     def open(self, engine: Engine, *, pictures: int = 0) -> None:
         """List the images and masks of train and val."""
         parts = self.parts
-        options = parts.arguments(ImageFeed, _FEED)
+        keys = {"batch_size": "data.batch_size", "views": "data.views", "class_mix": "data.class_mix"}
+        options = parts.arguments(ImageFeed, keys)
         train, val = parts.dataset("train", engine), parts.dataset("val")
         self._val_total = len(val)
         self.split = split_table({"train": train, "val": val})
@@ -119,7 +117,8 @@ class ImageTask(TrainingTask):
     ) -> dict[str, str]:
         """Let the feed cache the features of the frozen part of a model, if that saves time or is requested."""
         parts = self.parts
-        options = parts.arguments(Plan, _PLAN)
+        keys = {"dtype": "features.dtype", "gib": "features.gib", "noise": "data.feature_noise"}
+        options = parts.arguments(Plan, keys)
         options["dtype"] = stored_as(options["dtype"], before)
         hashes = {group: parts.digest(group) for group in ("backbone", "adapter", "head")}
         augmentation = parts.digest("data.augment")

@@ -14,6 +14,7 @@ from dinoseg.core.shapes import SegmentationData
 from dinoseg.data.classes.labels import Labels
 from dinoseg.evaluation.images import list_skipped
 from dinoseg.experiment import build, criteria
+from dinoseg.experiment.builder import build_task
 from dinoseg.experiment.initial import check_initial
 from dinoseg.experiment.recipe import run_description
 from dinoseg.experiment.settings import settings_of
@@ -62,7 +63,7 @@ class Job:
         else:
             outline = build.outline(cfg)
             check_initial(cfg, outline)
-        regime.check_parts(outline, engine.world)
+        build_task(cfg).check_parts(outline, engine.world)
 
     @property
     def first_step(self) -> int:

@@ -27,7 +27,7 @@ ELSEWHERE = {  # of another config, or in a function that the mode calls for som
     "bench": {"features", "finite_weights", "slots"},
     "plan": {"features", "finite_weights", "slots", "inference"},
     "compare": {"data", "seed", "resolution"},  # of the runs
-    "export": {"trainer"},  # of the checkpoint
+    "export": {"loss"},  # of the checkpoint
     "probe": {"adapter", "num_classes"},  # num_classes: of the data set, not of mode=score
     "track": {"inference"},  # made with the model, and not used
     "train": {"num_classes"},
@@ -44,6 +44,9 @@ def read_by_code(mode):
     starts = [read("mode", mode)["_target_"]]
     starts += [read("export", option)["_target_"] for option in options("export") if mode == "export"]
     keys = set().union(*(code().reads(start) for start in starts))
+    if "trainer.task*" in keys:
+        tasks = {read_whole("trainer", option)["task"]["_target_"] for option in options("trainer")}
+        keys = keys.union(*map(code().reads, tasks))
     found = {key.partition(".")[0].rstrip("*") for key in keys} | pointers(read("mode", mode))
     for group, _, key in (key.partition(".") for key in keys):
         for option in options(group.rstrip("*")) if group.rstrip("*") in GROUPS else []:
