@@ -33,7 +33,6 @@ BUILDERS = ("experiment/build.py", "experiment/criteria.py")  # they reach leave
 WITH_CONFIG = (
     "config",
     "experiment",
-    "evaluation",
     "export",
     "tasks",
     "serving",
@@ -42,6 +41,7 @@ WITH_CONFIG = (
     "cli",
     "__main__",
 )
+WITHOUT_CONFIG = ("evaluation",)  # packages in which no function takes a config
 TRACKERS = ("tracking/propagation", "tracking/slots", "tracking/smoothing")  # siblings: none imports another
 DOORS = {  # dependency -> the packages and files that may import it
     "hydra": ("config", "experiment", "cli", "modes", "__main__"),
@@ -240,6 +240,7 @@ def test_every_package_has_its_level():
         ),
         ("evaluation/official.py", "from dinoseg.modes.score import run", "imports modes"),
         ("evaluation/images.py", "from dinoseg.tasks.images import TrainImages", "imports tasks"),
+        ("evaluation/videos.py", "from omegaconf import DictConfig", "may import omegaconf"),
         ("tracking/video/state.py", "from dinoseg.training import checkpoint", "imports training"),
         ("experiment/build.py", "from dinoseg.models.heads.linear import LinearHead", "through _target_ only"),
         ("experiment/build.py", "from dinoseg.models import heads", "through _target_ only"),
@@ -325,6 +326,29 @@ def test_a_planted_long_file_and_function_are_found():
     assert size_violations("heads/cnn.py", f"class A:\n    def long(self):\n{body.replace('    ', '        ')}")
     assert not size_violations("training/fit.py", f"def fit():\n{body}")
     assert size_violations("heads/cnn.py", "x = 1\n" * 501) == ["heads/cnn.py: 501 lines"]
+
+
+def functions_of_configs(source):
+    """Return the names of functions that take a config, by the parameter's name or annotation."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            parameters = (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
+            annotations = [ast.unparse(each.annotation) for each in parameters if each.annotation]
+            if any(each.arg == "cfg" for each in parameters) or any("DictConfig" in text for text in annotations):
+                found.append(node.name)
+    return found
+
+
+def test_config_ends_at_the_edge():
+    files = {file: source for file, source in FILES.items() if below(file, WITHOUT_CONFIG)}
+    assert len(files) > 10
+    assert not {file: names for file, source in files.items() if (names := functions_of_configs(source))}
+
+
+def test_planted_functions_of_configs_are_found():
+    source = "def a(cfg): ...\nclass B:\n    def b(self, *, data: DictConfig | None = None): ...\ndef c(config): ..."
+    assert functions_of_configs(source) == ["a", "b"]
 
 
 def test_hidden_names_stay_inside_their_file():

@@ -7,8 +7,8 @@ from torch import nn
 
 from dinoseg.core.contracts import Backbone, Head, Loss
 from dinoseg.core.geometry import upsample
-from dinoseg.evaluation.supervision import protocol_of
 from dinoseg.experiment import build, criteria
+from dinoseg.experiment.benchmark_videos import benchmark_videos
 from dinoseg.models.adapters import Frozen, LastBlocks, Lora
 from dinoseg.models.model import Segmenter, trained_names
 from dinoseg.utils.errors import UserError
@@ -132,9 +132,10 @@ def test_a_part_that_keeps_no_contract_is_refused(compose):
 
 
 def test_a_score_protocol_of_videos_that_keeps_no_contract_is_refused():
-    cfg = OmegaConf.create({"data": {"tracking": {"protocols": {"none": {"_target_": "torch.nn.Identity"}}}}})
+    tracking = {"supervision": "none", "protocols": {"none": {"_target_": "torch.nn.Identity"}}}
+    cfg = OmegaConf.create({"data": {"tracking": tracking}})
     expected = (
         r"data\.tracking\.protocols\.none: Identity is no dinoseg\.metrics\.protocols\.contract\.ScoreProtocol\. Let"
     )
     with pytest.raises(UserError, match=expected):
-        protocol_of(cfg, "none")
+        benchmark_videos(cfg, "val", None)

@@ -2,15 +2,15 @@
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from omegaconf import DictConfig
 from tabulate import tabulate
 
+from dinoseg.core.shapes import SegmentationData
 from dinoseg.evaluation.class_scores import ClassScores, unit_sums
 from dinoseg.evaluation.collected import image_mious
 from dinoseg.evaluation.image_record import ImageRecord
@@ -38,15 +38,15 @@ def best_first(scores: Sequence[float | None]) -> list[int]:
     return sorted(range(len(scores)), key=lambda place: math.inf if (score := scores[place]) is None else -score)
 
 
-def against(cfg: DictConfig, sides: Sequence[Side]) -> list[OtherRun]:
-    """Compare each other side with the first side."""
+def against(sides: Sequence[Side], open_data: Callable[[], SegmentationData]) -> list[OtherRun]:
+    """Compare each other side with the first side, whose data set `open_data` returns for the example images."""
     kind, first = _kind(sides[0].records[0]), sides[0]
     counts = [[record.counts for record in side.records] for side in sides]
     sums = [[unit_sums(each, first.records[0].units) for each in side] for side in counts]
     mious = [mean_mious(side) for side in sides]
     found: list[OtherRun] = []
     refused: dict[str, None] = {}
-    pictures = Pictures(cfg, first.records[0], first.places[0])
+    pictures = Pictures(open_data, first.records[0], first.places[0])
     for number, gaps in enumerate(differences(kind, sums), start=1):
         other = sides[number]
         try:

@@ -6,17 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from omegaconf import DictConfig, OmegaConf
 
 from dinoseg.core.shapes import SegmentationData
 from dinoseg.data.splits import regex_group
-from dinoseg.evaluation.about import Origin, about_run
+from dinoseg.evaluation.about import about_run
 from dinoseg.evaluation.class_scores import ClassScores, unit_sums
 from dinoseg.evaluation.collected import Collected, Collector, image_mious, join
 from dinoseg.evaluation.image_record import ImageRecord, write_record
 from dinoseg.evaluation.official import SCORES as OFFICIAL_SCORES
 from dinoseg.evaluation.scoring.intervals import jackknife
-from dinoseg.experiment import build
+from dinoseg.experiment.provenance import Provenance
 from dinoseg.metrics.boundary_errors import DISTANCES
 from dinoseg.metrics.calibration import fit_temperature, negative_log_likelihood, reliability
 from dinoseg.report.html.evaluation import EvaluationReport, evaluation_page
@@ -30,7 +29,7 @@ PAGE, TABLE = "report.html", "images.csv"  # in a run folder
 
 
 def report_images(
-    cfg: DictConfig,
+    provenance: Provenance,
     collector: Collector,
     scores: Mapping[str, Any],
     data: SegmentationData,
@@ -38,34 +37,47 @@ def report_images(
     out_dir: Path,
     *,
     split: str,
-    best: Path | None = None,
+    background: int | None,
 ) -> None:
     """Write report.html, images.csv and the record for comparisons to a folder, and print the paths.
 
     Args:
-        cfg: the whole config.
+        provenance: the run, its model and its data.
         collector: results of this rank; the main rank writes the results of all ranks.
         scores: scores of the same images, with an `official` entry if the benchmark's protocol scored them.
         data: the evaluated data set.
         engine: device and ranks.
         out_dir: folder of the scores.
         split: name of the data's split.
-        best: best checkpoint, if this evaluation ends a training.
+        background: ID of the background class; None without one.
     """
     parts = engine.gather(collector.parts)
     if not engine.is_main:
         return
-    collected, origin = join(parts), Origin.of(cfg, out_dir, best)
-    official = _official(scores, out_dir)
-    record = _record(cfg, collected, data, split, official, origin.model)
-    names, groups = record.images, record.units
-    kind, sums = ClassScores(len(data.classes), record.background), unit_sums(collected.classes, groups)
+    collected, official, choices = join(parts), _official(scores, out_dir), provenance.choices
+    names = list(data.names)
+    groups = groups_of(provenance.group, names)
+    record = ImageRecord(
+        classes=list(data.classes),
+        palette=data.palette,
+        ignore_index=data.ignore_index,
+        background=background,
+        data=choices["data"],
+        root=provenance.root,
+        split=split,
+        unit=_unit(groups, official),
+        images=names,
+        units=groups,
+        source=provenance.model,
+        counts=collected.classes,
+    )
     write_record(record, out_dir)
+    kind, sums = ClassScores(len(data.classes), background), unit_sums(collected.classes, groups)
     mious = image_mious(collected.classes)
     _write_table(out_dir / TABLE, record, mious)
     report = EvaluationReport(
-        title=f"{cfg.choices.hparam}: {cfg.choices.data}, split {split}",
-        said=f"backbone={cfg.choices.backbone} adapter={cfg.choices.adapter} head={cfg.choices.head}",
+        title=f"{choices['hparam']}: {choices['data']}, split {split}",
+        said=" ".join(f"{group}={choices[group]}" for group in ("backbone", "adapter", "head")),
         classes=data.classes,
         palette=data.palette,
         ignore_index=data.ignore_index,
@@ -81,47 +93,22 @@ def report_images(
         best=collected.best,
         worst=collected.worst,
         official=official,
-        about=about_run(cfg, origin.folder, {"model": record.source, "data": record.root}, engine.device),
-        training=_training(origin),
+        about=about_run(
+            provenance.folder, provenance.config, {"model": record.source, "data": record.root}, engine.device
+        ),
+        training=_training(provenance.training),
     )
     write_text(out_dir / PAGE, evaluation_page(report))
     print(f"report:       {out_dir}/{PAGE}, and {TABLE}")
 
 
-def _record(
-    cfg: DictConfig,
-    collected: Collected,
-    data: SegmentationData,
-    split: str,
-    official: Mapping[str, Any] | None,
-    source: str,
-) -> ImageRecord:
-    """Return the record for comparisons."""
-    names = list(data.names)
-    groups = groups_of(cfg, names)
-    return ImageRecord(
-        classes=list(data.classes),
-        palette=data.palette,
-        ignore_index=data.ignore_index,
-        background=build.background_of(cfg),
-        data=str(cfg.choices.data),
-        root="" if OmegaConf.is_missing(cfg.data, "root") else str(Path(str(cfg.data.root)).expanduser().resolve()),
-        split=split,
-        unit=_unit(groups, official),
-        images=names,
-        units=groups,
-        source=source,
-        counts=collected.classes,
-    )
+def groups_of(pattern: str | None, names: list[str]) -> list[str]:
+    """Return each image's group by a regular expression (`data.group`), such as its video.
 
-
-def groups_of(cfg: DictConfig, names: list[str]) -> list[str]:
-    """Return each image's group by `data.group`, such as its video.
-
-    An image is its own group if the option is not set, or if it does not match all names.
+    An image is its own group without a pattern, or if the pattern does not match all names.
     """
     try:
-        group = regex_group(cfg.data.get("group"))
+        group = regex_group(pattern)
         return [group(name) for name in names]
     except UserError:  # the pattern is for another data set's names: neither the split nor a report needs it
         return names
@@ -156,12 +143,12 @@ def _official(scores: Mapping[str, Any], out_dir: Path) -> dict[str, Any] | None
     return json.loads((out_dir / OFFICIAL_SCORES).read_text(encoding="utf-8"))
 
 
-def _training(origin: Origin) -> list[dict[str, Any]] | None:
-    """Return the log rows of the model's training; None if the log is missing or unreadable."""
-    if origin.training is None:
+def _training(folder: Path | None) -> list[dict[str, Any]] | None:
+    """Return the log rows of the model's training in `folder`; None if the log is missing or unreadable."""
+    if folder is None:
         return None
     try:
-        return read_rows(origin.training / "metrics.jsonl")
+        return read_rows(folder / "metrics.jsonl")
     except UserError:
         return None
 

@@ -1,32 +1,22 @@
 """Images of compared predictions: masks from the run folders, frames and references from the data set."""
 
-import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from omegaconf import DictConfig, OmegaConf
 
-from dinoseg.config.guard import ACTING, guard
-from dinoseg.config.plain import plain
-from dinoseg.config.resolvers import CLASS_FILE, settled
 from dinoseg.core.shapes import SegmentationData
 from dinoseg.evaluation.image_record import ImageRecord
-from dinoseg.evaluation.run_config import BROKEN, config_file, config_of, config_text
-from dinoseg.experiment import build
-from dinoseg.experiment.recipe import SAVED
 from dinoseg.report.html.comparison import PairShot
 from dinoseg.report.overlay import reduced
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.forms import as_read_back
 from dinoseg.utils.images import read_ids, read_size
 
 SHOWN, _IN_ALL = 4, 28  # most improved images per side and in all, and most worsened: the page is e-mailed
 _LONGEST = 512  # pixels of an image's longer side
-_OF_CLASS_FILE = re.compile(rf"\$\{{{CLASS_FILE}:\w+(,drawn)?\}}")
 
 
 @dataclass(frozen=True)
@@ -34,21 +24,21 @@ class Pictures:
     """Image source for a first run and the runs compared with it.
 
     Args:
-        cfg: config composed from the command line.
+        open_data: opens the data set of the first run.
         record: record of the first run.
         folder: folder of that record.
     """
 
-    cfg: DictConfig
+    open_data: Callable[[], SegmentationData]
     record: ImageRecord
     folder: Path
 
     @property
     def data(self) -> SegmentationData:
-        """Return the data set of the first run, built from its saved config under the rules for checkpoint configs.
+        """Return the data set of the first run.
 
         Raises:
-            UserError: the config is missing or refused, or the data set is missing or has changed.
+            UserError: the data set cannot be opened, or has changed.
         """
         if isinstance(self._opened, UserError):
             raise self._opened
@@ -63,27 +53,10 @@ class Pictures:
             return error
 
     def _open(self) -> SegmentationData:
-        path = config_file(self.folder)
-        try:
-            text, mine = config_text(path), plain(self.cfg)
-            # a training's config refers to `classes.yaml`: the rest is checked before that file is read
-            guard(self._saved(_OF_CLASS_FILE.sub("''", text)), str(path), mine, trust=list(self.cfg.trust))
-            saved = self._saved(text)
-            saved["data"] = settled(OmegaConf.create(saved).data)
-            guard(saved, str(path), mine, trust=list(self.cfg.trust))
-            data = build.dataset(OmegaConf.create({**mine, **saved}), self.record.split)
-        except BROKEN as error:
-            raise UserError(f"{path} does not say what the data are ({error}).") from None
+        data = self.open_data()
         if list(data.names) != list(self.record.images):
             raise UserError(f"{self.record.root} holds other images than those that were evaluated.")
         return data
-
-    def _saved(self, text: str) -> dict[str, Any]:
-        """Return a config file in the form a checkpoint would save, with the data root of the evaluation."""
-        kept = as_read_back(config_of(text))
-        saved = {key: kept[key] for key in SAVED}
-        saved["data"] = {**saved["data"], **dict.fromkeys(ACTING), "root": self.record.root}
-        return saved
 
     def shot(self, index: int, other: Path, mious: tuple[float, float]) -> PairShot:
         """Return an image with the predictions of the first run and of another run.

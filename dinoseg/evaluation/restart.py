@@ -7,16 +7,12 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
-
-from dinoseg.config.plain import plain
 from dinoseg.data.clips.videos import Video
 from dinoseg.experiment.settings import check_same_settings
 from dinoseg.utils import forms
 from dinoseg.utils.atomic import whole_folder, write_text
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import check_regular, entries
-from dinoseg.utils.forms import as_read_back
 from dinoseg.utils.stamps import stamp
 from dinoseg.utils.units import finished
 from dinoseg.utils.wording import count_of, listed
@@ -26,20 +22,6 @@ DIGESTS = "tracked"  # in a run folder: <video>.txt per finished video, a hash o
 
 logger = logging.getLogger(__name__)
 _FORM = forms.record(data=forms.table(forms.plain), given=forms.text, tracker=forms.table(forms.plain))
-
-
-def record_of(cfg: DictConfig, settings: Mapping[str, Any], *, split: str, prompts: str) -> dict[str, Any]:
-    """Return the settings that a run's masks depend on, in the form in which JSON reads them back.
-
-    Args:
-        cfg: the whole config.
-        settings: settings of the tracker.
-        split: split of the data.
-        prompts: which masks prompt the tracker.
-    """
-    clips = {key: plain(cfg.data.clips[key], resolve=True) for key in ("layout", "partition")}
-    clips["layout"]["root"] = str(Path(clips["layout"]["root"]).expanduser().resolve())  # the same from any folder
-    return as_read_back({"data": {"split": split, **clips}, "given": prompts, "tracker": settings})
 
 
 def earlier_run(restart: str | None, record: Mapping[str, Any]) -> Path | None:

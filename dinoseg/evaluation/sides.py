@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from dinoseg.evaluation import run_config
 from dinoseg.evaluation.about import EVALUATION
 from dinoseg.evaluation.image_record import RECORD, ImageRecord, evaluated, read_record
+from dinoseg.experiment import run_config
 from dinoseg.experiment.folder import command_line
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import entries

@@ -5,15 +5,9 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-
-from dinoseg.config.nodes import instantiate
-from dinoseg.config.plain import plain
-from dinoseg.data.clips.videos import Video, chosen
+from dinoseg.data.clips.videos import Video
 from dinoseg.evaluation.restart import digest_of, keep_digest, take_over
-from dinoseg.experiment import build
 from dinoseg.report.progress import Bar
 from dinoseg.tracking.tracker import Tracker
 from dinoseg.tracking.video.benchmark_masks import write_masks
@@ -21,28 +15,6 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import count_of
 
 logger = logging.getLogger(__name__)
-
-
-def videos_of(cfg: DictConfig, split: str, changes: Mapping[str, Any]) -> list[Video]:
-    """Return the videos of a split, with overrides of some keys of `data`.
-
-    Raises:
-        UserError: the split is unknown or has no videos.
-    """
-    build.check_split(split)
-    merged = OmegaConf.merge(cfg, {"data": changes})
-    return chosen(instantiate(merged.data.clips.layout), split, instantiate(merged.data.clips.partition))
-
-
-def written_frames(cfg: DictConfig, split: str) -> dict[str, set[str]] | None:
-    """Return the names of the frames whose masks are written, by video; None for all frames.
-
-    Benchmarks want fewer frames than are tracked: their servers accept masks of annotated frames only.
-    """
-    changes = plain(cfg.data.tracking.written)
-    if all(cfg.data[key] == value for key, value in changes.items()):
-        return None
-    return {video.name: set(_frame_names(video)) for video in videos_of(cfg, split, changes)}
 
 
 @dataclass(frozen=True)
@@ -126,12 +98,8 @@ class VideoTracking:
 
     def _files(self, video: Video, written: Collection[str] | None) -> dict[Path, list[str]]:
         """Return the expected names of a video's files in each folder."""
-        frames = [name for name in _frame_names(video) if written is None or name in written]
+        frames = [name for name in video.frame_names if written is None or name in written]
         files = {self.masks / video.name: [f"{name}.png" for name in frames]}
         if self.blends is not None:
             files[self.blends / video.name] = [f"{name}.jpg" for name in frames]
         return files
-
-
-def _frame_names(video: Video) -> list[str]:
-    return [video.frame_name(position) for position in range(len(video.frames))]

@@ -4,36 +4,31 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from omegaconf import DictConfig
 
-from dinoseg.config.nodes import instantiate
 from dinoseg.core.sizes import evenly_spaced
 from dinoseg.data.clips.videos import Video
-from dinoseg.evaluation.about import Origin, about_run
-from dinoseg.evaluation.restart import RECORD, earlier_run, record_of, tell_taken
+from dinoseg.evaluation.about import about_run
+from dinoseg.evaluation.restart import RECORD, earlier_run, tell_taken
 from dinoseg.evaluation.score_report import report, write_problems
 from dinoseg.evaluation.scoring.folders import Unscorable, score_cases
-from dinoseg.evaluation.supervision import chosen_supervision, prompts_of, protocol_of
-from dinoseg.evaluation.video_tracking import VideoTracking, videos_of, written_frames
-from dinoseg.experiment import build
+from dinoseg.evaluation.video_tracking import VideoTracking
+from dinoseg.experiment.benchmark_videos import BenchmarkVideos
 from dinoseg.experiment.folder import first_ranks
-from dinoseg.experiment.trained import Trained, is_trained
+from dinoseg.experiment.provenance import Provenance
 from dinoseg.experiment.unread import warn_unread
 from dinoseg.metrics.protocols.contract import Case, Cases, ScoreProtocol
 from dinoseg.report.html.tracking import TrackingReport, tracking_page
 from dinoseg.report.overlay import reduced
-from dinoseg.tracking.propagation.tracker import PropagationTracker
-from dinoseg.tracking.slots.tracker import SlotTracker
 from dinoseg.tracking.tracker import Tracker
 from dinoseg.training.engine import Engine
 from dinoseg.utils.atomic import write_json, write_text
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import entries
+from dinoseg.utils.forms import as_read_back
 from dinoseg.utils.images import IMAGE_SUFFIXES, read_image
 from dinoseg.utils.natural_order import natural_order
 from dinoseg.utils.wording import count_of, listed
@@ -42,105 +37,55 @@ BLENDS = "blends"
 
 
 @dataclass(frozen=True)
-class EvalOptions:
-    """Options of `mode=eval`.
+class TrackingOptions:
+    """Options of an evaluation of tracked videos.
 
     Args:
-        split: train, val or test.
         metrics_only: write no blends.
         official: score the masks.
-        supervision: `first_frame`, `none`, or None for the data set's default.
-        restart: run folder whose masks of finished videos are reused.
-        report: write report.html, and the record for mode=compare.
-        best: best checkpoint, if this evaluation ends a training.
+        restart: run folder whose masks of finished videos are reused; None without one.
+        report: write report.html.
     """
 
-    split: str = "val"
     metrics_only: bool = False
     official: bool = True
-    supervision: str | None = None
     restart: str | None = None
     report: bool = True
-    best: Path | None = None
-
-    def refuse_tracking(self) -> None:
-        """Refuse options that only tracking reads.
-
-        Raises:
-            UserError: such an option is set.
-        """
-        for key, value in (("supervision", self.supervision), ("restart", self.restart)):
-            if value is not None:
-                raise UserError(
-                    f"mode.{key}={value} is for tracking in videos: without resume, or with a model of head=slots. "
-                    "This one predicts classes of single images: leave it out."
-                )
 
 
-def needs_no_training(cfg: DictConfig) -> bool:
-    """Return whether a backbone alone tracks: on videos, without a checkpoint or a pretrained head."""
-    return cfg.data.clips is not None and not is_trained(cfg)
+def check_slots(data: BenchmarkVideos, num_slots: int, *, lock_on: bool, official: bool) -> None:
+    """Refuse slots that cannot be tracked or scored, before any video is tracked.
 
-
-def propagate(cfg: DictConfig, out_dir: Path, options: EvalOptions) -> dict[str, Any]:
-    """Track objects by label propagation from their first masks, and score their masks."""
-    supervision = chosen_supervision(cfg, options.supervision or "first_frame")
-    if supervision == "none":
-        raise UserError(
-            "mode.supervision=none needs a model that finds objects by itself: give resume=RUN of one with "
-            "head=slots. Without resume, first masks are propagated (mode.supervision=first_frame)."
-        )
-    settings, engine = instantiate(cfg.tracker), instantiate(cfg.engine)
-    backbone = build.backbone(cfg).to(engine.device)
-    make_tracker = partial(
-        PropagationTracker,
-        backbone,
-        settings,
-        device=engine.device,
-        autocast=engine.autocast,
-        batch_size=engine.images_at_once(),
-    )
-    return evaluate_videos(cfg, make_tracker, engine, out_dir, options, supervision=supervision)
-
-
-def follow_slots(cfg: DictConfig, trained: Trained, out_dir: Path, options: EvalOptions) -> dict[str, Any]:
-    """Track objects by the slots of a trained model, with or without their first masks, and score their masks.
+    Args:
+        data: videos of a benchmark.
+        num_slots: number of slots of the model.
+        lock_on: whether slots are created for the objects of the first mask.
+        official: whether the masks will be scored.
 
     Raises:
-        UserError: the model has more slots than the protocol accepts, its slots need masks that are not given, or see
-            `evaluate_videos`.
+        UserError: there are more slots than the protocol accepts, or the slots need masks that are not given.
     """
-    supervision = chosen_supervision(cfg, options.supervision)
-    protocol = protocol_of(cfg, supervision)
-    limit = None if protocol is None else protocol.max_proposals
-    slots = trained.model.head.slots
-    num_slots = 0 if slots is None else slots.num_slots
-    if options.official and limit is not None and num_slots > limit:
+    limit = None if data.protocol is None else data.protocol.max_proposals
+    if official and limit is not None and num_slots > limit:
         raise UserError(
-            f"The model has {num_slots} slots, and the unsupervised protocol of data={cfg.choices.data} takes {limit} "
+            f"The model has {num_slots} slots, and the unsupervised protocol of data={data.name} takes {limit} "
             f"segments. Give head.num_slots={limit} or fewer, which a trained model takes too; or raise the limit, "
             f"which is not official, by data.tracking.protocols.none.max_proposals={num_slots}."
         )
-    engine, settings = trained.engine, instantiate(cfg.slots)
-    if settings.lock_on and supervision == "none":
+    if lock_on and data.supervision == "none":
         raise UserError(
             "slots.lock_on=true makes slots for the objects of first frames' masks, and mode.supervision=none gives "
             "none. Give mode.supervision=first_frame, or slots=free."
         )
-    make_tracker = partial(
-        SlotTracker, trained.model, settings, autocast=engine.autocast, batch_size=engine.images_at_once()
-    )
-    return evaluate_videos(cfg, make_tracker, engine, out_dir, options, supervision=supervision)
 
 
 def evaluate_videos(
-    cfg: DictConfig,
+    data: BenchmarkVideos,
     make_tracker: Callable[[], Tracker],
     engine: Engine,
     out_dir: Path,
-    options: EvalOptions,
-    *,
-    supervision: str,
+    options: TrackingOptions,
+    provenance: Provenance,
 ) -> dict[str, Any]:
     """Track the objects of all videos of a split and score their masks; return the scores.
 
@@ -148,47 +93,44 @@ def evaluate_videos(
     that of mode=score for the same masks; it is not written if the split has only first masks as references.
 
     Args:
-        cfg: the whole config.
+        data: videos of a benchmark.
         make_tracker: creates a tracker for a video.
         engine: device and ranks; each rank takes every n-th video.
         out_dir: the run folder.
-        options: options of the mode.
-        supervision: `first_frame` or `none`.
+        options: what is written and scored.
+        provenance: the run and its model.
 
     Raises:
         UserError: prompt masks are missing, files cannot be read or scored, or the disk is full.
     """
-    out_dir, protocol = first_ranks(out_dir, engine.share), protocol_of(cfg, supervision)
-    annotations = None if protocol is None else protocol.annotations
-    videos = videos_of(cfg, options.split, {} if annotations is None else {"annotations": annotations})
-    prompts = prompts_of(cfg, supervision, videos, options.split)
+    out_dir = first_ranks(out_dir, engine.share)
     first_tracker = make_tracker()  # only for the settings that all trackers share
-    record = record_of(cfg, first_tracker.settings, split=options.split, prompts=prompts)
+    record = as_read_back({"data": data.source, "given": data.prompts, "tracker": first_tracker.settings})
     tracking = VideoTracking(
         make_tracker=make_tracker,
         out_dir=out_dir,
-        masks=out_dir / cfg.data.tracking.folder,
+        masks=out_dir / data.folder,
         blends=None if options.metrics_only else out_dir / BLENDS,
-        prompts=prompts,
-        written=written_frames(cfg, options.split),
+        prompts=data.prompts,
+        written=data.written,
         batch_size=engine.images_at_once(),
-        skip=cfg.data.on_error == "skip",
+        skip=data.skip,
         earlier=earlier_run(options.restart, record),
     )
     if engine.is_main:
         warn_unread(out_dir, first_tracker.unread, first_tracker.unread_because)
         write_json(out_dir / RECORD, record)
-    tracked = engine.gather(tracking.track(videos[engine.rank :: engine.world]))
+    tracked = engine.gather(tracking.track(data.videos[engine.rank :: engine.world]))
     problems = [video.problem for video in tracked if video.problem is not None]
-    result: dict[str, Any] = {"videos": len(videos) - len(problems)}
+    result: dict[str, Any] = {"videos": len(data.videos) - len(problems)}
     if engine.is_main:
         tell_taken(options.restart, [video.taken_over for video in tracked if video.taken_over is not None])
         print(f"masks:        {tracking.masks}/<video>/<frame>.png, indexed, with the palette of DAVIS")
         print(f"blends:       {tracking.blends or 'none'}")
-        scored_by = protocol if options.official else None
-        result |= score_masks(scored_by, videos, tracking.masks, out_dir, problems=problems, skip=tracking.skip)
+        scored_by = data.protocol if options.official else None
+        result |= score_masks(scored_by, data.videos, tracking.masks, out_dir, problems=problems, skip=tracking.skip)
         if options.report:
-            report_videos(cfg, out_dir, tracking.blends, split=options.split, best=options.best)
+            report_videos(provenance, out_dir, tracking.blends, split=data.split)
     engine.close()
     return {**result, "run": str(out_dir)}
 
@@ -200,15 +142,14 @@ _LONGEST = 480  # pixels of an image's longer side
 _SERIES = "J&F_per_frame"  # key of per-frame scores, if the protocol has them
 
 
-def report_videos(cfg: DictConfig, out_dir: Path, blends: Path | None, *, split: str, best: Path | None = None) -> None:
+def report_videos(provenance: Provenance, out_dir: Path, blends: Path | None, *, split: str) -> None:
     """Write report.html from scores.json and some blended frames; a no-op without scores.
 
     Args:
-        cfg: the whole config.
+        provenance: the run and its model.
         out_dir: the run folder.
         blends: folder with one blend folder per video; None without blends.
         split: split of the data.
-        best: best checkpoint, if this evaluation ends a training.
     """
     scores = out_dir / "scores.json"
     if not scores.is_file():
@@ -218,15 +159,15 @@ def report_videos(cfg: DictConfig, out_dir: Path, blends: Path | None, *, split:
     rows = [row for row in result["per_video"] if row[key] is not None]
     worst = [row["name"] for row in sorted(rows, key=lambda row: row[key])[:_SHOWN]]
     curves = {row["name"]: row[_SERIES] for row in rows if _SERIES in row}
-    origin = Origin.of(cfg, out_dir, best)
-    model = "labels propagated without training" if origin.training is None else origin.model
+    model = "labels propagated without training" if provenance.training is None else provenance.model
+    choices = provenance.choices
     report = TrackingReport(
-        title=f"{cfg.choices.data}, split {split}: {result['protocol']}",
-        said=f"backbone={cfg.choices.backbone}, {model}",
+        title=f"{choices['data']}, split {split}: {result['protocol']}",
+        said=f"backbone={choices['backbone']}, {model}",
         result=result,
         per_frame=(_SERIES.partition("_")[0], curves),
         shown=[] if blends is None else [(name, _frames(blends / name)) for name in worst],
-        about=about_run(cfg, origin.folder, {"model": model}),
+        about=about_run(provenance.folder, provenance.config, {"model": model}),
     )
     write_text(out_dir / PAGE, tracking_page(report))
     print(f"report:       {out_dir}/{PAGE}")

@@ -13,10 +13,14 @@ from dinoseg.core.contracts import Loss
 from dinoseg.core.shapes import SegmentationData
 from dinoseg.data.classes.labels import Labels
 from dinoseg.experiment import build, criteria
+from dinoseg.experiment.benchmark_videos import BenchmarkVideos, benchmark_videos, chosen_supervision
 from dinoseg.experiment.min_batch import check_batch
+from dinoseg.experiment.provenance import Provenance, provenance_of
 from dinoseg.experiment.teacher import Teacher
-from dinoseg.experiment.trained import labels_of
+from dinoseg.experiment.trackers import tracker_maker
+from dinoseg.experiment.trained import Trained, labels_of
 from dinoseg.models.model import Segmenter
+from dinoseg.tracking.tracker import Tracker
 from dinoseg.training.engine import Engine
 from dinoseg.training.feature_cache.key import hash_of
 from dinoseg.utils.cores import count_cores
@@ -132,6 +136,23 @@ class Builder:
     def clips(self, split: str) -> Any:
         """Return one split of the videos as clips, see `build.clips`."""
         return build.clips(self.cfg, split)
+
+    @property
+    def supervision(self) -> str:
+        """Return the default supervision of the data when videos are tracked, see `chosen_supervision`."""
+        return chosen_supervision(self.cfg, None)
+
+    def benchmark_videos(self, split: str) -> BenchmarkVideos:
+        """Return the videos of a split for tracking with the default supervision, see `benchmark_videos`."""
+        return benchmark_videos(self.cfg, split, None)
+
+    def tracker_maker(self, engine: Engine, trained: Trained) -> Callable[[], Tracker]:
+        """Return a function that creates trackers of a trained model, see `tracker_maker`."""
+        return tracker_maker(self.cfg, engine, trained, batch_size=engine.images_at_once())
+
+    def provenance(self, out_dir: Path, best: Path) -> Provenance:
+        """Return the provenance of the evaluation of the checkpoint `best` into `out_dir`, which ends a training."""
+        return provenance_of(self.cfg, out_dir, best)
 
     def loss(self, train: SegmentationData | None) -> Loss:
         """Return the loss, with class weights from the training masks, see `criteria.loss`."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from dinoseg.config.nodes import instantiate
+from dinoseg.experiment.trackers import tracker_factory
 from dinoseg.serving.app import App
 from dinoseg.serving.guard import Hosts
 from dinoseg.serving.jobs import uploads_folder
@@ -35,7 +35,8 @@ def app(
     Raises:
         UserError: there is no model, the port is taken, or `hosts` or `cfg.tracker` are invalid.
     """
-    known, settings, run = Hosts.of(host, hosts), instantiate(cfg.tracker), Path(out_dir)
+    known, run = Hosts.of(host, hosts), Path(out_dir)
+    make_tracker = tracker_factory(cfg.tracker, f"tracker={cfg.choices.tracker}")
     with (
         uploads_folder(run) as uploads,
         started(cfg, run, model=model, host=host, port=port, batch_size=batch_size, wait_ms=wait_ms, limits=limits) as (
@@ -43,7 +44,7 @@ def app(
             service,
         ),
     ):
-        made = App(service, clips, uploads, tracker_maker(settings, service.model))
+        made = App(service, clips, uploads, tracker_maker(make_tracker, service.model))
         serve_until_signal(made.application(known), listener, service.announce_stop, patience=limits.patience)
     print("stopped: all uploads are removed")
     return {"run": str(out_dir)}

@@ -2,10 +2,11 @@
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from dinoseg.evaluation.about import about_run
 from dinoseg.evaluation.comparison import (
@@ -19,6 +20,7 @@ from dinoseg.evaluation.comparison import (
 from dinoseg.evaluation.image_report import PAGE
 from dinoseg.evaluation.run_costs import run_rows, side_rows
 from dinoseg.evaluation.sides import Side, seeds_note, sides_of, units_note
+from dinoseg.experiment.run_config import open_saved_data
 from dinoseg.report.costs import costs_picture, costs_table, write_costs
 from dinoseg.report.html.comparison import ComparisonReport, comparison_page
 from dinoseg.report.scores import few_units
@@ -73,6 +75,7 @@ def run(cfg: DictConfig, *, out_dir: Path, runs: Sequence[str | Sequence[str]] |
 
 def _report(cfg: DictConfig, out_dir: Path, sides: Sequence[Side]) -> ComparisonReport:
     first = sides[0].records[0]
+    open_data = partial(open_saved_data, cfg, sides[0].places[0], root=first.root, split=first.split)
     facts = {
         f"run {name}": f"{folder.resolve()}, model {record.source}"
         for side in sides
@@ -91,6 +94,6 @@ def _report(cfg: DictConfig, out_dir: Path, sides: Sequence[Side]) -> Comparison
         first=sides[0].name,
         scores=scores_of(sides[0].records),
         mious=mean_mious(sides[0]),
-        others=against(cfg, sides),
-        about=about_run(cfg, out_dir, facts),
+        others=against(sides, open_data),
+        about=about_run(out_dir, OmegaConf.to_yaml(cfg), facts),
     )

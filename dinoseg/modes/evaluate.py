@@ -11,11 +11,15 @@ from dinoseg.evaluation.collected import Collector
 from dinoseg.evaluation.image_report import report_images
 from dinoseg.evaluation.images import evaluate_images, list_skipped
 from dinoseg.evaluation.official import usable
-from dinoseg.evaluation.videos import EvalOptions, follow_slots, needs_no_training, propagate
+from dinoseg.evaluation.videos import TrackingOptions, check_slots, evaluate_videos
 from dinoseg.experiment import build
+from dinoseg.experiment.benchmark_videos import benchmark_videos, chosen_supervision
 from dinoseg.experiment.folder import first_ranks
-from dinoseg.experiment.trained import check_classes, load_trained
+from dinoseg.experiment.provenance import provenance_of
+from dinoseg.experiment.trackers import tracker_maker
+from dinoseg.experiment.trained import Trained, check_classes, is_trained, load_trained
 from dinoseg.inference.trained_sizes import TrainedSizes, keep_scale
+from dinoseg.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -39,18 +43,23 @@ def run(
         split: train, val or test.
         metrics_only: write no figures of single images.
         official: also score with the protocol of the dataset's benchmark, if it has one.
-        supervision: for tracking, see `EvalOptions`.
-        restart: for tracking, see `EvalOptions`.
+        supervision: for tracking: `first_frame`, `none`, or None for the data set's default.
+        restart: for tracking, see `TrackingOptions`.
         report: write report.html, and the files that mode=compare reads.
     """
     build.check_split(split)
-    options = EvalOptions(split, metrics_only, official, supervision, restart, report)
-    if needs_no_training(cfg):
-        return propagate(cfg, out_dir, options)
+    tracking = TrackingOptions(metrics_only, official, restart, report)
+    if tracks_untrained(cfg):
+        return track_split(cfg, None, out_dir, split, supervision, tracking)
     trained = load_trained(cfg)
     if trained.model.head.slots is not None:
-        return follow_slots(cfg, trained, out_dir, options)
-    options.refuse_tracking()
+        return track_split(cfg, trained, out_dir, split, supervision, tracking)
+    for key, value in (("supervision", supervision), ("restart", restart)):
+        if value is not None:
+            raise UserError(
+                f"mode.{key}={value} is for tracking in videos: without resume, or with a model of head=slots. "
+                "This one predicts classes of single images: leave it out."
+            )
     out_dir = first_ranks(out_dir, trained.engine.share)
     data = build.dataset(cfg, split)
     source = f"resume={cfg.resume}" if cfg.resume else f"head.weights={cfg.head.weights}"
@@ -60,7 +69,7 @@ def run(
     protocol = instantiate(cfg.data.official) if official and cfg.data.official is not None else None
     if protocol is not None and not usable(protocol, data, out_dir, on_error=on_error, tells=engine.is_main):
         protocol = None
-    collector = Collector(data, engine.rank, engine.world) if report else None
+    collector, background = Collector(data, engine.rank, engine.world) if report else None, build.background_of(cfg)
     scores = evaluate_images(
         trained.model,
         data,
@@ -68,18 +77,47 @@ def run(
         out_dir,
         metrics_only=metrics_only,
         policy=trained.policy,
-        background=build.background_of(cfg),
+        background=background,
         protocol=protocol,
         on_error=on_error,
         collector=collector,
     )
     if collector is not None:
-        report_images(cfg, collector, scores, data, engine, out_dir, split=split)
+        provenance = provenance_of(cfg, out_dir)
+        report_images(provenance, collector, scores, data, engine, out_dir, split=split, background=background)
     if engine.is_main:
         _tell_origin(cfg, source)
         list_skipped({split: data.skipped}, out_dir)
     engine.close()
     return {**scores, "run": str(out_dir)}
+
+
+def tracks_untrained(cfg: DictConfig) -> bool:
+    """Return whether a backbone alone tracks: on videos, without a checkpoint or a pretrained head."""
+    return cfg.data.clips is not None and not is_trained(cfg)
+
+
+def track_split(
+    cfg: DictConfig,
+    trained: Trained | None,
+    out_dir: Path,
+    split: str,
+    supervision: str | None,
+    options: TrackingOptions,
+) -> dict[str, Any]:
+    """Track the objects of a split's videos with the slots of a trained model, or with the backbone alone."""
+    if trained is None and chosen_supervision(cfg, supervision or "first_frame") == "none":
+        raise UserError(
+            "mode.supervision=none needs a model that finds objects by itself: give resume=RUN of one with "
+            "head=slots. Without resume, first masks are propagated (mode.supervision=first_frame)."
+        )
+    data = benchmark_videos(cfg, split, supervision or ("first_frame" if trained is None else None))
+    if trained is not None and trained.model.head.slots is not None:
+        num_slots, lock_on = trained.model.head.slots.num_slots, bool(cfg.slots.get("lock_on"))
+        check_slots(data, num_slots, lock_on=lock_on, official=options.official)
+    engine = instantiate(cfg.engine) if trained is None else trained.engine
+    make_tracker = tracker_maker(cfg, engine, trained, batch_size=engine.images_at_once())
+    return evaluate_videos(data, make_tracker, engine, out_dir, options, provenance_of(cfg, out_dir))
 
 
 def _tell_origin(cfg: DictConfig, source: str) -> None:

@@ -12,9 +12,9 @@ from omegaconf import DictConfig
 from dinoseg.config.plain import plain
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.pairs.dataset import PairDataset
-from dinoseg.evaluation.score_classes import FOLDER, mask_keys
 from dinoseg.experiment import build
 from dinoseg.experiment.build import SPLITS, background_of
+from dinoseg.experiment.score_classes import FOLDER, mask_keys
 from dinoseg.experiment.settings import check_same_settings
 from dinoseg.experiment.trained import Trained, load_trained, longest_is_typed, sizes_to_keep
 from dinoseg.inference.annotations import PredictedShapes

@@ -6,10 +6,10 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from dinoseg.evaluation.score_classes import FOLDER, protocol_of
 from dinoseg.evaluation.score_report import result_of, write_problems
 from dinoseg.evaluation.scoring.folders import Scored, Unscorable, score_cases
 from dinoseg.evaluation.scoring.summary import difference
+from dinoseg.experiment.score_classes import FOLDER, score_protocol
 from dinoseg.inference.class_record import NAME
 from dinoseg.metrics.protocols.contract import ScoreProtocol
 from dinoseg.metrics.protocols.davis import Sequences
@@ -44,7 +44,7 @@ def run(
             folder lists all of them.
     """
     folders = _folders(reference, prediction)
-    protocol = protocol_of(cfg, folders[1:], out_dir)
+    protocol = score_protocol(cfg, folders[1:], out_dir)
     if not isinstance(protocol, Sequences):  # these protocols read run folders of mode=track themselves
         folders[1:] = [each / MASKS if tracked_sequence(each) else each for each in folders[1:]]
     scored = _score_all(protocol, folders[0], folders[1:], out_dir, workers=workers, on_error=on_error)

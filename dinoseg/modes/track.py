@@ -9,15 +9,12 @@ from typing import Any
 from omegaconf import DictConfig
 
 from dinoseg.config.nodes import instantiate
-from dinoseg.experiment import build
 from dinoseg.experiment.folder import lock, release
 from dinoseg.experiment.settings import check_same_settings
+from dinoseg.experiment.trackers import tracker_maker
 from dinoseg.experiment.trained import is_trained, load_trained, sizes_to_keep
 from dinoseg.experiment.unread import warn_unread
 from dinoseg.inference.inputs import FrameReader, open_frames
-from dinoseg.tracking.propagation.tracker import PropagationTracker
-from dinoseg.tracking.slots.tracker import SlotTracker
-from dinoseg.tracking.smoothing import SmoothingTracker
 from dinoseg.tracking.tracker import Tracker
 from dinoseg.tracking.video.labels import TrackLabels, find_labels
 from dinoseg.tracking.video.mask_folder import Look
@@ -37,7 +34,6 @@ from dinoseg.utils.ranges import Count, Share
 from dinoseg.utils.wording import count_of
 
 logger = logging.getLogger(__name__)
-_SMOOTHING = 0.5
 _NO_SMOOTHING = (
     "mode.smoothing={} is for the classes of a trained segmenter (resume=RUN, or a head released trained), and this is "
     "none. Leave mode.smoothing out."
@@ -80,7 +76,7 @@ def track(
     with _unfinished_run(folder, restart) as standing:
         frames, masks = _open_input(input, labels, needs_labels=not is_trained(cfg))
         with frames:
-            tracker, look = _choose_tracker(cfg, batch_size, smoothing, labels, out_dir)
+            tracker, look = _build_tracker(cfg, batch_size, smoothing, labels, out_dir)
             warn_unread(out_dir, tracker.unread, tracker.unread_because)
             start = None if standing is None else _go_on(tracker, standing, folder)
             job = TrackJob(tracker, frames, masks, folder, start, batch_size, save_every, look)
@@ -131,38 +127,35 @@ def _open_input(input: str | None, labels: str | None, *, needs_labels: bool) ->
     return frames, masks
 
 
-def _choose_tracker(
+def _build_tracker(
     cfg: DictConfig, batch_size: int, smoothing: float | None, labels: str | None, out_dir: Path
 ) -> tuple[Tracker, Look]:
     """Return the tracker, and how its masks are displayed.
 
     Raises:
-        UserError: the tracker does not support `smoothing` or `labels`, or cannot be built.
+        UserError: the model does not support `smoothing` or `labels`, or the tracker cannot be built.
     """
     if not is_trained(cfg):
-        settings, engine = instantiate(cfg.tracker), instantiate(cfg.engine)
-        options = {"device": engine.device, "autocast": engine.autocast, "batch_size": batch_size}
-        return PropagationTracker(build.backbone(cfg).to(engine.device), settings, **options), Look()
+        return tracker_maker(cfg, instantiate(cfg.engine), batch_size=batch_size)(), Look()
     trained = load_trained(cfg)
-    options = {"autocast": trained.autocast, "batch_size": batch_size}
     if trained.model.head.slots is not None:
         if smoothing is not None:
             raise UserError(_NO_SMOOTHING.format(smoothing))
-        settings = instantiate(cfg.slots)
-        if settings.lock_on and labels is None:
+        make_tracker = tracker_maker(cfg, trained.engine, trained, batch_size=batch_size)
+        if cfg.slots.get("lock_on") and labels is None:
             raise UserError(
                 "slots.lock_on=true makes slots for the objects of the first frame's mask, and none is given. Give "
                 "labels=MASK, or slots=free, with which the model finds segments by itself."
             )
-        return SlotTracker(trained.model, settings, **options), Look()
+        return make_tracker(), Look()
     if labels is not None:
         raise UserError(
             f"labels={labels}: a trained segmenter finds its classes by itself. Leave labels out; or leave "
             f"{'head.weights' if cfg.resume is None else 'resume'} out to follow the objects of a mask."
         )
-    share, sizes = _SMOOTHING if smoothing is None else smoothing, sizes_to_keep(trained, out_dir)
-    tracker = SmoothingTracker(trained.model, instantiate(cfg.tracker), smoothing=share, sizes=sizes, **options)
-    return tracker, Look(palette=tuple(trained.palette), background=None)
+    sizes = sizes_to_keep(trained, out_dir)
+    make_tracker = tracker_maker(cfg, trained.engine, trained, batch_size=batch_size, smoothing=smoothing, sizes=sizes)
+    return make_tracker(), Look(palette=tuple(trained.palette), background=None)
 
 
 @contextmanager

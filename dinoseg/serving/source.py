@@ -1,6 +1,7 @@
 """Loading of the served model: from a run, a checkpoint or a one-file model."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -14,11 +15,10 @@ from dinoseg.export.runtime.runtime import Opened, Options
 from dinoseg.export.runtime.torch_runtime import TorchRuntime
 from dinoseg.export.runtime.trained_model import model_of
 from dinoseg.models.model import Segmenter
-from dinoseg.tracking.propagation.settings import PropagationSettings
-from dinoseg.tracking.propagation.tracker import PropagationTracker
 from dinoseg.tracking.tracker import Tracker
 from dinoseg.utils.errors import UserError
 
+_BATCH = 4  # frames per forward pass of a tracker
 _OF_THE_FILE = ("finite_weights", "resolution", "backbone", "adapter", "head", "inference", "data")  # set by the file
 
 
@@ -47,13 +47,13 @@ def usual_batch(model: Model) -> int:
     return 1 if on_cpu else 8
 
 
-def tracker_maker(settings: PropagationSettings, model: Model) -> Callable[[], Tracker] | None:
-    """Return a factory of trackers on a model's backbone; None where torch does not run the model."""
+def tracker_maker(make: Callable[..., Tracker], model: Model) -> Callable[[], Tracker] | None:
+    """Return a function that makes trackers of a model's backbone; None where torch does not run the model."""
     if not isinstance(model.runtime, TorchRuntime) or not isinstance(model.runtime.predictor.model, Segmenter):
         return None
     predictor = model.runtime.predictor
     backbone = model.runtime.predictor.model.backbone
-    return lambda: PropagationTracker(backbone, settings, device=predictor.device, autocast=predictor.autocast)
+    return partial(make, backbone, device=predictor.device, autocast=predictor.autocast, batch_size=_BATCH)
 
 
 def _opened(cfg: DictConfig, out_dir: Path, file: str) -> Opened:

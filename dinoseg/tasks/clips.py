@@ -7,8 +7,7 @@ from typing import Any
 
 from dinoseg.data.classes.labels import Labels
 from dinoseg.evaluation.about import EVALUATION
-from dinoseg.evaluation.supervision import chosen_supervision
-from dinoseg.evaluation.videos import EvalOptions, follow_slots
+from dinoseg.evaluation.videos import TrackingOptions, check_slots, evaluate_videos
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.trained import Trained
 from dinoseg.models.model import Segmenter
@@ -105,8 +104,7 @@ class ClipTask(TrainingTask):
         """Refuse settings that the evaluation would only refuse at the end of the training."""
         if self.parts.value("data.tracking") is None:
             return
-        supervision = chosen_supervision(self.parts.cfg, None)
-        if self.parts.part("slots").lock_on and supervision == "none":
+        if self.parts.value("slots.lock_on") and self.parts.supervision == "none":
             raise UserError(
                 f"slots.lock_on=true needs the first frame's masks, and data={self.parts.options['data']} is evaluated "
                 "without: train with slots=free. mode=eval mode.supervision=first_frame slots=lock_on gives them later."
@@ -139,8 +137,12 @@ class ClipTask(TrainingTask):
             palette = [(red, green, blue) for red, green, blue in self.labels.palette]
             labels = (list(self.labels.classes), palette, self.labels.ignore_index)
             trained = Trained(model.eval(), engine, *labels, info={})
-            options = EvalOptions(metrics_only=metrics_only, report=report, best=best)
-            return follow_slots(self.parts.cfg, trained, out_dir, options)
+            data, slots = self.parts.benchmark_videos("val"), model.head.slots
+            lock_on = bool(self.parts.value("slots.lock_on"))
+            check_slots(data, 0 if slots is None else slots.num_slots, lock_on=lock_on, official=True)
+            make_tracker = self.parts.tracker_maker(engine, trained)
+            options = TrackingOptions(metrics_only=metrics_only, report=report)
+            return evaluate_videos(data, make_tracker, engine, out_dir, options, self.parts.provenance(out_dir, best))
         scores, pictures = self.feed.validate(model, self.parts.loss(None).to(engine.device), engine)
         if engine.is_main:
             write_json(out_dir / "scores.json", scores)

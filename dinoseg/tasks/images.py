@@ -189,7 +189,8 @@ class ImageTask(TrainingTask):
             collector=collector,
         )
         if collector is not None:
-            report_images(self.parts.cfg, collector, scores, data, engine, out_dir, split="val", best=best)
+            provenance, background = self.parts.provenance(out_dir, best), self.feed.background
+            report_images(provenance, collector, scores, data, engine, out_dir, split="val", background=background)
         if engine.is_main and len(data) < self._val_total:
             few, every = len(data), self._val_total
             print(f"scored on:    {few} of {every} validation images (trainer.val_images); mode=eval scores all")

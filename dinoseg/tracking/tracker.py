@@ -19,6 +19,9 @@ LabelledFrames = tuple[Sequence[np.ndarray], Sequence[np.ndarray | None]]  # the
 class Tracker(ABC):
     """Base class of trackers of one video: consume frames in order and return one mask per frame.
 
+    Config groups `tracker` and `slots` name subclasses (with `_partial_: true`) or factories of them, which are called
+    with a backbone or a trained segmenter as the only positional argument, and with these keyword arguments.
+
     Args:
         device: device of its model.
         autocast: context manager factory of the precision.

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
-from dinoseg.evaluation import comparison, paired_pictures, run_config
+from dinoseg.evaluation import comparison
 from dinoseg.evaluation.comparison import against, best_first, scores_of, verdicts
 from dinoseg.evaluation.image_record import RECORD, ImageRecord, read_record, write_record
 from dinoseg.evaluation.paired_pictures import SHOWN, Pictures, most_different
 from dinoseg.evaluation.sides import Side, _by_seed, _jobs, aligned, seeds_note, units_note
+from dinoseg.experiment import run_config
+from dinoseg.experiment.run_config import open_saved_data
 from dinoseg.report.html.comparison import OtherRun
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import write_png
@@ -44,7 +46,7 @@ def test_images_in_another_order_are_the_same_images(tmp_path, caplog):
     folders = [tmp_path / "a", tmp_path / "b"]
     given = aligned(dict(zip(folders, (first, mixed), strict=True)))
     assert np.array_equal(given[1].counts, second.counts) and "belong to" not in caplog.text
-    other = against(None, sides(folders, given))[0]
+    other = against(sides(folders, given), pytest.fail)[0]
     assert other.scores == scores_of([second]) and other.mious[0] != pytest.approx(scores_of([first])["miou"])
     right, held, predicted = second.counts[0].astype(float)
     assert other.mious[0] == pytest.approx((right / (held + predicted - right)).mean())
@@ -103,7 +105,7 @@ def test_pictures_are_of_the_first_run_and_of_the_other(tmp_path, monkeypatch):
     monkeypatch.setattr(
         comparison, "most_different", lambda pictures, other, *_: asked.append((pictures.folder, other)) or ([], "")
     )
-    against(None, sides(folders, [record(), record(1), record(2)]))
+    against(sides(folders, [record(), record(1), record(2)]), pytest.fail)
     assert asked == [(folders[0], folders[1]), (folders[0], folders[2])]
 
 
@@ -113,8 +115,12 @@ def test_the_data_are_asked_for_once_and_what_is_wrong_is_told_once(tmp_path, mo
         (folder / "predictions").mkdir(parents=True)
     (tmp_path / "a/config").mkdir()
     (tmp_path / "a/config/config.yaml").touch()
-    monkeypatch.setattr(paired_pictures, "config_text", lambda path: asked.append(path) or path.read_text())
-    others = against(OmegaConf.create({"trust": []}), sides(folders, [record(seed) for seed in range(4)]))
+    monkeypatch.setattr(run_config, "config_text", lambda path: asked.append(path) or path.read_text())
+    cfg = OmegaConf.create({"trust": []})
+    others = against(
+        sides(folders, [record(seed) for seed in range(4)]),
+        lambda: open_saved_data(cfg, folders[0], root="", split="val"),
+    )
     assert len(asked) == 1 and caplog.text.count("The page has no pictures: ") == 1
     assert all("config.yaml does not say what the data are" in other.no_pictures for other in others)
 
@@ -123,7 +129,7 @@ def test_a_config_larger_than_any_is_not_read(tmp_path):
     (tmp_path / "config").mkdir()
     (tmp_path / "config/config.yaml").write_bytes(b"#" * (2**20 + 1))
     with pytest.raises(UserError, match="has 1048577 bytes, and 131072 are read at most"):
-        Pictures(None, record(), tmp_path).data  # noqa: B018
+        open_saved_data(None, tmp_path, root="", split="val")
 
 
 def test_no_name_leads_out_of_a_run_folder(tmp_path):

@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 from contextlib import nullcontext
-from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,11 +16,15 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from dinoseg.evaluation.scoring import folders
-from dinoseg.evaluation.videos import EvalOptions, evaluate_videos, follow_slots, needs_no_training
+from dinoseg.evaluation.videos import TrackingOptions, evaluate_videos
+from dinoseg.experiment.benchmark_videos import benchmark_videos
+from dinoseg.experiment.provenance import provenance_of
 from dinoseg.models.heads.slots.head import SlotHead
 from dinoseg.models.model import Segmenter
+from dinoseg.modes import evaluate as mode
 from dinoseg.modes import score
 from dinoseg.modes.evaluate import run as evaluate
+from dinoseg.modes.evaluate import track_split, tracks_untrained
 from dinoseg.report.indexed import voc_palette, write_indexed_png
 from dinoseg.tracking.tracker import Tracker
 from dinoseg.tracking.video import benchmark_masks
@@ -32,6 +35,8 @@ from dinoseg.utils.images import read_ids, write_png
 
 class Engine:
     """One rank of two or one, whose gathered values are its own."""
+
+    device = torch.device("cpu")
 
     def __init__(self, batch=1, rank=0, world=1):
         self._batch, self.rank, self.world, self.is_main = batch, rank, world, rank == 0
@@ -123,6 +128,10 @@ def write_davis(root, sequences, *, year="2017", split="val", annotations="Annot
     return root
 
 
+def write_unsupervised(root):
+    return write_davis(write_davis(root, SEQUENCES), SEQUENCES, annotations="Annotations_unsupervised")
+
+
 PROTOCOLS = {
     "davis2016": "davis.Davis2016",
     "davis2017": "davis.Davis2017",
@@ -141,14 +150,15 @@ SEQUENCES = {
 def track(compose, tmp_path):
     """Return a function that evaluates with a fake tracker: result, scores.json, run folder and what it was shown."""
 
-    def run(kind, data, root, *more, supervision="first_frame", engine=None, **options):
+    def run(kind, data, root, *more, split="val", supervision="first_frame", engine=None, **options):
         words = (f"data={data}", *more)
         if words not in COMPOSED:
             COMPOSED[words] = compose(*words)
         cfg = OmegaConf.merge(COMPOSED[words], {"data": {"root": str(root)}})
         folder, log = tmp_path / f"run_{len(list(tmp_path.glob('run_*')))}", []
+        videos, source = benchmark_videos(cfg, split, supervision), provenance_of(cfg, folder)
         result = evaluate_videos(
-            cfg, lambda: Fake(kind, log), engine or Engine(), folder, EvalOptions(**options), supervision=supervision
+            videos, lambda: Fake(kind, log), engine or Engine(), folder, TrackingOptions(**options), source
         )
         path = folder / "scores.json"
         return SimpleNamespace(
@@ -554,24 +564,24 @@ def test_words_without_meaning(compose, track, tmp_path):
 
 
 def test_more_slots_than_proposals_are_refused_before_tracking(compose, tmp_path):
-    cfg = compose("data=davis2017", f"data.root={tmp_path}")
+    cfg = compose("data=davis2017", f"data.root={write_unsupervised(tmp_path)}")
     trained = SimpleNamespace(model=SimpleNamespace(head=SimpleNamespace(slots=SimpleNamespace(num_slots=24))))
     with pytest.raises(UserError, match=r"24 slots.* takes 20 segments. Give head.num_slots=20 or fewer"):
-        follow_slots(cfg, trained, tmp_path, EvalOptions(supervision="none"))
+        track_split(cfg, trained, tmp_path, "val", "none", TrackingOptions())
     trained.engine, slots = None, trained.model.head.slots
-    for slots.num_slots, options in ((24, EvalOptions(official=False)), (20, EvalOptions())):
+    for slots.num_slots, options in ((24, TrackingOptions(official=False)), (20, TrackingOptions())):
         with pytest.raises(AttributeError, match="NoneType"):  # on to the engine, of which there is none
-            follow_slots(cfg, trained, tmp_path, replace(options, supervision="none"))
+            track_split(cfg, trained, tmp_path, "val", "none", options)
 
 
 def test_slots_made_for_masks_that_are_not_given_are_refused_before_tracking(compose, tmp_path):
-    cfg = compose("data=davis2017", f"data.root={tmp_path}", "slots=lock_on")
+    cfg = compose("data=davis2017", f"data.root={write_unsupervised(tmp_path)}", "slots=lock_on")
     trained = SimpleNamespace(
         model=SimpleNamespace(head=SimpleNamespace(slots=SimpleNamespace(num_slots=5))), engine=None
     )
     told = r"slots.lock_on=true .*mode.supervision=none gives none\. Give mode.supervision=first_frame, or slots=free"
     with pytest.raises(UserError, match=told):
-        follow_slots(cfg, trained, tmp_path, EvalOptions(supervision="none"))
+        track_split(cfg, trained, tmp_path, "val", "none", TrackingOptions())
 
 
 @pytest.mark.parametrize(
@@ -598,8 +608,7 @@ def test_slots_of_a_trained_model(compose, tiny_backbone, tmp_path, data, superv
             write_frame(root / f"validation/{name}/frames/{index:05d}.png", mask)
             write_png(root / f"validation/{name}/segmentations/{index:05d}.png", mask)
     cfg = compose(f"data={data}", f"data.root={root}")
-    cfg = OmegaConf.merge(cfg, {"slots": {"_target_": "dinoseg.tracking.slots.settings.SlotTracking"}})
-    result = follow_slots(cfg, trained, tmp_path / "run", EvalOptions(supervision=supervision, metrics_only=True))
+    result = track_split(cfg, trained, tmp_path / "run", "val", supervision, TrackingOptions(metrics_only=True))
     scores = json.loads((tmp_path / "run/scores.json").read_text())
     assert scores["protocol"] == protocol and scores["scores"].items() <= result.items()
     files = [tmp_path / f"run/masks/{name}/{index:05d}.png" for name in sequences for index in range(5)]
@@ -609,9 +618,9 @@ def test_slots_of_a_trained_model(compose, tiny_backbone, tmp_path, data, superv
     assert json.loads((tmp_path / "run/tracking.json").read_text())["tracker"]["kind"] == "slots"
 
 
-def test_who_tracks(compose):
+def test_who_tracks(compose, tmp_path, monkeypatch):
     cfg = compose("data=davis2016", "data.root=none")
-    assert needs_no_training(cfg)
+    assert tracks_untrained(cfg)
     for changes, tracks in (
         ({"resume": "run"}, False),
         ({"data": {"clips": None}}, False),  # images
@@ -619,9 +628,12 @@ def test_who_tracks(compose):
         ({"head": {"weights": "file", "class_layer": "new"}}, True),
         ({"head": {"weights": None}}, True),
     ):
-        assert needs_no_training(OmegaConf.merge(cfg, changes)) == tracks, changes
-    with pytest.raises(UserError, match="mode.restart=run is for tracking in videos"):
-        EvalOptions(restart="run").refuse_tracking()
+        assert tracks_untrained(OmegaConf.merge(cfg, changes)) == tracks, changes
+    images = SimpleNamespace(model=SimpleNamespace(head=SimpleNamespace(slots=None)))
+    monkeypatch.setattr(mode, "load_trained", lambda _: images)
+    for key in ("restart", "supervision"):
+        with pytest.raises(UserError, match=f"mode.{key}=run is for tracking in videos"):
+            evaluate(OmegaConf.merge(cfg, {"resume": "run"}), out_dir=tmp_path, **{key: "run"})
 
 
 def test_propagation_from_the_command_line(tmp_path, monkeypatch):

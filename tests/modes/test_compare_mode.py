@@ -4,6 +4,7 @@ import json
 import logging
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from dinoseg.evaluation.comparison import against
 from dinoseg.evaluation.image_record import COUNTS, RECORD, evaluated, read_record
 from dinoseg.evaluation.run_costs import run_rows
 from dinoseg.evaluation.sides import run_names, seeds_note, sides_of
+from dinoseg.experiment.run_config import open_saved_data
 from dinoseg.modes import evaluate
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import read_size, write_png
@@ -48,7 +50,9 @@ def held(runs, compose, monkeypatch, caplog):
         caplog.clear()
         with caplog.at_level(logging.INFO):
             sides = sides_of([*given])
-            others = against(cfg, sides)
+            first = sides[0].records[0]
+            open_data = partial(open_saved_data, cfg, sides[0].places[0], root=first.root, split=first.split)
+            others = against(sides, open_data)
         return sides, others, caplog.text
 
     return hold

@@ -260,7 +260,7 @@ def test_a_full_disk_says_how_to_go_on(track, monkeypatch, module, write, said):
     ],
 )
 def test_mistakes_are_named_before_the_backbone_is_loaded(track, monkeypatch, options, message):
-    monkeypatch.setattr(mode, "_choose_tracker", lambda *_: pytest.fail("the backbone was loaded"))
+    monkeypatch.setattr(mode, "_build_tracker", lambda *_: pytest.fail("the backbone was loaded"))
     Image.fromarray(frame(0)[1] * 0).save("empty.png")
     Image.fromarray(frame(0)[1][1:]).save("small.png")
     with pytest.raises(UserError, match=message):
@@ -284,7 +284,7 @@ def test_a_mask_for_every_frame_is_warned_of(track):
 
 @pytest.mark.parametrize(("name", "settings"), [("crw", CRW), ("dino", DINO), ("dinov3", DINOV3)])
 def test_the_configs_are_the_protocols(compose, name, settings):
-    assert instantiate(compose(f"tracker={name}").tracker) == settings
+    assert asdict(instantiate(compose(f"tracker={name}").tracker)) == asdict(settings)
     written = yaml.safe_load((FOLDER / "tracker" / f"{name}.yaml").read_text())
     assert list(written) == ["_target_", *asdict(settings)]  # every key, in the fields' order
     assert instantiate(compose(f"tracker={name}", "tracker.radius=24", "tracker.short=480").tracker).radius == 24

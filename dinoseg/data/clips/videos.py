@@ -71,6 +71,11 @@ class Video:
         """Return the location of the first frame."""
         return source_origin(self.frames[0])
 
+    @property
+    def frame_names(self) -> list[str]:
+        """Return the names of all frames."""
+        return [self.frame_name(position) for position in range(len(self.frames))]
+
     def frame_name(self, position: int) -> str:
         """Return a frame file's stem, or the frame index in a video file."""
         frame = self.frames[position]

@@ -1,20 +1,28 @@
-"""Config files of run folders, read as untrusted text, and the keys that identify a training recipe."""
+"""Config files of run folders, read as untrusted text: the data set of a run, and the keys that identify a recipe."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dinoseg.config.guard import ACTING
+from dinoseg.config.guard import ACTING, guard
+from dinoseg.config.plain import plain
+from dinoseg.config.resolvers import CLASS_FILE, settled
+from dinoseg.core.shapes import SegmentationData
+from dinoseg.experiment import build
 from dinoseg.experiment.recipe import SAVED
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.forms import Misshapen, read_regular
+from dinoseg.utils.forms import Misshapen, as_read_back, read_regular
 from dinoseg.utils.yaml_text import parse_yaml
 
 BROKEN = (OSError, UnicodeError, KeyError, TypeError, AssertionError, Misshapen, OmegaConfBaseException)
 _LARGEST = 2**17  # maximum bytes of a config file; typical files have a twentieth
-_OF_CLASS_FILE = "${class_file:"  # interpolation in a training's config; its evaluations store the value
+# interpolation in a training's config; its evaluations store the value
+_OF_CLASS_FILE = f"${{{CLASS_FILE}:"
+_CLASS_FILE_VALUE = re.compile(rf"\$\{{{CLASS_FILE}:\w+(,drawn)?\}}")
 _ELSEWHERE = ("seed", "data.root", *(f"data.{key}" for key in ACTING))  # may differ within a recipe
 
 
@@ -45,6 +53,38 @@ def config_of(text: str) -> dict[str, Any]:
     if not isinstance(config, dict) or not all(isinstance(key, str) for key in config):
         raise Misshapen("it is no config")
     return config
+
+
+def open_saved_data(cfg: DictConfig, folder: Path, *, root: str, split: str) -> SegmentationData:
+    """Return the data set of an evaluation, built from its saved config under the rules for checkpoint configs.
+
+    Args:
+        cfg: composed from the command line.
+        folder: folder of the evaluation.
+        root: folder of the data set, as the evaluation recorded it.
+        split: train, val or test.
+
+    Raises:
+        UserError: the config is missing or refused, or the data set is missing.
+    """
+    path = config_file(folder)
+
+    def saved(text: str) -> dict[str, Any]:
+        """Return a config file in the form a checkpoint would save, with the data root of the evaluation."""
+        config = as_read_back(config_of(text))
+        kept = {key: config[key] for key in SAVED}
+        return kept | {"data": {**kept["data"], **dict.fromkeys(ACTING), "root": root}}
+
+    try:
+        text, composed = config_text(path), plain(cfg)
+        # a training's config refers to `classes.yaml`: the rest is checked before that file is read
+        guard(saved(_CLASS_FILE_VALUE.sub("''", text)), str(path), composed, trust=list(cfg.trust))
+        config = saved(text)
+        config["data"] = settled(OmegaConf.create(config).data)
+        guard(config, str(path), composed, trust=list(cfg.trust))
+        return build.dataset(OmegaConf.create({**composed, **config}), split)
+    except BROKEN as error:
+        raise UserError(f"{path} does not say what the data are ({error}).") from None
 
 
 def recipes(folders: Sequence[Path]) -> list[tuple[dict[str, Any], Any] | None]:

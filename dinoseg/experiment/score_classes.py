@@ -20,7 +20,7 @@ FOLDER = "masks"  # in a run folder of mode=predict: id masks and their class re
 _MASKS = "data.reader.masks."
 
 
-def protocol_of(cfg: DictConfig, predictions: Sequence[Path], out_dir: Path) -> ScoreProtocol:
+def score_protocol(cfg: DictConfig, predictions: Sequence[Path], out_dir: Path) -> ScoreProtocol:
     """Return the protocol, with class names and reference encoding filled in if it accepts any classes.
 
     Both come from `data=` if it names classes, else from `classes.json` next to the predictions. In the second case,
@@ -32,36 +32,28 @@ def protocol_of(cfg: DictConfig, predictions: Sequence[Path], out_dir: Path) -> 
     """
     if "classes" not in cfg.protocol or cfg.protocol.classes is not None:
         return instantiate(cfg.protocol)
-    labels, masks = _told(cfg, predictions, out_dir)
-    if labels is None:
+    data, rules = cfg.data, cfg.protocol
+    records = {folder: record for folder in predictions if (record := read_class_record(folder)) is not None}
+    known = {str(folder / NAME): labels for folder, (labels, _) in records.items()}
+    if _has_classes(data):
+        labels, masks = Labels.of(data.classes, data.palette, data.ignore_index), mask_keys(data)
+        _refuse_others({f"data={cfg.choices.data}": labels, **known})
+    elif records:
+        _refuse_others(known)
+        labels, masks = next(iter(records.values()))
+        words = {word.split("=")[0].lstrip("+") for word in command_line(out_dir)}
+        if "data.ignore_index" in words:
+            labels = Labels.of(labels.classes, labels.palette, data.ignore_index)
+        typed = {word.removeprefix(_MASKS).split(".")[0] for word in words if word.startswith(_MASKS)}
+        given = mask_keys(data) if typed else {}
+        masks = {**masks, **{key: given[key] for key in typed}}
+    else:
         return instantiate(cfg.protocol)
     late: dict[str, Any] = {"classes": list(labels.classes)}
-    rules = cfg.protocol
     if not (rules.binary or rules.reduce_zero_label or rules.ignore_index != 255):
         check_given("dinoseg.data.classes.masks.Masks", masks)
         late |= {"references": references(labels, masks), "ignore_index": labels.ignore_index}
     return instantiate(cfg.protocol, without=tuple(late), instead={"_partial_": True})(**late)
-
-
-def _told(cfg: DictConfig, predictions: Sequence[Path], out_dir: Path) -> tuple[Labels | None, Mapping[str, Any]]:
-    """Return the classes, and the keys of `Masks` for the references; None without a source of classes."""
-    records = {folder: record for folder in predictions if (record := read_class_record(folder)) is not None}
-    known = {str(folder / NAME): labels for folder, (labels, _) in records.items()}
-    if _says_classes(cfg.data):
-        data = cfg.data
-        labels = Labels.of(data.classes, data.palette, data.ignore_index)
-        _refuse_others({f"data={cfg.choices.data}": labels, **known})
-        return labels, mask_keys(data)
-    if not records:
-        return None, {}
-    _refuse_others(known)
-    labels, masks = next(iter(records.values()))
-    words = {word.split("=")[0].lstrip("+") for word in command_line(out_dir)}
-    if "data.ignore_index" in words:
-        labels = Labels.of(labels.classes, labels.palette, cfg.data.ignore_index)
-    typed = {word.removeprefix(_MASKS).split(".")[0] for word in words if word.startswith(_MASKS)}
-    said = mask_keys(cfg.data) if typed else {}
-    return labels, {**masks, **{key: said[key] for key in typed}}
 
 
 def mask_keys(data: DictConfig) -> dict[str, Any]:
@@ -71,7 +63,7 @@ def mask_keys(data: DictConfig) -> dict[str, Any]:
     return {key: value for key, value in keys.items() if key not in ("_target_", "described")}
 
 
-def _says_classes(data: DictConfig) -> bool:
+def _has_classes(data: DictConfig) -> bool:
     """Return whether a data node names its classes, without reading a missing class file."""
     if not OmegaConf.is_interpolation(data, "classes"):
         return not OmegaConf.is_missing(data, "classes")

@@ -1,0 +1,118 @@
+"""Builder of a benchmark's videos, with the masks that prompt a tracker and the protocol that scores it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from dinoseg.config.nodes import instantiate, keeping
+from dinoseg.config.plain import plain
+from dinoseg.data.clips.videos import Video, chosen
+from dinoseg.experiment import build
+from dinoseg.metrics.protocols.contract import ScoreProtocol
+from dinoseg.utils.errors import UserError
+
+SUPERVISION = ("none", "first_frame")
+
+
+@dataclass(frozen=True)
+class BenchmarkVideos:
+    """Videos of a split, with the supervision of a tracker and the protocol that scores it.
+
+    Args:
+        name: option of the config group `data`.
+        split: train, val or test.
+        source: files and split of the videos, as plain values: masks of other sources are not reused.
+        videos: the videos.
+        supervision: `first_frame` or `none`.
+        prompts: which masks prompt a tracker, see `dinoseg.tracking.video.benchmark_masks.prompted_frames`.
+        protocol: scores the masks; None without one.
+        folder: folder of the masks in a run folder.
+        written: names of the frames whose masks are written, by video; None for all. Benchmarks want fewer frames than
+            are tracked: their servers accept masks of annotated frames only.
+        skip: whether to leave out videos that cannot be tracked or scored.
+    """
+
+    name: str
+    split: str
+    source: Mapping[str, Any]
+    videos: Sequence[Video]
+    supervision: str
+    prompts: str
+    protocol: ScoreProtocol | None
+    folder: str
+    written: Mapping[str, set[str]] | None
+    skip: bool
+
+
+def chosen_supervision(cfg: DictConfig, supervision: str | None) -> str:
+    """Return the supervision of a tracker: `supervision` if given, else the default of the data set.
+
+    Raises:
+        UserError: the supervision is unknown, or the data set has no masks.
+    """
+    if cfg.data.tracking is None:
+        raise UserError(
+            f"data={cfg.choices.data} has no masks of objects, so mode=eval can neither give nor score any. Choose "
+            "data=davis2016, davis2017, youtube_vos or movi; mode=track follows objects through videos of your own."
+        )
+    supervision = supervision or cfg.data.tracking.supervision
+    if supervision not in SUPERVISION:
+        raise UserError(f"mode.supervision={supervision} is unknown. Choose one of {', '.join(SUPERVISION)}, or null.")
+    return supervision
+
+
+def benchmark_videos(cfg: DictConfig, split: str, supervision: str | None) -> BenchmarkVideos:
+    """Return the videos of a split for tracking.
+
+    Args:
+        cfg: the whole config; `data` is read.
+        split: train, val or test.
+        supervision: `first_frame`, `none`, or None for the data set's default.
+
+    Raises:
+        UserError: split or supervision are unknown, the data set has no masks, or the split has no videos or no masks
+            for the supervision.
+    """
+    build.check_split(split)
+    supervision = chosen_supervision(cfg, supervision)
+    tracking, protocol = cfg.data.tracking, None
+    if (node := tracking.protocols[supervision]) is not None:
+        key = f"data.tracking.protocols.{supervision}"
+        protocol = keeping(ScoreProtocol, instantiate(node), key)  # type: ignore[type-abstract]
+    videos = _videos(
+        cfg, split, {} if protocol is None or protocol.annotations is None else {"annotations": protocol.annotations}
+    )
+    prompts = "none"
+    if supervision != "none":
+        if not any(video.masks for video in videos):
+            raise UserError(
+                f"mode.supervision={supervision}: the videos of split {split} have no masks that could be given. "
+                "Add them; or find objects without, by resume=RUN of a model of slots and mode.supervision=none."
+            )
+        prompts = "appearing" if tracking.later else "first"
+    written, annotated = None, plain(tracking.written)
+    if any(cfg.data[key] != value for key, value in annotated.items()):
+        written = {video.name: set(video.frame_names) for video in _videos(cfg, split, annotated)}
+    source = {key: plain(cfg.data.clips[key], resolve=True) for key in ("layout", "partition")}
+    source["layout"]["root"] = str(Path(source["layout"]["root"]).expanduser().resolve())  # the same from any folder
+    return BenchmarkVideos(
+        name=cfg.choices.data,
+        split=split,
+        source={"split": split, **source},
+        videos=videos,
+        supervision=supervision,
+        prompts=prompts,
+        protocol=protocol,
+        folder=tracking.folder,
+        written=written,
+        skip=cfg.data.on_error == "skip",
+    )
+
+
+def _videos(cfg: DictConfig, split: str, changes: Mapping[str, Any]) -> list[Video]:
+    """Return the videos of a split, with overrides of some keys of `data`."""
+    merged = OmegaConf.merge(cfg, {"data": changes})
+    return chosen(instantiate(merged.data.clips.layout), split, instantiate(merged.data.clips.partition))

@@ -1,0 +1,51 @@
+"""Provenance of an evaluation: chosen options, config, model and data, as plain values for reports and records."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from dinoseg.config.plain import plain
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Origin of an evaluation.
+
+    Args:
+        choices: chosen option of each config group.
+        config: the whole config as YAML.
+        root: absolute path of the data set's folder; "" without one.
+        group: regular expression of `data.group`; None without one.
+        model: checkpoint of the evaluated model, or its released weights.
+        folder: run folder that stores the command line.
+        training: run folder of the model's training; None if unknown.
+    """
+
+    choices: Mapping[str, str]
+    config: str
+    root: str
+    group: str | None
+    model: str
+    folder: Path
+    training: Path | None
+
+
+def provenance_of(cfg: DictConfig, out_dir: Path, best: Path | None = None) -> Provenance:
+    """Return the provenance of an evaluation into `out_dir`, or of the evaluation of `best` that ends a training."""
+    folder, training = out_dir, None
+    if best is not None:
+        folder = training = best.parent.parent
+    elif cfg.resume is not None:
+        training = Path(cfg.resume).parent.parent
+    root = cfg.data.get("root")
+    return Provenance(
+        choices={str(group): str(option) for group, option in cfg.choices.items()},
+        config=OmegaConf.to_yaml(cfg),
+        root="" if root is None else str(Path(str(root)).expanduser().resolve()),
+        group=cfg.data.get("group"),
+        model=str(best or cfg.resume or plain(cfg.head).get("weights")),
+        folder=folder,
+        training=training,
+    )

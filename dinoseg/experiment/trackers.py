@@ -1,0 +1,81 @@
+"""Builder of trackers: config group `slots` names those of slot models, and `tracker` all others."""
+
+from collections.abc import Callable
+from inspect import signature
+from typing import Any
+
+from omegaconf import DictConfig
+
+from dinoseg.config.nodes import instantiate, keeping
+from dinoseg.experiment import build
+from dinoseg.experiment.trained import Trained
+from dinoseg.inference.trained_sizes import TrainedSizes, keep_scale
+from dinoseg.tracking.tracker import Tracker
+from dinoseg.training.engine import Engine
+from dinoseg.utils.errors import UserError
+
+_REMEDY = (
+    "Let its `_target_` name a class that inherits dinoseg.tracking.tracker.Tracker, and set `_partial_: true` beside "
+    "it."
+)
+
+
+def tracker_maker(
+    cfg: DictConfig,
+    engine: Engine,
+    trained: Trained | None = None,
+    *,
+    batch_size: int,
+    smoothing: float | None = None,
+    sizes: TrainedSizes | None = None,
+) -> Callable[[], Tracker]:
+    """Return a function that creates trackers of a trained model, or of the backbone of a config.
+
+    The settings are validated before the backbone's weights are read.
+
+    Args:
+        cfg: the whole config.
+        engine: device and precision.
+        trained: the trained model; None: the backbone alone tracks, without adapter.
+        batch_size: frames per forward pass.
+        smoothing: share of earlier frames in the class probabilities of a segmenter; None: the tracker's default.
+        sizes: image sizes of a segmenter's training, to which larger frames are reduced; None: no reduction.
+
+    Raises:
+        UserError: the config node makes no tracker, or one that does not take `smoothing`.
+    """
+    follows_slots = trained is not None and trained.model.head.slots is not None
+    group, node = ("slots", cfg.slots) if follows_slots else ("tracker", cfg.tracker)
+    name = f"{group}={cfg.choices[group]}"
+    make = tracker_factory(node, name)
+    takes = signature(make).parameters
+    options: dict[str, Any] = {"device": engine.device, "autocast": engine.autocast, "batch_size": batch_size}
+    if smoothing is not None:
+        if "smoothing" not in takes:
+            raise UserError(f"mode.smoothing={smoothing}: {name} takes no `smoothing`. Leave mode.smoothing out.")
+        options["smoothing"] = smoothing
+    if "sizes" in takes:
+        options["sizes"] = sizes
+    elif trained is not None:
+        keep_scale(trained.model, sizes)
+    model = build.backbone(cfg).to(engine.device) if trained is None else trained.model
+    return lambda: keeping(Tracker, make(model, **options), group)  # type: ignore[type-abstract]
+
+
+def tracker_factory(node: Any, name: str) -> Callable[..., Tracker]:
+    """Return the factory that a node of `tracker` or `slots` describes; it takes a model, see `Tracker`.
+
+    Args:
+        node: the config node.
+        name: group and option as typed, for messages.
+
+    Raises:
+        UserError: the node describes no factory.
+    """
+    try:
+        make = instantiate(node)
+    except TypeError as error:
+        raise UserError(f"{name} cannot be instantiated ({error}). {_REMEDY}") from error
+    if not callable(make):
+        raise UserError(f"{name} gives {type(make).__name__}, which makes no trackers. {_REMEDY}")
+    return make

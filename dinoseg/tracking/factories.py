@@ -1,0 +1,57 @@
+"""Factories of trackers that config files name: settings, called with a model, return a tracker of one video."""
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from dinoseg.core.contracts import Backbone
+from dinoseg.inference.trained_sizes import TrainedSizes
+from dinoseg.models.model import Segmenter
+from dinoseg.tracking.propagation.settings import PropagationSettings
+from dinoseg.tracking.propagation.tracker import PropagationTracker
+from dinoseg.tracking.slots.settings import SlotTracking
+from dinoseg.tracking.slots.tracker import SlotTracker
+from dinoseg.tracking.smoothing import SmoothingTracker
+from dinoseg.tracking.tracker import Autocast, Tracker
+
+
+@dataclass(frozen=True)
+class PropagationFactory(PropagationSettings):
+    """Factory of trackers by label propagation; the arguments are those of `PropagationSettings`.
+
+    With a backbone, objects of a first mask are tracked. With a segmenter, its classes are smoothed over time.
+    """
+
+    def __call__(
+        self,
+        model: Backbone | Segmenter,
+        *,
+        device: torch.device | str = "cpu",
+        autocast: Autocast = nullcontext,
+        batch_size: int = 4,
+        smoothing: float = 0.5,
+        sizes: TrainedSizes | None = None,
+    ) -> Tracker:
+        """Return a tracker; `smoothing` and `sizes` are for a segmenter, see `SmoothingTracker`."""
+        if isinstance(model, Segmenter):
+            return SmoothingTracker(
+                model, self, smoothing=smoothing, sizes=sizes, autocast=autocast, batch_size=batch_size
+            )
+        return PropagationTracker(model, self, device=device, autocast=autocast, batch_size=batch_size)
+
+
+@dataclass(frozen=True)
+class SlotFactory(SlotTracking):
+    """Factory of trackers that follow the slots of a trained model; the arguments are those of `SlotTracking`."""
+
+    def __call__(
+        self,
+        model: Segmenter,
+        *,
+        device: torch.device | str = "cpu",
+        autocast: Autocast = nullcontext,
+        batch_size: int = 4,
+    ) -> Tracker:
+        """Return a tracker; the model is on `device` already."""
+        return SlotTracker(model, self, autocast=autocast, batch_size=batch_size)
