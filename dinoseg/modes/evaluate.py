@@ -48,7 +48,7 @@ def run(
         report: write report.html, and the files that mode=compare reads.
     """
     build.check_split(split)
-    tracking = TrackingOptions(metrics_only, official, restart, report)
+    tracking = TrackingOptions(metrics_only=metrics_only, official=official, restart=restart, report=report)
     if tracks_untrained(cfg):
         return track_split(cfg, None, out_dir, split, supervision, tracking)
     trained = load_trained(cfg)
@@ -86,7 +86,7 @@ def run(
         provenance = provenance_of(cfg, out_dir)
         report_images(provenance, collector, scores, data, engine, out_dir, split=split, background=background)
     if engine.is_main:
-        _tell_origin(cfg, source)
+        _tell_origin(cfg.resume, source)
         list_skipped({split: data.skipped}, out_dir)
     engine.close()
     return {**scores, "run": str(out_dir)}
@@ -120,7 +120,7 @@ def track_split(
     return evaluate_videos(data, make_tracker, engine, out_dir, options, provenance_of(cfg, out_dir))
 
 
-def _tell_origin(cfg: DictConfig, source: str) -> None:
-    board = Path(cfg.resume or ".").parent.parent / "tensorboard"
+def _tell_origin(resume: str | None, source: str) -> None:
+    board = Path(resume or ".").parent.parent / "tensorboard"
     print(f"TensorBoard:  tensorboard --logdir {board}" if board.is_dir() else "TensorBoard:  none beside it")
-    print(f"checkpoint:   {cfg.resume or source}")
+    print(f"checkpoint:   {resume or source}")
