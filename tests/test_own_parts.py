@@ -5,7 +5,7 @@ import sys
 
 import numpy as np
 import pytest
-from command_line import SMALL, call, write_data
+from command_line import SLOTS, SMALL, call, write_data
 
 from dinoseg.modes.help import help_for
 from dinoseg.utils.images import read_ids
@@ -113,6 +113,13 @@ def test_an_own_tracker_is_evaluated(trained, own, tmp_path):
     recorded = json.loads((tmp_path / "out/tracking.json").read_text())
     assert recorded["tracker"]["kind"] == "RgbBackbone" and recorded["given"] == "first"
     assert (tmp_path / "out/scores.json").is_file()
+
+
+def test_an_own_tracker_of_slots_validates_a_training(trained, own, tmp_path):
+    words = ("slots=mine", "trainer.steps=1", "trainer.val_every=1", "mode.metrics_only=true")
+    done = call(trained, *own, *SLOTS, *words, f"hydra.run.dir={tmp_path}/out")
+    assert done.status == 0, done.err
+    assert json.loads((tmp_path / "out/evaluation/tracking.json").read_text())["tracker"]["shift"] == 1
 
 
 def test_what_makes_no_trackers_is_refused(trained, own):

@@ -17,7 +17,7 @@ from dinoseg.experiment.benchmark_videos import BenchmarkVideos, benchmark_video
 from dinoseg.experiment.min_batch import check_batch
 from dinoseg.experiment.provenance import Provenance, provenance_of
 from dinoseg.experiment.teacher import Teacher
-from dinoseg.experiment.trackers import tracker_maker
+from dinoseg.experiment.trackers import tracker_factory, tracker_maker
 from dinoseg.experiment.trained import Trained, labels_of
 from dinoseg.models.model import Segmenter
 from dinoseg.tracking.tracker import Tracker
@@ -149,6 +149,11 @@ class Builder:
     def tracker_maker(self, engine: Engine, trained: Trained) -> Callable[[], Tracker]:
         """Return a function that creates trackers of a trained model, see `tracker_maker`."""
         return tracker_maker(self.cfg, engine, trained, batch_size=engine.images_at_once())
+
+    def clip_trackers(self) -> Callable[..., Tracker]:
+        """Return the factory of slot trackers for clips without masks, see `tracker_factory`."""
+        unlocked = {"lock_on": False, "slots_per_object": 1, "extra_slots": 0}  # no labels to lock on to
+        return tracker_factory(self.cfg.slots, f"slots={self.options.get('slots')}", unlocked)
 
     def provenance(self, out_dir: Path, best: Path) -> Provenance:
         """Return the provenance of the evaluation of the checkpoint `best` into `out_dir`, which ends a training."""

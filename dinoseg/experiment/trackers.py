@@ -1,6 +1,6 @@
 """Builder of trackers: config group `slots` names those of slot models, and `tracker` all others."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from inspect import signature
 from typing import Any
 
@@ -62,18 +62,19 @@ def tracker_maker(
     return lambda: keeping(Tracker, make(model, **options), group)  # type: ignore[type-abstract]
 
 
-def tracker_factory(node: Any, name: str) -> Callable[..., Tracker]:
+def tracker_factory(node: Any, name: str, overrides: Mapping[str, Any] | None = None) -> Callable[..., Tracker]:
     """Return the factory that a node of `tracker` or `slots` describes; it takes a model, see `Tracker`.
 
     Args:
         node: the config node.
         name: group and option as typed, for messages.
+        overrides: values for those of its keys that the node has.
 
     Raises:
         UserError: the node describes no factory.
     """
     try:
-        make = instantiate(node)
+        make = instantiate(node, instead={key: value for key, value in (overrides or {}).items() if key in node})
     except TypeError as error:
         raise UserError(f"{name} cannot be instantiated ({error}). {_REMEDY}") from error
     if not callable(make):

@@ -1,7 +1,6 @@
 """Training task for clips without labels."""
 
 import logging
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +47,7 @@ class ClipTask(TrainingTask):
             train=parts.clips("train"),
             val=parts.clips("val"),
             view=parts.part("data.view"),
-            # no labels to lock on to
-            following=replace(parts.part("slots"), lock_on=False, slots_per_object=1, extra_slots=0),
+            make_tracker=parts.clip_trackers(),
             seed=parts.seed,
             workers=engine.workers,
             rank=engine.rank,
@@ -104,6 +102,7 @@ class ClipTask(TrainingTask):
         """Refuse settings that the evaluation would only refuse at the end of the training."""
         if self.parts.value("data.tracking") is None:
             return
+        self.parts.clip_trackers()
         if self.parts.value("slots.lock_on") and self.parts.supervision == "none":
             raise UserError(
                 f"slots.lock_on=true needs the first frame's masks, and data={self.parts.options['data']} is evaluated "

@@ -1,7 +1,7 @@
 """Batches of clips for training without labels, and validation of the segments found in clips."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,8 +18,8 @@ from dinoseg.data.loader import check_batch_size, clip_batches
 from dinoseg.metrics.clustering import contingency, segment_scores
 from dinoseg.models.model import Segmenter
 from dinoseg.report.clip_strip import clip_strip
-from dinoseg.tracking.slots.settings import SlotTracking
-from dinoseg.tracking.slots.tracker import SlotTracker
+from dinoseg.tracking.factories import SlotFactory
+from dinoseg.tracking.tracker import Tracker
 from dinoseg.training.engine import Engine
 from dinoseg.training.feed import SHOWN_SIDE, Validation, spread
 from dinoseg.utils.errors import UserError
@@ -43,7 +43,7 @@ class ClipFeed:
         rank: this rank.
         world: number of ranks.
         pictures: number of validation clips that each validation visualises, the same ones every time.
-        following: how slots are followed from frame to frame in validation.
+        make_tracker: creates a tracker of a model's slots for a validation clip.
     """
 
     train: Clips
@@ -55,7 +55,7 @@ class ClipFeed:
     rank: int = 0
     world: int = 1
     pictures: int = 0
-    following: SlotTracking = SlotTracking()
+    make_tracker: Callable[..., Tracker] = SlotFactory()
     score_names: Sequence[str] = field(init=False)
     lowest: Sequence[str] = ("loss",)
     _told_bare: bool = field(default=False, init=False)  # that no validation clip shows an object
@@ -148,7 +148,8 @@ class ClipFeed:
 
     def segments_of(self, model: Segmenter, clip: Clip, engine: Engine) -> list[np.ndarray]:
         """Return the segments (H, W) uint8 of each frame of a clip, counted from 1."""
-        tracker = SlotTracker(model, self.following, autocast=engine.autocast, batch_size=engine.images_at_once())
+        options = {"device": engine.device, "autocast": engine.autocast, "batch_size": engine.images_at_once()}
+        tracker = self.make_tracker(model, **options)
         frames = list(_channels_last(clip["frames"]))
         labels = [None] * len(frames)
         tracker.look_ahead(lambda: [(frames, labels)])
