@@ -32,7 +32,7 @@ import torch
 
 from dinoseg.config.resolvers import register_resolvers
 from dinoseg.experiment.resume import alone
-from dinoseg.experiment.trained import load_trained
+from dinoseg.experiment.source import ModelSource
 from dinoseg.export.answers import timed
 from dinoseg.export.graph import Graph, record_of
 from dinoseg.export.options import GraphOptions
@@ -108,8 +108,9 @@ def by_hand(run, count):
     register_resolvers()
     cfg = alone(path, checkpoint.describe(path), {"engine.device": "cpu"})
     with tempfile.TemporaryDirectory() as folder:
-        found = pictures(cfg, "val", count, Path(folder))
-        model, threads = load_trained(cfg).model, torch.get_num_threads()
+        source = ModelSource(cfg)
+        found = pictures("val", count, Path(folder), dataset=source.dataset, num_classes=source.num_classes)
+        model, threads = source.load().model, torch.get_num_threads()
         record, _ = record_of(model, None, GraphOptions(dynamic=False), found[0].size)
         example = torch.rand(record.batch, 3, *record.size)
         graph, names = Graph(model, record).eval(), {"input_names": ["image"], "output_names": ["scores"]}

@@ -6,6 +6,7 @@ import torch
 from dinoseg.experiment import build
 from dinoseg.experiment.recipe import run_description
 from dinoseg.experiment.resume import alone
+from dinoseg.experiment.source import ModelSource
 from dinoseg.experiment.trained import labels_of
 from dinoseg.export.runtime.onnx_record import KEY
 from dinoseg.export.runtime.write import export_model
@@ -39,7 +40,7 @@ def exported(path, folder, **options):
     """Write the one-file model of a checkpoint and return its path."""
     cfg = alone(path, checkpoint.describe(path), {"engine.device": "cpu"})
     folder.mkdir(exist_ok=True)
-    return folder / export_model(cfg, out_dir=folder, **options)["path"]
+    return folder / export_model(ModelSource(cfg), out_dir=folder, **options)["path"]
 
 
 def graph_with_weights(folder, data, *, name="model.onnx"):

@@ -33,9 +33,7 @@ BUILDERS = ("experiment/build.py", "experiment/criteria.py")  # they reach leave
 WITH_CONFIG = (
     "config",
     "experiment",
-    "export",
     "tasks",
-    "serving",
     "autotune",
     "modes",
     "cli",

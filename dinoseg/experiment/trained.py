@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from dinoseg.config.nodes import instantiate, not_set
 from dinoseg.config.plain import plain
@@ -20,8 +20,7 @@ from dinoseg.inference.policy import Policy
 from dinoseg.inference.predictor import Predictor
 from dinoseg.inference.trained_sizes import TrainedSizes
 from dinoseg.inference.whole import Whole
-from dinoseg.models.adapters import whole_state
-from dinoseg.models.model import Segmenter, constants
+from dinoseg.models.model import Segmenter
 from dinoseg.training import checkpoint
 from dinoseg.training.engine import Engine
 from dinoseg.utils.errors import UserError
@@ -132,26 +131,6 @@ def restore(cfg: DictConfig, path: Path) -> tuple[Segmenter, Mapping[str, Any]]:
     model = build.model(cfg, outlined=True, initialised=not whole)
     checkpoint.load_weights(model, saved)
     return model.eval(), outline.info
-
-
-def with_whole_weights(cfg: DictConfig, trained: Segmenter) -> Segmenter:
-    """Return the trained model in float32, or itself if no weights are quantised or in half precision.
-
-    The values do not change: NF4, 8-bit and bfloat16 weights are exact in float32.
-    """
-    changes: dict[str, Any] = {}
-    if cfg.adapter.get("bits") is not None:
-        changes["adapter"] = {"bits": None}
-    if cfg.backbone.get("dtype", "float32") != "float32":
-        changes["backbone"] = {"dtype": "float32"}
-    if not changes:
-        return trained
-    model = build.model(OmegaConf.merge(cfg, changes), untrained=True).eval()  # type: ignore[arg-type]
-    model.load_state_dict(whole_state(trained))
-    buffers = constants(model)
-    for name, value in constants(trained).items():
-        buffers[name].copy_(value)
-    return model
 
 
 def _restored(cfg: DictConfig, path: Path) -> Trained:

@@ -4,9 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
 
-from dinoseg.experiment.trained import load_trained, with_whole_weights
+from dinoseg.experiment.source import ModelSource
 from dinoseg.experiment.unread import warn_unread
 from dinoseg.models.adapters import merge as merge_updates
 from dinoseg.utils.errors import UserError
@@ -15,11 +14,13 @@ from dinoseg.utils.tensor_files import write_tensors
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def export_backbone(cfg: DictConfig, *, out_dir: Path, dtype: str = "float32", merge: bool = False) -> dict[str, Any]:
-    """Write the backbone of the checkpoint named by `resume` to `out_dir`/backbone.safetensors.
+def export_backbone(
+    source: ModelSource, *, out_dir: Path, dtype: str = "float32", merge: bool = False
+) -> dict[str, Any]:
+    """Write the backbone of a trained model to `out_dir`/backbone.safetensors.
 
     Args:
-        cfg: the whole config, merged with the checkpoint's.
+        source: the trained model.
         out_dir: the run folder.
         dtype: of the weights in the file.
         merge: add LoRA updates to their base weights; quantised base weights are replaced by their float32 values.
@@ -30,13 +31,13 @@ def export_backbone(cfg: DictConfig, *, out_dir: Path, dtype: str = "float32", m
     if dtype not in DTYPES:
         raise UserError(f"export.dtype={dtype} is unknown. Choose one of {', '.join(DTYPES)}.")
     warn_unread(out_dir, ("resolution", "inference", "data", "cache_dir"), "The file holds weights alone.")
-    model = load_trained(cfg).model
-    backbone = with_whole_weights(cfg, model).backbone
+    backbone = source.in_float32(source.load().model).backbone
     if merge:
         backbone = merge_updates(backbone)
     state = {name: value.to(DTYPES[dtype]) for name, value in backbone.export_state().items()}
     path = out_dir / "backbone.safetensors"
     write_tensors(path, state, {})
-    words = f"backbone.weights={path}{'' if cfg.backbone.get('final_norm', True) else ' backbone.final_norm=false'}"
+    final_norm = source.settings("backbone").get("final_norm", True)
+    words = f"backbone.weights={path}{'' if final_norm else ' backbone.final_norm=false'}"
     print(f"written to {path}: {len(state)} tensors, {path.stat().st_size / 1e6:.2f} MB. Use: {words}")
     return {"path": str(path)}

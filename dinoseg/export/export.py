@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
 
 from dinoseg import __version__
-from dinoseg.config.plain import plain
-from dinoseg.experiment.trained import load_trained, sizes_to_keep, with_whole_weights
+from dinoseg.experiment.source import ModelSource
+from dinoseg.experiment.trained import sizes_to_keep
 from dinoseg.experiment.unread import warn_unread
 from dinoseg.export.graph import record_of
 from dinoseg.export.options import GraphOptions
@@ -48,34 +47,33 @@ class Prepared:
 
 @contextmanager
 def prepared(
-    cfg: DictConfig, out_dir: Path, options: GraphOptions, *, opset: int | None = None, precision: str = "float32"
+    source: ModelSource, out_dir: Path, options: GraphOptions, *, opset: int | None = None, precision: str = "float32"
 ) -> Iterator[Prepared]:
-    """Load the model named by `resume`, as trained and as exported, and yield it with the images to verify it on.
+    """Load a model, as trained and as exported, and yield it with the images to verify it on.
 
     Raises:
-        UserError: if `resume` is null, there are no images, the licence restricts redistribution, or the model
-            cannot be exported.
+        UserError: if `source` names no checkpoint, there are no images, the licence restricts redistribution, or the
+            model cannot be exported.
     """
-    if cfg.resume is None:
+    if source.resume is None:
         raise UserError("This export needs a trained model: give resume=<run folder or checkpoint>.")
     warn_unread(out_dir, _UNREAD, "The file takes whole images, at resolution.scale and up to resolution.longest.")
     with scratch_folder(out_dir, "export") as folder:
-        found = pictures(cfg, options.images, options.count, folder)
-        # quantised weights cannot move between devices; float16 and TF32 are for GPUs
-        own = {"device": "cpu", "tf32": False} | ({"precision": "fp32"} if cfg.engine.precision == "fp16" else {})
-        trained = load_trained(OmegaConf.merge(cfg, {"engine": own}))  # type: ignore[arg-type]
+        found = pictures(options.images, options.count, folder, dataset=source.dataset, num_classes=source.num_classes)
+        trained = source.load_on_cpu()  # quantised weights cannot move between devices
         sizes = sizes_to_keep(trained, out_dir)
-        facts = facts_of(cfg, trained, sizes)
-        _check_licence(cfg, facts, options.gated)
+        facts = facts_of(source, trained, sizes)
+        _check_licence(facts, source.config["head"].get("weights"), options.gated)
         reference = trained.model
-        model = with_whole_weights(cfg, reference)
+        model = source.in_float32(reference)
         if any(".lora_" in name for name, _ in model.named_parameters()):
             model = deepcopy(model) if model is reference else model
             merge(model.backbone)
         record, reason = record_of(model, sizes, options, found[0].size, opset=opset, precision=precision)
         keep_scale(reference, sizes)
         model.limit = reference.limit
-        yield Prepared(Reference(reference, record), model, record, reason, facts, found, folder, _rounding(cfg))
+        rounding = _rounding(source)
+        yield Prepared(Reference(reference, record), model, record, reason, facts, found, folder, rounding)
 
 
 def keep_if_proven(
@@ -128,16 +126,18 @@ def keep_if_proven(
     return report
 
 
-def _rounding(cfg: DictConfig) -> str | None:
-    bits, dtype = cfg.adapter.get("bits"), cfg.backbone.get("dtype", "float32")
+def _rounding(source: ModelSource) -> str | None:
+    bits, dtype = source.settings("adapter").get("bits"), source.settings("backbone").get("dtype", "float32")
     if bits is not None:
         return f"adapter.bits={bits}"
     return None if dtype == "float32" else f"backbone.dtype={dtype}"
 
 
-def _check_licence(cfg: DictConfig, facts: Facts, gated: bool) -> None:
-    """Refuse to write third-party weights whose licence restricts redistribution, unless `gated` is set."""
-    head = plain(cfg.head).get("weights")
+def _check_licence(facts: Facts, head: str | None, gated: bool) -> None:
+    """Refuse to write third-party weights whose licence restricts redistribution, unless `gated` is set.
+
+    `head`: third-party source of the head's weights.
+    """
     foreign = f"{facts.backbone['weights']} ({facts.backbone['licence']})" if facts.backbone["gated"] else head
     if foreign is not None and not gated:
         raise UserError(

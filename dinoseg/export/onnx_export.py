@@ -4,8 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
-
+from dinoseg.experiment.source import ModelSource
 from dinoseg.export import onnx_file
 from dinoseg.export.export import keep_if_proven, prepared
 from dinoseg.export.graph import trace
@@ -47,17 +46,17 @@ class OnnxExport(GraphOptions):
         if self.tensorrt:
             check_tensorrt()
 
-    def __call__(self, cfg: DictConfig, *, out_dir: Path) -> dict[str, Any]:
-        """Write the model named by `resume` to `out_dir`/model.onnx once it is verified, with its report next to it.
+    def __call__(self, source: ModelSource, *, out_dir: Path) -> dict[str, Any]:
+        """Write a trained model to `out_dir`/model.onnx once it is verified, with its report next to it.
 
         Args:
-            cfg: the whole config, merged with the checkpoint's.
+            source: the trained model.
             out_dir: the run folder.
 
         Raises:
             UserError: if the model cannot be exported, or the file disagrees with it; no model file is left then.
         """
-        with prepared(cfg, out_dir, self, opset=self.opset, precision=self.precision) as ready:
+        with prepared(source, out_dir, self, opset=self.opset, precision=self.precision) as ready:
             model = onnx_file.to_onnx(trace(ready.model, ready.record), ready.record)
             scopes = onnx_file.scopes_of(model)
             onnx_file.finish(model, ready.record, ready.facts.description())

@@ -1,17 +1,17 @@
 """Real images on which an export is verified."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 import torch
-from omegaconf import DictConfig
 
+from dinoseg.core.shapes import SegmentationData
 from dinoseg.core.sizes import Size
-from dinoseg.experiment import build
+from dinoseg.experiment.build import SPLITS
 from dinoseg.experiment.folder import LOG
 from dinoseg.inference.class_record import NAME as CLASSES_NAME
 from dinoseg.inference.inputs import is_video, list_inputs
@@ -33,25 +33,27 @@ class Picture:
     mask: np.ndarray | None = None
 
 
-def pictures(cfg: DictConfig, images: str, count: int, folder: Path) -> list[Picture]:
-    """Return images spread evenly over a split of the config's data set, a folder, or a pattern's matches.
+def pictures(
+    images: str, count: int, folder: Path, *, dataset: Callable[[str], SegmentationData], num_classes: int
+) -> list[Picture]:
+    """Return images spread evenly over a split of a dataset, a folder, or a pattern's matches.
 
     Each file is read once, so that invalid ones are reported here.
 
     Args:
-        cfg: the whole config.
         images: train, val or test; or an image, a folder or a glob pattern.
         count: largest number of images.
-        folder: receives the images of a data set, without loss.
+        folder: receives the images of a dataset, without loss.
+        dataset: returns a split.
+        num_classes: number of class scores of a pixel that are compared.
 
     Raises:
         UserError: if there are no images, since an unverified export is never written. Also if an image is invalid, too
             large to be compared, or a chart, overlay or mask that dinoseg wrote.
     """
-    found = list(_of_split(cfg, images, count, folder) if images in build.SPLITS else _of_files(images, count))
+    found = list(_of_split(dataset, images, count, folder) if images in SPLITS else _of_files(images, count))
     if not found:
         raise UserError(f"The export cannot be proven: the data set's split {images} is empty. {_REMEDY}")
-    num_classes = len(cfg.data.get("classes") or ())
     free = free_bytes(torch.device("cpu"))
     for picture in found:
         needed = _COPIES * 4 * num_classes * math.prod(picture.size)
@@ -63,9 +65,9 @@ def pictures(cfg: DictConfig, images: str, count: int, folder: Path) -> list[Pic
     return found
 
 
-def _of_split(cfg: DictConfig, split: str, count: int, folder: Path) -> Iterator[Picture]:
+def _of_split(dataset: Callable[[str], SegmentationData], split: str, count: int, folder: Path) -> Iterator[Picture]:
     try:
-        data = build.dataset(cfg, split)
+        data = dataset(split)
         for index in _spread(range(len(data)), count):
             sample, path = data[index], folder / f"{index}.png"
             image = np.ascontiguousarray(sample["image"].permute(1, 2, 0).numpy())

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
 
+from dinoseg.experiment.source import ModelSource
 from dinoseg.export.export import keep_if_proven, prepared
 from dinoseg.export.graph import trace
 from dinoseg.export.options import GraphOptions
@@ -21,17 +21,17 @@ _DIFFERS = "the traced program: export=onnx names the layer"
 class ProgramExport(GraphOptions):
     """Export to a program of torch.export and its options; calling it writes the file."""
 
-    def __call__(self, cfg: DictConfig, *, out_dir: Path) -> dict[str, Any]:
-        """Write the model named by `resume` to `out_dir`/model.pt2 once it is verified, with its report next to it.
+    def __call__(self, source: ModelSource, *, out_dir: Path) -> dict[str, Any]:
+        """Write a trained model to `out_dir`/model.pt2 once it is verified, with its report next to it.
 
         Args:
-            cfg: the whole config, merged with the checkpoint's.
+            source: the trained model.
             out_dir: the run folder.
 
         Raises:
             UserError: if the model cannot be exported, or the file disagrees with it; no model file is left then.
         """
-        with prepared(cfg, out_dir, self) as ready:
+        with prepared(source, out_dir, self) as ready:
             file = ready.folder / NAME
             about = json.dumps({"graph": ready.record.plain(), **ready.facts.description()}, allow_nan=False)
             torch.export.save(trace(ready.model, ready.record), file, extra_files={f"{KEY}.json": about})

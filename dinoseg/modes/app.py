@@ -7,6 +7,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from dinoseg.experiment.trackers import tracker_factory
+from dinoseg.experiment.source import ModelSource
 from dinoseg.serving.app import App
 from dinoseg.serving.guard import Hosts
 from dinoseg.serving.jobs import uploads_folder
@@ -39,10 +40,16 @@ def app(
     make_tracker = tracker_factory(cfg.tracker, f"tracker={cfg.choices.tracker}")
     with (
         uploads_folder(run) as uploads,
-        started(cfg, run, model=model, host=host, port=port, batch_size=batch_size, wait_ms=wait_ms, limits=limits) as (
-            listener,
-            service,
-        ),
+        started(
+            ModelSource(cfg),
+            run,
+            model=model,
+            host=host,
+            port=port,
+            batch_size=batch_size,
+            wait_ms=wait_ms,
+            limits=limits,
+        ) as (listener, service),
     ):
         made = App(service, clips, uploads, tracker_maker(make_tracker, service.model))
         serve_until_signal(made.application(known), listener, service.announce_stop, patience=limits.patience)

@@ -6,6 +6,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from dinoseg.config.nodes import instantiate
+from dinoseg.experiment.source import ModelSource
 
 
 def export(cfg: DictConfig, *, out_dir: Path) -> dict[str, Any]:
@@ -14,4 +15,4 @@ def export(cfg: DictConfig, *, out_dir: Path) -> dict[str, Any]:
     Raises:
         UserError: see the chosen export.
     """
-    return {"run": str(out_dir), **instantiate(cfg.export)(cfg, out_dir=out_dir)}
+    return {"run": str(out_dir), **instantiate(cfg.export)(ModelSource(cfg), out_dir=out_dir)}

@@ -7,7 +7,10 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from dinoseg.config.nodes import instantiate
+from dinoseg.config.plain import plain
 from dinoseg.data.formats.sarrarp_files import TRAIN_FOLDERS
+from dinoseg.experiment import build
+from dinoseg.experiment.trained import labels_of
 from dinoseg.tasks.preparation.pseudo_labels import Propagation, propagate
 from dinoseg.utils.errors import UserError
 
@@ -28,8 +31,17 @@ def prepare(cfg: DictConfig, *, out_dir: Path) -> None:
             f"The data set under data.root={root} needs no preparation: train on it as it is, "
             "with mode=train and the same data=."
         )
-    # built before hours of extraction, to fail early if the backbone is not available
-    propagation = Propagation.of(cfg) if cfg.data.prepare.get("propagate") else None
+    propagation = None
+    if cfg.data.prepare.get("propagate"):  # built before hours of extraction, to fail early without a backbone
+        engine, settings = instantiate(cfg.engine), instantiate(cfg.tracker)
+        propagation = Propagation.build(
+            build.backbone(cfg),
+            settings,
+            engine,
+            labels_of(cfg),
+            min_agreement=cfg.data.prepare.min_agreement,
+            backbone_config=plain(cfg.backbone, resolve=True),
+        )
     counts: dict[str, dict[str, int]] = instantiate(cfg.data.prepare)()
     if propagation is not None:
         training = [name for name in counts if name.split("/")[0] in TRAIN_FOLDERS]

@@ -8,11 +8,15 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
 from dinoseg.config.nodes import instantiate, keeping
+from dinoseg.config.plain import plain
+from dinoseg.core.contracts import Head
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.experiment import build
+from dinoseg.experiment.trained import is_trained, load_trained
 from dinoseg.experiment.unread import warn_unread
-from dinoseg.tasks.selection.look import Looker
-from dinoseg.tasks.selection.pool import Candidate, found_in, named_in, places_of
+from dinoseg.models.model import Segmenter
+from dinoseg.tasks.selection.features import FeatureExtractor
+from dinoseg.tasks.selection.pool import PoolImage, found_in, named_in, places_of
 from dinoseg.tasks.selection.results import write_selection
 from dinoseg.tasks.selection.selector import DOUBTS, FEATURES, NOTHING, Known, Selector
 from dinoseg.utils.errors import UserError
@@ -58,25 +62,26 @@ def select(
     _check_count(count, pool, places_of(named, pool), input)
     selector: Selector = keeping(Selector, instantiate(cfg.selection), "selection")  # type: ignore[type-abstract]
     warn_unread(out_dir, _UNREAD[selector.needs], f"selection={cfg.choices.selection} asks for {selector.needs} alone.")
-    features, doubts = np.zeros((len(pool), 0)), None
+    features, uncertainty = np.zeros((len(pool), 0)), None
     if selector.needs != NOTHING:
-        looker = Looker(cfg, doubts=selector.needs == DOUBTS)
-        features, doubts, bad = looker.look(pool, skip=cfg.data.on_error == "skip")
-        looker.engine.close()
+        extractor = _build_extractor(cfg, uncertainty=selector.needs == DOUBTS)
+        features, uncertainty, bad = extractor.extract(pool, skip=cfg.data.on_error == "skip")
+        extractor.engine.close()
         if bad:
             logger.warning("Left out, since they cannot be read:%s", reasons({pool[at].name: bad[at] for at in bad}))
         kept = [place for place in range(len(pool)) if place not in bad]
-        pool, features, doubts = [pool[at] for at in kept], features[kept], None if doubts is None else doubts[kept]
+        pool, features = [pool[at] for at in kept], features[kept]
+        uncertainty = None if uncertainty is None else uncertainty[kept]
     labelled = places_of(named & {candidate.name for candidate in pool}, pool)
     _check_count(count, pool, labelled, input)
-    known = Known([candidate.name for candidate in pool], labelled, features, doubts)
+    known = Known([candidate.name for candidate in pool], labelled, features, uncertainty)
     picks = selector.choose(known, count, build.seed_of(cfg))
     write_selection(out_dir, [(pool[pick.place], pick) for pick in picks], cfg.choices.selection)
     print(f"chosen:       {len(picks)} of {count_of(pool, 'image')}, of which {len(labelled)} were labelled before")
     return {"chosen": len(picks), "of": len(pool), "run": str(out_dir)}
 
 
-def _pool(cfg: DictConfig, input: str | None, split: str, every: float, also: set[str]) -> list[Candidate]:
+def _pool(cfg: DictConfig, input: str | None, split: str, every: float, also: set[str]) -> list[PoolImage]:
     if input is not None:
         return found_in(input, every=every, cache_dir=Path(cfg.cache_dir).expanduser(), also=also)
     if OmegaConf.is_missing(cfg.data, "root"):
@@ -95,10 +100,33 @@ def _pool(cfg: DictConfig, input: str | None, split: str, every: float, also: se
             len(data.lacking),
             split,
         )
-    return [Candidate(pair.name, pair.image) for pair in data.pairs]
+    return [PoolImage(pair.name, pair.image) for pair in data.pairs]
 
 
-def _check_count(count: int, pool: list[Candidate], labelled: list[int], input: str | None) -> None:
+def _build_extractor(cfg: DictConfig, *, uncertainty: bool) -> FeatureExtractor:
+    """Return the feature extractor of the trained model that a config names, or of its backbone alone.
+
+    Raises:
+        UserError: uncertainty needs a trained model, and there is none, or it has no classes.
+    """
+    cache_dir = Path(cfg.cache_dir).expanduser()
+    trained = load_trained(cfg) if is_trained(cfg) else None
+    if uncertainty and (trained is None or trained.model.head.slots is not None):
+        raise UserError(
+            "selection=uncertainty asks a trained segmenter what it doubts. Give resume=RUN_FOLDER, or "
+            "selection=k_centre or typical, which need none."
+        )
+    if trained is None:
+        engine = instantiate(cfg.engine)
+        sizes = {"scale": cfg.resolution.scale, "longest": cfg.resolution.longest}
+        return FeatureExtractor(engine.place(Segmenter(build.backbone(cfg), Head(), **sizes)).eval(), engine, cache_dir)
+    if not uncertainty:
+        return FeatureExtractor(trained.model, trained.engine, cache_dir)
+    inference = plain(cfg.inference, resolve=True)
+    return FeatureExtractor(trained.model, trained.engine, cache_dir, predictor=trained.predictor, inference=inference)
+
+
+def _check_count(count: int, pool: list[PoolImage], labelled: list[int], input: str | None) -> None:
     left = len(pool) - len(labelled)
     if count > left:
         fewer = f"Give count={left} or less, or more images" if left else "Give more images"

@@ -6,6 +6,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from dinoseg.experiment.source import ModelSource
 from dinoseg.serving.endpoint import endpoint
 from dinoseg.serving.guard import Hosts
 from dinoseg.serving.limits import Limits, Port
@@ -33,7 +34,14 @@ def serve(
     """
     known = Hosts.of(host, hosts)
     with started(
-        cfg, Path(out_dir), model=model, host=host, port=port, batch_size=batch_size, wait_ms=wait_ms, limits=limits
+        ModelSource(cfg),
+        Path(out_dir),
+        model=model,
+        host=host,
+        port=port,
+        batch_size=batch_size,
+        wait_ms=wait_ms,
+        limits=limits,
     ) as (listener, service):
         serve_until_signal(endpoint(service, known), listener, service.announce_stop, patience=limits.patience)
     print(f"stopped: {service.metrics.summary()}")

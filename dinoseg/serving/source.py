@@ -4,10 +4,9 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from omegaconf import DictConfig
-
 from dinoseg.experiment.folder import command_line
-from dinoseg.experiment.trained import load_trained, sizes_to_keep
+from dinoseg.experiment.source import ModelSource
+from dinoseg.experiment.trained import sizes_to_keep
 from dinoseg.experiment.unread import warn_unread
 from dinoseg.export.runtime.model import Model
 from dinoseg.export.runtime.opening import open_file
@@ -22,20 +21,20 @@ _BATCH = 4  # frames per forward pass of a tracker
 _OF_THE_FILE = ("finite_weights", "resolution", "backbone", "adapter", "head", "inference", "data")  # set by the file
 
 
-def load_served(cfg: DictConfig, out_dir: Path, file: str | None) -> Model:
-    """Load the model of a file, or the one named by `resume`.
+def load_served(source: ModelSource, out_dir: Path, file: str | None) -> Model:
+    """Load the model of a file, or the one of `source`.
 
     Raises:
         UserError: if there is no model, both name one, or it has slots and so no classes.
     """
     if file is not None:
-        if cfg.resume is not None:
-            raise UserError(f"mode.model={file} and resume={cfg.resume} both name a model: give one of them.")
-        return Model(*_opened(cfg, out_dir, file))
-    trained = load_trained(cfg)
+        if source.resume is not None:
+            raise UserError(f"mode.model={file} and resume={source.resume} both name a model: give one of them.")
+        return Model(*_opened(source, out_dir, file))
+    trained = source.load()
     if trained.model.head.slots is not None:
         raise UserError(
-            f"resume={cfg.resume} is a model of slots, which knows no classes to serve. mode=track follows its "
+            f"resume={source.resume} is a model of slots, which knows no classes to serve. mode=track follows its "
             "segments through a video or a folder of frames."
         )
     return model_of(trained, sizes_to_keep(trained, out_dir))
@@ -56,13 +55,14 @@ def tracker_maker(make: Callable[..., Tracker], model: Model) -> Callable[[], Tr
     return partial(make, backbone, device=predictor.device, autocast=predictor.autocast, batch_size=_BATCH)
 
 
-def _opened(cfg: DictConfig, out_dir: Path, file: str) -> Opened:
+def _opened(source: ModelSource, out_dir: Path, file: str) -> Opened:
     """Open a one-file model with the settings that it stores; a delta's weights may be given on the command line."""
     typed = {word.lstrip("+").partition("=")[0] for word in command_line(out_dir)}
-    weights = {part: cfg[part].weights for part in ("backbone", "head") if f"{part}.weights" in typed}
+    weights = {part: source.settings(part)["weights"] for part in ("backbone", "head") if f"{part}.weights" in typed}
     unread = {key for key in typed if key.partition(".")[0] in _OF_THE_FILE} - {f"{part}.weights" for part in weights}
     warn_unread(out_dir, unread, f"A mode.model is asked as it says itself; give resume={file} to change that.")
-    machine = {"device": cfg.engine.device, "precision": cfg.engine.precision, "trust": list(cfg.trust)}
+    engine = source.settings("engine")
+    machine = {"device": engine["device"], "precision": engine["precision"], "trust": list(source.config["trust"])}
     try:
         return open_file(Path(file).expanduser(), Options(**machine, **weights))
     except UserError as error:

@@ -5,8 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from omegaconf import DictConfig
-
+from dinoseg.experiment.source import ModelSource
 from dinoseg.serving.limits import Limits, Port
 from dinoseg.serving.server import bound
 from dinoseg.serving.service import Service
@@ -16,7 +15,7 @@ from dinoseg.utils.ranges import Count, NotNegative
 
 @contextmanager
 def started(
-    cfg: DictConfig,
+    source: ModelSource,
     out_dir: Path,
     *,
     model: str | None,
@@ -34,7 +33,7 @@ def started(
     """
     limits.check_wait(wait_ms)
     with bound(host, port) as listener:
-        served = load_served(cfg, out_dir, model)
+        served = load_served(source, out_dir, model)
         service = Service(served, limits, batch_size=batch_size or usual_batch(served), wait=wait_ms / 1000)
         try:
             yield listener, service

@@ -10,7 +10,7 @@ from dinoseg.data.pairs.pair import Pair
 from dinoseg.data.unlabelled import fault
 from dinoseg.data.video.access import ImageSource
 from dinoseg.experiment.builder import Builder
-from dinoseg.tasks.selection.pool import Candidate, found_in
+from dinoseg.tasks.selection.pool import PoolImage, found_in
 from dinoseg.training.mixed_feed import Unlabelled
 from dinoseg.utils.wording import listed
 from dinoseg.utils.workers import in_processes
@@ -21,7 +21,7 @@ _FEW = 64  # number of images below which starting processes costs more than it 
 
 def unmasked_images(
     parts: Builder, options: Unlabelled, train: SegmentationData, val: SegmentationData
-) -> list[Candidate]:
+) -> list[PoolImage]:
     """Return the training images that are not among those with masks, and those that `trainer.unlabelled` names.
 
     An image that both name appears once. Validation images among them cause a warning. With `data.on_error=skip`,
@@ -39,11 +39,11 @@ def unmasked_images(
     others, found = {*train.names, *train.skipped}, []
     whole = parts.reader()("train")
     if isinstance(whole, PairDataset):
-        found += [Candidate(pair.name, pair.image) for pair in whole.pairs if pair.name not in others]
+        found += [PoolImage(pair.name, pair.image) for pair in whole.pairs if pair.name not in others]
     if options.images is not None:
         key = "trainer.unlabelled"
         found += found_in(options.images, every=options.every, cache_dir=parts.cache_dir, key=key)
-    images: dict[Hashable, Candidate] = {}
+    images: dict[Hashable, PoolImage] = {}
     for candidate in found:
         images.setdefault(_identity(candidate.source), candidate)
     pairs: Sequence[Pair] = val.source.pairs if isinstance(val, PairDataset) else []
@@ -58,7 +58,7 @@ def unmasked_images(
     return _readable(chosen, parts.workers) if parts.skips_faulty_files else chosen
 
 
-def _readable(images: Sequence[Candidate], workers: int) -> list[Candidate]:
+def _readable(images: Sequence[PoolImage], workers: int) -> list[PoolImage]:
     """Return the images that can be read, and warn of the others."""
     sources, processes = [image.source for image in images], workers if len(images) >= _FEW else 1
     faults = [why for _, why in in_processes(fault, sources, processes, remedy="Read with fewer: data.workers=1.")]

@@ -17,8 +17,10 @@ from onnx import numpy_helper
 from portable_parts import TINY, untrained
 
 import dinoseg
+from dinoseg.experiment import source
 from dinoseg.experiment.resume import alone
-from dinoseg.export import export, onnx_export, onnx_file
+from dinoseg.experiment.source import ModelSource
+from dinoseg.export import onnx_export, onnx_file
 from dinoseg.export.export import REPORT
 from dinoseg.export.graph import record_of
 from dinoseg.export.onnx_export import OnnxExport
@@ -66,7 +68,7 @@ def change_weight(model, part):
 
 @pytest.mark.heavy
 def test_an_export_is_proven_and_used_without_torch(cfg, out):
-    OnnxExport()(cfg, out_dir=out)
+    OnnxExport()(ModelSource(cfg), out_dir=out)
     report = json.loads((out / REPORT).read_text())
     assert report["proven"] and report["agreement"] == 1 and report["pictures"] == 2
     assert report["miou"]["torch"] == report["miou"]["exported"] and report["references"] == "masks of the data set"
@@ -99,7 +101,7 @@ def test_a_broken_export_is_refused_and_its_layer_named(cfg, out, monkeypatch, p
 
     monkeypatch.setattr(onnx_file, "finish", break_and_finish)
     with pytest.raises(UserError, match=f"model.onnx was not kept.*What differs: {layer}"):
-        OnnxExport()(cfg, out_dir=out)
+        OnnxExport()(ModelSource(cfg), out_dir=out)
     assert [path.name for path in out.iterdir()] == [REPORT]
     assert not json.loads((out / REPORT).read_text())["proven"]
 
@@ -112,7 +114,7 @@ def test_pictures_resized_otherwise_are_refused(cfg, out, monkeypatch):
     monkeypatch.setattr(onnx_file, "finish", other)
     monkeypatch.setattr("dinoseg.export.layers.pixels", lambda image, layout, fill: np.zeros((3, *layout.padded)))
     with pytest.raises(UserError, match="What differs: the resizing of pictures before the first layer"):
-        OnnxExport()(cfg, out_dir=out)
+        OnnxExport()(ModelSource(cfg), out_dir=out)
 
 
 @pytest.mark.heavy
@@ -125,7 +127,7 @@ def test_a_file_that_does_not_run_is_refused_with_its_words(cfg, out, monkeypatc
 
     monkeypatch.setattr(onnx_file, "finish", drop)
     with pytest.raises(UserError, match="gives no answer for 0.png: /.*onnxruntime .* cannot run it"):
-        OnnxExport()(cfg, out_dir=out)
+        OnnxExport()(ModelSource(cfg), out_dir=out)
     assert not list(out.iterdir())
 
 
@@ -172,14 +174,14 @@ def test_pictures_are_spread_over_a_folder(tmp_path):
         write_png(tmp_path / f"{number}.png", np.zeros((number + 1, 4, 3), np.uint8))
     (tmp_path / "run.log").touch()  # of something else: a run's folder holds its config, too
     (tmp_path / "classes.json").mkdir()
-    cfg = OmegaConf.create({"data": {"classes": ["a", "b"]}})
-    found = pictures(cfg, str(tmp_path), 3, tmp_path)
+    unused = {"dataset": lambda split: pytest.fail("no split was given"), "num_classes": 2}
+    found = pictures(str(tmp_path), 3, tmp_path, **unused)
     assert [(picture.path.name, picture.size) for picture in found] == [
         ("0.png", (1, 4)),
         ("3.png", (4, 4)),
         ("6.png", (7, 4)),
     ]
-    assert len(pictures(cfg, str(tmp_path), 99, tmp_path)) == 10
+    assert len(pictures(str(tmp_path), 99, tmp_path, **unused)) == 10
 
 
 def test_what_the_data_set_or_the_model_cannot_be_is_refused_before_anything_is_traced(cfg, out, monkeypatch):
@@ -187,10 +189,10 @@ def test_what_the_data_set_or_the_model_cannot_be_is_refused_before_anything_is_
     with pytest.raises(
         UserError, match=r"size=\[500, 500\]: give multiples of the patches' 8 px, such as \[496, 496\]"
     ):
-        OnnxExport(size=[500, 500])(cfg, out_dir=out)
-    monkeypatch.setattr(export, "load_trained", lambda *_: pytest.fail("a model was made"))
+        OnnxExport(size=[500, 500])(ModelSource(cfg), out_dir=out)
+    monkeypatch.setattr(source, "load_trained", lambda *_: pytest.fail("a model was made"))
     with pytest.raises(UserError, match="cannot be proven on the data set's split test.*export.images"):
-        OnnxExport(images="test")(cfg, out_dir=out)
+        OnnxExport(images="test")(ModelSource(cfg), out_dir=out)
     assert not list(out.iterdir())
 
 
@@ -217,21 +219,22 @@ def test_pictures_that_prove_nothing_are_refused_before_a_model_is_made(tmp_path
     (out / "drawn/config").mkdir()
     (out / "masks/classes.json").touch()
     monkeypatch.setattr("dinoseg.export.pictures.free_bytes", lambda _: 3.8e6 if images == "large" else 4e6)
-    monkeypatch.setattr(export, "load_trained", lambda *_: pytest.fail("a model was made"))
+    monkeypatch.setattr(source, "load_trained", lambda *_: pytest.fail("a model was made"))
     with pytest.raises(UserError, match=reason):
-        ProgramExport(images=str(out / images))(cfg, out_dir=out)
+        ProgramExport(images=str(out / images))(ModelSource(cfg), out_dir=out)
 
 
 def test_scores_that_are_not_there_are_told_of_before_a_model_is_made(tmp_path, monkeypatch):
-    monkeypatch.setattr(write, "load_trained", lambda *_: pytest.fail("a model was made"))
+    monkeypatch.setattr(source, "load_trained", lambda *_: pytest.fail("a model was made"))
     with pytest.raises(UserError, match="export.scores=.*none is no run folder of mode=eval"):
-        write.export_model(OmegaConf.create({"resume": "run"}), out_dir=tmp_path, scores=str(tmp_path / "none"))
+        cfg = OmegaConf.create({"resume": "run"})
+        write.export_model(ModelSource(cfg), out_dir=tmp_path, scores=str(tmp_path / "none"))
 
 
 @pytest.mark.heavy
 def test_weights_beside_a_large_file_are_read_from_there(cfg, out, monkeypatch):
     monkeypatch.setattr(onnx_file, "LARGEST", 1000)
-    OnnxExport()(cfg, out_dir=out)
+    OnnxExport()(ModelSource(cfg), out_dir=out)
     assert sorted(path.name for path in out.iterdir()) == [REPORT, "model.onnx", "model.onnx.data"]
     assert dinoseg.load(out / "model.onnx").predict(out.parent / "data/val/images/0.png").mask.shape == (32, 48)
 
@@ -242,20 +245,19 @@ def test_lora_updates_are_merged_and_a_program_is_proven_too(compose, tmp_path):
     path = untrained(compose, tmp_path, *TINY, "head=linear", "adapter=lora", "adapter.rank=2")
     cfg = alone(path, checkpoint.describe(path), {"engine.device": "cpu"})
     (tmp_path / "out").mkdir()
-    ProgramExport(images=str(tmp_path / "data/val/images"))(cfg, out_dir=tmp_path / "out")
+    ProgramExport(images=str(tmp_path / "data/val/images"))(ModelSource(cfg), out_dir=tmp_path / "out")
     report = json.loads((tmp_path / "out" / REPORT).read_text())
     assert report["proven"] and report["references"] == "the trained model's own classes"
     assert not [name for name in torch.export.load(tmp_path / "out/model.pt2").state_dict if "lora" in name]
 
 
 @pytest.mark.parametrize(("precision", "expected"), [("fp16", "fp32"), ("bf16", "bf16")])
-def test_settings_of_a_gpu_do_not_reach_the_export_on_the_cpu(tmp_path, monkeypatch, precision, expected):
+def test_settings_of_a_gpu_do_not_reach_the_export_on_the_cpu(monkeypatch, precision, expected):
     def load(cfg):
         raise UserError(f"{cfg.engine}")
 
-    monkeypatch.setattr(export, "pictures", lambda *_: [])
-    monkeypatch.setattr(export, "load_trained", load)
+    monkeypatch.setattr(source, "load_trained", load)
     cfg = OmegaConf.create({"resume": "x", "engine": {"device": "auto", "precision": precision, "tf32": True}})
-    with pytest.raises(UserError) as refused, export.prepared(cfg, tmp_path, GraphOptions()):
-        pass
+    with pytest.raises(UserError) as refused:
+        ModelSource(cfg).load_on_cpu()
     assert str(refused.value) == str({"device": "cpu", "precision": expected, "tf32": False})

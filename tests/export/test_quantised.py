@@ -10,6 +10,7 @@ from portable_parts import TINY, exported, untrained
 
 import dinoseg
 from dinoseg.experiment.resume import alone
+from dinoseg.experiment.source import ModelSource
 from dinoseg.experiment.trained import load_trained
 from dinoseg.export import export
 from dinoseg.export.export import REPORT, keep_if_proven, prepared
@@ -43,7 +44,7 @@ def scores_of(model, path):
 def test_the_gate_compares_the_file_with_the_trained_model(quantised, tmp_path, monkeypatch):
     key, _, cfg = quantised
     trained = load_trained(cfg).model
-    with prepared(cfg, tmp_path, GraphOptions()) as ready:
+    with prepared(ModelSource(cfg), tmp_path, GraphOptions()) as ready:
         picture = ready.pictures[0].path
         expected = scores_of(trained, picture)
         assert torch.equal(scores_of(ready.reference.segmenter, picture), expected)

@@ -18,6 +18,7 @@ import dinoseg
 from dinoseg.cli.ranks import LAUNCH_KEYS
 from dinoseg.config.nodes import instantiate
 from dinoseg.experiment.resume import merge
+from dinoseg.experiment.source import ModelSource
 from dinoseg.experiment.unread import warn_not_read
 from dinoseg.export import onnx_export, onnx_file, program
 from dinoseg.inference.auto import Auto
@@ -133,7 +134,7 @@ def watching():
 
 
 def serve(cfg, out_dir):
-    return {"mean": float(load_served(cfg, out_dir, None).predict(image_of(cfg)).mask.mean())}
+    return {"mean": float(load_served(ModelSource(cfg), out_dir, None).predict(image_of(cfg)).mask.mean())}
 
 
 def image_of(cfg):
@@ -158,7 +159,7 @@ def export(cfg, out_dir):
         patch.object(onnx_export, "keep_if_proven", keep),
         patch.object(program, "keep_if_proven", keep),
     ):
-        instantiate(cfg.export)(cfg, out_dir=out_dir)
+        instantiate(cfg.export)(ModelSource(cfg), out_dir=out_dir)
     if cfg.choices.export == "safetensors":
         dinoseg.load(out_dir / "model.safetensors", device="cpu", precision="fp32").predict(image_of(cfg))
     return {"record": str(found)}

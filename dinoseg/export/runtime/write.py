@@ -7,14 +7,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from dinoseg import __version__
-from dinoseg.config.plain import plain
-from dinoseg.experiment import build
-from dinoseg.experiment.recipe import INITIAL, TEACHER, USE, config_description
-from dinoseg.experiment.trained import Trained, load_trained, sizes_to_keep, with_whole_weights
+from dinoseg.experiment.recipe import INITIAL, TEACHER, USE
+from dinoseg.experiment.source import ModelSource, describe_config, outline_of
+from dinoseg.experiment.trained import Trained, sizes_to_keep
 from dinoseg.experiment.unread import warn_unread
 from dinoseg.export.runtime.evidence import data_of, scores_of
 from dinoseg.export.runtime.facts import UNKNOWN, Facts
@@ -32,12 +30,12 @@ _LIBRARIES = ("torch", "transformers", "timm", "peft", "numpy", "pillow")
 
 
 def export_model(
-    cfg: DictConfig, *, out_dir: Path, delta: bool = False, gated: bool = False, scores: str | None = None
+    source: ModelSource, *, out_dir: Path, delta: bool = False, gated: bool = False, scores: str | None = None
 ) -> dict[str, Any]:
-    """Write the model of the checkpoint named by `resume` to `out_dir`/model.safetensors; return its path.
+    """Write a trained model to `out_dir`/model.safetensors; return its path.
 
     Args:
-        cfg: the whole config, merged with the checkpoint's.
+        source: the trained model.
         out_dir: the run folder.
         delta: write only what was trained; the file names the backbone's source, from where it is loaded again.
         gated: write weights whose licence restricts redistribution; do not share the file except on its terms.
@@ -47,87 +45,94 @@ def export_model(
         UserError: if there is no checkpoint, the model has slots, or the file would hold weights of restricted licence.
             Also if `delta` meets a backbone without a source, or `scores` is no evaluation of this checkpoint.
     """
-    if cfg.resume is None:
+    if source.resume is None:
         raise UserError("export=safetensors needs a trained model: give resume=<run folder or checkpoint>.")
-    if delta and plain(cfg.backbone).get("weights") in (None, "random"):
+    if delta and source.config["backbone"].get("weights") in (None, "random"):
         raise UserError(
             "export.delta=true: this backbone comes from nowhere else (backbone.weights=random), so a file without it "
             "could not be used. Leave export.delta out."
         )
     if scores is not None:
-        scores_of(Path(cfg.resume), (), scores)  # report a wrong folder before the slow model build
+        scores_of(Path(source.resume), (), scores)  # report a wrong folder before the slow model build
     warn_unread(out_dir, ("cache_dir",), "This export reads no images.")
-    trained = load_trained(cfg)
+    trained = source.load()
     if trained.model.head.slots is not None:
-        raise UserError(f"resume={cfg.resume} is a model of slots, which knows no classes, and so no file of them.")
+        raise UserError(f"resume={source.resume} is a model of slots, which knows no classes, and so no file of them.")
     sizes = sizes_to_keep(trained, out_dir)
-    facts = facts_of(cfg, trained, sizes, delta=delta, scores=scores)
-    held = _held_config(cfg, facts)
-    whole = not delta and cfg.adapter.get("bits") is not None
-    tensors, frozen = _tensors(held, with_whole_weights(cfg, trained.model) if whole else trained.model, delta)
-    if cfg.finite_weights:  # loading checked the checkpoint, but not the backbone's weights
-        checkpoint.check_finite(tensors, f"resume={cfg.resume}")
+    facts = facts_of(source, trained, sizes, delta=delta, scores=scores)
+    stored = _stored_config(source.config, facts)
+    bits = source.settings("adapter").get("bits")
+    whole = not delta and bits is not None
+    tensors, frozen = _tensors(stored, source.in_float32(trained.model) if whole else trained.model, delta)
+    if source.config["finite_weights"]:  # loading checked the checkpoint, but not the backbone's weights
+        checkpoint.check_finite(tensors, f"resume={source.resume}")
     if whole:
-        print(f"adapter.bits={cfg.adapter.bits}: the file holds the same weights in float32, which rounds differently")
+        print(f"adapter.bits={bits}: the file holds the same weights in float32, which rounds differently")
     copies = bool(trained.model.head.own_blocks)
     base = copies or any(name.startswith("model/backbone.") and ".lora_" not in name for name in tensors)
     facts = replace(facts, backbone={**facts.backbone, "in_file": base})
     if not gated:
         weights = [name for name in tensors if name.startswith("model/") and ".lora_" not in name]
-        _check_licence(cfg, facts.backbone, weights, copies=copies)
-    description = {**config_description(held), "folder": "."}
+        _check_licence(facts.backbone, source.config["head"].get("weights"), weights, copies=copies)
+    description = {**describe_config(stored), "folder": "."}
     info = {**trained.info, **description, **facts.description(), "frozen": frozen, "versions": dict(facts.versions)}
     idle = {"format"} if sizes else {"format", KEY}
     path = out_dir / FILES["torch"]
     checkpoint.write(path, tensors, {key: value for key, value in info.items() if key not in idle})
     size = f"{count_of(tensors, 'tensor')}, {path.stat().st_size / 1e6:.2f} MB"
-    source = facts.backbone
-    print(f"written to {path}: {size}; backbone {source['name']}, licence {source['licence']}")
+    origin = facts.backbone
+    print(f"written to {path}: {size}; backbone {origin['name']}, licence {origin['licence']}")
     if delta:
-        print(f"the backbone itself is not in it: {source['weights']}, revision {source['revision'] or 'unknown'}")
+        print(f"the backbone itself is not in it: {origin['weights']}, revision {origin['revision'] or 'unknown'}")
     if facts.scores is None:
         print("no scores are in it: give export.scores=<run folder of mode=eval> to have them there")
-    given = ', backbone="FILE"' if delta and Path(str(cfg.backbone.weights)).expanduser().exists() else ""
+    weights_file = Path(str(source.settings("backbone").get("weights"))).expanduser()
+    given = ', backbone="FILE"' if delta and weights_file.exists() else ""
     print(f'use: import dinoseg; model = dinoseg.load("{path}"{given}); out = model.predict("picture.jpg")')
     return {"path": str(path)}
 
 
 def facts_of(
-    cfg: DictConfig, trained: Trained, sizes: TrainedSizes | None, *, delta: bool = False, scores: str | None = None
+    source: ModelSource, trained: Trained, sizes: TrainedSizes | None, *, delta: bool = False, scores: str | None = None
 ) -> Facts:
     """Return the facts of a trained model, for an exported file of any kind.
 
     Args:
-        cfg: the whole config, merged with the checkpoint's.
-        trained: its model.
+        source: the model's config.
+        trained: the loaded model.
         sizes: training sizes to which images are reduced, as `sizes_to_keep` returns them.
         delta: whether the file holds only what was trained.
         scores: as of `export_model`.
     """
-    before = Facts.of(trained.info, f"resume={cfg.resume}")  # facts of a checkpoint that is itself an exported file
+    assert source.resume is not None  # exports check it first
+    before = Facts.of(trained.info, f"resume={source.resume}")  # facts of a checkpoint that is itself an exported file
     colours = {name: getattr(trained.model.backbone, name).flatten().tolist() for name in ("mean", "std")}
-    path = Path(cfg.resume)
+    path, choices = Path(source.resume), source.config["choices"]
     return Facts(
         before.classes,
         before.palette,
         before.ignore_index,
         normalisation=colours,
-        sizes={**plain(cfg.resolution, resolve=True), **(sizes.as_info()[KEY] if sizes else {}), USE: _use(cfg)},
+        sizes={
+            **source.settings("resolution"),
+            **(sizes.as_info()[KEY] if sizes else {}),
+            USE: _inference_strategy(source),
+        },
         scores=scores_of(path, before.classes, scores) or before.scores,
-        backbone=before.backbone or source_of(plain(cfg), str(trained.info["frozen"]["backbone"])),
-        data=before.data or data_of(path, str(cfg.choices.data)),
+        backbone=before.backbone or source_of(source.config, str(trained.info["frozen"]["backbone"])),
+        data=before.data or data_of(path, str(choices["data"])),
         versions=_versions(),
-        choices={group: str(option) for group, option in plain(cfg.choices).items() if group in _CHOICES},
+        choices={group: str(option) for group, option in choices.items() if group in _CHOICES},
         delta=delta,
     )
 
 
-def _held_config(cfg: DictConfig, facts: Facts) -> DictConfig:
+def _stored_config(config: Mapping[str, Any], facts: Facts) -> dict[str, Any]:
     """Return the config that a file stores: without paths of this machine or sources of weights that the file holds."""
-    held = {**_without_places(plain(cfg)), TEACHER: None, INITIAL: None}
-    if "root" in held["data"]:
-        held["data"]["root"] = "???"
-    backbone, head, adapter = held["backbone"], held["head"], held["adapter"]
+    stored: dict[str, Any] = {**_without_places(config), TEACHER: None, INITIAL: None}
+    if "root" in stored["data"]:
+        stored["data"]["root"] = "???"
+    backbone, head, adapter = stored["backbone"], stored["head"], stored["adapter"]
     if facts.delta and is_hub_id(backbone["weights"]) and facts.backbone["revision"]:
         backbone["weights"] = f"{facts.backbone['weights']}@{facts.backbone['revision']}"
     if not facts.delta:
@@ -136,7 +141,7 @@ def _held_config(cfg: DictConfig, facts: Facts) -> DictConfig:
         adapter |= {"bits": None} if "bits" in adapter else {}
         in_file = {"weights": None, "class_layer": "loaded", "trainable": "all"}
         head |= {key: value for key, value in in_file.items() if head.get("weights") is not None and key in head}
-    return OmegaConf.create(held)
+    return stored
 
 
 def _without_places(node: Any) -> Any:
@@ -148,29 +153,32 @@ def _without_places(node: Any) -> Any:
     return Path(node).name if isinstance(node, str) and node.startswith(("/", "~", "./", "../")) else node
 
 
-def _tensors(held: DictConfig, model: Segmenter, delta: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _tensors(config: Mapping[str, Any], model: Segmenter, delta: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the tensors that a file of this config holds, and the hashes of those that it does not hold."""
     state = model.state_dict()
     tensors = {f"{CONSTANTS}/{name}": value for name, value in constants(model).items()}
     if delta:
         return tensors | {f"model/{name}": state[name] for name in trained_names(model)}, frozen_fingerprint(model)
-    empty = build.outline(held)
+    empty = outline_of(config)
     empty.backbone.weights, empty.head.weights = "random", None
     return tensors | {f"model/{name}": state[name] for name in trained_names(empty)}, frozen_fingerprint(empty)
 
 
-def _check_licence(cfg: DictConfig, source: Mapping[str, Any], names: Sequence[str], *, copies: bool = False) -> None:
+def _check_licence(source: Mapping[str, Any], head: str | None, names: Sequence[str], *, copies: bool = False) -> None:
     """Refuse to write third-party weights whose licence restricts redistribution.
 
-    A head loaded from `head.weights` (Meta's segmentors) counts as third-party, too. `copies`: whether the head holds
-    copies of the backbone's blocks.
+    Args:
+        source: of the backbone, see `source_of`.
+        head: third-party source of the head's weights, such as a file of Meta's segmentors.
+        names: of the tensors in the file.
+        copies: whether the head holds copies of the backbone's blocks.
     """
-    foreign = {"backbone": source["gated"], "head": plain(cfg.head).get("weights") is not None}
+    foreign = {"backbone": source["gated"], "head": head is not None}
     held = {part: any(f"/{part}." in name for name in names) for part in foreign}
     held["backbone"] |= copies
     part = next((part for part in foreign if foreign[part] and held[part]), None)
     if part is not None:
-        what = f"{source['weights']} ({source['licence']})" if part == "backbone" else cfg.head.weights
+        what = f"{source['weights']} ({source['licence']})" if part == "backbone" else head
         raise UserError(
             f"The file would hold weights of the {part} {what}, whose licence says on which terms they may be passed "
             "on. Write what was trained alone, which LoRA and frozen backbones allow, but for head=split: export.delta="
@@ -178,10 +186,10 @@ def _check_licence(cfg: DictConfig, source: Mapping[str, Any], names: Sequence[s
         )
 
 
-def _use(cfg: DictConfig) -> dict[str, Any]:
+def _inference_strategy(source: ModelSource) -> dict[str, Any]:
     """Return the inference strategy as plain values, for readers: loading uses the one in the config."""
-    values = {key: value for key, value in plain(cfg[USE], resolve=True).items() if not key.startswith("_")}
-    return {"option": str(cfg.choices[USE]), **values}
+    values = {key: value for key, value in source.settings(USE).items() if not key.startswith("_")}
+    return {"option": str(source.config["choices"][USE]), **values}
 
 
 def _versions() -> dict[str, str]:
@@ -206,14 +214,14 @@ _LICENCES = (  # part of the name, licence of such weights, whether it restricts
 OWN_LICENCE = "its trainer's own"
 
 
-def source_of(cfg: Mapping[str, Any], frozen: str) -> dict[str, Any]:
+def source_of(config: Mapping[str, Any], frozen: str) -> dict[str, Any]:
     """Return the name, source, revision, hash and licence of a backbone's weights.
 
     Args:
-        cfg: the plain config: its `backbone` and `choices`.
+        config: as plain values: its `backbone` and `choices`.
         frozen: hash of the backbone's frozen weights.
     """
-    backbone, choice = cfg["backbone"], cfg["choices"]["backbone"]
+    backbone, choice = config["backbone"], config["choices"]["backbone"]
     weights = backbone.get("weights")
     name, revision = _last(weights), ""
     if is_hub_id(weights):

@@ -9,12 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import DictConfig
 from torch import Tensor
 
-from dinoseg.config.nodes import instantiate
-from dinoseg.config.plain import plain
 from dinoseg.core.contracts import Backbone
+from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.masks import MaskReader, Masks
 from dinoseg.data.formats.sarrarp_files import (
     MASK_FOLDER,
@@ -28,15 +26,13 @@ from dinoseg.data.formats.sarrarp_files import (
 )
 from dinoseg.data.pairs.dataset import read_pair
 from dinoseg.data.pairs.pair import Pair
-from dinoseg.experiment import build
-from dinoseg.experiment.trained import labels_of
 from dinoseg.report.progress import Bar
 from dinoseg.tasks.preparation.jobs import incomplete, run_jobs
 from dinoseg.tracking.propagation.agreement import between
 from dinoseg.tracking.propagation.features import last_maps
 from dinoseg.tracking.propagation.settings import PropagationSettings
 from dinoseg.tracking.provenance import precision_of, weights_of
-from dinoseg.tracking.tracker import Autocast
+from dinoseg.training.engine import Engine
 from dinoseg.utils import forms
 from dinoseg.utils.atomic import remove_parts, whole_folder
 from dinoseg.utils.errors import UserError
@@ -56,28 +52,42 @@ class Propagation:
 
     backbone: Backbone
     settings: PropagationSettings
-    device: torch.device
-    autocast: Autocast
+    engine: Engine
     reader: MaskReader
     min_agreement: float
     made_by: dict[str, Any]  # what the labels depend on, in addition to frames and masks
 
     @classmethod
-    def of(cls, cfg: DictConfig) -> "Propagation":
-        """Return the propagation that `backbone`, `tracker`, `engine` and `data` configure."""
-        engine, settings = instantiate(cfg.engine), instantiate(cfg.tracker)
-        backbone = build.backbone(cfg).to(engine.device)
-        labels = labels_of(cfg)
+    def build(
+        cls,
+        backbone: Backbone,
+        settings: PropagationSettings,
+        engine: Engine,
+        labels: Labels,
+        *,
+        min_agreement: float,
+        backbone_config: Mapping[str, Any],
+    ) -> "Propagation":
+        """Return the propagation with a backbone on the engine's device.
+
+        Args:
+            backbone: frozen, in eval mode; it is moved to the device.
+            settings: of the tracker.
+            engine: device and precision.
+            labels: classes of the dataset.
+            min_agreement: minimum share of pixels on which the propagations from both masks agree.
+            backbone_config: resolved config of the backbone; labels are made again if it changes.
+        """
+        backbone = backbone.to(engine.device)
         made_by = {
-            "backbone": plain(cfg.backbone, resolve=True),
+            "backbone": dict(backbone_config),
             "weights": weights_of(backbone),
             "tracker": asdict(settings),
             "precision": precision_of(engine.autocast, engine.device),
-            "min_agreement": cfg.data.prepare.min_agreement,
+            "min_agreement": min_agreement,
             "ignore_index": labels.ignore_index,
         }
-        reader = MaskReader(labels, Masks())
-        return cls(backbone, settings, engine.device, engine.autocast, reader, cfg.data.prepare.min_agreement, made_by)
+        return cls(backbone, settings, engine, MaskReader(labels, Masks()), min_agreement, made_by)
 
 
 def propagate(propagation: Propagation, root: Path, videos: Sequence[str]) -> dict[str, dict[str, int]]:
@@ -183,6 +193,6 @@ def _masked(propagation: Propagation, video: Path, path: Path) -> tuple[np.ndarr
 @torch.inference_mode()
 def _features(propagation: Propagation, images: Sequence[np.ndarray]) -> Tensor:
     """Return the backbone's last feature maps (T, C, h, w) of frames (H, W, 3)."""
-    seen_as = (propagation.settings, propagation.device, propagation.autocast)
+    seen_as = (propagation.settings, propagation.engine.device, propagation.engine.autocast)
     starts = range(0, len(images), _BATCH)
     return torch.cat([last_maps(propagation.backbone, images[start : start + _BATCH], *seen_as) for start in starts])

@@ -21,7 +21,7 @@ _ROUNDING = 1e-6  # tolerance in seconds of a frame's time at a step
 
 
 @dataclass(frozen=True)
-class Candidate:
+class PoolImage:
     """Image, or frame of a video, that can be selected.
 
     Args:
@@ -37,7 +37,7 @@ class Candidate:
 
 def found_in(
     source: str, *, every: float, cache_dir: Path, key: str = "input", also: Collection[str] = ()
-) -> list[Candidate]:
+) -> list[PoolImage]:
     """Return the images and frames that an image, video, folder or pattern refers to, in order.
 
     A video contributes the first frame of each `every` seconds. If the source is a single video, frames are named by
@@ -55,12 +55,12 @@ def found_in(
     """
     paths = list_inputs(source, key)
     names = mask_names(paths, source)
-    found: list[Candidate] = []
+    found: list[PoolImage] = []
     for path, name in zip(paths, names, strict=True):
         if is_video(path):
             found += _frames(path, "" if len(paths) == 1 else f"{name}/", every, cache_dir, also)
         else:
-            found.append(Candidate(name, path))
+            found.append(PoolImage(name, path))
     return found
 
 
@@ -85,7 +85,7 @@ def named_in(labels: str) -> set[str]:
     return masks
 
 
-def places_of(names: Collection[str], pool: list[Candidate]) -> list[int]:
+def places_of(names: Collection[str], pool: list[PoolImage]) -> list[int]:
     """Return the indices of the named images in the pool.
 
     Raises:
@@ -101,13 +101,13 @@ def places_of(names: Collection[str], pool: list[Candidate]) -> list[int]:
     return sorted(known[name] for name in names)
 
 
-def _frames(path: Path, before: str, every: float, cache_dir: Path, also: Collection[str]) -> Iterator[Candidate]:
+def _frames(path: Path, before: str, every: float, cache_dir: Path, also: Collection[str]) -> Iterator[PoolImage]:
     times = _seconds(find_index(path, cache_dir))
     steps = np.floor((times + _ROUNDING) / every)
     first = np.unique(steps, return_index=True)[1]
     named = [place for place in range(len(times)) if also and f"{before}{place:09d}" in also]
     for place in np.union1d(first, named).astype(int).tolist():
-        yield Candidate(f"{before}{place:09d}", VideoFrame(path, place, cache_dir), float(times[place]))
+        yield PoolImage(f"{before}{place:09d}", VideoFrame(path, place, cache_dir), float(times[place]))
 
 
 def _seconds(index: VideoIndex) -> np.ndarray:

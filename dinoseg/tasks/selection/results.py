@@ -9,7 +9,7 @@ import numpy as np
 
 from dinoseg.data.video.access import VideoFrame, read_source
 from dinoseg.report.contact_sheet import contact_sheet
-from dinoseg.tasks.selection.pool import Candidate
+from dinoseg.tasks.selection.pool import PoolImage
 from dinoseg.tasks.selection.selector import Pick
 from dinoseg.utils.atomic import whole_file, write_json, write_text
 from dinoseg.utils.csv_text import write_csv_table
@@ -21,7 +21,7 @@ _SHOWN = 60  # images on the contact sheet
 _LINES = 20  # rows printed on the terminal
 
 
-def write_selection(out_dir: Path, chosen: Sequence[tuple[Candidate, Pick]], by: str) -> None:
+def write_selection(out_dir: Path, chosen: Sequence[tuple[PoolImage, Pick]], by: str) -> None:
     """Write the chosen images in their order, and print the first of them.
 
     selection.csv and selection.json list name, file, frame, time and reason of each image; selection.txt lists only
@@ -53,7 +53,7 @@ def write_selection(out_dir: Path, chosen: Sequence[tuple[Candidate, Pick]], by:
     print(f"to label:     {out_dir / FOLDER}; listed in selection.csv, selection.json and selection.txt beside it")
 
 
-def _row(order: int, candidate: Candidate, pick: Pick) -> dict[str, Any]:
+def _row(order: int, candidate: PoolImage, pick: Pick) -> dict[str, Any]:
     source = candidate.source
     path, frame = (source.path, source.index) if isinstance(source, VideoFrame) else (source, None)
     time = None if candidate.time is None else round(candidate.time, 3)
@@ -61,7 +61,7 @@ def _row(order: int, candidate: Candidate, pick: Pick) -> dict[str, Any]:
     return {**names, "reason": pick.reason}
 
 
-def _copy(candidate: Candidate, folder: Path) -> None:
+def _copy(candidate: PoolImage, folder: Path) -> None:
     source = candidate.source
     if isinstance(source, VideoFrame):
         write_png(folder / f"{candidate.name}.png", source.read())
@@ -70,6 +70,6 @@ def _copy(candidate: Candidate, folder: Path) -> None:
             shutil.copyfile(source, part)
 
 
-def _shown(candidate: Candidate, pick: Pick) -> tuple[str, np.ndarray]:
+def _shown(candidate: PoolImage, pick: Pick) -> tuple[str, np.ndarray]:
     at = "" if candidate.time is None else f", {candidate.time:.1f} s"
     return f"{candidate.name}{at}", read_source(candidate.source)

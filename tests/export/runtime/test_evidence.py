@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from dinoseg.experiment import source
+from dinoseg.experiment.source import ModelSource
 from dinoseg.export.runtime import write
 from dinoseg.export.runtime.evidence import COUNTED, data_of, scores_of
 from dinoseg.export.runtime.runtime import Options
@@ -104,10 +106,10 @@ def test_a_folder_of_a_hub_ids_name_is_a_folder(tmp_path, monkeypatch):
 
 
 def test_scores_that_are_not_there_are_told_before_the_model_is_made(best, tmp_path, monkeypatch):
-    monkeypatch.setattr(write, "load_trained", lambda cfg: pytest.fail("the model was made"))
+    monkeypatch.setattr(source, "load_trained", lambda cfg: pytest.fail("the model was made"))
     cfg = OmegaConf.create({"resume": str(best), "backbone": {"weights": "random"}})
     with pytest.raises(UserError, match="export.scores=.*nowhere is no run folder"):
-        write.export_model(cfg, out_dir=tmp_path, scores=str(tmp_path / "nowhere"))
+        write.export_model(ModelSource(cfg), out_dir=tmp_path, scores=str(tmp_path / "nowhere"))
 
 
 def test_no_place_of_this_machine_is_kept():
@@ -117,10 +119,9 @@ def test_no_place_of_this_machine_is_kept():
 
 
 def test_a_head_of_others_is_not_passed_on_unless_asked():
-    cfg = OmegaConf.create({"head": {"weights": "head.pth"}})
     with pytest.raises(UserError, match="weights of the head head.pth"):
-        write._check_licence(cfg, {"gated": False}, ["model/head.classify.weight"])
-    write._check_licence(cfg, {"gated": False}, ["model/backbone.norm.weight"])
+        write._check_licence({"gated": False}, "head.pth", ["model/head.classify.weight"])
+    write._check_licence({"gated": False}, "head.pth", ["model/backbone.norm.weight"])
 
 
 def test_weights_that_are_given_are_those_of_their_part():
