@@ -35,7 +35,7 @@ from tabulate import tabulate
 
 from dinoseg.data.classes.labels import Labels
 from dinoseg.inference.done import DoneInputs
-from dinoseg.inference.image_run import ImageRun, Segmentation
+from dinoseg.inference.image_run import ImageRun, SegmentationSettings
 from dinoseg.inference.predictor import Predictor
 from dinoseg.inference.stream import Throughput
 from dinoseg.inference.video_file import VideoReader
@@ -101,7 +101,7 @@ def compared(name: str, case: Case, folder: Path, count: int, repeats: int) -> b
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     predictor = (Free if case.free else Predictor)(model().to(device).eval(), device, nullcontext)
     palette = [(200, 40, 0), (0, 90, 255), (20, 180, 20), (200, 200, 0)]
-    by = Segmentation(predictor, Labels.of(list("abcd"), palette, 255), case.opacity, BATCH)
+    by = SegmentationSettings(predictor, Labels.of(list("abcd"), palette, 255), case.opacity, BATCH)
     path = write_video(folder / "in.mp4", count, case)
     with VideoReader(path) as reader:
         frames = list(reader)
@@ -177,7 +177,7 @@ def read(path: Path) -> None:
             pass
 
 
-def write(by: Segmentation, folder: Path, frames: list[np.ndarray], ids: list[np.ndarray], masks: bool) -> None:
+def write(by: SegmentationSettings, folder: Path, frames: list[np.ndarray], ids: list[np.ndarray], masks: bool) -> None:
     with VideoWriter(folder / "alone.mp4", 30, frames[0].shape[:2]) as writer:
         for number, (frame, mask) in enumerate(zip(frames, ids, strict=True)):
             if masks:
@@ -185,7 +185,7 @@ def write(by: Segmentation, folder: Path, frames: list[np.ndarray], ids: list[np
             writer.write(blend(frame, mask, by.labels.palette, ignore_index=255, opacity=by.opacity))
 
 
-def whole(by: Segmentation, path: Path, folder: Path, masks: bool) -> Throughput | None:
+def whole(by: SegmentationSettings, path: Path, folder: Path, masks: bool) -> Throughput | None:
     out = Path(tempfile.mkdtemp(dir=folder))
     video = VideoInput("v", partial(VideoReader, path), path)
     return segment_video(by, video, ImageRun(out, None, DoneInputs(out)), VideoOptions(masks))

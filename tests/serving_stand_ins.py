@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 from starlette.testclient import TestClient
 
-from dinoseg.export.runtime.facts import Facts
+from dinoseg.export.runtime.facts import ModelFacts
 from dinoseg.export.runtime.model import Model
 from dinoseg.serving.decoding import Decoders
 from dinoseg.serving.endpoint import endpoint
@@ -20,7 +20,7 @@ from dinoseg.serving.limits import Limits
 from dinoseg.serving.service import Service
 from dinoseg.utils.child import Channel, Child
 
-FACTS = Facts(("dark", "bright"), ((0, 0, 0), (255, 0, 0)), 255)
+FACTS = ModelFacts(("dark", "bright"), ((0, 0, 0), (255, 0, 0)), 255)
 
 
 class Bright:

@@ -1,6 +1,7 @@
 """Who may import whom, which door leads to which heavy dependency, and how large files and functions get."""
 
 import ast
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,17 @@ EXCEPTIONS = {
     ("__init__.py", "dinoseg.export.runtime.load.load"),  # dinoseg.load, imported when it is asked for
     ("__init__.py", "dinoseg.export.runtime.model.Model"),  # likewise
 }
+SAME_NAMES = {"Learnt", "Outcome", "Scored"}  # classes that share a name; only ever shrinks
+ASK_OTHERS = (  # files that use hasattr, on objects of other libraries, of users or of the operating system
+    "autotune/step_bytes",
+    "core/shapes",
+    "data/custom",
+    "experiment/log_file",
+    "export/runtime/inputs",
+    "models/backbones",
+    "utils/locks",
+    "utils/precision",
+)
 LONGEST_FILE, LONGEST_FUNCTION, LONGEST_LOOP = 500, 80, 90
 LOOPS = (("training/fit.py", "fit"), ("training/many_heads.py", "fit_heads"))
 LARGEST_PACKAGE = 0.18  # of the lines: above it a package is two
@@ -301,6 +313,33 @@ def test_planted_circles_are_found():
     files = {"losses/a.py": "from dinoseg.losses import b", "losses/b.py": "from dinoseg.losses.a import A"}
     assert circles(files) == ["losses/a.py - losses/b.py"]
     assert not circles({**files, "losses/b.py": "import torch"})
+
+
+def same_names(files):
+    """Return the names of classes that are defined more than once."""
+    counts = Counter(
+        node.name for source in files.values() for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ClassDef)
+    )
+    return {name for name, count in counts.items() if count > 1}
+
+
+def test_class_names_are_unique():
+    assert same_names(FILES) == SAME_NAMES
+
+
+def test_a_planted_second_class_of_a_name_is_found():
+    files = {"losses/a.py": "class A:\n    class B: ...", "tasks/b.py": "def f():\n    class B: ...", "c.py": "A = 1"}
+    assert same_names(files) == {"B"}
+
+
+def test_contracts_have_defaults_so_that_nobody_asks_hasattr():
+    asking = {
+        file
+        for file, source in FILES.items()
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Name) and node.id == "hasattr"
+    }
+    assert {below(file, ASK_OTHERS) for file in asking} == {*ASK_OTHERS}
 
 
 def test_no_package_outgrows_the_others():

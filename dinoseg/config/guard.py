@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from dinoseg.config.limits import REMEDY, check_batch, check_text, check_value
 from dinoseg.config.plain import BUILDS, Steps, at, below, dotted, nests, resolved, texts_of
-from dinoseg.config.registry import LISTED, Entry, Registry, own_registry
+from dinoseg.config.registry import LISTED, Registry, RegistryEntry, own_registry
 from dinoseg.config.resolvers import RESOLVERS
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import shown
@@ -90,7 +90,7 @@ def _may_name(key: str, steps: Steps) -> bool:
     return bool(_KEY.fullmatch(key)) or (steps == _BY_CLASS and key.isprintable() and key not in BUILDS)
 
 
-def _check_target(node: Mapping[str, Any], allowed: Entry, trust: Collection[str], what: str) -> None:
+def _check_target(node: Mapping[str, Any], allowed: RegistryEntry, trust: Collection[str], what: str) -> None:
     target, partial = node.get("_target_"), node.get("_partial_", False)
     if not isinstance(target, str) or not (target in allowed.targets or _trusted(target, trust)):
         listed = f"there they name {', '.join(sorted(allowed.targets))}" if allowed.targets else "there they name none"
@@ -111,9 +111,9 @@ def _check_target(node: Mapping[str, Any], allowed: Entry, trust: Collection[str
             raise UserError(f"{what}.{key} is refused: {target} takes no {key}. {REMEDY}.")
 
 
-def _entry(steps: Steps, registry: Registry) -> Entry:
+def _entry(steps: Steps, registry: Registry) -> RegistryEntry:
     """Return what config files write at a place."""
-    return registry.get(tuple(LISTED if isinstance(step, int) else step for step in steps), Entry())
+    return registry.get(tuple(LISTED if isinstance(step, int) else step for step in steps), RegistryEntry())
 
 
 def _trusted(target: str, trust: Collection[str]) -> bool:
@@ -174,7 +174,7 @@ def _check_weights(config: Mapping[str, Any], registry: Registry, trust: Collect
     """Refuse weights from a place that only the file names, since they would be downloaded."""
     backbone = config.get("backbone")
     weights = backbone.get("weights") if isinstance(backbone, Mapping) else None
-    known = registry.get(("backbone",), Entry()).values.get("weights", set())
+    known = registry.get(("backbone",), RegistryEntry()).values.get("weights", set())
     if weights is None:
         return
     if isinstance(weights, str):

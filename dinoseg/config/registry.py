@@ -25,7 +25,7 @@ Keys = tuple[str, ...]  # path from the root of a config
 
 
 @dataclass
-class Entry:
+class RegistryEntry:
     """Content of config files at one place.
 
     Attributes:
@@ -39,7 +39,7 @@ class Entry:
     values: dict[str, set[str]] = field(default_factory=dict)
 
 
-Registry = Mapping[Keys, Entry]
+Registry = Mapping[Keys, RegistryEntry]
 
 
 def shipped_registry() -> Registry:
@@ -55,7 +55,7 @@ def own_registry(config: Mapping[str, Any]) -> Registry:
     Args:
         config: composed from the command line, plain, with interpolations unresolved.
     """
-    composed: dict[Keys, Entry] = {}
+    composed: dict[Keys, RegistryEntry] = {}
     _add({group: config[group] for group in GROUPS if group in config}, (), composed)
     if not HydraConfig.initialized():
         return _joined(shipped_registry(), composed)
@@ -76,7 +76,7 @@ def read_registry(folders: tuple[Path, ...]) -> Registry:
     Args:
         folders: roots of config groups.
     """
-    registry: dict[Keys, Entry] = {}
+    registry: dict[Keys, RegistryEntry] = {}
     seen: set[_Config] = set()
     for folder in folders:
         for group in ("", *GROUPS, *_ACROSS):
@@ -94,7 +94,7 @@ def read_chosen(folders: Sequence[Path], chosen: Iterable[tuple[str, Any]]) -> R
         folders: roots of config groups.
         chosen: group (`data/deep`, `protocol@data.official`) and option.
     """
-    registry: dict[Keys, Entry] = {}
+    registry: dict[Keys, RegistryEntry] = {}
     seen: set[_Config] = set()
     for config in _bases([{group: option} for group, option in chosen], "", ""):
         _collect(folders, config, registry, seen)
@@ -108,7 +108,7 @@ def _joined(registry: Registry, more: Registry) -> Registry:
         first, second = registry[keys], more[keys]
         names = first.values.keys() | second.values.keys()
         values = {name: first.values.get(name, set()) | second.values.get(name, set()) for name in names}
-        both[keys] = Entry(first.targets | second.targets, first.partial | second.partial, values)
+        both[keys] = RegistryEntry(first.targets | second.targets, first.partial | second.partial, values)
     return both
 
 
@@ -145,7 +145,7 @@ class _Config:
         return f"{self.parent}.{'' if package == '_here_' else package}".strip(".")
 
 
-def _collect(folders: Sequence[Path], config: _Config, registry: dict[Keys, Entry], seen: set[_Config]) -> None:
+def _collect(folders: Sequence[Path], config: _Config, registry: dict[Keys, RegistryEntry], seen: set[_Config]) -> None:
     """Add the content of a config, and of the configs in its defaults list."""
     if config in seen:
         return
@@ -185,13 +185,13 @@ def _base(key: str, option: str, group: str, where: str) -> _Config:
     return _Config(name.removesuffix(".yaml"), package or None, folder.replace("/", "."), where)
 
 
-def _add(node: Any, keys: Keys, registry: dict[Keys, Entry]) -> None:
+def _add(node: Any, keys: Keys, registry: dict[Keys, RegistryEntry]) -> None:
     """Add the content of a file at and below `keys`."""
     for value in node if isinstance(node, list) else ():
         _add(value, (*keys, LISTED), registry)
     if not isinstance(node, dict):
         return
-    entry = registry.setdefault(keys, Entry())
+    entry = registry.setdefault(keys, RegistryEntry())
     for key, value in node.items():
         if key == "_target_":
             entry.targets.add(str(value))

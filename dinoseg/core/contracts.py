@@ -149,6 +149,7 @@ class Slots(Protocol):
     sizes: list[int]  # slots in each group, all in one without groups
     num_slots: int
     predictor: nn.Module | None  # maps slots to initial slots of the next frame; None: sampled in each frame
+    mask_source: str  # where its masks come from: attention, or the decoder's alpha
 
     def step(
         self,

@@ -63,7 +63,7 @@ class StrongView:
         return image, _box(image.shape[:2], chance[8:]) if rng.random() < self.cutmix else (0, 0, 0, 0)
 
 
-class Views(NamedTuple):
+class UnlabelledViews(NamedTuple):
     """Views of an unlabelled image for the teacher and the student."""
 
     weak: Tensor  # (3, H, W) uint8
@@ -93,7 +93,7 @@ class UnlabelledImages:
     def __len__(self) -> int:
         return len(self.sources)
 
-    def read(self, index: int, rng: np.random.Generator) -> Views:
+    def read(self, index: int, rng: np.random.Generator) -> UnlabelledViews:
         """Return views of an image, sampled with `rng`.
 
         Raises:
@@ -103,7 +103,7 @@ class UnlabelledImages:
         weak, outside = self.augment(pixels, np.full(pixels.shape[:2], self.inside, np.uint8), rng)
         strong, boxes = zip(*(self.strong(weak, rng) for _ in range(self.views)), strict=True)
         views = torch.stack(list(map(_planes, strong)))
-        return Views(_planes(weak), torch.from_numpy(outside), views, torch.tensor(boxes))
+        return UnlabelledViews(_planes(weak), torch.from_numpy(outside), views, torch.tensor(boxes))
 
 
 class Unmasked:

@@ -11,7 +11,7 @@ from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.pairs.pair import Pair
 from dinoseg.evaluation.score_report import report, write_problems
 from dinoseg.evaluation.scoring.folders import Unscorable, score_cases
-from dinoseg.metrics.protocols.contract import BadFile, Case, Cases, DatasetProtocol
+from dinoseg.metrics.protocols.contract import BadFile, Cases, DatasetProtocol, ScoringCase
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import read_size
 
@@ -90,7 +90,7 @@ def _problems(protocol: DatasetProtocol, data: PairDataset, folder: Path) -> lis
     return problems
 
 
-def _case(protocol: DatasetProtocol, pair: Pair, folder: Path) -> Case:
+def _case(protocol: DatasetProtocol, pair: Pair, folder: Path) -> ScoringCase:
     return protocol.case(pair.name, mask_file(pair.mask), folder / protocol.target(pair.name))
 
 

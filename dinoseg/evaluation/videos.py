@@ -20,7 +20,7 @@ from dinoseg.experiment.benchmark_videos import BenchmarkVideos
 from dinoseg.experiment.folder import first_ranks
 from dinoseg.experiment.provenance import Provenance
 from dinoseg.experiment.unread import warn_unread
-from dinoseg.metrics.protocols.contract import Case, Cases, ScoreProtocol
+from dinoseg.metrics.protocols.contract import Cases, ScoreProtocol, ScoringCase
 from dinoseg.report.html.tracking import TrackingReport, tracking_page
 from dinoseg.report.overlay import reduced
 from dinoseg.tracking.tracker import Tracker
@@ -242,7 +242,7 @@ _NO_REFERENCES = (
 _NO_PROTOCOL = "The data set has no protocol for them, or mode.official=false leaves it out."
 
 
-def _case(video: Video, folder: Path) -> Case:
+def _case(video: Video, folder: Path) -> ScoringCase:
     masks = sorted(video.masks.items())
     files = tuple((mask, folder / video.name / f"{video.frame_name(position)}.png") for position, mask in masks)
-    return Case(video.name, video.name, files)
+    return ScoringCase(video.name, video.name, files)

@@ -16,7 +16,7 @@ _TRANSIENT = "transient"  # attribute of records that only the terminal shows
 LABEL = "DINOSEG_LABEL"  # environment variable: prefix of terminal lines where several jobs share a terminal
 
 
-class Labelled:
+class LabelledStream:
     """Text stream that starts each line with a label, and otherwise behaves like the wrapped stream."""
 
     def __init__(self, stream: Any, label: str) -> None:
@@ -36,13 +36,13 @@ class Labelled:
 
 def configure_log(folder: Path | None) -> None:
     """Send the log to the terminal and the run folder's `run.log`; without a folder (other ranks), only warnings."""
-    out, err = (stream.stream if isinstance(stream, Labelled) else stream for stream in (sys.stdout, sys.stderr))
+    out, err = (stream.stream if isinstance(stream, LabelledStream) else stream for stream in (sys.stdout, sys.stderr))
     if isinstance(out, TextIOWrapper):  # in processes of ranks and launchers, which do not pass through `__main__`
         out.reconfigure(errors="backslashreplace")
     if not isinstance(out, Printable):
         out = Printable(out)  # printed text contains file names, too
     label = os.environ.get(LABEL, "")
-    sys.stdout, sys.stderr = (cast(TextIO, Labelled(each, label) if label else each) for each in (out, err))
+    sys.stdout, sys.stderr = (cast(TextIO, LabelledStream(each, label) if label else each) for each in (out, err))
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
     if folder is not None:
         handlers.append(LogFile(folder / LOG, encoding="utf-8", errors="backslashreplace"))

@@ -18,7 +18,7 @@ from dinoseg.export.graph import record_of
 from dinoseg.export.options import GraphOptions
 from dinoseg.export.pictures import Picture, pictures
 from dinoseg.export.proof import Reference, compare, exported, passes
-from dinoseg.export.runtime.facts import Facts
+from dinoseg.export.runtime.facts import ModelFacts
 from dinoseg.export.runtime.onnx_record import GraphRecord
 from dinoseg.export.runtime.write import facts_of
 from dinoseg.inference.trained_sizes import keep_scale
@@ -39,7 +39,7 @@ class Prepared:
     model: Segmenter  # the exported model: the same weights in float32, LoRA updates merged
     record: GraphRecord
     reason: str | None  # why the graph's size is fixed; None: it is dynamic
-    facts: Facts
+    facts: ModelFacts
     pictures: list[Picture]
     folder: Path  # scratch folder inside the run folder, removed at the end
     rounding: str | None  # low-precision setting of the trained model; the file computes in float32
@@ -133,7 +133,7 @@ def _rounding(source: ModelSource) -> str | None:
     return None if dtype == "float32" else f"backbone.dtype={dtype}"
 
 
-def _check_licence(facts: Facts, head: str | None, gated: bool) -> None:
+def _check_licence(facts: ModelFacts, head: str | None, gated: bool) -> None:
     """Refuse to write third-party weights whose licence restricts redistribution, unless `gated` is set.
 
     `head`: third-party source of the head's weights.

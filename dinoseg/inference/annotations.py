@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 import dinoseg
-from dinoseg.data.annotation.outline import Part, edge_polygons, middle_polygons, parts_of
+from dinoseg.data.annotation.outline import MaskRegion, edge_polygons, middle_polygons, parts_of
 from dinoseg.data.annotation.rle import counts_of, to_text
 from dinoseg.data.classes.file import NAME
 from dinoseg.data.classes.labels import Labels
@@ -59,7 +59,7 @@ class PredictedShapes:
                 "and an area from 1."
             )
 
-    def parts(self, ids: np.ndarray, background: int | None) -> Iterator[Part]:
+    def parts(self, ids: np.ndarray, background: int | None) -> Iterator[MaskRegion]:
         """Yield the parts of class IDs (H, W) that become objects."""
         joined = self.objects == "class"
         yield from parts_of(ids, leave_out=background, joined=joined, least_area=self.least_area)
@@ -135,7 +135,7 @@ class CocoAnnotations(_Annotations):
                 count += 1
                 yield {"id": count, "image_id": number, **annotation}
 
-    def _annotation(self, part: Part, height: int, width: int) -> dict[str, Any]:
+    def _annotation(self, part: MaskRegion, height: int, width: int) -> dict[str, Any]:
         if self.shapes.format == "rle":
             drawn: Any = {"size": [height, width], "counts": to_text(part.counts(height, width))}
         else:
@@ -177,7 +177,7 @@ class CvatAnnotations(_Annotations):
                 file.write(f'  <image id="{number - 1}"{piece}\n')
             file.write("</annotations>\n")
 
-    def _drawn(self, part: Part, number: int) -> Iterator[str]:
+    def _drawn(self, part: MaskRegion, number: int) -> Iterator[str]:
         if self.shapes.format == "rle":
             height, width = part.mask.shape
             counts = ", ".join(map(str, counts_of(part.mask.ravel()).tolist()))
@@ -210,7 +210,7 @@ class LabelmeAnnotations(_Annotations):
         }  # fmt: skip
         write_text(self.folder / f"{prediction.name}.json", json.dumps(content, indent=1))
 
-    def _drawn(self, part: Part, number: int) -> Iterator[dict[str, Any]]:
+    def _drawn(self, part: MaskRegion, number: int) -> Iterator[dict[str, Any]]:
         shape = {"label": self.labels.classes[part.value], "group_id": number, "description": "", "flags": {}}
         if self.shapes.format == "rle":
             height, width = part.mask.shape

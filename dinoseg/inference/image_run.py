@@ -27,7 +27,7 @@ DEPTH = 2  # batches queued before and after the model
 
 
 @dataclass(frozen=True)
-class Segmentation:
+class SegmentationSettings:
     """Predictor of images and videos, with the settings of its results.
 
     Args:
@@ -79,7 +79,7 @@ class _Batch:
     images: list[np.ndarray]
 
 
-def segment_images(by: Segmentation, images: Sequence[ImageInput], run: ImageRun) -> tuple[int, Throughput]:
+def segment_images(by: SegmentationSettings, images: Sequence[ImageInput], run: ImageRun) -> tuple[int, Throughput]:
     """Write the results of all readable images that are not done; return how many were done, and the throughput.
 
     For images that can only be read in strips, only class IDs are written.
@@ -137,7 +137,7 @@ def segment_images(by: Segmentation, images: Sequence[ImageInput], run: ImageRun
     return earlier, passed
 
 
-def _write(by: Segmentation, prediction: ImagePrediction, name: str, run: ImageRun) -> None:
+def _write(by: SegmentationSettings, prediction: ImagePrediction, name: str, run: ImageRun) -> None:
     if run.masks is not None:
         write_png(run.masks / f"{prediction.name}.png", prediction.ids)
     for writer in run.writers:
@@ -155,7 +155,7 @@ def _write(by: Segmentation, prediction: ImagePrediction, name: str, run: ImageR
     run.count += 1
 
 
-def _write_strips(by: Segmentation, given: ImageInput, run: ImageRun) -> None:
+def _write_strips(by: SegmentationSettings, given: ImageInput, run: ImageRun) -> None:
     if run.masks is None:
         run.failures.append(f"{given.path} is too large for pictures, and masks=false leaves nothing else to write.")
         return

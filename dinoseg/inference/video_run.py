@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dinoseg.inference.image_run import DEPTH, ImageRun, Segmentation
+from dinoseg.inference.image_run import DEPTH, ImageRun, SegmentationSettings
 from dinoseg.inference.image_writers import frame_writer
 from dinoseg.inference.memory import check_frames
 from dinoseg.inference.outputs import ImagePrediction
@@ -80,7 +80,9 @@ def check_any(videos: Sequence[VideoInput], batch_size: int) -> None:
     raise UserError("\n".join(failures))
 
 
-def segment_video(by: Segmentation, video: VideoInput, run: ImageRun, options: VideoOptions) -> Throughput | None:
+def segment_video(
+    by: SegmentationSettings, video: VideoInput, run: ImageRun, options: VideoOptions
+) -> Throughput | None:
     """Write NAME_overlay.mp4 and the other outputs of a video to the run folder; return None if it was already done.
 
     Class IDs are written to NAME_masks/%09d.png, other outputs to NAME_palette and so on. The returned throughput
@@ -110,10 +112,10 @@ def segment_video(by: Segmentation, video: VideoInput, run: ImageRun, options: V
             stop = stack.enter_context(ending_input())
             frames = takewhile(lambda _: not stop.asked, frames)
 
-        def infer(batch: list[_Frame]) -> list[tuple[_Frame, SeenFrame]]:
+        def infer(batch: list[_Frame]) -> list[tuple[_Frame, FramePrediction]]:
             return list(zip(batch, classes.of([frame for frame, _ in batch]), strict=True))
 
-        def write(done: list[tuple[_Frame, SeenFrame]]) -> None:
+        def write(done: list[tuple[_Frame, FramePrediction]]) -> None:
             palette, ignored = by.labels.palette, by.labels.ignore_index
             for (frame, time), seen in done:
                 shown = ImagePrediction(f"{writer.frames_written:09d}", reader.path, frame, *seen)
@@ -147,7 +149,7 @@ def _batches(frames: Iterable[_Frame], size: int) -> Iterator[list[_Frame]]:
         yield batch
 
 
-class SeenFrame(NamedTuple):
+class FramePrediction(NamedTuple):
     """Result of a frame: class IDs (H, W) uint8, and probabilities (K, H, W) on the device if requested."""
 
     ids: np.ndarray
@@ -174,9 +176,9 @@ class FrameClasses:
         self._predictor, self._skip, self._smooth, self._keeps = predictor, skip, smooth, probabilities
         self._count = 0
         self._mean: Tensor | None = None  # (K, H, W)
-        self._held: SeenFrame | None = None
+        self._held: FramePrediction | None = None
 
-    def of(self, frames: Sequence[np.ndarray]) -> list[SeenFrame]:
+    def of(self, frames: Sequence[np.ndarray]) -> list[FramePrediction]:
         """Return the results of the next frames (H, W, 3) uint8 RGB."""
         due = [(self._count + place) % self._skip == 0 for place in range(len(frames))]
         predicted = iter(self._predicted([frame for frame, is_due in zip(frames, due, strict=True) if is_due]))
@@ -188,11 +190,11 @@ class FrameClasses:
         self._count += len(frames)
         return shown
 
-    def _predicted(self, frames: Sequence[np.ndarray]) -> list[SeenFrame]:
+    def _predicted(self, frames: Sequence[np.ndarray]) -> list[FramePrediction]:
         if not frames:
             return []
         if not (self._smooth or self._keeps):
-            return [SeenFrame(ids, None) for ids in self._predictor.ids(frames)]
+            return [FramePrediction(ids, None) for ids in self._predictor.ids(frames)]
         seen = []
         for shares in self._predictor.probabilities(frames):
             if self._smooth:
@@ -200,5 +202,5 @@ class FrameClasses:
                 shares = shares if self._mean is None else torch.lerp(self._mean, shares, 1 - self._smooth)
                 self._mean = shares
             ids = shares.max(dim=0).indices.to(torch.uint8).cpu().numpy()
-            seen.append(SeenFrame(ids, shares if self._keeps else None))
+            seen.append(FramePrediction(ids, shares if self._keeps else None))
         return seen

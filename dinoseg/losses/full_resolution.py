@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dinoseg.core.geometry import Span, reduce_tile, spans, upsample_tile
 from dinoseg.core.shapes import Batch, Prediction
-from dinoseg.losses.fused import Form, Fused, Sums, better
+from dinoseg.losses.fused import Form, Fused, PixelSums, better
 from dinoseg.losses.labelled import UNLABELLED, labels
 from dinoseg.utils.precision import at_least_float32
 from dinoseg.utils.threads import threads
@@ -64,7 +64,7 @@ def pixel_sums(
     """
     parts, valid = _parts(prediction, batch)
     tiles = _Tiles.over(parts, batch.mask, valid, ignore_index, weights)
-    way: Sums = _Tiled(replace(tiles, beside=beside), term)
+    way: PixelSums = _Tiled(replace(tiles, beside=beside), term)
     if form is not None and prediction.grid is not None and weights is None:
         fused = Fused(batch.mask, valid, ignore_index, form)
         way = better(fused, way, parts[0]) if fused.takes(parts[0]) else way
@@ -217,10 +217,10 @@ class _Tiled:
 
 
 class _Sums(torch.autograd.Function):
-    """Autograd function of the sums over pixels, for any implementation of `Sums`."""
+    """Autograd function of the sums over pixels, for any implementation of `PixelSums`."""
 
     @staticmethod
-    def forward(ctx: Any, way: Sums, first_alone: bool, *parts: Tensor) -> Tensor:
+    def forward(ctx: Any, way: PixelSums, first_alone: bool, *parts: Tensor) -> Tensor:
         ctx.first_alone, ctx.way = first_alone, way
         one = parts[0].new_ones(1) if first_alone and any(ctx.needs_input_grad) else None
         sums, gradients = way.sums(parts, one)

@@ -29,7 +29,7 @@ class Form(NamedTuple):
     smoothing: float = 0.0
 
 
-class Sums(Protocol):
+class PixelSums(Protocol):
     """Implementation of a sum over pixels."""
 
     def sums(self, parts: list[Tensor] | tuple[Tensor, ...], upstream: Tensor | None) -> tuple[Tensor, list[Tensor]]:
@@ -129,7 +129,7 @@ def _of_cells(corners: Tensor) -> Tensor:
     return summed[:, 1:-1, 1:-1].permute(0, 3, 1, 2).contiguous()
 
 
-def better(fused: Fused, tiled: Sums, grid: Tensor) -> Sums:
+def better(fused: Fused, tiled: PixelSums, grid: Tensor) -> PixelSums:
     """Return the implementation to use for a grid (B, K, h, w): the kernel or the tiles.
 
     At first use for a device and number of classes, both run on the given data. The kernel is used if it runs, agrees
@@ -142,7 +142,7 @@ def better(fused: Fused, tiled: Sums, grid: Tensor) -> Sums:
     return fused if _chosen[key] else tiled
 
 
-def _proven(fused: Fused, tiled: Sums, grid: Tensor) -> bool:
+def _proven(fused: Fused, tiled: PixelSums, grid: Tensor) -> bool:
     """Return whether the kernel runs, agrees and is faster, and log the result."""
     by_tiles = _Trial.of(tiled, grid)
     try:
@@ -173,7 +173,7 @@ class _Trial(NamedTuple):
     seconds: float
 
     @classmethod
-    def of(cls, way: Sums, grid: Tensor) -> "_Trial":
+    def of(cls, way: PixelSums, grid: Tensor) -> "_Trial":
         count = len(way.sums([grid], None)[0])
         _wait(grid.device)
         start = time.perf_counter()

@@ -16,13 +16,13 @@ _AT_ONCE = 2**16  # bytes of masks per chunk: they stay in the processor's cache
 
 
 @dataclass(frozen=True)
-class Rows:
+class BitRows:
     """Some rows of a bit mask: (h, words) from row `top` on, which may lie above the image; other rows are empty."""
 
     top: int
     words: np.ndarray
 
-    def shared(self, other: "Rows") -> int:
+    def shared(self, other: "BitRows") -> int:
         """Return the number of pixels set in both."""
         top = max(self.top, other.top)
         bottom = min(self.top + len(self.words), other.top + len(other.words))
@@ -37,9 +37,9 @@ class Rows:
 class Mask:
     """A mask, its boundary and the area within the tolerance of the boundary, with pixel counts of the first two."""
 
-    inside: Rows
-    edge: Rows
-    near: Rows
+    inside: BitRows
+    edge: BitRows
+    near: BitRows
     size: int
     edge_size: int
 
@@ -95,9 +95,9 @@ class Frame:
         near = _widened(column, self.radius)
         return [
             Mask(
-                Rows(top, inside[top:bottom]),
-                Rows(top, edge[top:bottom]),
-                Rows(top - self.radius, near[start : start + height]),
+                BitRows(top, inside[top:bottom]),
+                BitRows(top, edge[top:bottom]),
+                BitRows(top - self.radius, near[start : start + height]),
                 _count(inside[top:bottom]),
                 _count(edge[top:bottom]),
             )

@@ -20,7 +20,7 @@ from dinoseg.experiment.trained import Trained, load_trained, longest_is_typed, 
 from dinoseg.inference.annotations import PredictedShapes
 from dinoseg.inference.class_record import write_class_record
 from dinoseg.inference.done import DoneInputs
-from dinoseg.inference.image_run import ImageInput, ImageRun, Segmentation, segment_images
+from dinoseg.inference.image_run import ImageInput, ImageRun, SegmentationSettings, segment_images
 from dinoseg.inference.image_writers import check_frame_outputs, check_outputs, image_writers
 from dinoseg.inference.inputs import camera_of, is_video, list_inputs, open_camera
 from dinoseg.inference.results import mask_names, result_names
@@ -92,7 +92,7 @@ def predict(
     _check_earlier(folder, settings)
     keep_scale(trained.model, sizes_to_keep(trained, folder))
     labels = Labels.of(trained.classes, trained.palette, trained.ignore_index)
-    by = Segmentation(trained.predictor, labels, opacity, batch_size)
+    by = SegmentationSettings(trained.predictor, labels, opacity, batch_size)
     writers = image_writers(outputs, folder, labels, background_of(cfg) if outputs and images else None, shapes)
     run = ImageRun(folder, None if masks is False else folder / FOLDER, DoneInputs(folder), list(writers.values()))
     try:
@@ -192,7 +192,7 @@ def _check_earlier(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def _segment_images(
-    by: Segmentation, images: Sequence[tuple[Path, str]], targets: Sequence[str], run: ImageRun
+    by: SegmentationSettings, images: Sequence[tuple[Path, str]], targets: Sequence[str], run: ImageRun
 ) -> dict[str, Any]:
     if not images:
         return {}
@@ -202,7 +202,9 @@ def _segment_images(
     return {"images": run.count, "images_per_s": (run.count - earlier) / passed.seconds}
 
 
-def _segment_videos(by: Segmentation, videos: list[VideoInput], run: ImageRun, options: VideoOptions) -> dict[str, Any]:
+def _segment_videos(
+    by: SegmentationSettings, videos: list[VideoInput], run: ImageRun, options: VideoOptions
+) -> dict[str, Any]:
     frames, seconds, earlier = 0, 0.0, 0
     for video in videos:
         try:

@@ -21,7 +21,7 @@ from dinoseg.report.probe import probe_picture, probe_table, write_probe_csv
 from dinoseg.report.scores import FEW
 from dinoseg.report.table import class_table
 from dinoseg.tasks.probing.probe import Grid, Probe, Readings, Solution
-from dinoseg.tasks.probing.standing import Standing
+from dinoseg.tasks.probing.sums_checkpoint import SumsCheckpoint
 from dinoseg.utils.atomic import write_json
 from dinoseg.utils.images import write_png
 from dinoseg.utils.ranges import NotNegative, OpenShare, Positive
@@ -62,7 +62,7 @@ def probe(
     counts = class_counts(train, cfg.cache_dir)
     model, readings = _model(cfg, layers)
     found = Probe(model.to(engine.device), train, counts.tolist(), engine, readings, grid)
-    standing = Standing(out_dir, _RECORD, _settings(cfg, found, engine.precision), writes=engine.is_main)
+    checkpoint = SumsCheckpoint(out_dir, _RECORD, _settings(cfg, found, engine.precision), writes=engine.is_main)
     logger.info(
         "%d training images, %d of them held out to choose by; sums of %.2f GB",
         len(train),
@@ -79,13 +79,13 @@ def probe(
             count_of(found.held_out, "image"),
             held_out,
         )
-    found.fit(standing)
+    found.fit(checkpoint)
     solutions = found.choose()
     found.score(solutions, val)
     best = max(solutions, key=lambda solution: solution.choice.miou)
     if engine.is_main:
         _write(out_dir, solutions, best, val.classes)
-        standing.drop()
+        checkpoint.drop()
     engine.close()
     return {"miou": best.scores["miou"], "best": best.name, "run": str(out_dir)}
 

@@ -17,16 +17,16 @@ from dinoseg.experiment.unread import warn_unread
 from dinoseg.inference.inputs import FrameReader, open_frames
 from dinoseg.tracking.tracker import Tracker
 from dinoseg.tracking.video.labels import TrackLabels, find_labels
-from dinoseg.tracking.video.mask_folder import Look
+from dinoseg.tracking.video.mask_folder import MaskColours
 from dinoseg.tracking.video.report import write_results
 from dinoseg.tracking.video.run import TrackJob, track_video
 from dinoseg.tracking.video.state import (
     MASKS,
     STATE,
-    Standing,
     TrackProgress,
+    TrackState,
     check_unfinished,
-    read_standing,
+    read_track_state,
 )
 from dinoseg.utils.atomic import remove_parts
 from dinoseg.utils.errors import UserError
@@ -73,13 +73,13 @@ def track(
     if smoothing is not None and not is_trained(cfg):
         raise UserError(_NO_SMOOTHING.format(smoothing))
     folder = Path(out_dir if restart is None else restart).expanduser()
-    with _unfinished_run(folder, restart) as standing:
+    with _unfinished_run(folder, restart) as state:
         frames, masks = _open_input(input, labels, needs_labels=not is_trained(cfg))
         with frames:
-            tracker, look = _build_tracker(cfg, batch_size, smoothing, labels, out_dir)
+            tracker, colours = _build_tracker(cfg, batch_size, smoothing, labels, out_dir)
             warn_unread(out_dir, tracker.unread, tracker.unread_because)
-            start = None if standing is None else _go_on(tracker, standing, folder)
-            job = TrackJob(tracker, frames, masks, folder, start, batch_size, save_every, look)
+            start = None if state is None else _go_on(tracker, state, folder)
+            job = TrackJob(tracker, frames, masks, folder, start, batch_size, save_every, colours)
             with _says_how_to_go_on(folder):
                 return write_results(job, track_video(job), str(input), opacity)
 
@@ -129,14 +129,14 @@ def _open_input(input: str | None, labels: str | None, *, needs_labels: bool) ->
 
 def _build_tracker(
     cfg: DictConfig, batch_size: int, smoothing: float | None, labels: str | None, out_dir: Path
-) -> tuple[Tracker, Look]:
+) -> tuple[Tracker, MaskColours]:
     """Return the tracker, and how its masks are displayed.
 
     Raises:
         UserError: the model does not support `smoothing` or `labels`, or the tracker cannot be built.
     """
     if not is_trained(cfg):
-        return tracker_maker(cfg, instantiate(cfg.engine), batch_size=batch_size)(), Look()
+        return tracker_maker(cfg, instantiate(cfg.engine), batch_size=batch_size)(), MaskColours()
     trained = load_trained(cfg)
     if trained.model.head.slots is not None:
         if smoothing is not None:
@@ -147,7 +147,7 @@ def _build_tracker(
                 "slots.lock_on=true makes slots for the objects of the first frame's mask, and none is given. Give "
                 "labels=MASK, or slots=free, with which the model finds segments by itself."
             )
-        return make_tracker(), Look()
+        return make_tracker(), MaskColours()
     if labels is not None:
         raise UserError(
             f"labels={labels}: a trained segmenter finds its classes by itself. Leave labels out; or leave "
@@ -155,11 +155,11 @@ def _build_tracker(
         )
     sizes = sizes_to_keep(trained, out_dir)
     make_tracker = tracker_maker(cfg, trained.engine, trained, batch_size=batch_size, smoothing=smoothing, sizes=sizes)
-    return make_tracker(), Look(palette=tuple(trained.palette), background=None)
+    return make_tracker(), MaskColours(palette=tuple(trained.palette), background=None)
 
 
 @contextmanager
-def _unfinished_run(folder: Path, restart: str | None) -> Iterator[Standing | None]:
+def _unfinished_run(folder: Path, restart: str | None) -> Iterator[TrackState | None]:
     """Lock the folder of an unfinished run and yield its saved state; yield None for a new run."""
     if restart is None:
         yield None
@@ -168,26 +168,26 @@ def _unfinished_run(folder: Path, restart: str | None) -> Iterator[Standing | No
     lock(folder, instead="begin anew without mode.restart")
     remove_parts(folder / MASKS, ".*.part")
     try:
-        yield read_standing(folder)
+        yield read_track_state(folder)
     finally:
         release(folder)
 
 
-def _go_on(tracker: Tracker, standing: Standing, folder: Path) -> TrackProgress:
+def _go_on(tracker: Tracker, state: TrackState, folder: Path) -> TrackProgress:
     """Load the saved state of a run into a tracker and return the progress of the run.
 
     Raises:
         UserError: the run used another tracker, or its state is invalid.
     """
-    check_same_settings(folder, standing.settings, tracker.settings)
-    done = standing.progress.done
+    check_same_settings(folder, state.settings, tracker.settings)
+    done = state.progress.done
     try:
-        if not isinstance(done, int) or done < 0 or bool(done) != bool(standing.tensors):
-            raise ValueError(f"{done} frames done, {count_of(standing.tensors, 'tensor')}")
-        tracker.load(standing.tensors)
+        if not isinstance(done, int) or done < 0 or bool(done) != bool(state.tensors):
+            raise ValueError(f"{done} frames done, {count_of(state.tensors, 'tensor')}")
+        tracker.load(state.tensors)
     except (KeyError, ValueError, TypeError, IndexError, RuntimeError) as error:
         raise UserError(
             f"{folder / STATE} is not readable ({error!r}). Leave mode.restart out to begin anew."
         ) from error
     logger.info("Going on in %s after %s", folder, count_of(done, "frame"))
-    return standing.progress
+    return state.progress

@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse, Response
 
 from dinoseg.core.shapes import Palette
 from dinoseg.data.annotation.rle import encode, to_text
-from dinoseg.export.runtime.facts import Facts
+from dinoseg.export.runtime.facts import ModelFacts
 from dinoseg.report.indexed import indexed
 from dinoseg.report.overlay import blend
 from dinoseg.serving.limits import Refused
@@ -21,7 +21,7 @@ FORMATS = ("palette", "ids", "rle")
 
 
 @dataclass(frozen=True)
-class Look:
+class MaskStyle:
     """Names, colours and visibility of the ids in a clip's masks.
 
     Args:
@@ -62,7 +62,7 @@ def wanted_format(request: Request) -> str:
     return asked
 
 
-def encoder(kind: str, facts: Facts) -> Callable[[np.ndarray], Response]:
+def encoder(kind: str, facts: ModelFacts) -> Callable[[np.ndarray], Response]:
     """Return the function that turns class ids (H, W) uint8 into a response."""
     if kind == "rle":
         return lambda ids: JSONResponse(as_run_lengths(ids, facts))
@@ -77,7 +77,7 @@ def png(ids: np.ndarray, palette: tuple[tuple[int, int, int], ...] | None) -> by
     return file.getvalue()
 
 
-def areas(ids: np.ndarray, facts: Facts) -> list[dict[str, Any]]:
+def areas(ids: np.ndarray, facts: ModelFacts) -> list[dict[str, Any]]:
     """Return id, name, colour, pixels and share of the mask for each class in it."""
     counts = np.bincount(ids.ravel(), minlength=1)
     return [
@@ -92,7 +92,7 @@ def areas(ids: np.ndarray, facts: Facts) -> list[dict[str, Any]]:
     ]
 
 
-def as_run_lengths(ids: np.ndarray, facts: Facts) -> dict[str, Any]:
+def as_run_lengths(ids: np.ndarray, facts: ModelFacts) -> dict[str, Any]:
     """Return a mask's size and, for each class in it, the entry of `areas` with COCO's compressed run lengths."""
     size = list(ids.shape)
 

@@ -17,11 +17,11 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from dinoseg.report.palette import default_palette
-from dinoseg.serving.answers import Look, areas, png
+from dinoseg.serving.answers import MaskStyle, areas, png
 from dinoseg.serving.clips import FRAME, MASKS, OVERLAY, Frames, check_objects, kind_of, look_at, make_overlay, redraw
 from dinoseg.serving.endpoint import counted, endpoint
 from dinoseg.serving.guard import Hosts
-from dinoseg.serving.jobs import Job, Jobs
+from dinoseg.serving.jobs import Jobs, UploadJob
 from dinoseg.serving.limits import ClipLimits, HungUp, Refused, not_kept
 from dinoseg.serving.requests import bounded
 from dinoseg.serving.service import Service
@@ -119,8 +119,8 @@ class App:
         def masks_of(frames: Frames) -> list[np.ndarray]:
             return [future.result() for future in [worker.submit(frame) for frame in frames]]
 
-        look = Look(facts.classes.__getitem__, facts.palette, facts.ignore_index)
-        return self._begin(request, look, partial(make_overlay, masks_of=masks_of))
+        style = MaskStyle(facts.classes.__getitem__, facts.palette, facts.ignore_index)
+        return self._begin(request, style, partial(make_overlay, masks_of=masks_of))
 
     async def track(self, request: Request) -> Response:
         """Start tracking the objects of a mask through a clip; the body has one byte per pixel of the first frame."""
@@ -134,14 +134,14 @@ class App:
             given = [labels.pop() if labels else None for _ in frames]
             return worker.call(lambda: tracker.track(frames, given)).result()
 
-        return self._begin(request, Look(_object_name, _OBJECTS), partial(make_overlay, masks_of=masks_of))
+        return self._begin(request, MaskStyle(_object_name, _OBJECTS), partial(make_overlay, masks_of=masks_of))
 
     async def redraw(self, request: Request) -> Response:
         """Start redrawing the overlay from a clip's stored masks; `hidden` lists ids that are not shown."""
-        look = self._jobs.get(request.path_params["job"]).look
-        if look is None:
+        style = self._jobs.get(request.path_params["job"]).style
+        if style is None:
             raise Refused(400, "no_masks", "Nothing was made of this clip yet: segment it first.")
-        return self._begin(request, replace(look, hidden=_hidden(request)), redraw)
+        return self._begin(request, replace(style, hidden=_hidden(request)), redraw)
 
     async def state(self, request: Request) -> Response:
         """Return the state and progress of a clip."""
@@ -166,23 +166,25 @@ class App:
             raise Refused(404, "no_result", "There is no such result, or not yet.")
         return FileResponse(path)
 
-    def _begin(self, request: Request, look: Look, make: Callable[[Job, Path, ClipLimits, Look], None]) -> Response:
+    def _begin(
+        self, request: Request, style: MaskStyle, make: Callable[[UploadJob, Path, ClipLimits, MaskStyle], None]
+    ) -> Response:
         """Start making a clip's overlay, with the opacity in the request."""
-        job, look = self._jobs.get(request.path_params["job"]), replace(look, opacity=_opacity(request))
+        job, style = self._jobs.get(request.path_params["job"]), replace(style, opacity=_opacity(request))
         path = next(job.folder.glob("clip.*"))
-        self._jobs.start(job, lambda job: make(job, path, self._clips, look))
+        self._jobs.start(job, lambda job: make(job, path, self._clips, style))
         return self._told(job)
 
-    def _look_at(self, job: Job, path: Path) -> None:
+    def _look_at(self, job: UploadJob, path: Path) -> None:
         if self._service.stopping:
             raise Refused(503, "busy", "The server stops. Try again later.", retry_after=1)
         look_at(job, path, self._clips, self._service.limits.max_pixels)
 
-    def _told(self, job: Job) -> Response:
+    def _told(self, job: UploadJob) -> Response:
         progress = {"state": job.state, "done": job.done, "total": job.total, "ahead": self._jobs.ahead_of(job)}
         return JSONResponse({"id": job.id, **job.facts, **progress, "error": job.error})
 
-    async def _received(self, job: Job, request: Request) -> Path:
+    async def _received(self, job: UploadJob, request: Request) -> Path:
         """Write a clip to its folder while it is received."""
         try:
             async with asyncio.timeout(_UPLOAD * self._service.limits.timeout):

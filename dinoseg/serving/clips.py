@@ -15,8 +15,8 @@ from dinoseg.data.video.length import has_more_packets
 from dinoseg.inference.stream import run_pipeline
 from dinoseg.inference.video_file import VideoReader, VideoTraits
 from dinoseg.inference.video_writer import VideoWriter
-from dinoseg.serving.answers import Look, png
-from dinoseg.serving.jobs import Job
+from dinoseg.serving.answers import MaskStyle, png
+from dinoseg.serving.jobs import UploadJob
 from dinoseg.serving.limits import MIB, ClipLimits, Refused
 from dinoseg.utils.atomic import whole_file
 from dinoseg.utils.child import Channel, Child, ChildEnded, Message
@@ -159,7 +159,7 @@ def kind_of(start: bytes) -> str:
     raise Refused(400, "format", "This is no video that is read here. Send MP4, MOV, WebM, MKV or AVI.")
 
 
-def look_at(job: Job, path: Path, limits: ClipLimits, max_pixels: int) -> None:
+def look_at(job: UploadJob, path: Path, limits: ClipLimits, max_pixels: int) -> None:
     """Save an uploaded clip's first frame, and record its size and length in the job.
 
     Raises:
@@ -195,7 +195,7 @@ def check_objects(body: bytes, facts: dict[str, Any]) -> np.ndarray:
 
 
 def make_overlay(
-    job: Job, path: Path, limits: ClipLimits, look: Look, masks_of: Callable[[Frames], Sequence[np.ndarray]]
+    job: UploadJob, path: Path, limits: ClipLimits, style: MaskStyle, masks_of: Callable[[Frames], Sequence[np.ndarray]]
 ) -> None:
     """Write a clip's overlay and the masks of its frames, and record the areas in the job.
 
@@ -218,16 +218,16 @@ def make_overlay(
         def write(done: tuple[_Timed, Sequence[np.ndarray]]) -> None:
             nonlocal counts
             for (frame, time), mask in zip(*done, strict=True):
-                writer.write(look.over(frame, mask), time)
-                masks.writestr(f"{job.done:09d}.png", png(mask, tuple(look.palette)))
+                writer.write(style.over(frame, mask), time)
+                masks.writestr(f"{job.done:09d}.png", png(mask, tuple(style.palette)))
                 counts = counts + np.bincount(mask.ravel(), minlength=256)
                 job.done += 1
 
         run_pipeline(_batches(reader, limits), follow, write, depth=_DEPTH)
-    job.facts, job.look = {**job.facts, "areas": _areas(counts, job.done, look)}, look
+    job.facts, job.style = {**job.facts, "areas": _areas(counts, job.done, style)}, style
 
 
-def redraw(job: Job, path: Path, limits: ClipLimits, look: Look) -> None:
+def redraw(job: UploadJob, path: Path, limits: ClipLimits, style: MaskStyle) -> None:
     """Write a clip's overlay again from its stored masks; raises as `make_overlay`."""
     with zipfile.ZipFile(job.folder / MASKS) as masks:
         names = iter(masks.namelist())
@@ -235,10 +235,10 @@ def redraw(job: Job, path: Path, limits: ClipLimits, look: Look) -> None:
         def masks_of(frames: Frames) -> Sequence[np.ndarray]:
             return [np.asarray(Image.open(masks.open(next(names)))) for _ in frames]
 
-        make_overlay(job, path, limits, look, masks_of)
+        make_overlay(job, path, limits, style, masks_of)
 
 
-def _reader(job: Job, path: Path, limits: ClipLimits, max_pixels: int) -> ClipReader:
+def _reader(job: UploadJob, path: Path, limits: ClipLimits, max_pixels: int) -> ClipReader:
     """Return a clip's reader, which is killed when the job is cancelled."""
     reader = ClipReader(path, limits, max_pixels)
     job.interrupt = reader.kill
@@ -255,13 +255,13 @@ def _batches(reader: ClipReader, limits: ClipLimits) -> Iterator[_Timed]:
         yield batch
 
 
-def _areas(counts: np.ndarray, frames: int, look: Look) -> list[dict[str, Any]]:
+def _areas(counts: np.ndarray, frames: int, style: MaskStyle) -> list[dict[str, Any]]:
     """Return id, name, colour, mean pixels per frame and share of all pixels for each id in the masks."""
     return [
         {
             "id": label,
-            "name": look.names(label),
-            "colour": list(look.palette[label]),
+            "name": style.names(label),
+            "colour": list(style.palette[label]),
             "pixels": round(int(counts[label]) / frames),
             "share": int(counts[label]) / int(counts.sum()),
         }

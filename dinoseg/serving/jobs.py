@@ -13,7 +13,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from dinoseg.serving.answers import Look
+from dinoseg.serving.answers import MaskStyle
 from dinoseg.serving.limits import ClipLimits, Refused, not_kept
 from dinoseg.utils.atomic import remove_dead, scratch_folder
 from dinoseg.utils.errors import UserError
@@ -39,14 +39,14 @@ class Cancelled(Exception):
 
 
 @dataclass
-class Job:
+class UploadJob:
     """An upload, its results and its progress."""
 
     id: str
     folder: Path
     facts: dict[str, Any] = field(default_factory=dict)  # sent with its state
     state: State = State.COMING
-    look: Look | None = None  # of its results, if any
+    style: MaskStyle | None = None  # of its results, if any
     done: int = 0  # frames
     total: int = 0
     error: str = ""
@@ -77,10 +77,10 @@ class Jobs:
 
     def __init__(self, folder: Path, limits: ClipLimits) -> None:
         self._folder, self._limits = folder, limits
-        self._jobs: dict[str, Job] = {}  # in order of arrival
+        self._jobs: dict[str, UploadJob] = {}  # in order of arrival
         self._pool = ThreadPoolExecutor(limits.at_once, thread_name_prefix="clips")
 
-    def new(self) -> Job:
+    def new(self) -> UploadJob:
         """Create a job for an upload; if the maximum is stored, the oldest one that is not in use is removed.
 
         Raises:
@@ -93,7 +93,7 @@ class Jobs:
                     503, "busy", f"{len(self._jobs)} clips are being worked on. Try again later.", retry_after=30
                 )
             self.remove(finished)
-        job = Job(secrets.token_urlsafe(24), self._folder / secrets.token_hex(16))
+        job = UploadJob(secrets.token_urlsafe(24), self._folder / secrets.token_hex(16))
         try:
             job.folder.mkdir(mode=0o700)
         except OSError as error:
@@ -101,11 +101,11 @@ class Jobs:
         self._jobs[job.id] = job
         return job
 
-    def arrived(self, job: Job) -> None:
+    def arrived(self, job: UploadJob) -> None:
         """Mark an upload as complete: from now on, it expires like others."""
         job.state, job.asked = State.READY, time.monotonic()
 
-    def get(self, name: str) -> Job:
+    def get(self, name: str) -> UploadJob:
         """Return an upload by its id.
 
         Raises:
@@ -120,7 +120,7 @@ class Jobs:
         job.asked = time.monotonic()
         return job
 
-    def start(self, job: Job, work: Callable[[Job], None]) -> None:
+    def start(self, job: UploadJob, work: Callable[[UploadJob], None]) -> None:
         """Queue the work on a job.
 
         Raises:
@@ -134,19 +134,19 @@ class Jobs:
         # work that is cancelled while queued never reaches `_run`
         job.work.add_done_callback(lambda work: self._cancelled(job, before) if work.cancelled() else None)
 
-    def ahead_of(self, job: Job) -> int:
+    def ahead_of(self, job: UploadJob) -> int:
         """Return the number of waiting jobs before a waiting job."""
         waiting = [other.id for other in self._jobs.values() if other.state is State.WAITING]
         return waiting.index(job.id) if job.id in waiting else 0
 
-    def cancel(self, job: Job) -> None:
+    def cancel(self, job: UploadJob) -> None:
         """Cancel the work on an upload; its earlier results stay as they were."""
         job.cancelled.set()
         job.interrupt()
         if job.work is not None:
             job.work.cancel()
 
-    def remove(self, job: Job) -> None:
+    def remove(self, job: UploadJob) -> None:
         """Remove an upload, and cancel the work on it."""
         job.removed = True
         self._jobs.pop(job.id, None)
@@ -173,7 +173,7 @@ class Jobs:
             self.remove(job)
         self._pool.shutdown()
 
-    def _run(self, job: Job, work: Callable[[Job], None], before: State) -> None:
+    def _run(self, job: UploadJob, work: Callable[[UploadJob], None], before: State) -> None:
         try:
             job.check()
             job.state = State.RUNNING
@@ -196,11 +196,11 @@ class Jobs:
             job.error = "The server has failed on this clip; its log says why."
             self._end(job, State.FAILED)
 
-    def _cancelled(self, job: Job, before: State) -> None:
+    def _cancelled(self, job: UploadJob, before: State) -> None:
         job.error = "Cancelled."
         self._end(job, before)
 
-    def _end(self, job: Job, state: State) -> None:
+    def _end(self, job: UploadJob, state: State) -> None:
         job.state = state
         if job.removed:
             shutil.rmtree(job.folder, ignore_errors=True)

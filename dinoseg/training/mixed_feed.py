@@ -10,7 +10,7 @@ import torch
 from dinoseg.core.shapes import Batch, Prediction
 from dinoseg.data.loader import drawn_batches
 from dinoseg.data.train_views import UNLABELLED, chance_of
-from dinoseg.data.unlabelled import UnlabelledImages, Views
+from dinoseg.data.unlabelled import UnlabelledImages, UnlabelledViews
 from dinoseg.training.engine import Engine
 from dinoseg.training.image_feed import ImageFeed
 from dinoseg.training.tally import Tally
@@ -96,7 +96,7 @@ class MixedFeed(ImageFeed):
         """Return a tally of how well a step predicts its images with masks."""
         return _TallyOfMasks(self.train, engine)
 
-    def _mixed(self, labelled: Batch, views: Views) -> MixedBatch:
+    def _mixed(self, labelled: Batch, views: UnlabelledViews) -> MixedBatch:
         threshold, ignored = self.options.threshold, self.train.ignore_index
         return MixedBatch(**vars(labelled), **views._asdict(), threshold=threshold, ignore_index=ignored)
 
@@ -109,9 +109,9 @@ class _TallyOfMasks(Tally):
         super().add(prediction, batch)
 
 
-def _read(images: UnlabelledImages, seed: int, epoch: int, index: int) -> Views:
+def _read(images: UnlabelledImages, seed: int, epoch: int, index: int) -> UnlabelledViews:
     return images.read(index, chance_of(seed, epoch, index, UNLABELLED))
 
 
-def _stacked(views: Sequence[Views]) -> Views:
-    return Views(*map(torch.stack, zip(*views, strict=True)))
+def _stacked(views: Sequence[UnlabelledViews]) -> UnlabelledViews:
+    return UnlabelledViews(*map(torch.stack, zip(*views, strict=True)))

@@ -10,12 +10,12 @@ from hydra.types import RunMode
 
 from dinoseg.cli.sweeps.table import SweepTable
 from dinoseg.cli.sweeps.told import Told
-from dinoseg.experiment.log_file import LABEL, Labelled, announce, configure_log
+from dinoseg.experiment.log_file import LABEL, LabelledStream, announce, configure_log
 
 
 def test_each_line_begins_with_its_label():
     stream = io.StringIO()
-    labelled = Labelled(stream, "job 3: ")
+    labelled = LabelledStream(stream, "job 3: ")
     assert labelled.write("") == 0
     print("one", 1, file=labelled)
     print("two\nthree", end="", file=labelled, flush=True)

@@ -8,7 +8,7 @@ from dinoseg.data.classes.labels import Labels
 from dinoseg.inference import image_run
 from dinoseg.inference.class_record import read_class_record, write_class_record
 from dinoseg.inference.done import DoneInputs
-from dinoseg.inference.image_run import ImageInput, ImageRun, Segmentation, segment_images
+from dinoseg.inference.image_run import ImageInput, ImageRun, SegmentationSettings, segment_images
 from dinoseg.utils.images import write_png
 
 
@@ -19,7 +19,7 @@ def test_results_are_drawn_as_they_are_asked_for(tmp_path, monkeypatch):
     predictor = SimpleNamespace(ids=lambda images: np.zeros((len(images), 4, 6), np.uint8))
     labels = Labels.of(["a", "b"], [[1, 2, 3], [4, 5, 6]], 250)
     run = ImageRun(tmp_path, None, DoneInputs(tmp_path))
-    segment_images(Segmentation(predictor, labels, 0.25), [ImageInput(tmp_path / "a.png", "a", "a")], run)
+    segment_images(SegmentationSettings(predictor, labels, 0.25), [ImageInput(tmp_path / "a.png", "a", "a")], run)
     (named,) = drawn
     assert named["opacity"] == 0.25 and named["ignore_index"] == 250 and named["palette"] == labels.palette
 

@@ -14,7 +14,7 @@ from tiny_parts import tiny_vit
 from dinoseg.data.classes.labels import Labels
 from dinoseg.inference import png_rows, strips
 from dinoseg.inference.done import DoneInputs
-from dinoseg.inference.image_run import ImageInput, ImageRun, Segmentation, segment_images
+from dinoseg.inference.image_run import ImageInput, ImageRun, SegmentationSettings, segment_images
 from dinoseg.inference.png_rows import PngFileRows, PngLayout, PngWriter
 from dinoseg.inference.predictor import Predictor
 from dinoseg.inference.rows import LONGEST
@@ -386,7 +386,7 @@ def test_an_image_too_large_to_hold_gets_class_ids_and_goes_on(tmp_path, monkeyp
     backbone = tiny_vit()
     model = Segmenter(backbone, LinearHead(backbone.dim, backbone.num_layers, 2)).eval()
     predictor = Predictor(model, CPU, nullcontext, Windows((64, 64)))
-    by = Segmentation(predictor, Labels.of(["a", "b"], None, 255))
+    by = SegmentationSettings(predictor, Labels.of(["a", "b"], None, 255))
     Image.fromarray(picture()).save(tmp_path / "large.tif")
     Image.fromarray(picture()[:40]).save(tmp_path / "small.tif")
     monkeypatch.setattr(strips, "MOST_HELD", 20_000)

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dinoseg.metrics.protocols.contract import Case
+from dinoseg.metrics.protocols.contract import ScoringCase
 
 
 def save(path, ids, dtype=np.uint8):
@@ -54,7 +54,7 @@ def unit_sums(protocol, reference, prediction):
     assert not found.problems and found.cases
     by_unit = {}
     for case in found.cases:
-        assert isinstance(case, Case) and all(isinstance(path, Path) for pair in case.files for path in pair)
+        assert isinstance(case, ScoringCase) and all(isinstance(path, Path) for pair in case.files for path in pair)
         by_unit.setdefault(case.unit, []).append(protocol.measure(case))
     return {unit: protocol.join(measured) for unit, measured in by_unit.items()}
 

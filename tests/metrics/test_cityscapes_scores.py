@@ -6,7 +6,7 @@ from score_making import maps, save, scores, tree, unit_sums
 
 from dinoseg.data.label_tables.read import label_table
 from dinoseg.metrics.protocols.cityscapes import ENDING, Cityscapes
-from dinoseg.metrics.protocols.contract import BadFile, Case
+from dinoseg.metrics.protocols.contract import BadFile, ScoringCase
 from dinoseg.utils.errors import UserError
 
 SIZES = {24: 3462.4756337644, 25: 3930.4788056518, 26: 12794.0202738185, 27: 27855.1264367816}
@@ -190,7 +190,7 @@ def test_bad_files_are_named(tmp_path):
         (paths["lone_gtFine_labelIds"], good, tmp_path / "lone_gtFine_instanceIds.png", "No such file"),
     ):
         with pytest.raises(BadFile, match=message) as error:
-            Cityscapes().measure(Case("a", "a", ((label, guess),)))
+            Cityscapes().measure(ScoringCase("a", "a", ((label, guess),)))
         assert error.value.path == at
 
 
@@ -198,15 +198,15 @@ def test_instances_in_8_bits(tmp_path):
     reference = np.array([[7, 23, 11, 11]])
     good = save(tmp_path / "a_gtFine_labelIds.png", reference)
     path_ = save(tmp_path / "a_gtFine_instanceIds.png", reference)
-    assert Cityscapes().measure(Case("a", "a", ((good, good),))).sums[: 34 * 34].sum() == 4
+    assert Cityscapes().measure(ScoringCase("a", "a", ((good, good),))).sums[: 34 * 34].sum() == 4
     save(path_, reference, np.uint16)
-    expected = Cityscapes().measure(Case("a", "a", ((good, good),))).sums
+    expected = Cityscapes().measure(ScoringCase("a", "a", ((good, good),))).sums
     save(path_, reference)
-    np.testing.assert_array_equal(Cityscapes().measure(Case("a", "a", ((good, good),))).sums, expected)
+    np.testing.assert_array_equal(Cityscapes().measure(ScoringCase("a", "a", ((good, good),))).sums, expected)
     for wrong in ([[7, 23, 26001 % 256, 255]], [[7, 23, 1000, 999]]):
         save(path_, wrong, np.uint16 if max(wrong[0]) > 255 else np.uint8)
         with pytest.raises(BadFile, match="in 2 pixels. An instance's id is 1000") as error:
-            Cityscapes().measure(Case("a", "a", ((good, good),)))
+            Cityscapes().measure(ScoringCase("a", "a", ((good, good),)))
         assert error.value.path == path_
 
 

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from score_making import maps, save, scores, tree, unit_sums
 
-from dinoseg.metrics.protocols.contract import BadFile, Case
+from dinoseg.metrics.protocols.contract import BadFile, ScoringCase
 from dinoseg.metrics.protocols.idd import ENDING, NAMES, Idd
 from dinoseg.metrics.protocols.idd_lite import IddLite
 from dinoseg.utils.errors import UserError
@@ -84,7 +84,7 @@ def test_every_resolution_is_pillows_nearest(tmp_path, resolution, shape):
     rng = np.random.default_rng(shape[0] + resolution)
     reference, prediction = rng.integers(0, 27, (2, *shape), dtype=np.uint8)
     measured = Idd(resolution).measure(
-        Case("d/a", "d", ((save(tmp_path / "a.png", reference), save(tmp_path / "b.png", prediction)),))
+        ScoringCase("d/a", "d", ((save(tmp_path / "a.png", reference), save(tmp_path / "b.png", prediction)),))
     )
     sides = [
         Image.fromarray(ids).resize(SIZES[resolution], Image.Resampling.NEAREST) for ids in (reference, prediction)
@@ -121,7 +121,7 @@ def test_unknown_ids_are_counted_beside_the_scores(tmp_path):
     reference, prediction = np.full((20, 20), 255), np.zeros((20, 20), int)
     reference[:2], prediction[:3] = 30, 39
     pair = save(tmp_path / "a.png", reference), save(tmp_path / "b.png", prediction)
-    details = Idd().measure(Case("d/a", "d", (pair,))).details
+    details = Idd().measure(ScoringCase("d/a", "d", (pair,))).details
     assert details == {"unknown_pixels_reference": 40, "unknown_pixels_prediction": 60}
 
 
@@ -170,7 +170,7 @@ def test_unreadable_and_coloured_files_are_named(tmp_path):
     coloured = save(tmp_path / "coloured.png", np.zeros((2, 2, 3)))
     for path_, message in ((broken, "Cannot read it as a picture"), (coloured, "has 3 channels")):
         with pytest.raises(BadFile, match=message) as error:
-            Idd().measure(Case("d/a", "d", ((good, path_),)))
+            Idd().measure(ScoringCase("d/a", "d", ((good, path_),)))
         assert error.value.path == path_
 
 

@@ -294,5 +294,5 @@ def test_proposals_are_matched_where_the_total_is_greatest(proposals, objects):
 
 
 def test_pixels_beyond_32_bits_are_counted():
-    rows = region_boundary.Rows(0, np.full((2**12, 2**13 + 1), -1, np.int64).view(np.uint64))
+    rows = region_boundary.BitRows(0, np.full((2**12, 2**13 + 1), -1, np.int64).view(np.uint64))
     assert rows.shared(rows) == rows.words.size * 64 == 2**31 + 2**18

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from score_making import save, scores, tree
 
-from dinoseg.metrics.protocols.contract import BadFile, Case
+from dinoseg.metrics.protocols.contract import BadFile, ScoringCase
 from dinoseg.metrics.protocols.semantic import Semantic
 
 
@@ -30,7 +30,7 @@ def test_binary_masks_are_two_classes(tmp_path):
         with pytest.raises(
             BadFile, match=f"holds the ids {ids} in 1 pixels. Beside 255, a binary mask holds 0"
         ) as error:
-            protocol.measure(Case("a", "a", (files,)))
+            protocol.measure(ScoringCase("a", "a", (files,)))
         assert error.value.path == bad
 
 
@@ -69,6 +69,6 @@ def test_one_foreign_id_is_offered_to_be_ignored(tmp_path):
     ):
         reference = save(tmp_path / "reference.png", stored)
         with pytest.raises(BadFile, match=message):
-            Semantic(num_classes=4, **options).measure(Case("a", "a", ((reference, guess),)))
-    case = Case("a", "a", ((save(tmp_path / "reference.png", [[1, 2, 5]]), guess),))
+            Semantic(num_classes=4, **options).measure(ScoringCase("a", "a", ((reference, guess),)))
+    case = ScoringCase("a", "a", ((save(tmp_path / "reference.png", [[1, 2, 5]]), guess),))
     assert Semantic(num_classes=4, reduce_zero_label=True, ignore_index=4).measure(case).sums.sum() == 2

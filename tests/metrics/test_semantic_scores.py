@@ -7,7 +7,7 @@ from score_making import maps, save, scores, tree, unit_sums
 from sklearn.metrics import accuracy_score, f1_score, jaccard_score, recall_score
 
 from dinoseg.metrics.protocols.ade20k import Ade20k
-from dinoseg.metrics.protocols.contract import BadFile, Case
+from dinoseg.metrics.protocols.contract import BadFile, ScoringCase
 from dinoseg.metrics.protocols.semantic import Semantic
 from dinoseg.utils.errors import UserError
 
@@ -174,9 +174,9 @@ def test_files_that_cannot_be_scored_are_named(tmp_path):
         (ade20k, deep, good, deep, "holds the ids 300"),
     ):
         with pytest.raises(BadFile, match=message) as error:
-            protocol.measure(Case("a", "a", ((reference, guess),)))
+            protocol.measure(ScoringCase("a", "a", ((reference, guess),)))
         assert error.value.path == at
-    assert semantic.measure(Case("a", "a", ((good, deep),))).sums.tolist() == [0] * 8 + [3] * 4
+    assert semantic.measure(ScoringCase("a", "a", ((good, deep),))).sums.tolist() == [0] * 8 + [3] * 4
 
 
 def test_options_that_make_no_sense():
@@ -199,11 +199,11 @@ def test_options_that_make_no_sense():
 def test_ade20k_looks_at_labelled_pixels_alone(tmp_path):
     reference = save(tmp_path / "reference.png", [[0, 0, 1, 2]])
     prediction = save(tmp_path / "prediction.png", [[255, 9, 1, 1]])
-    sums = Ade20k(num_classes=2).measure(Case("a", "a", ((reference, prediction),))).sums
+    sums = Ade20k(num_classes=2).measure(ScoringCase("a", "a", ((reference, prediction),))).sums
     assert sums.tolist() == [1, 0, 1, 0, 0, 1]
     wrong = save(tmp_path / "wrong.png", [[255, 9, 9, 1]])
     with pytest.raises(BadFile, match="holds the ids 9 in 1 pixels"):
-        Ade20k(num_classes=2).measure(Case("a", "a", ((reference, wrong),)))
+        Ade20k(num_classes=2).measure(ScoringCase("a", "a", ((reference, wrong),)))
 
 
 @pytest.mark.parametrize("ignore_index", [255, 3])
@@ -211,14 +211,14 @@ def test_stored_zero_and_255_are_ignored_where_zero_is_reduced(tmp_path, ignore_
     reference = save(tmp_path / "reference.png", [[0, 255, 1, 2, 3, 3, 4]])
     prediction = save(tmp_path / "prediction.png", [[0, 1, 0, 1, 2, 0, 2]])
     protocol = Semantic(num_classes=3, reduce_zero_label=True, ignore_index=ignore_index)
-    case = Case("a", "a", ((reference, prediction),))
+    case = ScoringCase("a", "a", ((reference, prediction),))
     if ignore_index == 255:
         with pytest.raises(BadFile, match="holds the ids 4 in 1 pixels"):
             protocol.measure(case)
         return
     assert protocol.measure(case).sums.tolist() == [1, 1, 1, 1, 0, 0, 0, 0, 1]  # hits, false positives, missed
     assert protocol.scores(protocol.measure(case).sums)["mIoU"] == pytest.approx((1 / 2 + 1 + 1 / 2) / 3)
-    high = Semantic(num_classes=255, reduce_zero_label=True).measure(Case("a", "a", ((reference, prediction),)))
+    high = Semantic(num_classes=255, reduce_zero_label=True).measure(ScoringCase("a", "a", ((reference, prediction),)))
     assert high.sums[2 * 255 :].sum() == 2 and high.sums[2 * 255 + 254] == 0  # 255 is not class 254
 
 

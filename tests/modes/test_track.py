@@ -231,7 +231,7 @@ def test_two_processes_do_not_go_on_at_once(track, stopped):
 @pytest.mark.parametrize(
     ("module", "write", "said"),
     [
-        (video_run, "save_standing", "begins anew, since no state was saved yet"),
+        (video_run, "save_track_state", "begins anew, since no state was saved yet"),
         (mask_folder, "write_indexed_png", r"with mode\.restart=.*out goes on"),
     ],
 )

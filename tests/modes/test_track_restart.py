@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from dinoseg.modes.track import _go_on
 from dinoseg.tracking.video import mask_folder
-from dinoseg.tracking.video.state import read_standing
+from dinoseg.tracking.video.state import read_track_state
 from dinoseg.training import engine
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import read_ids, write_png
@@ -117,7 +117,7 @@ def test_a_standing_that_lacks_a_tensor_is_refused(trained, cut, way):
 
 def test_a_standing_after_a_number_of_frames_that_is_none_is_refused(cut):
     part = cut("backbone")
-    standing = read_standing(part)
+    standing = read_track_state(part)
     tracker = SimpleNamespace(settings=standing.settings, load=lambda tensors: None)
     assert _go_on(tracker, standing, part).done == 4
     path = part / "state.safetensors"
@@ -126,7 +126,7 @@ def test_a_standing_after_a_number_of_frames_that_is_none_is_refused(cut):
     for done in (-1, "4", 0):
         save_file(tensors, path, {"track": json.dumps({**info, "progress": {**info["progress"], "done": done}})})
         with pytest.raises(UserError, match=r"state.safetensors is not readable .* to begin anew"):
-            _go_on(tracker, read_standing(part), part)
+            _go_on(tracker, read_track_state(part), part)
 
 
 @pytest.mark.parametrize(

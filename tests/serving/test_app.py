@@ -19,7 +19,7 @@ from starlette.testclient import TestClient
 from dinoseg.inference.video_file import VideoReader
 from dinoseg.inference.video_writer import VideoWriter
 from dinoseg.serving import jobs
-from dinoseg.serving.answers import Look
+from dinoseg.serving.answers import MaskStyle
 from dinoseg.serving.app import App
 from dinoseg.serving.clips import make_overlay
 from dinoseg.serving.guard import Hosts
@@ -183,10 +183,10 @@ def test_a_clip_over_a_limit_is_refused(tmp_path, clip):
 
 def test_a_clip_that_has_more_frames_than_it_says_is_left(tmp_path, clip):
     (tmp_path / "clip.mp4").write_bytes(clip)
-    job, look = jobs.Job("id", tmp_path, {"height": SIZE[0], "width": SIZE[1]}), Look(str, ((0, 0, 0),))
+    job, style = jobs.UploadJob("id", tmp_path, {"height": SIZE[0], "width": SIZE[1]}), MaskStyle(str, ((0, 0, 0),))
     with pytest.raises(UserError, match="more frames than it says"):
         make_overlay(
-            job, tmp_path / "clip.mp4", ClipLimits(max_seconds=0.05), look,
+            job, tmp_path / "clip.mp4", ClipLimits(max_seconds=0.05), style,
             lambda frames: [np.zeros(SIZE, np.uint8) for _ in frames],
         )  # fmt: skip
     assert [path.name for path in tmp_path.iterdir()] == ["clip.mp4"]

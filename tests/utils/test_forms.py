@@ -24,7 +24,7 @@ from dinoseg.data.video import index as video_index
 from dinoseg.evaluation.restart import RECORD, earlier_run
 from dinoseg.experiment.split_record import _read_split
 from dinoseg.tracking.state_form import TensorForm, check_state
-from dinoseg.tracking.video.state import STATE, read_standing
+from dinoseg.tracking.video.state import STATE, read_track_state
 from dinoseg.utils import forms
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import is_name
@@ -68,7 +68,7 @@ def test_no_reader_takes_hostile_json_or_breaks_on_it(tmp_path, caplog, text):
         YoutubeVos(str(tmp_path)).videos("train")
     save_file({"a": torch.zeros(1)}, tmp_path / STATE, {"track": text.decode("utf-8", "replace")})
     with pytest.raises(UserError, match=r"state\.safetensors is not readable \(.*Leave mode\.restart out"):
-        read_standing(tmp_path)
+        read_track_state(tmp_path)
     reader = MaskReader(Labels.of(["a"], None, 255), Masks())
     cache = scan.ScanCache(tmp_path, [], reader)
     joined = np.frombuffer(text, np.uint8)

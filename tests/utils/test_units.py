@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from dinoseg.data.packed.draft import Draft
 from dinoseg.data.packed.store import Extent, StoreKey, open_store
 from dinoseg.tasks.preparation.sarrarp import VideoJob, _done_before
-from dinoseg.tracking.video.state import STATE, TrackProgress, read_standing
+from dinoseg.tracking.video.state import STATE, TrackProgress, read_track_state
 from dinoseg.utils import forms
 from dinoseg.utils.units import finished
 
@@ -96,6 +96,6 @@ def test_the_standing_of_a_track_is_read(tmp_path):
         '"settings": {"kind": "propagation", "tracker": {"radius": 12, "short": null}}}'
     )
     save_file({"first": torch.ones(2)}, tmp_path / STATE, {"track": header})
-    standing = read_standing(tmp_path)
+    standing = read_track_state(tmp_path)
     assert standing.progress == TrackProgress(4, "ab", "cd", 2) and standing.tensors["first"].tolist() == [1, 1]
     assert standing.settings == {"kind": "propagation", "tracker": {"radius": 12, "short": None}}

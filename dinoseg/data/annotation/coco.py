@@ -7,7 +7,7 @@ from typing import Any
 
 from dinoseg.data.annotation import rle
 from dinoseg.data.annotation.drawing import Columns
-from dinoseg.data.annotation.entry import Annotations, Entry, Labelled, polygons, size_of, text
+from dinoseg.data.annotation.entry import Annotations, Entry, LabelledShape, polygons, size_of, text
 from dinoseg.utils import forms
 from dinoseg.utils.wording import shown
 
@@ -73,7 +73,7 @@ def _id(value: Any, what: str) -> int:
     return value
 
 
-def _shape(annotation: Mapping[str, Any], categories: Mapping[int, str], size: tuple[int, int]) -> Labelled:
+def _shape(annotation: Mapping[str, Any], categories: Mapping[int, str], size: tuple[int, int]) -> LabelledShape:
     category = annotation.get("category_id")
     if type(category) is not int or category not in categories:
         raise ValueError(f"its category_id is {shown(category, 40)}, which is none of its categories")
@@ -81,10 +81,10 @@ def _shape(annotation: Mapping[str, Any], categories: Mapping[int, str], size: t
     depth = _CROWD if crowd else 0
     if isinstance(drawn, list) and drawn:
         form, area = polygons(drawn)
-        return Labelled(categories[category], form, depth, area, crowd)
+        return LabelledShape(categories[category], form, depth, area, crowd)
     if not isinstance(drawn, dict):
         raise ValueError("it has no segmentation, only a box: export polygons or masks")
     if drawn.get("size") != list(size):
         raise ValueError(f"its mask is of size {shown(drawn.get('size'), 40)} and its image of {list(size)}")
     counts = rle.checked(drawn.get("counts"), size[0] * size[1])
-    return Labelled(categories[category], Columns(counts.tobytes()), depth, float(counts[1::2].sum()), crowd)
+    return LabelledShape(categories[category], Columns(counts.tobytes()), depth, float(counts[1::2].sum()), crowd)

@@ -15,7 +15,7 @@ import numpy as np
 from dinoseg.data.annotation import rle
 from dinoseg.data.annotation.between import Outline
 from dinoseg.data.annotation.drawing import MOST_PIXELS, Between, Box, Form, Polygons
-from dinoseg.data.annotation.entry import Annotations, Clip, Entry, Labelled, size_of, text
+from dinoseg.data.annotation.entry import AnnotatedVideo, Annotations, Entry, LabelledShape, size_of, text
 from dinoseg.data.annotation.polygon import FARTHEST, check_polygon
 from dinoseg.utils.wording import shown
 
@@ -102,7 +102,7 @@ class _Document:
         try:
             label = text(attributes.get("label"), "its label")
             form, _ = _form(tag, attributes)
-            entry.shapes.append(Labelled(label, form, _number(attributes, "z_order", "0")))
+            entry.shapes.append(LabelledShape(label, form, _number(attributes, "z_order", "0")))
         except ValueError as error:
             named = shown(attributes.get("label", ""), 40)
             entry.wrong = f"image {shown(entry.image)}, {tag} {len(entry.shapes)} ({named}): {error}"
@@ -251,7 +251,7 @@ def _frames(path: Path, task: Mapping[str, str], *, alone: bool) -> dict[int, En
     if len(numbers) > _MOST_FRAMES:
         raise ValueError(f"a task has {len(numbers):,} frames, and may have {_MOST_FRAMES:,}: divide it into several")
     source, subset = PurePosixPath(task.get("source", "").replace("\\", "/")).name, task.get("subset", "")
-    clip = Clip(source, subset, numbers)
+    clip = AnnotatedVideo(source, subset, numbers)
     above = f"{PurePosixPath(source).stem}/" if source else "" if alone else f"task_{task.get('id', '')}/"
     size, wrong = None, ""
     if "width" in task or "height" in task:
@@ -305,4 +305,4 @@ def _add(entry: Entry, label: str, key: Key) -> None:
     if key.form is None:
         entry.wrong = f"{entry.image}, a track ({shown(label, 40)}): {key.wrong}"
     else:
-        entry.shapes.append(Labelled(label, key.form, key.depth))
+        entry.shapes.append(LabelledShape(label, key.form, key.depth))

@@ -15,7 +15,7 @@ LARGEST_FILE = 2**30  # bytes of an annotation file
 
 
 @dataclass(frozen=True, slots=True)
-class Labelled:
+class LabelledShape:
     """Shape with its label; lower depths are drawn first, equal depths in the order of the dataset.
 
     A crowd is an area of objects that were not annotated individually.
@@ -29,7 +29,7 @@ class Labelled:
 
 
 @dataclass(frozen=True)
-class Clip:
+class AnnotatedVideo:
     """Video, or ordered image files, whose frames an annotation file refers to by number.
 
     Args:
@@ -61,10 +61,10 @@ class Entry:
     path: Path
     image: str
     size: tuple[int, int] | None
-    shapes: list[Labelled] = field(default_factory=list)
+    shapes: list[LabelledShape] = field(default_factory=list)
     wrong: str = ""
     subset: str = ""
-    clip: Clip | None = None
+    clip: AnnotatedVideo | None = None
     frame: int = 0
 
 

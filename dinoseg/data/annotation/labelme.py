@@ -11,7 +11,7 @@ from PIL import Image
 
 from dinoseg.data.annotation import rle
 from dinoseg.data.annotation.drawing import Box, Figure, Form
-from dinoseg.data.annotation.entry import Annotations, Entry, Labelled, points_of, size_of, text
+from dinoseg.data.annotation.entry import Annotations, Entry, LabelledShape, points_of, size_of, text
 from dinoseg.data.annotation.polygon import FARTHEST, check_polygon
 from dinoseg.utils import forms
 from dinoseg.utils.wording import shown
@@ -44,7 +44,7 @@ def read_labelme(content: bytes, path: Path) -> Annotations:
     return Annotations(sorted({shape.label for shape in entry.shapes}), [entry])
 
 
-def _shape(shape: Mapping[str, Any], position: int, joined: bool) -> Labelled:
+def _shape(shape: Mapping[str, Any], position: int, joined: bool) -> LabelledShape:
     try:
         label = text(shape["label"], "its label")
         points = shape["points"]
@@ -52,8 +52,8 @@ def _shape(shape: Mapping[str, Any], position: int, joined: bool) -> Labelled:
             raise ValueError("its points are no list of pairs of numbers")
         kind = shape.get("shape_type") or "polygon"
         if kind == "mask":
-            return Labelled(label, _mask(shape.get("mask"), points))
-        return Labelled(label, _figure(kind, points, joined))
+            return LabelledShape(label, _mask(shape.get("mask"), points))
+        return LabelledShape(label, _figure(kind, points, joined))
     except ValueError as error:
         raise ValueError(f"shapes[{position}] ({shown(shape['label'], 40)}): {error}") from None
 

@@ -11,7 +11,7 @@ _FINE = 3  # upscaling factor: outline corners are then distinct from edge midpo
 
 
 @dataclass(frozen=True)
-class Part:
+class MaskRegion:
     """Pixels of one class: a mask (h, w) bool whose first pixel is at (left, top) of the image."""
 
     value: int
@@ -30,7 +30,7 @@ class Part:
         return counts if counts[-1] else counts[:-1]
 
 
-def parts_of(ids: np.ndarray, *, leave_out: int | None, joined: bool, least_area: int) -> Iterator[Part]:
+def parts_of(ids: np.ndarray, *, leave_out: int | None, joined: bool, least_area: int) -> Iterator[MaskRegion]:
     """Yield the parts of class ids (H, W) uint8, class by class.
 
     Args:
@@ -47,16 +47,16 @@ def parts_of(ids: np.ndarray, *, leave_out: int | None, joined: bool, least_area
             rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
             box = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
             if box.sum() >= least_area:
-                yield Part(value, int(columns[0]), int(rows[0]), box)
+                yield MaskRegion(value, int(columns[0]), int(rows[0]), box)
             continue
         count, labels, boxes, _ = cv2.connectedComponentsWithStats(mask.view(np.uint8), connectivity=8)
         for label in range(1, count):
             left, top, width, height, area = boxes[label].tolist()
             if area >= least_area:
-                yield Part(value, left, top, labels[top : top + height, left : left + width] == label)
+                yield MaskRegion(value, left, top, labels[top : top + height, left : left + width] == label)
 
 
-def edge_polygons(part: Part, tolerance: float) -> Iterator[np.ndarray]:
+def edge_polygons(part: MaskRegion, tolerance: float) -> Iterator[np.ndarray]:
     """Yield polygons (N, 2) along pixel edges, as in COCO and CVAT; together they cover the part.
 
     Polygons have no holes: a part with holes is cut along a row through each hole. With tolerance 0 they are exact;
@@ -69,7 +69,7 @@ def edge_polygons(part: Part, tolerance: float) -> Iterator[np.ndarray]:
             yield _simpler(_without_repeats(corners), tolerance) + (part.left, part.top + top)
 
 
-def middle_polygons(part: Part, tolerance: float) -> Iterator[np.ndarray]:
+def middle_polygons(part: MaskRegion, tolerance: float) -> Iterator[np.ndarray]:
     """Yield polygons (N, 2) through the centres of border pixels, as drawn by LabelMe; else like `edge_polygons`."""
     for top, band in _bands(part.mask):
         for outline in _outlines(band):

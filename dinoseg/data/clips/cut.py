@@ -30,7 +30,7 @@ class Clip(TypedDict):
     frame_names: list[str]  # file stems, or the frame indices of a video file
 
 
-class Span(NamedTuple):
+class ClipPosition(NamedTuple):
     """Position of a clip in its dataset."""
 
     video: int
@@ -112,7 +112,7 @@ class Cut:
             )
         return stride
 
-    def spans(self, number: int, video: Video) -> Iterator[Span]:
+    def spans(self, number: int, video: Video) -> Iterator[ClipPosition]:
         """Yield the clips of a video; `number` is its index in the dataset.
 
         Raises:
@@ -125,9 +125,9 @@ class Cut:
         if count >= covered:
             room = count - covered
             starts = range(0, room + 1, step) if self.per_video is None else _spread(room, self.per_video)
-            yield from (Span(number, start, stride, length) for start in starts)
+            yield from (ClipPosition(number, start, stride, length) for start in starts)
         elif self.short == "pad":
-            yield Span(number, 0, stride, length)
+            yield ClipPosition(number, 0, stride, length)
         elif self.short == "error":
             raise UserError(
                 f"Video {video.name} has {count} frames; {length} at stride {stride} need {covered}. Set "
@@ -189,7 +189,7 @@ class Clips:
             frame_names=names + names[-1:] * padded,
         )
 
-    def _find(self, index: int) -> tuple[Video, Span, list[int]]:
+    def _find(self, index: int) -> tuple[Video, ClipPosition, list[int]]:
         """Return a clip's video, its span there, and the positions that exist in the video."""
         span = self.spans[index]
         video = self.videos[span.video]

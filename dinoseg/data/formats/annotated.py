@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dinoseg.data.annotation.drawing import Drawing
-from dinoseg.data.annotation.entry import Entry, Labelled
+from dinoseg.data.annotation.entry import Entry, LabelledShape
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.masks import Masks
 from dinoseg.data.formats.annotated_images import Images, NotThere, name_of, size_of_image
@@ -223,7 +223,7 @@ class _Maker:
         forms = tuple((self._id(shape), shape.form) for shape in drawn)
         return Pair(name, image, Drawing(entry.path, entry.image, size, self.ground, forms))
 
-    def _id(self, shape: Labelled) -> int:
+    def _id(self, shape: LabelledShape) -> int:
         if shape.crowd and self.shapes.crowds == IGNORE:
             return self.labels.ignore_index
         return self.values.get(shape.label, self.others or 0)

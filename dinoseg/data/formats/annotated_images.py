@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from dinoseg.data.annotation.entry import Clip, Entry, size_of
+from dinoseg.data.annotation.entry import AnnotatedVideo, Entry, size_of
 from dinoseg.data.formats.annotation_files import AnnotationLayout, Kind
 from dinoseg.data.video.access import ImageSource, VideoFrame
 from dinoseg.data.video.index import index_videos
@@ -35,7 +35,7 @@ class Images:
     root: Path
     layout: AnnotationLayout
     cache_dir: Path
-    _clips: dict[tuple[Path, Clip], "Path | Sequence[Path]"] = field(default_factory=dict)
+    _clips: dict[tuple[Path, AnnotatedVideo], "Path | Sequence[Path]"] = field(default_factory=dict)
 
     def folder(self, place: Path, split: str, entries: Sequence[Entry]) -> Path:
         """Return the folder that image names are relative to, or the only video.
@@ -90,7 +90,7 @@ class Images:
         except (NotThere, UserError):
             return False
 
-    def _frame(self, entry: Entry, clip: Clip, folder: Path) -> ImageSource:
+    def _frame(self, entry: Entry, clip: AnnotatedVideo, folder: Path) -> ImageSource:
         if (folder, clip) not in self._clips:
             self._clips[folder, clip] = self._clip(clip, folder)
         found = self._clips[folder, clip]
@@ -101,7 +101,7 @@ class Images:
             raise NotThere(f"{entry.path} has frame {entry.frame}, and {found[position]} is not there.")
         return found[position]
 
-    def _clip(self, clip: Clip, folder: Path) -> "Path | Sequence[Path]":
+    def _clip(self, clip: AnnotatedVideo, folder: Path) -> "Path | Sequence[Path]":
         """Return a video, or image files indexed by frame number or by position in `clip.frames`."""
         if _is_video(folder):
             return self._video(folder, clip)
@@ -125,7 +125,7 @@ class Images:
             )
         return pictures
 
-    def _video(self, path: Path, clip: Clip) -> Path:
+    def _video(self, path: Path, clip: AnnotatedVideo) -> Path:
         indexes, wrong = index_videos([path], self.cache_dir)
         if path not in indexes:
             raise NotThere(wrong[path])

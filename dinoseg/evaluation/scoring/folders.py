@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from dinoseg.metrics.protocols.contract import BadFile, Case, Cases, Measured, ScoreProtocol
+from dinoseg.metrics.protocols.contract import BadFile, Cases, Measured, ScoreProtocol, ScoringCase
 from dinoseg.report.progress import Bar
 from dinoseg.utils.cores import count_cores
 from dinoseg.utils.errors import UserError
@@ -39,7 +39,7 @@ class Scored:
     sums: np.ndarray
     total: np.ndarray
     rows: list[dict[str, Any]]
-    cases: list[tuple[Case, Measured]]
+    cases: list[tuple[ScoringCase, Measured]]
     problems: list[tuple[Path, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     files: int = 0
@@ -84,7 +84,7 @@ def score_cases(
     if on_error not in ON_ERROR:
         raise UserError(f"data.on_error={on_error} is unknown. Choose one of {', '.join(ON_ERROR)}.")
     problems = list(listing.problems)
-    cases: list[tuple[Case, Measured]] = []
+    cases: list[tuple[ScoringCase, Measured]] = []
     for case, result in _measure_all(protocol, listing.cases, workers, remedy):
         if isinstance(result, BadFile):
             problems += [(result.path, result.reason), *result.more]
@@ -109,19 +109,19 @@ def score_cases(
     )
 
 
-def _by_unit(cases: Iterable[tuple[Case, Measured]]) -> dict[str, list[tuple[Case, Measured]]]:
-    by_unit: dict[str, list[tuple[Case, Measured]]] = {}
+def _by_unit(cases: Iterable[tuple[ScoringCase, Measured]]) -> dict[str, list[tuple[ScoringCase, Measured]]]:
+    by_unit: dict[str, list[tuple[ScoringCase, Measured]]] = {}
     for case, measured in cases:
         by_unit.setdefault(case.unit, []).append((case, measured))
     return by_unit
 
 
-def sums_by_unit(protocol: ScoreProtocol, cases: Iterable[tuple[Case, Measured]]) -> dict[str, np.ndarray]:
+def sums_by_unit(protocol: ScoreProtocol, cases: Iterable[tuple[ScoringCase, Measured]]) -> dict[str, np.ndarray]:
     """Return the sums (d,) of each unit."""
     return {unit: protocol.join([measured for _, measured in parts]) for unit, parts in _by_unit(cases).items()}
 
 
-def _row(cases: Sequence[tuple[Case, Measured]]) -> dict[str, Any]:
+def _row(cases: Sequence[tuple[ScoringCase, Measured]]) -> dict[str, Any]:
     """Return a unit's details: those of its only case, or the summed numbers of several cases."""
     details = [measured.details for _, measured in cases]
     if len(details) == 1:
@@ -131,7 +131,7 @@ def _row(cases: Sequence[tuple[Case, Measured]]) -> dict[str, Any]:
     return {"files": files, **{key: sum(row.get(key, 0) for row in details) for key in keys}}
 
 
-def _unknown_notes(cases: Sequence[tuple[Case, Measured]]) -> list[str]:
+def _unknown_notes(cases: Sequence[tuple[ScoringCase, Measured]]) -> list[str]:
     """Return a note for each side with pixels of no class.
 
     Some official scripts count such pixels instead of refusing them.
@@ -150,7 +150,7 @@ def _unknown_notes(cases: Sequence[tuple[Case, Measured]]) -> list[str]:
     return notes
 
 
-def _bare_notes(protocol: ScoreProtocol, cases: Sequence[tuple[Case, Measured]]) -> list[str]:
+def _bare_notes(protocol: ScoreProtocol, cases: Sequence[tuple[ScoringCase, Measured]]) -> list[str]:
     """Return a note on references without any object, which are scored by a rule instead of a measurement."""
     bare = [case.name for case, measured in cases if measured.details.get("objects") == 0]
     if not bare:
@@ -161,13 +161,13 @@ def _bare_notes(protocol: ScoreProtocol, cases: Sequence[tuple[Case, Measured]])
     ]
 
 
-def _frames(cases: Iterable[Case]) -> int:
+def _frames(cases: Iterable[ScoringCase]) -> int:
     return sum(len(case.files) for case in cases)
 
 
 def _measure_all(
-    protocol: ScoreProtocol, cases: Sequence[Case], workers: int | None, remedy: str
-) -> Iterable[tuple[Case, Measured | BadFile]]:
+    protocol: ScoreProtocol, cases: Sequence[ScoringCase], workers: int | None, remedy: str
+) -> Iterable[tuple[ScoringCase, Measured | BadFile]]:
     """Return each case with its result, in order."""
     processes = workers or min(count_cores(), ceil(_frames(cases) / _FRAMES_PER_PROCESS))
     results = in_processes(protocol.measure, cases, processes, catch=BadFile, remedy=remedy)

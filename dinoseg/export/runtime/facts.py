@@ -29,7 +29,7 @@ _PART: Mapping[str, forms.Form] = {  # key under `facts` to the form of its valu
 
 
 @dataclass(frozen=True)
-class Facts:
+class ModelFacts:
     """Metadata of a trained model.
 
     Attributes:
@@ -70,7 +70,7 @@ class Facts:
         return {**labels, "facts": self.part()}
 
     @classmethod
-    def of(cls, description: Mapping[str, Any], where: str) -> "Facts":
+    def of(cls, description: Mapping[str, Any], where: str) -> "ModelFacts":
         """Parse a file's description, which is not trusted; without `facts`, only its classes and colours are read.
 
         Unknown entries, as of a newer dinoseg, are ignored.

@@ -10,7 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from dinoseg.export.runtime.facts import UNKNOWN, Facts
+from dinoseg.export.runtime.facts import UNKNOWN, ModelFacts
 from dinoseg.export.runtime.onnx_model import parts_of
 from dinoseg.export.runtime.runtime import FILES, file_in
 from dinoseg.utils.errors import UserError
@@ -48,7 +48,7 @@ def fetched(
 
 def push(
     file: Path,
-    facts: Facts,
+    facts: ModelFacts,
     repo_id: str,
     *,
     private: bool | None,
@@ -113,14 +113,14 @@ _HUB_LICENCES = {"Apache-2.0": "apache-2.0", "MIT": "mit"}  # SPDX names to the 
 _UNSAFE = re.compile("[`|<>]")  # end a code span or a table cell, or begin HTML
 
 
-def model_card(facts: Facts, repo_id: str) -> str:
+def model_card(facts: ModelFacts, repo_id: str) -> str:
     """Return the text of a model card; text from the file is escaped, so that it renders as text alone."""
     return (
         "\n".join([*_header(facts), *_use(facts, repo_id), *_classes(facts), *_scores(facts), *_origin(facts)]) + "\n"
     )
 
 
-def _header(facts: Facts) -> Iterator[str]:
+def _header(facts: ModelFacts) -> Iterator[str]:
     licence = str(facts.backbone.get("licence", UNKNOWN))
     yield "---"
     yield f"license: {_HUB_LICENCES.get(licence, 'other')}"
@@ -132,7 +132,7 @@ def _header(facts: Facts) -> Iterator[str]:
     yield ""
 
 
-def _use(facts: Facts, repo_id: str) -> Iterator[str]:
+def _use(facts: ModelFacts, repo_id: str) -> Iterator[str]:
     backbone = _text(facts.backbone.get("name", UNKNOWN))
     yield f"# {repo_id}"
     yield ""
@@ -154,7 +154,7 @@ def _use(facts: Facts, repo_id: str) -> Iterator[str]:
         yield ""
 
 
-def _classes(facts: Facts) -> Iterator[str]:
+def _classes(facts: ModelFacts) -> Iterator[str]:
     yield "## Classes"
     yield ""
     yield "| id | name | colour | IoU |"
@@ -165,7 +165,7 @@ def _classes(facts: Facts) -> Iterator[str]:
     yield ""
 
 
-def _scores(facts: Facts) -> Iterator[str]:
+def _scores(facts: ModelFacts) -> Iterator[str]:
     yield "## Scores"
     yield ""
     if facts.scores is None:
@@ -184,7 +184,7 @@ def _scores(facts: Facts) -> Iterator[str]:
         yield from _table(official.get("scores"), official.get("ci95"))
 
 
-def _origin(facts: Facts) -> Iterator[str]:
+def _origin(facts: ModelFacts) -> Iterator[str]:
     yield "## Where it comes from"
     yield ""
     for key in ("name", "weights", "revision", "hash", "licence"):

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dinoseg.export.runtime.facts import Facts
+from dinoseg.export.runtime.facts import ModelFacts
 from dinoseg.export.runtime.inputs import Picture, is_many_files, is_one, pictures
 from dinoseg.export.runtime.onnx_model import parts_of
 from dinoseg.export.runtime.runtime import Options, Runtime
@@ -34,7 +34,7 @@ class Segmentation:
 
     mask: np.ndarray
     image: np.ndarray
-    facts: Facts
+    facts: ModelFacts
     source: Path | None = None
     # called only when needed: 4 * K bytes a pixel, and another forward pass
     ask: Callable[[np.ndarray], np.ndarray] = field(repr=False, kw_only=True)
@@ -80,7 +80,7 @@ class Model:
         file: the file that it was loaded from, if that is a one-file model.
     """
 
-    def __init__(self, runtime: Runtime, facts: Facts, file: Path | None = None) -> None:
+    def __init__(self, runtime: Runtime, facts: ModelFacts, file: Path | None = None) -> None:
         self.runtime = runtime
         self.facts = facts
         self.file = None if file is None else file.absolute()

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from dinoseg.export.runtime.facts import Facts
+from dinoseg.export.runtime.facts import ModelFacts
 from dinoseg.export.runtime.onnx_check import data_beside, read_metadata
 from dinoseg.export.runtime.onnx_pictures import GraphRuntime
 from dinoseg.export.runtime.onnx_record import KEY, OUTPUTS, GraphRecord, parse
@@ -41,7 +41,7 @@ def load_onnx(path: Path, *, device: str = "auto", threads: int | None = None) -
     """
     description = parse(read_metadata(path, KEY), str(path))
     record = GraphRecord.of(description["graph"], str(path))
-    facts = Facts.of(description, str(path))
+    facts = ModelFacts.of(description, str(path))
     session = open_session(path, device=device, threads=threads)
     inputs = [(entry.name, entry.type, len(entry.shape)) for entry in session.get_inputs()]
     names = [entry.name for entry in session.get_outputs()]

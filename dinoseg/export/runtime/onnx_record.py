@@ -9,7 +9,7 @@ from dinoseg.core.sizes import Size, backbone_size, kept_longest
 from dinoseg.utils import forms
 from dinoseg.utils.errors import UserError
 
-KEY = "dinoseg"  # metadata key: JSON of `graph` and of `Facts.description`
+KEY = "dinoseg"  # metadata key: JSON of `graph` and of `ModelFacts.description`
 LARGEST_TEXT = 2**20  # bytes of that JSON
 OUTPUTS = {  # kind of graph to the names of its outputs
     "scores": ("scores",),
@@ -135,7 +135,7 @@ class GraphRecord:
 
 
 def parse(text: str, where: str) -> Mapping[str, Any]:
-    """Parse the description in a file's metadata: `graph`, and the entries that `Facts.of` reads.
+    """Parse the description in a file's metadata: `graph`, and the entries that `ModelFacts.of` reads.
 
     Raises:
         UserError: if it is too long, or no such JSON.

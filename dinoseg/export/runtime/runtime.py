@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from dinoseg.export.runtime.facts import Facts
+from dinoseg.export.runtime.facts import ModelFacts
 
 FILES = {"torch": "model.safetensors", "onnx": "model.onnx"}  # runtime: name of its file
 
@@ -31,7 +31,7 @@ class Opened(NamedTuple):
     """An opened model: its runtime, its facts, and its file if it is a one-file model."""
 
     runtime: Runtime
-    facts: Facts
+    facts: ModelFacts
     file: Path | None = None
 
 

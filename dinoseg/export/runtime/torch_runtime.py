@@ -13,7 +13,7 @@ from dinoseg.config.nodes import instantiate
 from dinoseg.config.resolvers import lent_resolvers
 from dinoseg.experiment.resume import alone
 from dinoseg.experiment.trained import restore
-from dinoseg.export.runtime.facts import Facts
+from dinoseg.export.runtime.facts import ModelFacts
 from dinoseg.export.runtime.runtime import Opened, Options
 from dinoseg.inference.policy import Policy
 from dinoseg.inference.predictor import Predictor
@@ -55,7 +55,7 @@ def load_torch(path: Path, options: Options) -> Opened:
     # restore the caller's OmegaConf resolvers and random state afterwards
     with lent_resolvers(), torch.random.fork_rng(_devices(chosen)):
         said = checkpoint.describe(file)
-        facts = Facts.of(said, str(file))
+        facts = ModelFacts.of(said, str(file))
         changes = {"engine.device": options.device, **_weights(file, said, options)}
         cfg = alone(file, said, changes, inference=options.inference, trust=options.trust)
         policy: Policy = instantiate(cfg.inference)

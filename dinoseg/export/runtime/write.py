@@ -15,7 +15,7 @@ from dinoseg.experiment.source import ModelSource, describe_config, outline_of
 from dinoseg.experiment.trained import Trained, sizes_to_keep
 from dinoseg.experiment.unread import warn_unread
 from dinoseg.export.runtime.evidence import data_of, scores_of
-from dinoseg.export.runtime.facts import UNKNOWN, Facts
+from dinoseg.export.runtime.facts import UNKNOWN, ModelFacts
 from dinoseg.export.runtime.runtime import FILES
 from dinoseg.inference.trained_sizes import KEY, TrainedSizes
 from dinoseg.models.model import Segmenter, constants, trained_names
@@ -94,7 +94,7 @@ def export_model(
 
 def facts_of(
     source: ModelSource, trained: Trained, sizes: TrainedSizes | None, *, delta: bool = False, scores: str | None = None
-) -> Facts:
+) -> ModelFacts:
     """Return the facts of a trained model, for an exported file of any kind.
 
     Args:
@@ -105,10 +105,12 @@ def facts_of(
         scores: as of `export_model`.
     """
     assert source.resume is not None  # exports check it first
-    before = Facts.of(trained.info, f"resume={source.resume}")  # facts of a checkpoint that is itself an exported file
+    before = ModelFacts.of(
+        trained.info, f"resume={source.resume}"
+    )  # facts of a checkpoint that is itself an exported file
     colours = {name: getattr(trained.model.backbone, name).flatten().tolist() for name in ("mean", "std")}
     path, choices = Path(source.resume), source.config["choices"]
-    return Facts(
+    return ModelFacts(
         before.classes,
         before.palette,
         before.ignore_index,
@@ -127,7 +129,7 @@ def facts_of(
     )
 
 
-def _stored_config(config: Mapping[str, Any], facts: Facts) -> dict[str, Any]:
+def _stored_config(config: Mapping[str, Any], facts: ModelFacts) -> dict[str, Any]:
     """Return the config that a file stores: without paths of this machine or sources of weights that the file holds."""
     stored: dict[str, Any] = {**_without_places(config), TEACHER: None, INITIAL: None}
     if "root" in stored["data"]:

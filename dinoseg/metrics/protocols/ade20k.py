@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from dinoseg.metrics.counts import class_counts, ratio
-from dinoseg.metrics.protocols.contract import Case, Cases, DatasetProtocol, Measured
+from dinoseg.metrics.protocols.contract import Cases, DatasetProtocol, Measured, ScoringCase
 from dinoseg.metrics.protocols.trees import Tree, match, read_both, refuse_ids, refuse_inside
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Count
@@ -54,7 +54,7 @@ class Ade20k(DatasetProtocol):
             missing=lambda name: prediction / self.target(name),
         )
 
-    def measure(self, case: Case) -> Measured:
+    def measure(self, case: ScoringCase) -> Measured:
         """Return true positives, false positives and false negatives (3 * K,) of an image."""
         reference, prediction = read_both(case)
         labelled = reference != 0

@@ -10,7 +10,7 @@ import numpy as np
 
 from dinoseg.data.label_tables.read import label_table
 from dinoseg.metrics.counts import confusion, iou, mean_defined, parts
-from dinoseg.metrics.protocols.contract import BadFile, Case, Cases, DatasetProtocol, Measured
+from dinoseg.metrics.protocols.contract import BadFile, Cases, DatasetProtocol, Measured, ScoringCase
 from dinoseg.metrics.protocols.trees import Tree, match, pictures_hint, read_both, read_labels, refuse_ids
 from dinoseg.utils.errors import UserError
 
@@ -80,7 +80,7 @@ class Cityscapes(DatasetProtocol):
         listing.cases = whole
         return listing
 
-    def measure(self, case: Case) -> Measured:
+    def measure(self, case: ScoringCase) -> Measured:
         """Return the matrix (34 * 34,) of an image, followed by weighted hits and misses of instances (2 * 10,)."""
         reference, prediction = read_both(case)
         reference_file, prediction_file = case.files[0]
@@ -128,7 +128,7 @@ class Cityscapes(DatasetProtocol):
             for label, value in zip(_SCORED, values, strict=True)
         ]
 
-    def case(self, name: str, reference: Path, prediction: Path) -> Case:
+    def case(self, name: str, reference: Path, prediction: Path) -> ScoringCase:
         """Return the case of one image; a reference in train ids is replaced by the label ids next to it."""
         labels = reference.with_name(reference.name.replace("_labelTrainIds.", "_labelIds."))
         if not (instances := _instance_file(labels)).is_file():
@@ -214,7 +214,7 @@ def _instance_file(reference: Path) -> Path:
     return reference.with_name(reference.name.replace("_labelIds.", "_instanceIds."))
 
 
-def _refuse_train_ids(cases: Sequence[Case], folder: Path) -> None:
+def _refuse_train_ids(cases: Sequence[ScoringCase], folder: Path) -> None:
     """Refuse predictions in train ids, which would score nearly 0 without an error."""
     held: set[int] = set()
     paths = [path for case in islice(cases, _LOOKED_AT) for _, path in case.files if path is not None]

@@ -24,7 +24,7 @@ class BadFile(UserError):
 
 
 @dataclass(frozen=True)
-class Case:
+class ScoringCase:
     """Unit of work: the files of an image, or of a whole sequence if its frames belong together.
 
     Args:
@@ -48,7 +48,7 @@ class Cases:
         notes: oddities that change no score, such as predictions without reference.
     """
 
-    cases: list[Case]
+    cases: list[ScoringCase]
     problems: list[tuple[Path, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -91,7 +91,7 @@ class ScoreProtocol(ABC):
         """
 
     @abstractmethod
-    def measure(self, case: Case) -> Measured:
+    def measure(self, case: ScoringCase) -> Measured:
         """Measure one case, in any process.
 
         Raises:
@@ -129,13 +129,13 @@ class DatasetProtocol(ScoreProtocol):
         """
         return f"{name}{self.ending}"
 
-    def case(self, name: str, reference: Path, prediction: Path) -> Case:
+    def case(self, name: str, reference: Path, prediction: Path) -> ScoringCase:
         """Return the case of one image of a data set, whose prediction need not exist yet.
 
         Raises:
             BadFile: a file that belongs to the reference is missing.
         """
-        return Case(name, self.unit_of(name), ((reference, prediction),))
+        return ScoringCase(name, self.unit_of(name), ((reference, prediction),))
 
     def file_ids(self, ids: np.ndarray) -> np.ndarray:
         """Convert predicted class ids 0..K-1 (H, W) uint8 to the ids of the benchmark's files."""

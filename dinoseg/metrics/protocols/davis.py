@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from dinoseg.metrics.protocols.bad_files import BadFiles
-from dinoseg.metrics.protocols.contract import BadFile, Case, Cases, Measured, ScoreProtocol
+from dinoseg.metrics.protocols.contract import BadFile, Cases, Measured, ScoreProtocol, ScoringCase
 from dinoseg.metrics.protocols.davis_layout import DavisLayout
 from dinoseg.metrics.protocols.trees import read_labels, refuse_ids
 from dinoseg.metrics.region_boundary import match_proposals, object_scores, pair_scores, statistics
@@ -87,7 +87,7 @@ class Davis2017(Sequences):
             ],
         }
 
-    def measure(self, case: Case) -> Measured:
+    def measure(self, case: ScoringCase) -> Measured:
         """Return the summed statistics of the objects, and their number: (7,) float64."""
         bad = BadFiles(self.unit)
         count = _num_objects(case, bad)
@@ -144,7 +144,7 @@ class Davis2017Unsupervised(Sequences):
             ],
         }
 
-    def measure(self, case: Case) -> Measured:
+    def measure(self, case: ScoringCase) -> Measured:
         """Return the summed statistics of the matched objects, and their number: (7,) float64."""
         bad = BadFiles(self.unit)
         objects, proposals = _num_objects(case, bad), 0
@@ -189,7 +189,7 @@ class Davis2016(Sequences):
             "differs": [_LONG, _MISSING, _SHORT],
         }
 
-    def measure(self, case: Case) -> Measured:
+    def measure(self, case: ScoringCase) -> Measured:
         """Return the sequence's statistics, and a count of 1: (7,) float64."""
         bad = BadFiles(self.unit)
         scores = []
@@ -201,7 +201,7 @@ class Davis2016(Sequences):
         return _measured(scores, 1)
 
 
-def _num_objects(case: Case, bad: BadFiles) -> int:
+def _num_objects(case: ScoringCase, bad: BadFiles) -> int:
     """Return the largest id, except void, of a sequence's first annotated frame.
 
     If that frame is bad, return `sys.maxsize`, which accepts any id.
@@ -211,7 +211,7 @@ def _num_objects(case: Case, bad: BadFiles) -> int:
     return sys.maxsize
 
 
-def _largest_id(case: Case) -> int:
+def _largest_id(case: ScoringCase) -> int:
     first = case.files[0][0]
     ids = read_labels(first)
     objects = ids[ids != VOID]
@@ -234,7 +234,7 @@ def _read_foreground(path: Path) -> np.ndarray:
 
 
 def _frames(
-    case: Case, bad: BadFiles, *, skip_ends: bool, read: Callable[[Path], np.ndarray] = read_labels
+    case: ScoringCase, bad: BadFiles, *, skip_ends: bool, read: Callable[[Path], np.ndarray] = read_labels
 ) -> Iterator[tuple[Path, np.ndarray, np.ndarray]]:
     """Yield prediction file, reference and prediction (H, W) of each valid scored frame, one at a time."""
     for file, predicted in case.files[1:-1] if skip_ends else case.files:

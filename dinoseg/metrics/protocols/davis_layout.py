@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from dinoseg.metrics.protocols.contract import Case, Cases
+from dinoseg.metrics.protocols.contract import Cases, ScoringCase
 from dinoseg.utils import forms
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import entries, is_name
@@ -104,7 +104,7 @@ class DavisLayout:
             listing.notes.append(f"{masks}: without its first and last frame nothing is left, so it adds no object")
         if not missing:
             files = tuple((path, predicted.get(frame)) for frame, path in frames.items())
-            listing.cases.append(Case(name, name, files))
+            listing.cases.append(ScoringCase(name, name, files))
 
     def _sequences(self, root: Path) -> list[str]:
         """Return the sequences in the list: one per line, or one line per frame as in the original DAVIS-2016."""

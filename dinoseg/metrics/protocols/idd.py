@@ -9,7 +9,7 @@ from PIL import Image
 
 from dinoseg.data.label_tables.read import label_table
 from dinoseg.metrics.counts import confusion, grouped, iou, mean_defined, parts
-from dinoseg.metrics.protocols.contract import Case, Cases, DatasetProtocol, Measured
+from dinoseg.metrics.protocols.contract import Cases, DatasetProtocol, Measured, ScoringCase
 from dinoseg.metrics.protocols.trees import Tree, match, read_labels
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Count
@@ -82,7 +82,7 @@ class Frames(DatasetProtocol):
             unit=self.unit_of,
         )
 
-    def measure(self, case: Case) -> Measured:
+    def measure(self, case: ScoringCase) -> Measured:
         """Return the matrix ((K + 1)^2,) of a frame, where all ids of K or more share the last index.
 
         Raises:

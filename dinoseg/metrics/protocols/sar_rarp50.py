@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from dinoseg.metrics.protocols.contract import BadFile, Case, Cases, DatasetProtocol, Measured
+from dinoseg.metrics.protocols.contract import BadFile, Cases, DatasetProtocol, Measured, ScoringCase
 from dinoseg.metrics.protocols.trees import pictures_hint, refuse_inside
 from dinoseg.metrics.surface import surface_dices
 from dinoseg.utils.errors import UserError
@@ -52,9 +52,9 @@ class VideoFrames(DatasetProtocol):
             raise UserError(f"{name} names no frame of SAR-RARP50: its names are <video>/<stem>, as of data=sarrarp.")
         return f"{video}/{FOLDER}/{stem}.png"
 
-    def case(self, name: str, reference: Path, prediction: Path) -> Case:
+    def case(self, name: str, reference: Path, prediction: Path) -> ScoringCase:
         """Return the case of a frame from its mask files; the prediction may be missing."""
-        return Case(name, name.rpartition("/")[0], ((reference, prediction if prediction.is_file() else None),))
+        return ScoringCase(name, name.rpartition("/")[0], ((reference, prediction if prediction.is_file() else None),))
 
 
 class SarRarp50(VideoFrames):
@@ -95,7 +95,7 @@ class SarRarp50(VideoFrames):
             ],
         }
 
-    def measure(self, case: Case) -> Measured:
+    def measure(self, case: ScoringCase) -> Measured:
         """Return 1, then the IoU and the NSD of classes 1 to 9: (19,) float64."""
         reference, prediction = read_frame(case)
         values = np.zeros(2 * len(CLASSES))
@@ -170,12 +170,12 @@ def find_frames(reference: Path, prediction: Path) -> Cases:
     return listing
 
 
-def frame_details(case: Case) -> dict[str, Any]:
+def frame_details(case: ScoringCase) -> dict[str, Any]:
     """Return the details that a video's row sums: frames, and frames without prediction."""
     return {"frames": 1, "missing": int(case.files[0][1] is None)}
 
 
-def read_frame(case: Case) -> tuple[np.ndarray, np.ndarray | None]:
+def read_frame(case: ScoringCase) -> tuple[np.ndarray, np.ndarray | None]:
     """Return the ids (H, W) uint8 of reference and prediction; None for a missing prediction.
 
     Raises:
@@ -239,7 +239,7 @@ def _add_video(listing: Cases, video: str, masks: dict[str, Path], folder: Path)
     predicted = {path.name for path in entries(folder) if path.is_file()}
     for file, mask in masks.items():
         prediction = folder / file if file in predicted else None
-        listing.cases.append(Case(f"{video}/{mask.stem}", video, ((mask, prediction),)))
+        listing.cases.append(ScoringCase(f"{video}/{mask.stem}", video, ((mask, prediction),)))
     remarks = []
     if len(predicted) != len(masks):
         remarks.append(f"{len(predicted)} files for {len(masks)} reference frames, which the official script refuses")

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from dinoseg.metrics.protocols.contract import Case, Measured
+from dinoseg.metrics.protocols.contract import Measured, ScoringCase
 from dinoseg.metrics.protocols.sar_rarp50 import CLASSES, VideoFrames, class_counts, frame_details, read_frame
 
 _EPSILON = 1e-6  # added to every union, as in that code
@@ -31,7 +31,7 @@ class SarRarp50Seed(VideoFrames):
             "differs": ["float64 where that code has float32; both add 1e-6 to the union"],
         }
 
-    def measure(self, case: Case) -> Measured:
+    def measure(self, case: ScoringCase) -> Measured:
         """Return the image's mean and count, then each class's IoU and count, with 0 where left out: (20,) float64."""
         reference, prediction = read_frame(case)
         both, either = class_counts(reference, np.zeros_like(reference) if prediction is None else prediction)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from dinoseg.metrics.counts import class_counts, dice, iou, mean_defined, ratio
-from dinoseg.metrics.protocols.contract import BadFile, Case, Cases, DatasetProtocol, Measured
+from dinoseg.metrics.protocols.contract import BadFile, Cases, DatasetProtocol, Measured, ScoringCase
 from dinoseg.metrics.protocols.trees import Tree, match, read_both, read_labels, refuse_ids, refuse_inside
 from dinoseg.metrics.surface import boundary_ious, surface_dices
 from dinoseg.utils.errors import UserError
@@ -137,7 +137,7 @@ class Semantic(DatasetProtocol):
             )
         return listing
 
-    def measure(self, case: Case) -> Measured:
+    def measure(self, case: ScoringCase) -> Measured:
         """Return the counts (3 * K,) of an image, followed by those of the requested boundary scores (2 * K each)."""
         reference, prediction = self._read(case)
         if self.binary:
@@ -154,7 +154,7 @@ class Semantic(DatasetProtocol):
             counts += self._outlines(*sides)
         return Measured(np.concatenate(counts), {"unknown_pixels_prediction": int((unknown & held).sum())})
 
-    def _read(self, case: Case) -> tuple[np.ndarray, np.ndarray]:
+    def _read(self, case: ScoringCase) -> tuple[np.ndarray, np.ndarray]:
         """Return the ids of reference and prediction (H, W)."""
         if self.references is None:
             return read_both(case)

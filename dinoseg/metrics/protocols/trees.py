@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from dinoseg.metrics.protocols.contract import BadFile, Case, Cases
+from dinoseg.metrics.protocols.contract import BadFile, Cases, ScoringCase
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import visible_files
 from dinoseg.utils.images import read_ids
@@ -125,7 +125,9 @@ def match(
         UserError: no reference has a prediction.
     """
     cases = [
-        Case(name, unit(name), ((file, prediction[name]),)) for name, file in reference.items() if name in prediction
+        ScoringCase(name, unit(name), ((file, prediction[name]),))
+        for name, file in reference.items()
+        if name in prediction
     ]
     if not cases:
         raise UserError(
@@ -170,7 +172,7 @@ def read_labels(path: Path) -> np.ndarray:
     return ids
 
 
-def read_both(case: Case) -> tuple[np.ndarray, np.ndarray]:
+def read_both(case: ScoringCase) -> tuple[np.ndarray, np.ndarray]:
     """Return the ids of a case's only reference and prediction.
 
     Raises:

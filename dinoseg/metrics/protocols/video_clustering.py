@@ -7,7 +7,7 @@ import numpy as np
 
 from dinoseg.metrics.clustering import MATCHINGS, Contingency, contingency, segment_scores
 from dinoseg.metrics.protocols.bad_files import BadFiles
-from dinoseg.metrics.protocols.contract import BadFile, Case, Cases, Measured, ScoreProtocol
+from dinoseg.metrics.protocols.contract import BadFile, Cases, Measured, ScoreProtocol, ScoringCase
 from dinoseg.metrics.protocols.trees import Tree, extra, read_labels
 from dinoseg.utils.errors import UserError
 
@@ -79,12 +79,12 @@ class VideoClustering(ScoreProtocol):
             ]
             if not missing:
                 files = tuple((path, predicted[name]) for name, path in names.items())
-                listing.cases.append(Case(video, video, files))
+                listing.cases.append(ScoringCase(video, video, files))
         known = {name for names in frames.values() for name in names}
         listing.notes += extra(predicted.keys() - known, prediction)
         return listing
 
-    def measure(self, case: Case) -> Measured:
+    def measure(self, case: ScoringCase) -> Measured:
         """Return the scores of the video and the summed scores of its frames, each with counts: (10,) float64."""
         total = contingency(np.zeros(0, np.uint8), np.zeros(0, np.uint8))
         frames = np.zeros(5)

@@ -21,8 +21,8 @@ from dinoseg.metrics.confusion import ConfusionMatrix
 from dinoseg.models.heads.linear import LinearHead
 from dinoseg.models.model import Segmenter
 from dinoseg.report.progress import Bar
-from dinoseg.tasks.probing.standing import Standing
-from dinoseg.tasks.probing.sums import Affine, Sums, cell_labels, reads, solve
+from dinoseg.tasks.probing.sums import LinearMap, Sums, cell_labels, reads, solve
+from dinoseg.tasks.probing.sums_checkpoint import SumsCheckpoint
 from dinoseg.training.engine import Engine
 from dinoseg.training.validation import eval_batches
 from dinoseg.utils.errors import UserError
@@ -44,7 +44,7 @@ class Candidates:
         losses: (candidates, sharpness) float64, summed cross-entropy of the scores times each of `SHARPNESS`.
     """
 
-    def __init__(self, maps: Sequence[Affine], ignore_index: int) -> None:
+    def __init__(self, maps: Sequence[LinearMap], ignore_index: int) -> None:
         self.ignore_index = ignore_index
         self.num_classes = len(maps[0].bias)
         self.weight = torch.cat([each.weight for each in maps]).float()  # (candidates * K, D)
@@ -73,7 +73,7 @@ class Candidates:
             right = sharpened.gather(-1, labels[:, None, None].expand(-1, len(self.counts), 1))[..., 0]
             self.losses[:, number] += (sharpened.logsumexp(dim=-1) - right).double().sum(dim=0)
 
-    def best(self) -> "Choice":
+    def best(self) -> "BestSetting":
         """Return the candidate with the highest mIoU, the first in case of ties."""
         scores = []
         for counts in self.counts:
@@ -82,10 +82,10 @@ class Candidates:
             scores.append(matrix.compute()["miou"] or 0.0)
         number = max(range(len(scores)), key=scores.__getitem__)
         sharpest = int(self.losses[number].argmin())
-        return Choice(number, scores[number], SHARPNESS[sharpest])
+        return BestSetting(number, scores[number], SHARPNESS[sharpest])
 
 
-class Choice(NamedTuple):
+class BestSetting(NamedTuple):
     """Chosen candidate, with its mIoU and best sharpness."""
 
     number: int
@@ -133,11 +133,11 @@ class Solution:
     """Solution for the maps that are read together."""
 
     name: str
-    affine: Affine
+    affine: LinearMap
     statistics: tuple[Tensor, Tensor]  # mean and variance of the features, as in BatchNorm
     strength: float
     balance: float
-    choice: Choice
+    choice: BestSetting
     scores: dict[str, Any] = field(default_factory=dict)  # from `ConfusionMatrix.compute`, once it is scored
 
     def start(self, head: Any, *, sharpened: bool = False) -> None:
@@ -180,10 +180,10 @@ class Probe:
             name: Sums(sum(dims[place] for place in places), self.weightings) for name, places in readings.items()
         }
 
-    def fit(self, standing: Standing | None = None) -> None:
-        """Sum over the training images that are not held out; with a `standing`, resume from it and save to it."""
+    def fit(self, checkpoint: SumsCheckpoint | None = None) -> None:
+        """Sum over the training images that are not held out; with a `checkpoint`, resume from it and save to it."""
         images, parts = self.rest or self.held_out, dict(self._parts())
-        done = standing.load(parts) if standing is not None else 0
+        done = checkpoint.load(parts) if checkpoint is not None else 0
         if self.engine.rank:
             self._forget()  # the sums of rank 0 hold all that was done
         bar = self._bar("summing up", len(images), done)
@@ -191,10 +191,10 @@ class Probe:
             last = min(first + _TOGETHER, len(images))
             for batch in self._batches(self.data, images[first:last], bar):
                 self._add(batch, self._features(batch))
-            if standing is not None and self.engine.share(standing.due):
+            if checkpoint is not None and self.engine.share(checkpoint.due):
                 totals = {name: self.engine.sum(part) for name, part in parts.items()}
                 if self.engine.is_main:
-                    standing.save(totals, last)
+                    checkpoint.save(totals, last)
         bar.close()
         self._over_ranks()
 

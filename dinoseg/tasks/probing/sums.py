@@ -109,14 +109,14 @@ class Sums:
         return mean, ((square - mean**2) * count / (count - 1).clamp(min=1)).clamp(min=0)
 
 
-class Affine(NamedTuple):
+class LinearMap(NamedTuple):
     """Affine map from features to class scores: weight x + bias."""
 
     weight: Tensor  # (K, D) float64
     bias: Tensor  # (K,) float64
 
 
-def solve(sums: Sums, strengths: Sequence[float]) -> Iterator[list[Affine]]:
+def solve(sums: Sums, strengths: Sequence[float]) -> Iterator[list[LinearMap]]:
     """Yield for each weighting the ridge solutions of all strengths.
 
     Each minimises, over pixels p with weights w_p and one-hot labels y_p,
@@ -144,7 +144,7 @@ def solve(sums: Sums, strengths: Sequence[float]) -> Iterator[list[Affine]]:
         solutions = []
         for strength in strengths:
             weight = (scale[:, None] * (vectors @ (target / (values.clamp(min=0) + strength)[:, None]))).T
-            solutions.append(Affine(weight, share - weight @ mean))
+            solutions.append(LinearMap(weight, share - weight @ mean))
         yield solutions
 
 

@@ -90,6 +90,7 @@ class SlotTracker(Tracker):
             raise UserError("The model has no slots to follow. Give resume=RUN of a model with head=slots.")
         if not model.backbone.has_class_attention:
             _refuse_class_attention(settings)
+        self._mask_source = slots.mask_source
         self._follower = Follower(slots, settings, autocast)
         self._followed: Followed | None = None
         self._known: Appearance | None = None  # of the whole video, after a first pass
@@ -124,7 +125,7 @@ class SlotTracker(Tracker):
         found = list(torch.stack(shown).cpu().numpy())
         if begins and labels[0] is not None:
             other = [] if self._slot_settings.lock_on else ["slots=lock_on"]
-            other += ["head.mask_source=attention"] * (getattr(self._model.head, "mask_source", None) == "alpha")
+            other += ["head.mask_source=attention"] * (self._mask_source == "alpha")
             _tell_unseen(labels[0], found[0], other)
         return found
 

@@ -10,11 +10,11 @@ import numpy as np
 from dinoseg.core.shapes import Palette
 from dinoseg.report.indexed import voc_palette, write_indexed_png
 from dinoseg.report.progress import Bar
-from dinoseg.tracking.video.state import MASKS, Standing, save_standing
+from dinoseg.tracking.video.state import MASKS, TrackState, save_track_state
 
 
 @dataclass(frozen=True)
-class Look:
+class MaskColours:
     """Colours of masks.
 
     Args:
@@ -29,7 +29,7 @@ class Look:
 class TrackedBatch(NamedTuple):
     """Masks of the frames that a tracker processed at once."""
 
-    standing: Standing | None  # of the run before this batch, if it is to be saved
+    state: TrackState | None  # of the run before this batch, if it is to be saved
     masks: Mapping[str, np.ndarray]  # (H, W) uint8 by frame name
 
 
@@ -54,8 +54,8 @@ class MaskFolder:
             UserError: the state cannot be written.
             OSError: the disk is full.
         """
-        if batch.standing is not None:  # all earlier masks are written by now
-            save_standing(self._folder, batch.standing, self._unsaved)
+        if batch.state is not None:  # all earlier masks are written by now
+            save_track_state(self._folder, batch.state, self._unsaved)
             self._unsaved.clear()
         for name, mask in batch.masks.items():
             self._unsaved.append(self._folder / MASKS / f"{name}.png")

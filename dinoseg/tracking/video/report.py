@@ -16,7 +16,7 @@ from dinoseg.inference.inputs import FrameReader, open_frames
 from dinoseg.inference.stream import Throughput, run_pipeline
 from dinoseg.inference.video_writer import VideoWriter
 from dinoseg.report.overlay import blend
-from dinoseg.tracking.video.mask_folder import Look
+from dinoseg.tracking.video.mask_folder import MaskColours
 from dinoseg.tracking.video.run import TrackJob
 from dinoseg.tracking.video.state import MASKS, RESULT, STATE
 from dinoseg.utils.atomic import whole_file, write_json
@@ -73,7 +73,7 @@ def write_results(job: TrackJob, passed: Throughput, source: str, opacity: float
         frames_per_s,
     )
     with open_frames(source) as frames:
-        objects, report = write_track_report(frames, job.folder, opacity=opacity, look=job.look)
+        objects, report = write_track_report(frames, job.folder, opacity=opacity, colours=job.colours)
     flicker = job.tracker.flicker()
     if flicker is not None:
         before, after = 100 * flicker["before"], 100 * flicker["after"]
@@ -104,7 +104,7 @@ def write_track_report(
     folder: Path,
     *,
     opacity: float,
-    look: Look = Look(),  # noqa: B008 (frozen)
+    colours: MaskColours = MaskColours(),  # noqa: B008 (frozen)
 ) -> tuple[list[int], Throughput]:
     """Write overlay.mp4 and objects.csv to a run folder; return all IDs in its masks, and the throughput.
 
@@ -119,8 +119,8 @@ def write_track_report(
     seen: set[int] = set()
 
     def infer(item: _Masked) -> tuple[np.ndarray, Fraction | None, list[ObjectRow]]:
-        rows = object_rows(item.position, frames.frame_name(item.position), item.mask, look.background)
-        return blend(item.frame, item.mask, look.palette, opacity=opacity), item.time, rows
+        rows = object_rows(item.position, frames.frame_name(item.position), item.mask, colours.background)
+        return blend(item.frame, item.mask, colours.palette, opacity=opacity), item.time, rows
 
     def write(shown: tuple[np.ndarray, Fraction | None, list[ObjectRow]]) -> None:
         overlay, time, rows = shown

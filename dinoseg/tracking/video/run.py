@@ -13,8 +13,8 @@ from dinoseg.report.progress import Bar
 from dinoseg.tracking.tracker import LabelledFrames, Tracker
 from dinoseg.tracking.video.batches import FrameBatch, VideoBatches
 from dinoseg.tracking.video.labels import TrackLabels
-from dinoseg.tracking.video.mask_folder import Look, MaskFolder, TrackedBatch
-from dinoseg.tracking.video.state import Standing, TrackProgress, check_batch_size, save_standing
+from dinoseg.tracking.video.mask_folder import MaskColours, MaskFolder, TrackedBatch
+from dinoseg.tracking.video.state import TrackProgress, TrackState, check_batch_size, save_track_state
 from dinoseg.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ class TrackJob:
         start: progress of the run to resume; None: a new run.
         batch_size: frames tracked at once.
         save_every: frames between two saves of the state, rounded up to whole batches.
-        look: colours of the masks.
+        colours: colours of the masks.
     """
 
     tracker: Tracker
@@ -43,7 +43,7 @@ class TrackJob:
     start: TrackProgress | None = None
     batch_size: int = 4
     save_every: int = 100
-    look: Look = Look()
+    colours: MaskColours = MaskColours()
 
 
 def track_video(job: TrackJob) -> Throughput:
@@ -64,7 +64,7 @@ def track_video(job: TrackJob) -> Throughput:
     )
     start = batches.progress()
     if job.start is None:
-        save_standing(job.folder, Standing(start, tracker.settings, tracker.state()))
+        save_track_state(job.folder, TrackState(start, tracker.settings, tracker.state()))
     else:
         check_batch_size(job.folder, job.start.batch_size, job.batch_size)
 
@@ -83,12 +83,12 @@ def track_video(job: TrackJob) -> Throughput:
 
     def follow(batch: FrameBatch) -> TrackedBatch:
         # captured before the tracker continues; the next stage saves it after all masks of earlier batches
-        standing = Standing(batch.before, tracker.settings, tracker.state()) if batch.save else None
+        state = TrackState(batch.before, tracker.settings, tracker.state()) if batch.save else None
         masks = tracker.track(batch.frames, batch.labels)
-        return TrackedBatch(standing, dict(zip(batch.names, masks, strict=True)))
+        return TrackedBatch(state, dict(zip(batch.names, masks, strict=True)))
 
     with Bar(total=total, initial=start.done, unit="frame", desc=job.frames.path.name) as bar:
-        masks = MaskFolder(job.folder, job.look.palette, bar)
+        masks = MaskFolder(job.folder, job.colours.palette, bar)
         passed = run_pipeline(batches, follow, masks.write, depth=_DEPTH)
     batches.check_end()
     return Throughput(masks.count, looking + passed.seconds)

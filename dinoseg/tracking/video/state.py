@@ -36,7 +36,7 @@ class TrackProgress:
 
 
 @dataclass(frozen=True)
-class Standing:
+class TrackState:
     """Saved state of an unfinished run."""
 
     progress: TrackProgress
@@ -44,12 +44,12 @@ class Standing:
     tensors: dict[str, Tensor]  # state of its tracker
 
 
-def save_standing(folder: Path, standing: Standing, masks: Sequence[Path] = ()) -> None:
+def save_track_state(folder: Path, state: TrackState, masks: Sequence[Path] = ()) -> None:
     """Save a run's state to its folder atomically.
 
     Args:
         folder: the run folder.
-        standing: the state; frames that it counts as done are never tracked again.
+        state: of the tracker; frames that it counts as done are never tracked again.
         masks: files written since the last save; flushed to disk first, so that a power failure cannot lose them.
 
     Raises:
@@ -58,8 +58,8 @@ def save_standing(folder: Path, standing: Standing, masks: Sequence[Path] = ()) 
     """
     # before the state that counts them as done: a resumed run does not write them again
     _flush(masks)
-    info = {"format": _FORMAT, "progress": asdict(standing.progress), "settings": standing.settings}
-    write_tensors(folder / STATE, standing.tensors, {"track": json.dumps(info)})
+    info = {"format": _FORMAT, "progress": asdict(state.progress), "settings": state.settings}
+    write_tensors(folder / STATE, state.tensors, {"track": json.dumps(info)})
 
 
 def check_unfinished(folder: Path) -> None:
@@ -80,7 +80,7 @@ def check_unfinished(folder: Path) -> None:
         )
 
 
-def read_standing(folder: Path) -> Standing:
+def read_track_state(folder: Path) -> TrackState:
     """Read the saved state of the run in a folder, without unpickling.
 
     Raises:
@@ -95,7 +95,7 @@ def read_standing(folder: Path) -> Standing:
         if type(info.get("format")) is int and info["format"] > _FORMAT:
             raise UserError(f"{path} was written by a newer dinoseg. Update this one, or begin anew.")
         _FORM(info, "its description")
-        return Standing(TrackProgress(**info["progress"]), info["settings"], tensors)
+        return TrackState(TrackProgress(**info["progress"]), info["settings"], tensors)
     except (SafetensorError, OSError, forms.Misshapen) as error:
         raise UserError(f"{path} is not readable ({error}). Leave mode.restart out to begin anew.") from error
 

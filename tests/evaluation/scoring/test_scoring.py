@@ -17,7 +17,7 @@ from dinoseg.evaluation.scoring import folders, intervals
 from dinoseg.evaluation.scoring.folders import Scored, Unscorable, score_cases
 from dinoseg.evaluation.scoring.intervals import Difference, Estimate, holm, jackknife, mean_of, widened
 from dinoseg.evaluation.scoring.summary import difference, summary
-from dinoseg.metrics.protocols.contract import BadFile, Case, Cases, Measured, ScoreProtocol
+from dinoseg.metrics.protocols.contract import BadFile, Cases, Measured, ScoreProtocol, ScoringCase
 from dinoseg.metrics.protocols.video_clustering import VideoClustering
 from dinoseg.report.scores import difference_table, scores_table
 from dinoseg.utils.errors import UserError
@@ -56,7 +56,7 @@ def cases(*words, frames=1):
     for word in words:
         name, _, numbers = word.partition("=")
         file = Path(numbers or name.partition("/")[2])
-        found.cases.append(Case(name, name.split("/")[0], ((file, None),) * frames))
+        found.cases.append(ScoringCase(name, name.split("/")[0], ((file, None),) * frames))
     return found
 
 
@@ -335,7 +335,7 @@ class Lenient(Share):
 
 def test_ids_of_no_class_are_noted_with_a_file():
     found = cases("a/x=0-2", "b/y=3-4", "c/z=2-8")
-    found.cases = [Case(case.name, case.unit, ((Path("r"), case.files[0][0]),)) for case in found.cases]
+    found.cases = [ScoringCase(case.name, case.unit, ((Path("r"), case.files[0][0]),)) for case in found.cases]
     scored = score_cases(Lenient(), found, where="P", workers=1)
     (note,) = scored.notes
     assert note.startswith("2 of 3 predictions hold ids of no class, in 5 pixels, such as 3-4.")

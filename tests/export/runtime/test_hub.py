@@ -12,7 +12,7 @@ from portable_parts import TINY, exported, graph_with_weights, untrained
 
 import dinoseg
 from dinoseg import Model
-from dinoseg.export.runtime.facts import Facts
+from dinoseg.export.runtime.facts import ModelFacts
 from dinoseg.export.runtime.hub import fetched, model_card, push
 from dinoseg.utils.errors import UserError
 
@@ -67,7 +67,7 @@ def test_a_model_comes_back_from_the_hub(hub, file):
 def test_gated_weights_are_not_uploaded_unless_asked(hub, file):
     model = dinoseg.load(file, device="cpu")
     of_meta = {**model.facts.backbone, "licence": "DINOv3 License", "gated": True}
-    model.facts = Facts(
+    model.facts = ModelFacts(
         *([getattr(model.facts, key) for key in ("classes", "palette", "ignore_index")]), backbone=of_meta
     )
     with pytest.raises(UserError, match="DINOv3 License.*export.delta=true.*gated=True"):
@@ -114,7 +114,7 @@ def test_the_card_holds_scores_and_licence_and_nothing_that_a_file_makes_up():
         "official": official,
     }
     evil = "x</script><b>|y\n# head"
-    facts = Facts(
+    facts = ModelFacts(
         ("a|b", evil),
         ((1, 2, 3), (4, 5, 6)),
         255,
@@ -131,7 +131,7 @@ def test_the_card_holds_scores_and_licence_and_nothing_that_a_file_makes_up():
     assert "| 0 | `a\\x7cb` | (1, 2, 3) | 12.50 |" in card and "what was trained alone" in card
     assert "<" not in card and "\n# head" not in card and "\nmodel:" not in card
     assert card.startswith('---\nlicense: other\nlicense_name: "DINOv3 License\\nmodel: evil"\n')
-    assert "None were recorded" in model_card(Facts(("a",), ((0, 0, 0),), 255), "me/mine")
+    assert "None were recorded" in model_card(ModelFacts(("a",), ((0, 0, 0),), 255), "me/mine")
 
 
 @pytest.mark.parametrize(
@@ -139,14 +139,14 @@ def test_the_card_holds_scores_and_licence_and_nothing_that_a_file_makes_up():
 )
 def test_names_in_the_card_are_spans_of_code(name):
     line = next(
-        line for line in model_card(Facts((name,), ((0, 0, 0),), 255), "me/mine").splitlines() if "| 0 |" in line
+        line for line in model_card(ModelFacts((name,), ((0, 0, 0),), 255), "me/mine").splitlines() if "| 0 |" in line
     )
     assert re.fullmatch(r"\| 0 \| `[^`|]+` \| \(0, 0, 0\) \| - \|", line)
 
 
 def test_without_the_hubs_client_it_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    facts = Facts(("a", "b"), ((0, 0, 0), (1, 2, 3)), 255)
+    facts = ModelFacts(("a", "b"), ((0, 0, 0), (1, 2, 3)), 255)
     (tmp_path / "model.safetensors").touch()
     for ask in (
         lambda: Model.from_pretrained("org/name"),
@@ -160,14 +160,14 @@ def test_without_the_hubs_client_it_says_what_to_install(tmp_path, monkeypatch):
 
 def test_odd_numbers_and_codes_of_a_file_are_harmless_in_the_card_and_on_a_terminal():
     scores = {"values": {"miou": 10**400, "dice": float("nan")}, "per_class": [1]}
-    facts = Facts(("a",), ((0, 0, 0),), 255, scores=scores, backbone={"name": "\x1b[2J"})
+    facts = ModelFacts(("a",), ((0, 0, 0),), 255, scores=scores, backbone={"name": "\x1b[2J"})
     card = model_card(facts, "me/mine")
     assert "| `miou` | - | - |" in card and "| `dice` | - | - |" in card and "| 0 | `a` | (0, 0, 0) | - |" in card
     assert "\x1b" not in card + repr(Model(SimpleNamespace(name="onnx"), facts))
 
 
 def test_weights_beside_a_graph_go_with_it_if_it_knows_them_by_the_hubs_name(hub, tmp_path):
-    facts = Facts(("a", "b"), ((0, 0, 0), (1, 2, 3)), 255)
+    facts = ModelFacts(("a", "b"), ((0, 0, 0), (1, 2, 3)), 255)
     graph_with_weights(tmp_path, "mine.onnx.data").rename(tmp_path / "mine.onnx")
     graph_with_weights(tmp_path, "model.onnx.data")
     for file, source in (("bare.onnx", None), ("renamed.onnx", "model.onnx.data")):
@@ -190,9 +190,9 @@ def test_weights_beside_a_graph_go_with_it_if_it_knows_them_by_the_hubs_name(hub
 
 
 def test_gated_weights_that_say_nothing_of_where_they_are_count_as_in_the_file(hub, tmp_path):
-    facts = Facts(("a",), ((0, 0, 0),), 255, backbone={"gated": True})
+    facts = ModelFacts(("a",), ((0, 0, 0),), 255, backbone={"gated": True})
     graph_with_weights(tmp_path, None)
     with pytest.raises(UserError, match="gated=True"):
         push(tmp_path / "model.onnx", facts, "me/mine", private=None, revision=None, token=None, gated=False)
-    held = Facts(("a",), ((0, 0, 0),), 255, backbone={"gated": True, "in_file": False})
+    held = ModelFacts(("a",), ((0, 0, 0),), 255, backbone={"gated": True, "in_file": False})
     push(tmp_path / "model.onnx", held, "me/mine", private=None, revision=None, token=None, gated=False)

@@ -11,12 +11,12 @@ import torch
 from PIL import Image
 from portable_parts import graph_with_weights
 
-from dinoseg.export.runtime.facts import Facts
+from dinoseg.export.runtime.facts import ModelFacts
 from dinoseg.export.runtime.model import Model
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import read_ids, write_png
 
-FACTS = Facts(("dark", "bright"), ((0, 0, 0), (255, 0, 0)), 255)
+FACTS = ModelFacts(("dark", "bright"), ((0, 0, 0), (255, 0, 0)), 255)
 draw = np.random.default_rng(0)
 
 
@@ -169,10 +169,12 @@ def test_odd_picture_files_are_right_or_refused(model, tmp_path):
 
 
 def test_facts_come_back_and_what_is_none_is_refused():
-    facts = Facts(*(getattr(FACTS, key) for key in ("classes", "palette", "ignore_index")), {"mean": [0.5, 0.5, 0.5]})
-    assert Facts.of(facts.description(), "x") == facts
+    facts = ModelFacts(
+        *(getattr(FACTS, key) for key in ("classes", "palette", "ignore_index")), {"mean": [0.5, 0.5, 0.5]}
+    )
+    assert ModelFacts.of(facts.description(), "x") == facts
     description = facts.description()
-    assert Facts.of({**description, "facts": {**description["facts"], "newer": 1}}, "x") == facts
+    assert ModelFacts.of({**description, "facts": {**description["facts"], "newer": 1}}, "x") == facts
     source = {**dict.fromkeys(("name", "hash", "licence"), "a"), "weights": None, "revision": None, "gated": "no"}
     odd = (
         ("facts", 3),
@@ -183,7 +185,7 @@ def test_facts_come_back_and_what_is_none_is_refused():
     )
     for key, value in (*odd, ("classes", "ab"), ("palette", [[1]])):
         with pytest.raises(UserError, match="^x: "):
-            Facts.of({**description, key: value}, "x")
+            ModelFacts.of({**description, key: value}, "x")
 
 
 def test_no_torch_is_imported():

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dinoseg.models.heads.mask2former.levels import sine_positions
-from dinoseg.models.heads.mask2former.predictor import Attention, Predictor
+from dinoseg.models.heads.mask2former.predictor import Attention, MaskedAttentionDecoder
 
 
 @pytest.fixture(autouse=True)
@@ -80,7 +80,7 @@ def torch_attention(module):
 
 @pytest.fixture
 def decoder_case():
-    module = shaken(Predictor(16, 4, 24, num_queries=6, num_outputs=3))
+    module = shaken(MaskedAttentionDecoder(16, 4, 24, num_queries=6, num_outputs=3))
     levels = [torch.randn(3, 16, *size, dtype=torch.float64) for size in ((2, 1), (3, 2), (6, 4))]
     mask_features = torch.randn(3, 16, 12, 8, dtype=torch.float64)
     shift = 20 * torch.randn(16, 1, 1, dtype=torch.float64)

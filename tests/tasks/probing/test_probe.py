@@ -12,8 +12,8 @@ from dinoseg.core.shapes import Sample
 from dinoseg.models.heads.linear import LinearHead
 from dinoseg.models.model import Segmenter
 from dinoseg.tasks.probing.probe import SHARPNESS, Candidates, Grid, Probe, held_out
-from dinoseg.tasks.probing.standing import Standing
-from dinoseg.tasks.probing.sums import Affine
+from dinoseg.tasks.probing.sums import LinearMap
+from dinoseg.tasks.probing.sums_checkpoint import SumsCheckpoint
 from dinoseg.training.engine import Engine
 from dinoseg.training.validation import evaluate
 from dinoseg.utils.errors import UserError
@@ -103,7 +103,7 @@ def test_a_candidate_is_counted_as_its_upsampled_scores_are():
     torch.manual_seed(0)
     features, mask = torch.randn(2, 5, 3, 4), torch.randint(0, 4, (2, 20, 30))
     mask[mask == 3] = 255
-    maps = [Affine(torch.randn(3, 5).double(), torch.randn(3).double()) for _ in range(4)]
+    maps = [LinearMap(torch.randn(3, 5).double(), torch.randn(3).double()) for _ in range(4)]
     candidates = Candidates(maps, 255)
     candidates.add(features, mask, (0.9, 1.0))
     for number, (weight, bias) in enumerate(maps):
@@ -129,7 +129,7 @@ def iou(counts):
 
 def test_a_pass_that_is_stopped_goes_on_with_its_sums(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("dinoseg.tasks.probing.probe._TOGETHER", 2)
-    monkeypatch.setattr("dinoseg.tasks.probing.standing._EVERY", 0.0)
+    monkeypatch.setattr("dinoseg.tasks.probing.sums_checkpoint._EVERY", 0.0)
     train, settings = Drawn(9), {"blocks": "0+1"}
     whole = probed(train)
     whole.fit()
@@ -143,15 +143,15 @@ def test_a_pass_that_is_stopped_goes_on_with_its_sums(tmp_path, monkeypatch, cap
 
     monkeypatch.setattr(stopped, "_add", stop)
     with pytest.raises(KeyboardInterrupt):
-        stopped.fit(Standing(tmp_path, "probing.json", settings))
+        stopped.fit(SumsCheckpoint(tmp_path, "probing.json", settings))
     going_on = probed(train)
     with caplog.at_level("INFO"):
-        going_on.fit(Standing(tmp_path, "probing.json", settings))
+        going_on.fit(SumsCheckpoint(tmp_path, "probing.json", settings))
     assert "going on with the sums of 4 images" in caplog.text
     for (name, value), (_, expected) in zip(going_on._parts(), whole._parts(), strict=True):
         assert torch.equal(value, expected), name
     with pytest.raises(UserError, match="blocks was 0\\+1 and is 1"):
-        Standing(tmp_path, "probing.json", {"blocks": "1"})
+        SumsCheckpoint(tmp_path, "probing.json", {"blocks": "1"})
 
 
 class Ranked(Engine):
@@ -179,11 +179,11 @@ class Ranked(Engine):
 
 def test_two_ranks_find_what_one_does_from_the_start_or_on_the_way(tmp_path, monkeypatch):
     monkeypatch.setattr("dinoseg.tasks.probing.probe._TOGETHER", 4)
-    monkeypatch.setattr("dinoseg.tasks.probing.standing._EVERY", 0.0)
-    train, val, begun = Drawn(9), Drawn(5, seed=1), Standing(tmp_path, "probing.json", {})
+    monkeypatch.setattr("dinoseg.tasks.probing.sums_checkpoint._EVERY", 0.0)
+    train, val, begun = Drawn(9), Drawn(5, seed=1), SumsCheckpoint(tmp_path, "probing.json", {})
 
-    def run(probe, standing):
-        probe.fit(standing)
+    def run(probe, checkpoint):
+        probe.fit(checkpoint)
         found = probe.choose()
         probe.score(found, val)
         return probe, found
@@ -194,7 +194,7 @@ def test_two_ranks_find_what_one_does_from_the_start_or_on_the_way(tmp_path, mon
         for rank, probe in enumerate(probes):
             probe.engine = Ranked(rank)
         with ThreadPoolExecutor(2) as threads:
-            standings = [Standing(tmp_path, "probing.json", {}, writes=not rank) for rank in range(2)]
+            standings = [SumsCheckpoint(tmp_path, "probing.json", {}, writes=not rank) for rank in range(2)]
             results = list(threads.map(run, probes, standings))
         assert begun.load(dict(probed(train)._parts())) == 8
         for probe, found in results:
@@ -204,23 +204,23 @@ def test_two_ranks_find_what_one_does_from_the_start_or_on_the_way(tmp_path, mon
 
 
 def test_sums_that_are_damaged_or_of_another_form_begin_anew(tmp_path, caplog):
-    standing, sums = Standing(tmp_path, "probing.json", {}), {"a/gram": torch.ones(2, dtype=torch.float64)}
-    standing.save(sums, 3)
-    assert standing.load({"a/gram": torch.zeros(3, dtype=torch.float64)}) == 0
+    checkpoint, sums = SumsCheckpoint(tmp_path, "probing.json", {}), {"a/gram": torch.ones(2, dtype=torch.float64)}
+    checkpoint.save(sums, 3)
+    assert checkpoint.load({"a/gram": torch.zeros(3, dtype=torch.float64)}) == 0
     kept = {"a/gram": torch.zeros(2, dtype=torch.float64)}
-    assert standing.load(kept) == 3 and kept["a/gram"].tolist() == [1, 1]
+    assert checkpoint.load(kept) == 3 and kept["a/gram"].tolist() == [1, 1]
     for done in (torch.tensor([3, 3]), torch.tensor(-3), torch.tensor(3.0), torch.tensor(float("nan"))):
         save_file({**sums, "done": done}, tmp_path / "sums.safetensors")
-        assert standing.load(kept) == 0
+        assert checkpoint.load(kept) == 0
     save_file({"a/gram": sums["a/gram"] * np.nan, "done": torch.tensor(3)}, tmp_path / "sums.safetensors")
-    assert standing.load(kept) == 0 and kept["a/gram"].tolist() == [1, 1]
+    assert checkpoint.load(kept) == 0 and kept["a/gram"].tolist() == [1, 1]
     (tmp_path / "sums.safetensors").write_bytes(b"cut")
-    assert standing.load(kept) == 0 and "begin anew" in caplog.text
-    standing.drop()
-    assert standing.load(kept) == 0
+    assert checkpoint.load(kept) == 0 and "begin anew" in caplog.text
+    checkpoint.drop()
+    assert checkpoint.load(kept) == 0
     (tmp_path / "probing.json").write_text("{")
     with pytest.raises(UserError, match="is damaged"):
-        Standing(tmp_path, "probing.json", {})
+        SumsCheckpoint(tmp_path, "probing.json", {})
 
 
 def test_a_grid_without_a_point_is_refused():

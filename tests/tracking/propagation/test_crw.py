@@ -18,7 +18,7 @@ from dinoseg.tracking.propagation.tracker import PropagationTracker
 from dinoseg.tracking.video import mask_folder
 from dinoseg.tracking.video.labels import find_labels
 from dinoseg.tracking.video.run import TrackJob, track_video
-from dinoseg.tracking.video.state import read_standing
+from dinoseg.tracking.video.state import read_track_state
 from dinoseg.utils.images import read_ids
 
 pytestmark = pytest.mark.slow  # whole videos
@@ -55,7 +55,7 @@ def write_clip(path, count):
 
 def run(path, folder, settings, *, restart=False):
     tracker = PropagationTracker(Wide(), settings, batch_size=4)
-    standing = read_standing(folder) if restart else None
+    standing = read_track_state(folder) if restart else None
     if standing:
         tracker.load(standing.tensors)
     with open_frames(str(path / "v.avi")) as frames:
@@ -72,7 +72,7 @@ def test_a_stop_anywhere_in_a_long_context(tmp_path, stop):
         fail_after(patch, mask_folder, "write_indexed_png", stop, Stopped)
         with pytest.raises(Stopped):
             run(tmp_path, tmp_path / "cut", settings)
-    standing = read_standing(tmp_path / "cut")
+    standing = read_track_state(tmp_path / "cut")
     assert standing.progress.done == stop - stop % 4
     assert not standing.tensors or len(standing.tensors["features"]) == 21  # frame 0, and 20 that it fills at first
     run(tmp_path, tmp_path / "cut", settings, restart=True)
@@ -82,7 +82,7 @@ def test_a_stop_anywhere_in_a_long_context(tmp_path, stop):
         masks = [read_ids(tmp_path / folder / "masks" / name) for folder in ("whole", "cut")]
         np.testing.assert_array_equal(*masks)
     assert {0, 2, 3} == set(np.unique(masks[0]))
-    last = [read_standing(tmp_path / folder).tensors for folder in ("whole", "cut")]
+    last = [read_track_state(tmp_path / folder).tensors for folder in ("whole", "cut")]
     assert all(torch.equal(last[0][key], last[1][key]) for key in last[0])
 
 

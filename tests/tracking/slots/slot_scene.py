@@ -58,6 +58,8 @@ class Colours(Backbone):
 class ColourSlots(Head):
     """Slots that are colours and take cells of theirs; of a frame they keep the mean colour of what they took."""
 
+    mask_source = "attention"
+
     def __init__(self, colours, *, predictor="carry", sizes=None, groups="off", scramble=False):
         super().__init__()
         self.colours = nn.Parameter(torch.tensor(colours))

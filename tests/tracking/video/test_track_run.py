@@ -22,7 +22,7 @@ from dinoseg.tracking.video import mask_folder
 from dinoseg.tracking.video import state as track_state
 from dinoseg.tracking.video.labels import find_labels
 from dinoseg.tracking.video.run import TrackJob, track_video
-from dinoseg.tracking.video.state import STATE, read_standing
+from dinoseg.tracking.video.state import STATE, read_track_state
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import read_ids
 
@@ -85,7 +85,7 @@ class Ahead(PropagationTracker):
 def run(clip, folder, source="in", *, restart=False, tracker=None, **changes):
     """Track, as the mode does."""
     tracker = tracker or PropagationTracker(Patches(), SETTINGS, batch_size=4)
-    standing = read_standing(folder) if restart else None
+    standing = read_track_state(folder) if restart else None
     if standing:
         check_same_settings(folder, standing.settings, tracker.settings)
         tracker.load(standing.tensors)
@@ -124,10 +124,10 @@ def test_masks_are_named_as_frames(clip):
 def test_going_on_after_a_stop_gives_the_same_masks(clip, stop, done):
     run(clip, clip / "whole")
     run_until(clip, clip / "cut", stop)
-    assert read_standing(clip / "cut").progress.done == done
+    assert read_track_state(clip / "cut").progress.done == done
     assert run(clip, clip / "cut", restart=True).items == 23 - done
     assert masks(clip / "cut") == masks(clip / "whole")
-    whole, cut = (read_standing(clip / name) for name in ("whole", "cut"))
+    whole, cut = (read_track_state(clip / name) for name in ("whole", "cut"))
     assert whole.progress == cut.progress and whole.progress.done == 20
     assert whole.tensors.keys() == cut.tensors.keys() >= {"features", "labels", "ids"}
     assert all(torch.equal(whole.tensors[key], cut.tensors[key]) for key in whole.tensors)
@@ -180,7 +180,7 @@ def test_a_tracker_that_dies_leaves_what_can_be_gone_on_with(clip, monkeypatch):
         patch.setattr(PropagationTracker, "track", track)
         with pytest.raises(Stopped):
             run(clip, clip / "cut")
-    assert read_standing(clip / "cut").progress.done in (0, 8)  # as far as the writer came
+    assert read_track_state(clip / "cut").progress.done in (0, 8)  # as far as the writer came
     run(clip, clip / "cut", restart=True)
     assert masks(clip / "cut") == masks(clip / "whole")
 
@@ -189,7 +189,7 @@ def test_several_stops_and_masks_that_were_lost(clip):
     run(clip, clip / "whole")
     run_until(clip, clip / "cut", 14)
     run_until(clip, clip / "cut", 9, restart=True)
-    assert read_standing(clip / "cut").progress.done == 16
+    assert read_track_state(clip / "cut").progress.done == 16
     for number in range(16, 23):
         (clip / f"cut/masks/{number}.png").write_bytes(b"half")  # written anew
     run(clip, clip / "cut", restart=True)
@@ -223,7 +223,7 @@ def test_masks_are_on_the_disk_before_they_count_as_done(clip, monkeypatch):
     def write(path, tensors, header):
         synced_before = [name for name in synced if "state" not in name]
         real(path, tensors, header)
-        last, done = saved[-1] if saved else 0, read_standing(clip / "out").progress.done
+        last, done = saved[-1] if saved else 0, read_track_state(clip / "out").progress.done
         due = [f"{number}.png" for number in range(last, done)]
         assert synced_before == [*due, "masks"][: len(due) + bool(due)]
         synced.clear()
@@ -244,7 +244,7 @@ def test_another_batch_size_is_warned_of(clip, caplog):
     told = [message for message in caplog.messages if "batch_size" in message]
     assert len(told) == 1 and "mode.batch_size was 4 and is 3" in told[0] and "by rounding" in told[0]
     assert masks(clip / "cut").keys() == masks(clip / "whole").keys()
-    assert read_standing(clip / "cut").progress.batch_size == 3
+    assert read_track_state(clip / "cut").progress.batch_size == 3
 
 
 def test_a_video_that_ends_early_is_gone_on_with_when_mended(clip):
@@ -257,7 +257,7 @@ def test_a_video_that_ends_early_is_gone_on_with_when_mended(clip):
         run(clip, clip / "cut", "v.avi", save_every=100)
     count = len(masks(clip / "cut"))
     assert f"{count} of 23 frames" in str(error.value) and f"{count} masks so far" in str(error.value)
-    assert read_standing(clip / "cut").progress.done == count - count % 4 - 4 >= 4
+    assert read_track_state(clip / "cut").progress.done == count - count % 4 - 4 >= 4
     (clip / "v.avi").write_bytes(whole)
     assert run(clip, clip / "cut", "v.avi", restart=True).items == 23 - (count - count % 4 - 4)
     assert masks(clip / "cut") == masks(clip / "whole")
@@ -289,7 +289,7 @@ def test_the_last_frames_before_an_early_end_are_tracked_anew(clip, monkeypatch,
         patch.setattr(sys.modules[__name__], "open_frames", lambda _: nullcontext(frames))
         with pytest.raises(UserError, match=rf"ends early.* {count} masks so far are in"):
             run(clip, clip / "cut", batch_size=batch, save_every=save_every)
-    assert len(masks(clip / "cut")) == count and read_standing(clip / "cut").progress.done == done
+    assert len(masks(clip / "cut")) == count and read_track_state(clip / "cut").progress.done == done
     assert run(clip, clip / "cut", restart=True, batch_size=batch).items == 23 - done
     assert masks(clip / "cut") == masks(clip / "whole")
 
@@ -302,7 +302,7 @@ def test_a_run_that_goes_on_with_too_short_an_input_once_more_keeps_where_it_sta
             patch.setattr(sys.modules[__name__], "open_frames", lambda _, frames=frames: nullcontext(frames))
             with pytest.raises(UserError, match=rf"ends early: {count}"):
                 run(clip, clip / "cut", restart=restart, save_every=1)
-        assert read_standing(clip / "cut").progress.done == (12 if count == 16 else 8)
+        assert read_track_state(clip / "cut").progress.done == (12 if count == 16 else 8)
     run(clip, clip / "cut", restart=True)
     assert masks(clip / "cut") == masks(clip / "whole")
 

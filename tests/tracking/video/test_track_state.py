@@ -3,7 +3,7 @@ import torch
 from safetensors.torch import save_file
 
 from dinoseg.experiment.settings import check_same_settings
-from dinoseg.tracking.video.state import STATE, read_standing
+from dinoseg.tracking.video.state import STATE, read_track_state
 from dinoseg.utils.errors import UserError
 
 
@@ -35,18 +35,18 @@ def test_settings_are_compared_by_their_whole_names_and_as_json_gives_them_back(
 
 def test_folders_that_hold_nothing_to_go_on_with(tmp_path):
     with pytest.raises(UserError, match="no unfinished run of mode=track is there"):
-        read_standing(tmp_path / "nowhere")
+        read_track_state(tmp_path / "nowhere")
     path = tmp_path / STATE
     path.write_bytes(b"torn")
     with pytest.raises(UserError, match=r"is not readable .*Leave mode\.restart out"):
-        read_standing(tmp_path)
+        read_track_state(tmp_path)
     for header in (None, {"track": "[]"}, {"track": "{}"}, {"track": '{"format": 1, "progress": {"x": 1}}'}):
         save_file({"a": torch.zeros(1)}, path, header)
         with pytest.raises(UserError, match="is not readable"):
-            read_standing(tmp_path)
+            read_track_state(tmp_path)
     save_file({"a": torch.zeros(1)}, path, {"track": '{"format": 2}'})
     with pytest.raises(UserError, match="was written by a newer dinoseg"):
-        read_standing(tmp_path)
+        read_track_state(tmp_path)
     (tmp_path / "track.json").write_text("{}")
     with pytest.raises(UserError, match=r"that run is finished, and its masks are in .*masks\. To track anew"):
-        read_standing(tmp_path)
+        read_track_state(tmp_path)

@@ -13,7 +13,7 @@ from dinoseg.core.shapes import MaskOutputs, WeightedMasks
 from dinoseg.models.heads.mask2former.adapter import VitAdapter
 from dinoseg.models.heads.mask2former.meta_file import load_segmentor
 from dinoseg.models.heads.mask2former.pixel_decoder import GROUPS, PixelDecoder
-from dinoseg.models.heads.mask2former.predictor import Predictor
+from dinoseg.models.heads.mask2former.predictor import MaskedAttentionDecoder
 from dinoseg.models.heads.options import check_choice, check_positive
 from dinoseg.models.heads.semantic import semantic_map, weighted_masks
 from dinoseg.utils.errors import UserError
@@ -92,7 +92,9 @@ class Mask2FormerHead(Head[MaskOutputs]):
         with torch.device("meta") if weights else nullcontext():  # the file replaces any random initialisation
             self.adapter = VitAdapter(dim, num_heads, drop_path, checkpointing)
             self.pixel_decoder = PixelDecoder(dim, hidden, num_heads, feedforward, checkpointing)
-            self.predictor = Predictor(hidden, num_heads, feedforward, num_queries, num_classes + no_object)
+            self.predictor = MaskedAttentionDecoder(
+                hidden, num_heads, feedforward, num_queries, num_classes + no_object
+            )
         if weights:
             self.to_empty(device=device)
             load_segmentor(self, weights, new_class_layer=class_layer == "new")

@@ -14,7 +14,7 @@ LAYERS = 9
 LEVELS = 3
 
 
-class Predictor(nn.Module):
+class MaskedAttentionDecoder(nn.Module):
     """Mask2Former's transformer decoder (Cheng et al., arXiv 2112.01527); modules are named as in Meta's file.
 
     Layers attend to strides 32, 16 and 8 in turn. A query attends only to the cells inside its current mask, or to

@@ -11,7 +11,7 @@ from dinoseg.models.heads.slots.decoder import Decoded
 from dinoseg.utils.errors import UserError
 
 
-class SeenFrame(NamedTuple):
+class FrameSlots(NamedTuple):
     """Slots, attention and reconstructions of one frame."""
 
     slots: Tensor  # (B, S, D)
@@ -50,7 +50,7 @@ def telling_frames(frames: int, steps: Sequence[int], *, training: bool, learns_
     )
 
 
-def clip_outputs(features: Tensor, frames: Sequence[SeenFrame], steps: list[int], mask_step: int) -> SlotOutputs:
+def clip_outputs(features: Tensor, frames: Sequence[FrameSlots], steps: list[int], mask_step: int) -> SlotOutputs:
     """Return the outputs of the source frames, stacked over time.
 
     Args:

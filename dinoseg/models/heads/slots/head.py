@@ -13,7 +13,7 @@ from dinoseg.core.shapes import SlotOutputs
 from dinoseg.models.heads.options import check_choice, check_positive
 from dinoseg.models.heads.slots.attention import SlotAttention, check_enough_cells
 from dinoseg.models.heads.slots.background import background_mask
-from dinoseg.models.heads.slots.clips import SeenFrame, check_similar_cells, clip_outputs, telling_frames
+from dinoseg.models.heads.slots.clips import FrameSlots, check_similar_cells, clip_outputs, telling_frames
 from dinoseg.models.heads.slots.decoder import Decoded, SlotDecoder
 from dinoseg.models.heads.slots.modules import (
     GROUPS,
@@ -197,13 +197,13 @@ class SlotHead(Head[SlotOutputs]):
         telling = telling_frames(num_frames, self.steps, training=self.training, learns_onwards=learns_onwards)
         carried = not self.training or self.progress >= self.alone
         slots: Tensor | None = None
-        frames: list[SeenFrame] = []
+        frames: list[FrameSlots] = []
         for time in range(telling):
             allowed = None
             if background is not None and (time == 0 or self.groups == "always"):
                 allowed = allowed_cells(background[:, time], self.sizes)
             slots, attention = self._step(seen[:, time], slots, allowed, self.sizes, carried=carried)
-            frames.append(SeenFrame(slots, attention, self._decode_steps(slots, grid, similarity)))
+            frames.append(FrameSlots(slots, attention, self._decode_steps(slots, grid, similarity)))
         outputs = clip_outputs(seen, frames, self.steps, self.mask_step)
         return replace(outputs, carried=carried and self.predictor is not None)
 

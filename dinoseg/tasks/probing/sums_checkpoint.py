@@ -20,7 +20,7 @@ _FILE, _DONE = "sums.safetensors", "done"
 _EVERY = 60.0  # seconds
 
 
-class Standing:
+class SumsCheckpoint:
     """Saved sums of a run folder, and the settings that they depend on.
 
     Args:
