@@ -131,14 +131,14 @@ class Work:
         self.net = self.engine.prepare(self.model)
 
     def step(self) -> None:
-        """Train one step, as `training/trainee.py` does."""
+        """Train one step, as `training/trainer.py` does."""
         self.model.train()
         prediction = self.net(self.batch.image)
         value, parts = self.loss(prediction, self.batch)
         weight = parts.get("weight", torch.full_like(value, self.batch.count))
         self.engine.backward(value * weight)
         total, count = self.engine.total(value.detach() * weight, weight)
-        self.engine.step(self.optimizer, total, count, clip=1.0)
+        self.engine.optimizer_step(self.optimizer, total, count, clip=1.0)
 
     @torch.inference_mode()
     def predict(self) -> None:

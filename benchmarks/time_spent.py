@@ -36,9 +36,9 @@ START, STEP, END, VALIDATION, EVALUATION, TRACK = "start", "training step", "end
 IMPORTS = "imports"
 CLOSED = {"untrained outline", "tally", "log"}  # rooms within which only imports are told apart
 PHASES = {  # the parts of a command, by the doors that lead there and back
-    STEP: "training.fit:fit",
+    STEP: "training.trainer:fit",
     VALIDATION: "training.image_feed:ImageFeed.validate training.clip_feed:ClipFeed.validate "
-    "report.log:RunLog.pictures training.checkpoint:Checkpoints.judge",
+    "report.log:RunLog.pictures training.checkpoint:Checkpoints.save_if_best",
     EVALUATION: "regimes.images:ImageRegime.evaluate regimes.clips:ClipRegime.evaluate modes.evaluate:evaluate_images",
     TRACK: "modes.track:track_video",
 }
@@ -57,13 +57,13 @@ ROOMS = {  # by the doors, of functions and of generators, whose every item is a
     "to the device": "shapes:Batch.to shapes:ClipBatch.to",
     "bytes to floats": "model:Segmenter.pixels",
     "backward: rest": "training.engine:Engine.backward",
-    "clip, optimizer": "training.engine:Engine.step",
+    "clip, optimizer": "training.engine:Engine.optimizer_step",
     "tally": "training.tally:Tally.add training.tally:Tally.read",
     "confusion matrix": "metrics.confusion:ConfusionMatrix.update",
     "log": "report.log:RunLog.scalars training.meter:Meter.step training.meter:Meter.read",
     "validation pictures": "report.log:RunLog.pictures training.image_feed:compare",
-    "saving": "training.checkpoint:Checkpoints.save training.checkpoint:Checkpoints.judge "
-    "training.checkpoint:Checkpoints.settle",
+    "saving": "training.checkpoint:Checkpoints.save training.checkpoint:Checkpoints.save_if_best "
+    "training.checkpoint:Checkpoints.commit",
     "scores of segments": "training.clip_feed:segment_scores training.clip_feed:contingency",
     "curves": "regimes.job:draw_curves",
     "collecting for the report": "evaluation.collected:Collector.add",

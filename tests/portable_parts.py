@@ -17,7 +17,7 @@ TINY = (  # a transformer of 2 blocks
     *("backbone=tiny", "backbone.patch_size=8", "backbone.arch.hidden_size=24", "backbone.arch.num_hidden_layers=2"),
     *("backbone.arch.num_attention_heads=3", "backbone.arch.intermediate_size=48"),
 )
-PROGRESS = {"step": 3, "best": 0.5, "best_step": 3, "stale": 0, "owed": False}
+PROGRESS = {"step": 3, "best": 0.5, "best_step": 3, "stale": 0, "validation_pending": False}
 
 
 def untrained(compose, folder, *words, **info):

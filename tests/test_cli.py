@@ -359,7 +359,7 @@ def test_it_trains_evaluates_and_predicts(place):
 
 def test_show_the_composed_config(place):
     done = call(place, *TRAIN, "--cfg", "job")
-    assert done.status == 0 and "_target_: dinoseg.training.fit.fit" in done.out and "steps: 2" in done.out
+    assert done.status == 0 and "_target_: dinoseg.training.trainer.Settings" in done.out and "steps: 2" in done.out
     assert not (place / "outputs").exists()
 
 

@@ -23,10 +23,10 @@ from dinoseg.tracking.propagation.settings import PropagationSettings
 from dinoseg.tracking.propagation.tracker import PropagationTracker
 from dinoseg.training.checkpoint import Checkpoints
 from dinoseg.training.engine import Engine
-from dinoseg.training.fit import fit
 from dinoseg.training.image_feed import ImageFeed
-from dinoseg.training.optim import Pace, adamw, schedule
-from dinoseg.training.trainee import NonFiniteLoss, Trainee
+from dinoseg.training.optim import adamw, schedule
+from dinoseg.training.step import MetricsQueue, NonFiniteLoss, StepMetrics
+from dinoseg.training.trainer import Experiment, Settings, fit
 from dinoseg.utils.errors import UserError
 
 VALIDATION = {  # at its end
@@ -38,7 +38,7 @@ VALIDATION = {  # at its end
 LOGGED = {
     "metrics/confusion.py _raise_for_outsiders: read": 1,
     "metrics/confusion.py compute: read": 2,
-    "training/trainee.py read: work just launched": 1,
+    "training/step.py read: work just launched": 1,
 }
 MATCHING = {"losses/matching.py match: copy to the host": 1}
 
@@ -95,7 +95,7 @@ def train(folder, model, loss, *, cuda=True, precision="fp32", plain=False, devi
     """Train with or without the pretended device; return the feed, the rows, the model's state and the error."""
     watch = {key: options.pop(key) for key in ("at", "fails") if key in options}
     start = options.pop("start", None)
-    settings = {"steps": 3, "val_every": 3, "log_every": 3, **options}
+    settings = Settings(**{"steps": 3, "val_every": 3, "log_every": 3, **options})
     log, error = Rows(), None
     with device() as waits:
         feed = Watched(Noise(4), Noise(2), lambda image, mask, _: (image, mask), 2, seed=0, workers=0)
@@ -107,7 +107,8 @@ def train(folder, model, loss, *, cuda=True, precision="fp32", plain=False, devi
         optimizer = torch.optim.SGD(optimizer.param_groups, fused=True) if plain else optimizer
         checkpoints = Checkpoints(folder, dict(INFO), start)
         try:
-            fit(model, loss, feed, optimizer, engine, checkpoints, log, schedule=schedule("constant"), **settings)
+            shape = schedule("constant")
+            fit(Experiment(model, loss, feed, optimizer, shape, engine, checkpoints, log, settings))
         except UserError as caught:
             error = caught
     state = {name: getattr(value, "memory", value) for name, value in model.state_dict().items()}
@@ -182,21 +183,17 @@ def test_what_ends_a_training_between_a_step_and_its_reading_keeps_only_whole_st
 
 
 @pytest.mark.parametrize(("ranks", "stops"), [(1, [True]), (2, [False, True])])
-def test_ranks_learn_of_a_stop_at_the_same_step(tmp_path, monkeypatch, ranks, stops):
+def test_ranks_learn_of_a_stop_at_the_same_step(monkeypatch, ranks, stops):
     """Each reads it with the next step, also the one that was asked: alone it would leave the others waiting."""
     with pretended_cuda():
-        feed = Watched(Noise(4), Noise(2), lambda image, mask, _: (image, mask), 2, seed=0, workers=0).begin()
-        model, loss = map(on_cuda, tiny())
-        engine, optimizer = pretended_engine(), adamw(model, lr=1e-2)
-        checkpoints = Checkpoints(tmp_path, dict(INFO), None)
-        options = {"accumulate": 1, "ema": None, "score": "miou"}
-        one = Trainee(model, loss, feed, optimizer, engine, checkpoints, Rows(), **options)
+        engine, model = pretended_engine(), on_cuda(tiny()[0])
+        optimizer = adamw(model, lr=1e-2)
         monkeypatch.setattr(type(engine.accelerator), "num_processes", ranks)
-        batches = feed.train_batches(0)
+        metrics, finite = MetricsQueue(engine, optimizer), torch.ones((), device="cuda")
         found = []
-        for _ in stops:
-            learnt = one.learn(batches, Pace(schedule("constant"), 0, 2), counted=False)
-            found.append(one.update(learnt, clip=None, owed=False, asked=1, told=False))
+        for step, _ in enumerate(stops):
+            values = StepMetrics(step, [], finite, finite, finite)
+            found.append(metrics.add(values, read=False, stop_requested=True))
         assert found == stops
         engine.sharded = True
         assert not engine.updates_without_waiting(optimizer)  # never tried with parts of weights

@@ -10,15 +10,17 @@ from pretended_cuda import Pretended, on_cuda, pretended_engine
 from pretended_mps import RefusedByMps, pretended_mps
 from test_cuda_matrix import QUANTISED, cell, losses
 from test_cuda_paths import tiny, train
-from test_matrix import FILES, HEADS, SMALL_HEADS
+from test_matrix import FILES, HEADS, SMALL_HEADS, make_batch
 from tiny_parts import tiny_vit
 
+from dinoseg.losses.cross_entropy import CrossEntropy
 from dinoseg.losses.points import sample_maps
 from dinoseg.tracking.propagation.settings import PropagationSettings
 from dinoseg.tracking.propagation.tracker import PropagationTracker
 from dinoseg.training.engine import meet
 from dinoseg.training.meter import held_memory, peak_memory
 from dinoseg.training.micro_batches import MicroBatches
+from dinoseg.training.step import StepOutput
 from dinoseg.training.stopwatch import Stopwatch
 from dinoseg.training.validation import Draws
 from dinoseg.utils.devices import synchronize
@@ -90,7 +92,13 @@ def test_clocks_memory_and_random_numbers_are_those_of_mps():
     with pretended_mps() as mps:
         synchronize(MPS)
         assert mps.calls["synchronize"] == 1
-        MicroBatches(pretended_engine(), 1, 1, lambda: None)._free()
+        batch, output = make_batch(), StepOutput(torch.device("cpu"), None)
+        loss, same = CrossEntropy(torch.ones(3)), lambda batch: batch
+        micro = MicroBatches(pretended_engine(), loss, 1, smallest=1, prepare=same, undo=lambda: None)
+        for part in micro.of_step(iter([batch]), output):
+            with micro.retried():
+                if len(part.names) > 1:
+                    raise MemoryError
         assert mps.calls["empty_cache"] == 1
         assert peak_memory(MPS) == held_memory(MPS) == 0
         assert mps.calls["driver_allocated_memory"] == mps.calls["current_allocated_memory"] == 1

@@ -17,8 +17,8 @@ from dinoseg.autotune.trial import drawn_steps
 from dinoseg.config.plain import plain
 from dinoseg.training.checkpoint import Checkpoints, read
 from dinoseg.training.engine import Engine
-from dinoseg.training.fit import fit
 from dinoseg.training.optim import adamw, schedule
+from dinoseg.training.trainer import Experiment, Settings, fit
 from dinoseg.utils.workers import in_own_process
 
 pytestmark = [pytest.mark.gpu, pytest.mark.heavy]
@@ -56,12 +56,13 @@ def train(
     optimizer = adamw(model, lr=1e-3)
     optimizer = optimizer if adam else torch.optim.SGD(optimizer.param_groups, fused=device == "cuda")
     checkpoints = Checkpoints(folder, dict(INFO), start)
-    settings = {"steps": 3, "val_every": 3, "log_every": 1, **options}
+    settings = Settings(**{"steps": 3, "val_every": 3, "log_every": 1, **options})
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         feed.begin(Waits(caught))
         torch.cuda.set_sync_debug_mode("warn" if watch else "default")
-        fit(model, loss, feed, optimizer, engine, checkpoints, log, schedule=schedule("constant"), **settings)
+        shape = schedule("constant")
+        fit(Experiment(model, loss, feed, optimizer, shape, engine, checkpoints, log, settings))
         torch.cuda.set_sync_debug_mode("default")
     moved = torch.cat([(part.detach().cpu() - before[name]).flatten().double() for name, part in trained.items()])
     return SimpleNamespace(rows=log.rows, moved=moved, feed=feed)

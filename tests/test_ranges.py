@@ -150,4 +150,4 @@ def test_tables_and_unions_have_ranges_too():
     target = "dinoseg.losses.weighted_sum.WeightedSum"
     with pytest.raises(UserError, match="finite number for each"):
         check_given(target, {"factors": {"a": 1.0, "b": float("inf")}})
-    check_given("dinoseg.training.fit.fit", {"clip": None, "ema": 0.5, "steps": 1})
+    check_given("dinoseg.training.trainer.Settings", {"clip": None, "ema": 0.5, "steps": 1})

@@ -15,7 +15,7 @@ from dinoseg.inference.windows import Windows
 from dinoseg.models.backbones.normalisation import register_colours
 from dinoseg.models.model import Segmenter, trained_names
 from dinoseg.tasks.images import ImageTask
-from dinoseg.training.optim import Pace, set_learning_rates, tensors_of
+from dinoseg.training.optim import ScheduleState, set_learning_rates, tensors_of
 from dinoseg.training.validation import evaluate
 from dinoseg.utils.wording import listed, typed
 
@@ -159,7 +159,7 @@ def _losses(held: Held) -> tuple[float, dict[float, float]]:
 
 def _train(held: Held, loss: Any, batches: Sequence[Any], factor: float) -> None:
     optimizer = build.optimizer(held.cfg, held.model)
-    set_learning_rates(optimizer, Pace(lambda *_: factor, step=1, steps=1))  # delayed parameters, too
+    set_learning_rates(optimizer, ScheduleState(lambda *_: factor, step=1, steps=1))  # delayed parameters, too
     held.model.train()
     for drawn in batches:
         batch = drawn.to(held.engine.device)

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import repeat
@@ -24,6 +24,7 @@ from dinoseg.training.engine import Engine
 from dinoseg.training.feed import Validation
 from dinoseg.training.meter import held_memory, peak_memory, reset_peak_memory
 from dinoseg.training.tally import Tally
+from dinoseg.training.trainer import Experiment, fit
 from dinoseg.utils.devices import synchronize
 from dinoseg.utils.errors import UserError
 
@@ -65,10 +66,10 @@ class _TimedFeed:
     until: float
     trial: Trial
     seed: int
-    score_names: tuple[str, ...]
+    score_names: Sequence[str]
     train: Sized = ()
     val: Sized = ()
-    lowest: tuple[str, ...] = ()
+    lowest: Sequence[str] = ()
     remedy: str = ""
     epoch: float = 1.0
 
@@ -195,15 +196,15 @@ def try_steps(
         score_names=(cfg.trainer.score,),
     )
     for group in optimizer.param_groups:
-        if group["rests"]:
-            group["rests"], group["begin"] = rests, feed.most / (feed.most + 1)
+        if group["frozen"]:
+            group["frozen"], group["start"] = rests, feed.most / (feed.most + 1)
     # the feed raises before the last step, after which the trainer would validate
     lengths = {"steps": feed.most + 1, "val_every": _NEVER, "save_every": None, "max_minutes": None}
-    fit = build.training_loop(cfg, lengths)
+    settings, schedule = build.loop_settings(cfg, lengths), instantiate(cfg.optim.schedule)
     checkpoints = Checkpoints(Path(), {}, writes=False)
     try:
         with RunLog("", visible=False) as log:
-            fit(model, loss, feed, optimizer, engine, checkpoints, log, schedule=instantiate(cfg.optim.schedule))
+            fit(Experiment(model, loss, feed, optimizer, schedule, engine, checkpoints, log, settings))
     except _Enough:
         pass
     trial.peak = peak_memory(engine.device) - trial.before

@@ -20,6 +20,7 @@ from dinoseg.models.adapters import Frozen
 from dinoseg.models.model import Segmenter
 from dinoseg.training import loading
 from dinoseg.training.lengths import Lengths, in_steps
+from dinoseg.training.trainer import Settings
 from dinoseg.training.shared_features import SharedFeatures, SharingSegmenter
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.tensor_files import check_file
@@ -322,14 +323,14 @@ def lengths(cfg: DictConfig, samples: int) -> Lengths:
     return in_steps(samples, **options)
 
 
-def training_loop(cfg: DictConfig, lengths: Mapping[str, Any]) -> Callable[..., Any]:
-    """Return the training loop of a config with its settings.
+def loop_settings(cfg: DictConfig, lengths: Mapping[str, Any]) -> Settings:
+    """Return the settings of a config's training loop.
 
     Args:
         cfg: the whole config.
         lengths: settings in steps, such as `steps`, which override those of the config.
     """
-    return instantiate(cfg.trainer.loop, instead=lengths)
+    return instantiate(cfg.trainer.loop, instead=lengths)()
 
 
 def seed_of(cfg: DictConfig) -> int:

@@ -18,6 +18,7 @@ from dinoseg.experiment.initial import begin_with, check_initial
 from dinoseg.experiment.log_file import announce
 from dinoseg.tasks.job import Job, begin, looked_at
 from dinoseg.tasks.many_heads import train_heads
+from dinoseg.training.trainer import Experiment, fit
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Natural, Share
 
@@ -50,10 +51,10 @@ def train(
     regime = build_task(cfg)
     regime.open(engine, pictures=pictures)
     length = build.lengths(cfg, len(regime.feed.train))
-    fit = build.training_loop(cfg, length._asdict())
+    settings = build.loop_settings(cfg, length._asdict())
     shown = {"metrics_only": metrics_only, "report": report}
     if SOLO in cfg:
-        scores = train_heads(cfg, regime, engine, out_dir, fit, steps=length.steps, **shown)
+        scores = train_heads(cfg, regime, engine, out_dir, settings, **shown)
     else:
         job = Job(cfg, out_dir, regime, engine)
         announce("Checking the data")
@@ -67,7 +68,8 @@ def train(
         job.note(checkpoints, kept)
         with job.log() as log:
             began = time.monotonic()
-            run = fit(model, loss, regime.feed, optimizer, engine, checkpoints, log, schedule=schedule)
+            parts = (model, loss, regime.feed, optimizer, schedule, engine, checkpoints, log)
+            run = fit(Experiment(*parts, settings))
         if run.best is None:
             raise UserError(f"trainer.steps={length.steps}: this run has done {run.step}, and was never validated.")
         spent = time.monotonic() - began

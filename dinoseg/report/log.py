@@ -26,7 +26,7 @@ class RunLog:
     """Writes one JSON line per call to `out_dir`/metrics.jsonl, and the same values to `out_dir`/tensorboard.
 
     Images are written to `out_dir`/validation/step_00500/NAME.png. A run that resumes at `start_step` first drops
-    everything that a killed run wrote after that step. If the validation at that step is pending (`owed`), it runs
+    everything that a killed run wrote after that step. With `validation_pending`, the validation at that step runs
     again, so its row is dropped, too. With `visible` off (all ranks but the first), nothing is written.
     """
 
@@ -36,7 +36,7 @@ class RunLog:
         *,
         tensorboard: bool = True,
         start_step: int = 0,
-        owed: bool = False,
+        validation_pending: bool = False,
         visible: bool = True,
     ) -> None:
         self._file: TextIO | None = None
@@ -47,7 +47,7 @@ class RunLog:
         out_dir.mkdir(parents=True, exist_ok=True)
         path = out_dir / "metrics.jsonl"
         if path.exists():
-            _drop_after(path, start_step, owed=owed)
+            _drop_after(path, start_step, validation_pending=validation_pending)
         self._pictures = out_dir / "validation"
         _drop_pictures_after(self._pictures, start_step)
         self._file = path.open("a", encoding="utf-8")
@@ -134,10 +134,11 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _drop_after(path: Path, step: int, *, owed: bool) -> None:
+def _drop_after(path: Path, step: int, *, validation_pending: bool) -> None:
     rows = [row for row in read_rows(path) if row["step"] <= step]
-    kept = [row for row in rows if not (owed and row["step"] == step and any(key.startswith("val/") for key in row))]
-    write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+    if validation_pending:
+        rows = [row for row in rows if row["step"] != step or not any(key.startswith("val/") for key in row)]
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _drop_pictures_after(folder: Path, step: int) -> None:

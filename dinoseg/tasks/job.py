@@ -136,8 +136,9 @@ class Job:
 
     def log(self) -> RunLog:
         """Return the run's log, which the caller must close."""
-        owed = self.start is not None and self.start.info["progress"].get("owed", False)
-        return RunLog(self.out_dir, start_step=self.first_step, owed=owed, visible=self.engine.is_main)
+        pending = self.start is not None and self.start.info["progress"].get("validation_pending", False)
+        visible = self.engine.is_main
+        return RunLog(self.out_dir, start_step=self.first_step, validation_pending=pending, visible=visible)
 
     def finish(self, model: Segmenter, run: Progress, *, metrics_only: bool, report: bool) -> dict[str, Any]:
         """Score the best checkpoint, draw the curves, and print the paths of all results; return scores and cost.

@@ -1,7 +1,7 @@
 """Multi-head training on one frozen backbone: a run folder for each head, and a leaderboard at the end."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
@@ -21,8 +21,9 @@ from dinoseg.training import checkpoint
 from dinoseg.training.checkpoint import Progress
 from dinoseg.training.engine import Engine
 from dinoseg.training.image_feed import ImageFeed
-from dinoseg.training.many_heads import DROPPED, HeadParts, Outcome
+from dinoseg.training.many_heads import DROPPED, HeadParts, Outcome, fit_heads
 from dinoseg.training.shared_features import SharingSegmenter
+from dinoseg.training.trainer import Settings
 from dinoseg.utils import forms
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import count_of, listed
@@ -36,9 +37,7 @@ def train_heads(
     regime: TrainingTask,
     engine: Engine,
     out_dir: Path,
-    fit: Callable[..., Sequence[Outcome]],
-    *,
-    steps: int,
+    settings: Settings,
     **shown: bool,
 ) -> dict[str, Any]:
     """Train the heads of a config, evaluate the best checkpoint of each, and return the scores of the best head.
@@ -48,8 +47,7 @@ def train_heads(
         regime: data of the training task.
         engine: device and ranks.
         out_dir: the run folder.
-        fit: the training loop.
-        steps: length of the training.
+        settings: of the training loop.
         shown: options of the evaluations, see `Job.finish`.
 
     Raises:
@@ -64,17 +62,18 @@ def train_heads(
     with ExitStack() as stack:
         parts: list[HeadParts] = []
         for name, job in jobs.items():
-            _, loss, optimizer, checkpoints = job.parts(models[name], sizes, steps)
+            _, loss, optimizer, checkpoints = job.parts(models[name], sizes, settings.steps)
             job.note(checkpoints, {}, tells=not parts)
             log = stack.enter_context(job.log())
             parts.append(HeadParts(name, job.out_dir, models[name], loss, optimizer, checkpoints, log))
         keep = partial(_keep, cfg, regime, engine, out_dir, parts[0].model)
-        schedule = begin(cfg, regime, engine, out_dir, steps)
+        schedule = begin(cfg, regime, engine, out_dir, settings.steps)
         logger.info(
             "%s on one backbone, each with a run folder in %s: %s", count_of(jobs, "head"), folder, listed([*jobs])
         )
         going = [part for part in parts if part.name not in dropped]
-        ended = fit(going, regime.feed, engine, keep, schedule=schedule) if going else []
+        assert isinstance(regime.feed, ImageFeed)  # see `_check_feed`
+        ended = fit_heads(going, regime.feed, engine, keep, schedule, settings) if going else []
     outcomes = {part.name: outcome for part, outcome in zip(going, ended, strict=True)}
     rows, scores = [], {}
     for part in parts:

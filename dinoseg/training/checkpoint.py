@@ -55,7 +55,7 @@ class Progress:
     best: float | None = None  # best validation score so far
     best_step: int = 0
     stale: int = 0  # validations since the best one
-    owed: bool = False  # whether a validation is pending at this step: a resumed run starts with it
+    validation_pending: bool = False  # whether a validation is pending at this step: a resumed run starts with it
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
@@ -233,24 +233,24 @@ class Checkpoints:
         tensors |= {f"loss_scale/{name}": value for name, value in (scale.state() if scale else {}).items()}
         self._write("last", tensors, self.progress, {IDLE: len(without_state(optimizer, state))})
 
-    def judge(self, model: Segmenter, score: float, *, lowest: bool = False) -> Progress:
+    def save_if_best(self, model: Segmenter, score: float, *, lowest: bool = False) -> Progress:
         """Save `best` if `score` beats all previous ones; the model must hold the weights that were scored.
 
         The highest score is the best, or the lowest if `lowest`.
 
         Returns:
-            The updated progress, which `settle` commits once the rest of the validation is saved.
+            The updated progress, which `commit` sets once the rest of the validation is saved.
         """
         now = self.progress
         if now.best is not None and (score >= now.best if lowest else score <= now.best):
-            return replace(now, stale=now.stale + 1, owed=False)
-        best = replace(now, best=score, best_step=now.step, stale=0, owed=False)
+            return replace(now, stale=now.stale + 1, validation_pending=False)
+        best = replace(now, best=score, best_step=now.step, stale=0, validation_pending=False)
         self._write("best", {f"model/{name}": value for name, value in _held(model).items()}, best)
         return best
 
-    def settle(self, judged: Progress) -> None:
-        """Commit the progress that `judge` returned."""
-        vars(self.progress).update(vars(judged))
+    def commit(self, progress: Progress) -> None:
+        """Set the progress that `save_if_best` returned."""
+        vars(self.progress).update(vars(progress))
 
     def _write(self, name: str, tensors: Mapping[str, Tensor], progress: Progress, more: Any = None) -> None:
         held = gathered(tensors.items(), keep=self.writes)

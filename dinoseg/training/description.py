@@ -91,7 +91,7 @@ _FINITE = forms.number()
 RULES: Mapping[str, tuple[forms.Form, str]] = {  # key to the form of its value, and a description of that form
     "format": (_COUNT, "a whole number"),
     "progress": (
-        forms.some_of(**dict.fromkeys(_COUNTS, _COUNT), best=forms.maybe(_FINITE), owed=forms.flag),
+        forms.some_of(**dict.fromkeys(_COUNTS, _COUNT), best=forms.maybe(_FINITE), validation_pending=forms.flag),
         f"finite numbers of {', '.join(_COUNTS)} and best, and nothing unknown",
     ),
     "frozen": (_names_by_name, "a hash for backbone and for head"),

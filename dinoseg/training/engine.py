@@ -194,7 +194,7 @@ class Engine:
         several = self.world > 1 and self.device.type == "cuda"
         return nn.SyncBatchNorm.convert_sync_batchnorm(model) if several else model
 
-    def align(self, model: nn.Module) -> None:
+    def broadcast_buffers(self, model: nn.Module) -> None:
         """Broadcast rank 0's buffers (running means) to all ranks, as they are saved."""
         if self.world > 1:
             for buffer in model.buffers():
@@ -225,16 +225,21 @@ class Engine:
         """Return a new loss scale in float16; None in other precisions, which need none."""
         return LossScale() if self.dtype == torch.float16 else None
 
-    def backward(self, loss: Tensor, scale: LossScale | None = None) -> None:
-        """Accumulate the gradients of the loss, multiplied by `scale` if there is one."""
+    def backward(self, loss: Tensor, scale: LossScale | None = None, weight: Tensor | None = None) -> None:
+        """Accumulate the gradients of the loss, multiplied by `scale` if there is one.
+
+        `weight` is the divisor of the loss on this rank, to which a new scale adapts.
+        """
+        if scale is not None and weight is not None and not scale.started:
+            scale.begin(self.total(weight).item(), self.device)
         self.accelerator.backward(loss if scale is None else loss * scale.value)
 
-    def accumulating(self, model: nn.Module, last: bool) -> AbstractContextManager:
+    def sync(self, model: nn.Module, is_last: bool) -> AbstractContextManager:
         """Return a context that defers gradient synchronisation until the last micro-batch of a step.
 
         It is a no-op for sharded weights, whose gradients are reduced to each rank's shard in every pass.
         """
-        if last or self.world == 1 or self.sharded:
+        if is_last or self.world == 1 or self.sharded:
             return nullcontext()
         return self.accelerator.no_sync(model)
 
@@ -244,11 +249,11 @@ class Engine:
         return self.sum(torch.stack([value.detach().float().to(self.device) for value in there]))
 
     def updates_without_waiting(self, optimizer: Optimizer) -> bool:
-        """Return whether `step` decides on the device whether to update, so that its outcome can be read later."""
+        """Return whether `optimizer_step` updates, or not, on the device, so that metrics can be read later."""
         late = self.device.type == "cuda" and getattr(optimizer, "_step_supports_amp_scaling", False)
         return late and not self.sharded  # untested with sharded weights
 
-    def step(
+    def optimizer_step(
         self,
         optimizer: Optimizer,
         total: Tensor,

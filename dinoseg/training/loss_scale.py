@@ -1,11 +1,14 @@
 """Dynamic loss scaling, which keeps gradients of float16 layers in range (arXiv 1710.03740)."""
 
 import math
+from functools import cache
 
 import torch
 from torch import Tensor
 
+from dinoseg.core.shapes import Prediction, mapped
 from dinoseg.utils.errors import UserError
+from dinoseg.utils.precision import at_least_float32
 
 _FIRST = 2.0**16  # for the mean loss, as in torch's GradScaler
 _LARGEST = 2.0**60
@@ -71,3 +74,8 @@ class LossScale:
     def _set(self, value: float, steady: float, device: torch.device) -> None:
         self.value, self.steady = torch.full((), value, device=device), torch.full((), steady, device=device)
         self.started = True
+
+
+def widened(prediction: Prediction) -> Prediction:
+    """Return a prediction in float32: a loss sums over pixels, which overflows float16."""
+    return mapped(prediction, cache(at_least_float32))  # shared tensors stay shared

@@ -1,7 +1,7 @@
 """Training loop of several heads on one frozen backbone; each head is trained as it would be alone."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from itertools import islice
@@ -18,18 +18,18 @@ from dinoseg.training import checkpoint
 from dinoseg.training.checkpoint import Checkpoints, Progress
 from dinoseg.training.engine import Engine
 from dinoseg.training.feed import Validation
-from dinoseg.training.fit import NOTICE, is_due
 from dinoseg.training.image_feed import ImageFeed
 from dinoseg.training.meter import Meter
-from dinoseg.training.optim import Pace
+from dinoseg.training.optim import ScheduleState
 from dinoseg.training.shared_features import SharingSegmenter
+from dinoseg.training.step import NonFiniteLoss, StepOutput
 from dinoseg.training.stopwatch import Stopwatch
 from dinoseg.training.time_limit import TimeLimit
-from dinoseg.training.trainee import Learnt, NonFiniteLoss, Trainee
+from dinoseg.training.trained_head import HeadTraining
+from dinoseg.training.trainer import NOTICE, Experiment, Settings
 from dinoseg.utils.atomic import write_json
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.interrupt import Deferral, deferred
-from dinoseg.utils.ranges import Count, Natural, OpenShare, Positive
 
 logger = logging.getLogger(__name__)
 DROPPED = "dropped.json"  # reason, in the folder of a head that has dropped out
@@ -67,18 +67,8 @@ def fit_heads(
     feed: ImageFeed,
     engine: Engine,
     keep: Callable[[int], None],
-    *,
     schedule: Callable[[int, int], float],
-    steps: Count,
-    val_every: Count,
-    save_every: Count | None = None,
-    log_every: Count = 10,
-    accumulate: Count = 1,
-    clip: Positive | None = 1.0,
-    patience: Natural | None = None,
-    ema: OpenShare | None = None,
-    score: str = "miou",
-    max_minutes: Positive | None = None,
+    settings: Settings,
 ) -> list[Outcome]:
     """Train each head from its checkpoint as `fit` would alone, but read and encode each batch only once.
 
@@ -90,17 +80,8 @@ def fit_heads(
         feed: batches, and how models are validated.
         engine: device, precision and ranks.
         keep: called with a step once all heads are saved: the run can resume from that step.
-        schedule: see `fit`; this and the following hold for each head.
-        steps: see `fit`.
-        val_every: see `fit`.
-        save_every: see `fit`.
-        log_every: see `fit`.
-        accumulate: see `fit`.
-        clip: see `fit`.
-        patience: see `fit`.
-        ema: see `fit`.
-        score: see `fit`.
-        max_minutes: see `fit`; a limit for all heads together.
+        schedule: see `fit`.
+        settings: of each head; `max_minutes` limits all heads together.
 
     Returns:
         The result of each head.
@@ -108,43 +89,42 @@ def fit_heads(
     Raises:
         Interrupted: by a signal; the first one waits for the end of the step. Any error saves the last completed step.
     """
-    own = {"accumulate": accumulate, "ema": ema, "score": score}
-    heads = [_Head(part, feed, engine, own) for part in parts]
+    steps, val_every, accumulate, patience = (
+        *(settings.steps, settings.val_every, settings.accumulate, settings.patience),
+    )
+    heads = [_Head(part, feed, engine, schedule, settings) for part in parts]
     going = [head for head in heads if head.goes_on(steps, patience)]
     first = min((head.run.step for head in going), default=steps)
     stream = feed.train_batches(start=first * accumulate)
-    clock, every, limit = Stopwatch(engine.device), feed.epoch / accumulate, TimeLimit(max_minutes, engine)
+    clock, every, limit = Stopwatch(engine.device), feed.epoch / accumulate, TimeLimit(settings.max_minutes, engine)
     with (
         deferred(NOTICE) as stop,
         _Together(heads, feed, engine, keep, stop) as together,
         closing(Meter(first, steps, val_every, every, engine.device, engine.is_main)) as meter,
     ):
-        with limit.validating():
-            together.validate([head for head in heads if head.run.owed])
-        meter.pause()
+        with limit.validating(), meter.validating():
+            together.validate([head for head in heads if head.run.validation_pending])
         batches = meter.waiting(stream, feed.remedy)
         for step in range(first, planned := steps):
             going = [head for head in going if head.goes_on(planned, patience)]
             if not going or step >= (steps := limit.fit_steps(step, planned)):
                 break
-            logged, owed = is_due(step + 1, log_every, steps), is_due(step + 1, val_every, steps)
-            kept = owed or is_due(step + 1, save_every, steps)
+            logged, owed, kept = settings.due(step + 1, steps)
             learning = [head for head in going if head.run.step == step]
             with clock.running():
-                drawn, pace = list(islice(batches, accumulate)), Pace(schedule, step, steps)
-                together.learn(learning, drawn, pace=pace, clip=clip, logged=logged, owed=owed, kept=kept)
+                drawn, pace = list(islice(batches, accumulate)), ScheduleState(schedule, step, steps)
+                together.learn(learning, drawn, pace=pace, clip=settings.clip, logged=logged, owed=owed, kept=kept)
             done = [head for head in learning if head.dropped is None]
             if done:
-                mean, rate = fmean(head.one.mean for head in done), max(head.learnt.rate for head in done)
+                mean, rate = fmean(head.one.metrics.loss for head in done), max(head.rate for head in done)
                 meter.step(done[0].learnt.images * engine.world, mean, rate)
             if logged:
                 together.tell(meter.read())
             if any(head.asked for head in learning):
                 stop.leave()
             if owed:
-                with limit.validating():
+                with limit.validating(), meter.validating():
                     together.validate(learning)
-                meter.pause()
             elif kept:
                 together.save(learning)
     engine.wait()
@@ -154,25 +134,34 @@ def fit_heads(
 class _Head:
     """A head in training, with the time that its own part of the steps takes, and whether it has dropped out."""
 
-    learnt: Learnt
+    learnt: StepOutput
+    rate = 0.0
     asked = False  # whether any rank had a stop request at the last update
     dropped: str | None = None  # reason
 
-    def __init__(self, parts: HeadParts, feed: ImageFeed, engine: Engine, own: Mapping[str, Any]) -> None:
-        model, optimizer, log = parts.model, parts.optimizer, parts.log
+    def __init__(
+        self,
+        parts: HeadParts,
+        feed: ImageFeed,
+        engine: Engine,
+        schedule: Callable[[int, int], float],
+        settings: Settings,
+    ) -> None:
+        model = parts.model
         self.name, self.folder, self.shared, self.clock = (
             parts.name,
             parts.folder,
             model.shared,
             Stopwatch(engine.device),
         )
-        self.one = Trainee(model, parts.loss, feed, optimizer, engine, parts.checkpoints, log, name=self.name, **own)
+        more = (schedule, engine, parts.checkpoints, parts.log, settings)
+        self.one = HeadTraining(Experiment(model, parts.loss, feed, parts.optimizer, *more), self.name)
         self.run = self.one.run
 
     def goes_on(self, steps: int, patience: int | None) -> bool:
         """Return whether training continues: steps are left, and patience lasts or a validation is pending."""
         ended = self.dropped is not None or self.run.step >= steps
-        return not ended and (self.run.owed or not self.one.has_stalled(patience))
+        return not ended and (self.run.validation_pending or not self.one.has_stalled(patience))
 
     def drop(self, error: NonFiniteLoss) -> None:
         """Stop training this head, and write the reason to `dropped.json`."""
@@ -199,7 +188,7 @@ class _Together:
         self._heads, self._feed, self._engine, self._keep, self._stop = heads, feed, engine, keep, stop
         self._shared = heads[0].shared
         self._lasts = ExitStack()
-        self._untold: list[tuple[_Head, Learnt]] = []
+        self._untold: list[tuple[_Head, StepOutput]] = []
 
     def __enter__(self) -> "_Together":
         for head in self._heads:
@@ -231,9 +220,11 @@ class _Together:
             if not tells_shortage(error):  # in a shortage, each head splits its batches instead
                 raise
 
-    def _step(self, head: _Head, batches: Iterator[Any], *, pace: Pace, clip: float | None, **due: bool) -> None:
+    def _step(
+        self, head: _Head, batches: Iterator[Any], *, pace: ScheduleState, clip: float | None, **due: bool
+    ) -> None:
         try:
-            head.learnt = head.one.learn(batches, pace, counted=due["logged"])
+            head.learnt, head.rate = head.one.learn(batches, pace, counted=due["logged"])
             told, owed, asked = due["logged"] or due["kept"], due["owed"], self._stop.asked
             head.asked = head.one.update(head.learnt, clip=clip, owed=owed, asked=asked, told=told)
             if due["logged"]:
@@ -244,7 +235,7 @@ class _Together:
     def tell(self, speed: dict[str, float]) -> None:
         """Log the last step of each head that took it."""
         for head, learnt in self._untold:
-            head.one.tell(learnt, speed)
+            head.one.tell(learnt, head.rate, speed)
         self._untold.clear()
 
     def validate(self, heads: Sequence[_Head]) -> None:
@@ -254,8 +245,9 @@ class _Together:
             scored = []
             for head in heads:
                 stack.enter_context(head.one.as_scored())
-                head.one.seed_draws()
-                scored.append(self._feed.scored(head.one.model, head.one.loss, self._engine))
+                self._engine.seed(self._feed.seed, head.run.step)
+                own = head.one.experiment
+                scored.append(self._feed.scored(own.model, own.criterion, self._engine))
             # a resumed run starts with the pending validation
             with self._stop.at_once(allowed=self._engine.world == 1):
                 found = self._feed.validate_each(scored, self._engine, sharing=self._shared.held) if scored else []

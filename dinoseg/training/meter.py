@@ -4,7 +4,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -112,8 +112,10 @@ class Meter:
         memory = peak_memory(self.device) / 2**30
         return {"train/images_per_s": speed, "train/data_wait": waited, "train/memory_gib": memory}
 
-    def pause(self) -> None:
-        """Count the time since the last step as a validation, not as training."""
+    @contextmanager
+    def validating(self) -> Iterator[None]:
+        """Count the time of the block as a validation, not as training."""
+        yield
         now = self._clock()
         self._validated.append(now - self._mark)
         self._mark = now

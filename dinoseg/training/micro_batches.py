@@ -1,83 +1,131 @@
-"""Micro-batches of a training step, which are halved and run again when memory does not suffice."""
+"""Micro-batches of a training step, which are halved when memory does not suffice; the step then starts again."""
 
 import gc
 import logging
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from itertools import islice, tee
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from dinoseg.core.contracts import Loss
 from dinoseg.inference.memory import OutOfMemory, reason_of, tells_shortage
 from dinoseg.training.engine import Engine
+from dinoseg.training.step import StepOutput
 from dinoseg.utils.devices import empty_cache
 from dinoseg.utils.wording import count_of
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 
 
 class MicroBatches:
-    """Splitter of a step's batches into parts: one at first, and twice the number whenever memory is short.
+    """Splitter of a step's batches into micro-batches: one each at first, and twice the number when memory is short.
 
     The update is still over the same samples. With several ranks nothing is split: ranks would wait for one another.
 
     Args:
         engine: device and ranks.
+        criterion: the training loss.
         accumulate: batches per optimizer step.
-        least: minimum number of samples in a part.
+        smallest: minimum number of samples in a micro-batch.
+        prepare: moves a micro-batch to the device and completes its labels.
         undo: reverts what a step has changed when it ends before its update.
-        several: whether other heads are trained on the same features.
-        sums_over_batch: whether the loss of a batch is not the mean of the losses of its parts.
+        has_several_heads: whether other heads are trained on the same features.
+
+    Attributes:
+        num_batches: micro-batches in the current step, over all ranks.
+        divisors: (D,) divisors of the loss over the current step; None: the loss does not need them in advance.
+        is_last: whether the current micro-batch is the last one of this rank's step.
     """
+
+    num_batches: int
+    divisors: Tensor | None
+    is_last: bool
 
     def __init__(
         self,
         engine: Engine,
+        criterion: Loss,
         accumulate: int,
-        least: int,
-        undo: Callable[[], None],
         *,
-        several: bool = False,
-        sums_over_batch: bool = False,
+        smallest: int,
+        prepare: Callable[[Any], Any],
+        undo: Callable[[], None],
+        has_several_heads: bool = False,
     ) -> None:
-        self.parts = 1
-        self._several, self._sums_over_batch = several, sums_over_batch
-        self._engine, self._accumulate, self._least, self._undo = engine, accumulate, least, undo
-        self._samples = 0  # in the latest batch
+        self._engine, self._criterion, self._accumulate, self._smallest = engine, criterion, accumulate, smallest
+        self._prepare, self._undo, self._has_several_heads = prepare, undo, has_several_heads
+        self._parts, self._samples = 1, 0  # parts of a batch; samples in the newest batch
+        self._shortage: str | None = None  # reason of the newest out-of-memory error
 
-    def through(self, work: Callable[[Iterator[Any], int], T], batches: Iterator[Any]) -> T:
-        """Call `work` with the parts of the next step's batches and their number, and return its result.
+    def of_step(self, batches: Iterator[Any], output: StepOutput) -> Iterator[Any]:
+        """Yield the micro-batches of the next step; run each within `retried`, and add it to `output`.
 
-        If memory does not suffice, the step is run again from its start, with smaller parts and the same random draws.
+        If memory does not suffice, the step starts again with smaller micro-batches and the same random draws.
 
         Raises:
-            OutOfMemory: parts cannot be smaller.
+            OutOfMemory: micro-batches cannot be smaller.
         """
         taken: Iterator[Any] = islice(batches, self._accumulate)
         while True:
             taken, again = tee(taken)
-            try:
-                return work(self._in_parts(taken), self._accumulate * self.parts)
-            except (MemoryError, RuntimeError) as error:
-                if not tells_shortage(error):
-                    raise
-                self._halve(reason_of(error))
-            # outside `except`, whose traceback holds the step's tensors
+            yield from self._attempt(taken)
+            if self._shortage is None:
+                return
+            self._halve(self._shortage)
+            self._shortage, taken = None, again
             self._undo()
-            self._free()
+            output.clear()
+            gc.collect()
+            empty_cache(self._engine.device)
             torch.manual_seed(torch.initial_seed())
-            taken = again
 
-    def _in_parts(self, batches: Iterable[Any]) -> Iterator[Any]:
+    @contextmanager
+    def retried(self) -> Iterator[None]:
+        """Suppress an out-of-memory error of a micro-batch, and let the step start again."""
+        try:
+            yield
+        except (MemoryError, RuntimeError) as error:
+            if not tells_shortage(error):
+                raise
+            self._shortage = reason_of(error)  # the text alone: the traceback holds the step's tensors
+
+    def _attempt(self, taken: Iterator[Any]) -> Iterator[Any]:
+        count = self._accumulate * self._parts
+        self.num_batches = count * self._engine.world
+        batches, self.divisors = self._sum_divisors(self._split(taken))
+        for number, batch in enumerate(batches, start=1):
+            self.is_last = number == count
+            with self.retried():
+                batch = self._prepare(batch)
+            if self._shortage is None:
+                yield batch
+            if self._shortage is not None:
+                return
+
+    def _split(self, batches: Iterable[Any]) -> Iterator[Any]:
         for batch in batches:
             self._samples = len(batch.names)
-            yield from batch.split(self.parts) if self.parts > 1 else [batch]
+            yield from batch.split(self._parts) if self._parts > 1 else [batch]
+
+    def _sum_divisors(self, batches: Iterable[Any]) -> tuple[Iterable[Any], Tensor | None]:
+        """Return the batches, and the loss divisors (D,) of all batches and ranks if they are needed in advance.
+
+        They are not if the loss has a single divisor, which divides the gradients after the last batch. Nor are they
+        if the step consists of a single batch.
+        """
+        if self._criterion.num_divisors == 1 or self.num_batches == 1:
+            return batches, None
+        batches = list(batches)
+        own = [self._criterion.divisors(batch).to(self._engine.device, torch.float32) for batch in batches]
+        return batches, self._engine.sum(torch.stack(own).sum(0))
 
     def _halve(self, reason: str) -> None:
-        parts = min(2 * self.parts, self._samples // self._least)
-        size = -(-self._samples // self.parts)
-        if parts <= self.parts or self._engine.world > 1:
+        parts = min(2 * self._parts, self._samples // self._smallest)
+        size = -(-self._samples // self._parts)
+        if parts <= self._parts or self._engine.world > 1:
             raise OutOfMemory(
                 f"There is not enough memory to train on {count_of(size, 'sample')} at once ({reason}). {self._remedy}"
             )
@@ -87,13 +135,13 @@ class MicroBatches:
             count_of(size, "sample"),
             reason,
             parts,
-            ", and the loss its sums" if self._sums_over_batch else "",
+            ", and the loss its sums" if self._criterion.sums_over_batch else "",
         )
-        self.parts = parts
+        self._parts = parts
 
     @property
     def _remedy(self) -> str:
-        if self._several:
+        if self._has_several_heads:
             return (
                 "Give fewer heads, less data.batch_size, or a smaller resolution.crop; mode=plan with head=NAME, "
                 "without heads and trainer, says what one takes."
@@ -103,7 +151,3 @@ class MicroBatches:
             f"Give {accumulate}backbone.checkpointing=true, or a smaller resolution.crop; mode=plan in place of "
             "mode=train says what fits."
         )
-
-    def _free(self) -> None:
-        gc.collect()
-        empty_cache(self._engine.device)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dinoseg.models.model import Segmenter
+from dinoseg.models.model import Segmenter, trained_names
 from dinoseg.training.sharding import local_part
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import HighShare, LowShare, NotNegative, OpenShare, Positive, Share
@@ -50,8 +50,8 @@ def parameter_groups(
     The modules that a head lists in `late` start at its share of the training, the backbone at `backbone_begin`.
 
     Returns:
-        Groups in the model's order, with `params`, `names`, `lr`, `base_lr` and `weight_decay`. `begin` is the share of
-        the training before which they are not trained; `rests` states whether they have no gradients until then.
+        Groups in the model's order, with `params`, `names`, `lr`, `base_lr` and `weight_decay`. `start` is the share of
+        the training before which they are not trained; `frozen` states whether they have no gradients until then.
 
     Raises:
         UserError: nothing is trainable.
@@ -59,9 +59,9 @@ def parameter_groups(
     backbone_lr = lr if backbone_lr is None else backbone_lr
     above = _layers_above(model)
     embeddings = {id(part.weight) for part in model.modules() if isinstance(part, nn.Embedding)}
-    begin, parts = model.head.late
+    late_start, parts = model.head.late
     late = {id(parameter) for part in parts for parameter in part.parameters()}
-    resting = {id(parameter) for parameter in model.backbone.parameters()} if backbone_begin else set()
+    frozen_first = {id(parameter) for parameter in model.backbone.parameters()} if backbone_begin else set()
     groups: dict[tuple[float, float, float, bool], dict] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -71,10 +71,10 @@ def parameter_groups(
             rate = backbone_lr * backbone_lr_scale * (layer_decay or 1.0) ** above[id(parameter)]
         exempt = parameter.ndim < 2 or id(parameter) in embeddings or _EMBEDDING.search(name)
         decay = 0.0 if exempt else weight_decay
-        rests = id(parameter) in resting
-        begins = backbone_begin if rests else begin if id(parameter) in late else 0.0
-        values = {"lr": rate, "base_lr": rate, "weight_decay": decay, "begin": begins, "rests": rests}
-        group = groups.setdefault((rate, decay, begins, rests), {"params": [], "names": [], **values})
+        frozen = id(parameter) in frozen_first
+        start = backbone_begin if frozen else late_start if id(parameter) in late else 0.0
+        values = {"lr": rate, "base_lr": rate, "weight_decay": decay, "start": start, "frozen": frozen}
+        group = groups.setdefault((rate, decay, start, frozen), {"params": [], "names": [], **values})
         group["params"].append(parameter)
         group["names"].append(name)
     if not groups:
@@ -180,7 +180,7 @@ def warn_of_long_warmup(factor: Callable[[int, int], float], steps: int) -> None
 
 
 @dataclass(frozen=True)
-class Pace:
+class ScheduleState:
     """Position of a step in the training, from which its learning rates follow.
 
     Attributes:
@@ -198,23 +198,23 @@ class Pace:
         """Return the share of the training that is done, in [0, 1)."""
         return self.step / self.steps
 
-    def left(self, begin: float) -> int:
-        """Return the number of steps from this one to the share `begin` of the training, at least 0."""
-        return max(0, _first(begin, self.steps) - self.step)
+    def left(self, start: float) -> int:
+        """Return the number of steps from this one to the share `start` of the training, at least 0."""
+        return max(0, _first(start, self.steps) - self.step)
 
-    def factor(self, begin: float = 0.0) -> float:
-        """Return the factor of a training in two parts, before and from the share `begin` on, each a full schedule."""
-        first = _first(begin, self.steps)
+    def factor(self, start: float = 0.0) -> float:
+        """Return the factor of a training in two parts, before and from the share `start` on, each a full schedule."""
+        first = _first(start, self.steps)
         if self.step < first:
             return self.schedule(self.step, first)
         return self.schedule(self.step - first, self.steps - first)
 
 
-def _first(begin: float, steps: int) -> int:
-    return math.ceil(round(begin * steps, 6))  # 0.07 * 100 > 7 in floating point
+def _first(start: float, steps: int) -> int:
+    return math.ceil(round(start * steps, 6))  # 0.07 * 100 > 7 in floating point
 
 
-def set_learning_rates(optimizer: Optimizer, pace: Pace) -> float:
+def set_learning_rates(optimizer: Optimizer, position: ScheduleState) -> float:
     """Set each group's rate to its base rate times the schedule's factor, and return the highest rate.
 
     If some groups are frozen at first, all rates restart the schedule when these are unfrozen, as in a second training
@@ -223,16 +223,16 @@ def set_learning_rates(optimizer: Optimizer, pace: Pace) -> float:
 
     Args:
         optimizer: over `parameter_groups`.
-        pace: schedule state of the step.
+        position: schedule state of the step.
     """
     groups = optimizer.param_groups
-    factor = pace.factor(max((group["begin"] for group in groups if group["rests"]), default=0.0))
+    factor = position.factor(max((group["start"] for group in groups if group["frozen"]), default=0.0))
     for group in groups:
-        begin, risen = group["begin"], 1.0
-        if group["rests"]:
-            risen = 0.0 if pace.left(begin) else 1.0
-        elif begin:
-            risen = min(1.0, max(0.0, (pace.share - begin) / _RISE))
+        start, risen = group["start"], 1.0
+        if group["frozen"]:
+            risen = 0.0 if position.left(start) else 1.0
+        elif start:
+            risen = min(1.0, max(0.0, (position.share - start) / _RISE))
         group["lr"] = group["base_lr"] * factor * risen
     return max(group["lr"] for group in optimizer.param_groups)
 
@@ -281,6 +281,11 @@ class MovingAverage:
     def _pairs(self) -> Iterator[tuple[list[Tensor], ...]]:
         """Yield the averages and the live tensors of each dtype."""
         return _by_dtype([local_part(self.average[name]), local_part(value)] for name, value in self.live.items())
+
+
+def build_ema(model: Segmenter, decay: float | None) -> MovingAverage | None:
+    """Return a moving average of the tensors of a model that training changes; None without a decay."""
+    return MovingAverage(tensors_of(model, trained_names(model)), decay) if decay else None
 
 
 def _by_dtype(rows: Iterable[Sequence[Tensor]]) -> Iterator[tuple[list[Tensor], ...]]:

@@ -38,19 +38,7 @@ AT_RUN_TIME = {
     "mode.check": {"cfg"},
     "optim.optimizer": {"model"},
     "trainer.task": {"parts"},
-    "trainer.loop": {
-        "model",
-        "loss",
-        "feed",
-        "optimizer",
-        "engine",
-        "checkpoints",
-        "log",
-        "schedule",
-        "steps",
-        "val_every",
-    },
-    "dinoseg.training.many_heads.fit_heads": {"parts", "feed", "engine", "keep", "schedule", "steps", "val_every"},
+    "trainer.loop": {"steps", "val_every"},
 }
 
 

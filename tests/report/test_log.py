@@ -51,15 +51,15 @@ def test_going_on_drops_what_a_killed_run_wrote_beyond(tmp_path, monkeypatch):
     assert sorted(item.name for item in tmp_path.iterdir()) == ["metrics.jsonl", "tensorboard"]
 
 
-@pytest.mark.parametrize("owed", [True, False])
-def test_a_validation_that_is_made_again_is_logged_once(tmp_path, owed):
+@pytest.mark.parametrize("pending", [True, False])
+def test_a_validation_that_is_made_again_is_logged_once(tmp_path, pending):
     with RunLog(tmp_path, tensorboard=False) as log:
         for step in (3, 6):
             log.scalars(step, {"train/loss": 1.0})
             log.scalars(step, {"val/miou": 0.5})
-    RunLog(tmp_path, tensorboard=False, start_step=6, owed=owed).close()
+    RunLog(tmp_path, tensorboard=False, start_step=6, validation_pending=pending).close()
     rows = [(row["step"], "val/miou" in row) for row in read_rows(tmp_path / "metrics.jsonl")]
-    assert rows == [(3, False), (3, True), (6, False), (6, True)][: 3 if owed else 4]
+    assert rows == [(3, False), (3, True), (6, False), (6, True)][: 3 if pending else 4]
 
 
 @pytest.mark.parametrize("torn", ["", "{", '{"step": 3', '{"step": 3, "a": 1', "\x00\x00\x00", "tru", "5"])

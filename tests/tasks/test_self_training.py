@@ -16,9 +16,8 @@ from dinoseg.experiment import criteria
 from dinoseg.experiment.builder import build_task
 from dinoseg.experiment.recipe import recipe_of
 from dinoseg.tasks import unmasked
-from dinoseg.training import checkpoint
+from dinoseg.training import checkpoint, trainer
 from dinoseg.training.engine import Engine
-from dinoseg.training.trainee import Trainee
 from dinoseg.utils.images import write_png
 
 WORDS = (
@@ -55,25 +54,25 @@ def test_a_run_goes_on_to_the_same_bytes_with_any_workers(folder):
 
 
 def test_the_teacher_is_the_moving_average_and_leaves_the_student_as_it_is(folder, monkeypatch):
-    seen, teach = [], Trainee._teach
+    seen, teach = [], trainer.teach
 
-    def watched(trainee, images):
-        names = list(trainee.average.live)
-        before = {name: trainee.average.live[name].clone() for name in names}
-        average = {name: value.clone() for name, value in trainee.average.average.items()}
-        prediction = teach(trainee, images)
-        assert trainee.model.training and all(torch.equal(trainee.average.live[name], before[name]) for name in names)
-        state = trainee.model.state_dict()
-        trainee.model.load_state_dict({**state, **average})
+    def watched(experiment, ema, images):
+        model, names = experiment.model, list(ema.live)
+        before = {name: ema.live[name].clone() for name in names}
+        average = {name: value.clone() for name, value in ema.average.items()}
+        prediction = teach(experiment, ema, images)
+        assert model.training and all(torch.equal(ema.live[name], before[name]) for name in names)
+        state = model.state_dict()
+        model.load_state_dict({**state, **average})
         with torch.no_grad():
-            own = trainee.model.eval()(images)
-        trainee.model.load_state_dict({**state, **before})
-        trainee.model.train()
+            own = model.eval()(images)
+        model.load_state_dict({**state, **before})
+        model.train()
         assert torch.equal(prediction.logits(), own.logits()) and not prediction.logits().requires_grad
         seen.append(any(not torch.equal(before[name], average[name]) for name in names))
         return prediction
 
-    monkeypatch.setattr(Trainee, "_teach", watched)
+    monkeypatch.setattr(trainer, "teach", watched)
     trained(folder, "watched", *HALF, "trainer.steps=3", "engine.precision=fp32")
     assert seen == [False, True, True]
 

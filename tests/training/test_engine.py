@@ -94,7 +94,7 @@ def test_clipping_and_the_norm_before_it():
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     before = model.weight.detach().clone()
     engine.backward(model(torch.tensor([[3.0, 4.0]])).sum())
-    loss, norm = engine.step(optimizer, torch.tensor(3.0), torch.tensor(2.0), clip=1.0)
+    loss, norm = engine.optimizer_step(optimizer, torch.tensor(3.0), torch.tensor(2.0), clip=1.0)
     assert (loss.item(), norm.item()) == pytest.approx((1.5, 2.5))
     torch.testing.assert_close(before - model.weight, torch.tensor([[0.6, 0.8]]), atol=1e-5, rtol=0)
     assert model.weight.grad is None
@@ -105,7 +105,7 @@ def test_a_non_finite_gradient_changes_nothing():
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     before = model.weight.detach().clone()
     engine.backward(model(torch.full((1, 1), float("inf"))).sum())
-    assert not engine.step(optimizer, torch.tensor(1.0), torch.tensor(1.0), clip=1.0)[1].isfinite()
+    assert not engine.optimizer_step(optimizer, torch.tensor(1.0), torch.tensor(1.0), clip=1.0)[1].isfinite()
     assert torch.equal(model.weight, before)
 
 

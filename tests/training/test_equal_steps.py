@@ -1,10 +1,8 @@
 """A step over the same samples has the same gradient, however they lie in batches, parts of batches and ranks."""
 
-from contextlib import nullcontext
 from copy import deepcopy
 from functools import partial
 from threading import Barrier, Thread
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,9 +24,8 @@ from dinoseg.training import micro_batches
 from dinoseg.training.distilled import DistilledLoss, Part, ScoredBatch
 from dinoseg.training.engine import Engine
 from dinoseg.training.micro_batches import MicroBatches
-from dinoseg.training.optim import Pace
+from dinoseg.training.step import StepOutput, batch_loss
 from dinoseg.training.taught import MixedBatch, TaughtLoss
-from dinoseg.training.trainee import Trainee
 
 K, SIZE, IMAGES = 3, (9, 8), 4
 SLOTS = ("feature_reconstruction", "video_similarity", "slot_contrast")
@@ -155,12 +152,6 @@ class RankEngine:
     def sum(self, tensor):
         return self.ranks.sum(self.rank, tensor)
 
-    def accumulating(self, model, last):
-        return nullcontext()
-
-    def backward(self, loss, scale):
-        loss.backward()
-
 
 class Short(Loss):
     """A loss on a machine with too little memory for more than `most` samples."""
@@ -184,12 +175,16 @@ class Short(Loss):
 
 def of_rank(net, loss, batches, ranks, rank, done):
     """Go through batches as training does, and keep the sum of the loss and the weight to divide it by."""
-    trainee = object.__new__(Trainee)
-    trainee.engine, trainee.loss, trainee.net, trainee._teach = RankEngine(ranks, rank), loss, net, sure
-    trainee.scale, trainee.rest = None, SimpleNamespace(during=lambda *_: nullcontext())
-    micro = MicroBatches(trainee.engine, len(batches), 1, partial(net.zero_grad, set_to_none=True))
-    work = partial(trainee._gradients, Pace(lambda *_: 1.0, 0, 1), 1.0, False)
-    done[rank] = trainee.engine.total(*micro.through(work, iter(batches)).sums)
+    engine, output = RankEngine(ranks, rank), StepOutput(torch.device("cpu"), None)
+    prepare, undo = lambda batch: batch.to(engine.device).taught(sure), partial(net.zero_grad, set_to_none=True)
+    micro = MicroBatches(engine, loss, len(batches), smallest=1, prepare=prepare, undo=undo)
+    for batch in micro.of_step(iter(batches), output):
+        with micro.retried():
+            prediction = net(batch.image)
+            part = batch_loss(loss, prediction, batch, micro.divisors, micro.num_batches)
+            part.total.backward()
+            output.add(part, prediction, batch)
+    done[rank] = engine.total(*output.sums)
 
 
 def step(net, loss, shares):

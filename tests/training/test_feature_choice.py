@@ -42,9 +42,9 @@ from dinoseg.training.feature_cache import cache, store
 from dinoseg.training.feature_cache.cache import KeptMasks
 from dinoseg.training.feature_cache.form import to_bytes
 from dinoseg.training.feature_choice import Cost, Plan, feature_cache, measured
-from dinoseg.training.fit import fit
 from dinoseg.training.image_feed import ImageFeed
 from dinoseg.training.optim import adamw, schedule
+from dinoseg.training.trainer import Experiment, Settings, fit
 from dinoseg.utils import cores
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import write_png
@@ -119,13 +119,8 @@ def train(data, tiny_backbone, tmp_path):
         points = Checkpoints(tmp_path / f"run_{cache}_{steps}_{start}", INFO, start and read(start))
         log = Rows()
         optimizer = adamw(model, lr=0.05, weight_decay=0.0)
-        fit(
-            *(model, loss, feed, optimizer, engine, points, log),
-            schedule=schedule("constant"),
-            steps=steps,
-            val_every=3,
-            log_every=1,
-        )
+        settings = Settings(steps=steps, val_every=3, log_every=1)
+        fit(Experiment(model, loss, feed, optimizer, schedule("constant"), engine, points, log, settings))
         return log.rows, feed, model
 
     return run

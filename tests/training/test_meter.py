@@ -52,8 +52,8 @@ def train(running, clock, steps, seconds=1.0, waited=0.25, first=1):
 
 
 def validate(running, clock, seconds):
-    clock.now += seconds
-    running.pause()
+    with running.validating():
+        clock.now += seconds
 
 
 def test_time_left_holds_the_validations():

@@ -18,11 +18,13 @@ from dinoseg.models.model import Segmenter
 from dinoseg.report.log import RunLog
 from dinoseg.training.checkpoint import Checkpoints
 from dinoseg.training.engine import Engine
-from dinoseg.training.fit import fit
 from dinoseg.training.image_feed import ImageFeed
 from dinoseg.training.micro_batches import MicroBatches
 from dinoseg.training.optim import adamw, schedule
+from dinoseg.training.step import BatchLoss, StepOutput
+from dinoseg.training.trainer import Experiment, Settings, fit
 
+TWO = Batch(torch.zeros(2, 3, 4, 4), torch.zeros(2, 4, 4), ["a", "b"])
 SHORT = "[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
 
 
@@ -88,14 +90,14 @@ def train(tiny_backbone, tmp_path):
         feed = ImageFeed(Noise(), Noise(), Augment((16, 16)), batch_size=batch_size, seed=0, workers=0)
 
         class Noting(Engine):
-            def step(self, optimizer, total, weight, **given):
+            def optimizer_step(self, optimizer, total, weight, **given):
                 gradients.update({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
-                return super().step(optimizer, total, weight, **given)
+                return super().optimizer_step(optimizer, total, weight, **given)
 
         log, engine = Rows(), Noting("cpu", "fp32", workers=0)
-        settings = {"schedule": schedule(), "steps": 1, "val_every": 9, "log_every": 1, **options}
-        checkpoints = Checkpoints(tmp_path, dict(INFO))
-        fit(model, loss, feed, adamw(model, lr=1e-3), engine, checkpoints, log, accumulate=accumulate, **settings)
+        settings = Settings(**{"steps": 1, "val_every": 9, "log_every": 1, "accumulate": accumulate, **options})
+        checkpoints, optimizer = Checkpoints(tmp_path, dict(INFO)), adamw(model, lr=1e-3)
+        fit(Experiment(model, loss, feed, optimizer, schedule(), engine, checkpoints, log, settings))
         return SimpleNamespace(gradients=gradients, rows=log.rows, loss=loss, model=model)
 
     return run
@@ -148,55 +150,73 @@ def test_running_means_are_those_of_the_step_that_came_to_its_end(train):
     assert short[name] == 2
 
 
-def test_other_errors_pass_and_several_ranks_and_heads_are_told_what_to_give():
-    engine = SimpleNamespace(world=2, device=torch.device("cpu"))
-    micro = MicroBatches(engine, 1, 1, lambda: None)
+def engine_of(world):
+    return SimpleNamespace(world=world, device=torch.device("cpu"))
 
+
+def micro_batches(engine=engine_of(1), smallest=1, loss=None, undo=lambda: None, **options):  # noqa: B008
+    """Return the micro-batches of steps of one batch."""
+    loss = loss or CrossEntropy(torch.ones(2))
+    return MicroBatches(engine, loss, 1, smallest=smallest, prepare=lambda batch: batch, undo=undo, **options)
+
+
+def run(micro, work, batch):
+    """Call `work` with each micro-batch of a step of one batch; return the output of the step."""
+    output = StepOutput(torch.device("cpu"), None)
+    for part in micro.of_step(iter([batch]), output):
+        with micro.retried():
+            work(part)
+            output.add(BatchLoss(torch.ones(()), torch.ones(()), {}), None, part)
+    return output
+
+
+def only_one_sample(batch):
+    """Run out of memory for more than one sample."""
+    if len(batch.names) > 1:
+        raise MemoryError
+
+
+def test_other_errors_pass_and_several_ranks_and_heads_are_told_what_to_give():
     def fail(error):
-        def work(batches, count):
-            list(batches)
+        def work(_):
             raise error
 
         return work
 
-    batch = ClipBatch(torch.zeros(4, 2, 3, 8, 8), list("abcd"))
+    micro, batch = micro_batches(engine_of(2)), ClipBatch(torch.zeros(4, 2, 3, 8, 8), list("abcd"))
     with pytest.raises(RuntimeError, match="size mismatch"):
-        micro.through(fail(RuntimeError("size mismatch")), iter([batch]))
+        run(micro, fail(RuntimeError("size mismatch")), batch)
     with pytest.raises(OutOfMemory, match="Give less data.batch_size with as much more trainer.accumulate"):
-        micro.through(fail(MemoryError()), iter([batch]))
-    assert micro.parts == 1, "no rank goes on in parts while others wait"
-    micro = MicroBatches(SimpleNamespace(world=1), 1, 4, lambda: None, several=True)
+        run(micro, fail(MemoryError()), batch)
+    micro = micro_batches(smallest=4, has_several_heads=True)
     with pytest.raises(OutOfMemory, match="Give fewer heads, .*; mode=plan with head=NAME, without heads and trainer"):
-        micro.through(fail(MemoryError()), iter([batch]))
+        run(micro, fail(MemoryError()), batch)
+
+
+def test_a_batch_that_does_not_fit_on_the_device_is_halved():
+    micro = micro_batches()
+    micro._prepare = lambda batch: only_one_sample(batch) or batch
+    assert run(micro, lambda _: None, TWO).names == ["a", "b"]
 
 
 def test_random_draws_are_those_of_a_step_that_began_in_parts():
-    engine, drawn, undone = SimpleNamespace(world=1, device=torch.device("cpu")), [], []
-    micro = MicroBatches(engine, 1, 1, lambda: undone.append(len(drawn)))
+    drawn, undone = [], []
+    micro = micro_batches(undo=lambda: undone.append(len(drawn)))
 
-    def work(batches, count):
-        for batch in batches:
-            drawn.append(torch.rand(3))
-            if len(batch.names) > 1:
-                raise MemoryError
-        return count
+    def work(batch):
+        drawn.append(torch.rand(3))
+        only_one_sample(batch)
 
     torch.manual_seed(7)
-    assert micro.through(work, iter([Batch(torch.zeros(2, 3, 4, 4), torch.zeros(2, 4, 4), ["a", "b"])])) == 2
+    output = run(micro, work, TWO)
+    assert (output.images, micro.num_batches) == (2, 2)
     torch.manual_seed(7)
     assert torch.equal(drawn[1], torch.rand(3)) and undone == [1]
 
 
 @pytest.mark.parametrize("sums", [False, True])
 def test_the_warning_names_what_parts_change(sums, caplog):
-    def work(batches, count):
-        if len(next(batches).names) > 1:
-            raise MemoryError
-
-    loss = Dice(torch.ones(2)) if sums else CrossEntropy(torch.ones(2))
-    engine = SimpleNamespace(world=1, device=torch.device("cpu"))
-    micro = MicroBatches(engine, 1, 1, lambda: None, sums_over_batch=loss.sums_over_batch)
-    micro.through(work, iter([Batch(torch.zeros(2, 3, 4, 4), torch.zeros(2, 4, 4), ["a", "b"])]))
+    run(micro_batches(loss=Dice(torch.ones(2)) if sums else None), only_one_sample, TWO)
     assert ("the loss its sums" in caplog.text) == sums and "BatchNorm takes its statistics over a part" in caplog.text
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from checkpoint_files import INFO
 from omegaconf import OmegaConf
-from test_fit import Rows, Stripes
+from test_trainer import Rows, Stripes
 from tiny_parts import tiny_vit
 
 from dinoseg.cli import ranks
@@ -25,11 +25,11 @@ from dinoseg.models.model import Segmenter
 from dinoseg.training.checkpoint import Checkpoints, read
 from dinoseg.training.engine import Engine
 from dinoseg.training.feature_choice import Plan, feature_cache
-from dinoseg.training.fit import fit
 from dinoseg.training.image_feed import ImageFeed
 from dinoseg.training.loading import load_weights
 from dinoseg.training.optim import parameter_groups, schedule
 from dinoseg.training.sharding import gathered
+from dinoseg.training.trainer import Experiment, Settings, fit
 from dinoseg.training.validation import evaluate
 
 pytestmark = pytest.mark.heavy
@@ -102,8 +102,8 @@ def train(
     optimizer = torch.optim.AdamW(groups, fused=True) if adamw else torch.optim.SGD(groups)
     checkpoints = Checkpoints(folder, dict(INFO), start and read(start), writes=engine.is_main)
     lengths = {"steps": 3, "val_every": 3, "log_every": 1, "clip": None}
-    options = {"schedule": schedule("constant"), "score": "loss", **lengths, **options}
-    fit(model, loss, feed, optimizer, engine, checkpoints, log, **options)
+    settings = Settings(**{"score": "loss", **lengths, **options})
+    fit(Experiment(model, loss, feed, optimizer, schedule("constant"), engine, checkpoints, log, settings))
     names = ("step", "train/loss", "train/gradient_norm", "train/miou", "val/loss", "val/miou")
     rows = [{name: row[name] for name in names if name in row} for row in log.rows]
     state = gathered(model.state_dict().items(), keep=True)

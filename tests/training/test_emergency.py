@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from checkpoint_files import INFO
-from test_fit import Rows, Stripes
+from test_trainer import Rows, Stripes
 from tiny_parts import tiny_vit
 
 from dinoseg.data.transforms import Affine, Augment
@@ -21,10 +21,10 @@ from dinoseg.training import checkpoint
 from dinoseg.training.checkpoint import Checkpoints, read
 from dinoseg.training.engine import Engine
 from dinoseg.training.feed import Validation
-from dinoseg.training.fit import fit
 from dinoseg.training.image_feed import ImageFeed
 from dinoseg.training.optim import adamw, schedule
-from dinoseg.training.trainee import NonFiniteLoss
+from dinoseg.training.step import NonFiniteLoss
+from dinoseg.training.trainer import Experiment, Settings, fit
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.interrupt import Interrupted
 
@@ -72,12 +72,12 @@ def train():
             setattr(feed, name, options.pop(name, getattr(feed, name)))
         found = read(folder / "last.safetensors") if start else None
         checkpoints = Checkpoints(folder, dict(INFO), found, options.pop("writes", True))
-        settings = {"steps": 6, "val_every": 3, "log_every": 1, "accumulate": 2, "ema": 0.5, **options}
+        settings = Settings(**{"steps": 6, "val_every": 3, "log_every": 1, "accumulate": 2, "ema": 0.5, **options})
         log, error = Rows(), None
         optimizer, engine = adamw(model, lr=3e-3), Engine("cpu", "fp32", workers=0)
-        arguments = (model, CrossEntropy(torch.ones(3)), feed, optimizer, engine, checkpoints, log)
+        parts = (model, CrossEntropy(torch.ones(3)), feed, optimizer, schedule(), engine, checkpoints, log)
         try:
-            fit(*arguments, schedule=schedule(), **settings)
+            fit(Experiment(*parts, settings))
         except (Exception, Interrupted) as caught:
             error = caught
         return SimpleNamespace(error=error, rows=log.rows)
@@ -195,14 +195,14 @@ def test_a_best_that_cannot_be_written_is_not_remembered_as_such(train, tmp_path
         patched.setattr(checkpoint, "write", refuse)
         assert str(train(tmp_path).error) == "the disk is full"
     progress = read(tmp_path / "last.safetensors").info["progress"]
-    assert progress["best"] is None and progress["owed"] and progress["step"] == 3
+    assert progress["best"] is None and progress["validation_pending"] and progress["step"] == 3
 
 
-def test_a_validation_that_cannot_be_logged_is_owed(train, tmp_path, monkeypatch):
+def test_a_validation_that_cannot_be_logged_is_pending(train, tmp_path, monkeypatch):
     monkeypatch.setattr(Rows, "pictures", lambda *_: crash())
     assert isinstance(train(tmp_path).error, RuntimeError)
     progress = read(tmp_path / "last.safetensors").info["progress"]
-    assert progress["owed"] and progress["best"] is None and progress["step"] == 3
+    assert progress["validation_pending"] and progress["best"] is None and progress["step"] == 3
 
 
 @pytest.mark.parametrize("writes", [True, False])

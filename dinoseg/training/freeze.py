@@ -9,12 +9,12 @@ from torch.optim import Optimizer
 
 from dinoseg.core.contracts import Backbone
 from dinoseg.core.shapes import FrozenFeatures
-from dinoseg.training.optim import Pace
+from dinoseg.training.optim import ScheduleState
 
 logger = logging.getLogger(__name__)
 
 
-class Rest:
+class BackboneFreeze:
     """Freeze of the trained parts of a backbone until the time set in their parameter groups.
 
     Frozen parts are in eval mode and have no gradient. On one rank, none is computed. A gradient is computed and
@@ -24,22 +24,25 @@ class Rest:
     Args:
         backbone: of the model in training.
         optimizer: over `parameter_groups`.
-        alone: whether there is only one rank.
+        is_single: whether there is only one rank.
     """
 
-    def __init__(self, backbone: Backbone, optimizer: Optimizer, *, alone: bool) -> None:
-        self._backbone, self._alone = backbone, alone
-        self._groups = [group for group in optimizer.param_groups if group["rests"]]
+    def __init__(self, backbone: Backbone, optimizer: Optimizer, *, is_single: bool) -> None:
+        self._backbone, self._is_single = backbone, is_single
+        self._groups = [group for group in optimizer.param_groups if group["frozen"]]
         self._was_frozen = False
 
     @property
-    def begin(self) -> float:
+    def until(self) -> float:
         """Return the share of the training until which something is frozen."""
-        return max((group["begin"] for group in self._groups), default=0.0)
+        return max((group["start"] for group in self._groups), default=0.0)
 
-    def tell(self, pace: Pace) -> None:
+    def log_length(self, position: ScheduleState) -> None:
         """Log for how many steps the backbone is frozen and, on one rank, that the steps after these take longer."""
-        steps, to_come = max((pace.left(group["begin"]) for group in self._groups), default=0), pace.steps - pace.step
+        steps, to_come = (
+            max((position.left(group["start"]) for group in self._groups), default=0),
+            position.steps - position.step,
+        )
         if steps and steps == to_come:
             logger.warning(
                 "The backbone rests for all of the %d steps to come, and learns nothing. Give a lower "
@@ -47,37 +50,37 @@ class Rest:
                 steps,
             )
         elif steps:
-            quicker = ", which take less time than those after them" if self._alone else ""
+            quicker = ", which take less time than those after them" if self._is_single else ""
             logger.info("The backbone rests for %d of the %d steps to come%s.", steps, to_come, quicker)
 
-    def ends_with(self, pace: Pace) -> bool:
+    def ends_with(self, position: ScheduleState) -> bool:
         """Return whether a step is the last frozen one, or the first one after a freeze that was cut short.
 
         A freeze is cut short when the number of steps is reduced.
 
         Args:
-            pace: schedule state; call this for each step in turn.
+            position: schedule state; call this for each step in turn.
         """
-        left = [pace.left(group["begin"]) for group in self._groups]
+        left = [position.left(group["start"]) for group in self._groups]
         was_frozen, self._was_frozen = self._was_frozen, max(left, default=0) > 1
         return 1 in left or (was_frozen and not any(left))
 
     @contextmanager
-    def during(self, pace: Pace, images: Any) -> Iterator[None]:
+    def during(self, position: ScheduleState, images: Any) -> Iterator[None]:
         """Freeze the parts while a model runs forward and backward on images, or on features of images."""
-        resting = [each for group in self._groups if pace.left(group["begin"]) for each in group["params"]]
-        if not resting:
+        frozen = [each for group in self._groups if position.left(group["start"]) for each in group["params"]]
+        if not frozen:
             yield
             return
-        learning = [part for part in self._backbone.modules() if part.training]
+        training = [part for part in self._backbone.modules() if part.training]
         self._backbone.eval()
-        for parameter in resting:
-            parameter.requires_grad_(not self._alone or isinstance(images, FrozenFeatures))
+        for parameter in frozen:
+            parameter.requires_grad_(not self._is_single or isinstance(images, FrozenFeatures))
         try:
             yield
         finally:
-            for parameter in resting:
+            for parameter in frozen:
                 parameter.requires_grad_(True)
                 parameter.grad = None
-            for part in learning:
+            for part in training:
                 part.training = True

@@ -17,13 +17,13 @@ from dinoseg.utils.interrupt import Interrupted
 logger = logging.getLogger(__name__)
 
 
-class LastStep:
+class EmergencyCheckpoint:
     """Context manager that saves `last` in the state after the newest update if an error or a signal ends its block.
 
     Of what a checkpoint holds, a step changes only buffers (running means) before its update, so copies of these are
-    stored. An error within `update`, such as a non-finite loss, leaves no completed step, and nothing is saved. On CUDA
-    the loss may not have been read yet, so `updated` returns whether all updates were finite. Nothing is saved either
-    if weights are sharded and one rank fails, since its shard is lost.
+    stored. An error within `updating`, such as a non-finite loss, leaves no completed step, and nothing is saved. On
+    CUDA the loss may not have been read yet, so `are_finite` returns whether all updates were finite. Nothing is saved
+    either if weights are sharded and one rank fails, since its shard is lost.
     """
 
     def __init__(
@@ -32,21 +32,21 @@ class LastStep:
         model: Segmenter,
         optimizer: Optimizer,
         average: MovingAverage | None,
-        updated: Callable[[], bool],
-        scale: LossScale | None = None,
+        scale: LossScale | None,
+        are_finite: Callable[[], bool],
     ) -> None:
-        self._checkpoints, self._state, self._updated = checkpoints, (model, optimizer, average, scale), updated
+        self._checkpoints, self._state, self._are_finite = checkpoints, (model, optimizer, average, scale), are_finite
         parameters = {name for name, _ in model.named_parameters()}
         self._buffers = [buffer for _, buffer in tensors_of(model, trained_names(model) - parameters)]
         self._start = checkpoints.progress.step
-        self._keep()
+        self._copy_buffers()
 
     @contextmanager
-    def update(self) -> Iterator[None]:
+    def updating(self) -> Iterator[None]:
         """Mark the block in which weights, optimizer, average and progress change together."""
-        self._whole = False
+        self._is_complete = False
         yield
-        self._keep()
+        self._copy_buffers()
 
     def undo(self) -> None:
         """Revert what a step has changed before its update: gradients and buffers."""
@@ -54,7 +54,7 @@ class LastStep:
         for buffer, before in zip(self._buffers, self._before, strict=True):
             buffer.copy_(before)
 
-    def __enter__(self) -> "LastStep":
+    def __enter__(self) -> "EmergencyCheckpoint":
         return self
 
     def __exit__(
@@ -62,9 +62,9 @@ class LastStep:
     ) -> None:
         first = isinstance(error, Interrupted) and not error.again
         step = self._checkpoints.progress.step
-        if not (first or isinstance(error, Exception)) or not self._whole or step == self._start:
+        if not (first or isinstance(error, Exception)) or not self._is_complete or step == self._start:
             return
-        if not self._updated():
+        if not self._are_finite():
             return
         if is_shared(self._state[0]) and not first:  # on a signal, all ranks stop at the same step
             logger.error("Training stopped after step %d, which is not saved: a rank has failed with its part.", step)
@@ -78,6 +78,6 @@ class LastStep:
             if self._checkpoints.writes:
                 logger.warning("Training stopped after step %d, and that step is saved.", step)
 
-    def _keep(self) -> None:
+    def _copy_buffers(self) -> None:
         self._before = [buffer.clone() for buffer in self._buffers]
-        self._whole = True
+        self._is_complete = True

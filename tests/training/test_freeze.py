@@ -6,7 +6,7 @@ import pytest
 import torch
 from checkpoint_files import INFO
 from omegaconf import OmegaConf
-from test_fit import Rows, Stripes
+from test_trainer import Rows, Stripes
 from tiny_parts import BACKBONES, tiny_node, tiny_vit
 from torch import nn
 
@@ -24,11 +24,11 @@ from dinoseg.models.model import Segmenter
 from dinoseg.training.checkpoint import Checkpoints, read
 from dinoseg.training.engine import Engine
 from dinoseg.training.feature_choice import Plan, feature_cache
-from dinoseg.training.fit import fit
+from dinoseg.training.freeze import BackboneFreeze
 from dinoseg.training.image_feed import ImageFeed
 from dinoseg.training.meter import Meter
-from dinoseg.training.optim import Pace, adamw, parameter_groups, schedule, set_learning_rates
-from dinoseg.training.rest import Rest
+from dinoseg.training.optim import ScheduleState, adamw, parameter_groups, schedule, set_learning_rates
+from dinoseg.training.trainer import Experiment, Settings, fit
 
 
 def untrained(adapter=Full, head=None, backbone=None):
@@ -68,8 +68,9 @@ def train(folder, *, begin=0.5, steps=6, start=None, model=None, watch=None, **o
     if watch:
         model.backbone.register_forward_hook(lambda part, _, maps: watch(part, maps))
     checkpoints = Checkpoints(folder, dict(INFO), start and read(start))
-    options = {"schedule": schedule("constant"), "steps": steps, "val_every": 100, "log_every": 1, **options}
-    fit(model, loss, feed, optimizer, engine, checkpoints, Rows(), **options)
+    shape, options = options.pop("schedule", schedule("constant")), {"val_every": 100, "log_every": 1, **options}
+    settings = Settings(steps=steps, **options)
+    fit(Experiment(model, loss, feed, optimizer, shape, engine, checkpoints, Rows(), settings))
     return model, optimizer
 
 
@@ -106,7 +107,7 @@ def test_from_its_share_on_it_learns_with_moments_of_its_own(tmp_path):
     moved = {name for name, value in before.items() if not torch.equal(value, after[name])}
     assert {f"backbone.{name}" for name, each in learnt.backbone.named_parameters() if each.requires_grad} == moved
     counts = {
-        group["rests"]: {optimizer.state[each]["step"].item() for each in group["params"]}
+        group["frozen"]: {optimizer.state[each]["step"].item() for each in group["params"]}
         for group in optimizer.param_groups
     }
     assert counts == {True: {3.0}, False: {5.0}}
@@ -186,7 +187,7 @@ def test_every_backbone_can_rest(name, tmp_path):
 
 @pytest.mark.parametrize("head", ["detail", "eomt"])
 def test_heads_that_see_pixels_or_go_through_the_blocks_learn_over_one_that_rests(tmp_path, head):
-    """The queries of EoMT learn through blocks that rest."""
+    """The queries of EoMT learn through blocks that freeze."""
     made = {
         "detail": lambda: DetailHead(24, 1, 3, 8, 4, 8, 1, jitter=0, direct=True),
         "eomt": lambda: EomtHead(24, 1, 3, patch_size=8, num_queries=5, blocks=1),
@@ -207,8 +208,8 @@ def test_an_error_on_the_way_leaves_the_model_as_it_was():
     model = untrained(lambda: LastBlocks(blocks=1)).train()
     before = state_of(model)
     assert {part.training for part in model.backbone.modules()} == {True, False}, "what is frozen stays in eval mode"
-    rest = Rest(model.backbone, adamw(model, lr=1e-3, backbone_begin=0.5), alone=True)
-    with pytest.raises(MemoryError), rest.during(Pace(schedule(), 0, 10), torch.zeros(1, 3, 8, 8)):
+    freeze = BackboneFreeze(model.backbone, adamw(model, lr=1e-3, backbone_begin=0.5), is_single=True)
+    with pytest.raises(MemoryError), freeze.during(ScheduleState(schedule(), 0, 10), torch.zeros(1, 3, 8, 8)):
         assert not any(parameter.requires_grad for parameter in model.backbone.parameters())
         raise MemoryError
     assert state_of(model) == before
@@ -221,9 +222,9 @@ def state_of(model):
 def test_several_ranks_expect_gradients_which_are_dropped():
     model = untrained()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    rest = Rest(model.backbone, adamw(model, lr=1e-3, backbone_begin=0.5), alone=False)
+    freeze = BackboneFreeze(model.backbone, adamw(model, lr=1e-3, backbone_begin=0.5), is_single=False)
     for step, left in ((4, True), (5, False)):
-        with rest.during(Pace(schedule(), step, 10), None):
+        with freeze.during(ScheduleState(schedule(), step, 10), None):
             model(torch.rand(1, 3, 16, 16)).outputs.sum().backward()
             assert all(parameter.grad is not None for parameter in trained)
         dropped = {each.grad is None for each in model.backbone.parameters() if each.requires_grad}
@@ -236,12 +237,12 @@ def test_its_schedule_begins_with_it():
     optimizer = adamw(model, head_lr=0.5, backbone_lr=0.1, backbone_begin=0.35)
     for step in range(20):
         factor = shape(step, 7) if step < 7 else shape(step - 7, 13)
-        assert set_learning_rates(optimizer, Pace(shape, step, 20)) == 0.5 * factor
-        found = {group["rests"]: group["lr"] for group in optimizer.param_groups}
+        assert set_learning_rates(optimizer, ScheduleState(shape, step, 20)) == 0.5 * factor
+        found = {group["frozen"]: group["lr"] for group in optimizer.param_groups}
         assert found == {True: 0.0 if step < 7 else 0.1 * factor, False: 0.5 * factor}
     plain = adamw(model, head_lr=0.5, backbone_lr=0.1)
     for step in range(20):
-        assert set_learning_rates(plain, Pace(shape, step, 20)) == 0.5 * shape(step, 20)
+        assert set_learning_rates(plain, ScheduleState(shape, step, 20)) == 0.5 * shape(step, 20)
 
 
 def test_the_groups_of_what_rests_are_the_backbone_s_alone(monkeypatch):
@@ -249,20 +250,20 @@ def test_the_groups_of_what_rests_are_the_backbone_s_alone(monkeypatch):
     monkeypatch.setattr(type(model.head), "late", (0.3, [model.head.norm]))
     found = parameter_groups(model, lr=0.1, weight_decay=0.0, backbone_begin=0.3)
     for group in found:
-        assert {name.startswith("backbone.") for name in group["names"]} == {group["rests"]}
-        late = group["rests"] or any(name.startswith("head.norm") for name in group["names"])
-        assert group["begin"] == (0.3 if late else 0.0)
-    assert not any(group["rests"] for group in parameter_groups(model, lr=0.1, weight_decay=0.0))
+        assert {name.startswith("backbone.") for name in group["names"]} == {group["frozen"]}
+        late = group["frozen"] or any(name.startswith("head.norm") for name in group["names"])
+        assert group["start"] == (0.3 if late else 0.0)
+    assert not any(group["frozen"] for group in parameter_groups(model, lr=0.1, weight_decay=0.0))
     copies = untrained(Frozen, head=lambda: SplitHead(24, 1, 3, blocks=1))  # learn at the backbone's rate, in the head
     nothing = parameter_groups(copies, lr=0.1, weight_decay=0.0, backbone_begin=0.3)
-    assert not any(group["rests"] or group["begin"] for group in nothing)
+    assert not any(group["frozen"] or group["start"] for group in nothing)
 
 
 def test_what_begins_late_in_a_head_has_gradients_while_a_backbone_rests(monkeypatch):
     model = untrained()
     monkeypatch.setattr(type(model.head), "late", (0.3, [model.head.norm]))
-    rest = Rest(model.backbone, adamw(model, lr=1e-3, backbone_begin=0.3), alone=True)
-    with rest.during(Pace(schedule(), 0, 10), None):
+    freeze = BackboneFreeze(model.backbone, adamw(model, lr=1e-3, backbone_begin=0.3), is_single=True)
+    with freeze.during(ScheduleState(schedule(), 0, 10), None):
         assert all(parameter.requires_grad for parameter in model.head.parameters())
         assert not any(parameter.requires_grad for parameter in model.backbone.parameters())
 
@@ -284,12 +285,14 @@ def test_time_left_is_foretold_anew_where_a_rest_ends(tmp_path, monkeypatch):
 def test_a_run_says_how_long_its_backbone_rests(caplog, begin, start, said):
     caplog.set_level(logging.INFO)
     model = untrained()
-    rest = Rest(model.backbone, adamw(model, lr=1e-3, backbone_begin=begin), alone=True)
-    rest.tell(Pace(schedule(), start, 6))
+    freeze = BackboneFreeze(model.backbone, adamw(model, lr=1e-3, backbone_begin=begin), is_single=True)
+    freeze.log_length(ScheduleState(schedule(), start, 6))
     assert said in caplog.text and bool(caplog.text) == bool(said)
     assert ("take less time" in caplog.text) == (said.endswith("steps"))
     caplog.clear()
-    Rest(model.backbone, adamw(model, lr=1e-3, backbone_begin=begin), alone=False).tell(Pace(schedule(), start, 6))
+    BackboneFreeze(model.backbone, adamw(model, lr=1e-3, backbone_begin=begin), is_single=False).log_length(
+        ScheduleState(schedule(), start, 6)
+    )
     assert said in caplog.text and "take less time" not in caplog.text, "several ranks compute gradients all the same"
 
 
@@ -297,6 +300,6 @@ def test_the_end_of_a_rest_is_seen_once_also_where_fewer_steps_cut_it_short():
     model = untrained()
     optimizer = adamw(model, head_lr=1e-2, backbone_lr=1e-3, backbone_begin=0.4)
     for lengths, end in (([10] * 10, 3), ([10, 10, 5, 5, 5], 2), ([10, 10, 10, 10, 6], 3)):
-        rest = Rest(model.backbone, optimizer, alone=True)
-        seen = [rest.ends_with(Pace(schedule(), step, steps)) for step, steps in enumerate(lengths)]
-        assert rest.begin == 0.4 and [step for step, ends in enumerate(seen) if ends] == [end]
+        freeze = BackboneFreeze(model.backbone, optimizer, is_single=True)
+        seen = [freeze.ends_with(ScheduleState(schedule(), step, steps)) for step, steps in enumerate(lengths)]
+        assert freeze.until == 0.4 and [step for step, ends in enumerate(seen) if ends] == [end]

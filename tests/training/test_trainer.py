@@ -16,20 +16,19 @@ from dinoseg.models.heads.linear import LinearHead
 from dinoseg.models.heads.mlp import MlpHead
 from dinoseg.models.model import Segmenter
 from dinoseg.report.log import RunLog
-from dinoseg.training import fit as fitting
 from dinoseg.training import image_feed as feeding
-from dinoseg.training import many_heads
-from dinoseg.training import trainee as training
+from dinoseg.training import many_heads, trained_head
+from dinoseg.training import trainer as training
 from dinoseg.training.checkpoint import Checkpoints, read
 from dinoseg.training.engine import Engine
 from dinoseg.training.feed import spread
-from dinoseg.training.fit import fit
 from dinoseg.training.image_feed import ImageFeed
 from dinoseg.training.many_heads import HeadParts, fit_heads
 from dinoseg.training.meter import Meter
 from dinoseg.training.optim import adamw, schedule
 from dinoseg.training.shared_features import SharedFeatures, SharingSegmenter
 from dinoseg.training.time_limit import TimeLimit
+from dinoseg.training.trainer import Experiment, Settings, fit
 from dinoseg.training.validation import evaluate
 from dinoseg.utils.errors import UserError
 
@@ -87,9 +86,10 @@ def run(tiny_backbone, tmp_path):
         optimizer = adamw(model, lr=options.pop("lr", 3e-3))
         loss = CrossEntropy(options.pop("weights", torch.ones(3)))
         start = options.pop("start", None)
-        settings = {"schedule": schedule(), "steps": 12, "val_every": 4, "log_every": 1, **options}
+        shape = options.pop("schedule", schedule())
+        settings = Settings(**{"steps": 12, "val_every": 4, "log_every": 1, **options})
         checkpoints = Checkpoints(tmp_path, dict(INFO), start)
-        progress = fit(model, loss, feed, optimizer, engine, checkpoints, log, **settings)
+        progress = fit(Experiment(model, loss, feed, optimizer, shape, engine, checkpoints, log, settings))
         return SimpleNamespace(progress=progress, rows=log.rows, model=model, feed=feed, engine=engine)
 
     return train
@@ -234,7 +234,7 @@ def test_the_speed_of_training_has_no_validation_in_it(run, monkeypatch):
         return Meter(done, steps, val_every, epoch, *rest, clock=lambda: now[0])
 
     now = [0.0]
-    monkeypatch.setattr(fitting, "Meter", meter)
+    monkeypatch.setattr(training, "Meter", meter)
     monkeypatch.setattr(training, "set_learning_rates", takes(1, training.set_learning_rates))
     monkeypatch.setattr(ImageFeed, "validate", takes(60, ImageFeed.validate))
     rows = run(steps=4, val_every=1, accumulate=2).rows
@@ -282,8 +282,9 @@ def slow(monkeypatch):
         now[0] += 5
         return update(*given)
 
-    monkeypatch.setattr(training, "set_learning_rates", slow_update)
-    for module in (fitting, many_heads):
+    for module in (training, trained_head):
+        monkeypatch.setattr(module, "set_learning_rates", slow_update)
+    for module in (training, many_heads):
         monkeypatch.setattr(module, "TimeLimit", partial(TimeLimit, clock=lambda: now[0]))
 
 
@@ -291,10 +292,10 @@ def test_a_training_ends_validated_and_saved_within_its_time_limit(run, tmp_path
     start = None
     for step in (12, 24):  # the limit of a resumed run counts anew
         done = run(steps=40, val_every=30, max_minutes=1, start=start)
-        assert done.progress.step == step and not done.progress.owed and done.progress.best_step > 0
+        assert done.progress.step == step and not done.progress.validation_pending and done.progress.best_step > 0
         assert [row["step"] for row in done.rows if "val/miou" in row] == [step]
         start = read(tmp_path / "last.safetensors")
-        assert start.info["progress"]["step"] == step and not start.info["progress"]["owed"]
+        assert start.info["progress"]["step"] == step and not start.info["progress"]["validation_pending"]
         assert (tmp_path / "best.safetensors").exists()
 
 
@@ -312,12 +313,11 @@ def test_several_heads_end_validated_and_saved_within_their_time_limit(tiny_back
         )
     data, engine = Stripes([(32, 40)] * 6), Engine("cpu", "fp32", workers=0)
     feed = ImageFeed(data, data, Augment((24, 32)), batch_size=3, seed=0, workers=0)
-    outcomes = fit_heads(
-        parts, feed, engine, kept.append, schedule=schedule(), steps=40, val_every=30, log_every=1, max_minutes=1
-    )
+    settings = Settings(steps=40, val_every=30, log_every=1, max_minutes=1)
+    outcomes = fit_heads(parts, feed, engine, kept.append, schedule(), settings)
     assert [outcome.run.step for outcome in outcomes] == [6, 6] and kept[-1] == 6
     for part, outcome in zip(parts, outcomes, strict=True):
-        assert not outcome.run.owed and outcome.run.best_step == 6
+        assert not outcome.run.validation_pending and outcome.run.best_step == 6
         assert [row["step"] for row in part.log.rows if "val/miou" in row] == [6]
         for name in ("last", "best"):
             assert read(part.folder / f"checkpoints/{name}.safetensors").info["progress"]["step"] == 6

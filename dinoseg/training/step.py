@@ -1,0 +1,195 @@
+"""One training step: the loss of a micro-batch, sums over micro-batches, and metrics that are read later on CUDA."""
+
+import logging
+import math
+from collections import deque
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from dinoseg.core.contracts import Loss
+from dinoseg.core.shapes import Prediction
+from dinoseg.training.engine import Engine
+from dinoseg.training.tally import Tally
+from dinoseg.utils.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+class NonFiniteLoss(UserError):
+    """Error raised when the loss, the gradient norm or the validation score is not finite."""
+
+
+class BatchLoss(NamedTuple):
+    """Loss of a micro-batch; the loss of a step is the sum of totals divided by the sum of weights.
+
+    Attributes:
+        total: tensor to backpropagate, ().
+        weight: divisor of the total, ().
+        parts: named parts of the loss.
+    """
+
+    total: Tensor
+    weight: Tensor
+    parts: dict[str, Tensor]
+
+
+def batch_loss(
+    criterion: Loss, prediction: Prediction, batch: Any, divisors: Tensor | None, num_batches: int
+) -> BatchLoss:
+    """Return the loss of one micro-batch.
+
+    Args:
+        criterion: the training loss.
+        prediction: for the batch.
+        batch: with its labels.
+        divisors: (D,) divisors of the loss over the whole step, if it has several and there are several micro-batches.
+        num_batches: number of micro-batches in the step, over all ranks.
+    """
+    if divisors is not None:
+        total, _, parts = criterion.in_step(prediction, batch, divisors)
+        return BatchLoss(total, torch.full_like(total, 1 / num_batches), parts)
+    value, parts = criterion(prediction, batch)
+    weight = parts.get("weight", torch.full_like(value, len(batch.names)))
+    if criterion.num_divisors > 1:  # the only micro-batch of the step
+        weight = torch.ones_like(value)
+    return BatchLoss(value * weight, weight, parts)
+
+
+class StepOutput:
+    """Sums over the micro-batches of a step on this rank.
+
+    Args:
+        device: of the model.
+        make_tally: returns an empty tally of predictions; None: none are counted.
+
+    Attributes:
+        sums: sum of the losses' totals, and sum of their weights.
+        names: of the samples.
+        images: number of images.
+        parts: named parts of the last micro-batch's loss.
+        tally: counts of the predictions.
+    """
+
+    sums: list[Tensor]
+    names: list[str]
+    images: int
+    parts: dict[str, Tensor]
+    tally: Tally | None
+
+    def __init__(self, device: torch.device, make_tally: Callable[[], Tally | None] | None) -> None:
+        self._device, self._make_tally = device, make_tally or (lambda: None)
+        self.clear()
+
+    def clear(self) -> None:
+        """Start again, as before the first micro-batch."""
+        self.sums = [torch.zeros((), device=self._device)] * 2
+        self.names, self.images, self.parts, self.tally = [], 0, {}, self._make_tally()
+
+    def add(self, loss: BatchLoss, prediction: Prediction, batch: Any) -> None:
+        """Add a micro-batch after its backward pass."""
+        if self.tally is not None:
+            self.tally.add(prediction, batch)
+        self.sums = [self.sums[0] + loss.total.detach(), self.sums[1] + loss.weight]
+        self.names += batch.names
+        self.images += batch.count
+        self.parts = loss.parts
+
+
+class StepMetrics:
+    """Loss, gradient norm and number of stop requests of a step over all ranks.
+
+    On CUDA they are copied to pinned memory while the next step is prepared, so that reading them takes no time.
+
+    Args:
+        step: 0-based number of the step.
+        names: of this rank's samples.
+        loss: mean loss, ().
+        norm: gradient norm before clipping, ().
+        stops: number of ranks with a stop request, ().
+    """
+
+    def __init__(self, step: int, names: list[str], loss: Tensor, norm: Tensor, stops: Tensor) -> None:
+        self.step, self.names, self.norm = step, names, norm
+        self._copied: torch.cuda.Event | None = None
+        values = self._host = torch.stack([loss, norm, stops.to(norm.device).to(norm.dtype)])
+        if values.device.type == "cuda":
+            self._host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._host.copy_(values, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def read(self) -> tuple[float, float, float]:
+        """Return the loss, the norm and the number of stop requests once the device has completed the step."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        loss, norm, stops = self._host.tolist()
+        return loss, norm, stops
+
+
+class MetricsQueue:
+    """Metrics of the newest steps; on CUDA, those of a step are read one step later, so that the host does not wait.
+
+    Args:
+        engine: device and ranks.
+        optimizer: of the training.
+
+    Attributes:
+        loss: of the last step that was read; NaN before.
+        norm: gradient norm of that step.
+    """
+
+    def __init__(self, engine: Engine, optimizer: Optimizer) -> None:
+        self._engine, self._optimizer = engine, optimizer
+        self._unread: deque[StepMetrics] = deque()  # oldest first
+        self.loss = self.norm = math.nan
+
+    @property
+    def newest_norm(self) -> Tensor | None:
+        """Return the gradient norm of the newest step if it has not been read yet."""
+        return self._unread[-1].norm if self._unread else None
+
+    def add(self, metrics: StepMetrics, *, read: bool, stop_requested: bool) -> bool:
+        """Add the metrics of a step, and read those that are due; return whether a rank has a stop request.
+
+        Args:
+            metrics: of the step.
+            read: whether to read all; required if anything is saved or logged after the step.
+            stop_requested: whether this rank has a stop request. Alone it reads all; other ranks do not know of it yet.
+
+        Raises:
+            NonFiniteLoss: of this step or the one before.
+        """
+        self._unread.append(metrics)
+        read = read or (stop_requested and self._engine.world == 1)
+        later = 0 if read or not self._engine.updates_without_waiting(self._optimizer) else 1
+        is_stopping = False
+        while len(self._unread) > later:
+            oldest = self._unread[0]  # not removed if not finite, so that nothing is saved
+            loss, norm, stops = oldest.read()
+            if not math.isfinite(norm):
+                raise self._error(oldest, loss, norm)
+            self._unread.popleft()
+            self.loss, self.norm, is_stopping = loss, norm, is_stopping or stops > 0
+        return is_stopping
+
+    def are_finite(self) -> bool:
+        """Return whether all unread steps are finite, without communication: for a training that ends early."""
+        for metrics in self._unread:
+            if not math.isfinite(metrics.read()[1]):
+                logger.error("The loss of step %d was not finite: nothing is saved.", metrics.step)
+                return False
+        return True
+
+    def _error(self, metrics: StepMetrics, loss: float, norm: float) -> NonFiniteLoss:
+        everywhere = self._engine.gather(metrics.names)
+        is_half = self._engine.dtype == torch.float16
+        other = ", choose engine.precision=fp32 (float16 ends at 65504)" if is_half else ""
+        return NonFiniteLoss(
+            f"Step {metrics.step}: the loss is {loss:g} and the gradient norm {norm:g}, so training "
+            f"stops before the update. The samples were {', '.join(everywhere)}. What was saved before is untouched: "
+            f"give a lower optim.optimizer.lr, set trainer.clip{other}, or look at these samples."
+        )
