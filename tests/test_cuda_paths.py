@@ -23,9 +23,10 @@ from dinoseg.tracking.propagation.settings import PropagationSettings
 from dinoseg.tracking.propagation.tracker import PropagationTracker
 from dinoseg.training.checkpoint import Checkpoints
 from dinoseg.training.engine import Engine
+from dinoseg.training.head_training import HeadTraining, NonFiniteLoss
 from dinoseg.training.image_feed import ImageFeed
 from dinoseg.training.optim import adamw, schedule
-from dinoseg.training.step import MetricsQueue, NonFiniteLoss, StepMetrics
+from dinoseg.training.step import MetricsQueue, StepMetrics
 from dinoseg.training.trainer import Experiment, Settings, fit
 from dinoseg.utils.errors import UserError
 
@@ -189,10 +190,11 @@ def test_ranks_learn_of_a_stop_at_the_same_step(monkeypatch, ranks, stops):
         engine, model = pretended_engine(), on_cuda(tiny()[0])
         optimizer = adamw(model, lr=1e-2)
         monkeypatch.setattr(type(engine.accelerator), "num_processes", ranks)
-        metrics, finite = MetricsQueue(engine, optimizer), torch.ones((), device="cuda")
+        heads, finite = [HeadTraining(model, None, None, None)], torch.ones(1, device="cuda")
+        metrics = MetricsQueue(engine, optimizer, heads)
         found = []
         for step, _ in enumerate(stops):
-            values = StepMetrics(step, [], finite, finite, finite)
+            values = StepMetrics(step, [], finite, finite, finite[0])
             found.append(metrics.add(values, read=False, stop_requested=True))
         assert found == stops
         engine.sharded = True

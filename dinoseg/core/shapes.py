@@ -123,6 +123,13 @@ class FeatureBatch(Batch):
 
     image: FrozenFeatures  # type: ignore[assignment]
 
+    def split(self, parts: int) -> list[Batch]:
+        """Split the samples in their order into batches whose sizes differ by at most one sample."""
+        columns = zip(*(tensor.tensor_split(parts) for tensor in self.image.tensors), strict=True)
+        features = [replace(self.image, tensors=list(tensors)) for tensors in columns]
+        masks = self.mask.tensor_split(parts)
+        return [FeatureBatch(*part) for part in zip(features, masks, _split(self.names, masks), strict=True)]
+
 
 @dataclass
 class MaskOutputs:

@@ -21,7 +21,6 @@ from dinoseg.models.model import Segmenter
 from dinoseg.training import loading
 from dinoseg.training.lengths import Lengths, in_steps
 from dinoseg.training.trainer import Settings
-from dinoseg.training.shared_features import SharedFeatures, SharingSegmenter
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.tensor_files import check_file
 from dinoseg.utils.wording import listed
@@ -51,15 +50,14 @@ def model(cfg: DictConfig, *, untrained: bool = False, outlined: bool = False, i
         return Segmenter(adapted, _head(cfg, adapted, untrained=untrained), **_resolution(cfg, adapted))
 
 
-def sharing(cfgs: Sequence[DictConfig], place: Callable[[Segmenter], Any]) -> list[SharingSegmenter]:
-    """Return segmenters that share one frozen backbone, for configs that differ only in the head.
+def multi_head(cfgs: Sequence[DictConfig], device: torch.device) -> tuple[Backbone, list[Segmenter]]:
+    """Return one frozen backbone, and segmenters that share its tensors, for configs that differ only in the head.
 
-    Each segmenter equals the result of `model` for its config, random weights included. The backbone's tensors and
-    features exist only once.
+    Each segmenter equals the result of `model` for its config, random weights included.
 
     Args:
         cfgs: one whole config per head.
-        place: moves a segmenter to the device.
+        device: of all parts.
 
     Raises:
         UserError: a part of the backbone is trained, or a part does not fit.
@@ -73,19 +71,20 @@ def sharing(cfgs: Sequence[DictConfig], place: Callable[[Segmenter], Any]) -> li
             "change. Choose adapter=frozen; or train each head with a backbone of its own, in a sweep: -m "
             "trainer=supervised head=linear,mlp."
         )
-    layers = sorted({layer for part in own for layer in part.layers})
-    whole = _adapted(cfgs[0], layers=layers)
+    whole = _adapted(cfgs[0], layers=sorted({layer for part in own for layer in part.layers})).to(device).eval()
     drawn = torch.get_rng_state()  # each head samples its initial weights from this state, as in a run of its own
-    shared = SharedFeatures(Segmenter(whole, Head(), **_resolution(cfgs[0], whole)).eval())
-    place(shared.model)
     models = []
     for cfg, part in zip(cfgs, own, strict=True):
+        if whole.patch_size != part.patch_size:
+            raise UserError(
+                f"head.layers={list(part.layers)}: the coarsest of these maps has a stride of {part.patch_size} px, "
+                f"and that of all that the heads read together, {list(whole.layers)}, of {whole.patch_size}. Let each "
+                "head read the coarsest stage too, or train them apart, in a sweep."
+            )
         _lend_tensors(whole, part)
         torch.set_rng_state(drawn)
-        head = _head(cfg, part)
-        models.append(SharingSegmenter(part, head, shared, **_resolution(cfg, part)))
-        place(models[-1])
-    return models
+        models.append(Segmenter(part, _head(cfg, part), **_resolution(cfg, part)).to(device))
+    return whole, models
 
 
 def _lend_tensors(whole: Backbone, part: Backbone) -> None:

@@ -18,7 +18,6 @@ from dinoseg.config.plain import plain
 from dinoseg.experiment import resume
 from dinoseg.experiment.recipe import HEADS, RATES
 from dinoseg.training import checkpoint
-from dinoseg.training.many_heads import DROPPED
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import listed, nearest
 
@@ -171,26 +170,31 @@ def _typed(value: Any) -> str:
 
 
 def _resumed(cfg: DictConfig, heads: Sequence[HeadRun], overrides: Sequence[Override], run: Path) -> dict[str, OwnRun]:
-    """Return the run of each head's own checkpoint, changed by the command line."""
-    before = checkpoint.describe(run / checkpoint.FOLDER / "last.safetensors")["config"]
-    if [before.get(key) for key in (HEADS, RATES)] != [plain(cfg).get(key) for key in (HEADS, RATES)]:
+    """Return the run of each head in a run's checkpoint, changed by the command line."""
+    path = run / checkpoint.FOLDER / "last.safetensors"
+    info = checkpoint.describe(path)
+    if [info["config"].get(key) for key in (HEADS, RATES)] != [plain(cfg).get(key) for key in (HEADS, RATES)]:
         raise UserError(
-            f"resume={run}: this run has heads={before.get(HEADS)} and lrs={before.get(RATES)}. Leave both out, or "
-            "train other heads in a run of their own."
+            f"resume={run}: this run has heads={info['config'].get(HEADS)} and lrs={info['config'].get(RATES)}. Leave "
+            "both out, or train other heads in a run of their own."
         )
     kept = [word for word in overrides if word.key_or_group not in ("trainer", HEADS, RATES)]
+    words = [str(word.input_line) for word in kept if word.key_or_group != "resume"]
     alone: Any = OmegaConf.merge(cfg, {HEADS: None, RATES: None})
-    found = {}
-    for head in heads:
-        path = run / checkpoint.HEADS / head.name / checkpoint.FOLDER / "last.safetensors"
-        if path.exists():
-            words = [str(word.input_line) for word in kept if word.key_or_group != "resume"]
-            found[head.name] = OwnRun(resume.merge(alone, kept, path, checkpoint.describe(path)), words)
-        elif not (path.parents[1] / DROPPED).exists():
-            raise UserError(
-                f"resume={run}: {path} is not there, without which {head.name} cannot go on. Put it back; or go on "
-                f"with each other head by itself, as resume={path.parents[2]}/NAME."
-            )
-    if not found:
-        raise UserError(f"resume={run}: all of its heads have dropped out. Start a new run, of lower lrs.")
-    return found
+    return {
+        head.name: OwnRun(resume.without(resume.merge(alone, kept, path, head_description(info, head.name))), words)
+        for head in heads
+    }
+
+
+def head_description(info: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Return the description of a head's own run from that of the checkpoint of all heads.
+
+    Raises:
+        UserError: the checkpoint has no such head.
+    """
+    if name not in info.get("heads", {}):
+        raise UserError(f"resume: the checkpoint has no head {name}. Choose the run folder of trainer=many_heads.")
+    own = info["heads"][name]
+    whole = {key: value for key, value in info["config"].items() if key not in (HEADS, RATES)}
+    return {**info, **own, "config": {**whole, **own["config"]}}

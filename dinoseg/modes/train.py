@@ -17,7 +17,7 @@ from dinoseg.experiment.heads import SOLO
 from dinoseg.experiment.initial import begin_with, check_initial
 from dinoseg.experiment.log_file import announce
 from dinoseg.tasks.job import Job, begin, looked_at
-from dinoseg.tasks.many_heads import train_heads
+from dinoseg.tasks.multi_head import train_heads
 from dinoseg.training.trainer import Experiment, fit
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Natural, Share

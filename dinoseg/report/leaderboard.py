@@ -23,7 +23,6 @@ class Row:
     miou: float | None = None  # of the final evaluation, 0..1, like `accuracy`
     accuracy: float | None = None
     parameters: int | None = None  # of the head
-    share: float | None = None  # of the training step time, 0..1; backbone and data loading belong to no head
     note: str = ""
     run: str = ""  # run folder
 
@@ -52,10 +51,10 @@ def leaderboard(rows: Sequence[Row], out_dir: Path, score: str, lowest: Collecti
                 "pixel accuracy %",
                 "parameters",
             ),
-            *("time share %", "note"),
+            "note",
         ]
         shown = [_shown(row, share) for row in ordered]
-        aligned = ("left", *["right"] * 7, "left")
+        aligned = ("left", *["right"] * 6, "left")
         print(f"\n{tabulate(shown, headers=headers, disable_numparse=True, colalign=aligned)}")
         _write(out_dir / TABLE, ordered, f"val_{score}")
         print(f"\nleaderboard:  {out_dir / TABLE}")
@@ -65,17 +64,16 @@ def leaderboard(rows: Sequence[Row], out_dir: Path, score: str, lowest: Collecti
 def _shown(row: Row, share: bool) -> list[str]:
     note = row.note if len(row.note) <= _SHOWN_NOTE else f"{row.note[: _SHOWN_NOTE - 4]} ..."
     percent = ["" if value is None else f"{100 * value:.2f}" for value in (row.miou, row.accuracy)]
-    time = "" if row.share is None else f"{100 * row.share:.1f}"
     score = row.best if row.best is None or not share else 100 * row.best
     rate, best, parameters = (
         "" if value is None else format(value, form)
         for value, form in ((row.rate, "g"), (score, ".2f" if share else ".4f"), (row.parameters, ","))
     )
     step = "" if row.best_step is None else str(row.best_step)
-    return [row.name, rate, best, step, *percent, parameters, time, note]
+    return [row.name, rate, best, step, *percent, parameters, note]
 
 
 def _write(path: Path, rows: Sequence[Row], score: str) -> None:
-    names = {"name": "head", "rate": "learning_rate", "best": score, "share": "time_share"}
+    names = {"name": "head", "rate": "learning_rate", "best": score}
     columns = [names.get(field.name, field.name) for field in fields(Row)]
     write_csv(path, [columns, *(astuple(replace(row, note=row.note.replace("\n", " "))) for row in rows)])

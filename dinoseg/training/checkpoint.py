@@ -205,7 +205,7 @@ class Checkpoints:
     ) -> Progress:
         """Load the whole training state of the checkpoint to resume from, and return the progress of the run.
 
-        The best score is discarded if `trainer.score` or `trainer.val_images` has changed: values are not comparable.
+        The best score is discarded if `trainer.score` or `trainer.val_images` has changed, see `comparable`.
         """
         self.info = {**self.info, "frozen": frozen_fingerprint(model)}
         if self.start is not None:
@@ -215,11 +215,7 @@ class Checkpoints:
             if scale is not None:
                 device = next(model.parameters()).device
                 scale.restore(self.start.part("loss_scale"), device, f"resume={self.start.path}")
-            self.progress = Progress(**self.start.info["progress"])
-            then, now = (_chosen_by(info) for info in (self.start.info, self.info))
-            if self.progress.best is not None and then != now:
-                logger.warning("Best is chosen by %s instead of %s; the previous best score is discarded.", now, then)
-                self.progress = replace(self.progress, best=None, best_step=0, stale=0)
+            self.progress = comparable(Progress(**self.start.info["progress"]), self.start.info, self.info)
         return self.progress
 
     def save(
@@ -257,6 +253,21 @@ class Checkpoints:
         if self.writes:
             info = {**self.info, "progress": asdict(progress), **(more or {})}
             write(self.folder / f"{name}.safetensors", held, info)
+
+
+def comparable(progress: Progress, before: Mapping[str, Any], now: Mapping[str, Any]) -> Progress:
+    """Return the progress of a resumed run, without its best score if another score selects the best one now.
+
+    Args:
+        progress: of the run.
+        before: description of the checkpoint.
+        now: description of the resumed run.
+    """
+    old, new = _chosen_by(before), _chosen_by(now)
+    if progress.best is None or old == new:
+        return progress
+    logger.warning("Best is chosen by %s instead of %s; the previous best score is discarded.", new, old)
+    return replace(progress, best=None, best_step=0, stale=0)
 
 
 def _chosen_by(info: Mapping[str, Any]) -> str:

@@ -49,6 +49,8 @@ def read_description(text: str | None, path: Path) -> dict[str, Any]:
             raise UserError(f"{where}: its {key} is {shown(info[key])}, and must be {rule}. {_OTHER}")
     if not forms.fits(info.get(IDLE, 0), _COUNT):
         raise UserError(f"{where}: its {IDLE} is {shown(info[IDLE])}, and must be a whole number. {_OTHER}")
+    if not forms.fits(info.get("heads", {}), HEADS):
+        raise UserError(f"{where}: its heads are {shown(info['heads'])}, and are not of the form of dinoseg. {_OTHER}")
     if len(info["palette"]) != len(info["classes"]):
         raise UserError(
             f"{where}: it has {len(info['palette'])} colours for {len(info['classes'])} classes, and must have one for "
@@ -108,4 +110,9 @@ RULES: Mapping[str, tuple[forms.Form, str]] = {  # key to the form of its value,
     ),
     "ignore_index": (forms.whole(0, 255), "a whole number from 0 to 255"),
 }
+HEADS = forms.table(  # of several heads: progress, reason of an end, and the part of the config of each
+    forms.holding(
+        progress=RULES["progress"][0], dropped=forms.maybe(forms.text), config=forms.holding(), choices=_choices
+    )
+)
 _OTHER = "Choose another checkpoint."

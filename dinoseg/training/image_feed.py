@@ -1,7 +1,6 @@
 """Batches of images and masks, from one dataset for training and one for validation."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
 from inspect import signature
@@ -141,11 +140,11 @@ class ImageFeed:
         models: Sequence["Shown"],
         engine: Engine,
         *,
-        sharing: Callable[[Tensor], AbstractContextManager] = nullcontext,
+        inputs: Callable[[Batch], Iterable[Batch]] | None = None,
     ) -> list[Validation]:
         """Validate several models in one pass over the data, see `evaluate_each`."""
         batches = None if self.cache is None else self._kept(self.cache, models[0].model, engine)
-        found = evaluate_each([shown.scored for shown in models], self.val, engine, batches=batches, sharing=sharing)
+        found = evaluate_each([shown.scored for shown in models], self.val, engine, batches=batches, inputs=inputs)
         return [shown.validation(scores) for shown, scores in zip(models, found, strict=True)]
 
     def _kept(self, cache: FeatureCache, model: Segmenter, engine: Engine) -> Iterator[Batch | Views]:

@@ -2,14 +2,16 @@
 
 import math
 from functools import cache
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from dinoseg.core.shapes import Prediction, mapped
+from dinoseg.core.shapes import mapped
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.precision import at_least_float32
 
+T = TypeVar("T")
 _FIRST = 2.0**16  # for the mean loss, as in torch's GradScaler
 _LARGEST = 2.0**60
 _GROWS_AFTER = 2000  # steps without an overflow
@@ -76,6 +78,6 @@ class LossScale:
         self.started = True
 
 
-def widened(prediction: Prediction) -> Prediction:
-    """Return a prediction in float32: a loss sums over pixels, which overflows float16."""
-    return mapped(prediction, cache(at_least_float32))  # shared tensors stay shared
+def widened(predictions: T) -> T:
+    """Return predictions in float32: a loss sums over pixels, which overflows float16."""
+    return mapped(predictions, cache(at_least_float32))  # shared tensors stay shared

@@ -2,7 +2,7 @@
 
 import gc
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice, tee
 from typing import Any
@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinoseg.core.contracts import Loss
 from dinoseg.inference.memory import OutOfMemory, reason_of, tells_shortage
 from dinoseg.training.engine import Engine
+from dinoseg.training.head_training import HeadTraining
 from dinoseg.training.step import StepOutput
 from dinoseg.utils.devices import empty_cache
 from dinoseg.utils.wording import count_of
@@ -27,12 +27,10 @@ class MicroBatches:
 
     Args:
         engine: device and ranks.
-        criterion: the training loss.
+        heads: in training; their losses have the same divisors.
         accumulate: batches per optimizer step.
-        smallest: minimum number of samples in a micro-batch.
         prepare: moves a micro-batch to the device and completes its labels.
         undo: reverts what a step has changed when it ends before its update.
-        has_several_heads: whether other heads are trained on the same features.
 
     Attributes:
         num_batches: micro-batches in the current step, over all ranks.
@@ -47,16 +45,16 @@ class MicroBatches:
     def __init__(
         self,
         engine: Engine,
-        criterion: Loss,
+        heads: Sequence[HeadTraining],
         accumulate: int,
         *,
-        smallest: int,
         prepare: Callable[[Any], Any],
         undo: Callable[[], None],
-        has_several_heads: bool = False,
     ) -> None:
-        self._engine, self._criterion, self._accumulate, self._smallest = engine, criterion, accumulate, smallest
-        self._prepare, self._undo, self._has_several_heads = prepare, undo, has_several_heads
+        self._engine, self._heads, self._accumulate = engine, heads, accumulate
+        self._prepare, self._undo = prepare, undo
+        self._criterion = heads[0].criterion  # of the same kind for each
+        self._smallest = max(head.model.head.least_batch for head in heads)
         self._parts, self._samples = 1, 0  # parts of a batch; samples in the newest batch
         self._shortage: str | None = None  # reason of the newest out-of-memory error
 
@@ -77,10 +75,10 @@ class MicroBatches:
             self._halve(self._shortage)
             self._shortage, taken = None, again
             self._undo()
-            output.clear()
             gc.collect()
             empty_cache(self._engine.device)
             torch.manual_seed(torch.initial_seed())
+            output.restart()
 
     @contextmanager
     def retried(self) -> Iterator[None]:
@@ -141,7 +139,7 @@ class MicroBatches:
 
     @property
     def _remedy(self) -> str:
-        if self._has_several_heads:
+        if len(self._heads) > 1:
             return (
                 "Give fewer heads, less data.batch_size, or a smaller resolution.crop; mode=plan with head=NAME, "
                 "without heads and trainer, says what one takes."

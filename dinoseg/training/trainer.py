@@ -2,10 +2,10 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -19,13 +19,22 @@ from dinoseg.report.log import RunLog
 from dinoseg.training.checkpoint import Checkpoints, Progress
 from dinoseg.training.emergency import EmergencyCheckpoint
 from dinoseg.training.engine import Engine
-from dinoseg.training.feed import Feed
+from dinoseg.training.feed import Feed, Validation
 from dinoseg.training.freeze import BackboneFreeze
-from dinoseg.training.loss_scale import LossScale, widened
+from dinoseg.training.head_training import HeadTraining, NonFiniteLoss
+from dinoseg.training.loss_scale import LossScale
 from dinoseg.training.meter import Meter
 from dinoseg.training.micro_batches import MicroBatches
 from dinoseg.training.optim import MovingAverage, ScheduleState, build_ema, set_learning_rates
-from dinoseg.training.step import BatchLoss, MetricsQueue, NonFiniteLoss, StepMetrics, StepOutput, batch_loss
+from dinoseg.training.step import (
+    BatchLoss,
+    MetricsQueue,
+    Predictions,
+    StepMetrics,
+    StepOutput,
+    batch_loss,
+    predict,
+)
 from dinoseg.training.time_limit import TimeLimit
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.interrupt import Deferral, deferred
@@ -106,6 +115,15 @@ class Experiment:
     log: RunLog
     settings: Settings
 
+    @cached_property
+    def heads(self) -> Sequence[HeadTraining]:
+        """Return the heads in training."""
+        return [HeadTraining(self.model, self.criterion, self.checkpoints, self.log)]
+
+    def validate(self, heads: Sequence[HeadTraining]) -> list[Validation]:
+        """Return the scores of some heads."""
+        return [self.data.validate(head.model, head.criterion, self.engine) for head in heads]
+
 
 def fit(experiment: Experiment) -> Progress:
     """Train from where the checkpoint stands until all steps are done, and return the progress of the run.
@@ -116,19 +134,20 @@ def fit(experiment: Experiment) -> Progress:
         Interrupted: by a signal; the first one waits for the end of the step. This and any other error except
             `NonFiniteLoss` save the last completed step.
     """
-    model, criterion, data = experiment.model, experiment.criterion, experiment.data
+    model, data, heads = experiment.model, experiment.data, experiment.heads
     optimizer, engine, settings = experiment.optimizer, experiment.engine, experiment.settings
     check_score(data, settings.score)
     net, ema, scale = engine.prepare(model), build_ema(model, settings.ema), engine.loss_scale()
     state = (model, optimizer, ema, scale)
     progress, save_last = experiment.checkpoints.restore(*state), partial(experiment.checkpoints.save, *state)
-    metrics, limit = MetricsQueue(engine, optimizer), TimeLimit(settings.max_minutes, engine)
+    metrics, limit = MetricsQueue(engine, optimizer, heads), TimeLimit(settings.max_minutes, engine)
     emergency = EmergencyCheckpoint(experiment.checkpoints, *state, metrics.are_finite)
     freeze = BackboneFreeze(model.backbone, optimizer, is_single=engine.world == 1)
-    ready, smallest = partial(on_device, experiment, ema), model.head.least_batch
-    micro = MicroBatches(engine, criterion, settings.accumulate, smallest=smallest, prepare=ready, undo=emergency.undo)
+    prepare = partial(on_device, experiment, ema)
+    micro = MicroBatches(engine, heads, settings.accumulate, prepare=prepare, undo=emergency.undo)
     stream, epoch = data.train_batches(start=progress.step * settings.accumulate), data.epoch / settings.accumulate
     meter = Meter(progress.step, settings.steps, settings.val_every, epoch, engine.device, engine.is_main)
+    predictions: Predictions | None
     loss: BatchLoss | None
     model.train()
     with deferred(NOTICE) as stop, emergency, closing(meter):
@@ -139,39 +158,40 @@ def fit(experiment: Experiment) -> Progress:
         freeze.log_length(ScheduleState(experiment.schedule, progress.step, settings.steps))
         batches = meter.waiting(stream, data.remedy)
         for step in range(progress.step, settings.steps):
-            if has_stalled(progress, settings.patience):
-                break
+            ended = [number for number, head in enumerate(heads) if head.has_ended(settings.patience)]
             steps = limit.fit_steps(step, settings.steps, frozen_until=freeze.until)
-            if step >= steps:
+            if step >= steps or len(ended) == len(heads):
                 break
             position, due = ScheduleState(experiment.schedule, step, steps), settings.due(step + 1, steps)
             engine.seed(data.seed, step)
             rate = set_learning_rates(optimizer, position)
             model.set_progress(position.share)
-            output = StepOutput(engine.device, partial(data.tally, engine) if due.log else None)
+            output = StepOutput(heads, engine.device, partial(data.tally, engine) if due.log else None)
             for batch in micro.of_step(batches, output):
                 with micro.retried(), engine.sync(net, micro.is_last), freeze.during(position, batch.image):
-                    prediction = net(batch.image) if scale is None else widened(net(batch.image))
-                    loss = batch_loss(criterion, prediction, batch, micro.divisors, micro.num_batches)
-                    engine.backward(loss.total, scale, loss.weight)
-                    output.add(loss, prediction, batch)
-                prediction = loss = None  # frees the graph
+                    predictions = predict(net, batch.image, in_float32=scale is not None)
+                    loss = batch_loss(heads, predictions, batch, micro.divisors, micro.num_batches)
+                    engine.backward(loss.total.sum(), scale, loss.weight)
+                    output.add(loss, predictions, batch)
+                predictions = loss = None  # frees the graph
             # all ranks see a stop request at the same step; a rank that fails here costs no step
-            total, weight, stops = engine.total(*output.sums, stop.asked)
+            totals, weights, stops = output.over_ranks(engine, stop.asked)
             with emergency.updating():
-                mean, norm = engine.optimizer_step(
-                    optimizer, total, weight, clip=settings.clip, before=metrics.newest_norm, loss_scale=scale
+                before = metrics.newest_norms
+                losses, norms = engine.optimizer_step(
+                    optimizer, totals, weights, clip=settings.clip, before=before, loss_scale=scale, ended=ended
                 )
-                values = StepMetrics(step, output.names, mean, norm, stops)
+                values = StepMetrics(step, output.names, losses, norms, stops)
                 is_stopping = metrics.add(values, read=due.log or due.save, stop_requested=stop.asked > 0)
                 if ema is not None:
                     ema.update(step)
-                progress.step, progress.validation_pending = step + 1, due.validation
-            meter.step(output.images * engine.world, metrics.loss, rate)
+                for each in (progress, *(head.progress for head in heads if head.is_active)):
+                    each.step, each.validation_pending = step + 1, due.validation
+            meter.step(output.images * engine.world, metrics.mean_loss, rate)
             if freeze.ends_with(position):
                 meter.change()
             if due.log:
-                log_step(experiment.log, progress.step, output, metrics, rate, scale, meter.read())
+                log_step(experiment, output, metrics, scale, meter.read())
             if is_stopping:
                 stop.leave()
             if due.validation:
@@ -216,71 +236,71 @@ def scored_weights(model: Segmenter, ema: MovingAverage | None, engine: Engine) 
         yield
 
 
-def has_stalled(progress: Progress, patience: int | None) -> bool:
-    """Return whether more than `patience` validations have passed without a better score; if so, log it."""
-    stalled = patience is not None and progress.stale > patience
-    if stalled:
-        logger.info("No better score in %d validations: stopped at step %d.", progress.stale, progress.step)
-    return stalled
-
-
 def log_step(
-    log: RunLog,
-    step: int,
-    output: StepOutput,
-    metrics: MetricsQueue,
-    rate: float,
-    scale: LossScale | None,
-    speed: dict[str, float],
+    experiment: Experiment, output: StepOutput, metrics: MetricsQueue, scale: LossScale | None, speed: dict[str, float]
 ) -> None:
-    """Log the newest step: loss, learning rate, gradient norm, speed, tallied scores and loss terms."""
-    row: dict[str, float | None] = {"train/loss": metrics.loss, "train/lr": rate}
-    row |= {"train/gradient_norm": metrics.norm, **speed}
-    row |= {} if output.tally is None else output.tally.read()
-    if scale is not None and scale.started:
-        row["train/loss_scale"] = scale.value.item()
-    # parts of the loss of this rank's last batch
-    row |= {f"train/{name}": value.item() for name, value in output.parts.items() if name != "weight"}
-    log.scalars(step, row)
+    """Log the newest step of each head: loss, learning rate, gradient norm, speed, tallied scores and loss terms."""
+    for number, head in enumerate(experiment.heads):
+        if not head.is_active:
+            continue
+        groups = experiment.optimizer.param_groups
+        rate = max(group["lr"] for group in groups if group.get("head", 0) == number)
+        row: dict[str, float | None] = {"train/loss": metrics.losses[number], "train/lr": rate}
+        row |= {"train/gradient_norm": metrics.norms[number], **speed}
+        tally = output.tallies[number]
+        row |= {} if tally is None else tally.read()
+        if scale is not None and scale.started:
+            row["train/loss_scale"] = scale.value.item()
+        # parts of the loss of this rank's last batch
+        row |= {f"train/{name}": value.item() for name, value in output.parts[number].items() if name != "weight"}
+        head.log.scalars(head.progress.step, row)
 
 
 def validate(experiment: Experiment, ema: MovingAverage | None, stop: Deferral) -> None:
-    """Score the model, log the scores, and save the model if it is the best so far.
+    """Score the heads, log the scores, and save each head that is the best so far.
 
     Raises:
         UserError: the score is undefined.
-        NonFiniteLoss: the score is not finite.
+        NonFiniteLoss: the score of the only head is not finite.
     """
-    model, data, engine = experiment.model, experiment.data, experiment.engine
-    checkpoints, name = experiment.checkpoints, experiment.settings.score
-    progress = checkpoints.progress
+    data, engine, progress = experiment.data, experiment.engine, experiment.checkpoints.progress
+    heads = [head for head in experiment.heads if head.is_active and head.progress.validation_pending]
     engine.seed(data.seed, progress.step)
-    with scored_weights(model, ema, engine):
+    with scored_weights(experiment.model, ema, engine):
         with stop.at_once(allowed=engine.world == 1):  # a resumed run starts with the pending validation
-            scores, pictures = data.validate(model, experiment.criterion, engine)
-        score = finite_score(scores[name], name, progress.step)
-        judged = checkpoints.save_if_best(model, score, lowest=name in data.lowest)
-    experiment.log.pictures(progress.step, pictures)
-    # last: if anything fails before, the resumed run repeats the validation
-    values = {f"val/{key}": value for key, value in scores.items() if isinstance(value, float)}
-    experiment.log.scalars(progress.step, values)
-    checkpoints.commit(judged)
-    best = progress.best, progress.best_step
-    logger.info("step %d: val/%s %.4f (best %.4f at step %d)", progress.step, name, score, *best)
+            validations = experiment.validate(heads) if heads else []
+        rows = list(zip(heads, validations, strict=True))
+        judged = [save_if_best(head, scores, experiment) for head, (scores, _) in rows]
+    for (head, (scores, pictures)), judgement in zip(rows, judged, strict=True):
+        if judgement is None:
+            continue
+        head.log.pictures(progress.step, pictures)
+        # last: if anything fails before, the resumed run repeats the validation
+        values = {f"val/{key}": value for key, value in scores.items() if isinstance(value, float)}
+        head.log.scalars(progress.step, values)
+        head.checkpoints.commit(judgement)
+        name, best = experiment.settings.score, (head.progress.best, head.progress.best_step)
+        where = head.prefix, progress.step, name, scores[name]
+        logger.info("%sstep %d: val/%s %.4f (best %.4f at step %d)", *where, *best)
+    progress.validation_pending = False
 
 
-def finite_score(score: float | None, name: str, step: int) -> float:
-    """Return a validation score if the best checkpoint can be chosen by it.
+def save_if_best(head: HeadTraining, scores: Mapping[str, Any], experiment: Experiment) -> Progress | None:
+    """Save a head if its score is the best so far; return its progress, or None if it was dropped for the score.
 
     Raises:
-        UserError: it is undefined.
-        NonFiniteLoss: it is not finite.
+        UserError: the score is undefined.
+        NonFiniteLoss: it is not finite, and the head is the only one.
     """
+    name, step = experiment.settings.score, experiment.checkpoints.progress.step
+    score = scores[name]
     if score is None:
         raise UserError(f"trainer.score={name} is undefined: the validation data has nothing to count for it.")
-    if not math.isfinite(score):
-        raise NonFiniteLoss(
-            f"val/{name} is {score} at step {step}: no checkpoint can be chosen by it. Give a lower "
-            "optim.optimizer.lr, or look at the validation data."
-        )
-    return score
+    if math.isfinite(score):
+        return head.checkpoints.save_if_best(head.model, score, lowest=name in experiment.data.lowest)
+    error = NonFiniteLoss(
+        f"val/{name} is {score} at step {step}: no checkpoint can be chosen by it. Give a lower "
+        "optim.optimizer.lr, or look at the validation data."
+    )
+    head.drop(error)
+    return None

@@ -1,8 +1,9 @@
 """Scores of a model on a dataset at the masks' own size, with exact counts over all images and ranks."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -64,7 +65,7 @@ def evaluate_each(
     engine: Engine,
     *,
     batches: Iterable[Any] | None = None,
-    sharing: Callable[[Tensor], AbstractContextManager] = nullcontext,
+    inputs: Callable[[Batch], Iterable[Batch]] | None = None,
 ) -> list[dict[str, Any]]:
     """Return the scores of several models, each as `evaluate` would, from one pass over the data.
 
@@ -73,7 +74,7 @@ def evaluate_each(
         data: dataset to score on.
         engine: device, precision and ranks.
         batches: see `evaluate`.
-        sharing: returns a context for a batch's images, within which the models predict them one after the other.
+        inputs: returns a batch for each model, such as one with features of its images; None: all get the batch itself.
     """
     if batches is None:
         batches = eval_batches(
@@ -84,9 +85,8 @@ def evaluate_each(
             stack.enter_context(scored.in_eval_mode())
         for drawn in batches:
             batch = drawn.to(engine.device)
-            with sharing(batch.image):
-                for scored in models:
-                    scored.add(batch)
+            for scored, own in zip(models, inputs(batch) if inputs else repeat(batch), strict=False):
+                scored.add(own)
     return [scored.scores() for scored in models]
 
 

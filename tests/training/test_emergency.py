@@ -21,9 +21,9 @@ from dinoseg.training import checkpoint
 from dinoseg.training.checkpoint import Checkpoints, read
 from dinoseg.training.engine import Engine
 from dinoseg.training.feed import Validation
+from dinoseg.training.head_training import NonFiniteLoss
 from dinoseg.training.image_feed import ImageFeed
 from dinoseg.training.optim import adamw, schedule
-from dinoseg.training.step import NonFiniteLoss
 from dinoseg.training.trainer import Experiment, Settings, fit
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.interrupt import Interrupted

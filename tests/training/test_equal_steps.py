@@ -3,6 +3,7 @@
 from copy import deepcopy
 from functools import partial
 from threading import Barrier, Thread
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from torch import nn
 
 from dinoseg.__main__ import CONFIGS
 from dinoseg.config.resolvers import register_resolvers
-from dinoseg.core.contracts import Loss
+from dinoseg.core.contracts import Head, Loss
 from dinoseg.core.geometry import upsample
 from dinoseg.core.shapes import Batch, MaskOutputs, Prediction, SlotOutputs
 from dinoseg.experiment import criteria
@@ -23,8 +24,9 @@ from dinoseg.losses.distillation import SeenScores
 from dinoseg.training import micro_batches
 from dinoseg.training.distilled import DistilledLoss, Part, ScoredBatch
 from dinoseg.training.engine import Engine
+from dinoseg.training.head_training import HeadTraining
 from dinoseg.training.micro_batches import MicroBatches
-from dinoseg.training.step import StepOutput, batch_loss
+from dinoseg.training.step import StepOutput, batch_loss, predict
 from dinoseg.training.taught import MixedBatch, TaughtLoss
 
 K, SIZE, IMAGES = 3, (9, 8), 4
@@ -175,16 +177,18 @@ class Short(Loss):
 
 def of_rank(net, loss, batches, ranks, rank, done):
     """Go through batches as training does, and keep the sum of the loss and the weight to divide it by."""
-    engine, output = RankEngine(ranks, rank), StepOutput(torch.device("cpu"), None)
+    engine, heads = RankEngine(ranks, rank), [HeadTraining(SimpleNamespace(head=Head()), loss, None, None)]
+    output = StepOutput(heads, engine.device, None)
     prepare, undo = lambda batch: batch.to(engine.device).taught(sure), partial(net.zero_grad, set_to_none=True)
-    micro = MicroBatches(engine, loss, len(batches), smallest=1, prepare=prepare, undo=undo)
+    micro = MicroBatches(engine, heads, len(batches), prepare=prepare, undo=undo)
     for batch in micro.of_step(iter(batches), output):
         with micro.retried():
-            prediction = net(batch.image)
-            part = batch_loss(loss, prediction, batch, micro.divisors, micro.num_batches)
-            part.total.backward()
-            output.add(part, prediction, batch)
-    done[rank] = engine.total(*output.sums)
+            predictions = predict(net, batch.image, in_float32=False)
+            part = batch_loss(heads, predictions, batch, micro.divisors, micro.num_batches)
+            part.total.sum().backward()
+            output.add(part, predictions, batch)
+    totals, weights, _ = output.over_ranks(engine, 0)
+    done[rank] = torch.cat([totals, weights])
 
 
 def step(net, loss, shares):

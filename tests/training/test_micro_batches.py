@@ -18,6 +18,7 @@ from dinoseg.models.model import Segmenter
 from dinoseg.report.log import RunLog
 from dinoseg.training.checkpoint import Checkpoints
 from dinoseg.training.engine import Engine
+from dinoseg.training.head_training import HeadTraining
 from dinoseg.training.image_feed import ImageFeed
 from dinoseg.training.micro_batches import MicroBatches
 from dinoseg.training.optim import adamw, schedule
@@ -154,19 +155,20 @@ def engine_of(world):
     return SimpleNamespace(world=world, device=torch.device("cpu"))
 
 
-def micro_batches(engine=engine_of(1), smallest=1, loss=None, undo=lambda: None, **options):  # noqa: B008
+def micro_batches(engine=engine_of(1), smallest=1, loss=None, undo=lambda: None, heads=1):  # noqa: B008
     """Return the micro-batches of steps of one batch."""
-    loss = loss or CrossEntropy(torch.ones(2))
-    return MicroBatches(engine, loss, 1, smallest=smallest, prepare=lambda batch: batch, undo=undo, **options)
+    model = SimpleNamespace(head=SimpleNamespace(least_batch=smallest))
+    head = HeadTraining(model, loss or CrossEntropy(torch.ones(2)), None, None)
+    return MicroBatches(engine, [head] * heads, 1, prepare=lambda batch: batch, undo=undo)
 
 
 def run(micro, work, batch):
     """Call `work` with each micro-batch of a step of one batch; return the output of the step."""
-    output = StepOutput(torch.device("cpu"), None)
+    output = StepOutput(micro._heads, torch.device("cpu"), None)
     for part in micro.of_step(iter([batch]), output):
         with micro.retried():
             work(part)
-            output.add(BatchLoss(torch.ones(()), torch.ones(()), {}), None, part)
+            output.add(BatchLoss(torch.ones(1), torch.ones(1), [{}]), [None], part)
     return output
 
 
@@ -188,7 +190,7 @@ def test_other_errors_pass_and_several_ranks_and_heads_are_told_what_to_give():
         run(micro, fail(RuntimeError("size mismatch")), batch)
     with pytest.raises(OutOfMemory, match="Give less data.batch_size with as much more trainer.accumulate"):
         run(micro, fail(MemoryError()), batch)
-    micro = micro_batches(smallest=4, has_several_heads=True)
+    micro = micro_batches(smallest=4, heads=2)
     with pytest.raises(OutOfMemory, match="Give fewer heads, .*; mode=plan with head=NAME, without heads and trainer"):
         run(micro, fail(MemoryError()), batch)
 

@@ -7,7 +7,6 @@ import torch
 from checkpoint_files import INFO
 from torch import nn
 
-from dinoseg.core.contracts import Head
 from dinoseg.core.geometry import lattice
 from dinoseg.data.transforms import Affine, Augment
 from dinoseg.losses.cross_entropy import CrossEntropy
@@ -17,16 +16,13 @@ from dinoseg.models.heads.mlp import MlpHead
 from dinoseg.models.model import Segmenter
 from dinoseg.report.log import RunLog
 from dinoseg.training import image_feed as feeding
-from dinoseg.training import many_heads, trained_head
 from dinoseg.training import trainer as training
 from dinoseg.training.checkpoint import Checkpoints, read
 from dinoseg.training.engine import Engine
 from dinoseg.training.feed import spread
 from dinoseg.training.image_feed import ImageFeed
-from dinoseg.training.many_heads import HeadParts, fit_heads
 from dinoseg.training.meter import Meter
 from dinoseg.training.optim import adamw, schedule
-from dinoseg.training.shared_features import SharedFeatures, SharingSegmenter
 from dinoseg.training.time_limit import TimeLimit
 from dinoseg.training.trainer import Experiment, Settings, fit
 from dinoseg.training.validation import evaluate
@@ -282,10 +278,8 @@ def slow(monkeypatch):
         now[0] += 5
         return update(*given)
 
-    for module in (training, trained_head):
-        monkeypatch.setattr(module, "set_learning_rates", slow_update)
-    for module in (training, many_heads):
-        monkeypatch.setattr(module, "TimeLimit", partial(TimeLimit, clock=lambda: now[0]))
+    monkeypatch.setattr(training, "set_learning_rates", slow_update)
+    monkeypatch.setattr(training, "TimeLimit", partial(TimeLimit, clock=lambda: now[0]))
 
 
 def test_a_training_ends_validated_and_saved_within_its_time_limit(run, tmp_path, slow):
@@ -297,27 +291,3 @@ def test_a_training_ends_validated_and_saved_within_its_time_limit(run, tmp_path
         start = read(tmp_path / "last.safetensors")
         assert start.info["progress"]["step"] == step and not start.info["progress"]["validation_pending"]
         assert (tmp_path / "best.safetensors").exists()
-
-
-def test_several_heads_end_validated_and_saved_within_their_time_limit(tiny_backbone, tmp_path, slow):
-    shared, parts, kept = SharedFeatures(Segmenter(tiny_backbone((0, 1)).requires_grad_(False), Head()).eval()), [], []
-    for name in ("one", "two"):
-        backbone, folder = tiny_backbone((1,)).requires_grad_(False), tmp_path / name / "checkpoints"
-        folder.mkdir(parents=True)
-        model = SharingSegmenter(backbone, LinearHead(24, 1, 3), shared, scale=1.0, longest=None)
-        checkpoints = Checkpoints(folder, dict(INFO))
-        parts.append(
-            HeadParts(
-                name, tmp_path / name, model, CrossEntropy(torch.ones(3)), adamw(model, lr=3e-3), checkpoints, Rows()
-            )
-        )
-    data, engine = Stripes([(32, 40)] * 6), Engine("cpu", "fp32", workers=0)
-    feed = ImageFeed(data, data, Augment((24, 32)), batch_size=3, seed=0, workers=0)
-    settings = Settings(steps=40, val_every=30, log_every=1, max_minutes=1)
-    outcomes = fit_heads(parts, feed, engine, kept.append, schedule(), settings)
-    assert [outcome.run.step for outcome in outcomes] == [6, 6] and kept[-1] == 6
-    for part, outcome in zip(parts, outcomes, strict=True):
-        assert not outcome.run.validation_pending and outcome.run.best_step == 6
-        assert [row["step"] for row in part.log.rows if "val/miou" in row] == [6]
-        for name in ("last", "best"):
-            assert read(part.folder / f"checkpoints/{name}.safetensors").info["progress"]["step"] == 6

@@ -1,0 +1,129 @@
+"""Multi-head training on one frozen backbone: a run folder for each head, and a leaderboard at the end."""
+
+import logging
+from collections.abc import Mapping
+from contextlib import ExitStack, nullcontext
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from dinoseg.experiment import build
+from dinoseg.experiment.heads import head_description, solo_configs
+from dinoseg.experiment.initial import has_initial
+from dinoseg.experiment.recipe import run_description
+from dinoseg.experiment.trained import check_classes
+from dinoseg.report.leaderboard import Row, leaderboard
+from dinoseg.report.log import RunLog
+from dinoseg.tasks.job import Job, begin, looked_at
+from dinoseg.tasks.task import TrainingTask
+from dinoseg.training import checkpoint
+from dinoseg.training.engine import Engine
+from dinoseg.training.image_feed import ImageFeed
+from dinoseg.training.loading import Checkpoint, bounded
+from dinoseg.training.multi_head import (
+    MultiHeadCheckpoints,
+    MultiHeadExperiment,
+    MultiHeadSegmenter,
+    SharedHead,
+    join_optimizers,
+)
+from dinoseg.training.trainer import Settings, fit
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.wording import count_of, listed
+
+logger = logging.getLogger(__name__)
+
+
+def train_heads(
+    cfg: DictConfig, task: TrainingTask, engine: Engine, out_dir: Path, settings: Settings, **shown: bool
+) -> dict[str, Any]:
+    """Train the heads of a config, evaluate the best checkpoint of each, and return the scores of the best head.
+
+    Args:
+        cfg: the whole config, with that of each head's own run.
+        task: data of the training task.
+        engine: device and ranks.
+        out_dir: the run folder.
+        settings: of the training loop.
+        shown: options of the evaluations, see `Job.finish`.
+
+    Raises:
+        UserError: no head has reached a validation.
+    """
+    _check_task(cfg, task, engine)
+    start = _read_start(cfg, task)
+    folder, jobs = out_dir / checkpoint.HEADS, {}
+    with bounded(f"resume={cfg.resume}") if start else nullcontext():
+        for name, own in solo_configs(cfg).items():
+            jobs[name] = Job(own, folder / name, task, engine)
+            if start is not None:
+                jobs[name].start = Checkpoint(start.path, {}, head_description(start.info, name))
+    sizes = looked_at(task, engine)
+    backbone, models = build.multi_head([job.cfg for job in jobs.values()], engine.device)
+    with ExitStack() as stack:
+        members: list[SharedHead] = []
+        optimizers = []
+        for (name, job), model in zip(jobs.items(), models, strict=True):
+            _, loss, optimizer, checkpoints = job.parts(model, sizes, settings.steps)
+            job.note(checkpoints, {}, tells=not members)
+            log = stack.enter_context(job.log())
+            members.append(SharedHead(model, loss, checkpoints, log, name=name, engine=engine))
+            optimizers.append(optimizer)
+        rates = [max(group["base_lr"] for group in optimizer.param_groups) for optimizer in optimizers]
+        schedule = begin(cfg, task, engine, out_dir, settings.steps)
+        where, heads = out_dir / checkpoint.FOLDER, count_of(jobs, "head")
+        logger.info("%s on one backbone, each with a run folder in %s: %s", heads, folder, listed([*jobs]))
+        info = run_description(cfg, task.labels)
+        checkpoints = MultiHeadCheckpoints(where, info, start, engine.is_main, members=members)
+        whole = engine.place(MultiHeadSegmenter(backbone, members))
+        parts = (whole, members[0].criterion, task.feed, join_optimizers(optimizers), schedule, engine, checkpoints)
+        fit(MultiHeadExperiment(*parts, RunLog("", visible=False), settings, members))
+    rows, scores = [], {}
+    for member, rate in zip(members, rates, strict=True):
+        if member.progress.best is not None:
+            scores[member.name] = jobs[member.name].finish(member.model, member.progress, **shown)
+        rows.append(_row(member, rate, scores.get(member.name, {})))
+    first = leaderboard(rows, out_dir, cfg.trainer.score, task.feed.lowest, visible=engine.is_main)
+    if first not in scores:
+        raise UserError(f"No head has come as far as a validation: {listed([row.note for row in rows], 3)}")
+    return {**scores[first], "head": first}
+
+
+def _check_task(cfg: DictConfig, task: TrainingTask, engine: Engine) -> None:
+    if type(task.feed) is not ImageFeed:
+        raise UserError("trainer=many_heads trains on images and masks: leave trainer.task out.")
+    if engine.sharded or engine.cache in ("disk", "memory"):
+        key = "sharding=fsdp" if engine.sharded else f"cache={engine.cache}"
+        raise UserError(f"engine.{key} is for one head at a time. Leave it out with trainer=many_heads.")
+    if has_initial(cfg):
+        raise UserError(f"init={cfg.init} is for one head at a time. Leave it out with trainer=many_heads.")
+    if cfg.data.get("feature_noise"):
+        raise UserError(
+            f"data.feature_noise={cfg.data.feature_noise} is for one head at a time. Set data.feature_noise=0 with "
+            "trainer=many_heads."
+        )
+
+
+def _read_start(cfg: DictConfig, task: TrainingTask) -> Checkpoint | None:
+    """Return the checkpoint to resume from, which holds all heads; None for a new run."""
+    if not cfg.resume:
+        return None
+    start = checkpoint.read(Path(cfg.resume), finite=cfg.finite_weights)
+    check_classes(task.labels, start.info, f"resume={start.path}")
+    return start
+
+
+def _row(member: SharedHead, rate: float, scores: Mapping[str, Any]) -> Row:
+    progress = member.progress
+    return Row(
+        name=member.name,
+        rate=rate,
+        best=progress.best,
+        best_step=progress.best_step if progress.best is not None else None,
+        miou=scores.get("miou"),
+        accuracy=scores.get("accuracy"),
+        parameters=sum(parameter.numel() for parameter in member.model.head.parameters()),
+        note="" if member.dropped is None else f"dropped out. {member.dropped}",
+        run=str(member.checkpoints.folder.parent),
+    )
