@@ -6,8 +6,8 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from dinoseg.experiment.trackers import tracker_factory
 from dinoseg.experiment.source import ModelSource
+from dinoseg.experiment.trackers import tracker_factory
 from dinoseg.serving.app import App
 from dinoseg.serving.guard import Hosts
 from dinoseg.serving.jobs import uploads_folder
