@@ -7,6 +7,7 @@ with 1 where a recipe does not fit 24 GB as it is, but for those named in LARGE.
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
@@ -15,11 +16,12 @@ from omegaconf import DictConfig
 from tabulate import tabulate
 
 import dinoseg
-from dinoseg.autotune.fitting import Fitting
+from dinoseg.autotune.fitting import FitSearch
 from dinoseg.autotune.target import Target
 from dinoseg.config.job import job_config
 from dinoseg.config.options import options_of
 from dinoseg.config.resolvers import register_resolvers
+from dinoseg.experiment.step import training_parts
 
 GIB = 2**30
 CARDS = (24, 48, 80)  # GB
@@ -41,7 +43,7 @@ def main() -> int:
     rows, failed = [], False
     for recipe in args.only:
         cfg = config(recipe)
-        fittings = [Fitting(cfg, Target("cuda", size * 10**9, bf16=True)) for size in CARDS]
+        fittings = [FitSearch(partial(training_parts, cfg), Target("cuda", size * 10**9, bf16=True)) for size in CARDS]
         need = fittings[0].as_it_is.need
         fits = ["yes" if need <= fitting.target.memory else "no" for fitting in fittings]
         found = fittings[0].found() if fits[0] == "no" else fittings[0].as_it_is

@@ -13,7 +13,6 @@ import os
 import platform
 import subprocess
 import sys
-from functools import partial
 from itertools import repeat
 from pathlib import Path
 
@@ -23,14 +22,14 @@ from omegaconf import DictConfig
 from tabulate import tabulate
 
 import dinoseg
-from dinoseg.autotune.stand_in import drawn_batch
+from dinoseg.autotune.random_batch import random_batch
 from dinoseg.autotune.step_bytes import LossBytes, step_bytes
 from dinoseg.autotune.target import Target
 from dinoseg.autotune.trial import try_steps
 from dinoseg.config.job import job_config
 from dinoseg.config.nodes import instantiate
 from dinoseg.config.resolvers import register_resolvers
-from dinoseg.experiment import build
+from dinoseg.experiment.step import training_parts
 
 MOST = 0.1  # share
 SLACK = 16 * 2**20  # bytes that Python and its libraries take by chance, of which tiny models have no more
@@ -107,16 +106,16 @@ def config(words: list[str]) -> DictConfig:
 
 def foretold(cfg: DictConfig) -> tuple[int, int]:
     """Return the bytes of a step's tensors, and of all that it takes."""
-    bf16, samples = cfg.engine.precision == "bf16", cfg.data.batch_size
-    loss = LossBytes(cfg, bf16=bf16, accelerator=False)
-    step = step_bytes(cfg, loss, samples=samples, accumulate=cfg.trainer.accumulate, bf16=bf16)
+    bf16, parts = cfg.engine.precision == "bf16", training_parts(cfg)
+    loss = LossBytes(parts, bf16=bf16, accelerator=False)
+    step = step_bytes(parts, loss, samples=parts.batch_size, accumulate=parts.accumulate, bf16=bf16)
     return step.peak, Target("cpu", 0, bf16=bf16).need(step)
 
 
 def measured(cfg: DictConfig) -> int:
     """Return the bytes that real steps take."""
-    engine, batches = instantiate(cfg.engine), repeat(drawn_batch(cfg, cfg.data.batch_size))
-    return try_steps(cfg, partial(build.model, cfg, untrained=True), engine, batches, steps=3).peak
+    engine, parts = instantiate(cfg.engine), training_parts(cfg)
+    return try_steps(parts, parts.model, engine, repeat(random_batch(parts, parts.batch_size)), steps=3).peak
 
 
 if __name__ == "__main__":

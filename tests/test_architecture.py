@@ -35,7 +35,6 @@ WITH_CONFIG = (
     "config",
     "experiment",
     "tasks",
-    "autotune",
     "modes",
     "cli",
     "__main__",

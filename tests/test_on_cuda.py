@@ -11,10 +11,11 @@ from test_cuda_matrix import BACKBONES, QUANTISED, WAITS, cell, losses
 from test_cuda_paths import Noise, Rows, Watched, tiny
 from test_matrix import FILES, HEADS, SMALL_HEADS
 
-from dinoseg.autotune.fitting import Fitting
+from dinoseg.autotune.fitting import FitSearch
 from dinoseg.autotune.target import Target, memory_of
-from dinoseg.autotune.trial import drawn_steps
 from dinoseg.config.plain import plain
+from dinoseg.experiment.step import training_parts
+from dinoseg.modes.plan import dry_steps
 from dinoseg.training.checkpoint import Checkpoints, read
 from dinoseg.training.engine import Engine
 from dinoseg.training.optim import adamw, schedule
@@ -156,6 +157,6 @@ def test_what_a_step_takes_is_foretold(compose, adapter, checkpointing):
     words += ("data.root=none", "data.classes=[a,b,c]", "resolution.crop=[256,256]", "data.batch_size=8")
     cfg = compose(*words, f"backbone.checkpointing={str(checkpointing).lower()}", "engine.precision=bf16")
     target = Target("cuda", memory_of("24GiB"), bf16=True)
-    foretold = Fitting(cfg, target).as_it_is
-    taken = in_own_process(partial(drawn_steps, samples=8), plain(cfg)).peak
+    foretold = FitSearch(partial(training_parts, cfg), target).as_it_is
+    taken = in_own_process(partial(dry_steps, samples=8), plain(cfg)).peak
     assert 0.9 * foretold.step.peak < taken < 1.08 * foretold.step.peak + 128 * 2**20, (foretold.step.peak, taken)

@@ -1,4 +1,4 @@
-"""Facts about a dataset that decide how to train on it: image size, rare classes and thin classes."""
+"""DatasetFacts about a dataset that decide how to train on it: image size, rare classes and thin classes."""
 
 import math
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ _BORDER = 1  # px; distances run between pixel centres, so doubling them counts 
 
 @dataclass(frozen=True)
 class ClassFacts:
-    """Facts about a class.
+    """DatasetFacts about a class.
 
     Attributes:
         name: of the class.
@@ -38,8 +38,8 @@ class ClassFacts:
 
 
 @dataclass(frozen=True)
-class Facts:
-    """Facts about a dataset.
+class DatasetFacts:
+    """DatasetFacts about a dataset.
 
     Attributes:
         images: number of training images.
@@ -67,7 +67,7 @@ class Facts:
         return sorted((each for each in self.classes if 0 < each.share < share), key=lambda each: each.share)
 
 
-def facts_of(train: SegmentationData, val: SegmentationData, cache_dir: str | Path) -> Facts:
+def facts_of(train: SegmentationData, val: SegmentationData, cache_dir: str | Path) -> DatasetFacts:
     """Return the facts about a dataset; each training mask is read once, and its counts are cached in `cache_dir`.
 
     Raises:
@@ -85,10 +85,10 @@ def facts_of(train: SegmentationData, val: SegmentationData, cache_dir: str | Pa
         ClassFacts(name, float(counts[id] / total), median_width(parts[parts[:, 0] == id]))
         for id, name in enumerate(names)
     )
-    return Facts(len(train), len(val), _size(train, masks, cache_dir), tuple(classes))
+    return DatasetFacts(len(train), len(val), _size(train, masks, cache_dir), tuple(classes))
 
 
-def headline(facts: Facts, minutes: float, device: str) -> str:
+def headline(facts: DatasetFacts, minutes: float, device: str) -> str:
     """Return a one-line summary of data, time budget and device."""
     height, width = facts.size
     absent = f"; without a pixel in train: {listed(facts.absent)}" if facts.absent else ""

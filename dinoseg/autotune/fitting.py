@@ -1,24 +1,22 @@
 """Search for changes that make a recipe fit into memory, from free changes to ones that change the model."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.resources import files
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dinoseg.autotune.step_bytes import LossBytes, StepBytes, step_bytes
 from dinoseg.autotune.target import Target
-from dinoseg.experiment import build, criteria
-from dinoseg.experiment.min_batch import check_batch, min_batch
+from dinoseg.training.parts import TrainingParts
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import count_of, typed
 
 _SHARES = (0.75, 0.5, 0.25, 0.125)  # of the blocks, trained by smaller adapters
 Words = Mapping[str, Any]  # config keys and groups with their values
+Recipe = Callable[[Words], TrainingParts]  # returns the parts of a training with these overrides
 
 
 @dataclass(frozen=True)
@@ -36,17 +34,22 @@ class Change:
 class Fit:
     """A recipe with changes, and the memory of a step."""
 
-    cfg: DictConfig
+    parts: TrainingParts
     changes: tuple[Change, ...]
     step: StepBytes
     need: int
 
+    @property
+    def words(self) -> dict[str, Any]:
+        """Overrides of all changes."""
+        return _words_of(self.changes)
 
-class Fitting:
+
+class FitSearch:
     """Search for the smallest change with which a recipe fits into memory; the samples per step stay the same.
 
     Args:
-        cfg: the whole config.
+        recipe: returns the parts of the training with overrides.
         target: device and memory to fit.
         may_change_model: whether fewer blocks may be trained if nothing else helps.
 
@@ -54,12 +57,14 @@ class Fitting:
         UserError: the head cannot be trained with so few samples per device.
     """
 
-    def __init__(self, cfg: DictConfig, target: Target, *, may_change_model: bool = True) -> None:
-        self.cfg, self.target = cfg, target
-        self._model = build.outline(cfg)
-        check_batch(cfg, self._model.head.least_batch, target.world)
+    def __init__(self, recipe: Recipe, target: Target, *, may_change_model: bool = True) -> None:
+        self.recipe, self.target = recipe, target
+        self._parts = recipe({})
+        self._model = self._parts.outline()
+        self._parts.check_batch(self._model.head.least_batch, target.world)
         self._may_change_model = may_change_model
-        self._batch, self._effective = cfg.data.batch_size, cfg.data.batch_size * cfg.trainer.accumulate
+        self._batch = self._parts.batch_size
+        self._effective = self._batch * self._parts.accumulate
         self._tried: dict[str, Fit] = {}
 
     @property
@@ -73,7 +78,7 @@ class Fitting:
             fits = [fit for again in self._recomputing() if (fit := self._largest((*smaller, *again)))]
             if fits:
                 # if the micro-batch size affects the result, large micro-batches are worth the time
-                return max(fits, key=lambda fit: fit.cfg.data.batch_size) if self._bound else fits[0]
+                return max(fits, key=lambda fit: fit.parts.batch_size) if self._bound else fits[0]
         return None
 
     @property
@@ -86,17 +91,17 @@ class Fitting:
         """Parts whose result depends on the micro-batch size, in words; "" if none does."""
         parts = (part for part in self._model.modules() if isinstance(part, _BatchNorm))
         norms = ["BatchNorm takes its statistics"] if any(part.training for part in parts) else []
-        sums = [f"loss={self.cfg.choices.loss} takes its sums"] if criteria.unweighted(self.cfg).sums_over_batch else []
+        sums = [f"loss={self._parts.loss_name} takes its sums"] if self._parts.loss().sums_over_batch else []
         return " and ".join(norms + sums)
 
     def _adapters(self) -> Iterator[tuple[Change, ...]]:
         """Yield no change, then LoRA if all weights are trained, then ever fewer trained blocks at the end."""
         yield ()
-        adapter, blocks = self.cfg.adapter, len(list(self._model.backbone.blocks))
+        blocks = len(list(self._model.backbone.blocks))
         if not self._may_change_model or not _is_trained(self._model.backbone):
             return
-        words: dict[str, Any] = {} if "blocks" in adapter else {"adapter": "lora"}
-        start = adapter.get("blocks") or blocks
+        words: dict[str, Any] = {} if self._parts.takes_blocks else {"adapter": "lora"}
+        start = self._parts.blocks or blocks
         if words:
             yield (Change(words, "LoRA in place of all weights. Another model: updates of low rank alone are learnt"),)
         for count in sorted({max(1, round(start * share)) for share in _SHARES} - {start}, reverse=True):
@@ -109,10 +114,9 @@ class Fitting:
     def _recomputing(self) -> Iterator[tuple[Change, ...]]:
         """Yield no change, then activation checkpointing."""
         yield ()
-        parts = {"backbone": self._model.backbone, "head": self._model.head}
-        off = [
-            name for name, part in parts.items() if self.cfg[name].get("checkpointing") is False and _is_trained(part)
-        ]
+        modules = {"backbone": self._model.backbone, "head": self._model.head}
+        checkpointing = self._parts.checkpointing
+        off = [name for name, part in modules.items() if checkpointing.get(name) is False and _is_trained(part)]
         if off:
             reason = "activations are computed again in the backward pass: the same numbers, about a third more time"
             yield (Change({f"{name}.checkpointing": True for name in off}, reason),)
@@ -121,9 +125,9 @@ class Fitting:
         """Return the fit with the largest batch size; None if no batch size fits."""
         sizes = self._sizes()
         try:
-            if self._fit((*changes, *self._parts(sizes[-1]))).need > self.target.memory:
+            if self._fit((*changes, *self._micro_batches(sizes[-1]))).need > self.target.memory:
                 return None
-            fits = (self._fit((*changes, *self._parts(size))) for size in sizes)
+            fits = (self._fit((*changes, *self._micro_batches(size))) for size in sizes)
             return next(fit for fit in fits if fit.need <= self.target.memory)
         except UserError:
             if not changes:
@@ -137,7 +141,7 @@ class Fitting:
         sizes = [size for size in range(most, 0, -1) if self._effective % size == 0 and size % world == 0]
         return [size for size in sizes if size >= least] or [self._batch]
 
-    def _parts(self, size: int) -> tuple[Change, ...]:
+    def _micro_batches(self, size: int) -> tuple[Change, ...]:
         if size == self._batch:
             return ()
         times = self._effective // size
@@ -155,41 +159,30 @@ class Fitting:
 
     @cached_property
     def _least(self) -> int:
-        return min_batch(self.cfg)
+        return self._parts.min_batch_size()
 
     @cached_property
     def _loss(self) -> LossBytes:
-        return LossBytes(self.cfg, bf16=self.target.bf16, accelerator=self.target.kind != "cpu")
+        return LossBytes(self._parts, bf16=self.target.bf16, accelerator=self.target.kind != "cpu")
 
     def _fit(self, changes: tuple[Change, ...]) -> Fit:
         key = " ".join(map(str, changes))
         if key not in self._tried:
-            cfg = changed(self.cfg, changes)
-            samples = cfg.data.batch_size // self.target.world
+            parts = self.recipe(_words_of(changes)) if changes else self._parts
             step = step_bytes(
-                cfg,
+                parts,
                 self._loss,
-                samples=samples,
-                accumulate=cfg.trainer.accumulate,
+                samples=parts.batch_size // self.target.world,
+                accumulate=parts.accumulate,
                 bf16=self.target.bf16,
                 world=self.target.world,
             )
-            self._tried[key] = Fit(cfg, changes, step, self.target.need(step))
+            self._tried[key] = Fit(parts, changes, step, self.target.need(step))
         return self._tried[key]
 
 
-def changed(cfg: DictConfig, changes: tuple[Change, ...]) -> DictConfig:
-    """Return a copy of a config with changes applied."""
-    new = OmegaConf.create(OmegaConf.to_container(cfg))
-    assert isinstance(new, DictConfig)
-    for change in changes:
-        for key, value in change.words.items():
-            if key in new.choices:
-                new[key] = OmegaConf.load(str(files("dinoseg") / "cfg" / key / f"{value}.yaml"))
-                new.choices[key] = value
-            else:
-                OmegaConf.update(new, key, value)
-    return new
+def _words_of(changes: tuple[Change, ...]) -> dict[str, Any]:
+    return {key: value for change in changes for key, value in change.words.items()}
 
 
 def _is_trained(part: nn.Module) -> bool:

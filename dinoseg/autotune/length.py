@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from dinoseg.autotune.facts import Facts
+from dinoseg.autotune.facts import DatasetFacts
 from dinoseg.autotune.rules import LEAST_GAIN, LEAST_USES, MOST_VALIDATIONS, SCORING, VALIDATING, VIEWS
-from dinoseg.autotune.timing import Seconds
+from dinoseg.autotune.timing import RecipeTimes
 
 SURE = 0.95  # share of the time to plan with, since the load of the machine varies
-FLOOR = 0.03  # share of the training's time that mode=train spends on the comparison with the linear probe
+PROBING = 0.03  # share of the training's time that mode=train spends on the comparison with the linear probe
 _SCORED = 2.0  # cost of the final evaluation in validations; it also draws figures and a report
 
 
@@ -34,7 +34,7 @@ class Length:
 
 
 def length_within(
-    seconds: float, timed: Seconds, facts: Facts, *, views: Sequence[int | None] = (None, *VIEWS)
+    seconds: float, timed: RecipeTimes, facts: DatasetFacts, *, views: Sequence[int | None] = (None, *VIEWS)
 ) -> Length:
     """Return the training that fits into a number of seconds.
 
@@ -51,8 +51,8 @@ def length_within(
     beside = timed.start + _SCORED * validation
     spent = beside + validations * validation
     # the trainer knows the duration of a validation only after the first one
-    limit = max(1.0, (seconds - beside) / (1 + FLOOR) - (validation if validations == 1 else 0))
-    left = (SURE * seconds - spent) / (1 + FLOOR)
+    limit = max(1.0, (seconds - beside) / (1 + PROBING) - (validation if validations == 1 else 0))
+    left = (SURE * seconds - spent) / (1 + PROBING)
     live = Length(max(0, int(left / timed.image)), None, val_images, validations, spent, limit)
     kept = [each for count in views if count is not None and (each := _kept(left, timed, facts, count, live))]
     if None not in views:
@@ -61,7 +61,7 @@ def length_within(
     return paying[0] if paying else live
 
 
-def _kept(left: float, timed: Seconds, facts: Facts, views: int, live: Length) -> Length | None:
+def _kept(left: float, timed: RecipeTimes, facts: DatasetFacts, views: int, live: Length) -> Length | None:
     """Return the length with features cached at first use, of `views` views; None if the model cannot be cut."""
     if timed.kept is None:
         return None
@@ -72,5 +72,5 @@ def _kept(left: float, timed: Seconds, facts: Facts, views: int, live: Length) -
     return replace(live, images=max(0, int(images)), views=views)
 
 
-def _is_used(length: Length, facts: Facts) -> bool:
+def _is_used(length: Length, facts: DatasetFacts) -> bool:
     return length.views is not None and length.images >= LEAST_USES * length.views * facts.images

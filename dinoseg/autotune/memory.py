@@ -3,62 +3,63 @@
 import math
 from dataclasses import dataclass
 
-from omegaconf import DictConfig
-
-from dinoseg.autotune.fitting import Fitting
-from dinoseg.autotune.rules import Choice
+from dinoseg.autotune.fitting import FitSearch, Recipe
+from dinoseg.autotune.rules import RecipeChoice
 from dinoseg.autotune.target import KINDS, Target
 from dinoseg.core.contracts import Backbone
 from dinoseg.inference.memory import OutOfMemory, free_bytes
 from dinoseg.training.engine import Engine
+from dinoseg.training.parts import TrainingParts
 
 _AMPLE = 0.5  # share of the free memory
 
 
 @dataclass(frozen=True)
 class Memory:
-    """The memory of a device, and the parts of the config that may change to fit it.
+    """The memory of a device, and what may change in a recipe to fit it.
 
     Attributes:
         engine: of one device.
         given: keys and groups typed on the command line, which do not change.
         backbone: on the meta device; which of its parameters are trained does not matter.
         ranks: that share the memory, as ranks on a CPU do.
+        devices: that share a batch.
     """
 
     engine: Engine
     given: frozenset[str]
     backbone: Backbone
     ranks: int = 1
+    devices: int = 1
 
-    def changes(self, cfg: DictConfig) -> list[Choice]:
+    def changes(self, recipe: Recipe) -> list[RecipeChoice]:
         """Return the changes with which a step fits, as mode=plan reports them.
 
         Raises:
             OutOfMemory: no change suffices.
         """
-        if self._is_ample(cfg):
+        if self._is_ample(recipe({})):
             return []
-        fitting, free = self._need(cfg)
-        if fitting is None or fitting.as_it_is.need <= free:
+        search, free = self._search(recipe)
+        if search is None or search.as_it_is.need <= free:
             return []
-        found = fitting.found()
+        found = search.found()
         if found is None:
             raise OutOfMemory(
-                f"A training step takes about {fitting.least.need / 2**30:.1f} GiB at least, and "
+                f"A training step takes about {search.least.need / 2**30:.1f} GiB at least, and "
                 f"{free / 2**30:.1f} GiB are free. Give a smaller resolution.crop, backbone or adapter."
             )
         changes = [change for change in found.changes if self.given.isdisjoint(change.words)]
-        return [Choice(change.words, f"to fit {free / 2**30:.1f} GiB: {change.reason}") for change in changes]
+        return [RecipeChoice(change.words, f"to fit {free / 2**30:.1f} GiB: {change.reason}") for change in changes]
 
-    def fits(self, cfg: DictConfig) -> bool:
+    def fits(self, recipe: Recipe) -> bool:
         """Return whether a step fits without changes; True if the need is unknown."""
-        if self._is_ample(cfg):
+        if self._is_ample(recipe({})):
             return True
-        fitting, free = self._need(cfg)
-        return fitting is None or fitting.as_it_is.need <= free
+        search, free = self._search(recipe)
+        return search is None or search.as_it_is.need <= free
 
-    def _is_ample(self, cfg: DictConfig) -> bool:
+    def _is_ample(self, parts: TrainingParts) -> bool:
         """Return whether even a generous bound fits, since an exact estimate takes half a minute of CPU time.
 
         The bound counts float32 values: 50 per token and channel plus an attention map in each block, 4 per weight, and
@@ -67,18 +68,18 @@ class Memory:
         backbone = self.backbone
         if not isinstance(backbone.dim, int):
             return False
-        pixels, scale = math.prod(cfg.resolution.crop), cfg.resolution.scale
-        tokens = pixels * (scale / backbone.patch_size) ** 2
+        pixels = math.prod(parts.crop)
+        tokens = pixels * (parts.scale / backbone.patch_size) ** 2
         blocks = backbone.depth * tokens * (50 * backbone.dim + max(1, backbone.dim / 64) * tokens)
         weights = sum(parameter.numel() for parameter in backbone.parameters())
-        samples = math.ceil(cfg.data.batch_size / self.ranks)
-        values = 4 * weights + samples * (blocks + 4 * pixels * (64 + cfg.data.num_classes))
+        samples = math.ceil(parts.batch_size / self.ranks)
+        values = 4 * weights + samples * (blocks + 4 * pixels * (64 + parts.num_classes))
         return 4 * values < _AMPLE * free_bytes(self.engine.device) / self.ranks  # bytes of float32
 
-    def _need(self, cfg: DictConfig) -> tuple[Fitting | None, float]:
-        """Return the memory of a step and the free bytes; None instead of the former if it cannot be estimated."""
+    def _search(self, recipe: Recipe) -> tuple[FitSearch | None, float]:
+        """Return the search for changes, and the free bytes; None if the memory of a step cannot be estimated."""
         kind, free = self.engine.device.type, free_bytes(self.engine.device) / self.ranks
-        if kind not in KINDS or math.isinf(free) or cfg.engine.sharding != "none":
+        if kind not in KINDS or math.isinf(free) or self.engine.sharded:
             return None, free
-        target = Target(kind, round(free), bf16=self.engine.half, world=cfg.engine.devices)
-        return Fitting(cfg, target, may_change_model="adapter" not in self.given), free
+        target = Target(kind, round(free), bf16=self.engine.half, world=self.devices)
+        return FitSearch(recipe, target, may_change_model="adapter" not in self.given), free

@@ -1,4 +1,4 @@
-"""Rules of `hparam=auto`: functions from a `Case` to config keys and a reason, in the order in which they are applied.
+"""Rules of `hparam=auto`: functions from a `RecipeCase` to config keys and a reason, in the order of their use.
 
 A rule returns None if it does not apply. Its evidence is stated next to it, measured in docs/results.md and
 docs/experiments.md; rules without measurements say so.
@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dinoseg.autotune.facts import ClassFacts, Facts
+from dinoseg.autotune.facts import ClassFacts, DatasetFacts
 from dinoseg.config.plain import BUILDS
 from dinoseg.utils.wording import count_of
 
@@ -42,7 +42,7 @@ LEAST_STEPS = 10  # fewer are useless: images shrink, then the closed-form linea
 
 
 @dataclass(frozen=True)
-class Choice:
+class RecipeChoice:
     """Config overrides with a reason.
 
     Attributes:
@@ -55,7 +55,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Case:
+class RecipeCase:
     """Inputs of the rules: data, device, backbone and typed overrides.
 
     Attributes:
@@ -70,7 +70,7 @@ class Case:
         even: whether the patch size is even, as a head that sees pixels needs it.
     """
 
-    facts: Facts
+    facts: DatasetFacts
     device: str
     patch: float
     depth: int
@@ -106,62 +106,68 @@ class Case:
         return (head(self).words["head"] if self.head is None else self.head) == "detail"
 
 
-Rule = Callable[[Case], Choice | None]
+Rule = Callable[[RecipeCase], RecipeChoice | None]
 
 
-def longest(case: Case) -> Choice | None:
+def longest(case: RecipeCase) -> RecipeChoice | None:
     """Reduce images that have more patches than the device can handle."""
     if case.longest is not None or case.reduced == 1:
         return None
     height, width = case.facts.size
     if case.smaller in SHRUNK:
-        return Choice(
+        return RecipeChoice(
             {"resolution.longest": max(case.size)},
             f"the time is too short for {LEAST_STEPS} steps on images of {height} x {width} (median)",
         )
     if case.smaller < 1:
-        return Choice(
+        return RecipeChoice(
             {"resolution.longest": max(case.size)},
             f"images of {height} x {width} (median), smaller by a third, leave time to tune the backbone, which brings "
             "more than pixels where no class is thin",
         )
     lost = f"; {_named(case.thin)} become thinner still: give a larger one where they matter" if case.thin else ""
-    return Choice(
+    return RecipeChoice(
         {"resolution.longest": max(case.size)},
         f"images of {height} x {width} (median) are {height * width / case.patch**2:.0f} patches, more than the "
         f"{PATCHES.get(case.device, PATCHES_ELSE)} that a {case.device} is given{lost}",
     )
 
 
-def crop(case: Case) -> Choice | None:
+def crop(case: RecipeCase) -> RecipeChoice | None:
     """Use whole images, rounded down to whole patches, as crops: validation then matches training."""
     patch = max(1, round(case.patch))
     sides = [max(patch, side // patch * patch) for side in case.size]
-    return Choice(
+    return RecipeChoice(
         {"resolution.crop": sides}, f"whole images (median {case.size[0]} x {case.size[1]}), in patches of {patch}"
     )
 
 
-def head(case: Case) -> Choice:
+def head(case: RecipeCase) -> RecipeChoice:
     """Choose a head that sees pixels in addition to tokens, whether or not classes are thinner than patches.
 
     CamVid, frozen ViT-Tiny: mIoU 0.646 with detail, 0.563 with multiscale, 0.533 with linear. IDD-Lite, all weights,
     budget of ten minutes: detail 0.656 in 605 s, multiscale 0.632 in 508 s (seed 0), although no class is thin there.
     """
     if case.depth < DEPTH:
-        return Choice({"head": "linear"}, f"the backbone has {count_of(case.depth, 'block')}, too few to read several")
+        return RecipeChoice(
+            {"head": "linear"}, f"the backbone has {count_of(case.depth, 'block')}, too few to read several"
+        )
     if not case.even:
-        return Choice({"head": "multiscale"}, "four blocks tell more than one; detail takes no patches of an odd size")
+        return RecipeChoice(
+            {"head": "multiscale"}, "four blocks tell more than one; detail takes no patches of an odd size"
+        )
     if not case.thin:
-        return Choice({"head": "detail"}, "it sees pixels beside four blocks, and no other did better on three sets")
-    return Choice(
+        return RecipeChoice(
+            {"head": "detail"}, "it sees pixels beside four blocks, and no other did better on three sets"
+        )
+    return RecipeChoice(
         {"head": "detail"},
         f"{_named(case.thin)} {'is' if len(case.thin) == 1 else 'are'} thinner than half a patch "
         f"({_widths(case)} of {case.patch / case.reduced:.0f} px): the head sees pixels, too",
     )
 
 
-def loss(case: Case) -> Choice | None:
+def loss(case: RecipeCase) -> RecipeChoice | None:
     """Add dice to cross-entropy; weight thin, rare classes more.
 
     CamVid, frozen, multiscale: mIoU 0.563 with dice, 0.545 without. Weights by `median` lost 5 points of mIoU with
@@ -171,14 +177,14 @@ def loss(case: Case) -> Choice | None:
     slender = [each for each in case.thin if each.share < RARE and each.name not in BUILDS]
     if slender and case.depth >= DEPTH:
         weights = {each.name: THIN_WEIGHT for each in slender}
-        return Choice(
+        return RecipeChoice(
             {"loss": "ce_dice", "loss.weights": weights, "loss.criterion.factors.dice": THIN_DICE},
             f"{_named(slender)} {'is' if len(slender) == 1 else 'are'} thin, with below {RARE:.0%} of the pixels: what "
             f"is missed there weighs {THIN_WEIGHT:g} times, and overlap counts twice",
         )
     rare = case.facts.rarer(RARE)
     told = f"{_named(rare)} {'has' if len(rare) == 1 else 'have'} below {RARE:.0%} of the pixels; " if rare else ""
-    return Choice(
+    return RecipeChoice(
         {"loss": "ce_dice", "loss.weights": "none"},
         f"{told}overlap counts each class alike, whatever its pixels; weights by rarity cost the other classes more",
     )
@@ -187,12 +193,12 @@ def loss(case: Case) -> Choice | None:
 BY_DATA: Sequence[Rule] = (longest, crop, head, loss)
 
 
-def by_data(case: Case) -> list[Choice]:
+def by_data(case: RecipeCase) -> list[RecipeChoice]:
     """Return the choices that follow from the data alone."""
     return [found for rule in BY_DATA if (found := rule(case))]
 
 
-def smaller(case: Case) -> Case | None:
+def smaller(case: RecipeCase) -> RecipeCase | None:
     """Return the case with smaller images; None if a class would be thin in them or `resolution.longest` is given.
 
     person, ViT-Tiny: LoRA 0.919 after 1,200 images of 320 px, frozen 0.894 after 4,325 images of 480 px. Measured with
@@ -202,42 +208,42 @@ def smaller(case: Case) -> Case | None:
     return None if case.longest is not None or made.thin else made
 
 
-def ways(case: Case) -> list[Choice]:
+def ways(case: RecipeCase) -> list[RecipeChoice]:
     """Return ways to train the backbone in order of preference; the last is the fallback if time is short.
 
     mIoU on CamVid with multiscale: all weights 0.615 after 600 images and 0.664 after 3,360, LoRA 0.619 after 2,800,
     frozen 0.563 after 4,000. With detail: all weights 0.628 after 600 images and 0.694 after 2,400, frozen 0.664 after
     3,000.
     """
-    frozen = Choice(
+    frozen = RecipeChoice(
         {"adapter": "frozen"}, "the backbone stays as it is: its features can be kept, and a step takes less"
     )
     if case.facts.images < FEW_IMAGES or not case.parameters:
         return [frozen]
     tuned = _tuned(case)
     won = "won with fewer images of this size" if case.smaller < 1 else f"won from about {least_tuned(case)} images on"
-    return [Choice(tuned.words, f"{tuned.reason}, which {won}"), frozen]
+    return [RecipeChoice(tuned.words, f"{tuned.reason}, which {won}"), frozen]
 
 
-def least_tuned(case: Case) -> int:
+def least_tuned(case: RecipeCase) -> int:
     """Return the number of training images from which tuning beats a frozen backbone in the same time."""
     return LEAST_TUNED_DETAIL if case.sees_pixels else LEAST_TUNED
 
 
-def rested(case: Case) -> Choice:
+def rested(case: RecipeCase) -> RecipeChoice:
     """Freeze the backbone at first, with a head that sees pixels and does well without tuning.
 
     CamVid, detail, ten minutes on two cores: mIoU 0.689 this way, 0.670 with a frozen backbone.
     """
     tuned = _tuned(case)
-    return Choice(
+    return RecipeChoice(
         {**tuned.words, "optim.optimizer.backbone_begin": REST},
         f"{tuned.reason}, once the head has learnt on a backbone that rests for {REST:.0%} of the training, in steps "
         "that take less time",
     )
 
 
-def closed_form(seconds: float, image: float, facts: Facts) -> Choice:
+def closed_form(seconds: float, image: float, facts: DatasetFacts) -> RecipeChoice:
     """Solve a linear head in closed form on as many images as fit, if there is no time for training.
 
     Args:
@@ -249,27 +255,29 @@ def closed_form(seconds: float, image: float, facts: Facts) -> Choice:
     words: dict[str, Any] = {"head": "linear", "head.init": "probe"}
     if images < facts.images:
         words["data.labelled"] = float(f"{images / facts.images:.6g}")
-    return Choice(words, f"there is no time for {LEAST_STEPS} steps: the head is solved in closed form")
+    return RecipeChoice(words, f"there is no time for {LEAST_STEPS} steps: the head is solved in closed form")
 
 
-def zoom(*, trains: bool, pixels: bool = False) -> Choice:
+def zoom(*, trains: bool, pixels: bool = False) -> RecipeChoice:
     """Enlarge views at random if the backbone is trained or the head sees pixels.
 
     CamVid, frozen, linear: mIoU 0.498 after 1,000 steps with factors of 0.75 to 1.5, 0.533 after 500 without. Detail
     learned poles with factors of 1 to 1.5 (see `loss`).
     """
     if trains:
-        return Choice(
+        return RecipeChoice(
             {"data.augment.scale": [1.0, 1.5]}, "a backbone that is tuned learns from views enlarged at random"
         )
     if pixels:
-        return Choice(
+        return RecipeChoice(
             {"data.augment.scale": [1.0, 1.5]}, "a head that sees pixels learns from views enlarged at random"
         )
-    return Choice({"data.augment.scale": [1.0, 1.0]}, "a head alone fits images of one scale best")
+    return RecipeChoice({"data.augment.scale": [1.0, 1.0]}, "a head alone fits images of one scale best")
 
 
-def batch(images: int, facts: Facts, devices: int, *, accumulate: int = 1, most: int = BATCHES[0]) -> Choice:
+def batch(
+    images: int, facts: DatasetFacts, devices: int, *, accumulate: int = 1, most: int = BATCHES[0]
+) -> RecipeChoice:
     """Reduce the batch size if there would be few steps: a head that starts from scratch needs steps.
 
     CamVid, detail: batches of 2 beat batches of 4 after the same number of images. Several devices share a batch.
@@ -284,14 +292,14 @@ def batch(images: int, facts: Facts, devices: int, *, accumulate: int = 1, most:
     sizes = [size for size in BATCHES if size <= most and images // (size * accumulate) >= ENOUGH_STEPS]
     size = max(devices, min((*sizes, BATCHES[-1])[0], facts.images) // devices * devices)
     steps = count_of(images // (size * accumulate), "step")
-    return Choice({"data.batch_size": size}, f"{images} images can be trained on, which are {steps}")
+    return RecipeChoice({"data.batch_size": size}, f"{images} images can be trained on, which are {steps}")
 
 
-def _tuned(case: Case) -> Choice:
+def _tuned(case: RecipeCase) -> RecipeChoice:
     millions = f"{case.parameters / 1e6:.3g} million parameters"
     if case.parameters <= SMALL_BACKBONE:
-        return Choice({"adapter": "full"}, f"{millions}: all of them are tuned")
-    return Choice({"adapter": "lora_all"}, f"{millions}: low-rank updates of all layers take less memory")
+        return RecipeChoice({"adapter": "full"}, f"{millions}: all of them are tuned")
+    return RecipeChoice({"adapter": "lora_all"}, f"{millions}: low-rank updates of all layers take less memory")
 
 
 def _named(classes: Sequence[ClassFacts]) -> str:
@@ -300,5 +308,5 @@ def _named(classes: Sequence[ClassFacts]) -> str:
     return ", ".join(names) + (f" and {more} more" if more else "")
 
 
-def _widths(case: Case) -> str:
+def _widths(case: RecipeCase) -> str:
     return ", ".join(f"{each.width:.0f}" for each in case.thin[:3])

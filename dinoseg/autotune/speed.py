@@ -1,35 +1,33 @@
 """Benchmark of a recipe on this device: training steps and predictions, each in a separate process."""
 
-import itertools
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from itertools import repeat
 from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import DictConfig
 from torch.utils.flop_counter import FlopCounterMode
 
-from dinoseg.autotune.fitting import Change, changed
-from dinoseg.autotune.stand_in import drawn_batch
-from dinoseg.autotune.step_bytes import Learnt, LossBytes, ends_of, outline, predict
-from dinoseg.autotune.trial import settled, try_steps
-from dinoseg.config.nodes import instantiate
-from dinoseg.experiment import build
-from dinoseg.experiment.builder import build_task
+from dinoseg.autotune.random_batch import random_batch
+from dinoseg.autotune.step_bytes import DummyLoss, LossBytes, ends_of, outline, predict
+from dinoseg.autotune.trial import try_steps
+from dinoseg.core.shapes import SegmentationData
+from dinoseg.inference.policy import Policy
 from dinoseg.inference.predictor import Predictor
 from dinoseg.inference.walk import walking
+from dinoseg.models.model import Segmenter
 from dinoseg.training.engine import Engine
 from dinoseg.training.meter import held_memory, peak_memory, reset_peak_memory
+from dinoseg.training.parts import TrainingParts
 from dinoseg.utils.devices import synchronize
 
 _FEW = 16  # images held in memory and predicted in turn
 
 
 @dataclass(frozen=True)
-class Timed:
+class SpeedMeasurement:
     """Measurements of a benchmark.
 
     Attributes:
@@ -40,7 +38,7 @@ class Timed:
         seconds: of each pass.
         waited: share of the time spent waiting for data; None: no data was read.
         peak_bytes: peak on top of what was there before: resident memory on a CPU, else allocated.
-        flops: of a pass of the model.
+        flops: of a pass of the model; what checkpointing repeats is not counted.
         peak_flops: of the device per second, measured by products of large matrices.
     """
 
@@ -73,92 +71,115 @@ class Timed:
         }
 
 
-def time_training(values: Mapping[str, Any], *, steps: int, warmup: int, drawn: bool) -> Timed:
-    """Time training steps of a plain config after `warmup` untimed ones, on its data or, if `drawn`, on noise."""
-    cfg, engine = settled(values)
-    batch, accumulate = cfg.data.batch_size, cfg.trainer.accumulate
-    batches: Iterator[Any] = itertools.repeat(drawn_batch(cfg, batch)) if drawn else _train_batches(cfg, engine)
-    make = partial(build.model, cfg, untrained=True)
-    trial = try_steps(cfg, make, engine, batches, steps=steps, warmup=warmup)
-    waited = None if drawn else sum(trial.waited) / sum(trial.seconds)
+def time_training(
+    parts: TrainingParts,
+    engine: Engine,
+    batches: Iterator[Any] | None,
+    *,
+    steps: int,
+    warmup: int,
+    counted: TrainingParts | None = None,
+) -> SpeedMeasurement:
+    """Time training steps after `warmup` untimed ones.
+
+    Args:
+        parts: of the training.
+        engine: device and precision.
+        batches: of the data; None: noise is used instead, and no data are read.
+        steps: number of timed steps.
+        warmup: number of steps before them.
+        counted: parts without checkpointing, whose operations are counted; None: `parts`.
+    """
+    fed = repeat(random_batch(parts, parts.batch_size)) if batches is None else batches
+    trial = try_steps(parts, parts.model, engine, fed, steps=steps, warmup=warmup)
+    waited = None if batches is None else sum(trial.waited) / sum(trial.seconds)
     # counted last: the process keeps the memory that this frees, so the peak would miss its reuse
-    flops = accumulate * step_flops(cfg, batch, bf16=engine.half)
-    return _timed(engine, batch * accumulate, tuple(cfg.resolution.crop), trial.seconds, waited, trial.peak, flops)
+    flops = parts.accumulate * step_flops(counted or parts, parts.batch_size, bf16=engine.half)
+    images = parts.batch_size * parts.accumulate
+    return _measurement(engine, images, parts.crop, trial.seconds, waited, trial.peak, flops)
 
 
-def time_prediction(values: Mapping[str, Any], *, images: int, warmup: int, drawn: bool) -> Timed:
-    """Time a plain config's predictions of single images, from an image in memory to its class ids in memory."""
-    cfg, engine = settled(values)
-    pictures = _pictures(cfg, drawn)
+def time_prediction(
+    make: Callable[[], Segmenter],
+    engine: Engine,
+    policy: Policy,
+    images: Sequence[np.ndarray],
+    *,
+    count: int,
+    warmup: int,
+) -> SpeedMeasurement:
+    """Time predictions of single images, from an image in memory to its class ids in memory.
+
+    Args:
+        make: returns the model.
+        engine: device and precision.
+        policy: inference strategy.
+        images: (H, W, 3) uint8 of one size, predicted in turn.
+        count: number of timed predictions.
+        warmup: number of predictions before them.
+    """
     reset_peak_memory(engine.device)
     before = held_memory(engine.device)
     # FlopCounterMode hooks into trainable modules, which fails if no gradient is computed (slots)
-    model = engine.place(build.model(cfg, untrained=True)).eval().requires_grad_(False)
-    predictor = Predictor(model, engine.device, engine.autocast, instantiate(cfg.inference))
+    model = engine.place(make()).eval().requires_grad_(False)
+    predictor = Predictor(model, engine.device, engine.autocast, policy)
     with FlopCounterMode(display=False) as counter:
-        predictor.ids([pictures[0]])
+        predictor.ids([images[0]])
     seconds = []
-    for number in range(warmup + images):
-        picture = pictures[number % len(pictures)]
+    for number in range(warmup + count):
+        image = images[number % len(images)]
         began = time.perf_counter()
-        predictor.ids([picture])
+        predictor.ids([image])
         seconds.append(time.perf_counter() - began)
     peak = peak_memory(engine.device) - before
-    size = (pictures[0].shape[0], pictures[0].shape[1])
-    return _timed(engine, 1, size, seconds[warmup:], None, peak, counter.get_total_flops())
+    size = (images[0].shape[0], images[0].shape[1])
+    return _measurement(engine, 1, size, seconds[warmup:], None, peak, counter.get_total_flops())
 
 
-def _train_batches(cfg: DictConfig, engine: Engine) -> Iterator[Any]:
-    task = build_task(cfg)
-    task.open(engine)
-    return task.feed.train_batches(start=0)
+def random_image(parts: TrainingParts) -> np.ndarray:
+    """Return noise (H, W, 3) uint8 of a training image's size."""
+    images = random_batch(parts, 1).image
+    return np.ascontiguousarray(images.flatten(0, -4)[0].permute(1, 2, 0).numpy())
 
 
-def _pictures(cfg: DictConfig, drawn: bool) -> list[np.ndarray]:
-    """Return images (H, W, 3) uint8 of one size: validation images, or noise of a training image's size."""
-    if drawn or build.on_clips(cfg):
-        images = drawn_batch(cfg, 1).image
-        return [np.ascontiguousarray(images.flatten(0, -4)[0].permute(1, 2, 0).numpy())]
-    data = build.dataset(cfg, "val")
+def first_images(data: SegmentationData) -> list[np.ndarray]:
+    """Return the first images (H, W, 3) uint8 of a dataset that have the size of its first one."""
     read = [np.asarray(data[place]["image"]) for place in range(min(_FEW, len(data)))]
     same = [image for image in read if image.shape == read[0].shape]
     return [np.ascontiguousarray(image.transpose(1, 2, 0)) for image in same]
 
 
-def _timed(
+def _measurement(
     engine: Engine,
     images: int,
-    size: tuple[int, ...],
+    size: tuple[int, int],
     seconds: list[float],
     waited: float | None,
     peak: int,
     flops: int,
-) -> Timed:
+) -> SpeedMeasurement:
     fastest = matrix_peak(engine.device, engine.dtype)
-    return Timed(
-        engine.device.type, engine.precision, images, (size[0], size[1]), seconds, waited, peak, flops, fastest
-    )
+    return SpeedMeasurement(engine.device.type, engine.precision, images, size, seconds, waited, peak, flops, fastest)
 
 
 _SIDES = {"cuda": 8192, "cpu": 1024}  # sides of the multiplied matrices: large enough to be compute-bound
 _TIMES = 10
 
 
-def step_flops(cfg: DictConfig, samples: int, *, bf16: bool) -> int:
+def step_flops(parts: TrainingParts, samples: int, *, bf16: bool) -> int:
     """Return the FLOPs of a forward and a backward pass over `samples` samples; a multiply-add counts as two.
 
-    Matrix products, convolutions and attention are counted. Recomputation by checkpointing and the loss are not.
+    Matrix products, convolutions and attention are counted, but not the loss. Operations that checkpointing repeats
+    are counted again.
 
     Raises:
-        UserError: the parts of the config do not fit together.
+        UserError: the parts do not fit together.
     """
-    parts = [part for part in ("backbone", "head") if cfg[part].get("checkpointing")]
-    cfg = changed(cfg, (Change({f"{part}.checkpointing": False for part in parts}, ""),))
-    learns = LossBytes(cfg, bf16=bf16, accelerator=False).learns
-    model, _ = outline(cfg)
+    learns = LossBytes(parts, bf16=bf16, accelerator=False).learns
+    model, _ = outline(parts)
     with walking(), FlopCounterMode(display=False) as counter:
-        ends = ends_of(predict(model.to_empty(device="cpu"), cfg, samples, bf16))
-        Learnt.apply(*(ends[place] for place in learns)).backward()
+        ends = ends_of(predict(model.to_empty(device="cpu"), parts, samples, bf16))
+        DummyLoss.apply(*(ends[place] for place in learns)).backward()
     return counter.get_total_flops()
 
 

@@ -8,21 +8,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dinoseg.autotune.stand_in import drawn_batch, image_shape
+from dinoseg.autotune.random_batch import random_batch
 from dinoseg.core.shapes import Prediction, mapped
-from dinoseg.experiment import build, criteria
-from dinoseg.experiment.min_batch import min_batch
 from dinoseg.inference.memory import PeakBytes
 from dinoseg.inference.walk import walking
 from dinoseg.losses.full_resolution import LAUNCHED
 from dinoseg.models.model import Segmenter, trained_names
 from dinoseg.training.frozen_casts import keep_casts
 from dinoseg.training.optim import tensors_of
+from dinoseg.training.parts import TrainingParts
 
 _BITS = {4: 0.516, 8: 1.002}  # bytes per quantised weight, including the scales of its blocks or rows
 _HALF = 2  # bytes of a bfloat16 value
@@ -57,28 +55,27 @@ class StepBytes:
 
 
 class LossBytes:
-    """Memory of a config's loss in addition to the model's outputs, extrapolated from real losses of a few samples.
+    """Memory of a recipe's loss in addition to the model's outputs, extrapolated from real losses of a few samples.
 
     `learns` holds the indices of the output tensors that receive a gradient. `draws` states whether the loss or the
     model samples at random.
 
     Args:
-        cfg: the whole config; its classes and crop matter.
+        parts: of the training; the classes and the crop matter.
         bf16: whether the model computes in bfloat16.
         accelerator: whether to estimate for an accelerator, whose tiles are larger.
     """
 
-    def __init__(self, cfg: DictConfig, *, bf16: bool, accelerator: bool) -> None:
+    def __init__(self, parts: TrainingParts, *, bf16: bool, accelerator: bool) -> None:
         self.accelerator = accelerator
-        least = min_batch(cfg)
+        least = parts.min_batch_size()
         draws = _Draws()
-        (few, _), (more, self.learns) = (_real_loss(cfg, samples, bf16, draws) for samples in (least, least + 1))
+        (few, _), (more, self.learns) = (_real_loss(parts, samples, bf16, draws) for samples in (least, least + 1))
         self.draws = draws.seen
         self._each = more - few
         self._fixed = few - least * self._each
-        height, width = image_shape(cfg)[-2:]
-        if accelerator and not build.on_clips(cfg):
-            self._fixed += min(_TILE, 4 * 4 * len(cfg.data.classes) * height * width)
+        if accelerator and parts.has_masks:
+            self._fixed += min(_TILE, 4 * 4 * parts.num_classes * math.prod(parts.crop))
 
     def of(self, samples: int) -> int:
         """Return the bytes for `samples` samples."""
@@ -86,29 +83,29 @@ class LossBytes:
 
 
 def step_bytes(
-    cfg: DictConfig, loss: LossBytes, *, samples: int, accumulate: int, bf16: bool, world: int = 1
+    parts: TrainingParts, loss: LossBytes, *, samples: int, accumulate: int, bf16: bool, world: int = 1
 ) -> StepBytes:
     """Return the memory of a step on one of `world` devices, with `samples` per batch and `accumulate` batches.
 
     Temporary memory of single operations and libraries is not counted, nor is validation.
 
     Raises:
-        UserError: the parts of the config do not fit together.
+        UserError: the parts do not fit together.
     """
-    model, saved = outline(cfg)
+    model, saved = outline(parts)
     with walking(PeakBytes() if loss.accelerator else HeapBytes()) as peak:
         model.to_empty(device="cpu")
         weights = peak.now - saved
         if bf16:
             keep_casts(model)  # as in `Engine.prepare`
-        state = _optimizer_bytes(cfg, model)
-        average = sum(value.nbytes for _, value in tensors_of(model, trained_names(model))) if cfg.trainer.ema else 0
+        state = _optimizer_bytes(parts.optimizer(model))
+        average = sum(value.nbytes for _, value in tensors_of(model, trained_names(model))) if parts.has_ema else 0
         activations = most = 0
         for _ in range(min(2, accumulate)):  # the second pass runs with the gradients of the first in memory
             before = peak.now
-            ends = ends_of(predict(model, cfg, samples, bf16))
+            ends = ends_of(predict(model, parts, samples, bf16))
             activations, most = peak.now - before, max(most, peak.now + loss.of(samples))
-            Learnt.apply(*(ends[place] for place in loss.learns)).backward()
+            DummyLoss.apply(*(ends[place] for place in loss.learns)).backward()
             del ends
         gradients = sum(parameter.grad.nbytes for parameter in model.parameters() if parameter.grad is not None)
     ranks = gradients if world > 1 else 0
@@ -135,32 +132,25 @@ class _Draws(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def outline(cfg: DictConfig) -> tuple[Segmenter, int]:
-    """Return a config's model on the meta device in train mode, and the bytes that quantisation saves.
+def outline(parts: TrainingParts) -> tuple[Segmenter, int]:
+    """Return the model on the meta device in train mode, and the bytes that quantisation saves.
 
     Quantised weights appear as bfloat16, in which they are multiplied; subtract the second value from their size.
     """
-    bits = cfg.adapter.get("bits")
-    if bits in _BITS:
-        cfg = OmegaConf.merge(cfg, {"adapter": {"bits": None}})  # type: ignore[assignment]
-    model = build.outline(cfg)
-    saved = 0.0
-    if bits in _BITS:
+    model, saved = parts.outline(), 0.0
+    if parts.bits is not None:
         for block in model.backbone.blocks:
             for name, part in block.named_modules():
                 if isinstance(part, nn.Linear) and "lora_" not in name:
                     part.weight.data = part.weight.data.to(torch.bfloat16)
-                    saved += part.weight.numel() * (_HALF - _BITS[bits])
-    # which parameters are trained depends on where the weights come from
-    model.backbone.weights = cfg.backbone.get("weights", model.backbone.weights)
-    model.head.weights = cfg.head.get("weights", model.head.weights)
+                    saved += part.weight.numel() * (_HALF - _BITS[parts.bits])
     return model.train(), math.floor(saved)
 
 
-def predict(model: Segmenter, cfg: DictConfig, samples: int, bf16: bool) -> Prediction:
+def predict(model: Segmenter, parts: TrainingParts, samples: int, bf16: bool) -> Prediction:
     """Return a model's prediction for `samples` training samples; within `walking` its tensors are fake."""
-    images = torch.empty(samples, *image_shape(cfg), dtype=torch.uint8)
-    with torch.autocast("cpu", torch.bfloat16, enabled=bf16 or cfg.adapter.get("bits") in _BITS):
+    images = torch.empty(samples, *parts.shape, dtype=torch.uint8)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16 or parts.bits is not None):
         return model(images)
 
 
@@ -171,7 +161,7 @@ def ends_of(prediction: Prediction) -> list[Tensor]:
     return list(ends.values())
 
 
-class Learnt(torch.autograd.Function):
+class DummyLoss(torch.autograd.Function):
     """Dummy loss that saves nothing and returns gradients of the sizes of its inputs."""
 
     @staticmethod
@@ -186,9 +176,8 @@ class Learnt(torch.autograd.Function):
         return tuple(upstream.new_empty(shape, dtype=dtype) for shape, dtype in ctx.kinds)
 
 
-def _optimizer_bytes(cfg: DictConfig, model: Segmenter) -> int:
+def _optimizer_bytes(optimizer: Optimizer) -> int:
     """Return the size of an optimizer's state, extrapolated from a real step on a small parameter."""
-    optimizer: Optimizer = build.optimizer(cfg, model)
     trained = sum(parameter.numel() for group in optimizer.param_groups for parameter in group["params"])
     side = 64
     with torch._subclasses.fake_tensor.unset_fake_temporarily():
@@ -200,18 +189,17 @@ def _optimizer_bytes(cfg: DictConfig, model: Segmenter) -> int:
     return trained * kept // side**2
 
 
-def _real_loss(cfg: DictConfig, samples: int, bf16: bool, draws: _Draws) -> tuple[int, list[int]]:
+def _real_loss(parts: TrainingParts, samples: int, bf16: bool, draws: _Draws) -> tuple[int, list[int]]:
     """Run a real loss on `samples` samples; return its peak memory and the indices of outputs with a gradient.
 
     The memory counts in addition to the model's outputs.
     """
-    model, _ = outline(cfg)
+    model, _ = outline(parts)
     with walking():
         model.to_empty(device="cpu")
         with draws:
-            prediction = predict(model, cfg, samples, bf16)
-    batch = drawn_batch(cfg, samples)
-    loss = criteria.unweighted(cfg)
+            prediction = predict(model, parts, samples, bf16)
+    batch, loss = random_batch(parts, samples), parts.loss()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # tensors made in other threads are not counted
     try:

@@ -3,7 +3,7 @@
 import math
 import statistics
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import repeat
@@ -11,17 +11,15 @@ from typing import Any
 
 import torch
 
-from dinoseg.autotune.rules import REST
-from dinoseg.autotune.trial import settled, try_steps
-from dinoseg.config.nodes import instantiate
+from dinoseg.autotune.trial import try_steps
+from dinoseg.core.contracts import Loss
 from dinoseg.core.shapes import Batch, FeatureBatch
 from dinoseg.core.sizes import evenly_spaced
-from dinoseg.experiment import build, criteria
-from dinoseg.experiment.builder import build_task
 from dinoseg.models.model import Segmenter
 from dinoseg.training.engine import Engine
-from dinoseg.training.feature_cache.form import size_of
-from dinoseg.training.feature_choice import stored_as
+from dinoseg.training.feature_cache.form import Stored, size_of
+from dinoseg.training.image_feed import ImageFeed
+from dinoseg.training.parts import TrainingParts
 from dinoseg.training.validation import evaluate
 from dinoseg.utils.devices import synchronize
 from dinoseg.utils.errors import UserError
@@ -31,7 +29,7 @@ _SHARE, _MOST = 0.015, 8.0  # share of the time budget, and a maximum in seconds
 
 
 @dataclass(frozen=True)
-class Seconds:
+class RecipeTimes:
     """Measured times of a recipe, in seconds.
 
     Attributes:
@@ -52,7 +50,7 @@ class Seconds:
     val: float
     resting: float | None = None
 
-    def on_smaller_images(self, scale: float) -> "Seconds":
+    def on_smaller_images(self, scale: float) -> "RecipeTimes":
         """Return an estimate for images with sides multiplied by `scale`; times scale with the area."""
         area = scale**2
         kept = None if self.kept is None else area * self.kept
@@ -61,14 +59,14 @@ class Seconds:
         )
 
 
-def unmeasured(seconds: float) -> Seconds:
+def estimate_times(seconds: float) -> RecipeTimes:
     """Return a cautious estimate for a recipe whose timing did not finish, or start, within `seconds`."""
     image = seconds / (_STEPS + _WARMUP + _VALIDATED)
-    return Seconds(start=image, image=image, kept=None, frozen=image, bytes=0, val=image)
+    return RecipeTimes(start=image, image=image, kept=None, frozen=image, bytes=0, val=image)
 
 
 @dataclass(frozen=True)
-class _Again:
+class _RepeatedFeatures:
     """Batch of features that is yielded repeatedly instead of cached ones; it is already on the device."""
 
     batch: FeatureBatch
@@ -84,60 +82,63 @@ class _Again:
 
 
 def time_recipe(
-    values: Mapping[str, Any], *, minutes: float, may_rest: bool = False, ranks: int = 1, until: float = math.inf
-) -> Seconds:
-    """Time a plain config on its own data with random weights; call it in a separate process that is no rank.
+    parts: TrainingParts,
+    feed: ImageFeed,
+    engine: Engine,
+    *,
+    began: float,
+    minutes: float,
+    dtype: Stored,
+    rested: TrainingParts | None = None,
+    ranks: int = 1,
+    until: float = math.inf,
+) -> RecipeTimes:
+    """Time a recipe on its own data with random weights; call it in a separate process that is no rank.
 
     Args:
-        values: the config.
+        parts: of the training; the batch size is that of one rank.
+        feed: its data.
+        engine: device and precision.
+        began: start of the process's work, on the clock of `time.perf_counter`.
         minutes: the whole time budget; timing takes a share of it.
-        may_rest: whether to time also steps with a backbone that is frozen at first, if it is trained at all.
+        dtype: type in which features are cached.
+        rested: parts of the training with a backbone that is frozen at first; such steps are timed too, if the backbone
+            is trained at all. None: it is never frozen at first.
         ranks: that share a batch and a validation at the speed of this process. One rank's share is timed, and the time
             per image is divided by their number. Waiting between ranks is not counted.
         until: deadline on the clock of `time.monotonic`, shared by all processes; after it one step of each kind
             suffices.
 
     Raises:
-        UserError: the parts of the config do not fit together.
+        UserError: the parts do not fit together.
         OutOfMemory: memory does not suffice.
     """
-    began = time.perf_counter()
-    cfg, engine = settled(values, instead={"devices": 1})
-    cfg.data.batch_size = max(1, cfg.data.batch_size // ranks)
-    regime = build_task(cfg)
-    regime.open(engine)
-    make = partial(build.model, cfg, untrained=True)
-    model = engine.place(make())
-    batches = regime.feed.train_batches(start=0)
-    first = next(batches)
+    model = engine.place(parts.model())
+    batches = feed.train_batches(start=0)
+    first: Any = next(batches)
     start = time.perf_counter() - began
-    may_rest = may_rest and model.backbone.first_trained is not None
-    if may_rest:
-        cfg.optim.optimizer.backbone_begin = REST
+    has_rest = rested is not None and model.backbone.first_trained is not None
+    if rested is not None and has_rest:
+        parts = rested
     cut = _cut(model, first, engine)
     lasting = min(_MOST, _SHARE * 60 * minutes)
-    live = try_steps(cfg, make, engine, batches, steps=_STEPS, warmup=_WARMUP, lasting=lasting, until=until)
-    images = ranks * cfg.data.batch_size * cfg.trainer.accumulate
+    timed = partial(try_steps, parts, engine=engine, steps=_STEPS, warmup=_WARMUP, until=until)
+    live = timed(parts.model, batches=batches, lasting=lasting)
+    images = ranks * parts.batch_size * parts.accumulate
     resting = None
-    if may_rest:
-        half = lasting / 2
-        trial = try_steps(
-            cfg, make, engine, batches, steps=_STEPS, warmup=_WARMUP, lasting=half, until=until, rests=True
-        )
+    if has_rest:
+        trial = timed(parts.model, batches=batches, lasting=lasting / 2, rests=True)
         resting = _later_median(trial.seconds) / images
     kept, frozen, size = None, 0.0, 0
     if cut is not None:
         features, frozen = cut
-        size = size_of([part[0] for part in features.tensors], stored_as(cfg.features.dtype, {}))
-        again = _Again(FeatureBatch(features, first.mask.to(engine.device), first.names))
-        lasting /= 4
-        trial = try_steps(
-            cfg, lambda: model, engine, repeat(again), steps=_STEPS, warmup=_WARMUP, lasting=lasting, until=until
-        )
+        size = size_of([part[0] for part in features.tensors], dtype)
+        again = _RepeatedFeatures(FeatureBatch(features, first.mask.to(engine.device), first.names))
+        trial = timed(lambda: model, batches=repeat(again), lasting=lasting / 4)
         kept = _later_median(trial.seconds) / images
-    val = _seconds_of_val(cfg, model, engine, until) / ranks
+    val = _seconds_of_val(parts.loss(), feed, model, engine, until) / ranks
     image = _later_median(live.seconds) / images
-    return Seconds(start, image, kept, frozen / (ranks * len(first.names)), size, val, resting)
+    return RecipeTimes(start, image, kept, frozen / (ranks * len(first.names)), size, val, resting)
 
 
 def _later_median(seconds: Sequence[float]) -> float:
@@ -166,10 +167,9 @@ def _cut(model: Segmenter, batch: Batch, engine: Engine) -> tuple[Any, float] | 
     return features, seconds
 
 
-def _seconds_of_val(cfg: Any, model: Segmenter, engine: Engine, until: float = math.inf) -> float:
+def _seconds_of_val(loss: Loss, feed: ImageFeed, model: Segmenter, engine: Engine, until: float = math.inf) -> float:
     """Return the seconds to read, predict and score a validation image, loss included, averaged over a few."""
-    data, policy = build.dataset(cfg, "val"), instantiate(cfg.inference)
-    loss = criteria.unweighted(cfg).to(engine.device)
+    data, loss = feed.val, loss.to(engine.device)
     places = evenly_spaced(len(data), _VALIDATED)  # evenly spaced, since sizes may differ
 
     def validated(some: Iterable[int]) -> float:
@@ -183,7 +183,7 @@ def _seconds_of_val(cfg: Any, model: Segmenter, engine: Engine, until: float = m
                 count += 1
                 yield Batch.stack([data[place]])
 
-        evaluate(model, data, engine, policy=policy, loss=loss, batches=batches())
+        evaluate(model, data, engine, policy=feed.policy, loss=loss, batches=batches())
         return (time.perf_counter() - began) / count
 
     first = validated(places[:1])  # slower than later images

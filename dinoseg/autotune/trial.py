@@ -2,37 +2,29 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import dataclass, field
-from functools import partial
-from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
 
-from dinoseg.autotune.stand_in import drawn_batch
-from dinoseg.config.nodes import instantiate
-from dinoseg.config.resolvers import register_resolvers
 from dinoseg.core.contracts import Loss
-from dinoseg.experiment import build, criteria
 from dinoseg.models.model import Segmenter
 from dinoseg.report.log import RunLog
 from dinoseg.training.checkpoint import Checkpoints
 from dinoseg.training.engine import Engine
 from dinoseg.training.feed import Validation
 from dinoseg.training.meter import held_memory, peak_memory, reset_peak_memory
+from dinoseg.training.parts import TrainingParts
 from dinoseg.training.tally import Tally
 from dinoseg.training.trainer import Experiment, fit
 from dinoseg.utils.devices import synchronize
-from dinoseg.utils.errors import UserError
 
-_NEVER = 10**9  # steps
 _MOST = 100  # steps at most if they go by seconds (`lasting`), however short they are
 
 
-class _Enough(Exception):  # noqa: N818 - an end, not an error
+class _TrialDone(Exception):  # noqa: N818 - an end, not an error
     """Signal that all steps are done."""
 
 
@@ -90,7 +82,7 @@ class _TimedFeed:
                 yield batch
         for noted in (self.trial.seconds, self.trial.waited):
             del noted[: min(self.warmup, len(noted) - 1)]  # a trial that is cut short keeps one step
-        raise _Enough
+        raise _TrialDone
 
     @property
     def most(self) -> int:
@@ -113,49 +105,8 @@ class _TimedFeed:
         raise NotImplementedError
 
 
-def drawn_steps(values: Mapping[str, Any], samples: int, steps: int = 2) -> Trial:
-    """Run trial steps of a config on random samples, in a process that holds nothing else.
-
-    Args:
-        values: the whole config, plain.
-        samples: batch size.
-        steps: number of steps.
-
-    Raises:
-        OutOfMemory: memory does not suffice.
-    """
-    cfg, engine = settled(values, instead={"devices": 1})
-    batches = repeat(drawn_batch(cfg, samples))
-    return try_steps(cfg, partial(build.model, cfg, untrained=True), engine, batches, steps=steps)
-
-
-def settled(values: Mapping[str, Any], instead: Mapping[str, Any] | None = None) -> tuple[DictConfig, Engine]:
-    """Return a plain config as a DictConfig, in a process that has not loaded a config yet, and its engine."""
-    register_resolvers()
-    cfg = OmegaConf.create(dict(values))
-    return cfg, instantiate(cfg.engine, instead=instead)
-
-
-def check_alone(cfg: DictConfig) -> None:
-    """Refuse trainers of several heads or with unlabelled images: estimates cover one head and labelled images only.
-
-    Raises:
-        UserError: naming the overrides to give instead.
-    """
-    if "heads" in cfg.trainer:
-        raise UserError(
-            f"trainer={cfg.choices.trainer} trains several heads: what one takes is told here. Give head=NAME, without "
-            "heads and trainer."
-        )
-    if "unlabelled" in cfg.trainer:
-        raise UserError(
-            f"trainer={cfg.choices.trainer} is not foretold: its step takes the images without masks as well. Leave "
-            "trainer out for what the images with masks take; a batch of both takes that of all their views together."
-        )
-
-
 def try_steps(
-    cfg: DictConfig,
+    parts: TrainingParts,
     make: Callable[[], Segmenter],
     engine: Engine,
     batches: Iterator[Any],
@@ -166,10 +117,10 @@ def try_steps(
     until: float = math.inf,
     rests: bool = False,
 ) -> Trial:
-    """Train a model for a few steps with its config's own trainer.
+    """Train a model for a few steps with its recipe's own trainer.
 
     Args:
-        cfg: the whole config.
+        parts: of the training.
         make: returns the model.
         engine: of one rank.
         batches: at least as many as the steps need.
@@ -177,35 +128,33 @@ def try_steps(
         warmup: steps before them.
         lasting: minimum seconds of timed steps in total, up to 100 steps.
         until: deadline on the clock of `time.monotonic`; after it no step starts except the first.
-        rests: whether parts that the config freezes at first stay frozen in all these steps; else they are trained.
+        rests: whether parts that the recipe freezes at first stay frozen in all these steps; else they are trained.
     """
     reset_peak_memory(engine.device)
     trial = Trial(before=held_memory(engine.device))
     model = make().to(engine.device)
-    loss, optimizer = criteria.unweighted(cfg).to(engine.device), build.optimizer(cfg, model)
+    loss, optimizer = parts.loss().to(engine.device), parts.optimizer(model)
     feed = _TimedFeed(
         batches,
         engine.device,
-        cfg.trainer.accumulate,
+        parts.accumulate,
         warmup,
         steps,
         lasting,
         until,
         trial,
-        seed=build.seed_of(cfg),
-        score_names=(cfg.trainer.score,),
+        seed=parts.seed,
+        score_names=(parts.score,),
     )
     for group in optimizer.param_groups:
         if group["frozen"]:
             group["frozen"], group["start"] = rests, feed.most / (feed.most + 1)
-    # the feed raises before the last step, after which the trainer would validate
-    lengths = {"steps": feed.most + 1, "val_every": _NEVER, "save_every": None, "max_minutes": None}
-    settings, schedule = build.loop_settings(cfg, lengths), instantiate(cfg.optim.schedule)
+    settings = parts.settings(feed.most + 1)  # the feed raises before the last step, after which `fit` would validate
     checkpoints = Checkpoints(Path(), {}, writes=False)
     try:
         with RunLog("", visible=False) as log:
-            fit(Experiment(model, loss, feed, optimizer, schedule, engine, checkpoints, log, settings))
-    except _Enough:
+            fit(Experiment(model, loss, feed, optimizer, parts.schedule(), engine, checkpoints, log, settings))
+    except _TrialDone:
         pass
     trial.peak = peak_memory(engine.device) - trial.before
     return trial

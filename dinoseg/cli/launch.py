@@ -157,7 +157,7 @@ def _enter_folder(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> t
 
 
 def _recipe(cfg: DictConfig, overrides: Sequence[str]) -> Any:
-    """Return the recipe that `hparam=auto` chooses (`dinoseg.autotune.recipe.Recipe`); None for other or resumed runs.
+    """Return the `ChosenRecipe` of `hparam=auto`; None for other recipes and resumed runs.
 
     Raises:
         UserError: a budget is given to a recipe with fixed lengths, or nothing can be chosen.
@@ -172,9 +172,9 @@ def _recipe(cfg: DictConfig, overrides: Sequence[str]) -> Any:
         return None
     if not reads_budget or cfg.resume not in (None, "auto"):  # a resumed run has its choices
         return None
-    from dinoseg.autotune.recipe import chosen
+    from dinoseg.cli.auto.recipe import choose_recipe
 
-    return chosen(cfg, overrides, first=is_first_rank())
+    return choose_recipe(cfg, overrides, first=is_first_rank())
 
 
 def _with_heads(cfg: DictConfig, overrides: Sequence[str], run: Path | None) -> tuple[DictConfig, dict[str, Any]]:

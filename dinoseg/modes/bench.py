@@ -1,6 +1,7 @@
 """mode=bench: speed, memory and arithmetic efficiency of a recipe's training and inference on this device."""
 
 import platform
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,12 @@ import torch
 from omegaconf import DictConfig
 from tabulate import tabulate
 
-from dinoseg.autotune.speed import Timed, time_prediction, time_training
-from dinoseg.autotune.trial import check_alone
+from dinoseg.autotune.speed import SpeedMeasurement, first_images, random_image, time_prediction, time_training
 from dinoseg.config.nodes import instantiate
 from dinoseg.config.plain import plain
 from dinoseg.experiment import build
 from dinoseg.experiment.builder import build_task
+from dinoseg.experiment.step import check_trainer, restored, training_parts
 from dinoseg.inference.memory import OutOfMemory
 from dinoseg.utils.atomic import write_json
 from dinoseg.utils.ranges import Count, Natural
@@ -38,12 +39,12 @@ def bench(
     Raises:
         UserError: the recipe cannot be trained on this device, or memory does not suffice.
     """
-    check_alone(cfg)
+    check_trainer(cfg)
     instantiate(cfg.engine)  # refuses a missing device before anything is built
     build_task(cfg).check_parts(build.outline(cfg), 1)
     values = plain(cfg)
-    training = _alone(partial(time_training, steps=steps, warmup=warmup, drawn=drawn), values)
-    prediction = _alone(partial(time_prediction, images=images, warmup=warmup, drawn=drawn), values)
+    training = _alone(partial(_time_training, steps=steps, warmup=warmup, drawn=drawn), values)
+    prediction = _alone(partial(_time_prediction, images=images, warmup=warmup, drawn=drawn), values)
     peak = max(training.peak_flops, prediction.peak_flops)
     result = {
         "device": training.device,
@@ -61,7 +62,28 @@ def bench(
     return result
 
 
-def _alone(work: partial[Timed], values: dict[str, Any]) -> Timed:
+def _time_training(values: Mapping[str, Any], *, steps: int, warmup: int, drawn: bool) -> SpeedMeasurement:
+    """Time training steps of a plain config; run it in a process of its own."""
+    cfg = restored(values)
+    engine, parts = instantiate(cfg.engine), training_parts(cfg)
+    task = build_task(cfg)
+    if not drawn:
+        task.open(engine)
+    batches = None if drawn else task.feed.train_batches(start=0)
+    off = {f"{name}.checkpointing": False for name, is_on in parts.checkpointing.items() if is_on}
+    return time_training(parts, engine, batches, steps=steps, warmup=warmup, counted=training_parts(cfg, off))
+
+
+def _time_prediction(values: Mapping[str, Any], *, images: int, warmup: int, drawn: bool) -> SpeedMeasurement:
+    """Time predictions of a plain config; run it in a process of its own."""
+    cfg = restored(values)
+    engine, parts = instantiate(cfg.engine), training_parts(cfg)
+    noise = drawn or not parts.has_masks
+    shown = [random_image(parts)] if noise else first_images(build.dataset(cfg, "val"))
+    return time_prediction(parts.model, engine, instantiate(cfg.inference), shown, count=images, warmup=warmup)
+
+
+def _alone(work: partial[SpeedMeasurement], values: dict[str, Any]) -> SpeedMeasurement:
     found = in_own_process(work, values)
     if found is None:
         raise OutOfMemory(

@@ -5,6 +5,7 @@ import math
 import shlex
 from collections.abc import Mapping
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,17 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from tabulate import tabulate
 
-from dinoseg.autotune.fitting import Fit, Fitting, Words
+from dinoseg.autotune.fitting import Fit, FitSearch, Words
+from dinoseg.autotune.random_batch import random_batch
 from dinoseg.autotune.step_bytes import StepBytes
 from dinoseg.autotune.target import KINDS, Target, memory_of
-from dinoseg.autotune.trial import check_alone, drawn_steps
+from dinoseg.autotune.trial import Trial, try_steps
 from dinoseg.config.nodes import instantiate
 from dinoseg.config.plain import plain
 from dinoseg.experiment import build
 from dinoseg.experiment.builder import build_task
 from dinoseg.experiment.folder import last_command_line
+from dinoseg.experiment.step import check_trainer, restored, training_parts, with_overrides
 from dinoseg.inference.memory import OutOfMemory, free_bytes
 from dinoseg.training.engine import Engine
 from dinoseg.utils.atomic import write_json
@@ -55,7 +58,7 @@ def plan(
     Raises:
         UserError: no known change makes the step fit, or a value is invalid.
     """
-    check_alone(cfg)
+    check_trainer(cfg)
     target, engine = _target(cfg, memory, device)
     build.lengths(cfg, samples=1)  # refuses invalid numbers of steps and batches, as training would
     build_task(cfg).check_parts(build.outline(cfg), target.world)
@@ -64,22 +67,23 @@ def plan(
             f"data.batch_size={cfg.data.batch_size} cannot be shared by {target.world} devices: use a multiple of "
             f"{target.world}."
         )
-    fitting = Fitting(cfg, target, may_change_model=change_model)
-    whole = fitting.as_it_is
+    recipe = partial(training_parts, cfg)
+    search = FitSearch(recipe, target, may_change_model=change_model)
+    whole = search.as_it_is
     _print_step(whole, target)
-    found = _found(fitting)
+    found = _found(search)
     measured = None
     for _ in range(_TRIES):
-        measured = _measured(found.cfg, engine, found, target) if dry_step and engine is not None else None
+        values = plain(with_overrides(cfg, found.words))
+        measured = _measured(values, engine, found, target) if dry_step and engine is not None else None
         if measured is None or measured <= target.memory:
             break
         seen = (measured - target.beside) / (found.need - target.beside)
         target = dataclasses.replace(target, seen=target.seen * seen)
-        fitting = Fitting(cfg, target, may_change_model=change_model)
-        found, measured = _found(fitting), None
-    words = {key: value for change in found.changes for key, value in change.words.items()}
-    command = _command(out_dir, words)
-    _print_changes(found, target, command, fits=fitting.as_it_is.need <= target.memory)
+        search = FitSearch(recipe, target, may_change_model=change_model)
+        found, measured = _found(search), None
+    command = _command(out_dir, found.words)
+    _print_changes(found, target, command, fits=search.as_it_is.need <= target.memory)
     result = {
         "device": target.kind,
         "memory": target.memory,
@@ -120,10 +124,10 @@ def _target(cfg: DictConfig, memory: str | float | None, device: str | None) -> 
     return Target(kind, round(free), bf16=engine.half, world=world), engine
 
 
-def _found(fitting: Fitting) -> Fit:
-    found = fitting.found()
+def _found(search: FitSearch) -> Fit:
+    found = search.found()
     if found is None:
-        least, target = fitting.least, fitting.target
+        least, target = search.least, search.target
         with_all = " ".join(map(str, least.changes)) or "as it is"
         raise UserError(
             f"Nothing that is tried fits {_told(target.memory)}: what takes least, {with_all}, takes about "
@@ -133,7 +137,7 @@ def _found(fitting: Fitting) -> Fit:
     return found
 
 
-def _measured(cfg: DictConfig, engine: Engine, found: Fit, target: Target) -> int | None:
+def _measured(values: Mapping[str, Any], engine: Engine, found: Fit, target: Target) -> int | None:
     """Return the memory of two real steps, with that outside tensors; None if there is too little to try.
 
     If the steps run out of memory, the result is `_MORE` times the estimate.
@@ -142,9 +146,9 @@ def _measured(cfg: DictConfig, engine: Engine, found: Fit, target: Target) -> in
     if found.need > free:
         print(f"No dry step: it would take about {_told(found.need)}, and {_told(free)} are free on this device.\n")
         return None
-    samples = cfg.data.batch_size // target.world
+    samples = found.parts.batch_size // target.world
     try:
-        trial = in_own_process(partial(drawn_steps, samples=samples), plain(cfg))
+        trial = in_own_process(partial(dry_steps, samples=samples), values)
     except OutOfMemory as error:
         print(f"A dry step ended for want of memory: {error}\n")
         return round(_MORE * found.need)
@@ -160,13 +164,29 @@ def _measured(cfg: DictConfig, engine: Engine, found: Fit, target: Target) -> in
     return measured
 
 
+def dry_steps(values: Mapping[str, Any], samples: int, steps: int = 2) -> Trial:
+    """Run trial steps of a plain config on random samples, in a process that holds nothing else.
+
+    Args:
+        values: the whole config.
+        samples: batch size.
+        steps: number of steps.
+
+    Raises:
+        OutOfMemory: memory does not suffice.
+    """
+    cfg = restored(values)
+    engine, parts = instantiate(cfg.engine, instead={"devices": 1}), training_parts(cfg)
+    return try_steps(parts, parts.model, engine, repeat(random_batch(parts, samples)), steps=steps)
+
+
 def _print_step(fit: Fit, target: Target) -> None:
-    step, cfg = fit.step, fit.cfg
+    step = fit.step
     rows = [(name.replace("_", " "), _told(value)) for name, value in _parts(step).items() if value]
     rows += [("most of these at a time", _told(step.peak)), ("with holes and libraries", _told(fit.need))]
-    each = count_of(cfg.data.batch_size // target.world, "sample")
+    each = count_of(fit.parts.batch_size // target.world, "sample")
     print(
-        f"A training step of {each} of {' x '.join(map(str, cfg.resolution.crop))} at once on a {target.kind} device "
+        f"A training step of {each} of {' x '.join(map(str, fit.parts.crop))} at once on a {target.kind} device "
         f"({'half precision' if target.bf16 else 'float32'}), estimated:\n"
     )
     print(tabulate(rows, tablefmt="plain", colalign=("left", "right")), end="\n\n")

@@ -2,20 +2,23 @@
 
 import math
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig
 
-from dinoseg.autotune.tell import tell_floor
+from dinoseg.autotune.probe_baseline import TrainedRun
+from dinoseg.autotune.probe_comparison import compare_with_linear_probe
 from dinoseg.config.nodes import instantiate
-from dinoseg.experiment import build
+from dinoseg.experiment import build, criteria
 from dinoseg.experiment.builder import build_task
 from dinoseg.experiment.folder import first_ranks
 from dinoseg.experiment.heads import SOLO
 from dinoseg.experiment.initial import begin_with, check_initial
 from dinoseg.experiment.log_file import announce
+from dinoseg.tasks.images import ImageTask
 from dinoseg.tasks.job import Job, begin, looked_at
 from dinoseg.tasks.multi_head import train_heads
 from dinoseg.training.trainer import Experiment, fit
@@ -76,8 +79,23 @@ def train(
         scores = job.finish(model, run, **shown)
         images = run.step * cfg.data.batch_size * cfg.trainer.accumulate
         spent = max(spent, images / (scores["images_per_s"] or math.inf))  # includes the steps before a resume
-        reached = {"best_step": run.best_step, "steps": run.step}
-        tell_floor(cfg, regime, engine, model, out_dir, seconds=floor * spent, **reached)
+        if isinstance(regime, ImageTask):
+            trained = TrainedRun(
+                model,
+                engine,
+                regime.feed,
+                backbone=partial(build.backbone, cfg),
+                loss=partial(criteria.loss, cfg, regime.labelled),
+                optimizer=partial(build.optimizer, cfg),
+                is_supervised=type(regime) is ImageTask,
+                crop=tuple(cfg.resolution.crop),
+                clip=cfg.trainer.clip,
+                cache_dir=cfg.cache_dir,
+                group=cfg.data.group,
+                best_step=run.best_step,
+                steps=run.step,
+            )
+            compare_with_linear_probe(trained, out_dir, seconds=floor * spent)
     engine.close()
     return scores
 

@@ -6,7 +6,7 @@ import torch
 from command_line import SMALL, write_data
 
 from dinoseg.autotune import facts
-from dinoseg.autotune.facts import ClassFacts, Facts, facts_of, median_width, parts_of
+from dinoseg.autotune.facts import ClassFacts, DatasetFacts, facts_of, median_width, parts_of
 from dinoseg.experiment import build
 from dinoseg.utils.images import write_png
 
@@ -56,7 +56,7 @@ def test_thin_and_rare_classes_come_first_and_absent_ones_are_neither():
         ClassFacts("wire", 0.002, 5.0),
         ClassFacts("none", 0.0, float("nan")),
     )
-    facts = Facts(10, 5, (360, 480), classes)
+    facts = DatasetFacts(10, 5, (360, 480), classes)
     assert [each.name for each in facts.thinner(8)] == ["pole", "wire"]
     assert [each.name for each in facts.rarer(0.01)] == ["wire", "pole"]
     assert facts.absent == ["none"]

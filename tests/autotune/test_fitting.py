@@ -1,15 +1,17 @@
 """What is changed for a memory, with steps that take what a formula says."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 from command_line import SMALL
 
 from dinoseg.autotune import fitting
-from dinoseg.autotune.fitting import Fitting, changed
+from dinoseg.autotune.fitting import FitSearch
 from dinoseg.autotune.step_bytes import StepBytes
 from dinoseg.autotune.target import Target, memory_of
 from dinoseg.experiment.min_batch import check_batch
+from dinoseg.experiment.step import training_parts, with_overrides
 from dinoseg.models.heads.mlp import MlpHead
 from dinoseg.utils.errors import UserError
 
@@ -17,14 +19,19 @@ BASE = [*SMALL, "data.batch_size=8", "head=mlp"]  # no BatchNorm
 UNIT = 2**20
 
 
+def recipe_of(cfg):
+    return partial(training_parts, cfg)
+
+
 @pytest.fixture
 def changes(compose, monkeypatch):
     """Fit a recipe to a memory on a CPU: a sample takes 10 units, 4 where it is computed again, a trained block 20."""
 
-    def take(cfg, loss, *, samples, accumulate, bf16, world):
-        each = 4 if cfg.backbone.checkpointing else 10
-        blocks = 0 if cfg.choices.adapter == "frozen" else cfg.adapter.get("blocks") or 2
-        weights = 100 if cfg.choices.adapter == "full" else 0
+    def take(parts, loss, *, samples, accumulate, bf16, world):
+        each = 4 if parts.checkpointing["backbone"] else 10
+        is_frozen = parts.outline().backbone.first_trained is None
+        blocks = 0 if is_frozen else parts.blocks or 2
+        weights = 0 if is_frozen or parts.takes_blocks else 100
         return StepBytes(*[0] * 7, peak=(samples * each + 20 * blocks + weights) * UNIT)
 
     monkeypatch.setattr(fitting, "step_bytes", take)
@@ -32,7 +39,7 @@ def changes(compose, monkeypatch):
 
     def run(memory, *words, world=1, **options):
         target = SimpleNamespace(kind="cpu", memory=memory * UNIT, bf16=False, world=world, need=lambda step: step.peak)
-        found = Fitting(compose(*BASE, *words), target, **options).found()
+        found = FitSearch(recipe_of(compose(*BASE, *words)), target, **options).found()
         return None if found is None else found.changes
 
     return run
@@ -82,7 +89,7 @@ def test_batch_norm_is_spared_by_computing_again(fit):
 
 
 def test_statistics_that_stand_still_are_not_spared(compose):
-    fits = Fitting(compose(*BASE, "head=linear"), Target("cpu", UNIT, bf16=False))
+    fits = FitSearch(recipe_of(compose(*BASE, "head=linear")), Target("cpu", UNIT, bf16=False))
     fits._model.eval()
     assert not fits._bound
 
@@ -147,7 +154,7 @@ def test_one_image_of_a_single_cell_is_refused_where_batchnorm_sees_it(compose):
     with pytest.raises(UserError, match=told):
         check_batch(cfg, 1, 2)
     with pytest.raises(UserError, match=told):
-        Fitting(cfg, Target("cpu", UNIT, bf16=False, world=2))
+        FitSearch(recipe_of(cfg), Target("cpu", UNIT, bf16=False, world=2))
 
 
 def test_no_part_is_one_image_of_a_single_cell(fit):
@@ -158,10 +165,10 @@ def test_no_part_is_one_image_of_a_single_cell(fit):
 
 def test_a_step_is_asked_for_as_the_device_takes_it(compose, monkeypatch):
     asked = []
-    monkeypatch.setattr(fitting, "LossBytes", lambda cfg, **how: asked.append(how))
-    monkeypatch.setattr(fitting, "step_bytes", lambda cfg, loss, **how: asked.append(how) or StepBytes(*[0] * 8))
+    monkeypatch.setattr(fitting, "LossBytes", lambda parts, **how: asked.append(how))
+    monkeypatch.setattr(fitting, "step_bytes", lambda parts, loss, **how: asked.append(how) or StepBytes(*[0] * 8))
     words = (*BASE, "trainer.accumulate=3")
-    assert Fitting(compose(*words), Target("cuda", UNIT, bf16=True, world=2)).as_it_is.need == 2**30
+    assert FitSearch(recipe_of(compose(*words)), Target("cuda", UNIT, bf16=True, world=2)).as_it_is.need == 2**30
     first, second = {"bf16": True, "accelerator": True}, {"samples": 4, "accumulate": 3, "bf16": True, "world": 2}
     assert asked == [first, second]
 
@@ -169,20 +176,20 @@ def test_a_step_is_asked_for_as_the_device_takes_it(compose, monkeypatch):
 def test_what_a_part_cannot_do_is_left_out_and_what_the_recipe_cannot_is_told(compose, monkeypatch):
     refused = []
 
-    def take(cfg, loss, *, samples, **_):
-        if cfg.backbone.checkpointing or refused:
+    def take(parts, loss, *, samples, **_):
+        if parts.checkpointing["backbone"] or refused:
             raise UserError("it cannot")
         return StepBytes(*[0] * 7, peak=samples * UNIT)
 
     monkeypatch.setattr(fitting, "step_bytes", take)
     monkeypatch.setattr(fitting, "LossBytes", lambda *_, **__: SimpleNamespace(draws=False))
     cfg, target = compose(*BASE, "adapter=lora"), Target("cpu", UNIT, bf16=False)
-    fits = Fitting(cfg, target, may_change_model=False)
+    fits = FitSearch(recipe_of(cfg), target, may_change_model=False)
     assert fits.as_it_is.need > fits.target.memory and fits.found() is None
-    assert fits.least.cfg.data.batch_size == 1
+    assert fits.least.parts.batch_size == 1
     refused.append(True)
     with pytest.raises(UserError, match="it cannot"):
-        Fitting(cfg, target, may_change_model=False).found()
+        FitSearch(recipe_of(cfg), target, may_change_model=False).found()
 
 
 @pytest.mark.parametrize(
@@ -210,7 +217,7 @@ def test_what_lies_beside_tensors_counts():
 def test_a_changed_config_is_one_of_its_own(compose):
     cfg = compose(*BASE)
     change = fitting.Change({"adapter": "lora", "adapter.blocks": 1, "data.batch_size": 2}, "")
-    new = changed(cfg, (change,))
+    new = with_overrides(cfg, change.words)
     assert (new.choices.adapter, new.adapter.blocks, new.adapter.rank, new.data.batch_size) == ("lora", 1, 16, 2)
     assert (cfg.choices.adapter, cfg.data.batch_size) == ("full", 8)
     assert new.adapter.device == "cpu" and str(change) == "adapter=lora adapter.blocks=1 data.batch_size=2"

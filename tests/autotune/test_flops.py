@@ -9,9 +9,9 @@ from command_line import SMALL
 from torch.utils.flop_counter import FlopCounterMode
 
 from dinoseg.autotune import speed
+from dinoseg.autotune.random_batch import random_batch
 from dinoseg.autotune.speed import matrix_peak, step_flops
-from dinoseg.autotune.stand_in import drawn_batch
-from dinoseg.experiment import build, criteria
+from dinoseg.experiment.step import training_parts
 
 BASE = [*SMALL, "engine.precision=fp32", "resolution.crop=[64,48]"]
 
@@ -22,14 +22,14 @@ def test_a_step_is_what_is_counted_by_hand(compose):
     tokens = cells + 5
     block = 2 * tokens * (4 * width**2 + 2 * width * hidden) + 2 * 2 * tokens**2 * width
     patches, head = 2 * cells * 3 * 8 * 8 * width, 2 * cells * width * 2
-    frozen = step_flops(compose(*BASE, "adapter=frozen", "head.layers=[-1]"), samples, bf16=False)
+    frozen = step_flops(training_parts(compose(*BASE, "adapter=frozen", "head.layers=[-1]")), samples, bf16=False)
     forward = samples * (patches + 2 * block + head)
     assert frozen == pytest.approx(forward + 2 * samples * head, rel=0.02)
     words = (*BASE, "adapter=full", "head.layers=[-1]")
-    whole = step_flops(compose(*words), samples, bf16=False)
+    parts = training_parts(compose(*words))
+    whole = step_flops(parts, samples, bf16=False)
     assert whole == pytest.approx(3 * forward, rel=0.1)  # attention goes backward in five products for two
-    assert step_flops(compose(*words, "backbone.checkpointing=true"), samples, bf16=False) == whole
-    assert step_flops(compose(*words), 2 * samples, bf16=False) == 2 * whole
+    assert step_flops(parts, 2 * samples, bf16=False) == 2 * whole
 
 
 @pytest.mark.parametrize(
@@ -40,14 +40,14 @@ def test_a_step_is_what_is_counted_by_hand(compose):
     ],
 )
 def test_a_step_is_what_is_counted_over_a_real_one(compose, words):
-    cfg = compose(*BASE, *words)
-    model, batch, loss = build.model(cfg, untrained=True).train(), drawn_batch(cfg, 2), criteria.unweighted(cfg)
+    parts = training_parts(compose(*BASE, *words))
+    model, batch, loss = parts.model().train(), random_batch(parts, 2), parts.loss()
     with FlopCounterMode(display=False) as forward:
         prediction = model(batch.image)
     value, _ = loss(prediction, batch)
     with FlopCounterMode(display=False) as backward:
         value.backward()
-    assert step_flops(cfg, 2, bf16=False) == forward.get_total_flops() + backward.get_total_flops() > 1_000_000
+    assert step_flops(parts, 2, bf16=False) == forward.get_total_flops() + backward.get_total_flops() > 1_000_000
 
 
 def test_a_device_multiplies_at_some_rate(monkeypatch):

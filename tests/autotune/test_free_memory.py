@@ -1,13 +1,16 @@
 """What has to change so that a step fits the memory of each device; what a step needs is made up."""
 
 import math
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 from command_line import SMALL
 
 from dinoseg.autotune.memory import Memory
 from dinoseg.config.nodes import instantiate
-from dinoseg.experiment import build
+from dinoseg.experiment.step import training_parts
 from dinoseg.inference.memory import OutOfMemory
 
 
@@ -18,20 +21,22 @@ def asked(compose, monkeypatch):
 
     def ask(of, free, *words, given=(), ranks=1):
         monkeypatch.setattr("dinoseg.autotune.memory.free_bytes", lambda device: free)
-        monkeypatch.setattr("dinoseg.autotune.fitting.step_bytes", lambda cfg, loss, *, samples, **_: of(cfg, samples))
+        monkeypatch.setattr(
+            "dinoseg.autotune.fitting.step_bytes", lambda parts, loss, *, samples, **_: of(parts, samples)
+        )
         cfg = compose("mode=train", *SMALL, "data.classes=[a,b]", "data.batch_size=4", *words)
-        engine, backbone = instantiate(cfg.engine, instead={"devices": 1}), build.outline(cfg).backbone
-        return Memory(engine, frozenset(given), backbone, ranks), cfg
+        engine, recipe = instantiate(cfg.engine, instead={"devices": 1}), partial(training_parts, cfg)
+        return Memory(engine, frozenset(given), recipe({}).outline().backbone, ranks, cfg.engine.devices), recipe
 
     return ask
 
 
-def needs(cfg, samples):
+def needs(parts, samples):
     return 25 * samples
 
 
-def fits(memory, cfg):
-    return memory.fits(cfg)
+def fits(memory, recipe):
+    return memory.fits(recipe)
 
 
 def test_a_step_fits_what_is_free_to_the_byte_as_each_device_has_its_share(asked):
@@ -42,35 +47,35 @@ def test_a_step_fits_what_is_free_to_the_byte_as_each_device_has_its_share(asked
 
 
 def test_what_fits_to_the_byte_stays_as_it_is_and_is_counted_in_the_precision_it_has(asked):
-    memory, cfg = asked(needs, 100, "engine.precision=fp32")
-    assert memory.changes(cfg) == [] and not memory._need(cfg)[0].target.bf16
-    memory, cfg = asked(needs, 100, "engine.precision=bf16")
-    assert memory._need(cfg)[0].target.bf16
+    memory, recipe = asked(needs, 100, "engine.precision=fp32")
+    assert memory.changes(recipe) == [] and not memory._search(recipe)[0].target.bf16
+    memory, recipe = asked(needs, 100, "engine.precision=bf16")
+    assert memory._search(recipe)[0].target.bf16
 
 
 def test_ample_memory_is_known_without_an_exact_estimate(asked):
-    memory, cfg = asked(lambda *_: pytest.fail("estimated"), 2**32)
-    assert memory.fits(cfg) and memory.changes(cfg) == []
+    memory, recipe = asked(lambda *_: pytest.fail("estimated"), 2**32)
+    assert memory.fits(recipe) and memory.changes(recipe) == []
 
 
 def test_what_is_not_known_fits(asked):
-    memory, cfg = asked(needs, 1)
-    cfg.engine.sharding = "full"
-    assert memory.fits(cfg) and memory.changes(cfg) == []
+    memory, recipe = asked(needs, 1)
+    memory = replace(memory, engine=SimpleNamespace(device=memory.engine.device, sharded=True))
+    assert memory.fits(recipe) and memory.changes(recipe) == []
     assert fits(*asked(needs, math.inf))
 
 
 def test_nothing_that_was_typed_changes(asked):
-    memory, cfg = asked(needs, 30)
-    assert memory.changes(cfg)[0].words == {"data.batch_size": 1, "trainer.accumulate": 4}
-    memory, cfg = asked(needs, 30, given={"data.batch_size"})
-    assert memory.changes(cfg) == []
+    memory, recipe = asked(needs, 30)
+    assert memory.changes(recipe)[0].words == {"data.batch_size": 1, "trainer.accumulate": 4}
+    memory, recipe = asked(needs, 30, given={"data.batch_size"})
+    assert memory.changes(recipe) == []
 
-    def of(cfg, samples):
-        return 101 if cfg.choices.adapter == "full" else 99
+    def of(parts, samples):
+        return 99 if parts.takes_blocks else 101
 
-    memory, cfg = asked(of, 100, "adapter=full")
-    assert memory.changes(cfg)[0].words == {"adapter": "lora"}
-    memory, cfg = asked(of, 100, "adapter=full", given={"adapter"})
+    memory, recipe = asked(of, 100, "adapter=full")
+    assert memory.changes(recipe)[0].words == {"adapter": "lora"}
+    memory, recipe = asked(of, 100, "adapter=full", given={"adapter"})
     with pytest.raises(OutOfMemory, match="A training step takes about"):
-        memory.changes(cfg)
+        memory.changes(recipe)

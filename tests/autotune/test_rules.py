@@ -5,19 +5,19 @@ from dataclasses import replace
 import pytest
 
 from dinoseg.autotune import rules
-from dinoseg.autotune.facts import ClassFacts, Facts
+from dinoseg.autotune.facts import ClassFacts, DatasetFacts
 from dinoseg.autotune.length import length_within
-from dinoseg.autotune.rules import Case
-from dinoseg.autotune.timing import Seconds
+from dinoseg.autotune.rules import RecipeCase
+from dinoseg.autotune.timing import RecipeTimes
 from dinoseg.config.plain import BUILDS
 
 WIDE = ClassFacts("sky", 0.6, 300.0)
 POLE = ClassFacts("pole", 0.004, 3.0)
-FACTS = Facts(184, 51, (360, 480), (WIDE, ClassFacts("road", 0.396, 90.0)))
-CASE = Case(FACTS, "cpu", 16.0, 12, 5_500_000)
+FACTS = DatasetFacts(184, 51, (360, 480), (WIDE, ClassFacts("road", 0.396, 90.0)))
+CASE = RecipeCase(FACTS, "cpu", 16.0, 12, 5_500_000)
 THIN = replace(CASE, facts=replace(FACTS, classes=(WIDE, POLE)))
 # a second's parts as in docs/experiments.md: live, from kept features, frozen
-TIMED = Seconds(start=5, image=0.2, kept=0.12, frozen=0.066, bytes=10**6, val=0.1)
+TIMED = RecipeTimes(start=5, image=0.2, kept=0.12, frozen=0.066, bytes=10**6, val=0.1)
 
 
 def test_a_head_that_sees_pixels_is_taken_and_what_is_thinner_than_half_a_patch_is_named():

@@ -1,6 +1,5 @@
 """A step's bytes are those that a real training makes, and sums that can be done by hand."""
 
-from functools import partial
 from importlib import import_module
 from itertools import repeat
 
@@ -8,13 +7,14 @@ import pytest
 import torch
 from command_line import SMALL
 
-from dinoseg.autotune.stand_in import drawn_batch, image_shape
+from dinoseg.autotune.random_batch import random_batch
 from dinoseg.autotune.step_bytes import HeapBytes, LossBytes, outline, step_bytes
 from dinoseg.autotune.trial import try_steps
 from dinoseg.config.nodes import instantiate
 from dinoseg.core.shapes import ClipBatch
 from dinoseg.experiment import build
 from dinoseg.experiment.min_batch import min_batch
+from dinoseg.experiment.step import training_parts
 from dinoseg.inference.memory import PeakBytes
 from dinoseg.inference.walk import walking
 from dinoseg.models.model import trained_names
@@ -32,12 +32,12 @@ SLOTS = [
 
 
 def loss_of(cfg):
-    return LossBytes(cfg, bf16=False, accelerator=False)
+    return LossBytes(training_parts(cfg), bf16=False, accelerator=False)
 
 
 def foretold(cfg, loss=None, **given):
     given = {"samples": cfg.data.batch_size, "accumulate": cfg.trainer.accumulate, "bf16": False, **given}
-    return step_bytes(cfg, loss or loss_of(cfg), **given)
+    return step_bytes(training_parts(cfg), loss or loss_of(cfg), **given)
 
 
 @pytest.mark.heavy
@@ -57,8 +57,8 @@ def test_the_peak_is_that_of_a_real_training(compose, words):
     cfg = compose(*words)
     step, engine = foretold(cfg), instantiate(cfg.engine)
     with PeakBytes() as peak:
-        batches = repeat(drawn_batch(cfg, cfg.data.batch_size))
-        try_steps(cfg, partial(build.model, cfg, untrained=True), engine, batches, steps=2)
+        parts = training_parts(cfg)
+        try_steps(parts, parts.model, engine, repeat(random_batch(parts, parts.batch_size)), steps=2)
     assert step.peak == pytest.approx(peak.most, rel=0.06)
 
 
@@ -72,7 +72,11 @@ def test_parts_are_what_a_model_and_its_graph_hold(compose):
     assert (step.gradients, step.optimizer, step.ranks) == (trained, 2 * trained, trained)
     assert step.average == sum(t.nbytes for t in model.state_dict().values())  # a random backbone is held whole
     cfg.backbone.weights = "given"
-    assert not [name for name in trained_names(outline(cfg)[0]) if name.startswith("backbone.") and "lora" not in name]
+    assert not [
+        name
+        for name in trained_names(outline(training_parts(cfg))[0])
+        if name.startswith("backbone.") and "lora" not in name
+    ]
     kept = {}
 
     def keep(tensor):
@@ -80,7 +84,7 @@ def test_parts_are_what_a_model_and_its_graph_hold(compose):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        prediction = model(drawn_batch(cfg, 3).image)
+        prediction = model(random_batch(training_parts(cfg), 3).image)
     keep(prediction.outputs)
     by_hand = sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in own)
     assert step.activations == pytest.approx(by_hand, rel=0.02)
@@ -112,11 +116,11 @@ def test_quantised_weights_take_their_bits(compose):
 def test_larger_tiles_of_an_accelerator_are_counted_and_holes_of_a_heap(compose, monkeypatch):
     cfg, threads = compose(*BASE, "adapter=frozen"), []
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
-    here, there = (LossBytes(cfg, bf16=False, accelerator=there) for there in (False, True))
+    here, there = (LossBytes(training_parts(cfg), bf16=False, accelerator=there) for there in (False, True))
     assert there.of(1) - here.of(1) == 4 * 4 * 3 * 64 * 48
     assert threads == 4 * [1, torch.get_num_threads()]  # of two losses each, and given back
     monkeypatch.setattr(HeapBytes, "grown", property(lambda _: 10**6, lambda *_: None), raising=False)
-    step = step_bytes(cfg, here, samples=1, accumulate=1, bf16=False)
+    step = step_bytes(training_parts(cfg), here, samples=1, accumulate=1, bf16=False)
     assert step.heap == 10**6 + step.loss + step.optimizer + step.average + step.ranks
 
 
@@ -125,7 +129,7 @@ def test_nothing_that_was_walked_is_left_behind(compose):
     cfg = compose(*BASE, "adapter=frozen")
     foretold(cfg)
     model = build.model(cfg, untrained=True)
-    assert torch.isfinite(model(drawn_batch(cfg, 1).image).scores()).all()
+    assert torch.isfinite(model(random_batch(training_parts(cfg), 1).image).scores()).all()
 
 
 def test_what_a_module_keeps_that_a_walk_has_imported_is_forgotten(tmp_path, monkeypatch):
@@ -150,20 +154,20 @@ def test_a_cache_that_a_walk_has_not_filled_is_kept(tmp_path, monkeypatch):
 
 
 def test_drawn_batches_have_the_recipe_s_sizes_and_classes(compose):
-    cfg = compose(*BASE, "resolution.crop=[33,7]")
-    batch = drawn_batch(cfg, 5)
+    parts = training_parts(compose(*BASE, "resolution.crop=[33,7]"))
+    batch = random_batch(parts, 5)
     assert batch.image.shape == (5, 3, 33, 7) and batch.mask.shape == (5, 33, 7) and len(batch.names) == 5
     assert batch.image.dtype == batch.mask.dtype == torch.uint8 and set(batch.mask.unique().tolist()) <= {0, 1, 2}
-    assert torch.equal(drawn_batch(cfg, 5).image, batch.image) and batch.image.float().std() > 60
-    clips = drawn_batch(compose(*SLOTS), 2)
+    assert torch.equal(random_batch(parts, 5).image, batch.image) and batch.image.float().std() > 60
+    clips = random_batch(training_parts(compose(*SLOTS)), 2)
     assert isinstance(clips, ClipBatch) and clips.image.shape == (2, 3, 3, 64, 64)
 
 
 def test_clips_as_long_as_their_videos_have_no_size(compose):
     with pytest.raises(UserError, match="data.clips.cut.length=None: how many frames"):
-        image_shape(compose(*SLOTS, "data.clips.cut.length=null"))
+        training_parts(compose(*SLOTS, "data.clips.cut.length=null"))
     with pytest.raises(UserError, match="data=camvid has no clips"):
-        image_shape(compose("data=camvid", "data.root=x", "loss=feature_reconstruction"))
+        training_parts(compose("data=camvid", "data.root=x", "loss=feature_reconstruction"))
 
 
 @pytest.mark.parametrize(
@@ -180,7 +184,7 @@ def test_clips_as_long_as_their_videos_have_no_size(compose):
     ids=["nothing", "dropout", "points"],
 )
 def test_what_draws_at_random_is_known(compose, words, draws):
-    assert LossBytes(compose(*words), bf16=False, accelerator=False).draws is draws
+    assert LossBytes(training_parts(compose(*words)), bf16=False, accelerator=False).draws is draws
 
 
 ONE_CELL = ("resolution.crop=[8,8]", "data.batch_size=1")
@@ -205,8 +209,8 @@ def test_at_least_as_many_samples_as_a_real_step_can_take(compose, words, least)
     cfg = compose(*BASE, *ONE_CELL, *words)
     assert min_batch(cfg) == least
     model = build.model(cfg, untrained=True).train()
-    model(drawn_batch(cfg, least).image)
+    model(random_batch(training_parts(cfg), least).image)
     if least > 1:
         with pytest.raises((ValueError, UserError)):
-            model(drawn_batch(cfg, least - 1).image)
-    assert LossBytes(cfg, bf16=False, accelerator=False).of(4) > 0
+            model(random_batch(training_parts(cfg), least - 1).image)
+    assert LossBytes(training_parts(cfg), bf16=False, accelerator=False).of(4) > 0

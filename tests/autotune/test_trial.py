@@ -1,6 +1,5 @@
 """Steps that are tried are timed without those before them, and leave nothing."""
 
-from functools import partial
 from itertools import count, repeat
 from types import SimpleNamespace
 
@@ -8,12 +7,13 @@ import pytest
 from command_line import SMALL
 
 from dinoseg.autotune import trial
-from dinoseg.autotune.stand_in import drawn_batch
+from dinoseg.autotune.random_batch import random_batch
 from dinoseg.autotune.timing import _later_median
-from dinoseg.autotune.trial import drawn_steps, try_steps
+from dinoseg.autotune.trial import try_steps
 from dinoseg.config.nodes import instantiate
 from dinoseg.config.plain import plain
-from dinoseg.experiment import build
+from dinoseg.experiment.step import training_parts
+from dinoseg.modes.plan import dry_steps
 
 BASE = [*SMALL, "engine.precision=fp32", "resolution.crop=[16,16]"]
 
@@ -26,8 +26,9 @@ def test_steps_are_timed_with_their_batches_once_warm(compose, monkeypatch):
     monkeypatch.setattr(trial, "peak_memory", lambda device: 70)
     saved = []
     monkeypatch.setattr(trial.Checkpoints, "save", lambda *_: saved.append(1))
-    make = partial(build.model, cfg, untrained=True)
-    found = try_steps(cfg, make, instantiate(cfg.engine), repeat(drawn_batch(cfg, 2)), steps=2, warmup=1)
+    parts = training_parts(cfg)
+    batches = repeat(random_batch(parts, 2))
+    found = try_steps(parts, parts.model, instantiate(cfg.engine), batches, steps=2, warmup=1)
     assert (found.seconds, found.waited) == ([5, 5], [2, 2]) and (found.before, found.peak) == (30, 40)
     assert len(saved) == 1  # the end is that of a training that is stopped
 
@@ -36,10 +37,10 @@ def test_steps_go_on_for_as_long_as_is_asked(compose, monkeypatch):
     cfg = compose(*BASE)
     clock = SimpleNamespace(perf_counter=count().__next__, monotonic=lambda: 0.0)  # a step takes 3 s
     monkeypatch.setattr(trial, "time", clock)
-    make = partial(build.model, cfg, untrained=True)
+    parts = training_parts(cfg)
     for lasting, timed in ((0, 2), (6, 2), (7, 3), (30, 10), (1e9, 99)):  # beside the one that warms up
-        batches = repeat(drawn_batch(cfg, 2))
-        found = try_steps(cfg, make, instantiate(cfg.engine), batches, steps=2, warmup=1, lasting=lasting)
+        batches = repeat(random_batch(parts, 2))
+        found = try_steps(parts, parts.model, instantiate(cfg.engine), batches, steps=2, warmup=1, lasting=lasting)
         assert (len(found.seconds), len(found.waited)) == (timed, timed), lasting
 
 
@@ -49,21 +50,21 @@ def test_the_later_half_of_the_steps_tells_what_one_takes():
 
 
 def test_a_part_of_a_batch_is_tried_on_one_device(compose):
-    assert len(drawn_steps(plain(compose(*BASE, "engine.devices=2")), 1, steps=1).seconds) == 1
+    assert len(dry_steps(plain(compose(*BASE, "engine.devices=2")), 1, steps=1).seconds) == 1
 
 
 @pytest.mark.parametrize("rests", [False, True])
 def test_a_backbone_that_rests_at_first_is_tried_as_it_learns_later_or_as_it_rests(compose, caplog, rests):
     cfg = compose(*BASE, "optim.optimizer.backbone_begin=0.9")
-    learnt = []
+    learnt, parts = [], training_parts(cfg)
 
     def make():
-        model = build.model(cfg, untrained=True)
+        model = parts.model()
         model.backbone.register_forward_hook(
             lambda part, _, maps: learnt.append((part.training, maps[0].requires_grad))
         )
         return model
 
-    try_steps(cfg, make, instantiate(cfg.engine), repeat(drawn_batch(cfg, 2)), steps=2, warmup=1, rests=rests)
+    try_steps(parts, make, instantiate(cfg.engine), repeat(random_batch(parts, 2)), steps=2, warmup=1, rests=rests)
     assert learnt == [(not rests, not rests)] * 3
     assert not caplog.records  # no warning of a backbone that rests to the end

@@ -5,7 +5,7 @@ import json
 import pytest
 from command_line import SLOTS, SMALL, call, in_this_process, write_data
 
-from dinoseg.autotune.speed import Timed
+from dinoseg.autotune.speed import SpeedMeasurement
 from dinoseg.modes import bench as benching
 from dinoseg.utils.errors import UserError
 
@@ -75,7 +75,7 @@ def test_what_cannot_be_timed_is_refused(tmp_path, here, words, message):
 
 
 def test_shares_are_of_the_best_rate_and_nothing_is_started_that_cannot_be_trained(compose, tmp_path, monkeypatch):
-    timed = iter([Timed("cpu", "fp32", 1, (8, 8), [1.0], None, 0, 5, peak) for peak in (10.0, 20.0)])
+    timed = iter([SpeedMeasurement("cpu", "fp32", 1, (8, 8), [1.0], None, 0, 5, peak) for peak in (10.0, 20.0)])
     monkeypatch.setattr(benching, "in_own_process", lambda work, item: next(timed))
     cfg = compose(*SMALL)
     found = benching.bench(cfg, out_dir=tmp_path)

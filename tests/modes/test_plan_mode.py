@@ -89,8 +89,8 @@ def test_a_dry_step_that_takes_more_than_was_foretold_makes_another_plan(tmp_pat
     """A sample takes 17.5 MiB beside 384 MiB; the dry step takes 60 MiB more than four."""
     tried = []
 
-    def measured(cfg, engine, found, target):
-        tried.append(cfg.data.batch_size)
+    def measured(values, engine, found, target):
+        tried.append(values["data"]["batch_size"])
         return found.need + 60 * 2**20 if len(tried) == 1 else target.memory // 2
 
     monkeypatch.setattr(planning, "_measured", measured)
@@ -112,16 +112,16 @@ def test_each_plan_takes_what_all_dry_steps_have_shown(compose, monkeypatch, tmp
     cfg, targets, measured = compose(*WORDS), [], iter([10**9, 2 * 10**9, 50])
 
     class Found:
-        def __init__(self, cfg, target, *, may_change_model):
+        def __init__(self, recipe, target, *, may_change_model):
             assert may_change_model is False
             targets.append(target)
-            self.as_it_is = Fit(cfg, (), StepBytes(*[0] * 8), target.beside + 100)
+            self.as_it_is = Fit(recipe({}), (), StepBytes(*[0] * 8), target.beside + 100)
 
         def found(self):
             return self.as_it_is
 
-    monkeypatch.setattr(planning, "Fitting", Found)
-    monkeypatch.setattr(planning, "_measured", lambda cfg, engine, found, target: target.beside + next(measured))
+    monkeypatch.setattr(planning, "FitSearch", Found)
+    monkeypatch.setattr(planning, "_measured", lambda values, engine, found, target: target.beside + next(measured))
     monkeypatch.setattr(planning, "_command", lambda *_: "")
     given = {"out_dir": tmp_path, "memory": "1GiB", "change_model": False}
     result = planning.plan(cfg, **given)
@@ -155,10 +155,10 @@ def shortage(*_):
 def test_a_dry_step_tells_what_it_took_or_that_it_is_more(monkeypatch, kind, tried, free, measured):
     samples = []
     monkeypatch.setattr(planning, "free_bytes", lambda device: free)
-    monkeypatch.setattr(planning, "in_own_process", lambda work, cfg: samples.append(work.keywords) or tried())
-    cfg, target = OmegaConf.create({"data": {"batch_size": 6}}), Target(kind, 0, bf16=False, world=2)
-    found = Fit(cfg, (), StepBytes(*[0] * 8), 1000)
-    assert planning._measured(cfg, SimpleNamespace(device=None), found, target) == measured
+    monkeypatch.setattr(planning, "in_own_process", lambda work, values: samples.append(work.keywords) or tried())
+    parts, target = SimpleNamespace(batch_size=6), Target(kind, 0, bf16=False, world=2)
+    found = Fit(parts, (), StepBytes(*[0] * 8), 1000)
+    assert planning._measured({}, SimpleNamespace(device=None), found, target) == measured
     assert samples == ([] if measured is None else [{"samples": 3}])
 
 

@@ -6,35 +6,33 @@ The probe is only a baseline: it does not show which backbone is best to tune (a
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from statistics import mean
 from typing import Any, NamedTuple
 
 import torch
-from omegaconf import DictConfig
+from torch.optim import Optimizer
 
+from dinoseg.core.contracts import Backbone, Loss
 from dinoseg.core.geometry import widths
 from dinoseg.core.shapes import Batch, SegmentationData
-from dinoseg.core.sizes import evenly_spaced
+from dinoseg.core.sizes import Size, evenly_spaced
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.scan.class_counts import class_counts
 from dinoseg.data.splits import keep_evenly_spaced
-from dinoseg.experiment import build
 from dinoseg.inference.policy import Policy
 from dinoseg.models.heads.linear import LinearHead
 from dinoseg.models.model import Segmenter
-from dinoseg.tasks.images import ImageTask
 from dinoseg.tasks.probing.probe import Grid, Probe
-from dinoseg.tasks.task import TrainingTask
 from dinoseg.training.engine import Engine
+from dinoseg.training.image_feed import ImageFeed
 from dinoseg.training.validation import Scored, evaluate
 from dinoseg.utils.devices import synchronize
 from dinoseg.utils.wording import count_of
 
 logger = logging.getLogger(__name__)
-FLOOR = "floor.json"  # name of the file in the run folder
 BELOW = 0.01  # mIoU; smaller differences are chance with so few images
 _LEAST_SECONDS = 1.0  # with less time nothing can be solved
 _FEW, _MOST = 16, 64  # minimum and maximum number of images per split
@@ -47,119 +45,142 @@ _GRID = {"strengths": (1e-3, 1e-2, 1e-1), "balances": (0.0, 0.5), "held_out": 0.
 
 
 @dataclass(frozen=True)
-class Held:
-    """A trained model and its linear-probe baseline, scored on the same images.
+class TrainedRun:
+    """A finished training with a class head on images.
 
     Attributes:
-        cfg: the whole config.
-        regime: its data.
-        engine: device and ranks.
         model: with the weights of the best checkpoint.
+        engine: device and ranks.
+        feed: the data.
+        backbone: returns the pretrained backbone, frozen.
+        loss: returns the training loss.
+        optimizer: returns the optimizer of a model.
+        is_supervised: whether masks are all that the model is trained with.
+        crop: (H, W) of the training images.
+        clip: maximum norm of the gradient; None: no limit.
+        cache_dir: folder of all caches.
+        group: regular expression of the group in a sample's name; None: each sample is its own group.
+        best_step: step with the best score.
+        steps: number of training steps done.
+    """
+
+    model: Segmenter
+    engine: Engine
+    feed: ImageFeed
+    backbone: Callable[[], Backbone]
+    loss: Callable[[], Loss]
+    optimizer: Callable[[Segmenter], Optimizer]
+    is_supervised: bool
+    crop: Size
+    clip: float | None
+    cache_dir: str
+    group: str | None
+    best_step: int = 0
+    steps: int = 0
+
+
+@dataclass(frozen=True)
+class ProbeComparison:
+    """A training and its linear-probe baseline, scored on the same images.
+
+    Attributes:
+        run: the training.
         plain: the pretrained backbone below an unused head.
         train: images that the probe is solved from.
         val: images that both are scored on.
-        run: scores of the model on `val`.
-        floor: scores of the probe on `val`.
+        scores: of the run on `val`.
+        probe: scores of the linear probe on `val`.
         has_time: whether there is time to try other normalisations even if the run beats the probe.
-        best_step: step with the best score.
-        steps: number of training steps done.
         until: deadline for the search of causes, on the clock of `time.monotonic`.
     """
 
-    cfg: DictConfig
-    regime: ImageTask
-    engine: Engine
-    model: Segmenter
+    run: TrainedRun
     plain: Segmenter
     train: SegmentationData
     val: SegmentationData
-    run: Mapping[str, Any]
-    floor: Mapping[str, Any]
+    scores: Mapping[str, Any]
+    probe: Mapping[str, Any]
     has_time: bool = False
-    best_step: int = 0
-    steps: int = 0
     until: float = math.inf
 
     @property
     def has_ended(self) -> bool:
         """Return whether the time for causes is up, by rank 0's clock."""
-        return self.engine.decided(lambda: time.monotonic() >= self.until)
+        return self.run.engine.decided(lambda: time.monotonic() >= self.until)
 
     @property
     def is_below(self) -> bool:
         """Return whether the run scores below the linear probe."""
-        return (self.run["miou"] or 0.0) < (self.floor["miou"] or 0.0) - BELOW
+        return (self.scores["miou"] or 0.0) < (self.probe["miou"] or 0.0) - BELOW
+
+    @property
+    def summary(self) -> str:
+        """Return both scores in words."""
+        return (
+            f"mIoU {self.probe['miou']:.4f}, solved from {count_of(len(self.train), 'training image')}; this run "
+            f"{self.scores['miou']:.4f} on the same {count_of(len(self.val), 'validation image')}"
+        )
 
 
-def held_against_floor(
-    cfg: DictConfig, regime: TrainingTask, engine: Engine, model: Segmenter, *, seconds: float
-) -> Held | None:
-    """Score a run and its linear-probe baseline; return None without a class head on images or without time.
+def compare(run: TrainedRun, *, seconds: float) -> ProbeComparison | None:
+    """Score a run and its linear-probe baseline; return None if there is too little time.
 
-    None is also returned with sharded weights, or if no pixel of the selected images is labelled.
+    None is also returned with sharded weights, with data that are no image files, or if no pixel of the selected images
+    is labelled.
 
     Args:
-        cfg: the whole config.
-        regime: of the run.
-        engine: of the run.
-        model: with the weights of the best checkpoint.
+        run: the training.
         seconds: time limit; it decides the number of images, at most 64 per split.
     """
-    if not isinstance(regime, ImageTask) or engine.sharded:  # ranks that train on clips are out of step by now
+    engine, feed = run.engine, run.feed
+    if engine.sharded:
         return None
     seconds = engine.share(seconds)  # rank 0's value, or ranks would decide differently and wait for one another
     if seconds < _LEAST_SECONDS:
         return None
-    train, val = regime.feed.train, regime.feed.val
+    train, val = feed.train, feed.val
     if not isinstance(train, PairDataset) or not isinstance(val, PairDataset):
         return None
     began = time.perf_counter()
-    plain = _plain(cfg).to(engine.device).eval()
-    ways = _Way(model, regime.feed.policy), _Way(plain)
+    plain = _plain(run).to(engine.device).eval()
+    scored = _ScoredModel(run.model, feed.policy), _ScoredModel(plain)
     images, has_time = engine.decided(
-        lambda: _affordable(*ways, (train, val), engine, seconds - (time.perf_counter() - began))
+        lambda: _affordable(*scored, (train, val), engine, seconds - (time.perf_counter() - began))
     )
     if images < min(_FEW, len(train), len(val)):
-        logger.debug("no floor: in %.1f s there are %d images", seconds, images)
+        logger.debug("no linear-probe baseline: %.1f s suffice for %d images", seconds, images)
         return None
     few, some = keep_evenly_spaced(train, images), keep_evenly_spaced(val, images)
-    if not all(class_counts(each, cfg.cache_dir).any() for each in (few, some)):
-        logger.debug("no floor: no pixel of %d evenly spaced images of a split is labelled", images)
+    if not all(class_counts(each, run.cache_dir).any() for each in (few, some)):
+        logger.debug("no linear-probe baseline: no pixel of %d evenly spaced images of a split is labelled", images)
         return None
-    run = evaluate(model, some, engine, policy=regime.feed.policy)
-    return Held(cfg, regime, engine, model, plain, few, some, run, solved(plain, few, some, cfg, engine), has_time)
+    scores = evaluate(run.model, some, engine, policy=feed.policy)
+    return ProbeComparison(run, plain, few, some, scores, score_linear_probe(run, plain, few, some), has_time)
 
 
-def solved(
-    plain: Segmenter, train: SegmentationData, val: SegmentationData, cfg: DictConfig, engine: Engine
+def score_linear_probe(
+    run: TrainedRun, plain: Segmenter, train: SegmentationData, val: SegmentationData
 ) -> Mapping[str, Any]:
     """Return the scores on `val` of a linear head that is solved in closed form from `train`."""
     dims = widths(plain.backbone.dim, plain.backbone.num_layers)
     places = list(range(len(dims))) if sum(dims) <= _WIDEST else [len(dims) - 1]
-    grid = Grid(**_GRID, group=cfg.data.group, seed=build.seed_of(cfg))  # type: ignore[arg-type]
-    probe = Probe(plain, train, class_counts(train, cfg.cache_dir).tolist(), engine, {"floor": places}, grid)
+    grid = Grid(**_GRID, group=run.group, seed=run.feed.seed)  # type: ignore[arg-type]
+    counts = class_counts(train, run.cache_dir).tolist()
+    probe = Probe(plain, train, counts, run.engine, {"baseline": places}, grid)
     probe.fit()
     solutions = probe.choose()
     probe.score(solutions, val)
     return solutions[0].scores
 
 
-def told(held: Held) -> str:
-    """Return a sentence with both scores."""
-    return (
-        f"mIoU {held.run['miou']:.4f} on {count_of(len(held.val), 'validation image')}, where a linear head that is "
-        f"solved from {count_of(len(held.train), 'training image')} has {held.floor['miou']:.4f}"
-    )
-
-
-def _plain(cfg: DictConfig) -> Segmenter:
-    backbone = build.backbone(cfg)
-    head = LinearHead(backbone.dim, backbone.num_layers, cfg.data.num_classes)
-    return Segmenter(backbone, head, scale=cfg.resolution.scale, longest=cfg.resolution.longest)
+def _plain(run: TrainedRun) -> Segmenter:
+    backbone = run.backbone()
+    head = LinearHead(backbone.dim, backbone.num_layers, len(run.feed.train.classes))
+    return Segmenter(backbone, head, scale=run.model.scale, longest=run.model.longest)
 
 
 def _affordable(
-    run: "_Way", plain: "_Way", splits: Sequence[SegmentationData], engine: Engine, seconds: float
+    run: "_ScoredModel", plain: "_ScoredModel", splits: Sequence[SegmentationData], engine: Engine, seconds: float
 ) -> tuple[int, bool]:
     """Return how many images per split there is time for, and whether that includes other normalisations.
 
@@ -187,14 +208,14 @@ def _affordable(
     return (min(_MOST, fewer), True) if fewer >= _FEW else (min(_MOST, images), False)
 
 
-class _Way(NamedTuple):
+class _ScoredModel(NamedTuple):
     """A model and its inference strategy; None: whole images."""
 
     model: Segmenter
     policy: Policy | None = None
 
 
-def _score(way: _Way, image: tuple[SegmentationData, int], engine: Engine) -> float:
+def _score(way: _ScoredModel, image: tuple[SegmentationData, int], engine: Engine) -> float:
     """Return the seconds to read and score an image; ranks are not synchronised, since only rank 0 calls this."""
     began = time.perf_counter()
     data, place = image

@@ -6,6 +6,7 @@ import re
 import shlex
 import threading
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,13 +14,18 @@ import torch
 from command_line import SMALL, call, in_this_process, write_data
 from omegaconf import OmegaConf
 
-from dinoseg.autotune import recipe, timing
-from dinoseg.autotune.given import left_of
+from dinoseg.autotune import timing
 from dinoseg.autotune.memory import Memory
-from dinoseg.autotune.rules import Choice
-from dinoseg.autotune.timing import Seconds
+from dinoseg.autotune.rules import RecipeChoice
+from dinoseg.autotune.timing import RecipeTimes
 from dinoseg.autotune.trial import Trial
+from dinoseg.cli.auto import recipe
+from dinoseg.cli.auto.given import left_of
+from dinoseg.cli.auto.timing import time_candidate
+from dinoseg.config.nodes import instantiate
 from dinoseg.config.plain import plain
+from dinoseg.experiment import build
+from dinoseg.experiment.step import training_parts
 from dinoseg.training import checkpoint
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import read_ids, write_png
@@ -30,14 +36,14 @@ CHOSEN = ("trainer.steps", "adapter", "data.batch_size", "resolution.crop")
 AUTO = ("mode=train", "hparam=auto", *(word for word in SMALL if word.split("=")[0] not in CHOSEN))
 FEW = "trainer.steps=2"
 DETAIL = ["head=detail", "head.fine=4", "head.width=8"]
-TIMED = Seconds(start=0.1, image=0.02, kept=0.01, frozen=0.01, bytes=1000, val=0.01)
+TIMED = RecipeTimes(start=0.1, image=0.02, kept=0.01, frozen=0.01, bytes=1000, val=0.01)
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     write_data(tmp_path / "data", train=5)
-    monkeypatch.setattr("dinoseg.autotune.choice.in_own_process", lambda work, values, **_: TIMED)
-    monkeypatch.setattr("dinoseg.autotune.choice.monotonic", lambda: 0.0)
+    monkeypatch.setattr("dinoseg.cli.auto.search.in_own_process", lambda work, values, **_: TIMED)
+    monkeypatch.setattr("dinoseg.cli.auto.search.monotonic", lambda: 0.0)
     return tmp_path
 
 
@@ -107,7 +113,7 @@ def test_what_is_typed_is_taken_as_it_is(folder):
 )
 def test_what_goes_with_a_typed_loss_is_left_to_it(typed):
     words = {"loss": "ce_dice", "loss.weights": {"pole": 3.0}, "loss.criterion.factors.dice": 2.0}
-    ((choice,), taken) = left_of([Choice({"head": "detail", **words}, "")], frozenset({typed, "data.root"}))
+    ((choice,), taken) = left_of([RecipeChoice({"head": "detail", **words}, "")], frozenset({typed, "data.root"}))
     gone = {"loss": {*words}, "loss.weights": {"loss.weights"}}.get(typed, {"loss.criterion.factors.dice"})
     assert taken == [typed] and choice.words.keys() == {"head", *words} - gone
 
@@ -117,7 +123,7 @@ def test_the_same_command_chooses_the_same_however_fast_the_machine_then_is(fold
     words = (*AUTO, "trainer.epochs=1", "budget.minutes=0.2")
     first = call(folder, *words, "hydra.run.dir=R")
     assert first.status == 0 and "; chosen now:" in first.out, first.err
-    monkeypatch.setattr("dinoseg.autotune.choice.in_own_process", pytest.fail)
+    monkeypatch.setattr("dinoseg.cli.auto.search.in_own_process", pytest.fail)
     again = call(folder, *words, "seed=1", "mode.pictures=0", "hydra.run.dir=S")
     assert again.status == 0 and "as they were chosen before, since" in again.out, again.err
     one, other = (OmegaConf.to_container(config_of(folder / run)) for run in "RS")
@@ -125,7 +131,7 @@ def test_the_same_command_chooses_the_same_however_fast_the_machine_then_is(fold
     assert [one[key] for key in ("head", "data", "optim", "trainer")] == [
         other[key] for key in ("head", "data", "optim", "trainer")
     ]
-    monkeypatch.setattr("dinoseg.autotune.choice.in_own_process", lambda work, values, **_: TIMED)
+    monkeypatch.setattr("dinoseg.cli.auto.search.in_own_process", lambda work, values, **_: TIMED)
     call(folder, *AUTO, "trainer.epochs=1", "budget.minutes=0.3", "hydra.run.dir=T")
     assert len([*(folder / "outputs/.cache").glob("choices_*.json")]) == 2
 
@@ -135,7 +141,7 @@ def test_the_same_command_chooses_the_same_however_fast_the_machine_then_is(fold
 def test_a_length_that_was_typed_once_is_chosen_where_it_is_not(folder, monkeypatch):
     words = (*AUTO, "budget.minutes=0.2", "mode=plan", "mode.dry_step=false")
     assert "; as given: trainer.steps; chosen now:" in call(folder, *words, "trainer.steps=2", "hydra.run.dir=R").out
-    monkeypatch.setattr("dinoseg.autotune.choice.in_own_process", pytest.fail)
+    monkeypatch.setattr("dinoseg.cli.auto.search.in_own_process", pytest.fail)
     done = call(folder, *words, "hydra.run.dir=S")
     assert done.status == 0 and "as given" not in done.out, done.err
     cfg = config_of(folder / "S")
@@ -160,7 +166,7 @@ def test_a_run_goes_on_with_what_was_chosen_for_it(folder, monkeypatch):
     words = (*AUTO, "budget.minutes=0.2")
     first = call(folder, *words, FEW)
     assert first.status == 0, first.err
-    monkeypatch.setattr("dinoseg.autotune.choice.in_own_process", pytest.fail)
+    monkeypatch.setattr("dinoseg.cli.auto.search.in_own_process", pytest.fail)
     (run,) = (folder / "outputs/auto").iterdir()
     again = call(folder, *words, "trainer.steps=4", "resume=auto")
     assert again.status == 0 and "going on with" in again.err and "at step 2 of 4" in again.err, again.err
@@ -255,7 +261,7 @@ def test_smaller_images_are_taken_where_they_leave_time_to_tune(folder, monkeypa
         tried.append((values["choices"]["adapter"], *sides))
         return replace(TIMED, image=0.01 if sides[1] else 0.015, kept=None)
 
-    monkeypatch.setattr("dinoseg.autotune.choice.in_own_process", timed)
+    monkeypatch.setattr("dinoseg.cli.auto.search.in_own_process", timed)
     done = call(folder, *AUTO, FEW, "head=linear", "budget.minutes=0.5", "hydra.run.dir=R")
     assert done.status == 0, done.err
     assert tried == [("frozen", [32, 48], None), ("full", [32, 48], None), ("full", [16, 32], 32)]
@@ -287,7 +293,7 @@ def test_a_backbone_is_tuned_on_whole_images_where_smaller_ones_have_no_time_eit
         tried.append(values["choices"]["adapter"])
         return replace(TIMED, image=0.01 if values["resolution"]["longest"] else 0.015, kept=None)
 
-    monkeypatch.setattr("dinoseg.autotune.choice.in_own_process", timed)
+    monkeypatch.setattr("dinoseg.cli.auto.search.in_own_process", timed)
     monkeypatch.setattr("dinoseg.autotune.rules.LEAST_SMALLER", least_smaller)
     done = call(folder, *AUTO, FEW, "head=linear", f"budget.minutes={minutes}", "hydra.run.dir=R")
     assert done.status == 0, done.err
@@ -313,8 +319,8 @@ def plan(folder, monkeypatch, taken, *words, timed=TIMED, minutes=1.0):
             raise TimeoutError
         return timed
 
-    monkeypatch.setattr("dinoseg.autotune.choice.in_own_process", trial)
-    monkeypatch.setattr("dinoseg.autotune.choice.monotonic", lambda: clock[0])
+    monkeypatch.setattr("dinoseg.cli.auto.search.in_own_process", trial)
+    monkeypatch.setattr("dinoseg.cli.auto.search.monotonic", lambda: clock[0])
     monkeypatch.setattr("dinoseg.cli.launch.run_mode", lambda *_: None)
     more = (f"budget.minutes={minutes}", "mode=plan", "mode.dry_step=false", f"hydra.run.dir={len(words)}{len(taken)}")
     done = call(folder, *AUTO, *words, *more)
@@ -370,15 +376,15 @@ def test_a_budget_is_never_refused_once_it_is_spent(folder, monkeypatch, timed, 
 @pytest.mark.usefixtures("choice_alone")
 @pytest.mark.parametrize("seconds", [30, 100])  # of a budget of 60
 def test_where_reading_the_data_spends_the_time_for_choosing_the_recipe_still_trains(folder, monkeypatch, seconds):
-    times, read = [0.0], recipe.Chooser._case
-    monkeypatch.setattr("dinoseg.autotune.choice.monotonic", lambda: times[0])
-    monkeypatch.setattr("dinoseg.autotune.choice.in_own_process", pytest.fail)
+    times, read = [0.0], recipe.RecipeSearch._case
+    monkeypatch.setattr("dinoseg.cli.auto.search.monotonic", lambda: times[0])
+    monkeypatch.setattr("dinoseg.cli.auto.search.in_own_process", pytest.fail)
 
     def slow(chooser, facts):
         times[0] += seconds
         return read(chooser, facts)
 
-    monkeypatch.setattr(recipe.Chooser, "_case", slow)
+    monkeypatch.setattr(recipe.RecipeSearch, "_case", slow)
     done = call(folder, *AUTO, "budget.minutes=1", "mode=plan", "mode.dry_step=false", "hydra.run.dir=R")
     assert done.status == 0, done.err
     cfg, left = config_of(folder / "R"), max(60 - seconds, 12)
@@ -387,7 +393,9 @@ def test_where_reading_the_data_spends_the_time_for_choosing_the_recipe_still_tr
 
 
 def test_a_closed_form_keeps_its_length_and_the_rate_of_its_own_head(folder, monkeypatch):
-    timed = Seconds(start=0.1, image=100.0, kept=50.0, frozen=2.0, bytes=1000, val=50.0)  # 7 images of a quarter fit
+    timed = RecipeTimes(
+        start=0.1, image=100.0, kept=50.0, frozen=2.0, bytes=1000, val=50.0
+    )  # 7 images of a quarter fit
     cfg, done = plan(folder, monkeypatch, (1,), "backbone.arch.num_hidden_layers=4", timed=timed)
     assert (cfg.choices.head, cfg.head.init, cfg.trainer.steps, cfg.data.views) == ("linear", "probe", 1, None)
     assert cfg.optim.optimizer.head_lr == cfg.head.lr and f"{cfg.head.lr:g} is what head=linear learns at" in done.out
@@ -421,7 +429,7 @@ def test_when_tuning_wins_depends_on_the_head_and_on_a_step(folder, monkeypatch,
         resting = 0.005 if asked and way == "full" else None
         return replace(TIMED, image=0.005 if way == "frozen" else least, kept=None, resting=resting)
 
-    monkeypatch.setattr("dinoseg.autotune.choice.in_own_process", timed)
+    monkeypatch.setattr("dinoseg.cli.auto.search.in_own_process", timed)
     monkeypatch.setattr("dinoseg.autotune.rules.LEAST_SMALLER", 10**6)
     more = ("backbone.arch.num_hidden_layers=4", "mode=plan", "mode.dry_step=false")
     done = call(folder, *AUTO, "budget.minutes=0.3", *more, *words, "hydra.run.dir=R")
@@ -443,8 +451,6 @@ def test_when_tuning_wins_depends_on_the_head_and_on_a_step(folder, monkeypatch,
 
 @pytest.mark.heavy
 def test_another_rank_takes_what_the_first_one_chooses(folder, monkeypatch):
-    from dinoseg.autotune import recipe
-
     words = (*AUTO, FEW, "budget.minutes=0.2", "hydra.run.dir=R")
     assert call(folder, *words).status == 0
     (path,) = (folder / "outputs/.cache").glob("choices_*.json")
@@ -452,7 +458,7 @@ def test_another_rank_takes_what_the_first_one_chooses(folder, monkeypatch):
     path.unlink()
     writing = threading.Timer(0.3, lambda: path.write_text(content))
     writing.start()
-    monkeypatch.setattr(recipe, "Chooser", pytest.fail)
+    monkeypatch.setattr(recipe, "RecipeSearch", pytest.fail)
     monkeypatch.setenv("RANK", "1")
     seen = []
     monkeypatch.setattr("dinoseg.cli.launch.run_mode", lambda cfg, out_dir: seen.append(cfg))
@@ -466,7 +472,7 @@ def test_another_rank_takes_what_the_first_one_chooses(folder, monkeypatch):
 
 
 def test_while_one_measures_it_is_no_rank(monkeypatch):
-    from dinoseg.autotune.recipe import _alone
+    from dinoseg.cli.auto.recipe import _alone
 
     ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}
     for name, value in ranks.items():
@@ -486,7 +492,7 @@ def test_ranks_on_other_machines_take_what_the_first_one_chooses_for_all(folder,
     assert call(folder, *words).status == 0
     monkeypatch.setenv("RANK", "2")
     monkeypatch.setattr("platform.node", lambda: "elsewhere")
-    monkeypatch.setattr("dinoseg.autotune.recipe.count_cores", lambda: 99)
+    monkeypatch.setattr("dinoseg.cli.auto.recipe.count_cores", lambda: 99)
     assert call(folder, *words).status == 0
     assert [cfg.data.batch_size for cfg in seen] == [3, 3] and [cfg.engine.devices for cfg in seen] == [1, 1]
 
@@ -495,7 +501,7 @@ def test_choices_that_other_ranks_wait_for_have_to_be_kept(folder, monkeypatch):
     def full(*_):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("dinoseg.autotune.recipe.write_choices", full)
+    monkeypatch.setattr("dinoseg.cli.auto.recipe.write_choices", full)
     for name, value in {"WORLD_SIZE": "3", "RANK": "0", "OMP_NUM_THREADS": "1"}.items():
         monkeypatch.setenv(name, value)
     done = call(folder, *AUTO, FEW, "budget.minutes=0.2", "hydra.run.dir=R")
@@ -510,7 +516,7 @@ def test_of_two_that_are_started_at_once_one_chooses_and_the_other_one_takes_the
     (path,) = (folder / "outputs/.cache").glob("choices_*")
     content = path.read_text()
     path.unlink()
-    monkeypatch.setattr("dinoseg.autotune.recipe.Chooser", pytest.fail)
+    monkeypatch.setattr("dinoseg.cli.auto.recipe.RecipeSearch", pytest.fail)
     first, said = acquire(path.with_suffix(".lock")), []
 
     def choose(message, *_):
@@ -531,7 +537,7 @@ def test_choices_that_cannot_be_kept_are_taken_all_the_same(folder, monkeypatch)
     def full(*_):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("dinoseg.autotune.recipe.write_choices", full)
+    monkeypatch.setattr("dinoseg.cli.auto.recipe.write_choices", full)
     done = call(folder, *AUTO, FEW, "budget.minutes=0.2", "hydra.run.dir=R")
     assert done.status == 0 and (folder / "R/config/hparam/chosen.yaml").is_file(), done.err
     assert "(No space left on device): the next run chooses anew." in done.err
@@ -545,14 +551,16 @@ def test_the_memory_that_is_free_decides_too(folder, monkeypatch):
 
 @pytest.fixture
 def chosen_with(folder, monkeypatch):
-    """Return a function that chooses where a step needs what `of` says of config and samples; 100 bytes are free."""
+    """Return a function that chooses where a step needs what `of` says of parts and samples; 100 bytes are free."""
     write_data(folder / "large", train=25, size=(64, 64))
     monkeypatch.setattr("dinoseg.cli.launch.run_mode", lambda cfg, out_dir: None)
     monkeypatch.setattr("dinoseg.autotune.memory.free_bytes", lambda device: 100)
     monkeypatch.setattr("dinoseg.autotune.target.Target.need", lambda target, step: step)
 
     def choose(of, *words):
-        monkeypatch.setattr("dinoseg.autotune.fitting.step_bytes", lambda cfg, loss, *, samples, **_: of(cfg, samples))
+        monkeypatch.setattr(
+            "dinoseg.autotune.fitting.step_bytes", lambda parts, loss, *, samples, **_: of(parts, samples)
+        )
         done = call(folder, *AUTO, "data.root=large", "budget.minutes=9", f"hydra.run.dir={len(words)}", *words)
         assert done.status == 0, done.err
         return config_of(folder / str(len(words))), done.out
@@ -561,24 +569,24 @@ def chosen_with(folder, monkeypatch):
 
 
 def test_a_batch_is_no_larger_than_what_fits(chosen_with):
-    cfg, out = chosen_with(lambda cfg, samples: 20 * samples if cfg.resolution.crop == [64, 64] else 1)
+    cfg, out = chosen_with(lambda parts, samples: 20 * samples if parts.crop == (64, 64) else 1)
     assert (cfg.data.batch_size, cfg.trainer.accumulate) == (4, 1) and "; 8 would not fit the memory" in out
     assert 200 < cfg.trainer.steps * 4 * TIMED.kept < 540
 
 
 @pytest.mark.heavy
 def test_what_memory_makes_of_a_batch_stays_but_for_a_typed_one(chosen_with):
-    cfg, _ = chosen_with(lambda cfg, samples: 60 * samples)
+    cfg, _ = chosen_with(lambda parts, samples: 60 * samples)
     assert (cfg.data.batch_size, cfg.trainer.accumulate) == (1, 2)
     assert 200 < cfg.trainer.steps * 2 * TIMED.kept < 540
-    cfg, _ = chosen_with(lambda cfg, samples: 60 * samples, "data.batch_size=4")
+    cfg, _ = chosen_with(lambda parts, samples: 60 * samples, "data.batch_size=4")
     assert (cfg.data.batch_size, cfg.trainer.accumulate) == (4, 1)
 
 
 @pytest.mark.heavy
 def test_memory_changes_no_adapter_that_was_typed(chosen_with):
-    def of(cfg, samples):
-        return 101 if cfg.choices.adapter == "full" else 99
+    def of(parts, samples):
+        return 99 if parts.takes_blocks else 101  # LoRA takes a number of blocks
 
     assert chosen_with(of)[0].choices.adapter == "lora"
     with pytest.raises(AssertionError, match="A training step takes about 0.0 GiB at least"):
@@ -592,7 +600,7 @@ def test_memory_changes_no_adapter_that_was_typed(chosen_with):
 def test_what_is_timed_knows_the_minutes_typed_or_not(folder, monkeypatch, words, minutes):
     asked = []
     monkeypatch.setattr(
-        "dinoseg.autotune.choice.in_own_process",
+        "dinoseg.cli.auto.search.in_own_process",
         lambda work, _, timeout: asked.append((work.keywords["minutes"], timeout)) or TIMED,
     )
     done = call(folder, *AUTO, "mode=plan", "mode.dry_step=false", *words, "hydra.run.dir=R")
@@ -612,7 +620,7 @@ def test_what_is_timed_knows_the_minutes_typed_or_not(folder, monkeypatch, words
 def test_what_is_timed_has_an_image_for_each_device(folder, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        "dinoseg.autotune.choice.in_own_process",
+        "dinoseg.cli.auto.search.in_own_process",
         lambda work, values, **_: asked.append(values["data"]["batch_size"]) or TIMED,
     )
     done = call(folder, *AUTO, "engine.devices=3", "mode=plan", "mode.dry_step=false", "hydra.run.dir=R")
@@ -632,7 +640,7 @@ def test_what_is_timed_has_an_image_for_each_device(folder, monkeypatch):
 def test_several_ranks_are_timed_as_they_work(folder, monkeypatch, kind, environment, words, apart, sharing):
     asked = []
 
-    class Chooser(recipe.Chooser):
+    class RecipeSearch(recipe.RecipeSearch):
         def __init__(self, *given, **options):
             with monkeypatch.context() as patched:
                 patched.setattr("dinoseg.training.engine.Engine.device", torch.device(kind), raising=False)
@@ -640,7 +648,7 @@ def test_several_ranks_are_timed_as_they_work(folder, monkeypatch, kind, environ
             asked.append((self._ranks, self.memory.ranks))
             raise UserError("enough")
 
-    monkeypatch.setattr(recipe, "Chooser", Chooser)
+    monkeypatch.setattr(recipe, "RecipeSearch", RecipeSearch)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     done = call(folder, *AUTO, *words, "mode=plan", "mode.dry_step=false", "hydra.run.dir=R")
@@ -651,15 +659,15 @@ def test_a_rank_is_timed_with_its_share_of_a_batch(tmp_path, compose, monkeypatc
     write_data(tmp_path / "data")
     sizes = []
 
-    def steps(cfg, make, engine, batches, **_):
-        sizes.append(cfg.data.batch_size)
+    def steps(parts, make, engine, batches, **_):
+        sizes.append(parts.batch_size)
         return Trial([9.0, 6.0])
 
     monkeypatch.setattr(timing, "try_steps", steps)
     monkeypatch.setattr(timing, "_seconds_of_val", lambda *_: 4.0)
     monkeypatch.setattr(timing, "_cut", lambda model, batch, engine: (model.frozen(batch.image.float()), 8.0))
     cfg = compose(*SMALL, f"data.root={tmp_path}/data", "adapter=frozen", "data.batch_size=4")
-    alone, two = (timing.time_recipe(plain(cfg), minutes=9, ranks=ranks) for ranks in (1, 2))
+    alone, two = (time_candidate(plain(cfg), minutes=9, ranks=ranks) for ranks in (1, 2))
     assert sizes == [4, 4, 2, 2]
     assert (alone.image, alone.kept, alone.frozen, alone.val) == (1.5, 1.5, 2.0, 4.0)
     assert (two.image, two.kept, two.frozen, two.val) == (1.5, 1.5, 2.0, 2.0)  # half the images, and two at once
@@ -668,9 +676,11 @@ def test_a_rank_is_timed_with_its_share_of_a_batch(tmp_path, compose, monkeypatc
 @pytest.mark.usefixtures("choice_alone")
 def test_time_that_choosing_a_batch_takes_is_counted(folder, monkeypatch):
     clock, fits = [0.0], Memory.fits
-    monkeypatch.setattr("dinoseg.autotune.choice.monotonic", lambda: clock[0])
+    monkeypatch.setattr("dinoseg.cli.auto.search.monotonic", lambda: clock[0])
     words = (*AUTO, "mode=plan", "mode.dry_step=false", "budget.minutes=10", "data.views=null")
-    monkeypatch.setattr(Memory, "fits", lambda memory, cfg: clock.__setitem__(0, clock[0] + 300) or fits(memory, cfg))
+    monkeypatch.setattr(
+        Memory, "fits", lambda memory, recipe: clock.__setitem__(0, clock[0] + 300) or fits(memory, recipe)
+    )
     done = call(folder, *words, "hydra.run.dir=R")
     assert done.status == 0 and "5.0 of 10 minutes are left" in done.out, done.err
     cfg = config_of(folder / "R")
@@ -682,7 +692,7 @@ def test_time_that_choosing_a_batch_takes_is_counted(folder, monkeypatch):
 def test_a_recipe_is_timed_on_its_own_data(tmp_path, monkeypatch, words):
     write_data(tmp_path / "data", train=5)
     monkeypatch.setattr("dinoseg.autotune.timing._MOST", 0.1)
-    monkeypatch.setattr("dinoseg.autotune.choice.in_own_process", in_this_process)
+    monkeypatch.setattr("dinoseg.cli.auto.search.in_own_process", in_this_process)
     done = call(tmp_path, *AUTO, "mode=plan", "mode.dry_step=false", *words, "hydra.run.dir=R")
     assert done.status == 0 and "A training step of" in done.out, done.err
     cfg = config_of(tmp_path / "R")
@@ -704,13 +714,14 @@ def test_steps_of_a_backbone_that_rests_are_timed_where_it_learns(
     write_data(tmp_path / "data")
     found = []
 
-    def steps(cfg, make, engine, batches, *, lasting, rests=False, **_):
-        found.append((lasting, rests, cfg.optim.optimizer.backbone_begin))
+    def steps(parts, make, engine, batches, *, lasting, rests=False, **_):
+        groups = parts.optimizer(make()).param_groups
+        found.append((lasting, rests, max((group["begin"] for group in groups if group["rests"]), default=0.0)))
         return Trial([9.0, 2.0 if rests else 4.0])
 
     monkeypatch.setattr(timing, "try_steps", steps)
     cfg = compose(*SMALL, f"data.root={tmp_path}/data", f"adapter={adapter}", "data.batch_size=2")
-    timed = timing.time_recipe(plain(cfg), minutes=9, may_rest=may_rest)
+    timed = time_candidate(plain(cfg), minutes=9, may_rest=may_rest)
     assert found == [(pytest.approx(lasting), rests, begin) for lasting, rests, begin in tried]
     assert (timed.image, timed.resting) == (2.0, 1.0 if (adapter, may_rest) == ("full", True) else None)
 
@@ -725,25 +736,20 @@ def test_patches_of_an_odd_size_have_a_head_of_their_own(folder, patch, head):
 
 
 def test_a_validation_of_few_images_is_timed_with_their_reading(tmp_path, compose, monkeypatch):
-    from dinoseg.config.nodes import instantiate
-    from dinoseg.experiment import build
-
     write_data(tmp_path / "data", val=3)
     clock = [0.0]
     monkeypatch.setattr(timing, "evaluate", lambda *_, batches, **__: list(batches))
     monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
     cfg = compose(*SMALL, f"data.root={tmp_path}/data")
-    kind = type(build.dataset(cfg, "val"))
+    parts, data = training_parts(cfg), build.dataset(cfg, "val")
+    kind, feed = type(data), SimpleNamespace(val=data, policy=None)
     read = kind.__getitem__
     slow = lambda data, place: clock.__setitem__(0, clock[0] + 5) or read(data, place)  # noqa: E731
     monkeypatch.setattr(kind, "__getitem__", slow)
-    assert timing._seconds_of_val(cfg, build.model(cfg), instantiate(cfg.engine)) == 5
+    assert timing._seconds_of_val(parts.loss(), feed, parts.model(), instantiate(cfg.engine)) == 5
 
 
 def test_a_validation_is_timed_on_images_of_all_sizes(tmp_path, compose, monkeypatch):
-    from dinoseg.config.nodes import instantiate
-    from dinoseg.experiment import build
-
     write_data(tmp_path / "data", val=11)
     for number in range(10):  # but for the last one small
         write_png(tmp_path / f"data/val/images/{number}.png", torch.zeros(4, 4, 3, dtype=torch.uint8).numpy())
@@ -758,12 +764,13 @@ def test_a_validation_is_timed_on_images_of_all_sizes(tmp_path, compose, monkeyp
     monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
     cfg = compose(*SMALL, f"data.root={tmp_path}/data")
     engine = instantiate(cfg.engine)
-    names = build.dataset(cfg, "val").names
-    large = [index for index, name in enumerate(names) if name == "10"]
-    seconds = timing._seconds_of_val(cfg, build.model(cfg), engine)
+    parts, data = training_parts(cfg), build.dataset(cfg, "val")
+    large = [index for index, name in enumerate(data.names) if name == "10"]
+    feed = SimpleNamespace(val=data, policy=instantiate(cfg.inference))
+    seconds = timing._seconds_of_val(parts.loss(), feed, parts.model(), engine)
     assert large == [2] and seconds == pytest.approx((5 * 64 + 32 * 48 * 4) / 6)
     assert clock[0] == pytest.approx(64 + 6 * seconds)  # one image alone comes before
-    assert [type(policy) for policy, _ in asked] == [type(instantiate(cfg.inference))] * 2
+    assert [policy for policy, _ in asked] == [feed.policy] * 2
     assert all(loss is not None for _, loss in asked)
 
 

@@ -8,19 +8,19 @@ from hydra import initialize_config_dir
 from omegaconf import OmegaConf
 
 from dinoseg.__main__ import CONFIGS
-from dinoseg.autotune.kept import GROUPS, NAME, read_choices, recipe_text, told, write_choices
-from dinoseg.autotune.rules import Choice
+from dinoseg.autotune.rules import RecipeChoice
+from dinoseg.cli.auto.store import GROUPS, NAME, choice_lines, read_choices, recipe_text, write_choices
 from dinoseg.config.resolvers import register_resolvers
 from dinoseg.experiment.composed import composed_with, searching, typed_keys
 from dinoseg.utils.forms import Misshapen
 
 CHOICES = [
-    Choice({"head": "detail"}, "poles are thin"),
-    Choice({"adapter": "full"}, "small"),
-    Choice({"loss": "ce_dice", "loss.weights": {"pole": 3.0, "thin sign": 2.0}}, "overlap"),
-    Choice({"resolution.crop": [352, 480], "optim.optimizer.head_lr": 1e-05}, "whole images"),
-    Choice({"data.views": 4, "data.batch_size": 2}, "kept"),
-    Choice({"backbone.checkpointing": True}, "memory"),
+    RecipeChoice({"head": "detail"}, "poles are thin"),
+    RecipeChoice({"adapter": "full"}, "small"),
+    RecipeChoice({"loss": "ce_dice", "loss.weights": {"pole": 3.0, "thin sign": 2.0}}, "overlap"),
+    RecipeChoice({"resolution.crop": [352, 480], "optim.optimizer.head_lr": 1e-05}, "whole images"),
+    RecipeChoice({"data.views": 4, "data.batch_size": 2}, "kept"),
+    RecipeChoice({"backbone.checkpointing": True}, "memory"),
 ]
 
 
@@ -33,7 +33,7 @@ def test_what_is_kept_is_read_back_equal(tmp_path):
 
 def test_what_would_not_be_read_back_is_not_written(tmp_path):
     with pytest.raises(Misshapen, match="data.root"):
-        write_choices(tmp_path / "choices.json", "x", [Choice({"data.root": "elsewhere"}, "")])
+        write_choices(tmp_path / "choices.json", "x", [RecipeChoice({"data.root": "elsewhere"}, "")])
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_a_damaged_file_is_none_and_is_told(tmp_path, caplog, words):
 
 
 def test_each_choice_is_a_line_with_its_reason():
-    assert told(CHOICES[2:4]) == [
+    assert choice_lines(CHOICES[2:4]) == [
         "  loss=ce_dice loss.weights={pole: 3, thin sign: 2}: overlap.",
         "  resolution.crop=[352,480] optim.optimizer.head_lr=1e-05: whole images.",
     ]
@@ -99,13 +99,13 @@ def test_a_recipe_without_groups_composes(composing):
 @pytest.mark.parametrize("end", ["\n", "\r", "\x85", "\u2028", "\u2029", "\x0b", "\x00", "\ud800", "\ufffe"])
 def test_a_name_that_ends_a_comment_says_nothing(end):
     name = f"pole{end}engine: {{_target_: os.system}}{end}"
-    text = recipe_text(f"without a pixel: {name}", [Choice({"head": "detail"}, f"{name} is thin")])
+    text = recipe_text(f"without a pixel: {name}", [RecipeChoice({"head": "detail"}, f"{name} is thin")])
     assert yaml.safe_load(text) == {"defaults": [{"override /head": "detail"}]}
-    assert len(told([Choice({"head": "detail"}, f"{name} is thin")])[0].split("\n")) == 1
+    assert len(choice_lines([RecipeChoice({"head": "detail"}, f"{name} is thin")])[0].split("\n")) == 1
 
 
 def test_of_two_options_of_a_group_the_later_is_taken():
-    text = recipe_text("x", [Choice({"adapter": "full"}, "time"), Choice({"adapter": "lora"}, "memory")])
+    text = recipe_text("x", [RecipeChoice({"adapter": "full"}, "time"), RecipeChoice({"adapter": "lora"}, "memory")])
     assert yaml.safe_load(text) == {"defaults": [{"override /adapter": "lora"}]}
 
 
@@ -133,7 +133,7 @@ def test_classes_have_their_names_in_a_recipe(composing, tmp_path):
         "2024-01-01",
     ]
     words = {"loss": "ce_dice", "loss.weights": dict.fromkeys(names, 3.0), "loss.criterion.factors.dice": 2.0}
-    choices = [Choice(words, "")]
+    choices = [RecipeChoice(words, "")]
     write_choices(tmp_path / "choices.json", "x", choices)
     assert read_choices(tmp_path / "choices.json") == ("x", choices)
     cfg = composed_with([], NAME, recipe_text("x", choices), known_as="auto")

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dinoseg.autotune.rules import Choice
+from dinoseg.autotune.rules import RecipeChoice
 from dinoseg.config.plain import BUILDS
 from dinoseg.utils import forms
 from dinoseg.utils.atomic import write_text
@@ -54,7 +54,7 @@ def _words(value: Any, where: str) -> None:
 _FORM = forms.record(about=forms.text, choices=forms.listing(forms.record(words=_words, reason=forms.text)))
 
 
-def read_choices(path: Path) -> tuple[str, list[Choice]] | None:
+def read_choices(path: Path) -> tuple[str, list[RecipeChoice]] | None:
     """Return the stored summary and choices; None if the file is absent or damaged. Damage is logged."""
     found = finished(
         path,
@@ -63,10 +63,10 @@ def read_choices(path: Path) -> tuple[str, list[Choice]] | None:
     )
     if found is None:
         return None
-    return found["about"], [Choice(row["words"], row["reason"]) for row in found["choices"]]
+    return found["about"], [RecipeChoice(row["words"], row["reason"]) for row in found["choices"]]
 
 
-def write_choices(path: Path, about: str, choices: Iterable[Choice]) -> None:
+def write_choices(path: Path, about: str, choices: Iterable[RecipeChoice]) -> None:
     """Store the summary and the choices."""
     rows = [{"words": dict(choice.words), "reason": choice.reason} for choice in choices]
     text = json.dumps({"about": about, "choices": rows})
@@ -74,7 +74,7 @@ def write_choices(path: Path, about: str, choices: Iterable[Choice]) -> None:
     write_text(path, text)
 
 
-def told(choices: Iterable[Choice]) -> list[str]:
+def choice_lines(choices: Iterable[RecipeChoice]) -> list[str]:
     """Return one line per choice, with overrides and reason."""
     rows = [(" ".join(f"{key}={_typed(value)}" for key, value in each.words.items()), each.reason) for each in choices]
     return [one_line(f"  {words}: {reason}.") for words, reason in rows]
@@ -86,7 +86,7 @@ def _typed(value: Any) -> str:
     return typed(value)
 
 
-def recipe_text(about: str, choices: Sequence[Choice]) -> str:
+def recipe_text(about: str, choices: Sequence[RecipeChoice]) -> str:
     """Return choices as a recipe: a config file of the group hparam."""
     lines = ["# @package _global_", _comment(f"Chosen by hparam=auto: {about}.")]
     keys: dict[str, Any] = {}

@@ -16,16 +16,20 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from dinoseg import __version__
-from dinoseg.autotune.choice import Chooser
-from dinoseg.autotune.given import left_of
-from dinoseg.autotune.kept import NAME, read_choices, recipe_text, told, write_choices
-from dinoseg.autotune.rules import CHOOSING, Choice
+from dinoseg.autotune.rules import CHOOSING, RecipeChoice
+from dinoseg.cli.auto.given import left_of
+from dinoseg.cli.auto.search import ComposedRecipe, RecipeSearch
+from dinoseg.cli.auto.store import NAME, choice_lines, read_choices, recipe_text, write_choices
 from dinoseg.config.checks import check_given
+from dinoseg.config.nodes import instantiate
 from dinoseg.config.plain import plain
+from dinoseg.core.shapes import SegmentationData
 from dinoseg.data.pairs.dataset import PairDataset
+from dinoseg.data.splits import keep_evenly_spaced
 from dinoseg.experiment import build
 from dinoseg.experiment.composed import composed_with, own_folders, searching, typed_keys
 from dinoseg.experiment.recipe import LENGTHS, config_description, recipe_of
+from dinoseg.experiment.step import check_trainer, training_parts
 from dinoseg.utils.atomic import write_text
 from dinoseg.utils.cores import count_cores, ranks_here
 from dinoseg.utils.errors import UserError
@@ -38,7 +42,7 @@ _OF_A_RUN = ("seed", "resume", "budget", "hydra", "mode", "hparam")  # overrides
 
 
 @dataclass(frozen=True)
-class Recipe:
+class ChosenRecipe:
     """The recipe chosen for a command line.
 
     Attributes:
@@ -62,7 +66,7 @@ class Recipe:
         print(printable(f"\nrecipe:       {path}\n              {command}\n"))
 
 
-def chosen(cfg: DictConfig, words: Sequence[str], *, first: bool) -> Recipe:
+def choose_recipe(cfg: DictConfig, words: Sequence[str], *, first: bool) -> ChosenRecipe:
     """Return the recipe for a command line: from stored choices, or from new ones that the first rank makes.
 
     Args:
@@ -71,12 +75,13 @@ def chosen(cfg: DictConfig, words: Sequence[str], *, first: bool) -> Recipe:
         first: whether this rank makes the choices; other ranks wait.
 
     Raises:
-        UserError: nothing fits, or the first rank does not write its choices.
+        UserError: a value is out of range, nothing fits, or the first rank does not write its choices.
     """
+    _check(cfg)
     minutes = cfg.budget.minutes
-    check_given("dinoseg.autotune.choice.Chooser", {"minutes": minutes}, {"minutes": "budget.minutes"})
     given = typed_keys(words)
-    path = _path(cfg, given)
+    train, val = build.dataset(cfg, "train", reduced=True), build.dataset(cfg, "val")
+    path = _path(cfg, given, (train, val))
     source = f"as they were chosen before, since {path} holds them (remove it to choose anew)"
     if first:
         # concurrent commands, such as the jobs of a sweep over seeds, wait and reuse the choices
@@ -88,10 +93,11 @@ def chosen(cfg: DictConfig, words: Sequence[str], *, first: bool) -> Recipe:
                 trying = [*words, *_shared()]
                 joined = ranks_here() if _shared() else 0
                 with _alone():
-                    compose = partial(_composed, trying, "trying")
-                    chooser = Chooser(compose, given, minutes, _tell, joined=joined)
-                    choices = chooser.choose()
-                kept, source = (chooser.about, choices), "chosen now"
+                    engine = instantiate(cfg.engine, instead={"devices": 1})
+                    data = train, keep_evenly_spaced(val, cfg.trainer.get("val_images"))
+                    search = RecipeSearch(partial(_read, trying), data, engine, given, minutes, _tell, joined=joined)
+                    choices = search.choose()
+                kept, source = (search.about, choices), "chosen now"
                 _keep(path, *kept)
     else:
         kept = read_choices(path) or _awaited(path, cfg.engine.rank_timeout)
@@ -99,25 +105,67 @@ def chosen(cfg: DictConfig, words: Sequence[str], *, first: bool) -> Recipe:
     choices, taken = left_of(choices, given)  # the file stores all: other keys may be typed next
     about += f"; as given: {', '.join(taken)}" if taken else ""
     if first:
-        print(printable(f"hparam=auto: {about}; {source}:\n\n" + "\n".join(told(choices))))
+        print(printable(f"hparam=auto: {about}; {source}:\n\n" + "\n".join(choice_lines(choices))))
     typed = [word for word in words if _root(word.lstrip("+~").partition("=")[0]) not in ("budget", "hparam", "resume")]
-    return Recipe(_composed(words, about, choices), recipe_text(about, choices), typed)
+    return ChosenRecipe(_composed(words, about, choices), recipe_text(about, choices), typed)
 
 
 def _tell(doing: str) -> None:
     print(printable(f"hparam=auto {doing}"), file=sys.stderr)
 
 
-def _composed(words: Sequence[str], about: str, choices: Sequence[Choice]) -> DictConfig:
+def _composed(words: Sequence[str], about: str, choices: Sequence[RecipeChoice]) -> DictConfig:
     return composed_with(words, NAME, recipe_text(about, choices), known_as=AUTO)
 
 
-def _path(cfg: DictConfig, given: frozenset[str]) -> Path:
+def _check(cfg: DictConfig) -> None:
+    """Refuse what hparam=auto cannot choose for, and values that training would refuse only later."""
+    check_given("dinoseg.cli.auto.search.RecipeSearch", {"minutes": cfg.budget.minutes}, {"minutes": "budget.minutes"})
+    if build.on_clips(cfg) or "unlabelled" in cfg.trainer:
+        raise UserError(
+            f"hparam=auto chooses for images and their masks, not for trainer={cfg.choices.trainer}. Give a recipe by "
+            "its name: mode=help lists them."
+        )
+    check_trainer(cfg)
+    build.lengths(cfg, samples=1)
+    sampling = {"batch_size": cfg.data.batch_size, "views": cfg.data.get("views")}
+    sampling["class_mix"] = cfg.data.get("class_mix", 0.0)
+    check_given("dinoseg.training.image_feed.ImageFeed", sampling, {key: f"data.{key}" for key in sampling})
+    instantiate(cfg.data.augment)  # refuses an invalid crop
+    val_images = {"count": cfg.trainer.get("val_images")}
+    check_given("dinoseg.data.splits.keep_evenly_spaced", val_images, {"count": "trainer.val_images"})
+
+
+def _read(words: Sequence[str], choices: Sequence[RecipeChoice]) -> ComposedRecipe:
+    """Return the values of the config that a command line composes with choices."""
+    cfg = _composed(words, "trying", choices)
+    rates = cfg.optim.optimizer
+    return ComposedRecipe(
+        values=plain(cfg),
+        parts=partial(training_parts, cfg),
+        adapter=cfg.choices.adapter,
+        head=cfg.choices.head,
+        crop=tuple(cfg.resolution.crop),
+        scale=cfg.resolution.scale,
+        longest=cfg.resolution.longest,
+        batch_size=cfg.data.batch_size,
+        accumulate=cfg.trainer.accumulate,
+        views=cfg.data.get("views"),
+        class_mix=cfg.data.get("class_mix", 0.0),
+        cache=cfg.engine.cache,
+        cache_dir=cfg.cache_dir,
+        devices=cfg.engine.devices,
+        head_lr=rates.head_lr,
+        backbone_lr=rates.backbone_lr,
+        freezes="backbone_begin" in rates,
+    )
+
+
+def _path(cfg: DictConfig, given: frozenset[str], data: Sequence[SegmentationData]) -> Path:
     """Return the file that stores the choices, named by a hash of their inputs.
 
     The machine's current speed is not part of the hash.
     """
-    data = [build.dataset(cfg, split, reduced=split == "train") for split in ("train", "val")]
     depends = {
         "version": __version__,
         "recipe": {key: value for key, value in recipe_of(config_description(cfg)).items() if key != "seed"},
@@ -132,7 +180,7 @@ def _path(cfg: DictConfig, given: frozenset[str]) -> Path:
     return Path(cfg.cache_dir).expanduser() / f"choices_{key[:16]}.json"
 
 
-def _awaited(path: Path, seconds: float) -> tuple[str, list[Choice]]:
+def _awaited(path: Path, seconds: float) -> tuple[str, list[RecipeChoice]]:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if path.exists() and (kept := read_choices(path)) is not None:
@@ -153,7 +201,7 @@ def _one_at_a_time(path: Path) -> Iterator[None]:
         yield
 
 
-def _keep(path: Path, about: str, choices: Sequence[Choice]) -> None:
+def _keep(path: Path, about: str, choices: Sequence[RecipeChoice]) -> None:
     try:
         write_choices(path, about, choices)
     except OSError as error:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import replace
 
-from dinoseg.autotune.rules import Choice
+from dinoseg.autotune.rules import RecipeChoice
 
 _STAND_FOR = {  # keys that also imply others
     "loss.weights": ("loss",),
@@ -16,7 +16,7 @@ _STAND_FOR = {  # keys that also imply others
 }
 
 
-def left_of(choices: Iterable[Choice], given: frozenset[str]) -> tuple[list[Choice], list[str]]:
+def left_of(choices: Iterable[RecipeChoice], given: frozenset[str]) -> tuple[list[RecipeChoice], list[str]]:
     """Return the choices without typed keys or keys implied by typed ones, and the sorted list of those typed keys."""
     left, taken = [], set[str]()
     for choice in choices:

@@ -1,0 +1,27 @@
+"""Random images and masks in the shapes of a recipe's training data."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from dinoseg.core.shapes import Batch, ClipBatch
+from dinoseg.training.parts import TrainingParts
+
+_PIECES = 4  # of a mask along each side: a typical number of classes per image
+
+
+def random_batch(parts: TrainingParts, samples: int, seed: int = 0) -> Batch | ClipBatch:
+    """Return a batch of noise; its masks consist of rectangles with random classes."""
+    rng = torch.Generator().manual_seed(seed)
+    image = torch.randint(0, 256, (samples, *parts.shape), dtype=torch.uint8, generator=rng)
+    names = [f"random {number}" for number in range(samples)]
+    return Batch(image, _masks(parts, samples, rng), names) if parts.has_masks else ClipBatch(image, names)
+
+
+def _masks(parts: TrainingParts, samples: int, rng: torch.Generator) -> Tensor:
+    """Return masks (B, H, W) uint8."""
+    height, width = parts.crop
+    ids = torch.randint(0, parts.num_classes, (samples, _PIECES, _PIECES), dtype=torch.uint8, generator=rng)
+    down, along = (math.ceil(length / _PIECES) for length in (height, width))
+    return ids.repeat_interleave(down, 1).repeat_interleave(along, 2)[:, :height, :width].contiguous()
