@@ -26,10 +26,14 @@ from dinoseg.utils.ranges import Range
 from dinoseg.utils.wording import count_of
 from dinoseg.utils.workers import in_own_process
 
-Minutes = Annotated[float, Range("a number of minutes above 0 and at most 1000000 (two years)", 0, 1e6, open_at=(0,))]
+_MINUTES = (
+    "a number of minutes from 1 to 1000000 (two years), or trainer.steps instead of hparam=auto for a shorter training"
+)
+Minutes = Annotated[float, Range(_MINUTES, 1, 1e6)]  # below 1, start and timing may take the whole budget
 _ROOM = 2**30  # bytes of disk space that the feature cache leaves free
 _LEAST_TIMED = 0.02  # share of the budget; with less time left, a candidate is not timed
 _MEASURING = 0.6  # share of a candidate's time limit after which timed steps are not repeated
+_COMPOSED = 3  # compositions of the config after the last candidate is timed, which are part of choosing
 _LEAST_LEFT = 0.2  # share of the budget reserved for training, however long the search took
 
 
@@ -155,6 +159,7 @@ class RecipeSearch:
         self._longest = 0.0  # seconds of the slowest timed candidate
         self._trained: dict[str, bool] = {}
         self.base = compose(())
+        self._choosing_ends -= _COMPOSED * (monotonic() - began)
         self._device = engine.device.type
         self._model = self.base.parts({}).outline()
         devices, on_cpu = self.base.devices, self._device == "cpu"
@@ -287,7 +292,7 @@ class RecipeSearch:
         left = self._choosing_ends - began
         if number > 1 and left <= max(self._least_timed, self._longest):
             return f"{words} was not tried, since the time for choosing was spent"
-        by_data = rules.by_data(candidate.case)
+        note, by_data = "", rules.by_data(candidate.case)
         choices, recipe = self._composed_for([*by_data, candidate.way], candidate.case)
         height, width = recipe.crop
         self.report(
@@ -304,9 +309,10 @@ class RecipeSearch:
             if number > 1:
                 return f"{words} was stopped, since timing it took longer than {left:.0f} s"
             times = estimate_times(max(left, self._least_timed))
+            note = "; its speed is estimated, since there was no time to measure it"
         self._longest = max(self._longest, monotonic() - began)
         length = self._length(recipe, times, candidate.case.facts)
-        return TimedCandidate(tuple(choices[len(by_data) :]), recipe, times, length)
+        return _noted(TimedCandidate(tuple(choices[len(by_data) :]), recipe, times, length), note)
 
     def _composed_for(
         self, choices: Sequence[RecipeChoice], case: RecipeCase

@@ -345,6 +345,25 @@ def test_choosing_takes_a_quarter_of_the_budget_and_names_what_was_not_tried(fol
     ) in done.out
 
 
+def test_choosing_ends_in_time_where_composing_the_config_takes_long(folder, monkeypatch):
+    clock, compose = [0.0], recipe._composed
+
+    def slow(*words):
+        clock[0] += 1.0
+        return compose(*words)
+
+    def trial(work, values, *, timeout):
+        clock[0] += timeout
+        raise TimeoutError
+
+    monkeypatch.setattr("dinoseg.autotune.choice.in_own_process", trial)
+    monkeypatch.setattr("dinoseg.autotune.choice.monotonic", lambda: clock[0])
+    monkeypatch.setattr("dinoseg.cli.launch.run_mode", lambda *_: None)
+    monkeypatch.setattr(recipe, "_composed", slow)
+    done = call(folder, *AUTO, "budget.minutes=1", "mode=plan", "mode.dry_step=false", "hydra.run.dir=R")
+    assert done.status == 0 and 12 < clock[0] <= 15, done.err
+
+
 def test_a_candidate_is_stopped_at_its_time_limit_and_the_cheapest_stays(folder, monkeypatch):
     write_halves(folder)
     cfg, done = plan(folder, monkeypatch, (1, 99), "head=linear")
