@@ -399,6 +399,7 @@ def test_a_budget_is_never_refused_once_it_is_spent(folder, monkeypatch, timed, 
     longest, head, init = expected
     assert (cfg.resolution.longest, cfg.choices.head, cfg.head.init) == (longest, head, init), done.out
     assert (cfg.trainer.steps >= 10) == (init is None)
+    assert ("; its speed is estimated, since there was no time to measure it" in done.out) == (timed is None)
     if init:
         assert cfg.trainer.steps == cfg.trainer.val_images == 1 and "solved in closed form" in done.out
         assert "there is no time to validate more than 1 image" in done.out
