@@ -131,13 +131,8 @@ def test_the_same_command_chooses_the_same_however_fast_the_machine_then_is(fold
     assert [one[key] for key in ("head", "data", "optim", "trainer")] == [
         other[key] for key in ("head", "data", "optim", "trainer")
     ]
-<<<<<<< HEAD:tests/cli/auto/test_recipe.py
     monkeypatch.setattr("dinoseg.cli.auto.search.in_own_process", lambda work, values, **_: TIMED)
-    call(folder, *AUTO, "trainer.epochs=1", "budget.minutes=0.3", "hydra.run.dir=T")
-=======
-    monkeypatch.setattr("dinoseg.autotune.choice.in_own_process", lambda work, values, **_: TIMED)
     call(folder, *AUTO, "trainer.epochs=1", "budget.minutes=2", "hydra.run.dir=T")
->>>>>>> ed8ecfa7 (Refuse budgets of hparam=auto below one minute):tests/autotune/test_recipe.py
     assert len([*(folder / "outputs/.cache").glob("choices_*.json")]) == 2
 
 
@@ -268,13 +263,8 @@ def test_smaller_images_are_taken_where_they_leave_time_to_tune(folder, monkeypa
         tried.append((values["choices"]["adapter"], *sides))
         return replace(TIMED, image=0.02 if sides[1] else 0.03, kept=None)
 
-<<<<<<< HEAD:tests/cli/auto/test_recipe.py
     monkeypatch.setattr("dinoseg.cli.auto.search.in_own_process", timed)
-    done = call(folder, *AUTO, FEW, "head=linear", "budget.minutes=0.5", "hydra.run.dir=R")
-=======
-    monkeypatch.setattr("dinoseg.autotune.choice.in_own_process", timed)
     done = call(folder, *AUTO, FEW, "head=linear", "budget.minutes=1", "hydra.run.dir=R")
->>>>>>> ed8ecfa7 (Refuse budgets of hparam=auto below one minute):tests/autotune/test_recipe.py
     assert done.status == 0, done.err
     assert tried == [("frozen", [32, 48], None), ("full", [32, 48], None), ("full", [16, 32], 32)]
     cfg = config_of(folder / "R")
@@ -484,13 +474,7 @@ def test_when_tuning_wins_depends_on_the_head_and_on_a_step(folder, monkeypatch,
 
 @pytest.mark.heavy
 def test_another_rank_takes_what_the_first_one_chooses(folder, monkeypatch):
-<<<<<<< HEAD:tests/cli/auto/test_recipe.py
-    words = (*AUTO, FEW, "budget.minutes=0.2", "hydra.run.dir=R")
-=======
-    from dinoseg.autotune import recipe
-
     words = (*AUTO, FEW, "budget.minutes=1", "hydra.run.dir=R")
->>>>>>> ed8ecfa7 (Refuse budgets of hparam=auto below one minute):tests/autotune/test_recipe.py
     assert call(folder, *words).status == 0
     (path,) = (folder / "outputs/.cache").glob("choices_*.json")
     content = path.read_text()
@@ -576,13 +560,8 @@ def test_choices_that_cannot_be_kept_are_taken_all_the_same(folder, monkeypatch)
     def full(*_):
         raise OSError("No space left on device")
 
-<<<<<<< HEAD:tests/cli/auto/test_recipe.py
     monkeypatch.setattr("dinoseg.cli.auto.recipe.write_choices", full)
-    done = call(folder, *AUTO, FEW, "budget.minutes=0.2", "hydra.run.dir=R")
-=======
-    monkeypatch.setattr("dinoseg.autotune.recipe.write_choices", full)
     done = call(folder, *AUTO, FEW, "budget.minutes=1", "hydra.run.dir=R")
->>>>>>> ed8ecfa7 (Refuse budgets of hparam=auto below one minute):tests/autotune/test_recipe.py
     assert done.status == 0 and (folder / "R/config/hparam/chosen.yaml").is_file(), done.err
     assert "(No space left on device): the next run chooses anew." in done.err
 
