@@ -10,12 +10,12 @@ from dinoseg.utils.errors import UserError
 
 _INSTALLED_BY = {
     "hydra/launcher": {
-        "joblib": "dinoseg[joblib]",
-        "submitit_local": "dinoseg[submitit]",
-        "submitit_slurm": "dinoseg[submitit]",
+        "joblib": ".[joblib]",
+        "submitit_local": ".[submitit]",
+        "submitit_slurm": ".[submitit]",
         "ray": "hydra-ray-launcher",  # no extra: its cloudpickle below 3 would pin everybody in one lock file
     },
-    "hydra/sweeper": {"optuna": "dinoseg[optuna]"},
+    "hydra/sweeper": {"optuna": ".[optuna]"},
 }
 
 
@@ -52,5 +52,6 @@ def missing_extra(arguments: Sequence[str], error: Exception) -> str:
         group, _, option = word.partition("=")
         if package := _INSTALLED_BY.get(group, {}).get(option):
             said = str(error).split("\n")[0]
-            return f"{word} needs what is not installed here: pip install '{package}' ({said})"
+            place = "in your clone of dinoseg, " if package.startswith(".") else ""
+            return f"{word} needs what is not installed here: {place}pip install '{package}' ({said})"
     return ""

@@ -244,8 +244,8 @@ def check_bits(bits: int | None, device: str) -> None:
         raise UserError(f"adapter.bits={bits}: give 4, 8, or null for none.")
     if find_spec("bitsandbytes") is None:
         raise UserError(
-            f"adapter.bits={bits} needs bitsandbytes, which is not installed: pip install 'dinoseg[quantised]', or "
-            f"choose adapter=lora."
+            f"adapter.bits={bits} needs bitsandbytes, which is not installed: in your clone of dinoseg, pip install "
+            f"'.[quantised]', or choose adapter=lora."
         )
     mps = device == "auto" and not torch.cuda.is_available() and torch.backends.mps.is_available()
     if mps or device.split(":")[0] not in ("auto", "cpu", "cuda"):

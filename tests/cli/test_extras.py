@@ -16,8 +16,8 @@ NO_MODULE = ModuleNotFoundError("No module named 'optuna'\nmore")
     ("words", "error", "package"),
     [
         (["-m", "hydra/launcher=ray"], NO_LAUNCHER, "hydra-ray-launcher"),
-        (["hydra/launcher=submitit_slurm"], NO_LAUNCHER, "dinoseg[submitit]"),
-        (["mode=train", "hydra/sweeper=optuna", "a=1"], NO_MODULE, "dinoseg[optuna]"),
+        (["hydra/launcher=submitit_slurm"], NO_LAUNCHER, ".[submitit]"),
+        (["mode=train", "hydra/sweeper=optuna", "a=1"], NO_MODULE, ".[optuna]"),
         (["hydra/launcher=ray"], RuntimeError("out of memory"), None),
         (["hydra/launcher=basic"], NO_LAUNCHER, None),
         (["mode=train", "data.root=hydra/launcher=ray"], NO_MODULE, None),
@@ -26,6 +26,7 @@ NO_MODULE = ModuleNotFoundError("No module named 'optuna'\nmore")
 def test_the_package_is_that_of_the_words(words, error, package):
     said = missing_extra(words, error)
     assert (f"pip install '{package}'" in said and "\n" not in said) if package else said == ""
+    assert ("in your clone of dinoseg, pip" in said) == bool(package and package.startswith("."))
 
 
 def test_every_option_that_is_shipped_says_its_extra_in_its_file():

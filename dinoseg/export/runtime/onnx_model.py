@@ -102,7 +102,7 @@ def open_session(path: Path, *, device: str = "auto", threads: int | None = None
     try:
         import onnxruntime
     except ImportError as error:
-        raise UserError(f"{path}: ONNX files need onnxruntime: pip install 'dinoseg[runtime]'.") from error
+        raise UserError(f"{path}: ONNX files need onnxruntime: pip install onnxruntime.") from error
     there = onnxruntime.get_available_providers()
     if device not in ("auto", *_PROVIDERS) or (device != "auto" and _PROVIDERS[device] not in there):
         raise UserError(

@@ -51,7 +51,7 @@ def open_file(path: Path, options: Options) -> Opened:
         from dinoseg.export.runtime.torch_runtime import load_torch
     except ModuleNotFoundError as error:
         raise UserError(
-            f"{path}: needs {error.name}, which is not installed: pip install dinoseg with all that it depends on, or "
+            f"{path}: needs {error.name}, which is not installed: pip install . in a clone of dinoseg, or "
             "give the ONNX file that mode=export export=onnx writes of the model."
         ) from error
     return load_torch(path, options)
