@@ -254,5 +254,8 @@ def test_last_blocks_leaves_alone_what_no_feature_depends_on():
 
 
 def test_bits_without_bitsandbytes():
-    with patch.object(adapters, "find_spec", return_value=None), pytest.raises(UserError, match=r"pip install '\.\[quant"):
+    with (
+        patch.object(adapters, "find_spec", return_value=None),
+        pytest.raises(UserError, match=r"pip install '\.\[quant"),
+    ):
         Frozen(bits=8, device="cpu")
