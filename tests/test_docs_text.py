@@ -80,6 +80,22 @@ def test_the_readme_is_short_and_leads_to_the_contents():
     assert len(text.split()) <= 500 and "docs/index.md" in LINK.findall(text)
 
 
+def test_the_page_of_the_config_names_every_group_option_and_shared_key():
+    named = set(re.findall(r"`([^`]+)`", (ROOT / "docs/config.md").read_text()))
+    folders = {path.parent for path in (ROOT / "dinoseg/cfg").rglob("*.yaml")}
+    groups = {folder.relative_to(ROOT / "dinoseg/cfg").as_posix() for folder in folders} - {".", "hydra"}
+    many = ("hparam", "backbone", "data")  # their options are in the tables of other pages
+    options = {
+        path.stem
+        for group in groups - {group for group in groups if group.startswith(many)}
+        for path in (ROOT / "dinoseg/cfg" / group).glob("[!_]*.yaml")
+    }
+    keys = re.findall(r"^(\w+):", (ROOT / "dinoseg/cfg/main.yaml").read_text(), flags=re.M)
+    words = named | {name.split(".")[0] for name in named}
+    assert len(groups) > 15 and len(options) > 60
+    assert ({group for group in groups if not group.startswith("hparam/")} | options | set(keys[1:])) - words == set()
+
+
 def test_pictures_are_small_and_shown():
     shown = {link.rpartition("/")[2] for page in PAGES for link in LINK.findall(page.read_text())}
     for path in (ROOT / "docs/pictures").iterdir():
