@@ -28,7 +28,7 @@ from dinoseg.models.model import Segmenter
 from dinoseg.tasks.probing.probe import Grid, Probe
 from dinoseg.training.engine import Engine
 from dinoseg.training.image_feed import ImageFeed
-from dinoseg.training.validation import Scored, evaluate
+from dinoseg.training.validation import ScoredModel, evaluate
 from dinoseg.utils.devices import synchronize
 from dinoseg.utils.wording import count_of
 
@@ -219,7 +219,7 @@ def _score(way: _ScoredModel, image: tuple[SegmentationData, int], engine: Engin
     """Return the seconds to read and score an image; ranks are not synchronised, since only rank 0 calls this."""
     began = time.perf_counter()
     data, place = image
-    scored = Scored(way.model, data, engine, policy=way.policy)
+    scored = ScoredModel(way.model, data, engine, policy=way.policy)
     with torch.no_grad(), scored.in_eval_mode():
         scored.add(Batch.stack([data[place]]).to(engine.device))
     synchronize(engine.device)

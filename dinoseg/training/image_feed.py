@@ -25,7 +25,7 @@ from dinoseg.training.engine import Engine
 from dinoseg.training.feature_cache.cache import FeatureCache, Views
 from dinoseg.training.feed import SHOWN_SIDE, Validation, spread
 from dinoseg.training.tally import Tally
-from dinoseg.training.validation import Scored, evaluate_each
+from dinoseg.training.validation import ScoredModel, evaluate_each
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Count, Share
 
@@ -162,7 +162,7 @@ class Shown:
     def __init__(self, feed: ImageFeed, model: Segmenter, loss: Loss, engine: Engine) -> None:
         self.model, data = model, feed.val
         self._data = data
-        self.scored = Scored(
+        self.scored = ScoredModel(
             model, data, engine, policy=feed.policy, background=feed.background, loss=loss, on_batch=self._show
         )
         self._shown = spread(len(data), feed.pictures, feed.world)

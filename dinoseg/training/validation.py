@@ -54,13 +54,13 @@ def evaluate(
         batches: this rank's images once and in order, if they are not to be read here; cached features are predicted
             without the policy.
     """
-    scored = Scored(model, data, engine, policy=policy, background=background, loss=loss, on_batch=on_batch)
+    scored = ScoredModel(model, data, engine, policy=policy, background=background, loss=loss, on_batch=on_batch)
     return evaluate_each([scored], data, engine, batches=batches)[0]
 
 
 @torch.no_grad()
 def evaluate_each(
-    models: Sequence["Scored"],
+    models: Sequence["ScoredModel"],
     data: SegmentationData,
     engine: Engine,
     *,
@@ -90,7 +90,7 @@ def evaluate_each(
     return [scored.scores() for scored in models]
 
 
-class Scored:
+class ScoredModel:
     """A model and its counts, accumulated batch by batch.
 
     The arguments are those of `evaluate`. Random draws of the loss are the same as if the model were scored alone.

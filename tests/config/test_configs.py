@@ -26,7 +26,7 @@ AT_RUN_TIME = {
     "data.clips": {"split"},
     "data.opened": {"dataset", "split", "reduced", "decided"},
     "data.reader": {"split"},
-    "export": {"cfg", "out_dir"},
+    "export": {"source", "out_dir"},
     "head": {"in_dim", "num_layers"},
     "loss.class_weights": {"counts", "classes"},
     "loss.counts": {"dataset"},
