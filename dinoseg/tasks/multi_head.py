@@ -19,13 +19,13 @@ from dinoseg.tasks.job import Job, begin, looked_at
 from dinoseg.tasks.task import TrainingTask
 from dinoseg.training import checkpoint
 from dinoseg.training.engine import Engine
+from dinoseg.training.head_training import HeadTraining
 from dinoseg.training.image_feed import ImageFeed
 from dinoseg.training.loading import Checkpoint, bounded
 from dinoseg.training.multi_head import (
     MultiHeadCheckpoints,
     MultiHeadExperiment,
     MultiHeadSegmenter,
-    SharedHead,
     join_optimizers,
 )
 from dinoseg.training.trainer import Settings, fit
@@ -62,13 +62,13 @@ def train_heads(
     sizes = looked_at(task, engine)
     backbone, models = build.multi_head([job.cfg for job in jobs.values()], engine.device)
     with ExitStack() as stack:
-        members: list[SharedHead] = []
+        members: list[HeadTraining] = []
         optimizers = []
         for (name, job), model in zip(jobs.items(), models, strict=True):
             _, loss, optimizer, checkpoints = job.parts(model, sizes, settings.steps)
             job.note(checkpoints, {}, tells=not members)
             log = stack.enter_context(job.log())
-            members.append(SharedHead(model, loss, checkpoints, log, name=name, engine=engine))
+            members.append(HeadTraining(model, loss, checkpoints, log, name=name))
             optimizers.append(optimizer)
         rates = [max(group["base_lr"] for group in optimizer.param_groups) for optimizer in optimizers]
         schedule = begin(cfg, task, engine, out_dir, settings.steps)
@@ -114,7 +114,7 @@ def _read_start(cfg: DictConfig, task: TrainingTask) -> Checkpoint | None:
     return start
 
 
-def _row(member: SharedHead, rate: float, scores: Mapping[str, Any]) -> Row:
+def _row(member: HeadTraining, rate: float, scores: Mapping[str, Any]) -> Row:
     progress = member.progress
     return Row(
         name=member.name,

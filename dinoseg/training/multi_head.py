@@ -1,8 +1,6 @@
 """Several heads that share one pass of a frozen backbone, as an experiment of the training loop."""
 
-import logging
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -10,72 +8,18 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dinoseg.core.contracts import Backbone, Head, Loss
+from dinoseg.core.contracts import Backbone, Head
 from dinoseg.core.shapes import Batch, FeatureBatch, FrozenFeatures, Prediction
 from dinoseg.inference.policy import Autocast, Policy
 from dinoseg.inference.whole import Whole
 from dinoseg.models.model import Segmenter
-from dinoseg.report.log import RunLog
 from dinoseg.training.checkpoint import Checkpoints, Progress, comparable
-from dinoseg.training.engine import Engine
 from dinoseg.training.feed import Validation
-from dinoseg.training.head_training import HeadTraining, NonFiniteLoss
+from dinoseg.training.head_training import HeadTraining
 from dinoseg.training.image_feed import ImageFeed
 from dinoseg.training.loading import frozen_fingerprint
 from dinoseg.training.trainer import Experiment
-from dinoseg.training.validation import Draws
-from dinoseg.utils.atomic import write_json
 from dinoseg.utils.errors import UserError
-
-logger = logging.getLogger(__name__)
-DROPPED = "dropped.json"  # reason, in the folder of a head that has dropped out
-
-
-class SharedHead(HeadTraining):
-    """One of several heads, which draws random numbers and ends as if it were trained alone.
-
-    Args:
-        model: a segmenter whose backbone shares its tensors with those of the other heads.
-        criterion: see `HeadTraining`.
-        checkpoints: see `HeadTraining`.
-        log: see `HeadTraining`.
-        name: of the head.
-        engine: device and ranks.
-
-    Attributes:
-        dropped: why its training was abandoned; None if it was not.
-    """
-
-    dropped: str | None = None
-
-    def __init__(
-        self, model: Segmenter, criterion: Loss, checkpoints: Checkpoints, log: RunLog, *, name: str, engine: Engine
-    ) -> None:
-        super().__init__(model, criterion, checkpoints, log, name=name)
-        self._engine = engine
-        self.start_draws()
-
-    @property
-    def reads_maps(self) -> bool:
-        """Return whether the head takes feature maps, and does not run the backbone in a way of its own."""
-        kind = type(self.model.head)
-        return kind.run is Head.run and kind.until is Head.until
-
-    def drop(self, error: NonFiniteLoss) -> None:
-        """End its training, and write the reason to `dropped.json` in its run folder."""
-        self.is_active, self.dropped = False, str(error)
-        logger.warning("%s drops out, and the others go on. %s", self.name, error)
-        if self._engine.is_main:
-            reason = {"step": self.progress.step, "reason": self.dropped}
-            write_json(self.checkpoints.folder.parent / DROPPED, reason)
-
-    def start_draws(self) -> None:
-        """Let its random draws of a step start from the current state of the generators."""
-        self._draws = Draws(self._engine.device)
-
-    def drawing(self) -> AbstractContextManager:
-        """Return a context in which it continues its random draws."""
-        return self._draws.going_on()
 
 
 class MultiHead(Head):
@@ -105,7 +49,7 @@ class MultiHeadSegmenter(Segmenter):
             own are given images.
     """
 
-    def __init__(self, backbone: Backbone, members: Sequence[SharedHead]) -> None:
+    def __init__(self, backbone: Backbone, members: Sequence[HeadTraining]) -> None:
         first = members[0].model
         heads = MultiHead([member.model.head for member in members])
         super().__init__(backbone, heads, scale=first.scale, longest=first.longest)
@@ -132,7 +76,7 @@ class MultiHeadSegmenter(Segmenter):
         return predictions
 
     def inputs(
-        self, members: Sequence[SharedHead], policy: Policy, autocast: Autocast, batch: Batch
+        self, members: Sequence[HeadTraining], policy: Policy, autocast: Autocast, batch: Batch
     ) -> Iterator[Batch]:
         """Yield the batch for each of some heads: with features of the images if it predicts them whole."""
         features, size = None, (batch.image.shape[-2], batch.image.shape[-1])
@@ -145,7 +89,7 @@ class MultiHeadSegmenter(Segmenter):
                     features = self.frozen(batch.image)
             yield FeatureBatch(self.select(features, member), batch.mask, batch.names)
 
-    def select(self, features: FrozenFeatures, member: SharedHead) -> FrozenFeatures:
+    def select(self, features: FrozenFeatures, member: HeadTraining) -> FrozenFeatures:
         """Return those features that a head reads."""
         at = [self.backbone.layers.index(layer) for layer in sorted({*member.model.backbone.layers})]
         return replace(features, tensors=[features.tensors[place] for place in at])
@@ -159,7 +103,7 @@ class MultiHeadCheckpoints(Checkpoints):
         members: heads in training; their own checkpoints save `best` only.
     """
 
-    members: Sequence[SharedHead] = ()
+    members: Sequence[HeadTraining] = ()
 
     def restore(self, model: Segmenter, *state: Any) -> Progress:
         """Load the training state of all heads; those that had ended stay so."""
@@ -210,7 +154,7 @@ class MultiHeadExperiment(Experiment):
         members: the heads.
     """
 
-    members: Sequence[SharedHead] = ()
+    members: Sequence[HeadTraining] = ()
 
     @cached_property
     def heads(self) -> Sequence[HeadTraining]:
@@ -221,6 +165,5 @@ class MultiHeadExperiment(Experiment):
         """Return the scores of some heads from one pass over the data."""
         assert isinstance(self.data, ImageFeed) and isinstance(self.model, MultiHeadSegmenter)
         scored = [self.data.scored(head.model, head.criterion, self.engine) for head in heads]
-        members = [member for member in self.members if member in heads]
-        inputs = partial(self.model.inputs, members, self.data.policy or Whole(), self.engine.autocast)
+        inputs = partial(self.model.inputs, heads, self.data.policy or Whole(), self.engine.autocast)
         return self.data.validate_each(scored, self.engine, inputs=inputs)

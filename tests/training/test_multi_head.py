@@ -16,13 +16,12 @@ from dinoseg.models.heads.linear import LinearHead
 from dinoseg.models.model import Segmenter
 from dinoseg.training.checkpoint import Checkpoints, read
 from dinoseg.training.engine import Engine
+from dinoseg.training.head_training import DROPPED, HeadTraining
 from dinoseg.training.image_feed import ImageFeed
 from dinoseg.training.multi_head import (
-    DROPPED,
     MultiHeadCheckpoints,
     MultiHeadExperiment,
     MultiHeadSegmenter,
-    SharedHead,
     join_optimizers,
 )
 from dinoseg.training.optim import adamw, schedule
@@ -83,7 +82,7 @@ def made(tiny_backbone):
             solo = Segmenter(part, head(24, len(layers), 3))
             own = Checkpoints(folder / str(number) / "checkpoints", dict(INFO)) if folder else None
             loss = losses[number] if losses else None
-            members.append(SharedHead(solo, loss, own, Rows(), name=str(number), engine=Engine("cpu", "fp32")))
+            members.append(HeadTraining(solo, loss, own, Rows(), name=str(number)))
         return MultiHeadSegmenter(whole, members), members
 
     return SimpleNamespace(model=model, passes=passes)
