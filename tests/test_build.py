@@ -1,4 +1,6 @@
-"""Segmenters that are built without values: on the meta device, or for a file of all their parameters."""
+"""Segmenters that are built without values: on the meta device, or for a file of all their values."""
+
+from typing import Any
 
 import pytest
 import timm
@@ -41,6 +43,53 @@ def test_parameters_alone_are_not_initialised(monkeypatch, backbone, head):
     images = torch.randint(0, 256, (1, 3, 32, 48), dtype=torch.uint8)
     with torch.no_grad():
         assert torch.equal(bare(images).logits(), whole(images).logits())
+
+
+@pytest.mark.parametrize(("backbone", "head"), CELLS)
+def test_an_outline_becomes_the_model_of_a_file_with_all_values(backbone, head):
+    cfg = config(backbone, head)
+    whole = build.model(cfg).eval()
+    bare = build.outline(cfg).eval()
+    assert build.allocate(bare)
+    assert {name: part.requires_grad for name, part in bare.named_parameters()} == {
+        name: part.requires_grad for name, part in whole.named_parameters()
+    }
+    bare.load_state_dict(whole.state_dict())
+    own = constants(bare)
+    for name, value in constants(whole).items():
+        own[name].copy_(value)
+    assert not any(part.is_meta for part in (*bare.parameters(), *bare.buffers()))
+    images = torch.randint(0, 256, (1, 3, 32, 48), dtype=torch.uint8)
+    with torch.no_grad():
+        assert torch.equal(bare(images).logits(), whole(images).logits())
+
+
+def test_shared_tensors_of_an_outline_stay_shared():
+    bare = build.outline(config("timm_vit", "linear"))
+    bare.head.again = bare.backbone
+    bare.head.twin = torch.nn.Linear(2, 2, device="meta")
+    bare.head.twin.bias = bare.backbone.model.blocks[0].norm1.bias
+    assert build.allocate(bare)
+    assert bare.head.twin.bias is bare.backbone.model.blocks[0].norm1.bias and not bare.head.twin.bias.is_meta
+
+
+@pytest.mark.parametrize("odd", ["tensor", "listed", "parameter", "own"])
+def test_an_outline_with_tensors_that_are_not_registered_is_left_as_it_is(odd):
+    class Own(torch.nn.Module):
+        pass
+
+    bare = build.outline(config("timm_vit", "linear"))
+    head: Any = bare.head
+    if odd == "own":
+        Own.__module__ = "of_a_user.parts"
+        head.own = Own()
+    else:
+        first = next(bare.parameters())
+        head.held = {"tensor": torch.empty(2, device="meta"), "listed": {"x": [(first.data,)]}, "parameter": [first]}[
+            odd
+        ]
+    assert not build.allocate(bare)
+    assert all(part.is_meta for part in bare.parameters())
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_convnext", "test_efficientnet"])

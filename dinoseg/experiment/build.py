@@ -26,6 +26,7 @@ from dinoseg.utils.tensor_files import check_file
 from dinoseg.utils.wording import listed
 
 _FILLS = ("uniform_", "normal_", "erfinv_", "mul_", "add_", "clamp_", "fill_", "zero_")
+_PACKAGES = ("torch", "timm", "transformers", "peft", "dinoseg")  # of modules that `allocate` takes
 SPLITS = ("train", "val", "test")
 _CONFORMING = {"_target_": "dinoseg.data.custom.conforming", "_partial_": True}
 
@@ -132,6 +133,40 @@ def outline(cfg: DictConfig) -> Segmenter:
     """Return the segmenter of a config on the meta device: its parts and their shapes, without memory."""
     with torch.device("meta"), _NoInit():
         return model(cfg, untrained=True)
+
+
+def allocate(empty: Segmenter) -> bool:
+    """Move an `outline` to uninitialised memory on the CPU, for a file that holds all of its values.
+
+    Returns:
+        False for an unchanged model: a part of the user's own, or one with tensors besides parameters and buffers.
+    """
+    modules = list(empty.modules())
+    if any(type(part).__module__.partition(".")[0] not in _PACKAGES or _holds_tensors(part) for part in modules):
+        return False
+    made: dict[int, Any] = {}  # modules may share a tensor
+    for held in (held for part in modules for held in (part._parameters, part._buffers)):
+        for name, value in held.items():
+            if value is not None and id(value) not in made:
+                fresh = torch.empty_like(value, device="cpu")
+                is_parameter = isinstance(value, torch.nn.Parameter)
+                made[id(value)] = torch.nn.Parameter(fresh, value.requires_grad) if is_parameter else fresh
+            held[name] = None if value is None else made[id(value)]
+    return True
+
+
+def _holds_tensors(part: torch.nn.Module) -> bool:
+    """Return whether attributes of a module hold tensors that are not registered as its parameters or buffers."""
+    held = [value for name, value in vars(part).items() if name not in ("_parameters", "_buffers", "_modules")]
+    while held:
+        value = held.pop()
+        if isinstance(value, torch.Tensor):
+            return True
+        if isinstance(value, Mapping):
+            held += value.values()
+        elif isinstance(value, list | tuple | set):
+            held += value
+    return False
 
 
 class _NoInit(TorchFunctionMode):

@@ -23,6 +23,7 @@ from dinoseg.inference.whole import Whole
 from dinoseg.models.model import Segmenter
 from dinoseg.training import checkpoint
 from dinoseg.training.engine import Engine
+from dinoseg.training.loading import CONSTANTS
 from dinoseg.utils.errors import UserError
 
 
@@ -128,7 +129,8 @@ def restore(cfg: DictConfig, path: Path) -> tuple[Segmenter, Mapping[str, Any]]:
     announce(f"resume={path}: reading weights and building the model")
     saved = checkpoint.read(path, finite=cfg.finite_weights)
     whole = cfg.adapter.get("bits") is None and empty.state_dict().keys() <= outline.part("model").keys()
-    model = build.model(cfg, outlined=True, initialised=not whole)
+    is_allocated = whole and constants(empty).keys() <= outline.part(CONSTANTS).keys() and build.allocate(empty)
+    model = empty if is_allocated else build.model(cfg, outlined=True, initialised=not whole)
     checkpoint.load_weights(model, saved)
     return model.eval(), outline.info
 

@@ -21,6 +21,7 @@ from dinoseg.training.optim import MovingAverage
 from dinoseg.training.sharding import parted, whole
 from dinoseg.utils.cores import machine_memory
 from dinoseg.utils.errors import UserError
+from dinoseg.utils.tensor_files import copy_values
 from dinoseg.utils.wording import shown
 
 _MOST_PARTS = 50_000  # modules, parameters and buffers; DINOv3's ViT-7B with LoRA has about 5,000
@@ -103,8 +104,8 @@ def load_weights(model: Segmenter, checkpoint: Checkpoint) -> None:
             f"{' (or held in another backbone.dtype)' if other[0] == 'backbone' else ''}. Give what it was trained on."
         )
     state = model.state_dict()
-    parts = {name: parted(value, state[name]) for name, value in checkpoint.part("model").items()}
-    model.load_state_dict(parts, strict=False)
+    for name, value in checkpoint.part("model").items():
+        copy_values(state[name], parted(value, state[name]))
     own = constants(model)
     for name, value in checkpoint.part(CONSTANTS).items():
         own[name].copy_(value)

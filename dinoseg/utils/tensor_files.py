@@ -4,7 +4,7 @@ import argparse
 import os
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ _LONGEST = 2**63 - 1  # largest side of a tensor
 _EXACT = (torch.int16, torch.int32, torch.int64)  # types of counters, not of quantised weights
 _WEIGHTS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _QUANTISED = (torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2)
+_SERIAL = 2**15  # values in an operation that torch does not distribute over threads (at::internal::GRAIN_SIZE)
+_FEW = 2**22  # values of a tensor that is processed in such pieces
 PICKLED = (".pth", ".pt", ".bin")  # PyTorch's own format; other files are read as safetensors
 
 
@@ -93,7 +95,26 @@ def outline(path: Path) -> dict[str, Tensor]:
 
 def is_finite(value: Tensor) -> bool:
     """Return whether a tensor is free of NaN and infinity, in one pass without a copy."""
-    return not value.numel() or all(bool(torch.isfinite(end)) for end in torch.aminmax(value))  # aminmax propagates NaN
+    ends = (end for part in _pieces(value) if part.numel() for end in torch.aminmax(part))  # aminmax propagates NaN
+    return all(bool(torch.isfinite(end)) for end in ends)
+
+
+def copy_values(target: Tensor, source: Tensor) -> None:
+    """Copy the values of `source` into `target`, a tensor of the same shape that requires no gradient."""
+    if type(target) is Tensor and target.is_contiguous() and source.is_contiguous():  # no DTensor
+        for own, value in zip(_pieces(target), _pieces(source), strict=True):
+            own.copy_(value)
+    else:
+        target.copy_(source)
+
+
+def _pieces(value: Tensor) -> Sequence[Tensor]:
+    """Return a small tensor as pieces that torch processes on the calling thread, and a large one whole.
+
+    Threads wait for one another at the end of each operation. On a busy machine, that takes longer than an operation
+    on a few million values.
+    """
+    return value.flatten().split(_SERIAL) if value.numel() <= _FEW else (value,)
 
 
 def check_weights(tensors: Mapping[str, Tensor], where: str, expected: Mapping[str, Tensor] | None = None) -> None:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from dinoseg.utils import tensor_files
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.tensor_files import check_weights, outline, write_tensors
+from dinoseg.utils.tensor_files import check_weights, copy_values, is_finite, outline, write_tensors
 
 
 def test_a_written_file_stands_alone_and_others_may_read_it(tmp_path):
@@ -62,3 +62,48 @@ def test_a_side_that_no_tensor_has_is_named(tmp_path):
         outline(path)
     with pytest.raises(UserError, match="backbone.weights=.*not a readable safetensors file"):
         tensor_files.read_tensor_file(path, "backbone.weights")
+
+
+SHAPES = [(), (0,), (3,), (2**15,), (5, 2**15 + 1), (3, 2**21)]  # in one piece, in several, and whole
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_single_value_that_is_not_finite_is_found(shape, dtype):
+    value = torch.ones(shape, dtype=dtype)
+    assert is_finite(value) and is_finite(value.T if value.dim() == 2 else value)
+    for odd in (float("nan"), float("inf"), float("-inf")) if value.numel() else ():
+        for place in (0, -1):
+            tampered = value.clone()
+            tampered.view(-1)[place] = odd
+            assert not is_finite(tampered) and not is_finite(tampered.T if value.dim() == 2 else tampered)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_values_are_copied_whatever_the_layout(shape):
+    source = torch.rand(shape, dtype=torch.float64)
+    target = torch.zeros(shape)
+    copy_values(target, source)
+    assert torch.equal(target, source.float())
+    if source.dim() == 2:
+        other = torch.zeros(shape[::-1]).T
+        copy_values(other, source)
+        copy_values(target, other)
+        assert torch.equal(other, source.float()) and torch.equal(target, other)
+
+
+def test_a_small_tensor_is_processed_by_the_calling_thread():
+    """Threads that wait for one another take longer than the operation where the machine is busy."""
+    sizes = []
+
+    class Watch(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if func in (torch.aminmax, torch.Tensor.copy_):
+                sizes.append(args[0].numel())
+            return func(*args, **(kwargs or {}))
+
+    value = torch.rand(3, 2**16)
+    with Watch():
+        assert is_finite(value)
+        copy_values(torch.empty_like(value), value)
+    assert sizes and max(sizes) <= 2**15

@@ -1,5 +1,6 @@
 """One-file models: written, loaded in a program of its own, and predicting what mode=predict does."""
 
+import gc
 import json
 import shutil
 import struct
@@ -101,6 +102,30 @@ def test_nothing_of_hydra_or_chance_is_left_in_the_program(file):
     dinoseg.load(file, device="cpu")
     assert OmegaConf.create({"x": "${len:1}"}).x == "mine" and not OmegaConf.has_resolver("cells")
     assert not GlobalHydra.instance().is_initialized() and (torch.random.get_rng_state() == state).all()
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_garbage_collector_is_paused_while_a_file_is_loaded(file, tmp_path, monkeypatch, enabled):
+    paused = []
+    kept = build.check_fits
+    monkeypatch.setattr(build, "check_fits", lambda *given: paused.append(not gc.isenabled()) or kept(*given))
+    try:
+        (gc.enable if enabled else gc.disable)()
+        dinoseg.load(file, device="cpu")
+        assert paused == [True] and gc.isenabled() == enabled
+        with pytest.raises(UserError):
+            dinoseg.load(tmp_path / "missing", device="cpu")
+        assert gc.isenabled() == enabled
+    finally:
+        gc.enable()
+
+
+def test_a_file_of_a_whole_model_builds_it_once(file, monkeypatch):
+    built = []
+    kept = build.model
+    monkeypatch.setattr(build, "model", lambda *given, **more: built.append(given) or kept(*given, **more))
+    model = dinoseg.load(file, device="cpu")
+    assert len(built) == 1 and model.predict(picture()).mask.shape == (30, 41)
 
 
 def test_a_program_of_hydras_own_is_neither_changed_nor_read(file, tmp_path):
