@@ -57,7 +57,7 @@ def load_torch(path: Path, options: Options) -> Opened:
         said = checkpoint.describe(file)
         facts = ModelFacts.of(said, str(file))
         changes = {"engine.device": options.device, **_weights(file, said, options)}
-        cfg = alone(file, said, changes, inference=options.inference, trust=options.trust)
+        cfg = alone(file, _without_task(said), changes, inference=options.inference, trust=options.trust)
         policy: Policy = instantiate(cfg.inference)
         sizes = TrainedSizes.from_info(said)
         model, _ = restore(cfg, file)
@@ -67,6 +67,12 @@ def load_torch(path: Path, options: Options) -> Opened:
     context = nullcontext if dtype == torch.float32 else partial(torch.autocast, chosen.type, dtype)
     predictor = Predictor(model.to(chosen), chosen, context, policy)
     return Opened(TorchRuntime(predictor), facts, file if "facts" in said else None)
+
+
+def _without_task(said: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a description without its training task: a check of its keys would import scipy and matplotlib."""
+    config = said["config"]
+    return {**said, "config": {**config, "trainer": {**config["trainer"], "task": None}}}
 
 
 def _weights(file: Path, said: Mapping[str, Any], options: Options) -> dict[str, str]:
