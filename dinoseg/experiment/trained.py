@@ -20,7 +20,7 @@ from dinoseg.inference.policy import Policy
 from dinoseg.inference.predictor import Predictor
 from dinoseg.inference.trained_sizes import TrainedSizes
 from dinoseg.inference.whole import Whole
-from dinoseg.models.model import Segmenter
+from dinoseg.models.model import Segmenter, constants
 from dinoseg.training import checkpoint
 from dinoseg.training.engine import Engine
 from dinoseg.training.loading import CONSTANTS
