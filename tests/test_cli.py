@@ -172,7 +172,7 @@ def test_a_command_line_that_cannot_be_composed_is_one_message(place, arguments,
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (["+trainer.stpes=3"], ["does not take stpes", "steps, val_every", "spelling"]),
+        (["+trainer.stpes=3"], ["+trainer.stpes adds a key that nothing reads", "spelling"]),
         (["+mode.lgo_every=3"], ["does not take lgo_every", "metrics_only"]),
         (["+data.reader.masks.formt=ids"], ["does not take formt", "format, ids"]),
         (["+backbone.arch.hiden_size=3"], ["no hiden_size", "spelling"]),

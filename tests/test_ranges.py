@@ -30,7 +30,6 @@ OWN_CHECK = {  # numbers whose rule is no range
     "plan": {"memory"},  # bytes, with or without a unit
 }
 OF_OTHERS = {
-    "trainer": ("feed", "epochs", "val_images"),
     "adapter": ("lr",),
     "mode": LAUNCH_KEYS,
 }  # keys beside a target's own
@@ -82,7 +81,6 @@ def composed(compose):
         ("trainer.clip", -1, "Give a number above 0, or null."),
         ("trainer.clip", 0, "Give a number above 0, or null."),
         ("trainer.ema", 1, "Give a number above 0 and below 1, or null."),
-        ("trainer.steps", 0, "Give a whole number of at least 1."),
         ("optim.optimizer.lr", float("nan"), "Give a number above 0, or null."),
         ("optim.optimizer.lr", float("inf"), "Give a finite number, or null."),
         ("optim.optimizer.lr", 10**400, "Give a finite number, or null."),
@@ -110,6 +108,13 @@ def test_a_number_out_of_its_range_is_refused_by_its_whole_key(composed, key, va
     with pytest.raises(UserError) as caught:
         instantiate(node, without=OF_OTHERS.get(key.split(".")[0], ()))
     assert str(caught.value) == f"{key}={shown(str(value), 200)} is out of range. {rule}"
+
+
+def test_a_training_without_steps_is_refused(composed):
+    cfg = copy.deepcopy(composed)
+    cfg.trainer.steps = 0
+    with pytest.raises(UserError, match="trainer.steps=0 is out of range. Give a whole number of at least 1"):
+        build.lengths(cfg, 8)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0, 1e18])

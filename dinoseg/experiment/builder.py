@@ -119,9 +119,9 @@ class Builder:
         """Return the object of the config node at a full key such as `data.augment`."""
         return instantiate(self.value(key))
 
-    def digest(self, key: str) -> str:
-        """Return a hash of the resolved config node at a full key, without its learning rate."""
-        return hash_of(repr({**plain(self.value(key), resolve=True), "lr": None}))
+    def digest(self, key: str, **overrides: Any) -> str:
+        """Return a hash of the resolved config node at a full key, with new values of some of its keys."""
+        return hash_of(repr({**plain(self.value(key), resolve=True), **overrides}))
 
     def dataset(self, split: str, engine: Engine | None = None) -> SegmentationData:
         """Return one split of the data, see `build.dataset`; with an engine, as it is opened for training."""

@@ -4,6 +4,7 @@ import hashlib
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from omegaconf import DictConfig
@@ -26,7 +27,7 @@ from dinoseg.utils import forms
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import check_regular
 from dinoseg.utils.transfer import sent
-from dinoseg.utils.wording import listed, shown
+from dinoseg.utils.wording import listed, shown, typed
 
 TEACHERS = "teachers"  # folder in the cache that holds the scores of all teachers
 _CROP = forms.listing(forms.whole(1), length=2)
@@ -48,6 +49,7 @@ class Teacher:
 
     def __init__(self, cfg: DictConfig, engine: Engine, labels: SegmentationData) -> None:
         self._given, self._engine = cfg.trainer.teacher, engine
+        check_named(self._given)
         with self._named():
             self._path = checkpoint.find(self._given, "best")
             check_regular(self._path)
@@ -163,6 +165,15 @@ class Teacher:
             raise UserError(told if "teacher=" in told else f"teacher={self._given}: {told}") from None
         except OSError as error:
             raise UserError(f"teacher={self._given}: {error.strerror}. Check that file.") from error
+
+
+def check_named(teacher: Any) -> None:
+    """Refuse a teacher that is not the name of a run folder or a checkpoint."""
+    if not isinstance(teacher, str):
+        raise UserError(
+            f"trainer=distil learns from a trained model, and teacher={typed(teacher)} names none. Give teacher=RUN, a "
+            "run folder or a checkpoint of the same classes."
+        )
 
 
 def _grid_of(band: Prediction) -> tuple[Tensor, tuple[float, float]]:

@@ -7,7 +7,7 @@ from typing import Any
 from dinoseg.core.contracts import Loss
 from dinoseg.data.unlabelled import Unmasked
 from dinoseg.experiment.builder import Builder
-from dinoseg.experiment.teacher import TEACHERS
+from dinoseg.experiment.teacher import TEACHERS, check_named
 from dinoseg.models.model import Segmenter
 from dinoseg.tasks.images import ImageTask
 from dinoseg.tasks.unmasked import unmasked_images
@@ -49,11 +49,7 @@ class DistillationTask(ImageTask):
         val_images: Count | None = None,
     ) -> None:
         super().__init__(parts, val_images=val_images)
-        if teacher is None:
-            raise UserError(
-                "trainer=distil learns from a trained model, and teacher=null names none. Give teacher=RUN, a run "
-                "folder or a checkpoint of the same classes."
-            )
+        check_named(teacher)
         self._given, self._unlabelled = teacher, unlabelled
         self._loss_options = {"weight": weight, "temperature": temperature}
 

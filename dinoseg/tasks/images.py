@@ -120,7 +120,7 @@ class ImageTask(TrainingTask):
         keys = {"dtype": "features.dtype", "gib": "features.gib", "noise": "data.feature_noise"}
         options = parts.arguments(Plan, keys)
         options["dtype"] = stored_as(options["dtype"], before)
-        hashes = {group: parts.digest(group) for group in ("backbone", "adapter", "head")}
+        hashes = {group: parts.digest(group, lr=None) for group in ("backbone", "adapter", "head")}
         augmentation = parts.digest("data.augment")
         plan = Plan(parts.cache_dir, epochs, augmentation, hashes, **options, before=before.get("engine.cache"))
         cache = self.feed.cache = feature_cache(self.feed, model, loss, engine, plan)

@@ -42,7 +42,7 @@ def test_a_signal_saves_the_step_it_came_in_and_says_so(tmp_path, monkeypatch, n
     assert done.status == status and "Traceback" not in done.err
     assert f"interrupted: {last} holds step 3. The same command with resume=auto goes on from it" in done.err
     progress = checkpoint.describe(last)["progress"]
-    assert progress["step"] == 3 and progress["owed"] and not (last.parent / "best.safetensors").exists()
+    assert progress["step"] == 3 and progress["validation_pending"] and not (last.parent / "best.safetensors").exists()
     assert not [path for path in last.parents[1].rglob(".*")]
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL, "handlers are put back"
 

@@ -27,6 +27,7 @@ from dinoseg.core.shapes import SegmentationData
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.splits import keep_evenly_spaced
 from dinoseg.experiment import build
+from dinoseg.experiment.builder import build_task
 from dinoseg.experiment.composed import composed_with, own_folders, searching, typed_keys
 from dinoseg.experiment.recipe import LENGTHS, config_description, recipe_of
 from dinoseg.experiment.step import check_trainer, training_parts
@@ -121,7 +122,7 @@ def _composed(words: Sequence[str], about: str, choices: Sequence[RecipeChoice])
 def _check(cfg: DictConfig) -> None:
     """Refuse what hparam=auto cannot choose for, and values that training would refuse only later."""
     check_given("dinoseg.cli.auto.search.RecipeSearch", {"minutes": cfg.budget.minutes}, {"minutes": "budget.minutes"})
-    if build.on_clips(cfg) or "unlabelled" in cfg.trainer:
+    if build_task(cfg).on_clips or "unlabelled" in cfg.trainer:
         raise UserError(
             f"hparam=auto chooses for images and their masks, not for trainer={cfg.choices.trainer}. Give a recipe by "
             "its name: mode=help lists them."

@@ -233,7 +233,7 @@ def test_a_backbone_is_tuned_where_time_suffices_and_else_stays_frozen(folder, m
         write_png(folder / f"data/train/images/{number}.png", torch.zeros(32, 48, 3, dtype=torch.uint8).numpy())
         write_png(folder / f"data/train/masks/{number}.png", read_ids(folder / "data/train/masks/0.png"))
     slow = replace(TIMED, image=0.2, kept=0.1)
-    monkeypatch.setattr("dinoseg.autotune.choice.in_own_process", lambda work, values, **_: slow)
+    monkeypatch.setattr("dinoseg.cli.auto.search.in_own_process", lambda work, values, **_: slow)
     words = (*AUTO, FEW, "head=linear")
     adapters = [
         config_of(folder / name).choices.adapter
@@ -358,8 +358,8 @@ def test_choosing_ends_in_time_where_composing_the_config_takes_long(folder, mon
         clock[0] += timeout
         raise TimeoutError
 
-    monkeypatch.setattr("dinoseg.autotune.choice.in_own_process", trial)
-    monkeypatch.setattr("dinoseg.autotune.choice.monotonic", lambda: clock[0])
+    monkeypatch.setattr("dinoseg.cli.auto.search.in_own_process", trial)
+    monkeypatch.setattr("dinoseg.cli.auto.search.monotonic", lambda: clock[0])
     monkeypatch.setattr("dinoseg.cli.launch.run_mode", lambda *_: None)
     monkeypatch.setattr(recipe, "_composed", slow)
     done = call(folder, *AUTO, "budget.minutes=1", "mode=plan", "mode.dry_step=false", "hydra.run.dir=R")
@@ -739,7 +739,7 @@ def test_steps_of_a_backbone_that_rests_are_timed_where_it_learns(
 
     def steps(parts, make, engine, batches, *, lasting, rests=False, **_):
         groups = parts.optimizer(make()).param_groups
-        found.append((lasting, rests, max((group["begin"] for group in groups if group["rests"]), default=0.0)))
+        found.append((lasting, rests, max((group["start"] for group in groups if group["frozen"]), default=0.0)))
         return Trial([9.0, 2.0 if rests else 4.0])
 
     monkeypatch.setattr(timing, "try_steps", steps)
