@@ -52,47 +52,47 @@ class Builder:
     """
 
     def __init__(self, cfg: DictConfig) -> None:
-        self.cfg = cfg
+        self._cfg = cfg
         self.options: Mapping[str, str] = cfg.choices
 
     @property
     def seed(self) -> int:
         """Return the seed of all random numbers of the run."""
-        return build.seed_of(self.cfg)
+        return build.seed_of(self._cfg)
 
     @property
     def cache_dir(self) -> Path:
         """Return the folder of all caches."""
-        return Path(self.cfg.cache_dir).expanduser()
+        return Path(self._cfg.cache_dir).expanduser()
 
     @property
     def workers(self) -> int:
         """Return the number of processes that check or pack files."""
-        return self.cfg.data.get("workers") or count_cores()
+        return self._cfg.data.get("workers") or count_cores()
 
     @property
     def skips_faulty_files(self) -> bool:
         """Return whether unreadable files are left out with a warning instead of an error."""
-        return self.cfg.data.on_error == "skip"
+        return self._cfg.data.on_error == "skip"
 
     @property
     def class_names(self) -> list[str]:
         """Return the class names of the data in the order of their IDs."""
-        return [str(name) for name in self.cfg.data.classes]
+        return [str(name) for name in self._cfg.data.classes]
 
     @property
     def labels(self) -> Labels:
         """Return the classes, palette and ignored ID of the data."""
-        return labels_of(self.cfg)
+        return labels_of(self._cfg)
 
     @property
     def background(self) -> int | None:
         """Return the ID of the background class; None if every class is an object."""
-        return build.background_of(self.cfg)
+        return build.background_of(self._cfg)
 
     def value(self, key: str, default: Any = None) -> Any:
         """Return the value or config node at a full key such as `data.group`; `default` if the config lacks it."""
-        node: Any = self.cfg
+        node: Any = self._cfg
         for name in key.split("."):
             if name not in node.keys():
                 return default
@@ -126,56 +126,56 @@ class Builder:
     def dataset(self, split: str, engine: Engine | None = None) -> SegmentationData:
         """Return one split of the data, see `build.dataset`; with an engine, as it is opened for training."""
         if engine is None:
-            return build.dataset(self.cfg, split)
-        return build.dataset(self.cfg, split, reduced=True, decided=engine.decided)
+            return build.dataset(self._cfg, split)
+        return build.dataset(self._cfg, split, reduced=True, decided=engine.decided)
 
     def reader(self) -> Callable[[str], SegmentationData]:
         """Return the function that maps a split to the data as read from files, see `build.reader`."""
-        return build.reader(self.cfg)
+        return build.reader(self._cfg)
 
     def clips(self, split: str) -> Any:
         """Return one split of the videos as clips, see `build.clips`."""
-        return build.clips(self.cfg, split)
+        return build.clips(self._cfg, split)
 
     @property
     def supervision(self) -> str:
         """Return the default supervision of the data when videos are tracked, see `chosen_supervision`."""
-        return chosen_supervision(self.cfg, None)
+        return chosen_supervision(self._cfg, None)
 
     def benchmark_videos(self, split: str) -> BenchmarkVideos:
         """Return the videos of a split for tracking with the default supervision, see `benchmark_videos`."""
-        return benchmark_videos(self.cfg, split, None)
+        return benchmark_videos(self._cfg, split, None)
 
     def tracker_maker(self, engine: Engine, trained: Trained) -> Callable[[], Tracker]:
         """Return a function that creates trackers of a trained model, see `tracker_maker`."""
-        return tracker_maker(self.cfg, engine, trained, batch_size=engine.images_at_once())
+        return tracker_maker(self._cfg, engine, trained, batch_size=engine.images_at_once())
 
     def clip_trackers(self) -> Callable[..., Tracker]:
         """Return the factory of slot trackers for clips without masks, see `tracker_factory`."""
         unlocked = {"lock_on": False, "slots_per_object": 1, "extra_slots": 0}  # no labels to lock on to
-        return tracker_factory(self.cfg.slots, f"slots={self.options.get('slots')}", unlocked)
+        return tracker_factory(self._cfg.slots, f"slots={self.options.get('slots')}", unlocked)
 
     def provenance(self, out_dir: Path, best: Path) -> Provenance:
         """Return the provenance of the evaluation of the checkpoint `best` into `out_dir`, which ends a training."""
-        return provenance_of(self.cfg, out_dir, best)
+        return provenance_of(self._cfg, out_dir, best)
 
     def loss(self, train: SegmentationData | None) -> Loss:
         """Return the loss, with class weights from the training masks, see `criteria.loss`."""
-        return criteria.loss(self.cfg, train)
+        return criteria.loss(self._cfg, train)
 
     def unweighted_loss(self) -> Loss:
         """Return the loss with equal class weights."""
-        return criteria.unweighted(self.cfg)
+        return criteria.unweighted(self._cfg)
 
     @property
     def loss_has_classes(self) -> bool:
         """Return whether the loss is computed from labels, whose classes it can weight."""
-        return self.cfg.loss.class_weights is not None
+        return self._cfg.loss.class_weights is not None
 
     def teacher(self, engine: Engine, labels: SegmentationData) -> Teacher:
         """Return the trained segmenter that `teacher` names."""
-        return Teacher(self.cfg, engine, labels)
+        return Teacher(self._cfg, engine, labels)
 
     def check_batch(self, model: Segmenter, world: int) -> None:
         """Refuse a batch that is too small for the head or for BatchNorm on `world` ranks."""
-        check_batch(self.cfg, model.head.least_batch, world)
+        check_batch(self._cfg, model.head.least_batch, world)

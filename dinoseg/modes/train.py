@@ -18,9 +18,9 @@ from dinoseg.experiment.folder import first_ranks
 from dinoseg.experiment.heads import SOLO
 from dinoseg.experiment.initial import begin_with, check_initial
 from dinoseg.experiment.log_file import announce
+from dinoseg.modes.train_heads import train_heads
+from dinoseg.modes.training_run import TrainingRun, build_schedule, check_data_on_rank0
 from dinoseg.tasks.images import ImageTask
-from dinoseg.tasks.job import Job, begin, looked_at
-from dinoseg.tasks.multi_head import train_heads
 from dinoseg.training.trainer import Experiment, fit
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Natural, Share
@@ -51,27 +51,27 @@ def train(
     if engine.share(cfg.resume) != cfg.resume:
         raise UserError("resume=auto: the ranks found different runs. Name the one to go on with: resume=RUN_FOLDER.")
     announce(f"data={cfg.choices.data}: listing the files")
-    regime = build_task(cfg)
-    regime.open(engine, pictures=pictures)
-    length = build.lengths(cfg, len(regime.feed.train))
+    task = build_task(cfg)
+    task.open(engine, pictures=pictures)
+    length = build.lengths(cfg, len(task.feed.train))
     settings = build.loop_settings(cfg, length._asdict())
     shown = {"metrics_only": metrics_only, "report": report}
     if SOLO in cfg:
-        scores = train_heads(cfg, regime, engine, out_dir, settings, **shown)
+        scores = train_heads(cfg, task, engine, out_dir, settings, **shown)
     else:
-        job = Job(cfg, out_dir, regime, engine)
+        job = TrainingRun(cfg, out_dir, task, engine)
         announce("Checking the data")
-        sizes = looked_at(regime, engine)
+        sizes = check_data_on_rank0(task, engine)
         announce(f"Building the model, with backbone.weights={cfg.backbone.get('weights')}")
-        made = begin_with(cfg, build.model(cfg, outlined=True), list(regime.labels.classes), engine.share)
+        made = begin_with(cfg, build.model(cfg, outlined=True), list(task.labels.classes), engine.share)
         model, loss, optimizer, checkpoints = job.parts(engine.place(made), sizes, length.steps)
-        schedule = begin(cfg, regime, engine, out_dir, length.steps)
-        epochs = length.steps * cfg.trainer.accumulate / regime.feed.epoch
-        kept = regime.cache_features(model, loss, engine, epochs, before=job.chosen_before)
+        schedule = build_schedule(cfg, task, engine, out_dir, length.steps)
+        epochs = length.steps * cfg.trainer.accumulate / task.feed.epoch
+        kept = task.cache_features(model, loss, engine, epochs, before=job.chosen_before)
         job.note(checkpoints, kept)
         with job.log() as log:
             began = time.monotonic()
-            parts = (model, loss, regime.feed, optimizer, schedule, engine, checkpoints, log)
+            parts = (model, loss, task.feed, optimizer, schedule, engine, checkpoints, log)
             run = fit(Experiment(*parts, settings))
         if run.best is None:
             raise UserError(f"trainer.steps={length.steps}: this run has done {run.step}, and was never validated.")
@@ -79,15 +79,15 @@ def train(
         scores = job.finish(model, run, **shown)
         images = run.step * cfg.data.batch_size * cfg.trainer.accumulate
         spent = max(spent, images / (scores["images_per_s"] or math.inf))  # includes the steps before a resume
-        if isinstance(regime, ImageTask):
+        if isinstance(task, ImageTask):
             trained = TrainedRun(
                 model,
                 engine,
-                regime.feed,
+                task.feed,
                 backbone=partial(build.backbone, cfg),
-                loss=partial(criteria.loss, cfg, regime.labelled),
+                loss=partial(criteria.loss, cfg, task.labelled),
                 optimizer=partial(build.optimizer, cfg),
-                is_supervised=type(regime) is ImageTask,
+                is_supervised=type(task) is ImageTask,
                 crop=tuple(cfg.resolution.crop),
                 clip=cfg.trainer.clip,
                 cache_dir=cfg.cache_dir,
@@ -102,10 +102,10 @@ def train(
 
 def check(cfg: DictConfig) -> None:
     """Refuse a config whose parts do not fit together or are out of range, without reading weights or data."""
-    regime, model = build_task(cfg), build.outline(cfg)
+    task, model = build_task(cfg), build.outline(cfg)
     check_initial(cfg, model)
-    regime.check_parts(model, 1)
+    task.check_parts(model, 1)
     with torch.device("meta"):
         build.optimizer(cfg, model)
     instantiate(cfg.optim.schedule)
-    regime.check_sources()
+    task.check_sources()

@@ -42,24 +42,24 @@ _EXACT = "float32"  # features cached in this type give the same numbers as no c
 _FORM = forms.table(forms.maybe(forms.text))
 
 
-class Job:
+class TrainingRun:
     """Training of one model in its run folder.
 
     Args:
         cfg: the whole config; `resume` names a checkpoint file to resume from, or is None.
         out_dir: the run folder.
-        regime: data and checks of the training task.
+        task: data and checks of the training task.
         engine: device and ranks.
 
     Raises:
         UserError: a part does not fit, or the checkpoint is of another model.
     """
 
-    def __init__(self, cfg: DictConfig, out_dir: Path, regime: TrainingTask, engine: Engine) -> None:
-        self.cfg, self.out_dir, self.regime, self.engine = cfg, out_dir, regime, engine
+    def __init__(self, cfg: DictConfig, out_dir: Path, task: TrainingTask, engine: Engine) -> None:
+        self.cfg, self.out_dir, self.task, self.engine = cfg, out_dir, task, engine
         self.start: Checkpoint | None = None
         if cfg.resume:
-            self.start, outline = _start(cfg, regime.labels)
+            self.start, outline = _start(cfg, task.labels)
         else:
             outline = build.outline(cfg)
             check_initial(cfg, outline)
@@ -118,14 +118,14 @@ class Job:
             sizes: sizes of the training images, if they are known.
             steps: length of the training.
         """
-        loss = self.regime.wrap_loss(criteria.loss(self.cfg, self.regime.labelled)).to(self.engine.device)
+        loss = self.task.wrap_loss(criteria.loss(self.cfg, self.task.labelled)).to(self.engine.device)
         if self.start is None:
-            self.regime.init_head(model, self.engine)
+            self.task.init_head(model, self.engine)
         optimizer = build.optimizer(self.cfg, model)
-        info = run_description(self.cfg, self.regime.labels) | (sizes.as_info() if sizes else {})
+        info = run_description(self.cfg, self.task.labels) | (sizes.as_info() if sizes else {})
         folder, writes = self.out_dir / checkpoint.FOLDER, self.engine.is_main
         if writes:
-            write_split(self.out_dir, self.regime.split)
+            write_split(self.out_dir, self.task.split)
         if self.start is not None:
             logger.info("going on with %s at step %d of %d", self.start.path, self.first_step, steps)
         if self.first_step >= steps:
@@ -150,38 +150,38 @@ class Job:
             report: write report.html, and the files that mode=compare reads.
         """
         rows = self.out_dir / "metrics.jsonl"
-        curves = draw_curves(read_rows(rows), self.out_dir, self.regime.plots) if self.engine.is_main else []
+        curves = draw_curves(read_rows(rows), self.out_dir, self.task.plots) if self.engine.is_main else []
         # read from the file, so that the scores are those of mode=eval
         best = checkpoint.find(self.out_dir, "best")
         checkpoint.load_weights(model, checkpoint.read(best, finite=self.cfg.finite_weights))
         cost = cost_of(model, rows)
-        scores = self.regime.evaluate(model, self.engine, best, metrics_only=metrics_only, report=report)
+        scores = self.task.evaluate(model, self.engine, best, metrics_only=metrics_only, report=report)
         if self.engine.is_main:
             print(f"curves:       {self.out_dir}/{', '.join(path.name for path in curves)}")
             write_settings(self.out_dir, settings_of(self.cfg), scores)
             write_json(self.out_dir / COST, cost)
             print(f"TensorBoard:  tensorboard --logdir {self.out_dir / 'tensorboard'}")
             print(f"checkpoint:   {best} (step {run.best_step})")
-            list_skipped(self.regime.skipped, self.out_dir)
+            list_skipped(self.task.skipped, self.out_dir)
         return {**scores, **cost, "best_step": run.best_step, "run": str(self.out_dir)}
 
 
-def begin(
-    cfg: DictConfig, regime: TrainingTask, engine: Engine, out_dir: Path, steps: int
+def build_schedule(
+    cfg: DictConfig, task: TrainingTask, engine: Engine, out_dir: Path, steps: int
 ) -> Callable[[int, int], float]:
     """Log the sizes of the data and the run folder; return the learning-rate schedule."""
     schedule = instantiate(cfg.optim.schedule)
     if engine.is_main:
         warn_of_long_warmup(schedule, steps)
-    train, val = len(regime.feed.train), len(regime.feed.val)
-    logger.info("%d training and %d validation %s; run folder %s", train, val, regime.what, out_dir)
+    train, val = len(task.feed.train), len(task.feed.val)
+    logger.info("%d training and %d validation %s; run folder %s", train, val, task.what, out_dir)
     return schedule
 
 
-def looked_at(regime: TrainingTask, engine: Engine) -> TrainedSizes | None:
+def check_data_on_rank0(task: TrainingTask, engine: Engine) -> TrainedSizes | None:
     """Check the data on rank 0, and return there the sizes of the training images, if they are known."""
     # one rank is enough: its measurements are cached, and its error ends all ranks
-    sizes = regime.check_data() if engine.is_main else None
+    sizes = task.check_data() if engine.is_main else None
     engine.wait()
     return sizes
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 from omegaconf import OmegaConf
 
-from dinoseg.tasks.job import Job
+from dinoseg.modes.training_run import TrainingRun
 from dinoseg.utils.errors import UserError
 
 KEPT = {"engine.cache": "disk", "features.dtype": "float16"}
@@ -17,7 +17,7 @@ def noted(caplog):
     """Return a function that notes what a job is computed by after its checkpoint's, and gives it and what is told."""
 
     def note(before, precision="fp32", kept=KEPT, **options):
-        job = object.__new__(Job)
+        job = object.__new__(TrainingRun)
         job.cfg, job.engine = OmegaConf.create({"resume": "run"}), SimpleNamespace(precision=precision)
         job.start = before and SimpleNamespace(info=before)
         checkpoints = SimpleNamespace(info={})

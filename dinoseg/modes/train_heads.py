@@ -13,9 +13,9 @@ from dinoseg.experiment.heads import head_description, solo_configs
 from dinoseg.experiment.initial import has_initial
 from dinoseg.experiment.recipe import run_description
 from dinoseg.experiment.trained import check_classes
+from dinoseg.modes.training_run import TrainingRun, build_schedule, check_data_on_rank0
 from dinoseg.report.leaderboard import Row, leaderboard
 from dinoseg.report.log import RunLog
-from dinoseg.tasks.job import Job, begin, looked_at
 from dinoseg.tasks.task import TrainingTask
 from dinoseg.training import checkpoint
 from dinoseg.training.engine import Engine
@@ -46,7 +46,7 @@ def train_heads(
         engine: device and ranks.
         out_dir: the run folder.
         settings: of the training loop.
-        shown: options of the evaluations, see `Job.finish`.
+        shown: options of the evaluations, see `TrainingRun.finish`.
 
     Raises:
         UserError: no head has reached a validation.
@@ -56,10 +56,10 @@ def train_heads(
     folder, jobs = out_dir / checkpoint.HEADS, {}
     with bounded(f"resume={cfg.resume}") if start else nullcontext():
         for name, own in solo_configs(cfg).items():
-            jobs[name] = Job(own, folder / name, task, engine)
+            jobs[name] = TrainingRun(own, folder / name, task, engine)
             if start is not None:
                 jobs[name].start = Checkpoint(start.path, {}, head_description(start.info, name))
-    sizes = looked_at(task, engine)
+    sizes = check_data_on_rank0(task, engine)
     backbone, models = build.multi_head([job.cfg for job in jobs.values()], engine.device)
     with ExitStack() as stack:
         members: list[HeadTraining] = []
@@ -71,7 +71,7 @@ def train_heads(
             members.append(HeadTraining(model, loss, checkpoints, log, name=name))
             optimizers.append(optimizer)
         rates = [max(group["base_lr"] for group in optimizer.param_groups) for optimizer in optimizers]
-        schedule = begin(cfg, task, engine, out_dir, settings.steps)
+        schedule = build_schedule(cfg, task, engine, out_dir, settings.steps)
         where, heads = out_dir / checkpoint.FOLDER, count_of(jobs, "head")
         logger.info("%s on one backbone, each with a run folder in %s: %s", heads, folder, listed([*jobs]))
         info = run_description(cfg, task.labels)
