@@ -138,7 +138,7 @@ class Work:
         weight = parts.get("weight", torch.full_like(value, self.batch.count))
         self.engine.backward(value * weight)
         total, count = self.engine.total(value.detach() * weight, weight)
-        self.engine.optimizer_step(self.optimizer, total, count, clip=1.0)
+        self.engine.optimizer_step(self.optimizer, total[None], count[None], clip=1.0)  # of one head
 
     @torch.inference_mode()
     def predict(self) -> None:

@@ -46,7 +46,7 @@ def check(folder, model, loss, waits, **given):
     assert done.error is None
     first, second, logged = done.feed.steps
     assert first == second == waits
-    terms = "training/trainee.py tell: read"  # of a loss that has several
+    terms = "training/trainer.py log_step: read"  # of a loss that has several
     assert {name: count for name, count in logged.items() if name != terms} == {**waits, **LOGGED}
     in_validation = {name: 2 * count for name, count in waits.items() if "backward" not in name}  # of two images
     assert done.feed.validations == [VALIDATION | in_validation]
@@ -109,7 +109,7 @@ def test_a_loss_that_waits_is_seen(tmp_path):
 
     model, _ = tiny()
     done = train(tmp_path, model, Reading(), steps=2, val_every=2, log_every=2)
-    assert done.feed.steps[0] == {"training/trainee.py _loss_part: copy to the device": 1}
+    assert done.feed.steps[0] == {"training/step.py _loss_of: copy to the device": 1}
 
 
 def test_slots():
