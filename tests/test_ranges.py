@@ -137,12 +137,12 @@ def test_a_crop_below_a_patch_is_refused(composed, crop, scale):
 
 
 def test_a_message_names_the_key_that_is_typed(tmp_path, compose):
-    with pytest.raises(UserError, match="^data.classes=dark is of type str, but .* takes Sequence"):
+    with pytest.raises(UserError, match="^data.classes=dark is of type str. Give .*list of texts"):
         instantiate(compose("data.root=x", "data.classes=dark").data.reader)  # where data.reader.classes points to
     with pytest.raises(UserError, match="^num_classes=two is of type str"):
         instantiate(compose("data.root=x", "num_classes=two").protocol)
     done = call(tmp_path, "mode=render", "data=movi", "data.root=x", "mode.seconds=0.5")
-    assert done.err.startswith("error: mode.seconds=0.5 is of type float, but dinoseg.modes.render.render takes int")
+    assert done.err.startswith("error: mode.seconds=0.5 is of type float. Give a whole number")
 
 
 def test_one_number_is_a_square_crop(tmp_path, compose):

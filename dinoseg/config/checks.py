@@ -19,6 +19,11 @@ PLAIN: dict[Any, Any] = {  # annotation to the types that a config may give for 
     **{int: int, float: (int, float), str: str, bool: bool, NoneType: NoneType},
     **{Path: (str, Path), Sequence: LIST, Iterable: LIST, tuple: LIST, Mapping: Mapping},
 }
+_WORDS: dict[Any, str] = {
+    **{int: "a whole number", float: "a number", str: "text", bool: "true or false", NoneType: "null"},
+    **{Path: "a path", Mapping: "a mapping"},
+}
+_PLURALS = {"a whole number": "whole numbers", "a number": "numbers", "text": "texts", "a path": "paths"}
 _PLAIN_VALUES = (NoneType, bool, int, float, str, *LIST, Mapping)
 
 
@@ -46,7 +51,7 @@ def check_given(target: str, arguments: Mapping[str, Any], names: Mapping[str, s
         )
     for key, value in arguments.items():
         if key in parameters:
-            _check_value((names or {}).get(key, key), value, parameters[key].annotation, target)
+            _check_value((names or {}).get(key, key), value, parameters[key].annotation)
 
 
 def checked(target: str, node: Mapping[str, Any], keys: Mapping[str, str], where: str) -> dict[str, Any]:
@@ -66,19 +71,17 @@ def checked(target: str, node: Mapping[str, Any], keys: Mapping[str, str], where
     return given
 
 
-def _check_value(key: str, value: Any, annotation: Any, target: str) -> None:
+def _check_value(key: str, value: Any, annotation: Any) -> None:
     if not _fits(value, annotation):
-        remedy = "Correct the value."
+        remedy = f"Give {_wanted(annotation)}."
         if not isinstance(value, LIST) and _fits([value], annotation):
-            remedy = f"A list is written in brackets: {key}=[{value}]."
+            remedy += f" A list is written in brackets: {key}=[{value}]."
         elif isinstance(value, bool) and _fits("off", annotation):
-            remedy = 'In a YAML file, off, on, yes and no mean false and true: write such a word in quotes ("off").'
+            remedy += ' In a YAML file, off, on, yes and no mean false and true: write such a word in quotes ("off").'
         elif _is_part(_bare(annotation)):
             remedy = f"It is a group of keys: set one of them, as {key}.KEY=VALUE."
         text = "null" if value is None else shown(str(value), _LONGEST)
-        raise UserError(
-            f"{key}={text} is of type {_type_name(value)}, but {target} takes {_said(annotation)}. {remedy}"
-        )
+        raise UserError(f"{key}={text} is of type {_type_name(value)}. {remedy}")
     if rules := _broken(value, annotation):
         rules += ["null"] * (NoneType in get_args(annotation))
         raise UserError(
@@ -142,14 +145,16 @@ def _bare(annotation: Any) -> Any:
     return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
 
 
-def _said(annotation: Any) -> str:
-    """Return the source text of an annotation, without ranges and module names."""
+def _wanted(annotation: Any) -> str:
+    """Return the values that an annotation allows, in words, such as `a whole number or null`."""
     annotation = _bare(annotation)
-    if get_origin(annotation) in (Union, UnionType):
-        return " | ".join(_said(part) for part in get_args(annotation))
-    inner = f"[{', '.join(map(_said, get_args(annotation)))}]" if get_args(annotation) else ""
-    name = (get_origin(annotation) or annotation).__name__ if isinstance(annotation, type) or inner else str(annotation)
-    return "None" if annotation is NoneType else name + inner
+    kind, arguments = get_origin(annotation) or annotation, get_args(annotation)
+    if kind in (Union, UnionType):
+        return " or ".join(map(_wanted, arguments))
+    if PLAIN.get(kind) is LIST:
+        count = "" if kind is not tuple or ... in arguments else f"{len(arguments)} "
+        return f"a list of {count}{_PLURALS.get(_wanted(arguments[0]), 'lists')}" if arguments else "a list"
+    return str(_WORDS.get(kind) or getattr(kind, "__name__", kind))
 
 
 def _type_name(value: Any) -> str:
