@@ -294,6 +294,7 @@ class RecipeSearch:
             return f"{words} was not tried, since the time for choosing was spent"
         note, by_data = "", rules.by_data(candidate.case)
         choices, recipe = self._composed_for([*by_data, candidate.way], candidate.case)
+        left = self._choosing_ends - monotonic()  # composing the recipe took time, too
         height, width = recipe.crop
         self.report(
             f"times adapter={recipe.adapter} head={recipe.head} on crops of {height} x {width} (height x "
