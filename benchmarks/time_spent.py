@@ -39,7 +39,7 @@ PHASES = {  # the parts of a command, by the doors that lead there and back
     STEP: "training.trainer:fit",
     VALIDATION: "training.image_feed:ImageFeed.validate training.clip_feed:ClipFeed.validate "
     "report.log:RunLog.pictures training.checkpoint:Checkpoints.save_if_best",
-    EVALUATION: "regimes.images:ImageRegime.evaluate regimes.clips:ClipRegime.evaluate modes.evaluate:evaluate_images",
+    EVALUATION: "tasks.images:ImageTask.evaluate tasks.clips:ClipTask.evaluate modes.evaluate:evaluate_images",
     TRACK: "modes.track:track_video",
 }
 ROOMS = {  # by the doors, of functions and of generators, whose every item is a visit
@@ -50,7 +50,7 @@ ROOMS = {  # by the doors, of functions and of generators, whose every item is a
     "model and weights": "build:model build:backbone",
     "loss made": "build:loss",
     "optimizer made": "build:optimizer",
-    "short doctor": "regimes.images:ImageRegime.check_data",
+    "short doctor": "tasks.images:ImageTask.check_data",
     "class counts": "data.scan.class_counts:class_counts",
     "reading, augmenting": "training.image_feed:train_batches training.clip_feed:clip_batches "
     "training.validation:eval_batches data.clips.cut:Clips.__getitem__",
@@ -65,9 +65,9 @@ ROOMS = {  # by the doors, of functions and of generators, whose every item is a
     "saving": "training.checkpoint:Checkpoints.save training.checkpoint:Checkpoints.save_if_best "
     "training.checkpoint:Checkpoints.commit",
     "scores of segments": "training.clip_feed:segment_scores training.clip_feed:contingency",
-    "curves": "regimes.job:draw_curves",
+    "curves": "modes.training_run:draw_curves",
     "collecting for the report": "evaluation.collected:Collector.add",
-    "report": "regimes.images:report_images modes.evaluate:report_images",
+    "report": "tasks.images:report_images modes.evaluate:report_images",
     "pictures": "evaluation.images:compare evaluation.images:write_png evaluation.images:confusion_picture",
     "decoding (thread)": "tracking.video.batches:VideoBatches.__iter__",
     "resizing": "tracking.propagation.features:resize",

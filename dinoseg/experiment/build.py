@@ -83,6 +83,7 @@ def multi_head(cfgs: Sequence[DictConfig], device: torch.device) -> tuple[Backbo
                 "head read the coarsest stage too, or train them apart, in a sweep."
             )
         _lend_tensors(whole, part)
+        part.eval()  # heads that run it by themselves would otherwise update its BatchNorm statistics
         torch.set_rng_state(drawn)
         models.append(Segmenter(part, _head(cfg, part), **_resolution(cfg, part)).to(device))
     return whole, models

@@ -1,4 +1,4 @@
-"""Parts of an experiment for its training task, which reads no config."""
+"""Builder of the parts of an experiment, for training tasks."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -38,7 +38,13 @@ def build_task(cfg: DictConfig) -> Any:
             f"teacher={cfg.teacher} is read by trainer=distil alone, and this is trainer={cfg.choices.trainer}. Give "
             "trainer=distil, or leave teacher out."
         )
-    return instantiate(cfg.trainer.task)(Builder(cfg))
+    try:
+        return instantiate(cfg.trainer.task)(Builder(cfg))
+    except TypeError as error:
+        raise UserError(
+            f"trainer.task={cfg.trainer.task.get('_target_')} cannot be built ({error}). Name a class that inherits "
+            "dinoseg.tasks.task.TrainingTask, and set `_partial_: true` beside it."
+        ) from error
 
 
 class Builder:

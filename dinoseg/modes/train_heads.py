@@ -96,6 +96,11 @@ def _check_task(cfg: DictConfig, task: TrainingTask, engine: Engine) -> None:
     if engine.sharded or engine.cache in ("disk", "memory"):
         key = "sharding=fsdp" if engine.sharded else f"cache={engine.cache}"
         raise UserError(f"engine.{key} is for one head at a time. Leave it out with trainer=many_heads.")
+    if engine.loss_scale() is not None:
+        raise UserError(
+            "engine.precision=fp16 scales the loss of one head at a time. Set engine.precision=fp32 with "
+            "trainer=many_heads, or bf16 where the device has it."
+        )
     if has_initial(cfg):
         raise UserError(f"init={cfg.init} is for one head at a time. Leave it out with trainer=many_heads.")
     if cfg.data.get("feature_noise"):

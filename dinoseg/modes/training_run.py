@@ -29,7 +29,7 @@ from dinoseg.training import checkpoint
 from dinoseg.training.checkpoint import Checkpoints, Progress
 from dinoseg.training.cost import COST, cost_of
 from dinoseg.training.engine import Engine
-from dinoseg.training.loading import Checkpoint
+from dinoseg.training.loading import Checkpoint, check_resumable
 from dinoseg.training.optim import warn_of_long_warmup
 from dinoseg.utils import forms
 from dinoseg.utils.atomic import write_json
@@ -91,7 +91,7 @@ class TrainingRun:
         Args:
             checkpoints: of the run.
             kept: where and in which type frozen features are cached, and the teacher of a student, as returned by
-                `Regime.keep_features`.
+                `TrainingTask.cache_features`.
             tells: whether to warn.
         """
         then = self.chosen_before
@@ -192,4 +192,5 @@ def _start(cfg: DictConfig, labels: SegmentationData | Labels) -> tuple[Checkpoi
     file = checkpoint.outline(Path(cfg.resume))
     check_classes(labels, file.info, f"resume={file.path}")
     outline = build.check_fits(cfg, file)
+    check_resumable(file)
     return checkpoint.read(file.path, finite=cfg.finite_weights), outline

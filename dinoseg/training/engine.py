@@ -301,9 +301,10 @@ class Engine:
             norms = norms.masked_fill(skipped, 0.0)
         if before is not None:
             finite &= before.isfinite()
+        trained = torch.stack([finite[head] for head in range(len(heads)) if head not in ended] or [finite.any()])
         if late:
             vars(optimizer).update(
-                grad_scale=None, found_inf=(~finite.any()).float()
+                grad_scale=None, found_inf=(~trained.any()).float()
             )  # interface of torch's GradScaler
         for parameters, is_finite in zip(heads, finite, strict=True) if len(heads) > 1 else ():
             for parameter in parameters if late or not is_finite else ():

@@ -160,6 +160,15 @@ def frozen_fingerprint(model: Segmenter) -> dict[str, str]:
     }
 
 
+def check_resumable(checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint without an optimizer state, as `best` is: training could not continue exactly."""
+    if not checkpoint.part("optimizer"):
+        raise UserError(
+            f"resume={checkpoint.path}: this checkpoint holds no optimizer state, so training cannot go on from it "
+            f"exactly. Resume from last.safetensors in the same folder; where there is none, train anew."
+        )
+
+
 def load_optimizer(optimizer: Optimizer, checkpoint: Checkpoint) -> None:
     """Load the optimizer's state by parameter name.
 
@@ -167,11 +176,7 @@ def load_optimizer(optimizer: Optimizer, checkpoint: Checkpoint) -> None:
         UserError: the checkpoint has no optimizer state, or that of other parameters.
     """
     saved = checkpoint.part("optimizer")
-    if not saved:
-        raise UserError(
-            f"resume={checkpoint.path}: this checkpoint holds no optimizer state, so training cannot go on from it "
-            f"exactly. Resume from last.safetensors in the same folder; where there is none, train anew."
-        )
+    check_resumable(checkpoint)
     absent = without_state(optimizer, saved)
     if len(absent) > checkpoint.info.get(IDLE, 0):
         raise UserError(

@@ -93,7 +93,10 @@ class MicroBatches:
     def _attempt(self, taken: Iterator[Any]) -> Iterator[Any]:
         count = self._accumulate * self._parts
         self.num_batches = count * self._engine.world
-        batches, self.divisors = self._sum_divisors(self._split(taken))
+        with self.retried():
+            batches, self.divisors = self._sum_divisors(self._split(taken))
+        if self._shortage is not None:
+            return
         for number, batch in enumerate(batches, start=1):
             self.is_last = number == count
             with self.retried():
@@ -141,8 +144,8 @@ class MicroBatches:
     def _remedy(self) -> str:
         if len(self._heads) > 1:
             return (
-                "Give fewer heads, less data.batch_size, or a smaller resolution.crop; mode=plan with head=NAME, "
-                "without heads and trainer, says what one takes."
+                "The heads' needs add up: give fewer heads, less data.batch_size, or a smaller resolution.crop; "
+                "mode=plan with head=NAME, without heads and trainer, says what one takes."
             )
         accumulate = "less data.batch_size with as much more trainer.accumulate, " if self._engine.world > 1 else ""
         return (

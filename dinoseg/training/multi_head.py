@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from dinoseg.core.contracts import Backbone, Head
 from dinoseg.core.shapes import Batch, FeatureBatch, FrozenFeatures, Prediction
+from dinoseg.inference.memory import tells_shortage
 from dinoseg.inference.policy import Autocast, Policy
 from dinoseg.inference.whole import Whole
 from dinoseg.models.model import Segmenter
@@ -19,6 +20,7 @@ from dinoseg.training.head_training import HeadTraining
 from dinoseg.training.image_feed import ImageFeed
 from dinoseg.training.loading import frozen_fingerprint
 from dinoseg.training.trainer import Experiment
+from dinoseg.utils.devices import empty_cache
 from dinoseg.utils.errors import UserError
 
 
@@ -79,15 +81,25 @@ class MultiHeadSegmenter(Segmenter):
         self, members: Sequence[HeadTraining], policy: Policy, autocast: Autocast, batch: Batch
     ) -> Iterator[Batch]:
         """Yield the batch for each of some heads: with features of the images if it predicts them whole."""
-        features, size = None, (batch.image.shape[-2], batch.image.shape[-1])
+        size = (batch.image.shape[-2], batch.image.shape[-1])
+        shared = [member for member in members if member.reads_maps and policy.sees_whole(member.model, size, autocast)]
+        features = self._features(batch.image, autocast) if shared else None
         for member in members:
-            if not member.reads_maps or not policy.sees_whole(member.model, size, autocast):
+            if features is None or member not in shared:
                 yield batch
                 continue
-            if features is None:
-                with autocast():
-                    features = self.frozen(batch.image)
             yield FeatureBatch(self.select(features, member), batch.mask, batch.names)
+
+    def _features(self, images: Tensor, autocast: Autocast) -> FrozenFeatures | None:
+        """Return the features of images; None if memory does not suffice, where heads may cut windows instead."""
+        try:
+            with autocast():
+                return self.frozen(images)
+        except (MemoryError, RuntimeError) as error:
+            if not tells_shortage(error):
+                raise
+        empty_cache(images.device)
+        return None
 
     def select(self, features: FrozenFeatures, member: HeadTraining) -> FrozenFeatures:
         """Return those features that a head reads."""

@@ -219,9 +219,10 @@ class MetricsQueue:
         return is_stopping
 
     def are_finite(self) -> bool:
-        """Return whether each unread step is finite for a head, without communication, if a training ends early."""
+        """Return whether each unread step is finite, without communication, if a training ends early."""
         for metrics in self._unread:
-            if not any(map(math.isfinite, metrics.read()[1])):
+            norms = zip(self._heads, metrics.read()[1], strict=True)
+            if not all(math.isfinite(norm) for head, norm in norms if head.is_active):
                 logger.error("The loss of step %d was not finite: nothing is saved.", metrics.step)
                 return False
         return True

@@ -173,7 +173,7 @@ def fit(experiment: Experiment) -> Progress:
                     loss = batch_loss(heads, predictions, batch, micro.divisors, micro.num_batches)
                     engine.backward(loss.total.sum(), scale, loss.weight)
                     output.add(loss, predictions, batch)
-                predictions = loss = None  # frees the graph
+                batch = predictions = loss = None  # frees the graph
             # all ranks see a stop request at the same step; a rank that fails here costs no step
             totals, weights, stops = output.over_ranks(engine, stop.asked)
             with emergency.updating():

@@ -9,6 +9,7 @@ import pytest
 import torch
 from command_line import SMALL, call, write_data
 
+from dinoseg.experiment import build
 from dinoseg.experiment.heads import named_heads
 from dinoseg.models.heads.cnn import CnnHead
 from dinoseg.training import checkpoint
@@ -152,8 +153,23 @@ def test_it_resumes_with_all_heads_at_one_step(folder, run, monkeypatch, kind, n
     assert done.status == 0, done.err
     assert not (folder / where / "base/train_y").exists()
     assert heads_of(path) == heads_of(run.path)
+    resumed, whole = (checkpoint.read(each / "checkpoints/last.safetensors").tensors for each in (path, run.path))
+    assert resumed.keys() == whole.keys() and all(torch.equal(resumed[name], whole[name]) for name in whole)
     for name in NAMES:
         assert_same(path / "heads" / name, run.path / "heads" / name)
+
+
+def test_the_folder_of_a_head_cannot_be_resumed_and_stays_as_it_is(folder, run):
+    before = {path.name: path.read_bytes() for path in (run.path / "heads/linear").iterdir() if path.is_file()}
+    done = call(folder, "mode=train", "resume=many/heads/linear", "trainer.steps=9")
+    assert done.status == 1 and "holds no optimizer state" in done.err
+    assert {name: (run.path / "heads/linear" / name).read_bytes() for name in before} == before
+
+
+def test_backbones_of_heads_update_no_statistics(compose):
+    words = ("backbone=tiny", "adapter=frozen", "data.root=none", "data.classes=[a,b]")
+    _, models = build.multi_head([compose(*words, f"head={head}") for head in ("linear", "mlp")], torch.device("cpu"))
+    assert len(models) == 2 and not any(model.backbone.training for model in models)
 
 
 def diverging(head, number):
@@ -208,6 +224,7 @@ def test_where_all_have_diverged_the_run_has_failed(folder, monkeypatch):
         (("trainer=many_heads", "heads=[linear,slots]"), "head=slots is trained on clips"),
         (("trainer=many_heads", "heads=[linear]", f"lrs=[1{400 * '0'},1]"), "give a list of learning rates above 0"),
         (("trainer=many_heads", "heads=[linear,dpt]"), "quarters"),
+        (("trainer=many_heads", "heads=[linear]", "engine.precision=fp16"), "engine.precision=fp16 "),
         (("trainer=many_heads", "heads=[linear]", "data.feature_noise=0.1"), "data.feature_noise=0.1 is for one head"),
     ],
 )
