@@ -261,6 +261,10 @@ def _followed(whole: Mapping[str, Any], steps: Steps, pointer: re.Match[str], wh
         dots, names = len(pointer[1]), pointer[2].split(".")
         steps = (*(steps[: max(0, len(steps) - dots)] if dots else ()), *names)
         target = at(whole, steps)
+        if any(
+            "${" in part for part in (at(whole, steps[:end]) for end in range(1, len(steps))) if isinstance(part, str)
+        ):
+            break  # below what another pointer leads to, of which nothing is counted
         following = _POINTER.fullmatch(target) if isinstance(target, str) else None
         if following is None:
             if nests(target) or all("${" not in text or _computes(text) for text in texts_of(target)):

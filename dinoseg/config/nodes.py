@@ -11,6 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dinoseg.config.checks import check_given
 from dinoseg.utils.errors import UserError
+from dinoseg.utils.wording import shown
 
 Part = TypeVar("Part")
 
@@ -33,8 +34,10 @@ def instantiate(node: Any, *, without: Sequence[str] = (), instead: Mapping[str,
         if absent or isinstance(error, UserError):
             raise UserError(not_set(absent[1]) if absent else str(error)) from None
         raise
-    values = {key: value for key, value in values.items() if key not in without} | dict(instead or {})
     where = node._get_full_key(None) if OmegaConf.is_config(node) else ""
+    if not isinstance(values, Mapping):
+        raise UserError(f"A config node with `_target_` is needed, and {where or shown(str(node))} is none. Set it.")
+    values = {key: value for key, value in values.items() if key not in without} | dict(instead or {})
     unset = next(_unset(values, where), None)
     if unset:
         raise UserError(not_set(unset))

@@ -25,13 +25,15 @@ from dinoseg.training.engine import Engine
 from dinoseg.training.feature_cache.key import code_hash, hash_of
 from dinoseg.utils import forms
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.files import check_regular
+from dinoseg.utils.files import open_regular
 from dinoseg.utils.transfer import sent
 from dinoseg.utils.wording import listed, shown, typed
 
 TEACHERS = "teachers"  # folder in the cache that holds the scores of all teachers
 _CROP = forms.listing(forms.whole(1), length=2)
 _PROBED = 512  # maximum side in backbone pixels of the dummy image that measures cells per pixel
+_MOST_STATE = 8  # bytes of a checkpoint per byte of its weights; AdamW's state and a moving average make it 4
+_FRAMING = 2**27  # bytes besides tensors, more than the largest header of a safetensors file
 _LEAST = -3e4  # lowest score relative to the highest; float16 can hold it
 
 
@@ -52,19 +54,22 @@ class Teacher:
         check_named(self._given)
         with self._named():
             self._path = checkpoint.find(self._given, "best")
-            check_regular(self._path)
-            self._digest = self._hashed()
             self._info = checkpoint.describe(self._path)
             self._cfg = alone(self._path, self._info, {}, beside=cfg)
         self._check_classes(labels)
         with self._named():
-            self._outline = build.check_fits(self._cfg, checkpoint.outline(self._path))
+            header = checkpoint.outline(self._path)
+            self._outline = build.check_fits(self._cfg, header)
             crop = plain(self._cfg.resolution, resolve=True)["crop"]
             if not forms.fits(crop, _CROP):
                 raise UserError(
                     f"its resolution.crop={shown(crop)} must be [height, width] in pixels, each at least 1. Choose "
                     "another checkpoint."
                 )
+            self._check_size(header)
+            self._digest = self._hashed()  # last: it reads the whole file
+            if checkpoint.describe(self._path) != self._info:
+                raise UserError(f"{self._path} changes while it is read. Wait for the end of its training.")
         if self._outline.head.slots is not None:
             raise UserError(f"teacher={self._given} is a model of slots, which knows no classes. Give a segmenter.")
         self._asked: tuple[Predictor, tuple[float, float]] | None = None
@@ -151,9 +156,19 @@ class Teacher:
             "each class: train one on data of the same classes in the same order."
         )
 
+    def _check_size(self, header: checkpoint.Checkpoint) -> None:
+        """Refuse a file that is much larger than the weights in it, whose reading could take hours."""
+        held = sum(value.numel() * value.element_size() for value in header.part("model").values())
+        size = self._path.stat().st_size
+        if size > _MOST_STATE * held + _FRAMING:
+            raise UserError(
+                f"{self._path} has {size} bytes, of which {held} are the weights of its model: state of an optimizer "
+                "takes a few times as many. Give the best.safetensors of that run, or another checkpoint."
+            )
+
     def _hashed(self) -> str:
-        with open(self._path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        with open_regular(self._path) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 
     @contextmanager
     def _named(self) -> Iterator[None]:

@@ -81,7 +81,7 @@ class ArrayRows(Rows):
 
     def __init__(self, path: Path, device: torch.device) -> None:
         try:
-            self.pixels = np.load(path, mmap_mode="r", allow_pickle=False)
+            self.pixels = np.lib.format.open_memmap(path, mode="r")  # np.load takes archives, too
         except (OSError, ValueError, EOFError) as error:
             raise UserError(f"Cannot read {path} as an array ({error}). Write it with numpy.save.") from error
         shape: tuple[int, ...] = getattr(self.pixels, "shape", ())

@@ -152,7 +152,12 @@ class TrainingRun:
         rows = self.out_dir / "metrics.jsonl"
         curves = draw_curves(read_rows(rows), self.out_dir, self.task.plots) if self.engine.is_main else []
         # read from the file, so that the scores are those of mode=eval
-        best = checkpoint.find(self.out_dir, "best")
+        best = self.out_dir / checkpoint.FOLDER / "best.safetensors"
+        if not best.is_file():
+            raise UserError(
+                f"{best} is not there, though step {run.best_step} was saved as the best one. Put it back, or evaluate "
+                f"the last checkpoint: mode=eval resume={best.with_name('last.safetensors')}."
+            )
         checkpoint.load_weights(model, checkpoint.read(best, finite=self.cfg.finite_weights))
         cost = cost_of(model, rows)
         scores = self.task.evaluate(model, self.engine, best, metrics_only=metrics_only, report=report)

@@ -16,7 +16,7 @@ from dinoseg.inference.whole import Whole
 from dinoseg.models.model import Segmenter
 from dinoseg.training.checkpoint import Checkpoints, Progress, comparable
 from dinoseg.training.feed import Validation
-from dinoseg.training.head_training import HeadTraining
+from dinoseg.training.head_training import DROPPED, HeadTraining
 from dinoseg.training.image_feed import ImageFeed
 from dinoseg.training.loading import frozen_fingerprint
 from dinoseg.training.trainer import Experiment
@@ -127,6 +127,8 @@ class MultiHeadCheckpoints(Checkpoints):
                 entry = self.start.info["heads"][member.name]
                 own.progress = comparable(Progress(**entry["progress"]), self.start.info, self.info)
                 member.dropped = entry["dropped"]
+                if member.dropped is None and own.writes:  # of a fault after the step from which the run resumes
+                    (own.folder.parent / DROPPED).unlink(missing_ok=True)
                 member.is_active = member.dropped is None and own.progress.step == progress.step
         return progress
 

@@ -11,16 +11,18 @@ import sys
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
 
+from dinoseg.utils.cores import machine_memory
 from dinoseg.utils.files import open_regular
 
 Form = Callable[[Any, str], None]
 _DEEPEST = 16  # nesting levels of a `plain` value
 _LARGEST = 2**63 - 1
 _MOST_BYTES = 2**32  # of a JSON file; a sparse one may claim more than any memory
+_SMALL = 2**26  # bytes of a file that any machine can read
 _GREATEST = sys.float_info.max  # larger integers in JSON cannot become a float
 
 
@@ -28,15 +30,15 @@ class Misshapen(ValueError):
     """Error for data that does not have the form in which it is written; names the location and the value."""
 
 
-def read_json(path: Path, form: Form) -> Any:
-    """Read a JSON file, and check it against a form.
+def read_json(path: Path, form: Form, *, most: int = _MOST_BYTES) -> Any:
+    """Read a JSON file of at most `most` bytes, and check it against a form.
 
     Raises:
         OSError: if the file is missing or cannot be read.
         UserError: if it is no regular file, but a pipe, for example.
-        Misshapen: if it is no JSON, of another form, or larger than 4 GiB.
+        Misshapen: if it is no JSON, of another form, or larger.
     """
-    return parse_json(read_regular(path, _MOST_BYTES), form)
+    return parse_json(read_regular(path, most), form)
 
 
 def read_regular(path: str | Path, most: int) -> bytes:
@@ -44,12 +46,11 @@ def read_regular(path: str | Path, most: int) -> bytes:
 
     Raises:
         UserError: if it is no regular file, but a pipe, for example.
-        Misshapen: if it is larger.
+        Misshapen: if it is larger, or would take a quarter of this machine's memory.
         OSError: if the file is missing or cannot be read.
     """
     with open_regular(path) as file:
-        if (size := os.fstat(file.fileno()).st_size) > most:
-            raise Misshapen(f"it has {size} bytes, and {most} are read at most")
+        _check_size(file, most)
         return file.read(most)
 
 
@@ -82,19 +83,21 @@ def as_read_back(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
-def read_arrays(path: Path, forms: Mapping[str, tuple[str, int]]) -> dict[str, np.ndarray]:
+def read_arrays(path: Path, forms: Mapping[str, tuple[str, int]], *, most: int = _MOST_BYTES) -> dict[str, np.ndarray]:
     """Read the arrays of an NPZ file that was written without compression.
 
     Args:
         path: the file.
         forms: name to type, such as `<f8`, and number of axes.
+        most: bytes that the file may have.
 
     Raises:
         OSError: if the file is missing or cannot be read.
         UserError: if it is no regular file, but a pipe, for example.
-        Misshapen: if it is damaged, or an array is missing or not of the required type, axes and declared size.
+        Misshapen: if it is damaged or too large, or an array is missing or not of the required type, axes and size.
     """
     with open_regular(path) as file:
+        _check_size(file, most)
         try:
             with zipfile.ZipFile(file) as archive:
                 return {name: _array(archive, name, *form) for name, form in forms.items()}
@@ -248,6 +251,15 @@ def _values(value: Any) -> Iterable[Any]:
     return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
+def _check_size(file: BinaryIO, most: int) -> None:
+    """Refuse an open file above a size; a sparse one may claim any size, and be read as zeros."""
+    size = os.fstat(file.fileno()).st_size
+    if size > _SMALL:
+        most = min(most, machine_memory() // 4)
+    if size > most:
+        raise Misshapen(f"it has {size} bytes, and {most} are read at most")
+
+
 def _array(archive: zipfile.ZipFile, name: str, kind: str, axes: int) -> np.ndarray:
     info = archive.getinfo(f"{name}.npy")
     if info.compress_type != zipfile.ZIP_STORED:
@@ -256,11 +268,10 @@ def _array(archive: zipfile.ZipFile, name: str, kind: str, axes: int) -> np.ndar
         if np.lib.format.read_magic(file) != (1, 0):
             raise Misshapen(f"{name} is of another version of the format")
         shape, by_columns, dtype = np.lib.format.read_array_header_1_0(file)
+        size = info.file_size - file.tell()
+        if by_columns or dtype.str != kind or len(shape) != axes or math.prod(shape) * dtype.itemsize != size:
+            raise Misshapen(f"{name} is {dtype.str}{list(shape)} in {size} bytes, and must be {kind} of {axes} axes")
         content = file.read()
-    if by_columns or dtype.str != kind or len(shape) != axes or math.prod(shape) * dtype.itemsize != len(content):
-        raise Misshapen(
-            f"{name} is {dtype.str}{list(shape)} in {len(content)} bytes, and must be {kind} of {axes} axes"
-        )
     return np.frombuffer(content, dtype).reshape(shape)
 
 

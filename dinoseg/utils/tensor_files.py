@@ -2,8 +2,6 @@
 
 import argparse
 import os
-import re
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from torch import Tensor
 
 from dinoseg.utils.atomic import scratch_folder, sync_to_disk
 from dinoseg.utils.errors import UserError, free_space
+from dinoseg.utils.pickles import ForeignObject, check_pickles, check_views, is_archive
 from dinoseg.utils.wording import count_of, shown
 
 _TYPES = {  # names in a safetensors header
@@ -185,15 +184,17 @@ def _read_safetensors(path: Path, key: str) -> Any:
 
 def _read_pickled(path: Path, key: str) -> Any:
     try:
+        check_pickles(path)
         # DINO's full checkpoints store their command line in a Namespace, which is harmless to construct
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive(path))
+        check_views(content, path.stat().st_size)
+        return content
+    except ForeignObject as error:
+        raise UserError(
+            f"{key}={path}: holds objects besides tensors ({error}), and reading those could run code or fill the "
+            f"memory. Give a file of tensors only, as they are published, or as safetensors."
+        ) from error
     except Exception as error:  # a broken file raises many exception types
-        foreign = re.search(r"GLOBAL (\S+)", str(error))
-        if foreign:
-            raise UserError(
-                f"{key}={path}: holds objects besides tensors ({foreign[1]}), and reading those could run code. Give a "
-                f"file of tensors only, as they are published, or as safetensors."
-            ) from error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
         raise UserError(f"{key}={path}: not a readable PyTorch file ({reason}). Download it again.") from error

@@ -317,6 +317,9 @@ def test_interpolations_that_multiply_are_refused(kept):
     around = {"a": "${data.b}", "b": "${data.a}"}
     with pytest.raises(UserError, match="from one interpolation to the next"):
         guard({**kept, "data": {**kept["data"], **around}}, "resume=file")
+    below = {"big": {"c": [0] * 3000}, "y": {"a": "${..big}"}, "t": ["${data.y.a.c}"] * 3000}
+    with pytest.raises(UserError, match="from one interpolation to the next"):
+        guard({**kept, "data": {**kept["data"], **below}}, "resume=file")
 
 
 def test_interpolations_within_are_fine(kept):

@@ -1,6 +1,7 @@
 """A teacher's scores of a picture are what mode=predict is asked for, and no other run's; foreign ones are refused."""
 
 import json
+import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -119,6 +120,55 @@ def test_a_file_that_changes_before_it_is_read_is_not_used(folder, compose, tmp_
     path.unlink()
     with pytest.raises(UserError, match=r"^teacher=.*best.safetensors: No such file or directory. Check that file"):
         asked(torch.zeros(3, 9, 9, dtype=torch.uint8))
+
+
+def test_nothing_but_its_header_is_read_of_a_file_that_is_refused(folder, compose, tmp_path, monkeypatch):
+    monkeypatch.setattr(Teacher, "_hashed", lambda self: pytest.fail("it was read whole"))
+    path = tmp_path / "best.safetensors"
+    source = folder / "linear/checkpoints/best.safetensors"
+    os.mkfifo(path)
+    with pytest.raises(UserError, match=r"teacher=.*neither a checkpoint file|teacher=.*named pipe"):
+        teacher(compose, str(path))
+    path.unlink()
+    path.touch()
+    os.truncate(path, 2**40)  # sparse
+    with pytest.raises(UserError, match=r"teacher=.*best\.safetensors: not a readable checkpoint"):
+        teacher(compose, str(path))
+    enlarged(source, path, "model/extra", 2**30)
+    with pytest.raises(UserError, match=r"teacher=.*1 tensors left over \(such as extra\)"):
+        teacher(compose, str(path))
+    enlarged(source, path, "optimizer/extra", 2**30)
+    with pytest.raises(UserError, match=r"teacher=.* has 107\d+ bytes, of which \d+ are the weights of its model"):
+        teacher(compose, str(path))
+    with pytest.raises(UserError, match="other classes"):
+        teacher(compose, str(source), Labels.of(["dark"], [[0, 0, 0]], 255))
+
+
+def enlarged(source, path, name, size):
+    """Write a checkpoint with one more tensor, of zeros that take no space on the disk."""
+    content = source.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    end = len(content) - 8 - length
+    header[name] = {"dtype": "U8", "shape": [size], "data_offsets": [end, end + size]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+    os.truncate(path, 8 + len(text) + end + size)
+
+
+def test_a_file_that_is_replaced_while_it_is_read_is_not_used(folder, compose, tmp_path, monkeypatch):
+    path = tmp_path / "best.safetensors"
+    path.write_bytes((folder / "linear/checkpoints/best.safetensors").read_bytes())
+    kept = Teacher._hashed
+
+    def hashed(self):
+        path.write_bytes((folder / "windows/checkpoints/best.safetensors").read_bytes())
+        return kept(self)
+
+    monkeypatch.setattr(Teacher, "_hashed", hashed)
+    with pytest.raises(UserError, match=r"teacher=.*best\.safetensors changes while it is read"):
+        teacher(compose, str(path))
 
 
 @pytest.mark.parametrize(

@@ -276,7 +276,11 @@ def test_arrays_are_mapped_and_nothing_is_unpickled(tmp_path):
     assert isinstance(rows, ArrayRows) and (read_in_parts(rows) == picture()).all()
     np.save(tmp_path / "b.npy", np.array([{}], dtype=object), allow_pickle=True)
     np.save(tmp_path / "c.npy", picture().astype(np.float32))
-    for name, message in (("b.npy", "Cannot read .*b.npy as an array"), ("c.npy", "float32, and must hold")):
+    with open(tmp_path / "d.npy", "wb") as file:
+        np.savez(file, picture())  # an archive by another name
+    (tmp_path / "e.npy").write_bytes((tmp_path / "a.npy").read_bytes()[:-1])
+    unread = [(f"{name}.npy", f"Cannot read .*{name}.npy as an array") for name in "bde"]
+    for name, message in (*unread, ("c.npy", "float32, and must hold")):
         with pytest.raises(UserError, match=message):
             open_rows(tmp_path / name, CPU)
 

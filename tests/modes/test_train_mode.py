@@ -40,6 +40,13 @@ def test_progress_can_be_leafed_through(where):
     assert len(training) == 2 and all(0 <= row["train/miou"] <= 1 for row in training)
 
 
+def test_the_best_checkpoint_that_is_gone_is_not_replaced_by_the_last(where):
+    train(where, "mode.pictures=0")
+    (where / "run/checkpoints/best.safetensors").unlink()
+    done = call(where, "mode=train", "resume=run")
+    assert done.status == 1 and "best.safetensors is not there, though step" in done.err
+
+
 def test_fewer_images_are_validated_and_scored_where_that_is_asked_for(where):
     done = train(where, "trainer.val_images=2", "trainer.max_minutes=9", "mode.pictures=0")
     assert "scored on:    2 of 6 validation images (trainer.val_images); mode=eval scores all" in done.out

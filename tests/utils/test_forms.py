@@ -281,3 +281,32 @@ def test_a_file_that_says_it_is_larger_than_memory_is_refused(tmp_path):
     os.truncate(tmp_path / "a", 2**40)
     with pytest.raises(forms.Misshapen, match="1099511627776 bytes"):
         forms.read_json(tmp_path / "a", forms.plain)
+
+
+def test_arrays_that_claim_more_than_memory_are_not_read(tmp_path, monkeypatch):
+    """A sparse file is read as zeros, which take memory although it takes no space."""
+    path, form = tmp_path / "a.npz", {"a": ("|u1", 1)}
+    npz(path, a=npy("|u1", (2**21,), bytes(2**21)))
+    with pytest.raises(Misshapen, match=r"bytes, and 1048576 are read at most"):
+        read_arrays(path, form, most=2**20)
+    assert len(read_arrays(path, form)["a"]) == 2**21
+    monkeypatch.setattr(forms, "_SMALL", 2**20)
+    monkeypatch.setattr(forms, "machine_memory", lambda: 2**22)
+    for read in (lambda path: read_arrays(path, form), lambda path: forms.read_json(path, forms.plain)):
+        with pytest.raises(Misshapen, match=r"bytes, and 1048576 are read at most"):
+            read(path)
+
+
+def test_the_content_of_an_array_of_another_size_is_not_read(tmp_path, monkeypatch):
+    npz(tmp_path / "a.npz", a=npy("|u1", (5,), bytes(2**20)))
+    taken = []
+    kept = zipfile.ZipExtFile.read
+
+    def read(self, size=-1):
+        taken.append(size)
+        return kept(self, size)
+
+    monkeypatch.setattr(zipfile.ZipExtFile, "read", read)
+    with pytest.raises(Misshapen, match=r"a is \|u1\[5\] in 1048576 bytes"):
+        read_arrays(tmp_path / "a.npz", {"a": ("|u1", 1)})
+    assert min(taken) >= 0 and max(taken) < 1000

@@ -1,8 +1,9 @@
 """Storage of choices: a cache file for the same command, and an editable recipe in YAML."""
 
 import json
+import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,50 +16,61 @@ from dinoseg.utils.wording import one_line, typed
 
 NAME = "chosen"  # of the written recipe
 GROUPS = ("adapter", "head", "loss")  # config groups whose option is chosen
-_KEYS = (  # all keys that may be chosen; a file with other keys is rejected
-    *GROUPS,
-    *("adapter.blocks", "backbone.checkpointing", "head.checkpointing"),
-    *("loss.weights", "loss.criterion.factors.dice"),
-    *("data.augment.scale", "data.batch_size", "data.views", "resolution.crop", "resolution.longest"),
-    *("optim.optimizer.backbone_begin", "optim.optimizer.backbone_lr", "optim.optimizer.head_lr"),
-    *("trainer.accumulate", "trainer.max_minutes", "trainer.steps", "trainer.val_every", "trainer.val_images"),
-    *("data.labelled", "head.init"),
-)
-
 _NAMES = rf"(?!(?:{'|'.join(BUILDS)})$).*"  # keys of a table, except those of `BUILDS`
+_MOST_BYTES = 2**20  # of a file of choices, which takes a few thousand
+_MOST_PIXELS = 2**30  # of the images in a batch, as in a checkpoint's config
 
 
-def _value(value: Any, where: str) -> None:
-    """Validate a key's value: a bool, a name, a number, or a list or table of numbers; no `_target_`."""
-    if isinstance(value, bool) or (isinstance(value, str) and re.fullmatch(r"[a-z]\w*", value)):
-        return
-    number = forms.number()
-    if isinstance(value, list):
-        forms.listing(number)(value, where)
-    elif isinstance(value, dict):
-        forms.table(number, _NAMES)(value, where)
-    else:
-        number(value, where)
+def _name(*names: str) -> forms.Form:
+    """Return the form of one of some names, or without names of any option of a config group."""
+
+    def check(value: Any, where: str) -> None:
+        if not isinstance(value, str) or not (value in names if names else re.fullmatch(r"[a-z]\w*", value)):
+            raise forms.Misshapen(f"{where:.99} is {value!r:.60}, and must be {' or '.join(names) or 'a name'}")
+
+    return check
 
 
-_ANY_WORDS = forms.table(_value, "|".join(map(re.escape, _KEYS)))
+def _class_weights(value: Any, where: str) -> None:
+    """Validate `loss.weights`: none, or a table from class name to weight without a `_target_`."""
+    if value != "none":
+        forms.table(forms.number(0, 2**20), _NAMES)(value, where)
 
 
-def _words(value: Any, where: str) -> None:
-    """Validate the overrides of a choice: option names for groups, plain values for other keys."""
-    _ANY_WORDS(value, where)
-    for group in value.keys() & set(GROUPS):
-        forms.text(value[group], f"{where}.{group}")
+_COUNT, _SIDE, _RATE = forms.whole(1, 2**40), forms.whole(1, 2**20), forms.number(0, 100)
+_FORMS: Mapping[str, forms.Form] = {  # of all keys that may be chosen; a file with other keys is rejected
+    **{"adapter": _name(), "head": _name("linear", "multiscale", "detail"), "loss": _name("ce_dice")},
+    **{"adapter.blocks": forms.whole(1, 2**16), "head.init": _name("probe")},
+    **{"backbone.checkpointing": forms.flag, "head.checkpointing": forms.flag},
+    **{"loss.weights": _class_weights, "loss.criterion.factors.dice": forms.number(0, 2**20)},
+    **{"data.augment.scale": forms.row(forms.number(0.01, 16), forms.number(0.01, 16))},
+    **{"data.batch_size": forms.whole(1, 2**16), "data.views": forms.whole(1, 2**10)},
+    **{"data.labelled": forms.number(1e-9, 1)},
+    **{"resolution.crop": forms.row(_SIDE, _SIDE), "resolution.longest": _SIDE},
+    **{"optim.optimizer.backbone_begin": forms.number(0, 0.99)},
+    **{"optim.optimizer.backbone_lr": _RATE, "optim.optimizer.head_lr": _RATE},
+    **{"trainer.accumulate": forms.whole(1, 2**20), "trainer.max_minutes": forms.number(0, 2**40)},
+    **dict.fromkeys(("trainer.steps", "trainer.val_every", "trainer.val_images"), _COUNT),
+}
 
 
-_FORM = forms.record(about=forms.text, choices=forms.listing(forms.record(words=_words, reason=forms.text)))
+def _choices(value: Any, where: str) -> None:
+    """Validate the overrides and reasons of all choices, and the size of the batch that they result in."""
+    forms.listing(forms.record(words=forms.some_of(**_FORMS), reason=forms.text))(value, where)
+    words = {key: each for row in value for key, each in row["words"].items()}
+    pixels = math.prod(words.get("resolution.crop", ())) * words.get("data.batch_size", 1)
+    if pixels > _MOST_PIXELS:
+        raise forms.Misshapen(f"{where} makes batches of {pixels} pixels, and {_MOST_PIXELS} are the most")
+
+
+_FORM = forms.record(about=forms.text, choices=_choices)
 
 
 def read_choices(path: Path) -> tuple[str, list[RecipeChoice]] | None:
     """Return the stored summary and choices; None if the file is absent or damaged. Damage is logged."""
     found = finished(
         path,
-        lambda path: forms.read_json(path, _FORM),
+        lambda path: forms.read_json(path, _FORM, most=_MOST_BYTES),
         damaged="The kept choices in %s are damaged (%s): choosing anew.",
     )
     if found is None:

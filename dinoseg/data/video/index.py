@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # datasets of images do not need FFmpeg's libraries
 
 log = logging.getLogger(__name__)
 _UNCOUNTED = 2  # frames that an intact video may have less than its header states: some writers count dropped ones
+_MOST_BYTES = 2**28  # of a stored index: more than 200 hours of 30 frames a second
 _WORTH_A_PROCESS = 64 * 2**20  # bytes of video; a process takes a second to start
 _known: dict[tuple[Path, int, int], "VideoIndex"] = {}
 
@@ -169,7 +170,8 @@ def _load(index_path: Path | None) -> VideoIndex | None:
     if index_path is None or not index_path.is_file():
         return None
     try:
-        arrays = forms.read_arrays(index_path, {"times": ("<f8", 1), "sums": ("<u4", 1), "fps": ("<f8", 0)})
+        kinds = {"times": ("<f8", 1), "sums": ("<u4", 1), "fps": ("<f8", 0)}
+        arrays = forms.read_arrays(index_path, kinds, most=_MOST_BYTES)
         index = VideoIndex(arrays["times"], arrays["sums"], float(arrays["fps"]))
         if not 0 < len(index.times) == len(index.sums) or not np.isfinite([*index.times, index.fps]).all():
             raise forms.Misshapen(f"{len(index.times)} times and {len(index.sums)} checksums, or no numbers")

@@ -51,6 +51,16 @@ def test_what_would_not_be_read_back_is_not_written(tmp_path):
         {"hydra.run": 3},
         {"trust": [1]},
         {"data.batch_size": [[1]]},
+        *({"data.batch_size": value} for value in (0, -2, 2**17, 2.5, True, None, "many")),
+        *({"trainer.steps": value} for value in (0, -1, 2**41, 1e3, "none")),
+        *({"resolution.crop": value} for value in ([480], [0, 480], [480, 2**21], [1.5, 2], 480, "whole")),
+        {"resolution.crop": [2**15, 2**15], "data.batch_size": 2},
+        *({"data.augment.scale": value} for value in ([1.0], [-1, 1], [1, 17], 1.0)),
+        *({"data.labelled": value} for value in (0, -0.5, 1.5, "half")),
+        *({"optim.optimizer.backbone_begin": value} for value in (-0.1, 1, True)),
+        *({"optim.optimizer.head_lr": value} for value in (-1e-3, 1e9, "fast")),
+        *({"head": "mask2former"}, {"loss": "mine"}, {"head.init": "random"}, {"backbone.checkpointing": 1}),
+        *({"loss.weights": value} for value in ("median", {"pole": -3.0}, {"pole": 2.0**21}, {"pole": True}, [1.0])),
         ["head"],
         3,
     ],
@@ -61,6 +71,22 @@ def test_a_damaged_file_is_none_and_is_told(tmp_path, caplog, words):
     assert read_choices(path) is None and "choosing anew" in caplog.text
     path.write_text("{")
     assert read_choices(path) is None
+
+
+def test_the_size_of_the_batch_counts_over_all_choices(tmp_path):
+    large = RecipeChoice({"resolution.crop": [2**13, 2**13]}, "large")
+    choices = [large, RecipeChoice({"data.batch_size": 16}, "many")]
+    write_choices(tmp_path / "choices.json", "x", choices)
+    with pytest.raises(Misshapen, match="batches of 2147483648 pixels"):
+        write_choices(tmp_path / "choices.json", "x", [*choices, RecipeChoice({"data.batch_size": 32}, "more")])
+
+
+def test_a_file_of_choices_is_small(tmp_path, caplog):
+    path = tmp_path / "choices.json"
+    write_choices(path, "few images", CHOICES)
+    with path.open("r+b") as file:
+        file.truncate(2**34)  # sparse: it takes no space
+    assert read_choices(path) is None and "1048576 are read at most" in caplog.text
 
 
 def test_each_choice_is_a_line_with_its_reason():
