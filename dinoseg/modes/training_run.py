@@ -153,11 +153,13 @@ class TrainingRun:
         curves = draw_curves(read_rows(rows), self.out_dir, self.task.plots) if self.engine.is_main else []
         # read from the file, so that the scores are those of mode=eval
         best = self.out_dir / checkpoint.FOLDER / "best.safetensors"
-        if not best.is_file():
+        is_own = self.start is not None and self.start.path.resolve().parent == best.resolve().parent
+        if is_own and not best.is_file():
             raise UserError(
                 f"{best} is not there, though step {run.best_step} was saved as the best one. Put it back, or evaluate "
                 f"the last checkpoint: mode=eval resume={best.with_name('last.safetensors')}."
             )
+        best = checkpoint.find(self.out_dir, "best")  # a copied `last` may have done all steps before
         checkpoint.load_weights(model, checkpoint.read(best, finite=self.cfg.finite_weights))
         cost = cost_of(model, rows)
         scores = self.task.evaluate(model, self.engine, best, metrics_only=metrics_only, report=report)
