@@ -236,11 +236,11 @@ def _left(cfg: DictConfig, folder: Path) -> str:
     """Return a note on what an interrupted run has left on disk."""
     if cfg.mode.get("resume_from") != "last":
         return f"what is finished is in {folder}" if has_results(folder) else ""
+    last = folder / "checkpoints" / "last.safetensors"
+    if not last.exists():  # as in a run that is interrupted while torch is imported, which cannot be imported again
+        return "this run has saved nothing"
     from dinoseg.training import checkpoint
 
-    last = folder / checkpoint.FOLDER / "last.safetensors"
-    if not last.exists():
-        return "this run has saved nothing"
     step = checkpoint.describe(last)["progress"]["step"]
     return f"{last} holds step {step}. The same command with resume=auto goes on from it, and so does resume={folder}"
 
