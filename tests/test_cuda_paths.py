@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoint_files import INFO
+from log_rows import Rows
 from pretended_cuda import MixedDevices, Pretended, Waits, on_cuda, pretended_cuda, pretended_engine
 from test_matrix import make_batch
 from tiny_parts import tiny_vit
@@ -18,7 +19,6 @@ from dinoseg.losses.mask_classification import MaskClassification
 from dinoseg.models.adapters import Full
 from dinoseg.models.heads.linear import LinearHead
 from dinoseg.models.model import Segmenter
-from dinoseg.report.log import RunLog
 from dinoseg.tracking.propagation.settings import PropagationSettings
 from dinoseg.tracking.propagation.tracker import PropagationTracker
 from dinoseg.training.checkpoint import Checkpoints
@@ -42,15 +42,6 @@ LOGGED = {
     "training/step.py read: work just launched": 1,
 }
 MATCHING = {"losses/matching.py match: copy to the host": 1}
-
-
-class Rows(RunLog):
-    def __init__(self):
-        super().__init__("", visible=False)
-        self.rows = []
-
-    def scalars(self, step, values):
-        self.rows.append({"step": step, **values})
 
 
 class Noise:
@@ -199,6 +190,20 @@ def test_ranks_learn_of_a_stop_at_the_same_step(monkeypatch, ranks, stops):
         assert found == stops
         engine.sharded = True
         assert not engine.updates_without_waiting(optimizer)  # never tried with parts of weights
+
+
+@pytest.mark.parametrize(("ended", "found_inf"), [([], 0.0), ([1], 1.0)])
+def test_the_optimizer_steps_only_where_a_head_in_training_is_finite(ended, found_inf):
+    with pretended_cuda():
+        engine, model = pretended_engine(), on_cuda(tiny()[0])
+        optimizer = adamw(model, lr=1e-2)
+        for number, group in enumerate(optimizer.param_groups):
+            group["head"] = number % 2
+        for parameter in (each for group in optimizer.param_groups for each in group["params"]):
+            parameter.grad = torch.zeros_like(parameter)
+        totals = Pretended(torch.tensor([torch.nan, 1.0])), Pretended(torch.ones(2))
+        engine.optimizer_step(optimizer, *totals, clip=1.0, ended=ended)
+        assert optimizer.found_inf.item() == found_inf
 
 
 def test_costs_of_masks_go_to_the_host_in_one_transfer():

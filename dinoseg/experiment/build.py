@@ -317,9 +317,9 @@ def clips(cfg: DictConfig, split: str) -> Any:
     return instantiate(cfg.data.clips)(split=split)
 
 
-def on_clips(cfg: DictConfig) -> bool:
-    """Return whether a config trains on clips of videos: losses on images have classes to weight."""
-    return cfg.loss.class_weights is None
+def loss_has_classes(cfg: DictConfig) -> bool:
+    """Return whether the loss is computed from labels, whose classes it can weight; losses on clips are not."""
+    return cfg.loss.class_weights is not None
 
 
 def background_of(cfg: DictConfig) -> int | None:

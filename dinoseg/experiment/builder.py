@@ -175,8 +175,8 @@ class Builder:
 
     @property
     def loss_has_classes(self) -> bool:
-        """Return whether the loss is computed from labels, whose classes it can weight."""
-        return self._cfg.loss.class_weights is not None
+        """Return whether the loss is computed from labels, see `build.loss_has_classes`."""
+        return build.loss_has_classes(self._cfg)
 
     def teacher(self, engine: Engine, labels: SegmentationData) -> Teacher:
         """Return the trained segmenter that `teacher` names."""

@@ -42,7 +42,7 @@ def run_description(cfg: DictConfig, data: SegmentationData | Labels) -> dict[st
 
 def config_description(cfg: DictConfig) -> dict[str, Any]:
     """Return the part of the description that depends only on the config."""
-    unsaid = () if build.on_clips(cfg) else (FOLLOWING,)
+    unsaid = (FOLLOWING,) if build.loss_has_classes(cfg) else ()
     config = {key: value for key, value in plain(cfg).items() if key in {*SAVED} - {*unsaid} and value is not None}
     # nodes that write files come from this machine's config, never from a checkpoint
     config["data"] = {**settled(cfg.data), **dict.fromkeys(ACTING)}

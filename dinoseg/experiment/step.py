@@ -115,7 +115,7 @@ def _sample_shape(cfg: DictConfig) -> tuple[int, ...]:
     Raises:
         UserError: the crop is invalid, the data has no clips, or clips have no fixed length.
     """
-    if not build.on_clips(cfg):
+    if build.loss_has_classes(cfg):
         instantiate(cfg.data.augment)
         return (3, *cfg.resolution.crop)
     if cfg.data.clips is None:

@@ -63,7 +63,7 @@ class TrainingRun:
         else:
             outline = build.outline(cfg)
             check_initial(cfg, outline)
-        build_task(cfg).check_parts(outline, engine.world)
+        build_task(cfg).check_parts(outline, engine.world)  # of this config: each of several heads has its own
 
     @property
     def first_step(self) -> int:
@@ -152,14 +152,13 @@ class TrainingRun:
         rows = self.out_dir / "metrics.jsonl"
         curves = draw_curves(read_rows(rows), self.out_dir, self.task.plots) if self.engine.is_main else []
         # read from the file, so that the scores are those of mode=eval
-        best = self.out_dir / checkpoint.FOLDER / "best.safetensors"
-        is_own = self.start is not None and self.start.path.resolve().parent == best.resolve().parent
-        if is_own and not best.is_file():
+        best = checkpoint.find(self.out_dir, "best")
+        # a run that starts from a copied `last` may have no `best`, if all steps were done before
+        if best.stem == "last" and self.start is not None and self.start.path.resolve().parent == best.resolve().parent:
             raise UserError(
-                f"{best} is not there, though step {run.best_step} was saved as the best one. Put it back, or evaluate "
-                f"the last checkpoint: mode=eval resume={best.with_name('last.safetensors')}."
+                f"{best.with_name('best.safetensors')} is not there, though step {run.best_step} was saved as the best "
+                f"one. Put it back, or evaluate the last checkpoint: mode=eval resume={best}."
             )
-        best = checkpoint.find(self.out_dir, "best")  # a copied `last` may have done all steps before
         checkpoint.load_weights(model, checkpoint.read(best, finite=self.cfg.finite_weights))
         cost = cost_of(model, rows)
         scores = self.task.evaluate(model, self.engine, best, metrics_only=metrics_only, report=report)

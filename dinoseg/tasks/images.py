@@ -35,6 +35,8 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Count
 
 logger = logging.getLogger(__name__)
+# from parameters of the feed to the keys that set them
+SAMPLING = {"batch_size": "data.batch_size", "views": "data.views", "class_mix": "data.class_mix"}
 
 
 class ImageTask(TrainingTask):
@@ -56,8 +58,7 @@ class ImageTask(TrainingTask):
     def open(self, engine: Engine, *, pictures: int = 0) -> None:
         """List the images and masks of train and val."""
         parts = self.parts
-        keys = {"batch_size": "data.batch_size", "views": "data.views", "class_mix": "data.class_mix"}
-        options = parts.arguments(ImageFeed, keys)
+        options = parts.arguments(ImageFeed, SAMPLING)
         train, val = parts.dataset("train", engine), parts.dataset("val")
         self._val_total = len(val)
         self.split = split_table({"train": train, "val": val})

@@ -301,11 +301,10 @@ class Engine:
             norms = norms.masked_fill(skipped, 0.0)
         if before is not None:
             finite &= before.isfinite()
-        trained = torch.stack([finite[head] for head in range(len(heads)) if head not in ended] or [finite.any()])
         if late:
-            vars(optimizer).update(
-                grad_scale=None, found_inf=(~trained.any()).float()
-            )  # interface of torch's GradScaler
+            trained = [finite[head] for head in range(len(heads)) if head not in ended]
+            found_inf = (~torch.stack(trained or [finite.any()]).any()).float()
+            vars(optimizer).update(grad_scale=None, found_inf=found_inf)  # interface of torch's GradScaler
         for parameters, is_finite in zip(heads, finite, strict=True) if len(heads) > 1 else ():
             for parameter in parameters if late or not is_finite else ():
                 parameter.grad = torch.where(is_finite, parameter.grad, 0.0) if late else None  # type: ignore[arg-type]

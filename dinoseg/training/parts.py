@@ -62,10 +62,10 @@ class TrainingParts:
 
     @property
     def crop(self) -> tuple[int, int]:
-        """(H, W) of a sample."""
+        """Return (H, W) of a sample."""
         return self.shape[-2], self.shape[-1]
 
     @property
     def has_masks(self) -> bool:
-        """Whether the samples are images with masks, not clips."""
+        """Return whether the samples are images with masks, not clips."""
         return len(self.shape) == 3

@@ -45,7 +45,7 @@ NOTICE = "stopping: `last` is saved after this step (a second signal ends it at 
 
 
 class Due(NamedTuple):
-    """What follows a step."""
+    """Actions that are due after a step."""
 
     log: bool
     validation: bool

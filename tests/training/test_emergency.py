@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from checkpoint_files import INFO
-from test_trainer import Rows, Stripes
+from log_rows import Rows
+from test_trainer import Stripes
 from tiny_parts import tiny_vit
 
 from dinoseg.data.transforms import Affine, Augment

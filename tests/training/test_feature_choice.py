@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoint_files import INFO
+from log_rows import Rows
 from making import train_batches
 from torch import nn
 
@@ -34,7 +35,6 @@ from dinoseg.models.backbones.transformers_vit import TransformersVit
 from dinoseg.models.heads.detail import DetailHead
 from dinoseg.models.heads.linear import LinearHead
 from dinoseg.models.model import Segmenter
-from dinoseg.report.log import RunLog
 from dinoseg.training import feature_choice as choice
 from dinoseg.training.checkpoint import Checkpoints, read
 from dinoseg.training.engine import Engine
@@ -54,14 +54,12 @@ FROZEN = Frozen()
 MEASURED, SIZES = 2, 4  # forward passes before a training; sizes of the pictures, each of whose shapes are asked once
 
 
-class Rows(RunLog):
-    def __init__(self):
-        super().__init__("", visible=False)
-        self.rows = []
+class Losses(Rows):
+    """Rows without what tells of the machine."""
 
     def scalars(self, step, values):
         told = {key: value for key, value in values.items() if key.startswith(("train/loss", "train/grad", "val/"))}
-        self.rows.append({"step": step, **told})
+        super().scalars(step, told)
 
 
 class Upside(Augment):
@@ -117,7 +115,7 @@ def train(data, tiny_backbone, tmp_path):
         if epochs:
             return [], feed, model
         points = Checkpoints(tmp_path / f"run_{cache}_{steps}_{start}", INFO, start and read(start))
-        log = Rows()
+        log = Losses()
         optimizer = adamw(model, lr=0.05, weight_decay=0.0)
         settings = Settings(steps=steps, val_every=3, log_every=1)
         fit(Experiment(model, loss, feed, optimizer, schedule("constant"), engine, points, log, settings))

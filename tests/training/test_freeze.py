@@ -5,8 +5,9 @@ import logging
 import pytest
 import torch
 from checkpoint_files import INFO
+from log_rows import Rows
 from omegaconf import OmegaConf
-from test_trainer import Rows, Stripes
+from test_trainer import Stripes
 from tiny_parts import BACKBONES, tiny_node, tiny_vit
 from torch import nn
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoint_files import INFO
+from log_rows import Rows
 
 from dinoseg.core.shapes import Batch, ClipBatch
 from dinoseg.data.transforms import Augment
@@ -15,7 +16,6 @@ from dinoseg.models.adapters import Full
 from dinoseg.models.heads.linear import LinearHead
 from dinoseg.models.heads.mlp import MlpHead
 from dinoseg.models.model import Segmenter
-from dinoseg.report.log import RunLog
 from dinoseg.training.checkpoint import Checkpoints
 from dinoseg.training.engine import Engine
 from dinoseg.training.head_training import HeadTraining
@@ -68,15 +68,6 @@ class Small(CrossEntropy):
 
     def _fail(self):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\nmore lines")
-
-
-class Rows(RunLog):
-    def __init__(self):
-        super().__init__("", visible=False)
-        self.rows = []
-
-    def scalars(self, step, values):
-        self.rows.append({"step": step, **values})
 
 
 @pytest.fixture

@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from checkpoint_files import INFO
-from test_trainer import Rows, Stripes
+from log_rows import Rows
+from test_trainer import Stripes
 from torch import nn
 
 from dinoseg.data.transforms import Augment
@@ -25,6 +26,7 @@ from dinoseg.training.multi_head import (
     join_optimizers,
 )
 from dinoseg.training.optim import adamw, schedule
+from dinoseg.training.step import MetricsQueue, StepMetrics
 from dinoseg.training.trainer import Settings, fit
 from dinoseg.utils.errors import UserError
 
@@ -160,6 +162,23 @@ def test_a_head_whose_loss_is_not_finite_drops_out_and_the_others_train_on(train
     again = train("both", ((1,), Dropping), ((0,), Dropping), start=True, steps=8)
     assert [member.progress.step for member in again] == [8, 2] and "the loss is nan" in again[1].dropped
     assert not [row for row in again[1].log.rows], "what has dropped out stays out"
+
+
+def test_a_head_that_trains_on_after_a_fault_past_the_last_save_is_no_dropped_one(train):
+    members = train("both", ((1,), LinearHead), ((0,), LinearHead))
+    note = members[1].checkpoints.folder.parent / DROPPED
+    note.write_text("{}")
+    train("both", ((1,), LinearHead), ((0,), LinearHead), start=True, steps=8)
+    assert not note.exists()
+
+
+def test_a_step_is_saved_only_where_each_head_in_training_is_finite(made):
+    _, members = made.model(((1,), LinearHead), ((0,), LinearHead))
+    queue = MetricsQueue(Engine("cpu", "fp32"), None, members)
+    queue._unread.append(StepMetrics(3, [], torch.ones(2), torch.tensor([1.0, torch.nan]), torch.zeros(())))
+    assert not queue.are_finite()
+    members[1].is_active = False
+    assert queue.are_finite()
 
 
 def test_where_none_is_left_the_training_ends(train):

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoint_files import INFO
+from log_rows import Rows
 from torch import nn
 
 from dinoseg.core.geometry import lattice
@@ -14,7 +15,6 @@ from dinoseg.models.adapters import Full
 from dinoseg.models.heads.linear import LinearHead
 from dinoseg.models.heads.mlp import MlpHead
 from dinoseg.models.model import Segmenter
-from dinoseg.report.log import RunLog
 from dinoseg.training import image_feed as feeding
 from dinoseg.training import trainer as training
 from dinoseg.training.checkpoint import Checkpoints, read
@@ -49,15 +49,6 @@ class Stripes:
         image = (mask[None] * 150 + draw.integers(0, 60, (3, height, width))).astype(np.uint8)
         mask[:, :2] = 255
         return {"image": torch.from_numpy(image), "mask": torch.from_numpy(mask), "name": self.names[index]}
-
-
-class Rows(RunLog):
-    def __init__(self):
-        super().__init__("", visible=False)
-        self.rows = []
-
-    def scalars(self, step, values):
-        self.rows.append({"step": step, **values})
 
 
 @pytest.fixture

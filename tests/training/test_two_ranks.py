@@ -6,8 +6,9 @@ from functools import partial
 import pytest
 import torch
 from checkpoint_files import INFO
+from log_rows import Rows
 from omegaconf import OmegaConf
-from test_trainer import Rows, Stripes
+from test_trainer import Stripes
 from tiny_parts import tiny_vit
 
 from dinoseg.cli import ranks

@@ -27,10 +27,12 @@ from dinoseg.core.shapes import SegmentationData
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.splits import keep_evenly_spaced
 from dinoseg.experiment import build
-from dinoseg.experiment.builder import build_task
+from dinoseg.experiment.builder import Builder, build_task
 from dinoseg.experiment.composed import composed_with, own_folders, searching, typed_keys
 from dinoseg.experiment.recipe import LENGTHS, config_description, recipe_of
 from dinoseg.experiment.step import check_trainer, training_parts
+from dinoseg.tasks.images import SAMPLING
+from dinoseg.training.image_feed import ImageFeed
 from dinoseg.utils.atomic import write_text
 from dinoseg.utils.cores import count_cores, ranks_here
 from dinoseg.utils.errors import UserError
@@ -129,9 +131,7 @@ def _check(cfg: DictConfig) -> None:
         )
     check_trainer(cfg)
     build.lengths(cfg, samples=1)
-    sampling = {"batch_size": cfg.data.batch_size, "views": cfg.data.get("views")}
-    sampling["class_mix"] = cfg.data.get("class_mix", 0.0)
-    check_given("dinoseg.training.image_feed.ImageFeed", sampling, {key: f"data.{key}" for key in sampling})
+    Builder(cfg).arguments(ImageFeed, SAMPLING)
     instantiate(cfg.data.augment)  # refuses an invalid crop
     val_images = {"count": cfg.trainer.get("val_images")}
     check_given("dinoseg.data.splits.keep_evenly_spaced", val_images, {"count": "trainer.val_images"})
