@@ -57,6 +57,8 @@ def begin_with(
             f"init={cfg.init}: that run has saved anew while the ranks of this one read it. Wait for its end, or give "
             "a copy of its checkpoint."
         )
+    if Path(cfg.init).expanduser().is_dir():
+        logger.info("init=%s: reading %s.", cfg.init, saved.path)
     taken, _ = _fitting(cfg, model, saved)
     _check_frozen(cfg, model, saved)
     model.load_state_dict(taken, strict=False)

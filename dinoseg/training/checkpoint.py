@@ -36,6 +36,7 @@ from dinoseg.training.optim import MovingAverage
 from dinoseg.training.sharding import gathered
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import check_regular
+from dinoseg.utils.natural_order import natural_order
 from dinoseg.utils.tensor_files import is_finite, meta_tensor, write_tensors
 from dinoseg.utils.wording import count_of, listed, shown
 
@@ -44,6 +45,7 @@ FOLDER = "checkpoints"
 HEADS = "heads"  # subfolder of a multi-head run, with one run folder per head
 ONE_FILE = "model"  # stem of the file that mode=export writes
 _PARTS = ("model", "optimizer", "ema", "loss_scale", CONSTANTS)  # prefixes of tensor names, before the slash
+_REMOTE = re.compile(r"\w+://|[\w-]+/[\w.-]+$")  # an address, or what may be a hub id
 _MOST_TENSORS = 50_000  # ten times those of the largest backbone with its training state
 
 
@@ -156,11 +158,19 @@ def find(target: str | Path, prefer: str) -> Path:
         prefer: `best` or `last`; the other one is the fallback.
 
     Raises:
-        UserError: there is no checkpoint, or the run has several heads and `best` is ambiguous.
+        UserError: there is no checkpoint, the path cannot be read or is a pipe or a device, or the run has several
+            heads and `best` is ambiguous.
     """
-    path = Path(target).expanduser()
-    if path.is_file():
-        return path
+    try:
+        path = Path(target).expanduser()
+        if path.is_file():
+            return path
+        is_special = path.exists() and not path.is_dir()
+    except (OSError, RuntimeError) as error:  # too long, not allowed, or of an unknown user
+        reason = getattr(error, "strerror", None) or str(error).rstrip(".")
+        raise UserError(f"resume={shown(str(target))}: {reason}. Give a run folder or a checkpoint in it.") from None
+    if is_special:
+        raise UserError(f"resume={target} is a pipe or a device. Give a run folder or a checkpoint in it.")
     if prefer == "best" and (path / HEADS).is_dir():
         names = sorted(folder.parent.name for folder in (path / HEADS).glob(f"*/{FOLDER}"))
         raise UserError(
@@ -172,13 +182,33 @@ def find(target: str | Path, prefer: str) -> Path:
         for folder in (path / FOLDER, path):
             if (folder / f"{name}.safetensors").is_file():
                 return folder / f"{name}.safetensors"
-    numbered = re.compile(re.escape(path.name) + r"_(\d+)")
-    found = (numbered.fullmatch(folder.parent.name) for folder in path.parent.glob(f"*/{FOLDER}"))
-    beside = [match[0] for match in sorted(filter(None, found), key=lambda match: int(match[1]))]
     raise UserError(
         f"resume={target}: neither a checkpoint file nor a run folder with {FOLDER}/{prefer}.safetensors or "
-        f"{ONE_FILE}.safetensors. Give one of your folders under outputs/."
-        + (f" Beside it {'lies' if len(beside) == 1 else 'lie'} {listed(beside)}." if beside else "")
+        f"{ONE_FILE}.safetensors{_absence(str(target), path)}. Give one of your folders under outputs/.{_nearby(path)}"
+    )
+
+
+def _absence(target: str, path: Path) -> str:
+    """Return in parentheses why a path does not exist; empty if it does."""
+    if path.exists():
+        return ""
+    if path.is_symlink():
+        return " (a link to a missing file)"
+    is_remote = _REMOTE.match(target) and not path.parent.is_dir()
+    return " (no such file or folder" + ("; hub ids and addresses are not downloaded here)" if is_remote else ")")
+
+
+def _nearby(path: Path) -> str:
+    """Return sentences that name the run folders below a path, and those beside it with its name and a number."""
+    numbered = re.compile(re.escape(path.name) + r"_\d+")
+    below = {folder.parent.name for folder in path.glob(f"*/{FOLDER}")}
+    beside = {
+        folder.parent.name for folder in path.parent.glob(f"*/{FOLDER}") if numbered.fullmatch(folder.parent.name)
+    }
+    return "".join(
+        f" {where} it {'lies' if len(names) == 1 else 'lie'} {listed(sorted(names, key=natural_order))}."
+        for where, names in (("Below", below), ("Beside", beside))
+        if names
     )
 
 

@@ -35,7 +35,10 @@ def read_description(text: str | None, path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: its description cannot be read ({type(error).__name__}). {_OTHER}") from error
     if not isinstance(info, dict):
-        raise UserError(f"{where}: a safetensors file, but not a checkpoint of dinoseg. {_OTHER}")
+        raise UserError(
+            f"{where}: a safetensors file, but not a checkpoint of dinoseg. {_OTHER} Weights of a backbone alone are "
+            "given as backbone.weights."
+        )
     absent = [key for key in RULES if key not in info]
     if absent:
         raise UserError(f"{where}: its description lacks {', '.join(absent)}. {_OTHER}")

@@ -1,6 +1,7 @@
 """A new run that begins with the weights of another."""
 
 import logging
+import os
 import shutil
 
 import pytest
@@ -9,6 +10,7 @@ from checkpoint_files import INFO
 from command_line import SMALL, call, write_data
 from finished_runs import rows, trained
 from omegaconf import OmegaConf
+from safetensors.torch import save_file
 
 from dinoseg.cli.words import parsed
 from dinoseg.experiment import build
@@ -87,6 +89,7 @@ def test_a_run_begins_with_the_best_weights_of_another(folder):
     for name, value in theirs.items():
         if not name.endswith(buffers):
             torch.testing.assert_close(ours[f"model/{name}"], value, rtol=0, atol=2e-30)
+    assert "init=first: reading first/checkpoints/best.safetensors." in done.err
     assert f"init=first: {len(theirs)} tensors taken from step {best.info['progress']['step']}." in done.err
     assert "init: its classes" not in done.err
     assert rows(folder, "next")[0]["step"] == 1  # its own steps, rates and optimizer
@@ -147,6 +150,9 @@ def test_a_run_that_cannot_be_begun_with_is_refused_before_anything_is_trained(f
         ((*SHORT, "init=[a]"), r"^init=\['a'\] names no run. Give a run folder or a checkpoint"),
         ((*SHORT, "init=tuned"), "that this model does not train, or has otherwise"),
         ((*SHORT, "init=first", "head=mlp"), "none is of this model's head"),
+        ((*SHORT, "init=pipe"), "^init=pipe is a pipe or a device. Give a run folder or a checkpoint in it"),
+        ((*SHORT, "init=weights.safetensors"), "^init=weights.safetensors: .* alone are given as backbone.weights"),
+        ((*SHORT, f"init={'a' * 300}"), "^init=a+...: File name too long. Give a run folder"),
         ((*SHORT, "init=data"), "^init=data: neither a checkpoint file nor a run folder"),
         ((*SHORT, "init=cut.safetensors"), "^init=cut.safetensors: not a readable checkpoint"),
     ],
@@ -154,6 +160,9 @@ def test_a_run_that_cannot_be_begun_with_is_refused_before_anything_is_trained(f
 def test_a_run_that_does_not_fit_is_refused_by_either_check(folder, compose, monkeypatch, words, said):
     """By that of a sweep's cells, which reads no weights, and by that of ranks, which have read them."""
     monkeypatch.chdir(folder)
+    if not (folder / "pipe").exists():
+        os.mkfifo(folder / "pipe")
+        save_file({"norm.weight": torch.ones(3)}, folder / "weights.safetensors")
     (folder / "cut.safetensors").write_bytes((folder / "first/checkpoints/best.safetensors").read_bytes()[:2000])
     cfg = compose(*words)
     with pytest.raises(UserError, match=said):

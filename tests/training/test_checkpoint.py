@@ -156,6 +156,42 @@ def test_find_takes_run_folders_checkpoint_folders_and_files(tmp_path):
         find(tmp_path, "last")
 
 
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        ("auto", r"model\.safetensors \(no such file or folder\)\. Give one of your folders"),
+        ("runs/first", r"\(no such file or folder\)\. Give"),
+        ("facebook/dinov2-small", r"\(no such file or folder; hub ids and addresses are not downloaded here\)\. Give"),
+        ("https://example.org/best.safetensors", r"hub ids and addresses are not downloaded here\)\. Give"),
+        ("broken", r"\(a link to a missing file\)\. Give"),
+        ("loop", r"\(a link to a missing file\)\. Give"),
+        ("pipe", r"^resume=pipe is a pipe or a device\. Give a run folder or a checkpoint in it\.$"),
+        ("runs", r"model\.safetensors\. Give one of .* Below it lie run2, run10\.$"),
+        ("a" * 300, r"^resume=a{77}\.\.\.: File name too long\. Give a run folder or a checkpoint in it\.$"),
+        ("~nobody_of_this_name/run", r"^resume=~nobody_of_this_name/run: Could not determine home directory\. Give"),
+        ("", "neither a checkpoint file nor a run folder"),
+    ],
+)
+def test_what_names_no_checkpoint_is_one_error(tmp_path, monkeypatch, target, said):
+    monkeypatch.chdir(tmp_path)
+    for name in ("run10", "run2"):
+        (tmp_path / "runs" / name / checkpoint.FOLDER).mkdir(parents=True)
+    (tmp_path / "broken").symlink_to("nowhere")
+    (tmp_path / "loop").symlink_to("loop")
+    os.mkfifo(tmp_path / "pipe")
+    for prefer in ("best", "last"):
+        with pytest.raises(UserError, match=said):
+            find(target, prefer)
+
+
+def test_links_are_followed(tmp_path):
+    path = tmp_path / "run" / checkpoint.FOLDER / "best.safetensors"
+    write(path, {"x": torch.zeros(1)}, INFO)
+    (tmp_path / "run_2").symlink_to("run")
+    (tmp_path / "file").symlink_to(path)
+    assert find(tmp_path / "run_2", "last").samefile(path) and find(tmp_path / "file", "last").samefile(path)
+
+
 def test_files_that_are_no_checkpoint(tmp_path):
     (tmp_path / "text").write_text("hello")
     save_file({"x": torch.zeros(1)}, tmp_path / "foreign")
