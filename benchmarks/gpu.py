@@ -31,7 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dinoseg.__main__ import CONFIGS
 from dinoseg.config.resolvers import register_resolvers
 from dinoseg.core.shapes import Batch, Prediction
-from dinoseg.experiment import build, criteria
+from dinoseg.experiment.builder import Builder
 from dinoseg.losses.cross_entropy import CrossEntropy
 from dinoseg.models.model import Segmenter
 from dinoseg.training.engine import Engine
@@ -122,9 +122,9 @@ class Work:
         precision = "fp32" if way == "float32" else "bf16"
         self.engine = Engine(device, precision, workers=0, compile=way == "compiled")
         torch.manual_seed(0)
-        self.model: Segmenter = self.engine.place(build.model(cfg))
-        self.loss = criteria.unweighted(cfg).to(self.engine.device)
-        self.optimizer = build.optimizer(cfg, self.model)
+        self.model: Segmenter = self.engine.place(Builder(cfg).model())
+        self.loss = Builder(cfg).unweighted_loss().to(self.engine.device)
+        self.optimizer = Builder(cfg).optimizer(self.model)
         images = torch.randint(0, 256, (batch, 3, *size), dtype=torch.uint8)
         masks = torch.randint(0, CLASSES, (batch, *size), dtype=torch.uint8)
         self.batch = Batch(images, masks, [str(number) for number in range(batch)]).to(self.engine.device)

@@ -21,6 +21,7 @@ from dinoseg.autotune.target import Target
 from dinoseg.config.job import job_config
 from dinoseg.config.options import options_of
 from dinoseg.config.resolvers import register_resolvers
+from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.step import training_parts
 
 GIB = 2**30
@@ -43,7 +44,9 @@ def main() -> int:
     rows, failed = [], False
     for recipe in args.only:
         cfg = config(recipe)
-        fittings = [FitSearch(partial(training_parts, cfg), Target("cuda", size * 10**9, bf16=True)) for size in CARDS]
+        fittings = [
+            FitSearch(partial(training_parts, Builder(cfg)), Target("cuda", size * 10**9, bf16=True)) for size in CARDS
+        ]
         need = fittings[0].as_it_is.need
         fits = ["yes" if need <= fitting.target.memory else "no" for fitting in fittings]
         found = fittings[0].found() if fits[0] == "no" else fittings[0].as_it_is

@@ -29,6 +29,7 @@ from dinoseg.autotune.trial import try_steps
 from dinoseg.config.job import job_config
 from dinoseg.config.nodes import instantiate
 from dinoseg.config.resolvers import register_resolvers
+from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.step import training_parts
 
 MOST = 0.1  # share
@@ -106,7 +107,7 @@ def config(words: list[str]) -> DictConfig:
 
 def foretold(cfg: DictConfig) -> tuple[int, int]:
     """Return the bytes of a step's tensors, and of all that it takes."""
-    bf16, parts = cfg.engine.precision == "bf16", training_parts(cfg)
+    bf16, parts = cfg.engine.precision == "bf16", training_parts(Builder(cfg))
     loss = LossBytes(parts, bf16=bf16, accelerator=False)
     step = step_bytes(parts, loss, samples=parts.batch_size, accumulate=parts.accumulate, bf16=bf16)
     return step.peak, Target("cpu", 0, bf16=bf16).need(step)
@@ -114,7 +115,7 @@ def foretold(cfg: DictConfig) -> tuple[int, int]:
 
 def measured(cfg: DictConfig) -> int:
     """Return the bytes that real steps take."""
-    engine, parts = instantiate(cfg.engine), training_parts(cfg)
+    engine, parts = instantiate(cfg.engine), training_parts(Builder(cfg))
     return try_steps(parts, parts.model, engine, repeat(random_batch(parts, parts.batch_size)), steps=3).peak
 
 

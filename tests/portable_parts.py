@@ -3,11 +3,10 @@
 import onnx
 import torch
 
-from dinoseg.experiment import build
+from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.recipe import run_description
 from dinoseg.experiment.resume import alone
 from dinoseg.experiment.source import ModelSource
-from dinoseg.experiment.trained import labels_of
 from dinoseg.export.runtime.onnx_record import KEY
 from dinoseg.export.runtime.write import export_model
 from dinoseg.training import checkpoint
@@ -23,14 +22,18 @@ PROGRESS = {"step": 3, "best": 0.5, "best_step": 3, "stale": 0, "validation_pend
 def untrained(compose, folder, *words, **info):
     """Write the checkpoint of a model whose trained weights are random, with more `info` in it; return its path."""
     cfg = compose("data=folder", "data.classes=[dark,bright]", "data.root=/data/of/mine", "engine=cpu", *words)
-    model = build.model(cfg)
+    build = Builder(cfg)
+    model = build.model()
     torch.manual_seed(1)
     for value in model.parameters():
         if value.requires_grad:
             torch.nn.init.normal_(value, std=0.1)
     names = checkpoint.trained_names(model)
     tensors = {f"model/{name}": value for name, value in model.state_dict().items() if name in names}
-    info |= run_description(cfg, labels_of(cfg)) | {"progress": PROGRESS, "frozen": frozen_fingerprint(model)}
+    info |= run_description(build, build.labels) | {
+        "progress": PROGRESS,
+        "frozen": frozen_fingerprint(model),
+    }
     path = folder / "run" / "checkpoints" / "best.safetensors"
     checkpoint.write(path, tensors, info)
     return path

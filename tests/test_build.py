@@ -11,8 +11,9 @@ from safetensors.torch import save_file
 from test_matrix import SMALL_HEADS
 from tiny_parts import BACKBONES, load, tiny_node
 
-from dinoseg.experiment import build
+from dinoseg.experiment.builder import Builder
 from dinoseg.models.model import constants
+from dinoseg.models.no_init import allocate
 
 CELLS = [*((name, "linear") for name in BACKBONES), ("dinov3", "eomt"), ("dinov3", "mask2former"), ("convnext", "dpt")]
 
@@ -24,7 +25,7 @@ def config(backbone, head):
 
 def test_no_random_number_is_drawn_for_parameters():
     cfg = config("timm_vit", "linear")
-    build.model(cfg, initialised=False)
+    Builder(cfg).model(initialised=False)
     state = torch.get_rng_state()
     torch.manual_seed(cfg.seed)
     assert torch.equal(state, torch.get_rng_state())
@@ -33,8 +34,8 @@ def test_no_random_number_is_drawn_for_parameters():
 @pytest.mark.parametrize(("backbone", "head"), CELLS)
 def test_parameters_alone_are_not_initialised(monkeypatch, backbone, head):
     cfg = config(backbone, head)
-    whole = build.model(cfg).eval()
-    bare = build.model(cfg, initialised=False).eval()
+    whole = Builder(cfg).model().eval()
+    bare = Builder(cfg).model(initialised=False).eval()
     buffers = dict(bare.named_buffers())
     for name, value in whole.named_buffers():
         assert torch.equal(buffers[name], value), name
@@ -48,9 +49,9 @@ def test_parameters_alone_are_not_initialised(monkeypatch, backbone, head):
 @pytest.mark.parametrize(("backbone", "head"), CELLS)
 def test_an_outline_becomes_the_model_of_a_file_with_all_values(backbone, head):
     cfg = config(backbone, head)
-    whole = build.model(cfg).eval()
-    bare = build.outline(cfg).eval()
-    assert build.allocate(bare)
+    whole = Builder(cfg).model().eval()
+    bare = Builder(cfg).outline().eval()
+    assert allocate(bare)
     assert {name: part.requires_grad for name, part in bare.named_parameters()} == {
         name: part.requires_grad for name, part in whole.named_parameters()
     }
@@ -65,11 +66,11 @@ def test_an_outline_becomes_the_model_of_a_file_with_all_values(backbone, head):
 
 
 def test_shared_tensors_of_an_outline_stay_shared():
-    bare = build.outline(config("timm_vit", "linear"))
+    bare = Builder(config("timm_vit", "linear")).outline()
     bare.head.again = bare.backbone
     bare.head.twin = torch.nn.Linear(2, 2, device="meta")
     bare.head.twin.bias = bare.backbone.model.blocks[0].norm1.bias
-    assert build.allocate(bare)
+    assert allocate(bare)
     assert bare.head.twin.bias is bare.backbone.model.blocks[0].norm1.bias and not bare.head.twin.bias.is_meta
 
 
@@ -78,7 +79,7 @@ def test_an_outline_with_tensors_that_are_not_registered_is_left_as_it_is(odd):
     class Own(torch.nn.Module):
         pass
 
-    bare = build.outline(config("timm_vit", "linear"))
+    bare = Builder(config("timm_vit", "linear")).outline()
     head: Any = bare.head
     if odd == "own":
         Own.__module__ = "of_a_user.parts"
@@ -88,7 +89,7 @@ def test_an_outline_with_tensors_that_are_not_registered_is_left_as_it_is(odd):
         head.held = {"tensor": torch.empty(2, device="meta"), "listed": {"x": [(first.data,)]}, "parameter": [first]}[
             odd
         ]
-    assert not build.allocate(bare)
+    assert not allocate(bare)
     assert all(part.is_meta for part in bare.parameters())
 
 
@@ -96,7 +97,7 @@ def test_an_outline_with_tensors_that_are_not_registered_is_left_as_it_is(odd):
 def test_an_outline_has_the_unused_parameters_of_the_model(name):
     cfg = config("timm_vit", "linear")
     cfg.backbone.name, cfg.backbone.patch_size = name, None
-    assert build.outline(cfg).backbone.unused == build.model(cfg).backbone.unused
+    assert Builder(cfg).outline().backbone.unused == Builder(cfg).model().backbone.unused
 
 
 def test_a_tuned_resnet_with_weights_of_a_file_is_evaluated_and_resumed(tmp_path):

@@ -7,8 +7,8 @@ from torch import nn
 
 from dinoseg.core.contracts import Backbone, Head, Loss
 from dinoseg.core.geometry import upsample
-from dinoseg.experiment import build, criteria
 from dinoseg.experiment.benchmark_videos import benchmark_videos
+from dinoseg.experiment.builder import Builder
 from dinoseg.models.adapters import Frozen, LastBlocks, Lora
 from dinoseg.models.model import Segmenter, trained_names
 from dinoseg.utils.errors import UserError
@@ -122,20 +122,20 @@ def test_a_part_that_keeps_no_contract_is_refused(compose):
         with pytest.raises(
             UserError, match=rf"{key}: Identity is no dinoseg\.core\.contracts\.{key.title()}\. {remedy}"
         ):
-            build.model(cfg, untrained=True)
+            Builder(cfg).model(untrained=True)
         if key == "backbone":  # alone, as label propagation takes it
             with pytest.raises(UserError, match=r"backbone: Identity is no"):
-                build.backbone(cfg)
+                Builder(cfg).backbone()
     cfg = OmegaConf.merge(compose("data=camvid", "data.root=x"), {"loss": {"criterion": plain}})
     with pytest.raises(UserError, match=rf"loss\.criterion: Identity is no dinoseg\.core\.contracts\.Loss\. {remedy}"):
-        criteria.criterion(cfg, class_weights=torch.ones(2))
+        Builder(cfg).criterion(class_weights=torch.ones(2))
 
 
 def test_a_score_protocol_of_videos_that_keeps_no_contract_is_refused():
     tracking = {"supervision": "none", "protocols": {"none": {"_target_": "torch.nn.Identity"}}}
-    cfg = OmegaConf.create({"data": {"tracking": tracking}})
+    cfg = OmegaConf.create({"data": {"tracking": tracking}, "choices": {}})
     expected = (
         r"data\.tracking\.protocols\.none: Identity is no dinoseg\.metrics\.protocols\.contract\.ScoreProtocol\. Let"
     )
     with pytest.raises(UserError, match=expected):
-        benchmark_videos(cfg, "val", None)
+        benchmark_videos(Builder(cfg), "val", None)

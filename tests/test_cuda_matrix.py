@@ -11,7 +11,7 @@ from tiny_parts import load, tiny_node
 
 from dinoseg.core.contracts import Loss
 from dinoseg.core.shapes import ClipBatch
-from dinoseg.experiment import build, criteria
+from dinoseg.experiment.builder import Builder
 from dinoseg.training.checkpoint import read
 
 pytestmark = pytest.mark.heavy
@@ -34,7 +34,7 @@ def cell(head="linear", adapter="frozen", loss="cross_entropy", backbone="dinov3
     for group, small in (("head", SMALL_HEADS.get(head, {})), ("adapter", SMALL_ADAPTERS.get(adapter, {}))):
         cfg[group] = OmegaConf.merge(cfg[group], small)
     torch.manual_seed(0)
-    return build.model(cfg), criteria.criterion(cfg, class_weights=torch.ones(3))
+    return Builder(cfg).model(), Builder(cfg).criterion(class_weights=torch.ones(3))
 
 
 def losses():
@@ -117,7 +117,7 @@ def test_slots():
     cfg = OmegaConf.create(load(*words))
     torch.manual_seed(0)
     with pretended_cuda() as waits:
-        model, loss = on_cuda(build.model(cfg)), on_cuda(criteria.criterion(cfg))
+        model, loss = on_cuda(Builder(cfg).model()), on_cuda(Builder(cfg).criterion())
         model.train()
         batch = ClipBatch(torch.zeros(1, 3, 3, 32, 32, dtype=torch.uint8), ["a"]).to(torch.device("cuda"))
         value, _ = loss(model(batch.image), batch)

@@ -17,7 +17,7 @@ from tiny_parts import BACKBONES, PYRAMIDS, load, tiny_node
 
 from dinoseg.config.nodes import instantiate
 from dinoseg.core.shapes import Batch
-from dinoseg.experiment import build
+from dinoseg.experiment.builder import Builder
 from dinoseg.training import checkpoint
 from dinoseg.training.checkpoint import Checkpoints, frozen_fingerprint
 from dinoseg.utils.errors import UserError
@@ -137,7 +137,7 @@ def test_cell(configs, tmp_path, backbone, adapter, head):
     cfg = cell_config(configs, backbone, adapter, head)
     refused = refusal(backbone, adapter, head)
     try:
-        model = build.model(cfg).to("cpu").train()
+        model = Builder(cfg).model().to("cpu").train()
     except UserError as error:
         known = head in KNOWN_HEADS and backbone in KNOWN_BACKBONES
         assert re.search(refused, str(error)) if refused else not known and refused_by_a_part(error), error
@@ -161,7 +161,7 @@ def test_cell(configs, tmp_path, backbone, adapter, head):
     assert expected.shape == (2, 3, *SIZE) and torch.equal(model(batch.image).scores(), expected)
     info = {**INFO, "frozen": frozen_fingerprint(model)}
     Checkpoints(tmp_path, info).save_if_best(model, 0.5)
-    other = build.model(cfg).to("cpu").eval()
+    other = Builder(cfg).model().to("cpu").eval()
     checkpoint.load_weights(other, checkpoint.read(tmp_path / "best.safetensors"))
     assert torch.equal(other(batch.image).scores(), expected)
 
@@ -202,7 +202,7 @@ def test_of_weights_from_a_file_only_what_was_trained_is_kept(configs, tmp_path,
             parameter.add_(0.01 * torch.randn_like(parameter))
     save_file(source.export_state(), tmp_path / "weights.safetensors")
     cfg.backbone.weights = str(tmp_path / "weights.safetensors")
-    model = build.model(cfg).to("cpu").train()
+    model = Builder(cfg).model().to("cpu").train()
     train(model, loss_for(model.head, cfg, configs), steps=1)
     model.eval()
     info = {**INFO, "frozen": frozen_fingerprint(model)}
@@ -212,7 +212,7 @@ def test_of_weights_from_a_file_only_what_was_trained_is_kept(configs, tmp_path,
     parameters = {name for name, _ in model.named_parameters()}
     assert held & parameters == expected_backbone(model, adapter)
     assert all("running" in name or "num_batches" in name for name in held - parameters)
-    other = build.model(cfg).to("cpu").eval()
+    other = Builder(cfg).model().to("cpu").eval()
     checkpoint.load_weights(other, found)
     image = make_batch().image
     assert torch.equal(other(image).scores(), model(image).scores())
@@ -224,4 +224,4 @@ def test_of_weights_from_a_file_only_what_was_trained_is_kept(configs, tmp_path,
     name = min(vectors, key=lambda name: not ("norm" in name and "weight" in name))
     save_file({**state, name: state[name] + 0.5}, tmp_path / "weights.safetensors")
     with pytest.raises(UserError, match="trained on other frozen backbone weights than backbone.weights gives now"):
-        checkpoint.load_weights(build.model(cfg).to("cpu"), found)
+        checkpoint.load_weights(Builder(cfg).model().to("cpu"), found)

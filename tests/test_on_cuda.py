@@ -14,6 +14,7 @@ from test_matrix import FILES, HEADS, SMALL_HEADS
 from dinoseg.autotune.fitting import FitSearch
 from dinoseg.autotune.target import Target, memory_of
 from dinoseg.config.plain import plain
+from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.step import training_parts
 from dinoseg.modes.plan import dry_steps
 from dinoseg.training.checkpoint import Checkpoints, read
@@ -157,6 +158,6 @@ def test_what_a_step_takes_is_foretold(compose, adapter, checkpointing):
     words += ("data.root=none", "data.classes=[a,b,c]", "resolution.crop=[256,256]", "data.batch_size=8")
     cfg = compose(*words, f"backbone.checkpointing={str(checkpointing).lower()}", "engine.precision=bf16")
     target = Target("cuda", memory_of("24GiB"), bf16=True)
-    foretold = FitSearch(partial(training_parts, cfg), target).as_it_is
+    foretold = FitSearch(partial(training_parts, Builder(cfg)), target).as_it_is
     taken = in_own_process(partial(dry_steps, samples=8), plain(cfg)).peak
     assert 0.9 * foretold.step.peak < taken < 1.08 * foretold.step.peak + 128 * 2**20, (foretold.step.peak, taken)

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from dinoseg.cli.ranks import LAUNCH_KEYS
 from dinoseg.config.checks import check_given
 from dinoseg.config.nodes import instantiate
-from dinoseg.experiment import build
+from dinoseg.experiment.builder import Builder
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Range
 from dinoseg.utils.wording import shown
@@ -114,7 +114,7 @@ def test_a_training_without_steps_is_refused(composed):
     cfg = copy.deepcopy(composed)
     cfg.trainer.steps = 0
     with pytest.raises(UserError, match="trainer.steps=0 is out of range. Give a whole number of at least 1"):
-        build.lengths(cfg, 8)
+        Builder(cfg).lengths(8)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0, 1e18])
@@ -125,7 +125,7 @@ def test_a_scale_of_no_size_is_refused(composed, value):
         UserError,
         match=rf"resolution.scale={re.escape(str(value))} is out of range. Give a number above 0 and at most 16",
     ):
-        build.model(cfg, untrained=True)
+        Builder(cfg).model(untrained=True)
 
 
 @pytest.mark.parametrize(("crop", "scale"), [([1, 1], 1), ([32, 7], 1), ([32, 32], 0.2)])
@@ -133,7 +133,7 @@ def test_a_crop_below_a_patch_is_refused(composed, crop, scale):
     cfg = copy.deepcopy(composed)
     cfg.backbone.patch_size, cfg.resolution.crop, cfg.resolution.scale = 8, crop, scale
     with pytest.raises(UserError, match="is less than one patch of the backbone, 8 pixels. Give a larger crop."):
-        build.model(cfg, untrained=True)
+        Builder(cfg).model(untrained=True)
 
 
 def test_a_message_names_the_key_that_is_typed(tmp_path, compose):

@@ -5,12 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-
 from dinoseg.config.nodes import instantiate, keeping
 from dinoseg.config.plain import plain
 from dinoseg.data.clips.videos import Video, chosen
-from dinoseg.experiment import build
+from dinoseg.experiment.builder import Builder, check_split
 from dinoseg.metrics.protocols.contract import ScoreProtocol
 from dinoseg.utils.errors import UserError
 
@@ -47,28 +45,30 @@ class BenchmarkVideos:
     skip: bool
 
 
-def chosen_supervision(cfg: DictConfig, supervision: str | None) -> str:
+def chosen_supervision(build: Builder, supervision: str | None) -> str:
     """Return the supervision of a tracker: `supervision` if given, else the default of the data set.
 
     Raises:
         UserError: the supervision is unknown, or the data set has no masks.
     """
-    if cfg.data.tracking is None:
+    tracking = build.value("data.tracking")
+    if tracking is None:
         raise UserError(
-            f"data={cfg.choices.data} has no masks of objects, so mode=eval can neither give nor score any. Choose "
-            "data=davis2016, davis2017, youtube_vos or movi; mode=track follows objects through videos of your own."
+            f"data={build.options['data']} has no masks of objects, so mode=eval can neither give nor score any. "
+            "Choose data=davis2016, davis2017, youtube_vos or movi; mode=track follows objects through videos of your "
+            "own."
         )
-    supervision = supervision or cfg.data.tracking.supervision
+    supervision = supervision or str(tracking.supervision)
     if supervision not in SUPERVISION:
         raise UserError(f"mode.supervision={supervision} is unknown. Choose one of {', '.join(SUPERVISION)}, or null.")
     return supervision
 
 
-def benchmark_videos(cfg: DictConfig, split: str, supervision: str | None) -> BenchmarkVideos:
+def benchmark_videos(build: Builder, split: str, supervision: str | None) -> BenchmarkVideos:
     """Return the videos of a split for tracking.
 
     Args:
-        cfg: the whole config; `data` is read.
+        build: of the whole config; `data` is read.
         split: train, val or test.
         supervision: `first_frame`, `none`, or None for the data set's default.
 
@@ -76,15 +76,15 @@ def benchmark_videos(cfg: DictConfig, split: str, supervision: str | None) -> Be
         UserError: split or supervision are unknown, the data set has no masks, or the split has no videos or no masks
             for the supervision.
     """
-    build.check_split(split)
-    supervision = chosen_supervision(cfg, supervision)
-    tracking, protocol = cfg.data.tracking, None
+    check_split(split)
+    supervision = chosen_supervision(build, supervision)
+    data, protocol = build.value("data"), None
+    tracking = data.tracking
     if (node := tracking.protocols[supervision]) is not None:
         key = f"data.tracking.protocols.{supervision}"
         protocol = keeping(ScoreProtocol, instantiate(node), key)  # type: ignore[type-abstract]
-    videos = _videos(
-        cfg, split, {} if protocol is None or protocol.annotations is None else {"annotations": protocol.annotations}
-    )
+    annotations = {} if protocol is None or protocol.annotations is None else {"annotations": protocol.annotations}
+    videos = _videos(build.changed({"data": annotations}), split)
     prompts = "none"
     if supervision != "none":
         if not any(video.masks for video in videos):
@@ -94,12 +94,12 @@ def benchmark_videos(cfg: DictConfig, split: str, supervision: str | None) -> Be
             )
         prompts = "appearing" if tracking.later else "first"
     written, annotated = None, plain(tracking.written)
-    if any(cfg.data[key] != value for key, value in annotated.items()):
-        written = {video.name: set(video.frame_names) for video in _videos(cfg, split, annotated)}
-    source = {key: plain(cfg.data.clips[key], resolve=True) for key in ("layout", "partition")}
+    if any(data[key] != value for key, value in annotated.items()):
+        written = {video.name: set(video.frame_names) for video in _videos(build.changed({"data": annotated}), split)}
+    source = {key: plain(data.clips[key], resolve=True) for key in ("layout", "partition")}
     source["layout"]["root"] = str(Path(source["layout"]["root"]).expanduser().resolve())  # the same from any folder
     return BenchmarkVideos(
-        name=cfg.choices.data,
+        name=build.options["data"],
         split=split,
         source={"split": split, **source},
         videos=videos,
@@ -108,11 +108,9 @@ def benchmark_videos(cfg: DictConfig, split: str, supervision: str | None) -> Be
         protocol=protocol,
         folder=tracking.folder,
         written=written,
-        skip=cfg.data.on_error == "skip",
+        skip=build.skips_faulty_files,
     )
 
 
-def _videos(cfg: DictConfig, split: str, changes: Mapping[str, Any]) -> list[Video]:
-    """Return the videos of a split, with overrides of some keys of `data`."""
-    merged = OmegaConf.merge(cfg, {"data": changes})
-    return chosen(instantiate(merged.data.clips.layout), split, instantiate(merged.data.clips.partition))
+def _videos(build: Builder, split: str) -> list[Video]:
+    return chosen(build.part("data.clips.layout"), split, build.part("data.clips.partition"))

@@ -1,187 +1,235 @@
-"""Builder of the parts of an experiment, for training tasks."""
+"""Builder of the parts of an experiment from the config: data, loss, optimizer, schedule, task and loop settings."""
 
 from collections.abc import Callable, Mapping
+from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from omegaconf import DictConfig
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+from torch.optim import Optimizer
 
 from dinoseg.config.checks import check_given
-from dinoseg.config.nodes import instantiate
+from dinoseg.config.nodes import instantiate, keeping
 from dinoseg.config.plain import plain
 from dinoseg.core.contracts import Loss
 from dinoseg.core.shapes import SegmentationData
-from dinoseg.data.classes.labels import Labels
-from dinoseg.experiment import build, criteria
-from dinoseg.experiment.benchmark_videos import BenchmarkVideos, benchmark_videos, chosen_supervision
-from dinoseg.experiment.min_batch import check_batch
-from dinoseg.experiment.provenance import Provenance, provenance_of
-from dinoseg.experiment.teacher import Teacher
-from dinoseg.experiment.trackers import tracker_factory, tracker_maker
-from dinoseg.experiment.trained import Trained, labels_of
-from dinoseg.models.model import Segmenter
-from dinoseg.tracking.tracker import Tracker
+from dinoseg.experiment.models import ModelBuilder
 from dinoseg.training.engine import Engine
 from dinoseg.training.feature_cache.key import hash_of
+from dinoseg.training.lengths import Lengths, in_steps
+from dinoseg.training.trainer import Settings
 from dinoseg.utils.cores import count_cores
 from dinoseg.utils.errors import UserError
+from dinoseg.utils.wording import listed
+
+SPLITS = ("train", "val", "test")
+_CONFORMING = {"_target_": "dinoseg.data.custom.conforming", "_partial_": True}
 
 
-def build_task(cfg: DictConfig) -> Any:
-    """Return the training task that `trainer.task` names (`dinoseg.tasks.task.TrainingTask`); it reads no data yet.
-
-    Raises:
-        UserError: a teacher is given to a task without distillation, or an option is invalid.
-    """
-    if cfg.get("teacher") is not None and "teacher" not in cfg.trainer.task:
-        raise UserError(
-            f"teacher={cfg.teacher} is read by trainer=distil alone, and this is trainer={cfg.choices.trainer}. Give "
-            "trainer=distil, or leave teacher out."
-        )
-    try:
-        return instantiate(cfg.trainer.task)(Builder(cfg))
-    except TypeError as error:
-        raise UserError(
-            f"trainer.task={cfg.trainer.task.get('_target_')} cannot be built ({error}). Name a class that inherits "
-            "dinoseg.tasks.task.TrainingTask, and set `_partial_: true` beside it."
-        ) from error
-
-
-class Builder:
-    """Builder of the parts of an experiment from its config.
-
-    Args:
-        cfg: the whole config.
-
-    Attributes:
-        options: the selected option of each config group, such as {"head": "linear"}; for messages.
-    """
-
-    def __init__(self, cfg: DictConfig) -> None:
-        self._cfg = cfg
-        self.options: Mapping[str, str] = cfg.choices
-
-    @property
-    def seed(self) -> int:
-        """Return the seed of all random numbers of the run."""
-        return build.seed_of(self._cfg)
+class Builder(ModelBuilder):
+    """Builder of the model and of all other parts of an experiment. Each call returns new objects."""
 
     @property
     def cache_dir(self) -> Path:
-        """Return the folder of all caches."""
+        """The folder of all caches."""
         return Path(self._cfg.cache_dir).expanduser()
 
     @property
     def workers(self) -> int:
-        """Return the number of processes that check or pack files."""
+        """The number of processes that check or pack files."""
         return self._cfg.data.get("workers") or count_cores()
 
     @property
     def skips_faulty_files(self) -> bool:
-        """Return whether unreadable files are left out with a warning instead of an error."""
+        """Whether unreadable files are left out with a warning instead of an error."""
         return self._cfg.data.on_error == "skip"
 
     @property
     def class_names(self) -> list[str]:
-        """Return the class names of the data in the order of their IDs."""
+        """The class names of the data in the order of their IDs."""
         return [str(name) for name in self._cfg.data.classes]
 
     @property
-    def labels(self) -> Labels:
-        """Return the classes, palette and ignored ID of the data."""
-        return labels_of(self._cfg)
-
-    @property
     def background(self) -> int | None:
-        """Return the ID of the background class; None if every class is an object."""
-        return build.background_of(self._cfg)
-
-    def value(self, key: str, default: Any = None) -> Any:
-        """Return the value or config node at a full key such as `data.group`; `default` if the config lacks it."""
-        node: Any = self._cfg
-        for name in key.split("."):
-            if name not in node.keys():
-                return default
-            node = node[name]
-        return node
-
-    def arguments(self, target: Callable[..., Any], keys: Mapping[str, str]) -> dict[str, Any]:
-        """Return config values as keyword arguments of a class or function, validated against its signature.
-
-        Args:
-            target: what takes them.
-            keys: from parameter names to full keys; keys that the config lacks are left out.
+        """The class ID of the background, as named by `data.background`; None if every class is an object.
 
         Raises:
-            UserError: a value has another type or is out of range; the message names its key.
+            UserError: the dataset has no class of this name.
         """
-        absent = object()
-        values = {name: self.value(key, absent) for name, key in keys.items()}
-        given = {name: value for name, value in values.items() if value is not absent}
-        check_given(f"{target.__module__}.{target.__qualname__}", given, keys)
-        return given
-
-    def part(self, key: str) -> Any:
-        """Return the object of the config node at a full key such as `data.augment`."""
-        return instantiate(self.value(key))
+        value, names = self.value("data.background"), self.class_names
+        if value is None or value in names:
+            return None if value is None else names.index(value)
+        if type(value) is int and 0 <= value < len(names):
+            return value
+        raise UserError(
+            f"data.background={value} is no class. Give the name or the id of one (0 to {len(names) - 1}: "
+            f"{listed(names)}), or null where each class is something."
+        )
 
     def digest(self, key: str, **overrides: Any) -> str:
         """Return a hash of the resolved config node at a full key, with new values of some of its keys."""
         return hash_of(repr({**plain(self.value(key), resolve=True), **overrides}))
 
-    def dataset(self, split: str, engine: Engine | None = None) -> SegmentationData:
-        """Return one split of the data, see `build.dataset`; with an engine, as it is opened for training."""
-        if engine is None:
-            return build.dataset(self._cfg, split)
-        return build.dataset(self._cfg, split, reduced=True, decided=engine.decided)
+    def with_options(self, overrides: Mapping[str, Any]) -> Self:
+        """Return a builder of the same config with new values of keys, and packaged options of groups."""
+        new: Any = OmegaConf.create(self.config)
+        for key, value in overrides.items():
+            if key in new.choices:
+                new[key] = OmegaConf.load(str(files("dinoseg") / "cfg" / key / f"{value}.yaml"))
+                new.choices[key] = value
+            else:
+                OmegaConf.update(new, key, value)
+        return type(self)(new)
 
-    def reader(self) -> Callable[[str], SegmentationData]:
-        """Return the function that maps a split to the data as read from files, see `build.reader`."""
-        return build.reader(self._cfg)
+    def task(self) -> Any:
+        """Return the training task that `trainer.task` names (`dinoseg.tasks.task.TrainingTask`); it reads no data yet.
+
+        Raises:
+            UserError: a teacher is given to a task without distillation, or an option is invalid.
+        """
+        node = self._cfg.trainer.task
+        if self.value("teacher") is not None and "teacher" not in node:
+            raise UserError(
+                f"teacher={self._cfg.teacher} is read by trainer=distil alone, and this is "
+                f"trainer={self.options['trainer']}. Give trainer=distil, or leave teacher out."
+            )
+        try:
+            return instantiate(node)(self)
+        except TypeError as error:
+            raise UserError(
+                f"trainer.task={node.get('_target_')} cannot be built ({error}). Name a class that inherits "
+                "dinoseg.tasks.task.TrainingTask, and set `_partial_: true` beside it."
+            ) from error
+
+    def reader(self, **overrides: Any) -> Callable[[str], SegmentationData]:
+        """Return the function that maps a split to the dataset as read from its files, before `data.opened`.
+
+        Args:
+            overrides: of the reader's own values.
+
+        Raises:
+            UserError: no reader is configured. The returned function raises it for any fault of the dataset, see
+                `conforming`.
+        """
+        data, node = self._cfg.data, self._cfg.data.get("reader")
+        if not OmegaConf.is_dict(node) or "_target_" not in node or not node.get("_partial_"):
+            raise UserError(
+                f"data={self.options['data']}: `reader` must name a class or function that takes `split`. Set in its "
+                "YAML file `_target_: MODULE.NAME` and `_partial_: true` below `reader`."
+            )
+        find, conforming = instantiate(node, instead=overrides), instantiate(_CONFORMING)
+        return lambda split: conforming(find(split=split), list(data.classes), data.ignore_index)
+
+    def dataset(self, split: str, engine: Engine | None = None, *, reduced: bool = False) -> SegmentationData:
+        """Return one split of the dataset.
+
+        Args:
+            split: train, val or test.
+            engine: open it for training on its ranks: checks run on rank 0, and `reduced` is set.
+            reduced: open it for training: packed images may be stored at the model's input size, and pseudo-labels
+                (`data.reader.pseudo`) are included.
+
+        Raises:
+            UserError: the split is unknown, or the dataset has a fault.
+        """
+        check_split(split)
+        data, reduced = self._cfg.data, reduced or engine is not None
+        # pseudo-labels are no ground truth to score against
+        without = {"pseudo": False} if "pseudo" in (data.get("reader") or ()) and not reduced else {}
+        pairs = self.reader(**without)(split)
+        more: dict[str, Any] = {} if engine is None else {"decided": engine.decided}
+        if reduced and split == "train" and data.get("labelled") is not None:
+            labelled = {"labelled": data.labelled}
+            check_given("dinoseg.data.opened.opened", labelled, {"labelled": "data.labelled"})
+            more |= {**labelled, "group": data.group, "seed": self.seed}
+        return instantiate(data.opened)(pairs, split=split, reduced=reduced, **more)
 
     def clips(self, split: str) -> Any:
-        """Return one split of the videos as clips, see `build.clips`."""
-        return build.clips(self._cfg, split)
+        """Return one split of the videos as clips of frames (`dinoseg.data.clips.cut.Clips`).
 
-    @property
-    def supervision(self) -> str:
-        """Return the default supervision of the data when videos are tracked, see `chosen_supervision`."""
-        return chosen_supervision(self._cfg, None)
-
-    def benchmark_videos(self, split: str) -> BenchmarkVideos:
-        """Return the videos of a split for tracking with the default supervision, see `benchmark_videos`."""
-        return benchmark_videos(self._cfg, split, None)
-
-    def tracker_maker(self, engine: Engine, trained: Trained) -> Callable[[], Tracker]:
-        """Return a function that creates trackers of a trained model, see `tracker_maker`."""
-        return tracker_maker(self._cfg, engine, trained, batch_size=engine.images_at_once())
-
-    def clip_trackers(self) -> Callable[..., Tracker]:
-        """Return the factory of slot trackers for clips without masks, see `tracker_factory`."""
-        unlocked = {"lock_on": False, "slots_per_object": 1, "extra_slots": 0}  # no labels to lock on to
-        return tracker_factory(self._cfg.slots, f"slots={self.options.get('slots')}", unlocked)
-
-    def provenance(self, out_dir: Path, best: Path) -> Provenance:
-        """Return the provenance of the evaluation of the checkpoint `best` into `out_dir`, which ends a training."""
-        return provenance_of(self._cfg, out_dir, best)
-
-    def loss(self, train: SegmentationData | None) -> Loss:
-        """Return the loss, with class weights from the training masks, see `criteria.loss`."""
-        return criteria.loss(self._cfg, train)
-
-    def unweighted_loss(self) -> Loss:
-        """Return the loss with equal class weights."""
-        return criteria.unweighted(self._cfg)
+        Raises:
+            UserError: the split is unknown, the data are no videos, or the dataset has a fault.
+        """
+        check_split(split)
+        if self._cfg.data.clips is None:
+            raise UserError(
+                f"data={self.options['data']} has no clips. Choose data=davis2016, davis2017, youtube_vos, movi or "
+                "videos."
+            )
+        return instantiate(self._cfg.data.clips)(split=split)
 
     @property
     def loss_has_classes(self) -> bool:
-        """Return whether the loss is computed from labels, see `build.loss_has_classes`."""
-        return build.loss_has_classes(self._cfg)
+        """Whether the loss is computed from labels, whose classes it can weight; losses on clips are not."""
+        return self._cfg.loss.class_weights is not None
 
-    def teacher(self, engine: Engine, labels: SegmentationData) -> Teacher:
-        """Return the trained segmenter that `teacher` names."""
-        return Teacher(self._cfg, engine, labels)
+    def loss(self, train: SegmentationData | None) -> Loss:
+        """Return the loss, with class weights from the pixels of the training masks.
 
-    def check_batch(self, model: Segmenter, world: int) -> None:
-        """Refuse a batch that is too small for the head or for BatchNorm on `world` ranks."""
-        check_batch(self._cfg, model.head.least_batch, world)
+        `train` may be None for losses that need no masks.
+        """
+        loss, option = self._cfg.loss, self.options["loss"]
+        if not self.loss_has_classes:
+            if loss.weights != "none":
+                raise UserError(f"loss.weights={loss.weights}: loss={option} knows no classes. Leave it out.")
+            return self.criterion()
+        if train is None:
+            raise UserError(
+                f"loss={option} is a loss on labels, which clips have none of. Choose loss=feature_reconstruction or "
+                "loss=video_similarity, or trainer=supervised for images and masks."
+            )
+        weigh = instantiate(loss.class_weights)
+        counted = isinstance(loss.weights, str) and loss.weights != "none"
+        counts = instantiate(loss.counts)(train) if counted else [1] * len(train.classes)
+        return self.criterion(class_weights=weigh(counts, train.classes))
+
+    def unweighted_loss(self) -> Loss:
+        """Return the loss with equal class weights, without counting labels."""
+        return self.criterion(
+            **({"class_weights": torch.ones(len(self._cfg.data.classes))} if self.loss_has_classes else {})
+        )
+
+    def criterion(self, **weights: Tensor) -> Loss:
+        """Return the loss with given weights; a loss on labels takes `class_weights`."""
+        return keeping(Loss, instantiate(self._cfg.loss.criterion)(**weights), "loss.criterion")
+
+    def optimizer(self, model: torch.nn.Module) -> Optimizer:
+        """Return the optimizer of a model's trainable parameters."""
+        return instantiate(self._cfg.optim.optimizer)(model)
+
+    def schedule(self) -> Callable[[int, int], float]:
+        """Return the learning-rate schedule, which maps a step and the number of steps to a factor."""
+        return instantiate(self._cfg.optim.schedule)
+
+    def lengths(self, samples: int) -> Lengths:
+        """Return the number of training steps and the validation interval, for `samples` training samples.
+
+        Raises:
+            UserError: no length is configured, or a value is out of range.
+        """
+        trainer = self._cfg.trainer
+        options = {key: trainer.get(key) for key in ("steps", "epochs", "val_every")}
+        options |= {"batch_size": self._cfg.data.batch_size, "accumulate": trainer.accumulate}
+        names = {key: f"{'data' if key == 'batch_size' else 'trainer'}.{key}" for key in options}
+        check_given("dinoseg.training.lengths.in_steps", options, names)
+        return in_steps(samples, **options)
+
+    def loop_settings(self, lengths: Mapping[str, Any]) -> Settings:
+        """Return the settings of the training loop.
+
+        Args:
+            lengths: settings in steps, such as `steps`, which override those of the config.
+        """
+        return instantiate(self._cfg.trainer.loop, instead=lengths)()
+
+
+def check_split(split: str) -> None:
+    """Refuse an unknown name of a split.
+
+    Raises:
+        UserError: the name is not one of `SPLITS`.
+    """
+    if split not in SPLITS:
+        raise UserError(f"split={split} is unknown. Choose one of {', '.join(SPLITS)}.")

@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from dinoseg.config.job import job_config
 from dinoseg.config.plain import plain
 from dinoseg.experiment import resume
+from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.recipe import HEADS, RATES
 from dinoseg.training import checkpoint
 from dinoseg.utils.errors import UserError
@@ -98,9 +99,9 @@ def _is_rate(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
 
 
-def solo_configs(cfg: DictConfig) -> dict[str, DictConfig]:
-    """Return the config of each head's own run from that of a job, by name; interpolations start from its own root."""
-    return {name: OmegaConf.create(own) for name, own in plain(cfg)[SOLO].items()}
+def solo_builders(build: Builder) -> dict[str, Builder]:
+    """Return the builder of each head's own run from that of a job, by name."""
+    return {name: Builder.of(own) for name, own in build.config[SOLO].items()}
 
 
 def own_runs(cfg: DictConfig, words: Sequence[str], run: Path | None) -> dict[str, OwnRun]:

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
 from torch import Tensor
 
-from dinoseg.config.plain import plain
+from dinoseg.experiment.models import ModelBuilder
 from dinoseg.models.model import Segmenter, fingerprint, quantised_names, trained_names
 from dinoseg.training import checkpoint
 from dinoseg.training.loading import Checkpoint, casts
@@ -25,14 +24,14 @@ _BASE = ".base_layer."  # part of the names of the original tensors of a layer w
 
 
 def begin_with(
-    cfg: DictConfig, model: Segmenter, classes: list[str], share: Callable[[Any], Any] = lambda value: value
+    build: ModelBuilder, model: Segmenter, classes: list[str], share: Callable[[Any], Any] = lambda value: value
 ) -> Segmenter:
     """Load the trained weights of the run that `init` names into a new model, where they fit, and log the result.
 
     Without `init`, and for a resumed run, the model is returned unchanged.
 
     Args:
-        cfg: the whole config.
+        build: of the whole config.
         model: as built, on the CPU.
         classes: class names of the data.
         share: broadcasts a value from rank 0.
@@ -44,62 +43,64 @@ def begin_with(
         UserError: the run does not exist, nothing of it fits, backbone weights that it trained would be left out, or
             ranks read different checkpoints of it.
     """
-    if not has_initial(cfg):
+    if not has_initial(build):
         return model
-    offered = _of(cfg, checkpoint.outline)
-    _, left = _fitting(cfg, model, offered)
+    init = build.value("init")
+    offered = _of(init, checkpoint.outline)
+    _, left = _fitting(init, model, offered)
     # read only what the model has room for: an untrusted file may describe more than fits in memory
     room = {key for key, name, _ in _named(model, offered) if name not in left}
-    saved = _of(cfg, partial(checkpoint.read, finite=cfg.finite_weights, only=room))
+    saved = _of(init, partial(checkpoint.read, finite=build.value("finite_weights"), only=room))
     progress = saved.info["progress"]
     if share(progress) != progress:
         raise UserError(
-            f"init={cfg.init}: that run has saved anew while the ranks of this one read it. Wait for its end, or give "
+            f"init={init}: that run has saved anew while the ranks of this one read it. Wait for its end, or give "
             "a copy of its checkpoint."
         )
-    if Path(cfg.init).expanduser().is_dir():
-        logger.info("init=%s: reading %s.", cfg.init, saved.path)
-    taken, _ = _fitting(cfg, model, saved)
-    _check_frozen(cfg, model, saved)
+    if Path(init).expanduser().is_dir():
+        logger.info("init=%s: reading %s.", init, saved.path)
+    taken, _ = _fitting(init, model, saved)
+    _check_frozen(init, model, saved, build.config)
     model.load_state_dict(taken, strict=False)
-    _tell(cfg, model, saved, taken, left, classes)
+    _tell(init, model, saved, taken, left, classes)
     return model
 
 
-def has_initial(cfg: DictConfig) -> bool:
+def has_initial(build: ModelBuilder) -> bool:
     """Return whether a run is new and starts from the weights of another run.
 
     Raises:
         UserError: the recipe requires such a run, and none is named.
     """
-    if cfg.resume is not None:
+    if build.resume is not None:
         return False
-    if str(cfg.init).startswith(_NEEDED):
-        recipe = str(cfg.init).removeprefix(_NEEDED)
+    init = build.value("init")
+    if str(init).startswith(_NEEDED):
+        recipe = str(init).removeprefix(_NEEDED)
         raise UserError(
-            f"hparam={cfg.choices.hparam} begins with the weights of a run by hparam={recipe}: train that one first. "
-            "Then give init=RUN, its run folder; or init=null to begin without."
+            f"hparam={build.options['hparam']} begins with the weights of a run by hparam={recipe}: train that one "
+            "first. Then give init=RUN, its run folder; or init=null to begin without."
         )
-    return cfg.init is not None
+    return init is not None
 
 
-def check_initial(cfg: DictConfig, model: Segmenter) -> None:
+def check_initial(build: ModelBuilder, model: Segmenter) -> None:
     """Run the checks of `begin_with` that need only names and shapes; the model may be on the meta device."""
-    if not has_initial(cfg):
+    if not has_initial(build):
         return
+    init = build.value("init")
     if model.head.init is not None:
         raise UserError(
-            f"init={cfg.init} and head.init={model.head.init} both say what the head begins with. Leave one out."
+            f"init={init} and head.init={model.head.init} both say what the head begins with. Leave one out."
         )
-    _fitting(cfg, model, _of(cfg, checkpoint.outline))
+    _fitting(init, model, _of(init, checkpoint.outline))
 
 
-def _of(cfg: DictConfig, read: Callable[[Path], Checkpoint]) -> Checkpoint:
-    given = cfg.init
-    if not isinstance(given, str):
-        raise UserError(f"init={given} names no run. Give a run folder or a checkpoint, or leave init out.")
+def _of(init: Any, read: Callable[[Path], Checkpoint]) -> Checkpoint:
+    if not isinstance(init, str):
+        raise UserError(f"init={init} names no run. Give a run folder or a checkpoint, or leave init out.")
     try:
-        return read(checkpoint.find(given, "best"))
+        return read(checkpoint.find(init, "best"))
     except UserError as error:
         raise UserError(str(error).replace("resume=", "init=")) from None
 
@@ -116,7 +117,7 @@ def _unadapted(name: str) -> str:
     return name.replace(_BASE, ".")
 
 
-def _fitting(cfg: DictConfig, model: Segmenter, saved: Checkpoint) -> tuple[dict[str, Tensor], list[str]]:
+def _fitting(init: str, model: Segmenter, saved: Checkpoint) -> tuple[dict[str, Tensor], list[str]]:
     """Return the tensors of a checkpoint that the model also trains, in the same shapes, and the names of the others.
 
     Frozen tensors that the model already has are in neither.
@@ -124,20 +125,20 @@ def _fitting(cfg: DictConfig, model: Segmenter, saved: Checkpoint) -> tuple[dict
     state, own = model.state_dict(), trained_names(model)
     have = {name: value for _, name, value in _named(model, saved)}
     alike = {name: value for name, value in have.items() if name in own and value.shape == state[name].shape}
-    check_weights({name: value.to("meta") for name, value in alike.items()}, f"init={cfg.init}", state)  # checks dtypes
+    check_weights({name: value.to("meta") for name, value in alike.items()}, f"init={init}", state)  # checks dtypes
     taken = {name: value for name, value in alike.items() if casts(value.dtype, state[name].dtype)}
     # a file may also hold frozen tensors, which the model already has
     left = [name for name, value in have.items() if name not in taken and not _is_so(value, state.get(name))]
     lost = [name for name in left if name.startswith("backbone.")]
     if lost:
         raise UserError(
-            f"init={cfg.init}: it has {count_of(len(lost), 'tensor')} of its backbone (such as {shown(lost[0])}) that "
+            f"init={init}: it has {count_of(len(lost), 'tensor')} of its backbone (such as {shown(lost[0])}) that "
             "this model does not train, or has otherwise: its head knows no other features. Choose its backbone and "
             f"adapter={shown(str(saved.info['choices']['adapter']))}, with that one's values."
         )
     if not any(name.startswith("head.") for name in taken):
         raise UserError(
-            f"init={cfg.init}: of the {count_of(len(have), 'tensor')} it has, none is of this model's head. Use "
+            f"init={init}: of the {count_of(len(have), 'tensor')} it has, none is of this model's head. Use "
             "the head and the backbone that it was trained with (they are in its config), or leave init out."
         )
     return taken, left
@@ -153,9 +154,9 @@ def _is_so(value: Tensor, now: Tensor | None) -> bool:
     return value.is_meta or torch.equal(value.to(now.dtype), now)
 
 
-def _check_frozen(cfg: DictConfig, model: Segmenter, saved: Checkpoint) -> None:
+def _check_frozen(init: str, model: Segmenter, saved: Checkpoint, config: Mapping[str, Any]) -> None:
     """Refuse a model whose frozen backbone differs from that of the `init` run; its checkpoint stores a hash."""
-    if _held_as(plain(cfg)) != _held_as(saved.info["config"]):
+    if _held_as(config) != _held_as(saved.info["config"]):
         return  # weights of another precision have another hash
     there, skipped = saved.part("model").keys(), quantised_names(model)
     updated = {name.partition(_UPDATES)[0] for name in there if _UPDATES in name}
@@ -167,7 +168,7 @@ def _check_frozen(cfg: DictConfig, model: Segmenter, saved: Checkpoint) -> None:
             frozen += [(then, value)] if then not in there else []
     if fingerprint(frozen) != saved.info["frozen"].get("backbone"):
         raise UserError(
-            f"init={cfg.init}: trained on other frozen weights than this model's backbone has (backbone.weights, "
+            f"init={init}: trained on other frozen weights than this model's backbone has (backbone.weights, "
             "backbone.final_norm, or which of its blocks are read). Give what it was trained on."
         )
 
@@ -178,7 +179,7 @@ def _held_as(config: Mapping[str, Any]) -> tuple[Any, Any]:
 
 
 def _tell(
-    cfg: DictConfig,
+    init: str,
     model: Segmenter,
     saved: Checkpoint,
     taken: Mapping[str, Tensor],
@@ -188,7 +189,7 @@ def _tell(
     rest = sorted(trained_names(model) - taken.keys())
     given = [name for name in rest if name.startswith("backbone.") and _UPDATES not in name]
     new = [name for name in rest if name not in given]
-    said = [f"init={cfg.init}: {count_of(len(taken), 'tensor')} taken from step {saved.info['progress']['step']}"]
+    said = [f"init={init}: {count_of(len(taken), 'tensor')} taken from step {saved.info['progress']['step']}"]
     said += [f"{count_of(len(given), 'tensor')} of the backbone as backbone.weights has them"] if given else []
     said += [f"begins anew: {listed(new, 5)}"] if new else []
     said += [f"left there: {listed(sorted(left), 5)}"] if left else []

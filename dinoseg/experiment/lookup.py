@@ -10,6 +10,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from dinoseg.experiment.folder import is_locked
+from dinoseg.experiment.models import ModelBuilder
 from dinoseg.experiment.recipe import config_description, recipe_of
 from dinoseg.training import checkpoint
 from dinoseg.utils.errors import UserError
@@ -32,7 +33,7 @@ def resumed_checkpoint(cfg: DictConfig, out_dir: Path, prefer: str) -> Path | No
     if cfg.resume != "auto":
         return checkpoint.find(cfg.resume, prefer)
     recipe_folder = next((folder for folder in out_dir.parents if folder.name == cfg.choices.hparam), out_dir.parent)
-    recipe = recipe_of(config_description(cfg))
+    recipe = recipe_of(config_description(ModelBuilder(cfg)))
     for path in _newest_first(recipe_folder.rglob(f"{checkpoint.FOLDER}/{prefer}.safetensors")):
         try:
             is_same = recipe_of(checkpoint.describe(path)) == recipe

@@ -1,12 +1,10 @@
 """Minimum number of samples per device that a model can be trained on."""
 
 import torch
-from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dinoseg.config.nodes import instantiate
-from dinoseg.experiment import build
+from dinoseg.experiment.builder import Builder
 from dinoseg.inference.walk import walking
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import typed
@@ -14,19 +12,19 @@ from dinoseg.utils.wording import typed
 _SMALL = 4  # patches along a crop, above which its maps have several cells
 
 
-def check_batch(cfg: DictConfig, least: int, world: int) -> None:
+def check_batch(build: Builder, least: int, world: int) -> None:
     """Refuse a batch of less than `least` images per rank, which the head needs, or too small for BatchNorm."""
-    size, larger = cfg.data.batch_size, ""
-    if least * world <= size < (least + 1) * world and (needed := min_batch(cfg)) > least:
-        least, larger = needed, f" at resolution.crop={typed(list(cfg.resolution.crop))}"
+    size, head, larger = build.value("data.batch_size"), build.options["head"], ""
+    if least * world <= size < (least + 1) * world and (needed := min_batch(build)) > least:
+        least, larger = needed, f" at resolution.crop={typed(list(build.value('resolution.crop')))}"
     if size < least * world:
         raise UserError(
-            f"data.batch_size={size}: head={cfg.choices.head} is trained on {least} images or more per device{larger}. "
+            f"data.batch_size={size}: head={head} is trained on {least} images or more per device{larger}. "
             f"Set data.batch_size={least * world}{', give a larger crop' if larger else ''} or choose another head."
         )
 
 
-def min_batch(cfg: DictConfig) -> int:
+def min_batch(build: Builder) -> int:
     """Return the minimum number of samples per device for training.
 
     BatchNorm has no statistics of a single value per channel. If one sample has only a single cell, the minimum rises
@@ -35,22 +33,23 @@ def min_batch(cfg: DictConfig) -> int:
     Raises:
         UserError: the parts of the config do not go together.
     """
-    if cfg.adapter.get("bits") is not None:
-        cfg = OmegaConf.merge(cfg, {"adapter": {"bits": None}})  # type: ignore[assignment]
-    model = build.outline(cfg).train()
+    if build.value("adapter.bits") is not None:
+        build = build.changed({"adapter": {"bits": None}})
+    model = build.outline().train()
     least = model.head.least_batch
     norms = [part for part in model.modules() if isinstance(part, _BatchNorm) and part.training]
-    if model.head.slots is not None or "unlabelled" in cfg.trainer or not norms:
+    if model.head.slots is not None or "unlabelled" in build.value("trainer") or not norms:
         return least  # slots see several frames of a clip, and a batch also has images without masks
-    instantiate(cfg.data.augment)  # refuses an invalid crop
-    if max(cfg.resolution.crop) * model.scale > _SMALL * model.patch_size:
+    build.part("data.augment")  # refuses an invalid crop
+    crop = build.value("resolution.crop")
+    if max(crop) * model.scale > _SMALL * model.patch_size:
         return least
     for norm in norms:
         norm.register_forward_pre_hook(_refuse_one_value)
     with walking():
         model.to_empty(device="cpu")
         try:
-            model(torch.empty(least, 3, *cfg.resolution.crop, dtype=torch.uint8))
+            model(torch.empty(least, 3, *crop, dtype=torch.uint8))
         except _OneValue:
             return least + 1
     return least

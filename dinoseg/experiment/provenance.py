@@ -4,9 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
-
 from dinoseg.config.plain import plain
+from dinoseg.experiment.models import ModelBuilder
 
 
 @dataclass(frozen=True)
@@ -32,20 +31,20 @@ class Provenance:
     training: Path | None
 
 
-def provenance_of(cfg: DictConfig, out_dir: Path, best: Path | None = None) -> Provenance:
+def provenance_of(build: ModelBuilder, out_dir: Path, best: Path | None = None) -> Provenance:
     """Return the provenance of an evaluation into `out_dir`, or of the evaluation of `best` that ends a training."""
     folder, training = out_dir, None
     if best is not None:
         folder = training = best.parent.parent
-    elif cfg.resume is not None:
-        training = Path(cfg.resume).parent.parent
-    root = cfg.data.get("root")
+    elif build.resume is not None:
+        training = Path(build.resume).parent.parent
+    root = build.value("data").get("root")
     return Provenance(
-        choices={str(group): str(option) for group, option in cfg.choices.items()},
-        config=OmegaConf.to_yaml(cfg),
+        choices={str(group): str(option) for group, option in build.options.items()},
+        config=build.yaml,
         root="" if root is None else str(Path(str(root)).expanduser().resolve()),
-        group=cfg.data.get("group"),
-        model=str(best or cfg.resume or plain(cfg.head).get("weights")),
+        group=build.value("data.group"),
+        model=str(best or build.resume or plain(build.value("head")).get("weights")),
         folder=folder,
         training=training,
     )

@@ -5,15 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
 
 from dinoseg import __version__
 from dinoseg.config.guard import ACTING
-from dinoseg.config.plain import plain
 from dinoseg.config.resolvers import settled
 from dinoseg.core.shapes import SegmentationData
 from dinoseg.data.classes.labels import Labels
-from dinoseg.experiment import build
+from dinoseg.experiment.models import ModelBuilder
 from dinoseg.training.description import CHOSEN, GROUPS
 from dinoseg.utils.forms import as_read_back
 
@@ -29,10 +27,10 @@ SAVED = ("seed", *GROUPS, *OPTIONAL)  # root keys of a config that a checkpoint 
 LENGTHS = ("steps", "epochs", "max_minutes", "patience", "val_every", "val_images", "save_every", "log_every")
 
 
-def run_description(cfg: DictConfig, data: SegmentationData | Labels) -> dict[str, Any]:
+def run_description(build: ModelBuilder, data: SegmentationData | Labels) -> dict[str, Any]:
     """Return the description that a run's checkpoints store in addition to their progress."""
     return {
-        **config_description(cfg),
+        **config_description(build),
         "classes": list(data.classes),
         "palette": [list(colour) for colour in data.palette],
         "ignore_index": data.ignore_index,
@@ -40,19 +38,22 @@ def run_description(cfg: DictConfig, data: SegmentationData | Labels) -> dict[st
     }
 
 
-def config_description(cfg: DictConfig) -> dict[str, Any]:
+def config_description(build: ModelBuilder) -> dict[str, Any]:
     """Return the part of the description that depends only on the config."""
-    unsaid = (FOLLOWING,) if build.loss_has_classes(cfg) else ()
-    config = {key: value for key, value in plain(cfg).items() if key in {*SAVED} - {*unsaid} and value is not None}
+    unsaid = () if build.value("loss.class_weights") is None else (FOLLOWING,)
+    saved = {*SAVED} - {*unsaid}
+    config = {key: value for key, value in build.config.items() if key in saved and value is not None}
     # nodes that write files come from this machine's config, never from a checkpoint
-    config["data"] = {**settled(cfg.data), **dict.fromkeys(ACTING)}
+    config["data"] = {**settled(build.value("data")), **dict.fromkeys(ACTING)}
     for key in (TEACHER, INITIAL):
         if key in config:
             config[key] = absolute(config[key])
-    config["head"] = settled(cfg.head)  # the head's grid is that of its training, whatever size later images have
+    config["head"] = settled(
+        build.value("head")
+    )  # the head's grid is that of its training, whatever size later images have
     return {
         "config": config,
-        "choices": {group: cfg.choices[group] for group in (*CHOSEN, *USES) if group not in unsaid},
+        "choices": {group: build.options[group] for group in (*CHOSEN, *USES) if group not in unsaid},
         "folder": str(Path.cwd()),
     }
 

@@ -36,7 +36,7 @@ def merge(
         UserError: the checkpoint's config is not to be trusted, or the command line names another model.
     """
     saved, keys = saved_config(info), [override.key_or_group for override in overrides]
-    guard(saved, f"resume={path}", plain(cfg), trust=_trusted(cfg), typed=keys)
+    guard(saved, f"resume={path}", plain(cfg), trust=_trusted(plain(cfg)["trust"]), typed=keys)
     choices = {group: option for group, option in info["choices"].items() if group in (*CHOSEN, *USES)}
     # settings of this machine and run
     facts = {**plain(cfg), "resume": str(path), "choices": {**plain(cfg.choices), **choices}}
@@ -68,7 +68,7 @@ def alone(
     *,
     inference: str | None = None,
     trust: Sequence[str] = (),
-    beside: DictConfig | None = None,
+    beside: Mapping[str, Any] | None = None,
 ) -> DictConfig:
     """Return the config for using a checkpoint without a command line, validated against the shipped config files.
 
@@ -86,8 +86,8 @@ def alone(
         UserError: the checkpoint's config is not to be trusted.
     """
     saved, cfg = saved_config(info), machine_config(inference or "auto")
-    registry = shipped_registry() if beside is None else own_registry(plain(beside))
-    trust = trust if beside is None else [*trust, *_trusted(beside)]
+    registry = shipped_registry() if beside is None else own_registry(beside)
+    trust = trust if beside is None else [*trust, *_trusted(beside["trust"])]
     guard(saved, f"resume={path}", plain(cfg), trust=trust, typed=[*changes], registry=registry)
     own = {key: value for key, value in saved.items() if not (inference and key == USE)}
     choices = {**plain(cfg.choices), **info["choices"], **({USE: inference} if inference else {})}
@@ -102,8 +102,8 @@ def without(cfg: DictConfig) -> DictConfig:
     return OmegaConf.create({**plain(cfg), "resume": None})
 
 
-def _trusted(cfg: DictConfig) -> list[str]:
-    names = OmegaConf.to_container(cfg.trust) if OmegaConf.is_config(cfg.trust) else cfg.trust or []
+def _trusted(trust: Any) -> list[str]:
+    names = trust or []
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
         raise UserError(f"trust={names}: give a list of packages or hub ids, such as trust=[my_package].")
     return names

@@ -5,14 +5,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dinoseg.config.guard import ACTING, guard
-from dinoseg.config.plain import plain
 from dinoseg.config.resolvers import CLASS_FILE, settled
 from dinoseg.core.shapes import SegmentationData
-from dinoseg.experiment import build
+from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.recipe import SAVED
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.forms import Misshapen, as_read_back, read_regular
@@ -55,11 +54,11 @@ def config_of(text: str) -> dict[str, Any]:
     return config
 
 
-def open_saved_data(cfg: DictConfig, folder: Path, *, root: str, split: str) -> SegmentationData:
+def open_saved_data(build: Builder, folder: Path, *, root: str, split: str) -> SegmentationData:
     """Return the data set of an evaluation, built from its saved config under the rules for checkpoint configs.
 
     Args:
-        cfg: composed from the command line.
+        build: of the config composed from the command line.
         folder: folder of the evaluation.
         root: folder of the data set, as the evaluation recorded it.
         split: train, val or test.
@@ -76,13 +75,13 @@ def open_saved_data(cfg: DictConfig, folder: Path, *, root: str, split: str) -> 
         return kept | {"data": {**kept["data"], **dict.fromkeys(ACTING), "root": root}}
 
     try:
-        text, composed = config_text(path), plain(cfg)
+        text, composed = config_text(path), build.config
         # a training's config refers to `classes.yaml`: the rest is checked before that file is read
-        guard(saved(_CLASS_FILE_VALUE.sub("''", text)), str(path), composed, trust=list(cfg.trust))
+        guard(saved(_CLASS_FILE_VALUE.sub("''", text)), str(path), composed, trust=composed["trust"])
         config = saved(text)
         config["data"] = settled(OmegaConf.create(config).data)
-        guard(config, str(path), composed, trust=list(cfg.trust))
-        return build.dataset(OmegaConf.create({**composed, **config}), split)
+        guard(config, str(path), composed, trust=composed["trust"])
+        return Builder.of({**composed, **config}).dataset(split)
     except BROKEN as error:
         raise UserError(f"{path} does not say what the data are ({error}).") from None
 

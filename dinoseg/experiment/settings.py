@@ -4,23 +4,22 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
-
-from dinoseg.config.plain import plain
+from dinoseg.experiment.models import ModelBuilder
 from dinoseg.training.description import CHOSEN, MODEL
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.forms import as_read_back
 from dinoseg.utils.wording import typed
 
 
-def settings_of(cfg: DictConfig) -> dict[str, Any]:
+def settings_of(build: ModelBuilder) -> dict[str, Any]:
     """Return the settings that distinguish runs in a table, such as `optim.optimizer.lr`.
 
     They are the seed, the chosen options, the batch size, and the values of `resolution` and of the groups in `MODEL`.
     """
-    groups = {group: plain(cfg[group], resolve=True) for group in ("resolution", *MODEL)}
-    choices = {group: cfg.choices[group] for group in CHOSEN}
-    nested = {"seed": cfg.seed, "choices": choices, "data": {"batch_size": cfg.data.batch_size}, **groups}
+    groups = {group: build.settings(group) for group in ("resolution", *MODEL)}
+    choices = {group: build.options[group] for group in CHOSEN}
+    batch = {"batch_size": build.value("data.batch_size")}
+    nested = {"seed": build.seed, "choices": choices, "data": batch, **groups}
     return {
         name: value if isinstance(value, int | float) else str(value)
         for name, value in _flat(nested)

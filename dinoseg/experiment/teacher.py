@@ -7,14 +7,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
 from torch import Tensor
 
-from dinoseg.config.nodes import instantiate
-from dinoseg.config.plain import plain
 from dinoseg.core.shapes import Prediction, SegmentationData
 from dinoseg.core.sizes import backbone_size
-from dinoseg.experiment import build
+from dinoseg.experiment.models import ModelBuilder
 from dinoseg.experiment.resume import alone
 from dinoseg.experiment.trained import restore
 from dinoseg.inference.predictor import Predictor
@@ -41,7 +38,7 @@ class Teacher:
     """Trained segmenter that scores images with the settings of its own checkpoint; loads it at the first call.
 
     Args:
-        cfg: the student's whole config; `teacher` names a run folder or a checkpoint.
+        build: of the student's whole config; `teacher` names a run folder or a checkpoint.
         engine: device and precision of the forward passes.
         labels: dataset whose classes the teacher must have.
 
@@ -49,18 +46,18 @@ class Teacher:
         UserError: the run does not exist, its classes differ, or its checkpoint is not to be trusted.
     """
 
-    def __init__(self, cfg: DictConfig, engine: Engine, labels: SegmentationData) -> None:
-        self._given, self._engine = cfg.trainer.teacher, engine
+    def __init__(self, build: ModelBuilder, engine: Engine, labels: SegmentationData) -> None:
+        self._given, self._engine = build.value("trainer.teacher"), engine
         check_named(self._given)
         with self._named():
             self._path = checkpoint.find(self._given, "best")
             self._info = checkpoint.describe(self._path)
-            self._cfg = alone(self._path, self._info, {}, beside=cfg)
+            self._build = ModelBuilder(alone(self._path, self._info, {}, beside=build.config))
         self._check_classes(labels)
         with self._named():
             header = checkpoint.outline(self._path)
-            self._outline = build.check_fits(self._cfg, header)
-            crop = plain(self._cfg.resolution, resolve=True)["crop"]
+            self._outline = self._build.check_fits(header)
+            crop = self._build.settings("resolution")["crop"]
             if not forms.fits(crop, _CROP):
                 raise UserError(
                     f"its resolution.crop={shown(crop)} must be [height, width] in pixels, each at least 1. Choose "
@@ -85,7 +82,7 @@ class Teacher:
         return {
             "teacher": self._digest,
             "code": code_hash([self._outline.backbone, self._outline.head], self.__call__),
-            "inference": hash_of(repr(plain(self._cfg.inference, resolve=True))),
+            "inference": hash_of(repr(self._build.settings("inference"))),
             "precision": hash_of(self._engine.precision, self._engine.tf32, self._engine.device.type),
         }
 
@@ -122,8 +119,8 @@ class Teacher:
         with self._named(), torch.random.fork_rng(devices):
             if self._hashed() != self._digest:
                 raise UserError(f"resume={self._path} was changed since this run began. Start it again.")
-            model, _ = restore(self._cfg, self._path)
-            policy = instantiate(self._cfg.inference)
+            model, _ = restore(self._build, self._path)
+            policy = self._build.part("inference")
             keep_scale(model, TrainedSizes.from_info(self._info), teacher=f"teacher={self._given}")
             model = model.to(self._engine.device).requires_grad_(False)
             predictor = Predictor(model, self._engine.device, self._engine.autocast, policy)
@@ -133,7 +130,7 @@ class Teacher:
     def _cells(self, model: Segmenter) -> tuple[float, float]:
         """Return the number of score cells per pixel of an image that is not reduced, along height and width."""
         most = math.ceil(_PROBED / model.scale)
-        height, width = (min(side, most) for side in plain(self._cfg.resolution, resolve=True)["crop"])
+        height, width = (min(side, most) for side in self._build.settings("resolution")["crop"])
         with self._engine.autocast():
             seen = model(torch.zeros(1, 3, height, width, dtype=torch.uint8, device=self._engine.device), reduce=False)
         grid = seen.grid if seen.grid is not None else seen.masks.logits if seen.masks is not None else None

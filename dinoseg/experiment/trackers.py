@@ -4,10 +4,8 @@ from collections.abc import Callable, Mapping
 from inspect import signature
 from typing import Any
 
-from omegaconf import DictConfig
-
 from dinoseg.config.nodes import instantiate, keeping
-from dinoseg.experiment import build
+from dinoseg.experiment.models import ModelBuilder
 from dinoseg.experiment.trained import Trained
 from dinoseg.inference.trained_sizes import TrainedSizes, keep_scale
 from dinoseg.tracking.tracker import Tracker
@@ -21,7 +19,7 @@ _REMEDY = (
 
 
 def tracker_maker(
-    cfg: DictConfig,
+    build: ModelBuilder,
     engine: Engine,
     trained: Trained | None = None,
     *,
@@ -34,7 +32,7 @@ def tracker_maker(
     The settings are validated before the backbone's weights are read.
 
     Args:
-        cfg: the whole config.
+        build: of the whole config.
         engine: device and precision.
         trained: the trained model; None: the backbone alone tracks, without adapter.
         batch_size: frames per forward pass.
@@ -45,9 +43,9 @@ def tracker_maker(
         UserError: the config node makes no tracker, or one that does not take `smoothing`.
     """
     follows_slots = trained is not None and trained.model.head.slots is not None
-    group, node = ("slots", cfg.slots) if follows_slots else ("tracker", cfg.tracker)
-    name = f"{group}={cfg.choices[group]}"
-    make = tracker_factory(node, name)
+    group = "slots" if follows_slots else "tracker"
+    name = f"{group}={build.options[group]}"
+    make = tracker_factory(build.value(group), name)
     takes = signature(make).parameters
     options: dict[str, Any] = {"device": engine.device, "autocast": engine.autocast, "batch_size": batch_size}
     if smoothing is not None:
@@ -58,7 +56,7 @@ def tracker_maker(
         options["sizes"] = sizes
     elif trained is not None:
         keep_scale(trained.model, sizes)
-    model = build.backbone(cfg).to(engine.device) if trained is None else trained.model
+    model = build.backbone().to(engine.device) if trained is None else trained.model
     return lambda: keeping(Tracker, make(model, **options), group)  # type: ignore[type-abstract]
 
 

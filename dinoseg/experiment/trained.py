@@ -7,20 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
 
-from dinoseg.config.nodes import instantiate, not_set
 from dinoseg.config.plain import plain
 from dinoseg.core.shapes import Palette, SegmentationData
 from dinoseg.data.classes.labels import Labels
-from dinoseg.experiment import build
 from dinoseg.experiment.folder import last_command_line
 from dinoseg.experiment.log_file import announce
+from dinoseg.experiment.models import ModelBuilder
 from dinoseg.inference.policy import Policy
 from dinoseg.inference.predictor import Predictor
 from dinoseg.inference.trained_sizes import TrainedSizes
 from dinoseg.inference.whole import Whole
 from dinoseg.models.model import Segmenter, constants
+from dinoseg.models.no_init import allocate
 from dinoseg.training import checkpoint
 from dinoseg.training.engine import Engine
 from dinoseg.training.loading import CONSTANTS
@@ -54,38 +53,37 @@ class Trained:
         return Predictor(self.model, self.device, self.autocast, self.policy)
 
 
-def load_trained(cfg: DictConfig) -> Trained:
-    """Return the model that `resume` names, in eval mode; `cfg` is already merged with its checkpoint.
+def load_trained(build: ModelBuilder) -> Trained:
+    """Return the model that `resume` names, in eval mode; the config is already merged with its checkpoint.
 
     Without `resume`, a head with trained weights from a file is used unchanged, with the classes of the dataset.
 
     Raises:
         UserError: neither is given, or the checkpoint does not fit.
     """
-    if not is_trained(cfg):
+    if not is_trained(build):
         raise UserError(
             "resume is not set: this mode needs a trained model. Give resume=RUN_FOLDER or a checkpoint; or use a head "
             "that was released trained, as hparam=ade20k_m2f head.weights=FILE does."
         )
-    return _released(cfg) if cfg.resume is None else _restored(cfg, Path(cfg.resume))
+    labels = build.labels if build.resume is None else None
+    engine, policy = build.engine(), build.part("inference")
+    if labels is None:
+        model, info = restore(build, Path(str(build.resume)))
+        labels = Labels.of(info["classes"], info["palette"], info["ignore_index"])
+    else:
+        announce("Building the released model and reading its weights")
+        model = build.model()
+        # the class entries of a checkpoint's description
+        info = {"classes": list(labels.classes), "palette": labels.palette, "ignore_index": labels.ignore_index}
+    model = engine.place(model).eval()
+    return Trained(model, engine, list(labels.classes), list(labels.palette), labels.ignore_index, info, policy)
 
 
-def is_trained(cfg: DictConfig) -> bool:
+def is_trained(build: ModelBuilder) -> bool:
     """Return whether a config names a trained model: a checkpoint, or a head that was released trained."""
-    head = plain(cfg.head)
-    return cfg.resume is not None or (head.get("weights") is not None and head.get("class_layer") != "new")
-
-
-def labels_of(cfg: DictConfig) -> Labels:
-    """Return the classes, palette and ignored ID of a config's dataset; no file but `classes.yaml` is needed.
-
-    Raises:
-        UserError: one of them is not set.
-    """
-    absent = {"classes", "palette", "ignore_index"} - cfg.data.keys()
-    if absent:
-        raise UserError(not_set(f"data.{min(absent)}"))
-    return Labels.of(cfg.data.classes, cfg.data.palette, cfg.data.ignore_index)
+    head = plain(build.value("head"))
+    return build.resume is not None or (head.get("weights") is not None and head.get("class_layer") != "new")
 
 
 def check_classes(data: SegmentationData | Labels, info: Mapping[str, Any], where: str) -> None:
@@ -112,11 +110,11 @@ def longest_is_typed(out_dir: Path) -> bool:
     return any(word.lstrip("+").startswith("resolution.longest=") for word in last_command_line(out_dir))
 
 
-def restore(cfg: DictConfig, path: Path) -> tuple[Segmenter, Mapping[str, Any]]:
+def restore(build: ModelBuilder, path: Path) -> tuple[Segmenter, Mapping[str, Any]]:
     """Return the model of a checkpoint in eval mode on the CPU, and the description in the file.
 
     Args:
-        cfg: already merged with the checkpoint's.
+        build: of the config, already merged with the checkpoint's.
         path: the checkpoint file.
 
     Raises:
@@ -124,29 +122,12 @@ def restore(cfg: DictConfig, path: Path) -> tuple[Segmenter, Mapping[str, Any]]:
     """
     # checks without tensors come first: reading tensors may take minutes
     outline = checkpoint.outline(path)
-    check_classes(labels_of(cfg), outline.info, f"resume={path}")
-    empty = build.check_fits(cfg, outline)
+    check_classes(build.labels, outline.info, f"resume={path}")
+    empty = build.check_fits(outline)
     announce(f"resume={path}: reading weights and building the model")
-    saved = checkpoint.read(path, finite=cfg.finite_weights)
-    whole = cfg.adapter.get("bits") is None and empty.state_dict().keys() <= outline.part("model").keys()
-    is_allocated = whole and constants(empty).keys() <= outline.part(CONSTANTS).keys() and build.allocate(empty)
-    model = empty if is_allocated else build.model(cfg, outlined=True, initialised=not whole)
+    saved = checkpoint.read(path, finite=build.value("finite_weights"))
+    whole = build.value("adapter.bits") is None and empty.state_dict().keys() <= outline.part("model").keys()
+    is_allocated = whole and constants(empty).keys() <= outline.part(CONSTANTS).keys() and allocate(empty)
+    model = empty if is_allocated else build.model(outlined=True, initialised=not whole)
     checkpoint.load_weights(model, saved)
     return model.eval(), outline.info
-
-
-def _restored(cfg: DictConfig, path: Path) -> Trained:
-    engine, policy = instantiate(cfg.engine), instantiate(cfg.inference)
-    model, info = restore(cfg, path)
-    palette = [(red, green, blue) for red, green, blue in info["palette"]]
-    return Trained(engine.place(model), engine, info["classes"], palette, info["ignore_index"], info, policy)
-
-
-def _released(cfg: DictConfig) -> Trained:
-    labels = labels_of(cfg)
-    engine, policy = instantiate(cfg.engine), instantiate(cfg.inference)
-    announce("Building the released model and reading its weights")
-    model = engine.place(build.model(cfg)).eval()
-    # the class entries of a checkpoint's description
-    info = {"classes": list(labels.classes), "palette": labels.palette, "ignore_index": labels.ignore_index}
-    return Trained(model, engine, list(labels.classes), list(labels.palette), labels.ignore_index, info, policy)

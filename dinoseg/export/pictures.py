@@ -11,7 +11,7 @@ import torch
 
 from dinoseg.core.shapes import SegmentationData
 from dinoseg.core.sizes import Size
-from dinoseg.experiment.build import SPLITS
+from dinoseg.experiment.builder import SPLITS
 from dinoseg.experiment.folder import LOG
 from dinoseg.inference.class_record import NAME as CLASSES_NAME
 from dinoseg.inference.inputs import is_video, list_inputs

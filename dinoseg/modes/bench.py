@@ -11,11 +11,8 @@ from omegaconf import DictConfig
 from tabulate import tabulate
 
 from dinoseg.autotune.speed import SpeedMeasurement, first_images, random_image, time_prediction, time_training
-from dinoseg.config.nodes import instantiate
-from dinoseg.config.plain import plain
-from dinoseg.experiment import build
-from dinoseg.experiment.builder import build_task
-from dinoseg.experiment.step import check_trainer, restored, training_parts
+from dinoseg.experiment.builder import Builder
+from dinoseg.experiment.step import check_trainer, training_parts
 from dinoseg.inference.memory import OutOfMemory
 from dinoseg.utils.atomic import write_json
 from dinoseg.utils.ranges import Count, Natural
@@ -39,10 +36,11 @@ def bench(
     Raises:
         UserError: the recipe cannot be trained on this device, or memory does not suffice.
     """
-    check_trainer(cfg)
-    instantiate(cfg.engine)  # refuses a missing device before anything is built
-    build_task(cfg).check_parts(build.outline(cfg), 1)
-    values = plain(cfg)
+    build = Builder(cfg)
+    check_trainer(build)
+    build.engine()  # refuses a missing device before anything is built
+    build.task().check_parts(build.outline(), 1)
+    values = build.config
     training = _alone(partial(_time_training, steps=steps, warmup=warmup, drawn=drawn), values)
     prediction = _alone(partial(_time_prediction, images=images, warmup=warmup, drawn=drawn), values)
     peak = max(training.peak_flops, prediction.peak_flops)
@@ -64,23 +62,23 @@ def bench(
 
 def _time_training(values: Mapping[str, Any], *, steps: int, warmup: int, drawn: bool) -> SpeedMeasurement:
     """Time training steps of a plain config; run it in a process of its own."""
-    cfg = restored(values)
-    engine, parts = instantiate(cfg.engine), training_parts(cfg)
-    task = build_task(cfg)
+    build = Builder.of(values)
+    engine, parts = build.engine(), training_parts(build)
+    task = build.task()
     if not drawn:
         task.open(engine)
     batches = None if drawn else task.feed.train_batches(start=0)
     off = {f"{name}.checkpointing": False for name, is_on in parts.checkpointing.items() if is_on}
-    return time_training(parts, engine, batches, steps=steps, warmup=warmup, counted=training_parts(cfg, off))
+    return time_training(parts, engine, batches, steps=steps, warmup=warmup, counted=training_parts(build, off))
 
 
 def _time_prediction(values: Mapping[str, Any], *, images: int, warmup: int, drawn: bool) -> SpeedMeasurement:
     """Time predictions of a plain config; run it in a process of its own."""
-    cfg = restored(values)
-    engine, parts = instantiate(cfg.engine), training_parts(cfg)
+    build = Builder.of(values)
+    engine, parts = build.engine(), training_parts(build)
     noise = drawn or not parts.has_masks
-    shown = [random_image(parts)] if noise else first_images(build.dataset(cfg, "val"))
-    return time_prediction(parts.model, engine, instantiate(cfg.inference), shown, count=images, warmup=warmup)
+    shown = [random_image(parts)] if noise else first_images(build.dataset("val"))
+    return time_prediction(parts.model, engine, build.part("inference"), shown, count=images, warmup=warmup)
 
 
 def _alone(work: partial[SpeedMeasurement], values: dict[str, Any]) -> SpeedMeasurement:

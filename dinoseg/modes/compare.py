@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from dinoseg.evaluation.about import about_run
 from dinoseg.evaluation.comparison import (
@@ -20,6 +20,7 @@ from dinoseg.evaluation.comparison import (
 from dinoseg.evaluation.image_report import PAGE
 from dinoseg.evaluation.run_costs import run_rows, side_rows
 from dinoseg.evaluation.sides import Side, seeds_note, sides_of, units_note
+from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.run_config import open_saved_data
 from dinoseg.report.costs import costs_picture, costs_table, write_costs
 from dinoseg.report.html.comparison import ComparisonReport, comparison_page
@@ -45,7 +46,7 @@ def run(cfg: DictConfig, *, out_dir: Path, runs: Sequence[str | Sequence[str]] |
         UserError: there are fewer than two runs, or they are not comparable.
     """
     sides = sides_of(runs)
-    report = _report(cfg, out_dir, sides)
+    report = _report(Builder(cfg), out_dir, sides)
     rows = run_rows(sides)
     costs = side_rows(sides, rows)
     print(f"{costs_table(costs)}\n\n{verdicts(sides[0], report.images, report.others)}")
@@ -73,9 +74,9 @@ def run(cfg: DictConfig, *, out_dir: Path, runs: Sequence[str | Sequence[str]] |
     return {"miou_difference": report.others[-1].differences["miou"]["value"], "run": str(out_dir)}
 
 
-def _report(cfg: DictConfig, out_dir: Path, sides: Sequence[Side]) -> ComparisonReport:
+def _report(build: Builder, out_dir: Path, sides: Sequence[Side]) -> ComparisonReport:
     first = sides[0].records[0]
-    open_data = partial(open_saved_data, cfg, sides[0].places[0], root=first.root, split=first.split)
+    open_data = partial(open_saved_data, build, sides[0].places[0], root=first.root, split=first.split)
     facts = {
         f"run {name}": f"{folder.resolve()}, model {record.source}"
         for side in sides
@@ -95,5 +96,5 @@ def _report(cfg: DictConfig, out_dir: Path, sides: Sequence[Side]) -> Comparison
         scores=scores_of(sides[0].records),
         mious=mean_mious(sides[0]),
         others=against(sides, open_data),
-        about=about_run(out_dir, OmegaConf.to_yaml(cfg), facts),
+        about=about_run(out_dir, build.yaml, facts),
     )

@@ -21,7 +21,7 @@ from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.scan.measure import measure_sample
 from dinoseg.data.scan.record import Record
 from dinoseg.data.scan.scan import scan, unreadable
-from dinoseg.experiment import build
+from dinoseg.experiment.builder import Builder
 from dinoseg.report.doctor_page import doctor_page
 from dinoseg.report.overlay import blend, legend_of, side_by_side
 from dinoseg.utils.atomic import write_json, write_text
@@ -61,7 +61,7 @@ def doctor(
     """
     if not 0 <= near_distance <= 64 or samples < 0:
         raise UserError(f"mode.near_distance={near_distance} must be 0 to 64, mode.samples={samples} not negative.")
-    datasets, findings = _open_splits(cfg)
+    datasets, findings = _open_splits(Builder(cfg), str(cfg.data.root))
     splits = [
         scanned(split, data, _records(split, data, images=images, workers=workers, cache_dir=cfg.cache_dir))
         for split, data in datasets.items()
@@ -73,7 +73,7 @@ def doctor(
             splits, data_name=name, group=cfg.data.get("group"), near_distance=near_distance, mean=mean, std=std
         )
     findings = by_severity(findings)
-    report = _printable(_report(cfg, splits, findings))
+    report = _printable({"data": name, "root": str(cfg.data.root), **_report(splits, findings)})
     write_json(out_dir / "doctor.json", report)
     pictures = list(_pictures(datasets, splits, findings, samples))
     palette = next(iter(datasets.values())).palette if datasets else ()
@@ -108,9 +108,9 @@ def _printable(value: Any) -> Any:
     return [_printable(each) for each in value] if isinstance(value, list | tuple) else value
 
 
-def _open_splits(cfg: DictConfig) -> tuple[dict[str, DoctorData], list[Finding]]:
+def _open_splits(build: Builder, root: str) -> tuple[dict[str, DoctorData], list[Finding]]:
     """Return the splits that can be listed, with findings for the others and for incomplete pairs."""
-    reader = build.reader(cfg)
+    reader, name = build.reader(), build.options["data"]
     datasets: dict[str, DoctorData] = {}
     findings = []
     for split in _SPLITS:
@@ -133,9 +133,9 @@ def _open_splits(cfg: DictConfig) -> tuple[dict[str, DoctorData], list[Finding]]
         datasets[split] = data
         if isinstance(data, PairDataset) and data.lacking:
             findings.append(_lacking(split, data))
-    if cfg.choices.data.startswith("idd") and not datasets:
-        if files := home_made_files(Path(str(cfg.data.root)).expanduser()):
-            findings.append(home_made(files, cfg.choices.data))
+    if name.startswith("idd") and not datasets:
+        if files := home_made_files(Path(root).expanduser()):
+            findings.append(home_made(files, name))
     return datasets, findings
 
 
@@ -171,15 +171,13 @@ def _files(data: DoctorData) -> set[str]:
     return {str(pair.image) for pair in data.pairs} if isinstance(data, PairDataset) else set()
 
 
-def _report(cfg: DictConfig, splits: Sequence[Scanned], findings: Sequence[Finding]) -> dict[str, Any]:
+def _report(splits: Sequence[Scanned], findings: Sequence[Finding]) -> dict[str, Any]:
     train = next((part for part in splits if part.split == "train"), None)
     rows = []
     for finding in findings:
         row = {key: value for key, value in asdict(finding).items() if key not in ("look", "stops")}
         rows.append(row | {"count": len(finding.files), "stops_training": _stops(finding)})
     return {
-        "data": cfg.choices.data,
-        "root": str(cfg.data.root),
         **{f"{kind}s": sum(each.severity == kind for each in findings) for kind in ("error", "warning", "note")},
         "findings": rows,
         "splits": {part.split: summary(part) for part in splits},

@@ -6,14 +6,13 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from dinoseg.config.nodes import instantiate
 from dinoseg.evaluation.collected import Collector
 from dinoseg.evaluation.image_report import report_images
 from dinoseg.evaluation.images import evaluate_images, list_skipped
 from dinoseg.evaluation.official import usable
 from dinoseg.evaluation.videos import TrackingOptions, check_slots, evaluate_videos
-from dinoseg.experiment import build
 from dinoseg.experiment.benchmark_videos import benchmark_videos, chosen_supervision
+from dinoseg.experiment.builder import Builder, check_split
 from dinoseg.experiment.folder import first_ranks
 from dinoseg.experiment.provenance import provenance_of
 from dinoseg.experiment.trackers import tracker_maker
@@ -47,13 +46,14 @@ def run(
         restart: for tracking, see `TrackingOptions`.
         report: write report.html, and the files that mode=compare reads.
     """
-    build.check_split(split)
+    check_split(split)
+    build = Builder(cfg)
     tracking = TrackingOptions(metrics_only=metrics_only, official=official, restart=restart, report=report)
-    if tracks_untrained(cfg):
-        return track_split(cfg, None, out_dir, split, supervision, tracking)
-    trained = load_trained(cfg)
+    if cfg.data.clips is not None and not is_trained(build):
+        return _track_split(build, None, out_dir, split, supervision, tracking)
+    trained = load_trained(build)
     if trained.model.head.slots is not None:
-        return track_split(cfg, trained, out_dir, split, supervision, tracking)
+        return _track_split(build, trained, out_dir, split, supervision, tracking)
     for key, value in (("supervision", supervision), ("restart", restart)):
         if value is not None:
             raise UserError(
@@ -61,15 +61,15 @@ def run(
                 "This one predicts classes of single images: leave it out."
             )
     out_dir = first_ranks(out_dir, trained.engine.share)
-    data = build.dataset(cfg, split)
+    data = build.dataset(split)
     source = f"resume={cfg.resume}" if cfg.resume else f"head.weights={cfg.head.weights}"
     check_classes(data, trained.info, source)
     keep_scale(trained.model, TrainedSizes.from_info(trained.info), reduces=False)
     engine, on_error = trained.engine, cfg.data.on_error
-    protocol = instantiate(cfg.data.official) if official and cfg.data.official is not None else None
+    protocol = build.part("data.official") if official and cfg.data.official is not None else None
     if protocol is not None and not usable(protocol, data, out_dir, on_error=on_error, tells=engine.is_main):
         protocol = None
-    collector, background = Collector(data, engine.rank, engine.world) if report else None, build.background_of(cfg)
+    collector, background = Collector(data, engine.rank, engine.world) if report else None, build.background
     scores = evaluate_images(
         trained.model,
         data,
@@ -83,7 +83,7 @@ def run(
         collector=collector,
     )
     if collector is not None:
-        provenance = provenance_of(cfg, out_dir)
+        provenance = provenance_of(build, out_dir)
         report_images(provenance, collector, scores, data, engine, out_dir, split=split, background=background)
     if engine.is_main:
         _tell_origin(cfg.resume, source)
@@ -92,13 +92,8 @@ def run(
     return {**scores, "run": str(out_dir)}
 
 
-def tracks_untrained(cfg: DictConfig) -> bool:
-    """Return whether a backbone alone tracks: on videos, without a checkpoint or a pretrained head."""
-    return cfg.data.clips is not None and not is_trained(cfg)
-
-
-def track_split(
-    cfg: DictConfig,
+def _track_split(
+    build: Builder,
     trained: Trained | None,
     out_dir: Path,
     split: str,
@@ -106,18 +101,18 @@ def track_split(
     options: TrackingOptions,
 ) -> dict[str, Any]:
     """Track the objects of a split's videos with the slots of a trained model, or with the backbone alone."""
-    if trained is None and chosen_supervision(cfg, supervision or "first_frame") == "none":
+    if trained is None and chosen_supervision(build, supervision or "first_frame") == "none":
         raise UserError(
             "mode.supervision=none needs a model that finds objects by itself: give resume=RUN of one with "
             "head=slots. Without resume, first masks are propagated (mode.supervision=first_frame)."
         )
-    data = benchmark_videos(cfg, split, supervision or ("first_frame" if trained is None else None))
+    data = benchmark_videos(build, split, supervision or ("first_frame" if trained is None else None))
     if trained is not None and trained.model.head.slots is not None:
-        num_slots, lock_on = trained.model.head.slots.num_slots, bool(cfg.slots.get("lock_on"))
+        num_slots, lock_on = trained.model.head.slots.num_slots, bool(build.value("slots.lock_on"))
         check_slots(data, num_slots, lock_on=lock_on, official=options.official)
-    engine = instantiate(cfg.engine) if trained is None else trained.engine
-    make_tracker = tracker_maker(cfg, engine, trained, batch_size=engine.images_at_once())
-    return evaluate_videos(data, make_tracker, engine, out_dir, options, provenance_of(cfg, out_dir))
+    engine = build.engine() if trained is None else trained.engine
+    make_tracker = tracker_maker(build, engine, trained, batch_size=engine.images_at_once())
+    return evaluate_videos(data, make_tracker, engine, out_dir, options, provenance_of(build, out_dir))
 
 
 def _tell_origin(resume: str | None, source: str) -> None:

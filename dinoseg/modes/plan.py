@@ -18,12 +18,9 @@ from dinoseg.autotune.random_batch import random_batch
 from dinoseg.autotune.step_bytes import StepBytes
 from dinoseg.autotune.target import KINDS, Target, memory_of
 from dinoseg.autotune.trial import Trial, try_steps
-from dinoseg.config.nodes import instantiate
-from dinoseg.config.plain import plain
-from dinoseg.experiment import build
-from dinoseg.experiment.builder import build_task
+from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.folder import last_command_line
-from dinoseg.experiment.step import check_trainer, restored, training_parts, with_overrides
+from dinoseg.experiment.step import check_trainer, training_parts
 from dinoseg.inference.memory import OutOfMemory, free_bytes
 from dinoseg.training.engine import Engine
 from dinoseg.utils.atomic import write_json
@@ -58,23 +55,24 @@ def plan(
     Raises:
         UserError: no known change makes the step fit, or a value is invalid.
     """
-    check_trainer(cfg)
-    target, engine = _target(cfg, memory, device)
-    build.lengths(cfg, samples=1)  # refuses invalid numbers of steps and batches, as training would
-    build_task(cfg).check_parts(build.outline(cfg), target.world)
+    build = Builder(cfg)
+    check_trainer(build)
+    target, engine = _target(build, memory, device)
+    build.lengths(samples=1)  # refuses invalid numbers of steps and batches, as training would
+    build.task().check_parts(build.outline(), target.world)
     if cfg.data.batch_size % target.world:
         raise UserError(
             f"data.batch_size={cfg.data.batch_size} cannot be shared by {target.world} devices: use a multiple of "
             f"{target.world}."
         )
-    recipe = partial(training_parts, cfg)
+    recipe = partial(training_parts, build)
     search = FitSearch(recipe, target, may_change_model=change_model)
     whole = search.as_it_is
     _print_step(whole, target)
     found = _found(search)
     measured = None
     for _ in range(_TRIES):
-        values = plain(with_overrides(cfg, found.words))
+        values = build.with_options(found.words).config
         measured = _measured(values, engine, found, target) if dry_step and engine is not None else None
         if measured is None or measured <= target.memory:
             break
@@ -96,18 +94,18 @@ def plan(
     return result
 
 
-def _target(cfg: DictConfig, memory: str | float | None, device: str | None) -> tuple[Target, Engine | None]:
+def _target(build: Builder, memory: str | float | None, device: str | None) -> tuple[Target, Engine | None]:
     """Return the target of the plan, and the engine for dry steps; None if the target is not this machine's device."""
     if device not in (None, *KINDS):
         raise UserError(f"mode.device={device} is unknown. Choose {' or '.join(KINDS)}, or leave it out.")
     amount = None if memory is None else memory_of(memory)
-    world = cfg.engine.devices
-    if cfg.engine.sharding != "none":
+    world = build.value("engine.devices")
+    if (sharding := build.value("engine.sharding")) != "none":
         raise UserError(
-            f"engine.sharding={cfg.engine.sharding}: mode=plan counts all weights on each device, and knows nothing of "
+            f"engine.sharding={sharding}: mode=plan counts all weights on each device, and knows nothing of "
             "parts of them. Leave it out: with it, a device takes less than is told then where the backbone is large."
         )
-    engine = instantiate(cfg.engine, instead={"devices": 1})
+    engine = build.engine(devices=1)
     kind = device or engine.device.type
     if kind not in KINDS:
         raise UserError(
@@ -116,7 +114,7 @@ def _target(cfg: DictConfig, memory: str | float | None, device: str | None) -> 
     if kind != engine.device.type:
         if amount is None:
             raise UserError(f"mode.device={kind} is not this machine's: say what it has with mode.memory, as 24GiB.")
-        return Target(kind, amount, bf16=cfg.engine.precision != "fp32", world=world), None
+        return Target(kind, amount, bf16=build.value("engine.precision") != "fp32", world=world), None
     sharing = world if kind == "cpu" else 1  # ranks on a CPU share its memory
     free = free_bytes(engine.device) / sharing if amount is None else amount
     if math.isinf(free):
@@ -175,8 +173,8 @@ def dry_steps(values: Mapping[str, Any], samples: int, steps: int = 2) -> Trial:
     Raises:
         OutOfMemory: memory does not suffice.
     """
-    cfg = restored(values)
-    engine, parts = instantiate(cfg.engine, instead={"devices": 1}), training_parts(cfg)
+    build = Builder.of(values)
+    engine, parts = build.engine(devices=1), training_parts(build)
     return try_steps(parts, parts.model, engine, repeat(random_batch(parts, samples)), steps=steps)
 
 

@@ -9,11 +9,9 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from dinoseg.config.plain import plain
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.pairs.dataset import PairDataset
-from dinoseg.experiment import build
-from dinoseg.experiment.build import SPLITS, background_of
+from dinoseg.experiment.builder import SPLITS, Builder
 from dinoseg.experiment.score_classes import FOLDER, mask_keys
 from dinoseg.experiment.settings import check_same_settings
 from dinoseg.experiment.trained import Trained, load_trained, longest_is_typed, sizes_to_keep
@@ -77,23 +75,24 @@ def predict(
     if input is None or input == "":
         raise UserError("mode=predict needs something to segment: give input=<image, folder, glob or video>.")
     check_outputs(outputs)
-    split = _split_data(cfg, input)
+    build = Builder(cfg)
+    split = _split_data(build, input)
     images, videos = _found(input) if split is None else (_images_of(split, str(input)), [])
     if videos:
         check_frame_outputs(outputs, str(videos[0].path or input))
     if not images:
         check_any(videos, batch_size)
     folder, options = Path(out_dir), VideoOptions(masks is True, skip, smooth, frames, tuple(outputs))
-    trained = load_trained(cfg)
-    _refuse_slots(trained, cfg.get("resume"))
+    trained = load_trained(build)
+    _refuse_slots(trained, build.resume)
     beside = {"outputs": list(outputs), "shapes": asdict(shapes)} if outputs else {}
     shown = {"masks": options.masks, "opacity": opacity, "skip": skip, "smooth": smooth, "frames": frames}
-    settings = _settings(cfg, {**shown, **beside}, folder)
+    settings = _settings(build, {**shown, **beside}, folder)
     _check_earlier(folder, settings)
     keep_scale(trained.model, sizes_to_keep(trained, folder))
     labels = Labels.of(trained.classes, trained.palette, trained.ignore_index)
     by = SegmentationSettings(trained.predictor, labels, opacity, batch_size)
-    writers = image_writers(outputs, folder, labels, background_of(cfg) if outputs and images else None, shapes)
+    writers = image_writers(outputs, folder, labels, build.background if outputs and images else None, shapes)
     run = ImageRun(folder, None if masks is False else folder / FOLDER, DoneInputs(folder), list(writers.values()))
     try:
         write_json(folder / _RECORD, settings)
@@ -127,7 +126,7 @@ def _found(source: str | int) -> tuple[list[tuple[Path, str]], list[VideoInput]]
     return [entry for entry in named if not is_video(entry[0])], videos
 
 
-def _split_data(cfg: DictConfig, source: str | int) -> PairDataset | None:
+def _split_data(build: Builder, source: str | int) -> PairDataset | None:
     """Return the dataset of the split that an input names; None if it names a path.
 
     Raises:
@@ -135,9 +134,11 @@ def _split_data(cfg: DictConfig, source: str | int) -> PairDataset | None:
     """
     if source not in SPLITS or Path(str(source)).exists():
         return None
-    data = build.dataset(cfg, str(source))
+    data = build.dataset(str(source))
     if not isinstance(data, PairDataset) or not all(isinstance(pair.image, Path) for pair in data.pairs):
-        raise UserError(f"input={source}: the images of data={cfg.choices.data} are no files. Use mode=eval instead.")
+        raise UserError(
+            f"input={source}: the images of data={build.options['data']} are no files. Use mode=eval instead."
+        )
     return data
 
 
@@ -161,13 +162,13 @@ def _refuse_slots(trained: Trained, resume: str | None) -> None:
         )
 
 
-def _settings(cfg: DictConfig, options: dict[str, Any], folder: Path) -> dict[str, Any]:
+def _settings(build: Builder, options: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Return the settings that results depend on, in addition to their inputs."""
-    weights = None if cfg.get("resume") is None else list(stamp(Path(cfg.resume)) or ())
-    model = {key: plain(cfg[key], resolve=True) for key in _SETTINGS if key in cfg}
+    weights = None if build.resume is None else list(stamp(Path(build.resume)) or ())
+    model = {key: build.settings(key) for key in _SETTINGS}
     # a typed size also applies to large images, even if it equals that of the checkpoint
     typed = {"resolution.longest on the command line": True} if longest_is_typed(folder) else {}
-    return {"resume": cfg.get("resume"), "stamp": weights, **model, **typed, "mode": options}
+    return {"resume": build.resume, "stamp": weights, **model, **typed, "mode": options}
 
 
 def _check_earlier(folder: Path, settings: dict[str, Any]) -> None:

@@ -6,11 +6,8 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from dinoseg.config.nodes import instantiate
-from dinoseg.config.plain import plain
 from dinoseg.data.formats.sarrarp_files import TRAIN_FOLDERS
-from dinoseg.experiment import build
-from dinoseg.experiment.trained import labels_of
+from dinoseg.experiment.builder import Builder
 from dinoseg.tasks.preparation.pseudo_labels import Propagation, propagate
 from dinoseg.utils.errors import UserError
 
@@ -25,7 +22,7 @@ def prepare(cfg: DictConfig, *, out_dir: Path) -> None:
     Raises:
         UserError: the dataset needs no preparation, or its preparation fails.
     """
-    root = cfg.data.root
+    build, root = Builder(cfg), cfg.data.root
     if cfg.data.prepare is None:
         raise UserError(
             f"The data set under data.root={root} needs no preparation: train on it as it is, "
@@ -33,16 +30,16 @@ def prepare(cfg: DictConfig, *, out_dir: Path) -> None:
         )
     propagation = None
     if cfg.data.prepare.get("propagate"):  # built before hours of extraction, to fail early without a backbone
-        engine, settings = instantiate(cfg.engine), instantiate(cfg.tracker)
+        engine, settings = build.engine(), build.part("tracker")
         propagation = Propagation.build(
-            build.backbone(cfg),
+            build.backbone(),
             settings,
             engine,
-            labels_of(cfg),
+            build.labels,
             min_agreement=cfg.data.prepare.min_agreement,
-            backbone_config=plain(cfg.backbone, resolve=True),
+            backbone_config=build.settings("backbone"),
         )
-    counts: dict[str, dict[str, int]] = instantiate(cfg.data.prepare)()
+    counts: dict[str, dict[str, int]] = build.part("data.prepare")()
     if propagation is not None:
         training = [name for name in counts if name.split("/")[0] in TRAIN_FOLDERS]
         for name, labels in propagate(propagation, Path(root).expanduser(), training).items():

@@ -7,12 +7,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from dinoseg.config.nodes import instantiate
-from dinoseg.config.plain import plain
 from dinoseg.data.scan.class_counts import class_counts
-from dinoseg.experiment import build
+from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.folder import first_ranks
 from dinoseg.models.backbones.layers import resolve_layers
 from dinoseg.models.heads.linear import LinearHead
@@ -54,15 +52,16 @@ def probe(
         balances: see `Grid`.
         held_out: see `Grid`.
     """
-    engine = instantiate(cfg.engine)
+    build = Builder(cfg)
+    engine = build.engine()
     out_dir = first_ranks(out_dir, engine.share)
-    grid = Grid(tuple(strengths), tuple(balances), held_out, cfg.data.group, build.seed_of(cfg))
-    train = build.dataset(cfg, "train", reduced=True, decided=engine.decided)
-    val = build.dataset(cfg, "val")
+    grid = Grid(tuple(strengths), tuple(balances), held_out, cfg.data.group, build.seed)
+    train = build.dataset("train", engine)
+    val = build.dataset("val")
     counts = class_counts(train, cfg.cache_dir)
-    model, readings = _model(cfg, layers)
+    model, readings = _model(build, layers)
     found = Probe(model.to(engine.device), train, counts.tolist(), engine, readings, grid)
-    checkpoint = SumsCheckpoint(out_dir, _RECORD, _settings(cfg, found, engine.precision), writes=engine.is_main)
+    checkpoint = SumsCheckpoint(out_dir, _RECORD, _settings(build, found, engine.precision), writes=engine.is_main)
     logger.info(
         "%d training images, %d of them held out to choose by; sums of %.2f GB",
         len(train),
@@ -90,25 +89,26 @@ def probe(
     return {"miou": best.scores["miou"], "best": best.name, "run": str(out_dir)}
 
 
-def _model(cfg: DictConfig, layers: Sequence[int] | None) -> tuple[Segmenter, Readings]:
+def _model(build: Builder, layers: Sequence[int] | None) -> tuple[Segmenter, Readings]:
     """Return a segmenter whose backbone returns all probed maps, and the sets of maps that are read together."""
-    depth = build.outline(cfg).backbone.depth
+    depth = build.outline().backbone.depth
     alone = resolve_layers(list(range(depth)) if layers is None else list(layers), depth)
-    together = resolve_layers(plain(cfg.head, resolve=True)["layers"], depth)
+    together = resolve_layers(build.settings("head")["layers"], depth)
     blocks = sorted({*alone, *together})
     sets = dict.fromkeys([*((block,) for block in sorted(alone)), tuple(together)])
     readings = {"+".join(map(str, each)): [blocks.index(block) for block in each] for each in sets}
-    backbone = build.backbone(OmegaConf.merge(cfg, {"backbone": {"layers": blocks}}))  # type: ignore[arg-type]
-    head = LinearHead(backbone.dim, backbone.num_layers, cfg.data.num_classes)
-    return Segmenter(backbone, head, scale=cfg.resolution.scale, longest=cfg.resolution.longest), readings
+    backbone = build.changed({"backbone": {"layers": blocks}}).backbone()
+    head = LinearHead(backbone.dim, backbone.num_layers, build.value("data.num_classes"))
+    sizes = {key: build.value(f"resolution.{key}") for key in ("scale", "longest")}
+    return Segmenter(backbone, head, **sizes), readings
 
 
-def _settings(cfg: DictConfig, found: Probe, precision: str) -> dict[str, Any]:
+def _settings(build: Builder, found: Probe, precision: str) -> dict[str, Any]:
     """Return the settings that the sums depend on."""
     names = hashlib.sha256("\n".join(found.data.names).encode(errors="surrogateescape")).hexdigest()[:16]
     return {
         "backbone": fingerprint(found.model.backbone.state_dict().items()),
-        "resolution": plain(cfg.resolution, resolve=True),
+        "resolution": build.settings("resolution"),
         "readings": {name: list(places) for name, places in found.readings.items()},
         "data": {"classes": list(map(str, found.data.classes)), "names": names, "counts": found.counts},
         "grid": {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(found.grid).items()},

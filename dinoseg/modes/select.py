@@ -7,11 +7,10 @@ from typing import Any
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
-from dinoseg.config.nodes import instantiate, keeping
-from dinoseg.config.plain import plain
+from dinoseg.config.nodes import keeping
 from dinoseg.core.contracts import Head
 from dinoseg.data.pairs.dataset import PairDataset
-from dinoseg.experiment import build
+from dinoseg.experiment.builder import Builder, check_split
 from dinoseg.experiment.trained import is_trained, load_trained
 from dinoseg.experiment.unread import warn_unread
 from dinoseg.models.model import Segmenter
@@ -57,15 +56,16 @@ def select(
     """
     if count is None:
         raise UserError("mode=select chooses as many images as count says: give count=N.")
+    build = Builder(cfg)
     named = named_in(labels) if labels is not None else set()
-    pool = _pool(cfg, input, split, every, named)
+    pool = _pool(build, input, split, every, named)
     _check_count(count, pool, places_of(named, pool), input)
-    selector: Selector = keeping(Selector, instantiate(cfg.selection), "selection")  # type: ignore[type-abstract]
+    selector: Selector = keeping(Selector, build.part("selection"), "selection")  # type: ignore[type-abstract]
     warn_unread(out_dir, _UNREAD[selector.needs], f"selection={cfg.choices.selection} asks for {selector.needs} alone.")
     features, uncertainty = np.zeros((len(pool), 0)), None
     if selector.needs != NOTHING:
-        extractor = _build_extractor(cfg, uncertainty=selector.needs == DOUBTS)
-        features, uncertainty, bad = extractor.extract(pool, skip=cfg.data.on_error == "skip")
+        extractor = _build_extractor(build, uncertainty=selector.needs == DOUBTS)
+        features, uncertainty, bad = extractor.extract(pool, skip=build.skips_faulty_files)
         extractor.engine.close()
         if bad:
             logger.warning("Left out, since they cannot be read:%s", reasons({pool[at].name: bad[at] for at in bad}))
@@ -75,24 +75,24 @@ def select(
     labelled = places_of(named & {candidate.name for candidate in pool}, pool)
     _check_count(count, pool, labelled, input)
     known = Known([candidate.name for candidate in pool], labelled, features, uncertainty)
-    picks = selector.choose(known, count, build.seed_of(cfg))
+    picks = selector.choose(known, count, build.seed)
     write_selection(out_dir, [(pool[pick.place], pick) for pick in picks], cfg.choices.selection)
     print(f"chosen:       {len(picks)} of {count_of(pool, 'image')}, of which {len(labelled)} were labelled before")
     return {"chosen": len(picks), "of": len(pool), "run": str(out_dir)}
 
 
-def _pool(cfg: DictConfig, input: str | None, split: str, every: float, also: set[str]) -> list[PoolImage]:
+def _pool(build: Builder, input: str | None, split: str, every: float, also: set[str]) -> list[PoolImage]:
     if input is not None:
-        return found_in(input, every=every, cache_dir=Path(cfg.cache_dir).expanduser(), also=also)
-    if OmegaConf.is_missing(cfg.data, "root"):
+        return found_in(input, every=every, cache_dir=build.cache_dir, also=also)
+    if OmegaConf.is_missing(build.value("data"), "root"):
         raise UserError(
             "mode=select needs images to choose from: give input=<image folder, quoted pattern or video>, or data= and "
             "data.root= of a data set."
         )
-    build.check_split(split)
-    data = build.reader(cfg)(split)
+    check_split(split)
+    data = build.reader()(split)
     if not isinstance(data, PairDataset):
-        raise UserError(f"data={cfg.choices.data} has no list of image files. Give its images as input=FOLDER.")
+        raise UserError(f"data={build.options['data']} has no list of image files. Give its images as input=FOLDER.")
     if data.lacking:
         logger.warning(
             "%d files of split %s are no image with its mask, and are left out. To choose among images without masks: "
@@ -103,26 +103,26 @@ def _pool(cfg: DictConfig, input: str | None, split: str, every: float, also: se
     return [PoolImage(pair.name, pair.image) for pair in data.pairs]
 
 
-def _build_extractor(cfg: DictConfig, *, uncertainty: bool) -> FeatureExtractor:
+def _build_extractor(build: Builder, *, uncertainty: bool) -> FeatureExtractor:
     """Return the feature extractor of the trained model that a config names, or of its backbone alone.
 
     Raises:
         UserError: uncertainty needs a trained model, and there is none, or it has no classes.
     """
-    cache_dir = Path(cfg.cache_dir).expanduser()
-    trained = load_trained(cfg) if is_trained(cfg) else None
+    cache_dir = build.cache_dir
+    trained = load_trained(build) if is_trained(build) else None
     if uncertainty and (trained is None or trained.model.head.slots is not None):
         raise UserError(
             "selection=uncertainty asks a trained segmenter what it doubts. Give resume=RUN_FOLDER, or "
             "selection=k_centre or typical, which need none."
         )
     if trained is None:
-        engine = instantiate(cfg.engine)
-        sizes = {"scale": cfg.resolution.scale, "longest": cfg.resolution.longest}
-        return FeatureExtractor(engine.place(Segmenter(build.backbone(cfg), Head(), **sizes)).eval(), engine, cache_dir)
+        engine = build.engine()
+        sizes = {key: build.value(f"resolution.{key}") for key in ("scale", "longest")}
+        return FeatureExtractor(engine.place(Segmenter(build.backbone(), Head(), **sizes)).eval(), engine, cache_dir)
     if not uncertainty:
         return FeatureExtractor(trained.model, trained.engine, cache_dir)
-    inference = plain(cfg.inference, resolve=True)
+    inference = build.settings("inference")
     return FeatureExtractor(trained.model, trained.engine, cache_dir, predictor=trained.predictor, inference=inference)
 
 

@@ -6,14 +6,14 @@ from typing import Any
 from omegaconf import DictConfig
 from tabulate import tabulate
 
-from dinoseg.experiment import build
+from dinoseg.experiment.builder import Builder
 from dinoseg.training.cost import count_numbers
 from dinoseg.utils.atomic import write_json
 
 
 def summarise(cfg: DictConfig, *, out_dir: Path) -> dict[str, Any]:
     """Print, save and return the total and trainable parameters of backbone, adapter, head and the whole model."""
-    model = build.outline(cfg)
+    model = Builder(cfg).outline()
     adapter = {name for name, _ in model.backbone.named_parameters() if ".lora_" in name}
     parts = {
         "backbone": [p for name, p in model.backbone.named_parameters() if name not in adapter],

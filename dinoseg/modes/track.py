@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from dinoseg.config.nodes import instantiate
+from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.folder import lock, release
 from dinoseg.experiment.settings import check_same_settings
 from dinoseg.experiment.trackers import tracker_maker
@@ -70,13 +70,14 @@ def track(
         raise UserError(
             f"mode.batch_size={batch_size}, mode.save_every={save_every}: give numbers of frames of at least 1."
         )
-    if smoothing is not None and not is_trained(cfg):
+    build = Builder(cfg)
+    if smoothing is not None and not is_trained(build):
         raise UserError(_NO_SMOOTHING.format(smoothing))
     folder = Path(out_dir if restart is None else restart).expanduser()
     with _unfinished_run(folder, restart) as state:
-        frames, masks = _open_input(input, labels, needs_labels=not is_trained(cfg))
+        frames, masks = _open_input(input, labels, needs_labels=not is_trained(build))
         with frames:
-            tracker, colours = _build_tracker(cfg, batch_size, smoothing, labels, out_dir)
+            tracker, colours = _build_tracker(build, batch_size, smoothing, labels, out_dir)
             warn_unread(out_dir, tracker.unread, tracker.unread_because)
             start = None if state is None else _go_on(tracker, state, folder)
             job = TrackJob(tracker, frames, masks, folder, start, batch_size, save_every, colours)
@@ -128,21 +129,21 @@ def _open_input(input: str | None, labels: str | None, *, needs_labels: bool) ->
 
 
 def _build_tracker(
-    cfg: DictConfig, batch_size: int, smoothing: float | None, labels: str | None, out_dir: Path
+    build: Builder, batch_size: int, smoothing: float | None, labels: str | None, out_dir: Path
 ) -> tuple[Tracker, MaskColours]:
     """Return the tracker, and how its masks are displayed.
 
     Raises:
         UserError: the model does not support `smoothing` or `labels`, or the tracker cannot be built.
     """
-    if not is_trained(cfg):
-        return tracker_maker(cfg, instantiate(cfg.engine), batch_size=batch_size)(), MaskColours()
-    trained = load_trained(cfg)
+    if not is_trained(build):
+        return tracker_maker(build, build.engine(), batch_size=batch_size)(), MaskColours()
+    trained = load_trained(build)
     if trained.model.head.slots is not None:
         if smoothing is not None:
             raise UserError(_NO_SMOOTHING.format(smoothing))
-        make_tracker = tracker_maker(cfg, trained.engine, trained, batch_size=batch_size)
-        if cfg.slots.get("lock_on") and labels is None:
+        make_tracker = tracker_maker(build, trained.engine, trained, batch_size=batch_size)
+        if build.value("slots.lock_on") and labels is None:
             raise UserError(
                 "slots.lock_on=true makes slots for the objects of the first frame's mask, and none is given. Give "
                 "labels=MASK, or slots=free, with which the model finds segments by itself."
@@ -151,10 +152,12 @@ def _build_tracker(
     if labels is not None:
         raise UserError(
             f"labels={labels}: a trained segmenter finds its classes by itself. Leave labels out; or leave "
-            f"{'head.weights' if cfg.resume is None else 'resume'} out to follow the objects of a mask."
+            f"{'head.weights' if build.resume is None else 'resume'} out to follow the objects of a mask."
         )
     sizes = sizes_to_keep(trained, out_dir)
-    make_tracker = tracker_maker(cfg, trained.engine, trained, batch_size=batch_size, smoothing=smoothing, sizes=sizes)
+    make_tracker = tracker_maker(
+        build, trained.engine, trained, batch_size=batch_size, smoothing=smoothing, sizes=sizes
+    )
     return make_tracker(), MaskColours(palette=tuple(trained.palette), background=None)
 
 

@@ -11,9 +11,7 @@ from omegaconf import DictConfig
 
 from dinoseg.autotune.probe_baseline import TrainedRun
 from dinoseg.autotune.probe_comparison import compare_with_linear_probe
-from dinoseg.config.nodes import instantiate
-from dinoseg.experiment import build, criteria
-from dinoseg.experiment.builder import build_task
+from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.folder import first_ranks
 from dinoseg.experiment.heads import SOLO
 from dinoseg.experiment.initial import begin_with, check_initial
@@ -45,27 +43,28 @@ def train(
         report: write report.html of the final evaluation, and the files that mode=compare reads.
         floor: share of the training time that the comparison with the closed-form linear probe may take; 0: none.
     """
-    engine = instantiate(cfg.engine)
+    build = Builder(cfg)
+    engine = build.engine()
     out_dir = first_ranks(out_dir, engine.share)
     # under torchrun each rank searched for itself, and another run may have been saved in between
     if engine.share(cfg.resume) != cfg.resume:
         raise UserError("resume=auto: the ranks found different runs. Name the one to go on with: resume=RUN_FOLDER.")
     announce(f"data={cfg.choices.data}: listing the files")
-    task = build_task(cfg)
+    task = build.task()
     task.open(engine, pictures=pictures)
-    length = build.lengths(cfg, len(task.feed.train))
-    settings = build.loop_settings(cfg, length._asdict())
+    length = build.lengths(len(task.feed.train))
+    settings = build.loop_settings(length._asdict())
     shown = {"metrics_only": metrics_only, "report": report}
     if SOLO in cfg:
-        scores = train_heads(cfg, task, engine, out_dir, settings, **shown)
+        scores = train_heads(build, task, engine, out_dir, settings, **shown)
     else:
-        job = TrainingRun(cfg, out_dir, task, engine)
+        job = TrainingRun(build, out_dir, task, engine)
         announce("Checking the data")
         sizes = check_data_on_rank0(task, engine)
-        announce(f"Building the model, with backbone.weights={cfg.backbone.get('weights')}")
-        made = begin_with(cfg, build.model(cfg, outlined=True), list(task.labels.classes), engine.share)
+        announce(f"Building the model, with backbone.weights={build.value('backbone.weights')}")
+        made = begin_with(build, build.model(outlined=True), list(task.labels.classes), engine.share)
         model, loss, optimizer, checkpoints = job.parts(engine.place(made), sizes, length.steps)
-        schedule = build_schedule(cfg, task, engine, out_dir, length.steps)
+        schedule = build_schedule(build, task, engine, out_dir, length.steps)
         epochs = length.steps * cfg.trainer.accumulate / task.feed.epoch
         kept = task.cache_features(model, loss, engine, epochs, before=job.chosen_before)
         job.note(checkpoints, kept)
@@ -84,9 +83,9 @@ def train(
                 model,
                 engine,
                 task.feed,
-                backbone=partial(build.backbone, cfg),
-                loss=partial(criteria.loss, cfg, task.labelled),
-                optimizer=partial(build.optimizer, cfg),
+                backbone=build.backbone,
+                loss=partial(build.loss, task.labelled),
+                optimizer=build.optimizer,
                 is_supervised=type(task) is ImageTask,
                 crop=tuple(cfg.resolution.crop),
                 clip=cfg.trainer.clip,
@@ -102,10 +101,11 @@ def train(
 
 def check(cfg: DictConfig) -> None:
     """Refuse a config whose parts do not fit together or are out of range, without reading weights or data."""
-    task, model = build_task(cfg), build.outline(cfg)
-    check_initial(cfg, model)
+    build = Builder(cfg)
+    task, model = build.task(), build.outline()
+    check_initial(build, model)
     task.check_parts(model, 1)
     with torch.device("meta"):
-        build.optimizer(cfg, model)
-    instantiate(cfg.optim.schedule)
+        build.optimizer(model)
+    build.schedule()
     task.check_sources()

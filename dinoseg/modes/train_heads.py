@@ -6,11 +6,10 @@ from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
-
-from dinoseg.experiment import build
-from dinoseg.experiment.heads import head_description, solo_configs
+from dinoseg.experiment.builder import Builder
+from dinoseg.experiment.heads import head_description, solo_builders
 from dinoseg.experiment.initial import has_initial
+from dinoseg.experiment.models import build_multi_head
 from dinoseg.experiment.recipe import run_description
 from dinoseg.experiment.trained import check_classes
 from dinoseg.modes.training_run import TrainingRun, build_schedule, check_data_on_rank0
@@ -36,12 +35,12 @@ logger = logging.getLogger(__name__)
 
 
 def train_heads(
-    cfg: DictConfig, task: TrainingTask, engine: Engine, out_dir: Path, settings: Settings, **shown: bool
+    build: Builder, task: TrainingTask, engine: Engine, out_dir: Path, settings: Settings, **shown: bool
 ) -> dict[str, Any]:
     """Train the heads of a config, evaluate the best checkpoint of each, and return the scores of the best head.
 
     Args:
-        cfg: the whole config, with that of each head's own run.
+        build: of the whole config, with that of each head's own run.
         task: data of the training task.
         engine: device and ranks.
         out_dir: the run folder.
@@ -51,16 +50,16 @@ def train_heads(
     Raises:
         UserError: no head has reached a validation.
     """
-    _check_task(cfg, task, engine)
-    start = _read_start(cfg, task)
+    _check_task(build, task, engine)
+    start = _read_start(build, task)
     folder, jobs = out_dir / checkpoint.HEADS, {}
-    with bounded(f"resume={cfg.resume}") if start else nullcontext():
-        for name, own in solo_configs(cfg).items():
+    with bounded(f"resume={build.resume}") if start else nullcontext():
+        for name, own in solo_builders(build).items():
             jobs[name] = TrainingRun(own, folder / name, task, engine)
             if start is not None:
                 jobs[name].start = Checkpoint(start.path, {}, head_description(start.info, name))
     sizes = check_data_on_rank0(task, engine)
-    backbone, models = build.multi_head([job.cfg for job in jobs.values()], engine.device)
+    backbone, models = build_multi_head([job.build for job in jobs.values()], engine.device)
     with ExitStack() as stack:
         members: list[HeadTraining] = []
         optimizers = []
@@ -71,10 +70,10 @@ def train_heads(
             members.append(HeadTraining(model, loss, checkpoints, log, name=name))
             optimizers.append(optimizer)
         rates = [max(group["base_lr"] for group in optimizer.param_groups) for optimizer in optimizers]
-        schedule = build_schedule(cfg, task, engine, out_dir, settings.steps)
+        schedule = build_schedule(build, task, engine, out_dir, settings.steps)
         where, heads = out_dir / checkpoint.FOLDER, count_of(jobs, "head")
         logger.info("%s on one backbone, each with a run folder in %s: %s", heads, folder, listed([*jobs]))
-        info = run_description(cfg, task.labels)
+        info = run_description(build, task.labels)
         checkpoints = MultiHeadCheckpoints(where, info, start, engine.is_main, members=members)
         whole = engine.place(MultiHeadSegmenter(backbone, members))
         parts = (whole, members[0].criterion, task.feed, join_optimizers(optimizers), schedule, engine, checkpoints)
@@ -84,13 +83,13 @@ def train_heads(
         if member.progress.best is not None:
             scores[member.name] = jobs[member.name].finish(member.model, member.progress, **shown)
         rows.append(_row(member, rate, scores.get(member.name, {})))
-    first = leaderboard(rows, out_dir, cfg.trainer.score, task.feed.lowest, visible=engine.is_main)
+    first = leaderboard(rows, out_dir, build.value("trainer.score"), task.feed.lowest, visible=engine.is_main)
     if first not in scores:
         raise UserError(f"No head has come as far as a validation: {listed([row.note for row in rows], 3)}")
     return {**scores[first], "head": first}
 
 
-def _check_task(cfg: DictConfig, task: TrainingTask, engine: Engine) -> None:
+def _check_task(build: Builder, task: TrainingTask, engine: Engine) -> None:
     if type(task.feed) is not ImageFeed:
         raise UserError("trainer=many_heads trains on images and masks: leave trainer.task out.")
     if engine.sharded or engine.cache in ("disk", "memory"):
@@ -101,20 +100,19 @@ def _check_task(cfg: DictConfig, task: TrainingTask, engine: Engine) -> None:
             "engine.precision=fp16 scales the loss of one head at a time. Set engine.precision=fp32 with "
             "trainer=many_heads, or bf16 where the device has it."
         )
-    if has_initial(cfg):
-        raise UserError(f"init={cfg.init} is for one head at a time. Leave it out with trainer=many_heads.")
-    if cfg.data.get("feature_noise"):
+    if has_initial(build):
+        raise UserError(f"init={build.value('init')} is for one head at a time. Leave it out with trainer=many_heads.")
+    if noise := build.value("data.feature_noise"):
         raise UserError(
-            f"data.feature_noise={cfg.data.feature_noise} is for one head at a time. Set data.feature_noise=0 with "
-            "trainer=many_heads."
+            f"data.feature_noise={noise} is for one head at a time. Set data.feature_noise=0 with trainer=many_heads."
         )
 
 
-def _read_start(cfg: DictConfig, task: TrainingTask) -> Checkpoint | None:
+def _read_start(build: Builder, task: TrainingTask) -> Checkpoint | None:
     """Return the checkpoint to resume from, which holds all heads; None for a new run."""
-    if not cfg.resume:
+    if not build.resume:
         return None
-    start = checkpoint.read(Path(cfg.resume), finite=cfg.finite_weights)
+    start = checkpoint.read(Path(build.resume), finite=build.value("finite_weights"))
     check_classes(task.labels, start.info, f"resume={start.path}")
     return start
 

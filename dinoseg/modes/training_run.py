@@ -5,16 +5,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
 from torch.optim import Optimizer
 
-from dinoseg.config.nodes import instantiate
 from dinoseg.core.contracts import Loss
 from dinoseg.core.shapes import SegmentationData
 from dinoseg.data.classes.labels import Labels
 from dinoseg.evaluation.images import list_skipped
-from dinoseg.experiment import build, criteria
-from dinoseg.experiment.builder import build_task
+from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.initial import check_initial
 from dinoseg.experiment.recipe import run_description
 from dinoseg.experiment.settings import settings_of
@@ -46,7 +43,7 @@ class TrainingRun:
     """Training of one model in its run folder.
 
     Args:
-        cfg: the whole config; `resume` names a checkpoint file to resume from, or is None.
+        build: of the whole config; `resume` names a checkpoint file to resume from, or is None.
         out_dir: the run folder.
         task: data and checks of the training task.
         engine: device and ranks.
@@ -55,15 +52,15 @@ class TrainingRun:
         UserError: a part does not fit, or the checkpoint is of another model.
     """
 
-    def __init__(self, cfg: DictConfig, out_dir: Path, task: TrainingTask, engine: Engine) -> None:
-        self.cfg, self.out_dir, self.task, self.engine = cfg, out_dir, task, engine
+    def __init__(self, build: Builder, out_dir: Path, task: TrainingTask, engine: Engine) -> None:
+        self.build, self.out_dir, self.task, self.engine = build, out_dir, task, engine
         self.start: Checkpoint | None = None
-        if cfg.resume:
-            self.start, outline = _start(cfg, task.labels)
+        if build.resume:
+            self.start, outline = _start(build, task.labels)
         else:
-            outline = build.outline(cfg)
-            check_initial(cfg, outline)
-        build_task(cfg).check_parts(outline, engine.world)  # of this config: each of several heads has its own
+            outline = build.outline()
+            check_initial(build, outline)
+        build.task().check_parts(outline, engine.world)  # of this config: each of several heads has its own
 
     @property
     def first_step(self) -> int:
@@ -80,7 +77,7 @@ class TrainingRun:
         chosen = self.start.info.get(CHOSEN, {}) if self.start else {}
         if not forms.fits(chosen, _FORM):
             raise UserError(
-                f"resume={self.cfg.resume}: its {CHOSEN} is {shown(chosen)}, and must be texts. Choose another "
+                f"resume={self.build.resume}: its {CHOSEN} is {shown(chosen)}, and must be texts. Choose another "
                 "checkpoint."
             )
         return chosen
@@ -118,11 +115,11 @@ class TrainingRun:
             sizes: sizes of the training images, if they are known.
             steps: length of the training.
         """
-        loss = self.task.wrap_loss(criteria.loss(self.cfg, self.task.labelled)).to(self.engine.device)
+        loss = self.task.wrap_loss(self.build.loss(self.task.labelled)).to(self.engine.device)
         if self.start is None:
             self.task.init_head(model, self.engine)
-        optimizer = build.optimizer(self.cfg, model)
-        info = run_description(self.cfg, self.task.labels) | (sizes.as_info() if sizes else {})
+        optimizer = self.build.optimizer(model)
+        info = run_description(self.build, self.task.labels) | (sizes.as_info() if sizes else {})
         folder, writes = self.out_dir / checkpoint.FOLDER, self.engine.is_main
         if writes:
             write_split(self.out_dir, self.task.split)
@@ -159,12 +156,12 @@ class TrainingRun:
                 f"{best.with_name('best.safetensors')} is not there, though step {run.best_step} was saved as the best "
                 f"one. Put it back, or evaluate the last checkpoint: mode=eval resume={best}."
             )
-        checkpoint.load_weights(model, checkpoint.read(best, finite=self.cfg.finite_weights))
+        checkpoint.load_weights(model, checkpoint.read(best, finite=self.build.value("finite_weights")))
         cost = cost_of(model, rows)
         scores = self.task.evaluate(model, self.engine, best, metrics_only=metrics_only, report=report)
         if self.engine.is_main:
             print(f"curves:       {self.out_dir}/{', '.join(path.name for path in curves)}")
-            write_settings(self.out_dir, settings_of(self.cfg), scores)
+            write_settings(self.out_dir, settings_of(self.build), scores)
             write_json(self.out_dir / COST, cost)
             print(f"TensorBoard:  tensorboard --logdir {self.out_dir / 'tensorboard'}")
             print(f"checkpoint:   {best} (step {run.best_step})")
@@ -173,10 +170,10 @@ class TrainingRun:
 
 
 def build_schedule(
-    cfg: DictConfig, task: TrainingTask, engine: Engine, out_dir: Path, steps: int
+    build: Builder, task: TrainingTask, engine: Engine, out_dir: Path, steps: int
 ) -> Callable[[int, int], float]:
     """Log the sizes of the data and the run folder; return the learning-rate schedule."""
-    schedule = instantiate(cfg.optim.schedule)
+    schedule = build.schedule()
     if engine.is_main:
         warn_of_long_warmup(schedule, steps)
     train, val = len(task.feed.train), len(task.feed.val)
@@ -192,11 +189,11 @@ def check_data_on_rank0(task: TrainingTask, engine: Engine) -> TrainedSizes | No
     return sizes
 
 
-def _start(cfg: DictConfig, labels: SegmentationData | Labels) -> tuple[Checkpoint, Segmenter]:
+def _start(build: Builder, labels: SegmentationData | Labels) -> tuple[Checkpoint, Segmenter]:
     """Return the checkpoint that `resume` names, and the outline of the model, after checking that they fit."""
     # tensors last: an untrusted file may describe more than fits in memory
-    file = checkpoint.outline(Path(cfg.resume))
+    file = checkpoint.outline(Path(str(build.resume)))
     check_classes(labels, file.info, f"resume={file.path}")
-    outline = build.check_fits(cfg, file)
+    outline = build.check_fits(file)
     check_resumable(file)
-    return checkpoint.read(file.path, finite=cfg.finite_weights), outline
+    return checkpoint.read(file.path, finite=build.value("finite_weights")), outline

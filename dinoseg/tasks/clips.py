@@ -1,17 +1,22 @@
 """Training task for clips without labels."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from dinoseg.data.classes.labels import Labels
 from dinoseg.evaluation.about import EVALUATION
 from dinoseg.evaluation.videos import TrackingOptions, check_slots, evaluate_videos
+from dinoseg.experiment.benchmark_videos import benchmark_videos, chosen_supervision
 from dinoseg.experiment.builder import Builder
+from dinoseg.experiment.provenance import provenance_of
+from dinoseg.experiment.trackers import tracker_factory, tracker_maker
 from dinoseg.experiment.trained import Trained
 from dinoseg.models.model import Segmenter
 from dinoseg.report.curves import CLIP_PLOTS
 from dinoseg.tasks.task import TrainingTask
+from dinoseg.tracking.tracker import Tracker
 from dinoseg.training.clip_feed import ClipFeed
 from dinoseg.training.engine import Engine
 from dinoseg.utils.atomic import write_json
@@ -47,7 +52,7 @@ class ClipTask(TrainingTask):
             train=parts.clips("train"),
             val=parts.clips("val"),
             view=parts.part("data.view"),
-            make_tracker=parts.clip_trackers(),
+            make_tracker=_clip_trackers(parts),
             seed=parts.seed,
             workers=engine.workers,
             rank=engine.rank,
@@ -102,8 +107,8 @@ class ClipTask(TrainingTask):
         """Refuse settings that the evaluation would only refuse at the end of the training."""
         if self.parts.value("data.tracking") is None:
             return
-        self.parts.clip_trackers()
-        if self.parts.value("slots.lock_on") and self.parts.supervision == "none":
+        _clip_trackers(self.parts)
+        if self.parts.value("slots.lock_on") and chosen_supervision(self.parts, None) == "none":
             raise UserError(
                 f"slots.lock_on=true needs the first frame's masks, and data={self.parts.options['data']} is evaluated "
                 "without: train with slots=free. mode=eval mode.supervision=first_frame slots=lock_on gives them later."
@@ -136,12 +141,14 @@ class ClipTask(TrainingTask):
             palette = [(red, green, blue) for red, green, blue in self.labels.palette]
             labels = (list(self.labels.classes), palette, self.labels.ignore_index)
             trained = Trained(model.eval(), engine, *labels, info={})
-            data, slots = self.parts.benchmark_videos("val"), model.head.slots
+            data, slots = benchmark_videos(self.parts, "val", None), model.head.slots
             lock_on = bool(self.parts.value("slots.lock_on"))
             check_slots(data, 0 if slots is None else slots.num_slots, lock_on=lock_on, official=True)
-            make_tracker = self.parts.tracker_maker(engine, trained)
+            make_tracker = tracker_maker(self.parts, engine, trained, batch_size=engine.images_at_once())
             options = TrackingOptions(metrics_only=metrics_only, report=report)
-            return evaluate_videos(data, make_tracker, engine, out_dir, options, self.parts.provenance(out_dir, best))
+            return evaluate_videos(
+                data, make_tracker, engine, out_dir, options, provenance_of(self.parts, out_dir, best)
+            )
         scores, pictures = self.feed.validate(model, self.parts.loss(None).to(engine.device), engine)
         if engine.is_main:
             write_json(out_dir / "scores.json", scores)
@@ -151,3 +158,9 @@ class ClipTask(TrainingTask):
                 write_png(out_dir / "segments.png", next(iter(pictures.values())))
                 print(f"picture:      {out_dir / 'segments.png'}")
         return scores
+
+
+def _clip_trackers(parts: Builder) -> Callable[..., Tracker]:
+    """Return the factory of slot trackers for clips without masks, which give no labels to lock on to."""
+    unlocked = {"lock_on": False, "slots_per_object": 1, "extra_slots": 0}
+    return tracker_factory(parts.value("slots"), f"slots={parts.options.get('slots')}", unlocked)

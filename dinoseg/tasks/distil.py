@@ -7,7 +7,7 @@ from typing import Any
 from dinoseg.core.contracts import Loss
 from dinoseg.data.unlabelled import Unmasked
 from dinoseg.experiment.builder import Builder
-from dinoseg.experiment.teacher import TEACHERS, check_named
+from dinoseg.experiment.teacher import TEACHERS, Teacher, check_named
 from dinoseg.models.model import Segmenter
 from dinoseg.tasks.images import ImageTask
 from dinoseg.tasks.unmasked import unmasked_images
@@ -57,7 +57,7 @@ class DistillationTask(ImageTask):
         """List the images with masks and those without, and check the teacher."""
         super().open(engine, pictures=pictures)
         parts, train = self.parts, self.feed.train
-        self._teacher = teacher = parts.teacher(engine, train)
+        self._teacher = teacher = Teacher(parts, engine, train)
         root, cap = parts.cache_dir / TEACHERS, cap_of(**parts.arguments(cap_of, {"gib": "features.gib"}))
         store = DiskStore(root, origin(root, teacher.parts), "float16", cap)
         scores = KeptScores(teacher, store, len(train.classes))

@@ -22,6 +22,8 @@ from dinoseg.evaluation.collected import Collector
 from dinoseg.evaluation.image_report import report_images
 from dinoseg.evaluation.images import evaluate_images
 from dinoseg.experiment.builder import Builder
+from dinoseg.experiment.min_batch import check_batch
+from dinoseg.experiment.provenance import provenance_of
 from dinoseg.inference.trained_sizes import TrainedSizes
 from dinoseg.metrics.confusion import commonest_class
 from dinoseg.models.model import Segmenter
@@ -101,7 +103,7 @@ class ImageTask(TrainingTask):
                 f"head={options['head']} is trained on clips. Choose trainer=slots "
                 "loss=feature_reconstruction, or another head."
             )
-        parts.check_batch(model, world)
+        check_batch(parts, model.head.least_batch, world)
         if loss.needs_masks and not head.mixture:
             raise UserError(
                 "loss=mask_classification needs a head that predicts masks: head=mask2former, head=mask2former_meta or "
@@ -190,7 +192,7 @@ class ImageTask(TrainingTask):
             collector=collector,
         )
         if collector is not None:
-            provenance, background = self.parts.provenance(out_dir, best), self.feed.background
+            provenance, background = provenance_of(self.parts, out_dir, best), self.feed.background
             report_images(provenance, collector, scores, data, engine, out_dir, split="val", background=background)
         if engine.is_main and len(data) < self._val_total:
             few, every = len(data), self._val_total

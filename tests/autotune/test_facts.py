@@ -7,7 +7,7 @@ from command_line import SMALL, write_data
 
 from dinoseg.autotune import facts
 from dinoseg.autotune.facts import ClassFacts, DatasetFacts, facts_of, median_width, parts_of
-from dinoseg.experiment import build
+from dinoseg.experiment.builder import Builder
 from dinoseg.utils.images import write_png
 
 
@@ -65,7 +65,7 @@ def test_thin_and_rare_classes_come_first_and_absent_ones_are_neither():
 def test_a_data_set_of_files_is_looked_at(tmp_path, compose):
     write_data(tmp_path / "data", train=3, val=2, size=(20, 31))
     cfg = compose("data=folder", f"data.root={tmp_path}/data", "data.classes=[dark,bright,none]")
-    train, val = build.dataset(cfg, "train"), build.dataset(cfg, "val")
+    train, val = Builder(cfg).dataset("train"), Builder(cfg).dataset("val")
     found = facts_of(train, val, tmp_path / "cache")
     shares = np.bincount(np.concatenate([train[i]["mask"].numpy().ravel() for i in range(3)]), minlength=3) / (3 * 620)
     assert (found.images, found.val_images, found.size) == (3, 2, (20, 31))
@@ -82,8 +82,8 @@ def test_what_was_packed_smaller_is_looked_at_as_it_is_in_its_files(tmp_path, co
     found = []
     for words in ((), ("data.cache=packed", "resolution.longest=30", "resolution.crop=[16,16]")):
         cfg = compose(*SMALL, f"data.root={tmp_path}/data", f"cache_dir={tmp_path}/cache", *words)
-        train = build.dataset(cfg, "train", reduced=True)
-        found.append((train[0]["mask"].shape, facts_of(train, build.dataset(cfg, "val"), tmp_path / "cache")))
+        train = Builder(cfg).dataset("train", reduced=True)
+        found.append((train[0]["mask"].shape, facts_of(train, Builder(cfg).dataset("val"), tmp_path / "cache")))
     assert found[1][0] == (20, 30)
     assert found[0][1].size == found[1][1].size == (40, 60)
     assert [each.classes[1].width for _, each in found] == [1, 1] and found[0][1].classes[0].width > 7

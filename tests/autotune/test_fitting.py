@@ -10,8 +10,9 @@ from dinoseg.autotune import fitting
 from dinoseg.autotune.fitting import FitSearch
 from dinoseg.autotune.step_bytes import StepBytes
 from dinoseg.autotune.target import Target, memory_of
+from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.min_batch import check_batch
-from dinoseg.experiment.step import training_parts, with_overrides
+from dinoseg.experiment.step import training_parts
 from dinoseg.models.heads.mlp import MlpHead
 from dinoseg.utils.errors import UserError
 
@@ -20,7 +21,7 @@ UNIT = 2**20
 
 
 def recipe_of(cfg):
-    return partial(training_parts, cfg)
+    return partial(training_parts, Builder(cfg))
 
 
 @pytest.fixture
@@ -144,15 +145,15 @@ def test_each_device_gets_as_many_as_the_head_needs(fit, monkeypatch):
 
 def test_one_image_of_a_single_cell_is_refused_where_batchnorm_sees_it(compose):
     cell = ("head=linear", "resolution.crop=[8,8]")
-    check_batch(compose(*BASE, *cell, "data.batch_size=4"), 1, 2)
-    check_batch(compose(*BASE, "data.batch_size=3", "resolution.crop=[8,8]"), 1, 2)  # no BatchNorm
+    check_batch(Builder(compose(*BASE, *cell, "data.batch_size=4")), 1, 2)
+    check_batch(Builder(compose(*BASE, "data.batch_size=3", "resolution.crop=[8,8]")), 1, 2)  # no BatchNorm
     cfg = compose(*BASE, *cell, "data.batch_size=3")
     told = (
         r"data.batch_size=3: head=linear is trained on 2 images or more per device at resolution.crop=\[8,8\]. "
         "Set data.batch_size=4, give a larger crop or choose another head."
     )
     with pytest.raises(UserError, match=told):
-        check_batch(cfg, 1, 2)
+        check_batch(Builder(cfg), 1, 2)
     with pytest.raises(UserError, match=told):
         FitSearch(recipe_of(cfg), Target("cpu", UNIT, bf16=False, world=2))
 
@@ -217,7 +218,8 @@ def test_what_lies_beside_tensors_counts():
 def test_a_changed_config_is_one_of_its_own(compose):
     cfg = compose(*BASE)
     change = fitting.Change({"adapter": "lora", "adapter.blocks": 1, "data.batch_size": 2}, "")
-    new = with_overrides(cfg, change.words)
-    assert (new.choices.adapter, new.adapter.blocks, new.adapter.rank, new.data.batch_size) == ("lora", 1, 16, 2)
+    new = Builder(cfg).with_options(change.words)
+    assert [new.value(f"adapter.{key}") for key in ("blocks", "rank", "device")] == [1, 16, "cpu"]
+    assert (new.options["adapter"], new.value("data.batch_size")) == ("lora", 2)
     assert (cfg.choices.adapter, cfg.data.batch_size) == ("full", 8)
-    assert new.adapter.device == "cpu" and str(change) == "adapter=lora adapter.blocks=1 data.batch_size=2"
+    assert str(change) == "adapter=lora adapter.blocks=1 data.batch_size=2"

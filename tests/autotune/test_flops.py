@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dinoseg.autotune import speed
 from dinoseg.autotune.random_batch import random_batch
 from dinoseg.autotune.speed import matrix_peak, step_flops
+from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.step import training_parts
 
 BASE = [*SMALL, "engine.precision=fp32", "resolution.crop=[64,48]"]
@@ -22,11 +23,13 @@ def test_a_step_is_what_is_counted_by_hand(compose):
     tokens = cells + 5
     block = 2 * tokens * (4 * width**2 + 2 * width * hidden) + 2 * 2 * tokens**2 * width
     patches, head = 2 * cells * 3 * 8 * 8 * width, 2 * cells * width * 2
-    frozen = step_flops(training_parts(compose(*BASE, "adapter=frozen", "head.layers=[-1]")), samples, bf16=False)
+    frozen = step_flops(
+        training_parts(Builder(compose(*BASE, "adapter=frozen", "head.layers=[-1]"))), samples, bf16=False
+    )
     forward = samples * (patches + 2 * block + head)
     assert frozen == pytest.approx(forward + 2 * samples * head, rel=0.02)
     words = (*BASE, "adapter=full", "head.layers=[-1]")
-    parts = training_parts(compose(*words))
+    parts = training_parts(Builder(compose(*words)))
     whole = step_flops(parts, samples, bf16=False)
     assert whole == pytest.approx(3 * forward, rel=0.1)  # attention goes backward in five products for two
     assert step_flops(parts, 2 * samples, bf16=False) == 2 * whole
@@ -40,7 +43,7 @@ def test_a_step_is_what_is_counted_by_hand(compose):
     ],
 )
 def test_a_step_is_what_is_counted_over_a_real_one(compose, words):
-    parts = training_parts(compose(*BASE, *words))
+    parts = training_parts(Builder(compose(*BASE, *words)))
     model, batch, loss = parts.model().train(), random_batch(parts, 2), parts.loss()
     with FlopCounterMode(display=False) as forward:
         prediction = model(batch.image)

@@ -10,6 +10,7 @@ from command_line import SMALL
 
 from dinoseg.autotune.memory import Memory
 from dinoseg.config.nodes import instantiate
+from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.step import training_parts
 from dinoseg.inference.memory import OutOfMemory
 
@@ -25,7 +26,7 @@ def asked(compose, monkeypatch):
             "dinoseg.autotune.fitting.step_bytes", lambda parts, loss, *, samples, **_: of(parts, samples)
         )
         cfg = compose("mode=train", *SMALL, "data.classes=[a,b]", "data.batch_size=4", *words)
-        engine, recipe = instantiate(cfg.engine, instead={"devices": 1}), partial(training_parts, cfg)
+        engine, recipe = instantiate(cfg.engine, instead={"devices": 1}), partial(training_parts, Builder(cfg))
         return Memory(engine, frozenset(given), recipe({}).outline().backbone, ranks, cfg.engine.devices), recipe
 
     return ask

@@ -14,8 +14,7 @@ from command_line import SMALL, call
 from dinoseg.autotune import causes, probe_baseline
 from dinoseg.autotune.probe_baseline import ProbeComparison, TrainedRun, compare, score_linear_probe
 from dinoseg.config.nodes import instantiate
-from dinoseg.experiment import build, criteria
-from dinoseg.experiment.builder import build_task
+from dinoseg.experiment.builder import Builder
 from dinoseg.inference.whole import Whole
 from dinoseg.models.heads.linear import LinearHead
 from dinoseg.tasks.probing.probe import Probe
@@ -40,19 +39,19 @@ def write_blocks(root, train=8, val=3, label=lambda blocks: blocks % 100 > 50):
 def trained(cfg, **given):
     """Return an untrained model of a config as a finished run."""
     engine = instantiate(cfg.engine)
-    task = build_task(cfg)
+    task = Builder(cfg).task()
     task.open(engine)
     parts = {
-        "backbone": partial(build.backbone, cfg),
-        "loss": partial(criteria.loss, cfg, task.labelled),
-        "optimizer": partial(build.optimizer, cfg),
+        "backbone": Builder(cfg).backbone,
+        "loss": partial(Builder(cfg).loss, task.labelled),
+        "optimizer": Builder(cfg).optimizer,
         "is_supervised": True,
         "crop": tuple(cfg.resolution.crop),
         "clip": cfg.trainer.clip,
         "cache_dir": cfg.cache_dir,
         "group": cfg.data.group,
     }
-    return TrainedRun(engine.place(build.model(cfg)), engine, task.feed, **{**parts, **given})
+    return TrainedRun(engine.place(Builder(cfg).model()), engine, task.feed, **{**parts, **given})
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from dinoseg.autotune import speed
 from dinoseg.autotune.speed import SpeedMeasurement, first_images, time_prediction, time_training
 from dinoseg.autotune.trial import Trial
 from dinoseg.config.nodes import instantiate
+from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.step import training_parts
 
 BASE = [*SMALL, "engine.precision=fp32"]
@@ -28,7 +29,7 @@ def test_a_step_s_operations_are_those_of_all_its_batches(compose, monkeypatch):
     monkeypatch.setattr(speed, "step_flops", lambda parts, samples, bf16: 10 * samples)
     monkeypatch.setattr(speed, "matrix_peak", lambda *_, **__: 1.0)
     cfg = compose(*BASE, "trainer.accumulate=3")
-    timed = time_training(training_parts(cfg), instantiate(cfg.engine), iter(()), steps=2, warmup=0)
+    timed = time_training(training_parts(Builder(cfg)), instantiate(cfg.engine), iter(()), steps=2, warmup=0)
     assert (timed.images, timed.flops, timed.waited, timed.peak_bytes) == (6, 60, 0.25, 5)
 
 
@@ -38,7 +39,7 @@ def test_pictures_are_predicted_in_turn_and_timed_once_warm(compose, monkeypatch
     monkeypatch.setattr(speed, "Predictor", lambda *_: predictor)
     monkeypatch.setattr(speed, "matrix_peak", lambda *_, **__: 1.0)
     cfg = compose(*BASE)
-    make, engine = training_parts(cfg).model, instantiate(cfg.engine)
+    make, engine = training_parts(Builder(cfg)).model, instantiate(cfg.engine)
     timed = time_prediction(make, engine, instantiate(cfg.inference), pictures, count=3, warmup=2)
     assert seen == [0, 0, 1, 0, 1, 0] and len(timed.seconds) == 3  # the first for its operations
     assert (timed.images, timed.size) == (1, (8, 9))

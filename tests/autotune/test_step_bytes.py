@@ -12,7 +12,7 @@ from dinoseg.autotune.step_bytes import HeapBytes, LossBytes, outline, step_byte
 from dinoseg.autotune.trial import try_steps
 from dinoseg.config.nodes import instantiate
 from dinoseg.core.shapes import ClipBatch
-from dinoseg.experiment import build
+from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.min_batch import min_batch
 from dinoseg.experiment.step import training_parts
 from dinoseg.inference.memory import PeakBytes
@@ -32,12 +32,12 @@ SLOTS = [
 
 
 def loss_of(cfg):
-    return LossBytes(training_parts(cfg), bf16=False, accelerator=False)
+    return LossBytes(training_parts(Builder(cfg)), bf16=False, accelerator=False)
 
 
 def foretold(cfg, loss=None, **given):
     given = {"samples": cfg.data.batch_size, "accumulate": cfg.trainer.accumulate, "bf16": False, **given}
-    return step_bytes(training_parts(cfg), loss or loss_of(cfg), **given)
+    return step_bytes(training_parts(Builder(cfg)), loss or loss_of(cfg), **given)
 
 
 @pytest.mark.heavy
@@ -57,7 +57,7 @@ def test_the_peak_is_that_of_a_real_training(compose, words):
     cfg = compose(*words)
     step, engine = foretold(cfg), instantiate(cfg.engine)
     with PeakBytes() as peak:
-        parts = training_parts(cfg)
+        parts = training_parts(Builder(cfg))
         try_steps(parts, parts.model, engine, repeat(random_batch(parts, parts.batch_size)), steps=2)
     assert step.peak == pytest.approx(peak.most, rel=0.06)
 
@@ -65,7 +65,7 @@ def test_the_peak_is_that_of_a_real_training(compose, words):
 def test_parts_are_what_a_model_and_its_graph_hold(compose):
     """By hooks on what autograd keeps, which know nothing of how storages are counted."""
     cfg = compose(*BASE, "adapter=lora", "adapter.rank=2", "adapter.dropout=0.0", "head=mlp", "trainer.ema=0.9")
-    step, model = foretold(cfg, world=2), build.model(cfg, untrained=True).train()
+    step, model = foretold(cfg, world=2), Builder(cfg).model(untrained=True).train()
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     own = {t.untyped_storage().data_ptr(): t.nbytes for t in [*model.parameters(), *model.buffers()]}
     assert step.weights == sum(own.values())
@@ -74,7 +74,7 @@ def test_parts_are_what_a_model_and_its_graph_hold(compose):
     cfg.backbone.weights = "given"
     assert not [
         name
-        for name in trained_names(outline(training_parts(cfg))[0])
+        for name in trained_names(outline(training_parts(Builder(cfg)))[0])
         if name.startswith("backbone.") and "lora" not in name
     ]
     kept = {}
@@ -84,7 +84,7 @@ def test_parts_are_what_a_model_and_its_graph_hold(compose):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        prediction = model(random_batch(training_parts(cfg), 3).image)
+        prediction = model(random_batch(training_parts(Builder(cfg)), 3).image)
     keep(prediction.outputs)
     by_hand = sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in own)
     assert step.activations == pytest.approx(by_hand, rel=0.02)
@@ -116,11 +116,11 @@ def test_quantised_weights_take_their_bits(compose):
 def test_larger_tiles_of_an_accelerator_are_counted_and_holes_of_a_heap(compose, monkeypatch):
     cfg, threads = compose(*BASE, "adapter=frozen"), []
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
-    here, there = (LossBytes(training_parts(cfg), bf16=False, accelerator=there) for there in (False, True))
+    here, there = (LossBytes(training_parts(Builder(cfg)), bf16=False, accelerator=there) for there in (False, True))
     assert there.of(1) - here.of(1) == 4 * 4 * 3 * 64 * 48
     assert threads == 4 * [1, torch.get_num_threads()]  # of two losses each, and given back
     monkeypatch.setattr(HeapBytes, "grown", property(lambda _: 10**6, lambda *_: None), raising=False)
-    step = step_bytes(training_parts(cfg), here, samples=1, accumulate=1, bf16=False)
+    step = step_bytes(training_parts(Builder(cfg)), here, samples=1, accumulate=1, bf16=False)
     assert step.heap == 10**6 + step.loss + step.optimizer + step.average + step.ranks
 
 
@@ -128,8 +128,8 @@ def test_nothing_that_was_walked_is_left_behind(compose):
     """Transformers keeps the positions of DINOv3 by their size: those without numbers would be used in training."""
     cfg = compose(*BASE, "adapter=frozen")
     foretold(cfg)
-    model = build.model(cfg, untrained=True)
-    assert torch.isfinite(model(random_batch(training_parts(cfg), 1).image).scores()).all()
+    model = Builder(cfg).model(untrained=True)
+    assert torch.isfinite(model(random_batch(training_parts(Builder(cfg)), 1).image).scores()).all()
 
 
 def test_what_a_module_keeps_that_a_walk_has_imported_is_forgotten(tmp_path, monkeypatch):
@@ -154,20 +154,20 @@ def test_a_cache_that_a_walk_has_not_filled_is_kept(tmp_path, monkeypatch):
 
 
 def test_drawn_batches_have_the_recipe_s_sizes_and_classes(compose):
-    parts = training_parts(compose(*BASE, "resolution.crop=[33,7]"))
+    parts = training_parts(Builder(compose(*BASE, "resolution.crop=[33,7]")))
     batch = random_batch(parts, 5)
     assert batch.image.shape == (5, 3, 33, 7) and batch.mask.shape == (5, 33, 7) and len(batch.names) == 5
     assert batch.image.dtype == batch.mask.dtype == torch.uint8 and set(batch.mask.unique().tolist()) <= {0, 1, 2}
     assert torch.equal(random_batch(parts, 5).image, batch.image) and batch.image.float().std() > 60
-    clips = random_batch(training_parts(compose(*SLOTS)), 2)
+    clips = random_batch(training_parts(Builder(compose(*SLOTS))), 2)
     assert isinstance(clips, ClipBatch) and clips.image.shape == (2, 3, 3, 64, 64)
 
 
 def test_clips_as_long_as_their_videos_have_no_size(compose):
     with pytest.raises(UserError, match="data.clips.cut.length=None: how many frames"):
-        training_parts(compose(*SLOTS, "data.clips.cut.length=null"))
+        training_parts(Builder(compose(*SLOTS, "data.clips.cut.length=null")))
     with pytest.raises(UserError, match="data=camvid has no clips"):
-        training_parts(compose("data=camvid", "data.root=x", "loss=feature_reconstruction"))
+        training_parts(Builder(compose("data=camvid", "data.root=x", "loss=feature_reconstruction")))
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_clips_as_long_as_their_videos_have_no_size(compose):
     ids=["nothing", "dropout", "points"],
 )
 def test_what_draws_at_random_is_known(compose, words, draws):
-    assert LossBytes(training_parts(compose(*words)), bf16=False, accelerator=False).draws is draws
+    assert LossBytes(training_parts(Builder(compose(*words))), bf16=False, accelerator=False).draws is draws
 
 
 ONE_CELL = ("resolution.crop=[8,8]", "data.batch_size=1")
@@ -207,10 +207,10 @@ ONE_CELL = ("resolution.crop=[8,8]", "data.batch_size=1")
 )
 def test_at_least_as_many_samples_as_a_real_step_can_take(compose, words, least):
     cfg = compose(*BASE, *ONE_CELL, *words)
-    assert min_batch(cfg) == least
-    model = build.model(cfg, untrained=True).train()
-    model(random_batch(training_parts(cfg), least).image)
+    assert min_batch(Builder(cfg)) == least
+    model = Builder(cfg).model(untrained=True).train()
+    model(random_batch(training_parts(Builder(cfg)), least).image)
     if least > 1:
         with pytest.raises((ValueError, UserError)):
-            model(random_batch(training_parts(cfg), least - 1).image)
-    assert LossBytes(training_parts(cfg), bf16=False, accelerator=False).of(4) > 0
+            model(random_batch(training_parts(Builder(cfg)), least - 1).image)
+    assert LossBytes(training_parts(Builder(cfg)), bf16=False, accelerator=False).of(4) > 0

@@ -12,6 +12,7 @@ from dinoseg.autotune.timing import _later_median
 from dinoseg.autotune.trial import try_steps
 from dinoseg.config.nodes import instantiate
 from dinoseg.config.plain import plain
+from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.step import training_parts
 from dinoseg.modes.plan import dry_steps
 
@@ -26,7 +27,7 @@ def test_steps_are_timed_with_their_batches_once_warm(compose, monkeypatch):
     monkeypatch.setattr(trial, "peak_memory", lambda device: 70)
     saved = []
     monkeypatch.setattr(trial.Checkpoints, "save", lambda *_: saved.append(1))
-    parts = training_parts(cfg)
+    parts = training_parts(Builder(cfg))
     batches = repeat(random_batch(parts, 2))
     found = try_steps(parts, parts.model, instantiate(cfg.engine), batches, steps=2, warmup=1)
     assert (found.seconds, found.waited) == ([5, 5], [2, 2]) and (found.before, found.peak) == (30, 40)
@@ -37,7 +38,7 @@ def test_steps_go_on_for_as_long_as_is_asked(compose, monkeypatch):
     cfg = compose(*BASE)
     clock = SimpleNamespace(perf_counter=count().__next__, monotonic=lambda: 0.0)  # a step takes 3 s
     monkeypatch.setattr(trial, "time", clock)
-    parts = training_parts(cfg)
+    parts = training_parts(Builder(cfg))
     for lasting, timed in ((0, 2), (6, 2), (7, 3), (30, 10), (1e9, 99)):  # beside the one that warms up
         batches = repeat(random_batch(parts, 2))
         found = try_steps(parts, parts.model, instantiate(cfg.engine), batches, steps=2, warmup=1, lasting=lasting)
@@ -56,7 +57,7 @@ def test_a_part_of_a_batch_is_tried_on_one_device(compose):
 @pytest.mark.parametrize("rests", [False, True])
 def test_a_backbone_that_rests_at_first_is_tried_as_it_learns_later_or_as_it_rests(compose, caplog, rests):
     cfg = compose(*BASE, "optim.optimizer.backbone_begin=0.9")
-    learnt, parts = [], training_parts(cfg)
+    learnt, parts = [], training_parts(Builder(cfg))
 
     def make():
         model = parts.model()

@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 
 from dinoseg.config.resolvers import register_resolvers, settled
 from dinoseg.core.geometry import pad_to_multiple
+from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.recipe import config_description
 from dinoseg.models.heads.slots.head import SlotHead
 from dinoseg.models.model import backbone_size
@@ -46,7 +47,7 @@ def test_is_that_of_the_maps_that_a_model_gives():
 def test_slots_have_it_without_being_told(compose, words, grid):
     cfg = compose(*words)
     assert cfg.head.positions_grid == grid
-    kept = json.loads(json.dumps(config_description(cfg)["config"]))
+    kept = json.loads(json.dumps(config_description(Builder(cfg))["config"]))
     assert kept["head"]["positions_grid"] == grid  # written out: later images may be seen at another resolution
 
 

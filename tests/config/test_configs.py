@@ -18,6 +18,7 @@ from dinoseg.cli.ranks import LAUNCH_KEYS
 from dinoseg.config import checks
 from dinoseg.config.guard import guard
 from dinoseg.config.resolvers import register_resolvers
+from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.recipe import FOLLOWING, SAVED, config_description
 from dinoseg.utils.errors import UserError
 
@@ -110,7 +111,7 @@ def test_every_recipe_with_every_mode(compose, recipes):
 def test_every_recipe_is_accepted_from_a_checkpoint(recipes):
     accepted, expected = 0, 0
     for choice, cfg in recipes.values():
-        kept = json.loads(json.dumps(config_description(cfg)["config"]))  # as a file gives it back
+        kept = json.loads(json.dumps(config_description(Builder(cfg))["config"]))  # as a file gives it back
         guard(kept, "resume=file", typed=["backbone.weights"] if choice["backbone"] == "timm" else [])
         unkept = (choice["data"] in ("sarrarp", "idd")) + (choice["data"] in ("sarrarp", "movi"))  # prepare, render
         accepted += len(list(nodes(kept))) + unkept
@@ -203,7 +204,7 @@ def test_every_option_of_every_other_group(rows):
 def test_every_option_is_accepted_from_a_checkpoint(rows):
     accepted = set()
     for chosen, cfg in rows:
-        kept = json.loads(json.dumps(config_description(cfg)["config"]))  # as a file gives it back
+        kept = json.loads(json.dumps(config_description(Builder(cfg))["config"]))  # as a file gives it back
         guard(kept, "resume=file")
         accepted |= {pair for pair in chosen.items() if pair[0] in SAVED}
     assert len(accepted) == sum(len(list((FOLDER / group).glob("[!_]*.yaml"))) for group in SAVED)

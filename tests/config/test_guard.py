@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from dinoseg.config.guard import guard
 from dinoseg.config.nodes import instantiate
 from dinoseg.config.plain import plain
+from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.recipe import SAVED, config_description
 from dinoseg.utils.errors import UserError
 
@@ -83,7 +84,7 @@ SHELL = [  # targets that reach, or seem to reach, any callable
     "yaml.unsafe_load",
     "dinoseg.config.nodes.instantiate",
     "dinoseg.config.nodes.hydra_instantiate",
-    "dinoseg.experiment.build.importlib.import_module",
+    "dinoseg.experiment.builder.importlib.import_module",
     "dinoseg.models.model.torch.hub.load",
     "dinoseg.cli.launch.launch",
     "dinoseg.modes.render.render",
@@ -132,7 +133,7 @@ def kept(request):
     with initialize_config_dir(str(FOLDER), version_base="1.3"):
         cfg = compose("main", list(SET))
     groups = {key: "base" for key in ("hparam", *SAVED)}
-    return as_read(config_description(OmegaConf.create({**plain(cfg), "choices": groups})))
+    return as_read(config_description(Builder(OmegaConf.create({**plain(cfg), "choices": groups}))))
 
 
 def as_read(description):

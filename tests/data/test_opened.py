@@ -12,7 +12,7 @@ from dinoseg.data.opened import opened
 from dinoseg.data.packed import choice, draft, pack
 from dinoseg.data.packed.pack import PackedDataset
 from dinoseg.data.scan.class_counts import class_counts
-from dinoseg.experiment import build
+from dinoseg.experiment.builder import Builder
 from dinoseg.utils.errors import UserError
 
 
@@ -209,5 +209,5 @@ def test_a_jpeg_mask_is_left_out(data, tmp_path):
 def test_only_what_is_trained_on_is_reduced(data, tmp_path, compose):
     root, kept = f"data.root={tmp_path / 'data'}", f"cache_dir={tmp_path / 'cache'}"
     cfg = compose(root, kept, "data.classes=[a,b]", "data.cache=packed", "data.workers=1", "resolution.longest=15")
-    scored, trained = build.dataset(cfg, "train"), build.dataset(cfg, "train", reduced=True)
+    scored, trained = Builder(cfg).dataset("train"), Builder(cfg).dataset("train", reduced=True)
     assert [scored[0]["mask"].shape, trained[0]["mask"].shape] == [(20, 30), (10, 15)]

@@ -18,6 +18,7 @@ from PIL import Image
 from dinoseg.evaluation.scoring import folders
 from dinoseg.evaluation.videos import TrackingOptions, evaluate_videos
 from dinoseg.experiment.benchmark_videos import benchmark_videos
+from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.provenance import provenance_of
 from dinoseg.models.heads.slots.head import SlotHead
 from dinoseg.models.model import Segmenter
@@ -156,7 +157,7 @@ def track(compose, tmp_path):
             COMPOSED[words] = compose(*words)
         cfg = OmegaConf.merge(COMPOSED[words], {"data": {"root": str(root)}})
         folder, log = tmp_path / f"run_{len(list(tmp_path.glob('run_*')))}", []
-        videos, source = benchmark_videos(cfg, split, supervision), provenance_of(cfg, folder)
+        videos, source = benchmark_videos(Builder(cfg), split, supervision), provenance_of(Builder(cfg), folder)
         result = evaluate_videos(
             videos, lambda: Fake(kind, log), engine or Engine(), folder, TrackingOptions(**options), source
         )

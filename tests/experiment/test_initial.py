@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
 from dinoseg.cli.words import parsed
-from dinoseg.experiment import build
+from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.initial import begin_with, check_initial, has_initial
 from dinoseg.experiment.recipe import config_description, recipe_of
 from dinoseg.experiment.resume import merge
@@ -64,9 +64,9 @@ def begin(folder, compose, monkeypatch, caplog):
         monkeypatch.chdir(folder)
         caplog.clear()
         cfg = compose(*words)
-        check_initial(cfg, build.outline(cfg))
+        check_initial(Builder(cfg), Builder(cfg).outline())
         with caplog.at_level(logging.INFO):
-            model = begin_with(cfg, build.model(cfg, outlined=True), classes)
+            model = begin_with(Builder(cfg), Builder(cfg).model(outlined=True), classes)
         return model.state_dict(), caplog.text
 
     return run
@@ -78,7 +78,7 @@ def test_tensors_of_another_type_are_refused_by_name(tmp_path, tiny_backbone):
     tensors = {f"model/{name}": value.char() for name, value in model.state_dict().items() if name in trainable}
     checkpoint.write(file, tensors, INFO)
     with pytest.raises(UserError, match=rf"^init={file}: \S+ is int8, and weights are floating-point"):
-        check_initial(OmegaConf.create({"init": str(file), "resume": None}), model)
+        check_initial(Builder(OmegaConf.create({"init": str(file), "resume": None, "choices": {}})), model)
 
 
 def test_a_run_begins_with_the_best_weights_of_another(folder):
@@ -126,7 +126,7 @@ def test_a_run_that_goes_on_has_its_own_weights_and_begins_with_no_other_run(fol
     monkeypatch.chdir(folder)
     for mode, init in (("train", "./gone"), ("eval", "tuned")):  # of the other modes none begins with anything
         merged = merge(compose(f"mode={mode}", f"init={init}"), [parsed(f"init={init}")], path, info)
-        assert merged.init == str(folder / "gone") and not has_initial(merged)
+        assert merged.init == str(folder / "gone") and not has_initial(Builder(merged))
     path = folder / "first/checkpoints/last.safetensors"
     with pytest.raises(UserError, match="and began without. Leave init out, or, for a new run, resume"):
         merge(compose("mode=train", "init=tuned"), [parsed("init=tuned")], path, checkpoint.describe(path))
@@ -168,7 +168,7 @@ def test_a_run_that_does_not_fit_is_refused_by_either_check(folder, compose, mon
     with pytest.raises(UserError, match=said):
         train.check(cfg)
     with pytest.raises(UserError, match=said):
-        begin_with(cfg, build.model(cfg, outlined=True), CLASSES)
+        begin_with(Builder(cfg), Builder(cfg).model(outlined=True), CLASSES)
 
 
 def test_what_a_run_has_learnt_of_a_backbone_is_not_left_out(begin):
@@ -216,10 +216,10 @@ def test_what_has_no_place_in_the_model_is_not_even_read(folder, begin):
 def test_ranks_that_have_read_different_checkpoints_are_told(folder, compose, monkeypatch):
     monkeypatch.chdir(folder)
     cfg = compose(*KNOWN, "adapter=frozen", "init=frozen")
-    model = build.model(cfg)
+    model = Builder(cfg).model()
     with pytest.raises(UserError, match="init=frozen: that run has saved anew while the ranks of this one read it"):
-        begin_with(cfg, model, CLASSES, lambda progress: {**progress, "step": 1})
-    assert begin_with(cfg, model, CLASSES) is model
+        begin_with(Builder(cfg), model, CLASSES, lambda progress: {**progress, "step": 1})
+    assert begin_with(Builder(cfg), model, CLASSES) is model
 
 
 def test_a_file_that_is_passed_on_says_nothing_of_the_run_that_it_began_with(folder, begun):
@@ -251,7 +251,7 @@ def test_the_run_that_it_begins_with_is_part_of_a_recipe(folder, begun, compose,
     """Compare recipes as resume=auto does: that of a command line and that of a checkpoint."""
     monkeypatch.chdir(folder)
     without, others, same = (
-        recipe_of(config_description(compose(*SHORT, "optim.schedule.kind=constant", *words)))
+        recipe_of(config_description(Builder(compose(*SHORT, "optim.schedule.kind=constant", *words))))
         for words in ((), ("init=tuned",), ("init=./gone",))
     )
     assert recipe_of(checkpoint.describe(begun / "checkpoints/last.safetensors")) == same
@@ -268,8 +268,8 @@ def test_a_recipe_that_goes_on_from_another_asks_for_its_run(compose, recipe, fi
         train.check(cfg)
     assert compose("mode=train", f"hparam={first}", "data.root=movi").init is None
     train.check(compose(*words, "init=null"))
-    assert not has_initial(compose(*words, "resume=run"))
-    assert has_initial(compose(*words, "init=needed_by_all"))  # a run's own name
+    assert not has_initial(Builder(compose(*words, "resume=run")))
+    assert has_initial(Builder(compose(*words, "init=needed_by_all")))  # a run's own name
 
 
 def test_the_best_finite_weights_are_taken_whatever_type_the_frozen_ones_are_held_in(folder, compose, monkeypatch):
@@ -278,14 +278,14 @@ def test_the_best_finite_weights_are_taken_whatever_type_the_frozen_ones_are_hel
     shutil.copytree("frozen/checkpoints", "odd/checkpoints")
     (folder / "odd/checkpoints/last.safetensors").write_bytes(b"cut")
     cfg = compose(*words, "backbone.dtype=bfloat16")
-    assert begin_with(cfg, build.model(cfg), CLASSES)
+    assert begin_with(Builder(cfg), Builder(cfg).model(), CLASSES)
     whole = compose(*KNOWN, "init=exported_frozen", "backbone.dtype=bfloat16")  # its frozen part is what this rounds
-    assert begin_with(whole, build.model(whole), CLASSES)
+    assert begin_with(Builder(whole), Builder(whole).model(), CLASSES)
     best = checkpoint.read(folder / "odd/checkpoints/best.safetensors")
     best.tensors["model/head.classify.bias"][0] = torch.nan
     kept = {key: value for key, value in best.info.items() if key != "format"}
     checkpoint.write(best.path, best.tensors, kept)
     with pytest.raises(UserError, match="^init=odd.*hold NaN or infinity"):
-        begin_with(cfg, build.model(cfg), CLASSES)
+        begin_with(Builder(cfg), Builder(cfg).model(), CLASSES)
     cfg = compose(*words, "finite_weights=false")
-    assert begin_with(cfg, build.model(cfg), CLASSES).head.classify.bias.isnan().any()
+    assert begin_with(Builder(cfg), Builder(cfg).model(), CLASSES).head.classify.bias.isnan().any()

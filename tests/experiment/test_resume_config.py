@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from dinoseg import __main__
 from dinoseg.cli.words import parsed
 from dinoseg.experiment import lookup
+from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.folder import drop_parts, is_locked, lock, release
 from dinoseg.experiment.recipe import config_description, data_root, recipe_of
 from dinoseg.experiment.resume import _one_place, merge
@@ -97,7 +98,7 @@ def test_a_run_goes_on_without_its_groups_and_keeps_them(where, run):
 def test_a_typed_length_lifts_the_time_limit_of_a_run(compose, tmp_path, capsys, words, limit):
     words = tuple(f"trainer.{word}" for word in words)
     saved = compose(*SMALL, "trainer.max_minutes=9.5", f"data.root={tmp_path}")
-    info = config_description(saved)
+    info = config_description(Builder(saved))
     merged = merge(
         compose(*words, "mode=train"), [parsed(word) for word in words], tmp_path / "last.safetensors", info, tell=True
     )
@@ -174,7 +175,7 @@ def test_auto_goes_on_only_with_the_same_recipe(run, found, override, same):
 
 def test_a_recipe_is_what_is_trained_and_nothing_beside(compose):
     def recipe(*words):
-        return recipe_of(config_description(compose("data.root=.", "data.classes=[a,b]", *words)))
+        return recipe_of(config_description(Builder(compose("data.root=.", "data.classes=[a,b]", *words))))
 
     lengths = ("trainer.patience=3", "trainer.save_every=7", "trainer.log_every=3", "trainer.epochs=2")
     assert recipe() == recipe(*lengths, "data.background=b", "head.least_maps=2")
@@ -235,7 +236,7 @@ def test_a_root_that_is_with_the_run_alone_needs_no_word(tmp_path, monkeypatch):
 
 def test_a_key_that_a_checkpoint_lacks_is_added_where_that_is_said(compose, tmp_path):
     cfg = compose("mode=eval", "resume=x", "data.root=.", "data.classes=[a,b]")
-    info = json.loads(json.dumps(config_description(cfg)))
+    info = json.loads(json.dumps(config_description(Builder(cfg))))
     assert merge(cfg, [parsed("++head.more=1")], tmp_path / "x", info).head.more == 1
     with pytest.raises(
         UserError, match=r"head\.more is no key of .* To add it all the same, give \+\+head\.more=VALUE"
@@ -352,7 +353,7 @@ def test_other_classes_or_another_order_are_refused(where, run):
 
 def test_nothing_but_model_data_and_training_comes_from_the_file(compose, tmp_path):
     cfg = compose("mode=eval", "resume=x")
-    kept = json.loads(json.dumps(config_description(cfg)["config"]))
+    kept = json.loads(json.dumps(config_description(Builder(cfg))["config"]))
     evil = {"_target_": "dinoseg.tasks.preparation.sarrarp.prepare", "root": str(tmp_path), "keep_archives": False}
     info = {"config": {**kept, "mode": evil, "engine": evil}, "choices": {}, "folder": str(tmp_path)}
     merged = merge(cfg, [], tmp_path / "x", info)

@@ -14,7 +14,8 @@ from omegaconf import OmegaConf
 import dinoseg
 from dinoseg.core.geometry import upsample
 from dinoseg.data.classes.labels import Labels
-from dinoseg.experiment import build
+from dinoseg.experiment.builder import Builder
+from dinoseg.experiment.models import ModelBuilder
 from dinoseg.experiment.teacher import Teacher
 from dinoseg.training import checkpoint
 from dinoseg.training.engine import Engine
@@ -60,7 +61,7 @@ def teacher(compose, path, labels=LABELS, precision="fp32", **changes):
     cfg = OmegaConf.merge(
         compose("trainer=distil", "data.classes=[dark,bright]", "data.root=none", "backbone=tiny"), {"teacher": path}
     )
-    return Teacher(OmegaConf.merge(cfg, changes), Engine(device="cpu", precision=precision, workers=0), labels)
+    return Teacher(Builder(OmegaConf.merge(cfg, changes)), Engine(device="cpu", precision=precision, workers=0), labels)
 
 
 @pytest.mark.parametrize(("kind", "within"), [("linear", 1e-5), ("detail", 1e-5), ("eomt", 0.02), ("windows", 0.08)])
@@ -188,7 +189,7 @@ def test_other_classes_are_refused(folder, compose, names, said):
 
 def test_a_model_of_slots_is_refused_whatever_its_classes_are_called(folder, compose, monkeypatch):
     slots = SimpleNamespace(head=SimpleNamespace(slots=True))
-    monkeypatch.setattr(build, "check_fits", lambda *_: slots)
+    monkeypatch.setattr(ModelBuilder, "check_fits", lambda *_: slots)
     with pytest.raises(UserError, match="is a model of slots, which knows no classes. Give a segmenter"):
         teacher(compose, str(folder / "linear"))
 

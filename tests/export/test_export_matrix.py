@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from test_matrix import HEADS, SMALL_HEADS, refusal
 from tiny_parts import BACKBONES, PYRAMIDS, load, tiny_node
 
-from dinoseg.experiment import build
+from dinoseg.experiment.builder import Builder
 from dinoseg.export import onnx_file
 from dinoseg.export.graph import record_of, trace
 from dinoseg.export.options import GraphOptions
@@ -58,7 +58,7 @@ def tiny(backbone, head):
     if head not in FOUR_MAPS and "num_hidden_layers" in cfg.backbone.get("arch", {}):
         cfg.backbone.arch.num_hidden_layers = 2
         cfg.head.layers = [-2, -1] if len(cfg.head.layers) > 1 else [-1]
-    return build.model(cfg).eval()
+    return Builder(cfg).model().eval()
 
 
 @cache

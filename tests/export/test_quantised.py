@@ -9,6 +9,7 @@ from command_line import write_data
 from portable_parts import TINY, exported, untrained
 
 import dinoseg
+from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.resume import alone
 from dinoseg.experiment.source import ModelSource
 from dinoseg.experiment.trained import load_trained
@@ -43,7 +44,7 @@ def scores_of(model, path):
 
 def test_the_gate_compares_the_file_with_the_trained_model(quantised, tmp_path, monkeypatch):
     key, _, cfg = quantised
-    trained = load_trained(cfg).model
+    trained = load_trained(Builder(cfg)).model
     with prepared(ModelSource(cfg), tmp_path, GraphOptions()) as ready:
         picture = ready.pictures[0].path
         expected = scores_of(trained, picture)
@@ -67,6 +68,6 @@ def test_the_gate_compares_the_file_with_the_trained_model(quantised, tmp_path, 
 def test_one_file_answers_as_the_trained_model(quantised, tmp_path):
     _, path, cfg = quantised
     model = dinoseg.load(exported(path, tmp_path / "out"), precision="fp32").runtime.predictor.model
-    trained, picture = load_trained(cfg).model, tmp_path / "data/val/images/0.png"
+    trained, picture = load_trained(Builder(cfg)).model, tmp_path / "data/val/images/0.png"
     expected = scores_of(trained, picture)
     assert (scores_of(model, picture) - expected).norm() < 5e-3 * expected.norm()

@@ -6,7 +6,7 @@ import pytest
 from command_line import SMALL, call, write_data
 from omegaconf import OmegaConf
 
-from dinoseg.experiment.build import background_of
+from dinoseg.experiment.builder import Builder
 from dinoseg.report.log import read_rows
 from dinoseg.training import checkpoint
 from dinoseg.utils.errors import UserError
@@ -18,24 +18,26 @@ WITHOUT = ("camvid", "camvid_segnet", "cityscapes", "idd", "idd_lite", "idd_leve
 @pytest.mark.parametrize(("names", "expected"), [(WITH, 0), (WITHOUT, None)])
 def test_shipped_data_sets(compose, names, expected):
     for name in names:
-        assert background_of(compose(f"data={name}", "data.root=X")) == expected, name
+        assert Builder(compose(f"data={name}", "data.root=X")).background == expected, name
 
 
 def test_own_data_says_it_by_name_or_id_or_not_at_all(compose, tmp_path):
     folder = ("data=folder", f"data.root='{tmp_path}'")
-    assert background_of(compose(*folder, "data.classes=[background,leaf]")) is None
-    assert background_of(compose(*folder, "data.classes=[leaf,soil]", "data.background=soil")) == 1
+    assert Builder(compose(*folder, "data.classes=[background,leaf]")).background is None
+    assert Builder(compose(*folder, "data.classes=[leaf,soil]", "data.background=soil")).background == 1
     (tmp_path / "classes.yaml").write_text("classes: [leaf, soil]\nbackground: soil\n")
-    assert background_of(compose(*folder)) == 1
+    assert Builder(compose(*folder)).background == 1
     (tmp_path / "classes.yaml").write_text("classes: [leaf, soil]\nbackground: sol\n")
     with pytest.raises(UserError, match=r"classes.yaml: background: sol is no class: name one of leaf, soil"):
-        background_of(compose(*folder))
+        _ = Builder(compose(*folder)).background
 
 
 @pytest.mark.parametrize("value", [2, -1, True, "sky"])
 def test_what_is_no_class_is_no_background(value):
     with pytest.raises(UserError, match=rf"data.background={value} is no class.*0 to 1: dark, bright"):
-        background_of(OmegaConf.create({"data": {"background": value, "classes": ["dark", "bright"]}}))
+        _ = Builder(
+            OmegaConf.create({"data": {"background": value, "classes": ["dark", "bright"]}, "choices": {}})
+        ).background
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from dinoseg.core.shapes import Prediction
 from dinoseg.data.formats.annotated import Shapes, annotated_dataset
 from dinoseg.data.formats.annotation_files import AnnotationLayout
 from dinoseg.data.splits import Partition
-from dinoseg.experiment import build
+from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.trained import Trained
 from dinoseg.inference import image_run, inputs, memory
 from dinoseg.inference.annotations import PredictedShapes
@@ -198,7 +198,7 @@ def test_a_split_by_fraction_is_predicted_and_scored_under_its_own_names(trained
     words += ("++data.reader.masks.ids={1: 0, 2: 1, 3: 2}",)
     cfg, out = compose(*words), tmp_path / "out"
     mode.predict(cfg, out_dir=out, input="val", masks=None, opacity=0.5, batch_size=2)
-    names = build.dataset(cfg, "val").names
+    names = Builder(cfg).dataset("val").names
     assert len(names) == 2
     for folder in ("masks", "references"):
         found = (out / folder).rglob("*.png")

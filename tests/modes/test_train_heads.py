@@ -9,8 +9,9 @@ import pytest
 import torch
 from command_line import SMALL, call, write_data
 
-from dinoseg.experiment import build
+from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.heads import named_heads
+from dinoseg.experiment.models import build_multi_head
 from dinoseg.models.heads.cnn import CnnHead
 from dinoseg.modes import train_heads
 from dinoseg.training import checkpoint
@@ -175,7 +176,9 @@ def test_several_heads_are_not_trained_in_float16():
 
 def test_backbones_of_heads_update_no_statistics(compose):
     words = ("backbone=tiny", "adapter=frozen", "data.root=none", "data.classes=[a,b]")
-    _, models = build.multi_head([compose(*words, f"head={head}") for head in ("linear", "mlp")], torch.device("cpu"))
+    _, models = build_multi_head(
+        [Builder(compose(*words, f"head={head}")) for head in ("linear", "mlp")], torch.device("cpu")
+    )
     assert len(models) == 2 and not any(model.backbone.training for model in models)
 
 

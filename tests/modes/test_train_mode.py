@@ -5,7 +5,7 @@ from command_line import SMALL, call, write_data
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dinoseg.data.classes.masks import MaskReader
-from dinoseg.experiment import build
+from dinoseg.experiment.builder import Builder
 from dinoseg.report.log import read_rows
 from dinoseg.tasks import images
 from dinoseg.utils.images import read_image
@@ -72,9 +72,9 @@ def test_a_run_that_is_not_better_than_a_constant_is_told_so(where, monkeypatch,
 
 def test_a_start_reads_each_mask_once_and_puts_the_untrained_model_together_once(where, monkeypatch):
     read, outlined = [], []
-    real_read, real_outline = MaskReader.read, build.outline
+    real_read, real_outline = MaskReader.read, Builder.outline
     monkeypatch.setattr(MaskReader, "read", lambda self, source: read.append(source) or real_read(self, source))
-    monkeypatch.setattr(build, "outline", lambda cfg: outlined.append(cfg) or real_outline(cfg))
+    monkeypatch.setattr(Builder, "outline", lambda build: outlined.append(build) or real_outline(build))
     gone = ("backbone.weights=gone.safetensors", "loss.weights=median", "data.workers=1", f"cache_dir={where}/c")
     refused = call(where, "mode=train", *SMALL, *gone)
     assert refused.status == 1 and "gone.safetensors" in refused.err and list(where.rglob("class_counts_*"))

@@ -4,7 +4,7 @@ import pytest
 from command_line import call
 from portable_parts import exported, untrained
 
-from dinoseg.experiment import build
+from dinoseg.experiment.builder import Builder
 from dinoseg.utils.tensor_files import write_tensors
 
 
@@ -19,7 +19,7 @@ def served(monkeypatch):
 @pytest.mark.heavy
 def test_a_delta_is_given_its_backbone_from_the_command_line(compose, tmp_path, served):
     weights, moved = tmp_path / "backbone.safetensors", tmp_path / "moved.safetensors"
-    backbone = build.backbone(compose("backbone=tiny_surgical", "data.classes=[a]"))
+    backbone = Builder(compose("backbone=tiny_surgical", "data.classes=[a]")).backbone()
     write_tensors(weights, backbone.export_state(), {})
     words = ("backbone=tiny_surgical", f"backbone.weights={weights}", "adapter=frozen", "head=linear")
     delta = exported(untrained(compose, tmp_path, *words), tmp_path / "out", delta=True, gated=True)

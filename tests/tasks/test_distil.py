@@ -12,7 +12,7 @@ from finished_runs import rows, trained, whole_and_resumed_on_ranks
 from refused_trainings import refusal
 
 import dinoseg
-from dinoseg.experiment.builder import build_task
+from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.recipe import recipe_of
 from dinoseg.experiment.teacher import Teacher
 from dinoseg.training import checkpoint
@@ -125,7 +125,7 @@ def test_students_of_any_kind_are_taught(folder, student):
 def test_images_without_masks_are_drawn_for_no_class(folder, compose, monkeypatch):
     monkeypatch.chdir(folder)
     cfg = compose(*HALF, "data.class_uniform=0.5")
-    task = build_task(cfg)
+    task = Builder(cfg).task()
     task.open(Engine("cpu", "fp32", workers=0))
     assert task.feed.uniform is not None and task.feed.others.uniform is None
 

@@ -12,8 +12,7 @@ from films import write_film
 from finished_runs import rows, trained
 from refused_trainings import refusal
 
-from dinoseg.experiment import criteria
-from dinoseg.experiment.builder import build_task
+from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.recipe import recipe_of
 from dinoseg.tasks import unmasked
 from dinoseg.training import checkpoint, trainer
@@ -81,9 +80,9 @@ def test_the_teacher_is_the_moving_average_and_leaves_the_student_as_it_is(folde
 def test_weights_of_classes_are_for_masks_alone(here, compose, loss):
     """A teacher that learnt by them gives rare classes more pixels than they have: weighted again, ever more."""
     cfg = compose(*HALF, f"loss={loss}", "loss.weights={bright: 3}", "trainer.unlabelled_weight=0.25")
-    task = build_task(cfg)
+    task = Builder(cfg).task()
     task.open(Engine("cpu", "fp32", workers=0))
-    objective = task.wrap_loss(criteria.loss(cfg, task.labelled))
+    objective = task.wrap_loss(Builder(cfg).loss(task.labelled))
     assert type(objective.of_views) is type(objective.criterion) and objective.weight == 0.25
     for part, weights in (("criterion", [1.0, 3.0]), ("of_views", [1.0, 1.0])):
         found = [value.tolist() for name, value in getattr(objective, part).named_buffers() if name.endswith("weight")]
@@ -100,7 +99,7 @@ def test_frames_of_a_video_are_learnt_from(folder):
 def test_each_image_is_there_once_and_those_of_the_validation_are_told_of(here, compose, caplog):
     cfg = compose(*HALF, "trainer.unlabelled='data/*/images/*.png'")
     with caplog.at_level(logging.INFO):
-        build_task(cfg).open(Engine("cpu", "fp32", workers=0))
+        Builder(cfg).task().open(Engine("cpu", "fp32", workers=0))
     assert "3 training images with masks, 7 without" in caplog.text
     assert "1 of the images without masks are validation images: scores are then" in caplog.text
 
@@ -170,7 +169,7 @@ def test_many_images_without_masks_are_read_in_processes(here, photos, compose, 
     monkeypatch.setattr(unmasked, "_FEW", 2)
     monkeypatch.setattr(unmasked, "in_processes", pickled)
     broken, words = photos
-    task = build_task(compose(*words, "data.on_error=skip", "data.workers=2"))
+    task = Builder(compose(*words, "data.on_error=skip", "data.workers=2")).task()
     task.open(Engine("cpu", "fp32", workers=0))
     assert asked == [2] and f"left out of the images without masks: 1. Cannot read {broken}" in caplog.text
     assert len(task.feed.unlabelled) == 5

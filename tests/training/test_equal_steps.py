@@ -17,7 +17,7 @@ from dinoseg.config.resolvers import register_resolvers
 from dinoseg.core.contracts import Head, Loss
 from dinoseg.core.geometry import upsample
 from dinoseg.core.shapes import Batch, MaskOutputs, Prediction, SlotOutputs
-from dinoseg.experiment import criteria
+from dinoseg.experiment.builder import Builder
 from dinoseg.losses import mask_classification, matching
 from dinoseg.losses.cross_entropy import CrossEntropy
 from dinoseg.losses.distillation import SeenScores
@@ -76,7 +76,7 @@ def criterion(option, *words, **weights):
     register_resolvers()
     with initialize_config_dir(CONFIGS, version_base="1.3"):
         cfg = compose(option.replace("=", "/"), [*words, "+data.ignore_index=255"])
-    return criteria.criterion(cfg, **weights)
+    return Builder(cfg).criterion(**weights)
 
 
 class Table(nn.Module):

@@ -4,7 +4,7 @@ import pytest
 from command_line import SMALL, call, write_data
 from omegaconf import OmegaConf
 
-from dinoseg.experiment import build
+from dinoseg.experiment.builder import Builder
 from dinoseg.training import checkpoint
 from dinoseg.training.lengths import in_steps
 from dinoseg.utils.errors import UserError
@@ -46,7 +46,7 @@ def test_what_is_no_length_is_refused(given, message):
     trainer = GIVEN | given
     cfg = OmegaConf.create({"data": {"batch_size": trainer.pop("batch_size")}, "trainer": trainer})
     with pytest.raises(UserError, match=message):
-        build.lengths(cfg, 100)
+        Builder(cfg).lengths(100)
 
 
 @pytest.mark.heavy

@@ -11,7 +11,7 @@ from test_trainer import Stripes
 from torch import nn
 
 from dinoseg.data.transforms import Augment
-from dinoseg.experiment.build import _lend_tensors
+from dinoseg.experiment.models import _lend_tensors
 from dinoseg.losses.cross_entropy import CrossEntropy
 from dinoseg.models.heads.linear import LinearHead
 from dinoseg.models.model import Segmenter

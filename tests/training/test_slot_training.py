@@ -16,8 +16,7 @@ from refused_trainings import refusal
 from dinoseg.__main__ import CONFIGS
 from dinoseg.config.job import job_config
 from dinoseg.config.resolvers import register_resolvers
-from dinoseg.experiment import build, criteria
-from dinoseg.experiment.builder import build_task
+from dinoseg.experiment.builder import Builder
 from dinoseg.metrics.clustering import contingency, segment_scores
 from dinoseg.synthetic.moving.write import render_moving_objects
 from dinoseg.training.checkpoint import read, write
@@ -286,9 +285,9 @@ def parts(movi, *more):
     with initialize_config_dir(CONFIGS, version_base="1.3"):
         cfg = hydra_compose("main", [*SLOTS[1:], f"data.root={movi / 'movi'}", *more])
     engine = Engine("cpu", "fp32", workers=0, eval_batch_size=5)
-    task = build_task(job_config(cfg, {"trainer": "slots"}))
+    task = Builder(job_config(cfg, {"trainer": "slots"})).task()
     task.open(engine)
-    return build.model(cfg).eval(), engine, task.feed, criteria.loss(cfg, None)
+    return Builder(cfg).model().eval(), engine, task.feed, Builder(cfg).loss(None)
 
 
 def test_the_loss_of_a_validation_sees_frames_as_far_apart_as_training(movi):

@@ -21,13 +21,11 @@ from dinoseg.cli.auto.given import left_of
 from dinoseg.cli.auto.search import ComposedRecipe, RecipeSearch
 from dinoseg.cli.auto.store import NAME, choice_lines, read_choices, recipe_text, write_choices
 from dinoseg.config.checks import check_given
-from dinoseg.config.nodes import instantiate
 from dinoseg.config.plain import plain
 from dinoseg.core.shapes import SegmentationData
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.splits import keep_evenly_spaced
-from dinoseg.experiment import build
-from dinoseg.experiment.builder import Builder, build_task
+from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.composed import composed_with, own_folders, searching, typed_keys
 from dinoseg.experiment.recipe import LENGTHS, config_description, recipe_of
 from dinoseg.experiment.step import check_trainer, training_parts
@@ -80,11 +78,12 @@ def choose_recipe(cfg: DictConfig, words: Sequence[str], *, first: bool) -> Chos
     Raises:
         UserError: a value is out of range, nothing fits, or the first rank does not write its choices.
     """
-    _check(cfg)
+    build = Builder(cfg)
+    _check(build)
     minutes = cfg.budget.minutes
     given = typed_keys(words)
-    train, val = build.dataset(cfg, "train", reduced=True), build.dataset(cfg, "val")
-    path = _path(cfg, given, (train, val))
+    train, val = build.dataset("train", reduced=True), build.dataset("val")
+    path = _path(build, given, (train, val))
     source = f"as they were chosen before, since {path} holds them (remove it to choose anew)"
     if first:
         # concurrent commands, such as the jobs of a sweep over seeds, wait and reuse the choices
@@ -96,7 +95,7 @@ def choose_recipe(cfg: DictConfig, words: Sequence[str], *, first: bool) -> Chos
                 trying = [*words, *_shared()]
                 joined = ranks_here() if _shared() else 0
                 with _alone():
-                    engine = instantiate(cfg.engine, instead={"devices": 1})
+                    engine = build.engine(devices=1)
                     data = train, keep_evenly_spaced(val, cfg.trainer.get("val_images"))
                     search = RecipeSearch(partial(_read, trying), data, engine, given, minutes, _tell, joined=joined)
                     choices = search.choose()
@@ -121,20 +120,20 @@ def _composed(words: Sequence[str], about: str, choices: Sequence[RecipeChoice])
     return composed_with(words, NAME, recipe_text(about, choices), known_as=AUTO)
 
 
-def _check(cfg: DictConfig) -> None:
+def _check(build: Builder) -> None:
     """Refuse what hparam=auto cannot choose for, and values that training would refuse only later."""
-    check_given("dinoseg.cli.auto.search.RecipeSearch", {"minutes": cfg.budget.minutes}, {"minutes": "budget.minutes"})
-    if build_task(cfg).on_clips or "unlabelled" in cfg.trainer:
+    minutes = build.value("budget.minutes")
+    check_given("dinoseg.cli.auto.search.RecipeSearch", {"minutes": minutes}, {"minutes": "budget.minutes"})
+    if build.task().on_clips or "unlabelled" in build.value("trainer"):
         raise UserError(
-            f"hparam=auto chooses for images and their masks, not for trainer={cfg.choices.trainer}. Give a recipe by "
-            "its name: mode=help lists them."
+            f"hparam=auto chooses for images and their masks, not for trainer={build.options['trainer']}. Give a "
+            "recipe by its name: mode=help lists them."
         )
-    check_trainer(cfg)
-    build.lengths(cfg, samples=1)
-    Builder(cfg).arguments(ImageFeed, SAMPLING)
-    instantiate(cfg.data.augment)  # refuses an invalid crop
-    val_images = {"count": cfg.trainer.get("val_images")}
-    check_given("dinoseg.data.splits.keep_evenly_spaced", val_images, {"count": "trainer.val_images"})
+    check_trainer(build)
+    build.lengths(samples=1)
+    build.arguments(ImageFeed, SAMPLING)
+    build.part("data.augment")  # refuses an invalid crop
+    build.arguments(keep_evenly_spaced, {"count": "trainer.val_images"})
 
 
 def _read(words: Sequence[str], choices: Sequence[RecipeChoice]) -> ComposedRecipe:
@@ -143,7 +142,7 @@ def _read(words: Sequence[str], choices: Sequence[RecipeChoice]) -> ComposedReci
     rates = cfg.optim.optimizer
     return ComposedRecipe(
         values=plain(cfg),
-        parts=partial(training_parts, cfg),
+        parts=partial(training_parts, Builder(cfg)),
         adapter=cfg.choices.adapter,
         head=cfg.choices.head,
         crop=tuple(cfg.resolution.crop),
@@ -162,23 +161,25 @@ def _read(words: Sequence[str], choices: Sequence[RecipeChoice]) -> ComposedReci
     )
 
 
-def _path(cfg: DictConfig, given: frozenset[str], data: Sequence[SegmentationData]) -> Path:
+def _path(build: Builder, given: frozenset[str], data: Sequence[SegmentationData]) -> Path:
     """Return the file that stores the choices, named by a hash of their inputs.
 
     The machine's current speed is not part of the hash.
     """
     depends = {
         "version": __version__,
-        "recipe": {key: value for key, value in recipe_of(config_description(cfg)).items() if key != "seed"},
+        "recipe": {key: value for key, value in recipe_of(config_description(build)).items() if key != "seed"},
         "given": sorted(key for key in given if _root(key) not in _OF_A_RUN and key.rpartition(".")[2] not in LENGTHS),
-        "minutes": float(cfg.budget.minutes),
+        "minutes": float(build.value("budget.minutes")),
         "data": [each.fingerprint() if isinstance(each, PairDataset) else list(each.names) for each in data],
-        "engine": {key: plain(cfg.engine)[key] for key in ("device", "precision", "cache", "devices", "sharding")},
+        "engine": {
+            key: plain(build.value("engine"))[key] for key in ("device", "precision", "cache", "devices", "sharding")
+        },
         # ranks on several machines need the same file
         "machine": _shared() if _others_wait() else (platform.node(), count_cores()),
     }
     key = hashlib.sha256(json.dumps(depends, sort_keys=True, default=str).encode()).hexdigest()
-    return Path(cfg.cache_dir).expanduser() / f"choices_{key[:16]}.json"
+    return build.cache_dir / f"choices_{key[:16]}.json"
 
 
 def _awaited(path: Path, seconds: float) -> tuple[str, list[RecipeChoice]]:

@@ -7,9 +7,8 @@ from typing import Any
 
 from dinoseg.autotune.rules import REST
 from dinoseg.autotune.timing import RecipeTimes, time_recipe
-from dinoseg.config.nodes import instantiate
-from dinoseg.experiment.builder import build_task
-from dinoseg.experiment.step import restored, training_parts
+from dinoseg.experiment.builder import Builder
+from dinoseg.experiment.step import training_parts
 from dinoseg.training.feature_choice import stored_as
 
 
@@ -18,19 +17,19 @@ def time_candidate(
 ) -> RecipeTimes:
     """Time a plain config; see `time_recipe`. `may_rest`: also with a backbone that is frozen at first."""
     began = time.perf_counter()
-    cfg = restored(values)
-    engine = instantiate(cfg.engine, instead={"devices": 1})
-    cfg.data.batch_size = max(1, cfg.data.batch_size // ranks)
-    task = build_task(cfg)
+    build = Builder.of(values)
+    engine = build.engine(devices=1)
+    build = build.changed({"data": {"batch_size": max(1, build.value("data.batch_size") // ranks)}})
+    task = build.task()
     task.open(engine)
     return time_recipe(
-        training_parts(cfg),
+        training_parts(build),
         task.feed,
         engine,
         began=began,
         minutes=minutes,
-        dtype=stored_as(cfg.features.dtype, {}),
-        rested=training_parts(cfg, {"optim.optimizer.backbone_begin": REST}) if may_rest else None,
+        dtype=stored_as(build.value("features.dtype"), {}),
+        rested=training_parts(build, {"optim.optimizer.backbone_begin": REST}) if may_rest else None,
         ranks=ranks,
         until=until,
     )

@@ -11,6 +11,7 @@ import torch
 
 from dinoseg.config.nodes import instantiate
 from dinoseg.config.resolvers import lent_resolvers
+from dinoseg.experiment.models import ModelBuilder
 from dinoseg.experiment.resume import alone
 from dinoseg.experiment.trained import restore
 from dinoseg.export.runtime.facts import ModelFacts
@@ -60,7 +61,7 @@ def load_torch(path: Path, options: Options) -> Opened:
         cfg = alone(file, _without_task(said), changes, inference=options.inference, trust=options.trust)
         policy: Policy = instantiate(cfg.inference)
         sizes = TrainedSizes.from_info(said)
-        model, _ = restore(cfg, file)
+        model, _ = restore(ModelBuilder(cfg), file)
     if model.head.slots is not None:
         raise UserError(f"{file} is a model of slots, which knows no classes. mode=track follows its segments.")
     keep_scale(model, sizes)

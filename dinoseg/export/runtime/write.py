@@ -10,8 +10,9 @@ from typing import Any, TypeGuard
 from torch import Tensor
 
 from dinoseg import __version__
-from dinoseg.experiment.recipe import INITIAL, TEACHER, USE
-from dinoseg.experiment.source import ModelSource, describe_config, outline_of
+from dinoseg.experiment.models import ModelBuilder
+from dinoseg.experiment.recipe import INITIAL, TEACHER, USE, config_description
+from dinoseg.experiment.source import ModelSource
 from dinoseg.experiment.trained import Trained, sizes_to_keep
 from dinoseg.experiment.unread import warn_unread
 from dinoseg.export.runtime.evidence import data_of, scores_of
@@ -74,7 +75,7 @@ def export_model(
     if not gated:
         weights = [name for name in tensors if name.startswith("model/") and ".lora_" not in name]
         _check_licence(facts.backbone, source.config["head"].get("weights"), weights, copies=copies)
-    description = {**describe_config(stored), "folder": "."}
+    description = {**config_description(ModelBuilder.of(stored)), "folder": "."}
     info = {**trained.info, **description, **facts.description(), "frozen": frozen, "versions": dict(facts.versions)}
     idle = {"format"} if sizes else {"format", KEY}
     path = out_dir / FILES["torch"]
@@ -161,7 +162,7 @@ def _tensors(config: Mapping[str, Any], model: Segmenter, delta: bool) -> tuple[
     tensors = {f"{CONSTANTS}/{name}": value for name, value in constants(model).items()}
     if delta:
         return tensors | {f"model/{name}": state[name] for name in trained_names(model)}, frozen_fingerprint(model)
-    empty = outline_of(config)
+    empty = ModelBuilder.of(config).outline()
     empty.backbone.weights, empty.head.weights = "random", None
     return tensors | {f"model/{name}": state[name] for name in trained_names(empty)}, frozen_fingerprint(empty)
 

@@ -24,7 +24,7 @@ from dinoseg.cli.auto.given import left_of
 from dinoseg.cli.auto.timing import time_candidate
 from dinoseg.config.nodes import instantiate
 from dinoseg.config.plain import plain
-from dinoseg.experiment import build
+from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.step import training_parts
 from dinoseg.training import checkpoint
 from dinoseg.utils.errors import UserError
@@ -765,7 +765,7 @@ def test_a_validation_of_few_images_is_timed_with_their_reading(tmp_path, compos
     monkeypatch.setattr(timing, "evaluate", lambda *_, batches, **__: list(batches))
     monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
     cfg = compose(*SMALL, f"data.root={tmp_path}/data")
-    parts, data = training_parts(cfg), build.dataset(cfg, "val")
+    parts, data = training_parts(Builder(cfg)), Builder(cfg).dataset("val")
     kind, feed = type(data), SimpleNamespace(val=data, policy=None)
     read = kind.__getitem__
     slow = lambda data, place: clock.__setitem__(0, clock[0] + 5) or read(data, place)  # noqa: E731
@@ -788,7 +788,7 @@ def test_a_validation_is_timed_on_images_of_all_sizes(tmp_path, compose, monkeyp
     monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
     cfg = compose(*SMALL, f"data.root={tmp_path}/data")
     engine = instantiate(cfg.engine)
-    parts, data = training_parts(cfg), build.dataset(cfg, "val")
+    parts, data = training_parts(Builder(cfg)), Builder(cfg).dataset("val")
     large = [index for index, name in enumerate(data.names) if name == "10"]
     feed = SimpleNamespace(val=data, policy=instantiate(cfg.inference))
     seconds = timing._seconds_of_val(parts.loss(), feed, parts.model(), engine)

@@ -15,6 +15,7 @@ from dinoseg.config.guard import guard
 from dinoseg.config.nodes import instantiate
 from dinoseg.config.resolvers import settled
 from dinoseg.data.classes.file import NOT_DESCRIBED, read_class_file
+from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.recipe import config_description
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import read_ids
@@ -173,7 +174,7 @@ def test_neither_classes_nor_file(load, tmp_path):
     for node in (cfg.data.reader, cfg.head):
         with pytest.raises(UserError, match=message):
             instantiate(node)
-    assert config_description(cfg)["config"]["data"]["classes"] == "???"
+    assert config_description(Builder(cfg))["config"]["data"]["classes"] == "???"
     with pytest.raises(UserError, match="data.classes is not set.*a file classes.yaml in data.root"):
         instantiate(load(None).head)
     with pytest.raises(UserError, match="^data.root is not set"):
@@ -187,7 +188,7 @@ def test_a_checkpoint_keeps_what_the_file_said(load, tmp_path):
         describe(tmp_path, text)
         cfg = load(tmp_path)
         before = instantiate(cfg.data.reader)
-        kept = json.loads(json.dumps(config_description(cfg)["config"]))
+        kept = json.loads(json.dumps(config_description(Builder(cfg))["config"]))
         guard(kept, "resume=file")
         (tmp_path / "classes.yaml").unlink()
         put(tmp_path, [[0]])

@@ -20,7 +20,8 @@ from safetensors.torch import load_file
 from test_hostile_checkpoints import CASES, tampered
 
 import dinoseg
-from dinoseg.experiment import build
+from dinoseg.experiment.builder import Builder
+from dinoseg.experiment.models import ModelBuilder
 from dinoseg.experiment.resume import alone
 from dinoseg.training import checkpoint
 from dinoseg.utils.errors import UserError
@@ -107,8 +108,8 @@ def test_nothing_of_hydra_or_chance_is_left_in_the_program(file):
 @pytest.mark.parametrize("enabled", [True, False])
 def test_the_garbage_collector_is_paused_while_a_file_is_loaded(file, tmp_path, monkeypatch, enabled):
     paused = []
-    kept = build.check_fits
-    monkeypatch.setattr(build, "check_fits", lambda *given: paused.append(not gc.isenabled()) or kept(*given))
+    kept = ModelBuilder.check_fits
+    monkeypatch.setattr(ModelBuilder, "check_fits", lambda *given: paused.append(not gc.isenabled()) or kept(*given))
     try:
         (gc.enable if enabled else gc.disable)()
         dinoseg.load(file, device="cpu")
@@ -122,8 +123,8 @@ def test_the_garbage_collector_is_paused_while_a_file_is_loaded(file, tmp_path, 
 
 def test_a_file_of_a_whole_model_builds_it_once(file, monkeypatch):
     built = []
-    kept = build.model
-    monkeypatch.setattr(build, "model", lambda *given, **more: built.append(given) or kept(*given, **more))
+    kept = ModelBuilder.model
+    monkeypatch.setattr(ModelBuilder, "model", lambda *given, **more: built.append(given) or kept(*given, **more))
     model = dinoseg.load(file, device="cpu")
     assert len(built) == 1 and model.predict(picture()).mask.shape == (30, 41)
 
@@ -200,7 +201,7 @@ def test_a_file_is_asked_as_its_training_was_unless_told(compose, tmp_path):
 
 def foreign_file(compose, folder):
     """Write a DINOv3 file whose rotation frequencies are not those of its config, as Meta's are."""
-    backbone = build.backbone(compose("backbone=tiny_surgical", "data.classes=[a]"))
+    backbone = Builder(compose("backbone=tiny_surgical", "data.classes=[a]")).backbone()
     backbone.model.rope_embeddings.inv_freq.mul_(1.01)
     backbone.norm.weight.mul_(1.01)
     path = folder / "dinov3_file.safetensors"
@@ -267,7 +268,7 @@ def test_a_delta_names_the_commit_of_its_backbone(compose, tmp_path, monkeypatch
     fetched, commit = tmp_path / "hub/models--facebook--dinov2-small", "0123456789" * 4
     (fetched / "refs").mkdir(parents=True)
     (fetched / "refs/main").write_text(commit)
-    some = build.backbone(compose(*words, "data.classes=[a]", "backbone.weights=random"))
+    some = Builder(compose(*words, "data.classes=[a]", "backbone.weights=random")).backbone()
     write_tensors(fetched / "snapshots" / commit / "model.safetensors", some.export_state(), {})
     path = untrained(compose, tmp_path, *words)
     file = exported(path, tmp_path / "out", delta=True)

@@ -6,7 +6,7 @@ from omegaconf import OmegaConf
 from tiny_parts import load
 
 from dinoseg.config.nodes import instantiate
-from dinoseg.experiment import build
+from dinoseg.experiment.builder import Builder
 from dinoseg.models.adapters import Frozen, Full, LastBlocks, Lora
 from dinoseg.models.backbones.rgb import RgbBackbone
 from dinoseg.models.heads.eomt import EomtHead
@@ -86,7 +86,7 @@ def test_a_head_learns_on_colours():
 @pytest.mark.parametrize("untrained", [False, True])
 def test_it_is_built_from_its_config(untrained):
     cfg = OmegaConf.create(load("backbone=rgb", "adapter=frozen", "head=linear"))
-    model = build.model(cfg, untrained=untrained)
+    model = Builder(cfg).model(untrained=untrained)
     assert isinstance(model.backbone, RgbBackbone) and (model.patch_size, model.backbone.dim) == (8, 3)
     assert model(torch.zeros(1, 3, 20, 30, dtype=torch.uint8)).scores().shape == (1, 3, 20, 30)
 
@@ -110,7 +110,7 @@ def test_heads_take_its_map_or_say_why_not(head):
 def test_what_it_cannot_serve_is_refused():
     for adapter in ("full", "lora", "last_blocks"):
         with pytest.raises(UserError, match="nothing to train, as backbone=rgb. Choose adapter=frozen"):
-            build.model(OmegaConf.create(load("backbone=rgb", f"adapter={adapter}")))
+            Builder(OmegaConf.create(load("backbone=rgb", f"adapter={adapter}"))).model()
     with pytest.raises(UserError, match="the blocks of this backbone have no linear layers"):
         Lora(rank=1, alpha=1)(RgbBackbone())
     with pytest.raises(UserError, match="adapter.blocks=1: this backbone reads 0 blocks"):

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from eomt_making import FAMILIES, pair, spy_on_attention
 
 from dinoseg.core.contracts import Backbone
-from dinoseg.experiment import build
+from dinoseg.experiment.builder import Builder
 from dinoseg.models.adapters import Frozen, Full, LastBlocks, Lora
 from dinoseg.models.backbones.transformers_vit import TransformersVit
 from dinoseg.models.heads import eomt
@@ -281,6 +281,6 @@ def test_its_config_builds_it(compose):
         "head.blocks=3",
         "head.anneal=[[0,0.5],[0.1,0.6],[0.2,1]]",
     )
-    model = build.model(cfg)
+    model = Builder(cfg).model()
     assert model.head.windows == [(0, 0.5), (0.1, 0.6), (0.2, 1)]
     assert model.eval()(torch.rand(1, 3, 20, 30)).scores().shape[2:] == (20, 30)

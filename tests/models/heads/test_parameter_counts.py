@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dinoseg.experiment import build
+from dinoseg.experiment.builder import Builder
 
 SIZES = {
     "dinov3_vits16": (14_097_920, {8: 663_552, 16: 1_327_104, 32: 2_654_208}, 589_824),
@@ -20,7 +20,7 @@ def trainable(module):
 def on_meta(compose):
     def build_model(*overrides):
         with torch.device("meta"):
-            return build.model(compose("hparam=sarrarp/lora", "data.root=.", *overrides), untrained=True)
+            return Builder(compose("hparam=sarrarp/lora", "data.root=.", *overrides)).model(untrained=True)
 
     return build_model
 
@@ -67,20 +67,20 @@ def test_counts_of_the_rock_scan_recipes(compose, backbone, lora, linear, cnn):
     for recipe, head in (("schism/linear", linear), ("schism/cnn", cnn)):
         given = [f"hparam={recipe}", f"backbone={backbone}", "data.root=.", "data.classes=[a,b,c]", "engine=cpu"]
         with torch.device("meta"):
-            model = build.model(compose(*given), untrained=True)
+            model = Builder(compose(*given)).model(untrained=True)
         assert (trainable(model.backbone), trainable(model.head)) == (lora, head)
 
 
 def test_counts_of_the_person_recipe(compose):
     with torch.device("meta"):
-        model = build.model(compose("hparam=person_multiscale", "data.root=."), untrained=True)
+        model = Builder(compose("hparam=person_multiscale", "data.root=.")).model(untrained=True)
     assert (trainable(model.backbone), trainable(model.head)) == (0, 6_146)
 
 
 @pytest.mark.parametrize(("recipe", "outputs"), [("idd/m2f", 26), ("idd/m2f_no_object", 27)])
 def test_counts_of_the_largest_recipe(compose, recipe, outputs):
     with torch.device("meta"):
-        model = build.model(compose(f"hparam={recipe}", "data.root=."), untrained=True)
+        model = Builder(compose(f"hparam={recipe}", "data.root=.")).model(untrained=True)
     classes = 2048 * outputs + outputs
     parts = {"adapter": 227_084_736, "pixel_decoder": 233_719_168, "predictor": 466_307_072 + classes}
     assert {part: sum(p.numel() for p in getattr(model.head, part).parameters()) for part in parts} == parts

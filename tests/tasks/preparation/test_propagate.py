@@ -10,7 +10,7 @@ import pytest
 from command_line import call
 from failing import fail_after
 
-from dinoseg.experiment import build
+from dinoseg.experiment.builder import Builder
 from dinoseg.synthetic.surgery.scene import render_clip
 from dinoseg.synthetic.surgery.write import render_dataset
 from dinoseg.tasks.preparation import pseudo_labels as propagate
@@ -89,17 +89,17 @@ def test_the_frames_between_masks_get_labels_marked_as_such(prepared):
 def test_training_reads_them_on_request(home, compose):
     prepare(home, "data.prepare.min_agreement=0")
     words = ("data=sarrarp", f"data.root={home}/sar", f"cache_dir={home}/cache", "data.on_error=skip", "engine=cpu")
-    assert len(build.dataset(compose(*words), "train")) == SECONDS
+    assert len(Builder(compose(*words)).dataset("train")) == SECONDS
     cfg = compose(*words, "data.reader.pseudo=true")
-    data = build.dataset(cfg, "train", reduced=True)
+    data = Builder(cfg).dataset("train", reduced=True)
     assert (
         len(data) == SECONDS + 9
         and [name.split("/")[1] for name in data.names] == ["0" * 9, f"{60:09d}"] + ["pseudo"] * 9
     )
     sample = data[5]
     assert sample["image"].shape == (3, 32, 48) and sample["mask"].shape == (32, 48)
-    assert len(build.dataset(cfg, "train")) == SECONDS  # to score on
-    assert len(build.dataset(cfg, "val")) == len(build.dataset(cfg, "test")) == SECONDS
+    assert len(Builder(cfg).dataset("train")) == SECONDS  # to score on
+    assert len(Builder(cfg).dataset("val")) == len(Builder(cfg).dataset("test")) == SECONDS
 
 
 @pytest.mark.heavy

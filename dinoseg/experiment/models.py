@@ -1,0 +1,278 @@
+"""Builder of models from the config."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dinoseg.config.checks import check_given
+from dinoseg.config.nodes import instantiate, keeping, not_set
+from dinoseg.config.plain import plain
+from dinoseg.config.resolvers import register_resolvers
+from dinoseg.core.contracts import Backbone, Head
+from dinoseg.data.classes.labels import Labels
+from dinoseg.models.adapters import Frozen
+from dinoseg.models.model import Segmenter
+from dinoseg.models.no_init import NoInit
+from dinoseg.training import loading
+from dinoseg.training.engine import Engine
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.tensor_files import check_file
+
+
+class ModelBuilder:
+    """Builder of the model that a config describes.
+
+    Args:
+        cfg: the whole config.
+
+    Attributes:
+        options: the selected option of each config group, such as {"head": "linear"}; for messages.
+        resume: the checkpoint that the config names; None: it names none.
+    """
+
+    def __init__(self, cfg: DictConfig) -> None:
+        self._cfg = cfg
+        self.options: Mapping[str, str] = cfg.get("choices") or {}
+        self.resume: str | None = cfg.get("resume")
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Self:
+        """Return the builder of a plain config, in any process."""
+        register_resolvers()
+        return cls(OmegaConf.create(dict(config)))
+
+    def changed(self, changes: Mapping[str, Any]) -> Self:
+        """Return a builder of the same config with `changes`, a nested mapping, merged into it."""
+        return type(self)(OmegaConf.merge(self._cfg, changes))  # type: ignore[arg-type]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The whole config as plain values, with unresolved interpolations."""
+        return plain(self._cfg)
+
+    @property
+    def yaml(self) -> str:
+        """The whole config as YAML."""
+        return OmegaConf.to_yaml(self._cfg)
+
+    def settings(self, group: str) -> dict[str, Any]:
+        """Return the resolved values of a config group."""
+        return plain(self._cfg[group], resolve=True)
+
+    def value(self, key: str, default: Any = None) -> Any:
+        """Return the value or config node at a full key such as `data.group`; `default` if the config lacks it."""
+        node: Any = self._cfg
+        for name in key.split("."):
+            if name not in node.keys():
+                return default
+            node = node[name]
+        return node
+
+    def arguments(self, target: Callable[..., Any], keys: Mapping[str, str]) -> dict[str, Any]:
+        """Return config values as keyword arguments of a class or function, validated against its signature.
+
+        Args:
+            target: what takes them.
+            keys: from parameter names to full keys; keys that the config lacks are left out.
+
+        Raises:
+            UserError: a value has another type or is out of range; the message names its key.
+        """
+        absent = object()
+        values = {name: self.value(key, absent) for name, key in keys.items()}
+        given = {name: value for name, value in values.items() if value is not absent}
+        check_given(f"{target.__module__}.{target.__qualname__}", given, keys)
+        return given
+
+    def part(self, key: str, **overrides: Any) -> Any:
+        """Return the object of the config node at a full key such as `data.augment`, with overrides of its values."""
+        return instantiate(self.value(key), instead=overrides)
+
+    @property
+    def seed(self) -> int:
+        """The seed of all random numbers of a run.
+
+        Raises:
+            UserError: the seed is not a non-negative integer.
+        """
+        seed = self._cfg.seed
+        if not isinstance(seed, int) or seed < 0:
+            raise UserError(f"seed={seed}: give a whole number that is not negative.")
+        return seed
+
+    @property
+    def labels(self) -> Labels:
+        """The classes, palette and ignored ID of the dataset; no file but `classes.yaml` is needed.
+
+        Raises:
+            UserError: one of them is not set.
+        """
+        data = self._cfg.data
+        absent = {"classes", "palette", "ignore_index"} - data.keys()
+        if absent:
+            raise UserError(not_set(f"data.{min(absent)}"))
+        return Labels.of(data.classes, data.palette, data.ignore_index)
+
+    def engine(self, **overrides: Any) -> Engine:
+        """Return the engine of the config, with overrides of its values."""
+        return self.part("engine", **overrides)
+
+    def model(self, *, untrained: bool = False, outlined: bool = False, initialised: bool = True) -> Segmenter:
+        """Return the segmenter.
+
+        Parts that do not fit together are refused before any weights are read.
+
+        Args:
+            untrained: read no weights.
+            outlined: whether `outline` has already checked this config; the check is then skipped.
+            initialised: initialise the parameters. Without it they stay uninitialised, for a file that holds all of
+                them.
+        """
+        if not untrained:
+            self._check_head_file()
+        if not untrained and not outlined and self._cfg.backbone.get("weights") != "random":
+            self.outline()
+        with nullcontext() if initialised else NoInit():
+            return self._segmenter(self._adapted(untrained=untrained), untrained=untrained)
+
+    def outline(self) -> Segmenter:
+        """Return the segmenter on the meta device: its parts and their shapes, without memory."""
+        with torch.device("meta"), NoInit():
+            return self.model(untrained=True)
+
+    def backbone(self) -> Backbone:
+        """Return the backbone without adapter, frozen and in eval mode."""
+        torch.manual_seed(self.seed)
+        return keeping(Backbone, instantiate(self._cfg.backbone), "backbone").requires_grad_(False).eval()
+
+    def check_fits(self, file: loading.Checkpoint) -> Segmenter:
+        """Refuse a checkpoint that does not fit the model, before the model is built; return its `outline`.
+
+        The outline is built on the meta device, with no more parts and parameters than this machine could hold.
+
+        Args:
+            file: the outline of the checkpoint, whose config is part of this one.
+
+        Raises:
+            UserError: the checkpoint does not fit, or the model is too large; the message names the part.
+        """
+        try:
+            with loading.bounded(f"resume={file.path}"):
+                empty = self.outline()
+        except UserError:
+            raise
+        except Exception as error:  # invalid values raise different errors in each part
+            lost = isinstance(error, OmegaConfBaseException) and f"{error.full_key} has no value that can be used"
+            said = lost or f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no more'])[0][:200]}"
+            raise UserError(
+                f"resume={file.path}: no model can be made of its config ({said}). Correct the "
+                "keys given beside it, or choose another checkpoint."
+            ) from error
+        self.name_weights(empty)
+        loading.check_fits(empty, file)
+        loading.check_size(empty, f"resume={file.path}")
+        return empty
+
+    def name_weights(self, outline: Segmenter) -> None:
+        """Set the sources of an outline's weights, which decide which tensors count as trained."""
+        for part, node in ((outline.backbone, self._cfg.backbone), (outline.head, self._cfg.head)):
+            part.weights = node.get("weights", part.weights)
+
+    def _adapted(self, *, untrained: bool = False, layers: Sequence[int] | None = None) -> Backbone:
+        """Return the backbone with its adapter; `layers` overrides the blocks that it reads."""
+        adapter = instantiate(self._cfg.adapter, without=("lr",))
+        torch.manual_seed(self.seed)
+        instead: dict[str, Any] = {} if layers is None else {"layers": list(layers)}
+        if untrained and "weights" in self._cfg.backbone:
+            instead["weights"] = "random"
+        bare = keeping(Backbone, instantiate(self._cfg.backbone, instead=instead), "backbone")
+        if next(bare.parameters(), None) is None and not isinstance(adapter, Frozen):
+            raise UserError("This backbone has nothing to train, as backbone=rgb. Choose adapter=frozen.")
+        return adapter(bare)
+
+    def _segmenter(self, adapted: Backbone, *, untrained: bool = False) -> Segmenter:
+        """Return a segmenter of a backbone and a new head."""
+        keys = plain(self._cfg.head)
+        late = {"in_dim": adapted.dim, "num_layers": adapted.num_layers}
+        # timm backbones: known only once the model is built
+        if "patch_size" in keys and self._cfg.head.patch_size is None:
+            late["patch_size"] = adapted.patch_size
+        weightless = {"weights": None} if untrained and "weights" in keys else None
+        make = instantiate(self._cfg.head, without=("layers", "lr", *late), instead=weightless)
+        head = keeping(Head, make(**late), "head")
+        sizes = self.arguments(Segmenter, {"scale": "resolution.scale", "longest": "resolution.longest"})
+        self._check_crop(adapted.patch_size)
+        return Segmenter(adapted, head, **sizes)
+
+    def _check_crop(self, patch_size: int) -> None:
+        resolution = self.settings("resolution")
+        crop, scale = resolution["crop"], resolution["scale"]
+        if isinstance(crop, list) and {*map(type, crop)} == {int} and min(crop) * scale < patch_size:
+            raise UserError(
+                f"resolution.crop={crop} with resolution.scale={scale} is less than one patch of the "
+                f"backbone, {patch_size} pixels. Give a larger crop."
+            )
+
+    def _check_head_file(self) -> None:
+        """Refuse an unset or missing file of head weights, before the backbone's weights are downloaded."""
+        weights = plain(self._cfg.head).get("weights")
+        if weights == "???":
+            raise UserError(not_set("head.weights"))
+        if weights is not None:
+            check_file(Path(str(weights)).expanduser(), "head.weights")
+
+
+def build_multi_head(builders: Sequence[ModelBuilder], device: torch.device) -> tuple[Backbone, list[Segmenter]]:
+    """Return one frozen backbone, and segmenters that share its tensors, for configs that differ only in the head.
+
+    Each segmenter equals `ModelBuilder.model` of its config, random weights included.
+
+    Args:
+        builders: one per head.
+        device: of all parts.
+
+    Raises:
+        UserError: a part of the backbone is trained, or a part does not fit.
+    """
+    for each in builders:
+        each._check_head_file()
+    own = [each.outline().backbone for each in builders]
+    trained = next((each for each, part in zip(builders, own, strict=True) if part.first_trained is not None), None)
+    if trained is not None:
+        raise UserError(
+            f"adapter={trained.options['adapter']}: trainer=many_heads trains heads on one backbone, of which nothing "
+            "may change. Choose adapter=frozen; or train each head with a backbone of its own, in a sweep: -m "
+            "trainer=supervised head=linear,mlp."
+        )
+    layers = sorted({layer for part in own for layer in part.layers})
+    whole = builders[0]._adapted(layers=layers).to(device).eval()
+    drawn = torch.get_rng_state()  # each head samples its initial weights from this state, as in a run of its own
+    models = []
+    for each, part in zip(builders, own, strict=True):
+        if whole.patch_size != part.patch_size:
+            raise UserError(
+                f"head.layers={list(part.layers)}: the coarsest of these maps has a stride of {part.patch_size} px, "
+                f"and that of all that the heads read together, {list(whole.layers)}, of {whole.patch_size}. Let each "
+                "head read the coarsest stage too, or train them apart, in a sweep."
+            )
+        _lend_tensors(whole, part)
+        part.eval()  # heads that run it by themselves would otherwise update its BatchNorm statistics
+        torch.set_rng_state(drawn)
+        models.append(each._segmenter(part).to(device))
+    return whole, models
+
+
+def _lend_tensors(whole: Backbone, part: Backbone) -> None:
+    """Share the tensors of `whole` with `part`, a backbone on the meta device that reads a subset of its blocks."""
+    part.weights = whole.weights
+    modules = dict(whole.named_modules())
+    for name, own in part.named_modules():
+        for key in own._parameters:
+            own._parameters[key] = modules[name]._parameters[key]
+        for key in own._buffers:
+            own._buffers[key] = modules[name]._buffers[key]
