@@ -9,7 +9,11 @@ import dinoseg
 
 PACKAGE = Path(dinoseg.__file__).parent
 CONFIGS = ("cfg", "_cfg")  # what a config is called
-BUILDER = ("value", "part", "digest", "arguments")  # methods of `Builder` that take full keys
+BUILDERS = ("ModelBuilder", "Builder", "ModelSource")
+BUILDER = ("value", "part", "settings", "digest", "arguments")  # methods of a builder that take full keys
+WHOLE = ("part", "settings", "digest")  # those of them that read all that the node says
+CALLED = {"build", "_build", "parts", "source"}  # what a builder is called; in its own modules also:
+INSIDE = {"self", "each"}
 
 
 class Code:
@@ -50,11 +54,16 @@ class Code:
     def reads(self, start):
         """Return the dotted keys, two names long at most, that a function reads, with all that it can come to call.
 
-        Of a class that is reached, those methods are that any reached code names.
+        Of a class that is reached, those methods are that any reached code names; of a builder, those that it names of
+        what is called as builders are.
         """
         found, attributes, waiting, reached = set(), set(), [start], set()
-        methods = []  # of reached classes: name, module, node
-        while waiting or any(name in attributes or name.startswith("__") for name, *_ in methods):
+        methods = []  # of reached classes: name, as it has to be named; module, node
+
+        def is_named(method):
+            return method[0] in attributes or method[0].split(".")[-1].startswith("__")
+
+        while waiting or any(map(is_named, methods)):
             if waiting:
                 part = waiting.pop()
                 if part in reached or part not in self.parts:
@@ -63,12 +72,13 @@ class Code:
                 module, node = self.parts[part]
                 if isinstance(node, ast.ClassDef):
                     inner = [each for each in node.body if isinstance(each, ast.FunctionDef)]
-                    methods += [(each.name, module, each) for each in inner]
+                    owner = "builder." if node.name in BUILDERS else ""
+                    methods += [(f"{owner}{each.name}", module, each) for each in inner]
                     pieces = [each for each in (*node.body, *node.bases) if each not in inner]
                 else:
                     pieces = [node]
             else:
-                called = next(each for each in methods if each[0] in attributes or each[0].startswith("__"))
+                called = next(filter(is_named, methods))
                 methods.remove(called)
                 _, module, node = called
                 pieces = [node]
@@ -83,9 +93,23 @@ class Code:
         """Return the parts, attributes and keys that a piece of code names."""
         if piece not in self.seen:
             names = [name for name in self.meant(module, piece) if name]
-            attributes = {each.attr for each in ast.walk(piece) if isinstance(each, ast.Attribute)}
+            found = [each for each in ast.walk(piece) if isinstance(each, ast.Attribute)]
+            inside = any(
+                name in BUILDERS and self.names[module][name].startswith(module) for name in self.names[module]
+            )
+            attributes = {each.attr for each in found}
+            attributes |= {f"builder.{each.attr}" for each in found if is_builder(each.value, inside=inside)}
             self.seen[piece] = names, attributes, set(keys_in(piece))
         return self.seen[piece]
+
+
+def is_builder(node, *, inside):
+    """Return whether an expression is a builder, by what it is called."""
+    if isinstance(node, ast.Call):
+        makes = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", None)
+        return makes in (*BUILDERS, "of", "changed", "with_options")
+    name = node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", None)
+    return name in (CALLED | INSIDE if inside else CALLED)
 
 
 def keys_in(node):
@@ -101,8 +125,8 @@ def keys_in(node):
         if isinstance(each, ast.Call) and isinstance(each.func, ast.Attribute) and each.func.attr in BUILDER:
             texts = [part.value for part in ast.walk(each) if isinstance(part, ast.Constant)]
             full = [text for text in texts if isinstance(text, str) and re.fullmatch(r"[a-z_]+(\.[a-z_]+)*", text)]
-            whole = "*" * (each.func.attr in ("part", "digest"))
-            yield from (".".join(text.split(".")[:2]) + whole for text in full if "." in text or whole)
+            whole, alone = "*" * (each.func.attr in WHOLE), is_builder(each.func.value, inside=False)
+            yield from (".".join(text.split(".")[:2]) + whole for text in full if "." in text or whole or alone)
         path = path_of(each)
         if path is None or len(path) < 2 or path[0] not in CONFIGS or each in inner:
             continue

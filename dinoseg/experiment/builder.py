@@ -96,7 +96,7 @@ class Builder(ModelBuilder):
                 f"trainer={self.options['trainer']}. Give trainer=distil, or leave teacher out."
             )
         try:
-            return instantiate(node)(self)
+            return self.part("trainer.task")(self)
         except TypeError as error:
             raise UserError(
                 f"trainer.task={node.get('_target_')} cannot be built ({error}). Name a class that inherits "
@@ -113,14 +113,15 @@ class Builder(ModelBuilder):
             UserError: no reader is configured. The returned function raises it for any fault of the dataset, see
                 `conforming`.
         """
-        data, node = self._cfg.data, self._cfg.data.get("reader")
+        node = self._cfg.data.get("reader")
         if not OmegaConf.is_dict(node) or "_target_" not in node or not node.get("_partial_"):
             raise UserError(
                 f"data={self.options['data']}: `reader` must name a class or function that takes `split`. Set in its "
                 "YAML file `_target_: MODULE.NAME` and `_partial_: true` below `reader`."
             )
-        find, conforming = instantiate(node, instead=overrides), instantiate(_CONFORMING)
-        return lambda split: conforming(find(split=split), list(data.classes), data.ignore_index)
+        find, conforming = self.part("data.reader", **overrides), instantiate(_CONFORMING)
+        classes, ignore_index = list(self._cfg.data.classes), self._cfg.data.ignore_index
+        return lambda split: conforming(find(split=split), classes, ignore_index)
 
     def dataset(self, split: str, engine: Engine | None = None, *, reduced: bool = False) -> SegmentationData:
         """Return one split of the dataset.
@@ -135,16 +136,16 @@ class Builder(ModelBuilder):
             UserError: the split is unknown, or the dataset has a fault.
         """
         check_split(split)
-        data, reduced = self._cfg.data, reduced or engine is not None
+        reduced = reduced or engine is not None
         # pseudo-labels are no ground truth to score against
-        without = {"pseudo": False} if "pseudo" in (data.get("reader") or ()) and not reduced else {}
+        without = {"pseudo": False} if "pseudo" in (self._cfg.data.get("reader") or ()) and not reduced else {}
         pairs = self.reader(**without)(split)
         more: dict[str, Any] = {} if engine is None else {"decided": engine.decided}
-        if reduced and split == "train" and data.get("labelled") is not None:
-            labelled = {"labelled": data.labelled}
+        if reduced and split == "train" and self._cfg.data.get("labelled") is not None:
+            labelled = {"labelled": self._cfg.data.labelled}
             check_given("dinoseg.data.opened.opened", labelled, {"labelled": "data.labelled"})
-            more |= {**labelled, "group": data.group, "seed": self.seed}
-        return instantiate(data.opened)(pairs, split=split, reduced=reduced, **more)
+            more |= {**labelled, "group": self._cfg.data.group, "seed": self.seed}
+        return self.part("data.opened")(pairs, split=split, reduced=reduced, **more)
 
     def clips(self, split: str) -> Any:
         """Return one split of the videos as clips of frames (`dinoseg.data.clips.cut.Clips`).
@@ -158,7 +159,7 @@ class Builder(ModelBuilder):
                 f"data={self.options['data']} has no clips. Choose data=davis2016, davis2017, youtube_vos, movi or "
                 "videos."
             )
-        return instantiate(self._cfg.data.clips)(split=split)
+        return self.part("data.clips")(split=split)
 
     @property
     def loss_has_classes(self) -> bool:
@@ -170,19 +171,19 @@ class Builder(ModelBuilder):
 
         `train` may be None for losses that need no masks.
         """
-        loss, option = self._cfg.loss, self.options["loss"]
+        weights = self._cfg.loss.weights
         if not self.loss_has_classes:
-            if loss.weights != "none":
-                raise UserError(f"loss.weights={loss.weights}: loss={option} knows no classes. Leave it out.")
+            if weights != "none":
+                raise UserError(f"loss.weights={weights}: loss={self.options['loss']} knows no classes. Leave it out.")
             return self.criterion()
         if train is None:
             raise UserError(
-                f"loss={option} is a loss on labels, which clips have none of. Choose loss=feature_reconstruction or "
-                "loss=video_similarity, or trainer=supervised for images and masks."
+                f"loss={self.options['loss']} is a loss on labels, which clips have none of. Choose "
+                "loss=feature_reconstruction or loss=video_similarity, or trainer=supervised for images and masks."
             )
-        weigh = instantiate(loss.class_weights)
-        counted = isinstance(loss.weights, str) and loss.weights != "none"
-        counts = instantiate(loss.counts)(train) if counted else [1] * len(train.classes)
+        weigh = self.part("loss.class_weights")
+        counted = isinstance(weights, str) and weights != "none"
+        counts = self.part("loss.counts")(train) if counted else [1] * len(train.classes)
         return self.criterion(class_weights=weigh(counts, train.classes))
 
     def unweighted_loss(self) -> Loss:
@@ -193,15 +194,15 @@ class Builder(ModelBuilder):
 
     def criterion(self, **weights: Tensor) -> Loss:
         """Return the loss with given weights; a loss on labels takes `class_weights`."""
-        return keeping(Loss, instantiate(self._cfg.loss.criterion)(**weights), "loss.criterion")
+        return keeping(Loss, self.part("loss.criterion")(**weights), "loss.criterion")
 
     def optimizer(self, model: torch.nn.Module) -> Optimizer:
         """Return the optimizer of a model's trainable parameters."""
-        return instantiate(self._cfg.optim.optimizer)(model)
+        return self.part("optim.optimizer")(model)
 
     def schedule(self) -> Callable[[int, int], float]:
         """Return the learning-rate schedule, which maps a step and the number of steps to a factor."""
-        return instantiate(self._cfg.optim.schedule)
+        return self.part("optim.schedule")
 
     def lengths(self, samples: int) -> Lengths:
         """Return the number of training steps and the validation interval, for `samples` training samples.
@@ -209,9 +210,8 @@ class Builder(ModelBuilder):
         Raises:
             UserError: no length is configured, or a value is out of range.
         """
-        trainer = self._cfg.trainer
-        options = {key: trainer.get(key) for key in ("steps", "epochs", "val_every")}
-        options |= {"batch_size": self._cfg.data.batch_size, "accumulate": trainer.accumulate}
+        options = {key: self._cfg.trainer.get(key) for key in ("steps", "epochs", "val_every")}
+        options |= {"batch_size": self._cfg.data.batch_size, "accumulate": self._cfg.trainer.accumulate}
         names = {key: f"{'data' if key == 'batch_size' else 'trainer'}.{key}" for key in options}
         check_given("dinoseg.training.lengths.in_steps", options, names)
         return in_steps(samples, **options)
@@ -222,7 +222,7 @@ class Builder(ModelBuilder):
         Args:
             lengths: settings in steps, such as `steps`, which override those of the config.
         """
-        return instantiate(self._cfg.trainer.loop, instead=lengths)()
+        return self.part("trainer.loop", **lengths)()
 
 
 def check_split(split: str) -> None:

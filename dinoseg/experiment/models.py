@@ -32,13 +32,11 @@ class ModelBuilder:
 
     Attributes:
         options: the selected option of each config group, such as {"head": "linear"}; for messages.
-        resume: the checkpoint that the config names; None: it names none.
     """
 
     def __init__(self, cfg: DictConfig) -> None:
         self._cfg = cfg
         self.options: Mapping[str, str] = cfg.get("choices") or {}
-        self.resume: str | None = cfg.get("resume")
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Self:
@@ -49,6 +47,11 @@ class ModelBuilder:
     def changed(self, changes: Mapping[str, Any]) -> Self:
         """Return a builder of the same config with `changes`, a nested mapping, merged into it."""
         return type(self)(OmegaConf.merge(self._cfg, changes))  # type: ignore[arg-type]
+
+    @property
+    def resume(self) -> str | None:
+        """The checkpoint that the config names; None: it names none."""
+        return self._cfg.get("resume")
 
     @property
     def config(self) -> dict[str, Any]:
@@ -112,7 +115,7 @@ class ModelBuilder:
         Raises:
             UserError: one of them is not set.
         """
-        data = self._cfg.data
+        data = self.value("data")
         absent = {"classes", "palette", "ignore_index"} - data.keys()
         if absent:
             raise UserError(not_set(f"data.{min(absent)}"))
@@ -148,7 +151,7 @@ class ModelBuilder:
     def backbone(self) -> Backbone:
         """Return the backbone without adapter, frozen and in eval mode."""
         torch.manual_seed(self.seed)
-        return keeping(Backbone, instantiate(self._cfg.backbone), "backbone").requires_grad_(False).eval()
+        return keeping(Backbone, self.part("backbone"), "backbone").requires_grad_(False).eval()
 
     def check_fits(self, file: loading.Checkpoint) -> Segmenter:
         """Refuse a checkpoint that does not fit the model, before the model is built; return its `outline`.

@@ -43,9 +43,9 @@ def tracker_maker(
         UserError: the config node makes no tracker, or one that does not take `smoothing`.
     """
     follows_slots = trained is not None and trained.model.head.slots is not None
-    group = "slots" if follows_slots else "tracker"
+    group, node = ("slots", build.value("slots")) if follows_slots else ("tracker", build.value("tracker"))
     name = f"{group}={build.options[group]}"
-    make = tracker_factory(build.value(group), name)
+    make = tracker_factory(node, name)
     takes = signature(make).parameters
     options: dict[str, Any] = {"device": engine.device, "autocast": engine.autocast, "batch_size": batch_size}
     if smoothing is not None:

@@ -49,11 +49,11 @@ def run(
     check_split(split)
     build = Builder(cfg)
     tracking = TrackingOptions(metrics_only=metrics_only, official=official, restart=restart, report=report)
-    if cfg.data.clips is not None and not is_trained(build):
-        return _track_split(build, None, out_dir, split, supervision, tracking)
+    if tracks_untrained(build):
+        return track_split(build, None, out_dir, split, supervision, tracking)
     trained = load_trained(build)
     if trained.model.head.slots is not None:
-        return _track_split(build, trained, out_dir, split, supervision, tracking)
+        return track_split(build, trained, out_dir, split, supervision, tracking)
     for key, value in (("supervision", supervision), ("restart", restart)):
         if value is not None:
             raise UserError(
@@ -92,7 +92,12 @@ def run(
     return {**scores, "run": str(out_dir)}
 
 
-def _track_split(
+def tracks_untrained(build: Builder) -> bool:
+    """Return whether a backbone alone tracks: on videos, without a checkpoint or a pretrained head."""
+    return build.value("data.clips") is not None and not is_trained(build)
+
+
+def track_split(
     build: Builder,
     trained: Trained | None,
     out_dir: Path,

@@ -165,7 +165,7 @@ def _refuse_slots(trained: Trained, resume: str | None) -> None:
 def _settings(build: Builder, options: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Return the settings that results depend on, in addition to their inputs."""
     weights = None if build.resume is None else list(stamp(Path(build.resume)) or ())
-    model = {key: build.settings(key) for key in _SETTINGS}
+    model = {key: build.settings(key) for key in _SETTINGS if build.value(key) is not None}
     # a typed size also applies to large images, even if it equals that of the checkpoint
     typed = {"resolution.longest on the command line": True} if longest_is_typed(folder) else {}
     return {"resume": build.resume, "stamp": weights, **model, **typed, "mode": options}

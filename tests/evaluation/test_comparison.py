@@ -14,6 +14,7 @@ from dinoseg.evaluation.image_record import RECORD, ImageRecord, read_record, wr
 from dinoseg.evaluation.paired_pictures import SHOWN, Pictures, most_different
 from dinoseg.evaluation.sides import Side, _by_seed, _jobs, aligned, seeds_note, units_note
 from dinoseg.experiment import run_config
+from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.run_config import open_saved_data
 from dinoseg.report.html.comparison import OtherRun
 from dinoseg.utils.errors import UserError
@@ -119,7 +120,7 @@ def test_the_data_are_asked_for_once_and_what_is_wrong_is_told_once(tmp_path, mo
     cfg = OmegaConf.create({"trust": []})
     others = against(
         sides(folders, [record(seed) for seed in range(4)]),
-        lambda: open_saved_data(cfg, folders[0], root="", split="val"),
+        lambda: open_saved_data(Builder(cfg), folders[0], root="", split="val"),
     )
     assert len(asked) == 1 and caplog.text.count("The page has no pictures: ") == 1
     assert all("config.yaml does not say what the data are" in other.no_pictures for other in others)

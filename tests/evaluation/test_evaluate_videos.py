@@ -568,11 +568,11 @@ def test_more_slots_than_proposals_are_refused_before_tracking(compose, tmp_path
     cfg = compose("data=davis2017", f"data.root={write_unsupervised(tmp_path)}")
     trained = SimpleNamespace(model=SimpleNamespace(head=SimpleNamespace(slots=SimpleNamespace(num_slots=24))))
     with pytest.raises(UserError, match=r"24 slots.* takes 20 segments. Give head.num_slots=20 or fewer"):
-        track_split(cfg, trained, tmp_path, "val", "none", TrackingOptions())
+        track_split(Builder(cfg), trained, tmp_path, "val", "none", TrackingOptions())
     trained.engine, slots = None, trained.model.head.slots
     for slots.num_slots, options in ((24, TrackingOptions(official=False)), (20, TrackingOptions())):
         with pytest.raises(AttributeError, match="NoneType"):  # on to the engine, of which there is none
-            track_split(cfg, trained, tmp_path, "val", "none", options)
+            track_split(Builder(cfg), trained, tmp_path, "val", "none", options)
 
 
 def test_slots_made_for_masks_that_are_not_given_are_refused_before_tracking(compose, tmp_path):
@@ -582,7 +582,7 @@ def test_slots_made_for_masks_that_are_not_given_are_refused_before_tracking(com
     )
     told = r"slots.lock_on=true .*mode.supervision=none gives none\. Give mode.supervision=first_frame, or slots=free"
     with pytest.raises(UserError, match=told):
-        track_split(cfg, trained, tmp_path, "val", "none", TrackingOptions())
+        track_split(Builder(cfg), trained, tmp_path, "val", "none", TrackingOptions())
 
 
 @pytest.mark.parametrize(
@@ -609,7 +609,9 @@ def test_slots_of_a_trained_model(compose, tiny_backbone, tmp_path, data, superv
             write_frame(root / f"validation/{name}/frames/{index:05d}.png", mask)
             write_png(root / f"validation/{name}/segmentations/{index:05d}.png", mask)
     cfg = compose(f"data={data}", f"data.root={root}")
-    result = track_split(cfg, trained, tmp_path / "run", "val", supervision, TrackingOptions(metrics_only=True))
+    result = track_split(
+        Builder(cfg), trained, tmp_path / "run", "val", supervision, TrackingOptions(metrics_only=True)
+    )
     scores = json.loads((tmp_path / "run/scores.json").read_text())
     assert scores["protocol"] == protocol and scores["scores"].items() <= result.items()
     files = [tmp_path / f"run/masks/{name}/{index:05d}.png" for name in sequences for index in range(5)]
@@ -621,7 +623,7 @@ def test_slots_of_a_trained_model(compose, tiny_backbone, tmp_path, data, superv
 
 def test_who_tracks(compose, tmp_path, monkeypatch):
     cfg = compose("data=davis2016", "data.root=none")
-    assert tracks_untrained(cfg)
+    assert tracks_untrained(Builder(cfg))
     for changes, tracks in (
         ({"resume": "run"}, False),
         ({"data": {"clips": None}}, False),  # images
@@ -629,7 +631,7 @@ def test_who_tracks(compose, tmp_path, monkeypatch):
         ({"head": {"weights": "file", "class_layer": "new"}}, True),
         ({"head": {"weights": None}}, True),
     ):
-        assert tracks_untrained(OmegaConf.merge(cfg, changes)) == tracks, changes
+        assert tracks_untrained(Builder(OmegaConf.merge(cfg, changes))) == tracks, changes
     images = SimpleNamespace(model=SimpleNamespace(head=SimpleNamespace(slots=None)))
     monkeypatch.setattr(mode, "load_trained", lambda _: images)
     for key in ("restart", "supervision"):

@@ -253,8 +253,8 @@ def test_lora_updates_are_merged_and_a_program_is_proven_too(compose, tmp_path):
 
 @pytest.mark.parametrize(("precision", "expected"), [("fp16", "fp32"), ("bf16", "bf16")])
 def test_settings_of_a_gpu_do_not_reach_the_export_on_the_cpu(monkeypatch, precision, expected):
-    def load(cfg):
-        raise UserError(f"{cfg.engine}")
+    def load(build):
+        raise UserError(f"{build.settings('engine')}")
 
     monkeypatch.setattr(source, "load_trained", load)
     cfg = OmegaConf.create({"resume": "x", "engine": {"device": "auto", "precision": precision, "tf32": True}})

@@ -17,6 +17,7 @@ from dinoseg.evaluation.comparison import against
 from dinoseg.evaluation.image_record import COUNTS, RECORD, evaluated, read_record
 from dinoseg.evaluation.run_costs import run_rows
 from dinoseg.evaluation.sides import run_names, seeds_note, sides_of
+from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.run_config import open_saved_data
 from dinoseg.modes import evaluate
 from dinoseg.utils.errors import UserError
@@ -51,7 +52,7 @@ def held(runs, compose, monkeypatch, caplog):
         with caplog.at_level(logging.INFO):
             sides = sides_of([*given])
             first = sides[0].records[0]
-            open_data = partial(open_saved_data, cfg, sides[0].places[0], root=first.root, split=first.split)
+            open_data = partial(open_saved_data, Builder(cfg), sides[0].places[0], root=first.root, split=first.split)
             others = against(sides, open_data)
         return sides, others, caplog.text
 

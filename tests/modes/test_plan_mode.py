@@ -16,6 +16,7 @@ from dinoseg.autotune.fitting import Fit
 from dinoseg.autotune.step_bytes import StepBytes
 from dinoseg.autotune.target import Target
 from dinoseg.autotune.trial import Trial
+from dinoseg.experiment.builder import Builder
 from dinoseg.inference.memory import OutOfMemory
 from dinoseg.modes import plan as planning
 from dinoseg.utils.errors import UserError
@@ -163,17 +164,17 @@ def test_a_dry_step_tells_what_it_took_or_that_it_is_more(monkeypatch, kind, tri
 
 
 def test_a_device_that_is_not_here_computes_as_the_config_says(compose, monkeypatch):
-    target, engine = planning._target(compose(*WORDS, "engine.precision=bf16"), "24GB", "cuda")
+    target, engine = planning._target(Builder(compose(*WORDS, "engine.precision=bf16")), "24GB", "cuda")
     assert (target.kind, target.memory, target.bf16, engine) == ("cuda", 24 * 10**9, True, None)
     monkeypatch.setattr(planning, "free_bytes", lambda device: math.inf)
     with pytest.raises(UserError, match="This system does not say how much memory is free. Give mode.memory"):
-        planning._target(compose(*WORDS), None, None)
+        planning._target(Builder(compose(*WORDS)), None, None)
 
 
 def test_ranks_of_a_cpu_share_what_is_free_and_have_each_what_is_said(compose, monkeypatch):
     monkeypatch.setattr(planning, "free_bytes", lambda device: 6000)
     cfg = compose(*WORDS, "engine.devices=3", "data.batch_size=6")
-    assert [planning._target(cfg, said, None)[0].memory for said in (None, "1MiB")] == [2000, 2**20]
+    assert [planning._target(Builder(cfg), said, None)[0].memory for said in (None, "1MiB")] == [2000, 2**20]
 
 
 def test_a_command_keeps_what_was_typed_but_for_what_changes(monkeypatch, tmp_path):

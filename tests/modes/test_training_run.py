@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 from omegaconf import OmegaConf
 
+from dinoseg.experiment.builder import Builder
 from dinoseg.modes.training_run import TrainingRun
 from dinoseg.utils.errors import UserError
 
@@ -18,7 +19,7 @@ def noted(caplog):
 
     def note(before, precision="fp32", kept=KEPT, **options):
         job = object.__new__(TrainingRun)
-        job.cfg, job.engine = OmegaConf.create({"resume": "run"}), SimpleNamespace(precision=precision)
+        job.build, job.engine = Builder(OmegaConf.create({"resume": "run"})), SimpleNamespace(precision=precision)
         job.start = before and SimpleNamespace(info=before)
         checkpoints = SimpleNamespace(info={})
         caplog.clear()
