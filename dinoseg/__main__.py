@@ -81,7 +81,7 @@ def _command(arguments: list[str]) -> None:
     except HydraException as error:
         _fail(explain(sys.argv[1:], folders, error))
     except YAMLError as error:  # in a user's config file
-        _fail(f"A config file is no YAML: {' '.join(str(error).split())}. Correct it there.")
+        _fail(f"A config file is not valid YAML: {' '.join(str(error).split())}. Correct the file.")
     except (ImportError, RuntimeError) as error:
         message = missing_extra(sys.argv[1:], error)
         if not message:

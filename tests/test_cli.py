@@ -129,39 +129,42 @@ def test_an_unknown_option_lists_those_there_are(place, group):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["trainer.stpes=3"], "trainer.stpes is no key of the config. Did you mean trainer.steps"),
-        (["data.rot=x"], "data.rot is no key of the config. Did you mean data.root"),
-        (["steps=3"], "steps is no key of the config. Did you mean trainer.steps?"),
+        (["trainer.stpes=3"], "trainer.stpes is not a key of the config. Did you mean trainer.steps"),
+        (["data.rot=x"], "data.rot is not a key of the config. Did you mean data.root"),
+        (["steps=3"], "steps is not a key of the config. Did you mean trainer.steps?"),
         (["mode=trane"], "mode=trane is unknown. Did you mean mode=train?"),
         (["head=liner"], "head=liner is unknown. Did you mean head=linear? There are cnn, detail, dpt,"),
         (["-m", "head=linear,mlpp"], "head=mlpp is unknown. Did you mean head=mlp?"),
         (["mode=predict", "mode.reads._target_=os.system"], "mode.reads._target_"),
-        (["mode=eval", "mode.resume_from=last"], "mode.resume_from: resume_from is set in files alone."),
+        (["mode=eval", "mode.resume_from=last"], "mode.resume_from: resume_from can be set in config files only."),
         (["resolution.crop.height=3"], "resolution.crop.height"),
-        (["train"], "train is no KEY=VALUE. Did you mean mode=train?"),
-        (["--cfg", "job", "+nonsense"], "+nonsense is no KEY=VALUE."),
+        (["train"], "train is not KEY=VALUE. Did you mean mode=train?"),
+        (["--cfg", "job", "+nonsense"], "+nonsense is not KEY=VALUE."),
         (["data.classes=a,b"], "For a list use brackets: 'data.classes=[a,b]'. For a run with each of them, add -m."),
         (["data.classes=[a,b"], "data.classes=[a,b cannot be read"),
-        (["data.reader.masks.ids={3: 255"], "Put quotes around the whole word"),
+        (["data.reader.masks.ids={3: 255"], "Quote the whole word"),
         (
             ["data.reader.layout.images={split}/b"],
-            "inside them around such text: 'data.reader.layout.images=\"{split}/b\"'.",
+            "the text inside it: 'data.reader.layout.images=\"{split}/b\"'.",
         ),
         (
             ["data=folder", "data.reader.layout.splits={val: b}"],
-            "has no val so far. Is that meant, put ++ before the word",
+            "has no val. To add it, put ++ before the word",
         ),
-        (["head=mlp", "head.hiden=3"], "head.hiden is no key of the config."),
-        (["head=mlp", "head.init=probe"], "head.init is no key of the config. Of this group, head=linear, head=multis"),
+        (["head=mlp", "head.hiden=3"], "head.hiden is not a key of the config."),
+        (
+            ["head=mlp", "head.init=probe"],
+            "head.init is not a key of the config. Of this group, head=linear, head=multi",
+        ),
         (["head=segformer"], "error: head=segformer is unknown. There are cnn,"),
         (["loss=null"], "loss=null is unknown. There are ce_dice"),
         (["backbone=[0]"], "backbone=[0] is unknown. There are dino_vitb16"),
         (["engine=1"], "engine=1 is unknown. There are auto, cpu"),
-        (["hparam="], "hparam= is unknown. There are"),
-        ([f"hparam={'n' * 3000}"], "is unknown: no file has a name of 3000 letters."),
-        (["=3"], "=3 has no key before its sign of equality. Write KEY=VALUE."),
-        (["--steps=3"], "--steps=3 is no flag. There are --help"),
-        (["data.root=a\0b"], "'data.root=a\\x00b' holds the sign NUL"),
+        (["hparam="], "hparam= is unknown. Choose from"),
+        ([f"hparam={'n' * 3000}"], "is unknown: no file name has 3000 characters."),
+        (["=3"], "=3 has no key before the equals sign. Write KEY=VALUE."),
+        (["--steps=3"], "--steps=3 is not a flag. The flags are --help"),
+        (["data.root=a\0b"], "'data.root=a\\x00b' holds a NUL character"),
     ],
 )
 def test_a_command_line_that_cannot_be_composed_is_one_message(place, arguments, message):
@@ -180,7 +183,7 @@ def test_a_command_line_that_cannot_be_composed_is_one_message(place, arguments,
         (["+nonsense=3"], ["+nonsense adds a key that nothing reads"]),
         (["+resolution.corp=[3,3]"], ["+resolution.corp adds a key that nothing reads"]),
         (["trainer.steps=many"], ["steps=many is of type str", "Give a whole number"]),
-        (["data.root=nowhere"], ["data.root=nowhere is no folder"]),
+        (["data.root=nowhere"], ["data.root=nowhere is not a folder"]),
         (["engine.devices=0"], ["engine.devices=0", "at least 1"]),
         (["data.classes=[dark]"], ["no class: 1 (in 6)", "masks/0.png: 1", "'++data.reader.masks.ids={1: 255}'"]),
         (["resume=nowhere"], ["resume=nowhere", "outputs/"]),
@@ -217,7 +220,7 @@ def test_a_mistake_while_training_is_one_message(place, arguments, parts):
         (["backbone.layers=[2]"], ["backbone.layers=[2]", "2 blocks"]),
         (["backbone.weights=gone.safetensors"], ["backbone.weights=gone.safetensors", "Check the path"]),
         (["loss.weights=heavy"], ["loss.weights=heavy is unknown", "median"]),
-        (["loss.weights={cat: 2}"], ["loss.weights: cat is no class", "The classes are"]),
+        (["loss.weights={cat: 2}"], ["loss.weights: cat is not a class", "The classes are"]),
         (["optim.schedule.kind=linear"], ["optim.schedule.kind=linear is unknown", "cosine"]),
         (["optim.optimizer.lr=0"], ["optim.optimizer.lr=0", "above 0"]),
     ],
@@ -231,8 +234,13 @@ def test_a_training_of_other_values_is_refused(site, compose, arguments, parts):
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
-        (["mode=train"], "data.root is not set. Give it on the command line: data.root=VALUE."),
-        (["mode=train", "data.root=data"], "data.classes is not set. Give it on the command line: data.classes=VALUE."),
+        (
+            ["mode=train"],
+            "data.root is not set. Set it on the command line: data.root=VALUE.\nExpected files:\n- VALUE/t",
+        ),
+        (["mode=train", "data=ade20k"], "- VALUE/images/training/NAME.jpg\n- VALUE/annotations/training/NAME.png\n- "),
+        (["mode=train", "data=coco"], "data.root is not set. Set it on the command line: data.root=VALUE."),
+        (["mode=train", "data.root=data"], "data.classes is not set. Set it on the command line: data.classes=VALUE."),
         (["mode=train", "hparam=sarrarp/lora"], "data.root is not set"),
         (["mode=summary"], "data.classes is not set"),
         (["mode=prepare", "data=camvid", "data.root=data"], "needs no preparation"),
@@ -320,7 +328,7 @@ def test_bad_files_are_named(place):
     whole = (place / "data/train/images/1.png").read_bytes()
     (place / "data/train/images/1.png").write_bytes(whole[: len(whole) // 2])
     write_png(place / "data/train/masks/2.png", np.zeros((32, 48), np.uint8))
-    assert "1.png as a picture" in refused(place, *TRAIN, "data.batch_size=4", "engine.workers=1")
+    assert "1.png as an image" in refused(place, *TRAIN, "data.batch_size=4", "engine.workers=1")
 
 
 def test_it_trains_evaluates_and_predicts(place):
@@ -368,8 +376,11 @@ def test_a_model_that_no_memory_holds_is_one_message(place):
         place, *TRAIN, "data.root=data", "head=detail", "head.layers=[-1]", f"head.fine={10**9}", "hydra.run.dir=R"
     )
     lines = [line for line in said.splitlines() if " INFO " not in line]
-    assert lines[0].startswith("error: Memory did not suffice (Storage size calculation overflowed with sizes=[")
-    assert "). Free some. A training takes less with a smaller backbone, head or batch: mode=plan says what" in said
+    assert lines[0].startswith("error: Out of memory (Storage size calculation overflowed with sizes=[")
+    assert (
+        "). Free some memory. A training needs less with a smaller backbone, head or batch: mode=plan lists "
+        "settings that"
+    ) in said
     assert len(lines) == 1 and not (place / "R").exists()
 
 

@@ -23,5 +23,5 @@ def test_each_class_weighs_the_same_where_no_labels_are_counted(compose):
 def test_a_loss_that_knows_no_classes_gets_no_weights(compose):
     cfg = compose(*SLOTS)
     assert Builder(cfg).unweighted_loss().needs_slots and Builder(cfg).loss(None).needs_slots
-    with pytest.raises(UserError, match="which clips have none of"):
+    with pytest.raises(UserError, match="which clips do not have"):
         Builder(compose(*CAMVID)).loss(None)

@@ -159,7 +159,7 @@ def test_a_backbone_trained_from_its_first_block_on_is_refused(adapter, told):
 
 
 def test_a_pyramid_is_cut_as_a_whole_alone():
-    with pytest.raises(UserError, match="cut behind its last block alone"):
+    with pytest.raises(UserError, match="can only be split after its last block"):
         model_of(LastBlocks(1)(BACKBONES["convnext"]([-1]))).frozen(torch.zeros(1, 3, 64, 64))
 
 
@@ -171,6 +171,6 @@ def test_positions_drawn_at_random_are_not_drawn_twice():
 
 def test_a_head_with_a_run_of_its_own_and_no_door_is_refused():
     head = EomtHead(24, 1, 3, patch_size=8, num_queries=2, blocks=1)
-    with pytest.raises(UserError, match=r"EomtHead runs the backbone in a way of its own.*engine.cache=off"):
+    with pytest.raises(UserError, match=r"EomtHead runs the backbone itself.*engine.cache=off"):
         Segmenter(Frozen()(tiny_vit()), head).frozen(torch.zeros(1, 3, 16, 16))
     assert EomtHead.until is Head.until

@@ -108,4 +108,4 @@ def test_a_word_beside_it_that_points_nowhere_is_one_message(where):
     assert done.status == 1 and done.err.startswith("error: resume=") and "backbone.layers" in done.err, (
         done.err
     )  # which points to it
-    assert "Interpolation" not in done.err and "has no value that can be used" in done.err
+    assert "Interpolation" not in done.err and "has no usable value" in done.err

@@ -77,7 +77,7 @@ def test_files_whose_numbers_would_be_changed_are_refused_by_kind(tmp_path):
     Image.new("CMYK", (4, 4)).save(tmp_path / "cmyk.jpg")
     for path, kind in (
         (write_tiff(tmp_path / "float.tif", 32, 3, struct.pack("<4f", 1, 2, 300, 4)), "F;32F, by Pillow's name"),
-        (write_tiff(tmp_path / "signed.tif", 8, 2, struct.pack("4b", 1, -1, 3, 4)), "signed numbers of 8 bits"),
+        (write_tiff(tmp_path / "signed.tif", 8, 2, struct.pack("4b", 1, -1, 3, 4)), "signed 8-bit numbers"),
         (write_tiff(tmp_path / "white.tif", 8, 1, bytes([1, 2, 3]), photometric=0), "L;I"),
         (write_png(tmp_path / "deep.png", 16, 2, [0, 1, 0, 1, 0, 1]), "RGB;16B"),
         (write_png(tmp_path / "alpha.png", 16, 4, [0, 1, 255, 255]), "LA;16B"),
@@ -86,7 +86,7 @@ def test_files_whose_numbers_would_be_changed_are_refused_by_kind(tmp_path):
         with pytest.raises(UserError) as error:
             read_ids(path)
         text = str(error.value)
-        assert text.startswith(f"{path} is of a kind that does not keep ids") and kind in text
+        assert text.startswith(f"{path} has a format that does not preserve ids") and kind in text
         assert "Save it as a grey PNG" in text and "truncated" not in text
 
 
@@ -95,16 +95,16 @@ def test_what_keeps_a_file_from_being_read_is_told(tmp_path, monkeypatch):
     Image.fromarray(np.random.default_rng(0).integers(0, 99, (40, 40), np.uint8)).save(tmp_path / "part.png")
     (tmp_path / "part.png").write_bytes((tmp_path / "part.png").read_bytes()[:900])
     for read in (read_ids, read_image, read_size):
-        with pytest.raises(UserError, match="No such file: .*none.png. Check the path"):
+        with pytest.raises(UserError, match="File not found: .*none.png. Check the path"):
             read(tmp_path / "none.png")
         with pytest.raises(UserError, match=r"\S+ is a folder\. Put a file there"):
             read(tmp_path)
         with monkeypatch.context() as patch:
             patch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-            with pytest.raises(UserError, match="it is too large .*Make it smaller") as error:
+            with pytest.raises(UserError, match="it is too large .*Reduce or split it") as error:
                 read(tmp_path / "a.png")
             assert "truncated" not in str(error.value)
-    with pytest.raises(UserError, match="It is truncated or no picture: replace or remove it"):
+    with pytest.raises(UserError, match="It is truncated or not an image: replace or remove it"):
         read_ids(tmp_path / "part.png")
 
 
@@ -117,10 +117,10 @@ def test_grey_pictures_of_16_bits_are_scaled_and_it_is_said_once(tmp_path, caplo
         pixels = read_image(tmp_path / name)
         assert pixels.dtype == np.uint8 and pixels.shape == (2, 4, 3) and (pixels == pixels[..., :1]).all()
         assert pixels[..., 0].tolist() == [[0, 0, 1, 1], [127, 254, 255, 255]]
-    said = f"Grey pictures of 16 bits, such as {tmp_path / 'deep.png'}, are scaled from 0..65535 to 0..255"
-    assert caplog.text.count("Grey pictures of 16 bits") == caplog.text.count(said) == 1
+    said = f"16-bit grey images, such as {tmp_path / 'deep.png'}, are scaled from 0..65535 to 0..255"
+    assert caplog.text.count("16-bit grey images") == caplog.text.count(said) == 1
     Image.fromarray(levels.astype(np.int32) - 1).save(tmp_path / "odd.tif")
-    with pytest.raises(UserError, match=r"odd\.tif holds the numbers -1 to 65534, not levels of 16 bits\. Convert it"):
+    with pytest.raises(UserError, match=r"odd\.tif holds values from -1 to 65534, not 16-bit levels\. Convert it"):
         read_image(tmp_path / "odd.tif")
     Image.fromarray(levels.astype(np.float32)).save(tmp_path / "real.tif")
     with pytest.raises(UserError, match=r"real\.tif holds fractions.*Convert it to 8 bits\.$"):
@@ -136,7 +136,7 @@ def test_a_file_that_may_not_be_read_is_told(tmp_path, monkeypatch):
             raise PermissionError(13, "Permission denied")
 
         monkeypatch.setattr(Image, "open", refuse)
-    with pytest.raises(UserError, match="a.png for want of permission. Let your user read it") as error:
+    with pytest.raises(UserError, match="a.png: permission denied. Give your user read permission") as error:
         read_ids(tmp_path / "a.png")
     assert "truncated" not in str(error.value)
 
@@ -151,7 +151,7 @@ def test_grey_pictures_of_12_bits_are_scaled_by_what_is_white_there(tmp_path, ca
 
 def test_fractions_that_pillow_does_not_know_are_no_damage(tmp_path):
     write_tiff(tmp_path / "a.tif", 64, 3, np.ones(4).tobytes())
-    with pytest.raises(UserError, match="holds what is not read, such as fractions: replace it, or convert it"):
+    with pytest.raises(UserError, match="has an unsupported format, such as floating point: replace it, or convert it"):
         read_image(tmp_path / "a.tif")
 
 

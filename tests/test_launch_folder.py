@@ -37,7 +37,7 @@ def test_an_evaluation_lies_below_its_recipe(tmp_path):
     (mine / "metrics.csv").touch()  # of a run that has done something
     done = call(tmp_path, *words, f"hydra.run.dir={named}_mine")
     assert done.status == 0, done.err
-    assert re.search(r"_mine holds another run, which stays: this one is in \S*_mine_2\n", done.err), done.err
+    assert re.search(r"_mine holds another run: this one is written to \S*_mine_2\n", done.err), done.err
 
 
 def test_a_folder_that_is_taken_and_what_a_run_goes_on_with_are_said(tmp_path):
@@ -46,26 +46,26 @@ def test_a_folder_that_is_taken_and_what_a_run_goes_on_with_are_said(tmp_path):
     words = ("mode=train", *SMALL, *quiet, "resolution.crop=32", "data.on_error=stop")
     first, taken = (call(tmp_path, *words, "hydra.run.dir=run") for _ in range(2))
     assert first.status == taken.status == 0 and "another run" not in first.err, first.err
-    assert re.search(r"hydra.run.dir=\S*run holds another run, which stays: this one is in \S*run_2\n", taken.err)
+    assert re.search(r"hydra.run.dir=\S*run holds another run: this one is written to \S*run_2\n", taken.err)
     small = ("engine=cpu", "engine.workers=0", *quiet)
 
     def goes_on(*words):
         done = call(tmp_path, "mode=train", *words)
         assert done.status == 0, done.err
-        return re.findall(r"last.safetensors: goes on with (.*)", done.err)
+        return re.findall("last.safetensors: resumes with (.*)", done.err)
 
     assert goes_on(*words, "resume=run") == []  # all that is typed is as it was
     assert goes_on("resume=run", "optim.optimizer.lr=0.5", "trainer.steps=3", "seed=0", "data.root=./data", *small) == [
-        "optim.optimizer.lr=0.5 in place of null, trainer.steps=3 in place of 2"
+        "optim.optimizer.lr=0.5 instead of null, trainer.steps=3 instead of 2"
     ]
     assert goes_on(
         "resume=run", "optim.optimizer.betas=[0.5,0.9]", "data.on_error=skip", "inference=windows", *small
     ) == [
-        "optim.optimizer.betas=[0.5,0.9] in place of [0.9,0.999], data.on_error=skip in place of stop, "
-        "inference=windows in place of auto"
+        "optim.optimizer.betas=[0.5,0.9] instead of [0.9,0.999], data.on_error=skip instead of stop, inference=windows "
+        "instead of auto"
     ]
     used = call(tmp_path, "mode=eval", "resume=run", "seed=3", *small)
-    assert used.status == 0 and "goes on with" not in used.err, used.err
+    assert used.status == 0 and "resumes with" not in used.err, used.err
     (tmp_path / "run").rename(tmp_path / "gone")
     said = call(tmp_path, "mode=eval", "resume=run", *small).err
     assert "Give one of your folders under outputs/. Beside it lies run_2." in said
@@ -159,7 +159,7 @@ def test_a_shortage_keeps_the_error_that_it_is_told_for(second_rank, tmp_path, m
         raise error
 
     monkeypatch.setattr(launch, "run_mode", short)
-    with pytest.raises(UserError, match="Memory did not suffice") as raised:
+    with pytest.raises(UserError, match="Out of memory") as raised:
         launch.launch(second_rank, tmp_path / "run", [])
     assert raised.value.__cause__ is error
     error = RuntimeError("shapes cannot be multiplied")

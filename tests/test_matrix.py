@@ -57,15 +57,15 @@ def refusal(backbone, adapter, head):
     if backbone in PYRAMIDS and adapter == "lora":
         return "adapter.targets=attention matches no linear layer"
     if backbone in PYRAMIDS and adapter == "lora_8bit":
-        return "adapter.bits=8.*the layers of a pyramid take maps"
+        return "adapter.bits=8.*layers of a pyramid take feature maps"
     if head == "eomt" and (backbone in PYRAMIDS or backbone == "timm_vit"):
         return "head=eomt needs a backbone whose blocks take queries"
     if head == "split" and backbone in PYRAMIDS:
         return "head=split needs a backbone whose blocks take tokens"
     if head == "split" and adapter != "frozen":
-        return "head=split trains copies of the last blocks and leaves the backbone as it is.*Choose adapter=frozen"
+        return "head=split trains copies of the last blocks of a frozen backbone.*Choose adapter=frozen"
     if head == "mask2former" and backbone in PYRAMIDS:
-        return "this Mask2Former head makes its own pyramid.*Choose a vision transformer"
+        return "this Mask2Former head builds its own pyramid.*Choose a vision transformer"
     return None
 
 

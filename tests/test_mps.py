@@ -110,7 +110,7 @@ def test_clocks_memory_and_random_numbers_are_those_of_mps():
 def test_several_ranks_on_mps_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(
-        UserError, match="engine.devices=2: .* one process alone. Give engine.devices=1, or engine.device=cpu"
+        UserError, match="engine.devices=2: .* a single process only. Set engine.devices=1, or engine.device=cpu"
     ):
         meet(MPS, 1.0, 1.0)
 

@@ -78,7 +78,7 @@ def test_own_parts_are_listed_trained_and_evaluated(tmp_path, own):
     assert call(tmp_path, path, *words).status == 0
     evaluate = ("mode=eval", "resume=run", "engine=cpu", "engine.workers=0")
     refused = call(tmp_path, *evaluate)
-    assert refused.status == 1 and "needs the --config-dir DIR (or hydra.searchpath) of its training" in refused.err
+    assert refused.status == 1 and "add the --config-dir DIR (or hydra.searchpath) of its training" in refused.err
     assert call(tmp_path, *own, *evaluate).status == 0
 
 
@@ -123,12 +123,15 @@ def test_an_own_tracker_of_slots_validates_a_training(trained, own, tmp_path):
 
 
 def test_what_makes_no_trackers_is_refused(trained, own):
-    remedy = "Let its `_target_` name a class that inherits dinoseg.tracking.tracker.Tracker, and set `_partial_: true`"
+    remedy = "Set its `_target_` to a class that inherits from dinoseg.tracking.tracker.Tracker, and `_partial_: true`"
     backbone = ("labels=first.png", "backbone=rgb")
     for words, message in (
         ((*backbone, "tracker=whole"), "tracker=whole cannot be instantiated (ShiftTracker.__init__() missing 1 re"),
         ((*backbone, "tracker=whole"), remedy),
-        ((*backbone, "tracker=foreign"), f"tracker=foreign gives SimpleNamespace, which makes no trackers. {remedy}"),
+        (
+            (*backbone, "tracker=foreign"),
+            f"tracker=foreign returns SimpleNamespace, which does not create trackers. {remedy}",
+        ),
         (("resume=segmenter", "tracker=mine", "mode.smoothing=0.3"), "mode.smoothing=0.3: tracker=mine takes no"),
     ):
         done = call(trained, *own, *TRACK, *words)

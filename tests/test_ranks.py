@@ -109,7 +109,7 @@ def test_the_group_is_left_however_a_mode_ends(tmp_path, monkeypatch):
     [
         ("rank 1 fails", "Rank 1 ended with status 1: see its message above."),
         ("rank 0 dies", "Rank 0 .* status 7"),
-        ("rank 1 is killed", "Rank 1 was killed by SIGKILL.*resume=auto goes on"),
+        ("rank 1 is killed", "Rank 1 was killed by SIGKILL.*resume=auto resumes"),
     ],
 )
 def test_one_that_fails_ends_all(tmp_path, monkeypatch, does, message):
@@ -123,7 +123,7 @@ def test_a_shortage_of_memory_in_a_rank_is_a_message(tmp_path, monkeypatch, capf
     with pytest.raises(UserError, match="Rank 1 ended with status 1: see its message above"):
         run(tmp_path, "rank 1 is short")
     said = capfd.readouterr().err
-    assert "error (rank 1): Memory did not suffice (DefaultCPUAllocator" in said and "Traceback" not in said
+    assert "error (rank 1): Out of memory (DefaultCPUAllocator" in said and "Traceback" not in said
 
 
 def test_the_traceback_is_that_of_the_rank_that_broke_though_another_ends_first(tmp_path, capfd):
@@ -131,15 +131,17 @@ def test_the_traceback_is_that_of_the_rank_that_broke_though_another_ends_first(
         run(tmp_path, "rank 1 breaks and 0 sees it")
     said = capfd.readouterr().err
     assert said.count("Traceback") == 1 and "RuntimeError: broken" in said
-    assert "error (rank 0): The connection to another rank is lost (Read error" in said
+    assert "error (rank 0): Lost the connection to another rank (Read error" in said
 
 
 def test_a_rank_that_hangs_is_named_and_tells_where_it_stands(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(ranks, "_GRACE", 0.1)
-    with pytest.raises(UserError, match="Rank 1 hung: the others waited.*engine.rank_timeout.*resume=auto goes on"):
+    with pytest.raises(
+        UserError, match="Rank 1 hung: the other ranks waited.*engine.rank_timeout.*resume=auto resumes"
+    ):
         run(tmp_path, "rank 1 hangs")
     said = capfd.readouterr().err
-    assert "error (rank 0): Another rank has not come to where this one waits" in said
+    assert "error (rank 0): Timed out waiting for another rank" in said
     assert "Traceback" not in said and 'test_ranks.py", line' in said and "in mode" in said
 
 

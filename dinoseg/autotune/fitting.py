@@ -90,8 +90,8 @@ class FitSearch:
     def _bound(self) -> str:
         """Parts whose result depends on the micro-batch size, in words; "" if none does."""
         parts = (part for part in self._model.modules() if isinstance(part, _BatchNorm))
-        norms = ["BatchNorm takes its statistics"] if any(part.training for part in parts) else []
-        sums = [f"loss={self._parts.loss_name} takes its sums"] if self._parts.loss().sums_over_batch else []
+        norms = ["BatchNorm computes its statistics"] if any(part.training for part in parts) else []
+        sums = [f"loss={self._parts.loss_name} computes its sums"] if self._parts.loss().sums_over_batch else []
         return " and ".join(norms + sums)
 
     def _adapters(self) -> Iterator[tuple[Change, ...]]:
@@ -103,11 +103,13 @@ class FitSearch:
         words: dict[str, Any] = {} if self._parts.takes_blocks else {"adapter": "lora"}
         start = self._parts.blocks or blocks
         if words:
-            yield (Change(words, "LoRA in place of all weights. Another model: updates of low rank alone are learnt"),)
+            yield (
+                Change(words, "LoRA instead of all weights. This is another model: only low-rank updates are trained"),
+            )
         for count in sorted({max(1, round(start * share)) for share in _SHARES} - {start}, reverse=True):
             reason = (
-                f"the last {count_of(count, 'block')} of {blocks} alone are trained, those before keep nothing for the "
-                "backward pass. Another model: less of it is learnt"
+                f"only the last {count_of(count, 'block')} of {blocks} are trained; the earlier ones store nothing for "
+                "the backward pass. This is another model: fewer weights are trained"
             )
             yield (Change({**words, "adapter.blocks": count}, reason),)
 
@@ -118,7 +120,7 @@ class FitSearch:
         checkpointing = self._parts.checkpointing
         off = [name for name, part in modules.items() if checkpointing.get(name) is False and _is_trained(part)]
         if off:
-            reason = "activations are computed again in the backward pass: the same numbers, about a third more time"
+            reason = "activations are recomputed in the backward pass: same results, about a third more time"
             yield (Change({f"{name}.checkpointing": True for name in off}, reason),)
 
     def _largest(self, changes: tuple[Change, ...]) -> Fit | None:
@@ -146,15 +148,13 @@ class FitSearch:
             return ()
         times = self._effective // size
         reason = (
-            f"{count_of(size, 'sample')} at once, {count_of(times, 'time')} before each update, which is over the same "
+            f"micro-batches of {count_of(size, 'sample')}, {times} per update: the effective batch size stays "
             f"{self._effective}"
         )
         if self._bound:
-            reason += f". {self._bound} over the fewer samples: not the same training to the last digit"
+            reason += f". {self._bound} per micro-batch, so results differ slightly"
         if self._loss.draws:
-            reason += (
-                ". What is drawn at random (dropout, points of masks) is drawn anew for each part, as likely as ever"
-            )
+            reason += ". Random numbers (dropout, mask points) are sampled per micro-batch, from the same distribution"
         return (Change({"data.batch_size": size, "trainer.accumulate": times}, reason),)
 
     @cached_property

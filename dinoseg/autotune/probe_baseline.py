@@ -148,7 +148,7 @@ def compare(run: TrainedRun, *, seconds: float) -> ProbeComparison | None:
         lambda: _affordable(*scored, (train, val), engine, seconds - (time.perf_counter() - began))
     )
     if images < min(_FEW, len(train), len(val)):
-        logger.debug("no linear-probe baseline: %.1f s suffice for %d images", seconds, images)
+        logger.debug("no linear-probe baseline: %.1f s are enough for %d images only", seconds, images)
         return None
     few, some = keep_evenly_spaced(train, images), keep_evenly_spaced(val, images)
     if not all(class_counts(each, run.cache_dir).any() for each in (few, some)):

@@ -122,14 +122,14 @@ def longest(case: RecipeCase) -> RecipeChoice | None:
     if case.smaller < 1:
         return RecipeChoice(
             {"resolution.longest": max(case.size)},
-            f"images of {height} x {width} (median), smaller by a third, leave time to tune the backbone, which brings "
-            "more than pixels where no class is thin",
+            f"images of {height} x {width} (median), smaller by a third, leave time to train the backbone, which helps "
+            "more than resolution if no class is thin",
         )
-    lost = f"; {_named(case.thin)} become thinner still: give a larger one where they matter" if case.thin else ""
+    lost = f"; {_named(case.thin)} become thinner still: set a larger value if they matter" if case.thin else ""
     return RecipeChoice(
         {"resolution.longest": max(case.size)},
-        f"images of {height} x {width} (median) are {height * width / case.patch**2:.0f} patches, more than the "
-        f"{PATCHES.get(case.device, PATCHES_ELSE)} that a {case.device} is given{lost}",
+        f"images of {height} x {width} (median) are {height * width / case.patch**2:.0f} patches, above the limit of "
+        f"{PATCHES.get(case.device, PATCHES_ELSE)} for {case.device}{lost}",
     )
 
 
@@ -138,7 +138,8 @@ def crop(case: RecipeCase) -> RecipeChoice | None:
     patch = max(1, round(case.patch))
     sides = [max(patch, side // patch * patch) for side in case.size]
     return RecipeChoice(
-        {"resolution.crop": sides}, f"whole images (median {case.size[0]} x {case.size[1]}), in patches of {patch}"
+        {"resolution.crop": sides},
+        f"whole images (median {case.size[0]} x {case.size[1]}), rounded down to patches of {patch} px",
     )
 
 
@@ -150,20 +151,22 @@ def head(case: RecipeCase) -> RecipeChoice:
     """
     if case.depth < DEPTH:
         return RecipeChoice(
-            {"head": "linear"}, f"the backbone has {count_of(case.depth, 'block')}, too few to read several"
+            {"head": "linear"},
+            f"the backbone has {count_of(case.depth, 'block')}, too few for a head that reads several",
         )
     if not case.even:
         return RecipeChoice(
-            {"head": "multiscale"}, "four blocks tell more than one; detail takes no patches of an odd size"
+            {"head": "multiscale"}, "four blocks carry more information than one; head=detail needs an even patch size"
         )
     if not case.thin:
         return RecipeChoice(
-            {"head": "detail"}, "it sees pixels beside four blocks, and no other did better on three sets"
+            {"head": "detail"},
+            "it reads pixels in addition to four blocks, and no other head scored higher on three datasets",
         )
     return RecipeChoice(
         {"head": "detail"},
-        f"{_named(case.thin)} {'is' if len(case.thin) == 1 else 'are'} thinner than half a patch "
-        f"({_widths(case)} of {case.patch / case.reduced:.0f} px): the head sees pixels, too",
+        f"{_named(case.thin)} {'is' if len(case.thin) == 1 else 'are'} thinner than half a patch ({_widths(case)} of "
+        f"{case.patch / case.reduced:.0f} px): the head reads pixels, too",
     )
 
 
@@ -179,14 +182,14 @@ def loss(case: RecipeCase) -> RecipeChoice | None:
         weights = {each.name: THIN_WEIGHT for each in slender}
         return RecipeChoice(
             {"loss": "ce_dice", "loss.weights": weights, "loss.criterion.factors.dice": THIN_DICE},
-            f"{_named(slender)} {'is' if len(slender) == 1 else 'are'} thin, with below {RARE:.0%} of the pixels: what "
-            f"is missed there weighs {THIN_WEIGHT:g} times, and overlap counts twice",
+            f"{_named(slender)} {'is' if len(slender) == 1 else 'are'} thin, with less than {RARE:.0%} of the pixels: "
+            f"they get a class weight of {THIN_WEIGHT:g}, and dice is doubled",
         )
     rare = case.facts.rarer(RARE)
-    told = f"{_named(rare)} {'has' if len(rare) == 1 else 'have'} below {RARE:.0%} of the pixels; " if rare else ""
+    told = f"{_named(rare)} {'has' if len(rare) == 1 else 'have'} less than {RARE:.0%} of the pixels; " if rare else ""
     return RecipeChoice(
         {"loss": "ce_dice", "loss.weights": "none"},
-        f"{told}overlap counts each class alike, whatever its pixels; weights by rarity cost the other classes more",
+        f"{told}dice weighs all classes equally; class weights by rarity lower the scores of the other classes",
     )
 
 
@@ -216,13 +219,13 @@ def ways(case: RecipeCase) -> list[RecipeChoice]:
     3,000.
     """
     frozen = RecipeChoice(
-        {"adapter": "frozen"}, "the backbone stays as it is: its features can be kept, and a step takes less"
+        {"adapter": "frozen"}, "the backbone is frozen: its features can be cached, and a step takes less time"
     )
     if case.facts.images < FEW_IMAGES or not case.parameters:
         return [frozen]
     tuned = _tuned(case)
-    won = "won with fewer images of this size" if case.smaller < 1 else f"won from about {least_tuned(case)} images on"
-    return [RecipeChoice(tuned.words, f"{tuned.reason}, which {won}"), frozen]
+    won = "with fewer images of this size" if case.smaller < 1 else f"from about {least_tuned(case)} images on"
+    return [RecipeChoice(tuned.words, f"{tuned.reason}, which scored higher {won}"), frozen]
 
 
 def least_tuned(case: RecipeCase) -> int:
@@ -238,8 +241,8 @@ def rested(case: RecipeCase) -> RecipeChoice:
     tuned = _tuned(case)
     return RecipeChoice(
         {**tuned.words, "optim.optimizer.backbone_begin": REST},
-        f"{tuned.reason}, once the head has learnt on a backbone that rests for {REST:.0%} of the training, in steps "
-        "that take less time",
+        f"{tuned.reason}; the backbone is frozen for the first {REST:.0%} of the training, in which steps take less "
+        "time",
     )
 
 
@@ -266,13 +269,15 @@ def zoom(*, trains: bool, pixels: bool = False) -> RecipeChoice:
     """
     if trains:
         return RecipeChoice(
-            {"data.augment.scale": [1.0, 1.5]}, "a backbone that is tuned learns from views enlarged at random"
+            {"data.augment.scale": [1.0, 1.5]}, "a trained backbone benefits from views enlarged at random"
         )
     if pixels:
         return RecipeChoice(
-            {"data.augment.scale": [1.0, 1.5]}, "a head that sees pixels learns from views enlarged at random"
+            {"data.augment.scale": [1.0, 1.5]}, "a head that reads pixels benefits from views enlarged at random"
         )
-    return RecipeChoice({"data.augment.scale": [1.0, 1.0]}, "a head alone fits images of one scale best")
+    return RecipeChoice(
+        {"data.augment.scale": [1.0, 1.0]}, "a head on a frozen backbone scores highest with images of one scale"
+    )
 
 
 def batch(
@@ -292,14 +297,14 @@ def batch(
     sizes = [size for size in BATCHES if size <= most and images // (size * accumulate) >= ENOUGH_STEPS]
     size = max(devices, min((*sizes, BATCHES[-1])[0], facts.images) // devices * devices)
     steps = count_of(images // (size * accumulate), "step")
-    return RecipeChoice({"data.batch_size": size}, f"{images} images can be trained on, which are {steps}")
+    return RecipeChoice({"data.batch_size": size}, f"{images} images fit into the time, which are {steps}")
 
 
 def _tuned(case: RecipeCase) -> RecipeChoice:
     millions = f"{case.parameters / 1e6:.3g} million parameters"
     if case.parameters <= SMALL_BACKBONE:
-        return RecipeChoice({"adapter": "full"}, f"{millions}: all of them are tuned")
-    return RecipeChoice({"adapter": "lora_all"}, f"{millions}: low-rank updates of all layers take less memory")
+        return RecipeChoice({"adapter": "full"}, f"{millions}: all of them are trained")
+    return RecipeChoice({"adapter": "lora_all"}, f"{millions}: LoRA in all layers takes less memory")
 
 
 def _named(classes: Sequence[ClassFacts]) -> str:

@@ -24,8 +24,8 @@ def memory_of(text: str | float) -> int:
     found = _AMOUNT.fullmatch(str(text).strip())
     if found is None or float(found[1]) == 0:
         raise UserError(
-            f"mode.memory={text}: give an amount with its unit, such as 24GiB, 24GB or 800MiB, or null for what is "
-            "free here."
+            f"mode.memory={text}: give an amount with its unit, such as 24GiB, 24GB or 800MiB, or null for the free "
+            "memory of this machine."
         )
     power = " kMGT".index(found[2].upper())
     return int(float(found[1]) * (1024 if found[3] else 1000) ** power)

@@ -36,7 +36,7 @@ def check_intervals(arguments: Sequence[str]) -> None:
     for word in words:
         override = parsed(word)
         if override is not None and isinstance(override.value(), IntervalSweep):
-            raise UserError(f"{word} is an interval, to be searched in: add -m hydra/sweeper=optuna, or give values.")
+            raise UserError(f"{word} is an interval: add -m hydra/sweeper=optuna to search it, or list values.")
 
 
 def missing_extra(arguments: Sequence[str], error: Exception) -> str:
@@ -53,5 +53,5 @@ def missing_extra(arguments: Sequence[str], error: Exception) -> str:
         if package := _INSTALLED_BY.get(group, {}).get(option):
             said = str(error).split("\n")[0]
             place = "in your clone of dinoseg, " if package.startswith(".") else ""
-            return f"{word} needs what is not installed here: {place}pip install '{package}' ({said})"
+            return f"{word} needs a package that is not installed ({said}): {place}pip install '{package}'"
     return ""

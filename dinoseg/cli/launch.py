@@ -136,7 +136,7 @@ def _enter_folder(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> t
         goes_on = _goes_on(cfg, new)
         run_folder = new if goes_on else claim(new)
         if run_folder != new and not _OWN_NAME.fullmatch(new.name):  # a typed name; default names may collide
-            said = f"hydra.run.dir={new} holds another run, which stays: this one is in {run_folder}"
+            said = f"hydra.run.dir={new} holds another run: this one is written to {run_folder}"
             print(printable(said), file=sys.stderr)
         if goes_on:
             lock(new, instead="choose another hydra.run.dir")
@@ -166,8 +166,8 @@ def _recipe(cfg: DictConfig, overrides: Sequence[str]) -> Any:
     if cfg.choices.hparam != "auto":
         if reads_budget and cfg.budget.minutes is not None:
             raise UserError(
-                f"budget.minutes={cfg.budget.minutes} is read by hparam=auto alone, which fits a training into it. "
-                "Give that too, or trainer.steps."
+                f"budget.minutes={cfg.budget.minutes} has no effect without hparam=auto. Add hparam=auto, or set "
+                "trainer.steps instead."
             )
         return None
     if not reads_budget or cfg.resume not in (None, "auto"):  # a resumed run has its choices
@@ -214,7 +214,7 @@ def _resumed(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> tuple[
 
     path = lookup.resumed_checkpoint(cfg, out_dir, cfg.mode.resume_from)
     if path is None:
-        print("resume=auto: no earlier run of this recipe has a checkpoint, so this is a new one.", file=sys.stderr)
+        print("resume=auto: no earlier run of this recipe has a checkpoint; starting a new run.", file=sys.stderr)
         return resume.without(cfg), None
     in_place = cfg.mode.resume_from == "last" and path.parent.name == checkpoint.FOLDER
     tell = in_place and is_first_rank()
@@ -226,7 +226,7 @@ def _settled_length(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
     """Let a typed `trainer.steps` override the `trainer.epochs` of a recipe or checkpoint."""
     typed = {override.key_or_group for override in _parsed(overrides) if override.value() is not None}
     if {"trainer.steps", "trainer.epochs"} <= typed:
-        raise UserError("trainer.steps and trainer.epochs both say how long to train: give one of them.")
+        raise UserError("trainer.steps and trainer.epochs both set the length of the training: set one of them.")
     if "trainer.steps" not in typed:
         return cfg
     return OmegaConf.merge(cfg, {"trainer": {"epochs": None}})  # type: ignore[return-value]
@@ -235,14 +235,14 @@ def _settled_length(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
 def _left(cfg: DictConfig, folder: Path) -> str:
     """Return a note on what an interrupted run has left on disk."""
     if cfg.mode.get("resume_from") != "last":
-        return f"what is finished is in {folder}" if has_results(folder) else ""
+        return f"finished results are in {folder}" if has_results(folder) else ""
     last = folder / "checkpoints" / "last.safetensors"
     if not last.exists():  # as in a run that is interrupted while torch is imported, which cannot be imported again
         return "this run has saved nothing"
     from dinoseg.training import checkpoint
 
     step = checkpoint.describe(last)["progress"]["step"]
-    return f"{last} holds step {step}. The same command with resume=auto goes on from it, and so does resume={folder}"
+    return f"{last} holds step {step}. To resume, add resume=auto or resume={folder} to the same command"
 
 
 def _parsed(overrides: Sequence[str]) -> list[Override]:
@@ -257,8 +257,8 @@ def _check_words(cfg: DictConfig, overrides: Sequence[str]) -> None:
         hidden += [key for table in _tables(override.value()) for key in map(str, table) if key in BUILDS]
         if hidden := hidden or [key for key in LAUNCH_KEYS[1:] if f"{name}.".startswith(f"mode.{key}.")]:
             raise UserError(
-                f"{name}: {hidden[0]} is set in files alone. Choose a part by GROUP=OPTION; one of your own gets a "
-                "file GROUP/NAME.yaml in a folder that --config-dir names."
+                f"{name}: {hidden[0]} can be set in config files only. Choose a component by GROUP=OPTION; for your "
+                "own, write GROUP/NAME.yaml in a folder and add --config-dir FOLDER."
             )
         if override.is_add() and name not in cfg.choices and not _is_taken(cfg, name):
             raise UserError(f"+{name} adds a key that nothing reads. Check its spelling; an existing key needs no +.")

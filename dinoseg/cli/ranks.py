@@ -101,10 +101,10 @@ def _telling_lost_ranks() -> Iterator[None]:
         if "WORLD_SIZE" not in os.environ or not (_GONE.search(said) or _STUCK.search(said)):
             raise
         if _GONE.search(said):
-            raise LostRank(f"The connection to another rank is lost ({said}): see what that one says.") from error
+            raise LostRank(f"Lost the connection to another rank ({said}): see its messages.") from error
         raise LostRank(
-            f"Another rank has not come to where this one waits ({said}). It may be stuck: `py-spy dump --pid` shows "
-            "where. If it only has more to do, raise engine.rank_timeout. resume=auto goes on from what was saved."
+            f"Timed out waiting for another rank ({said}). It may hang: `py-spy dump --pid` shows where. If it is only "
+            "slower, raise engine.rank_timeout. resume=auto resumes from the last checkpoint."
         ) from error
 
 
@@ -188,8 +188,8 @@ def _watch(ranks: Sequence[BaseProcess], receiving: Any) -> Any:
         raise Interrupted(_STOPPED[status])
     if status == _KILLED:
         raise UserError(
-            f"Rank {failed} was killed by SIGKILL, by the system where memory has run out. resume=auto goes on from "
-            "what was saved."
+            f"Rank {failed} was killed by SIGKILL, usually because the system ran out of memory. resume=auto resumes "
+            "from the last checkpoint."
         )
     ended = f"status {status}" if status is None or status >= 0 else signal.Signals(-status).name
     raise UserError(f"Rank {failed} ended with {ended}: see its message above.")
@@ -203,8 +203,9 @@ def _hung(ranks: Sequence[BaseProcess], numbers: Sequence[int]) -> UserError:
             rank.join(_LAST_WORDS)
     named = ", ".join(str(number) for number in numbers)
     return UserError(
-        f"Rank {named} hung: the others waited for engine.rank_timeout seconds, and have ended. Where it stood is "
-        "above, if it could tell. If it only had more to do, raise that key. resume=auto goes on from what was saved."
+        f"Rank {named} hung: the other ranks waited for engine.rank_timeout seconds and stopped. Its stack is above, "
+        "if it could be printed. If it was only slower, raise engine.rank_timeout. resume=auto resumes from the last "
+        "checkpoint."
     )
 
 

@@ -94,18 +94,18 @@ def misplaced(words: Sequence[str], folders: Sequence[Path], error: Exception) -
         key, value = override.key_or_group, override.value()
         node = at(cfg, key.split("."))
         if override.is_delete():
-            return f"~{key} takes away what is read. Leave it out, or give {key} another value."
+            return f"~{key} removes a key that is read. Leave it out, or set {key} to another value."
         if key not in groups and (mistake := _below_a_value(key, cfg) or _other_shape(key, value, node)):
             return mistake
     for override in overrides:
         if isinstance(error, OmegaConfBaseException) and "${" in str(override.value()):
             return (
-                f"{override.input_line} points to what is not there, or is no such value. Give a value, or the whole "
-                "name of another key, such as '${seed}'."
+                f"{override.input_line} refers to a key that does not exist, or is not a valid value. Give a value, or "
+                "the full name of another key, such as '${seed}'."
             )
     if isinstance(error, OmegaConfBaseException):
         key = error.full_key or "A key"
-        return f"{key} has no value that can be used, as {' '.join(words)} leaves it. Take back what was changed there."
+        return f"{key} has no usable value after {' '.join(words)}. Undo these overrides."
     return ""
 
 
@@ -119,7 +119,7 @@ def _below_a_value(key: str, cfg: Mapping[str, Any]) -> str:
             isinstance(above, Mapping) and parts[end - 1] in above and (end == 1 or above[parts[end - 1]] is not None)
         )
         if there and not isinstance(above[parts[end - 1]], Mapping):
-            return f"{key}: {name} is a value, below which there are no keys. Set it as {name}=VALUE."
+            return f"{key}: {name} is a single value and has no keys below it. Set it as {name}=VALUE."
     return ""
 
 
@@ -156,13 +156,13 @@ def _composed(chosen: Sequence[str], folders: Sequence[Path]) -> dict[str, Any]:
 
 def _read(word: str) -> tuple[Override | None, str]:
     if "=" not in word and not word.startswith("~"):
-        return None, f"{word} is no KEY=VALUE.{f' Did you mean mode={word}?' if word.isidentifier() else ''}"
+        return None, f"{word} is not KEY=VALUE.{f' Did you mean mode={word}?' if word.isidentifier() else ''}"
     if override := parsed(word):
         return override, ""
     form = f'"{_value(word)}"' if _is_text(_value(word)) else '["a value"]'
     return None, (
-        f"{word} cannot be read: brackets, braces or quotes are left open, or text between them holds other signs. Put "
-        f"quotes around the whole word, and inside them around such text: '{_key(word)}={form}'."
+        f"{word} cannot be parsed: brackets, braces or quotes are not closed, or the text inside them holds special "
+        f"characters. Quote the whole word, and the text inside it: '{_key(word)}={form}'."
     )
 
 
@@ -179,7 +179,7 @@ def _moved_recipe(error: Exception, folders: Sequence[Path]) -> str:
     option = recipe_files(folders).get(name, name)
     if group != RECIPES or option == name:
         return ""
-    return f"{str(error).splitlines()[0]} It is in a family of recipes now: write /{RECIPES}/{option} there."
+    return f"{str(error).splitlines()[0]} It belongs to a family of recipes: write /{RECIPES}/{option} there."
 
 
 def _wrong_option(override: Override, groups: Sequence[Path]) -> str:
@@ -190,7 +190,7 @@ def _wrong_option(override: Override, groups: Sequence[Path]) -> str:
     for choice in _chosen(override, groups):
         if choice not in bases.union(options):
             question = nearest(choice, options, f"{name}=")
-            return f"{name}={choice} is unknown.{question} There are {', '.join(_nearby(choice, options))}."
+            return f"{name}={choice} is unknown.{question} Choose from {', '.join(_nearby(choice, options))}."
     return ""
 
 
@@ -224,12 +224,12 @@ def _wrong_key(
     for override in overrides:
         key = override.key_or_group
         if key not in keys and not _below_free(cfg, key.split(".")):
-            return f"{key} is no key of the config.{_elsewhere(key, folders) or nearest(key, keys)} {_ALL_KEYS}"
+            return f"{key} is not a key of the config.{_elsewhere(key, folders) or nearest(key, keys)} {_ALL_KEYS}"
         if mistake := _other_shape(key, override.value(), at(cfg, key.split("."))):
             return mistake
         if (value := override.value()) and (new := _new_entries(cfg, key, value)):
             return (
-                f"{key} has no {' or '.join(new)} so far. Is that meant, put ++ before the word, in quotes: "
+                f"{key} has no {' or '.join(new)}. To add it, put ++ before the word, in quotes: "
                 f"'++{override.input_line}'."
             )
     return ""
@@ -252,9 +252,9 @@ def _other_shape(key: str, value: Any, node: Any) -> str:
     if isinstance(node, Mapping) and not isinstance(value, Mapping):
         several = f"{key}.{'|'.join(str(name) for name in node if not str(name).startswith('_'))}"
         shown = "null" if value is None else value
-        return f"{key}={shown} stands where a group of keys is needed. Set one of them: {several}=VALUE."
+        return f"{key}={shown}: {key} is a group of keys. Set one of them: {several}=VALUE."
     if isinstance(node, list) and isinstance(value, Mapping):
-        return f"{key} is a list, which is written in brackets: {key}=[...]."
+        return f"{key} is a list. Write it in brackets: {key}=[...]."
     return ""
 
 
@@ -287,8 +287,6 @@ def _hydras_own(error: Exception) -> str:
     said = str(error).partition("Config search path:")[0]
     if merged := re.match(r"Error merging override (.*)", said):
         word = merged[1]
-        return (
-            f"{shown(word)} leaves {word.lstrip('~+').partition('=')[0]} without a value that it takes. Leave it out."
-        )
+        return f"{shown(word)} leaves {word.lstrip('~+').partition('=')[0]} without a valid value. Leave it out."
     lines = [line for line in said.splitlines() if "HYDRA_FULL_ERROR" not in line]
     return re.sub(r"\n{2,}", "\n", "\n".join(lines)).strip()

@@ -58,13 +58,13 @@ def as_text(arguments: Sequence[str], configs: Path) -> list[str]:
         flag = word.split("=")[0]
         if flag.startswith("-") and flag not in (*_FLAGS, *_TAKES_A_VALUE):
             raise UserError(
-                f"{word} is no flag. There are --help, -m for several runs, and --cfg job, which shows the config; "
-                "keys are written KEY=VALUE, without dashes."
+                f"{word} is not a flag. The flags are --help, -m for several runs, and --cfg job to print the config; "
+                "write keys as KEY=VALUE, without dashes."
             )
         if "\0" in word:
-            raise UserError(f"{word!r} holds the sign NUL, which nothing is named by. Leave it out.")
+            raise UserError(f"{word!r} holds a NUL character. Remove it.")
         if word.lstrip("+~").startswith("="):
-            raise UserError(f"{word} has no key before its sign of equality. Write KEY=VALUE.")
+            raise UserError(f"{word} has no key before the equals sign. Write KEY=VALUE.")
     several = is_sweep(arguments)
     words = list(arguments)
     for position, word in assignments(arguments):
@@ -75,11 +75,11 @@ def as_text(arguments: Sequence[str], configs: Path) -> list[str]:
         is_group = (configs / key.lstrip("+").split("@")[0]).is_dir()
         if (is_group or key.lstrip("+") in FILES) and max(map(len, os.fsencode(value).split(b"/"))) > _LONGEST:
             raise UserError(
-                f"{key}={value[:40]}... is unknown: no file has a name of {len(value)} letters. Give a shorter one."
+                f"{key}={value[:40]}... is unknown: no file name has {len(value)} characters. Give a shorter one."
             )
         choices = override.value() if override is not None else None
         if is_group and isinstance(choices, ChoiceSweep) and any(isinstance(one, list | dict) for one in choices.list):
-            raise UserError(f"{word}: a group takes one option in each run. Name options, such as head=linear,mlp.")
+            raise UserError(f"{word}: a group takes one option per run. List options, such as head=linear,mlp.")
         if override is None:
             text = not value.startswith(_NESTED)
         else:

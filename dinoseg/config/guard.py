@@ -79,11 +79,11 @@ def _check_keys(node: Mapping[Any, Any], steps: Steps, what: str) -> None:
         if not isinstance(key, str) or not (key in ("_target_", "_partial_") or _may_name(key, steps)):
             raise UserError(
                 f"{what}: the key {shown(key)} is refused. A config from a checkpoint names every argument, and its "
-                f"keys are made of letters, digits, blanks and signs - and _. {REMEDY}."
+                f"keys consist of letters, digits, spaces, - and _. {REMEDY}."
             )
     for key in ACTING if steps == ("data",) else ():
         if node.get(key) is not None:
-            raise UserError(f"{what}.{key} is refused: a checkpoint may not act on files. {REMEDY}.")
+            raise UserError(f"{what}.{key} is refused: a checkpoint must not access files. {REMEDY}.")
 
 
 def _may_name(key: str, steps: Steps) -> bool:
@@ -93,16 +93,18 @@ def _may_name(key: str, steps: Steps) -> bool:
 def _check_target(node: Mapping[str, Any], allowed: RegistryEntry, trust: Collection[str], what: str) -> None:
     target, partial = node.get("_target_"), node.get("_partial_", False)
     if not isinstance(target, str) or not (target in allowed.targets or _trusted(target, trust)):
-        listed = f"there they name {', '.join(sorted(allowed.targets))}" if allowed.targets else "there they name none"
+        listed = (
+            f"there they name {', '.join(sorted(allowed.targets))}" if allowed.targets else "there they name no class"
+        )
         raise UserError(
             f"{what}._target_={shown(target)} is refused: no config file on this machine names it there ({listed}). "
-            f"{REMEDY}. A part of your own needs the --config-dir DIR (or hydra.searchpath) of its training again; "
-            "trust=[PACKAGE] lets the file use all of that package."
+            f"{REMEDY}. For a component of your own, add the --config-dir DIR (or hydra.searchpath) of its training; "
+            "trust=[PACKAGE] allows everything in that package."
         )
     known = target in allowed.targets
     if not isinstance(partial, bool) or (known and partial not in (allowed.partial or {False})):
         raise UserError(
-            f"{what}._partial_={shown(partial)} is refused: config files on this machine say otherwise. {REMEDY}."
+            f"{what}._partial_={shown(partial)} is refused: config files on this machine set another value. {REMEDY}."
         )
     takes = _parameters(target, known, trust, what)
     for key, value in node.items():
@@ -130,7 +132,9 @@ def _parameters(target: str, known: bool, trust: Collection[str], what: str) -> 
     """Return the parameter names of an allowed target; None if it takes any."""
     part = _located(target, what)
     if not (inspect.isclass(part) or inspect.isfunction(part)):
-        raise UserError(f"{what}._target_={target} is refused: it is neither a class nor a function here. {REMEDY}.")
+        raise UserError(
+            f"{what}._target_={target} is refused: it is neither a class nor a function on this machine. {REMEDY}."
+        )
     # a trusted package may import anything, such as os.system: the object must be defined in the package, too
     if not known and not _inside(f"{part.__module__}.{part.__name__}", trust):
         raise UserError(
@@ -166,7 +170,7 @@ def _located(target: str, what: str) -> Any:
             return part
     raise UserError(
         f"{what}._target_={target} is allowed, but cannot be imported here ({type(reason).__name__}: {reason}). "
-        "Install what is missing, or add the folder of your own package to PYTHONPATH."
+        "Install the missing package, or add the folder of your own package to PYTHONPATH."
     ) from reason
 
 
@@ -183,12 +187,15 @@ def _check_weights(config: Mapping[str, Any], registry: Registry, trust: Collect
         if place in known or place in trust or weights in trust or _OWN_WEIGHTS.fullmatch(weights):
             return
     if not isinstance(weights, str) or "${" in weights or not _exists(weights):
-        said = f"{where}: its config says backbone.weights={shown(weights)}, which is no file or folder here"
+        said = (
+            f"{where}: its config sets backbone.weights={shown(weights)}, which is neither a file nor a folder on "
+            "this machine"
+        )
         if isinstance(weights, str) and _PATH.fullmatch(weights):
-            raise UserError(f"{said}. Give the file where it is now: backbone.weights=PATH.")
+            raise UserError(f"{said}. Set its current path: backbone.weights=PATH.")
         raise UserError(
-            f"{said}, and no config file on this machine names it, so nothing is fetched. Give the weights yourself, "
-            f"backbone.weights=PATH, or let the file name this place: trust=[{shown(weights)}]."
+            f"{said}, and no config file on this machine names it, so nothing is downloaded. Set "
+            f"backbone.weights=PATH, or allow this source: trust=[{shown(weights)}]."
         )
 
 
@@ -209,7 +216,9 @@ def check_form(text: str, what: str) -> None:
     """Refuse a text with interpolations that do more than point within the config or compute from pointers."""
     rest = _COMPUTED.sub("", _POINTER.sub("", text))
     if "${" in text and ("$" in rest or "\\" in rest):
-        raise UserError(f"{what}: this interpolation is refused. A config from a checkpoint may only point within it.")
+        raise UserError(
+            f"{what}: this interpolation is refused. A config from a checkpoint may only refer to its own keys."
+        )
 
 
 def check_interpolations(config: Mapping[str, Any], composed: Mapping[str, Any], where: str) -> None:
@@ -227,7 +236,7 @@ def check_interpolations(config: Mapping[str, Any], composed: Mapping[str, Any],
             # the resolved value has to satisfy the rules of this place, or a pointer would bypass them
             for deeper, value in below(resolved(whole, steps), steps):
                 if value is not None:
-                    check_value(value, deeper, f"{where}: {dotted(steps)}={text}, which stands for {shown(value)},")
+                    check_value(value, deeper, f"{where}: {dotted(steps)}={text}, which resolves to {shown(value)},")
     check_batch(whole, where)
 
 
@@ -239,13 +248,13 @@ def _check_pointers(config: Mapping[str, Any], whole: Mapping[str, Any], where: 
             target = _followed(whole, steps, pointer, what)
             if nests(target):
                 raise UserError(
-                    f"{what} is refused: it points at something that is built, which may stand only where config files "
-                    f"put it. {REMEDY}."
+                    f"{what} is refused: it refers to a component, which is allowed only where config files put it. "
+                    f"{REMEDY}."
                 )
             # counted before OmegaConf resolves any: thousands of pointers to one large table would take hours
             pointed += sum(1 + len(node) if isinstance(node, str) else 1 for _, node in below(target, ()))
             if pointed > _MOST_POINTED:
-                raise UserError(f"{where}: its interpolations stand for more than {_MOST_POINTED} values. {REMEDY}.")
+                raise UserError(f"{where}: its interpolations resolve to more than {_MOST_POINTED} values. {REMEDY}.")
 
 
 def _followed(whole: Mapping[str, Any], steps: Steps, pointer: re.Match[str], what: str) -> Any:
@@ -271,7 +280,7 @@ def _followed(whole: Mapping[str, Any], steps: Steps, pointer: re.Match[str], wh
                 return target
             break
         pointer = following
-    raise UserError(f"{what} is refused: it leads from one interpolation to the next. {REMEDY}.")
+    raise UserError(f"{what} is refused: it is a chain of interpolations. {REMEDY}.")
 
 
 def _computes(text: str) -> bool:

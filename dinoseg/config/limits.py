@@ -34,11 +34,11 @@ def check_text(text: str, steps: Steps, what: str) -> None:
         what: file, key and value, for the message.
     """
     if len(text) > _LONGEST_TEXT:
-        raise UserError(f"{what} has {len(text)} letters, above the most, {_LONGEST_TEXT}. {REMEDY}.")
+        raise UserError(f"{what} has {len(text)} characters, above the limit of {_LONGEST_TEXT}. {REMEDY}.")
     if steps[-1:] == ("cache_dir",) and text != "${cache_dir}":
         raise UserError(
-            f"{what} is refused. A config from a checkpoint may not say where files are written: only cache_dir of "
-            "your own command line does."
+            f"{what} is refused. A config from a checkpoint must not choose where files are written: set cache_dir on "
+            "the command line."
         )
 
 
@@ -46,17 +46,21 @@ def check_value(value: Any, steps: Steps, what: str) -> None:
     """Refuse a value without interpolations that writes elsewhere or requests too much."""
     if steps == _TRACKED and isinstance(value, str):
         if not re.fullmatch(r"\w+(/\w+)*", value):
-            raise UserError(f"{what} is refused. A config from a checkpoint may only name folders below the run's own.")
+            raise UserError(
+                f"{what} is refused. A config from a checkpoint may only name folders below its run folder."
+            )
     elif steps == _TRACKED or (steps[-1:] == ("cache_dir",) and not isinstance(value, str)):
-        raise UserError(f"{what} is refused: it is no name of a folder. {REMEDY}.")
+        raise UserError(f"{what} is refused: it is not a folder name. {REMEDY}.")
     if value is None or isinstance(value, bool | str | list | Mapping):
         return
     if not isinstance(value, int | float):
-        raise UserError(f"{what} is of type {type(value).__name__}, and a config from a checkpoint holds plain values.")
+        raise UserError(
+            f"{what} is of type {type(value).__name__}; a config from a checkpoint holds plain values only."
+        )
     above = (LARGEST[steps[:end]] for end in range(len(steps), 0, -1) if steps[:end] in LARGEST)
     most = next(above, _LARGEST_ELSEWHERE)
     if not (abs(value) <= most and math.isfinite(value)):
-        raise UserError(f"{what} is refused: a checkpoint may ask for {most} there at most. {REMEDY}.")
+        raise UserError(f"{what} is refused: a checkpoint may set at most {most}. {REMEDY}.")
 
 
 def check_batch(whole: DictConfig, where: str) -> None:
@@ -67,6 +71,6 @@ def check_batch(whole: DictConfig, where: str) -> None:
     pixels = math.prod(abs(size) for size in sizes if isinstance(size, int | float))
     if pixels > _MOST_PIXELS:
         raise UserError(
-            f"{where}: resolution.crop={crop} with data.batch_size={batch} is refused: a checkpoint may ask for "
-            f"batches of {_MOST_PIXELS} pixels at most. {REMEDY}."
+            f"{where}: resolution.crop={crop} with data.batch_size={batch} is refused: a checkpoint may set batches of "
+            f"at most {_MOST_PIXELS} pixels. {REMEDY}."
         )

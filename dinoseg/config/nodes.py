@@ -36,7 +36,7 @@ def instantiate(node: Any, *, without: Sequence[str] = (), instead: Mapping[str,
         raise
     where = node._get_full_key(None) if OmegaConf.is_config(node) else ""
     if not isinstance(values, Mapping):
-        raise UserError(f"A config node with `_target_` is needed, and {where or shown(str(node))} is none. Set it.")
+        raise UserError(f"{where or shown(str(node))} has no `_target_`, which this config node needs. Set it.")
     values = {key: value for key, value in values.items() if key not in without} | dict(instead or {})
     unset = next(_unset(values, where), None)
     if unset:
@@ -44,7 +44,7 @@ def instantiate(node: Any, *, without: Sequence[str] = (), instead: Mapping[str,
     # hydra would resolve the text again, and so run it
     pointer = next((text for text in _texts(values) if "${" in text), None)
     if pointer is not None:
-        raise UserError(f"{pointer} reads as an interpolation even after it is resolved. Choose a value without ${{.")
+        raise UserError(f"{pointer} is still an interpolation after it is resolved. Choose a value without ${{.")
     for target, arguments, names in _targets(values, node, where):
         check_given(target, arguments, names)
     try:
@@ -85,15 +85,15 @@ def keeping(contract: type[Part], part: object, key: str) -> Part:
     """
     if not isinstance(part, contract):
         raise UserError(
-            f"{key}: {type(part).__name__} is no {contract.__module__}.{contract.__name__}. Let it inherit that class, "
-            "which says what is asked of it and has defaults for the rest."
+            f"{key}: {type(part).__name__} is not a {contract.__module__}.{contract.__name__}. Inherit from that "
+            "class, which defines the interface and its defaults."
         )
     return part
 
 
 def not_set(key: str) -> str:
     """Return the error message for a key without a value."""
-    return f"{key} is not set. Give it on the command line: {key}=VALUE."
+    return f"{key} is not set. Set it on the command line: {key}=VALUE."
 
 
 def _unset(values: Any, where: str) -> Iterator[str]:

@@ -81,7 +81,7 @@ def _resolved_or_unset(node: DictConfig, key: Any) -> Any:
 
 def _length(values: Any) -> int:
     if not isinstance(values, Sequence):
-        raise _Unmet(f"{values} stands where a list is counted. Write it in brackets: data.classes=[background, leaf].")
+        raise _Unmet(f"{values} is not a list. Write it in brackets: data.classes=[background, leaf].")
     return len(values)
 
 
@@ -108,7 +108,10 @@ def _from_class_file(key: str, drawn: str = "", *, _root_: DictConfig) -> Any:
     path = Path(str(root or "")).expanduser() / NAME
     if root is not None and (described := _read_class_file(path, data.ignore_index)) is not None:
         if drawn and described["format"] != LABELS:
-            raise _Unmet(f"{path} is of mask files, and data={data.kind} draws its masks: say `masks: labels` in it.")
+            raise _Unmet(
+                f"{path} describes mask files, but data={data.kind} rasterises masks from labelled shapes: write "
+                "`masks: labels` in it."
+            )
         return described[key]
     if drawn and key in ("classes", "background") and root is not None:
         return _classes_of_labels(data, Path(str(root)).expanduser()) if key == "classes" else _ground(data)

@@ -106,8 +106,8 @@ class Backbone(nn.Module):
         """
         if self.first_trained is not None:
             raise UserError(
-                "This backbone is cut behind its last block alone, and some of it is trained. Choose adapter=frozen, "
-                "a vision transformer, or engine.cache=off."
+                "This backbone can only be split after its last block, and some of it is trained. Choose "
+                "adapter=frozen, a vision transformer, or engine.cache=off."
             )
         maps = dict(zip(self._read, self(images), strict=True))
         return [maps[layer] for layer in sorted(maps)]
@@ -139,7 +139,7 @@ class Backbone(nn.Module):
         Raises:
             UserError: the backbone has no weights to export, or holds LoRA updates, which are not weights of their own.
         """
-        raise UserError(f"{type(self).__name__} has no weights that could be exported. Choose another backbone.")
+        raise UserError(f"{type(self).__name__} has no weights to export. Choose another backbone.")
 
 
 class Slots(Protocol):
@@ -238,8 +238,8 @@ class Head(nn.Module, Generic[Outputs]):
         """
         if type(self).run is not Head.run:
             raise UserError(
-                f"{type(self).__name__} runs the backbone in a way of its own, and cannot be cut from what is frozen. "
-                "Choose engine.cache=off, or a head that reads maps, such as head=linear or head=dpt."
+                f"{type(self).__name__} runs the backbone itself, so the frozen part cannot be split off. Choose "
+                "engine.cache=off, or a head that reads feature maps, such as head=linear or head=dpt."
             )
         return backbone.until(images)
 

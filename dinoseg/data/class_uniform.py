@@ -50,8 +50,8 @@ def class_uniform(
         )
     if absent := [name for id, name in named.items() if id not in images and id != dataset.ignore_index]:
         log.warning(
-            "data.class_uniform=%g: no training mask has a pixel of %s, so no sample is drawn for it. Leave such a "
-            "class out of data.classes, or add images that show it.",
+            "data.class_uniform=%g: no training mask has a pixel of %s, so it is never sampled. Remove such a class "
+            "from data.classes, or add images that show it.",
             share,
             listed(absent),
         )

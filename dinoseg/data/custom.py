@@ -57,7 +57,9 @@ class CustomDataset:
             what = f"lacks {', '.join(sorted(missing))}" if isinstance(item, Mapping) else f"is {type(item).__name__}"
             raise UserError(f"{self._where}: the sample {name} {what}. Return a dict of image, mask and name.")
         if item["name"] != name:
-            raise UserError(f"{self._where}: the sample {name} is called {item['name']}. Return the name of `names`.")
+            raise UserError(
+                f"{self._where}: the sample {name} has the name {item['name']}. Return its name in `names`."
+            )
         return Sample(
             image=self._image(item["image"], name), mask=self._mask(item["mask"], item["image"], name), name=name
         )
@@ -82,7 +84,7 @@ class CustomDataset:
         ):
             raise UserError(
                 f"{self._where} has {count_of(len(samples), 'sample')} and {count_of(len(set(names)), 'name')} in "
-                "`names`. Give each sample a name of its own."
+                "`names`. Give each sample a unique name."
             )
         if not names:
             raise UserError(f"{self._where} has no sample in this split. Check data.root.")

@@ -106,7 +106,7 @@ class _Search:
         share, pace = waited / (waited + held), len(self._held) / (waited + held)
         if self._fewer is not None and pace < _GAIN * self._fewer[1]:
             self.workers, self._settled = self._fewer[0], True
-            log.info("engine.workers=auto: more processes bring no more: back to %d.", self.workers)
+            log.info("engine.workers=auto: more processes are not faster; back to %d.", self.workers)
             return True
         if self.workers == self._most:
             self._settled = True
@@ -116,9 +116,9 @@ class _Search:
             return False
         self._fewer, self.workers = (self.workers, pace), min(max(FIRST, 2 * self.workers), self._most)
         log.info(
-            "engine.workers=auto: %.0f%% of the time goes into waiting for %s: trying %d.",
+            "engine.workers=auto: %.0f%% of the time is spent waiting for %s; trying %d.",
             100 * share,
-            f"{self._fewer[0]} loading processes" if self._fewer[0] else "this process, which loads by itself",
+            f"{self._fewer[0]} loading processes" if self._fewer[0] else "this process, which loads the data itself",
             self.workers,
         )
         return True
@@ -133,8 +133,8 @@ def warn_of_many(workers: Workers) -> None:
     ranks, cores = ranks_here(), cores_here()
     if not isinstance(workers, str) and workers * ranks > max(_LEAST_MANY, _MANY * cores):
         log.warning(
-            "engine.workers=%d starts %d loading processes on %d processors, each with memory of its own and batches "
-            "ahead. engine.workers=auto finds how many bring more.",
+            "engine.workers=%d starts %d loading processes on %d processors, each with its own memory and prefetched "
+            "batches. engine.workers=auto finds the useful number.",
             *(workers, workers * ranks, cores),
         )
 
@@ -142,5 +142,5 @@ def warn_of_many(workers: Workers) -> None:
 def more_workers(workers: Workers) -> str:
     """Return a sentence of advice on the number of loading processes, for when items are waited for."""
     if isinstance(workers, str):
-        return "engine.workers=auto has tried more processes: what is left takes more cores or a faster disk."
-    return "Where cores are idle, let more processes load (engine.workers=auto finds how many)."
+        return "engine.workers=auto has tried more processes; more cores or a faster disk would help."
+    return "If cores are idle, use more loading processes (engine.workers=auto finds the number)."

@@ -259,13 +259,13 @@ def awaited(iterator: Any, number: int, workers: int) -> Any:
                 raise
             pinning = getattr(iterator, "_pin_memory_thread", None)
             if pinning is not None and not pinning.is_alive():  # torch does not check it on a timeout
-                raise EOFError("the thread that pins batches has ended") from error
+                raise EOFError("the thread that pins batches has stopped") from error
         if (waited := time.monotonic() - start) >= patience:
             patience = _RARER * waited
             process = number % workers  # workers take turns
             log.warning(
-                "Nothing is loaded since %.0f s: item %d of this pass is to come from loading process %d of %d (id "
-                "%d). Look at what it waits for (py-spy dump --pid %d), such as a file on a disk that does not answer, "
-                "or load without processes: engine.workers=0.",
+                "No batch for %.0f s: item %d of this epoch is due from loading process %d of %d (id %d). Check why it "
+                "hangs (py-spy dump --pid %d), such as a file on a disk that does not respond, or load without "
+                "processes: engine.workers=0.",
                 *(waited, number + 1, process + 1, workers, *2 * (iterator._workers[process].pid,)),
             )

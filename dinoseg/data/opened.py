@@ -101,8 +101,8 @@ def _packed_if_there_is_room(
         folder = Path(cache_dir).expanduser()
         drop_draft(dataset, folder)
         log.warning(
-            "data.cache=auto: split %s is read from its files, since it cannot be packed to %s (%s). What was "
-            "packed so far is removed.",
+            "data.cache=auto: split %s is read from its files, since it cannot be packed to %s (%s). The incomplete "
+            "packed data is removed.",
             *(split, folder, error.__cause__ or "there is too little room"),
         )
         return dataset
@@ -112,7 +112,7 @@ def _usable(dataset: PairDataset, split: str, cache_dir: Path, workers: int) -> 
     """Return the pairs whose two files are both usable, and log the others."""
     bad = unreadable(scan(dataset.pairs, dataset.reader, workers=workers, cache_dir=cache_dir))
     if len(bad) == len(dataset):
-        raise UserError(f"No image of split {split} can be used with its mask:{reasons(bad, 3)}")
+        raise UserError(f"No image of split {split} has a usable mask:{reasons(bad, 3)}")
     bad = {**dataset.lacking, **bad}
     if not bad:
         return dataset

@@ -89,7 +89,7 @@ def divide(split: str, find: Callable[[str], list[Item]], partition: Partition) 
         names = _fold_split([item.name for item in pool], partition)[split]
     elif partition.by == "fraction":
         if split not in ("train", "val"):
-            raise UserError(f"data.reader.partition.by=fraction knows the splits train and val, not {split}.")
+            raise UserError(f"data.reader.partition.by=fraction has the splits train and val only, not {split}.")
         pool = find(split)
         if not pool:
             return []
@@ -112,7 +112,7 @@ def _fold_split(names: Sequence[str], partition: Partition) -> dict[str, list[st
     if len(sizes) < folds:
         raise UserError(
             f"data.folds={folds}: there are only {len(sizes)} groups ({listed(sorted(sizes))}) to divide. Lower "
-            "data.folds, or correct data.group, which says what stays together."
+            "data.folds, or correct data.group, which defines the groups."
         )
     filled = [0] * folds
     fold_of: dict[str, int] = {}
@@ -138,8 +138,8 @@ def _joined(items: Mapping[str, Sequence[Item]]) -> list[Item]:
     origins = Counter((item.name, item.origin) for side in items.values() for item in side if item.name in repeated)
     if twice := sorted(name for (name, _), count in origins.items() if count > 1):
         raise UserError(
-            f"{count_of(twice, 'name')} in train and in val ({listed(twice)}) with the same file, so folds cannot tell "
-            "them apart: take it out of one split."
+            f"{count_of(twice, 'name')} in train and in val ({listed(twice)}) with the same file, so folds cannot "
+            "distinguish them: remove it from one split."
         )
     return [replace(cast(Any, item), name=f"{item.name}-{split}") for split, side in items.items() for item in side]
 
@@ -160,8 +160,8 @@ def fraction_split(
     groups = sorted({group(name) for name in names}, key=lambda key: _shuffle_key(key, seed))
     if len(groups) < 2:
         raise UserError(
-            f"Cannot split {len(groups)} group(s) of images ({', '.join(groups) or 'none'}) into train and "
-            "val: at least two are needed. Add data, or give the splits as folders or file lists."
+            f"Cannot split {len(groups)} group(s) of images ({', '.join(groups) or 'none'}) into train and val: at "
+            "least two are needed. Add data, or define the splits by folders or file lists."
         )
     count = min(max(1, round(val_fraction * len(groups))), len(groups) - 1)
     held_out = set(groups[:count])
@@ -188,8 +188,8 @@ def regex_group(pattern: str | None) -> Callable[[str], str]:
         key = match.group(1 if expression.groups else 0)
         if key is None:
             raise UserError(
-                f"data.group={pattern} matches the name {name}, but its first bracket, which gives the group, does "
-                "not: let it match each name, or write brackets that only hold together as (?:...)."
+                f"data.group={pattern} matches the name {name}, but its first parenthesised group, which defines the "
+                "data group, does not: let it match each name, or write other parentheses as (?:...)."
             )
         return key
 
@@ -214,8 +214,8 @@ def read_name_list(path: Path, key: str = "data.reader.partition.lists") -> list
     lines = text.splitlines()
     if longest := next((number for number, line in enumerate(lines, 1) if len(line) > _LONGEST), 0):
         raise UserError(
-            f"Line {longest} of the file list {path} has {len(lines[longest - 1])} letters, more than any name of a "
-            f"file: write one name per line. Check {key}."
+            f"Line {longest} of the file list {path} has {len(lines[longest - 1])} characters, more than any file "
+            f"name: write one name per line. Check {key}."
         )
     names = [_without_ending(line.strip()) for line in lines if line.strip()]
     if not names:
@@ -248,7 +248,7 @@ def labelled_names(
         if absent := sorted(set(wanted) - set(names)):
             raise UserError(
                 f"data.labelled={labelled}: {len(absent)} of its names are not in the training split: "
-                f"{listed(absent)}. Names there are such as {listed(names, 2)}."
+                f"{listed(absent)}. Names have the form {listed(names, 2)}."
             )
         return wanted
     key = regex_group(group)

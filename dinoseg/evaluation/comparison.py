@@ -52,7 +52,7 @@ def against(sides: Sequence[Side], open_data: Callable[[], SegmentationData]) ->
         try:
             shots, reason = most_different(pictures, other.places[0], mious[0], mious[number], len(sides) - 1)
         except UserError as error:
-            shots, reason = [], f"No pictures: {error}"
+            shots, reason = [], f"No images: {error}"
             refused[str(error)] = None
         found.append(
             OtherRun(
@@ -66,7 +66,7 @@ def against(sides: Sequence[Side], open_data: Callable[[], SegmentationData]) ->
             )
         )
     for reason in refused:  # log each reason once, even if it applies to all sides
-        logger.warning("The page has no pictures: %s", reason)
+        logger.warning("The report has no images: %s", reason)
     return found
 
 
@@ -120,7 +120,7 @@ def verdict_lines(first: str, images: Sequence[str], others: Sequence[OtherRun])
         shares.sort(key=lambda pair: -abs(pair[0]))
         if shares:
             told = ", ".join(f"{one_line(name)} {_shown(share, '+')}" for share, name in shares[:_TOLD])
-            lines.append(f"  of which the images that decide add: {told}")
+            lines.append(f"  largest contributions by image: {told}")
     return lines
 
 

@@ -15,7 +15,7 @@ from dinoseg.utils.atomic import whole_file, write_json
 from dinoseg.utils.errors import UserError
 
 RECORD, COUNTS = "evaluation.json", "counts.npz"  # in a run folder
-_REMEDY = "Evaluate again: python -m dinoseg mode=eval resume=RUN, with the run folder of the training as RUN."
+_REMEDY = "Evaluate again: python -m dinoseg mode=eval resume=RUN, where RUN is the run folder of the training."
 _MOST_CLASSES = 256
 _LARGEST = 2**27  # maximum bytes of the JSON file: names of half a million images
 _FRAMING = 4096  # bytes of an NPZ file of one array in addition to its values
@@ -86,19 +86,19 @@ def evaluated(folder: Path) -> Path:
         UserError: the record is missing.
     """
     if not folder.is_dir():
-        raise UserError(f"runs: {folder} is no folder. Give run folders of mode=eval or mode=train.")
+        raise UserError(f"runs: {folder} is not a folder. Give run folders of mode=eval or mode=train.")
     for place in (folder, folder / EVALUATION):
         if (place / RECORD).is_file():
             return place
         if (place / TRACKED).is_file():
             raise UserError(
-                f"runs: {place} is an evaluation of videos, which mode=compare does not compare. The difference of "
+                f"runs: {place} is an evaluation of videos, which mode=compare does not support. For the difference of "
                 "two, paired by video, with its interval: python -m dinoseg mode=score protocol=NAME reference=ROOT "
-                f"prediction=[{place}/masks,OTHER/masks], with NAME as `protocol` of {place / 'scores.json'} says."
+                f"prediction=[{place}/masks,OTHER/masks], where NAME is the `protocol` in {place / 'scores.json'}."
             )
     raise UserError(
-        f"runs: {folder} holds no {RECORD}, so there is nothing to compare: it is no evaluation of images, or one made "
-        f"with mode.report=false. {_REMEDY}"
+        f"runs: {folder} holds no {RECORD}: it is not an evaluation of images, or it was made with mode.report=false. "
+        f"{_REMEDY}"
     )
 
 
@@ -127,7 +127,7 @@ def _check_size(path: Path, most: int) -> None:
         Misshapen: the file is too large (names both sizes).
     """
     if (size := path.stat().st_size) > most:
-        raise forms.Misshapen(f"{path.name} has {size} bytes, and {most} at most where it is whole")
+        raise forms.Misshapen(f"{path.name} has {size} bytes; a valid one has at most {most}")
 
 
 def _check(said: dict[str, Any], counts: np.ndarray) -> None:
@@ -147,7 +147,7 @@ def _check(said: dict[str, Any], counts: np.ndarray) -> None:
     ):
         raise forms.Misshapen(f"{images} images of {classes} classes have counts {list(counts.shape)}")
     if (said["background"] or 0) >= classes:
-        raise forms.Misshapen(f"background {said['background']} is none of its {classes} classes")
+        raise forms.Misshapen(f"background {said['background']} is not one of its {classes} classes")
     right, reference, predicted = np.moveaxis(counts, 1, 0)
     if counts.size and (counts.min() < 0 or counts.max() > 2**40 or (right > np.minimum(reference, predicted)).any()):
-        raise forms.Misshapen("its counts are of no image")
+        raise forms.Misshapen("its counts are inconsistent")

@@ -64,7 +64,7 @@ def evaluate_images(
         print(class_table(scores, data.classes, background))
         print(f"\nscores:       {out_dir}/scores.json, scores.csv, confusion.png")
         if not metrics_only:
-            print(f"pictures:     {out_dir / 'predictions'}")
+            print(f"images:       {out_dir / 'predictions'}")
         if protocol is not None:
             scores = {**scores, "official": official_scores(protocol, data, out_dir, on_error)}
     return scores

@@ -50,7 +50,7 @@ def official_scores(
     If that fails, log the reason and return None, so that the scores computed so far are not lost.
     """
     folder = out_dir / FOLDER
-    remedy = f"Score what was predicted by itself: mode=score prediction={folder} mode.workers=1, with its reference."
+    remedy = f"Score these predictions separately: mode=score prediction={folder} mode.workers=1, with their reference."
     listing = Cases([])
     for pair in _of_files(data).pairs:
         try:
@@ -71,7 +71,7 @@ def _of_files(data: SegmentationData) -> PairDataset:
     """Return a data set of files, from which official scores are read; refuse any other."""
     if not isinstance(data, PairDataset):
         raise UserError(
-            "data.official needs a data set of image and mask files, and data.reader reads its samples itself. Set "
+            "data.official needs a dataset of image and mask files, but data.reader reads its samples itself. Set "
             "data.official=null."
         )
     return data
@@ -110,12 +110,12 @@ def _check_size(data: PairDataset, pair: Pair) -> None:
     if size != stored:
         raise BadFile(
             mask_file(pair.mask),
-            f"is {stored[1]} x {stored[0]} (width x height), where the benchmark scores, but data.cache=packed or "
-            f"data.reader.masks.on_size_mismatch=resize_mask has it predicted at {size[1]} x {size[0]}.",
+            f"is {stored[1]} x {stored[0]} (width x height), the size of the benchmark, but data.cache=packed or "
+            f"data.reader.masks.on_size_mismatch=resize_mask sets its prediction to {size[1]} x {size[0]}.",
         )
 
 
 def _tell(error: UserError, out_dir: Path) -> None:
     problems = error.problems if isinstance(error, Unscorable) else [(out_dir / FOLDER, str(error))]
     path = write_problems(out_dir, {out_dir / FOLDER: problems})
-    logger.warning("No official scores (all reasons in %s; mode.official=false goes without): %s", path, error)
+    logger.warning("No official scores (all reasons in %s; mode.official=false skips them): %s", path, error)

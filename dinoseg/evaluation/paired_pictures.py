@@ -55,7 +55,7 @@ class Pictures:
     def _open(self) -> SegmentationData:
         data = self.open_data()
         if list(data.names) != list(self.record.images):
-            raise UserError(f"{self.record.root} holds other images than those that were evaluated.")
+            raise UserError(f"{self.record.root} does not hold the images that were evaluated.")
         return data
 
     def shot(self, index: int, other: Path, mious: tuple[float, float]) -> PairShot:
@@ -73,10 +73,10 @@ class Pictures:
             if not path.resolve().is_relative_to(base.resolve()):
                 raise UserError(f"{folder} names an image outside its own folder: {name}.")
             if read_size(path) != reference.shape:
-                raise UserError(f"{path} is of another size than its reference.")
+                raise UserError(f"{path} differs in size from its reference.")
             ids = read_ids(path)
             if ids.ndim != 2 or ids.max() >= len(self.record.classes):
-                raise UserError(f"{path} is no mask of the {len(self.record.classes)} classes.")
+                raise UserError(f"{path} is not a mask of the {len(self.record.classes)} classes.")
             predictions.append(reduced(ids, _LONGEST))
         frame = reduced(sample["image"].permute(1, 2, 0).numpy(), _LONGEST)
         return PairShot(name, mious, frame, reduced(reference, _LONGEST), (predictions[0], predictions[1]))
@@ -108,7 +108,7 @@ def most_different(
     chosen = {index: gap for gap, index in (*lost[:shown], *gained[-shown:])}
     order = sorted(chosen, key=lambda index: -abs(chosen[index]))
     if not order:
-        return [], "No image is scored differently by the two."
+        return [], "No image has different scores in the two runs."
     if any(not (folder / "predictions").is_dir() for folder in (pictures.folder, other)):
-        return [], "No pictures: a run was evaluated with mode.metrics_only=true, so its predictions were not kept."
+        return [], "No images: a run was evaluated with mode.metrics_only=true, so its predictions were not saved."
     return [pictures.shot(index, other, (first[index] or 0.0, second[index] or 0.0)) for index in order], ""

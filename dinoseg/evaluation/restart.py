@@ -37,8 +37,8 @@ def earlier_run(restart: str | None, record: Mapping[str, Any]) -> Path | None:
         before = forms.read_json(folder / RECORD, _FORM)
     except (OSError, forms.Misshapen) as error:
         raise UserError(
-            f"mode.restart={restart} holds no readable {RECORD} ({error}): it is no run folder of mode=eval on videos, "
-            "or a damaged one. Give that of the evaluation to go on with, or leave mode.restart out."
+            f"mode.restart={restart} holds no readable {RECORD} ({error}): it is not a run folder of mode=eval on "
+            "videos, or it is damaged. Give the run folder of the evaluation to resume, or leave mode.restart out."
         ) from None
     check_same_settings(folder, _settings_of(before), _settings_of(record))
     return folder
@@ -48,7 +48,7 @@ def tell_taken(restart: str | None, videos: Sequence[str]) -> None:
     """Log which videos' masks were copied from the run folder `mode.restart`, if it is set."""
     if restart is not None:
         names = f": {listed(sorted(videos))}" if videos else ""
-        logger.info("mode.restart=%s: %s taken over%s", restart, count_of(videos, "video"), names)
+        logger.info("mode.restart=%s: %s reused%s", restart, count_of(videos, "video"), names)
 
 
 def digest_of(video: Video, prompts: str) -> str:
@@ -89,11 +89,8 @@ def take_over(
     """
     if earlier is None:
         return False
-    changed = (
-        f"Video {video} is tracked anew: its frames, or the masks that are given, are other files than those of "
-        f"{earlier}."
-    )
-    damaged = "%s cannot be read (%s): its video is tracked anew."
+    changed = f"Video {video} is tracked again: its frames or prompt masks differ from those of {earlier}."
+    damaged = "%s cannot be read (%s): its video is tracked again."
     note = earlier / DIGESTS / f"{video}.txt"
     if finished(note, _read_digest, lambda noted: noted == digest, damaged=damaged, unfit=changed) is None:
         return False

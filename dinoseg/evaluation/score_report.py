@@ -32,7 +32,7 @@ def result_of(protocol: ScoreProtocol, scored: Scored, path: Path) -> dict[str, 
         logger.warning("%s in %s.", count_of(len(scored.notes) - _NOTES, "more note"), path)
     if scored.problems:
         count = count_of(scored.problems, "file")
-        logger.warning("%s left out that could not be scored, with reasons under `problems` in %s.", count, path)
+        logger.warning("%s could not be scored and are left out; see `problems` in %s.", count, path)
     result = summary(protocol, scored)
     held = any(limits is not None for limits in result["ci95"].values())
     if held and (few := few_units(result["n"], result["unit"])):

@@ -89,8 +89,8 @@ def units_note(sides: Sequence[Side]) -> str:
     if not _has_intervals(sides):
         return f"none: they need two {record.unit}s, or several seeds of each side"
     single = [side.name for side in sides if len(side.folders) == 1]
-    told = f"over seeds alone: there is one {record.unit}, so they say nothing of another"
-    return f"{told}; none of {listed(single)}, one run each" if single else told
+    told = f"over seeds only: there is one {record.unit}, so they do not generalise to others"
+    return f"{told}; not for {listed(single)}, one run each" if single else told
 
 
 def seeds_note(sides: Sequence[Side]) -> str:
@@ -98,14 +98,14 @@ def seeds_note(sides: Sequence[Side]) -> str:
     single = [side.name for side in sides if len(side.folders) == 1]
     several = [f"{len(side.folders)} of {side.name}" for side in sides if len(side.folders) > 1]
     if not several:
-        return "one trained model a side: verdicts are of these models, and say nothing of other seeds"
+        return "one trained model per side: verdicts hold for these models, not for other seeds"
     told = listed(several)
     if not single and len({len(side.folders) for side in sides}) == 1:
-        told = f"{len(sides[0].folders)} runs a side"
+        told = f"{len(sides[0].folders)} runs per side"
     if not _has_intervals(sides):
-        return f"their scatter is in no interval, as there is none ({told})"
-    counted = f"their scatter is in the intervals ({told})"
-    return f"{counted}; but not that of {listed(single)}, one trained model each" if single else counted
+        return f"their variance is in no interval, since there is none ({told})"
+    counted = f"their variance is included in the intervals ({told})"
+    return f"{counted}, except for {listed(single)}, one trained model each" if single else counted
 
 
 def _has_intervals(sides: Sequence[Side]) -> bool:
@@ -117,7 +117,7 @@ def _has_intervals(sides: Sequence[Side]) -> bool:
 def _given(runs: Any) -> list[list[Path]]:
     """Return the folders of each entry; a sweep's folder stands for its jobs that no earlier entry names."""
     if not isinstance(runs, list | tuple):
-        raise _refusal(runs, "is no list")
+        raise _refusal(runs, "is not a list")
     found: list[list[Path]] = []
     named: set[Path] = set()
     for entry in runs:
@@ -127,7 +127,7 @@ def _given(runs: Any) -> list[list[Path]]:
             named |= {folder.resolve() for folder in side}
         found += [side] if isinstance(entry, list | tuple) else [[folder] for folder in side]
     if not all(found):
-        raise _refusal(runs, "has a side without a run of its own")
+        raise _refusal(runs, "has a side without a separate run")
     return found
 
 
@@ -138,7 +138,7 @@ def _jobs(name: Any, named: Collection[Path]) -> list[Path]:
     inside = [place for place in entries(folder) if place.is_dir()]
     if again := [place.name for place in inside if _AGAIN.fullmatch(place.name)]:
         logger.warning(
-            "%s: left out what is of jobs that were run again: %s. To compare them, name each, as runs=[%s,...].",
+            "%s: left out results of repeated jobs: %s. To compare them, name each, as in runs=[%s,...].",
             folder,
             listed(again),
             folder / again[0],
@@ -147,7 +147,7 @@ def _jobs(name: Any, named: Collection[Path]) -> list[Path]:
     jobs = sorted(numbered, key=lambda job: int(job.name)) or [job for job in inside if job.name not in again]
     lacking = [job.name for job in jobs if not any((place / RECORD).is_file() for place in (job, job / EVALUATION))]
     if not jobs or len(lacking) == len(jobs):
-        raise UserError(f"runs: {folder} is a sweep none of whose jobs holds an evaluation of images.")
+        raise UserError(f"runs: {folder} is a sweep without an evaluation of images in any job.")
     if lacking:
         logger.warning("%s: jobs without an evaluation of images are left out: %s.", folder, listed(lacking))
     return [job for job in jobs if job.name not in lacking and job.resolve() not in named]
@@ -157,7 +157,7 @@ def _refusal(runs: Any, found: str) -> UserError:
     return UserError(
         f"runs={typed(runs)} {found}: give 2 to {MOST} different run folders of mode=eval or mode=train, such as "
         "runs=[outputs/a/eval_1,outputs/b/eval_1]; several seeds of each as runs=[[a1,a2,a3],[b1,b2,b3]]; or the "
-        f"folder of a sweep. There may be {_MOST_RUNS} runs in all."
+        f"folder of a sweep. The limit is {_MOST_RUNS} runs in total."
     )
 
 
@@ -172,7 +172,7 @@ def _by_seed(recipes: Sequence[tuple[dict[str, Any], Any] | None]) -> list[list[
             sides.append([number])
     alone = [[number] for number in range(len(recipes))]
     if len(sides) == 1:
-        logger.info("The runs differ in their seed alone: each stands for itself.")
+        logger.info("The runs differ only in their seed: each is a side.")
         return alone
     # runs with equal seeds are not repetitions: compare what differs instead, such as the checkpoint
     seeds = [[recipe[1] for number in side if (recipe := recipes[number])] for side in sides]
@@ -189,7 +189,8 @@ def _warn_of_others(names: Sequence[str], recipes: Sequence[tuple[dict[str, Any]
     differing = [key for key in keys if any(recipe.get(key) != known[0].get(key) for recipe in known)]
     if differing:
         logger.warning(
-            "%s are one side, and differ in more than their seed: %s. What that changes counts as chance.",
+            "%s are one side, but differ in more than their seed: %s. The effect of these settings counts as seed "
+            "variance.",
             listed(names),
             listed(differing),
         )
@@ -210,7 +211,7 @@ def aligned(records: dict[Path, ImageRecord]) -> list[ImageRecord]:
             order = [place[name] for name in first.images]
             if [other.units[index] for index in order] != [*first.units]:
                 logger.warning(
-                    "%s says otherwise than %s what images belong to (data.group): intervals are over %s of the first.",
+                    "%s and %s group images differently (data.group): intervals use %s of the second.",
                     where,
                     folder,
                     count_of(len({*first.units}), first.unit),
@@ -223,8 +224,8 @@ def aligned(records: dict[Path, ImageRecord]) -> list[ImageRecord]:
         if differences:
             said = "".join(f"\n- {line}" for line in differences)
             raise UserError(
-                f"runs: {folder} and {where} are not of the same images, so they do not compare:{said}\n"
-                "Evaluate both on the same data and split, with the same classes and sizes."
+                f"runs: {folder} and {where} were not evaluated on the same images, so they cannot be "
+                f"compared:{said}\nEvaluate both on the same data and split, with the same classes and sizes."
             )
         found.append(other)
     return found

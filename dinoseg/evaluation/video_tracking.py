@@ -63,13 +63,14 @@ class VideoTracking:
             tracked = [self._track_video(video) for video in Bar(videos, "tracking", unit="video", leave=False)]
         except OSError as error:
             raise UserError(
-                f"Cannot write below {self.out_dir} ({error}). Make room, and go on with mode.restart={self.out_dir}."
+                f"Cannot write below {self.out_dir} ({error}). Free some space, and resume with "
+                f"mode.restart={self.out_dir}."
             ) from error
         except KeyboardInterrupt:
-            logger.warning("Stopped: the same command with mode.restart=%s takes over what is whole.", self.out_dir)
+            logger.warning("Stopped: the same command with mode.restart=%s reuses the finished videos.", self.out_dir)
             raise
         frames, seconds = sum(video.frames for video in tracked), time.perf_counter() - start
-        rate = f"{frames / seconds:.2f} frames/s with reading and writing"
+        rate = f"{frames / seconds:.2f} frames/s including reading and writing"
         logger.info("%s tracked in %.1f s: %s", count_of(frames, "frame"), seconds, rate)
         return tracked
 

@@ -68,14 +68,14 @@ def check_slots(data: BenchmarkVideos, num_slots: int, *, lock_on: bool, officia
     limit = None if data.protocol is None else data.protocol.max_proposals
     if official and limit is not None and num_slots > limit:
         raise UserError(
-            f"The model has {num_slots} slots, and the unsupervised protocol of data={data.name} takes {limit} "
-            f"segments. Give head.num_slots={limit} or fewer, which a trained model takes too; or raise the limit, "
-            f"which is not official, by data.tracking.protocols.none.max_proposals={num_slots}."
+            f"The model has {num_slots} slots, but the unsupervised protocol of data={data.name} allows {limit} "
+            f"segments. Set head.num_slots={limit} or fewer, also for a trained model; or raise the limit (not "
+            f"official): data.tracking.protocols.none.max_proposals={num_slots}."
         )
     if lock_on and data.supervision == "none":
         raise UserError(
-            "slots.lock_on=true makes slots for the objects of first frames' masks, and mode.supervision=none gives "
-            "none. Give mode.supervision=first_frame, or slots=free."
+            "slots.lock_on=true creates slots from the masks of first frames, which mode.supervision=none does not "
+            "provide. Set mode.supervision=first_frame, or slots=free."
         )
 
 
@@ -224,7 +224,7 @@ def score_masks(
     listing = Cases([_case(video, folder) for video in known if folder / video.name not in left_out], list(problems))
     if bare := [video.name for video in videos if video not in known]:
         listing.notes.append(f"{count_of(bare, 'video')} without references not scored: {listed(bare)}")
-    advice = f"The masks are kept: mode.restart={out_dir} takes them over."
+    advice = f"The masks are saved: mode.restart={out_dir} reuses them."
     try:
         where, on_error = f"the data set and {folder}", "skip" if skip else "stop"
         scored = score_cases(protocol, listing, where=where, on_error=on_error, remedy=advice)
@@ -237,7 +237,7 @@ def score_masks(
 
 
 _NO_REFERENCES = (
-    "These videos come with first masks at most: only the benchmark's server scores them. Hand in the masks."
+    "These videos have public masks of first frames only: submit the predicted masks to the benchmark's server."
 )
 _NO_PROTOCOL = "The data set has no protocol for them, or mode.official=false leaves it out."
 

@@ -54,7 +54,7 @@ def chosen_supervision(build: Builder, supervision: str | None) -> str:
     tracking = build.value("data.tracking")
     if tracking is None:
         raise UserError(
-            f"data={build.options['data']} has no masks of objects, so mode=eval can neither give nor score any. "
+            f"data={build.options['data']} has no masks of objects, which mode=eval needs as prompts and references. "
             "Choose data=davis2016, davis2017, youtube_vos or movi; mode=track follows objects through videos of your "
             "own."
         )
@@ -89,8 +89,8 @@ def benchmark_videos(build: Builder, split: str, supervision: str | None) -> Ben
     if supervision != "none":
         if not any(video.masks for video in videos):
             raise UserError(
-                f"mode.supervision={supervision}: the videos of split {split} have no masks that could be given. "
-                "Add them; or find objects without, by resume=RUN of a model of slots and mode.supervision=none."
+                f"mode.supervision={supervision}: the videos of split {split} have no masks to start from. Add them; "
+                "or track without masks: resume=RUN of a slot model and mode.supervision=none."
             )
         prompts = "appearing" if tracking.later else "first"
     written, annotated = None, plain(tracking.written)

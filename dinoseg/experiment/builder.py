@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dinoseg.config.checks import check_given
-from dinoseg.config.nodes import instantiate, keeping
+from dinoseg.config.nodes import instantiate, keeping, not_set
 from dinoseg.config.plain import plain
 from dinoseg.core.contracts import Loss
 from dinoseg.core.shapes import SegmentationData
@@ -64,8 +64,8 @@ class Builder(ModelBuilder):
         if type(value) is int and 0 <= value < len(names):
             return value
         raise UserError(
-            f"data.background={value} is no class. Give the name or the id of one (0 to {len(names) - 1}: "
-            f"{listed(names)}), or null where each class is something."
+            f"data.background={value} is not a class. Give the name or the id of one (0 to {len(names) - 1}: "
+            f"{listed(names)}), or null if there is none."
         )
 
     def digest(self, key: str, **overrides: Any) -> str:
@@ -99,8 +99,8 @@ class Builder(ModelBuilder):
             return self.part("trainer.task")(self)
         except TypeError as error:
             raise UserError(
-                f"trainer.task={node.get('_target_')} cannot be built ({error}). Name a class that inherits "
-                "dinoseg.tasks.task.TrainingTask, and set `_partial_: true` beside it."
+                f"trainer.task={node.get('_target_')} cannot be built ({error}). Name a class that inherits from "
+                "dinoseg.tasks.task.TrainingTask, and set `_partial_: true`."
             ) from error
 
     def reader(self, **overrides: Any) -> Callable[[str], SegmentationData]:
@@ -119,6 +119,8 @@ class Builder(ModelBuilder):
                 f"data={self.options['data']}: `reader` must name a class or function that takes `split`. Set in its "
                 "YAML file `_target_: MODULE.NAME` and `_partial_: true` below `reader`."
             )
+        if OmegaConf.is_missing(self._cfg.data, "root"):
+            raise UserError(f"{not_set('data.root')}{_expected_files(node.get('layout'))}")
         find, conforming = self.part("data.reader", **overrides), instantiate(_CONFORMING)
         classes, ignore_index = list(self._cfg.data.classes), self._cfg.data.ignore_index
         return lambda split: conforming(find(split=split), classes, ignore_index)
@@ -174,11 +176,11 @@ class Builder(ModelBuilder):
         weights = self._cfg.loss.weights
         if not self.loss_has_classes:
             if weights != "none":
-                raise UserError(f"loss.weights={weights}: loss={self.options['loss']} knows no classes. Leave it out.")
+                raise UserError(f"loss.weights={weights}: loss={self.options['loss']} uses no classes. Leave it out.")
             return self.criterion()
         if train is None:
             raise UserError(
-                f"loss={self.options['loss']} is a loss on labels, which clips have none of. Choose "
+                f"loss={self.options['loss']} needs labels, which clips do not have. Choose "
                 "loss=feature_reconstruction or loss=video_similarity, or trainer=supervised for images and masks."
             )
         weigh = self.part("loss.class_weights")
@@ -223,6 +225,19 @@ class Builder(ModelBuilder):
             lengths: settings in steps, such as `steps`, which override those of the config.
         """
         return self.part("trainer.loop", **lengths)()
+
+
+def _expected_files(layout: Mapping[str, Any] | None) -> str:
+    """Return example paths of a dataset in a layout of image and mask folders; "" for other layouts."""
+    if not layout or not layout.get("images") or not layout.get("masks"):
+        return ""
+    kinds = (("images", "image_suffix", "jpg"), ("masks", "mask_suffix", "png"))
+    paths = [
+        f"VALUE/{layout[kind]}/NAME{layout.get(suffix, '')}.{ending}".replace("{split}", name)
+        for name in ((layout.get("splits") or {}).get(split, split) for split in ("train", "val"))
+        for kind, suffix, ending in kinds
+    ]
+    return "\n- ".join(["\nExpected files:", *dict.fromkeys(paths)])
 
 
 def check_split(split: str) -> None:

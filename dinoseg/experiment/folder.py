@@ -41,7 +41,7 @@ def claim(out_dir: Path) -> Path:
         _made_paths.add((folder / LOG).absolute())
         lock(folder)
         return folder
-    raise UserError(f"{out_dir} and 998 folders beside it are taken. Remove old runs.")
+    raise UserError(f"{out_dir} and its 998 numbered variants exist. Remove old runs.")
 
 
 def enter_within(folder: Path) -> None:
@@ -49,11 +49,11 @@ def enter_within(folder: Path) -> None:
     will_make(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / LOG).touch()
-    lock(folder, instead="go on with the other heads by themselves")
+    lock(folder, instead="train the other heads separately")
     drop_parts(folder)
 
 
-def lock(folder: Path, *, instead: str = "start a run of its own without resume") -> None:
+def lock(folder: Path, *, instead: str = "start a new run without resume") -> None:
     """Make this process the only one that writes to a run folder, until it ends.
 
     Args:

@@ -71,9 +71,9 @@ def named_heads(heads: Any, rates: Any) -> list[HeadRun]:
     names = [run.name for run in runs]
     if twice := [run for run in runs if names.count(run.name) > 1]:
         raise UserError(
-            f"heads: {listed(sorted({run.name for run in twice}))} stands there more than once. Give each a name, and "
-            f"each of several lrs, which are part of the names, once: 'heads=[{{head:{twice[0].option},name:first}},"
-            f"{{head:{twice[1].option},name:second}}]'."
+            f"heads: {listed(sorted({run.name for run in twice}))} occurs more than once. Give each a name, and list "
+            "each of several lrs, which are part of the names, once: "
+            f"'heads=[{{head:{twice[0].option},name:first}},{{head:{twice[1].option},name:second}}]'."
         )
     return runs
 
@@ -83,15 +83,15 @@ def _parts(entry: Any) -> tuple[str, Mapping[str, Any]]:
     own = {"head": entry} if isinstance(entry, str) else entry
     if not isinstance(own, Mapping) or not isinstance(own.get("head"), str):
         raise UserError(
-            f"heads: {entry} is neither a head nor one with settings. Write linear, or {{head: linear, lr: 1e-3}}."
+            f"heads: {entry} is neither a head nor a head with settings. Write linear, or {{head: linear, lr: 1e-3}}."
         )
     name, rate = own.get("name", own["head"]), own.get("lr", 1.0)
     if not isinstance(name, str) or not _NAME.fullmatch(name) or len(name) > _LONGEST_NAME:
-        raise UserError(
-            f"heads: the name {name} is none for a folder. Give one of letters, digits and the signs _ - + ."
-        )
+        raise UserError(f"heads: the name {name} is not a valid folder name. Use letters, digits and _ - + .")
     if not _is_rate(rate):
-        raise UserError(f"heads: lr={rate} of {own['head']} is no learning rate. Give a number above 0, such as 1e-3.")
+        raise UserError(
+            f"heads: lr={rate} of {own['head']} is not a learning rate. Give a number above 0, such as 1e-3."
+        )
     return own["head"], own
 
 
@@ -119,8 +119,8 @@ def own_runs(cfg: DictConfig, words: Sequence[str], run: Path | None) -> dict[st
     if HEADS not in given["trainer"]:
         if typed := [key for key in (HEADS, RATES) if given.get(key) is not None]:
             raise UserError(
-                f"{typed[0]} is read by trainer=many_heads alone. Give that too; or for one head head=NAME, and "
-                "optim.optimizer.lr for its rate."
+                f"{typed[0]} has no effect without trainer=many_heads. Add it; or for one head set head=NAME and "
+                "optim.optimizer.lr."
             )
         return {}
     heads = named_heads(given[HEADS], given[RATES])
@@ -128,7 +128,7 @@ def own_runs(cfg: DictConfig, words: Sequence[str], run: Path | None) -> dict[st
     if run is not None:
         return _resumed(cfg, heads, overrides, run)
     if given["resume"] is not None:
-        raise UserError(f"resume={given['resume']} is of several heads: give their run folder.")
+        raise UserError(f"resume={given['resume']} holds several heads: give their run folder.")
     return _composed(heads, overrides)
 
 
@@ -143,13 +143,13 @@ def _own_words(head: HeadRun, overrides: Sequence[Override]) -> list[str]:
 def _composed(heads: Sequence[HeadRun], overrides: Sequence[Override]) -> dict[str, OwnRun]:
     """Compose the run of each head alone from the command line."""
     if typed := next((word for word in overrides if word.key_or_group == "head"), None):
-        raise UserError(f"{typed.input_line} and heads both say what is trained: give one of them.")
+        raise UserError(f"{typed.input_line} and heads both set the heads to train: give one of them.")
     options = [name for name in GlobalHydra.instance().config_loader().get_group_options("head") if name[0] != "_"]
     found = {}
     for head in heads:
         if head.option not in options:
             raise UserError(
-                f"heads: {head.option} is no head.{nearest(head.option, options)} Choose from {', '.join(options)}."
+                f"heads: {head.option} is unknown.{nearest(head.option, options)} Choose from {', '.join(options)}."
             )
         words = _own_words(head, overrides)
         composed = compose("main", [*words, f"{HEADS}=null", f"{RATES}=null"], return_hydra_config=True)
@@ -157,8 +157,8 @@ def _composed(heads: Sequence[HeadRun], overrides: Sequence[Override]) -> dict[s
         known = [str(key) for key in cfg.head if not str(key).startswith("_") and key != "lr"]
         if unknown := [key for key in head.keys if key not in known]:
             raise UserError(
-                f"heads: {unknown[0]} is no key of head={head.option}. It has {', '.join(known)}; beside these there "
-                "are name and lr."
+                f"heads: {unknown[0]} is not a key of head={head.option}. It has {', '.join(known)}; name and lr are "
+                "keys of every entry."
             )
         cfg.head = OmegaConf.merge(cfg.head, head.keys)
         found[head.name] = OwnRun(cfg, [*words, *(f"head.{key}={_typed(value)}" for key, value in head.keys.items())])
@@ -177,7 +177,7 @@ def _resumed(cfg: DictConfig, heads: Sequence[HeadRun], overrides: Sequence[Over
     if [info["config"].get(key) for key in (HEADS, RATES)] != [plain(cfg).get(key) for key in (HEADS, RATES)]:
         raise UserError(
             f"resume={run}: this run has heads={info['config'].get(HEADS)} and lrs={info['config'].get(RATES)}. Leave "
-            "both out, or train other heads in a run of their own."
+            "both out, or train other heads in a new run."
         )
     kept = [word for word in overrides if word.key_or_group not in ("trainer", HEADS, RATES)]
     words = [str(word.input_line) for word in kept if word.key_or_group != "resume"]

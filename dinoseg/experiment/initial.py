@@ -54,8 +54,8 @@ def begin_with(
     progress = saved.info["progress"]
     if share(progress) != progress:
         raise UserError(
-            f"init={init}: that run has saved anew while the ranks of this one read it. Wait for its end, or give "
-            "a copy of its checkpoint."
+            f"init={init}: that run wrote a new checkpoint while the ranks of this one were reading it. Wait until it "
+            "ends, or give a copy of its checkpoint."
         )
     if Path(init).expanduser().is_dir():
         logger.info("init=%s: reading %s.", init, saved.path)
@@ -78,8 +78,8 @@ def has_initial(build: ModelBuilder) -> bool:
     if str(init).startswith(_NEEDED):
         recipe = str(init).removeprefix(_NEEDED)
         raise UserError(
-            f"hparam={build.options['hparam']} begins with the weights of a run by hparam={recipe}: train that one "
-            "first. Then give init=RUN, its run folder; or init=null to begin without."
+            f"hparam={build.options['hparam']} starts from the weights of a run with hparam={recipe}: train that one "
+            "first. Then set init=RUN, its run folder; or init=null to start without."
         )
     return init is not None
 
@@ -91,7 +91,7 @@ def check_initial(build: ModelBuilder, model: Segmenter) -> None:
     init = build.value("init")
     if model.head.init is not None:
         raise UserError(
-            f"init={init} and head.init={model.head.init} both say what the head begins with. Leave one out."
+            f"init={init} and head.init={model.head.init} both set the initial weights of the head. Leave one out."
         )
     _fitting(init, model, _of(init, checkpoint.outline))
 
@@ -132,14 +132,14 @@ def _fitting(init: str, model: Segmenter, saved: Checkpoint) -> tuple[dict[str, 
     lost = [name for name in left if name.startswith("backbone.")]
     if lost:
         raise UserError(
-            f"init={init}: it has {count_of(len(lost), 'tensor')} of its backbone (such as {shown(lost[0])}) that "
-            "this model does not train, or has otherwise: its head knows no other features. Choose its backbone and "
-            f"adapter={shown(str(saved.info['choices']['adapter']))}, with that one's values."
+            f"init={init}: it holds {count_of(len(lost), 'tensor')} of its backbone (such as {shown(lost[0])}) that "
+            "this model does not train or has in another shape, but its head was trained on those features. Choose its "
+            f"backbone and adapter={shown(str(saved.info['choices']['adapter']))}, with the same values."
         )
     if not any(name.startswith("head.") for name in taken):
         raise UserError(
-            f"init={init}: of the {count_of(len(have), 'tensor')} it has, none is of this model's head. Use "
-            "the head and the backbone that it was trained with (they are in its config), or leave init out."
+            f"init={init}: its {count_of(len(have), 'tensor')} do not match this model's head. Use the head and the "
+            "backbone of its config, or leave init out."
         )
     return taken, left
 
@@ -168,8 +168,8 @@ def _check_frozen(init: str, model: Segmenter, saved: Checkpoint, config: Mappin
             frozen += [(then, value)] if then not in there else []
     if fingerprint(frozen) != saved.info["frozen"].get("backbone"):
         raise UserError(
-            f"init={init}: trained on other frozen weights than this model's backbone has (backbone.weights, "
-            "backbone.final_norm, or which of its blocks are read). Give what it was trained on."
+            f"init={init}: its frozen backbone weights differ from those of this model (backbone.weights, "
+            "backbone.final_norm, or the blocks that are read). Set the values it was trained with."
         )
 
 
@@ -189,11 +189,11 @@ def _tell(
     rest = sorted(trained_names(model) - taken.keys())
     given = [name for name in rest if name.startswith("backbone.") and _UPDATES not in name]
     new = [name for name in rest if name not in given]
-    said = [f"init={init}: {count_of(len(taken), 'tensor')} taken from step {saved.info['progress']['step']}"]
-    said += [f"{count_of(len(given), 'tensor')} of the backbone as backbone.weights has them"] if given else []
-    said += [f"begins anew: {listed(new, 5)}"] if new else []
-    said += [f"left there: {listed(sorted(left), 5)}"] if left else []
+    said = [f"init={init}: {count_of(len(taken), 'tensor')} loaded from step {saved.info['progress']['step']}"]
+    said += [f"{count_of(len(given), 'tensor')} of the backbone from backbone.weights"] if given else []
+    said += [f"randomly initialised: {listed(new, 5)}"] if new else []
+    said += [f"not loaded: {listed(sorted(left), 5)}"] if left else []
     logger.info("%s.", "; ".join(said))
     theirs = list(map(str, saved.info["classes"]))
     if theirs != classes and len(theirs) == len(classes):
-        logger.warning("init: its classes are %s, and those of the data begin as these.", listed(theirs, 20))
+        logger.warning("init: its classes are %s; those of the data start from them.", listed(theirs, 20))

@@ -70,7 +70,7 @@ def announce(step: str) -> None:
 def _tell_thread_error(caught: threading.ExceptHookArgs) -> None:
     """Log an OSError of a thread, such as TensorBoard's writer, in one line; pass other errors to the default hook."""
     if isinstance(caught.exc_value, OSError):
-        logging.getLogger(__name__).warning("Writing has failed: %s", caught.exc_value)
+        logging.getLogger(__name__).warning("Writing failed: %s", caught.exc_value)
     else:
         threading.__excepthook__(caught)
 

@@ -38,7 +38,7 @@ def resumed_checkpoint(cfg: DictConfig, out_dir: Path, prefer: str) -> Path | No
         try:
             is_same = recipe_of(checkpoint.describe(path)) == recipe
         except UserError as error:
-            _say(f"passed over: {error}")
+            _say(f"skipped: {error}")
             continue
         if is_same and _is_free(path.parent.parent):
             return path
@@ -60,12 +60,12 @@ def _is_free(run: Path) -> bool:
     deadline = time.monotonic() + PATIENCE
     if not is_locked(run):
         return True
-    _say(f"another process is writing to {run}: waiting up to {PATIENCE} seconds for its end.")
+    _say(f"another process is writing to {run}: waiting up to {PATIENCE} seconds for it to end.")
     while time.monotonic() < deadline:
         time.sleep(0.1)
         if not is_locked(run):
             return True
-    _say(f"passed over: {run} is still written to.")
+    _say(f"skipped: another process is still writing to {run}.")
     return False
 
 

@@ -170,11 +170,11 @@ class ModelBuilder:
         except UserError:
             raise
         except Exception as error:  # invalid values raise different errors in each part
-            lost = isinstance(error, OmegaConfBaseException) and f"{error.full_key} has no value that can be used"
-            said = lost or f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no more'])[0][:200]}"
+            lost = isinstance(error, OmegaConfBaseException) and f"{error.full_key} has no usable value"
+            said = lost or f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no details'])[0][:200]}"
             raise UserError(
-                f"resume={file.path}: no model can be made of its config ({said}). Correct the "
-                "keys given beside it, or choose another checkpoint."
+                f"resume={file.path}: its config builds no model ({said}). Correct the overrides, or choose another "
+                "checkpoint."
             ) from error
         self.name_weights(empty)
         loading.check_fits(empty, file)
@@ -195,7 +195,7 @@ class ModelBuilder:
             instead["weights"] = "random"
         bare = keeping(Backbone, instantiate(self._cfg.backbone, instead=instead), "backbone")
         if next(bare.parameters(), None) is None and not isinstance(adapter, Frozen):
-            raise UserError("This backbone has nothing to train, as backbone=rgb. Choose adapter=frozen.")
+            raise UserError("This backbone, such as backbone=rgb, has no parameters to train. Choose adapter=frozen.")
         return adapter(bare)
 
     def _segmenter(self, adapted: Backbone, *, untrained: bool = False) -> Segmenter:
@@ -248,9 +248,9 @@ def build_multi_head(builders: Sequence[ModelBuilder], device: torch.device) -> 
     trained = next((each for each, part in zip(builders, own, strict=True) if part.first_trained is not None), None)
     if trained is not None:
         raise UserError(
-            f"adapter={trained.options['adapter']}: trainer=many_heads trains heads on one backbone, of which nothing "
-            "may change. Choose adapter=frozen; or train each head with a backbone of its own, in a sweep: -m "
-            "trainer=supervised head=linear,mlp."
+            f"adapter={trained.options['adapter']}: trainer=many_heads trains heads on one frozen backbone. Choose "
+            "adapter=frozen; or train each head with its own backbone, in a sweep: -m trainer=supervised "
+            "head=linear,mlp."
         )
     layers = sorted({layer for part in own for layer in part.layers})
     whole = builders[0]._adapted(layers=layers).to(device).eval()
@@ -260,8 +260,8 @@ def build_multi_head(builders: Sequence[ModelBuilder], device: torch.device) -> 
         if whole.patch_size != part.patch_size:
             raise UserError(
                 f"head.layers={list(part.layers)}: the coarsest of these maps has a stride of {part.patch_size} px, "
-                f"and that of all that the heads read together, {list(whole.layers)}, of {whole.patch_size}. Let each "
-                "head read the coarsest stage too, or train them apart, in a sweep."
+                f"but the coarsest of all heads together, {list(whole.layers)}, has {whole.patch_size}. Let each head "
+                "read the coarsest stage, or train them separately, in a sweep."
             )
         _lend_tensors(whole, part)
         part.eval()  # heads that run it by themselves would otherwise update its BatchNorm statistics

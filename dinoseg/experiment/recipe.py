@@ -112,7 +112,9 @@ def data_root(config: Mapping[str, Any], folder: Path) -> tuple[str, str]:
         return str(there), ""
     if is_there:
         return str(there), (
-            f"warning: data.root={root} means {there}, where the run has its data, and not {here}. For that one, give "
+            f"warning: data.root={root} means {there}, as in the run, not {here}. To use that one, set "
             f"data.root={here}."
         )
-    return str(here), f"{there}, where the run had its data, is not there: taking data.root={root} from here, {here}."
+    return str(here), (
+        f"{there}, the data of the run, does not exist: using data.root={root} of the current folder, {here}."
+    )

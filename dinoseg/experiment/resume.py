@@ -55,9 +55,9 @@ def merge(
     merged = squared(merged)
     changed = _changes(before, merged, overrides) if tell else []
     if tell and is_lifted:
-        changed.append(f"trainer.max_minutes=null in place of {before.trainer.max_minutes:g}, as the length was typed")
+        changed.append(f"trainer.max_minutes=null instead of {before.trainer.max_minutes:g}, since a length is given")
     if changed:
-        print(printable(f"resume={path}: goes on with {', '.join(changed)}"), file=sys.stderr)
+        print(printable(f"resume={path}: resumes with {', '.join(changed)}"), file=sys.stderr)
     return merged
 
 
@@ -151,7 +151,7 @@ def _changes(before: DictConfig, merged: DictConfig, overrides: Sequence[Overrid
         where = "choices." * (name in (*CHOSEN, *USES)) + name
         old, new = (_at(each, where) for each in (before, merged))
         if new != old and not _one_place(old, new):
-            found.append(f"{name}={shown(typed(new))} in place of {shown(typed(old))}")
+            found.append(f"{name}={shown(typed(new))} instead of {shown(typed(old))}")
     return found
 
 
@@ -174,7 +174,7 @@ def _check_initial(given: Any, cfg: DictConfig, merged: DictConfig, path: Path) 
     began = merged.get(INITIAL)
     if INITIAL in cfg.mode.get("reads", ()) and given is not None and absolute(given) != began:
         raise UserError(
-            f"init={given}: the run of {path} goes on with its own weights, and began "
+            f"init={given}: the run of {path} resumes with its own weights, and started "
             f"{'without' if began is None else f'with init={began}'}. Leave init out, or, for a new run, resume."
         )
 
@@ -186,6 +186,6 @@ def _check_key(name: str, cfg: DictConfig, merged: DictConfig, path: Path) -> No
     if not newer and not has_key(known, name):
         alike = [key for key in keys_of(known) if key.split(".")[0] in SAVED]
         raise UserError(
-            f"{name} is no key of the config of resume={path}.{nearest(name, alike)} To add it all the same, give "
+            f"{name} is not a key of the config of resume={path}.{nearest(name, alike)} To add it anyway, give "
             f"++{name}=VALUE."
         )

@@ -50,7 +50,7 @@ def config_of(text: str) -> dict[str, Any]:
     """
     config = parse_yaml(text)
     if not isinstance(config, dict) or not all(isinstance(key, str) for key in config):
-        raise Misshapen("it is no config")
+        raise Misshapen("it is not a config")
     return config
 
 
@@ -83,7 +83,7 @@ def open_saved_data(build: Builder, folder: Path, *, root: str, split: str) -> S
         guard(config, str(path), composed, trust=composed["trust"])
         return Builder.of({**composed, **config}).dataset(split)
     except BROKEN as error:
-        raise UserError(f"{path} does not say what the data are ({error}).") from None
+        raise UserError(f"{path} does not define the dataset ({error}).") from None
 
 
 def recipes(folders: Sequence[Path]) -> list[tuple[dict[str, Any], Any] | None]:

@@ -49,8 +49,8 @@ def check_same_settings(
     ]
     if differing:
         raise UserError(
-            f"{key}={folder}: other settings than that run's: {'; '.join(differing)}. Give what it had (its "
-            f"command line is in {folder / 'config' / 'overrides.txt'}), or begin anew without {key}."
+            f"{key}={folder}: settings differ from that run: {'; '.join(differing)}. Use its settings (its command "
+            f"line is in {folder / 'config' / 'overrides.txt'}), or start over without {key}."
         )
 
 

@@ -23,9 +23,8 @@ def write_split(out_dir: Path, split: Mapping[str, Sequence[str]]) -> None:
         os.replace(path, out_dir / former)
         changes = "; ".join(_change(side, before.get(side, []), names) for side, names in split.items())
         logger.warning(
-            "The data is no longer what this run began with (%s). From here on it takes others, or in another "
-            "order, so it is not the run it would have been, and scores of other validation data do not compare. "
-            "The list it had is kept in %s.",
+            "The data has changed since this run started (%s). The resumed run differs from an uninterrupted one, and "
+            "scores on other validation data are not comparable. The previous list is saved in %s.",
             changes,
             out_dir / former,
         )
@@ -36,7 +35,7 @@ def _read_split(path: Path) -> dict[str, list[str]] | None:
     return finished(
         path,
         lambda path: forms.read_json(path, forms.table(forms.listing(forms.text))),
-        damaged="%s is damaged (%s): whether the data is what this run began with is not known.",
+        damaged="%s is damaged (%s): cannot check whether the data has changed since this run started.",
     )
 
 

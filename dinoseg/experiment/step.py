@@ -73,13 +73,12 @@ def check_trainer(build: Builder) -> None:
     trainer, option = build.value("trainer"), build.options["trainer"]
     if "heads" in trainer:
         raise UserError(
-            f"trainer={option} trains several heads: what one takes is told here. Give head=NAME, without "
-            "heads and trainer."
+            f"trainer={option} trains several heads; the estimate is for one. Set head=NAME, without heads and trainer."
         )
     if "unlabelled" in trainer:
         raise UserError(
-            f"trainer={option} is not foretold: its step takes the images without masks as well. Leave "
-            "trainer out for what the images with masks take; a batch of both takes that of all their views together."
+            f"trainer={option} is not supported: its step also uses images without masks. Leave trainer out to "
+            "estimate the images with masks; a batch of both needs the memory of all views together."
         )
 
 
@@ -99,6 +98,6 @@ def _sample_shape(build: Builder) -> tuple[int, ...]:
     length = build.value("data.clips.cut.length")
     if not isinstance(length, int) or length < 1:
         raise UserError(
-            f"data.clips.cut.length={length}: how many frames a clip has is needed here. Give a number of at least 1."
+            f"data.clips.cut.length={length}: the number of frames per clip is needed. Give a number of at least 1."
         )
     return (length, 3, *crop)

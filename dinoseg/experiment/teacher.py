@@ -66,9 +66,9 @@ class Teacher:
             self._check_size(header)
             self._digest = self._hashed()  # last: it reads the whole file
             if checkpoint.describe(self._path) != self._info:
-                raise UserError(f"{self._path} changes while it is read. Wait for the end of its training.")
+                raise UserError(f"{self._path} changed while it was read. Wait until its training ends.")
         if self._outline.head.slots is not None:
-            raise UserError(f"teacher={self._given} is a model of slots, which knows no classes. Give a segmenter.")
+            raise UserError(f"teacher={self._given} is a slot model, which has no classes. Give a segmenter.")
         self._asked: tuple[Predictor, tuple[float, float]] | None = None
 
     @property
@@ -107,8 +107,8 @@ class Teacher:
         valid, scores = bands[0][1], torch.cat([scores for scores, _ in bands], dim=1)
         if not scores.isfinite().all():
             raise UserError(
-                f"teacher={self._given} gives scores that are no finite numbers, which nobody can learn. Check it with "
-                "mode=eval, or compute with engine.precision=fp32."
+                f"teacher={self._given} returns scores that are not finite. Check it with mode=eval, or set "
+                "engine.precision=fp32."
             )
         return (scores - scores.amax(0)).clamp(min=_LEAST), valid
 
@@ -118,7 +118,7 @@ class Teacher:
         # the random state is restored: cached scores must not change the student's random numbers
         with self._named(), torch.random.fork_rng(devices):
             if self._hashed() != self._digest:
-                raise UserError(f"resume={self._path} was changed since this run began. Start it again.")
+                raise UserError(f"resume={self._path} has changed since this run started. Start it again.")
             model, _ = restore(self._build, self._path)
             policy = self._build.part("inference")
             keep_scale(model, TrainedSizes.from_info(self._info), teacher=f"teacher={self._given}")
@@ -144,8 +144,8 @@ class Teacher:
             return
         lacking, more = [name for name in asked if name not in own], [name for name in own if name not in asked]
         differing = [
-            *([f"it does not know {listed(lacking)}"] if lacking else []),
-            *([f"it knows {listed(more)}, which the data does not have"] if more else []),
+            *([f"it lacks {listed(lacking)}"] if lacking else []),
+            *([f"it has {listed(more)}, which the data lacks"] if more else []),
         ]
         raise UserError(
             f"teacher={self._given} has other classes than the data: "
@@ -159,8 +159,8 @@ class Teacher:
         size = self._path.stat().st_size
         if size > _MOST_STATE * held + _FRAMING:
             raise UserError(
-                f"{self._path} has {size} bytes, of which {held} are the weights of its model: state of an optimizer "
-                "takes a few times as many. Give the best.safetensors of that run, or another checkpoint."
+                f"{self._path} has {size} bytes, but its model has {held} bytes of weights: optimizer state takes only "
+                "a few times that. Give the best.safetensors of that run, or another checkpoint."
             )
 
     def _hashed(self) -> str:
@@ -183,8 +183,8 @@ def check_named(teacher: Any) -> None:
     """Refuse a teacher that is not the name of a run folder or a checkpoint."""
     if not isinstance(teacher, str):
         raise UserError(
-            f"trainer=distil learns from a trained model, and teacher={typed(teacher)} names none. Give teacher=RUN, a "
-            "run folder or a checkpoint of the same classes."
+            f"trainer=distil needs a trained model, but teacher={typed(teacher)}. Set teacher=RUN, a run folder or a "
+            "checkpoint with the same classes."
         )
 
 

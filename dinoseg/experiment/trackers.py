@@ -12,10 +12,7 @@ from dinoseg.tracking.tracker import Tracker
 from dinoseg.training.engine import Engine
 from dinoseg.utils.errors import UserError
 
-_REMEDY = (
-    "Let its `_target_` name a class that inherits dinoseg.tracking.tracker.Tracker, and set `_partial_: true` beside "
-    "it."
-)
+_REMEDY = "Set its `_target_` to a class that inherits from dinoseg.tracking.tracker.Tracker, and `_partial_: true`."
 
 
 def tracker_maker(
@@ -76,5 +73,5 @@ def tracker_factory(node: Any, name: str, overrides: Mapping[str, Any] | None = 
     except TypeError as error:
         raise UserError(f"{name} cannot be instantiated ({error}). {_REMEDY}") from error
     if not callable(make):
-        raise UserError(f"{name} gives {type(make).__name__}, which makes no trackers. {_REMEDY}")
+        raise UserError(f"{name} returns {type(make).__name__}, which does not create trackers. {_REMEDY}")
     return make

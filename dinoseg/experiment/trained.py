@@ -63,8 +63,8 @@ def load_trained(build: ModelBuilder) -> Trained:
     """
     if not is_trained(build):
         raise UserError(
-            "resume is not set: this mode needs a trained model. Give resume=RUN_FOLDER or a checkpoint; or use a head "
-            "that was released trained, as hparam=ade20k_m2f head.weights=FILE does."
+            "resume is not set: this mode needs a trained model. Give resume=RUN_FOLDER or a checkpoint; or use "
+            "released head weights, as hparam=ade20k_m2f head.weights=FILE does."
         )
     labels = build.labels if build.resume is None else None
     engine, policy = build.engine(), build.part("inference")

@@ -30,7 +30,7 @@ def export_backbone(
     """
     if dtype not in DTYPES:
         raise UserError(f"export.dtype={dtype} is unknown. Choose one of {', '.join(DTYPES)}.")
-    warn_unread(out_dir, ("resolution", "inference", "data", "cache_dir"), "The file holds weights alone.")
+    warn_unread(out_dir, ("resolution", "inference", "data", "cache_dir"), "The file holds weights only.")
     backbone = source.in_float32(source.load().model).backbone
     if merge:
         backbone = merge_updates(backbone)

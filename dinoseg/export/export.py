@@ -57,7 +57,7 @@ def prepared(
     """
     if source.resume is None:
         raise UserError("This export needs a trained model: give resume=<run folder or checkpoint>.")
-    warn_unread(out_dir, _UNREAD, "The file takes whole images, at resolution.scale and up to resolution.longest.")
+    warn_unread(out_dir, _UNREAD, "The file accepts whole images, at resolution.scale and up to resolution.longest.")
     with scratch_folder(out_dir, "export") as folder:
         found = pictures(options.images, options.count, folder, dataset=source.dataset, num_classes=source.num_classes)
         trained = source.load_on_cpu()  # quantised weights cannot move between devices
@@ -141,8 +141,8 @@ def _check_licence(facts: ModelFacts, head: str | None, gated: bool) -> None:
     foreign = f"{facts.backbone['weights']} ({facts.backbone['licence']})" if facts.backbone["gated"] else head
     if foreign is not None and not gated:
         raise UserError(
-            f"The file would hold weights of {foreign}, whose licence says on which terms they may be passed on. If "
-            f"the file stays with you or you keep to those terms: export.gated=true."
+            f"The file would hold weights of {foreign}, whose licence restricts redistribution. If you do not share "
+            "the file, or comply with the licence: export.gated=true."
         )
 
 
@@ -153,15 +153,15 @@ def _refusal(path: Path, report: dict[str, Any]) -> str:
         remedy = "Choose export.precision=float32."
     elif report["trained_with"] != "float32":
         remedy = (
-            f"The model computes with {report['trained_with']}, the file in float32 with the same weights. To accept "
-            f"this agreement, set export.least_agreement and export.most_points."
+            f"The model computes in {report['trained_with']}, the file in float32 with the same weights. To accept "
+            "this agreement, set export.least_agreement and export.most_points."
         )
     nan = "" if report["finite"] else ", and some of its probabilities are NaN"
     return (
-        f"{path.name} was not kept: on {report['pictures']} pictures {report['agreement']:.4%} of the pixels have the "
-        f"class that the trained model gives (at least {limits['agreement']:.2%} must), and the mIoU is "
-        f"{miou['exported']} instead of {miou['torch']} (at most {limits['miou_points']} points apart){nan}. What "
-        f"differs: {report['differs']}. {remedy} The figures are in {REPORT}."
+        f"{path.name} was not saved: on {report['pictures']} images {report['agreement']:.4%} of the pixels have the "
+        f"class of the trained model (required: at least {limits['agreement']:.2%}), and the mIoU is "
+        f"{miou['exported']} instead of {miou['torch']} (allowed: {limits['miou_points']} points){nan}. Cause: "
+        f"{report['differs']}. {remedy} The numbers are in {REPORT}."
     )
 
 
@@ -171,13 +171,11 @@ def _print(path: Path, report: dict[str, Any]) -> None:
     if report["size_fixed_because"]:
         print(f"its size is fixed: {report['size_fixed_because']}")
     if "agreement_with_predict" in report:
-        print(
-            f"at that size {report['agreement_with_predict']:.2%} of the pixels have the class that mode=predict gives"
-        )
+        print(f"at that size {report['agreement_with_predict']:.2%} of the pixels have the class of mode=predict")
     print(
-        f"proven on {report['pictures']} pictures: {report['agreement']:.4%} of the pixels agree, mIoU "
+        f"verified on {report['pictures']} images: {report['agreement']:.4%} of the pixels agree, mIoU "
         f"{100 * miou['exported']:.2f} (PyTorch {100 * miou['torch']:.2f}; against {report['references']}); "
-        f"{latency['exported']:.1f} ms a picture (PyTorch eager {latency['torch']:.1f} ms)"
+        f"{latency['exported']:.1f} ms per image (PyTorch eager {latency['torch']:.1f} ms)"
     )
 
 

@@ -68,7 +68,9 @@ def record_of(
     """
     head = segmenter.head
     if head.slots is not None:
-        raise UserError("A model of slots cannot be exported: its segments go from frame to frame. Use mode=track.")
+        raise UserError(
+            "A slot model cannot be exported: its segments are tracked from frame to frame. Use mode=track."
+        )
     reason = _reason(segmenter, options)
     fill = [float(value) for value in segmenter.backbone.mean.flatten()]
     kind = "pixels" if options.pixels else "masks" if head.mixture else "scores"
@@ -93,11 +95,11 @@ def record_of(
     multiple = segmenter.patch_size
     if any(side % multiple for side in fixed):
         near = [max(1, round(side / multiple)) * multiple for side in fixed]
-        raise UserError(f"export.size={list(fixed)}: give multiples of the patches' {multiple} px, such as {near}.")
+        raise UserError(f"export.size={list(fixed)}: give multiples of the patch size, {multiple} px, such as {near}.")
     if max(fixed) > LARGEST_SIDE or math.prod(fixed) > MOST_PIXELS:
         raise UserError(
-            f"The graph would take the size of the first picture, {list(fixed)} ({reason}), which is too large. Give "
-            "export.size=[H,W], or smaller pictures by export.images."
+            f"The graph would use the size of the first image, {list(fixed)} ({reason}), which is too large. Set "
+            "export.size=[H,W], or smaller images in export.images."
         )
     return replace(record, size=fixed, batch=1), reason
 
@@ -139,7 +141,7 @@ def _reason(segmenter: Segmenter, options: GraphOptions) -> str | None:
     one_size = segmenter.head.one_size
     if options.dynamic and one_size is not None:
         raise UserError(
-            f"export.dynamic=true: {one_size}. Set export.dynamic=null, and export.size=[H,W] if it is not to be that "
-            "of the pictures."
+            f"export.dynamic=true: {one_size}. Set export.dynamic=null, and export.size=[H,W] for another size than "
+            "that of the images."
         )
     return options.why_fixed or one_size

@@ -38,7 +38,7 @@ def differing_layer(file: Path, scopes: Mapping[str, str], reference: Reference,
     wanted = reference.pixels(torch.from_numpy(image[None].copy()).permute(0, 3, 1, 2))
     tolerance = TOLERANCE[record.precision]
     if _difference(entering, wanted.numpy()) > tolerance:
-        return "the resizing of pictures before the first layer"
+        return "the resizing of images before the first layer"
     expected = _module_outputs(Graph(reference.segmenter, record), wanted, scopes)
     given = _tensors(file, [scopes[scope] for scope in expected], entering)
     ordered = [name for name in given if name in set(scopes.values())]
@@ -50,13 +50,13 @@ def differing_layer(file: Path, scopes: Mapping[str, str], reference: Reference,
             continue
         difference = _difference(given[name], expected[scope])
         if difference > tolerance:
-            return f"the layer {scope} (its output differs by {difference:.1%} of its largest number)"
+            return f"the layer {scope} (its output differs by {difference:.1%} of its largest value)"
         worst = max(worst, (scope, difference), key=lambda entry: entry[1])
     outputs = [given[name][0] for name in OUTPUTS[record.kind]]
     scores = np.concatenate(list(bands(outputs, image.shape[:2], layout.valid, record)), axis=1)
     if _difference(scores, reference.scores(image)) > tolerance:
         return "the operations after the last layer, up to the classes of each pixel"
-    return f"no single layer: small differences add up (the largest, {worst[1]:.2%}, is of {worst[0]})"
+    return f"no single layer: small differences add up (the largest, {worst[1]:.2%}, in {worst[0]})"
 
 
 def _module_outputs(graph: nn.Module, entering: Tensor, names: Mapping[str, str]) -> dict[str, np.ndarray]:

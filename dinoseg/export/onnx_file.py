@@ -45,7 +45,7 @@ def to_onnx(program: torch.export.ExportedProgram, record: GraphRecord) -> onnx.
                 verbose=False,
             )
         if exported is None:
-            raise UserError("torch.onnx.export gave nothing. Install the newest onnxscript.")
+            raise UserError("torch.onnx.export returned nothing. Install the newest onnxscript.")
         return exported.model_proto
     except Exception as error:  # unsupported operators raise many exception types
         raise UserError(cannot(error, record)) from error

@@ -48,7 +48,7 @@ class GraphOptions:
                 raise UserError(f"export.size={list(self.size)} is one size: leave it out, or export.dynamic=true.")
         if self.pixels and self.dynamic:
             raise UserError(
-                "export.pixels=true gives scores of each pixel, which takes one size: set export.dynamic=false."
+                "export.pixels=true returns scores of each pixel, which needs a fixed size: set export.dynamic=false."
             )
 
     @property
@@ -60,10 +60,10 @@ class GraphOptions:
     def why_fixed(self) -> str | None:
         """The reason why the options fix the graph's size, whatever backbone and head support; None: they do not."""
         if self.pixels:
-            return "it gives scores of each pixel (export.pixels)"
+            return "it returns scores of each pixel (export.pixels)"
         if self.size is not None:
-            return "export.size says so"
-        return "export.dynamic says so" if self.dynamic is False else None
+            return "export.size is set"
+        return "export.dynamic is false" if self.dynamic is False else None
 
 
 def _check_size(size: Sequence[int]) -> None:
@@ -72,5 +72,6 @@ def _check_size(size: Sequence[int]) -> None:
     if max(size) > LARGEST_SIDE or math.prod(size) > MOST_PIXELS:
         side = math.isqrt(MOST_PIXELS)
         raise UserError(
-            f"export.size={list(size)}: give at most {LARGEST_SIDE} px a side, and no more pixels than [{side},{side}]."
+            f"export.size={list(size)}: give at most {LARGEST_SIDE} px per side, and no more pixels than "
+            f"[{side},{side}]."
         )

@@ -21,7 +21,7 @@ from dinoseg.utils.images import read_image, write_png
 
 T = TypeVar("T")
 _COPIES = 4  # class-score arrays of an image in memory at once
-_REMEDY = "An export is proven on real pictures before it is kept: give export.images=<folder or pattern of pictures>."
+_REMEDY = "An export is verified on real images before it is saved: set export.images=<folder or pattern of images>."
 
 
 @dataclass(frozen=True)
@@ -53,14 +53,14 @@ def pictures(
     """
     found = list(_of_split(dataset, images, count, folder) if images in SPLITS else _of_files(images, count))
     if not found:
-        raise UserError(f"The export cannot be proven: the data set's split {images} is empty. {_REMEDY}")
+        raise UserError(f"The export cannot be verified: the dataset's split {images} is empty. {_REMEDY}")
     free = free_bytes(torch.device("cpu"))
     for picture in found:
         needed = _COPIES * 4 * num_classes * math.prod(picture.size)
         if needed > free:
             raise UserError(
-                f"{picture.path.name} ({picture.size[0]} x {picture.size[1]}) takes {needed / 2**30:.1f} GiB to be "
-                f"compared class by class, and {free / 2**30:.1f} are free. Leave it out of export.images."
+                f"{picture.path.name} ({picture.size[0]} x {picture.size[1]}) needs {needed / 2**30:.1f} GiB for the "
+                f"comparison of scores, and {free / 2**30:.1f} are free. Leave it out of export.images."
             )
     return found
 
@@ -74,13 +74,13 @@ def _of_split(dataset: Callable[[str], SegmentationData], split: str, count: int
             write_png(path, image)
             yield Picture(path, (image.shape[0], image.shape[1]), sample["mask"].numpy())
     except UserError as error:
-        raise UserError(f"The export cannot be proven on the data set's split {split}: {error} {_REMEDY}") from error
+        raise UserError(f"The export cannot be verified on the dataset's split {split}: {error} {_REMEDY}") from error
 
 
 def _of_files(images: str, count: int) -> Iterator[Picture]:
     files = [path for path in list_inputs(images, "export.images") if not is_video(path)]
     if not files:
-        raise UserError(f"export.images={images}: holds no pictures. {_REMEDY}")
+        raise UserError(f"export.images={images}: holds no images. {_REMEDY}")
     for path in _spread(files, count):
         _check_photograph(path, images)
         height, width, _ = read_image(path).shape
@@ -93,8 +93,8 @@ def _check_photograph(path: Path, images: str) -> None:
         drawn = (folder / LOG).is_file() and (folder / "config").is_dir()
         if drawn or (folder == path.absolute().parent and (folder / CLASSES_NAME).is_file()):
             raise UserError(
-                f"export.images={images}: {path.name} is in {folder}, a folder that dinoseg wrote: its pictures are "
-                "charts, overlays and masks. Give pictures such as the model is to see."
+                f"export.images={images}: {path.name} is in {folder}, a folder that dinoseg wrote: its images are "
+                "charts, overlays and masks. Give images like those the model will process."
             )
 
 

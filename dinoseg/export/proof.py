@@ -133,10 +133,10 @@ class Exported:
         except (OSError, ValueError) as error:
             with suppress(OSError):  # closing flushes unsent bytes: let that fail here, not when Popen closes the pipe
                 into.close()
-            late = f"not within {limit:.0f} s, and PyTorch took {usual:.1f} s" if timer.finished.is_set() else ""
+            late = f"no answer within {limit:.0f} s; PyTorch took {usual:.1f} s" if timer.finished.is_set() else ""
             raise UserError(
-                f"{self._path.name} gives no answer for {picture.name}: {(late or self._last_words()).rstrip('. ')}. "
-                "Choose another export.opset or precision, or smaller export.images."
+                f"{self._path.name} returns no result for {picture.name}: {(late or self._last_words()).rstrip('. ')}. "
+                "Choose another export.opset or precision, or smaller images in export.images."
             ) from error
         finally:
             timer.cancel()
@@ -151,18 +151,18 @@ class Exported:
         self._log.seek(0)
         lines = self._log.read().decode(errors="replace").strip().splitlines()
         killed = (
-            f"its process was ended by signal {-code} ({signal.strsignal(-code)}), as where memory runs out; "
+            f"its process was killed by signal {-code} ({signal.strsignal(-code)}), as when memory runs out; "
             if code < 0
             else ""
         )
-        return killed + (lines or ["it ended without a word"])[-1].removeprefix(_OURS)[-2000:]
+        return killed + (lines or ["it ended without a message"])[-1].removeprefix(_OURS)[-2000:]
 
 
 def _read(out: IO[bytes]) -> np.ndarray:
     length = int.from_bytes(out.read(8), "little")
     content = out.read(length) if 0 < length <= _LONGEST else b""
     if not content or len(content) < length:
-        raise OSError("it is no answer")
+        raise OSError("it is not a valid answer")
     return np.lib.format.read_array(BytesIO(content), allow_pickle=False)
 
 
@@ -218,8 +218,8 @@ def compare(
         wanted, expected = reference.ids([image])[0], thinned(reference.probabilities([image])[0])
         if not np.isfinite(expected).all():
             raise UserError(
-                f"{picture.path.name}: the trained model's own probabilities are NaN, so nothing would be proven. "
-                "Choose an earlier checkpoint."
+                f"{picture.path.name}: the trained model's own probabilities are NaN, so the export cannot be "
+                "verified. Choose an earlier checkpoint."
             )
         given, probabilities, measured = ask(picture.path, times, sum(seconds[0][-1]))
         seconds[1].append(measured)
@@ -250,7 +250,7 @@ def compare(
             "torch": 1000 * torch_seconds,
             "exported": 1000 * file_seconds,
             "ratio": file_seconds / torch_seconds,
-            "how": f"median of {TIMES} times each of {min(TIMES, len(pictures))} pictures, one at a time, from the "
+            "how": f"median of {TIMES} runs for each of {min(TIMES, len(pictures))} images, one at a time, from the "
             f"array in memory to class ids, on the CPU with {torch.get_num_threads()} threads; PyTorch eager",
         },
     }

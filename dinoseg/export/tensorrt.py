@@ -15,7 +15,7 @@ from dinoseg.utils.errors import UserError
 
 SUFFIX = ".engine"
 _LEAST, _MOST, _BATCH = 16, 64, 8  # patch rows and columns that a dynamic engine always supports; largest batch
-_KEPT = "The ONNX file is proven and stays. See what TensorRT printed above; it may need another export.opset."
+_KEPT = "The ONNX file is verified and saved. See the output of TensorRT above; another export.opset may help."
 Shape = tuple[int, int, int, int]  # (B, 3, H, W)
 
 
@@ -27,8 +27,8 @@ def check_tensorrt() -> None:
     """
     if shutil.which("trtexec") is None and find_spec("tensorrt") is None:
         raise UserError(
-            "export.tensorrt=true: neither trtexec nor the Python package tensorrt is here. Install TensorRT on the "
-            "machine with the GPU that the engine is for, or build it there from model.onnx."
+            "export.tensorrt=true: neither trtexec nor the Python package tensorrt is installed. Install TensorRT on "
+            "the machine with the GPU that the engine is for, or build it there from model.onnx."
         )
 
 
@@ -50,7 +50,9 @@ def build_engine(path: Path, record: GraphRecord, sizes: Sequence[Size]) -> Path
     with whole_file(place) as part:
         build = _by_command if shutil.which("trtexec") is not None else _by_package
         build(path, part, shapes(record, sizes))
-    print(f"written to {place}: {place.stat().st_size / 1e6:.2f} MB, for this GPU and TensorRT alone; not proven")
+    print(
+        f"written to {place}: {place.stat().st_size / 1e6:.2f} MB, for this GPU and TensorRT version only; not verified"
+    )
     return place
 
 
@@ -71,7 +73,7 @@ def _by_command(path: Path, part: Path, profile: Sequence[Shape]) -> None:
     done = subprocess.run(words, capture_output=True, text=True, errors="replace", check=False)
     if done.returncode or not part.is_file() or not part.stat().st_size:
         said = (done.stderr or done.stdout).strip().splitlines() or ["nothing"]
-        raise UserError(f"trtexec could not build an engine of {path} (it says: {said[-1][:300]}). {_KEPT}")
+        raise UserError(f"trtexec could not build an engine from {path} ({said[-1][:300]}). {_KEPT}")
 
 
 def _by_package(path: Path, part: Path, profile: Sequence[Shape]) -> None:
@@ -80,7 +82,7 @@ def _by_package(path: Path, part: Path, profile: Sequence[Shape]) -> None:
     except (UserError, OSError):
         raise
     except Exception as error:  # raises many types, as without a GPU or with a mismatched driver
-        raise UserError(f"TensorRT could not build an engine of {path} ({error}). {_KEPT}") from error
+        raise UserError(f"TensorRT could not build an engine from {path} ({error}). {_KEPT}") from error
 
 
 def _engine(tensorrt: Any, path: Path, profile: Sequence[Shape]) -> bytes:
@@ -96,8 +98,8 @@ def _engine(tensorrt: Any, path: Path, profile: Sequence[Shape]) -> bytes:
         sizes = builder.create_optimization_profile()
         sizes.set_shape("image", *profile)
         if config.add_optimization_profile(sizes) < 0:
-            raise UserError(f"TensorRT does not take the sizes {list(profile)} of {path}. {_KEPT}")
+            raise UserError(f"TensorRT does not accept the sizes {list(profile)} of {path}. {_KEPT}")
     engine = builder.build_serialized_network(network, config)
     if engine is None:
-        raise UserError(f"TensorRT could not build an engine of {path}. {_KEPT}")
+        raise UserError(f"TensorRT could not build an engine from {path}. {_KEPT}")
     return bytes(engine)

@@ -73,7 +73,7 @@ class Auto(Policy):
         if pixels > self._fits:
             return False
         self._fits, self._too_many = 0.0, pixels
-        facts = f"inference=auto: memory did not suffice for {described(rows)} whole"
+        facts = f"inference=auto: not enough memory for {described(rows)} in one pass"
         logger.warning("%s", self._said(facts, whole=False))
         return True
 
@@ -86,8 +86,8 @@ class Auto(Policy):
                 self._cost = self._cost or measure(model, min(self.windows.size), autocast)
                 need = self._cost.of(rows.count, self._seen(model, rows), size)
                 facts = (
-                    f"inference=auto: {described(rows)} would take about {need / 2**30:.1f} GiB whole, of "
-                    f"{free / 2**30:.1f} GiB that may be taken"
+                    f"inference=auto: {described(rows)} would need about {need / 2**30:.1f} GiB in one pass; "
+                    f"{free / 2**30:.1f} GiB are available"
                 )
                 logger.info("%s", self._said(facts, whole=need <= free))
             if need > free:
@@ -108,6 +108,6 @@ class Auto(Policy):
             return f"{facts}: whole images."
         tall, wide = self.windows.size
         return (
-            f"{facts}: windows of {wide} x {tall} are put together, and so of larger ones. Give inference=whole or "
-            "inference=windows to choose yourself."
+            f"{facts}: it is predicted in windows of {wide} x {tall}, as are larger images. Set inference=whole or "
+            "inference=windows to choose."
         )

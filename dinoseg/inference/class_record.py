@@ -70,7 +70,7 @@ def read_class_record(folder: Path) -> tuple[Labels, dict[str, Any]] | None:
         return Labels.of(record["classes"], record["palette"], record["ignore_index"]), record["masks"]
     except (OSError, forms.Misshapen, UserError) as error:
         raise UserError(
-            f"{path} is no record of classes ({error}). Remove it and give num_classes, or predict again."
+            f"{path} is not a valid class record ({error}). Remove it and give num_classes, or predict again."
         ) from None
 
 

@@ -27,14 +27,14 @@ class DoneInputs:
         Call this before reading the file. The stamp taken here is what `note` records, so a file replaced in the
         meantime is not mistaken for the source of the results.
         """
-        unfit = f"{path} is predicted anew: it is another file than before, or its results are gone."
+        unfit = f"{path} is predicted again: the file has changed, or its results are missing."
         made_from = self._found[name] = self._made_from(path)
         return (
             finished(
                 self._folder / f"{name}.json",
                 lambda note: forms.read_json(note, _FORM),
                 lambda noted: noted == made_from and all(result.exists() for result in results),
-                damaged="%s cannot be read (%s): its input is predicted anew.",
+                damaged="%s cannot be read (%s): its input is predicted again.",
                 unfit=unfit,
             )
             is not None

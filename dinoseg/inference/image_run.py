@@ -122,7 +122,7 @@ def segment_images(by: SegmentationSettings, images: Sequence[ImageInput], run: 
     left = [given for given in images if not run.done.holds(given.name, given.path, _results(given, run))]
     earlier = run.count = len(images) - len(left)
     if earlier:
-        logger.info("%s of an earlier run taken over", count_of(earlier, "image"))
+        logger.info("%s of an earlier run reused", count_of(earlier, "image"))
     names = {given.path: given.name for given in left}
     with Bar(total=len(images), initial=earlier, unit="image") as bar:
         large = {given.path for given in left if only_in_strips(given.path)}
@@ -157,9 +157,9 @@ def _write(by: SegmentationSettings, prediction: ImagePrediction, name: str, run
 
 def _write_strips(by: SegmentationSettings, given: ImageInput, run: ImageRun) -> None:
     if run.masks is None:
-        run.failures.append(f"{given.path} is too large for pictures, and masks=false leaves nothing else to write.")
+        run.failures.append(f"{given.path} is too large for overlays, and masks=false leaves nothing to write.")
         return
-    logger.info("%s is too large for pictures: of it only class ids are written.", given.path)
+    logger.info("%s is too large for overlays: only its class ids are written.", given.path)
     try:
         by.predictor.write_strips(given.path, run.masks / f"{given.mask}.png")
     except UserError as error:

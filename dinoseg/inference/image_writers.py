@@ -74,7 +74,7 @@ class Confidence:
 
 
 def _known(prediction: ImagePrediction) -> Tensor:
-    assert prediction.probabilities is not None, "a writer that needs probabilities is given them"
+    assert prediction.probabilities is not None, "a writer that needs probabilities gets them"
     return prediction.probabilities
 
 
@@ -138,6 +138,6 @@ def check_frame_outputs(outputs: Sequence[str], video: str) -> None:
     """
     if tools := [name for name in outputs if name not in _OF_FRAMES]:
         raise UserError(
-            f"mode.outputs names {listed(tools)}, files of picture files, and {video} is a video: of its frames there "
-            f"are {', '.join(_OF_FRAMES)}. Leave videos out, or give a folder of frames (ffmpeg -i IN FRAMES/%09d.png)."
+            f"mode.outputs names {listed(tools)}, which need image files, but {video} is a video: its frames support "
+            f"{', '.join(_OF_FRAMES)}. Leave videos out, or give a folder of frames (ffmpeg -i IN FRAMES/%09d.png)."
         )

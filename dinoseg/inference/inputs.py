@@ -38,8 +38,8 @@ class FolderReader:
         files = picture_files(self.path)
         if not files:
             raise UserError(
-                f"The folder {path} holds no frame directly. Give one of pictures ({' '.join(IMAGE_SUFFIXES)}), or a "
-                "video file."
+                f"The folder {path} holds no frame directly. Give a folder of images ({' '.join(IMAGE_SUFFIXES)}), or "
+                "a video file."
             )
         self._names = list(files)
         self._files = list(files.values())
@@ -109,16 +109,16 @@ def list_inputs(source: str, key: str = "input") -> list[Path]:
     elif is_pattern(source):
         nothing = f"The pattern {source} matches no image or video."
     else:
-        raise UserError(f"No such file or folder: {key}={source}. Check the path. {_ACCEPTED}")
+        raise UserError(f"File or folder not found: {key}={source}. Check the path. {_ACCEPTED}")
     media, unread = found(source, _KINDS), found(source, UNREAD_SUFFIXES)
-    left_out = f"{count_of(unread, 'file')} of kinds that are not read: {listed([path.name for path in unread])}."
+    left_out = f"{count_of(unread, 'file')} of unsupported formats: {listed([path.name for path in unread])}."
     if not media:
         raise UserError(f"{nothing} {_ACCEPTED}{f' There are {left_out} Convert them to PNG.' if unread else ''}")
     if unread:
-        log.warning("%s=%s: left out are %s Convert them to PNG.", key, source, left_out)
+        log.warning("%s=%s: left out %s Convert them to PNG.", key, source, left_out)
     if path.is_dir() and (below := [folder.name for folder in entries(path) if _has_media(folder)]):
         what = f"images or videos in {count_of(below, 'subfolder')} ({listed(below)})"
-        log.warning("%s=%s: left out are %s. Give %s='%s/**/*' to include them.", key, source, what, key, path)
+        log.warning("%s=%s: left out %s. Give %s='%s/**/*' to include them.", key, source, what, key, path)
     return media
 
 
@@ -151,8 +151,8 @@ def open_camera(number: int) -> VideoReader:
         return VideoReader(name.format(number), device=device)
     except UserError:
         raise UserError(
-            f"input={number}: no camera answers as {name.format(number)}. Check its number, that it is plugged in, "
-            "that no other program has it, and that your user may read it."
+            f"input={number}: no camera responds as {name.format(number)}. Check its number and connection, that no "
+            "other program uses it, and that your user may read it."
         ) from None
 
 
@@ -167,7 +167,9 @@ def open_frames(source: str) -> FrameReader:
         return FolderReader(path)
     if path.is_file() and is_video(path):
         return VideoReader(path)
-    wrong = f"input={source} is neither a video nor a folder" if path.exists() else f"No such file or folder: {source}"
+    wrong = (
+        f"input={source} is neither a video nor a folder" if path.exists() else f"file or folder not found: {source}"
+    )
     raise UserError(
         f"{wrong}. Give a video ({' '.join(VIDEO_SUFFIXES)}) or a folder of its frames ({' '.join(IMAGE_SUFFIXES)}), "
         "one at a time."

@@ -57,8 +57,8 @@ def shortage_of(error: Exception) -> OutOfMemory | None:
     if not tells_shortage(error):
         return None
     return OutOfMemory(
-        f"Memory did not suffice ({reason_of(error)}). Free some. A training takes less with a smaller backbone, head "
-        "or batch: mode=plan says what would fit."
+        f"Out of memory ({reason_of(error)}). Free some memory. A training needs less with a smaller backbone, head or "
+        "batch: mode=plan lists settings that fit."
     )
 
 
@@ -75,9 +75,9 @@ def telling_shortage(rows: Rows) -> Iterator[None]:
         if not tells_shortage(error):
             raise
         raise OutOfMemory(
-            f"There is not enough memory to predict {described(rows)} ({reason_of(error)}). "
-            "Free some; or give inference=windows, of a smaller inference.size or with inference.batch_size=1; or "
-            "fewer images at once; or resolution.longest=N, by which the model sees them smaller."
+            f"Not enough memory to predict {described(rows)} ({reason_of(error)}). Free some; or set "
+            "inference=windows, with a smaller inference.size or inference.batch_size=1; or predict fewer images at "
+            "once; or set resolution.longest=N to reduce the images."
         ) from None
 
 
@@ -188,8 +188,8 @@ def check_frames(path: Path, size: Size, count: int) -> None:
     needed, free = _FRAME_BYTES * count * math.prod(size), free_bytes(torch.device("cpu"))
     if needed > free:
         raise UserError(
-            f"{path} has frames of {size[1]} x {size[0]} pixels; up to {count} of them at a time take "
-            f"{needed / 2**30:.1f} GiB, and {free / 2**30:.1f} are free. Lower mode.batch_size, or make it smaller "
+            f"{path} has frames of {size[1]} x {size[0]} pixels; up to {count} of them at a time need "
+            f"{needed / 2**30:.1f} GiB, and {free / 2**30:.1f} are free. Lower mode.batch_size, or downscale it "
             "(ffmpeg -i IN -vf scale=1920:-2 OUT.mp4)."
         )
 

@@ -55,7 +55,7 @@ class PngLayout:
                 # other chunks are skipped, whatever length they state
                 content = file.read(length) if name in (b"IHDR", b"PLTE") and length < _PIECE else b""
                 if content and file.read(4) != struct.pack(">I", zlib.crc32(name + content)):
-                    raise UserError(f"{path} does not hold what its checksums say. It is damaged: replace it.")
+                    raise UserError(f"{path} does not match its checksums. It is damaged: replace it.")
                 file.seek(0 if content else length + 4, io.SEEK_CUR)
                 if name == b"IHDR" and len(content) == 13:
                     width, height, bits, kind, *rest = struct.unpack(">IIBBBBB", content)
@@ -67,7 +67,7 @@ class PngLayout:
                     palette = np.zeros((256, 3), np.uint8)
                     palette[: len(colours) // 3] = colours[: len(colours) // 3 * 3].reshape(-1, 3)
             if size is None or 0 in size or (kind == _PALETTE and palette is None):
-                raise UserError(f"{path}: its header says no size or palette. It is damaged: replace it.")
+                raise UserError(f"{path}: its header lacks a size or palette. It is damaged: replace it.")
             start = file.tell() - 8
         return None if _is_turned(path) else cls(size, kind, palette, start)
 
@@ -159,7 +159,7 @@ class PngFileRows(Rows):
                     left, check = left - len(piece), zlib.crc32(piece, check)
                     yield piece
                 if file.read(4) != struct.pack(">I", check):
-                    raise UserError(f"{self.path} does not hold what its checksums say. It is damaged: replace it.")
+                    raise UserError(f"{self.path} does not match its checksums. It is damaged: replace it.")
 
 
 class PngWriter:

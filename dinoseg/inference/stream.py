@@ -55,7 +55,7 @@ class Throughput:
             parts.append(f"{stage} {middle:.1f} ms (p95 {high:.1f})")
         slowest = max(busy, key=lambda stage: busy[stage])
         share = min(1, busy[slowest] / self.seconds)
-        return f"{', '.join(parts)}; the slowest stage is {slowest}, at work {share:.0%} of the time"
+        return f"{', '.join(parts)}; the slowest stage is {slowest}, busy {share:.0%} of the time"
 
 
 def run_pipeline(

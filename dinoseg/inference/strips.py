@@ -22,7 +22,7 @@ _TIFF, _JPEG = (".tif", ".tiff"), (".jpg", ".jpeg")
 _LATER = (
     "Images of any size are read from a PNG file of 8 bits that is not interlaced; from a TIFF file of 8 bits, grey or "
     "RGB, in strips or tiles, uncompressed or by LZW, deflate, PackBits, JPEG or Zstandard; and from a .npy file, (H, "
-    "W, 3) uint8. Convert it, such as with libvips: vips copy IN OUT.png."
+    "W, 3) uint8. Convert it, for example with libvips: vips copy IN OUT.png."
 )
 
 
@@ -86,7 +86,7 @@ class ArrayRows(Rows):
             raise UserError(f"Cannot read {path} as an array ({error}). Write it with numpy.save.") from error
         shape: tuple[int, ...] = getattr(self.pixels, "shape", ())
         if len(shape) != 3 or shape[2] != 3 or self.pixels.dtype != np.uint8 or 0 in shape:
-            raise UserError(f"{path} holds {shape} of {self.pixels.dtype}, and must hold (H, W, 3) of uint8, RGB.")
+            raise UserError(f"{path} holds {shape} of {self.pixels.dtype}; it must hold (H, W, 3) of uint8, RGB.")
         self.size, self.device = (shape[0], shape[1]), device
 
     def read(self, top: int, bottom: int) -> Tensor:
@@ -132,13 +132,13 @@ class JpegRows(Rows):
                 layout, free = JpegLayout(image), free_bytes(torch.device("cpu"))
                 if layout.bytes > free:
                     raise UserError(
-                        f"{path} of {image.width} x {image.height} pixels has to be decoded whole, which takes about "
-                        f"{layout.bytes / 2**30:.1f} GiB; {free / 2**30:.1f} GiB are free. {_LATER}"
+                        f"{path} of {image.width} x {image.height} pixels has to be decoded as a whole, which needs "
+                        f"about {layout.bytes / 2**30:.1f} GiB; {free / 2**30:.1f} GiB are free. {_LATER}"
                     )
                 image.load()
                 self._image: Image.Image = ImageOps.exif_transpose(image) if layout.is_turned else image
         except (OSError, SyntaxError, ValueError, MemoryError) as error:
-            raise UserError(f"Cannot read {path} as a picture ({error or 'no memory left'}). {_LATER}") from error
+            raise UserError(f"Cannot read {path} as an image ({error or 'no memory left'}). {_LATER}") from error
         self.size, self.device = (self._image.height, self._image.width), device
 
     def read(self, top: int, bottom: int) -> Tensor:

@@ -62,14 +62,14 @@ class TiffLayout:
                     return None
                 layout = cls(tags)
         except (OSError, SyntaxError, KeyError, ValueError, TypeError, struct.error, Warning) as error:
-            raise UserError(f"Cannot read {path} as a TIFF file ({error}). It is truncated or no picture.") from error
+            raise UserError(f"Cannot read {path} as a TIFF file ({error}). It is truncated or not an image.") from error
         return layout._usable(path)
 
     def _usable(self, path: Path) -> "TiffLayout | None":
         whole = 0 < min(*self.size, *self.block) and max(self.size) <= LONGEST
         blocks = self.across * math.ceil(self.size[0] / self.block[0]) if whole else 0
         if not whole or min(len(self.offsets), len(self.lengths)) < blocks:
-            raise UserError(f"{path}: its tags name {self.size} pixels in too few blocks. It is damaged: replace it.")
+            raise UserError(f"{path}: its tags give {self.size} pixels in too few blocks. It is damaged: replace it.")
         block = math.prod(self.block) * self.channels  # bytes
         known = self.is_raw or (self.compression in _DECODED and block <= _LARGEST_BLOCK)
         return self if known and self.predictor in (1, 2) and not (self.predictor == 2 and self.is_raw) else None

@@ -90,20 +90,20 @@ def keep_scale(
 def _message(size: Size, sizes: TrainedSizes, reduces: bool, teacher: str | None) -> str:
     training = "the training" if teacher is None else f"the training of {teacher}"
     what = (
-        f"Pictures of {size[1]} x {size[0]} (width x height) are larger than those of {training}, whose longer "
-        f"sides were about {sizes.typical} pixels and enlarged at most {sizes.largest}. "
+        f"Images of {size[1]} x {size[0]} (width x height) are larger than those of {training}, whose longer sides "
+        f"were about {sizes.typical} pixels, enlarged at most to {sizes.largest}. "
     )
     if teacher is not None:
         return (
-            f"{what}It sees them reduced to a longer side of {sizes.typical}, as mode=predict shows them to it; the "
-            "student sees them as resolution.longest says."
+            f"{what}The teacher gets them reduced to a longer side of {sizes.typical}, as in mode=predict; the student "
+            "gets them at resolution.longest."
         )
     if not reduces:
         return (
-            f"{what}They are scored as they are; mode=predict and mode=track reduce them to {sizes.typical}, unless "
-            f"given resolution.longest=null. To score what these give, set resolution.longest={sizes.typical}."
+            f"{what}They are scored at full size; mode=predict and mode=track reduce them to {sizes.typical}, unless "
+            f"resolution.longest=null. To score at that size, set resolution.longest={sizes.typical}."
         )
     return (
-        f"{what}The model sees them reduced to a longer side of {sizes.typical}; masks keep the pictures' own size. "
-        "Give resolution.longest for another size, or null for none, as mode=eval scores them."
+        f"{what}The model gets them reduced to a longer side of {sizes.typical}; masks have the full image size. Set "
+        "resolution.longest to another size, or to null for full size, as in mode=eval."
     )

@@ -72,9 +72,7 @@ class VideoWriter:
         self._reformatter = VideoReformatter()
         codec = next((name for name in _CODECS if name in av.codecs_available), None)
         if codec is None:
-            raise UserError(
-                f"Cannot write {path}: PyAV has none of the encoders {', '.join(_CODECS)}. Install av anew."
-            )
+            raise UserError(f"Cannot write {path}: PyAV lacks the encoders {', '.join(_CODECS)}. Reinstall av.")
         self._part = new_part(self.path)
         matrix = None if like is None else like.colours[2]
         self._matrix = matrix if matrix in _MATRICES else None
@@ -103,9 +101,9 @@ class VideoWriter:
         self._last = before + self._step if time is None else max(before + 1, round(time / self._tick))
         if (self._last - before) * self._tick > self._longest:
             raise UserError(
-                f"Cannot write {self.path}: its frame {self.frames_written} comes {float(time or 0):.1f} s after the "
-                f"start, more than {self._longest} s after the frame before, which no mp4 holds. Give the input even "
-                "times first (ffmpeg -i IN -vf setpts=N/FRAME_RATE/TB -an OUT.mp4)."
+                f"Cannot write {self.path}: its frame {self.frames_written} is {float(time or 0):.1f} s after the "
+                f"start, more than {self._longest} s after the previous frame, the limit of mp4. Give the input even "
+                "timestamps first (ffmpeg -i IN -vf setpts=N/FRAME_RATE/TB -an OUT.mp4)."
             )
         picture.pts, picture.time_base, picture.duration = self._last, self._tick, self._step
         try:

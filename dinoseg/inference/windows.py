@@ -82,7 +82,7 @@ class Windows(Policy):
             if word not in known:
                 raise UserError(f"inference.{key}={word} is unknown. Choose one of {', '.join(known)}.")
         if not scales:
-            raise UserError("inference.scales=[] leaves nothing to look at. Give [1.0] for the image as it is.")
+            raise UserError("inference.scales=[] has no scale. Give [1.0] for the original size.")
         self.overlap, self.weights, self.average = overlap, weights, average
         self.batch_size, self.turns, self.scales, self.shortest = batch_size, TURNS[flips], scales, shortest
         self._told = False  # whether the warning about `shortest` was logged
@@ -134,7 +134,7 @@ class Windows(Policy):
             self._told = True
             logger.warning(
                 "inference.shortest=%d would make an image of %d x %d (width x height) larger than %d megapixels: it "
-                "becomes %d x %d, and others of such a shape likewise. Give a smaller number, or null.",
+                "is limited to %d x %d, as are other images of this shape. Give a smaller number, or null.",
                 self.shortest, grid[1], grid[0], _MOST_PIXELS >> 20, enlarged[1], enlarged[0],
             )  # fmt: skip
         return enlarged

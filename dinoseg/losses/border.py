@@ -29,7 +29,7 @@ class Border:
         """Refuse an invalid weight or width."""
         if not 0 <= self.weight < float("inf"):
             raise UserError(
-                f"loss.criterion.border_weight={self.weight}: give a number of at least 0; 1 counts all pixels alike."
+                f"loss.criterion.border_weight={self.weight}: give a number of at least 0; 1 weighs all pixels equally."
             )
         if self.width < 1:
             raise UserError(f"loss.criterion.border_width={self.width}: give a number of pixels of at least 1.")

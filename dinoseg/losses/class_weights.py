@@ -61,14 +61,14 @@ def _given(weights: Mapping[str, float], classes: Sequence[str]) -> Tensor:
         name = str(key)  # YAML parses a class named 1 as a number
         if name not in found:
             raise UserError(
-                f"loss.weights: {shown(name)} is no class. The classes are {listed(classes, _NAMED)}. Weigh these "
-                "alone; loss.weights=none takes back the weights of a recipe."
+                f"loss.weights: {shown(name)} is not a class. The classes are {listed(classes, _NAMED)}. Give weights "
+                "for these only; loss.weights=none removes the weights of a recipe."
             )
         number = isinstance(weight, int | float) and not isinstance(weight, bool)
         if not (number and _LEAST <= weight <= _MOST):
             raise UserError(
-                f"loss.weights: {name}={shown(weight)} is no weight. Give a number from {_LEAST:g} to {_MOST:g}; 1 is "
-                "as without one."
+                f"loss.weights: {name}={shown(weight)} is not a weight. Give a number from {_LEAST:g} to {_MOST:g}; 1 "
+                "is neutral."
             )
         found[name] = float(weight)
     return torch.tensor([found[name] for name in classes])

@@ -16,8 +16,8 @@ def checked_factors(factors: Mapping[str, float], terms: Iterable[str]) -> dict[
     unknown = [name for name in factors if name not in names]
     if unknown:
         raise UserError(
-            f"loss.criterion.factors.{unknown[0]}={factors[unknown[0]]}: no such term. "
-            f"The terms are {', '.join(names)}: correct the name, or leave it out."
+            f"loss.criterion.factors.{unknown[0]}={factors[unknown[0]]}: unknown term. The terms are "
+            f"{', '.join(names)}: correct the name, or leave it out."
         )
     for name in names:
         if name not in factors:

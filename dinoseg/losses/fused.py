@@ -152,14 +152,10 @@ def _proven(fused: Fused, tiled: PixelSums, grid: Tensor) -> bool:
         raise
     except Exception as error:  # compiler, driver or device errors: fall back to tiles
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        log.warning(
-            "losses: the Triton kernel does not run here (%s); tiles are added up by torch instead.", reason[-1]
-        )
+        log.warning("losses: the Triton kernel does not run here (%s); using torch instead.", reason[-1])
         return False
     if not by_kernel.agrees(by_tiles):
-        log.warning(
-            "losses: the Triton kernel's sums are not those of torch here; tiles are added up by torch instead."
-        )
+        log.warning("losses: the sums of the Triton kernel differ from torch here; using torch instead.")
         return False
     log.info("losses: Triton kernel %.2f ms, torch %.2f ms", by_kernel.seconds * 1e3, by_tiles.seconds * 1e3)
     return by_kernel.seconds < by_tiles.seconds

@@ -30,7 +30,7 @@ def weights_of(class_weights: Tensor, scores: Tensor) -> Tensor:
     """
     if len(class_weights) != len(scores):
         raise RuntimeError(
-            f"The loss has a weight tensor of {len(class_weights)} classes, and the head scores {len(scores)}: set "
+            f"The loss has weights for {len(class_weights)} classes, but the head scores {len(scores)}: set "
             "head.num_classes to the number of data.classes, or leave it out."
         )
     return class_weights.to(scores.dtype)

@@ -131,6 +131,6 @@ def _check_queries(classes: np.ndarray, names: Sequence[str], num_queries: int, 
     for name, count in zip(names, (classes >= 0).sum(1), strict=True):
         if count > num_queries:
             raise UserError(
-                f"head.num_queries={num_queries}: {name} shows {count} classes, and each needs a query of its own. Set "
+                f"head.num_queries={num_queries}: {name} has {count} classes, and each needs its own query. Set "
                 f"head.num_queries to {num_classes}, the number of classes, or more."
             )

@@ -83,9 +83,9 @@ class Tversky(Loss):
     ) -> None:
         super().__init__()
         if not alpha >= 0:
-            raise UserError(f"loss.criterion.alpha={alpha}: give a price of false positives of at least 0.")
+            raise UserError(f"loss.criterion.alpha={alpha}: give a weight of false positives of at least 0.")
         if not beta > 0:
-            raise UserError(f"loss.criterion.beta={beta}: give a price of false negatives above 0.")
+            raise UserError(f"loss.criterion.beta={beta}: give a weight of false negatives above 0.")
         self.register_buffer("weight", class_weights, persistent=False)
         self.ignore_index = ignore_index
         self.divisor = ("images", ignore_index)

@@ -34,7 +34,7 @@ class Hardest:
         """Refuse an invalid share."""
         if not 0 < self.share <= 1:
             raise UserError(
-                f"loss.criterion.hardest={self.share}: give a share of the pixels above 0 and at most 1, which is all."
+                f"loss.criterion.hardest={self.share}: give a share of the pixels above 0 and at most 1 (all pixels)."
             )
 
     @torch.no_grad()

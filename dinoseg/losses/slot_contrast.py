@@ -43,8 +43,9 @@ class SlotContrast(Loss):
         clips, frames, count = slots.shape[:3]
         if frames < 2:
             raise UserError(
-                f"One frame of each clip has slots, and the loss compares those of two: set data.clips.cut.length to "
-                f"{max(outputs.steps) + 2} or more. For images choose loss=feature_reconstruction."
+                "The loss compares the slots of two frames, but only one frame of each clip has slots: set "
+                f"data.clips.cut.length to {max(outputs.steps) + 2} or more. For images choose "
+                "loss=feature_reconstruction."
             )
         weight = slots.new_full((), clips * (frames - 1))
         if not outputs.carried:

@@ -63,7 +63,7 @@ class TemporalSimilarity(Loss):
             raise UserError(f"loss.criterion.temperature={temperature}: give a number above 0, such as 0.075.")
         if not -1 <= threshold < 1:
             raise UserError(
-                f"loss.criterion.threshold={threshold}: give a cosine similarity from -1 (all count) to below 1."
+                f"loss.criterion.threshold={threshold}: give a cosine similarity from -1 (no threshold) to below 1."
             )
         self.temperature = temperature
         self.threshold = threshold
@@ -77,13 +77,13 @@ class TemporalSimilarity(Loss):
         outputs = slot_outputs(prediction)
         if outputs.features.shape[1] < 2:
             raise UserError(
-                "The clips have 1 frame, and the loss compares each frame with the next: set data.clips.cut.length to "
+                "The loss compares each frame with the next, but the clips have 1 frame: set data.clips.cut.length to "
                 "2 or more. For images choose loss=feature_reconstruction."
             )
         if outputs.similarity is None:
             raise UserError(
-                "head.similarity=false: the similarity with the next frame is not predicted, and this loss learns it. "
-                "Set head.similarity=true, or choose loss=feature_reconstruction."
+                "head.similarity=false: the head does not predict the similarity with the next frame, which this loss "
+                "trains. Set head.similarity=true, or choose loss=feature_reconstruction."
             )
         features = outputs.features.detach().flatten(3).unbind(1)  # T of (B, C, N)
         logits = outputs.similarity.flatten(3).unbind(1)  # T' of (B, N of the next frame, N)

@@ -106,8 +106,8 @@ def _make(name: str, make: Callable[..., Loss], class_weights: Tensor | None) ->
     weighs = "class_weights" in signature(make).parameters
     if weighs and class_weights is None:
         raise UserError(
-            f"loss.criterion.terms.{name} weighs classes, and this loss has none. Remove the term, or add it to a loss "
-            f"on labels, such as loss=ce_dice."
+            f"loss.criterion.terms.{name} weights classes, but this loss has none. Remove the term, or add it to a "
+            "loss on labels, such as loss=ce_dice."
         )
     try:
         return make(class_weights=class_weights) if weighs else make()

@@ -52,15 +52,17 @@ def contingency(true: np.ndarray, predicted: np.ndarray) -> Contingency:
         ValueError: the shapes differ, or an id is negative or beyond int64.
     """
     if true.shape != predicted.shape:
-        raise ValueError(f"The true ids are {true.shape} and the predicted {predicted.shape}; they share one shape.")
+        raise ValueError(
+            f"The true ids have the shape {true.shape}, the predicted {predicted.shape}; they must be equal."
+        )
     if true.size == 0:
         nothing = np.zeros(0, dtype=np.int64)
         return Contingency(nothing, nothing, np.zeros((0, 0), dtype=np.int64))
     if min(true.min(), predicted.min()) < 0:
-        raise ValueError("Ids begin at 0, and there are negative ones.")
+        raise ValueError("Some ids are negative; ids must be at least 0.")
     height, width = int(true.max()) + 1, int(predicted.max()) + 1
     if max(height, width) > _MAX:
-        raise ValueError(f"Ids are at most {_MAX - 1}, and there are larger ones.")
+        raise ValueError(f"Some ids are larger than {_MAX - 1}, the largest allowed.")
     if height * width > _MAX:  # such as hashes: renumber the ids, since the keys below would overflow
         true_ids, true = np.unique(true.astype(np.int64), return_inverse=True)
         predicted_ids, predicted = np.unique(predicted.astype(np.int64), return_inverse=True)

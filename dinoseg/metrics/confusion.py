@@ -24,7 +24,7 @@ class ConfusionMatrix:
 
     def __init__(self, num_classes: int, ignore_index: int = 255, background: int | None = None) -> None:
         if num_classes < 1:
-            raise UserError(f"num_classes is {num_classes}, and must be at least 1. Correct data.classes.")
+            raise UserError(f"num_classes is {num_classes}; it must be at least 1. Correct data.classes.")
         self.num_classes = num_classes
         self.ignore_index = ignore_index
         self.background = background
@@ -154,7 +154,7 @@ def _check_class_ids(prediction: Tensor, mask: Tensor) -> None:
         raise ValueError(f"Prediction {tuple(prediction.shape)} and mask {tuple(mask.shape)} differ.")
     for name, ids in (("prediction", prediction), ("mask", mask)):
         if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-            raise ValueError(f"The {name} is {ids.dtype}; class ids are of an integer type.")
+            raise ValueError(f"The {name} is {ids.dtype}; class ids must be integers.")
 
 
 def _pairs(prediction: Tensor, mask: Tensor) -> Tensor:

@@ -266,9 +266,11 @@ def _mean(values: np.ndarray) -> np.ndarray:
 
 def _check_frame(reference: np.ndarray, prediction: np.ndarray, count: int) -> None:
     if reference.shape != prediction.shape or reference.ndim != 2:
-        raise ValueError(f"The reference is {reference.shape} and the prediction {prediction.shape}; both are (H, W).")
+        raise ValueError(
+            f"The reference is {reference.shape} and the prediction {prediction.shape}; both must be (H, W)."
+        )
     if count > 255:
-        raise ValueError(f"At most 255 masks in a frame, and there are {count}.")
+        raise ValueError(f"A frame has {count} masks; the limit is 255.")
 
 
 @lru_cache(maxsize=8)

@@ -98,7 +98,7 @@ def boundary_ious(
 
 def _check_sizes(reference: np.ndarray, prediction: np.ndarray) -> None:
     if reference.shape != prediction.shape or reference.ndim != 2:
-        raise ValueError(f"Reference {reference.shape} and prediction {prediction.shape} are not two equal (H, W).")
+        raise ValueError(f"Reference {reference.shape} and prediction {prediction.shape} must both be (H, W).")
 
 
 def _edges(ids: np.ndarray) -> np.ndarray:
@@ -127,7 +127,7 @@ def _outlines(ids: np.ndarray, classes: Sequence[int]) -> list[np.ndarray]:
 def _reaches(tolerance: float, shape: tuple[int, ...]) -> list[int]:
     """Return the maximum column distance for each row distance 0, 1, 2 ..., limited by the image size."""
     if not (math.isfinite(tolerance) and tolerance >= 0):
-        raise ValueError(f"tolerance={tolerance} is no distance in pixels: give a number of 0 or more.")
+        raise ValueError(f"tolerance={tolerance} is not a distance in pixels: give a number of at least 0.")
     square = min(math.floor(Fraction(tolerance) ** 2), shape[0] ** 2 + shape[1] ** 2)
     return [math.isqrt(square - rows * rows) for rows in range(math.isqrt(square) + 1)]
 

@@ -133,8 +133,8 @@ class Lora:
         self.pattern = Pattern(TARGETS.get(targets, targets), "adapter.targets")
         if dora and bits is not None:
             raise UserError(
-                f"adapter.dora=true with adapter.bits={bits}: DoRA starts from the lengths of whole weights. Choose "
-                f"adapter.dora=false, or adapter=lora."
+                f"adapter.dora=true with adapter.bits={bits}: DoRA starts from the norms of unquantised weights. "
+                "Choose adapter.dora=false, or adapter=lora."
             )
         check_bits(bits, device)
         self.bits, self.blocks, self.targets = bits, blocks, targets
@@ -157,15 +157,15 @@ class Lora:
         passed_over = sorted(set(names) & backbone.uncalled_linears)
         if passed_over:
             raise UserError(
-                f"adapter.targets={self.targets}: this backbone multiplies with the weight of {passed_over[0]} itself "
-                f"({len(passed_over)} layers so), past any update. Choose an expression for its other layers, such as "
-                f"adapter.targets=proj, or adapter=last_blocks."
+                f"adapter.targets={self.targets}: this backbone uses the weight of {passed_over[0]} directly "
+                f"({len(passed_over)} such layers), so LoRA has no effect there. Choose an expression for its other "
+                "layers, such as adapter.targets=proj, or adapter=last_blocks."
             )
         if not names:
             kinds = sorted({name.rpartition(".")[2] for name in linear})
             raise UserError(
-                f"adapter.targets={self.targets} matches no linear layer of this backbone. Choose "
-                f"{', '.join(TARGETS)} or an expression that finds one of its layers: {', '.join(kinds)}."
+                f"adapter.targets={self.targets} matches no linear layer of this backbone. Choose {', '.join(TARGETS)} "
+                f"or an expression that matches one of its layers: {', '.join(kinds)}."
             )
         backbone.requires_grad_(False)
         if self.bits is not None:
@@ -263,8 +263,8 @@ def quantise(backbone: Backbone, bits: int) -> None:
     """
     if bits == 8 and backbone.is_pyramid:
         raise UserError(
-            "adapter.bits=8: bitsandbytes multiplies rows of tokens in 8 bits, and the layers of a pyramid take maps. "
-            "Choose adapter.bits=4, adapter=lora_all, or a vision transformer."
+            "adapter.bits=8: bitsandbytes multiplies rows of tokens in 8 bits, but layers of a pyramid take feature "
+            "maps. Choose adapter.bits=4, adapter=lora_all, or a vision transformer."
         )
     uncalled = {backbone.get_submodule(name) for name in backbone.uncalled_linears}
     for block in backbone.blocks:
@@ -303,8 +303,8 @@ def _quiet() -> None:
 def _refuse_half(backbone: nn.Module, name: str) -> None:
     if any(parameter.dtype != torch.float32 for parameter in backbone.parameters()):
         raise UserError(
-            f"adapter={name} with backbone.dtype=bfloat16: small updates would be rounded away. Set backbone.dtype="
-            f"float32 (engine.precision=bf16 computes in bfloat16 all the same), or choose adapter=lora."
+            f"adapter={name} with backbone.dtype=bfloat16: small updates would be rounded away. Set "
+            "backbone.dtype=float32 (engine.precision=bf16 still computes in bfloat16), or choose adapter=lora."
         )
 
 

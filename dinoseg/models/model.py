@@ -73,8 +73,8 @@ class Segmenter(nn.Module):
         """
         if self.backbone.first_trained == 0:
             raise UserError(
-                "Nothing of this backbone comes before its first trained block. Choose adapter=frozen, "
-                "adapter=last_blocks, LoRA in the last blocks alone (adapter.blocks=4), or engine.cache=off."
+                "This backbone has no frozen part before its first trained block. Choose adapter=frozen, "
+                "adapter=last_blocks, LoRA in the last blocks only (adapter.blocks=4), or engine.cache=off."
             )
         pixels = self.pixels(images, reduce=reduce)
         return FrozenFeatures(self.head.until(self.backbone, pixels), _size(images), _size(pixels))

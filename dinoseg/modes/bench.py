@@ -85,8 +85,7 @@ def _alone(work: partial[SpeedMeasurement], values: dict[str, Any]) -> SpeedMeas
     found = in_own_process(work, values)
     if found is None:
         raise OutOfMemory(
-            "The process that was timed was killed, most likely for want of memory. mode=plan in place of mode=bench "
-            "says what fits."
+            "The timed process was killed, most likely because memory ran out. mode=plan lists settings that fit."
         )
     return found
 

@@ -50,7 +50,7 @@ def run(cfg: DictConfig, *, out_dir: Path, runs: Sequence[str | Sequence[str]] |
     rows = run_rows(sides)
     costs = side_rows(sides, rows)
     print(f"{costs_table(costs)}\n\n{verdicts(sides[0], report.images, report.others)}")
-    print(f"points:       less {report.first}\nintervals:    {units_note(sides)}\nseeds:        {report.seeds}")
+    print(f"points:       minus {report.first}\nintervals:    {units_note(sides)}\nseeds:        {report.seeds}")
     if few := few_units(report.units, report.unit):
         logger.warning("%s", few)
     write_tables(out_dir, sides[0], report.others)

@@ -94,9 +94,9 @@ def _what_now(findings: Sequence[Finding]) -> str:
     errors = [finding for finding in findings if finding.severity == "error"]
     stops = [finding for finding in errors if _stops(finding)]
     if not stops:
-        return "Training would at most warn of that: judge whether its scores would still mean anything."
+        return "Training only warns about these errors: check that its scores are still meaningful."
     which = "Training stops" if len(stops) == len(errors) else f"Training stops on {', '.join(e.code for e in stops)}"
-    return f"{which}: mend the errors first."
+    return f"{which}: fix the errors first."
 
 
 def _printable(value: Any) -> Any:
@@ -143,8 +143,8 @@ def _lacking(split: str, data: PairDataset) -> Finding:
     return Finding(
         "error",
         "no_whole_pair",
-        f"{count_of(data.lacking, 'name')} of {split} without image, mask or frames, beside "
-        f"{count_of(data.pairs, 'whole pair')}.",
+        f"{count_of(data.lacking, 'name')} of {split} without image, mask or frames; {count_of(data.pairs, 'pair')} "
+        "complete.",
         tuple(data.lacking),
         f"{data.remedy} Or leave them out: data.on_error=skip.".lstrip(),
         reasons=tuple(f"{name}: {reason}" for name, reason in data.lacking.items()),

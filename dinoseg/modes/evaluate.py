@@ -57,8 +57,8 @@ def run(
     for key, value in (("supervision", supervision), ("restart", restart)):
         if value is not None:
             raise UserError(
-                f"mode.{key}={value} is for tracking in videos: without resume, or with a model of head=slots. "
-                "This one predicts classes of single images: leave it out."
+                f"mode.{key}={value} is for tracking in videos: without resume, or with head=slots. This model "
+                "predicts classes of single images: leave it out."
             )
     out_dir = first_ranks(out_dir, trained.engine.share)
     data = build.dataset(split)
@@ -108,8 +108,8 @@ def track_split(
     """Track the objects of a split's videos with the slots of a trained model, or with the backbone alone."""
     if trained is None and chosen_supervision(build, supervision or "first_frame") == "none":
         raise UserError(
-            "mode.supervision=none needs a model that finds objects by itself: give resume=RUN of one with "
-            "head=slots. Without resume, first masks are propagated (mode.supervision=first_frame)."
+            "mode.supervision=none needs a model that finds objects without masks: set resume=RUN of one with "
+            "head=slots. Without resume, masks of first frames are propagated (mode.supervision=first_frame)."
         )
     data = benchmark_videos(build, split, supervision or ("first_frame" if trained is None else None))
     if trained is not None and trained.model.head.slots is not None:
@@ -122,5 +122,5 @@ def track_split(
 
 def _tell_origin(resume: str | None, source: str) -> None:
     board = Path(resume or ".").parent.parent / "tensorboard"
-    print(f"TensorBoard:  tensorboard --logdir {board}" if board.is_dir() else "TensorBoard:  none beside it")
+    print(f"TensorBoard:  tensorboard --logdir {board}" if board.is_dir() else "TensorBoard:  none")
     print(f"checkpoint:   {resume or source}")

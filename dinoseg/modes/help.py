@@ -1,6 +1,7 @@
 """mode=help and --help: every group, every option, and the commands to start with."""
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -41,20 +42,25 @@ usage: python -m dinoseg mode=MODE [hparam=RECIPE] [GROUP=OPTION ...] [KEY=VALUE
   python -m dinoseg mode=render data=sarrarp data.root=DIR           render a synthetic dataset
   python -m dinoseg mode=summary hparam=sarrarp/lora                 parameters by part, no weights needed
   python -m dinoseg mode=train --help                                keys of a mode, and of training
+  python -m dinoseg head=mlp --help                                  keys of an option (hparam=idd/ --help: a family)
   python -m dinoseg mode=train hparam=sarrarp/lora --cfg job         print the composed config
   python -m dinoseg --version                                        versions of dinoseg, torch, CUDA and Python
 
-Groups and their options (choose with GROUP=OPTION; RECIPE is an option of hparam, in families FAMILY/OPTION):
+Groups and their options (choose with GROUP=OPTION; `detail/ camvid` is detail/camvid, `dino_* vitb16` is dino_vitb16):
 """
 _TRAINING_KEYS = {  # config files, and their keys that `mode=train --help` lists too
     "trainer/supervised": ("steps", "epochs", "val_every", "save_every", "max_minutes", "accumulate", "ema"),
     "data/_common": ("batch_size",),
     "main": ("resolution.crop", "resolution.scale", "seed"),
+    "head/linear": ("lr",),
+    "adapter/lora": ("lr",),
     "optim/adamw": ("optimizer.lr", "optimizer.weight_decay", "schedule.kind", "schedule.warmup"),
 }
 _COLUMN = 11  # width of a group's name with colon and space
-# beginnings of lines in a mode's file that set no key
-_NO_KEYS = ("_", " ", "defaults", "resume_from", "keeps_folder", "goes_on", "check", "reads", "#")
+_LARGEST_FAMILY = 12  # options of a family that are listed
+_SMALLEST_FAMILY = 4  # options whose names share the first word, such as dinov2
+# keys in config files that users do not set
+_NO_KEYS = ("defaults", "resume_from", "keeps_folder", "goes_on", "check", "reads")
 _FURTHER = (
     "`--help` alone shows all modes, groups and options; `--cfg job` instead of it all keys of this command line."
 )
@@ -74,10 +80,38 @@ def overview(own: Sequence[Path] = ()) -> str:
 
 
 def help_for(arguments: Sequence[str]) -> str:
-    """Return the help text of the mode that a command line names, else the overview with options of `--config-dir`."""
-    own = config_folders(arguments, CONFIGS)[1:]
+    """Return the help text of the mode that a command line names, else of its options, else the overview."""
+    folders = config_folders(arguments, CONFIGS)
     modes = [word.removeprefix("mode=") for word in arguments if word.startswith("mode=") and word != "mode=help"]
-    return of_mode(modes[-1]) if modes and modes[-1] in options_of(CONFIGS / "mode") else overview(own)
+    if modes and modes[-1] in options_of(CONFIGS / "mode"):
+        return of_mode(modes[-1])
+    groups = {path.name for folder in folders for path in folder.iterdir() if path.is_dir()} - {"mode", "local"}
+    chosen = [word.partition("=")[::2] for word in arguments]
+    texts = [text for group, option in chosen if group in groups and (text := of_option(group, option, folders))]
+    return "\n\n".join((*texts, _FURTHER)) if texts else overview(folders[1:])
+
+
+def of_option(group: str, option: str, folders: Sequence[Path]) -> str:
+    """Return the description and the keys of a group's option, or the options of a family; "" if there is none.
+
+    Args:
+        group: of the config.
+        option: name of a file, or of a folder with a slash at its end.
+        folders: of config groups, the shipped one first.
+    """
+    if option.endswith("/"):
+        found = [name for place in folders for name in options_of(place / group) if name.startswith(option)]
+        return f"Options of {group}={option}: {' '.join(sorted(found))}" if found else ""
+    if not any(option in options_of(place / group) for place in folders):
+        return ""
+    own = _file_of(group, option, folders)
+    comments = [line for line in own.read_text("utf-8").splitlines() if line.startswith("#") and "@package" not in line]
+    prefix = "" if group == "hparam" else f"{group}."
+    keys = {line.partition(":")[0]: line for line in _own_keys(_text_of(group, option, folders))}
+    lines = [f"  {prefix}{line.replace(': ', '=', 1)}" for line in keys.values()] or ["  none"]
+    return "\n".join(
+        (*(line.removeprefix("# ") for line in comments), f"Keys of {group}={option} and their defaults:", *lines)
+    )
 
 
 def of_mode(mode: str) -> str:
@@ -90,10 +124,10 @@ def of_mode(mode: str) -> str:
         if f"mode={mode} " in line
         for part in ([line, below] if below.startswith(15 * " ") else [line])
     ]
-    text = _text_of(mode)
+    text = _text_of("mode", mode, [CONFIGS])
     reads = text.rpartition("\nreads: [")[2].partition("]")[0].split() if "\nreads: [" in text else []
     keys = [f"  mode.{line.replace(': ', '=', 1)}" for line in _own_keys(text)] or ["  none"]
-    title = f"Keys of mode={mode}, and what they are if not given:"
+    title = f"Keys of mode={mode} and their defaults:"
     return "\n".join(
         (*commands, "", title, *keys, *_of_training(mode), "", f"It also reads {' '.join(reads)}", "", _FURTHER)
     )
@@ -113,28 +147,34 @@ def _of_training(mode: str) -> list[str]:
     return lines
 
 
-def _text_of(mode: str) -> str:
-    """Return the text of a mode's config file, preceded by the files of its defaults list."""
-    text = (CONFIGS / "mode" / f"{mode}.yaml").read_text(encoding="utf-8")
-    first = text.splitlines()[0] if text else ""
-    below = (
-        re.findall(r"\w+", first.partition("{")[0].removeprefix("defaults:")) if first.startswith("defaults:") else []
-    )
-    return "".join(_text_of(name) for name in below if name != "_self_") + text
+def _file_of(group: str, option: str, folders: Sequence[Path]) -> Path:
+    return next(path for folder in folders if (path := folder / group / f"{option}.yaml").is_file())
+
+
+def _text_of(group: str, option: str, folders: Sequence[Path]) -> str:
+    """Return the text of an option's config file, preceded by the files of its defaults list."""
+    text = _file_of(group, option, folders).read_text("utf-8")
+    defaults = re.search(r"^defaults: \[([^{\]]*)", text, re.MULTILINE)
+    below = re.findall(r"\w+", defaults[1]) if defaults else []
+    return "".join(_text_of(group, name, folders) for name in below if name != "_self_") + text
 
 
 def _own_keys(text: str) -> list[str]:
-    """Return the lines that set keys; those of a table are prefixed with its name."""
-    lines, table = [], ""
+    """Return a line `key: value  # comment` for each key that users may set, with the names of the tables around it."""
+    lines: list[str] = []
+    tables: list[tuple[int, str]] = []  # indentation and name of the tables around a line
     for line in text.splitlines():
-        if line.startswith("  ") and table and not line.startswith("  _"):
-            lines.append(f"{table}.{line.strip()}")
-        elif not line.startswith(_NO_KEYS) and line.strip():
-            key, _, value = line.partition(":")
-            table = "" if value.partition("#")[0].strip() else key
-            lines += [] if table else [line]
-        elif not line.startswith(" "):
-            table = ""
+        found = re.match(r"( *)(\w+):(?: +(.*))?$", line)
+        if not found:
+            continue
+        depth, key, value = len(found[1]), found[2], found[3] or ""
+        tables = [(indent, name) for indent, name in tables if indent < depth]
+        names = [*(name for _, name in tables), key]
+        plain, _, comment = (part.strip() for part in value.partition("#"))
+        if not plain:
+            tables.append((depth, key))
+        elif names[0] not in _NO_KEYS and not key.startswith("_") and (comment or not plain.startswith("${")):
+            lines.append(f"{'.'.join(names)}: {value}")
     return lines
 
 
@@ -146,16 +186,29 @@ def show(cfg: Any, *, out_dir: Path) -> None:
 def _by_family(places: Sequence[Path]) -> list[list[str]]:
     """Return the words that list a group's options: those without a family, then each family's name and options.
 
+    A family is a folder, such as `idd/`, or several names that share the first word, such as `dinov2_*`.
+
     Args:
         places: the group's folders.
     """
     options = sorted({option for place in places for option in options_of(place)})
-    families = dict.fromkeys(option.partition("/")[0] for option in options if "/" in option)
-    inside = [option.partition("/") for option in options]
-    members = [
-        [f"{family}/", *(name for first, slash, name in inside if slash and first == family)] for family in families
-    ]
-    return [[option for option in options if "/" not in option], *members]
+    first_words = Counter(option.partition("_")[0] for option in options if "_" in option and "/" not in option)
+    alone, families = [], dict[str, list[str]]()
+    for option in options:
+        word, _, rest = option.partition("_")
+        if "/" in option:
+            family, _, rest = option.partition("/")
+            families.setdefault(f"{family}/", []).append(rest)
+        elif rest and first_words[word] >= _SMALLEST_FAMILY:
+            families.setdefault(f"{word}_*", []).append(rest)
+        else:
+            alone.append(option)
+    return [alone, *([family, *_shortened(names)] for family, names in families.items())]
+
+
+def _shortened(names: list[str]) -> list[str]:
+    """Return the names of a family, or if there are too many, the first of them and their number."""
+    return names if len(names) <= _LARGEST_FAMILY else [*names[:_LARGEST_FAMILY], f"... ({len(names)})"]
 
 
 def _wrapped(lists: list[list[str]], width: int = 96) -> str:

@@ -102,23 +102,23 @@ def _target(build: Builder, memory: str | float | None, device: str | None) -> t
     world = build.value("engine.devices")
     if (sharding := build.value("engine.sharding")) != "none":
         raise UserError(
-            f"engine.sharding={sharding}: mode=plan counts all weights on each device, and knows nothing of "
-            "parts of them. Leave it out: with it, a device takes less than is told then where the backbone is large."
+            f"engine.sharding={sharding}: mode=plan counts all weights on each device and does not support sharding. "
+            "Leave it out: with a large backbone, a sharded training needs less memory than the estimate."
         )
     engine = build.engine(devices=1)
     kind = device or engine.device.type
     if kind not in KINDS:
         raise UserError(
-            f"mode=plan knows {' and '.join(KINDS)}, not {kind}. Give mode.device=cpu, or engine.device=cpu."
+            f"mode=plan supports {' and '.join(KINDS)}, not {kind}. Set mode.device=cpu, or engine.device=cpu."
         )
     if kind != engine.device.type:
         if amount is None:
-            raise UserError(f"mode.device={kind} is not this machine's: say what it has with mode.memory, as 24GiB.")
+            raise UserError(f"mode.device={kind} is not the device here. Set its memory, such as mode.memory=24GiB.")
         return Target(kind, amount, bf16=build.value("engine.precision") != "fp32", world=world), None
     sharing = world if kind == "cpu" else 1  # ranks on a CPU share its memory
     free = free_bytes(engine.device) / sharing if amount is None else amount
     if math.isinf(free):
-        raise UserError("This system does not say how much memory is free. Give mode.memory, as 24GiB.")
+        raise UserError("This system does not report its free memory. Set it, such as mode.memory=24GiB.")
     return Target(kind, round(free), bf16=engine.half, world=world), engine
 
 
@@ -126,11 +126,11 @@ def _found(search: FitSearch) -> Fit:
     found = search.found()
     if found is None:
         least, target = search.least, search.target
-        with_all = " ".join(map(str, least.changes)) or "as it is"
+        with_all = " ".join(map(str, least.changes)) or "without changes"
         raise UserError(
-            f"Nothing that is tried fits {_told(target.memory)}: what takes least, {with_all}, takes about "
-            f"{_told(least.need)}. Give a smaller resolution.crop or resolution.scale, a smaller backbone, adapter="
-            "qlora, or adapter=frozen."
+            f"No setting that was tried fits into {_told(target.memory)}: the smallest, {with_all}, needs about "
+            f"{_told(least.need)}. Choose a smaller resolution.crop or resolution.scale, a smaller backbone, "
+            "adapter=qlora, or adapter=frozen."
         )
     return found
 
@@ -142,22 +142,22 @@ def _measured(values: Mapping[str, Any], engine: Engine, found: Fit, target: Tar
     """
     free = free_bytes(engine.device)
     if found.need > free:
-        print(f"No dry step: it would take about {_told(found.need)}, and {_told(free)} are free on this device.\n")
+        print(f"No trial step: it needs about {_told(found.need)}, and {_told(free)} are free on this device.\n")
         return None
     samples = found.parts.batch_size // target.world
     try:
         trial = in_own_process(partial(dry_steps, samples=samples), values)
     except OutOfMemory as error:
-        print(f"A dry step ended for want of memory: {error}\n")
+        print(f"A trial step ran out of memory: {error}\n")
         return round(_MORE * found.need)
     if trial is None:
-        print("The process of a dry step was killed, most likely for want of memory.\n")
+        print("The process of a trial step was killed, most likely because memory ran out.\n")
         return round(_MORE * found.need)
     # on a CPU the measurement covers the whole process, not only tensors
     measured = trial.peak + (target.beside if target.kind == "cuda" else 0)
     print(
-        f"Two real steps took {_told(measured)}; foretold were {_told(found.need)}, of which tensors "
-        f"{_told(found.step.peak)}.\n"
+        f"Two trial steps took {_told(measured)}; the estimate was {_told(found.need)}, {_told(found.step.peak)} of it "
+        "tensors.\n"
     )
     return measured
 
@@ -180,11 +180,13 @@ def dry_steps(values: Mapping[str, Any], samples: int, steps: int = 2) -> Trial:
 
 def _print_step(fit: Fit, target: Target) -> None:
     step = fit.step
-    rows = [(name.replace("_", " "), _told(value)) for name, value in _parts(step).items() if value]
-    rows += [("most of these at a time", _told(step.peak)), ("with holes and libraries", _told(fit.need))]
+    outside = "CUDA context" if target.kind == "cuda" else "libraries"
+    amounts = {name.replace("_", " "): value for name, value in _parts(step).items() if value}
+    amounts |= {"peak of these": step.peak, f"incl. fragmentation and {outside}": fit.need}
+    rows = [(name, _told(value)) for name, value in amounts.items()]
     each = count_of(fit.parts.batch_size // target.world, "sample")
     print(
-        f"A training step of {each} of {' x '.join(map(str, fit.parts.crop))} at once on a {target.kind} device "
+        f"A training step of {each} of {' x '.join(map(str, fit.parts.crop))} on a {target.kind} device "
         f"({'half precision' if target.bf16 else 'float32'}), estimated:\n"
     )
     print(tabulate(rows, tablefmt="plain", colalign=("left", "right")), end="\n\n")
@@ -199,9 +201,9 @@ def _parts(step: StepBytes) -> Mapping[str, int]:
 def _print_changes(found: Fit, target: Target, command: str, *, fits: bool) -> None:
     memory = _told(target.memory)
     if not found.changes:
-        print(f"It fits {memory} as it is:\n\n  {command}")
+        print(f"It fits into {memory} without changes:\n\n  {command}")
         return
-    why = f"It fits {memory} as it is, and so with more at once" if fits else f"To fit {memory}"
+    why = f"It fits into {memory}. With larger batches" if fits else f"To fit into {memory}"
     print(f"{why} (then about {_told(found.need)}):\n")
     for change in found.changes:
         print(f"- {change}: {change.reason}.")
@@ -223,4 +225,4 @@ def _is_of(key: str, gone: tuple[str, ...]) -> bool:
 
 
 def _told(amount: float) -> str:
-    return f"{amount / _GIB:.2f} GiB" if amount >= _GIB / 10 else f"{amount / _GIB * 1024:.1f} MiB"
+    return f"{amount / _GIB:.3f} GiB"

@@ -137,7 +137,7 @@ def _split_data(build: Builder, source: str | int) -> PairDataset | None:
     data = build.dataset(str(source))
     if not isinstance(data, PairDataset) or not all(isinstance(pair.image, Path) for pair in data.pairs):
         raise UserError(
-            f"input={source}: the images of data={build.options['data']} are no files. Use mode=eval instead."
+            f"input={source}: the images of data={build.options['data']} are not files. Use mode=eval instead."
         )
     return data
 
@@ -151,14 +151,14 @@ def _images_of(data: PairDataset, source: str) -> list[tuple[Path, str]]:
 def _check_failures(run: ImageRun, count: int) -> None:
     if run.failures:
         named = "".join(f"\n  {message}" for message in run.failures)
-        raise UserError(f"{len(run.failures)} of {count} inputs failed, the rest is in {run.folder}:{named}")
+        raise UserError(f"{len(run.failures)} of {count} inputs failed; the others are in {run.folder}:{named}")
 
 
 def _refuse_slots(trained: Trained, resume: str | None) -> None:
     if trained.model.head.slots is not None:
         raise UserError(
-            f"resume={resume} is a model of slots, which knows no classes. mode=track follows its segments through a "
-            "video or a folder of frames."
+            f"resume={resume} is a slot model, which has no classes. mode=track tracks its segments through a video or "
+            "a folder of frames."
         )
 
 
@@ -181,10 +181,10 @@ def _check_earlier(folder: Path, settings: dict[str, Any]) -> None:
         raise UserError(f"{folder / _RECORD} is damaged ({error}). Choose another hydra.run.dir.") from None
     if before.get("stamp") != settings["stamp"]:  # one file may have several paths
         was, now = before.get("resume"), settings["resume"]
-        change = f"{now} is another file than it was" if was == now else f"it was {was}, and is {now}"
+        change = f"{now} has changed" if was == now else f"it was {was}, and is {now}"
         raise UserError(
-            f"hydra.run.dir={folder} holds predictions of another model: {change}. Give that model again to go on "
-            "there, or another hydra.run.dir to predict with this one."
+            f"hydra.run.dir={folder} holds predictions of another model: {change}. Use that model again to resume "
+            "there, or another hydra.run.dir for this one."
         )
     check_same_settings(
         folder, *({key: value for key, value in each.items() if key not in _MODEL} for each in (before, settings)),
@@ -219,7 +219,7 @@ def _segment_videos(
         frames, seconds = frames + passed.items, seconds + passed.seconds
         _log(video.name, passed, count_of(passed.items, "frame"))
     if earlier:
-        logger.info("%s of an earlier run taken over", count_of(earlier, "video"))
+        logger.info("%s of an earlier run reused", count_of(earlier, "video"))
     return {"frames": frames, "frames_per_s": frames / seconds} if frames else {}
 
 
@@ -227,7 +227,7 @@ def _log(what: str, passed: Throughput, count: str) -> None:
     if not passed.items:
         return
     rate = passed.items / passed.seconds
-    logger.info("%s: %s in %.1f s with reading and writing: %.2f a second", what, count, passed.seconds, rate)
+    logger.info("%s: %s in %.1f s including reading and writing: %.2f per second", what, count, passed.seconds, rate)
     if told := passed.report():
         logger.info("%s: %s", what, told)
 
@@ -237,12 +237,12 @@ def _written(
 ) -> Iterator[str]:
     """Yield a summary line for each kind of result."""
     if run.count:
-        yield f"pictures:     {run.folder}/*_segmentation, of {count_of(run.count, 'image')}"
+        yield f"overlays:     {run.folder}/*_segmentation, of {count_of(run.count, 'image')}"
         if run.masks is not None:
             yield f"masks:        {run.masks}, {count_of(run.count, 'PNG')} of class ids"
             yield f"score them:   mode=score prediction={run.folder} reference={reference}"
     if run.count and outputs:
-        yield f"beside:       {', '.join(str(run.folder / name) for name in outputs)}"
+        yield f"also:         {', '.join(str(run.folder / name) for name in outputs)}"
     if totals.get("frames"):
         further = "".join(f", *_{name}" for name in (*["masks"] * video_masks, *outputs))
         yield f"videos:       {run.folder}/*_overlay.mp4{further}, {count_of(totals['frames'], 'frame')}"

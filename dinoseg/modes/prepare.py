@@ -25,8 +25,7 @@ def prepare(cfg: DictConfig, *, out_dir: Path) -> None:
     build, root = Builder(cfg), cfg.data.root
     if cfg.data.prepare is None:
         raise UserError(
-            f"The data set under data.root={root} needs no preparation: train on it as it is, "
-            "with mode=train and the same data=."
+            f"The dataset under data.root={root} needs no preparation: train on it with mode=train and the same data=."
         )
     propagation = None
     if cfg.data.prepare.get("propagate"):  # built before hours of extraction, to fail early without a backbone
@@ -46,6 +45,6 @@ def prepare(cfg: DictConfig, *, out_dir: Path) -> None:
             counts[name] |= labels
     path = out_dir / "prepared.json"
     path.write_text(json.dumps(counts, indent=1), encoding="utf-8")
-    log.info("%s is ready. What was counted in each of its folders (also in %s):", root, path)
+    log.info("%s is ready. Counts of each of its folders (also in %s):", root, path)
     for name, numbers in counts.items():
         log.info("%s: %s", name, ", ".join(f"{what} {count}" for what, count in numbers.items()))

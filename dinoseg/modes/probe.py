@@ -28,8 +28,8 @@ from dinoseg.utils.wording import count_of
 logger = logging.getLogger(__name__)
 _RECORD = "probing.json"  # in a run folder: what its sums depend on; needed to resume with the same command
 _FLOOR = (
-    "This is a floor for a trained linear head, and what head.init=probe begins one from. It does not say which "
-    "backbone is best to fine-tune."
+    "This is a lower bound for a trained linear head, and the initialisation of head.init=probe. It does not rank "
+    "backbones for fine-tuning."
 )
 
 
@@ -63,18 +63,18 @@ def probe(
     found = Probe(model.to(engine.device), train, counts.tolist(), engine, readings, grid)
     checkpoint = SumsCheckpoint(out_dir, _RECORD, _settings(build, found, engine.precision), writes=engine.is_main)
     logger.info(
-        "%d training images, %d of them held out to choose by; sums of %.2f GB",
+        "%d training images, %d of them held out for the choice; sums of %.2f GB",
         len(train),
         len(found.held_out),
         sum(part.numel() * part.element_size() for sums in found.sums.values() for part in sums.tensors().values())
         / 1e9,
     )
     if not found.rest:
-        logger.warning("There is one training image: what is chosen is chosen by the image that it was solved from.")
+        logger.warning("There is one training image: the choice uses the same image as the solution.")
     elif len(found.held_out) < FEW:
         logger.warning(
-            "Strength, balance and best blocks are chosen by %s held out: by so few, chance has a say. More are held "
-            "out by mode.held_out above %g.",
+            "Strength, balance and best blocks are chosen on %s only, so the choice is noisy. Set mode.held_out above "
+            "%g to hold out more.",
             count_of(found.held_out, "image"),
             held_out,
         )
@@ -134,8 +134,8 @@ def _write(out_dir: Path, solutions: Sequence[Solution], best: Solution, classes
     write_png(out_dir / "probe.png", probe_picture(rows, best.name))
     print(f"{class_table(best.scores, classes)}\n\n{probe_table(rows, best.name)}\n")
     blocks = best.name.replace("+", ",")
-    print(f"best:         {best.name}, by the images held out; head.layers=[{blocks}] reads {_them(best.name)}")
-    print(f"written:      {out_dir}/probe.json, probe.csv, probe.png, of {count_of(rows, 'reading')}")
+    print(f"best:         {best.name}, by the held-out images; head.layers=[{blocks}] reads {_them(best.name)}")
+    print(f"written:      {out_dir}/probe.json, probe.csv, probe.png, with {count_of(rows, 'result')}")
     print(_FLOOR)
 
 

@@ -44,7 +44,7 @@ def render(
     changes = {key: value for key, value in wanted.items() if value is not None}
     for key in changes.keys() - node.keys():
         known = ", ".join(f"mode.{each}" for each in wanted if each in node)
-        raise UserError(f"mode.{key}={changes[key]}: data={data} is rendered without it. Leave it out, or set {known}.")
+        raise UserError(f"mode.{key}={changes[key]}: it has no effect with data={data}. Leave it out, or set {known}.")
     if OmegaConf.is_missing(cfg.data, "root"):
         raise UserError(not_set("data.root"))
     if not cfg.data.root:

@@ -83,7 +83,7 @@ def _score_all(
         try:
             listing = protocol.find(reference, folder)
             if folder.resolve() == reference.resolve():
-                listing.notes.insert(0, f"prediction={folder} is the reference itself: its scores tell nothing.")
+                listing.notes.insert(0, f"prediction={folder} is the reference itself: its scores are meaningless.")
             where = f"reference={reference} and prediction={folder}"
             scored.append(score_cases(protocol, listing, where=where, workers=workers, on_error=on_error))
         except Unscorable as error:
@@ -103,12 +103,12 @@ def _folders(reference: str | None, prediction: str | Sequence[str] | None) -> l
     predictions = [prediction] if isinstance(prediction, str) else list(prediction or ())
     if reference is None or not 1 <= len(predictions) <= 2:
         raise UserError(
-            f"mode=score with reference={reference} prediction={prediction}: give reference=DIR and prediction=DIR, or "
-            "prediction=[DIR,DIR] for the difference of two."
+            "mode=score needs two folders of masks: set reference=DIR and prediction=DIR, or prediction=[DIR,DIR] to "
+            "compare two predictions."
         )
     folders = [Path(name).expanduser() for name in (reference, *predictions)]
     for key, folder in zip(("reference", "prediction", "prediction"), folders, strict=False):
         if not folder.is_dir():
-            raise UserError(f"{key}={folder} is no folder. Give the folder that holds the {key}s.")
+            raise UserError(f"{key}={folder} is not a folder. Give the folder that holds the {key}s.")
     # for a run folder of mode=predict, use the masks in it
     return [folders[0], *(each / FOLDER if (each / FOLDER / NAME).is_file() else each for each in folders[1:])]

@@ -55,20 +55,20 @@ def select(
         UserError: there are no images or too few, or one cannot be read.
     """
     if count is None:
-        raise UserError("mode=select chooses as many images as count says: give count=N.")
+        raise UserError("mode=select needs the number of images to choose: set count=N.")
     build = Builder(cfg)
     named = named_in(labels) if labels is not None else set()
     pool = _pool(build, input, split, every, named)
     _check_count(count, pool, places_of(named, pool), input)
     selector: Selector = keeping(Selector, build.part("selection"), "selection")  # type: ignore[type-abstract]
-    warn_unread(out_dir, _UNREAD[selector.needs], f"selection={cfg.choices.selection} asks for {selector.needs} alone.")
+    warn_unread(out_dir, _UNREAD[selector.needs], f"selection={cfg.choices.selection} supports {selector.needs} only.")
     features, uncertainty = np.zeros((len(pool), 0)), None
     if selector.needs != NOTHING:
         extractor = _build_extractor(build, uncertainty=selector.needs == DOUBTS)
         features, uncertainty, bad = extractor.extract(pool, skip=build.skips_faulty_files)
         extractor.engine.close()
         if bad:
-            logger.warning("Left out, since they cannot be read:%s", reasons({pool[at].name: bad[at] for at in bad}))
+            logger.warning("Left out, unreadable:%s", reasons({pool[at].name: bad[at] for at in bad}))
         kept = [place for place in range(len(pool)) if place not in bad]
         pool, features = [pool[at] for at in kept], features[kept]
         uncertainty = None if uncertainty is None else uncertainty[kept]
@@ -77,7 +77,7 @@ def select(
     known = Known([candidate.name for candidate in pool], labelled, features, uncertainty)
     picks = selector.choose(known, count, build.seed)
     write_selection(out_dir, [(pool[pick.place], pick) for pick in picks], cfg.choices.selection)
-    print(f"chosen:       {len(picks)} of {count_of(pool, 'image')}, of which {len(labelled)} were labelled before")
+    print(f"chosen:       {len(picks)} of {count_of(pool, 'image')}, {len(labelled)} of them already labelled")
     return {"chosen": len(picks), "of": len(pool), "run": str(out_dir)}
 
 
@@ -95,8 +95,8 @@ def _pool(build: Builder, input: str | None, split: str, every: float, also: set
         raise UserError(f"data={build.options['data']} has no list of image files. Give its images as input=FOLDER.")
     if data.lacking:
         logger.warning(
-            "%d files of split %s are no image with its mask, and are left out. To choose among images without masks: "
-            "input=IMAGE_FOLDER labels=MASK_FOLDER.",
+            "%d files of split %s are not pairs of image and mask, and are left out. To choose among images without "
+            "masks: input=IMAGE_FOLDER labels=MASK_FOLDER.",
             len(data.lacking),
             split,
         )
@@ -113,8 +113,8 @@ def _build_extractor(build: Builder, *, uncertainty: bool) -> FeatureExtractor:
     trained = load_trained(build) if is_trained(build) else None
     if uncertainty and (trained is None or trained.model.head.slots is not None):
         raise UserError(
-            "selection=uncertainty asks a trained segmenter what it doubts. Give resume=RUN_FOLDER, or "
-            "selection=k_centre or typical, which need none."
+            "selection=uncertainty needs a trained segmenter. Set resume=RUN_FOLDER, or choose selection=k_centre or "
+            "typical, which need none."
         )
     if trained is None:
         engine = build.engine()
@@ -132,6 +132,6 @@ def _check_count(count: int, pool: list[PoolImage], labelled: list[int], input: 
         fewer = f"Give count={left} or less, or more images" if left else "Give more images"
         frames = " (of a video, a smaller mode.every)" if input is not None else ""
         raise UserError(
-            f"count={count}: of {count_of(pool, 'image')} {len(labelled)} are labelled, which leaves {left} to choose "
+            f"count={count}: {len(labelled)} of {count_of(pool, 'image')} are labelled, so {left} are left to choose "
             f"from. {fewer}{frames}."
         )

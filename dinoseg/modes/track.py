@@ -90,7 +90,7 @@ def _says_how_to_go_on(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"Cannot write below {folder} ({error}). Make room; {_next_run(folder)}.") from error
+        raise UserError(f"Cannot write below {folder} ({error}). Free some space; {_next_run(folder)}.") from error
     except KeyboardInterrupt:
         logger.warning("Stopped: %s.", _next_run(folder))
         raise
@@ -99,30 +99,28 @@ def _says_how_to_go_on(folder: Path) -> Iterator[None]:
 def _next_run(folder: Path) -> str:
     """Return what the same command does next, given the files that a stopped run has left."""
     if (folder / STATE).is_file():
-        return f"the same command with mode.restart={folder} goes on"
-    return "the same command begins anew, since no state was saved yet (mode.save_every)"
+        return f"the same command with mode.restart={folder} resumes"
+    return "the same command starts over, since no state was saved yet (mode.save_every)"
 
 
 def _open_input(input: str | None, labels: str | None, *, needs_labels: bool) -> tuple[FrameReader, TrackLabels]:
     """Return frames and masks, after the checks that are possible before tracking."""
     if not input:
-        raise UserError("mode=track needs something to track in: give input=<video or folder of frames>.")
+        raise UserError("mode=track needs a video: set input=<video or folder of frames>.")
     if needs_labels and not labels:
         raise UserError(
-            "mode=track needs to know what to follow: give labels=<mask of the first frame, or folder of masks named "
-            "as frames>."
+            "mode=track needs the objects to track: set labels=<mask of the first frame, or folder of masks named like "
+            "frames>."
         )
     frames = open_frames(input)
     masks = find_labels(labels, frames)
     first = masks.read(0)
     if first is not None and len(masks.files) == 1 and not first.any():
-        raise UserError(
-            f"labels={labels} shows no object: all of it is 0, the background. Draw what is to be followed."
-        )
+        raise UserError(f"labels={labels} has no object: all pixels are 0, the background. Draw the objects to track.")
     if 1 < len(masks.files) == frames.count:
         logger.warning(
-            "labels=%s has a mask for every frame: each is followed from its own. To follow the first one alone, "
-            "give its file.",
+            "labels=%s has a mask for every frame, and each replaces the tracked mask. To track from the first one "
+            "only, give its file.",
             labels,
         )
     return frames, masks
@@ -145,14 +143,14 @@ def _build_tracker(
         make_tracker = tracker_maker(build, trained.engine, trained, batch_size=batch_size)
         if build.value("slots.lock_on") and labels is None:
             raise UserError(
-                "slots.lock_on=true makes slots for the objects of the first frame's mask, and none is given. Give "
-                "labels=MASK, or slots=free, with which the model finds segments by itself."
+                "slots.lock_on=true creates slots from the first frame's mask, but none is given. Set labels=MASK, or "
+                "slots=free to find segments without a mask."
             )
         return make_tracker(), MaskColours()
     if labels is not None:
         raise UserError(
-            f"labels={labels}: a trained segmenter finds its classes by itself. Leave labels out; or leave "
-            f"{'head.weights' if build.resume is None else 'resume'} out to follow the objects of a mask."
+            f"labels={labels}: a trained segmenter needs no masks. Leave labels out; or leave "
+            f"{'head.weights' if build.resume is None else 'resume'} out to track the objects of a mask."
         )
     sizes = sizes_to_keep(trained, out_dir)
     make_tracker = tracker_maker(
@@ -168,7 +166,7 @@ def _unfinished_run(folder: Path, restart: str | None) -> Iterator[TrackState | 
         yield None
         return
     check_unfinished(folder)
-    lock(folder, instead="begin anew without mode.restart")
+    lock(folder, instead="start over without mode.restart")
     remove_parts(folder / MASKS, ".*.part")
     try:
         yield read_track_state(folder)
@@ -190,7 +188,7 @@ def _go_on(tracker: Tracker, state: TrackState, folder: Path) -> TrackProgress:
         tracker.load(state.tensors)
     except (KeyError, ValueError, TypeError, IndexError, RuntimeError) as error:
         raise UserError(
-            f"{folder / STATE} is not readable ({error!r}). Leave mode.restart out to begin anew."
+            f"{folder / STATE} is not readable ({error!r}). Leave mode.restart out to start over."
         ) from error
-    logger.info("Going on in %s after %s", folder, count_of(done, "frame"))
+    logger.info("Resuming in %s after %s", folder, count_of(done, "frame"))
     return state.progress

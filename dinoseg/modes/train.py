@@ -17,7 +17,7 @@ from dinoseg.experiment.heads import SOLO
 from dinoseg.experiment.initial import begin_with, check_initial
 from dinoseg.experiment.log_file import announce
 from dinoseg.modes.train_heads import train_heads
-from dinoseg.modes.training_run import TrainingRun, build_schedule, check_data_on_rank0
+from dinoseg.modes.training_run import TrainingRun, build_schedule, check_data_on_rank0, log_start
 from dinoseg.tasks.images import ImageTask
 from dinoseg.training.trainer import Experiment, fit
 from dinoseg.utils.errors import UserError
@@ -48,7 +48,7 @@ def train(
     out_dir = first_ranks(out_dir, engine.share)
     # under torchrun each rank searched for itself, and another run may have been saved in between
     if engine.share(cfg.resume) != cfg.resume:
-        raise UserError("resume=auto: the ranks found different runs. Name the one to go on with: resume=RUN_FOLDER.")
+        raise UserError("resume=auto: the ranks found different runs. Name the run to resume: resume=RUN_FOLDER.")
     announce(f"data={cfg.choices.data}: listing the files")
     task = build.task()
     task.open(engine, pictures=pictures)
@@ -64,7 +64,8 @@ def train(
         announce(f"Building the model, with backbone.weights={build.value('backbone.weights')}")
         made = begin_with(build, build.model(outlined=True), list(task.labels.classes), engine.share)
         model, loss, optimizer, checkpoints = job.parts(engine.place(made), sizes, length.steps)
-        schedule = build_schedule(build, task, engine, out_dir, length.steps)
+        schedule = build_schedule(build, engine, length.steps)
+        log_start(build, model, task, engine, out_dir, length.steps)
         epochs = length.steps * cfg.trainer.accumulate / task.feed.epoch
         kept = task.cache_features(model, loss, engine, epochs, before=job.chosen_before)
         job.note(checkpoints, kept)
@@ -73,7 +74,7 @@ def train(
             parts = (model, loss, task.feed, optimizer, schedule, engine, checkpoints, log)
             run = fit(Experiment(*parts, settings))
         if run.best is None:
-            raise UserError(f"trainer.steps={length.steps}: this run has done {run.step}, and was never validated.")
+            raise UserError(f"trainer.steps={length.steps}: this run has done {run.step}, without validation.")
         spent = time.monotonic() - began
         scores = job.finish(model, run, **shown)
         images = run.step * cfg.data.batch_size * cfg.trainer.accumulate

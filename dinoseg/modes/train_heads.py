@@ -12,7 +12,7 @@ from dinoseg.experiment.initial import has_initial
 from dinoseg.experiment.models import build_multi_head
 from dinoseg.experiment.recipe import run_description
 from dinoseg.experiment.trained import check_classes
-from dinoseg.modes.training_run import TrainingRun, build_schedule, check_data_on_rank0
+from dinoseg.modes.training_run import TrainingRun, build_schedule, check_data_on_rank0, log_start
 from dinoseg.report.leaderboard import Row, leaderboard
 from dinoseg.report.log import RunLog
 from dinoseg.tasks.task import TrainingTask
@@ -70,12 +70,13 @@ def train_heads(
             members.append(HeadTraining(model, loss, checkpoints, log, name=name))
             optimizers.append(optimizer)
         rates = [max(group["base_lr"] for group in optimizer.param_groups) for optimizer in optimizers]
-        schedule = build_schedule(build, task, engine, out_dir, settings.steps)
+        schedule = build_schedule(build, engine, settings.steps)
         where, heads = out_dir / checkpoint.FOLDER, count_of(jobs, "head")
         logger.info("%s on one backbone, each with a run folder in %s: %s", heads, folder, listed([*jobs]))
         info = run_description(build, task.labels)
         checkpoints = MultiHeadCheckpoints(where, info, start, engine.is_main, members=members)
         whole = engine.place(MultiHeadSegmenter(backbone, members))
+        log_start(build, whole, task, engine, out_dir, settings.steps)
         parts = (whole, members[0].criterion, task.feed, join_optimizers(optimizers), schedule, engine, checkpoints)
         fit(MultiHeadExperiment(*parts, RunLog("", visible=False), settings, members))
     rows, scores = [], {}
@@ -85,7 +86,7 @@ def train_heads(
         rows.append(_row(member, rate, scores.get(member.name, {})))
     first = leaderboard(rows, out_dir, build.value("trainer.score"), task.feed.lowest, visible=engine.is_main)
     if first not in scores:
-        raise UserError(f"No head has come as far as a validation: {listed([row.note for row in rows], 3)}")
+        raise UserError(f"No head has reached a validation: {listed([row.note for row in rows], 3)}")
     return {**scores[first], "head": first}
 
 
@@ -127,6 +128,6 @@ def _row(member: HeadTraining, rate: float, scores: Mapping[str, Any]) -> Row:
         miou=scores.get("miou"),
         accuracy=scores.get("accuracy"),
         parameters=sum(parameter.numel() for parameter in member.model.head.parameters()),
-        note="" if member.dropped is None else f"dropped out. {member.dropped}",
+        note="" if member.dropped is None else f"dropped. {member.dropped}",
         run=str(member.checkpoints.folder.parent),
     )

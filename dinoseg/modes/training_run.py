@@ -1,6 +1,7 @@
 """Training of one model, from its config to its scores: the inputs of the training loop and the use of its result."""
 
 import logging
+import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from dinoseg.data.classes.labels import Labels
 from dinoseg.evaluation.images import list_skipped
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.initial import check_initial
-from dinoseg.experiment.recipe import run_description
+from dinoseg.experiment.recipe import HEADS, run_description
 from dinoseg.experiment.settings import settings_of
 from dinoseg.experiment.split_record import write_split
 from dinoseg.experiment.trained import check_classes
@@ -24,14 +25,14 @@ from dinoseg.report.log import RunLog, read_rows, write_settings
 from dinoseg.tasks.task import TrainingTask
 from dinoseg.training import checkpoint
 from dinoseg.training.checkpoint import Checkpoints, Progress
-from dinoseg.training.cost import COST, cost_of
+from dinoseg.training.cost import COST, cost_of, count_numbers
 from dinoseg.training.engine import Engine
 from dinoseg.training.loading import Checkpoint, check_resumable
 from dinoseg.training.optim import warn_of_long_warmup
 from dinoseg.utils import forms
 from dinoseg.utils.atomic import write_json
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.wording import shown, typed
+from dinoseg.utils.wording import count_of, shown, typed
 
 logger = logging.getLogger(__name__)
 CHOSEN = "engine"  # key of a checkpoint's description: choices of the engine, which also affect the numbers
@@ -77,7 +78,7 @@ class TrainingRun:
         chosen = self.start.info.get(CHOSEN, {}) if self.start else {}
         if not forms.fits(chosen, _FORM):
             raise UserError(
-                f"resume={self.build.resume}: its {CHOSEN} is {shown(chosen)}, and must be texts. Choose another "
+                f"resume={self.build.resume}: its {CHOSEN} is {shown(chosen)}; its values must be text. Choose another "
                 "checkpoint."
             )
         return chosen
@@ -101,7 +102,8 @@ class TrainingRun:
         ]
         if other and tells:
             logger.warning(
-                "This run goes on with other numbers than before: %s. Give what was, for the same as without a stop.",
+                "This run resumes with other settings: %s. Set the earlier ones for the results of an uninterrupted "
+                "run.",
                 "; ".join(other),
             )
 
@@ -124,10 +126,10 @@ class TrainingRun:
         if writes:
             write_split(self.out_dir, self.task.split)
         if self.start is not None:
-            logger.info("going on with %s at step %d of %d", self.start.path, self.first_step, steps)
+            logger.info("resuming %s at step %d of %d", self.start.path, self.first_step, steps)
         if self.first_step >= steps:
             logger.warning(
-                "This run had already done %d steps: give more trainer.steps or trainer.epochs.", self.first_step
+                "This run has already done %d steps: raise trainer.steps or trainer.epochs.", self.first_step
             )
         return model, loss, optimizer, Checkpoints(folder, info, self.start, writes=writes)
 
@@ -153,8 +155,8 @@ class TrainingRun:
         # a run that starts from a copied `last` may have no `best`, if all steps were done before
         if best.stem == "last" and self.start is not None and self.start.path.resolve().parent == best.resolve().parent:
             raise UserError(
-                f"{best.with_name('best.safetensors')} is not there, though step {run.best_step} was saved as the best "
-                f"one. Put it back, or evaluate the last checkpoint: mode=eval resume={best}."
+                f"{best.with_name('best.safetensors')} is missing, though step {run.best_step} was saved as the best "
+                f"one. Restore it, or evaluate the last checkpoint: mode=eval resume={best}."
             )
         checkpoint.load_weights(model, checkpoint.read(best, finite=self.build.value("finite_weights")))
         cost = cost_of(model, rows)
@@ -166,19 +168,38 @@ class TrainingRun:
             print(f"TensorBoard:  tensorboard --logdir {self.out_dir / 'tensorboard'}")
             print(f"checkpoint:   {best} (step {run.best_step})")
             list_skipped(self.task.skipped, self.out_dir)
+            print("\n".join(_next_commands(self.out_dir, on_clips=self.task.on_clips)))
         return {**scores, **cost, "best_step": run.best_step, "run": str(self.out_dir)}
 
 
-def build_schedule(
-    build: Builder, task: TrainingTask, engine: Engine, out_dir: Path, steps: int
-) -> Callable[[int, int], float]:
-    """Log the sizes of the data and the run folder; return the learning-rate schedule."""
+def build_schedule(build: Builder, engine: Engine, steps: int) -> Callable[[int, int], float]:
+    """Return the learning-rate schedule."""
     schedule = build.schedule()
     if engine.is_main:
         warn_of_long_warmup(schedule, steps)
-    train, val = len(task.feed.train), len(task.feed.val)
-    logger.info("%d training and %d validation %s; run folder %s", train, val, task.what, out_dir)
     return schedule
+
+
+def log_start(build: Builder, model: Segmenter, task: TrainingTask, engine: Engine, out_dir: Path, steps: int) -> None:
+    """Log device, model, batch, data and run folder of a training."""
+    options, counts = build.options, count_numbers(model.parameters())
+    heads = count_of(build.value(HEADS), "head") if build.value(HEADS) else f"head={options['head']}"
+    ranks = f", {engine.world} ranks" if engine.world > 1 else ""
+    accumulate = build.value("trainer.accumulate")
+    batches = f", {accumulate} batches per step" if accumulate > 1 else ""
+    logger.info("device:      %s, precision %s%s", engine.device, engine.precision, ranks)
+    logger.info("model:       backbone=%s adapter=%s %s", options["backbone"], options["adapter"], heads)
+    logger.info("parameters:  %s trained, %s in total", f"{counts['trainable']:,}", f"{counts['total']:,}")
+    logger.info("training:    %d steps, batch of %d %s%s", steps, build.value("data.batch_size"), task.what, batches)
+    logger.info("data:        %d training and %d validation %s", len(task.feed.train), len(task.feed.val), task.what)
+    logger.info("run folder:  %s", out_dir)
+
+
+def _next_commands(run: Path, *, on_clips: bool) -> list[str]:
+    """Return a line for each command that uses a finished training."""
+    uses = ["mode=track {} input=VIDEO"] if on_clips else ["mode=predict {} input=PATH", "mode=export {} export=onnx"]
+    resume = shlex.quote(f"resume={run}")
+    return ["next:", *(f"  python -m dinoseg {use.format(resume)}" for use in ("mode=eval {}", *uses))]
 
 
 def check_data_on_rank0(task: TrainingTask, engine: Engine) -> TrainedSizes | None:

@@ -21,7 +21,7 @@ def confusion_picture(matrix: Sequence[Sequence[int]] | np.ndarray, classes: Seq
     counts = np.asarray(matrix, dtype=np.int64)
     num_classes = len(classes)
     if counts.shape != (num_classes, num_classes):
-        raise ValueError(f"A matrix {counts.shape} does not fit {num_classes} class names.")
+        raise ValueError(f"A matrix {counts.shape} does not match {num_classes} class names.")
     totals = counts.sum(axis=1, keepdims=True)
     shares = np.where(totals > 0, 100 * counts / np.maximum(totals, 1), np.nan)
     cell = float(np.interp(num_classes, (10, 25, 150), (0.62, 0.5, 0.13)))  # inches

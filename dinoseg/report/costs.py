@@ -20,8 +20,8 @@ COLUMNS = {  # key of a row: heading and format
     "accuracy": ("pixel accuracy %", lambda value: f"{100 * value:.2f}"),
     "parameters": ("parameters", "{:,}".format),
     "trainable": ("trained", "{:,}".format),
-    "seconds": ("s per trained image", "{:.3g}".format),
-    "memory_gib": ("peak GiB of training", "{:.2f}".format),
+    "seconds": ("s per training image", "{:.3g}".format),
+    "memory_gib": ("peak training memory, GiB", "{:.2f}".format),
 }
 _COSTS = ("parameters", "seconds", "memory_gib")  # x axes of the figure
 _BLUE = "#0072B2"

@@ -116,7 +116,7 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
     try:
         lines = forms.read_regular(path, _MOST_BYTES).decode("utf-8", errors="replace").split("\n")
     except forms.Misshapen as error:
-        raise UserError(f"{path} is no log of a training ({error}). Remove it.") from None
+        raise UserError(f"{path} is not a training log ({error}). Remove it.") from None
     except OSError as error:
         raise UserError(f"Cannot read {path} ({error.strerror}). Give the folder of a training run.") from None
     rows = []
@@ -129,7 +129,7 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
         except (ValueError, KeyError, TypeError):
             if number < len(lines):  # a complete line ends in a line break, so only the last can be torn
                 raise UserError(
-                    f"Line {number} of {path} is no JSON object of numbers with a step. Repair or remove that line."
+                    f"Line {number} of {path} is not a JSON object of numbers with a step. Repair or remove that line."
                 ) from None
     return rows
 

@@ -41,14 +41,14 @@ def probe_picture(rows: Sequence[Mapping[str, Any]], best: str) -> np.ndarray:
     figure = Figure(figsize=(max(4.0, 1.5 + 0.5 * len(rows)), 3.6), dpi=110, layout=layout)
     canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    for key, colour, name in (("val_miou", "#0072B2", "val"), ("held_out_miou", "#D55E00", "held out of train")):
+    for key, colour, name in (("val_miou", "#0072B2", "val"), ("held_out_miou", "#D55E00", "held out from train")):
         axes.plot([np.nan if row[key] is None else 100 * row[key] for row in rows], "o-", color=colour, label=name)
     turned: dict[str, Any] = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if len(rows) > 6 else {}
     axes.set_xticks(range(len(rows)), [row["blocks"] for row in rows], **turned)
     for label, row in zip(axes.get_xticklabels(), rows, strict=True):
         label.set_fontweight("bold" if row["blocks"] == best else "normal")
     axes.set_xlabel("blocks read")
-    axes.set_ylabel("mIoU % of the closed form")
+    axes.set_ylabel("mIoU % (closed form)")
     axes.set_ylim(bottom=0)
     axes.grid(color="#e3e3e3", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)

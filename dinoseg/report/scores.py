@@ -37,8 +37,8 @@ def few_units(units: int, unit: str) -> str:
     if not 2 <= units < FEW:
         return ""
     return (
-        f"The 95 % intervals are over {count_of(units, unit)}: over fewer than {FEW} they hold the truth less often "
-        "than they say, of rare classes much less often."
+        f"The 95 % intervals are over {count_of(units, unit)}: with fewer than {FEW} their true coverage is lower, "
+        "much lower for rare classes."
     )
 
 
@@ -52,10 +52,9 @@ def difference_table(differences: Mapping[str, Mapping[str, Any]], unit: str) ->
     ]
     table = _interval_table(rows, ["second - first", "points"], f"shared {unit}s")
     if not counts["n"]:
-        return f"second - first: none. No {unit} could be scored in both folders, so there is no difference to give."
+        return f"second - first: none. No {unit} could be scored in both folders."
     left_out = (
-        f"Left out of this difference: {count_of(counts['left_out'], 'file')} or sequences that only one folder was "
-        "scored on."
+        f"Left out of this difference: {count_of(counts['left_out'], 'file')} or sequences scored in only one folder."
     )
     return f"{table}\n{left_out}" if counts["left_out"] else table
 

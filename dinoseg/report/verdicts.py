@@ -11,7 +11,12 @@ from matplotlib.figure import Figure
 
 from dinoseg.utils.wording import in_lines, printable
 
-SURELY_BETTER, SURELY_WORSE, UNSURE, NO_VERDICT = "surely better", "surely worse", "not told apart", "no verdict"
+SURELY_BETTER, SURELY_WORSE, UNSURE, NO_VERDICT = (
+    "significantly better",
+    "significantly worse",
+    "no significant difference",
+    "no verdict",
+)
 LEVEL = 0.05  # p-value below which a difference is significant
 _COLOURS = {SURELY_BETTER: "#0072B2", SURELY_WORSE: "#D55E00", UNSURE: "#888888", NO_VERDICT: "#bbbbbb"}
 _MOST_ROWS, _MOST_COLUMNS = 40, 4
@@ -31,7 +36,7 @@ def verdicts_picture(
     keys, left_out = _shown(labels, others)
     columns = min(len(others), _MOST_COLUMNS)
     lines = math.ceil(len(others) / columns)
-    titles, unit = [in_lines(name, 48) for name, _ in others], in_lines(f"points, less {first}", 54)
+    titles, unit = [in_lines(name, 48) for name, _ in others], in_lines(f"points, minus {first}", 54)
     named = max(title.count("\n") for title in titles) + unit.count("\n")  # additional text lines
     size = (2.2 + 3.6 * columns, 0.7 + lines * (0.9 + 0.16 * named + 0.26 * len(keys)))
     figure = Figure(figsize=size, dpi=110, layout="constrained")
@@ -57,7 +62,10 @@ def verdicts_picture(
     axes = figure.axes[0]
     axes.set_yticks(range(len(keys)), [_short(labels[key]) for key in keys], parse_math=False)
     axes.set_ylim(len(keys) - 0.4, -0.6)
-    said = "95 % intervals; blue: surely better, red: surely worse, grey: not told apart (p corrected by Holm)"
+    said = (
+        "95 % intervals; blue: significantly better, red: significantly worse, grey: no significant difference "
+        "(Holm-corrected p)"
+    )
     figure.supxlabel(said + left_out, fontsize=7)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # characters that the font lacks become boxes
@@ -75,7 +83,7 @@ def _shown(labels: Mapping[str, str], others: Sequence[tuple[str, Mapping[str, M
     more = len(labels) - len(kept)
     return [
         key for key in labels if key in kept
-    ], f"; {more} classes that differ less are in compare.csv" if more else ""
+    ], f"; {more} classes with smaller differences are in compare.csv" if more else ""
 
 
 def _short(name: str) -> str:

@@ -125,7 +125,7 @@ class App:
     async def track(self, request: Request) -> Response:
         """Start tracking the objects of a mask through a clip; the body has one byte per pixel of the first frame."""
         if self._tracker is None:
-            raise Refused(400, "no_tracker", "This model has no backbone to follow objects with.")
+            raise Refused(400, "no_tracker", "This model has no backbone for tracking objects.")
         job = self._jobs.get(request.path_params["job"])
         mask = check_objects(await self._service.uploaded(request), job.facts)
         tracker, worker, labels = self._tracker(), self._service.worker, [mask]
@@ -140,7 +140,7 @@ class App:
         """Start redrawing the overlay from a clip's stored masks; `hidden` lists ids that are not shown."""
         style = self._jobs.get(request.path_params["job"]).style
         if style is None:
-            raise Refused(400, "no_masks", "Nothing was made of this clip yet: segment it first.")
+            raise Refused(400, "no_masks", "This clip has no masks yet: segment it first.")
         return self._begin(request, replace(style, hidden=_hidden(request)), redraw)
 
     async def state(self, request: Request) -> Response:
@@ -163,7 +163,7 @@ class App:
         job, name = self._jobs.get(request.path_params["job"]), request.path_params["file"]
         path = job.folder / name
         if name not in _RESULTS or not path.is_file():
-            raise Refused(404, "no_result", "There is no such result, or not yet.")
+            raise Refused(404, "no_result", "This result does not exist, or is not ready.")
         return FileResponse(path)
 
     def _begin(
@@ -177,7 +177,7 @@ class App:
 
     def _look_at(self, job: UploadJob, path: Path) -> None:
         if self._service.stopping:
-            raise Refused(503, "busy", "The server stops. Try again later.", retry_after=1)
+            raise Refused(503, "busy", "The server is stopping. Try again later.", retry_after=1)
         look_at(job, path, self._clips, self._service.limits.max_pixels)
 
     def _told(self, job: UploadJob) -> Response:
@@ -190,7 +190,7 @@ class App:
             async with asyncio.timeout(_UPLOAD * self._service.limits.timeout):
                 return await _written(bounded(request, self._clips.video_mib), job.folder)
         except TimeoutError as error:
-            raise Refused(408, "timeout", "The clip has not come in time. Send a smaller one.") from error
+            raise Refused(408, "timeout", "The upload of the clip timed out. Send a smaller one.") from error
         except ClientDisconnect as error:
             raise HungUp from error
 
@@ -245,5 +245,5 @@ def _hidden(request: Request) -> frozenset[int]:
     given = request.query_params.get("hidden", "")
     words = given.split(",") if given else []
     if not all(re.fullmatch("[0-9]{1,3}", word) and int(word) < 256 for word in words):
-        raise Refused(400, "hidden", "hidden are ids from 0 to 255 with commas between them, such as 0,3.")
+        raise Refused(400, "hidden", "hidden is a comma-separated list of ids from 0 to 255, such as 0,3.")
     return frozenset(map(int, words))

@@ -98,7 +98,7 @@ class ClipReader:
                     self._child.send(asked)
                 answer, body = self._child.receive()
         except ChildEnded as error:
-            what = f"is not decoded within {SECONDS:g} s a frame" if error.late else "ended the process that decoded it"
+            what = f"is not decoded within {SECONDS:g} s a frame" if error.late else "crashed its decoder process"
             raise UserError(f"{self.path} {what}. Re-encode it (ffmpeg -i IN OUT.mp4).") from None
         if "error" in answer:
             raise (FrameTooLarge if "is_too_large" in answer else UserError)(answer["error"])
@@ -129,7 +129,7 @@ def send_frames(channel: Channel) -> None:
     except UserError as error:
         channel.send({"error": str(error)})
     except MemoryError:
-        channel.send({"error": f"{path} takes more memory to decode than its frames need. Re-encode it."})
+        channel.send({"error": f"{path} needs more memory to decode than its frames require. Re-encode it."})
 
 
 FRAME, OVERLAY, MASKS = "frame.png", "overlay.mp4", "masks.zip"
@@ -156,7 +156,7 @@ def kind_of(start: bytes) -> str:
     for suffix, (at, mark) in _KINDS.items():
         if start[at : at + len(mark)] == mark:
             return suffix
-    raise Refused(400, "format", "This is no video that is read here. Send MP4, MOV, WebM, MKV or AVI.")
+    raise Refused(400, "format", "The video format is not supported. Send MP4, MOV, WebM, MKV or AVI.")
 
 
 def look_at(job: UploadJob, path: Path, limits: ClipLimits, max_pixels: int) -> None:
@@ -187,10 +187,12 @@ def check_objects(body: bytes, facts: dict[str, Any]) -> np.ndarray:
     """
     height, width = facts["height"], facts["width"]
     if len(body) != height * width:
-        raise Refused(400, "mask_size", f"A mask of {height * width} bytes is needed, a byte a pixel; got {len(body)}.")
+        raise Refused(
+            400, "mask_size", f"A mask of {height * width} bytes is needed, one byte per pixel; got {len(body)}."
+        )
     ids = np.frombuffer(body, np.uint8).reshape(height, width)
     if not ids.any() or ids.max() > 254:
-        raise Refused(400, "no_object", "Nothing is painted: paint what is to be followed, as objects 1 to 254.")
+        raise Refused(400, "no_object", "The mask is empty: paint the objects to track, as ids 1 to 254.")
     return ids
 
 
@@ -251,7 +253,7 @@ def _batches(reader: ClipReader, limits: ClipLimits) -> Iterator[_Timed]:
     frames = reader.timed()
     while batch := list(islice(frames, _BATCH)):
         if reader.frames_read > limits.max_frames:
-            raise UserError(f"The clip has more frames than it says. {_shorter(limits)}")
+            raise UserError(f"The clip has more frames than its header states. {_shorter(limits)}")
         yield batch
 
 
@@ -270,6 +272,4 @@ def _areas(counts: np.ndarray, frames: int, style: MaskStyle) -> list[dict[str, 
 
 
 def _shorter(limits: ClipLimits) -> str:
-    return (
-        f"At most {limits.max_frames} frames and {limits.max_seconds:g} s are taken (mode.clips.max_seconds): cut it."
-    )
+    return f"The limit is {limits.max_frames} frames and {limits.max_seconds:g} s (mode.clips.max_seconds): cut it."

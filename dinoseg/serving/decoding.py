@@ -96,12 +96,12 @@ class Decoders:
 
     def _reason(self, error: ChildEnded) -> Refused:
         if self._is_ended:
-            return Refused(503, "busy", "The server stops. Try again later.", retry_after=1)
+            return Refused(503, "busy", "The server is stopping. Try again later.", retry_after=1)
         if error.late:
             return Refused(
-                400, "decode_time", f"{_NAME} is not decoded within {self._seconds:g} s. Save it anew, or reduce it."
+                400, "decode_time", f"{_NAME} is not decoded within {self._seconds:g} s. Save it again, or reduce it."
             )
-        return Refused(400, "unreadable", f"{_NAME} ended the process that decoded it. It is damaged: send it anew.")
+        return Refused(400, "unreadable", f"{_NAME} crashed its decoder process. It is damaged: send it again.")
 
 
 def decode_images(channel: Channel) -> None:
@@ -116,7 +116,7 @@ def decode_images(channel: Channel) -> None:
         except Refused as error:
             channel.send({"refused": [error.status, error.rule, error.message]})
         except MemoryError:
-            reason = f"{_NAME} takes more memory to decode than its pixels need. Save it anew, as JPEG or PNG."
+            reason = f"{_NAME} needs more memory to decode than its pixels require. Save it again, as JPEG or PNG."
             channel.send({"refused": [400, "decode_memory", reason]})
 
 
@@ -138,14 +138,14 @@ def measure(data: bytes, max_pixels: int) -> int:
         raise Refused(400, "max_pixels", f"{_NAME} is too large ({error}). {_smaller(max_pixels)}") from error
     except UnidentifiedImageError as error:
         raise Refused(
-            400, "format", f"{_NAME} is of no kind that is read here. Send JPEG, PNG, WebP, TIFF or BMP."
+            400, "format", f"{_NAME} has an unsupported format. Send JPEG, PNG, WebP, TIFF or BMP."
         ) from error
     except (OSError, SyntaxError, ValueError, struct.error) as error:
         raise _unreadable(error) from error
     if width * height > max_pixels:
         raise Refused(400, "max_pixels", f"{_NAME} has {width} x {height} pixels. {_smaller(max_pixels)}")
     if is_animated:
-        raise Refused(400, "one_frame", f"{_NAME} has several frames, and one is segmented. Send a single frame.")
+        raise Refused(400, "one_frame", f"{_NAME} has several frames. Send a single frame.")
     return width * height
 
 
@@ -177,8 +177,8 @@ def _opened(data: bytes) -> Image.Image:
 
 
 def _unreadable(error: Exception) -> Refused:
-    return Refused(400, "unreadable", f"{_NAME} cannot be read ({error}). It is damaged: send it anew.")
+    return Refused(400, "unreadable", f"{_NAME} cannot be read ({error}). It is damaged: send it again.")
 
 
 def _smaller(max_pixels: int) -> str:
-    return f"At most {max_pixels} are taken (mode.limits.max_pixels): reduce it or cut it up."
+    return f"The limit is {max_pixels} (mode.limits.max_pixels): reduce it or split it."

@@ -82,7 +82,7 @@ async def _mask_or_why(answer: Answer, request: Request) -> Response:
         raise
     except Exception as error:
         logger.exception("An image could not be segmented")
-        raise Refused(500, "model", "The model has failed on this image; the server's log says why.") from error
+        raise Refused(500, "model", "The model failed on this image; see the server's log.") from error
 
 
 async def _segment(service: Service, request: Request) -> Response:
@@ -120,4 +120,4 @@ def _told_http(request: Request, error: Exception) -> Response:
 
 
 def _told_failure(request: Request, error: Exception) -> Response:
-    return told(request, Refused(500, "server", "The server has failed on this request; its log says why."))
+    return told(request, Refused(500, "server", "The server failed on this request; see its log."))

@@ -55,19 +55,18 @@ class Hosts:
         for name in further:
             if not (re.fullmatch(r"[A-Za-z0-9_.-]+|\*", name) or _is_address(name)):
                 raise UserError(
-                    f"mode.hosts: {name!r} is no name of a host. Give what stands between http:// and the port, such "
-                    "as segment.example.org, or * for any."
+                    f"mode.hosts: {name!r} is not a host name. Give the part between http:// and the port, such as "
+                    "segment.example.org, or * for any."
                 )
         names = frozenset(name.lower() for name in (*_LOOPBACK, host, *further))
         if is_loopback(host):
             return cls(names)
         hosts = cls(names | {socket.gethostname().lower()}, addresses=True)
         logger.warning(
-            "mode.host=%s can be reached from other machines, and there is no authentication and no TLS: whoever "
-            "reaches it may use it, %s. Leave mode.host out for this machine alone; docs/serving.md tells how to put "
-            "a proxy before it.",
+            "mode.host=%s is reachable from other machines, without authentication or TLS: anyone who can reach it can "
+            "use it, %s. Leave mode.host out to serve this machine only; docs/serving.md describes a reverse proxy.",
             host,
-            f"asking it as {hosts}",
+            f"under the host names {hosts}",
         )
         return hosts
 
@@ -112,14 +111,14 @@ class Guard:
     def _wrong(self, method: str, headers: Headers) -> str:
         host = headers.get("host", "")
         if host not in self._hosts:
-            return f"This server is not called {host!r}. Ask it by its IP address, or name that in mode.hosts."
+            return f"{host!r} is not a host name of this server. Use its IP address, or add the name to mode.hosts."
         origin = headers.get("origin")
         other = origin is not None and origin.lower().partition("://")[2] != host.lower()
         sent = headers.get("sec-fetch-site") in ("cross-site", "same-site")
         # a link from another site may open the page: it is not framed, and a GET changes nothing
         followed = method == "GET" and headers.get("sec-fetch-mode") == "navigate"
         if other or (sent and not (followed and headers.get("sec-fetch-dest") == "document")):
-            return "A page of another site may not ask this server."
+            return "Requests from pages of other sites are refused."
         return ""
 
 

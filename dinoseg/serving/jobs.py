@@ -90,7 +90,7 @@ class Jobs:
             finished = next((job for job in self._jobs.values() if not job.busy and job.state != State.COMING), None)
             if finished is None:
                 raise Refused(
-                    503, "busy", f"{len(self._jobs)} clips are being worked on. Try again later.", retry_after=30
+                    503, "busy", f"{len(self._jobs)} clips are being processed. Try again later.", retry_after=30
                 )
             self.remove(finished)
         job = UploadJob(secrets.token_urlsafe(24), self._folder / secrets.token_hex(16))
@@ -115,7 +115,7 @@ class Jobs:
         if job is None:
             minutes = f"{self._limits.keep_minutes:g}"
             raise Refused(
-                404, "gone", f"It is not here any more: uploads are kept for {minutes} minutes. Send it anew."
+                404, "gone", f"The upload has expired: uploads are deleted after {minutes} minutes. Send it again."
             )
         job.asked = time.monotonic()
         return job
@@ -127,7 +127,7 @@ class Jobs:
             Refused: if work on it is already waiting or running.
         """
         if job.busy:
-            raise Refused(409, "started", "This clip is being worked on. Wait for it, or cancel that first.")
+            raise Refused(409, "started", "This clip is being processed. Wait for it, or cancel it first.")
         before, job.state, job.done, job.error = job.state, State.WAITING, 0, ""
         job.cancelled.clear()
         job.work = self._pool.submit(self._run, job, work, before)
@@ -188,12 +188,12 @@ class Jobs:
             if job.cancelled.is_set():  # the error comes from killing the decoder
                 self._cancelled(job, before)
                 return
-            logger.warning("Work on a clip has failed: %s", error)
+            logger.warning("Processing a clip failed: %s", error)
             job.error = str(error).replace(f"{job.folder}/", "").replace(str(job.folder), "its folder")
             self._end(job, State.FAILED)
         except Exception:
-            logger.exception("Work on a clip has failed")
-            job.error = "The server has failed on this clip; its log says why."
+            logger.exception("Processing a clip failed")
+            job.error = "The server failed on this clip; see its log."
             self._end(job, State.FAILED)
 
     def _cancelled(self, job: UploadJob, before: State) -> None:

@@ -41,8 +41,8 @@ class Limits:
         """
         if wait_ms >= 1000 * self.timeout:
             raise UserError(
-                f"mode.wait_ms={wait_ms:g} is as long as an answer may take (mode.limits.timeout={self.timeout:g} "
-                "seconds): no request would get one. Give fewer milliseconds."
+                f"mode.wait_ms={wait_ms:g} reaches the request timeout (mode.limits.timeout={self.timeout:g} seconds): "
+                "every request would time out. Set fewer milliseconds."
             )
 
 
@@ -63,8 +63,8 @@ class HungUp(Exception):
 
 def not_kept(error: OSError) -> Refused:
     """Log a failed write of a file, and return the refusal for its client."""
-    logger.error("An upload or what is made of it cannot be kept: %s", error)
-    return Refused(507, "disk", f"The server cannot keep it ({error.strerror}). Try again later.")
+    logger.error("Cannot store an upload or its results: %s", error)
+    return Refused(507, "disk", f"The server cannot store it ({error.strerror}). Try again later.")
 
 
 @dataclass(frozen=True)

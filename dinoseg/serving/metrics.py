@@ -45,8 +45,8 @@ class Metrics:
     def __init__(self, waiting: Callable[[], int], in_hand: Callable[[], int]) -> None:
         self._lock = threading.Lock()
         self._gauges = {
-            "dinoseg_queue_length": ("Images and clips that wait for the model.", waiting),
-            "dinoseg_requests_in_hand": ("Requests that are taken and not yet answered.", in_hand),
+            "dinoseg_queue_length": ("Images and clips waiting for the model.", waiting),
+            "dinoseg_requests_in_hand": ("Accepted requests without response.", in_hand),
         }
         self._requests: Counter[int] = Counter()
         self._errors: Counter[str] = Counter()
@@ -80,17 +80,17 @@ class Metrics:
         return count_of(self._requests.total(), "request") + (f" ({answers})" if answers else "")
 
     def _lines(self) -> Iterator[str]:
-        yield from _head("dinoseg_requests_total", "counter", "Requests for a mask, by the status of their answer.")
+        yield from _head("dinoseg_requests_total", "counter", "Requests for a mask, by response status.")
         yield from (f'dinoseg_requests_total{{code="{code}"}} {n}' for code, n in sorted(self._requests.items()))
-        yield from _head("dinoseg_errors_total", "counter", "Requests without a mask, by the rule that they broke.")
+        yield from _head("dinoseg_errors_total", "counter", "Refused requests, by violated rule.")
         yield from (f'dinoseg_errors_total{{rule="{rule}"}} {n}' for rule, n in sorted(self._errors.items()))
         for name, (what, value) in self._gauges.items():
             yield from _head(name, "gauge", what)
             yield f"{name} {value()}"
         for name, what, histogram in (
-            ("dinoseg_request_seconds", "From a request's first byte to its answer.", self._latency),
-            ("dinoseg_batch_images", "Images that the model saw at once.", self._batches),
-            ("dinoseg_model_seconds", "What the model took for a batch.", self._model),
+            ("dinoseg_request_seconds", "Time from the first byte of a request to its response.", self._latency),
+            ("dinoseg_batch_images", "Batch size of the model.", self._batches),
+            ("dinoseg_model_seconds", "Time of the model per batch.", self._model),
         ):
             yield from _head(name, "histogram", what)
             yield from histogram.lines(name)

@@ -36,7 +36,7 @@ async def read_upload(request: Request) -> bytes:
     charset = parameters.get(b"charset", b"utf-8").decode("latin-1")
     if charset.lower() not in _CHARSETS:  # some codecs raise other errors, or take quadratic time
         known = ", ".join(_CHARSETS)
-        raise Refused(400, "one_file", f"The form is in charset={charset!r:.40}, and may be in {known}. Leave it out.")
+        raise Refused(400, "one_file", f"The form has charset={charset!r:.40}; supported: {known}. Leave it out.")
     try:
         async with request.form(max_files=2, max_fields=8) as form:
             files = [value for value in form.values() if isinstance(value, UploadFile)]
@@ -50,7 +50,7 @@ async def read_upload(request: Request) -> bytes:
 
 
 def _not_one_file(what: str) -> Refused:
-    return Refused(400, "one_file", f"The form {what}, and an answer is of one file. Send one: curl -F image=@FILE.")
+    return Refused(400, "one_file", f"The form {what}; one file is needed. Send one: curl -F image=@FILE.")
 
 
 def _too_long(mib: float) -> Refused:

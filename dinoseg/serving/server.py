@@ -16,7 +16,7 @@ from starlette.types import ASGIApp
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.interrupt import Deferral, Interrupted, deferred
 
-_NOTICE = "Stopping: no more requests are taken, those in hand are finished. Once more: stop at once."
+_NOTICE = "Stopping after the current requests; new ones are refused. Press again to stop at once."
 _CONNECTIONS = 1000  # concurrent connections; requests on further ones get a 503
 _IDLE = 15  # seconds that a connection may idle between two requests
 _LINGER = 2  # seconds for a client to notice a response to its incomplete request
@@ -35,7 +35,8 @@ def bound(host: str, port: int) -> socket.socket:
         listener = socket.socket(family, kind, protocol)
     except (OSError, OverflowError) as error:
         raise UserError(
-            f"mode.host={host} mode.port={port}: no such place ({error}). Give a name or address of this machine."
+            f"mode.host={host} mode.port={port}: cannot resolve the address ({error}). Give a name or address of this "
+            "machine."
         ) from error
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -174,5 +175,5 @@ def _remedy(error: OSError) -> str:
     if error.errno == errno.EADDRINUSE:
         return "Another program listens there: stop it, or choose another mode.port (0: any that is free)."
     if error.errno == errno.EACCES:
-        return "Ports below 1024 are the administrator's: choose another mode.port."
+        return "Ports below 1024 need administrator rights: choose another mode.port."
     return "Check mode.host and mode.port."

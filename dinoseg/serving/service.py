@@ -76,7 +76,7 @@ class Service:
             HungUp: if the client has disconnected.
         """
         try:
-            async with self._in_time(408, "The request has not come whole within"):
+            async with self._in_time(408, "The request did not arrive completely within"):
                 return await read_upload(bounded(request, self.limits.image_mib))
         except ClientDisconnect as error:
             raise HungUp from error
@@ -107,7 +107,7 @@ class Service:
     @asynccontextmanager
     async def _admitted(self) -> AsyncIterator[None]:
         if self.in_hand >= self.limits.queue:
-            raise _busy(f"has {self.in_hand} requests in hand (mode.limits.queue)")
+            raise _busy(f"is processing {self.in_hand} requests, the limit (mode.limits.queue)")
         self.in_hand += 1
         try:
             yield
@@ -121,7 +121,7 @@ class Service:
                 yield
         except TimeoutError as error:
             most = f"{self.limits.timeout:g} s (mode.limits.timeout)"
-            raise Refused(status, "timeout", f"{what} {most}. Try again later, or send less.") from error
+            raise Refused(status, "timeout", f"{what} {most}. Try again later, or send a smaller file.") from error
 
     @asynccontextmanager
     async def _decoded(self, data: bytes) -> AsyncIterator[np.ndarray]:
@@ -149,7 +149,7 @@ class _Held:
             nonlocal taken
             with self._lock:
                 if taken is None or (self._held and self._held + pixels > self._most):
-                    raise _busy("holds as many pixels as it may")
+                    raise _busy("has reached its limit of pixels in memory")
                 self._held, taken = self._held + pixels, taken + pixels
 
         try:

@@ -34,8 +34,8 @@ def load_served(source: ModelSource, out_dir: Path, file: str | None) -> Model:
     trained = source.load()
     if trained.model.head.slots is not None:
         raise UserError(
-            f"resume={source.resume} is a model of slots, which knows no classes to serve. mode=track follows its "
-            "segments through a video or a folder of frames."
+            f"resume={source.resume} is a slot model, which has no classes to serve. mode=track tracks its segments "
+            "through a video or a folder of frames."
         )
     return model_of(trained, sizes_to_keep(trained, out_dir))
 
@@ -60,7 +60,7 @@ def _opened(source: ModelSource, out_dir: Path, file: str) -> Opened:
     typed = {word.lstrip("+").partition("=")[0] for word in command_line(out_dir)}
     weights = {part: source.settings(part)["weights"] for part in ("backbone", "head") if f"{part}.weights" in typed}
     unread = {key for key in typed if key.partition(".")[0] in _OF_THE_FILE} - {f"{part}.weights" for part in weights}
-    warn_unread(out_dir, unread, f"A mode.model is asked as it says itself; give resume={file} to change that.")
+    warn_unread(out_dir, unread, f"mode.model uses its stored settings; give resume={file} to override them.")
     engine = source.settings("engine")
     machine = {"device": engine["device"], "precision": engine["precision"], "trust": list(source.config["trust"])}
     try:

@@ -43,13 +43,13 @@ def render_videos(
             remove_parts(root, "*/.*.part")
             videos = find()
             with Bar(total=total, initial=total - len(videos), desc="render", unit="video") as bar:
-                remedy = f"Set mode.workers below {workers} and run again: it goes on."
+                remedy = f"Set mode.workers below {workers} and run again to resume."
                 for _ in in_processes(write, videos, workers, in_order=False, start=_use_one_thread, remedy=remedy):
                     bar.update()
     except OSError as error:
         raise UserError(
             f"Cannot write the videos to {root} ({error}). Choose a writable root with enough free space; running "
-            "again goes on with what is missing."
+            "again renders the missing videos."
         ) from error
 
 
@@ -72,8 +72,8 @@ def missing(
     for path in existing:
         if path not in wanted or description(path) != wanted[path].description:
             raise UserError(
-                f"{path} is not a video of this rendering (other settings, or other data). Rendering does "
-                f"not overwrite or mix: choose another root, or remove that {what}."
+                f"{path} was not rendered with these settings. Rendering does not overwrite it: choose another root, "
+                f"or remove that {what}."
             )
     return [video for path, video in wanted.items() if not path.exists()]
 

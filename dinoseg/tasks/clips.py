@@ -77,27 +77,27 @@ class ClipTask(TrainingTask):
         loss = None if parts.loss_has_classes else parts.loss(None)
         if loss is None or not loss.needs_slots:
             raise UserError(
-                f"loss={options['loss']} is no loss of slots. Choose loss=feature_reconstruction, "
-                "loss=video_similarity or loss=slot_contrast."
+                f"loss={options['loss']} is not a slot loss. Choose loss=feature_reconstruction, loss=video_similarity "
+                "or loss=slot_contrast."
             )
         similarity = parts.value("head.similarity")
         if similarity != loss.needs_similarity:
             fitting = {True: "loss=video_similarity", False: "loss=feature_reconstruction"}[similarity]
             raise UserError(
-                f"head.similarity={str(similarity).lower()} does not go with loss={options['loss']}: with it "
-                f"goes {fitting}. Change one of them."
+                f"head.similarity={str(similarity).lower()} does not fit loss={options['loss']}, which needs "
+                f"{fitting}. Change one of them."
             )
         if loss.needs_carried and model.head.slots.predictor is None:
             raise UserError(
-                f"loss={options['loss']} compares slots that go from frame to frame, and head.predictor=none draws "
-                "them anew in each. Set head.predictor=savi or carry, or choose loss=feature_reconstruction."
+                f"loss={options['loss']} compares slots across frames, but head.predictor=none samples new ones in "
+                "each frame. Set head.predictor=savi or carry, or choose loss=feature_reconstruction."
             )
         if self._val_images is not None:
             raise UserError(
                 f"trainer.val_images={self._val_images} is for images with masks, not for clips. Set it to null."
             )
         if (cache := parts.value("data.cache")) is not None:
-            raise UserError(f"data.cache={cache} holds images with masks, not clips. Set data.cache=null.")
+            raise UserError(f"data.cache={cache} stores images with masks, not clips. Set data.cache=null.")
         for key in ("feature_noise", "class_uniform", "class_mix"):
             if value := parts.value(f"data.{key}"):
                 raise UserError(f"data.{key}={value} is for images with masks, not for clips. Set it to 0.")
@@ -111,7 +111,8 @@ class ClipTask(TrainingTask):
         if self.parts.value("slots.lock_on") and chosen_supervision(self.parts, None) == "none":
             raise UserError(
                 f"slots.lock_on=true needs the first frame's masks, and data={self.parts.options['data']} is evaluated "
-                "without: train with slots=free. mode=eval mode.supervision=first_frame slots=lock_on gives them later."
+                "without: train with slots=free. Provide them later with mode=eval mode.supervision=first_frame "
+                "slots=lock_on."
             )
 
     def check_sources(self) -> None:
@@ -124,13 +125,13 @@ class ClipTask(TrainingTask):
         both = sorted(set(self.split["train"]) & set(self.split["val"]))
         if both:
             logger.warning(
-                "Videos stand in train and in val: %s. What is validated on was trained on: set "
-                "data.clips.partition.by=fraction, or give each split a folder of its own.",
+                "Videos are in train and in val: %s. Validation would use training videos: set "
+                "data.clips.partition.by=fraction, or give each split a separate folder.",
                 listed(both),
             )
         for side, clips in (("train", self.feed.train), ("val", self.feed.val)):
             if clips.skipped:
-                logger.warning("%s: too short for a clip and left out: %s", side, listed(clips.skipped))
+                logger.warning("%s: left out, too short for a clip: %s", side, listed(clips.skipped))
 
     def evaluate(
         self, model: Segmenter, engine: Engine, best: Path, *, metrics_only: bool, report: bool
@@ -153,10 +154,10 @@ class ClipTask(TrainingTask):
         if engine.is_main:
             write_json(out_dir / "scores.json", scores)
             name = self.parts.options["data"]
-            print(f"val/loss:     {scores['loss']:.4f}, and no other score: data={name} has no masks")
+            print(f"val/loss:     {scores['loss']:.4f} (no other score: data={name} has no masks)")
             if pictures and not metrics_only:
                 write_png(out_dir / "segments.png", next(iter(pictures.values())))
-                print(f"picture:      {out_dir / 'segments.png'}")
+                print(f"image:        {out_dir / 'segments.png'}")
         return scores
 
 

@@ -65,15 +65,15 @@ class DistillationTask(ImageTask):
         self.feed = DistilFeed(**self.feed.given, scores=scores, others=others)
         without = 0 if others is None else len(others.train)
         told = count_of(len(train), "training image"), without, self._given, root
-        logger.info("%s with masks, %s without; taught by %s, whose scores are kept in %s", *told)
+        logger.info("%s with masks, %s without; teacher %s, whose scores are cached in %s", *told)
 
     def check_parts(self, model: Segmenter, world: int) -> None:
         """Refuse what `ImageTask` refuses, and `data.class_mix`: teachers score unmixed images."""
         super().check_parts(model, world)
         if mix := self.parts.value("data.class_mix"):
             raise UserError(
-                f"data.class_mix={mix}: a teacher's scores are of images as they are, without classes "
-                "of another. Set it to 0 with trainer=distil."
+                f"data.class_mix={mix}: a teacher's scores are computed on original images, without pasted classes. "
+                "Set it to 0 with trainer=distil."
             )
 
     def cache_features(self, model: Segmenter, loss: Loss, engine: Engine, *given: Any, **more: Any) -> dict[str, str]:
@@ -93,7 +93,7 @@ class DistillationTask(ImageTask):
                 raise UserError(
                     f"trainer.unlabelled_batch_size={options.batch_size}: there are no images without masks. Give "
                     "trainer.unlabelled=<folder, quoted pattern or video>, or data.labelled=<share or file of names>, "
-                    "which leaves masks out; or leave it out, to learn from the images with masks alone."
+                    "which leaves masks out; or leave it out to train on images with masks only."
                 )
             return None
         images = Unmasked([image.name for image in found], [image.source for image in found], feed.train)

@@ -90,8 +90,8 @@ class ImageTask(TrainingTask):
             )
         if parts.value("trainer.score") == "miou_no_background" and parts.background is None:
             raise UserError(
-                f"trainer.score=miou_no_background: data={options['data']} has no background. Say which class "
-                "it is (data.background=NAME), or choose by another score, such as trainer.score=miou."
+                f"trainer.score=miou_no_background: data={options['data']} has no background. Set its class "
+                "(data.background=NAME), or use another score, such as trainer.score=miou."
             )
         names = parts.class_names
         parts.part("loss.class_weights")([1] * len(names), names)  # refuses an unknown scheme or class name
@@ -154,8 +154,8 @@ class ImageTask(TrainingTask):
             return
         if engine.sharded:
             raise UserError(
-                f"head.init={model.head.init} is solved with whole weights on each rank, and engine.sharding shares "
-                "them out. Leave one of the two out."
+                f"head.init={model.head.init} needs the full weights on each rank, but engine.sharding shards them. "
+                "Leave one of the two out."
             )
         data = self.feed.train
         counts = class_counts(data, self.parts.cache_dir).tolist()
@@ -200,8 +200,8 @@ class ImageTask(TrainingTask):
         commonest, constant = commonest_class(scores["matrix"])
         if engine.is_main and 0 < constant < 1 and scores["miou"] <= constant:
             logger.warning(
-                "mIoU %.4f is not better than the %.4f of always predicting %s, the commonest class: nothing was "
-                "learnt. Try a higher or lower optim.optimizer.lr, more trainer.steps, loss.weights=median or "
+                "mIoU %.4f is not better than the %.4f of always predicting %s, the most frequent class: the model "
+                "learned nothing. Try a higher or lower optim.optimizer.lr, more trainer.steps, loss.weights=median or "
                 "loss=ce_dice for rare classes, and mode=doctor on the data.",
                 scores["miou"],
                 constant,

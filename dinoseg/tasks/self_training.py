@@ -46,9 +46,9 @@ class SelfTrainingTask(ImageTask):
         sources = [image.source for image in unmasked_images(self.parts, options, self.feed.train, self.feed.val)]
         if not sources:
             raise UserError(
-                "trainer=self_training has no images without masks. Give trainer.unlabelled=<folder, quoted pattern "
-                "or video>, or data.labelled=<share or file of names>, which leaves masks out; or train on masks "
-                "alone: trainer=supervised."
+                "trainer=self_training has no images without masks. Give trainer.unlabelled=<folder, quoted pattern or "
+                "video>, or data.labelled=<share or file of names>, which leaves masks out; or train on masks only: "
+                "trainer=supervised."
             )
         ignored = self.feed.train.ignore_index
         seen = self.feed.augment, StrongView(), options.views
@@ -62,17 +62,17 @@ class SelfTrainingTask(ImageTask):
         parts = self.parts
         if parts.value("trainer.ema") is None:
             raise UserError(
-                "trainer.ema=null: of self-training the moving average is the teacher. Give its decay, such as 0.996."
+                "trainer.ema=null: in self-training the moving average is the teacher. Set its decay, such as 0.996."
             )
         if (sharding := parts.value("engine.sharding", "none")) != "none":
             raise UserError(
-                f"engine.sharding={sharding} shares weights out, and a teacher needs whole ones. Leave it "
-                "out with trainer=self_training."
+                f"engine.sharding={sharding} shards the weights, but a teacher needs full ones. Leave it out with "
+                "trainer=self_training."
             )
         if noise := parts.value("data.feature_noise"):
             raise UserError(
-                f"data.feature_noise={noise} is for training on masks alone: strong views are the "
-                "noise here. Set it to 0 with trainer=self_training."
+                f"data.feature_noise={noise} is for training on masks only: here the noise comes from strong views. "
+                "Set it to 0 with trainer=self_training."
             )
 
     def wrap_loss(self, loss: Loss) -> Loss:
@@ -89,8 +89,8 @@ class SelfTrainingTask(ImageTask):
         """
         if engine.cache in ("disk", "memory"):
             raise UserError(
-                f"engine.cache={engine.cache}: with trainer=self_training a student's views are new in each epoch, so "
-                "none of their features can be kept. Leave it out."
+                f"engine.cache={engine.cache}: with trainer=self_training the student's views change in each epoch, so "
+                "their features cannot be cached. Leave it out."
             )
         return {}
 
@@ -101,15 +101,15 @@ class SelfTrainingTask(ImageTask):
         counts = dict(zip(train.classes, class_counts(train, self.parts.cache_dir).tolist(), strict=True))
         there = [name for name, count in counts.items() if count]
         if len(there) < 2:
-            only = f"{there[0]} alone" if there else "nothing but ignored pixels"
+            only = f"{there[0]} alone" if there else "only ignored pixels"
             raise UserError(
-                f"The {count_of(len(train), 'mask')} to train on hold {only}: a teacher that knows one answer gives it "
-                "everywhere. Add a mask that shows other classes (data.labelled, or mode=select for which)."
+                f"The {count_of(len(train), 'mask')} to train on hold {only}: the teacher would predict it everywhere. "
+                "Add a mask with other classes (data.labelled, or mode=select for which)."
             )
         absent = [name for name in counts if name not in there]
         if absent:
             logger.warning(
-                "No training mask has a pixel of %s: such classes cannot be learnt from images without masks either.",
+                "No training mask has a pixel of %s: such classes cannot be learned from images without masks either.",
                 listed(absent),
             )
         return sizes

@@ -93,7 +93,7 @@ class TrainingTask(ABC):
             UserError: features must be cached, but cannot be.
         """
         if engine.cache in ("disk", "memory"):
-            raise UserError(f"engine.cache={engine.cache}: no features of {self.what} are kept. Leave it out.")
+            raise UserError(f"engine.cache={engine.cache}: features of {self.what} cannot be cached. Leave it out.")
         return {}
 
     @abstractmethod

@@ -50,8 +50,8 @@ def unmasked_images(
     scored = {_identity(pair.image) for pair in pairs}
     if seen := images.keys() & scored:
         logger.warning(
-            "%d of the images without masks are validation images: scores are then of images that were seen in "
-            "training. Leave them out of trainer.unlabelled for scores that tell of new ones.",
+            "%d of the images without masks are validation images, so the scores are on images seen in training. "
+            "Remove them from trainer.unlabelled for scores on unseen images.",
             len(seen),
         )
     chosen = [*images.values()]
@@ -61,7 +61,7 @@ def unmasked_images(
 def _readable(images: Sequence[PoolImage], workers: int) -> list[PoolImage]:
     """Return the images that can be read, and warn of the others."""
     sources, processes = [image.source for image in images], workers if len(images) >= _FEW else 1
-    faults = [why for _, why in in_processes(fault, sources, processes, remedy="Read with fewer: data.workers=1.")]
+    faults = [why for _, why in in_processes(fault, sources, processes, remedy="Use fewer processes: data.workers=1.")]
     if bad := [why for why in faults if why]:
         logger.warning("data.on_error=skip: left out of the images without masks: %d. %s", len(bad), listed(bad, 3))
     return [image for image, why in zip(images, faults, strict=True) if not why]

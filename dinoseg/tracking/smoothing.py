@@ -77,7 +77,7 @@ class SmoothingTracker(Tracker):
     """
 
     unread_because = (
-        "Smoothing has no slots, and a segmenter resizes frames as resolution.scale and resolution.longest say."
+        "Smoothing uses no slots, and a segmenter resizes frames by resolution.scale and resolution.longest."
     )
 
     def __init__(
@@ -92,8 +92,8 @@ class SmoothingTracker(Tracker):
     ) -> None:
         if not 0 <= smoothing <= 1:
             raise UserError(
-                f"mode.smoothing={smoothing}: give a share from 0 (each frame by itself) to 1 (only the first frame is "
-                "segmented, the others follow it)."
+                f"mode.smoothing={smoothing}: give a share from 0 (each frame separately) to 1 (only the first frame "
+                "is segmented and then propagated)."
             )
         super().__init__(device=next(model.parameters()).device, autocast=autocast, batch_size=batch_size)
         self._model, self._share, self._sizes = model, smoothing, sizes
@@ -130,8 +130,8 @@ class SmoothingTracker(Tracker):
         """
         if any(mask is not None for mask in labels):
             raise UserError(
-                "labels are given, but a trained segmenter finds its classes by itself. Leave labels out; or leave "
-                "resume out to follow the objects of a mask."
+                "labels are given, but a trained segmenter needs no masks. Leave labels out; or leave resume out to "
+                "track the objects of a mask."
             )
         images = sent(torch.from_numpy(np.stack(frames)), self.device).permute(0, 3, 1, 2).contiguous()  # (B, 3, H, W)
         with self.autocast():
@@ -201,7 +201,7 @@ def _large_frames(sizes: TrainedSizes | None) -> dict[str, str]:
     if sizes is None:
         return {}
     above = f"above {sizes.largest} pixels reduced to {sizes.typical}"
-    return {"large_frames": f"{above} (resolution.longest not typed)"}
+    return {"large_frames": f"{above} (resolution.longest not set)"}
 
 
 def _probabilities(scores: Tensor, mixture: bool) -> Tensor:

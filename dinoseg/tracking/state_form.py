@@ -31,7 +31,7 @@ def check_state(state: Mapping[str, Tensor], forms: Mapping[str, TensorForm]) ->
         ValueError: a tensor is missing, unknown or of another form.
     """
     if state.keys() != forms.keys():
-        raise ValueError(f"it holds {', '.join(sorted(state)) or 'nothing'}, and must hold {', '.join(sorted(forms))}")
+        raise ValueError(f"it holds {', '.join(sorted(state)) or 'nothing'} instead of {', '.join(sorted(forms))}")
     lengths: dict[str, int] = {}
     for name, form in forms.items():
         value, axes = state[name], form.shape.split()
@@ -42,7 +42,7 @@ def check_state(state: Mapping[str, Tensor], forms: Mapping[str, TensorForm]) ->
         right = value.is_floating_point() if form.dtype is None else value.dtype == form.dtype
         if not (right and fits):
             wanted = f"{form.dtype or 'of floating point'} [{form.shape}]"
-            raise ValueError(f"{name} is {value.dtype} {list(value.shape)}, and must be {wanted}")
+            raise ValueError(f"{name} is {value.dtype} {list(value.shape)} instead of {wanted}")
         low, high = (float(bound) for bound in torch.aminmax(value))
         if not (form.least <= low <= high <= form.most and math.isfinite(low) and math.isfinite(high)):
-            raise ValueError(f"{name} holds numbers from {low} to {high}, and may from {form.least} to {form.most}")
+            raise ValueError(f"{name} holds numbers from {low} to {high}; allowed are {form.least} to {form.most}")

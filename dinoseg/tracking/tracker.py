@@ -119,7 +119,7 @@ def common_size(size: Size | None, frames: Sequence[np.ndarray], masks: Sequence
     for what, shape in shapes:
         if shape != (height, width):
             raise UserError(
-                f"A {what} is {' x '.join(map(str, shape))} pixels, and the first frame {height} x {width} (H x W). "
-                "All of a video need one size: resize it."
+                f"A {what} is {' x '.join(map(str, shape))} pixels, but the first frame {height} x {width} (H x W). "
+                "All frames and masks of a video need one size: resize it."
             )
     return height, width

@@ -104,8 +104,8 @@ def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
     odd = [key for key, value in tensors.items() if value.dtype in CASTS and not is_finite(value)]
     if odd:
         raise UserError(
-            f"{where}: {len(odd)} of its tensors hold NaN or infinity (such as {shown(odd[0])}), so what it "
-            "predicts means nothing. Choose an earlier checkpoint; finite_weights=false uses it all the same."
+            f"{where}: {len(odd)} of its tensors hold NaN or infinity (such as {shown(odd[0])}), so its predictions "
+            "are meaningless. Choose an earlier checkpoint; finite_weights=false loads it anyway."
         )
 
 
@@ -136,7 +136,7 @@ def _read(path: Path, value_of: Callable[[Any, str], Tensor] | None, only: Conta
             wanted = [key for key in names if only is None or key in only]
             return Checkpoint(path, {key: value_of(file, key) for key in wanted if value_of}, info)
     except FileNotFoundError:
-        raise UserError(f"resume={path}: no such file. Give a run folder or a checkpoint in it.") from None
+        raise UserError(f"resume={path}: file not found. Give a run folder or a checkpoint in it.") from None
     except (SafetensorError, OSError, RuntimeError, TypeError) as error:  # TypeError: a dimension exceeds 64 bits
         raise UserError(f"resume={path}: not a readable checkpoint ({error}). Choose another one.") from error
 
@@ -145,7 +145,7 @@ def _known(names: Sequence[str], path: Path) -> Sequence[str]:
     """Return the names of a checkpoint's tensors if they are not too many and each has a known prefix."""
     odd = next((name for name in names if name.partition("/")[0] not in _PARTS), None)
     if odd is not None or len(names) > _MOST_TENSORS:
-        wrong = f"{len(names)} tensors, above the most, {_MOST_TENSORS}" if odd is None else f"a tensor {shown(odd)}"
+        wrong = f"{len(names)} tensors, above the limit of {_MOST_TENSORS}" if odd is None else f"a tensor {shown(odd)}"
         raise UserError(f"resume={path}: it holds {wrong}, which dinoseg does not write. Choose another checkpoint.")
     return names
 
@@ -174,7 +174,7 @@ def find(target: str | Path, prefer: str) -> Path:
     if prefer == "best" and (path / HEADS).is_dir():
         names = sorted(folder.parent.name for folder in (path / HEADS).glob(f"*/{FOLDER}"))
         raise UserError(
-            f"resume={target}: this run is one of several heads ({listed(names, 20)}). Give one of them: "
+            f"resume={target}: this run has several heads ({listed(names, 20)}). Give one of them: "
             f"resume={path / HEADS / (names or ['NAME'])[0]}."
         )
     other = {"best": "last", "last": "best"}[prefer]
@@ -195,7 +195,7 @@ def _absence(target: str, path: Path) -> str:
     if path.is_symlink():
         return " (a link to a missing file)"
     is_remote = _REMOTE.match(target) and not path.parent.is_dir()
-    return " (no such file or folder" + ("; hub ids and addresses are not downloaded here)" if is_remote else ")")
+    return " (file or folder not found" + ("; hub ids and addresses are not downloaded here)" if is_remote else ")")
 
 
 def _nearby(path: Path) -> str:
@@ -296,7 +296,7 @@ def comparable(progress: Progress, before: Mapping[str, Any], now: Mapping[str, 
     old, new = _chosen_by(before), _chosen_by(now)
     if progress.best is None or old == new:
         return progress
-    logger.warning("Best is chosen by %s instead of %s; the previous best score is discarded.", new, old)
+    logger.warning("Checkpoint selection changed to %s from %s; the previous best score is discarded.", new, old)
     return replace(progress, best=None, best_step=0, stale=0)
 
 

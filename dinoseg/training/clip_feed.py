@@ -67,7 +67,7 @@ class ClipFeed:
         if len(lengths) > 1:
             raise UserError(
                 f"data.clips.cut.length={self.train.cut.length} gives training clips of {lengths[0]} to {lengths[-1]} "
-                f"frames, which do not stack. Set data.clips.cut.length={lengths[0]} or less."
+                f"frames, which cannot form a batch. Set data.clips.cut.length={lengths[0]} or less."
             )
         self.score_names = ("loss", *(SCORES if any(video.masks for video in self.val.videos) else ()))
 
@@ -125,8 +125,8 @@ class ClipFeed:
         if self._has_masks and not counts[-1] and engine.is_main and not self._told_bare:
             self._told_bare = True
             logger.warning(
-                "No validation clip shows an object: fg_ari says nothing of the segments (by its rule it is 1 there), "
-                "and mbo has no value. Choose the best checkpoint by trainer.score=loss, or give masks with objects."
+                "No validation clip has an object: fg_ari is always 1 by definition, and mbo is undefined. Select "
+                "checkpoints by trainer.score=loss, or give masks with objects."
             )
         return Validation(dict(zip(self.score_names, means, strict=True)), pictures)
 

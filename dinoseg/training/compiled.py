@@ -28,7 +28,7 @@ def compile_blocks(backbone: Backbone, copies: Sequence[nn.Module] = ()) -> None
         UserError: the backbone is a pyramid, whose stages are not blocks.
     """
     if backbone.is_pyramid:
-        raise UserError("engine.compile=true: blocks of a vision transformer are compiled. Leave it out for a pyramid.")
+        raise UserError("engine.compile=true supports vision transformers only. Leave it out for a pyramid.")
     state, once = _State(), None
     for block in (*copies, *backbone.blocks):
         vars(block)["forward"] = once = _Once(block.forward, state)
@@ -71,6 +71,8 @@ class _Once:
             return self._compiled(tokens, *args, **beside)
         except torch._dynamo.exc.TorchDynamoException as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            logger.warning("engine.compile=true: torch cannot compile here (%s), so it goes on without.", reason)
+            logger.warning(
+                "engine.compile=true: torch cannot compile here (%s); continuing without compilation.", reason
+            )
             self._state.failed = True
             return self._plain(tokens, *args, **beside)

@@ -29,15 +29,15 @@ def read_description(text: str | None, path: Path) -> dict[str, Any]:
     """
     where = f"resume={path}"
     if text is not None and len(text) > _LARGEST:
-        raise UserError(f"{where}: its description has {len(text)} letters, above the most, {_LARGEST}. {_OTHER}")
+        raise UserError(f"{where}: its description has {len(text)} characters, above the limit of {_LARGEST}. {_OTHER}")
     try:
         info = json.loads(text or "null")  # not forms.parse_json: a config may hold .inf, which recipes can set
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: its description cannot be read ({type(error).__name__}). {_OTHER}") from error
     if not isinstance(info, dict):
         raise UserError(
-            f"{where}: a safetensors file, but not a checkpoint of dinoseg. {_OTHER} Weights of a backbone alone are "
-            "given as backbone.weights."
+            f"{where}: a safetensors file, but not a checkpoint of dinoseg. {_OTHER} For backbone weights, set "
+            "backbone.weights."
         )
     absent = [key for key in RULES if key not in info]
     if absent:
@@ -46,17 +46,21 @@ def read_description(text: str | None, path: Path) -> dict[str, Any]:
         raise UserError(f"{where}: its description is nested deeper than {_DEEPEST} levels. {_OTHER}")
     for key, (form, rule) in RULES.items():
         if key == "format" and forms.fits(info[key], _COUNT) and info[key] != FORMAT:
-            remedy = "Update dinoseg." if info[key] > FORMAT else "Use the dinoseg that wrote it, or train anew."
-            raise UserError(f"{where}: written in format {info[key]}, and this dinoseg reads format {FORMAT}. {remedy}")
+            remedy = (
+                "Update dinoseg." if info[key] > FORMAT else "Use the version of dinoseg that wrote it, or train again."
+            )
+            raise UserError(
+                f"{where}: written in format {info[key]}; this version of dinoseg reads format {FORMAT}. {remedy}"
+            )
         if not forms.fits(info[key], form):
-            raise UserError(f"{where}: its {key} is {shown(info[key])}, and must be {rule}. {_OTHER}")
+            raise UserError(f"{where}: its {key} is {shown(info[key])}; it must be {rule}. {_OTHER}")
     if not forms.fits(info.get(IDLE, 0), _COUNT):
-        raise UserError(f"{where}: its {IDLE} is {shown(info[IDLE])}, and must be a whole number. {_OTHER}")
+        raise UserError(f"{where}: its {IDLE} is {shown(info[IDLE])}; it must be a whole number. {_OTHER}")
     if not forms.fits(info.get("heads", {}), HEADS):
-        raise UserError(f"{where}: its heads are {shown(info['heads'])}, and are not of the form of dinoseg. {_OTHER}")
+        raise UserError(f"{where}: its heads are {shown(info['heads'])}, which is not a valid form. {_OTHER}")
     if len(info["palette"]) != len(info["classes"]):
         raise UserError(
-            f"{where}: it has {len(info['palette'])} colours for {len(info['classes'])} classes, and must have one for "
+            f"{where}: it has {len(info['palette'])} colours for {len(info['classes'])} classes; it must have one for "
             f"each. {_OTHER}"
         )
     return info
@@ -64,13 +68,13 @@ def read_description(text: str | None, path: Path) -> dict[str, Any]:
 
 def _name(value: Any, where: str) -> None:
     if not (isinstance(value, str) and 0 < len(value) <= LONGEST_NAME and value.isprintable()):
-        raise forms.Misshapen(f"{where} is no name")
+        raise forms.Misshapen(f"{where} is not a name")
 
 
 def _names(value: Any, where: str) -> None:
     forms.listing(_name)(value, where)
     if not 1 <= len(value) <= 255:
-        raise forms.Misshapen(f"{where} are none, or too many")
+        raise forms.Misshapen(f"{where} are missing, or too many")
 
 
 def _names_by_name(value: Any, where: str) -> None:
@@ -89,7 +93,7 @@ def _choices(value: Any, where: str) -> None:
 
 def _folder(value: Any, where: str) -> None:
     if not (isinstance(value, str) and 0 < len(value) <= 4096 and "\0" not in value):
-        raise forms.Misshapen(f"{where} is no folder")
+        raise forms.Misshapen(f"{where} is not a folder")
 
 
 _FINITE = forms.number()
@@ -97,7 +101,7 @@ RULES: Mapping[str, tuple[forms.Form, str]] = {  # key to the form of its value,
     "format": (_COUNT, "a whole number"),
     "progress": (
         forms.some_of(**dict.fromkeys(_COUNTS, _COUNT), best=forms.maybe(_FINITE), validation_pending=forms.flag),
-        f"finite numbers of {', '.join(_COUNTS)} and best, and nothing unknown",
+        f"finite numbers of {', '.join(_COUNTS)} and best, without other keys",
     ),
     "frozen": (_names_by_name, "a hash for backbone and for head"),
     "config": (
@@ -106,7 +110,7 @@ RULES: Mapping[str, tuple[forms.Form, str]] = {  # key to the form of its value,
     ),
     "choices": (_choices, f"an option of each of {', '.join(CHOSEN)}"),
     "folder": (_folder, "a folder"),
-    "classes": (_names, f"1 to 255 names of at most {LONGEST_NAME} letters that can be printed"),
+    "classes": (_names, f"1 to 255 names of at most {LONGEST_NAME} printable characters"),
     "palette": (
         forms.listing(forms.listing(forms.whole(0, 255), 3)),
         "colours, each of three whole numbers from 0 to 255",

@@ -69,8 +69,8 @@ class KeptScores:
             if scores.nbytes > MOST_BYTES:
                 raise UserError(
                     f"The teacher's scores of {data.names[index]} are {' x '.join(map(str, scores.shape))} numbers, "
-                    f"{scores.nbytes / 2**20:.0f} MiB, and {MOST_BYTES / 2**20:.0f} are taken at most. Choose a "
-                    "teacher whose head gives fewer cells, or smaller pictures."
+                    f"{scores.nbytes / 2**20:.0f} MiB, above the limit of {MOST_BYTES / 2**20:.0f} MiB. Choose a "
+                    "teacher whose head has a coarser output, or smaller images."
                 )
             facts = torch.tensor([*image.shape[-2:], *valid], dtype=torch.float64)
             kept = self.store.put(key, [scores, facts.view(torch.uint8)])
@@ -163,8 +163,8 @@ class DistilFeed(ImageFeed):
         super().__post_init__()
         if not (isinstance(self.augment, Augment) and goes_with(type(self.augment), "place", "__call__")):
             raise UserError(
-                f"trainer=distil: data.augment, a {type(self.augment).__name__}, does not say where a view lies in its "
-                "image, by which a teacher's scores of the image are scores of the view. Inherit "
+                f"trainer=distil: data.augment, a {type(self.augment).__name__}, does not return the position of a "
+                "view in its image, which is needed to crop the teacher's scores. Inherit from "
                 "dinoseg.data.transforms.Augment with `place` as `__call__`, or choose another trainer."
             )
 

@@ -67,7 +67,7 @@ class EmergencyCheckpoint:
         if not self._are_finite():
             return
         if is_shared(self._state[0]) and not first:  # on a signal, all ranks stop at the same step
-            logger.error("Training stopped after step %d, which is not saved: a rank has failed with its part.", step)
+            logger.error("Training stopped after step %d, which is not saved: a rank failed to write its part.", step)
             return
         self.undo()
         try:

@@ -43,8 +43,8 @@ def choose_device(name: str = "auto") -> torch.device:
         return torch.device(next(kind for kind, there in have.items() if there))
     if name not in have:
         raise UserError(
-            f"engine.device={name} is unknown. Choose auto, cuda, mps or cpu; which of several CUDA devices is used is "
-            f"said by CUDA_VISIBLE_DEVICES."
+            f"engine.device={name} is unknown. Choose auto, cuda, mps or cpu; to use one of several CUDA devices, set "
+            "CUDA_VISIBLE_DEVICES."
         )
     if not have[name]:
         there = ", ".join(kind for kind, there in have.items() if there)
@@ -119,8 +119,8 @@ class Engine:
         self.cache = cache
         if sharding != "none" and self.world == 1:
             raise UserError(
-                f"engine.sharding={sharding}: weights are shared out over several ranks, and this is the only one. "
-                "Give engine.devices=N, or leave engine.sharding out."
+                f"engine.sharding={sharding}: sharding needs several ranks, but there is only one. Set "
+                "engine.devices=N, or leave engine.sharding out."
             )
         self.sharded = sharding != "none"
         if compile and self.sharded:
@@ -386,7 +386,7 @@ def meet(device: torch.device, seconds: float, at_work: float) -> None:
     distributed, world = torch.distributed, os.environ.get("WORLD_SIZE", "1")
     if device.type == "mps" and (world != "1" or distributed.is_initialized()):
         raise UserError(
-            f"engine.devices={world}: torch trains on MPS in one process alone. Give engine.devices=1, or "
+            f"engine.devices={world}: torch trains on MPS in a single process only. Set engine.devices=1, or "
             "engine.device=cpu to train in several processes on the processor."
         )
     if world == "1" or distributed.is_initialized():
@@ -406,7 +406,7 @@ def meet(device: torch.device, seconds: float, at_work: float) -> None:
     except (distributed.DistError, ValueError) as error:  # ValueError: a variable is missing or not a number
         said = next((line for line in str(error).splitlines() if line), type(error).__name__)
         raise UserError(
-            f"Rank {rank} of {world} did not meet the others at {place} within {seconds:g} s ({said}). Look whether "
-            "all ranks were started, and whether MASTER_ADDR is the first one's machine, reached by that name and port "
-            "from all others; slow starts get more time by engine.rendezvous_timeout."
+            f"Rank {rank} of {world} did not reach the others at {place} within {seconds:g} s ({said}). Check that all "
+            "ranks were started, and that MASTER_ADDR is the machine of rank 0, reachable by that name and port from "
+            "all others; for slow starts, raise engine.rendezvous_timeout."
         ) from error

@@ -178,20 +178,20 @@ def feature_cache(feed: ImageFeed, model: Segmenter, loss: Loss, engine: Engine,
         UserError: caching is requested but impossible, or feature noise is set but not supported by model or data.
     """
     wanted = plan.before if engine.cache == "auto" and plan.before in CACHES else engine.cache
-    chosen, reason = None, "This run was begun without: name disk or memory for another choice."
+    chosen, reason = None, "This run started without a cache: set engine.cache=disk or memory to use one."
     if wanted != "off":
         chosen, reason = engine.decided(lambda: _chosen_or_why_not(wanted, feed, model, loss, engine, plan))
     if chosen is None:
         if engine.cache in ("disk", "memory"):
             raise UserError(f"engine.cache={engine.cache}: {reason}")
         if engine.cache == "auto" and engine.is_main:
-            logger.info("engine.cache=auto: no features are kept. %s", reason)
+            logger.info("Feature cache: off (engine.cache=auto). %s", reason)
         if not plan.noise:
             return None
         if feed.class_mix:
             raise UserError(
                 f"data.feature_noise={plan.noise} with data.class_mix={feed.class_mix}: noise is added to features of "
-                "an image as it is drawn, without classes of another. Set one of them to 0."
+                "images without pasted classes. Set one of them to 0."
             )
         _check_cut(feed, model, engine, plan.noise)
         return FeatureCache(model, engine.autocast, NoStore, plan.drawing, feed.views, plan.noise)
@@ -212,8 +212,8 @@ def _check_cut(feed: ImageFeed, model: Segmenter, engine: Engine, noise: float) 
     except UserError:  # its remedy concerns the cache
         pass
     raise UserError(
-        f"data.feature_noise={noise} is added to what the frozen part of a model gives, and of this one that cannot be "
-        "had apart. Choose adapter=frozen or adapter=last_blocks with a head that reads maps, such as head=linear, "
+        f"data.feature_noise={noise} is added to the features of the frozen part of a model, which cannot be split off "
+        "here. Choose adapter=frozen or adapter=last_blocks with a head that reads maps, such as head=linear, "
         "engine.sharding=none, or data.feature_noise=0."
     )
 
@@ -235,16 +235,15 @@ def _chosen(wanted: str, feed: ImageFeed, model: Segmenter, loss: Loss, engine: 
     forced = wanted if wanted in ("disk", "memory") else None
     if feed.views is None:
         raise _Live(
-            "Each epoch draws new views of the images, so that no features come twice. data.views=4 draws each image "
-            "in 4 views, again and again."
+            "Random augmentation makes every view unique. Set data.views=4 to cache 4 fixed augmentations per image."
         )
     if feed.class_mix:
         raise _Live(
-            f"With data.class_mix={feed.class_mix} classes are pasted on images anew in each epoch, so that no "
-            "features come twice, and features cannot be pasted. Set data.class_mix=0."
+            f"data.class_mix={feed.class_mix} pastes other classes on the images in each epoch, which makes every view "
+            "unique. Set data.class_mix=0."
         )
     if engine.sharded:
-        raise _Live("The weights are shared out over the ranks (engine.sharding=fsdp).")
+        raise _Live("The weights are sharded over the ranks (engine.sharding=fsdp).")
     logger.info("engine.cache=%s: timing steps with and without cached features ...", engine.cache)
     try:
         cost = measured(feed, model, loss, engine, _root(plan), plan.dtype)
@@ -265,33 +264,35 @@ def _chosen(wanted: str, feed: ImageFeed, model: Segmenter, loss: Loss, engine: 
         raise _Live(f"{facts}. {_why_not(plan, feed.views, size, rooms, gains)}")
     kind = forced or paying[0]
     logger.info(
-        "engine.cache=%s: features are kept %s%s. %s: estimated %.1f times as fast over %.1f epochs.",
+        "Feature cache: on (engine.cache=%s), %s%s. %s: estimated speed-up %.1f over %.1f epochs.",
         engine.cache,
         f"in {_root(plan)}" if kind == "disk" else "in memory",
-        ", as this run was begun" if wanted != engine.cache else "",
+        ", as at the start of this run" if wanted != engine.cache else "",
         facts,
         gains[kind],
         plan.epochs,
     )
     if size > rooms[kind]:
-        logger.warning("There is room for %s: what does not fit is computed in each epoch.", in_bytes(rooms[kind]))
+        logger.warning("Free space for %s only: other features are computed in each epoch.", in_bytes(rooms[kind]))
     return kind, cost
 
 
 def _why_not(plan: Plan, views: int, size: int, rooms: Mapping[str, int], gains: Mapping[str, float]) -> str:
     if plan.epochs <= views:
         return (
-            f"{plan.epochs:.1f} epochs of data.views={views} draw hardly a view twice. Give fewer views, or "
-            "engine.cache=disk where another run uses the same."
+            f"{plan.epochs:.1f} epochs with data.views={views} hardly repeat a view. Set fewer views, or "
+            "engine.cache=disk if another run uses the same features."
         )
     if max(gains.values()) < _LEAST_GAIN:
-        return f"Training would be {max(gains.values()):.2f} times as fast, which does not pay."
+        return f"The estimated speed-up of {max(gains.values()):.2f} is too small."
     if size > max(rooms.values()):
         room = " and ".join(
             f"{in_bytes(there)} in {'memory' if kind == 'memory' else 'files'}" for kind, there in rooms.items()
         )
-        return f"There is room for {room}. Make room, give fewer data.views, features.dtype=int8, or another cache_dir."
-    return f"This disk is too slow: training would be {gains['disk']:.2f} times as fast; and they do not fit in memory."
+        return (
+            f"Free space: {room}. Free some more, or set fewer data.views, features.dtype=int8, or another cache_dir."
+        )
+    return f"The disk is too slow (estimated speed-up {gains['disk']:.2f}), and the features do not fit into memory."
 
 
 def _val_bytes(feed: ImageFeed, model: Segmenter, cost: Cost) -> int:

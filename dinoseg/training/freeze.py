@@ -45,13 +45,13 @@ class BackboneFreeze:
         )
         if steps and steps == to_come:
             logger.warning(
-                "The backbone rests for all of the %d steps to come, and learns nothing. Give a lower "
-                "optim.optimizer.backbone_begin, or adapter=frozen, which keeps features.",
+                "The backbone is frozen for all of the %d remaining steps. Set a lower optim.optimizer.backbone_begin, "
+                "or adapter=frozen, which allows a feature cache.",
                 steps,
             )
         elif steps:
-            quicker = ", which take less time than those after them" if self._is_single else ""
-            logger.info("The backbone rests for %d of the %d steps to come%s.", steps, to_come, quicker)
+            quicker = ", which take less time than later steps" if self._is_single else ""
+            logger.info("The backbone is frozen for %d of the %d remaining steps%s.", steps, to_come, quicker)
 
     def ends_with(self, position: ScheduleState) -> bool:
         """Return whether a step is the last frozen one, or the first one after a freeze that was cut short.

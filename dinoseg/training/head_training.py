@@ -62,7 +62,7 @@ class HeadTraining:
         if self.is_active and patience is not None and self.progress.stale > patience:
             self.is_active = False
             where = self.prefix, self.progress.stale, self.progress.step
-            logger.info("%sNo better score in %d validations: stopped at step %d.", *where)
+            logger.info("%sNo better score in %d validations: early stopping at step %d.", *where)
         return not self.is_active
 
     def drop(self, error: NonFiniteLoss) -> None:
@@ -74,7 +74,7 @@ class HeadTraining:
         if not self.name:
             raise error
         self.is_active, self.dropped = False, str(error)
-        logger.warning("%s drops out, and the others go on. %s", self.name, error)
+        logger.warning("%s is dropped; the other heads continue. %s", self.name, error)
         if self.checkpoints.writes:
             reason = {"step": self.progress.step, "reason": self.dropped}
             write_json(self.checkpoints.folder.parent / DROPPED, reason)

@@ -75,12 +75,12 @@ class ImageFeed:
         check_batch_size(self.batch_size, len(self.train), self.world)
         if self.uniform is not None and "shown" not in signature(self.augment).parameters:
             raise UserError(
-                f"data.class_uniform={self.uniform.share}: data.augment lays no crop on a class, since it takes no "
-                "`shown`, as dinoseg.data.transforms.Augment does. Let it take that, or set data.class_uniform=0."
+                f"data.class_uniform={self.uniform.share}: data.augment cannot crop around a class, since it has no "
+                "parameter `shown`, as dinoseg.data.transforms.Augment has. Add it, or set data.class_uniform=0."
             )
         if self.class_mix and len(self.train) < 2:
             raise UserError(
-                f"data.class_mix={self.class_mix} with one training image: there is no other to paste classes of. Set "
+                f"data.class_mix={self.class_mix} needs at least two training images to paste classes between. Set "
                 "data.class_mix=0, or add images."
             )
         empty = ConfusionMatrix(len(self.val.classes), background=self.background).compute()
@@ -105,15 +105,13 @@ class ImageFeed:
     def remedy(self) -> str:
         """Return advice on loading batches faster, in a sentence or two."""
         if self.cache is not None and self.cache.place == "memory":
-            return "Features are kept in memory: images are read until each view has come once, and no more then."
+            return "Features are cached in memory: images are read only until each view was used once."
         if self.cache is not None and self.cache.keeps:
-            own = (
-                "Features are kept: a cache_dir on a faster disk helps, or features.dtype=int8, which is less to read."
-            )
+            own = "Features are cached: use a cache_dir on a faster disk, or features.dtype=int8 for smaller files."
         elif isinstance(self.train, PackedDataset):
-            own = "Images are packed: with data.cache=packed and a lower resolution.longest, less is read of each."
+            own = "Images are packed: data.cache=packed with a lower resolution.longest reads less per image."
         else:
-            own = "Let images be decoded once (data.cache=packed)."
+            own = "Decode images only once (data.cache=packed)."
         return f"{own} {more_workers(self.workers)}"
 
     def train_batches(self, start: int) -> Iterator[Batch | Views]:

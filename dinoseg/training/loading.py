@@ -58,8 +58,8 @@ def bounded(where: str) -> Iterator[None]:
         size = part.numel() * part.element_size() if isinstance(part, Tensor) else 0
         if parts > _MOST_PARTS or size > memory:
             raise UserError(
-                f"{where}: its config describes a model of more than {_MOST_PARTS} parts, or one that this machine "
-                f"cannot hold ({name}: {size / 2**30:.0f} GiB, of {memory / 2**30:.0f}). Choose another checkpoint."
+                f"{where}: its config describes a model of more than {_MOST_PARTS} parts, or one that does not fit "
+                f"into memory ({name}: {size / 2**30:.0f} GiB, of {memory / 2**30:.0f}). Choose another checkpoint."
             )
 
     hooks = [
@@ -100,8 +100,9 @@ def load_weights(model: Segmenter, checkpoint: Checkpoint) -> None:
     other = [part for part in now if now[part] != then.get(part)]
     if other:
         raise UserError(
-            f"resume={checkpoint.path}: trained on other frozen {other[0]} weights than {other[0]}.weights gives now"
-            f"{' (or held in another backbone.dtype)' if other[0] == 'backbone' else ''}. Give what it was trained on."
+            f"resume={checkpoint.path}: it was trained on other frozen {other[0]} weights than "
+            f"{other[0]}.weights{' (or in another backbone.dtype)' if other[0] == 'backbone' else ''}. Set the weights "
+            "of its training."
         )
     state = model.state_dict()
     for name, value in checkpoint.part("model").items():
@@ -123,8 +124,8 @@ def check_fits(model: Segmenter, checkpoint: Checkpoint) -> None:
     parts = parts or _misfits({name: own[name] for name in own if held}, held)
     if parts:
         raise UserError(
-            f"resume={checkpoint.path}: made for another model: {parts}. Use the backbone, adapter, head and classes "
-            f"it was trained with (they are in its config), or start a new run."
+            f"resume={checkpoint.path}: it belongs to another model: {parts}. Use the backbone, adapter, head and "
+            "classes it was trained with (they are in its config), or start a new run."
         )
 
 
@@ -133,7 +134,7 @@ def _misfits(want: Mapping[str, Tensor], have: Mapping[str, Tensor]) -> str:
     both = sorted(want.keys() & have.keys())
     wrong = {
         "missing": sorted(want.keys() - have.keys()),
-        "left over": sorted(have.keys() - want.keys()),
+        "unexpected": sorted(have.keys() - want.keys()),
         "of another shape": [name for name in both if have[name].shape != want[name].shape],
         "of another type": [name for name in both if not casts(have[name].dtype, want[name].dtype)],
     }
@@ -164,8 +165,8 @@ def check_resumable(checkpoint: Checkpoint) -> None:
     """Refuse a checkpoint without an optimizer state, as `best` is: training could not continue exactly."""
     if not checkpoint.part("optimizer"):
         raise UserError(
-            f"resume={checkpoint.path}: this checkpoint holds no optimizer state, so training cannot go on from it "
-            f"exactly. Resume from last.safetensors in the same folder; where there is none, train anew."
+            f"resume={checkpoint.path}: this checkpoint holds no optimizer state, so training cannot resume from it "
+            "exactly. Resume from last.safetensors in the same folder; if there is none, train again."
         )
 
 
@@ -181,7 +182,7 @@ def load_optimizer(optimizer: Optimizer, checkpoint: Checkpoint) -> None:
     if len(absent) > checkpoint.info.get(IDLE, 0):
         raise UserError(
             f"resume={checkpoint.path}: its optimizer state lacks parameters that it had when this run was saved, such "
-            f"as {shown(absent[0])}. Go on from another checkpoint."
+            f"as {shown(absent[0])}. Resume from another checkpoint."
         )
     _check_state(optimizer, saved, f"resume={checkpoint.path}")
     for group in optimizer.param_groups:
@@ -212,7 +213,7 @@ def _check_state(optimizer: Optimizer, saved: Mapping[str, Tensor], where: str) 
         if parameter is None or value.shape not in ((), parameter.shape) or value.dtype not in CASTS:
             raise UserError(
                 f"{where}: its optimizer state {shown(key)} ({list(value.shape)}, {value.dtype}) fits no parameter of "
-                "this model. Go on from another checkpoint."
+                "this model. Resume from another checkpoint."
             )
     if isinstance(optimizer, AdamW):
         for name in {key.rpartition("/")[0] for key in saved}:
@@ -227,8 +228,8 @@ def _check_moments(name: str, parameter: Tensor, saved: Mapping[str, Tensor], wh
         alike &= state[moment].shape == parameter.shape and state[moment].dtype == parameter.dtype
     if not alike or state["step"] < 0 or (state["exp_avg_sq"] < 0).any():
         raise UserError(
-            f"{where}: its optimizer state of {shown(name)} is none of AdamW: it needs step, exp_avg and exp_avg_sq of "
-            f"the parameter's shape and type, no step or square below 0. Go on from another checkpoint."
+            f"{where}: its optimizer state of {shown(name)} is not that of AdamW: it needs step, exp_avg and "
+            "exp_avg_sq of the parameter's shape and type, no step or square below 0. Resume from another checkpoint."
         )
 
 
@@ -242,10 +243,10 @@ def load_average(ema: MovingAverage | None, checkpoint: Checkpoint) -> None:
     if (ema is None) == bool(saved):
         raise UserError(
             f"resume={checkpoint.path}: trainer.ema is {'off' if ema is None else 'on'} now and was "
-            f"{'on' if saved else 'off'} when this run was saved. Set it as it was."
+            f"{'on' if saved else 'off'} when this run was saved. Set it to the saved value."
         )
     if ema is not None:
         if parts := _misfits(ema.average, saved):
-            raise UserError(f"resume={checkpoint.path}: of its moving average {parts}. Go on from another checkpoint.")
+            raise UserError(f"resume={checkpoint.path}: of its moving average {parts}. Resume from another checkpoint.")
         for name, value in ema.average.items():
             value.copy_(parted(saved[name], value))

@@ -70,7 +70,7 @@ class LossScale:
             part.shape == () and part.dtype == torch.float32 and part.isfinite() for part in state.values()
         )
         if not fits or not 0 < state["value"] <= _LARGEST or abs(state["steady"]) > _GROWS_AFTER:
-            raise UserError(f"{where}: its loss scale is not one that dinoseg writes. Choose another checkpoint.")
+            raise UserError(f"{where}: its loss scale is invalid. Choose another checkpoint.")
         self._set(state["value"].item(), state["steady"].item(), device)
 
     def _set(self, value: float, steady: float, device: torch.device) -> None:

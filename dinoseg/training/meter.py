@@ -133,7 +133,7 @@ class Meter:
         speed, waited = self._later.rates(self._trained)
         logger.info("trained %s images/s, waiting for data %.1f%% of that time", _told(speed), 100 * waited)
         if waited > _MUCH and self._trained > _IN_FILE:
-            logger.warning("The training waited for data %.0f%% of its time. %s", 100 * waited, self._remedy)
+            logger.warning("The training spent %.0f%% of its time waiting for data. %s", 100 * waited, self._remedy)
 
     def left(self) -> str:
         """Return the time left including validations, or their number as long as their duration is unknown."""

@@ -128,15 +128,15 @@ class MicroBatches:
         size = -(-self._samples // self._parts)
         if parts <= self._parts or self._engine.world > 1:
             raise OutOfMemory(
-                f"There is not enough memory to train on {count_of(size, 'sample')} at once ({reason}). {self._remedy}"
+                f"Not enough memory to train on a batch of {count_of(size, 'sample')} ({reason}). {self._remedy}"
             )
         logger.warning(
-            "Memory does not suffice to train on %s at once (%s). From here on a batch goes through in %d parts; each "
-            "update is over the same samples. BatchNorm takes its statistics over a part%s.",
+            "Out of memory with a batch of %s (%s). From now on each batch is split into %d micro-batches; each update "
+            "uses the same samples. BatchNorm computes its statistics per micro-batch%s.",
             count_of(size, "sample"),
             reason,
             parts,
-            ", and the loss its sums" if self._criterion.sums_over_batch else "",
+            ", and so does the loss its sums" if self._criterion.sums_over_batch else "",
         )
         self._parts = parts
 
@@ -144,11 +144,11 @@ class MicroBatches:
     def _remedy(self) -> str:
         if len(self._heads) > 1:
             return (
-                "The heads' needs add up: give fewer heads, less data.batch_size, or a smaller resolution.crop; "
-                "mode=plan with head=NAME, without heads and trainer, says what one takes."
+                "The memory of the heads adds up: set fewer heads, a smaller data.batch_size, or a smaller "
+                "resolution.crop; mode=plan with head=NAME, without heads and trainer, estimates one head."
             )
-        accumulate = "less data.batch_size with as much more trainer.accumulate, " if self._engine.world > 1 else ""
+        accumulate = "a smaller data.batch_size with more trainer.accumulate, " if self._engine.world > 1 else ""
         return (
-            f"Give {accumulate}backbone.checkpointing=true, or a smaller resolution.crop; mode=plan in place of "
-            "mode=train says what fits."
+            f"Set {accumulate}backbone.checkpointing=true, or a smaller resolution.crop; mode=plan lists settings that "
+            "fit."
         )

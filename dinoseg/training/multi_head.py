@@ -72,8 +72,8 @@ class MultiHeadSegmenter(Segmenter):
                 predictions.append(member.model(own, reduce=reduce) if member.is_active else None)
             if features is not None and versions != [tensor._version for tensor in features.tensors]:
                 raise UserError(
-                    f"{member.name} has changed the features it was given in place, and the other heads are given the "
-                    f"same ones. Let it work on a copy, or train it by itself: head=NAME trainer=supervised."
+                    f"{member.name} modified its input features in place, but the other heads share them. Let it work "
+                    "on a copy, or train it separately: head=NAME trainer=supervised."
                 )
         return predictions
 

@@ -147,7 +147,7 @@ def schedule(
         raise UserError(f"optim.schedule.kind={kind} is unknown. Choose one of {', '.join(SCHEDULES)}.")
     if isinstance(warmup, float) and warmup >= 1:
         raise UserError(
-            f"optim.schedule.warmup={warmup}: give a share of the length from 0 to below 1, such as 0.1, or a whole "
+            f"optim.schedule.warmup={warmup}: give a share of the steps from 0 to below 1, such as 0.1, or a whole "
             "number of steps."
         )
 
@@ -171,7 +171,7 @@ def warn_of_long_warmup(factor: Callable[[int, int], float], steps: int) -> None
     if steps - rise < _LEAST_PAST_WARMUP * steps:
         highest = max(factor(step, steps) for step in range(steps))
         logger.warning(
-            "The learning rate rises for %d of %d steps, to %.0f %% of what is set. Give optim.schedule.warmup as a "
+            "The warm-up takes %d of %d steps and ends at %.0f %% of the learning rate. Set optim.schedule.warmup to a "
             "share of the length, such as 0.1, or more trainer.steps.",
             rise,
             steps,

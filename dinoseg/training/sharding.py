@@ -20,10 +20,10 @@ def shard(model: Segmenter, device: torch.device, world: int) -> Segmenter:
         UserError: the model has quantised layers or a slot head.
     """
     if model.head.slots is not None:  # parts of it run frame by frame, outside the model's `forward`
-        raise UserError("engine.sharding=fsdp: the weights of slots cannot be shared out. Leave engine.sharding out.")
+        raise UserError("engine.sharding=fsdp: slot models cannot be sharded. Leave engine.sharding out.")
     if quantised_names(model):
         raise UserError(
-            "engine.sharding=fsdp: the weights of 4-bit and 8-bit layers cannot be shared out. Take adapter=lora with "
+            "engine.sharding=fsdp: 4-bit and 8-bit layers cannot be sharded. Choose adapter=lora with "
             "backbone.dtype=bfloat16, or leave engine.sharding out."
         )
     from torch.distributed.device_mesh import init_device_mesh

@@ -230,9 +230,9 @@ class MetricsQueue:
     def _error(self, metrics: StepMetrics, loss: float, norm: float) -> NonFiniteLoss:
         everywhere = self._engine.gather(metrics.names)
         is_half = self._engine.dtype == torch.float16
-        other = ", choose engine.precision=fp32 (float16 ends at 65504)" if is_half else ""
+        other = ", choose engine.precision=fp32 (float16 overflows at 65504)" if is_half else ""
         return NonFiniteLoss(
-            f"Step {metrics.step}: the loss is {loss:g} and the gradient norm {norm:g}, so training "
-            f"stops before the update. The samples were {', '.join(everywhere)}. What was saved before is untouched: "
-            f"give a lower optim.optimizer.lr, set trainer.clip{other}, or look at these samples."
+            f"Step {metrics.step}: the loss is {loss:g} and the gradient norm {norm:g}, so training stops before the "
+            f"update. The samples were {', '.join(everywhere)}. Earlier checkpoints are unchanged: set a lower "
+            f"optim.optimizer.lr, set trainer.clip{other}, or check these samples."
         )

@@ -51,7 +51,7 @@ class TimeLimit:
         if fitting < steps and not self._is_reported:
             self._is_reported = True
             logger.warning(
-                "The time does not suffice for all steps: about %d instead of %d fit into trainer.max_minutes=%.3g. "
+                "The time limit is too short for all steps: about %d instead of %d fit into trainer.max_minutes=%.3g. "
                 "The learning rate follows the shorter schedule.",
                 fitting,
                 steps,

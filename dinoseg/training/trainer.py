@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
+from time import perf_counter
 from typing import Any, NamedTuple
 
 import torch
@@ -266,6 +267,7 @@ def validate(experiment: Experiment, ema: MovingAverage | None, stop: Deferral) 
     data, engine, progress = experiment.data, experiment.engine, experiment.checkpoints.progress
     heads = [head for head in experiment.heads if head.is_active and head.progress.validation_pending]
     engine.seed(data.seed, progress.step)
+    began = perf_counter()
     with scored_weights(experiment.model, ema, engine):
         with stop.at_once(allowed=engine.world == 1):  # a resumed run starts with the pending validation
             validations = experiment.validate(heads) if heads else []
@@ -279,10 +281,22 @@ def validate(experiment: Experiment, ema: MovingAverage | None, stop: Deferral) 
         values = {f"val/{key}": value for key, value in scores.items() if isinstance(value, float)}
         head.log.scalars(progress.step, values)
         head.checkpoints.commit(judgement)
-        name, best = experiment.settings.score, (head.progress.best, head.progress.best_step)
-        where = head.prefix, progress.step, name, scores[name]
-        logger.info("%sstep %d: val/%s %.4f (best %.4f at step %d)", *where, *best)
+        logger.info(validation_line(head, scores, experiment, perf_counter() - began))
     progress.validation_pending = False
+
+
+def validation_line(head: HeadTraining, scores: Mapping[str, Any], experiment: Experiment, seconds: float) -> str:
+    """Return the step, the score and its best value, the loss and the duration of a validation as one line."""
+
+    def text(score: float) -> str:
+        return f"{score:.4f}" if name in experiment.data.lowest else f"{100 * score:.2f} %"
+
+    name, progress = experiment.settings.score, head.progress
+    assert progress.best is not None  # set by the first validation
+    step = f"{head.prefix}step {experiment.checkpoints.progress.step} of {experiment.settings.steps}"
+    loss = "" if name == "loss" else f", val/loss {scores['loss']:.4f}"
+    best = f"best {text(progress.best)} at step {progress.best_step}"
+    return f"{step}: val/{name} {text(scores[name])} ({best}){loss}, in {seconds:.1f} s"
 
 
 def save_if_best(head: HeadTraining, scores: Mapping[str, Any], experiment: Experiment) -> Progress | None:
@@ -295,12 +309,12 @@ def save_if_best(head: HeadTraining, scores: Mapping[str, Any], experiment: Expe
     name, step = experiment.settings.score, experiment.checkpoints.progress.step
     score = scores[name]
     if score is None:
-        raise UserError(f"trainer.score={name} is undefined: the validation data has nothing to count for it.")
+        raise UserError(f"trainer.score={name} is undefined: the validation data has no pixels or objects for it.")
     if math.isfinite(score):
         return head.checkpoints.save_if_best(head.model, score, lowest=name in experiment.data.lowest)
     error = NonFiniteLoss(
-        f"val/{name} is {score} at step {step}: no checkpoint can be chosen by it. Give a lower "
-        "optim.optimizer.lr, or look at the validation data."
+        f"val/{name} is {score} at step {step}: it cannot select checkpoints. Set a lower optim.optimizer.lr, or check "
+        "the validation data."
     )
     head.drop(error)
     return None

@@ -23,11 +23,13 @@ class Pattern:
     def __init__(self, text: str, key: str) -> None:
         self.named = f"{key}={shown(text)}"
         if len(text) > _LONGEST:
-            raise UserError(f"{self.named} has {len(text)} letters, above the most, {_LONGEST}. Give a shorter one.")
+            raise UserError(
+                f"{self.named} has {len(text)} characters, above the limit of {_LONGEST}. Give a shorter one."
+            )
         try:
             self._compiled = regex.compile(text)
         except (regex.error, OverflowError, RecursionError) as error:
-            raise UserError(f"{self.named} is no regular expression: {error}.") from None
+            raise UserError(f"{self.named} is not a regular expression: {error}.") from None
         self.groups: int = self._compiled.groups
 
     def search(self, name: str) -> regex.Match[str] | None:
@@ -40,6 +42,6 @@ class Pattern:
             return self._compiled.search(name, timeout=_SECONDS)
         except TimeoutError:
             raise UserError(
-                f"{self.named} takes more than {_SECONDS:g} s on the name {shown(name)}. Take out a repetition of "
-                "something that is itself repeated, such as (a+)+."
+                f"{self.named} takes more than {_SECONDS:g} s on the name {shown(name)}. Remove nested repetitions, "
+                "such as (a+)+."
             ) from None

@@ -45,7 +45,7 @@ def ranks_here() -> int:
         if said := os.environ.get(name):
             if not re.fullmatch("[1-9][0-9]{0,5}", said):
                 raise UserError(
-                    f"{name}={said:.60} must be a whole number of ranks from 1 on, as torchrun sets it. Unset it, or "
+                    f"{name}={said:.60} must be a whole number of ranks, 1 or more, as torchrun sets it. Unset it, or "
                     "let torchrun start the ranks."
                 )
             return int(said)

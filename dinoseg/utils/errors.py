@@ -10,10 +10,12 @@ from dinoseg.utils.wording import printable
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)  # `errno` of an OSError where freeing space and running again helps
 _REMEDIES = {  # for errors of files and disks; others, such as a network's, pass unchanged
-    (*DISK_FULL, errno.EFBIG): "Make room and run it again: what was whole before is untouched.",
-    (errno.EACCES, errno.EPERM, errno.EROFS): "Let your user read and write there, or choose another folder.",
+    (*DISK_FULL, errno.EFBIG): "Free some space and run it again: complete files are unchanged.",
+    (errno.EACCES, errno.EPERM, errno.EROFS): "Give your user read and write permission, or choose another folder.",
     (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ESTALE): "Check that path: another "
-    "program may have removed or replaced it, or something else lies in its place.",
+    "program may have removed or "
+    "replaced it, or it is "
+    "another kind of file.",
     (errno.ENAMETOOLONG,): "Choose a shorter path.",
     (errno.EIO, errno.ENXIO, errno.ENODEV): "Check that disk.",
     (errno.EMFILE, errno.ENFILE): "Raise the limit of open files (`ulimit -n`) or use fewer workers.",
@@ -49,9 +51,7 @@ def telling_file_errors(folder: Path) -> Iterator[None]:
     except RuntimeError as error:
         if str(error) != _NO_HOME:
             raise
-        raise UserError(
-            "A path begins with ~ and a name that no user of this machine has. Write the path out."
-        ) from error
+        raise UserError("A path starts with ~ and the name of an unknown user. Write the full path.") from error
     except OSError as error:
         remedy = next((remedy for numbers, remedy in _REMEDIES.items() if error.errno in numbers), None)
         if remedy is None:

@@ -129,6 +129,6 @@ def _identity(folder: str | Path) -> tuple[int, int]:
 
 def _refuse(error: OSError) -> NoReturn:
     raise UserError(
-        f"Cannot read the folder {error.filename} ({error.strerror}), and nothing in it shall be left out unsaid. Let "
-        "your user read it, or move it away."
+        f"Cannot read the folder {error.filename} ({error.strerror}), and its files must not be skipped silently. Give "
+        "your user read permission, or move it away."
     ) from error

@@ -71,9 +71,9 @@ def parse_json(text: str | bytes, form: Form, *, finite: bool = True) -> Any:
             text, object_pairs_hook=_unique, parse_constant=_no_number, parse_float=_finite if finite else None
         )
     except UnicodeDecodeError as error:
-        raise Misshapen(f"its byte {error.start} is no text in {error.encoding}: save it as UTF-8") from None
+        raise Misshapen(f"byte {error.start} is not valid {error.encoding}: save it as UTF-8") from None
     except (ValueError, RecursionError) as error:
-        raise Misshapen(str(error) or "it is nested too deep") from None
+        raise Misshapen(str(error) or "it is nested too deeply") from None
     form(value, "it")
     return value
 
@@ -147,7 +147,7 @@ def nested(most: int) -> Form:
         for _ in range(most):
             level = [inner for outer in level for inner in _values(outer)]
         if level:
-            raise Misshapen(f"{where:.99} is nested too deep")
+            raise Misshapen(f"{where:.99} is nested too deeply")
 
     return check
 
@@ -194,7 +194,7 @@ def table(form: Form, names: str = ".*") -> Form:
             _refuse(value, where, "an object")
         for key, entry in value.items():
             if re.fullmatch(names, key, re.DOTALL) is None:
-                raise Misshapen(f"{where:.99} has an entry {key!r:.60}, which is none of its own")
+                raise Misshapen(f"{where:.99} has an unknown entry {key!r:.60}")
             form(entry, f"{where}.{key:.60}")  # shortened: nested entries repeat it
 
     return check
@@ -244,7 +244,7 @@ def fits(value: Any, form: Form) -> bool:
 
 
 def _refuse(value: Any, where: str, rule: str) -> NoReturn:
-    raise Misshapen(f"{where:.99} is {value!r:.60}, and must be {rule}")
+    raise Misshapen(f"{where:.99} is {value!r:.60}; it must be {rule}")
 
 
 def _values(value: Any) -> Iterable[Any]:
@@ -257,7 +257,7 @@ def _check_size(file: BinaryIO, most: int) -> None:
     if size > _SMALL:
         most = min(most, machine_memory() // 4)
     if size > most:
-        raise Misshapen(f"it has {size} bytes, and {most} are read at most")
+        raise Misshapen(f"it has {size} bytes; the limit is {most}")
 
 
 def _array(archive: zipfile.ZipFile, name: str, kind: str, axes: int) -> np.ndarray:
@@ -266,11 +266,11 @@ def _array(archive: zipfile.ZipFile, name: str, kind: str, axes: int) -> np.ndar
         raise Misshapen(f"{name} is compressed")
     with archive.open(info) as file:
         if np.lib.format.read_magic(file) != (1, 0):
-            raise Misshapen(f"{name} is of another version of the format")
+            raise Misshapen(f"{name} has another version of the format")
         shape, by_columns, dtype = np.lib.format.read_array_header_1_0(file)
         size = info.file_size - file.tell()
         if by_columns or dtype.str != kind or len(shape) != axes or math.prod(shape) * dtype.itemsize != size:
-            raise Misshapen(f"{name} is {dtype.str}{list(shape)} in {size} bytes, and must be {kind} of {axes} axes")
+            raise Misshapen(f"{name} is {dtype.str}{list(shape)} in {size} bytes; it must be {kind} with {axes} axes")
         content = file.read()
     return np.frombuffer(content, dtype).reshape(shape)
 
@@ -278,16 +278,16 @@ def _array(archive: zipfile.ZipFile, name: str, kind: str, axes: int) -> np.ndar
 def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     entries = dict(pairs)
     if len(entries) < len(pairs):  # parsers differ in which of the two wins
-        raise Misshapen("a name stands twice in one object")
+        raise Misshapen("a name occurs twice in one object")
     return entries
 
 
 def _no_number(name: str) -> NoReturn:
-    raise Misshapen(f"{name} is no number")
+    raise Misshapen(f"{name} is not a number")
 
 
 def _finite(digits: str) -> float:
     value = float(digits)
     if not math.isfinite(value):
-        raise Misshapen(f"{digits:.20} is no number")
+        raise Misshapen(f"{digits:.20} is not a number")
     return value

@@ -46,7 +46,7 @@ _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # signatures of TIFF files
 _KEPT = ("1", "P", "I", "I;16", "I;16L", "I;16B")  # modes in which Pillow returns the stored values
 _KEPT_UNMARKED = ("L", "LA", "RGB", "RGBA", "RGBX")  # the same, if packed in whole bytes
 _said: list[str | Path] = []  # the file that the warning about scaling named
-_NO_PICTURE = "is truncated or no picture: replace or remove it"
+_NO_PICTURE = "is truncated or not an image: replace or remove it"
 _STRETCHED = {"2": 85, "4": 17}  # bits per pixel of grey files to Pillow's factor on their values
 
 
@@ -72,7 +72,7 @@ def as_rgb(image: Image.Image, name: str) -> np.ndarray:
     except Unfit as error:
         raise UserError(f"{name} {error}.") from None
     except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"{name} cannot be read as a picture ({error}). Replace or remove it.") from error
+        raise UserError(f"{name} cannot be read as an image ({error}). Replace or remove it.") from error
 
 
 def read_ids(path: str | Path) -> np.ndarray:
@@ -148,7 +148,7 @@ def _upright_rgb(path: str | Path, image: Image.Image) -> Image.Image:
     orientation = 1 if isinstance(image, TiffImageFile) else read_orientation(image)
     image.load()
     if image.mode == "F":
-        raise Unfit("holds fractions, of which only you know which is white. Convert it to 8 bits")
+        raise Unfit("holds floating-point values of unknown range. Convert it to 8 bits")
     upright = image.copy() if orientation == 1 else image.transpose(_TRANSPOSES[orientation])
     if image.mode.startswith("I"):
         upright = _eight_bits(path, upright, bits=12 if _bits(image) == (12,) else 16)
@@ -159,9 +159,7 @@ def _upright_rgb(path: str | Path, image: Image.Image) -> Image.Image:
 def _eight_bits(path: str | Path, image: Image.Image, bits: int) -> Image.Image:
     levels, white = np.asarray(image).astype(np.int64), 2**bits - 1
     if levels.min() < 0 or levels.max() > white:
-        raise Unfit(
-            f"holds the numbers {levels.min()} to {levels.max()}, not levels of {bits} bits. Convert it to 8 bits"
-        )
+        raise Unfit(f"holds values from {levels.min()} to {levels.max()}, not {bits}-bit levels. Convert it to 8 bits")
     if bits == 16:  # 12-bit files mostly use their full range
         _say_scaled(path)
     return Image.fromarray(np.round(levels * (255 / white)).astype(np.uint8))
@@ -176,8 +174,8 @@ def _say_scaled(path: str | Path) -> None:
     if not _said:
         _said.append(path)
         log.warning(
-            "Grey pictures of 16 bits, such as %s, are scaled from 0..65535 to 0..255. If yours use less of that, such "
-            "as 0..4095, they come out dark: convert them to 8 bits yourself.",
+            "16-bit grey images, such as %s, are scaled from 0..65535 to 0..255. If yours use a smaller range, such as "
+            "0..4095, they become dark: convert them to 8 bits first.",
             path,
         )
 
@@ -211,8 +209,8 @@ def _packing(image: Image.Image) -> str:
     unchanged = unchanged or (image.mode == "L" and mark in _STRETCHED)
     signed = image.mode == "L" and isinstance(image, TiffImageFile) and _SIGNED in image.tag_v2.get(_SAMPLE_FORMAT, ())
     if signed or not unchanged:
-        kind = "signed numbers of 8 bits" if signed else f"{name if mark else image.mode}, by Pillow's name"
-        raise Unfit(f"is of a kind that does not keep ids as they are ({kind}). Save it as a grey PNG of 8 or 16 bits")
+        kind = "signed 8-bit numbers" if signed else f"{name if mark else image.mode}, by Pillow's name"
+        raise Unfit(f"has a format that does not preserve ids ({kind}). Save it as a grey PNG of 8 or 16 bits")
     return mark
 
 
@@ -231,28 +229,28 @@ def _opened(path: str | Path, take: Callable[[Image.Image], T]) -> T:
         with Image.open(path, formats=FORMATS) as image:
             return take(image)
     except FileNotFoundError:
-        message = f"No such file: {path}. Check the path."
+        message = f"File not found: {path}. Check the path."
     except PermissionError as error:
         cause = error
-        message = f"Cannot read {path} for want of permission. Let your user read it."
+        message = f"Cannot read {path}: permission denied. Give your user read permission."
     except MemoryError as error:
         cause = error
-        message = f"There is not enough memory to read {path} as a picture. Free some, make it smaller or cut it up."
+        message = f"Not enough memory to read {path} as an image. Free some, or reduce or split the image."
     except Image.DecompressionBombError as error:
-        message = f"Cannot read {path} as a picture: it is too large ({error}). Make it smaller or cut it up."
+        message = f"Cannot read {path} as an image: it is too large ({error}). Reduce or split it."
     except Unfit as error:
         message = f"{path} {error}."
     except UnidentifiedImageError as error:
         with path.open("rb") as file:
             is_tiff = file.read(4) in _TIFF
-        kind = "is cut short, or holds what is not read, such as fractions: replace it, or convert it to 8 bits"
-        message = f"Cannot read {path} as a picture ({error}). It {kind if is_tiff else _NO_PICTURE}."
+        kind = "is truncated, or has an unsupported format, such as floating point: replace it, or convert it to 8 bits"
+        message = f"Cannot read {path} as an image ({error}). It {kind if is_tiff else _NO_PICTURE}."
     except (OSError, SyntaxError, ValueError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             cause = error
             message = f"Cannot read {path} ({error.strerror}). Check the path and its disk."
         else:
-            message = f"Cannot read {path} as a picture ({error}). It {_NO_PICTURE}."
+            message = f"Cannot read {path} as an image ({error}). It {_NO_PICTURE}."
     raise UserError(message) from cause
 
 
@@ -284,7 +282,7 @@ def check_cost(image: Image.Image) -> None:
         image.fp.seek(0)
         scans = _count_scans(image.fp.read())
         if scans > MOST_SCANS:
-            raise Unfit(f"has {scans} JPEG scans, and at most {MOST_SCANS} are decoded. Save it anew")
+            raise Unfit(f"has {scans} JPEG scans; the limit is {MOST_SCANS}. Save it again")
     elif isinstance(image, TiffImageFile):
         _check_blocks(image)
     image.fp.seek(position)
@@ -306,20 +304,20 @@ def _check_blocks(image: TiffImageFile) -> None:
     tags = image.tag_v2
     numbers = _tag_numbers(image)
     if twice := [number for number in _LAYOUT if numbers.count(number) > 1]:
-        raise Unfit(f"has the TIFF tag {twice[0]} twice. Save it anew")
+        raise Unfit(f"has the TIFF tag {twice[0]} twice. Save it again")
     if skipped := [number for number in _LAYOUT if number in numbers and number not in tags]:  # but not by libtiff
-        raise Unfit(f"has the TIFF tag {skipped[0]} in a form that is not read. Save it anew")
+        raise Unfit(f"has the TIFF tag {skipped[0]} in an unsupported form. Save it again")
     width, height = tags[_WIDTH], tags[_HEIGHT]
     is_tiled = _TILE_WIDTH in tags or _TILE_HEIGHT in tags
     columns, rows = (tags.get(_TILE_WIDTH), tags.get(_TILE_HEIGHT)) if is_tiled else (width, tags.get(_ROWS, height))
     if not (isinstance(columns, int) and isinstance(rows, int) and min(columns, rows) > 0):
-        raise Unfit(f"has TIFF blocks of {columns} x {rows} pixels. Save it anew")
+        raise Unfit(f"has TIFF blocks of {columns} x {rows} pixels. Save it again")
     if is_tiled and columns * rows > max(MOST_BLOCK_PIXELS, MOST_TILE_RATIO * (width + 15) * (height + 15)):
-        raise Unfit(f"has {width} x {height} pixels in TIFF tiles of {columns} x {rows}. Save it with smaller ones")
+        raise Unfit(f"has {width} x {height} pixels in TIFF tiles of {columns} x {rows}. Save it with smaller tiles")
     offsets = tags.get(_OFFSETS[is_tiled], ())
     needed = math.ceil(width / columns) * math.ceil(height / rows) * tags.get(_SAMPLES, 1)
     if len(offsets) > needed:
-        raise Unfit(f"has {len(offsets)} TIFF blocks, and its pixels need {needed}. Save it anew")
+        raise Unfit(f"has {len(offsets)} TIFF blocks, but its pixels need {needed}. Save it again")
 
 
 def _tag_numbers(image: TiffImageFile) -> list[int]:

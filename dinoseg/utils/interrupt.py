@@ -101,7 +101,7 @@ def deferred(notice: str) -> Iterator[Deferral]:
 @contextmanager
 def ending_input() -> Iterator[Deferral]:
     """Let a first signal end an endless input without raising anything; a second one ends everything."""
-    deferral = Deferral("Stopping: what came so far is being finished.")
+    deferral = Deferral("Stopping: finishing the work in progress.")
     with _handled(deferral.receive):
         yield deferral
 

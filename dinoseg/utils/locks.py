@@ -82,7 +82,7 @@ def _lock(file: IO[str], path: Path, wait: bool) -> bool:
             log.warning("%s cannot be locked (%s): start one process at a time.", path, error.strerror)
             return True
         if not waited:
-            log.warning("Another process is at work on the same data (%s is locked): waiting for it.", path)
+            log.warning("Another process is using the same data (%s is locked): waiting for it.", path)
         waited = True
         time.sleep(_POLL)
 

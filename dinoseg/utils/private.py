@@ -47,14 +47,16 @@ def check_private(folder: Path, key: str) -> None:
         else:
             return
         if not _stores_permissions(folder):
-            said = f"{key}={folder}: its file system does not tell who may write there. Only you should be able to."
+            said = (
+                f"{key}={folder}: its file system does not store permissions. Only you should be able to write there."
+            )
             print(printable(f"{said} shared_cache=true confirms it."), file=sys.stderr)
             return
         below = "" if path == folder else f" (to {path.relative_to(folder)})"
         raise UserError(
-            f"{key}={folder}: {others} may write there{below}, and so choose what this run reads back. Take that right "
-            f"away (chmod -R go-w, or chmod 700), give a folder of your own ({key}=~/.cache/dinoseg), or say "
-            "shared_cache=true if you trust everybody who may write there."
+            f"{key}={folder}: {others} may write there{below}, and could change the data that this run reads back. "
+            "Remove the write permission (chmod -R go-w, or chmod 700), use a private folder "
+            f"({key}=~/.cache/dinoseg), or set shared_cache=true if you trust everyone who may write there."
         )
 
 
@@ -103,7 +105,7 @@ def _others(path: Path, rights: int) -> str:
     if not status.st_mode & rights & stat.S_IRWXG:
         return ""
     if _has_list(path):
-        return "whoever its access control list names (getfacl)"
+        return "every user in its access control list (getfacl)"
     group, user = _group(status.st_gid), _user_name(_user())
     is_own = group[0] in ("root", user) and not set(group[1]) - {"root", user}
     return "" if is_own else f"the group {group[0]}"

@@ -67,6 +67,6 @@ def _first_node() -> str:
 def _not_of_task(name: str, rule: str) -> UserError:
     said = f"{name}={os.environ[name]:.60}" if name in os.environ else f"{name} is missing: it"
     return UserError(
-        f"{said} {rule}. Start the ranks by `srun python -m dinoseg ...`, which sets it for each; for a single process "
-        "without the others, set SLURM_STEP_NUM_TASKS=1."
+        f"{said} {rule}. Start the ranks by `srun python -m dinoseg ...`, which sets it for each rank; for a single "
+        "process, set SLURM_STEP_NUM_TASKS=1."
     )

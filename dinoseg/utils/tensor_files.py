@@ -43,7 +43,7 @@ def read_tensor_file(path: Path, key: str) -> Mapping[str, Any]:
     check_file(path, key)
     content = _read_pickled(path, key) if path.suffix in PICKLED else _read_safetensors(path, key)
     if not isinstance(content, Mapping) or not all(isinstance(name, str) for name in content):
-        raise UserError(f"{key}={path}: holds no tensors by name. Give a file of weights.")
+        raise UserError(f"{key}={path}: holds no named tensors. Give a file of weights.")
     return content
 
 
@@ -62,8 +62,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: dict[str, s
             os.replace(part, path)
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"{path} could not be written ({error}); {free_space(path)} there. Make room and run it again, with "
-            f"resume= for a training run and mode.restart= for mode=track: what was saved before is untouched."
+            f"{path} could not be written ({error}); {free_space(path)} there. Free some space and run it again, with "
+            "resume= for a training and mode.restart= for mode=track: earlier files are unchanged."
         ) from error
 
 
@@ -78,7 +78,7 @@ def meta_tensor(file: Any, key: str) -> Tensor:
         raise SafetensorError(f"{shown(key)} has the type {shown(kind)}, which is not one of {', '.join(_TYPES)}")
     shape = part.get_shape()
     if any(side > _LONGEST for side in shape):
-        raise SafetensorError(f"{shown(key)} has the shape {shape}, and no tensor has a side above {_LONGEST}")
+        raise SafetensorError(f"{shown(key)} has the shape {shape}, but the limit per side is {_LONGEST}")
     return torch.empty(shape, dtype=_TYPES[kind], device="meta")
 
 
@@ -139,7 +139,7 @@ def check_weights(tensors: Mapping[str, Tensor], where: str, expected: Mapping[s
             if value.dtype != own.dtype and not _casts_exactly(value, own.dtype):
                 wrong[name] = f"is {kind} instead of {str(own.dtype).removeprefix('torch.')}"
         elif value.dtype not in _WEIGHTS:
-            wrong[name] = f"is {kind}, and weights are floating-point numbers"
+            wrong[name] = f"is {kind}; weights must be floating-point"
         elif not value.is_meta and not is_finite(value):
             wrong[name] = "holds NaN or infinity"
     if wrong:
@@ -170,7 +170,7 @@ def check_file(path: Path, key: str) -> None:
         UserError: if there is no file; the message names `key`, the config key of the path.
     """
     if not path.is_file():
-        raise UserError(f"{key}={path}: no such file. Check the path.")
+        raise UserError(f"{key}={path}: file not found. Check the path.")
 
 
 def _read_safetensors(path: Path, key: str) -> Any:
@@ -192,8 +192,8 @@ def _read_pickled(path: Path, key: str) -> Any:
         return content
     except ForeignObject as error:
         raise UserError(
-            f"{key}={path}: holds objects besides tensors ({error}), and reading those could run code or fill the "
-            f"memory. Give a file of tensors only, as they are published, or as safetensors."
+            f"{key}={path}: holds objects besides tensors ({error}), and reading those could run code or exhaust "
+            "memory. Give a file of tensors only, or a safetensors file."
         ) from error
     except Exception as error:  # a broken file raises many exception types
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]

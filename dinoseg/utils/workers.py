@@ -74,8 +74,8 @@ def in_processes(
                 yield waiting.pop(future), future.result()
     except BrokenProcessPool:
         raise UserError(
-            f"A process was killed, most likely for want of memory. {remedy} (In a script of your own, processes need "
-            "`if __name__ == '__main__':` around what the script does.)"
+            f"A process was killed, most likely because memory ran out. {remedy} (In a script of your own, processes "
+            "need `if __name__ == '__main__':` around what the script does.)"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
@@ -112,7 +112,7 @@ def in_own_process(work: Callable[[T], R], item: T, *, timeout: float | None = N
     except EOFError:
         process.join()
         if process.exitcode == 1:
-            raise RuntimeError("A process of this job failed: its traceback stands above.") from None
+            raise RuntimeError("A process of this job failed; see its traceback above.") from None
         return None
     finally:
         if process.pid is not None:
@@ -150,8 +150,9 @@ def telling_killed_loaders() -> Iterator[None]:
 def killed_loader(error: Exception) -> UserError:
     """Return the error message for a killed loading process, which quotes `error`."""
     return UserError(
-        f"A process that loads data was killed, most likely for want of memory ({error}). Free some, or let fewer "
-        "load (engine.workers=1; 0: none beside this one), and run it again: a training goes on with resume=auto."
+        f"A data-loading process was killed, most likely because memory ran out ({error}). Free some, or use fewer "
+        "loading processes (engine.workers=1; 0: load in the main process), and run it again: resume a training with "
+        "resume=auto."
     )
 
 

@@ -23,7 +23,7 @@ def read_yaml(path: Path, most: int) -> Any:
     try:
         return parse_yaml(read_regular(path, most).decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise Misshapen(f"its byte {error.start} is no text: save it as UTF-8") from None
+        raise Misshapen(f"byte {error.start} is not valid text: save it as UTF-8") from None
 
 
 def parse_yaml(text: str) -> Any:
@@ -37,7 +37,7 @@ def parse_yaml(text: str) -> Any:
     except Misshapen:
         raise
     except (yaml.YAMLError, ArithmeticError, ValueError, TypeError, RecursionError) as error:
-        raise Misshapen(f"it is no plain YAML: {' '.join(str(error).split()) or type(error).__name__}") from None
+        raise Misshapen(f"it is not plain YAML: {' '.join(str(error).split()) or type(error).__name__}") from None
 
 
 class _Loader(yaml.SafeLoader):
@@ -66,7 +66,7 @@ class _Loader(yaml.SafeLoader):
         if len(mapping) < len(node.value):
             counts = Counter(self.construct_object(key) for key, _ in node.value)
             twice = ", ".join(f"{key}" for key, count in counts.items() if count > 1)
-            raise Misshapen(f"{twice:.200} stands more than once in one mapping: make each name unique")
+            raise Misshapen(f"{twice:.200} occurs more than once in one mapping: make each name unique")
         return mapping
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:

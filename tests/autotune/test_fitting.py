@@ -105,9 +105,7 @@ def test_a_loss_that_takes_sums_over_a_batch_is_spared_and_named(fit, changes):
     assert fit(79, *words) == "backbone.checkpointing=true"
     assert fit(79, *words, "data.batch_size=2", "trainer.accumulate=4") == ""
     (_, parts) = changes(60, *words, "head=linear")
-    named = (
-        "BatchNorm takes its statistics and loss=ce_dice takes its sums over the fewer samples: not the same training"
-    )
+    named = "BatchNorm computes its statistics and loss=ce_dice computes its sums per micro-batch, so results differ"
     assert named in parts.reason and "at random" not in parts.reason
 
 
@@ -116,7 +114,7 @@ def test_a_sum_whose_divisors_are_known_after_the_forward_pass_is_named(changes)
     hard = "{_target_: dinoseg.losses.cross_entropy.CrossEntropy, _partial_: true, hardest: 0.1}"
     words += [f"+loss.criterion.terms.hard={hard}", "+loss.criterion.factors.hard=1.0"]
     (_, parts) = changes(60, "adapter=lora", "head=linear", *words)
-    assert "loss=ce_dice takes its sums over the fewer samples" in parts.reason
+    assert "loss=ce_dice computes its sums per micro-batch" in parts.reason
 
 
 def test_more_go_through_at_once_where_there_is_room(fit):

@@ -66,16 +66,16 @@ def test_reducing_makes_classes_thinner():
 
 def test_rare_classes_are_named_for_the_overlap():
     rare = replace(CASE, facts=replace(FACTS, classes=(WIDE, replace(POLE, width=30.0))))
-    assert "pole has below 2% of the pixels" in rules.loss(rare).reason
+    assert "pole has less than 2% of the pixels" in rules.loss(rare).reason
     assert rules.loss(rare).words["loss.weights"] == "none"
     assert rules.loss(CASE).words == {"loss": "ce_dice", "loss.weights": "none"}
-    assert rules.loss(CASE).reason.startswith("overlap counts")
+    assert rules.loss(CASE).reason.startswith("dice weighs all classes equally")
 
 
 def test_what_is_thin_and_rare_weighs_more_where_a_head_sees_it():
     weighed = {"loss": "ce_dice", "loss.weights": {"pole": 3.0}, "loss.criterion.factors.dice": 2.0}
     assert rules.loss(THIN).words == weighed
-    assert "pole is thin, with below 2% of the pixels" in rules.loss(THIN).reason
+    assert "pole is thin, with less than 2% of the pixels" in rules.loss(THIN).reason
     common = replace(THIN, facts=replace(FACTS, classes=(WIDE, replace(POLE, share=0.02))))
     assert rules.loss(common).words["loss.weights"] == "none"
     assert rules.loss(replace(THIN, depth=3)).words["loss.weights"] == "none"
@@ -94,20 +94,20 @@ def test_images_may_be_smaller_where_no_class_is_thin():
     less = rules.smaller(CASE)
     assert less.size == (240, 320) and rules.crop(less).words == {"resolution.crop": [240, 320]}
     assert rules.longest(less).words == {"resolution.longest": 320}
-    assert "smaller by a third, leave time to tune the backbone" in rules.longest(less).reason
+    assert "smaller by a third, leave time to train the backbone" in rules.longest(less).reason
     assert rules.smaller(THIN) is None and rules.smaller(replace(CASE, longest=400)) is None
     soon_thin = replace(CASE, facts=replace(FACTS, classes=(WIDE, replace(POLE, width=11.0))))
     assert not soon_thin.thin and rules.smaller(soon_thin) is None
     large = replace(CASE, facts=replace(FACTS, size=(1080, 1920)))
     assert rules.smaller(large).size == tuple(round(side * 2 / 3 * large.reduced) for side in (1080, 1920))
-    assert "won with fewer images of this size" in rules.ways(less)[0].reason
+    assert "with fewer images of this size" in rules.ways(less)[0].reason
 
 
 def test_ways_depend_on_the_backbone_and_on_how_many_images_there_are():
     names = [[way.words["adapter"] for way in rules.ways(case)] for case in (CASE, replace(CASE, parameters=10**8))]
     assert names == [["full", "frozen"], ["lora_all", "frozen"]]
-    assert "won from about 600 images on" in rules.ways(replace(CASE, head="multiscale"))[0].reason
-    assert "won from about 1500 images on" in rules.ways(CASE)[0].reason
+    assert "from about 600 images on" in rules.ways(replace(CASE, head="multiscale"))[0].reason
+    assert "from about 1500 images on" in rules.ways(CASE)[0].reason
     for case in (replace(CASE, facts=replace(FACTS, images=19)), replace(CASE, parameters=0)):
         assert [way.words["adapter"] for way in rules.ways(case)] == ["frozen"]
 
@@ -116,7 +116,7 @@ def test_a_backbone_that_rests_first_is_tuned_as_one_of_its_size_is():
     for case, adapter in ((THIN, "full"), (replace(THIN, parameters=10**8), "lora_all")):
         way = rules.rested(case)
         assert way.words == {"adapter": adapter, "optim.optimizer.backbone_begin": rules.REST}
-        assert "once the head has learnt on a backbone that rests for 40% of the training" in way.reason
+        assert "; the backbone is frozen for the first 40% of the training" in way.reason
 
 
 def test_from_how_many_images_tuning_wins_depends_on_the_head_that_is_taken():

@@ -164,7 +164,7 @@ def test_drawn_batches_have_the_recipe_s_sizes_and_classes(compose):
 
 
 def test_clips_as_long_as_their_videos_have_no_size(compose):
-    with pytest.raises(UserError, match="data.clips.cut.length=None: how many frames"):
+    with pytest.raises(UserError, match="data.clips.cut.length=None: the number of frames"):
         training_parts(Builder(compose(*SLOTS, "data.clips.cut.length=null")))
     with pytest.raises(UserError, match="data=camvid has no clips"):
         training_parts(Builder(compose("data=camvid", "data.root=x", "loss=feature_reconstruction")))

@@ -7,18 +7,18 @@ from command_line import call
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (("-m", "hparam=glob(nothing*)"), "error: hparam=glob(nothing*) is unknown. There are ade20k_m2f, "),
-        (("-m", "head=glob(/etc/*)"), "error: head=glob(/etc/*) is unknown. There are cnn, "),
-        (("-m", "head=glob(m*)", "head.nonsense=1"), "error: head.nonsense is no key of the config."),
-        (("hparam=base", "-m", "head=1,2"), "error: head=1 is unknown. There are cnn, "),
+        (("-m", "hparam=glob(nothing*)"), "error: hparam=glob(nothing*) is unknown. Choose from ade20k_m2f, "),
+        (("-m", "head=glob(/etc/*)"), "error: head=glob(/etc/*) is unknown. Choose from cnn, "),
+        (("-m", "head=glob(m*)", "head.nonsense=1"), "error: head.nonsense is not a key of the config."),
+        (("hparam=base", "-m", "head=1,2"), "error: head=1 is unknown. Choose from cnn, "),
         (
             ("~hydra.run.dir",),
-            "error: ~hydra.run.dir leaves hydra.run.dir without a value that it takes. Leave it out.",
+            "error: ~hydra.run.dir leaves hydra.run.dir without a valid value. Leave it out.",
         ),
-        (("hydra.sweep.dir={}",), "error: hydra.sweep.dir={} leaves hydra.sweep.dir without a value that it takes."),
-        (("data=\u202etxt",), "error: data=\\u202etxt is unknown. There are "),
-        (("-m", "head=[1],[2]"), "error: head=[1],[2]: a group takes one option in each run."),
-        (("~hparam",), "error: ~hparam takes away what is read. Leave it out"),
+        (("hydra.sweep.dir={}",), "error: hydra.sweep.dir={} leaves hydra.sweep.dir without a valid value."),
+        (("data=\u202etxt",), "error: data=\\u202etxt is unknown. Choose from "),
+        (("-m", "head=[1],[2]"), "error: head=[1],[2]: a group takes one option per run."),
+        (("~hparam",), "error: ~hparam removes a key that is read. Leave it out"),
     ],
 )
 def test_an_option_that_is_none_is_one_message(tmp_path, words, says):

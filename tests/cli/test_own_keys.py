@@ -63,13 +63,16 @@ def test_a_training_goes_on_with_other_values(here):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["resume=slots", "head.num_slot=4"], "head.num_slot is no key of the config. Did you mean head.num_slots?"),
-        (["resume=slots", "resolution.corp=[8,8]"], "resolution.corp is no key of the config. Did you mean resoluti"),
+        (["resume=slots", "head.num_slot=4"], "head.num_slot is not a key of the config. Did you mean head.num_slots?"),
+        (
+            ["resume=slots", "resolution.corp=[8,8]"],
+            "resolution.corp is not a key of the config. Did you mean resoluti",
+        ),
         (["resume=slots", "head.num_slots=four"], "num_slots=four is of type str"),
-        (["resume=segmenter", "head.num_slots=3"], "head.num_slots is no key of the config."),
-        (["resume=slots", "data.reader.masks.format=ids"], "To add it all the same, give ++data.reader.masks.format="),
+        (["resume=segmenter", "head.num_slots=3"], "head.num_slots is not a key of the config."),
+        (["resume=slots", "data.reader.masks.format=ids"], "To add it anyway, give ++data.reader.masks.format="),
         (["resume=nowhere", "head.num_slots=3"], "resume=nowhere: neither a checkpoint file nor a run folder"),
-        (["resume=slots", "data=folder", "data.splits.val=val"], "data.splits.val is no key of the config."),
+        (["resume=slots", "data=folder", "data.splits.val=val"], "data.splits.val is not a key of the config."),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -181,11 +181,15 @@ ODD = {  # place, value, what the refusal says
     "a layout in a mask": (
         "data/reader/masks/ids",
         {"_target_": "dinoseg.data.formats.folder.FolderLayout"},
-        "they name none",
+        "they name no class",
     ),
-    "an opener in a list": ("adapter/device", [[{"_target_": "dinoseg.data.opened.opened"}]], "they name none"),
+    "an opener in a list": ("adapter/device", [[{"_target_": "dinoseg.data.opened.opened"}]], "they name no class"),
     "a term of another loss": ("loss/criterion/terms/ce/_target_", "dinoseg.losses.overlap.Dice", "names it there"),
-    "a term of a new name": ("loss/criterion/terms/x", {"_target_": "dinoseg.losses.overlap.Dice"}, "they name none"),
+    "a term of a new name": (
+        "loss/criterion/terms/x",
+        {"_target_": "dinoseg.losses.overlap.Dice"},
+        "they name no class",
+    ),
     "a number as a target": ("head/_target_", 3, "names it there"),
     "a list as a target": ("head/_target_", [LINEAR], "names it there"),
     "a node as a target": ("head/_target_", {"_target_": LINEAR}, "names it there"),
@@ -226,30 +230,30 @@ ODD = {  # place, value, what the refusal says
     "an escaped pointer": ("data/root", "\\${data.on_error}", "interpolation is refused"),
     "put together by an escape": ("data/root", "\\${oc.env${data.on_error}HOME}", "interpolation is refused"),
     "put together by a sign": ("data/root", "$${data.on_error}", "interpolation is refused"),
-    "at itself": ("data/root", "${data.root}", "from one interpolation to the next"),
-    "at what is built": ("head/num_classes", "${data.opened}", "points at something that is built"),
-    "at a group that is built": ("head/num_classes", "${data}", "points at something that is built"),
+    "at itself": ("data/root", "${data.root}", "is a chain of interpolations"),
+    "at what is built": ("head/num_classes", "${data.opened}", "refers to a component"),
+    "at a group that is built": ("head/num_classes", "${data}", "refers to a component"),
     "at a group beside": ("head/num_classes", "${.}", "interpolation is refused"),
-    "at a mode": ("head/num_classes", "${mode}", "points at something that is built"),
-    "through another": ("data", {"a": "${data.b}x", "c": "${data.a}"}, "from one interpolation to the next"),
-    "places for files": ("data/opened/cache_dir", "elsewhere", "may not say where files are written"),
-    "places for counts": ("loss/counts/cache_dir", "/elsewhere", "may not say where files are written"),
-    "places below the cache": ("data/opened/cache_dir", "${cache_dir}/..", "may not say where files are written"),
-    "places by another key": ("data/opened/cache_dir", "${data.root}", "may not say where files are written"),
-    "places in a table": ("data/opened/cache_dir", {"a": "/elsewhere"}, "no name of a folder"),
-    "no place": ("data/opened/cache_dir", None, "no name of a folder"),
-    "a place of number": ("data/opened/cache_dir", 3, "no name of a folder"),
-    "masks elsewhere": ("data/tracking", {"folder": "/elsewhere"}, "folders below the run's own"),
-    "masks above": ("data/tracking", {"folder": "masks/../.."}, "folders below the run's own"),
-    "masks on a drive": ("data/tracking", {"folder": "C:\\up"}, "folders below the run's own"),
-    "masks nowhere": ("data/tracking", {"folder": None}, "no name of a folder"),
-    "masks by another key": ("data", {"a": {"folder": "/elsewhere"}, "tracking": "${data.a}"}, "below the run's own"),
+    "at a mode": ("head/num_classes", "${mode}", "refers to a component"),
+    "through another": ("data", {"a": "${data.b}x", "c": "${data.a}"}, "is a chain of interpolations"),
+    "places for files": ("data/opened/cache_dir", "elsewhere", "must not choose where files are written"),
+    "places for counts": ("loss/counts/cache_dir", "/elsewhere", "must not choose where files are written"),
+    "places below the cache": ("data/opened/cache_dir", "${cache_dir}/..", "must not choose where files are written"),
+    "places by another key": ("data/opened/cache_dir", "${data.root}", "must not choose where files are written"),
+    "places in a table": ("data/opened/cache_dir", {"a": "/elsewhere"}, "not a folder name"),
+    "no place": ("data/opened/cache_dir", None, "not a folder name"),
+    "a place of number": ("data/opened/cache_dir", 3, "not a folder name"),
+    "masks elsewhere": ("data/tracking", {"folder": "/elsewhere"}, "folders below its run folder"),
+    "masks above": ("data/tracking", {"folder": "masks/../.."}, "folders below its run folder"),
+    "masks on a drive": ("data/tracking", {"folder": "C:\\up"}, "folders below its run folder"),
+    "masks nowhere": ("data/tracking", {"folder": None}, "not a folder name"),
+    "masks by another key": ("data", {"a": {"folder": "/elsewhere"}, "tracking": "${data.a}"}, "below its run folder"),
     "masks beside what fails": (
         "data",
         {"a": {"folder": "/elsewhere", "b": "${len:${nothing}}"}, "tracking": "${.a}"},
-        "below the run's own",
+        "below its run folder",
     ),
-    "masks of a table": ("data/tracking", {"folder": {"a": "b"}}, "no name of a folder"),
+    "masks of a table": ("data/tracking", {"folder": {"a": "b"}}, "not a folder name"),
     "rounds by another key": ("head", {**HEAD, "iterations": "${trainer.steps}"}, "at most"),
     "a scale by another key": ("resolution/scale", "${trainer.steps}", "at most"),
     "a crop by another key": ("resolution/crop", "${optim.x}", "at most"),
@@ -261,12 +265,12 @@ ODD = {  # place, value, what the refusal says
     "a text for what is built": ("data/reader", "x", "put a _target_ there"),
     "a list for what is built": ("loss/criterion", [["a"]], "put a _target_ there"),
     "what is built by another key": ("data/augment", "${optim.x}", "put a _target_ there"),
-    "weights of nobody": ("backbone/weights", "~nobody-here/x", "Give the file where it is now"),
-    "weights that were moved": ("backbone/weights", "/gone/vit.safetensors", "Give the file where it is now"),
+    "weights of nobody": ("backbone/weights", "~nobody-here/x", "Set its current path:"),
+    "weights that were moved": ("backbone/weights", "/gone/vit.safetensors", "Set its current path:"),
     "weights of a long name": ("backbone/weights", "a" * 4000, "no config file on this machine"),
     "weights of a broken name": ("backbone/weights", "a\0b", "no config file on this machine"),
-    "preparing": ("data/prepare", {"_target_": "dinoseg.tasks.preparation.idd.prepare"}, "may not act on files"),
-    "rendering": ("data/render", "x", "may not act on files"),
+    "preparing": ("data/prepare", {"_target_": "dinoseg.tasks.preparation.idd.prepare"}, "must not access files"),
+    "rendering": ("data/render", "x", "must not access files"),
     "a hub of one's own": ("backbone/weights", "evil/weights", "no config file on this machine names it"),
     "a request of a hub": ("backbone/weights", "facebook/dinov2-small@refs/pr/7", "no config file on this machine"),
     "weights above the package": ("backbone/weights", "dinoseg:../../x", "no config file on this machine"),
@@ -283,7 +287,7 @@ ODD = {  # place, value, what the refusal says
     "a crop": ("resolution/crop", [16384, 16384], "batches of"),
     "processes": ("data/workers", 10**5, "at most"),
     "a long table": ("data/reader/masks/ids", dict.fromkeys(map(str, range(30000)), 0), "more than 20000 values"),
-    "a long text": ("data/root", "a" * 10**5, "letters"),
+    "a long text": ("data/root", "a" * 10**5, "100000 characters"),
     "bytes": ("data/root", b"x", "of type bytes"),
     "an object": ("data/root", object(), "of type object"),
 }
@@ -310,16 +314,16 @@ def test_weights_are_given_to_classes_of_any_name(kept):
 
 def test_interpolations_that_multiply_are_refused(kept):
     data = {**kept["data"], "words": ["word"] * 1000, "more": ["${data.words}"] * 1000}
-    with pytest.raises(UserError, match="stand for more than"):
+    with pytest.raises(UserError, match="resolve to more than"):
         guard({**kept, "data": data}, "resume=file")
     doubled = {f"b{number}": f"${{.b{number - 1}}}${{.b{number - 1}}}" for number in range(1, 60)}
-    with pytest.raises(UserError, match="from one interpolation to the next"):
+    with pytest.raises(UserError, match="is a chain of interpolations"):
         guard({**kept, "data": {**kept["data"], "b0": "xx", **doubled}}, "resume=file")
     around = {"a": "${data.b}", "b": "${data.a}"}
-    with pytest.raises(UserError, match="from one interpolation to the next"):
+    with pytest.raises(UserError, match="is a chain of interpolations"):
         guard({**kept, "data": {**kept["data"], **around}}, "resume=file")
     below = {"big": {"c": [0] * 3000}, "y": {"a": "${..big}"}, "t": ["${data.y.a.c}"] * 3000}
-    with pytest.raises(UserError, match="from one interpolation to the next"):
+    with pytest.raises(UserError, match="is a chain of interpolations"):
         guard({**kept, "data": {**kept["data"], **below}}, "resume=file")
 
 
@@ -335,7 +339,7 @@ def test_interpolations_within_are_fine(kept):
 def test_what_is_resolved_is_not_resolved_again(tmp_path, monkeypatch):
     monkeypatch.setenv("SECRET", "told")
     cfg = OmegaConf.create({"a": "$", "b": "{oc.env:SECRET}", "node": {"_target_": LINEAR, "x": "${a}${b}"}})
-    with pytest.raises(UserError, match="reads as an interpolation even after it is resolved"):
+    with pytest.raises(UserError, match="is still an interpolation after it is resolved"):
         instantiate(cfg.node)
 
 
@@ -382,7 +386,7 @@ def test_the_command_line_may_trust_a_package(kept, tmp_path, monkeypatch):
 def test_what_the_command_line_composed_is_known(kept):
     term = {"_target_": "dinoseg.losses.focal.Focal", "_partial_": True}
     mine = planted(kept, "loss/criterion/terms/focal", term)
-    with pytest.raises(UserError, match="they name none"):
+    with pytest.raises(UserError, match="they name no class"):
         guard(mine, "resume=file")
     guard(mine, "resume=file", {**mine, "cache_dir": "c", "engine": {"device": "cpu"}})
 

@@ -30,10 +30,10 @@ def test_it_is_told_once_and_then_rarely(monkeypatch, caplog):
     monkeypatch.setattr(loader, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
     assert loader.awaited(Slow(11), 0, 2) == "item" and not caplog.messages
     assert loader.awaited(Slow(400), 6, 2) == "item"
-    assert [message[:29] for message in caplog.messages] == [
-        *("Nothing is loaded since 60 s:", "Nothing is loaded since 300 s", "Nothing is loaded since 1500 ")
+    assert [message.split(":")[0] for message in caplog.messages] == [
+        *("No batch for 60 s", "No batch for 300 s", "No batch for 1500 s")
     ]
-    assert "item 7 of this pass is to come from loading process 1 of 2 (id 77)" in caplog.text
+    assert "item 7 of this epoch is due from loading process 1 of 2 (id 77)" in caplog.text
     assert "py-spy dump --pid 77" in caplog.text and "engine.workers=0" in caplog.text
 
 
@@ -45,7 +45,7 @@ def test_what_else_goes_wrong_is_no_wait():
 def test_a_pinning_thread_that_has_ended_is_not_waited_for():
     slow = Slow(10**9)
     slow._pin_memory_thread = SimpleNamespace(is_alive=lambda: False)
-    with pytest.raises(EOFError, match="the thread that pins batches has ended"):
+    with pytest.raises(EOFError, match="the thread that pins batches has stopped"):
         loader.awaited(slow, 0, 2)
 
 
@@ -54,4 +54,4 @@ def test_what_comes_late_comes_all_the_same(monkeypatch, caplog):
     monkeypatch.setattr(loader, "_PATIENCE", 0.05)
     items = load_in_order(lambda key: time.sleep(0.2 * (key == 2)) or key, range(4), 2)
     assert list(items) == [0, 1, 2, 3]
-    assert "item 3 of this pass is to come from loading process 1 of 2" in caplog.text
+    assert "item 3 of this epoch is due from loading process 1 of 2" in caplog.text

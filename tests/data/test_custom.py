@@ -134,7 +134,7 @@ IMAGE, MASK = torch.zeros(3, 4, 5, dtype=torch.uint8), torch.tensor([[0, 1, 255,
     [
         ((IMAGE, MASK), "the sample x is tuple. Return a dict of image, mask and name"),
         ({"image": IMAGE, "mask": MASK}, "the sample x lacks name"),
-        ({"image": IMAGE, "mask": MASK, "name": "y"}, "the sample x is called y"),
+        ({"image": IMAGE, "mask": MASK, "name": "y"}, "the sample x has the name y"),
         ({"image": IMAGE.float(), "mask": MASK, "name": "x"}, r"image of x is float32 \(3, 4, 5\). Return a tensor"),
         ({"image": np.zeros((4, 5, 3)), "mask": MASK, "name": "x"}, "image of x is ndarray"),
         ({"image": IMAGE, "mask": MASK.float(), "name": "x"}, r"mask of x is float32 \(4, 5\). Return an integer"),

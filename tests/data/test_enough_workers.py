@@ -101,9 +101,9 @@ def test_changes_are_told(caplog):
     with caplog.at_level(logging.INFO):
         Machine(read=2.9, use=0.2, cores=4).run()
     assert [line.partition(": ")[2] for line in caplog.messages] == [
-        "86% of the time goes into waiting for 2 loading processes: trying 4.",
-        "72% of the time goes into waiting for 4 loading processes: trying 8.",
-        "more processes bring no more: back to 4.",
+        "86% of the time is spent waiting for 2 loading processes; trying 4.",
+        "72% of the time is spent waiting for 4 loading processes; trying 8.",
+        "more processes are not faster; back to 4.",
     ]
 
 

@@ -117,7 +117,7 @@ def resetting(_):
 
 
 def test_a_worker_that_is_killed_while_it_sends_is_told():
-    with pytest.raises(UserError, match=r"(?s)A process that loads data was killed.*reset by peer"):
+    with pytest.raises(UserError, match="(?s)A data-loading process was killed.*reset by peer"):
         list(load_in_order(resetting, range(2), 1))
 
 
@@ -127,7 +127,7 @@ def test_a_killed_worker_is_told():
     batches = train_batches(Pictures(SIZES), AUGMENT, batch_size=2, seed=0, workers=1)
     before = multiprocessing.active_children()  # of other tests
     next(batches)
-    with pytest.raises(UserError, match="A process that loads data was killed"), telling_killed_loaders():
+    with pytest.raises(UserError, match="A data-loading process was killed"), telling_killed_loaders():
         (worker,) = (each for each in multiprocessing.active_children() if each not in before)
         os.kill(worker.pid, signal.SIGKILL)
         take(batches, 20)

@@ -78,7 +78,7 @@ def test_what_pays_is_packed_by_itself_and_no_pixel_changes(automatic, tmp_path,
     assert isinstance(packed, PackedDataset) and packed.longest is None and packed.names == files.names
     for one, other in zip(files, packed, strict=True):
         assert (one["image"] == other["image"]).all() and (one["mask"] == other["mask"]).all()
-    assert "is packed as it is" in told and "all 6 would take about 0.0 MiB" in told
+    assert "is packed at full size" in told and "all 6 take about 0.0 MiB" in told
     assert [path.name.rpartition("_")[0] for path in (tmp_path / "cache").glob("packed*")] == ["packed_full"]
     monkeypatch.setattr(opening, "pays", lambda *_: pytest.fail("what is packed is measured"))
     assert isinstance(automatic()[1], PackedDataset)
@@ -93,7 +93,7 @@ def test_of_several_ranks_one_measures_and_all_do_as_it_says(automatic, monkeypa
 def test_what_does_not_pay_does_not_fit_or_is_not_trained_on_stays(automatic, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(choice, "_LEAST_GAIN", 1e9)
     files, kept, (told,) = automatic()
-    assert kept is files and "read from its files: packing pays from 1e+09 times as fast on" in told
+    assert kept is files and "read from its files: packing pays off from a speed-up of 1e+09 on" in told
     monkeypatch.setattr(choice, "_LEAST_GAIN", 0.0)
     monkeypatch.setattr(choice, "_OF_FREE", 0.0)
     files, kept, (told,) = automatic()
@@ -190,7 +190,7 @@ def test_what_is_no_whole_pair_stops_or_is_left_out(data, tmp_path):
     with pytest.raises(UserError) as caught:
         opened(found, split="train")
     message = str(caught.value)
-    assert message.startswith("Split train has 4 images with a mask, and 2 that lack something:\n- n1: ")
+    assert message.startswith("Split train has 4 images with a mask, and 2 incomplete pairs:\n- n1: ")
     assert f"{images / 'n1.png'} has no mask in {masks}." in message and f"{masks / 'n4.png'} has no image" in message
     assert "data.reader.layout" in message and message.endswith("data.on_error=skip.")
     for cache in (None, "packed"):

@@ -259,14 +259,14 @@ def stop_after(monkeypatch):
 @pytest.mark.parametrize("writes", [0, 1, 2, 3, 8, 12])  # of the header, an image, a mask, a line
 def test_a_full_disk_stops_and_the_next_run_goes_on(data, cache, stop_after, monkeypatch, caplog, code, writes):
     stop_after(writes, OSError(code, "no room"))
-    with pytest.raises(UserError, match=r"disk of .*cache is full.*run again: it goes on"):
+    with pytest.raises(UserError, match="disk of .*cache is full.*run again to resume"):
         make(data(), cache)
     assert not list(cache.glob("packed_*/index.json"))
     monkeypatch.undo()
     with caplog.at_level(logging.INFO):
         assert_same(make(data(), cache), data())
     done = max(0, writes - 1) // 3
-    assert (f"going on: {done} of 6" in caplog.text) == (done > 0)
+    assert (f"resuming: {done} of 6" in caplog.text) == (done > 0)
 
 
 def test_what_is_packed_is_not_read_again(data, cache, stop_after, monkeypatch):
@@ -323,7 +323,7 @@ def test_a_build_may_be_stopped_again_and_again(data, cache, stop_after, monkeyp
             make(data(), cache)
         monkeypatch.undo()
     assert_same(make(data(), cache), data())
-    assert [line.split()[2] for line in caplog.messages if line.startswith("going on")] == ["2", "4", "4"]
+    assert [line.split()[1] for line in caplog.messages if line.startswith("resuming")] == ["2", "4", "4"]
 
 
 @pytest.mark.heavy
@@ -420,7 +420,7 @@ def test_a_store_that_is_not_whole_is_packed_anew(data, cache, caplog, damage):
     make(data(), cache)
     damage(store_of(cache))
     assert_same(make(data(), cache), data())
-    assert "incomplete or damaged: packing anew" in caplog.text
+    assert "incomplete or damaged: packing again" in caplog.text
 
 
 def change_index(folder, change):
@@ -433,7 +433,7 @@ def test_an_index_that_turns_an_image_is_noticed(data, cache):
     make(data(), cache)
     row = NAMES.index("odd")
     change_index(store_of(cache), lambda index: index["places"][row].__setitem__(slice(1, 3), [23, 37]))
-    with pytest.raises(UserError, match="item odd is not what was packed"):
+    with pytest.raises(UserError, match="item odd does not match its checksum"):
         make(data(), cache)[row]
 
 
@@ -584,7 +584,7 @@ def test_a_store_that_is_removed_while_it_is_used_is_told(data, cache):
         dataset = make(data(), cache)
         again = pickle.loads(pickle.dumps(dataset))  # as a loading process has it
         spoil(dataset.store.folder)
-        with pytest.raises(UserError, match=r"Cannot read .*pixels\.bin .*removed or cut while .*resume=auto"):
+        with pytest.raises(UserError, match=r"Cannot read .*pixels\.bin .*removed or truncated during .*resume=auto"):
             again[0]
     assert_same(make(data(), cache), data())
 

@@ -49,7 +49,7 @@ def test_masks_are_named_by_a_list(tmp_path):
     (tmp_path / "few.txt").write_text("v3/013\nv0/000.png\n")
     assert labelled_names(NAMES, str(tmp_path / "few.txt")) == ["v3/013", "v0/000"]
     (tmp_path / "few.txt").write_text("v3/013\nv3/999\n")
-    with pytest.raises(UserError, match=r"1 of its names are not in the training split: v3/999\. Names there are such"):
+    with pytest.raises(UserError, match="1 of its names are not in the training split: v3/999. Names have the form"):
         labelled_names(NAMES, str(tmp_path / "few.txt"))
     with pytest.raises(UserError, match=r"Check data\.labelled"):
         labelled_names(NAMES, str(tmp_path / "absent.txt"))
@@ -79,11 +79,15 @@ def test_one_group_cannot_be_split():
 
 
 def test_bad_group_patterns():
-    with pytest.raises(UserError, match=r"group=\( is no regular expression"):
+    with pytest.raises(UserError, match=r"group=\( is not a regular expression"):
         regex_group("(")
     with pytest.raises(UserError, match=r"group=x\+ does not match the name v0"):
         regex_group("x+")("v0")
-    with pytest.raises(UserError, match=r"matches the name v0, but its first bracket, .*, does not: .*\(\?:\.\.\.\)"):
+    with pytest.raises(
+        UserError,
+        match="matches the name v0, but its first parenthesised group, .*, does not: "
+        r".*\(\?:\.\.\.\)",
+    ):
         regex_group(r"^(w\d+_)?v\d")("v0")
     assert regex_group("^(x*)v")("v0") == ""
 
@@ -109,7 +113,7 @@ def test_name_lists(tmp_path):
         read_name_list(path)
     path.write_text("a\n" + "b" * 10_000_000)
     with pytest.raises(
-        UserError, match="Line 2 of the file list .* has 10000000 letters, more than any name"
+        UserError, match="Line 2 of the file list .* has 10000000 characters, more than any file name:"
     ) as caught:
         read_name_list(path)
     assert time.process_time() - begin < 2 and len(str(caught.value)) < 1000

@@ -51,7 +51,7 @@ def test_images_in_another_order_are_the_same_images(tmp_path, caplog):
     assert other.scores == scores_of([second]) and other.mious[0] != pytest.approx(scores_of([first])["miou"])
     right, held, predicted = second.counts[0].astype(float)
     assert other.mious[0] == pytest.approx((right / (held + predicted - right)).mean())
-    assert other.no_pictures.startswith("No pictures: a run was evaluated with mode.metrics_only=true")
+    assert other.no_pictures.startswith("No images: a run was evaluated with mode.metrics_only=true")
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_images_in_another_order_are_the_same_images(tmp_path, caplog):
     ],
 )
 def test_records_that_do_not_compare_are_told_apart(tmp_path, change, told):
-    with pytest.raises(UserError, match="are not of the same images") as refused:
+    with pytest.raises(UserError, match="were not evaluated on the same images") as refused:
         aligned({tmp_path / "a": record(), tmp_path / "b": record(1, **change)})
     assert f"- {told}\n" in str(refused.value)
 
@@ -71,10 +71,10 @@ def test_records_that_do_not_compare_are_told_apart(tmp_path, change, told):
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"background": 3}, "background 3 is none of its 3 classes"),
+        ({"background": 3}, "background 3 is not one of its 3 classes"),
         ({"images": ["00"] * IMAGES}, "12 images of 3 classes have counts"),
-        ({"counts": record().counts[:, ::-1]}, "its counts are of no image"),
-        ({"counts": -record().counts}, "its counts are of no image"),
+        ({"counts": record().counts[:, ::-1]}, "its counts are inconsistent"),
+        ({"counts": -record().counts}, "its counts are inconsistent"),
     ],
 )
 def test_a_record_that_contradicts_itself_is_damaged(tmp_path, change, told):
@@ -122,14 +122,14 @@ def test_the_data_are_asked_for_once_and_what_is_wrong_is_told_once(tmp_path, mo
         sides(folders, [record(seed) for seed in range(4)]),
         lambda: open_saved_data(Builder(cfg), folders[0], root="", split="val"),
     )
-    assert len(asked) == 1 and caplog.text.count("The page has no pictures: ") == 1
-    assert all("config.yaml does not say what the data are" in other.no_pictures for other in others)
+    assert len(asked) == 1 and caplog.text.count("The report has no images: ") == 1
+    assert all("config.yaml does not define the dataset" in other.no_pictures for other in others)
 
 
 def test_a_config_larger_than_any_is_not_read(tmp_path):
     (tmp_path / "config").mkdir()
     (tmp_path / "config/config.yaml").write_bytes(b"#" * (2**20 + 1))
-    with pytest.raises(UserError, match="has 1048577 bytes, and 131072 are read at most"):
+    with pytest.raises(UserError, match="has 1048577 bytes; the limit is 131072"):
         open_saved_data(None, tmp_path, root="", split="val")
 
 
@@ -155,21 +155,23 @@ def test_seeds_are_told_by_how_many_runs_sides_have():
     def told(*counts, **more):
         return seeds_note(of(*counts, **more))
 
-    assert told(1, 1).startswith("one trained model a side: ")
-    assert told(3, 3) == "their scatter is in the intervals (3 runs a side)"
-    assert told(3, 2) == "their scatter is in the intervals (3 of a, 2 of b)"
-    assert told(2, 1, 2).endswith("(2 of a, 2 of c); but not that of b, one trained model each")
+    assert told(1, 1).startswith("one trained model per side: ")
+    assert told(3, 3) == "their variance is included in the intervals (3 runs per side)"
+    assert told(3, 2) == "their variance is included in the intervals (3 of a, 2 of b)"
+    assert told(2, 1, 2).endswith("(2 of a, 2 of c), except for b, one trained model each")
     # over one unit, what has no interval is not said to have one
-    assert told(1, 2, 2, units=["0"]) == "their scatter is in no interval, as there is none (2 of b, 2 of c)"
+    assert told(1, 2, 2, units=["0"]) == "their variance is in no interval, since there is none (2 of b, 2 of c)"
     assert units_note(of(1, 2, 2, units=["0"])) == "none: they need two videos, or several seeds of each side"
     assert told(2, 1, 2, units=["0"]) == told(2, 1, 2)
-    assert units_note(of(2, 2, units=["0"])) == "over seeds alone: there is one video, so they say nothing of another"
-    assert units_note(of(2, 1, 2, units=["0"])).endswith("say nothing of another; none of b, one run each")
+    assert units_note(of(2, 2, units=["0"])) == (
+        "over seeds only: there is one video, so they do not generalise to others"
+    )
+    assert units_note(of(2, 1, 2, units=["0"])).endswith("do not generalise to others; not for b, one run each")
     assert units_note(of(2, 1, 2)) == "over 2 videos"
 
 
 def test_of_more_than_three_others_each_has_a_line_and_the_best_is_first(tmp_path):
-    better, worse, same = "surely better", "surely worse", "not told apart"
+    better, worse, same = "significantly better", "significantly worse", "no significant difference"
     said = {"a": (0.6, better, better, same), "b": (None, same, same, same), "c": (0.1, worse, worse, better)}
     said["d"] = (0.7, same, worse, worse)
     first, others = sides([tmp_path / "first"], [record()])[0], []
@@ -182,11 +184,11 @@ def test_of_more_than_three_others_each_has_a_line_and_the_best_is_first(tmp_pat
     own = 100 * scores_of([record()])["miou"]
     lines = [line.split() for line in verdicts(first, [], others).splitlines()[2:]]
     assert lines == [
-        ["d", "70.00", "+20.00", "+10.00", "..", "+30.00", "0.01", "not", "told", "apart", "0", "2"],
-        ["a", "60.00", "+10.00", "+0.00", "..", "+20.00", "0.01", "surely", "better", "2", "0"],
+        ["d", "70.00", "+20.00", "+10.00", "..", "+30.00", "0.01", "no", "significant", "difference", "0", "2"],
+        ["a", "60.00", "+10.00", "+0.00", "..", "+20.00", "0.01", "significantly", "better", "2", "0"],
         ["first", f"{own:.2f}", "-", "-", "-", "the", "first"],
-        ["c", "10.00", "-40.00", "-50.00", "..", "-30.00", "0.01", "surely", "worse", "1", "2"],
-        ["b", "-", "-", "-", "-", "not", "told", "apart", "0", "0"],
+        ["c", "10.00", "-40.00", "-50.00", "..", "-30.00", "0.01", "significantly", "worse", "1", "2"],
+        ["b", "-", "-", "-", "-", "no", "significant", "difference", "0", "0"],
     ]
     three = verdicts(first, [], others[:3])
     assert "IoU a" in three and "mIoU without background" in three and "mean Dice" in three
@@ -212,7 +214,7 @@ def test_jobs_that_were_run_again_or_have_names_of_their_own(tmp_path, caplog):
     (tmp_path / "sweep.csv").touch()
     for name in ("lr=0.1,seed=0", "lr=0.1,seed=1", "lr=0.2,seed=0", ".hidden"):
         (tmp_path / name).mkdir()
-    with pytest.raises(UserError, match="none of whose jobs holds an evaluation"):
+    with pytest.raises(UserError, match="is a sweep without an evaluation"):
         _jobs(tmp_path, ())
     for name in ("lr=0.1,seed=0", "lr=0.1,seed=1"):
         (tmp_path / name / RECORD).touch()
@@ -222,7 +224,7 @@ def test_jobs_that_were_run_again_or_have_names_of_their_own(tmp_path, caplog):
         (tmp_path / name).mkdir()
         (tmp_path / name / RECORD).touch()
     assert [job.name for job in _jobs(tmp_path, ())] == ["0"]
-    assert f"of jobs that were run again: 1_2. To compare them, name each, as runs=[{tmp_path}/1_2,...]" in caplog.text
+    assert f"of repeated jobs: 1_2. To compare them, name each, as in runs=[{tmp_path}/1_2,...]" in caplog.text
 
 
 def with_config(folder, seed=0, **data):

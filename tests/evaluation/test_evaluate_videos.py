@@ -277,7 +277,7 @@ def test_sets_of_first_masks_alone_are_written_and_not_scored(track, tmp_path, d
     done = track("copy", data, root, split="test")
     assert done.scores is None and done.result["videos"] == (3 if data == "davis2017" else 1)
     text = capsys.readouterr().out
-    assert "only the benchmark's server scores them" in text and str(done.folder / "masks") in text
+    assert "submit the predicted masks to the benchmark's server" in text and str(done.folder / "masks") in text
     assert len(list((done.folder / "masks").rglob("*.png"))) == len(done.log)
 
 
@@ -382,7 +382,7 @@ def test_a_stopped_evaluation_goes_on(track, tmp_path, monkeypatch, caplog):
     stray.unlink()
     (stopped / "masks/bear/00001.png").unlink()
     assert len(track("copy", "davis2017", root, restart=str(stopped)).log) == 13
-    with pytest.raises(UserError, match=r"other settings than that run's: kind was copy and is perfect\. Give"):
+    with pytest.raises(UserError, match=r"settings differ from that run: kind was copy and is perfect\. Use"):
         track("perfect", "davis2017", root, restart=str(stopped))
     with pytest.raises(UserError, match="holds no readable tracking.json"):
         track("copy", "davis2017", root, restart=str(root))
@@ -401,7 +401,7 @@ def test_ctrl_c_names_the_folder_to_go_on_from(track, tmp_path, caplog):
         with pytest.raises(KeyboardInterrupt):
             track("copy", "davis2017", root)
     (stopped,) = tmp_path.glob("run_*")
-    assert f"Stopped: the same command with mode.restart={stopped} takes over what is whole." in caplog.text
+    assert f"Stopped: the same command with mode.restart={stopped} reuses the finished videos." in caplog.text
     assert len(track("copy", "davis2017", root, restart=str(stopped)).log) == 8
 
 
@@ -442,7 +442,7 @@ def test_masks_of_data_that_changed_are_made_anew(track, tmp_path, caplog, chang
     said = [record.getMessage() for record in caplog.records if "anew" in record.getMessage()]
     assert len(said) == again
     if again:
-        assert said[0].startswith("Video bear is tracked anew") and str(first.folder) in said[0]
+        assert said[0].startswith("Video bear is tracked again") and str(first.folder) in said[0]
     assert len(track("copy", "davis2017", root, restart=str(on.folder)).log) == 0
 
 
@@ -482,11 +482,11 @@ def test_the_unsupervised_test_sets_need_no_masks(track, tmp_path, capsys):
     shutil.rmtree(root / "Annotations")
     done = track(1, "davis2017", root, "data.year=2019", split="test", supervision="none")
     assert done.scores is None and len(list((done.folder / "masks").rglob("*.png"))) == 13
-    assert "only the benchmark's server scores them" in capsys.readouterr().out
+    assert "submit the predicted masks to the benchmark's server" in capsys.readouterr().out
     for bare in ((), ("bear", "ape", "cow")):  # none, and empty ones
         for name in bare:
             (root / f"Annotations/480p/{name}").mkdir(parents=True)
-        with pytest.raises(UserError, match=r"first_frame: the videos of split test have no masks that could be given"):
+        with pytest.raises(UserError, match="first_frame: the videos of split test have no masks to start from"):
             track("copy", "davis2017", root, "data.year=2019", split="test")
     write_indexed_png(root / "Annotations/480p/bear/00000.png", SEQUENCES["bear"][0])
     with pytest.raises(UserError, match=r"Video ape has no mask of its first frame, .*ape.*00000.png"):
@@ -544,7 +544,7 @@ def test_masks_that_are_missing(track, tmp_path):
 
 def test_masks_that_cannot_be_scored_are_kept_and_named(track, tmp_path):
     root = write_davis(tmp_path / "DAVIS", SEQUENCES)
-    with pytest.raises(UserError, match=r"(?s)ape/00001.png: holds the ids 9 .*The masks are kept: mode.restart="):
+    with pytest.raises(UserError, match="(?s)ape/00001.png: holds the ids 9 .*The masks are saved: mode.restart="):
         track(9, "davis2017", root)
     (folder,) = tmp_path.glob("run_*")
     assert len(json.loads((folder / "problems.json").read_text())["problems"]) == 7
@@ -567,7 +567,7 @@ def test_words_without_meaning(compose, track, tmp_path):
 def test_more_slots_than_proposals_are_refused_before_tracking(compose, tmp_path):
     cfg = compose("data=davis2017", f"data.root={write_unsupervised(tmp_path)}")
     trained = SimpleNamespace(model=SimpleNamespace(head=SimpleNamespace(slots=SimpleNamespace(num_slots=24))))
-    with pytest.raises(UserError, match=r"24 slots.* takes 20 segments. Give head.num_slots=20 or fewer"):
+    with pytest.raises(UserError, match=r"24 slots.* allows 20 segments. Set head.num_slots=20 or fewer"):
         track_split(Builder(cfg), trained, tmp_path, "val", "none", TrackingOptions())
     trained.engine, slots = None, trained.model.head.slots
     for slots.num_slots, options in ((24, TrackingOptions(official=False)), (20, TrackingOptions())):
@@ -580,7 +580,10 @@ def test_slots_made_for_masks_that_are_not_given_are_refused_before_tracking(com
     trained = SimpleNamespace(
         model=SimpleNamespace(head=SimpleNamespace(slots=SimpleNamespace(num_slots=5))), engine=None
     )
-    told = r"slots.lock_on=true .*mode.supervision=none gives none\. Give mode.supervision=first_frame, or slots=free"
+    told = (
+        r"slots.lock_on=true .*mode.supervision=none does not provide\. Set mode.supervision=first_frame, or "
+        "slots=free"
+    )
     with pytest.raises(UserError, match=told):
         track_split(Builder(cfg), trained, tmp_path, "val", "none", TrackingOptions())
 
@@ -662,4 +665,4 @@ def test_propagation_from_the_command_line(tmp_path, monkeypatch):
     assert on.status == 0 and json.loads((tmp_path / "on/scores.json").read_text()) == ours, on.err
     assert "mode.restart=run: 3 videos taken over: ape, bear, cow" in on.err
     other = call(tmp_path, "mode=eval", *words, "tracker.radius=6", "mode.restart=run", "hydra.run.dir=other")
-    assert other.status == 1 and "settings than that run's: tracker.radius was 12 and is 6. Give" in other.err
+    assert other.status == 1 and "settings differ from that run: tracker.radius was 12 and is 6. Use" in other.err

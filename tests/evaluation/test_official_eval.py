@@ -155,7 +155,7 @@ def test_predictions_at_another_size_than_the_reference_are_told_first(evaluate,
         Image.open(path).resize((24, 16), Image.Resampling.NEAREST).save(path)
     resized = "data.reader.masks.on_size_mismatch=resize_mask"
     text, written, folder = evaluate(resized)
-    assert "is 24 x 16 (width x height)" in text and "predicted at 48 x 32" in text
+    assert "is 24 x 16 (width x height)" in text and "prediction to 48 x 32" in text
     assert len(written["problems.json"]["problems"]) == 1 and not (folder / "official").exists()
     _, written, _ = evaluate(resized, "data.on_error=skip")
     assert written["official_scores.json"]["n"] == 1
@@ -175,13 +175,13 @@ def test_a_benchmark_that_resizes_takes_any_size(tmp_path, caplog):
     assert usable(IddLite(), data, tmp_path / "out", on_error="stop", tells=True) and not caplog.records
     assert not usable(SarRarp50(), data, tmp_path / "out", on_error="stop", tells=False) and not caplog.records
     assert not usable(SarRarp50(), data, tmp_path / "out", on_error="stop", tells=True)
-    assert "predicted at 3 x 2" in caplog.text and (tmp_path / "out/problems.json").is_file()
+    assert "prediction to 3 x 2" in caplog.text and (tmp_path / "out/problems.json").is_file()
 
 
 def test_names_that_the_benchmark_does_not_have_are_told(tmp_path, caplog):
     data = data_of(["a"], tmp_path / "data")
     assert not usable(SarRarp50(), data, tmp_path / "out", on_error="skip", tells=True)
-    assert "a names no frame of SAR-RARP50" in caplog.text
+    assert "a is not a frame name of SAR-RARP50" in caplog.text
 
 
 def test_whatever_stops_the_official_scores_leaves_the_others(tmp_path, caplog):
@@ -201,7 +201,7 @@ def test_a_killed_process_is_answered_with_what_this_mode_has(tmp_path, caplog, 
     monkeypatch.setattr(folders, "in_processes", kill)
     assert official_scores(IddLite(), data, tmp_path / "out", "stop") is None
     folder = tmp_path / "out/official"
-    assert f"A process was killed. Score what was predicted by itself: mode=score prediction={folder} " in caplog.text
+    assert f"A process was killed. Score these predictions separately: mode=score prediction={folder} " in caplog.text
 
 
 def test_left_out_images_are_listed_at_the_end(tmp_path):
@@ -210,7 +210,7 @@ def test_left_out_images_are_listed_at_the_end(tmp_path):
     small = [word for word in SMALL if not word.startswith(("data=", "data.classes"))]
     words = ["mode=train", "data=idd_lite", *small, "trainer.val_every=2"]
     stopped = call(tmp_path, *words, "hydra.run.dir=stopped")
-    assert stopped.status == 1 and "1/a" in stopped.err and "data cannot be trained on" in stopped.err
+    assert stopped.status == 1 and "1/a" in stopped.err and "The dataset has errors" in stopped.err
     done = call(tmp_path, *words, "data.on_error=skip", "hydra.run.dir=run")
     assert done.status == 0 and "left out:     1 image," in done.out, done.err
     left_out = json.loads((tmp_path / "run/skipped.json").read_text())

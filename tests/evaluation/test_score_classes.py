@@ -52,7 +52,7 @@ def test_the_run_folder_alone_says_everything(folders):
 
 def test_keys_of_masks_change_how_references_are_read(folders):
     done, found = score(folders, "reference=other")
-    assert done.status == 1 and "is no binary mask" in done.err and found is None
+    assert done.status == 1 and "is not a binary mask" in done.err and found is None
     ids = ("data.reader.masks.format=ids", "data.reader.masks.ids={0:-1,1:-1,3:0,7:1}")
     done, found = score(folders, "reference=other", *ids)
     assert done.status == 0, done.err
@@ -130,7 +130,7 @@ def test_a_reference_of_another_size_names_the_key_that_mends_it(folders):
 def test_a_record_that_is_none_is_one_message(folders, content):
     (folders / "run/masks/classes.json").write_text(content)
     done, _ = score(folders, "reference=binary")
-    assert done.status == 1 and "classes.json is no record of classes" in done.err and "Traceback" not in done.err
+    assert done.status == 1 and "classes.json is not a valid class record" in done.err and "Traceback" not in done.err
 
 
 def test_an_evaluations_pictures_point_to_what_there_is(folders):

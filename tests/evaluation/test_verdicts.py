@@ -54,7 +54,11 @@ def test_the_error_is_over_units_and_seeds(seeds):
 def test_verdicts_hold_together_over_sides_and_classes():
     sides = [[run_of(1)], [run_of(2, better=0.3)], [run_of(3, better=-0.3)], [run_of(4)]]
     found = differences(KIND, sides)
-    assert [gaps["miou"]["verdict"] for gaps in found] == ["surely better", "surely worse", "not told apart"]
+    assert [gaps["miou"]["verdict"] for gaps in found] == [
+        "significantly better",
+        "significantly worse",
+        "no significant difference",
+    ]
     alone = [differences(KIND, [sides[0], side])[0] for side in sides[1:]]
     assert found[2]["miou"]["p"] == alone[2]["miou"]["p"]  # the largest
     assert min(found[n]["miou"]["p"] / alone[n]["miou"]["p"] for n in (0, 1)) == pytest.approx(2)
@@ -111,4 +115,4 @@ def test_a_difference_is_sure_below_a_chance_of_one_in_twenty():
     said = [
         _verdict(Estimate(value), chance) for value, chance in ((0.1, 0.049), (-0.1, 0.049), (0.1, 0.05), (0.1, None))
     ]
-    assert said == ["surely better", "surely worse", "not told apart", "no verdict"]
+    assert said == ["significantly better", "significantly worse", "no significant difference", "no verdict"]

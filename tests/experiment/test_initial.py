@@ -77,7 +77,7 @@ def test_tensors_of_another_type_are_refused_by_name(tmp_path, tiny_backbone):
     file, trainable = tmp_path / "w.safetensors", trained_names(model)
     tensors = {f"model/{name}": value.char() for name, value in model.state_dict().items() if name in trainable}
     checkpoint.write(file, tensors, INFO)
-    with pytest.raises(UserError, match=rf"^init={file}: \S+ is int8, and weights are floating-point"):
+    with pytest.raises(UserError, match=rf"^init={file}: \S+ is int8; weights must be floating-point"):
         check_initial(Builder(OmegaConf.create({"init": str(file), "resume": None, "choices": {}})), model)
 
 
@@ -90,7 +90,7 @@ def test_a_run_begins_with_the_best_weights_of_another(folder):
         if not name.endswith(buffers):
             torch.testing.assert_close(ours[f"model/{name}"], value, rtol=0, atol=2e-30)
     assert "init=first: reading first/checkpoints/best.safetensors." in done.err
-    assert f"init=first: {len(theirs)} tensors taken from step {best.info['progress']['step']}." in done.err
+    assert f"init=first: {len(theirs)} tensors loaded from step {best.info['progress']['step']}." in done.err
     assert "init: its classes" not in done.err
     assert rows(folder, "next")[0]["step"] == 1  # its own steps, rates and optimizer
 
@@ -111,7 +111,7 @@ def test_what_does_not_fit_begins_anew_and_is_named(folder, begin):
 def test_other_classes_of_the_same_number_are_told(folder):
     """Of the data, as mode=train knows them."""
     _, done = trained(folder, "renamed", *SHORT, "init=first", "data.classes=[a,b]", "trainer.steps=1", *METRICS)
-    assert "init: its classes are dark, bright, and those of the data begin as these." in done.err
+    assert "init: its classes are dark, bright; those of the data start from them." in done.err
 
 
 def test_a_run_that_goes_on_has_its_own_weights_and_begins_with_no_other_run(folder, begun, compose, monkeypatch):
@@ -137,7 +137,10 @@ def test_a_run_that_cannot_be_begun_with_is_refused_before_anything_is_trained(f
     for words, said in (
         ((*SHORT, "init=nowhere", *sweep), "init=nowhere: neither a checkpoint file nor a run folder"),
         ((*SHORT, "init=first", "trainer=many_heads", "heads=[linear]"), "init=first is for one head at a time"),
-        ((*KNOWN, "init=frozen", "head.init=probe"), "init=frozen and head.init=probe both say what the head"),
+        (
+            (*KNOWN, "init=frozen", "head.init=probe"),
+            "init=frozen and head.init=probe both set the initial weights of the head",
+        ),
     ):
         done = call(folder, *words, "hydra.run.dir=refused")
         assert done.status == 1 and said in done.err and "Traceback" not in done.err, done.err
@@ -148,10 +151,13 @@ def test_a_run_that_cannot_be_begun_with_is_refused_before_anything_is_trained(f
     ("words", "said"),
     [
         ((*SHORT, "init=[a]"), r"^init=\['a'\] names no run. Give a run folder or a checkpoint"),
-        ((*SHORT, "init=tuned"), "that this model does not train, or has otherwise"),
-        ((*SHORT, "init=first", "head=mlp"), "none is of this model's head"),
+        ((*SHORT, "init=tuned"), "that this model does not train or has in another shape, but"),
+        ((*SHORT, "init=first", "head=mlp"), "do not match this model's head"),
         ((*SHORT, "init=pipe"), "^init=pipe is a pipe or a device. Give a run folder or a checkpoint in it"),
-        ((*SHORT, "init=weights.safetensors"), "^init=weights.safetensors: .* alone are given as backbone.weights"),
+        (
+            (*SHORT, "init=weights.safetensors"),
+            "^init=weights.safetensors: .* For backbone weights, set backbone.weights",
+        ),
         ((*SHORT, f"init={'a' * 300}"), "^init=a+...: File name too long. Give a run folder"),
         ((*SHORT, "init=data"), "^init=data: neither a checkpoint file nor a run folder"),
         ((*SHORT, "init=cut.safetensors"), "^init=cut.safetensors: not a readable checkpoint"),
@@ -173,7 +179,7 @@ def test_a_run_that_does_not_fit_is_refused_by_either_check(folder, compose, mon
 
 def test_what_a_run_has_learnt_of_a_backbone_is_not_left_out(begin):
     """The check without weights cannot tell numbers of the same shapes apart."""
-    with pytest.raises(UserError, match="that this model does not train, or has otherwise"):
+    with pytest.raises(UserError, match="that this model does not train or has in another shape, but"):
         begin(*KNOWN, "init=tuned")
 
 
@@ -182,16 +188,16 @@ def test_a_file_that_holds_the_frozen_part_too_is_as_good(folder, begin):
     theirs = checkpoint.read(folder / "frozen/checkpoints/best.safetensors").part("model")
     for name, value in theirs.items():
         torch.testing.assert_close(ours[name], value, rtol=0, atol=0)
-    assert f"init=exported_frozen: {len(theirs)} tensors taken from step 2." in said  # and nothing is left
+    assert f"init=exported_frozen: {len(theirs)} tensors loaded from step 2." in said  # and nothing is left
 
 
 @pytest.mark.parametrize(
     ("of", "adapter", "said"),
     [
-        ("frozen", "lora", "7 tensors taken from step 2; begins anew: backbone.model"),
-        ("frozen", "full", "7 tensors taken from step 2; 23 tensors of the backbone as backbone.weights has them."),
-        ("lora", "lora", "15 tensors taken from step 2."),
-        ("lora", "qlora", "15 tensors taken from step 2."),
+        ("frozen", "lora", "7 tensors loaded from step 2; randomly initialised: backbone.model"),
+        ("frozen", "full", "7 tensors loaded from step 2; 23 tensors of the backbone from backbone.weights."),
+        ("lora", "lora", "15 tensors loaded from step 2."),
+        ("lora", "qlora", "15 tensors loaded from step 2."),
     ],
 )
 def test_an_adapter_may_come_later_on_the_same_weights_alone(begin, of, adapter, said):
@@ -199,9 +205,9 @@ def test_an_adapter_may_come_later_on_the_same_weights_alone(begin, of, adapter,
     for run in (of, f"exported_{of}"):
         _, told = begin(*words, f"init={run}")
         whole = adapter == "full" and run != of  # a file of the whole model gives these, too
-        assert f"init={run}: {'30 tensors taken from step 2.' if whole else said}" in told
+        assert f"init={run}: {'30 tensors loaded from step 2.' if whole else said}" in told
     if adapter != "qlora":  # what is rounded cannot be compared
-        with pytest.raises(UserError, match="trained on other frozen weights than this model's"):
+        with pytest.raises(UserError, match="its frozen backbone weights differ from those of this model"):
             begin(*words, f"init={of}", "backbone.weights=random")
 
 
@@ -217,7 +223,9 @@ def test_ranks_that_have_read_different_checkpoints_are_told(folder, compose, mo
     monkeypatch.chdir(folder)
     cfg = compose(*KNOWN, "adapter=frozen", "init=frozen")
     model = Builder(cfg).model()
-    with pytest.raises(UserError, match="init=frozen: that run has saved anew while the ranks of this one read it"):
+    with pytest.raises(
+        UserError, match="init=frozen: that run wrote a new checkpoint while the ranks of this one were reading it"
+    ):
         begin_with(Builder(cfg), model, CLASSES, lambda progress: {**progress, "step": 1})
     assert begin_with(Builder(cfg), model, CLASSES) is model
 
@@ -232,18 +240,18 @@ def test_frozen_weights_of_another_backbone_are_refused(folder, begin):
     info = checkpoint.read(folder / "frozen/checkpoints/best.safetensors")
     changed = {**info.info, "frozen": {**info.info["frozen"], "backbone": "0" * 16}}
     checkpoint.write(folder / "other.safetensors", info.tensors, {k: v for k, v in changed.items() if k != "format"})
-    with pytest.raises(UserError, match="trained on other frozen weights"):
+    with pytest.raises(UserError, match="frozen backbone weights differ from"):
         begin(*KNOWN, "init=other.safetensors")
     done = call(folder, *KNOWN, "init=other.safetensors", "hydra.run.dir=refused")
-    assert done.status == 1 and "trained on other frozen weights" in done.err, done.err
+    assert done.status == 1 and "frozen backbone weights differ from" in done.err, done.err
 
 
 def test_rounded_weights_of_one_kind_are_begun_with_and_their_frozen_rest_is_held(folder, begin):
     """A hash is of what is not rounded, on both sides."""
     words = (*KNOWN, "adapter=lora_8bit")
     trained(folder, "rounded", *words, "trainer.steps=1", *METRICS)
-    assert "init=rounded: 15 tensors taken from step 1." in begin(*words, "init=rounded")[1]
-    with pytest.raises(UserError, match="trained on other frozen weights"):
+    assert "init=rounded: 15 tensors loaded from step 1." in begin(*words, "init=rounded")[1]
+    with pytest.raises(UserError, match="frozen backbone weights differ from"):
         begin(*words, "init=rounded", "backbone.weights=random")
 
 
@@ -264,7 +272,7 @@ def test_the_run_that_it_begins_with_is_part_of_a_recipe(folder, begun, compose,
 def test_a_recipe_that_goes_on_from_another_asks_for_its_run(compose, recipe, first):
     words = (f"hparam={recipe}", "mode=train", "data.root=movi")
     cfg = compose(*words)
-    with pytest.raises(UserError, match=f"begins with the weights of a run by hparam={first}: .*init=null"):
+    with pytest.raises(UserError, match=f"starts from the weights of a run with hparam={first}: .*init=null"):
         train.check(cfg)
     assert compose("mode=train", f"hparam={first}", "data.root=movi").init is None
     train.check(compose(*words, "init=null"))

@@ -103,7 +103,7 @@ def test_a_typed_length_lifts_the_time_limit_of_a_run(compose, tmp_path, capsys,
         compose(*words, "mode=train"), [parsed(word) for word in words], tmp_path / "last.safetensors", info, tell=True
     )
     assert merged.trainer.max_minutes == limit
-    assert ("trainer.max_minutes=null in place of 9.5" in capsys.readouterr().err) == (limit is None)
+    assert ("trainer.max_minutes=null instead of 9.5" in capsys.readouterr().err) == (limit is None)
 
 
 def test_a_head_of_the_user_s_own_file_goes_on_as_it_was_made(where):
@@ -212,20 +212,20 @@ def test_a_relative_root_is_that_of_the_run(where, run, compose, monkeypatch, ca
         cfg = merge(compose("mode=eval", *words), [parsed(word) for word in words], path, last(run))
         return cfg.data.root, capsys.readouterr().err
 
-    assert "where the run ha" not in merged()[1]
+    assert "the run," not in merged()[1]
     write_data(here, val=1)
     monkeypatch.chdir(here.parent)
     done = call(here.parent, "mode=eval", f"resume={run}", "engine=cpu", *QUIET[:2], "hydra.run.dir=evaluated")
     root = OmegaConf.load("evaluated/config/config.yaml").data.root
-    warning = f"warning: data.root=data means {there}, where the run has its data, and not {here}. For that one, give "
+    warning = f"warning: data.root=data means {there}, as in the run, not {here}. To use that one, set "
     assert root == str(there) and f"{warning}data.root={here}." in done.err, done.err
     assert merged()[0] == root
     for given in ("data.root=data", f"data.root={here}"):
         root, said = merged(given)
-        assert (here.parent / root) == here and "where the run ha" not in said
+        assert (here.parent / root) == here and "the run," not in said
     there.rename(where / "moved")
     root, said = merged()
-    assert root == str(here) and f"{there}, where the run had its data, is not there: taking data.root=data" in said
+    assert root == str(here) and f"{there}, the data of the run, does not exist: using data.root=data" in said
 
 
 def test_a_root_that_is_with_the_run_alone_needs_no_word(tmp_path, monkeypatch):
@@ -238,9 +238,7 @@ def test_a_key_that_a_checkpoint_lacks_is_added_where_that_is_said(compose, tmp_
     cfg = compose("mode=eval", "resume=x", "data.root=.", "data.classes=[a,b]")
     info = json.loads(json.dumps(config_description(Builder(cfg))))
     assert merge(cfg, [parsed("++head.more=1")], tmp_path / "x", info).head.more == 1
-    with pytest.raises(
-        UserError, match=r"head\.more is no key of .* To add it all the same, give \+\+head\.more=VALUE"
-    ):
+    with pytest.raises(UserError, match=r"head.more is not a key of .* To add it anyway, give \+\+head.more=VALUE"):
         merge(cfg, [parsed("head.more=1")], tmp_path / "x", info)
 
 
@@ -266,8 +264,8 @@ def test_auto_passes_over_a_run_that_is_still_going(where, run, monkeypatch):
         assert busy.status == 1 and "Another process is writing to" in busy.err
         done = train(where, "trainer.steps=1", "resume=auto")
         assert done.status == 0
-        assert f"another process is writing to {run}: waiting up to 0.1 seconds for its end" in done.err
-        assert f"resume=auto: passed over: {run} is still written to." in done.err
+        assert f"another process is writing to {run}: waiting up to 0.1 seconds for it to end" in done.err
+        assert f"resume=auto: skipped: another process is still writing to {run}." in done.err
     assert len(runs(where)) == 2
 
 
@@ -282,7 +280,7 @@ def test_auto_waits_for_a_run_that_is_about_to_end(where, run, monkeypatch):
     monkeypatch.setattr(lookup, "is_locked", lambda run: asked.append(run) or len(asked) < 3)
     done = train(where, "trainer.steps=2", "resume=auto")
     assert done.status == 0 and runs(where) == [run] and last(run)["progress"]["step"] == 2
-    assert f"resume=auto: another process is writing to {run}: waiting" in done.err and "passed over" not in done.err
+    assert f"resume=auto: another process is writing to {run}: waiting" in done.err and "skipped:" not in done.err
     assert not half.parent.exists() and not older.exists() and not rows.exists() and mine.exists()
 
 

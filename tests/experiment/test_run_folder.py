@@ -107,7 +107,10 @@ def test_words_that_are_no_text_are_kept_as_they_were_typed(tmp_path):
     [
         (lambda where, _: (where / "outputs").touch(), "outputs"),
         (lambda where, patch: patch.setattr(run_folder.OmegaConf, "save", full), "No space left on device; "),
-        (lambda where, patch: patch.setattr(score, "run", full), "MiB are free there. Make room and run it again"),
+        (
+            lambda where, patch: patch.setattr(score, "run", full),
+            "MiB are free there. Free some space and run it again",
+        ),
         (
             lambda where, patch: patch.setattr(
                 score, "run", lambda *_, **__: open(where / "gone/a.png", encoding="utf-8")
@@ -125,7 +128,7 @@ def test_the_system_speaks_in_messages(tmp_path, monkeypatch, make, said):
 
 def test_a_run_folder_with_too_long_a_name(tmp_path):
     done = call(tmp_path, "mode=score", f"hydra.run.dir={'a' * 300}")
-    assert done.status == 1 and "no file has a name of 300 letters. Give a shorter one." in done.err
+    assert done.status == 1 and "no file name has 300 characters. Give a shorter one." in done.err
 
 
 def test_errors_that_are_no_file_s_keep_their_traceback():
@@ -134,7 +137,7 @@ def test_errors_that_are_no_file_s_keep_their_traceback():
             raise error
         assert raised.value is error
     with (
-        pytest.raises(UserError, match="Cannot read or write b.png: Permission denied. Let your user"),
+        pytest.raises(UserError, match="Cannot read or write b.png: Permission denied. Give your user"),
         telling_file_errors(Path()),
     ):
         raise PermissionError(errno.EACCES, "Permission denied", "a.png", None, "b.png")

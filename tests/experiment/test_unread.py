@@ -32,4 +32,4 @@ def test_a_group_with_a_package_of_its_own_is_read_where_the_group_is(tmp_path, 
     (tmp_path / "config").mkdir()
     (tmp_path / "config/overrides.txt").write_text("data@data=folder\nslots@slots=free\n")
     warn_not_read(tmp_path, "mode=score", ["data"])
-    assert capsys.readouterr().err.startswith("warning: No effect here: slots@slots=free. Beside its own keys")
+    assert capsys.readouterr().err.startswith("warning: No effect here: slots@slots=free. In addition to its own keys")

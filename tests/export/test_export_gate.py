@@ -100,7 +100,7 @@ def test_a_broken_export_is_refused_and_its_layer_named(cfg, out, monkeypatch, p
         finish(model, *words)
 
     monkeypatch.setattr(onnx_file, "finish", break_and_finish)
-    with pytest.raises(UserError, match=f"model.onnx was not kept.*What differs: {layer}"):
+    with pytest.raises(UserError, match=f"model.onnx was not saved.*Cause: {layer}"):
         OnnxExport()(ModelSource(cfg), out_dir=out)
     assert [path.name for path in out.iterdir()] == [REPORT]
     assert not json.loads((out / REPORT).read_text())["proven"]
@@ -113,7 +113,7 @@ def test_pictures_resized_otherwise_are_refused(cfg, out, monkeypatch):
     other = lambda model, record, about: finish(model, replace(record, scale=0.25), about)  # noqa: E731
     monkeypatch.setattr(onnx_file, "finish", other)
     monkeypatch.setattr("dinoseg.export.layers.pixels", lambda image, layout, fill: np.zeros((3, *layout.padded)))
-    with pytest.raises(UserError, match="What differs: the resizing of pictures before the first layer"):
+    with pytest.raises(UserError, match="Cause: the resizing of images before the first layer"):
         OnnxExport()(ModelSource(cfg), out_dir=out)
 
 
@@ -126,7 +126,7 @@ def test_a_file_that_does_not_run_is_refused_with_its_words(cfg, out, monkeypatc
         del model.graph.initializer[:]
 
     monkeypatch.setattr(onnx_file, "finish", drop)
-    with pytest.raises(UserError, match="gives no answer for 0.png: /.*onnxruntime .* cannot run it"):
+    with pytest.raises(UserError, match="returns no result for 0.png: /.*onnxruntime .* cannot run it"):
         OnnxExport()(ModelSource(cfg), out_dir=out)
     assert not list(out.iterdir())
 
@@ -134,12 +134,12 @@ def test_a_file_that_does_not_run_is_refused_with_its_words(cfg, out, monkeypatc
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        ({"size": [1000000, 1000000]}, r"at most 32768 px a side, and no more pixels than \[8192,8192\]"),
+        ({"size": [1000000, 1000000]}, r"at most 32768 px per side, and no more pixels than \[8192,8192\]"),
         ({"size": [16384, 8192]}, "no more pixels than"),
-        ({"size": [65536, 8]}, "at most 32768 px a side"),
+        ({"size": [65536, 8]}, "at most 32768 px per side"),
         ({"size": [512]}, r"give \[H,W\]"),
         ({"size": [64, 64], "dynamic": True}, "is one size: leave it out"),
-        ({"pixels": True, "dynamic": True}, "which takes one size"),
+        ({"pixels": True, "dynamic": True}, "which needs a fixed size"),
         ({"opset": 17}, "export.opset=17: give 18"),
         ({"opset": 99}, "export.opset=99: give 18"),
         ({"precision": "int4"}, "export.precision=int4 is unknown"),
@@ -165,7 +165,7 @@ def test_a_size_that_pictures_make_too_large_is_refused():
     record, reason = record_of(model, None, GraphOptions(), (8192, 8170))
     assert record.size == (8192, 8176) and record.batch == 1 and reason == "it pools"
     for picture in ((8192, 8193), (8, 32769)):
-        with pytest.raises(UserError, match=r"size of the first picture, \[.*it pools.*too large. Give export.size"):
+        with pytest.raises(UserError, match=r"size of the first image, \[.*it pools.*too large. Set export.size"):
             record_of(model, None, GraphOptions(), picture)
 
 
@@ -187,11 +187,11 @@ def test_pictures_are_spread_over_a_folder(tmp_path):
 def test_what_the_data_set_or_the_model_cannot_be_is_refused_before_anything_is_traced(cfg, out, monkeypatch):
     monkeypatch.setattr(onnx_export, "trace", lambda *_: pytest.fail("it was traced"))
     with pytest.raises(
-        UserError, match=r"size=\[500, 500\]: give multiples of the patches' 8 px, such as \[496, 496\]"
+        UserError, match=r"size=\[500, 500\]: give multiples of the patch size, 8 px, such as \[496, 496\]"
     ):
         OnnxExport(size=[500, 500])(ModelSource(cfg), out_dir=out)
     monkeypatch.setattr(source, "load_trained", lambda *_: pytest.fail("a model was made"))
-    with pytest.raises(UserError, match="cannot be proven on the data set's split test.*export.images"):
+    with pytest.raises(UserError, match="cannot be verified on the dataset's split test.*export.images"):
         OnnxExport(images="test")(ModelSource(cfg), out_dir=out)
     assert not list(out.iterdir())
 
@@ -199,13 +199,13 @@ def test_what_the_data_set_or_the_model_cannot_be_is_refused_before_anything_is_
 @pytest.mark.parametrize(
     ("images", "reason"),
     [
-        ("none", "No such file or folder"),
-        ("drawn", r"chart.png is in .*drawn, a folder that dinoseg wrote: its pictures are charts"),
+        ("none", "File or folder not found"),
+        ("drawn", "chart.png is in .*drawn, a folder that dinoseg wrote: its images are charts"),
         ("drawn/masks/*.png", "a folder that dinoseg wrote"),
         ("masks", "a folder that dinoseg wrote"),
-        ("cut", "cut.png as a picture.*truncated"),
-        ("film", "holds no pictures"),
-        ("large", r"0.png \(300 x 400\) takes 0.0 GiB to be compared class by class"),
+        ("cut", "cut.png as an image..*truncated"),
+        ("film", "holds no images"),
+        ("large", r"0.png \(300 x 400\) needs 0.0 GiB for the comparison of scores"),
     ],
 )
 def test_pictures_that_prove_nothing_are_refused_before_a_model_is_made(tmp_path, monkeypatch, images, reason):
@@ -226,7 +226,7 @@ def test_pictures_that_prove_nothing_are_refused_before_a_model_is_made(tmp_path
 
 def test_scores_that_are_not_there_are_told_of_before_a_model_is_made(tmp_path, monkeypatch):
     monkeypatch.setattr(source, "load_trained", lambda *_: pytest.fail("a model was made"))
-    with pytest.raises(UserError, match="export.scores=.*none is no run folder of mode=eval"):
+    with pytest.raises(UserError, match="export.scores=.*none is not a run folder of mode=eval"):
         cfg = OmegaConf.create({"resume": "run"})
         write.export_model(ModelSource(cfg), out_dir=tmp_path, scores=str(tmp_path / "none"))
 

@@ -93,12 +93,12 @@ def test_nan_which_agrees_with_anything_proves_nothing(picture):
     [
         (
             "exec sleep 9",
-            "gives no answer for 0.png: not within 0 s, and PyTorch took 0.0 s. Choose another export.opset",
+            "returns no result for 0.png: no answer within 0 s; PyTorch took 0.0 s. Choose another export.opset",
         ),
-        ("read line; kill -9 $$", "ended by signal 9 .Killed., as where memory runs out; it ended without a word"),
-        ("echo it is broken >&2; exit 1", "gives no answer for 0.png: it is broken. Choose"),
-        ("printf 12345678; exec sleep 9", "it ended without a word"),
-        ("printf '\\004\\0\\0\\0\\0\\0\\0\\0none'; exec sleep 9", "it ended without a word"),
+        ("read line; kill -9 $$", "killed by signal 9 .Killed., as when memory runs out; it ended without a message"),
+        ("echo it is broken >&2; exit 1", "returns no result for 0.png: it is broken. Choose"),
+        ("printf 12345678; exec sleep 9", "it ended without a message"),
+        ("printf '\\004\\0\\0\\0\\0\\0\\0\\0none'; exec sleep 9", "it ended without a message"),
     ],
 )
 def test_a_process_that_hangs_dies_or_talks_nonsense_is_told_of(picture, tmp_path, monkeypatch, command, reason):
@@ -121,7 +121,7 @@ def test_the_limit_grows_with_what_pytorch_takes(picture, tmp_path, monkeypatch)
     with (
         open(tmp_path / "log", "w+b") as log,
         subprocess.Popen(["/bin/false"], stderr=log, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process,
-        pytest.raises(UserError, match="it ended without a word"),
+        pytest.raises(UserError, match="it ended without a message"),
     ):
         proof.Exported(process, tmp_path / "model.onnx", log)(picture.path, 1, 7.0)
     assert limits == [300 + 50 * 7]

@@ -120,7 +120,7 @@ def test_images_that_do_not_fit_are_seen_in_windows_and_it_is_said_once(free, ca
     with caplog.at_level(logging.INFO):
         free(2 * need + 2)
         predictor.ids([picture(100, 90)])
-        assert seen[-1] == (100, 90) and caplog.messages[0].endswith("that may be taken: whole images.")
+        assert seen[-1] == (100, 90) and caplog.messages[0].endswith("are available: whole images.")
         caplog.clear()
         seen.clear()
         free(need)
@@ -130,8 +130,10 @@ def test_images_that_do_not_fit_are_seen_in_windows_and_it_is_said_once(free, ca
         predictor.ids([picture(150, 90)])
     assert set(seen[1:]) == {(32, 48)}
     (message,) = caplog.messages
-    assert message.startswith("inference=auto: an image of 90 x 120 (width x height) would take about 0.0 GiB whole")
-    assert "windows of 48 x 32 are put together" in message
+    assert message.startswith(
+        "inference=auto: an image of 90 x 120 (width x height) would need about 0.0 GiB in one pass"
+    )
+    assert "it is predicted in windows of 48 x 32" in message
 
 
 def test_windows_of_auto_see_pictures_at_the_scale_that_whole_ones_are_seen_at(free):
@@ -175,7 +177,7 @@ def test_where_memory_does_not_suffice_auto_goes_on_with_windows_and_says_so(fre
     assert (predictor.ids([picture(100, 90)]) == windows.ids([picture(100, 90)])).all()
     (message,) = caplog.messages
     assert message.startswith(
-        "inference=auto: memory did not suffice for an image of 90 x 100 (width x height) whole: "
+        "inference=auto: not enough memory for an image of 90 x 100 (width x height) in one pass: "
     )
     assert (predictor.ids([picture(120, 90)]) == windows.ids([picture(120, 90)])).all() and len(caplog.messages) == 1
     whole = Predictor(made(), CPU, nullcontext)

@@ -61,7 +61,7 @@ class TestListInputs:
     @pytest.mark.parametrize(
         ("source", "message"),
         [
-            ("nowhere.png", r"No such file or folder: input=.*nowhere\.png.*\.jpg.*\.mp4"),
+            ("nowhere.png", r"File or folder not found: input=.*nowhere\.png.*\.jpg.*\.mp4"),
             ("empty", r"The folder .*empty holds no image or video directly.*Accepted"),
             ("none*.png", r"The pattern .*none\*\.png matches no image or video.*Accepted"),
             ("notes.txt", r"notes\.txt is of an unknown kind \(\.txt\).*\.png"),
@@ -88,7 +88,7 @@ def test_pictures_of_kinds_that_are_not_read_are_reported(tmp_path, caplog):
     for name in ("a.png", "b.gif", "c.HEIC", "notes.txt"):
         (tmp_path / name).touch()
     assert [path.name for path in list_inputs(str(tmp_path))] == ["a.png"]
-    assert "left out are 2 files of kinds that are not read: b.gif, c.HEIC." in caplog.text
+    assert "left out 2 files of unsupported formats: b.gif, c.HEIC." in caplog.text
     (tmp_path / "a.png").unlink()
-    with pytest.raises(UserError, match="There are 2 files of kinds that are not read: b.gif, c.HEIC. Convert them"):
+    with pytest.raises(UserError, match="There are 2 files of unsupported formats: b.gif, c.HEIC. Convert them"):
         list_inputs(str(tmp_path))

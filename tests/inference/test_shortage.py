@@ -19,7 +19,7 @@ from dinoseg.utils.errors import UserError
 )
 def test_a_shortage_is_told_by_the_line_that_tells_it(error, reason):
     found = shortage_of(error)
-    assert isinstance(found, OutOfMemory) and str(found).startswith(f"Memory did not suffice ({reason}")
+    assert isinstance(found, OutOfMemory) and str(found).startswith(f"Out of memory ({reason}")
 
 
 def test_the_reason_of_what_tells_no_shortage_is_its_first_line():

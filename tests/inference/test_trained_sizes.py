@@ -77,14 +77,14 @@ def test_only_larger_pictures_are_reduced_and_masks_keep_their_size(model, seen,
         assert model(images(*size)).scores().shape[-2:] == size
     assert seen == [(60, 64), (16, 32), (32, 24), (20, 60)]
     (message,) = caplog.messages
-    assert "Pictures of 80 x 40 (width x height) are larger than those" in message and "resolution.longest" in message
-    assert "about 32 pixels and enlarged at most 64" in message
+    assert "Images of 80 x 40 (width x height) are larger than those" in message and "resolution.longest" in message
+    assert "about 32 pixels, enlarged at most to 64" in message
 
 
 def test_an_evaluation_says_it_and_changes_nothing(model, seen, caplog):
     keep_scale(model, SIZES, reduces=False)
     model(images(40, 80))
-    assert seen == [(40, 80)] and "scored as they are; mode=predict and mode=track reduce them to 32" in caplog.text
+    assert seen == [(40, 80)] and "scored at full size; mode=predict and mode=track reduce them to 32" in caplog.text
 
 
 def test_nothing_is_said_without_sizes_or_where_the_model_reduces_anyway(model, seen, caplog):

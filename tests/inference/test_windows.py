@@ -109,8 +109,8 @@ def test_what_shortest_is_not_kept_to_is_said_once(caplog):
             asked(model, pictures(1, 2, count=1), policy)
     (message,) = caplog.messages
     assert message.startswith(
-        "inference.shortest=16384 would make an image of 2 x 1 (width x height) larger than 64 megapixels: it becomes "
-        "11585 x 5793, "
+        "inference.shortest=16384 would make an image of 2 x 1 (width x height) larger than 64 megapixels: it is "
+        "limited to 11585 x 5793, "
     )
     with pytest.raises(UserError, match="shortest=16385 is out of range. Give a whole number from 1"):
         check_given("dinoseg.inference.windows.Windows", {"size": 8, "shortest": 16385})
@@ -321,7 +321,7 @@ class Rolling:
         ({"weights": "hann"}, r"inference\.weights=hann is unknown. Choose one of cosine, uniform"),
         ({"flips": "both"}, r"inference\.flips=both is unknown. Choose one of none, horizontal, all"),
         ({"average": "votes"}, r"inference\.average=votes is unknown"),
-        ({"scales": []}, r"inference\.scales=\[\] leaves nothing"),
+        ({"scales": []}, r"inference.scales=\[\] has no scale"),
         ({"size": [3, 4, 5]}, r"inference\.size=\[3, 4, 5\]: give one number"),
     ],
 )

@@ -88,5 +88,5 @@ def test_label_smoothing_out_of_range_is_refused():
 @pytest.mark.parametrize("loss", [CrossEntropy, Focal])
 def test_weights_of_another_number_of_classes_are_refused(loss):
     prediction, batch = make(torch.zeros(1, 20, 30, dtype=torch.uint8), classes=3)
-    with pytest.raises(RuntimeError, match=r"weight tensor of 2 classes, and the head scores 3: set head\.num_classes"):
+    with pytest.raises(RuntimeError, match="weights for 2 classes, but the head scores 3: set head.num_classes"):
         loss(torch.ones(2))(prediction, batch)

@@ -280,7 +280,7 @@ def test_as_many_classes_as_queries_and_more():
     prediction, batch = make(MASKS["many"], queries=3)
     assert MaskClassification(WEIGHTS)(prediction, batch)[0].isfinite()
     prediction, batch = make(MASKS["many"], queries=2)
-    with pytest.raises(UserError, match="head.num_queries=2: image 0 shows 3 classes.* Set head.num_queries to 3"):
+    with pytest.raises(UserError, match="head.num_queries=2: image 0 has 3 classes.* Set head.num_queries to 3"):
         MaskClassification(WEIGHTS)(prediction, batch)
 
 
@@ -340,7 +340,7 @@ def test_heads_without_masks_are_refused():
         ({"oversample": 0.5}, "loss.criterion.oversample=0.5: give a number of at least 1"),
         ({"importance": 1.5}, "loss.criterion.importance=1.5: give a share from 0 to 1"),
         ({"factors": {"class": 2.0, "mask": 5.0}}, "loss.criterion.factors.dice is not set"),
-        ({"factors": {**FACTORS, "box": 1.0}}, "factors.box=1.0: no such term. The terms are class, mask, dice"),
+        ({"factors": {**FACTORS, "box": 1.0}}, "factors.box=1.0: unknown term. The terms are class, mask, dice"),
     ],
 )
 def test_bad_options_are_refused(options, said):

@@ -261,5 +261,7 @@ def test_terms_get_class_weights_only_if_they_take_them():
     assert made.needs_slots and made.needs_similarity and torch.equal(made.losses[1].weight, weights)
     dice = WeightedSum({"dice": Dice}, {"dice": 1.0}, weights)
     assert not dice.needs_slots and not dice.needs_similarity
-    with pytest.raises(UserError, match="loss.criterion.terms.dice weighs classes, and this loss has none. Remove the"):
+    with pytest.raises(
+        UserError, match="loss.criterion.terms.dice weights classes, but this loss has none. Remove the"
+    ):
         WeightedSum(terms, dict.fromkeys(terms, 1.0))

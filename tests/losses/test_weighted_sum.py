@@ -120,7 +120,7 @@ def test_it_needs_masks_when_a_term_does():
 @pytest.mark.parametrize(
     "terms, factors, said",
     [
-        (TERMS, {"ce": 1.0, "dise": 1.0}, r"loss.criterion.factors.dise=1.0: no such term. The terms are ce, dice"),
+        (TERMS, {"ce": 1.0, "dise": 1.0}, "loss.criterion.factors.dise=1.0: unknown term. The terms are ce, dice"),
         (TERMS, {"ce": 1.0}, r"loss.criterion.factors.dice is not set"),
         (TERMS, {"ce": 1.0, "dice": -1.0}, r"factors.dice=-1.0: give a number of at least 0"),
         (TERMS, {"ce": "much", "dice": 1.0}, r"factors.ce=much: give a number"),
@@ -188,7 +188,7 @@ def test_a_sum_written_on_the_command_line(compose):
 @pytest.mark.parametrize(
     "override, said",
     [
-        ("+loss.criterion.factors.dise=1.0", "factors.dise=1.0: no such term"),
+        ("+loss.criterion.factors.dise=1.0", "factors.dise=1.0: unknown term"),
         ("~loss.criterion.factors.dice", "factors.dice is not set"),
         ("+loss.criterion.terms.dice.gamma=1", "does not take gamma"),
     ],

@@ -140,7 +140,7 @@ def test_what_does_not_fit_is_told(tmp_path, triples):
     reasons = dict(found.problems)
     assert len(found.cases) == 7 and len(reasons) == 3
     assert "has no prediction" in reasons[prediction / path(2)]
-    assert "iIoU needs it. It comes with" in reasons[reference / path(3).replace("labelIds", "instanceIds")]
+    assert "iIoU needs it. It is in" in reasons[reference / path(3).replace("labelIds", "instanceIds")]
     assert {"2 predictions of its image" in reasons.get(file, "") for file in (prediction / path(5), twice)} == {
         True,
         False,
@@ -186,7 +186,7 @@ def test_bad_files_are_named(tmp_path):
         (good, paths["void"], paths["void"], r"holds the ids 255 in 20 pixels. Label ids are 0..33; map train ids"),
         (paths["high_gtFine_labelIds"], good, paths["high_gtFine_labelIds"], "holds the ids 34 in 20"),
         (paths["odd_gtFine_labelIds"], good, paths["odd_gtFine_instanceIds"], "holds the ids 7001 .* 1000"),
-        (paths["small_gtFine_labelIds"], good, paths["small_gtFine_instanceIds"], "is not of the size of"),
+        (paths["small_gtFine_labelIds"], good, paths["small_gtFine_instanceIds"], "differs in size from"),
         (paths["lone_gtFine_labelIds"], good, tmp_path / "lone_gtFine_instanceIds.png", "No such file"),
     ):
         with pytest.raises(BadFile, match=message) as error:
@@ -226,7 +226,7 @@ def test_a_data_set_of_it_can_be_scored(tmp_path):
     protocol = Cityscapes()
     assert protocol.target("ulm/ulm_0_1") == "ulm/ulm_0_1_gtFine_labelIds.png"
     reference = tmp_path / "ulm_0_1_gtFine_labelTrainIds.png"
-    with pytest.raises(BadFile, match="ulm_0_1_gtFine_instanceIds.png: is missing, and iIoU needs it"):
+    with pytest.raises(BadFile, match="ulm_0_1_gtFine_instanceIds.png: is missing, but iIoU needs it"):
         protocol.case("ulm/ulm_0_1", reference, tmp_path / "p.png")
     save(tmp_path / "ulm_0_1_gtFine_instanceIds.png", [[0]])
     case = protocol.case("ulm/ulm_0_1", reference, tmp_path / "p.png")

@@ -425,7 +425,9 @@ def test_other_resolutions(tmp_path):
     root, results = write_task(tmp_path, "davis2017", three_frames())
     shutil.move(root / "Annotations/480p", root / "Annotations/Full-Resolution")
     assert Davis2017(resolution="Full-Resolution").find(root, results).cases
-    with pytest.raises(UserError, match="protocol.resolution=480p: .* holds no such folder, but Full-Resolution"):
+    with pytest.raises(
+        UserError, match="protocol.resolution=480p: .* does not hold this folder; it holds Full-Resolution"
+    ):
         Davis2017().find(root, results)
 
 
@@ -439,11 +441,11 @@ def test_folders_that_are_no_davis(tmp_path):
         Davis2017().find(results, results)
     with pytest.raises(UserError, match=f"Try reference={root}"):
         Davis2017().find(root / "Annotations" / "480p", results)
-    with pytest.raises(UserError, match="protocol.split=train: .* holds no such list, but val"):
+    with pytest.raises(UserError, match="protocol.split=train: .* does not hold this list; it holds val"):
         Davis2017(split="train").find(root, results)
     with pytest.raises(UserError, match="holds no ImageSets/2016/val.txt; ImageSets holds 2017"):
         Davis2016().find(root, results)
-    with pytest.raises(UserError, match="is no folder"):
+    with pytest.raises(UserError, match="is not a folder"):
         Davis2017().find(root, tmp_path / "nowhere")
     with pytest.raises(UserError, match="holds no folder of a sequence in val. Give the folder that holds short/"):
         Davis2017().find(root, tmp_path)
@@ -468,7 +470,7 @@ def test_the_number_of_proposals_is_checked(value):
 @pytest.mark.parametrize("task", TASKS)
 def test_names_are_checked(task):
     for options in ({"split": ""}, {"split": "a/b"}, {"resolution": ".."}, {"resolution": 480}):
-        with pytest.raises(UserError, match=f"protocol.{next(iter(options))}=.* is no name"):
+        with pytest.raises(UserError, match=f"protocol.{next(iter(options))}=.* is not a valid name"):
             TASKS[task](**options)
 
 
@@ -524,7 +526,7 @@ def test_a_run_of_mode_track_is_scored_as_the_folder_of_its_sequence(tmp_path):
     masks = root / "Annotations/480p/gone"  # a video of one's own, whose masks lie in a folder
     other = tracked(tmp_path / "own", held["gone"][1], "clips/own.mp4")
     assert score(protocol, masks, other)[0] == found and list(score(protocol, masks, other)[1]) == ["own"]
-    with pytest.raises(UserError, match="is a run of mode=track on own, which is no sequence in"):
+    with pytest.raises(UserError, match="is a run of mode=track on own, which is not a sequence in"):
         protocol.find(root, other)
     with pytest.raises(UserError, match="holds no masks. Give a folder of PNG masks"):
         protocol.find(tmp_path, other)

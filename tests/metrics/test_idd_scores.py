@@ -153,7 +153,7 @@ def test_folders_that_are_not_laid_out_so(tmp_path):
     reference, prediction = tree(tmp_path, pairs, lambda number: f"val/{path(number)}")
     with pytest.raises(UserError, match=r"not at that depth. Try reference=\S+reference/val\."):
         Idd().find(reference, prediction / "val")
-    with pytest.raises(UserError, match="is no folder"):
+    with pytest.raises(UserError, match="is not a folder"):
         Idd().find(reference / "val", tmp_path / "nowhere")
     for number in range(2):
         (prediction / "val" / path(number)).rename(prediction / "val" / f"drive{number}/frame.jpg")
@@ -168,7 +168,7 @@ def test_unreadable_and_coloured_files_are_named(tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_bytes(good.read_bytes()[:900])
     coloured = save(tmp_path / "coloured.png", np.zeros((2, 2, 3)))
-    for path_, message in ((broken, "Cannot read it as a picture"), (coloured, "has 3 channels")):
+    for path_, message in ((broken, "Cannot read it as an image"), (coloured, "has 3 channels")):
         with pytest.raises(BadFile, match=message) as error:
             Idd().measure(ScoringCase("d/a", "d", ((good, path_),)))
         assert error.value.path == path_

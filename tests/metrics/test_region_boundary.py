@@ -230,7 +230,7 @@ def test_the_most_masks_there_can_be():
         np.stack(pair_scores(maps[0], maps[1] // 30, 255, 8)), official_pairs(maps[0], maps[1] // 30, 255, 8)
     )
     for way in (lambda: pair_scores(*maps, 256, 1), lambda: object_scores(*maps, 256)):
-        with pytest.raises(ValueError, match="At most 255 masks in a frame, and there are 256"):
+        with pytest.raises(ValueError, match="256 masks; the limit is 255"):
             way()
 
 

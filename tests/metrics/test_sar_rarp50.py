@@ -195,7 +195,7 @@ def test_missing_files_are_counted_and_noted(folders, protocol):
     found = protocol.find(reference, prediction)
     assert not found.problems and len(found.cases) == sum(map(len, VIDEOS.values()))
     refused = "reference frames, which the official script refuses"
-    missing = "missing predictions (what they score is in the rules)"
+    missing = "missing predictions (see the rules for their score)"
     extra = "files without reference, which are not scored, 2: 000000999.png, notes.txt"
     assert [note.removeprefix(str(prediction)) for note in found.notes] == [
         f"/video_41/segmentation: 4 files for 5 {refused}; {missing}, 1: 000000180.png",
@@ -223,8 +223,8 @@ def test_an_ending_that_is_not_png_is_given_as_the_reason(folders):
     (place / "000000060.png").rename(place / "000000060.PNG")
     save(place / "000000999.png", EMPTY)
     (note,) = [note for note in SarRarp50().find(*folders).notes if "video_42" in note]
-    assert "missing for their ending alone, which must be .png, 1: 000000060.PNG" in note
-    assert "missing predictions (what they score is in the rules), 1: 000000060.png" in note
+    assert "missing only because their suffix is not .png, 1: 000000060.PNG" in note
+    assert "missing predictions (see the rules for their score), 1: 000000060.png" in note
 
 
 @pytest.mark.parametrize("make", PROTOCOLS)
@@ -262,20 +262,20 @@ def test_predictions_of_none_of_the_videos_are_told_in_one_line(folders):
     for video in sorted(VIDEOS):
         (prediction / video).rename(prediction / video.replace("video", "clip"))
     first, *_ = sorted(VIDEOS)
-    with pytest.raises(UserError, match=f"holds no folder segmentation/ of the videos in .*{first}.*; it holds clip_"):
+    with pytest.raises(UserError, match=f"holds no folder segmentation/ for the videos in .*{first}.*; it holds clip_"):
         SarRarp50().find(reference, prediction)
     save(prediction / "clip_41/000_pred.png", EMPTY)
     with pytest.raises(
-        UserError, match=r"another split, or named otherwise\? Pictures \*_pred.png are those of mode=eval"
+        UserError, match=r"Check that split and names match\. Files \*_pred.png are overlays of mode=eval"
     ):
         SarRarp50Seed().find(reference, prediction)
 
 
 def test_folders_that_hold_nothing_of_the_kind(folders, tmp_path):
     reference, prediction = folders
-    with pytest.raises(UserError, match="prediction=.*nowhere is no folder"):
+    with pytest.raises(UserError, match="prediction=.*nowhere is not a folder"):
         SarRarp50().find(reference, tmp_path / "nowhere")
-    with pytest.raises(UserError, match="reference=.*nowhere is no folder"):
+    with pytest.raises(UserError, match="reference=.*nowhere is not a folder"):
         SarRarp50().find(tmp_path / "nowhere", prediction)
     (tmp_path / "dataset").mkdir()
     with pytest.raises(UserError, match=r"no <video>/segmentation/<stem>\.png"):
@@ -288,14 +288,14 @@ def test_folders_that_hold_nothing_of_the_kind(folders, tmp_path):
 SPOILT = {
     "other size": (lambda path: save(path, np.zeros((20, 28))), r"is 28 x 20 pixels, its reference 56 x 40"),
     "turned": (lambda path: save(path, np.zeros((56, 40))), r"is 40 x 56 pixels"),
-    "id 10": (lambda path: save(path, np.full(SHAPE, 10)), r"ids that are no class, 10: the ids are 0 to 9"),
-    "void": (lambda path: save(path, np.full(SHAPE, 255)), r"no class, 255"),
+    "id 10": (lambda path: save(path, np.full(SHAPE, 10)), r"ids that are not classes, 10: the ids are 0 to 9"),
+    "void": (lambda path: save(path, np.full(SHAPE, 255)), r"not classes, 255"),
     "many ids": (lambda path: save(path, np.arange(40 * 56).reshape(SHAPE) % 256), r"10, 11, 12, 13, 14 and 241 more"),
-    "16 bit": (lambda path: save(path, np.full(SHAPE, 300), np.uint16), r"no class, 300"),
+    "16 bit": (lambda path: save(path, np.full(SHAPE, 300), np.uint16), r"not classes, 300"),
     "colours": (lambda path: save(path, np.full((*SHAPE, 3), (0, 255, 255))), r"holds colours, not class ids"),
-    "truncated": (lambda path: path.write_bytes(path.read_bytes()[:60]), r"truncated or no picture"),
-    "empty file": (lambda path: path.write_bytes(b""), r"truncated or no picture"),
-    "text": (lambda path: path.write_text("0 0 0"), r"truncated or no picture"),
+    "truncated": (lambda path: path.write_bytes(path.read_bytes()[:60]), "truncated or not an image"),
+    "empty file": (lambda path: path.write_bytes(b""), "truncated or not an image"),
+    "text": (lambda path: path.write_text("0 0 0"), "truncated or not an image"),
 }
 
 
@@ -350,7 +350,7 @@ def test_a_data_set_s_frame_gives_the_same_case(folders, make):
     assert protocol.target("video_41/000000060") == "video_41/segmentation/000000060.png"
     assert protocol.target("test/video_41/000000060") == "test/video_41/segmentation/000000060.png"
     for name in ("000000060", "/000000060", "video_41/"):
-        with pytest.raises(UserError, match="names no frame of SAR-RARP50"):
+        with pytest.raises(UserError, match="is not a frame name of SAR-RARP50"):
             protocol.target(name)
     for case in protocol.find(*folders).cases:
         path = protocol.target(case.name)

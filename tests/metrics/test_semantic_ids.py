@@ -28,7 +28,7 @@ def test_binary_masks_are_two_classes(tmp_path):
     mixed = save(tmp_path / "mixed.png", [[1, 255]])
     for files, bad, ids in (((good, grey), grey, 128), ((mixed, good), mixed, 1)):
         with pytest.raises(
-            BadFile, match=f"holds the ids {ids} in 1 pixels. Beside 255, a binary mask holds 0"
+            BadFile, match=f"holds the ids {ids} in 1 pixels. A binary mask holds only 0 and 255"
         ) as error:
             protocol.measure(ScoringCase("a", "a", (files,)))
         assert error.value.path == bad
@@ -62,8 +62,8 @@ def test_references_of_0_and_255_alone_are_warned_of(tmp_path):
 def test_one_foreign_id_is_offered_to_be_ignored(tmp_path):
     guess = save(tmp_path / "guess.png", [[0, 1, 1]])
     for stored, options, message in (
-        ([[0, 1, 11]], {}, "set num_classes, protocol.ignore_index=11 if these pixels are not to count, or correct it"),
-        ([[1, 2, 5]], {"reduce_zero_label": True}, "set num_classes, protocol.ignore_index=4 if"),
+        ([[0, 1, 11]], {}, "set num_classes, protocol.ignore_index=11 to ignore these pixels, or correct it"),
+        ([[1, 2, 5]], {"reduce_zero_label": True}, "set num_classes, protocol.ignore_index=4 to ignore"),
         ([[0, 11, 12]], {}, "255 is ignored: set num_classes or correct it"),
         ([[0, 11, 255]], {}, "255 is ignored: set num_classes or correct it"),
     ):

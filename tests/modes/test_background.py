@@ -28,13 +28,13 @@ def test_own_data_says_it_by_name_or_id_or_not_at_all(compose, tmp_path):
     (tmp_path / "classes.yaml").write_text("classes: [leaf, soil]\nbackground: soil\n")
     assert Builder(compose(*folder)).background == 1
     (tmp_path / "classes.yaml").write_text("classes: [leaf, soil]\nbackground: sol\n")
-    with pytest.raises(UserError, match=r"classes.yaml: background: sol is no class: name one of leaf, soil"):
+    with pytest.raises(UserError, match="classes.yaml: background: sol is not a class: name one of leaf, soil"):
         _ = Builder(compose(*folder)).background
 
 
 @pytest.mark.parametrize("value", [2, -1, True, "sky"])
 def test_what_is_no_class_is_no_background(value):
-    with pytest.raises(UserError, match=rf"data.background={value} is no class.*0 to 1: dark, bright"):
+    with pytest.raises(UserError, match=rf"data.background={value} is not a class.*0 to 1: dark, bright"):
         _ = Builder(
             OmegaConf.create({"data": {"background": value, "classes": ["dark", "bright"]}, "choices": {}})
         ).background
@@ -69,9 +69,7 @@ def test_the_best_can_be_chosen_without_background(where):
 
 def test_choosing_without_a_background_that_nobody_named_is_refused(where):
     done = train(where, "trainer.score=miou_no_background")
-    assert (
-        done.status == 1 and "data=folder has no background. Say which class it is (data.background=NAME)" in done.err
-    )
+    assert done.status == 1 and "data=folder has no background. Set its class (data.background=NAME)" in done.err
 
 
 def test_surgical_recipes_follow_the_original(compose):

@@ -91,4 +91,4 @@ def test_shares_are_of_the_best_rate_and_nothing_is_started_that_cannot_be_train
 def test_a_killed_process_is_told_as_want_of_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(benching, "in_own_process", lambda work, item: None)
     done = call(tmp_path, *WORDS, "mode.drawn=true")
-    assert done.status == 1 and "killed, most likely for want of memory. mode=plan" in done.err
+    assert done.status == 1 and "killed, most likely because memory ran out. mode=plan" in done.err

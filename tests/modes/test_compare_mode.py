@@ -23,7 +23,7 @@ from dinoseg.modes import evaluate
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import read_size, write_png
 
-STATES = ("as it is", "at temperature")
+STATES = ("uncalibrated", "at temperature")
 LARGE = {"parameters": 7_000_000, "trainable": 10, "images_per_s": 4.0}
 EVAL = ("mode=eval", "engine=cpu", "engine.workers=0")
 
@@ -83,7 +83,7 @@ def test_two_runs_are_compared(runs):
     assert [row["score"] for row in rows] == called and all(name in done.out for name in called)
     assert [*found["scores"]] == ["miou", "dice", "accuracy", "iou/0", "iou/1"]
     assert float(rows[0]["second"]) == pytest.approx(scores[1])
-    assert "intervals are over 2 images: over fewer than 10" in done.err
+    assert "intervals are over 2 images: with fewer than 10" in done.err
     ranked = list(csv.DictReader((runs / "compared/runs.csv").read_text().splitlines()))
     assert [float(row["miou"]) for row in ranked] == pytest.approx(sorted(scores, reverse=True))
     cost = json.loads((runs / "segmenter/cost.json").read_text())
@@ -125,15 +125,19 @@ def test_runs_that_differ_in_their_seed_alone_are_one_side(runs, held):
     mious = [np.mean([_miou(runs / f"sweep/{number}") for number in side]) for side in ((0, 2), (1, 3))]
     assert found["others"]["1+3"]["differences"]["miou"]["value"] == pytest.approx(mious[1] - mious[0])
     assert "sweep: jobs without an evaluation of images are left out: 4." in done.err
-    assert "their scatter is in the intervals (2 runs a side)" in done.out
-    assert "1+3: " in done.out and "images that decide add: " in done.out and (runs / "compared/compare.png").is_file()
+    assert "their variance is included in the intervals (2 runs per side)" in done.out
+    assert (
+        "1+3: " in done.out
+        and "largest contributions by image: " in done.out
+        and (runs / "compared/compare.png").is_file()
+    )
     rows = list(csv.DictReader((runs / "compared/images.csv").read_text().splitlines()))
     assert [*rows[0]] == ["image", "unit", "0+2", "1+3", "1+3 adds"]
     sides, _, said = held("sweep/0", "sweep/2")  # of seeds alone each stands for itself
-    assert "one trained model a side" in seeds_note(sides) and "differ in their seed alone" in said
+    assert "one trained model per side" in seeds_note(sides) and "differ only in their seed" in said
     shutil.copytree(sweep / "0", runs / "again")  # of the same seed: another evaluation is what is compared
     sides = sides_of(["sweep/0", "sweep/1", "again"])
-    assert "one trained model a side" in seeds_note(sides) and [side.name for side in sides] == ["0", "1", "again"]
+    assert "one trained model per side" in seeds_note(sides) and [side.name for side in sides] == ["0", "1", "again"]
 
 
 def swept(runs, name, cells):
@@ -164,8 +168,10 @@ def test_sides_of_a_sweep_are_called_by_what_it_varies(runs, monkeypatch):
     # a line a side, where columns of each would be too many; costs are a side's means
     table = done.out.split("classes better")[1].splitlines()[2:7]
     assert [line.split()[0] for line in table] == [f"head.hidden={hidden}" for hidden in range(5)], done.out
-    assert "the first" in table[0] and all("not told apart" in line or "no verdict" in line for line in table[1:])
-    assert done.out.split("peak GiB")[1].count("head.hidden=3") == 2 and "decide" not in done.out
+    assert "the first" in table[0] and all(
+        "no significant difference" in line or "no verdict" in line for line in table[1:]
+    )
+    assert done.out.split("peak training memory, GiB")[1].count("head.hidden=3") == 2 and "decide" not in done.out
     assert (runs / "compared/compare.csv").read_text().count("head.hidden=4") == 1
     assert read_size(runs / "compared/compare.png")[1] == pytest.approx(110 * (2.2 + 4 * 3.6), abs=1)  # a panel each
     page = (runs / "compared/report.html").read_text()
@@ -196,9 +202,9 @@ def test_lists_are_sides_whatever_they_hold(runs, held):
     for seed in (0, 1):
         of_seed(runs, "first", f"a{seed}", seed)
     told = seeds_note(held(["a0", "a1"], "second")[0])
-    assert "2 of a0+a1" in told and "not that of second, one trained model" in told
+    assert "2 of a0+a1" in told and "except for second, one trained model" in told
     said = held(["a0", "second"], "a1")[-1]
-    assert "a0, second are one side, and differ in more than their seed: resolution.scale" in said
+    assert "a0, second are one side, but differ in more than their seed: resolution.scale" in said
 
 
 def test_one_unit_has_no_interval_unless_seeds_are_told_apart(runs):
@@ -211,7 +217,7 @@ def test_one_unit_has_no_interval_unless_seeds_are_told_apart(runs):
     assert done.status == 0 and "none: they need two drives, or several seeds of each side" in done.out
     assert "no verdict" in done.out
     done = compare(runs, "[a0,a1]", "[b0,b1]")
-    assert done.status == 0 and "over seeds alone: there is one drive" in done.out and "no verdict" not in done.out
+    assert done.status == 0 and "over seeds only: there is one drive" in done.out and "no verdict" not in done.out
 
 
 def test_what_runs_cost_is_told_where_it_is_known(runs, caplog):
@@ -268,17 +274,17 @@ def test_what_is_not_of_the_same_images_is_refused(runs, monkeypatch, caplog):
             sides_of(["first", "other"])
     copied(runs, "other", lambda record: record.update(units=["0", "0"]))
     sides_of(["first", "other"])
-    assert "other says otherwise than first what images belong to (data.group)" in caplog.text
+    assert "other and first group images differently (data.group)" in caplog.text
 
 
 def test_what_are_no_two_runs_is_refused(runs, monkeypatch):
     monkeypatch.chdir(runs)
     for asked, said in (
-        (None, "runs=null is no list: give 2 to 32 different run folders"),
+        (None, "runs=null is not a list: give 2 to 32 different run folders"),
         (["first", "first"], "first more than once: give"),
-        (["first", "nowhere"], "runs: nowhere is no folder"),
+        (["first", "nowhere"], "runs: nowhere is not a folder"),
         ([["first", "second"]], "runs=[[first,second]] makes 1 side: give"),
-        (["first", []], "runs=[first,[]] has a side without a run of its own: give"),
+        (["first", []], "runs=[first,[]] has a side without a separate run: give"),
         (["first"], "runs=[first] names 1 run: give"),
     ):
         with pytest.raises(UserError, match="run folders of mode=eval or mode=train") as refused:
@@ -300,7 +306,7 @@ def test_there_are_at_most_32_sides(runs):
 
 
 def test_there_are_at_most_160_runs(tmp_path):
-    for count, said in ((161, "names 161 runs: .* There may be 160 runs in all"), (160, "0 is no folder")):
+    for count, said in ((161, "names 161 runs: .* The limit is 160 runs in total"), (160, "0 is not a folder")):
         with pytest.raises(UserError, match=said):
             sides_of([str(tmp_path / str(number)) for number in range(count)])
 
@@ -338,7 +344,7 @@ def test_the_evaluation_at_the_end_of_a_training_is_one(runs):
     done = compare(runs, "segmenter", "first")
     assert done.status == 0, done.err
     differences = json.loads((runs / "compared/compare.json").read_text())["others"]["first"]["differences"]
-    assert differences["miou"] == {"value": 0.0, "ci95": [0.0, 0.0], "p": 1.0, "verdict": "not told apart"}
+    assert differences["miou"] == {"value": 0.0, "ci95": [0.0, 0.0], "p": 1.0, "verdict": "no significant difference"}
     again = json.loads((runs / "first" / RECORD).read_text())
     kept = json.loads((folder / RECORD).read_text())
     assert Path(kept.pop("source")).resolve() == (runs / again.pop("source")).resolve() and kept == again
@@ -370,10 +376,10 @@ def test_predictions_of_classes_that_are_none_cost_the_pictures_alone(runs, held
     folder = copied(runs, "other", lambda record: None)
     for path in (folder / "predictions").glob("*_pred.png"):
         write_png(path, np.full((32, 48), 7, np.uint8))
-    assert "no mask of the 2 classes" in held("first", "other")[-1]
+    assert "not a mask of the 2 classes" in held("first", "other")[-1]
     write_data(runs / "grown", train=1, val=3)
     copied(runs, "other", lambda record: record.update(root=str(runs / "grown")))
-    assert "grown holds other images than those that were evaluated" in held("other", "first")[-1]
+    assert "grown does not hold the images that were evaluated" in held("other", "first")[-1]
 
 
 def test_a_config_that_is_not_to_be_trusted_costs_the_pictures_alone(runs, held):
@@ -382,9 +388,9 @@ def test_a_config_that_is_not_to_be_trusted_costs_the_pictures_alone(runs, held)
     config = folder / "config/config.yaml"
     config.write_text(config.read_text().replace("dinoseg.data.formats.folder", "os.path"))
     done = compare(runs, "hostile", "second")
-    assert done.status == 0 and "no pictures" in done.err and "refused" in done.err
+    assert done.status == 0 and "No images" in done.err and "refused" in done.err
     config.unlink()
-    assert "no pictures" in held("hostile", "second")[-1]
+    assert "No images" in held("hostile", "second")[-1]
 
 
 def test_class_ids_that_others_are_read_as_cost_no_pictures(runs, held):
@@ -393,7 +399,7 @@ def test_class_ids_that_others_are_read_as_cost_no_pictures(runs, held):
     config.data.reader.masks.ids = {11: 255}  # whose keys are numbers in YAML and text in a checkpoint
     OmegaConf.save(config, folder / "config/config.yaml")
     _, (other,), said = held("read as", "first")
-    assert other.shots and "no pictures" not in said
+    assert other.shots and "No images" not in said
 
 
 def test_a_config_that_leaves_classes_to_their_file_costs_no_pictures(runs, held):
@@ -401,7 +407,7 @@ def test_a_config_that_leaves_classes_to_their_file_costs_no_pictures(runs, held
     config = (runs / "segmenter/config/config.yaml").read_text()
     (runs / "typed/config/config.yaml").write_text(config)
     _, (other,), said = held("typed", "second")
-    assert "${class_file:palette}" in config and other.shots and "no pictures" not in said
+    assert "${class_file:palette}" in config and other.shots and "No images" not in said
     hidden = config.replace("${class_file:palette}", "${class_file:${oc.env:HOME}}")
     (runs / "typed/config/config.yaml").write_text(hidden)
     assert "this interpolation is refused" in held("typed", "second")[-1]

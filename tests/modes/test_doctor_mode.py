@@ -69,7 +69,7 @@ def test_errors_give_status_1_and_keep_the_report(where):
     assert list(report["unreadable"]["train"]) == ["2"] and "images/1.png" in report["unreadable"]["val"]["1"]
     assert "ERROR foreign_ids" in done.out and "    data/train/masks/2.png" in done.out and "    -> " in done.out
     assert done.err.count("error:") == 1 and "2 errors and 0 warnings in data=folder" in done.err
-    assert "Training stops: mend the errors first" in done.err and "'++data.reader.masks.ids={7: 255}'" in done.out
+    assert "Training stops: fix the errors first" in done.err and "'++data.reader.masks.ids={7: 255}'" in done.out
     assert "foreign_ids" in page and "Traceback" not in done.err
 
 
@@ -114,14 +114,14 @@ def test_an_error_that_training_only_warns_of(where):
     done, report, page = doctor(where, *FOLDER)
     assert done.status == 1 and codes(report, "error") == ["group_on_both_sides"]
     assert not report["findings"][0]["stops_training"] and "Mend the errors" not in done.err
-    assert "1 error and 0 warnings in" in done.err and "Training would at most warn of that" in done.err
+    assert "1 error and 0 warnings in" in done.err and "Training only warns about these errors" in done.err
     assert "ERROR group_on_both_sides (training does not stop on it)" in done.out
 
 
 def test_no_folder_at_all(tmp_path):
     done, report, _ = doctor(tmp_path, *FOLDER)
     assert done.status == 1 and codes(report, "error") == ["split_unreadable"] * 2
-    assert report["splits"] == {} and report["colors"] is None and "data.root=data is no folder" in done.out
+    assert report["splits"] == {} and report["colors"] is None and "data.root=data is not a folder" in done.out
 
 
 def test_home_made_idd_labels_under_another_name(tmp_path):

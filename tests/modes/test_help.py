@@ -23,16 +23,41 @@ def listed():
     return groups
 
 
+def spelled_out(words):
+    """Return the options that the words of a group stand for, and the size of each family that is cut short."""
+    names, sizes, prefix = [], {}, ""
+    for word in words:
+        if word.endswith(("/", "_*")):
+            prefix = word.removesuffix("*")
+        elif word.startswith("("):
+            sizes[prefix] = int(word.strip("()"))
+        elif word != "...":
+            names.append(prefix + word)
+    return names, sizes
+
+
 def test_every_group_and_option_is_listed_and_no_hidden_one():
     expected = {}
-    for path in sorted(FILES):
-        if not path.stem.startswith("_"):
-            expected.setdefault(path.parent.name, []).append(path.stem)
-    for family in sorted(path for path in (Path(CONFIGS) / "hparam").iterdir() if path.is_dir()):
-        expected["hparam"] += [f"{family.name}/", *sorted(path.stem for path in family.glob("*.yaml"))]
-    assert listed() == expected and len(expected) >= 10 and "sarrarp/" in expected["hparam"]
+    for path in sorted(Path(CONFIGS).glob("*/**/*.yaml")):
+        group, *option = path.relative_to(CONFIGS).with_suffix("").parts
+        if not path.stem.startswith("_") and group not in ("hydra", "local"):
+            expected.setdefault(group, set()).add("/".join(option))
+    assert listed().keys() == expected.keys() and len(expected) >= 10
+    for group, words in listed().items():
+        names, sizes = spelled_out(words)
+        cut = {prefix: {name for name in expected[group] if name.startswith(prefix)} for prefix in sizes}
+        assert len(names) == len({*names}) and {prefix: len(cut[prefix]) for prefix in cut} == sizes
+        assert {*names}.union(*cut.values()) == expected[group]
     hidden = [path.stem for path in FILES if path.stem.startswith("_")]
     assert hidden and not any(name in mode.overview().split() for name in hidden)
+
+
+def test_families_are_collapsed():
+    words = listed()
+    assert words["backbone"][:5] == ["rgb", "timm", "tiny", "tiny_surgical", "dino_*"]
+    assert words["hparam"][-3:] == ["schism/", "cnn", "linear"]
+    start = words["hparam"].index("dinosavi/")
+    assert words["hparam"][start + 13 : start + 15] == ["...", "(29)"]
 
 
 def test_it_fits_a_terminal():
@@ -43,7 +68,7 @@ def test_it_fits_a_terminal():
 def test_the_commands_it_shows_compose(compose):
     lines = re.findall(r"^ +python -m dinoseg (.*?)(?:   .*)?$", mode.overview(), re.MULTILINE)
     assert len(lines) >= 7 and "--version" in lines
-    for line in [line for line in lines if line != "--version"]:
+    for line in [line for line in lines if line.startswith(("mode=", "-m mode="))]:
         words = [word for word in line.split() if "=" in word]
         cfg = compose(*[word if "[" in word else word.partition(",")[0] for word in words])
         assert cfg.choices.mode in listed()["mode"] and f"mode={cfg.choices.mode}" in words
@@ -54,13 +79,45 @@ def test_help_of_training_lists_keys_of_other_groups_and_describes_commands(comp
     assert max(map(len, lines[: lines.index("") - 1])) <= 120
     below = lines[lines.index("Keys of other groups that are set most often (a recipe may set others):") + 1 :]
     listed_keys = [line.split("=")[0].strip() for line in below[: below.index("")]]
-    assert {"trainer.steps", "data.batch_size", "resolution.crop", "optim.optimizer.lr"} <= {*listed_keys}
-    cfg = compose("data.root=DIR", "data.classes=[a,b]")
+    rates = {"optim.optimizer.lr", "head.lr", "adapter.lr"}
+    assert {"trainer.steps", "data.batch_size", "resolution.crop", *rates} <= {*listed_keys}
+    cfg = compose("data.root=DIR", "data.classes=[a,b]", "adapter=lora")
     for line in below[: below.index("")]:
         key, _, value = line.partition("#")[0].strip().partition("=")
         assert yaml.safe_load(value) == OmegaConf.select(cfg, key), line
     assert any("choose a recipe for it, and train that" in line for line in lines)
     assert "Keys of other groups" not in mode.of_mode("eval")
+
+
+def keys_of(text):
+    return [line.partition("=")[0].strip() for line in text.splitlines() if line.startswith("  ") and "=" in line]
+
+
+def test_help_of_an_option_lists_its_keys():
+    text = mode.help_for(["head=mlp", "--help"])
+    assert text.startswith("Keys of head=mlp and their defaults:\n") and "# learning rate" in text
+    assert keys_of(text) == ["head.layers", "head.lr"]
+    text = mode.help_for(["head=mask2former", "loss=ce_dice", "--help"])
+    assert text.startswith("Mask2Former for plain vision transformers")
+    assert {"head.num_queries", "head.weights", "loss.criterion.terms.ce.hardest"} <= {*keys_of(text)}
+
+
+def test_help_of_a_recipe_shows_its_settings_and_that_of_a_family_its_recipes():
+    text = mode.help_for(["hparam=camvid", "--help"])
+    assert text.startswith("CamVid: street scenes, 11 classes.\n") and "  trainer={steps: " in text
+    assert "hparam=schism/: schism/cnn schism/linear\n" in mode.help_for(["hparam=schism/", "--help"])
+
+
+def test_options_of_one_s_own_have_help(tmp_path):
+    (tmp_path / "head").mkdir()
+    (tmp_path / "head/mine.yaml").write_text("# Mine.\ndefaults: [mlp, _self_]\nwidth: 3  # channels\n")
+    text = mode.help_for(["--config-dir", str(tmp_path), "head=mine", "--help"])
+    assert text.startswith("Mine.\n") and keys_of(text) == ["head.layers", "head.lr", "head.width"]
+
+
+@pytest.mark.parametrize("word", ["head=nothing", "head=_mask2former", "nothing=mlp", "/=x", "head=../main", "seed=1"])
+def test_help_of_what_is_no_option_is_the_overview(word):
+    assert mode.help_for([word, "--help"]) == mode.overview()
 
 
 def test_a_new_option_appears_by_itself(monkeypatch, tmp_path):

@@ -38,7 +38,7 @@ def test_names_of_any_letters_train_and_are_told(tmp_path):
     (tmp_path / "data/val/masks/new\nline val.png").write_bytes(b"cut")
     done = call(tmp_path, "mode=train", *SMALL, "hydra.run.dir=run", "data.on_error=skip", "trainer.steps=1")
     assert done.status == 0 and "\x1b[31m" not in done.out + done.err, done.err
-    assert r"Cannot read data/val/masks/new\nline val.png as a picture" in done.out
+    assert r"Cannot read data/val/masks/new\nline val.png as an image" in done.out
 
 
 def test_what_is_no_file_is_told_in_a_line_each_and_can_be_left_out(tmp_path):
@@ -58,9 +58,9 @@ def test_what_is_no_file_is_told_in_a_line_each_and_can_be_left_out(tmp_path):
     for kind in ("images", "masks"):
         folder = f"data/train/{kind}"
         assert f"    {folder}/pipe.png is a named pipe. Put a file there, or remove it.\n" in out
-        assert f"    Cannot read {folder}/zero.png as a picture" in out
+        assert f"    Cannot read {folder}/zero.png as an image" in out
         assert f"    Cannot read {folder}/loop.png (Too many levels of symbolic links)" in out
-    assert "No such file: data/train/images/gone.png." in out
+    assert "File not found: data/train/images/gone.png." in out
     assert "Cannot read data/train/masks/gone.png (No such file or directory)." in out
     data = folder_dataset(root, "train", classes=["dark", "bright"])
     left = opened(data, split="train", on_error="skip", cache_dir=tmp_path / "cache")

@@ -36,9 +36,10 @@ def test_what_fits_is_tried_and_started_as_it_is(tmp_path):
     step = found["planned"]["step"]
     assert found["changes"] == [] and found["device"] == "cpu"
     assert found["as_it_is"]["need"] == found["planned"]["need"] >= step["peak"] > step["weights"] > 10_000
-    assert 0 < found["planned"]["measured"] and "Two real steps took" in out and "It fits" in out
+    assert 0 < found["planned"]["measured"] and "Two trial steps took" in out and "It fits" in out
     assert [*shlex.split(found["command"])[:4], *WORDS] == shlex.split(found["command"])
     assert found["command"] in out and not (tmp_path / "my data").exists()
+    assert "incl. fragmentation and libraries" in out and "CUDA" not in out and "MiB" not in out
 
 
 def test_what_does_not_fit_is_changed_by_a_command_that_trains_so(tmp_path):
@@ -52,7 +53,7 @@ def test_what_does_not_fit_is_changed_by_a_command_that_trains_so(tmp_path):
     typed = shlex.split(found["command"])[4:]
     assert typed[-2:] == [f"data.batch_size={size}", f"trainer.accumulate={times}"]
     assert not [word for word in typed if word.startswith(("mode.", "hydra."))] and typed.count("mode=train") == 0
-    assert f"{size} sample" in out and "the same 8" in out and "BatchNorm takes its statistics" in out
+    assert f"{size} sample" in out and "the same 8" in out and "BatchNorm computes its statistics" in out
 
 
 def losses(where, *words):
@@ -81,8 +82,8 @@ def test_the_printed_command_trains_as_the_recipe_would(tmp_path, monkeypatch):
         (command,) = (line for line in done.out.splitlines() if line.startswith("  python"))
         assert "data.batch_size={} trainer.accumulate={}".format(*sizes) in command
         assert losses(tmp_path, *shlex.split(command)[3:]) == pytest.approx(own, rel=1e-5)
-        assert ("It fits 64.00 GiB as it is, and so with more at once" in done.out) == (memory == "64GiB")
-        assert "drawn at random (dropout, points of masks) is drawn anew for each part" in done.out
+        assert ("It fits into 64.000 GiB. With larger batches" in done.out) == (memory == "64GiB")
+        assert "Random numbers (dropout, mask points) are sampled per micro-batch" in done.out
 
 
 @pytest.mark.heavy
@@ -167,7 +168,7 @@ def test_a_device_that_is_not_here_computes_as_the_config_says(compose, monkeypa
     target, engine = planning._target(Builder(compose(*WORDS, "engine.precision=bf16")), "24GB", "cuda")
     assert (target.kind, target.memory, target.bf16, engine) == ("cuda", 24 * 10**9, True, None)
     monkeypatch.setattr(planning, "free_bytes", lambda device: math.inf)
-    with pytest.raises(UserError, match="This system does not say how much memory is free. Give mode.memory"):
+    with pytest.raises(UserError, match="This system does not report its free memory. Set it, such as mode.memory"):
         planning._target(Builder(compose(*WORDS)), None, None)
 
 
@@ -194,10 +195,10 @@ def test_a_command_keeps_what_was_typed_but_for_what_changes(monkeypatch, tmp_pa
         (["mode.memory=24"], "mode.memory=24: give an amount with its unit, such as 24GiB"),
         (
             ["mode.memory=1MiB", "mode.change_model=false", "data.batch_size=1", "head=mlp"],
-            r"fits 1\.0 MiB: what takes least, .*takes about .* GiB",
+            r"fits into 0\.001 GiB: the smallest, .*needs about .* GiB",
         ),
         (["mode.device=tpu"], "mode.device=tpu is unknown. Choose cpu or cuda"),
-        (["mode.device=cuda"], "mode.device=cuda is not this machine's: say what it has with mode.memory"),
+        (["mode.device=cuda"], "mode.device=cuda is not the device here. Set its memory, such as mode.memory"),
         (["mode.dry_step=3"], "mode.dry_step=3"),
         (["data.batch_size=0"], "data.batch_size=0"),
         (["data.batch_size=3", "engine.devices=2"], "data.batch_size=3 cannot be shared by 2 devices"),
@@ -209,7 +210,7 @@ def test_a_command_keeps_what_was_typed_but_for_what_changes(monkeypatch, tmp_pa
         (["data.batch_size=some"], "data.batch_size=some is of type str"),
         (["resolution.crop=[x,y]"], r"resolution.crop=\['x', 'y'\] is of type list of str"),
         (["trainer.accumulate=~"], "trainer.accumulate=~"),
-        (["loss.weights={nobody: 3}"], "loss.weights: nobody is no class. The classes are dark, bright"),
+        (["loss.weights={nobody: 3}"], "loss.weights: nobody is not a class. The classes are dark, bright"),
         (["loss.weights=invers"], "loss.weights=invers is unknown. Choose one of none"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -144,7 +144,7 @@ def test_a_video_gives_an_overlay_and_masks(trained, tmp_path, masks, caplog):
         totals = predict(video, tmp_path / "out", masks=masks)
     assert names(tmp_path / "out") == (["v_masks", "v_overlay.mp4"] if masks else ["v_overlay.mp4"])
     assert totals["frames"] == 10 and totals["frames_per_s"] > 0
-    assert "v: 10 frames in" in caplog.text and "with reading and writing" in caplog.text
+    assert "v: 10 frames in" in caplog.text and "including reading and writing" in caplog.text
     with VideoReader(tmp_path / "out" / "v_overlay.mp4") as reader:
         assert reader.size == (32, 48) and reader.fps == pytest.approx(12.5)
         overlay = list(reader)
@@ -220,7 +220,7 @@ def test_bad_files_are_named_and_the_rest_is_done(trained, tmp_path):
     whole = random_video(folder / "w.avi", frames=40).read_bytes()
     (folder / "w.avi").write_bytes(whole[: len(whole) // 2])
     (folder / "z.mp4").write_bytes(b"")
-    with pytest.raises(UserError, match="4 of 8 inputs failed, the rest is in") as error:
+    with pytest.raises(UserError, match="4 of 8 inputs failed; the others are in") as error:
         predict(folder, tmp_path / "out", masks=True)
     for name in ("b.png", "c.jpg", "w.avi ends early", "z.mp4 as a video: 0 frames"):
         assert name in str(error.value)
@@ -270,9 +270,7 @@ def test_an_image_that_memory_does_not_suffice_for_is_named_and_the_rest_is_done
     monkeypatch.setattr(image_run, "write_image_results", written)
     with pytest.raises(UserError, match="2 of 3 inputs failed") as error:
         predict(tmp_path / "in", tmp_path / "out")
-    assert "in/b.png: There is not enough memory to predict an image of 30 x 20 (width x height) (CUDA" in str(
-        error.value
-    )
+    assert "in/b.png: Not enough memory to predict an image of 30 x 20 (width x height) (CUDA" in str(error.value)
     assert "in/c.png: there is not enough memory to draw" in str(error.value)
     assert names(tmp_path / "out") == ["a_segmentation"] and [*(tmp_path / "out/predicted").iterdir()][0].stem == "a"
 
@@ -308,7 +306,7 @@ def test_the_same_again_goes_on_where_it_stopped(trained, tmp_path, monkeypatch,
     trained.model.batches.clear()
     with caplog.at_level("INFO"):
         totals = predict(folder, out, batch_size=1)
-    assert "3 images of an earlier run taken over" in caplog.text and totals["images"] == 5
+    assert "3 images of an earlier run reused" in caplog.text and totals["images"] == 5
     assert len(trained.model.batches) == 2 + 10  # two images, ten frames
     whole = tmp_path / "whole"
     predict(folder, whole, batch_size=1)
@@ -321,8 +319,8 @@ def test_the_same_again_goes_on_where_it_stopped(trained, tmp_path, monkeypatch,
     random_image(folder / "2.png", seed=99)
     (out / "v_overlay.mp4").unlink()
     predict(folder, out, batch_size=1)
-    assert len(trained.model.batches) == 1 + 10 and "2.png is predicted anew" in caplog.text
-    with pytest.raises(UserError, match=r"other settings.*skip was 1 and is 2.*begin anew without hydra\.run\.dir"):
+    assert len(trained.model.batches) == 1 + 10 and "2.png is predicted again" in caplog.text
+    with pytest.raises(UserError, match=r"settings differ.*skip was 1 and is 2.*start over without hydra\.run\.dir"):
         predict(folder, out, skip=2)
 
 
@@ -370,7 +368,7 @@ def test_what_replaces_an_input_while_it_is_read_is_predicted_by_the_next_run(tr
     assert predict(folder, tmp_path / "out")["frames"] == 10
     trained.model.forward = real
     assert predict(folder, tmp_path / "out")["frames"] == 4
-    assert "a.png is predicted anew" in caplog.text and "v.avi is predicted anew" in caplog.text
+    assert "a.png is predicted again" in caplog.text and "v.avi is predicted again" in caplog.text
 
 
 def test_every_third_frame_is_predicted_and_held(trained, tmp_path):
@@ -414,7 +412,9 @@ def test_shapes_for_tools_are_refused_for_videos_before_the_model_is_loaded(monk
     random_image(tmp_path / "in/a.png")
     random_video(tmp_path / "in/v.avi")
     for source, named in ((tmp_path / "in", "in/v.avi"), (1, "1")):
-        with pytest.raises(UserError, match=rf"outputs names coco, cvat, files.*{named} is a video: .*palette, prob"):
+        with pytest.raises(
+            UserError, match=rf"outputs names coco, cvat, which need image files.*{named} is a video: .*palette, prob"
+        ):
             predict(source, tmp_path / "out", outputs=["palette", "coco", "cvat"])
 
 
@@ -475,7 +475,7 @@ def test_ctrl_c_ends_a_camera_and_the_file_is_whole(trained, tmp_path, camera):
 
 
 def test_a_camera_that_is_not_there_is_named(trained, tmp_path):
-    with pytest.raises(UserError, match=r"input=63: no camera answers as /dev/video63"):
+    with pytest.raises(UserError, match="input=63: no camera responds as /dev/video63"):
         predict(63, tmp_path / "out")
 
 
@@ -484,7 +484,7 @@ def test_a_camera_that_is_not_there_is_named(trained, tmp_path):
     [
         ({"source": None}, "give input=<image, folder, glob or video>"),
         ({"source": ""}, "give input=<image, folder, glob or video>"),
-        ({"source": "nowhere.png"}, "No such file or folder: input=nowhere.png"),
+        ({"source": "nowhere.png"}, "File or folder not found: input=nowhere.png"),
     ],
 )
 def test_mistakes_are_named_before_the_model_is_loaded(monkeypatch, tmp_path, changes, message):

@@ -17,7 +17,7 @@ def test_the_same_command_goes_on_in_its_folder(trained_once, tmp_path):
         (tmp_path / f"out/{folder}/.00000.png.1.part").touch()
     (tmp_path / "out/predicted/00003.json").unlink()
     again = call(tmp_path, *words)
-    assert again.status == 0 and "6 images of an earlier run taken over" in again.err + again.out, again.err
+    assert again.status == 0 and "6 images of an earlier run reused" in again.err + again.out, again.err
     assert "images: 1 image in" in again.err + again.out
     assert not list((tmp_path / "out").rglob(".*.part")) and not (tmp_path / "out_2").exists()
     other = call(tmp_path, *words, "mode.opacity=0.25")
@@ -35,8 +35,8 @@ def test_another_model_is_told_in_a_sentence(trained_once, tmp_path):
     words = ("mode=predict", f"input={trained_once}/clip/00000.png", "engine=cpu", "hydra.run.dir=out")
     assert call(tmp_path, *words, "resume=one/checkpoints/best.safetensors").status == 0
     same = call(tmp_path, *words, f"resume={trained_once}/segmenter/checkpoints/best.safetensors")
-    assert same.status == 0 and "1 image of an earlier run taken over" in same.err + same.out
+    assert same.status == 0 and "1 image of an earlier run reused" in same.err + same.out
     other = call(tmp_path, *words, "resume=two/checkpoints/best.safetensors")
     assert other.status == 1 and "/out holds predictions of another model: it was /" in other.err
-    assert "best.safetensors, and is two/checkpoints/best.safetensors. Give that model again to go on" in other.err
+    assert "best.safetensors, and is two/checkpoints/best.safetensors. Use that model again to resume" in other.err
     assert other.err.count("error: ") == 1 and "stamp" not in other.err

@@ -79,7 +79,7 @@ def test_what_a_mode_does_not_read_is_named(tmp_path, capsys, words, named):
     warn_not_read(tmp_path, "mode=score", read("mode", "score")["reads"])
     said = capsys.readouterr().err
     assert said.count("\n") == bool(named) and (
-        not named or said.startswith(f"warning: No effect here: {named}. Beside")
+        not named or said.startswith(f"warning: No effect here: {named}. In addition")
     )
 
 
@@ -87,6 +87,9 @@ def test_each_command_says_what_it_does_not_read(tmp_path):
     write_data(tmp_path / "data")
     folders = ("reference=data/val/masks", "prediction=data/val/masks", "num_classes=2", "mode.workers=1")
     done = call(tmp_path, "mode=score", *folders, "trainer.steps=3")
-    assert done.status == 0 and "No effect here: trainer.steps=3. Beside its own keys mode=score reads" in done.err
+    assert (
+        done.status == 0
+        and ("No effect here: trainer.steps=3. In addition to its own keys, mode=score reads") in done.err
+    )
     assert "No effect" not in call(tmp_path, "mode=score", *folders).err
     assert "No effect here: loss=dice." in call(tmp_path, "mode=summary", *SMALL[:-2], "loss=dice").err

@@ -52,7 +52,7 @@ def test_settings_that_a_mode_leaves_out_are_the_data_set_s(compose):
         ((*MOVI, "mode.seconds=0"), "mode.seconds=0 is out of range. Give a whole number of at least 1"),
         ((*MOVI, "mode.train_videos=half"), "train_videos=half is of type str"),
         ((*SARRARP, "mode.size=[47,80]"), "both must be even"),
-        ((*SARRARP, "mode.val_videos=3"), "mode.val_videos=3: data=sarrarp is rendered without it. Leave it out, or"),
+        ((*SARRARP, "mode.val_videos=3"), "mode.val_videos=3: it has no effect with data=sarrarp. Leave it out, or"),
     ],
 )
 def test_settings_out_of_range_are_named_before_anything_is_written(tmp_path, words, message):

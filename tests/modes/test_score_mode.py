@@ -88,11 +88,11 @@ def test_the_number_of_units_stands_beside_each_interval(folders, run):
     row = next(line for line in done.out.splitlines() if line.startswith("mIoU "))
     assert row.split()[-1] == "6" and " .. " in row and "over images" in done.out
     assert result["n"] == 6 and result["interval"] == "Student's t, jackknife over units"
-    warning = "95 % intervals are over 6 images: over fewer than 10"
+    warning = "95 % intervals are over 6 images: with fewer than 10"
     assert done.err.count(warning) == 1
     masks(folders, np.random.default_rng(1), count=10)
     _, done, _ = run(prediction="[prediction,prediction]")
-    assert "over fewer than" not in done.err
+    assert "with fewer than" not in done.err
     row = [line for line in done.out.splitlines() if line.startswith("mIoU ")][-1]
     assert row.split()[-1] == "10" and "over shared images" in done.out
 
@@ -125,9 +125,7 @@ def test_every_bad_file_is_named_then_skipped_on_request(folders, run):
     assert len(problems) == 3 and all(row["reason"] for row in problems)
     result, done, folder = run("data.on_error=skip")
     assert result["n"] == 3 and len(result["problems"]) == 3
-    assert (
-        f"3 files left out that could not be scored, with reasons under `problems` in {folder}/scores.json" in done.err
-    )
+    assert f"3 files could not be scored and are left out; see `problems` in {folder}/scores.json" in done.err
 
 
 def test_both_folders_are_looked_at_before_it_stops(folders, run):
@@ -184,7 +182,7 @@ def test_masks_of_0_and_255_are_warned_of_unless_they_are_said_to_be_binary(tmp_
     result, done, _ = run("num_classes=2")
     assert "reference=reference holds 0 and 255 alone" in done.err and "set protocol.binary=true" in done.err
     _, note = result["notes"]
-    assert result["scores"]["mIoU"] < 0.9 and "3 of 3 predictions hold ids of no class" in note
+    assert result["scores"]["mIoU"] < 0.9 and "3 of 3 predictions hold ids that are not classes" in note
     assert "prediction/0.png" in note and note in done.err
 
 
@@ -196,7 +194,7 @@ def test_a_block_of_no_class_is_told(folders, run):
         write_png(path, ids)
     result, done, _ = run()
     (note,) = result["notes"]
-    assert "2 of 6 predictions hold ids of no class, in 28 pixels, such as prediction/0/2.png" in note
+    assert "2 of 6 predictions hold ids that are not classes, in 28 pixels, such as prediction/0/2.png" in note
     assert note in done.err and result["per_image"][1]["unknown_pixels_prediction"] == 14
     assert result["scores"]["mIoU"] == pytest.approx(expected_miou(folders), abs=1e-12)
 
@@ -207,7 +205,7 @@ def test_one_foreign_id_may_be_one_to_ignore(folders, run):
         ids = np.array(Image.open(path))
         write_png(path, np.where(ids == 255, 4, ids).astype(np.uint8))
     nothing, done, _ = run()
-    assert nothing is None and "set num_classes, protocol.ignore_index=4 if these pixels are not to count" in done.err
+    assert nothing is None and "set num_classes, protocol.ignore_index=4 to ignore these pixels" in done.err
     result, _, _ = run("protocol.ignore_index=4")
     assert result["n"] == 6
 
@@ -231,7 +229,7 @@ def test_a_root_in_place_of_a_split_is_answered_with_the_split_that_fits(tmp_pat
         assert (
             "reference=reference/gtFine/train holds 9 files, and prediction=prediction has a prediction of" in done.err
         )
-        assert "Are these of another split, or named otherwise?" in done.err and done.err.count("_label.png") == 2
+        assert "Check that split and names match" in done.err and done.err.count("_label.png") == 2
 
 
 def test_pictures_of_an_evaluation_are_told_from_its_predictions(tmp_path, run):
@@ -241,7 +239,7 @@ def test_pictures_of_an_evaluation_are_told_from_its_predictions(tmp_path, run):
         write_png(tmp_path / f"run/predictions/1/a_{kind}.png", ids)
     for words in (("protocol=idd_lite",), ()):
         _, done, _ = run(*words, prediction="run/predictions")
-        assert done.status == 1 and "Pictures *_pred.png are those of mode=eval" in done.err
+        assert done.status == 1 and "Files *_pred.png are overlays of mode=eval" in done.err
     (tmp_path / "run/official").mkdir()
     for words in (("protocol=idd_lite",), ()):
         _, done, _ = run(*words, prediction="run/predictions")
@@ -260,14 +258,14 @@ def test_many_notes_are_counted(folders, run):
 @pytest.mark.parametrize(
     ("folders_given", "words", "message"),
     [
-        ({"reference": "nowhere"}, (), "reference=nowhere is no folder"),
-        ({"prediction": "nowhere"}, (), "prediction=nowhere is no folder"),
-        ({"prediction": "[a,b,c]"}, (), "give reference=DIR and prediction=DIR, or prediction=[DIR,DIR]"),
-        ({"prediction": "null"}, (), "prediction=None: give reference=DIR"),
-        ({}, ("num_classes=null",), "num_classes=null: protocol=semantic needs to know"),
+        ({"reference": "nowhere"}, (), "reference=nowhere is not a folder"),
+        ({"prediction": "nowhere"}, (), "prediction=nowhere is not a folder"),
+        ({"prediction": "[a,b,c]"}, (), "set reference=DIR and prediction=DIR, or prediction=[DIR,DIR]"),
+        ({"prediction": "null"}, (), "mode=score needs two folders of masks: set reference=DIR"),
+        ({}, ("num_classes=null",), "num_classes=null: protocol=semantic needs the number of classes"),
         ({}, ("num_classes=0",), "num_classes=0 is out of range. Give a whole number of at least 1"),
     ],
 )
 def test_what_must_be_given(folders, run, folders_given, words, message):
     nothing, done, _ = run(*words, **folders_given)
-    assert done.status == 1 and nothing is None and message in done.err
+    assert done.status == 1 and nothing is None and message in done.err and "None" not in done.err

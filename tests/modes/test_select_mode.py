@@ -62,20 +62,20 @@ def test_what_is_labelled_is_not_chosen_again(folder):
 def test_features_are_taken_over_after_a_stop_and_a_damaged_one_is_made_anew(folder):
     words = (*WORDS, "count=4", "cache_dir=kept")
     before, done = selected(folder, *words)
-    assert "taken over" not in done.err
+    assert "reused" not in done.err
     again, done = selected(folder, *words)
-    assert again == before and "6 of 6 images were looked at before" in done.err
+    assert again == before and "6 of 6 images reused" in done.err
     files = sorted((folder / "kept/looks").glob("*/*.features"))
     files[0].unlink()
     files[1].write_bytes(files[1].read_bytes()[:-3] + b"abc")
     again, done = selected(folder, *words)
-    assert again == before and "4 of 6 images were looked at before" in done.err
+    assert again == before and "4 of 6 images reused" in done.err
     for path, tensors in zip(files, ([3, 2], [24, 1], [24], [24, 2, 1]), strict=False):
         path.write_bytes(to_bytes(path.stem, [torch.zeros(width) for width in tensors], "float32"))
     _, done = selected(folder, *words)
-    assert "2 of 6 images were looked at before" in done.err
+    assert "2 of 6 images reused" in done.err
     for other in ("backbone.arch.num_hidden_layers=1", "resolution.scale=0.5"):
-        assert "taken over" not in selected(folder, *words, other)[1].err
+        assert "reused" not in selected(folder, *words, other)[1].err
 
 
 @pytest.mark.parametrize("selection", ["typical", "random"])
@@ -93,22 +93,22 @@ def test_a_model_s_doubts_choose(folder):
     rows, _ = selected(folder, *words, "engine.workers=0")
     assert all(row["reason"].startswith("entropy ") for row in rows) and "the most uncertain" in rows[0]["reason"]
     margins, done = selected(folder, *words, "engine.workers=0", "selection.measure=margin", "selection.candidates=1")
-    assert margins[0]["reason"].startswith("margin ") and "6 of 6 images were looked at before" in done.err
-    assert "taken over" not in selected(folder, *words, "engine.workers=0", "inference=windows")[1].err
+    assert margins[0]["reason"].startswith("margin ") and "6 of 6 images reused" in done.err
+    assert "reused" not in selected(folder, *words, "engine.workers=0", "inference=windows")[1].err
     shutil.copytree(folder / "model", folder / "other")
     path = folder / "other/checkpoints/best.safetensors"
     with safe_open(path, "pt") as file:
         said, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     save_file({name: value + name.startswith("model/head.") for name, value in tensors.items()}, path, metadata=said)
-    assert "taken over" not in selected(folder, *words, "engine.workers=0", "resume=other")[1].err
+    assert "reused" not in selected(folder, *words, "engine.workers=0", "resume=other")[1].err
     refused = call(folder, *WORDS, "count=2", "selection=uncertainty", "backbone.weights=nowhere")
-    assert refused.status == 1 and "Give resume=RUN_FOLDER, or selection=k_centre" in refused.err
+    assert refused.status == 1 and "Set resume=RUN_FOLDER, or choose selection=k_centre" in refused.err
 
 
 def test_frames_of_a_video_are_chosen_by_time(folder):
     write_film(folder / "film.mp4", frames=24)
     rows, done = selected(folder, *NO_DATA, "input=film.mp4", "mode.every=0.25", "count=2")
-    assert {int(row["frame"]) for row in rows} <= {0, 6, 12, 18} and "look at:" in done.out
+    assert {int(row["frame"]) for row in rows} <= {0, 6, 12, 18} and "overview:" in done.out
     for row in rows:
         assert float(row["time"]) == pytest.approx(int(row["frame"]) * 1001 / 24000, abs=1e-3)
         assert read_image(folder / f"R/images/{int(row['frame']):09d}.png").shape == (48, 64, 3)
@@ -117,11 +117,11 @@ def test_frames_of_a_video_are_chosen_by_time(folder):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ((*WORDS,), "give count=N"),
+        ((*WORDS,), "set count=N"),
         ((*WORDS, "count=7"), "leaves 6 to choose from. Give count=6 or less, or more images."),
         ((*WORDS, "count=0"), "count=0 is out of range"),
         ((*NO_DATA, "count=1"), "mode=select needs images to choose from: give input="),
-        ((*NO_DATA, "count=1", "input=nowhere"), "No such file or folder: input=nowhere"),
+        ((*NO_DATA, "count=1", "input=nowhere"), "File or folder not found: input=nowhere"),
         ((*NO_DATA, "count=1", "input=data"), "holds no image or video directly"),
         ((*WORDS, "count=1", "mode.split=tset"), "split=tset is unknown"),
         ((*WORDS, "count=1", "labels=nowhere"), "Cannot read the file list nowhere"),

@@ -90,7 +90,7 @@ def test_a_folder_of_frames(track):
     result = track()
     assert result["frames"] == 10 and result["objects"] == [1, 5] and result["frames_per_s"] > 0
     log = Path("out/run.log").read_text(encoding="utf-8")
-    assert "10 frames in" in log and "frames/s with reading and writing" in log
+    assert "10 frames in" in log and "frames/s including reading and writing" in log
     assert names("out") == ["config", "masks", "objects.csv", "overlay.mp4", "run.log", "track.json"]
     found = masks("out")
     assert found.keys() == {f"{number:05d}.png" for number in range(10)}
@@ -147,12 +147,12 @@ def test_own_videos_are_never_enlarged_and_get_soft_outlines_but_protocols_do_as
 def test_the_grid_is_reported_before_the_first_frame(track):
     track("tracker.short=72", "tracker.enlarge=false", "tracker.rounding=down")
     assert (
-        "Tracking 10 frames of 36 x 50 (height x width): the backbone sees them at 36 x 48, on a grid of 9 x 12 cells "
-        "(tracker.enlarge=true tracker.short=72 is finer, and takes four times as long or more)"
+        "Tracking 10 frames of 36 x 50 (height x width): the backbone gets them at 36 x 48, on a grid of 9 x 12 cells "
+        "(tracker.enlarge=true tracker.short=72 is finer, but at least four times slower)"
     ) in Path("out/run.log").read_text(encoding="utf-8")
     track("tracker.short=72", "tracker.enlarge=true", out="large")
     assert (
-        "sees them at 72 x 100, on a grid of 18 x 25 cells, enlarged to tracker.short=72: tracker.enlarge=false takes "
+        "gets them at 72 x 100, on a grid of 18 x 25 cells, enlarged to tracker.short=72: tracker.enlarge=false takes "
         "less time"
     ) in Path("large/run.log").read_text(encoding="utf-8")
 
@@ -169,7 +169,7 @@ def stopped(track, monkeypatch):
 
 def test_a_stopped_run_goes_on_in_its_folder(track, stopped):
     result = track("mode.restart=cut", out="second")
-    assert re.search("Going on in cut after [36] frames", Path("second/run.log").read_text(encoding="utf-8"))
+    assert re.search("Resuming in cut after [36] frames", Path("second/run.log").read_text(encoding="utf-8"))
     assert result["run"] == "cut" and names("second") == ["config", "run.log"]
     track(out="whole")
     assert same(masks("cut"), masks("whole")) and len(masks("cut")) == 10
@@ -204,9 +204,9 @@ def test_a_stop_in_the_report_is_gone_on_with_too(track, monkeypatch):
         (["backbone.std=[.2,.2,.2]"], r"backbone\.weights was \w+ and is \w+"),
         (["backbone.patch_size=6"], r"backbone\.patch_size was 4 and is 6"),
         (["engine.precision=bf16"], "precision was float32 and is bfloat16"),
-        (["labels=masks/00001.png"], "is named as frame 1"),
-        (["labels=other.png"], r"labels=other\.png differs from what that run has seen"),
-        (["input=masks"], "input=masks differs from what that run has seen"),
+        (["labels=masks/00001.png"], "is named like frame 1"),
+        (["labels=other.png"], "labels=other.png has changed"),
+        (["input=masks"], "input=masks has changed"),
     ],
 )
 def test_another_run_is_not_gone_on_with(track, stopped, changes, message):
@@ -231,8 +231,8 @@ def test_two_processes_do_not_go_on_at_once(track, stopped):
 @pytest.mark.parametrize(
     ("module", "write", "said"),
     [
-        (video_run, "save_track_state", "begins anew, since no state was saved yet"),
-        (mask_folder, "write_indexed_png", r"with mode\.restart=.*out goes on"),
+        (video_run, "save_track_state", "starts over, since no state was saved yet"),
+        (mask_folder, "write_indexed_png", r"with mode\.restart=.*out resumes"),
     ],
 )
 def test_a_full_disk_says_how_to_go_on(track, monkeypatch, module, write, said):
@@ -247,16 +247,16 @@ def test_a_full_disk_says_how_to_go_on(track, monkeypatch, module, write, said):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"source": None}, "give input=<video or folder of frames>"),
-        ({"labels": None}, "needs to know what to follow: give labels=<mask of the first frame"),
-        ({"source": "nowhere"}, "No such file or folder: nowhere"),
-        ({"labels": "nowhere"}, "No such file or folder: labels=nowhere"),
-        ({"labels": "empty.png"}, r"labels=empty\.png shows no object"),
-        ({"labels": "small.png"}, r"small\.png is 35 x 50 pixels, and the frames are 36 x 50"),
+        ({"source": None}, "set input=<video or folder of frames>"),
+        ({"labels": None}, "needs the objects to track: set labels=<mask of the first frame"),
+        ({"source": "nowhere"}, "File or folder not found: nowhere"),
+        ({"labels": "nowhere"}, "File or folder not found: labels=nowhere"),
+        ({"labels": "empty.png"}, "labels=empty.png has no object"),
+        ({"labels": "small.png"}, "small.png is 35 x 50 pixels, but the frames are 36 x 50"),
         ({"changes": ["mode.opacity=2"]}, r"mode\.opacity=2 is out of range. Give a number from 0"),
         ({"changes": ["mode.batch_size=0"]}, r"mode\.batch_size=0 is out of range. Give a whole number of at least 1"),
         ({"changes": ["mode.save_every=0"]}, r"mode\.save_every=0"),
-        ({"changes": ["mode.restart=nowhere"]}, r"mode\.restart=nowhere: no unfinished run of mode=track is there"),
+        ({"changes": ["mode.restart=nowhere"]}, "mode.restart=nowhere: not an unfinished run of mode=track"),
     ],
 )
 def test_mistakes_are_named_before_the_backbone_is_loaded(track, monkeypatch, options, message):
@@ -271,15 +271,15 @@ def test_mistakes_are_named_before_the_backbone_is_loaded(track, monkeypatch, op
 def test_settings_out_of_range_are_refused(track):
     with pytest.raises(UserError, match=r"tracker.temperature=0 is out of range. Give a number above 0"):
         track("tracker.temperature=0")
-    with pytest.raises(UserError, match=r"tracker\.long_multiple=6 is no multiple of the backbone's patch size, 4"):
+    with pytest.raises(UserError, match=r"tracker\.long_multiple=6 is not a multiple of the backbone's patch size, 4"):
         track("tracker.long_multiple=6")
 
 
 def test_a_mask_for_every_frame_is_warned_of(track):
     track(labels="masks")
-    assert "labels=masks has a mask for every frame: each is followed from" in Path("out/run.log").read_text(
-        encoding="utf-8"
-    )
+    assert ("labels=masks has a mask for every frame, and each replaces the tracked mask") in Path(
+        "out/run.log"
+    ).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(("name", "settings"), [("crw", CRW), ("dino", DINO), ("dinov3", DINOV3)])

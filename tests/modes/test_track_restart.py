@@ -67,8 +67,8 @@ def cut(trained, stopped, tmp_path):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_stopped_run_goes_on(trained, stopped, cut, way):
-    assert f"Stopped: the same command with mode.restart=stopped_{way} goes on." in stopped[way]
-    assert "\ninterrupted: what is finished is in " in stopped[way] and "training" not in stopped[way]
+    assert f"Stopped: the same command with mode.restart=stopped_{way} resumes." in stopped[way]
+    assert "\ninterrupted: finished results are in " in stopped[way] and "training" not in stopped[way]
     part, whole = cut(way), trained / f"whole_{way}"
     assert len(masks(part)) == 5
     (part / "masks/.00005.png.1.part").write_bytes(b"half")  # as a kill leaves it
@@ -97,7 +97,7 @@ def test_a_run_does_not_go_on_at_another_scale(trained, cut):
     before = masks(part)
     on = (*WAYS["segmenter"], f"mode.restart={part}")
     said = track(trained, "other_scale", *on, "resolution.longest=null", status=1).err
-    assert "other settings than that run's: large_frames was above 72 pixels reduced to 48 (resolution.longest " in said
+    assert "settings differ from that run: large_frames was above 72 pixels reduced to 48 (resolution.longest " in said
     assert masks(part) == before
 
 
@@ -111,7 +111,7 @@ def test_a_standing_that_lacks_a_tensor_is_refused(trained, cut, way):
     save_file({key: value for key, value in tensors.items() if key != min(tensors)}, path, {"track": json.dumps(info)})
     before = masks(part)
     said = track(trained, f"second_{way}", *WAYS[way], f"mode.restart={part}", status=1).err
-    assert "state.safetensors is not readable" in said and "to begin anew" in said
+    assert "state.safetensors is not readable" in said and "to start over" in said
     assert masks(part) == before
 
 
@@ -125,16 +125,16 @@ def test_a_standing_after_a_number_of_frames_that_is_none_is_refused(cut):
         info, tensors = json.loads(file.metadata()["track"]), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     for done in (-1, "4", 0):
         save_file(tensors, path, {"track": json.dumps({**info, "progress": {**info["progress"], "done": done}})})
-        with pytest.raises(UserError, match=r"state.safetensors is not readable .* to begin anew"):
+        with pytest.raises(UserError, match="state.safetensors is not readable .* to start over"):
             _go_on(tracker, read_track_state(part), part)
 
 
 @pytest.mark.parametrize(
     ("way", "more", "message"),
     [
-        ("segmenter", ("labels=first.png",), "labels=first.png: a trained segmenter finds its classes by itself"),
+        ("segmenter", ("labels=first.png",), "labels=first.png: a trained segmenter needs no masks"),
         ("slots", ("mode.smoothing=0.5",), "mode.smoothing=0.5 is for the classes of a trained segmenter"),
-        ("slots", ("labels=null",), "and none is given. Give labels=MASK, or slots=free"),
+        ("slots", ("labels=null",), "but none is given. Set labels=MASK, or slots=free"),
         ("backbone", ("mode.smoothing=0",), "mode.smoothing=0 is for the classes of a trained segmenter"),
     ],
 )

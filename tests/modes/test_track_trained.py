@@ -62,7 +62,7 @@ def test_slots_are_followed_with_and_without_a_first_mask(trained):
 def test_slots_are_no_classes_to_predict(trained):
     done = call(trained, "mode=predict", "resume=slots", "input=clip", "engine=cpu")
     assert done.status == 1 and "Traceback" not in done.err
-    assert "resume=slots/checkpoints/best.safetensors is a model of slots" in done.err and "mode=track" in done.err
+    assert "resume=slots/checkpoints/best.safetensors is a slot model" in done.err and "mode=track" in done.err
 
 
 def test_what_a_trained_model_cannot_use_is_refused(trained):
@@ -70,7 +70,7 @@ def test_what_a_trained_model_cannot_use_is_refused(trained):
         (("resume=segmenter", "labels=first.png"), "labels"),
         (("resume=segmenter", "mode.smoothing=1.5"), "mode.smoothing=1.5 is out of range. Give a number from 0 to 1"),
         (("resume=slots", "slots.temperature=0"), "slots.temperature=0"),
-        (("resume=slots", "slots=lock_on"), "slots.lock_on=true makes slots for the objects of the first frame"),
+        (("resume=slots", "slots=lock_on"), "slots.lock_on=true creates slots from the first frame"),
     ):
         done = call(trained, "mode=track", "input=clip", "engine=cpu", *more)
         assert done.status == 1 and message in done.err and "Traceback" not in done.err, done.err

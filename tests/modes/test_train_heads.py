@@ -200,7 +200,7 @@ def test_a_head_that_diverges_drops_out_alone(folder, run, monkeypatch):
         patched.setattr(CnnHead, "forward", diverging(CnnHead, 9))
         done = call(folder, *words, "heads=[linear,{head: cnn, channels: 16}]", "hydra.run.dir=dropped")
     assert done.status == 0, done.err
-    assert "cnn drops out, and the others go on. Step 4: the loss is nan" in done.err
+    assert "cnn is dropped; the other heads continue. Step 4: the loss is nan" in done.err
     path = folder / "dropped/heads"
     assert json.loads((path / "cnn/dropped.json").read_text())["step"] == 4 == heads_of(folder / "dropped")["cnn"]
     assert_same(path / "linear", run.path / "heads/linear")
@@ -210,7 +210,7 @@ def test_a_head_that_diverges_drops_out_alone(folder, run, monkeypatch):
     # once it goes on, what had dropped out stays out
     done = call(folder, "mode=train", "resume=dropped", "trainer.steps=9", "trainer.patience=null")
     assert done.status == 0, done.err
-    assert heads_of(folder / "dropped") == {"linear": 9, "cnn": 4} and "drops out" not in done.err
+    assert heads_of(folder / "dropped") == {"linear": 9, "cnn": 4} and "is dropped" not in done.err
     assert "the loss is nan" in (folder / "dropped/leaderboard.csv").read_text()
 
 
@@ -218,18 +218,18 @@ def test_where_all_have_diverged_the_run_has_failed(folder, monkeypatch):
     words = [word for word in MANY if word != HEADS]
     monkeypatch.setattr(CnnHead, "forward", diverging(CnnHead, 1))
     done = call(folder, *words, "heads=[{head: cnn, channels: 16}]", "hydra.run.dir=all_dropped")
-    assert done.status == 1 and "No head has come as far as a validation: dropped out. Step 0" in done.err
+    assert done.status == 1 and "No head has reached a validation: dropped. Step 0" in done.err
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (("trainer=many_heads",), "heads=None: give a list of at least one head"),
-        (("heads=[linear]",), "heads is read by trainer=many_heads alone"),
-        (("lrs=[1e-3]",), "lrs is read by trainer=many_heads alone"),
-        (("trainer=many_heads", "heads=[linaer]"), "linaer is no head. Did you mean linear?"),
-        (("trainer=many_heads", "heads=[linear]", "head=cnn"), "head=cnn and heads both say what is trained"),
-        (("trainer=many_heads", "heads=[{head: cnn, depth: 2}]"), "depth is no key of head=cnn. It has layers, "),
+        (("heads=[linear]",), "heads has no effect without trainer=many_heads"),
+        (("lrs=[1e-3]",), "lrs has no effect without trainer=many_heads"),
+        (("trainer=many_heads", "heads=[linaer]"), "linaer is unknown. Did you mean linear?"),
+        (("trainer=many_heads", "heads=[linear]", "head=cnn"), "head=cnn and heads both set the heads to train"),
+        (("trainer=many_heads", "heads=[{head: cnn, depth: 2}]"), "depth is not a key of head=cnn. It has layers, "),
         (("trainer=many_heads", "heads=[linear,mlp]", "adapter=full"), "adapter=full: trainer=many_heads trains heads"),
         (("trainer=many_heads", "heads=[linear,slots]"), "head=slots is trained on clips"),
         (("trainer=many_heads", "heads=[linear]", f"lrs=[1{400 * '0'},1]"), "give a list of learning rates above 0"),
@@ -249,7 +249,7 @@ def test_what_cannot_be_is_refused_and_leaves_nothing(folder, words, message):
         ([], None, "heads=[]: give a list of at least one head"),
         ("linear", None, "heads=linear: give a list"),
         (["linear"], 0.1, "lrs=0.1: give a list"),
-        (["linear"], [0.1, 1e-1], "linear_0.1 stands there more than once"),
+        (["linear"], [0.1, 1e-1], "linear_0.1 occurs more than once"),
         (["cnn", {"head": "mlp", "name": "cnn"}], None, "[{head:cnn,name:first},{head:mlp,name:second}]"),
     ],
 )
@@ -275,9 +275,9 @@ def test_the_backbone_that_is_shared_is_compiled_where_that_is_asked_for(folder,
 
 def test_other_heads_are_a_run_of_their_own(folder, run):
     done = call(folder, "mode=train", f"resume={run.path}", "trainer=many_heads", "heads=[linear]")
-    assert done.status == 1 and "Leave both out, or train other heads in a run of their own" in done.err
+    assert done.status == 1 and "Leave both out, or train other heads in a new run" in done.err
 
 
 def test_cells_of_a_sweep_are_looked_at_before(folder):
     done = call(folder, *WORDS, "trainer=many_heads", "heads=[linear,dpt],[linear]", "hydra.sweep.dir=swept", "-m")
-    assert done.status == 1 and "1 of 2 cells of this sweep cannot work" in done.err and "quarters" in done.err
+    assert done.status == 1 and "1 of 2 cells of this sweep cannot run" in done.err and "quarters" in done.err

@@ -44,7 +44,7 @@ def test_the_best_checkpoint_that_is_gone_is_not_replaced_by_the_last(where):
     train(where, "mode.pictures=0")
     (where / "run/checkpoints/best.safetensors").unlink()
     done = call(where, "mode=train", "resume=run")
-    assert done.status == 1 and "best.safetensors is not there, though step" in done.err
+    assert done.status == 1 and "best.safetensors is missing, though step" in done.err
 
 
 def test_fewer_images_are_validated_and_scored_where_that_is_asked_for(where):
@@ -66,7 +66,7 @@ def test_a_run_that_is_not_better_than_a_constant_is_told_so(where, monkeypatch,
     known = {"matrix": matrix, "miou": 0.45 if told else 0.9, "accuracy": 0.9}
     monkeypatch.setattr(images, "evaluate_images", lambda *_, **__: known)
     done = train(where, "trainer.steps=1", "mode.report=false")
-    warned = "mIoU 0.4500 is not better than the 0.4500 of always predicting dark, the commonest class" in done.err
+    warned = "mIoU 0.4500 is not better than the 0.4500 of always predicting dark, the most frequent class" in done.err
     assert warned == told and done.err.count("not better than") == told
 
 

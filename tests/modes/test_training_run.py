@@ -36,9 +36,9 @@ def test_what_differs_when_a_run_goes_on_is_told_once(noted):
     assert noted(first)[1] == [] == noted({})[1] == noted(first, "bf16", tells=False)[1]
     assert noted(first, kept={**KEPT, "engine.cache": "memory"})[1] == []  # the same numbers
     (told,) = noted(first, "bf16")[1]
-    assert "engine.precision was fp32 and is bf16. Give what was" in told and "features" not in told
+    assert "engine.precision was fp32 and is bf16. Set the earlier" in told and "features" not in told
     then, (told,) = noted(first, "bf16", kept={})
-    assert "; features.dtype was float16 and is null. Give what was" in told
+    assert "; features.dtype was float16 and is null. Set the earlier" in told
     assert then["engine"]["engine.cache"] == "off" and "was null and is float16" in noted(then)[1][0]
     assert noted({"engine": KEPT | {"features.dtype": None}}, kept={**KEPT, "features.dtype": "float32"})[1] == []
     assert noted({"engine": KEPT | {"teacher": "a"}})[1] == []  # no student
@@ -47,5 +47,5 @@ def test_what_differs_when_a_run_goes_on_is_told_once(noted):
 
 @pytest.mark.parametrize("said", [3, ["bf16"], {"engine.precision": 16}, None])
 def test_a_checkpoint_that_says_something_else_is_refused(noted, said):
-    with pytest.raises(UserError, match=r"resume=run: its engine is .* and must be texts. Choose another"):
+    with pytest.raises(UserError, match="resume=run: its engine is .*; its values must be text. Choose another"):
         noted({"engine": said})

@@ -37,5 +37,5 @@ def test_pyplot_stays_out_of_it():
 
 
 def test_names_must_fit():
-    with pytest.raises(ValueError, match="does not fit 1 class names"):
+    with pytest.raises(ValueError, match="does not match 1 class names"):
         confusion_picture([[1, 2], [3, 4]], ["a"])

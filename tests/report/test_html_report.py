@@ -87,7 +87,7 @@ def compared(name="run"):
     shot = PairShot(name, (0.2, 0.6), frame, masks[0], (masks[1], masks[2]))
     scores = {"miou": 0.4, "dice": 0.5, "accuracy": None, **{f"iou/{index}": 0.1 * index for index in range(3)}}
     limits = {key: [-0.1, 0.2] if value else None for key, value in scores.items()}
-    verdict = {"p": 0.5, "verdict": "not told apart"}
+    verdict = {"p": 0.5, "verdict": "no significant difference"}
     gaps = {key: {"value": value and 0.1 - value / 2, "ci95": limits[key], **verdict} for key, value in scores.items()}
     images = [0.3] * 11 + [None]
     others = [OtherRun(f"{name} {n}", scores, gaps, images, images, [shot], "" if n else "none") for n in (0, 1)]
@@ -179,7 +179,7 @@ def test_reliability_is_accuracy_over_confidence_where_a_bin_holds_enough():
     bins = [(0, 0, 0.0)] * 13 + [(19, 1, 17.0), (100, 60, 95.0)]
     state = {"nll": 1.0, "ece": 0.3, "bins": bins}
     section = calibration_section({"pixels": 119, "images": 2, "temperature": 2.0, "before": state, "after": state})
-    assert section.count("as it is: 0.95, 0.6<") == 1 and "0.8947" not in section
+    assert section.count("uncalibrated: 0.95, 0.6<") == 1 and "0.8947" not in section
 
 
 def test_the_matrix_shows_the_commonest_classes_in_shares_of_their_rows():
@@ -205,9 +205,13 @@ def test_errors_are_where_a_labelled_pixel_differs():
 def test_what_differs_surely_is_marked_by_more_than_a_colour():
     base = compared()
     limits = dict.fromkeys(base.scores) | {"miou": [0.1, 0.2], "dice": [-0.3, -0.2], "accuracy": [-0.1, 0.1]}
-    verdicts = {"miou": "surely better", "dice": "surely worse"}
+    verdicts = {"miou": "significantly better", "dice": "significantly worse"}
     gaps = {
-        key: {"value": sum(ends) / 2 if ends else None, "ci95": ends, "verdict": verdicts.get(key, "not told apart")}
+        key: {
+            "value": sum(ends) / 2 if ends else None,
+            "ci95": ends,
+            "verdict": verdicts.get(key, "no significant difference"),
+        }
         for key, ends in limits.items()
     }
     other = replace(base.others[1], differences=gaps, mious=[0.9] * 3 + [0.0] * 2 + [None] + list(base.mious[6:]))
@@ -215,7 +219,7 @@ def test_what_differs_surely_is_marked_by_more_than_a_colour():
     rows = {row[0]: row[3] for row in cells(page, "scores")[1:]}
     assert rows == {"mIoU": "▲ +15.0", "mean Dice": "▼ -25.0", "pixel accuracy": "+0.0"}
     assert "better in 3, worse in 2 and equal in 6 of 11 images" in page
-    assert "in points, the most first: class 0 +30.00; class 1 +30.00;" in page and "over 12 images" in page
+    assert "in points, largest first: class 0 +30.00; class 1 +30.00;" in page and "over 12 images" in page
     assert "95\xa0%\xa0interval over\xa012\xa0images" in page
 
 

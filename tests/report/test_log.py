@@ -139,7 +139,7 @@ def test_settings_and_final_scores_are_a_row_of_tensorboard(tmp_path):
 def test_rows_of_anything_but_numbers_are_one_error(tmp_path, line):
     path = tmp_path / "metrics.jsonl"
     path.write_text(line + '\n{"step": 2}\n')
-    with pytest.raises(UserError, match="Line 1 of .* is no JSON object of numbers with a step"):
+    with pytest.raises(UserError, match="Line 1 of .* is not a JSON object of numbers with a step"):
         read_rows(path)
 
 

@@ -184,7 +184,7 @@ def test_a_clip_over_a_limit_is_refused(tmp_path, clip):
 def test_a_clip_that_has_more_frames_than_it_says_is_left(tmp_path, clip):
     (tmp_path / "clip.mp4").write_bytes(clip)
     job, style = jobs.UploadJob("id", tmp_path, {"height": SIZE[0], "width": SIZE[1]}), MaskStyle(str, ((0, 0, 0),))
-    with pytest.raises(UserError, match="more frames than it says"):
+    with pytest.raises(UserError, match="more frames than its header states"):
         make_overlay(
             job, tmp_path / "clip.mp4", ClipLimits(max_seconds=0.05), style,
             lambda frames: [np.zeros(SIZE, np.uint8) for _ in frames],
@@ -289,7 +289,7 @@ def test_what_is_on_its_way_makes_no_room_for_others_and_is_not_given_up(tmp_pat
     assert held.get(coming.id) is coming  # it was not slow to be asked for, but to come
     coming.state = jobs.State.COMING
     assert held.new().folder.exists()
-    with pytest.raises(Refused, match="2 clips are being worked on"):
+    with pytest.raises(Refused, match="2 clips are being processed"):
         held.new()
     held.close()
     assert list(tmp_path.iterdir()) == []

@@ -150,7 +150,7 @@ def packets_without_frames(path, count):
 def test_packets_without_frames_are_bounded(tmp_path, monkeypatch):
     path = packets_without_frames(tmp_path / "a.mkv", 60)
     monkeypatch.setattr("dinoseg.data.video.decoder._MOST_SILENT", 50)
-    with pytest.raises(UserError, match="a.mkv has 50 packets in a row that hold no frame"):
+    with pytest.raises(UserError, match="a.mkv has 50 packets in a row without a frame"):
         VideoReader(path)
     assert count_frames(path) == 0
     monkeypatch.setattr(clips, "Child", InThread)
@@ -181,7 +181,7 @@ def test_who_waits_for_a_frame_is_woken_when_the_work_is_cancelled(tmp_path, mon
     monkeypatch.setattr(clips, "send_frames", lambda channel: [channel.receive(), channel.receive()])
     reader = ClipReader(tmp_path / "a.mp4", ClipLimits(), 2000)
     threading.Timer(0.05, reader.kill).start()
-    with pytest.raises(UserError, match="ended the process that decoded it"), reader:
+    with pytest.raises(UserError, match="crashed its decoder process"), reader:
         pass
 
 

@@ -136,7 +136,7 @@ def test_a_form_in_an_odd_charset_is_refused(charset):
     form, kind = head + encoded(picture()) + b"\r\n--x--\r\n", 'Multipart/form-data; boundary=x; charset="{}"'
     with client() as ask:
         odd = ask.post("/segment", content=form, headers={"content-type": kind.format(charset)})
-        assert refused(odd) == (400, "one_file") and "may be in utf-8" in odd.text
+        assert refused(odd) == (400, "one_file") and "; supported: utf-8" in odd.text
         assert ask.post("/segment", content=form, headers={"content-type": kind.format("UTF-8")}).status_code == 200
 
 
@@ -324,7 +324,7 @@ def test_a_link_from_elsewhere_is_followed_and_nothing_else_comes_from_there():
 
 def test_where_other_machines_reach_it_names_that_nobody_gave_are_refused(caplog):
     here, there = Hosts.of("127.0.0.2", ["My.example"]), Hosts.of("0.0.0.0", ["my.example"])
-    assert "mode.host=0.0.0.0 can be reached from other machines" in caplog.text and len(caplog.records) == 1
+    assert "mode.host=0.0.0.0 is reachable from other machines" in caplog.text and len(caplog.records) == 1
     for known in ("localhost:8000", "127.0.0.2", "[::1]:80", "MY.example:1"):
         assert known in here and known in there
     for address in ("192.168.0.7:8000", "[fe80::1]"):
@@ -337,7 +337,7 @@ def test_where_other_machines_reach_it_names_that_nobody_gave_are_refused(caplog
 
 @pytest.mark.parametrize("name", ["http://my.example", "my.example:8000", "", "a b", "[::1]", "user@my.example"])
 def test_what_is_no_name_of_a_host_is_told(name):
-    with pytest.raises(UserError, match="mode.hosts: .* is no name of a host"):
+    with pytest.raises(UserError, match="mode.hosts: .* is not a host name"):
         Hosts.of("127.0.0.1", [name])
     assert "[2001:db8::1]" in Hosts.of("127.0.0.1", ["2001:db8::1"])
 

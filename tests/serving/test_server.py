@@ -37,7 +37,7 @@ def test_a_port_that_is_taken_is_one_message():
 def test_a_place_that_is_none_of_ours_is_one_message():
     with pytest.raises(UserError, match="Cannot listen on 192.0.2.1"):
         bound("192.0.2.1", 8000)
-    with pytest.raises(UserError, match="no such place"):
+    with pytest.raises(UserError, match="cannot resolve the address"):
         bound("no such host", 8000)
 
 
@@ -164,7 +164,7 @@ def test_both_modes_begin_with_what_the_command_line_says(monkeypatch, tmp_path)
         with start.started({}, tmp_path, **given, batch_size=1, wait_ms=50, limits=limits) as (_, service):
             raise ZeroDivisionError
     service.close.assert_called_once()
-    with pytest.raises(UserError, match="wait_ms=2000 is as long"):
+    with pytest.raises(UserError, match="wait_ms=2000 reaches the request timeout"):
         with start.started({}, tmp_path, **given, batch_size=1, wait_ms=2000, limits=limits):
             pass
 
@@ -254,7 +254,7 @@ def test_a_second_signal_ends_it_at_once(server):
         assert process.poll() is None
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 143
-    assert "Stopping: no more requests are taken" in process.stdout.read()
+    assert "Stopping after the current requests" in process.stdout.read()
 
 
 def test_a_server_without_a_model_says_what_is_missing(tmp_path):
@@ -265,4 +265,4 @@ def test_a_server_without_a_model_says_what_is_missing(tmp_path):
     wrong = call(tmp_path, "mode=app", "engine=cpu", "mode.port=0", "tracker.short=0", "mode.hosts=[]")
     assert wrong.status == 1 and "short=0 is out of range" in wrong.err
     long = call(tmp_path, "mode=serve", "mode.port=0", "mode.wait_ms=5000", "mode.limits.timeout=5")
-    assert "mode.wait_ms=5000 is as long as an answer may take (mode.limits.timeout=5 seconds)" in long.err
+    assert "mode.wait_ms=5000 reaches the request timeout (mode.limits.timeout=5 seconds)" in long.err

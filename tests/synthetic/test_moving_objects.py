@@ -183,7 +183,7 @@ def test_finished_videos_are_kept_and_an_interrupted_one_is_made_again(tmp_path:
         write(path, pixels)
 
     monkeypatch.setattr(moving_write, "write_png", until_full)
-    with pytest.raises(UserError, match="No space left on device.*running again goes on"):
+    with pytest.raises(UserError, match="No space left on device.*running again renders the missing videos"):
         render_moving_objects(tmp_path / "cut", **SMALL)
     assert [path.name for path in (tmp_path / "cut/train").iterdir()] == ["train_0001"]
     monkeypatch.setattr(moving_write, "write_png", write)
@@ -239,7 +239,7 @@ def test_another_seed_or_fewer_videos_in_the_same_root_is_an_error(tmp_path: Pat
     render_moving_objects(tmp_path, **SMALL)
     before = contents(tmp_path)
     for change in ({"seed": 1}, {"train_videos": 1}, {"seconds": 2}, {"size": (40, 32)}):
-        with pytest.raises(UserError, match="not a video of this rendering"):
+        with pytest.raises(UserError, match="not rendered with these settings"):
             render_moving_objects(tmp_path, **{**SMALL, **change})
     assert contents(tmp_path) == before
 
@@ -263,7 +263,7 @@ def test_a_video_that_lacks_pictures_is_drawn_anew(tmp_path: Path, caplog) -> No
     (tmp_path / "cut/train/train_0002/segmentations/00003.png").unlink()  # as two renderings at once left it
     render_moving_objects(tmp_path / "cut", **SMALL)
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
-    assert "train_0002 lacks pictures: it is drawn anew" in caplog.text
+    assert "train_0002 lacks images: rendering it again" in caplog.text
 
 
 def test_two_renderings_of_one_root_work_one_after_the_other(tmp_path: Path, caplog) -> None:

@@ -177,7 +177,7 @@ def test_other_data_is_neither_overwritten_nor_mixed(tmp_path: Path, content: by
     else:
         foreign.write_bytes(content)
     before = foreign.read_bytes()
-    with pytest.raises(UserError, match="video_01.zip is not a video of this rendering"):
+    with pytest.raises(UserError, match="video_01.zip was not rendered with these settings"):
         render_dataset(tmp_path, **SMALL)
     assert foreign.read_bytes() == before
 
@@ -185,5 +185,5 @@ def test_other_data_is_neither_overwritten_nor_mixed(tmp_path: Path, content: by
 def test_another_seed_or_fewer_videos_in_the_same_root_is_an_error(tmp_path: Path) -> None:
     render_dataset(tmp_path, **SMALL)
     for change in ({"seed": 1}, {"train_videos": 0}, {"seconds": 1}):
-        with pytest.raises(UserError, match="not a video of this rendering"):
+        with pytest.raises(UserError, match="not rendered with these settings"):
             render_dataset(tmp_path, **{**SMALL, **change})

@@ -101,7 +101,7 @@ def test_each_image_is_there_once_and_those_of_the_validation_are_told_of(here, 
     with caplog.at_level(logging.INFO):
         Builder(cfg).task().open(Engine("cpu", "fp32", workers=0))
     assert "3 training images with masks, 7 without" in caplog.text
-    assert "1 of the images without masks are validation images: scores are then" in caplog.text
+    assert "1 of the images without masks are validation images, so the scores" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -109,8 +109,8 @@ def test_each_image_is_there_once_and_those_of_the_validation_are_told_of(here, 
     [
         (("data.labelled=null",), "has no images without masks. Give trainer.unlabelled="),
         (("trainer.ema=null",), "the moving average is the teacher"),
-        (("engine.cache=memory",), "none of their features can be kept"),
-        (("data.feature_noise=0.1",), "data.feature_noise=0.1 is for training on masks alone"),
+        (("engine.cache=memory",), "their features cannot be cached"),
+        (("data.feature_noise=0.1",), "data.feature_noise=0.1 is for training on masks only"),
         (("trainer.unlabelled_batch_size=4",), "trainer.unlabelled_batch_size=4 with 3 images without masks"),
         (("trainer.threshold=1.5",), "trainer.threshold=1.5 is out of range"),
         (("trainer.strong_views=17",), "Give a whole number from 1 to 16"),
@@ -130,7 +130,7 @@ def test_what_does_not_go_together_is_refused(folder, compose, words, said):
         (WORDS, "has no images without masks. Give trainer.unlabelled="),
         (
             ("mode=plan", *(word for word in HALF if not word.startswith(("mode.", "mode=train")))),
-            "trainer=self_training is not foretold",
+            "trainer=self_training is not supported:",
         ),
     ],
     ids=["masks alone", "plan"],
@@ -153,7 +153,7 @@ def test_broken_images_without_masks_stop_a_run_by_name_or_are_left_out(folder, 
     broken, words = photos
     done = call(folder, *words, "hydra.run.dir=broken")
     said = "Or leave such images without masks out: data.on_error=skip."
-    assert done.status == 1 and f"Cannot read {broken} as a picture" in done.err and said in done.err, done.err
+    assert done.status == 1 and f"Cannot read {broken} as an image" in done.err and said in done.err, done.err
     _, done = trained(folder, "mended", *words, "data.on_error=skip")
     assert f"left out of the images without masks: 1. Cannot read {broken}" in done.err, done.err
     assert "6 training images with masks, 5 without" in done.err
@@ -179,7 +179,7 @@ def test_masks_of_one_class_alone_are_refused(compose, tmp_path):
     write_data(tmp_path / "data", train=4, val=1)
     base = (*HALF, f"data.root={tmp_path / 'data'}", "trainer.steps=1")
     for value, said in (
-        (0, "hold dark alone: a teacher that knows one answer gives it"),
+        (0, "hold dark alone: the teacher would predict it"),
         (255, "255 is ignored, so there is nothing to learn"),
     ):
         for number in range(4):

@@ -280,10 +280,10 @@ def test_what_does_not_fit_is_refused(segmenter):
     tracker = SmoothingTracker(model, NEAR)
     with pytest.raises(UserError, match="labels are given, but a trained segmenter"):
         tracker.track(frames, [np.zeros((37, 50), np.uint8), None])
-    with pytest.raises(UserError, match="A frame is 20 x 20 pixels, and the first frame 37 x 50"):
+    with pytest.raises(UserError, match="A frame is 20 x 20 pixels, but the first frame 37 x 50"):
         tracker.track([frames[0], frames[1][:20, :20]], [None, None])
     tracker.track(frames, [None, None])
-    with pytest.raises(UserError, match="A frame is 36 x 50 pixels, and the first frame 37 x 50"):
+    with pytest.raises(UserError, match="A frame is 36 x 50 pixels, but the first frame 37 x 50"):
         tracker.track([frames[0][:36]], [None])
     assert tracker.track([], []) == []
     with pytest.raises(UserError, match="context=1, but the state holds"):

@@ -83,7 +83,7 @@ def test_where_torch_cannot_compile_blocks_run_as_ever_and_it_is_said_once(monke
     compile_blocks(backbone)
     with caplog.at_level(logging.WARNING):
         assert all(torch.equal(*each) for _ in range(3) for each in zip(plain, backbone(image), strict=True))
-    said = "engine.compile=true: torch cannot compile here (no compiler), so it goes on without."
+    said = "engine.compile=true: torch cannot compile here (no compiler); continuing without compilation."
     assert [record.getMessage() for record in caplog.records] == [said]
 
 

@@ -38,14 +38,14 @@ ODD = {  # key, value, what the refusal says
     "choices that ask": ("choices", {**INFO["choices"], "head": "${oc.env:HOME}"}, "its choices is"),
     "choices that are missing": ("choices", {**INFO["choices"], "head": "???"}, "its choices is"),
     "choices for terminals": ("choices", {**INFO["choices"], "head": "\x1b[2J"}, "its choices is"),
-    "a number for the folder": ("folder", 3, "its folder is 3, and must be a folder"),
+    "a number for the folder": ("folder", 3, "its folder is 3; it must be a folder"),
     "a list for the folder": ("folder", ["x"], "its folder is"),
     "a folder that ends early": ("folder", "a\0b", "its folder is"),
     "a text for classes": ("classes", "ab", "its classes is ab"),
     "no classes": ("classes", [], "its classes is"),
     "numbers for classes": ("classes", [1, 2], "its classes is"),
     "an empty class": ("classes", ["a", ""], "its classes is"),
-    "a long class": ("classes", ["a", "b" * 3000], "at most 100 letters"),
+    "a long class": ("classes", ["a", "b" * 3000], "at most 100 printable characters"),
     "a class for terminals": ("classes", ["a", "\x1b]0;x\x07"], "its classes is"),
     "half a letter": ("classes", ["a", "\ud800"], "its classes is"),
     "too many classes": ("classes", [str(number) for number in range(256)], "its classes is"),
@@ -64,15 +64,15 @@ ODD = {  # key, value, what the refusal says
     "a best that is no number": ("progress", {"best": float("nan")}, "must be finite numbers of step"),
     "a best that none beats": ("progress", {"best": float("inf")}, "must be finite numbers of step"),
     "a best below all": ("progress", {"best": float("-inf")}, "must be finite numbers of step"),
-    "a text for what is idle": ("idle", "0", "its idle is 0, and must be a whole number"),
+    "a text for what is idle": ("idle", "0", "its idle is 0; it must be a whole number"),
     "a text for the ignored id": ("ignore_index", "255", "its ignore_index is"),
     "a large ignored id": ("ignore_index", 256, "its ignore_index is"),
     "a text for the format": ("format", "1", "its format is"),
     "yes for the format": ("format", True, "its format is"),
     "a later format": ("format", FORMAT + 1, "Update dinoseg"),
-    "an earlier format": ("format", FORMAT - 1, "written in format 0, and this dinoseg reads format 1"),
+    "an earlier format": ("format", FORMAT - 1, "written in format 0; this version of dinoseg reads format 1"),
     "a deep config": ("config", {**INFO["config"], "data": {"a": HALF_DEEP}}, "nested deeper than"),
-    "a huge text": ("folder", "x" * 2**20, "letters, above the most"),
+    "a huge text": ("folder", "x" * 2**20, "characters, above the limit"),
 }
 
 
@@ -110,7 +110,7 @@ def test_what_dinoseg_writes_is_read(tmp_path):
 
 @pytest.mark.parametrize("name", ["", "a" * 101, "a\nb", "\x1b[2J"])
 def test_a_run_cannot_begin_with_names_that_its_checkpoint_could_not_hold(name):
-    with pytest.raises(UserError, match="give names of 1 to 100 letters"):
+    with pytest.raises(UserError, match="give names of 1 to 100 printable"):
         Labels.of(["fine", name], None, 255)
 
 
@@ -193,7 +193,7 @@ def test_state_that_adamw_has_not_kept_is_refused(tmp_path, changes):
     optimizer = optimizer_of(nn.Linear(2, 3, bias=False))
     state = {f"optimizer/weight/{key}": value for key, value in (MOMENTS | changes).items() if value is not None}
     write(tmp_path / "x.safetensors", state, INFO)
-    with pytest.raises(UserError, match="state of weight is none of AdamW") if changes else nullcontext():
+    with pytest.raises(UserError, match="state of weight is not that of AdamW") if changes else nullcontext():
         load_optimizer(optimizer, read(tmp_path / "x.safetensors"))
 
 
@@ -208,7 +208,7 @@ def test_state_that_lacks_a_parameter_is_refused_unless_it_had_none(tmp_path, id
 
 @pytest.mark.slow
 def test_a_model_larger_than_the_machine_is_not_made():
-    with pytest.raises(UserError, match="that this machine cannot hold"), torch.device("meta"), bounded("resume=x"):
+    with pytest.raises(UserError, match="that does not fit into memory"), torch.device("meta"), bounded("resume=x"):
         nn.Linear(10**7, 10**7)
     with pytest.raises(UserError, match="more than 50000 parts"), torch.device("meta"), bounded("resume=x"):
         nn.ModuleList(nn.Linear(1, 1) for _ in range(10**9))

@@ -212,5 +212,5 @@ def test_views_that_do_not_say_where_they_lie_are_refused():
             return image, mask
 
     for augment in (Other((4, 4)), lambda image, mask, rng: (image, mask)):
-        with pytest.raises(UserError, match="does not say where a view lies in its image"):
+        with pytest.raises(UserError, match="does not return the position of a view in its image"):
             DistilFeed(Ramps(), Ramps(), augment, 1, 0, 0, scores=KeptScores(where, NoStore(), 2))

@@ -47,7 +47,7 @@ def test_auto_takes_bfloat16_where_it_is_faster(monkeypatch, has, faster):
         ({"eval_batch_size": "many"}, "engine.eval_batch_size=many is unknown. Choose auto, or a number of images"),
         ({"devices": 2}, "engine.devices=2: this mode runs on 1"),
         ({"sharding": "zero"}, "engine.sharding=zero is unknown. Choose none or fsdp"),
-        ({"sharding": "fsdp"}, "engine.sharding=fsdp: .* this is the only one. Give engine.devices=N, or leave"),
+        ({"sharding": "fsdp"}, "engine.sharding=fsdp: .* but there is only one. Set engine.devices=N, or leave"),
     ],
 )
 def test_settings_out_of_range_are_refused(values, message):

@@ -207,7 +207,7 @@ def test_features_of_other_weights_or_preprocessing_are_not_used(train, computed
     computed.clear()
     with caplog.at_level(logging.INFO):
         rows = train("disk", steps=3, **other)[0]
-    assert sum(computed) == 2 + 6 + 5 and f"of other {told} than now" in caplog.text
+    assert sum(computed) == 2 + 6 + 5 and f"with other {told}:" in caplog.text
     assert rows == train(steps=3, **other)[0]
 
 
@@ -393,12 +393,12 @@ def test_trainings_that_go_on_at_once_share_what_is_kept(train, computed):
 
 def test_what_lets_batches_come_sooner_depends_on_what_is_read(train, data, tmp_path):
     _, live, _ = train(epochs=2, workers="auto")
-    assert live.remedy.startswith("Let images be decoded once (data.cache=packed). engine.workers=auto has tried")
+    assert live.remedy.startswith("Decode images only once (data.cache=packed). engine.workers=auto has tried")
     _, kept, _ = train("disk", epochs=2, workers=2)
-    assert kept.remedy.startswith("Features are kept: ") and "packed" not in kept.remedy
-    assert kept.remedy.endswith("let more processes load (engine.workers=auto finds how many).")
+    assert kept.remedy.startswith("Features are cached: ") and "packed" not in kept.remedy
+    assert kept.remedy.endswith("use more loading processes (engine.workers=auto finds the number).")
     _, kept, _ = train("memory", epochs=2, workers=2)
-    assert kept.remedy.startswith("Features are kept in memory: ") and "disk" not in kept.remedy
+    assert kept.remedy.startswith("Features are cached in memory: ") and "disk" not in kept.remedy
     _, disturbed, _ = train(epochs=2, noise=0.1)
     assert "data.cache=packed" in disturbed.remedy and "Features" not in disturbed.remedy
     live.train = pack(data, cache_dir=tmp_path, workers=1)
@@ -496,17 +496,17 @@ def test_auto_says_why_it_trains_on_images(train, caplog, monkeypatch):
             assert train("auto", **options)[1].cache is None
         return caplog.text
 
-    assert "data.views=4 draws each image in 4 views" in told(views=None, epochs=9)
+    assert "data.views=4 to cache 4 fixed augmentations" in told(views=None, epochs=9)
     assert "adapter.blocks=4" in told(adapter=Lora(2, 4), epochs=9)
-    assert "draw hardly a view twice" in told(epochs=1.6)
+    assert "hardly repeat a view" in told(epochs=1.6)
     costs = {"write": 0.01, "read": 0.01, "bytes": 100, "pixels": 100}
     monkeypatch.setattr(choice, "measured", lambda *_: Cost(frozen=0.1, rest=1.0, **costs))
-    assert "which does not pay" in told(epochs=20)
+    assert "is too small" in told(epochs=20)
     monkeypatch.setattr(choice, "measured", lambda *_: Cost(frozen=0.1, rest=0.01, **costs | {"bytes": 2**60}))
-    assert "There is room for" in told(epochs=20)
+    assert "Free space" in told(epochs=20)
     monkeypatch.setattr(choice, "_memory_room", lambda *_: 0)
     monkeypatch.setattr(choice, "measured", lambda *_: Cost(frozen=0.1, rest=0.01, **costs | {"read": 1.0}))
-    assert "This disk is too slow" in told(epochs=20)
+    assert "The disk is too slow" in told(epochs=20)
 
 
 def test_a_run_that_goes_on_keeps_to_what_it_has_chosen_unless_told_otherwise(train, monkeypatch, caplog):
@@ -514,7 +514,10 @@ def test_a_run_that_goes_on_keeps_to_what_it_has_chosen_unless_told_otherwise(tr
     caplog.set_level(logging.INFO)
     for before in ("disk", "memory"):
         assert train("auto", epochs=20, before=before)[1].cache.place == before
-        assert "engine.cache=auto: features are kept in" in caplog.text and "as this run was begun" in caplog.text
+        assert (
+            "Feature cache: on (engine.cache=auto), in" in caplog.text
+            and ("as at the start of this run") in caplog.text
+        )
         caplog.clear()
     assert train("disk", epochs=20, before="off")[1].cache.place == "disk" and "begun" not in caplog.text
     for before in (None, "elsewhere"):  # unknown, or of a file that somebody has written: it is measured
@@ -522,7 +525,7 @@ def test_a_run_that_goes_on_keeps_to_what_it_has_chosen_unless_told_otherwise(tr
         caplog.clear()
     monkeypatch.setattr(choice, "measured", lambda *_: pytest.fail("what is known is measured"))
     assert train("auto", epochs=20, before="off")[1].cache is None
-    assert "This run was begun without: name disk or memory for another choice." in caplog.text
+    assert "This run started without a cache: set engine.cache=disk or memory to use one." in caplog.text
 
 
 def test_a_disk_that_takes_nothing_leaves_memory(train, monkeypatch, tmp_path, caplog):
@@ -530,7 +533,7 @@ def test_a_disk_that_takes_nothing_leaves_memory(train, monkeypatch, tmp_path, c
     monkeypatch.setattr(choice, "_LEAST_GAIN", 0.1)
     with caplog.at_level(logging.INFO):
         train("auto", epochs=20)
-    assert "auto: features are kept in memory" in caplog.text and " inf" not in caplog.text
+    assert "(engine.cache=auto), in memory" in caplog.text and " inf" not in caplog.text
 
 
 def test_auto_keeps_features_where_that_pays(train, monkeypatch, caplog):
@@ -538,7 +541,7 @@ def test_auto_keeps_features_where_that_pays(train, monkeypatch, caplog):
     monkeypatch.setattr(choice, "measured", lambda *_: cost)
     with caplog.at_level(logging.INFO):
         _, feed, _ = train("auto", epochs=20)
-    assert feed.cache is not None and "estimated 3.7 times as fast over 20.0 epochs" in caplog.text
+    assert feed.cache is not None and "estimated speed-up 3.7 over 20.0 epochs" in caplog.text
     assert cost.gain(20, 2, disk=True) == pytest.approx(20 * 0.11 / (2 * 0.11 + 18 * 0.01 + 20 * 0.01))
     assert cost.gain(1, 4, disk=False) == 1
     unwritable = cost._replace(write=math.inf, read=math.inf)
@@ -548,17 +551,20 @@ def test_auto_keeps_features_where_that_pays(train, monkeypatch, caplog):
     monkeypatch.setattr(choice, "_disk_room", lambda *_: 10)
     with caplog.at_level(logging.INFO):
         train("auto", epochs=20)
-    assert "engine.cache=auto: features are kept in memory" in caplog.text
+    assert "Feature cache: on (engine.cache=auto), in memory" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"cache": "disk", "views": None}, "engine.cache=disk: Each epoch draws new views"),
-        ({"cache": "memory", "adapter": Lora(2, 4)}, "engine.cache=memory: Nothing of this backbone"),
-        ({"adapter": Lora(2, 4), "noise": 0.1}, "data.feature_noise=0.1 is added to what the frozen part"),
+        ({"cache": "disk", "views": None}, "engine.cache=disk: Random augmentation makes every view unique"),
+        ({"cache": "memory", "adapter": Lora(2, 4)}, "engine.cache=memory: This backbone has no frozen part"),
+        ({"adapter": Lora(2, 4), "noise": 0.1}, "data.feature_noise=0.1 is added to the features of the frozen part"),
         ({"cache": "auto", "views": None, "adapter": Lora(2, 4), "noise": 0.1}, "data.feature_noise=0.1 is added"),
-        ({"uniform": ClassUniform(0.5, {}, []), "augment": lambda image, mask, rng: (image, mask)}, "takes no `shown`"),
+        (
+            {"uniform": ClassUniform(0.5, {}, []), "augment": lambda image, mask, rng: (image, mask)},
+            "has no parameter `shown`",
+        ),
         ({"cache": "ssd"}, "engine.cache=ssd is unknown. Choose one of auto, off, disk, memory"),
         ({"cache": "disk", "dtype": "int4"}, "features.dtype=int4 is unknown"),
     ],

@@ -159,10 +159,10 @@ def test_gone_on_with_it_is_the_same_to_the_bit(tmp_path, caplog, stop):
     with pytest.raises(OSError, match="gone"):
         train(tmp_path / "cut", begin=0.5, steps=6, ema=0.5, loss=Failing(stop))
     assert read(tmp_path / "cut/last.safetensors").info["progress"]["step"] == stop
-    assert caplog.text.count("rests for 3 of the 6 steps to come") == 2
+    assert caplog.text.count("is frozen for 3 of the 6 remaining steps") == 2
     again, _ = train(tmp_path / "cut", begin=0.5, steps=6, start=tmp_path / "cut/last.safetensors", ema=0.5)
-    assert ("rests for 1 of the 4 steps to come" in caplog.text) == (stop == 2), "from where it goes on"
-    assert caplog.text.count("The backbone rests") == (3 if stop == 2 else 2)
+    assert ("is frozen for 1 of the 4 remaining steps" in caplog.text) == (stop == 2), "from where it goes on"
+    assert caplog.text.count("The backbone is frozen") == (3 if stop == 2 else 2)
     assert alike(parts(again)[0], parts(whole)[0])
     first, second = (read(tmp_path / name / "last.safetensors").tensors for name in ("whole", "cut"))
     assert first.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in first.items())
@@ -279,9 +279,14 @@ def test_time_left_is_foretold_anew_where_a_rest_ends(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("begin", "start", "said"),
-    [(0.5, 0, "rests for 3 of the 6 steps"), (0.5, 2, "rests for 1 of the 4 steps"), (0.5, 3, ""), (0.0, 0, "")]
-    + [(0.8, 0, "rests for 5 of the 6 steps")]
-    + [(0.9, 0, "rests for all of the 6 steps to come, and learns nothing. Give a lower optim.optimizer.backbone_b")],
+    [
+        (0.5, 0, "is frozen for 3 of the 6 remaining"),
+        (0.5, 2, "is frozen for 1 of the 4 remaining"),
+        (0.5, 3, ""),
+        (0.0, 0, ""),
+    ]
+    + [(0.8, 0, "is frozen for 5 of the 6 remaining")]
+    + [(0.9, 0, "is frozen for all of the 6 remaining steps. Set a lower optim.optimizer.backbone_b")],
 )
 def test_a_run_says_how_long_its_backbone_rests(caplog, begin, start, said):
     caplog.set_level(logging.INFO)

@@ -60,12 +60,12 @@ def test_a_run_in_epochs_and_what_the_command_line_says_of_its_length(tmp_path):
         return done, path and checkpoint.describe(path)
 
     refused = train("trainer.epochs=1", "trainer.steps=1")[0]
-    assert refused.status == 1 and "trainer.steps and trainer.epochs both say how long to train" in refused.err
+    assert refused.status == 1 and "trainer.steps and trainer.epochs both set the length of the training" in refused.err
     done, found = train("trainer.epochs=1.5", "optim.schedule.warmup=40")
     assert done.status == 0, done.err
     assert found["progress"]["step"] == 3 and found["config"]["trainer"]["epochs"] == 1.5
     (run,) = tmp_path.glob("outputs/base/train_*")
-    assert "The learning rate rises for 3 of 3 steps, to 7 % of what is set" in (run / "run.log").read_text()
+    assert "The warm-up takes 3 of 3 steps and ends at 7 % of the learning rate" in (run / "run.log").read_text()
     rows = (run / "metrics.jsonl").read_text().splitlines()
     assert sum("val/miou" in row for row in rows) == 2  # after an epoch, and at the end
     done, found = train(f"resume={run}", "trainer.steps=4")  # its own 1.5 epochs would be over

@@ -140,7 +140,7 @@ def test_the_scale_begins_with_the_first_labelled_batch():
 def test_a_scale_from_a_file_is_checked(value):
     state = {"value": torch.tensor(value), "steady": torch.tensor(0.0)}
     for wrong in (state, {"value": torch.tensor(1.0)}, {**state, "value": torch.ones(2)}):
-        with pytest.raises(UserError, match="resume=x: its loss scale is not one that dinoseg writes"):
+        with pytest.raises(UserError, match="resume=x: its loss scale is invalid"):
             LossScale().restore(wrong, CPU, "resume=x")
 
 

@@ -146,7 +146,7 @@ def test_the_end_tells_the_share_of_waiting_and_what_to_do_about_much_of_it(capl
     told = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert len(told) == warned
     if warned:
-        assert told == ["The training waited for data 25% of its time. Read less."]
+        assert told == ["The training spent 25% of its time waiting for data. Read less."]
 
 
 def test_ranks_that_show_nothing_and_runs_of_a_step_tell_no_end(caplog):

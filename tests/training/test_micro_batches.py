@@ -112,7 +112,9 @@ def test_a_step_is_over_the_same_images_in_parts_that_fit(train, most, late, cap
     assert [name for names in step[-{3: 4, 2: 8, 1: 10}[most] :] for name in names] == sum(whole.loss.seen[:2], [])
     for key in ("train/loss", "train/gradient_norm", "train/miou", "train/accuracy"):
         assert parted.rows[0][key] == pytest.approx(whole.rows[0][key], rel=1e-5), key
-    assert "5 samples at once" in caplog.text and "in 2 parts" in caplog.text and "\n" not in caplog.messages[0]
+    assert (
+        "5 samples at once" in caplog.text and "into 2 micro-batches" in caplog.text and "\n" not in caplog.messages[0]
+    )
 
 
 def test_later_steps_go_on_in_the_parts_that_were_found(train, caplog):
@@ -179,10 +181,10 @@ def test_other_errors_pass_and_several_ranks_and_heads_are_told_what_to_give():
     micro, batch = micro_batches(engine_of(2)), ClipBatch(torch.zeros(4, 2, 3, 8, 8), list("abcd"))
     with pytest.raises(RuntimeError, match="size mismatch"):
         run(micro, fail(RuntimeError("size mismatch")), batch)
-    with pytest.raises(OutOfMemory, match="Give less data.batch_size with as much more trainer.accumulate"):
+    with pytest.raises(OutOfMemory, match="Set a smaller data.batch_size with more trainer.accumulate"):
         run(micro, fail(MemoryError()), batch)
     micro = micro_batches(smallest=4, heads=2)
-    with pytest.raises(OutOfMemory, match="add up: give fewer heads, .*; mode=plan with head=NAME, without heads"):
+    with pytest.raises(OutOfMemory, match="adds up: set fewer heads, .*; mode=plan with head=NAME, without heads"):
         run(micro, fail(MemoryError()), batch)
 
 
@@ -210,7 +212,9 @@ def test_random_draws_are_those_of_a_step_that_began_in_parts():
 @pytest.mark.parametrize("sums", [False, True])
 def test_the_warning_names_what_parts_change(sums, caplog):
     run(micro_batches(loss=Dice(torch.ones(2)) if sums else None), only_one_sample, TWO)
-    assert ("the loss its sums" in caplog.text) == sums and "BatchNorm takes its statistics over a part" in caplog.text
+    assert ("the loss its sums" in caplog.text) == sums and (
+        "BatchNorm computes its statistics per micro-batch"
+    ) in caplog.text
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 5])

@@ -130,7 +130,7 @@ def test_a_whole_warmup_is_a_number_of_steps():
 
 @pytest.mark.parametrize("warmup", [1.0, 50.5])
 def test_warmup_that_is_neither_share_nor_steps_is_refused(warmup):
-    with pytest.raises(UserError, match=f"warmup={warmup}: give a share of the length from 0 to below 1"):
+    with pytest.raises(UserError, match=f"warmup={warmup}: give a share of the steps from 0 to below 1"):
         schedule(warmup=warmup)
 
 
@@ -140,10 +140,13 @@ def test_a_warmup_that_leaves_less_than_a_fifth_is_said(caplog, kind):
         warn_of_long_warmup(schedule(kind, warmup=warmup), steps)
     assert not caplog.messages
     warn_of_long_warmup(schedule(kind, warmup=2000), 50)
-    assert "rises for 50 of 50 steps, to 2 % of what is set" in caplog.text
+    assert "warm-up takes 50 of 50 steps and ends at 2 % of the learning rate" in caplog.text
     caplog.clear()
     warn_of_long_warmup(schedule(kind, warmup=81), 100)
-    assert "rises for 81 of 100 steps, to 100 %" in caplog.text and "such as 0.1, or more trainer.steps" in caplog.text
+    assert (
+        "warm-up takes 81 of 100 steps and ends at 100 %" in caplog.text
+        and "such as 0.1, or more trainer.steps" in caplog.text
+    )
 
 
 def test_head_and_backbone_have_rates_of_their_own_and_one_for_all_wins(tiny_backbone):

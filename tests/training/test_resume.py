@@ -199,8 +199,8 @@ def test_a_non_finite_loss_stops_and_names_step_and_samples(data, tmp_path):
 def test_resume_refuses_another_model(data, copy, tmp_path):
     for override, message in (
         ("head=linear", "was trained with head=mlp"),
-        ("backbone.arch.hidden_size=48", "made for another model"),
-        ("trainer.ema=null", "Set it as it was"),
+        ("backbone.arch.hidden_size=48", "belongs to another model"),
+        ("trainer.ema=null", "Set it to the saved value"),
     ):
         refused = call(tmp_path, *train(data, override, "trainer.steps=23", f"resume={copy}"))
         assert refused.status == 1 and message in refused.err, (override, refused.err)

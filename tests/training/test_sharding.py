@@ -16,7 +16,7 @@ class SlotHead(LinearHead):
 
 
 @pytest.mark.parametrize(
-    ("head", "quantised", "said"), [(SlotHead, [], "weights of slots"), (LinearHead, ["a"], "4-bit and 8-bit layers")]
+    ("head", "quantised", "said"), [(SlotHead, [], "slot models"), (LinearHead, ["a"], "4-bit and 8-bit layers")]
 )
 def test_what_cannot_be_shared_out_is_refused(monkeypatch, head, quantised, said):
     monkeypatch.setattr(sharding, "quantised_names", lambda _: quantised)

@@ -110,7 +110,7 @@ def test_a_head_with_a_way_of_its_own_runs_the_backbone(made):
 
 def test_a_head_that_changes_its_features_is_named(made):
     model, _ = made.model(((1,), LinearHead), ((1,), Rough))
-    with pytest.raises(UserError, match="1 has changed the features it was given in place"):
+    with pytest.raises(UserError, match="1 modified its input features in place"):
         model.train()(IMAGES)
 
 
@@ -156,7 +156,7 @@ def test_heads_with_random_draws_have_no_influence_on_one_another(train):
 def test_a_head_whose_loss_is_not_finite_drops_out_and_the_others_train_on(train, caplog):
     both = train("both", ((1,), Dropping), ((0,), Dropping), losses=[Noisy(), Noisy(fails_at=6)])
     assert_equal(outcome(both[0]), outcome(train("alone", ((1,), Dropping))[0]))
-    assert "1 drops out, and the others go on. Step 2: the loss is nan" in caplog.text
+    assert "1 is dropped; the other heads continue. Step 2: the loss is nan" in caplog.text
     assert [member.progress.step for member in both] == [6, 2]
     assert (both[1].checkpoints.folder.parent / DROPPED).exists()
     again = train("both", ((1,), Dropping), ((0,), Dropping), start=True, steps=8)

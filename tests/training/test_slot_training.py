@@ -170,7 +170,7 @@ def test_videos_whose_masks_are_all_empty_are_scored_and_said(here):
         write_png(path, np.zeros((32, 32), np.uint8))
     lengths = ("data.root=bare", "trainer.steps=2", "trainer.val_every=1", "trainer.score=fg_ari")
     done = run(here, *SLOTS, *lengths, "hydra.run.dir=run", "mode.metrics_only=true")
-    assert done.err.count("No validation clip shows an object: fg_ari says nothing of the segments") == 1
+    assert done.err.count("No validation clip has an object: fg_ari") == 1
     result = json.loads((here / "run/evaluation/scores.json").read_text())
     assert result["scores"]["FG-ARI"] == 1 and result["scores"]["mBO"] is None
     (note,) = result["notes"]
@@ -219,7 +219,7 @@ def test_videos_without_masks_have_a_loss_alone(here):
     lengths = ("trainer.steps=4", "trainer.val_every=2")
     plain = [each for each in SLOTS if each != "data=movi"]
     done = run(here, *plain, "data=videos", "data.root=films", *lengths, "hydra.run.dir=run")
-    assert "Videos stand in train and in val: 0, 1, 2, 3" in done.err
+    assert "Videos are in train and in val: 0, 1, 2, 3" in done.err
     assert "no other score: data=videos has no masks" in done.out
     assert (here / "run/evaluation/segments.png").is_file() and (here / "run/loss.png").is_file()
     assert not (here / "run/fg_ari.png").exists()
@@ -234,32 +234,32 @@ def test_videos_without_masks_have_a_loss_alone(here):
     ("more", "message"),
     [
         (("head=linear", *BARE), "trainer=slots trains slots, and head=linear has none. Choose head=slots"),
-        (("loss=cross_entropy",), "loss=cross_entropy is no loss of slots. Choose loss=feature_reconstruction"),
-        (("loss.weights=median",), "loss.weights=median: loss=feature_reconstruction knows no classes"),
+        (("loss=cross_entropy",), "loss=cross_entropy is not a slot loss. Choose loss=feature_reconstruction"),
+        (("loss.weights=median",), "loss.weights=median: loss=feature_reconstruction uses no classes"),
         (
             ("trainer=supervised",),
             "loss=feature_reconstruction learns from clips, without labels. Choose trainer=slots",
         ),
         (("trainer=supervised", "loss=cross_entropy"), "head=slots is trained on clips. Choose trainer=slots"),
         (("trainer.score=miou",), "trainer.score=miou is not a score. Choose one of loss, ari, fg_ari, mbo"),
-        (("head.num_slots=17",), "head.num_slots=17 are more slots than the 4 x 4 = 16 cells"),
+        (("head.num_slots=17",), "head.num_slots=17 exceeds the 4 x 4 = 16 cells"),
         (("head.steps=[4]",), r"data.clips.cut.length=5 or more, or lower head.steps"),
         (("data=folder", "data.classes=[a,b]", "head=slots", *BARE), "data=folder has no clips"),
-        (("data.clips.cut.length=2", "head.steps=[1]"), "clips of 2 frames leave one that tells (head.steps=[1])"),
+        (("data.clips.cut.length=2", "head.steps=[1]"), "clips of 2 frames have none (head.steps=[1])"),
         (
             ("data.clips.cut.length=1",),
             "Set data.clips.cut.length=2 or more; or, for single frames, head.predictor=none",
         ),
-        (("head.similarity=true",), "head.similarity=true does not go with loss=feature_reconstruction"),
+        (("head.similarity=true",), "head.similarity=true does not fit loss=feature_reconstruction"),
         (
             ("loss=slot_contrast", "head.predictor=none"),
-            "loss=slot_contrast compares slots that go from frame to frame",
+            "loss=slot_contrast compares slots across frames",
         ),
         (("head.alone=1",), "head.alone=1"),
-        (("loss=video_similarity",), "head.similarity=false does not go with loss=video_similarity"),
+        (("loss=video_similarity",), "head.similarity=false does not fit loss=video_similarity"),
         (("slots=lock_on",), "slots.lock_on=true needs the first frame's masks, and data=movi is evaluated without"),
         (("slots.temperature=-1",), "slots.temperature=-1 is out of range. Give a number above 0"),
-        (("data.cache=packed",), "data.cache=packed holds images with masks, not clips"),
+        (("data.cache=packed",), "data.cache=packed stores images with masks, not clips"),
         (("data.feature_noise=0.1",), "data.feature_noise=0.1 is for images with masks, not for clips"),
         (("data.class_uniform=0.1",), "data.class_uniform=0.1 is for images with masks, not for clips"),
         (("data.batch_size=99",), "data.batch_size=99 with 8 training clips"),
@@ -275,7 +275,7 @@ def test_what_does_not_fit_is_refused(movi, compose, more, message):
 
 def test_a_command_that_does_not_fit_is_refused(here):
     done = call(here, *SLOTS, "trainer.steps=1", "data.cache=packed", "hydra.run.dir=refused")
-    assert done.status == 1 and "error: data.cache=packed holds images with masks, not clips" in done.err, done.err
+    assert done.status == 1 and "error: data.cache=packed stores images with masks, not clips" in done.err, done.err
     assert "Traceback" not in done.err
 
 

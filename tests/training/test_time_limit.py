@@ -55,7 +55,7 @@ def test_a_late_training_ends_with_a_validation_and_a_validated_one_at_once(limi
     with caplog.at_level(logging.WARNING):
         seconds, done = limited(lambda number: 70.0)
     assert done == [(1, 100), (2, 2), "validated"] and seconds == 142
-    assert caplog.messages[0].startswith("The time does not suffice for all steps: about 2 instead of 100 fit into")
+    assert caplog.messages[0].startswith("The time limit is too short for all steps: about 2 instead of 100 fit into")
     seconds, done = limited(lambda number: 1.0, val_every=57, validation=4.0)
     assert seconds == 61 and done[-2:] == [(57, 60), "validated"]
 

@@ -1,3 +1,4 @@
+import re
 from functools import partial
 from types import SimpleNamespace
 
@@ -159,7 +160,9 @@ def test_without_patience_the_first_worse_validation_ends_it(run):
 def test_each_validation_is_a_line(run, caplog):
     with caplog.at_level("INFO"):
         best = run(steps=4, val_every=4).progress.best
-    assert f"step 4: val/miou {best:.4f} (best {best:.4f} at step 4)" in caplog.messages
+    share = f"{100 * best:.2f} %"
+    line = rf"step 4 of 4: val/miou {share} \(best {share} at step 4\), val/loss \d+\.\d{{4}}, in \d+\.\d s"
+    assert any(re.fullmatch(line, message) for message in caplog.messages), caplog.messages
 
 
 def test_the_moving_average_is_what_is_scored_and_kept(run, tmp_path):

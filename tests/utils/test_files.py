@@ -80,7 +80,7 @@ def refuse(folder):
 
 def test_a_folder_that_may_not_be_read_is_an_error(top, monkeypatch):
     monkeypatch.setattr(os, "scandir", refuse(top / "in/deep")(os.scandir))
-    with pytest.raises(UserError, match=r"Cannot read the folder .*in/deep \(Permission denied\).*Let your user read"):
+    with pytest.raises(UserError, match=r"Cannot read the folder .*in/deep \(Permission denied\).*Give your user read"):
         names(top)
     assert [path.name for path in entries(top)] == ["a.png", "b.png", "in"]
     assert entries(top / "nowhere") == entries(top / "a.png") == []

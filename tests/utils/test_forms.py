@@ -61,7 +61,7 @@ def test_no_reader_takes_hostile_json_or_breaks_on_it(tmp_path, caplog, text):
     assert caplog.text.count("is damaged (") == 1 and caplog.text.count("are damaged (") == 1
     with pytest.raises(UserError, match=r"holds no readable tracking\.json \(.*leave mode\.restart out"):
         earlier_run(str(tmp_path), {"data": {}, "given": "none", "tracker": {}})
-    assert "does not say what the pseudo-labels were made of (" in _no_pseudo(tmp_path)
+    assert "does not record which masks the pseudo-labels were made from (" in _no_pseudo(tmp_path)
     for folder in ("JPEGImages/v", "Annotations/v"):
         (tmp_path / "train" / folder).mkdir(parents=True)
     with pytest.raises(UserError, match=r"Cannot read .*meta\.json as YouTube-VOS's.*Unpack it again"):
@@ -209,19 +209,19 @@ def test_forms_say_where_and_what(caplog):
     form = forms.record(rows=forms.listing(forms.row(forms.whole(0, 9), forms.maybe(forms.text)), length=2))
     parse_json('{"rows": [[0, null], [9, "a"]]}', form)
     for text, message in (
-        ('{"rows": [[0, null], [10, "a"]]}', r"it\.rows\[1\]\[0\] is 10, and must be a whole number from 0 to 9"),
-        ('{"rows": [[0, null], [9, 1]]}', r"it\.rows\[1\]\[1\] is 1, and must be text"),
-        ('{"rows": [[0, null]]}', r"it\.rows is .*, and must be a list of 2"),
-        ('{"rows": [[0, null], [9]]}', r"it\.rows\[1\] is \[9\], and must be a list of 2"),
+        ('{"rows": [[0, null], [10, "a"]]}', r"it\.rows\[1\]\[0\] is 10; it must be a whole number from 0 to 9"),
+        ('{"rows": [[0, null], [9, 1]]}', r"it\.rows\[1\]\[1\] is 1; it must be text"),
+        ('{"rows": [[0, null]]}', r"it\.rows is .*; it must be a list of 2"),
+        ('{"rows": [[0, null], [9]]}', r"it\.rows\[1\] is \[9\]; it must be a list of 2"),
         ('{"row": []}', "must be an object of rows"),
         ('{"rows": [[0, null], [9, "a"]], "more": 1}', "must be an object of rows"),
-        ('{"rows": 1e999}', "1e999 is no number"),
-        ('{"rows": [], "rows": []}', "a name stands twice"),
-        ('{"rows": -Infinity}', "-Infinity is no number"),
+        ('{"rows": 1e999}', "1e999 is not a number"),
+        ('{"rows": [], "rows": []}', "a name occurs twice"),
+        ('{"rows": -Infinity}', "-Infinity is not a number"),
     ):
         with pytest.raises(Misshapen, match=message):
             parse_json(text, form)
-    with pytest.raises(Misshapen, match="is 2, and must be a number from 0 to 1"):
+    with pytest.raises(Misshapen, match="is 2; it must be a number from 0 to 1"):
         parse_json("[0, 0.5, 2]", forms.listing(forms.number(0, 1)))
     with pytest.raises(Misshapen, match="must be a number"):
         parse_json("1" + "0" * 400, forms.number())  # no float holds it
@@ -245,13 +245,13 @@ def test_names_that_lead_elsewhere_are_none():
     ("change", "message"),
     [
         ({"a": torch.zeros(2, 3, dtype=torch.float64)}, "a is torch.float64"),
-        ({"a": torch.zeros(2, 4)}, r"b is .* \[3\], and must be torch.int64 \[n\]"),
+        ({"a": torch.zeros(2, 4)}, r"b is .* \[3\] instead of torch.int64 \[n\]"),
         ({"a": torch.zeros(2, 3, 1)}, "a is"),
         ({"a": torch.full((2, 3), torch.nan)}, "a holds numbers from nan"),
         ({"a": torch.full((2, 3), torch.inf)}, "a holds numbers from inf"),
-        ({"b": torch.tensor([0, 1, 5])}, "b holds numbers from 0.0 to 5.0, and may from 0 to 4"),
+        ({"b": torch.tensor([0, 1, 5])}, "b holds numbers from 0.0 to 5.0; allowed are 0 to 4"),
         ({"b": torch.zeros(0, dtype=torch.int64), "a": torch.zeros(2, 0)}, "a is"),
-        ({"c": torch.zeros(1)}, "it holds a, b, c, and must hold a, b"),
+        ({"c": torch.zeros(1)}, "it holds a, b, c instead of a, b"),
     ],
 )
 def test_tensors_of_a_state_have_their_form(change, message):
@@ -287,13 +287,13 @@ def test_arrays_that_claim_more_than_memory_are_not_read(tmp_path, monkeypatch):
     """A sparse file is read as zeros, which take memory although it takes no space."""
     path, form = tmp_path / "a.npz", {"a": ("|u1", 1)}
     npz(path, a=npy("|u1", (2**21,), bytes(2**21)))
-    with pytest.raises(Misshapen, match=r"bytes, and 1048576 are read at most"):
+    with pytest.raises(Misshapen, match="bytes; the limit is 1048576"):
         read_arrays(path, form, most=2**20)
     assert len(read_arrays(path, form)["a"]) == 2**21
     monkeypatch.setattr(forms, "_SMALL", 2**20)
     monkeypatch.setattr(forms, "machine_memory", lambda: 2**22)
     for read in (lambda path: read_arrays(path, form), lambda path: forms.read_json(path, forms.plain)):
-        with pytest.raises(Misshapen, match=r"bytes, and 1048576 are read at most"):
+        with pytest.raises(Misshapen, match="bytes; the limit is 1048576"):
             read(path)
 
 

@@ -40,7 +40,7 @@ def test_a_signal_saves_the_step_it_came_in_and_says_so(tmp_path, monkeypatch, n
     done = train(tmp_path, "trainer.steps=9", "trainer.val_every=3")
     last = next(tmp_path.glob("outputs/base/train_*/checkpoints/last.safetensors"))
     assert done.status == status and "Traceback" not in done.err
-    assert f"interrupted: {last} holds step 3. The same command with resume=auto goes on from it" in done.err
+    assert f"interrupted: {last} holds step 3. To resume, add resume=auto" in done.err
     progress = checkpoint.describe(last)["progress"]
     assert progress["step"] == 3 and progress["validation_pending"] and not (last.parent / "best.safetensors").exists()
     assert not [path for path in last.parents[1].rglob(".*")]
@@ -81,7 +81,7 @@ def test_other_modes_say_what_is_finished(tmp_path, monkeypatch, number, status)
         signal.raise_signal(number)
 
     monkeypatch.setattr(score, "run", stop)
-    for name, said in (("none", "\n"), ("some", ": what is finished is in ")):
+    for name, said in (("none", "\n"), ("some", ": finished results are in ")):
         done = call(tmp_path, "mode=score", f"hydra.run.dir={name}")
         assert done.status == status and done.err.startswith(f"\ninterrupted{said}"), done.err
 

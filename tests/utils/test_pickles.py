@@ -63,7 +63,7 @@ def test_what_would_fill_the_memory_is_not_read(kind, zipped, tmp_path, monkeypa
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("torch has read it"))
     path = write(tmp_path / "x.pth", ASKING[kind], zipped=zipped)
     assert path.stat().st_size < 2000
-    with pytest.raises(UserError, match=r"^w=.*x\.pth: holds objects besides tensors \(\S+\).* fill the memory\. Give"):
+    with pytest.raises(UserError, match=r"^w=.*x\.pth: holds objects besides tensors \(\S+\).* exhaust memory. Give"):
         read_tensor_file(path, "w")
 
 

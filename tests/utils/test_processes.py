@@ -152,7 +152,7 @@ def test_an_interrupted_loop_leaves_no_process(tmp_path, error):
 
 @pytest.mark.parametrize("in_order", [True, False])
 def test_a_killed_process_is_told(in_order):
-    with pytest.raises(UserError, match=r"^A process was killed, .* want of memory\. Do less\. \(In a script"):
+    with pytest.raises(UserError, match=r"^A process was killed, .* because memory ran out. Do less. \(In a script"):
         list(run(die, range(50), 2, in_order=in_order))
     assert nobody_is_left()
 
@@ -275,7 +275,7 @@ def test_a_process_of_its_own_answers_or_tells_how_it_ended(capfd):
     assert in_own_process(answers, "killed") is None
     with pytest.raises(UserError, match="no such item"):
         in_own_process(answers, "refused")
-    with pytest.raises(RuntimeError, match="its traceback stands above"):
+    with pytest.raises(RuntimeError, match="see its traceback above"):
         in_own_process(answers, "broken")
     assert "ValueError: not foreseen" in capfd.readouterr().err
 
@@ -283,7 +283,7 @@ def test_a_process_of_its_own_answers_or_tells_how_it_ended(capfd):
 @pytest.mark.parametrize("words", ["(pid 7) is killed by signal: Killed.", "(pid(s) 7) exited unexpectedly"])
 def test_a_killed_loader_is_told_with_its_remedy_and_other_errors_pass(words):
     with (
-        pytest.raises(UserError, match=r"most likely for want of memory.* 7.*engine\.workers=1.*resume=auto"),
+        pytest.raises(UserError, match=r"most likely because memory ran out.* 7.*engine\.workers=1.*resume=auto"),
         telling_killed_loaders(),
     ):
         raise RuntimeError(f"DataLoader worker {words}")

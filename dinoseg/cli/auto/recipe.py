@@ -84,14 +84,14 @@ def choose_recipe(cfg: DictConfig, words: Sequence[str], *, first: bool) -> Chos
     given = typed_keys(words)
     train, val = build.dataset("train", reduced=True), build.dataset("val")
     path = _path(build, given, (train, val))
-    source = f"as they were chosen before, since {path} holds them (remove it to choose anew)"
+    source = f"reused from {path} (remove it to choose again)"
     if first:
         # concurrent commands, such as the jobs of a sweep over seeds, wait and reuse the choices
         with _one_at_a_time(path):
             kept = read_choices(path)
             if kept is None:
-                most = f"timing candidates ends {60 * CHOOSING * minutes:.0f} s from now at the latest"
-                _tell(f"looks at data and machine: budget.minutes={minutes:g} count from now, {most}")
+                most = f"candidates are timed for at most {60 * CHOOSING * minutes:.0f} s"
+                _tell(f"inspects data and machine: budget.minutes={minutes:g} starts now, {most}")
                 trying = [*words, *_shared()]
                 joined = ranks_here() if _shared() else 0
                 with _alone():
@@ -105,7 +105,7 @@ def choose_recipe(cfg: DictConfig, words: Sequence[str], *, first: bool) -> Chos
         kept = read_choices(path) or _awaited(path, cfg.engine.rank_timeout)
     about, choices = kept
     choices, taken = left_of(choices, given)  # the file stores all: other keys may be typed next
-    about += f"; as given: {', '.join(taken)}" if taken else ""
+    about += f"; set on the command line: {', '.join(taken)}" if taken else ""
     if first:
         print(printable(f"hparam=auto: {about}; {source}:\n\n" + "\n".join(choice_lines(choices))))
     typed = [word for word in words if _root(word.lstrip("+~").partition("=")[0]) not in ("budget", "hparam", "resume")]
@@ -126,8 +126,8 @@ def _check(build: Builder) -> None:
     check_given("dinoseg.cli.auto.search.RecipeSearch", {"minutes": minutes}, {"minutes": "budget.minutes"})
     if build.task().on_clips or "unlabelled" in build.value("trainer"):
         raise UserError(
-            f"hparam=auto chooses for images and their masks, not for trainer={build.options['trainer']}. Give a "
-            "recipe by its name: mode=help lists them."
+            f"hparam=auto chooses for images and their masks, not for trainer={build.options['trainer']}. Choose a "
+            "recipe: mode=help lists them."
         )
     check_trainer(build)
     build.lengths(samples=1)
@@ -189,8 +189,8 @@ def _awaited(path: Path, seconds: float) -> tuple[str, list[RecipeChoice]]:
             return kept
         time.sleep(0.2)
     raise UserError(
-        f"hparam=auto: the first rank has not written {path} within {seconds:g} s. See what it says; cache_dir "
-        "and data have to be the same files for all ranks."
+        f"hparam=auto: the first rank has not written {path} within {seconds:g} s. See its messages; cache_dir and "
+        "data must be the same files for all ranks."
     )
 
 
@@ -209,10 +209,10 @@ def _keep(path: Path, about: str, choices: Sequence[RecipeChoice]) -> None:
     except OSError as error:
         if _others_wait():
             raise UserError(
-                f"hparam=auto: the choices cannot be kept in {path} ({error}), where the other ranks look for them. "
-                "Make room there, or give a cache_dir that all ranks can write to."
+                f"hparam=auto: cannot write the choices to {path} ({error}), where the other ranks read them. Free "
+                "some space there, or set a cache_dir that all ranks can write to."
             ) from error
-        said = f"warning: the choices cannot be kept in {path} ({error}): the next run chooses anew."
+        said = f"warning: cannot write the choices to {path} ({error}): the next run chooses again."
         print(printable(said), file=sys.stderr)  # no log is open yet
 
 

@@ -291,7 +291,7 @@ class RecipeSearch:
         words += " on smaller images" if candidate.case.smaller < 1 else ""
         left = self._choosing_ends - began
         if number > 1 and left <= max(self._least_timed, self._longest):
-            return f"{words} was not tried, since the time for choosing was spent"
+            return f"{words} was not tried: the time for choosing was used up"
         note, by_data = "", rules.by_data(candidate.case)
         choices, recipe = self._composed_for([*by_data, candidate.way], candidate.case)
         left = self._choosing_ends - monotonic()  # composing the recipe took time, too
@@ -305,12 +305,12 @@ class RecipeSearch:
                 raise TimeoutError
             times = self._time(recipe, candidate.case, left)
         except OutOfMemory as error:
-            return f"{words} does not fit the memory" if number > 1 else str(error)
+            return f"{words} does not fit into memory" if number > 1 else str(error)
         except TimeoutError:
             if number > 1:
-                return f"{words} was stopped, since timing it took longer than {left:.0f} s"
+                return f"{words} was stopped: timing it took longer than {left:.0f} s"
             times = estimate_times(max(left, self._least_timed))
-            note = "; its speed is estimated, since there was no time to measure it"
+            note = "; its speed is estimated (no time to measure it)"
         self._longest = max(self._longest, monotonic() - began)
         length = self._length(recipe, times, candidate.case.facts)
         return _noted(TimedCandidate(tuple(choices[len(by_data) :]), recipe, times, length), note)
@@ -341,7 +341,7 @@ class RecipeSearch:
         )
         times = in_own_process(work, recipe.values, timeout=seconds)
         if times is None:
-            raise OutOfMemory("Memory did not suffice for a few steps. mode=plan says what fits.")
+            raise OutOfMemory("Out of memory in the first steps. mode=plan lists settings that fit.")
         return times
 
     def _shortened(
@@ -403,7 +403,7 @@ class RecipeSearch:
                 break
             if self.memory.fits(self._composed([*by_data, *timed.choices, choice]).parts):
                 break
-        less = "" if choice.words == wanted.words else f"; {wanted.words['data.batch_size']} would not fit the memory"
+        less = "" if choice.words == wanted.words else f"; {wanted.words['data.batch_size']} would not fit into memory"
         yield replace(choice, reason=f"{choice.reason}{less}")
 
     def _least_batch(self, case: RecipeCase) -> RecipeChoice:
@@ -420,18 +420,19 @@ class RecipeSearch:
 
     def _rates(self, recipe: ComposedRecipe) -> Iterator[RecipeChoice]:
         words: dict[str, float] = {"optim.optimizer.head_lr": recipe.head_lr}
-        told = f"{recipe.head_lr:g} is what head={recipe.head} learns at by its file"
+        told = f"{recipe.head_lr:g} is the default of head={recipe.head}"
         if self._trains_backbone(recipe):
             words["optim.optimizer.backbone_lr"] = recipe.backbone_lr
-            told += f", {recipe.backbone_lr:g} adapter={recipe.adapter}"
+            told += f", {recipe.backbone_lr:g} that of adapter={recipe.adapter}"
         yield RecipeChoice(words, told)
 
     def _views(self, timed: TimedCandidate) -> Iterator[RecipeChoice]:
         if timed.length.views is not None:
             yield RecipeChoice(
                 {"data.views": timed.length.views},
-                f"features of {count_of(timed.length.views, 'view')} of each image are kept (engine.cache="
-                f"{timed.recipe.cache}): {timed.times.kept:.2g} s an image in place of {timed.times.image:.2g} s",
+                f"features of {count_of(timed.length.views, 'view')} of each image are cached "
+                f"(engine.cache={timed.recipe.cache}): {timed.times.kept:.2g} s per image instead of "
+                f"{timed.times.image:.2g} s",
             )
 
     def _steps(self, timed: TimedCandidate, recipe: ComposedRecipe, facts: DatasetFacts) -> RecipeChoice:
@@ -444,12 +445,12 @@ class RecipeSearch:
         fewer = ""
         if length.val_images is not None:
             words["trainer.val_images"] = length.val_images
-            fewer = f"; there is no time to validate more than {count_of(length.val_images, 'image')} at once"
+            fewer = f"; there is no time to validate on more than {count_of(length.val_images, 'image')}"
         return RecipeChoice(
             words,
-            f"{self._left / 60:.1f} of {self._minutes:g} minutes are left, "
-            f"{timed.length.spent:.0f} s of them for the start, {count_of(timed.length.validations, 'validation')} and "
-            f"the scoring; {PROBING:.0%} are counted for the closed form, {1 - SURE:.0%} stay free{fewer}",
+            f"{self._left / 60:.1f} of {self._minutes:g} minutes are left, {timed.length.spent:.0f} s of them for the "
+            f"start, {count_of(timed.length.validations, 'validation')} and the scoring; {PROBING:.0%} are reserved "
+            f"for the closed-form probe, {1 - SURE:.0%} as a margin{fewer}",
         )
 
     def _composed(self, choices: Sequence[RecipeChoice]) -> ComposedRecipe:

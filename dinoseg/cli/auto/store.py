@@ -26,7 +26,7 @@ def _name(*names: str) -> forms.Form:
 
     def check(value: Any, where: str) -> None:
         if not isinstance(value, str) or not (value in names if names else re.fullmatch(r"[a-z]\w*", value)):
-            raise forms.Misshapen(f"{where:.99} is {value!r:.60}, and must be {' or '.join(names) or 'a name'}")
+            raise forms.Misshapen(f"{where:.99} is {value!r:.60}; it must be {' or '.join(names) or 'a name'}")
 
     return check
 
@@ -60,7 +60,7 @@ def _choices(value: Any, where: str) -> None:
     words = {key: each for row in value for key, each in row["words"].items()}
     pixels = math.prod(words.get("resolution.crop", ())) * words.get("data.batch_size", 1)
     if pixels > _MOST_PIXELS:
-        raise forms.Misshapen(f"{where} makes batches of {pixels} pixels, and {_MOST_PIXELS} are the most")
+        raise forms.Misshapen(f"{where} makes batches of {pixels} pixels; the limit is {_MOST_PIXELS}")
 
 
 _FORM = forms.record(about=forms.text, choices=_choices)
@@ -71,7 +71,7 @@ def read_choices(path: Path) -> tuple[str, list[RecipeChoice]] | None:
     found = finished(
         path,
         lambda path: forms.read_json(path, _FORM, most=_MOST_BYTES),
-        damaged="The kept choices in %s are damaged (%s): choosing anew.",
+        damaged="The stored choices in %s are damaged (%s): choosing again.",
     )
     if found is None:
         return None

@@ -140,7 +140,7 @@ class Search(Sweeper):
             if scored + failed >= self.trials:
                 return
             if failed >= _HOPELESS and not scored:
-                print(f"None of {failed} jobs has a score, so no more are started.", file=sys.stderr)
+                print(f"No job has a score after {failed} jobs; no more are started.", file=sys.stderr)
                 return
             study.sampler = self._sampler(len(study.trials))
             asked = [study.ask(space) for _ in range(min(self.at_once, self.trials - scored - failed))]
@@ -175,7 +175,7 @@ class Search(Sweeper):
         value = found.get(self.score)
         if not isinstance(value, int | float) or not math.isfinite(value):
             numbers = ", ".join(key for key, value in found.items() if isinstance(value, int | float)) or "none"
-            print(f"hydra.sweeper.score={self.score} is {value}, no number. Of this job: {numbers}.", file=sys.stderr)
+            print(f"hydra.sweeper.score={self.score} is {value}, not a number: {numbers}.", file=sys.stderr)
             return None, f"{self.score} is {value}"
         return float(value), ""
 
@@ -250,7 +250,7 @@ def open_study(path: Path, direction: str, space: Mapping[str, Any], words: Sequ
         known = study.user_attrs.get(_WORDS, [] if trials else words)
         if known == words:
             if [found.name.lower() for found in study.directions] != [direction]:
-                raise ValueError("it goes in another direction")
+                raise ValueError("it has another direction")
             _check(trials, space)
         changed = {*study.user_attrs.get(_FIXED, fixed)} ^ {*fixed}
     except OSError:
@@ -261,7 +261,7 @@ def open_study(path: Path, direction: str, space: Mapping[str, Any], words: Sequ
         raise UserError(f"{path} holds another search ({known}) than this one ({words}). {_REMEDY}")
     if changed and trials:
         print(
-            printable(f"Earlier jobs of this search differ in {', '.join(sorted(changed))}: do their scores compare?"),
+            printable(f"Earlier jobs of this search differ in {', '.join(sorted(changed))}: are scores comparable?"),
             file=sys.stderr,
         )
     study.set_user_attr(_WORDS, words)
@@ -276,9 +276,9 @@ def _drop_cut_line(path: Path) -> None:
     try:
         text = read_regular(path, _MOST_BYTES)
     except Misshapen as error:
-        raise UserError(f"hydra.sweeper.storage={path} is no search ({error}). {_REMEDY}") from None
+        raise UserError(f"hydra.sweeper.storage={path} is not a stored search ({error}). {_REMEDY}") from None
     if text[: len(_FIRST)] != _FIRST[: len(text)]:
-        raise UserError(f"hydra.sweeper.storage={path} holds something else than a search. Choose another file.")
+        raise UserError(f"hydra.sweeper.storage={path} does not hold a search. Choose another file.")
     if not text.endswith(b"\n"):
         os.truncate(path, text.rfind(b"\n") + 1)
 
@@ -296,6 +296,6 @@ def _check(trials: Sequence[Any], space: Mapping[str, Any]) -> None:
         drawn = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
         for key, value in drawn.items():
             if trial.distributions.get(key, space[key]) != space[key]:
-                raise ValueError(f"{key} of job {trial.number} was drawn from other values")
+                raise ValueError(f"{key} of job {trial.number} was sampled from other values")
             if not space[key]._contains(space[key].to_internal_repr(value)):
                 raise ValueError(f"job {trial.number} has {key}={value}")

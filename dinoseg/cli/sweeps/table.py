@@ -56,7 +56,7 @@ class SweepTable(Callback):
         if not bad:
             if not _told(config).take(takes_over=_searches(config)):
                 print(
-                    f"error: another sweep is at work in {config.hydra.sweep.dir}, or jobs of an earlier one are. Wait "
+                    f"error: another sweep, or a job of an earlier one, is running in {config.hydra.sweep.dir}. Wait "
                     "for it, or choose another hydra.sweep.dir.",
                     file=sys.stderr,
                 )
@@ -65,8 +65,8 @@ class SweepTable(Callback):
         named = "".join(f"\n- {cell}: {reason}" for cell, reason in bad[:_SHOWN])
         more = f"\n- and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
         print(
-            f"error: {len(bad)} of {count_of(cells, 'cell')} of this sweep cannot work, so none is started:"
-            f"{named}{more}\nLeave them out: what remains can be run as several sweeps.",
+            f"error: {len(bad)} of {count_of(cells, 'cell')} of this sweep cannot run, so no job is "
+            f"started:{named}{more}\nLeave them out: run the others as several sweeps.",
             file=sys.stderr,
         )
         sys.exit(1)  # Hydra ignores any other exception of a callback
@@ -122,7 +122,7 @@ class SweepTable(Callback):
             print(f"\nmeans over seeds written to {path}, each job to {path.with_name(JOBS)}")
             if len(rows) > 1 and score == "miou" and all(len(group) == 1 for group in groups):  # folds differ in images
                 runs = shlex.quote(f"runs=[{path.parent}]")
-                print(f"which are surely better than the first job's: python -m dinoseg mode=compare {runs}")
+                print(f"test for differences from the first job: python -m dinoseg mode=compare {runs}")
         else:
             _print(rows, swept, columns)
             _write(path, rows, swept, columns)

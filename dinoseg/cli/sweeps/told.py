@@ -42,7 +42,7 @@ class Told:
             UserError: the folder is a link, which may lead to files of others.
         """
         if self.folder.is_symlink():
-            raise UserError(f"{self.folder} is a link to another folder. Remove it, or give another hydra.sweep.dir.")
+            raise UserError(f"{self.folder} is a symbolic link. Remove it, or choose another hydra.sweep.dir.")
         if not _hold(self.folder / _SWEEP):
             return False
         jobs = [] if takes_over else [path for path in self.folder.iterdir() if _OF_JOB.fullmatch(path.name)]
@@ -63,7 +63,7 @@ class Told:
         """Record that a job is running; exit if another job has replaced it."""
         _hold(self._own(number))  # if this fails, another rank of the job holds the lock
         if self._given_up(number).exists():
-            print("another job of the search has taken the place of this one, which waited too long", file=sys.stderr)
+            print("another job of the search has replaced this one, which waited too long", file=sys.stderr)
             sys.exit(0)
 
     def tell(self, number: int, row: Mapping[str, Any]) -> None:
@@ -104,7 +104,7 @@ class Told:
         except FileNotFoundError:
             return None
         except forms.Misshapen as error:
-            print(f"{path} is damaged ({error}): what this job told is left out.", file=sys.stderr)
+            print(f"{path} is damaged ({error}): the result of this job is left out.", file=sys.stderr)
             return None
 
 

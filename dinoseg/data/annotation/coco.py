@@ -33,22 +33,24 @@ def read_coco(content: bytes, path: Path) -> Annotations:
     categories = {_id(entry["id"], "a category"): text(entry["name"], "a category") for entry in whole["categories"]}
     for what, entries, known in (("images", whole["images"], images), ("categories", whole["categories"], categories)):
         if len(known) < len(entries):
-            raise ValueError(f"{len(entries) - len(known)} ids of {what} stand more than once: make each unique")
+            raise ValueError(f"{len(entries) - len(known)} ids of {what} occur more than once: make each unique")
     names = Counter(categories.values())
     if twice := [name for name, count in names.items() if count > 1]:
         raise ValueError(f"{shown(twice[0])} is the name of {names[twice[0]]} categories: make each unique")
     entries = {key: _entry(image, path) for key, image in images.items()}
     for position, annotation in enumerate(whole["annotations"]):
         if not isinstance(annotation, dict):
-            raise ValueError(f"annotations[{position}] is no object")
+            raise ValueError(f"annotations[{position}] is not an object")
         if "segments_info" in annotation:
             raise ValueError(
-                "it is of COCO's panoptic form, whose masks are PNG files: turn these into class ids by "
+                "it is in COCO's panoptic format, whose masks are PNG files: convert these to class ids with "
                 "panopticapi's converter to semantic segmentation, and read them with data=folder"
             )
         entry = entries.get(_id(annotation.get("image_id"), f"annotations[{position}], image_id,"))
         if entry is None:
-            raise ValueError(f"annotations[{position}] is of image {annotation['image_id']}, which is not in images")
+            raise ValueError(
+                f"annotations[{position}] belongs to image {annotation['image_id']}, which is not in images"
+            )
         if entry.wrong:
             continue
         try:
@@ -69,14 +71,14 @@ def _entry(image: Mapping[str, Any], path: Path) -> Entry:
 
 def _id(value: Any, what: str) -> int:
     if type(value) is not int:
-        raise ValueError(f"{what} has the id {shown(value, 40)}: ids are whole numbers")
+        raise ValueError(f"{what} has the id {shown(value, 40)}: ids must be whole numbers")
     return value
 
 
 def _shape(annotation: Mapping[str, Any], categories: Mapping[int, str], size: tuple[int, int]) -> LabelledShape:
     category = annotation.get("category_id")
     if type(category) is not int or category not in categories:
-        raise ValueError(f"its category_id is {shown(category, 40)}, which is none of its categories")
+        raise ValueError(f"its category_id is {shown(category, 40)}, which is not in categories")
     drawn, crowd = annotation.get("segmentation"), annotation.get("iscrowd") == 1
     depth = _CROWD if crowd else 0
     if isinstance(drawn, list) and drawn:
@@ -85,6 +87,6 @@ def _shape(annotation: Mapping[str, Any], categories: Mapping[int, str], size: t
     if not isinstance(drawn, dict):
         raise ValueError("it has no segmentation, only a box: export polygons or masks")
     if drawn.get("size") != list(size):
-        raise ValueError(f"its mask is of size {shown(drawn.get('size'), 40)} and its image of {list(size)}")
+        raise ValueError(f"its mask has the size {shown(drawn.get('size'), 40)}, its image {list(size)}")
     counts = rle.checked(drawn.get("counts"), size[0] * size[1])
     return LabelledShape(categories[category], Columns(counts.tobytes()), depth, float(counts[1::2].sum()), crowd)

@@ -43,15 +43,15 @@ def read_cvat(content: bytes, path: Path) -> Annotations:
     try:
         parser.Parse(content, True)
     except (expat.ExpatError, LookupError) as error:  # LookupError: an unknown encoding
-        raise ValueError(f"it is no XML: {error}") from None
+        raise ValueError(f"it is not valid XML: {error}") from None
     if not document.is_cvat:
-        raise ValueError("it has no element <annotations>, as files of CVAT have")
+        raise ValueError("it has no element <annotations>: it is not a CVAT file")
     frames = frames_of(path, document.tasks, document.tracks) if document.tracks else []
     return Annotations(list(document.labels), [*document.entries, *frames])
 
 
 def _refuse_doctype(*_: object) -> NoReturn:
-    raise ValueError("it declares a document type (<!DOCTYPE>), which CVAT's files do not and which is not read")
+    raise ValueError("it declares a document type (<!DOCTYPE>), which is not read and which CVAT does not write")
 
 
 class _Document:
@@ -110,7 +110,7 @@ class _Document:
     def _key(self, tag: str, attributes: dict[str, str]) -> None:
         frame, form, outline, wrong, depth = attributes.get("frame", ""), None, None, "", 0.0
         if not (frame.isdecimal() and len(frame) < 10):
-            raise ValueError(f"a {tag} of a track is of frame {shown(frame, 40)}, which is no whole number")
+            raise ValueError(f"a {tag} of a track has the frame {shown(frame, 40)}, which is not a whole number")
         try:
             depth = _number(attributes, "z_order", "0")
             form, outline = _form(tag, attributes)
@@ -139,7 +139,7 @@ def _form(tag: str, attributes: dict[str, str]) -> tuple[Form, Outline | None]:
     if tag == "polygon":
         pairs = [pair.split(",") for pair in attributes.get("points", "").split(";")]
         if any(len(pair) != 2 for pair in pairs):
-            raise ValueError("its points are no pairs x,y with ; between them")
+            raise ValueError("its points are not pairs x,y separated by ;")
         values = [_as_number(value, "points") for pair in pairs for value in pair]
     else:
         names = ("xtl", "ytl", "xbr", "ybr") if tag == "box" else ("cx", "cy", "rx", "ry")
@@ -154,12 +154,12 @@ def _mask(attributes: dict[str, str]) -> Form:
     left, top, width, height = (_number(attributes, name) for name in ("left", "top", "width", "height"))
     place = int(left), int(top), int(width), int(height)
     if place != (left, top, width, height) or not (width > 0 and height > 0 and width * height <= MOST_PIXELS):
-        raise ValueError(f"its mask has the place {place}, which is no box of pixels")
+        raise ValueError(f"its mask has the box {place}, which is not a box of pixels")
     if abs(left) > FARTHEST or abs(top) > FARTHEST:
-        raise ValueError(f"its mask has the place {place}, which is outside of any picture")
+        raise ValueError(f"its mask has the box {place}, which is outside of any image")
     counts = [value.strip() for value in attributes.get("rle", "").split(",")]
     if not all(count.isdecimal() and len(count) < 10 for count in counts):
-        raise ValueError("its rle is no list of whole numbers")
+        raise ValueError("its rle is not a list of whole numbers")
     return Box(place, rle.checked([int(count) for count in counts], place[2] * place[3]).tobytes())
 
 
@@ -173,7 +173,7 @@ def _as_number(value: str | None, what: str) -> float:
     except ValueError:
         number = math.nan
     if not math.isfinite(number):
-        raise ValueError(f"{what} is {shown(value, 40)}, which is no number")
+        raise ValueError(f"{what} is {shown(value, 40)}, which is not a number")
     return number
 
 
@@ -238,7 +238,7 @@ def frames_of(path: Path, tasks: Sequence[Mapping[str, str]], tracks: Sequence[T
             for frame, key in _seen(track, frames):
                 left -= 1
                 if left < 0:
-                    raise ValueError(f"its tracks stand for more than {_MOST_BETWEEN:,} shapes: export fewer frames")
+                    raise ValueError(f"its tracks expand to more than {_MOST_BETWEEN:,} shapes: export fewer frames")
                 _add(frames[frame], track.label, key)
         entries += frames.values()
     return entries
@@ -249,7 +249,7 @@ def _frames(path: Path, task: Mapping[str, str], *, alone: bool) -> dict[int, En
     step = re.fullmatch(r"step\s*=\s*([1-9]\d{0,8})", task.get("frame_filter", "").strip())
     numbers = range(start, stop + 1, int(step[1]) if step else 1)
     if len(numbers) > _MOST_FRAMES:
-        raise ValueError(f"a task has {len(numbers):,} frames, and may have {_MOST_FRAMES:,}: divide it into several")
+        raise ValueError(f"a task has {len(numbers):,} frames; the limit is {_MOST_FRAMES:,}: divide it into several")
     source, subset = PurePosixPath(task.get("source", "").replace("\\", "/")).name, task.get("subset", "")
     clip = AnnotatedVideo(source, subset, numbers)
     above = f"{PurePosixPath(source).stem}/" if source else "" if alone else f"task_{task.get('id', '')}/"
@@ -267,7 +267,7 @@ def _frames(path: Path, task: Mapping[str, str], *, alone: bool) -> dict[int, En
 def _whole(task: Mapping[str, str], key: str) -> int:
     value = task.get(key, "0").strip()
     if not (value.isdecimal() and len(value) < 10):
-        raise ValueError(f"{key} of a task is {shown(value, 40)}, and must be a whole number")
+        raise ValueError(f"{key} of a task is {shown(value, 40)}; it must be a whole number")
     return int(value)
 
 
@@ -276,7 +276,9 @@ def _seen(track: Track, frames: Mapping[int, Entry]) -> Iterator[tuple[int, Key]
     keys = sorted(track.keys, key=lambda key: key.frame)
     for one, other in pairwise(keys):
         if one.frame == other.frame:
-            raise ValueError(f"a track ({shown(track.label, 40)}) has two shapes on frame {one.frame}: leave one")
+            raise ValueError(
+                f"a track ({shown(track.label, 40)}) has two shapes on frame {one.frame}: remove one of them"
+            )
     said = {key.frame for key in keys}
     yield from ((key.frame, key) for key in keys if not key.hidden and key.frame in frames)
     fixed = [key for key in keys if key.fixed]

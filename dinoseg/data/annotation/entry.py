@@ -83,7 +83,9 @@ class Annotations:
             ValueError: no label has a group.
         """
         if not self.groups:
-            raise ValueError("its labels have no groups (supercategory), which data.reader.shapes.grouped asks for")
+            raise ValueError(
+                "its labels have no groups (supercategory), which data.reader.shapes.grouped=true requires"
+            )
         entries = [
             replace(entry, shapes=[replace(s, label=self.groups.get(s.label, s.label)) for s in entry.shapes])
             for entry in self.entries
@@ -99,8 +101,8 @@ def size_of(height: Any, width: Any) -> tuple[int, int]:
     """
     if not all(type(side) is int and side > 0 for side in (height, width)) or height * width > MOST_PIXELS:
         raise ValueError(
-            f"height {shown(height, 20)} and width {shown(width, 20)} are no size of a picture: give whole numbers "
-            f"that make {MOST_PIXELS:,} pixels at most"
+            f"height {shown(height, 20)} and width {shown(width, 20)} are not an image size: give whole numbers, at "
+            f"most {MOST_PIXELS:,} pixels"
         )
     return height, width
 
@@ -112,7 +114,7 @@ def text(value: Any, what: str) -> str:
         ValueError: the value is not a non-empty text.
     """
     if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{what} is {shown(value, 40)}, and must be a name")
+        raise ValueError(f"{what} is {shown(value, 40)}; it must be a name")
     return value
 
 
@@ -125,7 +127,7 @@ def polygons(rings: Sequence[Any]) -> tuple[Polygons, float]:
     checked, area = [], 0.0
     for ring in rings:
         if not isinstance(ring, list) or len(ring) % 2 or not {*map(type, ring)} <= {int, float}:
-            raise ValueError("its polygon is no list of numbers x1, y1, x2, y2, ...")
+            raise ValueError("its polygon is not a list of numbers x1, y1, x2, y2, ...")
         points = points_of(ring)
         check_polygon(points)
         checked.append(points.tobytes())
@@ -143,4 +145,4 @@ def points_of(values: Sequence[Any]) -> np.ndarray:
     try:
         return np.array(values, np.float64).reshape(-1, 2)
     except OverflowError:
-        raise ValueError("its points hold a number that is larger than any picture") from None
+        raise ValueError("its points hold a number larger than any image") from None

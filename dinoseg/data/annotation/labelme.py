@@ -49,7 +49,7 @@ def _shape(shape: Mapping[str, Any], position: int, joined: bool) -> LabelledSha
         label = text(shape["label"], "its label")
         points = shape["points"]
         if not isinstance(points, list) or not all(_is_point(point) for point in points):
-            raise ValueError("its points are no list of pairs of numbers")
+            raise ValueError("its points are not a list of pairs of numbers")
         kind = shape.get("shape_type") or "polygon"
         if kind == "mask":
             return LabelledShape(label, _mask(shape.get("mask"), points))
@@ -66,7 +66,7 @@ def _figure(kind: Any, points: list[list[float]], joined: bool) -> Form:
     if not isinstance(kind, str) or kind not in _FEWEST:
         raise ValueError(f"its shape_type is {shown(kind, 40)}: it must be one of {', '.join((*_FEWEST, 'mask'))}")
     if len(points) < _FEWEST[kind] or (kind in _EXACTLY and len(points) > _FEWEST[kind]):
-        raise ValueError(f"it is a {kind} of {len(points)} points, and needs {_FEWEST[kind]}")
+        raise ValueError(f"it is a {kind} of {len(points)} points; a {kind} needs {_FEWEST[kind]}")
     values = points_of([value for point in points for value in point])
     # repeat the points of a smaller figure, so that the same bounds apply
     check_polygon(values if len(values) >= 3 else np.concatenate([values, values, values]))
@@ -76,10 +76,10 @@ def _figure(kind: Any, points: list[list[float]], joined: bool) -> Form:
 def _mask(mask: Any, points: list[list[float]]) -> Form:
     """Return the mask in the box of two inclusive corners; for fractional corners, the mask's own size applies."""
     if len(points) != 2 or not isinstance(mask, str):
-        raise ValueError("it is a mask, and needs two points and a picture in base64")
+        raise ValueError("it is a mask, which needs two points and an image in base64")
     corners = points_of([value for point in points for value in point])
     if not (np.abs(corners) <= FARTHEST).all():
-        raise ValueError(f"its mask lies at {shown(points, 60)}, outside of any picture")
+        raise ValueError(f"its mask lies at {shown(points, 60)}, outside of any image")
     (left, top), (right, bottom) = corners.round().astype(int).tolist()
     width, height = right - left + 1, bottom - top + 1
     try:
@@ -87,7 +87,7 @@ def _mask(mask: Any, points: list[list[float]]) -> Form:
             if (corners != np.trunc(corners)).any():
                 width, height = picture.size
             if width < 1 or height < 1 or picture.width < width or picture.height < height:
-                raise ValueError(f"its picture is {picture.width} x {picture.height}")
+                raise ValueError(f"its image is {picture.width} x {picture.height}")
             inside = np.asarray(picture.convert("L"))[:height, :width] > 0
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(

@@ -25,11 +25,11 @@ def check_polygon(points: np.ndarray) -> None:
         ValueError: it has fewer than three points, or its points or border length exceed the limits.
     """
     if len(points) < 3:
-        raise ValueError(f"its polygon has {len(points)} points, and needs 3 at least")
+        raise ValueError(f"its polygon has {len(points)} points and needs at least 3")
     if not (np.abs(points) <= FARTHEST).all():  # also false for NaN
-        raise ValueError(f"its polygon has a point that is more than {FARTHEST} pixels away, or no number")
+        raise ValueError(f"its polygon has a point that is more than {FARTHEST} pixels away, or not a number")
     if border_length(points) > _MOST_POINTS:
-        raise ValueError("its border is too long: it goes to and fro, or far beyond any picture")
+        raise ValueError("its border is too long: it crosses the image many times, or extends far beyond it")
 
 
 def filled(points: np.ndarray, size: tuple[int, int]) -> tuple[int, np.ndarray]:

@@ -60,14 +60,14 @@ def from_text(text: str) -> np.ndarray:
     try:
         codes = np.frombuffer(text.encode("ascii"), np.uint8).astype(np.int64) - _FIRST
     except UnicodeEncodeError:
-        raise ValueError("its counts hold letters that stand for no number") from None
+        raise ValueError("its counts hold invalid characters") from None
     if codes.size and (codes.min() < 0 or codes.max() > 63):
-        raise ValueError("its counts hold letters that stand for no number")
+        raise ValueError("its counts hold invalid characters")
     if not codes.size:
         return codes
     ends = np.flatnonzero(codes < _MORE)
     if not ends.size or ends[-1] != codes.size - 1:
-        raise ValueError("its counts break off")
+        raise ValueError("its counts are truncated")
     starts = np.concatenate([[0], ends[:-1] + 1])
     lengths = ends - starts + 1
     if lengths.max() > _DIGITS:
@@ -95,5 +95,5 @@ def checked(counts: Any, pixels: int) -> np.ndarray:
     if values.size and not (values.min() >= 0 and values.max() <= pixels):
         raise ValueError(f"its counts go from {values.min()} to {values.max()}: each must be from 0 to {pixels}")
     if values.sum() != pixels:
-        raise ValueError(f"its counts sum up to {values.sum()} pixels, and its mask has {pixels}")
+        raise ValueError(f"its counts add up to {values.sum()} pixels; its mask has {pixels}")
     return values

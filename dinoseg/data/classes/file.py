@@ -92,14 +92,14 @@ def _described(content: Any, ignore_index: int) -> dict[str, Any]:
     description = {**NOT_DESCRIBED, "classes": list(classes), "format": masks, "background": whole.get("background")}
     if description["background"] not in (None, *classes):
         raise ValueError(
-            f"background: {description['background']} is no class: name one of {', '.join(classes)}, or none"
+            f"background: {description['background']} is not a class: name one of {', '.join(classes)}, or none"
         )
     description["palette"] = [class_colors[0] for class_colors in colors] if any(colors) else None
     description["others"] = others = whole.get("others")
     if others not in (None, *classes):
-        raise ValueError(f"others: {others} is no class: name one of {', '.join(classes)}")
+        raise ValueError(f"others: {others} is not a class: name one of {', '.join(classes)}")
     if others is not None and masks not in ("ids", LABELS):
-        raise ValueError(f"others has no effect with masks: {masks}: remove it, or say `masks: ids`")
+        raise ValueError(f"others has no effect with masks: {masks}: remove it, or write `masks: ids`")
     if masks == LABELS:
         description["labels"] = _labels(classes, ignored)
     if masks == "ids":
@@ -135,15 +135,17 @@ def _classes(node: Any) -> dict[str, dict[str, Any]]:
 
 def _name(value: Any) -> str:
     if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{value!r} is no class name: YAML reads it as {type(value).__name__}. Write it in quotes")
+        raise ValueError(f"{value!r} is not a class name: YAML reads it as {type(value).__name__}. Write it in quotes")
     if "${" in value or value.strip() == "???":
-        raise ValueError(f"{value!r} is no class name: it would be read as a reference or a missing value. Rename it")
+        raise ValueError(
+            f"{value!r} is not a class name: it would be read as a reference or a missing value. Rename it"
+        )
     return value
 
 
 def _mapping(node: Any, where: str, keys: Sequence[str]) -> dict[str, Any]:
     if not isinstance(node, dict):
-        raise ValueError(f"{where} holds {node!r:.60}, and must be a mapping with the keys {', '.join(keys)}")
+        raise ValueError(f"{where} holds {node!r:.60}; it must be a mapping with the keys {', '.join(keys)}")
     if unknown := [str(key) for key in node if key not in keys]:
         raise ValueError(f"{where} has the unknown keys {', '.join(unknown)}: it takes {', '.join(keys)}")
     return node
@@ -160,16 +162,16 @@ def _refuse_idle(classes: Mapping[str, Mapping[str, Any]], ignored: Mapping[str,
     user = {"colors": "palette", "ids": "ids", "labels": LABELS}
     for where, entry in [*((f"class {name}", entry) for name, entry in classes.items()), ("ignore", ignored)]:
         if idle_keys := [key for key in idle if key in entry]:
-            remedy = f"remove it, or say `masks: {user[idle_keys[0]]}`"
+            remedy = f"remove it, or write `masks: {user[idle_keys[0]]}`"
             raise ValueError(f"{idle_keys[0]} of {where} has no effect with masks: {masks}: {remedy}")
     if masks == "binary" and len(classes) != 2:
-        raise ValueError(f"masks: binary needs 2 classes, for 0 and 255, and there are {len(classes)}: correct one")
+        raise ValueError(f"masks: binary needs 2 classes, for 0 and 255; there are {len(classes)}: correct one of them")
 
 
 def _colors(entry: Mapping[str, Any], where: str) -> list[list[int]]:
     """Return the colours of a class; the first one is for drawing."""
     if "color" in entry and "colors" in entry:
-        raise ValueError(f"{where} has color and colors: give one of them")
+        raise ValueError(f"{where} has both color and colors: give one of them")
     colors = [entry["color"]] if "color" in entry else entry.get("colors", [])
     if not isinstance(colors, list) or not all(isinstance(color, list) for color in colors):
         raise ValueError(
@@ -195,7 +197,9 @@ def _ids(
     """
     named = [name for name, entry in classes.items() if "ids" in entry]
     if named and (bare := [name for name in classes if name not in (*named, others)]):
-        raise ValueError(f"no ids for {', '.join(bare)}: give them to every class, or to none to count by position")
+        raise ValueError(
+            f"no ids for {', '.join(bare)}: give ids to every class, or to none to number them by position"
+        )
     file_ids = {
         name: _whole_numbers(entry.get("ids", []), f"class {name}") if named else [position]
         for position, (name, entry) in enumerate(classes.items())
@@ -230,5 +234,5 @@ def _refuse_shared(owners: Iterable[tuple[Any, str]], what: str) -> None:
     first: dict[Any, str] = {}
     for value, owner in owners:
         if value in first:
-            raise ValueError(f"the {what} {value} stands for {first[value]} and for {owner}: keep one of them")
+            raise ValueError(f"the {what} {value} is given for {first[value]} and for {owner}: keep one of them")
         first[value] = owner

@@ -36,9 +36,7 @@ class Labels:
             raise UserError(f"data.classes has {len(names)} names: give 1 to 255, since masks are 8-bit.")
         odd = next((name for name in names if not (0 < len(name) <= LONGEST_NAME and name.isprintable())), None)
         if odd is not None:
-            raise UserError(
-                f"data.classes names {shown(odd)}: give names of 1 to {LONGEST_NAME} letters that can be printed."
-            )
+            raise UserError(f"data.classes names {shown(odd)}: give names of 1 to {LONGEST_NAME} printable characters.")
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise UserError(f"data.classes names {', '.join(twice)} more than once: make each name unique.")
@@ -50,7 +48,9 @@ class Labels:
             raise UserError(f"data.palette={shown(palette)}: give [[r, g, b], ...], one colour per class, or null.")
         colors = tuple(default_palette(len(names)) if palette is None else map(as_color, palette))
         if len(colors) != len(names):
-            raise UserError(f"data.palette has {len(colors)} colours for {len(names)} classes: give as many, or null.")
+            raise UserError(
+                f"data.palette has {len(colors)} colours for {len(names)} classes: give one per class, or null."
+            )
         return cls(names, colors, ignore_index)
 
 

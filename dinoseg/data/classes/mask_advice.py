@@ -17,18 +17,18 @@ def for_ids(foreign: Collection[int], ignore_index: int, *, described: bool) -> 
     numbers = sorted(int(number) for number in foreign)
     if len(numbers) > MOST_IDS or numbers[0] < 0 or numbers[-1] > HIGHEST_ID:
         return (
-            "So many, or such, numbers are hardly class ids: check that these files are the masks, data.classes and "
-            "data.reader.masks.format."
+            "These numbers do not look like class ids: check that these files are the masks, and check data.classes "
+            "and data.reader.masks.format."
         )
     if described:
         return (
-            "Correct the masks, or name the ids in classes.yaml of data.root: under the class that they belong to, or "
-            f"`ignore: {{ids: {numbers}}}`."
+            "Correct the masks, or add the ids to classes.yaml of data.root: to their class, or as `ignore: {ids: "
+            f"{numbers}}}`."
         )
     table = ", ".join(f"{number}: {ignore_index}" for number in numbers)
     return (
-        f"Correct the masks, or map the ids, here so that they are ignored: '++data.reader.masks.ids={{{table}}}' (in "
-        f"these quotes; a class id instead of {ignore_index} where they belong to one)."
+        f"Correct the masks, or map the ids. To ignore them: '++data.reader.masks.ids={{{table}}}' (with these "
+        f"quotes); to use one, give its class id instead of {ignore_index}."
     )
 
 
@@ -36,15 +36,15 @@ def for_colors(foreign: Sequence[Sequence[int]], *, described: bool) -> str:
     """Return advice on colours (R, G, B) without class."""
     colors = [list(color) for color in foreign]
     if not 1 <= len(colors) <= MOST_IDS:
-        return "Correct the masks: so many colours are not those of classes. JPEG and smooth resizing make them."
+        return "Correct the masks: there are more colours than classes. JPEG and smooth resizing add colours."
     if described:
         return (
-            "Correct the masks (JPEG cannot hold one), or name the colours in classes.yaml of data.root: among the "
-            f"colors of a class, or `ignore: {{colors: {colors}}}`."
+            "Correct the masks (JPEG cannot store class ids), or add the colours to classes.yaml of data.root: to the "
+            f"colors of a class, or as `ignore: {{colors: {colors}}}`."
         )
     return (
-        "Correct the masks (JPEG cannot hold one), complete data.palette, or ignore the colours: "
-        f"'data.reader.masks.ignore_colors={colors}' (in these quotes)."
+        "Correct the masks (JPEG cannot store class ids), complete data.palette, or ignore the colours: "
+        f"'data.reader.masks.ignore_colors={colors}' (with these quotes)."
     )
 
 
@@ -53,8 +53,8 @@ def for_binary(values: Collection[int], *, described: bool) -> str:
     near_white = any(255 - _LOSSY_MARGIN <= value < 255 for value in values)
     near_black = any(0 <= value <= _LOSSY_MARGIN for value in values)
     if near_white and near_black:
-        return "Values near 0 and near 255 are what lossy compression leaves: threshold at 128 and save as PNG."
-    remedy = "say `masks: ids` in classes.yaml" if described else "set data.reader.masks.format=ids"
+        return "Values near 0 and near 255 come from lossy compression: threshold at 128 and save as PNG."
+    remedy = "write `masks: ids` in classes.yaml" if described else "set data.reader.masks.format=ids"
     return f"They look like class numbers, which thresholding would destroy: {remedy}, and name all classes."
 
 
@@ -74,25 +74,27 @@ def for_coloured(counts: Mapping[tuple[int, ...], int], classes: Sequence[str], 
     """Return advice on coloured masks that are read as ids; `counts`: pixels of each colour."""
     if len(counts) > MOST_IDS:
         return (
-            "So many colours are not those of classes: JPEG and smooth resizing make them. Save the masks again, as "
-            "PNG and without smoothing."
+            "There are more colours than classes: JPEG and smooth resizing add colours. Save the masks again, as PNG "
+            "and without smoothing."
         )
     if len(counts) < len(classes):
         return (
-            f"They hold {len(counts)} colours for {len(classes)} classes. Save them as grey pictures of class ids, or "
-            f"say which colour each class has: {'`masks: palette` in classes.yaml' if described else _PALETTE}."
+            f"They hold {len(counts)} colours for {len(classes)} classes. Save them as grey images of class ids, or "
+            f"set the colour of each class: {'`masks: palette` in classes.yaml' if described else _PALETTE}."
         )
     order = sorted(counts, key=lambda color: (color != (0, 0, 0), -counts[color]))
     colors, rest = [list(color) for color in order[: len(classes)]], [list(color) for color in order[len(classes) :]]
     if described:
         entries = {name: {"color": color} for name, color in zip(classes, colors, strict=True)}
         content = {"classes": entries, **({"ignore": {"colors": rest}} if rest else {}), "masks": "palette"}
-        line = f"put this into classes.yaml, in place of what it says: `{json.dumps(content, ensure_ascii=False)}`"
+        line = f"replace the content of classes.yaml with: `{json.dumps(content, ensure_ascii=False)}`"
     else:
         ignored = f" 'data.reader.masks.ignore_colors={_listed(rest)}'" if rest else ""
         line = f"add this to the command line: `{_PALETTE} 'data.palette={_listed(colors)}'{ignored}`"
     meaning = ", ".join(f"{tuple(color)} {name}" for name, color in zip(classes, colors, strict=True))
-    return f"If their colours stand for classes, {line}. That makes {meaning}{_also(rest)}: exchange what is wrong."
+    return (
+        f"If their colours stand for classes, {line}. This assigns {meaning}{_also(rest)}: correct the order if needed."
+    )
 
 
 def _also(ignored: Sequence[Sequence[int]]) -> str:

@@ -29,8 +29,8 @@ def fit_mask(mask: np.ndarray, size: tuple[int, int], rule: str, *, image: objec
     height, width = size[0] / mask.shape[0], size[1] / mask.shape[1]
     if abs(height / width - 1) > _PROPORTIONS:
         raise UserError(
-            f"{sizes} Their proportions differ by more than {_PROPORTIONS:.0%}, so resizing would not make "
-            "them fit (was one of them turned or cropped?). Correct or remove the pair."
+            f"{sizes} Their aspect ratios differ by more than {_PROPORTIONS:.0%}, so resizing cannot align them (was "
+            "one of them rotated or cropped?). Correct or remove the pair."
         )
     # pixel centres aligned: plain INTER_NEAREST would shift the mask by up to half a pixel
     return cv2.resize(mask, (size[1], size[0]), interpolation=cv2.INTER_NEAREST_EXACT)

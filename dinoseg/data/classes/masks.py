@@ -53,9 +53,9 @@ class Masks:
                 object.__setattr__(self, name, _numbered(table))
         if self.described is not None and (self.ids or None) != (_numbered(self.described.get("ids")) or None):
             raise UserError(
-                f"data.reader.masks.ids={self.ids} would replace all ids that classes.yaml of data.root gives. Write "
-                "them there: under the class that they belong to, or `ignore: {ids: [...]}`. Or give data.classes too: "
-                "then classes.yaml is not read."
+                f"data.reader.masks.ids={self.ids} would replace all ids of classes.yaml in data.root. Write them "
+                "there: at their class, or as `ignore: {ids: [...]}`. Or set data.classes too: then classes.yaml is "
+                "not read."
             )
         for key, value, options in (
             ("format", self.format, FORMATS),
@@ -138,9 +138,9 @@ class MaskReader:
             last, ignore = len(self.labels.classes) - 1, self.labels.ignore_index
             foreign = [v for v in np.unique(numbers) if not 0 <= v <= HIGHEST_ID or self._table[v] < 0]
             known = np.flatnonzero((self._table >= 0) & (self._table != ignore))
-            stand = "" if known.size == last + 1 == known[-1] + 1 else f", which stand in files as {_some(known)}"
+            stand = "" if known.size == last + 1 == known[-1] + 1 else f", stored in files as {_some(known)}"
             raise UserError(
-                f"{path} holds the ids {_some(foreign)}, which are no classes: data.classes has ids 0 to "
+                f"{path} holds the ids {_some(foreign)}, which are not classes: data.classes has ids 0 to "
                 f"{last}{stand}, and {ignore} is ignored. "
                 + for_ids(foreign, ignore, described=self.masks.described is not None)
             )
@@ -168,7 +168,7 @@ def _from_binary(numbers: np.ndarray, path: Path, *, described: bool) -> np.ndar
         return numbers.astype(np.uint8)
     if other.size:
         advice = for_binary(np.unique(numbers).tolist(), described=described)
-        raise UserError(f"{path} is no binary mask: beside 0 and 255 it holds {_some(np.unique(other))}. {advice}")
+        raise UserError(f"{path} is not a binary mask: besides 0 and 255 it holds {_some(np.unique(other))}. {advice}")
     return ids
 
 
@@ -178,7 +178,7 @@ def _one_channel(numbers: np.ndarray, path: Path) -> np.ndarray:
     first = numbers[..., 0]
     if not (np.array_equal(first, numbers[..., 1]) and np.array_equal(first, numbers[..., 2])):
         raise UserError(
-            f"{path} is a coloured picture, not numbers. If its colours stand for classes, set "
+            f"{path} is a colour image, not a mask of class ids. If its colours stand for classes, set "
             "data.reader.masks.format=palette and give data.palette."
         )
     return first
@@ -187,7 +187,7 @@ def _one_channel(numbers: np.ndarray, path: Path) -> np.ndarray:
 def _position(name: str, labels: Labels) -> int:
     if name not in labels.classes:
         raise UserError(
-            f"data.reader.masks.others={name} is no class. Name one of data.classes: {', '.join(labels.classes)}."
+            f"data.reader.masks.others={name} is not a class. Name one of data.classes: {', '.join(labels.classes)}."
         )
     return labels.classes.index(name)
 
@@ -236,8 +236,8 @@ def _color_table(
     if same.any():
         twice = colors[int(order[1:][same][0])]
         raise UserError(
-            f"Colour {twice} stands for two things in data.palette, data.reader.masks.colors and ignore_colors: "
-            "with format=palette each needs its own."
+            f"Colour {twice} is used twice in data.palette, data.reader.masks.colors and ignore_colors: with "
+            "format=palette each class needs its own colour."
         )
     return codes[order], np.array(values, dtype=np.uint8)[order]
 

@@ -77,14 +77,16 @@ class Cut:
                 f"data.clips.cut.fps_tolerance={self.fps_tolerance}: give a share of the frame rate, 0 or more."
             )
         if self.fps is not None and self.stride != 1:
-            raise UserError(f"data.clips.cut.fps={self.fps} and stride={self.stride} say the same: set one of them.")
+            raise UserError(
+                f"data.clips.cut.fps={self.fps} and stride={self.stride} both set the frame rate: set one of them."
+            )
         if self.length is None and self.step is not None:
             raise UserError(
                 f"data.clips.cut.step={self.step} has no effect with length=null, the whole video: remove it."
             )
         if self.step is not None and self.per_video is not None:
             raise UserError(
-                f"data.clips.cut.step={self.step} and per_video={self.per_video} both say where clips start: set one."
+                f"data.clips.cut.step={self.step} and per_video={self.per_video} both set where clips start: set one."
             )
         if self.short not in SHORT:
             raise UserError(f"data.clips.cut.short={self.short} is unknown. Choose one of {', '.join(SHORT)}.")
@@ -106,9 +108,9 @@ class Cut:
         if abs(video.fps / stride / self.fps - 1) > self.fps_tolerance:
             rates = [f"{video.fps / each:.4g}" for each in range(max(1, stride - 1), stride + 2)]
             raise UserError(
-                f"data.clips.cut.fps={self.fps}: video {video.name} has {video.fps:.4g} frames per second, of which "
-                f"every n-th gives {', '.join(rates)}. Choose one of these, set data.clips.cut.stride, or raise "
-                f"data.clips.cut.fps_tolerance={self.fps_tolerance}, the share by which the rate may miss."
+                f"data.clips.cut.fps={self.fps}: video {video.name} has {video.fps:.4g} frames per second; taking "
+                f"every n-th frame gives {', '.join(rates)}. Choose one of these, set data.clips.cut.stride, or raise "
+                f"the relative tolerance data.clips.cut.fps_tolerance={self.fps_tolerance}."
             )
         return stride
 
@@ -150,7 +152,7 @@ class Clips:
         self.skipped = [video.name for number, video in enumerate(videos) if number not in used]
         if not self.spans:
             raise UserError(
-                f"None of {len(videos)} videos is long enough for a clip: {listed(self.skipped)}. Set "
+                f"All {len(videos)} videos are too short for a clip: {listed(self.skipped)}. Set "
                 "data.clips.cut.short=pad, or a lower data.clips.cut.length."
             )
 

@@ -44,7 +44,9 @@ def foreground(
     videos = chosen(layout, split, partition)
     pairs = [pair for video in videos for pair in _annotated(video)]
     if not pairs:
-        raise UserError(f"Split {split} has {len(videos)} videos, none with a mask: it cannot be trained or scored on.")
+        raise UserError(
+            f"Split {split} has {len(videos)} videos, but no masks: it cannot be used for training or scoring."
+        )
     objects = dict.fromkeys(range(1, VOID + 1), 1)
     if not videos[0].grey:
         objects[VOID] = ignore_index
@@ -56,8 +58,8 @@ def foreground(
 def no_masks(split: str) -> PairDataset:
     """Raise a UserError, since a folder of videos has no masks."""
     raise UserError(
-        f"data=videos has no masks, which split {split} is asked for: it serves what needs frames "
-        "alone. To train or score on labelled frames, choose another data set, such as data=folder or data=davis2017."
+        f"data=videos has no masks, but masks of split {split} are needed. To train or score on labelled frames, "
+        "choose another data set, such as data=folder or data=davis2017."
     )
 
 

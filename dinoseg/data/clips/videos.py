@@ -126,8 +126,8 @@ def chosen(layout: VideoLayout, split: str, partition: Partition) -> list[Video]
     """
     if partition.by == "lists":
         raise UserError(
-            "data.reader.partition.by=lists: videos come with lists of their own. Choose folder (these) or fraction "
-            "(a share of the training videos)."
+            "data.reader.partition.by=lists: video datasets have their own lists. Choose folder (those lists) or "
+            "fraction (a share of the training videos)."
         )
     by_share = partition.by == "fraction"
     divided = split in ("train", "val") and (by_share or partition.fold is not None)
@@ -154,12 +154,12 @@ def picture_files(folder: Path) -> dict[str, str]:
     """
     names: dict[str, str] = {}
     if not folder.is_dir():
-        raise UserError(f"No folder {folder}. Check data.root, and that the whole data set was unpacked.")
+        raise UserError(f"No folder {folder}. Check data.root, and that the dataset was unpacked completely.")
     paths = sorted(entries(folder), key=lambda path: (natural_order(path.stem), path.suffix))
     if unread := [path.name for path in paths if path.suffix.lower() in UNREAD_SUFFIXES]:
         raise UserError(
-            f"{folder} holds {count_of(unread, 'file')} of kinds that are not read: {listed(unread)}. Convert them to "
-            "PNG, or move them away."
+            f"{folder} holds {count_of(unread, 'file')} of unsupported formats: {listed(unread)}. Convert them to PNG, "
+            "or move them away."
         )
     for path in paths:
         if path.suffix.lower() not in IMAGE_SUFFIXES:
@@ -206,7 +206,7 @@ def one_channel(numbers: np.ndarray, path: Path) -> np.ndarray:
     if numbers.ndim == 3:
         if not (numbers == numbers[..., :1]).all():
             raise UserError(
-                f"{path} is a coloured picture, not object ids. Masks of videos are grey or palette files: was it "
+                f"{path} is a colour image, not object ids. Masks of videos are grey or palette files: was it "
                 "converted? Unpack the data set again."
             )
         numbers = numbers[..., 0]

@@ -17,7 +17,7 @@ from dinoseg.utils.wording import listed, one_line, printable
 
 log = logging.getLogger(__name__)
 
-_FULL = "mode=doctor with the same data= shows all of it."
+_FULL = "mode=doctor with the same data= shows the full report."
 _SHOWN = 20  # most files listed per error, each with its reason
 
 
@@ -50,7 +50,7 @@ def check(
             log.warning("data: %s", printable(f"{finding.message}{files} {finding.remedy}".rstrip()))
     if errors := [finding for finding in findings if finding.severity == "error"]:
         told = "".join(f"\n- {error.message}{_each(error)}\n  {error.remedy}".rstrip() for error in errors)
-        raise UserError(printable(f"The data cannot be trained on as they are:{told}\n{_FULL}"))
+        raise UserError(printable(f"The dataset has errors that stop a training:{told}\n{_FULL}"))
     return splits
 
 

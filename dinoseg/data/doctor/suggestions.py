@@ -65,7 +65,7 @@ def _baseline(part: Scanned) -> Iterator[Finding]:
             "constant_class_baseline",
             f"Predicting {part.classes[constant['class']]} everywhere scores {share(constant['miou'], 1)} mIoU and "
             f"{share(constant['accuracy'], 1)} pixel accuracy on {part.split}.",
-            remedy="A model has to beat that by far.",
+            remedy="A useful model scores much higher.",
         )
 
 
@@ -82,8 +82,8 @@ def _colors(splits: Sequence[Scanned], mean: Sequence[float], std: Sequence[floa
         f"Red, green and blue have mean {_numbers(colors['mean'])} and standard deviation {_numbers(colors['std'])}; "
         f"the backbone normalises by {_numbers(mean)} and {_numbers(std)}.",
         remedy=(
-            "Check the images: exposure, channel order, more than 8 bits. If they are as they should be, let more of "
-            "the backbone learn (adapter=lora or full)."
+            "Check the images: exposure, channel order, more than 8 bits. If they are correct, train more of the "
+            "backbone (adapter=lora or full)."
             if far
             else ""
         ),
@@ -99,8 +99,8 @@ def _weights(splits: Sequence[Scanned]) -> Iterator[Finding]:
         yield Finding(
             "note",
             "class_weights",
-            f"The commonest class of {part.split} has {there.max() / there.min():.0f} times the pixels of the rarest. "
-            f"Class weights would be: {'; '.join(lines)}.",
+            f"The most frequent class of {part.split} has {there.max() / there.min():.0f} times the pixels of the "
+            f"rarest. Class weights would be: {'; '.join(lines)}.",
             remedy="If the rare classes matter: loss.weights=median.",
         )
 

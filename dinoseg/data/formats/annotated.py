@@ -146,7 +146,7 @@ class _Maker:
         if self.shapes.without_shapes == "skip":
             entries = [entry for entry in entries if entry.shapes or entry.wrong]
         if not entries:
-            raise UserError(f"{place} names no image{' with a shape' * (self.shapes.without_shapes == 'skip')}.")
+            raise UserError(f"{place} holds no image{' with a shape' * (self.shapes.without_shapes == 'skip')}.")
         self._refuse_unknown(entries, place)
         self._tell_bare(entries, place)
         folder = self.images.folder(place, split, entries)
@@ -154,7 +154,7 @@ class _Maker:
         twice = [name for name, count in Counter(pair.name for pair in pairs).items() if count > 1]
         if twice:
             raise UserError(
-                f"{place} names {count_of(twice, 'image')} more than once, or with two endings: {listed(twice)}. Keep "
+                f"{place} names {count_of(twice, 'image')} more than once, or with two suffixes: {listed(twice)}. Keep "
                 "one of each."
             )
         return pairs
@@ -165,8 +165,8 @@ class _Maker:
         if name == IGNORE:
             return self.labels.ignore_index
         raise UserError(
-            f"{key}={shown(name)} is no class: data.classes has {', '.join(self.labels.classes)}. Name one of them, "
-            f"add it, or say {IGNORE}."
+            f"{key}={shown(name)} is not a class: data.classes has {', '.join(self.labels.classes)}. Name one of them, "
+            f"add it, or write {IGNORE}."
         )
 
     def _of_list(self, entries: Sequence[Entry], split: str, partition: Partition) -> list[Entry]:
@@ -180,8 +180,8 @@ class _Maker:
         names = read_name_list(self.root / lists[split])
         if absent := [name for name in names if name not in by_name]:
             raise UserError(
-                f"The file list of split {split} has {count_of(absent, 'name')} that no annotation is of: "
-                f"{listed(absent)}. A name is that of the image in the annotation file, without its ending."
+                f"The file list of split {split} has {count_of(absent, 'name')} without annotation: {listed(absent)}. "
+                "A name is the image name in the annotation file, without suffix."
             )
         return [by_name[name] for name in names]
 
@@ -194,17 +194,17 @@ class _Maker:
         found = listed([f"{shown(label)} ({count})" for label, count in labels.most_common()], 20)
         first = shown(next(iter(labels)))
         raise UserError(
-            f"{place} has shapes with labels that are no class: {found}. data.classes has "
-            f"{', '.join(self.labels.classes)}. Add them there, say which class they are "
-            f"('++data.reader.shapes.labels={{{first}: {self.labels.classes[-1]}}}', or {IGNORE}), or give all of them "
-            f"one: data.reader.shapes.others={IGNORE}."
+            f"{place} has shapes with labels that are not classes: {found}. data.classes has "
+            f"{', '.join(self.labels.classes)}. Add them there, map them to a class "
+            f"('++data.reader.shapes.labels={{{first}: {self.labels.classes[-1]}}}', or {IGNORE}), or map all others: "
+            f"data.reader.shapes.others={IGNORE}."
         )
 
     def _tell_bare(self, entries: Sequence[Entry], place: Path) -> None:
         if bare := sum(not entry.shapes and not entry.wrong for entry in entries):
             log.warning(
-                "%s: %d of %d images have no shape, and are all %s. If they are not annotated yet, leave them out: "
-                "data.reader.shapes.without_shapes=skip.",
+                "%s: %d of %d images have no shape and are read as %s throughout. If they are not annotated yet, leave "
+                "them out: data.reader.shapes.without_shapes=skip.",
                 place, bare, len(entries), self.shapes.unlabelled,
             )  # fmt: skip
 
@@ -214,10 +214,10 @@ class _Maker:
             image = self.images.of(entry, folder)
             if entry.wrong:
                 reason = entry.wrong if str(entry.path) in entry.wrong else f"{entry.path}: {entry.wrong}."
-                return Lacking(name, reason, "Correct the shapes in the tool, and export again.")
+                return Lacking(name, reason, "Correct the shapes in the annotation tool, and export again.")
             size = size_of_image(entry, image)
         except NotThere as error:
-            return Lacking(name, str(error), "Put the images there, or say where they are: data.reader.layout.images.")
+            return Lacking(name, str(error), "Put the images there, or set their folder: data.reader.layout.images.")
         by_area = self.shapes.order == "area"
         drawn = sorted(entry.shapes, key=lambda shape: (shape.depth, -shape.area if by_area else 0))
         forms = tuple((self._id(shape), shape.form) for shape in drawn)

@@ -54,8 +54,8 @@ class Images:
             if found := next((folder for folder in folders if folder.is_dir() or _is_video(folder)), None):
                 return found
             raise UserError(
-                f"data.reader.layout.images: no folder {folders[0]}. Give the folder of the images (of a video its "
-                "frames' folder, or its file)."
+                f"data.reader.layout.images: no folder {folders[0]}. Give the folder of the images (for a video, the "
+                "folder of its frames or its file)."
             )
         beside = place if self.kind.beside_images else place.parent
         below = [self.root / pattern.format(name) for pattern in ("images/{}", "{}", "{}/images") for name in names]
@@ -74,8 +74,8 @@ class Images:
         for name in (entry.image, *filter(None, (entry.subset, entry.clip.source if entry.clip else ""))):
             if not _stays_below(name):
                 raise UserError(
-                    f"{entry.path} names the image {shown(name)}, which would lie outside of its folder. Give names "
-                    "that start from data.reader.layout.images."
+                    f"{entry.path} names the image {shown(name)}, which is outside of the image folder. Give names "
+                    "relative to data.reader.layout.images."
                 )
         if entry.clip is not None:
             return self._frame(entry, entry.clip, folder)
@@ -98,7 +98,7 @@ class Images:
             return VideoFrame(found, entry.frame, self.cache_dir)
         position = entry.frame if len(found) == clip.frames[-1] + 1 else clip.frames.index(entry.frame)
         if not _is_file(found[position]):
-            raise NotThere(f"{entry.path} has frame {entry.frame}, and {found[position]} is not there.")
+            raise NotThere(f"{entry.path} has frame {entry.frame}, but {found[position]} does not exist.")
         return found[position]
 
     def _clip(self, clip: AnnotatedVideo, folder: Path) -> "Path | Sequence[Path]":
@@ -115,13 +115,13 @@ class Images:
         if len(pictures) not in (len(clip.frames), last + 1):
             what = f"the video {clip.source} " if clip.source else "its video "
             raise NotThere(
-                f"Frames {clip.frames[0]} to {last} are not in {folder}: there are neither {what}nor pictures "
-                f"frame_{clip.frames[0]:06d} and so on, nor {last + 1} pictures (but {len(pictures)})."
+                f"Frames {clip.frames[0]} to {last} are not in {folder}: it has neither {what}nor images "
+                f"frame_{clip.frames[0]:06d} and so on, nor {last + 1} images (it has {len(pictures)})."
             )
         if pictures != sorted(pictures, key=lambda path: natural_order(path.name)):
             raise NotThere(
-                f"Frames {clip.frames[0]} to {last} are pictures of {folder} whose order is not sure: by letters, as "
-                f'CVAT has them, it is another than by numbers. Export the task as "CVAT for images 1.1".'
+                f"Frames {clip.frames[0]} to {last} are images of {folder} in ambiguous order: alphabetical order, "
+                'which CVAT uses, differs from numeric order. Export the task as "CVAT for images 1.1".'
             )
         return pictures
 
@@ -131,7 +131,7 @@ class Images:
             raise NotThere(wrong[path])
         if len(indexes[path]) <= clip.frames[-1]:
             raise NotThere(
-                f"{path} has {count_of(range(len(indexes[path])), 'frame')}, and the annotations are of frames "
+                f"{path} has {count_of(range(len(indexes[path])), 'frame')}, but the annotations belong to frames "
                 f"{clip.frames[0]} to {clip.frames[-1]}: it is another video."
             )
         return path
@@ -146,7 +146,7 @@ def size_of_image(entry: Entry, image: ImageSource) -> tuple[int, int]:
     if entry.size is not None:
         return entry.size
     if isinstance(image, VideoFrame):
-        raise NotThere(f"{entry.path} does not say how large the frames of {image.path} are (original_size).")
+        raise NotThere(f"{entry.path} lacks the size of the frames of {image.path} (original_size).")
     try:
         return size_of(*read_size(image))
     except (UserError, ValueError) as error:

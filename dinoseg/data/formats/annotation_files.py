@@ -87,8 +87,8 @@ def find_annotations(kind: Kind, root: Path, split: str, layout: AnnotationLayou
         UserError: there is none.
     """
     if not root.is_dir():
-        unpack = "Archives are not read: unpack it, and give" if root.suffix.lower() in _ARCHIVES else "Give"
-        raise UserError(f"data.root={root} is no folder. {unpack} the folder that holds the annotations.")
+        unpack = "Archives are not read: unpack it and give" if root.suffix.lower() in _ARCHIVES else "Give"
+        raise UserError(f"data.root={root} is not a folder. {unpack} the folder that holds the annotations.")
     patterns = (kind.by_split if by_split else kind.single) if layout.annotations is None else (layout.annotations,)
     places = list(dict.fromkeys(root / _filled(pattern, name) for pattern in patterns for name in layout.names(split)))
     found = [place for place in places if (_holds_json(place) if kind.beside_images else place.is_file())]
@@ -102,11 +102,11 @@ def find_annotations(kind: Kind, root: Path, split: str, layout: AnnotationLayou
     single = [pattern for pattern in kind.single if (root / pattern).is_file()] if by_split else []
     if kind.beside_images and by_split and _holds_json(root):
         single = [str(root)]
-    remedy = "Give it by data.reader.layout.annotations (with {split} for the split)"
+    remedy = "Set data.reader.layout.annotations (with {split} for the split)"
     if single:
-        remedy = f"{single[0]} is there, without splits: divide it by data.reader.partition.by=fraction"
+        remedy = f"{single[0]} exists, without splits: divide it by data.reader.partition.by=fraction"
     elif packed := [path.name for path in entries(root) if path.suffix.lower() in _ARCHIVES]:
-        remedy = f"{packed[0]} is there, and archives are not read: unpack it"
+        remedy = f"{packed[0]} exists, but archives are not read: unpack it"
     what = "folder with files of LabelMe" if kind.beside_images else f"file of {kind.title}"
     of_split = f" for split {split}" if by_split else ""
     raise UserError(f"No {what}{of_split} in {root}: looked for {tried}. {remedy}.")
@@ -128,7 +128,7 @@ def read_annotations(kind: Kind, place: Path, *, grouped: bool = False) -> Annot
     try:
         return held.grouped() if grouped else held
     except ValueError as error:
-        raise UserError(f"{place}: {error}. Say data.reader.shapes.grouped=false.") from None
+        raise UserError(f"{place}: {error}. Set data.reader.shapes.grouped=false.") from None
 
 
 def _of_folder(kind: Kind, place: Path) -> Annotations:
@@ -188,13 +188,13 @@ def _read(kind: Kind, path: Path) -> Annotations:
         check_regular(path)
         status = path.stat()
         if status.st_size > LARGEST_FILE:
-            raise ValueError(f"it has {status.st_size:,} bytes, and may have {LARGEST_FILE:,}: divide it into several")
+            raise ValueError(f"it has {status.st_size:,} bytes; the limit is {LARGEST_FILE:,}: divide it into several")
         return _parsed(kind.title, path, status.st_mtime_ns, status.st_size)
     except OSError as error:
         raise UserError(f"Cannot read {path} ({error.strerror}). Check the path and its permissions.") from None
     except ValueError as error:
         raise UserError(
-            f"{path} is no file of {kind.title} that can be read: {error}. Export it again, or correct it."
+            f"{path} is not a readable {kind.title} file: {error}. Export it again, or correct it."
         ) from None
 
 

@@ -49,14 +49,14 @@ class Davis:
             if not folder.is_dir():
                 contents = sorted(path.name for path in folder.parent.glob("[!.]*")) or ["nothing"]
                 raise UserError(
-                    f"No folder {folder}; beside it lies {listed(contents)}. Check data.root and data.size, and "
-                    "that DAVIS was unpacked as it comes."
+                    f"No folder {folder}; its parent folder holds {listed(contents)}. Check data.root and data.size, "
+                    "and unpack DAVIS without changing its folders."
                 )
         names = _read_set(root, (str(self.year), self.size), split, self.sets.get(split, split))
         if absent := [name for name in names if not (images / name).is_dir()]:
             raise UserError(
                 f"{count_of(absent, 'sequence')} of split {split} not in {images}: {listed(absent)}. Unpack DAVIS "
-                "again, or take these names out of the image set."
+                "again, or remove these names from the image set."
             )
         return [self._video(name, images / name, masks / name) for name in names]
 
@@ -103,11 +103,11 @@ def _remedy(split: str, usable: list[str]) -> str:
     A single set can serve as train only if a share of it is held out; otherwise the score is that of training files.
     """
     if not usable:
-        return "Check data.year, and that DAVIS was unpacked as it comes."
+        return "Check data.year, and unpack DAVIS without changing its folders."
     if split not in ("train", "val"):
-        return f"Say which set stands for {split}, such as data.sets.{split}={usable[-1]}."
+        return f"Set the image set of {split}, such as data.sets.{split}={usable[-1]}."
     named = "train" if "train" in usable else usable[-1]
     return (
-        f"To train on one set and hold a share of it out for val, set data.sets.train={named} "
+        f"To train on one set and hold out a share of it for val, set data.sets.train={named} "
         "data.reader.partition.by=fraction."
     )

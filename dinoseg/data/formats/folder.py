@@ -18,12 +18,12 @@ from dinoseg.utils.images import IMAGE_SUFFIXES, UNREAD_SUFFIXES
 from dinoseg.utils.wording import count_of, listed
 
 _REMEDY = (
-    "Add the missing files or remove the others; an image and its mask have the same name up to the endings in "
+    "Add the missing files or remove the others; an image and its mask have the same name except for the suffixes in "
     "data.reader.layout."
 )
 
 
-_CONVERT = "Convert such pictures to PNG, or move them away."
+_CONVERT = "Convert such files to PNG, or move them away."
 _MASK_FOLDER = re.compile("mask|label|annot|seg|gt|truth", re.IGNORECASE)  # in the name of a mask folder
 
 
@@ -84,7 +84,7 @@ def find_pairs(root: Path, split: str, layout: FolderLayout, partition: Partitio
     """Return the pairs of a split, in the order of the names or of the split's file list."""
     _check_partition(layout, partition)
     if not root.is_dir():
-        raise UserError(f"data.root={root} is no folder. Give the folder that holds the data set.")
+        raise UserError(f"data.root={root} is not a folder. Give the folder that holds the dataset.")
     pairs = divide(split, lambda side: _pairs_of(root, side, layout, partition), partition)
     if not pairs:
         images = root / layout.images.replace("{split}", layout.splits.get(split, split))
@@ -102,16 +102,14 @@ def _pairs_of(root: Path, split: str, layout: FolderLayout, partition: Partition
     masks, unread_masks = _find(folders[1], layout.mask_suffix, layout, is_mask=True)
     unread = {name: path for name, path in {**unread_masks, **unread}.items() if not (name in images and name in masks)}
     by_name = {pair.name: pair for pair in pair_by_name(images, masks, folders, _REMEDY)}
-    by_name |= {
-        name: Lacking(name, f"{path} is of a kind that is not read.", _CONVERT) for name, path in unread.items()
-    }
+    by_name |= {name: Lacking(name, f"{path} has an unsupported format.", _CONVERT) for name, path in unread.items()}
     if partition.by != "lists":
         return [by_name[name] for name in sorted(by_name)]
     names = read_name_list(root / _list_of(split, partition))
     if absent := [name for name in names if name not in by_name]:
         raise UserError(
-            f"The file list of split {split} has {count_of(absent, 'name')} without image and mask under "
-            f"{folders[0]}: {listed(absent)}. A name is the path below that folder, without its ending."
+            f"The file list of split {split} has {count_of(absent, 'name')} without image and mask under {folders[0]}: "
+            f"{listed(absent)}. A name is the path below that folder, without suffix."
         )
     return [by_name[name] for name in names]
 
@@ -135,7 +133,7 @@ def _find(folder: Path, suffix: str, layout: FolderLayout, *, is_mask: bool) -> 
                 unread[name] = path
                 continue
             if name in paths:
-                raise UserError(f"{paths[name]} and {path} have one name ({name}): keep one of them.")
+                raise UserError(f"{paths[name]} and {path} have the same name ({name}): keep one of them.")
             paths[name] = path
     return paths, unread
 
@@ -161,7 +159,7 @@ def _without_splits(root: Path, folders: Sequence[str]) -> str:
         return ""
     images = next(name for name in holding if name not in masks)
     return (
-        f" These folders have no splits: to hold a share of the images out for val, add "
+        " These folders have no splits. To hold out a share of the images for val, add "
         f"data.reader.layout.images={images} data.reader.layout.masks={masks[0]} data.reader.partition.by=fraction"
     )
 
@@ -174,13 +172,13 @@ def _check_partition(layout: FolderLayout, partition: Partition) -> None:
     named = ["{split}" in pattern for pattern in (layout.images, layout.masks)]
     if partition.by == "folder" and not all(named):
         raise UserError(
-            f"data.reader.layout.images={layout.images} and masks={layout.masks} must both hold "
-            "{split}, or all splits would be the same files. For one folder of images, set "
-            "data.reader.partition.by=fraction or lists."
+            f"data.reader.layout.images={layout.images} and masks={layout.masks} must both contain {{split}}; "
+            "otherwise all splits are the same files. For one folder of images, set data.reader.partition.by=fraction "
+            "or lists."
         )
     if partition.by == "fraction" and any(named):
         raise UserError(
-            f"data.reader.layout.images={layout.images} and masks={layout.masks} hold {{split}}, but "
+            f"data.reader.layout.images={layout.images} and masks={layout.masks} contain {{split}}, but "
             "data.reader.partition.by=fraction splits one folder: name it without {split}."
         )
 

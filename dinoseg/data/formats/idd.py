@@ -67,13 +67,13 @@ def idd(
     labels = Labels.of(classes, palette, ignore_index)
     if partition.by != "folder":
         raise UserError(
-            f"data.reader.partition.by={partition.by}: IDD comes in split folders. Remove it, or set data.folds and "
-            "data.fold to divide train and val anew."
+            f"data.reader.partition.by={partition.by}: IDD has split folders. Remove it, or set data.folds and "
+            "data.fold for cross-validation."
         )
     if encoding == HOME_MADE:
         log.warning(
-            "data=idd_home_made trains on a home-made remap: 255 is void in IDD, and here it is road; true road (0) is "
-            "thrown away. Its scores mean nothing for IDD. Use data=idd, after mode=prepare data=idd."
+            "data=idd_home_made trains on a custom remap: 255 is void in IDD but road here, and true road (0) is "
+            "dropped. Its scores are not comparable with IDD. Use data=idd, after mode=prepare data=idd."
         )
         remap = {**dict.fromkeys(_NO_CLASS_AT_HOME, ignore_index), 255: 0}
         masks = replace(masks, ids={**remap, **(masks.ids or {})})
@@ -122,10 +122,10 @@ def _pairs_of(root: Path, part: Path, split: str, encoding: str, prefix: str) ->
         if name in masks:
             yield Pair(prefix + name, image, masks[name])
         elif name in polygons:
-            reason = f"{image} has no {suffix[1:]}.png in {folder}, but its polygons are there."
+            reason = f"{image} has no {suffix[1:]}.png in {folder}, but it has polygons."
             yield Lacking(prefix + name, reason, _to_draw(root, encoding))
         else:
-            reason = f"{image} has no {suffix[1:]}.png in {folder}, and no polygons to make it from."
+            reason = f"{image} has no {suffix[1:]}.png in {folder}, and no polygons to create it from."
             yield Lacking(prefix + name, reason, "Unpack the archive again, or remove the images.")
     for name in (name for name in masks if name not in images):
         reason = f"{masks[name]} has no image in {part / IMAGES / split}."
@@ -134,8 +134,8 @@ def _pairs_of(root: Path, part: Path, split: str, encoding: str, prefix: str) ->
 
 def _to_draw(root: Path, encoding: str) -> str:
     if encoding == HOME_MADE:
-        return f"Make the official label maps from the polygons and use data=idd: {prepare_command(root, 'level3Id')}"
-    return f"Make the label maps first: {prepare_command(root, encoding)}"
+        return f"Create the official label maps from the polygons and use data=idd: {prepare_command(root, 'level3Id')}"
+    return f"Create the label maps first: {prepare_command(root, encoding)}"
 
 
 def _check_encoding(encoding: str, labels: Labels, masks: Masks) -> None:

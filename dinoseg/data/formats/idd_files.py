@@ -55,13 +55,15 @@ def find_parts(root: Path) -> dict[str, Path]:
     if not parts:
         archives = [path.name for path in inside if path.is_file() and path.suffix.lower() in _ARCHIVES]
         remedy = (
-            f"Unpack {listed(archives)} there first, for a tar file with "
-            "`python -c \"import tarfile; tarfile.open('FILE').extractall('FOLDER', filter='data')\"`."
+            f'Unpack {listed(archives)} there first; for a tar file use `python -c "import tarfile; '
+            "tarfile.open('FILE').extractall('FOLDER', filter='data')\"`."
             if archives
             else f"It holds {listed([path.name for path in inside]) or 'nothing'}. Give the folder of a part, such as "
             "IDD_Segmentation or idd20kII, or the folder that holds the parts."
         )
-        raise UserError(f"data.root={root} is no IDD: no {IMAGES} or {LABELS} in it or in a folder below. {remedy}")
+        raise UserError(
+            f"data.root={root} does not hold IDD: no {IMAGES} or {LABELS} in it or in a folder below. {remedy}"
+        )
     return parts
 
 
@@ -77,7 +79,7 @@ def files_of(folder: Path, suffix: str, endings: Collection[str]) -> dict[str, P
             continue
         name = f"{path.parent.name}/{path.stem.removesuffix(suffix)}"
         if name in files:
-            raise UserError(f"{files[name]} and {path} have one name ({name}): keep one of them.")
+            raise UserError(f"{files[name]} and {path} have the same name ({name}): keep one of them.")
         files[name] = path
     return files
 

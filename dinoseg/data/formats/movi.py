@@ -45,7 +45,7 @@ class Movi:
         if not folder.is_dir():
             contents = sorted(path.name for path in folder.parent.glob("[!.]*")) or ["nothing"]
             raise UserError(
-                f"No folder {folder} for split {split}; beside it lies {listed(contents)}. Check data.root."
+                f"No folder {folder} for split {split}; its parent folder holds {listed(contents)}. Check data.root."
             )
         rgb = folder / "rgb"
         if rgb.is_dir() and not (rgb / "frames").is_dir():  # otherwise `rgb` is a video of that name

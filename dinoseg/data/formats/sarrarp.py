@@ -101,18 +101,18 @@ def find_videos(root: Path, split: str) -> tuple[dict[str, Path], list[Lacking]]
     folders = [root / name for name in FOLDERS[split] if (root / name).is_dir()]
     if not folders:
         raise UserError(
-            f"data.root={root} holds none of the folders {', '.join(FOLDERS[split])} of split {split}. Give "
-            "the folder into which SAR-RARP50 was downloaded."
+            f"data.root={root} lacks the folders {', '.join(FOLDERS[split])} of split {split}. Give the folder into "
+            "which SAR-RARP50 was downloaded."
         )
     video_folders: dict[str, Path] = {}
     contents = [path for folder in folders for path in entries(folder)]
     for video in (path for path in contents if path.name.startswith("video_") and path.is_dir()):
         if video.name in video_folders:
-            raise UserError(f"{video_folders[video.name]} and {video} are one video: keep one of them.")
+            raise UserError(f"{video_folders[video.name]} and {video} are the same video: keep one of them.")
         video_folders[video.name] = video
     archives = {path.stem: path for path in contents if path.suffix == ".zip"}
     packed = [
-        _video_lacking(name, f"{archives[name]} is still packed.", _to_prepare(root))
+        _video_lacking(name, f"{archives[name]} is not unpacked.", _to_prepare(root))
         for name in sorted(archives.keys() - video_folders.keys())
     ]
     if not video_folders and not packed:
@@ -175,7 +175,10 @@ def _video_pairs(root: Path, video: Path, frames: Frames, source: str) -> Iterat
         if stem in frames:
             yield Pair(name, frames[stem], mask)
         elif source == "video":
-            reason = f"{mask} has no frame in {VIDEO}: the video is shorter than its masks, or they are another's."
+            reason = (
+                f"{mask} has no frame in {VIDEO}: the video is shorter than its masks, or the masks belong to "
+                "another video."
+            )
             yield Lacking(name, reason, _UNPACK)
         else:
             yield Lacking(name, f"{mask} has no extracted frame.", f"Extract them: {prepare_command(root)}")
@@ -187,7 +190,7 @@ def _videos(items: Sequence[Pair | Lacking]) -> set[str]:
 
 def _pseudo_pairs(root: Path, video: Path, frames: Frames) -> Iterator[Pair | Lacking]:
     folder = video / PSEUDO_FOLDER
-    remedy = f"Make them: {prepare_command(root)} data.prepare.propagate=true. Or leave data.reader.pseudo out."
+    remedy = f"Create them: {prepare_command(root)} data.prepare.propagate=true. Or remove data.reader.pseudo."
     if reason := _no_pseudo(video):
         yield Lacking(f"{video.name}/{PSEUDO_FOLDER}", reason, remedy)
         return
@@ -205,10 +208,10 @@ def _no_pseudo(video: Path) -> str:
     except FileNotFoundError:
         return f"{video} has no pseudo-labels."
     except (OSError, forms.Misshapen) as error:
-        return f"{path} does not say what the pseudo-labels were made of ({error})."
+        return f"{path} does not record which masks the pseudo-labels were made from ({error})."
     now = mask_sums(video)
     other = sorted(stem for stem in then.keys() | now.keys() if then.get(stem) != now.get(stem))
-    return f"{path.parent} was made of other masks than there are now: {listed(other)}." if other else ""
+    return f"{path.parent} was made from other masks than the current ones: {listed(other)}." if other else ""
 
 
 def _is_due(stem: str) -> bool:

@@ -97,6 +97,6 @@ def _search(top: Path) -> dict[str, Path]:
         for unended, path in candidates:
             name = unended.relative_to(top).as_posix() if unended != top else top.name
             if name in paths:
-                raise UserError(f"{paths[name]} and {path} have one name ({name}): rename or remove one of them.")
+                raise UserError(f"{paths[name]} and {path} have the same name ({name}): rename or remove one of them.")
             paths[name] = path
     return {name: paths[name] for name in sorted(paths, key=natural_order)}

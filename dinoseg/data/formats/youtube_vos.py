@@ -50,8 +50,8 @@ class YoutubeVos:
         names = [path.name for path in video_folders(images)]
         if alien := [name for name in names if meta is not None and name not in meta]:
             raise UserError(
-                f"{count_of(alien, 'video')} of {images} not in {root / folder / 'meta.json'}: {listed(alien)}. Is it "
-                "another release's?"
+                f"{count_of(alien, 'video')} of {images} not in {root / folder / 'meta.json'}: {listed(alien)}. Does "
+                "it belong to another release?"
             )
         videos = []
         for name in names:
@@ -82,11 +82,9 @@ def _check_objects(name: str, known: Mapping, frames: FrameFiles, labels: Mappin
     try:
         first = {min(entry["frames"], key=natural_order) for entry in known["objects"].values()}
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(
-            f"meta.json does not tell in which frames the objects of video {name} are. Unpack it again."
-        ) from None
+        raise UserError(f"meta.json lacks the frames of the objects of video {name}. Unpack it again.") from None
     stems, masked = {Path(file).stem for file in frames.files}, {path.stem for path in labels.values()}
-    for there, what in ((stems, "which are not there"), (masked, "without mask")):
+    for there, what in ((stems, "which do not exist"), (masked, "without mask")):
         if absent := sorted(first - there):
             raise UserError(
                 f"meta.json has objects that appear in frames of video {name} {what}: {listed(absent)}. Unpack the "

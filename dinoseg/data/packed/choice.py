@@ -48,14 +48,14 @@ def pays(dataset: PairDataset, split: str, cache_dir: Path) -> bool:
     each, size = statistics.median(files), aligned(round(statistics.mean(sizes))) * len(dataset)
     gain = each / statistics.median(packed)
     if gain < _LEAST_GAIN:
-        chosen = f"read from its files: packing pays from {_LEAST_GAIN:g} times as fast on"
+        chosen = f"read from its files: packing pays off from a speed-up of {_LEAST_GAIN:g} on"
     elif size > _OF_FREE * free:
         chosen = f"read from its files: at most {_OF_FREE:.0%} of the disk's free {in_bytes(free)} are used"
     else:
-        chosen = "packed as it is"
+        chosen = "packed at full size"
     log.info(
         "data.cache=auto: split %s is %s. An image with its mask takes %.1f ms from its files and %.1f ms packed (%.1f "
-        "times as fast); all %d would take about %s.",
+        "times as fast); all %d take about %s.",
         *(split, chosen, 1e3 * each, 1e3 * each / gain, gain, len(dataset), in_bytes(size)),
     )
     return gain >= _LEAST_GAIN and size <= _OF_FREE * free

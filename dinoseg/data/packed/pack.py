@@ -155,19 +155,21 @@ def drop_draft(dataset: PairDataset, cache_dir: Path) -> None:
 
 def _build(dataset: PairDataset, folder: Path, key: StoreKey, workers: int | None) -> None:
     if folder.exists():
-        log.warning("%s is incomplete or damaged: packing anew.", folder)
+        log.warning("%s is incomplete or damaged: packing again.", folder)
         shutil.rmtree(folder)
     part = _draft(folder)
     _announce(dataset, folder, part, key.longest)
     with contextlib.closing(Draft(part, key, dataset.names)) as draft:
         if draft.extents:
-            log.info("going on: %d of %d are packed and match their checksums", len(draft.extents), len(dataset))
+            log.info("resuming: %d of %d are packed and match their checksums", len(draft.extents), len(dataset))
         failures = _fill(draft, dataset, key.longest, workers)
         if failures:
             raise _unreadable(failures, len(dataset))
         if dataset.fingerprint() != key.fingerprint:
             shutil.rmtree(part)
-            raise UserError("Images or masks were changed while they were packed. Run again when nothing writes them.")
+            raise UserError(
+                "Images or masks were changed while they were packed. Run again when no process writes to them."
+            )
         draft.finish(folder)
 
 
@@ -213,8 +215,8 @@ def _announce(dataset: PairDataset, folder: Path, part: Path, longest: int | Non
     if size > free:
         raise Unwritable(
             f"Packing {len(dataset)} images and masks {limit} takes {in_bytes(size)}, and {folder.parent} has "
-            f"{in_bytes(free)} free.{_others(folder)} Make room, give another cache_dir, lower resolution.longest, "
-            "or set data.cache=null."
+            f"{in_bytes(free)} free.{_others(folder)} Free some space, set another cache_dir, lower "
+            "resolution.longest, or set data.cache=null."
         )
 
 
@@ -239,12 +241,12 @@ def _sizes(dataset: PairDataset, longest: int | None) -> Iterator[tuple[int, int
 def _unwritable(folder: Path, error: OSError) -> Unwritable:
     if error.errno in DISK_FULL:
         return Unwritable(
-            f"The disk of {folder.parent} is full. What is packed so far is kept.{_others(folder)} Make room and run "
-            "again: it goes on."
+            f"The disk of {folder.parent} is full. The images packed so far remain.{_others(folder)} Free some space "
+            "and run again to resume."
         )
     return Unwritable(
-        f"Cannot pack to {folder} ({error}). Give a folder that can be written to: cache_dir=FOLDER, or read the files "
-        "themselves: data.cache=null."
+        f"Cannot pack to {folder} ({error}). Set a writable folder: cache_dir=FOLDER, or read the original files: "
+        "data.cache=null."
     )
 
 
@@ -252,8 +254,8 @@ def _unreadable(failures: list[str], total: int) -> UserError:
     lines = "".join(f"\n- {line}" for line in failures[:_LISTED])
     more = f"\n- and {len(failures) - _LISTED} more" if len(failures) > _LISTED else ""
     return UserError(
-        f"{len(failures)} of {total} images cannot be packed:{lines}{more}\n"
-        "The others are packed and kept. Mend these files or leave them out (data.on_error=skip), and run again."
+        f"{len(failures)} of {total} images cannot be packed:{lines}{more}\nThe others are packed. Fix these files or "
+        "leave them out (data.on_error=skip), and run again."
     )
 
 
@@ -261,4 +263,4 @@ def _others(folder: Path) -> str:
     """Return a sentence on the disk space of other stores, or "" if there are none."""
     stores = folder.parent.glob(f"packed_*/{PIXELS}")
     size = sum(path.stat().st_size for path in stores if not path.parent.name.startswith(folder.name))
-    return f" Other packed data there takes {in_bytes(size)} (packed_*): remove what no run uses." if size else ""
+    return f" Other packed data there takes {in_bytes(size)} (packed_*): remove unused folders." if size else ""

@@ -42,7 +42,7 @@ def read_all(
         workers,
         catch=UserError,
         start=_use_one_thread,
-        remedy=f"Set data.workers below {workers} and run again: it goes on.",
+        remedy=f"Set data.workers below {workers} and run again to resume.",
     )
 
 

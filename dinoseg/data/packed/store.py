@@ -98,8 +98,8 @@ class Store:
         if self.verify and row not in self._verified:
             if checksum(self.names[row], (extent.height, extent.width), item) != extent.crc:
                 raise UserError(
-                    f"{self.folder / PIXELS} is damaged: item {self.names[row]} is not what was packed. Delete the "
-                    f"folder {self.folder}: it is packed anew by the next run. If this comes again, check the disk."
+                    f"{self.folder / PIXELS} is damaged: item {self.names[row]} does not match its checksum. Delete "
+                    f"the folder {self.folder}: the next run packs it again. If this recurs, check the disk."
                 )
             self._verified.add(row)
         colors = 3 * extent.height * extent.width
@@ -125,7 +125,7 @@ class Store:
         except OSError as error:
             raise UserError(_gone(self.folder / PIXELS, str(error))) from None
         if got < size:
-            raise UserError(_gone(self.folder / PIXELS, "it ends too early"))
+            raise UserError(_gone(self.folder / PIXELS, "it is truncated"))
         return item
 
     def _read_into(self, item: np.ndarray, offset: int) -> int:
@@ -149,7 +149,7 @@ def open_store(folder: Path, key: StoreKey, names: Sequence[str], *, verify: boo
     def read(path: Path) -> Store:
         index = forms.read_json(path, _INDEX_FORM)
         if index["key"] != asdict(key) or index["names"] != list(names) or len(index["places"]) != len(names):
-            raise forms.Misshapen("it is of another data set")
+            raise forms.Misshapen("it belongs to another dataset")
         return Store(folder, names, [Extent(*numbers) for numbers in index["places"]], verify=verify)
 
     def is_whole(store: Store) -> bool:
@@ -187,6 +187,6 @@ def aligned(offset: int) -> int:
 
 def _gone(path: Path, reason: str) -> str:
     return (
-        f"Cannot read {path} ({reason}). The packed data was removed or cut while this run uses it. Run again: what is "
-        "missing is packed anew; a training run goes on with resume=auto."
+        f"Cannot read {path} ({reason}). The packed data was removed or truncated during this run. Run again: missing "
+        "images are packed again; resume a training with resume=auto."
     )

@@ -62,8 +62,8 @@ def pair_by_name(
         for name in files.keys() - others.keys():
             reason = f"{files[name]} has no {other} in {folder}."
             if twin := twins.get(_composed(name)):
-                reason += f" {twin} only looks as if it had its name: one has accents as signs of their own (Unicode "
-                reason += "NFD, as macOS writes them), the other has not (NFC). Rename one."
+                reason += f" {twin} only looks the same: one has accents as separate characters (Unicode "
+                reason += "NFD, as macOS writes them), the other does not (NFC). Rename one."
             by_name[name] = Lacking(name, reason, remedy)
     return [by_name[name] for name in sorted(by_name)]
 
@@ -138,8 +138,8 @@ def not_whole(dataset: PairDataset, split: str) -> UserError:
     if not len(dataset):
         return UserError(f"Split {split} has no image with its mask:{reasons(lacking, _FEW)}\n{dataset.remedy}")
     return UserError(
-        f"Split {split} has {count_of(dataset.pairs, 'image')} with a mask, and {len(lacking)} that lack something:"
-        f"{reasons(lacking)}\n{dataset.remedy}\nTo go on without them: data.on_error=skip."
+        f"Split {split} has {count_of(dataset.pairs, 'image')} with a mask, and {len(lacking)} incomplete "
+        f"pairs:{reasons(lacking)}\n{dataset.remedy}\nTo leave them out: data.on_error=skip."
     )
 
 

@@ -83,7 +83,7 @@ def _load(path: Path, key: str, num_classes: int) -> np.ndarray | None:
         path,
         lambda path: forms.read_json(path, _FORM),
         lambda record: record["fingerprint"] == key and len(record["pixels"]) == num_classes,
-        damaged="The kept class counts in %s are damaged (%s): counting anew.",
+        damaged="The stored class counts in %s are damaged (%s): counting again.",
     )
     return None if record is None else np.array(record["pixels"], dtype=np.int64)
 
@@ -92,4 +92,4 @@ def _save(path: Path, content: dict) -> None:
     try:
         write_text(path, json.dumps(content))
     except OSError as error:
-        log.warning("The class counts cannot be kept in %s (%s): the next run counts anew.", path, error)
+        log.warning("Cannot store the class counts in %s (%s): the next run counts again.", path, error)

@@ -107,7 +107,7 @@ def _with_mask_header(record: Record, mask: Path) -> Record:
         record = replace(record, mask_size=(file.height, file.width), mask_format=file.format or "")
     if record.mask_format not in _LOSSY:
         return record
-    reason = f"{mask} is a JPEG file, which changes the numbers near borders. Save it as PNG."
+    reason = f"{mask} is a JPEG file, which changes the ids near borders. Save it as PNG."
     return record.with_problem("mask_is_jpeg", reason)
 
 
@@ -167,7 +167,7 @@ def _reason(file: object, error: Exception) -> str:
         return str(error)
     if isinstance(error, OSError) and error.errno is not None:
         return f"Cannot read {file} ({error.strerror}). Check the path and its disk."
-    return f"Cannot read {file} as a picture ({error})."
+    return f"Cannot read {file} as an image ({error})."
 
 
 def _may_pass(error: BaseException | None) -> bool:

@@ -165,10 +165,10 @@ class ScanCache:
             with whole_file(self.path) as part, open(part, "wb") as file:
                 np.savez(file, **arrays)
         except OSError as error:
-            log.warning("The scan cannot be kept in %s (%s): the next run scans anew.", self.path, error)
+            log.warning("Cannot store the scan in %s (%s): the next run scans again.", self.path, error)
 
     def _load(self) -> dict[str, tuple[list[int], Record]]:
-        return finished(self.path, _read, damaged="The kept scan in %s is damaged (%s): scanning anew.") or {}
+        return finished(self.path, _read, damaged="The stored scan in %s is damaged (%s): scanning again.") or {}
 
 
 def _read(path: Path) -> dict[str, tuple[list[int], Record]]:

@@ -78,9 +78,7 @@ def read_frame(frame: VideoFrame) -> np.ndarray:
     """
     index = find_index(frame.path, frame.cache_dir)
     if not 0 <= frame.index < len(index):
-        raise UserError(
-            f"There is no frame {frame.index} in {frame.path}: it has {len(index)} frames, 0 to {len(index) - 1}."
-        )
+        raise UserError(f"{frame.path} has no frame {frame.index}: it has {len(index)} frames, 0 to {len(index) - 1}.")
     from dinoseg.data.video.decoder import rgb
 
     return rgb(_reader(frame.path, index).read(frame.index))
@@ -102,8 +100,8 @@ class _Reader:
                 if checksum(image) == self._index.sums[wanted]:
                     return image
         raise UserError(
-            f"Frame {wanted} of {self._path} is not what it was when the video was indexed: the file is being changed "
-            "or the disk fails. Run again, or replace the video."
+            f"Frame {wanted} of {self._path} has changed since the video was indexed: the file was modified, or the "
+            "disk is failing. Run again, or replace the video."
         )
 
     def _ways(self, wanted: int) -> Iterator[Callable[[], bool]]:

@@ -28,7 +28,7 @@ _COVERS = Disposition.attached_pic | Disposition.timed_thumbnails
 _CLOCK = re.compile(r"(\d{1,4}):(\d\d):(\d\d(?:\.\d+)?)")
 MOST_PIXELS = 2**27  # per frame: 16384 x 8192, more than any camera has, since a file of a kilobyte may claim any size
 _MOST_SILENT = 10_000  # packets without a frame: minutes that lack the initial key frame
-REMEDY = "It is truncated, damaged or no video: replace it, or re-encode it (ffmpeg -i IN OUT.mp4)."
+REMEDY = "It is truncated, damaged or not a video: replace it, or re-encode it (ffmpeg -i IN OUT.mp4)."
 
 
 class FrameTooLarge(UserError):
@@ -175,14 +175,14 @@ class Decoder:
         """Return the first stream of moving pictures, which excludes cover art."""
         moving = [stream for stream in self._container.streams.video if not stream.disposition & _COVERS]
         if not moving:
-            raise UserError(f"{self.path} has no moving pictures, sound alone perhaps. Give a file that has some.")
+            raise UserError(f"{self.path} has no video stream, perhaps audio only. Give a file with video.")
         codec = moving[0].codec_context
         if codec is None:
-            raise self.unreadable("no decoder knows what its pictures are compressed by")
+            raise self.unreadable("its video codec is not supported")
         if codec.width * codec.height > max_pixels:
             raise FrameTooLarge(
-                f"{self.path} claims frames of {codec.width} x {codec.height} pixels; at most {max_pixels:,} are "
-                "read. Make it smaller (ffmpeg -i IN -vf scale=4096:-2 OUT.mp4)."
+                f"{self.path} claims frames of {codec.width} x {codec.height} pixels; at most {max_pixels:,} are read. "
+                "Downscale it (ffmpeg -i IN -vf scale=4096:-2 OUT.mp4)."
             )
         # later frames may be larger, and the decoder's limit includes a codec's padding
         codec.options = {"max_pixels": str(min(MOST_PIXELS, 2 * max_pixels + 2**16))}
@@ -194,7 +194,7 @@ class Decoder:
             for packet in self._container.demux(self._stream):
                 silent += 1
                 if silent > _MOST_SILENT:
-                    raise UserError(f"{self.path} has {_MOST_SILENT} packets in a row that hold no frame. {REMEDY}")
+                    raise UserError(f"{self.path} has {_MOST_SILENT} packets in a row without a frame. {REMEDY}")
                 try:
                     frames = packet.decode()
                 except FFmpegError:

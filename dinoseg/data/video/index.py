@@ -122,7 +122,7 @@ def index_videos(
         workers = min(count_cores(), share)
     with Bar(total=len(waiting), desc="indexing videos", unit="video", delay=2) as bar:
         work = functools.partial(find_index, cache_dir=cache_dir)
-        remedy = "Free some memory and run again: it goes on."
+        remedy = "Free some memory and run again to resume."
         for path, made in in_processes(work, list(waiting), workers, catch=UserError, in_order=False, remedy=remedy):
             if isinstance(made, UserError):
                 wrong[path] = str(made)
@@ -174,10 +174,12 @@ def _load(index_path: Path | None) -> VideoIndex | None:
         arrays = forms.read_arrays(index_path, kinds, most=_MOST_BYTES)
         index = VideoIndex(arrays["times"], arrays["sums"], float(arrays["fps"]))
         if not 0 < len(index.times) == len(index.sums) or not np.isfinite([*index.times, index.fps]).all():
-            raise forms.Misshapen(f"{len(index.times)} times and {len(index.sums)} checksums, or no numbers")
+            raise forms.Misshapen(
+                f"{len(index.times)} times and {len(index.sums)} checksums, or values that are not numbers"
+            )
         return index
     except (OSError, forms.Misshapen) as error:
-        log.warning("The kept index %s is damaged (%s): making it anew.", index_path, error)
+        log.warning("The stored index %s is damaged (%s): indexing again.", index_path, error)
         with contextlib.suppress(OSError):
             index_path.unlink()
         return None
@@ -188,7 +190,7 @@ def _save(index_path: Path, index: VideoIndex) -> None:
         with whole_file(index_path) as part, part.open("wb") as file:
             np.savez(file, times=index.times, sums=index.sums, fps=index.fps)
     except OSError as error:
-        log.warning("The index cannot be kept in %s (%s): the next run makes it anew.", index_path, error)
+        log.warning("Cannot store the index in %s (%s): the next run indexes again.", index_path, error)
 
 
 @contextlib.contextmanager

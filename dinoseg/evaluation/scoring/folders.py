@@ -65,7 +65,7 @@ def score_cases(
     where: str,
     workers: int | None = None,
     on_error: str = "stop",
-    remedy: str = "Set mode.workers lower, 1 for no process beside this one, and run again.",
+    remedy: str = "Lower mode.workers (1: no worker processes), and run again.",
 ) -> Scored:
     """Measure all cases and sum them by unit.
 
@@ -95,7 +95,7 @@ def score_cases(
         raise Unscorable(problems, where)
     if not cases:
         first = f", such as {problems[0][0]}: {problems[0][1]}" if problems else "."
-        raise UserError(f"Nothing is left to score of {where}: {count_of(problems, 'problem')}{first}")
+        raise UserError(f"Nothing is left to score in {where}: {count_of(problems, 'problem')}{first}")
     joined = sums_by_unit(protocol, cases)
     return Scored(
         units=list(joined),
@@ -143,9 +143,9 @@ def _unknown_notes(cases: Sequence[tuple[ScoringCase, Measured]]) -> list[str]:
         if held:
             pixels = sum(count for _, count in held)
             notes.append(
-                f"{len(held)} of {count_of(cases, side)} {'holds' if len(held) == 1 else 'hold'} ids of no class, in "
-                f"{count_of(pixels, 'pixel')}, such as {held[0][0].files[0][column]}. The official rule refuses "
-                "none: such a pixel is void in a reference, and a miss where it is predicted on a class. Check them."
+                f"{len(held)} of {count_of(cases, side)} {'holds' if len(held) == 1 else 'hold'} ids that are not "
+                f"classes, in {count_of(pixels, 'pixel')}, such as {held[0][0].files[0][column]}. The official rule "
+                "accepts them: void in a reference, an error in a prediction. Check them."
             )
     return notes
 
@@ -157,7 +157,7 @@ def _bare_notes(protocol: ScoreProtocol, cases: Sequence[tuple[ScoringCase, Meas
         return []
     return [
         f"{len(bare)} of {count_of(cases, 'reference')} without any object: {listed(bare)}. The rule: "
-        f"{protocol.rules['absent_class']}. Give them masks if they do show objects."
+        f"{protocol.rules['absent_class']}. Add masks if they show objects."
     ]
 
 

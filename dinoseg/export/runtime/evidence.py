@@ -12,7 +12,7 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import shown
 from dinoseg.utils.yaml_text import read_yaml
 
-COUNTED = "every pixel of the split counted once, those that are ignored left out"
+COUNTED = "every pixel of the split counted once, ignored pixels excluded"
 _MEASURES = ("miou", "dice", "accuracy", "mean_accuracy")
 _SHARE = forms.maybe(forms.number(0, 1))
 _FOUND = forms.table(forms.plain)
@@ -61,7 +61,7 @@ def scores_of(path: Path, classes: Sequence[str], evaluation: str | None) -> dic
     try:
         _FOUND(found, "it")
     except forms.Misshapen as error:
-        raise UserError(f"{where}: its scores cannot be used ({error}). Run mode=eval again.") from None
+        raise UserError(f"{where}: its scores are invalid ({error}). Run mode=eval again.") from None
     return found
 
 
@@ -90,10 +90,11 @@ def _split_of(folder: Path, path: Path) -> str:
         _EVALUATED(config, "it")
         resumed, same = config["resume"], Path(config["resume"]).resolve() == path.resolve()
     except (OSError, ValueError, UserError) as error:  # a name may be no valid path
-        raise UserError(f"export.scores={folder} is no run folder of mode=eval ({error}). Give one.") from None
+        raise UserError(f"export.scores={folder} is not a run folder of mode=eval ({error}). Give one.") from None
     if not same:
         raise UserError(
-            f"export.scores={folder}: those scores are of {shown(resumed, 500)}, not of {path}. Evaluate this one."
+            f"export.scores={folder}: those scores belong to {shown(resumed, 500)}, not to {path}. Evaluate this "
+            "checkpoint."
         )
     return config["mode"]["split"]
 
@@ -102,4 +103,4 @@ def _read(path: Path, form: forms.Form, where: str) -> Mapping[str, Any]:
     try:
         return forms.read_json(path, form)
     except (OSError, forms.Misshapen) as error:
-        raise UserError(f"{where}: {path.name} cannot be used ({error}). Run mode=eval again.") from None
+        raise UserError(f"{where}: {path.name} is invalid ({error}). Run mode=eval again.") from None

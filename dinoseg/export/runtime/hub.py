@@ -65,8 +65,8 @@ def push(
     source = facts.backbone
     if source.get("gated") and source.get("in_file", True) and not gated:
         raise UserError(
-            f"{file.name} holds weights of {source.get('weights')} ({source.get('licence')}), whose licence says on "
-            "which terms they may be passed on. Export with export.delta=true, or keep to them and say gated=True."
+            f"{file.name} holds weights of {source.get('weights')} ({source.get('licence')}), whose licence restricts "
+            "redistribution. Export with export.delta=true, or comply with the licence and pass gated=True."
         )
     runtime = next((key for key, name in FILES.items() if Path(name).suffix == file.suffix), "torch")
     parts = parts_of(file, FILES[runtime])  # a large ONNX file refers to its weight file by name
@@ -104,8 +104,8 @@ def _telling(repo: str, token: str | None) -> Iterator[None]:
         reason = (str(error).strip().splitlines() or [kind])[0][:300]
         hidden = reason.replace(token, "...") if token else reason
         raise UserError(
-            f"{repo}: the hub does not answer, or not with what was asked for ({kind}: {hidden}). Check the name and "
-            "the network, and log in with `hf auth login`; a file that you have is read by dinoseg.load."
+            f"{repo}: the hub request failed ({kind}: {hidden}). Check the name and the network, and log in with `hf "
+            "auth login`; read a local file with dinoseg.load."
         ) from None
 
 
@@ -148,8 +148,9 @@ def _use(facts: ModelFacts, repo_id: str) -> Iterator[str]:
     yield ""
     if facts.delta:
         yield (
-            f"The file holds what was trained alone. The backbone comes from {_text(facts.backbone.get('weights'))}, "
-            f"revision {_text(facts.backbone.get('revision') or UNKNOWN)}, when it is loaded."
+            "The file holds only the trained weights. The backbone is loaded from "
+            f"{_text(facts.backbone.get('weights'))}, revision {_text(facts.backbone.get('revision') or UNKNOWN)}, "
+            "when the file is opened."
         )
         yield ""
 
@@ -169,7 +170,7 @@ def _scores(facts: ModelFacts) -> Iterator[str]:
     yield "## Scores"
     yield ""
     if facts.scores is None:
-        yield "None were recorded with the file."
+        yield "The file holds no scores."
         yield ""
         return
     data, split = facts.data.get("name", UNKNOWN), facts.scores.get("split")
@@ -201,9 +202,11 @@ def _origin(facts: ModelFacts) -> Iterator[str]:
     if largest:
         yield (
             f"Its training images had about {_text(facts.sizes.get('typical'))} pixels on the longer side, enlarged at "
-            f"most to {_text(largest)}. Larger pictures are reduced to that scale before the model sees them."
+            f"most to {_text(largest)}. Larger images are reduced to that scale first."
         )
-    yield "Scores are of one data set: on other cameras, places or tissues it may do worse, and does not say so."
+    yield (
+        "Scores are for one dataset: on other cameras, places or tissues the model may perform worse, without warning."
+    )
 
 
 def _table(values: Any, intervals: Any) -> Iterator[str]:

@@ -52,7 +52,7 @@ def pictures(source: Any, *, on_error: str = "stop") -> Iterator[Picture]:
 def _read(ones: Iterable[Any], on_error: str) -> Iterator[Picture]:
     for number, one in enumerate(ones):
         try:
-            picture = _picture(one, f"picture {number}")
+            picture = _picture(one, f"image {number}")
         except UserError as error:
             if on_error == "stop":
                 raise
@@ -79,10 +79,10 @@ def as_pixels(array: np.ndarray, name: str, *, channels_first: bool = False) -> 
             raise UserError(f"{name} is a tensor {list(array.shape)}: give (3, H, W), as tensor.permute(2, 0, 1) does.")
         array = array.transpose(1, 2, 0)
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
-        hint = " Turn it: array.transpose(1, 2, 0)." if array.ndim == 3 and array.shape[0] in (1, 3, 4) else ""
+        hint = " Transpose it: array.transpose(1, 2, 0)." if array.ndim == 3 and array.shape[0] in (1, 3, 4) else ""
         raise UserError(f"{name} is an array of {list(array.shape)}: give (H, W, 3) RGB, or (H, W) grey.{hint}")
     if not array.size:
-        raise UserError(f"{name} is an array of {list(array.shape)}, which holds no pixel.")
+        raise UserError(f"{name} is an array of {list(array.shape)}, which holds no pixels.")
     levels = _levels(array, name)
     levels = levels[..., None] if levels.ndim == 2 else levels
     rgb = levels.repeat(3, axis=2) if levels.shape[2] == 1 else levels[..., :3]
@@ -104,7 +104,7 @@ def _levels(array: np.ndarray, name: str) -> np.ndarray:
     if not (0 <= least and most <= 1):  # false for NaN
         raise UserError(
             f"{name} holds floats from {least:.3g} to {most:.3g}: give levels in 0..1, or uint8 in 0..255. Do not "
-            "normalise them: the model does that itself."
+            "normalise them: the model does so."
         )
     return np.round(array * 255).astype(np.uint8)
 
@@ -116,17 +116,15 @@ def _ones(source: Any) -> Iterable[Any]:
         return _files(source)
     if isinstance(source, Iterable) or _is_array(source):
         return source
-    raise UserError(f"{type(source).__name__} is no picture. {_ACCEPTED}")
+    raise UserError(f"{type(source).__name__} is not an image. {_ACCEPTED}")
 
 
 def _files(source: str | PathLike[str]) -> list[Path]:
     """Return the images in a folder or matched by a pattern; raise an error if there are none."""
     files = found(source, IMAGE_SUFFIXES)
     if not files:
-        where = (
-            f"The folder {source} holds no picture directly" if _is_folder(source) else f"{source} matches no picture"
-        )
-        raise UserError(f"{where}. Pictures end in {' '.join(IMAGE_SUFFIXES)}.")
+        where = f"The folder {source} holds no image directly" if _is_folder(source) else f"{source} matches no image"
+        raise UserError(f"{where}. Image files end in {' '.join(IMAGE_SUFFIXES)}.")
     return files
 
 
@@ -134,7 +132,7 @@ def _picture(one: Any, name: str) -> Picture:
     if isinstance(one, str | PathLike):
         path = Path(fspath(one)).expanduser()
         if path.is_dir():
-            raise UserError(f"{path} is a folder: give its pictures, or the folder alone.")
+            raise UserError(f"{path} is a folder: give its images, or only the folder.")
         return path, read_image(path)
     if isinstance(one, Image.Image):
         return None, as_rgb(one, name)
@@ -142,7 +140,7 @@ def _picture(one: Any, name: str) -> Picture:
         return None, as_pixels(one, name)
     if _is_array(one):
         return None, as_pixels(_from_tensor(one), name, channels_first=True)
-    raise UserError(f"{name} is of type {type(one).__name__}, no picture. {_ACCEPTED}")
+    raise UserError(f"{name} is of type {type(one).__name__}, not an image. {_ACCEPTED}")
 
 
 def _is_array(source: Any) -> bool:

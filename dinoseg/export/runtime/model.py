@@ -68,7 +68,7 @@ class Segmentation:
             write_png(target, self.mask)
 
 
-_NO_FILE = "This model is in no file of its own. Write one: mode=export export=safetensors resume=RUN."
+_NO_FILE = "This model is not stored in a self-contained file. Write one: mode=export export=safetensors resume=RUN."
 
 
 class Model:

@@ -43,15 +43,17 @@ def _read(path: Path, key: str) -> tuple[str, set[str]]:
     try:
         size = os.path.getsize(path)
         if not path.is_file() or not 0 < size <= LARGEST_FILE:
-            raise Damaged(f"{size} bytes are no such file")
+            raise Damaged(f"a file of {size} bytes is not an ONNX model")
         with open(path, "rb") as file:
             reading = _Reading(path)
             text = reading.model(memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)), key)
             return text, reading.beside
     except (ValueError, OverflowError) as error:
-        raise UserError(f"{path}: no ONNX file that dinoseg would run: {error}. Export the model again.") from None
+        raise UserError(f"{path}: not an ONNX file of dinoseg: {error}. Export the model again.") from None
     except OSError as error:
-        raise UserError(f"Cannot read {path} ({error.strerror}). Check the path, its disk and that you may.") from error
+        raise UserError(
+            f"Cannot read {path} ({error.strerror}). Check the path, its permissions and its disk."
+        ) from error
 
 
 class _Reading:
@@ -112,7 +114,7 @@ class _Reading:
         dims = [self.reader.message(level, "TensorShapeProto.Dimension") for level in levels]
         sides = [side for dim in dims for side in dim.get("dim_value", ())]
         if name == "input" and not all(0 <= side <= _MOST_SIDE for side in sides):
-            raise Damaged("an input has a size that no picture has")
+            raise Damaged("an input has an invalid image size")
 
     def tensor(self, view: memoryview) -> None:
         """Validate a TensorProto: all of its numbers must be present."""
@@ -124,7 +126,7 @@ class _Reading:
         held = {name: tensor[name] for name in _DATA if name in tensor}
         is_external = "external_data" in tensor or tensor.get("data_location") == [_EXTERNAL]
         if len(held) + is_external > 1:
-            raise Damaged(f"a tensor has its numbers in two places: {', '.join(held)}")
+            raise Damaged(f"a tensor has its values in two places: {', '.join(held)}")
         count = math.prod(dims)
         needed = -(-count * _BITS[kind] // 8)  # bytes
         if is_external:
@@ -142,17 +144,17 @@ class _Reading:
         entries = dict(said)
         wrong = next((name for name in entries if name not in _EXTERNAL_KEYS), None)
         if wrong is not None or len(entries) != len(said):
-            raise Damaged(f"it says {wrong or said!r:.60} of its data, which is unknown or stands there twice")
+            raise Damaged(f"it describes its data by {wrong or said!r:.60}, which is unknown or duplicated")
         name = entries.get("location", "")
         plain = PurePosixPath(name).name == name == PureWindowsPath(name).name and name not in ("", ".", "..")
         if not plain or len(name) > _LONGEST_NAME or "\0" in name:
             raise Damaged(f"it names data at {name!r:.60}, outside its folder")
         data = self.path.parent / name
         if data.is_symlink() or not data.is_file():
-            raise Damaged(f"its data, the file {name!r:.60} beside it, is missing or no plain file")
+            raise Damaged(f"its data, the file {name!r:.60} in the same folder, is missing or not a regular file")
         offset, length = (_whole(entries.get(key, "0")) for key in ("offset", "length"))
         if offset + length > data.stat().st_size:
-            raise Damaged(f"its data, the file {name!r:.60}, is cut off")
+            raise Damaged(f"its data, the file {name!r:.60}, is truncated")
         self.beside.add(name)
         return length
 
@@ -165,11 +167,11 @@ class _Reading:
 def _refuse_set(message: dict[str, list[Any]]) -> None:
     (domain,) = message.get("domain", [""])
     if domain not in STANDARD:
-        raise Damaged(f"it names operators of {domain!r:.60}, which are no standard ones")
+        raise Damaged(f"it uses operators of {domain!r:.60}, which are not standard")
 
 
 def _whole(text: str) -> int:
     """Return a number of bytes, which must be plain digits: the runtime reads those in the same way."""
     if not (text.isascii() and text.isdigit() and len(text) < 16):
-        raise Damaged(f"it says {text!r:.60} of its data, and must say a number of bytes")
+        raise Damaged(f"it describes its data by {text!r:.60}, which must be a number of bytes")
     return int(text)

@@ -46,15 +46,15 @@ def load_onnx(path: Path, *, device: str = "auto", threads: int | None = None) -
     inputs = [(entry.name, entry.type, len(entry.shape)) for entry in session.get_inputs()]
     names = [entry.name for entry in session.get_outputs()]
     if inputs != [(_INPUT, "tensor(float)", 4)] or names != list(OUTPUTS[record.kind]):
-        raise UserError(f"{path}: takes or gives something else than its description says. Export the model again.")
+        raise UserError(f"{path}: its inputs or outputs differ from its description. Export the model again.")
 
     def compute(pixels: np.ndarray) -> list[np.ndarray]:
         try:
             outputs = session.run(names, {_INPUT: pixels})
         except Exception as error:  # its errors share no class but this one
             raise UserError(
-                f"{path}: onnxruntime cannot compute pictures {list(pixels.shape)} with it ({_reason(error)}). Give "
-                "smaller ones, or export the model again."
+                f"{path}: onnxruntime cannot process images {list(pixels.shape)} with it ({_reason(error)}). Give "
+                "smaller images, or export the model again."
             ) from error
         _check_outputs(outputs, record, len(facts.classes), len(pixels), str(path))
         return outputs
@@ -72,7 +72,7 @@ def parts_of(path: Path, name: str) -> list[Path]:
     other = next((data for data in beside if data != f"{name}.data"), None)
     if other is not None:
         raise UserError(
-            f"{path} knows its weights as {shown(other)}, and so cannot be called {name}. Keep its name, "
+            f"{path} refers to its weights as {shown(other)}, so it cannot be renamed to {name}. Keep its name, "
             f"{shown(other.removesuffix('.data'))}, or export it again."
         )
     return [*map(path.with_name, beside), path]
@@ -88,7 +88,7 @@ def _check_outputs(outputs: list[np.ndarray], record: GraphRecord, num_classes: 
     if not fits or any(part.dtype.kind != "f" for part in outputs):
         given = ", ".join(f"{part.dtype} {list(part.shape)}" for part in outputs)
         raise UserError(
-            f"{where}: gives {given} for {batch} pictures, which are no scores of its {num_classes} classes. Export "
+            f"{where}: returns {given} for {batch} images, which are not scores of its {num_classes} classes. Export "
             "the model again."
         )
 

@@ -49,8 +49,8 @@ class GraphRuntime:
         layout = self.record.layout(size)
         if math.prod(layout.padded) > _MOST_PIXELS:
             raise UserError(
-                f"A picture of {size[0]} x {size[1]} would enter the model at {layout.padded[0]} x {layout.padded[1]}, "
-                f"and {_MOST_PIXELS} pixels are the most. Make it smaller."
+                f"An image of {size[0]} x {size[1]} would enter the model at {layout.padded[0]} x {layout.padded[1]}; "
+                f"the limit is {_MOST_PIXELS} pixels. Reduce it."
             )
         step = self.record.batch or len(images)
         for start in range(0, len(images), step):

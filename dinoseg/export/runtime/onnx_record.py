@@ -23,7 +23,7 @@ _SIDE = forms.whole(1, 2**15)
 def _one_of(*names: str) -> forms.Form:
     def check(value: Any, where: str) -> None:
         if value not in names:
-            raise forms.Misshapen(f"{where} is {value!r:.60}, and must be one of {', '.join(names)}")
+            raise forms.Misshapen(f"{where} is {value!r:.60}; it must be one of {', '.join(names)}")
 
     return check
 
@@ -142,7 +142,7 @@ def parse(text: str, where: str) -> Mapping[str, Any]:
     """
     try:
         if len(text) > LARGEST_TEXT:
-            raise forms.Misshapen(f"it has {len(text)} letters, and {LARGEST_TEXT} are the most")
+            raise forms.Misshapen(f"it has {len(text)} characters; the limit is {LARGEST_TEXT}")
         return forms.parse_json(text, forms.holding(graph=forms.plain, classes=forms.plain))
     except forms.Misshapen as error:
         raise UserError(f"{where}: its description is damaged ({error}). Export the model again.") from None

@@ -100,8 +100,8 @@ SCHEMA: dict[str, dict[int, Field]] = {
         3: Field("denotation", "text"),
     },
 }
-_CODE = "functions or training code of its own"
-_LOOPS = "graphs inside graphs, which may loop for ever"
+_CODE = "custom functions or training code"
+_LOOPS = "graphs inside graphs, which may loop forever"
 _SPARSE = "sparse tensors"
 _REFUSED = {
     ("ModelProto", 20): _CODE,
@@ -151,7 +151,7 @@ class WireReader:
             if wire == DELIMITED and (wanted == DELIMITED or field.repeated):
                 length, position = _varint(view, position)
                 if length > len(view) - position:
-                    raise Damaged("it is cut off")
+                    raise Damaged("it is truncated")
                 value = view[position : position + length]
                 position += length
                 values = self._packed(value, field) if wanted != DELIMITED else [_delimited(value, field.kind)]
@@ -159,11 +159,11 @@ class WireReader:
                 value, position = _number(view, position, field.kind)
                 values = [value]
             else:
-                raise Damaged(f"{field.name} of {kind} has the wire type {wire}, and must have {wanted}")
+                raise Damaged(f"{field.name} of {kind} has the wire type {wire} instead of {wanted}")
             known = fields.setdefault(field.name, [])
             known += values
             if not field.repeated and len(known) > 1:
-                raise Damaged(f"{field.name} of {kind} stands there more than once")
+                raise Damaged(f"{field.name} of {kind} occurs more than once")
         if {"dim_value", "dim_param"} <= fields.keys():
             raise Damaged("a size is a number and a name at once")
         return fields
@@ -173,7 +173,7 @@ class WireReader:
         if (wire := _WIRE[field.kind]) in _FIXED:
             form, size = _FIXED[wire]
             if len(view) % size:
-                raise Damaged("it is cut off")
+                raise Damaged("it is truncated")
             self._count(len(view) // size)
             return [value for (value,) in struct.iter_unpack(form, view)]
         values, position = [], 0
@@ -194,15 +194,15 @@ def _number(view: memoryview, position: int, kind: str) -> tuple[Any, int]:
     if (wire := _WIRE[kind]) in _FIXED:
         form, size = _FIXED[wire]
         if size > len(view) - position:
-            raise Damaged("it is cut off")
+            raise Damaged("it is truncated")
         return struct.unpack_from(form, view, position)[0], position + size
     value, position = _varint(view, position)
     if kind != "uint64" and value >= 2**63:
         value -= 2**64
     if kind == "int32" and not -(2**31) <= value < 2**31:
-        raise Damaged(f"the number {value} stands where 32 bits are read")
+        raise Damaged(f"the number {value} exceeds 32 bits")
     if kind in _ENUMS and not 0 <= value < _ENUMS[kind]:
-        raise Damaged(f"{value} is no {kind}")
+        raise Damaged(f"{value} is not a {kind}")
     return value, position
 
 
@@ -214,7 +214,7 @@ def _varint(view: memoryview, position: int) -> tuple[int, int]:
     result = 0
     for shift in range(0, 70, 7):
         if position >= len(view):
-            raise Damaged("it is cut off")
+            raise Damaged("it is truncated")
         byte = view[position]
         position += 1
         result |= (byte & 127) << shift
@@ -222,7 +222,7 @@ def _varint(view: memoryview, position: int) -> tuple[int, int]:
             if result >= 2**64 or (byte == 0 and shift):
                 break
             return result, position
-    raise Damaged("it is no protobuf message: a number has more than 64 bits, or is written longer than it is")
+    raise Damaged("it is not a protobuf message: a number has more than 64 bits, or too long an encoding")
 
 
 def _delimited(view: memoryview, kind: str) -> Any:

@@ -7,7 +7,7 @@ from dinoseg.export.runtime.runtime import FILES, Opened, Options, file_in
 from dinoseg.utils.errors import UserError
 
 _OF_A_CALL = {  # command-line terms to the arguments of `dinoseg.load`
-    **{"resume=": "", "finite_weights=false uses it all the same.": ""},
+    **{"resume=": "", "finite_weights=false loads it anyway.": ""},
     **{"engine.device=": "device=", "engine.precision=": "precision="},
     **{"backbone.weights=": "backbone=", "head.weights=": "head="},
 }
@@ -34,7 +34,7 @@ def open_file(path: Path, options: Options) -> Opened:
     if runtime not in FILES:
         raise UserError(f"runtime={runtime} is unknown. Choose one of {', '.join(FILES)}.")
     if not path.exists():
-        raise UserError(f"No such file: {path}. Give a file that mode=export wrote, a run folder or a checkpoint.")
+        raise UserError(f"File not found: {path}. Give a file that mode=export wrote, a run folder or a checkpoint.")
     if runtime == "onnx":
         from dinoseg.export.runtime.onnx_model import load_onnx
 
@@ -42,7 +42,7 @@ def open_file(path: Path, options: Options) -> Opened:
         return load_onnx(path, device=options.device)
     if path.suffix == ".pt2":
         raise UserError(
-            f"{path} is a program of torch.export, which torch.export.load runs. Give the model.safetensors or "
+            f"{path} is a torch.export program, which torch.export.load reads. Give the model.safetensors or "
             "model.onnx of that model."
         )
     if path.suffix == ".onnx":
@@ -65,6 +65,6 @@ def _check_onnx(path: Path, options: Options) -> None:
         asked["engine.precision"] = options.precision
     for key, value in asked.items():
         raise UserError(
-            f"{key}={value}: {path} is an ONNX file, which takes pictures whole, computes in float32 and holds all of "
-            "its weights. Leave it out, or give the model.safetensors of that model."
+            f"{key}={value}: {path} is an ONNX file, which processes whole images, computes in float32 and holds all "
+            "of its weights. Leave it out, or give the model.safetensors of that model."
         )

@@ -63,7 +63,7 @@ def load_torch(path: Path, options: Options) -> Opened:
         sizes = TrainedSizes.from_info(said)
         model, _ = restore(ModelBuilder(cfg), file)
     if model.head.slots is not None:
-        raise UserError(f"{file} is a model of slots, which knows no classes. mode=track follows its segments.")
+        raise UserError(f"{file} is a slot model, which has no classes. mode=track tracks its segments.")
     keep_scale(model, sizes)
     context = nullcontext if dtype == torch.float32 else partial(torch.autocast, chosen.type, dtype)
     predictor = Predictor(model.to(chosen), chosen, context, policy)

@@ -50,15 +50,15 @@ def export_model(
         raise UserError("export=safetensors needs a trained model: give resume=<run folder or checkpoint>.")
     if delta and source.config["backbone"].get("weights") in (None, "random"):
         raise UserError(
-            "export.delta=true: this backbone comes from nowhere else (backbone.weights=random), so a file without it "
-            "could not be used. Leave export.delta out."
+            "export.delta=true: this backbone cannot be downloaded (backbone.weights=random), so a file without it "
+            "would be useless. Leave export.delta out."
         )
     if scores is not None:
         scores_of(Path(source.resume), (), scores)  # report a wrong folder before the slow model build
-    warn_unread(out_dir, ("cache_dir",), "This export reads no images.")
+    warn_unread(out_dir, ("cache_dir",), "This export uses no images.")
     trained = source.load()
     if trained.model.head.slots is not None:
-        raise UserError(f"resume={source.resume} is a model of slots, which knows no classes, and so no file of them.")
+        raise UserError(f"resume={source.resume} is a slot model, which has no classes and cannot be exported.")
     sizes = sizes_to_keep(trained, out_dir)
     facts = facts_of(source, trained, sizes, delta=delta, scores=scores)
     stored = _stored_config(source.config, facts)
@@ -86,7 +86,7 @@ def export_model(
     if delta:
         print(f"the backbone itself is not in it: {origin['weights']}, revision {origin['revision'] or 'unknown'}")
     if facts.scores is None:
-        print("no scores are in it: give export.scores=<run folder of mode=eval> to have them there")
+        print("it holds no scores: add them with export.scores=<run folder of mode=eval>")
     weights_file = Path(str(source.settings("backbone").get("weights"))).expanduser()
     given = ', backbone="FILE"' if delta and weights_file.exists() else ""
     print(f'use: import dinoseg; model = dinoseg.load("{path}"{given}); out = model.predict("picture.jpg")')
@@ -183,9 +183,9 @@ def _check_licence(source: Mapping[str, Any], head: str | None, names: Sequence[
     if part is not None:
         what = f"{source['weights']} ({source['licence']})" if part == "backbone" else head
         raise UserError(
-            f"The file would hold weights of the {part} {what}, whose licence says on which terms they may be passed "
-            "on. Write what was trained alone, which LoRA and frozen backbones allow, but for head=split: export.delta="
-            "true. Or, if the file stays with you or you keep to those terms: export.gated=true."
+            f"The file would hold weights of the {part} {what}, whose licence restricts redistribution. Write only the "
+            "trained weights (possible with LoRA and frozen backbones, except head=split): export.delta=true. Or, if "
+            "you do not share the file or comply with the licence: export.gated=true."
         )
 
 

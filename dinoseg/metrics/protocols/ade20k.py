@@ -32,15 +32,15 @@ class Ade20k(DatasetProtocol):
             raise UserError(f"num_classes={num_classes}: give 1 to 255 classes, or null for the {_CLASSES} of ADE20K.")
         self.rules: dict[str, Any] = {
             "absent_class": f"0, counted: the mean is over all {self.num_classes} classes",
-            "resolution": "as stored; both sides must be of one size",
+            "resolution": "as stored; both sides must have the same size",
             "ignore": "pixels whose reference is 0",
             "aggregation": "counts pooled over all images, then the mean over classes; intervals over images",
-            "version": "CSAILVision/sceneparsing, evaluationCode (its Python twin)",
+            "version": "CSAILVision/sceneparsing, evaluationCode (its Python version)",
             "final": "the benchmark ranks by the mean of mIoU and pixel_accuracy",
             "differs": [
                 "official: a predicted id above the classes counts as wrong; here the file is refused, "
                 "unless the reference is 0 there.",
-                "official: intersections are divided by union + 2.2e-16 an image; here a union of 0 gives 0.",
+                "official: intersections are divided by union + 2.2e-16 per image; here a union of 0 gives 0.",
             ],
         }
 

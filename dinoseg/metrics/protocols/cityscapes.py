@@ -31,7 +31,9 @@ _CATEGORIES = sorted({int(_CATEGORY[label]) for label in _SCORED})
 _THING_CATEGORIES = sorted({int(_CATEGORY[label]) for label in _THINGS})
 _REFERENCE = Tree(ENDING, f"<city>/<city>_<sequence>_<frame>{ENDING}, such as gtFine/val", depth=1)
 _PREDICTION = Tree(layout="PNG files whose names begin with <city>_<sequence>_<frame>")
-_NO_INSTANCES = "is missing, and iIoU needs it. It comes with gtFine_trainvaltest.zip: put it beside the label ids."
+_NO_INSTANCES = (
+    "is missing, but iIoU needs it. It is in gtFine_trainvaltest.zip: put it into the folder of the label ids."
+)
 _LOOKED_AT = 8  # predictions searched for train ids
 
 
@@ -46,10 +48,11 @@ class Cityscapes(DatasetProtocol):
     def __init__(self) -> None:
         self.rules: dict[str, Any] = {
             "absent_class": "left out of the mean (no pixel in the reference and none predicted on scored pixels)",
-            "resolution": "as stored; both sides must be of one size",
+            "resolution": "as stored; both sides must have the same size",
             "ignore": "pixels whose reference is an ignored label; predicting one elsewhere is a false negative",
             "aggregation": "one matrix over all images, then the mean over classes; intervals over images",
-            "iIoU": "hits and misses of an instance weigh its class's average size / its own; groups weigh nothing",
+            "iIoU": "hits and misses of an instance are weighted by its class's average size / its own; groups have no "
+            "weight",
             "version": "mcordts/cityscapesScripts, evaluation/evalPixelLevelSemanticLabeling.py",
             "differs": [
                 "official: stops at the first image without prediction, with two, or with ids above 33; "
@@ -71,7 +74,7 @@ class Cityscapes(DatasetProtocol):
             files, instances = predictions[case.name], _instance_file(case.files[0][0])
             if len(files) > 1:
                 listing.problems.append(
-                    (files[0], f"is one of {len(files)} predictions of its image, as is {files[1]}: keep one.")
+                    (files[0], f"is one of {len(files)} predictions of its image, like {files[1]}: keep one.")
                 )
             elif not instances.is_file():
                 listing.problems.append((instances, _NO_INSTANCES))
@@ -91,7 +94,7 @@ class Cityscapes(DatasetProtocol):
         path = _instance_file(reference_file)
         instances = read_labels(path).astype(np.int32)  # 8-bit if no pixel is of a thing
         if instances.shape != reference.shape:
-            raise BadFile(path, f"is not of the size of {reference_file}. Take both from one archive.")
+            raise BadFile(path, f"differs in size from {reference_file}. Take both from the same archive.")
         labels = instances // 1000
         known = np.isin(labels, [i for i in range(_SIZE) if i in _THINGS or i not in _SCORED])
         known = np.where(instances > 1000, known, (instances >= 0) & (instances < _SIZE))

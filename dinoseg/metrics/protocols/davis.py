@@ -28,7 +28,7 @@ _STATISTICS = (
 )
 _LONG = "from 256 evaluated frames on, the official decay is wrong or nan (8-bit indices, numpy 2.4); ours is not"
 _MISSING = "a missing or unreadable prediction is an error that names the file; the official script crashes"
-_UNROUNDED = "nothing is rounded or taken from an earlier run's tables; the official script rounds to 3 decimals"
+_UNROUNDED = "nothing is rounded or read from tables of an earlier run; the official script rounds to 3 decimals"
 _SHORT = "a sequence of one or two frames has none to score and adds no object; the official script crashes"
 
 
@@ -132,13 +132,14 @@ class Davis2017Unsupervised(Sequences):
             "aggregation": f"{_STATISTICS}; mean over the objects of all sequences together",
             "objects": "1 to the largest id of the first annotated frame, absent ids between included",
             "proposals": f"up to {max_proposals}{official}, matched one to one over a whole sequence where the mean of "
-            "J and F is greatest; those left over cost nothing, missing ones are empty masks",
+            "J and F is greatest; unmatched proposals cost nothing, missing ones are empty masks",
             "version": "davis2017-evaluation, unsupervised",
             "differs": [
                 _LONG,
                 _MISSING,
                 _UNROUNDED,
-                "objects are told by their ids in the reference; the official table lists them in the proposals' order",
+                "objects are listed by their reference ids; the official table lists them in the order of the "
+                "proposals",
                 "predicted ids above the limit are an error that names file and ids; the official script stops "
                 "without either",
             ],

@@ -39,7 +39,7 @@ class DavisLayout:
     def __post_init__(self) -> None:
         for option, value, example in (("split", self.split, "val"), ("resolution", self.resolution, "480p")):
             if not isinstance(value, str) or not is_name(value):
-                raise UserError(f"protocol.{option}={value} is no name. Give one such as {example}.")
+                raise UserError(f"protocol.{option}={value} is not a valid name. Give a name such as {example}.")
 
     def find(self, reference: Path, prediction: Path) -> Cases:
         """Return a case for each sequence of the set, with all its annotated frames in order.
@@ -71,8 +71,8 @@ class DavisLayout:
             masks = self._masks_folder(reference) / name
             if not masks.is_dir():
                 raise UserError(
-                    f"prediction={run} is a run of mode=track on {name}, which is no sequence in {masks.parent}. Give "
-                    "reference=FOLDER, with masks named as its frames, or the run of a sequence of DAVIS."
+                    f"prediction={run} is a run of mode=track on {name}, which is not a sequence in {masks.parent}. "
+                    "Give reference=FOLDER, with masks named as its frames, or the run of a sequence of DAVIS."
                 )
             listing.notes.append(f"{run}: the run of one sequence, {name}; others of {self.split} are not scored")
         elif not _pngs(reference):
@@ -101,7 +101,7 @@ class DavisLayout:
         if extra := sorted(predicted.keys() - frames.keys()):
             listing.notes.append(f"{prediction}: frames without annotation are not scored: {_listed(extra)}")
         if not scored:
-            listing.notes.append(f"{masks}: without its first and last frame nothing is left, so it adds no object")
+            listing.notes.append(f"{masks}: it has no frames besides the first and the last, so it adds no object")
         if not missing:
             files = tuple((path, predicted.get(frame)) for frame, path in frames.items())
             listing.cases.append(ScoringCase(name, name, files))
@@ -134,7 +134,7 @@ class DavisLayout:
             if (sets / year).is_dir():
                 others = [path.stem for path in sorted((sets / year).glob("*.txt"))]
                 raise UserError(
-                    f"protocol.split={self.split}: {sets / year} holds no such list, but {_listed(others)}."
+                    f"protocol.split={self.split}: {sets / year} does not hold this list; it holds {_listed(others)}."
                 )
         held = [path.name for path in sorted(sets.iterdir()) if path.is_dir()]
         hint = " Score it with protocol=davis2016." if "2016" in held else ""
@@ -145,10 +145,13 @@ class DavisLayout:
         if folder.is_dir():
             return folder
         if not folder.parent.is_dir():
-            raise UserError(f"reference={root} holds no {self.annotations}. Unpack the archive with them there.")
+            raise UserError(
+                f"reference={root} holds no {self.annotations}. Unpack the archive of the annotations there."
+            )
         others = [path.name for path in sorted(folder.parent.iterdir()) if path.is_dir()]
         raise UserError(
-            f"protocol.resolution={self.resolution}: {folder.parent} holds no such folder, but {_listed(others)}."
+            f"protocol.resolution={self.resolution}: {folder.parent} does not hold this folder; it holds "
+            f"{_listed(others)}."
         )
 
 
@@ -176,7 +179,7 @@ def _pngs(folder: Path) -> dict[str, Path]:
 
 def _folders(folder: Path, option: str, layout: str) -> list[str]:
     if not folder.is_dir():
-        raise UserError(f"{option}={folder} is no folder. Give the one that holds {layout}.")
+        raise UserError(f"{option}={folder} is not a folder. Give the one that holds {layout}.")
     return [path.name for path in entries(folder) if path.is_dir()]
 
 

@@ -22,7 +22,7 @@ NAMES = (
     *("traffic sign", "traffic light", "pole", "obs-str-bar-fallback", "building", "bridge", "vegetation", "sky"),
 )
 _PREDICTION = Tree(ENDING, f"<drive>/<id>{ENDING}", depth=1)
-_REFERENCE = Tree(ENDING, f"<drive>/<id>{ENDING} (mode=prepare data=idd makes them from the polygons)", depth=1)
+_REFERENCE = Tree(ENDING, f"<drive>/<id>{ENDING} (mode=prepare data=idd creates them from the polygons)", depth=1)
 
 
 def _groups(fine: str, coarse: str) -> np.ndarray:

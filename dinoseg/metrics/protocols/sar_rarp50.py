@@ -49,7 +49,7 @@ class VideoFrames(DatasetProtocol):
         """
         video, _, stem = name.rpartition("/")
         if not video or not stem:
-            raise UserError(f"{name} names no frame of SAR-RARP50: its names are <video>/<stem>, as of data=sarrarp.")
+            raise UserError(f"{name} is not a frame name of SAR-RARP50: names are <video>/<stem>, as in data=sarrarp.")
         return f"{video}/{FOLDER}/{stem}.png"
 
     def case(self, name: str, reference: Path, prediction: Path) -> ScoringCase:
@@ -89,8 +89,8 @@ class SarRarp50(VideoFrames):
                 "coloured files are refused; the official reader takes their blue channel for ids",
                 "an unreadable prediction is an error; the official script counts it as missing",
                 "ids above 9 are an error that names the file; the official script crashes",
-                "the official script stops where the numbers of files differ, and crashes on pandas 3 before it "
-                "writes its tables; ours notes the one and has nothing of the other",
+                "the official script stops if the numbers of files differ, and crashes on pandas 3 before it writes "
+                "its tables; here differing numbers are a note, and pandas is not used",
                 "float64 throughout; the official IoU is float32",
             ],
         }
@@ -133,7 +133,7 @@ def find_frames(reference: Path, prediction: Path) -> Cases:
     """
     for role, folder in (("reference", reference), ("prediction", prediction)):
         if not folder.is_dir():
-            raise UserError(f"{role}={folder} is no folder. Give the folder that holds <video>/{FOLDER}/.")
+            raise UserError(f"{role}={folder} is not a folder. Give the folder that holds <video>/{FOLDER}/.")
     refuse_inside(reference, prediction)
     videos = _folders_in(reference)
     masks = {video: _masks_in(reference / video / FOLDER) for video in videos}
@@ -148,8 +148,8 @@ def find_frames(reference: Path, prediction: Path) -> Cases:
         held = _folders_in(prediction)
         there = f"; it holds {listed(held)}" if held else ""
         raise UserError(
-            f"prediction={prediction} holds no folder {FOLDER}/ of the videos in reference={reference}, "
-            f"{listed(labelled)}{there}. Are these of another split, or named otherwise?"
+            f"prediction={prediction} holds no folder {FOLDER}/ for the videos in reference={reference}, "
+            f"{listed(labelled)}{there}. Check that split and names match."
             + pictures_hint(prediction, (path.name for path in prediction.rglob("*_pred.png")))
         )
     for video in videos:
@@ -159,8 +159,8 @@ def find_frames(reference: Path, prediction: Path) -> Cases:
             listing.problems.append(
                 (
                     prediction / video / FOLDER,
-                    f"no such folder, for {len(masks[video])} reference frames: put the predictions there, or leave "
-                    "it empty to have the video score 0",
+                    f"folder missing, for {len(masks[video])} reference frames: put the predictions there, or leave it "
+                    "empty to score the video as 0",
                 )
             )
         else:
@@ -221,7 +221,7 @@ def _read_mask(path: Path) -> np.ndarray:
         ids = ids[..., 0]
     if outside := np.unique(ids[(ids < 0) | (ids > len(CLASSES))]).tolist():
         shown = listed([str(number) for number in outside])
-        raise BadFile(path, f"holds ids that are no class, {shown}: the ids are 0 to {len(CLASSES)}")
+        raise BadFile(path, f"holds ids that are not classes, {shown}: the ids are 0 to {len(CLASSES)}")
     return ids.astype(np.uint8)
 
 
@@ -244,10 +244,10 @@ def _add_video(listing: Cases, video: str, masks: dict[str, Path], folder: Path)
     if len(predicted) != len(masks):
         remarks.append(f"{len(predicted)} files for {len(masks)} reference frames, which the official script refuses")
     if missing := [file for file in masks if file not in predicted]:
-        remarks.append(f"missing predictions (what they score is in the rules), {len(missing)}: {listed(missing)}")
+        remarks.append(f"missing predictions (see the rules for their score), {len(missing)}: {listed(missing)}")
     extra = sorted(predicted - masks.keys())
     if ended := [file for file in extra if Path(file).with_suffix(".png").name in missing]:
-        remarks.append(f"missing for their ending alone, which must be .png, {len(ended)}: {listed(ended)}")
+        remarks.append(f"missing only because their suffix is not .png, {len(ended)}: {listed(ended)}")
     if extra:
         remarks.append(f"files without reference, which are not scored, {len(extra)}: {listed(extra)}")
     if remarks:

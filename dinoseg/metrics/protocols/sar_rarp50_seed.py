@@ -26,7 +26,7 @@ class SarRarp50Seed(VideoFrames):
             "missing_prediction": "counts as an empty prediction: its reference's classes score 0",
             "resolution": "as stored; another size than the reference's is an error",
             "ignore": "nothing is ignored; the background (0) is not scored",
-            "aggregation": "per image, mean over its classes, then mean over all images, whichever video they are of",
+            "aggregation": "per image, mean over its classes, then mean over all images, regardless of the video",
             "version": "mIoU of a public LoRA training code; not the challenge's: see protocol=sar_rarp50",
             "differs": ["float64 where that code has float32; both add 1e-6 to the union"],
         }

@@ -52,15 +52,16 @@ class Semantic(DatasetProtocol):
         if binary:
             if num_classes not in (None, 2) or reduce_zero_label:
                 raise UserError(
-                    f"protocol.binary=true with num_classes={num_classes} protocol.reduce_zero_label="
-                    f"{str(reduce_zero_label).lower()}: masks of 0 and 255 have 2 classes, and none is reduced."
+                    f"protocol.binary=true with num_classes={num_classes} "
+                    f"protocol.reduce_zero_label={str(reduce_zero_label).lower()}: masks of 0 and 255 have 2 classes, "
+                    "and no label is reduced."
                 )
             num_classes = 2
         if num_classes is None and classes is None:
             raise UserError(
-                "num_classes=null: protocol=semantic needs to know how many classes there are. Give their names, "
+                "num_classes=null: protocol=semantic needs the number of classes. Set their names, "
                 "data.classes=[background,leaf], or num_classes=19, or protocol.binary=true for masks of 0 and 255; "
-                "what mode=predict wrote knows them by itself."
+                "results of mode=predict store it."
             )
         if num_classes is None or classes is None:
             classes = [f"class {index}" for index in range(num_classes or 0)] if classes is None else list(classes)
@@ -71,7 +72,7 @@ class Semantic(DatasetProtocol):
             )
         if len(classes) != num_classes:
             raise UserError(
-                f"num_classes={num_classes}, but there are {len(classes)} names of classes ({listed(classes)}): leave "
+                f"num_classes={num_classes}, but there are {len(classes)} class names ({listed(classes)}): leave "
                 "num_classes out, or correct one of them."
             )
         if not 0 <= tolerance < np.inf:
@@ -86,9 +87,9 @@ class Semantic(DatasetProtocol):
         ignored = f"pixels whose reference is {self.ignore_index}"
         rules: dict[str, Any] = {
             "absent_class": "left out of the mean; one that is only predicted counts as 0",
-            "resolution": "as stored; both sides must be of one size",
+            "resolution": "as stored; both sides must have the same size",
             "ignore": f"{ignored}, or 0 or 255 as stored (reduce_zero_label)" if self.reduce_zero_label else ignored,
-            "out_of_range": f"a predicted id above {self.num_classes - 1} is of no class: a false negative only; such "
+            "out_of_range": f"a predicted id above {self.num_classes - 1} is not a class: a false negative only; such "
             "pixels are counted as unknown_pixels_prediction",
             "aggregation": "counts pooled over all images, then the mean over classes; intervals over images",
             "version": "mmsegmentation 1.2.2 IoUMetric and Hugging Face evaluate mean_iou",
@@ -112,7 +113,7 @@ class Semantic(DatasetProtocol):
                 "an image and a class that either side holds"
             )
         if self.boundary or self.nsd:
-            rules["outlines"] = "ignored pixels are no class on both sides, so a class has an outline along them"
+            rules["outlines"] = "ignored pixels belong to no class on either side, so a class has an outline along them"
         return rules
 
     def find(self, reference: Path, prediction: Path) -> Cases:
@@ -180,7 +181,7 @@ class Semantic(DatasetProtocol):
             foreign = np.unique(ids[wrong])
             rule = f"Classes are 0..{self.num_classes - 1} and {self.ignore_index} is ignored: set num_classes"
             if len(foreign) == 1 and not ignored.any():
-                rule += f", protocol.ignore_index={foreign[0]} if these pixels are not to count,"
+                rule += f", protocol.ignore_index={foreign[0]} to ignore these pixels,"
             refuse_ids(reference, wrong, path, f"{rule} or correct it.")
         return ids, held
 
@@ -257,5 +258,5 @@ def _from_binary(numbers: np.ndarray, path: Path | None) -> np.ndarray:
     """
     assert path is not None
     high = 255 if (numbers == 255).any() else 1
-    refuse_ids(numbers, (numbers != 0) & (numbers != high), path, f"Beside {high}, a binary mask holds 0 alone.")
+    refuse_ids(numbers, (numbers != 0) & (numbers != high), path, f"A binary mask holds only 0 and {high}.")
     return (numbers == high).astype(np.uint8)

@@ -45,7 +45,7 @@ class Tree:
             UserError: the folder is missing, or has no such file at that depth.
         """
         if not folder.is_dir():
-            raise UserError(f"{option}={folder} is no folder. Give the folder that holds {self.layout}.")
+            raise UserError(f"{option}={folder} is not a folder. Give the folder that holds {self.layout}.")
         every = sorted(_walk(folder))
         fitting = [
             path
@@ -70,7 +70,7 @@ class Tree:
                     hits["/".join(parts[:above])] += wanted("/".join(parts[above:]).removesuffix(self.ending))
             hint = f" Try {option}={folder / hits.most_common(1)[0][0]}." if hits else ""
             return f"{start}: {fitting[0]} is not at that depth.{hint}"
-        kinds = Counter(PurePosixPath(path).suffix or "no ending" for path in every)
+        kinds = Counter(PurePosixPath(path).suffix or "no suffix" for path in every)
         held = ", ".join(f"{count} of {kind}" for kind, count in kinds.most_common(_SHOWN)) or "no files"
         example = f", such as {every[0]}" if every else ""
         text = f"{start}: no file ends with {self.ending}. It holds {held}{example}. Give the folder that does."
@@ -96,11 +96,11 @@ def pictures_hint(folder: Path, files: Iterable[str]) -> str:
         return ""
     official = folder.parent / "official"
     if official.is_dir():
-        return f" These are the pictures of mode=eval: use its official/, prediction={official}."
+        return f" These are overlays of mode=eval: use its official/, prediction={official}."
     return (
-        " Pictures *_pred.png are those of mode=eval, and there is no official/ beside them: it writes that where "
-        "data= has a benchmark. Elsewhere mode=predict resume=RUN input=IMAGES writes masks named as their images: "
-        "give its run folder."
+        " Files *_pred.png are overlays of mode=eval, and the run has no official/, which needs a benchmark dataset. "
+        "Otherwise use mode=predict resume=RUN input=IMAGES, which writes masks named like their images: give its run "
+        "folder."
     )
 
 
@@ -131,10 +131,10 @@ def match(
     ]
     if not cases:
         raise UserError(
-            f"reference={folders[0]} holds {count_of(reference, 'file')}, and prediction={folders[1]} has a prediction "
-            f"of none: the first would be {missing(next(iter(reference)))}, but there is "
-            f"{next(iter(prediction.values()))}. Are these of another split, or named otherwise?"
-            f"{pictures_hint(folders[1], prediction)}"
+            f"reference={folders[0]} holds {count_of(reference, 'file')}, but prediction={folders[1]} has no "
+            f"prediction for any of them: the first would be {missing(next(iter(reference)))}, but there is "
+            f"{next(iter(prediction.values()))}. Check that split and names "
+            f"match.{pictures_hint(folders[1], prediction)}"
         )
     problems = [
         (missing(name), f"is missing: {file} has no prediction. Add it.")

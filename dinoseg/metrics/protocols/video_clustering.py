@@ -148,5 +148,5 @@ def _read_segments(path: Path) -> np.ndarray:
 def _refuse_crowd(count: int, path: Path) -> None:
     if count > MAX_SEGMENTS:
         raise BadFile(
-            path, f"brings its video to {count} ids, above {MAX_SEGMENTS}. Give maps of segments, not of depth."
+            path, f"raises the ids of its video to {count}, above {MAX_SEGMENTS}. Give segment maps, not depth maps."
         )

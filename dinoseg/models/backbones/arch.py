@@ -55,11 +55,11 @@ def _check_ranges(config: Any) -> None:
     for key, least in _AT_LEAST.items():
         value = getattr(config, key, least)
         if any(part < least for part in (value if isinstance(value, list | tuple) else [value])):
-            raise UserError(f"{_setting(key, value)} is below the least, {least}. Give at least {least}.")
+            raise UserError(f"{_setting(key, value)} is too small. Give at least {least}.")
     for key in _RATES:
         value = getattr(config, key, 0)
         if not 0 <= value < 1:
-            raise UserError(f"{_setting(key, value)} is no probability. Give at least 0 and less than 1.")
+            raise UserError(f"{_setting(key, value)} is not a probability. Give at least 0 and less than 1.")
 
 
 def _check_names(config: Any) -> None:
@@ -87,16 +87,16 @@ def _check_heads(config: Any) -> None:
     part = 4 * heads if config.model_type == "dinov3_vit" else heads  # 2D RoPE: channel pairs along two axes
     if config.hidden_size % part:
         raise UserError(
-            f"{_setting('num_attention_heads', heads)} with backbone.arch.hidden_size={config.hidden_size}: so many "
-            f"heads need a width that is a multiple of {part}. Change one of the two."
+            f"{_setting('num_attention_heads', heads)} with backbone.arch.hidden_size={config.hidden_size}: the width "
+            f"must be a multiple of {part}. Change one of the two."
         )
 
 
 def _check_positions(config: Any) -> None:
     if config.model_type != "dinov3_vit" and config.image_size < config.patch_size:  # position grid would be empty
         raise UserError(
-            f"{_setting('image_size', config.image_size)}: the learnt positions are those of an image of at least one "
-            f"patch. Give at least backbone.patch_size={config.patch_size}."
+            f"{_setting('image_size', config.image_size)}: the learned position embeddings need an image of at least "
+            f"one patch. Give at least backbone.patch_size={config.patch_size}."
         )
 
 

@@ -34,7 +34,7 @@ def resolve_layers(layers: Sequence[int] | str, depth: int) -> list[int]:
         return list(_META.get(depth, [math.ceil(part * depth / 4) - 1 for part in (1, 2, 3, 4)]))
     if any(isinstance(layer, bool) or not isinstance(layer, int) for layer in layers):
         raise UserError(
-            f"backbone.layers={list(layers)}: blocks have whole numbers. Give a list such as [-1] or [2, 5]."
+            f"backbone.layers={list(layers)}: block numbers are integers. Give a list such as [-1] or [2, 5]."
         )
     wrong = [layer for layer in layers if not -depth <= layer < depth]
     if wrong or not layers:

@@ -187,8 +187,8 @@ def _check_shapes(state: Mapping[str, Tensor], source: str) -> None:
             fits = bool(shape) and value.numel() > 0 and len(shape) == _DIMS.get(name, len(shape))
         if not fits:
             raise UserError(
-                f"backbone.weights={source}: {name} has the shape {shape}, which no vision transformer of Meta's has. "
-                f"Give a file as Meta publishes it."
+                f"backbone.weights={source}: {name} has the shape {shape}, which no vision transformer of Meta has. "
+                "Give an original file of Meta."
             )
 
 
@@ -212,22 +212,23 @@ def _check_fits(layout: VitLayout, state: Mapping[str, Tensor], config: Any, sou
         option = OPTIONS.get(layout)
         remedy = f"Choose backbone={option}" if option else "Set backbone.family, patch_size and arch to match"
         raise UserError(
-            f"backbone.weights={source}: the file holds {layout}, but the backbone is {wanted}. "
-            f"{remedy}, or give the file made for this backbone."
+            f"backbone.weights={source}: the file holds {layout}, but the backbone is {wanted}. {remedy}, or give the "
+            "file for this backbone."
         )
     if "pos_embed" in state:
         stored, side = state["pos_embed"].shape[1] - 1, config.image_size // config.patch_size
         if stored != side * side:
             size = round(stored**0.5) * config.patch_size
             raise UserError(
-                f"backbone.weights={source}: the file holds {stored} positions, but backbone.arch.image_size="
-                f"{config.image_size} means {side * side}. Set backbone.arch.image_size={size}."
+                f"backbone.weights={source}: the file holds {stored} position embeddings, but "
+                f"backbone.arch.image_size={config.image_size} means {side * side}. Set "
+                f"backbone.arch.image_size={size}."
             )
     if "rope_embed.periods" in state:
         heads = layout.width // (4 * len(state["rope_embed.periods"]))
         if heads != config.num_attention_heads:
             raise UserError(
-                f"backbone.weights={source}: the file is of a model with {heads} heads, the backbone has "
+                f"backbone.weights={source}: the file belongs to a model with {heads} heads, the backbone has "
                 f"{config.num_attention_heads}. Set backbone.arch.num_attention_heads={heads}."
             )
 
@@ -256,13 +257,13 @@ def _names(layout: VitLayout, state: Mapping[str, Tensor]) -> dict[str, str]:
 def _check_complete(names: Mapping[str, str], state: Mapping[str, Tensor], source: str) -> None:
     for wrong, what in (
         (sorted(names.keys() - state.keys()), "lacks"),
-        (sorted(state.keys() - names.keys()), "holds, beside a whole backbone,"),
+        (sorted(state.keys() - names.keys()), "holds, in addition to a whole backbone,"),
     ):
         if wrong:
             listed = ", ".join(wrong[:3]) + (", ..." if len(wrong) > 3 else "")
             raise UserError(
-                f"backbone.weights={source}: the file goes by Meta's names, but {what} {listed} ({len(wrong)} in all). "
-                f"Give a file as Meta publishes it."
+                f"backbone.weights={source}: the file uses Meta's names, but {what} {listed} ({len(wrong)} in total). "
+                "Give an original file of Meta."
             )
 
 
@@ -288,7 +289,7 @@ def _masked(name: str, state: Mapping[str, Tensor], source: str) -> dict[str, Te
     query, key, value = (state[name] if mask is None else state[name] * mask).chunk(3)
     if torch.count_nonzero(key):  # also true for nan
         raise UserError(
-            f"backbone.weights={source}: {name} has a key part that is in effect, and DINOv3's keys have no bias. "
-            f"Give a file as Meta publishes it."
+            f"backbone.weights={source}: {name} has a non-zero key bias, but DINOv3 has none. Give an original file of "
+            "Meta."
         )
     return {"q": query, "v": value}

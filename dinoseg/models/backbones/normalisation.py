@@ -19,5 +19,7 @@ def register_colours(module: nn.Module, mean: Sequence[float], std: Sequence[flo
         if len(values) != 3 or not all(math.isfinite(value) for value in values):
             raise UserError(f"backbone.{name}={list(values)}: give three numbers, one each for red, green and blue.")
         if name == "std" and min(values) <= 0:
-            raise UserError(f"backbone.std={list(values)}: images are divided by it; give three numbers above 0.")
+            raise UserError(
+                f"backbone.std={list(values)}: images are divided by these values; give three numbers above 0."
+            )
         module.register_buffer(name, torch.tensor([float(value) for value in values]).view(3, 1, 1), persistent=False)

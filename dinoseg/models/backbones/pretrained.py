@@ -56,7 +56,7 @@ def load_model(config: Any, weights: str, cut: Callable[[Any], None], local_cls_
     if path.is_dir():
         return _from_folder(weights, path, cut, config)
     if not _HUB_ID.fullmatch(weights) or path.suffix in (".safetensors", *PICKLED):
-        raise UserError(f"backbone.weights={weights}: no such file or folder. Check the path.")
+        raise UserError(f"backbone.weights={weights}: file or folder not found. Check the path.")
     name, _, revision = weights.partition("@")
     revision = revision or "main"
     if silent := _why_silent(name, revision):
@@ -88,7 +88,7 @@ def _why_silent(name: str, revision: str) -> str:
 def _check_no_adapter(weights: str, names: Iterable[str]) -> None:
     """Refuse files with a peft adapter: transformers would load it, and its base model from any path it names."""
     if _ADAPTER in names:
-        raise UserError(f"backbone.weights={weights}: holds {_ADAPTER}. Give the whole weights, without an adapter.")
+        raise UserError(f"backbone.weights={weights}: holds {_ADAPTER}. Give the full weights, without an adapter.")
 
 
 def _from_folder(weights: str, folder: Path, cut: Callable[[Any], None], config: Any) -> nn.Module:
@@ -147,9 +147,9 @@ def _fetched_before(weights: str, name: str, revision: str, silent: str) -> str:
         return snapshot_download(name, revision=revision, local_files_only=True)
     except LocalEntryNotFoundError:
         raise UserError(
-            f"backbone.weights={weights}: no such folder is here, the hub does not answer ({silent}), and nothing was "
-            f"fetched from it before. Give a downloaded file or folder, backbone.weights=PATH; or take weights that "
-            f"ship here, backbone=tiny_surgical; or none, backbone.weights=random."
+            f"backbone.weights={weights}: not a local folder, the hub is unreachable ({silent}), and the weights were "
+            "not downloaded before. Give a downloaded file or folder, backbone.weights=PATH; or use the included "
+            "weights, backbone=tiny_surgical; or none, backbone.weights=random."
         ) from None
 
 
@@ -163,9 +163,7 @@ def exported_state(model: Any) -> dict[str, Tensor]:
         UserError: the model has LoRA updates.
     """
     if any(".lora_" in name for name in model.state_dict()):
-        raise UserError(
-            "This backbone holds LoRA updates, which are no weights of their own: export with export.merge=true."
-        )
+        raise UserError("This backbone holds LoRA updates, which cannot be exported separately: set export.merge=true.")
     with tempfile.TemporaryDirectory() as folder, _quiet():
         model.save_pretrained(folder, safe_serialization=True)
         state = {key: value for path in Path(folder).glob("*.safetensors") for key, value in load_file(path).items()}
@@ -221,8 +219,8 @@ def _with_hub_names(state: dict[str, Tensor], config: Any, path: Path) -> dict[s
         return state
     if config.model_type != "dinov3_convnext":
         raise UserError(
-            f"backbone.weights={path}: the file holds a DINOv3 ConvNeXt, the backbone is of another kind. "
-            f"Choose backbone=dinov3_convnext_tiny, _small, _base or _large."
+            f"backbone.weights={path}: the file holds a DINOv3 ConvNeXt, but the backbone is another architecture. "
+            "Choose backbone=dinov3_convnext_tiny, _small, _base or _large."
         )
     return convnext_names(state)
 
@@ -242,9 +240,9 @@ def _from_pretrained(
     except (OSError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"backbone.weights={weights}: the weights cannot be had ({reason}). If they are gated, accept the licence "
-            f"on the model's hub page and log in with `hf auth login`; or give a downloaded folder or file: "
-            f"backbone.weights=PATH; to try things out untrained: backbone.weights=random."
+            f"backbone.weights={weights}: the weights cannot be downloaded ({reason}). If they are gated, accept the "
+            "licence on the model's hub page and log in with `hf auth login`; or give a downloaded folder or file: "
+            "backbone.weights=PATH; for an untrained test: backbone.weights=random."
         ) from error
     misfits = [key for kind in ("missing", "unexpected", "mismatched") for key in info.get(f"{kind}_keys", ())]
     pooler = {f"pooler.dense.{part}" for part in ("weight", "bias") if options["config"].model_type == "vit"}
@@ -257,8 +255,8 @@ def _from_pretrained(
         wrong -= removed
     if wrong:
         raise UserError(
-            f"backbone.weights={weights}: {len(wrong)} tensors are missing, left over or of another shape "
-            f"({', '.join(sorted(wrong)[:3])}, ...). Choose the backbone that these weights were made for."
+            f"backbone.weights={weights}: {len(wrong)} tensors are missing, unexpected or of another shape "
+            f"({', '.join(sorted(wrong)[:3])}, ...). Choose the backbone of these weights."
         )
     return model
 

@@ -58,4 +58,4 @@ class RgbBackbone(Backbone):
         Raises:
             UserError: always.
         """
-        raise UserError("backbone=rgb has no weights that could be exported. Give resume=RUN of another backbone.")
+        raise UserError("backbone=rgb has no weights to export. Give resume=RUN of another backbone.")

@@ -155,8 +155,8 @@ class TimmBackbone(Backbone):
         attention = plain_attention(self.model)
         if attention is None:
             raise UserError(
-                f"backbone.name={self.name}: this model has no class token, or attends in a way of its own. Choose a "
-                f"plain vision transformer with one, such as vit_small_patch16_224, or backbone=dino_vits16."
+                f"backbone.name={self.name}: this model has no class token, or a custom attention. Choose a plain "
+                "vision transformer with a class token, such as vit_small_patch16_224, or backbone=dino_vits16."
             )
         with watch_timm(attention) as rows:
             maps = self(images)
@@ -193,9 +193,9 @@ class TimmBackbone(Backbone):
         self.model.train(was_training)
         if reason:
             raise UserError(
-                f"backbone.name={name}: this model does not take images of any size (on {height}x{width}: {reason}). "
-                f"Choose a plain vision transformer or a feature pyramid, such as vit_small_patch16_224, "
-                f"swin_tiny_patch4_window7_224, convnext_tiny or resnet50."
+                f"backbone.name={name}: this model does not support arbitrary image sizes ({height}x{width}: "
+                f"{reason}). Choose a plain vision transformer or a feature pyramid, such as vit_small_patch16_224, "
+                "swin_tiny_patch4_window7_224, convnext_tiny or resnet50."
             )
         return maps
 
@@ -207,12 +207,12 @@ def _create(name: str, download: bool) -> Any:
     if not timm.is_model(architecture):
         near = difflib.get_close_matches(architecture, timm.list_models(), n=3, cutoff=0.5)
         raise UserError(
-            f"backbone.name={name} is no model of timm {timm.__version__}. "
+            f"backbone.name={name} is not a model of timm {timm.__version__}. "
             + (f"Did you mean {' or '.join(near)}?" if near else "timm.list_models() lists their names.")
         )
     tags = timm.list_models(f"{architecture}.*", pretrained=True)
     if tag and name not in tags:
-        raise UserError(f"backbone.name={name}: timm has no such tag. It has {', '.join(tags) or architecture}.")
+        raise UserError(f"backbone.name={name}: timm does not have this tag. It has {', '.join(tags) or architecture}.")
     if download and not tags:
         raise UserError(
             f"backbone.weights=timm: timm has no weights for {name}. Give a file, or backbone.weights=random."
@@ -224,8 +224,8 @@ def _create(name: str, download: bool) -> Any:
             raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"backbone.weights=timm: {name} cannot be fetched ({reason}). Without a network give a downloaded file: "
-            f"backbone.weights=PATH; to try things out untrained: backbone.weights=random."
+            f"backbone.weights=timm: {name} cannot be downloaded ({reason}). Without a network give a downloaded file: "
+            "backbone.weights=PATH; for an untrained test: backbone.weights=random."
         ) from error
 
 
@@ -243,8 +243,8 @@ def _levels(model: Any, name: str) -> list[dict[str, Any]]:
     """Return timm's `feature_info` of each block or stage: its `module` and `reduction`."""
     if not hasattr(model, "forward_intermediates") or not hasattr(model, "prune_intermediate_layers"):
         raise UserError(
-            f"backbone.name={name}: timm cannot give what its blocks or stages put out. Choose another, such as "
-            f"vit_small_patch16_224 or convnext_tiny."
+            f"backbone.name={name}: timm cannot return the outputs of its blocks or stages. Choose another, such as "
+            "vit_small_patch16_224 or convnext_tiny."
         )
     notes = model.feature_info
     return list(notes if isinstance(notes, list) else notes.info)
@@ -279,7 +279,9 @@ def _enable_checkpointing(model: Any, name: str) -> None:
     try:
         model.set_grad_checkpointing(True)
     except (AssertionError, AttributeError) as error:
-        raise UserError(f"backbone.checkpointing=true: {name} cannot do this. Set it to false.") from error
+        raise UserError(
+            f"backbone.checkpointing=true: {name} does not support activation checkpointing. Set it to false."
+        ) from error
 
 
 @contextlib.contextmanager

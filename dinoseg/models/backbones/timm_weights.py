@@ -23,7 +23,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
     state = inner[0] if inner else content
     if not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(
-            f"backbone.weights={path}: it holds other things than tensors. Save the model's state dict alone."
+            f"backbone.weights={path}: it holds objects other than tensors. Save only the model's state dict."
         )
     return dict(state)
 
@@ -44,7 +44,7 @@ def load_exactly(model: nn.Module, state: Mapping[str, Tensor], *, spare: set[st
     left = [key for key in state if key not in expected and not any(f"{key}.".startswith(f"{name}.") for name in spare)]
     wrong = {
         "missing": [key for key in expected if key not in state],
-        "left over": left,
+        "unexpected": left,
         "of another shape": [key for key in expected if key in state and expected[key].shape != state[key].shape],
     }
     if any(wrong.values()):
@@ -54,8 +54,7 @@ def load_exactly(model: nn.Module, state: Mapping[str, Tensor], *, spare: set[st
             if keys
         ]
         raise UserError(
-            f"backbone.weights={source}: tensors are {'; '.join(problems)}. Choose the backbone.name that these "
-            f"weights were made for."
+            f"backbone.weights={source}: tensors are {'; '.join(problems)}. Choose the backbone.name of these weights."
         )
     check_weights(state, f"backbone.weights={source}", expected)
     model.load_state_dict({key: state[key] for key in expected})
@@ -69,7 +68,5 @@ def exported_state(model: nn.Module) -> dict[str, Tensor]:
     """
     state = model.state_dict()
     if any(".lora_" in name for name in state):
-        raise UserError(
-            "This backbone holds LoRA updates, which are no weights of their own: export with export.merge=true."
-        )
+        raise UserError("This backbone holds LoRA updates, which cannot be exported separately: set export.merge=true.")
     return {name: value.contiguous() for name, value in state.items()}

@@ -115,26 +115,26 @@ def _check_blocks(patch_size: int, num_blocks: int, channels: int, pixel_shuffle
     most = patch_size.bit_length()
     if not 1 <= num_blocks <= most:
         raise UserError(
-            f"head.num_blocks={num_blocks}: each block after the first doubles the grid, and all of them enlarge it "
-            f"by the patch size, {patch_size}. Give a number from 1 to {most}."
+            f"head.num_blocks={num_blocks}: each block after the first doubles the resolution, up to the patch size, "
+            f"{patch_size}. Give a number from 1 to {most}."
         )
     if not 0 <= pixel_shuffle < num_blocks:
         raise UserError(
-            f"head.pixel_shuffle={pixel_shuffle}: the first of head.num_blocks={num_blocks} blocks cannot enlarge by "
-            f"pixel shuffle, since its factor is no fixed one. Give a number from 0 to {num_blocks - 1}."
+            f"head.pixel_shuffle={pixel_shuffle}: the first of head.num_blocks={num_blocks} blocks cannot upsample by "
+            f"pixel shuffle, since its factor is not fixed. Give a number from 0 to {num_blocks - 1}."
         )
     if channels < 1 or channels % 4**pixel_shuffle:
         raise UserError(
-            f"head.channels={channels}: each of head.pixel_shuffle={pixel_shuffle} shuffles makes one channel of four. "
-            f"Give a positive multiple of {4**pixel_shuffle}, or fewer shuffles."
+            f"head.channels={channels}: each of head.pixel_shuffle={pixel_shuffle} shuffles divides the channels by "
+            f"four. Give a positive multiple of {4**pixel_shuffle}, or fewer shuffles."
         )
 
 
 def _check_layers(kernel_size: int, activation: str, dropout: float) -> None:
     if kernel_size < 1 or kernel_size % 2 == 0:
         raise UserError(
-            f"head.kernel_size={kernel_size}: only an odd kernel has a centre and keeps the grid's size, which the "
-            f"residual sum needs. Give an odd number, such as 3."
+            f"head.kernel_size={kernel_size}: only an odd kernel preserves the grid size, which the residual "
+            "connection needs. Give an odd number, such as 3."
         )
     check_choice("activation", activation, ACTIVATIONS)
     if not 0 <= dropout < 1:

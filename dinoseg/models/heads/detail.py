@@ -171,8 +171,8 @@ def _first(scores: Tensor, height: int, width: int) -> Tensor:
 def _check_patch_size(patch_size: int) -> None:
     if patch_size % _FINEST:
         raise UserError(
-            f"head=detail scores squares of {_FINEST} x {_FINEST} px, which do not fill a patch of "
-            f"backbone.patch_size={patch_size}. Choose a backbone of an even patch size, or head=mlp."
+            f"head=detail has an output stride of {_FINEST} px, which does not divide "
+            f"backbone.patch_size={patch_size}. Choose a backbone with an even patch size, or head=mlp."
         )
 
 

@@ -67,9 +67,9 @@ class EomtHead(Head[MaskOutputs]):
         if not isinstance(in_dim, int):
             raise _needs_another_backbone()
         if num_queries < 1:
-            raise UserError(f"head.num_queries={num_queries}: give a number of masks of at least 1.")
+            raise UserError(f"head.num_queries={num_queries}: give a number of queries of at least 1.")
         if blocks < 1:
-            raise UserError(f"head.blocks={blocks}: the queries have to join at least 1 block.")
+            raise UserError(f"head.blocks={blocks}: the queries must enter at least 1 block.")
         self.blocks = blocks
         self.no_object = no_object
         self.windows = annealing_windows(anneal, blocks)

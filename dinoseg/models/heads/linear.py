@@ -36,7 +36,7 @@ class LinearHead(Head[Tensor]):
     ) -> None:
         super().__init__()
         if init not in (None, "probe"):
-            raise UserError(f"head.init={init} is unknown. Choose probe, or null to begin at random.")
+            raise UserError(f"head.init={init} is unknown. Choose probe, or null for a random initialisation.")
         if num_layers < least_maps:
             raise UserError(
                 f"This head reads at least {least_maps} feature maps (head.least_maps), but backbone.layers gives "

@@ -71,8 +71,7 @@ def one_grid_width(head: str, in_dim: int | Sequence[int], num_layers: int) -> i
     """Return the summed width of maps on one grid; refuse the maps of a pyramid."""
     if not isinstance(in_dim, int) and num_layers > 1:
         raise UserError(
-            f"head={head} writes the pixels of each token of one grid, but backbone.layers gives {num_layers} maps of "
-            f"a pyramid, each with its own grid. Set backbone.layers=[-1], or choose head=linear, multiscale, dpt or "
-            f"upernet."
+            f"head={head} needs one patch grid, but backbone.layers gives {num_layers} maps of a pyramid, each with "
+            "its own grid. Set backbone.layers=[-1], or choose head=linear, multiscale, dpt or upernet."
         )
     return sum(widths(in_dim, num_layers))

@@ -83,8 +83,8 @@ class SplitHead(Head[Tensor]):
             raise _needs_another_backbone()
         if backbone.first_trained is not None:
             raise UserError(
-                "head=split trains copies of the last blocks and leaves the backbone as it is, which this adapter "
-                "changes. Choose adapter=frozen, or a head that reads maps, such as head=multiscale or head=dpt."
+                "head=split trains copies of the last blocks of a frozen backbone, but this adapter changes the "
+                "backbone. Choose adapter=frozen, or a head that reads maps, such as head=multiscale or head=dpt."
             )
         count = len(backbone.blocks)
         if self.blocks > count:
@@ -182,8 +182,8 @@ def _plain(linear: nn.Linear) -> nn.Linear:
     whole = linear.weight.data
     if whole.shape != (linear.out_features, linear.in_features) or not whole.is_floating_point():
         raise UserError(
-            "head=split copies whole weights, and those of this backbone are quantised already, as with "
-            "trainer=many_heads. Choose adapter.bits=null, or train this head by itself."
+            "head=split copies unquantised weights, but this backbone is already quantised, as with "
+            "trainer=many_heads. Choose adapter.bits=null, or train this head separately."
         )
     plain = nn.Linear(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
     plain.weight, plain.bias = nn.Parameter(whole), linear.bias

@@ -27,7 +27,7 @@ class UperNetHead(Head[Tensor]):
     """
 
     least_batch = 2  # minimum images per rank in training: BatchNorm on 1x1 pooled maps needs two values
-    one_size = "the windows of its pooling depend on the size (head=upernet)"
+    one_size = "its pooling windows depend on the size (head=upernet)"
 
     def __init__(self, in_dim: int | Sequence[int], num_layers: int, num_classes: Count, channels: Count = 512) -> None:
         from transformers import UperNetConfig
@@ -47,8 +47,8 @@ class UperNetHead(Head[Tensor]):
         """Return class scores (B, K, 4h, 4w) for a transformer, or on the finest grid of a pyramid."""
         if self.training and len(features[0]) == 1:
             raise UserError(
-                "head=upernet cannot train on batches of one image: it normalises an average over each whole image by "
-                "the batch. Set data.batch_size to at least 2 for each device, or choose head=dpt."
+                "head=upernet cannot train on batches of one image: it applies BatchNorm to one average per image. Set "
+                "data.batch_size to at least 2 for each device, or choose head=dpt."
             )
         return self.decoder(self.reassemble(features))
 

@@ -42,7 +42,7 @@ def about_sections(about: About) -> list[Section]:
 def training_section(rows: Sequence[Mapping[str, Any]] | None) -> Section:
     """Return the training curves of the model."""
     if not rows:
-        return Section("training", "Training", paragraph("No metrics.jsonl of the training beside the checkpoint."))
+        return Section("training", "Training", paragraph("The run folder of the checkpoint has no metrics.jsonl."))
     charts = []
     for title, keys, name in _CURVES:
         curves = [(label, points) for label, key in keys.items() if (points := _points(rows, key))]
@@ -57,7 +57,7 @@ def training_section(rows: Sequence[Mapping[str, Any]] | None) -> Section:
             name,
         )
         charts.append(line_chart(title, curves, axes))
-    note = paragraph(f"From the run's metrics.jsonl; curves of more than {MOST} points are means of neighbours.")
+    note = paragraph(f"From the run's metrics.jsonl; curves of more than {MOST} points are averaged over neighbours.")
     return Section("training", "Training", note + f'<div class="charts">{"".join(charts)}</div>')
 
 

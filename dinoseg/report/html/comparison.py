@@ -111,7 +111,7 @@ def comparison_page(report: ComparisonReport) -> str:
     for number, other in enumerate(report.others):
         end = f" ({other.name})" if len(report.others) > 1 else ""
         sections.append(Section(f"images-{number}", f"Image by image{end}", _by_image(report, other)))
-        sections.append(Section(f"pictures-{number}", f"Where they differ most{end}", _pictures(report, other)))
+        sections.append(Section(f"pictures-{number}", f"Largest differences{end}", _pictures(report, other)))
     sections += about_sections(report.about)
     names = [other.name for other in report.others]
     if len(names) > WIDEST:
@@ -129,11 +129,11 @@ def _scores(report: ComparisonReport) -> Section:
     rows = [[plain_cell(name), *_cells(report, key)] for key, name in keys]
     wide = len(report.others) > WIDEST
     note = paragraph(
-        f"Differences are points: a run less {report.first}, over the same {count_of(report.images, 'image')}; each "
-        f"{report.unit} is left out of both at once.",
+        f"Differences in points: a run minus {report.first}, over the same {count_of(report.images, 'image')}; the "
+        f"jackknife leaves out each {report.unit} in both.",
         f"95 % intervals (Student's t): {report.intervals}." + " compare.png has them all." * wide,
-        "What is surely better is marked \u25b2, what is surely worse \u25bc: p is below 0.05 after Holm's correction "
-        "over all runs, and for classes over these too: an interval by itself may leave out 0 without a mark.",
+        "Significantly better is marked \u25b2, significantly worse \u25bc: p is below 0.05 after Holm's correction "
+        "over all runs, and for classes also over the classes, so an interval may exclude 0 without a mark.",
         f"Seeds: {report.seeds}.",
     )
     return Section("scores", "Scores", tiles(shown) + table(_heads(report, "score"), rows, "Means") + note)
@@ -144,7 +144,7 @@ def _classes(report: ComparisonReport) -> Section:
         [class_cell(name, report.palette[index]), *_cells(report, f"iou/{index}")]
         for index, name in enumerate(report.classes)
     ]
-    return Section("classes", "Classes", table(_heads(report, "class"), rows, "IoU by class; a heading sorts"))
+    return Section("classes", "Classes", table(_heads(report, "class"), rows, "IoU by class (click a heading to sort)"))
 
 
 def _heads(report: ComparisonReport, first: str) -> list[tuple[str, str]]:
@@ -199,7 +199,7 @@ def _by_image(report: ComparisonReport, other: OtherRun) -> str:
     ends = around([value for pair in pairs for value in pair[:2]])
     pairs.sort(key=lambda pair: pair[1] - pair[0])
     drawn = evenly_spaced(len(pairs), _DOTS)
-    title = "Each image" if len(drawn) == len(pairs) else f"{_DOTS} of the images, evenly chosen by difference"
+    title = "Each image" if len(drawn) == len(pairs) else f"{_DOTS} of the images, evenly spaced by difference"
     axes = Axes(ends, ends, f"{report.first}, %", f"{other.name}, %")
     scatter = scatter_chart(title, [pairs[place] for place in drawn], axes)
     places = thinned([(float(place), gap) for place, gap in enumerate(gaps, start=1)])
@@ -212,16 +212,15 @@ def _deciding(report: ComparisonReport, other: OtherRun) -> str:
     pairs = [(share, name) for share, name in zip(other.decides, report.images, strict=True) if share]
     pairs.sort(key=lambda pair: -abs(pair[0]))
     told = "; ".join(f"{name} {100 * share:+.2f}" for share, name in pairs[:_DECIDING])
-    return f"What an image adds to the difference of mIoU over all images, in points, the most first: {told}." * bool(
-        told
-    )
+    return f"Contribution of each image to the difference in mIoU, in points, largest first: {told}." * bool(told)
 
 
 def _pictures(report: ComparisonReport, other: OtherRun) -> str:
     if other.no_pictures:
         return paragraph(other.no_pictures)
     key = paragraph(
-        f"In the last picture, blue: only {other.name} is right; red: only {report.first} is; yellow: both are wrong."
+        f"In the last image, blue: only {other.name} is correct; red: only {report.first} is correct; yellow: both are "
+        "wrong."
     )
     return key + "".join(_shot(report, other, shot) for shot in other.shots)
 
@@ -238,5 +237,5 @@ def _shot(report: ComparisonReport, other: OtherRun, shot: PairShot) -> str:
     before, after = shot.mious
     told = f"mIoU {percent(before)} % and {percent(after)} %: {100 * (after - before):+.1f} points"
     legend = legend_of(list(masks.values()), report.classes, report.palette, ignore_index=report.ignore_index)
-    panels = [("frame", shot.frame), *tinted, ("who is right", marked(shot.frame, marks))]
+    panels = [("frame", shot.frame), *tinted, ("which is correct", marked(shot.frame, marks))]
     return card(shot.name, told, panels, legend)

@@ -101,8 +101,8 @@ def interval_note(units: int, unit: str) -> str:
     """Return a note on the intervals over units."""
     over = count_of(units, unit)
     if units < 2:
-        return f"No intervals: they need two {unit}s, and there is {over}."
-    return f"95 % intervals: Student's t over {over}, each of which is left out once (jackknife)."
+        return f"No intervals: they need at least two {unit}s; there is {over}."
+    return f"95 % intervals: Student's t over {over}, by leave-one-out jackknife."
 
 
 def _warnings(report: EvaluationReport) -> list[str]:
@@ -158,14 +158,14 @@ def _classes(report: EvaluationReport) -> Section:
                 *(number_cell(pixels, f"{pixels:,}"), number_cell(pixels / whole, percent(pixels / whole, 2))),
             ]
         )
-    note = paragraph("Absent: neither the reference nor the prediction holds the class; it enters no mean.")
-    return Section("classes", "Classes", table(heads, rows, "Scores by class; a heading sorts") + note)
+    note = paragraph("Absent: neither the reference nor the prediction holds the class; it is excluded from means.")
+    return Section("classes", "Classes", table(heads, rows, "Scores by class (click a heading to sort)") + note)
 
 
 def _confusion(report: EvaluationReport) -> str:
     note = paragraph(
-        "A row is a class of the reference, a column a predicted one. Numbers are percent of the row; colour grows "
-        "with the root of the share, so that rare confusions can be seen. Grey rows have no pixel."
+        "A row is a class of the reference, a column a predicted one. Numbers are percent of the row; colour scales "
+        "with the square root of the share, so that rare confusions are visible. Grey rows have no pixels."
     )
     return note + heat_map(np.asarray(report.scores["matrix"], dtype=np.int64), report.classes)
 
@@ -216,10 +216,10 @@ def _boundary(report: EvaluationReport) -> Section:
     heads = [("distance to a reference boundary", "text"), ("of all errors %", "number"), ("of all pixels %", "number")]
     heads.append(("wrong in this band %", "number"))
     note = paragraph(
-        "A boundary pixel is a labelled pixel that touches, by an edge, one of another class. Within k pixels lies "
-        "what is less than k pixels (between centres) from one, so boundary pixels themselves are those within 1. The "
-        "last column counts a pixel in its nearest band only. Errors near boundaries are of outlines; those far from "
-        "them are of recognition."
+        "A boundary pixel is a labelled pixel that shares an edge with a pixel of another class. Within k pixels: less "
+        "than k pixels (between centres) from a boundary pixel, so boundary pixels are within 1. The last column "
+        "counts a pixel in its nearest band only. Errors near boundaries are outline errors; errors far from them are "
+        "recognition errors."
     )
     return Section("boundary", "Errors at boundaries", note + table(heads, rows))
 
@@ -244,7 +244,7 @@ def video_curves(videos: Mapping[str, Sequence[float | None]], name: str, unit: 
     order = sorted(means, key=lambda video: means[video])
     told = f"{name} of each frame, in the order of their names; the {unit}s with the lowest mean first."
     if len(order) > _VIDEOS:
-        told += f" The lowest {_VIDEOS} of {len(order)} are drawn."
+        told += f" The lowest {_VIDEOS} of {len(order)} are shown."
     charts = [
         line_chart(
             f"{video}: {means[video]:.1f} over {count_of(len(known[video]), 'frame')}",
@@ -273,11 +273,11 @@ def calibration_section(found: Mapping[str, Any] | None) -> str:
     note = paragraph(
         f"Over {found['pixels']:,} labelled pixels, evenly spaced in {count_of(found['images'], 'image')}. Confidence "
         "is the probability of the predicted class. ECE is the mean gap between confidence and accuracy over 15 bins "
-        f"of equal width, weighted by pixels (bins of fewer than {_LEAST} are not drawn); NLL is the mean negative "
-        "log-likelihood of the reference, in nats. The temperature, by which logits are divided, is fitted on these "
-        "same pixels: it says how far this model is from calibrated here, and is no result on held-out data."
+        f"of equal width, weighted by pixels (bins of fewer than {_LEAST} are not shown); NLL is the mean negative "
+        "log-likelihood of the reference, in nats. The temperature, a divisor of the logits, is fitted on the same "
+        "pixels: it measures the miscalibration of this model here and is not a result on held-out data."
     )
-    states = (("as it is", found["before"]), (f"at temperature {found['temperature']:.3g}", found["after"]))
+    states = (("uncalibrated", found["before"]), (f"at temperature {found['temperature']:.3g}", found["after"]))
     curves = [(name, _reliable(state["bins"])) for name, state in states]
     chart = line_chart("Reliability", curves, Axes((0, 1), (0, 1), "confidence", "accuracy"), ideal=True)
     heads = [("logits", "text"), ("NLL", "number"), ("ECE %", "number")]
@@ -292,7 +292,7 @@ def calibration_section(found: Mapping[str, Any] | None) -> str:
     temperature = paragraph(f"Fitted temperature: {found['temperature']:.3f}{limit}.", kind="dim")
     shares = [100 * row[0] / found["pixels"] for row in found["before"]["bins"]]
     bins = bar_chart(
-        "Confidence as it is",
+        "Confidence, uncalibrated",
         [place / len(shares) for place in range(len(shares) + 1)],
         shares,
         Axes((0, 1), (0, around(shares, zero=True)[1]), "confidence", "% of pixels"),

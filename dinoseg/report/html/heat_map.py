@@ -26,15 +26,13 @@ def heat_map(matrix: np.ndarray, classes: Sequence[str], name: str = "counts") -
     note = ""
     if len(classes) > MOST:
         order = np.sort(np.argsort(-matrix.sum(axis=1), kind="stable")[:MOST])
-        note = paragraph(
-            f"The {MOST} of {len(classes)} classes that most reference pixels have; confusion.png has all."
-        )
+        note = paragraph(f"The {MOST} of {len(classes)} classes with the most reference pixels; confusion.png has all.")
     counts, names = matrix[np.ix_(order, order)].astype(np.int64), [classes[index] for index in order.tolist()]
     totals = counts.sum(axis=1, keepdims=True)
     shares = counts / np.maximum(totals, 1)
     return (
-        f"{note}<figure>{_drawing(counts, shares, names, name)}<output>Point at a cell, or move by the arrow keys: its "
-        f"counts stand here.</output></figure>{values(name, {'names': names, 'counts': counts.tolist()})}"
+        f"{note}<figure>{_drawing(counts, shares, names, name)}<output>Point at a cell, or use the arrow keys, to see "
+        f"its counts.</output></figure>{values(name, {'names': names, 'counts': counts.tolist()})}"
     )
 
 

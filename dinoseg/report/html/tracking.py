@@ -60,7 +60,7 @@ def _videos(result: Mapping[str, Any]) -> Section:
         [plain_cell(row["name"]), *(number_cell(row[key], percent(row[key])) for key in keys)] for row in _rows(result)
     ]
     heads = [(result["unit"], "text"), *((f"{key} %", "number") for key in keys)]
-    return Section("by-video", f"Each {result['unit']}", table(heads, rows, "A heading sorts"))
+    return Section("by-video", f"Each {result['unit']}", table(heads, rows, "Click a heading to sort"))
 
 
 def _objects(result: Mapping[str, Any]) -> list[Section]:
@@ -81,14 +81,14 @@ def _objects(result: Mapping[str, Any]) -> list[Section]:
         for video, number, scores in found
     ]
     heads = [("object", "text"), *((key if key == "proposal" else f"{key} %", "number") for key in keys)]
-    return [Section("objects", "Each object", table(heads, rows, "A heading sorts"))]
+    return [Section("objects", "Each object", table(heads, rows, "Click a heading to sort"))]
 
 
 def _pictures(report: TrackingReport) -> Section:
     key = next(iter(report.result["scores"]))
     values = {row["name"]: row[key] for row in _rows(report.result)}
     cards = [card(name, f"{key} {percent(values[name])} %", frames) for name, frames in report.shown]
-    none = "None: mode.metrics_only=true keeps no blended frames."
+    none = "None: mode.metrics_only=true saves no blended frames."
     return Section("pictures", f"Worst {report.result['unit']}s", "".join(cards) or paragraph(none))
 
 

@@ -19,7 +19,7 @@ function ask(method, path, body, onProgress) {
     if (onProgress) request.upload.onprogress = (event) => onProgress(event.loaded / event.total);
     request.onload = () => {
       if (request.status < 300) resolve(request.response);
-      else reject(new Error(request.response?.error?.message ?? `The server answered ${request.status}.`));
+      else reject(new Error(request.response?.error?.message ?? `The server responded with status ${request.status}.`));
     };
     request.onerror = () => reject(new Error("The server cannot be reached. Is it still running?"));
     request.send(body);
@@ -72,7 +72,7 @@ async function openImage(file) {
     const fits = drawn?.width === found.width && drawn?.height === found.height;
     showImage(fits ? drawn : null, ids, found);
     say(`${file.name}: ${found.width} x ${found.height} pixels, ${found.areas.length} classes found.`);
-    if (!fits) say("Your browser cannot draw this kind of file: the classes are shown alone.");
+    if (!fits) say("Your browser cannot display this file type: only the classes are shown.");
     const stem = file.name.replace(/\.[^.]*$/, "");
     offer([[URL.createObjectURL(png(found.mask)), `${stem}_mask.png`, "Download mask"]]);
   });
@@ -125,12 +125,12 @@ function draw() {
 // ---- a clip
 
 async function openClip(file) {
-  await work(`Sending ${file.name} ...`, async (current) => {
+  await work(`Uploading ${file.name} ...`, async (current) => {
     $("cancel").hidden = true;
     if (file.size > about.video_mib * 2 ** 20) throw new Error(`${file.name} is larger than ${about.video_mib} MiB.`);
     const taken = await ask("POST", "app/clip", file, progress);
     const answer = await fetch(`app/${taken.id}/frame.png`);
-    if (!answer.ok) throw new Error("The clip is not there any more: send it again.");
+    if (!answer.ok) throw new Error("The clip has expired: send it again.");
     const first = await bitmap(await answer.blob());
     if (!current()) return;
     clip = { ...taken, first, stem: file.name.replace(/\.[^.]*$/, "") };
@@ -139,14 +139,14 @@ async function openClip(file) {
     $("view").getContext("2d").drawImage(first, 0, 0);
     show("view", "clip");
     const frames = taken.frames ? `${taken.frames} frames` : "frames";
-    say(`${file.name}: ${frames} of ${taken.width} x ${taken.height} pixels, ${taken.fps.toFixed(2)} a second.`);
+    say(`${file.name}: ${frames} of ${taken.width} x ${taken.height} pixels, ${taken.fps.toFixed(2)} per second.`);
   });
 }
 
 async function run(what, body) {
   const mine = clip;
   let made = false;
-  await work("Waiting for its turn ...", async (current) => {
+  await work("Queued ...", async (current) => {
     $("cancel").hidden = false;
     $("clip").hidden = $("tools").hidden = $("redraw").disabled = true;
     const hidden = what === "redraw" ? [...shown.hidden] : [];
@@ -155,7 +155,7 @@ async function run(what, body) {
       await new Promise((wake) => setTimeout(wake, POLL));
       at = await ask("GET", `app/${mine.id}`);
       if (!current()) return;
-      if (at.state === "waiting") say(at.ahead ? `Waiting: ${at.ahead} before this one.` : "Waiting for its turn ...");
+      if (at.state === "waiting") say(at.ahead ? `Queued: ${at.ahead} before this one.` : "Queued ...");
       else say(`Frame ${at.done}${at.total ? ` of ${at.total}` : ""}`);
       if (at.total) progress(Math.min(at.done / at.total, 0.999));
     }
@@ -192,7 +192,7 @@ function beginPainting() {
   $("look").hidden = false;
   $("size").value = brushOf(painter.size);
   tools();
-  say("Paint over what is to be followed.");
+  say("Paint over the object to track.");
   $("view").focus();
 }
 

@@ -96,14 +96,14 @@ def _missing(root: Path, videos: list[MovingVideo]) -> list[MovingVideo]:
     foreign = [path.name for path in _shown(root) if path.name not in FOLDERS]
     if foreign:
         raise UserError(
-            f"{root} holds {listed(foreign)}, which this rendering did not write. Choose another root: rendering does "
-            "not mix with other data."
+            f"{root} holds {listed(foreign)}, which was not rendered by this command. Choose another root: rendering "
+            "does not write into folders with other data."
         )
     existing = [path for folder in FOLDERS for path in _shown(root / folder)]
     absent = missing(root, videos, existing, _description, "folder")
     cut = [video for video in videos if video not in absent and not _is_whole(video, video.path(root))]
     for video in cut:
-        log.warning("%s lacks pictures: it is drawn anew.", video.path(root))
+        log.warning("%s lacks images: rendering it again.", video.path(root))
         shutil.rmtree(video.path(root))
     return [*absent, *cut]
 

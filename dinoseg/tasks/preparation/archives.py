@@ -54,7 +54,7 @@ def _checked_members(archive: Path, opened: zipfile.ZipFile, landmark: str) -> d
         if not path.parts or path.is_absolute() or ".." in path.parts or "\\" in info.filename or ":" in info.filename:
             raise UserError(f"{archive} names a path outside its folder ({info.filename}): do not trust it.")
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise NotImplementedError(f"{info.filename} is packed by method {info.compress_type}")
+            raise NotImplementedError(f"{info.filename} uses compression method {info.compress_type}")
         if stat.S_ISLNK(info.external_attr >> 16):
             raise UserError(f"{archive} holds a link ({info.filename}), which is refused: do not trust it.")
         # added by desktop systems
@@ -74,14 +74,14 @@ def _check_space(archive: Path, members: Mapping[PurePosixPath, zipfile.ZipInfo]
     packed = max(1, sum(info.compress_size for info in members.values()))
     if size > _RATIO_MATTERS and size / packed > _MAX_RATIO:
         raise UserError(
-            f"{archive} would unpack to {size / packed:.0f} times its size, which no recording does: do not trust it."
+            f"{archive} would unpack to {size / packed:.0f} times its size, far more than a recording: do not trust it."
         )
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     if size > free:
         raise UserError(
-            f"{archive} unpacks to {size / 2**20:.0f} MiB, {folder} has {free / 2**20:.0f} MiB free. "
-            "Make room and run again."
+            f"{archive} unpacks to {size / 2**20:.0f} MiB, {folder} has {free / 2**20:.0f} MiB free. Free some space "
+            "and run again."
         )
 
 

@@ -90,8 +90,8 @@ def _draw_all(
 ) -> dict[str, dict[str, int]]:
     for drive in {job.path.parent for job in jobs}:
         remove_parts(drive, ".*_gtFine_label*.part")
-    with Bar(total=len(jobs), desc="drawing", unit="file") as bar:
-        results, failures = run_jobs(work, jobs, bar, workers=workers, root=root, ready="files are drawn")
+    with Bar(total=len(jobs), desc="rasterising", unit="file") as bar:
+        results, failures = run_jobs(work, jobs, bar, workers=workers, root=root, ready="files are rasterised")
     counts: dict[str, Counter[str]] = {job.split: Counter() for job in jobs}
     for job, result in results.items():
         counts[job.split].update(result)
@@ -101,7 +101,7 @@ def _draw_all(
             str(reason) if isinstance(reason, UserError) else f"{job.path}: {reason}"
             for job, reason in sorted(failures.items(), key=lambda failure: failure[0].path)
         ]
-        raise incomplete(lines, f"{len(failures)} of {len(jobs)} files could not be drawn, the others are ready")
+        raise incomplete(lines, f"{len(failures)} of {len(jobs)} files could not be rasterised, the others are ready")
     return {split: dict(counts[split]) for split in sorted(counts)}
 
 
@@ -174,7 +174,7 @@ def _report(results: Mapping[PolygonFile, Counter[str]]) -> None:
     """Log the counts, and warn once of all labels that are not in the table."""
     counts = sum(results.values(), Counter())
     log.info(
-        "%d label maps drawn, %d of them again since their polygons have changed, %d kept.",
+        "%d label maps rasterised, %d of them again since their polygons have changed; %d reused.",
         *(counts[key] for key in ("written", "redrawn", "kept")),
     )
     lines = []
@@ -210,7 +210,7 @@ def draw_label_maps(content: bytes, path: Path, encodings: Iterable[str]) -> tup
 
 def _draw(content: Any, encodings: Iterable[str]) -> tuple[dict[str, np.ndarray], Counter[str]]:
     if not isinstance(content, Mapping):
-        raise ValueError("it is no JSON object")
+        raise ValueError("it is not a JSON object")
     ids = _ids()
     size = _side(content, "imgWidth"), _side(content, "imgHeight")
     canvas = Image.new("L", size, ids[_BACKGROUND])
@@ -232,14 +232,14 @@ def _draw(content: Any, encodings: Iterable[str]) -> tuple[dict[str, np.ndarray]
 def _shape(entry: Any, where: str) -> tuple[str, list[tuple[float, float]]]:
     """Return the label and the points of an object; a deleted object has no points."""
     if not isinstance(entry, Mapping):
-        raise ValueError(f"{where} is no object")
+        raise ValueError(f"{where} is not an object")
     label, points, deleted = entry.get("label"), entry.get("polygon"), entry.get("deleted") or 0
     if not isinstance(deleted, int):
         raise ValueError(f"{where}.deleted={deleted!r} is neither 0 nor 1")
     if deleted:
         return "", []
     if not isinstance(label, str):
-        raise ValueError(f"{where}.label={label!r} is no name")
+        raise ValueError(f"{where}.label={label!r} is not a name")
     if not isinstance(points, list):
         raise ValueError(f"{where} ({label}) has no polygon")
     return label, [_point(point, f"{where}.polygon[{number}]") for number, point in enumerate(points)]
@@ -247,9 +247,9 @@ def _shape(entry: Any, where: str) -> tuple[str, list[tuple[float, float]]]:
 
 def _point(point: Any, where: str) -> tuple[float, float]:
     if not isinstance(point, list) or len(point) != 2 or not all(map(_is_number, point)):
-        raise ValueError(f"{where}={str(point)[:80]} is no pair of numbers")
+        raise ValueError(f"{where}={str(point)[:80]} is not a pair of numbers")
     if not all(abs(value) <= _FARTHEST for value in point):  # also false for NaN
-        raise ValueError(f"{where}={str(point)[:80]} lies more than {_FARTHEST} pixels outside of the picture")
+        raise ValueError(f"{where}={str(point)[:80]} lies more than {_FARTHEST} pixels outside of the image")
     return point[0], point[1]
 
 
@@ -265,7 +265,7 @@ def _side(content: Mapping, key: str) -> int:
     if value is None:
         raise ValueError(f"it has no {key}")
     if not _is_number(value) or not 1 <= value <= _LONGEST_SIDE or value != int(value):
-        raise ValueError(f"{key}={str(value)[:80]} is no number of pixels from 1 to {_LONGEST_SIDE}")
+        raise ValueError(f"{key}={str(value)[:80]} is not a number of pixels from 1 to {_LONGEST_SIDE}")
     return int(value)
 
 

@@ -31,7 +31,7 @@ def run_jobs(
         bar: shows their progress.
         workers: number of processes.
         root: folder on the disk that may be full.
-        ready: describes finished jobs, such as `files are drawn`.
+        ready: describes finished jobs, such as `files are rasterised`.
         make_room: how to free disk space, in addition to removing files.
         show: returns the bar's text for a job.
 
@@ -40,12 +40,12 @@ def run_jobs(
     """
     results: dict[J, R] = {}
     failures: dict[J, Exception] = {}
-    remedy = f"Set data.prepare.workers below {workers} and run again: it goes on."
+    remedy = f"Set data.prepare.workers below {workers} and run again to resume."
     for job, result in in_processes(work, jobs, workers, catch=(UserError, OSError), in_order=False, remedy=remedy):
         if isinstance(result, OSError) and result.errno in DISK_FULL:
             raise UserError(
-                f"The disk of {root} is full: {len(results)} of {len(jobs)} {ready} and nothing is half-written. Make "
-                f"room{make_room and f' ({make_room})'} and run again: it goes on."
+                f"The disk of {root} is full: {len(results)} of {len(jobs)} {ready}, and no file is incomplete. Free "
+                f"some space{make_room and f' ({make_room})'} and run again to resume."
             ) from result
         if isinstance(result, Exception):
             failures[job] = result
@@ -64,4 +64,4 @@ def incomplete(failures: Iterable[str], state: str) -> UserError:
         state: what failed and what did not, such as `2 of 5 files could not be drawn, the others are ready`.
     """
     lines = "".join(f"\n- {failure}" for failure in failures)
-    return UserError(f"{state}:{lines}\nRunning again goes on with these.")
+    return UserError(f"{state}:{lines}\nRun again to retry these.")

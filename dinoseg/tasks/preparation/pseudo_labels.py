@@ -43,7 +43,7 @@ from dinoseg.utils.units import finished
 
 _LOCK = ".propagate.lock"  # in the folder of a video: one run at a time
 _BATCH = 4  # frames per forward pass of the backbone
-_MEANING = "Labels propagated from the masks before and after a frame; nobody has drawn or checked them."
+_MEANING = "Labels propagated from the masks before and after a frame; not checked by a human annotator."
 
 
 @dataclass
@@ -134,8 +134,8 @@ def _labels_of(propagation: Propagation, video: Path) -> dict[str, int]:
         folder / PSEUDO_FILE,
         lambda path: forms.read_json(path, PSEUDO_FORM),
         fits,
-        damaged="%s is damaged (%s): making it anew.",
-        unfit=f"{folder} was made in another way, or is not whole: making it anew.",
+        damaged="%s is damaged (%s): creating it again.",
+        unfit=f"{folder} was created with other settings, or is incomplete: creating it again.",
     )
     if note is None:
         remove_parts(video, f".{PSEUDO_FOLDER}.*")

@@ -81,7 +81,7 @@ def prepare(
     if rate not in (1, 10):
         raise UserError(f"data.prepare.rate={rate}: choose 1 (frames that have a mask) or 10 frames per second.")
     if workers < 1:
-        raise UserError(f"data.prepare.workers={workers}: give the number of videos to work on at once, 1 or more.")
+        raise UserError(f"data.prepare.workers={workers}: give the number of videos to process in parallel, 1 or more.")
     if not 0 <= min_agreement <= 1:
         raise UserError(f"data.prepare.min_agreement={min_agreement}: give a share of the pixels from 0 to 1.")
     jobs = _chosen(find_jobs(root), videos)
@@ -206,7 +206,7 @@ def _extracted_elsewhere(folder: Path, masks: Mapping[str, Path], rate: int) -> 
             f"{VIDEO} there to extract them."
         )
     if there < rate:
-        raise UserError(f"{folder} has {there} frame per second; extracting {rate} needs {VIDEO} there.")
+        raise UserError(f"{folder} has {there} frame per second; {rate} need {VIDEO} there.")
     return {"rate": there, "frames": len(frames), "masks": len(masks)}
 
 
@@ -215,8 +215,8 @@ def _verify(folder: Path, decoded: int, step: int) -> None:
     masks = png_files(folder / MASK_FOLDER).keys()
     if masks != due:
         raise UserError(
-            f"{folder / VIDEO} has {decoded} frames, so {len(due)} masks belong to it; {MASK_FOLDER}/ has "
-            f"{len(masks)} (missing: {listed(sorted(due - masks)) or 'none'}; without such a frame: "
+            f"{folder / VIDEO} has {decoded} frames, so it needs {len(due)} masks; {MASK_FOLDER}/ has {len(masks)} "
+            f"(missing: {listed(sorted(due - masks)) or 'none'}; without a frame: "
             f"{listed(sorted(masks - due)) or 'none'}). Unpack the video's archive again."
         )
     frames = png_files(folder / FRAME_FOLDERS[0]).keys()
@@ -230,7 +230,7 @@ def _chosen(jobs: list[VideoJob], videos: Sequence[str] | None) -> list[VideoJob
     known = {job.name for job in jobs} | {job.folder.name for job in jobs}
     if unknown := [name for name in videos if name not in known]:
         raise UserError(
-            f"data.prepare.videos names {', '.join(unknown)}, which are not there. Choose from "
+            f"data.prepare.videos names {', '.join(unknown)}, which do not exist. Choose from "
             f"{listed([job.name for job in jobs], 60)}."
         )
     return [job for job in jobs if job.name in videos or job.folder.name in videos]

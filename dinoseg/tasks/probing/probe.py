@@ -125,7 +125,7 @@ class Grid:
         """
         for name in ("strengths", "balances"):
             if not getattr(self, name):
-                raise UserError(f"{name}=[]: there is nothing to try. Give a number or more, such as {name}=[0.01].")
+                raise UserError(f"{name}=[]: the list is empty. Give at least one number, such as {name}=[0.01].")
 
 
 @dataclass
@@ -314,7 +314,7 @@ def _weightings(counts: Sequence[int], balances: Sequence[float]) -> Tensor:
     weights = torch.stack([torch.where(share > 0, share.clamp(min=1e-300) ** -balance, 0.0) for balance in balances])
     if not weights.sum(dim=1).isfinite().all():
         raise UserError(
-            f"balances={list(balances)}: by such a balance the rarest class weighs more than a number can say. Give 0 "
-            "to 1, from each pixel alike to each class alike."
+            f"balances={list(balances)}: the weight of the rarest class overflows. Give 0 (all pixels equal) to 1 (all "
+            "classes equal)."
         )
     return weights

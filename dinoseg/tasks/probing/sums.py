@@ -130,7 +130,7 @@ def solve(sums: Sums, strengths: Sequence[float]) -> Iterator[list[LinearMap]]:
     for gram, weights in zip(sums.gram, sums.weightings, strict=True):
         total, cross = gram[-1, -1], sums.cross * weights
         if not torch.isfinite(gram).all():
-            raise UserError("Features are not finite: look at backbone.weights, or give engine.precision=fp32.")
+            raise UserError("Features are not finite: check backbone.weights, or set engine.precision=fp32.")
         if total <= 0:
             raise UserError("No pixel of the training masks is labelled, so there is nothing to solve. Check them.")
         mean, share = gram[:-1, -1] / total, cross[-1] / total

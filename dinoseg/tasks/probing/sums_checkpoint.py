@@ -60,7 +60,7 @@ class SumsCheckpoint:
             kept = read_tensor_file(self._path, _FILE)
         except UserError as error:
             kept = {}
-            logger.warning("%s Its sums begin anew.", error)
+            logger.warning("%s Its sums start over.", error)
         wanted = {**sums, _DONE: torch.tensor(0)}
         fits = {name: (value.shape, value.dtype) for name, value in kept.items()} == {
             name: (value.shape, value.dtype) for name, value in wanted.items()
@@ -69,7 +69,7 @@ class SumsCheckpoint:
             return 0
         for name, value in sums.items():
             value.copy_(kept[name])
-        logger.info("going on with the sums of %d images in %s", kept[_DONE], self._path)
+        logger.info("resuming with the sums of %d images in %s", kept[_DONE], self._path)
         return int(kept[_DONE])
 
     def save(self, sums: Mapping[str, Tensor], done: int) -> None:

@@ -13,4 +13,4 @@ class Drawn(Selector):
     def choose(self, known: Known, count: int, seed: int) -> list[Pick]:
         """Return the first images of a random permutation."""
         order = np.random.default_rng(seed).permutation(known.free)
-        return [Pick(int(index), f"drawn with seed {seed}") for index in order[:count]]
+        return [Pick(int(index), f"sampled with seed {seed}") for index in order[:count]]

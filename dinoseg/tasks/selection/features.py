@@ -82,18 +82,18 @@ class FeatureExtractor:
                 results[place] = cached
         rest = [place for place in range(len(pool)) if place not in results]
         if results:
-            logger.info("%d of %d images were looked at before: taken over from the cache.", len(results), len(pool))
+            logger.info("%d of %d images reused from the cache.", len(results), len(pool))
         with Bar(total=len(rest), desc="looking", unit="image", delay=2) as bar:
             for place, pixels in zip(rest, self._read(pool, rest), strict=True):
                 if isinstance(pixels, UserError):
                     if not skip:
-                        raise UserError(f"{pixels} Mend it, or leave such files out with data.on_error=skip.")
+                        raise UserError(f"{pixels} Fix it, or leave such files out with data.on_error=skip.")
                     bad[place] = str(pixels)
                 else:
                     results[place] = self._store.put(str(keys[place]), self._compute(pixels))
                 bar.update()
         if not results:
-            raise UserError(f"None of the {len(pool)} images can be read: {next(iter(bad.values()), 'there is none')}")
+            raise UserError(f"No image of {len(pool)} can be read: {next(iter(bad.values()), 'none found')}")
         least = 1e-12
         features, uncertainty = np.zeros((len(pool), self._width)), np.zeros((len(pool), _MEASURES))
         for place, (feature, measures) in results.items():

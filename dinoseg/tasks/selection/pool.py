@@ -79,8 +79,8 @@ def named_in(labels: str) -> set[str]:
     }
     if not masks:
         raise UserError(
-            f"labels={labels} holds no mask ({' '.join(IMAGE_SUFFIXES)}). Give the folder of what is labelled already, "
-            "or leave it out where nothing is."
+            f"labels={labels} holds no mask ({' '.join(IMAGE_SUFFIXES)}). Give the folder of existing masks, or leave "
+            "it out if there are none."
         )
     return masks
 
@@ -95,8 +95,8 @@ def places_of(names: Collection[str], pool: list[PoolImage]) -> list[int]:
     if absent := sorted(set(names) - known.keys()):
         raise UserError(
             f"labels names {len(absent)} of {len(names)} images that are not among the {len(pool)} to choose from: "
-            f"{listed(absent)}. Names there are such as {listed([pool[0].name, pool[-1].name])}: give masks the names "
-            "of their images, or leave labels out."
+            f"{listed(absent)}. Image names have the form {listed([pool[0].name, pool[-1].name])}: name masks like "
+            "their images, or leave labels out."
         )
     return sorted(known[name] for name in names)
 

@@ -49,8 +49,8 @@ def write_selection(out_dir: Path, chosen: Sequence[tuple[PoolImage, Pick]], by:
     if len(rows) > _LINES:
         print(f"      and {len(rows) - _LINES} more, in selection.csv")
     first = "" if len(rows) <= _SHOWN else f" (the first {_SHOWN})"
-    print(f"look at:      {out_dir / 'contact_sheet.png'}{first}")
-    print(f"to label:     {out_dir / FOLDER}; listed in selection.csv, selection.json and selection.txt beside it")
+    print(f"overview:     {out_dir / 'contact_sheet.png'}{first}")
+    print(f"to label:     {out_dir / FOLDER}; listed in selection.csv, selection.json and selection.txt")
 
 
 def _row(order: int, candidate: PoolImage, pick: Pick) -> dict[str, Any]:

@@ -34,8 +34,8 @@ class Typical(Selector):
         while len(picks) < count:
             each = min(order, key=lambda number: (taken[number], -sizes[number], number))
             index = order[each].pop(0)
-            before = f", {taken[each]} of it before" if taken[each] else ""
-            picks.append(Pick(index, f"the most typical left of a cluster of {sizes[each]}{before}"))
+            before = f", {taken[each]} of it chosen before" if taken[each] else ""
+            picks.append(Pick(index, f"the most typical remaining image of a cluster of {sizes[each]}{before}"))
             taken[each] += 1
             if not order[each]:
                 del order[each]

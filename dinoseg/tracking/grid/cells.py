@@ -27,7 +27,7 @@ def label_count(ids: Tensor, num_labels: int | None = None) -> int:
     num_labels = high + 1 if num_labels is None else num_labels
     if low < 0 or high >= min(num_labels, 256):
         raise UserError(
-            f"The mask holds the id {low if low < 0 else high}: ids here are 0 to {min(num_labels - 1, 255)}, 0 is the "
+            f"The mask holds the id {low if low < 0 else high}: ids must be 0 to {min(num_labels - 1, 255)}; 0 is the "
             "background. Renumber the objects."
         )
     return num_labels

@@ -137,15 +137,15 @@ class Propagator:
         frames = [(features.clone(), labels.clone()) for features, labels in pairs]  # views would hold the whole stack
         if len(frames) > self.settings.context + 1:
             raise UserError(
-                f"context={self.settings.context}, but the state holds {len(frames) - 1} frames beside the first. "
-                "Use the settings that it was saved with, or begin anew."
+                f"context={self.settings.context}, but the state holds {len(frames) - 1} frames besides the first. Use "
+                "the settings of the saved state, or start over."
             )
         self._first = frames[0] if frames else None
         self._recent = deque(frames[1:], self.settings.context)
 
     def _start(self, target: Tensor, labels: Tensor | None) -> Tensor:
         if labels is None:
-            raise UserError("The first frame has no labels. Give its mask: that is what is followed.")
+            raise UserError("The first frame has no labels. Give its mask, whose objects are tracked.")
         self._first = (target, labels.permute(1, 2, 0).clone(memory_format=torch.contiguous_format))
         if self.settings.repeat_first:
             self._recent.extend([self._first] * self.settings.context)

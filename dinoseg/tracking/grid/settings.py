@@ -39,9 +39,11 @@ class MatchSettings:
 
     def __post_init__(self) -> None:
         check_at_least("context", self.context, 1, "the number of earlier frames that are searched")
-        check_at_least("top_k", self.top_k, 1, "the number of matches that count")
+        check_at_least("top_k", self.top_k, 1, "the number of nearest matches")
         if not self.radius >= 0:
-            raise UserError(f"radius={self.radius} is no distance. Give the window's reach in grid cells, 0 or more.")
+            raise UserError(
+                f"radius={self.radius} is not a distance. Give the radius of the window in grid cells, 0 or more."
+            )
         if not self.inclusive and self.radius == 0:
             raise UserError("radius=0 with inclusive=false leaves no cell in the window. Give a radius above 0.")
         if not 0 < self.temperature < float("inf"):

@@ -51,8 +51,8 @@ def input_size(size: Size, settings: PropagationSettings, patch_size: int) -> Si
     multiple = settings.long_multiple or patch_size
     if multiple % patch_size:
         raise UserError(
-            f"tracker.long_multiple={multiple} is no multiple of the backbone's patch size, {patch_size}: the grid "
-            "would reach beyond the frame. Give tracker.long_multiple=null, which stands for the patch size."
+            f"tracker.long_multiple={multiple} is not a multiple of the backbone's patch size, {patch_size}: the grid "
+            "would extend beyond the frame. Set tracker.long_multiple=null to use the patch size."
         )
     short, long = min(size), max(size)
     wanted = settings.short

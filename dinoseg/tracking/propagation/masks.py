@@ -45,8 +45,8 @@ class ObjectChannels:
         lost = [str(label) for label in in_mask if not labels[self.ids.index(label)].any()]
         if lost:
             logger.warning(
-                "Frame %d: too small to lie under the centre of a grid cell, and so not followed: object %s. Give a "
-                "larger tracker.short, or tracker.first=bilinear.",
+                "Frame %d: too small for the centre of a grid cell, so not tracked: object %s. Set a larger "
+                "tracker.short, or tracker.first=bilinear.",
                 frame,
                 listed(lost),
             )
@@ -97,7 +97,7 @@ def to_mask(
         UserError: `patch_size` is missing, or there are more than 256 labels.
     """
     if len(soft) > 256:
-        raise UserError(f"{len(soft)} labels do not fit into a mask of 256 ids. Track fewer objects at once.")
+        raise UserError(f"A mask has at most 256 ids; there are {len(soft)} labels. Track fewer objects at once.")
     decided = _decision_size(soft, size, settings, patch_size)
     best = torch.full(decided, -torch.inf, device=soft.device, dtype=soft.dtype)
     ids = torch.zeros(decided, device=soft.device, dtype=torch.uint8)

@@ -47,8 +47,8 @@ class PropagationTracker(Tracker):
 
     unread = ("slots", "resolution")
     unread_because = (
-        "Label propagation has no slots (give resume=RUN of a model with head=slots), and resizes frames as "
-        "tracker.short says."
+        "Label propagation has no slots (give resume=RUN of a model with head=slots), and resizes frames to "
+        "tracker.short."
     )
 
     def __init__(
@@ -85,12 +85,12 @@ class PropagationTracker(Tracker):
         """Describe the backbone's input size and grid for frames of `size` (H, W)."""
         patch = self._backbone.patch_size
         height, width = input_size(size, self._protocol, patch)
-        text = f"the backbone sees them at {height} x {width}, on a grid of {height // patch} x {width // patch} cells"
+        text = f"the backbone gets them at {height} x {width}, on a grid of {height // patch} x {width // patch} cells"
         if height * width > 1.5 * size[0] * size[1]:
             return f"{text}, enlarged to tracker.short={self._protocol.short}: tracker.enlarge=false takes less time"
         if not self._protocol.enlarge and height * width <= size[0] * size[1]:
             finer = f"tracker.enlarge=true tracker.short={2 * min(size)}"
-            return f"{text} ({finer} is finer, and takes four times as long or more)"
+            return f"{text} ({finer} is finer, but at least four times slower)"
         return text
 
     @torch.no_grad()
@@ -107,7 +107,7 @@ class PropagationTracker(Tracker):
             grid = (features.shape[1], features.shape[2])
             first = self._frames_seen == 0
             if mask is None and first:
-                raise UserError("The first frame has no mask. Give it: its objects are what is followed.")
+                raise UserError("The first frame has no mask. Give its mask, whose objects are tracked.")
             seeds = None if mask is None else self._objects.labels(mask, grid, self._frames_seen).to(self.device)
             soft = self._propagator.step(features, seeds)  # (L, h, w)
             self._frames_seen += 1
@@ -133,7 +133,7 @@ class PropagationTracker(Tracker):
         if state:
             check_state(state, _FORMS)
             if len(set(state["ids"].tolist())) < state["ids"].numel() or state["ids"][0]:
-                raise ValueError("ids do not begin with the background, or name an object twice")
+                raise ValueError("ids do not start with the background, or repeat an object")
         self._propagator.load({name: state[name].to(self.device) for name in ("features", "labels") if state})
         self._objects.ids = state["ids"].tolist() if state else [0]
         self.size = tuple(state["size"].tolist()) if state else None

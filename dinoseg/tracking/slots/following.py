@@ -188,8 +188,8 @@ def _numbered(num_slots: int) -> list[int]:
     """Return a unique ID for each slot, from 1."""
     if num_slots >= VOID:
         raise UserError(
-            f"head.num_slots={num_slots} do not fit into masks of ids 1 to {VOID - 1}. Use a model of fewer slots, or "
-            "give the mask of the first frame, whose objects several slots may serve."
+            f"head.num_slots={num_slots} exceeds the mask ids 1 to {VOID - 1}. Use a model with fewer slots, or give "
+            "the mask of the first frame, whose objects several slots may serve."
         )
     return list(range(1, num_slots + 1))
 

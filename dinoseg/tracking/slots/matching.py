@@ -122,9 +122,9 @@ def give(served: list[int], overlap: Mapping[int, np.ndarray]) -> None:
         if not free:
             objects = count_of(waiting | set(served) - {0}, "object")
             raise UserError(
-                f"{count_of(served, 'slot')} cannot follow {objects}: each needs one of its own, and so does the "
-                "background. Use slots.lock_on=true, which makes slots for the objects of the first frame and "
-                "slots.background_slots for later ones; or a model of more slots (head.num_slots)."
+                f"{count_of(served, 'slot')} cannot track {objects}: each object and the background need their own "
+                "slot. Use slots.lock_on=true, which creates slots for the objects of the first frame and "
+                "slots.background_slots for later ones; or a model with more slots (head.num_slots)."
             )
         pairs = [(slot, label) for slot in free for label in sorted(waiting)]
         slot, label = max(pairs, key=lambda pair: overlap[pair[1]][pair[0]])

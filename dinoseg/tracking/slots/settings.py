@@ -63,11 +63,11 @@ class SlotTracking:
         if not 0 <= self.appearance <= 1e6:
             raise UserError(f"slots.appearance={self.appearance}: give a number from 0 to 1000000, such as 16.")
         if self.looks not in (1, 2):
-            raise UserError(f"slots.looks={self.looks}: a video is looked at once or twice. Give 1 or 2.")
+            raise UserError(f"slots.looks={self.looks}: a video is processed in one or two passes. Give 1 or 2.")
         if self.looks == 2 and self.match != "appearance":
             raise UserError(
-                f"slots.looks=2 has no effect with slots.match={self.match}: the first look is for what slots look "
-                "like. Set slots.match=appearance, or slots.looks=1."
+                f"slots.looks=2 has no effect with slots.match={self.match}: the first pass collects slot appearance. "
+                "Set slots.match=appearance, or slots.looks=1."
             )
         for key, value, least in (("slots_per_object", self.slots_per_object, 1), ("extra_slots", self.extra_slots, 0)):
             if not self.lock_on and value > least:

@@ -73,7 +73,7 @@ class SlotTracker(Tracker):
     """
 
     unread = ("tracker",)
-    unread_because = "Slots are followed as slots=... says."
+    unread_because = "Slots are tracked by the settings of slots=..."
 
     def __init__(
         self,
@@ -87,7 +87,7 @@ class SlotTracker(Tracker):
         self._model, self._slot_settings = model, settings
         slots = model.head.slots
         if slots is None:
-            raise UserError("The model has no slots to follow. Give resume=RUN of a model with head=slots.")
+            raise UserError("The model has no slots to track. Give resume=RUN of a model with head=slots.")
         if not model.backbone.has_class_attention:
             _refuse_class_attention(settings)
         self._mask_source = slots.mask_source
@@ -116,7 +116,7 @@ class SlotTracker(Tracker):
         """
         if self._slot_settings.looks == 2 and self._followed is None and self._known is None:
             raise UserError(
-                "slots.looks=2 knows the whole video before its first frame: call look_ahead(...) with it before "
+                "slots.looks=2 needs the whole video before its first frame: call look_ahead(...) with it before "
                 "track(...), or give slots.looks=1."
             )
         assert self.size is not None
@@ -202,10 +202,10 @@ class SlotTracker(Tracker):
         by_looks = self._slot_settings.match == "appearance"
         check_state(state, _FORMS | (_APPEARANCE if by_looks else {}))
         if by_looks and (int(state["whole"]) != self._slot_settings.looks - 1 or not state["cells"].any()):
-            raise ValueError(f"whole and cells are not those of slots.looks={self._slot_settings.looks}")
+            raise ValueError(f"whole and cells do not match slots.looks={self._slot_settings.looks}")
         slots = state["slots"].shape[1]
         if sorted(state["places"].tolist()) != list(range(slots)) or int(state["sizes"].sum()) != slots:
-            raise ValueError(f"places or sizes are not those of {slots} slots")
+            raise ValueError(f"positions or sizes do not match {slots} slots")
         height, width = state["frame"].tolist()
         self.size = (height, width)
         self._followed = Followed(
@@ -233,7 +233,7 @@ class SlotTracker(Tracker):
         labelled = labels[0] is not None if self._followed is None else self._followed.labelled
         if self._slot_settings.lock_on and not labelled:
             raise UserError(
-                "slots.lock_on=true shows slots what the mask of the first frame says, and there is none. Give it, or "
+                "slots.lock_on=true initialises slots from the mask of the first frame, which is missing. Give it, or "
                 "set slots.lock_on=false."
             )
         for mask in labels:
@@ -241,8 +241,8 @@ class SlotTracker(Tracker):
                 continue
             if not labelled:
                 raise UserError(
-                    "There is a mask of a later frame, but none of the first, so masks hold numbers of slots. Give a "
-                    "mask of the first frame (of zeros if no object is there yet), or none at all."
+                    "There is a mask of a later frame, but not of the first, so the output ids are slot numbers. Give "
+                    "a mask of the first frame (zeros if it has no object), or no masks."
                 )
             if mask.dtype.kind not in "ui" or mask.min() < 0 or mask.max() > VOID:
                 raise UserError(
@@ -257,8 +257,8 @@ def _tell_unseen(given: np.ndarray, found: np.ndarray, remedies: Sequence[str]) 
     unseen = [str(each) for each in np.setdiff1d(ids, found)]
     if unseen:
         logger.warning(
-            "Slots show no pixel of the first mask's %s %s (of %d): another one wins its cells, or it is smaller than "
-            "one. Give %sa larger head.num_slots or resolution, or train longer.",
+            "No slot covers the first mask's %s %s (of %d): another object wins its cells, or it is smaller than a "
+            "cell. Set %sa larger head.num_slots or resolution, or train longer.",
             "object" if len(unseen) == 1 else "objects",
             listed(unseen),
             len(ids),
@@ -275,11 +275,11 @@ def _refuse_class_attention(settings: SlotTracking) -> None:
     """Check that no setting needs the class attention, which only a backbone with a class token has."""
     if settings.extra_slots:
         raise UserError(
-            f"slots.extra_slots={settings.extra_slots} needs a backbone with a class token, whose attention tells "
-            "what is foreground. Set slots.extra_slots=0, or use a model with such a backbone."
+            f"slots.extra_slots={settings.extra_slots} needs a backbone with a class token, whose attention separates "
+            "the foreground. Set slots.extra_slots=0, or use a model with such a backbone."
         )
     if settings.lock_on and settings.hold != "none":
         raise UserError(
             f"slots.hold={settings.hold} with slots.lock_on=true needs a backbone with a class token, whose attention "
-            "tells in later frames what is background. Set slots.hold=none, or use a model with such a backbone."
+            "separates the background in later frames. Set slots.hold=none, or use a model with such a backbone."
         )

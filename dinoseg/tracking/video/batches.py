@@ -94,14 +94,14 @@ class VideoBatches:
         """Raise the error that ended the input early, or an error for masks whose frames do not exist."""
         go_on = (
             f"{count_of(self._done, 'mask')} so far are in {self._folder / MASKS}: the same command with "
-            f"mode.restart={self._folder} goes on there."
+            f"mode.restart={self._folder} resumes there."
         )
         if self._failure is not None:
             raise UserError(f"{self._failure} {go_on}") from self._failure
         late = [path.name for position, path in self._labels.files.items() if position >= self._done]
         if late:
             raise UserError(
-                f"labels has {count_of(late, 'mask')} of no frame: {listed(late)}, and {self._frames.path} has "
+                f"labels has {count_of(late, 'mask')} without frame: {listed(late)}; {self._frames.path} has "
                 f"{count_of(self._done, 'frame')}. Remove or rename them. {go_on}"
             )
 
@@ -137,13 +137,13 @@ class VideoBatches:
     def _pass_over(self, frames: Iterator[_LabelledFrame], start: TrackProgress) -> None:
         """Read the frames that are done; check that frames and labels are unchanged and the written masks exist."""
         remedy = (
-            f"Give what it had, unchanged (its command line is in {self._folder / 'config' / 'overrides.txt'}), or "
-            "begin anew without mode.restart."
+            f"Use its unchanged input (its command line is in {self._folder / 'config' / 'overrides.txt'}), or start "
+            "over without mode.restart."
         )
         names = [name for name, _, _ in islice(frames, start.done)]
         if len(names) < start.done:
             raise UserError(
-                f"{self._frames.path} has {count_of(names, 'frame')}, and the run in {self._folder} has tracked "
+                f"{self._frames.path} has {count_of(names, 'frame')}, but the run in {self._folder} has tracked "
                 f"{start.done}. {remedy}"
             )
         now = self.progress()
@@ -153,7 +153,7 @@ class VideoBatches:
         ):
             if not same:
                 raise UserError(
-                    f"mode.restart={self._folder}: {what} differs from what that run has seen in its first "
-                    f"{count_of(start.done, 'frame')}. {remedy}"
+                    f"mode.restart={self._folder}: {what} has changed in the first {count_of(start.done, 'frame')}. "
+                    f"{remedy}"
                 )
         check_masks(self._folder, names)

@@ -43,8 +43,8 @@ def prompted_frames(video: Video, prompts: str) -> Iterator[PromptedFrame]:
     """
     if prompts == "first" and 0 not in video.masks:
         raise UserError(
-            f"Video {video.name} has no mask of its first frame, {video.frames[0]}, from which its objects are "
-            "followed. Add this mask, or leave the video out."
+            f"Video {video.name} has no mask of its first frame, {video.frames[0]}, which defines its objects. Add "
+            "this mask, or leave the video out."
         )
     size: tuple[int, ...] = ()
     known = np.zeros(256, dtype=bool)

@@ -14,7 +14,7 @@ from dinoseg.utils.wording import count_of, listed
 
 _LOSSY = ("JPEG", "MPO", "JPEG2000", "WEBP")  # Pillow's names; lossless WebP is rare
 _LOSSY_TIFF = ("jpeg", "tiff_jpeg", "webp")
-_NAMES = "named as the frames of a folder, or by the number of a video's frame, from 0 (000000040.png or 40.png)"
+_NAMES = "named like the frames of a folder, or by frame number, from 0 (000000040.png or 40.png)"
 
 
 class TrackLabels:
@@ -61,13 +61,14 @@ def find_labels(source: str | None, frames: FrameReader) -> TrackLabels:
         return TrackLabels(_in_folder(path, frames), frames.size, source)
     if not path.is_file():
         raise UserError(
-            f"No such file or folder: labels={source}. Give the mask of the first frame, or a folder of masks {_NAMES}."
+            f"File or folder not found: labels={source}. Give the mask of the first frame, or a folder of masks "
+            f"{_NAMES}."
         )
     position = frames.position(path.stem)
     if position:
         raise UserError(
-            f"labels={source} is named as frame {position}, and the first frame is {frames.frame_name(0)}. Give a mask "
-            f"of the first frame, or an input that begins at {path.stem}."
+            f"labels={source} is named like frame {position}, but the first frame is {frames.frame_name(0)}. Give a "
+            f"mask of the first frame, or an input that starts at {path.stem}."
         )
     return TrackLabels({0: path}, frames.size, source)
 
@@ -76,13 +77,13 @@ def _in_folder(folder: Path, frames: FrameReader) -> dict[int, Path]:
     names = picture_files(folder)
     if not names:
         raise UserError(
-            f"The folder labels={folder} holds no mask directly. Masks are pictures ({' '.join(IMAGE_SUFFIXES)}) "
+            f"The folder labels={folder} holds no mask directly. Masks are image files ({' '.join(IMAGE_SUFFIXES)}) "
             f"{_NAMES}."
         )
     lone = [file for name, file in names.items() if frames.position(name) is None]
     if lone:
         raise UserError(
-            f"labels={folder} has {count_of(lone, 'mask')} of no frame of {frames.path}: {listed(lone)}. Masks are "
+            f"labels={folder} has {count_of(lone, 'mask')} without frame in {frames.path}: {listed(lone)}. Masks are "
             f"{_NAMES}."
         )
     masks: dict[int, Path] = {}
@@ -90,13 +91,13 @@ def _in_folder(folder: Path, frames: FrameReader) -> dict[int, Path]:
         position = frames.position(name)
         assert position is not None
         if position in masks:
-            raise UserError(f"{masks[position]} and {folder / file} are masks of one frame: keep one of them.")
+            raise UserError(f"{masks[position]} and {folder / file} are masks of the same frame: keep one of them.")
         masks[position] = folder / file
     if 0 not in masks:
         raise UserError(
-            f"labels={folder} has no mask for the first frame, {frames.frame_name(0)}, but for "
-            f"{listed([frames.frame_name(position) for position in sorted(masks)])}. Give one for it, or an input that "
-            "begins at the first mask."
+            f"labels={folder} has no mask for the first frame, {frames.frame_name(0)}; it has "
+            f"{listed([frames.frame_name(position) for position in sorted(masks)])}. Add one, or give an input that "
+            "starts at the first mask."
         )
     return masks
 
@@ -107,20 +108,19 @@ def _ids(path: Path, size: tuple[int, int]) -> np.ndarray:
         lossy = image.format in _LOSSY or image.info.get("compression") in _LOSSY_TIFF
     if lossy:
         raise UserError(
-            f"{path} is of a format that compresses with loss ({image.format}): pixels at the edges of objects get ids "
-            "that were never drawn. Save the mask as a grey or palette PNG where it was drawn; a copy of this file "
-            "keeps the wrong ids."
+            f"{path} has a lossy format ({image.format}): pixels at the edges of objects get wrong ids. Save the mask "
+            "as a grey or palette PNG in the annotation tool; converting this file keeps the wrong ids."
         )
     if ids.ndim == 3:
         if not (ids == ids[..., :1]).all():
             raise UserError(
-                f"{path} is a coloured picture, which does not say which object a pixel belongs to. Save the mask as a "
-                "grey or palette PNG of object ids: 0 for the background, 1, 2, ... for objects."
+                f"{path} is a colour image, not a mask of object ids. Save the mask as a grey or palette PNG of object "
+                "ids: 0 for the background, 1, 2, ... for objects."
             )
         ids = ids[..., 0]
     if ids.shape != size:
         raise UserError(
-            f"{path} is {ids.shape[0]} x {ids.shape[1]} pixels, and the frames are {size[0]} x {size[1]} (H x W). Give "
+            f"{path} is {ids.shape[0]} x {ids.shape[1]} pixels, but the frames are {size[0]} x {size[1]} (H x W). Give "
             "a mask of the frames' size, resized without smoothing (nearest neighbour)."
         )
     if ids.min() < 0 or ids.max() > VOID:

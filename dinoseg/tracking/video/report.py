@@ -67,7 +67,7 @@ def write_results(job: TrackJob, passed: Throughput, source: str, opacity: float
     """
     frames_per_s = passed.items / passed.seconds
     logger.info(
-        "%s in %.1f s: %.2f frames/s with reading and writing",
+        "%s in %.1f s: %.2f frames/s including reading and writing",
         count_of(passed.items, "frame"),
         passed.seconds,
         frames_per_s,
@@ -77,7 +77,7 @@ def write_results(job: TrackJob, passed: Throughput, source: str, opacity: float
     flicker = job.tracker.flicker()
     if flicker is not None:
         before, after = 100 * flicker["before"], 100 * flicker["after"]
-        logger.info("Pixels that change class from a frame to the next: %.2f %%, smoothed %.2f %%", before, after)
+        logger.info("Pixels that change class between frames: %.2f %%, smoothed %.2f %%", before, after)
     result = {
         "input": source,
         "labels": {job.frames.frame_name(position): str(path) for position, path in sorted(job.labels.files.items())},
@@ -157,7 +157,7 @@ def _with_masks(frames: FrameReader, masks: Path) -> Iterator[_Masked]:
         path = masks / f"{frames.frame_name(position)}.png"
         mask = read_ids(path)
         if mask.shape != frame.shape[:2]:
-            raise UserError(f"{path} is of another size than its frame: was it replaced? Track again.")
+            raise UserError(f"{path} differs in size from its frame: was it replaced? Track again.")
         yield _Masked(position, frame, time, mask)
 
 

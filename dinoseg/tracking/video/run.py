@@ -103,7 +103,7 @@ def _ahead(job: TrackJob) -> Iterator[LabelledFrames]:
     path, done = job.frames.path, 0
     with (
         open_frames(str(path)) as frames,
-        Bar(total=frames.count or None, unit="frame", desc=f"first look at {path.name}") as bar,
+        Bar(total=frames.count or None, unit="frame", desc=f"first pass over {path.name}") as bar,
     ):
         each = iter(frames)
         while True:
@@ -114,8 +114,8 @@ def _ahead(job: TrackJob) -> Iterator[LabelledFrames]:
                 if not done:
                     raise
                 raise UserError(
-                    f"{error} No mask is written yet, since the whole video is looked at first (slots.looks=2); with "
-                    "slots.looks=1 there are masks of what comes before."
+                    f"{error} No mask was written, since the first of two passes covers the whole video "
+                    "(slots.looks=2); slots.looks=1 writes masks up to the error."
                 ) from error
             if not batch:
                 return

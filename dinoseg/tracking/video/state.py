@@ -70,13 +70,13 @@ def check_unfinished(folder: Path) -> None:
     """
     if (folder / RESULT).is_file():
         raise UserError(
-            f"mode.restart={folder}: that run is finished, and its masks are in {folder / MASKS}. To track anew, "
-            "leave mode.restart out."
+            f"mode.restart={folder}: that run is finished; its masks are in {folder / MASKS}. To track again, leave "
+            "mode.restart out."
         )
     if not (folder / STATE).is_file():
         raise UserError(
-            f"mode.restart={folder}: no unfinished run of mode=track is there (no {STATE}). Give the folder of one, or "
-            "leave mode.restart out to begin anew."
+            f"mode.restart={folder}: not an unfinished run of mode=track (no {STATE}). Give the run folder, or leave "
+            "mode.restart out to start over."
         )
 
 
@@ -93,19 +93,19 @@ def read_track_state(folder: Path) -> TrackState:
             info = forms.parse_json((file.metadata() or {}).get("track", "{}"), forms.table(forms.plain))
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         if type(info.get("format")) is int and info["format"] > _FORMAT:
-            raise UserError(f"{path} was written by a newer dinoseg. Update this one, or begin anew.")
+            raise UserError(f"{path} was written by a newer dinoseg. Update dinoseg, or start over.")
         _FORM(info, "its description")
         return TrackState(TrackProgress(**info["progress"]), info["settings"], tensors)
     except (SafetensorError, OSError, forms.Misshapen) as error:
-        raise UserError(f"{path} is not readable ({error}). Leave mode.restart out to begin anew.") from error
+        raise UserError(f"{path} is not readable ({error}). Leave mode.restart out to start over.") from error
 
 
 def check_batch_size(folder: Path, then: int, now: int) -> None:
     """Warn if the batch size differs from that of the run to resume, since other batches round differently."""
     if then != now:
         logger.warning(
-            "mode.restart=%s: mode.batch_size was %d and is %d. Masks may differ by rounding from those of a run that "
-            "was never stopped; with mode.batch_size=%d they are the same.",
+            "mode.restart=%s: mode.batch_size was %d and is %d. Masks may differ by rounding from those of an "
+            "uninterrupted run; with mode.batch_size=%d they are identical.",
             folder,
             then,
             now,
@@ -123,8 +123,8 @@ def check_masks(folder: Path, names: Iterable[str]) -> None:
     lost = [path.name for path in files if not (path.is_file() and path.stat().st_size)]
     if lost:
         raise UserError(
-            f"mode.restart={folder}: {count_of(lost, 'mask')} of the {len(files)} frames that are done, missing or "
-            f"empty in {folder / MASKS}: {listed(lost)}. Put them back, or begin anew without mode.restart."
+            f"mode.restart={folder}: {count_of(lost, 'mask')} of the {len(files)} finished frames missing or empty in "
+            f"{folder / MASKS}: {listed(lost)}. Restore them, or start over without mode.restart."
         )
 
 

@@ -259,8 +259,8 @@ class FeatureCache:
             self._told = True
             height, width = kind[0]
             log.warning(
-                "Features that are kept of an image of %d x %d have the shapes %s, and the model gives %s. Such "
-                "features are computed anew.",
+                "Cached features of an image of %d x %d have the shapes %s, but the model returns %s. Such features "
+                "are recomputed.",
                 *(width, height, found, expected),
             )
         return found == expected

@@ -51,8 +51,8 @@ def rounded(tensors: Sequence[Tensor], stored: Stored) -> list[Tensor]:
     for tensor in (tensor.detach().cpu() for tensor in tensors):
         if not _is_finite(tensor):
             raise UserError(
-                "The frozen part of the model gives features that are no finite numbers, which nothing can be trained "
-                "on. Check its weights and the images, or compute with engine.precision=fp32."
+                "The frozen part of the model returns features that are not finite. Check its weights and the images, "
+                "or set engine.precision=fp32."
             )
         if tensor.dtype == torch.uint8:
             kept.append(tensor.contiguous())
@@ -62,8 +62,8 @@ def rounded(tensors: Sequence[Tensor], stored: Stored) -> list[Tensor]:
             if stored == "float16":
                 return rounded(tensors, "bfloat16")
             raise UserError(
-                f"Features as large as {tensor.float().abs().max():.3g} are no numbers in {stored}, as they would "
-                "be kept. Set features.dtype=float32, or engine.cache=off."
+                f"Features as large as {tensor.float().abs().max():.3g} overflow in {stored}, the type of the cache. "
+                "Set features.dtype=float32, or engine.cache=off."
             )
     return kept
 
@@ -98,8 +98,8 @@ def to_bytes(key: str, kept: Sequence[Tensor], stored: Stored) -> bytes:
     content = b"".join(parts)
     if len(content) > MOST_BYTES:
         raise UserError(
-            f"The features of one image take {len(content) / 2**20:.0f} MiB, and {MOST_BYTES / 2**20:.0f} are kept at "
-            "most. Set engine.cache=off, or reduce the images: resolution.longest."
+            f"The features of one image take {len(content) / 2**20:.0f} MiB; the limit is {MOST_BYTES / 2**20:.0f}. "
+            "Set engine.cache=off, or reduce the images: resolution.longest."
         )
     return _MAGIC + _checksum(memoryview(content)[_START:]) + content[_START:]
 
@@ -118,22 +118,22 @@ def from_bytes(key: str, data: np.ndarray, stored: Stored, *, verify: bool) -> l
     """
     start = data[: _START + _LONGEST_HEADER].tobytes()
     if not start.startswith(_MAGIC):
-        raise forms.Misshapen("it is no file of features")
+        raise forms.Misshapen("it is not a feature file")
     if verify and _checksum(data[_START:].data) != start[len(_MAGIC) : _START]:
         raise forms.Misshapen("its checksum differs")
     text, newline, _ = start[_START:].partition(b"\n")
     header = forms.parse_json(text, _FORM)
     held = "bfloat16" if (stored, header["stored"]) == ("float16", "bfloat16") else stored
     if not newline or (header["key"], header["stored"]) != (key, held) or not all(header["shapes"]):
-        raise forms.Misshapen("it is of other features")
+        raise forms.Misshapen("it belongs to other features")
     places, end = _places(_aligned(_START + len(text) + 1), header["shapes"], header["bytes"], held)
     if end != len(data):
-        raise forms.Misshapen(f"it has {len(data)} bytes, of {end}")
+        raise forms.Misshapen(f"it has {len(data)} bytes instead of {end}")
     kept = [
         torch.from_numpy(data[place : place + size]).view(dtype).view(shape) for place, size, dtype, shape in places
     ]
     if verify and not all(map(_is_finite, kept)):
-        raise forms.Misshapen("it holds what is no finite number")
+        raise forms.Misshapen("it holds values that are not finite")
     return kept
 
 

@@ -49,7 +49,8 @@ def origin(root: Path, parts: Mapping[str, str]) -> str:
         differing = [[part for part in parts if kept.get(part) != parts[part]] for kept in others]
         if all(differing) and others:
             log.info(
-                "The features kept in %s are of other %s than now: they are not used, and features are computed anew.",
+                "The features cached in %s were computed with other %s: they are not used, and features are "
+                "recomputed.",
                 root,
                 listed(min(differing, key=len)),
             )
@@ -127,5 +128,5 @@ def _version(library: str) -> str | None:
 
 def _read(path: Path) -> dict[str, str]:
     if path.exists() and not path.is_file():
-        raise forms.Misshapen("it is no file")
+        raise forms.Misshapen("it is not a file")
     return forms.read_json(path, forms.table(forms.text))

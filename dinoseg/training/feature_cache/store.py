@@ -159,7 +159,7 @@ class DiskStore:
             return None
         except (OSError, Misshapen) as error:
             if not self._told:
-                log.warning("%s cannot be used (%s). Such features are computed anew.", path, error)
+                log.warning("%s cannot be used (%s). Such features are recomputed.", path, error)
             self._told = True
             return None
         self._seen.add(key)
@@ -172,11 +172,11 @@ class DiskStore:
             try:
                 self._write(self.path(key), to_bytes(key, kept, self.stored))
             except IsADirectoryError:
-                log.warning("%s is a folder: the features of one image are not kept. Remove it.", self.path(key))
+                log.warning("%s is a folder: the features of one image are not cached. Remove it.", self.path(key))
             except OSError as error:
                 self._closed = True
                 full = f"the disk is full, {free_space(self.root)}" if error.errno in DISK_FULL else error
-                _tell_end(f"No features can be written to {self.folder} ({full})")
+                _tell_end(f"Cannot write features to {self.folder} ({full})")
         return restored(kept, self.stored)
 
     def trust(self, key: str) -> None:
@@ -202,7 +202,7 @@ class DiskStore:
         if len(content) > (free := self._free()):
             self._closed = True
             cap = "" if self.cap is None else f", {in_bytes(self.cap)} at most"
-            _tell_end(f"There is room for {in_bytes(max(0, free))} more in {self.root}{cap}")
+            _tell_end(f"{in_bytes(max(0, free))} are free in {self.root}{cap}")
             return
         with whole_file(path) as part, open(part, "wb", buffering=0) as file:
             write_whole(file, memoryview(content))
@@ -254,7 +254,7 @@ def _read(path: Path, *, touch: bool) -> np.ndarray:
     """Return the bytes of a file; not memory-mapped, since reading a map of a truncated file kills the process."""
     status = path.lstat()
     if not stat.S_ISREG(status.st_mode):
-        raise Misshapen("it is a folder, a link or the like")
+        raise Misshapen("it is not a regular file")
     if not 0 < status.st_size <= MOST_BYTES:
         raise Misshapen(f"it has {status.st_size} bytes")
     content = np.empty(status.st_size, np.uint8)
@@ -262,7 +262,7 @@ def _read(path: Path, *, touch: bool) -> np.ndarray:
         if not os.path.samestat(status, os.fstat(file.fileno())):
             raise Misshapen("it was replaced while it was opened")
         if file.readinto(content.data) < len(content):
-            raise Misshapen("it ends too early")
+            raise Misshapen("it is truncated")
     if touch:
         with suppress(OSError):  # a read-only cache
             os.utime(path)
@@ -280,14 +280,14 @@ def _rounded(tensors: Sequence[Tensor], stored: Stored) -> list[Tensor]:
 def _tell_wider() -> None:
     """Log the warning once per process."""
     log.warning(
-        "Features of an image are larger than the numbers of float16: those of such images are kept in bfloat16, which "
-        "is coarser. features.dtype=float32 keeps all as they are."
+        "Features of an image overflow in float16: such images are cached in bfloat16, which is coarser. "
+        "features.dtype=float32 caches them exactly."
     )
 
 
 def _tell_end(reason: str) -> None:
     log.warning(
-        "%s: no more features are kept. Those that are kept are used, and those of other images are computed whenever "
-        "they are needed. Make room, and the next run goes on from here.",
+        "%s: no more features are cached. Features of other images are computed when needed. Free some space, and the "
+        "next run caches more.",
         reason,
     )

@@ -67,9 +67,9 @@ def test_a_run_is_trained_by_what_was_chosen_and_its_recipe_gives_it_again(folde
     )
     assert cfg.data.batch_size == 2 and cfg.data.views == 4 and cfg.resolution.crop == [32, 48]
     assert first["config"]["data"]["views"] == 4 and first["choices"]["head"] == "linear"
-    assert "  data.views=4: features of 4 views of each image are kept" in done.out
-    assert "; as given: trainer.steps; chosen now:" in done.out
-    assert "adapter=frozen: the backbone stays as it is" in done.out
+    assert "  data.views=4: features of 4 views of each image are cached" in done.out
+    assert "; set on the command line: trainer.steps; chosen now:" in done.out
+    assert "adapter=frozen: the backbone is frozen" in done.out
     command = next(line for line in done.out.splitlines() if "hparam=chosen" in line).split()[3:]
     assert FEW in command and "budget.minutes=1" not in command
     again = call(folder, *[word.strip("'") for word in command], "hydra.run.dir=S")
@@ -103,7 +103,7 @@ def test_what_is_typed_is_taken_as_it_is(folder):
         3,
         1e-3,
     )
-    assert cfg.resolution.crop == [24, 24] and f"; as given: {taken}" in done.out
+    assert cfg.resolution.crop == [24, 24] and f"; set on the command line: {taken}" in done.out
     text = re.sub("#.*", "", (folder / "R/config/hparam/chosen.yaml").read_text())
     assert not re.search("crop|head|loss|batch|lr|trainer", text) and "override /adapter: frozen" in text
 
@@ -125,7 +125,7 @@ def test_the_same_command_chooses_the_same_however_fast_the_machine_then_is(fold
     assert first.status == 0 and "; chosen now:" in first.out, first.err
     monkeypatch.setattr("dinoseg.cli.auto.search.in_own_process", pytest.fail)
     again = call(folder, *words, "seed=1", "mode.pictures=0", "hydra.run.dir=S")
-    assert again.status == 0 and "as they were chosen before, since" in again.out, again.err
+    assert again.status == 0 and "reused from" in again.out, again.err
     one, other = (OmegaConf.to_container(config_of(folder / run)) for run in "RS")
     assert one["seed"] != other["seed"]
     assert [one[key] for key in ("head", "data", "optim", "trainer")] == [
@@ -140,7 +140,10 @@ def test_the_same_command_chooses_the_same_however_fast_the_machine_then_is(fold
 @pytest.mark.usefixtures("choice_alone")
 def test_a_length_that_was_typed_once_is_chosen_where_it_is_not(folder, monkeypatch):
     words = (*AUTO, "budget.minutes=1", "mode=plan", "mode.dry_step=false")
-    assert "; as given: trainer.steps; chosen now:" in call(folder, *words, "trainer.steps=2", "hydra.run.dir=R").out
+    assert (
+        "; set on the command line: trainer.steps; chosen now:"
+        in call(folder, *words, "trainer.steps=2", "hydra.run.dir=R").out
+    )
     monkeypatch.setattr("dinoseg.cli.auto.search.in_own_process", pytest.fail)
     done = call(folder, *words, "hydra.run.dir=S")
     assert done.status == 0 and "as given" not in done.out, done.err
@@ -169,7 +172,7 @@ def test_a_run_goes_on_with_what_was_chosen_for_it(folder, monkeypatch):
     monkeypatch.setattr("dinoseg.cli.auto.search.in_own_process", pytest.fail)
     (run,) = (folder / "outputs/auto").iterdir()
     again = call(folder, *words, "trainer.steps=4", "resume=auto")
-    assert again.status == 0 and "going on with" in again.err and "at step 2 of 4" in again.err, again.err
+    assert again.status == 0 and "resuming" in again.err and "at step 2 of 4" in again.err, again.err
     assert checkpoint.describe(run / "checkpoints/last.safetensors")["progress"]["step"] == 4
     for path in (folder / "outputs/.cache").glob("choices_*.json"):
         path.unlink()  # by name nothing is chosen anew in any case
@@ -207,9 +210,9 @@ def test_a_run_goes_on_whose_classes_of_any_name_have_weights(folder):
         (["resolution.crop=[x,y]"], "resolution.crop=['x', 'y'] is of type list of str"),
         (["budget.minutes=null"], "budget.minutes=null"),
         (["budget.minutes=soon"], "budget.minutes=soon"),
-        (["hparam=base", "budget.minutes=3"], "budget.minutes=3 is read by hparam=auto alone"),
+        (["hparam=base", "budget.minutes=3"], "budget.minutes=3 has no effect without hparam=auto"),
         (["trainer=many_heads", "heads=[linear]"], "trainer=many_heads trains several heads"),
-        (["trainer=self_training"], "images and their masks, not for trainer=self_training. Give a recipe by its name"),
+        (["trainer=self_training"], "images and their masks, not for trainer=self_training. Choose a recipe:"),
         (["trainer=slots"], "not for trainer=slots"),
         (["data.root=nowhere"], "nowhere"),
     ],
@@ -342,8 +345,8 @@ def test_choosing_takes_a_quarter_of_the_budget_and_names_what_was_not_tried(fol
     cfg, done = plan(folder, monkeypatch, (8,), "head=linear", timed=slow)
     assert cfg.choices.adapter == "frozen" and "candidate 1 of at most 3, 15 s at most" in done.err
     assert (
-        "; adapter=full was not tried, since the time for choosing was spent; adapter=full on smaller images was not "
-        "tried, since the time for choosing was spent"
+        "; adapter=full was not tried: the time for choosing was used up; adapter=full on smaller images was not "
+        "tried: the time for choosing was used up"
     ) in done.out
 
 
@@ -369,10 +372,7 @@ def test_choosing_ends_in_time_where_composing_the_config_takes_long(folder, mon
 def test_a_candidate_is_stopped_at_its_time_limit_and_the_cheapest_stays(folder, monkeypatch):
     write_halves(folder)
     cfg, done = plan(folder, monkeypatch, (1, 99), "head=linear")
-    assert (
-        cfg.choices.adapter == "frozen"
-        and "; adapter=full was stopped, since timing it took longer than 14 s" in done.out
-    )
+    assert cfg.choices.adapter == "frozen" and "; adapter=full was stopped: timing it took longer than 14 s" in done.out
 
 
 @pytest.mark.parametrize(
@@ -389,10 +389,10 @@ def test_a_budget_is_never_refused_once_it_is_spent(folder, monkeypatch, timed, 
     longest, head, init = expected
     assert (cfg.resolution.longest, cfg.choices.head, cfg.head.init) == (longest, head, init), done.out
     assert (cfg.trainer.steps >= 10) == (init is None)
-    assert ("; its speed is estimated, since there was no time to measure it" in done.out) == (timed is None)
+    assert ("; its speed is estimated (no time to measure it)" in done.out) == (timed is None)
     if init:
         assert cfg.trainer.steps == cfg.trainer.val_images == 1 and "solved in closed form" in done.out
-        assert "there is no time to validate more than 1 image" in done.out
+        assert "there is no time to validate on more than 1 image" in done.out
 
 
 @pytest.mark.usefixtures("choice_alone")
@@ -420,7 +420,7 @@ def test_a_closed_form_keeps_its_length_and_the_rate_of_its_own_head(folder, mon
     )  # 7 images of a quarter fit
     cfg, done = plan(folder, monkeypatch, (1,), "backbone.arch.num_hidden_layers=4", timed=timed)
     assert (cfg.choices.head, cfg.head.init, cfg.trainer.steps, cfg.data.views) == ("linear", "probe", 1, None)
-    assert cfg.optim.optimizer.head_lr == cfg.head.lr and f"{cfg.head.lr:g} is what head=linear learns at" in done.out
+    assert cfg.optim.optimizer.head_lr == cfg.head.lr and f"{cfg.head.lr:g} is the default of head=linear" in done.out
 
 
 @pytest.mark.usefixtures("choice_alone")
@@ -460,14 +460,14 @@ def test_when_tuning_wins_depends_on_the_head_and_on_a_step(folder, monkeypatch,
     cfg = config_of(folder / "R")
     rests = adapter == "full" and may_rest
     assert (cfg.choices.adapter, cfg.optim.optimizer.backbone_begin) == (adapter, 0.4 if rests else 0.0)
-    assert ("rests for 40% of the training" in done.out) == rests
+    assert ("frozen for the first 40% of the training" in done.out) == rests
     others = [] if "adapter=full" in words else [("full", False)]
     frozen = [] if "adapter=full" in words else [("frozen", may_rest)]
     assert tried == [*frozen, ("full", may_rest), *others]  # what a rest takes was timed with the first
     if rests:  # by the time that both kinds of step take, and as a backbone is that is tuned in the end
         seconds = 60 * cfg.budget.minutes
         assert cfg.trainer.steps * cfg.data.batch_size * 0.055 == pytest.approx(0.9 * seconds - 0.5, rel=0.1)
-        assert "a backbone that is tuned learns from views enlarged" in done.out
+        assert "a trained backbone benefits from views enlarged" in done.out
         assert "adapter=full" in done.out.split("optim.optimizer.backbone_lr=")[1].splitlines()[0]
         assert (cfg.resolution.longest, list(cfg.resolution.crop)) == (None, [32, 48])  # not the smaller ones
 
@@ -528,8 +528,8 @@ def test_choices_that_other_ranks_wait_for_have_to_be_kept(folder, monkeypatch):
     for name, value in {"WORLD_SIZE": "3", "RANK": "0", "OMP_NUM_THREADS": "1"}.items():
         monkeypatch.setenv(name, value)
     done = call(folder, *AUTO, FEW, "budget.minutes=1", "hydra.run.dir=R")
-    assert done.status == 1 and "(No space left on device), where the other ranks look for them" in done.err, done.err
-    assert "chooses anew" not in done.err and not (folder / "R").exists()
+    assert done.status == 1 and "(No space left on device), where the other ranks read them" in done.err, done.err
+    assert "chooses again" not in done.err and not (folder / "R").exists()
 
 
 @pytest.mark.heavy
@@ -549,7 +549,7 @@ def test_of_two_that_are_started_at_once_one_chooses_and_the_other_one_takes_the
 
     monkeypatch.setattr("dinoseg.utils.locks.log.warning", choose)
     done = call(folder, *words, "seed=1", "hydra.run.dir=S")
-    assert done.status == 0 and "as they were chosen before, since" in done.out, done.err
+    assert done.status == 0 and "reused from" in done.out, done.err
     assert len(said) == 1 and "waiting for it" in said[0]
     assert [*(folder / "outputs/.cache").glob("choices_*")] == [path]
 
@@ -563,13 +563,13 @@ def test_choices_that_cannot_be_kept_are_taken_all_the_same(folder, monkeypatch)
     monkeypatch.setattr("dinoseg.cli.auto.recipe.write_choices", full)
     done = call(folder, *AUTO, FEW, "budget.minutes=1", "hydra.run.dir=R")
     assert done.status == 0 and (folder / "R/config/hparam/chosen.yaml").is_file(), done.err
-    assert "(No space left on device): the next run chooses anew." in done.err
+    assert "(No space left on device): the next run chooses again." in done.err
 
 
 def test_the_memory_that_is_free_decides_too(folder, monkeypatch):
     monkeypatch.setattr("dinoseg.autotune.memory.free_bytes", lambda device: 1000)
     done = call(folder, *AUTO, FEW, "budget.minutes=1", "hydra.run.dir=R")
-    assert done.status == 1 and "GiB at least, and 0.0 GiB are free" in done.err
+    assert done.status == 1 and "GiB, and 0.0 GiB are free" in done.err
 
 
 @pytest.fixture
@@ -593,7 +593,7 @@ def chosen_with(folder, monkeypatch):
 
 def test_a_batch_is_no_larger_than_what_fits(chosen_with):
     cfg, out = chosen_with(lambda parts, samples: 20 * samples if parts.crop == (64, 64) else 1)
-    assert (cfg.data.batch_size, cfg.trainer.accumulate) == (4, 1) and "; 8 would not fit the memory" in out
+    assert (cfg.data.batch_size, cfg.trainer.accumulate) == (4, 1) and "; 8 would not fit into memory" in out
     assert 200 < cfg.trainer.steps * 4 * TIMED.kept < 540
 
 
@@ -613,7 +613,7 @@ def test_memory_changes_no_adapter_that_was_typed(chosen_with):
         return 99 if parts.takes_blocks or is_frozen else 101  # LoRA takes a number of blocks, adapter=full none
 
     assert chosen_with(of)[0].choices.adapter == "lora"
-    with pytest.raises(AssertionError, match="A training step takes about 0.0 GiB at least"):
+    with pytest.raises(AssertionError, match="A training step needs at least 0.0 GiB"):
         chosen_with(of, "adapter=full")
 
 
@@ -631,8 +631,8 @@ def test_what_is_timed_knows_the_minutes_typed_or_not(folder, monkeypatch, words
     assert done.status == 0, done.err
     seconds = 15 * minutes  # a quarter of the budget
     assert [each for each, _ in asked] == [minutes] and seconds / 2 < asked[0][1] <= seconds
-    most = f"timing candidates ends {seconds} s from now at the latest"
-    told = [f"looks at data and machine: budget.minutes={minutes} count from now, {most}"]
+    most = f"candidates are timed for at most {seconds} s"
+    told = [f"inspects data and machine: budget.minutes={minutes} starts now, {most}"]
     told += [
         "times adapter=frozen head=linear on crops of 32 x 48 (height x width): candidate 1 of at most 1, "
         f"{seconds} s at most"
@@ -818,5 +818,5 @@ def test_a_recipe_that_was_edited_to_no_yaml_is_named(folder, text):
     path.parent.mkdir(parents=True)
     path.write_text(text)
     done = call(folder, "mode=train", *SMALL, "hparam=chosen", "--config-dir", str(folder / "config"))
-    assert done.status == 1 and done.err.startswith("error: A config file is no YAML: "), done.err
+    assert done.status == 1 and done.err.startswith("error: A config file is not valid YAML: "), done.err
     assert str(path) in done.err and len(done.err.splitlines()) == 1

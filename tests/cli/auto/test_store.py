@@ -68,7 +68,7 @@ def test_what_would_not_be_read_back_is_not_written(tmp_path):
 def test_a_damaged_file_is_none_and_is_told(tmp_path, caplog, words):
     path = tmp_path / "choices.json"
     path.write_text(json.dumps({"about": "x", "choices": [{"words": words, "reason": "y"}]}))
-    assert read_choices(path) is None and "choosing anew" in caplog.text
+    assert read_choices(path) is None and "choosing again" in caplog.text
     path.write_text("{")
     assert read_choices(path) is None
 
@@ -86,7 +86,7 @@ def test_a_file_of_choices_is_small(tmp_path, caplog):
     write_choices(path, "few images", CHOICES)
     with path.open("r+b") as file:
         file.truncate(2**34)  # sparse: it takes no space
-    assert read_choices(path) is None and "1048576 are read at most" in caplog.text
+    assert read_choices(path) is None and "the limit is 1048576" in caplog.text
 
 
 def test_each_choice_is_a_line_with_its_reason():

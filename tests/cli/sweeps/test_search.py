@@ -116,7 +116,7 @@ def test_jobs_without_a_score_count_and_three_of_them_with_no_other_end_it(tmp_p
     search(tmp_path / "b", once, trials=5)
     search(tmp_path / "c", later, trials=5)
     assert [*hopeless.done] == [0, 1, 2] and [*once.done] == [*later.done] == [0, 1, 2, 3, 4]
-    assert "None of 3 jobs has a score" in capsys.readouterr().err
+    assert "No job has a score after 3 jobs" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -188,13 +188,13 @@ def test_a_job_that_is_run_again_does_not_begin_any_more(tmp_path, capsys):
     assert [*rest.done] == [1, 2, 3, 4] and rest.done[1]["lr"] == rate
     with pytest.raises(SystemExit) as end:
         Told(tmp_path).begin(0)
-    assert end.value.code == 0 and "another job of the search has taken the place" in capsys.readouterr().err
+    assert end.value.code == 0 and "another job of the search has replaced" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", [b"notes", b"\x80weights\n\n", b"[]\n", b'{"op_code":6,"w":1}\n'])
 def test_a_file_that_is_no_search_is_left_as_it_is(tmp_path, text):
     (tmp_path / "search.log").write_bytes(text)
-    with pytest.raises(UserError, match="search.log holds something else than a search"):
+    with pytest.raises(UserError, match="search.log does not hold a search"):
         search(tmp_path, Jobs())
     assert (tmp_path / "search.log").read_bytes() == text
 
@@ -249,7 +249,7 @@ def test_a_job_that_waits_is_held_to_what_is_searched_too(tmp_path):
 def test_a_job_drawn_from_other_values_is_refused_though_its_own_are_allowed(tmp_path):
     search(tmp_path, Jobs(), trials=1)
     narrow = SPACE | {"lr": FloatDistribution(1e-4, 0.1 + 1e-9, log=True)}
-    with pytest.raises(UserError, match="lr of job 0 was drawn from other values"):
+    with pytest.raises(UserError, match="lr of job 0 was sampled from other values"):
         open_study(tmp_path / "search.log", "maximize", narrow, SAID, ["mode=train"])
 
 

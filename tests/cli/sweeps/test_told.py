@@ -21,7 +21,7 @@ def test_a_link_in_the_place_of_its_folder_is_refused_and_nothing_behind_it_remo
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious/0.json").write_text("of another")
     (tmp_path / ".jobs").symlink_to(tmp_path / "precious")
-    with pytest.raises(UserError, match=r"\.jobs is a link to another folder"):
+    with pytest.raises(UserError, match=r"\.jobs is a symbolic link"):
         Told(tmp_path).take(takes_over=takes_over)
     assert [path.name for path in (tmp_path / "precious").iterdir()] == ["0.json"] and not told._held
 

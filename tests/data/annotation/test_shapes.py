@@ -78,10 +78,11 @@ def test_figures_are_those_of_labelme():
 @pytest.mark.parametrize(
     ("counts", "wrong"),
     [
-        ("0\x7f", "no number"), ("0é", "no number"), ("P", "break off"), ("o" * 8 + "0", "too large"),
+        ("0\x7f", "invalid characters"), ("0é", "invalid characters"), ("P", "are truncated"),
+        ("o" * 8 + "0", "too large"),
         ("oooooo0", "each must be from 0 to 30"),
-        ([10, -1, 21], "each must be"), ("N", "each must be"), ([30, 1], "sum up to 31"), ([], "sum up to 0"),
-        ([10**30, -(10**30)], "whole numbers"), ([True, 29], "whole numbers"), (None, "whole numbers"), ("", "sum up"),
+        ([10, -1, 21], "each must be"), ("N", "each must be"), ([30, 1], "add up to 31"), ([], "add up to 0"),
+        ([10**30, -(10**30)], "whole numbers"), ([True, 29], "whole numbers"), (None, "whole numbers"), ("", "add up"),
     ],
 )  # fmt: skip
 def test_counts_that_are_none(counts, wrong):
@@ -92,9 +93,9 @@ def test_counts_that_are_none(counts, wrong):
 @pytest.mark.parametrize(
     ("points", "wrong"),
     [
-        ([[0, 0], [1, 1]], "needs 3"), ([[0, 0], [1, 1], [np.nan, 2]], "no number"),
+        ([[0, 0], [1, 1]], "needs at least 3"), ([[0, 0], [1, 1], [np.nan, 2]], "not a number"),
         ([[0, 0], [1, 1], [1e30, 2]], "away"), ([[0, 0], [1, 1], [1_000_001, 2]], "away"),
-        ([[0, 0], [1e6, 1e6]] * 10, "to and fro"),
+        ([[0, 0], [1e6, 1e6]] * 10, "crosses the image many times"),
     ],
 )  # fmt: skip
 def test_polygons_that_are_none(points, wrong):

@@ -70,7 +70,7 @@ def test_numbers_are_merged_and_ignored(load, tmp_path):
     np.testing.assert_array_equal(data.mask(0), [[0, 1, 1], [2, 255, 255], [1, 255, 0]])
     for foreign in (3, 301):  # neither a position beyond the classes nor a number that nobody named is a class
         put(tmp_path, [[0, foreign]], dtype=np.uint16)
-        with pytest.raises(UserError, match=rf"ids {foreign}, .*stand in files as 0, 1, 2, 9, .*classes\.yaml"):
+        with pytest.raises(UserError, match=rf"ids {foreign}, .*stored in files as 0, 1, 2, 9, .*classes\.yaml"):
             data.mask(0)
 
 
@@ -87,7 +87,7 @@ def test_every_other_number_can_be_a_class(load, tmp_path):
         assert data.mask(0).tolist() == [expected], text
     data = instantiate(load(tmp_path, "data.classes=[a,b]", "data.reader.masks.others=b").data.reader)(split="val")
     assert data.mask(0).tolist() == [[0, 1, 1, 1, 255, 1]]
-    with pytest.raises(UserError, match=r"data\.reader\.masks\.others=c is no class\. Name one of data\.classes: a, b"):
+    with pytest.raises(UserError, match="data.reader.masks.others=c is not a class. Name one of data.classes: a, b"):
         instantiate(load(tmp_path, "data.classes=[a,b]", "data.reader.masks.others=c").data.reader)(split="val")
 
 
@@ -97,7 +97,7 @@ def test_a_position_is_no_class_where_ids_are_given(load, tmp_path):
     data = instantiate(load(tmp_path, "data.ignore_index=254").data.reader)(split="train")
     np.testing.assert_array_equal(data.mask(0), [[0, 1], [1, 0]])
     put(tmp_path, [[10, 1]])
-    with pytest.raises(UserError, match="holds the ids 1, which are no classes"):
+    with pytest.raises(UserError, match="holds the ids 1, which are not classes"):
         data.mask(0)
     assert read_class_file(tmp_path / "classes.yaml", 1)["ids"] == {10: 0, 20: 1, 255: 1, 0: -1}
 
@@ -214,30 +214,30 @@ def test_a_changed_file_is_read_again(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "the file holds None, and must be a mapping with the keys classes, background, others, ignore, masks"),
+        ("", "the file holds None; it must be a mapping with the keys classes, background, others, ignore, masks"),
         ("[a, b]", "must be a mapping"),
         ("clases: [a]", "unknown keys clases: it takes classes, background, others, ignore, masks"),
         ("masks: ids", "classes is not given: list names in id order"),
         ("classes: {}", "classes is not given"),
         ("classes: leaf", "classes is leaf: list names"),
         ("classes: [a, b, a]", "classes names a more than once"),
-        ("classes:\n  a: {ids: [0]}\n  a: {ids: [1]}", "a stands more than once in one mapping"),
-        ("classes: [a, no]", "False is no class name: YAML reads it as bool. Write it in quotes"),
-        ("classes: {1: {ids: [0]}}", "1 is no class name"),
-        ("classes: ['${oc.env:HOME}', b]", "'.{oc.env:HOME}' is no class name: it would be read as a reference"),
-        ("classes: {'a${b': {ids: [0]}}", "'a.{b' is no class name.*Rename it"),
-        ("classes: ['???', b]", "'...' is no class name"),
-        ("classes: {' ': {ids: [0]}}", "' ' is no class name"),
-        ("classes: {a: 0, b: 1}", "class a holds 0, and must be a mapping with the keys ids, color, colors"),
+        ("classes:\n  a: {ids: [0]}\n  a: {ids: [1]}", "a occurs more than once in one mapping"),
+        ("classes: [a, no]", "False is not a class name: YAML reads it as bool. Write it in quotes"),
+        ("classes: {1: {ids: [0]}}", "1 is not a class name"),
+        ("classes: ['${oc.env:HOME}', b]", "'.{oc.env:HOME}' is not a class name: it would be read as a reference"),
+        ("classes: {'a${b': {ids: [0]}}", "'a.{b' is not a class name.*Rename it"),
+        ("classes: ['???', b]", "'...' is not a class name"),
+        ("classes: {' ': {ids: [0]}}", "' ' is not a class name"),
+        ("classes: {a: 0, b: 1}", "class a holds 0; it must be a mapping with the keys ids, color, colors"),
         ("classes: {a: {id: [0]}}", "class a has the unknown keys id: it takes ids, color, colors"),
         ("classes: {a: {ids: 0}}", "the ids of class a are 0: give a list of numbers from 0 to 65535"),
         ("classes: {a: {ids: [-1]}}", "ids of class a are"),
         ("classes: {a: {ids: [65536]}}", "ids of class a are"),
         ("classes: {a: {ids: [true]}}", "ids of class a are"),
-        ("classes: {a: {ids: [0]}, b: }", "no ids for b: give them to every class, or to none"),
-        ("classes: {a: {ids: [0, 1]}, b: {ids: [1]}}", "the id 1 stands for a and for b"),
-        ("classes: [a, b]\nignore: {ids: [1]}", "the id 1 stands for b and for ignore"),
-        ("classes: [a]\nignore: [7]", "ignore holds .7., and must be a mapping with the keys ids, colors"),
+        ("classes: {a: {ids: [0]}, b: }", "no ids for b: give ids to every class, or to none"),
+        ("classes: {a: {ids: [0, 1]}, b: {ids: [1]}}", "the id 1 is given for a and for b"),
+        ("classes: [a, b]\nignore: {ids: [1]}", "the id 1 is given for b and for ignore"),
+        ("classes: [a]\nignore: [7]", "ignore holds .7.; it must be a mapping with the keys ids, colors"),
         ("classes: [a]\nignore: {colors: [[0, 0, 0]]}", "colors of ignore has no effect with masks: ids.*palette"),
         ("classes: [a]\nmasks: rgb", "masks: rgb is unknown: choose one of ids, palette, binary"),
         ("classes: [a, b]\nmasks: palette", "no color for a, b: give one to every class"),
@@ -245,24 +245,24 @@ def test_a_changed_file_is_read_again(tmp_path):
         ("classes: {a: {color: [0, 0, 256]}}", r"Colour \[0, 0, 256\]"),
         ("classes: {a: {color: red}}", "the colours of class a are .'red'.: give color: "),
         ("classes: {a: {colors: [1, 2, 3]}}\nmasks: palette", "the colours of class a are"),
-        ("classes: {a: {color: [0, 0, 0], colors: [[1, 1, 1]]}}\nmasks: palette", "class a has color and colors"),
-        ("classes: {a: {color: [1, 1, 1]}, b: {color: [1, 1, 1]}}\nmasks: palette", r"colour \(1, 1, 1\) stands for"),
+        ("classes: {a: {color: [0, 0, 0], colors: [[1, 1, 1]]}}\nmasks: palette", "class a has both color and colors"),
+        ("classes: {a: {color: [1, 1, 1]}, b: {color: [1, 1, 1]}}\nmasks: palette", r"colour \(1, 1, 1\) is given for"),
         ("classes: {a: {colors: [[1, 1, 1]]}}", "colors of class a has no effect with masks: ids"),
         ("classes: {a: {ids: [0], color: [0, 0, 0]}}\nmasks: palette", "ids of class a has no effect.*`masks: ids`"),
         ("classes: {a: {ids: [0]}, b: {ids: [255]}}\nmasks: binary", "ids of class a has no effect"),
         ("classes: [a, b]\nmasks: binary\nignore: {ids: [3]}", "ids of ignore has no effect"),
-        ("classes: [a, b, c]\nmasks: binary", "masks: binary needs 2 classes, for 0 and 255, and there are 3"),
-        ("classes: [a, b]\nothers: c", "others: c is no class: name one of a, b"),
-        ("classes: [a, b]\nothers: [a]", "others: .* is no class"),
+        ("classes: [a, b, c]\nmasks: binary", "masks: binary needs 2 classes, for 0 and 255; there are 3"),
+        ("classes: [a, b]\nothers: c", "others: c is not a class: name one of a, b"),
+        ("classes: [a, b]\nothers: [a]", "others: .* is not a class"),
         ("classes: [a, b]\nmasks: binary\nothers: b", "others has no effect with masks: binary"),
-        ("classes: {a: {ids: [0]}, b: , c: }\nothers: c", "no ids for b: give them"),
-        ("classes: [a", "it is no plain YAML: .*Correct the file"),
+        ("classes: {a: {ids: [0]}, b: , c: }\nothers: c", "no ids for b: give ids"),
+        ("classes: [a", "it is not plain YAML: .*Correct the file"),
         ("classes: !!python/name:os.system ''", "it has the tag .*Correct the file"),
         ("a: &a [1, 1]\nclasses: [*a, *a]", "it has an alias"),
         ("[" * 5000, "nested deeper than 32 levels"),
-        ("#" * 70000, "it has 70000 bytes, and 65536 are read at most"),
-        (b"classes: [\xff\xfe]", "its byte 10 is no text"),
-        (b"classes: [\x00]", "no plain YAML"),
+        ("#" * 70000, "it has 70000 bytes; the limit is 65536"),
+        (b"classes: [\xff\xfe]", "byte 10 is not valid"),
+        (b"classes: [\x00]", "not plain YAML"),
     ],
 )
 def test_what_makes_no_sense(tmp_path, text, message):

@@ -138,8 +138,8 @@ def test_masks_saved_with_loss(root):
     save(path, np.full((96, 128), 1), format="JPEG", quality=100)  # under the name of a PNG, and by luck no other ids
     findings = found(root)
     assert findings.keys() == {"mask_is_jpeg"} and findings["mask_is_jpeg"].files == (str(path),)
-    assert "does not bring the ids back" in findings["mask_is_jpeg"].remedy
-    assert findings["mask_is_jpeg"].severity == "error" and "whatever their names" in findings["mask_is_jpeg"].message
+    assert "does not restore the ids" in findings["mask_is_jpeg"].remedy
+    assert findings["mask_is_jpeg"].severity == "error" and "whatever their suffix" in findings["mask_is_jpeg"].message
 
 
 def test_classes_in_one_split_or_none(root):
@@ -178,7 +178,7 @@ def test_binary_masks_read_as_ids(root):
     assert found(root, options={**two, "masks": Masks(ids={255: 1})}) == {}
     parts = splits_of(root, **two, ignore_index=254)
     messages = [finding.message for finding in examine(parts) if finding.code == "binary_read_as_ids"]
-    assert len(messages) == 2 and "255 is no class" in messages[0]
+    assert len(messages) == 2 and "255 is not a class" in messages[0]
 
 
 def test_one_class_is_an_error(root):
@@ -237,7 +237,7 @@ def test_a_drive_on_both_sides(root):
     findings = found(root)
     assert findings.keys() == {"group_on_both_sides"} and "1 video or drive " in findings[[*findings][0]].message
     assert "both in train and in val: d1. " in findings["group_on_both_sides"].message
-    assert "An official split can be like this" in findings["group_on_both_sides"].message
+    assert "Official splits can have this" in findings["group_on_both_sides"].message
     assert findings["group_on_both_sides"].severity == "error"
     assert {file.rsplit("/", 1)[1] for file in findings["group_on_both_sides"].files} == {
         f"f{n}.png" for n in range(4, 8)
@@ -397,12 +397,10 @@ def test_masks_against_the_video(operation, tmp_path):
     findings = codes((0, 60))
     assert findings.keys() == {"masks_against_video"} and findings["masks_against_video"].severity == "error"
     told = findings["masks_against_video"].message
-    assert (
-        "has 125 frames, so 3 masks should" in told and "has 2 (missing: 000000120; without such a frame: none)" in told
-    )
+    assert "125 frames, so segmentation/ should have 3 masks" in told and "has 2 (missing: 000000120; without a frame: none)" in told
     save(operation / "segmentation/000000121.png", scene(1, (32, 64))[1])
     findings = codes((0, 60))
-    assert "without such a frame: 000000121" in findings["masks_against_video"].message
+    assert "without a frame: 000000121" in findings["masks_against_video"].message
     assert findings["masks_without_frame"].files[0].endswith("000000121.png")
 
 

@@ -79,7 +79,11 @@ def test_many_numbers_with_gaps_may_be_instances_too(compose, tmp_path):
     numbers = [0, *range(3, 50, 2)]
     root = write(tmp_path / "data", [[numbers], [numbers]])
     remedy, line = told(root, ["background", "person"])
-    assert "hardly class ids" in remedy and "name it in" not in remedy and "If each number is one person" in remedy
+    assert (
+        "do not look like class ids" in remedy
+        and "name it in" not in remedy
+        and "If each number is one person" in remedy
+    )
     expected = [[0] + [1] * 24]
     assert read(compose, root, "data.classes=[background,person]", *shlex.split(line)) == [expected, expected]
 
@@ -104,7 +108,7 @@ def test_colours_are_told_and_the_line_makes_them_classes(compose, tmp_path, num
 def test_colours_that_cannot_be_classes(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3))
     remedy = found(write(tmp_path / "noise", noise), options={"palette": None})["foreign_ids"].remedy
-    assert "So many colours are not those of classes" in remedy
+    assert "There are more colours than classes" in remedy
     few = write(tmp_path / "few", [COLORS[[[0, 1]]]] * 2)
     assert "They hold 2 colours for 3 classes" in found(few, options={"palette": None})["foreign_ids"].remedy
 

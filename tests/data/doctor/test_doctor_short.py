@@ -31,7 +31,7 @@ def test_the_short_form_reads_no_image(root, tmp_path, caplog):
     check(opened(root, "train"), opened(root, "val"), cache_dir=cache)
     told = [record.getMessage() for record in caplog.records]
     assert (
-        len(told) == 2 and "1 mask of train with nothing but ignored" in told[0] and "train and in val: d0" in told[1]
+        len(told) == 2 and "1 mask of train with ignored pixels only" in told[0] and "train and in val: d0" in told[1]
     )
 
 
@@ -71,7 +71,7 @@ def test_train_and_val_of_the_same_files(root, tmp_path, caplog, how):
     elif how == "copied":
         shutil.copytree(root / "train", root / "val")
     val = opened(root, "train" if how == "same" else "val")
-    message = "train and val are the same data: 12 files of 12 images of val(?s:.*)Give val images of its own"
+    message = "train and val are the same data: 12 files of 12 images of val(?s:.*)Give val separate images"
     if how == "copied":  # the name, the mask and the length of the image tell so: likely, not certain
         check(opened(root, "train"), val, cache_dir=tmp_path / "cache")
         assert re.search(message, caplog.text)

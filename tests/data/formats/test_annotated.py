@@ -199,7 +199,7 @@ def test_labels_are_merged_ignored_and_given_to_the_rest(tmp_path):
     shapes = [(1, 1, [CORNERS]), (1, 2, [[6, 1, 9, 1, 9, 2, 6, 2]]), (1, 3, [[6, 3, 9, 3, 9, 4, 6, 4]])]
     root = coco(tmp_path / "train.json", annotations=shapes, categories=("leaf", "old leaf", "odd"))
     with pytest.raises(
-        UserError, match=r"labels that are no class: old leaf \(1\), odd \(1\)\. data\.classes has ground"
+        UserError, match=r"labels that are not classes: old leaf \(1\), odd \(1\). data.classes has ground"
     ):
         opened("coco", root, classes=["ground", "leaf"], unlabelled="ground")
     given = {"classes": ["ground", "leaf"], "unlabelled": "ignore", "others": "ignore"}
@@ -213,10 +213,10 @@ def test_labels_are_merged_ignored_and_given_to_the_rest(tmp_path):
     data = instantiate(cfg.reader)(split="train")
     assert data.classes == ("earth", "plant") and cfg.num_classes == 2
     np.testing.assert_array_equal(data.mask(0), filled((1, 1, 4, 1, 5), (1, 1, 2, 6, 9), (255, 3, 4, 6, 9)))
-    with pytest.raises(UserError, match=r"data\.unlabelled=background is no class: data\.classes has earth, plant"):
+    with pytest.raises(UserError, match="data.unlabelled=background is not a class: data.classes has earth, plant"):
         instantiate(load("coco", root).reader)(split="train")
     (root / "classes.yaml").write_text("classes: [background, leaf]")
-    with pytest.raises(UserError, match=r"data=coco draws its masks: say `masks: labels`"):
+    with pytest.raises(UserError, match="data=coco rasterises masks from labelled shapes: write `masks: labels`"):
         load("coco", root).classes  # noqa: B018
 
 
@@ -249,7 +249,7 @@ def test_one_file_is_divided(tmp_path, kind):
     lists = Partition("lists", {"train": "chosen.txt"})
     assert opened(kind, tmp_path, partition=lists).names == ["1", "3"]
     (tmp_path / "chosen.txt").write_text("nobody")
-    with pytest.raises(UserError, match="has 1 name that no annotation is of: nobody"):
+    with pytest.raises(UserError, match="has 1 name without annotation: nobody"):
         opened(kind, tmp_path, partition=lists)
 
 
@@ -282,15 +282,15 @@ def test_names_that_no_disk_can_have_and_names_with_dots(tmp_path):
 def test_a_file_that_is_larger_than_any_is_not_read(tmp_path, monkeypatch):
     root = coco(tmp_path / "train.json")
     monkeypatch.setattr("dinoseg.data.formats.annotation_files.LARGEST_FILE", 100)
-    with pytest.raises(UserError, match="bytes, and may have 100: divide it into several"):
+    with pytest.raises(UserError, match="bytes; the limit is 100: divide it into several"):
         opened("coco", root)
 
 
 def test_archives_are_named_and_not_read(tmp_path):
     (tmp_path / "export.zip").write_bytes(b"PK")
-    with pytest.raises(UserError, match=r"export\.zip is there, and archives are not read: unpack it"):
+    with pytest.raises(UserError, match="export.zip exists, but archives are not read: unpack it"):
         opened("cvat", tmp_path)
-    with pytest.raises(UserError, match="Archives are not read: unpack it, and give the folder"):
+    with pytest.raises(UserError, match="Archives are not read: unpack it and give the folder"):
         opened("cvat", tmp_path / "export.zip")
 
 
@@ -322,7 +322,7 @@ def test_supercategories_may_be_the_classes(tmp_path):
     expected = filled((2, 1, 4, 1, 5), (2, 1, 2, 6, 9), (3, 3, 4, 6, 9))
     np.testing.assert_array_equal(instantiate(cfg.reader)(split="train").mask(0), expected)
     coco(tmp_path / "train.json")
-    with pytest.raises(UserError, match=r"no groups \(supercategory\).*Say data\.reader\.shapes\.grouped=false"):
+    with pytest.raises(UserError, match=r"no groups \(supercategory\).*Set data.reader.shapes.grouped=false"):
         opened("coco", root, grouped=True)
 
 
@@ -337,7 +337,7 @@ def test_bare_images_are_told_or_left_out(tmp_path, caplog):
     root = coco(tmp_path / "train.json", images=("a.png", "b.png"))
     with caplog.at_level(logging.WARNING):
         assert len(opened("coco", root)) == 2
-    assert "1 of 2 images have no shape, and are all background" in caplog.text
+    assert "1 of 2 images have no shape and are read as background" in caplog.text
     assert opened("coco", root, without_shapes="skip").names == ["a"]
     coco(tmp_path / "train.json", images=("a.png", "b.png"), annotations=[(1, 1, [CORNERS]), (2, 1, [[1, 2, 3]])])
     assert "b" in opened("coco", root, without_shapes="skip").lacking  # what is wrong is told, and not left out unsaid
@@ -352,7 +352,7 @@ def test_images_that_are_missing_or_outside(tmp_path):
         content = json.loads((root / "train.json").read_text())
         content["images"][0]["file_name"] = name
         (root / "train.json").write_text(json.dumps(content))
-        with pytest.raises(UserError, match="outside of its folder"):
+        with pytest.raises(UserError, match="outside of the image folder"):
             opened("coco", root)
     save(root / "pictures/b.png", np.zeros((*SIZE, 3)))
     coco(root / "train.json", images=("b.png",))
@@ -364,23 +364,24 @@ def test_images_that_are_missing_or_outside(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "wrong"),
     [
-        ({"whole": {"images": "x"}}, "must be a list"), ({"categories": ()}, "category_id is 1, which is none"),
+        ({"whole": {"images": "x"}}, "must be a list"), ({"categories": ()}, "category_id is 1, which is not in "
+                                                                             "categories"),
         ({"whole": {"annotations": 3}}, "no list named annotations"),
-        ({"annotations": [3]}, r"annotations\[0\] is no object"),
-        ({"annotations": [{"image_id": 1, "segments_info": []}]}, "panoptic form, whose masks are PNG"),
-        ({"annotations": [(7, 1, [CORNERS])]}, "is of image 7, which is not in images"),
-        ({"annotations": [("1", 1, [CORNERS])]}, "ids are whole numbers"),
+        ({"annotations": [3]}, r"annotations\[0\] is not an object"),
+        ({"annotations": [{"image_id": 1, "segments_info": []}]}, "panoptic format, whose masks are PNG"),
+        ({"annotations": [(7, 1, [CORNERS])]}, "belongs to image 7, which is not in images"),
+        ({"annotations": [("1", 1, [CORNERS])]}, "ids must be whole numbers"),
         ({"annotations": [(1, 1, [])]}, "no segmentation, only a box"),
-        ({"annotations": [(1, 1, [[1, 2, 3, 4]])]}, "2 points, and needs 3"),
-        ({"annotations": [(1, 1, [[1, 2, 3]])]}, "no list of numbers"),
-        ({"annotations": [(1, 1, [[1, 2, 3, 4, 5, "6"]])]}, "no list of numbers"),
+        ({"annotations": [(1, 1, [[1, 2, 3, 4]])]}, "2 points and needs at least 3"),
+        ({"annotations": [(1, 1, [[1, 2, 3]])]}, "not a list of numbers"),
+        ({"annotations": [(1, 1, [[1, 2, 3, 4, 5, "6"]])]}, "not a list of numbers"),
         ({"annotations": [(1, 1, [[1, 2, 3, 4, 1e30, 6]])]}, "more than 1000000 pixels away"),
-        ({"annotations": [(1, 1, [[1, 2, 3, 4, 10**400, 6]])]}, "larger than any picture"),
-        ({"annotations": [(1, 1, {"size": [9, 9], "counts": [81]})]}, r"size \[9, 9\] and its image of \[8, 10\]"),
+        ({"annotations": [(1, 1, [[1, 2, 3, 4, 10**400, 6]])]}, "larger than any image"),
+        ({"annotations": [(1, 1, {"size": [9, 9], "counts": [81]})]}, r"size \[9, 9\], its image \[8, 10\]"),
         ({"annotations": [(1, 1, {"size": [8, 10], "counts": [81]})]}, "whole numbers from 0 to 80"),
-        ({"annotations": [(1, 1, {"size": [8, 10], "counts": "oooooooo"})]}, "break off"),
-        ({"size": (10**5, 10**5)}, "no size of a picture"), ({"size": (0, 3)}, "no size of a picture"),
-        ({"size": (1.5, 3)}, "no size of a picture"), ({"categories": ("a", "a")}, "name of 2 categories"),
+        ({"annotations": [(1, 1, {"size": [8, 10], "counts": "oooooooo"})]}, "are truncated"),
+        ({"size": (10**5, 10**5)}, "not an image size:"), ({"size": (0, 3)}, "not an image size:"),
+        ({"size": (1.5, 3)}, "not an image size:"), ({"categories": ("a", "a")}, "name of 2 categories"),
         ({"images": ["a.png", "a.png"]}, "names 1 image more than once"),
         ({"images": ["a.png", "a.jpg"]}, "names 1 image more than once"),
     ],
@@ -394,9 +395,9 @@ def test_files_of_coco_that_are_refused(tmp_path, changes, wrong):
 @pytest.mark.parametrize(
     ("text", "wrong"),
     [
-        ("", "no file of COCO"), ("[" * 100_000, "nested too deep|recursion"), (b'{"\xe4": 3}', "save it as UTF-8"),
-        ('{"images": NaN}', "NaN is no number"),
-        ('{"images": [], "images": []}', "twice"), (b"\xff\xfe\x00", "no file of COCO"), ("[]", "an object with"),
+        ("", "not a readable COCO"), ("[" * 100_000, "nested too deep|recursion"), (b'{"\xe4": 3}', "save it as UTF-8"),
+        ('{"images": NaN}', "NaN is not a number"),
+        ('{"images": [], "images": []}', "twice"), (b"\xff\xfe\x00", "not a readable COCO"), ("[]", "an object with"),
     ],
 )  # fmt: skip
 def test_json_that_is_refused(tmp_path, text, wrong):
@@ -408,14 +409,15 @@ def test_json_that_is_refused(tmp_path, text, wrong):
 @pytest.mark.parametrize(
     ("shape", "wrong"),
     [
-        (("leaf", "polygon", [[1, 1], [2, 2]]), r"shapes\[0\] \(leaf\): it is a polygon of 2 points, and needs 3"),
+        (("leaf", "polygon", [[1, 1], [2, 2]]), r"shapes\[0\] \(leaf\): it is a polygon of 2 points; a polygon needs "
+                                                "3"),
         (("leaf", "circle", [[1, 1], [2, 2], [3, 3]]), "a circle of 3 points"),
         (("leaf", "point", [[1, 1], [2, 2]]), "a point of 2 points"),
         (("leaf", "spiral", [[1, 1]]), "shape_type is spiral"), (("", "point", [[1, 1]]), "must be a name"),
-        ((3, "point", [[1, 1]]), "must be a name"), (("leaf", "point", [[1]]), "no list of pairs"),
-        (("leaf", "circle", [[1, 1], [1e30, 1]]), "away"), (("leaf", "mask", [[1, 1], [2, 2]]), "a picture in base64"),
+        ((3, "point", [[1, 1]]), "must be a name"), (("leaf", "point", [[1]]), "not a list of pairs"),
+        (("leaf", "circle", [[1, 1], [1e30, 1]]), "away"), (("leaf", "mask", [[1, 1], [2, 2]]), "an image in base64"),
         ({"label": "a", "points": [[1, 1], [2, 2]], "shape_type": "mask", "mask": "AAAA"}, "PNG of 2 x 2 pixels"),
-        ({"label": "a", "points": [[1, 1], [1e7, 2]], "shape_type": "mask", "mask": "AAAA"}, "outside of any picture"),
+        ({"label": "a", "points": [[1, 1], [1e7, 2]], "shape_type": "mask", "mask": "AAAA"}, "outside of any image"),
         ({"label": "a", "points": [[1, 1], [0, 1]], "shape_type": "mask", "mask": "AAAA"}, "PNG of 0 x 1 pixels"),
     ],
 )  # fmt: skip
@@ -432,7 +434,7 @@ def test_old_and_foreign_files_beside_those_of_labelme(tmp_path):
     labelme(tmp_path / "train/b.json", ("leaf", "point", [[1, 1]]), image="b.png")
     (root / "train/c.json").write_text("{}")
     data = opened("labelme", root)
-    assert data.names == ["b"] and "no size of a picture" in data.lacking["a"]
+    assert data.names == ["b"] and "not an image size:" in data.lacking["a"]
     assert "an object with shapes" in str(data.lacking)
 
 
@@ -445,21 +447,22 @@ OUTSIDE = '<!DOCTYPE x [<!ENTITY a SYSTEM "file:///etc/hostname">]>'
     [
         ("", {"head": LAUGHS, "labels": ("&b;",)}, "declares a document type"),
         ("", {"head": OUTSIDE, "labels": ("&a;",)}, "declares a document type"),
-        ("<a>" * 99 + "</a>" * 99, {}, "nested deeper"), ("<a>", {}, "no XML"), ("&b;", {}, "no XML: undefined entity"),
-        ("", {"size": (10**5, 10**5)}, "no size of a picture"), ("", {"size": ("x", 3)}, "no size of a picture"),
+        ("<a>" * 99 + "</a>" * 99, {}, "nested deeper"), ("<a>", {}, "not valid XML"),
+        ("&b;", {}, "not valid XML: undefined entity"),
+        ("", {"size": (10**5, 10**5)}, "not an image size:"), ("", {"size": ("x", 3)}, "not an image size:"),
         ("", {"encoding": "x-mine"}, "unknown encoding"),
-        ("", {"name": "../../x.png"}, "outside of its folder"), ("", {"name": ""}, "must be a name"),
+        ("", {"name": "../../x.png"}, "outside of the image folder"), ("", {"name": ""}, "must be a name"),
         ('<polyline label="leaf" points="1,1;2,2"/>', {}, r"polyline 0 \(leaf\): it covers no pixels"),
-        ('<polygon label="leaf" points="1,1;2,2"/>', {}, "needs 3"),
-        ('<polygon label="leaf" points="1,1;2"/>', {}, "no pairs"),
-        ('<polygon label="leaf" points="1,1;2,nan;3,3"/>', {}, "points is nan, which is no number"),
+        ('<polygon label="leaf" points="1,1;2,2"/>', {}, "needs at least 3"),
+        ('<polygon label="leaf" points="1,1;2"/>', {}, "not pairs"),
+        ('<polygon label="leaf" points="1,1;2,nan;3,3"/>', {}, "points is nan, which is not a number"),
         ('<polygon label="leaf" points="1,1;2,1e30;3,3"/>', {}, "away"),
         ('<polygon points="1,1;2,2;3,1"/>', {}, "its label is None"),
-        ('<mask label="leaf" rle="1,2" left="0" top="0" width="2" height="2"/>', {}, "sum up to 3 pixels"),
-        ('<mask label="leaf" rle="-1,5" left="0" top="0" width="2" height="2"/>', {}, "no list of whole numbers"),
-        ('<mask label="leaf" rle="4" left="0" top="0" width="1e9" height="9"/>', {}, "no box of pixels"),
-        ('<mask label="leaf" rle="4" left="1e9" top="0" width="2" height="2"/>', {}, "outside of any picture"),
-        ('<mask label="leaf" rle="4" left="0" top="-1e9" width="2" height="2"/>', {}, "outside of any picture"),
+        ('<mask label="leaf" rle="1,2" left="0" top="0" width="2" height="2"/>', {}, "add up to 3 pixels;"),
+        ('<mask label="leaf" rle="-1,5" left="0" top="0" width="2" height="2"/>', {}, "not a list of whole numbers"),
+        ('<mask label="leaf" rle="4" left="0" top="0" width="1e9" height="9"/>', {}, "not a box of pixels"),
+        ('<mask label="leaf" rle="4" left="1e9" top="0" width="2" height="2"/>', {}, "outside of any image"),
+        ('<mask label="leaf" rle="4" left="0" top="-1e9" width="2" height="2"/>', {}, "outside of any image"),
         ('<box label="leaf" xtl="1" ytl="1" xbr="2"/>', {}, "ybr is None"),
     ],
 )  # fmt: skip

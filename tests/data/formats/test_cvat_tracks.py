@@ -104,11 +104,11 @@ def test_frames_of_a_video_by_the_name_that_the_task_gives(tmp_path):
             data[index]["image"].permute(1, 2, 0), VideoFrame(root / "clip.avi", frame).read()
         )
     (root / "clip.avi").rename(root / "other.avi")
-    with pytest.raises(UserError, match=r"neither the video clip\.avi nor pictures frame_000001 and so on"):
+    with pytest.raises(UserError, match=r"neither the video clip\.avi nor images frame_000001 and so on"):
         opened(root)
     assert opened(root, images="other.avi").names == data.names
     write(tmp_path / "train.xml", track(box(1, 4, 8)), meta=task(stop=6, more="<source>other.avi</source>"))
-    with pytest.raises(UserError, match=r"other\.avi has 6 frames, and the annotations are of frames 0 to 6"):
+    with pytest.raises(UserError, match="other.avi has 6 frames, but the annotations belong to frames 0 to 6"):
         opened(root)
 
 
@@ -122,10 +122,10 @@ def test_pictures_of_a_task_of_images_are_counted(tmp_path):
     assert [opened(root)[index]["image"].unique().item() for index in range(3)] == [1, 3, 5]
     write(tmp_path / "train.xml", track(box(1, 4, 8), box(3, 8, 16)), meta=task(size=None))
     frames(tmp_path / "images", 12, name="p{}.png")
-    with pytest.raises(UserError, match=r"nor 6 pictures \(but 12\)"):
+    with pytest.raises(UserError, match=r"nor 6 images \(it has 12\)"):
         opened(root, images="images")
     write(tmp_path / "train.xml", track(box(1, 4, 8), box(3, 8, 16)), meta=task(stop=11, size=None))
-    with pytest.raises(UserError, match="whose order is not sure"):
+    with pytest.raises(UserError, match="in ambiguous order"):
         opened(root, images="images")
 
 
@@ -162,12 +162,12 @@ def test_images_of_a_project_are_divided_by_their_subsets(tmp_path):
     ("tracks", "meta", "wrong"),
     [
         ([track(box(0, 1, 2), box(0, 3, 4))], {}, "two shapes on frame 0"),
-        ([track(box("x", 1, 2))], {}, "is of frame x, which is no whole number"),
-        ([track(box(0, 1, 2))], {"stop": 2**19}, "frames, and may have 262,144"),
+        ([track(box("x", 1, 2))], {}, "has the frame x, which is not a whole number"),
+        ([track(box(0, 1, 2))], {"stop": 2**19}, "frames; the limit is 262,144"),
         ([track(box(0, 1, 2))], {"stop": "x"}, "stop_frame of a task is x"),
-        ([track(box(0, 1, 2), box(110, 2, 3))], {"stop": 110}, "stand for more than 100 shapes"),
-        ([track(box(0, 1, 2))], {"stop": 110}, "stand for more than 100 shapes"),
-        ([track(box(0, 1, 2))], {"size": (10**5, 10**5)}, "no size of a picture"),
+        ([track(box(0, 1, 2), box(110, 2, 3))], {"stop": 110}, "expand to more than 100 shapes"),
+        ([track(box(0, 1, 2))], {"stop": 110}, "expand to more than 100 shapes"),
+        ([track(box(0, 1, 2))], {"size": (10**5, 10**5)}, "not an image size:"),
         (
             ['<track label="leaf"><polyline frame="0" points="1,1;2,2"/></track>'], {},
             r"a track \(leaf\): polyline of frame 0: it covers no pixels",
@@ -176,10 +176,10 @@ def test_images_of_a_project_are_divided_by_their_subsets(tmp_path):
             [track(box(0, 1, 2), '<ellipse frame="4" cx="5" cy="5" rx="2" ry="2"/>')], {"stop": 4},
             "frames 0 and 4 have shapes of different kinds",
         ),
-        ([track(box(0, 1, "nan"), box(3, 1, 2))], {}, "xbr is nan, which is no number"),
+        ([track(box(0, 1, "nan"), box(3, 1, 2))], {}, "xbr is nan, which is not a number"),
         ([track(box(0, 1, 2), box(3, 1, "1e9"))], {}, "box of frame 3: its polygon has a point"),
         (['<track><box frame="0"/></track>'], {}, "the label of a track is None"),
-        ([track(box(0, 1, 2))], {"more": "<subset>../..</subset>"}, "outside of its folder"),
+        ([track(box(0, 1, 2))], {"more": "<subset>../..</subset>"}, "outside of the image folder"),
     ],
 )  # fmt: skip
 def test_tracks_that_are_refused(tmp_path, tracks, meta, wrong, monkeypatch):

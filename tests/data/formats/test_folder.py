@@ -111,7 +111,7 @@ def test_fraction(fill):
     )
     assert len(val) == 4 and sorted(train + val) == sorted(f"v{i // 2}_{i}" for i in range(10))
     assert not {n[:2] for n in train} & {n[:2] for n in val}
-    with pytest.raises(UserError, match="fraction knows the splits train and val, not test"):
+    with pytest.raises(UserError, match="fraction has the splits train and val only, not test"):
         folder_dataset(root, "test", classes=CLASSES, layout=FLAT, partition=partition)
 
 
@@ -196,13 +196,13 @@ def test_names_that_are_no_text(fill):
 def test_two_files_of_one_name(fill):
     root = fill()
     save(root / "train/images/x.jpg", np.zeros((4, 6, 3)))
-    with pytest.raises(UserError, match=r"x\.jpg and .*x\.png have one name \(x\)"):
+    with pytest.raises(UserError, match=r"x\.jpg and .*x\.png have the same name \(x\)"):
         folder_dataset(root, "train", classes=CLASSES)
 
 
 def test_missing_folders(fill, tmp_path):
     root = fill()
-    with pytest.raises(UserError, match=r"data\.root=.*gone is no folder"):
+    with pytest.raises(UserError, match=r"data\.root=.*gone is not a folder"):
         folder_dataset(tmp_path / "gone", "train", classes=CLASSES)
     with pytest.raises(UserError, match=r"No folder .*val/images for split val .*holds the folders train\."):
         folder_dataset(root, "val", classes=CLASSES)
@@ -255,8 +255,8 @@ def test_pictures_of_kinds_that_are_not_read_are_reported(fill, ending):
     (images / f"z.{ending}").touch()  # beside one that is read
     data = folder_dataset(root, "train", classes=CLASSES)
     assert data.names == ["z"] and sorted(data.lacking) == ["new", "x", "y"]
-    assert all(f".{ending} is of a kind that is not read" in reason for reason in data.lacking.values())
-    assert data.remedy == "Convert such pictures to PNG, or move them away."
+    assert all(f".{ending} has an unsupported format" in reason for reason in data.lacking.values())
+    assert data.remedy == "Convert such files to PNG, or move them away."
 
 
 @pytest.mark.parametrize("partition", [Partition(), Partition("fraction")])
@@ -270,7 +270,7 @@ def test_empty_split(tmp_path, partition):
 
 def test_partition_and_layout_must_fit(fill):
     root = fill()
-    with pytest.raises(UserError, match=r"must both hold \{split\}"):
+    with pytest.raises(UserError, match=r"must both contain \{split\}; otherwise"):
         folder_dataset(root, "train", classes=CLASSES, layout=FLAT)
     with pytest.raises(UserError, match="name it without {split}"):
         folder_dataset(root, "train", classes=CLASSES, partition=Partition("fraction"))
@@ -291,7 +291,7 @@ def test_sizes_that_differ(fill):
     np.testing.assert_array_equal(data[0]["mask"], expected)
     np.testing.assert_array_equal(data.mask(0), expected)
     save(root / "train/masks/x.png", mask.T)
-    with pytest.raises(UserError, match="proportions differ by more than 5%"):
+    with pytest.raises(UserError, match="aspect ratios differ by more than 5%"):
         data[0]
 
 

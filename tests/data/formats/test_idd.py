@@ -112,7 +112,7 @@ def test_each_encoding_is_read_from_its_own_file(name, tmp_path, caplog):
         data = instantiate(load(name, tmp_path).reader)(split="val")
     assert data.names == ["7/a"]
     np.testing.assert_array_equal(data.mask(0), expected)
-    warned = "255 is void in IDD, and here it is road; true road (0) is thrown away" in caplog.text
+    warned = "255 is void in IDD but road here, and true road (0) is dropped" in caplog.text
     assert warned == (name == "idd_home_made") and len(caplog.records) == warned
 
 
@@ -185,7 +185,7 @@ def test_label_maps_that_are_not_made_yet(tmp_path):
             instantiate(load(name, tmp_path).reader)(split="train")
     with pytest.raises(UserError, match=r"data=idd data.reader.encoding=level4Id data.root="):
         idd(tmp_path, "train", classes=[str(i) for i in range(30)], encoding="level4Id")
-    with pytest.raises(UserError, match=r"Make the official label maps from the polygons and use data=idd"):
+    with pytest.raises(UserError, match="Create the official label maps from the polygons and use data=idd"):
         idd(tmp_path, "train", **CLASSES, encoding="home_made")
 
 
@@ -195,7 +195,7 @@ def test_the_test_split_has_no_public_labels(tmp_path):
         idd(tmp_path, "test", **CLASSES)
     add(tmp_path, "test", "0/b")  # somebody who has them, but not all
     partly = idd(tmp_path, "test", **CLASSES)
-    assert partly.names == ["0/b"] and "and no polygons to make it from" in partly.lacking["0/a"]
+    assert partly.names == ["0/b"] and "and no polygons to create it from" in partly.lacking["0/a"]
     (tmp_path / "leftImg8bit/test/0/a_leftImg8bit.png").unlink()
     assert idd(tmp_path, "test", **CLASSES).names == ["0/b"]
 
@@ -211,7 +211,7 @@ def test_files_that_do_not_belong_together(tmp_path):
     assert lone.names == ["0/a"] and "c_gtFine_labellevel3Ids.png has no image in" in lone.lacking["3/c"]
     with pytest.raises(
         UserError,
-        match=r"Split train has 1 image with a mask, and 1 that lack something:\n- 3/c: (?s:.*)label maps\.\nTo",
+        match=r"Split train has 1 image with a mask, and 1 incomplete pairs:\n- 3/c: (?s:.*)label maps\.\nTo",
     ):
         opened(lone, split="train")
     shutil.rmtree(tmp_path / "gtFine/train/3")
@@ -221,7 +221,7 @@ def test_files_that_do_not_belong_together(tmp_path):
 
 
 def test_folders_that_are_not_there(tmp_path):
-    with pytest.raises(UserError, match=r"is no IDD: no leftImg8bit or gtFine in it.* It holds nothing\. Give"):
+    with pytest.raises(UserError, match=r"does not hold IDD: no leftImg8bit or gtFine in it.* It holds nothing\. Give"):
         idd(tmp_path / "gone", "train", **CLASSES)
     (tmp_path / "idd-20k-II.tar.gz").write_bytes(b"")
     with pytest.raises(UserError, match=r"Unpack idd-20k-II.tar.gz there first.*filter='data'"):
@@ -239,7 +239,7 @@ def test_settings_that_do_not_fit(tmp_path):
         idd(tmp_path, "train", **CLASSES, encoding="level3")
     with pytest.raises(UserError, match=r"has 26 names, but the ids of data.reader.encoding=level2Id go from 0 to 15"):
         idd(tmp_path, "train", **CLASSES, encoding="level2Id")
-    with pytest.raises(UserError, match=r"partition.by=fraction: IDD comes in split folders"):
+    with pytest.raises(UserError, match="partition.by=fraction: IDD has split folders"):
         idd(tmp_path, "train", **CLASSES, partition=Partition(by="fraction"))
     merged = idd(tmp_path, "train", classes=["road", "other"], masks=Masks(ids={25: 1, 3: 255}))
     assert merged.mask(0).tolist() == [[0, 1], [255, 255]]
@@ -252,12 +252,12 @@ def test_items_that_are_wrong(tmp_path):
     (tmp_path / "gtFine/train/0/c_gtFine_labellevel3Ids.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     data = idd(tmp_path, "train", **CLASSES)
     for index, message in enumerate(
-        ("holds the ids 26, which are no classes", "resize_mask", "Cannot read .*c_gtFine")
+        ("holds the ids 26, which are not classes", "resize_mask", "Cannot read .*c_gtFine")
     ):
         with pytest.raises(UserError, match=message):
             data[index]
     resized = idd(tmp_path, "train", **CLASSES, masks=Masks(on_size_mismatch="resize_mask"))
-    with pytest.raises(UserError, match="Their proportions differ"):
+    with pytest.raises(UserError, match="Their aspect ratios differ"):
         resized[1]
 
 

@@ -23,7 +23,7 @@ def root(tmp_path):
 def test_it_trains_and_warns(root, tmp_path):
     done = call(tmp_path, "mode=train", *OVERRIDES, "data=idd_home_made", f"data.root={root}", "trainer.val_every=2")
     assert done.status == 0, done.err
-    assert "data=idd_home_made trains on a home-made remap: 255 is void in IDD, and here it is road" in done.err
+    assert "data=idd_home_made trains on a custom remap: 255 is void in IDD but road here, and" in done.err
     assert "these labels look home-made or remapped" in done.err
     (run,) = (tmp_path / "outputs/base").glob("train_*")
     assert list(run.rglob("scores.json"))

@@ -171,5 +171,5 @@ def test_black_and_white(load, tmp_path, name, folders):
     mine = instantiate(load(name, tmp_path, "data.classes=[wood, crack]").reader)(split="val")
     assert mine.classes == ("wood", "crack") and mine.mask(0).max() == 1
     save(tmp_path / folders["val"].format("masks") / "7.png", expected)
-    with pytest.raises(UserError, match=r"7\.png is no binary mask.*format=ids"):
+    with pytest.raises(UserError, match="7.png is not a binary mask.*format=ids"):
         found.mask(0)

@@ -117,17 +117,15 @@ def test_masks_and_frames_must_match(add):
     assert "rgb/000000180.png has no mask in" in lacking["video_01/000000180"]
     assert "segmentation/000000060.png has no extracted frame" in lacking["video_01/000000060"]
     lame = next(part for part in data if part.lacking)
-    with pytest.raises(
-        UserError, match=r"3 that lack something:(?s:.*)mode=prepare data=sarrarp .*\nUnpack the archives"
-    ):
+    with pytest.raises(UserError, match=r"3 incomplete pairs:(?s:.*)mode=prepare data=sarrarp .*\nUnpack the archives"):
         opened(lame, split="train")
 
 
 def test_folders_that_are_missing_or_empty(add, tmp_path):
-    with pytest.raises(UserError, match="holds none of the folders train1, train2, train"):
+    with pytest.raises(UserError, match="lacks the folders train1, train2, train"):
         load(tmp_path, "val")
     root = add("train1", "video_01")
-    with pytest.raises(UserError, match="holds none of the folders test"):
+    with pytest.raises(UserError, match="lacks the folders test"):
         load(root, "test")
     with pytest.raises(UserError, match="splits train, val, test, not valid"):
         load(root, "valid")
@@ -137,7 +135,7 @@ def test_folders_that_are_missing_or_empty(add, tmp_path):
     with pytest.raises(UserError, match=r"no folder video_\* and no video_\*\.zip"):
         load(root, "test")
     add("train2", "video_01")
-    with pytest.raises(UserError, match="video_01 and .*video_01 are one video"):
+    with pytest.raises(UserError, match="video_01 and .*video_01 are the same video"):
         load(root, "train")
 
 

@@ -130,11 +130,11 @@ def test_videos_that_are_missing_damaged_or_packed(root):
     (root / "train1/._video_04.zip").write_bytes(b"")
     sides = [load(root, split, val_fraction=0.3) for split in ("train", "val")]
     lacking = {**sides[0].lacking, **sides[1].lacking}
-    assert lacking.keys() == {"video_02_2", "video_03"} and "still packed" in lacking["video_03"]
+    assert lacking.keys() == {"video_02_2", "video_03"} and "not unpacked" in lacking["video_03"]
     assert "video_02_2/video_left.avi is truncated" in lacking["video_02_2"]
     damaged = next(data for data in sides if "video_02_2" in data.lacking)
     assert "video_02_1/000000000" in damaged.names
-    with pytest.raises(UserError, match=r"(?s)that lack something:\n.*video_02_2: .*is truncated: .*source=frames"):
+    with pytest.raises(UserError, match=r"(?s)incomplete pairs:\n.*video_02_2: .*is truncated: .*source=frames"):
         opened(damaged, split="train")
     cache_dir = root.parent / "cache"
     kept = opened(damaged, split="train", on_error="skip", cache_dir=cache_dir, workers=1)

@@ -70,7 +70,7 @@ def test_a_cache_that_cannot_be_written_only_warns(load, tmp_path, caplog):
     (tmp_path / "file").write_text("")
     with caplog.at_level(logging.WARNING):
         assert class_counts(load(), tmp_path / "file").tolist() == [5, 3, 0, 2]
-    assert "cannot be kept" in caplog.text
+    assert "Cannot store" in caplog.text
 
 
 def test_data_without_files_is_counted_each_time(tmp_path):

@@ -260,7 +260,7 @@ def test_a_damaged_cache_costs_a_scan(fill, tmp_path, caplog, damage):
     (kept,) = cache.iterdir()
     kept.write_bytes(damage)
     assert scan(data.pairs, data.reader, cache_dir=cache) == first
-    assert "scanning anew" in caplog.text
+    assert "scanning again" in caplog.text
     caplog.clear()
     assert scan(data.pairs, data.reader, cache_dir=cache) == first and not caplog.text
 
@@ -272,7 +272,7 @@ def test_a_full_disk_keeps_the_result(fill, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(np, "savez", full)
     data = fill(2)
     assert len(scan(data.pairs, data.reader, cache_dir=tmp_path / "cache")) == 2
-    assert "cannot be kept" in caplog.text and not list((tmp_path / "cache").iterdir())
+    assert "Cannot store" in caplog.text and not list((tmp_path / "cache").iterdir())
 
 
 def test_what_was_scanned_before_an_interruption_is_kept(fill, tmp_path, monkeypatch):

@@ -278,7 +278,7 @@ class Deadly(Share):
 
 
 def test_a_killed_process_is_told():
-    with pytest.raises(UserError, match=r"was killed.*Set mode\.workers lower"):
+    with pytest.raises(UserError, match=r"was killed.*Lower mode\.workers"):
         score_cases(Deadly(), cases(*["a/1-2"] * 30), where="P", workers=2)
     with pytest.raises(UserError, match="was killed.* Do another thing") as error:
         score_cases(Deadly(), cases(*["a/1-2"] * 30), where="P", workers=2, remedy="Do another thing.")
@@ -289,7 +289,7 @@ def test_a_killed_process_is_told():
     ("options", "message"),
     [
         ({"on_error": "ignore"}, "data.on_error=ignore is unknown. Choose one of stop, skip"),
-        ({"on_error": "skip"}, "Nothing is left to score of P: 1 problem, such as a/bad-1: it is bad"),
+        ({"on_error": "skip"}, "Nothing is left to score in P: 1 problem, such as a/bad-1: it is bad"),
     ],
 )
 def test_bad_options(options, message):
@@ -338,8 +338,8 @@ def test_ids_of_no_class_are_noted_with_a_file():
     found.cases = [ScoringCase(case.name, case.unit, ((Path("r"), case.files[0][0]),)) for case in found.cases]
     scored = score_cases(Lenient(), found, where="P", workers=1)
     (note,) = scored.notes
-    assert note.startswith("2 of 3 predictions hold ids of no class, in 5 pixels, such as 3-4.")
+    assert note.startswith("2 of 3 predictions hold ids that are not classes, in 5 pixels, such as 3-4.")
     assert summary(Lenient(), scored)["notes"] == [note] and not found.notes
     found.cases = found.cases[:2]
     (note,) = score_cases(Lenient(), found, where="P", workers=1).notes
-    assert note.startswith("1 of 2 predictions holds ids of no class, in 3 pixels")
+    assert note.startswith("1 of 2 predictions holds ids that are not classes, in 3 pixels")

@@ -59,14 +59,14 @@ def test_scores_of_an_evaluation_are_of_this_checkpoint_and_say_their_split(best
     official = scores_of(best, (), folder)["official"]
     assert official == {"unit": None, "rules": None, "interval": None} | OFFICIAL
     other = evaluated(tmp_path / "other", best.with_stem("last"))
-    with pytest.raises(UserError, match="those scores are of .*last.safetensors, not of .*best.safetensors"):
+    with pytest.raises(UserError, match="those scores belong to .*last.safetensors, not to .*best.safetensors"):
         scores_of(best, (), other)
     deep = json.loads("[" * 600 + "]" * 600)
     (tmp_path / "scored/scores.json").write_text(json.dumps(SCORES | {"ci95": {"miou": deep}}))
-    with pytest.raises(UserError, match="export.scores=.*its scores cannot be used .*nested too deep"):
+    with pytest.raises(UserError, match="export.scores=.*its scores are invalid .*nested too deep"):
         scores_of(best, (), folder)
     (tmp_path / "scored/scores.json").write_text("{}")
-    with pytest.raises(UserError, match="export.scores=.*scores.json cannot be used .*Run mode=eval again"):
+    with pytest.raises(UserError, match="export.scores=.*scores.json is invalid .*Run mode=eval again"):
         scores_of(best, (), folder)
 
 
@@ -108,7 +108,7 @@ def test_a_folder_of_a_hub_ids_name_is_a_folder(tmp_path, monkeypatch):
 def test_scores_that_are_not_there_are_told_before_the_model_is_made(best, tmp_path, monkeypatch):
     monkeypatch.setattr(source, "load_trained", lambda cfg: pytest.fail("the model was made"))
     cfg = OmegaConf.create({"resume": str(best), "backbone": {"weights": "random"}})
-    with pytest.raises(UserError, match="export.scores=.*nowhere is no run folder"):
+    with pytest.raises(UserError, match="export.scores=.*nowhere is not a run folder"):
         write.export_model(ModelSource(cfg), out_dir=tmp_path, scores=str(tmp_path / "nowhere"))
 
 

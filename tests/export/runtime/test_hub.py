@@ -89,7 +89,7 @@ def test_a_hub_that_does_not_answer_is_one_message_without_the_token(file, monke
         lambda: model.push_to_hub("me/mine", token=TOKEN),
         lambda: Model.from_pretrained("me/mine", token=TOKEN),
     ):
-        with pytest.raises(UserError, match="me/mine: the hub does not answer.*hf auth login") as refused:
+        with pytest.raises(UserError, match="me/mine: the hub request failed.*hf auth login") as refused:
             ask()
         assert TOKEN not in str(refused.value)
     monkeypatch.setattr(huggingface_hub, "HfApi", Telling)
@@ -128,10 +128,10 @@ def test_the_card_holds_scores_and_licence_and_nothing_that_a_file_makes_up():
         and "| `miou` | 50.00 | 40.00 .. 60.00 |" in card
         and "over 12 units (`image`)" in card
     )
-    assert "| 0 | `a\\x7cb` | (1, 2, 3) | 12.50 |" in card and "what was trained alone" in card
+    assert "| 0 | `a\\x7cb` | (1, 2, 3) | 12.50 |" in card and "only the trained weights" in card
     assert "<" not in card and "\n# head" not in card and "\nmodel:" not in card
     assert card.startswith('---\nlicense: other\nlicense_name: "DINOv3 License\\nmodel: evil"\n')
-    assert "None were recorded" in model_card(ModelFacts(("a",), ((0, 0, 0),), 255), "me/mine")
+    assert "The file holds no scores" in model_card(ModelFacts(("a",), ((0, 0, 0),), 255), "me/mine")
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_weights_beside_a_graph_go_with_it_if_it_knows_them_by_the_hubs_name(hub
     for file, source in (("bare.onnx", None), ("renamed.onnx", "model.onnx.data")):
         graph_with_weights(tmp_path, source, name=file)
     (tmp_path / "model.onnx.txt").touch()
-    with pytest.raises(UserError, match="knows its weights as mine.onnx.data"):
+    with pytest.raises(UserError, match="refers to its weights as mine.onnx.data"):
         push(tmp_path / "mine.onnx", facts, "me/mine", private=None, revision=None, token=None, gated=False)
     assert not hub.asked
     for file, there in (

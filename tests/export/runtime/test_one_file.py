@@ -177,7 +177,7 @@ def test_each_kind_of_model_is_the_same_from_its_file(compose, tmp_path, words):
     assert len(theirs.probabilities.std(axis=(1, 2)).nonzero()[0])
     for delta in (False, True):
         if delta and words[0] != "backbone=tiny_surgical":
-            with pytest.raises(UserError, match="export.delta=true: this backbone comes from nowhere else"):
+            with pytest.raises(UserError, match="export.delta=true: this backbone cannot be downloaded"):
                 exported(path, tmp_path / "delta", delta=True)
             continue
         file = exported(path, tmp_path / ("delta" if delta else "whole"), delta=delta)
@@ -227,13 +227,13 @@ def test_gated_weights_are_not_passed_on_unless_asked(compose, tmp_path, capsys)
     weights_elsewhere.rename(weights)
     delta = exported(path, tmp_path / "delta", delta=True)
     printed = capsys.readouterr().out
-    assert 'backbone="FILE"' in printed and "no scores are in it" in printed
+    assert 'backbone="FILE"' in printed and "it holds no scores" in printed
     assert delta.stat().st_size < whole.stat().st_size / 4
     assert not any("lora" not in name for name in load_file(delta) if "model/backbone" in name)
     weights.rename(weights_elsewhere)
     with pytest.raises(
         UserError,
-        match="backbone=dinov3_file.safetensors, which is no file.*Give the file where it is now: backbone=PATH",
+        match="backbone=dinov3_file.safetensors, which is neither a file.*Set its current path: backbone=PATH",
     ):
         dinoseg.load(delta)
     model = dinoseg.load(delta, device="cpu", backbone=weights_elsewhere)
@@ -341,9 +341,9 @@ CHANGED = {
     "NaN": (change("model/head.classify.weight", lambda one: one * float("nan")), "hold NaN or infinity"),
     "another shape": (change("model/head.classify.weight", lambda one: one[:1].clone()), "of another shape"),
     "another type": (change("model/head.classify.weight", lambda one: one.to(torch.complex64)), "has the type C64"),
-    "one more": (lambda sound: {"model/head.more": torch.zeros(1)}, "left over"),
+    "one more": (lambda sound: {"model/head.more": torch.zeros(1)}, "unexpected"),
     "one of no part": (lambda sound: {"x": torch.zeros(1)}, "a tensor x, which dinoseg does not write"),
-    "one more constant": (lambda sound: {"constants/backbone.more": torch.zeros(1)}, "left over"),
+    "one more constant": (lambda sound: {"constants/backbone.more": torch.zeros(1)}, "unexpected"),
     "a long constant": (lambda sound: {"constants/backbone.mean": torch.zeros(9, 9)}, "of another shape"),
 }
 
@@ -356,7 +356,7 @@ def test_tensors_that_are_not_the_models_are_refused(tmp_path, sound, tensors, m
 
 def test_a_file_of_more_tensors_than_any_model_has_is_refused(file, monkeypatch):
     monkeypatch.setattr(checkpoint, "_MOST_TENSORS", 20)
-    with pytest.raises(UserError, match="tensors, above the most, 20, which dinoseg does not write"):
+    with pytest.raises(UserError, match="tensors, above the limit of 20, which dinoseg does not write"):
         dinoseg.load(file, device="cpu")
 
 
@@ -374,7 +374,9 @@ def test_a_place_that_the_caller_trusts_is_asked(tmp_path, sound):
     path = tampered(tmp_path, sound, {"config/backbone/weights": "evil/weights"})
     with pytest.raises(UserError, match="trust=.evil/weights."):
         dinoseg.load(path, device="cpu")
-    with pytest.raises(UserError, match="made for another model"):  # it is believed that the backbone comes from there
+    with pytest.raises(
+        UserError, match="belongs to another model"
+    ):  # it is believed that the backbone comes from there
         dinoseg.load(path, device="cpu", trust=["evil/weights"])
 
 
@@ -402,10 +404,10 @@ def test_what_is_no_file_of_dinoseg_is_refused(tmp_path, trained, file, sound):
         )
     (tmp_path / "model.pt2").write_bytes(b"PK")
     for path, message in (
-        (tmp_path / "none", "No such file"),
-        (tmp_path / "model.pt2", "is a program of torch.export, .* Give the model.safetensors"),
+        (tmp_path / "none", "File not found"),
+        (tmp_path / "model.pt2", "is a torch.export program, .* Give the model.safetensors"),
         (tmp_path, "neither a checkpoint file nor a run folder"),
-        (trained / "slots", "slots/checkpoints/.*is a model of slots"),
+        (trained / "slots", "slots/checkpoints/.*is a slot model"),
     ):
         with pytest.raises(UserError, match=message):
             dinoseg.load(path)
@@ -436,7 +438,10 @@ def test_scores_of_an_evaluation_come_with_the_file(trained, tmp_path):
     assert done.status == 0, done.err
     assert call(trained, *words, "export.scores=on_train", "hydra.run.dir=with").status == 0
     assert dinoseg.load(trained / "with/model.safetensors").facts.scores["split"] == "train"
-    for folder, message in (("clip", "is no run folder of mode=eval"), ("slots", "is no run folder|are of None")):
+    for folder, message in (
+        ("clip", "is not a run folder of mode=eval"),
+        ("slots", "is not a run folder|belong to None"),
+    ):
         refused = call(trained, *words, f"export.scores={folder}")
         assert refused.status == 1 and message.split("|")[0] in refused.err or message.split("|")[1] in refused.err
     of_slots = call(trained, "mode=export", "export=safetensors", "resume=slots", "engine=cpu")

@@ -137,7 +137,7 @@ def test_numpy_pillow_and_onnxruntime_are_enough(tmp_path):
 )
 def test_what_cannot_be_asked_of_a_graph_is_refused(tmp_path, given):
     (key, value), path = *given.items(), written(tmp_path, model())
-    with pytest.raises(UserError, match=f"^{key}={value}: .*model.onnx is an ONNX file, which takes pictures whole"):
+    with pytest.raises(UserError, match=f"^{key}={value}: .*model.onnx is an ONNX file, which processes whole images"):
         dinoseg.load(path, **given)
     assert (
         dinoseg.load(path, inference="whole", precision="fp32").predict(np.zeros((9, 9, 3), np.uint8)).mask.any() == 0
@@ -170,11 +170,11 @@ HOSTILE = {
     "outside its folder": lambda: model(initializers=[external("../../secret")]),
     "outside its folder ": lambda: model(initializers=[external("/etc/passwd")]),
     "outside its folder  ": lambda: model(initializers=[external("..\\secret")]),
-    "missing or no plain file": lambda: model(initializers=[external("nothing.data")]),
-    "missing or no plain file ": lambda: model(initializers=[external("link.data")]),
-    "is cut off": lambda: model(initializers=[external("short.data")]),
-    "unknown or stands there twice": lambda: model(initializers=[external("link.data", more=[("location", "/")])]),
-    "unknown or stands there twice ": lambda: model(initializers=[external("link.data", more=[("basepath", "/")])]),
+    "missing or not a regular file": lambda: model(initializers=[external("nothing.data")]),
+    "missing or not a regular file ": lambda: model(initializers=[external("link.data")]),
+    "is truncated": lambda: model(initializers=[external("short.data")]),
+    "unknown or duplicated": lambda: model(initializers=[external("link.data", more=[("location", "/")])]),
+    "unknown or duplicated ": lambda: model(initializers=[external("link.data", more=[("basepath", "/")])]),
     "of type 1 and shape": lambda: model(initializers=[TensorProto(name="deep", data_type=1, dims=[1] * 65)]),
     "a tensor of 4398046511104 bytes has 4": lambda: model(initializers=[huge()]),
     "operators of 'evil'": lambda: model(nodes=[helper.make_node("Run", ["image"], ["scores"], domain="evil")]),
@@ -204,7 +204,7 @@ def test_functions_of_the_files_own_are_refused(tmp_path):
 def test_a_file_that_is_none_is_refused(tmp_path, content):
     path = tmp_path / "model.onnx"
     path.write_bytes(content)
-    with pytest.raises(UserError, match="no ONNX file that dinoseg would run"):
+    with pytest.raises(UserError, match="not an ONNX file of dinoseg"):
         dinoseg.load(path)
 
 
@@ -249,23 +249,23 @@ def lying(nodes=None, **changes):
 SCORES = [helper.make_node("AveragePool", ["image"], ["grid"], kernel_shape=[8, 8], strides=[8, 8])]
 WHOLE = helper.make_tensor_value_info("scores", TensorProto.INT64, ["batch", 3, "h", "w"])
 LIES = {
-    "takes or gives something else": lambda: lying(record={"kind": "masks", "mixture": True}),
-    "takes or gives something else ": lambda: lying(
+    "its inputs or outputs differ from": lambda: lying(record={"kind": "masks", "mixture": True}),
+    "its inputs or outputs differ from ": lambda: lying(
         input=helper.make_tensor_value_info("picture", TensorProto.FLOAT, ["batch", 3, "height", "width"]),
         nodes=[
             helper.make_node("AveragePool", ["picture"], ["grid"], kernel_shape=[8, 8], strides=[8, 8]),
             helper.make_node("Conv", ["grid", "weight", "bias"], ["scores"]),
         ],
     ),
-    r"gives float32 \[1, 2, 3, 4\] for 1 pictures, which are no scores of its 3 classes": lambda: lying(
+    r"returns float32 \[1, 2, 3, 4\] for 1 images, which are not scores of its 3 classes": lambda: lying(
         labels={"classes": ["a", "b", "c"], "palette": [[0, 0, 0]] * 3}
     ),
-    r"gives int64 \[1, 3, 3, 4\] for 1 pictures": lambda: lying(
+    r"returns int64 \[1, 3, 3, 4\] for 1 images": lambda: lying(
         labels={"classes": ["a", "b", "c"], "palette": [[0, 0, 0]] * 3},
         nodes=[*SCORES, helper.make_node("Cast", ["grid"], ["scores"], to=TensorProto.INT64)],
         output=WHOLE,
     ),
-    r"gives float32 \[1, 2, 1, 1, 3, 4\] for 1 pictures": lambda: lying(
+    r"returns float32 \[1, 2, 1, 1, 3, 4\] for 1 images": lambda: lying(
         nodes=[
             *SCORES,
             helper.make_node("Conv", ["grid", "weight", "bias"], ["flat"]),
@@ -274,10 +274,10 @@ LIES = {
         ],
         output=helper.make_tensor_value_info("scores", TensorProto.FLOAT, None),
     ),
-    r"onnxruntime cannot compute pictures \[1, 3, 24, 32\] with it": lambda: lying(
+    r"onnxruntime cannot process images \[1, 3, 24, 32\] with it": lambda: lying(
         input=helper.make_tensor_value_info("image", TensorProto.FLOAT, [1, 3, 8, 8])
     ),
-    "20 x 30 would enter the model at .* and 1000 pixels are the most": lambda: lying(record={"scale": 64.0}),
+    "20 x 30 would enter the model at .*; the limit is 1000 pixels": lambda: lying(record={"scale": 64.0}),
 }
 
 
@@ -317,7 +317,7 @@ def test_masks_and_their_classes_are_asked_as_they_are_said_to_be(tmp_path, no_o
     assert (dinoseg.load(written(tmp_path, made)).predict(image).mask == (image[..., 0] > 0)).all()
     wrong = json.loads(json.dumps({"graph": {**record.plain(), "no_object": not no_object}, **LABELS}))
     made.metadata_props[0].value = json.dumps(wrong)
-    with pytest.raises(UserError, match="which are no scores of its 2 classes"):
+    with pytest.raises(UserError, match="which are not scores of its 2 classes"):
         dinoseg.load(written(tmp_path, made)).predict(image)
 
 

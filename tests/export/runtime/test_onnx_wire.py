@@ -52,7 +52,7 @@ def test_fields_that_parsers_may_read_otherwise_are_refused(tmp_path, monkeypatc
     monkeypatch.setattr("dinoseg.export.runtime.onnx_model.open_session", lambda *_, **__: pytest.fail("it was opened"))
     path = written(tmp_path, model())
     path.write_bytes(path.read_bytes() + HIDDEN[what]())
-    with pytest.raises(UserError, match="no ONNX file that dinoseg would run"):
+    with pytest.raises(UserError, match="not an ONNX file of dinoseg"):
         dinoseg.load(path)
 
 

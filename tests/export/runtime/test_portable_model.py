@@ -105,12 +105,12 @@ def test_grey_has_three_channels_and_a_tensor_is_read_channels_first(model):
         (np.full((5, 7, 3), -1.5), "Do not normalise"),
         (np.full((5, 7, 3), np.nan), "floats from nan"),
         (np.zeros(5, np.uint8), "give \\(H, W, 3\\)"),
-        (3, "int is no picture"),
-        (None, "NoneType is no picture"),
-        ([{"image": 1}], "picture 0 is of type dict"),
-        ("nowhere.png", "No such file"),
-        ("nowhere/*.png", "matches no picture"),
-        (Image.fromarray(np.zeros((5, 7), np.float32)), "holds fractions"),
+        (3, "int is not an image"),
+        (None, "NoneType is not an image"),
+        ([{"image": 1}], "image 0 is of type dict"),
+        ("nowhere.png", "File not found"),
+        ("nowhere/*.png", "matches no image"),
+        (Image.fromarray(np.zeros((5, 7), np.float32)), "holds floating-point values"),
     ],
 )
 def test_what_is_no_picture_is_refused_with_the_remedy(model, given, message):
@@ -135,14 +135,14 @@ def test_a_folder_is_read_as_it_goes_in_the_order_of_numbers(model, tmp_path, ca
     (tmp_path / "notes.txt").touch()
     results = model.predict(tmp_path, batch_size=1)
     assert next(results).source == tmp_path / "x1.png" and len(model.runtime.seen) == 1
-    with pytest.raises(UserError, match="x3.png as a picture"):
+    with pytest.raises(UserError, match="x3.png as an image"):
         list(results)
     with caplog.at_level(logging.WARNING):
         kept = list(model.predict(str(tmp_path / "*.png"), on_error="skip"))
     assert [out.source.name for out in kept] == ["x1.png", "x2.png", "x10.png"] and "x3.png" in caplog.text
     endless = model.predict(picture() for _ in iter(int, 1))
     assert next(endless).mask.shape == (5, 7)
-    with pytest.raises(UserError, match="holds no picture directly"):
+    with pytest.raises(UserError, match="holds no image directly"):
         model.predict(tmp_path.parent)
     with pytest.raises(UserError, match="on_error=pass"):
         model.predict(tmp_path, on_error="pass")
@@ -208,5 +208,5 @@ def test_weights_beside_a_file_are_saved_with_it_under_the_name_that_it_knows(tm
     assert (tmp_path / "copy/model.onnx.data").read_bytes() == b"weights."
     assert (tmp_path / "copy/model.onnx").read_bytes() == file.read_bytes()
     assert len([*(tmp_path / "copy").iterdir()]) == 2
-    with pytest.raises(UserError, match="cannot be called other.onnx. Keep its name, model.onnx"):
+    with pytest.raises(UserError, match="cannot be renamed to other.onnx. Keep its name, model.onnx"):
         model.save(tmp_path / "other.onnx")

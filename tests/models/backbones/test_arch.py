@@ -21,17 +21,17 @@ def vit(family, **arch):
 @pytest.mark.parametrize(
     ("key", "value", "rule"),
     [
-        ("num_attention_heads", 5, "hidden_size=24: so many heads need a width that is a multiple of"),
-        ("num_attention_heads", 0, "is below the least, 1"),
-        ("num_attention_heads", -3, "is below the least, 1"),
+        ("num_attention_heads", 5, "hidden_size=24: the width must be a multiple of"),
+        ("num_attention_heads", 0, "is too small. Give at least 1"),
+        ("num_attention_heads", -3, "is too small. Give at least 1"),
         ("hidden_act", "gelo", "is unknown. Choose one of .*gelu"),
         ("hidden_size", "64a", "expected int, got str"),
         ("hidden_size", None, "expected int, got NoneType"),
-        ("hidden_size", -24, "is below the least, 1"),
-        ("num_hidden_layers", 0, "is below the least, 1"),
+        ("hidden_size", -24, "is too small. Give at least 1"),
+        ("num_hidden_layers", 0, "is too small. Give at least 1"),
         ("num_hidden_layers", 2.5, "expected int, got float"),
         ("layer_norm_eps", "tiny", "expected float, got str"),
-        ("initializer_range", -0.1, "is below the least, 0"),
+        ("initializer_range", -0.1, "is too small. Give at least 0"),
         ("num_channels", 4, "images are RGB"),
     ],
 )
@@ -43,11 +43,11 @@ def test_wrong_values_of_a_transformer(family, key, value, rule):
 @pytest.mark.parametrize(
     ("family", "key", "value", "rule"),
     [
-        ("vit", "intermediate_size", -1, "is below the least, 1"),
-        ("dinov2", "mlp_ratio", 0, "is below the least, 1"),
-        ("dinov2_with_registers", "num_register_tokens", -1, "is below the least, 0"),
-        ("vit", "hidden_dropout_prob", 3, "is no probability"),
-        ("dinov3_vit", "attention_dropout", 1.0, "is no probability"),
+        ("vit", "intermediate_size", -1, "is too small. Give at least 1"),
+        ("dinov2", "mlp_ratio", 0, "is too small. Give at least 1"),
+        ("dinov2_with_registers", "num_register_tokens", -1, "is too small. Give at least 0"),
+        ("vit", "hidden_dropout_prob", 3, "is not a probability"),
+        ("dinov3_vit", "attention_dropout", 1.0, "is not a probability"),
         ("vit", "image_size", 7, "Give at least backbone.patch_size=8"),
         ("dinov2", "image_size", -1, "Give at least backbone.patch_size=8"),
     ],
@@ -62,12 +62,12 @@ def test_wrong_values_of_one_family(family, key, value, rule):
     [
         ("depths", [1, 1, 1], r"has 3 numbers, backbone\.arch\.hidden_sizes=\[8, 8, 16, 24\] has 4"),
         ("depths", [1, 1, 1, 1, 1], "has 5 numbers"),
-        ("depths", [1, -1, 1, 1], "is below the least, 1"),
+        ("depths", [1, -1, 1, 1], "is too small. Give at least 1"),
         ("depths", [1, 1, 1, "a"], "list"),
         ("depths", 3, "expected a list, got int"),
-        ("hidden_sizes", [8, 8, 8, 0], "is below the least, 1"),
+        ("hidden_sizes", [8, 8, 8, 0], "is too small. Give at least 1"),
         ("hidden_act", "gelo", "is unknown. Choose one of .*gelu"),
-        ("drop_path_rate", -0.1, "is no probability"),
+        ("drop_path_rate", -0.1, "is not a probability"),
     ],
 )
 def test_wrong_values_of_a_convnext(key, value, rule):
@@ -85,7 +85,7 @@ def test_rotated_heads_need_a_multiple_of_four_channels():
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("patch_size", [0, -8])
 def test_a_patch_has_a_size(family, patch_size):
-    with pytest.raises(UserError, match=rf"^backbone\.patch_size={patch_size} is below the least, 1"):
+    with pytest.raises(UserError, match=rf"^backbone\.patch_size={patch_size} is too small. Give at least 1"):
         TransformersVit(family, SMALL, "random", patch_size)
 
 

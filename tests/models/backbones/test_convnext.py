@@ -118,7 +118,7 @@ def test_a_key_too_much_or_too_few_in_metas_file_is_named(tmp_path):
         ({key: value for key, value in state.items() if key != "stages.2.1.gamma"}, "stages.2.layers.1.gamma"),
     ):
         torch.save(changed, file)
-        with pytest.raises(UserError, match=rf"meta\.pth: 1 tensors are missing, left over.*{name}"):
+        with pytest.raises(UserError, match=rf"meta\.pth: 1 tensors are missing, unexpected.*{name}"):
             build(weights=str(file))
 
 

@@ -45,5 +45,5 @@ def test_other_words_and_too_few_blocks_are_refused():
 
 @pytest.mark.parametrize("layers", [["a"], [1.5], [0, "-1"], [True], [None], (-1, 1.0)])
 def test_numbers_that_are_not_whole_are_refused(layers):
-    with pytest.raises(UserError, match=r"backbone.layers=\[.*\]: blocks have whole numbers.*such as \[-1\]"):
+    with pytest.raises(UserError, match=r"backbone.layers=\[.*\]: block numbers are integers.*such as \[-1\]"):
         resolve_layers(layers, 3)

@@ -231,7 +231,11 @@ def test_every_left_over_key_is_named(kind):
     family, arch, _ = KINDS[kind]
     config = _config(family, {**arch, "patch_size": PATCH})
     for extra in ("head.weight", "blocks.0.extra.weight", "cls_norm.bias", "fc_norm.weight"):
-        with pytest.raises(UserError, match=rf"f\.pth: .* but holds, beside a whole backbone, {extra} \(1 in all\)"):
+        with pytest.raises(
+            UserError,
+            match=rf"f\.pth: .* but holds, in addition to a whole backbone, {extra} \(1 in "
+            r"total\)",
+        ):
             from_meta({**state_of(kind), extra: torch.zeros(1)}, config, "f.pth")
 
 
@@ -376,8 +380,8 @@ def test_what_is_no_checkpoint_is_refused(content, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ([torch.zeros(1)], "holds no tensors by name"),
-        ({1: torch.zeros(1)}, "holds no tensors by name"),
+        ([torch.zeros(1)], "holds no named tensors"),
+        ({1: torch.zeros(1)}, "holds no named tensors"),
         ({}, "holds nothing"),
         ({"model": {"cls_token": torch.zeros(1)}, "epoch": 3}, "holds model, epoch, and no weights.*`teacher`"),
         ({"conv.weight": torch.zeros(1)}, "tensors are missing"),

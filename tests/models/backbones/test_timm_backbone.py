@@ -278,11 +278,11 @@ def test_lora_finds_the_fused_projections_and_last_blocks_its_blocks():
 
 def test_unknown_names_are_refused_with_the_nearest():
     for name in ("vit_tini_patch16_224", "vit_tini_patch16_224.augreg"):
-        with pytest.raises(UserError, match=rf"backbone.name={name} is no model.*Did you mean .*vit_tiny_patch16_224"):
+        with pytest.raises(UserError, match=rf"backbone.name={name} is not a model.*Did you mean .*vit_tiny_patch16_224"):
             build(name, patch_size=16)
-    with pytest.raises(UserError, match="is no model of timm .*list_models"):
+    with pytest.raises(UserError, match="is not a model of timm .*list_models"):
         build("qqqq", patch_size=16)
-    with pytest.raises(UserError, match="no such tag. It has test_vit.r160_in1k"):
+    with pytest.raises(UserError, match="does not have this tag. It has test_vit.r160_in1k"):
         build("test_vit.nothing", patch_size=16)
 
 
@@ -301,7 +301,7 @@ def test_another_patch_size_is_refused_with_the_right_one():
 
 def test_models_of_one_image_size_are_refused():
     for name, patch in (("mixer_s32_224", 32), ("test_vit_relpos", 16), ("test_maxvit", 32)):
-        with pytest.raises(UserError, match=f"name={name}: this model does not take images of any size .*Choose"):
+        with pytest.raises(UserError, match=f"name={name}: this model does not support arbitrary image sizes .*Choose"):
             build(name, patch_size=patch)
 
 
@@ -315,14 +315,17 @@ def test_weights_that_cannot_be_fetched_say_what_to_do(monkeypatch):
         raise OSError("no route to host")
 
     monkeypatch.setattr("timm.models._builder.load_pretrained", fail)
-    with pytest.raises(UserError, match=r"test_vit cannot be fetched \(no route to host\).*backbone.weights=PATH"):
+    with pytest.raises(UserError, match=r"test_vit cannot be downloaded \(no route to host\).*backbone.weights=PATH"):
         build(weights="timm")
     with pytest.raises(UserError, match="weights=timm: timm has no weights for levit_512"):
         build("levit_512", weights="timm", patch_size=64)
 
 
 def test_a_model_that_cannot_checkpoint_says_so():
-    with pytest.raises(UserError, match=r"backbone.checkpointing=true: dla46_c cannot do this\. Set it to false"):
+    with pytest.raises(
+        UserError,
+        match="backbone.checkpointing=true: dla46_c does not support activation checkpointing. Set it to false",
+    ):
         build("dla46_c", patch_size=32, checkpointing=True)
 
 

@@ -226,7 +226,7 @@ def test_gradients_reach_every_parameter_and_bfloat16_stays_finite():
         ({"pixel_shuffle": -1}, r"head.pixel_shuffle=-1"),
         ({"channels": 24}, r"head.channels=24: .*head.pixel_shuffle=2 .*positive multiple of 16"),
         ({"channels": 0}, r"head.channels=0"),
-        ({"kernel_size": 4}, r"head.kernel_size=4: only an odd kernel has a centre"),
+        ({"kernel_size": 4}, "head.kernel_size=4: only an odd kernel preserves"),
         ({"kernel_size": -1}, r"head.kernel_size=-1"),
         ({"activation": "gelu"}, r"head.activation=gelu is unknown. Choose one of relu, leakyrelu, sigmoid, tanh"),
         ({"dropout": 1.0}, r"head.dropout=1.0: give a share from 0 up to below 1"),

@@ -198,7 +198,10 @@ def test_its_own_defaults_are_those_of_its_config():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"patch_size": 7}, "head=detail scores squares of 2 x 2 px, which do not fill .*patch_size=7.*even patch"),
+        (
+            {"patch_size": 7},
+            "head=detail has an output stride of 2 px, which does not divide .*patch_size=7.*even patch",
+        ),
         ({"fine": 0}, "head.fine=0: give a whole number of at least 1"),
         ({"width": -1}, "head.width=-1: give a whole number of at least 1"),
         ({"blocks": -1}, "head.blocks=-1: give a number of at least 0"),

@@ -88,7 +88,7 @@ def test_four_maps_of_one_width_may_be_listed():
             "backbone.layers gives 1 map, but this Mask2Former head reads exactly 4: set backbone.layers=",
         ),
         ((384, 5, 2), {}, "backbone.layers gives 5 maps, but"),
-        (([96, 192, 384, 768], 4, 2), {}, "the widths [96, 192, 384, 768], but this Mask2Former head makes its own"),
+        (([96, 192, 384, 768], 4, 2), {}, "the widths [96, 192, 384, 768], but this Mask2Former head builds its own"),
         (
             (384, 4, 2),
             {"num_heads": 7},

@@ -135,7 +135,7 @@ def test_keys_of_the_backbone_are_passed_over_and_counted(whole, write, caplog):
     backbone = {f"segmentation_model.0.backbone.blocks.{number}.weight": torch.ones(1) for number in range(3)}
     with caplog.at_level(logging.INFO):
         tiny(weights=write(whole | backbone))
-    assert "3 keys of a backbone passed over" in caplog.text
+    assert "ignored 3 keys of a backbone" in caplog.text
 
 
 @pytest.mark.parametrize("no_object", [True, False])
@@ -181,7 +181,7 @@ def test_what_takes_a_file_is_refused_without_one_but_for_counting(options, said
 def test_on_the_meta_device_a_file_is_checked_but_not_held(whole, write):
     with torch.device("meta"):
         head = tiny(weights=write(whole))
-        assert "num_queries is 3 in the file and 4 here" in refusal(write(whole), num_queries=4)
+        assert "num_queries is 3 in the file and 4 in the model" in refusal(write(whole), num_queries=4)
     assert all(value.is_meta for value in head.state_dict().values())
 
 
@@ -190,14 +190,14 @@ def test_on_the_meta_device_a_file_is_checked_but_not_held(whole, write):
     [
         (
             {"num_classes": 5},
-            "class outputs is 3 in the file and 6 here (for other classes than the file's set head.class",
+            "class outputs is 3 in the file and 6 in the model (for other classes than the file's set head.class",
         ),
-        ({"no_object": False}, "class outputs is 3 in the file and 2 here"),
-        ({"num_queries": 9}, "num_queries is 3 in the file and 9 here (set head.num_queries=3)"),
-        ({"feedforward_dim": 16}, "feedforward_dim is 8 in the file and 16 here (set head.feedforward_dim=8)"),
-        ({"hidden_dim": 96}, "hidden_dim is 64 in the file and 96 here (set head.hidden_dim=64)"),
-        ({"num_heads": 2}, "num_heads is 4 in the file and 2 here (set head.num_heads=4)"),
-        ({"dim": 32}, "the backbone's width is 16 in the file and 32 here (choose the backbone that the file is for)"),
+        ({"no_object": False}, "class outputs is 3 in the file and 2 in the model"),
+        ({"num_queries": 9}, "num_queries is 3 in the file and 9 in the model (set head.num_queries=3)"),
+        ({"feedforward_dim": 16}, "feedforward_dim is 8 in the file and 16 in the model (set head.feedforward_dim=8)"),
+        ({"hidden_dim": 96}, "hidden_dim is 64 in the file and 96 in the model (set head.hidden_dim=64)"),
+        ({"num_heads": 2}, "num_heads is 4 in the file and 2 in the model (set head.num_heads=4)"),
+        ({"dim": 32}, "the backbone's width is 16 in the file and 32 in the model (choose the backbone of the file)"),
     ],
 )
 def test_a_file_of_another_segmentor_is_refused_with_the_remedy(whole, write, options, expected):
@@ -222,20 +222,20 @@ def test_missing_and_left_over_keys_are_named(whole, write, class_layer):
     gone = "segmentation_model.1.predictor.class_embed.bias"
     tensors = {name: value for name, value in whole.items() if name != gone} | {"teacher.cls_token": torch.ones(1)}
     message = refusal(write(tensors), class_layer=class_layer)
-    assert f"1 missing ({gone}); 1 left over (teacher.cls_token)" in message
+    assert f"1 missing ({gone}); 1 unexpected (teacher.cls_token)" in message
     backbone_alone = {"segmentation_model.0.backbone.cls_token": torch.ones(1)}
     assert "479 missing (segmentation_model.0.level_embed, " in refusal(write(backbone_alone))
 
 
 def test_other_contents_are_refused(whole, write):
-    assert "holds no plain dict of tensors" in refusal(write({"model": whole}))
-    assert "holds no plain dict of tensors" in refusal(write({"model": [torch.ones(2)]}))
+    assert "not a plain dict of tensors" in refusal(write({"model": whole}))
+    assert "not a plain dict of tensors" in refusal(write({"model": [torch.ones(2)]}))
     assert "479 missing" in refusal(write({}))
 
 
 def test_unreadable_files_are_refused(whole, write, tmp_path):
-    assert refusal(tmp_path / "absent.pth") == "no such file. Check the path."
-    assert refusal(tmp_path) == "no such file. Check the path."
+    assert refusal(tmp_path / "absent.pth") == "file not found. Check the path."
+    assert refusal(tmp_path) == "file not found. Check the path."
     for name in ("head.pth", "head.safetensors"):
         path = write(whole, name)
         content = Path(path).read_bytes()

@@ -312,7 +312,7 @@ def test_other_predictors_and_what_is_refused():
     with pytest.raises(UserError, match=r"head\.predictor=gru is unknown.*savi, carry, none"):
         make_predictor("gru", 8)
     for dim, near in ((6, "4 or 8"), (3, "4 or 4"), (9, "8 or 12")):
-        with pytest.raises(UserError, match=rf"slot_dim={dim} is no multiple of 4.*slot_dim={near}"):
+        with pytest.raises(UserError, match=rf"slot_dim={dim} is not a multiple of 4.*slot_dim={near}"):
             make_predictor("savi", dim)
 
 

@@ -110,7 +110,7 @@ def test_outputs_have_their_shapes(steps, telling):
 
 def test_a_predictor_that_no_frame_would_train_is_refused():
     for steps, frames in ((0, 1), ([0, 3], 4), ([2], 3)):
-        with pytest.raises(UserError, match=rf"clips of {frames} frames leave one.*cut.length={frames + 1} or more"):
+        with pytest.raises(UserError, match=f"clips of {frames} frames have none.*cut.length={frames + 1} or more"):
             made(steps=steps).follow(clip(frames))
         made(steps=steps).eval().follow(clip(frames))
         made(steps=steps, predictor="carry").follow(clip(frames))
@@ -207,7 +207,7 @@ def test_channels_of_half_precision_are_counted_in_float32():
 
 def test_a_single_cell_has_no_variance_to_train_on():
     head, cell = made(standardise=True, num_slots=1, predictor="none"), clip(1, (1, 1), 1)
-    with pytest.raises(UserError, match="head.standardise=true takes mean and variance over the cells of a batch"):
+    with pytest.raises(UserError, match="head.standardise=true computes mean and variance over the cells of a batch"):
         head.train().follow(cell)
     assert head.standard.running_var.isfinite().all() and head.eval().follow(cell).slots.isfinite().all()
 
@@ -430,8 +430,12 @@ def test_a_few_steps_of_training_tell_two_halves_apart():
         ({"hidden_dim": 0}, r"head\.hidden_dim=0: give"),
         ({"positions_grid": [28]}, r"head\.positions_grid=\[28\]: give rows and columns"),
         ({"positions_grid": [0, 4]}, r"head\.positions_grid=\[0, 4\]: give rows and columns"),
-        ({"positions_grid": None}, r"head\.positions=learnt is made for .* Give backbone\.patch_size, from which"),
-        ({"positions_grid": None, "positions": "linear", "similarity": True}, r"head\.similarity=true is made for the"),
+        ({"positions_grid": None}, r"head\.positions=learnt needs the grid of .* Set backbone\.patch_size, from which"),
+        (
+            {"positions_grid": None, "positions": "linear", "similarity": True},
+            r"head\.similarity=true needs the grid "
+            "of",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(keys, message):

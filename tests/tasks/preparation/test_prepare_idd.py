@@ -212,7 +212,7 @@ def test_corrected_polygons_are_drawn_again(tmp_path, caplog):
         pytest.raises(UserError, match=r"1 of 6 files .*\n- .*0/d_gtFine_.* is damaged"),
     ):
         prepare(tmp_path, encodings=["level3Id", "id"], workers=1)
-    assert "5 label maps drawn, 5 of them again since their polygons have changed, 5 kept." in caplog.text
+    assert "5 label maps rasterised, 5 of them again since their polygons have changed; 5 reused." in caplog.text
     for name, label in (("a", "sky"), ("b", "sky"), ("c", "road"), ("e", "road")):
         np.testing.assert_array_equal(
             label_map(tmp_path, "train", f"0/{name}"), painted([(label, 0, 0, 9, 9)], "level3Id")
@@ -234,7 +234,7 @@ def test_two_runs_at_once_leave_each_other_alone(tmp_path):
     with locked(tmp_path / "two/gtFine/.prepare.lock"):  # as a run on this part alone holds it
         half.write_bytes(b"half")
         process = subprocess.Popen([sys.executable, "-c", command], stderr=subprocess.PIPE, text=True)
-        assert "Another process is at work on the same data" in process.stderr.readline()
+        assert "Another process is using the same data" in process.stderr.readline()
         assert half.exists() and process.poll() is None and not list(tmp_path.rglob("*.png"))
     process.communicate(timeout=60)
     assert process.returncode == 0 and not half.exists() and len(list(tmp_path.rglob("*.png"))) == 2
@@ -255,21 +255,25 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, caplog):
 BAD = {
     "no_width": ({"imgWidth": "absent"}, "it has no imgWidth"),
     "no_height": ({"imgHeight": None}, "it has no imgHeight"),
-    "negative": ({"imgHeight": -48}, "imgHeight=-48 is no number of pixels from 1 to 16384"),
-    "zero": ({"imgWidth": 0}, "imgWidth=0 is no number of pixels"),
-    "huge": ({"imgWidth": 10**12}, "imgWidth=1000000000000 is no number of pixels"),
-    "fraction": ({"imgWidth": 64.5}, "imgWidth=64.5 is no number"),
-    "word": ({"imgWidth": "64"}, "imgWidth=64 is no number"),
-    "nan": ({"imgWidth": float("nan")}, "imgWidth=nan is no number"),
+    "negative": ({"imgHeight": -48}, "imgHeight=-48 is not a number of pixels from 1 to 16384"),
+    "zero": ({"imgWidth": 0}, "imgWidth=0 is not a number of pixels"),
+    "huge": ({"imgWidth": 10**12}, "imgWidth=1000000000000 is not a number of pixels"),
+    "fraction": ({"imgWidth": 64.5}, "imgWidth=64.5 is not a number"),
+    "word": ({"imgWidth": "64"}, "imgWidth=64 is not a number"),
+    "nan": ({"imgWidth": float("nan")}, "imgWidth=nan is not a number"),
     "no_objects": ({"objects": "absent"}, "it has no list named objects"),
     "objects_word": ({"objects": "road"}, "it has no list named objects"),
-    "object_word": ({"objects": ["road"]}, r"objects\[0\] is no object"),
-    "no_label": ({"objects": [box(3, 0, 0, 1, 1)]}, r"objects\[0\].label=3 is no name"),
+    "object_word": ({"objects": ["road"]}, r"objects\[0\] is not an object"),
+    "no_label": ({"objects": [box(3, 0, 0, 1, 1)]}, r"objects\[0\].label=3 is not a name"),
     "no_polygon": ({"objects": [box("sky", 0, 0, 1, 1), {"label": "road"}]}, r"objects\[1\] \(road\) has no polygon"),
-    "word_point": ({"objects": [box("road", "a", 0, 1, 1)]}, r"objects\[0\].polygon\[0\]=\['a', 0\] is no pair of num"),
-    "bool_point": ({"objects": [box("road", True, 0, 1, 1)]}, r"polygon\[0\]=\[True, 0\] is no pair of numbers"),
-    "flat": ({"objects": [{"label": "road", "polygon": [0, 0, 5, 5, 9, 9]}]}, r"polygon\[0\]=0 is no pair of numbers"),
-    "triple": ({"objects": [{"label": "road", "polygon": [[0, 0, 0]] * 3}]}, r"polygon\[0\]=\[0, 0, 0\] is no pair"),
+    "word_point": ({"objects": [box("road", "a", 0, 1, 1)]}, r"objects\[0\].polygon\[0\]=\['a', 0\] is not a pair"),
+    "bool_point": ({"objects": [box("road", True, 0, 1, 1)]}, r"polygon\[0\]=\[True, 0\] is not a pair of numbers"),
+    "flat": (
+        {"objects": [{"label": "road", "polygon": [0, 0, 5, 5, 9, 9]}]},
+        r"polygon\[0\]=0 is not a pair of "
+        "numbers",
+    ),
+    "triple": ({"objects": [{"label": "road", "polygon": [[0, 0, 0]] * 3}]}, r"polygon\[0\]=\[0, 0, 0\] is not a pair"),
     "nan_point": ({"objects": [box("road", 0, float("nan"), 1, 1)]}, r"\[0, nan\] lies more than 1000000 pixels"),
     "far": ({"objects": [box("road", -1e300, 0, 10**20, 1)]}, r"\[-1e\+300, 0\] lies more than 1000000 pixels"),
     "deleted_word": ({"objects": [box("road", 0, 0, 1, 1, deleted="no")]}, r"deleted='no' is neither 0 nor 1"),
@@ -297,7 +301,7 @@ def test_bad_files_are_named_and_the_others_go_on(tmp_path):
     message = str(caught.value)
     count = len(BAD) + len(raw) + 2
     assert message.startswith(f"{count} of {count + 2} files could not be drawn, the others are ready:\n- {folder}")
-    assert message.endswith("\nRunning again goes on with these.") and message.count("\n- ") == count
+    assert message.endswith("\nRun again to retry these.") and message.count("\n- ") == count
     lines = {line.split("_gtFine_polygons")[0].rsplit("/", 1)[1]: line for line in message.splitlines()[1:-1]}
     for name, (_, reason) in BAD.items():
         with pytest.raises(UserError, match=reason):
@@ -330,7 +334,7 @@ def test_a_full_disk_stops_cleanly_and_the_next_run_goes_on(tmp_path, monkeypatc
         write(path, pixels, **more)
 
     monkeypatch.setattr(prepare_idd, "write_png", fill)
-    with pytest.raises(UserError, match=r"disk of .* is full: 2 of 4 files are drawn and nothing is half-written"):
+    with pytest.raises(UserError, match="disk of .* is full: 2 of 4 files are rasterised, and no file is incomplete"):
         prepare(tmp_path, workers=1)
     monkeypatch.setattr(prepare_idd, "write_png", write)
     assert prepare(tmp_path, workers=1) == {"train": {"files": 4, "written": 2, "kept": 2}}
@@ -380,10 +384,10 @@ def test_what_cannot_be_prepared(tmp_path):
         prepare(tmp_path, encodings=[])
     with pytest.raises(UserError, match="workers=0"):
         prepare(tmp_path, workers=0)
-    with pytest.raises(UserError, match=r"is no IDD: no leftImg8bit or gtFine"):
+    with pytest.raises(UserError, match="does not hold IDD: no leftImg8bit or gtFine"):
         prepare(tmp_path / "gone")
     (tmp_path / "idd-segmentation.tar.gz").write_bytes(b"")
-    with pytest.raises(UserError, match=r"Unpack idd-segmentation.tar.gz there first, for a tar file with .*data"):
+    with pytest.raises(UserError, match="Unpack idd-segmentation.tar.gz there first; for a tar file use .*data"):
         prepare(tmp_path)
     (tmp_path / "gtFine/train/0").mkdir(parents=True)
     with pytest.raises(UserError, match=r"Nothing to prepare: no .*_gtFine_polygons.json in .*gtFine\. Unpack"):
@@ -406,10 +410,7 @@ def test_each_data_set_prepares_its_own_encoding(tmp_path, name, encoding, caplo
     with caplog.at_level(logging.INFO):
         prepare_mode(cfg, out_dir=tmp_path)
     assert "val: files 1, written 1, kept 0" in caplog.text
-    assert (
-        f"{tmp_path} is ready. What was counted in each of its folders (also in {tmp_path}/prepared.json):"
-        in caplog.text
-    )
+    assert f"{tmp_path} is ready. Counts of each of its folders (also in {tmp_path}/prepared.json):" in caplog.text
     assert json.loads((tmp_path / "prepared.json").read_text()) == {"val": {"files": 1, "written": 1, "kept": 0}}
     np.testing.assert_array_equal(
         label_map(tmp_path, "val", "0/a", encoding), painted([("road", 0, 0, 9, 9)], encoding)

@@ -121,7 +121,7 @@ def test_frames_of_another_tool_are_left_alone(add, tmp_path):
     assert not (root / "train/video_1/rgb").exists()
     (root / "train/video_1/video_left.avi").rename(tmp_path / "away.avi")
     assert prepare(root, workers=1)["train/video_1"]["frames"] == 3
-    with pytest.raises(UserError, match="1 frame per second; extracting 10 needs video_left.avi"):
+    with pytest.raises(UserError, match="1 frame per second; 10 need video_left.avi"):
         prepare(root, workers=1, rate=10)
     (tmp_path / "away.avi").rename(root / "train/video_1/video_left.avi")
     (root / "train/video_1/frames/000000060.png").unlink()
@@ -151,9 +151,9 @@ def test_a_truncated_video_fails_alone(add, workers):
 @pytest.mark.parametrize(
     ("masks", "message"),
     [
-        ([0, 60], r"130 frames, so 3 masks belong to it; segmentation/ has 2 \(missing: 000000120;"),
-        ([0, 60, 120, 180], r"has 4 \(missing: none; without such a frame: 000000180\)"),
-        ([0, 6, 120], r"has 3 \(missing: 000000060; without such a frame: 000000006\)"),
+        ([0, 60], r"130 frames, so it needs 3 masks; segmentation/ has 2 \(missing: 000000120;"),
+        ([0, 60, 120, 180], r"has 4 \(missing: none; without a frame: 000000180\)"),
+        ([0, 6, 120], r"has 3 \(missing: 000000060; without a frame: 000000006\)"),
         ([], r"has no masks in segmentation/"),
     ],
 )

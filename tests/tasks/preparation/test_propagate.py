@@ -68,7 +68,7 @@ def test_the_frames_between_masks_get_labels_marked_as_such(prepared):
     for video in ("train1/video_01", "train1/video_02"):
         folder = home / "sar" / video / "pseudo"
         found = notes(home, video)
-        assert "nobody has drawn or checked" in found["what"]
+        assert "not checked" in found["what"]
         assert found["made_by"]["backbone"]["_target_"].startswith("dinoseg.models.backbones.")
         assert found["made_by"]["tracker"]["radius"] == 3 and found["made_by"]["min_agreement"] == 0.5
         assert sorted([*found["kept"], *found["left_out"]]) == due

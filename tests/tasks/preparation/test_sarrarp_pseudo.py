@@ -104,20 +104,24 @@ def test_labels_of_masks_that_are_no_longer_there_are_refused(add):
     assert not load(root, "train", seed=seed).lacking
     save(ours / "segmentation/000000060.png", np.full((4, 6), 2))
     data = load(root, "train", seed=seed)
-    reason = f"{ours}/pseudo was made of other masks than there are now: 000000060."
+    reason = f"{ours}/pseudo was made from other masks than the current ones: 000000060."
     assert dict(data.lacking) == {"video_03/pseudo": reason}
     assert "video_03/000000060" in data.names and not [name for name in data.names if "video_03/pseudo" in name]
-    with pytest.raises(UserError, match=r"(?s)of other masks.*mode=prepare .* data.prepare.propagate=true\. Or leave"):
+    with pytest.raises(
+        UserError,
+        match=r"(?s)from other masks.*mode=prepare .* data.prepare.propagate=true\. Or "
+        "remove",
+    ):
         opened(data, split="train")
     assert not load(root, "train", pseudo=False, seed=seed).lacking
     (ours / "segmentation/000000060.png").write_bytes(whole)
     save(ours / "segmentation/000000180.png", np.ones((4, 6)))
-    assert "than there are now: 000000180." in load(root, "train", seed=seed).lacking["video_03/pseudo"]
+    assert "than the current ones: 000000180." in load(root, "train", seed=seed).lacking["video_03/pseudo"]
     (ours / "segmentation/000000180.png").unlink()
     for bad in ("{}", "[]", '{"made_by": {"masks": 3}}', "{", '{"made_by": []}'):
         note.write_text(bad)
         told = load(root, "train", seed=seed).lacking["video_03/pseudo"]
-        assert told.startswith(f"{note} does not say what the pseudo-labels were made of (")
+        assert told.startswith(f"{note} does not record which masks the pseudo-labels were made from (")
     note.write_text(good)
     assert not load(root, "train", seed=seed).lacking
 

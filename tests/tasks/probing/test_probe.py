@@ -147,7 +147,7 @@ def test_a_pass_that_is_stopped_goes_on_with_its_sums(tmp_path, monkeypatch, cap
     going_on = probed(train)
     with caplog.at_level("INFO"):
         going_on.fit(SumsCheckpoint(tmp_path, "probing.json", settings))
-    assert "going on with the sums of 4 images" in caplog.text
+    assert "resuming with the sums of 4 images" in caplog.text
     for (name, value), (_, expected) in zip(going_on._parts(), whole._parts(), strict=True):
         assert torch.equal(value, expected), name
     with pytest.raises(UserError, match="blocks was 0\\+1 and is 1"):
@@ -215,7 +215,7 @@ def test_sums_that_are_damaged_or_of_another_form_begin_anew(tmp_path, caplog):
     save_file({"a/gram": sums["a/gram"] * np.nan, "done": torch.tensor(3)}, tmp_path / "sums.safetensors")
     assert checkpoint.load(kept) == 0 and kept["a/gram"].tolist() == [1, 1]
     (tmp_path / "sums.safetensors").write_bytes(b"cut")
-    assert checkpoint.load(kept) == 0 and "begin anew" in caplog.text
+    assert checkpoint.load(kept) == 0 and "start over" in caplog.text
     checkpoint.drop()
     assert checkpoint.load(kept) == 0
     (tmp_path / "probing.json").write_text("{")
@@ -224,10 +224,10 @@ def test_sums_that_are_damaged_or_of_another_form_begin_anew(tmp_path, caplog):
 
 
 def test_a_grid_without_a_point_is_refused():
-    with pytest.raises(UserError, match="strengths=\\[\\]: there is nothing to try"):
+    with pytest.raises(UserError, match="strengths=\\[\\]: the list is empty"):
         Grid(strengths=())
     model = Segmenter(tiny_vit((1,)), LinearHead(24, 1, 4))
     with pytest.raises(UserError, match="No pixel of the training masks is labelled"):
         Probe(model, Drawn(2), [0] * 4, engine(), {"1": [0]})
-    with pytest.raises(UserError, match="balances=\\[0.0, 5000.0\\]: by such a balance the rarest class"):
+    with pytest.raises(UserError, match="balances=\\[0.0, 5000.0\\]: the weight of the rarest class"):
         Probe(model, Drawn(2), [9, 90, 9, 0], engine(), {"1": [0]}, Grid(balances=(0.0, 5000.0)))

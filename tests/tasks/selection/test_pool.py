@@ -49,7 +49,7 @@ def test_labelled_images_are_named_by_masks_or_by_a_list(tmp_path):
     assert named_in(str(tmp_path / "masks")) == {"a/1"} and places_of({"a/1"}, pool) == [0]
     (tmp_path / "list.txt").write_text("b.png\n\n")
     assert places_of(named_in(str(tmp_path / "list.txt")), pool) == [1]
-    with pytest.raises(UserError, match=r"labels names 1 of 2 images .* z\. Names there are such as a/1, b"):
+    with pytest.raises(UserError, match="labels names 1 of 2 images .* z. Image names have the form a/1, b"):
         places_of({"b", "z"}, pool)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"labels=.*empty holds no mask"):

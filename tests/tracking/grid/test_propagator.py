@@ -350,10 +350,10 @@ class TestFirstLabels:
     @pytest.mark.parametrize(
         ("mask", "message"),
         [
-            (torch.full((4, 4), 300), "id 300: ids here are 0 to 255, 0 is the background. Renumber"),
+            (torch.full((4, 4), 300), "id 300: ids must be 0 to 255; 0 is the background. Renumber"),
             (torch.full((4, 4), 256), "id 256"),
             (torch.full((4, 4), -1), "id -1"),
-            (torch.full((4, 4), 5), "id 5: ids here are 0 to 2"),
+            (torch.full((4, 4), 5), "id 5: ids must be 0 to"),
             (torch.zeros(3, 4, 4), r"shape \(3, 4, 4\). Give one id"),
             (torch.zeros(0, 4), r"shape \(0, 4\)"),
         ],
@@ -412,7 +412,7 @@ class TestToMask:
     def test_errors(self):
         with pytest.raises(UserError, match="patch_bilinear needs the backbone's patch_size"):
             to_mask(torch.zeros(2, 2, 2), (4, 4), DINO)
-        with pytest.raises(UserError, match="257 labels do not fit"):
+        with pytest.raises(UserError, match="there are 257 labels"):
             to_mask(torch.zeros(257, 1, 1), (1, 1))
 
 
@@ -422,7 +422,7 @@ class TestToMask:
         ({"context": 0}, "context=0 must be a whole number, 1 or more"),
         ({"context": 1.5}, "context=1.5 must be a whole number"),
         ({"top_k": 0}, "top_k=0 must be"),
-        ({"radius": -1}, "radius=-1 is no distance. Give"),
+        ({"radius": -1}, "radius=-1 is not a distance. Give"),
         ({"radius": math.nan}, "radius=nan"),
         ({"temperature": 0}, "temperature=0 must be above 0"),
         ({"temperature": math.inf}, "temperature=inf"),
@@ -484,5 +484,5 @@ class TestBadInput:
         long = Propagator()
         for number in range(3):
             long.step(self.features[number], self.labels if number == 0 else None)
-        with pytest.raises(UserError, match="context=1, but the state holds 2 frames beside the first"):
+        with pytest.raises(UserError, match="context=1, but the state holds 2 frames besides the first"):
             Propagator(PropagationSettings(context=1)).load(long.state())

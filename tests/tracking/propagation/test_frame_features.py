@@ -51,8 +51,8 @@ def test_one_size_of_a_video():
     frame, mask = np.zeros((4, 6, 3), np.uint8), np.zeros((4, 6), np.uint8)
     assert common_size(None, [frame, frame], [mask, None]) == (4, 6) == common_size((4, 6), [frame])
     for size, frames, masks, message in (
-        (None, [frame, frame[:3]], (), "A frame is 3 x 6 pixels, and the first frame 4 x 6"),
-        ((5, 6), [frame], (), "A frame is 4 x 6 pixels, and the first frame 5 x 6"),
+        (None, [frame, frame[:3]], (), "A frame is 3 x 6 pixels, but the first frame 4 x 6"),
+        ((5, 6), [frame], (), "A frame is 4 x 6 pixels, but the first frame 5 x 6"),
         (None, [frame], [mask[:, :5]], "A mask is 4 x 5 pixels"),
         (None, [frame], [frame], "A mask is 4 x 6 x 3 pixels"),
     ):

@@ -74,7 +74,7 @@ def test_resizing_is_that_of_the_papers_libraries(size):
 
 def test_a_multiple_that_the_patch_does_not_divide_is_refused():
     with pytest.raises(
-        UserError, match=r"tracker\.long_multiple=64 is no multiple of the backbone's patch size, 14.*null"
+        UserError, match=r"tracker\.long_multiple=64 is not a multiple of the backbone's patch size, 14.*null"
     ):
         input_size((480, 854), DINO, 14)
 

@@ -127,7 +127,7 @@ def test_an_object_below_the_grid_is_warned_of(caplog):
     first[0, 36] = 3
     with caplog.at_level(logging.WARNING):
         found = follow(TINY["crw"], frames, [first, *[None] * 8])  # bilinear reads four pixels, not this one
-    assert "Frame 0: too small to lie under the centre of a grid cell, and so not followed: object 3." in caplog.text
+    assert "Frame 0: too small for the centre of a grid cell, so not tracked: object 3." in caplog.text
     assert "tracker.short" in caplog.text and 3 not in found[1]
 
 
@@ -165,9 +165,9 @@ def test_what_is_refused():
     frames, masks = clip(3)
     with pytest.raises(UserError, match="first frame has no mask. Give it"):
         follow(DINOV3, frames, [None, masks[1], None])
-    with pytest.raises(UserError, match=r"A mask is 26 x 36 pixels, and the first frame 26 x 37 \(H x W\)"):
+    with pytest.raises(UserError, match=r"A mask is 26 x 36 pixels, but the first frame 26 x 37 \(H x W\)"):
         follow(TINY["dino"], frames, [masks[0][:, 1:], None, None])
-    with pytest.raises(UserError, match=r"A frame is 25 x 37 pixels, and the first frame 26 x 37"):
+    with pytest.raises(UserError, match="A frame is 25 x 37 pixels, but the first frame 26 x 37"):
         follow(TINY["dino"], [frames[0], frames[1], frames[2][1:]], [masks[0], None, None], batch=1)
 
 

@@ -82,7 +82,7 @@ class TestWithoutLabels:
 
     def test_a_video_that_was_not_looked_at_first_is_refused(self):
         tracker = SlotTracker(model_of(), SlotTracking(match="appearance", looks=2))
-        with pytest.raises(UserError, match=r"slots\.looks=2 knows the whole video.*look_ahead.*slots\.looks=1"):
+        with pytest.raises(UserError, match=r"slots.looks=2 needs the whole video.*look_ahead.*slots\.looks=1"):
             tracker.track(crossing(1)[0], [None])
 
     @pytest.mark.parametrize("looks", [1, 2])
@@ -127,7 +127,7 @@ class TestWithoutLabels:
 
     def test_more_slots_than_ids_are_refused(self):
         model = model_of([GREY] * 255)
-        with pytest.raises(UserError, match=r"head.num_slots=255 do not fit into masks of ids 1 to 254"):
+        with pytest.raises(UserError, match="head.num_slots=255 exceeds the mask ids 1 to 254"):
             follow(model, crossing(1)[0])
         assert follow(model_of([GREY] * 254), crossing(1)[0])[0].max() <= 254
 
@@ -253,8 +253,8 @@ class TestLaterObjects:
         follow(model_of([GREY]), self.frames[:1], labels[:1], lock_on=True)
         assert not caplog.records
         follow(model_of([RED, RED, GREY]), self.frames, labels)
-        assert "Slots show no pixel of the first mask's object 1 (of 2): another one wins its cells" in caplog.text
-        assert "Give slots=lock_on, a larger head.num_slots" in caplog.text and len(caplog.records) == 1
+        assert "No slot covers the first mask's object 1 (of 2): another object wins its cells" in caplog.text
+        assert "Set slots=lock_on, a larger head.num_slots" in caplog.text and len(caplog.records) == 1
         tracker = SlotTracker(model_of([RED, RED, GREY]), SlotTracking())
         for number in range(2):  # a mask of a later frame says nothing of the first one's slots
             tracker.track(self.frames[number : number + 1], [self.ids[number]])
@@ -449,8 +449,11 @@ class TestSettings:
             ({"appearance": -1}, "slots.appearance=-1: give a number from 0 to 1000000"),
             ({"appearance": float("nan")}, "slots.appearance=nan: give a number"),
             ({"appearance": 2e6}, "slots.appearance=2000000.0: give a number from 0 to 1000000"),
-            ({"match": "appearance", "looks": 3}, "slots.looks=3: a video is looked at once or twice. Give 1 or 2"),
-            ({"match": "appearance", "looks": 0}, "slots.looks=0: a video is looked at once or twice"),
+            (
+                {"match": "appearance", "looks": 3},
+                "slots.looks=3: a video is processed in one or two passes. Give 1 or 2",
+            ),
+            ({"match": "appearance", "looks": 0}, "slots.looks=0: a video is processed in one or two passes"),
             ({"looks": 2}, "slots.looks=2 has no effect with slots.match=auto.* or slots.looks=1"),
             ({"lock_on": True, "slots_per_object": 0}, "slots.slots_per_object=0 must be a whole number, 1 or more"),
             ({"lock_on": True, "background_slots": 0}, "slots.background_slots=0 must be a whole number, 1 or more"),
@@ -469,20 +472,20 @@ class TestBadInput:
     frames, ids = crossing(3)
 
     def test_a_head_without_slots(self):
-        with pytest.raises(UserError, match=r"no slots to follow.*head=slots"):
+        with pytest.raises(UserError, match="no slots to track.*head=slots"):
             SlotTracker(Segmenter(Colours(), LinearHead(3, 1, 2)))
 
     def test_frames_of_another_size(self):
         tracker = SlotTracker(model_of())
         tracker.track(self.frames[:1], [None])
-        with pytest.raises(UserError, match=r"A frame is 32 x 40 pixels, and the first frame 32 x 48"):
+        with pytest.raises(UserError, match="A frame is 32 x 40 pixels, but the first frame 32 x 48"):
             tracker.track([self.frames[1][:, :40]], [None])
         with pytest.raises(UserError, match=r"A frame is 30 x 48 pixels"):
             SlotTracker(model_of()).track([self.frames[0], self.frames[1][:30]], [None, None])
 
     @pytest.mark.parametrize(("shape", "shown"), [((16, 24), "16 x 24"), ((32, 48, 3), "32 x 48 x 3")])
     def test_labels_of_another_size(self, shape, shown):
-        with pytest.raises(UserError, match=rf"A mask is {shown} pixels, and the first frame 32 x 48"):
+        with pytest.raises(UserError, match=f"A mask is {shown} pixels, but the first frame 32 x 48"):
             follow(model_of(), self.frames, first(np.zeros(shape, np.uint8), 3))
 
     @pytest.mark.parametrize(("dtype", "value"), [(np.int32, 300), (np.int16, -1), (np.float32, 0.5)])
@@ -493,11 +496,11 @@ class TestBadInput:
             follow(model_of(), self.frames, first(labels, 3))
 
     def test_a_later_mask_where_the_first_had_none(self):
-        with pytest.raises(UserError, match=r"mask of a later frame, but none of the first"):
+        with pytest.raises(UserError, match="mask of a later frame, but not of the first"):
             follow(model_of(), self.frames, [None, self.ids[1], None])
         tracker = SlotTracker(model_of())
         tracker.track(self.frames[:2], [None, None])
-        with pytest.raises(UserError, match=r"mask of a later frame, but none of the first"):
+        with pytest.raises(UserError, match="mask of a later frame, but not of the first"):
             tracker.track(self.frames[2:], [self.ids[2]])
 
     @pytest.mark.parametrize("lock_on", [False, True])

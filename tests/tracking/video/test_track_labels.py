@@ -122,10 +122,10 @@ def test_what_255_means_is_decided_by_the_first_mask_that_shows_anything(folder,
 @pytest.mark.parametrize(
     ("pixels", "message"),
     [
-        (ids(size=(12, 17)), r"m\.png is 12 x 17 pixels, and the frames are 12 x 18 \(H x W\).*nearest"),
+        (ids(size=(12, 17)), r"m.png is 12 x 17 pixels, but the frames are 12 x 18 \(H x W\).*nearest"),
         (ids(300, dtype=np.uint16), r"m\.png holds the object id 300: ids go from 1 to 254.*Renumber.*8 bits"),
         (ids(-4, dtype=np.int32), "holds the object id -4"),
-        (np.stack([ids(128), ids(0), ids(0)], axis=-1), "m.png is a coloured picture.*grey or palette PNG"),
+        (np.stack([ids(128), ids(0), ids(0)], axis=-1), "m.png is a colour image.*grey or palette PNG"),
     ],
 )
 def test_masks_of_no_use(folder, tmp_path, pixels, message):
@@ -146,9 +146,7 @@ def test_masks_of_no_use(folder, tmp_path, pixels, message):
 )
 def test_masks_compressed_with_loss_are_refused(folder, tmp_path, name, options, kind):
     Image.fromarray(ids(9)).save(tmp_path / name, **options)
-    with pytest.raises(
-        UserError, match=rf"{name} is of a format that compresses with loss \({kind}\).*grey or palette PNG"
-    ):
+    with pytest.raises(UserError, match=rf"{name} has a lossy format \({kind}\).*grey or palette PNG"):
         find_labels(str(tmp_path / name), open_frames(str(folder))).read(0)
     for packed in ({"compression": "tiff_lzw"}, {}):
         Image.fromarray(ids(9)).save(tmp_path / "kept.tif", **packed)
@@ -157,16 +155,16 @@ def test_masks_compressed_with_loss_are_refused(folder, tmp_path, name, options,
 
 def test_a_broken_mask_is_named(folder, tmp_path):
     (tmp_path / "m.png").write_bytes(b"\x89PNG no")
-    with pytest.raises(UserError, match=r"Cannot read .*m\.png as a picture"):
+    with pytest.raises(UserError, match=r"Cannot read .*m\.png as an image"):
         find_labels(str(tmp_path / "m.png"), open_frames(str(folder))).read(0)
 
 
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        ([], "holds no mask directly. Masks are pictures"),
-        (["frame2", "frame100"], "no mask for the first frame, frame1, but for frame2, frame100. Give one for it"),
-        (["frame1", "frame3", "4"], r"has 2 masks of no frame of .*: 4\.png, frame3\.png. Masks are named as"),
+        ([], "holds no mask directly. Masks are image files"),
+        (["frame2", "frame100"], "no mask for the first frame, frame1; it has frame2, frame100. Add one"),
+        (["frame1", "frame3", "4"], r"has 2 masks without frame in .*: 4\.png, frame3\.png. Masks are named as"),
     ],
 )
 def test_folders_of_no_use(folder, tmp_path, names, message):
@@ -181,32 +179,34 @@ def test_labels_that_do_not_fit_a_video(video, tmp_path):
     frames = open_frames(str(video))
     for name in ("0", "9"):
         picture(tmp_path / "late" / f"{name}.png", ids())
-    with pytest.raises(UserError, match=r"has 1 mask of no frame of .*v\.avi: 9\.png"):
+    with pytest.raises(UserError, match=r"has 1 mask without frame in .*v\.avi: 9\.png"):
         find_labels(str(tmp_path / "late"), frames)
     for name in ("0", "00"):
         picture(tmp_path / "twice" / f"{name}.png", ids())
-    with pytest.raises(UserError, match=r"00?\.png and .*00?\.png are masks of one frame: keep one"):
+    with pytest.raises(UserError, match=r"00?\.png and .*00?\.png are masks of the same frame: keep one"):
         find_labels(str(tmp_path / "twice"), frames)
 
 
 def test_files_of_no_use(folder, tmp_path):
     frames = open_frames(str(folder))
-    with pytest.raises(UserError, match=r"No such file or folder: labels=nowhere\. Give the mask of the first frame"):
+    with pytest.raises(UserError, match="File or folder not found: labels=nowhere. Give the mask of the first frame"):
         find_labels("nowhere", frames)
     later = picture(tmp_path / "frame9.png", ids())
-    with pytest.raises(UserError, match="is named as frame 2, and the first frame is frame1. Give a mask of the first"):
+    with pytest.raises(
+        UserError, match="is named like frame 2, but the first frame is frame1. Give a mask of the first"
+    ):
         find_labels(str(later), frames)
 
 
 def test_inputs_of_no_use(folder, tmp_path):
-    with pytest.raises(UserError, match=r"No such file or folder: nowhere\. Give a video .* or a folder of its frames"):
+    with pytest.raises(UserError, match="File or folder not found: nowhere. Give a video .* or a folder of its frames"):
         open_frames("nowhere")
     with pytest.raises(UserError, match=r"input=.*frame1\.png is neither a video nor a folder"):
         open_frames(str(folder / "frame1.png"))
     with pytest.raises(UserError, match="No such file"):
         open_frames(str(folder / "*.png"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"empty holds no frame directly\. Give one of pictures"):
+    with pytest.raises(UserError, match="empty holds no frame directly. Give a folder of images"):
         open_frames(str(tmp_path / "empty"))
     picture(folder / "frame11.png", np.zeros((12, 20, 3), np.uint8))
     with pytest.raises(UserError, match=r"frame11\.png is 12 x 20 pixels, and frame1\.png 12 x 18.*one size"):

@@ -106,9 +106,9 @@ def test_the_overlay_of_a_video_has_its_sound_and_its_times(tmp_path):
 
 def test_a_replaced_mask_is_named_and_leaves_nothing_half_written(run):
     write_indexed_png(run / "out/masks/00002.png", np.zeros((3, 3), np.uint8))
-    with pytest.raises(UserError, match=r"00002\.png is of another size than its frame"):
+    with pytest.raises(UserError, match=r"00002\.png differs in size from its frame"):
         write_track_report(FolderReader(run / "in"), run / "out", opacity=0.5)
     (run / "out/masks/00002.png").unlink()
-    with pytest.raises(UserError, match=r"No such file: .*00002\.png"):
+    with pytest.raises(UserError, match=r"File not found: .*00002\.png"):
         write_track_report(FolderReader(run / "in"), run / "out", opacity=0.5)
     assert [path.name for path in (run / "out").iterdir()] == ["masks"]

@@ -155,9 +155,7 @@ def test_a_video_is_looked_at_first_where_none_of_it_is_done(clip, stop, looks):
     assert hasattr(ahead, "ahead") == looks
 
 
-@pytest.mark.parametrize(
-    ("broken", "more"), [(17, r"\. No mask is written yet.*slots\.looks=1"), (0, r"picture[^(]*$")]
-)
+@pytest.mark.parametrize(("broken", "more"), [(17, r"\. No mask was written.*slots\.looks=1"), (0, r"picture[^(]*$")])
 def test_a_video_that_cannot_be_looked_at_first_is_told(clip, broken, more):
     path = clip / f"in/{broken}.png"
     path.write_bytes(path.read_bytes()[:60])
@@ -204,7 +202,7 @@ def test_lost_masks_of_frames_that_are_done_are_told_before_the_rest_is_tracked(
     for number in kept:
         harm(clip / f"cut/masks/{number}.png")
     before, standing = masks(clip / "cut"), (clip / "cut" / STATE).read_bytes()
-    told = r"cut: 2 masks of the 16 frames that are done, missing or empty in .*masks: 4\.png, 15\.png\. .*begin anew"
+    told = r"cut: 2 masks of the 16 finished frames missing or empty in .*masks: 4\.png, 15\.png\. .*start over"
     with pytest.raises(UserError, match=told):
         run(clip, clip / "cut", restart=True)
     assert masks(clip / "cut") == before and (clip / "cut" / STATE).read_bytes() == standing
@@ -311,7 +309,7 @@ def test_a_broken_frame_and_a_broken_mask_stop_at_their_place(clip):
     run(clip, clip / "whole")
     good = (clip / "in/17.png").read_bytes()
     (clip / "in/17.png").write_bytes(good[:60])
-    with pytest.raises(UserError, match=r"Cannot read .*17\.png as a picture.* 17 masks so far are in"):
+    with pytest.raises(UserError, match=r"Cannot read .*17\.png as an image.* 17 masks so far are in"):
         run(clip, clip / "cut")
     assert masks(clip / "cut").keys() == {f"{number}.png" for number in range(17)}
     (clip / "in/17.png").write_bytes(good)
@@ -327,18 +325,18 @@ def test_a_broken_frame_and_a_broken_mask_stop_at_their_place(clip):
     [
         (
             lambda clip: Image.fromarray(pixels(99)).save(clip / "in/3.png"),
-            r"input=.*in differs from what that run has .*Give what it had, unchanged .*cut/config/overrides\.txt",
+            r"input=.*in has changed .*Use its unchanged .*cut/config/overrides\.txt",
         ),
         (lambda clip: (clip / "in/3.png").rename(clip / "in/3a.png"), r"input=.*in differs"),
         (
             lambda clip: Image.fromarray(given(4)).save(clip / "labels/0.png"),
-            r"labels=.*/labels differs from .* first 16 frames",
+            r"labels=.*/labels has changed in the first 16 frames",
         ),
         (lambda clip: shutil.copy(clip / "labels/0.png", clip / "labels/2.png"), "labels=.*/labels differs"),
         (lambda clip: (clip / "labels/10.png").rename(clip / "labels/11.png"), "labels=.*/labels differs"),
         (
             lambda clip: [(clip / f"in/{number}.png").unlink() for number in range(11, 23)],
-            r"has 11 frames, and the run in .*overrides\.txt",
+            r"has 11 frames, but the run in .*overrides\.txt",
         ),
     ],
 )
@@ -362,7 +360,7 @@ def test_frames_and_labels_that_were_not_reached_may_change(clip):
 
 def test_a_mask_beyond_a_videos_end_is_refused_at_the_end(clip):
     video(clip / "v.avi", 10)  # a header's count may be one short, so mask 10 may have a frame
-    with pytest.raises(UserError, match=r"labels has 1 mask of no frame: 10\.png, and .*v\.avi has 10 frames"):
+    with pytest.raises(UserError, match=r"labels has 1 mask without frame: 10.png; .*v\.avi has 10 frames"):
         run(clip, clip / "out", "v.avi")
     (clip / "labels/10.png").unlink()
     assert run(clip, clip / "out", "v.avi", restart=True).items == 2

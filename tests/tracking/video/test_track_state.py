@@ -17,12 +17,12 @@ def test_other_settings_are_named(tmp_path):
     check_same_settings(tmp_path, then, then)
     with pytest.raises(UserError) as error:
         check_same_settings(tmp_path, then, now)
-    for part in ("backbone.weights was a and is b", "tracker.radius was 12 and is 24.0", "overrides.txt", "begin anew"):
+    for part in ("backbone.weights was a and is b", "tracker.radius was 12 and is 24.0", "overrides.txt", "start over"):
         assert part in str(error.value)
     assert "context" not in str(error.value)
     with pytest.raises(UserError, match="kind was propagation and is slots; tracker.radius was not set and is 12"):
         check_same_settings(tmp_path, {"kind": "propagation"}, {"kind": "slots", "tracker": {"radius": 12}})
-    with pytest.raises(UserError, match=r"settings than that run's: tracker\.radius was 12 and is not set\. Give"):
+    with pytest.raises(UserError, match=r"settings differ from that run: tracker\.radius was 12 and is not set\. Use"):
         check_same_settings(tmp_path, {"kind": "slots", "tracker": {"radius": 12}}, {"kind": "slots"})
 
 
@@ -34,7 +34,7 @@ def test_settings_are_compared_by_their_whole_names_and_as_json_gives_them_back(
 
 
 def test_folders_that_hold_nothing_to_go_on_with(tmp_path):
-    with pytest.raises(UserError, match="no unfinished run of mode=track is there"):
+    with pytest.raises(UserError, match="not an unfinished run of mode=track"):
         read_track_state(tmp_path / "nowhere")
     path = tmp_path / STATE
     path.write_bytes(b"torn")
@@ -48,5 +48,5 @@ def test_folders_that_hold_nothing_to_go_on_with(tmp_path):
     with pytest.raises(UserError, match="was written by a newer dinoseg"):
         read_track_state(tmp_path)
     (tmp_path / "track.json").write_text("{}")
-    with pytest.raises(UserError, match=r"that run is finished, and its masks are in .*masks\. To track anew"):
+    with pytest.raises(UserError, match="that run is finished; its masks are in .*masks. To track again"):
         read_track_state(tmp_path)

@@ -166,7 +166,7 @@ def test_what_was_computed_otherwise_is_not_used_and_it_is_said_what_differs(oth
     changed = origin(tmp_path, {**PARTS, **other})
     assert changed != name and DiskStore(tmp_path, changed, "float16").get(hash_of(1)) is None
     (told,) = [record.getMessage() for record in caplog.records]
-    assert f"of other {next(iter(other))} than now" in told and str(tmp_path) in told
+    assert f"with other {next(iter(other))}:" in told and str(tmp_path) in told
     assert origin(tmp_path, {**PARTS, **other}) == changed and len(caplog.records) == 1
 
 
@@ -176,7 +176,7 @@ def test_the_nearest_of_others_is_told(tmp_path, caplog):
         origin(tmp_path, {name: f"{number}{name}" for name in PARTS})
     caplog.clear()
     origin(tmp_path, {**{name: f"1{name}" for name in PARTS}, "code": "other"})
-    assert "of other code than now" in caplog.text
+    assert "with other code" in caplog.text
 
 
 def test_a_copied_folder_is_no_other_origin(tmp_path, caplog):

@@ -186,7 +186,7 @@ def test_what_other_runs_have_not_used_for_longest_makes_room_and_own_files_neve
     fill(store, [18, 19])
     assert kept(store) == [10, 12, 13, 14, 15, 16, 17] and store.room() == 0
     (told,) = [record.getMessage() for record in caplog.records]
-    assert "0.0 MiB at most: no more features are kept" in told and "the next run goes on" in told
+    assert "0.0 MiB at most: no more features are cached" in told and "the next run caches more" in told
     assert sum(path.stat().st_size for path in tmp_path.glob("*/*")) <= store.cap
 
 
@@ -251,7 +251,7 @@ def test_a_folder_that_cannot_be_written_is_told_and_ends_nothing(tmp_path, capl
     store = DiskStore(tmp_path / "root", "a", "float16")
     assert store.room() > 0 and store.get(KEYS[0]) is None
     fill(store, [0, 1])
-    assert len([record for record in caplog.records if "No features can be written" in record.getMessage()]) == 1
+    assert len([record for record in caplog.records if "Cannot write features" in record.getMessage()]) == 1
 
 
 def test_what_a_killed_process_left_half_written_goes(tmp_path):
@@ -288,4 +288,4 @@ def test_features_that_float16_does_not_hold_are_kept_and_told_once(tmp_path, ca
         for key in KEYS[:2]:
             (put,), (got,) = store.put(key, large), store.get(key)
             assert torch.equal(put, large[0].bfloat16()) and torch.equal(got, put)
-    assert len(caplog.messages) == 1 and "kept in bfloat16" in caplog.text and "features.dtype=float32" in caplog.text
+    assert len(caplog.messages) == 1 and "cached in bfloat16" in caplog.text and "features.dtype=float32" in caplog.text

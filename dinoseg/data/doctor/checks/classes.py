@@ -32,9 +32,9 @@ def _one_class(splits: Sequence[Scanned]) -> Iterator[Finding]:
         yield Finding(
             "error",
             "one_class",
-            f"data.classes has one class, {part.classes[0]}: every pixel gets it, whatever the model is.",
-            remedy=f"Name the rest too, such as data.classes=[background,{part.classes[0]}]; for masks of 0 and 255 "
-            f"add {_BINARY}.",
+            f"data.classes has one class, {part.classes[0]}: every model predicts it for every pixel.",
+            remedy=f"Name the other pixels too, such as data.classes=[background,{part.classes[0]}]; for masks of 0 "
+            f"and 255 add {_BINARY}.",
         )
 
 
@@ -46,7 +46,7 @@ def _similar_names(splits: Sequence[Scanned]) -> Iterator[Finding]:
         yield Finding(
             "warning",
             "similar_class_names",
-            f"Classes that differ only in blanks or case: {', '.join(map(repr, names))}. Each is a class of its own.",
+            f"Classes that differ only in spaces or case: {', '.join(map(repr, names))}. Each is a separate class.",
             remedy="Give objects of one class one name in the annotation files or in data.classes.",
         )
 
@@ -58,14 +58,16 @@ def _binary_as_ids(splits: Sequence[Scanned]) -> Iterator[Finding]:
         if part.masks.format != "ids" or len(part.classes) < 2 or is_class:
             continue
         if "255" in values and values <= {"0", "255"}:
-            meaning = "255 is ignored, so there is nothing to learn" if part.ignore_index == 255 else "255 is no class"
+            meaning = (
+                "255 is ignored, so there is nothing to learn" if part.ignore_index == 255 else "255 is not a class"
+            )
             yield Finding(
                 "error" if part.split == "train" else "warning",
                 "binary_read_as_ids",
                 f"The masks of {part.split} hold only 0 and 255, and are read as class numbers: {meaning}.",
                 remedy="If they mean background and object, "
                 + (
-                    "say `masks: binary` in classes.yaml."
+                    "write `masks: binary` in classes.yaml."
                     if part.masks.described
                     else f"add {_BINARY} to the command line."
                 ),
@@ -91,8 +93,8 @@ def home_made(files: Sequence[str], data_name: str) -> Finding:
         "error",
         "home_made_idd",
         "No label map holds 0 (road) or 3 (rail track): these labels look home-made or remapped. In IDD 255 is void "
-        "(unlabelled, ego vehicle, out of the region), not road, and road is 0. Trained on these labels, nothing is "
-        "road; with 255 read as road, void is taught as road.",
+        "(unlabelled, ego vehicle, out of the region), not road, and road is 0. A model trained on these labels never "
+        "predicts road; with 255 read as road, it learns void as road.",
         tuple(files),
         "Make the label maps again from the polygon files: mode=prepare data=idd.",
         stops=data_name != "idd_home_made",
@@ -122,15 +124,15 @@ def _unseen(splits: Sequence[Scanned]) -> Iterator[Finding]:
             yield Finding(
                 "warning",
                 "class_not_in_train",
-                f"In {split} but not in train: {listed(untaught, 20)}. That cannot be learnt.",
-                remedy="Divide the data anew, or merge or ignore these classes (data.reader.masks.ids).",
+                f"In {split} but not in train: {listed(untaught, 20)}. These classes cannot be learned.",
+                remedy="Split the data differently, or merge or ignore these classes (data.reader.masks.ids).",
             )
         if unscored := _named(train & ~present, splits[0]):
             yield Finding(
                 "warning" if split == "val" else "note",
                 "class_only_in_train",
                 f"In train but not in {split}: {listed(unscored, 20)}. Their score on {split} is undefined.",
-                remedy="Divide the data anew, or read mIoU as the mean over the classes that are there.",
+                remedy="Split the data differently, or note that mIoU is the mean over the classes present.",
             )
 
 
@@ -146,14 +148,14 @@ def _void(part: Scanned) -> Iterator[Finding]:
             "warning",
             "much_void",
             f"{share(part.void, total)} of the pixels of {part.split} are ignored ({part.ignore_index}).",
-            remedy="Check that the ids which mean ignore are right: data.ignore_index, data.reader.masks.ids.",
+            remedy="Check the ids that are ignored: data.ignore_index, data.reader.masks.ids.",
         )
     empty = [record.mask for record in part.records if set(record.pixels) == {part.ignore_index}]
     if empty:
         yield Finding(
             "warning",
             "all_void",
-            f"{count_of(empty, 'mask')} of {part.split} with nothing but ignored pixels.",
+            f"{count_of(empty, 'mask')} of {part.split} with ignored pixels only.",
             tuple(empty),
-            "Remove these pairs, or label them: they teach and score nothing.",
+            "Remove these pairs, or label them: they count neither in training nor in scores.",
         )

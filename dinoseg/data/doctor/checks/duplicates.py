@@ -92,9 +92,9 @@ def _across(first: Scanned, second: Scanned, distance: int) -> Iterator[Finding]
         yield Finding(
             "error",
             "duplicate_across_splits",
-            f"{count_of(same, 'image')} of {second.split} in {first.split} too, pixel for pixel.",
+            f"{count_of(same, 'image')} of {second.split} also in {first.split}, pixel for pixel.",
             tuple(sorted(f"{one.image} = {two.image}" for one, two in same)),
-            f"Remove them from {first.split}: what was trained on cannot be scored.",
+            f"Remove them from {first.split}: scores of training images are meaningless.",
             ((first.split, same[0][0].name), (second.split, same[0][1].name)),
             stops=False,
         )
@@ -103,10 +103,10 @@ def _across(first: Scanned, second: Scanned, distance: int) -> Iterator[Finding]
         yield Finding(
             "warning",
             "near_duplicate_across_splits",
-            f"{count_of(near.second, 'image')} of {second.split} much like one of {first.split} (at most {distance} of "
-            f"64 bits of the perceptual hash differ).",
+            f"{count_of(near.second, 'image')} of {second.split} nearly the same as one of {first.split} (at most "
+            f"{distance} of 64 bits of the perceptual hash differ).",
             _listing(pairs),
-            "Look at the pairs: frames of one scene belong on one side of the split (data.group).",
+            "Check the pairs: frames of one scene belong into one split (data.group).",
             tuple(key for one, two, _ in pairs[:2] for key in ((first.split, one.name), (second.split, two.name))),
         )
 
@@ -120,16 +120,16 @@ def _inside(part: Scanned, distance: int) -> Iterator[Finding]:
             "duplicate_in_split",
             f"{count_of(repeated, 'image')} of {part.split} equal to another one, pixel for pixel.",
             tuple(" = ".join(record.image for record in records) for records in twice.values()),
-            "Keep one of each: repeated images weigh more in training and in the score.",
+            "Keep one of each: repeated images count several times in training and in scores.",
         )
     near, pairs = _near(part, part, distance)
     if pairs:
         yield Finding(
             "note",
             "near_duplicate_in_split",
-            f"{count_of(near.either, 'image')} of {part.split} much like another one of {part.split}.",
+            f"{count_of(near.either, 'image')} of {part.split} nearly the same as another one of {part.split}.",
             _listing(pairs),
-            "Nothing to do for a video; elsewhere fewer of them would teach as much.",
+            "For a video this is normal; elsewhere fewer of them would train as well.",
         )
 
 
@@ -140,9 +140,9 @@ def _contradictory(part: Scanned) -> Iterator[Finding]:
         yield Finding(
             "warning",
             "one_image_two_masks",
-            f"{count_of(for_image, 'image')} of {part.split} there several times, with masks that differ.",
+            f"{count_of(for_image, 'image')} of {part.split} stored several times, with different masks.",
             tuple(" ? ".join(record.mask for record in records) for records in for_image),
-            "Keep the right mask of each.",
+            "Keep the correct mask of each.",
         )
 
 

@@ -38,11 +38,11 @@ def check_orientation(splits: Sequence[Scanned]) -> Iterator[Finding]:
         yield Finding(
             "warning",
             "turned_by_exif",
-            f"{len(turned)} of {total} images with an EXIF orientation: they are turned or mirrored as they are read, "
-            "their masks are not.",
+            f"{len(turned)} of {total} images with an EXIF orientation: they are rotated or mirrored when they are "
+            "read, but their masks are not.",
             tuple(record.image for _, record in turned),
-            "Look at the pictures. Where the mask lies as the file's pixels do, take the orientation out of the image "
-            "file (exiftool -Orientation= FILE); where it lies as viewers show the image, all is well.",
+            "Compare images and masks. If a mask matches the stored pixels, remove the orientation from the image file "
+            "(exiftool -Orientation= FILE); if it matches the image as viewers show it, nothing is wrong.",
             tuple((part.split, record.name) for part, record in turned[:4]),
         )
 
@@ -80,7 +80,7 @@ def _foreign_ids(splits: Sequence[Scanned]) -> Iterator[Finding]:
     yield Finding(
         "error",
         "foreign_ids",
-        f"{len(bad)} of {total} masks with values that are no class: "
+        f"{len(bad)} of {total} masks with values that are not classes: "
         f"{listed([f'{value} (in {count})' for value, count in foreign.most_common()], 10)}. {_known(part)}",
         tuple(record.mask for record, _ in bad),
         f"{_advice(part, list(foreign), [record for record, _ in bad])} {_SKIP}",
@@ -156,15 +156,15 @@ def _sizes(records: Sequence[Record], splits: Sequence[Scanned]) -> Iterator[Fin
     stops = [record for record in other if "size_mismatch" in record.problems]
     resized = all(part.masks.on_size_mismatch == "resize_mask" for part in splits)
     if resized:
-        told = f" {len(stops)} of them stop a run, being of other proportions;" if stops else " All"
-        told += " the others" * bool(stops) + " are resized by nearest neighbour as they are read."
-        remedy = "Make them again from their source at the image's size"
-        remedy += f". {_SKIP}" if stops else "; until then borders are as coarse as the smaller masks."
+        told = f" {len(stops)} of them stop a run, since their aspect ratio differs;" if stops else " All"
+        told += " the others" * bool(stops) + " are resized by nearest neighbour when they are read."
+        remedy = "Create them again from their source at the image's size"
+        remedy += f". {_SKIP}" if stops else "; until then borders are as coarse as in the smaller masks."
     else:
         told = f" {len(stops)} of them stop a run." if stops else ""
         remedy = (
-            "Make them again from their source at the image's size; masks of the image's proportions can be resized "
-            f"as they are read: data.reader.masks.on_size_mismatch=resize_mask. {_SKIP}"
+            "Create them again from their source at the image's size; masks with the image's aspect ratio can be "
+            f"resized when they are read: data.reader.masks.on_size_mismatch=resize_mask. {_SKIP}"
         )
     yield Finding(
         "error" if stops else "warning",
@@ -173,7 +173,7 @@ def _sizes(records: Sequence[Record], splits: Sequence[Scanned]) -> Iterator[Fin
         tuple(record.mask for record in other),
         remedy,
         reasons=tuple(
-            f"{record.mask}: {_size(record.mask_size)} beside {_size(record.image_size)}" for record in other
+            f"{record.mask}: {_size(record.mask_size)}, its image {_size(record.image_size)}" for record in other
         ),
     )
 
@@ -186,13 +186,13 @@ def _saved_with_loss(records: Sequence[Record], splits: Sequence[Scanned]) -> It
     lossy = [record for record in records if "mask_is_jpeg" in record.problems]
     if not lossy:
         return
-    suffix = "" if lossy[0].mask.lower().endswith((".jpg", ".jpeg")) else ", whatever their names end with"
+    suffix = "" if lossy[0].mask.lower().endswith((".jpg", ".jpeg")) else ", whatever their suffix"
     binary = all(part.masks.format == "binary" for part in splits)
-    converted = "threshold them at 128" if binary else "converting the JPEG files does not bring the ids back"
+    converted = "threshold them at 128" if binary else "converting the JPEG files does not restore the ids"
     yield Finding(
         "error",
         "mask_is_jpeg",
-        f"{len(lossy)} of {len(records)} masks as JPEG files{suffix}. JPEG changes the numbers near borders.",
+        f"{len(lossy)} of {len(records)} masks as JPEG files{suffix}. JPEG changes the ids near borders.",
         tuple(record.mask for record in lossy),
         f"Save the masks again as PNG from their source; {converted}. {_SKIP}",
     )

@@ -105,10 +105,10 @@ def _shifted(part: Scanned, shift: int) -> Finding:
     return Finding(
         "error",
         "masks_shifted",
-        f"The masks of {part.split} fit the images better when each is taken {count_of(abs(shift), 'place')} {side} in "
-        "the order of the names: images and masks are shifted against one another.",
+        f"The masks of {part.split} fit the images better when shifted {count_of(abs(shift), 'place')} {side} in name "
+        "order: images and masks are misaligned.",
         tuple(record.mask for record in part.records),
-        "Pair them again by name, from the source. A file missing on one side shifts all that follow it.",
+        "Pair them again by name, from the source. One missing file shifts all later pairs.",
         tuple((part.split, record.name) for record in part.records[:2]),
         stops=False,
     )
@@ -120,10 +120,10 @@ def _swapped(part: Scanned, records: Sequence[Record], edges: np.ndarray, border
         yield Finding(
             "warning",
             "swapped_pair",
-            f"{count_of(pairs, 'pair')} of masks of {part.split} that would fit far better in each other's place: each "
-            "follows the edges of the other's image.",
+            f"{count_of(pairs, 'pair')} of masks of {part.split} that fit much better when swapped: each follows the "
+            "edges of the other's image.",
             tuple(f"{records[one].mask} <-> {records[two].mask}" for one, two in pairs),
-            "Look at them, and rename the two masks if they are swapped.",
+            "Check them, and rename the two masks if they are swapped.",
             tuple((part.split, records[index].name) for pair in pairs for index in pair),
         )
 
@@ -141,6 +141,6 @@ def _shared(part: Scanned) -> Iterator[Finding]:
             "one_mask_many_images",
             f"{sum(map(len, shared))} images of {part.split} with the same mask as another image, pixel for pixel.",
             tuple(" = ".join(record.mask for record in group) for group in shared),
-            "Look at them: a mask that was copied is wrong for all images but one.",
+            "Check them: a copied mask is wrong for all images but one.",
             tuple((part.split, record.name) for record in shared[0][:2]),
         )

@@ -30,11 +30,11 @@ def check_same_files(splits: Sequence[Scanned]) -> Iterator[Finding]:
         yield Finding(
             "error",
             "same_files",
-            f"{told}{count_of(both, 'file')} of {count_of(second.records, 'image')} of {second.split} in {first.split} "
-            "too. What was trained on cannot be scored.",
+            f"{told}{count_of(both, 'file')} of {count_of(second.records, 'image')} of {second.split} also in "
+            f"{first.split}. Scores of training images are meaningless.",
             tuple(f"{one.image} = {two.image}" for one, two in both),
-            f"Give {second.split} images of its own: other folders (data.reader.layout), other lists, or a share of "
-            "one folder (data.reader.partition.by=fraction).",
+            f"Give {second.split} separate images: other folders (data.reader.layout), other lists, or a share of one "
+            "folder (data.reader.partition.by=fraction).",
             stops=sum(map(_is_one_file, both)) >= most,
         )
 
@@ -81,11 +81,11 @@ def check_groups(splits: Sequence[Scanned], group: str | None) -> Iterator[Findi
                 "error",
                 "group_on_both_sides",
                 f"{count_of(both, 'video or drive', 'videos or drives')} ({told}) both in {first} and in {second}: "
-                f"{listed(both, 10)}. Frames of one are nearly the same, so the score is too high. An official split "
-                "can be like this (CamVid's is): then compare only with scores on the same split.",
+                f"{listed(both, 10)}. Frames of one are nearly the same, so the score is too high. Official splits can "
+                "have this (CamVid's has): then compare only with scores on the same split.",
                 tuple(file for name in both for file in (*ours[name], *theirs[name])),
-                "Keep all frames of one on one side, as data.folds with data.group does. If the folders are not videos "
-                "or drives, say what is: data.group=<regular expression on the name>.",
+                "Put all frames of a video or drive into one split, as data.folds with data.group does. If the folders "
+                "are not videos or drives, define the groups: data.group=<regular expression on the name>.",
                 stops=False,
             )
 

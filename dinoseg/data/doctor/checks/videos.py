@@ -35,9 +35,8 @@ def _check_masks_of_frames(folder: Path) -> Iterator[Finding]:
         yield Finding(
             "error",
             "masks_against_video",
-            f"{folder / VIDEO} has {count_of(frames, 'frame')}, so {count_of(due, 'mask')} should be in "
-            f"{MASK_FOLDER}/, which has {len(masks)} (missing: {listed(missing) or 'none'}; without such a frame: "
-            f"{listed(extra) or 'none'}).",
+            f"{folder / VIDEO} has {count_of(frames, 'frame')}, so {MASK_FOLDER}/ should have {count_of(due, 'mask')}, "
+            f"but has {len(masks)} (missing: {listed(missing) or 'none'}; without a frame: {listed(extra) or 'none'}).",
             tuple(str(folder / MASK_FOLDER / f"{stem}.png") for stem in (*missing, *extra)),
             "Unpack the video's archive again: mode=prepare data=sarrarp.",
             stops=False,

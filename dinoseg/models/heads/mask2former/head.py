@@ -54,7 +54,7 @@ class Mask2FormerHead(Head[MaskOutputs]):
     """
 
     mixture = True
-    one_size = "its sampling points and places depend on the size (head=mask2former)"
+    one_size = "its sampling points and positions depend on the size (head=mask2former)"
 
     def __init__(
         self,
@@ -165,9 +165,9 @@ def _map_width(in_dim: int | Sequence[int], num_layers: int) -> int:
     map_widths = widths(in_dim, num_layers)
     if len(set(map_widths)) > 1:
         raise UserError(
-            f"The backbone gives maps of the widths {map_widths}, but this Mask2Former head makes its own pyramid out "
-            f"of four maps of one width. Choose a vision transformer, or a head that reads pyramids, such as "
-            f"head=linear."
+            f"The backbone returns maps of the widths {map_widths}, but this Mask2Former head builds its own pyramid "
+            "from four maps of one width. Choose a vision transformer, or a head that reads pyramids, such as "
+            "head=linear."
         )
     return map_widths[0]
 
@@ -175,12 +175,12 @@ def _map_width(in_dim: int | Sequence[int], num_layers: int) -> int:
 def _check_without_weights(class_layer: str, trainable: str) -> None:
     if class_layer == "new":
         raise UserError(
-            "head.class_layer=new without head.weights: no file gives a class layer that another could replace, all of "
-            "the head is new. Leave head.class_layer out, or give head.weights=FILE."
+            "head.class_layer=new without head.weights: there is no class layer to replace, the whole head is new. "
+            "Leave head.class_layer out, or give head.weights=FILE."
         )
     if trainable == "class_embed":
         raise UserError(
-            "head.trainable=class_embed without head.weights: the rest of the head would stay at random for good. Give "
+            "head.trainable=class_embed without head.weights: the other layers of the head would stay random. Give "
             "head.weights=FILE, Meta's segmentor checkpoint, or set head.trainable=all."
         )
 

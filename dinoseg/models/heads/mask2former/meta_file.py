@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 # how tensor shapes identify the segmentor of a file: value, tensor, axis, divisor and remedy
 TELLING = (
-    ("the backbone's width", f"{ADAPTER}level_embed", 1, 1, "choose the backbone that the file is for"),
+    ("the backbone's width", f"{ADAPTER}level_embed", 1, 1, "choose the backbone of the file"),
     ("hidden_dim", f"{HEAD}predictor.post_norm.weight", 0, 1, "set head.hidden_dim={}"),
     ("num_heads", f"{ADAPTER}interactions.0.extractor.attn.attention_weights.bias", 0, 4, "set head.num_heads={}"),
     ("feedforward_dim", f"{HEAD}predictor.transformer_ffn_layers.0.linear1.bias", 0, 1, "set head.feedforward_dim={}"),
@@ -56,9 +56,7 @@ def load_segmentor(head: nn.Module, path: str, *, new_class_layer: bool) -> int:
             if not tensor.is_meta:
                 tensor.copy_(tensors[key])
     if passed_over:
-        logger.info(
-            "head.weights=%s: %d keys of a backbone passed over; it has its own weights", path, len(passed_over)
-        )
+        logger.info("head.weights=%s: ignored %d keys of a backbone, which has its own weights", path, len(passed_over))
     return len(passed_over)
 
 
@@ -76,7 +74,7 @@ def read_tensors(path: str) -> dict[str, Tensor]:
     """
     tensors = read_tensor_file(Path(path).expanduser(), "head.weights")
     if not all(isinstance(value, Tensor) for value in tensors.values()):
-        raise UserError(f"head.weights={path}: holds no plain dict of tensors. Give Meta's segmentor checkpoint.")
+        raise UserError(f"head.weights={path}: not a plain dict of tensors. Give Meta's segmentor checkpoint.")
     return dict(tensors)
 
 
@@ -85,7 +83,7 @@ def _check_names(path: str, in_file: Collection[str], expected: Collection[str])
     left_over = [key for key in in_file if key not in expected]
     problems = [
         f"{len(keys)} {what} ({', '.join(map(str, keys[:3]))}{', ...' * (len(keys) > 3)})"
-        for what, keys in (("missing", missing), ("left over", left_over))
+        for what, keys in (("missing", missing), ("unexpected", left_over))
         if keys
     ]
     if problems:
@@ -103,7 +101,9 @@ def _check_shapes(path: str, in_file: Mapping[str, Tensor], expected: Mapping[st
     for name, key, axis, divisor, remedy in TELLING:
         if key in wrong:
             theirs, ours = (tensors[key].shape[axis] // divisor for tensors in (in_file, expected))
-            told.append(f"{name} is {theirs} in the file and {ours} here ({remedy.format(theirs)})")
+            told.append(f"{name} is {theirs} in the file and {ours} in the model ({remedy.format(theirs)})")
     first = wrong[0]
-    told = told or [f"{first} is {tuple(in_file[first].shape)} in the file and {tuple(expected[first].shape)} here"]
+    told = told or [
+        f"{first} is {tuple(in_file[first].shape)} in the file and {tuple(expected[first].shape)} in the model"
+    ]
     raise UserError(f"head.weights={path}: {len(wrong)} tensors have another shape: {'; '.join(told)}.")

@@ -199,6 +199,6 @@ def check_enough_cells(num_slots: int, grid: tuple[int, int]) -> None:
     cells = grid[0] * grid[1]
     if num_slots > cells:
         raise UserError(
-            f"head.num_slots={num_slots} are more slots than the {grid[0]} x {grid[1]} = {cells} cells of a frame. Set "
+            f"head.num_slots={num_slots} exceeds the {grid[0]} x {grid[1]} = {cells} cells of a frame. Set "
             f"head.num_slots={cells} or fewer, or enlarge the frames (resolution.crop or resolution.scale)."
         )

@@ -36,9 +36,9 @@ def telling_frames(frames: int, steps: Sequence[int], *, training: bool, learns_
     telling = frames - max(steps)
     if telling == 1 and training and learns_onwards:
         raise UserError(
-            f"head.predictor=savi learns from one frame to the next, and clips of {frames} frames leave one that "
-            f"tells (head.steps={steps}). Set data.clips.cut.length={max(steps) + 2} or more; or, for "
-            "single frames, head.predictor=none."
+            f"head.predictor=savi learns from pairs of frames, but clips of {frames} frames have none "
+            f"(head.steps={steps}). Set data.clips.cut.length={max(steps) + 2} or more; or, for single frames, "
+            "head.predictor=none."
         )
     if telling >= 1:
         return telling
@@ -78,5 +78,5 @@ def check_similar_cells(grid: tuple[int, int], trained_grid: tuple[int, int]) ->
         raise UserError(
             f"head.similarity=true predicts {trained_grid[0]} x {trained_grid[1]} cells (head.positions_grid), but "
             f"these frames have {grid[0]} x {grid[1]}. Set resolution.crop to head.positions_grid times the backbone's "
-            f"patch size, or head.positions_grid=[{grid[0]},{grid[1]}] and train anew."
+            f"patch size, or head.positions_grid=[{grid[0]},{grid[1]}] and train again."
         )

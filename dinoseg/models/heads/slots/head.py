@@ -288,7 +288,6 @@ def _map_width(in_dim: int | Sequence[int], num_layers: int) -> int:
     """Return the width of the single map; refuse several maps."""
     if num_layers != 1:
         raise UserError(
-            f"head=slots gathers from one feature map, but backbone.layers gives {num_layers}. "
-            f"Set backbone.layers=[-1]."
+            f"head=slots reads one feature map, but backbone.layers gives {num_layers}. Set backbone.layers=[-1]."
         )
     return widths(in_dim, num_layers)[0]

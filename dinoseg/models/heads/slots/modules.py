@@ -33,8 +33,8 @@ class Standard(nn.BatchNorm2d):
             return super().forward(features)
         if features.numel() == self.num_features:
             raise UserError(
-                "head.standardise=true takes mean and variance over the cells of a batch, and this one has a single "
-                "cell. Enlarge data.batch_size or resolution.crop, or set head.standardise=false."
+                "head.standardise=true computes mean and variance over the cells of a batch, but this batch has a "
+                "single cell. Enlarge data.batch_size or resolution.crop, or set head.standardise=false."
             )
         mean, variance, count = self.running_mean, self.running_var, self.num_batches_tracked
         assert mean is not None and variance is not None and count is not None  # running stats are enabled
@@ -54,7 +54,7 @@ def slot_sizes(num_slots: int | Sequence[int], groups: str) -> list[int]:
     sizes = [num_slots] if isinstance(num_slots, int) else list(num_slots)
     shown = str(sizes).replace(" ", "") if not isinstance(num_slots, int) else num_slots
     if min(sizes, default=0) < 1:
-        raise UserError(f"head.num_slots={shown}: give at least 1 slot, with head.groups two such numbers.")
+        raise UserError(f"head.num_slots={shown}: give at least 1 slot; with head.groups, two such numbers.")
     if groups == "off" and not isinstance(num_slots, int):
         raise UserError(
             f"head.num_slots={shown} with head.groups=off: without groups give one number, such as "
@@ -92,8 +92,8 @@ def resolve_steps(steps: int | Sequence[int]) -> list[int]:
     offsets = list(range(steps + 1)) if isinstance(steps, int) else list(steps)
     if not offsets or min(offsets) < 0 or len(set(offsets)) < len(offsets):
         raise UserError(
-            f"head.steps={steps}: give the last frame to reconstruct, counted from the one that is seen (0 = that one "
-            f"alone), or a list of such numbers, 0 or more, each once."
+            f"head.steps={steps}: give the last frame to reconstruct, counted from the input frame (0 = only that "
+            "frame), or a list of such numbers, 0 or more, each once."
         )
     return offsets
 

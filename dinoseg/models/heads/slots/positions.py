@@ -28,8 +28,8 @@ def training_grid(positions_grid: Sequence[int] | None, positions: str, similari
     if positions_grid is None and (similarity or positions != "linear"):
         user = "head.similarity=true" if similarity else f"head.positions={positions}"
         raise UserError(
-            f"{user} is made for the cells of a training crop, and head.positions_grid=null. Give backbone.patch_size, "
-            "from which they follow; or their rows and columns, such as head.positions_grid=[14,14]."
+            f"{user} needs the grid of a training crop, but head.positions_grid=null. Set backbone.patch_size, from "
+            "which it is computed; or its rows and columns, such as head.positions_grid=[14,14]."
         )
     rows_columns = [1, 1] if positions_grid is None else positions_grid
     if len(rows_columns) != 2 or min(rows_columns) < 1:

@@ -46,6 +46,6 @@ def check_heads(dim: int, user: str) -> None:
     """Refuse a slot width that is not divisible by the number of attention heads."""
     if dim % HEADS:
         raise UserError(
-            f"head.slot_dim={dim} is no multiple of {HEADS}, the heads of {user}. "
-            f"Choose head.slot_dim={dim // HEADS * HEADS or HEADS} or {(dim // HEADS + 1) * HEADS}."
+            f"head.slot_dim={dim} is not a multiple of {HEADS}, the heads of {user}. Choose "
+            f"head.slot_dim={dim // HEADS * HEADS or HEADS} or {(dim // HEADS + 1) * HEADS}."
         )
