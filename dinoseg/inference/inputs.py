@@ -168,7 +168,7 @@ def open_frames(source: str) -> FrameReader:
     if path.is_file() and is_video(path):
         return VideoReader(path)
     wrong = (
-        f"input={source} is neither a video nor a folder" if path.exists() else f"file or folder not found: {source}"
+        f"input={source} is neither a video nor a folder" if path.exists() else f"File or folder not found: {source}"
     )
     raise UserError(
         f"{wrong}. Give a video ({' '.join(VIDEO_SUFFIXES)}) or a folder of its frames ({' '.join(IMAGE_SUFFIXES)}), "

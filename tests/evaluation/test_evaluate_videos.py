@@ -373,7 +373,7 @@ def test_a_stopped_evaluation_goes_on(track, tmp_path, monkeypatch, caplog):
     assert [path.name for path in stopped.rglob("*") if path.parent.name == "masks"] == ["bear"]  # whole or not at all
     on = track("copy", "davis2017", root, restart=str(stopped))
     assert len(on.log) == 8 and on.scores == whole.scores  # ape and cow
-    assert f"mode.restart={stopped}: 1 video taken over: bear" in caplog.text
+    assert f"mode.restart={stopped}: 1 video reused: bear" in caplog.text
     files = [sorted(path.relative_to(run.folder) for path in run.folder.rglob("*.*")) for run in (on, whole)]
     assert files[0] == files[1]
     stray = stopped / "masks/bear/00009.png"  # of no frame: it would be scored with the rest
@@ -387,7 +387,7 @@ def test_a_stopped_evaluation_goes_on(track, tmp_path, monkeypatch, caplog):
     with pytest.raises(UserError, match="holds no readable tracking.json"):
         track("copy", "davis2017", root, restart=str(root))
     again = track("copy", "davis2017", root, restart=str(on.folder))
-    assert not again.log and f"mode.restart={on.folder}: 3 videos taken over: ape, bear, cow" in caplog.text
+    assert not again.log and f"mode.restart={on.folder}: 3 videos reused: ape, bear, cow" in caplog.text
     for torn in ("[]", '{"tracker": 1}', "{}"):
         (stopped / "tracking.json").write_text(torn)
         with pytest.raises(UserError, match="holds no readable tracking.json"):
@@ -439,7 +439,7 @@ def test_masks_of_data_that_changed_are_made_anew(track, tmp_path, caplog, chang
     change(root / file, root)
     on, whole = (track("copy", "davis2017", root, restart=restart) for restart in (str(first.folder), None))
     assert len(on.log) == (5 if again else 0) and on.scores == whole.scores
-    said = [record.getMessage() for record in caplog.records if "anew" in record.getMessage()]
+    said = [record.getMessage() for record in caplog.records if "tracked again" in record.getMessage()]
     assert len(said) == again
     if again:
         assert said[0].startswith("Video bear is tracked again") and str(first.folder) in said[0]
@@ -663,6 +663,6 @@ def test_propagation_from_the_command_line(tmp_path, monkeypatch):
     assert recorded["tracker"]["kind"] == "propagation" and recorded["given"] == "first"
     on = call(tmp_path, "mode=eval", *words, "mode.restart=run", "hydra.run.dir=on")
     assert on.status == 0 and json.loads((tmp_path / "on/scores.json").read_text()) == ours, on.err
-    assert "mode.restart=run: 3 videos taken over: ape, bear, cow" in on.err
+    assert "mode.restart=run: 3 videos reused: ape, bear, cow" in on.err
     other = call(tmp_path, "mode=eval", *words, "tracker.radius=6", "mode.restart=run", "hydra.run.dir=other")
     assert other.status == 1 and "settings differ from that run: tracker.radius was 12 and is 6. Use" in other.err

@@ -382,7 +382,10 @@ def test_what_is_missing_is_a_problem_for_each_file(tmp_path):
     assert [path.relative_to(prediction).as_posix() for path, _ in found.problems] == ["a/00001.png", "b"]
     assert any(f"in {prediction}/c have no reference" in note for note in found.notes)
     assert [len(case.files) for case in found.cases] == [2, 1, 2, 3, 1]
-    for wrong, message in ((tmp_path / "none", "is not a folder"), (reference / "a", "does not hold <video>/<frame>.png")):
+    for wrong, message in (
+        (tmp_path / "none", "is not a folder"),
+        (reference / "a", "does not hold <video>/<frame>.png"),
+    ):
         with pytest.raises(UserError, match=message):
             VideoClustering().find(wrong, prediction)
         with pytest.raises(UserError, match=message):

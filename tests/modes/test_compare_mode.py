@@ -388,9 +388,9 @@ def test_a_config_that_is_not_to_be_trusted_costs_the_pictures_alone(runs, held)
     config = folder / "config/config.yaml"
     config.write_text(config.read_text().replace("dinoseg.data.formats.folder", "os.path"))
     done = compare(runs, "hostile", "second")
-    assert done.status == 0 and "No images" in done.err and "refused" in done.err
+    assert done.status == 0 and "The report has no images: " in done.err and "refused" in done.err
     config.unlink()
-    assert "No images" in held("hostile", "second")[-1]
+    assert "The report has no images" in held("hostile", "second")[-1]
 
 
 def test_class_ids_that_others_are_read_as_cost_no_pictures(runs, held):
@@ -399,7 +399,7 @@ def test_class_ids_that_others_are_read_as_cost_no_pictures(runs, held):
     config.data.reader.masks.ids = {11: 255}  # whose keys are numbers in YAML and text in a checkpoint
     OmegaConf.save(config, folder / "config/config.yaml")
     _, (other,), said = held("read as", "first")
-    assert other.shots and "No images" not in said
+    assert other.shots and "has no images" not in said
 
 
 def test_a_config_that_leaves_classes_to_their_file_costs_no_pictures(runs, held):
@@ -407,7 +407,7 @@ def test_a_config_that_leaves_classes_to_their_file_costs_no_pictures(runs, held
     config = (runs / "segmenter/config/config.yaml").read_text()
     (runs / "typed/config/config.yaml").write_text(config)
     _, (other,), said = held("typed", "second")
-    assert "${class_file:palette}" in config and other.shots and "No images" not in said
+    assert "${class_file:palette}" in config and other.shots and "has no images" not in said
     hidden = config.replace("${class_file:palette}", "${class_file:${oc.env:HOME}}")
     (runs / "typed/config/config.yaml").write_text(hidden)
     assert "this interpolation is refused" in held("typed", "second")[-1]

@@ -109,6 +109,7 @@ def test_the_best_stands_first(run):
         assert float(row["miou"]) == scores["miou"] and int(row["parameters"]) > 0
     rates = {row["head"]: float(row["learning_rate"]) for row in table}
     assert rates == {"linear": 1e-2, "wide": 3e-2, "early": 1e-2}
+    assert " adapter=frozen 3 heads\n" in run.done.err and "batch of 2 images, 2 batches per step\n" in run.done.err
     assert run.done.out.rstrip().endswith("leaderboard.csv") and f"\n{table[0]['head']} " in run.done.out
 
 

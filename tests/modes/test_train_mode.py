@@ -1,11 +1,15 @@
 """What a training run leaves behind beside its checkpoints."""
 
+import re
+from pathlib import Path
+
 import pytest
 from command_line import SMALL, call, write_data
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dinoseg.data.classes.masks import MaskReader
 from dinoseg.experiment.builder import Builder
+from dinoseg.modes.training_run import _next_commands
 from dinoseg.report.log import read_rows
 from dinoseg.tasks import images
 from dinoseg.utils.images import read_image
@@ -38,6 +42,34 @@ def test_progress_can_be_leafed_through(where):
     assert all(key in settings for key in (b"choices.head", b"optim.optimizer.lr", b"trainer.steps"))
     training = [row for row in read_rows(where / "run/metrics.jsonl") if "train/loss" in row]
     assert len(training) == 2 and all(0 <= row["train/miou"] <= 1 for row in training)
+
+
+def test_a_run_logs_its_setup_and_prints_the_next_commands(where):
+    done = train(where, "mode.pictures=0", "trainer.accumulate=2", "adapter=frozen", "engine.precision=fp32")
+    lines = [line.partition(" INFO ")[2] for line in done.err.splitlines()]
+    start = lines.index("device:      cpu, precision fp32")
+    assert re.fullmatch(r"parameters:  [\d,]+ trained, [\d,]+ in total", lines[start + 2])
+    del lines[start + 2]
+    assert lines[start + 1 : start + 5] == [
+        "model:       backbone=tiny adapter=frozen head=linear",
+        "training:    2 steps, batch of 2 images, 2 batches per step",
+        "data:        4 training and 6 validation images",
+        f"run folder:  {where}/run",
+    ]
+    assert done.out.splitlines()[-4:] == [
+        "next:",
+        f"  python -m dinoseg mode=eval resume={where}/run",
+        f"  python -m dinoseg mode=predict resume={where}/run input=PATH",
+        f"  python -m dinoseg mode=export resume={where}/run export=onnx",
+    ]
+
+
+def test_the_next_commands_after_training_on_clips():
+    assert _next_commands(Path("runs/a b"), on_clips=True) == [
+        "next:",
+        "  python -m dinoseg mode=eval 'resume=runs/a b'",
+        "  python -m dinoseg mode=track 'resume=runs/a b' input=VIDEO",
+    ]
 
 
 def test_the_best_checkpoint_that_is_gone_is_not_replaced_by_the_last(where):

@@ -35,7 +35,7 @@ def parts_of(ids: np.ndarray, *, leave_out: int | None, joined: bool, least_area
 
     Args:
         ids: class ids of an image.
-        leave_out: the class that is no object; None: every class has parts.
+        leave_out: the class that is not an object; None: every class has parts.
         joined: all pixels of a class are one part; otherwise each 8-connected component is one.
         least_area: parts with fewer pixels are dropped.
     """

@@ -15,7 +15,7 @@
 - `masks: labels`: masks are labelled shapes of an annotation tool. A class has `labels`; without them, its own name is
   its label.
 - `ignore`: the `ids`, `colors` or `labels` that are ignored.
-- `background`: the class that is no object, if any.
+- `background`: the class that is not an object, if any.
 - `others`: the class of all numbers or labels that are not listed, such as instance IDs. Without it, `masks: ids`
   requires every number except data.ignore_index to be listed.
 """

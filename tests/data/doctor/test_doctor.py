@@ -397,7 +397,10 @@ def test_masks_against_the_video(operation, tmp_path):
     findings = codes((0, 60))
     assert findings.keys() == {"masks_against_video"} and findings["masks_against_video"].severity == "error"
     told = findings["masks_against_video"].message
-    assert "125 frames, so segmentation/ should have 3 masks" in told and "has 2 (missing: 000000120; without a frame: none)" in told
+    assert (
+        "125 frames, so segmentation/ should have 3 masks" in told
+        and "has 2 (missing: 000000120; without a frame: none)" in told
+    )
     save(operation / "segmentation/000000121.png", scene(1, (32, 64))[1])
     findings = codes((0, 60))
     assert "without a frame: 000000121" in findings["masks_against_video"].message

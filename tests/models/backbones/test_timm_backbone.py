@@ -278,7 +278,9 @@ def test_lora_finds_the_fused_projections_and_last_blocks_its_blocks():
 
 def test_unknown_names_are_refused_with_the_nearest():
     for name in ("vit_tini_patch16_224", "vit_tini_patch16_224.augreg"):
-        with pytest.raises(UserError, match=rf"backbone.name={name} is not a model.*Did you mean .*vit_tiny_patch16_224"):
+        with pytest.raises(
+            UserError, match=rf"backbone.name={name} is not a model.*Did you mean .*vit_tiny_patch16_224"
+        ):
             build(name, patch_size=16)
     with pytest.raises(UserError, match="is not a model of timm .*list_models"):
         build("qqqq", patch_size=16)

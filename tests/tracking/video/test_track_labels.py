@@ -164,7 +164,7 @@ def test_a_broken_mask_is_named(folder, tmp_path):
     [
         ([], "holds no mask directly. Masks are image files"),
         (["frame2", "frame100"], "no mask for the first frame, frame1; it has frame2, frame100. Add one"),
-        (["frame1", "frame3", "4"], r"has 2 masks without frame in .*: 4\.png, frame3\.png. Masks are named as"),
+        (["frame1", "frame3", "4"], r"has 2 masks without frame in .*: 4\.png, frame3\.png. Masks are named like"),
     ],
 )
 def test_folders_of_no_use(folder, tmp_path, names, message):
