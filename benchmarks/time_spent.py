@@ -38,7 +38,7 @@ CLOSED = {"untrained outline", "tally", "log"}  # rooms within which only import
 PHASES = {  # the parts of a command, by the doors that lead there and back
     STEP: "training.trainer:fit",
     VALIDATION: "training.image_feed:ImageFeed.validate training.clip_feed:ClipFeed.validate "
-    "report.log:RunLog.pictures training.checkpoint:Checkpoints.save_if_best",
+    "report.log:RunLog.images training.checkpoint:Checkpoints.save_if_best",
     EVALUATION: "tasks.images:ImageTask.evaluate tasks.clips:ClipTask.evaluate modes.evaluate:evaluate_images",
     TRACK: "modes.track:track_video",
 }
@@ -61,7 +61,7 @@ ROOMS = {  # by the doors, of functions and of generators, whose every item is a
     "tally": "training.tally:Tally.add training.tally:Tally.read",
     "confusion matrix": "metrics.confusion:ConfusionMatrix.update",
     "log": "report.log:RunLog.scalars training.meter:Meter.step training.meter:Meter.read",
-    "validation pictures": "report.log:RunLog.pictures training.image_feed:compare",
+    "validation pictures": "report.log:RunLog.images training.image_feed:compare",
     "saving": "training.checkpoint:Checkpoints.save training.checkpoint:Checkpoints.save_if_best "
     "training.checkpoint:Checkpoints.commit",
     "scores of segments": "training.clip_feed:segment_scores training.clip_feed:contingency",

@@ -65,7 +65,8 @@ def written_choices(hparam):
 def main_choices():
     entries = yaml.safe_load((FOLDER / "main.yaml").read_text())["defaults"]
     pairs = [pair for entry in entries if isinstance(entry, dict) for pair in entry.items()]
-    return {group: option for group, option in pairs if group in GROUPS}
+    # of a group that takes several options, the only default
+    return {group: option[0] if isinstance(option, list) else option for group, option in pairs if group in GROUPS}
 
 
 def needed(choice):

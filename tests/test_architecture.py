@@ -44,8 +44,8 @@ DOORS = {  # dependency -> the packages and files that may import it
     "scipy": ("losses/matching", "metrics", "evaluation/scoring/intervals"),
     "tqdm": ("report/progress", "training/meter"),  # one bar, which a pipe can read too
     "timm": ("models/backbones",),
-    "tensorboard": ("report/log",),
-    "torch.utils.tensorboard": ("report/log",),
+    "tensorboard": ("report/loggers/tensorboard",),
+    "torch.utils.tensorboard": ("report/loggers/tensorboard",),
     "onnx": ("export",),
     "onnxscript": ("export",),
     "onnxruntime": ("export/runtime",),

@@ -1,23 +1,30 @@
-"""A head and a tracker from a package and a config folder outside the repository."""
+"""Parts from a package and a config folder outside the repository: those of docs/extending.md, and other trackers."""
 
 import json
+import shlex
 import sys
 
 import numpy as np
 import pytest
-from command_line import SLOTS, SMALL, call, write_data
+from command_line import SLOTS, SMALL, call
+from docs_pages import OURS, ROOT, blocks, commands
+from omegaconf import OmegaConf
 
+from dinoseg.config.nodes import instantiate
+from dinoseg.experiment.loggers import logger_factories
 from dinoseg.modes.help import help_for
+from dinoseg.report.log import RunLog, read_rows
+from dinoseg.training import checkpoint
+from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import read_ids
 
-HEAD = """
-from dinoseg.models.heads.linear import LinearHead
-
-class MyHead(LinearHead):
-    pass
-"""
-CONFIG = "defaults: [linear, _self_]\n_target_: my_parts.heads.MyHead\n"
-
+PAGE = ROOT / "docs/extending.md"
+COMMANDS = [line.removeprefix(OURS) for line in commands(PAGE) if line.startswith(OURS)]
+MODEL = [word for word in SMALL if not word.startswith(("data=", "data.classes=", "data.root="))]
+OPTIONS = {  # of docs/extending.md
+    **{"head": "bottleneck", "loss": "poly", "data": "discs", "trainer": "smooth", "tracker": "colour"},
+    **{"mode": "balance", "logger": "losses"},
+}
 
 TRACKER = """
 import numpy as np
@@ -49,37 +56,108 @@ class ShiftTracker(Tracker):
 TRACKER_CONFIG = "_target_: my_parts.trackers.ShiftTracker\n_partial_: true\nshift: 1\n"
 
 
+def written(folder, files, monkeypatch):
+    """Write the files of a package and a config folder; yield the words that name the config folder."""
+    monkeypatch.syspath_prepend(folder / "mine")
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    yield ("--config-dir", str(folder / "mine/config"))
+    for name in [name for name in sys.modules if name.startswith("my_parts")]:
+        del sys.modules[name]
+
+
 @pytest.fixture
 def own(tmp_path, monkeypatch):
-    """Write a package and a config folder outside the repository; return the words that name the folder."""
-    monkeypatch.syspath_prepend(tmp_path / "mine")
-    for name, text in {
-        "my_parts/__init__.py": "",
-        "my_parts/heads.py": HEAD,
-        "my_parts/trackers.py": TRACKER,
-        "config/head/my_head.yaml": CONFIG,
-        "config/tracker/mine.yaml": TRACKER_CONFIG,
-        "config/slots/mine.yaml": TRACKER_CONFIG,
-        "config/tracker/whole.yaml": TRACKER_CONFIG.replace("_partial_: true\n", ""),
-        "config/tracker/foreign.yaml": "_target_: types.SimpleNamespace\n",
-    }.items():
-        (tmp_path / "mine" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "mine" / name).write_text(text)
-    yield ("--config-dir", str(tmp_path / "mine/config"))
-    for name in [name for name in sys.modules if name.startswith("my_parts")]:
-        monkeypatch.delitem(sys.modules, name)
+    files = {
+        "mine/my_parts/trackers.py": TRACKER,
+        "mine/config/tracker/mine.yaml": TRACKER_CONFIG,
+        "mine/config/slots/mine.yaml": TRACKER_CONFIG,
+        "mine/config/tracker/whole.yaml": TRACKER_CONFIG.replace("_partial_: true\n", ""),
+        "mine/config/tracker/foreign.yaml": "_target_: types.SimpleNamespace\n",
+    }
+    yield from written(tmp_path, files, monkeypatch)
 
 
-def test_own_parts_are_listed_trained_and_evaluated(tmp_path, own):
-    assert " my_head " in help_for([*own, "--help"]) and " my_head " not in help_for(["--help"])
-    write_data(tmp_path / "data")
-    words = ("mode=train", *SMALL, "head=my_head", "hydra.run.dir=run", "mode.metrics_only=true")
-    path = f"hydra.searchpath=[file://{tmp_path}/mine/config]"
-    assert call(tmp_path, path, *words).status == 0
-    evaluate = ("mode=eval", "resume=run", "engine=cpu", "engine.workers=0")
-    refused = call(tmp_path, *evaluate)
+@pytest.fixture
+def documented(tmp_path, monkeypatch):
+    """Write the files of docs/extending.md."""
+    texts = [text for _, text in blocks(PAGE, "python|yaml")]
+    yield from written(tmp_path, {text.split()[1]: text for text in texts}, monkeypatch)
+
+
+def test_the_parts_of_the_docs_are_listed(documented):
+    listed, usual = help_for([*documented, "--help"]), help_for(["--help"])
+    for option in OPTIONS.values():
+        assert f" {option}" in listed and f" {option}" not in usual
+    keys = help_for([*documented, "mode=balance", "--help"])
+    assert keys.startswith("Keys of mode=balance") and "mode.split=train " in keys and "It also reads data\n" in keys
+    files = [text for _, text in blocks(PAGE, "python")]
+    assert max(sum(1 for line in text.splitlines() if line) for text in files) <= 22 and len(files) == len(OPTIONS)
+
+
+def test_the_commands_of_the_docs_use_one_part_of_each_kind(trained, tmp_path, documented):
+    def run(command, *words):
+        """Run a command with a small model in the folder of the package."""
+        given = {"input=VIDEO": f"input={trained / 'clip'}", "labels=MASK": f"labels={trained / 'first.png'}"}
+        typed = [
+            given.get(word, word).replace("trainer.steps=6000", "trainer.steps=4") for word in shlex.split(command)
+        ]
+        done = call(tmp_path, *typed, *words)
+        assert done.status == 0 and "No effect here" not in done.err, done.err
+        return done
+
+    balance, train, evaluate, resume, track = COMMANDS
+    assert "ground" in run(balance, "hydra.run.dir=BALANCE").out
+    assert json.loads((tmp_path / "BALANCE/balance.json").read_text()).keys() == {"ground", "disc"}
+    assert "tensorboard --logdir" in run(train, *MODEL, "mode.metrics_only=true", "trainer.log_every=1").out
+    assert all("train/variation" in row for row in read_rows(tmp_path / "RUN/metrics.jsonl") if "train/loss" in row)
+    saved = checkpoint.describe(tmp_path / "RUN/checkpoints/last.safetensors")
+    chosen = {group: option for group, option in saved["choices"].items() if group in OPTIONS}
+    assert chosen == {group: OPTIONS[group] for group in ("head", "loss", "data", "trainer")}
+    assert "logger" not in saved["config"]
+    machine = ("engine=cpu", "engine.workers=0")
+    loggers = tmp_path / "mine/my_parts/loggers.py"
+    text = loggers.read_text()
+    loggers.unlink()  # evaluation needs no logger
+    evaluated = run(evaluate, *machine)
+    assert "mIoU" in evaluated.out
+    refused = call(tmp_path, "mode=eval", "resume=RUN", *machine)
     assert refused.status == 1 and "add the --config-dir DIR (or hydra.searchpath) of its training" in refused.err
-    assert call(tmp_path, *own, *evaluate).status == 0
+    path = f"hydra.searchpath=[file://{tmp_path}/mine/config]"
+    assert call(tmp_path, path, "mode=eval", "resume=RUN", *machine).status == 0
+    loggers.write_text(text)
+    run(resume, *machine, "mode.metrics_only=true", "trainer.log_every=1")
+    rows = [line.split(",") for line in (tmp_path / "RUN/losses.csv").read_text().split()]
+    assert [name for name, _ in rows] == ["1", "2", "mIoU", "3", "4", "mIoU"]
+    run(track, "backbone=rgb", "engine=cpu", "hydra.run.dir=TRACK")
+    masks = [read_ids(each) for each in sorted((tmp_path / "TRACK/masks").iterdir())]
+    assert len(masks) == 7 and set(np.unique(masks)) == set(np.unique(read_ids(trained / "first.png")))
+
+
+def test_a_target_that_cannot_be_imported_is_named():
+    node = OmegaConf.create({"head": {"_target_": "my_parts.heads.BottleneckHead", "_partial_": True}}).head
+    with pytest.raises(UserError, match="head: its `_target_` cannot be imported .*'my_parts.* PYTHONPATH"):
+        instantiate(node)
+
+
+class NoLogger:
+    def __init__(self, out_dir, *, start_step):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("node", "message"),
+    [
+        ({"_target_": "types.SimpleNamespace"}, "logger.mine gives SimpleNamespace, which makes no loggers. Let its"),
+        ({"_target_": "builtins.divmod"}, "logger.mine cannot be instantiated .* set `_partial_: true` beside it"),
+        ({"_target_": "types.SimpleNamespace", "_partial_": True}, "logger.mine cannot be instantiated .* inherits"),
+        ({"_target_": f"{__name__}.NoLogger", "_partial_": True}, "logger.mine: NoLogger is no dinoseg.report.loggers"),
+    ],
+)
+def test_what_makes_no_logger_is_refused(tmp_path, node, message):
+    with pytest.raises(UserError, match=message):
+        RunLog(tmp_path, logger_factories(OmegaConf.create({"logger": {"mine": node}})))
 
 
 TRACK = ("mode=track", "input=clip", "engine=cpu", "mode.batch_size=3")

@@ -53,7 +53,7 @@ def explain(arguments: Sequence[str], folders: Sequence[Path], error: Exception)
         if any(group.is_dir() for group in groups):
             if mistake := _wrong_option(override, groups):
                 return mistake
-            chosen.append(f"{override.get_key_element()}={_chosen(override, groups)[0]}")
+            chosen += [f"{override.get_key_element()}={option}" for option in _chosen(override, groups)[:1]]
         else:
             overrides.append(override)
     return _wrong_key(overrides, chosen, folders, own_configs(arguments)) or _hydras_own(error)
@@ -200,8 +200,10 @@ def _options(groups: Sequence[Path]) -> list[str]:
 
 def _chosen(override: Override, groups: Sequence[Path]) -> list[str]:
     """Return the options that an override names; a glob without matches is returned as it was typed."""
-    pattern = override.value()
-    return (pattern.filter(_options(groups)) if isinstance(pattern, Glob) else []) or values_of(override)
+    value = override.value()
+    if isinstance(value, list):
+        return [str(option) for option in value]
+    return (value.filter(_options(groups)) if isinstance(value, Glob) else []) or values_of(override)
 
 
 def _nearby(choice: str, options: Sequence[str]) -> list[str]:

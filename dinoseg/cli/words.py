@@ -10,6 +10,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Glob, IntervalSweep, Override, Quote, QuotedString
 from hydra.errors import HydraException
 
+from dinoseg.config.options import MULTIPLE
 from dinoseg.utils.errors import UserError
 
 FILES = {  # keys whose values are paths
@@ -72,18 +73,21 @@ def as_text(arguments: Sequence[str], configs: Path) -> list[str]:
         if not sign or not value or key.startswith("~"):
             continue
         override = parsed(word)
-        is_group = (configs / key.lstrip("+").split("@")[0]).is_dir()
+        group = key.lstrip("+").split("@")[0]
+        is_group = (configs / group).is_dir()
         if (is_group or key.lstrip("+") in FILES) and max(map(len, os.fsencode(value).split(b"/"))) > _LONGEST:
             raise UserError(
                 f"{key}={value[:40]}... is unknown: no file name has {len(value)} characters. Give a shorter one."
             )
         choices = override.value() if override is not None else None
-        if is_group and isinstance(choices, ChoiceSweep) and any(isinstance(one, list | dict) for one in choices.list):
+        one = is_group and group not in MULTIPLE
+        if one and isinstance(choices, ChoiceSweep) and any(isinstance(each, list | dict) for each in choices.list):
             raise UserError(f"{word}: a group takes one option per run. List options, such as head=linear,mlp.")
         if override is None:
             text = not value.startswith(_NESTED)
         else:
-            text = is_group and not override.is_sweep_override() and not isinstance(override.value(), str)
+            is_options = isinstance(choices, str if one else str | list)
+            text = is_group and not override.is_sweep_override() and not is_options
         if text or _names_file(key, value, override, several=several):
             words[position] = f"{key}={QuotedString(value, Quote.double).with_quotes()}"
     return words

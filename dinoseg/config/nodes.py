@@ -25,7 +25,7 @@ def instantiate(node: Any, *, without: Sequence[str] = (), instead: Mapping[str,
         instead: values that override the node's own.
 
     Raises:
-        UserError: a value is missing, or the target does not take a key or its value.
+        UserError: a value is missing, the target cannot be imported, or it does not take a key or its value.
     """
     try:
         values: Any = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
@@ -50,6 +50,12 @@ def instantiate(node: Any, *, without: Sequence[str] = (), instead: Mapping[str,
     try:
         return hydra_instantiate(values, _convert_="all")
     except InstantiationException as error:
+        if str(error).startswith("Error locating target") and isinstance(error.__cause__, ImportError):
+            said = " ".join(str(error.__cause__).split())
+            raise UserError(
+                f"{where or 'A config node'}: its `_target_` cannot be imported ({said}). Correct it in the YAML file, "
+                "install what is missing, or add the folder of your own package to PYTHONPATH."
+            ) from error
         raise (error.__cause__ or error) from None  # the target's own error, without hydra's wrapper
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 RECIPES = "hparam"  # the group whose options have families
+MULTIPLE = ("logger",)  # groups of which a run takes several options
 
 
 def config_folders(arguments: Sequence[str], shipped: Path) -> list[Path]:

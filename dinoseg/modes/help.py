@@ -83,8 +83,8 @@ def help_for(arguments: Sequence[str]) -> str:
     """Return the help text of the mode that a command line names, else of its options, else the overview."""
     folders = config_folders(arguments, CONFIGS)
     modes = [word.removeprefix("mode=") for word in arguments if word.startswith("mode=") and word != "mode=help"]
-    if modes and modes[-1] in options_of(CONFIGS / "mode"):
-        return of_mode(modes[-1])
+    if modes and any(modes[-1] in options_of(folder / "mode") for folder in folders):
+        return of_mode(modes[-1], folders)
     groups = {path.name for folder in folders for path in folder.iterdir() if path.is_dir()} - {"mode", "local"}
     chosen = [word.partition("=")[::2] for word in arguments]
     texts = [text for group, option in chosen if group in groups and (text := of_option(group, option, folders))]
@@ -114,8 +114,13 @@ def of_option(group: str, option: str, folders: Sequence[Path]) -> str:
     )
 
 
-def of_mode(mode: str) -> str:
-    """Return the help text of one mode: its commands, and its keys with the comments of its config file."""
+def of_mode(mode: str, folders: Sequence[Path] = (CONFIGS,)) -> str:
+    """Return the help text of one mode: its commands, and its keys with the comments of its config file.
+
+    Args:
+        mode: option of the group mode.
+        folders: of config groups.
+    """
     lines = COMMANDS.splitlines()
     described = zip(lines, [*lines[1:], ""], strict=True)  # the description of a long command is on the next line
     commands = [
@@ -124,13 +129,12 @@ def of_mode(mode: str) -> str:
         if f"mode={mode} " in line
         for part in ([line, below] if below.startswith(15 * " ") else [line])
     ]
-    text = _text_of("mode", mode, [CONFIGS])
+    text = _text_of("mode", mode, folders)
     reads = text.rpartition("\nreads: [")[2].partition("]")[0].split() if "\nreads: [" in text else []
     keys = [f"  mode.{line.replace(': ', '=', 1)}" for line in _own_keys(text)] or ["  none"]
     title = f"Keys of mode={mode} and their defaults:"
-    return "\n".join(
-        (*commands, "", title, *keys, *_of_training(mode), "", f"It also reads {' '.join(reads)}", "", _FURTHER)
-    )
+    first, also = [*commands, ""] if commands else [], [f"It also reads {' '.join(reads)}", ""] if reads else []
+    return "\n".join((*first, title, *keys, *_of_training(mode), "", *also, _FURTHER))
 
 
 def _of_training(mode: str) -> list[str]:

@@ -16,6 +16,7 @@ from dinoseg.experiment.folder import first_ranks
 from dinoseg.experiment.heads import SOLO
 from dinoseg.experiment.initial import begin_with, check_initial
 from dinoseg.experiment.log_file import announce
+from dinoseg.experiment.loggers import logger_factories
 from dinoseg.modes.train_heads import train_heads
 from dinoseg.modes.training_run import TrainingRun, build_schedule, check_data_on_rank0, log_start
 from dinoseg.tasks.images import ImageTask
@@ -73,10 +74,10 @@ def train(
             began = time.monotonic()
             parts = (model, loss, task.feed, optimizer, schedule, engine, checkpoints, log)
             run = fit(Experiment(*parts, settings))
-        if run.best is None:
-            raise UserError(f"trainer.steps={length.steps}: this run has done {run.step}, without validation.")
-        spent = time.monotonic() - began
-        scores = job.finish(model, run, **shown)
+            if run.best is None:
+                raise UserError(f"trainer.steps={length.steps}: this run has done {run.step}, without validation.")
+            spent = time.monotonic() - began
+            scores = job.finish(model, run, log, **shown)
         images = run.step * cfg.data.batch_size * cfg.trainer.accumulate
         spent = max(spent, images / (scores["images_per_s"] or math.inf))  # includes the steps before a resume
         if isinstance(task, ImageTask):
@@ -106,6 +107,7 @@ def check(cfg: DictConfig) -> None:
     task, model = build.task(), build.outline()
     check_initial(build, model)
     task.check_parts(model, 1)
+    logger_factories(build)
     with torch.device("meta"):
         build.optimizer(model)
     build.schedule()

@@ -79,11 +79,11 @@ def train_heads(
         log_start(build, whole, task, engine, out_dir, settings.steps)
         parts = (whole, members[0].criterion, task.feed, join_optimizers(optimizers), schedule, engine, checkpoints)
         fit(MultiHeadExperiment(*parts, RunLog("", visible=False), settings, members))
-    rows, scores = [], {}
-    for member, rate in zip(members, rates, strict=True):
-        if member.progress.best is not None:
-            scores[member.name] = jobs[member.name].finish(member.model, member.progress, **shown)
-        rows.append(_row(member, rate, scores.get(member.name, {})))
+        rows, scores = [], {}
+        for member, rate in zip(members, rates, strict=True):
+            if member.progress.best is not None:
+                scores[member.name] = jobs[member.name].finish(member.model, member.progress, member.log, **shown)
+            rows.append(_row(member, rate, scores.get(member.name, {})))
     first = leaderboard(rows, out_dir, build.value("trainer.score"), task.feed.lowest, visible=engine.is_main)
     if first not in scores:
         raise UserError(f"No head has reached a validation: {listed([row.note for row in rows], 3)}")

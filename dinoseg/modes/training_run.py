@@ -14,6 +14,7 @@ from dinoseg.data.classes.labels import Labels
 from dinoseg.evaluation.images import list_skipped
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.initial import check_initial
+from dinoseg.experiment.loggers import logger_factories
 from dinoseg.experiment.recipe import HEADS, run_description
 from dinoseg.experiment.settings import settings_of
 from dinoseg.experiment.split_record import write_split
@@ -21,7 +22,7 @@ from dinoseg.experiment.trained import check_classes
 from dinoseg.inference.trained_sizes import TrainedSizes
 from dinoseg.models.model import Segmenter
 from dinoseg.report.curves import draw_curves
-from dinoseg.report.log import RunLog, read_rows, write_settings
+from dinoseg.report.log import RunLog, read_rows
 from dinoseg.tasks.task import TrainingTask
 from dinoseg.training import checkpoint
 from dinoseg.training.checkpoint import Checkpoints, Progress
@@ -61,6 +62,7 @@ class TrainingRun:
         else:
             outline = build.outline()
             check_initial(build, outline)
+        self._loggers = logger_factories(build)
         build.task().check_parts(outline, engine.world)  # of this config: each of several heads has its own
 
     @property
@@ -136,15 +138,20 @@ class TrainingRun:
     def log(self) -> RunLog:
         """Return the run's log, which the caller must close."""
         pending = self.start is not None and self.start.info["progress"].get("validation_pending", False)
-        visible = self.engine.is_main
-        return RunLog(self.out_dir, start_step=self.first_step, validation_pending=pending, visible=visible)
+        first, visible = self.first_step, self.engine.is_main
+        log = RunLog(self.out_dir, self._loggers, start_step=first, validation_pending=pending, visible=visible)
+        log.config(settings_of(self.build))
+        return log
 
-    def finish(self, model: Segmenter, run: Progress, *, metrics_only: bool, report: bool) -> dict[str, Any]:
+    def finish(
+        self, model: Segmenter, run: Progress, log: RunLog, *, metrics_only: bool, report: bool
+    ) -> dict[str, Any]:
         """Score the best checkpoint, draw the curves, and print the paths of all results; return scores and cost.
 
         Args:
             model: receives the checkpoint's weights.
             run: state at the end of the training; it has a best score.
+            log: receives the scores.
             metrics_only: write no figures.
             report: write report.html, and the files that mode=compare reads.
         """
@@ -163,9 +170,10 @@ class TrainingRun:
         scores = self.task.evaluate(model, self.engine, best, metrics_only=metrics_only, report=report)
         if self.engine.is_main:
             print(f"curves:       {self.out_dir}/{', '.join(path.name for path in curves)}")
-            write_settings(self.out_dir, settings_of(self.build), scores)
+            log.scores(scores)
             write_json(self.out_dir / COST, cost)
-            print(f"TensorBoard:  tensorboard --logdir {self.out_dir / 'tensorboard'}")
+            for line in log.views:
+                print(line)
             print(f"checkpoint:   {best} (step {run.best_step})")
             list_skipped(self.task.skipped, self.out_dir)
             print("\n".join(_next_commands(self.out_dir, on_clips=self.task.on_clips)))

@@ -1,46 +1,61 @@
-"""Logs of a run: metrics.jsonl, validation images, and both for TensorBoard together with the settings."""
+"""Log of a run: metrics.jsonl, validation images, and the loggers that receive both."""
 
 import json
+import logging
 import math
 import re
 import shutil
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 
 import numpy as np
 
+from dinoseg.report.loggers.logger import Logger
 from dinoseg.utils import forms
 from dinoseg.utils.atomic import write_text
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import write_png
+from dinoseg.utils.wording import shown
 
-_BOARD = "tensorboard"
+logger = logging.getLogger(__name__)
 _STEP = re.compile(r"step_(\d+)")  # folder with the images of one validation
 _ROW = forms.table(forms.maybe(forms.number(-1e300, 1e300)))
 _MOST_BYTES = 2**30  # maximum bytes of a log: a row has about 300, a training at most some million rows
 
 
+class LoggerFactory(Protocol):
+    """Function that opens a logger for a run."""
+
+    def __call__(self, out_dir: Path, *, start_step: int) -> Logger:
+        """Return a logger, see `Logger`."""
+        ...
+
+
 class RunLog:
-    """Writes one JSON line per call to `out_dir`/metrics.jsonl, and the same values to `out_dir`/tensorboard.
+    """Writes one JSON line per call to `out_dir`/metrics.jsonl, and passes the same values to loggers.
 
     Images are written to `out_dir`/validation/step_00500/NAME.png. A run that resumes at `start_step` first drops
     everything that a killed run wrote after that step. With `validation_pending`, the validation at that step runs
     again, so its row is dropped, too. With `visible` off (all ranks but the first), nothing is written.
+
+    A logger that raises an exception is dropped with one warning.
+
+    Raises:
+        UserError: by a logger that cannot be opened.
     """
 
     def __init__(
         self,
         out_dir: str | Path,
+        loggers: Mapping[str, LoggerFactory] | None = None,
         *,
-        tensorboard: bool = True,
         start_step: int = 0,
         validation_pending: bool = False,
         visible: bool = True,
     ) -> None:
         self._file: TextIO | None = None
-        self._board: Any = None
+        self._loggers: dict[str, Logger] = {}
         if not visible:
             return
         out_dir = Path(out_dir)
@@ -51,8 +66,18 @@ class RunLog:
         self._pictures = out_dir / "validation"
         _drop_pictures_after(self._pictures, start_step)
         self._file = path.open("a", encoding="utf-8")
-        if tensorboard:
-            self._board = _open_board(out_dir / _BOARD, start_step)
+        for name, open_logger in (loggers or {}).items():
+            try:
+                self._loggers[name] = open_logger(out_dir, start_step=start_step)
+            except UserError:
+                self.close()
+                raise
+            except Exception as error:
+                _warn_of(name, error)
+
+    def config(self, settings: Mapping[str, Any]) -> None:
+        """Pass the settings of the run to the loggers."""
+        self._pass_on(lambda each: each.config(settings))
 
     def scalars(self, step: int, values: Mapping[str, float | None]) -> None:
         """Write values such as `train/loss` or `val/miou`; None and non-finite values become null."""
@@ -60,26 +85,32 @@ class RunLog:
         if self._file is not None:
             self._file.write(json.dumps({"step": int(step), **finite}, allow_nan=False) + "\n")
             self._file.flush()
-        if self._board is not None:
-            for key, value in finite.items():
-                if value is not None:
-                    self._board.add_scalar(key, value, step)
+        numbers = {key: value for key, value in finite.items() if value is not None}
+        self._pass_on(lambda each: each.scalars(step, numbers))
 
-    def pictures(self, step: int, named: Mapping[str, np.ndarray]) -> None:
+    def images(self, step: int, named: Mapping[str, np.ndarray]) -> None:
         """Write images (H, W, 3) uint8 of a validation, by the names of its samples."""
         for name, rgb in named.items() if self._file is not None else ():
             write_png(self._pictures / f"step_{step:05d}" / f"{name}.png", rgb)
-            if self._board is not None:
-                self._board.add_image(f"val/{name}", rgb, step, dataformats="HWC")
+        if named:
+            self._pass_on(lambda each: each.images(step, named))
+
+    def scores(self, values: Mapping[str, Any]) -> None:
+        """Pass the scores of the best checkpoint to the loggers."""
+        self._pass_on(lambda each: each.scores(values))
+
+    @property
+    def views(self) -> list[str]:
+        """Return the lines that state how to view what the loggers wrote."""
+        return [each.view for each in self._loggers.values() if each.view]
 
     def close(self) -> None:
-        """Flush and close all writers; a second call is a no-op."""
-        file, board = self._file, self._board
-        self._file = self._board = None
-        with ExitStack() as stack:  # closes each writer even if another fails
-            for writer in (file, board):
-                if writer is not None:
-                    stack.callback(writer.close)
+        """Flush and close everything; a second call is a no-op."""
+        file, self._file = self._file, None
+        self._pass_on(lambda each: each.close())
+        self._loggers = {}
+        if file is not None:
+            file.close()
 
     def __enter__(self) -> "RunLog":
         return self
@@ -87,23 +118,21 @@ class RunLog:
     def __exit__(self, *error: object) -> None:
         self.close()
 
+    def _pass_on(self, call: Callable[[Logger], None]) -> None:
+        for name, each in [*self._loggers.items()]:
+            try:
+                call(each)
+            except Exception as error:
+                del self._loggers[name]
+                _warn_of(name, error)
 
-def write_settings(out_dir: str | Path, settings: Mapping[str, Any], scores: Mapping[str, Any]) -> None:
-    """Add a row to TensorBoard's table of runs: settings such as `trainer.steps`, and the final scores.
 
-    Settings other than numbers, strings and booleans are left out, and so are scores other than floats.
-    """
-    from torch.utils.tensorboard import SummaryWriter
-    from torch.utils.tensorboard.summary import hparams
-
-    shown = {key: value for key, value in settings.items() if isinstance(value, int | float | str)}
-    final = {f"final/{key}": value for key, value in scores.items() if isinstance(value, float)}
-    with SummaryWriter(str(Path(out_dir) / _BOARD)) as board:
-        # like add_hparams, but without its separate folder, which would appear as another run
-        for summary in hparams(shown, final):
-            board.file_writer.add_summary(summary)
-        for key, value in final.items():
-            board.add_scalar(key, value)
+def _warn_of(name: str, error: Exception) -> None:
+    """Warn that a logger is dropped."""
+    said = shown(f"{type(error).__name__}: {error}", 300)
+    logger.warning(
+        "logger.%s failed and is dropped (%s). The training continues, and metrics.jsonl has all values.", name, said
+    )
 
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
@@ -146,12 +175,6 @@ def _drop_pictures_after(folder: Path, step: int) -> None:
         numbered = _STEP.fullmatch(path.name)
         if numbered and int(numbered[1]) > step:
             shutil.rmtree(path)
-
-
-def _open_board(folder: Path, start_step: int) -> Any:
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(folder), purge_step=start_step + 1)
 
 
 def _finite(value: float | None) -> float | None:

@@ -276,7 +276,7 @@ def validate(experiment: Experiment, ema: MovingAverage | None, stop: Deferral) 
     for (head, (scores, pictures)), judgement in zip(rows, judged, strict=True):
         if judgement is None:
             continue
-        head.log.pictures(progress.step, pictures)
+        head.log.images(progress.step, pictures)
         # last: if anything fails before, the resumed run repeats the validation
         values = {f"val/{key}": value for key, value in scores.items() if isinstance(value, float)}
         head.log.scalars(progress.step, values)

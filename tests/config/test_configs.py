@@ -29,6 +29,7 @@ AT_RUN_TIME = {
     "data.reader": {"split"},
     "export": {"source", "out_dir"},
     "head": {"in_dim", "num_layers"},
+    "logger.*": {"out_dir", "start_step"},
     "loss.class_weights": {"counts", "classes"},
     "loss.counts": {"dataset"},
     "loss.criterion": {"class_weights"},
@@ -60,7 +61,7 @@ def check_binds(path, node):
         parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL) for parameter in parameters.values()
     )
     given = {key for key in node if not key.startswith("_")} - FOR_OTHERS.get(path, set())
-    handed = AT_RUN_TIME.get(node["_target_"], AT_RUN_TIME.get(path, set()))
+    handed = AT_RUN_TIME.get(re.sub(r"^logger\.\w+$", "logger.*", path), set())
     later = {name for name in handed if name in parameters or name != "class_weights"}
     if path == "export" and inspect.isclass(target):  # made at once, and called with what the others take
         assert set(inspect.signature(target.__call__).parameters) >= later

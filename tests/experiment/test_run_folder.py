@@ -15,6 +15,7 @@ from dinoseg.experiment.log_file import LogFile
 from dinoseg.experiment.unread import warn_not_read
 from dinoseg.modes import score
 from dinoseg.report.log import RunLog
+from dinoseg.report.loggers.logger import Logger
 from dinoseg.utils.atomic import _machine
 from dinoseg.utils.errors import UserError, telling_file_errors
 
@@ -160,10 +161,10 @@ def test_a_log_on_a_full_disk_says_so_once(tmp_path, capsys, caplog):
 def test_rows_on_a_full_disk_are_an_error_and_close_the_rest(tmp_path):
     closed = []
     with pytest.raises(UserError, match="No space left"), telling_file_errors(tmp_path):
-        log = RunLog(tmp_path, tensorboard=False)
+        board = type("Board", (Logger,), {"close": lambda self: closed.append(True)})
+        log = RunLog(tmp_path, {"board": board})
         log._file.close()
         log._file = Path("/dev/full").open("w", encoding="utf-8")
-        log._board = type("Board", (), {"close": lambda self: closed.append(True)})()
         with log:
             log.scalars(1, {"train/loss": 1.0})
     assert closed

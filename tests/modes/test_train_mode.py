@@ -86,9 +86,12 @@ def test_fewer_images_are_validated_and_scored_where_that_is_asked_for(where):
     assert refused.status == 1 and "trainer.val_images=0 is out of range" in refused.err
 
 
-def test_pictures_can_be_left_out(where):
-    train(where, "mode.pictures=0", "trainer.steps=1")
-    assert not (where / "run/validation").exists()
+def test_pictures_and_loggers_can_be_left_out(where):
+    done = train(where, "mode.pictures=0", "trainer.steps=1", "logger=[]")
+    assert not (where / "run/validation").exists() and not (where / "run/tensorboard").exists()
+    assert "TensorBoard" not in done.out and (where / "run/metrics.jsonl").exists()
+    unknown = call(where, "mode=train", *SMALL, "logger=[tensorboard,board]")
+    assert unknown.status == 1 and "logger=board is unknown. There are tensorboard." in unknown.err
     refused = call(where, "mode=train", *SMALL, "mode.pictures=-1")
     assert refused.status == 1 and "mode.pictures=-1 is out of range. Give a whole number of at least 0." in refused.err
 

@@ -1,13 +1,18 @@
 import json
 import os
+from functools import partial
 
 import numpy as np
 import pytest
 from tensorboard.summary.writer import event_file_writer
 
-from dinoseg.report.log import RunLog, read_rows, write_settings
+from dinoseg.report.log import RunLog, read_rows
+from dinoseg.report.loggers.logger import Logger
+from dinoseg.report.loggers.tensorboard import TensorBoardLogger
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import read_image
+
+BOARD = {"tensorboard": TensorBoardLogger}
 
 
 def board_scalars(folder, tag):
@@ -19,11 +24,11 @@ def board_scalars(folder, tag):
 
 
 def test_rows_are_readable_at_once_and_reach_tensorboard(tmp_path):
-    with RunLog(tmp_path) as log:
+    with RunLog(tmp_path, BOARD) as log:
         log.scalars(1, {"train/loss": np.float32(0.5), "train/lr": 1e-4})
         assert read_rows(tmp_path / "metrics.jsonl") == [{"step": 1, "train/loss": 0.5, "train/lr": 1e-4}]
         log.scalars(2, {"val/miou": 0.25, "val/loss": float("nan"), "val/accuracy": None})
-        log.pictures(2, {"val/prediction": np.zeros((4, 6, 3), np.uint8)})
+        log.images(2, {"val/prediction": np.zeros((4, 6, 3), np.uint8)})
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert json.loads(lines[1]) == {"step": 2, "val/miou": 0.25, "val/loss": None, "val/accuracy": None}
     assert board_scalars(tmp_path, "train/loss") == [(1, 0.5)]
@@ -34,12 +39,12 @@ def test_rows_are_readable_at_once_and_reach_tensorboard(tmp_path):
 def test_going_on_drops_what_a_killed_run_wrote_beyond(tmp_path, monkeypatch):
     # files of one second and process differ by a number without leading zeros alone: the tenth would be read first
     monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
-    with RunLog(tmp_path) as log:
+    with RunLog(tmp_path, BOARD) as log:
         for step in range(0, 10):
             log.scalars(step, {"train/loss": float(step)})
     path = tmp_path / "metrics.jsonl"
     path.write_text(path.read_text() + '{"step": 10, "train/lo')
-    with RunLog(tmp_path, start_step=6) as log:
+    with RunLog(tmp_path, BOARD, start_step=6) as log:
         assert [row["step"] for row in read_rows(path)] == list(range(7))
         for step in range(7, 12):
             log.scalars(step, {"train/loss": 100.0 + step})
@@ -53,11 +58,11 @@ def test_going_on_drops_what_a_killed_run_wrote_beyond(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("pending", [True, False])
 def test_a_validation_that_is_made_again_is_logged_once(tmp_path, pending):
-    with RunLog(tmp_path, tensorboard=False) as log:
+    with RunLog(tmp_path) as log:
         for step in (3, 6):
             log.scalars(step, {"train/loss": 1.0})
             log.scalars(step, {"val/miou": 0.5})
-    RunLog(tmp_path, tensorboard=False, start_step=6, validation_pending=pending).close()
+    RunLog(tmp_path, start_step=6, validation_pending=pending).close()
     rows = [(row["step"], "val/miou" in row) for row in read_rows(tmp_path / "metrics.jsonl")]
     assert rows == [(3, False), (3, True), (6, False), (6, True)][: 3 if pending else 4]
 
@@ -67,7 +72,7 @@ def test_a_torn_last_line_is_left_out(tmp_path, torn):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n\n{"step": 2}\n' + torn)
     assert [row["step"] for row in read_rows(path)] == [1, 2]
-    RunLog(tmp_path, start_step=2, tensorboard=False).close()
+    RunLog(tmp_path, start_step=2).close()
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
@@ -94,35 +99,94 @@ def test_a_missing_file_is_named(tmp_path):
 def test_only_the_first_rank_writes(tmp_path):
     log = RunLog(tmp_path / "run", visible=False)
     log.scalars(1, {"a": 1.0})
-    log.pictures(1, {"a": np.zeros((1, 1, 3), np.uint8)})
+    log.images(1, {"a": np.zeros((1, 1, 3), np.uint8)})
     log.close()
     assert not (tmp_path / "run").exists()
 
 
-def test_without_tensorboard_no_folder_is_made(tmp_path):
-    with RunLog(tmp_path, tensorboard=False) as log:
-        log.pictures(1, {"a": np.zeros((1, 1, 3), np.uint8)})
+class Recorder(Logger):
+    """Records each call, and raises an exception in one method."""
+
+    def __init__(self, out_dir, *, start_step, fails_in="", calls):
+        self.fails_in, self.calls = fails_in, calls
+        self._call("open", out_dir, start_step)
+
+    def _call(self, method, *given):
+        self.calls.append((method, *given))
+        if method == self.fails_in:
+            raise OSError("no connection")
+
+    def config(self, settings):
+        self._call("config", settings)
+
+    def scalars(self, step, values):
+        self._call("scalars", step, values)
+
+    def images(self, step, named):
+        self._call("images", step, [*named])
+
+    def scores(self, values):
+        self._call("scores", values)
+
+    def close(self):
+        self._call("close")
+
+
+def use_all(log):
+    log.config({"seed": 0})
+    log.scalars(4, {"train/loss": 0.5, "val/loss": float("nan"), "val/miou": None})
+    log.images(4, {"a": np.zeros((1, 1, 3), np.uint8)})
+    log.scores({"miou": 0.25})
+    log.close()
+
+
+METHODS = ("open", "config", "scalars", "images", "scores", "close")
+
+
+def test_a_logger_receives_everything_and_only_finite_values(tmp_path):
+    calls = []
+    use_all(RunLog(tmp_path, {"mine": partial(Recorder, calls=calls)}, start_step=3))
+    given = [(tmp_path, 3), ({"seed": 0},), (4, {"train/loss": 0.5}), (4, ["a"]), ({"miou": 0.25},), ()]
+    assert calls == [(method, *each) for method, each in zip(METHODS, given, strict=True)]
+
+
+@pytest.mark.parametrize("fails_in", METHODS)
+def test_a_logger_that_fails_is_dropped_with_one_warning_and_the_others_go_on(tmp_path, caplog, fails_in):
+    failed, other = [], []
+    loggers = {"mine": partial(Recorder, calls=failed, fails_in=fails_in), "other": partial(Recorder, calls=other)}
+    use_all(RunLog(tmp_path, loggers))
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert "logger.mine failed and is dropped (OSError: no connection). The training continues" in warning
+    assert [method for method, *_ in failed] == [*METHODS[: METHODS.index(fails_in) + 1]]
+    assert [method for method, *_ in other] == [*METHODS] and len(read_rows(tmp_path / "metrics.jsonl")) == 1
+
+
+def test_without_loggers_no_folder_is_made(tmp_path):
+    with RunLog(tmp_path) as log:
+        log.images(1, {"a": np.zeros((1, 1, 3), np.uint8)})
     assert sorted(item.name for item in tmp_path.iterdir()) == ["metrics.jsonl", "validation"]
 
 
 def test_pictures_are_files_by_step_and_going_on_drops_later_ones(tmp_path):
-    with RunLog(tmp_path, tensorboard=False) as log:
+    with RunLog(tmp_path) as log:
         for step in (500, 1000):
-            log.pictures(step, {"a": np.full((1, 2, 3), step % 251, np.uint8), "b/c": np.zeros((1, 2, 3), np.uint8)})
+            log.images(step, {"a": np.full((1, 2, 3), step % 251, np.uint8), "b/c": np.zeros((1, 2, 3), np.uint8)})
     files = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.png"))
     steps = [f"validation/step_{step}" for step in ("00500", "01000")]
     assert files == [f"{step}/{name}.png" for step in steps for name in ("a", "b/c")]
     assert (read_image(tmp_path / files[0]) == 500 % 251).all()
     (tmp_path / "validation/notes").mkdir()
-    RunLog(tmp_path, tensorboard=False, start_step=999).close()
+    RunLog(tmp_path, start_step=999).close()
     assert sorted(path.name for path in (tmp_path / "validation").iterdir()) == ["notes", "step_00500"]
 
 
 def test_settings_and_final_scores_are_a_row_of_tensorboard(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    RunLog(tmp_path).close()
-    write_settings(tmp_path, {"seed": 0, "head": "mlp", "layers": None}, {"miou": 0.5, "matrix": [[1]], "dice": None})
+    with RunLog(tmp_path, BOARD) as log:
+        log.config({"seed": 0, "head": "mlp", "layers": None})
+        log.scores({"miou": 0.5, "matrix": [[1]], "dice": None})
+        assert log.views == [f"TensorBoard:  tensorboard --logdir {tmp_path / 'tensorboard'}"]
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert events.Scalars("final/miou")[0].value == 0.5

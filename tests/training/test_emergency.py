@@ -200,7 +200,7 @@ def test_a_best_that_cannot_be_written_is_not_remembered_as_such(train, tmp_path
 
 
 def test_a_validation_that_cannot_be_logged_is_pending(train, tmp_path, monkeypatch):
-    monkeypatch.setattr(Rows, "pictures", lambda *_: crash())
+    monkeypatch.setattr(Rows, "images", lambda *_: crash())
     assert isinstance(train(tmp_path).error, RuntimeError)
     progress = read(tmp_path / "last.safetensors").info["progress"]
     assert progress["validation_pending"] and progress["best"] is None and progress["step"] == 3

@@ -53,7 +53,7 @@ def test_a_validation_whose_pictures_cannot_be_kept_is_logged_once(tmp_path, mon
 
     write_data(tmp_path / "data")
     with monkeypatch.context() as patched:
-        patched.setattr(RunLog, "pictures", full)
+        patched.setattr(RunLog, "images", full)
         assert train(tmp_path, "hydra.run.dir=run").status == 1
     path, last = tmp_path / "run/metrics.jsonl", tmp_path / "run/checkpoints/last.safetensors"
     step = checkpoint.describe(last)["progress"]["step"]

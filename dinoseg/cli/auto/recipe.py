@@ -39,7 +39,15 @@ from dinoseg.utils.wording import printable
 
 AUTO = "auto"  # name of the recipe that is chosen automatically
 _RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")  # environment variables that make a process a rank
-_OF_A_RUN = ("seed", "resume", "budget", "hydra", "mode", "hparam")  # overrides that do not affect the choices
+_OF_A_RUN = (
+    "seed",
+    "resume",
+    "budget",
+    "logger",
+    "hydra",
+    "mode",
+    "hparam",
+)  # overrides that do not affect the choices
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,43 @@
+"""Builder of the loggers of a config, from the config group `logger`."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dinoseg.config.nodes import instantiate, keeping
+from dinoseg.experiment.models import ModelBuilder
+from dinoseg.report.log import LoggerFactory
+from dinoseg.report.loggers.logger import Logger
+from dinoseg.utils.errors import UserError
+
+_REMEDY = (
+    "Let its `_target_` name a class that inherits dinoseg.report.loggers.logger.Logger, and set `_partial_: true` "
+    "beside it."
+)
+
+
+def logger_factories(build: ModelBuilder) -> dict[str, LoggerFactory]:
+    """Return a function for each logger of a config, by name, that opens it for a run.
+
+    Raises:
+        UserError: a config node makes no logger. Arguments and class are only known when the function is called.
+    """
+    return {str(name): _factory(f"logger.{name}", node) for name, node in (build.value("logger") or {}).items()}
+
+
+def _factory(key: str, node: Any) -> LoggerFactory:
+    make = _made(key, instantiate, node)
+    if not callable(make):
+        raise UserError(f"{key} gives {type(make).__name__}, which makes no loggers. {_REMEDY}")
+
+    def open_logger(out_dir: Path, *, start_step: int) -> Logger:
+        return keeping(Logger, _made(key, make, out_dir, start_step=start_step), key)
+
+    return open_logger
+
+
+def _made(key: str, make: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    try:
+        return make(*arguments, **options)
+    except TypeError as error:
+        raise UserError(f"{key} cannot be instantiated ({error}). {_REMEDY}") from error

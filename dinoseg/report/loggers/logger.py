@@ -1,0 +1,43 @@
+"""Base class of loggers, which receive what a training logs in addition to metrics.jsonl."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+class Logger:
+    """Base class of loggers: only rank 0 makes one, and each method does nothing by default.
+
+    An exception in any method drops the logger with one warning, and the training continues. Only a `UserError` of the
+    constructor ends the run.
+
+    Args:
+        out_dir: the run folder, which exists.
+        start_step: steps done before. A run that resumes may have logged later steps before it was killed; these are
+            logged again.
+
+    Attributes:
+        view: how to view what was logged, printed after the training; empty: nothing to print.
+    """
+
+    view: str = ""
+
+    def __init__(self, out_dir: Path, *, start_step: int = 0) -> None:
+        pass
+
+    def config(self, settings: Mapping[str, Any]) -> None:
+        """Receive the settings that distinguish runs, by dotted name such as `optim.optimizer.lr`, before all else."""
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Receive finite values after a step, such as `train/loss` or `val/miou`."""
+
+    def images(self, step: int, named: Mapping[str, np.ndarray]) -> None:
+        """Receive images (H, W, 3) uint8 of the validation after a step, by the names of its samples."""
+
+    def scores(self, values: Mapping[str, Any]) -> None:
+        """Receive the scores of the best checkpoint after the training: numbers, and tables such as `matrix`."""
+
+    def close(self) -> None:
+        """Write what is left, and close files and connections."""
