@@ -72,11 +72,33 @@ def test_a_command_line_without_mode_is_checked_too(arguments, tmp_path):
     assert "Traceback" not in done.err
 
 
-@pytest.mark.parametrize("arguments", [(), ("--help",), ("mode=help",), ("mode=nonsense", "-h"), ("hparam=demo",)])
+@pytest.mark.parametrize(
+    "arguments", [(), ("--help",), ("mode=help",), ("mode=nonsense", "-h"), ("mode=help", "seed=1")]
+)
 def test_help_is_the_overview(arguments, tmp_path):
     done = call(tmp_path, *arguments)
     assert (done.status, done.err) == (0, "") and done.out == overview() + "\n"
     assert not list(tmp_path.iterdir()), "help leaves nothing behind"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("resume={place}", "input=x.png"), "Modes that read input and resume: predict, select, track."),
+        (("input=x.png", "labels=y.png"), "Modes that read input and labels: select, track."),
+        (("resume={place}",), "Modes that read resume: app, eval, export, predict, select, serve, track, train."),
+        (("hparam=demo", "trainer.steps=3"), "Modes that read trainer.steps: bench, plan, train."),
+        (("head=linear", "input=x.png"), "Modes that read head and input: predict, select, track."),
+        (("runs=[a,b]", "input=x.png"), "Modes: app, bench, compare, doctor,"),
+        (("hparam=demo",), "Modes: app, bench, compare, doctor,"),
+        (("-m", "head=linear,mlp"), "Modes that read head: app, bench, eval,"),
+    ],
+)
+def test_a_command_line_without_a_mode_is_refused(arguments, named, tmp_path, monkeypatch):
+    monkeypatch.setattr("dinoseg.cli.own_keys.own_configs", lambda words: [])  # as if the run had no keys of its own
+    done = call(tmp_path, *(word.format(place=tmp_path) for word in arguments))
+    assert done.status == 1 and f"error: No mode is given. Add mode=NAME. {named}" in done.err, done.err
+    assert "usage:" not in done.out
 
 
 @pytest.mark.parametrize("mode", [path[:-5] for path in os.listdir(f"{CONFIGS}/mode") if path != "help.yaml"])
@@ -110,6 +132,39 @@ def test_help_imports_neither_torch_nor_hydra(tmp_path):
         done = process(tmp_path, "-c", LIGHT, *arguments)
         assert done.returncode == 0, done.stderr
         assert done.stdout == overview() + "\nFalse False\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("data.batch_size=abc",), "data.batch_size=abc is of type str. Give a number, such as 8."),
+        (('data.batch_size="8"',), "data.batch_size=8 is of type str. Give a number, such as 8."),
+        (("trainer.clip=off",), "trainer.clip=off is of type str. Give a number, such as 1.0."),
+        (("mode.report=maybe",), "mode.report=maybe is of type str. Give true or false."),
+        (("shared_cache=no",), "shared_cache=no is of type str. Give true or false."),
+        (("seed=abc",), "seed=abc is of type str. Give a number, such as 0."),
+        (("adapter=lora", "adapter.rank=high"), "adapter.rank=high is of type str. Give a number, such as 16."),
+        (("trainer.loop.clip=5",), "trainer.loop.clip repeats trainer.clip. Set that one: trainer.clip=5"),
+        (("++trainer.task.val_images=5",), "trainer.task.val_images repeats trainer.val_images. Set that one: tra"),
+        (("data.reader.classes=[a,b]",), "data.reader.classes repeats data.classes. Set that one: data.classes=[a,b]"),
+        (("data.reader.partition.group=x",), "data.reader.partition.group repeats data.group. Set that one: data.g"),
+    ],
+)
+def test_a_wrong_value_is_refused_by_the_config_files(place, words, message):
+    done = call(place, *TRAIN, *words)
+    assert done.status == 1 and done.err.startswith(f"error: {message}") and len(done.err.splitlines()) == 1, done.err
+    assert not (place / "outputs").exists()
+
+
+@pytest.mark.parametrize("word", ["data.reader.layout.splits={}", "data.background=dark", "adapter.rank='${seed}'"])
+def test_values_that_config_files_do_not_rule_out_are_left_to_signatures(place, word):
+    assert not call(place, "mode=summary", *SMALL, "adapter=lora", word).err.startswith("error: data")
+
+
+def test_text_for_a_number_is_refused_without_torch(place):
+    script = "from dinoseg.__main__ import main\ntry: main()\nexcept SystemExit: print('torch' in sys.modules)"
+    done = process(place, "-c", f"import sys\n{script}", *TRAIN, "data.batch_size=abc")
+    assert (done.stdout, "data.batch_size=abc is of type str" in done.stderr) == ("False\n", True), done
 
 
 def test_a_typo_in_a_real_process(place):
@@ -182,7 +237,15 @@ def test_a_command_line_that_cannot_be_composed_is_one_message(place, arguments,
         (["seed=null"], ["seed=None", "not negative"]),
         (["+nonsense=3"], ["+nonsense adds a key that nothing reads"]),
         (["+resolution.corp=[3,3]"], ["+resolution.corp adds a key that nothing reads"]),
-        (["trainer.steps=many"], ["steps=many is of type str", "Give a whole number"]),
+        (["trainer.steps=many"], ["trainer.steps=many is of type str", "Give a number, such as 5000."]),
+        (["trainer.clip=1e20"], ["trainer.clip=1e+20 is out of range", "could not be resumed. Give 1099511627776 at"]),
+        (["trainer.clip=inf"], ["trainer.clip=inf is out of range"]),
+        (["optim.optimizer.lr=1e20"], ["optim.optimizer.lr=1e+20 is out of range", "Give 100 at most."]),
+        (["head.lr=1e20"], ["head.lr=1e+20 is out of range", "Give 100 at most."]),
+        (["adapter.lr=1e20"], ["adapter.lr=1e+20 is out of range", "Give 100 at most."]),
+        (["resolution.crop=[16384,16384]", "data.batch_size=8"], ["batches of at most 1073741824 pixels"]),
+        (["trainer=many_heads", "heads=[{head:linear,lr:1e20}]"], ["lr=1e+20 of linear is not", "at most 100"]),
+        (["trainer=many_heads", "heads=[{head:cnn,channels:100000}]"], ["head.channels=100000 is out of range"]),
         (["data.root=nowhere"], ["data.root=nowhere is not a folder"]),
         (["engine.devices=0"], ["engine.devices=0", "at least 1"]),
         (["data.classes=[dark]"], ["no class: 1 (in 6)", "masks/0.png: 1", "'++data.reader.masks.ids={1: 255}'"]),
@@ -234,15 +297,19 @@ def test_a_training_of_other_values_is_refused(site, compose, arguments, parts):
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
+        (["mode=train"], "data.root and data.classes are not set. Give both, with the class names in id order:"),
         (
-            ["mode=train"],
+            ["mode=train", "data.classes=[a,b]"],
             "data.root is not set. Set it on the command line: data.root=VALUE.\nExpected files:\n- VALUE/t",
         ),
         (["mode=train", "data=ade20k"], "- VALUE/images/training/NAME.jpg\n- VALUE/annotations/training/NAME.png\n- "),
-        (["mode=train", "data=coco"], "data.root is not set. Set it on the command line: data.root=VALUE."),
-        (["mode=train", "data.root=data"], "data.classes is not set. Set it on the command line: data.classes=VALUE."),
+        (["mode=train", "data=coco"], "data.root and data.classes are not set"),
+        (
+            ["mode=train", "data.root=data"],
+            "data.classes is not set. Give the class names in id order: data.classes=[back",
+        ),
         (["mode=train", "hparam=sarrarp/lora"], "data.root is not set"),
-        (["mode=summary"], "data.classes is not set"),
+        (["mode=summary"], "data.root and data.classes are not set"),
         (["mode=prepare", "data=camvid", "data.root=data"], "needs no preparation"),
         (["mode=eval"], "Give resume="),
         (["mode=export"], "Give resume="),
@@ -371,7 +438,8 @@ def test_show_the_composed_config(place):
     assert not (place / "outputs").exists()
 
 
-def test_a_model_that_no_memory_holds_is_one_message(place):
+def test_a_model_that_no_memory_holds_is_one_message(place, monkeypatch):
+    monkeypatch.setattr("dinoseg.cli.launch.check_training", lambda cfg: None)  # it would refuse this head
     said = refused(
         place, *TRAIN, "data.root=data", "head=detail", "head.layers=[-1]", f"head.fine={10**9}", "hydra.run.dir=R"
     )

@@ -17,6 +17,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dinoseg.cli.extras import hush_schemas
 from dinoseg.cli.ranks import LAUNCH_KEYS, is_first_rank, run_mode, run_ranks, telling_shortages
+from dinoseg.config.limits import check_training
+from dinoseg.config.options import options_of, values_in_files
 from dinoseg.config.plain import BUILDS, plain
 from dinoseg.config.resolvers import register_resolvers
 from dinoseg.experiment.folder import (
@@ -37,8 +39,10 @@ from dinoseg.utils.errors import UserError, telling_file_errors
 from dinoseg.utils.interrupt import Interrupted
 from dinoseg.utils.private import check_private
 from dinoseg.utils.slurm import join_slurm
-from dinoseg.utils.wording import printable
+from dinoseg.utils.wording import printable, shown
 
+_CONFIGS = Path(__file__).parents[1] / "cfg"
+_POINTER = re.compile(r"\$\{(\.{2,})(\w+)\}")  # to a key above its own table
 _OWN_NAME = re.compile(r"[a-z]+_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d")  # names of run folders by cfg/hydra/run.yaml
 
 # processes of launcher plug-ins (joblib, Slurm) import only this module, through its callback, and resolve the name of
@@ -71,23 +75,18 @@ def launch(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> Any:
     Raises:
         UserError: any error that the user can fix.
     """
-    _check_words(cfg, overrides)
-    limit_spinning()
-    if not isinstance(cfg.get("cache_dir", ""), str):
-        raise UserError(f"cache_dir={plain(cfg)['cache_dir']}: give a folder, such as cache_dir=outputs/.cache.")
-    if "cache_dir" in cfg.mode.get("reads", ()) and cfg.shared_cache is not True:
-        check_private(Path(cfg.cache_dir).expanduser(), "cache_dir")
-    if "devices" in cfg.mode:
-        join_slurm()
-        if "WORLD_SIZE" in os.environ:
-            keep_to_share()
-    devices = cfg.mode.get("devices", 1)
-    if not isinstance(devices, int) or devices < 1:
-        raise UserError(f"engine.devices={devices}: give a whole number of at least 1.")
+    try:
+        _check_words(cfg, overrides)
+        _check_values(cfg, overrides)
+        devices = _join_ranks(cfg)
+    except UserError:
+        drop_empty(out_dir)
+        raise
     if devices == 1:  # ranks started from here set their own limits
         keep_to_quota()
     if not cfg.mode.get("keeps_folder", True):
         drop_empty(out_dir)
+        _check_mode(overrides)
         return run_mode(cfg, out_dir)
     run_folder = out_dir  # removed after an error, unless another one is entered
     try:
@@ -105,6 +104,23 @@ def launch(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> Any:
         raise Interrupted(number, note=_left(cfg, run_folder) if is_first_rank() else "") from None
     finally:
         release(run_folder)
+
+
+def _join_ranks(cfg: DictConfig) -> int:
+    """Check `cache_dir`, join the ranks of torchrun or Slurm, and return the number of devices."""
+    limit_spinning()
+    if not isinstance(cfg.get("cache_dir", ""), str):
+        raise UserError(f"cache_dir={plain(cfg)['cache_dir']}: give a folder, such as cache_dir=outputs/.cache.")
+    if "cache_dir" in cfg.mode.get("reads", ()) and cfg.shared_cache is not True:
+        check_private(Path(cfg.cache_dir).expanduser(), "cache_dir")
+    if "devices" in cfg.mode:
+        join_slurm()
+        if "WORLD_SIZE" in os.environ:
+            keep_to_share()
+    devices = cfg.mode.get("devices", 1)
+    if not isinstance(devices, int) or devices < 1:
+        raise UserError(f"engine.devices={devices}: give a whole number of at least 1.")
+    return devices
 
 
 def _enter_folder(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> tuple[DictConfig, Path]:
@@ -125,6 +141,9 @@ def _enter_folder(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> t
         new = _below_recipe(out_dir, typed_recipe, cfg.choices.hparam)
     cfg = _settled_length(cfg, overrides)
     cfg, own_runs = _with_heads(cfg, overrides, continued)
+    if cfg.mode.get("resume_from") == "last":
+        for whole in (cfg, *(own.cfg for own in own_runs.values())):
+            check_training(whole)
     # other ranks of torchrun only need the name: the first one creates the folder
     if not is_first_rank():
         if continued or new != out_dir:
@@ -262,6 +281,51 @@ def _check_words(cfg: DictConfig, overrides: Sequence[str]) -> None:
             )
         if override.is_add() and name not in cfg.choices and not _is_taken(cfg, name):
             raise UserError(f"+{name} adds a key that nothing reads. Check its spelling; an existing key needs no +.")
+
+
+def _check_values(cfg: DictConfig, overrides: Sequence[str]) -> None:
+    """Refuse text for numbers and switches, and keys that repeat another one, by the shipped files of the options.
+
+    Signatures state what a key takes, but importing the modules that hold them takes seconds.
+    """
+    for override in _parsed(overrides):
+        name, value = override.key_or_group, override.value()
+        group = name.partition(".")[0]
+        choice = cfg.choices.get(group)
+        if override.is_delete() or name in cfg.choices or not isinstance(choice, str | None):
+            continue
+        found = values_in_files(_CONFIGS, choice, name)
+        pointer = _POINTER.fullmatch(found[0]) if found and isinstance(found[0], str) else None
+        if pointer and name.count(".") == len(pointer[1]):
+            text = (override.input_line or "").partition("=")[2]
+            raise UserError(f"{name} repeats {group}.{pointer[2]}. Set that one: {group}.{pointer[2]}={text}")
+        is_text = isinstance(value, str) and value != "???" and "${" not in value
+        if is_text and found and all(isinstance(each, int | float) for each in found):
+            rule = "true or false" if isinstance(found[0], bool) else f"a number, such as {found[0]}"
+            raise UserError(f"{name}={shown(value)} is of type str. Give {rule}.")
+
+
+def _check_mode(overrides: Sequence[str]) -> None:
+    """Refuse a command line without a mode, for which `mode=help` is the default; name the modes that read its keys.
+
+    Keys that no mode lists in its `reads`, such as `hparam`, count for every mode.
+    """
+    keys = {override.get_key_element().partition("@")[0] for override in _parsed(overrides)}
+    if not keys or "mode" in keys:
+        return
+    reads = {mode: values_in_files(_CONFIGS, mode, "mode.reads") for mode in options_of(_CONFIGS / "mode")}
+    names = {mode: found[0] for mode, found in reads.items() if found}
+    known = sorted(key for key in keys if any(_is_read(key, each) for each in names.values()))
+    fitting = [mode for mode, each in names.items() if all(_is_read(key, each) for key in known)]
+    which = f"Modes that read {' and '.join(known)}" if known and fitting else "Modes"
+    raise UserError(
+        f"No mode is given. Add mode=NAME. {which}: {', '.join(fitting or names)}. `--help` shows their commands."
+    )
+
+
+def _is_read(key: str, names: Sequence[str]) -> bool:
+    """Return whether a key is one of these groups and keys, is below one, or is the group of one."""
+    return any(f"{key}.".startswith(f"{name}.") or name.startswith(f"{key}.") for name in names)
 
 
 def _tables(value: Any) -> Iterator[Mapping[Any, Any]]:

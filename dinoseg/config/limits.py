@@ -7,8 +7,10 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from dinoseg.config.plain import Steps, resolved
+from dinoseg.config.plain import Steps, below, dotted, plain, resolved
 from dinoseg.utils.errors import UserError
+from dinoseg.utils.ranges import LEARNING_RATES
+from dinoseg.utils.wording import shown
 
 REMEDY = "Do not use this file unless you know who made it"
 LARGEST: Mapping[Steps, float] = {  # maximum of a number at or below a key; the longest matching key counts
@@ -18,6 +20,7 @@ LARGEST: Mapping[Steps, float] = {  # maximum of a number at or below a key; the
     **{("data",): 2**20, ("data", "workers"): 2**8, ("data", "batch_size"): 2**16, ("loss",): 2**20},
     **{("trainer",): 2**40, ("optim",): 2**40, ("heads",): 2**40, ("lrs",): 2**40},
     **{("inference",): 2**14, ("inference", "scales"): 16, ("inference", "batch_size"): 2**10},
+    **dict.fromkeys([("head", "lr"), ("adapter", "lr"), ("optim", "optimizer", "lr"), ("lrs",)], LEARNING_RATES.most),
 }
 _LARGEST_ELSEWHERE = 2**20
 _MOST_PIXELS = 2**30  # of all images of a training batch
@@ -57,13 +60,29 @@ def check_value(value: Any, steps: Steps, what: str) -> None:
         raise UserError(
             f"{what} is of type {type(value).__name__}; a config from a checkpoint holds plain values only."
         )
-    above = (LARGEST[steps[:end]] for end in range(len(steps), 0, -1) if steps[:end] in LARGEST)
-    most = next(above, _LARGEST_ELSEWHERE)
-    if not (abs(value) <= most and math.isfinite(value)):
+    most = _largest(steps)
+    if not abs(value) <= most:
         raise UserError(f"{what} is refused: a checkpoint may set at most {most}. {REMEDY}.")
 
 
-def check_batch(whole: DictConfig, where: str) -> None:
+def check_training(cfg: DictConfig) -> None:
+    """Refuse numbers of a training's config that would be refused in its checkpoint: it could not be resumed."""
+    groups = {steps[0] for steps in LARGEST}
+    for steps, value in below({key: node for key, node in plain(cfg).items() if key in groups}, ()):
+        if isinstance(value, int | float) and not abs(value) <= (most := _largest(steps)):
+            raise UserError(
+                f"{dotted(steps)}={shown(str(value))} is out of range: a run with it could not be resumed. Give {most} "
+                "at most."
+            )
+    check_batch(cfg, "mode=train", remedy="Give smaller ones")
+
+
+def _largest(steps: Steps) -> float:
+    above = (LARGEST[steps[:end]] for end in range(len(steps), 0, -1) if steps[:end] in LARGEST)
+    return next(above, _LARGEST_ELSEWHERE)
+
+
+def check_batch(whole: DictConfig, where: str, *, remedy: str = REMEDY) -> None:
     """Refuse training batches with more pixels than any machine can hold, even if each factor is small enough."""
     crop, batch = (resolved(whole, steps) for steps in (("resolution", "crop"), ("data", "batch_size")))
     frames = resolved(whole, ("data", "clips", "cut", "length"))
@@ -72,5 +91,5 @@ def check_batch(whole: DictConfig, where: str) -> None:
     if pixels > _MOST_PIXELS:
         raise UserError(
             f"{where}: resolution.crop={crop} with data.batch_size={batch} is refused: a checkpoint may set batches of "
-            f"at most {_MOST_PIXELS} pixels. {REMEDY}."
+            f"at most {_MOST_PIXELS} pixels. {remedy}."
         )

@@ -32,7 +32,7 @@ def instantiate(node: Any, *, without: Sequence[str] = (), instead: Mapping[str,
     except OmegaConfBaseException as error:
         absent = re.search(r"Missing mandatory value: (\S+)", str(error))
         if absent or isinstance(error, UserError):
-            raise UserError(not_set(absent[1]) if absent else str(error)) from None
+            raise UserError(_explain_unset(node, absent[1]) if absent else str(error)) from None
         raise
     where = node._get_full_key(None) if OmegaConf.is_config(node) else ""
     if not isinstance(values, Mapping):
@@ -95,6 +95,18 @@ def keeping(contract: type[Part], part: object, key: str) -> Part:
             "class, which defines the interface and its defaults."
         )
     return part
+
+
+def _explain_unset(node: Any, key: str) -> str:
+    """Return the error message for a key without a value: that of a resolver in the node that needs it, if any."""
+    for name in node if OmegaConf.is_dict(node) else ():
+        try:
+            node[name]
+        except UserError as error:
+            return str(error)
+        except OmegaConfBaseException:
+            continue
+    return not_set(key)
 
 
 def not_set(key: str) -> str:

@@ -1,9 +1,14 @@
 """Options of config groups: files, or folders of files for families of options."""
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+import yaml
+
+from dinoseg.config.plain import at, has_key
 
 RECIPES = "hparam"  # the group whose options have families
 MULTIPLE = ("logger",)  # groups of which a run takes several options
@@ -21,6 +26,28 @@ def options_of(group: Path) -> list[str]:
     """Return the options in a group's folder, those of a family as `family/option`."""
     names = (path.relative_to(group).with_suffix("") for path in group.rglob("*.yaml"))
     return sorted(name.as_posix() for name in names if not name.name.startswith("_"))
+
+
+def values_in_files(groups: Path, option: str | None, key: str) -> list[Any]:
+    """Return the values of a key in the file of its group's option and in the files of the option's defaults list.
+
+    Args:
+        groups: folder of the config groups.
+        option: option of the key's group; None: the key is in `main.yaml`.
+        key: its full name, such as `data.batch_size`.
+    """
+    group, _, inner = key.partition(".")
+    content = _read(groups / "main.yaml" if option is None else groups / group / f"{option}.yaml")
+    bases = [name for name in content.get("defaults", ()) if isinstance(name, str) and name != "_self_"]
+    name = key if option is None else inner
+    values = [at(content, name.split("."))] if has_key(content, name) else []
+    return values + [value for base in bases for value in values_in_files(groups, base, key)]
+
+
+@lru_cache(maxsize=128)  # a command line may set many keys of one option
+def _read(path: Path) -> Mapping[str, Any]:
+    """Return the content of a config file; an empty one if there is no file, but in another folder."""
+    return yaml.safe_load(path.read_text("utf-8")) or {} if path.is_file() else {}
 
 
 def recipe_name(option: str) -> str:

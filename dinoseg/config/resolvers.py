@@ -11,10 +11,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.basecontainer import BaseContainer
 from omegaconf.errors import InterpolationResolutionError
 
-from dinoseg.config.nodes import not_set
+from dinoseg.config.nodes import instantiate, not_set
 from dinoseg.config.options import recipe_name
 from dinoseg.core.sizes import backbone_size
 from dinoseg.utils.errors import UserError
+from dinoseg.utils.wording import listed
 
 CLASS_FILE, CELLS = "class_file", "cells"
 RESOLVERS = ("len", CELLS)  # resolvers allowed in a checkpoint's config: functions of other values in it
@@ -117,8 +118,33 @@ def _from_class_file(key: str, drawn: str = "", *, _root_: DictConfig) -> Any:
         return _classes_of_labels(data, Path(str(root)).expanduser()) if key == "classes" else _ground(data)
     if key in NOT_DESCRIBED:
         return NOT_DESCRIBED[key]
-    where = f"into {path}" if root is not None else f"into a file {NAME} in data.root"
-    raise _Unmet(f"{not_set('data.classes')} Or write it {where}: `classes: [background, leaf]`.")
+    raise _Unmet(not_set("data.root") if drawn else _without_classes(data, None if root is None else path))
+
+
+def _without_classes(data: DictConfig, path: Path | None) -> str:
+    """Return the error message on a dataset without classes, which names its missing root and folders, too.
+
+    Args:
+        data: the config group.
+        path: of the class file; None without `data.root`.
+    """
+    from dinoseg.data.formats.folder import find_problem, split_folders
+
+    reader: Any = data.get("reader") or {}
+    is_folder = reader.get("_target_") == "dinoseg.data.formats.folder.folder_dataset"
+    layout = instantiate(reader.layout) if is_folder else None
+    example = "`classes: [background, leaf]`"
+    if path is None:
+        holds = f" FOLDER holds {listed(split_folders(layout))}." if layout else ""
+        return (
+            "data.root and data.classes are not set. Give both, with the class names in id order: data.root=FOLDER "
+            f"data.classes=[background,leaf].{holds} FOLDER/classes.yaml can list the classes instead: {example}."
+        )
+    problem = find_problem(path.parent, layout, instantiate(reader.partition)) if layout else ""
+    return (
+        f"{problem.rstrip('.')}{'. ' if problem else ''}data.classes is not set. Give the class names in id order: "
+        f"data.classes=[background,leaf]. Or write them into {path}: {example}."
+    )
 
 
 def _ground(data: DictConfig) -> str | None:

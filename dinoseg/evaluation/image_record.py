@@ -111,8 +111,9 @@ def read_record(folder: Path) -> ImageRecord:
     try:
         _check_size(folder / RECORD, _LARGEST)
         said = forms.read_json(folder / RECORD, _FORM)
-        _check_size(folder / COUNTS, 24 * len(said["images"]) * len(said["classes"]) + _FRAMING)
-        counts = forms.read_arrays(folder / COUNTS, {"classes": ("<i8", 3)})["classes"]
+        size = 24 * len(said["images"]) * len(said["classes"])
+        _check_size(folder / COUNTS, size + _FRAMING)
+        counts = forms.read_arrays(folder / COUNTS, {"classes": forms.ArrayForm("<i8", 3, size)})["classes"]
         _check(said, counts)
     except (OSError, forms.Misshapen) as error:
         raise UserError(f"runs: {folder} holds a damaged {RECORD} or {COUNTS} ({error}). {_REMEDY}") from None

@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +19,7 @@ from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.recipe import HEADS, RATES
 from dinoseg.training import checkpoint
 from dinoseg.utils.errors import UserError
+from dinoseg.utils.ranges import LEARNING_RATES
 from dinoseg.utils.wording import listed, nearest
 
 SOLO = "solo"  # key of a job's config: the config of each head's own run, by name
@@ -58,7 +58,10 @@ def named_heads(heads: Any, rates: Any) -> list[HeadRun]:
     if not isinstance(heads, list) or not heads:
         raise UserError(f"heads={heads}: give a list of at least one head, such as heads=[linear,mlp,cnn].")
     if rates is not None and (not isinstance(rates, list) or not rates or not all(map(_is_rate, rates))):
-        raise UserError(f"lrs={rates}: give a list of learning rates above 0, such as lrs=[1e-3,1e-2], or null.")
+        raise UserError(
+            f"lrs={rates}: give a list of learning rates above 0 and at most {LEARNING_RATES.most}, such as "
+            "lrs=[1e-3,1e-2], or null."
+        )
     runs = []
     for entry in heads:
         option, own = _parts(entry)
@@ -90,13 +93,13 @@ def _parts(entry: Any) -> tuple[str, Mapping[str, Any]]:
         raise UserError(f"heads: the name {name} is not a valid folder name. Use letters, digits and _ - + .")
     if not _is_rate(rate):
         raise UserError(
-            f"heads: lr={rate} of {own['head']} is not a learning rate. Give a number above 0, such as 1e-3."
+            f"heads: lr={rate} of {own['head']} is not a learning rate. Give {LEARNING_RATES.rule}, such as 1e-3."
         )
     return own["head"], own
 
 
 def _is_rate(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
+    return isinstance(value, int | float) and not isinstance(value, bool) and value in LEARNING_RATES
 
 
 def solo_builders(build: Builder) -> dict[str, Builder]:

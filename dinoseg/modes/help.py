@@ -46,7 +46,8 @@ usage: python -m dinoseg mode=MODE [hparam=RECIPE] [GROUP=OPTION ...] [KEY=VALUE
   python -m dinoseg mode=train hparam=sarrarp/lora --cfg job         print the composed config
   python -m dinoseg --version                                        versions of dinoseg, torch, CUDA and Python
 
-Groups and their options (choose with GROUP=OPTION; `detail/ camvid` is detail/camvid, `dino_* vitb16` is dino_vitb16):
+Groups and their options (choose with GROUP=OPTION; `detail/ camvid` is detail/camvid, `dino_* vitb16` is dino_vitb16;
+a RECIPE is NAME, FAMILY/NAME or FAMILY_NAME):
 """
 _TRAINING_KEYS = {  # config files, and their keys that `mode=train --help` lists too
     "trainer/supervised": ("steps", "epochs", "val_every", "save_every", "max_minutes", "accumulate", "ema"),

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from dinoseg.models.model import Segmenter, trained_names
 from dinoseg.training.sharding import local_part
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.ranges import HighShare, LowShare, NotNegative, OpenShare, Positive, Share
+from dinoseg.utils.ranges import HighShare, LearningRate, LowShare, NotNegative, OpenShare, RateFactor, Share
 
 logger = logging.getLogger(__name__)
 _EMBEDDING = re.compile(r"(token|tokens|pos_embed|position_embeddings|level_embed|level_encoding|queries)$")
@@ -85,12 +85,12 @@ def parameter_groups(
 def adamw(
     model: Segmenter,
     *,
-    lr: Positive | None = None,
-    head_lr: Positive | None = None,
-    backbone_lr: Positive | None = None,
+    lr: LearningRate | None = None,
+    head_lr: LearningRate | None = None,
+    backbone_lr: LearningRate | None = None,
     weight_decay: NotNegative = 0.01,
     betas: Sequence[LowShare] = (0.9, 0.999),
-    backbone_lr_scale: NotNegative = 1.0,
+    backbone_lr_scale: RateFactor = 1.0,
     layer_decay: HighShare | None = None,
     backbone_begin: LowShare = 0.0,
 ) -> Optimizer:

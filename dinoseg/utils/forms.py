@@ -11,7 +11,7 @@ import sys
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 import numpy as np
 
@@ -83,24 +83,32 @@ def as_read_back(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
-def read_arrays(path: Path, forms: Mapping[str, tuple[str, int]], *, most: int = _MOST_BYTES) -> dict[str, np.ndarray]:
+class ArrayForm(NamedTuple):
+    """Form of an array in an NPZ file."""
+
+    kind: str  # data type, such as `<f8`
+    axes: int
+    most: int  # maximum number of bytes
+
+
+def read_arrays(path: Path, forms: Mapping[str, ArrayForm], *, most: int = _MOST_BYTES) -> dict[str, np.ndarray]:
     """Read the arrays of an NPZ file that was written without compression.
 
     Args:
         path: the file.
-        forms: name to type, such as `<f8`, and number of axes.
+        forms: name to form; the header of an array is checked before its values are read.
         most: bytes that the file may have.
 
     Raises:
         OSError: if the file is missing or cannot be read.
         UserError: if it is no regular file, but a pipe, for example.
-        Misshapen: if it is damaged or too large, or an array is missing or not of the required type, axes and size.
+        Misshapen: if it is damaged or too large, or an array is missing or not of its form.
     """
     with open_regular(path) as file:
         _check_size(file, most)
         try:
             with zipfile.ZipFile(file) as archive:
-                return {name: _array(archive, name, *form) for name, form in forms.items()}
+                return {name: _array(archive, name, form) for name, form in forms.items()}
         except Misshapen:
             raise
         except Exception as error:  # a damaged archive raises many exception types
@@ -260,7 +268,7 @@ def _check_size(file: BinaryIO, most: int) -> None:
         raise Misshapen(f"it has {size} bytes; the limit is {most}")
 
 
-def _array(archive: zipfile.ZipFile, name: str, kind: str, axes: int) -> np.ndarray:
+def _array(archive: zipfile.ZipFile, name: str, form: ArrayForm) -> np.ndarray:
     info = archive.getinfo(f"{name}.npy")
     if info.compress_type != zipfile.ZIP_STORED:
         raise Misshapen(f"{name} is compressed")
@@ -269,8 +277,12 @@ def _array(archive: zipfile.ZipFile, name: str, kind: str, axes: int) -> np.ndar
             raise Misshapen(f"{name} has another version of the format")
         shape, by_columns, dtype = np.lib.format.read_array_header_1_0(file)
         size = info.file_size - file.tell()
-        if by_columns or dtype.str != kind or len(shape) != axes or math.prod(shape) * dtype.itemsize != size:
-            raise Misshapen(f"{name} is {dtype.str}{list(shape)} in {size} bytes; it must be {kind} with {axes} axes")
+        is_of_kind = not by_columns and dtype.str == form.kind and len(shape) == form.axes
+        if not is_of_kind or math.prod(shape) * dtype.itemsize != size or size > form.most:
+            raise Misshapen(
+                f"{name} is {dtype.str}{list(shape)} in {size} bytes; it must be {form.kind} with {form.axes} axes "
+                f"in at most {form.most}"
+            )
         content = file.read()
     return np.frombuffer(content, dtype).reshape(shape)
 

@@ -1,6 +1,10 @@
 """Keys and values beside a target, held against its signature."""
 
+import inspect
+
 import pytest
+from config_files import GROUPS, options, read_whole
+from hydra.utils import get_object
 from omegaconf import OmegaConf
 
 from dinoseg.config.checks import check_given
@@ -68,3 +72,25 @@ def test_a_word_that_yaml_reads_as_false_is_to_be_quoted(key):
 def test_a_picture_is_not_seen_at_a_scale_that_takes_hours(scale):
     with pytest.raises(UserError, match="scales=.* is out of range. Give a number above 0 and at most 16 for each"):
         check_given("dinoseg.inference.windows.Windows", {"scales": [1.0, scale]})
+
+
+def test_no_key_of_a_number_takes_text():
+    """The launcher refuses text for keys that hold a number in config files, without reading signatures."""
+    count = 0
+    for group in GROUPS:
+        for option in options(group) if group != "hparam" else ():
+            for node in tables(read_whole(group, option)):
+                parameters = inspect.signature(get_object(node["_target_"])).parameters
+                for key in parameters.keys() & {key for key, value in node.items() if isinstance(value, int | float)}:
+                    count += 1
+                    with pytest.raises(UserError, match=f"^{key}=text is of type str"):
+                        check_given(node["_target_"], {key: "text"})
+    assert count > 200
+
+
+def tables(node):
+    """Yield each mapping with a `_target_` at and below a node."""
+    if isinstance(node, dict):
+        yield from [node] if "_target_" in node else []
+        for value in node.values():
+            yield from tables(value)

@@ -40,6 +40,8 @@ def test_each_is_trained_at_each_rate_but_those_with_one():
         ([{"head": "linear", "name": "n" * 101}], None, "not a valid folder name"),
         ([{"head": "linear", "lr": 0}], None, "lr=0 of linear is not a learning rate"),
         ([{"head": "linear", "lr": "fast"}], None, "lr=fast of linear is not a learning rate"),
+        ([{"head": "linear", "lr": 1e20}], None, r"lr=1e\+20 of linear .* Give a number above 0 and at most 100"),
+        (["linear"], [0.1, 1e20], r"lrs=\[0.1, 1e\+20\]: give a list of learning rates above 0 and at most 100"),
         (["linear"], [0.1, -1], r"lrs=\[0.1, -1\]: give a list of learning rates above 0"),
         (["linear"], [float("nan")], "give a list of learning rates above 0"),
         (["linear"], [True], "give a list of learning rates above 0"),

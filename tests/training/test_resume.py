@@ -190,7 +190,7 @@ def test_a_full_disk_keeps_the_old_checkpoint(data, copy, tmp_path):
 
 
 def test_a_non_finite_loss_stops_and_names_step_and_samples(data, tmp_path):
-    words = ("optim.optimizer.lr=1e30", "trainer.clip=null", "optim.schedule.kind=constant")
+    words = ("optim.optimizer.lr=100", "optim.optimizer.weight_decay=1e12", "optim.schedule.kind=constant")
     broken = call(tmp_path, *train(data, *words))
     assert broken.status == 1
     assert "Step " in broken.err and "The samples were " in broken.err and "Traceback" not in broken.err

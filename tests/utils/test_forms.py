@@ -28,7 +28,7 @@ from dinoseg.tracking.video.state import STATE, read_track_state
 from dinoseg.utils import forms
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import is_name
-from dinoseg.utils.forms import Misshapen, parse_json, read_arrays
+from dinoseg.utils.forms import ArrayForm, Misshapen, parse_json, read_arrays
 
 HOSTILE = [  # none of them has the form of anything that is written
     b"",
@@ -178,11 +178,11 @@ def npy(kind, shape, content=b""):
 def test_arrays_of_another_form_are_refused_before_they_are_made(tmp_path, content):
     npz(tmp_path / "a.npz", a=content)
     with pytest.raises(Misshapen):
-        read_arrays(tmp_path / "a.npz", {"a": ("<f8", 1)})
+        read_arrays(tmp_path / "a.npz", {"a": ArrayForm("<f8", 1, 2**20)})
 
 
 def test_archives_of_arrays_that_cannot_be_read(tmp_path, caplog):
-    path, form = tmp_path / "a.npz", {"a": ("<f8", 1)}
+    path, form = tmp_path / "a.npz", {"a": ArrayForm("<f8", 1, 2**20)}
     np.savez(path, a=np.arange(3.0))
     assert read_arrays(path, form)["a"].tolist() == [0, 1, 2]
     whole = path.read_bytes()
@@ -285,7 +285,7 @@ def test_a_file_that_says_it_is_larger_than_memory_is_refused(tmp_path):
 
 def test_arrays_that_claim_more_than_memory_are_not_read(tmp_path, monkeypatch):
     """A sparse file is read as zeros, which take memory although it takes no space."""
-    path, form = tmp_path / "a.npz", {"a": ("|u1", 1)}
+    path, form = tmp_path / "a.npz", {"a": ArrayForm("|u1", 1, 2**30)}
     npz(path, a=npy("|u1", (2**21,), bytes(2**21)))
     with pytest.raises(Misshapen, match="bytes; the limit is 1048576"):
         read_arrays(path, form, most=2**20)
@@ -297,16 +297,41 @@ def test_arrays_that_claim_more_than_memory_are_not_read(tmp_path, monkeypatch):
             read(path)
 
 
+def sizes_read(monkeypatch):
+    """Return a list that collects the number of bytes of each read from an archive."""
+    sizes, read = [], zipfile.ZipExtFile.read
+
+    def counted(self, size=-1):
+        content = read(self, size)
+        sizes.append(len(content))
+        return content
+
+    monkeypatch.setattr(zipfile.ZipExtFile, "read", counted)
+    return sizes
+
+
 def test_the_content_of_an_array_of_another_size_is_not_read(tmp_path, monkeypatch):
     npz(tmp_path / "a.npz", a=npy("|u1", (5,), bytes(2**20)))
-    taken = []
-    kept = zipfile.ZipExtFile.read
-
-    def read(self, size=-1):
-        taken.append(size)
-        return kept(self, size)
-
-    monkeypatch.setattr(zipfile.ZipExtFile, "read", read)
+    sizes = sizes_read(monkeypatch)
     with pytest.raises(Misshapen, match=r"a is \|u1\[5\] in 1048576 bytes"):
-        read_arrays(tmp_path / "a.npz", {"a": ("|u1", 1)})
-    assert min(taken) >= 0 and max(taken) < 1000
+        read_arrays(tmp_path / "a.npz", {"a": ArrayForm("|u1", 1, 2**30)})
+    assert max(sizes) < 1000
+
+
+def test_an_array_of_more_bytes_than_its_form_allows_is_not_read(tmp_path, monkeypatch):
+    """A sparse archive may be consistent: its zeros take no space on the disk, but memory once they are read."""
+    npz(tmp_path / "a.npz", a=npy("|u1", (2**20,), bytes(2**20)))
+    assert len(read_arrays(tmp_path / "a.npz", {"a": ArrayForm("|u1", 1, 2**20)})["a"]) == 2**20
+    sizes = sizes_read(monkeypatch)
+    with pytest.raises(Misshapen, match=r"a is \|u1\[1048576\] in 1048576 bytes, .* in at most 1048575"):
+        read_arrays(tmp_path / "a.npz", {"a": ArrayForm("|u1", 1, 2**20 - 1)})
+    assert max(sizes) < 1000
+
+
+def test_small_copies_without_records_are_not_read(tmp_path, monkeypatch):
+    zeros = npy("|u1", (2**20,), bytes(2**20))
+    npz(tmp_path / "scan.npz", records=npy("|u1", (2,), b"[]"), edges=zeros, borders=zeros)
+    sizes = sizes_read(monkeypatch)
+    with pytest.raises(Misshapen, match="edges is .* in at most 0"):
+        scan._read(tmp_path / "scan.npz")
+    assert max(sizes) < 1000

@@ -82,9 +82,7 @@ def folder_dataset(
 
 def find_pairs(root: Path, split: str, layout: FolderLayout, partition: Partition) -> list[Pair | Lacking]:
     """Return the pairs of a split, in the order of the names or of the split's file list."""
-    _check_partition(layout, partition)
-    if not root.is_dir():
-        raise UserError(f"data.root={root} is not a folder. Give the folder that holds the dataset.")
+    _check_source(root, layout, partition)
     pairs = divide(split, lambda side: _pairs_of(root, side, layout, partition), partition)
     if not pairs:
         images = root / layout.images.replace("{split}", layout.splits.get(split, split))
@@ -168,7 +166,27 @@ def _holds_pictures(folder: Path) -> bool:
     return any(Path(file).suffix.lower() in IMAGE_SUFFIXES for _, files in visible_files(folder) for file in files)
 
 
-def _check_partition(layout: FolderLayout, partition: Partition) -> None:
+def find_problem(root: Path, layout: FolderLayout, partition: Partition) -> str:
+    """Return the error message on a missing root, or on missing folders of the training split; "" for none."""
+    try:
+        _check_source(root, layout, partition)
+        for pattern in (layout.images, layout.masks):
+            _folder(root, "train", pattern, layout)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def split_folders(layout: FolderLayout) -> list[str]:
+    """Return the folders of images and masks of train and val, relative to the root."""
+    names = [layout.splits.get(split, split) for split in ("train", "val")]
+    patterns = (layout.images, layout.masks)
+    return list(dict.fromkeys(pattern.replace("{split}", name) for name in names for pattern in patterns))
+
+
+def _check_source(root: Path, layout: FolderLayout, partition: Partition) -> None:
+    if not root.is_dir():
+        raise UserError(f"data.root={root} is not a folder. Give the folder that holds the dataset.")
     named = ["{split}" in pattern for pattern in (layout.images, layout.masks)]
     if partition.by == "folder" and not all(named):
         raise UserError(

@@ -99,6 +99,7 @@ def _measure_all(pairs: Sequence[Pair], *, reader: MaskReader, images: bool) -> 
 log = logging.getLogger(__name__)
 
 _VERSION = 3  # version of the record format
+_MOST_BYTES = 2**30  # of the records: a million images
 _SMALL_COPIES = ("edges", "borders")
 _TUPLES = ("image_size", "mask_size", "color_sums", "color_squares")  # JSON turns them into lists
 _SIZE_FORM = forms.maybe(forms.row(forms.whole(1), forms.whole(1)))
@@ -173,9 +174,11 @@ class ScanCache:
 
 def _read(path: Path) -> dict[str, tuple[list[int], Record]]:
     """Return key to stamps and record of each pair."""
-    arrays = forms.read_arrays(path, dict.fromkeys(("records", *_SMALL_COPIES), ("|u1", 1)))
-    rows = forms.parse_json(arrays["records"].tobytes(), _FORM)
-    copies = (_parted(arrays[name], [row[name] for row in rows]) for name in _SMALL_COPIES)
+    records = forms.read_arrays(path, {"records": forms.ArrayForm("|u1", 1, _MOST_BYTES)})["records"]
+    rows = forms.parse_json(records.tobytes(), _FORM)
+    lengths = {name: [row[name] for row in rows] for name in _SMALL_COPIES}
+    arrays = forms.read_arrays(path, {name: forms.ArrayForm("|u1", 1, sum(lengths[name])) for name in _SMALL_COPIES})
+    copies = (_parted(arrays[name], lengths[name]) for name in _SMALL_COPIES)
     return {
         row["key"]: (row["stamps"], _record(row["record"], edges, borders))
         for row, edges, borders in zip(rows, *copies, strict=True)

@@ -170,8 +170,8 @@ def _load(index_path: Path | None) -> VideoIndex | None:
     if index_path is None or not index_path.is_file():
         return None
     try:
-        kinds = {"times": ("<f8", 1), "sums": ("<u4", 1), "fps": ("<f8", 0)}
-        arrays = forms.read_arrays(index_path, kinds, most=_MOST_BYTES)
+        lists = {"times": forms.ArrayForm("<f8", 1, _MOST_BYTES), "sums": forms.ArrayForm("<u4", 1, _MOST_BYTES // 2)}
+        arrays = forms.read_arrays(index_path, {**lists, "fps": forms.ArrayForm("<f8", 0, 8)}, most=_MOST_BYTES)
         index = VideoIndex(arrays["times"], arrays["sums"], float(arrays["fps"]))
         if not 0 < len(index.times) == len(index.sums) or not np.isfinite([*index.times, index.fps]).all():
             raise forms.Misshapen(

@@ -165,7 +165,8 @@ def test_data_sets_of_their_own_read_no_such_file(load, tmp_path):
 
 def test_neither_classes_nor_file(load, tmp_path):
     message = (
-        rf"data\.classes is not set\. .*data\.classes=VALUE\. Or write it into {tmp_path}/classes\.yaml: `classes:"
+        rf"^No folder {tmp_path}/train/images .*\. data\.classes is not set\. .*: data\.classes=\[background,leaf\]\. "
+        rf"Or write them into {tmp_path}/classes\.yaml: `classes:"
     )
     cfg = load(tmp_path)
     for ask in (lambda: cfg.data.classes, lambda: cfg.head.num_classes):
@@ -175,12 +176,31 @@ def test_neither_classes_nor_file(load, tmp_path):
         with pytest.raises(UserError, match=message):
             instantiate(node)
     assert config_description(Builder(cfg))["config"]["data"]["classes"] == "???"
-    with pytest.raises(UserError, match="data.classes is not set.*a file classes.yaml in data.root"):
-        instantiate(load(None).head)
-    with pytest.raises(UserError, match="^data.root is not set"):
-        instantiate(load(None).data.reader)
+    for node in (load(None).head, load(None).data.reader):
+        with pytest.raises(
+            UserError, match="^data.root and data.classes are not set. .* FOLDER holds train/images, tr"
+        ):
+            instantiate(node)
     with pytest.raises(UserError, match=r"classes\.yaml: the file holds \[1\]"):
         load(describe(tmp_path, "[1]")).data.num_classes  # noqa: B018
+
+
+def test_a_data_set_without_classes_names_its_root_and_folders_first(load, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    put(tmp_path / "split", [[0]])
+    for name in ("images", "masks"):
+        save(tmp_path / f"flat/{name}/a.png", np.zeros((4, 4, 3)))
+    classes = "data.classes is not set. Give the class names in id order: data.classes=[background,leaf]. Or write"
+    for root, problem in (
+        ("nowhere", "data.root=nowhere is no folder. Give the folder that holds the data set. "),
+        ("flat", "No folder flat/train/images for split train (pattern {split}/images). flat holds the folders images"),
+        ("split", classes),
+    ):
+        with pytest.raises(UserError) as raised:
+            instantiate(load(root).data.reader)
+        assert str(raised.value).startswith(problem) and classes in str(raised.value)
+    with pytest.raises(UserError, match="^data.root is not set. Give it on the command line: data.root=VALUE.$"):
+        load(None, data="coco").data.classes  # noqa: B018
 
 
 def test_a_checkpoint_keeps_what_the_file_said(load, tmp_path):
