@@ -67,7 +67,6 @@ ASK_OTHERS = (  # files that use hasattr, on objects of other libraries, of user
     "experiment/log_file",
     "export/runtime/inputs",
     "models/backbones",
-    "utils/locks",
     "utils/precision",
 )
 LONGEST_FILE, LONGEST_FUNCTION = 500, 80

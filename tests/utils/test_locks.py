@@ -28,6 +28,16 @@ def test_what_is_no_file_is_no_lock_and_is_not_waited_for(tmp_path, make):
         acquire(tmp_path / "lock", wait=True)
 
 
+def test_locking_a_file_keeps_its_content(tmp_path):
+    """Run folders are locked by their log."""
+    (tmp_path / "run.log").write_text("step 1\n")
+    held = acquire(tmp_path / "run.log")
+    assert held is not None and acquire(tmp_path / "run.log") is None
+    assert (tmp_path / "run.log").read_text() == "step 1\n"
+    release(held)
+    assert (tmp_path / "run.log").read_text() == "step 1\n"
+
+
 def test_one_holder_at_a_time(tmp_path):
     first = acquire(tmp_path / "deep/lock")
     assert first is not None and acquire(tmp_path / "deep/lock") is None
