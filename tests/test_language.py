@@ -9,9 +9,9 @@ from docs_pages import ROOT
 BANNED = re.compile(
     r"""\b(?:
     told|tells?|said|says?|asked|asks|kept|drawn|owed|owes|rests|learnt|mend(?:s|ed|ing)?|foretold|foretells?
-    |go(?:es|ing)?\ on|went\ on|taken\ over|comes?\ of|came\ of|looked\ at|left\ over|beside|anew|likewise|nobody|whoever
-    |in\ place\ of|(?:at|by|of)\ which|(?:is|be)\ had|(?:so|as)\ many|no\ such|none\ of|what\ (?:it|is|was)|held\ against
-    |(?<!there\ )is\ no|the\ whole\ way|as\ (?:it|they)\ (?:come|comes|came|is|are)
+    |go(?:es|ing)?\ on|went\ on|taken\ over|comes?\ of|came\ of|looked\ at|left\ over|beside|anew|likewise|nobody
+    |whoever|in\ place\ of|(?:at|by|of)\ which|(?:is|be)\ had|(?:so|as)\ many|no\ such|none\ of|what\ (?:it|is|was)
+    |held\ against|(?<!there\ )is\ no|the\ whole\ way|as\ (?:it|they)\ (?:come|comes|came|is|are)
     )\b""",
     re.VERBOSE | re.IGNORECASE,
 )

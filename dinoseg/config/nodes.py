@@ -54,7 +54,7 @@ def instantiate(node: Any, *, without: Sequence[str] = (), instead: Mapping[str,
             said = " ".join(str(error.__cause__).split())
             raise UserError(
                 f"{where or 'A config node'}: its `_target_` cannot be imported ({said}). Correct it in the YAML file, "
-                "install what is missing, or add the folder of your own package to PYTHONPATH."
+                "install the missing module, or add the folder of your own package to PYTHONPATH."
             ) from error
         raise (error.__cause__ or error) from None  # the target's own error, without hydra's wrapper
 

@@ -11,8 +11,7 @@ from dinoseg.report.loggers.logger import Logger
 from dinoseg.utils.errors import UserError
 
 _REMEDY = (
-    "Let its `_target_` name a class that inherits dinoseg.report.loggers.logger.Logger, and set `_partial_: true` "
-    "beside it."
+    "Let its `_target_` name a class that inherits dinoseg.report.loggers.logger.Logger, and set `_partial_: true`."
 )
 
 
