@@ -176,7 +176,7 @@ def test_a_typo_in_a_real_process(place):
 def test_an_unknown_option_lists_those_there_are(place, group):
     message = refused(place, *TRAIN, f"{group}=nonsense")
     assert f"error: {group}=nonsense is unknown." in message
-    listed = message.split("There are ")[1].strip().removesuffix(".").split(", ")
+    listed = message.split("Choose from ")[1].strip().removesuffix(".").split(", ")
     files = [path for path in os.listdir(f"{CONFIGS}/{group}") if not path.startswith("_")]
     assert listed == sorted(path.removesuffix(".yaml") if ".yaml" in path else f"{path}/*" for path in files)
 
@@ -188,7 +188,7 @@ def test_an_unknown_option_lists_those_there_are(place, group):
         (["data.rot=x"], "data.rot is not a key of the config. Did you mean data.root"),
         (["steps=3"], "steps is not a key of the config. Did you mean trainer.steps?"),
         (["mode=trane"], "mode=trane is unknown. Did you mean mode=train?"),
-        (["head=liner"], "head=liner is unknown. Did you mean head=linear? There are cnn, detail, dpt,"),
+        (["head=liner"], "head=liner is unknown. Did you mean head=linear? Choose from cnn, detail, dpt,"),
         (["-m", "head=linear,mlpp"], "head=mlpp is unknown. Did you mean head=mlp?"),
         (["mode=predict", "mode.reads._target_=os.system"], "mode.reads._target_"),
         (["mode=eval", "mode.resume_from=last"], "mode.resume_from: resume_from can be set in config files only."),
@@ -196,7 +196,7 @@ def test_an_unknown_option_lists_those_there_are(place, group):
         (["train"], "train is not KEY=VALUE. Did you mean mode=train?"),
         (["--cfg", "job", "+nonsense"], "+nonsense is not KEY=VALUE."),
         (["data.classes=a,b"], "For a list use brackets: 'data.classes=[a,b]'. For a run with each of them, add -m."),
-        (["data.classes=[a,b"], "data.classes=[a,b cannot be read"),
+        (["data.classes=[a,b"], "data.classes=[a,b cannot be parsed"),
         (["data.reader.masks.ids={3: 255"], "Quote the whole word"),
         (
             ["data.reader.layout.images={split}/b"],
@@ -211,10 +211,10 @@ def test_an_unknown_option_lists_those_there_are(place, group):
             ["head=mlp", "head.init=probe"],
             "head.init is not a key of the config. Of this group, head=linear, head=multi",
         ),
-        (["head=segformer"], "error: head=segformer is unknown. There are cnn,"),
-        (["loss=null"], "loss=null is unknown. There are ce_dice"),
-        (["backbone=[0]"], "backbone=[0] is unknown. There are dino_vitb16"),
-        (["engine=1"], "engine=1 is unknown. There are auto, cpu"),
+        (["head=segformer"], "error: head=segformer is unknown. Choose from cnn,"),
+        (["loss=null"], "loss=null is unknown. Choose from ce_dice"),
+        (["backbone=[0]"], "backbone=[0] is unknown. Choose from dino_vitb16"),
+        (["engine=1"], "engine=1 is unknown. Choose from auto, cpu"),
         (["hparam="], "hparam= is unknown. Choose from"),
         ([f"hparam={'n' * 3000}"], "is unknown: no file name has 3000 characters."),
         (["=3"], "=3 has no key before the equals sign. Write KEY=VALUE."),
@@ -248,7 +248,7 @@ def test_a_command_line_that_cannot_be_composed_is_one_message(place, arguments,
         (["trainer=many_heads", "heads=[{head:cnn,channels:100000}]"], ["head.channels=100000 is out of range"]),
         (["data.root=nowhere"], ["data.root=nowhere is not a folder"]),
         (["engine.devices=0"], ["engine.devices=0", "at least 1"]),
-        (["data.classes=[dark]"], ["no class: 1 (in 6)", "masks/0.png: 1", "'++data.reader.masks.ids={1: 255}'"]),
+        (["data.classes=[dark]"], ["not classes: 1 (in 6)", "masks/0.png: 1", "'++data.reader.masks.ids={1: 255}'"]),
         (["resume=nowhere"], ["resume=nowhere", "outputs/"]),
         (["resume=foreign.safetensors"], ["not a checkpoint of dinoseg"]),
     ],

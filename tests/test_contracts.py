@@ -120,14 +120,16 @@ def test_a_part_that_keeps_no_contract_is_refused(compose):
     for key in ("backbone", "head"):
         cfg = OmegaConf.merge(compose("backbone=tiny", "data=camvid", "data.root=x"), {key: plain})
         with pytest.raises(
-            UserError, match=rf"{key}: Identity is no dinoseg\.core\.contracts\.{key.title()}\. {remedy}"
+            UserError, match=rf"{key}: Identity is not a dinoseg\.core\.contracts\.{key.title()}\. {remedy}"
         ):
             Builder(cfg).model(untrained=True)
         if key == "backbone":  # alone, as label propagation takes it
             with pytest.raises(UserError, match=r"backbone: Identity is no"):
                 Builder(cfg).backbone()
     cfg = OmegaConf.merge(compose("data=camvid", "data.root=x"), {"loss": {"criterion": plain}})
-    with pytest.raises(UserError, match=rf"loss\.criterion: Identity is no dinoseg\.core\.contracts\.Loss\. {remedy}"):
+    with pytest.raises(
+        UserError, match=rf"loss\.criterion: Identity is not a dinoseg\.core\.contracts\.Loss\. {remedy}"
+    ):
         Builder(cfg).criterion(class_weights=torch.ones(2))
 
 
@@ -135,7 +137,7 @@ def test_a_score_protocol_of_videos_that_keeps_no_contract_is_refused():
     tracking = {"supervision": "none", "protocols": {"none": {"_target_": "torch.nn.Identity"}}}
     cfg = OmegaConf.create({"data": {"tracking": tracking}, "choices": {}})
     expected = (
-        r"data\.tracking\.protocols\.none: Identity is no dinoseg\.metrics\.protocols\.contract\.ScoreProtocol\. Let"
+        r"data\.tracking\.protocols\.none: Identity is not a dinoseg\.metrics\.protocols\.contract\.ScoreProtocol\. Let"
     )
     with pytest.raises(UserError, match=expected):
         benchmark_videos(Builder(cfg), "val", None)

@@ -123,7 +123,7 @@ def test_grey_pictures_of_16_bits_are_scaled_and_it_is_said_once(tmp_path, caplo
     with pytest.raises(UserError, match=r"odd\.tif holds values from -1 to 65534, not 16-bit levels\. Convert it"):
         read_image(tmp_path / "odd.tif")
     Image.fromarray(levels.astype(np.float32)).save(tmp_path / "real.tif")
-    with pytest.raises(UserError, match=r"real\.tif holds fractions.*Convert it to 8 bits\.$"):
+    with pytest.raises(UserError, match=r"real\.tif holds floating-point values.*Convert it to 8 bits\.$"):
         read_image(tmp_path / "real.tif")
 
 

@@ -53,7 +53,8 @@ def test_what_does_not_fit_is_changed_by_a_command_that_trains_so(tmp_path):
     typed = shlex.split(found["command"])[4:]
     assert typed[-2:] == [f"data.batch_size={size}", f"trainer.accumulate={times}"]
     assert not [word for word in typed if word.startswith(("mode.", "hydra."))] and typed.count("mode=train") == 0
-    assert f"{size} sample" in out and "the same 8" in out and "BatchNorm computes its statistics" in out
+    assert f"micro-batches of {size} sample" in out and "the effective batch size stays 8" in out
+    assert "BatchNorm computes its statistics per micro-batch" in out
 
 
 def losses(where, *words):

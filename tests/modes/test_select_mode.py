@@ -118,7 +118,7 @@ def test_frames_of_a_video_are_chosen_by_time(folder):
     ("words", "said"),
     [
         ((*WORDS,), "set count=N"),
-        ((*WORDS, "count=7"), "leaves 6 to choose from. Give count=6 or less, or more images."),
+        ((*WORDS, "count=7"), "so 6 are left to choose from. Give count=6 or less, or more images."),
         ((*WORDS, "count=0"), "count=0 is out of range"),
         ((*NO_DATA, "count=1"), "mode=select needs images to choose from: give input="),
         ((*NO_DATA, "count=1", "input=nowhere"), "File or folder not found: input=nowhere"),

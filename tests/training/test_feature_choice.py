@@ -519,9 +519,9 @@ def test_a_run_that_goes_on_keeps_to_what_it_has_chosen_unless_told_otherwise(tr
             and ("as at the start of this run") in caplog.text
         )
         caplog.clear()
-    assert train("disk", epochs=20, before="off")[1].cache.place == "disk" and "begun" not in caplog.text
+    assert train("disk", epochs=20, before="off")[1].cache.place == "disk" and "at the start" not in caplog.text
     for before in (None, "elsewhere"):  # unknown, or of a file that somebody has written: it is measured
-        assert train("auto", epochs=20, before=before)[1].cache is None and "does not pay" in caplog.text
+        assert train("auto", epochs=20, before=before)[1].cache is None and "is too small" in caplog.text
         caplog.clear()
     monkeypatch.setattr(choice, "measured", lambda *_: pytest.fail("what is known is measured"))
     assert train("auto", epochs=20, before="off")[1].cache is None

@@ -280,12 +280,12 @@ def test_time_left_is_foretold_anew_where_a_rest_ends(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("begin", "start", "said"),
     [
-        (0.5, 0, "is frozen for 3 of the 6 remaining"),
-        (0.5, 2, "is frozen for 1 of the 4 remaining"),
+        (0.5, 0, "is frozen for 3 of the 6 remaining steps"),
+        (0.5, 2, "is frozen for 1 of the 4 remaining steps"),
         (0.5, 3, ""),
         (0.0, 0, ""),
     ]
-    + [(0.8, 0, "is frozen for 5 of the 6 remaining")]
+    + [(0.8, 0, "is frozen for 5 of the 6 remaining steps")]
     + [(0.9, 0, "is frozen for all of the 6 remaining steps. Set a lower optim.optimizer.backbone_b")],
 )
 def test_a_run_says_how_long_its_backbone_rests(caplog, begin, start, said):

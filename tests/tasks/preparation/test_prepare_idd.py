@@ -300,7 +300,9 @@ def test_bad_files_are_named_and_the_others_go_on(tmp_path):
         prepare(tmp_path, workers=1)
     message = str(caught.value)
     count = len(BAD) + len(raw) + 2
-    assert message.startswith(f"{count} of {count + 2} files could not be drawn, the others are ready:\n- {folder}")
+    assert message.startswith(
+        f"{count} of {count + 2} files could not be rasterised, the others are ready:\n- {folder}"
+    )
     assert message.endswith("\nRun again to retry these.") and message.count("\n- ") == count
     lines = {line.split("_gtFine_polygons")[0].rsplit("/", 1)[1]: line for line in message.splitlines()[1:-1]}
     for name, (_, reason) in BAD.items():

@@ -262,13 +262,13 @@ class TestLaterObjects:
         none = lambda masks, size, valid: torch.zeros(size, dtype=torch.int64)  # noqa: E731
         monkeypatch.setattr("dinoseg.tracking.slots.tracker.winners", none)
         follow(model_of([GREY]), self.frames[:1], labels[:1], lock_on=True)
-        assert "objects 1, 2 (of 2)" in caplog.text and "Give a larger head.num_slots" in caplog.text
+        assert "objects 1, 2 (of 2)" in caplog.text and "Set a larger head.num_slots" in caplog.text
 
     def test_are_refused_when_no_slot_is_left(self):
         model = model_of([GREY, RED, BLUE])
         labels = first(self.ids[0], 6)
         labels[4] = np.full_like(self.ids[0], 9)
-        with pytest.raises(UserError, match=r"3 slots cannot follow 3 objects.*slots.lock_on=true"):
+        with pytest.raises(UserError, match=r"3 slots cannot track 3 objects.*slots.lock_on=true"):
             follow(model, self.frames, labels)
 
 
@@ -296,7 +296,7 @@ class TestLockOn:
         assert owned == [88] * 4 + [4] * 4
 
     def test_needs_the_first_mask(self):
-        with pytest.raises(UserError, match=r"slots.lock_on=true.*there is none.*slots.lock_on=false"):
+        with pytest.raises(UserError, match=r"slots.lock_on=true.*is missing.*slots.lock_on=false"):
             follow(model_of(), crossing(1)[0], lock_on=True)
 
     def test_extra_slots_see_what_stands_out_of_the_background(self):
@@ -510,7 +510,7 @@ class TestBadInput:
         if lock_on:  # makes its own
             assert np.array_equal(at_cells(follow(model, [frame], [ids], lock_on=True)[0]), at_cells(ids))
             return
-        with pytest.raises(UserError, match=r"3 slots cannot follow 3 objects.*background.*head.num_slots"):
+        with pytest.raises(UserError, match=r"3 slots cannot track 3 objects.*background.*head.num_slots"):
             follow(model, [frame], [ids])
 
     def test_slots_that_are_not_finite(self):

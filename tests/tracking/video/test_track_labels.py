@@ -203,7 +203,7 @@ def test_inputs_of_no_use(folder, tmp_path):
         open_frames("nowhere")
     with pytest.raises(UserError, match=r"input=.*frame1\.png is neither a video nor a folder"):
         open_frames(str(folder / "frame1.png"))
-    with pytest.raises(UserError, match="No such file"):
+    with pytest.raises(UserError, match="File or folder not found"):
         open_frames(str(folder / "*.png"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="empty holds no frame directly. Give a folder of images"):
