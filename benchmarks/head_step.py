@@ -10,7 +10,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from many_heads import HERE, WORDS, draw_data
+from multi_head import HERE, WORDS, draw_data
 from rows import Row, machine, tell
 from step_times import told
 from tabulate import tabulate

@@ -1,7 +1,7 @@
 """Processor and wall seconds between the steps of a training that runs in a process of its own.
 
 `python benchmarks/step_times.py OPTIMIZERS KEY=VALUE ...` trains with dinoseg and prints them as JSON, in its last
-line; with several optimizers (`trainer=many_heads`) a step is one of each.
+line; with several optimizers (`trainer=multi_head`) a step is one of each.
 """
 
 import json

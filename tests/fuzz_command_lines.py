@@ -43,10 +43,10 @@ RENDER = ("mode.train_videos=1", "mode.val_videos=0", "mode.test_videos=0", "mod
 BASES = {  # a command line that works, of each mode and of what trains otherwise: mode, a name beside it
     "train": (*TRAIN, "adapter=full"),
     "train self": (*TRAIN, "trainer=self_training", "data.labelled=0.5", "adapter=full"),
-    "train many": (*TRAIN, "trainer=many_heads", "heads=[linear,{head: mlp, lr: 1e-3}]", "adapter=frozen"),
+    "train many": (*TRAIN, "trainer=multi_head", "heads=[linear,{head: mlp, lr: 1e-3}]", "adapter=frozen"),
     "train kept": (*TRAIN, "head=detail", "head.layers=[-1]", "data.views=2", "adapter=frozen", "engine.cache=disk"),
     "train drawn": (*TRAIN, "head=split", "head.layers=[-1]", "head.blocks=1", "adapter=frozen", "loss.weights=median",
-                    "data.class_uniform=0.5", "data.class_mix=0.5", "loss.criterion.hardest=0.5",
+                    "data.class_uniform=0.5", "data.class_mix=0.5", "loss.criterion.hard_fraction=0.5",
                     "loss.criterion.border_weight=2"),
     "train distil": (*TRAIN, "trainer=distil", "teacher=run", "adapter=full"),
     "train auto": (*(word for word in TRAIN if word.split("=")[0] not in CHOSEN), "hparam=auto", "trainer.steps=1"),
@@ -121,7 +121,7 @@ VALUES = (
 )
 TYPED = (  # keys that are typed most, or are young
     *("data.class_uniform", "data.class_mix", "data.labelled", "data.views", "data.cache", "data.group", "data.folds"),
-    *("loss.criterion.hardest", "loss.criterion.border_weight", "loss.criterion.border_width", "loss.weights"),
+    *("loss.criterion.hard_fraction", "loss.criterion.border_weight", "loss.criterion.border_width", "loss.weights"),
     *("trainer.unlabelled", "trainer.unlabelled_every", "trainer.unlabelled_batch_size", "trainer.unlabelled_weight"),
     *("trainer.threshold", "trainer.strong_views", "trainer.ema", "trainer.score", "trainer.epochs", "trainer.steps"),
     *(

@@ -144,7 +144,7 @@ def test_mask2former_goes_on_from_maps_and_pixels_or_from_its_queries_and_masks(
 def test_details_go_on_from_maps_and_bytes(name, adapter):
     backbone = adapter(BACKBONES[name]([-1, -1] if name == "rgb" else [1, 3]))
     torch.manual_seed(1)
-    head = DetailHead(backbone.dim, 2, 3, backbone.patch_size, fine=4, width=8, direct=True)
+    head = DetailHead(backbone.dim, 2, 3, backbone.patch_size, fine=4, width=8, linear_skip=True)
     frozen = check_cut(Segmenter(backbone, head).train())
     assert frozen.tensors[-1].dtype == torch.uint8 and frozen.tensors[-1].shape == (3, 3, 37, 51)
     reduced = Segmenter(backbone, head, scale=0.5).eval()  # whose pixels are no bytes

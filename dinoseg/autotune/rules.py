@@ -240,7 +240,7 @@ def rested(case: RecipeCase) -> RecipeChoice:
     """
     tuned = _tuned(case)
     return RecipeChoice(
-        {**tuned.words, "optim.optimizer.backbone_begin": REST},
+        {**tuned.words, "optim.optimizer.freeze_backbone_until": REST},
         f"{tuned.reason}; the backbone is frozen for the first {REST:.0%} of the training, in which steps take less "
         "time",
     )

@@ -122,7 +122,7 @@ def own_runs(cfg: DictConfig, words: Sequence[str], run: Path | None) -> dict[st
     if HEADS not in given["trainer"]:
         if typed := [key for key in (HEADS, RATES) if given.get(key) is not None]:
             raise UserError(
-                f"{typed[0]} has no effect without trainer=many_heads. Add it; or for one head set head=NAME and "
+                f"{typed[0]} has no effect without trainer=multi_head. Add it; or for one head set head=NAME and "
                 "optim.optimizer.lr."
             )
         return {}
@@ -198,7 +198,7 @@ def head_description(info: Mapping[str, Any], name: str) -> dict[str, Any]:
         UserError: the checkpoint has no such head.
     """
     if name not in info.get("heads", {}):
-        raise UserError(f"resume: the checkpoint has no head {name}. Choose the run folder of trainer=many_heads.")
+        raise UserError(f"resume: the checkpoint has no head {name}. Choose the run folder of trainer=multi_head.")
     own = info["heads"][name]
     whole = {key: value for key, value in info["config"].items() if key not in (HEADS, RATES)}
     return {**info, **own, "config": {**whole, **own["config"]}}

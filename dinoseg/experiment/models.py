@@ -248,7 +248,7 @@ def build_multi_head(builders: Sequence[ModelBuilder], device: torch.device) -> 
     trained = next((each for each, part in zip(builders, own, strict=True) if part.first_trained is not None), None)
     if trained is not None:
         raise UserError(
-            f"adapter={trained.options['adapter']}: trainer=many_heads trains heads on one frozen backbone. Choose "
+            f"adapter={trained.options['adapter']}: trainer=multi_head trains heads on one frozen backbone. Choose "
             "adapter=frozen; or train each head with its own backbone, in a sweep: -m trainer=supervised "
             "head=linear,mlp."
         )

@@ -23,7 +23,7 @@ class GraphOptions:
         pixels: let a fixed-size graph output the class scores of each pixel, for use without dinoseg.
         images: images for the verification: a split of the data set, a folder or a pattern.
         count: largest number of these images.
-        least_agreement: required share of pixels with the trained model's class.
+        min_agreement: required share of pixels with the trained model's class.
         most_points: largest allowed difference in mIoU, in percentage points.
         gated: write weights whose licence restricts redistribution; do not share the file except on its terms.
 
@@ -36,7 +36,7 @@ class GraphOptions:
     pixels: bool = False
     images: str = "val"
     count: Count = 16
-    least_agreement: Share = 0.999
+    min_agreement: Share = 0.999
     most_points: NotNegative = 0.1
     gated: bool = False
 

@@ -259,4 +259,4 @@ def compare(
 def passes(result: dict[str, Any], options: GraphOptions) -> bool:
     """Return whether a comparison meets the required agreement; NaN, which would agree with anything, fails."""
     points = 100 * abs(result["miou"]["torch"] - result["miou"]["exported"])
-    return result["finite"] and result["agreement"] >= options.least_agreement and points <= options.most_points
+    return result["finite"] and result["agreement"] >= options.min_agreement and points <= options.most_points

@@ -40,29 +40,29 @@ class PredictedShapes:
         format: `polygons`, editable point by point, or `rle`: masks, exact to the pixel.
         objects: `component`: each connected component is an object; `class`: all pixels of a class in an image are one.
         tolerance: maximum shift in pixels of a polygon's edge by simplification; 0: exact.
-        least_area: minimum area in pixels; smaller parts are dropped.
+        min_area: minimum area in pixels; smaller parts are dropped.
     """
 
     format: str = "polygons"
     objects: str = "component"
     tolerance: NotNegative = 1.0
-    least_area: Count = 1
+    min_area: Count = 1
 
     def __post_init__(self) -> None:
         """Check the options."""
         for key, value, options in (("format", self.format, FORMATS), ("objects", self.objects, OBJECTS)):
             if value not in options:
                 raise UserError(f"mode.shapes.{key}={value} is unknown. Choose one of {', '.join(options)}.")
-        if not 0 <= self.tolerance < 1000 or self.least_area < 1:
+        if not 0 <= self.tolerance < 1000 or self.min_area < 1:
             raise UserError(
-                f"mode.shapes.tolerance={self.tolerance} least_area={self.least_area}: give a tolerance from 0 pixels, "
+                f"mode.shapes.tolerance={self.tolerance} min_area={self.min_area}: give a tolerance from 0 pixels, "
                 "and an area from 1."
             )
 
     def parts(self, ids: np.ndarray, background: int | None) -> Iterator[MaskRegion]:
         """Yield the parts of class IDs (H, W) that become objects."""
         joined = self.objects == "class"
-        yield from parts_of(ids, leave_out=background, joined=joined, least_area=self.least_area)
+        yield from parts_of(ids, leave_out=background, joined=joined, min_area=self.min_area)
 
 
 @dataclass(frozen=True)

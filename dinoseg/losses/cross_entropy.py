@@ -21,7 +21,7 @@ class CrossEntropy(Loss):
             `torch.nn.functional.cross_entropy`.
         ignore_index: mask value of unlabelled pixels.
         label_smoothing: share of the target spread evenly over the classes, in [0, 1).
-        hardest: share of the labelled pixels of each image, those with the highest loss, that the mean is over.
+        hard_fraction: share of the labelled pixels of each image, those with the highest loss, that the mean is over.
         border_weight: weight of pixels near a class border; all others have 1.
         border_width: distance in pixels up to which a pixel is near a border.
     """
@@ -33,7 +33,7 @@ class CrossEntropy(Loss):
         class_weights: Tensor,
         ignore_index: int = 255,
         label_smoothing: LowShare = 0.0,
-        hardest: HighShare = 1.0,
+        hard_fraction: HighShare = 1.0,
         border_weight: NotNegative = 1.0,
         border_width: Count = 3,
     ) -> None:
@@ -43,7 +43,7 @@ class CrossEntropy(Loss):
         self.register_buffer("weight", class_weights, persistent=False)
         self.ignore_index = ignore_index
         self.label_smoothing = label_smoothing
-        self.border, self.hardest = Border(border_weight, border_width), Hardest(hardest)
+        self.border, self.hardest = Border(border_weight, border_width), Hardest(hard_fraction)
         self.divisor = pixel_divisor(ignore_index, self.border, self.hardest, class_weights)
 
     def forward(self, prediction: Prediction, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:

@@ -24,7 +24,7 @@ class Focal(Loss):
         class_weights: one weight (K,) per class.
         ignore_index: mask value of unlabelled pixels.
         gamma: focusing parameter, at least 0; higher values reduce the weight of easy pixels.
-        hardest: share of the labelled pixels of each image, those with the highest loss, that the mean is over.
+        hard_fraction: share of the labelled pixels of each image, those with the highest loss, that the mean is over.
         border_weight: weight of pixels near a class border; all others have 1.
         border_width: distance in pixels up to which a pixel is near a border.
     """
@@ -36,7 +36,7 @@ class Focal(Loss):
         class_weights: Tensor,
         ignore_index: int = 255,
         gamma: NotNegative = 2.0,
-        hardest: HighShare = 1.0,
+        hard_fraction: HighShare = 1.0,
         border_weight: NotNegative = 1.0,
         border_width: Count = 3,
     ) -> None:
@@ -46,7 +46,7 @@ class Focal(Loss):
         self.register_buffer("weight", class_weights, persistent=False)
         self.ignore_index = ignore_index
         self.gamma = gamma
-        self.border, self.hardest = Border(border_weight, border_width), Hardest(hardest)
+        self.border, self.hardest = Border(border_weight, border_width), Hardest(hard_fraction)
         self.divisor = pixel_divisor(ignore_index, self.border, self.hardest, class_weights)
 
     def forward(self, prediction: Prediction, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:

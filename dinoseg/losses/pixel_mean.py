@@ -34,7 +34,7 @@ class Hardest:
         """Refuse an invalid share."""
         if not 0 < self.share <= 1:
             raise UserError(
-                f"loss.criterion.hardest={self.share}: give a share of the pixels above 0 and at most 1 (all pixels)."
+                f"loss.criterion.hard_fraction={self.share}: give a fraction of the pixels above 0 and at most 1."
             )
 
     @torch.no_grad()
@@ -93,7 +93,7 @@ def pixel_mean(
         ignore_index: mask value of unlabelled pixels.
         cost: function of the pixels of a tile.
         border: weights of pixels near class borders; they also enter the losses that select the hardest pixels.
-        hardest: selection of pixels, which takes an additional pass over their scores.
+        hard_fraction: selection of pixels, which takes an additional pass over their scores.
         form: the cost in the form of the CUDA kernel, which supports no pixel weights.
     """
 

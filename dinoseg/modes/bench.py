@@ -21,7 +21,13 @@ from dinoseg.utils.workers import in_own_process
 
 
 def bench(
-    cfg: DictConfig, *, out_dir: Path, steps: Count = 10, images: Count = 20, warmup: Natural = 3, drawn: bool = False
+    cfg: DictConfig,
+    *,
+    out_dir: Path,
+    steps: Count = 10,
+    images: Count = 20,
+    warmup: Natural = 3,
+    synthetic: bool = False,
 ) -> dict[str, Any]:
     """Time a recipe's training steps and predictions with random weights; print and return the figures.
 
@@ -31,7 +37,7 @@ def bench(
         steps: training steps to time.
         images: images to predict, one by one.
         warmup: untimed steps, and images, before the timed ones.
-        drawn: use noise instead of the data, which are then not read.
+        synthetic: use noise instead of the data, which are then not read.
 
     Raises:
         UserError: the recipe cannot be trained on this device, or memory does not suffice.
@@ -41,8 +47,8 @@ def bench(
     build.engine()  # refuses a missing device before anything is built
     build.task().check_parts(build.outline(), 1)
     values = build.config
-    training = _alone(partial(_time_training, steps=steps, warmup=warmup, drawn=drawn), values)
-    prediction = _alone(partial(_time_prediction, images=images, warmup=warmup, drawn=drawn), values)
+    training = _alone(partial(_time_training, steps=steps, warmup=warmup, synthetic=synthetic), values)
+    prediction = _alone(partial(_time_prediction, images=images, warmup=warmup, synthetic=synthetic), values)
     peak = max(training.peak_flops, prediction.peak_flops)
     result = {
         "device": training.device,
@@ -50,7 +56,7 @@ def bench(
         "precision": training.precision,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "data": "drawn" if drawn else str(cfg.choices.data),
+        "data": "synthetic" if synthetic else str(cfg.choices.data),
         "matrix_peak_flops_per_s": peak,
         "train": training.figures(peak),
         "inference": prediction.figures(peak),
@@ -60,23 +66,23 @@ def bench(
     return result
 
 
-def _time_training(values: Mapping[str, Any], *, steps: int, warmup: int, drawn: bool) -> SpeedMeasurement:
+def _time_training(values: Mapping[str, Any], *, steps: int, warmup: int, synthetic: bool) -> SpeedMeasurement:
     """Time training steps of a plain config; run it in a process of its own."""
     build = Builder.of(values)
     engine, parts = build.engine(), training_parts(build)
     task = build.task()
-    if not drawn:
+    if not synthetic:
         task.open(engine)
-    batches = None if drawn else task.feed.train_batches(start=0)
+    batches = None if synthetic else task.feed.train_batches(start=0)
     off = {f"{name}.checkpointing": False for name, is_on in parts.checkpointing.items() if is_on}
     return time_training(parts, engine, batches, steps=steps, warmup=warmup, counted=training_parts(build, off))
 
 
-def _time_prediction(values: Mapping[str, Any], *, images: int, warmup: int, drawn: bool) -> SpeedMeasurement:
+def _time_prediction(values: Mapping[str, Any], *, images: int, warmup: int, synthetic: bool) -> SpeedMeasurement:
     """Time predictions of a plain config; run it in a process of its own."""
     build = Builder.of(values)
     engine, parts = build.engine(), training_parts(build)
-    noise = drawn or not parts.has_masks
+    noise = synthetic or not parts.has_masks
     shown = [random_image(parts)] if noise else first_images(build.dataset("val"))
     return time_prediction(parts.model, engine, build.part("inference"), shown, count=images, warmup=warmup)
 

@@ -32,7 +32,7 @@ def train(
     metrics_only: bool = False,
     pictures: Natural = 4,
     report: bool = True,
-    floor: Share = 0.03,
+    probe_baseline: Share = 0.03,
 ) -> dict[str, Any]:
     """Train, then evaluate the best checkpoint on the validation split; return its scores.
 
@@ -42,7 +42,7 @@ def train(
         metrics_only: write no figures of the final evaluation.
         pictures: number of validation samples shown in a figure at each validation, always the same ones.
         report: write report.html of the final evaluation, and the files that mode=compare reads.
-        floor: share of the training time that the comparison with the closed-form linear probe may take; 0: none.
+        probe_baseline: share of the training time for the comparison with the closed-form linear probe; 0: none.
     """
     build = Builder(cfg)
     engine = build.engine()
@@ -96,7 +96,7 @@ def train(
                 best_step=run.best_step,
                 steps=run.step,
             )
-            compare_with_linear_probe(trained, out_dir, seconds=floor * spent)
+            compare_with_linear_probe(trained, out_dir, seconds=probe_baseline * spent)
     engine.close()
     return scores
 

@@ -92,20 +92,20 @@ def train_heads(
 
 def _check_task(build: Builder, task: TrainingTask, engine: Engine) -> None:
     if type(task.feed) is not ImageFeed:
-        raise UserError("trainer=many_heads trains on images and masks: leave trainer.task out.")
+        raise UserError("trainer=multi_head trains on images and masks: leave trainer.task out.")
     if engine.sharded or engine.cache in ("disk", "memory"):
         key = "sharding=fsdp" if engine.sharded else f"cache={engine.cache}"
-        raise UserError(f"engine.{key} is for one head at a time. Leave it out with trainer=many_heads.")
+        raise UserError(f"engine.{key} is for one head at a time. Leave it out with trainer=multi_head.")
     if engine.loss_scale() is not None:
         raise UserError(
             "engine.precision=fp16 scales the loss of one head at a time. Set engine.precision=fp32 with "
-            "trainer=many_heads, or bf16 where the device has it."
+            "trainer=multi_head, or bf16 where the device has it."
         )
     if has_initial(build):
-        raise UserError(f"init={build.value('init')} is for one head at a time. Leave it out with trainer=many_heads.")
+        raise UserError(f"init={build.value('init')} is for one head at a time. Leave it out with trainer=multi_head.")
     if noise := build.value("data.feature_noise"):
         raise UserError(
-            f"data.feature_noise={noise} is for one head at a time. Set data.feature_noise=0 with trainer=many_heads."
+            f"data.feature_noise={noise} is for one head at a time. Set data.feature_noise=0 with trainer=multi_head."
         )
 
 

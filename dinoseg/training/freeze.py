@@ -45,8 +45,8 @@ class BackboneFreeze:
         )
         if steps and steps == to_come:
             logger.warning(
-                "The backbone is frozen for all of the %d remaining steps. Set a lower optim.optimizer.backbone_begin, "
-                "or adapter=frozen, which allows a feature cache.",
+                "The backbone is frozen for all of the %d remaining steps. Set a lower "
+                "optim.optimizer.freeze_backbone_until, or adapter=frozen, which allows a feature cache.",
                 steps,
             )
         elif steps:

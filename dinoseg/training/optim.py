@@ -35,7 +35,7 @@ def parameter_groups(
     backbone_lr: float | None = None,
     backbone_lr_scale: float = 1.0,
     layer_decay: float | None = None,
-    backbone_begin: float = 0.0,
+    freeze_backbone_until: float = 0.0,
 ) -> list[dict]:
     """Return optimizer groups in which every trainable parameter occurs exactly once.
 
@@ -47,7 +47,7 @@ def parameter_groups(
     It multiplies that of parameters before the blocks by d^(n + 1) (BEiT, arXiv 2106.08254). n counts the blocks that
     are read, the stages of a pyramid, or a head's copies of blocks.
 
-    The modules that a head lists in `late` start at its share of the training, the backbone at `backbone_begin`.
+    The modules that a head lists in `late` start at its share of the training, the backbone at `freeze_backbone_until`.
 
     Returns:
         Groups in the model's order, with `params`, `names`, `lr`, `base_lr` and `weight_decay`. `start` is the share of
@@ -61,7 +61,7 @@ def parameter_groups(
     embeddings = {id(part.weight) for part in model.modules() if isinstance(part, nn.Embedding)}
     late_start, parts = model.head.late
     late = {id(parameter) for part in parts for parameter in part.parameters()}
-    frozen_first = {id(parameter) for parameter in model.backbone.parameters()} if backbone_begin else set()
+    frozen_first = {id(parameter) for parameter in model.backbone.parameters()} if freeze_backbone_until else set()
     groups: dict[tuple[float, float, float, bool], dict] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -72,7 +72,7 @@ def parameter_groups(
         exempt = parameter.ndim < 2 or id(parameter) in embeddings or _EMBEDDING.search(name)
         decay = 0.0 if exempt else weight_decay
         frozen = id(parameter) in frozen_first
-        start = backbone_begin if frozen else late_start if id(parameter) in late else 0.0
+        start = freeze_backbone_until if frozen else late_start if id(parameter) in late else 0.0
         values = {"lr": rate, "base_lr": rate, "weight_decay": decay, "start": start, "frozen": frozen}
         group = groups.setdefault((rate, decay, start, frozen), {"params": [], "names": [], **values})
         group["params"].append(parameter)
@@ -92,13 +92,13 @@ def adamw(
     betas: Sequence[LowShare] = (0.9, 0.999),
     backbone_lr_scale: RateFactor = 1.0,
     layer_decay: HighShare | None = None,
-    backbone_begin: LowShare = 0.0,
+    freeze_backbone_until: LowShare = 0.0,
 ) -> Optimizer:
     """Return an AdamW optimizer (Loshchilov and Hutter, arXiv 1711.05101) over `parameter_groups`.
 
     With `lr`, all trainable parameters use it. Without it, the head uses `head_lr` and the backbone `backbone_lr`.
-    The backbone is trained from `backbone_begin` on, a share of the training. Before that, the head is trained on
-    features that do not change (Kumar et al., arXiv 2202.10054).
+    The backbone is trained from `freeze_backbone_until` on, a share of the training. Before that, the head is trained
+    on features that do not change (Kumar et al., arXiv 2202.10054).
 
     Raises:
         UserError: no learning rate is set, `betas` are not two numbers, or nothing is trainable.
@@ -113,7 +113,7 @@ def adamw(
         weight_decay=weight_decay,
         backbone_lr_scale=backbone_lr_scale,
         layer_decay=layer_decay,
-        backbone_begin=backbone_begin,
+        freeze_backbone_until=freeze_backbone_until,
     )
     if len(betas) != 2:
         raise UserError(f"optim.optimizer.betas={list(betas)}: give two numbers, such as [0.9, 0.999].")
@@ -132,7 +132,7 @@ def scale_gradients(parameters: Iterable[Tensor], scale: Tensor) -> None:
 
 
 def schedule(
-    kind: str = "cosine", *, warmup: NotNegative = 0, power: NotNegative = 0.9, floor: Share = 0.0
+    kind: str = "cosine", *, warmup: NotNegative = 0, power: NotNegative = 0.9, min_lr_ratio: Share = 0.0
 ) -> Callable[[int, int], float]:
     """Return `factor(step, steps)`, the multiplier of the learning rate at a 0-based step.
 
@@ -157,7 +157,7 @@ def schedule(
             return (step + 1) / (rise + 1)
         done = (step - rise) / max(1, steps - 1 - rise)
         shape = {"constant": 1.0, "cosine": 0.5 * (1 + math.cos(math.pi * done)), "poly": (1 - done) ** power}
-        return floor + (1 - floor) * shape[kind]
+        return min_lr_ratio + (1 - min_lr_ratio) * shape[kind]
 
     return factor
 

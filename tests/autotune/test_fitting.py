@@ -111,7 +111,7 @@ def test_a_loss_that_takes_sums_over_a_batch_is_spared_and_named(fit, changes):
 
 def test_a_sum_whose_divisors_are_known_after_the_forward_pass_is_named(changes):
     words = ["loss=ce_dice", "~loss.criterion.terms.dice", "~loss.criterion.factors.dice"]
-    hard = "{_target_: dinoseg.losses.cross_entropy.CrossEntropy, _partial_: true, hardest: 0.1}"
+    hard = "{_target_: dinoseg.losses.cross_entropy.CrossEntropy, _partial_: true, hard_fraction: 0.1}"
     words += [f"+loss.criterion.terms.hard={hard}", "+loss.criterion.factors.hard=1.0"]
     (_, parts) = changes(60, "adapter=lora", "head=linear", *words)
     assert "loss=ce_dice computes its sums per micro-batch" in parts.reason

@@ -306,10 +306,10 @@ def test_a_run_below_the_probe_is_reported_with_causes_and_one_above_is_not(worl
     assert (
         good.status == 0 and not record["below"] and not record["causes"] and "below the linear probe" not in good.err
     )
-    off = call(world, *words, "mode.floor=0", "hydra.run.dir=OFF")
+    off = call(world, *words, "mode.probe_baseline=0", "hydra.run.dir=OFF")
     assert off.status == 0 and "linear probe:" not in off.out and not (world / "OFF/floor.json").exists()
-    bad = call(world, *words, "mode.floor=2", "hydra.run.dir=BAD")
-    assert bad.status == 1 and "mode.floor=2" in bad.err
+    bad = call(world, *words, "mode.probe_baseline=2", "hydra.run.dir=BAD")
+    assert bad.status == 1 and "mode.probe_baseline=2" in bad.err
 
 
 def test_what_goes_wrong_beside_a_finished_run_does_not_fail_it(world, quick, monkeypatch):

@@ -115,7 +115,7 @@ def test_ways_depend_on_the_backbone_and_on_how_many_images_there_are():
 def test_a_backbone_that_rests_first_is_tuned_as_one_of_its_size_is():
     for case, adapter in ((THIN, "full"), (replace(THIN, parameters=10**8), "lora_all")):
         way = rules.rested(case)
-        assert way.words == {"adapter": adapter, "optim.optimizer.backbone_begin": rules.REST}
+        assert way.words == {"adapter": adapter, "optim.optimizer.freeze_backbone_until": rules.REST}
         assert "; the backbone is frozen for the first 40% of the training" in way.reason
 
 
@@ -145,7 +145,7 @@ def test_what_fits_a_time_adds_up(compose):
     spent = TIMED.start + (length.validations + 2) * 51 * TIMED.val
     assert length.validations == 5 and length.spent == pytest.approx(spent)
     training = length.images * TIMED.kept + length.views * 184 * TIMED.frozen
-    factor = 1 + compose("mode=train").mode.floor
+    factor = 1 + compose("mode=train").mode.probe_baseline
     left = 0.95 * 600 - spent - factor * training
     assert length.views == 4 and 0 <= left < factor * TIMED.kept
 

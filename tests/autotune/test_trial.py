@@ -56,7 +56,7 @@ def test_a_part_of_a_batch_is_tried_on_one_device(compose):
 
 @pytest.mark.parametrize("rests", [False, True])
 def test_a_backbone_that_rests_at_first_is_tried_as_it_learns_later_or_as_it_rests(compose, caplog, rests):
-    cfg = compose(*BASE, "optim.optimizer.backbone_begin=0.9")
+    cfg = compose(*BASE, "optim.optimizer.freeze_backbone_until=0.9")
     learnt, parts = [], training_parts(Builder(cfg))
 
     def make():

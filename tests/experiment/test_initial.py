@@ -24,7 +24,7 @@ from dinoseg.modes import train
 from dinoseg.training import checkpoint
 from dinoseg.utils.errors import UserError
 
-QUIET = ("mode.report=false", "mode.pictures=0", "mode.floor=0")
+QUIET = ("mode.report=false", "mode.pictures=0", "mode.probe_baseline=0")
 SHORT = ("mode=train", *SMALL, *QUIET)
 _OTHERS = (word for word in SMALL if not word.startswith(("backbone", "adapter")))
 KNOWN = ("mode=train", *_OTHERS, *QUIET, "backbone=tiny_surgical", "backbone.layers=[0]", "adapter=frozen")
@@ -136,7 +136,7 @@ def test_a_run_that_cannot_be_begun_with_is_refused_before_anything_is_trained(f
     sweep = ("-m", "seed=0,1", "hydra.sweep.dir=refused")
     for words, said in (
         ((*SHORT, "init=nowhere", *sweep), "init=nowhere: neither a checkpoint file nor a run folder"),
-        ((*SHORT, "init=first", "trainer=many_heads", "heads=[linear]"), "init=first is for one head at a time"),
+        ((*SHORT, "init=first", "trainer=multi_head", "heads=[linear]"), "init=first is for one head at a time"),
         (
             (*KNOWN, "init=frozen", "head.init=probe"),
             "init=frozen and head.init=probe both set the initial weights of the head",

@@ -22,7 +22,7 @@ from dinoseg.training import checkpoint, loading
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.tensor_files import write_tensors
 
-QUIET = ("mode.metrics_only=true", "mode.report=false", "mode.pictures=0", "mode.floor=0")
+QUIET = ("mode.metrics_only=true", "mode.report=false", "mode.pictures=0", "mode.probe_baseline=0")
 MLP = (*SMALL, "head=mlp", *QUIET)
 
 
@@ -109,13 +109,13 @@ def test_a_typed_length_lifts_the_time_limit_of_a_run(compose, tmp_path, capsys,
 def test_a_head_of_the_user_s_own_file_goes_on_as_it_was_made(where):
     """A file that leaves a key to its default has no such key in its runs' checkpoints."""
     whole = OmegaConf.load(Path(__main__.CONFIGS) / "head/detail.yaml")
-    del whole["direct"]
+    del whole["linear_skip"]
     (where / "own/head").mkdir(parents=True)
     OmegaConf.save(whole, where / "own/head/mine.yaml")
     words = ("head=mine", "head.fine=4", "head.width=8", "head.layers=[-1]", "trainer.steps=1")
     done = call(where, "--config-dir", "own", "mode=train", *SMALL, *QUIET, *words, "hydra.run.dir=run")
     assert done.status == 0, done.err
-    assert "direct" not in checkpoint.describe(where / "run/checkpoints/best.safetensors")["config"]["head"]
+    assert "linear_skip" not in checkpoint.describe(where / "run/checkpoints/best.safetensors")["config"]["head"]
     done = call(where, "--config-dir", "own", "mode=eval", "resume=run", "engine=cpu", QUIET[0])
     assert done.status == 0, done.err
 
@@ -178,12 +178,12 @@ def test_a_recipe_is_what_is_trained_and_nothing_beside(compose):
         return recipe_of(config_description(Builder(compose("data.root=.", "data.classes=[a,b]", *words))))
 
     lengths = ("trainer.patience=3", "trainer.save_every=7", "trainer.log_every=3", "trainer.epochs=2")
-    assert recipe() == recipe(*lengths, "data.background=b", "head.least_maps=2")
+    assert recipe() == recipe(*lengths, "data.background=b", "head.min_maps=2")
     masks, alone = ("head=mask2former",), "head.deep_supervision=false"
     assert recipe(*masks) == recipe(*masks, alone)  # which losses of pixels do not read
     of_masks = (*masks, "loss=mask_classification")
     others = ("data.ignore_index=7", "data.views=3", "data.feature_noise=0.1", "data.class_uniform=0.5")
-    cases = [(), masks, of_masks, (*of_masks, alone), ("head=detail",), ("head=detail", "head.direct=false")]
+    cases = [(), masks, of_masks, (*of_masks, alone), ("head=detail",), ("head=detail", "head.linear_skip=false")]
     found = [repr(recipe(*words)) for words in (*cases, *((other,) for other in others))]
     assert len({*found}) == len(found)
 

@@ -29,7 +29,7 @@ SHORT = (
     "mode.metrics_only=true",
     "mode.report=false",
     "mode.pictures=0",
-    "mode.floor=0",
+    "mode.probe_baseline=0",
 )
 
 
@@ -45,7 +45,7 @@ def folder(tmp_path_factory):
         "detail": ("head=detail", "head.fine=4", "head.width=8", "head.layers=[-1]", "resolution.scale=0.5"),
     }
     kinds["direct"] = (*kinds["detail"], "inference=windows", "inference.size=24")
-    kinds["windows"] = (*kinds["direct"], "head.direct=false")
+    kinds["windows"] = (*kinds["direct"], "head.linear_skip=false")
     kinds["pixels"] = (*kinds["direct"], "resolution.scale=2")
     for name, words in kinds.items():
         done = call(where, *SHORT, *small, *words, f"hydra.run.dir={name}")

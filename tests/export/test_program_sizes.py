@@ -13,7 +13,7 @@ def test_a_program_takes_pictures_of_even_and_odd_numbers_of_patches(patch_size=
     """Patches of 14 px, as DINOv2 has, fill cells of 4 px where their number is even, and else do not."""
     torch.manual_seed(0)
     backbone = RgbBackbone(patch_size)
-    head = DetailHead(backbone.dim, backbone.num_layers, 3, patch_size, fine=4, width=8, direct=True)
+    head = DetailHead(backbone.dim, backbone.num_layers, 3, patch_size, fine=4, width=8, linear_skip=True)
     model = Segmenter(backbone, head).eval()
     record, _ = record_of(model, None, GraphOptions(), (32, 32))
     program = trace(model, record).module()

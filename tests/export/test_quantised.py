@@ -59,7 +59,7 @@ def test_the_gate_compares_the_file_with_the_trained_model(quantised, tmp_path, 
 
         monkeypatch.setattr(export, "exported", lambda *_: nullcontext(wrong))
         (tmp_path / "model.onnx").touch()
-        with pytest.raises(UserError, match=f"The model computes in {key}, the file in float32.*least_agreement"):
+        with pytest.raises(UserError, match=f"The model computes in {key}, the file in float32.*min_agreement"):
             keep_if_proven(ready, "onnx", [tmp_path / "model.onnx"], tmp_path, GraphOptions(), lambda: "all")
     report = json.loads((tmp_path / REPORT).read_text(encoding="utf-8"))
     assert report["agreement"] == 0 and report["trained_with"] == key and not report["proven"]

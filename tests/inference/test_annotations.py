@@ -123,7 +123,7 @@ def test_pieces_of_a_part_share_a_group_and_cvat_counts_images_from_0(tmp_path):
 
 
 def test_small_parts_are_left_out(tmp_path):
-    write(tmp_path, ["coco"], PredictedShapes(least_area=20))
+    write(tmp_path, ["coco"], PredictedShapes(min_area=20))
     areas = [row["area"] for row in json.loads((tmp_path / "out/coco/annotations.json").read_text())["annotations"]]
     assert areas and min(areas) >= 20
 

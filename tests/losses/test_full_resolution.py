@@ -58,7 +58,7 @@ LOSSES = {
     "smoothed": (CrossEntropy(WEIGHTS, label_smoothing=0.2), lambda *of: cross_entropy(*of, smoothing=0.2)),
     "focal": (Focal(WEIGHTS), lambda *of: focal(*of, gamma=2.0)),
     "focal 0.5": (Focal(WEIGHTS, gamma=0.5), lambda *of: focal(*of, gamma=0.5)),
-    "hardest": (CrossEntropy(WEIGHTS, hardest=0.3), lambda *of: hardest(*of, share=0.3)),
+    "hardest": (CrossEntropy(WEIGHTS, hard_fraction=0.3), lambda *of: hardest(*of, share=0.3)),
     "dice": (Dice(WEIGHTS), lambda *of: tversky(*of, alpha=0.5, beta=0.5)),
     "tversky": (Tversky(WEIGHTS), lambda *of: tversky(*of, alpha=0.3, beta=0.7)),
 }

@@ -95,12 +95,12 @@ BORDER = {"border_weight": 4.0, "border_width": WIDTH}
 LOSSES = {
     "near borders": (CrossEntropy(WEIGHTS, **BORDER), by_mean(entropy, 1.0, 4.0)),
     "no borders": (CrossEntropy(WEIGHTS, border_weight=0.0, border_width=WIDTH), by_mean(entropy, 1.0, 0.0)),
-    "both": (CrossEntropy(WEIGHTS, hardest=0.4, **BORDER), by_mean(entropy, 0.4, 4.0)),
+    "both": (CrossEntropy(WEIGHTS, hard_fraction=0.4, **BORDER), by_mean(entropy, 0.4, 4.0)),
     "smoothed": (
-        CrossEntropy(WEIGHTS, label_smoothing=0.2, hardest=0.1, **BORDER),
+        CrossEntropy(WEIGHTS, label_smoothing=0.2, hard_fraction=0.1, **BORDER),
         by_mean(lambda *of: entropy(*of, smoothing=0.2), 0.1, 4.0),
     ),
-    "focal": (Focal(WEIGHTS, hardest=0.25, **BORDER), by_mean(faded, 0.25, 4.0)),
+    "focal": (Focal(WEIGHTS, hard_fraction=0.25, **BORDER), by_mean(faded, 0.25, 4.0)),
     "dice": (Dice(WEIGHTS, **BORDER), lambda *of: overlap(*of, 0.5, 0.5, 4.0)),
     "tversky": (Tversky(WEIGHTS, **BORDER), lambda *of: overlap(*of, 0.3, 0.7, 4.0)),
     "tversky without borders": (
@@ -162,7 +162,7 @@ def test_the_hardest_are_chosen_in_each_image_by_itself():
 
 def test_an_image_costs_the_same_beside_others():
     prediction, batch = drawn(SIZES[0], 1)
-    loss = CrossEntropy(WEIGHTS, hardest=0.3, **BORDER)
+    loss = CrossEntropy(WEIGHTS, hard_fraction=0.3, **BORDER)
     whole, parts = loss(prediction, batch)
     total = norm = 0.0
     for row in range(4):
@@ -177,7 +177,7 @@ def test_weights_of_pixels_take_no_kernel(monkeypatch):
     asked = []
     monkeypatch.setattr(full_resolution.Fused, "takes", lambda fused, grid: asked.append(fused.form) or False)
     prediction, batch = drawn(SIZES[0], 0)
-    for loss in (CrossEntropy(WEIGHTS, hardest=0.5), CrossEntropy(WEIGHTS, **BORDER), Dice(WEIGHTS, **BORDER)):
+    for loss in (CrossEntropy(WEIGHTS, hard_fraction=0.5), CrossEntropy(WEIGHTS, **BORDER), Dice(WEIGHTS, **BORDER)):
         loss(prediction, batch)
     assert not asked
     Dice(WEIGHTS, border_weight=1.0)(prediction, batch)
@@ -185,19 +185,19 @@ def test_weights_of_pixels_take_no_kernel(monkeypatch):
 
 
 def too_hard(class_weights):
-    return CrossEntropy(class_weights, hardest=2)
+    return CrossEntropy(class_weights, hard_fraction=2)
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: CrossEntropy(WEIGHTS, hardest=0), "loss.criterion.hardest=0: give a share"),
-        (lambda: Focal(WEIGHTS, hardest=1.5), "loss.criterion.hardest=1.5: give a share"),
-        (lambda: CrossEntropy(WEIGHTS, hardest=math.nan), "loss.criterion.hardest=nan"),
+        (lambda: CrossEntropy(WEIGHTS, hard_fraction=0), "loss.criterion.hard_fraction=0: give a share"),
+        (lambda: Focal(WEIGHTS, hard_fraction=1.5), "loss.criterion.hard_fraction=1.5: give a share"),
+        (lambda: CrossEntropy(WEIGHTS, hard_fraction=math.nan), "loss.criterion.hard_fraction=nan"),
         (lambda: Dice(WEIGHTS, border_weight=-1), "loss.criterion.border_weight=-1: give a number of at least 0"),
         (lambda: Dice(WEIGHTS, border_weight=math.inf), "loss.criterion.border_weight=inf"),
         (lambda: Tversky(WEIGHTS, border_width=0), "loss.criterion.border_width=0: give a number of pixels"),
-        (lambda: WeightedSum({"ce": too_hard}, {"ce": 1.0}, WEIGHTS), "loss.criterion.terms.ce.hardest=2: give"),
+        (lambda: WeightedSum({"ce": too_hard}, {"ce": 1.0}, WEIGHTS), "loss.criterion.terms.ce.hard_fraction=2: give"),
     ],
 )
 def test_what_is_out_of_range_is_refused(make, message):

@@ -26,7 +26,7 @@ def told(where, *words):
 
 
 def test_figures_of_drawn_images_need_no_data(tmp_path, here):
-    found, out = told(tmp_path, "mode.drawn=true", "trainer.accumulate=2")
+    found, out = told(tmp_path, "mode.synthetic=true", "trainer.accumulate=2")
     assert found["data"] == "drawn" and found["device"] == "cpu" and found["precision"] == "fp32"
     assert found["train"]["images"] == 4 and found["train"]["size"] == [32, 48] and found["inference"]["images"] == 1
     for figures in (found["train"], found["inference"]):
@@ -48,7 +48,7 @@ def test_data_that_is_read_is_waited_for(tmp_path, here):
 
 @pytest.mark.heavy
 def test_slots_of_clips_are_timed(tmp_path, here):
-    words = (*SLOTS[1:], "mode=bench", "mode.drawn=true", "hydra.run.dir=run", *QUICK)
+    words = (*SLOTS[1:], "mode=bench", "mode.synthetic=true", "hydra.run.dir=run", *QUICK)
     done = call(tmp_path, *words)
     assert done.status == 0, done.err
     found = json.loads((tmp_path / "run/bench.json").read_text())
@@ -64,7 +64,7 @@ def test_slots_of_clips_are_timed(tmp_path, here):
         (["mode.images=-1"], "mode.images=-1"),
         (["mode.warmup=-1"], "mode.warmup=-1"),
         (["data.root=nowhere"], "nowhere"),
-        (["trainer=many_heads", "heads=[linear,mlp]", "adapter=frozen"], "trainer=many_heads trains several heads"),
+        (["trainer=multi_head", "heads=[linear,mlp]", "adapter=frozen"], "trainer=multi_head trains several heads"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -90,5 +90,5 @@ def test_shares_are_of_the_best_rate_and_nothing_is_started_that_cannot_be_train
 
 def test_a_killed_process_is_told_as_want_of_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(benching, "in_own_process", lambda work, item: None)
-    done = call(tmp_path, *WORDS, "mode.drawn=true")
+    done = call(tmp_path, *WORDS, "mode.synthetic=true")
     assert done.status == 1 and "killed, most likely because memory ran out. mode=plan" in done.err

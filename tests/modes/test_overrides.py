@@ -47,7 +47,13 @@ OF_MODE = {  # what else a mode is given, so that it takes little time
     "predict": ("mode.masks=false",),
     "probe": ("head.layers=[1]", "mode.strengths=[0.1]", "mode.balances=[0.0]"),
     "select": ("selection=uncertainty", "count=1"),
-    "train": ("trainer.steps=1", "mode.metrics_only=true", "mode.report=false", "mode.pictures=0", "mode.floor=0"),
+    "train": (
+        "trainer.steps=1",
+        "mode.metrics_only=true",
+        "mode.report=false",
+        "mode.pictures=0",
+        "mode.probe_baseline=0",
+    ),
 }
 SIZES = {"typical": 48, "largest": 60}  # of the training's images: those here are larger
 IDLE = {  # what is read, and changes nothing here

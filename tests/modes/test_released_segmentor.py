@@ -101,7 +101,13 @@ def test_train_a_new_class_layer(files, tmp_path, recipe, columns):
         write_png(tmp_path / f"idd/leftImg8bit/{split}/1/a_leftImg8bit.png", picture())
         mask = np.random.default_rng(1).choice([0, 3, 25, 255], SIZE).astype(np.uint8)
         write_png(tmp_path / f"idd/gtFine/{split}/1/a_gtFine_labellevel3Ids.png", mask)
-    steps = ["trainer.steps=1", "resolution.crop=[64,96]", "data.batch_size=1", "mode.pictures=0", "mode.floor=0"]
+    steps = [
+        "trainer.steps=1",
+        "resolution.crop=[64,96]",
+        "data.batch_size=1",
+        "mode.pictures=0",
+        "mode.probe_baseline=0",
+    ]
     given = [*SMALL, *QUIET, *weights(files), *steps, "data.root=idd", "backbone.dtype=float32", "hydra.run.dir=run"]
     if recipe == "idd_m2f_no_object":
         given.append("loss.criterion.num_points=64")

@@ -27,7 +27,7 @@ WORDS = (
     *("trainer.clip=0.05", "trainer.ema=0.9", "trainer.patience=1"),
 )
 HEADS = "heads=[linear,{head: cnn, channels: 16, name: wide, lr: 3e-2},{head: linear, layers: [0], name: early}]"
-MANY = (*WORDS, "trainer=many_heads", HEADS)
+MANY = (*WORDS, "trainer=multi_head", HEADS)
 NAMES = ("linear", "wide", "early")
 
 
@@ -225,17 +225,17 @@ def test_where_all_have_diverged_the_run_has_failed(folder, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("trainer=many_heads",), "heads=None: give a list of at least one head"),
-        (("heads=[linear]",), "heads has no effect without trainer=many_heads"),
-        (("lrs=[1e-3]",), "lrs has no effect without trainer=many_heads"),
-        (("trainer=many_heads", "heads=[linaer]"), "linaer is unknown. Did you mean linear?"),
-        (("trainer=many_heads", "heads=[linear]", "head=cnn"), "head=cnn and heads both set the heads to train"),
-        (("trainer=many_heads", "heads=[{head: cnn, depth: 2}]"), "depth is not a key of head=cnn. It has layers, "),
-        (("trainer=many_heads", "heads=[linear,mlp]", "adapter=full"), "adapter=full: trainer=many_heads trains heads"),
-        (("trainer=many_heads", "heads=[linear,slots]"), "head=slots is trained on clips"),
-        (("trainer=many_heads", "heads=[linear]", f"lrs=[1{400 * '0'},1]"), "give a list of learning rates above 0"),
-        (("trainer=many_heads", "heads=[linear,dpt]"), "quarters"),
-        (("trainer=many_heads", "heads=[linear]", "data.feature_noise=0.1"), "data.feature_noise=0.1 is for one head"),
+        (("trainer=multi_head",), "heads=None: give a list of at least one head"),
+        (("heads=[linear]",), "heads has no effect without trainer=multi_head"),
+        (("lrs=[1e-3]",), "lrs has no effect without trainer=multi_head"),
+        (("trainer=multi_head", "heads=[linaer]"), "linaer is unknown. Did you mean linear?"),
+        (("trainer=multi_head", "heads=[linear]", "head=cnn"), "head=cnn and heads both set the heads to train"),
+        (("trainer=multi_head", "heads=[{head: cnn, depth: 2}]"), "depth is not a key of head=cnn. It has layers, "),
+        (("trainer=multi_head", "heads=[linear,mlp]", "adapter=full"), "adapter=full: trainer=multi_head trains heads"),
+        (("trainer=multi_head", "heads=[linear,slots]"), "head=slots is trained on clips"),
+        (("trainer=multi_head", "heads=[linear]", f"lrs=[1{400 * '0'},1]"), "give a list of learning rates above 0"),
+        (("trainer=multi_head", "heads=[linear,dpt]"), "quarters"),
+        (("trainer=multi_head", "heads=[linear]", "data.feature_noise=0.1"), "data.feature_noise=0.1 is for one head"),
     ],
 )
 def test_what_cannot_be_is_refused_and_leaves_nothing(folder, words, message):
@@ -264,7 +264,7 @@ def test_the_backbone_that_is_shared_is_compiled_where_that_is_asked_for(folder,
     compiled = []
     monkeypatch.setattr("dinoseg.training.engine.compile_blocks", lambda each, copies: compiled.append(each))
     words = (
-        "trainer=many_heads",
+        "trainer=multi_head",
         "heads=[linear]",
         "engine.compile=true",
         "trainer.steps=1",
@@ -275,10 +275,10 @@ def test_the_backbone_that_is_shared_is_compiled_where_that_is_asked_for(folder,
 
 
 def test_other_heads_are_a_run_of_their_own(folder, run):
-    done = call(folder, "mode=train", f"resume={run.path}", "trainer=many_heads", "heads=[linear]")
+    done = call(folder, "mode=train", f"resume={run.path}", "trainer=multi_head", "heads=[linear]")
     assert done.status == 1 and "Leave both out, or train other heads in a new run" in done.err
 
 
 def test_cells_of_a_sweep_are_looked_at_before(folder):
-    done = call(folder, *WORDS, "trainer=many_heads", "heads=[linear,dpt],[linear]", "hydra.sweep.dir=swept", "-m")
+    done = call(folder, *WORDS, "trainer=multi_head", "heads=[linear,dpt],[linear]", "hydra.sweep.dir=swept", "-m")
     assert done.status == 1 and "1 of 2 cells of this sweep cannot run" in done.err and "quarters" in done.err

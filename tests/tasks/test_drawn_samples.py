@@ -7,7 +7,7 @@ from refused_trainings import refusal
 
 from dinoseg.training import checkpoint
 
-DRAWN = ("data.class_uniform=0.5", "data.class_mix=0.5", "loss=ce_dice", "loss.criterion.terms.ce.hardest=0.3")
+DRAWN = ("data.class_uniform=0.5", "data.class_mix=0.5", "loss=ce_dice", "loss.criterion.terms.ce.hard_fraction=0.3")
 DRAWN += ("loss.criterion.terms.ce.border_weight=3", "loss.criterion.terms.dice.border_weight=2")
 
 
@@ -70,7 +70,7 @@ def test_features_are_kept_of_crops_for_a_class(where):
             ("data.class_mix=0.5", "data.feature_noise=0.1", "adapter=frozen"),
             "data.feature_noise=0.1 with data.class_mix=0.5: noise is added",
         ),
-        (("loss.criterion.hardest=0",), "hardest=0 is out of range. Give a number above 0 and at most 1."),
+        (("loss.criterion.hard_fraction=0",), "hard_fraction=0 is out of range. Give a number above 0 and at most 1."),
         (("loss.criterion.border_weight=-2",), "border_weight=-2 is out of range. Give a number of at least 0."),
         (("loss.criterion.border_width=0",), "border_width=0 is out of range. Give a whole number of at least 1."),
         (("loss=lovasz", "+loss.criterion.border_weight=2"), "does not take border_weight"),

@@ -50,12 +50,12 @@ def mixture(**terms):
 CASES = {name: [f"loss={name}"] for name in options("loss")}
 CASES |= {
     "lovasz per image": ["loss=lovasz", "loss.criterion.per_image=true"],
-    "hardest": ["loss=cross_entropy", "loss.criterion.hardest=0.3"],
+    "hardest": ["loss=cross_entropy", "loss.criterion.hard_fraction=0.3"],
     "focal, border": ["loss=focal", "loss.criterion.border_weight=4", "loss.criterion.border_width=1"],
     "ce, lovasz per image": ["loss=ce_lovasz", "loss.criterion.terms.lovasz.per_image=true"],
     "ce, focal": mixture(ce=CE + "}", focal=FOCAL + "}"),
     "ce, focal with border": mixture(ce=CE + "}", focal=FOCAL + ", border_weight: 4, border_width: 1}"),
-    "ce, hardest": mixture(ce=CE + "}", hard=CE + ", hardest: 0.1}"),
+    "ce, hardest": mixture(ce=CE + "}", hard=CE + ", hard_fraction: 0.1}"),
     "masks, ce, lovasz per image": mixture(masks=MASKS, ce=CE + "}", lovasz=LOVASZ + ", per_image: true}"),
     "ce twice": mixture(one=CE + ", label_smoothing: 0.2}", two=CE + "}"),
 }
@@ -276,7 +276,7 @@ def test_a_teacher_s_terms_are_joined_by_their_own_divisors(name, weight):
 
 
 def test_a_mean_over_some_pixels_times_the_share_of_sure_ones_is_no_sum():
-    own, hard = CrossEntropy(torch.ones(K)), CrossEntropy(torch.ones(K), hardest=0.5)
+    own, hard = CrossEntropy(torch.ones(K)), CrossEntropy(torch.ones(K), hard_fraction=0.5)
     check(table("pixels", rows=3 * IMAGES), TaughtLoss(own, hard, 1.0), with_views(samples()), batchwise=True)
     assert not TaughtLoss(own, hard, 0.0).sums_over_batch
 

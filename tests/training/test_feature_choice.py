@@ -409,7 +409,7 @@ def test_what_lets_batches_come_sooner_depends_on_what_is_read(train, data, tmp_
 def test_a_head_that_sees_the_pixels_trains_from_what_is_kept_as_live(train, computed, adapter):
     def rows(*cache, **options):
         torch.manual_seed(1)
-        head = DetailHead(24, 1, 3, patch_size=8, fine=4, width=8, jitter=0.3, direct=True)
+        head = DetailHead(24, 1, 3, patch_size=8, fine=4, width=8, jitter=0.3, linear_skip=True)
         return train(*cache, head=head, adapter=adapter, steps=3, **options)[0]
 
     live = rows()

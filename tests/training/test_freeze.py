@@ -65,7 +65,7 @@ def train(folder, *, begin=0.5, steps=6, start=None, model=None, watch=None, **o
     )
     loss = options.pop("loss", None) or CrossEntropy(torch.ones(3))
     feed.cache = feature_cache(feed, model, loss, engine, Plan(folder / "cache", 3.0, "", {}, dtype="float32"))
-    optimizer = adamw(model, head_lr=1e-2, backbone_lr=1e-3, backbone_begin=begin)
+    optimizer = adamw(model, head_lr=1e-2, backbone_lr=1e-3, freeze_backbone_until=begin)
     if watch:
         model.backbone.register_forward_hook(lambda part, _, maps: watch(part, maps))
     checkpoints = Checkpoints(folder, dict(INFO), start and read(start))
@@ -190,7 +190,7 @@ def test_every_backbone_can_rest(name, tmp_path):
 def test_heads_that_see_pixels_or_go_through_the_blocks_learn_over_one_that_rests(tmp_path, head):
     """The queries of EoMT learn through blocks that freeze."""
     made = {
-        "detail": lambda: DetailHead(24, 1, 3, 8, 4, 8, 1, jitter=0, direct=True),
+        "detail": lambda: DetailHead(24, 1, 3, 8, 4, 8, 1, jitter=0, linear_skip=True),
         "eomt": lambda: EomtHead(24, 1, 3, patch_size=8, num_queries=5, blocks=1),
     }[head]
     loss = MaskClassification(torch.ones(3), num_points=16) if head == "eomt" else None
@@ -209,7 +209,7 @@ def test_an_error_on_the_way_leaves_the_model_as_it_was():
     model = untrained(lambda: LastBlocks(blocks=1)).train()
     before = state_of(model)
     assert {part.training for part in model.backbone.modules()} == {True, False}, "what is frozen stays in eval mode"
-    freeze = BackboneFreeze(model.backbone, adamw(model, lr=1e-3, backbone_begin=0.5), is_single=True)
+    freeze = BackboneFreeze(model.backbone, adamw(model, lr=1e-3, freeze_backbone_until=0.5), is_single=True)
     with pytest.raises(MemoryError), freeze.during(ScheduleState(schedule(), 0, 10), torch.zeros(1, 3, 8, 8)):
         assert not any(parameter.requires_grad for parameter in model.backbone.parameters())
         raise MemoryError
@@ -223,7 +223,7 @@ def state_of(model):
 def test_several_ranks_expect_gradients_which_are_dropped():
     model = untrained()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    freeze = BackboneFreeze(model.backbone, adamw(model, lr=1e-3, backbone_begin=0.5), is_single=False)
+    freeze = BackboneFreeze(model.backbone, adamw(model, lr=1e-3, freeze_backbone_until=0.5), is_single=False)
     for step, left in ((4, True), (5, False)):
         with freeze.during(ScheduleState(schedule(), step, 10), None):
             model(torch.rand(1, 3, 16, 16)).outputs.sum().backward()
@@ -235,7 +235,7 @@ def test_several_ranks_expect_gradients_which_are_dropped():
 def test_its_schedule_begins_with_it():
     """As of a training that is those steps alone, with their warm-up, of all that learns then."""
     model, shape = untrained(), schedule("cosine", warmup=0.25)
-    optimizer = adamw(model, head_lr=0.5, backbone_lr=0.1, backbone_begin=0.35)
+    optimizer = adamw(model, head_lr=0.5, backbone_lr=0.1, freeze_backbone_until=0.35)
     for step in range(20):
         factor = shape(step, 7) if step < 7 else shape(step - 7, 13)
         assert set_learning_rates(optimizer, ScheduleState(shape, step, 20)) == 0.5 * factor
@@ -249,21 +249,21 @@ def test_its_schedule_begins_with_it():
 def test_the_groups_of_what_rests_are_the_backbone_s_alone(monkeypatch):
     model = untrained()
     monkeypatch.setattr(type(model.head), "late", (0.3, [model.head.norm]))
-    found = parameter_groups(model, lr=0.1, weight_decay=0.0, backbone_begin=0.3)
+    found = parameter_groups(model, lr=0.1, weight_decay=0.0, freeze_backbone_until=0.3)
     for group in found:
         assert {name.startswith("backbone.") for name in group["names"]} == {group["frozen"]}
         late = group["frozen"] or any(name.startswith("head.norm") for name in group["names"])
         assert group["start"] == (0.3 if late else 0.0)
     assert not any(group["frozen"] for group in parameter_groups(model, lr=0.1, weight_decay=0.0))
     copies = untrained(Frozen, head=lambda: SplitHead(24, 1, 3, blocks=1))  # learn at the backbone's rate, in the head
-    nothing = parameter_groups(copies, lr=0.1, weight_decay=0.0, backbone_begin=0.3)
+    nothing = parameter_groups(copies, lr=0.1, weight_decay=0.0, freeze_backbone_until=0.3)
     assert not any(group["frozen"] or group["start"] for group in nothing)
 
 
 def test_what_begins_late_in_a_head_has_gradients_while_a_backbone_rests(monkeypatch):
     model = untrained()
     monkeypatch.setattr(type(model.head), "late", (0.3, [model.head.norm]))
-    freeze = BackboneFreeze(model.backbone, adamw(model, lr=1e-3, backbone_begin=0.3), is_single=True)
+    freeze = BackboneFreeze(model.backbone, adamw(model, lr=1e-3, freeze_backbone_until=0.3), is_single=True)
     with freeze.during(ScheduleState(schedule(), 0, 10), None):
         assert all(parameter.requires_grad for parameter in model.head.parameters())
         assert not any(parameter.requires_grad for parameter in model.backbone.parameters())
@@ -291,12 +291,12 @@ def test_time_left_is_foretold_anew_where_a_rest_ends(tmp_path, monkeypatch):
 def test_a_run_says_how_long_its_backbone_rests(caplog, begin, start, said):
     caplog.set_level(logging.INFO)
     model = untrained()
-    freeze = BackboneFreeze(model.backbone, adamw(model, lr=1e-3, backbone_begin=begin), is_single=True)
+    freeze = BackboneFreeze(model.backbone, adamw(model, lr=1e-3, freeze_backbone_until=begin), is_single=True)
     freeze.log_length(ScheduleState(schedule(), start, 6))
     assert said in caplog.text and bool(caplog.text) == bool(said)
     assert ("take less time" in caplog.text) == (said.endswith("steps"))
     caplog.clear()
-    BackboneFreeze(model.backbone, adamw(model, lr=1e-3, backbone_begin=begin), is_single=False).log_length(
+    BackboneFreeze(model.backbone, adamw(model, lr=1e-3, freeze_backbone_until=begin), is_single=False).log_length(
         ScheduleState(schedule(), start, 6)
     )
     assert said in caplog.text and "take less time" not in caplog.text, "several ranks compute gradients all the same"
@@ -304,7 +304,7 @@ def test_a_run_says_how_long_its_backbone_rests(caplog, begin, start, said):
 
 def test_the_end_of_a_rest_is_seen_once_also_where_fewer_steps_cut_it_short():
     model = untrained()
-    optimizer = adamw(model, head_lr=1e-2, backbone_lr=1e-3, backbone_begin=0.4)
+    optimizer = adamw(model, head_lr=1e-2, backbone_lr=1e-3, freeze_backbone_until=0.4)
     for lengths, end in (([10] * 10, 3), ([10, 10, 5, 5, 5], 2), ([10, 10, 10, 10, 6], 3)):
         freeze = BackboneFreeze(model.backbone, optimizer, is_single=True)
         seen = [freeze.ends_with(ScheduleState(schedule(), step, steps)) for step, steps in enumerate(lengths)]

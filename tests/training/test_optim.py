@@ -103,7 +103,7 @@ def test_lora_matrices_are_found(tiny_backbone):
 @pytest.mark.parametrize("kind", ["constant", "cosine", "poly"])
 @pytest.mark.parametrize("warmup", [0, 5])
 def test_schedules_rise_then_fall_to_their_floor(kind, warmup):
-    factor = schedule(kind, warmup=warmup, floor=0.1, power=0.9)
+    factor = schedule(kind, warmup=warmup, min_lr_ratio=0.1, power=0.9)
     values = [factor(step, 50) for step in range(50)]
     assert values[warmup] == pytest.approx(1.0)
     assert values[:warmup] == sorted(values[:warmup]) and all(0 < value < 1 for value in values[:warmup])

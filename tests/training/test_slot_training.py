@@ -68,7 +68,7 @@ def rows(folder):
         ("loss=video_similarity", "head.similarity=true"),
         ("head.predictor=none", "data.clips.cut.length=1", "head.iterations=2"),
         ("backbone=rgb", "head.steps=[0,1]"),
-        ("loss=slot_contrast", "head.standardise=true", "head.alone=0.5"),
+        ("loss=slot_contrast", "head.standardise=true", "head.independent_until=0.5"),
     ],
     ids=["attention", "groups", "videosaur", "dinosaur", "rgb", "contrast"],
 )
@@ -86,7 +86,7 @@ def test_each_member_of_the_family_learns(here, more):
     assert len(validated) == 1 and {"val/loss", "val/ari", "val/mbo"} <= set(validated[0])
 
 
-@pytest.mark.parametrize("following", [(), ("slots.match=appearance", "slots.looks=2", "slots.appearance=3")])
+@pytest.mark.parametrize("following", [(), ("slots.match=appearance", "slots.passes=2", "slots.appearance=3")])
 def test_validation_is_the_protocol_s_score_and_evaluation_repeats_it(here, following):
     lengths = ("trainer.steps=4", "trainer.val_every=2", "trainer.score=mbo")
     light = ("mode.metrics_only=true",) * bool(following)  # what is drawn is looked at once
@@ -255,7 +255,7 @@ def test_videos_without_masks_have_a_loss_alone(here):
             ("loss=slot_contrast", "head.predictor=none"),
             "loss=slot_contrast compares slots across frames",
         ),
-        (("head.alone=1",), "head.alone=1"),
+        (("head.independent_until=1",), "head.independent_until=1"),
         (("loss=video_similarity",), "head.similarity=false does not fit loss=video_similarity"),
         (("slots=lock_on",), "slots.lock_on=true needs the first frame's masks, and data=movi is evaluated without"),
         (("slots.temperature=-1",), "slots.temperature=-1 is out of range. Give a number above 0"),
@@ -321,7 +321,7 @@ def test_clips_of_unequal_length_are_refused(movi, tmp_path):
 def test_two_ranks_train_and_score_as_one(here):
     lengths = ("trainer.steps=2", "trainer.val_every=2", "data.batch_size=4", "mode.metrics_only=true")
     groups = ("head.num_slots=[2,2]", "head.groups=initial", "head.steps=[0,1]", "head.time_decoder=linear")
-    late = ("head.standardise=true", "head.alone=0.5", "head.decoder_first=0.5", "loss=slot_contrast")
+    late = ("head.standardise=true", "head.independent_until=0.5", "head.decoder_first=0.5", "loss=slot_contrast")
     run(here, *SLOTS, *lengths, *groups, *late, "engine.devices=2", "hydra.run.dir=run")
     run(here, "mode=eval", "resume=run", "engine=cpu", "engine.precision=fp32", "hydra.run.dir=again")
     one, two = (

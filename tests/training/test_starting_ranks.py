@@ -212,7 +212,7 @@ def test_ranks_at_work_wait_as_long_as_is_set_and_are_not_warned_of_gradients_th
     with warnings.catch_warnings():
         meet(torch.device("cpu"), 5.0, 7.5)
         warnings.warn(said.format("1, 4, 24"), stacklevel=1)
-        warnings.warn(said.format("11, 768, 1, 1"), stacklevel=1)  # of `head.direct`
+        warnings.warn(said.format("11, 768, 1, 1"), stacklevel=1)  # of `head.linear_skip`
         for other in ("16, 4, 24", "11, 768, 3, 3"):
             with pytest.raises(UserWarning, match="strides"):
                 warnings.warn(said.format(other), stacklevel=1)

@@ -49,7 +49,7 @@ CASES = {
         "adapter": lambda: Lora(rank=2, alpha=2, targets="attention"),
         "dtype": "bfloat16",
     },
-    "detailed": {"head": lambda: DetailHead(24, 1, 3, 8, 4, 8, 1, jitter=0, direct=True), "steps": 1},
+    "detailed": {"head": lambda: DetailHead(24, 1, 3, 8, 4, 8, 1, jitter=0, linear_skip=True), "steps": 1},
     "copies": {"head": lambda: SplitHead(24, 1, 3, blocks=1), "adapter": Frozen},
     "shared_copies": {"head": lambda: SplitHead(24, 1, 3, blocks=1), "adapter": Frozen, "sharding": "fsdp"},
     "kept": {"head": lambda: MlpHead(24, 1, 3, 8), "adapter": Frozen, "cache": "disk"},
@@ -99,7 +99,7 @@ def train(
     feed = ImageFeed(*sets, Augment((24, 32)), **order, views=None if cache == "off" else 1)
     loss, plan = loss(), Plan(folder / "cache", 3.0, "", {}, dtype="float32")
     feed.cache = feature_cache(feed, model, loss, engine, plan)
-    groups = parameter_groups(model, lr=0.01 if adamw else 0.05, weight_decay=0.0, backbone_begin=begin)
+    groups = parameter_groups(model, lr=0.01 if adamw else 0.05, weight_decay=0.0, freeze_backbone_until=begin)
     optimizer = torch.optim.AdamW(groups, fused=True) if adamw else torch.optim.SGD(groups)
     checkpoints = Checkpoints(folder, dict(INFO), start and read(start), writes=engine.is_main)
     lengths = {"steps": 3, "val_every": 3, "log_every": 1, "clip": None}

@@ -165,7 +165,7 @@ def _read(words: Sequence[str], choices: Sequence[RecipeChoice]) -> ComposedReci
         devices=cfg.engine.devices,
         head_lr=rates.head_lr,
         backbone_lr=rates.backbone_lr,
-        freezes="backbone_begin" in rates,
+        freezes="freeze_backbone_until" in rates,
     )
 
 

@@ -271,7 +271,7 @@ class RecipeSearch:
 
     def _may_rest(self, case: RecipeCase) -> bool:
         able = self.base.freezes and self.base.devices == 1  # saves ranks no time
-        typed = self.given & {"adapter", "optim.optimizer.backbone_begin"}
+        typed = self.given & {"adapter", "optim.optimizer.freeze_backbone_until"}
         return able and not typed and case.sees_pixels and case.smaller == 1
 
     def _try(self, candidate: RecipeCandidate, number: int, count: int) -> TimedCandidate | str:

@@ -47,7 +47,7 @@ _FORMS: Mapping[str, forms.Form] = {  # of all keys that may be chosen; a file w
     **{"data.batch_size": forms.whole(1, 2**16), "data.views": forms.whole(1, 2**10)},
     **{"data.labelled": forms.number(1e-9, 1)},
     **{"resolution.crop": forms.row(_SIDE, _SIDE), "resolution.longest": _SIDE},
-    **{"optim.optimizer.backbone_begin": forms.number(0, 0.99)},
+    **{"optim.optimizer.freeze_backbone_until": forms.number(0, 0.99)},
     **{"optim.optimizer.backbone_lr": _RATE, "optim.optimizer.head_lr": _RATE},
     **{"trainer.accumulate": forms.whole(1, 2**20), "trainer.max_minutes": forms.number(0, 2**40)},
     **dict.fromkeys(("trainer.steps", "trainer.val_every", "trainer.val_images"), _COUNT),

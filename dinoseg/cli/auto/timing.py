@@ -29,7 +29,7 @@ def time_candidate(
         began=began,
         minutes=minutes,
         dtype=stored_as(build.value("features.dtype"), {}),
-        rested=training_parts(build, {"optim.optimizer.backbone_begin": REST}) if may_rest else None,
+        rested=training_parts(build, {"optim.optimizer.freeze_backbone_until": REST}) if may_rest else None,
         ranks=ranks,
         until=until,
     )

@@ -30,14 +30,14 @@ class MaskRegion:
         return counts if counts[-1] else counts[:-1]
 
 
-def parts_of(ids: np.ndarray, *, leave_out: int | None, joined: bool, least_area: int) -> Iterator[MaskRegion]:
+def parts_of(ids: np.ndarray, *, leave_out: int | None, joined: bool, min_area: int) -> Iterator[MaskRegion]:
     """Yield the parts of class ids (H, W) uint8, class by class.
 
     Args:
         ids: class ids of an image.
         leave_out: the class that is not an object; None: every class has parts.
         joined: all pixels of a class are one part; otherwise each 8-connected component is one.
-        least_area: parts with fewer pixels are dropped.
+        min_area: parts with fewer pixels are dropped.
     """
     for value in np.flatnonzero(np.bincount(ids.ravel(), minlength=256)).tolist():
         if value == leave_out:
@@ -46,13 +46,13 @@ def parts_of(ids: np.ndarray, *, leave_out: int | None, joined: bool, least_area
         if joined:
             rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
             box = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-            if box.sum() >= least_area:
+            if box.sum() >= min_area:
                 yield MaskRegion(value, int(columns[0]), int(rows[0]), box)
             continue
         count, labels, boxes, _ = cv2.connectedComponentsWithStats(mask.view(np.uint8), connectivity=8)
         for label in range(1, count):
             left, top, width, height, area = boxes[label].tolist()
-            if area >= least_area:
+            if area >= min_area:
                 yield MaskRegion(value, left, top, labels[top : top + height, left : left + width] == label)
 
 

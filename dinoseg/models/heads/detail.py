@@ -39,7 +39,7 @@ class DetailHead(Head[Tensor]):
         blocks: number of residual strip convolutions after the fusion.
         jitter: standard deviation of the random contrast and colour shift per image, applied to the pixels in
             training.
-        direct: add the scores of a linear layer on the tokens.
+        linear_skip: add the scores of a linear layer on the tokens.
 
     Raises:
         UserError: odd patch size, or a value below its minimum.
@@ -55,7 +55,7 @@ class DetailHead(Head[Tensor]):
         width: Count = 48,
         blocks: Natural = 2,
         jitter: NotNegative = 0.1,
-        direct: bool = False,
+        linear_skip: bool = False,
     ) -> None:
         super().__init__()
         check_positive(fine=fine, width=width)
@@ -74,7 +74,7 @@ class DetailHead(Head[Tensor]):
         self.project = nn.Conv2d(total, width, kernel_size=1)
         self.fuse = nn.Sequential(_convolution(2 * width, width, 1), *(_Strips(width) for _ in range(blocks)))
         self.classify = nn.Conv2d(width, num_classes * (STRIDE // _FINEST) ** 2, kernel_size=1)
-        self.direct = nn.Conv2d(total, num_classes, kernel_size=1) if direct else None
+        self.linear_skip = nn.Conv2d(total, num_classes, kernel_size=1) if linear_skip else None
 
     def run(self, backbone: Backbone, images: Tensor) -> Tensor:
         """Return class scores of the padded input (B, K, H / 2, W / 2)."""
@@ -104,9 +104,9 @@ class DetailHead(Head[Tensor]):
         scores = F.pixel_shuffle(squares, STRIDE // _FINEST)
         if self.patch_size % STRIDE:  # the last cells may extend beyond the image
             scores = _first(scores, height // _FINEST, width // _FINEST)
-        if self.direct is None:
+        if self.linear_skip is None:
             return scores
-        return scores + F.interpolate(self.direct(read), scores.shape[-2:], mode="bilinear")
+        return scores + F.interpolate(self.linear_skip(read), scores.shape[-2:], mode="bilinear")
 
     def grid_scores(self, outputs: Tensor) -> Tensor:
         """Return the outputs, since `predict` only upsamples them bilinearly."""

@@ -18,12 +18,12 @@ class LinearHead(Head[Tensor]):
         in_dim: the width of a transformer's maps, or the list of a pyramid's widths.
         num_layers: number of maps, concatenated.
         num_classes: number of classes K.
-        least_maps: minimum number of maps.
+        min_maps: minimum number of maps.
         init: initialisation of a new training: `probe`, from the closed-form linear probe (`dinoseg.tasks.probing`),
             or None, at random.
 
     Raises:
-        UserError: fewer maps than `least_maps`, or unknown `init`.
+        UserError: fewer maps than `min_maps`, or unknown `init`.
     """
 
     def __init__(
@@ -31,15 +31,15 @@ class LinearHead(Head[Tensor]):
         in_dim: int | Sequence[int],
         num_layers: int,
         num_classes: Count,
-        least_maps: Count = 1,
+        min_maps: Count = 1,
         init: str | None = None,
     ) -> None:
         super().__init__()
         if init not in (None, "probe"):
             raise UserError(f"head.init={init} is unknown. Choose probe, or null for a random initialisation.")
-        if num_layers < least_maps:
+        if num_layers < min_maps:
             raise UserError(
-                f"This head reads at least {least_maps} feature maps (head.least_maps), but backbone.layers gives "
+                f"This head reads at least {min_maps} feature maps (head.min_maps), but backbone.layers gives "
                 f"{num_layers}. Name more blocks, such as backbone.layers=[-4,-3,-2,-1], or choose a head that takes "
                 f"one map: linear, mlp or cnn."
             )

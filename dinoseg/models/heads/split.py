@@ -183,7 +183,7 @@ def _plain(linear: nn.Linear) -> nn.Linear:
     if whole.shape != (linear.out_features, linear.in_features) or not whole.is_floating_point():
         raise UserError(
             "head=split copies unquantised weights, but this backbone is already quantised, as with "
-            "trainer=many_heads. Choose adapter.bits=null, or train this head separately."
+            "trainer=multi_head. Choose adapter.bits=null, or train this head separately."
         )
     plain = nn.Linear(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
     plain.weight, plain.bias = nn.Parameter(whole), linear.bias

@@ -30,8 +30,8 @@ class SlotTracking:
             see `Appearance`. `auto`: slots keep their order if the head propagates them, else `overlap`.
         temperature: temperature of `Correspondence`, for overlap, soft_iou and similarity.
         appearance: weight of appearance relative to a slot's mask, with that `match`; 0: masks alone assign cells.
-        looks: number of passes over a video, with that `match`. With 2, the second pass knows each slot's appearance in
-            the whole video from the first frame on. It takes twice as long and needs a video that can be read twice.
+        passes: number of passes over a video, with that `match`. With 2, the second pass knows each slot's appearance
+            in the whole video from the first frame on. It takes twice as long and needs a video that can be read twice.
 
     Raises:
         UserError: a value is out of range, or an option is unknown.
@@ -45,7 +45,7 @@ class SlotTracking:
     match: str = "auto"
     temperature: Positive = 0.05
     appearance: Annotated[float, Range("a number from 0 to 1000000", 0, 1e6)] = 16.0
-    looks: Annotated[int, Range("1 or 2", 1, 2)] = 1
+    passes: Annotated[int, Range("1 or 2", 1, 2)] = 1
 
     def __post_init__(self) -> None:
         for key, value, least in (
@@ -62,12 +62,12 @@ class SlotTracking:
             raise UserError(f"slots.temperature={self.temperature} must be above 0 and finite, such as 0.05.")
         if not 0 <= self.appearance <= 1e6:
             raise UserError(f"slots.appearance={self.appearance}: give a number from 0 to 1000000, such as 16.")
-        if self.looks not in (1, 2):
-            raise UserError(f"slots.looks={self.looks}: a video is processed in one or two passes. Give 1 or 2.")
-        if self.looks == 2 and self.match != "appearance":
+        if self.passes not in (1, 2):
+            raise UserError(f"slots.passes={self.passes}: a video is processed in one or two passes. Give 1 or 2.")
+        if self.passes == 2 and self.match != "appearance":
             raise UserError(
-                f"slots.looks=2 has no effect with slots.match={self.match}: the first pass collects slot appearance. "
-                "Set slots.match=appearance, or slots.looks=1."
+                f"slots.passes=2 has no effect with slots.match={self.match}: the first pass collects slot appearance. "
+                "Set slots.match=appearance, or slots.passes=1."
             )
         for key, value, least in (("slots_per_object", self.slots_per_object, 1), ("extra_slots", self.extra_slots, 0)):
             if not self.lock_on and value > least:

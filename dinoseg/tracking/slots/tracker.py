@@ -114,10 +114,10 @@ class SlotTracker(Tracker):
                 although `lock_on` needs them; there are more objects than slots; or `looks` is 2 and `look_ahead` was
                 not called.
         """
-        if self._slot_settings.looks == 2 and self._followed is None and self._known is None:
+        if self._slot_settings.passes == 2 and self._followed is None and self._known is None:
             raise UserError(
-                "slots.looks=2 needs the whole video before its first frame: call look_ahead(...) with it before "
-                "track(...), or give slots.looks=1."
+                "slots.passes=2 needs the whole video before its first frame: call look_ahead(...) with it before "
+                "track(...), or give slots.passes=1."
             )
         assert self.size is not None
         begins = self._followed is None
@@ -137,7 +137,7 @@ class SlotTracker(Tracker):
             UserError: see `track`.
         """
         self._followed, self._known, self.size = None, None, None
-        if self._slot_settings.looks == 1:
+        if self._slot_settings.passes == 1:
             return
         for frames, labels in video():
             for batch in self.batches(frames, labels):
@@ -201,8 +201,8 @@ class SlotTracker(Tracker):
             return
         by_looks = self._slot_settings.match == "appearance"
         check_state(state, _FORMS | (_APPEARANCE if by_looks else {}))
-        if by_looks and (int(state["whole"]) != self._slot_settings.looks - 1 or not state["cells"].any()):
-            raise ValueError(f"whole and cells do not match slots.looks={self._slot_settings.looks}")
+        if by_looks and (int(state["whole"]) != self._slot_settings.passes - 1 or not state["cells"].any()):
+            raise ValueError(f"whole and cells do not match slots.passes={self._slot_settings.passes}")
         slots = state["slots"].shape[1]
         if sorted(state["places"].tolist()) != list(range(slots)) or int(state["sizes"].sum()) != slots:
             raise ValueError(f"positions or sizes do not match {slots} slots")

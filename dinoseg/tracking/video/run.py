@@ -115,7 +115,7 @@ def _ahead(job: TrackJob) -> Iterator[LabelledFrames]:
                     raise
                 raise UserError(
                     f"{error} No mask was written, since the first of two passes covers the whole video "
-                    "(slots.looks=2); slots.looks=1 writes masks up to the error."
+                    "(slots.passes=2); slots.passes=1 writes masks up to the error."
                 ) from error
             if not batch:
                 return

@@ -211,7 +211,7 @@ def test_a_run_goes_on_whose_classes_of_any_name_have_weights(folder):
         (["budget.minutes=null"], "budget.minutes=null"),
         (["budget.minutes=soon"], "budget.minutes=soon"),
         (["hparam=base", "budget.minutes=3"], "budget.minutes=3 has no effect without hparam=auto"),
-        (["trainer=many_heads", "heads=[linear]"], "trainer=many_heads trains several heads"),
+        (["trainer=multi_head", "heads=[linear]"], "trainer=multi_head trains several heads"),
         (["trainer=self_training"], "images and their masks, not for trainer=self_training. Choose a recipe:"),
         (["trainer=slots"], "not for trainer=slots"),
         (["data.root=nowhere"], "nowhere"),
@@ -430,7 +430,11 @@ def test_a_closed_form_keeps_its_length_and_the_rate_of_its_own_head(folder, mon
     [
         (["head=linear"], "full", False),  # 1,066 images
         (DETAIL, "full", True),  # 1,454 images, of which the backbone rests for 40 %
-        ([*DETAIL, "optim.optimizer.backbone_begin=0"], "frozen", False),  # 1,066 images are too few without a rest
+        (
+            [*DETAIL, "optim.optimizer.freeze_backbone_until=0"],
+            "frozen",
+            False,
+        ),  # 1,066 images are too few without a rest
         ([*DETAIL, "engine.devices=2"], "frozen", False),  # whose ranks gain no time by one
         ([*DETAIL, "adapter=full"], "full", False),  # as typed, without one
         ([*DETAIL, "budget.minutes=1"], "frozen", True),  # and 959 with one
@@ -459,7 +463,7 @@ def test_when_tuning_wins_depends_on_the_head_and_on_a_step(folder, monkeypatch,
     assert done.status == 0, done.err
     cfg = config_of(folder / "R")
     rests = adapter == "full" and may_rest
-    assert (cfg.choices.adapter, cfg.optim.optimizer.backbone_begin) == (adapter, 0.4 if rests else 0.0)
+    assert (cfg.choices.adapter, cfg.optim.optimizer.freeze_backbone_until) == (adapter, 0.4 if rests else 0.0)
     assert ("frozen for the first 40% of the training" in done.out) == rests
     others = [] if "adapter=full" in words else [("full", False)]
     frozen = [] if "adapter=full" in words else [("frozen", may_rest)]

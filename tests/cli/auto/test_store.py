@@ -57,7 +57,7 @@ def test_what_would_not_be_read_back_is_not_written(tmp_path):
         {"resolution.crop": [2**15, 2**15], "data.batch_size": 2},
         *({"data.augment.scale": value} for value in ([1.0], [-1, 1], [1, 17], 1.0)),
         *({"data.labelled": value} for value in (0, -0.5, 1.5, "half")),
-        *({"optim.optimizer.backbone_begin": value} for value in (-0.1, 1, True)),
+        *({"optim.optimizer.freeze_backbone_until": value} for value in (-0.1, 1, True)),
         *({"optim.optimizer.head_lr": value} for value in (-1e-3, 1e9, "fast")),
         *({"head": "mask2former"}, {"loss": "mine"}, {"head.init": "random"}, {"backbone.checkpointing": 1}),
         *({"loss.weights": value} for value in ("median", {"pole": -3.0}, {"pole": 2.0**21}, {"pole": True}, [1.0])),

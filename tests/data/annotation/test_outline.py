@@ -42,7 +42,7 @@ def drawn(polygons, shape, by_middles):
 def test_parts_become_polygons_and_pixels_again(joined):
     seen = 0
     for ids in pictures():
-        for part in parts_of(ids, leave_out=None, joined=joined, least_area=1):
+        for part in parts_of(ids, leave_out=None, joined=joined, min_area=1):
             whole = np.zeros(ids.shape, bool)
             height, width = part.mask.shape
             whole[part.top : part.top + height, part.left : part.left + width] = part.mask
@@ -58,7 +58,7 @@ def test_parts_become_polygons_and_pixels_again(joined):
 def test_pycocotools_reads_the_polygons_to_the_pixel():
     ids = list(pictures())[6]
     again = np.zeros_like(ids)
-    for part in parts_of(ids, leave_out=0, joined=False, least_area=1):
+    for part in parts_of(ids, leave_out=0, joined=False, min_area=1):
         rings = [points.ravel().astype(float).tolist() for points in edge_polygons(part, 0)]
         again[coco.decode(coco.merge(coco.frPyObjects(rings, *ids.shape))).astype(bool)] = part.value
     np.testing.assert_array_equal(again, ids)
@@ -66,23 +66,23 @@ def test_pycocotools_reads_the_polygons_to_the_pixel():
 
 def test_all_parts_together_are_the_picture():
     for ids in pictures():
-        parts = list(parts_of(ids, leave_out=0, joined=False, least_area=1))
+        parts = list(parts_of(ids, leave_out=0, joined=False, min_area=1))
         assert sum(int(part.mask.sum()) for part in parts) == (ids > 0).sum()
-        large = list(parts_of(ids, leave_out=0, joined=False, least_area=5))
+        large = list(parts_of(ids, leave_out=0, joined=False, min_area=5))
         assert {part.value for part in large} <= {1, 2} and all(part.mask.sum() >= 5 for part in large)
 
 
 def test_what_hangs_together_by_corners_is_one_part():
     corners = np.eye(3, dtype=np.uint8)
-    assert [part.mask.sum() for part in parts_of(corners, leave_out=0, joined=False, least_area=3)] == [3]
-    assert [part.mask.sum() for part in parts_of(corners, leave_out=0, joined=True, least_area=3)] == [3]
+    assert [part.mask.sum() for part in parts_of(corners, leave_out=0, joined=False, min_area=3)] == [3]
+    assert [part.mask.sum() for part in parts_of(corners, leave_out=0, joined=True, min_area=3)] == [3]
 
 
 def test_a_tolerance_leaves_points_out_and_moves_little():
     ids = list(pictures())[7]
     (exact, few), scores = (
         (
-            [list(edge_polygons(part, t)) for part in parts_of(ids, leave_out=0, joined=True, least_area=1)]
+            [list(edge_polygons(part, t)) for part in parts_of(ids, leave_out=0, joined=True, min_area=1)]
             for t in (0, 1)
         ),
         [],

@@ -449,7 +449,7 @@ def test_products_are_faster_where_torchs_attention_does_not_use_the_processors(
         (2, 41, 10, 100, 10),
     ],
 )
-def test_a_piece_is_as_many_heads_or_rows_as_may_be_held(monkeypatch, heads, rows, tokens, held, pieces):
+def test_a_piece_is_as_multi_head_or_rows_as_may_be_held(monkeypatch, heads, rows, tokens, held, pieces):
     monkeypatch.setattr(attention, "_HELD", held)
     query, key = torch.zeros(2, heads, rows, 4), torch.zeros(2, heads, tokens, 4)
     room = attention._Room(query, key)

@@ -19,7 +19,7 @@ from dinoseg.utils.errors import UserError
 
 def small(in_dim=3, num_layers=1, patch_size=8, **options):
     torch.manual_seed(2)
-    return DetailHead(in_dim, num_layers, 3, patch_size, **{"fine": 4, "width": 8, "direct": True, **options})
+    return DetailHead(in_dim, num_layers, 3, patch_size, **{"fine": 4, "width": 8, "linear_skip": True, **options})
 
 
 def passing(patch_size, **options):
@@ -64,9 +64,9 @@ def test_scores_lie_where_pixels_and_tokens_lie(patch_size, grid):
 
 @pytest.mark.parametrize("patch_size", [2, 6, 8, 14, 16])
 def test_a_linear_layer_on_the_tokens_adds_its_scores_where_they_lie(patch_size):
-    head, plain = passing(patch_size), passing(patch_size, direct=False)
-    head.direct.weight.data[1] = 3
-    head.direct.bias.data[2] = 0.5
+    head, plain = passing(patch_size), passing(patch_size, linear_skip=False)
+    head.linear_skip.weight.data[1] = 3
+    head.linear_skip.bias.data[2] = 0.5
     pixels, tokens = torch.rand(1, 3, 3 * patch_size, 2 * patch_size).double(), torch.randn(1, 1, 3, 2).double()
     added = head.scored([tokens], pixels) - plain.scored([tokens], pixels)
     places = [(torch.arange(side * patch_size // 2).double() + 0.5) * 2 / patch_size - 0.5 for side in (3, 2)]

@@ -9,7 +9,7 @@ from dinoseg.utils.errors import UserError
 
 
 def multiscale_head(in_dim, num_layers, num_classes):
-    return LinearHead(in_dim, num_layers, num_classes, least_maps=2)
+    return LinearHead(in_dim, num_layers, num_classes, min_maps=2)
 
 
 def test_parameter_count_of_the_original():

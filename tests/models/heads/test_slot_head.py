@@ -241,7 +241,7 @@ def test_the_decoder_alone_learns_for_the_first_share_of_a_training():
 
 
 def test_slots_are_drawn_anew_in_each_frame_for_the_first_share_of_a_training():
-    head, features = made(alone=0.4, first_iterations=3).train(), clip()
+    head, features = made(independent_until=0.4, first_iterations=3).train(), clip()
     head.set_progress(0.39)
     torch.manual_seed(1)
     outputs = head.follow(features)

@@ -216,7 +216,7 @@ def test_weights_that_are_quantised_already_are_refused():
     backbone = Frozen()(made())
     linear = next(part for part in list(backbone.blocks)[-1].modules() if isinstance(part, nn.Linear))
     linear.weight = type("Packed", (nn.Parameter,), {})(torch.zeros(7, 1, dtype=torch.uint8), requires_grad=False)
-    with pytest.raises(UserError, match="is already quantised, as with trainer=many_heads. Choose adapter.bits=null"):
+    with pytest.raises(UserError, match="is already quantised, as with trainer=multi_head. Choose adapter.bits=null"):
         Segmenter(backbone, SplitHead(24, 2, 3, blocks=1))
 
 

@@ -44,12 +44,12 @@ def far(token, looked, deviation):
     return np.mean(((token - np.mean(looked, axis=0)) / deviation) ** 2) if looked else math.inf
 
 
-def by_hand(features, masks, weight, looks=1):
+def by_hand(features, masks, weight, passes=1):
     """The same, cell by cell and permutation by permutation."""
     features, masks = features.double().numpy(), masks.double().numpy()
     count, cells = masks.shape[1], list(np.ndindex(features.shape[2:]))
     own, every = [[] for _ in range(count)], []  # all features that an identity has won, and of all cells
-    for look in range(looks):
+    for look in range(passes):
         last, found, scores = tuple(range(count)), [], []
         for frame, mask in zip(features, masks, strict=True):
             token = {cell: frame[(slice(None), *cell)] for cell in cells}

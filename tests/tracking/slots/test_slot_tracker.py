@@ -63,7 +63,7 @@ class TestWithoutLabels:
 
     def test_two_looks_know_the_whole_video_before_its_first_frame(self):
         frames, ids = crossing(6)
-        settings = SlotTracking(match="appearance", looks=2)
+        settings = SlotTracking(match="appearance", passes=2)
         model = model_of()
         tracker = SlotTracker(model, settings, batch_size=4)
         tracker.look_ahead(lambda: [(frames[:1], [None])])  # of another video: forgotten at the next look
@@ -81,8 +81,8 @@ class TestWithoutLabels:
         SlotTracker(model_of(), SlotTracking(match="appearance")).look_ahead(pytest.fail)
 
     def test_a_video_that_was_not_looked_at_first_is_refused(self):
-        tracker = SlotTracker(model_of(), SlotTracking(match="appearance", looks=2))
-        with pytest.raises(UserError, match=r"slots.looks=2 needs the whole video.*look_ahead.*slots\.looks=1"):
+        tracker = SlotTracker(model_of(), SlotTracking(match="appearance", passes=2))
+        with pytest.raises(UserError, match=r"slots.passes=2 needs the whole video.*look_ahead.*slots\.passes=1"):
             tracker.track(crossing(1)[0], [None])
 
     @pytest.mark.parametrize("looks", [1, 2])
@@ -90,13 +90,13 @@ class TestWithoutLabels:
         told, real = [], Appearance.step
         monkeypatch.setattr(Appearance, "step", lambda *given, **more: told.append(given[5]) or real(*given, **more))
         frames = crossing(3)[0]
-        tracker = SlotTracker(model_of(), SlotTracking(match="appearance", appearance=5.0, looks=looks))
+        tracker = SlotTracker(model_of(), SlotTracking(match="appearance", appearance=5.0, passes=looks))
         tracker.look_ahead(lambda: [(frames, [None] * 3)])
         tracker.track(frames, [None] * 3)
         assert told == [5.0] * 3 * looks
 
     def test_nothing_to_look_at_first_is_nothing_known(self):
-        tracker = SlotTracker(model_of(), SlotTracking(match="appearance", looks=2))
+        tracker = SlotTracker(model_of(), SlotTracking(match="appearance", passes=2))
         tracker.look_ahead(lambda: [])
         assert tracker.track([], []) == [] and tracker.state() == {}
 
@@ -152,7 +152,7 @@ class TestWithLabels:
         frames, ids = crossing(6)
         table = np.array([0, 7, 3], np.uint8)
         model = model_of(predictor="none", scramble=True)
-        tracker = SlotTracker(model, SlotTracking(match="appearance", looks=2))
+        tracker = SlotTracker(model, SlotTracking(match="appearance", passes=2))
         tracker.look_ahead(lambda: [(frames[3:], first(table[ids[3]], 3))])  # whose slots come in another order
         masks = tracker.track(frames[:1], [table[ids[0]]])
         assert not torch.equal(tracker.state()["places"], torch.arange(4))
@@ -164,7 +164,7 @@ class TestWithLabels:
         frame, ids = paint({RED: (8, 4), BLUE: (20, 24)})
         other, _ = paint({BLUE: (8, 4), RED: (20, 24)})
         settings = SlotTracking(
-            match="appearance", looks=2, appearance=0.0, lock_on=True, background_slots=1, hold="none"
+            match="appearance", passes=2, appearance=0.0, lock_on=True, background_slots=1, hold="none"
         )
         tracker = SlotTracker(model_of(), settings)
         tracker.look_ahead(lambda: [([other], [ids])])
@@ -348,12 +348,12 @@ STORIES = {
     "unlabelled": ({}, {"predictor": "carry"}),
     "matched": ({"match": "overlap"}, {"predictor": "none", "scramble": True}),
     "alike": ({"match": "appearance"}, {"predictor": "none", "scramble": True}),
-    "twice": ({"match": "appearance", "looks": 2}, {"predictor": "none", "scramble": True}),
+    "twice": ({"match": "appearance", "passes": 2}, {"predictor": "none", "scramble": True}),
     "locked twice": (
-        {"match": "appearance", "looks": 2, "lock_on": True, "slots_per_object": 2},
+        {"match": "appearance", "passes": 2, "lock_on": True, "slots_per_object": 2},
         {"predictor": "carry"},
     ),
-    "grouped twice": ({"match": "appearance", "looks": 2}, {"groups": "always", "sizes": [1, 3]}),
+    "grouped twice": ({"match": "appearance", "passes": 2}, {"groups": "always", "sizes": [1, 3]}),
     "similar": ({"match": "similarity"}, {"predictor": "none", "scramble": True}),
     "locked": ({"lock_on": True, "slots_per_object": 2}, {"predictor": "carry"}),
     "grouped": ({}, {"groups": "always", "sizes": [1, 3]}),
@@ -434,7 +434,7 @@ class TestSettings:
         assert all(other != plain for other in others)
         assert SlotTracker(model_of(), SlotTracking(appearance=3.0)).settings == plain  # without a say
         by_looks = {"match": "appearance"}
-        said = [{**by_looks}, {**by_looks, "looks": 2}, {**by_looks, "appearance": 3.0}]
+        said = [{**by_looks}, {**by_looks, "passes": 2}, {**by_looks, "appearance": 3.0}]
         names = [json.dumps(SlotTracker(model_of(), SlotTracking(**one)).settings["slots"]) for one in said]
         assert len({*names, json.dumps(plain["slots"])}) == 4
         assert SlotTracker(model_of(), batch_size=9).settings == plain
@@ -451,10 +451,10 @@ class TestSettings:
             ({"appearance": 2e6}, "slots.appearance=2000000.0: give a number from 0 to 1000000"),
             (
                 {"match": "appearance", "looks": 3},
-                "slots.looks=3: a video is processed in one or two passes. Give 1 or 2",
+                "slots.passes=3: a video is processed in one or two passes. Give 1 or 2",
             ),
-            ({"match": "appearance", "looks": 0}, "slots.looks=0: a video is processed in one or two passes"),
-            ({"looks": 2}, "slots.looks=2 has no effect with slots.match=auto.* or slots.looks=1"),
+            ({"match": "appearance", "looks": 0}, "slots.passes=0: a video is processed in one or two passes"),
+            ({"passes": 2}, "slots.passes=2 has no effect with slots.match=auto.* or slots.passes=1"),
             ({"lock_on": True, "slots_per_object": 0}, "slots.slots_per_object=0 must be a whole number, 1 or more"),
             ({"lock_on": True, "background_slots": 0}, "slots.background_slots=0 must be a whole number, 1 or more"),
             ({"lock_on": True, "extra_slots": -1}, "slots.extra_slots=-1 must be a whole number, 0 or more"),

@@ -56,7 +56,7 @@ class SlotHead(Head[SlotOutputs]):
             input of the slots and as reconstruction target.
         predictor: `savi`, `carry` (slots enter the next frame unchanged) or `none` (initialised again in every
             frame).
-        alone: initial share of the training in which slots are initialised again in every frame, whatever the
+        independent_until: share of the training up to which slots are initialised again in every frame, whatever the
             predictor.
         decoder_first: initial share of the training in which only the decoder learns. The gradients of an untrained
             decoder would only make slots alike that are initialised as clusters.
@@ -92,7 +92,7 @@ class SlotHead(Head[SlotOutputs]):
         token_positions: bool = False,
         standardise: bool = False,
         predictor: str = "savi",
-        alone: LowShare = 0.0,
+        independent_until: LowShare = 0.0,
         decoder_first: LowShare = 0.0,
         steps: int | Sequence[int] = 0,
         time_decoder: str = "none",
@@ -125,7 +125,7 @@ class SlotHead(Head[SlotOutputs]):
             dim, slot_dim, hidden_dim, num_groups=len(self.sizes), variance_as_std=variance_as_std, first=first
         )
         self.standard = Standard(dim) if standardise else None
-        self.alone, self.decoder_first, self.progress = alone, decoder_first, 0.0
+        self.independent_until, self.decoder_first, self.progress = independent_until, decoder_first, 0.0
         self.place = token_places(dim, clusters=first == "unlike") if token_positions else None
         self.predictor = make_predictor(predictor, slot_dim)
         self.time_decoders = make_time_decoders(time_decoder, slot_dim, len(self.steps))
@@ -195,7 +195,7 @@ class SlotHead(Head[SlotOutputs]):
             check_similar_cells(grid, self.grid)
         learns_onwards = self.predictor is not None and any(True for _ in self.predictor.parameters())
         telling = telling_frames(num_frames, self.steps, training=self.training, learns_onwards=learns_onwards)
-        carried = not self.training or self.progress >= self.alone
+        carried = not self.training or self.progress >= self.independent_until
         slots: Tensor | None = None
         frames: list[FrameSlots] = []
         for time in range(telling):

@@ -1,6 +1,6 @@
-"""Print what several heads cost in one pass (`trainer=many_heads`) against runs of each alone, in processor seconds.
+"""Print what several heads cost in one pass (`trainer=multi_head`) against runs of each alone, in processor seconds.
 
-`python benchmarks/many_heads.py [--heads 4 8] [--steps 6] [--backbone dinov3_vits16]`: linear heads of several rates
+`python benchmarks/multi_head.py [--heads 4 8] [--steps 6] [--backbone dinov3_vits16]`: linear heads of several rates
 on a frozen backbone of random weights, batches of 2 crops of 352 x 480 of drawn noise in 11 classes, one thread,
 float32. Each training is a process of its own; of its steps, and of `--repeats` in turns, the least counts. The
 reference is as many runs of one head.
@@ -37,7 +37,7 @@ def main() -> None:
     given = parser.parse_args()
     rates = [f"{10 ** -(1 + number / 4):.3g}" for number in range(max(given.heads))]
     ways = {1: ["head=linear", f"optim.optimizer.lr={rates[0]}"]}
-    ways |= {n: ["trainer=many_heads", "heads=[linear]", f"lrs=[{','.join(rates[:n])}]"] for n in given.heads if n > 1}
+    ways |= {n: ["trainer=multi_head", "heads=[linear]", f"lrs=[{','.join(rates[:n])}]"] for n in given.heads if n > 1}
     least = dict.fromkeys(ways, float("inf"))
     with tempfile.TemporaryDirectory() as folder:
         draw_data(Path(folder) / "data")
