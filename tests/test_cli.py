@@ -303,7 +303,7 @@ def test_a_training_of_other_values_is_refused(site, compose, arguments, parts):
             "data.root is not set. Set it on the command line: data.root=VALUE.\nExpected files:\n- VALUE/t",
         ),
         (["mode=train", "data=ade20k"], "- VALUE/images/training/NAME.jpg\n- VALUE/annotations/training/NAME.png\n- "),
-        (["mode=train", "data=coco"], "data.root and data.classes are not set"),
+        (["mode=train", "data=coco"], "data.root is not set. Set it on the command line: data.root=VALUE."),
         (
             ["mode=train", "data.root=data"],
             "data.classes is not set. Give the class names in id order: data.classes=[back",

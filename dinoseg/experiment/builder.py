@@ -119,9 +119,13 @@ class Builder(ModelBuilder):
                 f"data={self.options['data']}: `reader` must name a class or function that takes `split`. Set in its "
                 "YAML file `_target_: MODULE.NAME` and `_partial_: true` below `reader`."
             )
-        if OmegaConf.is_missing(self._cfg.data, "root"):
-            raise UserError(f"{not_set('data.root')}{_expected_files(node.get('layout'))}")
-        find, conforming = self.part("data.reader", **overrides), instantiate(_CONFORMING)
+        try:
+            find = self.part("data.reader", **overrides)
+        except UserError as error:
+            if str(error) != not_set("data.root"):
+                raise
+            raise UserError(f"{error}{_expected_files(node.get('layout'))}") from None
+        conforming = instantiate(_CONFORMING)
         classes, ignore_index = list(self._cfg.data.classes), self._cfg.data.ignore_index
         return lambda split: conforming(find(split=split), classes, ignore_index)
 

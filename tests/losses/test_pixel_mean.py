@@ -191,8 +191,8 @@ def too_hard(class_weights):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: CrossEntropy(WEIGHTS, hard_fraction=0), "loss.criterion.hard_fraction=0: give a share"),
-        (lambda: Focal(WEIGHTS, hard_fraction=1.5), "loss.criterion.hard_fraction=1.5: give a share"),
+        (lambda: CrossEntropy(WEIGHTS, hard_fraction=0), "loss.criterion.hard_fraction=0: give a fraction"),
+        (lambda: Focal(WEIGHTS, hard_fraction=1.5), "loss.criterion.hard_fraction=1.5: give a fraction"),
         (lambda: CrossEntropy(WEIGHTS, hard_fraction=math.nan), "loss.criterion.hard_fraction=nan"),
         (lambda: Dice(WEIGHTS, border_weight=-1), "loss.criterion.border_weight=-1: give a number of at least 0"),
         (lambda: Dice(WEIGHTS, border_weight=math.inf), "loss.criterion.border_weight=inf"),

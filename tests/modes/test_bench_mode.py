@@ -25,9 +25,9 @@ def told(where, *words):
     return json.loads((where / "run/bench.json").read_text()), done.out
 
 
-def test_figures_of_drawn_images_need_no_data(tmp_path, here):
+def test_figures_of_noise_need_no_data(tmp_path, here):
     found, out = told(tmp_path, "mode.synthetic=true", "trainer.accumulate=2")
-    assert found["data"] == "drawn" and found["device"] == "cpu" and found["precision"] == "fp32"
+    assert found["data"] == "synthetic" and found["device"] == "cpu" and found["precision"] == "fp32"
     assert found["train"]["images"] == 4 and found["train"]["size"] == [32, 48] and found["inference"]["images"] == 1
     for figures in (found["train"], found["inference"]):
         assert 0 < figures["latency_p50_s"] <= figures["latency_p95_s"] and figures["data_wait"] is None

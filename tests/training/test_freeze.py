@@ -286,7 +286,7 @@ def test_time_left_is_foretold_anew_where_a_rest_ends(tmp_path, monkeypatch):
         (0.0, 0, ""),
     ]
     + [(0.8, 0, "is frozen for 5 of the 6 remaining steps")]
-    + [(0.9, 0, "is frozen for all of the 6 remaining steps. Set a lower optim.optimizer.backbone_b")],
+    + [(0.9, 0, "is frozen for all of the 6 remaining steps. Set a lower optim.optimizer.freeze_b")],
 )
 def test_a_run_says_how_long_its_backbone_rests(caplog, begin, start, said):
     caplog.set_level(logging.INFO)

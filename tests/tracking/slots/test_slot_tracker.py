@@ -450,10 +450,10 @@ class TestSettings:
             ({"appearance": float("nan")}, "slots.appearance=nan: give a number"),
             ({"appearance": 2e6}, "slots.appearance=2000000.0: give a number from 0 to 1000000"),
             (
-                {"match": "appearance", "looks": 3},
+                {"match": "appearance", "passes": 3},
                 "slots.passes=3: a video is processed in one or two passes. Give 1 or 2",
             ),
-            ({"match": "appearance", "looks": 0}, "slots.passes=0: a video is processed in one or two passes"),
+            ({"match": "appearance", "passes": 0}, "slots.passes=0: a video is processed in one or two passes"),
             ({"passes": 2}, "slots.passes=2 has no effect with slots.match=auto.* or slots.passes=1"),
             ({"lock_on": True, "slots_per_object": 0}, "slots.slots_per_object=0 must be a whole number, 1 or more"),
             ({"lock_on": True, "background_slots": 0}, "slots.background_slots=0 must be a whole number, 1 or more"),
