@@ -16,16 +16,15 @@ from dinoseg.cli.ranks import LAUNCH_KEYS
 from dinoseg.config.checks import check_given
 from dinoseg.config.nodes import instantiate
 from dinoseg.experiment.builder import Builder
+from dinoseg.report.loggers.logger import Logger
+from dinoseg.tracking.tracker import Tracker
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Range
 from dinoseg.utils.wording import shown
 
 OWN_CHECK = {  # numbers whose rule is no range
     **dict.fromkeys(("Frozen", "Full", "LastBlocks", "Lora"), {"bits"}),  # 4 or 8
-    **dict.fromkeys(("CrossEntropy", "Dice", "Focal", "Lovasz", "MaskClassification", "Tversky"), {"ignore_index"}),
-    **dict.fromkeys(("folder_dataset", "annotated_dataset", "sar_rarp50", "idd"), {"ignore_index"}),  # of Labels
-    **dict.fromkeys(("foreground", "Semantic"), {"ignore_index"}),  # likewise
-    **{"Augment": {"ignore_index"}, "VideoClustering": {"ignore"}},
+    "VideoClustering": {"ignore"},
     **{"SlotHead": {"num_slots", "steps"}, "TemporalSimilarity": {"threshold"}},
     "plan": {"memory"},  # bytes, with or without a unit
 }
@@ -33,7 +32,7 @@ OF_OTHERS = {
     "adapter": ("lr",),
     "mode": LAUNCH_KEYS,
 }  # keys beside a target's own
-AT_RUN_TIME = {"in_dim", "num_layers"}
+ELSEWHERE = {"in_dim", "num_layers", "ignore_index"}  # given at run time; checked by `Labels`
 
 
 def targets(node):
@@ -57,6 +56,12 @@ def is_ranged(annotation):
     )
 
 
+def given_at_run_time(target):
+    """Return the arguments that a tracker or a logger gets besides those of the config."""
+    bases = [base for base in (Tracker, Logger) if inspect.isclass(target) and issubclass(target, base)]
+    return {name for base in bases for name in inspect.signature(base).parameters}
+
+
 def test_every_number_of_a_config_has_a_range():
     files = [path for path in FOLDER.glob("*/*.yaml") if path.parent.name != "hydra"]
     found = {name for path in files for name in targets(read(path.parent.name, path.stem))}
@@ -64,7 +69,8 @@ def test_every_number_of_a_config_has_a_range():
     for target in map(get_object, found):
         parameters = inspect.signature(target).parameters.values()
         ranged += sum(is_ranged(each.annotation) for each in parameters)
-        names = {each.name for each in parameters if is_number(each.annotation)} - AT_RUN_TIME
+        names = {each.name for each in parameters if is_number(each.annotation)} - ELSEWHERE
+        names -= given_at_run_time(target)
         if names - OWN_CHECK.get(target.__name__, set()):
             bare[target.__name__] = names
     assert not bare and len(found) > 50 and ranged > 100

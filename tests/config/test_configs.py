@@ -22,6 +22,7 @@ from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.recipe import FOLLOWING, SAVED, config_description
 from dinoseg.utils.errors import UserError
 
+TRACKING = {"model", "device", "autocast", "batch_size"}
 # What build, launch and fit hand over; every other argument stands in a config or has a default
 AT_RUN_TIME = {
     "data.clips": {"split"},
@@ -39,6 +40,8 @@ AT_RUN_TIME = {
     "mode": {"cfg", "out_dir"},
     "mode.check": {"cfg"},
     "optim.optimizer": {"model"},
+    "slots": TRACKING,
+    "tracker": TRACKING,
     "trainer.task": {"parts"},
     "trainer.loop": {"steps", "val_every"},
 }
@@ -63,7 +66,8 @@ def check_binds(path, node):
     given = {key for key in node if not key.startswith("_")} - FOR_OTHERS.get(path, set())
     handed = AT_RUN_TIME.get(re.sub(r"^logger\.\w+$", "logger.*", path), set())
     later = {name for name in handed if name in parameters or name != "class_weights"}
-    if path == "export" and inspect.isclass(target):  # made at once, and called with what the others take
+    # made at once, and called with what the others take
+    if path in ("export", "slots", "tracker") and not node.get("_partial_"):
         assert set(inspect.signature(target.__call__).parameters) >= later
         later = set()
     assert not given & later, f"{path} sets what comes at run time: {given & later}"
