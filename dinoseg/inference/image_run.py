@@ -28,7 +28,7 @@ DEPTH = 2  # batches queued before and after the model
 
 @dataclass(frozen=True)
 class SegmentationSettings:
-    """Predictor of images and videos, with the settings of its results.
+    """Settings of a segmentation run: the predictor, its classes, and how results are displayed.
 
     Args:
         predictor: predictor of the trained model.

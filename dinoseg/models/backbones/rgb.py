@@ -49,7 +49,7 @@ class RgbBackbone(Backbone):
         register_colours(self, mean, std)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Return one map (B, 3, h, w) for each of `layers`."""
+        """Return the mean normalised colour of each patch, (B, 3, h, w), once for each of `layers`."""
         return [F.avg_pool2d(self.pixels(images), self.patch_size)] * self.num_layers
 
     def export_state(self) -> dict[str, Tensor]:

@@ -117,7 +117,7 @@ class Clamp:
         self._gain = Wander(rng, 0.8, 1.1, 4.0)
 
     def draw(self, canvas: Canvas, seconds: float) -> None:
-        """Draw the clip at `seconds`."""
+        """Draw the surgical clip on the canvas, as it lies at `seconds` of the video."""
         x, y = self._home - canvas.camera + (self._x(seconds), self._y(seconds))
         place = np.array([x, y, self._angle(seconds), self._squash(seconds)])
         canvas.shade(self._clip, place, 1 / DETAIL, 3)
