@@ -209,7 +209,7 @@ def test_lora_rank_must_be_positive(rank):
         (lambda: Lora(rank=1, alpha=1, dropout=1.0), "adapter.dropout=1.0"),
         (
             lambda: Lora(rank=1, alpha=1, targets="(q"),
-            "adapter.targets=.q is no regular expression",
+            "adapter.targets=.q is not a regular expression",
         ),
         (lambda: Lora(rank=1, alpha=1, bits=3), "adapter.bits=3: give 4, 8, or null"),
         (lambda: Frozen(bits=4, device="mps"), "bitsandbytes does not work on the device mps.*engine.device=cpu"),
@@ -233,7 +233,7 @@ def test_targets_that_match_nothing_name_the_layers_there_are(tiny_backbone):
 def test_layers_whose_weight_is_used_past_them_are_refused_or_left_whole():
     module = FusedVit()
     module.uncalled_linears = frozenset({"blocks.0.attn.qkv", "blocks.1.attn.qkv"})
-    with pytest.raises(UserError, match="adapter.targets=attention: .*blocks.0.attn.qkv itself .2 layers so.*=proj"):
+    with pytest.raises(UserError, match="targets=attention: .*blocks.0.attn.qkv directly .2 such layers.*=proj"):
         Lora(rank=1, alpha=1)(module)
     module = Lora(rank=1, alpha=1, targets="proj", bits=4, device="cpu")(module).to("cpu")
     assert type(module.blocks[0]["attn"]["qkv"]) is nn.Linear and module(torch.rand(1, 3, 8)).isfinite().all()

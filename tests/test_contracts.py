@@ -137,7 +137,7 @@ def test_a_score_protocol_of_videos_that_keeps_no_contract_is_refused():
     tracking = {"supervision": "none", "protocols": {"none": {"_target_": "torch.nn.Identity"}}}
     cfg = OmegaConf.create({"data": {"tracking": tracking}, "choices": {}})
     expected = (
-        r"data\.tracking\.protocols\.none: Identity is not a dinoseg\.metrics\.protocols\.contract\.ScoreProtocol\. Let"
+        r"data\.tracking\.protocols\.none: Identity is not a dinoseg\.metrics\.protocols\.contract\.ScoreProtocol\."
     )
     with pytest.raises(UserError, match=expected):
         benchmark_videos(Builder(cfg), "val", None)

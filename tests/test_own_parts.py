@@ -11,6 +11,7 @@ from docs_pages import OURS, ROOT, blocks, commands
 from omegaconf import OmegaConf
 
 from dinoseg.config.nodes import instantiate
+from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.loggers import logger_factories
 from dinoseg.modes.help import help_for
 from dinoseg.report.log import RunLog, read_rows
@@ -152,12 +153,15 @@ class NoLogger:
         ({"_target_": "types.SimpleNamespace"}, "logger.mine gives SimpleNamespace, which makes no loggers. Let its"),
         ({"_target_": "builtins.divmod"}, "logger.mine cannot be instantiated .* set `_partial_: true`"),
         ({"_target_": "types.SimpleNamespace", "_partial_": True}, "logger.mine cannot be instantiated .* inherits"),
-        ({"_target_": f"{__name__}.NoLogger", "_partial_": True}, "logger.mine: NoLogger is no dinoseg.report.loggers"),
+        (
+            {"_target_": f"{__name__}.NoLogger", "_partial_": True},
+            "logger.mine: NoLogger is not a dinoseg.report",
+        ),
     ],
 )
 def test_what_makes_no_logger_is_refused(tmp_path, node, message):
     with pytest.raises(UserError, match=message):
-        RunLog(tmp_path, logger_factories(OmegaConf.create({"logger": {"mine": node}})))
+        RunLog(tmp_path, logger_factories(Builder(OmegaConf.create({"logger": {"mine": node}}))))
 
 
 TRACK = ("mode=track", "input=clip", "engine=cpu", "mode.batch_size=3")

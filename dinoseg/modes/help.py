@@ -27,7 +27,8 @@ usage: python -m dinoseg mode=MODE [hparam=RECIPE] [GROUP=OPTION ...] [KEY=VALUE
   python -m dinoseg mode=probe hparam=camvid data.root=DIR           linear probe of each block, in minutes
   python -m dinoseg mode=select input=PATH count=20                  choose images or video frames to label next
   python -m dinoseg mode=train hparam=sarrarp/lora data.root=DIR     train a recipe
-  python -m dinoseg mode=train hparam=sarrarp/lora resume=auto       resume its newest run
+  python -m dinoseg mode=train hparam=sarrarp/lora data.root=DIR resume=auto
+                                                                     resume the newest run of this recipe
   python -m dinoseg -m mode=train hparam=sarrarp/lora head=linear,mlp adapter.rank=8,16
                                                                      a sweep, with a table at the end
   python -m dinoseg mode=eval resume=RUN                             score a run folder or checkpoint
@@ -36,6 +37,7 @@ usage: python -m dinoseg mode=MODE [hparam=RECIPE] [GROUP=OPTION ...] [KEY=VALUE
   python -m dinoseg mode=predict resume=RUN input=PATH               image, folder, glob or video
   python -m dinoseg mode=compare runs=[EVALUATION,EVALUATION]        compare evaluations, with confidence intervals
   python -m dinoseg mode=export export=safetensors resume=RUN        one file, for dinoseg.load(FILE) in Python
+  python -m dinoseg mode=export export=onnx resume=RUN               an ONNX graph (keys: export=onnx --help)
   python -m dinoseg mode=app resume=RUN                              try it in the browser
   python -m dinoseg mode=serve resume=RUN                            an HTTP endpoint
   python -m dinoseg mode=track input=VIDEO labels=MASK               track objects from the first frame's mask
@@ -46,8 +48,8 @@ usage: python -m dinoseg mode=MODE [hparam=RECIPE] [GROUP=OPTION ...] [KEY=VALUE
   python -m dinoseg mode=train hparam=sarrarp/lora --cfg job         print the composed config
   python -m dinoseg --version                                        versions of dinoseg, torch, CUDA and Python
 
-Groups and their options (choose with GROUP=OPTION; `detail/ camvid` is detail/camvid, `dino_* vitb16` is dino_vitb16;
-a RECIPE is NAME, FAMILY/NAME or FAMILY_NAME):
+A RECIPE is NAME, FAMILY/NAME or FAMILY_NAME.
+Groups and their options (choose with GROUP=OPTION; `detail/ camvid` is detail/camvid, `dino_* vitb16` is dino_vitb16):
 """
 _TRAINING_KEYS = {  # config files, and their keys that `mode=train --help` lists too
     "trainer/supervised": ("steps", "epochs", "val_every", "save_every", "max_minutes", "accumulate", "ema"),
@@ -62,9 +64,7 @@ _LARGEST_FAMILY = 12  # options of a family that are listed
 _SMALLEST_FAMILY = 4  # options whose names share the first word, such as dinov2
 # keys in config files that users do not set
 _NO_KEYS = ("defaults", "resume_from", "keeps_folder", "goes_on", "check", "reads")
-_FURTHER = (
-    "`--help` alone shows all modes, groups and options; `--cfg job` instead of it all keys of this command line."
-)
+_FURTHER = "`--help` alone shows all modes, groups and options; `--cfg job` prints all keys of this command line."
 
 
 def overview(own: Sequence[Path] = ()) -> str:

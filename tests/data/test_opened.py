@@ -48,7 +48,7 @@ def test_nothing_left_is_an_error(data, tmp_path):
     for index in range(6):
         (tmp_path / f"data/train/images/n{index}.png").write_bytes(b"")
     with pytest.raises(
-        UserError, match="No image of split train can be used(?s:.*)- n0: (?s:.*)- n1: (?s:.*)and 3 more"
+        UserError, match="No image of split train has a usable mask(?s:.*)- n0: (?s:.*)- n1: (?s:.*)and 3 more"
     ):
         opened(data(), split="train", on_error="skip", cache_dir=tmp_path / "cache")
 

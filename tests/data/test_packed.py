@@ -594,7 +594,7 @@ def test_a_store_that_is_cut_while_it_is_read_ends_no_process(data, cache):
     last = max(range(len(dataset)), key=lambda row: dataset.store.extents[row].offset)
     first = dataset[min(range(len(dataset)), key=lambda row: dataset.store.extents[row].offset)]
     os.truncate(dataset.store.folder / "pixels.bin", first["mask"].numel() * 4)  # a mapped file would be a bus error
-    with pytest.raises(UserError, match=r"Cannot read .*pixels\.bin \(it ends too early\).*resume=auto"):
+    with pytest.raises(UserError, match=r"Cannot read .*pixels\.bin \(it is truncated\).*resume=auto"):
         dataset[last]
 
 

@@ -463,7 +463,7 @@ def test_another_folder_of_the_same_name_is_other_data(track, tmp_path, monkeypa
     recorded = json.loads((first.folder / "tracking.json").read_text())
     assert recorded["data"]["layout"]["root"] == str(tmp_path / "a/DAVIS")
     monkeypatch.chdir(tmp_path / "b")
-    with pytest.raises(UserError, match=r"data.layout.root was .*/a/DAVIS and is .*/b/DAVIS\. Give"):
+    with pytest.raises(UserError, match=r"data.layout.root was .*/a/DAVIS and is .*/b/DAVIS\. Use"):
         track("copy", "davis2017", "DAVIS", restart=str(first.folder))
     assert not track("copy", "davis2017", "../a/DAVIS", restart=str(first.folder)).log  # the same, typed in another way
 
@@ -538,7 +538,7 @@ def test_masks_that_are_missing(track, tmp_path):
         track("copy", "davis2017", root)
     masks = SEQUENCES["ape"]
     root = write_youtube(tmp_path / "YT", "valid", {"a": masks}, {"a": [2]})
-    with pytest.raises(UserError, match=r"Video a has no mask of its first frame, .*00000.png, from which"):
+    with pytest.raises(UserError, match=r"Video a has no mask of its first frame, .*00000.png, which defines"):
         track("copy", "youtube_vos", root, "data.tracking.later=false")
 
 

@@ -103,7 +103,7 @@ def test_what_does_not_fit_begins_anew_and_is_named(folder, begin):
     theirs = checkpoint.read(folder / "first/checkpoints/last.safetensors").part("model")
     anew = [name for name, value in theirs.items() if value.shape != ours[name].shape]
     assert anew and all(name.startswith("head.") for name in anew)
-    assert "; begins anew: " + ", ".join(sorted(anew)) in said and "init: its classes" not in said
+    assert "; randomly initialised: " + ", ".join(sorted(anew)) in said and "init: its classes" not in said
     for name, value in theirs.items():
         torch.testing.assert_close(ours[name], fresh[name] if name in anew else value, rtol=0, atol=0)
 
@@ -116,7 +116,7 @@ def test_other_classes_of_the_same_number_are_told(folder):
 
 def test_a_run_that_goes_on_has_its_own_weights_and_begins_with_no_other_run(folder, begun, compose, monkeypatch):
     done = call(folder, *SHORT, "resume=begun", "init=tuned", "trainer.steps=3")
-    told = f"and began with init={folder / 'gone'}. Leave init out, or, for a new run, resume."
+    told = f"and started with init={folder / 'gone'}. Leave init out, or, for a new run, resume."
     assert done.status == 1 and told in done.err, done.err
     done = call(folder, "mode=train", "resume=begun", "trainer.steps=3", *METRICS)
     assert done.status == 0 and "init=" not in done.err, done.err
@@ -128,7 +128,7 @@ def test_a_run_that_goes_on_has_its_own_weights_and_begins_with_no_other_run(fol
         merged = merge(compose(f"mode={mode}", f"init={init}"), [parsed(f"init={init}")], path, info)
         assert merged.init == str(folder / "gone") and not has_initial(Builder(merged))
     path = folder / "first/checkpoints/last.safetensors"
-    with pytest.raises(UserError, match="and began without. Leave init out, or, for a new run, resume"):
+    with pytest.raises(UserError, match="and started without. Leave init out, or, for a new run, resume"):
         merge(compose("mode=train", "init=tuned"), [parsed("init=tuned")], path, checkpoint.describe(path))
 
 
@@ -216,7 +216,7 @@ def test_what_has_no_place_in_the_model_is_not_even_read(folder, begin):
     more = {"model/else": torch.full((3,), torch.nan), "ema/else": torch.full((3,), torch.nan)}
     kept = {key: value for key, value in file.info.items() if key != "format"}
     checkpoint.write(folder / "more.safetensors", {**file.tensors, **more}, kept)
-    assert "; left there: else." in begin(*SHORT, "init=more.safetensors")[1]
+    assert "; not loaded: else." in begin(*SHORT, "init=more.safetensors")[1]
 
 
 def test_ranks_that_have_read_different_checkpoints_are_told(folder, compose, monkeypatch):

@@ -306,7 +306,7 @@ def test_auto_passes_over_files_that_cannot_be_read_and_says_so(where, run, foun
     told = capsys.readouterr().err.splitlines()
     for name, reason in (("cut", "not a readable"), ("new", "written in format 99"), ("other", "not a checkpoint of")):
         (line,) = [line for line in told if str(beside[name]) in line]
-        assert line.startswith("resume=auto: passed over: ") and reason in line
+        assert line.startswith("resume=auto: skipped: ") and reason in line
 
 
 def test_a_kill_in_the_middle_of_a_save_leaves_a_name_of_ours(tmp_path, monkeypatch):

@@ -113,6 +113,6 @@ def test_the_report_names_the_stage_that_is_at_work_the_longest():
     times = [number / 1000 for number in range(1, 101)]
     passed = Throughput(100, 10.1, {"read": times, "model": [0.001] * 100, "write": []})
     assert passed.report() == (
-        "read 50.5 ms (p95 95.0), model 1.0 ms (p95 1.0); the slowest stage is read, at work 50% of the time"
+        "read 50.5 ms (p95 95.0), model 1.0 ms (p95 1.0); the slowest stage is read, busy 50% of the time"
     )
     assert Throughput(0, 0.1, {}).report() == ""

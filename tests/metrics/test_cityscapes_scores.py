@@ -187,7 +187,7 @@ def test_bad_files_are_named(tmp_path):
         (paths["high_gtFine_labelIds"], good, paths["high_gtFine_labelIds"], "holds the ids 34 in 20"),
         (paths["odd_gtFine_labelIds"], good, paths["odd_gtFine_instanceIds"], "holds the ids 7001 .* 1000"),
         (paths["small_gtFine_labelIds"], good, paths["small_gtFine_instanceIds"], "differs in size from"),
-        (paths["lone_gtFine_labelIds"], good, tmp_path / "lone_gtFine_instanceIds.png", "No such file"),
+        (paths["lone_gtFine_labelIds"], good, tmp_path / "lone_gtFine_instanceIds.png", "File not found"),
     ):
         with pytest.raises(BadFile, match=message) as error:
             Cityscapes().measure(ScoringCase("a", "a", ((label, guess),)))

@@ -185,7 +185,7 @@ def test_sequences_without_a_scored_frame_add_nothing(tmp_path, task, length):
     protocol = TASKS[task]()
     found = protocol.find(root, results)
     assert [case.name for case in found.cases] == ["short", "tiny"]
-    assert any("tiny" in note and "nothing is left" in note for note in found.notes)
+    assert any("tiny" in note and "adds no object" in note for note in found.notes)
     scores, measured, sums = score(protocol, root, results)
     assert measured["tiny"].sums.tolist() == [0.0] * 7
     assert measured["tiny"].details == {"frames": 0, "objects": {}}

@@ -241,7 +241,7 @@ def test_the_inputs_are_left_alone_and_must_fit():
     assert np.array_equal(maps, before)
     with pytest.raises(ValueError, match=r"\(12, 15\) and the prediction \(12, 14\)"):
         pair_scores(maps[0], maps[1, :, 1:], 1, 1)
-    with pytest.raises(ValueError, match="both are"):
+    with pytest.raises(ValueError, match="both must be"):
         pair_scores(maps, maps, 1, 1)
 
 

@@ -89,9 +89,9 @@ def test_what_is_no_whole_pair_is_a_finding_and_the_rest_is_examined(where):
     train, val = report["findings"][:2]
     assert train["files"] == ["3"] and val["files"] == ["1"] and train["stops_training"]
     assert train["reasons"][0].startswith("3: ") and train["reasons"][0] in page
-    assert "1 name of train without" in train["message"] and "beside 5 whole pairs" in train["message"]
+    assert "1 name of train without" in train["message"] and "5 pairs complete" in train["message"]
     assert "data.on_error=skip" in train["remedy"] and report["splits"]["train"]["images"] == 5
-    assert report["splits"]["val"]["images"] == 2 and "Training stops: mend" in done.err
+    assert report["splits"]["val"]["images"] == 2 and "Training stops: fix" in done.err
 
 
 def test_a_name_that_is_no_utf8(where):

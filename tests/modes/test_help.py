@@ -99,7 +99,7 @@ def test_help_of_an_option_lists_its_keys():
     assert keys_of(text) == ["head.layers", "head.lr"]
     text = mode.help_for(["head=mask2former", "loss=ce_dice", "--help"])
     assert text.startswith("Mask2Former for plain vision transformers")
-    assert {"head.num_queries", "head.weights", "loss.criterion.terms.ce.hardest"} <= {*keys_of(text)}
+    assert {"head.num_queries", "head.weights", "loss.criterion.terms.ce.hard_fraction"} <= {*keys_of(text)}
 
 
 def test_help_of_a_recipe_shows_its_settings_and_that_of_a_family_its_recipes():

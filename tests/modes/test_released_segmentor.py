@@ -142,4 +142,4 @@ def test_a_missing_file_of_the_head_is_named_before_the_backbone_is_fetched(tmp_
     done = call(tmp_path, *hub)
     assert done.status == 1 and "head.weights is not set" in done.err
     done = call(tmp_path, *hub, "head.weights=typo.pth")
-    assert done.status == 1 and "head.weights=typo.pth: no such file" in done.err
+    assert done.status == 1 and "head.weights=typo.pth: file not found" in done.err

@@ -149,7 +149,7 @@ def test_a_damaged_image_stops_or_is_left_out(tmp_path):
     rows, done = selected(tmp_path, *words, "data.on_error=skip")
     assert {row["name"] for row in rows} == {"0", "1", "3"} and "Left out" in done.err and "2.png" in done.err
     short = call(tmp_path, *words[:-1], "count=4", "data.on_error=skip", "hydra.run.dir=S")
-    assert short.status == 1 and "leaves 3 to choose from" in short.err
+    assert short.status == 1 and "3 are left to choose from" in short.err
     (tmp_path / "known.txt").write_text("0\n2\n")
     words = (*words[:-1], "count=2", "labels=known.txt")
     rest, _ = selected(tmp_path, *words, "data.on_error=skip")

@@ -230,7 +230,7 @@ def test_other_data_is_neither_overwritten_nor_mixed(tmp_path: Path, place: str)
     (tmp_path / place).parent.mkdir(parents=True)
     (tmp_path / place).write_bytes(b"mine")
     (tmp_path / ".DS_Store").write_bytes(b"")
-    with pytest.raises(UserError, match="pictures, which this|bear is not a video|notes.txt is not a video"):
+    with pytest.raises(UserError, match="pictures, which was not|(bear|notes.txt) was not rendered with"):
         render_moving_objects(tmp_path, **SMALL)
     assert set(contents(tmp_path)) == {place, ".DS_Store"}
 

@@ -65,7 +65,7 @@ def test_features_are_kept_of_crops_for_a_class(where):
         (("data.class_uniform=null",), "data.class_uniform=null is of type NoneType"),
         (("data.class_mix=2",), "data.class_mix=2 is out of range. Give a number from 0 to 1."),
         (("data.class_mix=half",), "data.class_mix=half is of type str"),
-        (("data.class_mix=0.5", "data.views=2", "engine.cache=disk"), "engine.cache=disk: With data.class_mix=0.5"),
+        (("data.class_mix=0.5", "data.views=2", "engine.cache=disk"), "engine.cache=disk: data.class_mix=0.5"),
         (
             ("data.class_mix=0.5", "data.feature_noise=0.1", "adapter=frozen"),
             "data.feature_noise=0.1 with data.class_mix=0.5: noise is added",

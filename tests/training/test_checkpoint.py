@@ -217,7 +217,7 @@ def test_files_that_are_no_checkpoint(tmp_path):
         ("foreign", "not a checkpoint of dinoseg"),
         ("newer", "format 99.*Update dinoseg"),
         ("bare", "its description lacks progress, frozen, config"),
-        ("absent", "no such file"),
+        ("absent", "file not found"),
         ("long", "not a readable checkpoint"),
     ):
         for reader in (read, checkpoint.outline):
@@ -269,4 +269,4 @@ def test_a_best_score_over_other_images_is_discarded(model, tmp_path, caplog):
     start = read(tmp_path / "last.safetensors")
     assert Checkpoints(tmp_path, info(5), start=start).restore(source, optimizer, None).best == 0.91
     assert Checkpoints(tmp_path, info(None), start=start).restore(source, optimizer, None).best is None
-    assert "by miou of all images instead of miou of 5 images" in caplog.text
+    assert "to miou of all images from miou of 5 images" in caplog.text

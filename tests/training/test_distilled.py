@@ -119,7 +119,7 @@ def test_scores_are_asked_for_once_and_used_as_they_are_kept(tmp_path):
 
 def test_scores_that_no_memory_is_for_are_refused_by_the_image_s_name():
     kept = KeptScores(lambda image: (torch.zeros(2, 1, 1).expand(2, 2**14, 2**14), (1.0, 1.0)), NoStore(), 2)
-    with pytest.raises(UserError, match="scores of 1 are 2 x 16384 x 16384 numbers, 2048 MiB, and 1024 are taken"):
+    with pytest.raises(UserError, match="scores of 1 are 2 x 16384 x 16384 numbers, 2048 MiB, above the limit of 1024"):
         kept.look(views(), 0, 1)
 
 

@@ -125,7 +125,7 @@ def test_later_steps_go_on_in_the_parts_that_were_found(train, caplog):
 
 
 def test_what_does_not_fit_by_itself_ends_with_what_helps(train):
-    with pytest.raises(OutOfMemory, match=r"train on 1 sample at once \(\[enforce fail.*backbone.checkpointing=true"):
+    with pytest.raises(OutOfMemory, match=r"a batch of 1 sample \(\[enforce fail.*backbone.checkpointing=true"):
         train(0)
 
 
@@ -134,7 +134,7 @@ def test_a_head_that_normalises_over_images_keeps_as_many_as_it_needs(train):
         least_batch = 2
 
     train(2, head=Two(24, 1, 3, 8), batch_size=4)
-    with pytest.raises(OutOfMemory, match="on 3 samples at once"):
+    with pytest.raises(OutOfMemory, match="on a batch of 3 samples"):
         train(2, head=Two(24, 1, 3, 8), batch_size=5)
 
 

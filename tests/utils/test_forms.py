@@ -323,7 +323,7 @@ def test_an_array_of_more_bytes_than_its_form_allows_is_not_read(tmp_path, monke
     npz(tmp_path / "a.npz", a=npy("|u1", (2**20,), bytes(2**20)))
     assert len(read_arrays(tmp_path / "a.npz", {"a": ArrayForm("|u1", 1, 2**20)})["a"]) == 2**20
     sizes = sizes_read(monkeypatch)
-    with pytest.raises(Misshapen, match=r"a is \|u1\[1048576\] in 1048576 bytes, .* in at most 1048575"):
+    with pytest.raises(Misshapen, match=r"a is \|u1\[1048576\] in 1048576 bytes; .* in at most 1048575"):
         read_arrays(tmp_path / "a.npz", {"a": ArrayForm("|u1", 1, 2**20 - 1)})
     assert max(sizes) < 1000
 

@@ -99,7 +99,7 @@ def test_a_folder_with_an_access_control_list_is_refused(cache, monkeypatch):
     monkeypatch.setattr(os, "listxattr", lambda path: ["system.posix_acl_access"], raising=False)
     monkeypatch.setattr("sys.platform", "linux")
     cache.chmod(0o775)
-    with pytest.raises(UserError, match="access control list names"):
+    with pytest.raises(UserError, match="in its access control list"):
         check_private(cache, "cache_dir")
 
 

@@ -192,14 +192,14 @@ def test_a_data_set_without_classes_names_its_root_and_folders_first(load, tmp_p
         save(tmp_path / f"flat/{name}/a.png", np.zeros((4, 4, 3)))
     classes = "data.classes is not set. Give the class names in id order: data.classes=[background,leaf]. Or write"
     for root, problem in (
-        ("nowhere", "data.root=nowhere is no folder. Give the folder that holds the data set. "),
+        ("nowhere", "data.root=nowhere is not a folder. Give the folder that holds the dataset. "),
         ("flat", "No folder flat/train/images for split train (pattern {split}/images). flat holds the folders images"),
         ("split", classes),
     ):
         with pytest.raises(UserError) as raised:
             instantiate(load(root).data.reader)
         assert str(raised.value).startswith(problem) and classes in str(raised.value)
-    with pytest.raises(UserError, match="^data.root is not set. Give it on the command line: data.root=VALUE.$"):
+    with pytest.raises(UserError, match="^data.root is not set. Set it on the command line: data.root=VALUE.$"):
         load(None, data="coco").data.classes  # noqa: B018
 
 

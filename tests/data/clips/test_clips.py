@@ -474,7 +474,7 @@ def test_folders_without_videos(folder, tmp_path):
     with pytest.raises(UserError, match=r"empty/val holds no video"):
         VideoFolder(str(tmp_path / "empty"), "{split}").videos("val")
     write_video(folder / "x/frames.avi", 2)
-    with pytest.raises(UserError, match=r"have one name \(x/frames\)"):
+    with pytest.raises(UserError, match=r"have the same name \(x/frames\)"):
         VideoFolder(str(folder), cache_dir=str(tmp_path / "cache")).videos("train")
 
 

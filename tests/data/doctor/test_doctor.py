@@ -120,7 +120,7 @@ def test_sizes(root, rule):
     assert findings.keys() == {"size_mismatch"}
     only = findings["size_mismatch"]
     assert only.severity == ("warning" if rule == "resize_mask" else "error") and len(only.files) == 2
-    assert "2 of 16" in only.message and only.reasons[0] == f"{only.files[0]}: 64 x 48 beside 128 x 96"
+    assert "2 of 16" in only.message and only.reasons[0] == f"{only.files[0]}: 64 x 48, its image 128 x 96"
     # what is set already is not advised
     assert ("on_size_mismatch=resize_mask" in only.remedy) == (rule == "error") == ("2 of them stop" in only.message)
 
@@ -130,7 +130,7 @@ def test_masks_of_other_proportions_cannot_be_resized(root):
     rewrite(root / "train/masks/d2/f9.png", lambda mask: mask.T)
     only = found(root, options={"masks": Masks(on_size_mismatch="resize_mask")})["size_mismatch"]
     assert only.severity == "error" and "1 of them stop a run" in only.message and "resize_mask" not in only.remedy
-    assert only.reasons[1].endswith("d2/f9.png: 96 x 128 beside 128 x 96")
+    assert only.reasons[1].endswith("d2/f9.png: 96 x 128, its image 128 x 96")
 
 
 def test_masks_saved_with_loss(root):

@@ -39,7 +39,8 @@ def test_the_short_form_stops_on_errors(root, tmp_path):
     rewrite(root / "train/masks/d0/f0.png", lambda mask: mask + 7)
     (root / "val/masks/v/f1.png").write_bytes(b"")
     with pytest.raises(
-        UserError, match=r"cannot be trained on(?s:.*)cannot be read(?s:.*)v/f1.png(?s:.*)no class: 7(?s:.*)mode=doctor"
+        UserError,
+        match=r"errors that stop a training(?s:.*)cannot be read(?s:.*)v/f1.png(?s:.*): 7 \(in(?s:.*)mode=doctor",
     ):
         check(opened(root, "train"), opened(root, "val"), cache_dir=tmp_path / "cache")
     assert [f.code for f in brief(splits_of(root, images=False))] == ["unreadable_mask", "foreign_ids"]
@@ -85,7 +86,7 @@ def test_some_files_on_both_sides_only_warn(root, tmp_path, caplog):
         (root / f"val/{kind}/d0").mkdir()
         os.symlink(root / f"train/{kind}/d0/f1.png", root / f"val/{kind}/d0/f1.png")
     check(opened(root, "train"), opened(root, "val"), cache_dir=tmp_path / "cache")
-    assert "1 file of 5 images of val in train too" in caplog.text
+    assert "1 file of 5 images of val also in train" in caplog.text
     (errors, softened) = (
         {each.code: each for each in findings if each.severity == severity}
         for findings, severity in (

@@ -69,7 +69,7 @@ def test_between_keyframes_a_box_moves_and_after_the_last_it_stays(tmp_path):
 def test_a_frame_that_is_missing_is_told(tmp_path):
     frames(tmp_path, 5)
     data = opened(write(tmp_path / "train.xml", track(box(1, 4, 8))))
-    assert len(data) == 5 and "has frame 5, and" in data.lacking["frame_000005"]
+    assert len(data) == 5 and "has frame 5, but" in data.lacking["frame_000005"]
 
 
 def test_what_is_outside_is_not_seen_and_what_the_file_says_of_a_frame_stands(tmp_path):

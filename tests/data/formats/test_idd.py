@@ -216,7 +216,7 @@ def test_files_that_do_not_belong_together(tmp_path):
         opened(lone, split="train")
     shutil.rmtree(tmp_path / "gtFine/train/3")
     add(tmp_path, "train", "0/a", suffix=".jpg")
-    with pytest.raises(UserError, match=r"a_leftImg8bit.jpg and .*a_leftImg8bit.png have one name \(0/a\)"):
+    with pytest.raises(UserError, match=r"a_leftImg8bit.jpg and .*a_leftImg8bit.png have the same name \(0/a\)"):
         idd(tmp_path, "train", **CLASSES)
 
 

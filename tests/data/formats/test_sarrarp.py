@@ -94,7 +94,7 @@ def test_not_prepared_gives_the_command(add, tmp_path):
     (root / "train1/video_03.zip").write_bytes(b"")
     (root / "train1/._video_01.zip").write_bytes(b"")  # macOS's companion of an archive that was there
     (root / "train1/._video_04.zip").write_bytes(b"")
-    told = r"(?s:.*)video_02 has no extracted frames(?s:.*)video_03.zip is still packed(?s:.*)mode=prepare data=sarrarp"
+    told = r"(?s:.*)video_02 has no extracted frames(?s:.*)video_03.zip is not unpacked(?s:.*)mode=prepare data=sarrarp"
     with pytest.raises(UserError, match="Split train has no image with its mask:" + told + " data.root=.*my frames"):
         load(root, "train", seed=0)  # video_01 is val there
     data = load(root, "train", seed=1), load(root, "train", seed=3)

@@ -247,7 +247,7 @@ def test_a_frame_is_a_value(avi, tmp_path):
 
 @pytest.mark.parametrize("index", [61, 10_000, -1])
 def test_no_such_frame(avi, index):
-    with pytest.raises(UserError, match=rf"no frame {index} in .*a\.avi: it has 61 frames, 0 to 60"):
+    with pytest.raises(UserError, match=rf"a\.avi has no frame {index}: it has 61 frames, 0 to 60"):
         read_frame(VideoFrame(avi, index))
 
 

@@ -76,7 +76,7 @@ def test_a_folder_of_an_export_is_taken_for_its_file_by_the_runtime_that_is_aske
     (folder / "model.onnx").touch()
     assert dinoseg.load(folder, device="cpu").file == dinoseg.Model.from_pretrained(folder).file == folder / file.name
     for load in (dinoseg.load, dinoseg.Model.from_pretrained):
-        with pytest.raises(UserError, match="model.onnx: no ONNX file"):
+        with pytest.raises(UserError, match="model.onnx: not an ONNX file"):
             load(folder, runtime="onnx")
     words = ("engine=cpu", f"resume={folder}", "input=clip/00000.png", "hydra.run.dir=of_a_folder")
     done = call(trained, "mode=predict", *words)

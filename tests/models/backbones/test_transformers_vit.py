@@ -165,7 +165,7 @@ def test_broken_and_missing_files_are_named(tmp_path):
     (tmp_path / "broken.safetensors").write_bytes(b"1234")
     with pytest.raises(UserError, match="broken.safetensors: not a readable safetensors file"):
         build("dinov3_vit", weights=str(tmp_path / "broken.safetensors"))
-    with pytest.raises(UserError, match="nowhere.safetensors: no such file"):
+    with pytest.raises(UserError, match="nowhere.safetensors: file or folder not found"):
         build("dinov3_vit", weights=str(tmp_path / "nowhere.safetensors"))
 
 
@@ -191,7 +191,7 @@ def test_an_unreachable_hub_is_asked_once(monkeypatch, caplog):
         raise ConnectionError("connection refused\nsee elsewhere")
 
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", refused)
-    said = "does not answer \\(connection refused\\).*backbone.weights=PATH.*backbone=tiny_surgical"
+    said = "the hub is unreachable \\(connection refused\\).*backbone.weights=PATH.*backbone=tiny_surgical"
     with pytest.raises(UserError, match=said) as caught:
         build("dinov3_vit", weights="nobody/nothing@v1")
     assert asked == [("nobody/nothing", "v1")] and not caplog.records and "\n" not in str(caught.value)

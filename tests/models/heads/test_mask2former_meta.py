@@ -208,7 +208,9 @@ def test_a_file_of_another_segmentor_is_refused_with_the_remedy(whole, write, op
 def test_an_odd_shape_is_named(whole, write):
     name = "segmentation_model.0.spm.stem.0.weight"
     message = refusal(write(whole | {name: torch.ones(64, 1, 3, 3)}))
-    assert message == f"1 tensors have another shape: {name} is (64, 1, 3, 3) in the file and (64, 3, 3, 3) here."
+    assert (
+        message == f"1 tensors have another shape: {name} is (64, 1, 3, 3) in the file and (64, 3, 3, 3) in the model."
+    )
 
 
 @pytest.mark.parametrize(("change", "said"), [(torch.Tensor.char, "is int8"), (lambda value: value / 0, "holds NaN")])

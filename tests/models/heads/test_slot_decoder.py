@@ -150,7 +150,7 @@ def test_time_decoders_change_slots_each_in_its_own_way():
     torch.testing.assert_close(turned, mixed[:, [2, 0, 1]])  # slots have no order
     with pytest.raises(UserError, match=r"time_decoder=gru is unknown.*none, linear, attention"):
         make_time_decoders("gru", 8, 1)
-    with pytest.raises(UserError, match=r"slot_dim=6 is no multiple of 4.*time_decoder=attention"):
+    with pytest.raises(UserError, match=r"slot_dim=6 is not a multiple of 4.*time_decoder=attention"):
         make_time_decoders("attention", 6, 1)
 
 

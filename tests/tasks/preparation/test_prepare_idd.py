@@ -287,7 +287,7 @@ def test_bad_files_are_named_and_the_others_go_on(tmp_path):
     raw = {
         "cut": ('{"imgWidth": 64, "obj', "is damaged (Unterminated string"),
         "empty": ("", "is damaged (Expecting value"),
-        "list": ("[1, 2]", "is damaged (it is no JSON object)"),
+        "list": ("[1, 2]", "is damaged (it is not a JSON object)"),
         "deep": ("[" * 200000, "is damaged ("),
     }
     for name, (text, _) in raw.items():

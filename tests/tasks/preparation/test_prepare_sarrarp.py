@@ -180,7 +180,7 @@ def test_a_full_disk_stops_cleanly_and_the_next_run_goes_on(add, monkeypatch):
     for number in (1, 2, 3):
         root = add("train1", f"video_{number:02d}")
     fail_after(monkeypatch, sarrarp, "write_png", 4, OSError(errno.ENOSPC, "No space left on device"))
-    with pytest.raises(UserError, match=r"disk of .* is full: 1 of 3 videos are ready .*run again"):
+    with pytest.raises(UserError, match=r"disk of .* is full: 1 of 3 videos are ready, .*run again"):
         prepare(root, workers=1)
     assert not (root / "train1/video_02/.prepared.json").exists()
     assert not (root / "train1/video_03").exists()

@@ -119,7 +119,7 @@ class TestOwners:
             assert owners(slots, self.shares, [0, 1, 2]) == expected
 
     def test_too_few_slots_are_refused(self):
-        with pytest.raises(UserError, match=r"2 slots cannot follow 2 objects.*slots.lock_on=true.*head.num_slots"):
+        with pytest.raises(UserError, match=r"2 slots cannot track 2 objects.*slots.lock_on=true.*head.num_slots"):
             owners(boxes((0, 3, 0, 8), (3, 6, 0, 8)), self.shares, [0, 1, 2])
 
     def test_no_objects(self):
@@ -141,7 +141,7 @@ class TestGive:
         own = [0, 5, 5, 6]
         give(own, {9: np.array([0.9, 0.1, 0.2, 0.9])})
         assert own == [0, 5, 9, 6]
-        with pytest.raises(UserError, match="4 slots cannot follow 4 objects"):
+        with pytest.raises(UserError, match="4 slots cannot track 4 objects"):
             give(own, {10: np.zeros(4)})
 
     def test_nothing_new_changes_nothing(self):

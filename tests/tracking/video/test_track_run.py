@@ -156,7 +156,7 @@ def test_a_video_is_looked_at_first_where_none_of_it_is_done(clip, stop, looks):
 
 
 @pytest.mark.parametrize(
-    ("broken", "more"), [(17, r"\. No mask was written.*slots\.looks=1"), (0, r"image: replace or remove it\.$")]
+    ("broken", "more"), [(17, r"\. No mask was written.*slots\.passes=1"), (0, r"image: replace or remove it\.$")]
 )
 def test_a_video_that_cannot_be_looked_at_first_is_told(clip, broken, more):
     path = clip / f"in/{broken}.png"

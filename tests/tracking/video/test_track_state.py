@@ -29,7 +29,7 @@ def test_other_settings_are_named(tmp_path):
 def test_settings_are_compared_by_their_whole_names_and_as_json_gives_them_back(tmp_path):
     check_same_settings(tmp_path, {"size": [3, 4], "by_id": {"1": 2}}, {"size": (3, 4), "by_id": {1: 2}})
     then = {"first": {"view": {"size": 3}}, "second": {"view": {"size": 4}}}
-    with pytest.raises(UserError, match=r"first\.view\.size was 3 and is 5\. Give"):
+    with pytest.raises(UserError, match=r"first\.view\.size was 3 and is 5\. Use"):
         check_same_settings(tmp_path, then, {**then, "first": {"view": {"size": 5}}})
 
 

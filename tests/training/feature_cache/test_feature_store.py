@@ -213,7 +213,7 @@ def test_some_room_is_left_on_the_disk(tmp_path, monkeypatch, caplog):
     for number in range(3):
         fill(store, [number])
         free[0] -= SIZE
-    assert kept(store) == [0, 1] and "0.0 MiB more" in caplog.text
+    assert kept(store) == [0, 1] and "0.0 MiB are free" in caplog.text
 
 
 class Usage:
