@@ -202,12 +202,12 @@ def _nearby(path: Path) -> str:
     """Return sentences that name the run folders below a path, and those beside it with its name and a number."""
     numbered = re.compile(re.escape(path.name) + r"_\d+")
     below = {folder.parent.name for folder in path.glob(f"*/{FOLDER}")}
-    beside = {
+    siblings = {
         folder.parent.name for folder in path.parent.glob(f"*/{FOLDER}") if numbered.fullmatch(folder.parent.name)
     }
     return "".join(
         f" {where} it {'lies' if len(names) == 1 else 'lie'} {listed(sorted(names, key=natural_order))}."
-        for where, names in (("Below", below), ("Beside", beside))
+        for where, names in (("Below", below), ("Beside", siblings))
         if names
     )
 

@@ -58,7 +58,7 @@ class ClipFeed:
     make_tracker: Callable[..., Tracker] = SlotFactory()
     score_names: Sequence[str] = field(init=False)
     lowest: Sequence[str] = ("loss",)
-    _told_bare: bool = field(default=False, init=False)  # that no validation clip shows an object
+    _has_warned: bool = field(default=False, init=False)  # that no validation clip shows an object
 
     def __post_init__(self) -> None:
         """Refuse a batch size that does not fit, and clips that cannot be stacked, long before the first batch."""
@@ -122,8 +122,8 @@ class ClipFeed:
         model.train(training)
         totals, counts = engine.sum(torch.tensor(sums, dtype=torch.float32).to(engine.device)).view(2, -1).tolist()
         means = [total / count if count else None for total, count in zip(totals, counts, strict=True)]
-        if self._has_masks and not counts[-1] and engine.is_main and not self._told_bare:
-            self._told_bare = True
+        if self._has_masks and not counts[-1] and engine.is_main and not self._has_warned:
+            self._has_warned = True
             logger.warning(
                 "No validation clip has an object: fg_ari is always 1 by definition, and mbo is undefined. Select "
                 "checkpoints by trainer.score=loss, or give masks with objects."

@@ -60,19 +60,19 @@ class _Once:
         finally:
             self._rests = False
 
-    def __call__(self, tokens: Tensor, *args: Any, **beside: Any) -> Any:
-        seen = (tokens.shape, tokens.dtype, torch.is_grad_enabled(), beside.get("attention_mask") is None)
+    def __call__(self, tokens: Tensor, *args: Any, **kwargs: Any) -> Any:
+        seen = (tokens.shape, tokens.dtype, torch.is_grad_enabled(), kwargs.get("attention_mask") is None)
         if seen == self._last:
             self._chosen = self._chosen or seen
         self._last = seen
         if seen != self._chosen or self._rests or self._state.failed or torch.compiler.is_exporting():
-            return self._plain(tokens, *args, **beside)
+            return self._plain(tokens, *args, **kwargs)
         try:
-            return self._compiled(tokens, *args, **beside)
+            return self._compiled(tokens, *args, **kwargs)
         except torch._dynamo.exc.TorchDynamoException as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             logger.warning(
                 "engine.compile=true: torch cannot compile here (%s); continuing without compilation.", reason
             )
             self._state.failed = True
-            return self._plain(tokens, *args, **beside)
+            return self._plain(tokens, *args, **kwargs)

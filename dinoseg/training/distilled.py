@@ -62,8 +62,8 @@ class KeptScores:
         """Return scores (K, h, w) of an image at its file's own size, and its height, width and shares of the grid."""
         files = data.source if isinstance(data, PairDataset) else data
         key = hash_of(image_hash(files, index))
-        kept = self.store.get(key)
-        if kept is None or not self._fits(kept):
+        cached = self.store.get(key)
+        if cached is None or not self._is_valid(cached):
             image = files[index]["image"]
             scores, valid = self.ask(image)
             if scores.nbytes > MOST_BYTES:
@@ -73,17 +73,17 @@ class KeptScores:
                     "teacher whose head has a coarser output, or smaller images."
                 )
             facts = torch.tensor([*image.shape[-2:], *valid], dtype=torch.float64)
-            kept = self.store.put(key, [scores, facts.view(torch.uint8)])
-        return kept[0], kept[1].view(torch.float64).tolist()
+            cached = self.store.put(key, [scores, facts.view(torch.uint8)])
+        return cached[0], cached[1].view(torch.float64).tolist()
 
-    def _fits(self, kept: Sequence[Tensor]) -> bool:
+    def _is_valid(self, cached: Sequence[Tensor]) -> bool:
         """Return whether cached tensors are scores of `classes` classes, with a valid size and valid shares."""
-        if len(kept) != 2 or kept[0].dim() != 3 or (kept[1].dtype, kept[1].shape) != (torch.uint8, (32,)):
+        if len(cached) != 2 or cached[0].dim() != 3 or (cached[1].dtype, cached[1].shape) != (torch.uint8, (32,)):
             return False
-        facts = kept[1].view(torch.float64)
+        facts = cached[1].view(torch.float64)
         sizes, shares = facts.split(2)
         whole = bool((sizes >= 1).all() and (sizes <= _LONGEST).all() and (shares > 0).all() and (shares <= 1).all())
-        return whole and len(kept[0]) == self.classes
+        return whole and len(cached[0]) == self.classes
 
 
 @dataclass
@@ -91,11 +91,11 @@ class Part:
     """Samples of one kind, each with a function that returns the teacher's scores of it."""
 
     batch: Batch | Views
-    looks: list[Look]
+    lookups: list[Look]
 
     def split(self, parts: int) -> list["Part"]:
         """Split the samples in their order into parts whose sizes differ by at most one sample."""
-        rest = iter(self.looks)
+        rest = iter(self.lookups)
         return [Part(batch, list(islice(rest, len(batch.names)))) for batch in self.batch.split(parts)]
 
 
@@ -127,7 +127,7 @@ class ScoredBatch:
     def to(self, device: torch.device) -> "DistilledBatch":
         """Return all samples as one batch on `device`, with the teacher's scores of each."""
         batches = [part.batch.to(device) for part in self.parts]
-        seen = [look().to(device) for part in self.parts for look in part.looks]
+        seen = [look().to(device) for part in self.parts for look in part.lookups]
         masks, names = torch.cat([batch.mask for batch in batches]), [name for each in batches for name in each.names]
         return DistilledBatch(_joined([batch.image for batch in batches]), masks, names, seen, len(batches[0].names))
 
@@ -142,8 +142,8 @@ class DistilledBatch(Batch):
     @property
     def with_masks(self) -> Batch:
         """Return the views with masks."""
-        own = slice(0, self.labelled)
-        return Batch(mapped(self.image, lambda part: part[own]), self.mask[own], self.names[own])
+        selection = slice(0, self.labelled)
+        return Batch(mapped(self.image, lambda part: part[selection]), self.mask[selection], self.names[selection])
 
 
 @dataclass(kw_only=True)
@@ -203,16 +203,16 @@ class DistilledLoss(Loss):
 
     def divisors(self, batch: Any) -> Tensor:
         """Return the divisors of the loss on masks, and the number of images."""
-        own = self.criterion.divisors(batch.with_masks)
-        return torch.cat([own, own.new_full((1,), batch.count)]) if self.weight else own
+        values = self.criterion.divisors(batch.with_masks)
+        return torch.cat([values, values.new_full((1,), batch.count)]) if self.weight else values
 
     def in_step(self, prediction: Prediction, batch: Any, divisors: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Return the batch's part of a step's loss, the loss of the batch alone, and its parts by name."""
-        own = self.criterion.num_divisors
+        num_divisors = self.criterion.num_divisors
         labelled = prediction.of_images(slice(0, batch.labelled))
-        part, value, parts = self.criterion.in_step(labelled, batch.with_masks, divisors[:own])
+        part, value, parts = self.criterion.in_step(labelled, batch.with_masks, divisors[:num_divisors])
         taught = self._divergence(prediction, batch)
-        share = share_of(divisors.new_full((), batch.count), divisors[own:].sum())
+        share = share_of(divisors.new_full((), batch.count), divisors[num_divisors:].sum())
         alone = value + self.weight * taught.detach()
         return part + self.weight * share * taught, alone, {**parts, "teacher": taught.detach()}
 
@@ -236,8 +236,8 @@ def _joined(images: Sequence[Tensor | FrozenFeatures]) -> Any:
     first = images[0]
     if isinstance(first, Tensor):
         return torch.cat([image for image in images if isinstance(image, Tensor)])
-    kept = [image.tensors for image in images if isinstance(image, FrozenFeatures)]
-    return replace(first, tensors=[torch.cat(parts) for parts in zip(*kept, strict=True)])
+    features = [image.tensors for image in images if isinstance(image, FrozenFeatures)]
+    return replace(first, tensors=[torch.cat(parts) for parts in zip(*features, strict=True)])
 
 
 def _mask(data: SegmentationData, index: int) -> np.ndarray:

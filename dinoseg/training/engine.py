@@ -250,8 +250,8 @@ class Engine:
 
     def updates_without_waiting(self, optimizer: Optimizer) -> bool:
         """Return whether `optimizer_step` updates, or not, on the device, so that metrics can be read later."""
-        late = self.device.type == "cuda" and getattr(optimizer, "_step_supports_amp_scaling", False)
-        return late and not self.sharded  # untested with sharded weights
+        on_device = self.device.type == "cuda" and getattr(optimizer, "_step_supports_amp_scaling", False)
+        return on_device and not self.sharded  # untested with sharded weights
 
     def optimizer_step(
         self,
@@ -282,8 +282,8 @@ class Engine:
         Returns:
             The means, and the gradient norms before clipping, NaN where the mean is not finite: (N,) float64.
         """
-        late = self.updates_without_waiting(optimizer)
-        if not late:
+        on_device = self.updates_without_waiting(optimizer)
+        if not on_device:
             totals, weights = totals.cpu(), weights.cpu()  # before float64, which MPS lacks
         totals, weights = totals.double(), weights.double()
         means, scales = (torch.where(weights != 0, value / weights, 0.0) for value in (totals, self.world))
@@ -301,16 +301,16 @@ class Engine:
             norms = norms.masked_fill(skipped, 0.0)
         if before is not None:
             finite &= before.isfinite()
-        if late:
+        if on_device:
             trained = [finite[head] for head in range(len(heads)) if head not in ended]
             found_inf = (~torch.stack(trained or [finite.any()]).any()).float()
             vars(optimizer).update(grad_scale=None, found_inf=found_inf)  # interface of torch's GradScaler
         for parameters, is_finite in zip(heads, finite, strict=True) if len(heads) > 1 else ():
-            for parameter in parameters if late or not is_finite else ():
-                parameter.grad = torch.where(is_finite, parameter.grad, 0.0) if late else None  # type: ignore[arg-type]
-        if late or finite.any():
+            for parameter in parameters if on_device or not is_finite else ():
+                parameter.grad = torch.where(is_finite, parameter.grad, 0.0) if on_device else None  # type: ignore[arg-type]
+        if on_device or finite.any():
             optimizer.step()
-        if late or finite.any() or skipped.any():
+        if on_device or finite.any() or skipped.any():
             optimizer.zero_grad(set_to_none=True)
         return means, norms.where(means.isfinite(), math.nan)
 
@@ -394,7 +394,7 @@ def meet(device: torch.device, seconds: float, at_work: float) -> None:
     # harmless DDP warnings: tokens (1, N, C) prepended to a rank's only sample have a slice of its gradient as theirs,
     # and 1 x 1 convolutions have contiguous channels in either memory layout
     warnings.filterwarnings("ignore", _ALIKE)
-    place, rank = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}", os.environ.get("RANK")
+    address, rank = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}", os.environ.get("RANK")
     try:
         store, number, ranks = next(distributed.rendezvous("env://", timeout=timedelta(seconds=seconds)))
         patience = timedelta(seconds=at_work)
@@ -404,9 +404,9 @@ def meet(device: torch.device, seconds: float, at_work: float) -> None:
         backend = "nccl" if device.type == "cuda" else "gloo"
         distributed.init_process_group(backend, store=store, rank=number, world_size=ranks, timeout=patience)
     except (distributed.DistError, ValueError) as error:  # ValueError: a variable is missing or not a number
-        said = next((line for line in str(error).splitlines() if line), type(error).__name__)
+        reason = next((line for line in str(error).splitlines() if line), type(error).__name__)
         raise UserError(
-            f"Rank {rank} of {world} did not reach the others at {place} within {seconds:g} s ({said}). Check that all "
-            "ranks were started, and that MASTER_ADDR is the machine of rank 0, reachable by that name and port from "
-            "all others; for slow starts, raise engine.rendezvous_timeout."
+            f"Rank {rank} of {world} did not reach the others at {address} within {seconds:g} s ({reason}). Check that "
+            "all ranks were started, and that MASTER_ADDR is the machine of rank 0, reachable by that name and port "
+            "from all others; for slow starts, raise engine.rendezvous_timeout."
         ) from error

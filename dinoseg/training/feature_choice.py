@@ -59,8 +59,8 @@ class Cost(NamedTuple):
             return 0.0
         computed = min(epochs, views)
         write, read = (self.write, self.read) if disk else (0.0, 0.0)
-        kept = computed * (self.frozen + write) + (epochs - computed) * read
-        return epochs * (self.frozen + self.rest) / (kept + epochs * self.rest)
+        cached = computed * (self.frozen + write) + (epochs - computed) * read
+        return epochs * (self.frozen + self.rest) / (cached + epochs * self.rest)
 
 
 def measured(feed: ImageFeed, model: Segmenter, loss: Loss, engine: Engine, root: Path, stored: Stored) -> Cost:
@@ -157,13 +157,13 @@ class Plan:
             raise UserError(f"features.dtype={self.dtype} is unknown. Choose one of {', '.join(TYPES)}, or auto.")
 
 
-def stored_as(asked: Any, before: Mapping[str, str | None]) -> Any:
+def stored_as(requested: Any, before: Mapping[str, str | None]) -> Any:
     """Resolve `features.dtype`: `auto` is the type of the run that is resumed, or float16.
 
     A resumed run that has cached no features uses float32, which gives the same numbers.
     """
-    if asked != "auto":
-        return asked
+    if requested != "auto":
+        return requested
     return before.get("features.dtype") or ("float32" if before.get("engine.cache") == "off" else "float16")
 
 
@@ -195,10 +195,10 @@ def feature_cache(feed: ImageFeed, model: Segmenter, loss: Loss, engine: Engine,
             )
         _check_cut(feed, model, engine, plan.noise)
         return FeatureCache(model, engine.autocast, NoStore, plan.drawing, feed.views, plan.noise)
-    place, cost = chosen
-    opened = partial(_opened, place == "memory", feed, model, engine, plan)
+    location, cost = chosen
+    opened = partial(_opened, location == "memory", feed, model, engine, plan)
     shapes = {(cost.size, True): cost.shapes} if cost.shapes else {}
-    return FeatureCache(model, engine.autocast, opened, plan.drawing, feed.views, plan.noise, place, shapes)
+    return FeatureCache(model, engine.autocast, opened, plan.drawing, feed.views, plan.noise, location, shapes)
 
 
 def _check_cut(feed: ImageFeed, model: Segmenter, engine: Engine, noise: float) -> None:

@@ -67,4 +67,4 @@ class Feed(Protocol):
 def spread(samples: int, wanted: int, world: int) -> list[int]:
     """Return the indices of at most `wanted` samples, evenly spread over those that rank 0 validates."""
     validated = range(0, samples, world)
-    return [validated[place] for place in evenly_spaced(len(validated), wanted)]
+    return [validated[index] for index in evenly_spaced(len(validated), wanted)]

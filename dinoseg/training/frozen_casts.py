@@ -13,9 +13,9 @@ from torch import Tensor, nn
 def keep_casts(model: nn.Module) -> None:
     """Make each frozen linear layer and 2D convolution of a model cast its weights once; results are bitwise equal."""
     for part in model.modules():
-        kept = _KINDS.get(type(part))
-        if kept is not None and not any(parameter.requires_grad for parameter in part.parameters()):
-            part.__class__ = kept
+        kind = _KINDS.get(type(part))
+        if kind is not None and not any(parameter.requires_grad for parameter in part.parameters()):
+            part.__class__ = kind
 
 
 def _cast(layer: nn.Linear | nn.Conv2d, like: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -23,19 +23,19 @@ def _cast(layer: nn.Linear | nn.Conv2d, like: Tensor) -> tuple[Tensor, Tensor | 
 
     Writes through `.data` have to call `torch.autograd.graph.increment_version`, as `adapters.merge` does.
     """
-    weight, bias, place = layer.weight, layer.bias, like.device.type
-    if torch.compiler.is_compiling() or not torch.is_autocast_enabled(place) or weight.requires_grad:
+    weight, bias, device_type = layer.weight, layer.bias, like.device.type
+    if torch.compiler.is_compiling() or not torch.is_autocast_enabled(device_type) or weight.requires_grad:
         return weight, bias
     if weight.dtype != torch.float32 or like.dtype == torch.float64:  # not cast by autocast
         return weight, bias
-    dtype, parts = torch.get_autocast_dtype(place), (weight, bias)
+    dtype, parts = torch.get_autocast_dtype(device_type), (weight, bias)
     version: list[Any] = [dtype, weight.device]
     version += [None if part is None else (part._version, _address(part)) for part in parts]
-    kept: Any = vars(layer).get("kept")
-    if kept is None or kept[0] is not weight or kept[1] is not bias or kept[2] != version:
+    casts: Any = vars(layer).get("kept")
+    if casts is None or casts[0] is not weight or casts[1] is not bias or casts[2] != version:
         with torch.inference_mode(False), torch.no_grad():  # inference tensors could not be saved for backward
-            kept = vars(layer)["kept"] = *parts, version, *(None if part is None else part.to(dtype) for part in parts)
-    return kept[3:]
+            casts = vars(layer)["kept"] = *parts, version, *(None if part is None else part.to(dtype) for part in parts)
+    return casts[3:]
 
 
 def _address(value: Tensor) -> int:

@@ -107,12 +107,12 @@ class ImageFeed:
         if self.cache is not None and self.cache.place == "memory":
             return "Features are cached in memory: images are read only until each view was used once."
         if self.cache is not None and self.cache.keeps:
-            own = "Features are cached: use a cache_dir on a faster disk, or features.dtype=int8 for smaller files."
+            advice = "Features are cached: use a cache_dir on a faster disk, or features.dtype=int8 for smaller files."
         elif isinstance(self.train, PackedDataset):
-            own = "Images are packed: data.cache=packed with a lower resolution.longest reads less per image."
+            advice = "Images are packed: data.cache=packed with a lower resolution.longest reads less per image."
         else:
-            own = "Decode images only once (data.cache=packed)."
-        return f"{own} {more_workers(self.workers)}"
+            advice = "Decode images only once (data.cache=packed)."
+        return f"{advice} {more_workers(self.workers)}"
 
     def train_batches(self, start: int) -> Iterator[Batch | Views]:
         """Yield this rank's share of every batch from number `start` on, without end."""
@@ -141,11 +141,11 @@ class ImageFeed:
         inputs: Callable[[Batch], Iterable[Batch]] | None = None,
     ) -> list[Validation]:
         """Validate several models in one pass over the data, see `evaluate_each`."""
-        batches = None if self.cache is None else self._kept(self.cache, models[0].model, engine)
+        batches = None if self.cache is None else self._cached_batches(self.cache, models[0].model, engine)
         found = evaluate_each([shown.scored for shown in models], self.val, engine, batches=batches, inputs=inputs)
         return [shown.validation(scores) for shown, scores in zip(models, found, strict=True)]
 
-    def _kept(self, cache: FeatureCache, model: Segmenter, engine: Engine) -> Iterator[Batch | Views]:
+    def _cached_batches(self, cache: FeatureCache, model: Segmenter, engine: Engine) -> Iterator[Batch | Views]:
         """Yield cached features of the validation images, or the image itself if the policy does not see it whole."""
         policy = self.policy or Whole()
         samples = cache.eval_batches(self.val, workers=self.workers, rank=self.rank, world=self.world)

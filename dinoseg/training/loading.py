@@ -107,9 +107,9 @@ def load_weights(model: Segmenter, checkpoint: Checkpoint) -> None:
     state = model.state_dict()
     for name, value in checkpoint.part("model").items():
         copy_values(state[name], parted(value, state[name]))
-    own = constants(model)
+    constant_buffers = constants(model)
     for name, value in checkpoint.part(CONSTANTS).items():
-        own[name].copy_(value)
+        constant_buffers[name].copy_(value)
 
 
 def check_fits(model: Segmenter, checkpoint: Checkpoint) -> None:
@@ -120,8 +120,8 @@ def check_fits(model: Segmenter, checkpoint: Checkpoint) -> None:
     """
     state = model.state_dict()
     parts = _misfits({name: state[name] for name in trained_names(model)}, checkpoint.part("model"))
-    held, own = checkpoint.part(CONSTANTS), constants(model)  # only in a file that holds a whole model
-    parts = parts or _misfits({name: own[name] for name in own if held}, held)
+    held, expected = checkpoint.part(CONSTANTS), constants(model)  # only in a file that holds a whole model
+    parts = parts or _misfits({name: expected[name] for name in expected if held}, held)
     if parts:
         raise UserError(
             f"resume={checkpoint.path}: it belongs to another model: {parts}. Use the backbone, adapter, head and "

@@ -66,10 +66,10 @@ class LossScale:
         """
         if not state:
             return
-        fits = state.keys() == {"value", "steady"} and all(
+        is_valid = state.keys() == {"value", "steady"} and all(
             part.shape == () and part.dtype == torch.float32 and part.isfinite() for part in state.values()
         )
-        if not fits or not 0 < state["value"] <= _LARGEST or abs(state["steady"]) > _GROWS_AFTER:
+        if not is_valid or not 0 < state["value"] <= _LARGEST or abs(state["steady"]) > _GROWS_AFTER:
             raise UserError(f"{where}: its loss scale is invalid. Choose another checkpoint.")
         self._set(state["value"].item(), state["steady"].item(), device)
 

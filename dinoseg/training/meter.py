@@ -131,7 +131,7 @@ class Meter:
         if not self._visible or self._step - self._start < 2:
             return
         speed, waited = self._later.rates(self._trained)
-        logger.info("trained %s images/s, waiting for data %.1f%% of that time", _told(speed), 100 * waited)
+        logger.info("trained %s images/s, waiting for data %.1f%% of that time", _formatted(speed), 100 * waited)
         if waited > _MUCH and self._trained > _IN_FILE:
             logger.warning("The training spent %.0f%% of its time waiting for data. %s", 100 * waited, self._remedy)
 
@@ -162,7 +162,7 @@ class Meter:
         speed, waited = self._status.rates(now)
         self._status, self._shown = _Window(now), now
         figures = (
-            f"epoch {self._step / self._epoch:.1f}, loss {loss:.4f}, rate {rate:.1e}, {_told(speed)} images/s, "
+            f"epoch {self._step / self._epoch:.1f}, loss {loss:.4f}, rate {rate:.1e}, {_formatted(speed)} images/s, "
             f"waiting for data {waited:.0%}, memory {peak_memory(self.device) / 2**30:.1f} GiB, {self.left()}"
         )
         if self._has_bar:
@@ -171,7 +171,7 @@ class Meter:
             logger.info("step %d of %d: %s", self._step, self._steps, figures)
 
 
-def _told(speed: float) -> str:
+def _formatted(speed: float) -> str:
     """Format images per second: with one decimal, or below 1 with two significant digits."""
     return f"{speed:.1f}" if speed >= 1 else f"{speed:.2g}"
 

@@ -120,8 +120,8 @@ class MicroBatches:
         if self._criterion.num_divisors == 1 or self.num_batches == 1:
             return batches, None
         batches = list(batches)
-        own = [self._criterion.divisors(batch).to(self._engine.device, torch.float32) for batch in batches]
-        return batches, self._engine.sum(torch.stack(own).sum(0))
+        divisors = [self._criterion.divisors(batch).to(self._engine.device, torch.float32) for batch in batches]
+        return batches, self._engine.sum(torch.stack(divisors).sum(0))
 
     def _halve(self, reason: str) -> None:
         parts = min(2 * self._parts, self._samples // self._smallest)

@@ -67,9 +67,9 @@ class MultiHeadSegmenter(Segmenter):
             versions = [tensor._version for tensor in features.tensors]
         predictions: list[Prediction | None] = []
         for member in self._members:
-            own = images if features is None or not member.reads_maps else self.select(features, member)
+            inputs = images if features is None or not member.reads_maps else self.select(features, member)
             with member.drawing():
-                predictions.append(member.model(own, reduce=reduce) if member.is_active else None)
+                predictions.append(member.model(inputs, reduce=reduce) if member.is_active else None)
             if features is not None and versions != [tensor._version for tensor in features.tensors]:
                 raise UserError(
                     f"{member.name} modified its input features in place, but the other heads share them. Let it work "
@@ -104,7 +104,7 @@ class MultiHeadSegmenter(Segmenter):
     def select(self, features: FrozenFeatures, member: HeadTraining) -> FrozenFeatures:
         """Return those features that a head reads."""
         at = [self.backbone.layers.index(layer) for layer in sorted({*member.model.backbone.layers})]
-        return replace(features, tensors=[features.tensors[place] for place in at])
+        return replace(features, tensors=[features.tensors[index] for index in at])
 
 
 @dataclass
@@ -121,15 +121,16 @@ class MultiHeadCheckpoints(Checkpoints):
         """Load the training state of all heads; those that had ended stay so."""
         progress = super().restore(model, *state)
         for member in self.members:
-            own = member.checkpoints
-            own.info["frozen"] = frozen_fingerprint(member.model)
+            checkpoints = member.checkpoints
+            checkpoints.info["frozen"] = frozen_fingerprint(member.model)
             if self.start is not None:
                 entry = self.start.info["heads"][member.name]
-                own.progress = comparable(Progress(**entry["progress"]), self.start.info, self.info)
+                checkpoints.progress = comparable(Progress(**entry["progress"]), self.start.info, self.info)
                 member.dropped = entry["dropped"]
-                if member.dropped is None and own.writes:  # of a fault after the step from which the run resumes
-                    (own.folder.parent / DROPPED).unlink(missing_ok=True)
-                member.is_active = member.dropped is None and own.progress.step == progress.step
+                # of a fault after the step from which the run resumes
+                if member.dropped is None and checkpoints.writes:
+                    (checkpoints.folder.parent / DROPPED).unlink(missing_ok=True)
+                member.is_active = member.dropped is None and checkpoints.progress.step == progress.step
         return progress
 
     def save(self, *state: Any) -> None:
@@ -139,11 +140,11 @@ class MultiHeadCheckpoints(Checkpoints):
             member.name: {
                 "progress": asdict(member.progress),
                 "dropped": member.dropped,
-                "config": {key: value for key, value in own["config"].items() if value != whole.get(key)},
-                "choices": own["choices"],
+                "config": {key: value for key, value in info["config"].items() if value != whole.get(key)},
+                "choices": info["choices"],
             }
             for member in self.members
-            for own in [member.checkpoints.info]
+            for info in [member.checkpoints.info]
         }
         super().save(*state)
 
@@ -151,11 +152,11 @@ class MultiHeadCheckpoints(Checkpoints):
 def join_optimizers(optimizers: Sequence[Optimizer]) -> Optimizer:
     """Return one optimizer over the parameter groups of all heads, each group with the number of its head."""
     whole = optimizers[0]
-    for number, own in enumerate(optimizers):
-        for group in own.param_groups:
+    for number, optimizer in enumerate(optimizers):
+        for group in optimizer.param_groups:
             group["head"] = number
             group["names"] = [f"head.heads.{number}.{name.removeprefix('head.')}" for name in group["names"]]
-            if own is not whole:
+            if optimizer is not whole:
                 whole.add_param_group(group)
     return whole
 

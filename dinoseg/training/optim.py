@@ -59,8 +59,8 @@ def parameter_groups(
     backbone_lr = lr if backbone_lr is None else backbone_lr
     above = _layers_above(model)
     embeddings = {id(part.weight) for part in model.modules() if isinstance(part, nn.Embedding)}
-    late_start, parts = model.head.late
-    late = {id(parameter) for part in parts for parameter in part.parameters()}
+    delayed_start, parts = model.head.late
+    delayed = {id(parameter) for part in parts for parameter in part.parameters()}
     frozen_first = {id(parameter) for parameter in model.backbone.parameters()} if freeze_backbone_until else set()
     groups: dict[tuple[float, float, float, bool], dict] = {}
     for name, parameter in model.named_parameters():
@@ -72,7 +72,7 @@ def parameter_groups(
         exempt = parameter.ndim < 2 or id(parameter) in embeddings or _EMBEDDING.search(name)
         decay = 0.0 if exempt else weight_decay
         frozen = id(parameter) in frozen_first
-        start = freeze_backbone_until if frozen else late_start if id(parameter) in late else 0.0
+        start = freeze_backbone_until if frozen else delayed_start if id(parameter) in delayed else 0.0
         values = {"lr": rate, "base_lr": rate, "weight_decay": decay, "start": start, "frozen": frozen}
         group = groups.setdefault((rate, decay, start, frozen), {"params": [], "names": [], **values})
         group["params"].append(parameter)

@@ -115,7 +115,7 @@ class Lockstep:
         self._lends = False
         self._model.train(training)
 
-    def _at_work(self, own: int) -> bool:
-        number = torch.tensor(own, device=self._device)
+    def _at_work(self, value: int) -> bool:
+        number = torch.tensor(value, device=self._device)
         torch.distributed.all_reduce(number)
         return not self._lends or bool(number.item())

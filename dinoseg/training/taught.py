@@ -100,8 +100,8 @@ class TaughtBatch(Batch):
     @property
     def views(self) -> Batch:
         """Return the views with a teacher's labels, which have no names."""
-        own = self.image[len(self.names) :], self.mask[len(self.names) :]
-        return Batch(*own, [""] * len(own[0]))
+        tensors = self.image[len(self.names) :], self.mask[len(self.names) :]
+        return Batch(*tensors, [""] * len(tensors[0]))
 
 
 class TaughtLoss(Loss):
@@ -136,18 +136,18 @@ class TaughtLoss(Loss):
 
     def divisors(self, batch: Any) -> Tensor:
         """Return the divisors of the loss on masks, and the number of pixels of the views that show an image."""
-        own = self.criterion.divisors(batch)
-        return torch.cat([own, batch.inside.to(own)[None]]) if self.weight else own
+        values = self.criterion.divisors(batch)
+        return torch.cat([values, batch.inside.to(values)[None]]) if self.weight else values
 
     def in_step(self, prediction: Prediction, batch: Any, divisors: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Return the batch's part of a step's loss, the loss of the batch alone, and its parts by name."""
-        own = self.criterion.num_divisors
+        num_divisors = self.criterion.num_divisors
         if not isinstance(batch, TaughtBatch):
-            return self.criterion.in_step(prediction, batch, divisors[:own])
+            return self.criterion.in_step(prediction, batch, divisors[:num_divisors])
         labelled = prediction.of_images(slice(0, len(batch.names)))
-        part, value, parts = self.criterion.in_step(labelled, batch.labelled, divisors[:own])
+        part, value, parts = self.criterion.in_step(labelled, batch.labelled, divisors[:num_divisors])
         taught, more = self._of_views(prediction, batch)
-        share = share_of(batch.inside.to(divisors), divisors[own:].sum())
+        share = share_of(batch.inside.to(divisors), divisors[num_divisors:].sum())
         return part + self.weight * share * taught, value + self.weight * taught.detach(), parts | more
 
     def _of_views(self, prediction: Prediction, batch: TaughtBatch) -> tuple[Tensor, dict[str, Tensor]]:

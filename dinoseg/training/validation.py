@@ -85,8 +85,8 @@ def evaluate_each(
             stack.enter_context(scored.in_eval_mode())
         for drawn in batches:
             batch = drawn.to(engine.device)
-            for scored, own in zip(models, inputs(batch) if inputs else repeat(batch), strict=False):
-                scored.add(own)
+            for scored, model_batch in zip(models, inputs(batch) if inputs else repeat(batch), strict=False):
+                scored.add(model_batch)
     return [scored.scores() for scored in models]
 
 
@@ -125,7 +125,7 @@ class ScoredModel:
         """Count the model's predictions for a batch on the device."""
         size = (batch.mask.shape[-2], batch.mask.shape[-1])
         with self._draws.going_on():
-            ids, logits, added = _asked(self._predictor, batch, self._loss, size)
+            ids, logits, added = _predicted(self._predictor, batch, self._loss, size)
         self._losses += added
         self._counts.update(ids, batch.mask)
         if self._on_batch is not None:
@@ -143,7 +143,9 @@ class ScoredModel:
         return result
 
 
-def _asked(predictor: Predictor, batch: Batch, loss: Loss | None, size: Size) -> tuple[Tensor, Tensor, list[Tensor]]:
+def _predicted(
+    predictor: Predictor, batch: Batch, loss: Loss | None, size: Size
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Return the class IDs and logits of a batch as `_read` does, and its losses."""
     losses: list[Tensor] = []
     if isinstance(batch, FeatureBatch):
@@ -185,7 +187,7 @@ def _add_loss(
 ) -> None:
     """Append the loss of parts (n, 3, h, w) of a batch's images to `losses`."""
     masks = _part_masks(batch, (parts.shape[-2], parts.shape[-1]), places, size)
-    losses += _of_images(loss, prediction, Batch(parts, masks, [batch.names[place.image] for place in places]))
+    losses += _of_images(loss, prediction, Batch(parts, masks, [batch.names[position.image] for position in places]))
 
 
 def _of_images(loss: Loss, prediction: Prediction, batch: Batch) -> list[Tensor]:
@@ -198,7 +200,7 @@ def _of_images(loss: Loss, prediction: Prediction, batch: Batch) -> list[Tensor]
 def _part_masks(batch: Batch, part: Size, places: Sequence[Place], size: Size) -> Tensor:
     """Return the masks of parts (h, w) that were cut from a batch's images after resizing to `size`."""
     if part == size:
-        return torch.stack([batch.mask[place.image] for place in places])
+        return torch.stack([batch.mask[position.image] for position in places])
     masks = batch.mask
     if masks.shape[-2:] != size:
         masks = F.interpolate(masks[:, None], size, mode="nearest-exact")[:, 0]

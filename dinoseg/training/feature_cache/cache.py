@@ -40,22 +40,22 @@ class KeptMasks:
 
     def __init__(self, cap: int = _MOST) -> None:
         self._room = cap
-        self._kept: dict[tuple[str, str], tuple[torch.Size, bytes]] = {}
+        self._stored: dict[tuple[str, str], tuple[torch.Size, bytes]] = {}
 
     def get(self, key: tuple[str, str], read: Callable[[], np.ndarray]) -> Tensor:
         """Return a mask (H, W) uint8, by calling `read` if it is not cached."""
-        if key not in self._kept:
+        if key not in self._stored:
             return torch.from_numpy(read())
-        shape, content = self._kept[key]
+        shape, content = self._stored[key]
         return torch.frombuffer(bytearray(zlib.decompress(content)), dtype=torch.uint8).view(shape)
 
     def keep(self, key: tuple[str, str], mask: Tensor) -> None:
         """Cache a mask (H, W) uint8 that `get` returned, here or in another process."""
-        if key in self._kept or self._room <= 0:
+        if key in self._stored or self._room <= 0:
             return
         content = zlib.compress(mask.contiguous().numpy().data, 1)
         if len(content) <= self._room:
-            self._kept[key] = mask.shape, content
+            self._stored[key] = mask.shape, content
         self._room -= len(content)
 
     def __reduce__(self) -> tuple[type["KeptMasks"], tuple[()]]:
@@ -151,7 +151,7 @@ class FeatureCache:
     _store: FeatureStore | None = None
     _masks: KeptMasks = field(default_factory=KeptMasks)
     _validated: bool = False
-    _told: bool = False  # whether unusable features were logged
+    _has_warned: bool = False  # whether unusable features were logged
 
     @property
     def store(self) -> FeatureStore:
@@ -213,18 +213,18 @@ class FeatureCache:
         """Add noise to the features of one image, in place."""
         if draw is None:
             return
-        chance = torch.Generator(features[0].device).manual_seed(draw)
+        generator = torch.Generator(features[0].device).manual_seed(draw)
         for part in features:
-            drawn = torch.randn(part.shape, generator=chance, device=part.device)
+            drawn = torch.randn(part.shape, generator=generator, device=part.device)
             part += self.noise * part.std(correction=0) * drawn
 
     def _features(self, view: View, device: torch.device) -> list[Tensor]:
         if view.features is not None:
             return view.features
         # another rank or batch may have stored it since the view was read
-        kept = None if view.anew else self.store.get(view.key)
-        if kept is not None and self._fits(kept, view.kind):
-            return kept
+        cached = None if view.anew else self.store.get(view.key)
+        if cached is not None and self._matches(cached, view.kind):
+            return cached
         assert view.image is not None
         with self.autocast():
             frozen = self.model.frozen(sent(view.image[None], device))
@@ -243,7 +243,7 @@ class FeatureCache:
             views: of one size.
             masks: whether to cache the masks, for views that this process reads from now on.
         """
-        if not all(view.features is None or self._fits(view.features, view.kind) for view in views):
+        if not all(view.features is None or self._matches(view.features, view.kind) for view in views):
             views = [replace(again(*view.source), anew=True) for view in views]
         for view in views:
             if masks:
@@ -252,11 +252,11 @@ class FeatureCache:
                 self.store.trust(view.key)
         return Views(self, views)
 
-    def _fits(self, features: list[Tensor], kind: Kind) -> bool:
+    def _matches(self, features: list[Tensor], kind: Kind) -> bool:
         """Return whether a view's features have the shapes of its kind; log the first mismatch."""
         found, expected = described(features), self._shapes_of(kind)
-        if found != expected and not self._told:
-            self._told = True
+        if found != expected and not self._has_warned:
+            self._has_warned = True
             height, width = kind[0]
             log.warning(
                 "Cached features of an image of %d x %d have the shapes %s, but the model returns %s. Such features "

@@ -47,7 +47,7 @@ def rounded(tensors: Sequence[Tensor], stored: Stored) -> list[Tensor]:
     Raises:
         UserError: a number is not finite, or would not be in the stored type.
     """
-    kept: list[Tensor] = []
+    converted: list[Tensor] = []
     for tensor in (tensor.detach().cpu() for tensor in tensors):
         if not _is_finite(tensor):
             raise UserError(
@@ -55,28 +55,28 @@ def rounded(tensors: Sequence[Tensor], stored: Stored) -> list[Tensor]:
                 "or set engine.precision=fp32."
             )
         if tensor.dtype == torch.uint8:
-            kept.append(tensor.contiguous())
+            converted.append(tensor.contiguous())
         else:
-            kept += _quantised(tensor.float()) if stored == "int8" else [tensor.to(_DTYPES[stored]).contiguous()]
-        if not _is_finite(kept[-1]):
+            converted += _quantised(tensor.float()) if stored == "int8" else [tensor.to(_DTYPES[stored]).contiguous()]
+        if not _is_finite(converted[-1]):
             if stored == "float16":
                 return rounded(tensors, "bfloat16")
             raise UserError(
                 f"Features as large as {tensor.float().abs().max():.3g} overflow in {stored}, the type of the cache. "
                 "Set features.dtype=float32, or engine.cache=off."
             )
-    return kept
+    return converted
 
 
-def type_of(kept: Sequence[Tensor], stored: Stored) -> Stored:
+def type_of(tensors: Sequence[Tensor], stored: Stored) -> Stored:
     """Return the type that `rounded` has chosen for a sample to be stored in `stored`."""
-    wider = any(tensor.dtype == torch.bfloat16 for tensor in kept)
+    wider = any(tensor.dtype == torch.bfloat16 for tensor in tensors)
     return "bfloat16" if stored == "float16" and wider else stored
 
 
-def restored(kept: Sequence[Tensor], stored: Stored) -> list[Tensor]:
+def restored(tensors: Sequence[Tensor], stored: Stored) -> list[Tensor]:
     """Return tensors for use: those of int8 are converted to float32, others are returned unchanged."""
-    parts = iter(kept)
+    parts = iter(tensors)
     return [part.float() * next(parts)[..., None] if part.dtype == torch.int8 else part for part in parts]
 
 
@@ -86,15 +86,15 @@ def size_of(tensors: Sequence[Tensor], stored: Stored) -> int:
     return _places(start, [tensor.shape for tensor in tensors], _bytes_among(tensors), stored)[1]
 
 
-def to_bytes(key: str, kept: Sequence[Tensor], stored: Stored) -> bytes:
+def to_bytes(key: str, tensors: Sequence[Tensor], stored: Stored) -> bytes:
     """Return the content of a sample's file, from the tensors that `rounded` returned.
 
     Raises:
         UserError: it exceeds the size that would be read back.
     """
-    values = [tensor for tensor in kept if tensor.dtype != torch.float32] if stored == "int8" else kept
-    parts = [_padded(_header(key, values, type_of(kept, stored)))]
-    parts += [_padded(tensor.reshape(-1).view(torch.uint8).numpy().tobytes()) for tensor in kept]
+    values = [tensor for tensor in tensors if tensor.dtype != torch.float32] if stored == "int8" else tensors
+    parts = [_padded(_header(key, values, type_of(tensors, stored)))]
+    parts += [_padded(tensor.reshape(-1).view(torch.uint8).numpy().tobytes()) for tensor in tensors]
     content = b"".join(parts)
     if len(content) > MOST_BYTES:
         raise UserError(
@@ -129,12 +129,12 @@ def from_bytes(key: str, data: np.ndarray, stored: Stored, *, verify: bool) -> l
     places, end = _places(_aligned(_START + len(text) + 1), header["shapes"], header["bytes"], held)
     if end != len(data):
         raise forms.Misshapen(f"it has {len(data)} bytes instead of {end}")
-    kept = [
-        torch.from_numpy(data[place : place + size]).view(dtype).view(shape) for place, size, dtype, shape in places
+    tensors = [
+        torch.from_numpy(data[offset : offset + size]).view(dtype).view(shape) for offset, size, dtype, shape in places
     ]
-    if verify and not all(map(_is_finite, kept)):
+    if verify and not all(map(_is_finite, tensors)):
         raise forms.Misshapen("it holds values that are not finite")
-    return kept
+    return tensors
 
 
 def _header(key: str, tensors: Sequence[Tensor], stored: Stored) -> bytes:
@@ -149,9 +149,9 @@ def _bytes_among(tensors: Sequence[Tensor]) -> list[int]:
 
 
 def _places(
-    place: int, shapes: Sequence[Sequence[int]], whole: Sequence[int], stored: Stored
+    offset: int, shapes: Sequence[Sequence[int]], whole: Sequence[int], stored: Stored
 ) -> tuple[list[tuple[int, int, torch.dtype, Sequence[int]]], int]:
-    """Return offset, size in bytes, type and shape of all stored tensors from `place` on, and the end offset.
+    """Return offset, size in bytes, type and shape of all stored tensors from `offset` on, and the end offset.
 
     `whole` has the indices of the tensors that are bytes.
     """
@@ -163,9 +163,9 @@ def _places(
     places = []
     for dtype, shape in parts:
         size = math.prod(shape) * dtype.itemsize
-        places.append((place, size, dtype, shape))
-        place = _aligned(place + size)
-    return places, place
+        places.append((offset, size, dtype, shape))
+        offset = _aligned(offset + size)
+    return places, offset
 
 
 def _quantised(tensor: Tensor) -> tuple[Tensor, Tensor]:
@@ -187,5 +187,5 @@ def _padded(content: bytes) -> bytes:
     return content + bytes(_aligned(len(content)) - len(content))
 
 
-def _aligned(place: int) -> int:
-    return -(-place // _ALIGN) * _ALIGN
+def _aligned(offset: int) -> int:
+    return -(-offset // _ALIGN) * _ALIGN

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 _NOTE = "origin.json"
 _LIBRARIES = ("torch", "transformers", "timm", "peft", "bitsandbytes", "pillow", "av", "opencv-python-headless")
-_OWN = (  # source between an image file and its features: folders and files of the package
+_SOURCES = (  # source between an image file and its features: folders and files of the package
     *("models", "core/contracts.py", "core/geometry.py", "core/sizes.py", "core/shapes.py"),
     *("data/loader.py", "data/train_views.py", "data/transforms.py", "data/video", "data/packed/read.py"),
     *("utils/images.py", "utils/precision.py", "utils/transfer.py", "training/feature_cache"),
@@ -45,8 +45,8 @@ def origin(root: Path, parts: Mapping[str, str]) -> str:
     """
     name = hash_of(*sorted(parts.items()))
     if finished(root / name / _NOTE, _read) != parts:
-        others = [kept for path in root.glob(f"*/{_NOTE}") if (kept := finished(path, _read)) is not None]
-        differing = [[part for part in parts if kept.get(part) != parts[part]] for kept in others]
+        others = [note for path in root.glob(f"*/{_NOTE}") if (note := finished(path, _read)) is not None]
+        differing = [[part for part in parts if note.get(part) != parts[part]] for note in others]
         if all(differing) and others:
             log.info(
                 "The features cached in %s were computed with other %s: they are not used, and features are "
@@ -85,8 +85,8 @@ def code_hash(parts: Iterable[nn.Module], augment: Any = None) -> str:
     kinds |= {augment} if inspect.isroutine(augment) else {*type(augment).__mro__[:-1]}
     files = {Path(file) for kind in kinds if (file := _source(kind)) is not None}
     package = Path(dinoseg.__file__).parent
-    for place in _OWN:
-        files |= {*(package / place).rglob("*.py")} if not place.endswith(".py") else {package / place}
+    for source in _SOURCES:
+        files |= {*(package / source).rglob("*.py")} if not source.endswith(".py") else {package / source}
     contents = sorted((path.name, hashlib.sha256(path.read_bytes()).hexdigest()) for path in files)
     return hash_of(*contents, *((library, _version(library)) for library in _LIBRARIES))
 

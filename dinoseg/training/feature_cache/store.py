@@ -70,33 +70,34 @@ class MemoryStore:
 
     def __init__(self, stored: Stored, cap: int) -> None:
         self.stored, self.cap = stored, cap
-        self._kept: dict[str, list[Tensor]] = {}
+        self._entries: dict[str, list[Tensor]] = {}
         self._used = 0
         self._closed = False  # whether storing has ended
 
     def get(self, key: str) -> list[Tensor] | None:
         """Return the tensors of a key; None if they are missing."""
-        kept = self._kept.get(key)
-        return None if kept is None else restored(kept, self.stored)
+        cached = self._entries.get(key)
+        return None if cached is None else restored(cached, self.stored)
 
     def put(self, key: str, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Store tensors if there is room, and return them as `get` would."""
-        kept = _rounded(tensors, self.stored)
-        if key not in self._kept and not self._closed:
-            size = sum(tensor.nbytes for tensor in kept)
+        converted = _rounded(tensors, self.stored)
+        if key not in self._entries and not self._closed:
+            size = sum(tensor.nbytes for tensor in converted)
             if size <= self.room():
-                self._kept[key] = [tensor.clone() for tensor in kept]  # a slice would keep its whole batch in memory
+                # a slice would keep its whole batch in memory
+                self._entries[key] = [tensor.clone() for tensor in converted]
                 self._used += size
             else:
                 self._closed = True
                 _tell_end(f"The {in_bytes(self.cap)} of memory for features are used up")
-        return restored(kept, self.stored)
+        return restored(converted, self.stored)
 
     def trust(self, key: str) -> None:
         """Do nothing: entries in memory are not verified."""
 
     def __contains__(self, key: str) -> bool:
-        return key in self._kept
+        return key in self._entries
 
     def room(self) -> int:
         """Return the bytes that can still be stored."""
@@ -146,7 +147,7 @@ class DiskStore:
         self._opened = time.time_ns() - _CLOCKS
         self._used = self._written = 0  # bytes in `root`, and bytes written since they were counted
         self._seen: set[str] = set()  # keys that this process has verified
-        self._told = False  # whether an unusable file was logged
+        self._has_warned = False  # whether an unusable file was logged
         self._closed = False  # whether storing has ended
         self._count()
 
@@ -154,30 +155,30 @@ class DiskStore:
         """Return the tensors of a key; None if they are missing or incomplete."""
         path, first = self.path(key), key not in self._seen
         try:
-            kept = from_bytes(key, _read(path, touch=first), self.stored, verify=first)
+            tensors = from_bytes(key, _read(path, touch=first), self.stored, verify=first)
         except FileNotFoundError:
             return None
         except (OSError, Misshapen) as error:
-            if not self._told:
+            if not self._has_warned:
                 log.warning("%s cannot be used (%s). Such features are recomputed.", path, error)
-            self._told = True
+            self._has_warned = True
             return None
         self._seen.add(key)
-        return restored(kept, self.stored)
+        return restored(tensors, self.stored)
 
     def put(self, key: str, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Store tensors if there is room, and return them as `get` would."""
-        kept = _rounded(tensors, self.stored)
+        converted = _rounded(tensors, self.stored)
         if not self._closed:
             try:
-                self._write(self.path(key), to_bytes(key, kept, self.stored))
+                self._write(self.path(key), to_bytes(key, converted, self.stored))
             except IsADirectoryError:
                 log.warning("%s is a folder: the features of one image are not cached. Remove it.", self.path(key))
             except OSError as error:
                 self._closed = True
                 full = f"the disk is full, {free_space(self.root)}" if error.errno in DISK_FULL else error
                 _tell_end(f"Cannot write features to {self.folder} ({full})")
-        return restored(kept, self.stored)
+        return restored(converted, self.stored)
 
     def trust(self, key: str) -> None:
         """Mark a key as verified: a worker of this process has read it."""
@@ -270,10 +271,10 @@ def _read(path: Path, *, touch: bool) -> np.ndarray:
 
 
 def _rounded(tensors: Sequence[Tensor], stored: Stored) -> list[Tensor]:
-    kept = rounded(tensors, stored)
-    if type_of(kept, stored) != stored:
+    converted = rounded(tensors, stored)
+    if type_of(converted, stored) != stored:
         _tell_wider()
-    return kept
+    return converted
 
 
 @cache
