@@ -65,20 +65,20 @@ class CrossEntropy(Loss):
         p_k.
         """
         weights = weights_of(self.weight, scores)
-        place = target.clamp(min=0)[None]
-        weight = weights[place[0]] * counted
-        own = (1 - self.label_smoothing) * weight  # (N,)
+        index = target.clamp(min=0)[None]
+        weight = weights[index[0]] * counted
+        label_weight = (1 - self.label_smoothing) * weight  # (N,)
         even = counted * (self.label_smoothing / len(scores))
         scores.sub_(scores.amax(0))
-        expected = own * scores.gather(0, place)[0]
+        expected = label_weight * scores.gather(0, index)[0]
         if self.label_smoothing:
             expected += even * (weights @ scores)
         norm = scores.exp_().sum(0)
-        mass = own + even * weights.sum()
+        mass = label_weight + even * weights.sum()
         costs = mass * norm.log() - expected
 
         def pull(upstream: Tensor) -> Tensor:  # sum(q) p - q
-            scores.mul_(mass * upstream[0] / norm).scatter_add_(0, place, (-upstream[0] * own)[None])
+            scores.mul_(mass * upstream[0] / norm).scatter_add_(0, index, (-upstream[0] * label_weight)[None])
             return scores.addr_(weights, even * upstream[0], alpha=-1) if self.label_smoothing else scores
 
         return costs, weight, pull

@@ -98,5 +98,5 @@ def divergence(prediction: Prediction, seen: Sequence[SeenScores], size: tuple[i
         term,
         weights=weights,
         first_alone=True,
-        beside=lambda image, rows, columns: seen[image].at(rows, columns),
+        extra=lambda image, rows, columns: seen[image].at(rows, columns),
     )[0]

@@ -60,12 +60,12 @@ class Focal(Loss):
 
     def _cost(self, scores: Tensor, target: Tensor, counted: Tensor) -> tuple[Tensor, Tensor, Pull]:
         """Return the loss of each pixel in a tile, its weight and the gradient function: a `full_resolution.Cost`."""
-        place = target.clamp(min=0)[None]
-        weight = weights_of(self.weight, scores)[place[0]] * counted  # (N,)
+        index = target.clamp(min=0)[None]
+        weight = weights_of(self.weight, scores)[index[0]] * counted  # (N,)
         scores.sub_(scores.amax(0))
-        own = scores.gather(0, place)[0]
+        label_score = scores.gather(0, index)[0]
         norm = scores.exp_().sum(0)
-        log_share = own - norm.log()  # log p_t
+        log_share = label_score - norm.log()  # log p_t
         # at p_t = 1 a power below 1 has an infinite slope, and inf * 0 would be NaN
         missing = (-torch.expm1(log_share)).clamp(min=torch.finfo(scores.dtype).tiny)  # 1 - p_t
         faded = weight * missing**self.gamma
@@ -73,6 +73,6 @@ class Focal(Loss):
         def pull(upstream: Tensor) -> Tensor:
             rise = self.gamma * weight * missing ** (self.gamma - 1) * log_share.exp() * log_share
             slope = upstream[0] * (rise - faded)  # derivative by log p_t
-            return scores.mul_(-slope / norm).scatter_add_(0, place, slope[None])
+            return scores.mul_(-slope / norm).scatter_add_(0, index, slope[None])
 
         return -(faded * log_share), weight, pull

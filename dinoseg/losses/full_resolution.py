@@ -32,7 +32,7 @@ Cost = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Pull]]
 sums (2,) to that of the scores."""
 Value = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Value of each pixel (N,), from the same arguments."""
-Beside = Callable[[int, slice, slice], Tensor]
+ExtraValues = Callable[[int, slice, slice], Tensor]
 """Maps an image index, rows and columns to values (M, r, c) of these pixels, which need no gradient."""
 
 
@@ -45,7 +45,7 @@ def pixel_sums(
     weights: Tensor | None = None,
     first_alone: bool = False,
     form: Form | None = None,
-    beside: Beside | None = None,
+    extra: ExtraValues | None = None,
 ) -> Tensor:
     """Return the sums (S,) of a term over all mask pixels, computed from logits in float32 or better.
 
@@ -60,11 +60,11 @@ def pixel_sums(
         weights: pixel weights (B, H, W); None: 1 each. Unlabelled pixels always get 0.
         first_alone: whether all sums except the first depend on the labels only.
         form: the term in the form of the CUDA kernel, if it has one; the kernel supports no weights.
-        beside: additional values, passed to the term as rows after the scores; they get no gradient.
+        extra: additional values, passed to the term as rows after the scores; they get no gradient.
     """
     parts, valid = _parts(prediction, batch)
     tiles = _Tiles.over(parts, batch.mask, valid, ignore_index, weights)
-    way: PixelSums = _Tiled(replace(tiles, beside=beside), term)
+    way: PixelSums = _Tiled(replace(tiles, extra=extra), term)
     if form is not None and prediction.grid is not None and weights is None:
         fused = Fused(batch.mask, valid, ignore_index, form)
         way = better(fused, way, parts[0]) if fused.takes(parts[0]) else way
@@ -124,7 +124,7 @@ class _Tiles:
     bands: list[tuple[int, Span]]  # image, rows
     columns: list[Span]
     fixed: bool  # masks without gradient: only their class shares get one
-    beside: Beside | None = None
+    extra: ExtraValues | None = None
 
     @classmethod
     def over(
@@ -156,13 +156,13 @@ class _Tiles:
         back: Callable[[Tensor], tuple[Tensor, ...]] = _as_it_is
         if len(parts) > 1:
             scores, back = _mixed(scores, *(part[image] for part in parts[1:]), fixed=self.fixed)
-        if self.beside is not None:
-            scores = torch.cat([scores, self.beside(image, rows.pixels, columns.pixels).to(scores).flatten(1)])
-        place = image, rows.pixels, columns.pixels
-        target = labels(self.mask[place], self.ignore_index).flatten()
+        if self.extra is not None:
+            scores = torch.cat([scores, self.extra(image, rows.pixels, columns.pixels).to(scores).flatten(1)])
+        index = image, rows.pixels, columns.pixels
+        target = labels(self.mask[index], self.ignore_index).flatten()
         counted = (target != UNLABELLED).to(scores.dtype)
         if self.weights is not None:
-            counted *= self.weights[place].flatten()
+            counted *= self.weights[index].flatten()
         return _Tile(pixels, scores, target, counted, back)
 
 
@@ -249,11 +249,11 @@ def _mixed(masks: Tensor, shares: Tensor, *, fixed: bool) -> tuple[Tensor, Calla
     masks.sigmoid_()
     scores = shares.T @ masks
     least = torch.finfo(torch.float32).tiny  # as in `Prediction.as_logits`
-    kept = scores.clamp(min=least)
+    clamped = scores.clamp(min=least)
 
     def back(pulled: Tensor) -> tuple[Tensor, ...]:
-        slope = (pulled / kept).masked_fill_(scores < least, 0)
+        slope = (pulled / clamped).masked_fill_(scores < least, 0)
         of_masks = slope if fixed else (shares @ slope).mul_(masks).mul_(1 - masks)
         return of_masks, masks @ slope.T
 
-    return kept.log(), back
+    return clamped.log(), back

@@ -39,20 +39,20 @@ def add_up(
     sum_0, sum_1, sum_2 = nothing, nothing, nothing
     by_north_west, by_north_east, by_south_west, by_south_east = nothing, nothing, nothing, nothing
     for start in range(0, count, PIXELS):
-        place = start + tl.arange(0, PIXELS)
-        inside, y, x = place < count, top + place // across, left + place % across
+        index = start + tl.arange(0, PIXELS)
+        inside, y, x = index < count, top + index // across, left + index % across
         north, south = _read(reads, y, height, inside)  # (pixels, 1)
         west, east = _read(reads + 2 * height, x, width, inside)
         logits = north * (west * north_west + east * north_east) + south * (west * south_west + east * south_east)
         label = tl.load(ids + y * width + x, mask=inside, other=ignored).to(tl.int32)[:, None]
         labelled = label != ignored
-        own = (k[None, :] == label) & labelled  # (pixels, classes)
+        is_label = (k[None, :] == label) & labelled  # (pixels, classes)
         shares, log_shares = _softmax(logits, known[None, :], labelled & ((label < 0) | (label >= num_classes)))
         if ENTROPY:
             even = tl.where(labelled, smoothing / num_classes, 0.0)
-            added_0, added_1, added_2, slope = _entropy(shares, log_shares, own, first, 1 - smoothing, even)
+            added_0, added_1, added_2, slope = _entropy(shares, log_shares, is_label, first, 1 - smoothing, even)
         else:
-            added_0, added_1, added_2, slope = _overlap(shares, own, labelled, first, second)
+            added_0, added_1, added_2, slope = _overlap(shares, is_label, labelled, first, second)
         sum_0, sum_1, sum_2 = sum_0 + tl.sum(added_0, 0), sum_1 + tl.sum(added_1, 0), sum_2 + tl.sum(added_2, 0)
         if GRADIENT:
             by_north_west += tl.sum(north * west * slope, 0)
@@ -95,23 +95,23 @@ def _softmax(logits, known, wrong):
 
 
 @triton.jit
-def _entropy(shares, log_shares, own, weights, certain, even):
+def _entropy(shares, log_shares, is_label, weights, certain, even):
     """Return costs, weights, zeros, and slopes by the logits.
 
     The target is `certain` w on the label plus `even` w on each class.
     """
-    weighted = tl.where(own, weights, 0.0)
+    weighted = tl.where(is_label, weights, 0.0)
     wanted = certain * weighted + even * weights
     return -wanted * log_shares, weighted, tl.zeros_like(shares), shares * tl.sum(wanted, 1)[:, None] - wanted
 
 
 @triton.jit
-def _overlap(shares, own, labelled, by_hits, by_claims):
+def _overlap(shares, is_label, labelled, by_hits, by_claims):
     """Return hits, predicted area, labelled area, and slopes by the logits."""
     shares = tl.where(labelled, shares, 0.0)
-    hits = tl.where(own, shares, 0.0)
+    hits = tl.where(is_label, shares, 0.0)
     gain = hits * by_hits + shares * by_claims
-    return hits, shares, own.to(tl.float32), gain - shares * tl.sum(gain, 1)[:, None]
+    return hits, shares, is_label.to(tl.float32), gain - shares * tl.sum(gain, 1)[:, None]
 
 
 @triton.jit

@@ -108,9 +108,11 @@ class MaskClassification(Loss):
         """Return the batch's share of the step loss, the loss of the batch itself, and the last layer's terms."""
         assert isinstance(batch, Batch)
         outputs, terms = self._of_layers(prediction, batch)
-        own = self.divisors(batch).to(divisors)
-        of_masks = share_of(own[0], divisors[0])
-        of_queries = share_of(*(self._query_weight(counts, outputs.class_logits) for counts in (own, divisors)))
+        batch_divisors = self.divisors(batch).to(divisors)
+        of_masks = share_of(batch_divisors[0], divisors[0])
+        of_queries = share_of(
+            *(self._query_weight(counts, outputs.class_logits) for counts in (batch_divisors, divisors))
+        )
         shares = {"class": of_queries, "mask": of_masks, "dice": of_masks}
         part = self._summed([{name: shares[name] * term for name, term in each.items()} for each in terms])
         return part, self._summed(terms).detach(), {name: term.detach() for name, term in terms[0].items()}

@@ -56,20 +56,20 @@ def match(
     Raises:
         UserError: an image has more classes than there are queries.
     """
-    asked = _present(target, num_classes)  # (B, M)
+    class_ids = _present(target, num_classes)  # (B, M)
     image = torch.arange(len(target), device=target.device)
     costs = []
     for layer in layers:
         points = random_points(len(target), num_points, target.device)
-        parts = pair_costs(layer, sample_labels(target, image, points), asked, points, valid)
+        parts = pair_costs(layer, sample_labels(target, image, points), class_ids, points, valid)
         costs.append(torch.stack([factors[name] * part for name, part in parts.items()]).sum(0))
     all_costs = torch.stack(costs).nan_to_num(HOPELESS, HOPELESS, -HOPELESS)  # (layers, B, Q, M)
-    on_host = torch.cat([asked.flatten().to(all_costs), all_costs.flatten()]).cpu().numpy()
-    classes = on_host[: asked.numel()].reshape(asked.shape)
+    on_host = torch.cat([class_ids.flatten().to(all_costs), all_costs.flatten()]).cpu().numpy()
+    classes = on_host[: class_ids.numel()].reshape(class_ids.shape)
     _check_queries(classes, names, all_costs.shape[2], num_classes)
     image_ids, columns = np.nonzero(classes >= 0)
     rows = [image_ids, classes[image_ids, columns]]
-    for layer_costs in on_host[asked.numel() :].reshape(all_costs.shape):
+    for layer_costs in on_host[class_ids.numel() :].reshape(all_costs.shape):
         pairs = zip(layer_costs, classes, strict=True)
         queries = [linear_sum_assignment(each[:, ids >= 0].T)[1] for each, ids in pairs]
         rows.append(np.concatenate([np.zeros(0), *queries]))  # concatenate needs at least one array
@@ -95,13 +95,13 @@ def pair_costs(
     labelled = (labels != UNLABELLED).to(logits.dtype)[..., None]  # (B, P, 1)
     inside = (labels[..., None] == classes[:, None]).to(logits.dtype)  # (B, P, M)
     shares = at_least_float32(layer.class_logits).softmax(-1)
-    asked = classes.clamp(min=0)[:, None].expand(-1, shares.shape[1], -1)  # (B, Q, M)
+    index = classes.clamp(min=0)[:, None].expand(-1, shares.shape[1], -1)  # (B, Q, M)
     # log(1 + e^x) - x t is the binary cross-entropy of logit x and label t
     entropy = F.softplus(logits) @ labelled - logits @ inside
     masks = logits.sigmoid()
     areas = masks @ labelled + inside.sum(1)[:, None]
     return {
-        "class": -shares.gather(2, asked),
+        "class": -shares.gather(2, index),
         "mask": entropy / labelled.sum(1, keepdim=True).clamp(min=1),
         "dice": 1 - (2 * (masks @ inside) + 1) / (areas + 1),
     }

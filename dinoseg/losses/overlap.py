@@ -19,18 +19,18 @@ def overlap_sums(scores: Tensor, target: Tensor, counted: Tensor) -> tuple[Tenso
     For each class they are the soft hits sum p_k g_k, the predicted area sum p_k, and the labelled area sum g_k. They
     run over labelled pixels with their weights; p is the softmax and g the labels.
     """
-    place = target.clamp(min=0)
+    index = target.clamp(min=0)
     shares = scores.sub_(scores.amax(0)).exp_()
     shares.mul_(counted / shares.sum(0))
-    own = shares.gather(0, place[None])[0]  # (N,)
-    sums = scores.new_zeros(2, len(scores)).index_add_(1, place, torch.stack([own, counted]))
+    label_share = shares.gather(0, index[None])[0]  # (N,)
+    sums = scores.new_zeros(2, len(scores)).index_add_(1, index, torch.stack([label_share, counted]))
 
     def pull(upstream: Tensor) -> Tensor:  # p times each class's slope minus their mean under p
         of_hits, of_claims = upstream.view(3, -1)[:2]
-        hit = of_hits[place] * own
+        hit = of_hits[index] * label_share
         mean = of_claims @ shares + hit  # includes the pixel weight, as does `shares`: divided out once below
         shares.mul_(of_claims[:, None] - mean / torch.where(counted > 0, counted, 1))
-        return shares.scatter_add_(0, place[None], hit[None])
+        return shares.scatter_add_(0, index[None], hit[None])
 
     return torch.cat([sums[0], shares.sum(1), sums[1]]), pull
 

@@ -38,12 +38,12 @@ class Hardest:
             )
 
     @torch.no_grad()
-    def kept(self, costs: Tensor, labelled: Tensor) -> Tensor:
+    def selected(self, costs: Tensor, labelled: Tensor) -> Tensor:
         """Return the selected pixels (B, H, W) bool by their losses; NaN losses are selected too."""
         least = torch.full_like(costs[:, :1, :1], torch.inf)
-        for row, (own, known) in enumerate(zip(costs, labelled, strict=True)):
+        for row, (row_costs, known) in enumerate(zip(costs, labelled, strict=True)):
             if count := int(known.sum()):
-                least[row] = own[known].kthvalue(count - ceil(self.share * count) + 1).values
+                least[row] = row_costs[known].kthvalue(count - ceil(self.share * count) + 1).values
         return labelled & ~(costs < least)
 
 
@@ -104,7 +104,7 @@ def pixel_mean(
     weights = border.weights(batch.mask, ignore_index)
     if hardest.share < 1:
         costs = pixel_values(prediction, batch, ignore_index, lambda *tile: cost(*tile)[0], weights=weights)
-        kept = hardest.kept(costs, batch.mask != ignore_index)
-        weights = kept.to(costs.dtype) if weights is None else weights * kept
+        selected = hardest.selected(costs, batch.mask != ignore_index)
+        weights = selected.to(costs.dtype) if weights is None else weights * selected
     total, weight = pixel_sums(prediction, batch, ignore_index, sums, weights=weights, first_alone=True, form=form)
     return ratio(total, weight.detach()), {"weight": weight.detach()}

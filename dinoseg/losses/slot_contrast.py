@@ -52,5 +52,5 @@ class SlotContrast(Loss):
             return (outputs.slots.sum() * 0.0).abs(), {"weight": weight}  # abs avoids logging -0.0
         here, following = (part.transpose(0, 1).flatten(1, 2) for part in (slots[:, :-1], slots[:, 1:]))
         logits = here @ following.mT / self.temperature  # (T' - 1, B S, B S)
-        own = torch.arange(clips * count, device=logits.device).expand(frames - 1, -1)
-        return F.cross_entropy(logits.flatten(0, 1), own.flatten()), {"weight": weight}
+        targets = torch.arange(clips * count, device=logits.device).expand(frames - 1, -1)
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten()), {"weight": weight}

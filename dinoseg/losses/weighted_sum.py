@@ -68,9 +68,14 @@ class WeightedSum(Loss):
             return super().in_step(prediction, batch, divisors)
         prediction = _scoring_once(prediction)
         given = divisors.split([loss.num_divisors for loss in self._terms])
-        terms = [loss.in_step(prediction, batch, own) for loss, own in zip(self._terms, given, strict=True)]
+        terms = [
+            loss.in_step(prediction, batch, loss_divisors)
+            for loss, loss_divisors in zip(self._terms, given, strict=True)
+        ]
         part, parts = self._summed(terms)
-        alone = torch.stack([factor * own for factor, (_, own, _) in zip(self.factors.values(), terms, strict=True)])
+        alone = torch.stack(
+            [factor * value for factor, (_, value, _) in zip(self.factors.values(), terms, strict=True)]
+        )
         return part, alone.sum(), parts
 
     def _summed(self, terms: Sequence[tuple[Tensor, Tensor, dict[str, Tensor]]]) -> tuple[Tensor, dict[str, Tensor]]:
