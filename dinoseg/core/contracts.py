@@ -15,7 +15,7 @@ from dinoseg.utils.errors import UserError
 
 Outputs = TypeVar("Outputs")
 _FEW = (4, 3, 2, 1)  # chunk sizes: 0.87 of the time of 16 images at once, ViT-S, 350 x 476, float32
-BesideTokens = dict[str, tuple[Tensor, Tensor]]  # keyword arguments of a block besides its tokens
+BlockKwargs = dict[str, tuple[Tensor, Tensor]]  # keyword arguments of a block besides its tokens
 
 
 class Backbone(nn.Module):
@@ -125,11 +125,11 @@ class Backbone(nn.Module):
         """Return the maps and the class token's attention (B, heads, h, w) float32 in the last block, from one pass."""
         raise NotImplementedError
 
-    def embed(self, pixels: Tensor) -> tuple[Tensor, BesideTokens]:
+    def embed(self, pixels: Tensor) -> tuple[Tensor, BlockKwargs]:
         """Return the tokens (B, N, C) that enter the first block, and further keyword arguments of each block."""
         raise NotImplementedError
 
-    def beside(self, size: tuple[int, int]) -> BesideTokens:
+    def block_kwargs(self, size: tuple[int, int]) -> BlockKwargs:
         """Return the keyword arguments of each block besides its tokens, for padded pixels of `size` (H, W)."""
         return {}
 

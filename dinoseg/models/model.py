@@ -107,8 +107,8 @@ class Segmenter(nn.Module):
     def pixels(self, images: Tensor, *, reduce: bool = True) -> Tensor:
         """Return images (..., 3, H, W) as floats in 0..1 at the resolution of the backbone."""
         images = images.float() / 255 if images.dtype == torch.uint8 else images
-        own = _size(images)
-        size = self.seen_size(own) if reduce else backbone_size(own, self.scale, None)
+        image_size = _size(images)
+        size = self.seen_size(image_size) if reduce else backbone_size(image_size, self.scale, None)
         if size == tuple(images.shape[-2:]):
             return images
         return resize(images.flatten(0, -4), size).unflatten(0, images.shape[:-3])
@@ -144,12 +144,14 @@ def frozen_tensors(model: Segmenter) -> Iterator[tuple[str, Tensor]]:
     Quantised layers also yield their scales, which are neither parameters nor buffers.
     """
     for where, part in model.named_modules():
-        own = [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]
+        tensors = [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]
         if _is_quantised(part):
             rounding = getattr(part, "compute_dtype", None)  # 4-bit layers cast the bias at their first forward
-            own = [(name, value.to(rounding) if name == "bias" else value) for name, value in part.state_dict().items()]
-        if not any(tensor.requires_grad for _, tensor in own):
-            yield from ((f"{where}.{name}", tensor) for name, tensor in own)
+            tensors = [
+                (name, value.to(rounding) if name == "bias" else value) for name, value in part.state_dict().items()
+            ]
+        if not any(tensor.requires_grad for _, tensor in tensors):
+            yield from ((f"{where}.{name}", tensor) for name, tensor in tensors)
 
 
 def constants(model: nn.Module) -> dict[str, Tensor]:

@@ -87,10 +87,10 @@ def _leave(_module: nn.Module, _inputs: tuple[Any, ...], _output: object) -> Non
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, *others: Any, **options: Any) -> Tensor:
     """Compute attention with the signature of `F.scaled_dot_product_attention`."""
-    asked = {name: value for name, value in options.items() if value is not None and value is not False}
-    if others or asked.keys() - {"dropout_p", "scale"}:
+    requested = {name: value for name, value in options.items() if value is not None and value is not False}
+    if others or requested.keys() - {"dropout_p", "scale"}:
         return F.scaled_dot_product_attention(query, key, value, *others, **options)
-    dropout, scale = asked.get("dropout_p", 0.0), asked.get("scale", query.shape[-1] ** -0.5)
+    dropout, scale = requested.get("dropout_p", 0.0), requested.get("scale", query.shape[-1] ** -0.5)
     return _unmasked(query, key, value, dropout, scale)
 
 

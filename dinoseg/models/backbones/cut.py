@@ -4,13 +4,13 @@ from collections.abc import Callable, Collection, Sequence
 
 from torch import Tensor
 
-from dinoseg.core.contracts import BesideTokens
+from dinoseg.core.contracts import BlockKwargs
 
 Block = Callable[..., Tensor]
 
 
 def until(
-    blocks: Sequence[Block], cut: int, tapped: Collection[int], tokens: Tensor, prefix: int, beside: BesideTokens
+    blocks: Sequence[Block], cut: int, tapped: Collection[int], tokens: Tensor, prefix: int, block_kwargs: BlockKwargs
 ) -> list[Tensor]:
     """Return the patch tokens (B, h * w, C) of tapped blocks before block `cut`, and the input tokens of block `cut`.
 
@@ -20,11 +20,11 @@ def until(
         tapped: indices of the blocks whose output is returned.
         tokens: input of the first block, (B, prefix + h * w, C).
         prefix: number of class and register tokens, which come first.
-        beside: keyword arguments of each block.
+        block_kwargs: keyword arguments of each block.
     """
     given = []
     for number, block in enumerate(blocks[:cut]):
-        tokens = block(tokens, **beside)
+        tokens = block(tokens, **block_kwargs)
         if number in tapped:
             given.append(tokens[:, prefix:].contiguous())
     return given if cut == len(blocks) else [*given, tokens]
@@ -36,16 +36,16 @@ def onwards(
     tapped: Collection[int],
     frozen: Sequence[Tensor],
     prefix: int,
-    beside: Callable[[], BesideTokens],
+    block_kwargs: Callable[[], BlockKwargs],
 ) -> dict[int, Tensor]:
     """Return the patch tokens (B, h * w, C) of each tapped block, given the output of `until`.
 
-    `beside` is called only if there are blocks left to run.
+    `block_kwargs` is called only if there are blocks left to run.
     """
     patches = dict(zip(sorted(tapped), frozen, strict=False))  # stops at the tapped blocks before the cut
     if cut == len(blocks):
         return patches
-    tokens, with_tokens = frozen[-1], beside()
+    tokens, with_tokens = frozen[-1], block_kwargs()
     for number, block in enumerate(blocks[cut:], start=cut):
         tokens = block(tokens, **with_tokens)
         if number in tapped:

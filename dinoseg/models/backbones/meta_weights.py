@@ -162,7 +162,7 @@ def from_meta(state: Mapping[str, Tensor], config: Any, source: str) -> dict[str
     """
     _check_shapes(state, source)
     layout = _layout(state)
-    _check_fits(layout, state, config, source)
+    _check_layout(layout, state, config, source)
     names = _names(layout, state)
     _check_complete(names, state, source)
     converted: dict[str, Tensor] = {}
@@ -180,12 +180,12 @@ def _check_shapes(state: Mapping[str, Tensor], source: str) -> None:
     for name, value in state.items():
         shape = tuple(value.shape)
         if ".attn.qkv." in name:
-            fits = shape[:1] == (3 * width,)
+            is_valid = shape[:1] == (3 * width,)
         elif name.startswith(LOCAL_CLS_NORM):
-            fits = shape == (width,)
+            is_valid = shape == (width,)
         else:
-            fits = bool(shape) and value.numel() > 0 and len(shape) == _DIMS.get(name, len(shape))
-        if not fits:
+            is_valid = bool(shape) and value.numel() > 0 and len(shape) == _DIMS.get(name, len(shape))
+        if not is_valid:
             raise UserError(
                 f"backbone.weights={source}: {name} has the shape {shape}, which no vision transformer of Meta has. "
                 "Give an original file of Meta."
@@ -206,7 +206,7 @@ def _layout(state: Mapping[str, Tensor]) -> VitLayout:
     return VitLayout(family, width, max(blocks, default=-1) + 1, patch_size, registers, gated)
 
 
-def _check_fits(layout: VitLayout, state: Mapping[str, Tensor], config: Any, source: str) -> None:
+def _check_layout(layout: VitLayout, state: Mapping[str, Tensor], config: Any, source: str) -> None:
     wanted = config_layout(config) if config.model_type in FAMILIES else f"a {config.model_type}"
     if layout != wanted:
         option = OPTIONS.get(layout)

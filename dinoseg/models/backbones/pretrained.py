@@ -107,8 +107,8 @@ def _check_loaded(weights: str, model: nn.Module, loaded: Iterable[Path]) -> Non
             check_weights(outline(path), where)
         except SafetensorError as error:
             raise UserError(f"{where}: {error}. Download or export the weights again, unquantised.") from error
-    own = model.state_dict()
-    check_weights(own, f"backbone.weights={weights}", own)
+    state = model.state_dict()
+    check_weights(state, f"backbone.weights={weights}", state)
 
 
 def _loaded_files(weights: str, folder: Path) -> list[Path]:

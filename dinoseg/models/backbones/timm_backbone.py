@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dinoseg.core.contracts import Backbone, BesideTokens
+from dinoseg.core.contracts import Backbone, BlockKwargs
 from dinoseg.models.backbones.attention import attend_fastest
 from dinoseg.models.backbones.class_attention import on_patches, plain_attention, watch_timm
 from dinoseg.models.backbones.cut import Block, onwards, until
@@ -87,8 +87,8 @@ class TimmBackbone(Backbone):
         if weights not in ("timm", "random"):
             load_exactly(self.model, read_state(Path(weights).expanduser()), spare=spare, source=weights)
         elif weights == "timm":
-            own = self.model.state_dict()
-            check_weights(own, f"backbone.weights=timm ({name})", own)
+            state = self.model.state_dict()
+            check_weights(state, f"backbone.weights=timm ({name})", state)
         with uncalled_linears(self) as uncalled:
             maps = self._probe(name, [levels[layer]["reduction"] for layer in self.layers])
         self.uncalled_linears = frozenset(uncalled)  # never called, only their weights are read: LoRA has no effect
@@ -123,8 +123,8 @@ class TimmBackbone(Backbone):
         first, model = self.first_trained, self.model
         if first is None or not self.takes_tokens:
             return super().until(images)
-        tokens, beside = self.embed(self.pixels(images))
-        return until(self.blocks, first, self.layers, tokens, model.num_prefix_tokens, beside)
+        tokens, block_kwargs = self.embed(self.pixels(images))
+        return until(self.blocks, first, self.layers, tokens, model.num_prefix_tokens, block_kwargs)
 
     def onwards(self, frozen: list[Tensor], size: tuple[int, int]) -> list[Tensor]:
         """Return the L maps for the output of `until` on images of `size` (H, W)."""
@@ -138,7 +138,7 @@ class TimmBackbone(Backbone):
         normed = {number: model.norm(part) for number, part in patches.items()}
         return [normed[layer].transpose(1, 2).unflatten(2, grid).contiguous() for layer in self.layers]
 
-    def embed(self, pixels: Tensor) -> tuple[Tensor, BesideTokens]:
+    def embed(self, pixels: Tensor) -> tuple[Tensor, BlockKwargs]:
         """Return the input tokens (B, N, dim) of a plain ViT's first block, and no keyword arguments."""
         model = self.model
         return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(pixels)))), {}
@@ -262,8 +262,8 @@ def _is_plain(model: Any) -> bool:
     """Return whether the model is a plain sequence of blocks that take only tokens."""
     from timm.models.vision_transformer import VisionTransformer
 
-    own = getattr(type(model), "forward_intermediates", None)
-    return own is VisionTransformer.forward_intermediates
+    method = getattr(type(model), "forward_intermediates", None)
+    return method is VisionTransformer.forward_intermediates
 
 
 def _classifier(model: Any) -> list[str]:

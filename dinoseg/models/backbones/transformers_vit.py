@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from dinoseg.core.contracts import Backbone, BesideTokens
+from dinoseg.core.contracts import Backbone, BlockKwargs
 from dinoseg.models.backbones.arch import configuration
 from dinoseg.models.backbones.attention import mask_queries_only
 from dinoseg.models.backbones.class_attention import on_patches, watch_transformers
@@ -105,21 +105,21 @@ class TransformersVit(Backbone):
         """The final LayerNorm, or an identity if it was removed."""
         return getattr(self.model, _norm_name(self.model))
 
-    def embed(self, pixels: Tensor) -> tuple[Tensor, BesideTokens]:
+    def embed(self, pixels: Tensor) -> tuple[Tensor, BlockKwargs]:
         """Return the input tokens of the first block, and the keyword arguments of each block.
 
-        The tokens are (B, num_prefix + h * w, dim). Blocks are called as `block(tokens, **beside)`. More tokens may
-        be prepended, and the first Q rows of the attention masked with `attention_mask` (B, 1, Q, N), bool, True =
+        The tokens are (B, num_prefix + h * w, dim). Blocks are called as `block(tokens, **block_kwargs)`. More tokens
+        may be prepended, and the first Q rows of the attention masked with `attention_mask` (B, 1, Q, N), bool, True =
         attend.
         """
-        return self._tokens(pixels), self.beside((pixels.shape[-2], pixels.shape[-1]))
+        return self._tokens(pixels), self.block_kwargs((pixels.shape[-2], pixels.shape[-1]))
 
     def _tokens(self, pixels: Tensor) -> Tensor:
         parts: Any = self.model.embeddings
         pixels = pixels.to(parts.cls_token.dtype)
         return parts(pixels) if self._turns_positions else self._embed_with_learned_positions(pixels)
 
-    def beside(self, size: tuple[int, int]) -> BesideTokens:
+    def block_kwargs(self, size: tuple[int, int]) -> BlockKwargs:
         """Return the block keyword arguments for padded pixels of `size` (H, W): rotary positions, if any."""
         model: Any = self.model
         if not self._turns_positions:
@@ -164,8 +164,8 @@ class TransformersVit(Backbone):
         pixels = self.pixels(images)
         first, tokens = self.first_trained, self._tokens(pixels)
         cut = len(self.blocks) if first is None else first
-        beside = self.beside((pixels.shape[-2], pixels.shape[-1])) if cut else {}
-        given = until(list(self.blocks), cut, self.layers, tokens, self.num_prefix, beside)
+        block_kwargs = self.block_kwargs((pixels.shape[-2], pixels.shape[-1])) if cut else {}
+        given = until(list(self.blocks), cut, self.layers, tokens, self.num_prefix, block_kwargs)
         return [self.norm(patches) for patches in given] if first is None else given
 
     def onwards(self, frozen: list[Tensor], size: tuple[int, int]) -> list[Tensor]:
@@ -173,10 +173,10 @@ class TransformersVit(Backbone):
         rows, columns = (-(-side // self.patch_size) for side in size)
         first, tapped = self.first_trained, set(self.layers)
         cut = len(self.blocks) if first is None else first
-        beside = partial(self.beside, (rows * self.patch_size, columns * self.patch_size))
+        block_kwargs = partial(self.block_kwargs, (rows * self.patch_size, columns * self.patch_size))
         dtype = cast(Any, self.model).embeddings.cls_token.dtype
         frozen = [part.to(dtype) for part in frozen]  # cached features are float32
-        patches = onwards(list(self.blocks), cut, tapped, frozen, self.num_prefix, beside)
+        patches = onwards(list(self.blocks), cut, tapped, frozen, self.num_prefix, block_kwargs)
         if first is not None:
             patches = {number: self.norm(part) for number, part in patches.items()}
         return [patches[layer].transpose(1, 2).unflatten(2, (rows, columns)).float() for layer in self.layers]

@@ -102,11 +102,11 @@ class EomtHead(Head[MaskOutputs]):
         """Return masks (B, Q, h * 2^n, w * 2^n) and class logits; in training also those of earlier blocks."""
         pixels = backbone.pixels(images)
         grid = (pixels.shape[-2] // backbone.patch_size, pixels.shape[-1] // backbone.patch_size)
-        tokens, beside = backbone.embed(pixels)
+        tokens, block_kwargs = backbone.embed(pixels)
         norm = backbone.norm or nn.Identity()
         blocks = list(backbone.blocks)
         for block in blocks[: -self.blocks]:
-            tokens = block(tokens, **beside)  # (B, num_prefix + h * w, dim)
+            tokens = block(tokens, **block_kwargs)  # (B, num_prefix + h * w, dim)
         queries = self.queries.to(tokens.dtype).expand(tokens.shape[0], -1, -1)
         tokens = torch.cat([queries, tokens], dim=1)  # (B, N, dim), N = Q + num_prefix + h * w
         earlier = []
@@ -116,7 +116,7 @@ class EomtHead(Head[MaskOutputs]):
                 earlier.append(self._read(norm(tokens), grid))
                 share = masked_share(self.progress, window)
                 mask = attention_mask(earlier[-1].mask_logits, grid, tokens.shape[1], share)
-            tokens = _through(block, tokens, attention_mask=mask, **beside)
+            tokens = _through(block, tokens, attention_mask=mask, **block_kwargs)
         last = self._read(norm(tokens), grid)
         return MaskOutputs(last.class_logits, last.mask_logits, earlier)
 
@@ -150,12 +150,12 @@ class _Doubling(nn.Module):
         return self.norm(mixed.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
-def _through(block: nn.Module, tokens: Tensor, **beside: object) -> Tensor:
+def _through(block: nn.Module, tokens: Tensor, **block_kwargs: object) -> Tensor:
     # checkpointed blocks recompute activations in train mode only, but the gradients of the queries also pass through
     # frozen blocks, which are in eval mode
     if getattr(block, "gradient_checkpointing", False) and torch.is_grad_enabled() and not block.training:
-        return checkpoint(partial(block, **beside), tokens, use_reentrant=False)
-    return block(tokens, **beside)
+        return checkpoint(partial(block, **block_kwargs), tokens, use_reentrant=False)
+    return block(tokens, **block_kwargs)
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dinoseg.core.contracts import Backbone, BesideTokens, Head
+from dinoseg.core.contracts import Backbone, BlockKwargs, Head
 from dinoseg.models.heads.options import check_positive
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.precision import at_least_float32
@@ -120,13 +120,13 @@ class SplitHead(Head[Tensor]):
         """
         pixels = backbone.pixels(images)
         rows, columns = _grid(backbone, (pixels.shape[-2], pixels.shape[-1]))
-        tokens, beside = backbone.embed(pixels)
+        tokens, block_kwargs = backbone.embed(pixels)
         norm, first = backbone.norm or nn.Identity(), len(backbone.blocks) - self.blocks
         given, entering = [], tokens
         for number, block in enumerate(backbone.blocks):
             if number == first:
                 entering = tokens
-            tokens = block(tokens, **beside)
+            tokens = block(tokens, **block_kwargs)
             if number in backbone.layers:
                 given.append(norm(tokens[:, -rows * columns :]))
         return [at_least_float32(part) for part in (*given, entering)]
@@ -135,17 +135,17 @@ class SplitHead(Head[Tensor]):
         """Return class scores (B, K, 4h, 4w) for the output of `until` on images of `size` (H, W)."""
         rows, columns = _grid(backbone, size)
         *given, tokens = frozen
-        beside = backbone.beside((rows * backbone.patch_size, columns * backbone.patch_size))
+        block_kwargs = backbone.block_kwargs((rows * backbone.patch_size, columns * backbone.patch_size))
         for block in self.copies:
-            tokens = self._through(block, tokens, beside)
+            tokens = self._through(block, tokens, block_kwargs)
         by_layer = dict(zip(sorted({*backbone.layers}), given, strict=True))
         patches = [*(by_layer[layer] for layer in backbone.layers), self.norm(tokens[:, -rows * columns :])]
         return self([part.transpose(1, 2).unflatten(2, (rows, columns)) for part in patches])
 
-    def _through(self, block: nn.Module, tokens: Tensor, beside: BesideTokens) -> Tensor:
+    def _through(self, block: nn.Module, tokens: Tensor, block_kwargs: BlockKwargs) -> Tensor:
         if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(partial(block, **beside), tokens, use_reentrant=False)
-        return block(tokens, **beside)
+            return checkpoint(partial(block, **block_kwargs), tokens, use_reentrant=False)
+        return block(tokens, **block_kwargs)
 
     def forward(self, features: list[Tensor]) -> Tensor:
         """Return class scores (B, K, 4h, 4w) for L + 1 maps (B, C, h, w): the frozen ones, then the copies' map."""

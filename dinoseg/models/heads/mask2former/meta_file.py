@@ -97,13 +97,13 @@ def _check_shapes(path: str, in_file: Mapping[str, Tensor], expected: Mapping[st
     wrong = [key for key, tensor in expected.items() if in_file[key].shape != tensor.shape]
     if not wrong:
         return
-    told = []
+    differences = []
     for name, key, axis, divisor, remedy in TELLING:
         if key in wrong:
             theirs, ours = (tensors[key].shape[axis] // divisor for tensors in (in_file, expected))
-            told.append(f"{name} is {theirs} in the file and {ours} in the model ({remedy.format(theirs)})")
+            differences.append(f"{name} is {theirs} in the file and {ours} in the model ({remedy.format(theirs)})")
     first = wrong[0]
-    told = told or [
+    differences = differences or [
         f"{first} is {tuple(in_file[first].shape)} in the file and {tuple(expected[first].shape)} in the model"
     ]
-    raise UserError(f"head.weights={path}: {len(wrong)} tensors have another shape: {'; '.join(told)}.")
+    raise UserError(f"head.weights={path}: {len(wrong)} tensors have another shape: {'; '.join(differences)}.")

@@ -91,11 +91,12 @@ class SlotAttention(nn.Module):
         nn.init.eye_(self.query.weight).mul_(_SHARP)
         nn.init.zeros_(self.mean)
         nn.init.constant_(self.log_variance, math.log(_SPREAD) / self.exponent)
-        told, kept = (weight.chunk(3)[2] for weight in (self.gru.weight_ih, self.gru.weight_hh))  # candidate gate
-        nn.init.eye_(told)
+        # candidate gate
+        of_input, of_hidden = (weight.chunk(3)[2] for weight in (self.gru.weight_ih, self.gru.weight_hh))
+        nn.init.eye_(of_input)
         last: nn.Linear = self.mlp[-1]  # type: ignore[assignment]
         biases = (bias.chunk(3)[2] for bias in (self.gru.bias_ih, self.gru.bias_hh))
-        for nothing in (kept, *biases, seed.bias, last.weight, last.bias):
+        for nothing in (of_hidden, *biases, seed.bias, last.weight, last.bias):
             nn.init.zeros_(nothing)
 
     def start(self, tokens: Tensor, sizes: Sequence[int], allowed: Tensor | None = None) -> Tensor:
@@ -183,8 +184,8 @@ def unlike_tokens(tokens: Tensor, count: int, allowed: Tensor | None = None, *, 
     for slot in range(count):
         free = distance if allowed is None else distance.masked_fill(~allowed[:, slot], -1.0)
         chosen.append(free.argmax(1, keepdim=True))
-        beside = torch.cdist(tokens, tokens.take_along_dim(chosen[-1][..., None], dim=1)).squeeze(2)
-        distance = beside if slot == 0 else torch.minimum(distance, beside)
+        to_newest = torch.cdist(tokens, tokens.take_along_dim(chosen[-1][..., None], dim=1)).squeeze(2)
+        distance = to_newest if slot == 0 else torch.minimum(distance, to_newest)
     return torch.cat(chosen, dim=1)
 
 

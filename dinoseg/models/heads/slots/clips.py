@@ -16,7 +16,7 @@ class FrameSlots(NamedTuple):
 
     slots: Tensor  # (B, S, D)
     attention: Tensor  # (B, S, h, w)
-    told: list[Decoded]  # reconstructions, one for each offset in `steps`
+    reconstructions: list[Decoded]  # reconstructions, one for each offset in `steps`
 
 
 def telling_frames(frames: int, steps: Sequence[int], *, training: bool, learns_onwards: bool) -> int:
@@ -59,12 +59,12 @@ def clip_outputs(features: Tensor, frames: Sequence[FrameSlots], steps: list[int
         steps: offsets in frames of their reconstructions.
         mask_step: index into `steps` of the reconstruction used for masks and similarity.
     """
-    told = list(zip(*(frame.told for frame in frames), strict=True))  # by step, then by frame
-    similarity = [decoded.similarity for decoded in told[mask_step] if decoded.similarity is not None]
+    reconstructions = list(zip(*(frame.reconstructions for frame in frames), strict=True))  # by step, then by frame
+    similarity = [decoded.similarity for decoded in reconstructions[mask_step] if decoded.similarity is not None]
     return SlotOutputs(
         features=features,
-        reconstructions=[torch.stack([decoded.features for decoded in of_step], dim=1) for of_step in told],
-        alphas=[torch.stack([decoded.alpha for decoded in of_step], dim=1) for of_step in told],
+        reconstructions=[torch.stack([decoded.features for decoded in of_step], dim=1) for of_step in reconstructions],
+        alphas=[torch.stack([decoded.alpha for decoded in of_step], dim=1) for of_step in reconstructions],
         attention=torch.stack([frame.attention for frame in frames], dim=1),
         slots=torch.stack([frame.slots for frame in frames], dim=1),
         steps=steps,

@@ -64,8 +64,8 @@ class SlotDecoder(nn.Module):
 
     def _hidden(self, slots: Tensor, grid: tuple[int, int]) -> Tensor:
         first: nn.Linear = self.layers[0]  # type: ignore[assignment]
-        of_place, of_slot = first.weight.split([self.positions.channels, slots.shape[-1]], dim=1)
-        places = F.linear(self.positions(grid, slots).flatten(1).mT, of_place)  # (N, hidden_dim)
+        of_position, of_slot = first.weight.split([self.positions.channels, slots.shape[-1]], dim=1)
+        places = F.linear(self.positions(grid, slots).flatten(1).mT, of_position)  # (N, hidden_dim)
         contents = F.linear(slots, of_slot, first.bias)  # (B, S, hidden_dim)
         hidden = torch.relu_(places[:, None] + contents[:, None])  # (B, N, S, hidden_dim)
         for layer in self.layers[1:-1]:

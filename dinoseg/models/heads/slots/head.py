@@ -278,10 +278,10 @@ class SlotHead(Head[SlotOutputs]):
         return decoded._replace(features=self.norm(decoded.features.movedim(1, -1)).movedim(-1, 1))
 
     def _decode_steps(self, slots: Tensor, grid: tuple[int, int], similarity: bool) -> list[Decoded]:
-        asked = [(slots, grid, step, similarity and step == self.mask_step) for step in range(len(self.steps))]
+        calls = [(slots, grid, step, similarity and step == self.mask_step) for step in range(len(self.steps))]
         if self.checkpointing and torch.is_grad_enabled():
-            return [checkpoint(self._decode, *one, use_reentrant=False) for one in asked]
-        return [self._decode(*one) for one in asked]
+            return [checkpoint(self._decode, *one, use_reentrant=False) for one in calls]
+        return [self._decode(*one) for one in calls]
 
 
 def _map_width(in_dim: int | Sequence[int], num_layers: int) -> int:
