@@ -312,10 +312,10 @@ class Loss(nn.Module):
             divisors: (D,) of all batches and ranks of the step.
         """
         value, parts = self(prediction, batch)
-        own = self.divisors(batch).to(divisors)
-        return value * share_of(own, divisors)[0], value.detach(), parts
+        batch_divisors = self.divisors(batch).to(divisors)
+        return value * share_of(batch_divisors, divisors)[0], value.detach(), parts
 
 
-def share_of(own: Tensor, total: Tensor) -> Tensor:
-    """Return own / total, and 0 where the total is 0."""
-    return own / torch.where(total > 0, total, 1)
+def share_of(part: Tensor, total: Tensor) -> Tensor:
+    """Return part / total, and 0 where the total is 0."""
+    return part / torch.where(total > 0, total, 1)

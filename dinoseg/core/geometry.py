@@ -153,8 +153,8 @@ def spans(length: int, cells: int, share: float, at_once: int, like: Tensor) -> 
         cells_read, weights = _reads(positions[run], cells, like)
         pieces = []
         if piece < len(weights) and like.device.type == "cpu":
-            own, width = positions[run] - cells_read.start, weights.shape[1]
-            pieces = [Piece(part, *_reads(own[part], width, like)) for part in _runs(len(weights), piece)]
+            offsets, width = positions[run] - cells_read.start, weights.shape[1]
+            pieces = [Piece(part, *_reads(offsets[part], width, like)) for part in _runs(len(weights), piece)]
         found.append(Span(run, cells_read, weights, pieces))
     return found
 

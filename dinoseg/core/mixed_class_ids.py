@@ -60,8 +60,8 @@ def _tile_ids(cells: Tensor, shares: Tensor, rows: Span, columns: Span) -> Tenso
     most = cells.flatten(1).amax(1).sigmoid()[:, None] * shares  # (Q, K) maximum contribution of each mask
     least_first = most.amax(1).argsort()
     few = int((most[least_first].cumsum(0).amax(1) < _LEFT_OUT).sum())
-    out, kept = least_first[:few], least_first[few:]
-    scores = _scores(upsample_tile(cells[kept], rows, columns), shares[kept])  # (K, r, c)
+    out, remaining = least_first[:few], least_first[few:]
+    scores = _scores(upsample_tile(cells[remaining], rows, columns), shares[remaining])  # (K, r, c)
     best = scores.max(0)
     if few:
         rivals = scores + most[out].sum(0)[:, None, None]

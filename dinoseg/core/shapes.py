@@ -212,9 +212,9 @@ class Prediction:
         chosen = self.as_logits(scores[:, :, places[0], places[1]]).float().clone()  # a band is overwritten by the next
         return highest(scores), chosen
 
-    def of_images(self, own: slice) -> Prediction:
+    def of_images(self, images: slice) -> Prediction:
         """Return the prediction for some of the images."""
-        parts = {name: mapped(getattr(self, name), lambda part: part[own]) for name in ("outputs", "grid", "masks")}
+        parts = {name: mapped(getattr(self, name), lambda part: part[images]) for name in ("outputs", "grid", "masks")}
         return replace(self, **parts)
 
     def logits(self, size: tuple[int, int] | None = None) -> Tensor:

@@ -28,4 +28,4 @@ def evenly_spaced(length: int, count: int) -> list[int]:
 
     A single one is the first.
     """
-    return [round(place) for place in np.linspace(0, length - 1, min(count, length)).tolist()]
+    return [round(position) for position in np.linspace(0, length - 1, min(count, length)).tolist()]
