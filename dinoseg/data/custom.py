@@ -103,10 +103,10 @@ class CustomDataset:
         return image
 
     def _mask(self, mask: Any, image: Tensor, name: str) -> Tensor:
-        fits = isinstance(mask, Tensor) and not (
+        is_integer = isinstance(mask, Tensor) and not (
             mask.is_floating_point() or mask.is_complex() or mask.dtype == torch.bool
         )
-        if not fits or mask.shape != image.shape[1:]:
+        if not is_integer or mask.shape != image.shape[1:]:
             size = f"({image.shape[1]}, {image.shape[2]})"
             raise UserError(f"{self._where}: the mask of {name} is {_form(mask)}. Return an integer tensor {size}.")
         ids = mask.long()
@@ -134,13 +134,13 @@ def conforming(data: Any, classes: Sequence[str], ignore_index: int) -> Segmenta
     if isinstance(data, PairDataset):
         return data
     dataset = CustomDataset(data)
-    for key, own, configured in (
+    for key, value, configured in (
         ("classes", dataset.classes, list(map(str, classes))),
         ("ignore_index", dataset.ignore_index, ignore_index),
     ):
-        if own != configured:
+        if value != configured:
             raise UserError(
-                f"data.{key}={configured}, but the data set of data.reader has {own}. Pass it on in the YAML file: "
+                f"data.{key}={configured}, but the data set of data.reader has {value}. Pass it on in the YAML file: "
                 f"{key}: ${{..{key}}} in `reader`, or correct data.{key}."
             )
     return dataset

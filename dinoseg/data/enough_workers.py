@@ -62,7 +62,7 @@ def with_enough_workers(
                 under_way.popleft()
                 search.came()
                 yield item
-                search.asked()
+                search.requested()
                 if search.is_over():
                     break
             else:
@@ -90,7 +90,7 @@ class _Search:
         """Record the time until an item arrived."""
         self._waited.append(self._lap())
 
-    def asked(self) -> None:
+    def requested(self) -> None:
         """Record the time until the next item was requested."""
         self._held.append(self._lap())
         if self._skipped:

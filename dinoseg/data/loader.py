@@ -213,14 +213,14 @@ def _start_worker(_: int) -> None:
     # Ctrl-C and Slurm's SIGTERM reach all processes; the parent finishes its step and still needs this worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":  # SIGTERM stays blocked, as inherited from the parent
-        threading.Thread(target=_end_when_told, args=(os.getppid(),), daemon=True).start()
+        threading.Thread(target=_end_on_sigterm, args=(os.getppid(),), daemon=True).start()
     elif sys.platform != "win32":
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
 
 
-def _end_when_told(parent: int) -> None:
+def _end_on_sigterm(parent: int) -> None:
     """End this process when its parent sends SIGTERM; ignore SIGTERM from any other process."""
     if sys.platform == "linux":
         while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:

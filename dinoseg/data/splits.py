@@ -274,4 +274,4 @@ def keep_evenly_spaced(data: Any, count: Count | None) -> Any:
     """Return a dataset of at most `count` evenly spaced samples; None: all samples."""
     if count is None or count >= len(data):
         return data
-    return data.keep({data.names[place] for place in evenly_spaced(len(data), count)})
+    return data.keep({data.names[index] for index in evenly_spaced(len(data), count)})

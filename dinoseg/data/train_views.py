@@ -30,12 +30,12 @@ class ClassUniform:
     images: Mapping[int, np.ndarray]
     digests: Sequence[str]
 
-    def draw(self, chance: np.random.Generator) -> tuple[int, int] | None:
+    def draw(self, rng: np.random.Generator) -> tuple[int, int] | None:
         """Return an image index and the class to show, or None if this sample is not class-uniform."""
-        if chance.random() >= self.share:
+        if rng.random() >= self.share:
             return None
-        shown = list(self.images)[chance.integers(len(self.images))]
-        return int(chance.choice(self.images[shown])), shown
+        shown = list(self.images)[rng.integers(len(self.images))]
+        return int(rng.choice(self.images[shown])), shown
 
 
 class Draw(NamedTuple):
@@ -76,12 +76,12 @@ class TrainViews:
 
     def read(self, epoch: int, sample: int) -> Sample:
         """Return the view of a sample in an epoch, with classes of another image pasted on where it is mixed."""
-        view, chance = self.seen(self.draw(epoch, sample)), chance_of(self.seed, epoch, sample, _MIX)
-        if chance.random() >= self.mix:
+        view, rng = self.seen(self.draw(epoch, sample)), chance_of(self.seed, epoch, sample, _MIX)
+        if rng.random() >= self.mix:
             return view
-        other = int(chance.integers(len(self.data) - 1))
+        other = int(rng.integers(len(self.data) - 1))
         other += other >= sample
-        return class_mixed(self.seen(self.draw(epoch, other)), view, self.data.ignore_index, chance)
+        return class_mixed(self.seen(self.draw(epoch, other)), view, self.data.ignore_index, rng)
 
     def seen(self, draw: Draw) -> Sample:
         """Return the augmented view that `draw` describes."""
@@ -97,7 +97,7 @@ def chance_of(seed: int, epoch: int, sample: int, purpose: int) -> np.random.Gen
     return np.random.Generator(np.random.Philox(key=seed, counter=[0, sample, epoch, purpose]))
 
 
-def class_mixed(source: Sample, onto: Sample, ignore_index: int, chance: np.random.Generator) -> Sample:
+def class_mixed(source: Sample, onto: Sample, ignore_index: int, rng: np.random.Generator) -> Sample:
     """Return `onto` with half of the classes of `source`, a view of the same size, pasted on it: pixels and ids.
 
     ClassMix (Olsson et al., arXiv 2007.07936, section 3.1) with true masks. Half of the classes is rounded up. Ignored
@@ -105,7 +105,7 @@ def class_mixed(source: Sample, onto: Sample, ignore_index: int, chance: np.rand
     """
     present = source["mask"].unique().numpy()
     present = present[present != ignore_index]
-    chosen = torch.from_numpy(chance.choice(present, -(-len(present) // 2), replace=False))
+    chosen = torch.from_numpy(rng.choice(present, -(-len(present) // 2), replace=False))
     pasted = torch.isin(source["mask"], chosen)
     return Sample(
         image=torch.where(pasted, source["image"], onto["image"]),

@@ -126,9 +126,9 @@ class Augment:
             rng: random generator.
             shown: class to show: the view contains one of its pixels, sampled uniformly from those of the mask, if any.
         """
-        zoom, matrix, chance = self._geometry(mask, rng, shown)
+        zoom, matrix, uniforms = self._geometry(mask, rng, shown)
         seen = _warp_image(image, matrix, zoom, self.crop)
-        return recolor(seen, self.color, chance[8:]), self._warp_mask(mask, matrix)
+        return recolor(seen, self.color, uniforms[8:]), self._warp_mask(mask, matrix)
 
     def mask(self, mask: np.ndarray, rng: np.random.Generator, shown: int | None = None) -> np.ndarray:
         """Return the view of a mask (H, W) alone, equal to the mask of a call with the same `rng` state."""
@@ -145,10 +145,10 @@ class Augment:
         self, mask: np.ndarray, rng: np.random.Generator, shown: int | None
     ) -> tuple[tuple[float, float], np.ndarray, np.ndarray]:
         """Return the zoom, the matrix and the random numbers of a view."""
-        chance, (height, width) = rng.random(_DRAWS), mask.shape
-        zoom = self._zoom((height, width), chance[0])
+        uniforms, (height, width) = rng.random(_DRAWS), mask.shape
+        zoom = self._zoom((height, width), uniforms[0])
         pixel = None if shown is None else _any_pixel(mask, shown, rng)
-        return zoom, self._matrix((height, width), zoom, chance[1:8], pixel), chance
+        return zoom, self._matrix((height, width), zoom, uniforms[1:8], pixel), uniforms
 
     def _warp_mask(self, mask: np.ndarray, matrix: np.ndarray) -> np.ndarray:
         return cv2.warpAffine(
@@ -160,52 +160,52 @@ class Augment:
             borderValue=(self.ignore_index,),
         )
 
-    def _zoom(self, size: tuple[int, int], chance: float) -> tuple[float, float]:
+    def _zoom(self, size: tuple[int, int], uniform: float) -> tuple[float, float]:
         """Return output pixels per image pixel, vertically and horizontally."""
         least, largest = self.scale
-        factor = least * (largest / least) ** chance
+        factor = least * (largest / least) ** uniform
         limit = min(1.0, self.longest / max(size)) if self.longest else 1.0
         vertical, horizontal = (factor * max(1, round(side * limit)) / side for side in size)
         return vertical, horizontal
 
     def _matrix(
-        self, size: tuple[int, int], zoom: tuple[float, float], chance: np.ndarray, pixel: np.ndarray | None
+        self, size: tuple[int, int], zoom: tuple[float, float], uniforms: np.ndarray, pixel: np.ndarray | None
     ) -> np.ndarray:
         """Return the matrix (3, 3) from image pixel centres (x, y, 1) to the crop, which contains `pixel` if given."""
         height, width = size[0] * zoom[0], size[1] * zoom[1]
         crop_height, crop_width = self.crop
-        signed = 2 * chance - 1
+        signed = 2 * uniforms - 1
         turn = _turn_and_slant(self.affine.degrees * signed[0], self.affine.shear * signed[1])
         shift_x = self.affine.translate * signed[2] * min(width, crop_width)
         shift_y = self.affine.translate * signed[3] * min(height, crop_height)
         centre_x, centre_y = (width - 1) / 2, (height - 1) / 2
         turn = _move(centre_x, centre_y) @ turn @ _move(-centre_x, -centre_y)
         if pixel is None:
-            left, top = _place(width - crop_width, chance[4]), _place(height - crop_height, chance[5])
+            left, top = _crop_start(width - crop_width, uniforms[4]), _crop_start(height - crop_height, uniforms[5])
         else:
             x, y, _ = _move(shift_x, shift_y) @ turn @ _resize(zoom) @ pixel
-            left = _place_at(x, width, crop_width, chance[4])
-            top = _place_at(y, height, crop_height, chance[5])
+            left = _crop_start_at(x, width, crop_width, uniforms[4])
+            top = _crop_start_at(y, height, crop_height, uniforms[5])
         matrix = _move(shift_x - left, shift_y - top) @ turn @ _resize(zoom)
-        if chance[6] < self.flip:
+        if uniforms[6] < self.flip:
             matrix = np.array([[-1.0, 0, crop_width - 1], [0, 1, 0], [0, 0, 1]]) @ matrix
         return matrix
 
 
-def _place(room: float, chance: float) -> float:
+def _crop_start(room: float, uniform: float) -> float:
     """Return the start of a crop in whole pixels; `room` is negative where the image is smaller than the crop."""
-    return round(min(0.0, room) + abs(room) * chance)
+    return round(min(0.0, room) + abs(room) * uniform)
 
 
-def _place_at(at: float, length: float, crop: int, chance: float) -> float:
+def _crop_start_at(at: float, length: float, crop: int, uniform: float) -> float:
     """Return the start of a crop such that `at` falls on a pixel centre inside it, so that nearest mapping reads it.
 
-    If possible, the crop starts where `_place` would start it, to within half a pixel. If rotation or shift moved `at`
-    outside the image's bounds, the crop follows it there.
+    If possible, the crop starts where `_crop_start` would start it, to within half a pixel. If rotation or shift moved
+    `at` outside the image's bounds, the crop follows it there.
     """
     room = length - crop
     first, last = (min(max(round(at - start), 0), crop - 1) for start in (max(0.0, room), min(0.0, room)))
-    return at - (first + int(chance * (last + 1 - first)))
+    return at - (first + int(uniform * (last + 1 - first)))
 
 
 def _any_pixel(mask: np.ndarray, shown: int, rng: np.random.Generator) -> np.ndarray | None:
@@ -233,15 +233,15 @@ def _warp_image(image: np.ndarray, matrix: np.ndarray, zoom: tuple[float, float]
     )
 
 
-def recolor(image: np.ndarray, color: ColorJitter, chance: np.ndarray) -> np.ndarray:
-    """Return an image (H, W, 3) uint8 in changed colours; `chance` (4,) in 0..1 sets the amounts within `color`.
+def recolor(image: np.ndarray, color: ColorJitter, uniforms: np.ndarray) -> np.ndarray:
+    """Return an image (H, W, 3) uint8 in changed colours; `uniforms` (4,) in 0..1 sets the amounts within `color`.
 
-    The order of `chance` is brightness, contrast, saturation, hue. All changes form one matrix, so values are clipped
+    The order of `uniforms` is brightness, contrast, saturation, hue. All changes form one matrix, so values are clipped
     only once.
     """
     if color == ColorJitter():
         return image
-    signed = 2 * chance - 1
+    signed = 2 * uniforms - 1
     brightness = 1 + color.brightness * signed[0]
     contrast = 1 + color.contrast * signed[1]
     saturation = 1 + color.saturation * signed[2]

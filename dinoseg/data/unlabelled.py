@@ -52,15 +52,15 @@ class StrongView:
 
         Each call uses a fixed number of random numbers from `rng`.
         """
-        chance = rng.random(_DRAWS)
-        if chance[0] < self.jitter:
-            image = recolor(image, self.color, chance[1:5])
-        if chance[5] < self.grey:
+        uniforms = rng.random(_DRAWS)
+        if uniforms[0] < self.jitter:
+            image = recolor(image, self.color, uniforms[1:5])
+        if uniforms[5] < self.grey:
             image = recolor(image, _GREY, _NO_COLOUR)
-        if chance[6] < self.blur:
+        if uniforms[6] < self.blur:
             least, largest = self.sigma
-            image = cv2.GaussianBlur(image, (0, 0), least + (largest - least) * chance[7])
-        return image, _box(image.shape[:2], chance[8:]) if rng.random() < self.cutmix else (0, 0, 0, 0)
+            image = cv2.GaussianBlur(image, (0, 0), least + (largest - least) * uniforms[7])
+        return image, _box(image.shape[:2], uniforms[8:]) if rng.random() < self.cutmix else (0, 0, 0, 0)
 
 
 class UnlabelledViews(NamedTuple):
@@ -161,12 +161,12 @@ def _planes(image: np.ndarray) -> Tensor:
     return torch.from_numpy(image).permute(2, 0, 1)
 
 
-def _box(size: tuple[int, ...], chance: np.ndarray) -> tuple[int, int, int, int]:
+def _box(size: tuple[int, ...], uniforms: np.ndarray) -> tuple[int, int, int, int]:
     """Return a box of random area, aspect ratio and position; its sides are limited to the view's height and width."""
     height, width = size
-    area = height * width * (_AREA[0] + (_AREA[1] - _AREA[0]) * chance[0])
-    aspect = _ASPECT[0] * (_ASPECT[1] / _ASPECT[0]) ** chance[1]
+    area = height * width * (_AREA[0] + (_AREA[1] - _AREA[0]) * uniforms[0])
+    aspect = _ASPECT[0] * (_ASPECT[1] / _ASPECT[0]) ** uniforms[1]
     tall = min(height, max(1, round((area / aspect) ** 0.5)))
     wide = min(width, max(1, round((area * aspect) ** 0.5)))
-    top, left = int((height - tall + 1) * chance[2]), int((width - wide + 1) * chance[3])
+    top, left = int((height - tall + 1) * uniforms[2]), int((width - wide + 1) * uniforms[3])
     return top, left, top + tall, left + wide

@@ -62,18 +62,18 @@ def _between_polygons(left: np.ndarray, right: np.ndarray, share: float) -> np.n
     starts, ends = (points[list(which)] for points, which in zip((left, right), zip(*pairs, strict=True), strict=True))
     moved = starts + (ends - starts) * share
     first = np.cumsum([0, *map(len, matches)])  # offset of each corner's points in `moved`
-    kept: list[np.ndarray] = []
+    parts: list[np.ndarray] = []
     start = 0
     while start < len(matches):
         stop = start + 1
         if len(matches[start]) > 1:  # one corner becomes several
-            kept += _thinned(moved[first[start] : first[stop]], right[matches[start][0] : matches[start][-1] + 1])
+            parts += _thinned(moved[first[start] : first[stop]], right[matches[start][0] : matches[start][-1] + 1])
         else:
             while stop < len(matches) and matches[stop] == matches[start]:
                 stop += 1
-            kept += _thinned(moved[first[start] : first[stop]], left[start:stop])
+            parts += _thinned(moved[first[start] : first[stop]], left[start:stop])
         start = stop
-    return np.stack(kept[:-1])
+    return np.stack(parts[:-1])
 
 
 def _along(points: np.ndarray) -> np.ndarray:
@@ -102,11 +102,11 @@ def _nearest(values: np.ndarray, line: np.ndarray) -> np.ndarray:
 def _thinned(points: np.ndarray, border: np.ndarray) -> list[np.ndarray]:
     """Drop points that are closer to the last retained one than half the mean edge length of their border."""
     least = np.sqrt((np.diff(border, axis=0) ** 2).sum(axis=1)).sum() / (2 * len(border))
-    kept = [points[0]]
+    remaining = [points[0]]
     if len(points) == 1:
-        return kept
+        return remaining
     for point in points[1:-1]:
-        if math.dist(point, kept[-1]) >= least:
-            kept.append(point)
-    kept.append(points[-1])
-    return [(points[0] + points[-1]) / 2] if len(kept) == 2 and math.dist(*kept) < least else kept
+        if math.dist(point, remaining[-1]) >= least:
+            remaining.append(point)
+    remaining.append(points[-1])
+    return [(points[0] + points[-1]) / 2] if len(remaining) == 2 and math.dist(*remaining) < least else remaining

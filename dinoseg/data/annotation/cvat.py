@@ -152,15 +152,15 @@ def _form(tag: str, attributes: dict[str, str]) -> tuple[Form, Outline | None]:
 
 def _mask(attributes: dict[str, str]) -> Form:
     left, top, width, height = (_number(attributes, name) for name in ("left", "top", "width", "height"))
-    place = int(left), int(top), int(width), int(height)
-    if place != (left, top, width, height) or not (width > 0 and height > 0 and width * height <= MOST_PIXELS):
-        raise ValueError(f"its mask has the box {place}, which is not a box of pixels")
+    box = int(left), int(top), int(width), int(height)
+    if box != (left, top, width, height) or not (width > 0 and height > 0 and width * height <= MOST_PIXELS):
+        raise ValueError(f"its mask has the box {box}, which is not a box of pixels")
     if abs(left) > FARTHEST or abs(top) > FARTHEST:
-        raise ValueError(f"its mask has the box {place}, which is outside of any image")
+        raise ValueError(f"its mask has the box {box}, which is outside of any image")
     counts = [value.strip() for value in attributes.get("rle", "").split(",")]
     if not all(count.isdecimal() and len(count) < 10 for count in counts):
         raise ValueError("its rle is not a list of whole numbers")
-    return Box(place, rle.checked([int(count) for count in counts], place[2] * place[3]).tobytes())
+    return Box(box, rle.checked([int(count) for count in counts], box[2] * box[3]).tobytes())
 
 
 def _number(attributes: dict[str, str], name: str, default: str | None = None) -> float:
@@ -279,7 +279,7 @@ def _seen(track: Track, frames: Mapping[int, Entry]) -> Iterator[tuple[int, Key]
             raise ValueError(
                 f"a track ({shown(track.label, 40)}) has two shapes on frame {one.frame}: remove one of them"
             )
-    said = {key.frame for key in keys}
+    keyframes = {key.frame for key in keys}
     yield from ((key.frame, key) for key in keys if not key.hidden and key.frame in frames)
     fixed = [key for key in keys if key.fixed]
     for one, other in zip_longest(fixed, fixed[1:]):
@@ -287,7 +287,7 @@ def _seen(track: Track, frames: Mapping[int, Entry]) -> Iterator[tuple[int, Key]
             continue
         end = other.frame if other else max(frames, default=-1) + 1
         for frame in range(one.frame + 1, end):
-            if frame in frames and frame not in said:
+            if frame in frames and frame not in keyframes:
                 yield frame, _moved(one, other, frame) if other else one
 
 

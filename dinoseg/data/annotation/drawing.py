@@ -133,5 +133,5 @@ def mask_file(mask: MaskSource) -> Path:
 
 def mask_key(mask: MaskSource) -> str:
     """Return a text that identifies a mask, apart from the state of its file."""
-    own = f"#{mask.digest()}" if isinstance(mask, Drawing) else ""
-    return f"{os.path.abspath(mask_file(mask))}{own}"
+    suffix = f"#{mask.digest()}" if isinstance(mask, Drawing) else ""
+    return f"{os.path.abspath(mask_file(mask))}{suffix}"

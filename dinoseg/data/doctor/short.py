@@ -49,8 +49,8 @@ def check(
             files = f" ({listed(finding.files, 3)})" if finding.files else ""
             log.warning("data: %s", printable(f"{finding.message}{files} {finding.remedy}".rstrip()))
     if errors := [finding for finding in findings if finding.severity == "error"]:
-        told = "".join(f"\n- {error.message}{_each(error)}\n  {error.remedy}".rstrip() for error in errors)
-        raise UserError(printable(f"The dataset has errors that stop a training:{told}\n{_FULL}"))
+        messages = "".join(f"\n- {error.message}{_each(error)}\n  {error.remedy}".rstrip() for error in errors)
+        raise UserError(printable(f"The dataset has errors that stop a training:{messages}\n{_FULL}"))
     return splits
 
 

@@ -137,8 +137,8 @@ class _Maker:
     def pairs(self, split: str, partition: Partition) -> list[Pair | Lacking]:
         """Return the pairs of a split's annotation file, or of its list of names, ordered by name."""
         by_split = partition.by == "folder"
-        place = find_annotations(self.kind, self.root, split, self.layout, by_split=by_split)
-        entries = read_annotations(self.kind, place, grouped=self.shapes.grouped).entries
+        path = find_annotations(self.kind, self.root, split, self.layout, by_split=by_split)
+        entries = read_annotations(self.kind, path, grouped=self.shapes.grouped).entries
         if by_split:
             entries = of_subset(entries, self.layout.names(split)) or entries
         if partition.by == "lists":
@@ -146,15 +146,15 @@ class _Maker:
         if self.shapes.without_shapes == "skip":
             entries = [entry for entry in entries if entry.shapes or entry.wrong]
         if not entries:
-            raise UserError(f"{place} holds no image{' with a shape' * (self.shapes.without_shapes == 'skip')}.")
-        self._refuse_unknown(entries, place)
-        self._tell_bare(entries, place)
-        folder = self.images.folder(place, split, entries)
+            raise UserError(f"{path} holds no image{' with a shape' * (self.shapes.without_shapes == 'skip')}.")
+        self._refuse_unknown(entries, path)
+        self._tell_bare(entries, path)
+        folder = self.images.folder(path, split, entries)
         pairs = sorted((self._pair(entry, folder) for entry in entries), key=lambda pair: pair.name)
         twice = [name for name, count in Counter(pair.name for pair in pairs).items() if count > 1]
         if twice:
             raise UserError(
-                f"{place} names {count_of(twice, 'image')} more than once, or with two suffixes: {listed(twice)}. Keep "
+                f"{path} names {count_of(twice, 'image')} more than once, or with two suffixes: {listed(twice)}. Keep "
                 "one of each."
             )
         return pairs
@@ -185,7 +185,7 @@ class _Maker:
             )
         return [by_name[name] for name in names]
 
-    def _refuse_unknown(self, entries: Sequence[Entry], place: Path) -> None:
+    def _refuse_unknown(self, entries: Sequence[Entry], path: Path) -> None:
         if self.others is not None:
             return
         labels = Counter(shape.label for entry in entries for shape in entry.shapes if shape.label not in self.values)
@@ -194,18 +194,18 @@ class _Maker:
         found = listed([f"{shown(label)} ({count})" for label, count in labels.most_common()], 20)
         first = shown(next(iter(labels)))
         raise UserError(
-            f"{place} has shapes with labels that are not classes: {found}. data.classes has "
+            f"{path} has shapes with labels that are not classes: {found}. data.classes has "
             f"{', '.join(self.labels.classes)}. Add them there, map them to a class "
             f"('++data.reader.shapes.labels={{{first}: {self.labels.classes[-1]}}}', or {IGNORE}), or map all others: "
             f"data.reader.shapes.others={IGNORE}."
         )
 
-    def _tell_bare(self, entries: Sequence[Entry], place: Path) -> None:
+    def _tell_bare(self, entries: Sequence[Entry], path: Path) -> None:
         if bare := sum(not entry.shapes and not entry.wrong for entry in entries):
             log.warning(
                 "%s: %d of %d images have no shape and are read as %s throughout. If they are not annotated yet, leave "
                 "them out: data.reader.shapes.without_shapes=skip.",
-                place, bare, len(entries), self.shapes.unlabelled,
+                path, bare, len(entries), self.shapes.unlabelled,
             )  # fmt: skip
 
     def _pair(self, entry: Entry, folder: Path) -> Pair | Lacking:

@@ -37,11 +37,11 @@ class Images:
     cache_dir: Path
     _clips: dict[tuple[Path, AnnotatedVideo], "Path | Sequence[Path]"] = field(default_factory=dict)
 
-    def folder(self, place: Path, split: str, entries: Sequence[Entry]) -> Path:
+    def folder(self, path: Path, split: str, entries: Sequence[Entry]) -> Path:
         """Return the folder that image names are relative to, or the only video.
 
         Args:
-            place: the annotation file; of LabelMe, the folder of files.
+            path: the annotation file; of LabelMe, the folder of files.
             split: split of the entries.
             entries: entries of the split; the first three are used to find the folder.
 
@@ -57,12 +57,12 @@ class Images:
                 f"data.reader.layout.images: no folder {folders[0]}. Give the folder of the images (for a video, the "
                 "folder of its frames or its file)."
             )
-        beside = place if self.kind.beside_images else place.parent
+        default = path if self.kind.per_image else path.parent
         below = [self.root / pattern.format(name) for pattern in ("images/{}", "{}", "{}/images") for name in names]
-        for folder in (beside, *below, beside / "images", self.root / "images", self.root):
+        for folder in (default, *below, default / "images", self.root / "images", self.root):
             if any(self._is_there(folder, entry) for entry in entries[:3]):
                 return folder
-        return beside
+        return default
 
     def of(self, entry: Entry, folder: Path) -> ImageSource:
         """Return the image of an entry; if its file is missing, fall back to one with another image suffix.

@@ -50,7 +50,7 @@ class Kind:
     read: Callable[[bytes, Path], Annotations]
     by_split: Sequence[str]
     single: Sequence[str]
-    beside_images: bool = False  # one file per image
+    per_image: bool = False  # one file per image
     subsets: bool = False  # one file may assign each image to a split
 
 
@@ -74,9 +74,7 @@ KINDS = {
         ("annotations.xml", "annotations/annotations.xml"),
         subsets=True,
     ),
-    "labelme": Kind(
-        "LabelMe", read_labelme, ("{split}", "annotations/{split}"), (".", "annotations"), beside_images=True
-    ),
+    "labelme": Kind("LabelMe", read_labelme, ("{split}", "annotations/{split}"), (".", "annotations"), per_image=True),
 }
 
 
@@ -91,57 +89,57 @@ def find_annotations(kind: Kind, root: Path, split: str, layout: AnnotationLayou
         raise UserError(f"data.root={root} is not a folder. {unpack} the folder that holds the annotations.")
     patterns = (kind.by_split if by_split else kind.single) if layout.annotations is None else (layout.annotations,)
     places = list(dict.fromkeys(root / _filled(pattern, name) for pattern in patterns for name in layout.names(split)))
-    found = [place for place in places if (_holds_json(place) if kind.beside_images else place.is_file())]
+    found = [candidate for candidate in places if (_holds_json(candidate) if kind.per_image else candidate.is_file())]
     if found:
         return found[0]
     if by_split and kind.subsets:
-        for place in (root / pattern for pattern in kind.single):
-            if place.is_file() and of_subset(read_annotations(kind, place).entries, layout.names(split)):
-                return place
-    tried = listed([str(place.relative_to(root)) for place in places], 20)
+        for candidate in (root / pattern for pattern in kind.single):
+            if candidate.is_file() and of_subset(read_annotations(kind, candidate).entries, layout.names(split)):
+                return candidate
+    tried = listed([str(candidate.relative_to(root)) for candidate in places], 20)
     single = [pattern for pattern in kind.single if (root / pattern).is_file()] if by_split else []
-    if kind.beside_images and by_split and _holds_json(root):
+    if kind.per_image and by_split and _holds_json(root):
         single = [str(root)]
     remedy = "Set data.reader.layout.annotations (with {split} for the split)"
     if single:
         remedy = f"{single[0]} exists, without splits: divide it by data.reader.partition.by=fraction"
     elif packed := [path.name for path in entries(root) if path.suffix.lower() in _ARCHIVES]:
         remedy = f"{packed[0]} exists, but archives are not read: unpack it"
-    what = "folder with files of LabelMe" if kind.beside_images else f"file of {kind.title}"
+    what = "folder with files of LabelMe" if kind.per_image else f"file of {kind.title}"
     of_split = f" for split {split}" if by_split else ""
     raise UserError(f"No {what}{of_split} in {root}: looked for {tried}. {remedy}.")
 
 
-def read_annotations(kind: Kind, place: Path, *, grouped: bool = False) -> Annotations:
+def read_annotations(kind: Kind, path: Path, *, grouped: bool = False) -> Annotations:
     """Parse an annotation file, or LabelMe's files in a folder; image names are relative to its folder.
 
     Args:
         kind: kind of the files.
-        place: the file; of LabelMe, the folder.
+        path: the file; of LabelMe, the folder.
         grouped: replace labels by their groups.
 
     Raises:
         UserError: a file cannot be read, or is not of this kind. A file of a single image instead becomes an entry with
             that error.
     """
-    held = _read(kind, place) if not kind.beside_images else _of_folder(kind, place)
+    held = _read(kind, path) if not kind.per_image else _of_folder(kind, path)
     try:
         return held.grouped() if grouped else held
     except ValueError as error:
-        raise UserError(f"{place}: {error}. Set data.reader.shapes.grouped=false.") from None
+        raise UserError(f"{path}: {error}. Set data.reader.shapes.grouped=false.") from None
 
 
-def _of_folder(kind: Kind, place: Path) -> Annotations:
+def _of_folder(kind: Kind, root: Path) -> Annotations:
     labels: set[str] = set()
     found: list[Entry] = []
-    for folder, files in visible_files(place):
+    for folder, files in visible_files(root):
         for path in (folder / file for file in files if file.lower().endswith(".json")):
             try:
                 held = _read(kind, path)
             except UserError as error:
-                found.append(Entry(path, path.relative_to(place).as_posix(), None, wrong=str(error)))
+                found.append(Entry(path, path.relative_to(root).as_posix(), None, wrong=str(error)))
                 continue
-            inner = path.parent.relative_to(place)
+            inner = path.parent.relative_to(root)
             found += [replace(entry, image=(inner / entry.image).as_posix()) for entry in held.entries]
             labels.update(held.labels)
     return Annotations(sorted(labels), found)
@@ -169,7 +167,7 @@ def labels_below(kind: Kind, root: Path, layout: AnnotationLayout, *, grouped: b
                     raise
         if places:
             break
-    held = (read_annotations(kind, place, grouped=grouped) for place in places)
+    held = (read_annotations(kind, path, grouped=grouped) for path in places)
     return list(dict.fromkeys(label for annotations in held for label in annotations.labels))
 
 

@@ -86,8 +86,8 @@ class PackedDataset(PairDataset):
 
     def fingerprint(self) -> str:
         """Return a hash of everything that the masks depend on; equal to that of the files if nothing was reduced."""
-        own = self.source.fingerprint()
-        return own if self.longest is None else hashlib.sha256(f"{own} longest={self.longest}".encode()).hexdigest()
+        base = self.source.fingerprint()
+        return base if self.longest is None else hashlib.sha256(f"{base} longest={self.longest}".encode()).hexdigest()
 
 
 def pack(

@@ -212,8 +212,8 @@ class Decoder:
         """
         if self._stream.duration:
             return float(self._stream.duration * self.time_base)
-        if told := _CLOCK.fullmatch(self._stream.metadata.get("DURATION", "")):  # in Matroska files
-            hours, minutes, seconds = map(float, told.groups())
+        if clock := _CLOCK.fullmatch(self._stream.metadata.get("DURATION", "")):  # in Matroska files
+            hours, minutes, seconds = map(float, clock.groups())
             return 3600 * hours + 60 * minutes + seconds - float(self.start)
         alone = len(self._container.streams) == 1
         return (self._container.duration or 0) / av.time_base if alone else 0.0

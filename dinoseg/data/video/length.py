@@ -10,12 +10,12 @@ VIDEO_SUFFIXES = (".avi", ".mp4", ".mov", ".m4v", ".mkv", ".webm", ".mpg", ".mpe
 
 def promised_frames(path: Path) -> int:
     """Return the frame count by the header, which may be off by one or two; 0 if it is unknown or not a video."""
-    return _asked(path, count=False)
+    return _frame_count(path, count=False)
 
 
 def count_frames(path: Path) -> int:
     """Return the number of frames by decoding the whole file; 0 if it is not a video."""
-    return _asked(path, count=True)
+    return _frame_count(path, count=True)
 
 
 def has_more_packets(path: Path, most: int) -> bool:
@@ -30,7 +30,7 @@ def has_more_packets(path: Path, most: int) -> bool:
         return sum(1 for _ in islice(decoder.packets(), most + 1)) > most
 
 
-def _asked(path: Path, *, count: bool) -> int:
+def _frame_count(path: Path, *, count: bool) -> int:
     from dinoseg.data.video.decoder import Decoder
 
     try:

@@ -86,8 +86,8 @@ def near_pairs(
 
 def _across(first: Scanned, second: Scanned, distance: int) -> Iterator[Finding]:
     ours, theirs = _by_digest(first), _by_digest(second)
-    told = {two.name for _, two in same_files(first, second)}
-    same = [(ours[key][0], two) for key in theirs if key in ours for two in theirs[key] if two.name not in told]
+    reported = {two.name for _, two in same_files(first, second)}
+    same = [(ours[key][0], two) for key in theirs if key in ours for two in theirs[key] if two.name not in reported]
     if same:
         yield Finding(
             "error",
@@ -148,13 +148,13 @@ def _contradictory(part: Scanned) -> Iterator[Finding]:
 
 def _near(first: Scanned, second: Scanned, distance: int) -> tuple[Near, list[tuple[Record, Record, int]]]:
     ours, theirs = ([r for r in part.records if r.look is not None] for part in (first, second))
-    looks = [np.array([record.look for record in records], dtype=np.uint64) for records in (ours, theirs)]
+    hashes = [np.array([record.look for record in records], dtype=np.uint64) for records in (ours, theirs)]
     number: dict[str, int] = {}
     same = [
         np.array([number.setdefault(r.image_digest, len(number)) for r in records], dtype=np.int64)
         for records in (ours, theirs)
     ]
-    near = near_pairs(looks[0], looks[1], distance, same=(same[0], same[1]), inside=first is second)
+    near = near_pairs(hashes[0], hashes[1], distance, same=(same[0], same[1]), inside=first is second)
     return near, [(ours[one], theirs[two], bits) for one, two, bits in near.closest]
 
 

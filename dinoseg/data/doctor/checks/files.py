@@ -156,12 +156,12 @@ def _sizes(records: Sequence[Record], splits: Sequence[Scanned]) -> Iterator[Fin
     stops = [record for record in other if "size_mismatch" in record.problems]
     resized = all(part.masks.on_size_mismatch == "resize_mask" for part in splits)
     if resized:
-        told = f" {len(stops)} of them stop a run, since their aspect ratio differs;" if stops else " All"
-        told += " the others" * bool(stops) + " are resized by nearest neighbour when they are read."
+        note = f" {len(stops)} of them stop a run, since their aspect ratio differs;" if stops else " All"
+        note += " the others" * bool(stops) + " are resized by nearest neighbour when they are read."
         remedy = "Create them again from their source at the image's size"
         remedy += f". {_SKIP}" if stops else "; until then borders are as coarse as in the smaller masks."
     else:
-        told = f" {len(stops)} of them stop a run." if stops else ""
+        note = f" {len(stops)} of them stop a run." if stops else ""
         remedy = (
             "Create them again from their source at the image's size; masks with the image's aspect ratio can be "
             f"resized when they are read: data.reader.masks.on_size_mismatch=resize_mask. {_SKIP}"
@@ -169,7 +169,7 @@ def _sizes(records: Sequence[Record], splits: Sequence[Scanned]) -> Iterator[Fin
     yield Finding(
         "error" if stops else "warning",
         "size_mismatch",
-        f"{len(other)} of {len(records)} masks of another size (width x height) than their image.{told}",
+        f"{len(other)} of {len(records)} masks of another size (width x height) than their image.{note}",
         tuple(record.mask for record in other),
         remedy,
         reasons=tuple(

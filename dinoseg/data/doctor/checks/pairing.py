@@ -49,19 +49,19 @@ def swapped_pairs(edges: np.ndarray, borders: np.ndarray) -> list[tuple[int, int
         edges: (N, P) float32, rows of mean 0 and length 1.
         borders: (N, P) float32, rows of mean 0 and length 1.
     """
-    own_fit = np.einsum("np,np->n", edges, borders)  # (N,)
-    common = float(np.median(own_fit))
+    paired_fit = np.einsum("np,np->n", edges, borders)  # (N,)
+    common = float(np.median(paired_fit))
     if common < _LEAST_FIT:
         return []
     least = max(_LEAST_GAIN, _GAIN * common)
     swaps = []
-    for start in range(0, len(own_fit), _ROWS):
+    for start in range(0, len(paired_fit), _ROWS):
         rows, columns = slice(start, start + _ROWS), slice(start, start + _ROWS + _SPAN)
         ahead, back = edges[rows] @ borders[columns].T, borders[rows] @ edges[columns].T
-        mine, other = own_fit[rows, None], own_fit[None, columns]
+        mine, other = paired_fit[rows, None], paired_fit[None, columns]
         gain = ahead + back - mine - other
-        fits = (ahead > mine) & (back > other) & (np.minimum(ahead, back) >= _GOOD_FIT * common)
-        for row, column in zip(*np.nonzero((gain >= least) & fits), strict=True):
+        is_candidate = (ahead > mine) & (back > other) & (np.minimum(ahead, back) >= _GOOD_FIT * common)
+        for row, column in zip(*np.nonzero((gain >= least) & is_candidate), strict=True):
             if row < column:
                 swaps.append((float(gain[row, column]), start + int(row), start + int(column)))
     taken: set[int] = set()
@@ -90,12 +90,12 @@ def _shift(edges: np.ndarray, borders: np.ndarray) -> int:
     """Return the shift of masks against images, in positions, that clearly improves the fit; 0 if there is none."""
     if len(edges) < _FEWEST:
         return 0
-    own_fit = np.einsum("np,np->n", edges, borders)
+    paired_fit = np.einsum("np,np->n", edges, borders)
     for step in _STEPS:
-        here = slice(max(0, -step), len(own_fit) - max(0, step))
-        there = slice(max(0, step), len(own_fit) + min(0, step))
+        here = slice(max(0, -step), len(paired_fit) - max(0, step))
+        there = slice(max(0, step), len(paired_fit) + min(0, step))
         fit = np.einsum("np,np->n", edges[here], borders[there])
-        if np.mean(fit > own_fit[here] + _CLEARLY) > _MOSTLY and np.median(fit) > np.median(own_fit) + _CLEARLY:
+        if np.mean(fit > paired_fit[here] + _CLEARLY) > _MOSTLY and np.median(fit) > np.median(paired_fit) + _CLEARLY:
             return step
     return 0
 

@@ -26,11 +26,11 @@ def check_same_files(splits: Sequence[Scanned]) -> Iterator[Finding]:
             continue
         most = _NEARLY_ALL * min(len(first.records), len(second.records))
         nearly_all = len(both) >= most
-        told = f"{first.split} and {second.split} are the same data: " if nearly_all else ""
+        prefix = f"{first.split} and {second.split} are the same data: " if nearly_all else ""
         yield Finding(
             "error",
             "same_files",
-            f"{told}{count_of(both, 'file')} of {count_of(second.records, 'image')} of {second.split} also in "
+            f"{prefix}{count_of(both, 'file')} of {count_of(second.records, 'image')} of {second.split} also in "
             f"{first.split}. Scores of training images are meaningless.",
             tuple(f"{one.image} = {two.image}" for one, two in both),
             f"Give {second.split} separate images: other folders (data.reader.layout), other lists, or a share of one "
@@ -76,11 +76,11 @@ def check_groups(splits: Sequence[Scanned], group: str | None) -> Iterator[Findi
         if {first, second} & local:
             continue
         if both := sorted(ours.keys() & theirs.keys()):
-            told = f"by data.group={group}" if group else "by the first folder of the name"
+            rule = f"by data.group={group}" if group else "by the first folder of the name"
             yield Finding(
                 "error",
                 "group_on_both_sides",
-                f"{count_of(both, 'video or drive', 'videos or drives')} ({told}) both in {first} and in {second}: "
+                f"{count_of(both, 'video or drive', 'videos or drives')} ({rule}) both in {first} and in {second}: "
                 f"{listed(both, 10)}. Frames of one are nearly the same, so the score is too high. Official splits can "
                 "have this (CamVid's has): then compare only with scores on the same split.",
                 tuple(file for name in both for file in (*ours[name], *theirs[name])),
