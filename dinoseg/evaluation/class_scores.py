@@ -50,7 +50,7 @@ class ClassScores:
 
 def unit_sums(counts: np.ndarray, units: Sequence[str]) -> np.ndarray:
     """Return the sums (U, 3 K) of per-image counts (N, 3, K) by unit, in the order of the units' first images."""
-    places = {unit: place for place, unit in enumerate(dict.fromkeys(units))}
+    places = {unit: index for index, unit in enumerate(dict.fromkeys(units))}
     sums = np.zeros((len(places), *counts.shape[1:]), np.int64)
     np.add.at(sums, [places[unit] for unit in units], counts)
     return sums.reshape(len(places), -1)

@@ -49,7 +49,7 @@ class Collector:
     def __init__(self, data: SegmentationData, rank: int = 0, world: int = 1) -> None:
         self._data, self._world, self._next = data, world, rank
         per_image = _LOGITS // (len(data.classes) * max(len(data), 1))
-        self._kept = min(max(per_image, 1), LATTICE)  # sampled pixels per image
+        self._samples = min(max(per_image, 1), LATTICE)  # sampled pixels per image
         self._rows: list[tuple[int, np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []
         self._best: list[tuple[float, int, Shot]] = []
         self._worst: list[tuple[float, int, Shot]] = []
@@ -61,8 +61,8 @@ class Collector:
         for row, (mask, prediction) in enumerate(zip(masks, predictions, strict=True)):
             counts = class_counts(mask, prediction, len(self._data.classes), self._data.ignore_index)
             boundary = boundary_errors(mask, prediction, self._data.ignore_index)
-            kept = _sampled(sampled[row], mask[places], self._data.ignore_index, self._kept)
-            self._rows.append((self._next, counts, boundary, *kept))
+            samples = _sampled(sampled[row], mask[places], self._data.ignore_index, self._samples)
+            self._rows.append((self._next, counts, boundary, *samples))
             self._keep_picture(image_miou(counts), batch.image[row], prediction, mask)
             self._next += self._world
 

@@ -35,7 +35,7 @@ def scores_of(records: Sequence[ImageRecord]) -> dict[str, float | None]:
 
 def best_first(scores: Sequence[float | None]) -> list[int]:
     """Return the indices of scores in descending order: undefined scores last, ties in their original order."""
-    return sorted(range(len(scores)), key=lambda place: math.inf if (score := scores[place]) is None else -score)
+    return sorted(range(len(scores)), key=lambda index: math.inf if (score := scores[index]) is None else -score)
 
 
 def against(sides: Sequence[Side], open_data: Callable[[], SegmentationData]) -> list[OtherRun]:
@@ -95,18 +95,18 @@ def sides_table(first: Side, others: Sequence[OtherRun]) -> str:
     It shows mIoU in percent, differences in points, and the number of classes with a significant difference.
     """
     heads = ["", "mIoU %", "points", "95 % interval", "p", "verdict", "classes better", "worse"]
-    own, keys = scores_of(first.records)["miou"], [key for key in score_labels(first) if key.startswith("iou/")]
-    rows = [[first.name, _shown(own), *["-"] * 3, "the first", "", ""]]
+    first_miou, keys = scores_of(first.records)["miou"], [key for key in score_labels(first) if key.startswith("iou/")]
+    rows = [[first.name, _shown(first_miou), *["-"] * 3, "the first", "", ""]]
     for other in others:
         gap, kinds = other.differences["miou"], [other.differences[key]["verdict"] for key in keys]
         limits = "-" if gap["ci95"] is None else _span(gap["ci95"])
-        chance = "-" if gap["p"] is None else f"{gap['p']:.2g}"
+        p_value = "-" if gap["p"] is None else f"{gap['p']:.2g}"
         sure = [str(kinds.count(verdict)) for verdict in (SURELY_BETTER, SURELY_WORSE)]
-        shown = [other.name, _shown(other.scores["miou"]), _shown(gap["value"], "+"), limits, chance, gap["verdict"]]
+        shown = [other.name, _shown(other.scores["miou"]), _shown(gap["value"], "+"), limits, p_value, gap["verdict"]]
         rows.append([*shown, *sure])
-    order = best_first([own, *(other.scores["miou"] for other in others)])
+    order = best_first([first_miou, *(other.scores["miou"] for other in others)])
     align = ["left", *["right"] * 4, "left", "right", "right"]
-    return tabulate([rows[place] for place in order], headers=heads, disable_numparse=True, colalign=align)
+    return tabulate([rows[index] for index in order], headers=heads, disable_numparse=True, colalign=align)
 
 
 def verdict_lines(first: str, images: Sequence[str], others: Sequence[OtherRun]) -> list[str]:
@@ -119,8 +119,8 @@ def verdict_lines(first: str, images: Sequence[str], others: Sequence[OtherRun])
         shares = [(share, name) for share, name in zip(other.decides, images, strict=True) if share]
         shares.sort(key=lambda pair: -abs(pair[0]))
         if shares:
-            told = ", ".join(f"{one_line(name)} {_shown(share, '+')}" for share, name in shares[:_TOLD])
-            lines.append(f"  largest contributions by image: {told}")
+            contributions = ", ".join(f"{one_line(name)} {_shown(share, '+')}" for share, name in shares[:_TOLD])
+            lines.append(f"  largest contributions by image: {contributions}")
     return lines
 
 
@@ -196,11 +196,11 @@ def differences(kind: ClassScores, sides: Sequence[Runs]) -> list[dict[str, dict
     found: list[dict[str, dict[str, Any]]] = [{} for _ in gaps]
     for family in families:
         members = [(number, key) for number in range(len(gaps)) for key in family]
-        chances = holm([gaps[number][key].p for number, key in members])
-        for (number, key), chance in zip(members, chances, strict=True):
+        p_values = holm([gaps[number][key].p for number, key in members])
+        for (number, key), p_value in zip(members, p_values, strict=True):
             gap = gaps[number][key]
             value = gap.value if np.isfinite(gap.value) else None
-            found[number][key] = {"value": value, "ci95": gap.ci95, "p": chance, "verdict": _verdict(gap, chance)}
+            found[number][key] = {"value": value, "ci95": gap.ci95, "p": p_value, "verdict": _verdict(gap, p_value)}
     return found
 
 
@@ -236,7 +236,7 @@ def _scores(kind: ClassScores, side: Runs) -> dict[str, np.ndarray]:
     return kind.scores(np.stack([run.sum(axis=0).reshape(-1) for run in side]))
 
 
-def _verdict(gap: Estimate, chance: float | None) -> str:
-    if chance is None:
+def _verdict(gap: Estimate, p_value: float | None) -> str:
+    if p_value is None:
         return NO_VERDICT
-    return UNSURE if chance >= LEVEL else SURELY_BETTER if gap.value > 0 else SURELY_WORSE
+    return UNSURE if p_value >= LEVEL else SURELY_BETTER if gap.value > 0 else SURELY_WORSE

@@ -70,12 +70,12 @@ class ImageRecord:
 
 def write_record(record: ImageRecord, out_dir: Path) -> None:
     """Write a record into a run folder: the counts first, so that a JSON file implies complete counts."""
-    said: dict[str, Any] = {key: value for key, value in vars(record).items() if key != "counts"}
+    content: dict[str, Any] = {key: value for key, value in vars(record).items() if key != "counts"}
     with whole_file(out_dir / COUNTS) as part, part.open("wb") as file:
         np.savez(file, classes=record.counts.astype("<i8"))
-    said["palette"] = [[int(level) for level in colour] for colour in record.palette]
+    content["palette"] = [[int(level) for level in colour] for colour in record.palette]
     write_json(
-        out_dir / RECORD, {key: list(value) if isinstance(value, tuple) else value for key, value in said.items()}
+        out_dir / RECORD, {key: list(value) if isinstance(value, tuple) else value for key, value in content.items()}
     )
 
 
@@ -87,14 +87,14 @@ def evaluated(folder: Path) -> Path:
     """
     if not folder.is_dir():
         raise UserError(f"runs: {folder} is not a folder. Give run folders of mode=eval or mode=train.")
-    for place in (folder, folder / EVALUATION):
-        if (place / RECORD).is_file():
-            return place
-        if (place / TRACKED).is_file():
+    for path in (folder, folder / EVALUATION):
+        if (path / RECORD).is_file():
+            return path
+        if (path / TRACKED).is_file():
             raise UserError(
-                f"runs: {place} is an evaluation of videos, which mode=compare does not support. For the difference of "
+                f"runs: {path} is an evaluation of videos, which mode=compare does not support. For the difference of "
                 "two, paired by video, with its interval: python -m dinoseg mode=score protocol=NAME reference=ROOT "
-                f"prediction=[{place}/masks,OTHER/masks], where NAME is the `protocol` in {place / 'scores.json'}."
+                f"prediction=[{path}/masks,OTHER/masks], where NAME is the `protocol` in {path / 'scores.json'}."
             )
     raise UserError(
         f"runs: {folder} holds no {RECORD}: it is not an evaluation of images, or it was made with mode.report=false. "
@@ -110,14 +110,14 @@ def read_record(folder: Path) -> ImageRecord:
     """
     try:
         _check_size(folder / RECORD, _LARGEST)
-        said = forms.read_json(folder / RECORD, _FORM)
-        size = 24 * len(said["images"]) * len(said["classes"])
+        content = forms.read_json(folder / RECORD, _FORM)
+        size = 24 * len(content["images"]) * len(content["classes"])
         _check_size(folder / COUNTS, size + _FRAMING)
         counts = forms.read_arrays(folder / COUNTS, {"classes": forms.ArrayForm("<i8", 3, size)})["classes"]
-        _check(said, counts)
+        _check(content, counts)
     except (OSError, forms.Misshapen) as error:
         raise UserError(f"runs: {folder} holds a damaged {RECORD} or {COUNTS} ({error}). {_REMEDY}") from None
-    return ImageRecord(**{**said, "palette": [tuple(colour) for colour in said["palette"]]}, counts=counts)
+    return ImageRecord(**{**content, "palette": [tuple(colour) for colour in content["palette"]]}, counts=counts)
 
 
 def _check_size(path: Path, most: int) -> None:
@@ -131,24 +131,24 @@ def _check_size(path: Path, most: int) -> None:
         raise forms.Misshapen(f"{path.name} has {size} bytes; a valid one has at most {most}")
 
 
-def _check(said: dict[str, Any], counts: np.ndarray) -> None:
+def _check(content: dict[str, Any], counts: np.ndarray) -> None:
     """Refuse inconsistent numbers.
 
     Raises:
         Misshapen: naming the inconsistent numbers.
     """
-    images, classes = len(said["images"]), len(said["classes"])
-    if not 1 <= classes <= _MOST_CLASSES or len(said["palette"]) != classes:
-        raise forms.Misshapen(f"it has {classes} classes and {len(said['palette'])} colours")
+    images, classes = len(content["images"]), len(content["classes"])
+    if not 1 <= classes <= _MOST_CLASSES or len(content["palette"]) != classes:
+        raise forms.Misshapen(f"it has {classes} classes and {len(content['palette'])} colours")
     if (
         not images
         or counts.shape != (images, 3, classes)
-        or len(said["units"]) != images
-        or len(set(said["images"])) != images
+        or len(content["units"]) != images
+        or len(set(content["images"])) != images
     ):
         raise forms.Misshapen(f"{images} images of {classes} classes have counts {list(counts.shape)}")
-    if (said["background"] or 0) >= classes:
-        raise forms.Misshapen(f"background {said['background']} is not one of its {classes} classes")
+    if (content["background"] or 0) >= classes:
+        raise forms.Misshapen(f"background {content['background']} is not one of its {classes} classes")
     right, reference, predicted = np.moveaxis(counts, 1, 0)
     if counts.size and (counts.min() < 0 or counts.max() > 2**40 or (right > np.minimum(reference, predicted)).any()):
         raise forms.Misshapen("its counts are inconsistent")

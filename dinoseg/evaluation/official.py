@@ -100,11 +100,11 @@ def _check_size(data: PairDataset, pair: Pair) -> None:
     File headers are read only if the data set may resize: a mask to its image, or both when they are packed.
     """
     longest = data.longest
-    fits = data.reader.masks.on_size_mismatch == "resize_mask"
-    if not fits and longest is None:
+    resizes_masks = data.reader.masks.on_size_mismatch == "resize_mask"
+    if not resizes_masks and longest is None:
         return
     size = stored = read_size(mask_file(pair.mask))
-    if fits:
+    if resizes_masks:
         size = read_size(pair.image) if isinstance(pair.image, Path) else pair.image.read().shape[:2]
     size = reduced_size(size, longest)
     if size != stored:

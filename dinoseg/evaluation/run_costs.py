@@ -49,7 +49,7 @@ def _mean(name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _ranked(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [rows[place] for place in best_first([row["miou"] for row in rows])]
+    return [rows[index] for index in best_first([row["miou"] for row in rows])]
 
 
 def _read(path: Path) -> dict[str, Any] | None:

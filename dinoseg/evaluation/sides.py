@@ -56,7 +56,7 @@ def sides_of(runs: Any) -> list[Side]:
     if not 2 <= len(folders) <= _MOST_RUNS:
         raise _refusal(runs, f"names {count_of(folders, 'run')}")
     places = [evaluated(folder) for folder in folders]
-    records = aligned({folder: read_record(place) for folder, place in zip(folders, places, strict=True)})
+    records = aligned({folder: read_record(path) for folder, path in zip(folders, places, strict=True)})
     names, recipes = run_names(folders), run_config.recipes(places)
     if all(len(side) == 1 for side in given):
         sides = _by_seed(recipes)
@@ -89,8 +89,8 @@ def units_note(sides: Sequence[Side]) -> str:
     if not _has_intervals(sides):
         return f"none: they need two {record.unit}s, or several seeds of each side"
     single = [side.name for side in sides if len(side.folders) == 1]
-    told = f"over seeds only: there is one {record.unit}, so they do not generalise to others"
-    return f"{told}; not for {listed(single)}, one run each" if single else told
+    note = f"over seeds only: there is one {record.unit}, so they do not generalise to others"
+    return f"{note}; not for {listed(single)}, one run each" if single else note
 
 
 def seeds_note(sides: Sequence[Side]) -> str:
@@ -99,12 +99,12 @@ def seeds_note(sides: Sequence[Side]) -> str:
     several = [f"{len(side.folders)} of {side.name}" for side in sides if len(side.folders) > 1]
     if not several:
         return "one trained model per side: verdicts hold for these models, not for other seeds"
-    told = listed(several)
+    summary = listed(several)
     if not single and len({len(side.folders) for side in sides}) == 1:
-        told = f"{len(sides[0].folders)} runs per side"
+        summary = f"{len(sides[0].folders)} runs per side"
     if not _has_intervals(sides):
-        return f"their variance is in no interval, since there is none ({told})"
-    counted = f"their variance is included in the intervals ({told})"
+        return f"their variance is in no interval, since there is none ({summary})"
+    counted = f"their variance is included in the intervals ({summary})"
     return f"{counted}, except for {listed(single)}, one trained model each" if single else counted
 
 
@@ -135,8 +135,8 @@ def _jobs(name: Any, named: Collection[Path]) -> list[Path]:
     folder = Path(str(name)).expanduser()
     if not (folder / SWEEP).is_file():
         return [folder]
-    inside = [place for place in entries(folder) if place.is_dir()]
-    if again := [place.name for place in inside if _AGAIN.fullmatch(place.name)]:
+    inside = [path for path in entries(folder) if path.is_dir()]
+    if again := [path.name for path in inside if _AGAIN.fullmatch(path.name)]:
         logger.warning(
             "%s: left out results of repeated jobs: %s. To compare them, name each, as in runs=[%s,...].",
             folder,
@@ -145,7 +145,7 @@ def _jobs(name: Any, named: Collection[Path]) -> list[Path]:
         )
     numbered = [job for job in inside if job.name.isdecimal()]
     jobs = sorted(numbered, key=lambda job: int(job.name)) or [job for job in inside if job.name not in again]
-    lacking = [job.name for job in jobs if not any((place / RECORD).is_file() for place in (job, job / EVALUATION))]
+    lacking = [job.name for job in jobs if not any((path / RECORD).is_file() for path in (job, job / EVALUATION))]
     if not jobs or len(lacking) == len(jobs):
         raise UserError(f"runs: {folder} is a sweep without an evaluation of images in any job.")
     if lacking:
@@ -207,8 +207,8 @@ def aligned(records: dict[Path, ImageRecord]) -> list[ImageRecord]:
     for where, other in others:
         differences = _differences(first, other)
         if not differences:
-            place = {name: index for index, name in enumerate(other.images)}
-            order = [place[name] for name in first.images]
+            positions = {name: index for index, name in enumerate(other.images)}
+            order = [positions[name] for name in first.images]
             if [other.units[index] for index in order] != [*first.units]:
                 logger.warning(
                     "%s and %s group images differently (data.group): intervals use %s of the second.",
@@ -222,10 +222,10 @@ def aligned(records: dict[Path, ImageRecord]) -> list[ImageRecord]:
                 names = listed([first.images[index] for index in changed.tolist()])
                 differences = [f"the references of {count_of(len(changed), 'image')} differ: {names}"]
         if differences:
-            said = "".join(f"\n- {line}" for line in differences)
+            reasons = "".join(f"\n- {line}" for line in differences)
             raise UserError(
                 f"runs: {folder} and {where} were not evaluated on the same images, so they cannot be "
-                f"compared:{said}\nEvaluate both on the same data and split, with the same classes and sizes."
+                f"compared:{reasons}\nEvaluate both on the same data and split, with the same classes and sizes."
             )
         found.append(other)
     return found
@@ -258,7 +258,7 @@ _LONGEST = 60  # characters: a longer name does not fit a heading
 def run_names(folders: Sequence[Path]) -> list[str]:
     """Return short unique names of run folders."""
     names = _by_folders(folders)
-    return _by_words(folders, [[place] for place in range(len(folders))], (), names) or names
+    return _by_words(folders, [[index] for index in range(len(folders))], (), names) or names
 
 
 def side_names(folders: Sequence[Path], sides: Sequence[Sequence[int]]) -> list[str]:
@@ -269,7 +269,7 @@ def side_names(folders: Sequence[Path], sides: Sequence[Sequence[int]]) -> list[
         sides: indices of each side's runs.
     """
     names = _by_folders(folders)
-    joined = [_joined([names[place] for place in side]) for side in sides]
+    joined = [_joined([names[index] for index in side]) for side in sides]
     if len(set(joined)) < len(joined):  # a folder may itself be named 0+1
         joined = [names[side[0]] for side in sides]
     return _by_words(folders, sides, (_SEED,), joined) or _by_words(folders, sides, (), joined) or joined
@@ -292,7 +292,7 @@ def _by_words(
     differing = [key for key in keys if key not in without and len({command.get(key) for command in swept}) > 1]
     words = [" ".join(command[key] for key in differing if key in command) for command in commands]
     of_sides = [
-        {words[place] if commands[place] else other for place in side}
+        {words[index] if commands[index] else other for index in side}
         for side, other in zip(sides, others, strict=True)
     ]
     names = [name for side in of_sides for name in side]

@@ -178,7 +178,7 @@ def _frames(folder: Path) -> list[tuple[str, np.ndarray]]:
     found = [path for path in entries(folder) if path.suffix.lower() in IMAGE_SUFFIXES]
     paths = sorted(found, key=lambda path: natural_order(path.name))
     places = evenly_spaced(len(paths), _FRAMES)
-    return [(paths[place].stem, reduced(read_image(paths[place]), _LONGEST)) for place in places]
+    return [(paths[index].stem, reduced(read_image(paths[index]), _LONGEST)) for index in places]
 
 
 logger = logging.getLogger(__name__)

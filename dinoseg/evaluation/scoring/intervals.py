@@ -74,8 +74,8 @@ class Difference:
         """Return each key's difference (...)."""
         found = self.protocol.scores(sums.reshape(*sums.shape[:-1], self.first + self.second, -1))
         # relative to one run: means of equal scores over different numbers of runs may differ in the last digit
-        beside = {key: values - values[..., :1] for key, values in found.items()}
-        parts = {key: np.split(values, [self.first], axis=-1) for key, values in beside.items()}
+        relative = {key: values - values[..., :1] for key, values in found.items()}
+        parts = {key: np.split(values, [self.first], axis=-1) for key, values in relative.items()}
         return {key: second.mean(axis=-1) - first.mean(axis=-1) for key, (first, second) in parts.items()}
 
 
@@ -170,11 +170,11 @@ def widened(estimate: Estimate, others: Sequence[Estimate]) -> Estimate:
     return replace(estimate, error=sqrt(whole), freedom=freedom)
 
 
-def holm(chances: Sequence[float | None]) -> list[float | None]:
+def holm(p_values: Sequence[float | None]) -> list[float | None]:
     """Return p-values adjusted for multiple comparisons (S. Holm, 1979); None stays None and does not count."""
-    order = sorted((chance, place) for place, chance in enumerate(chances) if chance is not None)
-    adjusted: list[float | None] = [None] * len(chances)
+    order = sorted((p_value, index) for index, p_value in enumerate(p_values) if p_value is not None)
+    adjusted: list[float | None] = [None] * len(p_values)
     least = 0.0
-    for rank, (chance, place) in enumerate(order):
-        adjusted[place] = least = min(1.0, max(least, (len(order) - rank) * chance))
+    for rank, (p_value, index) in enumerate(order):
+        adjusted[index] = least = min(1.0, max(least, (len(order) - rank) * p_value))
     return adjusted
