@@ -35,12 +35,12 @@ def check_state(state: Mapping[str, Tensor], forms: Mapping[str, TensorForm]) ->
     lengths: dict[str, int] = {}
     for name, form in forms.items():
         value, axes = state[name], form.shape.split()
-        fits = len(axes) == value.ndim and all(
+        has_shape = len(axes) == value.ndim and all(
             length == (int(axis) if axis.isdecimal() else lengths.setdefault(axis, length)) and length > 0
             for axis, length in zip(axes, value.shape, strict=True)
         )
         right = value.is_floating_point() if form.dtype is None else value.dtype == form.dtype
-        if not (right and fits):
+        if not (right and has_shape):
             wanted = f"{form.dtype or 'of floating point'} [{form.shape}]"
             raise ValueError(f"{name} is {value.dtype} {list(value.shape)} instead of {wanted}")
         low, high = (float(bound) for bound in torch.aminmax(value))

@@ -79,10 +79,13 @@ class Appearance:
         """
         tokens, soft = features.flatten(1).T.cpu().double(), masks.flatten(1).cpu().double()  # (N, C), (S, N)
         inside = _inside((masks.shape[1], masks.shape[2]), valid)
-        own, won = tokens[inside], _winners(soft[:, inside])
+        valid_tokens, won = tokens[inside], _winners(soft[:, inside])
         moments, count = self.moments, self.cells.sum()
         if not self.whole:
-            moments, count = moments + torch.stack([own.sum(0), own.square().sum(0)]), count + len(own)
+            moments, count = (
+                moments + torch.stack([valid_tokens.sum(0), valid_tokens.square().sum(0)]),
+                count + len(valid_tokens),
+            )
         scale = _Scale.of(moments, count)
         tokens = scale(tokens)
         successors = last
@@ -90,9 +93,9 @@ class Appearance:
             overlaps = _overlaps(_winners(-self._distances(tokens[inside], scale)), won)
             stays = _STAY * F.one_hot(last, len(last))
             successors = torch.from_numpy(best_assignment((overlaps + stays).numpy()))
-        now = self._with(own, won[successors], moments)
+        now = self._with(valid_tokens, won[successors], moments)
         scores = (soft[successors] + _LEAST).log() - weight * now._distances(tokens, scale)
-        known = self._with(own, _winners(scores[:, inside]), moments)
+        known = self._with(valid_tokens, _winners(scores[:, inside]), moments)
         settled = (scores / max(1.0, weight / 2)).softmax(0)
         return Settled(known, successors, settled.float().view_as(masks).to(masks.device))
 

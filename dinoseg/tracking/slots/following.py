@@ -105,7 +105,7 @@ class Follower:
             known = Appearance.nothing(len(masks), frame.features.shape[1])
         locked = serves is not None  # each slot sees only its object, so appearance must not reassign slots
         start = Correspondence.start(len(masks))
-        correspondence, appearance, shown = self._told(frame, masks, start, known, same=locked)
+        correspondence, appearance, shown = self._matched(frame, masks, start, known, same=locked)
         if serves is None:
             serves = _numbered(len(masks)) if shares is None else owners(shown, shares, ids)
         followed = Followed(
@@ -139,7 +139,7 @@ class Follower:
         # auto: slots that the head propagates keep their order; those sampled in each frame have none
         elif match == "overlap" or (match == "auto" and self._head.predictor is None):
             correspondence = correspondence.step(overlap(last.masks, masks), self._settings.temperature)
-        correspondence, appearance, shown = self._told(frame, masks, correspondence, last.appearance)
+        correspondence, appearance, shown = self._matched(frame, masks, correspondence, last.appearance)
         ids = list(last.ids)
         new = [one for one in frame.ids() if one not in ids]
         if new:
@@ -149,7 +149,7 @@ class Follower:
         )
         return followed, shown
 
-    def _told(
+    def _matched(
         self,
         frame: SlotFrame,
         masks: Tensor,

@@ -76,7 +76,7 @@ class SlotTracking:
                     f"slots.lock_on=true, or leave it at {least}."
                 )
 
-    def told(self) -> dict[str, Any]:
+    def effective(self) -> dict[str, Any]:
         """Return the settings that affect masks; those of appearance only with match=appearance."""
         values = asdict(self)
         return values if self.match == "appearance" else {key: values[key] for key in values if key not in _OF_LOOKS}

@@ -100,7 +100,7 @@ class SlotTracker(Tracker):
         """Return the settings that masks depend on besides frames and labels."""
         return {
             "kind": "slots",
-            "slots": self._slot_settings.told(),
+            "slots": self._slot_settings.effective(),
             "model": model_settings(self._model),
             "precision": precision_of(self.autocast, self.device),
         }
@@ -199,9 +199,9 @@ class SlotTracker(Tracker):
         self._followed, self.size = None, None
         if not state:
             return
-        by_looks = self._slot_settings.match == "appearance"
-        check_state(state, _FORMS | (_APPEARANCE if by_looks else {}))
-        if by_looks and (int(state["whole"]) != self._slot_settings.passes - 1 or not state["cells"].any()):
+        by_appearance = self._slot_settings.match == "appearance"
+        check_state(state, _FORMS | (_APPEARANCE if by_appearance else {}))
+        if by_appearance and (int(state["whole"]) != self._slot_settings.passes - 1 or not state["cells"].any()):
             raise ValueError(f"whole and cells do not match slots.passes={self._slot_settings.passes}")
         slots = state["slots"].shape[1]
         if sorted(state["places"].tolist()) != list(range(slots)) or int(state["sizes"].sum()) != slots:
@@ -216,7 +216,7 @@ class SlotTracker(Tracker):
             labelled=bool(state["labelled"]),
             sizes=state["sizes"].tolist(),
             num_background=int(state["background"]),
-            appearance=_appearance(state) if by_looks else None,
+            appearance=_appearance(state) if by_appearance else None,
         )
 
     def _features(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:

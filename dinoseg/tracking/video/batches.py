@@ -98,10 +98,10 @@ class VideoBatches:
         )
         if self._failure is not None:
             raise UserError(f"{self._failure} {go_on}") from self._failure
-        late = [path.name for position, path in self._labels.files.items() if position >= self._done]
-        if late:
+        surplus = [path.name for position, path in self._labels.files.items() if position >= self._done]
+        if surplus:
             raise UserError(
-                f"labels has {count_of(late, 'mask')} without frame: {listed(late)}; {self._frames.path} has "
+                f"labels has {count_of(surplus, 'mask')} without frame: {listed(surplus)}; {self._frames.path} has "
                 f"{count_of(self._done, 'frame')}. Remove or rename them. {go_on}"
             )
 
