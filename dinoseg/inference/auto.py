@@ -51,35 +51,35 @@ class Auto(Policy):
         self.windows = Windows(size, **options)  # type: ignore[arg-type]
         self.memory = memory
         self._cost: PassCost | None = None  # of the model; a policy serves one model
-        self._fits, self._too_many = 0.0, math.inf  # pixels of a batch, input plus output
+        self._feasible, self._too_many = 0.0, math.inf  # pixels of a batch, input plus output
 
     def bands(
         self, model: Segmenter, rows: Rows, autocast: Autocast, *, size: Size | None = None, seen: Seen | None = None
     ) -> Iterator[Prediction]:
         """Yield the predictions of whole images, or of windows if whole images need too much memory."""
         grid = model.reduced_size(rows.size)
-        if self._whole_fits(model, rows, autocast, size or rows.size):
+        if self._is_whole_feasible(model, rows, autocast, size or rows.size):
             return self.whole.bands(model, rows, autocast, size=size, seen=seen)
         return self.windows.over(model, rows, autocast, grid, size=size, seen=seen)
 
     def sees_whole(self, model: Segmenter, size: Size, autocast: Autocast) -> bool:
         """Return whether the prediction of an image of `size` is a single pass over the whole image."""
         rows = HeldRows(torch.empty(1, 3, *size, device="meta"))
-        return self.whole.sees_whole(model, size, autocast) and self._whole_fits(model, rows, autocast, size)
+        return self.whole.sees_whole(model, size, autocast) and self._is_whole_feasible(model, rows, autocast, size)
 
     def spare(self, model: Segmenter, rows: Rows, *, size: Size | None = None) -> bool:
         """Use windows for images of this size and larger from now on; return False if that is already the case."""
         pixels = self._pixels(model, rows, size or rows.size)
-        if pixels > self._fits:
+        if pixels > self._feasible:
             return False
-        self._fits, self._too_many = 0.0, pixels
+        self._feasible, self._too_many = 0.0, pixels
         facts = f"inference=auto: not enough memory for {described(rows)} in one pass"
-        logger.warning("%s", self._said(facts, whole=False))
+        logger.warning("%s", self._message(facts, whole=False))
         return True
 
-    def _whole_fits(self, model: Segmenter, rows: Rows, autocast: Autocast, size: Size) -> bool:
+    def _is_whole_feasible(self, model: Segmenter, rows: Rows, autocast: Autocast, size: Size) -> bool:
         pixels = self._pixels(model, rows, size)
-        if self._fits < pixels < self._too_many:
+        if self._feasible < pixels < self._too_many:
             free = free_bytes(next(model.parameters(), torch.empty(0)).device) * self.memory
             need: float = pixels * _AMPLE
             if need > free:
@@ -89,12 +89,12 @@ class Auto(Policy):
                     f"inference=auto: {described(rows)} would need about {need / 2**30:.1f} GiB in one pass; "
                     f"{free / 2**30:.1f} GiB are available"
                 )
-                logger.info("%s", self._said(facts, whole=need <= free))
+                logger.info("%s", self._message(facts, whole=need <= free))
             if need > free:
                 self._too_many = pixels
             else:
-                self._fits = pixels
-        return pixels <= self._fits
+                self._feasible = pixels
+        return pixels <= self._feasible
 
     def _pixels(self, model: Segmenter, rows: Rows, size: Size) -> int:
         return rows.count * (math.prod(self._seen(model, rows)) + math.prod(size))
@@ -103,7 +103,7 @@ class Auto(Policy):
         """Return the (h, w) of the backbone's input for whole images, at the largest scale."""
         return backbone_size(model.seen_size(rows.size), max(1.0, *self.windows.scales), None)
 
-    def _said(self, facts: str, *, whole: bool) -> str:
+    def _message(self, facts: str, *, whole: bool) -> str:
         if whole:
             return f"{facts}: whole images."
         tall, wide = self.windows.size

@@ -87,9 +87,9 @@ _MAKERS: Mapping[str, Callable[[Path, Labels, int | None, PredictedShapes], Imag
     "coco": CocoAnnotations,
     "labelme": LabelmeAnnotations,
     "cvat": CvatAnnotations,
-    "palette": lambda place, labels, *_: PalettePictures(place, labels),
-    "probabilities": lambda place, *_: Probabilities(place),
-    "confidence": lambda place, *_: Confidence(place),
+    "palette": lambda folder, labels, *_: PalettePictures(folder, labels),
+    "probabilities": lambda folder, *_: Probabilities(folder),
+    "confidence": lambda folder, *_: Confidence(folder),
 }
 _OF_FRAMES = ("palette", "probabilities", "confidence")  # the other formats refer to image files, and frames are none
 

@@ -121,20 +121,20 @@ class PassCost:
     Attributes:
         forward: peak bytes per input pixel during the forward pass.
         squared: bytes per input pixel squared, for attention that materialises its matrix.
-        kept: bytes per input pixel of the head's outputs.
+        retained: bytes per input pixel of the head's outputs.
         scores: peak bytes per predicted pixel while the outputs become class IDs.
     """
 
     forward: float
     squared: float
-    kept: float
+    retained: float
     scores: float
 
     def of(self, images: int, seen: Size, size: Size) -> float:
         """Return the bytes for images with backbone inputs of `seen` (h, w) and predictions of `size` (H, W)."""
         pixels = math.prod(seen)
         forward = self.forward * pixels + self.squared * pixels**2
-        return images * max(forward, self.kept * pixels + self.scores * math.prod(size))
+        return images * max(forward, self.retained * pixels + self.scores * math.prod(size))
 
 
 def measure(model: Segmenter, side: int, autocast: Autocast) -> PassCost:
@@ -153,7 +153,7 @@ def measure(model: Segmenter, side: int, autocast: Autocast) -> PassCost:
     growth = (large.forward - small.forward) / large.forward
     squared = (large.forward - small.forward) / (large.pixels - small.pixels) if growth > _NOISE else 0.0
     forward = large.forward - squared * large.pixels
-    return PassCost(forward, squared, large.kept, large.scores)
+    return PassCost(forward, squared, large.retained, large.scores)
 
 
 class _Taken(NamedTuple):
@@ -161,7 +161,7 @@ class _Taken(NamedTuple):
 
     pixels: int
     forward: float
-    kept: float
+    retained: float
     scores: float
 
 
@@ -172,11 +172,11 @@ def _taken(model: Segmenter, side: int, autocast: Autocast) -> _Taken:
     with PeakBytes() as peak:
         with autocast():
             prediction = model(images, reduce=False)
-        forward, kept = peak.most, peak.now
-        peak.most = kept
+        forward, retained = peak.most, peak.now
+        peak.most = retained
         prediction.class_ids()
     seen = math.prod(backbone_size((side, side), model.scale, None))
-    return _Taken(seen, forward / seen, kept / seen, (peak.most - kept) / side**2)
+    return _Taken(seen, forward / seen, retained / seen, (peak.most - retained) / side**2)
 
 
 def check_frames(path: Path, size: Size, count: int) -> None:

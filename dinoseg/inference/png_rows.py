@@ -87,24 +87,24 @@ class PngFileRows(Rows):
         Raises:
             UserError: the file is truncated or damaged.
         """
-        if self._kept and top < self._kept[0][0]:
+        if self._buffered and top < self._buffered[0][0]:
             self._begin()
         while self._next < bottom:
             band = next(self._bands)
-            self._kept.append((self._next, band))
+            self._buffered.append((self._next, band))
             self._next += len(band)
-            while len(self._kept) * band.nbytes > _KEPT and self._kept[1][0] <= top:
-                self._kept.popleft()
+            while len(self._buffered) * band.nbytes > _KEPT and self._buffered[1][0] <= top:
+                self._buffered.popleft()
         parts = [
             band[max(top - start, 0) : bottom - start]
-            for start, band in self._kept
+            for start, band in self._buffered
             if start < bottom and start + len(band) > top
         ]
         return as_rows(np.concatenate(parts), self.device)
 
     def _begin(self) -> None:
         self._bands, self._next = self._unfiltered(), 0
-        self._kept: deque[tuple[int, np.ndarray]] = deque()  # (first row, band)
+        self._buffered: deque[tuple[int, np.ndarray]] = deque()  # (first row, band)
 
     def _unfiltered(self) -> Iterator[np.ndarray]:
         """Yield bands of rows (r, W, 1 or 3).

@@ -86,8 +86,8 @@ def at_size(bands: Iterable[Tensor], grid: Size, size: Size) -> Iterator[Tensor]
             upper, lower = ((rows[start:end] - top).to(held.device) for rows in (above, below))
             piece = torch.lerp(held.index_select(2, upper), held.index_select(2, lower), share)
             yield F.interpolate(piece, (end - start, size[1]), mode="bilinear")
-        kept = min(int(above[ready]), known) if ready < size[0] else known
-        held, top, done = held[:, :, kept - top :].clone(), kept, ready
+        first_needed = min(int(above[ready]), known) if ready < size[0] else known
+        held, top, done = held[:, :, first_needed - top :].clone(), first_needed, ready
 
 
 def mean(streams: list[Iterator[Tensor]]) -> Iterator[Tensor]:

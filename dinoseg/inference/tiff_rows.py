@@ -37,7 +37,7 @@ class TiffLayout:
         )
         self.offsets, self.lengths = (tuple(map(int, tags[key])) for key in ((324, 325) if tiled else (273, 279)))
         self.compression, self.predictor = int(tags.get(259, 1)), int(tags.get(317, 1))
-        self.kept = {key: tags[key] for key in _KEPT if key in tags}  # tags needed to decode a block
+        self.decoding_tags = {key: tags[key] for key in _KEPT if key in tags}  # tags needed to decode a block
 
     @classmethod
     def of(cls, path: Path) -> "TiffLayout | None":
@@ -139,7 +139,14 @@ class TiffRows(Rows):
         packed = file.read(layout.lengths[number])
         tags = ImageFileDirectory_v2(b"II*\0" + bytes(4))
         # one strip; Pillow counts strip offsets from the end of the tags: 0 is the first byte behind them
-        for key, value in {**layout.kept, 256: width, 257: height, 273: 0, 278: height, 279: len(packed)}.items():
+        for key, value in {
+            **layout.decoding_tags,
+            256: width,
+            257: height,
+            273: 0,
+            278: height,
+            279: len(packed),
+        }.items():
             tags[key] = value
         alone = b"II*\0" + struct.pack("<I", 8) + tags.tobytes(8) + packed
         try:

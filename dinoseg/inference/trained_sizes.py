@@ -74,15 +74,15 @@ def keep_scale(
     if sizes is None:
         return
     longest = model.longest  # the configured limit, for images at training scale
-    told = False
+    warned = False
 
     def limit(size: Size) -> int | None:
-        nonlocal told
-        kept = kept_longest(size, longest, sizes.typical, sizes.largest)
-        if kept != longest and not told:
-            told = True
+        nonlocal warned
+        limited = kept_longest(size, longest, sizes.typical, sizes.largest)
+        if limited != longest and not warned:
+            warned = True
             logger.warning("%s", _message(size, sizes, reduces, teacher))
-        return kept if reduces else longest
+        return limited if reduces else longest
 
     model.limit = limit
 

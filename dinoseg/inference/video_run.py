@@ -101,8 +101,10 @@ def segment_video(
         parts = {name: stack.enter_context(whole_folder(folder)) for name, folder in folders.items()}
         masks = parts.pop("masks", None)
         writers = [frame_writer(name, part, by.labels) for name, part in parts.items()]
-        kept = any(writer.needs_probabilities for writer in writers)
-        classes = FrameClasses(by.predictor, skip=options.skip, smooth=options.smooth, probabilities=kept)
+        needs_probabilities = any(writer.needs_probabilities for writer in writers)
+        classes = FrameClasses(
+            by.predictor, skip=options.skip, smooth=options.smooth, probabilities=needs_probabilities
+        )
         cut = options.frames is not None
         writer = stack.enter_context(VideoWriter(target, reader.rate, reader.size, like=reader.traits, cut=cut))
         total = min(filter(None, (reader.count, options.frames)), default=None)
@@ -180,7 +182,7 @@ class FrameClasses:
 
     def of(self, frames: Sequence[np.ndarray]) -> list[FramePrediction]:
         """Return the results of the next frames (H, W, 3) uint8 RGB."""
-        due = [(self._count + place) % self._skip == 0 for place in range(len(frames))]
+        due = [(self._count + index) % self._skip == 0 for index in range(len(frames))]
         predicted = iter(self._predicted([frame for frame, is_due in zip(frames, due, strict=True) if is_due]))
         shown = []
         for is_due in due:

@@ -16,7 +16,7 @@ class Whole(Policy):
 
     def __init__(self, *, flips: str = "none", scales: Sequence[Scale] = (1.0,)) -> None:
         # a single window larger than any image
-        self.looks = Windows(2**31, overlap=0.0, weights="uniform", batch_size=2**31, flips=flips, scales=scales)
+        self.passes = Windows(2**31, overlap=0.0, weights="uniform", batch_size=2**31, flips=flips, scales=scales)
 
     def bands(
         self, model: Segmenter, rows: Rows, autocast: Autocast, *, size: Size | None = None, seen: Seen | None = None
@@ -24,7 +24,7 @@ class Whole(Policy):
         """Yield the model's prediction as one band, or several bands if it is averaged over flips or scales."""
         if not self.sees_whole(model, rows.size, autocast):
             grid = model.reduced_size(rows.size)
-            yield from self.looks.over(model, rows, autocast, grid, size=size, seen=seen)
+            yield from self.passes.over(model, rows, autocast, grid, size=size, seen=seen)
             return
         images = rows.read(0, rows.size[0])
         with autocast():
@@ -35,4 +35,4 @@ class Whole(Policy):
 
     def sees_whole(self, model: Segmenter, size: Size, autocast: Autocast) -> bool:
         """Return whether the prediction is a single pass: no flips and only scale 1."""
-        return len(self.looks.turns) == 1 and list(self.looks.scales) == [1.0]
+        return len(self.passes.turns) == 1 and list(self.passes.scales) == [1.0]

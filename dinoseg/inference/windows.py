@@ -85,7 +85,7 @@ class Windows(Policy):
             raise UserError("inference.scales=[] has no scale. Give [1.0] for the original size.")
         self.overlap, self.weights, self.average = overlap, weights, average
         self.batch_size, self.turns, self.scales, self.shortest = batch_size, TURNS[flips], scales, shortest
-        self._told = False  # whether the warning about `shortest` was logged
+        self._warned = False  # whether the warning about `shortest` was logged
 
     def bands(
         self, model: Segmenter, rows: Rows, autocast: Autocast, *, size: Size | None = None, seen: Seen | None = None
@@ -130,8 +130,8 @@ class Windows(Policy):
         wanted = self.shortest / min(grid)
         factor = min(wanted, max(1.0, math.sqrt(_MOST_PIXELS / math.prod(grid))))
         enlarged = backbone_size(grid, factor, None)
-        if factor < wanted and not self._told:
-            self._told = True
+        if factor < wanted and not self._warned:
+            self._warned = True
             logger.warning(
                 "inference.shortest=%d would make an image of %d x %d (width x height) larger than %d megapixels: it "
                 "is limited to %d x %d, as are other images of this shape. Give a smaller number, or null.",
