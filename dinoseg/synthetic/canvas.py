@@ -96,9 +96,9 @@ class Canvas:
     def _darken(self, dark: np.ndarray, strength: float, corner: tuple[int, int]) -> None:
         left, top = corner
         part = np.s_[top : top + dark.shape[0], left : left + dark.shape[1]]
-        kept = cv2.convertScaleAbs(dark, alpha=-strength, beta=0)
-        kept = cv2.cvtColor(cv2.bitwise_not(kept), cv2.COLOR_GRAY2RGB)
-        self.rgb[part] = cv2.multiply(self.rgb[part], kept, scale=1 / 255)
+        factor = cv2.convertScaleAbs(dark, alpha=-strength, beta=0)
+        factor = cv2.cvtColor(cv2.bitwise_not(factor), cv2.COLOR_GRAY2RGB)
+        self.rgb[part] = cv2.multiply(self.rgb[part], factor, scale=1 / 255)
 
     def _window(self, forward: np.ndarray, width: int, height: int) -> tuple[int, int, int, int] | None:
         corners = np.array([(0, 0), (width, 0), (0, height), (width, height)], np.float64)

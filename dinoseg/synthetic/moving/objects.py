@@ -66,13 +66,13 @@ class _Scene:
         pairs = [(i, j) for i in range(len(palette)) for j in range(i)]
         count = int(rng.integers(FEWEST, MOST + 1))
         taken = rng.permutation(len(pairs))[:count]  # no two objects share both colours
-        own = [rng.permutation(palette[list(pairs[number])]) for number in taken]
+        colour_pairs = [rng.permutation(palette[list(pairs[number])]) for number in taken]
         self._ground = _paint_ground(rng, size, draw_greys(rng))
         self._drift = rng.uniform(-_ROOM, _ROOM, (2, 2)) * side * (rng.random() < 0.5)  # start and end of the drift
         self._light = Wander(rng, 0.82, 1.12, 3.0) if rng.random() < 0.4 else None
         self._shadows = rng.random() < 0.6
         self._fall = side * rng.uniform(0.015, 0.04) * _direction(rng)  # offset of shadows
-        self._movers = [_make_mover(rng, size, colours, label) for label, colours in enumerate(own, start=1)]
+        self._movers = [_make_mover(rng, size, colours, label) for label, colours in enumerate(colour_pairs, start=1)]
         while not self._shows_all():
             for mover in self._movers:
                 mover.start = rng.uniform(mover.radius, np.array([size[1], size[0]]) - mover.radius)

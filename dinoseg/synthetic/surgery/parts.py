@@ -39,11 +39,11 @@ def paint_shaft(rng: np.random.Generator, ball: np.ndarray, unit: float, girth: 
     tube = rod(relief.x, relief.y, (-9, 0), (SHAFT_LENGTH + girth, 0), (girth * 0.62, girth * 0.48))
     relief.add(tube, tint, rng.uniform(0.2, 0.45), girth * 0.5)
     relief.cut(SHAFT_LENGTH - 1 - relief.x)
-    for place in SHAFT_LENGTH - np.cumsum(rng.uniform(6, 60, 3)):
-        ring = box(relief.x, relief.y, (place, 0), (rng.uniform(0.5, 1.8), girth), 0.3)
+    for position in SHAFT_LENGTH - np.cumsum(rng.uniform(6, 60, 3)):
+        ring = box(relief.x, relief.y, (position, 0), (rng.uniform(0.5, 1.8), girth), 0.3)
         relief.engrave(ring, vary(rng, ((150, 148, 145), DARK, (120, 110, 90))[rng.integers(3)], 0.2), 0.55)
-    for place in SHAFT_LENGTH - 40 - np.cumsum(rng.uniform(3.5, 6, 9)):
-        mark = box(relief.x, relief.y, (place, rng.uniform(-1.5, 1.5)), (1.1, rng.uniform(1, 3)), 0.2)
+    for position in SHAFT_LENGTH - 40 - np.cumsum(rng.uniform(3.5, 6, 9)):
+        mark = box(relief.x, relief.y, (position, rng.uniform(-1.5, 1.5)), (1.1, rng.uniform(1, 3)), 0.2)
         relief.engrave(mark, (150, 150, 146), 0.4)
     _stain(relief, rng.uniform(-0.2, 0.2))
     return relief.sprite(ball, (SHAFT_LENGTH - 1, 0), SHAFT, _brushed(relief, 0.30, 26, 1.2))
@@ -79,8 +79,8 @@ def paint_knuckle(rng: np.random.Generator, ball: np.ndarray, unit: float, girth
     for side in (-1, 1):
         cable = rod(relief.x, relief.y, (4, side * half * 0.55), (length, side * half * 0.3), (0.8, 0.8))
         relief.engrave(cable, DARK, 0.8)
-    for place, size in ((half + 2, 0.78), (length - half * 0.35, 0.85)):
-        centre = (place, 0.0)
+    for position, size in ((half + 2, 0.78), (length - half * 0.35, 0.85)):
+        centre = (position, 0.0)
         relief.add(disc(relief.x, relief.y, centre, half * size), tint, 1.0, half * 0.25, half * 0.3)
         groove = np.abs(disc(relief.x, relief.y, centre, half * size * 0.6)) - 0.5
         relief.engrave(groove, DARK, 0.75)
@@ -137,8 +137,8 @@ def paint_suction(rng: np.random.Generator, ball: np.ndarray, unit: float, girth
     lip = np.abs(relief.x - (SHAFT_LENGTH - 52)) - 2.0
     relief.add(np.maximum(lip, np.abs(relief.y) - half - 1.3), tint * 0.8, 0.8, half, 0.8)
     for row, shift in ((-0.42, 0.0), (0.36, 5.5)):
-        for place in SHAFT_LENGTH - 9 - shift - np.arange(4) * 10.5:
-            hole = (float(place), row * half)
+        for position in SHAFT_LENGTH - 9 - shift - np.arange(4) * 10.5:
+            hole = (float(position), row * half)
             relief.engrave(disc(relief.x, relief.y, hole, 2.3), np.add(tint, 90), 0.4)
             relief.engrave(disc(relief.x, relief.y, hole, 1.8), (26, 8, 8), 0.95)
     _stain(relief, rng.uniform(0.1, 0.4))
