@@ -77,7 +77,7 @@ def report_images(
     _write_table(out_dir / TABLE, record, mious)
     report = EvaluationReport(
         title=f"{choices['hparam']}: {choices['data']}, split {split}",
-        said=" ".join(f"{group}={choices[group]}" for group in ("backbone", "adapter", "head")),
+        subtitle=" ".join(f"{group}={choices[group]}" for group in ("backbone", "adapter", "head")),
         classes=data.classes,
         palette=data.palette,
         ignore_index=data.ignore_index,

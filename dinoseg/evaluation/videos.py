@@ -163,7 +163,7 @@ def report_videos(provenance: Provenance, out_dir: Path, blends: Path | None, *,
     choices = provenance.choices
     report = TrackingReport(
         title=f"{choices['data']}, split {split}: {result['protocol']}",
-        said=f"backbone={choices['backbone']}, {model}",
+        subtitle=f"backbone={choices['backbone']}, {model}",
         result=result,
         per_frame=(_SERIES.partition("_")[0], curves),
         shown=[] if blends is None else [(name, _frames(blends / name)) for name in worst],

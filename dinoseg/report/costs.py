@@ -29,10 +29,10 @@ _BLUE = "#0072B2"
 
 def costs_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return rows of `run` and `COLUMNS`, in their order, as text, without columns that all runs lack."""
-    kept = {key: column for key, column in COLUMNS.items() if any(row[key] is not None for row in rows)}
-    shown = [[row["run"], *("-" if row[key] is None else kept[key][1](row[key]) for key in kept)] for row in rows]
-    heads = ["run", *(head for head, _ in kept.values())]
-    return tabulate(shown, headers=heads, disable_numparse=True, colalign=("left", *["right"] * len(kept)))
+    columns = {key: column for key, column in COLUMNS.items() if any(row[key] is not None for row in rows)}
+    shown = [[row["run"], *("-" if row[key] is None else columns[key][1](row[key]) for key in columns)] for row in rows]
+    heads = ["run", *(head for head, _ in columns.values())]
+    return tabulate(shown, headers=heads, disable_numparse=True, colalign=("left", *["right"] * len(columns)))
 
 
 def write_costs(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -71,9 +71,9 @@ def _draw(axes: Axes, key: str, points: Sequence[Mapping[str, Any]]) -> None:
     middle = (min(costs) * max(costs)) ** 0.5 if axes.get_xscale() == "log" else (min(costs) + max(costs)) / 2
     for row, cost, score in zip(points, costs, scores, strict=True):
         right = cost > middle  # keeps names within the figure
-        place, side = ((-7, 4), "right") if right else ((7, 4), "left")
+        offset, side = ((-7, 4), "right") if right else ((7, 4), "left")
         named: dict[str, Any] = {"ha": side, "fontsize": 8, "parse_math": False}  # $ is plain text
-        axes.annotate(in_lines(row["run"], 30), (cost, score), place, textcoords="offset points", **named)
+        axes.annotate(in_lines(row["run"], 30), (cost, score), offset, textcoords="offset points", **named)
     axes.margins(0.12)
     axes.set_xlabel(COLUMNS[key][0])
     axes.grid(color="#e3e3e3", linewidth=0.8)

@@ -54,9 +54,9 @@ def doctor_page(
         pictures: caption and pixels (H, W, 3) uint8 of each image.
     """
     counts = {kind: sum(each["severity"] == kind for each in findings) for kind in ("error", "warning", "note")}
-    told = ", ".join(count_of(count, kind) for kind, count in counts.items())
+    summary = ", ".join(count_of(count, kind) for kind, count in counts.items())
     parts = [
-        f"<h1>{escape(title)}</h1><p>{told}</p>",
+        f"<h1>{escape(title)}</h1><p>{summary}</p>",
         "<h2>Findings</h2>" + ("".join(map(_finding, findings)) or "<p>None.</p>"),
     ]
     if splits:

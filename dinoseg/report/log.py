@@ -129,9 +129,9 @@ class RunLog:
 
 def _warn_of(name: str, error: Exception) -> None:
     """Warn that a logger is dropped."""
-    said = shown(f"{type(error).__name__}: {error}", 300)
+    message = shown(f"{type(error).__name__}: {error}", 300)
     logger.warning(
-        "logger.%s failed and is dropped (%s). The training continues, and metrics.jsonl has all values.", name, said
+        "logger.%s failed and is dropped (%s). The training continues, and metrics.jsonl has all values.", name, message
     )
 
 

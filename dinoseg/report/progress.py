@@ -19,12 +19,12 @@ def awaited(
     """Yield from `items`, and pass the waiting time for each item, in seconds, to the callback."""
     iterator = iter(items)
     while True:
-        asked = clock()
+        start = clock()
         try:
             item = next(iterator)
         except StopIteration:
             return
-        tell(clock() - asked)
+        tell(clock() - start)
         yield item
 
 

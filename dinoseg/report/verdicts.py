@@ -44,14 +44,14 @@ def verdicts_picture(
     panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flat
     for axes, title, (_, gaps) in zip(panels, titles, others, strict=False):  # the last line may have more panels
         axes.axvline(0, color="#555555", linewidth=0.8)
-        for place, key in enumerate(keys):
+        for row, key in enumerate(keys):
             gap = gaps[key]
             if gap["value"] is None:
                 continue
             colour = _COLOURS[gap["verdict"]]
             if gap["ci95"] is not None:
-                axes.plot([100 * end for end in gap["ci95"]], [place, place], color=colour, linewidth=1.6)
-            axes.plot(100 * gap["value"], place, "o", color=colour, markersize=5)
+                axes.plot([100 * end for end in gap["ci95"]], [row, row], color=colour, linewidth=1.6)
+            axes.plot(100 * gap["value"], row, "o", color=colour, markersize=5)
         axes.set_title(title, fontsize=9, parse_math=False)
         axes.set_xlabel(unit, fontsize=8, parse_math=False)
         axes.grid(axis="x", color="#e3e3e3", linewidth=0.8)
@@ -62,11 +62,11 @@ def verdicts_picture(
     axes = figure.axes[0]
     axes.set_yticks(range(len(keys)), [_short(labels[key]) for key in keys], parse_math=False)
     axes.set_ylim(len(keys) - 0.4, -0.6)
-    said = (
+    note = (
         "95 % intervals; blue: significantly better, red: significantly worse, grey: no significant difference "
         "(Holm-corrected p)"
     )
-    figure.supxlabel(said + left_out, fontsize=7)
+    figure.supxlabel(note + left_out, fontsize=7)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # characters that the font lacks become boxes
         canvas.draw()
@@ -79,10 +79,10 @@ def _shown(labels: Mapping[str, str], others: Sequence[tuple[str, Mapping[str, M
     With more than `_MOST_ROWS` scores, the class scores with the smallest differences are left out.
     """
     reach = {key: max(abs(gaps[key]["value"] or 0.0) for _, gaps in others) for key in labels}
-    kept = sorted(labels, key=lambda key: ("/" in key, -reach[key]))[:_MOST_ROWS]
-    more = len(labels) - len(kept)
+    selected = sorted(labels, key=lambda key: ("/" in key, -reach[key]))[:_MOST_ROWS]
+    more = len(labels) - len(selected)
     return [
-        key for key in labels if key in kept
+        key for key in labels if key in selected
     ], f"; {more} classes with smaller differences are in compare.csv" if more else ""
 
 

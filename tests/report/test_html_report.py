@@ -50,7 +50,7 @@ def report(classes=3, images=12, *, labelled=True, groups=None, training=True, n
     intervals = {key: [0.2, 0.6] for key in ("miou", "dice", *(f"iou/{index}" for index in range(classes)))}
     return EvaluationReport(
         title=HOSTILE,
-        said=HOSTILE,
+        subtitle=HOSTILE,
         classes=[f"{name} {index}" for index in range(classes)],
         palette=default_palette(classes),
         ignore_index=255,

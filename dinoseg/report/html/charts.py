@@ -63,7 +63,7 @@ def line_chart(title: str, curves: Sequence[tuple[str, Points]], axes: Axes, *, 
             drawn.append(f'<path class="line s{style}" d="{path}"><title>{text(name)}</title></path>')
         if len(places) <= 40:
             drawn += [
-                f'<circle class="f{style}" cx="{x}" cy="{y}" r="3"><title>{_told(name, point)}</title></circle>'
+                f'<circle class="f{style}" cx="{x}" cy="{y}" r="3"><title>{_tooltip(name, point)}</title></circle>'
                 for (x, y), point in zip(places, points, strict=True)
             ]
     return _chart(title, drawn, axes, [name for name, _ in curves])
@@ -74,10 +74,10 @@ def bar_chart(title: str, edges: Sequence[float], counts: Sequence[float], axes:
     bars = []
     for left, right, count in zip(edges, edges[1:], counts, strict=False):
         (start, top), (end, foot) = axes.at(left, count), axes.at(right, 0)
-        told = f"{left:.4g} to {right:.4g}: {count:.6g}"
+        tooltip = f"{left:.4g} to {right:.4g}: {count:.6g}"
         bars.append(
             f'<rect x="{start + 0.5:.1f}" y="{top}" width="{max(end - start - 1, 0.5):.1f}" '
-            f'height="{max(foot - top, 0):.1f}"><title>{told}</title></rect>'
+            f'height="{max(foot - top, 0):.1f}"><title>{tooltip}</title></rect>'
         )
     return _chart(title, [f'<g class="bars">{"".join(bars)}</g>'], axes, [])
 
@@ -87,8 +87,8 @@ def scatter_chart(title: str, points: Sequence[tuple[float, float, str]], axes: 
     dots = [_ideal(axes)]
     for x, y, name in points:
         across, down = axes.at(x, y)
-        told = f"<title>{_told(name, (x, y))}</title>"
-        dots.append(f'<circle class="f0" fill-opacity=".55" cx="{across}" cy="{down}" r="3.5">{told}</circle>')
+        tooltip = f"<title>{_tooltip(name, (x, y))}</title>"
+        dots.append(f'<circle class="f0" fill-opacity=".55" cx="{across}" cy="{down}" r="3.5">{tooltip}</circle>')
     return _chart(title, dots, axes, [])
 
 
@@ -144,7 +144,7 @@ def _share(value: float, ends: tuple[float, float]) -> float:
     return min(max((value - ends[0]) / ((ends[1] - ends[0]) or 1), 0.0), 1.0)
 
 
-def _told(name: str, point: tuple[float, float]) -> str:
+def _tooltip(name: str, point: tuple[float, float]) -> str:
     return f"{text(name)}: {point[0]:.5g}, {point[1]:.4g}"
 
 

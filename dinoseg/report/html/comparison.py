@@ -190,7 +190,7 @@ def _by_image(report: ComparisonReport, other: OtherRun) -> str:
         return paragraph("No image has a labelled pixel.")
     gaps = sorted(theirs - ours for ours, theirs, _ in pairs)
     counted = [sum(gap > 0 for gap in gaps), sum(gap < 0 for gap in gaps)]
-    told = paragraph(
+    summary = paragraph(
         f"mIoU of an image, over the classes in its reference or the run's own prediction. {other.name} is better in "
         f"{counted[0]}, worse in {counted[1]} and equal in {len(gaps) - sum(counted)} of {count_of(gaps, 'image')}; "
         "all are in images.csv.",
@@ -201,18 +201,22 @@ def _by_image(report: ComparisonReport, other: OtherRun) -> str:
     drawn = evenly_spaced(len(pairs), _DOTS)
     title = "Each image" if len(drawn) == len(pairs) else f"{_DOTS} of the images, evenly spaced by difference"
     axes = Axes(ends, ends, f"{report.first}, %", f"{other.name}, %")
-    scatter = scatter_chart(title, [pairs[place] for place in drawn], axes)
-    places = thinned([(float(place), gap) for place, gap in enumerate(gaps, start=1)])
+    scatter = scatter_chart(title, [pairs[index] for index in drawn], axes)
+    places = thinned([(float(index), gap) for index, gap in enumerate(gaps, start=1)])
     axes = Axes((1, max(2, len(gaps))), around(gaps, zero=True), "images, sorted", "points")
-    return told + f'<div class="charts">{scatter}{line_chart("Sorted differences", [(other.name, places)], axes)}</div>'
+    return (
+        summary + f'<div class="charts">{scatter}{line_chart("Sorted differences", [(other.name, places)], axes)}</div>'
+    )
 
 
 def _deciding(report: ComparisonReport, other: OtherRun) -> str:
     """Return a sentence on the images that contribute most to the difference."""
     pairs = [(share, name) for share, name in zip(other.decides, report.images, strict=True) if share]
     pairs.sort(key=lambda pair: -abs(pair[0]))
-    told = "; ".join(f"{name} {100 * share:+.2f}" for share, name in pairs[:_DECIDING])
-    return f"Contribution of each image to the difference in mIoU, in points, largest first: {told}." * bool(told)
+    contributions = "; ".join(f"{name} {100 * share:+.2f}" for share, name in pairs[:_DECIDING])
+    return f"Contribution of each image to the difference in mIoU, in points, largest first: {contributions}." * bool(
+        contributions
+    )
 
 
 def _pictures(report: ComparisonReport, other: OtherRun) -> str:
@@ -235,7 +239,7 @@ def _shot(report: ComparisonReport, other: OtherRun, shot: PairShot) -> str:
     first, second = ((mask == shot.reference) & labelled for mask in shot.predictions)
     marks = [(second & ~first, RIGHT), (first & ~second, WRONG), (labelled & ~first & ~second, BOTH_WRONG)]
     before, after = shot.mious
-    told = f"mIoU {percent(before)} % and {percent(after)} %: {100 * (after - before):+.1f} points"
+    summary = f"mIoU {percent(before)} % and {percent(after)} %: {100 * (after - before):+.1f} points"
     legend = legend_of(list(masks.values()), report.classes, report.palette, ignore_index=report.ignore_index)
     panels = [("frame", shot.frame), *tinted, ("which is correct", marked(shot.frame, marks))]
-    return card(shot.name, told, panels, legend)
+    return card(shot.name, summary, panels, legend)

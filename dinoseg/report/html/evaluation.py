@@ -33,7 +33,7 @@ class EvaluationReport:
 
     Args:
         title: plain text.
-        said: a line below the title.
+        subtitle: a line below the title.
         classes: class names.
         palette: one colour per class.
         ignore_index: id of unlabelled pixels.
@@ -54,7 +54,7 @@ class EvaluationReport:
     """
 
     title: str
-    said: str
+    subtitle: str
     classes: Sequence[str]
     palette: Palette
     ignore_index: int
@@ -88,7 +88,7 @@ def evaluation_page(report: EvaluationReport) -> str:
         training_section(report.training),
         *about_sections(report.about),
     ]
-    return page(report.title, report.said, sections, _warnings(report))
+    return page(report.title, report.subtitle, sections, _warnings(report))
 
 
 def interval_head(units: int, unit: str) -> str:
@@ -175,12 +175,12 @@ def _images(report: EvaluationReport) -> Section:
     counts, edges = np.histogram([100 * score for score in defined], bins=_BARS, range=(0, 100))
     axes = Axes((0, 100), (0, max(1.0, 1.05 * counts.max())), "mIoU of the image, %", "images")
     missing = len(report.mious) - len(defined)
-    told = ["The mIoU of an image is the mean IoU over the classes in its reference or its prediction."]
+    lines = ["The mIoU of an image is the mean IoU over the classes in its reference or its prediction."]
     if missing:
-        told.append(f"{count_of(missing, 'image')} without a labelled pixel have none.")
+        lines.append(f"{count_of(missing, 'image')} without a labelled pixel have none.")
     if defined:
-        told.append(f"Median {percent(float(np.median(defined)))} %; all of them are in images.csv.")
-    body = paragraph(*told) + bar_chart("Images by mIoU", edges.tolist(), counts.tolist(), axes)
+        lines.append(f"Median {percent(float(np.median(defined)))} %; all of them are in images.csv.")
+    body = paragraph(*lines) + bar_chart("Images by mIoU", edges.tolist(), counts.tolist(), axes)
     return Section("images", "Images", body)
 
 
@@ -237,14 +237,14 @@ def _videos(report: EvaluationReport) -> list[Section]:
 def video_curves(videos: Mapping[str, Sequence[float | None]], name: str, unit: str) -> Section:
     """Return a curve over the frames of each video, lowest mean first."""
     known = {
-        video: [(float(place), 100 * score) for place, score in enumerate(scores, start=1) if score is not None]
+        video: [(float(index), 100 * score) for index, score in enumerate(scores, start=1) if score is not None]
         for video, scores in videos.items()
     }
     means = {video: float(np.mean([y for _, y in points])) for video, points in known.items() if points}
     order = sorted(means, key=lambda video: means[video])
-    told = f"{name} of each frame, in the order of their names; the {unit}s with the lowest mean first."
+    note = f"{name} of each frame, in the order of their names; the {unit}s with the lowest mean first."
     if len(order) > _VIDEOS:
-        told += f" The lowest {_VIDEOS} of {len(order)} are shown."
+        note += f" The lowest {_VIDEOS} of {len(order)} are shown."
     charts = [
         line_chart(
             f"{video}: {means[video]:.1f} over {count_of(len(known[video]), 'frame')}",
@@ -253,7 +253,7 @@ def video_curves(videos: Mapping[str, Sequence[float | None]], name: str, unit: 
         )
         for video in order[:_VIDEOS]
     ]
-    return Section("videos", f"By {unit}", paragraph(told) + f'<div class="charts small">{"".join(charts)}</div>')
+    return Section("videos", f"By {unit}", paragraph(note) + f'<div class="charts small">{"".join(charts)}</div>')
 
 
 _LEAST = 20  # minimum pixels of a bin in the chart
@@ -293,7 +293,7 @@ def calibration_section(found: Mapping[str, Any] | None) -> str:
     shares = [100 * row[0] / found["pixels"] for row in found["before"]["bins"]]
     bins = bar_chart(
         "Confidence, uncalibrated",
-        [place / len(shares) for place in range(len(shares) + 1)],
+        [index / len(shares) for index in range(len(shares) + 1)],
         shares,
         Axes((0, 1), (0, around(shares, zero=True)[1]), "confidence", "% of pixels"),
     )

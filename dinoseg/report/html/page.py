@@ -29,7 +29,7 @@ class Section:
     body: str
 
 
-def page(title: str, said: str, sections: Sequence[Section], warnings: Sequence[str] = ()) -> str:
+def page(title: str, subtitle: str, sections: Sequence[Section], warnings: Sequence[str] = ()) -> str:
     """Return the whole page as HTML.
 
     The content security policy allows only our own script, by its hash, so that a name left unescaped by mistake runs
@@ -37,7 +37,7 @@ def page(title: str, said: str, sections: Sequence[Section], warnings: Sequence[
 
     Args:
         title: plain text.
-        said: a line below the title, plain text.
+        subtitle: a line below the title, plain text.
         sections: sections, in order.
         warnings: plain texts above the sections; empty ones are left out.
     """
@@ -55,7 +55,7 @@ def page(title: str, said: str, sections: Sequence[Section], warnings: Sequence[
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f'<title>{text(title)}</title>\n<link rel="icon" href="data:,">\n<style>{style}</style></head>\n<body>\n'
         f'<header><h1>{text(title)}</h1><button id="theme" type="button" hidden>light / dark</button></header>\n'
-        f'<p class="dim">{text(said)}</p>\n<nav aria-label="sections">{links}</nav>\n'
+        f'<p class="dim">{text(subtitle)}</p>\n<nav aria-label="sections">{links}</nav>\n'
         f"{warned}\n<main>\n{parts}\n</main>\n<script>{script}</script>\n</body></html>\n"
     )
 

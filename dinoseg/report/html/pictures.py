@@ -42,14 +42,14 @@ def panels(shown: Sequence[tuple[str, np.ndarray]], about: str) -> str:
     return f'<div class="panels">{"".join(figures)}</div>'
 
 
-def card(title: str, told: str, shown: Sequence[tuple[str, np.ndarray]], legend: Legend = ()) -> str:
+def card(title: str, summary: str, shown: Sequence[tuple[str, np.ndarray]], legend: Legend = ()) -> str:
     """Return a card of one image: name, a line about it, panels and a legend of its classes; all texts are plain."""
     entries = "".join(
         f'<li><span class="swatch" style="background: rgb({red}, {green}, {blue})"></span>{text(name)}</li>'
         for name, (red, green, blue) in legend
     )
     classes = f'<ul class="legend">{entries}</ul>' if entries else ""
-    head = f"<h3>{text(title)}</h3><p>{text(told)}</p>"
+    head = f"<h3>{text(title)}</h3><p>{text(summary)}</p>"
     return f'<div class="shot">{head}{panels(shown, title)}{classes}</div>'
 
 
@@ -87,7 +87,7 @@ class Shot:
 
 
 def prediction_card(
-    shot: Shot, name: str, *, classes: Sequence[str], palette: Palette, ignore_index: int, told: str = ""
+    shot: Shot, name: str, *, classes: Sequence[str], palette: Palette, ignore_index: int, summary: str = ""
 ) -> str:
     """Return a card of an image: frame, prediction, reference and error map."""
     masks = {"prediction": shot.prediction, "reference": shot.reference}
@@ -100,4 +100,4 @@ def prediction_card(
     share = wrong.sum() / max((~ignored).sum(), 1)
     errors = (f"errors: {percent(float(share))} % of the labelled pixels", error_map(shot.frame, wrong, ignored))
     legend = legend_of(list(masks.values()), classes, palette, ignore_index=ignore_index)
-    return card(name, told or f"mIoU {percent(shot.score)} %", [("frame", shot.frame), *tinted, errors], legend)
+    return card(name, summary or f"mIoU {percent(shot.score)} %", [("frame", shot.frame), *tinted, errors], legend)

@@ -34,11 +34,11 @@ def table(heads: Sequence[tuple[str, str]], rows: Sequence[Sequence[Cell]], capt
     )
     kinds = [kind for _, kind in heads]
     body = "\n".join("<tr>" + "".join(map(_cell, row, kinds, range(len(row)))) + "</tr>" for row in rows)
-    told = f"<caption>{text(caption)}</caption>" if caption else ""
+    heading = f"<caption>{text(caption)}</caption>" if caption else ""
     # a scrolling box must be reachable by keyboard
     label = text(caption or heads[0][0])
     return (
-        f'<div class="wide" tabindex="0" role="region" aria-label="{label}"><table>{told}'
+        f'<div class="wide" tabindex="0" role="region" aria-label="{label}"><table>{heading}'
         f"<thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>"
     )
 
@@ -65,16 +65,16 @@ def whisker(value: float | None, limits: Sequence[float] | None, ends: tuple[flo
         return Cell("", None)
     low, high = ends
 
-    def place(number: float) -> float:
+    def position(number: float) -> float:
         return round(100 * (min(max(number, low), high) - low) / ((high - low) or 1), 2)
 
-    start = place(0.0)
-    left, right = sorted((start, place(value)))
+    start = position(0.0)
+    left, right = sorted((start, position(value)))
     drawn = f'<rect x="{left}" y="4" width="{max(right - left, 0.5):.2f}" height="8" fill="var(--bar)"/>'
     if low < 0 < high:
         drawn += f'<path class="axis" d="M{start} 0V16"/>'
     if limits is not None:
-        drawn += f'<path stroke="currentColor" stroke-width="1.5" d="M{place(limits[0])} 8H{place(limits[1])}"/>'
+        drawn += f'<path stroke="currentColor" stroke-width="1.5" d="M{position(limits[0])} 8H{position(limits[1])}"/>'
     return Cell(
         f'<svg class="whisker" viewBox="0 0 100 16" preserveAspectRatio="none" aria-hidden="true">{drawn}</svg>', value
     )

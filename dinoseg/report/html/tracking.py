@@ -20,7 +20,7 @@ class TrackingReport:
 
     Args:
         title: plain text.
-        said: a line below the title.
+        subtitle: a line below the title.
         result: result of `scoring.summary` for the videos.
         per_frame: name of the score that the page plots over the frames, and its values by video, if any.
         shown: name and blended frames, each frame with its name, of the worst videos, worst first.
@@ -28,7 +28,7 @@ class TrackingReport:
     """
 
     title: str
-    said: str
+    subtitle: str
     result: Mapping[str, Any]
     per_frame: tuple[str, Mapping[str, Sequence[float | None]]]
     shown: Sequence[tuple[str, Sequence[tuple[str, np.ndarray]]]]
@@ -43,7 +43,7 @@ def tracking_page(report: TrackingReport) -> str:
         sections.append(video_curves(curves, f"{name} %", result["unit"]))
     sections.append(_pictures(report))
     sections += about_sections(report.about)
-    return page(report.title, report.said, sections, [few_units(result["n"], result["unit"])])
+    return page(report.title, report.subtitle, sections, [few_units(result["n"], result["unit"])])
 
 
 def _scores(result: Mapping[str, Any]) -> Section:
