@@ -53,13 +53,13 @@ def wanted_format(request: Request) -> str:
     Raises:
         Refused: if the format is unknown.
     """
-    asked = request.query_params.get("format")
-    if asked is None:
+    requested = request.query_params.get("format")
+    if requested is None:
         accepted = request.headers.get("accept", "")
         return "rle" if "application/json" in accepted and "image/" not in accepted else "palette"
-    if asked not in FORMATS:
-        raise Refused(400, "answer_format", f"format={asked!r} is unknown. Choose one of {', '.join(FORMATS)}.")
-    return asked
+    if requested not in FORMATS:
+        raise Refused(400, "answer_format", f"format={requested!r} is unknown. Choose one of {', '.join(FORMATS)}.")
+    return requested
 
 
 def encoder(kind: str, facts: ModelFacts) -> Callable[[np.ndarray], Response]:

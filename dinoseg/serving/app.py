@@ -22,7 +22,7 @@ from dinoseg.serving.clips import FRAME, MASKS, OVERLAY, Frames, check_objects, 
 from dinoseg.serving.endpoint import counted, endpoint
 from dinoseg.serving.guard import Hosts
 from dinoseg.serving.jobs import Jobs, UploadJob
-from dinoseg.serving.limits import ClipLimits, HungUp, Refused, not_kept
+from dinoseg.serving.limits import ClipLimits, HungUp, Refused, not_stored
 from dinoseg.serving.requests import bounded
 from dinoseg.serving.service import Service
 from dinoseg.tracking.tracker import Tracker
@@ -107,10 +107,10 @@ class App:
         except BaseException as error:
             self._jobs.remove(job)
             if isinstance(error, OSError):
-                raise not_kept(error) from error
+                raise not_stored(error) from error
             raise
         self._jobs.arrived(job)
-        return self._told(job)
+        return self._state_of(job)
 
     async def segment(self, request: Request) -> Response:
         """Start segmenting each frame of a clip."""
@@ -145,13 +145,13 @@ class App:
 
     async def state(self, request: Request) -> Response:
         """Return the state and progress of a clip."""
-        return self._told(self._jobs.get(request.path_params["job"]))
+        return self._state_of(self._jobs.get(request.path_params["job"]))
 
     async def cancel(self, request: Request) -> Response:
         """Cancel the work on a clip, which can be started again."""
         job = self._jobs.get(request.path_params["job"])
         self._jobs.cancel(job)
-        return self._told(job)
+        return self._state_of(job)
 
     async def remove(self, request: Request) -> Response:
         """Remove an upload, and cancel the work on it."""
@@ -173,14 +173,14 @@ class App:
         job, style = self._jobs.get(request.path_params["job"]), replace(style, opacity=_opacity(request))
         path = next(job.folder.glob("clip.*"))
         self._jobs.start(job, lambda job: make(job, path, self._clips, style))
-        return self._told(job)
+        return self._state_of(job)
 
     def _look_at(self, job: UploadJob, path: Path) -> None:
         if self._service.stopping:
             raise Refused(503, "busy", "The server is stopping. Try again later.", retry_after=1)
         look_at(job, path, self._clips, self._service.limits.max_pixels)
 
-    def _told(self, job: UploadJob) -> Response:
+    def _state_of(self, job: UploadJob) -> Response:
         progress = {"state": job.state, "done": job.done, "total": job.total, "ahead": self._jobs.ahead_of(job)}
         return JSONResponse({"id": job.id, **job.facts, **progress, "error": job.error})
 

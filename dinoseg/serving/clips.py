@@ -45,7 +45,7 @@ class ClipReader:
 
     def __init__(self, path: Path, limits: ClipLimits, max_pixels: int) -> None:
         self.path, self.frames_read = path, 0
-        self._asked = {"path": str(path), "max_pixels": max_pixels, "packets": int(_PACKETS * limits.max_seconds)}
+        self._request = {"path": str(path), "max_pixels": max_pixels, "packets": int(_PACKETS * limits.max_seconds)}
         self._child = Child(send_frames, _MORE + _BYTES_PER_PIXEL * max_pixels)
 
     def __enter__(self) -> "ClipReader":
@@ -56,7 +56,7 @@ class ClipReader:
             UserError: if it is no video, takes too long, or has far more packets than frames and sound need.
         """
         try:
-            about, _ = self._next(self._asked)
+            about, _ = self._next(self._request)
             self.size, self.count = (about["size"][0], about["size"][1]), about["count"]
             self.rate, tick, aspect = (Fraction(*about[name]) for name in ("rate", "tick", "aspect"))
         except BaseException:
@@ -90,12 +90,12 @@ class ClipReader:
         """Kill the decoding process: a pending read of a frame raises an error."""
         self._child.kill()
 
-    def _next(self, asked: dict[str, Any] | None = None) -> Message:
+    def _next(self, request: dict[str, Any] | None = None) -> Message:
         """Send a message, if one is given, and return the next message of the process."""
         try:
             with self._child.deadline(SECONDS):
-                if asked is not None:
-                    self._child.send(asked)
+                if request is not None:
+                    self._child.send(request)
                 answer, body = self._child.receive()
         except ChildEnded as error:
             what = f"is not decoded within {SECONDS:g} s a frame" if error.late else "crashed its decoder process"
@@ -110,12 +110,12 @@ def send_frames(channel: Channel) -> None:
     message = channel.receive()
     if message is None:
         return
-    asked = message[0]
-    path = Path(asked["path"])
+    request = message[0]
+    path = Path(request["path"])
     try:
-        if has_more_packets(path, asked["packets"]):
-            raise UserError(f"{path} has more than {asked['packets']} packets. Cut it, or re-encode it.")
-        with VideoReader(path, max_pixels=asked["max_pixels"]) as reader:
+        if has_more_packets(path, request["packets"]):
+            raise UserError(f"{path} has more than {request['packets']} packets. Cut it, or re-encode it.")
+        with VideoReader(path, max_pixels=request["max_pixels"]) as reader:
             traits = reader.traits
             ratios = {"rate": reader.rate, "tick": traits.tick, "aspect": traits.aspect}
             known = {name: ratio.as_integer_ratio() for name, ratio in ratios.items()}

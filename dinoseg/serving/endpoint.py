@@ -43,12 +43,17 @@ def endpoint(
     return Starlette(
         routes=[*further, *routes],
         middleware=[Middleware(Guard, hosts=hosts)],
-        exception_handlers={Refused: told, HungUp: _told_nobody, HTTPException: _told_http, Exception: _told_failure},
+        exception_handlers={
+            Refused: refusal_response,
+            HungUp: _hung_up_response,
+            HTTPException: _http_error_response,
+            Exception: _failure_response,
+        },
         lifespan=lifespan,
     )
 
 
-def told(request: Request, error: Exception) -> Response:
+def refusal_response(request: Request, error: Exception) -> Response:
     """Return the JSON response of a refused request: the rule's name and a sentence."""
     assert isinstance(error, Refused)
     headers = {} if error.retry_after is None else {"retry-after": str(error.retry_after)}
@@ -64,10 +69,10 @@ def counted(service: Service, answer: Answer) -> Answer:
             answered = await _mask_or_why(answer, request)
         except Refused as error:
             service.metrics.refused(error.rule)
-            answered = told(request, error)
+            answered = refusal_response(request, error)
         except HungUp as error:
             service.metrics.refused("hung_up")
-            answered = _told_nobody(request, error)
+            answered = _hung_up_response(request, error)
         service.metrics.answered(answered.status_code, time.perf_counter() - start)
         return answered
 
@@ -107,17 +112,17 @@ async def _metrics(service: Service, request: Request) -> Response:
     return PlainTextResponse(service.metrics.text(), media_type="text/plain; version=0.0.4")
 
 
-def _told_nobody(request: Request, error: Exception) -> Response:
+def _hung_up_response(request: Request, error: Exception) -> Response:
     return Response(status_code=_GONE)
 
 
-def _told_http(request: Request, error: Exception) -> Response:
+def _http_error_response(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     refused = Refused(error.status_code, "http", error.detail)
-    answer = told(request, refused)
+    answer = refusal_response(request, refused)
     answer.headers.update(error.headers or {})
     return answer
 
 
-def _told_failure(request: Request, error: Exception) -> Response:
-    return told(request, Refused(500, "server", "The server failed on this request; see its log."))
+def _failure_response(request: Request, error: Exception) -> Response:
+    return refusal_response(request, Refused(500, "server", "The server failed on this request; see its log."))

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dinoseg.serving.answers import MaskStyle
-from dinoseg.serving.limits import ClipLimits, Refused, not_kept
+from dinoseg.serving.limits import ClipLimits, Refused, not_stored
 from dinoseg.utils.atomic import remove_dead, scratch_folder
 from dinoseg.utils.errors import UserError
 
@@ -50,7 +50,7 @@ class UploadJob:
     done: int = 0  # frames
     total: int = 0
     error: str = ""
-    asked: float = field(default_factory=time.monotonic)  # time of the last request for it
+    last_request: float = field(default_factory=time.monotonic)  # time of the last request for it
     cancelled: threading.Event = field(default_factory=threading.Event)
     removed: bool = False
     interrupt: Callable[[], None] = lambda: None  # called on cancellation, to unblock its thread
@@ -97,13 +97,13 @@ class Jobs:
         try:
             job.folder.mkdir(mode=0o700)
         except OSError as error:
-            raise not_kept(error) from error
+            raise not_stored(error) from error
         self._jobs[job.id] = job
         return job
 
     def arrived(self, job: UploadJob) -> None:
         """Mark an upload as complete: from now on, it expires like others."""
-        job.state, job.asked = State.READY, time.monotonic()
+        job.state, job.last_request = State.READY, time.monotonic()
 
     def get(self, name: str) -> UploadJob:
         """Return an upload by its id.
@@ -117,7 +117,7 @@ class Jobs:
             raise Refused(
                 404, "gone", f"The upload has expired: uploads are deleted after {minutes} minutes. Send it again."
             )
-        job.asked = time.monotonic()
+        job.last_request = time.monotonic()
         return job
 
     def start(self, job: UploadJob, work: Callable[[UploadJob], None]) -> None:
@@ -159,7 +159,7 @@ class Jobs:
         now = time.monotonic()
         for job in [job for job in self._jobs.values() if job.state != State.COMING]:
             patience = _FORGOTTEN if job.busy else 60 * self._limits.keep_minutes
-            if now - job.asked > patience:
+            if now - job.last_request > patience:
                 self.remove(job)
 
     def interrupt_coming(self) -> None:
@@ -182,7 +182,7 @@ class Jobs:
         except Cancelled:
             self._cancelled(job, before)
         except OSError as error:
-            job.error = not_kept(error).message
+            job.error = not_stored(error).message
             self._end(job, State.FAILED)
         except UserError as error:
             if job.cancelled.is_set():  # the error comes from killing the decoder

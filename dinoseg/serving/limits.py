@@ -61,7 +61,7 @@ class HungUp(Exception):
     """The client has disconnected, and its answer is no longer needed."""
 
 
-def not_kept(error: OSError) -> Refused:
+def not_stored(error: OSError) -> Refused:
     """Log a failed write of a file, and return the refusal for its client."""
     logger.error("Cannot store an upload or its results: %s", error)
     return Refused(507, "disk", f"The server cannot store it ({error.strerror}). Try again later.")

@@ -6,7 +6,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.types import Message, Receive
 
-from dinoseg.serving.limits import MIB, Refused, not_kept
+from dinoseg.serving.limits import MIB, Refused, not_stored
 
 _CHARSETS = ("utf-8", "us-ascii", "iso-8859-1")  # accepted charsets of form names
 
@@ -46,7 +46,7 @@ async def read_upload(request: Request) -> bytes:
     except HTTPException as error:
         raise _not_one_file(f"cannot be read ({error.detail.rstrip('.')})") from error
     except OSError as error:  # Starlette stores more than a MiB in a file
-        raise not_kept(error) from error
+        raise not_stored(error) from error
 
 
 def _not_one_file(what: str) -> Refused:

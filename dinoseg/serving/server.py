@@ -143,10 +143,10 @@ class _Server(uvicorn.Server):
         """Stop listening, and finish the requests of all clients that have connected."""
         self._on_stop()
         # connections that wait to be accepted would be cut off when the socket is closed
-        late = [connection for listener in sockets or [] for connection in _accepted(listener)]
+        pending = [connection for listener in sockets or [] for connection in _accepted(listener)]
         for server in self.servers:
             server.close()
-        for connection in late:
+        for connection in pending:
             await asyncio.get_running_loop().connect_accepted_socket(self._protocol, connection)
         # uvicorn closes connections whose request it has not read yet, and loses these requests
         await asyncio.sleep(_LAST_BYTES)

@@ -279,7 +279,7 @@ def test_what_is_on_its_way_makes_no_room_for_others_and_is_not_given_up(tmp_pat
     monkeypatch.setattr(jobs.time, "monotonic", lambda: now[0])
     held = jobs.Jobs(tmp_path, ClipLimits(held=2))
     coming, ready = held.new(), held.new()
-    coming.asked = 0.0
+    coming.last_request = 0.0
     held.arrived(ready)
     now[0] = 1801.0
     held.sweep()
@@ -340,7 +340,7 @@ def test_what_nobody_asks_for_is_given_up(tmp_path, monkeypatch):
     held = jobs.Jobs(tmp_path, ClipLimits(keep_minutes=30))
     done, busy = held.new(), held.new()
     done.state = jobs.State.DONE
-    done.asked = busy.asked = 0.0
+    done.last_request = busy.last_request = 0.0
     busy.state = jobs.State.RUNNING
     now[0] = 61.0
     held.sweep()
