@@ -223,5 +223,5 @@ def test_of_weights_from_a_file_only_what_was_trained_is_kept(configs, tmp_path,
     vectors = [name for name, value in state.items() if value.ndim == 1]
     name = min(vectors, key=lambda name: not ("norm" in name and "weight" in name))
     save_file({**state, name: state[name] + 0.5}, tmp_path / "weights.safetensors")
-    with pytest.raises(UserError, match="trained on other frozen backbone weights than backbone.weights gives now"):
+    with pytest.raises(UserError, match="trained on other frozen backbone weights than backbone.weights"):
         checkpoint.load_weights(Builder(cfg).model().to("cpu"), found)

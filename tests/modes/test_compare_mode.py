@@ -181,7 +181,7 @@ def test_sides_of_a_sweep_are_called_by_what_it_varies(runs, monkeypatch):
     # what is named before its sweep comes first, with what differs from it in its seed
     monkeypatch.chdir(runs)
     sides = sides_of(["varied/4", "varied"])
-    assert sides[0].name == "head.hidden=2" and "intervals (2 runs a side)" in seeds_note(sides)
+    assert sides[0].name == "head.hidden=2" and "intervals (2 runs per side)" in seeds_note(sides)
     # one run of each: seeds alone tell them apart, and where commands do not, folders do
     assert sides_of(["varied/0", "varied/1"])[0].name == "seed=0"
     for number in (0, 2):  # beside no sweep, folders are what runs are known by

@@ -40,7 +40,7 @@ def test_jobs_in_other_processes_are_in_the_table(tmp_path, launcher):
     assert done.returncode == 1 and "ConfigStore" not in done.stderr, done.stderr
     if launcher == "joblib":  # both write here
         assert re.search(r"^job \d: checkpoint: ", done.stdout, re.MULTILINE)
-        assert re.search(r"^job \d: \S+ INFO 4 training", done.stderr, re.MULTILINE)
+        assert re.search(r"^job \d: \S+ INFO data: +4 training", done.stderr, re.MULTILINE)
     with open(tmp_path / "sweep/sweep.csv", encoding="utf-8", newline="") as file:
         rows = {row["data.root"]: row for row in csv.DictReader(file)}
     assert float(rows["data"]["mIoU %"]) > 0 and rows["nowhere"]["note"].startswith("data.root=nowhere is not a folder")
