@@ -200,11 +200,11 @@ def _with_heads(cfg: DictConfig, overrides: Sequence[str], run: Path | None) -> 
     """Return the config of a multi-head job, including each head's own run config, and these runs."""
     if "heads" not in cfg.trainer and cfg.get("heads") is None and cfg.get("lrs") is None:
         return cfg, {}
-    from dinoseg.experiment.heads import SOLO, own_runs
+    from dinoseg.experiment.heads import SOLO, solo_runs
 
     runs = {
         name: own._replace(cfg=_settled_length(own.cfg, overrides))
-        for name, own in own_runs(cfg, overrides, run).items()
+        for name, own in solo_runs(cfg, overrides, run).items()
     }
     return OmegaConf.merge(cfg, {SOLO: {name: plain(own.cfg) for name, own in runs.items()}}), runs  # type: ignore[return-value]
 

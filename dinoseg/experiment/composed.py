@@ -19,7 +19,7 @@ def typed_keys(words: Sequence[str]) -> frozenset[str]:
     return frozenset(each.key_or_group for each in OverridesParser.create().parse_overrides(list(words)))
 
 
-def own_folders() -> list[str]:
+def user_folders() -> list[str]:
     """Return the folder that `--config-dir` names, as a list; empty if it is not given."""
     return [each.path for each in HydraConfig.get().runtime.config_sources if each.provider == "command-line"]
 
@@ -42,13 +42,13 @@ def composed_with(words: Sequence[str], name: str, text: str, *, known_as: str) 
         known_as: the recipe's name in `choices`, under which its runs are listed.
     """
     overrides = OverridesParser.create().parse_overrides(list(words))
-    kept = [str(each.input_line) for each in overrides if each.key_or_group not in ("hparam", _SEARCHED)]
+    remaining = [str(each.input_line) for each in overrides if each.key_or_group not in ("hparam", _SEARCHED)]
     folders = [folder for each in overrides if each.key_or_group == _SEARCHED for folder in each.value() or ()]  # type: ignore[union-attr]
     with TemporaryDirectory() as folder:
         path = Path(folder) / "hparam" / f"{name}.yaml"
         path.parent.mkdir()
         path.write_text(text, encoding="utf-8")
         searched = searching([*map(str, folders), f"file://{folder}"])
-        composed = compose("main", [*kept, searched, f"hparam={name}"], return_hydra_config=True)
+        composed = compose("main", [*remaining, searched, f"hparam={name}"], return_hydra_config=True)
         cfg = job_config(composed, composed.hydra.runtime.choices)
     return OmegaConf.merge(cfg, {"choices": {"hparam": known_as}})  # type: ignore[return-value]

@@ -24,12 +24,12 @@ from dinoseg.utils.wording import listed, nearest
 
 SOLO = "solo"  # key of a job's config: the config of each head's own run, by name
 _CACHE = "engine.cache"  # off for several heads: their features are not cached, and cached ones are rounded
-_OWN = ("head", "name", "lr")  # keys of an entry of `heads` that are not passed to the head
+_ENTRY_KEYS = ("head", "name", "lr")  # keys of an entry of `heads` that are not passed to the head
 _NAME = re.compile(r"\w[\w.+-]*")
 _LONGEST_NAME = 100
 
 
-class OwnRun(NamedTuple):
+class SoloRun(NamedTuple):
     """Config and command line of the run that a head would be by itself."""
 
     cfg: DictConfig
@@ -64,11 +64,11 @@ def named_heads(heads: Any, rates: Any) -> list[HeadRun]:
         )
     runs = []
     for entry in heads:
-        option, own = _parts(entry)
-        keys = {key: value for key, value in own.items() if key not in _OWN}
-        grid = [own["lr"]] if "lr" in own else rates or [None]
+        option, settings = _parts(entry)
+        keys = {key: value for key, value in settings.items() if key not in _ENTRY_KEYS}
+        grid = [settings["lr"]] if "lr" in settings else rates or [None]
         for rate in grid:
-            base = own.get("name", option)
+            base = settings.get("name", option)
             name = f"{base}_{rate:g}" if len(grid) > 1 else base
             runs.append(HeadRun(name, option, keys, rate))
     names = [run.name for run in runs]
@@ -83,19 +83,19 @@ def named_heads(heads: Any, rates: Any) -> list[HeadRun]:
 
 def _parts(entry: Any) -> tuple[str, Mapping[str, Any]]:
     """Return the option of an entry of `heads`, and the entry as a mapping."""
-    own = {"head": entry} if isinstance(entry, str) else entry
-    if not isinstance(own, Mapping) or not isinstance(own.get("head"), str):
+    settings = {"head": entry} if isinstance(entry, str) else entry
+    if not isinstance(settings, Mapping) or not isinstance(settings.get("head"), str):
         raise UserError(
             f"heads: {entry} is neither a head nor a head with settings. Write linear, or {{head: linear, lr: 1e-3}}."
         )
-    name, rate = own.get("name", own["head"]), own.get("lr", 1.0)
+    name, rate = settings.get("name", settings["head"]), settings.get("lr", 1.0)
     if not isinstance(name, str) or not _NAME.fullmatch(name) or len(name) > _LONGEST_NAME:
         raise UserError(f"heads: the name {name} is not a valid folder name. Use letters, digits and _ - + .")
     if not _is_rate(rate):
         raise UserError(
-            f"heads: lr={rate} of {own['head']} is not a learning rate. Give {LEARNING_RATES.rule}, such as 1e-3."
+            f"heads: lr={rate} of {settings['head']} is not a learning rate. Give {LEARNING_RATES.rule}, such as 1e-3."
         )
-    return own["head"], own
+    return settings["head"], settings
 
 
 def _is_rate(value: Any) -> bool:
@@ -104,10 +104,10 @@ def _is_rate(value: Any) -> bool:
 
 def solo_builders(build: Builder) -> dict[str, Builder]:
     """Return the builder of each head's own run from that of a job, by name."""
-    return {name: Builder.of(own) for name, own in build.config[SOLO].items()}
+    return {name: Builder.of(config) for name, config in build.config[SOLO].items()}
 
 
-def own_runs(cfg: DictConfig, words: Sequence[str], run: Path | None) -> dict[str, OwnRun]:
+def solo_runs(cfg: DictConfig, words: Sequence[str], run: Path | None) -> dict[str, SoloRun]:
     """Return the run that each head of a job would be by itself, by name; empty for a job with one head.
 
     Args:
@@ -135,15 +135,15 @@ def own_runs(cfg: DictConfig, words: Sequence[str], run: Path | None) -> dict[st
     return _composed(heads, overrides)
 
 
-def _own_words(head: HeadRun, overrides: Sequence[Override]) -> list[str]:
+def _solo_words(head: HeadRun, overrides: Sequence[Override]) -> list[str]:
     """Return the command line of a head's own run, without the settings in its entry of `heads`."""
     left_out = (HEADS, RATES, "trainer", "resume", _CACHE)
-    kept = [str(word.input_line) for word in overrides if word.key_or_group not in left_out]
+    remaining = [str(word.input_line) for word in overrides if word.key_or_group not in left_out]
     rate = [] if head.rate is None else [f"optim.optimizer.lr={head.rate!r}"]
-    return [*kept, "trainer=supervised", f"head={head.option}", *rate, f"{_CACHE}=off"]
+    return [*remaining, "trainer=supervised", f"head={head.option}", *rate, f"{_CACHE}=off"]
 
 
-def _composed(heads: Sequence[HeadRun], overrides: Sequence[Override]) -> dict[str, OwnRun]:
+def _composed(heads: Sequence[HeadRun], overrides: Sequence[Override]) -> dict[str, SoloRun]:
     """Compose the run of each head alone from the command line."""
     if typed := next((word for word in overrides if word.key_or_group == "head"), None):
         raise UserError(f"{typed.input_line} and heads both set the heads to train: give one of them.")
@@ -154,7 +154,7 @@ def _composed(heads: Sequence[HeadRun], overrides: Sequence[Override]) -> dict[s
             raise UserError(
                 f"heads: {head.option} is unknown.{nearest(head.option, options)} Choose from {', '.join(options)}."
             )
-        words = _own_words(head, overrides)
+        words = _solo_words(head, overrides)
         composed = compose("main", [*words, f"{HEADS}=null", f"{RATES}=null"], return_hydra_config=True)
         cfg = job_config(composed, composed.hydra.runtime.choices)
         known = [str(key) for key in cfg.head if not str(key).startswith("_") and key != "lr"]
@@ -164,7 +164,7 @@ def _composed(heads: Sequence[HeadRun], overrides: Sequence[Override]) -> dict[s
                 "keys of every entry."
             )
         cfg.head = OmegaConf.merge(cfg.head, head.keys)
-        found[head.name] = OwnRun(cfg, [*words, *(f"head.{key}={_typed(value)}" for key, value in head.keys.items())])
+        found[head.name] = SoloRun(cfg, [*words, *(f"head.{key}={_typed(value)}" for key, value in head.keys.items())])
     return found
 
 
@@ -173,7 +173,7 @@ def _typed(value: Any) -> str:
     return json.dumps(value, separators=(",", ":"))
 
 
-def _resumed(cfg: DictConfig, heads: Sequence[HeadRun], overrides: Sequence[Override], run: Path) -> dict[str, OwnRun]:
+def _resumed(cfg: DictConfig, heads: Sequence[HeadRun], overrides: Sequence[Override], run: Path) -> dict[str, SoloRun]:
     """Return the run of each head in a run's checkpoint, changed by the command line."""
     path = run / checkpoint.FOLDER / "last.safetensors"
     info = checkpoint.describe(path)
@@ -182,11 +182,13 @@ def _resumed(cfg: DictConfig, heads: Sequence[HeadRun], overrides: Sequence[Over
             f"resume={run}: this run has heads={info['config'].get(HEADS)} and lrs={info['config'].get(RATES)}. Leave "
             "both out, or train other heads in a new run."
         )
-    kept = [word for word in overrides if word.key_or_group not in ("trainer", HEADS, RATES)]
-    words = [str(word.input_line) for word in kept if word.key_or_group != "resume"]
+    remaining = [word for word in overrides if word.key_or_group not in ("trainer", HEADS, RATES)]
+    words = [str(word.input_line) for word in remaining if word.key_or_group != "resume"]
     alone: Any = OmegaConf.merge(cfg, {HEADS: None, RATES: None})
     return {
-        head.name: OwnRun(resume.without(resume.merge(alone, kept, path, head_description(info, head.name))), words)
+        head.name: SoloRun(
+            resume.without(resume.merge(alone, remaining, path, head_description(info, head.name))), words
+        )
         for head in heads
     }
 
@@ -199,6 +201,6 @@ def head_description(info: Mapping[str, Any], name: str) -> dict[str, Any]:
     """
     if name not in info.get("heads", {}):
         raise UserError(f"resume: the checkpoint has no head {name}. Choose the run folder of trainer=multi_head.")
-    own = info["heads"][name]
+    head = info["heads"][name]
     whole = {key: value for key, value in info["config"].items() if key not in (HEADS, RATES)}
-    return {**info, **own, "config": {**whole, **own["config"]}}
+    return {**info, **head, "config": {**whole, **head["config"]}}

@@ -107,9 +107,9 @@ def _of(init: Any, read: Callable[[Path], Checkpoint]) -> Checkpoint:
 
 def _named(model: Segmenter, saved: Checkpoint) -> list[tuple[str, str, Tensor]]:
     """Return the key, the name in this model and the value of each tensor of a checkpoint, ignoring LoRA's renaming."""
-    own = {_unadapted(name): name for name in model.state_dict()}
+    names = {_unadapted(name): name for name in model.state_dict()}
     have = saved.part("model")
-    return [(f"model/{name}", own.get(_unadapted(name), name), value) for name, value in have.items()]
+    return [(f"model/{name}", names.get(_unadapted(name), name), value) for name, value in have.items()]
 
 
 def _unadapted(name: str) -> str:
@@ -122,9 +122,9 @@ def _fitting(init: str, model: Segmenter, saved: Checkpoint) -> tuple[dict[str, 
 
     Frozen tensors that the model already has are in neither.
     """
-    state, own = model.state_dict(), trained_names(model)
+    state, trained = model.state_dict(), trained_names(model)
     have = {name: value for _, name, value in _named(model, saved)}
-    alike = {name: value for name, value in have.items() if name in own and value.shape == state[name].shape}
+    alike = {name: value for name, value in have.items() if name in trained and value.shape == state[name].shape}
     check_weights({name: value.to("meta") for name, value in alike.items()}, f"init={init}", state)  # checks dtypes
     taken = {name: value for name, value in alike.items() if casts(value.dtype, state[name].dtype)}
     # a file may also hold frozen tensors, which the model already has
@@ -189,11 +189,11 @@ def _tell(
     rest = sorted(trained_names(model) - taken.keys())
     given = [name for name in rest if name.startswith("backbone.") and _UPDATES not in name]
     new = [name for name in rest if name not in given]
-    said = [f"init={init}: {count_of(len(taken), 'tensor')} loaded from step {saved.info['progress']['step']}"]
-    said += [f"{count_of(len(given), 'tensor')} of the backbone from backbone.weights"] if given else []
-    said += [f"randomly initialised: {listed(new, 5)}"] if new else []
-    said += [f"not loaded: {listed(sorted(left), 5)}"] if left else []
-    logger.info("%s.", "; ".join(said))
+    parts = [f"init={init}: {count_of(len(taken), 'tensor')} loaded from step {saved.info['progress']['step']}"]
+    parts += [f"{count_of(len(given), 'tensor')} of the backbone from backbone.weights"] if given else []
+    parts += [f"randomly initialised: {listed(new, 5)}"] if new else []
+    parts += [f"not loaded: {listed(sorted(left), 5)}"] if left else []
+    logger.info("%s.", "; ".join(parts))
     theirs = list(map(str, saved.info["classes"]))
     if theirs != classes and len(theirs) == len(classes):
         logger.warning("init: its classes are %s; those of the data start from them.", listed(theirs, 20))

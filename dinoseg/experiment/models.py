@@ -171,9 +171,9 @@ class ModelBuilder:
             raise
         except Exception as error:  # invalid values raise different errors in each part
             lost = isinstance(error, OmegaConfBaseException) and f"{error.full_key} has no usable value"
-            said = lost or f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no details'])[0][:200]}"
+            message = lost or f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no details'])[0][:200]}"
             raise UserError(
-                f"resume={file.path}: its config builds no model ({said}). Correct the overrides, or choose another "
+                f"resume={file.path}: its config builds no model ({message}). Correct the overrides, or choose another "
                 "checkpoint."
             ) from error
         self.name_weights(empty)
@@ -201,13 +201,13 @@ class ModelBuilder:
     def _segmenter(self, adapted: Backbone, *, untrained: bool = False) -> Segmenter:
         """Return a segmenter of a backbone and a new head."""
         keys = plain(self._cfg.head)
-        late = {"in_dim": adapted.dim, "num_layers": adapted.num_layers}
+        runtime_arguments = {"in_dim": adapted.dim, "num_layers": adapted.num_layers}
         # timm backbones: known only once the model is built
         if "patch_size" in keys and self._cfg.head.patch_size is None:
-            late["patch_size"] = adapted.patch_size
+            runtime_arguments["patch_size"] = adapted.patch_size
         weightless = {"weights": None} if untrained and "weights" in keys else None
-        make = instantiate(self._cfg.head, without=("layers", "lr", *late), instead=weightless)
-        head = keeping(Head, make(**late), "head")
+        make = instantiate(self._cfg.head, without=("layers", "lr", *runtime_arguments), instead=weightless)
+        head = keeping(Head, make(**runtime_arguments), "head")
         sizes = self.arguments(Segmenter, {"scale": "resolution.scale", "longest": "resolution.longest"})
         self._check_crop(adapted.patch_size)
         return Segmenter(adapted, head, **sizes)
@@ -244,19 +244,21 @@ def build_multi_head(builders: Sequence[ModelBuilder], device: torch.device) -> 
     """
     for each in builders:
         each._check_head_file()
-    own = [each.outline().backbone for each in builders]
-    trained = next((each for each, part in zip(builders, own, strict=True) if part.first_trained is not None), None)
+    backbones = [each.outline().backbone for each in builders]
+    trained = next(
+        (each for each, part in zip(builders, backbones, strict=True) if part.first_trained is not None), None
+    )
     if trained is not None:
         raise UserError(
             f"adapter={trained.options['adapter']}: trainer=multi_head trains heads on one frozen backbone. Choose "
             "adapter=frozen; or train each head with its own backbone, in a sweep: -m trainer=supervised "
             "head=linear,mlp."
         )
-    layers = sorted({layer for part in own for layer in part.layers})
+    layers = sorted({layer for part in backbones for layer in part.layers})
     whole = builders[0]._adapted(layers=layers).to(device).eval()
     drawn = torch.get_rng_state()  # each head samples its initial weights from this state, as in a run of its own
     models = []
-    for each, part in zip(builders, own, strict=True):
+    for each, part in zip(builders, backbones, strict=True):
         if whole.patch_size != part.patch_size:
             raise UserError(
                 f"head.layers={list(part.layers)}: the coarsest of these maps has a stride of {part.patch_size} px, "
@@ -274,8 +276,8 @@ def _lend_tensors(whole: Backbone, part: Backbone) -> None:
     """Share the tensors of `whole` with `part`, a backbone on the meta device that reads a subset of its blocks."""
     part.weights = whole.weights
     modules = dict(whole.named_modules())
-    for name, own in part.named_modules():
-        for key in own._parameters:
-            own._parameters[key] = modules[name]._parameters[key]
-        for key in own._buffers:
-            own._buffers[key] = modules[name]._buffers[key]
+    for name, module in part.named_modules():
+        for key in module._parameters:
+            module._parameters[key] = modules[name]._parameters[key]
+        for key in module._buffers:
+            module._buffers[key] = modules[name]._buffers[key]

@@ -58,9 +58,9 @@ def config_description(build: ModelBuilder) -> dict[str, Any]:
     }
 
 
-def absolute(place: Any) -> Any:
+def absolute(path: Any) -> Any:
     """Return the absolute path of a run, which may be resumed from any folder; other values than text are unchanged."""
-    return str(Path(place).expanduser().absolute()) if isinstance(place, str) else place
+    return str(Path(path).expanduser().absolute()) if isinstance(path, str) else path
 
 
 def recipe_of(info: Mapping[str, Any]) -> dict[str, Any]:

@@ -68,11 +68,11 @@ def alone(
     *,
     inference: str | None = None,
     trust: Sequence[str] = (),
-    beside: Mapping[str, Any] | None = None,
+    job: Mapping[str, Any] | None = None,
 ) -> DictConfig:
     """Return the config for using a checkpoint without a command line, validated against the shipped config files.
 
-    Without `beside`, Hydra is neither initialised nor read: the caller may be a Hydra program of its own.
+    Without `job`, Hydra is neither initialised nor read: the caller may be a Hydra program of its own.
 
     Args:
         path: the checkpoint file.
@@ -80,18 +80,18 @@ def alone(
         changes: dotted key to the user's own value, such as `engine.device` or `backbone.weights`.
         inference: option of that group, instead of the file's own.
         trust: packages and hub IDs that the file may name, in addition to those in config files.
-        beside: config of the job that uses the checkpoint; its own config files and its `trust` then count as well.
+        job: config of the job that uses the checkpoint; its own config files and its `trust` then count as well.
 
     Raises:
         UserError: the checkpoint's config is not to be trusted.
     """
     saved, cfg = saved_config(info), machine_config(inference or "auto")
-    registry = shipped_registry() if beside is None else own_registry(beside)
-    trust = trust if beside is None else [*trust, *_trusted(beside["trust"])]
+    registry = shipped_registry() if job is None else own_registry(job)
+    trust = trust if job is None else [*trust, *_trusted(job["trust"])]
     guard(saved, f"resume={path}", plain(cfg), trust=trust, typed=[*changes], registry=registry)
-    own = {key: value for key, value in saved.items() if not (inference and key == USE)}
+    reused = {key: value for key, value in saved.items() if not (inference and key == USE)}
     choices = {**plain(cfg.choices), **info["choices"], **({USE: inference} if inference else {})}
-    merged = OmegaConf.create({**plain(cfg), "resume": str(path), "choices": choices, **own})
+    merged = OmegaConf.create({**plain(cfg), "resume": str(path), "choices": choices, **reused})
     for key, value in changes.items():
         OmegaConf.update(merged, key, value)
     return squared(merged)
@@ -150,7 +150,7 @@ def _changes(before: DictConfig, merged: DictConfig, overrides: Sequence[Overrid
         name = override.key_or_group
         where = "choices." * (name in (*CHOSEN, *USES)) + name
         old, new = (_at(each, where) for each in (before, merged))
-        if new != old and not _one_place(old, new):
+        if new != old and not _same_path(old, new):
             found.append(f"{name}={shown(typed(new))} instead of {shown(typed(old))}")
     return found
 
@@ -160,7 +160,7 @@ def _at(cfg: DictConfig, key: str) -> Any:
     return OmegaConf.to_container(found) if OmegaConf.is_config(found) else found
 
 
-def _one_place(old: Any, new: Any) -> bool:
+def _same_path(old: Any, new: Any) -> bool:
     if not (isinstance(old, str) and isinstance(new, str)):
         return False
     try:

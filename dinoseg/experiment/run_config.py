@@ -28,7 +28,7 @@ _ELSEWHERE = ("seed", "data.root", *(f"data.{key}" for key in ACTING))  # may di
 def config_file(folder: Path) -> Path:
     """Return the path of an evaluation's config: in its folder, or in that of the training it ends."""
     places = [folder / "config" / "config.yaml", folder.parent / "config" / "config.yaml"]
-    return next((place for place in places if place.is_file()), places[0])
+    return next((path for path in places if path.is_file()), places[0])
 
 
 def config_text(path: Path) -> str:
@@ -71,8 +71,8 @@ def open_saved_data(build: Builder, folder: Path, *, root: str, split: str) -> S
     def saved(text: str) -> dict[str, Any]:
         """Return a config file in the form a checkpoint would save, with the data root of the evaluation."""
         config = as_read_back(config_of(text))
-        kept = {key: config[key] for key in SAVED}
-        return kept | {"data": {**kept["data"], **dict.fromkeys(ACTING), "root": root}}
+        selected = {key: config[key] for key in SAVED}
+        return selected | {"data": {**selected["data"], **dict.fromkeys(ACTING), "root": root}}
 
     try:
         text, composed = config_text(path), build.config

@@ -49,11 +49,11 @@ def score_protocol(cfg: DictConfig, predictions: Sequence[Path], out_dir: Path) 
         masks = {**masks, **{key: given[key] for key in typed}}
     else:
         return instantiate(cfg.protocol)
-    late: dict[str, Any] = {"classes": list(labels.classes)}
+    runtime_arguments: dict[str, Any] = {"classes": list(labels.classes)}
     if not (rules.binary or rules.reduce_zero_label or rules.ignore_index != 255):
         check_given("dinoseg.data.classes.masks.Masks", masks)
-        late |= {"references": references(labels, masks), "ignore_index": labels.ignore_index}
-    return instantiate(cfg.protocol, without=tuple(late), instead={"_partial_": True})(**late)
+        runtime_arguments |= {"references": references(labels, masks), "ignore_index": labels.ignore_index}
+    return instantiate(cfg.protocol, without=tuple(runtime_arguments), instead={"_partial_": True})(**runtime_arguments)
 
 
 def mask_keys(data: DictConfig) -> dict[str, Any]:

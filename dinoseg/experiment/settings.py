@@ -43,7 +43,7 @@ def check_same_settings(
     """
     were, are = dict(_flat(before)), dict(_flat(as_read_back(now)))
     differing = [
-        f"{name} was {_told(were, name)} and is {_told(are, name)}"
+        f"{name} was {_value_text(were, name)} and is {_value_text(are, name)}"
         for name in sorted(were.keys() | are.keys())
         if were.get(name) != are.get(name)
     ]
@@ -54,7 +54,7 @@ def check_same_settings(
         )
 
 
-def _told(settings: Mapping[str, Any], name: str) -> str:
+def _value_text(settings: Mapping[str, Any], name: str) -> str:
     return typed(settings[name]) if name in settings else "not set"
 
 

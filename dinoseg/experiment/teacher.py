@@ -52,7 +52,7 @@ class Teacher:
         with self._named():
             self._path = checkpoint.find(self._given, "best")
             self._info = checkpoint.describe(self._path)
-            self._build = ModelBuilder(alone(self._path, self._info, {}, beside=build.config))
+            self._build = ModelBuilder(alone(self._path, self._info, {}, job=build.config))
         self._check_classes(labels)
         with self._named():
             header = checkpoint.outline(self._path)
@@ -69,7 +69,7 @@ class Teacher:
                 raise UserError(f"{self._path} changed while it was read. Wait until its training ends.")
         if self._outline.head.slots is not None:
             raise UserError(f"teacher={self._given} is a slot model, which has no classes. Give a segmenter.")
-        self._asked: tuple[Predictor, tuple[float, float]] | None = None
+        self._loaded: tuple[Predictor, tuple[float, float]] | None = None
 
     @property
     def name(self) -> str:
@@ -97,7 +97,7 @@ class Teacher:
         Raises:
             UserError: scores are not finite, or memory does not suffice.
         """
-        predictor, cells = self._asked = self._asked or self._read()
+        predictor, cells = self._loaded = self._loaded or self._read()
         # windows take images larger than those of the training at full size
         seen = backbone_size((image.shape[-2], image.shape[-1]), 1.0, predictor.model.longest)
         height, width = (max(1, math.ceil(side * of - 1e-6)) for side, of in zip(seen, cells, strict=True))
@@ -139,18 +139,21 @@ class Teacher:
         return grid.shape[-2] * seen.valid[0] / height, grid.shape[-1] * seen.valid[1] / width
 
     def _check_classes(self, labels: SegmentationData) -> None:
-        own, asked = list(map(str, self._info["classes"])), list(map(str, labels.classes))
-        if own == asked:
+        teacher_classes, data_classes = list(map(str, self._info["classes"])), list(map(str, labels.classes))
+        if teacher_classes == data_classes:
             return
-        lacking, more = [name for name in asked if name not in own], [name for name in own if name not in asked]
+        lacking, more = (
+            [name for name in data_classes if name not in teacher_classes],
+            [name for name in teacher_classes if name not in data_classes],
+        )
         differing = [
             *([f"it lacks {listed(lacking)}"] if lacking else []),
             *([f"it has {listed(more)}, which the data lacks"] if more else []),
         ]
         raise UserError(
             f"teacher={self._given} has other classes than the data: "
-            f"{'; '.join(differing) or f'their order is {listed(own, 20)}'}. A student learns a teacher's score of "
-            "each class: train one on data of the same classes in the same order."
+            f"{'; '.join(differing) or f'their order is {listed(teacher_classes, 20)}'}. A student learns a teacher's "
+            "score of each class: train one on data of the same classes in the same order."
         )
 
     def _check_size(self, header: checkpoint.Checkpoint) -> None:
@@ -173,8 +176,8 @@ class Teacher:
         try:
             yield
         except UserError as error:
-            told = str(error).replace("resume=", "teacher=")
-            raise UserError(told if "teacher=" in told else f"teacher={self._given}: {told}") from None
+            message = str(error).replace("resume=", "teacher=")
+            raise UserError(message if "teacher=" in message else f"teacher={self._given}: {message}") from None
         except OSError as error:
             raise UserError(f"teacher={self._given}: {error.strerror}. Check that file.") from error
 

@@ -40,9 +40,9 @@ def warn_not_read(out_dir: Path, mode: str, reads: Collection[str] | None) -> No
         word for word in last_command_line(out_dir) if not _is_read(_key(word).partition("@")[0], (*_FOR_ALL, *reads))
     ]
     if idle:
-        said = f"No effect here: {listed(idle)}. In addition to its own keys, {mode} reads {', '.join(reads)}."
+        message = f"No effect here: {listed(idle)}. In addition to its own keys, {mode} reads {', '.join(reads)}."
         # printed, not logged: a line in the log would preserve the folder of a run that fails at once
-        print(printable(f"warning: {said}"), file=sys.stderr)
+        print(printable(f"warning: {message}"), file=sys.stderr)
 
 
 def _key(word: str) -> str:

@@ -17,7 +17,7 @@ from dinoseg.experiment import lookup
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.folder import drop_parts, is_locked, lock, release
 from dinoseg.experiment.recipe import config_description, data_root, recipe_of
-from dinoseg.experiment.resume import _one_place, merge
+from dinoseg.experiment.resume import _same_path, merge
 from dinoseg.training import checkpoint, loading
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.tensor_files import write_tensors
@@ -412,4 +412,4 @@ def test_the_newest_run_comes_first_and_one_that_is_gone_not_at_all(tmp_path):
     ],
 )
 def test_one_place_may_be_written_in_several_ways(old, new, same):
-    assert _one_place(old, new) == same == _one_place(new, old)
+    assert _same_path(old, new) == same == _same_path(new, old)

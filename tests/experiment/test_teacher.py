@@ -263,7 +263,7 @@ def test_large_scores_are_bounded_and_those_that_are_no_numbers_refused(folder, 
     predictor, cells = asked._read()
     with torch.no_grad():
         predictor.model.head.classify.weight *= 1e9
-    asked._asked = predictor, cells
+    asked._loaded = predictor, cells
     scores, _ = asked(torch.arange(243).view(3, 9, 9).to(torch.uint8))
     assert scores.min() == -3e4 and scores.half().isfinite().all()  # as it is kept
     with torch.no_grad():

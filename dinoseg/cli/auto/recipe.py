@@ -26,7 +26,7 @@ from dinoseg.core.shapes import SegmentationData
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.splits import keep_evenly_spaced
 from dinoseg.experiment.builder import Builder
-from dinoseg.experiment.composed import composed_with, own_folders, searching, typed_keys
+from dinoseg.experiment.composed import composed_with, searching, typed_keys, user_folders
 from dinoseg.experiment.recipe import LENGTHS, config_description, recipe_of
 from dinoseg.experiment.step import check_trainer, training_parts
 from dinoseg.tasks.images import SAMPLING
@@ -69,7 +69,7 @@ class ChosenRecipe:
         path = folder / "hparam" / f"{NAME}.yaml"
         if not path.exists():
             write_text(path, self.text)
-        own = [searching([f"file://{Path(each).absolute()}" for each in own_folders()])] if own_folders() else []
+        own = [searching([f"file://{Path(each).absolute()}" for each in user_folders()])] if user_folders() else []
         words = [*self.words, *own, f"hparam={NAME}", "--config-dir", str(folder)]  # Hydra reads the last --config-dir
         command = shlex.join(["python", "-m", "dinoseg", *words])
         print(printable(f"\nrecipe:       {path}\n              {command}\n"))

@@ -285,9 +285,9 @@ def _fault(loader: ConfigLoader, config: DictConfig, cell: list[str]) -> str:
         composed = loader.load_sweep_config(config, cell)
         cfg = job_config(composed, composed.hydra.runtime.choices)
         if cfg.resume is None and "check" in cfg.mode:
-            from dinoseg.experiment.heads import own_runs  # imports torch, which mode=score does not need
+            from dinoseg.experiment.heads import solo_runs  # imports torch, which mode=score does not need
 
-            alone = [own.cfg for own in own_runs(cfg, cell, None).values()]
+            alone = [own.cfg for own in solo_runs(cfg, cell, None).values()]
             for job in alone or [cfg]:
                 instantiate(cfg.mode.check)(job)
     except UserError as error:

@@ -121,7 +121,7 @@ def test_only_what_is_trained_anew_is_looked_at(monkeypatch, keys, error, reason
         raise error
 
     composed = OmegaConf.create({**keys, "hydra": {"runtime": {"choices": {}}}})
-    monkeypatch.setattr("dinoseg.experiment.heads.own_runs", fail)
+    monkeypatch.setattr("dinoseg.experiment.heads.solo_runs", fail)
     assert sweep_table._fault(SimpleNamespace(load_sweep_config=lambda *_: composed), composed, []) == reason
 
 
@@ -133,7 +133,7 @@ def test_a_cell_is_looked_at_with_its_own_choices(monkeypatch):
         OmegaConf.create({"mode": {"check": {}}, "resume": None, "hydra": {"runtime": {"choices": {"head": head}}}})
         for head in ("linear", "mlp")
     )
-    monkeypatch.setattr("dinoseg.experiment.heads.own_runs", tell)
+    monkeypatch.setattr("dinoseg.experiment.heads.solo_runs", tell)
     assert sweep_table._fault(SimpleNamespace(load_sweep_config=lambda *_: cell), sweep, ["head=mlp"]) == "mlp"
 
 
