@@ -88,7 +88,15 @@ def told(loss: str, classes: int, best: dict[str, tuple[float, ...]]) -> list[Ro
 def row(way: str, classes: int, best: dict[str, tuple[float, ...]]) -> list[object]:
     seconds, memory, value = best[way]
     ratios = [seconds / best[other][0] if other in best else None for other in REFERENCES]
-    return [classes, way, seconds, memory, *ratios, memory / best["usual"][1] if best.get("usual", (0, 0))[1] else None, value]
+    return [
+        classes,
+        way,
+        seconds,
+        memory,
+        *ratios,
+        memory / best["usual"][1] if best.get("usual", (0, 0))[1] else None,
+        value,
+    ]
 
 
 def run(way: str, classes: int) -> tuple[float, ...]:

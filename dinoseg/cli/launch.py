@@ -86,7 +86,7 @@ def launch(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> Any:
         keep_to_quota()
     if not cfg.mode.get("keeps_folder", True):
         drop_empty(out_dir)
-        _check_mode(overrides)
+        _check_mode(cfg, overrides)
         return run_mode(cfg, out_dir)
     run_folder = out_dir  # removed after an error, unless another one is entered
     try:
@@ -305,13 +305,13 @@ def _check_values(cfg: DictConfig, overrides: Sequence[str]) -> None:
             raise UserError(f"{name}={shown(value)} is of type str. Give {rule}.")
 
 
-def _check_mode(overrides: Sequence[str]) -> None:
+def _check_mode(cfg: DictConfig, overrides: Sequence[str]) -> None:
     """Refuse a command line without a mode, for which `mode=help` is the default; name the modes that read its keys.
 
     Keys that no mode lists in its `reads`, such as `hparam`, count for every mode.
     """
     keys = {override.get_key_element().partition("@")[0] for override in _parsed(overrides)}
-    if not keys or "mode" in keys:
+    if not keys or "mode" in keys or cfg.choices.mode != "help":
         return
     reads = {mode: values_in_files(_CONFIGS, mode, "mode.reads") for mode in options_of(_CONFIGS / "mode")}
     names = {mode: found[0] for mode, found in reads.items() if found}

@@ -130,9 +130,13 @@ def _without_classes(data: DictConfig, path: Path | None) -> str:
     """
     from dinoseg.data.formats.folder import find_problem, split_folders
 
-    reader: Any = data.get("reader") or {}
-    is_folder = reader.get("_target_") == "dinoseg.data.formats.folder.folder_dataset"
-    layout = instantiate(reader.layout) if is_folder else None
+    reader: Any = data.get("reader")
+    is_folder = OmegaConf.is_dict(reader) and reader.get("_target_") == "dinoseg.data.formats.folder.folder_dataset"
+    try:
+        layout: Any = instantiate(reader.layout) if is_folder else None
+        partition: Any = instantiate(reader.partition) if is_folder else None
+    except UserError as error:  # OmegaConf would wrap it
+        return str(error)
     example = "`classes: [background, leaf]`"
     if path is None:
         holds = f" FOLDER holds {listed(split_folders(layout))}." if layout else ""
@@ -140,7 +144,7 @@ def _without_classes(data: DictConfig, path: Path | None) -> str:
             "data.root and data.classes are not set. Give both, with the class names in id order: data.root=FOLDER "
             f"data.classes=[background,leaf].{holds} FOLDER/classes.yaml can list the classes instead: {example}."
         )
-    problem = find_problem(path.parent, layout, instantiate(reader.partition)) if layout else ""
+    problem = find_problem(path.parent, layout, partition) if layout else ""
     return (
         f"{problem.rstrip('.')}{'. ' if problem else ''}data.classes is not set. Give the class names in id order: "
         f"data.classes=[background,leaf]. Or write them into {path}: {example}."

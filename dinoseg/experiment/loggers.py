@@ -1,6 +1,7 @@
 """Builder of the loggers of a config, from the config group `logger`."""
 
 from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,12 @@ def _factory(key: str, node: Any) -> LoggerFactory:
         raise UserError(f"{key} gives {type(make).__name__}, which makes no loggers. {_REMEDY}")
 
     def open_logger(out_dir: Path, *, start_step: int) -> Logger:
-        return keeping(Logger, _made(key, make, out_dir, start_step=start_step), key)
+        try:
+            arguments = signature(make).bind
+        except ValueError:  # a class without a signature
+            return keeping(Logger, _made(key, make, out_dir, start_step=start_step), key)
+        _made(key, arguments, out_dir, start_step=start_step)
+        return keeping(Logger, make(out_dir, start_step=start_step), key)
 
     return open_logger
 

@@ -36,7 +36,7 @@ def merge(
         UserError: the checkpoint's config is not to be trusted, or the command line names another model.
     """
     saved, keys = saved_config(info), [override.key_or_group for override in overrides]
-    guard(saved, f"resume={path}", plain(cfg), trust=_trusted(plain(cfg)["trust"]), typed=keys)
+    guard(saved, f"resume={path}", plain(cfg), trust=trusted(plain(cfg)["trust"]), typed=keys)
     choices = {group: option for group, option in info["choices"].items() if group in (*CHOSEN, *USES)}
     # settings of this machine and run
     facts = {**plain(cfg), "resume": str(path), "choices": {**plain(cfg.choices), **choices}}
@@ -87,7 +87,7 @@ def alone(
     """
     saved, cfg = saved_config(info), machine_config(inference or "auto")
     registry = shipped_registry() if job is None else own_registry(job)
-    trust = trust if job is None else [*trust, *_trusted(job["trust"])]
+    trust = trust if job is None else [*trust, *trusted(job["trust"])]
     guard(saved, f"resume={path}", plain(cfg), trust=trust, typed=[*changes], registry=registry)
     reused = {key: value for key, value in saved.items() if not (inference and key == USE)}
     choices = {**plain(cfg.choices), **info["choices"], **({USE: inference} if inference else {})}
@@ -102,7 +102,8 @@ def without(cfg: DictConfig) -> DictConfig:
     return OmegaConf.create({**plain(cfg), "resume": None})
 
 
-def _trusted(trust: Any) -> list[str]:
+def trusted(trust: Any) -> list[str]:
+    """Return the value of `trust`, or raise a UserError if it is not a list of names."""
     names = trust or []
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
         raise UserError(f"trust={names}: give a list of packages or hub ids, such as trust=[my_package].")

@@ -13,6 +13,7 @@ from dinoseg.config.resolvers import CLASS_FILE, settled
 from dinoseg.core.shapes import SegmentationData
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.recipe import SAVED
+from dinoseg.experiment.resume import trusted
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.forms import Misshapen, as_read_back, read_regular
 from dinoseg.utils.yaml_text import parse_yaml
@@ -77,10 +78,10 @@ def open_saved_data(build: Builder, folder: Path, *, root: str, split: str) -> S
     try:
         text, composed = config_text(path), build.config
         # a training's config refers to `classes.yaml`: the rest is checked before that file is read
-        guard(saved(_CLASS_FILE_VALUE.sub("''", text)), str(path), composed, trust=composed["trust"])
+        guard(saved(_CLASS_FILE_VALUE.sub("''", text)), str(path), composed, trust=trusted(composed["trust"]))
         config = saved(text)
         config["data"] = settled(OmegaConf.create(config).data)
-        guard(config, str(path), composed, trust=composed["trust"])
+        guard(config, str(path), composed, trust=trusted(composed["trust"]))
         return Builder.of({**composed, **config}).dataset(split)
     except BROKEN as error:
         raise UserError(f"{path} does not define the dataset ({error}).") from None

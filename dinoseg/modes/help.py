@@ -7,6 +7,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from dinoseg.config.options import config_folders, options_of
 
 CONFIGS = Path(str(files("dinoseg"))) / "cfg"
@@ -86,7 +88,8 @@ def help_for(arguments: Sequence[str]) -> str:
     modes = [word.removeprefix("mode=") for word in arguments if word.startswith("mode=") and word != "mode=help"]
     if modes and any(modes[-1] in options_of(folder / "mode") for folder in folders):
         return of_mode(modes[-1], folders)
-    groups = {path.name for folder in folders for path in folder.iterdir() if path.is_dir()} - {"mode", "local"}
+    places = [folder for folder in folders if folder.is_dir()]
+    groups = {path.name for folder in places for path in folder.iterdir() if path.is_dir()} - {"mode", "local"}
     chosen = [word.partition("=")[::2] for word in arguments]
     texts = [text for group, option in chosen if group in groups and (text := of_option(group, option, folders))]
     return "\n\n".join((*texts, _FURTHER)) if texts else overview(folders[1:])
@@ -157,11 +160,11 @@ def _file_of(group: str, option: str, folders: Sequence[Path]) -> Path:
 
 
 def _text_of(group: str, option: str, folders: Sequence[Path]) -> str:
-    """Return the text of an option's config file, preceded by the files of its defaults list."""
+    """Return the text of an option's config file, preceded by the files of its group in its defaults list."""
     text = _file_of(group, option, folders).read_text("utf-8")
-    defaults = re.search(r"^defaults: \[([^{\]]*)", text, re.MULTILINE)
-    below = re.findall(r"\w+", defaults[1]) if defaults else []
-    return "".join(_text_of(group, name, folders) for name in below if name != "_self_") + text
+    entries = (yaml.safe_load(text) or {}).get("defaults", ())
+    below = [entry.removeprefix(f"/{group}/") for entry in entries if isinstance(entry, str) and entry != "_self_"]
+    return "".join(_text_of(group, name, folders) for name in below) + text
 
 
 def _own_keys(text: str) -> list[str]:

@@ -139,8 +139,9 @@ class TrainingRun:
         """Return the run's log, which the caller must close."""
         pending = self.start is not None and self.start.info["progress"].get("validation_pending", False)
         first, visible = self.first_step, self.engine.is_main
+        settings = settings_of(self.build)
         log = RunLog(self.out_dir, self._loggers, start_step=first, validation_pending=pending, visible=visible)
-        log.config(settings_of(self.build))
+        log.config(settings)
         return log
 
     def finish(

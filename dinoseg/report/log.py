@@ -97,7 +97,7 @@ class RunLog:
 
     def scores(self, values: Mapping[str, Any]) -> None:
         """Pass the scores of the best checkpoint to the loggers."""
-        self._pass_on(lambda each: each.scores(values))
+        self._pass_on(lambda each: each.scores({**values}))
 
     @property
     def views(self) -> list[str]:

@@ -294,7 +294,8 @@ def validation_line(head: HeadTraining, scores: Mapping[str, Any], experiment: E
     name, progress = experiment.settings.score, head.progress
     assert progress.best is not None  # set by the first validation
     step = f"{head.prefix}step {experiment.checkpoints.progress.step} of {experiment.settings.steps}"
-    loss = "" if name == "loss" or "loss" not in scores else f", val/loss {scores['loss']:.4f}"
+    value = None if name == "loss" else scores.get("loss")
+    loss = "" if value is None else f", val/loss {value:.4f}"
     best = f"best {text(progress.best)} at step {progress.best_step}"
     return f"{step}: val/{name} {text(scores[name])} ({best}){loss}, in {seconds:.1f} s"
 

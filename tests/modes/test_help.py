@@ -136,3 +136,15 @@ def test_the_mode_prints_it(capsys):
 @pytest.mark.parametrize("options", [[], ["one"], ["a" * 60, "b" * 60, "c" * 60]])
 def test_wrapping_keeps_every_option(options):
     assert mode._wrapped([options, options]).split() == 2 * options
+
+
+def test_each_shipped_option_has_help():
+    groups = [path for path in Path(CONFIGS).iterdir() if path.is_dir() and path.name not in ("hydra", "local", "mode")]
+    options = [f"{group.name}={option}" for group in groups for option in mode.options_of(group)]
+    assert len(options) > 150
+    for option in options:
+        assert "Keys of" in mode.help_for([option, "--help"]), option
+
+
+def test_a_missing_folder_of_configs_has_help(tmp_path):
+    assert "Groups and their options" in mode.help_for(["--config-dir", str(tmp_path / "missing"), "--help"])

@@ -113,7 +113,9 @@ def test_a_step_is_over_the_same_images_in_parts_that_fit(train, most, late, cap
     for key in ("train/loss", "train/gradient_norm", "train/miou", "train/accuracy"):
         assert parted.rows[0][key] == pytest.approx(whole.rows[0][key], rel=1e-5), key
     assert (
-        "a batch of 5 samples" in caplog.text and "into 2 micro-batches" in caplog.text and "\n" not in caplog.messages[0]
+        "a batch of 5 samples" in caplog.text
+        and "into 2 micro-batches" in caplog.text
+        and "\n" not in caplog.messages[0]
     )
 
 

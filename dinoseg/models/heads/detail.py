@@ -26,8 +26,8 @@ class DetailHead(Head[Tensor]):
     et al., arXiv 2003.13328). ViTMatte (Yao et al., arXiv 2305.15272) and Dino U-Net (arXiv 2508.20909) also combine
     a transformer with a convolutional branch.
 
-    With `direct`, the scores of a linear layer on the tokens are added: it separates the classes within a few steps,
-    and the convolutions learn the residual.
+    With `linear_skip`, the scores of a linear layer on the tokens are added: it separates the classes within a few
+    steps, and the convolutions learn the residual.
 
     Args:
         in_dim: the width of a transformer's maps, or the list of a pyramid's widths.

@@ -8,7 +8,7 @@ from dinoseg.utils.ranges import Count, Natural, Positive, Range
 
 MATCHES = ("auto", "overlap", "soft_iou", "similarity", "appearance")
 HOLDS = ("background", "both", "none")
-_OF_LOOKS = ("appearance", "looks")  # fields that matter only with match=appearance
+_OF_APPEARANCE = ("appearance", "passes")  # fields that matter only with match=appearance
 
 
 @dataclass(frozen=True)
@@ -79,4 +79,6 @@ class SlotTracking:
     def effective(self) -> dict[str, Any]:
         """Return the settings that affect masks; those of appearance only with match=appearance."""
         values = asdict(self)
-        return values if self.match == "appearance" else {key: values[key] for key in values if key not in _OF_LOOKS}
+        return (
+            values if self.match == "appearance" else {key: values[key] for key in values if key not in _OF_APPEARANCE}
+        )

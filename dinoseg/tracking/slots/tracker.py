@@ -111,7 +111,7 @@ class SlotTracker(Tracker):
 
         Raises:
             UserError: an ID is invalid; labels are given for a video whose first frame had none, or are missing
-                although `lock_on` needs them; there are more objects than slots; or `looks` is 2 and `look_ahead` was
+                although `lock_on` needs them; there are more objects than slots; or `passes` is 2 and `look_ahead` was
                 not called.
         """
         if self._slot_settings.passes == 2 and self._followed is None and self._known is None:
@@ -131,7 +131,7 @@ class SlotTracker(Tracker):
 
     @torch.inference_mode()
     def look_ahead(self, video: Callable[[], Iterable[LabelledFrames]]) -> None:
-        """Collect the slots' appearance over the whole video if `looks` is 2; otherwise only reset the tracker.
+        """Collect the slots' appearance over the whole video if `passes` is 2; otherwise only reset the tracker.
 
         Raises:
             UserError: see `track`.
