@@ -55,7 +55,7 @@ def _command(arguments: list[str]) -> None:
     from yaml import YAMLError
 
     from dinoseg.cli.extras import check_intervals, hush_schemas, missing_extra
-    from dinoseg.cli.own_keys import with_own_keys
+    from dinoseg.cli.own_keys import with_checkpoint_keys
     from dinoseg.cli.recipes import with_recipe_files
     from dinoseg.cli.typos import check_patterns, explain, explain_value
     from dinoseg.cli.words import as_text, flags_last
@@ -73,7 +73,7 @@ def _command(arguments: list[str]) -> None:
         words = with_recipe_files(as_text(flags_last(arguments), Path(CONFIGS)), folders)
         check_patterns(words, folders)
         check_intervals(words)
-        sys.argv[1:] = with_own_keys(words)
+        sys.argv[1:] = with_checkpoint_keys(words)
         with telling_file_errors(Path.cwd()):  # errors of the run folder, which Hydra creates
             hydra.main(version_base="1.3", config_path=CONFIGS, config_name="main")(run)()
     except UserError as error:

@@ -15,7 +15,7 @@ from docs_pages import OURS, PAGES, ROOT, blocks, commands, kind_of
 from docs_stand_ins import CPU, SHORT, SMALL, VIT, StandIns
 from meta_files import RELEASED
 
-from dinoseg.cli.own_keys import with_own_keys
+from dinoseg.cli.own_keys import with_checkpoint_keys
 from dinoseg.config.nodes import instantiate
 from dinoseg.modes import bench as benching
 
@@ -161,7 +161,7 @@ def test_command(command, stand_ins, tmp_path, monkeypatch):
 def test_a_training_like_another_is_put_together(command, compose, stand_ins):
     words = with_stand_ins(shlex.split(command.removeprefix(OURS)), stand_ins)
     values = [re.sub(r"=([^\[,]*),.*", r"=\1", word) for word in words if word != "-m"]
-    cfg = compose(*with_own_keys([*values, *small_model(values), *CPU]))
+    cfg = compose(*with_checkpoint_keys([*values, *small_model(values), *CPU]))
     instantiate(cfg.mode.check)(cfg)
 
 

@@ -52,17 +52,17 @@ def other_colours(comparison: ProbeComparison) -> str | None:
     """Solve the linear probe with the normalisations of other published weights; return a message if one is better."""
     run, plain, current = comparison.run, comparison.plain, comparison.probe["miou"] or 0.0
     backbone = plain.backbone
-    own = backbone.mean.flatten().tolist(), backbone.std.flatten().tolist()
+    statistics = backbone.mean.flatten().tolist(), backbone.std.flatten().tolist()
     found = {}
     try:
         for name, (mean, std) in COLOURS.items():
-            if max(abs(a - b) for a, b in zip((*mean, *std), (*own[0], *own[1]), strict=True)) > BELOW:
+            if max(abs(a - b) for a, b in zip((*mean, *std), (*statistics[0], *statistics[1]), strict=True)) > BELOW:
                 register_colours(backbone, mean, std)
                 backbone.to(run.engine.device)
                 scores = score_linear_probe(run, plain, comparison.train, comparison.val)
                 found[name] = scores["miou"] or 0.0
     finally:
-        register_colours(backbone, *own)
+        register_colours(backbone, *statistics)
         backbone.to(run.engine.device)
     best = max(found, key=lambda name: found[name])
     if found[best] <= current + 2 * BELOW:
@@ -78,17 +78,17 @@ def other_colours(comparison: ProbeComparison) -> str | None:
 def far_crop(comparison: ProbeComparison) -> str | None:
     """Score the model in sliding windows of its training crop; return a message if that is better."""
     run, val = comparison.run, comparison.val
-    masks = (val[place]["mask"] for place in range(len(val)))
+    masks = (val[index]["mask"] for index in range(len(val)))
     sizes = [run.model.seen_size((mask.shape[0], mask.shape[1])) for mask in masks]
     if all(max(a / (run.model.scale * b) for a, b in zip(size, run.crop, strict=True)) < _FAR for size in sizes):
         return None
     scores = evaluate(run.model, val, run.engine, policy=Windows(run.crop))
-    own = comparison.scores["miou"] or 0.0
-    if (scores["miou"] or 0.0) <= own + BELOW:
+    baseline = comparison.scores["miou"] or 0.0
+    if (scores["miou"] or 0.0) <= baseline + BELOW:
         return None
     return (
         f"The model scores mIoU {scores['miou']:.4f} in windows of resolution.crop={typed(list(run.crop))} and "
-        f"{own:.4f} without: the validation images are too far from the training size. Set inference=windows, "
+        f"{baseline:.4f} without: the validation images are too far from the training size. Set inference=windows, "
         "resolution.longest, or a resolution.crop as large as the images"
     )
 
@@ -180,10 +180,10 @@ def _train(run: TrainedRun, loss: Loss, batches: Sequence[Any], factor: float) -
 @contextmanager
 def _restored(model: Segmenter) -> Iterator[None]:
     """Restore the trained weights and the mode of a model after the block."""
-    kept: dict[str, Tensor] = {name: value.detach().clone() for name, value in tensors_of(model, trained_names(model))}
+    saved: dict[str, Tensor] = {name: value.detach().clone() for name, value in tensors_of(model, trained_names(model))}
     training = model.training
     try:
         yield
     finally:
-        model.load_state_dict(kept, strict=False)
+        model.load_state_dict(saved, strict=False)
         model.train(training)

@@ -76,7 +76,7 @@ def facts_of(train: SegmentationData, val: SegmentationData, cache_dir: str | Pa
     counts = class_counts(train, cache_dir)
     files = train.source if isinstance(train, PairDataset) else train  # packed masks may be reduced
     places = evenly_spaced(len(train), _LOOKED_AT)
-    masks = [files[place]["mask"].numpy() for place in places]
+    masks = [files[index]["mask"].numpy() for index in places]
     names = [str(name) for name in train.classes]
     measured = masks[:: min(max(1, len(masks) // _LEAST), math.ceil(sum(mask.size for mask in masks) / _PIXELS))]
     parts = np.concatenate([list(parts_of(mask, len(names))) or np.empty((0, 3)) for mask in measured])

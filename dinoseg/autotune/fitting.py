@@ -75,10 +75,10 @@ class FitSearch:
     def found(self) -> Fit | None:
         """Return the recipe with the smallest change that fits; None if none does."""
         for smaller in self._adapters():
-            fits = [fit for again in self._recomputing() if (fit := self._largest((*smaller, *again)))]
-            if fits:
+            candidates = [fit for again in self._recomputing() if (fit := self._largest((*smaller, *again)))]
+            if candidates:
                 # if the micro-batch size affects the result, large micro-batches are worth the time
-                return max(fits, key=lambda fit: fit.parts.batch_size) if self._bound else fits[0]
+                return max(candidates, key=lambda fit: fit.parts.batch_size) if self._bound else candidates[0]
         return None
 
     @property
@@ -129,8 +129,8 @@ class FitSearch:
         try:
             if self._fit((*changes, *self._micro_batches(sizes[-1]))).need > self.target.memory:
                 return None
-            fits = (self._fit((*changes, *self._micro_batches(size))) for size in sizes)
-            return next(fit for fit in fits if fit.need <= self.target.memory)
+            candidates = (self._fit((*changes, *self._micro_batches(size))) for size in sizes)
+            return next(fit for fit in candidates if fit.need <= self.target.memory)
         except UserError:
             if not changes:
                 raise

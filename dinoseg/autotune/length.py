@@ -48,27 +48,29 @@ def length_within(
     val_images = None if most >= facts.val_images else most
     validation = (val_images or facts.val_images) * timed.val
     validations = max(1, min(MOST_VALIDATIONS, int(VALIDATING * seconds / max(validation, 1e-9))))
-    beside = timed.start + _SCORED * validation
-    spent = beside + validations * validation
+    overhead = timed.start + _SCORED * validation
+    spent = overhead + validations * validation
     # the trainer knows the duration of a validation only after the first one
-    limit = max(1.0, (seconds - beside) / (1 + PROBING) - (validation if validations == 1 else 0))
+    limit = max(1.0, (seconds - overhead) / (1 + PROBING) - (validation if validations == 1 else 0))
     left = (SURE * seconds - spent) / (1 + PROBING)
     live = Length(max(0, int(left / timed.image)), None, val_images, validations, spent, limit)
-    kept = [each for count in views if count is not None and (each := _kept(left, timed, facts, count, live))]
+    lengths = [
+        each for count in views if count is not None and (each := _cached_length(left, timed, facts, count, live))
+    ]
     if None not in views:
-        return kept[0] if kept else live
-    paying = [each for each in kept if each.images >= LEAST_GAIN * live.images and _is_used(each, facts)]
+        return lengths[0] if lengths else live
+    paying = [each for each in lengths if each.images >= LEAST_GAIN * live.images and _is_used(each, facts)]
     return paying[0] if paying else live
 
 
-def _kept(left: float, timed: RecipeTimes, facts: DatasetFacts, views: int, live: Length) -> Length | None:
+def _cached_length(left: float, timed: RecipeTimes, facts: DatasetFacts, views: int, live: Length) -> Length | None:
     """Return the length with features cached at first use, of `views` views; None if the model cannot be cut."""
-    if timed.kept is None:
+    if timed.cached is None:
         return None
     distinct = views * facts.images
-    images = left / (timed.kept + timed.frozen)
+    images = left / (timed.cached + timed.frozen)
     if images > distinct:
-        images = (left - distinct * timed.frozen) / timed.kept
+        images = (left - distinct * timed.frozen) / timed.cached
     return replace(live, images=max(0, int(images)), views=views)
 
 

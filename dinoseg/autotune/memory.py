@@ -52,7 +52,7 @@ class Memory:
         changes = [change for change in found.changes if self.given.isdisjoint(change.words)]
         return [RecipeChoice(change.words, f"to fit {free / 2**30:.1f} GiB: {change.reason}") for change in changes]
 
-    def fits(self, recipe: Recipe) -> bool:
+    def suffices(self, recipe: Recipe) -> bool:
         """Return whether a step fits without changes; True if the need is unknown."""
         if self._is_ample(recipe({})):
             return True

@@ -194,7 +194,7 @@ def _affordable(
         seconds: time limit for everything.
     """
     began = time.perf_counter()
-    train, val = ([(data, place) for place in evenly_spaced(len(data), _TIMED)] for data in splits)
+    train, val = ([(data, index) for index in evenly_spaced(len(data), _TIMED)] for data in splits)
     for way in (run, plain):
         _score(way, val[0], engine)  # the first call takes longer
     of_run, of_plain = list[float](), list[float]()
@@ -218,9 +218,9 @@ class _ScoredModel(NamedTuple):
 def _score(way: _ScoredModel, image: tuple[SegmentationData, int], engine: Engine) -> float:
     """Return the seconds to read and score an image; ranks are not synchronised, since only rank 0 calls this."""
     began = time.perf_counter()
-    data, place = image
+    data, index = image
     scored = ScoredModel(way.model, data, engine, policy=way.policy)
     with torch.no_grad(), scored.in_eval_mode():
-        scored.add(Batch.stack([data[place]]).to(engine.device))
+        scored.add(Batch.stack([data[index]]).to(engine.device))
     synchronize(engine.device)
     return time.perf_counter() - began

@@ -186,10 +186,12 @@ def loss(case: RecipeCase) -> RecipeChoice | None:
             f"they get a class weight of {THIN_WEIGHT:g}, and dice is doubled",
         )
     rare = case.facts.rarer(RARE)
-    told = f"{_named(rare)} {'has' if len(rare) == 1 else 'have'} less than {RARE:.0%} of the pixels; " if rare else ""
+    prefix = (
+        f"{_named(rare)} {'has' if len(rare) == 1 else 'have'} less than {RARE:.0%} of the pixels; " if rare else ""
+    )
     return RecipeChoice(
         {"loss": "ce_dice", "loss.weights": "none"},
-        f"{told}dice weighs all classes equally; class weights by rarity lower the scores of the other classes",
+        f"{prefix}dice weighs all classes equally; class weights by rarity lower the scores of the other classes",
     )
 
 

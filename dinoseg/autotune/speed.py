@@ -144,7 +144,7 @@ def random_image(parts: TrainingParts) -> np.ndarray:
 
 def first_images(data: SegmentationData) -> list[np.ndarray]:
     """Return the first images (H, W, 3) uint8 of a dataset that have the size of its first one."""
-    read = [np.asarray(data[place]["image"]) for place in range(min(_FEW, len(data)))]
+    read = [np.asarray(data[index]["image"]) for index in range(min(_FEW, len(data)))]
     same = [image for image in read if image.shape == read[0].shape]
     return [np.ascontiguousarray(image.transpose(1, 2, 0)) for image in same]
 
@@ -179,7 +179,7 @@ def step_flops(parts: TrainingParts, samples: int, *, bf16: bool) -> int:
     model, _ = outline(parts)
     with walking(), FlopCounterMode(display=False) as counter:
         ends = ends_of(predict(model.to_empty(device="cpu"), parts, samples, bf16))
-        DummyLoss.apply(*(ends[place] for place in learns)).backward()
+        DummyLoss.apply(*(ends[index] for index in learns)).backward()
     return counter.get_total_flops()
 
 

@@ -105,7 +105,7 @@ def step_bytes(
             before = peak.now
             ends = ends_of(predict(model, parts, samples, bf16))
             activations, most = peak.now - before, max(most, peak.now + loss.of(samples))
-            DummyLoss.apply(*(ends[place] for place in loss.learns)).backward()
+            DummyLoss.apply(*(ends[index] for index in loss.learns)).backward()
             del ends
         gradients = sum(parameter.grad.nbytes for parameter in model.parameters() if parameter.grad is not None)
     ranks = gradients if world > 1 else 0
@@ -185,8 +185,10 @@ def _optimizer_bytes(optimizer: Optimizer) -> int:
         few.grad = torch.zeros_like(few)
         optimizer.param_groups = [{**optimizer.param_groups[0], "params": [few]}]
         optimizer.step()
-        kept = sum(value.nbytes for value in optimizer.state[few].values() if isinstance(value, Tensor) and value.ndim)
-    return trained * kept // side**2
+        state_bytes = sum(
+            value.nbytes for value in optimizer.state[few].values() if isinstance(value, Tensor) and value.ndim
+        )
+    return trained * state_bytes // side**2
 
 
 def _real_loss(parts: TrainingParts, samples: int, bf16: bool, draws: _Draws) -> tuple[int, list[int]]:
@@ -217,7 +219,7 @@ def _real_loss(parts: TrainingParts, samples: int, bf16: bool, draws: _Draws) ->
             made = dataclasses.replace(prediction, outputs=outputs, grid=grid, masks=masks)
             with draws:
                 loss(made, batch)[0].backward()
-            return peak.most - before, [place for place, end in enumerate(ends_of(made)) if end.grad is not None]
+            return peak.most - before, [index for index, end in enumerate(ends_of(made)) if end.grad is not None]
     finally:
         torch.set_num_threads(threads)
 
@@ -282,5 +284,5 @@ class HeapBytes(PeakBytes):
             self._library.free(address)
 
     def _size(self) -> int:
-        told = self._library.mallinfo2()
-        return told.arena + told.hblkhd
+        info = self._library.mallinfo2()
+        return info.arena + info.hblkhd

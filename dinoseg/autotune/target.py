@@ -10,7 +10,7 @@ KINDS = ("cpu", "cuda")
 _AMOUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([MGT])(i?)B", re.IGNORECASE)
 # CUDA: its context and library workspaces; gaps between allocator blocks. CPU: code that is loaded on first use; holes
 # in the heap of the C library, see benchmarks/step_memory.py
-_BESIDE = {"cuda": 2**30, "cpu": 3 * 2**27}
+_OVERHEAD = {"cuda": 2**30, "cpu": 3 * 2**27}
 _HOLES = {"cuda": 1.08, "cpu": 1.75}
 _HEAP = 1.2  # times the heap of tensors alone: operations allocate memory between them
 
@@ -50,11 +50,11 @@ class Target:
     seen: float = 1.0
 
     @property
-    def beside(self) -> int:
+    def overhead(self) -> int:
         """Bytes needed in addition to tensors and the gaps between them."""
-        return _BESIDE[self.kind]
+        return _OVERHEAD[self.kind]
 
     def need(self, step: StepBytes) -> int:
         """Return the bytes that a training with such steps takes, gaps and libraries included."""
         taken = max(step.peak * _HOLES[self.kind], step.heap * _HEAP)
-        return round(taken * self.seen) + self.beside
+        return round(taken * self.seen) + self.overhead

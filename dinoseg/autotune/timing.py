@@ -35,7 +35,7 @@ class RecipeTimes:
     Attributes:
         start: until the first batch is ready.
         image: per image of a training step on image files, including the time to wait for data.
-        kept: the same on cached features; None: the model cannot be cut into a frozen and a trained part.
+        cached: the same on cached features; None: the model cannot be cut into a frozen and a trained part.
         frozen: forward pass of the frozen part per image, which is computed once if cached.
         bytes: size of the cached features of one view.
         val: to validate an image, read from its file.
@@ -44,7 +44,7 @@ class RecipeTimes:
 
     start: float
     image: float
-    kept: float | None
+    cached: float | None
     frozen: float
     bytes: int
     val: float
@@ -53,16 +53,16 @@ class RecipeTimes:
     def on_smaller_images(self, scale: float) -> "RecipeTimes":
         """Return an estimate for images with sides multiplied by `scale`; times scale with the area."""
         area = scale**2
-        kept = None if self.kept is None else area * self.kept
+        cached = None if self.cached is None else area * self.cached
         return replace(
-            self, image=area * self.image, kept=kept, frozen=area * self.frozen, val=area * self.val, resting=None
+            self, image=area * self.image, cached=cached, frozen=area * self.frozen, val=area * self.val, resting=None
         )
 
 
 def estimate_times(seconds: float) -> RecipeTimes:
     """Return a cautious estimate for a recipe whose timing did not finish, or start, within `seconds`."""
     image = seconds / (_STEPS + _WARMUP + _VALIDATED)
-    return RecipeTimes(start=image, image=image, kept=None, frozen=image, bytes=0, val=image)
+    return RecipeTimes(start=image, image=image, cached=None, frozen=image, bytes=0, val=image)
 
 
 @dataclass(frozen=True)
@@ -129,16 +129,16 @@ def time_recipe(
     if has_rest:
         trial = timed(parts.model, batches=batches, lasting=lasting / 2, rests=True)
         resting = _later_median(trial.seconds) / images
-    kept, frozen, size = None, 0.0, 0
+    cached, frozen, size = None, 0.0, 0
     if cut is not None:
         features, frozen = cut
         size = size_of([part[0] for part in features.tensors], dtype)
         again = _RepeatedFeatures(FeatureBatch(features, first.mask.to(engine.device), first.names))
         trial = timed(lambda: model, batches=repeat(again), lasting=lasting / 4)
-        kept = _later_median(trial.seconds) / images
+        cached = _later_median(trial.seconds) / images
     val = _seconds_of_val(parts.loss(), feed, model, engine, until) / ranks
     image = _later_median(live.seconds) / images
-    return RecipeTimes(start, image, kept, frozen / (ranks * len(first.names)), size, val, resting)
+    return RecipeTimes(start, image, cached, frozen / (ranks * len(first.names)), size, val, resting)
 
 
 def _later_median(seconds: Sequence[float]) -> float:
@@ -177,11 +177,11 @@ def _seconds_of_val(loss: Loss, feed: ImageFeed, model: Segmenter, engine: Engin
 
         def batches() -> Iterator[Batch]:
             nonlocal count
-            for place in some:
+            for index in some:
                 if count and time.monotonic() >= until:
                     return
                 count += 1
-                yield Batch.stack([data[place]])
+                yield Batch.stack([data[index]])
 
         evaluate(model, data, engine, policy=feed.policy, loss=loss, batches=batches())
         return (time.perf_counter() - began) / count

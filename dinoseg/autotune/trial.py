@@ -76,9 +76,9 @@ class _TimedFeed:
                 break
             self.trial.waited.append(0.0)
             for _ in range(self.accumulate):
-                asked = time.perf_counter()
+                requested_at = time.perf_counter()
                 batch = next(self.batches)
-                self.trial.waited[-1] += time.perf_counter() - asked
+                self.trial.waited[-1] += time.perf_counter() - requested_at
                 yield batch
         for noted in (self.trial.seconds, self.trial.waited):
             del noted[: min(self.warmup, len(noted) - 1)]  # a trial that is cut short keeps one step

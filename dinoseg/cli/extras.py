@@ -51,7 +51,7 @@ def missing_extra(arguments: Sequence[str], error: Exception) -> str:
     for _, word in assignments(arguments):
         group, _, option = word.partition("=")
         if package := _INSTALLED_BY.get(group, {}).get(option):
-            said = str(error).split("\n")[0]
-            place = "in your clone of dinoseg, " if package.startswith(".") else ""
-            return f"{word} needs a package that is not installed ({said}): {place}pip install '{package}'"
+            message = str(error).split("\n")[0]
+            location = "in your clone of dinoseg, " if package.startswith(".") else ""
+            return f"{word} needs a package that is not installed ({message}): {location}pip install '{package}'"
     return ""

@@ -43,7 +43,7 @@ from dinoseg.utils.wording import printable, shown
 
 _CONFIGS = Path(__file__).parents[1] / "cfg"
 _POINTER = re.compile(r"\$\{(\.{2,})(\w+)\}")  # to a key above its own table
-_OWN_NAME = re.compile(r"[a-z]+_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d")  # names of run folders by cfg/hydra/run.yaml
+_DEFAULT_NAME = re.compile(r"[a-z]+_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d")  # names of run folders by cfg/hydra/run.yaml
 
 # processes of launcher plug-ins (joblib, Slurm) import only this module, through its callback, and resolve the name of
 # the job's folder
@@ -140,9 +140,9 @@ def _enter_folder(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> t
         cfg, continued = _resumed(cfg, out_dir, overrides)
         new = _below_recipe(out_dir, typed_recipe, cfg.choices.hparam)
     cfg = _settled_length(cfg, overrides)
-    cfg, own_runs = _with_heads(cfg, overrides, continued)
+    cfg, solo_runs = _with_heads(cfg, overrides, continued)
     if cfg.mode.get("resume_from") == "last":
-        for whole in (cfg, *(own.cfg for own in own_runs.values())):
+        for whole in (cfg, *(solo.cfg for solo in solo_runs.values())):
             check_training(whole)
     # other ranks of torchrun only need the name: the first one creates the folder
     if not is_first_rank():
@@ -154,9 +154,9 @@ def _enter_folder(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> t
             drop_empty(out_dir)
         goes_on = _goes_on(cfg, new)
         run_folder = new if goes_on else claim(new)
-        if run_folder != new and not _OWN_NAME.fullmatch(new.name):  # a typed name; default names may collide
-            said = f"hydra.run.dir={new} holds another run: this one is written to {run_folder}"
-            print(printable(said), file=sys.stderr)
+        if run_folder != new and not _DEFAULT_NAME.fullmatch(new.name):  # a typed name; default names may collide
+            message = f"hydra.run.dir={new} holds another run: this one is written to {run_folder}"
+            print(printable(message), file=sys.stderr)
         if goes_on:
             lock(new, instead="choose another hydra.run.dir")
             drop_parts(new)
@@ -168,10 +168,10 @@ def _enter_folder(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> t
     write_config(cfg, run_folder, overrides)
     if recipe is not None and continued is None:
         recipe.write(run_folder / "config")
-    for name, own in own_runs.items():
+    for name, solo in solo_runs.items():
         folder = run_folder / "heads" / name
         enter_within(folder)
-        write_config(own.cfg, folder, own.words)
+        write_config(solo.cfg, folder, solo.words)
     return cfg, run_folder
 
 
@@ -203,10 +203,10 @@ def _with_heads(cfg: DictConfig, overrides: Sequence[str], run: Path | None) -> 
     from dinoseg.experiment.heads import SOLO, solo_runs
 
     runs = {
-        name: own._replace(cfg=_settled_length(own.cfg, overrides))
-        for name, own in solo_runs(cfg, overrides, run).items()
+        name: solo._replace(cfg=_settled_length(solo.cfg, overrides))
+        for name, solo in solo_runs(cfg, overrides, run).items()
     }
-    return OmegaConf.merge(cfg, {SOLO: {name: plain(own.cfg) for name, own in runs.items()}}), runs  # type: ignore[return-value]
+    return OmegaConf.merge(cfg, {SOLO: {name: plain(solo.cfg) for name, solo in runs.items()}}), runs  # type: ignore[return-value]
 
 
 def _goes_on(cfg: DictConfig, folder: Path) -> bool:
@@ -221,7 +221,7 @@ def _below_recipe(out_dir: Path, typed: str, recipe: Any) -> Path:
 
     The recipe's name comes from a file, so only a plain name is used as a folder.
     """
-    ours = out_dir.parent.name == typed and _OWN_NAME.fullmatch(out_dir.name)
+    ours = out_dir.parent.name == typed and _DEFAULT_NAME.fullmatch(out_dir.name)
     plain_name = isinstance(recipe, str) and re.fullmatch(r"\w[\w-]*", recipe)
     return out_dir.parent.with_name(recipe) / out_dir.name if ours and plain_name else out_dir
 

@@ -10,7 +10,7 @@ from dinoseg.cli.words import assignments, parsed, values_of
 from dinoseg.config.plain import has_key
 
 
-def with_own_keys(arguments: Sequence[str]) -> list[str]:
+def with_checkpoint_keys(arguments: Sequence[str]) -> list[str]:
     """Return a command line with `++` before the keys that the config of the checkpoint in `resume` has.
 
     Hydra validates keys against the groups on the command line (head=linear by default), before the checkpoint is read.
@@ -20,7 +20,7 @@ def with_own_keys(arguments: Sequence[str]) -> list[str]:
     Raises:
         UserError: `resume` names no checkpoint.
     """
-    configs = own_configs(arguments)
+    configs = checkpoint_configs(arguments)
     words = list(arguments)
     for position, override in _overrides(arguments) if configs else ():
         key = override.key_or_group
@@ -30,7 +30,7 @@ def with_own_keys(arguments: Sequence[str]) -> list[str]:
     return words
 
 
-def own_configs(arguments: Sequence[str]) -> list[Mapping[str, Any]]:
+def checkpoint_configs(arguments: Sequence[str]) -> list[Mapping[str, Any]]:
     """Return the reused config of each checkpoint in `resume` or `mode.model`, without groups that are chosen again.
 
     Raises:

@@ -97,14 +97,14 @@ def _telling_lost_ranks() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        said = next((line for line in str(error).splitlines() if line), "")
-        if "WORLD_SIZE" not in os.environ or not (_GONE.search(said) or _STUCK.search(said)):
+        message = next((line for line in str(error).splitlines() if line), "")
+        if "WORLD_SIZE" not in os.environ or not (_GONE.search(message) or _STUCK.search(message)):
             raise
-        if _GONE.search(said):
-            raise LostRank(f"Lost the connection to another rank ({said}): see its messages.") from error
+        if _GONE.search(message):
+            raise LostRank(f"Lost the connection to another rank ({message}): see its messages.") from error
         raise LostRank(
-            f"Timed out waiting for another rank ({said}). It may hang: `py-spy dump --pid` shows where. If it is only "
-            "slower, raise engine.rank_timeout. resume=auto resumes from the last checkpoint."
+            f"Timed out waiting for another rank ({message}). It may hang: `py-spy dump --pid` shows where. If it is "
+            "only slower, raise engine.rank_timeout. resume=auto resumes from the last checkpoint."
         ) from error
 
 

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from dinoseg.cli.own_keys import own_configs
+from dinoseg.cli.own_keys import checkpoint_configs
 from dinoseg.cli.recipes import recipe_files
 from dinoseg.cli.words import assignments, is_sweep, parsed, values_of
 from dinoseg.config.options import RECIPES, options_of
@@ -56,7 +56,7 @@ def explain(arguments: Sequence[str], folders: Sequence[Path], error: Exception)
             chosen += [f"{override.get_key_element()}={option}" for option in _chosen(override, groups)[:1]]
         else:
             overrides.append(override)
-    return _wrong_key(overrides, chosen, folders, own_configs(arguments)) or _hydras_own(error)
+    return _wrong_key(overrides, chosen, folders, checkpoint_configs(arguments)) or _hydra_message(error)
 
 
 def check_patterns(arguments: Sequence[str], folders: Sequence[Path]) -> None:
@@ -213,14 +213,14 @@ def _nearby(choice: str, options: Sequence[str]) -> list[str]:
 
 
 def _wrong_key(
-    overrides: Sequence[Override], chosen: Sequence[str], folders: Sequence[Path], own: Sequence[Mapping[str, Any]]
+    overrides: Sequence[Override], chosen: Sequence[str], folders: Sequence[Path], configs: Sequence[Mapping[str, Any]]
 ) -> str:
     """Return the mistake of the first key that is neither in the config with these options nor in a checkpoint's."""
     try:
         cfg = _composed(chosen, folders)
     except HydraException:
         return ""
-    for config in own:
+    for config in configs:
         cfg |= config
     keys = list(keys_of(cfg))
     for override in overrides:
@@ -284,11 +284,11 @@ def _value(word: str) -> str:
     return word.split("=", 1)[-1]
 
 
-def _hydras_own(error: Exception) -> str:
+def _hydra_message(error: Exception) -> str:
     """Return Hydra's message about its own keys, without its hints and its search path."""
-    said = str(error).partition("Config search path:")[0]
-    if merged := re.match(r"Error merging override (.*)", said):
+    text = str(error).partition("Config search path:")[0]
+    if merged := re.match(r"Error merging override (.*)", text):
         word = merged[1]
         return f"{shown(word)} leaves {word.lstrip('~+').partition('=')[0]} without a valid value. Leave it out."
-    lines = [line for line in said.splitlines() if "HYDRA_FULL_ERROR" not in line]
+    lines = [line for line in text.splitlines() if "HYDRA_FULL_ERROR" not in line]
     return re.sub(r"\n{2,}", "\n", "\n".join(lines)).strip()

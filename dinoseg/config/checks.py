@@ -72,11 +72,11 @@ def checked(target: str, node: Mapping[str, Any], keys: Mapping[str, str], where
 
 
 def _check_value(key: str, value: Any, annotation: Any) -> None:
-    if not _fits(value, annotation):
+    if not _matches(value, annotation):
         remedy = f"Give {_wanted(annotation)}."
-        if not isinstance(value, LIST) and _fits([value], annotation):
+        if not isinstance(value, LIST) and _matches([value], annotation):
             remedy += f" A list is written in brackets: {key}=[{value}]."
-        elif isinstance(value, bool) and _fits("off", annotation):
+        elif isinstance(value, bool) and _matches("off", annotation):
             remedy += ' In a YAML file, off, on, yes and no mean false and true: write such a word in quotes ("off").'
         elif _is_part(_bare(annotation)):
             remedy = f"It is a group of keys: set one of them, as {key}.KEY=VALUE."
@@ -89,22 +89,22 @@ def _check_value(key: str, value: Any, annotation: Any) -> None:
         )
 
 
-def _fits(value: Any, annotation: Any) -> bool:
+def _matches(value: Any, annotation: Any) -> bool:
     """Return whether a config value matches an annotation; annotations that are not in `PLAIN` allow everything."""
     if isinstance(value, Mapping) and "_target_" in value:
         return True
     annotation = _bare(annotation)
     kind = get_origin(annotation) or annotation
     if kind in (Union, UnionType):
-        return any(_fits(value, part) for part in get_args(annotation))
+        return any(_matches(value, part) for part in get_args(annotation))
     if isinstance(value, bool) and kind in (int, float):
         return False
     if _is_part(kind) and isinstance(value, _PLAIN_VALUES):
         return isinstance(value, kind)
     if isinstance(value, LIST) and kind is tuple and get_args(annotation)[1:] != (...,):
-        return len(value) == len(get_args(annotation)) and all(map(_fits, value, get_args(annotation)))
+        return len(value) == len(get_args(annotation)) and all(map(_matches, value, get_args(annotation)))
     parts = _parts(value, annotation)
-    return isinstance(value, PLAIN.get(kind, object)) and all(_fits(item, part) for item, part in parts)
+    return isinstance(value, PLAIN.get(kind, object)) and all(_matches(item, part) for item, part in parts)
 
 
 def _broken(value: Any, annotation: Any) -> list[str]:
@@ -115,7 +115,7 @@ def _broken(value: Any, annotation: Any) -> list[str]:
     ranges = [rule for rule in get_args(annotation) if isinstance(rule, Range)]
     annotation = _bare(annotation)
     if get_origin(annotation) in (Union, UnionType):
-        broken = [_broken(value, part) for part in get_args(annotation) if _fits(value, part)]
+        broken = [_broken(value, part) for part in get_args(annotation) if _matches(value, part)]
         return [] if [] in broken else sum(broken, [])
     if isinstance(value, int | float) and not isinstance(value, bool):
         finite = [] if abs(value) <= sys.float_info.max else ["a finite number"]  # integers may be larger

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from dinoseg.config.limits import REMEDY, check_batch, check_text, check_value
 from dinoseg.config.plain import BUILDS, Steps, at, below, dotted, nests, resolved, texts_of
-from dinoseg.config.registry import LISTED, Registry, RegistryEntry, own_registry
+from dinoseg.config.registry import LISTED, Registry, RegistryEntry, full_registry
 from dinoseg.config.resolvers import RESOLVERS
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import shown
@@ -24,7 +24,7 @@ _MOST_VALUES = 20_000  # OmegaConf takes minutes for larger configs; our largest
 _KEY = re.compile(r"-?[^\W_][\w -]*")
 _BY_CLASS = ("loss", "weights")  # its keys are class names, with any letters and signs
 _AT_COMMIT = re.compile(r"(.+)@[0-9a-f]{40}")
-_OWN_WEIGHTS = re.compile(r"random|timm|dinoseg:\w+")
+_BUILT_IN_WEIGHTS = re.compile(r"random|timm|dinoseg:\w+")
 _PATH = re.compile(r"[/~.].*|.*\\.*|.*\.(safetensors|pth|pt|bin)")
 
 
@@ -53,7 +53,7 @@ def guard(
         UserError: naming the place, its content, and what would be allowed.
     """
     composed = composed or {}
-    registry = own_registry(composed) if registry is None else registry
+    registry = full_registry(composed) if registry is None else registry
     for count, (steps, node) in enumerate(below(config, ())):
         if count > _MOST_VALUES:
             raise UserError(f"{where}: its config holds more than {_MOST_VALUES} values. {REMEDY}.")
@@ -183,18 +183,18 @@ def _check_weights(config: Mapping[str, Any], registry: Registry, trust: Collect
         return
     if isinstance(weights, str):
         at_commit = _AT_COMMIT.fullmatch(weights)
-        place = at_commit[1] if at_commit else weights
-        if place in known or place in trust or weights in trust or _OWN_WEIGHTS.fullmatch(weights):
+        source = at_commit[1] if at_commit else weights
+        if source in known or source in trust or weights in trust or _BUILT_IN_WEIGHTS.fullmatch(weights):
             return
     if not isinstance(weights, str) or "${" in weights or not _exists(weights):
-        said = (
+        message = (
             f"{where}: its config sets backbone.weights={shown(weights)}, which is neither a file nor a folder on "
             "this machine"
         )
         if isinstance(weights, str) and _PATH.fullmatch(weights):
-            raise UserError(f"{said}. Set its current path: backbone.weights=PATH.")
+            raise UserError(f"{message}. Set its current path: backbone.weights=PATH.")
         raise UserError(
-            f"{said}, and no config file on this machine names it, so nothing is downloaded. Set "
+            f"{message}, and no config file on this machine names it, so nothing is downloaded. Set "
             f"backbone.weights=PATH, or allow this source: trust=[{shown(weights)}]."
         )
 

@@ -51,10 +51,10 @@ def instantiate(node: Any, *, without: Sequence[str] = (), instead: Mapping[str,
         return hydra_instantiate(values, _convert_="all")
     except InstantiationException as error:
         if str(error).startswith("Error locating target") and isinstance(error.__cause__, ImportError):
-            said = " ".join(str(error.__cause__).split())
+            message = " ".join(str(error.__cause__).split())
             raise UserError(
-                f"{where or 'A config node'}: its `_target_` cannot be imported ({said}). Correct it in the YAML file, "
-                "install the missing module, or add the folder of your own package to PYTHONPATH."
+                f"{where or 'A config node'}: its `_target_` cannot be imported ({message}). Correct it in the YAML "
+                "file, install the missing module, or add the folder of your own package to PYTHONPATH."
             ) from error
         raise (error.__cause__ or error) from None  # the target's own error, without hydra's wrapper
 

@@ -47,7 +47,7 @@ def shipped_registry() -> Registry:
     return read_registry((_SHIPPED,))
 
 
-def own_registry(config: Mapping[str, Any]) -> Registry:
+def full_registry(config: Mapping[str, Any]) -> Registry:
     """Return the registry of all config files, shipped ones and the user's, and of the composed config.
 
     The user's config files are those in hydra's search path, if hydra runs.
@@ -135,7 +135,7 @@ class _Config:
     usual: str
     parent: str = ""
 
-    def place(self, header: str | None) -> str:
+    def location(self, header: str | None) -> str:
         """Return the dotted place where hydra puts the config; a header counts from the root."""
         if self.package is None and header not in (None, "_group_"):
             return str(header).removeprefix("_global_").lstrip(".")
@@ -158,7 +158,7 @@ def _collect(folders: Sequence[Path], config: _Config, registry: dict[Keys, Regi
             continue  # hydra reports it where it is used
         if isinstance(content, dict):
             header = _PACKAGE.search(text)
-            where = config.place(header[1] if header else None)
+            where = config.location(header[1] if header else None)
             bases = _bases(content.pop("defaults", None), config.name.rpartition("/")[0], where)
             _add(content, tuple(where.split(".")) if where else (), registry)
             for base in bases:

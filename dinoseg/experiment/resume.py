@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from dinoseg.config.guard import guard
 from dinoseg.config.job import machine_config, squared
 from dinoseg.config.plain import has_key, keys_of, plain
-from dinoseg.config.registry import own_registry, shipped_registry
+from dinoseg.config.registry import full_registry, shipped_registry
 from dinoseg.experiment.recipe import INITIAL, SAVED, USE, USES, absolute, data_root, saved_config
 from dinoseg.training.description import CHOSEN
 from dinoseg.utils.errors import UserError
@@ -86,7 +86,7 @@ def alone(
         UserError: the checkpoint's config is not to be trusted.
     """
     saved, cfg = saved_config(info), machine_config(inference or "auto")
-    registry = shipped_registry() if job is None else own_registry(job)
+    registry = shipped_registry() if job is None else full_registry(job)
     trust = trust if job is None else [*trust, *trusted(job["trust"])]
     guard(saved, f"resume={path}", plain(cfg), trust=trust, typed=[*changes], registry=registry)
     reused = {key: value for key, value in saved.items() if not (inference and key == USE)}

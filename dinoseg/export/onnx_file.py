@@ -140,12 +140,12 @@ def _axes(graph: onnx.GraphProto) -> dict[str, int]:
     """Map the names of weights to the axis of their output channels."""
     axes = {}
     for node in graph.node:
-        place, axis = _WEIGHTS.get(node.op_type, (0, -1))
-        if axis == -1 or len(node.input) <= place:
+        index, axis = _WEIGHTS.get(node.op_type, (0, -1))
+        if axis == -1 or len(node.input) <= index:
             continue
         if axis is None:
             axis = 0 if any(entry.name == "transB" and entry.i for entry in node.attribute) else 1
-        axes[node.input[place]] = axis
+        axes[node.input[index]] = axis
     return axes
 
 

@@ -133,9 +133,10 @@ class Exported:
         except (OSError, ValueError) as error:
             with suppress(OSError):  # closing flushes unsent bytes: let that fail here, not when Popen closes the pipe
                 into.close()
-            late = f"no answer within {limit:.0f} s; PyTorch took {usual:.1f} s" if timer.finished.is_set() else ""
+            timeout = f"no answer within {limit:.0f} s; PyTorch took {usual:.1f} s" if timer.finished.is_set() else ""
             raise UserError(
-                f"{self._path.name} returns no result for {picture.name}: {(late or self._last_words()).rstrip('. ')}. "
+                f"{self._path.name} returns no result for {picture.name}: "
+                f"{(timeout or self._last_words()).rstrip('. ')}. "
                 "Choose another export.opset or precision, or smaller images in export.images."
             ) from error
         finally:

@@ -15,7 +15,7 @@ from dinoseg.utils.errors import UserError
 
 SUFFIX = ".engine"
 _LEAST, _MOST, _BATCH = 16, 64, 8  # patch rows and columns that a dynamic engine always supports; largest batch
-_KEPT = "The ONNX file is verified and saved. See the output of TensorRT above; another export.opset may help."
+_ONNX_SAVED = "The ONNX file is verified and saved. See the output of TensorRT above; another export.opset may help."
 Shape = tuple[int, int, int, int]  # (B, 3, H, W)
 
 
@@ -46,14 +46,15 @@ def build_engine(path: Path, record: GraphRecord, sizes: Sequence[Size]) -> Path
         UserError: if TensorRT is missing or fails; the message quotes its reason.
     """
     check_tensorrt()
-    place = path.with_suffix(SUFFIX)
-    with whole_file(place) as part:
+    engine_path = path.with_suffix(SUFFIX)
+    with whole_file(engine_path) as part:
         build = _by_command if shutil.which("trtexec") is not None else _by_package
         build(path, part, shapes(record, sizes))
     print(
-        f"written to {place}: {place.stat().st_size / 1e6:.2f} MB, for this GPU and TensorRT version only; not verified"
+        f"written to {engine_path}: {engine_path.stat().st_size / 1e6:.2f} MB, for this GPU and TensorRT "
+        "version only; not verified"
     )
-    return place
+    return engine_path
 
 
 def shapes(record: GraphRecord, sizes: Sequence[Size]) -> list[Shape]:
@@ -72,8 +73,8 @@ def _by_command(path: Path, part: Path, profile: Sequence[Shape]) -> None:
         words += [f"--{name}=image:{'x'.join(map(str, size))}" for name, size in named]
     done = subprocess.run(words, capture_output=True, text=True, errors="replace", check=False)
     if done.returncode or not part.is_file() or not part.stat().st_size:
-        said = (done.stderr or done.stdout).strip().splitlines() or ["nothing"]
-        raise UserError(f"trtexec could not build an engine from {path} ({said[-1][:300]}). {_KEPT}")
+        lines = (done.stderr or done.stdout).strip().splitlines() or ["nothing"]
+        raise UserError(f"trtexec could not build an engine from {path} ({lines[-1][:300]}). {_ONNX_SAVED}")
 
 
 def _by_package(path: Path, part: Path, profile: Sequence[Shape]) -> None:
@@ -82,7 +83,7 @@ def _by_package(path: Path, part: Path, profile: Sequence[Shape]) -> None:
     except (UserError, OSError):
         raise
     except Exception as error:  # raises many types, as without a GPU or with a mismatched driver
-        raise UserError(f"TensorRT could not build an engine from {path} ({error}). {_KEPT}") from error
+        raise UserError(f"TensorRT could not build an engine from {path} ({error}). {_ONNX_SAVED}") from error
 
 
 def _engine(tensorrt: Any, path: Path, profile: Sequence[Shape]) -> bytes:
@@ -91,15 +92,15 @@ def _engine(tensorrt: Any, path: Path, profile: Sequence[Shape]) -> bytes:
     network = builder.create_network(0)
     parser = tensorrt.OnnxParser(network, log)
     if not parser.parse_from_file(str(path)):
-        said = "; ".join(parser.get_error(number).desc() for number in range(parser.num_errors)) or "no reason"
-        raise UserError(f"TensorRT cannot read {path} ({said[:300]}). {_KEPT}")
+        reasons = "; ".join(parser.get_error(number).desc() for number in range(parser.num_errors)) or "no reason"
+        raise UserError(f"TensorRT cannot read {path} ({reasons[:300]}). {_ONNX_SAVED}")
     config = builder.create_builder_config()
     if len(profile) > 1:
         sizes = builder.create_optimization_profile()
         sizes.set_shape("image", *profile)
         if config.add_optimization_profile(sizes) < 0:
-            raise UserError(f"TensorRT does not accept the sizes {list(profile)} of {path}. {_KEPT}")
+            raise UserError(f"TensorRT does not accept the sizes {list(profile)} of {path}. {_ONNX_SAVED}")
     engine = builder.build_serialized_network(network, config)
     if engine is None:
-        raise UserError(f"TensorRT could not build an engine from {path}. {_KEPT}")
+        raise UserError(f"TensorRT could not build an engine from {path}. {_ONNX_SAVED}")
     return bytes(engine)

@@ -69,14 +69,14 @@ _NO_KEYS = ("defaults", "resume_from", "keeps_folder", "goes_on", "check", "read
 _FURTHER = "`--help` alone shows all modes, groups and options; `--cfg job` prints all keys of this command line."
 
 
-def overview(own: Sequence[Path] = ()) -> str:
+def overview(further: Sequence[Path] = ()) -> str:
     """Return the help text: commands, then every config group with its options.
 
     Args:
-        own: further folders of config groups, in addition to the shipped one.
+        further: further folders of config groups, in addition to the shipped one.
     """
     names = sorted(path.name for path in CONFIGS.iterdir() if path.is_dir() and path.name not in ("hydra", "local"))
-    groups = {name: [folder / name for folder in (CONFIGS, *own)] for name in names}
+    groups = {name: [folder / name for folder in (CONFIGS, *further)] for name in names}
     return COMMANDS + "\n".join(
         f"  {name + ':':{_COLUMN}}{_wrapped(_by_family(places))}" for name, places in groups.items()
     )
@@ -104,14 +104,16 @@ def of_option(group: str, option: str, folders: Sequence[Path]) -> str:
         folders: of config groups, the shipped one first.
     """
     if option.endswith("/"):
-        found = [name for place in folders for name in options_of(place / group) if name.startswith(option)]
+        found = [name for folder in folders for name in options_of(folder / group) if name.startswith(option)]
         return f"Options of {group}={option}: {' '.join(sorted(found))}" if found else ""
-    if not any(option in options_of(place / group) for place in folders):
+    if not any(option in options_of(folder / group) for folder in folders):
         return ""
-    own = _file_of(group, option, folders)
-    comments = [line for line in own.read_text("utf-8").splitlines() if line.startswith("#") and "@package" not in line]
+    path = _file_of(group, option, folders)
+    comments = [
+        line for line in path.read_text("utf-8").splitlines() if line.startswith("#") and "@package" not in line
+    ]
     prefix = "" if group == "hparam" else f"{group}."
-    keys = {line.partition(":")[0]: line for line in _own_keys(_text_of(group, option, folders))}
+    keys = {line.partition(":")[0]: line for line in _settable_keys(_text_of(group, option, folders))}
     lines = [f"  {prefix}{line.replace(': ', '=', 1)}" for line in keys.values()] or ["  none"]
     return "\n".join(
         (*(line.removeprefix("# ") for line in comments), f"Keys of {group}={option} and their defaults:", *lines)
@@ -135,7 +137,7 @@ def of_mode(mode: str, folders: Sequence[Path] = (CONFIGS,)) -> str:
     ]
     text = _text_of("mode", mode, folders)
     reads = text.rpartition("\nreads: [")[2].partition("]")[0].split() if "\nreads: [" in text else []
-    keys = [f"  mode.{line.replace(': ', '=', 1)}" for line in _own_keys(text)] or ["  none"]
+    keys = [f"  mode.{line.replace(': ', '=', 1)}" for line in _settable_keys(text)] or ["  none"]
     title = f"Keys of mode={mode} and their defaults:"
     first, also = [*commands, ""] if commands else [], [f"It also reads {' '.join(reads)}", ""] if reads else []
     return "\n".join((*first, title, *keys, *_of_training(mode), "", *also, _FURTHER))
@@ -148,7 +150,7 @@ def _of_training(mode: str) -> list[str]:
     lines = ["", "Keys of other groups that are set most often (a recipe may set others):"]
     for file, keys in _TRAINING_KEYS.items():
         group = f"{file.partition('/')[0]}." if "/" in file else ""
-        found = {line.partition(":")[0]: line for line in _own_keys((CONFIGS / f"{file}.yaml").read_text("utf-8"))}
+        found = {line.partition(":")[0]: line for line in _settable_keys((CONFIGS / f"{file}.yaml").read_text("utf-8"))}
         for key in keys:
             setting, _, comment = found[key].replace(": ", "=", 1).partition("#")
             lines.append(f"  {group + setting.strip().replace(', ', ','):34} # {comment.strip()}")
@@ -167,7 +169,7 @@ def _text_of(group: str, option: str, folders: Sequence[Path]) -> str:
     return "".join(_text_of(group, name, folders) for name in below) + text
 
 
-def _own_keys(text: str) -> list[str]:
+def _settable_keys(text: str) -> list[str]:
     """Return a line `key: value  # comment` for each key that users may set, with the names of the tables around it."""
     lines: list[str] = []
     tables: list[tuple[int, str]] = []  # indentation and name of the tables around a line
@@ -199,7 +201,7 @@ def _by_family(places: Sequence[Path]) -> list[list[str]]:
     Args:
         places: the group's folders.
     """
-    options = sorted({option for place in places for option in options_of(place)})
+    options = sorted({option for folder in places for option in options_of(folder)})
     first_words = Counter(option.partition("_")[0] for option in options if "_" in option and "/" not in option)
     alone, families = [], dict[str, list[str]]()
     for option in options:

@@ -76,12 +76,12 @@ def plan(
         measured = _measured(values, engine, found, target) if dry_step and engine is not None else None
         if measured is None or measured <= target.memory:
             break
-        seen = (measured - target.beside) / (found.need - target.beside)
+        seen = (measured - target.overhead) / (found.need - target.overhead)
         target = dataclasses.replace(target, seen=target.seen * seen)
         search = FitSearch(recipe, target, may_change_model=change_model)
         found, measured = _found(search), None
     command = _command(out_dir, found.words)
-    _print_changes(found, target, command, fits=search.as_it_is.need <= target.memory)
+    _print_changes(found, target, command, sufficient=search.as_it_is.need <= target.memory)
     result = {
         "device": target.kind,
         "memory": target.memory,
@@ -128,8 +128,8 @@ def _found(search: FitSearch) -> Fit:
         least, target = search.least, search.target
         with_all = " ".join(map(str, least.changes)) or "without changes"
         raise UserError(
-            f"No setting that was tried fits into {_told(target.memory)}: the smallest, {with_all}, needs about "
-            f"{_told(least.need)}. Choose a smaller resolution.crop or resolution.scale, a smaller backbone, "
+            f"No setting that was tried fits into {_as_gib(target.memory)}: the smallest, {with_all}, needs about "
+            f"{_as_gib(least.need)}. Choose a smaller resolution.crop or resolution.scale, a smaller backbone, "
             "adapter=qlora, or adapter=frozen."
         )
     return found
@@ -142,7 +142,7 @@ def _measured(values: Mapping[str, Any], engine: Engine, found: Fit, target: Tar
     """
     free = free_bytes(engine.device)
     if found.need > free:
-        print(f"No trial step: it needs about {_told(found.need)}, and {_told(free)} are free on this device.\n")
+        print(f"No trial step: it needs about {_as_gib(found.need)}, and {_as_gib(free)} are free on this device.\n")
         return None
     samples = found.parts.batch_size // target.world
     try:
@@ -154,10 +154,10 @@ def _measured(values: Mapping[str, Any], engine: Engine, found: Fit, target: Tar
         print("The process of a trial step was killed, most likely because memory ran out.\n")
         return round(_MORE * found.need)
     # on a CPU the measurement covers the whole process, not only tensors
-    measured = trial.peak + (target.beside if target.kind == "cuda" else 0)
+    measured = trial.peak + (target.overhead if target.kind == "cuda" else 0)
     print(
-        f"Two trial steps took {_told(measured)}; the estimate was {_told(found.need)}, {_told(found.step.peak)} of it "
-        "tensors.\n"
+        f"Two trial steps took {_as_gib(measured)}; the estimate was {_as_gib(found.need)}, "
+        f"{_as_gib(found.step.peak)} of it tensors.\n"
     )
     return measured
 
@@ -183,7 +183,7 @@ def _print_step(fit: Fit, target: Target) -> None:
     outside = "CUDA context" if target.kind == "cuda" else "libraries"
     amounts = {name.replace("_", " "): value for name, value in _parts(step).items() if value}
     amounts |= {"peak of these": step.peak, f"incl. fragmentation and {outside}": fit.need}
-    rows = [(name, _told(value)) for name, value in amounts.items()]
+    rows = [(name, _as_gib(value)) for name, value in amounts.items()]
     each = count_of(fit.parts.batch_size // target.world, "sample")
     print(
         f"A training step of {each} of {' x '.join(map(str, fit.parts.crop))} on a {target.kind} device "
@@ -198,13 +198,13 @@ def _parts(step: StepBytes) -> Mapping[str, int]:
     return parts
 
 
-def _print_changes(found: Fit, target: Target, command: str, *, fits: bool) -> None:
-    memory = _told(target.memory)
+def _print_changes(found: Fit, target: Target, command: str, *, sufficient: bool) -> None:
+    memory = _as_gib(target.memory)
     if not found.changes:
         print(f"It fits into {memory} without changes:\n\n  {command}")
         return
-    why = f"It fits into {memory}. With larger batches" if fits else f"To fit into {memory}"
-    print(f"{why} (then about {_told(found.need)}):\n")
+    why = f"It fits into {memory}. With larger batches" if sufficient else f"To fit into {memory}"
+    print(f"{why} (then about {_as_gib(found.need)}):\n")
     for change in found.changes:
         print(f"- {change}: {change.reason}.")
     print(f"\n  {command}")
@@ -213,16 +213,16 @@ def _print_changes(found: Fit, target: Target, command: str, *, fits: bool) -> N
 def _command(out_dir: Path, words: Words) -> str:
     """Return the command that trains with the typed words, of which `words` replaces those that change."""
     gone = ("mode", "hydra.run.dir", *words)
-    kept = [word for word in last_command_line(out_dir) if not _is_of(word.lstrip("+~").partition("=")[0], gone)]
+    remaining = [word for word in last_command_line(out_dir) if not _is_of(word.lstrip("+~").partition("=")[0], gone)]
     new = [f"{key}={typed(value)}" for key, value in words.items()]
     sources = HydraConfig.get().runtime.config_sources
     flags = [flag for source in sources if source.provider == "command-line" for flag in ("--config-dir", source.path)]
-    return shlex.join(["python", "-m", "dinoseg", "mode=train", *kept, *new, *flags])
+    return shlex.join(["python", "-m", "dinoseg", "mode=train", *remaining, *new, *flags])
 
 
 def _is_of(key: str, gone: tuple[str, ...]) -> bool:
     return any(key == name or key.startswith(f"{name}.") for name in gone)
 
 
-def _told(amount: float) -> str:
+def _as_gib(amount: float) -> str:
     return f"{amount / _GIB:.3f} GiB"

@@ -85,9 +85,9 @@ def predict(
     folder, options = Path(out_dir), VideoOptions(masks is True, skip, smooth, frames, tuple(outputs))
     trained = load_trained(build)
     _refuse_slots(trained, build.resume)
-    beside = {"outputs": list(outputs), "shapes": asdict(shapes)} if outputs else {}
+    extra = {"outputs": list(outputs), "shapes": asdict(shapes)} if outputs else {}
     shown = {"masks": options.masks, "opacity": opacity, "skip": skip, "smooth": smooth, "frames": frames}
-    settings = _settings(build, {**shown, **beside}, folder)
+    settings = _settings(build, {**shown, **extra}, folder)
     _check_earlier(folder, settings)
     keep_scale(trained.model, sizes_to_keep(trained, folder))
     labels = Labels.of(trained.classes, trained.palette, trained.ignore_index)
@@ -228,8 +228,8 @@ def _log(what: str, passed: Throughput, count: str) -> None:
         return
     rate = passed.items / passed.seconds
     logger.info("%s: %s in %.1f s including reading and writing: %.2f per second", what, count, passed.seconds, rate)
-    if told := passed.report():
-        logger.info("%s: %s", what, told)
+    if report := passed.report():
+        logger.info("%s: %s", what, report)
 
 
 def _written(

@@ -69,14 +69,14 @@ def select(
         extractor.engine.close()
         if bad:
             logger.warning("Left out, unreadable:%s", reasons({pool[at].name: bad[at] for at in bad}))
-        kept = [place for place in range(len(pool)) if place not in bad]
-        pool, features = [pool[at] for at in kept], features[kept]
-        uncertainty = None if uncertainty is None else uncertainty[kept]
+        readable = [index for index in range(len(pool)) if index not in bad]
+        pool, features = [pool[at] for at in readable], features[readable]
+        uncertainty = None if uncertainty is None else uncertainty[readable]
     labelled = places_of(named & {candidate.name for candidate in pool}, pool)
     _check_count(count, pool, labelled, input)
     known = Known([candidate.name for candidate in pool], labelled, features, uncertainty)
     picks = selector.choose(known, count, build.seed)
-    write_selection(out_dir, [(pool[pick.place], pick) for pick in picks], cfg.choices.selection)
+    write_selection(out_dir, [(pool[pick.position], pick) for pick in picks], cfg.choices.selection)
     print(f"chosen:       {len(picks)} of {count_of(pool, 'image')}, {len(labelled)} of them already labelled")
     return {"chosen": len(picks), "of": len(pool), "run": str(out_dir)}
 

@@ -68,8 +68,8 @@ def train(
         schedule = build_schedule(build, engine, length.steps)
         log_start(build, model, task, engine, out_dir, length.steps)
         epochs = length.steps * cfg.trainer.accumulate / task.feed.epoch
-        kept = task.cache_features(model, loss, engine, epochs, before=job.chosen_before)
-        job.note(checkpoints, kept)
+        cached = task.cache_features(model, loss, engine, epochs, before=job.chosen_before)
+        job.note(checkpoints, cached)
         with job.log() as log:
             began = time.monotonic()
             parts = (model, loss, task.feed, optimizer, schedule, engine, checkpoints, log)

@@ -54,8 +54,8 @@ def train_heads(
     start = _read_start(build, task)
     folder, jobs = out_dir / checkpoint.HEADS, {}
     with bounded(f"resume={build.resume}") if start else nullcontext():
-        for name, own in solo_builders(build).items():
-            jobs[name] = TrainingRun(own, folder / name, task, engine)
+        for name, builder in solo_builders(build).items():
+            jobs[name] = TrainingRun(builder, folder / name, task, engine)
             if start is not None:
                 jobs[name].start = Checkpoint(start.path, {}, head_description(start.info, name))
     sizes = check_data_on_rank0(task, engine)

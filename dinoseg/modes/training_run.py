@@ -85,17 +85,17 @@ class TrainingRun:
             )
         return chosen
 
-    def note(self, checkpoints: Checkpoints, kept: Mapping[str, str], *, tells: bool = True) -> None:
+    def note(self, checkpoints: Checkpoints, cached: Mapping[str, str], *, tells: bool = True) -> None:
         """Store the engine's choices in the run's checkpoints, and warn if a resumed run changes them.
 
         Args:
             checkpoints: of the run.
-            kept: where and in which type frozen features are cached, and the teacher of a student, as returned by
+            cached: where and in which type frozen features are cached, and the teacher of a student, as returned by
                 `TrainingTask.cache_features`.
             tells: whether to warn.
         """
         then = self.chosen_before
-        now = {"engine.precision": self.engine.precision, "engine.cache": "off", "features.dtype": None, **kept}
+        now = {"engine.precision": self.engine.precision, "engine.cache": "off", "features.dtype": None, **cached}
         checkpoints.info[CHOSEN] = now
         other = [
             f"{key} was {typed(then[key])} and is {typed(now[key])}"

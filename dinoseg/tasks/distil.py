@@ -64,8 +64,8 @@ class DistillationTask(ImageTask):
         others = self._others()
         self.feed = DistilFeed(**self.feed.given, scores=scores, others=others)
         without = 0 if others is None else len(others.train)
-        told = count_of(len(train), "training image"), without, self._given, root
-        logger.info("%s with masks, %s without; teacher %s, whose scores are cached in %s", *told)
+        values = count_of(len(train), "training image"), without, self._given, root
+        logger.info("%s with masks, %s without; teacher %s, whose scores are cached in %s", *values)
 
     def check_parts(self, model: Segmenter, world: int) -> None:
         """Refuse what `ImageTask` refuses, and `data.class_mix`: teachers score unmixed images."""

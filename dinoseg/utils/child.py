@@ -26,9 +26,9 @@ _START = (
 class ChildEnded(Exception):
     """The process has ended without an answer; `late`: whether it was killed at the deadline."""
 
-    def __init__(self, late: bool) -> None:
-        super().__init__("too late" if late else "ended")
-        self.late = late
+    def __init__(self, timed_out: bool) -> None:
+        super().__init__("too late" if timed_out else "ended")
+        self.late = timed_out
 
 
 class Child:
@@ -39,7 +39,7 @@ class Child:
         memory: bytes that it may allocate beyond the needs of its imports, where the system can limit that (Linux).
     """
 
-    _is_late = False
+    _timed_out = False
     _is_ready = False
 
     def __init__(self, function: Callable[["Channel"], None], memory: int) -> None:
@@ -77,7 +77,7 @@ class Child:
 
     @contextmanager
     def _killed_after(self, seconds: float) -> Iterator[None]:
-        timer = threading.Timer(seconds, self._end_late)  # pipes have no portable timeout
+        timer = threading.Timer(seconds, self._kill_at_deadline)  # pipes have no portable timeout
         timer.daemon = True
         timer.start()
         try:
@@ -128,13 +128,13 @@ class Child:
             with suppress(OSError):
                 pipe.close()  # type: ignore[union-attr]
 
-    def _end_late(self) -> None:
-        self._is_late = True
+    def _kill_at_deadline(self) -> None:
+        self._timed_out = True
         self.kill()
 
     def _ended(self) -> ChildEnded:
         self.kill()
-        return ChildEnded(self._is_late)
+        return ChildEnded(self._timed_out)
 
 
 class Channel:

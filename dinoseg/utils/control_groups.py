@@ -18,8 +18,8 @@ def group_folders(controller: str) -> Iterator[Path]:
         _, controllers, path = line.split(":", 2)
         if controllers == "" or controller in controllers.split(","):
             root = GROUPS / controller if controllers else GROUPS
-            own = root / path.lstrip("/")
-            yield from (folder for folder in (own, *own.parents) if folder.is_relative_to(root))
+            group = root / path.lstrip("/")
+            yield from (folder for folder in (group, *group.parents) if folder.is_relative_to(root))
 
 
 def cpu_quota() -> float:

@@ -42,13 +42,13 @@ def ranks_here() -> int:
         UserError: if the environment variable is no number of ranks.
     """
     for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"):
-        if said := os.environ.get(name):
-            if not re.fullmatch("[1-9][0-9]{0,5}", said):
+        if value := os.environ.get(name):
+            if not re.fullmatch("[1-9][0-9]{0,5}", value):
                 raise UserError(
-                    f"{name}={said:.60} must be a whole number of ranks, 1 or more, as torchrun sets it. Unset it, or "
+                    f"{name}={value:.60} must be a whole number of ranks, 1 or more, as torchrun sets it. Unset it, or "
                     "let torchrun start the ranks."
                 )
-            return int(said)
+            return int(value)
     return 1
 
 
@@ -115,8 +115,8 @@ def _share(cores: int) -> int:
 
 
 def _slurm_cores() -> int | None:
-    said = os.environ.get("SLURM_CPUS_ON_NODE", "")
-    return int(said) if re.fullmatch("[1-9][0-9]{0,5}", said) else None
+    value = os.environ.get("SLURM_CPUS_ON_NODE", "")
+    return int(value) if re.fullmatch("[1-9][0-9]{0,5}", value) else None
 
 
 def _usable() -> set[int]:

@@ -43,9 +43,9 @@ _METADATA = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}  # inf
 _BITS = 258  # TIFF tag: bits per sample
 _SAMPLE_FORMAT, _SIGNED = 339, 2  # TIFF tag, and its value for signed integers
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # signatures of TIFF files
-_KEPT = ("1", "P", "I", "I;16", "I;16L", "I;16B")  # modes in which Pillow returns the stored values
-_KEPT_UNMARKED = ("L", "LA", "RGB", "RGBA", "RGBX")  # the same, if packed in whole bytes
-_said: list[str | Path] = []  # the file that the warning about scaling named
+_RAW_MODES = ("1", "P", "I", "I;16", "I;16L", "I;16B")  # modes in which Pillow returns the stored values
+_RAW_MODES_UNMARKED = ("L", "LA", "RGB", "RGBA", "RGBX")  # the same, if packed in whole bytes
+_warned: list[str | Path] = []  # the file that the warning about scaling named
 _NO_PICTURE = "is truncated or not an image: replace or remove it"
 _STRETCHED = {"2": 85, "4": 17}  # bits per pixel of grey files to Pillow's factor on their values
 
@@ -171,8 +171,8 @@ def _bits(image: Image.Image) -> tuple[int, ...]:
 
 
 def _say_scaled(path: str | Path) -> None:
-    if not _said:
-        _said.append(path)
+    if not _warned:
+        _warned.append(path)
         log.warning(
             "16-bit grey images, such as %s, are scaled from 0..65535 to 0..255. If yours use a smaller range, such as "
             "0..4095, they become dark: convert them to 8 bits first.",
@@ -205,7 +205,7 @@ def _packing(image: Image.Image) -> str:
     packed = tiles[0].args if tiles else ""
     name = next(iter(packed), "") if isinstance(packed, tuple) else packed
     mark = str(name).partition(";")[2]
-    unchanged = image.mode in _KEPT or (image.mode in _KEPT_UNMARKED and mark in ("", "R", "L"))
+    unchanged = image.mode in _RAW_MODES or (image.mode in _RAW_MODES_UNMARKED and mark in ("", "R", "L"))
     unchanged = unchanged or (image.mode == "L" and mark in _STRETCHED)
     signed = image.mode == "L" and isinstance(image, TiffImageFile) and _SIGNED in image.tag_v2.get(_SAMPLE_FORMAT, ())
     if signed or not unchanged:

@@ -14,7 +14,7 @@ from dinoseg.utils.atomic import open_no_link
 
 log = logging.getLogger(__name__)
 _POLL = 0.2  # seconds between two attempts to lock a file
-_PLACE = 2**30  # byte that is locked on Windows, beyond any content that others may read
+_LOCK_OFFSET = 2**30  # byte that is locked on Windows, beyond any content that others may read
 _held: set[IO[str]] = set()
 
 
@@ -91,7 +91,7 @@ def _lock_at_once(file: IO[str]) -> None:
     if sys.platform == "win32":
         import msvcrt
 
-        os.lseek(file.fileno(), _PLACE, os.SEEK_SET)
+        os.lseek(file.fileno(), _LOCK_OFFSET, os.SEEK_SET)
         msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
     else:
         import fcntl

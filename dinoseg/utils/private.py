@@ -47,10 +47,10 @@ def check_private(folder: Path, key: str) -> None:
         else:
             return
         if not _stores_permissions(folder):
-            said = (
+            message = (
                 f"{key}={folder}: its file system does not store permissions. Only you should be able to write there."
             )
-            print(printable(f"{said} shared_cache=true confirms it."), file=sys.stderr)
+            print(printable(f"{message} shared_cache=true confirms it."), file=sys.stderr)
             return
         below = "" if path == folder else f" (to {path.relative_to(folder)})"
         raise UserError(
@@ -62,10 +62,12 @@ def check_private(folder: Path, key: str) -> None:
 
 def _is_shielded(folder: Path) -> bool:
     """Return whether other users cannot enter a folder or one of those above it."""
-    own = folder.resolve()
+    resolved = folder.resolve()
     trusted = _trusted(folder)
     return any(
-        not _others(path, _ENTERABLE) for path in (own, *own.parents) if path.is_dir() and path.stat().st_uid in trusted
+        not _others(path, _ENTERABLE)
+        for path in (resolved, *resolved.parents)
+        if path.is_dir() and path.stat().st_uid in trusted
     )
 
 
@@ -107,8 +109,8 @@ def _others(path: Path, rights: int) -> str:
     if _has_list(path):
         return "every user in its access control list (getfacl)"
     group, user = _group(status.st_gid), _user_name(_user())
-    is_own = group[0] in ("root", user) and not set(group[1]) - {"root", user}
-    return "" if is_own else f"the group {group[0]}"
+    is_trusted = group[0] in ("root", user) and not set(group[1]) - {"root", user}
+    return "" if is_trusted else f"the group {group[0]}"
 
 
 def _has_list(path: Path) -> bool:

@@ -18,20 +18,25 @@ def join_slurm() -> None:
     Raises:
         UserError: if a variable of the task is missing or malformed.
     """
-    own = os.environ
-    if "WORLD_SIZE" in own:
+    environment = os.environ
+    if "WORLD_SIZE" in environment:
         return
     tasks = _of_slurm("SLURM_STEP_NUM_TASKS", least=1, most=_MOST, default="1")
     if tasks == 1:
         return
     rank, local = _of_slurm("SLURM_PROCID", most=tasks - 1), _of_slurm("SLURM_LOCALID", most=tasks - 1)
     here = _tasks_here(tasks)
-    if "MASTER_ADDR" not in own:
-        own["MASTER_ADDR"] = _first_node()
-    if "MASTER_PORT" not in own:
+    if "MASTER_ADDR" not in environment:
+        environment["MASTER_ADDR"] = _first_node()
+    if "MASTER_PORT" not in environment:
         number = _of_slurm("SLURM_JOB_ID") * 7 + _of_slurm("SLURM_STEP_ID")  # steps of a job may run at the same time
-        own["MASTER_PORT"] = str(_PORTS[number % len(_PORTS)])
-    own |= {"RANK": str(rank), "LOCAL_RANK": str(local), "WORLD_SIZE": str(tasks), "LOCAL_WORLD_SIZE": str(here)}
+        environment["MASTER_PORT"] = str(_PORTS[number % len(_PORTS)])
+    environment |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(local),
+        "WORLD_SIZE": str(tasks),
+        "LOCAL_WORLD_SIZE": str(here),
+    }
 
 
 def _of_slurm(name: str, *, least: int = 0, most: int = 2**32, default: str | None = None) -> int:
@@ -65,8 +70,8 @@ def _first_node() -> str:
 
 
 def _not_of_task(name: str, rule: str) -> UserError:
-    said = f"{name}={os.environ[name]:.60}" if name in os.environ else f"{name} is missing: it"
+    setting = f"{name}={os.environ[name]:.60}" if name in os.environ else f"{name} is missing: it"
     return UserError(
-        f"{said} {rule}. Start the ranks by `srun python -m dinoseg ...`, which sets it for each rank; for a single "
+        f"{setting} {rule}. Start the ranks by `srun python -m dinoseg ...`, which sets it for each rank; for a single "
         "process, set SLURM_STEP_NUM_TASKS=1."
     )

@@ -101,8 +101,8 @@ def is_finite(value: Tensor) -> bool:
 def copy_values(target: Tensor, source: Tensor) -> None:
     """Copy the values of `source` into `target`, a tensor of the same shape that requires no gradient."""
     if type(target) is Tensor and target.is_contiguous() and source.is_contiguous():  # no DTensor
-        for own, value in zip(_pieces(target), _pieces(source), strict=True):
-            own.copy_(value)
+        for piece, value in zip(_pieces(target), _pieces(source), strict=True):
+            piece.copy_(value)
     else:
         target.copy_(source)
 
@@ -131,13 +131,13 @@ def check_weights(tensors: Mapping[str, Tensor], where: str, expected: Mapping[s
     known = tensors if expected is None else {name: value for name, value in tensors.items() if name in expected}
     wrong = {}
     for name, value in known.items():
-        own = value if expected is None else expected[name]
+        reference = value if expected is None else expected[name]
         kind = str(value.dtype).removeprefix("torch.")
-        if value.shape != own.shape:
-            wrong[name] = f"has the shape {list(value.shape)} instead of {list(own.shape)}"
-        elif expected is not None and not own.is_floating_point():
-            if value.dtype != own.dtype and not _casts_exactly(value, own.dtype):
-                wrong[name] = f"is {kind} instead of {str(own.dtype).removeprefix('torch.')}"
+        if value.shape != reference.shape:
+            wrong[name] = f"has the shape {list(value.shape)} instead of {list(reference.shape)}"
+        elif expected is not None and not reference.is_floating_point():
+            if value.dtype != reference.dtype and not _casts_exactly(value, reference.dtype):
+                wrong[name] = f"is {kind} instead of {str(reference.dtype).removeprefix('torch.')}"
         elif value.dtype not in _WEIGHTS:
             wrong[name] = f"is {kind}; weights must be floating-point"
         elif not value.is_meta and not is_finite(value):

@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 def finished(
     note: Path,
     read: Callable[[Path], T],
-    fits: Callable[[T], bool] = lambda content: True,
+    is_valid: Callable[[T], bool] = lambda content: True,
     *,
     damaged: str = "",
     unfit: str = "",
@@ -30,13 +30,13 @@ def finished(
     Args:
         note: the file.
         read: returns the validated content of the note.
-        fits: whether the unit is complete and was made from the current inputs.
+        is_valid: whether the unit is complete and was made from the current inputs.
         damaged: warning about a note that cannot be read, with `%s` for the note and `%s` for the reason; empty: none.
         unfit: warning about a unit that does not fit; empty: none.
     """
     try:
         content = read(note)
-        if fits(content):
+        if is_valid(content):
             return content
     except FileNotFoundError:
         return None

@@ -37,7 +37,7 @@ def needs(parts, samples):
 
 
 def fits(memory, recipe):
-    return memory.fits(recipe)
+    return memory.suffices(recipe)
 
 
 def test_a_step_fits_what_is_free_to_the_byte_as_each_device_has_its_share(asked):
@@ -56,13 +56,13 @@ def test_what_fits_to_the_byte_stays_as_it_is_and_is_counted_in_the_precision_it
 
 def test_ample_memory_is_known_without_an_exact_estimate(asked):
     memory, recipe = asked(lambda *_: pytest.fail("estimated"), 2**32)
-    assert memory.fits(recipe) and memory.changes(recipe) == []
+    assert memory.suffices(recipe) and memory.changes(recipe) == []
 
 
 def test_what_is_not_known_fits(asked):
     memory, recipe = asked(needs, 1)
     memory = replace(memory, engine=SimpleNamespace(device=memory.engine.device, sharded=True))
-    assert memory.fits(recipe) and memory.changes(recipe) == []
+    assert memory.suffices(recipe) and memory.changes(recipe) == []
     assert fits(*asked(needs, math.inf))
 
 

@@ -17,7 +17,7 @@ FACTS = DatasetFacts(184, 51, (360, 480), (WIDE, ClassFacts("road", 0.396, 90.0)
 CASE = RecipeCase(FACTS, "cpu", 16.0, 12, 5_500_000)
 THIN = replace(CASE, facts=replace(FACTS, classes=(WIDE, POLE)))
 # a second's parts as in docs/experiments.md: live, from kept features, frozen
-TIMED = RecipeTimes(start=5, image=0.2, kept=0.12, frozen=0.066, bytes=10**6, val=0.1)
+TIMED = RecipeTimes(start=5, image=0.2, cached=0.12, frozen=0.066, bytes=10**6, val=0.1)
 
 
 def test_a_head_that_sees_pixels_is_taken_and_what_is_thinner_than_half_a_patch_is_named():
@@ -144,15 +144,15 @@ def test_what_fits_a_time_adds_up(compose):
     length = length_within(600, TIMED, FACTS)
     spent = TIMED.start + (length.validations + 2) * 51 * TIMED.val
     assert length.validations == 5 and length.spent == pytest.approx(spent)
-    training = length.images * TIMED.kept + length.views * 184 * TIMED.frozen
+    training = length.images * TIMED.cached + length.views * 184 * TIMED.frozen
     factor = 1 + compose("mode=train").mode.probe_baseline
     left = 0.95 * 600 - spent - factor * training
-    assert length.views == 4 and 0 <= left < factor * TIMED.kept
+    assert length.views == 4 and 0 <= left < factor * TIMED.cached
 
 
 def test_views_are_kept_where_each_is_used_again_and_that_pays():
-    assert length_within(600, replace(TIMED, kept=None), FACTS).views is None
-    assert length_within(600, replace(TIMED, kept=0.19), FACTS).views is None
+    assert length_within(600, replace(TIMED, cached=None), FACTS).views is None
+    assert length_within(600, replace(TIMED, cached=0.19), FACTS).views is None
     assert length_within(120, TIMED, FACTS).views in (1, 2)
     large = length_within(600, TIMED, replace(FACTS, images=10_000, val_images=51))
     assert large.views is None and large.images * TIMED.image <= 570
@@ -174,7 +174,7 @@ def test_fewer_images_are_validated_where_all_of_them_would_take_the_time():
 
 
 def test_views_that_hardly_come_twice_are_not_kept():
-    fast = replace(TIMED, kept=0.01, frozen=0.01, val=0.01)
+    fast = replace(TIMED, cached=0.01, frozen=0.01, val=0.01)
     spent = fast.start + 3 * 51 * fast.val
     found = [
         length_within((spent + 1.03 * (1.84 + steps)) / 0.95 + 1e-6, fast, FACTS, views=(None, 1))

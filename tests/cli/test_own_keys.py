@@ -7,7 +7,7 @@ import pytest
 from command_line import SLOTS, call, linked
 from omegaconf import OmegaConf
 
-from dinoseg.cli.own_keys import with_own_keys
+from dinoseg.cli.own_keys import with_checkpoint_keys
 from dinoseg.training import checkpoint
 
 
@@ -93,9 +93,9 @@ def test_a_sweep_goes_over_keys_of_the_checkpoint(here):
 
 def test_only_keys_that_all_named_checkpoints_have_are_theirs(here):
     slots, both = ("mode=eval", "head.num_slots=2"), ("mode=eval", "backbone.arch.hidden_size=24", "trainer.steps=9")
-    assert with_own_keys((*slots, "resume=slots")) == ["mode=eval", "++head.num_slots=2", "resume=slots"]
-    assert with_own_keys(("-m", *slots, "resume=slots,segmenter")) == ["-m", *slots, "resume=slots,segmenter"]
-    taken = with_own_keys(("-m", *both, "resume='slots',segmenter"))
+    assert with_checkpoint_keys((*slots, "resume=slots")) == ["mode=eval", "++head.num_slots=2", "resume=slots"]
+    assert with_checkpoint_keys(("-m", *slots, "resume=slots,segmenter")) == ["-m", *slots, "resume=slots,segmenter"]
+    taken = with_checkpoint_keys(("-m", *both, "resume='slots',segmenter"))
     assert taken == ["-m", "mode=eval", *(f"++{word}" for word in both[1:]), "resume='slots',segmenter"]
 
 
@@ -111,16 +111,16 @@ def test_only_keys_that_all_named_checkpoints_have_are_theirs(here):
     ],
 )
 def test_other_words_stay_as_they_are(here, arguments):
-    assert with_own_keys(arguments) == arguments
+    assert with_checkpoint_keys(arguments) == arguments
 
 
 def test_how_slots_are_followed_is_the_checkpoint_s_own(here):
-    assert with_own_keys(["resume=slots", "slots.match=auto"]) == ["resume=slots", "++slots.match=auto"]
-    assert with_own_keys(["resume=segmenter", "slots.match=auto"]) == ["resume=segmenter", "slots.match=auto"]
+    assert with_checkpoint_keys(["resume=slots", "slots.match=auto"]) == ["resume=slots", "++slots.match=auto"]
+    assert with_checkpoint_keys(["resume=segmenter", "slots.match=auto"]) == ["resume=segmenter", "slots.match=auto"]
     anew = ["resume=slots", "slots=lock_on", "slots.match=auto"]
-    assert with_own_keys(anew) == anew
+    assert with_checkpoint_keys(anew) == anew
 
 
 def test_repeating_the_checkpoint_s_own_group_changes_nothing(here):
     words = ["resume=slots", "data=movi", "data.view.flip=0", "head=slots"]
-    assert with_own_keys(words) == ["resume=slots", "data=movi", "++data.view.flip=0", "head=slots"]
+    assert with_checkpoint_keys(words) == ["resume=slots", "data=movi", "++data.view.flip=0", "head=slots"]

@@ -15,6 +15,6 @@ def test_the_search_path_and_the_choices_of_a_run_are_read(tmp_path, monkeypatch
     runtime = SimpleNamespace(config_sources=sources, choices={"parts@head.first": "a", "hparam": "base"})
     monkeypatch.setattr(registry.HydraConfig, "initialized", lambda: True)
     monkeypatch.setattr(registry.HydraConfig, "get", lambda: SimpleNamespace(runtime=runtime))
-    found = registry.own_registry({"head": {"_target_": "my.Composed", "first": {"_target_": "my.Other"}}})
+    found = registry.full_registry({"head": {"_target_": "my.Composed", "first": {"_target_": "my.Other"}}})
     assert found["head",].targets >= {"my.Head", "my.Composed", LINEAR}
     assert found["head", "first"].targets == {"my.Part", "my.Other"}

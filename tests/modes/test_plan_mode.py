@@ -118,18 +118,18 @@ def test_each_plan_takes_what_all_dry_steps_have_shown(compose, monkeypatch, tmp
         def __init__(self, recipe, target, *, may_change_model):
             assert may_change_model is False
             targets.append(target)
-            self.as_it_is = Fit(recipe({}), (), StepBytes(*[0] * 8), target.beside + 100)
+            self.as_it_is = Fit(recipe({}), (), StepBytes(*[0] * 8), target.overhead + 100)
 
         def found(self):
             return self.as_it_is
 
     monkeypatch.setattr(planning, "FitSearch", Found)
-    monkeypatch.setattr(planning, "_measured", lambda values, engine, found, target: target.beside + next(measured))
+    monkeypatch.setattr(planning, "_measured", lambda values, engine, found, target: target.overhead + next(measured))
     monkeypatch.setattr(planning, "_command", lambda *_: "")
     given = {"out_dir": tmp_path, "memory": "1GiB", "change_model": False}
     result = planning.plan(cfg, **given)
     assert [target.seen for target in targets] == pytest.approx([1, 10**7, 2 * 10**14])
-    assert result["planned"]["measured"] == targets[0].beside + 50
+    assert result["planned"]["measured"] == targets[0].overhead + 50
     assert planning.plan(cfg, **given, dry_step=False)["planned"]["measured"] is None and len(targets) == 4
     cfg.trainer.score = "miou_no_background"
     with pytest.raises(UserError, match="data=folder has no background"):

@@ -90,7 +90,7 @@ def test_a_command_that_is_stopped_before_it_begins_is_a_line(tmp_path, monkeypa
     def stop(arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(own_keys, "with_own_keys", stop)
+    monkeypatch.setattr(own_keys, "with_checkpoint_keys", stop)
     done = call(tmp_path, "mode=score")
     assert (done.status, done.err) == (130, "\ninterrupted\n")
 

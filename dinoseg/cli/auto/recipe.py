@@ -69,8 +69,16 @@ class ChosenRecipe:
         path = folder / "hparam" / f"{NAME}.yaml"
         if not path.exists():
             write_text(path, self.text)
-        own = [searching([f"file://{Path(each).absolute()}" for each in user_folders()])] if user_folders() else []
-        words = [*self.words, *own, f"hparam={NAME}", "--config-dir", str(folder)]  # Hydra reads the last --config-dir
+        search_path = (
+            [searching([f"file://{Path(each).absolute()}" for each in user_folders()])] if user_folders() else []
+        )
+        words = [
+            *self.words,
+            *search_path,
+            f"hparam={NAME}",
+            "--config-dir",
+            str(folder),
+        ]  # Hydra reads the last --config-dir
         command = shlex.join(["python", "-m", "dinoseg", *words])
         print(printable(f"\nrecipe:       {path}\n              {command}\n"))
 
@@ -96,8 +104,8 @@ def choose_recipe(cfg: DictConfig, words: Sequence[str], *, first: bool) -> Chos
     if first:
         # concurrent commands, such as the jobs of a sweep over seeds, wait and reuse the choices
         with _one_at_a_time(path):
-            kept = read_choices(path)
-            if kept is None:
+            stored = read_choices(path)
+            if stored is None:
                 most = f"candidates are timed for at most {60 * CHOOSING * minutes:.0f} s"
                 _tell(f"inspects data and machine: budget.minutes={minutes:g} starts now, {most}")
                 trying = [*words, *_shared()]
@@ -107,11 +115,11 @@ def choose_recipe(cfg: DictConfig, words: Sequence[str], *, first: bool) -> Chos
                     data = train, keep_evenly_spaced(val, cfg.trainer.get("val_images"))
                     search = RecipeSearch(partial(_read, trying), data, engine, given, minutes, _tell, joined=joined)
                     choices = search.choose()
-                kept, source = (search.about, choices), "chosen now"
-                _keep(path, *kept)
+                stored, source = (search.about, choices), "chosen now"
+                _keep(path, *stored)
     else:
-        kept = read_choices(path) or _awaited(path, cfg.engine.rank_timeout)
-    about, choices = kept
+        stored = read_choices(path) or _awaited(path, cfg.engine.rank_timeout)
+    about, choices = stored
     choices, taken = left_of(choices, given)  # the file stores all: other keys may be typed next
     about += f"; set on the command line: {', '.join(taken)}" if taken else ""
     if first:
@@ -193,8 +201,8 @@ def _path(build: Builder, given: frozenset[str], data: Sequence[SegmentationData
 def _awaited(path: Path, seconds: float) -> tuple[str, list[RecipeChoice]]:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
-        if path.exists() and (kept := read_choices(path)) is not None:
-            return kept
+        if path.exists() and (stored := read_choices(path)) is not None:
+            return stored
         time.sleep(0.2)
     raise UserError(
         f"hparam=auto: the first rank has not written {path} within {seconds:g} s. See its messages; cache_dir and "
@@ -220,8 +228,8 @@ def _keep(path: Path, about: str, choices: Sequence[RecipeChoice]) -> None:
                 f"hparam=auto: cannot write the choices to {path} ({error}), where the other ranks read them. Free "
                 "some space there, or set a cache_dir that all ranks can write to."
             ) from error
-        said = f"warning: cannot write the choices to {path} ({error}): the next run chooses again."
-        print(printable(said), file=sys.stderr)  # no log is open yet
+        message = f"warning: cannot write the choices to {path} ({error}): the next run chooses again."
+        print(printable(message), file=sys.stderr)  # no log is open yet
 
 
 def _shared() -> list[str]:

@@ -263,7 +263,7 @@ class RecipeSearch:
         if tuned.times.resting is None:
             return None
         image = rules.REST * tuned.times.resting + (1 - rules.REST) * tuned.times.image
-        times = replace(tuned.times, image=image, kept=None)
+        times = replace(tuned.times, image=image, cached=None)
         length = self._length(tuned.recipe, times, case.facts)
         if length.images < max(rules.LEAST_RESTED, rules.LEAST_STEPS * tuned.recipe.per_step):
             return None
@@ -401,7 +401,7 @@ class RecipeSearch:
             choice = sized(most=most)
             if choice.words == timed_with.words:
                 break
-            if self.memory.fits(self._composed([*by_data, *timed.choices, choice]).parts):
+            if self.memory.suffices(self._composed([*by_data, *timed.choices, choice]).parts):
                 break
         less = "" if choice.words == wanted.words else f"; {wanted.words['data.batch_size']} would not fit into memory"
         yield replace(choice, reason=f"{choice.reason}{less}")
@@ -413,25 +413,25 @@ class RecipeSearch:
         if "data.views" in self.given:
             return [recipe.views]
         free = shutil.disk_usage(_existing(Path(recipe.cache_dir).expanduser())).free - _ROOM
-        if times.kept is None or recipe.class_mix or recipe.cache == "off":
+        if times.cached is None or recipe.class_mix or recipe.cache == "off":
             return [None]
         held = [views for views in rules.VIEWS if times.bytes * (views * facts.images + facts.val_images) < free]
         return [None, *held]
 
     def _rates(self, recipe: ComposedRecipe) -> Iterator[RecipeChoice]:
         words: dict[str, float] = {"optim.optimizer.head_lr": recipe.head_lr}
-        told = f"{recipe.head_lr:g} is the default of head={recipe.head}"
+        reason = f"{recipe.head_lr:g} is the default of head={recipe.head}"
         if self._trains_backbone(recipe):
             words["optim.optimizer.backbone_lr"] = recipe.backbone_lr
-            told += f", {recipe.backbone_lr:g} that of adapter={recipe.adapter}"
-        yield RecipeChoice(words, told)
+            reason += f", {recipe.backbone_lr:g} that of adapter={recipe.adapter}"
+        yield RecipeChoice(words, reason)
 
     def _views(self, timed: TimedCandidate) -> Iterator[RecipeChoice]:
         if timed.length.views is not None:
             yield RecipeChoice(
                 {"data.views": timed.length.views},
                 f"features of {count_of(timed.length.views, 'view')} of each image are cached "
-                f"(engine.cache={timed.recipe.cache}): {timed.times.kept:.2g} s per image instead of "
+                f"(engine.cache={timed.recipe.cache}): {timed.times.cached:.2g} s per image instead of "
                 f"{timed.times.image:.2g} s",
             )
 

@@ -17,7 +17,7 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from dinoseg.cli.sweeps.told import Told
+from dinoseg.cli.sweeps.job_results import JobResults
 from dinoseg.utils import locks
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.forms import Misshapen, read_regular
@@ -45,7 +45,7 @@ class Search(Sweeper):
 
     hydra_context: HydraContext
     launcher: Launcher
-    _told: Told
+    _job_results: JobResults
 
     def __init__(
         self, storage: str, trials: int, at_once: int, score: str, direction: str, sampler: str, seed: int
@@ -61,7 +61,7 @@ class Search(Sweeper):
         """
         self._check_values()  # not in the constructor, whose errors Hydra buries in its own
         self.hydra_context, self.config = hydra_context, config
-        self._told = Told(config.hydra.sweep.dir)
+        self._job_results = JobResults(config.hydra.sweep.dir)
         self.launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
@@ -120,7 +120,7 @@ class Search(Sweeper):
         from optuna.trial import TrialState
 
         for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            found = self._told.returned(trial.number)
+            found = self._job_results.returned(trial.number)
             if found is None:
                 study.enqueue_trial(trial.params)
                 study.tell(trial.number, state=TrialState.FAIL)
@@ -143,10 +143,10 @@ class Search(Sweeper):
                 print(f"No job has a score after {failed} jobs; no more are started.", file=sys.stderr)
                 return
             study.sampler = self._sampler(len(study.trials))
-            asked = [study.ask(space) for _ in range(min(self.at_once, self.trials - scored - failed))]
-            jobs = [[*fixed, *(f"{key}={value}" for key, value in trial.params.items())] for trial in asked]
-            returned = self.launcher.launch(jobs, initial_job_idx=asked[0].number)
-            for trial, job in zip(asked, returned, strict=True):
+            trials = [study.ask(space) for _ in range(min(self.at_once, self.trials - scored - failed))]
+            jobs = [[*fixed, *(f"{key}={value}" for key, value in trial.params.items())] for trial in trials]
+            returned = self.launcher.launch(jobs, initial_job_idx=trials[0].number)
+            for trial, job in zip(trials, returned, strict=True):
                 self._tell(study, trial, *self._result(job))
 
     def _sampler(self, number: int) -> Any:

@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 from tabulate import tabulate
 
 from dinoseg.cli.sweeps.folds import DEVIATION, FOLD, Row, grouped, with_summaries
-from dinoseg.cli.sweeps.told import Told
+from dinoseg.cli.sweeps.job_results import JobResults
 from dinoseg.config.job import job_config
 from dinoseg.config.nodes import instantiate
 from dinoseg.config.plain import plain
@@ -54,7 +54,7 @@ class SweepTable(Callback):
             return
         bad, cells = ([], 0) if _searches(config) else impossible_cells(config)
         if not bad:
-            if not _told(config).take(takes_over=_searches(config)):
+            if not _job_results(config).take(takes_over=_searches(config)):
                 print(
                     f"error: another sweep, or a job of an earlier one, is running in {config.hydra.sweep.dir}. Wait "
                     "for it, or choose another hydra.sweep.dir.",
@@ -76,7 +76,7 @@ class SweepTable(Callback):
         if config.hydra.mode == RunMode.MULTIRUN and not config.hydra.launcher._target_.endswith(_ONE_BY_ONE):
             os.environ[LABEL] = f"job {config.hydra.job.num}: "
         if config.hydra.mode == RunMode.MULTIRUN and _is_first():
-            _told(config).begin(config.hydra.job.num)
+            _job_results(config).begin(config.hydra.job.num)
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
         """Store the overrides and scores of a finished job, in the process that ran it."""
@@ -91,15 +91,15 @@ class SweepTable(Callback):
         numbers = {name: value for name, value in scores.items() if type(value) in (int, float) and isfinite(value)}
         row |= {name: numbers.get(name) for name in (*SHARES, *OTHERS, "background", "ignored_class")}
         row |= {name: scores.get(name) for name in ("matrix", "run")}
-        _told(config).tell(number, row | {"returned": numbers, "note": scores.get("error", "")})
+        _job_results(config).tell(number, row | {"returned": numbers, "note": scores.get("error", "")})
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         """Print and write the table, best first; folds and seeds of a setting are grouped and summarised."""
         if not _is_first():
             return
-        told = _told(config)
-        jobs = told.rows()
-        told.leave(keep=_searches(config))
+        results = _job_results(config)
+        jobs = results.rows()
+        results.leave(keep=_searches(config))
         columns = [key for key in (*SHARES, *OTHERS) if any(row[key] is not None for row in jobs)]
         score, sign = next(((key, -1) for key in RANKED if key in columns), ("loss", 1))
         if score not in columns and not any(row["note"] for row in jobs):
@@ -150,8 +150,8 @@ def _parts(key: str, means: Sequence[str]) -> list[str]:
 
 def _seed_columns(columns: Sequence[str], score: str) -> list[str]:
     """Return the printed columns; deviation and interval are printed for the ranking score only."""
-    place = columns.index(score) if score in columns else 0
-    return ["seeds", *columns[:place], score, f"{score} {DEVIATION}", INTERVAL, *columns[place + 1 :]]
+    index = columns.index(score) if score in columns else 0
+    return ["seeds", *columns[:index], score, f"{score} {DEVIATION}", INTERVAL, *columns[index + 1 :]]
 
 
 def _with_interval(row: Row, score: str) -> Row:
@@ -159,8 +159,8 @@ def _with_interval(row: Row, score: str) -> Row:
     return {**row, INTERVAL: " .. ".join(ends) if all(ends) else "-"}
 
 
-def _told(config: DictConfig) -> Told:
-    return Told(config.hydra.sweep.dir)
+def _job_results(config: DictConfig) -> JobResults:
+    return JobResults(config.hydra.sweep.dir)
 
 
 def _is_first() -> bool:
@@ -287,7 +287,7 @@ def _fault(loader: ConfigLoader, config: DictConfig, cell: list[str]) -> str:
         if cfg.resume is None and "check" in cfg.mode:
             from dinoseg.experiment.heads import solo_runs  # imports torch, which mode=score does not need
 
-            alone = [own.cfg for own in solo_runs(cfg, cell, None).values()]
+            alone = [solo.cfg for solo in solo_runs(cfg, cell, None).values()]
             for job in alone or [cfg]:
                 instantiate(cfg.mode.check)(job)
     except UserError as error:

@@ -36,9 +36,9 @@ def scores_of(path: Path, classes: Sequence[str], evaluation: str | None) -> dic
     """
     if evaluation is None:
         folder, split = path.parent.parent / "evaluation", "val"
-        own = path.parent.name == FOLDER and path.stem == "best" and (folder / "scores.json").is_file()
+        has_scores = path.parent.name == FOLDER and path.stem == "best" and (folder / "scores.json").is_file()
         # an evaluation older than the checkpoint scored an earlier best
-        if not own or (folder / "scores.json").stat().st_mtime < path.stat().st_mtime:
+        if not has_scores or (folder / "scores.json").stat().st_mtime < path.stat().st_mtime:
             return None
     else:
         folder = Path(evaluation).expanduser()

@@ -88,8 +88,8 @@ class Model:
     def __repr__(self) -> str:
         classes = ", ".join(self.facts.classes[:5]) + (", ..." if len(self.facts.classes) > 5 else "")
         backbone = self.facts.backbone.get("name", "unknown")
-        said = f"{len(self.facts.classes)} classes: {classes}; backbone {shown(backbone)}; {self.runtime.name}"
-        return f"dinoseg.Model({said})"
+        text = f"{len(self.facts.classes)} classes: {classes}; backbone {shown(backbone)}; {self.runtime.name}"
+        return f"dinoseg.Model({text})"
 
     @property
     def classes(self) -> tuple[str, ...]:

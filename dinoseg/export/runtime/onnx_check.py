@@ -31,7 +31,7 @@ def read_metadata(path: Path, key: str) -> str:
     return _read(path, key)[0]
 
 
-def data_beside(path: Path, key: str) -> list[str]:
+def external_data(path: Path, key: str) -> list[str]:
     """Return the names of the files next to a model that hold its external tensors.
 
     Arguments and errors are those of `read_metadata`.
@@ -47,7 +47,7 @@ def _read(path: Path, key: str) -> tuple[str, set[str]]:
         with open(path, "rb") as file:
             reading = _Reading(path)
             text = reading.model(memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)), key)
-            return text, reading.beside
+            return text, reading.external_files
     except (ValueError, OverflowError) as error:
         raise UserError(f"{path}: not an ONNX file of dinoseg: {error}. Export the model again.") from None
     except OSError as error:
@@ -66,7 +66,7 @@ class _Reading:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.reader = WireReader()
-        self.beside: set[str] = set()  # names of the files with external data
+        self.external_files: set[str] = set()  # names of the files with external data
 
     def model(self, view: memoryview, key: str) -> str:
         """Validate a ModelProto and return the text under `key` in its metadata."""
@@ -139,12 +139,12 @@ class _Reading:
         if found < needed:
             raise Damaged(f"a tensor of {needed} bytes has {found}")
 
-    def external(self, said: list[tuple[str, str]]) -> int:
+    def external(self, pairs: list[tuple[str, str]]) -> int:
         """Return the number of bytes of a tensor in external data; refuse all but a plain file next to the model."""
-        entries = dict(said)
+        entries = dict(pairs)
         wrong = next((name for name in entries if name not in _EXTERNAL_KEYS), None)
-        if wrong is not None or len(entries) != len(said):
-            raise Damaged(f"it describes its data by {wrong or said!r:.60}, which is unknown or duplicated")
+        if wrong is not None or len(entries) != len(pairs):
+            raise Damaged(f"it describes its data by {wrong or pairs!r:.60}, which is unknown or duplicated")
         name = entries.get("location", "")
         plain = PurePosixPath(name).name == name == PureWindowsPath(name).name and name not in ("", ".", "..")
         if not plain or len(name) > _LONGEST_NAME or "\0" in name:
@@ -155,7 +155,7 @@ class _Reading:
         offset, length = (_whole(entries.get(key, "0")) for key in ("offset", "length"))
         if offset + length > data.stat().st_size:
             raise Damaged(f"its data, the file {name!r:.60}, is truncated")
-        self.beside.add(name)
+        self.external_files.add(name)
         return length
 
     def entries(self, views: list[memoryview]) -> list[tuple[str, str]]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from dinoseg.export.runtime.facts import ModelFacts
-from dinoseg.export.runtime.onnx_check import data_beside, read_metadata
+from dinoseg.export.runtime.onnx_check import external_data, read_metadata
 from dinoseg.export.runtime.onnx_pictures import GraphRuntime
 from dinoseg.export.runtime.onnx_record import KEY, OUTPUTS, GraphRecord, parse
 from dinoseg.export.runtime.runtime import Opened
@@ -68,14 +68,14 @@ def parts_of(path: Path, name: str) -> list[Path]:
     Raises:
         UserError: if the file is damaged, or the name of its weight file does not match `name`.
     """
-    beside = data_beside(path, KEY) if path.suffix == ".onnx" else []
-    other = next((data for data in beside if data != f"{name}.data"), None)
+    data_files = external_data(path, KEY) if path.suffix == ".onnx" else []
+    other = next((data for data in data_files if data != f"{name}.data"), None)
     if other is not None:
         raise UserError(
             f"{path} refers to its weights as {shown(other)}, so it cannot be renamed to {name}. Keep its name, "
             f"{shown(other.removesuffix('.data'))}, or export it again."
         )
-    return [*map(path.with_name, beside), path]
+    return [*map(path.with_name, data_files), path]
 
 
 def _check_outputs(outputs: list[np.ndarray], record: GraphRecord, num_classes: int, batch: int, where: str) -> None:
@@ -84,8 +84,8 @@ def _check_outputs(outputs: list[np.ndarray], record: GraphRecord, num_classes: 
     columns = outputs[0].shape[1] if outputs[0].ndim > 1 else 0  # classes, or queries
     shapes = [(batch, columns, num_classes + record.no_object)] if record.kind == "masks" else []
     wanted = [*shapes, (batch, columns if shapes else num_classes, *maps.shape[2:])]
-    fits = [part.shape for part in outputs] == wanted and maps.ndim == 4 and maps.size > 0
-    if not fits or any(part.dtype.kind != "f" for part in outputs):
+    is_valid = [part.shape for part in outputs] == wanted and maps.ndim == 4 and maps.size > 0
+    if not is_valid or any(part.dtype.kind != "f" for part in outputs):
         given = ", ".join(f"{part.dtype} {list(part.shape)}" for part in outputs)
         raise UserError(
             f"{where}: returns {given} for {batch} images, which are not scores of its {num_classes} classes. Export "

@@ -60,10 +60,12 @@ def open_file(path: Path, options: Options) -> Opened:
 def _check_onnx(path: Path, options: Options) -> None:
     """Refuse options that an ONNX graph does not support."""
     given = {"backbone.weights": options.backbone, "head.weights": options.head, "inference": options.inference}
-    asked = {key: value for key, value in given.items() if value is not None and (key, value) != ("inference", "whole")}
+    requested = {
+        key: value for key, value in given.items() if value is not None and (key, value) != ("inference", "whole")
+    }
     if options.precision not in ("auto", "fp32"):
-        asked["engine.precision"] = options.precision
-    for key, value in asked.items():
+        requested["engine.precision"] = options.precision
+    for key, value in requested.items():
         raise UserError(
             f"{key}={value}: {path} is an ONNX file, which processes whole images, computes in float32 and holds all "
             "of its weights. Leave it out, or give the model.safetensors of that model."

@@ -55,40 +55,40 @@ def load_torch(path: Path, options: Options) -> Opened:
     file = checkpoint.find(path, "best")
     # restore the caller's OmegaConf resolvers and random state afterwards
     with lent_resolvers(), torch.random.fork_rng(_devices(chosen)):
-        said = checkpoint.describe(file)
-        facts = ModelFacts.of(said, str(file))
-        changes = {"engine.device": options.device, **_weights(file, said, options)}
-        cfg = alone(file, _without_task(said), changes, inference=options.inference, trust=options.trust)
+        info = checkpoint.describe(file)
+        facts = ModelFacts.of(info, str(file))
+        changes = {"engine.device": options.device, **_weights(file, info, options)}
+        cfg = alone(file, _without_task(info), changes, inference=options.inference, trust=options.trust)
         policy: Policy = instantiate(cfg.inference)
-        sizes = TrainedSizes.from_info(said)
+        sizes = TrainedSizes.from_info(info)
         model, _ = restore(ModelBuilder(cfg), file)
     if model.head.slots is not None:
         raise UserError(f"{file} is a slot model, which has no classes. mode=track tracks its segments.")
     keep_scale(model, sizes)
     context = nullcontext if dtype == torch.float32 else partial(torch.autocast, chosen.type, dtype)
     predictor = Predictor(model.to(chosen), chosen, context, policy)
-    return Opened(TorchRuntime(predictor), facts, file if "facts" in said else None)
+    return Opened(TorchRuntime(predictor), facts, file if "facts" in info else None)
 
 
-def _without_task(said: Mapping[str, Any]) -> dict[str, Any]:
+def _without_task(info: Mapping[str, Any]) -> dict[str, Any]:
     """Return a description without its training task: a check of its keys would import scipy and matplotlib."""
-    config = said["config"]
-    return {**said, "config": {**config, "trainer": {**config["trainer"], "task": None}}}
+    config = info["config"]
+    return {**info, "config": {**config, "trainer": {**config["trainer"], "task": None}}}
 
 
-def _weights(file: Path, said: Mapping[str, Any], options: Options) -> dict[str, str]:
+def _weights(file: Path, info: Mapping[str, Any], options: Options) -> dict[str, str]:
     """Return config overrides for weights that are given instead of those that the file names.
 
     Raises:
         UserError: if the file names none, since it holds them.
     """
     changes = {}
-    for part, place in (("backbone", options.backbone), ("head", options.head)):
-        if place is None:
+    for part, path in (("backbone", options.backbone), ("head", options.head)):
+        if path is None:
             continue
-        if said["config"][part].get("weights") in _HELD:
-            raise UserError(f"{part}.weights={place}: {file} holds its own {part}. Leave it out.")
-        changes[f"{part}.weights"] = str(place)
+        if info["config"][part].get("weights") in _HELD:
+            raise UserError(f"{part}.weights={path}: {file} holds its own {part}. Leave it out.")
+        changes[f"{part}.weights"] = str(path)
     return changes
 
 

@@ -206,7 +206,7 @@ def _versions() -> dict[str, str]:
 
 
 _PACKAGED = "dinoseg:"
-_OWN = ("random", None)  # values for weights without a third-party source
+_NO_SOURCE = ("random", None)  # values for weights without a third-party source
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 _LICENCES = (  # part of the name, licence of such weights, whether it restricts redistribution
     ("dinov3", "DINOv3 License", True),
@@ -214,7 +214,7 @@ _LICENCES = (  # part of the name, licence of such weights, whether it restricts
     ("facebook/dino-vit", "Apache-2.0", False),
     (_PACKAGED, "Apache-2.0", False),
 )
-OWN_LICENCE = "its trainer's own"
+TRAINER_LICENCE = "its trainer's own"
 
 
 def source_of(config: Mapping[str, Any], frozen: str) -> dict[str, Any]:
@@ -242,8 +242,8 @@ def is_hub_id(weights: Any) -> TypeGuard[str]:
 
 
 def _licence(names: str, weights: str | None) -> tuple[str, bool]:
-    if weights in _OWN:
-        return OWN_LICENCE, False
+    if weights in _NO_SOURCE:
+        return TRAINER_LICENCE, False
     if str(weights).startswith(_PACKAGED):
         names = ""
     known = f"{names} {weights}".lower()

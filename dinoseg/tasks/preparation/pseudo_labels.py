@@ -127,13 +127,13 @@ def _labels_of(propagation: Propagation, video: Path) -> dict[str, int]:
     sums = {"masks": mask_sums(video), "frames": frames_sum(video)}
     made_by = as_read_back({**propagation.made_by, **sums})
 
-    def fits(note: Mapping[str, Any]) -> bool:
+    def is_current(note: Mapping[str, Any]) -> bool:
         return note["made_by"] == made_by and note["kept"].keys() == png_files(folder).keys()
 
     note = finished(
         folder / PSEUDO_FILE,
         lambda path: forms.read_json(path, PSEUDO_FORM),
-        fits,
+        is_current,
         damaged="%s is damaged (%s): creating it again.",
         unfit=f"{folder} was created with other settings, or is incomplete: creating it again.",
     )
@@ -145,17 +145,17 @@ def _labels_of(propagation: Propagation, video: Path) -> dict[str, int]:
 
 def _write_labels(propagation: Propagation, video: Path, made_by: dict[str, Any]) -> dict[str, Any]:
     """Write the labels with sufficient agreement, then the note on them, which is returned."""
-    kept: dict[str, float] = {}
+    accepted: dict[str, float] = {}
     left_out: dict[str, float] = {}
     # all or nothing: training must not see a part of the labels, or labels of two settings
     with whole_folder(video / PSEUDO_FOLDER) as part:
         for stem, mask, agreement in _labelled(propagation, video):
             if agreement >= propagation.min_agreement:
-                kept[stem] = round(agreement, 4)
+                accepted[stem] = round(agreement, 4)
                 write_png(part / f"{stem}.png", mask)
             else:
                 left_out[stem] = round(agreement, 4)
-        note = {"what": _MEANING, "made_by": made_by, "kept": kept, "left_out": left_out}
+        note = {"what": _MEANING, "made_by": made_by, "kept": accepted, "left_out": left_out}
         (part / PSEUDO_FILE).write_text(json.dumps(note, indent=1), encoding="utf-8")
     return note
 

@@ -57,8 +57,8 @@ class Candidates:
         size = (mask.shape[-2], mask.shape[-1])
         places = lattice(size, _PIXELS)
         rows, columns = (
-            reads(length, cells, share)[place].to(self.weight)
-            for length, cells, share, place in zip(size, features.shape[-2:], valid, places, strict=True)
+            reads(length, cells, share)[indices].to(self.weight)
+            for length, cells, share, indices in zip(size, features.shape[-2:], valid, places, strict=True)
         )
         scores = F.conv2d(features.to(self.weight), self.weight[..., None, None], self.bias)
         chosen = (rows @ scores @ columns.T).unflatten(1, (len(self.counts), -1))  # (B, candidates, K, rows, columns)
@@ -177,7 +177,7 @@ class Probe:
         widths = model.backbone.dim
         dims = [widths] * model.backbone.num_layers if isinstance(widths, int) else widths
         self.sums = {
-            name: Sums(sum(dims[place] for place in places), self.weightings) for name, places in readings.items()
+            name: Sums(sum(dims[index] for index in places), self.weightings) for name, places in readings.items()
         }
 
     def fit(self, checkpoint: SumsCheckpoint | None = None) -> None:
@@ -219,8 +219,8 @@ class Probe:
     def _solution(self, name: str, found: Candidates) -> Solution:
         found.counts, found.losses = self.engine.sum(found.counts), self.engine.sum(found.losses)
         choice = found.best()
-        way, place = divmod(choice.number, len(self.grid.strengths))
-        strength = self.grid.strengths[place]
+        way, index = divmod(choice.number, len(self.grid.strengths))
+        strength = self.grid.strengths[index]
         (affine,) = next(islice(solve(self.sums[name], [strength]), way, None))
         return Solution(name, affine, self.sums[name].statistics, strength, self.grid.balances[way], choice)
 
@@ -263,7 +263,7 @@ class Probe:
         """Return the features (B, D, h, w) of a batch for each reading."""
         with self.engine.autocast():
             maps = self.model.backbone(self.model.pixels(batch.image))
-        return {name: concatenate([maps[place] for place in places]) for name, places in self.readings.items()}
+        return {name: concatenate([maps[index] for index in places]) for name, places in self.readings.items()}
 
     def _valid(self, batch: Batch) -> tuple[float, float]:
         size = self.model.seen_size((batch.image.shape[-2], batch.image.shape[-1]))

@@ -59,9 +59,9 @@ def cell_labels(
         pixels = (mask == present).double()
         shares[..., present] = rows.T @ pixels @ columns
         weights += weightings[:, present, None, None, None] * pixels
-    square, beside = (rows**2).T @ weights, below.T @ weights  # (S, B, h, W)
-    corner = beside @ right
-    parts = (square @ columns**2 / 2, square @ right, F.pad(corner, (1, -1)), beside @ columns**2, corner)
+    square, sloped = (rows**2).T @ weights, below.T @ weights  # (S, B, h, W)
+    corner = sloped @ right
+    parts = (square @ columns**2 / 2, square @ right, F.pad(corner, (1, -1)), sloped @ columns**2, corner)
     coupling = torch.stack(parts, dim=1)  # (S, 5, B, h, w)
     return CellLabels(shares.flatten(0, 2), coupling.flatten(2), (0, 1, grid[1] - 1, grid[1], grid[1] + 1))
 

@@ -57,20 +57,20 @@ class SumsCheckpoint:
         if not self._path.exists():
             return 0
         try:
-            kept = read_tensor_file(self._path, _FILE)
+            saved = read_tensor_file(self._path, _FILE)
         except UserError as error:
-            kept = {}
+            saved = {}
             logger.warning("%s Its sums start over.", error)
         wanted = {**sums, _DONE: torch.tensor(0)}
-        fits = {name: (value.shape, value.dtype) for name, value in kept.items()} == {
+        is_compatible = {name: (value.shape, value.dtype) for name, value in saved.items()} == {
             name: (value.shape, value.dtype) for name, value in wanted.items()
         }
-        if not fits or kept[_DONE] < 1 or not all(torch.isfinite(value).all() for value in kept.values()):
+        if not is_compatible or saved[_DONE] < 1 or not all(torch.isfinite(value).all() for value in saved.values()):
             return 0
         for name, value in sums.items():
-            value.copy_(kept[name])
-        logger.info("resuming with the sums of %d images in %s", kept[_DONE], self._path)
-        return int(kept[_DONE])
+            value.copy_(saved[name])
+        logger.info("resuming with the sums of %d images in %s", saved[_DONE], self._path)
+        return int(saved[_DONE])
 
     def save(self, sums: Mapping[str, Tensor], done: int) -> None:
         """Save the sums over the first `done` images."""

@@ -76,30 +76,30 @@ class FeatureExtractor:
         results: dict[int, list[Tensor]] = {}
         bad: dict[int, str] = {}
         keys = [_key(image) for image in pool]
-        for place, key in enumerate(keys):
+        for index, key in enumerate(keys):
             cached = None if isinstance(key, UserError) else self._store.get(key)
             if cached is not None and [part.shape for part in cached] == [(self._width,), (_MEASURES,)]:
-                results[place] = cached
-        rest = [place for place in range(len(pool)) if place not in results]
+                results[index] = cached
+        rest = [index for index in range(len(pool)) if index not in results]
         if results:
             logger.info("%d of %d images reused from the cache.", len(results), len(pool))
         with Bar(total=len(rest), desc="looking", unit="image", delay=2) as bar:
-            for place, pixels in zip(rest, self._read(pool, rest), strict=True):
+            for index, pixels in zip(rest, self._read(pool, rest), strict=True):
                 if isinstance(pixels, UserError):
                     if not skip:
                         raise UserError(f"{pixels} Fix it, or leave such files out with data.on_error=skip.")
-                    bad[place] = str(pixels)
+                    bad[index] = str(pixels)
                 else:
-                    results[place] = self._store.put(str(keys[place]), self._compute(pixels))
+                    results[index] = self._store.put(str(keys[index]), self._compute(pixels))
                 bar.update()
         if not results:
             raise UserError(f"No image of {len(pool)} can be read: {next(iter(bad.values()), 'none found')}")
         least = 1e-12
         features, uncertainty = np.zeros((len(pool), self._width)), np.zeros((len(pool), _MEASURES))
-        for place, (feature, measures) in results.items():
+        for index, (feature, measures) in results.items():
             mean = feature.double().numpy()
-            features[place] = mean / max(least, np.linalg.norm(mean))
-            uncertainty[place] = measures.double().numpy()
+            features[index] = mean / max(least, np.linalg.norm(mean))
+            uncertainty[index] = measures.double().numpy()
         return features, uncertainty if self._predictor is not None else None, bad
 
     def _read(self, pool: Sequence[PoolImage], places: Sequence[int]) -> Iterator[np.ndarray | UserError]:
@@ -124,9 +124,9 @@ class _Pixels:
     def __init__(self, pool: Sequence[PoolImage]) -> None:
         self._pool = pool
 
-    def __call__(self, place: int) -> np.ndarray | UserError:
+    def __call__(self, index: int) -> np.ndarray | UserError:
         try:
-            return np.array(read_source(self._pool[place].source))
+            return np.array(read_source(self._pool[index].source))
         except UserError as error:
             return error
 

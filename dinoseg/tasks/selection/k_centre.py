@@ -11,7 +11,7 @@ from dinoseg.tasks.selection.selector import Known, Pick, Selector
 class Farthest(NamedTuple):
     """Image, its distance to the nearest earlier one, and which one that is; None for the first of all."""
 
-    place: int
+    position: int
     distance: float
     nearest: int | None
 
@@ -48,10 +48,12 @@ class KCentre(Selector):
     def choose(self, known: Known, count: int, seed: int) -> list[Pick]:
         """Return the first of `farthest_first`, starting from the labelled images; `seed` is not used."""
         order = farthest_first(known.features, known.labelled, known.free)
-        return [Pick(found.place, told(found, known.names)) for _, found in zip(range(count), order, strict=False)]
+        return [
+            Pick(found.position, reason_of(found, known.names)) for _, found in zip(range(count), order, strict=False)
+        ]
 
 
-def told(found: Farthest, names: Sequence[str]) -> str:
+def reason_of(found: Farthest, names: Sequence[str]) -> str:
     """Return the reason for choosing an image."""
     if found.nearest is None:
         return "nearest to the mean of all"
@@ -60,9 +62,9 @@ def told(found: Farthest, names: Sequence[str]) -> str:
 
 def _reach(distance: np.ndarray, nearest: np.ndarray, features: np.ndarray, among: np.ndarray, centre: int) -> None:
     """Add a centre: update the squared distances (n,) and the nearest centres in place."""
-    own = _squares(features[among], features[centre])
-    nearest[own < distance] = centre
-    np.minimum(distance, own, out=distance)
+    squares = _squares(features[among], features[centre])
+    nearest[squares < distance] = centre
+    np.minimum(distance, squares, out=distance)
 
 
 def _squares(features: np.ndarray, point: np.ndarray) -> np.ndarray:

@@ -91,7 +91,7 @@ def places_of(names: Collection[str], pool: list[PoolImage]) -> list[int]:
     Raises:
         UserError: a name is not in the pool.
     """
-    known = {candidate.name: place for place, candidate in enumerate(pool)}
+    known = {candidate.name: index for index, candidate in enumerate(pool)}
     if absent := sorted(set(names) - known.keys()):
         raise UserError(
             f"labels names {len(absent)} of {len(names)} images that are not among the {len(pool)} to choose from: "
@@ -105,9 +105,9 @@ def _frames(path: Path, before: str, every: float, cache_dir: Path, also: Collec
     times = _seconds(find_index(path, cache_dir))
     steps = np.floor((times + _ROUNDING) / every)
     first = np.unique(steps, return_index=True)[1]
-    named = [place for place in range(len(times)) if also and f"{before}{place:09d}" in also]
-    for place in np.union1d(first, named).astype(int).tolist():
-        yield PoolImage(f"{before}{place:09d}", VideoFrame(path, place, cache_dir), float(times[place]))
+    named = [index for index in range(len(times)) if also and f"{before}{index:09d}" in also]
+    for index in np.union1d(first, named).astype(int).tolist():
+        yield PoolImage(f"{before}{index:09d}", VideoFrame(path, index, cache_dir), float(times[index]))
 
 
 def _seconds(index: VideoIndex) -> np.ndarray:

@@ -14,7 +14,7 @@ NOTHING, FEATURES, DOUBTS = "nothing", "features", "doubts"  # what a selector n
 class Pick(NamedTuple):
     """Chosen image, and the reason."""
 
-    place: int
+    position: int
     reason: str
 
 

@@ -44,9 +44,9 @@ class Typical(Selector):
     def _by_typicality(self, known: Known, cluster: np.ndarray, each: int) -> list[int]:
         """Return the unlabelled images of a cluster, the most typical first, ties in their order."""
         members = np.flatnonzero(cluster == each)
-        own = known.features[members]
+        points = known.features[members]
         nearest = min(self.neighbours, len(members) - 1)
-        apart = np.array([np.sort(((own - point) ** 2).sum(axis=1))[1 : nearest + 1] for point in own])
+        apart = np.array([np.sort(((points - point) ** 2).sum(axis=1))[1 : nearest + 1] for point in points])
         mean = np.sqrt(apart).mean(axis=1) if nearest else np.zeros(1)
         ordered = members[np.argsort(mean, kind="stable")]
         return ordered[np.isin(ordered, known.free)].tolist()

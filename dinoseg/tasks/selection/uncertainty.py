@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from dinoseg.tasks.selection.k_centre import farthest_first, told
+from dinoseg.tasks.selection.k_centre import farthest_first, reason_of
 from dinoseg.tasks.selection.selector import DOUBTS, Known, Pick, Selector
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Count
@@ -35,13 +35,13 @@ class Uncertainty(Selector):
         assert known.doubts is not None
         doubt = known.doubts[:, MEASURES.index(self.measure)]
         ranked = known.free[np.argsort(-doubt[known.free], kind="stable")]
-        rank = {int(index): place for place, index in enumerate(ranked, start=1)}
+        rank = {int(index): position for position, index in enumerate(ranked, start=1)}
         among = ranked[: self.candidates * count]
         first = [] if known.labelled else [int(among[0])]  # the most uncertain of all
         reasons = {index: "the most uncertain" for index in first}
         rest = farthest_first(known.features, [*known.labelled, *first], np.setdiff1d(among, first))
         for _, found in zip(range(count - len(first)), rest, strict=False):
-            reasons[found.place] = told(found, known.names)
+            reasons[found.position] = reason_of(found, known.names)
         return [
             Pick(index, f"{self.measure} {doubt[index]:.3f}, rank {rank[index]} of {len(ranked)}; {why}")
             for index, why in reasons.items()

@@ -36,7 +36,7 @@ CHOSEN = ("trainer.steps", "adapter", "data.batch_size", "resolution.crop")
 AUTO = ("mode=train", "hparam=auto", *(word for word in SMALL if word.split("=")[0] not in CHOSEN))
 FEW = "trainer.steps=2"
 DETAIL = ["head=detail", "head.fine=4", "head.width=8"]
-TIMED = RecipeTimes(start=0.1, image=0.02, kept=0.01, frozen=0.01, bytes=1000, val=0.01)
+TIMED = RecipeTimes(start=0.1, image=0.02, cached=0.01, frozen=0.01, bytes=1000, val=0.01)
 
 
 @pytest.fixture
@@ -151,7 +151,7 @@ def test_a_length_that_was_typed_once_is_chosen_where_it_is_not(folder, monkeypa
     assert (
         f"trainer.steps={cfg.trainer.steps} trainer.val_every={cfg.trainer.val_every} trainer.max_minutes=" in done.out
     )
-    assert 10 < cfg.trainer.steps * cfg.data.batch_size * TIMED.kept < 60
+    assert 10 < cfg.trainer.steps * cfg.data.batch_size * TIMED.cached < 60
 
 
 @pytest.mark.heavy
@@ -235,7 +235,7 @@ def test_a_backbone_is_tuned_where_time_suffices_and_else_stays_frozen(folder, m
     for number in range(5, 21):
         write_png(folder / f"data/train/images/{number}.png", torch.zeros(32, 48, 3, dtype=torch.uint8).numpy())
         write_png(folder / f"data/train/masks/{number}.png", read_ids(folder / "data/train/masks/0.png"))
-    slow = replace(TIMED, image=0.2, kept=0.1)
+    slow = replace(TIMED, image=0.2, cached=0.1)
     monkeypatch.setattr("dinoseg.cli.auto.search.in_own_process", lambda work, values, **_: slow)
     words = (*AUTO, FEW, "head=linear")
     adapters = [
@@ -264,7 +264,7 @@ def test_smaller_images_are_taken_where_they_leave_time_to_tune(folder, monkeypa
     def timed(work, values, **_):
         sides = values["resolution"]["crop"], values["resolution"]["longest"]
         tried.append((values["choices"]["adapter"], *sides))
-        return replace(TIMED, image=0.02 if sides[1] else 0.03, kept=None)
+        return replace(TIMED, image=0.02 if sides[1] else 0.03, cached=None)
 
     monkeypatch.setattr("dinoseg.cli.auto.search.in_own_process", timed)
     done = call(folder, *AUTO, FEW, "head=linear", "budget.minutes=1", "hydra.run.dir=R")
@@ -296,7 +296,7 @@ def test_a_backbone_is_tuned_on_whole_images_where_smaller_ones_have_no_time_eit
 
     def timed(work, values, **_):
         tried.append(values["choices"]["adapter"])
-        return replace(TIMED, image=0.1 if values["resolution"]["longest"] else 0.15, kept=None)
+        return replace(TIMED, image=0.1 if values["resolution"]["longest"] else 0.15, cached=None)
 
     monkeypatch.setattr("dinoseg.cli.auto.search.in_own_process", timed)
     monkeypatch.setattr("dinoseg.autotune.rules.LEAST_SMALLER", least_smaller)
@@ -338,7 +338,7 @@ def plan(folder, monkeypatch, taken, *words, timed=TIMED, minutes=1.0):
 
 def test_choosing_takes_a_quarter_of_the_budget_and_names_what_was_not_tried(folder, monkeypatch):
     write_halves(folder)
-    slow = replace(TIMED, image=0.02, kept=None)
+    slow = replace(TIMED, image=0.02, cached=None)
     cfg, done = plan(folder, monkeypatch, (4, 5, 4.9), "head=linear", timed=slow)
     assert cfg.choices.adapter == "full" and "not tried" not in done.out
     assert 0.8 * 46.1 < cfg.trainer.steps * cfg.data.batch_size * 0.02 <= 0.95 * 46.1 / 1.03
@@ -379,8 +379,8 @@ def test_a_candidate_is_stopped_at_its_time_limit_and_the_cheapest_stays(folder,
     ("timed", "expected"),
     [
         (TIMED, (None, "linear", None)),
-        (replace(TIMED, image=8.0, kept=None, frozen=1.0), (24, "linear", None)),  # images half as large
-        (replace(TIMED, image=500.0, kept=None, frozen=2.0, val=50.0), (12, "linear", "probe")),
+        (replace(TIMED, image=8.0, cached=None, frozen=1.0), (24, "linear", None)),  # images half as large
+        (replace(TIMED, image=500.0, cached=None, frozen=2.0, val=50.0), (12, "linear", "probe")),
         (None, (None, "linear", None)),  # not even timed: an upper estimate
     ],
 )
@@ -416,7 +416,7 @@ def test_where_reading_the_data_spends_the_time_for_choosing_the_recipe_still_tr
 
 def test_a_closed_form_keeps_its_length_and_the_rate_of_its_own_head(folder, monkeypatch):
     timed = RecipeTimes(
-        start=0.1, image=100.0, kept=50.0, frozen=2.0, bytes=1000, val=50.0
+        start=0.1, image=100.0, cached=50.0, frozen=2.0, bytes=1000, val=50.0
     )  # 7 images of a quarter fit
     cfg, done = plan(folder, monkeypatch, (1,), "backbone.arch.num_hidden_layers=4", timed=timed)
     assert (cfg.choices.head, cfg.head.init, cfg.trainer.steps, cfg.data.views) == ("linear", "probe", 1, None)
@@ -454,7 +454,7 @@ def test_when_tuning_wins_depends_on_the_head_and_on_a_step(folder, monkeypatch,
         least = 0.005 if values["resolution"]["longest"] else 0.075  # smaller images are tried, and never enough
         resting = 0.025 if asked and way == "full" else None
         image = 0.025 if way == "frozen" else least
-        return replace(TIMED, start=0.5, image=image, kept=None, val=0.05, resting=resting)
+        return replace(TIMED, start=0.5, image=image, cached=None, val=0.05, resting=resting)
 
     monkeypatch.setattr("dinoseg.cli.auto.search.in_own_process", timed)
     monkeypatch.setattr("dinoseg.autotune.rules.LEAST_SMALLER", 10**6)
@@ -598,14 +598,14 @@ def chosen_with(folder, monkeypatch):
 def test_a_batch_is_no_larger_than_what_fits(chosen_with):
     cfg, out = chosen_with(lambda parts, samples: 20 * samples if parts.crop == (64, 64) else 1)
     assert (cfg.data.batch_size, cfg.trainer.accumulate) == (4, 1) and "; 8 would not fit into memory" in out
-    assert 200 < cfg.trainer.steps * 4 * TIMED.kept < 540
+    assert 200 < cfg.trainer.steps * 4 * TIMED.cached < 540
 
 
 @pytest.mark.heavy
 def test_what_memory_makes_of_a_batch_stays_but_for_a_typed_one(chosen_with):
     cfg, _ = chosen_with(lambda parts, samples: 60 * samples)
     assert (cfg.data.batch_size, cfg.trainer.accumulate) == (1, 2)
-    assert 200 < cfg.trainer.steps * 2 * TIMED.kept < 540
+    assert 200 < cfg.trainer.steps * 2 * TIMED.cached < 540
     cfg, _ = chosen_with(lambda parts, samples: 60 * samples, "data.batch_size=4")
     assert (cfg.data.batch_size, cfg.trainer.accumulate) == (4, 1)
 
@@ -697,17 +697,17 @@ def test_a_rank_is_timed_with_its_share_of_a_batch(tmp_path, compose, monkeypatc
     cfg = compose(*SMALL, f"data.root={tmp_path}/data", "adapter=frozen", "data.batch_size=4")
     alone, two = (time_candidate(plain(cfg), minutes=9, ranks=ranks) for ranks in (1, 2))
     assert sizes == [4, 4, 2, 2]
-    assert (alone.image, alone.kept, alone.frozen, alone.val) == (1.5, 1.5, 2.0, 4.0)
-    assert (two.image, two.kept, two.frozen, two.val) == (1.5, 1.5, 2.0, 2.0)  # half the images, and two at once
+    assert (alone.image, alone.cached, alone.frozen, alone.val) == (1.5, 1.5, 2.0, 4.0)
+    assert (two.image, two.cached, two.frozen, two.val) == (1.5, 1.5, 2.0, 2.0)  # half the images, and two at once
 
 
 @pytest.mark.usefixtures("choice_alone")
 def test_time_that_choosing_a_batch_takes_is_counted(folder, monkeypatch):
-    clock, fits = [0.0], Memory.fits
+    clock, fits = [0.0], Memory.suffices
     monkeypatch.setattr("dinoseg.cli.auto.search.monotonic", lambda: clock[0])
     words = (*AUTO, "mode=plan", "mode.dry_step=false", "budget.minutes=10", "data.views=null")
     monkeypatch.setattr(
-        Memory, "fits", lambda memory, recipe: clock.__setitem__(0, clock[0] + 300) or fits(memory, recipe)
+        Memory, "suffices", lambda memory, recipe: clock.__setitem__(0, clock[0] + 300) or fits(memory, recipe)
     )
     done = call(folder, *words, "hydra.run.dir=R")
     assert done.status == 0 and "5.0 of 10 minutes are left" in done.out, done.err

@@ -10,7 +10,7 @@ import pytest
 from hydra.core.plugins import Plugins
 from omegaconf import OmegaConf
 
-from dinoseg.cli.sweeps.told import Told
+from dinoseg.cli.sweeps.job_results import JobResults
 from dinoseg.utils import locks
 from dinoseg.utils.errors import UserError
 
@@ -174,8 +174,8 @@ def begun(folder, words=WORDS):
 def test_a_job_that_outlived_its_search_is_not_run_again(tmp_path, capsys, note, numbers):
     begun(tmp_path)
     row = {"words": {}, "job": 0, "process": 1, "note": note, "returned": numbers}
-    Told(tmp_path).begin(0)  # as a launcher's process does
-    Told(tmp_path).tell(0, row)
+    JobResults(tmp_path).begin(0)  # as a launcher's process does
+    JobResults(tmp_path).tell(0, row)
     rest = Jobs()
     search(tmp_path, rest)
     assert [*rest.done] == [1, 2, 3] and not capsys.readouterr().err  # that failed: it says itself why
@@ -183,11 +183,11 @@ def test_a_job_that_outlived_its_search_is_not_run_again(tmp_path, capsys, note,
 
 def test_a_job_that_is_run_again_does_not_begin_any_more(tmp_path, capsys):
     rate, rest = begun(tmp_path), Jobs()
-    Told(tmp_path).take(takes_over=True)
+    JobResults(tmp_path).take(takes_over=True)
     search(tmp_path, rest)
     assert [*rest.done] == [1, 2, 3, 4] and rest.done[1]["lr"] == rate
     with pytest.raises(SystemExit) as end:
-        Told(tmp_path).begin(0)
+        JobResults(tmp_path).begin(0)
     assert end.value.code == 0 and "another job of the search has replaced" in capsys.readouterr().err
 
 

@@ -33,7 +33,7 @@ def known(name, labelled=(), doubts=False, seed=0):
 
 
 def chosen(picks):
-    indices = [pick.place for pick in picks]
+    indices = [pick.position for pick in picks]
     assert len(set(indices)) == len(indices) and all(pick.reason for pick in picks)
     return indices
 
@@ -129,7 +129,7 @@ def test_uncertain_images_are_the_most_uncertain_that_differ():
         assert spread == farthest(given.features, [4], sorted(ranked[:15]), 5)
     assert alone[0].reason.startswith("margin 0.") and "rank" in alone[0].reason
     first = Uncertainty().choose(known("spread", doubts=True), 3, 0)[0]
-    assert first.place == int(np.argmax(given.doubts[:, 0])) and "rank 1 of 40; the most uncertain" in first.reason
+    assert first.position == int(np.argmax(given.doubts[:, 0])) and "rank 1 of 40; the most uncertain" in first.reason
 
 
 def test_drawn_images_are_the_seed_s_alone():

@@ -22,7 +22,7 @@ _OF_JOB = re.compile(r"\d+\.(json|own|given_up)")
 _held: dict[Path, IO[str]] = {}
 
 
-class Told:
+class JobResults:
     """Store for the jobs' files in a sweep's folder.
 
     Args:
@@ -61,7 +61,7 @@ class Told:
 
     def begin(self, number: int) -> None:
         """Record that a job is running; exit if another job has replaced it."""
-        _hold(self._own(number))  # if this fails, another rank of the job holds the lock
+        _hold(self._lock_path(number))  # if this fails, another rank of the job holds the lock
         if self._given_up(number).exists():
             print("another job of the search has replaced this one, which waited too long", file=sys.stderr)
             sys.exit(0)
@@ -69,14 +69,14 @@ class Told:
     def tell(self, number: int, row: Mapping[str, Any]) -> None:
         """Store the result of a job and release its lock."""
         write_json(self.folder / f"{number}.json", row)
-        _let_go(self._own(number))
+        _let_go(self._lock_path(number))
 
     def returned(self, number: int) -> dict[str, Any] | None:
         """Return a job's numbers, or its `error`, once it has ended; None if it stored no result.
 
         A job that is not running by then is marked as given up, and will not start.
         """
-        held = locks.acquire(self._own(number), wait=True)
+        held = locks.acquire(self._lock_path(number), wait=True)
         assert held is not None
         try:
             row = self._read(self.folder / f"{number}.json")
@@ -92,7 +92,7 @@ class Told:
         rows = [self._read(path) for path in self.folder.glob("*.json")]
         return sorted((row for row in rows if row is not None), key=lambda row: row["job"])
 
-    def _own(self, number: int) -> Path:
+    def _lock_path(self, number: int) -> Path:
         return self.folder / f"{number}.own"
 
     def _given_up(self, number: int) -> Path:
