@@ -51,13 +51,13 @@ class Code:
             elif isinstance(each, ast.Attribute) and isinstance(each.value, ast.Name):
                 yield f"{self.names[module].get(each.value.id)}.{each.attr}"
 
-    def reads(self, start):
-        """Return the dotted keys, two names long at most, that a function reads, with all that it can come to call.
+    def reads(self, *starts):
+        """Return the dotted keys, two names long at most, that functions and classes read, with all that they can come to call.
 
         Of a class that is reached, those methods are that any reached code names; of a builder, those that it names of
         what is called as builders are.
         """
-        found, attributes, waiting, reached = set(), set(), [start], set()
+        found, attributes, waiting, reached = set(), set(), list(starts), set()
         methods = []  # of reached classes: name, as it has to be named; module, node
 
         def is_named(method):

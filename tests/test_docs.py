@@ -52,7 +52,8 @@ GIVEN = {  # names that the Python of the docs does not make itself
     "features": torch.randn(3, 8, 6, 6, generator=torch.Generator().manual_seed(0)),
 }
 NOT_RUN = re.compile(  # what needs the package index, an account, a scheduler, or has tests of its own
-    r"make (demo|test|docs)$|pip install |git clone |cd |sbatch |hf auth login$|gh |export |.* --config-dir mine/"
+    r"make (demo|test|docs)$|python3 -m venv |pip install |git clone |cd |sbatch |hf auth login$|gh |export |"
+    r".* --config-dir mine/"
 )
 ALL = list(dict.fromkeys(command for page in PAGES for command in commands(page)))
 RUN = [command for command in ALL if command.startswith(OURS) and not NOT_RUN.match(command)]

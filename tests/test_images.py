@@ -108,8 +108,8 @@ def test_what_keeps_a_file_from_being_read_is_told(tmp_path, monkeypatch):
         read_ids(tmp_path / "part.png")
 
 
-def test_grey_pictures_of_16_bits_are_scaled_and_it_is_said_once(tmp_path, caplog):
-    images._said.clear()
+def test_grey_pictures_of_16_bits_are_scaled_and_it_is_warned_once(tmp_path, caplog):
+    images._warned.clear()
     levels = np.array([[0, 128, 129, 257], [32767, 65278, 65407, 65535]], np.uint16)
     Image.fromarray(levels).save(tmp_path / "deep.png")
     Image.fromarray(levels.astype(np.int32)).save(tmp_path / "wide.tif")

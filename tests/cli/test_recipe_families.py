@@ -128,9 +128,9 @@ def test_what_is_of_another_shape_is_told_before_anything_is_looked_for(tmp_path
     assert wrong in call(tmp_path, "mode=predict", "input=nothing", word).err
 
 
-def test_readme_docs_and_help_name_both_spellings(tmp_path):
+def test_docs_and_help_name_both_spellings(tmp_path):
     folder = Path(__file__).parents[2]
-    for page in ("README.md", "docs/index.md", "docs/config.md", "docs/models.md"):
+    for page in ("docs/index.md", "docs/models.md"):
         text = (folder / page).read_text(encoding="utf-8")
         assert "sarrarp_lora`" in text and "sarrarp/lora`" in text, page
     assert "FAMILY/NAME or FAMILY_NAME" in call(tmp_path, "--help").out

@@ -147,7 +147,7 @@ def test_png_rows_above_those_kept_are_read_anew(tmp_path, monkeypatch):
     places = [(0, 100), (70, 170), (150, 301), (200, 300), (10, 40), (290, 301)]
     for top, bottom in places:
         assert (rows.read(top, bottom)[0].permute(1, 2, 0).numpy() == picture()[top:bottom]).all()
-        assert sum(band.nbytes for _, band in rows._kept) <= 20_000 + 3 * 97 * (bottom - top) + 2 * 5000
+        assert sum(band.nbytes for _, band in rows._buffered) <= 20_000 + 3 * 97 * (bottom - top) + 2 * 5000
     assert len(begun) == 1
 
 

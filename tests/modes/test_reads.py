@@ -46,7 +46,7 @@ def read_by_code(mode):
     keys = set().union(*(code().reads(start) for start in starts))
     if "trainer.task*" in keys:
         tasks = {read_whole("trainer", option)["task"]["_target_"] for option in options("trainer")}
-        keys = keys.union(*map(code().reads, tasks))
+        keys |= code().reads(*starts, *tasks)
     found = {key.partition(".")[0].rstrip("*") for key in keys} | pointers(read("mode", mode))
     for group, _, key in (key.partition(".") for key in keys):
         for option in options(group.rstrip("*")) if group.rstrip("*") in GROUPS else []:

@@ -150,7 +150,7 @@ def test_a_run_goes_on_from_another_folder_and_with_another_place_of_its_teacher
     assert refused.status == 1 and f"teacher={folder / 'teacher'}: neither a checkpoint file" in refused.err
     done = call(tmp_path, *words, "trainer.steps=4", f"teacher={folder / 'elsewhere'}")
     (folder / "elsewhere").rename(folder / "teacher")
-    assert done.status == 0 and "other numbers" not in done.err, done.err
+    assert done.status == 0 and "other settings" not in done.err, done.err
     done = call(tmp_path, *words, "trainer.steps=5", f"teacher={folder / 'supervised'}")
     assert done.status == 0 and re.search(r"other settings: teacher was sha256 \w+ and is", done.err)
 

@@ -267,7 +267,7 @@ def test_what_is_not_seen_whole_is_read_by_its_own_number(data):
     share = {"batch_size": 2, "seed": 0, "workers": 0, "policy": policy, "rank": 1, "world": 2}
     views = [SimpleNamespace(size=size) for size in ((19, 23), (1, 9))]
     cache = SimpleNamespace(eval_batches=lambda *_, **__: iter(views))
-    whole, read = ImageFeed(data, data, AUGMENT, **share)._kept(cache, None, SimpleNamespace(autocast=None))
+    whole, read = ImageFeed(data, data, AUGMENT, **share)._cached_batches(cache, None, SimpleNamespace(autocast=None))
     assert whole is views[0] and read.names == ["3"]
 
 

@@ -87,7 +87,9 @@ def test_shapes_are_those_that_the_model_gives_for_a_size_in_its_mode(given):
     kept.model.frozen = lambda images: asked.append((kept.model.training, tuple(images.shape))) or frozen(images)
     kept.model.train()
     for _ in range(2):
-        assert not kept._fits([torch.zeros(3, 2)], ((4, 9), False)) and kept._fits([torch.zeros(2, 3)], ((4, 4), True))
+        assert not kept._matches([torch.zeros(3, 2)], ((4, 9), False)) and kept._matches(
+            [torch.zeros(2, 3)], ((4, 4), True)
+        )
     assert asked == [(False, (1, 3, 4, 9)), (True, (1, 3, 4, 4))] and passed == [True] * 2 and kept.model.training
     kept.store.put(view.key, [torch.zeros(9)])  # since the view was read
     assert kept.completed([view], CPU).image.tensors[0].shape == (1, 2, 3)

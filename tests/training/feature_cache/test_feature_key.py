@@ -137,7 +137,7 @@ def test_own_code_that_computes_counts():
     def below(places):
         return {path for place in places for path in [package / place, *(package / place).rglob("*.py")]}
 
-    counts, rest = below(key._OWN), below(computes_nothing)
+    counts, rest = below(key._SOURCES), below(computes_nothing)
     for path in (path for path in counts if path.suffix == ".py" and "feature_cache" not in path.parts):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dinoseg."):
@@ -150,10 +150,10 @@ def test_own_code_that_computes_counts():
 def test_own_source_that_counts_is_there(monkeypatch):
     package, first = key.Path(key.dinoseg.__file__).parent, code_hash([])
     with monkeypatch.context() as patched:
-        patched.setattr(key, "_OWN", ("core/geometry.py",))
+        patched.setattr(key, "_SOURCES", ("core/geometry.py",))
         assert code_hash([]) != first
-    assert all((package / place).exists() for place in key._OWN)
-    assert all(list((package / place).rglob("*.py")) for place in key._OWN if not place.endswith(".py"))
+    assert all((package / place).exists() for place in key._SOURCES)
+    assert all(list((package / place).rglob("*.py")) for place in key._SOURCES if not place.endswith(".py"))
 
 
 @pytest.mark.parametrize("other", [{part: "other"} for part in PARTS])
