@@ -52,7 +52,7 @@ class Code:
                 yield f"{self.names[module].get(each.value.id)}.{each.attr}"
 
     def reads(self, *starts):
-        """Return the dotted keys, two names long at most, that functions and classes read, with all that they can come to call.
+        """Return the dotted keys, two names long at most, that functions and classes read, with all that they can call.
 
         Of a class that is reached, those methods are that any reached code names; of a builder, those that it names of
         what is called as builders are.
