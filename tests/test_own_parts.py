@@ -92,7 +92,11 @@ def test_the_parts_of_the_docs_are_listed(documented):
     for option in OPTIONS.values():
         assert f" {option}" in listed and f" {option}" not in usual
     keys = help_for([*documented, "mode=balance", "--help"])
-    assert keys.startswith("Keys of mode=balance") and "mode.split=train " in keys and "It also reads data\n" in keys
+    assert (
+        keys.startswith("Keys of mode=balance")
+        and "mode.split=train " in keys
+        and "It also reads seed, resolution, cache_dir, data\n" in keys
+    )
     files = [text for _, text in blocks(PAGE, "python")]
     assert max(sum(1 for line in text.splitlines() if line) for text in files) <= 22 and len(files) == len(OPTIONS)
 
