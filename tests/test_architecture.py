@@ -367,7 +367,8 @@ def test_config_ends_at_the_edge():
     files = {file: source for file, source in FILES.items() if not below(file, WITH_CONFIG)}
     assert len(files) > 300
     assert not {file: names for file, source in files.items() if (names := functions_of_configs(source))}
-    assert sum(len(functions_of_configs(source)) for source in FILES.values()) <= 90
+    # each mode is one more, so modes do not count
+    assert sum(len(functions_of_configs(source)) for file, source in FILES.items() if top_level(file) != "modes") <= 70
 
 
 def test_planted_functions_of_configs_are_found():
