@@ -1,6 +1,6 @@
 """Options of config groups: files, or folders of files for families of options."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -11,7 +11,7 @@ import yaml
 from dinoseg.config.plain import at, has_key
 
 RECIPES = "hparam"  # the group whose options have families
-MULTIPLE = ("logger",)  # groups of which a run takes several options
+MULTIPLE = ("logger",)  # groups with several options per run
 
 
 def config_folders(arguments: Sequence[str], shipped: Path) -> list[Path]:
@@ -28,8 +28,25 @@ def options_of(group: Path) -> list[str]:
     return sorted(name.as_posix() for name in names if not name.name.startswith("_"))
 
 
+def option_files(folders: Sequence[Path], group: str, option: str) -> Iterator[Path]:
+    """Yield the files that set an option's keys: those of its group in its defaults list, and its own, which overrides.
+
+    Args:
+        folders: of config groups; the first one with the file counts.
+        group: of the option.
+        option: name of a file; nothing is yielded without one.
+    """
+    path = next((path for folder in folders if (path := folder / group / f"{option}.yaml").is_file()), None)
+    if path is None:
+        return
+    for entry in _read(path).get("defaults", ()):
+        if isinstance(entry, str) and entry != "_self_":
+            yield from option_files(folders, group, entry.removeprefix(f"/{group}/"))
+    yield path
+
+
 def values_in_files(groups: Path, option: str | None, key: str) -> list[Any]:
-    """Return the values of a key in the file of its group's option and in the files of the option's defaults list.
+    """Return the values of a key in the files of its group's option, see `option_files`; the one that counts is first.
 
     Args:
         groups: folder of the config groups.
@@ -37,17 +54,14 @@ def values_in_files(groups: Path, option: str | None, key: str) -> list[Any]:
         key: its full name, such as `data.batch_size`.
     """
     group, _, inner = key.partition(".")
-    content = _read(groups / "main.yaml" if option is None else groups / group / f"{option}.yaml")
-    bases = [name for name in content.get("defaults", ()) if isinstance(name, str) and name != "_self_"]
     name = key if option is None else inner
-    values = [at(content, name.split("."))] if has_key(content, name) else []
-    return values + [value for base in bases for value in values_in_files(groups, base, key)]
+    files = [groups / "main.yaml"] if option is None else [*option_files([groups], group, option)]
+    return [at(content, name.split(".")) for content in map(_read, reversed(files)) if has_key(content, name)]
 
 
 @lru_cache(maxsize=128)  # a command line may set many keys of one option
 def _read(path: Path) -> Mapping[str, Any]:
-    """Return the content of a config file; an empty one if there is no file, but in another folder."""
-    return yaml.safe_load(path.read_text("utf-8")) or {} if path.is_file() else {}
+    return yaml.safe_load(path.read_text("utf-8")) or {}
 
 
 def recipe_name(option: str) -> str:

@@ -7,9 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from dinoseg.config.options import config_folders, options_of
+from dinoseg.config.options import config_folders, option_files, options_of
 
 CONFIGS = Path(str(files("dinoseg"))) / "cfg"
 COMMANDS = """\
@@ -108,12 +106,10 @@ def of_option(group: str, option: str, folders: Sequence[Path]) -> str:
         return f"Options of {group}={option}: {' '.join(sorted(found))}" if found else ""
     if not any(option in options_of(folder / group) for folder in folders):
         return ""
-    path = _file_of(group, option, folders)
-    comments = [
-        line for line in path.read_text("utf-8").splitlines() if line.startswith("#") and "@package" not in line
-    ]
+    texts = [path.read_text("utf-8") for path in option_files(folders, group, option)]
+    comments = [line for line in texts[-1].splitlines() if line.startswith("#") and "@package" not in line]
     prefix = "" if group == "hparam" else f"{group}."
-    keys = {line.partition(":")[0]: line for line in _settable_keys(_text_of(group, option, folders))}
+    keys = {line.partition(":")[0]: line for line in _settable_keys("".join(texts))}
     lines = [f"  {prefix}{line.replace(': ', '=', 1)}" for line in keys.values()] or ["  none"]
     return "\n".join(
         (*(line.removeprefix("# ") for line in comments), f"Keys of {group}={option} and their defaults:", *lines)
@@ -135,7 +131,7 @@ def of_mode(mode: str, folders: Sequence[Path] = (CONFIGS,)) -> str:
         if f"mode={mode} " in line
         for part in ([line, below] if below.startswith(15 * " ") else [line])
     ]
-    text = _text_of("mode", mode, folders)
+    text = "".join(path.read_text("utf-8") for path in option_files(folders, "mode", mode))
     reads = text.rpartition("\nreads: [")[2].partition("]")[0].split() if "\nreads: [" in text else []
     keys = [f"  mode.{line.replace(': ', '=', 1)}" for line in _settable_keys(text)] or ["  none"]
     title = f"Keys of mode={mode} and their defaults:"
@@ -155,18 +151,6 @@ def _of_training(mode: str) -> list[str]:
             setting, _, comment = found[key].replace(": ", "=", 1).partition("#")
             lines.append(f"  {group + setting.strip().replace(', ', ','):34} # {comment.strip()}")
     return lines
-
-
-def _file_of(group: str, option: str, folders: Sequence[Path]) -> Path:
-    return next(path for folder in folders if (path := folder / group / f"{option}.yaml").is_file())
-
-
-def _text_of(group: str, option: str, folders: Sequence[Path]) -> str:
-    """Return the text of an option's config file, preceded by the files of its group in its defaults list."""
-    text = _file_of(group, option, folders).read_text("utf-8")
-    entries = (yaml.safe_load(text) or {}).get("defaults", ())
-    below = [entry.removeprefix(f"/{group}/") for entry in entries if isinstance(entry, str) and entry != "_self_"]
-    return "".join(_text_of(group, name, folders) for name in below) + text
 
 
 def _settable_keys(text: str) -> list[str]:
