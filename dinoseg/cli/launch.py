@@ -34,6 +34,7 @@ from dinoseg.experiment.folder import (
     will_make,
     write_config,
 )
+from dinoseg.experiment.unread import is_read
 from dinoseg.utils.cores import keep_to_quota, keep_to_share, limit_spinning
 from dinoseg.utils.errors import UserError, telling_file_errors
 from dinoseg.utils.interrupt import Interrupted
@@ -315,17 +316,12 @@ def _check_mode(cfg: DictConfig, overrides: Sequence[str]) -> None:
         return
     reads = {mode: values_in_files(_CONFIGS, mode, "mode.reads") for mode in options_of(_CONFIGS / "mode")}
     names = {mode: found[0] for mode, found in reads.items() if found}
-    known = sorted(key for key in keys if any(_is_read(key, each) for each in names.values()))
-    fitting = [mode for mode, each in names.items() if all(_is_read(key, each) for key in known)]
+    known = sorted(key for key in keys if any(is_read(key, each) for each in names.values()))
+    fitting = [mode for mode, each in names.items() if all(is_read(key, each) for key in known)]
     which = f"Modes that read {' and '.join(known)}" if known and fitting else "Modes"
     raise UserError(
         f"No mode is given. Add mode=NAME. {which}: {', '.join(fitting or names)}. `--help` shows their commands."
     )
-
-
-def _is_read(key: str, names: Sequence[str]) -> bool:
-    """Return whether a key is one of these groups and keys, is below one, or is the group of one."""
-    return any(f"{key}.".startswith(f"{name}.") or name.startswith(f"{key}.") for name in names)
 
 
 def _tables(value: Any) -> Iterator[Mapping[Any, Any]]:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from hydra.errors import InstantiationException
@@ -95,6 +96,15 @@ def keeping(contract: type[Part], part: object, key: str) -> Part:
             "class, which defines the interface and its defaults."
         )
     return part
+
+
+@contextmanager
+def making(name: str, remedy: str) -> Iterator[None]:
+    """Turn a TypeError of a target, called with arguments that it does not take, into a UserError with a remedy."""
+    try:
+        yield
+    except TypeError as error:
+        raise UserError(f"{name} cannot be instantiated ({error}). {remedy}") from error
 
 
 def _explain_unset(node: Any, key: str) -> str:

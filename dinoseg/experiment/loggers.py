@@ -1,11 +1,10 @@
 """Builder of the loggers of a config, from the config group `logger`."""
 
-from collections.abc import Callable
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from dinoseg.config.nodes import instantiate, keeping
+from dinoseg.config.nodes import instantiate, keeping, making
 from dinoseg.experiment.models import ModelBuilder
 from dinoseg.report.log import LoggerFactory
 from dinoseg.report.loggers.logger import Logger
@@ -26,23 +25,18 @@ def logger_factories(build: ModelBuilder) -> dict[str, LoggerFactory]:
 
 
 def _factory(key: str, node: Any) -> LoggerFactory:
-    make = _made(key, instantiate, node)
+    with making(key, _REMEDY):
+        make = instantiate(node)
     if not callable(make):
         raise UserError(f"{key} gives {type(make).__name__}, which makes no loggers. {_REMEDY}")
 
     def open_logger(out_dir: Path, *, start_step: int) -> Logger:
-        try:
-            arguments = signature(make).bind
-        except ValueError:  # a class without a signature
-            return keeping(Logger, _made(key, make, out_dir, start_step=start_step), key)
-        _made(key, arguments, out_dir, start_step=start_step)
+        # a TypeError inside the constructor drops the logger, but one of its arguments ends the run
+        with making(key, _REMEDY):
+            try:
+                signature(make).bind(out_dir, start_step=start_step)
+            except ValueError:  # a class without a signature
+                return keeping(Logger, make(out_dir, start_step=start_step), key)
         return keeping(Logger, make(out_dir, start_step=start_step), key)
 
     return open_logger
-
-
-def _made(key: str, make: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    try:
-        return make(*arguments, **options)
-    except TypeError as error:
-        raise UserError(f"{key} cannot be instantiated ({error}). {_REMEDY}") from error

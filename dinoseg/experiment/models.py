@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -53,7 +54,7 @@ class ModelBuilder:
         """The checkpoint that the config names; None: it names none."""
         return self._cfg.get("resume")
 
-    @property
+    @cached_property
     def config(self) -> dict[str, Any]:
         """The whole config as plain values, with unresolved interpolations."""
         return plain(self._cfg)

@@ -77,11 +77,12 @@ def open_saved_data(build: Builder, folder: Path, *, root: str, split: str) -> S
 
     try:
         text, composed = config_text(path), build.config
+        trust = trusted(composed["trust"])
         # a training's config refers to `classes.yaml`: the rest is checked before that file is read
-        guard(saved(_CLASS_FILE_VALUE.sub("''", text)), str(path), composed, trust=trusted(composed["trust"]))
+        guard(saved(_CLASS_FILE_VALUE.sub("''", text)), str(path), composed, trust=trust)
         config = saved(text)
         config["data"] = settled(OmegaConf.create(config).data)
-        guard(config, str(path), composed, trust=trusted(composed["trust"]))
+        guard(config, str(path), composed, trust=trust)
         return Builder.of({**composed, **config}).dataset(split)
     except BROKEN as error:
         raise UserError(f"{path} does not define the dataset ({error}).") from None

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from inspect import signature
 from typing import Any
 
-from dinoseg.config.nodes import instantiate, keeping
+from dinoseg.config.nodes import instantiate, keeping, making
 from dinoseg.experiment.models import ModelBuilder
 from dinoseg.experiment.trained import Trained
 from dinoseg.inference.trained_sizes import TrainedSizes, keep_scale
@@ -68,10 +68,8 @@ def tracker_factory(node: Any, name: str, overrides: Mapping[str, Any] | None = 
     Raises:
         UserError: the node describes no factory.
     """
-    try:
+    with making(name, _REMEDY):
         make = instantiate(node, instead={key: value for key, value in (overrides or {}).items() if key in node})
-    except TypeError as error:
-        raise UserError(f"{name} cannot be instantiated ({error}). {_REMEDY}") from error
     if not callable(make):
         raise UserError(f"{name} returns {type(make).__name__}, which does not create trackers. {_REMEDY}")
     return make

@@ -37,7 +37,7 @@ def warn_not_read(out_dir: Path, mode: str, reads: Collection[str] | None) -> No
     if reads is None:
         return
     idle = [
-        word for word in last_command_line(out_dir) if not _is_read(_key(word).partition("@")[0], (*_FOR_ALL, *reads))
+        word for word in last_command_line(out_dir) if not is_read(_key(word).partition("@")[0], (*_FOR_ALL, *reads))
     ]
     if idle:
         message = f"No effect here: {listed(idle)}. In addition to its own keys, {mode} reads {', '.join(reads)}."
@@ -49,8 +49,8 @@ def _key(word: str) -> str:
     return word.lstrip("+~").split("=")[0]
 
 
-def _is_read(key: str, names: Collection[str]) -> bool:
-    # a typed group is read if one of its keys is
+def is_read(key: str, names: Collection[str]) -> bool:
+    """Return whether a key is one of these groups and keys, is below one, or is the group of one."""
     return _within(key, names) or any(name.startswith(f"{key}.") for name in names)
 
 

@@ -62,7 +62,7 @@ def train(
         job = TrainingRun(build, out_dir, task, engine)
         announce("Checking the data")
         sizes = check_data_on_rank0(task, engine)
-        announce(f"Building the model, with backbone.weights={build.config['backbone'].get('weights')}")
+        announce(f"Building the model, with backbone.weights={build.value('backbone').get('weights')}")
         made = begin_with(build, build.model(outlined=True), list(task.labels.classes), engine.share)
         model, loss, optimizer, checkpoints = job.parts(engine.place(made), sizes, length.steps)
         schedule = build_schedule(build, engine, length.steps)

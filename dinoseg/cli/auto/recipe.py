@@ -39,15 +39,8 @@ from dinoseg.utils.wording import printable
 
 AUTO = "auto"  # name of the recipe that is chosen automatically
 _RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")  # environment variables that make a process a rank
-_OF_A_RUN = (
-    "seed",
-    "resume",
-    "budget",
-    "logger",
-    "hydra",
-    "mode",
-    "hparam",
-)  # overrides that do not affect the choices
+# overrides that do not affect the choices
+_OF_A_RUN = ("seed", "resume", "budget", "logger", "hydra", "mode", "hparam")
 
 
 @dataclass(frozen=True)
@@ -69,16 +62,10 @@ class ChosenRecipe:
         path = folder / "hparam" / f"{NAME}.yaml"
         if not path.exists():
             write_text(path, self.text)
-        search_path = (
-            [searching([f"file://{Path(each).absolute()}" for each in user_folders()])] if user_folders() else []
-        )
-        words = [
-            *self.words,
-            *search_path,
-            f"hparam={NAME}",
-            "--config-dir",
-            str(folder),
-        ]  # Hydra reads the last --config-dir
+        folders = [f"file://{Path(each).absolute()}" for each in user_folders()]
+        search_path = [searching(folders)] if folders else []
+        # Hydra reads the last --config-dir
+        words = [*self.words, *search_path, f"hparam={NAME}", "--config-dir", str(folder)]
         command = shlex.join(["python", "-m", "dinoseg", *words])
         print(printable(f"\nrecipe:       {path}\n              {command}\n"))
 

@@ -66,7 +66,7 @@ class JobResults:
             print("another job of the search has replaced this one, which waited too long", file=sys.stderr)
             sys.exit(0)
 
-    def tell(self, number: int, row: Mapping[str, Any]) -> None:
+    def store(self, number: int, row: Mapping[str, Any]) -> None:
         """Store the result of a job and release its lock."""
         write_json(self.folder / f"{number}.json", row)
         _let_go(self._lock_path(number))

@@ -91,7 +91,7 @@ class SweepTable(Callback):
         numbers = {name: value for name, value in scores.items() if type(value) in (int, float) and isfinite(value)}
         row |= {name: numbers.get(name) for name in (*SHARES, *OTHERS, "background", "ignored_class")}
         row |= {name: scores.get(name) for name in ("matrix", "run")}
-        _job_results(config).tell(number, row | {"returned": numbers, "note": scores.get("error", "")})
+        _job_results(config).store(number, row | {"returned": numbers, "note": scores.get("error", "")})
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         """Print and write the table, best first; folds and seeds of a setting are grouped and summarised."""

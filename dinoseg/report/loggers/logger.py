@@ -40,4 +40,4 @@ class Logger:
         """Receive the scores of the best checkpoint after the training: numbers, and tables such as `matrix`."""
 
     def close(self) -> None:
-        """Write what is left, and close files and connections."""
+        """Write buffered values, and close files and connections."""

@@ -39,7 +39,7 @@ def test_a_new_sweep_removes_what_jobs_before_have_told_and_nothing_else(tmp_pat
 
 def test_what_jobs_have_told_outlives_a_sweep_that_ends_early(tmp_path):
     assert JobResults(tmp_path).take(takes_over=False)
-    JobResults(tmp_path).tell(0, ROW)
+    JobResults(tmp_path).store(0, ROW)
     JobResults(tmp_path).begin(1)
     job_results._end()
     assert JobResults(tmp_path).rows() == [ROW]
@@ -49,5 +49,5 @@ def test_what_jobs_have_told_outlives_a_sweep_that_ends_early(tmp_path):
 
 
 def test_a_number_that_no_float_holds_is_told_as_damage(tmp_path, capsys):
-    JobResults(tmp_path).tell(0, ROW | {"returned": {"miou": 10**400}})
+    JobResults(tmp_path).store(0, ROW | {"returned": {"miou": 10**400}})
     assert JobResults(tmp_path).returned(0) is None and "is damaged" in capsys.readouterr().err

@@ -175,7 +175,7 @@ def test_a_job_that_outlived_its_search_is_not_run_again(tmp_path, capsys, note,
     begun(tmp_path)
     row = {"words": {}, "job": 0, "process": 1, "note": note, "returned": numbers}
     JobResults(tmp_path).begin(0)  # as a launcher's process does
-    JobResults(tmp_path).tell(0, row)
+    JobResults(tmp_path).store(0, row)
     rest = Jobs()
     search(tmp_path, rest)
     assert [*rest.done] == [1, 2, 3] and not capsys.readouterr().err  # that failed: it says itself why
