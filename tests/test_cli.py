@@ -19,9 +19,10 @@ from safetensors.torch import save_file
 
 import dinoseg
 from dinoseg.__main__ import CONFIGS, main
-from dinoseg.cli import words
+from dinoseg.cli import launch, words
 from dinoseg.cli.ranks import LAUNCH_KEYS
 from dinoseg.modes.help import overview
+from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import read_image, write_png
 
 TRAIN = ("mode=train", *SMALL)
@@ -101,6 +102,14 @@ def test_a_command_line_without_a_mode_is_refused(arguments, named, tmp_path, mo
     done = call(tmp_path, *(word.format(place=tmp_path) for word in arguments))
     assert done.status == 1 and f"error: No mode is given. Add mode=NAME. {named}" in done.err, done.err
     assert "usage:" not in done.out
+
+
+def test_a_mode_that_a_config_file_chooses_needs_no_word():
+    chosen = OmegaConf.create({"choices": {"mode": "mine"}})
+    launch._check_mode(chosen, ["hparam=mine"])
+    chosen.choices.mode = "help"
+    with pytest.raises(UserError, match="No mode is given"):
+        launch._check_mode(chosen, ["hparam=mine"])
 
 
 @pytest.mark.parametrize("mode", [path[:-5] for path in os.listdir(f"{CONFIGS}/mode") if path != "help.yaml"])

@@ -165,6 +165,13 @@ def test_each_validation_is_a_line(run, caplog):
     assert any(re.fullmatch(line, message) for message in caplog.messages), caplog.messages
 
 
+def test_a_loss_that_is_the_score_is_stated_once(run, caplog):
+    with caplog.at_level("INFO"):
+        best = run(steps=4, val_every=4, score="loss").progress.best
+    line = rf"step 4 of 4: val/loss {best:.4f} \(best {best:.4f} at step 4\), in \d+\.\d s"
+    assert any(re.fullmatch(line, message) for message in caplog.messages), caplog.messages
+
+
 def test_the_moving_average_is_what_is_scored_and_kept(run, tmp_path):
     done = run(steps=3, val_every=3, ema=0.5)
     best, last = (read(tmp_path / f"{name}.safetensors") for name in ("best", "last"))
