@@ -33,11 +33,10 @@ import torch
 from dinoseg.config.resolvers import register_resolvers
 from dinoseg.experiment.resume import alone
 from dinoseg.experiment.source import ModelSource
-from dinoseg.export.answers import timed
 from dinoseg.export.graph import Graph, record_of
 from dinoseg.export.options import GraphOptions
 from dinoseg.export.pictures import pictures
-from dinoseg.export.proof import TIMES, Reference
+from dinoseg.export.proof import TIMES, Reference, timed
 from dinoseg.export.runtime.onnx_model import load_onnx, open_session
 from dinoseg.export.runtime.onnx_pictures import GraphRuntime
 from dinoseg.training import checkpoint

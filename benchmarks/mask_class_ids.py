@@ -17,8 +17,7 @@ from rows import Row, machine, tell
 from tabulate import tabulate
 from torch import Tensor
 
-from dinoseg.core.class_ids import highest
-from dinoseg.core.mixed_class_ids import mixed_class_ids
+from dinoseg.core.class_ids import highest, mixed_class_ids
 from dinoseg.core.shapes import MaskOutputs
 from dinoseg.inference.memory import PeakBytes
 from dinoseg.models.heads.semantic import semantic_map, weighted_masks

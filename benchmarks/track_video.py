@@ -27,8 +27,8 @@ from tracking import dense, too_far
 from dinoseg.core.contracts import Backbone
 from dinoseg.inference.video_file import VideoReader
 from dinoseg.models.backbones.transformers_vit import TransformersVit
+from dinoseg.tracking.grid.propagator import ContextFrame
 from dinoseg.tracking.grid.settings import MatchSettings
-from dinoseg.tracking.grid.window import ContextFrame
 from dinoseg.tracking.propagation.settings import PropagationSettings
 from dinoseg.tracking.propagation.tracker import PropagationTracker
 from dinoseg.tracking.video.labels import TrackLabels

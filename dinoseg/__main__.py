@@ -2,10 +2,13 @@
 
 import argparse
 import os
+import platform
 import sys
 import traceback
 from io import TextIOWrapper
 from pathlib import Path
+
+import dinoseg
 
 CONFIGS = str(Path(__file__).parent / "cfg")
 failures: list[str] = []  # error messages of failed jobs
@@ -46,8 +49,6 @@ def _command(arguments: list[str]) -> None:
         print(help_for(arguments))
         return
     if "--version" in arguments:
-        from dinoseg.cli.version import versions
-
         print(versions())
         return
     import hydra
@@ -144,6 +145,16 @@ def run(cfg):  # noqa: ANN001, ANN201 - hydra.main wants the bare signature
             traceback.print_exc()  # raising would lose the sweep's table
     failures.append(message)
     return {"error": message}
+
+
+def versions() -> str:
+    """Return the versions of dinoseg, torch with its CUDA, and Python, one per line."""
+    import torch
+
+    cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
+    seen = f", {torch.cuda.device_count()} GPUs found" if torch.version.cuda else ""
+    python = f"Python {platform.python_version()} on {platform.system()} {platform.machine()}"
+    return f"dinoseg {dinoseg.__version__}\ntorch {torch.__version__} ({cuda}{seen})\n{python}"
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ _place = Place()
 
 
 class Waits:
-    """How often the device is waited for, by kind and place ("losses/matching.py match")."""
+    """How often the device is waited for, by kind and place ("losses/mask_classification.py match")."""
 
     def __init__(self) -> None:
         self._found: Counter[tuple[str, str]] = Counter()

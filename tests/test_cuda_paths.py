@@ -41,7 +41,7 @@ LOGGED = {
     "metrics/confusion.py compute: read": 2,
     "training/step.py read: work just launched": 1,
 }
-MATCHING = {"losses/matching.py match: copy to the host": 1}
+MATCHING = {"losses/mask_classification.py match: copy to the host": 1}
 
 
 class Noise:
@@ -247,7 +247,7 @@ def test_a_tracked_batch_waits_once_for_its_masks_and_twice_for_each_frame():
     assert all(np.array_equal(one, other) for one, other in zip(here, there, strict=True))
     assert found == {
         "tracking/grid/propagator.py _check_finite: read": 2,
-        "tracking/grid/window.py match: read": 2,
+        "tracking/grid/propagator.py match: read": 2,
         "tracking/propagation/masks.py mask: copy to the host": 2,
     }
 

@@ -5,8 +5,8 @@ import torch
 from pretended_cuda import Pretended, pretended_cuda
 
 from dinoseg.core import mixed_class_ids as module
+from dinoseg.core.class_ids import mixed_class_ids
 from dinoseg.core.geometry import upsample
-from dinoseg.core.mixed_class_ids import mixed_class_ids
 from dinoseg.core.shapes import MaskOutputs, Prediction
 from dinoseg.models.heads.semantic import semantic_map, weighted_masks
 

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dinoseg.cli.extras import hush_schemas
-from dinoseg.cli.ranks import LAUNCH_KEYS, is_first_rank, run_mode, run_ranks, telling_shortages
+from dinoseg.cli.ranks import LAUNCH_KEYS, is_first_rank, join_slurm, run_mode, run_ranks, telling_shortages
 from dinoseg.config.limits import check_training
 from dinoseg.config.options import options_of, values_in_files
 from dinoseg.config.plain import BUILDS, plain
@@ -39,7 +39,6 @@ from dinoseg.utils.cores import keep_to_quota, keep_to_share, limit_spinning
 from dinoseg.utils.errors import UserError, telling_file_errors
 from dinoseg.utils.interrupt import Interrupted
 from dinoseg.utils.private import check_private
-from dinoseg.utils.slurm import join_slurm
 from dinoseg.utils.wording import printable, shown
 
 _CONFIGS = Path(__file__).parents[1] / "cfg"
@@ -229,10 +228,10 @@ def _below_recipe(out_dir: Path, typed: str, recipe: Any) -> Path:
 
 def _resumed(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> tuple[DictConfig, Path | None]:
     """Return the config of the checkpoint that `resume` names, and its run folder if the mode resumes in place."""
-    from dinoseg.experiment import lookup, resume
+    from dinoseg.experiment import resume
     from dinoseg.training import checkpoint
 
-    path = lookup.resumed_checkpoint(cfg, out_dir, cfg.mode.resume_from)
+    path = resume.resumed_checkpoint(cfg, out_dir, cfg.mode.resume_from)
     if path is None:
         print("resume=auto: no earlier run of this recipe has a checkpoint; starting a new run.", file=sys.stderr)
         return resume.without(cfg), None

@@ -14,9 +14,8 @@ from typing import Any, NamedTuple, Protocol, TypedDict
 import torch
 from torch import Tensor
 
-from dinoseg.core.class_ids import class_ids, highest
+from dinoseg.core.class_ids import class_ids, highest, mixed_class_ids
 from dinoseg.core.geometry import upsample_at
-from dinoseg.core.mixed_class_ids import mixed_class_ids
 from dinoseg.utils.transfer import sent
 
 Palette = Sequence[tuple[int, int, int]]

@@ -1,26 +1,38 @@
 """Dataset preparation as configured: label subset, skipped files, and packing into one file."""
 
 import logging
+import shutil
+import statistics
+import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+
+import numpy as np
 
 from dinoseg.core.shapes import SegmentationData
 from dinoseg.data.custom import CustomDataset
-from dinoseg.data.packed.choice import pays
 from dinoseg.data.packed.pack import Unwritable, drop_draft, is_begun, pack
+from dinoseg.data.packed.store import aligned
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.pairs.pairing import not_whole
 from dinoseg.data.scan.scan import scan, unreadable
 from dinoseg.data.splits import labelled_names
+from dinoseg.utils.atomic import scratch_folder
 from dinoseg.utils.cores import count_cores
+from dinoseg.utils.disk_speed import seconds_on_disk
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Count, HighShare, Natural
-from dinoseg.utils.wording import reasons
-
-log = logging.getLogger(__name__)
+from dinoseg.utils.wording import in_bytes, reasons
 
 ON_ERROR = ("stop", "skip")
 CACHES = (None, "packed", "auto")
+
+
+logger = logging.getLogger(__name__)
+_TRIED = 5  # number of images measured
+_LEAST_GAIN = 3.0  # minimum speed-up that is worth the disk space
+_OF_FREE = 0.5  # maximum share of the free disk space
 
 
 def opened(
@@ -71,7 +83,9 @@ def opened(
     assert isinstance(dataset, PairDataset | CustomDataset)
     if labelled is not None:
         whole, dataset = len(dataset), dataset.keep({*labelled_names(dataset.names, labelled, seed=seed, group=group)})
-        log.info("data.labelled=%s: %d of %d images of split %s with their masks", labelled, len(dataset), whole, split)
+        logger.info(
+            "data.labelled=%s: %d of %d images of split %s with their masks", labelled, len(dataset), whole, split
+        )
     if not isinstance(dataset, PairDataset):
         for key, value in (("on_error", on_error), ("cache", cache)):
             if value in ("skip", "packed"):
@@ -100,7 +114,7 @@ def _packed_if_there_is_room(
     except Unwritable as error:  # the free space has been used up since it was checked
         folder = Path(cache_dir).expanduser()
         drop_draft(dataset, folder)
-        log.warning(
+        logger.warning(
             "data.cache=auto: split %s is read from its files, since it cannot be packed to %s (%s). The incomplete "
             "packed data is removed.",
             *(split, folder, error.__cause__ or "there is too little room"),
@@ -118,5 +132,44 @@ def _usable(dataset: PairDataset, split: str, cache_dir: Path, workers: int) -> 
         return dataset
     usable = dataset.keep({*dataset.names} - bad.keys())
     usable.skipped, usable.lacking = bad, {}
-    log.warning("data.on_error=skip: split %s has %d images; left out: %d.", split, len(usable), len(bad))
+    logger.warning("data.on_error=skip: split %s has %d images; left out: %d.", split, len(usable), len(bad))
     return usable
+
+
+def pays(dataset: PairDataset, split: str, cache_dir: Path) -> bool:
+    """Return whether to pack a dataset at full size, which leaves all pixels unchanged; logger the reason.
+
+    Raises:
+        UserError: a measured image or mask cannot be read.
+    """
+    files, packed, sizes = [], [], []
+    try:
+        for row in range(0, len(dataset), -(-len(dataset) // _TRIED)):
+            start = time.perf_counter()
+            sample = dataset[row]
+            files.append(time.perf_counter() - start)
+            item = np.concatenate([sample["image"].numpy().reshape(-1), sample["mask"].numpy().reshape(-1)])
+            sizes.append(item.nbytes)
+            with scratch_folder(cache_dir, "measured") as folder:
+                path = folder / "item"
+                write, read = partial(path.write_bytes, item.data), partial(np.fromfile, path, np.uint8)
+                packed.append(seconds_on_disk(path, write, read)[1])
+        free = shutil.disk_usage(cache_dir).free
+    except OSError as error:
+        reason = f"nothing can be written to {cache_dir} ({error.strerror})"
+        logger.warning("data.cache=auto: split %s is read from its files, since %s.", split, reason)
+        return False
+    each, size = statistics.median(files), aligned(round(statistics.mean(sizes))) * len(dataset)
+    gain = each / statistics.median(packed)
+    if gain < _LEAST_GAIN:
+        chosen = f"read from its files: packing pays off from a speed-up of {_LEAST_GAIN:g} on"
+    elif size > _OF_FREE * free:
+        chosen = f"read from its files: at most {_OF_FREE:.0%} of the disk's free {in_bytes(free)} are used"
+    else:
+        chosen = "packed at full size"
+    logger.info(
+        "data.cache=auto: split %s is %s. An image with its mask takes %.1f ms from its files and %.1f ms packed (%.1f "
+        "times as fast); all %d take about %s.",
+        *(split, chosen, 1e3 * each, 1e3 * each / gain, gain, len(dataset), in_bytes(size)),
+    )
+    return gain >= _LEAST_GAIN and size <= _OF_FREE * free

@@ -58,7 +58,7 @@ def digest_of(video: Video, prompts: str) -> str:
 
     Args:
         video: video of the data set.
-        prompts: `none`, `first` or `appearing`, see `dinoseg.tracking.video.benchmark_masks.prompted_frames`.
+        prompts: `none`, `first` or `appearing`, see `dinoseg.evaluation.videos.prompted_frames`.
     """
     digest = hashlib.blake2b(digest_size=16)
     for position, frame in enumerate(video.frames):

@@ -2,30 +2,36 @@
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import dropwhile, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from dinoseg.core.sizes import evenly_spaced
-from dinoseg.data.clips.videos import Video
+from dinoseg.data.clips.videos import VOID, Video
 from dinoseg.evaluation.about import about_run
-from dinoseg.evaluation.restart import RECORD, earlier_run, tell_taken
+from dinoseg.evaluation.restart import RECORD, digest_of, earlier_run, keep_digest, take_over, tell_taken
 from dinoseg.evaluation.score_report import report, write_problems
 from dinoseg.evaluation.scoring.folders import Unscorable, score_cases
-from dinoseg.evaluation.video_tracking import VideoTracking
 from dinoseg.experiment.benchmark_videos import BenchmarkVideos
 from dinoseg.experiment.folder import first_ranks
 from dinoseg.experiment.provenance import Provenance
 from dinoseg.experiment.unread import warn_unread
+from dinoseg.inference.stream import Throughput, run_pipeline
 from dinoseg.metrics.protocols.contract import Cases, ScoreProtocol, ScoringCase
 from dinoseg.report.html.tracking import TrackingReport, tracking_page
-from dinoseg.report.overlay import reduced
-from dinoseg.tracking.tracker import Tracker
+from dinoseg.report.indexed import voc_palette, write_indexed_png
+from dinoseg.report.overlay import blend, reduced
+from dinoseg.report.progress import Bar
+from dinoseg.tracking.tracker import LabelledFrames, Tracker
 from dinoseg.training.engine import Engine
-from dinoseg.utils.atomic import write_json, write_text
+from dinoseg.utils.atomic import whole_folder, write_json, write_text
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import entries
 from dinoseg.utils.forms import as_read_back
@@ -34,6 +40,109 @@ from dinoseg.utils.natural_order import natural_order
 from dinoseg.utils.wording import count_of, listed
 
 BLENDS = "blends"
+
+
+_DEPTH = 2  # batches queued before and after the tracker
+_JPEG_QUALITY = 90
+logger = logging.getLogger(__name__)
+PAGE = "report.html"  # in a run folder
+_SHOWN = 6  # worst videos
+_FRAMES = 4  # per video
+_LONGEST = 480  # pixels of an image's longer side
+_SERIES = "J&F_per_frame"  # key of per-frame scores, if the protocol has them
+_NO_REFERENCES = (
+    "These videos have public masks of first frames only: submit the predicted masks to the benchmark's server."
+)
+_NO_PROTOCOL = "The data set has no protocol for them, or mode.official=false leaves it out."
+
+
+@dataclass(frozen=True)
+class TrackedVideo:
+    """Result of one video."""
+
+    frames: int  # tracked frames, without copied ones
+    problem: tuple[Path, str] | None = None  # folder and reason, if the video was left out
+    taken_over: str | None = None  # name of the video, if its masks are from an earlier run
+
+
+@dataclass(frozen=True)
+class VideoTracking:
+    """Settings and output folders for tracking the videos of a split.
+
+    Args:
+        make_tracker: creates a tracker without any state.
+        out_dir: the run folder.
+        masks: folder with one mask folder per video.
+        blends: folder with one blend folder per video; None writes no blends.
+        prompts: which masks prompt a tracker, see `prompted_frames`.
+        written: names of the frames whose masks are written, by video; None for all.
+        batch_size: frames per call of the tracker.
+        skip: whether to leave out videos that cannot be tracked.
+        earlier: run folder whose masks are reused; None without one.
+    """
+
+    make_tracker: Callable[[], Tracker]
+    out_dir: Path
+    masks: Path
+    blends: Path | None
+    prompts: str
+    written: Mapping[str, Collection[str]] | None
+    batch_size: int
+    skip: bool
+    earlier: Path | None
+
+    def track(self, videos: Sequence[Video]) -> list[TrackedVideo]:
+        """Track videos one after the other, write their masks, and log the speed.
+
+        Raises:
+            UserError: a video cannot be tracked, or its masks cannot be written.
+        """
+        start = time.perf_counter()
+        try:
+            tracked = [self._track_video(video) for video in Bar(videos, "tracking", unit="video", leave=False)]
+        except OSError as error:
+            raise UserError(
+                f"Cannot write below {self.out_dir} ({error}). Free some space, and resume with "
+                f"mode.restart={self.out_dir}."
+            ) from error
+        except KeyboardInterrupt:
+            logger.warning("Stopped: the same command with mode.restart=%s reuses the finished videos.", self.out_dir)
+            raise
+        frames, seconds = sum(video.frames for video in tracked), time.perf_counter() - start
+        rate = f"{frames / seconds:.2f} frames/s including reading and writing"
+        logger.info("%s tracked in %.1f s: %s", count_of(frames, "frame"), seconds, rate)
+        return tracked
+
+    def _track_video(self, video: Video) -> TrackedVideo:
+        """Write a video's masks, or copy them from the earlier run."""
+        written = None if self.written is None else self.written.get(video.name, ())
+        digest = digest_of(video, self.prompts)
+        if take_over(self.earlier, self.out_dir, self._files(video, written), video.name, digest):
+            return TrackedVideo(0, taken_over=video.name)
+        try:
+            write_masks(
+                video,
+                self.make_tracker(),
+                self.masks / video.name,
+                prompts=self.prompts,
+                blends=None if self.blends is None else self.blends / video.name,
+                written=written,
+                batch_size=self.batch_size,
+            )
+        except UserError as error:
+            if not self.skip:
+                raise
+            return TrackedVideo(0, (self.masks / video.name, str(error)))
+        keep_digest(self.out_dir, video.name, digest)
+        return TrackedVideo(len(video.frames))
+
+    def _files(self, video: Video, written: Collection[str] | None) -> dict[Path, list[str]]:
+        """Return the expected names of a video's files in each folder."""
+        frames = [name for name in video.frame_names if written is None or name in written]
+        files = {self.masks / video.name: [f"{name}.png" for name in frames]}
+        if self.blends is not None:
+            files[self.blends / video.name] = [f"{name}.jpg" for name in frames]
+        return files
 
 
 @dataclass(frozen=True)
@@ -135,13 +244,6 @@ def evaluate_videos(
     return {**result, "run": str(out_dir)}
 
 
-PAGE = "report.html"  # in a run folder
-_SHOWN = 6  # worst videos
-_FRAMES = 4  # per video
-_LONGEST = 480  # pixels of an image's longer side
-_SERIES = "J&F_per_frame"  # key of per-frame scores, if the protocol has them
-
-
 def report_videos(provenance: Provenance, out_dir: Path, blends: Path | None, *, split: str) -> None:
     """Write report.html from scores.json and some blended frames; a no-op without scores.
 
@@ -179,9 +281,6 @@ def _frames(folder: Path) -> list[tuple[str, np.ndarray]]:
     paths = sorted(found, key=lambda path: natural_order(path.name))
     places = evenly_spaced(len(paths), _FRAMES)
     return [(paths[index].stem, reduced(read_image(paths[index]), _LONGEST)) for index in places]
-
-
-logger = logging.getLogger(__name__)
 
 
 def score_masks(
@@ -236,13 +335,138 @@ def score_masks(
     return scores
 
 
-_NO_REFERENCES = (
-    "These videos have public masks of first frames only: submit the predicted masks to the benchmark's server."
-)
-_NO_PROTOCOL = "The data set has no protocol for them, or mode.official=false leaves it out."
-
-
 def _case(video: Video, folder: Path) -> ScoringCase:
     masks = sorted(video.masks.items())
     files = tuple((mask, folder / video.name / f"{video.frame_name(position)}.png") for position, mask in masks)
     return ScoringCase(video.name, video.name, files)
+
+
+class PromptedFrame(NamedTuple):
+    """Frame with the mask that prompts the tracker."""
+
+    name: str
+    image: np.ndarray  # (H, W, 3) uint8
+    labels: np.ndarray | None  # (H, W) uint8 IDs, 0 = background or no new object
+
+
+def prompted_frames(video: Video, prompts: str) -> Iterator[PromptedFrame]:
+    """Yield a video's frames, one at a time, with the masks that prompt a tracker; void becomes background.
+
+    Args:
+        video: video that is read frame by frame.
+        prompts: `none`: no mask; `first`: the mask of frame 0; `appearing`: the mask of each object in the frame in
+            which it appears, without the other objects.
+
+    Raises:
+        UserError: a frame differs in size from the first one, a mask differs from its frame, or frame 0 has no mask
+            with `prompts` "first".
+    """
+    if prompts == "first" and 0 not in video.masks:
+        raise UserError(
+            f"Video {video.name} has no mask of its first frame, {video.frames[0]}, which defines its objects. Add "
+            "this mask, or leave the video out."
+        )
+    size: tuple[int, ...] = ()
+    known = np.zeros(256, dtype=bool)
+    known[[0, VOID]] = True
+    for position in range(len(video.frames)):
+        image = video.image(position)
+        size = size or image.shape
+        if image.shape != size:
+            raise UserError(
+                f"Frames of video {video.name} differ in size: {video.frames[0]} is {_size(size)} (width x height), "
+                f"{video.frames[position]} is {_size(image.shape)}. Make them equal."
+            )
+        wanted = prompts == "appearing" or (prompts == "first" and position == 0)
+        mask = video.mask(position) if wanted else None
+        if mask is not None and mask.shape != size[:2]:
+            raise UserError(
+                f"{video.frames[position]} is {_size(size)} (width x height), its mask {video.masks[position]} is "
+                f"{_size(mask.shape)}. Replace the one that is wrong."
+            )
+        yield PromptedFrame(
+            video.frame_name(position), image, None if mask is None else _new_objects(mask, known, position)
+        )
+
+
+def write_masks(
+    video: Video,
+    tracker: Tracker,
+    folder: Path,
+    *,
+    prompts: str,
+    blends: Path | None = None,
+    written: Collection[str] | None = None,
+    batch_size: int = 1,
+) -> Throughput:
+    """Track a video's objects and write `folder`/<frame>.png for each frame: IDs with the palette of DAVIS.
+
+    Both folders appear only when complete. Frames before the first given mask contain no object.
+
+    Args:
+        video: video that is read frame by frame.
+        tracker: tracker without any frame yet.
+        folder: folder of the masks.
+        prompts: see `prompted_frames`.
+        blends: folder of <frame>.jpg, blends of frame and mask in equal parts; None: not written.
+        written: names of the frames to write; None: all.
+        batch_size: frames passed to the tracker at once.
+
+    Raises:
+        UserError: see `prompted_frames`, or an error of the tracker.
+        OSError: the disk is full or not writable.
+    """
+    started = prompts == "none"
+
+    def follow(batch: list[PromptedFrame]) -> list[tuple[PromptedFrame, np.ndarray]]:
+        nonlocal started
+        early = 0  # frames before the first mask, which a tracker that needs one would refuse
+        while not started and early < len(batch):
+            started = batch[early].labels is not None
+            early += not started
+        masks = [np.zeros(frame.image.shape[:2], np.uint8) for frame in batch[:early]]
+        if rest := batch[early:]:
+            masks += tracker.track([frame.image for frame in rest], [frame.labels for frame in rest])
+        return list(zip(batch, masks, strict=True))
+
+    tracker.look_ahead(lambda: _from_first_mask(video, prompts, batch_size))
+    with ExitStack() as stack:
+        for_masks = stack.enter_context(whole_folder(folder))
+        for_blends = None if blends is None else stack.enter_context(whole_folder(blends))
+
+        def write(tracked: list[tuple[PromptedFrame, np.ndarray]]) -> None:
+            for frame, ids in tracked:
+                if written is not None and frame.name not in written:
+                    continue
+                write_indexed_png(for_masks / f"{frame.name}.png", ids)
+                if for_blends is not None:
+                    tinted = blend(frame.image, ids, voc_palette(), opacity=0.5)
+                    Image.fromarray(tinted).save(for_blends / f"{frame.name}.jpg", quality=_JPEG_QUALITY)
+
+        return run_pipeline(_batches(prompted_frames(video, prompts), batch_size), follow, write, depth=_DEPTH)
+
+
+def _from_first_mask(video: Video, prompts: str, batch_size: int) -> Iterator[LabelledFrames]:
+    """Yield a video's frames and masks in batches, starting at the first mask if masks are prompts."""
+    frames = dropwhile(lambda frame: prompts != "none" and frame.labels is None, prompted_frames(video, prompts))
+    for batch in _batches(frames, batch_size):
+        yield [frame.image for frame in batch], [frame.labels for frame in batch]
+
+
+def _new_objects(mask: np.ndarray, known: np.ndarray, position: int) -> np.ndarray | None:
+    """Return the objects of a mask that are not in `known` (256,) bool, and add them to it; None if there are none.
+
+    The mask of frame 0 is returned even without objects.
+    """
+    new = (np.bincount(mask.ravel(), minlength=256) > 0) & ~known
+    known |= new
+    return np.where(new[mask], mask, 0).astype(np.uint8) if new.any() or position == 0 else None
+
+
+def _batches(frames: Iterator[PromptedFrame], size: int) -> Iterator[list[PromptedFrame]]:
+    while batch := list(islice(frames, size)):
+        yield batch
+
+
+def _size(shape: Sequence[int]) -> str:
+    return f"{shape[1]} x {shape[0]}"

@@ -25,7 +25,7 @@ class BenchmarkVideos:
         source: files and split of the videos, as plain values: masks of other sources are not reused.
         videos: the videos.
         supervision: `first_frame` or `none`.
-        prompts: which masks prompt a tracker, see `dinoseg.tracking.video.benchmark_masks.prompted_frames`.
+        prompts: which masks prompt a tracker, see `dinoseg.evaluation.videos.prompted_frames`.
         protocol: scores the masks; None without one.
         folder: folder of the masks in a run folder.
         written: names of the frames whose masks are written, by video; None for all. Benchmarks want fewer frames than

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from omegaconf import OmegaConf
@@ -18,14 +18,55 @@ from dinoseg.core.shapes import SegmentationData
 from dinoseg.experiment.models import ModelBuilder
 from dinoseg.training.engine import Engine
 from dinoseg.training.feature_cache.key import hash_of
-from dinoseg.training.lengths import Lengths, in_steps
 from dinoseg.training.trainer import Settings
 from dinoseg.utils.cores import count_cores
 from dinoseg.utils.errors import UserError
+from dinoseg.utils.ranges import Count, Positive
 from dinoseg.utils.wording import listed
 
 SPLITS = ("train", "val", "test")
 _CONFORMING = {"_target_": "dinoseg.data.custom.conforming", "_partial_": True}
+
+
+class Lengths(NamedTuple):
+    """Lengths that `fit` takes."""
+
+    steps: int
+    val_every: int
+
+
+def in_steps(
+    samples: int,
+    *,
+    batch_size: Count,
+    accumulate: Count,
+    steps: Count | None,
+    epochs: Positive | None,
+    val_every: Count | None,
+) -> Lengths:
+    """Return a training's lengths in optimizer steps.
+
+    Epochs follow one another without a gap: an epoch of 10 samples in batches of 4 is two and a half steps long. Only
+    the total is rounded.
+
+    Args:
+        samples: in an epoch.
+        batch_size: samples in a batch, over all devices.
+        accumulate: batches per optimizer step.
+        steps: the length if `epochs` is None.
+        epochs: the length, which takes precedence over `steps`.
+        val_every: steps between validations; None: an epoch.
+
+    Raises:
+        UserError: neither `steps` nor `epochs` is set.
+    """
+    if epochs is None and steps is None:
+        raise UserError("Neither trainer.steps nor trainer.epochs is set: give one of them.")
+    epoch = samples / (batch_size * accumulate)
+    return Lengths(
+        steps=max(1, round(epochs * epoch)) if epochs is not None else steps or 0,
+        val_every=max(1, round(epoch)) if val_every is None else val_every,
+    )
 
 
 class Builder(ModelBuilder):
@@ -219,7 +260,7 @@ class Builder(ModelBuilder):
         options = {key: self._cfg.trainer.get(key) for key in ("steps", "epochs", "val_every")}
         options |= {"batch_size": self._cfg.data.batch_size, "accumulate": self._cfg.trainer.accumulate}
         names = {key: f"{'data' if key == 'batch_size' else 'trainer'}.{key}" for key in options}
-        check_given("dinoseg.training.lengths.in_steps", options, names)
+        check_given("dinoseg.experiment.builder.in_steps", options, names)
         return in_steps(samples, **options)
 
     def loop_settings(self, lengths: Mapping[str, Any]) -> Settings:

@@ -1,16 +1,24 @@
 """mode=compare: comparison of evaluations of the same images, from the files that mode=eval wrote."""
 
 import logging
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 from omegaconf import DictConfig
+from tabulate import tabulate
 
 from dinoseg.evaluation.about import about_run
 from dinoseg.evaluation.comparison import (
     against,
+    best_first,
     mean_mious,
     score_labels,
     scores_of,
@@ -18,19 +26,81 @@ from dinoseg.evaluation.comparison import (
     write_tables,
 )
 from dinoseg.evaluation.image_report import PAGE
-from dinoseg.evaluation.run_costs import run_rows, side_rows
 from dinoseg.evaluation.sides import Side, seeds_note, sides_of, units_note
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.run_config import open_saved_data
-from dinoseg.report.costs import costs_picture, costs_table, write_costs
 from dinoseg.report.html.comparison import ComparisonReport, comparison_page
 from dinoseg.report.scores import few_units
 from dinoseg.report.verdicts import verdicts_picture
+from dinoseg.training.cost import COST
+from dinoseg.utils import forms
 from dinoseg.utils.atomic import write_json, write_text
+from dinoseg.utils.csv_text import write_csv_table
 from dinoseg.utils.images import write_png
-from dinoseg.utils.wording import count_of
+from dinoseg.utils.wording import count_of, in_lines
 
 logger = logging.getLogger(__name__)
+
+
+_KEYS = {
+    "parameters": forms.whole(),
+    "trainable": forms.whole(),
+    "images_per_s": forms.maybe(forms.number(1e-9, 1e9)),  # bounded so that its inverse is finite
+    "memory_gib": forms.maybe(forms.number(0, 1e9)),
+}
+
+
+COLUMNS = {  # key of a row: heading and format
+    "miou": ("mIoU %", lambda value: f"{100 * value:.2f}"),
+    "accuracy": ("pixel accuracy %", lambda value: f"{100 * value:.2f}"),
+    "parameters": ("parameters", "{:,}".format),
+    "trainable": ("trained", "{:,}".format),
+    "seconds": ("s per training image", "{:.3g}".format),
+    "memory_gib": ("peak training memory, GiB", "{:.2f}".format),
+}
+_COSTS = ("parameters", "seconds", "memory_gib")  # x axes of the figure
+_BLUE = "#0072B2"
+
+
+def run_rows(sides: Sequence[Side]) -> list[dict[str, Any]]:
+    """Return a row for each run, by mIoU; unknown values are None, and a damaged cost record is logged."""
+    rows = []
+    runs = [run for side in sides for run in zip(side.names, side.folders, side.records, strict=True)]
+    for name, folder, record in runs:
+        scores = scores_of([record])
+        trained = [folder, Path(record.source).parent.parent]  # run of mode=train, or the checkpoint's
+        found = next((path for run in trained if (path := run / COST).is_file()), None)
+        cost = (None if found is None else _read(found)) or dict.fromkeys(_KEYS)
+        speed = cost.pop("images_per_s")
+        seconds = 1 / speed if speed else None
+        rows.append({"run": name, "miou": scores["miou"], "accuracy": scores["accuracy"], **cost, "seconds": seconds})
+    return _ranked(rows)
+
+
+def side_rows(sides: Sequence[Side], rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return a row for each side, by mIoU: means over the rows of its runs; None if any run's value is unknown."""
+    by_run = {row["run"]: row for row in rows}
+    return _ranked([_mean(side.name, [by_run[name] for name in side.names]) for side in sides])
+
+
+def _mean(name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    mean: dict[str, Any] = {"run": name}
+    for key in rows[0].keys() - {"run"}:
+        values = [row[key] for row in rows]
+        mean[key] = None if None in values else sum(values) / len(values)
+    return mean | {key: round(mean[key]) for key in ("parameters", "trainable") if mean[key] is not None}
+
+
+def _ranked(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [rows[index] for index in best_first([row["miou"] for row in rows])]
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        return forms.read_json(path, forms.record(**_KEYS))
+    except (OSError, forms.Misshapen) as error:
+        logger.warning("%s is damaged (%s): the run's costs are left out. Remove it, or train again.", path, error)
+        return None
 
 
 def run(cfg: DictConfig, *, out_dir: Path, runs: Sequence[str | Sequence[str]] | None) -> dict[str, Any]:
@@ -98,3 +168,56 @@ def _report(build: Builder, out_dir: Path, sides: Sequence[Side]) -> ComparisonR
         others=against(sides, open_data),
         about=about_run(out_dir, build.yaml, facts),
     )
+
+
+def costs_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return rows of `run` and `COLUMNS`, in their order, as text, without columns that all runs lack."""
+    columns = {key: column for key, column in COLUMNS.items() if any(row[key] is not None for row in rows)}
+    shown = [[row["run"], *("-" if row[key] is None else columns[key][1](row[key]) for key in columns)] for row in rows]
+    heads = ["run", *(head for head, _ in columns.values())]
+    return tabulate(shown, headers=heads, disable_numparse=True, colalign=("left", *["right"] * len(columns)))
+
+
+def write_costs(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write one line per row, with scores in 0..1; unknown values are empty cells."""
+    write_csv_table(path, ["run", *COLUMNS], rows)
+
+
+def costs_picture(rows: Sequence[Mapping[str, Any]]) -> np.ndarray | None:
+    """Plot mIoU against each cost that is known for two runs or more, as RGB; None without such a cost."""
+    panels = []
+    for key in _COSTS:
+        points = [row for row in rows if row["miou"] is not None and row[key]]
+        if len(points) > 1:
+            panels.append((key, points))
+    if not panels:
+        return None
+    figure = Figure(figsize=(1 + 4 * len(panels), 4), dpi=110, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    for axes, (key, points) in zip(figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels, strict=True):
+        _draw(axes, key, points)
+    figure.axes[0].set_ylabel("mIoU %")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # characters that the font lacks become boxes
+        canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def _draw(axes: Axes, key: str, points: Sequence[Mapping[str, Any]]) -> None:
+    costs, scores = [row[key] for row in points], [100 * row["miou"] for row in points]
+    axes.plot(costs, scores, "o", color=_BLUE)
+    if max(costs) > 10 * min(costs):
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=7))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_major_formatter(EngFormatter(sep="") if key == "parameters" else "{x:g}")
+    middle = (min(costs) * max(costs)) ** 0.5 if axes.get_xscale() == "log" else (min(costs) + max(costs)) / 2
+    for row, cost, score in zip(points, costs, scores, strict=True):
+        right = cost > middle  # keeps names within the figure
+        offset, side = ((-7, 4), "right") if right else ((7, 4), "left")
+        named: dict[str, Any] = {"ha": side, "fontsize": 8, "parse_math": False}  # $ is plain text
+        axes.annotate(in_lines(row["run"], 30), (cost, score), offset, textcoords="offset points", **named)
+    axes.margins(0.12)
+    axes.set_xlabel(COLUMNS[key][0])
+    axes.grid(color="#e3e3e3", linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)

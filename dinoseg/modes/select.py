@@ -1,6 +1,8 @@
 """mode=select: choice of the images or frames to label next."""
 
 import logging
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +12,21 @@ from omegaconf import DictConfig, OmegaConf
 from dinoseg.config.nodes import keeping
 from dinoseg.core.contracts import Head
 from dinoseg.data.pairs.dataset import PairDataset
+from dinoseg.data.video.access import VideoFrame, read_source
 from dinoseg.experiment.builder import Builder, check_split
 from dinoseg.experiment.trained import is_trained, load_trained
 from dinoseg.experiment.unread import warn_unread
 from dinoseg.models.model import Segmenter
+from dinoseg.report.overlay import reduced, side_by_side, stacked
 from dinoseg.tasks.selection.features import FeatureExtractor
 from dinoseg.tasks.selection.pool import PoolImage, found_in, named_in, places_of
-from dinoseg.tasks.selection.results import write_selection
-from dinoseg.tasks.selection.selector import DOUBTS, FEATURES, NOTHING, Known, Selector
+from dinoseg.tasks.selection.selector import DOUBTS, FEATURES, NOTHING, Known, Pick, Selector
+from dinoseg.utils.atomic import whole_file, write_json, write_text
+from dinoseg.utils.csv_text import write_csv_table
 from dinoseg.utils.errors import UserError
+from dinoseg.utils.images import write_png
 from dinoseg.utils.ranges import Count, Positive
-from dinoseg.utils.wording import count_of, reasons
+from dinoseg.utils.wording import count_of, one_line, reasons
 
 logger = logging.getLogger(__name__)
 _UNREAD = {  # groups and keys without effect, by what the selector needs of the images
@@ -28,6 +34,13 @@ _UNREAD = {  # groups and keys without effect, by what the selector needs of the
     FEATURES: ("inference", "resolution.crop"),
     DOUBTS: (),
 }
+
+
+FOLDER = "images"  # in the run folder
+_SHOWN = 60  # images on the contact sheet
+_LINES = 20  # rows printed on the terminal
+_SIDE = 320  # pixels of an image's longer side
+_LONGEST = 22  # characters of a caption; longer captions show their end
 
 
 def select(
@@ -135,3 +148,76 @@ def _check_count(count: int, pool: list[PoolImage], labelled: list[int], input: 
             f"count={count}: {len(labelled)} of {count_of(pool, 'image')} are labelled, so {left} are left to choose "
             f"from. {fewer}{frames}."
         )
+
+
+def write_selection(out_dir: Path, chosen: Sequence[tuple[PoolImage, Pick]], by: str) -> None:
+    """Write the chosen images in their order, and print the first of them.
+
+    selection.csv and selection.json list name, file, frame, time and reason of each image; selection.txt lists only
+    names. contact_sheet.png shows the first 60. images/ holds copies: image files byte by byte, video frames as PNGs.
+
+    Args:
+        out_dir: the run folder.
+        chosen: at least one image.
+        by: name of the selector.
+
+    Raises:
+        UserError: an image cannot be read.
+        OSError: a file cannot be written.
+    """
+    rows = [_row(order, *each) for order, each in enumerate(chosen, start=1)]
+    for candidate, _ in chosen:
+        _copy(candidate, out_dir / FOLDER)
+    write_png(out_dir / "contact_sheet.png", contact_sheet([_shown(*each) for each in chosen[:_SHOWN]]))
+    write_json(out_dir / "selection.json", {"by": by, "chosen": rows})
+    write_csv_table(out_dir / "selection.csv", list(rows[0]), rows)
+    write_text(out_dir / "selection.txt", "".join(f"{candidate.name}\n" for candidate, _ in chosen))
+    for row in rows[:_LINES]:
+        at = "" if row["time"] is None else f" at {row['time']:g} s"
+        print(f"{row['order']:4}  {one_line(row['name'])}{at}: {one_line(row['reason'])}")
+    if len(rows) > _LINES:
+        print(f"      and {len(rows) - _LINES} more, in selection.csv")
+    first = "" if len(rows) <= _SHOWN else f" (the first {_SHOWN})"
+    print(f"overview:     {out_dir / 'contact_sheet.png'}{first}")
+    print(f"to label:     {out_dir / FOLDER}; listed in selection.csv, selection.json and selection.txt")
+
+
+def _row(order: int, candidate: PoolImage, pick: Pick) -> dict[str, Any]:
+    source = candidate.source
+    path, frame = (source.path, source.index) if isinstance(source, VideoFrame) else (source, None)
+    time = None if candidate.time is None else round(candidate.time, 3)
+    names = {"order": order, "name": candidate.name, "file": str(path), "frame": frame, "time": time}
+    return {**names, "reason": pick.reason}
+
+
+def _copy(candidate: PoolImage, folder: Path) -> None:
+    source = candidate.source
+    if isinstance(source, VideoFrame):
+        write_png(folder / f"{candidate.name}.png", source.read())
+    else:
+        with whole_file(folder / f"{candidate.name}{source.suffix}") as part:
+            shutil.copyfile(source, part)
+
+
+def _shown(candidate: PoolImage, pick: Pick) -> tuple[str, np.ndarray]:
+    at = "" if candidate.time is None else f", {candidate.time:.1f} s"
+    return f"{candidate.name}{at}", read_source(candidate.source)
+
+
+def contact_sheet(pictures: Sequence[tuple[str, np.ndarray]], *, columns: int = 5) -> np.ndarray:
+    """Lay out pairs of caption and image (H, W, 3), of any size, in rows from left to right."""
+    small = [(_short(caption), reduced(picture, _SIDE)) for caption, picture in pictures]
+    height, width = (max(picture.shape[axis] for _, picture in small) for axis in (0, 1))
+    cells = [(caption, _centred(picture, height, width)) for caption, picture in small]
+    cells += [("", np.full((height, width, 3), 255, np.uint8))] * (-len(cells) % min(columns, len(cells)))
+    return stacked([side_by_side(cells[first : first + columns]) for first in range(0, len(cells), columns)])
+
+
+def _short(caption: str) -> str:
+    return caption if len(caption) <= _LONGEST else f"…{caption[1 - _LONGEST :]}"
+
+
+def _centred(picture: np.ndarray, height: int, width: int) -> np.ndarray:
+    down, right = height - picture.shape[0], width - picture.shape[1]
+    edges = ((down // 2, down - down // 2), (right // 2, right - right // 2), (0, 0))
+    return np.pad(picture, edges, constant_values=255)

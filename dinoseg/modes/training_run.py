@@ -1,8 +1,10 @@
 """Training of one model, from its config to its scores: the inputs of the training loop and the use of its result."""
 
 import logging
+import os
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,6 @@ from dinoseg.experiment.initial import check_initial
 from dinoseg.experiment.loggers import logger_factories
 from dinoseg.experiment.recipe import HEADS, run_description
 from dinoseg.experiment.settings import settings_of
-from dinoseg.experiment.split_record import write_split
 from dinoseg.experiment.trained import check_classes
 from dinoseg.inference.trained_sizes import TrainedSizes
 from dinoseg.models.model import Segmenter
@@ -33,12 +34,48 @@ from dinoseg.training.optim import warn_of_long_warmup
 from dinoseg.utils import forms
 from dinoseg.utils.atomic import write_json
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.wording import count_of, shown, typed
+from dinoseg.utils.units import finished
+from dinoseg.utils.wording import count_of, listed, shown, typed
 
 logger = logging.getLogger(__name__)
 CHOSEN = "engine"  # key of a checkpoint's description: choices of the engine, which also affect the numbers
 _EXACT = "float32"  # features cached in this type give the same numbers as no cache
 _FORM = forms.table(forms.maybe(forms.text))
+
+
+def write_split(out_dir: Path, split: Mapping[str, Sequence[str]]) -> None:
+    """Write split.json; if the names differ from before, warn and save the former list as split_1.json and so on."""
+    path = out_dir / "split.json"
+    before = _read_split(path)
+    if before is not None and before != split:
+        former = next(name for name in map("split_{}.json".format, count(1)) if not (out_dir / name).exists())
+        os.replace(path, out_dir / former)
+        changes = "; ".join(_change(side, before.get(side, []), names) for side, names in split.items())
+        logger.warning(
+            "The data has changed since this run started (%s). The resumed run differs from an uninterrupted one, and "
+            "scores on other validation data are not comparable. The previous list is saved in %s.",
+            changes,
+            out_dir / former,
+        )
+    write_json(path, split)
+
+
+def _read_split(path: Path) -> dict[str, list[str]] | None:
+    return finished(
+        path,
+        lambda path: forms.read_json(path, forms.table(forms.listing(forms.text))),
+        damaged="%s is damaged (%s): cannot check whether the data has changed since this run started.",
+    )
+
+
+def _change(side: str, before: Sequence[str], now: Sequence[str]) -> str:
+    added, removed = sorted(set(now) - set(before)), sorted(set(before) - set(now))
+    if not added and not removed:
+        return f"{side}: {'the same' if list(before) == list(now) else 'the same in another order'}"
+    named = [
+        f"{len(names)} {what} ({listed(names, 3)})" for what, names in (("added", added), ("removed", removed)) if names
+    ]
+    return f"{side}: {', '.join(named)}"
 
 
 class TrainingRun:

@@ -6,13 +6,14 @@ from pathlib import Path
 
 from dinoseg.experiment.folder import command_line
 from dinoseg.experiment.source import ModelSource
-from dinoseg.experiment.trained import sizes_to_keep
+from dinoseg.experiment.trained import Trained, sizes_to_keep
 from dinoseg.experiment.unread import warn_unread
+from dinoseg.export.runtime.facts import ModelFacts
 from dinoseg.export.runtime.model import Model
 from dinoseg.export.runtime.opening import open_file
 from dinoseg.export.runtime.runtime import Opened, Options
 from dinoseg.export.runtime.torch_runtime import TorchRuntime
-from dinoseg.export.runtime.trained_model import model_of
+from dinoseg.inference.trained_sizes import TrainedSizes, keep_scale
 from dinoseg.models.model import Segmenter
 from dinoseg.tracking.tracker import Tracker
 from dinoseg.utils.errors import UserError
@@ -67,3 +68,14 @@ def _opened(source: ModelSource, out_dir: Path, file: str) -> Opened:
         return open_file(Path(file).expanduser(), Options(**machine, **weights))
     except UserError as error:
         raise UserError(str(error).replace("resume=", "mode.model=")) from error
+
+
+def model_of(trained: Trained, sizes: TrainedSizes | None) -> Model:
+    """Return a trained model as a `Model` for images of any kind.
+
+    Args:
+        trained: in eval mode.
+        sizes: training sizes to which images are reduced, as `sizes_to_keep` returns them.
+    """
+    keep_scale(trained.model, sizes)
+    return Model(TorchRuntime(trained.predictor), ModelFacts.of(trained.info, "the checkpoint"))

@@ -1,20 +1,34 @@
 """Distillation: a student learns the class scores of a trained segmenter, on images with masks and without."""
 
 import logging
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
 from typing import Any
 
-from dinoseg.core.contracts import Loss
+import numpy as np
+import torch
+from torch import Tensor
+
+from dinoseg.core.contracts import Loss, share_of
+from dinoseg.core.shapes import Batch, FrozenFeatures, Prediction, SegmentationData, mapped
+from dinoseg.data.loader import drawn_batches
+from dinoseg.data.pairs.dataset import PairDataset
+from dinoseg.data.train_views import TrainViews
+from dinoseg.data.transforms import Augment
 from dinoseg.data.unlabelled import Unmasked
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.teacher import TEACHERS, Teacher, check_named
+from dinoseg.losses.distillation import SeenScores, divergence
 from dinoseg.models.model import Segmenter
 from dinoseg.tasks.images import ImageTask
 from dinoseg.tasks.unmasked import unmasked_images
-from dinoseg.training.distilled import DistilFeed, DistilledLoss, KeptScores
 from dinoseg.training.engine import Engine
-from dinoseg.training.feature_cache.key import origin
-from dinoseg.training.feature_cache.store import DiskStore, cap_of
+from dinoseg.training.feature_cache.cache import Views
+from dinoseg.training.feature_cache.form import MOST_BYTES
+from dinoseg.training.feature_cache.key import goes_with, hash_of, image_hash, origin
+from dinoseg.training.feature_cache.store import DiskStore, FeatureStore, cap_of
 from dinoseg.training.image_feed import ImageFeed
 from dinoseg.training.mixed_feed import Unlabelled
 from dinoseg.utils.errors import UserError
@@ -22,6 +36,225 @@ from dinoseg.utils.ranges import Count, NotNegative, Temperature
 from dinoseg.utils.wording import count_of
 
 logger = logging.getLogger(__name__)
+
+
+_LONGEST = 2**24  # maximum side in pixels
+Look = Callable[[], SeenScores]
+
+
+@dataclass
+class KeptScores:
+    """A teacher's class scores of whole images: read from a cache, or computed and cached.
+
+    Args:
+        ask: maps an image (3, H, W) uint8 to scores (K, h, w) and the share of that grid that the image covers.
+        store: cache of the scores.
+        classes: K.
+    """
+
+    ask: Callable[[Tensor], tuple[Tensor, tuple[float, float]]]
+    store: FeatureStore
+    classes: int
+
+    def look(self, drawn: TrainViews, epoch: int, sample: int) -> SeenScores:
+        """Return the scores of the view that a sample shows in an epoch.
+
+        Raises:
+            UserError: the image cannot be read, or the teacher cannot predict it.
+        """
+        draw, data = drawn.draw(epoch, sample), drawn.data
+        scores, (height, width, *valid) = self._of_image(data, draw.image)
+        size = round(height), round(width)
+        mask = _mask(data, draw.image) if draw.shown else np.broadcast_to(np.uint8(0), size)
+        assert isinstance(drawn.augment, Augment)
+        matrix = drawn.augment.place(mask, draw.chance, *draw.shown)
+        return SeenScores.of(scores, (valid[0], valid[1]), matrix, (mask.shape[0], mask.shape[1]))
+
+    def _of_image(self, data: SegmentationData, index: int) -> tuple[Tensor, list[float]]:
+        """Return scores (K, h, w) of an image at its file's own size, and its height, width and shares of the grid."""
+        files = data.source if isinstance(data, PairDataset) else data
+        key = hash_of(image_hash(files, index))
+        cached = self.store.get(key)
+        if cached is None or not self._is_valid(cached):
+            image = files[index]["image"]
+            scores, valid = self.ask(image)
+            if scores.nbytes > MOST_BYTES:
+                raise UserError(
+                    f"The teacher's scores of {data.names[index]} are {' x '.join(map(str, scores.shape))} numbers, "
+                    f"{scores.nbytes / 2**20:.0f} MiB, above the limit of {MOST_BYTES / 2**20:.0f} MiB. Choose a "
+                    "teacher whose head has a coarser output, or smaller images."
+                )
+            facts = torch.tensor([*image.shape[-2:], *valid], dtype=torch.float64)
+            cached = self.store.put(key, [scores, facts.view(torch.uint8)])
+        return cached[0], cached[1].view(torch.float64).tolist()
+
+    def _is_valid(self, cached: Sequence[Tensor]) -> bool:
+        """Return whether cached tensors are scores of `classes` classes, with a valid size and valid shares."""
+        if len(cached) != 2 or cached[0].dim() != 3 or (cached[1].dtype, cached[1].shape) != (torch.uint8, (32,)):
+            return False
+        facts = cached[1].view(torch.float64)
+        sizes, shares = facts.split(2)
+        whole = bool((sizes >= 1).all() and (sizes <= _LONGEST).all() and (shares > 0).all() and (shares <= 1).all())
+        return whole and len(cached[0]) == self.classes
+
+
+@dataclass
+class Part:
+    """Samples of one kind, each with a function that returns the teacher's scores of it."""
+
+    batch: Batch | Views
+    lookups: list[Look]
+
+    def split(self, parts: int) -> list["Part"]:
+        """Split the samples in their order into parts whose sizes differ by at most one sample."""
+        rest = iter(self.lookups)
+        return [Part(batch, list(islice(rest, len(batch.names)))) for batch in self.batch.split(parts)]
+
+
+@dataclass
+class ScoredBatch:
+    """Samples with masks, followed by those without, if any; `to` looks up the teacher's scores."""
+
+    parts: list[Part]
+
+    @property
+    def names(self) -> list[str]:
+        """Return the names of the kind with fewer samples: each part of a split batch has to hold some of them."""
+        return min((part.batch.names for part in self.parts), key=len)
+
+    @property
+    def with_masks(self) -> "Batch | Views":
+        """Return the samples with masks."""
+        return self.parts[0].batch
+
+    @property
+    def count(self) -> int:
+        """Return the number of images."""
+        return sum(len(part.batch.names) for part in self.parts)
+
+    def split(self, parts: int) -> list["ScoredBatch"]:
+        """Split the samples of each kind, in their order, into `parts` batches."""
+        return [ScoredBatch(list(each)) for each in zip(*(part.split(parts) for part in self.parts), strict=True)]
+
+    def to(self, device: torch.device) -> "DistilledBatch":
+        """Return all samples as one batch on `device`, with the teacher's scores of each."""
+        batches = [part.batch.to(device) for part in self.parts]
+        seen = [look().to(device) for part in self.parts for look in part.lookups]
+        masks, names = torch.cat([batch.mask for batch in batches]), [name for each in batches for name in each.names]
+        return DistilledBatch(_joined([batch.image for batch in batches]), masks, names, seen, len(batches[0].names))
+
+
+@dataclass
+class DistilledBatch(Batch):
+    """Views with the teacher's scores of each; the masks of the first `labelled` ones are used as labels."""
+
+    seen: list[SeenScores]
+    labelled: int
+
+    @property
+    def with_masks(self) -> Batch:
+        """Return the views with masks."""
+        selection = slice(0, self.labelled)
+        return Batch(mapped(self.image, lambda part: part[selection]), self.mask[selection], self.names[selection])
+
+
+@dataclass(kw_only=True)
+class DistilFeed(ImageFeed):
+    """Batches for distillation from a trained segmenter: images with masks, and optionally images without.
+
+    Args:
+        scores: scores of the teacher.
+        others: feed of the images without masks; None: there are none.
+    """
+
+    scores: KeptScores
+    others: ImageFeed | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse augmentations that do not report where a view lies in its image."""
+        super().__post_init__()
+        if not (isinstance(self.augment, Augment) and goes_with(type(self.augment), "place", "__call__")):
+            raise UserError(
+                f"trainer=distil: data.augment, a {type(self.augment).__name__}, does not return the position of a "
+                "view in its image, which is needed to crop the teacher's scores. Inherit from "
+                "dinoseg.data.transforms.Augment with `place` as `__call__`, or choose another trainer."
+            )
+
+    def train_batches(self, start: int) -> Iterator[Any]:
+        """Yield this rank's share of every batch from number `start` on, without end."""
+        kinds = [_parts(self.scores, self, super().train_batches(start), start)]
+        if self.others is not None:
+            self.others.cache = self.cache
+            kinds.append(_parts(self.scores, self.others, self.others.train_batches(start), start))
+        return map(ScoredBatch, map(list, zip(*kinds, strict=True)))
+
+
+class DistilledLoss(Loss):
+    """Sum of a loss on images with masks and `weight` times the divergence from a teacher on all images.
+
+    Args:
+        criterion: the loss on masks.
+        weight: weight of the divergence.
+        temperature: divisor of both models' scores in the divergence, see `divergence`. Values above its limit
+            would leave nothing of the scores' differences in float32.
+    """
+
+    def __init__(self, criterion: Loss, weight: NotNegative = 1.0, temperature: Temperature = 1.0) -> None:
+        super().__init__()
+        self.criterion, self.weight, self.temperature = criterion, weight, temperature
+        self.needs_masks, self.sums_over_batch = criterion.needs_masks, criterion.sums_over_batch
+        self.num_divisors, self.divisor = criterion.num_divisors + (1 if weight else 0), criterion.divisor
+
+    def forward(self, prediction: Prediction, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss; its parts are those of the images with masks, and `teacher`, the divergence."""
+        if not isinstance(batch, DistilledBatch):
+            return self.criterion(prediction, batch)
+        value, parts = self.criterion(prediction.of_images(slice(0, batch.labelled)), batch.with_masks)
+        taught = self._divergence(prediction, batch)
+        return value + self.weight * taught, {**parts, "teacher": taught.detach()}
+
+    def divisors(self, batch: Any) -> Tensor:
+        """Return the divisors of the loss on masks, and the number of images."""
+        values = self.criterion.divisors(batch.with_masks)
+        return torch.cat([values, values.new_full((1,), batch.count)]) if self.weight else values
+
+    def in_step(self, prediction: Prediction, batch: Any, divisors: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Return the batch's part of a step's loss, the loss of the batch alone, and its parts by name."""
+        num_divisors = self.criterion.num_divisors
+        labelled = prediction.of_images(slice(0, batch.labelled))
+        part, value, parts = self.criterion.in_step(labelled, batch.with_masks, divisors[:num_divisors])
+        taught = self._divergence(prediction, batch)
+        share = share_of(divisors.new_full((), batch.count), divisors[num_divisors:].sum())
+        alone = value + self.weight * taught.detach()
+        return part + self.weight * share * taught, alone, {**parts, "teacher": taught.detach()}
+
+    def _divergence(self, prediction: Prediction, batch: DistilledBatch) -> Tensor:
+        return divergence(prediction, batch.seen, (batch.mask.shape[-2], batch.mask.shape[-1]), self.temperature)
+
+
+def _parts(scores: KeptScores, feed: ImageFeed, batches: Iterator[Batch | Views], start: int) -> Iterator[Part]:
+    """Yield the batches of a feed, with a function for each sample that returns the teacher's scores."""
+    drawn = feed.drawn
+
+    def later(epoch: int, sample: int) -> Look:
+        return partial(scores.look, drawn, epoch, sample)
+
+    order = {"batch_size": feed.batch_size, "seed": feed.seed, "start": start, "rank": feed.rank, "world": feed.world}
+    return map(Part, batches, drawn_batches(later, list, len(drawn.data), **order))
+
+
+def _joined(images: Sequence[Tensor | FrozenFeatures]) -> Any:
+    """Concatenate images, or their frozen features, along the batch."""
+    first = images[0]
+    if isinstance(first, Tensor):
+        return torch.cat([image for image in images if isinstance(image, Tensor)])
+    features = [image.tensors for image in images if isinstance(image, FrozenFeatures)]
+    return replace(first, tensors=[torch.cat(parts) for parts in zip(*features, strict=True)])
+
+
+def _mask(data: SegmentationData, index: int) -> np.ndarray:
+    """Return the mask (H, W) of an image in the form that determines a view's geometry."""
+    return data.mask(index) if isinstance(data, PairDataset | Unmasked) else data[index]["mask"].numpy()
 
 
 class DistillationTask(ImageTask):

@@ -1,4 +1,4 @@
-"""Factories of trackers that config files name: settings, called with a model, return a tracker of one video."""
+"""Factory of trackers by label propagation, for config files: settings, called with a model, return a tracker."""
 
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -10,8 +10,6 @@ from dinoseg.inference.trained_sizes import TrainedSizes
 from dinoseg.models.model import Segmenter
 from dinoseg.tracking.propagation.settings import PropagationSettings
 from dinoseg.tracking.propagation.tracker import PropagationTracker
-from dinoseg.tracking.slots.settings import SlotTracking
-from dinoseg.tracking.slots.tracker import SlotTracker
 from dinoseg.tracking.smoothing import SmoothingTracker
 from dinoseg.tracking.tracker import Autocast, Tracker
 
@@ -39,19 +37,3 @@ class PropagationFactory(PropagationSettings):
                 model, self, smoothing=smoothing, sizes=sizes, autocast=autocast, batch_size=batch_size
             )
         return PropagationTracker(model, self, device=device, autocast=autocast, batch_size=batch_size)
-
-
-@dataclass(frozen=True)
-class SlotFactory(SlotTracking):
-    """Factory of trackers that follow the slots of a trained model; the arguments are those of `SlotTracking`."""
-
-    def __call__(
-        self,
-        model: Segmenter,
-        *,
-        device: torch.device | str = "cpu",
-        autocast: Autocast = nullcontext,
-        batch_size: int = 4,
-    ) -> Tracker:
-        """Return a tracker; the model is on `device` already."""
-        return SlotTracker(model, self, autocast=autocast, batch_size=batch_size)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from command_line import SMALL, call
 
-from dinoseg.autotune import causes, probe_baseline
+from dinoseg.autotune import probe_baseline, probe_comparison
 from dinoseg.autotune.probe_baseline import ProbeComparison, TrainedRun, compare, score_linear_probe
 from dinoseg.config.nodes import instantiate
 from dinoseg.experiment.builder import Builder
@@ -180,46 +180,50 @@ def test_an_image_is_timed_as_it_is_scored_and_no_rank_waited_for(held, monkeypa
 
 
 def test_other_colours_are_as_many_as_time_is_told_for():
-    assert len(causes.COLOURS) - 1 == probe_baseline._COLOURS
+    assert len(probe_comparison.COLOURS) - 1 == probe_baseline._COLOURS
 
 
 def test_a_class_that_training_lacks_is_named_with_what_it_costs(held, world, tmp_path):
     found = held()
-    assert causes.absent_classes(found) is None
+    assert probe_comparison.absent_classes(found) is None
     masks = sorted((world / "data/val/masks").iterdir())
     assert masks
     rows = [{"id": 0, "iou": 0.8, "pixels": 5}, {"id": 1, "iou": 0.0, "pixels": 5}]
     gone = replace(found, scores={"miou": 0.4, "classes": rows})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(causes, "class_counts", lambda *_: np.array([7, 0]))
-        assert "No training mask has a pixel of bright, but validation masks do" in causes.absent_classes(gone)
-        assert "mIoU of the other classes: 0.8000" in causes.absent_classes(gone)
+        patch.setattr(probe_comparison, "class_counts", lambda *_: np.array([7, 0]))
+        assert "No training mask has a pixel of bright, but validation masks do" in probe_comparison.absent_classes(
+            gone
+        )
+        assert "mIoU of the other classes: 0.8000" in probe_comparison.absent_classes(gone)
         unseen = [rows[0], {"id": 1, "iou": None, "pixels": 0}]  # nor is it seen where the run is validated
-        assert causes.absent_classes(replace(found, scores={"miou": 0.8, "classes": unseen})) is None
-        patch.setattr(causes, "class_counts", lambda *_: np.array([7, 1]))
-        assert causes.absent_classes(gone) is None
+        assert probe_comparison.absent_classes(replace(found, scores={"miou": 0.8, "classes": unseen})) is None
+        patch.setattr(probe_comparison, "class_counts", lambda *_: np.array([7, 1]))
+        assert probe_comparison.absent_classes(gone) is None
 
 
 def test_colours_of_other_weights_are_tried_and_put_back(held, monkeypatch):
     found = held()
     own = found.plain.backbone.mean.clone(), found.plain.backbone.std.clone()
-    assert causes.other_colours(found) is None or "normalisation" in causes.other_colours(found)
+    assert probe_comparison.other_colours(found) is None or "normalisation" in probe_comparison.other_colours(found)
     seen = []
 
     def of_colours(run, plain, *_):
         seen.append(plain.backbone.mean.flatten().tolist())
         return {"miou": 0.95 if plain.backbone.std.flatten()[0] == 1 else 0.3}
 
-    monkeypatch.setattr(causes, "score_linear_probe", of_colours)
-    said = causes.other_colours(replace(found, probe={"miou": 0.9}))
+    monkeypatch.setattr(probe_comparison, "score_linear_probe", of_colours)
+    said = probe_comparison.other_colours(replace(found, probe={"miou": 0.9}))
     assert (
         "The linear probe scores mIoU 0.9500 with another normalisation (none) and 0.9000 with that of this run" in said
     )
     assert "backbone.mean=[0.0,0.0,0.0] backbone.std=[1.0,1.0,1.0]" in said and len(seen) >= 3
-    assert causes.other_colours(replace(found, probe={"miou": 0.935})) is None  # less than two points
+    assert probe_comparison.other_colours(replace(found, probe={"miou": 0.935})) is None  # less than two points
     above = replace(found, probe={"miou": 0.9}, scores={"miou": 0.95})
-    assert causes.causes_of(above) == [said] and causes.causes_of(replace(above, has_time=False)) == []
-    assert causes.causes_of(replace(above, has_time=True, until=0.0)) == []  # its time is spent
+    assert (
+        probe_comparison.causes_of(above) == [said] and probe_comparison.causes_of(replace(above, has_time=False)) == []
+    )
+    assert probe_comparison.causes_of(replace(above, has_time=True, until=0.0)) == []  # its time is spent
     assert torch.equal(found.plain.backbone.mean, own[0]) and torch.equal(found.plain.backbone.std, own[1])
 
 
@@ -231,15 +235,15 @@ def test_a_crop_far_from_the_images_is_tried_by_windows(held, monkeypatch):
         asked.append(policy.size)
         return {"miou": 0.5}
 
-    monkeypatch.setattr(causes, "evaluate", in_windows)
-    assert causes.far_crop(near) is None and not asked
+    monkeypatch.setattr(probe_comparison, "evaluate", in_windows)
+    assert probe_comparison.far_crop(near) is None and not asked
     below = replace(far, scores={"miou": 0.3})
-    said = causes.far_crop(below)
+    said = probe_comparison.far_crop(below)
     assert (
         asked == [(16, 24)]
         and "The model scores mIoU 0.5000 in windows of resolution.crop=[16,24] and 0.3000 without" in said
     )
-    assert causes.far_crop(replace(far, scores={"miou": 0.495})) is None
+    assert probe_comparison.far_crop(replace(far, scores={"miou": 0.495})) is None
 
 
 @pytest.mark.parametrize(
@@ -253,36 +257,42 @@ def test_a_crop_far_from_the_images_is_tried_by_windows(held, monkeypatch):
 def test_a_rate_that_does_not_learn_is_found_by_training_on(held, rate, said):
     found = held(f"optim.optimizer.lr={rate}", "data.batch_size=3")
     before = {name: value.clone() for name, value in found.run.model.state_dict().items()}
-    assert said in causes.learning_rate(found)
+    assert said in probe_comparison.learning_rate(found)
     assert all(torch.equal(value, before[name]) for name, value in found.run.model.state_dict().items())
 
 
 def test_a_model_that_knows_its_training_images_alone_is_told_apart(held, monkeypatch):
     found = held()
-    monkeypatch.setattr(causes, "evaluate", lambda *_, **__: {"miou": 0.99})
-    assert "Overfitting: the model scores mIoU 0.9900 on its training images" in causes.learning_rate(found)
+    monkeypatch.setattr(probe_comparison, "evaluate", lambda *_, **__: {"miou": 0.99})
+    assert "Overfitting: the model scores mIoU 0.9900 on its training images" in probe_comparison.learning_rate(found)
     scored = []
-    monkeypatch.setattr(causes, "score_linear_probe", lambda run, plain, *on: scored.append(on) or {"miou": 0.9})
-    causes.learning_rate(found)
+    monkeypatch.setattr(
+        probe_comparison, "score_linear_probe", lambda run, plain, *on: scored.append(on) or {"miou": 0.9}
+    )
+    probe_comparison.learning_rate(found)
     assert scored == [(found.train, found.train)]  # the closed form, too, on the images that it is solved from
 
 
 def test_rates_are_tried_where_labels_alone_teach_and_told_where_they_clearly_help(held, monkeypatch):
     found, losses = held(), {1.0: 0.99}
-    monkeypatch.setattr(causes, "evaluate", lambda *_, **__: {"miou": 0.1})
-    monkeypatch.setattr(causes, "score_linear_probe", lambda *_: {"miou": 0.9})
-    monkeypatch.setattr(causes, "_losses", lambda held: (1.0, dict.fromkeys(causes._FACTORS, 0.99) | losses))
-    assert causes.learning_rate(found) is None  # 1 % less is chance
+    monkeypatch.setattr(probe_comparison, "evaluate", lambda *_, **__: {"miou": 0.1})
+    monkeypatch.setattr(probe_comparison, "score_linear_probe", lambda *_: {"miou": 0.9})
+    monkeypatch.setattr(
+        probe_comparison, "_losses", lambda held: (1.0, dict.fromkeys(probe_comparison._FACTORS, 0.99) | losses)
+    )
+    assert probe_comparison.learning_rate(found) is None  # 1 % less is chance
     losses[1.0] = 0.9
-    assert "Too few steps: the training loss falls from 1 to 0.9 " in causes.learning_rate(found)
+    assert "Too few steps: the training loss falls from 1 to 0.9 " in probe_comparison.learning_rate(found)
     half = replace(found, run=replace(found.run, best_step=50, steps=100))
-    assert "Too few steps" in causes.learning_rate(half)
-    said = causes.learning_rate(replace(half, run=replace(half.run, best_step=49)))  # more steps have been tried
+    assert "Too few steps" in probe_comparison.learning_rate(half)
+    said = probe_comparison.learning_rate(
+        replace(half, run=replace(half.run, best_step=49))
+    )  # more steps have been tried
     assert (
         "The best score came after step 49 of 100: more steps made it worse" in said and "fewer trainer.steps" in said
     )
 
-    assert causes.learning_rate(replace(found, run=replace(found.run, is_supervised=False))) is None
+    assert probe_comparison.learning_rate(replace(found, run=replace(found.run, is_supervised=False))) is None
 
 
 @pytest.fixture

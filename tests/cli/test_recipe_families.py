@@ -8,7 +8,7 @@ from config_files import FOLDER
 
 from dinoseg.cli.recipes import recipe_files, with_recipe_files
 from dinoseg.config.options import config_folders
-from dinoseg.experiment.lookup import resumed_checkpoint
+from dinoseg.experiment.resume import resumed_checkpoint
 from dinoseg.training import checkpoint
 
 OWN = "# @package _global_\ndefaults: [{}]\nseed: 3\n"

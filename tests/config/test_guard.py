@@ -93,7 +93,7 @@ SHELL = [  # targets that reach, or seem to reach, any callable
     "dinoseg.tasks.preparation.sarrarp.prepare",
     "dinoseg.tasks.preparation.idd.prepare",
     "dinoseg.synthetic.surgery.write.render_dataset",
-    "dinoseg.tasks.preparation.archives.shutil.rmtree",
+    "dinoseg.tasks.preparation.sarrarp.shutil.rmtree",
     "dinoseg.data.packed.pack.pack",
     "dinoseg.utils.locks.locked",
     "dinoseg.data.packed.store.write_index",

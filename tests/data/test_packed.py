@@ -22,8 +22,8 @@ from PIL import Image
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.masks import Masks
 from dinoseg.data.formats.folder import folder_dataset
-from dinoseg.data.packed import draft as packed_draft
 from dinoseg.data.packed import pack as packed
+from dinoseg.data.packed import pack as packed_draft
 from dinoseg.data.packed.pack import pack
 from dinoseg.data.packed.read import paying_workers, reduced
 from dinoseg.data.pairs.dataset import PairDataset
@@ -337,7 +337,7 @@ def test_a_killed_build_goes_on(data, cache, tmp_path):
             import time
             from dinoseg.data.formats.folder import folder_dataset
             from dinoseg.data.packed.pack import pack
-            from dinoseg.data.packed import draft as packed_draft
+            from dinoseg.data.packed import pack as packed_draft
             from dinoseg.utils.atomic import write_whole
             if __name__ == "__main__":
                 packed_draft.write_whole = lambda *args: (time.sleep(0.03), write_whole(*args))

@@ -9,9 +9,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from dinoseg.evaluation import comparison
-from dinoseg.evaluation.comparison import against, best_first, scores_of, verdicts
+from dinoseg.evaluation.comparison import SHOWN, Pictures, against, best_first, most_different, scores_of, verdicts
 from dinoseg.evaluation.image_record import RECORD, ImageRecord, read_record, write_record
-from dinoseg.evaluation.paired_pictures import SHOWN, Pictures, most_different
 from dinoseg.evaluation.sides import Side, _by_seed, _jobs, aligned, seeds_note, units_note
 from dinoseg.experiment import run_config
 from dinoseg.experiment.builder import Builder

@@ -15,6 +15,7 @@ from failing import fail_after
 from omegaconf import OmegaConf
 from PIL import Image
 
+from dinoseg.evaluation import videos
 from dinoseg.evaluation.scoring import folders
 from dinoseg.evaluation.videos import TrackingOptions, evaluate_videos
 from dinoseg.experiment.benchmark_videos import benchmark_videos
@@ -28,7 +29,6 @@ from dinoseg.modes.evaluate import run as evaluate
 from dinoseg.modes.evaluate import track_split, tracks_untrained
 from dinoseg.report.indexed import voc_palette, write_indexed_png
 from dinoseg.tracking.tracker import Tracker
-from dinoseg.tracking.video import benchmark_masks
 from dinoseg.training import engine
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import read_ids, write_png
@@ -366,7 +366,7 @@ def test_a_stopped_evaluation_goes_on(track, tmp_path, monkeypatch, caplog):
         write_indexed_png(path, ids)
 
     with monkeypatch.context() as patch:
-        patch.setattr(benchmark_masks, "write_indexed_png", full)
+        patch.setattr(videos, "write_indexed_png", full)
         with pytest.raises(UserError, match=r"No space left.*mode\.restart="):
             track("copy", "davis2017", root)
     stopped = sorted(tmp_path.glob("run_*"))[-1]
@@ -397,7 +397,7 @@ def test_a_stopped_evaluation_goes_on(track, tmp_path, monkeypatch, caplog):
 def test_ctrl_c_names_the_folder_to_go_on_from(track, tmp_path, caplog):
     root = write_davis(tmp_path / "DAVIS", SEQUENCES)
     with pytest.MonkeyPatch.context() as patch:
-        fail_after(patch, benchmark_masks, "write_indexed_png", 8, KeyboardInterrupt())
+        fail_after(patch, videos, "write_indexed_png", 8, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
             track("copy", "davis2017", root)
     (stopped,) = tmp_path.glob("run_*")

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from dinoseg.evaluation import run_costs
 from dinoseg.evaluation.sides import Side
+from dinoseg.modes import compare
 from dinoseg.training.cost import COST
 
 GOOD = {"parameters": 5, "trainable": 1, "images_per_s": 4.0, "memory_gib": 0.5}
@@ -15,12 +15,12 @@ GOOD = {"parameters": 5, "trainable": 1, "images_per_s": 4.0, "memory_gib": 0.5}
 @pytest.fixture
 def row(tmp_path, monkeypatch):
     """Return a function that makes the row of a run whose record of costs is some text."""
-    monkeypatch.setattr(run_costs, "scores_of", lambda records: {"miou": 0.5, "accuracy": 0.6})
+    monkeypatch.setattr(compare, "scores_of", lambda records: {"miou": 0.5, "accuracy": 0.6})
 
     def made(text):
         (tmp_path / COST).write_text(text)
         record = SimpleNamespace(source=str(tmp_path / "checkpoints/best.safetensors"))
-        return run_costs.run_rows([Side("a", [tmp_path], ["a"], [tmp_path], [record])])[0]
+        return compare.run_rows([Side("a", [tmp_path], ["a"], [tmp_path], [record])])[0]
 
     return made
 
@@ -69,7 +69,7 @@ def test_a_side_costs_what_its_runs_do_on_average():
         {"run": "b0", "miou": 0.5, "accuracy": 0.5, **known},
         {"run": "a1", "miou": 0.4, "accuracy": 0.5, **known, "trainable": 4, "memory_gib": 2.0, "seconds": None},
     ]
-    better, worse = run_costs.side_rows(sides, rows)
+    better, worse = compare.side_rows(sides, rows)
     assert better == {"run": "b", "miou": 0.5, "accuracy": 0.5, **known} and worse["run"] == "a"
     assert (worse["miou"], worse["accuracy"]) == (pytest.approx(0.3), pytest.approx(0.45))
     assert worse["memory_gib"] == 1.5 and worse["seconds"] is None

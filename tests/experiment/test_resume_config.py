@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from dinoseg import __main__
 from dinoseg.cli.words import parsed
-from dinoseg.experiment import lookup
+from dinoseg.experiment import resume
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.folder import drop_parts, is_locked, lock, release
 from dinoseg.experiment.recipe import config_description, data_root, recipe_of
@@ -78,7 +78,7 @@ def found(where, compose):
 
     def look(*words, prefer="last"):
         cfg = compose("mode=train", *MLP, "resume=auto", *words)
-        return lookup.resumed_checkpoint(cfg, Path("outputs/base/train_1").absolute(), prefer)
+        return resume.resumed_checkpoint(cfg, Path("outputs/base/train_1").absolute(), prefer)
 
     return look
 
@@ -190,13 +190,13 @@ def test_a_recipe_is_what_is_trained_and_nothing_beside(compose):
 
 def test_auto_in_a_sweep_looks_through_the_whole_folder_of_its_recipe(tmp_path, monkeypatch):
     for name in ("config_description", "recipe_of"):
-        monkeypatch.setattr(lookup, name, lambda _: None)
+        monkeypatch.setattr(resume, name, lambda _: None)
     monkeypatch.setattr(checkpoint, "describe", lambda _: None)
     path = tmp_path / "outputs/base/train_1/checkpoints/last.safetensors"
     path.parent.mkdir(parents=True)
     path.touch()
     cfg = OmegaConf.create({"resume": "auto", "choices": {"hparam": "base"}})
-    assert lookup.resumed_checkpoint(cfg, tmp_path / "outputs/base/train_2/0", "last") == path
+    assert resume.resumed_checkpoint(cfg, tmp_path / "outputs/base/train_2/0", "last") == path
 
 
 def test_auto_does_not_go_on_with_other_data(where, run, found):
@@ -254,7 +254,7 @@ def test_auto_finds_a_run_that_was_moved_with_its_data(where, run, found, compos
 
 
 def test_auto_passes_over_a_run_that_is_still_going(where, run, monkeypatch):
-    monkeypatch.setattr(lookup, "PATIENCE", 0.1)
+    monkeypatch.setattr(resume, "PATIENCE", 0.1)
     with open(run / "run.log", "a", encoding="utf-8") as file:
         import fcntl
 
@@ -277,7 +277,7 @@ def test_auto_waits_for_a_run_that_is_about_to_end(where, run, monkeypatch):
     for path in (half, older, rows, mine):
         path.write_text("half")
     asked = []
-    monkeypatch.setattr(lookup, "is_locked", lambda run: asked.append(run) or len(asked) < 3)
+    monkeypatch.setattr(resume, "is_locked", lambda run: asked.append(run) or len(asked) < 3)
     done = train(where, "trainer.steps=2", "resume=auto")
     assert done.status == 0 and runs(where) == [run] and last(run)["progress"]["step"] == 2
     assert f"resume=auto: another process is writing to {run}: waiting" in done.err and "skipped:" not in done.err
@@ -285,11 +285,11 @@ def test_auto_waits_for_a_run_that_is_about_to_end(where, run, monkeypatch):
 
 
 def test_ranks_but_the_first_take_the_run_that_the_first_holds(where, monkeypatch):
-    monkeypatch.setattr(lookup, "is_locked", lambda run: True)
-    monkeypatch.setattr(lookup, "PATIENCE", 0)
-    assert not lookup._is_free(where)
+    monkeypatch.setattr(resume, "is_locked", lambda run: True)
+    monkeypatch.setattr(resume, "PATIENCE", 0)
+    assert not resume._is_free(where)
     monkeypatch.setenv("RANK", "1")
-    assert lookup._is_free(where)
+    assert resume._is_free(where)
 
 
 def test_auto_passes_over_files_that_cannot_be_read_and_says_so(where, run, found, capsys):
@@ -396,7 +396,7 @@ def test_the_newest_run_comes_first_and_one_that_is_gone_not_at_all(tmp_path):
     for time, path in enumerate(paths):
         path.touch()
         os.utime(path, (time, time))
-    assert lookup._newest_first([*paths[1:], tmp_path / "gone", paths[0]]) == paths[::-1]
+    assert resume._newest_first([*paths[1:], tmp_path / "gone", paths[0]]) == paths[::-1]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 from command_line import SMALL, call
 from PIL import Image
 
-from dinoseg.experiment.split_record import write_split
+from dinoseg.modes.training_run import write_split
 
 
 @pytest.fixture

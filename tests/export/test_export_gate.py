@@ -112,7 +112,7 @@ def test_pictures_resized_otherwise_are_refused(cfg, out, monkeypatch):
     cfg.resolution.scale = 0.5
     other = lambda model, record, about: finish(model, replace(record, scale=0.25), about)  # noqa: E731
     monkeypatch.setattr(onnx_file, "finish", other)
-    monkeypatch.setattr("dinoseg.export.layers.pixels", lambda image, layout, fill: np.zeros((3, *layout.padded)))
+    monkeypatch.setattr("dinoseg.export.onnx_export.pixels", lambda image, layout, fill: np.zeros((3, *layout.padded)))
     with pytest.raises(UserError, match="Cause: the resizing of images before the first layer"):
         OnnxExport()(ModelSource(cfg), out_dir=out)
 

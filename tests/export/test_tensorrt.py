@@ -8,7 +8,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from dinoseg.export import tensorrt
+from dinoseg.export import onnx_export
 from dinoseg.utils.errors import UserError
 
 OPEN = SimpleNamespace(size=None, batch=None, multiple=16)
@@ -85,7 +85,7 @@ class Fake(ModuleType):
 def path(tmp_path, monkeypatch):
     """Return an ONNX file on a machine without trtexec."""
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(tensorrt, "find_spec", lambda name: name == "tensorrt" and object())
+    monkeypatch.setattr(onnx_export, "find_spec", lambda name: name == "tensorrt" and object())
     (tmp_path / "model.onnx").write_bytes(b"onnx")
     return tmp_path / "model.onnx"
 
@@ -93,7 +93,7 @@ def path(tmp_path, monkeypatch):
 def build(monkeypatch, path, record=OPEN, **answers):
     """Build an engine by the fake package; return it and its calls."""
     monkeypatch.setitem(sys.modules, "tensorrt", fake := Fake(**answers))
-    return tensorrt.build_engine(path, record, SIZES), fake.calls
+    return onnx_export.build_engine(path, record, SIZES), fake.calls
 
 
 def test_the_package_is_asked_as_its_reference_says(path, monkeypatch):
@@ -106,8 +106,8 @@ def test_the_package_is_asked_as_its_reference_says(path, monkeypatch):
     ]
     fixed = SimpleNamespace(size=(48, 64), batch=2, multiple=16)
     assert build(monkeypatch, path, fixed)[1][-1] == ("build", "network", [])  # no size is open
-    assert tensorrt.shapes(fixed, SIZES) == [(2, 3, 48, 64)]
-    assert tensorrt.shapes(OPEN, [(16, 32)]) == [(1, 3, 16, 16), (1, 3, 16, 32), (8, 3, 1024, 1024)]
+    assert onnx_export.shapes(fixed, SIZES) == [(2, 3, 48, 64)]
+    assert onnx_export.shapes(OPEN, [(16, 32)]) == [(1, 3, 16, 16), (1, 3, 16, 32), (8, 3, 1024, 1024)]
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_what_the_package_refuses_is_told_and_nothing_of_it_stays(path, monkeypa
 def test_a_package_whose_libraries_are_missing_is_told(path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorrt", None)  # as where libnvinfer cannot be loaded
     with pytest.raises(UserError, match="could not build an engine"):
-        tensorrt.build_engine(path, OPEN, SIZES)
+        onnx_export.build_engine(path, OPEN, SIZES)
 
 
 def test_the_command_comes_first_and_an_engine_of_before_outlives_its_failure(path, monkeypatch):
@@ -138,15 +138,15 @@ def test_the_command_comes_first_and_an_engine_of_before_outlives_its_failure(pa
     command.write_text('#!/bin/sh\nfor word; do case $word in --saveEngine=*) echo "$@" > "${word#*=}";; esac; done\n')
     command.chmod(0o755)
     monkeypatch.setenv("PATH", f"{path.parent}:/usr/bin:/bin")
-    words = tensorrt.build_engine(path, OPEN, SIZES).read_text().split()
+    words = onnx_export.build_engine(path, OPEN, SIZES).read_text().split()
     assert words[0] == f"--onnx={path}" and "--skipInference" in words
     assert words[-3:] == [
         *("--minShapes=image:1x3x240x240", "--optShapes=image:1x3x480x368", "--maxShapes=image:8x3x1280x1280")
     ]
     command.write_text("#!/bin/sh\necho no GPU here >&2\nexit 1\n")
     with pytest.raises(UserError, match="no GPU here.*The ONNX file is verified and saved"):
-        tensorrt.build_engine(path, OPEN, SIZES)
+        onnx_export.build_engine(path, OPEN, SIZES)
     assert path.with_suffix(".engine").read_text().split() == words
     command.write_text("#!/bin/sh\n")  # ends well, and writes nothing
     with pytest.raises(UserError, match=r"\(nothing\)"):
-        tensorrt.build_engine(path, OPEN, SIZES)
+        onnx_export.build_engine(path, OPEN, SIZES)

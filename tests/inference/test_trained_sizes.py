@@ -8,10 +8,10 @@ import torch
 from omegaconf import OmegaConf
 
 from dinoseg.experiment.builder import Builder
-from dinoseg.export.runtime.trained_model import model_of
 from dinoseg.inference.trained_sizes import TrainedSizes, keep_scale
 from dinoseg.models.heads.linear import LinearHead
 from dinoseg.models.model import Segmenter
+from dinoseg.serving.source import model_of
 from dinoseg.tasks import images as images_task
 from dinoseg.utils.errors import UserError
 

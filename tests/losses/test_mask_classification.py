@@ -8,8 +8,8 @@ import torch
 
 from dinoseg.core.geometry import upsample, valid_share
 from dinoseg.core.shapes import Batch, MaskOutputs, Prediction
+from dinoseg.losses import mask_classification
 from dinoseg.losses import mask_classification as loss_module
-from dinoseg.losses import matching
 from dinoseg.losses.mask_classification import FACTORS, MaskClassification
 from dinoseg.utils.errors import UserError
 
@@ -63,7 +63,7 @@ MASKS = {
 def fixed_points(monkeypatch):
     """Sample the same points of every image and mask; return them."""
     points = torch.rand(1, 17, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
-    monkeypatch.setattr(matching, "random_points", lambda count, *_: points.expand(count, -1, -1))
+    monkeypatch.setattr(mask_classification, "random_points", lambda count, *_: points.expand(count, -1, -1))
     monkeypatch.setattr(loss_module, "uncertain_points", lambda masks, *_, **__: points.expand(len(masks), -1, -1))
     return points[0].tolist()
 
@@ -164,7 +164,7 @@ def test_agrees_with_transformers(monkeypatch):
     prediction, batch = make(mask, image=(24, 32), grid=(6, 8), dtype=torch.float32)
     ys, xs = torch.meshgrid(torch.arange(1, 11), torch.arange(1, 15), indexing="ij")
     points = torch.stack([(xs + 0.5) / 16, (ys + 0.5) / 12], dim=-1).reshape(1, -1, 2)
-    monkeypatch.setattr(matching, "random_points", lambda count, *_: points.expand(count, -1, -1))
+    monkeypatch.setattr(mask_classification, "random_points", lambda count, *_: points.expand(count, -1, -1))
     monkeypatch.setattr(loss_module, "uncertain_points", lambda masks, *_, **__: points.expand(len(masks), -1, -1))
     value, parts = MaskClassification(torch.ones(K))(prediction, batch)
 

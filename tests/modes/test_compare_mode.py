@@ -15,11 +15,11 @@ from omegaconf import OmegaConf
 from dinoseg.evaluation.collected import image_mious
 from dinoseg.evaluation.comparison import against
 from dinoseg.evaluation.image_record import COUNTS, RECORD, evaluated, read_record
-from dinoseg.evaluation.run_costs import run_rows
 from dinoseg.evaluation.sides import run_names, seeds_note, sides_of
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.run_config import open_saved_data
 from dinoseg.modes import evaluate
+from dinoseg.modes.compare import run_rows
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import read_size, write_png
 

@@ -1,6 +1,6 @@
 import numpy as np
 
-from dinoseg.report.contact_sheet import contact_sheet
+from dinoseg.modes.select import contact_sheet
 
 
 def test_pictures_of_any_size_lie_in_rows():

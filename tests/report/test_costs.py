@@ -3,7 +3,7 @@ import csv
 import numpy as np
 import pytest
 
-from dinoseg.report.costs import COLUMNS, costs_picture, costs_table, write_costs
+from dinoseg.modes.compare import COLUMNS, costs_picture, costs_table, write_costs
 
 ROWS = [
     dict(run="a", miou=0.75, accuracy=0.9, parameters=22_000_000, trainable=10_000, seconds=0.5, memory_gib=2.0),

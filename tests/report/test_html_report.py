@@ -12,8 +12,7 @@ from dinoseg.report.html import comparison
 from dinoseg.report.html.about import About
 from dinoseg.report.html.charts import MOST, Axes, around, line_chart, thinned, ticks
 from dinoseg.report.html.comparison import ComparisonReport, OtherRun, PairShot, comparison_page
-from dinoseg.report.html.evaluation import EvaluationReport, calibration_section, evaluation_page
-from dinoseg.report.html.heat_map import heat_map
+from dinoseg.report.html.evaluation import EvaluationReport, calibration_section, evaluation_page, heat_map
 from dinoseg.report.html.page import values
 from dinoseg.report.html.pictures import BOTH_WRONG, RIGHT, WRONG, Shot, prediction_card
 from dinoseg.report.html.tables import number_cell, table, whisker

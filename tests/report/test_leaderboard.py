@@ -1,6 +1,6 @@
 import csv
 
-from dinoseg.report.leaderboard import Row, leaderboard
+from dinoseg.modes.train_heads import Row, leaderboard
 
 ROWS = (
     Row("slow", 0.001, 0.25, 10, 0.2501, 0.5, 1000, run="runs/slow"),

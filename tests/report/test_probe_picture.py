@@ -2,7 +2,7 @@
 
 import pytest
 
-from dinoseg.report.probe import probe_picture
+from dinoseg.modes.probe import probe_picture
 
 
 @pytest.mark.parametrize("alone", [4, 12])

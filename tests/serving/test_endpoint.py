@@ -17,8 +17,8 @@ from starlette.testclient import TestClient
 from dinoseg.serving.endpoint import endpoint
 from dinoseg.serving.guard import Hosts
 from dinoseg.serving.limits import Limits, Refused
-from dinoseg.serving.metrics import Metrics
 from dinoseg.serving.requests import bounded
+from dinoseg.serving.service import Metrics
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import read_image
 

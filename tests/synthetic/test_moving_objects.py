@@ -14,8 +14,7 @@ from dinoseg.data.formats.movi import Movi
 from dinoseg.metrics.clustering import adjusted_rand_index, contingency
 from dinoseg.synthetic.moving import objects as moving_objects
 from dinoseg.synthetic.moving import write as moving_write
-from dinoseg.synthetic.moving.objects import OUTLINES, draw_video
-from dinoseg.synthetic.moving.write import render_moving_objects
+from dinoseg.synthetic.moving.write import OUTLINES, draw_video, render_moving_objects
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.locks import locked
 

@@ -7,8 +7,7 @@ import cv2
 import numpy as np
 import pytest
 
-from dinoseg.synthetic.surgery.scene import render_clip
-from dinoseg.synthetic.surgery.write import render_dataset
+from dinoseg.synthetic.surgery.write import render_clip, render_dataset
 from dinoseg.utils.errors import UserError
 
 SMALL = {"train_videos": 1, "test_videos": 1, "seconds": 2, "size": (48, 80), "workers": 1}

@@ -14,7 +14,7 @@ from dinoseg.data.transforms import Affine, Augment
 from dinoseg.data.unlabelled import Unmasked
 from dinoseg.losses.cross_entropy import CrossEntropy
 from dinoseg.losses.distillation import SeenScores, divergence
-from dinoseg.training.distilled import DistilFeed, DistilledLoss, KeptScores, Part, ScoredBatch
+from dinoseg.tasks.distil import DistilFeed, DistilledLoss, KeptScores, Part, ScoredBatch
 from dinoseg.training.feature_cache.form import to_bytes
 from dinoseg.training.feature_cache.store import DiskStore, NoStore
 from dinoseg.training.image_feed import ImageFeed

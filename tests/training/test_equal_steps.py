@@ -18,11 +18,11 @@ from dinoseg.core.contracts import Head, Loss
 from dinoseg.core.geometry import upsample
 from dinoseg.core.shapes import Batch, MaskOutputs, Prediction, SlotOutputs
 from dinoseg.experiment.builder import Builder
-from dinoseg.losses import mask_classification, matching
+from dinoseg.losses import mask_classification
 from dinoseg.losses.cross_entropy import CrossEntropy
 from dinoseg.losses.distillation import SeenScores
+from dinoseg.tasks.distil import DistilledLoss, Part, ScoredBatch
 from dinoseg.training import micro_batches
-from dinoseg.training.distilled import DistilledLoss, Part, ScoredBatch
 from dinoseg.training.engine import Engine
 from dinoseg.training.head_training import HeadTraining
 from dinoseg.training.micro_batches import MicroBatches
@@ -218,7 +218,7 @@ def sure(images):
 @pytest.fixture(autouse=True)
 def one_set_of_points(monkeypatch):
     points = torch.rand(1, 9, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    monkeypatch.setattr(matching, "random_points", lambda count, *_: points.expand(count, -1, -1))
+    monkeypatch.setattr(mask_classification, "random_points", lambda count, *_: points.expand(count, -1, -1))
     monkeypatch.setattr(
         mask_classification, "uncertain_points", lambda masks, *_, **__: points.expand(len(masks), -1, -1)
     )

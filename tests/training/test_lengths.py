@@ -4,9 +4,8 @@ import pytest
 from command_line import SMALL, call, write_data
 from omegaconf import OmegaConf
 
-from dinoseg.experiment.builder import Builder
+from dinoseg.experiment.builder import Builder, in_steps
 from dinoseg.training import checkpoint
-from dinoseg.training.lengths import in_steps
 from dinoseg.utils.errors import UserError
 
 GIVEN = {"batch_size": 4, "accumulate": 2, "steps": 70, "epochs": None, "val_every": 5}

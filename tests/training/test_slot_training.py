@@ -147,7 +147,7 @@ def test_how_slots_are_followed_makes_no_other_run(here):
     [
         ({"_target_": "os.system", "command": "true"}, r"slots\._target_=os.system"),
         (
-            {"_target_": "dinoseg.tracking.factories.SlotFactory", "match": "nearest"},
+            {"_target_": "dinoseg.tracking.slots.tracker.SlotFactory", "match": "nearest"},
             "slots.match=nearest is unk",
         ),
         ("appearance", "slots"),

@@ -13,12 +13,11 @@ import pytest
 import torch
 from test_resume import data, newest, train  # noqa: F401 - data is a fixture
 
-from dinoseg.cli.ranks import is_first_rank
+from dinoseg.cli.ranks import is_first_rank, join_slurm
 from dinoseg.training import checkpoint
 from dinoseg.training.engine import meet
 from dinoseg.utils import cores
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.slurm import join_slurm
 
 STEP = {"SLURM_JOB_ID": "12", "SLURM_STEP_ID": "3", "SLURM_STEP_NUM_TASKS": "4"}
 TASK = {**STEP, "SLURM_PROCID": "2", "SLURM_LOCALID": "0", "SLURM_STEP_NODELIST": "gpu[03-04,7],n1"}

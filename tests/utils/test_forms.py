@@ -22,7 +22,7 @@ from dinoseg.data.scan import class_counts, scan
 from dinoseg.data.scan.record import Record
 from dinoseg.data.video import index as video_index
 from dinoseg.evaluation.restart import RECORD, earlier_run
-from dinoseg.experiment.split_record import _read_split
+from dinoseg.modes.training_run import _read_split
 from dinoseg.tracking.state_form import TensorForm, check_state
 from dinoseg.tracking.video.state import STATE, read_track_state
 from dinoseg.utils import forms

@@ -10,7 +10,7 @@ from collections import OrderedDict
 import pytest
 import torch
 
-from dinoseg.utils import pickles
+from dinoseg.utils import tensor_files
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.tensor_files import read_tensor_file
 
@@ -69,7 +69,7 @@ def test_what_would_fill_the_memory_is_not_read(kind, zipped, tmp_path, monkeypa
 
 @pytest.mark.parametrize("zipped", [True, False])
 def test_the_steps_of_a_pickle_are_limited(zipped, tmp_path, monkeypatch):
-    monkeypatch.setattr(pickles, "_MOST_STEPS", 1000)
+    monkeypatch.setattr(tensor_files, "_MOST_STEPS", 1000)
     path = write(tmp_path / "x.pth", b"(" + b"]" * 1000 + b"t", zipped=zipped)
     with pytest.raises(UserError, match=r"x\.pth: not a readable PyTorch file \(its pickle has more than 1000 steps"):
         read_tensor_file(path, "w")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dinoseg.data.packed.draft import Draft
+from dinoseg.data.packed.pack import Draft
 from dinoseg.data.packed.store import Extent, StoreKey, open_store
 from dinoseg.tasks.preparation.sarrarp import VideoJob, _done_before
 from dinoseg.tracking.video.state import STATE, TrackProgress, read_track_state

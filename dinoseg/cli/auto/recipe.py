@@ -2,45 +2,64 @@
 
 import hashlib
 import json
+import math
 import os
 import platform
+import re
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
-from omegaconf import DictConfig
+from hydra import compose
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
 
 from dinoseg import __version__
 from dinoseg.autotune.rules import CHOOSING, RecipeChoice
 from dinoseg.cli.auto.given import left_of
 from dinoseg.cli.auto.search import ComposedRecipe, RecipeSearch
-from dinoseg.cli.auto.store import NAME, choice_lines, read_choices, recipe_text, write_choices
 from dinoseg.config.checks import check_given
-from dinoseg.config.plain import plain
+from dinoseg.config.job import job_config
+from dinoseg.config.plain import BUILDS, plain
 from dinoseg.core.shapes import SegmentationData
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.splits import keep_evenly_spaced
 from dinoseg.experiment.builder import Builder
-from dinoseg.experiment.composed import composed_with, searching, typed_keys, user_folders
 from dinoseg.experiment.recipe import LENGTHS, config_description, recipe_of
 from dinoseg.experiment.step import check_trainer, training_parts
 from dinoseg.tasks.images import SAMPLING
 from dinoseg.training.image_feed import ImageFeed
+from dinoseg.utils import forms
 from dinoseg.utils.atomic import write_text
 from dinoseg.utils.cores import count_cores, ranks_here
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.locks import locked
-from dinoseg.utils.wording import printable
+from dinoseg.utils.units import finished
+from dinoseg.utils.wording import one_line, printable, typed
 
 AUTO = "auto"  # name of the recipe that is chosen automatically
 _RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")  # environment variables that make a process a rank
 # overrides that do not affect the choices
 _OF_A_RUN = ("seed", "resume", "budget", "logger", "hydra", "mode", "hparam")
+
+
+_SEARCHED = "hydra.searchpath"
+
+
+NAME = "chosen"  # of the written recipe
+GROUPS = ("adapter", "head", "loss")  # config groups whose option is chosen
+_NAMES = rf"(?!(?:{'|'.join(BUILDS)})$).*"  # keys of a table, except those of `BUILDS`
+_MOST_BYTES = 2**20  # of a file of choices, which takes a few thousand
+_MOST_PIXELS = 2**30  # of the images in a batch, as in a checkpoint's config
+_COUNT, _SIDE, _RATE = forms.whole(1, 2**40), forms.whole(1, 2**20), forms.number(0, 100)
 
 
 @dataclass(frozen=True)
@@ -241,3 +260,146 @@ def _alone() -> Iterator[None]:
 
 def _root(key: str) -> str:
     return key.partition(".")[0]
+
+
+def typed_keys(words: Sequence[str]) -> frozenset[str]:
+    """Return the keys and groups that the words of a command line set."""
+    return frozenset(each.key_or_group for each in OverridesParser.create().parse_overrides(list(words)))
+
+
+def user_folders() -> list[str]:
+    """Return the folder that `--config-dir` names, as a list; empty if it is not given."""
+    return [each.path for each in HydraConfig.get().runtime.config_sources if each.provider == "command-line"]
+
+
+def searching(folders: Sequence[str]) -> str:
+    """Return the override that adds folders, of any name, to Hydra's search path for configs."""
+    quoted = ["'" + folder.replace("'", "\\'") + "'" for folder in folders]
+    return f"{_SEARCHED}=[{','.join(quoted)}]"
+
+
+def composed_with(words: Sequence[str], name: str, text: str, *, known_as: str) -> DictConfig:
+    """Return the config of a command line with a recipe of the given text instead of its own.
+
+    Precedence is unchanged: typed values and `local` override the recipe.
+
+    Args:
+        words: the command line.
+        name: name of the recipe.
+        text: content of the recipe's file.
+        known_as: the recipe's name in `choices`, under which its runs are listed.
+    """
+    overrides = OverridesParser.create().parse_overrides(list(words))
+    remaining = [str(each.input_line) for each in overrides if each.key_or_group not in ("hparam", _SEARCHED)]
+    folders = [folder for each in overrides if each.key_or_group == _SEARCHED for folder in each.value() or ()]  # type: ignore[union-attr]
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "hparam" / f"{name}.yaml"
+        path.parent.mkdir()
+        path.write_text(text, encoding="utf-8")
+        searched = searching([*map(str, folders), f"file://{folder}"])
+        composed = compose("main", [*remaining, searched, f"hparam={name}"], return_hydra_config=True)
+        cfg = job_config(composed, composed.hydra.runtime.choices)
+    return OmegaConf.merge(cfg, {"choices": {"hparam": known_as}})  # type: ignore[return-value]
+
+
+def _name(*names: str) -> forms.Form:
+    """Return the form of one of some names, or without names of any option of a config group."""
+
+    def check(value: Any, where: str) -> None:
+        if not isinstance(value, str) or not (value in names if names else re.fullmatch(r"[a-z]\w*", value)):
+            raise forms.Misshapen(f"{where:.99} is {value!r:.60}; it must be {' or '.join(names) or 'a name'}")
+
+    return check
+
+
+def _class_weights(value: Any, where: str) -> None:
+    """Validate `loss.weights`: none, or a table from class name to weight without a `_target_`."""
+    if value != "none":
+        forms.table(forms.number(0, 2**20), _NAMES)(value, where)
+
+
+_FORMS: Mapping[str, forms.Form] = {  # of all keys that may be chosen; a file with other keys is rejected
+    **{"adapter": _name(), "head": _name("linear", "multiscale", "detail"), "loss": _name("ce_dice")},
+    **{"adapter.blocks": forms.whole(1, 2**16), "head.init": _name("probe")},
+    **{"backbone.checkpointing": forms.flag, "head.checkpointing": forms.flag},
+    **{"loss.weights": _class_weights, "loss.criterion.factors.dice": forms.number(0, 2**20)},
+    **{"data.augment.scale": forms.row(forms.number(0.01, 16), forms.number(0.01, 16))},
+    **{"data.batch_size": forms.whole(1, 2**16), "data.views": forms.whole(1, 2**10)},
+    **{"data.labelled": forms.number(1e-9, 1)},
+    **{"resolution.crop": forms.row(_SIDE, _SIDE), "resolution.longest": _SIDE},
+    **{"optim.optimizer.freeze_backbone_until": forms.number(0, 0.99)},
+    **{"optim.optimizer.backbone_lr": _RATE, "optim.optimizer.head_lr": _RATE},
+    **{"trainer.accumulate": forms.whole(1, 2**20), "trainer.max_minutes": forms.number(0, 2**40)},
+    **dict.fromkeys(("trainer.steps", "trainer.val_every", "trainer.val_images"), _COUNT),
+}
+
+
+def _choices(value: Any, where: str) -> None:
+    """Validate the overrides and reasons of all choices, and the size of the batch that they result in."""
+    forms.listing(forms.record(words=forms.some_of(**_FORMS), reason=forms.text))(value, where)
+    words = {key: each for row in value for key, each in row["words"].items()}
+    pixels = math.prod(words.get("resolution.crop", ())) * words.get("data.batch_size", 1)
+    if pixels > _MOST_PIXELS:
+        raise forms.Misshapen(f"{where} makes batches of {pixels} pixels; the limit is {_MOST_PIXELS}")
+
+
+_FORM = forms.record(about=forms.text, choices=_choices)
+
+
+def read_choices(path: Path) -> tuple[str, list[RecipeChoice]] | None:
+    """Return the stored summary and choices; None if the file is absent or damaged. Damage is logged."""
+    found = finished(
+        path,
+        lambda path: forms.read_json(path, _FORM, most=_MOST_BYTES),
+        damaged="The stored choices in %s are damaged (%s): choosing again.",
+    )
+    if found is None:
+        return None
+    return found["about"], [RecipeChoice(row["words"], row["reason"]) for row in found["choices"]]
+
+
+def write_choices(path: Path, about: str, choices: Iterable[RecipeChoice]) -> None:
+    """Store the summary and the choices."""
+    rows = [{"words": dict(choice.words), "reason": choice.reason} for choice in choices]
+    text = json.dumps({"about": about, "choices": rows})
+    forms.parse_json(text, _FORM)  # a file that fails validation would be chosen again each time
+    write_text(path, text)
+
+
+def choice_lines(choices: Iterable[RecipeChoice]) -> list[str]:
+    """Return one line per choice, with overrides and reason."""
+    rows = [(" ".join(f"{key}={_typed(value)}" for key, value in each.words.items()), each.reason) for each in choices]
+    return [one_line(f"  {words}: {reason}.") for words, reason in rows]
+
+
+def _typed(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name}: {number:g}" for name, number in value.items()) + "}"
+    return typed(value)
+
+
+def recipe_text(about: str, choices: Sequence[RecipeChoice]) -> str:
+    """Return choices as a recipe: a config file of the group hparam."""
+    lines = ["# @package _global_", _comment(f"Chosen by hparam=auto: {about}.")]
+    keys: dict[str, Any] = {}
+    groups: dict[str, Any] = {}  # the later of two choices wins: memory may need another adapter than time does
+    for choice in choices:
+        lines.append(_comment(f"{' '.join(choice.words)}: {choice.reason}"))
+        groups |= {key: value for key, value in choice.words.items() if key in GROUPS}
+        for key, value in choice.words.items():
+            if key not in GROUPS:
+                *path, last = key.split(".")
+                node = keys
+                for part in path:
+                    node = node.setdefault(part, {})
+                node[last] = value
+    lines += ["defaults:"] if groups else []
+    lines += [f"  - override /{group}: {option}" for group, option in groups.items()]
+    # JSON is valid YAML, in which OmegaConf parses numbers such as 1e-05 as such
+    lines += [f"{key}: {json.dumps(node, ensure_ascii=False)}" for key, node in keys.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _comment(text: str) -> str:
+    """Return text as a one-line YAML comment; unprintable characters, which could end it, are escaped."""
+    return "# " + "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)

@@ -6,9 +6,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from math import isfinite
 from pathlib import Path
-from statistics import stdev
+from statistics import fmean, stdev
 from typing import Any
 
+import numpy as np
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -18,13 +19,13 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from tabulate import tabulate
 
-from dinoseg.cli.sweeps.folds import DEVIATION, FOLD, Row, grouped, with_summaries
 from dinoseg.cli.sweeps.job_results import JobResults
 from dinoseg.config.job import job_config
 from dinoseg.config.nodes import instantiate
 from dinoseg.config.plain import plain
 from dinoseg.evaluation.scoring.intervals import mean_of
 from dinoseg.experiment.log_file import LABEL
+from dinoseg.metrics.counts import iou, mean_defined, ratio
 from dinoseg.utils.csv_text import write_csv
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import count_of
@@ -43,6 +44,69 @@ RANKED = ("miou", "J&F-Mean", "FG-ARI")  # the first one that any job has is the
 _ONE_BY_ONE = ".BasicLauncher"  # Hydra's own launcher, without a plug-in
 _LONGEST_NUMBER = 10  # characters
 _SHOWN = 10  # maximum number of invalid cells in a message
+
+
+FOLD = "data.fold"
+DEVIATION = "deviation"
+Row = dict[str, Any]
+SEED = "seed"
+LOW, HIGH = "low", "high"  # ends of the 95 % interval
+
+
+def with_summaries(rows: Sequence[Row], settings: Sequence[str], scores: Sequence[str]) -> list[list[Row]]:
+    """Return the rows of each setting in the order of their folds, followed by mean, deviation and pooled scores.
+
+    The deviation is the sample standard deviation, which needs two folds. Pooled scores use the sum of all confusion
+    matrices, in which every image counts once.
+
+    Args:
+        rows: of all jobs.
+        settings: swept keys except the fold.
+        scores: keys to summarise.
+    """
+    return [_summarised(sorted(group, key=_fold), settings, scores) for group in grouped(rows, settings)]
+
+
+def grouped(rows: Sequence[Row], settings: Sequence[str]) -> list[list[Row]]:
+    """Return the rows of each setting, in the order of first appearance."""
+    groups: dict[tuple, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in settings), []).append(row)
+    return [*groups.values()]
+
+
+def _fold(row: Mapping[str, Any]) -> tuple[int, str]:
+    text = str(row[FOLD])
+    return (int(text), "") if text.isdecimal() else (-1, text)
+
+
+def _summarised(folds: list[Row], settings: Sequence[str], scores: Sequence[str]) -> list[Row]:
+    defined = {key: [row[key] for row in folds if row[key] is not None] for key in scores}
+    whole = sum(not row["note"] for row in folds)
+    same = {key: folds[0][key] for key in settings}
+    note = "" if whole == len(folds) else f"{whole} of {len(folds)} folds"
+    rows = {
+        "mean": {key: fmean(values) if values else None for key, values in defined.items()},
+        DEVIATION: {key: stdev(values) if len(values) > 1 else None for key, values in defined.items()},
+    }
+    if matrices := [row["matrix"] for row in folds if row["matrix"] is not None]:
+        rows["pooled"] = {**dict.fromkeys(scores), **_pooled(matrices, folds[0])}
+    return folds + [{"job": "", FOLD: name, "note": note, **same, **row} for name, row in rows.items()]
+
+
+def _pooled(matrices: Sequence[Any], fold: Row) -> Row:
+    """Return the scores of the sum of confusion matrices (K, K), whose rows are the reference.
+
+    `background` and `ignored_class` of a fold's row are ids, or None.
+    """
+    background, ignored = fold.get("background"), fold.get("ignored_class")
+    counts = np.sum([np.asarray(matrix, dtype=np.int64) for matrix in matrices], axis=0)
+    hits = counts.diagonal()
+    ious = iou(hits, counts.sum(axis=0) - hits, counts.sum(axis=1) - hits)
+    if ignored is not None:
+        ious[ignored] = np.nan
+    objects = {} if background is None else {"miou_no_background": float(mean_defined(np.delete(ious, background)))}
+    return {"miou": float(mean_defined(ious)), **objects, "accuracy": float(ratio(hits.sum(), counts.sum()))}
 
 
 class SweepTable(Callback):
@@ -215,10 +279,6 @@ def _text(key: str, value: Any) -> str:
     if value is None:
         return ""
     return f"{100 * value:.2f}" if key in SHARES else format(value, OTHERS[key]) if key in OTHERS else str(value)
-
-
-SEED = "seed"
-LOW, HIGH = "low", "high"  # ends of the 95 % interval
 
 
 def over_seeds(rows: Sequence[Row], settings: Sequence[str], scores: Sequence[str], others: Sequence[str]) -> list[Row]:

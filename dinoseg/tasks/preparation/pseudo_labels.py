@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,9 +28,10 @@ from dinoseg.data.pairs.dataset import read_pair
 from dinoseg.data.pairs.pair import Pair
 from dinoseg.report.progress import Bar
 from dinoseg.tasks.preparation.jobs import incomplete, run_jobs
-from dinoseg.tracking.propagation.agreement import between
+from dinoseg.tracking.grid import propagator
 from dinoseg.tracking.propagation.features import last_maps
-from dinoseg.tracking.propagation.settings import PropagationSettings
+from dinoseg.tracking.propagation.masks import first_labels, to_mask
+from dinoseg.tracking.propagation.settings import DINOV3, PropagationSettings
 from dinoseg.tracking.provenance import precision_of, weights_of
 from dinoseg.training.engine import Engine
 from dinoseg.utils import forms
@@ -44,6 +45,9 @@ from dinoseg.utils.units import finished
 _LOCK = ".propagate.lock"  # in the folder of a video: one run at a time
 _BATCH = 4  # frames per forward pass of the backbone
 _MEANING = "Labels propagated from the masks before and after a frame; not checked by a human annotator."
+
+
+BACKGROUND = 0
 
 
 @dataclass
@@ -196,3 +200,56 @@ def _features(propagation: Propagation, images: Sequence[np.ndarray]) -> Tensor:
     seen_as = (propagation.settings, propagation.engine.device, propagation.engine.autocast)
     starts = range(0, len(images), _BATCH)
     return torch.cat([last_maps(propagation.backbone, images[start : start + _BATCH], *seen_as) for start in starts])
+
+
+class Agreed(NamedTuple):
+    """Labels of one frame on which forward and backward propagation agree.
+
+    `agreement` is the fraction of pixels with equal classes, among those that either direction labels as an object; 1
+    if there is none.
+    """
+
+    mask: np.ndarray  # (H, W) uint8, ignored where the directions differ
+    agreement: float
+
+
+def between(
+    features: Tensor,
+    first: np.ndarray,
+    last: np.ndarray,
+    settings: PropagationSettings = DINOV3,
+    *,
+    patch_size: int,
+    ignore_index: int = 255,
+) -> Iterator[Agreed]:
+    """Yield labels for frames 1..T-2 from the masks (H, W) uint8 of frames 0 and T-1.
+
+    The grid of the features (T, C, h, w) covers the frames exactly. Ignored pixels of a mask are propagated like a
+    class, and are ignored in the result.
+    """
+    size = (first.shape[0], first.shape[1])
+    ways = []
+    for seen, mask in ((features, first), (features.flip(0), last)):
+        ids, channels = np.unique(mask, return_inverse=True)
+        ways.append((ids, _propagated(seen, channels.reshape(size).astype(np.uint8), settings)))
+    for number in range(1, len(features) - 1):
+        there, back = (
+            ids[to_mask(soft[position], size, settings, patch_size=patch_size).cpu().numpy()]
+            for position, (ids, soft) in zip((number, len(features) - 1 - number), ways, strict=True)
+        )
+        yield agree(there, back, ignore_index)
+
+
+def agree(one: np.ndarray, other: np.ndarray, ignore_index: int = 255) -> Agreed:
+    """Return the labels on which two masks (H, W) agree; pixels ignored in either are ignored and not counted."""
+    known = (one != ignore_index) & (other != ignore_index)
+    same = known & (one == other)
+    objects = known & ((one != BACKGROUND) | (other != BACKGROUND))
+    mask = np.where(same, one, ignore_index).astype(np.uint8)
+    return Agreed(mask, float((same & objects).sum() / objects.sum()) if objects.any() else 1.0)
+
+
+def _propagated(features: Tensor, channels: np.ndarray, settings: PropagationSettings) -> Tensor:
+    """Return the soft labels (T, L, h, w) propagated from frame 0's channels (H, W), numbered from 0."""
+    labels = first_labels(torch.from_numpy(channels), (features.shape[2], features.shape[3]), settings)
+    return propagator.propagate(features, labels.to(features.device), settings=settings)

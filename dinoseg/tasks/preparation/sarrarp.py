@@ -1,11 +1,17 @@
 """Preparation of SAR-RARP50: unpacking of archives, extraction of the needed frames, and checks of their counts."""
 
+import errno
 import functools
 import json
 import re
+import shutil
+import stat
+import struct
+import zipfile
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from dinoseg.data.formats.sarrarp_files import (
     FRAME_FOLDERS,
@@ -22,12 +28,11 @@ from dinoseg.data.formats.sarrarp_files import (
 )
 from dinoseg.data.video.decoder import Decoder
 from dinoseg.report.progress import Bar
-from dinoseg.tasks.preparation.archives import unpack
 from dinoseg.tasks.preparation.jobs import incomplete, run_jobs
 from dinoseg.utils import forms
-from dinoseg.utils.atomic import remove_parts, write_text
+from dinoseg.utils.atomic import remove_parts, whole_file, write_text
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.files import entries
+from dinoseg.utils.files import check_regular, entries
 from dinoseg.utils.images import write_png
 from dinoseg.utils.locks import locked
 from dinoseg.utils.ranges import Count, Share
@@ -36,6 +41,11 @@ from dinoseg.utils.wording import count_of, listed
 
 SPLIT_FOLDERS = TRAIN_FOLDERS + TEST_FOLDERS
 _LOCK = ".prepare.lock"  # in the root: one run at a time
+
+
+_MAX_RATIO = 100  # video and PNG hardly compress: a file that grows a hundredfold is no recording
+_RATIO_MATTERS = 100 * 2**20  # bytes below which a high ratio is harmless
+_UNCOUNTED = 2  # tolerated lack of frames compared with the header: some writers count dropped frames
 
 
 @dataclass(frozen=True)
@@ -236,9 +246,6 @@ def _chosen(jobs: list[VideoJob], videos: Sequence[str] | None) -> list[VideoJob
     return [job for job in jobs if job.name in videos or job.folder.name in videos]
 
 
-_UNCOUNTED = 2  # tolerated lack of frames compared with the header: some writers count dropped frames
-
-
 def extract_frames(video: Path, folder: Path, *, step: int) -> int:
     """Write frame i as `folder/%09d.png` for each multiple i of `step`; return the number of decoded frames.
 
@@ -258,3 +265,86 @@ def extract_frames(video: Path, folder: Path, *, step: int) -> int:
     if frames == 0 or frames < decoder.promised - _UNCOUNTED:
         raise UserError(f"{video} is truncated: {frames} frames read, {decoder.promised} promised. Replace it.")
     return frames
+
+
+def unpack(archive: Path, folder: Path, *, landmark: str) -> int:
+    """Extract into a folder and return the number of files; files that are already complete are skipped.
+
+    Files below the archive's folder that holds `landmark` go directly into `folder`, so it does not matter whether the
+    archive has a top-level folder.
+
+    Raises:
+        UserError: the archive is damaged or encrypted; it contains a link, a file twice or a path outside the folder;
+            or it exceeds the free disk space or a plausible size.
+        OSError: writing failed; finished files remain.
+    """
+    check_regular(archive)
+    try:
+        with zipfile.ZipFile(archive) as opened:
+            members = _checked_members(archive, opened, landmark)
+            missing = {path: info for path, info in members.items() if not _is_whole(folder / path, info)}
+            _check_space(archive, missing, folder)
+            for path, info in missing.items():
+                _write_member(opened, info, folder / path)
+    except (zipfile.BadZipFile, zlib.error, EOFError, UnicodeDecodeError, struct.error) as error:
+        raise UserError(f"{archive} is damaged ({error}): download it again.") from None
+    except OSError as error:
+        if error.errno != errno.EINVAL or error.filename is not None:
+            raise
+        raise UserError(f"{archive} is damaged (it points outside itself): download it again.") from None
+    except (RuntimeError, NotImplementedError) as error:  # raised by zipfile for passwords and unsupported methods
+        raise UserError(f"{archive} cannot be unpacked ({error}): unpack it by hand into {folder}.") from None
+    return len(members)
+
+
+def _checked_members(archive: Path, opened: zipfile.ZipFile, landmark: str) -> dict[PurePosixPath, zipfile.ZipInfo]:
+    members: dict[PurePosixPath, zipfile.ZipInfo] = {}
+    for info in opened.infolist():
+        path = PurePosixPath(info.filename)
+        if not path.parts or path.is_absolute() or ".." in path.parts or "\\" in info.filename or ":" in info.filename:
+            raise UserError(f"{archive} names a path outside its folder ({info.filename}): do not trust it.")
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise NotImplementedError(f"{info.filename} uses compression method {info.compress_type}")
+        if stat.S_ISLNK(info.external_attr >> 16):
+            raise UserError(f"{archive} holds a link ({info.filename}), which is refused: do not trust it.")
+        # added by desktop systems
+        if info.is_dir() or path.parts[0] == "__MACOSX" or path.name.startswith("."):
+            continue
+        if path in members:
+            raise UserError(f"{archive} holds {info.filename} twice: download it again.")
+        members[path] = info
+    top = next((path.parent for path in members if path.name == landmark), PurePosixPath("."))
+    if all(path.is_relative_to(top) for path in members):
+        members = {path.relative_to(top): info for path, info in members.items()}
+    return members
+
+
+def _check_space(archive: Path, members: Mapping[PurePosixPath, zipfile.ZipInfo], folder: Path) -> None:
+    size = sum(info.file_size for info in members.values())
+    packed = max(1, sum(info.compress_size for info in members.values()))
+    if size > _RATIO_MATTERS and size / packed > _MAX_RATIO:
+        raise UserError(
+            f"{archive} would unpack to {size / packed:.0f} times its size, far more than a recording: do not trust it."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise UserError(
+            f"{archive} unpacks to {size / 2**20:.0f} MiB, {folder} has {free / 2**20:.0f} MiB free. Free some space "
+            "and run again."
+        )
+
+
+def _is_whole(path: Path, info: zipfile.ZipInfo) -> bool:
+    if not path.is_file() or path.stat().st_size != info.file_size:
+        return False
+    checksum = 0
+    with path.open("rb") as opened:
+        while block := opened.read(2**20):
+            checksum = zlib.crc32(block, checksum)
+    return checksum == info.CRC
+
+
+def _write_member(opened: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> None:
+    with whole_file(path) as part, opened.open(info) as source, part.open("wb") as target:
+        shutil.copyfileobj(source, target, 2**20)

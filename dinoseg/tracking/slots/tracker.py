@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -283,3 +283,19 @@ def _refuse_class_attention(settings: SlotTracking) -> None:
             f"slots.hold={settings.hold} with slots.lock_on=true needs a backbone with a class token, whose attention "
             "separates the background in later frames. Set slots.hold=none, or use a model with such a backbone."
         )
+
+
+@dataclass(frozen=True)
+class SlotFactory(SlotTracking):
+    """Factory of trackers that follow the slots of a trained model; the arguments are those of `SlotTracking`."""
+
+    def __call__(
+        self,
+        model: Segmenter,
+        *,
+        device: torch.device | str = "cpu",
+        autocast: Autocast = nullcontext,
+        batch_size: int = 4,
+    ) -> Tracker:
+        """Return a tracker; the model is on `device` already."""
+        return SlotTracker(model, self, autocast=autocast, batch_size=batch_size)

@@ -9,9 +9,18 @@ from omegaconf import OmegaConf
 
 from dinoseg.__main__ import CONFIGS
 from dinoseg.autotune.rules import RecipeChoice
-from dinoseg.cli.auto.store import GROUPS, NAME, choice_lines, read_choices, recipe_text, write_choices
+from dinoseg.cli.auto.recipe import (
+    GROUPS,
+    NAME,
+    choice_lines,
+    composed_with,
+    read_choices,
+    recipe_text,
+    searching,
+    typed_keys,
+    write_choices,
+)
 from dinoseg.config.resolvers import register_resolvers
-from dinoseg.experiment.composed import composed_with, searching, typed_keys
 from dinoseg.utils.forms import Misshapen
 
 CHOICES = [

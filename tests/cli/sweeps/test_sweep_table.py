@@ -2,8 +2,7 @@
 
 import pytest
 
-from dinoseg.cli.sweeps.folds import FOLD, with_summaries
-from dinoseg.cli.sweeps.table import _print, _write
+from dinoseg.cli.sweeps.table import FOLD, _print, _write, with_summaries
 
 
 @pytest.mark.parametrize(("ignored", "miou"), [(None, 1.5 / 3), (0, 1.5 / 2)])

@@ -3,9 +3,9 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco
 
-from dinoseg.data.annotation.outline import edge_polygons, middle_polygons, parts_of
 from dinoseg.data.annotation.polygon import figure, filled
 from dinoseg.data.annotation.rle import encode
+from dinoseg.inference.annotations import edge_polygons, middle_polygons, parts_of
 
 
 def pictures():

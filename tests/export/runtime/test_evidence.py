@@ -11,10 +11,9 @@ from omegaconf import OmegaConf
 from dinoseg.experiment import source
 from dinoseg.experiment.source import ModelSource
 from dinoseg.export.runtime import write
-from dinoseg.export.runtime.evidence import COUNTED, data_of, scores_of
 from dinoseg.export.runtime.runtime import Options
 from dinoseg.export.runtime.torch_runtime import _weights
-from dinoseg.export.runtime.write import source_of
+from dinoseg.export.runtime.write import COUNTED, data_of, scores_of, source_of
 from dinoseg.utils.errors import UserError
 
 SCORES = {"miou": 0.5, "dice": None, "pixels": 9, "ci95": {"miou": [0.4, 0.6]}}

@@ -15,8 +15,7 @@ from torch import nn
 
 import dinoseg
 from dinoseg.models.backbones.meta_weights import OPTIONS, VitLayout, config_layout, from_meta, unwrap
-from dinoseg.models.backbones.positions import METHODS
-from dinoseg.models.backbones.transformers_vit import TransformersVit, _config
+from dinoseg.models.backbones.transformers_vit import METHODS, TransformersVit, _config
 from dinoseg.utils.errors import UserError
 
 pytestmark = pytest.mark.slow  # large files of weights

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from dinoseg.models.backbones.positions import METHODS, interpolate
+from dinoseg.models.backbones.transformers_vit import METHODS, interpolate
 
 
 def cubic(x, a):

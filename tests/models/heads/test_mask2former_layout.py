@@ -5,8 +5,7 @@ import re
 
 import torch
 
-from dinoseg.models.heads.mask2former.head import Mask2FormerHead
-from dinoseg.models.heads.mask2former.meta_file import meta_name
+from dinoseg.models.heads.mask2former.head import Mask2FormerHead, meta_name
 
 # What Meta's file holds for ViT-7B/16 and 150 classes: name with {choices}, and shape
 FILE = (

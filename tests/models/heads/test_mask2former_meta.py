@@ -9,8 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dinoseg.models.heads.mask2former.head import Mask2FormerHead
-from dinoseg.models.heads.mask2former.meta_file import meta_name
+from dinoseg.models.heads.mask2former.head import Mask2FormerHead, meta_name
 from dinoseg.utils.errors import UserError
 
 pytestmark = pytest.mark.slow  # large files of weights

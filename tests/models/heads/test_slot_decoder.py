@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from dinoseg.models.heads.slots.attention import make_time_decoders, resolve_steps
 from dinoseg.models.heads.slots.decoder import SlotDecoder
-from dinoseg.models.heads.slots.modules import make_time_decoders, resolve_steps
 from dinoseg.models.heads.slots.positions import Positions
 from dinoseg.utils.errors import UserError
 

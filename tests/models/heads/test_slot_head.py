@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from dinoseg.core.contracts import Backbone
+from dinoseg.models.heads.slots.attention import Standard, allowed_cells
 from dinoseg.models.heads.slots.background import background_mask
 from dinoseg.models.heads.slots.head import SlotHead
-from dinoseg.models.heads.slots.modules import Standard, allowed_cells
 from dinoseg.models.model import Segmenter
 from dinoseg.utils.errors import UserError
 

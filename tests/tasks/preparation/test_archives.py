@@ -3,8 +3,8 @@ import zipfile
 
 import pytest
 
-from dinoseg.tasks.preparation import archives
-from dinoseg.tasks.preparation.archives import unpack
+from dinoseg.tasks.preparation import sarrarp
+from dinoseg.tasks.preparation.sarrarp import unpack
 from dinoseg.utils.errors import UserError
 
 CONTENT = {
@@ -84,15 +84,15 @@ def test_a_file_twice_is_refused(tmp_path):
 
 def test_bombs_are_refused(tmp_path, monkeypatch):
     archive = pack(tmp_path / "v.zip", {"video_left.avi": bytes(2**20)})
-    monkeypatch.setattr(archives, "_RATIO_MATTERS", 2**19)
+    monkeypatch.setattr(sarrarp, "_RATIO_MATTERS", 2**19)
     with pytest.raises(UserError, match=r"would unpack to \d{3,4} times its size"):
         unpack(archive, tmp_path / "out", landmark="video_left.avi")
     assert not (tmp_path / "out").exists()
 
 
 def test_more_than_the_disk_has_free(tmp_path, monkeypatch):
-    usage = archives.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(archives.shutil, "disk_usage", lambda _: usage._replace(free=100))
+    usage = sarrarp.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(sarrarp.shutil, "disk_usage", lambda _: usage._replace(free=100))
     with pytest.raises(UserError, match="unpacks to 0 MiB, .*out has 0 MiB free. Free some space"):
         unpack(pack(tmp_path / "v.zip", CONTENT), tmp_path / "out", landmark="video_left.avi")
     assert held(tmp_path / "out") == {}

@@ -11,8 +11,7 @@ from command_line import call
 from failing import fail_after
 
 from dinoseg.experiment.builder import Builder
-from dinoseg.synthetic.surgery.scene import render_clip
-from dinoseg.synthetic.surgery.write import render_dataset
+from dinoseg.synthetic.surgery.write import render_clip, render_dataset
 from dinoseg.tasks.preparation import pseudo_labels as propagate
 from dinoseg.utils.images import read_ids, write_png
 from dinoseg.utils.locks import locked

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from dinoseg.core.contracts import Backbone
-from dinoseg.tracking.propagation.agreement import agree, between
+from dinoseg.tasks.preparation.pseudo_labels import agree, between
 from dinoseg.tracking.propagation.settings import CRW, DINO, DINOV3, PropagationSettings
 from dinoseg.tracking.propagation.tracker import PropagationTracker
 
