@@ -4,7 +4,7 @@
 [--threads 2]`: loss and gradient of two images. The references are `F.interpolate` and `F.cross_entropy` (or dice
 written out), eagerly and under torch.compile.
 Each way is in processes of its own, in turns; of times the least counts, of memory what the first full-size call adds
-to the process's peak after a small one. Exits with 1 where the tiles take more than `MOST` allows.
+to the process's peak after a small one. Exits with 1 where the tiles take more than `MAX` allows.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from dinoseg.core.shapes import Batch, Prediction
 from dinoseg.losses.cross_entropy import CrossEntropy
 from dinoseg.losses.overlap import Dice
 
-MOST = {26: (1.0, 0.2), 150: (1.2, 0.4)}  # classes to: times the eager reference's time, GiB
+MAX = {26: (1.0, 0.2), 150: (1.2, 0.4)}  # classes to: times the eager reference's time, GiB
 REFERENCES = ("usual", "compiled")
 Way = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -57,8 +57,8 @@ def main() -> int:
         best = {way: tuple(map(min, zip(*values, strict=True))) for way, values in found.items()}
         tell(*told(args.loss, classes, best))
         rows += [row(way, classes, best) for way in args.ways]
-        if args.loss == "cross_entropy" and classes in MOST and {"tiles", "usual"} <= best.keys():
-            failed |= best["tiles"][0] > MOST[classes][0] * best["usual"][0] or best["tiles"][1] > MOST[classes][1]
+        if args.loss == "cross_entropy" and classes in MAX and {"tiles", "usual"} <= best.keys():
+            failed |= best["tiles"][0] > MAX[classes][0] * best["usual"][0] or best["tiles"][1] > MAX[classes][1]
     headers = ("classes", "way", "s", "GiB more", "time / usual", "time / compiled", "memory / usual", "loss")
     print(tabulate(rows, headers=headers, floatfmt=".3g"))
     print(f"\n{args.loss}, 2 x {args.size[0]} x {args.size[1]} from {args.grid[0]} x {args.grid[1]}, ", end="")
@@ -71,7 +71,7 @@ def told(loss: str, classes: int, best: dict[str, tuple[float, ...]]) -> list[Ro
     """Return the ratios of the tiles against each reference that ran."""
     if "tiles" not in best:
         return []
-    needed = {"usual": 1 / MOST[classes][0]} if loss == "cross_entropy" and classes in MOST else {}
+    needed = {"usual": 1 / MAX[classes][0]} if loss == "cross_entropy" and classes in MAX else {}
     seconds, memory, _ = best["tiles"]
     what = f"loss at full resolution, {loss}, {classes} classes"
     return [

@@ -19,7 +19,7 @@ from tabulate import tabulate
 
 from dinoseg.evaluation.class_scores import ClassScores, unit_sums
 from dinoseg.evaluation.image_record import evaluated, read_record
-from dinoseg.evaluation.scoring.intervals import Difference, Scores, jackknife, mean_of, widened, without_each
+from dinoseg.evaluation.scoring.intervals import Difference, Scores, jackknife, leave_one_out, mean_of, widened
 
 UNITS = (5, 10, 13, 30, 100)
 DRAWS = 1000  # of a bootstrap
@@ -102,7 +102,7 @@ def limits_of(
 ) -> Iterator[tuple[str, str, np.ndarray | list[float] | None]]:
     """Yield method, key and interval of each."""
     times = generator.multinomial(len(sums), [1 / len(sums)] * len(sums), size=DRAWS)
-    drawn, left_out, estimates = kind.scores(times @ sums), without_each(kind, sums), jackknife(kind, sums)
+    drawn, left_out, estimates = kind.scores(times @ sums), leave_one_out(kind, sums), jackknife(kind, sums)
     for key, estimate in estimates.items():
         defined = drawn[key][np.isfinite(drawn[key])]
         yield METHODS[0], key, percentile_limits(defined)

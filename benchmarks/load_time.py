@@ -17,7 +17,7 @@ from tabulate import tabulate
 
 from dinoseg.training import checkpoint
 
-MOST = 1.2
+MAX = 1.2
 TRANSFORMERS = (
     "from transformers import AutoModel; from transformers.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTModel"
 )
@@ -40,7 +40,7 @@ def main() -> None:
         wall, cpu = (load / alone for load, alone in zip(least["load"], least["imports"], strict=True))
         columns = [f"{value:.2f}" for pair in zip(least["imports"], least["load"], strict=True) for value in pair]
         rows.append([file.name, imports.split(";")[0], *columns, f"{wall:.2f}", f"{cpu:.2f}"])
-        tell(Row(f"dinoseg.load of {file.name}, time", imports, 1 / wall, 1 / MOST))
+        tell(Row(f"dinoseg.load of {file.name}, time", imports, 1 / wall, 1 / MAX))
     headers = ("file", "imports", "imports s", "load s", "imports CPU s", "load CPU s", "ratio", "CPU ratio")
     print(tabulate(rows, headers=headers))
     print(f"\n{machine()}")

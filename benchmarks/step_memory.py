@@ -32,9 +32,9 @@ from dinoseg.config.resolvers import register_resolvers
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.step import training_parts
 
-MOST = 0.1  # share
+MAX = 0.1  # share
 SLACK = 16 * 2**20  # bytes that Python and its libraries take by chance, of which tiny models have no more
-LEAST = 0.8
+MIN = 0.8
 MIB = 2**20
 BASE = ("engine=cpu", "engine.precision=fp32", "data.classes=[a,b,c,d,e,f,g]", "data.batch_size=4")
 VIT = (*BASE, "backbone=dinov3_vits16")
@@ -81,7 +81,7 @@ def main() -> int:
         tensors, _, tight = run(name, MALLOC_MMAP_THRESHOLD_="65536")
         (loose,) = run(name, "--measured")
         _, need = run(name, "--foretold")
-        failed |= abs(tensors - tight) > max(MOST * tight, SLACK) or need < LEAST * loose
+        failed |= abs(tensors - tight) > max(MAX * tight, SLACK) or need < MIN * loose
         rows.append((name, tensors / MIB, tight / MIB, tensors / tight, need / MIB, loose / MIB, need / loose))
     headers = ("model", "tensors MiB", "measured", "ratio", "all MiB", "measured", "ratio")
     print(tabulate(rows, headers=headers, floatfmt=("", ".0f", ".0f", ".3f", ".0f", ".0f", ".3f")))

@@ -36,7 +36,7 @@ from dinoseg.models.backbones.transformers_vit import TransformersVit
 from dinoseg.models.heads.linear import LinearHead
 from dinoseg.models.model import Segmenter
 
-LEAST = 3.0
+MIN = 3.0
 ARCH = {"hidden_size": 192, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 768}
 MIB = 2**20
 
@@ -61,12 +61,12 @@ def main() -> int:
     rows = [(way, f"{memory / MIB:.0f}", f"{seconds:.1f}") for way, (memory, seconds, _) in found.items()]
     ratio = found["kept"][0] / found["freed"][0]
     print(tabulate(rows, headers=("rows that are done", "MiB above the model's", "s")))
-    print(f"\nkept / freed: memory {ratio:.1f} (at least {LEAST}), time {found['kept'][1] / found['freed'][1]:.2f}")
+    print(f"\nkept / freed: memory {ratio:.1f} (at least {MIN}), time {found['kept'][1] / found['freed'][1]:.2f}")
     print(f"{args.size[0]} x {args.size[1]}, {args.classes} classes, windows of {args.window}; same mask: ", end="")
     print(found["kept"][2] == found["freed"][2])
     print(f"torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}")
-    tell(Row("windows, memory above the model's", "scores of the whole image kept", ratio, LEAST))
-    return int(ratio < LEAST or found["kept"][2] != found["freed"][2])
+    tell(Row("windows, memory above the model's", "scores of the whole image kept", ratio, MIN))
+    return int(ratio < MIN or found["kept"][2] != found["freed"][2])
 
 
 def run(way: str) -> tuple[float, float, str]:

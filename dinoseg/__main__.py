@@ -62,7 +62,7 @@ def _command(arguments: list[str]) -> None:
     from dinoseg.cli.words import as_text, flags_last
     from dinoseg.config.options import config_folders
     from dinoseg.config.resolvers import register_resolvers
-    from dinoseg.utils.errors import UserError, telling_file_errors
+    from dinoseg.utils.errors import UserError, file_errors_as_user_errors
 
     register_resolvers()
     hush_schemas()
@@ -75,7 +75,7 @@ def _command(arguments: list[str]) -> None:
         check_patterns(words, folders)
         check_intervals(words)
         sys.argv[1:] = with_checkpoint_keys(words)
-        with telling_file_errors(Path.cwd()):  # errors of the run folder, which Hydra creates
+        with file_errors_as_user_errors(Path.cwd()):  # errors of the run folder, which Hydra creates
             hydra.main(version_base="1.3", config_path=CONFIGS, config_name="main")(run)()
     except UserError as error:
         _fail(str(error))
@@ -96,11 +96,11 @@ def _command(arguments: list[str]) -> None:
 
 
 def _fail(message: str) -> None:
-    _tell(message)
+    _print_error(message)
     sys.exit(1)
 
 
-def _tell(message: str) -> None:
+def _print_error(message: str) -> None:
     from dinoseg.utils.wording import printable
 
     print(f"error: {printable(message)}", file=sys.stderr)  # it may quote an override with unprintable characters
@@ -125,7 +125,7 @@ def run(cfg):  # noqa: ANN001, ANN201 - hydra.main wants the bare signature
             return launch(composed, Path(hydra_cfg.runtime.output_dir), words)
     except UserError as error:
         message = str(error)
-        _tell(message)
+        _print_error(message)
     except BrokenPipeError:
         _leave_if_unread()
         raise
@@ -137,7 +137,7 @@ def run(cfg):  # noqa: ANN001, ANN201 - hydra.main wants the bare signature
         from dinoseg.config.options import config_folders
 
         if message := misplaced(words, config_folders(sys.argv[1:], Path(CONFIGS)), error):
-            _tell(message)
+            _print_error(message)
         elif hydra_cfg.mode != RunMode.MULTIRUN:
             raise
         else:

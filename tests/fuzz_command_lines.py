@@ -262,9 +262,9 @@ def fault(root, words):
 def _short(mode):
     """Let what takes long stop where words are all understood, and what is timed be timed in this process."""
     if mode == "mode=bench":
-        return patch("dinoseg.modes.bench.in_own_process", in_this_process)
+        return patch("dinoseg.modes.bench.run_in_process", in_this_process)
     if mode == "mode=train":
-        return patch("dinoseg.cli.auto.search.in_own_process", in_this_process)
+        return patch("dinoseg.cli.auto.search.run_in_process", in_this_process)
     if mode == "mode=export":
         return patch("dinoseg.export.graph.torch.export.export", side_effect=UserError("It would be traced."))
     if mode in ("mode=serve", "mode=app"):

@@ -43,7 +43,7 @@ def test_parts_that_say_the_least_work():
     model = Segmenter(LastBlocks(1)(Least()), Scores())
     model.set_progress(0.5)
     assert model(torch.rand(2, 3, 6, 9)).scores().shape == (2, 3, 6, 9)
-    assert model.head.slots is None and not model.head.mixture and model.head.least_batch == 1
+    assert model.head.slots is None and not model.head.mixture and model.head.min_batch_size == 1
     assert all(parameter.requires_grad for parameter in model.parameters())  # the norm's too, which the contract finds
     assert trained_names(model) == set(model.state_dict())
     with pytest.raises(UserError, match="Least has no weights to export"):

@@ -189,7 +189,7 @@ def test_ranks_learn_of_a_stop_at_the_same_step(monkeypatch, ranks, stops):
             found.append(metrics.add(values, read=False, stop_requested=True))
         assert found == stops
         engine.sharded = True
-        assert not engine.updates_without_waiting(optimizer)  # never tried with parts of weights
+        assert not engine.updates_asynchronously(optimizer)  # never tried with parts of weights
 
 
 @pytest.mark.parametrize(("ended", "found_inf"), [([], 0.0), ([1], 1.0)])

@@ -89,7 +89,7 @@ def test_maps_of_every_kind_of_backbone(name):
 def test_sizes_are_those_of_images_and_of_what_the_backbone_saw(size, scale, longest):
     model = model_of(Frozen()(deep_vit()), scale=scale, longest=longest)
     frozen = check_cut(model, size)
-    assert frozen.size == size and frozen.seen == model.seen_size(size)
+    assert frozen.size == size and frozen.seen == model.input_size(size)
 
 
 @pytest.mark.parametrize("layers", [[-1], [0, 2, 3], [3, 1], [2, 2]])
@@ -173,4 +173,4 @@ def test_a_head_with_a_run_of_its_own_and_no_door_is_refused():
     head = EomtHead(24, 1, 3, patch_size=8, num_queries=2, blocks=1)
     with pytest.raises(UserError, match=r"EomtHead runs the backbone itself.*engine.cache=off"):
         Segmenter(Frozen()(tiny_vit()), head).frozen(torch.zeros(1, 3, 16, 16))
-    assert EomtHead.until is Head.until
+    assert EomtHead.forward_frozen is Head.forward_frozen

@@ -143,7 +143,7 @@ QUICK = {one for one in ALONE[::4] if not any(word in one for word in LONG)}  # 
     "command", [pytest.param(one, marks=[] if one in QUICK else [pytest.mark.heavy]) for one in ALONE]
 )
 def test_command(command, stand_ins, tmp_path, monkeypatch):
-    monkeypatch.setattr(benching, "in_own_process", in_this_process)
+    monkeypatch.setattr(benching, "run_in_process", in_this_process)
     done = call(tmp_path, *as_run(command, stand_ins))
     # the stand-ins are as alike and as few as no data set is: whether the doctor finds that is not at issue
     assert done.status == 0 or mode_of(command) == "doctor", done.err

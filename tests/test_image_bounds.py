@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.images import MOST_SCANS, as_rgb, read_image
+from dinoseg.utils.images import MAX_SCANS, as_rgb, read_image
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (24, 32, 3)).astype(np.uint8)
 
@@ -60,7 +60,7 @@ def opened(tmp_path, data, name):
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (progressive(MOST_SCANS), "JPEG scans; the limit is 32"),
+        (progressive(MAX_SCANS), "JPEG scans; the limit is 32"),
         (tiff([*TILED, (322, 26_000), (323, 20_000)]), "16 x 16 pixels in TIFF tiles of 26000 x 20000"),
         (tiff([*TILED, (322, 26_000), (323, 20_000)], ">"), "16 x 16 pixels in TIFF tiles of 26000 x 20000"),
         (tiff([*TILED, (322, 256), (322, 26_000), (323, 256)]), "the TIFF tag 322 twice"),
@@ -94,7 +94,7 @@ def test_strips_that_no_pixel_needs_are_refused(tmp_path):
     ("data", "name"),
     [
         (progressive(20), "a.jpg"),
-        (progressive(0) + b"\xff\xda\0\0" * 2 * MOST_SCANS, "a.jpg"),  # a video behind a phone's photo
+        (progressive(0) + b"\xff\xda\0\0" * 2 * MAX_SCANS, "a.jpg"),  # a video behind a phone's photo
         (tiff([*TILED, (322, 256), (323, 256)]), "a.tif"),
         (tiff([*TILED, (322, 256), (323, 256)], ">"), "a.tif"),
         (tiff([*PLAIN, (273, 0), (279, 0), (278, 2**32 - 1)]), "a.tif"),  # one strip, however many rows
@@ -107,7 +107,7 @@ def test_what_encoders_write_is_read(tmp_path, data, name):
 
 
 def test_a_tile_of_four_times_the_pixels_is_read(tmp_path, monkeypatch):
-    monkeypatch.setattr("dinoseg.utils.images.MOST_BLOCK_PIXELS", 100)
+    monkeypatch.setattr("dinoseg.utils.images.MAX_BLOCK_PIXELS", 100)
     first, second = opened(tmp_path, tiff([*TILED, (322, 32), (323, 32)], block=bytes(32 * 32)), "a.tif")
     assert first.shape == (16, 16, 3) and (first == second).all()
     with pytest.raises(UserError, match="in TIFF tiles of 80 x 80"):

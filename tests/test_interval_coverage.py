@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 from dinoseg.evaluation.class_scores import ClassScores
-from dinoseg.evaluation.scoring.intervals import without_each
+from dinoseg.evaluation.scoring.intervals import leave_one_out
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
@@ -31,7 +31,7 @@ def test_bca_is_scipys_on_the_same_draws(script, units):
 
     places, options = np.arange(units, dtype=float), {"vectorized": True, "method": "BCa", "batch": 1}
     reference = stats.bootstrap((places,), miou, n_resamples=999, rng=np.random.default_rng(1), **options)
-    left_out = without_each(kind, sums)["miou"]
+    left_out = leave_one_out(kind, sums)["miou"]
     value = float(kind.scores(sums.sum(axis=0))["miou"])
     found = script.bca_limits(reference.bootstrap_distribution, value, left_out)
     assert found == pytest.approx([*reference.confidence_interval], abs=1e-12)

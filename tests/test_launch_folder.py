@@ -49,16 +49,16 @@ def test_a_folder_that_is_taken_and_what_a_run_goes_on_with_are_said(tmp_path):
     assert re.search(r"hydra.run.dir=\S*run holds another run: this one is written to \S*run_2\n", taken.err)
     small = ("engine=cpu", "engine.workers=0", *quiet)
 
-    def goes_on(*words):
+    def resumes_with(*words):
         done = call(tmp_path, "mode=train", *words)
         assert done.status == 0, done.err
         return re.findall("last.safetensors: resumes with (.*)", done.err)
 
-    assert goes_on(*words, "resume=run") == []  # all that is typed is as it was
-    assert goes_on("resume=run", "optim.optimizer.lr=0.5", "trainer.steps=3", "seed=0", "data.root=./data", *small) == [
-        "optim.optimizer.lr=0.5 instead of null, trainer.steps=3 instead of 2"
-    ]
-    assert goes_on(
+    assert resumes_with(*words, "resume=run") == []  # all that is typed is as it was
+    assert resumes_with(
+        "resume=run", "optim.optimizer.lr=0.5", "trainer.steps=3", "seed=0", "data.root=./data", *small
+    ) == ["optim.optimizer.lr=0.5 instead of null, trainer.steps=3 instead of 2"]
+    assert resumes_with(
         "resume=run", "optim.optimizer.betas=[0.5,0.9]", "data.on_error=skip", "inference=windows", *small
     ) == [
         "optim.optimizer.betas=[0.5,0.9] instead of [0.9,0.999], data.on_error=skip instead of stop, inference=windows "
@@ -83,17 +83,17 @@ def test_a_folder_that_the_user_named_stays():
 
 
 def test_a_mode_goes_on_in_a_folder_of_its_own_alone(tmp_path):
-    cfg = OmegaConf.create({"mode": {"goes_on": "predict.json"}})
+    cfg = OmegaConf.create({"mode": {"resumes_with": "predict.json"}})
 
-    def goes_on(*names):
+    def resumes_with(*names):
         folder = tmp_path / "-".join(names or ["none"])
         for name in names:
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).touch()
         return launch._goes_on(cfg, folder)
 
-    assert goes_on("run.log", "predict.json", "a.png") and goes_on("run.log")
-    assert not (goes_on() or goes_on("predict.json") or goes_on("run.log", "a.png"))
+    assert resumes_with("run.log", "predict.json", "a.png") and resumes_with("run.log")
+    assert not (resumes_with() or resumes_with("predict.json") or resumes_with("run.log", "a.png"))
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from dinoseg.tracking.propagation.settings import PropagationSettings
 from dinoseg.tracking.propagation.tracker import PropagationTracker
 from dinoseg.training.engine import meet
 from dinoseg.training.head_training import HeadTraining
-from dinoseg.training.meter import held_memory, peak_memory
+from dinoseg.training.meter import peak_memory, used_memory
 from dinoseg.training.micro_batches import MicroBatches
 from dinoseg.training.step import StepOutput
 from dinoseg.training.validation import Draws
@@ -100,7 +100,7 @@ def test_clocks_memory_and_random_numbers_are_those_of_mps():
                 if len(part.names) > 1:
                     raise MemoryError
         assert mps.calls["empty_cache"] == 1
-        assert peak_memory(MPS) == held_memory(MPS) == 0
+        assert peak_memory(MPS) == used_memory(MPS) == 0
         assert mps.calls["driver_allocated_memory"] == mps.calls["current_allocated_memory"] == 1
         with Draws(MPS).going_on():
             pass

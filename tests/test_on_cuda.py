@@ -21,7 +21,7 @@ from dinoseg.training.checkpoint import Checkpoints, read
 from dinoseg.training.engine import Engine
 from dinoseg.training.optim import adamw, schedule
 from dinoseg.training.trainer import Experiment, Settings, fit
-from dinoseg.utils.workers import in_own_process
+from dinoseg.utils.workers import run_in_process
 
 pytestmark = [pytest.mark.gpu, pytest.mark.heavy]
 
@@ -159,5 +159,5 @@ def test_what_a_step_takes_is_foretold(compose, adapter, checkpointing):
     cfg = compose(*words, f"backbone.checkpointing={str(checkpointing).lower()}", "engine.precision=bf16")
     target = Target("cuda", memory_of("24GiB"), bf16=True)
     foretold = FitSearch(partial(training_parts, Builder(cfg)), target).as_it_is
-    taken = in_own_process(partial(dry_steps, samples=8), plain(cfg)).peak
+    taken = run_in_process(partial(dry_steps, samples=8), plain(cfg)).peak
     assert 0.9 * foretold.step.peak < taken < 1.08 * foretold.step.peak + 128 * 2**20, (foretold.step.peak, taken)

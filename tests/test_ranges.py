@@ -13,7 +13,7 @@ from hydra.utils import get_object
 from omegaconf import OmegaConf
 
 from dinoseg.cli.ranks import LAUNCH_KEYS
-from dinoseg.config.checks import check_given
+from dinoseg.config.checks import check_arguments
 from dinoseg.config.nodes import instantiate
 from dinoseg.experiment.builder import Builder
 from dinoseg.report.loggers.logger import Logger
@@ -161,5 +161,5 @@ def test_one_number_is_a_square_crop(tmp_path, compose):
 def test_tables_and_unions_have_ranges_too():
     target = "dinoseg.losses.weighted_sum.WeightedSum"
     with pytest.raises(UserError, match="finite number for each"):
-        check_given(target, {"factors": {"a": 1.0, "b": float("inf")}})
-    check_given("dinoseg.training.trainer.Settings", {"clip": None, "ema": 0.5, "steps": 1})
+        check_arguments(target, {"factors": {"a": 1.0, "b": float("inf")}})
+    check_arguments("dinoseg.training.trainer.Settings", {"clip": None, "ema": 0.5, "steps": 1})

@@ -16,8 +16,8 @@ from dinoseg.data.scan.scan import scan
 from dinoseg.utils.cores import count_cores
 from dinoseg.utils.wording import count_of, listed
 
-_LOOKED_AT = 48  # evenly spaced masks that are read to measure parts
-_LEAST, _PIXELS = 8, 2**24  # masks at least, and pixels in all: a megapixel takes about 0.1 s per class
+_CHECKED = 48  # evenly spaced masks that are read to measure parts
+_MIN, _PIXELS = 8, 2**24  # masks at least, and pixels in all: a megapixel takes about 0.1 s per class
 _BORDER = 1  # px; distances run between pixel centres, so doubling them counts one pixel too many
 
 
@@ -75,10 +75,10 @@ def facts_of(train: SegmentationData, val: SegmentationData, cache_dir: str | Pa
     """
     counts = class_counts(train, cache_dir)
     files = train.source if isinstance(train, PairDataset) else train  # packed masks may be reduced
-    places = evenly_spaced(len(train), _LOOKED_AT)
+    places = evenly_spaced(len(train), _CHECKED)
     masks = [files[index]["mask"].numpy() for index in places]
     names = [str(name) for name in train.classes]
-    measured = masks[:: min(max(1, len(masks) // _LEAST), math.ceil(sum(mask.size for mask in masks) / _PIXELS))]
+    measured = masks[:: min(max(1, len(masks) // _MIN), math.ceil(sum(mask.size for mask in masks) / _PIXELS))]
     parts = np.concatenate([list(parts_of(mask, len(names))) or np.empty((0, 3)) for mask in measured])
     total = max(1, int(counts.sum()))
     classes = (

@@ -61,7 +61,7 @@ class FitSearch:
         self.recipe, self.target = recipe, target
         self._parts = recipe({})
         self._model = self._parts.outline()
-        self._parts.check_batch(self._model.head.least_batch, target.world)
+        self._parts.check_batch(self._model.head.min_batch_size, target.world)
         self._may_change_model = may_change_model
         self._batch = self._parts.batch_size
         self._effective = self._batch * self._parts.accumulate
@@ -82,7 +82,7 @@ class FitSearch:
         return None
 
     @property
-    def least(self) -> Fit:
+    def smallest(self) -> Fit:
         """The variant with the lowest memory among those tried."""
         return min(self._tried.values(), key=lambda fit: fit.need)
 
@@ -139,7 +139,7 @@ class FitSearch:
     def _sizes(self) -> list[int]:
         """Return the batch sizes that divide the samples of a step, the largest first."""
         world, most = self.target.world, self._batch if self._bound else self._effective
-        least = world * self._least
+        least = world * self._smallest
         sizes = [size for size in range(most, 0, -1) if self._effective % size == 0 and size % world == 0]
         return [size for size in sizes if size >= least] or [self._batch]
 
@@ -158,7 +158,7 @@ class FitSearch:
         return (Change({"data.batch_size": size, "trainer.accumulate": times}, reason),)
 
     @cached_property
-    def _least(self) -> int:
+    def _smallest(self) -> int:
         return self._parts.min_batch_size()
 
     @cached_property

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from dinoseg.autotune.facts import DatasetFacts
-from dinoseg.autotune.rules import LEAST_GAIN, LEAST_USES, MOST_VALIDATIONS, SCORING, VALIDATING, VIEWS
+from dinoseg.autotune.rules import MAX_VALIDATIONS, MIN_GAIN, MIN_USES, SCORING, VALIDATING, VIEWS
 from dinoseg.autotune.timing import RecipeTimes
 
 SURE = 0.95  # share of the time to plan with, since the load of the machine varies
@@ -47,7 +47,7 @@ def length_within(
     most = max(1, int(SCORING * seconds / max((1 + _SCORED) * timed.val, 1e-9)))
     val_images = None if most >= facts.val_images else most
     validation = (val_images or facts.val_images) * timed.val
-    validations = max(1, min(MOST_VALIDATIONS, int(VALIDATING * seconds / max(validation, 1e-9))))
+    validations = max(1, min(MAX_VALIDATIONS, int(VALIDATING * seconds / max(validation, 1e-9))))
     overhead = timed.start + _SCORED * validation
     spent = overhead + validations * validation
     # the trainer knows the duration of a validation only after the first one
@@ -59,7 +59,7 @@ def length_within(
     ]
     if None not in views:
         return lengths[0] if lengths else live
-    paying = [each for each in lengths if each.images >= LEAST_GAIN * live.images and _is_used(each, facts)]
+    paying = [each for each in lengths if each.images >= MIN_GAIN * live.images and _is_used(each, facts)]
     return paying[0] if paying else live
 
 
@@ -75,4 +75,4 @@ def _cached_length(left: float, timed: RecipeTimes, facts: DatasetFacts, views: 
 
 
 def _is_used(length: Length, facts: DatasetFacts) -> bool:
-    return length.views is not None and length.images >= LEAST_USES * length.views * facts.images
+    return length.views is not None and length.images >= MIN_USES * length.views * facts.images

@@ -46,8 +46,8 @@ class Memory:
         found = search.found()
         if found is None:
             raise OutOfMemory(
-                f"A training step needs at least {search.least.need / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are "
-                "free. Choose a smaller resolution.crop, backbone or adapter."
+                f"A training step needs at least {search.smallest.need / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB "
+                "are free. Choose a smaller resolution.crop, backbone or adapter."
             )
         changes = [change for change in found.changes if self.given.isdisjoint(change.words)]
         return [RecipeChoice(change.words, f"to fit {free / 2**30:.1f} GiB: {change.reason}") for change in changes]

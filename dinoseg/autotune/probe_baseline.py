@@ -21,7 +21,7 @@ from dinoseg.core.shapes import Batch, SegmentationData
 from dinoseg.core.sizes import Size, evenly_spaced
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.scan.class_counts import class_counts
-from dinoseg.data.splits import keep_evenly_spaced
+from dinoseg.data.splits import evenly_spaced_subset
 from dinoseg.inference.policy import Policy
 from dinoseg.models.heads.linear import LinearHead
 from dinoseg.models.model import Segmenter
@@ -34,8 +34,8 @@ from dinoseg.utils.wording import count_of
 
 logger = logging.getLogger(__name__)
 BELOW = 0.01  # mIoU; smaller differences are chance with so few images
-_LEAST_SECONDS = 1.0  # with less time nothing can be solved
-_FEW, _MOST = 16, 64  # minimum and maximum number of images per split
+_MIN_SECONDS = 1.0  # with less time nothing can be solved
+_FEW, _MAX = 16, 64  # minimum and maximum number of images per split
 _WIDEST = 1024  # features per pixel; with more, only the last feature map is read, since solving is cubic in them
 _SOLVED = 3.0  # cost of the probe per image, as a multiple of scoring it: sums, selection, solving and the score
 _COLOURS = 3  # number of other normalisations to solve the probe with
@@ -106,7 +106,7 @@ class ProbeComparison:
     @property
     def has_ended(self) -> bool:
         """Return whether the time for causes is up, by rank 0's clock."""
-        return self.run.engine.decided(lambda: time.monotonic() >= self.until)
+        return self.run.engine.run_on_rank0(lambda: time.monotonic() >= self.until)
 
     @property
     def is_below(self) -> bool:
@@ -136,7 +136,7 @@ def compare(run: TrainedRun, *, seconds: float) -> ProbeComparison | None:
     if engine.sharded:
         return None
     seconds = engine.share(seconds)  # rank 0's value, or ranks would decide differently and wait for one another
-    if seconds < _LEAST_SECONDS:
+    if seconds < _MIN_SECONDS:
         return None
     train, val = feed.train, feed.val
     if not isinstance(train, PairDataset) or not isinstance(val, PairDataset):
@@ -144,13 +144,13 @@ def compare(run: TrainedRun, *, seconds: float) -> ProbeComparison | None:
     began = time.perf_counter()
     plain = _plain(run).to(engine.device).eval()
     scored = _ScoredModel(run.model, feed.policy), _ScoredModel(plain)
-    images, has_time = engine.decided(
+    images, has_time = engine.run_on_rank0(
         lambda: _affordable(*scored, (train, val), engine, seconds - (time.perf_counter() - began))
     )
     if images < min(_FEW, len(train), len(val)):
         logger.debug("no linear-probe baseline: %.1f s are enough for %d images only", seconds, images)
         return None
-    few, some = keep_evenly_spaced(train, images), keep_evenly_spaced(val, images)
+    few, some = evenly_spaced_subset(train, images), evenly_spaced_subset(val, images)
     if not all(class_counts(each, run.cache_dir).any() for each in (few, some)):
         logger.debug("no linear-probe baseline: no pixel of %d evenly spaced images of a split is labelled", images)
         return None
@@ -205,7 +205,7 @@ def _affordable(
             break
     left, each = seconds - (time.perf_counter() - began), _SOLVED * mean(of_plain)
     images, fewer = (int(left / (mean(of_run) + times * each)) for times in (1, 1 + _COLOURS))
-    return (min(_MOST, fewer), True) if fewer >= _FEW else (min(_MOST, images), False)
+    return (min(_MAX, fewer), True) if fewer >= _FEW else (min(_MAX, images), False)
 
 
 class _ScoredModel(NamedTuple):

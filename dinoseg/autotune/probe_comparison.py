@@ -15,7 +15,7 @@ from torch import Tensor
 from dinoseg.autotune.probe_baseline import BELOW, ProbeComparison, TrainedRun, compare, score_linear_probe
 from dinoseg.core.contracts import Loss
 from dinoseg.data.scan.class_counts import class_counts
-from dinoseg.inference.memory import reason_of, tells_shortage
+from dinoseg.inference.memory import is_shortage, reason_of
 from dinoseg.inference.windows import Windows
 from dinoseg.models.backbones.normalisation import register_colours
 from dinoseg.models.model import Segmenter, trained_names
@@ -60,7 +60,7 @@ def compare_with_linear_probe(run: TrainedRun, out_dir: Path, *, seconds: float)
         until = time.monotonic() + _CAUSES * seconds
         causes = causes_of(replace(comparison, until=until)) if comparison else []
     except (MemoryError, RuntimeError, UserError) as error:
-        if engine.world > 1 or not (isinstance(error, UserError) or tells_shortage(error)):
+        if engine.world > 1 or not (isinstance(error, UserError) or is_shortage(error)):
             raise  # other ranks would wait
         logger.warning("The run is complete, but its comparison with the linear probe failed: %s", reason_of(error))
         return None
@@ -132,7 +132,7 @@ def far_crop(comparison: ProbeComparison) -> str | None:
     """Score the model in sliding windows of its training crop; return a message if that is better."""
     run, val = comparison.run, comparison.val
     masks = (val[index]["mask"] for index in range(len(val)))
-    sizes = [run.model.seen_size((mask.shape[0], mask.shape[1])) for mask in masks]
+    sizes = [run.model.input_size((mask.shape[0], mask.shape[1])) for mask in masks]
     if all(max(a / (run.model.scale * b) for a, b in zip(size, run.crop, strict=True)) < _FAR for size in sizes):
         return None
     scores = evaluate(run.model, val, run.engine, policy=Windows(run.crop))

@@ -19,26 +19,26 @@ RARE = 0.02  # share of the pixels; CamVid's poles have 1.03 % and gained from c
 SMALL_BACKBONE = 40_000_000  # parameters; up to this size all are trained, at 1e-4, larger backbones by LoRA
 FEW_IMAGES = 20  # with fewer, training the whole backbone would overfit; not measured
 SURELY_TUNED = 2500  # training images (with repetition) from which tuning is chosen without timing alternatives
-LEAST_TUNED = 600  # from which tuning beats a frozen backbone, however long that trains, with a head on tokens
-LEAST_TUNED_DETAIL = 1500  # the same with a head that also sees pixels, which does better on a frozen backbone
+MIN_TUNED = 600  # from which tuning beats a frozen backbone, however long that trains, with a head on tokens
+MIN_TUNED_DETAIL = 1500  # the same with a head that also sees pixels, which does better on a frozen backbone
 REST = 0.4  # share of a training with a frozen backbone, whose steps are faster
-LEAST_RESTED = 1000  # training images (with repetition) from which freezing at first beats a frozen backbone
+MIN_FROZEN = 1000  # training images (with repetition) from which freezing at first beats a frozen backbone
 SMALLER = 2 / 3  # factor of the image sides, if that leaves time to tune the backbone
-LEAST_SMALLER = 1200  # training images (with repetition) of that size from which tuning wins
+MIN_SMALLER = 1200  # training images (with repetition) of that size from which tuning wins
 THIN_WEIGHT = 3.0  # of thin and rare classes; others have 1
 THIN_DICE = 2.0  # factor of the dice loss, together with such weights
 VIEWS = (4, 2, 1)  # fixed views of each image whose features are cached
-LEAST_USES = 1.5  # minimum uses of each cached view
-LEAST_GAIN = 1.2  # minimum gain in training images; below it, new views in each epoch are better
+MIN_USES = 1.5  # minimum uses of each cached view
+MIN_GAIN = 1.2  # minimum gain in training images; below it, new views in each epoch are better
 BATCHES = (8, 4, 2)
 ENOUGH_STEPS = 1500  # fewer steps lead to a smaller batch: detail did best in 1,500 to 2,000 steps of 2 images
-MOST_VALIDATIONS = 5
+MAX_VALIDATIONS = 5
 VALIDATING = 0.05  # maximum share of the time, besides the final evaluation
 SCORING = 0.3  # maximum share of the time for one validation and the final evaluation; else fewer images are validated
 CHOOSING = 0.25  # maximum share of the time for timing candidates
 SHRUNK = (0.5, 0.25)  # factors of the image sides, if the time is too short for larger images
 DEPTH = 4  # blocks that heads other than linear read
-LEAST_STEPS = 10  # fewer are useless: images shrink, then the closed-form linear probe replaces training
+MIN_STEPS = 10  # fewer are useless: images shrink, then the closed-form linear probe replaces training
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def longest(case: RecipeCase) -> RecipeChoice | None:
     if case.smaller in SHRUNK:
         return RecipeChoice(
             {"resolution.longest": max(case.size)},
-            f"the time is too short for {LEAST_STEPS} steps on images of {height} x {width} (median)",
+            f"the time is too short for {MIN_STEPS} steps on images of {height} x {width} (median)",
         )
     if case.smaller < 1:
         return RecipeChoice(
@@ -226,13 +226,13 @@ def ways(case: RecipeCase) -> list[RecipeChoice]:
     if case.facts.images < FEW_IMAGES or not case.parameters:
         return [frozen]
     tuned = _tuned(case)
-    won = "with fewer images of this size" if case.smaller < 1 else f"from about {least_tuned(case)} images on"
+    won = "with fewer images of this size" if case.smaller < 1 else f"from about {min_images_to_tune(case)} images on"
     return [RecipeChoice(tuned.words, f"{tuned.reason}, which scored higher {won}"), frozen]
 
 
-def least_tuned(case: RecipeCase) -> int:
+def min_images_to_tune(case: RecipeCase) -> int:
     """Return the number of training images from which tuning beats a frozen backbone in the same time."""
-    return LEAST_TUNED_DETAIL if case.sees_pixels else LEAST_TUNED
+    return MIN_TUNED_DETAIL if case.sees_pixels else MIN_TUNED
 
 
 def rested(case: RecipeCase) -> RecipeChoice:
@@ -260,7 +260,7 @@ def closed_form(seconds: float, image: float, facts: DatasetFacts) -> RecipeChoi
     words: dict[str, Any] = {"head": "linear", "head.init": "probe"}
     if images < facts.images:
         words["data.labelled"] = float(f"{images / facts.images:.6g}")
-    return RecipeChoice(words, f"there is no time for {LEAST_STEPS} steps: the head is solved in closed form")
+    return RecipeChoice(words, f"there is no time for {MIN_STEPS} steps: the head is solved in closed form")
 
 
 def zoom(*, trains: bool, pixels: bool = False) -> RecipeChoice:

@@ -19,7 +19,7 @@ from dinoseg.inference.predictor import Predictor
 from dinoseg.inference.walk import walking
 from dinoseg.models.model import Segmenter
 from dinoseg.training.engine import Engine
-from dinoseg.training.meter import held_memory, peak_memory, reset_peak_memory
+from dinoseg.training.meter import peak_memory, reset_peak_memory, used_memory
 from dinoseg.training.parts import TrainingParts
 from dinoseg.utils.devices import synchronize
 
@@ -119,7 +119,7 @@ def time_prediction(
         warmup: number of predictions before them.
     """
     reset_peak_memory(engine.device)
-    before = held_memory(engine.device)
+    before = used_memory(engine.device)
     # FlopCounterMode hooks into trainable modules, which fails if no gradient is computed (slots)
     model = engine.place(make()).eval().requires_grad_(False)
     predictor = Predictor(model, engine.device, engine.autocast, policy)

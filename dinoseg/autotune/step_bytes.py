@@ -18,7 +18,7 @@ from dinoseg.inference.memory import PeakBytes
 from dinoseg.inference.walk import walking
 from dinoseg.losses.full_resolution import LAUNCHED
 from dinoseg.models.model import Segmenter, trained_names
-from dinoseg.training.frozen_casts import keep_casts
+from dinoseg.training.frozen_casts import cache_casts
 from dinoseg.training.optim import tensors_of
 from dinoseg.training.parts import TrainingParts
 
@@ -97,7 +97,7 @@ def step_bytes(
         model.to_empty(device="cpu")
         weights = peak.now - saved
         if bf16:
-            keep_casts(model)  # as in `Engine.prepare`
+            cache_casts(model)  # as in `Engine.prepare`
         state = _optimizer_bytes(parts.optimizer(model))
         average = sum(value.nbytes for _, value in tensors_of(model, trained_names(model))) if parts.has_ema else 0
         activations = most = 0

@@ -25,7 +25,7 @@ from dinoseg.utils.devices import synchronize
 from dinoseg.utils.errors import UserError
 
 _STEPS, _WARMUP, _VALIDATED = 3, 1, 6
-_SHARE, _MOST = 0.015, 8.0  # share of the time budget, and a maximum in seconds, for the timed steps
+_SHARE, _MAX = 0.015, 8.0  # share of the time budget, and a maximum in seconds, for the timed steps
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def time_recipe(
     if rested is not None and has_rest:
         parts = rested
     cut = _cut(model, first, engine)
-    lasting = min(_MOST, _SHARE * 60 * minutes)
+    lasting = min(_MAX, _SHARE * 60 * minutes)
     timed = partial(try_steps, parts, engine=engine, steps=_STEPS, warmup=_WARMUP, until=until)
     live = timed(parts.model, batches=batches, lasting=lasting)
     images = ranks * parts.batch_size * parts.accumulate

@@ -15,13 +15,13 @@ from dinoseg.report.log import RunLog
 from dinoseg.training.checkpoint import Checkpoints
 from dinoseg.training.engine import Engine
 from dinoseg.training.feed import Validation
-from dinoseg.training.meter import held_memory, peak_memory, reset_peak_memory
+from dinoseg.training.meter import peak_memory, reset_peak_memory, used_memory
 from dinoseg.training.parts import TrainingParts
 from dinoseg.training.tally import Tally
 from dinoseg.training.trainer import Experiment, fit
 from dinoseg.utils.devices import synchronize
 
-_MOST = 100  # steps at most if they go by seconds (`lasting`), however short they are
+_MAX = 100  # steps at most if they go by seconds (`lasting`), however short they are
 
 
 class _TrialDone(Exception):  # noqa: N818 - an end, not an error
@@ -87,7 +87,7 @@ class _TimedFeed:
     @property
     def most(self) -> int:
         """Maximum number of steps."""
-        return max(self.warmup + self.steps, _MOST if self.lasting else 0)
+        return max(self.warmup + self.steps, _MAX if self.lasting else 0)
 
     def _note(self, began: float | None) -> float:
         """Record the duration of the step that began at `began`, if any; return the current time."""
@@ -131,7 +131,7 @@ def try_steps(
         rests: whether parts that the recipe freezes at first stay frozen in all these steps; else they are trained.
     """
     reset_peak_memory(engine.device)
-    trial = Trial(before=held_memory(engine.device))
+    trial = Trial(before=used_memory(engine.device))
     model = make().to(engine.device)
     loss, optimizer = parts.loss().to(engine.device), parts.optimizer(model)
     feed = _TimedFeed(

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dinoseg.cli.extras import hush_schemas
-from dinoseg.cli.ranks import LAUNCH_KEYS, is_first_rank, join_slurm, run_mode, run_ranks, telling_shortages
+from dinoseg.cli.ranks import LAUNCH_KEYS, is_first_rank, join_slurm, run_mode, run_ranks, shortages_as_user_errors
 from dinoseg.config.limits import check_training
 from dinoseg.config.options import options_of, values_in_files
 from dinoseg.config.plain import BUILDS, plain
@@ -35,8 +35,8 @@ from dinoseg.experiment.folder import (
     write_config,
 )
 from dinoseg.experiment.unread import is_read
-from dinoseg.utils.cores import keep_to_quota, keep_to_share, limit_spinning
-from dinoseg.utils.errors import UserError, telling_file_errors
+from dinoseg.utils.cores import limit_spinning, limit_threads_to_quota, limit_threads_to_share
+from dinoseg.utils.errors import UserError, file_errors_as_user_errors
 from dinoseg.utils.interrupt import Interrupted
 from dinoseg.utils.private import check_private
 from dinoseg.utils.wording import printable, shown
@@ -68,7 +68,7 @@ def launch(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> Any:
     """Run the chosen mode and return its result: in this process for one device, else in ranks started from here.
 
     A mode with `resume_from: last` resumes in the checkpoint's own run folder; with `best` it uses a new one. A mode
-    with `goes_on` resumes in the given run folder if that holds the file of this name or no results.
+    with `resumes_with` resumes in the given run folder if that holds the file of this name or no results.
     A mode with `devices` above 1 runs in that many ranks. If torchrun (WORLD_SIZE is set) or Slurm has started them,
     this process is one of them and uses the run folder of the first.
 
@@ -83,14 +83,14 @@ def launch(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> Any:
         drop_empty(out_dir)
         raise
     if devices == 1:  # ranks started from here set their own limits
-        keep_to_quota()
+        limit_threads_to_quota()
     if not cfg.mode.get("keeps_folder", True):
         drop_empty(out_dir)
         _check_mode(cfg, overrides)
         return run_mode(cfg, out_dir)
     run_folder = out_dir  # removed after an error, unless another one is entered
     try:
-        with telling_file_errors(out_dir), telling_shortages():
+        with file_errors_as_user_errors(out_dir), shortages_as_user_errors():
             cfg, run_folder = _enter_folder(cfg, out_dir, overrides)
             if devices == 1 or "WORLD_SIZE" in os.environ:
                 return run_mode(cfg, run_folder)
@@ -101,7 +101,7 @@ def launch(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> Any:
     except KeyboardInterrupt as stop:
         drop_empty(out_dir)  # if stopped while the recipe was being chosen
         number = stop.number if isinstance(stop, Interrupted) else signal.SIGINT
-        raise Interrupted(number, note=_left(cfg, run_folder) if is_first_rank() else "") from None
+        raise Interrupted(number, note=_interrupt_note(cfg, run_folder) if is_first_rank() else "") from None
     finally:
         release(run_folder)
 
@@ -116,7 +116,7 @@ def _join_ranks(cfg: DictConfig) -> int:
     if "devices" in cfg.mode:
         join_slurm()
         if "WORLD_SIZE" in os.environ:
-            keep_to_share()
+            limit_threads_to_share()
     devices = cfg.mode.get("devices", 1)
     if not isinstance(devices, int) or devices < 1:
         raise UserError(f"engine.devices={devices}: give a whole number of at least 1.")
@@ -152,12 +152,12 @@ def _enter_folder(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> t
     if continued is None:
         if new != out_dir:
             drop_empty(out_dir)
-        goes_on = _goes_on(cfg, new)
-        run_folder = new if goes_on else claim(new)
+        resumes_with = _resumes_in_folder(cfg, new)
+        run_folder = new if resumes_with else claim(new)
         if run_folder != new and not _DEFAULT_NAME.fullmatch(new.name):  # a typed name; default names may collide
             message = f"hydra.run.dir={new} holds another run: this one is written to {run_folder}"
             print(printable(message), file=sys.stderr)
-        if goes_on:
+        if resumes_with:
             lock(new, instead="choose another hydra.run.dir")
             drop_parts(new)
     else:
@@ -209,9 +209,9 @@ def _with_heads(cfg: DictConfig, overrides: Sequence[str], run: Path | None) -> 
     return OmegaConf.merge(cfg, {SOLO: {name: plain(solo.cfg) for name, solo in runs.items()}}), runs  # type: ignore[return-value]
 
 
-def _goes_on(cfg: DictConfig, folder: Path) -> bool:
-    """Return whether a mode with `goes_on` resumes in its existing run folder instead of using a new one."""
-    record = cfg.mode.get("goes_on")
+def _resumes_in_folder(cfg: DictConfig, folder: Path) -> bool:
+    """Return whether a mode with `resumes_with` resumes in its existing run folder instead of using a new one."""
+    record = cfg.mode.get("resumes_with")
     claimed = (folder / LOG).exists()
     return record is not None and claimed and ((folder / record).is_file() or not has_results(folder))
 
@@ -234,7 +234,7 @@ def _resumed(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> tuple[
     path = resume.resumed_checkpoint(cfg, out_dir, cfg.mode.resume_from)
     if path is None:
         print("resume=auto: no earlier run of this recipe has a checkpoint; starting a new run.", file=sys.stderr)
-        return resume.without(cfg), None
+        return resume.without_resume(cfg), None
     in_place = cfg.mode.resume_from == "last" and path.parent.name == checkpoint.FOLDER
     tell = in_place and is_first_rank()
     merged = resume.merge(cfg, _parsed(overrides), path, checkpoint.describe(path), tell=tell)
@@ -251,7 +251,7 @@ def _settled_length(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
     return OmegaConf.merge(cfg, {"trainer": {"epochs": None}})  # type: ignore[return-value]
 
 
-def _left(cfg: DictConfig, folder: Path) -> str:
+def _interrupt_note(cfg: DictConfig, folder: Path) -> str:
     """Return a note on what an interrupted run has left on disk."""
     if cfg.mode.get("resume_from") != "last":
         return f"finished results are in {folder}" if has_results(folder) else ""

@@ -25,8 +25,8 @@ from dinoseg.config.plain import plain
 from dinoseg.config.resolvers import register_resolvers
 from dinoseg.experiment.log_file import announce, configure_log
 from dinoseg.experiment.unread import warn_not_read
-from dinoseg.utils.cores import cores_here, count_cores, forget_share, keep_to_share
-from dinoseg.utils.errors import UserError, telling_file_errors
+from dinoseg.utils.cores import cores_here, count_cores, forget_share, limit_threads_to_share
+from dinoseg.utils.errors import UserError, file_errors_as_user_errors
 from dinoseg.utils.interrupt import SIGNALS, Interrupted, passed_on, raised
 from dinoseg.utils.workers import end_with_parent, telling_killed_loaders
 
@@ -34,7 +34,7 @@ LAUNCH_KEYS = (
     "devices",
     "resume_from",
     "keeps_folder",
-    "goes_on",
+    "resumes_with",
     "check",
     "reads",
 )  # keys of a mode that are not arguments of its function
@@ -48,7 +48,7 @@ _STOPPED = {status: number for number in SIGNALS for status in (128 + number, -n
 
 
 _PORTS = range(20_000, 40_000)
-_MOST = 10**6  # tasks of a step
+_MAX = 10**6  # tasks of a step
 _TASKS = "([1-9][0-9]{0,4})(?:[(]x([0-9]{1,5})[)])?"  # tasks of one machine, or of several in a row
 
 
@@ -76,7 +76,7 @@ def run_mode(cfg: DictConfig, out_dir: Path) -> Any:
 
 
 @contextmanager
-def telling_shortages() -> Iterator[None]:
+def shortages_as_user_errors() -> Iterator[None]:
     """Convert out-of-memory errors of libraries into `OutOfMemory`, in ranks too; other errors pass.
 
     Raises:
@@ -239,10 +239,10 @@ def _run_rank(
     }
     if "SLURM_CPUS_ON_NODE" in os.environ:  # these ranks share the cores of the process that started them
         os.environ["SLURM_CPUS_ON_NODE"] = str(min(count_cores(), cores_here()))
-    keep_to_share()
+    limit_threads_to_share()
     register_resolvers()
     try:
-        with raised(), telling_file_errors(out_dir), telling_shortages():
+        with raised(), file_errors_as_user_errors(out_dir), shortages_as_user_errors():
             result = run_mode(OmegaConf.create(cfg), out_dir)
     except UserError as error:
         print(f"error (rank {rank}): {error}", file=sys.stderr)
@@ -264,7 +264,7 @@ def join_slurm() -> None:
     environment = os.environ
     if "WORLD_SIZE" in environment:
         return
-    tasks = _of_slurm("SLURM_STEP_NUM_TASKS", least=1, most=_MOST, default="1")
+    tasks = _of_slurm("SLURM_STEP_NUM_TASKS", least=1, most=_MAX, default="1")
     if tasks == 1:
         return
     rank, local = _of_slurm("SLURM_PROCID", most=tasks - 1), _of_slurm("SLURM_LOCALID", most=tasks - 1)

@@ -27,7 +27,7 @@ _PLURALS = {"a whole number": "whole numbers", "a number": "numbers", "text": "t
 _PLAIN_VALUES = (NoneType, bool, int, float, str, *LIST, Mapping)
 
 
-def check_given(target: str, arguments: Mapping[str, Any], names: Mapping[str, str] | None = None) -> None:
+def check_arguments(target: str, arguments: Mapping[str, Any], names: Mapping[str, str] | None = None) -> None:
     """Refuse keys that a target does not take, and values that its annotations do not allow.
 
     Args:
@@ -67,7 +67,7 @@ def checked(target: str, node: Mapping[str, Any], keys: Mapping[str, str], where
         UserError: the target does not take a value.
     """
     given = {name: node[key] for key, name in keys.items()}
-    check_given(target, given, {name: f"{where}.{key}" for key, name in keys.items()})
+    check_arguments(target, given, {name: f"{where}.{key}" for key, name in keys.items()})
     return given
 
 

@@ -20,7 +20,7 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import shown
 
 ACTING = ("prepare", "render")  # keys of data for nodes that write files; checkpoints omit them
-_MOST_VALUES = 20_000  # OmegaConf takes minutes for larger configs; our largest one holds a thousand values
+_MAX_VALUES = 20_000  # OmegaConf takes minutes for larger configs; our largest one holds a thousand values
 _KEY = re.compile(r"-?[^\W_][\w -]*")
 _BY_CLASS = ("loss", "weights")  # its keys are class names, with any letters and signs
 _AT_COMMIT = re.compile(r"(.+)@[0-9a-f]{40}")
@@ -55,8 +55,8 @@ def guard(
     composed = composed or {}
     registry = full_registry(composed) if registry is None else registry
     for count, (steps, node) in enumerate(below(config, ())):
-        if count > _MOST_VALUES:
-            raise UserError(f"{where}: its config holds more than {_MOST_VALUES} values. {REMEDY}.")
+        if count > _MAX_VALUES:
+            raise UserError(f"{where}: its config holds more than {_MAX_VALUES} values. {REMEDY}.")
         what, known = f"{where}: {dotted(steps)}", _entry(steps, registry)
         if isinstance(node, Mapping):
             _check_keys(node, steps, what)
@@ -206,8 +206,8 @@ def _exists(path: str) -> bool:
         return False
 
 
-_MOST_POINTED = 10**6  # characters and values that all interpolations together may resolve to
-_MOST_STEPS = 20  # length of a chain of interpolations
+_MAX_POINTED = 10**6  # characters and values that all interpolations together may resolve to
+_MAX_STEPS = 20  # length of a chain of interpolations
 _POINTER = re.compile(r"\$\{(\.*)([A-Za-z]\w*(?:\.[A-Za-z0-9]\w*)*)\}")
 _COMPUTED = re.compile(rf"\$\{{(?:{'|'.join(RESOLVERS)}):[ ,]*\}}")  # after the pointers in it have been removed
 
@@ -253,8 +253,8 @@ def _check_pointers(config: Mapping[str, Any], whole: Mapping[str, Any], where: 
                 )
             # counted before OmegaConf resolves any: thousands of pointers to one large table would take hours
             pointed += sum(1 + len(node) if isinstance(node, str) else 1 for _, node in below(target, ()))
-            if pointed > _MOST_POINTED:
-                raise UserError(f"{where}: its interpolations resolve to more than {_MOST_POINTED} values. {REMEDY}.")
+            if pointed > _MAX_POINTED:
+                raise UserError(f"{where}: its interpolations resolve to more than {_MAX_POINTED} values. {REMEDY}.")
 
 
 def _followed(whole: Mapping[str, Any], steps: Steps, pointer: re.Match[str], what: str) -> Any:
@@ -266,7 +266,7 @@ def _followed(whole: Mapping[str, Any], steps: Steps, pointer: re.Match[str], wh
         pointer: a match of `_POINTER`.
         what: file, key and value, for the message.
     """
-    for _ in range(_MOST_STEPS):
+    for _ in range(_MAX_STEPS):
         dots, names = len(pointer[1]), pointer[2].split(".")
         steps = (*(steps[: max(0, len(steps) - dots)] if dots else ()), *names)
         target = at(whole, steps)

@@ -23,7 +23,7 @@ LARGEST: Mapping[Steps, float] = {  # maximum of a number at or below a key; the
     **dict.fromkeys([("head", "lr"), ("adapter", "lr"), ("optim", "optimizer", "lr"), ("lrs",)], LEARNING_RATES.most),
 }
 _LARGEST_ELSEWHERE = 2**20
-_MOST_PIXELS = 2**30  # of all images of a training batch
+_MAX_PIXELS = 2**30  # of all images of a training batch
 _LONGEST_TEXT = 4096
 _TRACKED = ("data", "tracking", "folder")  # folder for masks of tracked videos, below the run folder
 
@@ -88,8 +88,8 @@ def check_batch(whole: DictConfig, where: str, *, remedy: str = REMEDY) -> None:
     frames = resolved(whole, ("data", "clips", "cut", "length"))
     sizes = [*(crop if isinstance(crop, list) else [crop]), batch, frames]
     pixels = math.prod(abs(size) for size in sizes if isinstance(size, int | float))
-    if pixels > _MOST_PIXELS:
+    if pixels > _MAX_PIXELS:
         raise UserError(
             f"{where}: resolution.crop={crop} with data.batch_size={batch} is refused: a checkpoint may set batches of "
-            f"at most {_MOST_PIXELS} pixels. {remedy}."
+            f"at most {_MAX_PIXELS} pixels. {remedy}."
         )

@@ -10,7 +10,7 @@ from hydra.utils import instantiate as hydra_instantiate
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dinoseg.config.checks import check_given
+from dinoseg.config.checks import check_arguments
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import shown
 
@@ -47,7 +47,7 @@ def instantiate(node: Any, *, without: Sequence[str] = (), instead: Mapping[str,
     if pointer is not None:
         raise UserError(f"{pointer} is still an interpolation after it is resolved. Choose a value without ${{.")
     for target, arguments, names in _targets(values, node, where):
-        check_given(target, arguments, names)
+        check_arguments(target, arguments, names)
     try:
         return hydra_instantiate(values, _convert_="all")
     except InstantiationException as error:
@@ -84,7 +84,7 @@ def _typed_at(node: Any, key: Any, where: str) -> tuple[Any, str]:
     return inner, inner._get_full_key(None) or name
 
 
-def keeping(contract: type[Part], part: object, key: str) -> Part:
+def expect_type(contract: type[Part], part: object, key: str) -> Part:
     """Return `part` if it is an instance of `contract`.
 
     Raises:

@@ -118,10 +118,10 @@ def _from_class_file(key: str, drawn: str = "", *, _root_: DictConfig) -> Any:
         return _classes_of_labels(data, Path(str(root)).expanduser()) if key == "classes" else _ground(data)
     if key in NOT_DESCRIBED:
         return NOT_DESCRIBED[key]
-    raise _Unmet(not_set("data.root") if drawn else _without_classes(data, None if root is None else path))
+    raise _Unmet(not_set("data.root") if drawn else _missing_classes_message(data, None if root is None else path))
 
 
-def _without_classes(data: DictConfig, path: Path | None) -> str:
+def _missing_classes_message(data: DictConfig, path: Path | None) -> str:
     """Return the error message on a dataset without classes, which names its missing root and folders, too.
 
     Args:

@@ -95,8 +95,8 @@ class Backbone(nn.Module):
         within = {parameter for part in parts for parameter in part.parameters()}
         return firsts[0] if trained <= within else 0
 
-    def until(self, images: Tensor) -> list[Tensor]:
-        """Return the frozen part's tokens (B, N, C) or maps (B, C, h, w) for images, as input of `onwards`.
+    def forward_frozen(self, images: Tensor) -> list[Tensor]:
+        """Return the frozen part's tokens (B, N, C) or maps (B, C, h, w) for images, as input of `forward_trainable`.
 
         There is one for each block that is read, in their order. If something is trained, these are the blocks before
         the first trained one. If later blocks are read too, the input of that block comes last.
@@ -112,8 +112,8 @@ class Backbone(nn.Module):
         maps = dict(zip(self._read, self(images), strict=True))
         return [maps[layer] for layer in sorted(maps)]
 
-    def onwards(self, frozen: list[Tensor], size: tuple[int, int]) -> list[Tensor]:
-        """Return the L maps (B, C, h, w) from the result of `until` for images of `size` (H, W)."""
+    def forward_trainable(self, frozen: list[Tensor], size: tuple[int, int]) -> list[Tensor]:
+        """Return the L maps (B, C, h, w) from the result of `forward_frozen` for images of `size` (H, W)."""
         maps = dict(zip(sorted({*self._read}), frozen, strict=True))
         return [maps[layer] for layer in self._read]
 
@@ -175,7 +175,7 @@ class Head(nn.Module, Generic[Outputs]):
     """
 
     mixture: bool = False  # whether its scores are sums of probabilities, as in mask classification, not logits
-    least_batch: int = 1  # minimum number of training images per rank and pass
+    min_batch_size: int = 1  # minimum number of training images per rank and pass
     weights: str | None = None  # file of its frozen part, if any
     no_object: bool = False  # whether the last column of its class logits means "no object"
     init: str | None = None  # `probe`: a new training starts from a linear probe, see `start`; None: at random
@@ -193,16 +193,16 @@ class Head(nn.Module, Generic[Outputs]):
         return None
 
     @property
-    def own_blocks(self) -> Sequence[nn.Module]:
+    def trainable_blocks(self) -> Sequence[nn.Module]:
         """Return trained copies of a backbone's last blocks, in order; whatever applies to blocks applies to them."""
         return ()
 
     @property
-    def late(self) -> tuple[float, Sequence[nn.Module]]:
+    def delayed_modules(self) -> tuple[float, Sequence[nn.Module]]:
         """Return the share of the training after which some modules start to be trained, and these modules."""
         return 0.0, ()
 
-    def fits(self, backbone: Backbone) -> None:
+    def check_backbone(self, backbone: Backbone) -> None:
         """Refuse a backbone that this head cannot use.
 
         Raises:
@@ -230,8 +230,8 @@ class Head(nn.Module, Generic[Outputs]):
         """Return the outputs for images (B, 3, H, W), float RGB in 0..1."""
         return self(backbone.maps(images))
 
-    def until(self, backbone: Backbone, images: Tensor) -> list[Tensor]:
-        """Return tokens (B, N, C) or maps (B, C, h, w) from before anything trained; `onwards` completes `run`.
+    def forward_frozen(self, backbone: Backbone, images: Tensor) -> list[Tensor]:
+        """Return tokens (B, N, C) or maps (B, C, h, w) from before anything trained, for `forward_trainable`.
 
         Raises:
             UserError: this head overrides `run`, but not this method.
@@ -241,11 +241,11 @@ class Head(nn.Module, Generic[Outputs]):
                 f"{type(self).__name__} runs the backbone itself, so the frozen part cannot be split off. Choose "
                 "engine.cache=off, or a head that reads feature maps, such as head=linear or head=dpt."
             )
-        return backbone.until(images)
+        return backbone.forward_frozen(images)
 
-    def onwards(self, backbone: Backbone, frozen: list[Tensor], size: tuple[int, int]) -> Outputs:
-        """Return the outputs from the result of `until`, for images that entered the backbone at `size` (H, W)."""
-        return self(backbone.onwards(frozen, size))
+    def forward_trainable(self, backbone: Backbone, frozen: list[Tensor], size: tuple[int, int]) -> Outputs:
+        """Return the outputs for the result of `forward_frozen` for images passed to the backbone at `size` (H, W)."""
+        return self(backbone.forward_trainable(frozen, size))
 
     def forward(self, features: list[Tensor]) -> Outputs:
         """Return the outputs for L maps (B, C, h, w)."""

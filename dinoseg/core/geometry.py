@@ -13,7 +13,7 @@ from dinoseg.utils.transfer import sent
 
 LATTICE = 1024  # pixels that represent an image
 _READ = 48  # cells per piece of a run on a CPU: weights of all cells of a fine grid would be mostly zeros
-_LEAST_PIECE = 64  # pixels
+_MIN_PIECE = 64  # pixels
 
 
 def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
@@ -147,7 +147,7 @@ def spans(length: int, cells: int, share: float, at_once: int, like: Tensor) -> 
     if _stays(length, cells, share):
         return [Span(run, run, None) for run in _runs(length, at_once)]
     positions = _positions(length, cells, share)
-    piece = max(_LEAST_PIECE, math.ceil(_READ * length / (cells * share)))  # pixels
+    piece = max(_MIN_PIECE, math.ceil(_READ * length / (cells * share)))  # pixels
     found = []
     for run in _runs(length, at_once):
         cells_read, weights = _reads(positions[run], cells, like)

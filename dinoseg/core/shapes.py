@@ -57,8 +57,8 @@ class Batch:
         """Copy to pinned memory, from which CUDA copies asynchronously."""
         return mapped(self, Tensor.pin_memory)
 
-    def taught(self, teach: Teach) -> Batch:
-        """Return the batch with all labels that a loss needs; `teach` predicts those of images without labels."""
+    def with_labels(self, predict: LabelPredictor) -> Batch:
+        """Return the batch with all labels that a loss needs; `predict` predicts those of images without labels."""
         return self
 
     def split(self, parts: int) -> list[Batch]:
@@ -92,7 +92,7 @@ class ClipBatch:
         """Copy to pinned memory, from which CUDA copies asynchronously."""
         return mapped(self, Tensor.pin_memory)
 
-    def taught(self, teach: Teach) -> ClipBatch:
+    def with_labels(self, predict: LabelPredictor) -> ClipBatch:
         """Return the clips unchanged: training on clips needs no labels."""
         return self
 
@@ -241,7 +241,7 @@ def mapped(outputs: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return outputs
 
 
-Teach = Callable[[Tensor], Prediction]  # images (B, 3, H, W) to a teacher's prediction
+LabelPredictor = Callable[[Tensor], Prediction]  # images (B, 3, H, W) to a teacher's prediction
 
 
 class SegmentationData(Protocol):

@@ -11,7 +11,7 @@ def backbone_size(size: Size, scale: float, longest: int | None) -> Size:
     return max(1, round(size[0] * factor)), max(1, round(size[1] * factor))
 
 
-def kept_longest(size: Size, longest: int | None, typical: int, largest: int) -> int | None:
+def reduced_longest(size: Size, longest: int | None, typical: int, largest: int) -> int | None:
     """Return `longest` for an image of `size`, or `typical` if the image is larger than any in training.
 
     Args:

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 FIRST = 2  # initial number of processes
 _ITEMS, _SECONDS = 30, 3.0  # minimum items and seconds per measurement
 _MUCH = 0.05  # share of time spent waiting, above which more processes are tried
-_MANY, _LEAST_MANY = 4, 16  # processes per core, and in all, above which a warning is logged
+_MANY, _MIN_MANY = 4, 16  # processes per core, and in all, above which a warning is logged
 _GAIN = 1.05  # minimum speed-up, in items per second, for which more processes are used
 
 
@@ -131,7 +131,7 @@ class _Search:
 def warn_of_many(workers: Workers) -> None:
     """Warn if there are more loading processes than this machine can use, even if they mostly wait."""
     ranks, cores = ranks_here(), cores_here()
-    if not isinstance(workers, str) and workers * ranks > max(_LEAST_MANY, _MANY * cores):
+    if not isinstance(workers, str) and workers * ranks > max(_MIN_MANY, _MANY * cores):
         log.warning(
             "engine.workers=%d starts %d loading processes on %d processors, each with its own memory and prefetched "
             "batches. engine.workers=auto finds the useful number.",

@@ -21,7 +21,7 @@ from dinoseg.core.shapes import Batch, ClipBatch, Sample, SegmentationData
 from dinoseg.data.clips.cut import Clips
 from dinoseg.data.clips.view import ClipView
 from dinoseg.data.enough_workers import FIRST, FROM_NONE, Workers, with_enough_workers
-from dinoseg.data.train_views import ORDER, VIEW, TrainViews, chance_of
+from dinoseg.data.train_views import ORDER, VIEW, TrainViews, make_rng
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.interrupt import SIGNALS, held
 from dinoseg.utils.wording import count_of
@@ -35,12 +35,12 @@ Item = TypeVar("Item")
 def train_batches(
     drawn: TrainViews, *, batch_size: int, start: int = 0, workers: Workers = 0, rank: int = 0, world: int = 1
 ) -> Iterator[Batch]:
-    """Yield this rank's share of each training batch from number `start` on, indefinitely; see `drawn_batches`."""
+    """Yield this rank's share of each training batch from number `start` on, indefinitely; see `sample_batches`."""
     options = {"batch_size": batch_size, "seed": drawn.seed, "start": start, "rank": rank, "world": world}
-    return drawn_batches(drawn.read, Batch.stack, len(drawn.data), workers=workers, **options)
+    return sample_batches(drawn.read, Batch.stack, len(drawn.data), workers=workers, **options)
 
 
-def drawn_batches(
+def sample_batches(
     read: Callable[[int, int], Item],
     join: Callable[[list[Item]], V],
     samples: int,
@@ -131,7 +131,7 @@ def _shares(
         for position in range(first, first + size):
             if position // count != epoch:
                 epoch = position // count
-                order = chance_of(seed, epoch, 0, ORDER).permutation(count)
+                order = make_rng(seed, epoch, 0, ORDER).permutation(count)
             share.append((epoch, int(order[position % count])))
         yield share
 
@@ -142,7 +142,7 @@ def _read_batch(read: Callable[[int, int], Item], join: Callable[[list[Item]], V
 
 def _read_clip(clips: Clips, view: ClipView, seed: int, epoch: int, index: int) -> tuple[torch.Tensor, str]:
     frames, name = clips.frames(index)
-    seen = view(frames, chance_of(seed, epoch, index, VIEW))
+    seen = view(frames, make_rng(seed, epoch, index, VIEW))
     return torch.from_numpy(seen).permute(0, 3, 1, 2), name  # (T, 3, H, W)
 
 

@@ -15,7 +15,7 @@ from dinoseg.data.custom import CustomDataset
 from dinoseg.data.packed.pack import Unwritable, drop_draft, is_begun, pack
 from dinoseg.data.packed.store import aligned
 from dinoseg.data.pairs.dataset import PairDataset
-from dinoseg.data.pairs.pairing import not_whole
+from dinoseg.data.pairs.pairing import incomplete_pairs_error
 from dinoseg.data.scan.scan import scan, unreadable
 from dinoseg.data.splits import labelled_names
 from dinoseg.utils.atomic import scratch_folder
@@ -31,7 +31,7 @@ CACHES = (None, "packed", "auto")
 
 logger = logging.getLogger(__name__)
 _TRIED = 5  # number of images measured
-_LEAST_GAIN = 3.0  # minimum speed-up that is worth the disk space
+_MIN_GAIN = 3.0  # minimum speed-up that is worth the disk space
 _OF_FREE = 0.5  # maximum share of the free disk space
 
 
@@ -48,7 +48,7 @@ def opened(
     labelled: HighShare | str | None = None,
     group: str | None = None,
     seed: Natural = 0,
-    decided: Callable[[Callable[[], bool]], bool] = lambda find: find(),
+    run_on_rank0: Callable[[Callable[[], bool]], bool] = lambda find: find(),
 ) -> SegmentationData:
     """Return the dataset, prepared as configured.
 
@@ -97,9 +97,9 @@ def opened(
     if on_error == "skip":
         dataset = _usable(dataset, split, Path(cache_dir), workers or count_cores())
     elif dataset.lacking:
-        raise not_whole(dataset, split)
+        raise incomplete_pairs_error(dataset, split)
     folder = Path(cache_dir).expanduser()
-    if cache == "auto" and reduced and decided(lambda: is_begun(dataset, folder) or pays(dataset, split, folder)):
+    if cache == "auto" and reduced and run_on_rank0(lambda: is_begun(dataset, folder) or pays(dataset, split, folder)):
         return _packed_if_there_is_room(dataset, split, cache_dir, workers)
     if cache == "packed":
         return pack(dataset, cache_dir=cache_dir, longest=longest if reduced else None, workers=workers)
@@ -161,8 +161,8 @@ def pays(dataset: PairDataset, split: str, cache_dir: Path) -> bool:
         return False
     each, size = statistics.median(files), aligned(round(statistics.mean(sizes))) * len(dataset)
     gain = each / statistics.median(packed)
-    if gain < _LEAST_GAIN:
-        chosen = f"read from its files: packing pays off from a speed-up of {_LEAST_GAIN:g} on"
+    if gain < _MIN_GAIN:
+        chosen = f"read from its files: packing pays off from a speed-up of {_MIN_GAIN:g} on"
     elif size > _OF_FREE * free:
         chosen = f"read from its files: at most {_OF_FREE:.0%} of the disk's free {in_bytes(free)} are used"
     else:
@@ -172,4 +172,4 @@ def pays(dataset: PairDataset, split: str, cache_dir: Path) -> bool:
         "times as fast); all %d take about %s.",
         *(split, chosen, 1e3 * each, 1e3 * each / gain, gain, len(dataset), in_bytes(size)),
     )
-    return gain >= _LEAST_GAIN and size <= _OF_FREE * free
+    return gain >= _MIN_GAIN and size <= _OF_FREE * free

@@ -217,7 +217,7 @@ def read_name_list(path: Path, key: str = "data.reader.partition.lists") -> list
             f"Line {longest} of the file list {path} has {len(lines[longest - 1])} characters, more than any file "
             f"name: write one name per line. Check {key}."
         )
-    names = [_without_ending(line.strip()) for line in lines if line.strip()]
+    names = [_strip_extension(line.strip()) for line in lines if line.strip()]
     if not names:
         raise UserError(f"The file list {path} is empty: write one name per line.")
     if len(set(names)) < len(names):
@@ -265,12 +265,12 @@ def _shuffle_key(name: str, seed: int) -> tuple[bytes, str]:
     return hashlib.sha256(f"{seed}/{name}".encode(errors="surrogateescape")).digest(), name
 
 
-def _without_ending(name: str) -> str:
+def _strip_extension(name: str) -> str:
     path = PurePosixPath(name)
     return str(path.with_suffix("")) if path.suffix.lower() in IMAGE_SUFFIXES else str(path)
 
 
-def keep_evenly_spaced(data: Any, count: Count | None) -> Any:
+def evenly_spaced_subset(data: Any, count: Count | None) -> Any:
     """Return a dataset of at most `count` evenly spaced samples; None: all samples."""
     if count is None or count >= len(data):
         return data

@@ -70,13 +70,13 @@ class TrainViews:
     def draw(self, epoch: int, sample: int) -> Draw:
         """Return the image, class and random generator of a sample in an epoch."""
         number = epoch if self.views is None else epoch % self.views
-        drawn = self.uniform and self.uniform.draw(chance_of(self.seed, number, sample, _CLASS))
+        drawn = self.uniform and self.uniform.draw(make_rng(self.seed, number, sample, _CLASS))
         image, *shown = drawn or (sample,)
-        return Draw(number, image, tuple(shown), chance_of(self.seed, number, sample, VIEW))
+        return Draw(number, image, tuple(shown), make_rng(self.seed, number, sample, VIEW))
 
     def read(self, epoch: int, sample: int) -> Sample:
         """Return the view of a sample in an epoch, with classes of another image pasted on where it is mixed."""
-        view, rng = self.seen(self.draw(epoch, sample)), chance_of(self.seed, epoch, sample, _MIX)
+        view, rng = self.seen(self.draw(epoch, sample)), make_rng(self.seed, epoch, sample, _MIX)
         if rng.random() >= self.mix:
             return view
         other = int(rng.integers(len(self.data) - 1))
@@ -91,7 +91,7 @@ class TrainViews:
         return Sample(image=torch.from_numpy(image).permute(2, 0, 1), mask=torch.from_numpy(mask), name=sample["name"])
 
 
-def chance_of(seed: int, epoch: int, sample: int, purpose: int) -> np.random.Generator:
+def make_rng(seed: int, epoch: int, sample: int, purpose: int) -> np.random.Generator:
     """Return the random generator of a sample in an epoch for one purpose."""
     # Philox has an independent stream per key and counter; sampling advances only the lowest counter word
     return np.random.Generator(np.random.Philox(key=seed, counter=[0, sample, epoch, purpose]))

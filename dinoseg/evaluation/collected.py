@@ -63,7 +63,7 @@ class Collector:
             boundary = boundary_errors(mask, prediction, self._data.ignore_index)
             samples = _sampled(sampled[row], mask[places], self._data.ignore_index, self._samples)
             self._rows.append((self._next, counts, boundary, *samples))
-            self._keep_picture(image_miou(counts), batch.image[row], prediction, mask)
+            self._store_image(image_miou(counts), batch.image[row], prediction, mask)
             self._next += self._world
 
     @property
@@ -72,7 +72,7 @@ class Collector:
         shots = {index: shot for heap in (self._best, self._worst) for _, index, shot in heap}
         return [(self._rows, list(shots.values()))]
 
-    def _keep_picture(self, score: float | None, image: Tensor, prediction: np.ndarray, mask: np.ndarray) -> None:
+    def _store_image(self, score: float | None, image: Tensor, prediction: np.ndarray, mask: np.ndarray) -> None:
         if score is None:
             return
         # ties store the earlier image, independent of its rank

@@ -15,7 +15,7 @@ from dinoseg.core.shapes import SegmentationData
 from dinoseg.evaluation.class_scores import ClassScores, unit_sums
 from dinoseg.evaluation.collected import image_mious
 from dinoseg.evaluation.image_record import ImageRecord
-from dinoseg.evaluation.scoring.intervals import Difference, Estimate, holm, jackknife, mean_of, widened, without_each
+from dinoseg.evaluation.scoring.intervals import Difference, Estimate, holm, jackknife, leave_one_out, mean_of, widened
 from dinoseg.evaluation.sides import Side
 from dinoseg.report.html.comparison import WIDEST, OtherRun, PairShot
 from dinoseg.report.overlay import reduced
@@ -26,7 +26,7 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import read_ids, read_size
 from dinoseg.utils.wording import one_line
 
-_TOLD = 5  # most decisive images named per side
+_LOGGED = 5  # most decisive images named per side
 logger = logging.getLogger(__name__)
 
 
@@ -56,7 +56,7 @@ def against(sides: Sequence[Side], open_data: Callable[[], SegmentationData]) ->
     for number, gaps in enumerate(differences(kind, sums), start=1):
         other = sides[number]
         try:
-            shots, reason = most_different(pictures, other.places[0], mious[0], mious[number], len(sides) - 1)
+            shots, reason = largest_differences(pictures, other.places[0], mious[0], mious[number], len(sides) - 1)
         except UserError as error:
             shots, reason = [], f"No images: {error}"
             refused[str(error)] = None
@@ -125,7 +125,7 @@ def verdict_lines(first: str, images: Sequence[str], others: Sequence[OtherRun])
         shares = [(share, name) for share, name in zip(other.decides, images, strict=True) if share]
         shares.sort(key=lambda pair: -abs(pair[0]))
         if shares:
-            contributions = ", ".join(f"{one_line(name)} {_shown(share, '+')}" for share, name in shares[:_TOLD])
+            contributions = ", ".join(f"{one_line(name)} {_shown(share, '+')}" for share, name in shares[:_LOGGED])
             lines.append(f"  largest contributions by image: {contributions}")
     return lines
 
@@ -216,7 +216,7 @@ def deciding(kind: ClassScores, first: Runs, second: Runs) -> list[float | None]
     The runs of both sides are counts (N, 3, K) of the same images.
     """
     whole, sums = Difference(kind, len(first), len(second)), _side_by_side(first, second)
-    gaps = float(whole.scores(sums.sum(axis=0))["miou"]) - without_each(whole, sums)["miou"]
+    gaps = float(whole.scores(sums.sum(axis=0))["miou"]) - leave_one_out(whole, sums)["miou"]
     return [float(gap) if np.isfinite(gap) else None for gap in gaps]
 
 
@@ -311,7 +311,7 @@ class Pictures:
         return PairShot(name, mious, frame, reduced(reference, _LONGEST), (predictions[0], predictions[1]))
 
 
-def most_different(
+def largest_differences(
     pictures: Pictures, other: Path, first: Sequence[float | None], second: Sequence[float | None], sides: int = 1
 ) -> tuple[list[PairShot], str]:
     """Return the images whose mIoU differs most in another run, by size of the difference; or none, and the reason.

@@ -11,12 +11,12 @@ from dinoseg.core.shapes import Palette
 from dinoseg.evaluation.about import EVALUATION
 from dinoseg.evaluation.restart import RECORD as TRACKED
 from dinoseg.utils import forms
-from dinoseg.utils.atomic import whole_file, write_json
+from dinoseg.utils.atomic import atomic_file, write_json
 from dinoseg.utils.errors import UserError
 
 RECORD, COUNTS = "evaluation.json", "counts.npz"  # in a run folder
 _REMEDY = "Evaluate again: python -m dinoseg mode=eval resume=RUN, where RUN is the run folder of the training."
-_MOST_CLASSES = 256
+_MAX_CLASSES = 256
 _LARGEST = 2**27  # maximum bytes of the JSON file: names of half a million images
 _FRAMING = 4096  # bytes of an NPZ file of one array in addition to its values
 _COLOUR = forms.row(*[forms.whole(0, 255)] * 3)
@@ -71,7 +71,7 @@ class ImageRecord:
 def write_record(record: ImageRecord, out_dir: Path) -> None:
     """Write a record into a run folder: the counts first, so that a JSON file implies complete counts."""
     content: dict[str, Any] = {key: value for key, value in vars(record).items() if key != "counts"}
-    with whole_file(out_dir / COUNTS) as part, part.open("wb") as file:
+    with atomic_file(out_dir / COUNTS) as part, part.open("wb") as file:
         np.savez(file, classes=record.counts.astype("<i8"))
     content["palette"] = [[int(level) for level in colour] for colour in record.palette]
     write_json(
@@ -138,7 +138,7 @@ def _check(content: dict[str, Any], counts: np.ndarray) -> None:
         Misshapen: naming the inconsistent numbers.
     """
     images, classes = len(content["images"]), len(content["classes"])
-    if not 1 <= classes <= _MOST_CLASSES or len(content["palette"]) != classes:
+    if not 1 <= classes <= _MAX_CLASSES or len(content["palette"]) != classes:
         raise forms.Misshapen(f"it has {classes} classes and {len(content['palette'])} colours")
     if (
         not images

@@ -38,7 +38,7 @@ def usable(protocol: DatasetProtocol, data: SegmentationData, out_dir: Path, *, 
     else:
         enough = len(problems) < len(data) if on_error == "skip" else not problems
     if tells and not enough:
-        _tell(Unscorable(problems, "this data set"), out_dir)
+        _log_error(Unscorable(problems, "this data set"), out_dir)
     return enough
 
 
@@ -60,7 +60,7 @@ def official_scores(
     try:
         scored = score_cases(protocol, listing, where=f"the data set and {folder}", on_error=on_error, remedy=remedy)
     except UserError as error:
-        _tell(error, out_dir)
+        _log_error(error, out_dir)
         return None
     result = report(protocol, scored, out_dir / SCORES)
     print(f"official:     {out_dir}/{SCORES}, predictions for submission in {folder}")
@@ -115,7 +115,7 @@ def _check_size(data: PairDataset, pair: Pair) -> None:
         )
 
 
-def _tell(error: UserError, out_dir: Path) -> None:
+def _log_error(error: UserError, out_dir: Path) -> None:
     problems = error.problems if isinstance(error, Unscorable) else [(out_dir / FOLDER, str(error))]
     path = write_problems(out_dir, {out_dir / FOLDER: problems})
     logger.warning("No official scores (all reasons in %s; mode.official=false skips them): %s", path, error)

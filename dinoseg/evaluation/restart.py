@@ -10,7 +10,7 @@ from typing import Any
 from dinoseg.data.clips.videos import Video
 from dinoseg.experiment.settings import check_same_settings
 from dinoseg.utils import forms
-from dinoseg.utils.atomic import whole_folder, write_text
+from dinoseg.utils.atomic import atomic_folder, write_text
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import check_regular, entries
 from dinoseg.utils.stamps import stamp
@@ -44,7 +44,7 @@ def earlier_run(restart: str | None, record: Mapping[str, Any]) -> Path | None:
     return folder
 
 
-def tell_taken(restart: str | None, videos: Sequence[str]) -> None:
+def log_copied(restart: str | None, videos: Sequence[str]) -> None:
     """Log which videos' masks were copied from the run folder `mode.restart`, if it is set."""
     if restart is not None:
         names = f": {listed(sorted(videos))}" if videos else ""
@@ -70,7 +70,7 @@ def digest_of(video: Video, prompts: str) -> str:
     return digest.hexdigest()
 
 
-def keep_digest(out_dir: Path, video: str, digest: str) -> None:
+def store_digest(out_dir: Path, video: str, digest: str) -> None:
     """Mark a video's masks in a run folder as complete, with the hash of their inputs."""
     write_text(out_dir / DIGESTS / f"{video}.txt", f"{digest}\n")
 
@@ -99,10 +99,10 @@ def take_over(
         if {path.name for path in entries(source) if path.is_file()} != set(files[folder]):
             return False
     for folder, source in sources.items():
-        with whole_folder(folder) as part:
+        with atomic_folder(folder) as part:
             shutil.copytree(source, part, dirs_exist_ok=True)
     # last, as after tracking: this run may be interrupted and resumed, too
-    keep_digest(out_dir, video, digest)
+    store_digest(out_dir, video, digest)
     return True
 
 

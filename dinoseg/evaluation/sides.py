@@ -18,7 +18,7 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import entries
 from dinoseg.utils.wording import count_of, listed, typed
 
-MOST, _MOST_RUNS = 32, 160  # sides (each has images in the page) and runs
+MAX, _MAX_RUNS = 32, 160  # sides (each has images in the page) and runs
 _AGAIN = re.compile(r"\d+_\d+")  # folder name of a repeated job, whose own name was taken
 logger = logging.getLogger(__name__)
 
@@ -48,12 +48,12 @@ def sides_of(runs: Any) -> list[Side]:
     Raises:
         UserError: there are fewer than two sides or too many, or the runs cannot be compared.
     """
-    given = _given(runs)
+    given = _expand_sweeps(runs)
     folders = [folder for side in given for folder in side]
     twice = [name for name, count in Counter(folder.resolve() for folder in folders).items() if count > 1]
     if twice:
         raise _refusal(runs, f"names {listed([str(name) for name in twice])} more than once")
-    if not 2 <= len(folders) <= _MOST_RUNS:
+    if not 2 <= len(folders) <= _MAX_RUNS:
         raise _refusal(runs, f"names {count_of(folders, 'run')}")
     places = [evaluated(folder) for folder in folders]
     records = aligned({folder: read_record(path) for folder, path in zip(folders, places, strict=True)})
@@ -63,7 +63,7 @@ def sides_of(runs: Any) -> list[Side]:
     else:
         starts = [sum(map(len, given[:number])) for number in range(len(given))]
         sides = [[*range(start, start + len(side))] for start, side in zip(starts, given, strict=True)]
-    if not 2 <= len(sides) <= MOST:
+    if not 2 <= len(sides) <= MAX:
         raise _refusal(runs, f"makes {count_of(sides, 'side')}")
     for side in sides:
         _warn_of_others([names[number] for number in side], [recipes[number] for number in side])
@@ -114,7 +114,7 @@ def _has_intervals(sides: Sequence[Side]) -> bool:
     return len(set(sides[0].records[0].units)) > 1 or min(first, max(others)) > 1
 
 
-def _given(runs: Any) -> list[list[Path]]:
+def _expand_sweeps(runs: Any) -> list[list[Path]]:
     """Return the folders of each entry; a sweep's folder stands for its jobs that no earlier entry names."""
     if not isinstance(runs, list | tuple):
         raise _refusal(runs, "is not a list")
@@ -155,9 +155,9 @@ def _jobs(name: Any, named: Collection[Path]) -> list[Path]:
 
 def _refusal(runs: Any, found: str) -> UserError:
     return UserError(
-        f"runs={typed(runs)} {found}: give 2 to {MOST} different run folders of mode=eval or mode=train, such as "
+        f"runs={typed(runs)} {found}: give 2 to {MAX} different run folders of mode=eval or mode=train, such as "
         "runs=[outputs/a/eval_1,outputs/b/eval_1]; several seeds of each as runs=[[a1,a2,a3],[b1,b2,b3]]; or the "
-        f"folder of a sweep. The limit is {_MOST_RUNS} runs in total."
+        f"folder of a sweep. The limit is {_MAX_RUNS} runs in total."
     )
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from dinoseg.core.sizes import evenly_spaced
 from dinoseg.data.clips.videos import VOID, Video
 from dinoseg.evaluation.about import about_run
-from dinoseg.evaluation.restart import RECORD, digest_of, earlier_run, keep_digest, take_over, tell_taken
+from dinoseg.evaluation.restart import RECORD, digest_of, earlier_run, log_copied, store_digest, take_over
 from dinoseg.evaluation.score_report import report, write_problems
 from dinoseg.evaluation.scoring.folders import Unscorable, score_cases
 from dinoseg.experiment.benchmark_videos import BenchmarkVideos
@@ -31,7 +31,7 @@ from dinoseg.report.overlay import blend, reduced
 from dinoseg.report.progress import Bar
 from dinoseg.tracking.tracker import LabelledFrames, Tracker
 from dinoseg.training.engine import Engine
-from dinoseg.utils.atomic import whole_folder, write_json, write_text
+from dinoseg.utils.atomic import atomic_folder, write_json, write_text
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import entries
 from dinoseg.utils.forms import as_read_back
@@ -133,7 +133,7 @@ class VideoTracking:
             if not self.skip:
                 raise
             return TrackedVideo(0, (self.masks / video.name, str(error)))
-        keep_digest(self.out_dir, video.name, digest)
+        store_digest(self.out_dir, video.name, digest)
         return TrackedVideo(len(video.frames))
 
     def _files(self, video: Video, written: Collection[str] | None) -> dict[Path, list[str]]:
@@ -233,7 +233,7 @@ def evaluate_videos(
     problems = [video.problem for video in tracked if video.problem is not None]
     result: dict[str, Any] = {"videos": len(data.videos) - len(problems)}
     if engine.is_main:
-        tell_taken(options.restart, [video.taken_over for video in tracked if video.taken_over is not None])
+        log_copied(options.restart, [video.taken_over for video in tracked if video.taken_over is not None])
         print(f"masks:        {tracking.masks}/<video>/<frame>.png, indexed, with the palette of DAVIS")
         print(f"blends:       {tracking.blends or 'none'}")
         scored_by = data.protocol if options.official else None
@@ -431,8 +431,8 @@ def write_masks(
 
     tracker.look_ahead(lambda: _from_first_mask(video, prompts, batch_size))
     with ExitStack() as stack:
-        for_masks = stack.enter_context(whole_folder(folder))
-        for_blends = None if blends is None else stack.enter_context(whole_folder(blends))
+        for_masks = stack.enter_context(atomic_folder(folder))
+        for_blends = None if blends is None else stack.enter_context(atomic_folder(blends))
 
         def write(tracked: list[tuple[PromptedFrame, np.ndarray]]) -> None:
             for frame, ids in tracked:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dinoseg.config.nodes import instantiate, keeping
+from dinoseg.config.nodes import expect_type, instantiate
 from dinoseg.config.plain import plain
 from dinoseg.data.clips.videos import Video, chosen
 from dinoseg.experiment.builder import Builder, check_split
@@ -82,7 +82,7 @@ def benchmark_videos(build: Builder, split: str, supervision: str | None) -> Ben
     tracking = data.tracking
     if (node := tracking.protocols[supervision]) is not None:
         key = f"data.tracking.protocols.{supervision}"
-        protocol = keeping(ScoreProtocol, instantiate(node), key)  # type: ignore[type-abstract]
+        protocol = expect_type(ScoreProtocol, instantiate(node), key)  # type: ignore[type-abstract]
     annotations = {} if protocol is None or protocol.annotations is None else {"annotations": protocol.annotations}
     videos = _videos(build.changed({"data": annotations}), split)
     prompts = "none"

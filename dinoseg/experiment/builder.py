@@ -10,8 +10,8 @@ from omegaconf import OmegaConf
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dinoseg.config.checks import check_given
-from dinoseg.config.nodes import instantiate, keeping, not_set
+from dinoseg.config.checks import check_arguments
+from dinoseg.config.nodes import expect_type, instantiate, not_set
 from dinoseg.config.plain import plain
 from dinoseg.core.contracts import Loss
 from dinoseg.core.shapes import SegmentationData
@@ -187,10 +187,10 @@ class Builder(ModelBuilder):
         # pseudo-labels are no ground truth to score against
         without = {"pseudo": False} if "pseudo" in (self._cfg.data.get("reader") or ()) and not reduced else {}
         pairs = self.reader(**without)(split)
-        more: dict[str, Any] = {} if engine is None else {"decided": engine.decided}
+        more: dict[str, Any] = {} if engine is None else {"run_on_rank0": engine.run_on_rank0}
         if reduced and split == "train" and self._cfg.data.get("labelled") is not None:
             labelled = {"labelled": self._cfg.data.labelled}
-            check_given("dinoseg.data.opened.opened", labelled, {"labelled": "data.labelled"})
+            check_arguments("dinoseg.data.opened.opened", labelled, {"labelled": "data.labelled"})
             more |= {**labelled, "group": self._cfg.data.group, "seed": self.seed}
         return self.part("data.opened")(pairs, split=split, reduced=reduced, **more)
 
@@ -241,7 +241,7 @@ class Builder(ModelBuilder):
 
     def criterion(self, **weights: Tensor) -> Loss:
         """Return the loss with given weights; a loss on labels takes `class_weights`."""
-        return keeping(Loss, self.part("loss.criterion")(**weights), "loss.criterion")
+        return expect_type(Loss, self.part("loss.criterion")(**weights), "loss.criterion")
 
     def optimizer(self, model: torch.nn.Module) -> Optimizer:
         """Return the optimizer of a model's trainable parameters."""
@@ -260,7 +260,7 @@ class Builder(ModelBuilder):
         options = {key: self._cfg.trainer.get(key) for key in ("steps", "epochs", "val_every")}
         options |= {"batch_size": self._cfg.data.batch_size, "accumulate": self._cfg.trainer.accumulate}
         names = {key: f"{'data' if key == 'batch_size' else 'trainer'}.{key}" for key in options}
-        check_given("dinoseg.experiment.builder.in_steps", options, names)
+        check_arguments("dinoseg.experiment.builder.in_steps", options, names)
         return in_steps(samples, **options)
 
     def loop_settings(self, lengths: Mapping[str, Any]) -> Settings:

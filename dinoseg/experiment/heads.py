@@ -187,7 +187,7 @@ def _resumed(cfg: DictConfig, heads: Sequence[HeadRun], overrides: Sequence[Over
     alone: Any = OmegaConf.merge(cfg, {HEADS: None, RATES: None})
     return {
         head.name: SoloRun(
-            resume.without(resume.merge(alone, remaining, path, head_description(info, head.name))), words
+            resume.without_resume(resume.merge(alone, remaining, path, head_description(info, head.name))), words
         )
         for head in heads
     }

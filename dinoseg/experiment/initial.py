@@ -23,7 +23,7 @@ _UPDATES = ".lora_"  # part of the names of LoRA's tensors
 _BASE = ".base_layer."  # part of the names of the original tensors of a layer with LoRA
 
 
-def begin_with(
+def load_initial_weights(
     build: ModelBuilder, model: Segmenter, classes: list[str], share: Callable[[Any], Any] = lambda value: value
 ) -> Segmenter:
     """Load the trained weights of the run that `init` names into a new model, where they fit, and log the result.
@@ -62,7 +62,7 @@ def begin_with(
     taken, _ = _fitting(init, model, saved)
     _check_frozen(init, model, saved, build.config)
     model.load_state_dict(taken, strict=False)
-    _tell(init, model, saved, taken, left, classes)
+    _log_loaded(init, model, saved, taken, left, classes)
     return model
 
 
@@ -85,7 +85,7 @@ def has_initial(build: ModelBuilder) -> bool:
 
 
 def check_initial(build: ModelBuilder, model: Segmenter) -> None:
-    """Run the checks of `begin_with` that need only names and shapes; the model may be on the meta device."""
+    """Run the checks of `load_initial_weights` that need only names and shapes; the model may be on the meta device."""
     if not has_initial(build):
         return
     init = build.value("init")
@@ -156,7 +156,7 @@ def _is_so(value: Tensor, now: Tensor | None) -> bool:
 
 def _check_frozen(init: str, model: Segmenter, saved: Checkpoint, config: Mapping[str, Any]) -> None:
     """Refuse a model whose frozen backbone differs from that of the `init` run; its checkpoint stores a hash."""
-    if _held_as(config) != _held_as(saved.info["config"]):
+    if _frozen_dtype(config) != _frozen_dtype(saved.info["config"]):
         return  # weights of another precision have another hash
     there, skipped = saved.part("model").keys(), quantised_names(model)
     updated = {name.partition(_UPDATES)[0] for name in there if _UPDATES in name}
@@ -173,12 +173,12 @@ def _check_frozen(init: str, model: Segmenter, saved: Checkpoint, config: Mappin
         )
 
 
-def _held_as(config: Mapping[str, Any]) -> tuple[Any, Any]:
+def _frozen_dtype(config: Mapping[str, Any]) -> tuple[Any, Any]:
     """Return the dtype and the quantisation bits of a config's frozen weights."""
     return config["backbone"].get("dtype"), config["adapter"].get("bits")
 
 
-def _tell(
+def _log_loaded(
     init: str,
     model: Segmenter,
     saved: Checkpoint,

@@ -54,7 +54,7 @@ def configure_log(folder: Path | None) -> None:
         handlers=handlers,
         force=True,
     )
-    threading.excepthook = _tell_thread_error
+    threading.excepthook = _log_thread_error
     for noisy in ("httpx", "accelerate", "transformers", "matplotlib", "PIL"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
 
@@ -67,7 +67,7 @@ def announce(step: str) -> None:
     logging.getLogger(__name__).info("%s ...", step, extra={_TRANSIENT: True})
 
 
-def _tell_thread_error(caught: threading.ExceptHookArgs) -> None:
+def _log_thread_error(caught: threading.ExceptHookArgs) -> None:
     """Log an OSError of a thread, such as TensorBoard's writer, in one line; pass other errors to the default hook."""
     if isinstance(caught.exc_value, OSError):
         logging.getLogger(__name__).warning("Writing failed: %s", caught.exc_value)

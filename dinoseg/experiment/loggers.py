@@ -4,7 +4,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from dinoseg.config.nodes import instantiate, keeping, making
+from dinoseg.config.nodes import expect_type, instantiate, making
 from dinoseg.experiment.models import ModelBuilder
 from dinoseg.report.log import LoggerFactory
 from dinoseg.report.loggers.logger import Logger
@@ -36,7 +36,7 @@ def _factory(key: str, node: Any) -> LoggerFactory:
             try:
                 signature(make).bind(out_dir, start_step=start_step)
             except ValueError:  # a class without a signature
-                return keeping(Logger, make(out_dir, start_step=start_step), key)
-        return keeping(Logger, make(out_dir, start_step=start_step), key)
+                return expect_type(Logger, make(out_dir, start_step=start_step), key)
+        return expect_type(Logger, make(out_dir, start_step=start_step), key)
 
     return open_logger

@@ -36,7 +36,7 @@ def min_batch(build: Builder) -> int:
     if build.value("adapter.bits") is not None:
         build = build.changed({"adapter": {"bits": None}})
     model = build.outline().train()
-    least = model.head.least_batch
+    least = model.head.min_batch_size
     norms = [part for part in model.modules() if isinstance(part, _BatchNorm) and part.training]
     if model.head.slots is not None or "unlabelled" in build.value("trainer") or not norms:
         return least  # slots see several frames of a clip, and a batch also has images without masks

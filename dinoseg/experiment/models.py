@@ -10,8 +10,8 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dinoseg.config.checks import check_given
-from dinoseg.config.nodes import instantiate, keeping, not_set
+from dinoseg.config.checks import check_arguments
+from dinoseg.config.nodes import expect_type, instantiate, not_set
 from dinoseg.config.plain import plain
 from dinoseg.config.resolvers import register_resolvers
 from dinoseg.core.contracts import Backbone, Head
@@ -90,7 +90,7 @@ class ModelBuilder:
         absent = object()
         values = {name: self.value(key, absent) for name, key in keys.items()}
         given = {name: value for name, value in values.items() if value is not absent}
-        check_given(f"{target.__module__}.{target.__qualname__}", given, keys)
+        check_arguments(f"{target.__module__}.{target.__qualname__}", given, keys)
         return given
 
     def part(self, key: str, **overrides: Any) -> Any:
@@ -152,7 +152,7 @@ class ModelBuilder:
     def backbone(self) -> Backbone:
         """Return the backbone without adapter, frozen and in eval mode."""
         torch.manual_seed(self.seed)
-        return keeping(Backbone, self.part("backbone"), "backbone").requires_grad_(False).eval()
+        return expect_type(Backbone, self.part("backbone"), "backbone").requires_grad_(False).eval()
 
     def check_fits(self, file: loading.Checkpoint) -> Segmenter:
         """Refuse a checkpoint that does not fit the model, before the model is built; return its `outline`.
@@ -194,7 +194,7 @@ class ModelBuilder:
         instead: dict[str, Any] = {} if layers is None else {"layers": list(layers)}
         if untrained and "weights" in self._cfg.backbone:
             instead["weights"] = "random"
-        bare = keeping(Backbone, instantiate(self._cfg.backbone, instead=instead), "backbone")
+        bare = expect_type(Backbone, instantiate(self._cfg.backbone, instead=instead), "backbone")
         if next(bare.parameters(), None) is None and not isinstance(adapter, Frozen):
             raise UserError("This backbone, such as backbone=rgb, has no parameters to train. Choose adapter=frozen.")
         return adapter(bare)
@@ -208,7 +208,7 @@ class ModelBuilder:
             runtime_arguments["patch_size"] = adapted.patch_size
         weightless = {"weights": None} if untrained and "weights" in keys else None
         make = instantiate(self._cfg.head, without=("layers", "lr", *runtime_arguments), instead=weightless)
-        head = keeping(Head, make(**runtime_arguments), "head")
+        head = expect_type(Head, make(**runtime_arguments), "head")
         sizes = self.arguments(Segmenter, {"scale": "resolution.scale", "longest": "resolution.longest"})
         self._check_crop(adapted.patch_size)
         return Segmenter(adapted, head, **sizes)

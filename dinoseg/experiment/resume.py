@@ -78,7 +78,7 @@ def merge(
     return merged
 
 
-def alone(
+def standalone_config(
     path: Path,
     info: Mapping[str, Any],
     changes: Mapping[str, Any],
@@ -114,7 +114,7 @@ def alone(
     return squared(merged)
 
 
-def without(cfg: DictConfig) -> DictConfig:
+def without_resume(cfg: DictConfig) -> DictConfig:
     """Return `cfg` without a run to resume."""
     return OmegaConf.create({**plain(cfg), "resume": None})
 
@@ -228,7 +228,7 @@ def resumed_checkpoint(cfg: DictConfig, out_dir: Path, prefer: str) -> Path | No
         try:
             is_same = recipe_of(checkpoint.describe(path)) == recipe
         except UserError as error:
-            _say(f"skipped: {error}")
+            _print_note(f"skipped: {error}")
             continue
         if is_same and _is_free(path.parent.parent):
             return path
@@ -250,14 +250,14 @@ def _is_free(run: Path) -> bool:
     deadline = time.monotonic() + PATIENCE
     if not is_locked(run):
         return True
-    _say(f"another process is writing to {run}: waiting up to {PATIENCE} seconds for it to end.")
+    _print_note(f"another process is writing to {run}: waiting up to {PATIENCE} seconds for it to end.")
     while time.monotonic() < deadline:
         time.sleep(0.1)
         if not is_locked(run):
             return True
-    _say(f"skipped: another process is still writing to {run}.")
+    _print_note(f"skipped: another process is still writing to {run}.")
     return False
 
 
-def _say(message: str) -> None:
+def _print_note(message: str) -> None:
     print(printable(f"resume=auto: {message}"), file=sys.stderr)

@@ -6,7 +6,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from dinoseg.config.checks import check_given
+from dinoseg.config.checks import check_arguments
 from dinoseg.config.nodes import instantiate
 from dinoseg.config.plain import plain
 from dinoseg.data.classes.file import NAME as CLASS_FILE
@@ -51,7 +51,7 @@ def score_protocol(cfg: DictConfig, predictions: Sequence[Path], out_dir: Path) 
         return instantiate(cfg.protocol)
     runtime_arguments: dict[str, Any] = {"classes": list(labels.classes)}
     if not (rules.binary or rules.reduce_zero_label or rules.ignore_index != 255):
-        check_given("dinoseg.data.classes.masks.Masks", masks)
+        check_arguments("dinoseg.data.classes.masks.Masks", masks)
         runtime_arguments |= {"references": references(labels, masks), "ignore_index": labels.ignore_index}
     return instantiate(cfg.protocol, without=tuple(runtime_arguments), instead={"_partial_": True})(**runtime_arguments)
 

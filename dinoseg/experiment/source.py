@@ -4,7 +4,7 @@ from typing import Any
 
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.trained import Trained, load_trained
-from dinoseg.models.adapters import whole_state
+from dinoseg.models.adapters import dequantised_state
 from dinoseg.models.model import Segmenter, constants
 
 
@@ -50,7 +50,7 @@ class ModelSource(Builder):
         if not changes:
             return trained
         model = self.changed(changes).model(untrained=True).eval()
-        model.load_state_dict(whole_state(trained))
+        model.load_state_dict(dequantised_state(trained))
         buffers = constants(model)
         for name, value in constants(trained).items():
             buffers[name].copy_(value)

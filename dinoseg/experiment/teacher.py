@@ -12,10 +12,10 @@ from torch import Tensor
 from dinoseg.core.shapes import Prediction, SegmentationData
 from dinoseg.core.sizes import backbone_size
 from dinoseg.experiment.models import ModelBuilder
-from dinoseg.experiment.resume import alone
+from dinoseg.experiment.resume import standalone_config
 from dinoseg.experiment.trained import restore
 from dinoseg.inference.predictor import Predictor
-from dinoseg.inference.trained_sizes import TrainedSizes, keep_scale
+from dinoseg.inference.trained_sizes import TrainedSizes, limit_to_trained_size
 from dinoseg.models.model import Segmenter
 from dinoseg.training import checkpoint
 from dinoseg.training.engine import Engine
@@ -29,9 +29,9 @@ from dinoseg.utils.wording import listed, shown, typed
 TEACHERS = "teachers"  # folder in the cache that holds the scores of all teachers
 _CROP = forms.listing(forms.whole(1), length=2)
 _PROBED = 512  # maximum side in backbone pixels of the dummy image that measures cells per pixel
-_MOST_STATE = 8  # bytes of a checkpoint per byte of its weights; AdamW's state and a moving average make it 4
+_MAX_STATE = 8  # bytes of a checkpoint per byte of its weights; AdamW's state and a moving average make it 4
 _FRAMING = 2**27  # bytes besides tensors, more than the largest header of a safetensors file
-_LEAST = -3e4  # lowest score relative to the highest; float16 can hold it
+_MIN = -3e4  # lowest score relative to the highest; float16 can hold it
 
 
 class Teacher:
@@ -52,7 +52,7 @@ class Teacher:
         with self._named():
             self._path = checkpoint.find(self._given, "best")
             self._info = checkpoint.describe(self._path)
-            self._build = ModelBuilder(alone(self._path, self._info, {}, job=build.config))
+            self._build = ModelBuilder(standalone_config(self._path, self._info, {}, job=build.config))
         self._check_classes(labels)
         with self._named():
             header = checkpoint.outline(self._path)
@@ -103,14 +103,14 @@ class Teacher:
         height, width = (max(1, math.ceil(side * of - 1e-6)) for side, of in zip(seen, cells, strict=True))
         pixels = sent(image[None], predictor.device)
         with self._named():
-            bands = predictor.asked(pixels, lambda bands: list(map(_grid_of, bands)), size=(height, width))
+            bands = predictor.run_bands(pixels, lambda bands: list(map(_grid_of, bands)), size=(height, width))
         valid, scores = bands[0][1], torch.cat([scores for scores, _ in bands], dim=1)
         if not scores.isfinite().all():
             raise UserError(
                 f"teacher={self._given} returns scores that are not finite. Check it with mode=eval, or set "
                 "engine.precision=fp32."
             )
-        return (scores - scores.amax(0)).clamp(min=_LEAST), valid
+        return (scores - scores.amax(0)).clamp(min=_MIN), valid
 
     def _read(self) -> tuple[Predictor, tuple[float, float]]:
         """Return the model as a predictor of images, and its number of cells per pixel along both axes."""
@@ -121,7 +121,7 @@ class Teacher:
                 raise UserError(f"resume={self._path} has changed since this run started. Start it again.")
             model, _ = restore(self._build, self._path)
             policy = self._build.part("inference")
-            keep_scale(model, TrainedSizes.from_info(self._info), teacher=f"teacher={self._given}")
+            limit_to_trained_size(model, TrainedSizes.from_info(self._info), teacher=f"teacher={self._given}")
             model = model.to(self._engine.device).requires_grad_(False)
             predictor = Predictor(model, self._engine.device, self._engine.autocast, policy)
             return predictor, self._cells(model)
@@ -160,7 +160,7 @@ class Teacher:
         """Refuse a file that is much larger than the weights in it, whose reading could take hours."""
         held = sum(value.numel() * value.element_size() for value in header.part("model").values())
         size = self._path.stat().st_size
-        if size > _MOST_STATE * held + _FRAMING:
+        if size > _MAX_STATE * held + _FRAMING:
             raise UserError(
                 f"{self._path} has {size} bytes, but its model has {held} bytes of weights: optimizer state takes only "
                 "a few times that. Give the best.safetensors of that run, or another checkpoint."

@@ -4,10 +4,10 @@ from collections.abc import Callable, Mapping
 from inspect import signature
 from typing import Any
 
-from dinoseg.config.nodes import instantiate, keeping, making
+from dinoseg.config.nodes import expect_type, instantiate, making
 from dinoseg.experiment.models import ModelBuilder
 from dinoseg.experiment.trained import Trained
-from dinoseg.inference.trained_sizes import TrainedSizes, keep_scale
+from dinoseg.inference.trained_sizes import TrainedSizes, limit_to_trained_size
 from dinoseg.tracking.tracker import Tracker
 from dinoseg.training.engine import Engine
 from dinoseg.utils.errors import UserError
@@ -52,9 +52,9 @@ def tracker_maker(
     if "sizes" in takes:
         options["sizes"] = sizes
     elif trained is not None:
-        keep_scale(trained.model, sizes)
+        limit_to_trained_size(trained.model, sizes)
     model = build.backbone().to(engine.device) if trained is None else trained.model
-    return lambda: keeping(Tracker, make(model, **options), group)  # type: ignore[type-abstract]
+    return lambda: expect_type(Tracker, make(model, **options), group)  # type: ignore[type-abstract]
 
 
 def tracker_factory(node: Any, name: str, overrides: Mapping[str, Any] | None = None) -> Callable[..., Tracker]:

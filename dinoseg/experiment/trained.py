@@ -100,7 +100,7 @@ def check_classes(data: SegmentationData | Labels, info: Mapping[str, Any], wher
         )
 
 
-def sizes_to_keep(trained: Trained, out_dir: Path) -> TrainedSizes | None:
+def find_trained_sizes(trained: Trained, out_dir: Path) -> TrainedSizes | None:
     """Return the training sizes to which images are scaled; None if the command line sets `resolution.longest`."""
     return None if longest_is_typed(out_dir) else TrainedSizes.from_info(trained.info)
 

@@ -12,7 +12,7 @@ import torch
 
 from dinoseg import __version__
 from dinoseg.experiment.source import ModelSource
-from dinoseg.experiment.trained import sizes_to_keep
+from dinoseg.experiment.trained import find_trained_sizes
 from dinoseg.experiment.unread import warn_unread
 from dinoseg.export.graph import record_of
 from dinoseg.export.options import GraphOptions
@@ -21,7 +21,7 @@ from dinoseg.export.proof import Reference, compare, exported, passes
 from dinoseg.export.runtime.facts import ModelFacts
 from dinoseg.export.runtime.onnx_record import GraphRecord
 from dinoseg.export.runtime.write import facts_of
-from dinoseg.inference.trained_sizes import keep_scale
+from dinoseg.inference.trained_sizes import limit_to_trained_size
 from dinoseg.models.adapters import merge
 from dinoseg.models.model import Segmenter
 from dinoseg.utils.atomic import scratch_folder, write_json
@@ -61,7 +61,7 @@ def prepared(
     with scratch_folder(out_dir, "export") as folder:
         found = pictures(options.images, options.count, folder, dataset=source.dataset, num_classes=source.num_classes)
         trained = source.load_on_cpu()  # quantised weights cannot move between devices
-        sizes = sizes_to_keep(trained, out_dir)
+        sizes = find_trained_sizes(trained, out_dir)
         facts = facts_of(source, trained, sizes)
         _check_licence(facts, source.config["head"].get("weights"), options.gated)
         reference = trained.model
@@ -70,13 +70,13 @@ def prepared(
             model = deepcopy(model) if model is reference else model
             merge(model.backbone)
         record, reason = record_of(model, sizes, options, found[0].size, opset=opset, precision=precision)
-        keep_scale(reference, sizes)
+        limit_to_trained_size(reference, sizes)
         model.limit = reference.limit
         rounding = _rounding(source)
         yield Prepared(Reference(reference, record), model, record, reason, facts, found, folder, rounding)
 
 
-def keep_if_proven(
+def store_if_verified(
     ready: Prepared,
     kind: str,
     files: Sequence[Path],

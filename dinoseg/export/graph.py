@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from dinoseg.core.geometry import upsample
 from dinoseg.core.shapes import MaskOutputs
 from dinoseg.core.sizes import Size
-from dinoseg.export.options import LARGEST_SIDE, MOST_PIXELS, GraphOptions
+from dinoseg.export.options import LARGEST_SIDE, MAX_PIXELS, GraphOptions
 from dinoseg.export.runtime.onnx_record import GraphRecord
 from dinoseg.inference.trained_sizes import TrainedSizes
 from dinoseg.models.model import Segmenter
 from dinoseg.utils.errors import UserError
 
-MOST_CELLS = 4096  # maximum of a dynamic graph's patch rows, patch columns and batch size
+MAX_CELLS = 4096  # maximum of a dynamic graph's patch rows, patch columns and batch size
 _EXAMPLE = (2, 3, 5)  # batch, patch rows and columns: all different, so that torch.export keeps the dimensions apart
 
 
@@ -96,7 +96,7 @@ def record_of(
     if any(side % multiple for side in fixed):
         near = [max(1, round(side / multiple)) * multiple for side in fixed]
         raise UserError(f"export.size={list(fixed)}: give multiples of the patch size, {multiple} px, such as {near}.")
-    if max(fixed) > LARGEST_SIDE or math.prod(fixed) > MOST_PIXELS:
+    if max(fixed) > LARGEST_SIDE or math.prod(fixed) > MAX_PIXELS:
         raise UserError(
             f"The graph would use the size of the first image, {list(fixed)} ({reason}), which is too large. Set "
             "export.size=[H,W], or smaller images in export.images."
@@ -115,7 +115,7 @@ def trace(segmenter: Segmenter, record: GraphRecord) -> torch.export.ExportedPro
     example = (batch, 3, rows * patch, columns * patch)
     shapes = None
     if record.size is None:
-        dims = [torch.export.Dim(name, min=1, max=MOST_CELLS) for name in ("batch", "rows", "columns")]
+        dims = [torch.export.Dim(name, min=1, max=MAX_CELLS) for name in ("batch", "rows", "columns")]
         shapes = ({0: dims[0], 2: patch * dims[1], 3: patch * dims[2]},)
     else:
         example = (record.batch or 1, 3, *record.size)

@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from dinoseg.core.sizes import Size
 from dinoseg.experiment.source import ModelSource
 from dinoseg.export import onnx_file
-from dinoseg.export.export import keep_if_proven, prepared
+from dinoseg.export.export import prepared, store_if_verified
 from dinoseg.export.graph import Graph, trace
 from dinoseg.export.options import GraphOptions
 from dinoseg.export.proof import Reference
 from dinoseg.export.runtime.onnx_model import open_session
 from dinoseg.export.runtime.onnx_pictures import bands, pixels
 from dinoseg.export.runtime.onnx_record import OUTPUTS, PRECISIONS, GraphRecord
-from dinoseg.utils.atomic import whole_file
+from dinoseg.utils.atomic import atomic_file
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import read_image
 from dinoseg.utils.ranges import Count
@@ -38,7 +38,7 @@ TOLERANCE = {"float32": 1e-3, "float16": 1e-2, "int8": 5e-2}
 
 
 SUFFIX = ".engine"
-_LEAST, _MOST, _BATCH = 16, 64, 8  # patch rows and columns that a dynamic engine always supports; largest batch
+_MIN, _MAX, _BATCH = 16, 64, 8  # patch rows and columns that a dynamic engine always supports; largest batch
 _ONNX_SAVED = "The ONNX file is verified and saved. See the output of TensorRT above; another export.opset may help."
 Shape = tuple[int, int, int, int]  # (B, 3, H, W)
 
@@ -88,7 +88,7 @@ class OnnxExport(GraphOptions):
             first = ready.pictures[0].path
             whole = Reference(ready.model, ready.record)
             explain = lambda: differing_layer(files[-1], scopes, whole, first)  # noqa: E731
-            report = keep_if_proven(ready, "onnx", files, out_dir, self, explain)
+            report = store_if_verified(ready, "onnx", files, out_dir, self, explain)
         path = out_dir / NAME
         print(f'use: import dinoseg; model = dinoseg.load("{path}"); out = model.predict("picture.jpg")')
         sizes = [ready.record.layout(picture.size).padded for picture in ready.pictures]
@@ -203,7 +203,7 @@ def build_engine(path: Path, record: GraphRecord, sizes: Sequence[Size]) -> Path
     """
     check_tensorrt()
     engine_path = path.with_suffix(SUFFIX)
-    with whole_file(engine_path) as part:
+    with atomic_file(engine_path) as part:
         build = _by_command if shutil.which("trtexec") is not None else _by_package
         build(path, part, shapes(record, sizes))
     print(
@@ -217,8 +217,8 @@ def shapes(record: GraphRecord, sizes: Sequence[Size]) -> list[Shape]:
     """Return the smallest, most common and largest input shape of an engine; a single one for a fixed-size graph."""
     if record.size is not None:
         return [(record.batch or 1, 3, *record.size)]
-    least = min(_LEAST * record.multiple, *(min(size) for size in sizes))
-    most = max(_MOST * record.multiple, *(max(size) for size in sizes))
+    least = min(_MIN * record.multiple, *(min(size) for size in sizes))
+    most = max(_MAX * record.multiple, *(max(size) for size in sizes))
     return [(1, 3, least, least), (1, 3, *sizes[0]), (_BATCH, 3, most, most)]
 
 

@@ -108,7 +108,7 @@ def check_opset(opset: int) -> None:
         )
 
 
-LEAST = 1024  # smallest number of weights that is worth compressing
+MIN = 1024  # smallest number of weights that is worth compressing
 # operator: (index of its weight input, axis of the output channels; None: depends on transB)
 _WEIGHTS = {"Conv": (1, 0), "ConvTranspose": (1, 1), "Gemm": (1, None), "MatMul": (1, 1), "Transpose": (0, 0)}
 
@@ -126,7 +126,7 @@ def shorten(model: onnx.ModelProto, precision: str) -> None:
     for number, tensor in enumerate(graph.initializer):
         if tensor.name in axes and tensor.data_type == onnx.TensorProto.FLOAT:
             weights = numpy_helper.to_array(tensor)
-            if weights.size >= LEAST:
+            if weights.size >= MIN:
                 stored, nodes = (_half if precision == "float16" else _steps)(tensor.name, weights, axes[tensor.name])
                 graph.initializer[number].CopyFrom(stored[0])
                 graph.initializer.extend(stored[1:])

@@ -9,7 +9,7 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Count, NotNegative, Share
 
 LARGEST_SIDE = 2**15  # px, largest side of a fixed-size graph; `GraphRecord` accepts no larger one
-MOST_PIXELS = 2**26
+MAX_PIXELS = 2**26
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +69,8 @@ class GraphOptions:
 def _check_size(size: Sequence[int]) -> None:
     if len(size) != 2:
         raise UserError(f"export.size={list(size)}: give [H,W], such as [512,512], or null.")
-    if max(size) > LARGEST_SIDE or math.prod(size) > MOST_PIXELS:
-        side = math.isqrt(MOST_PIXELS)
+    if max(size) > LARGEST_SIDE or math.prod(size) > MAX_PIXELS:
+        side = math.isqrt(MAX_PIXELS)
         raise UserError(
             f"export.size={list(size)}: give at most {LARGEST_SIDE} px per side, and no more pixels than "
             f"[{side},{side}]."

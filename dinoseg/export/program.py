@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from dinoseg.experiment.source import ModelSource
-from dinoseg.export.export import keep_if_proven, prepared
+from dinoseg.export.export import prepared, store_if_verified
 from dinoseg.export.graph import trace
 from dinoseg.export.options import GraphOptions
 from dinoseg.export.runtime.onnx_record import KEY
@@ -35,6 +35,6 @@ class ProgramExport(GraphOptions):
             file = ready.folder / NAME
             about = json.dumps({"graph": ready.record.plain(), **ready.facts.description()}, allow_nan=False)
             torch.export.save(trace(ready.model, ready.record), file, extra_files={f"{KEY}.json": about})
-            report = keep_if_proven(ready, "program", [file], out_dir, self, lambda: _DIFFERS)
+            report = store_if_verified(ready, "program", [file], out_dir, self, lambda: _DIFFERS)
         print(f'use: import torch; outputs = torch.export.load("{out_dir / NAME}").module()(images)')
         return {"path": str(out_dir / NAME), "agreement": report["agreement"]}

@@ -36,7 +36,7 @@ from dinoseg.models.model import Segmenter
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import read_image
 
-LEAST_LIMIT, LIMIT_TIMES = 300.0, 50  # timeout of an answer: 300 s + 50 times PyTorch's time
+MIN_LIMIT, LIMIT_TIMES = 300.0, 50  # timeout of an answer: 300 s + 50 times PyTorch's time
 TIMES = 5  # timed runs per image, after one warm-up run; also the number of timed images
 _LAST_WORDS = 5  # seconds to wait for the exit code
 _OURS = "dinoseg.utils.errors.UserError: "
@@ -47,7 +47,7 @@ _START = (
 )
 
 
-MOST = 2**22  # number of probabilities compared per image
+MAX = 2**22  # number of probabilities compared per image
 
 
 class Reference:
@@ -128,7 +128,7 @@ class Exported:
         """
         into, out = self._process.stdin, self._process.stdout
         assert into is not None and out is not None
-        limit = LEAST_LIMIT + LIMIT_TIMES * usual
+        limit = MIN_LIMIT + LIMIT_TIMES * usual
         timer = Timer(limit, self._process.kill)
         timer.start()
         try:
@@ -298,8 +298,8 @@ def timed(runtime: Runtime, image: np.ndarray) -> float:
 
 
 def thinned(probabilities: np.ndarray) -> np.ndarray:
-    """Subsample the rows and columns of (K, H, W) by one common step, to about `MOST` values at most."""
-    step = max(1, int(np.ceil((probabilities.size / MOST) ** 0.5)))
+    """Subsample the rows and columns of (K, H, W) by one common step, to about `MAX` values at most."""
+    step = max(1, int(np.ceil((probabilities.size / MAX) ** 0.5)))
     return np.ascontiguousarray(probabilities[:, ::step, ::step], np.float32)
 
 

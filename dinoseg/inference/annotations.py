@@ -22,7 +22,7 @@ from dinoseg.data.annotation.rle import counts_of, to_text
 from dinoseg.data.classes.file import NAME
 from dinoseg.data.classes.labels import Labels
 from dinoseg.inference.outputs import ImagePrediction
-from dinoseg.utils.atomic import whole_file, write_text
+from dinoseg.utils.atomic import atomic_file, write_text
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import visible_files
 from dinoseg.utils.ranges import Count, NotNegative
@@ -92,7 +92,7 @@ def edge_polygons(part: MaskRegion, tolerance: float) -> Iterator[np.ndarray]:
         fine = np.repeat(np.repeat(band, _FINE, axis=0), _FINE, axis=1)
         for outline in _outlines(fine):
             corners = (outline + 1) // _FINE  # the first or last subpixel of a pixel, never its middle one
-            yield _simpler(_without_repeats(corners), tolerance) + (part.left, part.top + top)
+            yield _simpler(_drop_repeats(corners), tolerance) + (part.left, part.top + top)
 
 
 def middle_polygons(part: MaskRegion, tolerance: float) -> Iterator[np.ndarray]:
@@ -117,7 +117,7 @@ def _outlines(mask: np.ndarray) -> Iterator[np.ndarray]:
     return (outline[:, 0] for outline in found)
 
 
-def _without_repeats(corners: np.ndarray) -> np.ndarray:
+def _drop_repeats(corners: np.ndarray) -> np.ndarray:
     return corners[(corners != np.roll(corners, 1, axis=0)).any(axis=1)]
 
 
@@ -211,7 +211,7 @@ class CocoAnnotations(_Annotations):
         """Merge the intermediate files and number images and annotations."""
         super().finish()
         categories = [{"id": index + 1, "name": name, "supercategory": ""} for index, name in self.names()]
-        with whole_file(self.folder / "annotations.json") as part, open(part, "w", encoding="utf-8") as file:
+        with atomic_file(self.folder / "annotations.json") as part, open(part, "w", encoding="utf-8") as file:
             info = {"description": "predictions of dinoseg", "version": dinoseg.__version__}
             head = {
                 "info": info,
@@ -253,7 +253,7 @@ class CvatAnnotations(_Annotations):
         shapes: list[str] = []
         for number, part in enumerate(self.shapes.parts(prediction.ids, self.background), 1):
             rest = f'label={quoteattr(self.labels.classes[part.value])} source="auto" occluded="0" z_order="0"'
-            shapes += [f"    <{shape} {rest}/>" for shape in self._drawn(part, number)]
+            shapes += [f"    <{shape} {rest}/>" for shape in self._draw_shape(part, number)]
         name = quoteattr(one_line(printable(_image_name(prediction))))
         text = "\n".join([f' name={name} width="{width}" height="{height}">', *shapes, "  </image>"])
         write_text(_piece(self.folder, prediction), json.dumps(text))
@@ -266,14 +266,14 @@ class CvatAnnotations(_Annotations):
             f"<label><name>{_escaped(name)}</name><color>{colors[index]}</color></label>"
             for index, name in self.names()
         )
-        with whole_file(self.folder / "annotations.xml") as part, open(part, "w", encoding="utf-8") as file:
+        with atomic_file(self.folder / "annotations.xml") as part, open(part, "w", encoding="utf-8") as file:
             file.write('<?xml version="1.0" encoding="utf-8"?>\n<annotations>\n  <version>1.1</version>\n')
             file.write(f"  <meta><task><labels>{labels}</labels></task></meta>\n")
             for number, piece in _pieces(self.folder):
                 file.write(f'  <image id="{number - 1}"{piece}\n')
             file.write("</annotations>\n")
 
-    def _drawn(self, part: MaskRegion, number: int) -> Iterator[str]:
+    def _draw_shape(self, part: MaskRegion, number: int) -> Iterator[str]:
         if self.shapes.format == "rle":
             height, width = part.mask.shape
             counts = ", ".join(map(str, counts_of(part.mask.ravel()).tolist()))
@@ -296,17 +296,17 @@ class LabelmeAnnotations(_Annotations):
         height, width = prediction.ids.shape
         suffix = prediction.path.suffix
         target = self.folder / f"{prediction.name}{suffix}"
-        with whole_file(target) as part:
+        with atomic_file(target) as part:
             _link(prediction.path, part)
         parts = enumerate(self.shapes.parts(prediction.ids, self.background))
         content = {
             "version": "5.4.1", "flags": {},
-            "shapes": [shape for number, part in parts for shape in self._drawn(part, number)],
+            "shapes": [shape for number, part in parts for shape in self._draw_shape(part, number)],
             "imagePath": target.name, "imageData": None, "imageHeight": height, "imageWidth": width,
         }  # fmt: skip
         write_text(self.folder / f"{prediction.name}.json", json.dumps(content, indent=1))
 
-    def _drawn(self, part: MaskRegion, number: int) -> Iterator[dict[str, Any]]:
+    def _draw_shape(self, part: MaskRegion, number: int) -> Iterator[dict[str, Any]]:
         shape = {"label": self.labels.classes[part.value], "group_id": number, "description": "", "flags": {}}
         if self.shapes.format == "rle":
             height, width = part.mask.shape

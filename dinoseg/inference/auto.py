@@ -9,7 +9,7 @@ import torch
 from dinoseg.core.shapes import Prediction
 from dinoseg.inference.memory import PassCost, described, free_bytes, measure
 from dinoseg.inference.policy import Autocast, Policy, Seen
-from dinoseg.inference.rows import HeldRows, Rows
+from dinoseg.inference.rows import MemoryRows, Rows
 from dinoseg.inference.whole import Whole
 from dinoseg.inference.windows import Overlap, Windows
 from dinoseg.models.model import Segmenter, Size, backbone_size
@@ -62,10 +62,10 @@ class Auto(Policy):
             return self.whole.bands(model, rows, autocast, size=size, seen=seen)
         return self.windows.over(model, rows, autocast, grid, size=size, seen=seen)
 
-    def sees_whole(self, model: Segmenter, size: Size, autocast: Autocast) -> bool:
+    def is_single_pass(self, model: Segmenter, size: Size, autocast: Autocast) -> bool:
         """Return whether the prediction of an image of `size` is a single pass over the whole image."""
-        rows = HeldRows(torch.empty(1, 3, *size, device="meta"))
-        return self.whole.sees_whole(model, size, autocast) and self._is_whole_feasible(model, rows, autocast, size)
+        rows = MemoryRows(torch.empty(1, 3, *size, device="meta"))
+        return self.whole.is_single_pass(model, size, autocast) and self._is_whole_feasible(model, rows, autocast, size)
 
     def spare(self, model: Segmenter, rows: Rows, *, size: Size | None = None) -> bool:
         """Use windows for images of this size and larger from now on; return False if that is already the case."""
@@ -84,7 +84,7 @@ class Auto(Policy):
             need: float = pixels * _AMPLE
             if need > free:
                 self._cost = self._cost or measure(model, min(self.windows.size), autocast)
-                need = self._cost.of(rows.count, self._seen(model, rows), size)
+                need = self._cost.of(rows.count, self._input_size(model, rows), size)
                 facts = (
                     f"inference=auto: {described(rows)} would need about {need / 2**30:.1f} GiB in one pass; "
                     f"{free / 2**30:.1f} GiB are available"
@@ -97,11 +97,11 @@ class Auto(Policy):
         return pixels <= self._feasible
 
     def _pixels(self, model: Segmenter, rows: Rows, size: Size) -> int:
-        return rows.count * (math.prod(self._seen(model, rows)) + math.prod(size))
+        return rows.count * (math.prod(self._input_size(model, rows)) + math.prod(size))
 
-    def _seen(self, model: Segmenter, rows: Rows) -> Size:
+    def _input_size(self, model: Segmenter, rows: Rows) -> Size:
         """Return the (h, w) of the backbone's input for whole images, at the largest scale."""
-        return backbone_size(model.seen_size(rows.size), max(1.0, *self.windows.scales), None)
+        return backbone_size(model.input_size(rows.size), max(1.0, *self.windows.scales), None)
 
     def _message(self, facts: str, *, whole: bool) -> str:
         if whole:

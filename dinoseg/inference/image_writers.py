@@ -12,7 +12,7 @@ from torch import Tensor
 from dinoseg.data.classes.labels import Labels
 from dinoseg.inference.annotations import CocoAnnotations, CvatAnnotations, LabelmeAnnotations, PredictedShapes
 from dinoseg.inference.outputs import ImagePrediction, ImageWriter
-from dinoseg.utils.atomic import whole_file
+from dinoseg.utils.atomic import atomic_file
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import write_png
 from dinoseg.utils.wording import listed, shown
@@ -30,7 +30,7 @@ class PalettePictures:
         """Write the PNG of one image."""
         picture = Image.fromarray(prediction.ids)
         picture.putpalette([level for color in self.labels.palette for level in color])
-        with whole_file(self.folder / f"{prediction.name}.png") as part:
+        with atomic_file(self.folder / f"{prediction.name}.png") as part:
             picture.save(part, format="PNG")
 
     def finish(self) -> None:
@@ -79,7 +79,7 @@ def _known(prediction: ImagePrediction) -> Tensor:
 
 
 def _save(path: Path, values: Tensor) -> None:
-    with whole_file(path) as part, open(part, "wb") as file:
+    with atomic_file(path) as part, open(part, "wb") as file:
         np.save(file, values.cpu().numpy())
 
 

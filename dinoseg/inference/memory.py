@@ -41,7 +41,7 @@ class OutOfMemory(UserError):
     """Error raised when images need more memory than is available."""
 
 
-def tells_shortage(error: Exception) -> bool:
+def is_shortage(error: Exception) -> bool:
     """Return whether an error reports a failed allocation."""
     return isinstance(error, MemoryError) or any(words in str(error) for words in _SHORT)
 
@@ -54,7 +54,7 @@ def reason_of(shortage: Exception) -> str:
 
 def shortage_of(error: Exception) -> OutOfMemory | None:
     """Return the `OutOfMemory` error to raise for a failed allocation; None for other errors."""
-    if not tells_shortage(error):
+    if not is_shortage(error):
         return None
     return OutOfMemory(
         f"Out of memory ({reason_of(error)}). Free some memory. A training needs less with a smaller backbone, head or "
@@ -72,7 +72,7 @@ def telling_shortage(rows: Rows) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not tells_shortage(error):
+        if not is_shortage(error):
             raise
         raise OutOfMemory(
             f"Not enough memory to predict {described(rows)} ({reason_of(error)}). Free some; or set "

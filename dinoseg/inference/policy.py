@@ -44,7 +44,7 @@ class Policy(Protocol):
         """
         ...
 
-    def sees_whole(self, model: Segmenter, size: Size, autocast: Autocast) -> bool:
+    def is_single_pass(self, model: Segmenter, size: Size, autocast: Autocast) -> bool:
         """Return whether the prediction of an image of `size` is a single pass over the whole image."""
         return False
 

@@ -13,11 +13,11 @@ from dinoseg.core.shapes import Prediction
 from dinoseg.inference.memory import OutOfMemory, telling_shortage
 from dinoseg.inference.png_rows import PngWriter
 from dinoseg.inference.policy import Autocast, Policy, Seen
-from dinoseg.inference.rows import HeldRows, Rows
+from dinoseg.inference.rows import MemoryRows, Rows
 from dinoseg.inference.strips import open_rows
 from dinoseg.inference.whole import Whole
 from dinoseg.models.model import Segmenter, Size
-from dinoseg.utils.atomic import whole_file
+from dinoseg.utils.atomic import atomic_file
 from dinoseg.utils.transfer import sent
 
 T = TypeVar("T")
@@ -40,7 +40,7 @@ class Predictor:
             OutOfMemory: the images need more memory than is available.
         """
         return (
-            self.asked(self._stacked(images), lambda bands: torch.cat([band.class_ids() for band in bands], dim=1))
+            self.run_bands(self._stacked(images), lambda bands: torch.cat([band.class_ids() for band in bands], dim=1))
             .cpu()
             .numpy()
         )
@@ -52,7 +52,7 @@ class Predictor:
         Raises:
             OutOfMemory: the images need more memory than is available.
         """
-        return self.asked(
+        return self.run_bands(
             self._stacked(images),
             lambda bands: torch.cat([band.logits().float().softmax(dim=1) for band in bands], dim=2),
         )
@@ -76,11 +76,11 @@ class Predictor:
             OSError: the target cannot be written.
         """
         rows = open_rows(source, self.device)
-        with whole_file(Path(target)) as part, PngWriter(part, rows.size) as file:
+        with atomic_file(Path(target)) as part, PngWriter(part, rows.size) as file:
             for ids in self._strips(rows):
                 file.write(ids)
 
-    def asked(
+    def run_bands(
         self,
         images: Tensor,
         take: Callable[[Iterator[Prediction]], T],
@@ -101,7 +101,7 @@ class Predictor:
         Raises:
             OutOfMemory: the images need more memory than is available.
         """
-        rows = HeldRows(images)
+        rows = MemoryRows(images)
         while True:
             try:
                 with telling_shortage(rows):

@@ -13,7 +13,7 @@ from dinoseg.core.shapes import Palette
 from dinoseg.report.overlay import blend, legend_of, side_by_side
 from dinoseg.report.palette import colorize
 from dinoseg.report.table import class_statistics
-from dinoseg.utils.atomic import whole_folder, write_text
+from dinoseg.utils.atomic import atomic_folder, write_text
 from dinoseg.utils.images import write_png
 
 
@@ -34,7 +34,7 @@ def write_image_results(
     """
     overlay = blend(image, mask, palette, ignore_index=ignore_index, opacity=opacity)
     legend = legend_of([mask], classes, palette, ignore_index=ignore_index)
-    with whole_folder(folder) as part:
+    with atomic_folder(folder) as part:
         write_png(part / "original.png", image)
         np.save(part / "segmentation_raw.npy", mask)
         write_png(part / "segmentation_colored.png", colorize(mask, palette, ignore_index))

@@ -25,7 +25,7 @@ class Rows(Protocol):
         ...
 
 
-class HeldRows(Rows):
+class MemoryRows(Rows):
     """Rows of images (B, 3, H, W) in memory."""
 
     def __init__(self, images: Tensor) -> None:

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from dinoseg.inference.memory import free_bytes
 from dinoseg.inference.png_rows import PngFileRows, PngLayout
-from dinoseg.inference.rows import HeldRows, Rows, Size, as_rows
+from dinoseg.inference.rows import MemoryRows, Rows, Size, as_rows
 from dinoseg.inference.tiff_rows import TiffLayout, TiffRows
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import check_regular
 from dinoseg.utils.images import read_image, read_orientation
 
-MOST_HELD = 2 * (Image.MAX_IMAGE_PIXELS or 2**27)  # maximum number of pixels that Pillow opens
+MAX_HELD = 2 * (Image.MAX_IMAGE_PIXELS or 2**27)  # maximum number of pixels that Pillow opens
 _TIFF, _JPEG = (".tif", ".tiff"), (".jpg", ".jpeg")
 _LATER = (
     "Images of any size are read from a PNG file of 8 bits that is not interlaced; from a TIFF file of 8 bits, grey or "
@@ -41,13 +41,13 @@ def open_rows(path: str | Path, device: torch.device) -> Rows:
         return TiffRows(path, layout, device)
     if isinstance(layout, PngLayout):
         return PngFileRows(path, layout, device)
-    if layout is not None and math.prod(layout.size) > MOST_HELD:
+    if layout is not None and math.prod(layout.size) > MAX_HELD:
         return JpegRows(path, device)
     try:
         image = read_image(path)
     except UserError as error:
         raise UserError(f"{error} {_LATER}") from error
-    return HeldRows(torch.from_numpy(image.copy()).permute(2, 0, 1)[None].to(device))
+    return MemoryRows(torch.from_numpy(image.copy()).permute(2, 0, 1)[None].to(device))
 
 
 def only_in_strips(path: Path) -> bool:
@@ -56,7 +56,7 @@ def only_in_strips(path: Path) -> bool:
         layout = _layout(path)
     except (OSError, UserError):  # the error is raised when the image is read
         return False
-    return layout is not None and math.prod(layout.size) > MOST_HELD
+    return layout is not None and math.prod(layout.size) > MAX_HELD
 
 
 def _layout(path: Path) -> "TiffLayout | PngLayout | JpegLayout | None":

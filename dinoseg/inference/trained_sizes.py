@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
-from dinoseg.core.sizes import Size, kept_longest
+from dinoseg.core.sizes import Size, reduced_longest
 from dinoseg.models.model import Segmenter
 from dinoseg.utils import forms
 from dinoseg.utils.errors import UserError
@@ -60,7 +60,7 @@ class TrainedSizes:
         return cls(**sizes)
 
 
-def keep_scale(
+def limit_to_trained_size(
     model: Segmenter, sizes: TrainedSizes | None, *, reduces: bool = True, teacher: str | None = None
 ) -> None:
     """Make a segmenter reduce images larger than any in training to the typical size, and log this once.
@@ -78,7 +78,7 @@ def keep_scale(
 
     def limit(size: Size) -> int | None:
         nonlocal warned
-        limited = kept_longest(size, longest, sizes.typical, sizes.largest)
+        limited = reduced_longest(size, longest, sizes.typical, sizes.largest)
         if limited != longest and not warned:
             warned = True
             logger.warning("%s", _message(size, sizes, reduces, teacher))

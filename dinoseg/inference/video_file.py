@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dinoseg.data.video.decoder import MOST_PIXELS, REMEDY, Decoder
+from dinoseg.data.video.decoder import MAX_PIXELS, REMEDY, Decoder
 from dinoseg.utils.errors import UserError
 
 _COUNTED_SUFFIXES = (".avi", ".mp4", ".mov", ".m4v")  # their headers hold the number of frames
@@ -49,7 +49,7 @@ class VideoReader:
         UserError: the file cannot be opened or holds no frame; while reading: it ends early, or its frame size changes.
     """
 
-    def __init__(self, path: str | Path, *, device: str | None = None, max_pixels: int = MOST_PIXELS) -> None:
+    def __init__(self, path: str | Path, *, device: str | None = None, max_pixels: int = MAX_PIXELS) -> None:
         self.path = Path(path)
         self.frames_read = 0
         try:

@@ -22,7 +22,7 @@ from dinoseg.inference.video_file import VideoReader
 from dinoseg.inference.video_writer import VideoWriter
 from dinoseg.report.overlay import blend
 from dinoseg.report.progress import Bar
-from dinoseg.utils.atomic import whole_folder
+from dinoseg.utils.atomic import atomic_folder
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import write_png
 from dinoseg.utils.interrupt import ending_input
@@ -98,7 +98,7 @@ def segment_video(
         return None
     with ExitStack() as stack:
         reader = stack.enter_context(_open(video, by.batch_size))
-        parts = {name: stack.enter_context(whole_folder(folder)) for name, folder in folders.items()}
+        parts = {name: stack.enter_context(atomic_folder(folder)) for name, folder in folders.items()}
         masks = parts.pop("masks", None)
         writers = [frame_writer(name, part, by.labels) for name, part in parts.items()]
         needs_probabilities = any(writer.needs_probabilities for writer in writers)

@@ -30,7 +30,7 @@ _CODECS = {
 _MATRICES = (1, 4, 5, 6, 7, 9)  # matrices from RGB to YUV that H.264 stores, numbered as in H.273 and PyAV
 _UNTOLD = 2
 # mp4 stores the delay from decoding to display (up to 4 frames) in 31 bits, and doubles ticks below 20,000/s
-_MOST_TICKS, _LEAST_TICKS = 2**29, 20_000
+_MAX_TICKS, _MIN_TICKS = 2**29, 20_000
 
 
 class VideoWriter:
@@ -66,7 +66,7 @@ class VideoWriter:
         self._size, self._cut = size, cut
         rate = rate if isinstance(rate, Fraction) else Fraction(rate).limit_denominator(1001)
         self._tick = 1 / rate if like is None else like.tick
-        self._longest = _MOST_TICKS // max(_LEAST_TICKS, self._tick.denominator)  # seconds, maximum duration of a frame
+        self._longest = _MAX_TICKS // max(_MIN_TICKS, self._tick.denominator)  # seconds, maximum duration of a frame
         self._step = max(1, round(1 / rate / self._tick))  # ticks of a frame without a timestamp
         self._last = -self._step  # timestamp of the previous frame, in ticks
         self._reformatter = VideoReformatter()
@@ -108,7 +108,7 @@ class VideoWriter:
         picture.pts, picture.time_base, picture.duration = self._last, self._tick, self._step
         try:
             self._container.mux(self._stream.encode(picture))
-            self._sound.write_until((self._last + self._step) * self._tick)
+            self._sound.write_before((self._last + self._step) * self._tick)
         except FFmpegError as error:
             raise self._unwritable(str(error.strerror)) from error
         self.frames_written += 1
@@ -120,7 +120,7 @@ class VideoWriter:
             try:
                 self._container.mux(self._stream.encode(None))
                 if not self._cut:
-                    self._sound.write_until(None)
+                    self._sound.write_before(None)
                 self._container.close()
             except FFmpegError as error:
                 reason = f"{error.strerror}; "
@@ -204,7 +204,7 @@ class Sound:
             self._packets = self._encoded(target.add_stream("aac", rate=rate, layout=layout))
         self._waiting = next(self._packets, None)
 
-    def write_until(self, time: Fraction | None) -> None:
+    def write_before(self, time: Fraction | None) -> None:
         """Write the packets before `time` in seconds; None: all remaining packets."""
         while self._waiting is not None and (time is None or self._waiting[0] < time):
             self._target.mux(self._waiting[1])

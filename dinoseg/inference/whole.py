@@ -22,7 +22,7 @@ class Whole(Policy):
         self, model: Segmenter, rows: Rows, autocast: Autocast, *, size: Size | None = None, seen: Seen | None = None
     ) -> Iterator[Prediction]:
         """Yield the model's prediction as one band, or several bands if it is averaged over flips or scales."""
-        if not self.sees_whole(model, rows.size, autocast):
+        if not self.is_single_pass(model, rows.size, autocast):
             grid = model.reduced_size(rows.size)
             yield from self.passes.over(model, rows, autocast, grid, size=size, seen=seen)
             return
@@ -33,6 +33,6 @@ class Whole(Policy):
             seen(prediction, images, [Place(image, 0, 0) for image in range(rows.count)], rows.size)
         yield replace(prediction, size=size or prediction.size)
 
-    def sees_whole(self, model: Segmenter, size: Size, autocast: Autocast) -> bool:
+    def is_single_pass(self, model: Segmenter, size: Size, autocast: Autocast) -> bool:
         """Return whether the prediction is a single pass: no flips and only scale 1."""
         return len(self.passes.turns) == 1 and list(self.passes.scales) == [1.0]

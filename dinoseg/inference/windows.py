@@ -34,7 +34,7 @@ TURNS: dict[str, Sequence[Turn]] = {
 }
 WEIGHTS = ("cosine", "uniform")
 AVERAGES = ("probabilities", "scores")
-_MOST_PIXELS = 2**26  # limit of an image enlarged by `shortest`
+_MAX_PIXELS = 2**26  # limit of an image enlarged by `shortest`
 
 
 class Windows(Policy):
@@ -124,18 +124,18 @@ class Windows(Policy):
             yield Prediction(band, (band.shape[2], band.shape[3]), (1.0, 1.0), upsample, mixture)
 
     def _enlarged(self, grid: Size) -> Size:
-        """Return `grid` (H, W) enlarged so that its shorter side is `shortest`, up to `_MOST_PIXELS` pixels."""
+        """Return `grid` (H, W) enlarged so that its shorter side is `shortest`, up to `_MAX_PIXELS` pixels."""
         if self.shortest is None:
             return grid
         wanted = self.shortest / min(grid)
-        factor = min(wanted, max(1.0, math.sqrt(_MOST_PIXELS / math.prod(grid))))
+        factor = min(wanted, max(1.0, math.sqrt(_MAX_PIXELS / math.prod(grid))))
         enlarged = backbone_size(grid, factor, None)
         if factor < wanted and not self._warned:
             self._warned = True
             logger.warning(
                 "inference.shortest=%d would make an image of %d x %d (width x height) larger than %d megapixels: it "
                 "is limited to %d x %d, as are other images of this shape. Give a smaller number, or null.",
-                self.shortest, grid[1], grid[0], _MOST_PIXELS >> 20, enlarged[1], enlarged[0],
+                self.shortest, grid[1], grid[0], _MAX_PIXELS >> 20, enlarged[1], enlarged[0],
             )  # fmt: skip
         return enlarged
 

@@ -9,7 +9,7 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import LowShare
 from dinoseg.utils.wording import listed, shown
 
-_LEAST, _MOST = 1e-6, 1e6  # range of a weight: float32 sums stay accurate
+_MIN, _MAX = 1e-6, 1e6  # range of a weight: float32 sums stay accurate
 _NAMED = 30  # maximum number of classes listed in a message
 SCHEMES = ("none", "one_minus_frequency", "inverse", "median", "effective_number")
 
@@ -31,7 +31,7 @@ def class_weights(
         UserError: unknown scheme, no labelled pixel, unknown class name, or a weight outside 1e-6 to 1e6.
     """
     if isinstance(scheme, Mapping):
-        return _given(scheme, classes)
+        return _checked_weights(scheme, classes)
     if scheme not in SCHEMES:
         raise UserError(
             f"loss.weights={scheme} is unknown. Choose one of {', '.join(SCHEMES)}, or give numbers by name: "
@@ -55,7 +55,7 @@ def class_weights(
     return torch.where(present, weights, 1.0).float()
 
 
-def _given(weights: Mapping[str, float], classes: Sequence[str]) -> Tensor:
+def _checked_weights(weights: Mapping[str, float], classes: Sequence[str]) -> Tensor:
     found = dict.fromkeys(classes, 1.0)
     for key, weight in weights.items():
         name = str(key)  # YAML parses a class named 1 as a number
@@ -65,9 +65,9 @@ def _given(weights: Mapping[str, float], classes: Sequence[str]) -> Tensor:
                 "for these only; loss.weights=none removes the weights of a recipe."
             )
         number = isinstance(weight, int | float) and not isinstance(weight, bool)
-        if not (number and _LEAST <= weight <= _MOST):
+        if not (number and _MIN <= weight <= _MAX):
             raise UserError(
-                f"loss.weights: {name}={shown(weight)} is not a weight. Give a number from {_LEAST:g} to {_MOST:g}; 1 "
+                f"loss.weights: {name}={shown(weight)} is not a weight. Give a number from {_MIN:g} to {_MAX:g}; 1 "
                 "is neutral."
             )
         found[name] = float(weight)

@@ -16,7 +16,7 @@ _INSIDE, _OUTSIDE = 0, 255
 
 
 @dataclass(frozen=True)
-class SeenScores:
+class TeacherView:
     """A teacher's class scores of a whole image, and the position of a view in this image.
 
     Args:
@@ -31,7 +31,7 @@ class SeenScores:
     place: Tensor
 
     @classmethod
-    def of(cls, scores: Tensor, valid: tuple[float, float], matrix: np.ndarray, size: tuple[int, int]) -> "SeenScores":
+    def of(cls, scores: Tensor, valid: tuple[float, float], matrix: np.ndarray, size: tuple[int, int]) -> "TeacherView":
         """Return the scores for a view of an image of `size` (H, W).
 
         `matrix` (3, 3) maps pixels (x, y, 1) of the image to the view.
@@ -40,28 +40,30 @@ class SeenScores:
         to_share = np.array([[2 / width, 0, 1 / width - 1], [0, 2 / height, 1 / height - 1]])
         return cls(scores, valid, torch.from_numpy(to_share @ np.linalg.inv(matrix)).float())
 
-    def to(self, device: torch.device) -> "SeenScores":
+    def to(self, device: torch.device) -> "TeacherView":
         """Return a float32 copy on `device`."""
         return replace(self, scores=sent(self.scores, device).float(), place=sent(self.place, device))
 
     def at(self, rows: slice, columns: slice) -> Tensor:
         """Return the scores (K, r, c) of some pixels of the view, bilinear between cells, border values outside."""
         share = self.place.new_tensor(self.valid[::-1])
-        places = (self._places(rows, columns) + 1) * share - 1  # grid coordinates, -1..1 from border to border
+        places = (self._coordinates(rows, columns) + 1) * share - 1  # grid coordinates, -1..1 from border to border
         return sample_maps(self.scores[None], places[None])[0]
 
     def inside(self, size: tuple[int, int]) -> Tensor:
         """Return which pixels (H, W) bool of a view of `size` lie inside the image."""
-        return (self._places(slice(0, size[0]), slice(0, size[1])).abs() <= 1).all(-1)
+        return (self._coordinates(slice(0, size[0]), slice(0, size[1])).abs() <= 1).all(-1)
 
-    def _places(self, rows: slice, columns: slice) -> Tensor:
+    def _coordinates(self, rows: slice, columns: slice) -> Tensor:
         """Return the image coordinates of pixels, (r, c, 2): x and y."""
         y, x = (torch.arange(run.start, run.stop, device=self.place.device).float() for run in (rows, columns))
         along, down, start = self.place.unbind(1)
         return x[None, :, None] * along + y[:, None, None] * down + start
 
 
-def divergence(prediction: Prediction, seen: Sequence[SeenScores], size: tuple[int, int], temperature: float) -> Tensor:
+def divergence(
+    prediction: Prediction, seen: Sequence[TeacherView], size: tuple[int, int], temperature: float
+) -> Tensor:
     """Return T^2 KL(teacher || student), averaged over the pixels of a view inside its image, then over the views.
 
     Views without such pixels contribute 0.

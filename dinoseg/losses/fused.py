@@ -16,7 +16,7 @@ from dinoseg.utils.transfer import sent
 
 ENLARGED = 16  # minimum pixels per grid cell: the kernel stores gradients for the four corners of each cell
 _TILE, _PIXELS = 2048, 64  # scores in registers and pixels, per iteration
-_MOST = 1024  # maximum number of classes
+_MAX = 1024  # maximum number of classes
 
 log = logging.getLogger(__name__)
 _chosen: dict[tuple[object, ...], bool] = {}  # (device, classes, form) -> whether to use the kernel
@@ -51,7 +51,7 @@ class Fused:
         if grid.device.type != "cuda" or not torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
             return False
         enlarged = self.mask.numel() * grid.shape[1] >= ENLARGED * grid.numel()
-        return enlarged and grid.dtype == torch.float32 and grid.shape[1] <= _MOST
+        return enlarged and grid.dtype == torch.float32 and grid.shape[1] <= _MAX
 
     @torch.no_grad()
     def sums(self, parts: list[Tensor] | tuple[Tensor, ...], upstream: Tensor | None) -> tuple[Tensor, list[Tensor]]:

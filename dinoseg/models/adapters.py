@@ -213,7 +213,7 @@ def merge(backbone: Backbone) -> Backbone:
     return backbone
 
 
-def whole_state(model: nn.Module) -> dict[str, Tensor]:
+def dequantised_state(model: nn.Module) -> dict[str, Tensor]:
     """Return a model's state dict with quantised weights dequantised to float32.
 
     Its keys are those of the same model without quantisation.

@@ -34,7 +34,7 @@ class Segmenter(nn.Module):
             raise UserError(f"resolution.scale={scale}: give a number above 0, such as 0.5 for half resolution.")
         if longest is not None and longest < 1:
             raise UserError(f"resolution.longest={longest}: give a number of pixels, or null for no limit.")
-        head.fits(backbone)
+        head.check_backbone(backbone)
         head.copy_from(backbone)
         self.backbone = backbone
         self.head = head
@@ -51,7 +51,7 @@ class Segmenter(nn.Module):
         head = self.head
         if isinstance(images, FrozenFeatures):
             size, seen = images.size, images.seen
-            outputs = head.onwards(self.backbone, images.tensors, seen)
+            outputs = head.forward_trainable(self.backbone, images.tensors, seen)
         else:
             pixels = self.pixels(images, reduce=reduce)
             size, seen = _size(images), _size(pixels)
@@ -77,7 +77,7 @@ class Segmenter(nn.Module):
                 "adapter=last_blocks, LoRA in the last blocks only (adapter.blocks=4), or engine.cache=off."
             )
         pixels = self.pixels(images, reduce=reduce)
-        return FrozenFeatures(self.head.until(self.backbone, pixels), _size(images), _size(pixels))
+        return FrozenFeatures(self.head.forward_frozen(self.backbone, pixels), _size(images), _size(pixels))
 
     def train(self, mode: bool = True) -> "Segmenter":
         """Switch mode, but leave frozen modules in eval mode: their dropout is off, their running means are fixed."""
@@ -100,7 +100,7 @@ class Segmenter(nn.Module):
         """Return the (H, W) of images of `size` after the limit on the longer side and before `scale`."""
         return backbone_size(size, 1.0, self.longest_of(size))
 
-    def seen_size(self, size: Size) -> Size:
+    def input_size(self, size: Size) -> Size:
         """Return the (H, W) at which the backbone sees images of `size`."""
         return backbone_size(size, self.scale, self.longest_of(size))
 
@@ -108,7 +108,7 @@ class Segmenter(nn.Module):
         """Return images (..., 3, H, W) as floats in 0..1 at the resolution of the backbone."""
         images = images.float() / 255 if images.dtype == torch.uint8 else images
         image_size = _size(images)
-        size = self.seen_size(image_size) if reduce else backbone_size(image_size, self.scale, None)
+        size = self.input_size(image_size) if reduce else backbone_size(image_size, self.scale, None)
         if size == tuple(images.shape[-2:]):
             return images
         return resize(images.flatten(0, -4), size).unflatten(0, images.shape[:-3])

@@ -19,7 +19,9 @@ def allocate(empty: Segmenter) -> bool:
         False for an unchanged model: a part of the user's own, or one with tensors besides parameters and buffers.
     """
     modules = list(empty.modules())
-    if any(type(part).__module__.partition(".")[0] not in _PACKAGES or _holds_tensors(part) for part in modules):
+    if any(
+        type(part).__module__.partition(".")[0] not in _PACKAGES or _has_unregistered_tensors(part) for part in modules
+    ):
         return False
     made: dict[int, Any] = {}  # modules may share a tensor
     for held in (held for part in modules for held in (part._parameters, part._buffers)):
@@ -32,7 +34,7 @@ def allocate(empty: Segmenter) -> bool:
     return True
 
 
-def _holds_tensors(part: torch.nn.Module) -> bool:
+def _has_unregistered_tensors(part: torch.nn.Module) -> bool:
     """Return whether attributes of a module hold tensors that are not registered as its parameters or buffers."""
     held = [value for name, value in vars(part).items() if name not in ("_parameters", "_buffers", "_modules")]
     while held:

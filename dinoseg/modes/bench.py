@@ -17,7 +17,7 @@ from dinoseg.inference.memory import OutOfMemory
 from dinoseg.utils.atomic import write_json
 from dinoseg.utils.ranges import Count, Natural
 from dinoseg.utils.wording import count_of
-from dinoseg.utils.workers import in_own_process
+from dinoseg.utils.workers import run_in_process
 
 
 def bench(
@@ -47,8 +47,8 @@ def bench(
     build.engine()  # refuses a missing device before anything is built
     build.task().check_parts(build.outline(), 1)
     values = build.config
-    training = _alone(partial(_time_training, steps=steps, warmup=warmup, synthetic=synthetic), values)
-    prediction = _alone(partial(_time_prediction, images=images, warmup=warmup, synthetic=synthetic), values)
+    training = _run_in_process(partial(_time_training, steps=steps, warmup=warmup, synthetic=synthetic), values)
+    prediction = _run_in_process(partial(_time_prediction, images=images, warmup=warmup, synthetic=synthetic), values)
     peak = max(training.peak_flops, prediction.peak_flops)
     result = {
         "device": training.device,
@@ -87,8 +87,8 @@ def _time_prediction(values: Mapping[str, Any], *, images: int, warmup: int, syn
     return time_prediction(parts.model, engine, build.part("inference"), shown, count=images, warmup=warmup)
 
 
-def _alone(work: partial[SpeedMeasurement], values: dict[str, Any]) -> SpeedMeasurement:
-    found = in_own_process(work, values)
+def _run_in_process(work: partial[SpeedMeasurement], values: dict[str, Any]) -> SpeedMeasurement:
+    found = run_in_process(work, values)
     if found is None:
         raise OutOfMemory(
             "The timed process was killed, most likely because memory ran out. mode=plan lists settings that fit."

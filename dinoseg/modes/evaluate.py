@@ -17,7 +17,7 @@ from dinoseg.experiment.folder import first_ranks
 from dinoseg.experiment.provenance import provenance_of
 from dinoseg.experiment.trackers import tracker_maker
 from dinoseg.experiment.trained import Trained, check_classes, is_trained, load_trained
-from dinoseg.inference.trained_sizes import TrainedSizes, keep_scale
+from dinoseg.inference.trained_sizes import TrainedSizes, limit_to_trained_size
 from dinoseg.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ def run(
     data = build.dataset(split)
     source = f"resume={cfg.resume}" if cfg.resume else f"head.weights={cfg.head.weights}"
     check_classes(data, trained.info, source)
-    keep_scale(trained.model, TrainedSizes.from_info(trained.info), reduces=False)
+    limit_to_trained_size(trained.model, TrainedSizes.from_info(trained.info), reduces=False)
     engine, on_error = trained.engine, cfg.data.on_error
     protocol = build.part("data.official") if official and cfg.data.official is not None else None
     if protocol is not None and not usable(protocol, data, out_dir, on_error=on_error, tells=engine.is_main):

@@ -26,7 +26,7 @@ from dinoseg.training.engine import Engine
 from dinoseg.utils.atomic import write_json
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import count_of, typed
-from dinoseg.utils.workers import in_own_process
+from dinoseg.utils.workers import run_in_process
 
 _GIB = 2**30
 _MORE = 1.25  # factor on the estimate after a dry step that ran out of memory
@@ -125,7 +125,7 @@ def _target(build: Builder, memory: str | float | None, device: str | None) -> t
 def _found(search: FitSearch) -> Fit:
     found = search.found()
     if found is None:
-        least, target = search.least, search.target
+        least, target = search.smallest, search.target
         with_all = " ".join(map(str, least.changes)) or "without changes"
         raise UserError(
             f"No setting that was tried fits into {_as_gib(target.memory)}: the smallest, {with_all}, needs about "
@@ -146,7 +146,7 @@ def _measured(values: Mapping[str, Any], engine: Engine, found: Fit, target: Tar
         return None
     samples = found.parts.batch_size // target.world
     try:
-        trial = in_own_process(partial(dry_steps, samples=samples), values)
+        trial = run_in_process(partial(dry_steps, samples=samples), values)
     except OutOfMemory as error:
         print(f"A trial step ran out of memory: {error}\n")
         return round(_MORE * found.need)

@@ -14,7 +14,7 @@ from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.experiment.builder import SPLITS, Builder
 from dinoseg.experiment.score_classes import FOLDER, mask_keys
 from dinoseg.experiment.settings import check_same_settings
-from dinoseg.experiment.trained import Trained, load_trained, longest_is_typed, sizes_to_keep
+from dinoseg.experiment.trained import Trained, find_trained_sizes, load_trained, longest_is_typed
 from dinoseg.inference.annotations import PredictedShapes
 from dinoseg.inference.class_record import write_class_record
 from dinoseg.inference.done import DoneInputs
@@ -23,7 +23,7 @@ from dinoseg.inference.image_writers import check_frame_outputs, check_outputs, 
 from dinoseg.inference.inputs import camera_of, is_video, list_inputs, open_camera
 from dinoseg.inference.results import mask_names, result_names
 from dinoseg.inference.stream import Throughput
-from dinoseg.inference.trained_sizes import keep_scale
+from dinoseg.inference.trained_sizes import limit_to_trained_size
 from dinoseg.inference.video_file import VideoReader
 from dinoseg.inference.video_run import VideoInput, VideoOptions, check_any, segment_video
 from dinoseg.utils import forms
@@ -89,7 +89,7 @@ def predict(
     shown = {"masks": options.masks, "opacity": opacity, "skip": skip, "smooth": smooth, "frames": frames}
     settings = _settings(build, {**shown, **extra}, folder)
     _check_earlier(folder, settings)
-    keep_scale(trained.model, sizes_to_keep(trained, folder))
+    limit_to_trained_size(trained.model, find_trained_sizes(trained, folder))
     labels = Labels.of(trained.classes, trained.palette, trained.ignore_index)
     by = SegmentationSettings(trained.predictor, labels, opacity, batch_size)
     writers = image_writers(outputs, folder, labels, build.background if outputs and images else None, shapes)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
-from dinoseg.config.nodes import keeping
+from dinoseg.config.nodes import expect_type
 from dinoseg.core.contracts import Head
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.video.access import VideoFrame, read_source
@@ -19,9 +19,9 @@ from dinoseg.experiment.unread import warn_unread
 from dinoseg.models.model import Segmenter
 from dinoseg.report.overlay import reduced, side_by_side, stacked
 from dinoseg.tasks.selection.features import FeatureExtractor
-from dinoseg.tasks.selection.pool import PoolImage, found_in, named_in, places_of
+from dinoseg.tasks.selection.pool import PoolImage, found_in, named_in, pool_indices
 from dinoseg.tasks.selection.selector import DOUBTS, FEATURES, NOTHING, Known, Pick, Selector
-from dinoseg.utils.atomic import whole_file, write_json, write_text
+from dinoseg.utils.atomic import atomic_file, write_json, write_text
 from dinoseg.utils.csv_text import write_csv_table
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import write_png
@@ -72,8 +72,8 @@ def select(
     build = Builder(cfg)
     named = named_in(labels) if labels is not None else set()
     pool = _pool(build, input, split, every, named)
-    _check_count(count, pool, places_of(named, pool), input)
-    selector: Selector = keeping(Selector, build.part("selection"), "selection")  # type: ignore[type-abstract]
+    _check_count(count, pool, pool_indices(named, pool), input)
+    selector: Selector = expect_type(Selector, build.part("selection"), "selection")  # type: ignore[type-abstract]
     warn_unread(out_dir, _UNREAD[selector.needs], f"selection={cfg.choices.selection} supports {selector.needs} only.")
     features, uncertainty = np.zeros((len(pool), 0)), None
     if selector.needs != NOTHING:
@@ -85,7 +85,7 @@ def select(
         readable = [index for index in range(len(pool)) if index not in bad]
         pool, features = [pool[at] for at in readable], features[readable]
         uncertainty = None if uncertainty is None else uncertainty[readable]
-    labelled = places_of(named & {candidate.name for candidate in pool}, pool)
+    labelled = pool_indices(named & {candidate.name for candidate in pool}, pool)
     _check_count(count, pool, labelled, input)
     known = Known([candidate.name for candidate in pool], labelled, features, uncertainty)
     picks = selector.choose(known, count, build.seed)
@@ -195,7 +195,7 @@ def _copy(candidate: PoolImage, folder: Path) -> None:
     if isinstance(source, VideoFrame):
         write_png(folder / f"{candidate.name}.png", source.read())
     else:
-        with whole_file(folder / f"{candidate.name}{source.suffix}") as part:
+        with atomic_file(folder / f"{candidate.name}{source.suffix}") as part:
             shutil.copyfile(source, part)
 
 

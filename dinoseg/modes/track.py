@@ -12,7 +12,7 @@ from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.folder import lock, release
 from dinoseg.experiment.settings import check_same_settings
 from dinoseg.experiment.trackers import tracker_maker
-from dinoseg.experiment.trained import is_trained, load_trained, sizes_to_keep
+from dinoseg.experiment.trained import find_trained_sizes, is_trained, load_trained
 from dinoseg.experiment.unread import warn_unread
 from dinoseg.inference.inputs import FrameReader, open_frames
 from dinoseg.tracking.tracker import Tracker
@@ -81,12 +81,12 @@ def track(
             warn_unread(out_dir, tracker.unread, tracker.unread_because)
             start = None if state is None else _go_on(tracker, state, folder)
             job = TrackJob(tracker, frames, masks, folder, start, batch_size, save_every, colours)
-            with _says_how_to_go_on(folder):
+            with _resume_note(folder):
                 return write_results(job, track_video(job), str(input), opacity)
 
 
 @contextmanager
-def _says_how_to_go_on(folder: Path) -> Iterator[None]:
+def _resume_note(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -152,7 +152,7 @@ def _build_tracker(
             f"labels={labels}: a trained segmenter needs no masks. Leave labels out; or leave "
             f"{'head.weights' if build.resume is None else 'resume'} out to track the objects of a mask."
         )
-    sizes = sizes_to_keep(trained, out_dir)
+    sizes = find_trained_sizes(trained, out_dir)
     make_tracker = tracker_maker(
         build, trained.engine, trained, batch_size=batch_size, smoothing=smoothing, sizes=sizes
     )

@@ -14,7 +14,7 @@ from dinoseg.autotune.probe_comparison import compare_with_linear_probe
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.folder import first_ranks
 from dinoseg.experiment.heads import SOLO
-from dinoseg.experiment.initial import begin_with, check_initial
+from dinoseg.experiment.initial import check_initial, load_initial_weights
 from dinoseg.experiment.log_file import announce
 from dinoseg.experiment.loggers import logger_factories
 from dinoseg.modes.train_heads import train_heads
@@ -63,7 +63,7 @@ def train(
         announce("Checking the data")
         sizes = check_data_on_rank0(task, engine)
         announce(f"Building the model, with backbone.weights={build.value('backbone').get('weights')}")
-        made = begin_with(build, build.model(outlined=True), list(task.labels.classes), engine.share)
+        made = load_initial_weights(build, build.model(outlined=True), list(task.labels.classes), engine.share)
         model, loss, optimizer, checkpoints = job.parts(engine.place(made), sizes, length.steps)
         schedule = build_schedule(build, engine, length.steps)
         log_start(build, model, task, engine, out_dir, length.steps)

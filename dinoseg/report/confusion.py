@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 _LONGEST_NAME = 40  # characters of a class name: the figure grows with them
-_MOST_NUMBERS = 40  # classes up to which the cells carry numbers
+_MAX_NUMBERS = 40  # classes up to which the cells carry numbers
 
 
 def confusion_picture(matrix: Sequence[Sequence[int]] | np.ndarray, classes: Sequence[str]) -> np.ndarray:
@@ -34,7 +34,7 @@ def confusion_picture(matrix: Sequence[Sequence[int]] | np.ndarray, classes: Seq
     figure.colorbar(image, cax=bar, label="% of the reference class")
     _label(axes, classes, cell=side / num_classes)
     _hatch_empty_rows(axes, totals[:, 0])
-    if num_classes <= _MOST_NUMBERS:
+    if num_classes <= _MAX_NUMBERS:
         _write_numbers(axes, shares)
     return _pixels(figure)
 

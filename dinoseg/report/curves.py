@@ -20,7 +20,7 @@ _JUDGED = ("val/miou", "val/fg_ari")  # scores whose best value is marked
 _MANY = 40  # points above which a curve becomes a running mean over a pale line
 _ROOM = 0.06  # margin above and below the curves, as a share of the axis
 _BEGINNING = 0.1  # share of the first steps whose training scores may lie outside the axis
-_LEAST_SPAN = 0.02  # least span of an axis of shares: noise should not fill a figure
+_MIN_SPAN = 0.02  # least span of an axis of shares: noise should not fill a figure
 
 
 Plot = tuple[str, Mapping[str, str | None], str | None]  # file, keys with their names, title of a share in 0..1
@@ -157,7 +157,7 @@ def _dress(axes: Axes, title: str, values: np.ndarray, *, share: bool) -> None:
 
 def _limits(lowest: float, highest: float, *, share: bool) -> tuple[float, float]:
     """Return the limits of the value axis: around the values, or from 0 if that takes less than half of the axis."""
-    span = max(highest - lowest, _LEAST_SPAN if share else 0.01 * abs(highest) or 1.0)
+    span = max(highest - lowest, _MIN_SPAN if share else 0.01 * abs(highest) or 1.0)
     room = _ROOM * span + (span - (highest - lowest)) / 2
     bottom = 0.0 if 0 <= lowest < span else lowest - room
     return bottom, min(highest + room, 1 + _ROOM * span) if share else highest + room

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from dinoseg.core.shapes import Palette
-from dinoseg.utils.atomic import whole_file
+from dinoseg.utils.atomic import atomic_file
 
 
 @lru_cache
@@ -31,7 +31,7 @@ def indexed(ids: np.ndarray, palette: Palette | None = None) -> Image.Image:
 
 def write_indexed_png(path: str | Path, ids: np.ndarray, palette: Palette | None = None) -> None:
     """Write ids (H, W) uint8 atomically as a palette PNG; the default palette is PASCAL VOC's."""
-    with whole_file(Path(path)) as part:
+    with atomic_file(Path(path)) as part:
         indexed(ids, palette).save(part, format="PNG", compress_level=1)
 
 

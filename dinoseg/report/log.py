@@ -21,7 +21,7 @@ from dinoseg.utils.wording import shown
 logger = logging.getLogger(__name__)
 _STEP = re.compile(r"step_(\d+)")  # folder with the images of one validation
 _ROW = forms.table(forms.maybe(forms.number(-1e300, 1e300)))
-_MOST_BYTES = 2**30  # maximum bytes of a log: a row has about 300, a training at most some million rows
+_MAX_BYTES = 2**30  # maximum bytes of a log: a row has about 300, a training at most some million rows
 
 
 class LoggerFactory(Protocol):
@@ -143,7 +143,7 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
     """
     path = Path(path)
     try:
-        lines = forms.read_regular(path, _MOST_BYTES).decode("utf-8", errors="replace").split("\n")
+        lines = forms.read_regular(path, _MAX_BYTES).decode("utf-8", errors="replace").split("\n")
     except forms.Misshapen as error:
         raise UserError(f"{path} is not a training log ({error}). Remove it.") from None
     except OSError as error:

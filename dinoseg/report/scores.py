@@ -7,7 +7,7 @@ from tabulate import tabulate
 
 from dinoseg.utils.wording import count_of
 
-_MOST_CLASSES = 40  # longer tables are in the file only
+_MAX_CLASSES = 40  # longer tables are in the file only
 FEW = 10  # units: with fewer, intervals cover less than 95 % (benchmarks/interval_coverage.py)
 
 
@@ -15,7 +15,7 @@ def scores_table(result: Mapping[str, Any]) -> str:
     """Return the scores of `scoring.summary` as text, in percent: class scores for few classes, then the totals."""
     unit = result["unit"]
     parts = []
-    if 0 < len(result["per_class"]) <= _MOST_CLASSES:
+    if 0 < len(result["per_class"]) <= _MAX_CLASSES:
         columns = {key: [row[key] for row in result["per_class"]] for key in result["per_class"][0]}
         shares = {
             key for key, values in columns.items() if all(value is None or type(value) is float for value in values)

@@ -19,7 +19,7 @@ SURELY_BETTER, SURELY_WORSE, UNSURE, NO_VERDICT = (
 )
 LEVEL = 0.05  # p-value below which a difference is significant
 _COLOURS = {SURELY_BETTER: "#0072B2", SURELY_WORSE: "#D55E00", UNSURE: "#888888", NO_VERDICT: "#bbbbbb"}
-_MOST_ROWS, _MOST_COLUMNS = 40, 4
+_MAX_ROWS, _MAX_COLUMNS = 40, 4
 _LONGEST = 30  # characters of a class name
 
 
@@ -34,7 +34,7 @@ def verdicts_picture(
         others: name of each other side, and `value`, `ci95` and `verdict` of its differences by score name.
     """
     keys, left_out = _shown(labels, others)
-    columns = min(len(others), _MOST_COLUMNS)
+    columns = min(len(others), _MAX_COLUMNS)
     lines = math.ceil(len(others) / columns)
     titles, unit = [in_lines(name, 48) for name, _ in others], in_lines(f"points, minus {first}", 54)
     named = max(title.count("\n") for title in titles) + unit.count("\n")  # additional text lines
@@ -76,10 +76,10 @@ def verdicts_picture(
 def _shown(labels: Mapping[str, str], others: Sequence[tuple[str, Mapping[str, Mapping[str, Any]]]]) -> tuple:
     """Return the scores to draw, and a note on those left out.
 
-    With more than `_MOST_ROWS` scores, the class scores with the smallest differences are left out.
+    With more than `_MAX_ROWS` scores, the class scores with the smallest differences are left out.
     """
     reach = {key: max(abs(gaps[key]["value"] or 0.0) for _, gaps in others) for key in labels}
-    selected = sorted(labels, key=lambda key: ("/" in key, -reach[key]))[:_MOST_ROWS]
+    selected = sorted(labels, key=lambda key: ("/" in key, -reach[key]))[:_MAX_ROWS]
     more = len(labels) - len(selected)
     return [
         key for key in labels if key in selected

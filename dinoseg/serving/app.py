@@ -18,7 +18,17 @@ from starlette.routing import Route
 
 from dinoseg.report.palette import default_palette
 from dinoseg.serving.answers import MaskStyle, areas, png
-from dinoseg.serving.clips import FRAME, MASKS, OVERLAY, Frames, check_objects, kind_of, look_at, make_overlay, redraw
+from dinoseg.serving.clips import (
+    FRAME,
+    MASKS,
+    OVERLAY,
+    Frames,
+    check_objects,
+    inspect_clip,
+    kind_of,
+    make_overlay,
+    redraw,
+)
 from dinoseg.serving.endpoint import counted, endpoint
 from dinoseg.serving.guard import Hosts
 from dinoseg.serving.jobs import Jobs, UploadJob
@@ -103,7 +113,7 @@ class App:
         try:
             path = await self._received(job, request)
             loop = asyncio.get_running_loop()
-            await loop.run_in_executor(self._looking, self._look_at, job, path)
+            await loop.run_in_executor(self._looking, self._inspect, job, path)
         except BaseException as error:
             self._jobs.remove(job)
             if isinstance(error, OSError):
@@ -175,10 +185,10 @@ class App:
         self._jobs.start(job, lambda job: make(job, path, self._clips, style))
         return self._state_of(job)
 
-    def _look_at(self, job: UploadJob, path: Path) -> None:
+    def _inspect(self, job: UploadJob, path: Path) -> None:
         if self._service.stopping:
             raise Refused(503, "busy", "The server is stopping. Try again later.", retry_after=1)
-        look_at(job, path, self._clips, self._service.limits.max_pixels)
+        inspect_clip(job, path, self._clips, self._service.limits.max_pixels)
 
     def _state_of(self, job: UploadJob) -> Response:
         progress = {"state": job.state, "done": job.done, "total": job.total, "ahead": self._jobs.ahead_of(job)}

@@ -18,7 +18,7 @@ from dinoseg.inference.video_writer import VideoWriter
 from dinoseg.serving.answers import MaskStyle, png
 from dinoseg.serving.jobs import UploadJob
 from dinoseg.serving.limits import MIB, ClipLimits, Refused
-from dinoseg.utils.atomic import whole_file
+from dinoseg.utils.atomic import atomic_file
 from dinoseg.utils.child import Channel, Child, ChildEnded, Message
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import write_png
@@ -159,7 +159,7 @@ def kind_of(start: bytes) -> str:
     raise Refused(400, "format", "The video format is not supported. Send MP4, MOV, WebM, MKV or AVI.")
 
 
-def look_at(job: UploadJob, path: Path, limits: ClipLimits, max_pixels: int) -> None:
+def inspect_clip(job: UploadJob, path: Path, limits: ClipLimits, max_pixels: int) -> None:
     """Save an uploaded clip's first frame, and record its size and length in the job.
 
     Raises:
@@ -209,7 +209,7 @@ def make_overlay(
     with (
         _reader(job, path, limits, job.facts["width"] * job.facts["height"]) as reader,
         VideoWriter(job.folder / OVERLAY, reader.rate, reader.size, like=reader.traits) as writer,
-        whole_file(job.folder / MASKS) as part,
+        atomic_file(job.folder / MASKS) as part,
         zipfile.ZipFile(part, "w") as masks,  # uncompressed: PNGs are compressed already
     ):
 

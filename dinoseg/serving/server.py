@@ -20,7 +20,7 @@ _NOTICE = "Stopping after the current requests; new ones are refused. Press agai
 _CONNECTIONS = 1000  # concurrent connections; requests on further ones get a 503
 _IDLE = 15  # seconds that a connection may idle between two requests
 _LINGER = 2  # seconds for a client to notice a response to its incomplete request
-_LEAST_READ = 2**18  # bytes of a response that a client must read in `_IDLE` seconds
+_MIN_READ = 2**18  # bytes of a response that a client must read in `_IDLE` seconds
 _LAST_BYTES = 0.5  # seconds in which clients connected at the signal can still send their request
 
 
@@ -97,7 +97,7 @@ class _Wait:
 
     def has_no_progress(self, unread: int) -> bool:
         """Return whether the client has read neither all unread bytes, nor enough of them."""
-        return unread == self.unread or 0 < unread < self.unread < unread + _LEAST_READ
+        return unread == self.unread or 0 < unread < self.unread < unread + _MIN_READ
 
 
 class _Server(uvicorn.Server):

@@ -48,7 +48,7 @@ class Service:
         self.in_hand = 0
         self.stopping = False
         self.at_stop: Callable[[], None] = lambda: None  # called `_LAST_DECODED` seconds after a stop signal
-        self._pixels = _Held(_HELD * limits.max_pixels)
+        self._pixels = _PixelBudget(_HELD * limits.max_pixels)
         self._decoders, self._owns_decoders = decoders or Decoders(limits.max_pixels), decoders is None
         self._decoding = ThreadPoolExecutor(PROCESSES, thread_name_prefix="decoding")  # each waits for a process
         self._coders = ThreadPoolExecutor(_CODERS, thread_name_prefix="pictures")
@@ -71,7 +71,7 @@ class Service:
         async with self._admitted():
             data = await self.uploaded(request)
             async with self._in_time(504, "No answer within"), self._decoded(data) as image:
-                ids = await unless_gone(request, asyncio.wrap_future(self.worker.submit(image)))
+                ids = await unless_disconnected(request, asyncio.wrap_future(self.worker.submit(image)))
                 return await self.code(lambda: encode(ids))
 
     async def uploaded(self, request: Request) -> bytes:
@@ -137,7 +137,7 @@ class Service:
             yield await asyncio.get_running_loop().run_in_executor(self._decoding, work)
 
 
-class _Held:
+class _PixelBudget:
     """Counter of the pixels in memory, with a maximum that only a single image may exceed."""
 
     def __init__(self, most: int) -> None:
@@ -165,13 +165,13 @@ class _Held:
                 self._held, taken = self._held - (taken or 0), None
 
 
-async def unless_gone(request: Request, answer: Awaitable[T]) -> T:
+async def unless_disconnected(request: Request, answer: Awaitable[T]) -> T:
     """Return an answer, or cancel it when the client disconnects after its request was read.
 
     Raises:
         HungUp: if the client has disconnected.
     """
-    waiting, gone = asyncio.ensure_future(answer), asyncio.ensure_future(_gone(request))
+    waiting, gone = asyncio.ensure_future(answer), asyncio.ensure_future(_wait_for_disconnect(request))
     try:
         await asyncio.wait((waiting, gone), return_when=asyncio.FIRST_COMPLETED)
         if not waiting.done():
@@ -184,7 +184,7 @@ async def unless_gone(request: Request, answer: Awaitable[T]) -> T:
             await gone
 
 
-async def _gone(request: Request) -> None:
+async def _wait_for_disconnect(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
 

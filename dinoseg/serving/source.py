@@ -6,14 +6,14 @@ from pathlib import Path
 
 from dinoseg.experiment.folder import command_line
 from dinoseg.experiment.source import ModelSource
-from dinoseg.experiment.trained import Trained, sizes_to_keep
+from dinoseg.experiment.trained import Trained, find_trained_sizes
 from dinoseg.experiment.unread import warn_unread
 from dinoseg.export.runtime.facts import ModelFacts
 from dinoseg.export.runtime.model import Model
 from dinoseg.export.runtime.opening import open_file
 from dinoseg.export.runtime.runtime import Opened, Options
 from dinoseg.export.runtime.torch_runtime import TorchRuntime
-from dinoseg.inference.trained_sizes import TrainedSizes, keep_scale
+from dinoseg.inference.trained_sizes import TrainedSizes, limit_to_trained_size
 from dinoseg.models.model import Segmenter
 from dinoseg.tracking.tracker import Tracker
 from dinoseg.utils.errors import UserError
@@ -38,7 +38,7 @@ def load_served(source: ModelSource, out_dir: Path, file: str | None) -> Model:
             f"resume={source.resume} is a slot model, which has no classes to serve. mode=track tracks its segments "
             "through a video or a folder of frames."
         )
-    return model_of(trained, sizes_to_keep(trained, out_dir))
+    return model_of(trained, find_trained_sizes(trained, out_dir))
 
 
 def usual_batch(model: Model) -> int:
@@ -75,7 +75,7 @@ def model_of(trained: Trained, sizes: TrainedSizes | None) -> Model:
 
     Args:
         trained: in eval mode.
-        sizes: training sizes to which images are reduced, as `sizes_to_keep` returns them.
+        sizes: training sizes to which images are reduced, as `find_trained_sizes` returns them.
     """
-    keep_scale(trained.model, sizes)
+    limit_to_trained_size(trained.model, sizes)
     return Model(TorchRuntime(trained.predictor), ModelFacts.of(trained.info, "the checkpoint"))

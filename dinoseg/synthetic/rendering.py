@@ -78,7 +78,7 @@ def missing(
     return [video for path, video in wanted.items() if not path.exists()]
 
 
-def check_least(**settings: tuple[int, int]) -> None:
+def check_minimum(**settings: tuple[int, int]) -> None:
     """Refuse settings, each given with its minimum, that are below it."""
     for name, (value, least) in settings.items():
         if value < least:

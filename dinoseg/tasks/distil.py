@@ -13,21 +13,21 @@ from torch import Tensor
 
 from dinoseg.core.contracts import Loss, share_of
 from dinoseg.core.shapes import Batch, FrozenFeatures, Prediction, SegmentationData, mapped
-from dinoseg.data.loader import drawn_batches
+from dinoseg.data.loader import sample_batches
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.train_views import TrainViews
 from dinoseg.data.transforms import Augment
 from dinoseg.data.unlabelled import Unmasked
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.teacher import TEACHERS, Teacher, check_named
-from dinoseg.losses.distillation import SeenScores, divergence
+from dinoseg.losses.distillation import TeacherView, divergence
 from dinoseg.models.model import Segmenter
 from dinoseg.tasks.images import ImageTask
 from dinoseg.tasks.unmasked import unmasked_images
 from dinoseg.training.engine import Engine
 from dinoseg.training.feature_cache.cache import Views
-from dinoseg.training.feature_cache.form import MOST_BYTES
-from dinoseg.training.feature_cache.key import goes_with, hash_of, image_hash, origin
+from dinoseg.training.feature_cache.form import MAX_BYTES
+from dinoseg.training.feature_cache.key import hash_of, image_hash, origin, overrides_both
 from dinoseg.training.feature_cache.store import DiskStore, FeatureStore, cap_of
 from dinoseg.training.image_feed import ImageFeed
 from dinoseg.training.mixed_feed import Unlabelled
@@ -39,11 +39,11 @@ logger = logging.getLogger(__name__)
 
 
 _LONGEST = 2**24  # maximum side in pixels
-Look = Callable[[], SeenScores]
+Look = Callable[[], TeacherView]
 
 
 @dataclass
-class KeptScores:
+class CachedScores:
     """A teacher's class scores of whole images: read from a cache, or computed and cached.
 
     Args:
@@ -56,7 +56,7 @@ class KeptScores:
     store: FeatureStore
     classes: int
 
-    def look(self, drawn: TrainViews, epoch: int, sample: int) -> SeenScores:
+    def look(self, drawn: TrainViews, epoch: int, sample: int) -> TeacherView:
         """Return the scores of the view that a sample shows in an epoch.
 
         Raises:
@@ -68,7 +68,7 @@ class KeptScores:
         mask = _mask(data, draw.image) if draw.shown else np.broadcast_to(np.uint8(0), size)
         assert isinstance(drawn.augment, Augment)
         matrix = drawn.augment.place(mask, draw.chance, *draw.shown)
-        return SeenScores.of(scores, (valid[0], valid[1]), matrix, (mask.shape[0], mask.shape[1]))
+        return TeacherView.of(scores, (valid[0], valid[1]), matrix, (mask.shape[0], mask.shape[1]))
 
     def _of_image(self, data: SegmentationData, index: int) -> tuple[Tensor, list[float]]:
         """Return scores (K, h, w) of an image at its file's own size, and its height, width and shares of the grid."""
@@ -78,10 +78,10 @@ class KeptScores:
         if cached is None or not self._is_valid(cached):
             image = files[index]["image"]
             scores, valid = self.ask(image)
-            if scores.nbytes > MOST_BYTES:
+            if scores.nbytes > MAX_BYTES:
                 raise UserError(
                     f"The teacher's scores of {data.names[index]} are {' x '.join(map(str, scores.shape))} numbers, "
-                    f"{scores.nbytes / 2**20:.0f} MiB, above the limit of {MOST_BYTES / 2**20:.0f} MiB. Choose a "
+                    f"{scores.nbytes / 2**20:.0f} MiB, above the limit of {MAX_BYTES / 2**20:.0f} MiB. Choose a "
                     "teacher whose head has a coarser output, or smaller images."
                 )
             facts = torch.tensor([*image.shape[-2:], *valid], dtype=torch.float64)
@@ -148,7 +148,7 @@ class ScoredBatch:
 class DistilledBatch(Batch):
     """Views with the teacher's scores of each; the masks of the first `labelled` ones are used as labels."""
 
-    seen: list[SeenScores]
+    seen: list[TeacherView]
     labelled: int
 
     @property
@@ -167,13 +167,13 @@ class DistilFeed(ImageFeed):
         others: feed of the images without masks; None: there are none.
     """
 
-    scores: KeptScores
+    scores: CachedScores
     others: ImageFeed | None = None
 
     def __post_init__(self) -> None:
         """Refuse augmentations that do not report where a view lies in its image."""
         super().__post_init__()
-        if not (isinstance(self.augment, Augment) and goes_with(type(self.augment), "place", "__call__")):
+        if not (isinstance(self.augment, Augment) and overrides_both(type(self.augment), "place", "__call__")):
             raise UserError(
                 f"trainer=distil: data.augment, a {type(self.augment).__name__}, does not return the position of a "
                 "view in its image, which is needed to crop the teacher's scores. Inherit from "
@@ -232,7 +232,7 @@ class DistilledLoss(Loss):
         return divergence(prediction, batch.seen, (batch.mask.shape[-2], batch.mask.shape[-1]), self.temperature)
 
 
-def _parts(scores: KeptScores, feed: ImageFeed, batches: Iterator[Batch | Views], start: int) -> Iterator[Part]:
+def _parts(scores: CachedScores, feed: ImageFeed, batches: Iterator[Batch | Views], start: int) -> Iterator[Part]:
     """Yield the batches of a feed, with a function for each sample that returns the teacher's scores."""
     drawn = feed.drawn
 
@@ -240,7 +240,7 @@ def _parts(scores: KeptScores, feed: ImageFeed, batches: Iterator[Batch | Views]
         return partial(scores.look, drawn, epoch, sample)
 
     order = {"batch_size": feed.batch_size, "seed": feed.seed, "start": start, "rank": feed.rank, "world": feed.world}
-    return map(Part, batches, drawn_batches(later, list, len(drawn.data), **order))
+    return map(Part, batches, sample_batches(later, list, len(drawn.data), **order))
 
 
 def _joined(images: Sequence[Tensor | FrozenFeatures]) -> Any:
@@ -293,7 +293,7 @@ class DistillationTask(ImageTask):
         self._teacher = teacher = Teacher(parts, engine, train)
         root, cap = parts.cache_dir / TEACHERS, cap_of(**parts.arguments(cap_of, {"gib": "features.gib"}))
         store = DiskStore(root, origin(root, teacher.parts), "float16", cap)
-        scores = KeptScores(teacher, store, len(train.classes))
+        scores = CachedScores(teacher, store, len(train.classes))
         others = self._others()
         self.feed = DistilFeed(**self.feed.given, scores=scores, others=others)
         without = 0 if others is None else len(others.train)

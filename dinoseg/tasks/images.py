@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from dinoseg.config.checks import check_given
+from dinoseg.config.checks import check_arguments
 from dinoseg.core.contracts import Loss
 from dinoseg.core.shapes import SegmentationData
 from dinoseg.data.class_uniform import class_uniform
 from dinoseg.data.doctor.short import check as examine
 from dinoseg.data.pairs.dataset import PairDataset
-from dinoseg.data.scan.class_counts import class_counts, keep_counts
-from dinoseg.data.splits import keep_evenly_spaced, split_table
+from dinoseg.data.scan.class_counts import cache_counts, class_counts
+from dinoseg.data.splits import evenly_spaced_subset, split_table
 from dinoseg.data.train_views import ClassUniform
 from dinoseg.evaluation.about import EVALUATION
 from dinoseg.evaluation.collected import Collector
@@ -66,7 +66,7 @@ class ImageTask(TrainingTask):
         self.split = split_table({"train": train, "val": val})
         self.feed = ImageFeed(
             train=train,
-            val=keep_evenly_spaced(val, self._val_images),
+            val=evenly_spaced_subset(val, self._val_images),
             augment=parts.part("data.augment"),
             background=parts.background,
             policy=parts.part("inference"),
@@ -103,7 +103,7 @@ class ImageTask(TrainingTask):
                 f"head={options['head']} is trained on clips. Choose trainer=slots "
                 "loss=feature_reconstruction, or another head."
             )
-        check_batch(parts, model.head.least_batch, world)
+        check_batch(parts, model.head.min_batch_size, world)
         if loss.needs_masks and not head.mixture:
             raise UserError(
                 "loss=mask_classification needs a head that predicts masks: head=mask2former, head=mask2former_meta or "
@@ -141,7 +141,7 @@ class ImageTask(TrainingTask):
         splits = examine(train, self.feed.val, cache_dir=cache_dir, group=group, data_name=name, workers=parts.workers)
         records = splits[0].records if splits else ()
         if files and records:
-            keep_counts(files, records, key, cache_dir)  # for the loss, which would otherwise read all masks again
+            cache_counts(files, records, key, cache_dir)  # for the loss, which would otherwise read all masks again
         sizes = [
             [size for record in split.records if (size := record.image_size or record.mask_size)] for split in splits
         ]
@@ -220,6 +220,6 @@ class ImageTask(TrainingTask):
         share = parts.value("data.class_uniform", 0.0)
         if share == 0 and not isinstance(share, bool):
             return None
-        check_given("dinoseg.data.class_uniform.class_uniform", {"share": share}, {"share": "data.class_uniform"})
+        check_arguments("dinoseg.data.class_uniform.class_uniform", {"share": share}, {"share": "data.class_uniform"})
         work = partial(class_uniform, train, share, cache_dir=parts.cache_dir, workers=parts.workers)
-        return engine.decided(work)
+        return engine.run_on_rank0(work)

@@ -13,7 +13,7 @@ from dinoseg.tasks.images import ImageTask
 from dinoseg.tasks.unmasked import unmasked_images
 from dinoseg.training.engine import Engine
 from dinoseg.training.mixed_feed import MixedFeed, SelfTraining
-from dinoseg.training.taught import TaughtLoss
+from dinoseg.training.self_training_batch import SelfTrainingLoss
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Count
 from dinoseg.utils.wording import count_of, listed
@@ -77,7 +77,7 @@ class SelfTrainingTask(ImageTask):
 
     def wrap_loss(self, loss: Loss) -> Loss:
         """Return the loss on masks and on pseudo-labels; class weights apply only to masks."""
-        return TaughtLoss(loss, self.parts.unweighted_loss(), self._options.weight)
+        return SelfTrainingLoss(loss, self.parts.unweighted_loss(), self._options.weight)
 
     def cache_features(
         self, model: Segmenter, loss: Loss, engine: Engine, epochs: float, *, before: Mapping[str, str | None]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dinoseg.core.geometry import upsample
 from dinoseg.core.shapes import Prediction
-from dinoseg.inference.trained_sizes import TrainedSizes, keep_scale
+from dinoseg.inference.trained_sizes import TrainedSizes, limit_to_trained_size
 from dinoseg.models.model import Segmenter
 from dinoseg.tracking.grid.cells import area_mean
 from dinoseg.tracking.grid.propagator import Propagator
@@ -51,7 +51,7 @@ def with_features(model: Segmenter, images: Tensor) -> tuple[Prediction, Tensor]
             hook.remove()
     if "last_map" in outputs:
         return prediction, outputs["last_map"]
-    size = model.seen_size((images.shape[-2], images.shape[-1]))
+    size = model.input_size((images.shape[-2], images.shape[-1]))
     grid = (math.ceil(size[0] / model.patch_size), math.ceil(size[1] / model.patch_size))
     return prediction, outputs["tokens"][:, -grid[0] * grid[1] :].transpose(1, 2).unflatten(2, grid)
 
@@ -97,7 +97,7 @@ class SmoothingTracker(Tracker):
             )
         super().__init__(device=next(model.parameters()).device, autocast=autocast, batch_size=batch_size)
         self._model, self._share, self._sizes = model, smoothing, sizes
-        keep_scale(model, sizes)
+        limit_to_trained_size(model, sizes)
         self._propagator = Propagator(settings)
         self._matching = {key: value for key, value in asdict(settings).items() if key in _READ}
         self.unread = (

@@ -29,7 +29,7 @@ from dinoseg.training.loading import (
     load_average,
     load_optimizer,
     load_weights,
-    without_state,
+    parameters_without_state,
 )
 from dinoseg.training.loss_scale import LossScale
 from dinoseg.training.optim import MovingAverage
@@ -46,7 +46,7 @@ HEADS = "heads"  # subfolder of a multi-head run, with one run folder per head
 ONE_FILE = "model"  # stem of the file that mode=export writes
 _PARTS = ("model", "optimizer", "ema", "loss_scale", CONSTANTS)  # prefixes of tensor names, before the slash
 _REMOTE = re.compile(r"\w+://|[\w-]+/[\w.-]+$")  # an address, or what may be a hub id
-_MOST_TENSORS = 50_000  # ten times those of the largest backbone with its training state
+_MAX_TENSORS = 50_000  # ten times those of the largest backbone with its training state
 
 
 @dataclass
@@ -144,8 +144,8 @@ def _read(path: Path, value_of: Callable[[Any, str], Tensor] | None, only: Conta
 def _known(names: Sequence[str], path: Path) -> Sequence[str]:
     """Return the names of a checkpoint's tensors if they are not too many and each has a known prefix."""
     odd = next((name for name in names if name.partition("/")[0] not in _PARTS), None)
-    if odd is not None or len(names) > _MOST_TENSORS:
-        wrong = f"{len(names)} tensors, above the limit of {_MOST_TENSORS}" if odd is None else f"a tensor {shown(odd)}"
+    if odd is not None or len(names) > _MAX_TENSORS:
+        wrong = f"{len(names)} tensors, above the limit of {_MAX_TENSORS}" if odd is None else f"a tensor {shown(odd)}"
         raise UserError(f"resume={path}: it holds {wrong}, which dinoseg does not write. Choose another checkpoint.")
     return names
 
@@ -257,7 +257,7 @@ class Checkpoints:
         tensors |= {f"optimizer/{key}": value for key, value in state.items()}
         tensors |= {f"ema/{name}": value for name, value in (ema.average if ema else {}).items()}
         tensors |= {f"loss_scale/{name}": value for name, value in (scale.state() if scale else {}).items()}
-        self._write("last", tensors, self.progress, {IDLE: len(without_state(optimizer, state))})
+        self._write("last", tensors, self.progress, {IDLE: len(parameters_without_state(optimizer, state))})
 
     def save_if_best(self, model: Segmenter, score: float, *, lowest: bool = False) -> Progress:
         """Save `best` if `score` beats all previous ones; the model must hold the weights that were scored.

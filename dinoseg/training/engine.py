@@ -17,7 +17,7 @@ from dinoseg.core.sizes import Size
 from dinoseg.data.enough_workers import warn_of_many
 from dinoseg.models.model import Segmenter
 from dinoseg.training.compiled import compile_blocks
-from dinoseg.training.frozen_casts import keep_casts
+from dinoseg.training.frozen_casts import cache_casts
 from dinoseg.training.loss_scale import LossScale
 from dinoseg.training.optim import scale_gradients
 from dinoseg.training.sharding import Lockstep, shard, whole
@@ -171,7 +171,7 @@ class Engine:
         if not self.sharded:
             model = model.to(self.device)
             if self.compile:
-                compile_blocks(model.backbone, model.head.own_blocks)
+                compile_blocks(model.backbone, model.head.trainable_blocks)
             return model
         model = shard(self._synchronised(model), self.device, self.world)
         self._lockstep = Lockstep(model, self.device)
@@ -185,7 +185,7 @@ class Engine:
         in every pass, unless the model is sharded or compiled.
         """
         if self.half and not (self.sharded or self.compile):
-            keep_casts(model)
+            cache_casts(model)
         if self.sharded:
             return self.accelerator.prepare_model(model, evaluation_mode=True)  # FSDP averages gradients itself
         return self.accelerator.prepare(self._synchronised(model))
@@ -248,7 +248,7 @@ class Engine:
         there = [v if isinstance(v, Tensor) else torch.full((), v, device=self.device) for v in values]
         return self.sum(torch.stack([value.detach().float().to(self.device) for value in there]))
 
-    def updates_without_waiting(self, optimizer: Optimizer) -> bool:
+    def updates_asynchronously(self, optimizer: Optimizer) -> bool:
         """Return whether `optimizer_step` updates, or not, on the device, so that metrics can be read later."""
         on_device = self.device.type == "cuda" and getattr(optimizer, "_step_supports_amp_scaling", False)
         return on_device and not self.sharded  # untested with sharded weights
@@ -282,7 +282,7 @@ class Engine:
         Returns:
             The means, and the gradient norms before clipping, NaN where the mean is not finite: (N,) float64.
         """
-        on_device = self.updates_without_waiting(optimizer)
+        on_device = self.updates_asynchronously(optimizer)
         if not on_device:
             totals, weights = totals.cpu(), weights.cpu()  # before float64, which MPS lacks
         totals, weights = totals.double(), weights.double()
@@ -333,7 +333,7 @@ class Engine:
         self._join()
         return broadcast_object_list([value])[0]
 
-    def decided(self, by: Callable[[], T]) -> T:
+    def run_on_rank0(self, by: Callable[[], T]) -> T:
         """Call `by` on rank 0 only, and return its result on every rank."""
         return self.share(by() if self.is_main else None)
 

@@ -119,7 +119,7 @@ def _disk_seconds(root: Path, stored: Stored, rows: list[Tensor]) -> tuple[float
 logger = logging.getLogger(__name__)
 
 _FOLDER = "features"
-_LEAST_GAIN = 1.2  # speed-up; smaller estimates are too uncertain to decide
+_MIN_GAIN = 1.2  # speed-up; smaller estimates are too uncertain to decide
 _OF_MEMORY = 0.5  # share of the free memory
 
 
@@ -180,7 +180,7 @@ def feature_cache(feed: ImageFeed, model: Segmenter, loss: Loss, engine: Engine,
     wanted = plan.before if engine.cache == "auto" and plan.before in CACHES else engine.cache
     chosen, reason = None, "This run started without a cache: set engine.cache=disk or memory to use one."
     if wanted != "off":
-        chosen, reason = engine.decided(lambda: _chosen_or_why_not(wanted, feed, model, loss, engine, plan))
+        chosen, reason = engine.run_on_rank0(lambda: _chosen_or_why_not(wanted, feed, model, loss, engine, plan))
     if chosen is None:
         if engine.cache in ("disk", "memory"):
             raise UserError(f"engine.cache={engine.cache}: {reason}")
@@ -253,7 +253,7 @@ def _chosen(wanted: str, feed: ImageFeed, model: Segmenter, loss: Loss, engine: 
     size = cost.bytes * count + _val_bytes(feed, model, cost)
     rooms = {"disk": _disk_room(plan), "memory": _memory_room(plan, engine)}
     gains = {kind: cost.gain(plan.epochs, feed.views, disk=kind == "disk") for kind in rooms}
-    paying = [kind for kind in rooms if size <= rooms[kind] and gains[kind] >= _LEAST_GAIN]
+    paying = [kind for kind in rooms if size <= rooms[kind] and gains[kind] >= _MIN_GAIN]
     read = f"{cost.read:.2g} s to read back, " if math.isfinite(cost.read) else ""  # inf: write failed
     facts = (
         f"The features of {count_of(len(feed.train), 'image')} in {count_of(feed.views, 'view')} and of "
@@ -283,7 +283,7 @@ def _why_not(plan: Plan, views: int, size: int, rooms: Mapping[str, int], gains:
             f"{plan.epochs:.1f} epochs with data.views={views} hardly repeat a view. Set fewer views, or "
             "engine.cache=disk if another run uses the same features."
         )
-    if max(gains.values()) < _LEAST_GAIN:
+    if max(gains.values()) < _MIN_GAIN:
         return f"The estimated speed-up of {max(gains.values()):.2f} is too small."
     if size > max(rooms.values()):
         room = " and ".join(
@@ -298,7 +298,7 @@ def _why_not(plan: Plan, views: int, size: int, rooms: Mapping[str, int], gains:
 def _val_bytes(feed: ImageFeed, model: Segmenter, cost: Cost) -> int:
     """Estimate the bytes of the validation images' features, as if all these images had the size of the first."""
     height, width = feed.val[0]["mask"].shape
-    return round(cost.bytes * math.prod(model.seen_size((height, width))) / cost.pixels) * len(feed.val)
+    return round(cost.bytes * math.prod(model.input_size((height, width))) / cost.pixels) * len(feed.val)
 
 
 def _root(plan: Plan) -> Path:
@@ -319,7 +319,7 @@ def _opened(memory: bool, feed: ImageFeed, model: Segmenter, engine: Engine, pla
     """Return the feature store for the model's current weights."""
     if memory:
         return MemoryStore(plan.dtype, _memory_room(plan, engine))
-    maps_alone = type(model.head).until is Head.until  # features that do not depend on the head
+    maps_alone = type(model.head).forward_frozen is Head.forward_frozen  # features that do not depend on the head
     parts = {
         **{name: part for name, part in plan.parts.items() if name != "head" or not maps_alone},
         "weights": weights_hash(frozen_tensors(model)),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 
-def keep_casts(model: nn.Module) -> None:
+def cache_casts(model: nn.Module) -> None:
     """Make each frozen linear layer and 2D convolution of a model cast its weights once; results are bitwise equal."""
     for part in model.modules():
         kind = _KINDS.get(type(part))

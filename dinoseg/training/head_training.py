@@ -55,7 +55,7 @@ class HeadTraining:
     def reads_maps(self) -> bool:
         """Return whether it takes feature maps, and does not run the backbone in a way of its own."""
         kind = type(self.model.head)
-        return kind.run is Head.run and kind.until is Head.until
+        return kind.run is Head.run and kind.forward_frozen is Head.forward_frozen
 
     def has_ended(self, patience: int | None) -> bool:
         """Return whether its training has ended, also by more than `patience` validations without a better score."""

@@ -129,13 +129,13 @@ class ImageFeed:
         """Return the scores of `evaluate`, `iou/CLASS` for each class, and visualised predictions of some images."""
         return self.validate_each([self.scored(model, loss, engine)], engine)[0]
 
-    def scored(self, model: Segmenter, loss: Loss, engine: Engine) -> "Shown":
+    def scored(self, model: Segmenter, loss: Loss, engine: Engine) -> "ValidationImages":
         """Return a model in the form that `validate_each` takes; its random state is that of this call."""
-        return Shown(self, model, loss, engine)
+        return ValidationImages(self, model, loss, engine)
 
     def validate_each(
         self,
-        models: Sequence["Shown"],
+        models: Sequence["ValidationImages"],
         engine: Engine,
         *,
         inputs: Callable[[Batch], Iterable[Batch]] | None = None,
@@ -150,11 +150,11 @@ class ImageFeed:
         policy = self.policy or Whole()
         samples = cache.eval_batches(self.val, workers=self.workers, rank=self.rank, world=self.world)
         for index, views in zip(count(self.rank, self.world), samples, strict=False):
-            whole = policy.sees_whole(model, views.size, engine.autocast)
+            whole = policy.is_single_pass(model, views.size, engine.autocast)
             yield views if whole else Batch.stack([self.val[index]])
 
 
-class Shown:
+class ValidationImages:
     """A model in validation, with visualised predictions of some images."""
 
     def __init__(self, feed: ImageFeed, model: Segmenter, loss: Loss, engine: Engine) -> None:

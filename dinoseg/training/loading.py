@@ -24,7 +24,7 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.tensor_files import copy_values
 from dinoseg.utils.wording import shown
 
-_MOST_PARTS = 50_000  # modules, parameters and buffers; DINOv3's ViT-7B with LoRA has about 5,000
+_MAX_PARTS = 50_000  # modules, parameters and buffers; DINOv3's ViT-7B with LoRA has about 5,000
 CONSTANTS = "constants"  # prefix of buffers that a state dict leaves out
 CASTS = (torch.float16, torch.bfloat16, torch.float32)  # each can be loaded into any other
 
@@ -56,9 +56,9 @@ def bounded(where: str) -> Iterator[None]:
         nonlocal parts
         parts += 1
         size = part.numel() * part.element_size() if isinstance(part, Tensor) else 0
-        if parts > _MOST_PARTS or size > memory:
+        if parts > _MAX_PARTS or size > memory:
             raise UserError(
-                f"{where}: its config describes a model of more than {_MOST_PARTS} parts, or one that does not fit "
+                f"{where}: its config describes a model of more than {_MAX_PARTS} parts, or one that does not fit "
                 f"into memory ({name}: {size / 2**30:.0f} GiB, of {memory / 2**30:.0f}). Choose another checkpoint."
             )
 
@@ -178,7 +178,7 @@ def load_optimizer(optimizer: Optimizer, checkpoint: Checkpoint) -> None:
     """
     saved = checkpoint.part("optimizer")
     check_resumable(checkpoint)
-    absent = without_state(optimizer, saved)
+    absent = parameters_without_state(optimizer, saved)
     if len(absent) > checkpoint.info.get(IDLE, 0):
         raise UserError(
             f"resume={checkpoint.path}: its optimizer state lacks parameters that it had when this run was saved, such "
@@ -195,7 +195,7 @@ def load_optimizer(optimizer: Optimizer, checkpoint: Checkpoint) -> None:
             }
 
 
-def without_state(optimizer: Optimizer, saved: Mapping[str, Tensor]) -> list[str]:
+def parameters_without_state(optimizer: Optimizer, saved: Mapping[str, Tensor]) -> list[str]:
     """Return the names of parameters without optimizer state, such as those that no gradient has reached."""
     held = {key.rpartition("/")[0] for key in saved}
     return [name for group in optimizer.param_groups for name in group["names"] if name not in held]

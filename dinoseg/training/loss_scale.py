@@ -15,7 +15,7 @@ T = TypeVar("T")
 _FIRST = 2.0**16  # for the mean loss, as in torch's GradScaler
 _LARGEST = 2.0**60
 _GROWS_AFTER = 2000  # steps without an overflow
-_MOST_OVERFLOWS = 40  # consecutive steps, after which the gradient itself is considered infinite
+_MAX_OVERFLOWS = 40  # consecutive steps, after which the gradient itself is considered infinite
 
 
 class LossScale:
@@ -44,7 +44,7 @@ class LossScale:
 
         After 40 such steps in a row the step is not skipped but left to fail: no scale helps.
         """
-        return mean.isfinite() & ~norm.isfinite() & (self.steady > -_MOST_OVERFLOWS).to(mean.device)
+        return mean.isfinite() & ~norm.isfinite() & (self.steady > -_MAX_OVERFLOWS).to(mean.device)
 
     def update(self, overflow: Tensor) -> None:
         """Update the scale for the next step; `overflow`, () bool, states whether this step has overflowed."""

@@ -201,7 +201,7 @@ def peak_memory(device: torch.device) -> int:
     return _highest_resident()
 
 
-def held_memory(device: torch.device) -> int:
+def used_memory(device: torch.device) -> int:
     """Return the memory in use, counted as in `peak_memory`; on a CPU without Linux, the peak so far."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)

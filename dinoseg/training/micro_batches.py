@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinoseg.inference.memory import OutOfMemory, reason_of, tells_shortage
+from dinoseg.inference.memory import OutOfMemory, is_shortage, reason_of
 from dinoseg.training.engine import Engine
 from dinoseg.training.head_training import HeadTraining
 from dinoseg.training.step import StepOutput
@@ -54,7 +54,7 @@ class MicroBatches:
         self._engine, self._heads, self._accumulate = engine, heads, accumulate
         self._prepare, self._undo = prepare, undo
         self._criterion = heads[0].criterion  # of the same kind for each
-        self._smallest = max(head.model.head.least_batch for head in heads)
+        self._smallest = max(head.model.head.min_batch_size for head in heads)
         self._parts, self._samples = 1, 0  # parts of a batch; samples in the newest batch
         self._shortage: str | None = None  # reason of the newest out-of-memory error
 
@@ -86,7 +86,7 @@ class MicroBatches:
         try:
             yield
         except (MemoryError, RuntimeError) as error:
-            if not tells_shortage(error):
+            if not is_shortage(error):
                 raise
             self._shortage = reason_of(error)  # the text alone: the traceback holds the step's tensors
 

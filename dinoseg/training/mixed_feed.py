@@ -8,13 +8,13 @@ from typing import Any
 import torch
 
 from dinoseg.core.shapes import Batch, Prediction
-from dinoseg.data.loader import drawn_batches
-from dinoseg.data.train_views import UNLABELLED, chance_of
+from dinoseg.data.loader import sample_batches
+from dinoseg.data.train_views import UNLABELLED, make_rng
 from dinoseg.data.unlabelled import UnlabelledImages, UnlabelledViews
 from dinoseg.training.engine import Engine
 from dinoseg.training.image_feed import ImageFeed
+from dinoseg.training.self_training_batch import MixedBatch, SelfTrainingBatch
 from dinoseg.training.tally import Tally
-from dinoseg.training.taught import MixedBatch, TaughtBatch
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Count, Few, LowShare, NotNegative, Positive
 from dinoseg.utils.wording import count_of
@@ -88,7 +88,7 @@ class MixedFeed(ImageFeed):
         """Yield this rank's share of every pair of batches from number `start` on, without end."""
         read = partial(_read, self.unlabelled, self.seed)
         order = {"batch_size": self._size, "seed": self.seed, "start": start, "rank": self.rank, "world": self.world}
-        views = drawn_batches(read, _stacked, len(self.unlabelled), workers=self.workers, **order)
+        views = sample_batches(read, _stacked, len(self.unlabelled), workers=self.workers, **order)
         labelled: Iterator[Any] = super().train_batches(start)  # of images: features are not cached
         return map(self._mixed, labelled, views)
 
@@ -104,13 +104,13 @@ class MixedFeed(ImageFeed):
 class _TallyOfMasks(Tally):
     def add(self, prediction: Prediction, batch: Batch) -> None:
         """Count the images that have masks of their own."""
-        if isinstance(batch, TaughtBatch):
+        if isinstance(batch, SelfTrainingBatch):
             prediction, batch = prediction.of_images(slice(0, len(batch.names))), batch.labelled
         super().add(prediction, batch)
 
 
 def _read(images: UnlabelledImages, seed: int, epoch: int, index: int) -> UnlabelledViews:
-    return images.read(index, chance_of(seed, epoch, index, UNLABELLED))
+    return images.read(index, make_rng(seed, epoch, index, UNLABELLED))
 
 
 def _stacked(views: Sequence[UnlabelledViews]) -> UnlabelledViews:

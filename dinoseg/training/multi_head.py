@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from dinoseg.core.contracts import Backbone, Head
 from dinoseg.core.shapes import Batch, FeatureBatch, FrozenFeatures, Prediction
-from dinoseg.inference.memory import tells_shortage
+from dinoseg.inference.memory import is_shortage
 from dinoseg.inference.policy import Autocast, Policy
 from dinoseg.inference.whole import Whole
 from dinoseg.models.model import Segmenter
@@ -32,9 +32,9 @@ class MultiHead(Head):
         self.heads = nn.ModuleList(heads)
 
     @property
-    def own_blocks(self) -> Sequence[nn.Module]:
+    def trainable_blocks(self) -> Sequence[nn.Module]:
         """Return the copies of blocks of all heads."""
-        return [block for head in self.heads for block in head.own_blocks]  # type: ignore[union-attr]
+        return [block for head in self.heads for block in head.trainable_blocks]  # type: ignore[union-attr]
 
     def set_progress(self, share: float) -> None:
         """Receive the share of the training that is done."""
@@ -82,7 +82,9 @@ class MultiHeadSegmenter(Segmenter):
     ) -> Iterator[Batch]:
         """Yield the batch for each of some heads: with features of the images if it predicts them whole."""
         size = (batch.image.shape[-2], batch.image.shape[-1])
-        shared = [member for member in members if member.reads_maps and policy.sees_whole(member.model, size, autocast)]
+        shared = [
+            member for member in members if member.reads_maps and policy.is_single_pass(member.model, size, autocast)
+        ]
         features = self._features(batch.image, autocast) if shared else None
         for member in members:
             if features is None or member not in shared:
@@ -96,7 +98,7 @@ class MultiHeadSegmenter(Segmenter):
             with autocast():
                 return self.frozen(images)
         except (MemoryError, RuntimeError) as error:
-            if not tells_shortage(error):
+            if not is_shortage(error):
                 raise
         empty_cache(images.device)
         return None

@@ -20,7 +20,7 @@ from dinoseg.utils.ranges import HighShare, LearningRate, LowShare, NotNegative,
 logger = logging.getLogger(__name__)
 _EMBEDDING = re.compile(r"(token|tokens|pos_embed|position_embeddings|level_embed|level_encoding|queries)$")
 SCHEDULES = ("constant", "cosine", "poly")
-_LEAST_PAST_WARMUP = 0.2  # share of the steps
+_MIN_PAST_WARMUP = 0.2  # share of the steps
 _FULL = 0.999  # share of the configured rate that counts as reached, to allow for rounding
 _FUSED = ("cpu", "cuda", "mps")  # devices with fused AdamW kernels
 _SWAPPED_BYTES = 2**26  # of trained weights, cloned at once when they are swapped with their average
@@ -47,7 +47,8 @@ def parameter_groups(
     It multiplies that of parameters before the blocks by d^(n + 1) (BEiT, arXiv 2106.08254). n counts the blocks that
     are read, the stages of a pyramid, or a head's copies of blocks.
 
-    The modules that a head lists in `late` start at its share of the training, the backbone at `freeze_backbone_until`.
+    The modules that a head lists in `delayed_modules` start at its share of the training, the backbone at
+    `freeze_backbone_until`.
 
     Returns:
         Groups in the model's order, with `params`, `names`, `lr`, `base_lr` and `weight_decay`. `start` is the share of
@@ -59,7 +60,7 @@ def parameter_groups(
     backbone_lr = lr if backbone_lr is None else backbone_lr
     above = _layers_above(model)
     embeddings = {id(part.weight) for part in model.modules() if isinstance(part, nn.Embedding)}
-    delayed_start, parts = model.head.late
+    delayed_start, parts = model.head.delayed_modules
     delayed = {id(parameter) for part in parts for parameter in part.parameters()}
     frozen_first = {id(parameter) for parameter in model.backbone.parameters()} if freeze_backbone_until else set()
     groups: dict[tuple[float, float, float, bool], dict] = {}
@@ -168,7 +169,7 @@ def warn_of_long_warmup(factor: Callable[[int, int], float], steps: int) -> None
     How the rate falls after that depends on the schedule and is not considered.
     """
     rise = next((step for step in range(steps) if factor(step, steps) > _FULL), steps)
-    if steps - rise < _LEAST_PAST_WARMUP * steps:
+    if steps - rise < _MIN_PAST_WARMUP * steps:
         highest = max(factor(step, steps) for step in range(steps))
         logger.warning(
             "The warm-up takes %d of %d steps and ends at %.0f %% of the learning rate. Set optim.schedule.warmup to a "
@@ -308,7 +309,7 @@ def _layers_above(model: Segmenter) -> dict[int, int]:
     """
     backbone = model.backbone
     above = {id(parameter): len(backbone.blocks) + 1 for parameter in backbone.parameters()}
-    for blocks in (backbone.blocks, model.head.own_blocks):
+    for blocks in (backbone.blocks, model.head.trainable_blocks):
         for number, block in enumerate(blocks):
             above |= {id(parameter): len(blocks) - number for parameter in block.parameters()}
     last = [] if backbone.norm is None else backbone.norm.parameters()

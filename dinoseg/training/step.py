@@ -206,7 +206,7 @@ class MetricsQueue:
         """
         self._unread.append(metrics)
         read = read or (stop_requested and self._engine.world == 1)
-        later = 0 if read or not self._engine.updates_without_waiting(self._optimizer) else 1
+        later = 0 if read or not self._engine.updates_asynchronously(self._optimizer) else 1
         is_stopping = False
         while len(self._unread) > later:
             oldest = self._unread[0]  # not removed if not finite, so that nothing is saved

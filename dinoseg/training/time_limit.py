@@ -47,7 +47,7 @@ class TimeLimit:
         """
         if self._minutes is None:
             return steps
-        fitting = self._engine.decided(lambda: self._fit(step, steps, frozen_until))
+        fitting = self._engine.run_on_rank0(lambda: self._fit(step, steps, frozen_until))
         if fitting < steps and not self._is_reported:
             self._is_reported = True
             logger.warning(

@@ -212,11 +212,11 @@ def check_score(data: Feed, score: str) -> None:
 
 def on_device(experiment: Experiment, ema: MovingAverage | None, batch: Any) -> Any:
     """Return a batch on the device; the moving average of the model labels images without masks."""
-    return batch.to(experiment.engine.device).taught(partial(teach, experiment, ema))
+    return batch.to(experiment.engine.device).with_labels(partial(predict_with_ema, experiment, ema))
 
 
 @torch.no_grad()
-def teach(experiment: Experiment, ema: MovingAverage | None, images: Tensor) -> Prediction:
+def predict_with_ema(experiment: Experiment, ema: MovingAverage | None, images: Tensor) -> Prediction:
     """Predict for images (B, 3, H, W) with the moving average in eval mode; the result is the same on each rank."""
     assert ema is not None, "the teacher is a moving average: its task requires trainer.ema"
     model, engine = experiment.model, experiment.engine

@@ -160,7 +160,7 @@ def _predicted(
         losses.clear()  # of an attempt that ran out of memory
         return _read(bands, size)
 
-    return *predictor.asked(batch.image, take, size=size, seen=seen), losses
+    return *predictor.run_bands(batch.image, take, size=size, seen=seen), losses
 
 
 def _read(bands: Iterable[Prediction], size: Size) -> tuple[Tensor, Tensor]:

@@ -23,11 +23,11 @@ from typing import Any
 _HIDDEN = re.compile(
     r"\.(?P<name>.+)\.(?P<process>\d+)-(?P<machine>[0-9a-f]{6})-[0-9a-f]{8}\.(?P<kind>part|old)", re.DOTALL
 )
-_looked_at: set[Path] = set()  # folders that this process has written to
+_checked: set[Path] = set()  # folders that this process has written to
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path that is renamed to `path` at the end; its folder is created if missing.
 
     On an exception it is removed, and an older file at `path` stays as it was.
@@ -45,7 +45,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
+def atomic_folder(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder that is renamed to `folder` at the end, or removed on an exception."""
     with scratch_folder(folder.parent, folder.name) as part:
         old = part.with_suffix(".old")
@@ -97,8 +97,8 @@ def open_no_link(path: str, flags: int) -> int:
 def _hidden_name(path: Path) -> Path:
     """Return a new hidden name next to `path`; on the first call in a folder, remove leftovers of killed processes."""
     folder = path.parent.absolute()
-    if folder not in _looked_at:
-        _looked_at.add(folder)
+    if folder not in _checked:
+        _checked.add(folder)
         remove_dead(folder)
     return path.with_name(f".{path.name}.{os.getpid()}-{_machine()}-{secrets.token_hex(4)}.part")
 
@@ -139,7 +139,7 @@ def sync_to_disk(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def write_whole(file: RawIOBase, data: memoryview) -> None:
+def write_all(file: RawIOBase, data: memoryview) -> None:
     """Write all bytes, in several writes if needed: a disk that fills up accepts some before it raises an error."""
     while data:
         data = data[file.write(data) :]
@@ -147,7 +147,7 @@ def write_whole(file: RawIOBase, data: memoryview) -> None:
 
 def write_text(path: str | Path, text: str) -> None:
     """Write text as UTF-8, and characters that UTF-8 cannot encode (of a file's name, for example) as escapes."""
-    with whole_file(Path(path)) as part:
+    with atomic_file(Path(path)) as part:
         part.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 

@@ -11,7 +11,7 @@ from dinoseg.utils.control_groups import cpu_quota, memory_limit
 from dinoseg.utils.errors import UserError
 
 _SPINS = "300"  # compared with others in `benchmarks/busy.py`
-_written: set[str] = set()  # values of OMP_NUM_THREADS that `keep_to_share` set
+_written: set[str] = set()  # values of OMP_NUM_THREADS that `limit_threads_to_share` set
 _TOPOLOGY = Path("/sys/devices/system/cpu")
 
 
@@ -57,7 +57,7 @@ def share_of_cores() -> int:
     return _share(count_cores())
 
 
-def keep_to_share() -> None:
+def limit_threads_to_share() -> None:
     """Limit torch's threads to this rank's share of the cores, unless OMP_NUM_THREADS is set.
 
     Two threads of a core (hyper-threading) count as one. If each rank starts threads for the whole machine, they wait
@@ -77,16 +77,16 @@ def keep_to_share() -> None:
 
 
 def forget_share() -> None:
-    """Unset the OMP_NUM_THREADS that `keep_to_share` wrote, so that ranks started from here find their own shares."""
+    """Unset the OMP_NUM_THREADS of `limit_threads_to_share`, so that ranks started from here compute their shares."""
     if os.environ.get("OMP_NUM_THREADS") in _written:
         del os.environ["OMP_NUM_THREADS"]
     _written.clear()
 
 
-def keep_to_quota() -> None:
+def limit_threads_to_quota() -> None:
     """Limit torch's threads to a container's CPU limit, if that is below the machine's processors."""
     if count_cores() < len(_usable()):
-        keep_to_share()
+        limit_threads_to_share()
 
 
 def limit_spinning() -> None:

@@ -37,7 +37,7 @@ class UserError(Exception):
 
 
 @contextmanager
-def telling_file_errors(folder: Path) -> Iterator[None]:
+def file_errors_as_user_errors(folder: Path) -> Iterator[None]:
     """Turn the system's errors about files and disks into messages; other errors pass unchanged.
 
     Args:

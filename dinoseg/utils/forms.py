@@ -21,7 +21,7 @@ from dinoseg.utils.files import open_regular
 Form = Callable[[Any, str], None]
 _DEEPEST = 16  # nesting levels of a `plain` value
 _LARGEST = 2**63 - 1
-_MOST_BYTES = 2**32  # of a JSON file; a sparse one may claim more than any memory
+_MAX_BYTES = 2**32  # of a JSON file; a sparse one may claim more than any memory
 _SMALL = 2**26  # bytes of a file that any machine can read
 _GREATEST = sys.float_info.max  # larger integers in JSON cannot become a float
 
@@ -30,7 +30,7 @@ class Misshapen(ValueError):
     """Error for data that does not have the form in which it is written; names the location and the value."""
 
 
-def read_json(path: Path, form: Form, *, most: int = _MOST_BYTES) -> Any:
+def read_json(path: Path, form: Form, *, most: int = _MAX_BYTES) -> Any:
     """Read a JSON file of at most `most` bytes, and check it against a form.
 
     Raises:
@@ -91,7 +91,7 @@ class ArrayForm(NamedTuple):
     most: int  # maximum number of bytes
 
 
-def read_arrays(path: Path, forms: Mapping[str, ArrayForm], *, most: int = _MOST_BYTES) -> dict[str, np.ndarray]:
+def read_arrays(path: Path, forms: Mapping[str, ArrayForm], *, most: int = _MAX_BYTES) -> dict[str, np.ndarray]:
     """Read the arrays of an NPZ file that was written without compression.
 
     Args:

@@ -16,7 +16,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngInfo
 from PIL.TiffImagePlugin import TiffImageFile
 
-from dinoseg.utils.atomic import whole_file
+from dinoseg.utils.atomic import atomic_file
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import check_regular
 
@@ -138,7 +138,7 @@ def write_png(path: str | Path, pixels: np.ndarray, *, note: tuple[str, str] | N
     info = PngInfo()
     if note is not None:
         info.add_text(*note)
-    with whole_file(Path(path)) as part:
+    with atomic_file(Path(path)) as part:
         Image.fromarray(pixels).save(part, format="PNG", compress_level=1, pnginfo=info)
 
 
@@ -161,7 +161,7 @@ def _eight_bits(path: str | Path, image: Image.Image, bits: int) -> Image.Image:
     if levels.min() < 0 or levels.max() > white:
         raise Unfit(f"holds values from {levels.min()} to {levels.max()}, not {bits}-bit levels. Convert it to 8 bits")
     if bits == 16:  # 12-bit files mostly use their full range
-        _say_scaled(path)
+        _warn_of_scaling(path)
     return Image.fromarray(np.round(levels * (255 / white)).astype(np.uint8))
 
 
@@ -170,7 +170,7 @@ def _bits(image: Image.Image) -> tuple[int, ...]:
     return image.tag_v2.get(_BITS, ()) if isinstance(image, TiffImageFile) else ()
 
 
-def _say_scaled(path: str | Path) -> None:
+def _warn_of_scaling(path: str | Path) -> None:
     if not _warned:
         _warned.append(path)
         log.warning(
@@ -254,10 +254,10 @@ def _opened(path: str | Path, take: Callable[[Image.Image], T]) -> T:
     raise UserError(message) from cause
 
 
-MOST_SCANS = 32  # of a JPEG file: each is a pass over all pixels; progressive encoders write about ten
-MOST_BLOCK_PIXELS = 2**22  # always allowed in a TIFF tile, whatever the size of its image
-MOST_TILE_RATIO = 4  # largest ratio of a larger TIFF tile's pixels to its image's
-_MOST_TAGS = 2**16  # tags of a TIFF file that are read
+MAX_SCANS = 32  # of a JPEG file: each is a pass over all pixels; progressive encoders write about ten
+MAX_BLOCK_PIXELS = 2**22  # always allowed in a TIFF tile, whatever the size of its image
+MAX_TILE_RATIO = 4  # largest ratio of a larger TIFF tile's pixels to its image's
+_MAX_TAGS = 2**16  # tags of a TIFF file that are read
 _SCAN, _END = 0xDA, 0xD9
 _MARKER = re.compile(rb"\xff+([^\x00\x01\xff\xd0-\xd8])", re.DOTALL)  # markers with a length, and the end
 _WIDTH, _HEIGHT, _SAMPLES, _ROWS, _TILE_WIDTH, _TILE_HEIGHT = 256, 257, 277, 278, 322, 323  # TIFF tags
@@ -281,17 +281,17 @@ def check_cost(image: Image.Image) -> None:
     if isinstance(image, JpegImageFile):
         image.fp.seek(0)
         scans = _count_scans(image.fp.read())
-        if scans > MOST_SCANS:
-            raise Unfit(f"has {scans} JPEG scans; the limit is {MOST_SCANS}. Save it again")
+        if scans > MAX_SCANS:
+            raise Unfit(f"has {scans} JPEG scans; the limit is {MAX_SCANS}. Save it again")
     elif isinstance(image, TiffImageFile):
         _check_blocks(image)
     image.fp.seek(position)
 
 
 def _count_scans(data: bytes) -> int:
-    """Return the number of scans of the first image of a JPEG file; exact only above `MOST_SCANS`."""
+    """Return the number of scans of the first image of a JPEG file; exact only above `MAX_SCANS`."""
     found = data.count(b"\xff\xda")
-    if found <= MOST_SCANS:
+    if found <= MAX_SCANS:
         return found
     scans, position = 0, 2
     while (match := _MARKER.search(data, position)) and match[1][0] != _END:
@@ -312,7 +312,7 @@ def _check_blocks(image: TiffImageFile) -> None:
     columns, rows = (tags.get(_TILE_WIDTH), tags.get(_TILE_HEIGHT)) if is_tiled else (width, tags.get(_ROWS, height))
     if not (isinstance(columns, int) and isinstance(rows, int) and min(columns, rows) > 0):
         raise Unfit(f"has TIFF blocks of {columns} x {rows} pixels. Save it again")
-    if is_tiled and columns * rows > max(MOST_BLOCK_PIXELS, MOST_TILE_RATIO * (width + 15) * (height + 15)):
+    if is_tiled and columns * rows > max(MAX_BLOCK_PIXELS, MAX_TILE_RATIO * (width + 15) * (height + 15)):
         raise Unfit(f"has {width} x {height} pixels in TIFF tiles of {columns} x {rows}. Save it with smaller tiles")
     offsets = tags.get(_OFFSETS[is_tiled], ())
     needed = math.ceil(width / columns) * math.ceil(height / rows) * tags.get(_SAMPLES, 1)
@@ -329,5 +329,5 @@ def _tag_numbers(image: TiffImageFile) -> list[int]:
     count_form, size = ("Q", 20) if is_big else ("H", 12)
     image.fp.seek(image.tag_v2.offset)
     (count,) = struct.unpack(order + count_form, image.fp.read(struct.calcsize(count_form)))
-    entries = image.fp.read(min(count, _MOST_TAGS) * size)
+    entries = image.fp.read(min(count, _MAX_TAGS) * size)
     return [number for (number,) in struct.iter_unpack(f"{order}H{size - 2}x", entries[: len(entries) // size * size])]

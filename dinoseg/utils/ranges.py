@@ -1,4 +1,4 @@
-"""Value ranges of config keys, as annotations in the signatures that use them; `checks.check_given` enforces them."""
+"""Value ranges of config keys, as annotations of signatures; `checks.check_arguments` enforces them."""
 
 import math
 from dataclasses import dataclass

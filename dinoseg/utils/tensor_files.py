@@ -33,7 +33,7 @@ _FEW = 2**22  # values of a tensor that is processed in such pieces
 PICKLED = (".pth", ".pt", ".bin")  # PyTorch's own format; other files are read as safetensors
 
 
-_MOST_STEPS = 2_000_000  # of a pickle, 64 to 216 bytes each; a ViT-7B with its optimizer's state takes 200,000
+_MAX_STEPS = 2_000_000  # of a pickle, 64 to 216 bytes each; a ViT-7B with its optimizer's state takes 200,000
 _PARTS = 5  # pickles that torch's format without a zip archive begins with
 _NAMES = re.compile(  # of what weights are saved with: tensors in dicts, and plain options of the training
     r"collections (OrderedDict|Counter)|argparse Namespace|(__builtin__|builtins) (set|complex)"
@@ -273,5 +273,5 @@ def _check_steps(stream: BinaryIO, parts: int) -> None:
             steps += 1
             if code.name == "GLOBAL" and not _NAMES.fullmatch(str(argument)):
                 raise ForeignObject(str(argument).replace(" ", "."))
-            if steps > _MOST_STEPS:
-                raise ValueError(f"its pickle has more than {_MOST_STEPS} steps")
+            if steps > _MAX_STEPS:
+                raise ValueError(f"its pickle has more than {_MAX_STEPS} steps")

@@ -21,7 +21,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 E = TypeVar("E", bound=Exception)
 _ENDING = 10.0  # seconds
-_MOST_WORKERS = 61 if sys.platform == "win32" else 2**20  # Windows cannot wait for more processes at once
+_MAX_WORKERS = 61 if sys.platform == "win32" else 2**20  # Windows cannot wait for more processes at once
 _AHEAD = 4  # unfinished or unconsumed items per process: bounds memory
 ErrorTypes = type[Exception] | tuple[type[Exception], ...]
 _task: tuple[Callable[[Any], Any], ErrorTypes]  # of a worker process: sent once, not with every item
@@ -54,7 +54,7 @@ def in_processes(
     Raises:
         UserError: if a process was killed.
     """
-    workers = min(workers, len(items), _MOST_WORKERS)
+    workers = min(workers, len(items), _MAX_WORKERS)
     if workers <= 1:
         yield from ((item, _attempt(work, catch, item)) for item in items)
         return
@@ -81,7 +81,7 @@ def in_processes(
         pool.shutdown(cancel_futures=True)
 
 
-def in_own_process(work: Callable[[T], R], item: T, *, timeout: float | None = None) -> R | None:
+def run_in_process(work: Callable[[T], R], item: T, *, timeout: float | None = None) -> R | None:
     """Run `work` on an item in a new process with its own memory, and return its result; None if it was killed.
 
     The process ends when this one is interrupted or killed. Ctrl-C reaches only this one; otherwise the child would

@@ -136,7 +136,7 @@ def test_each_device_gets_as_many(fit):
 
 
 def test_each_device_gets_as_many_as_the_head_needs(fit, monkeypatch):
-    monkeypatch.setattr(MlpHead, "least_batch", 2)
+    monkeypatch.setattr(MlpHead, "min_batch_size", 2)
     assert fit(50, "adapter=lora") == "backbone.checkpointing=true data.batch_size=2 trainer.accumulate=4"
     assert fit(45, "adapter=lora", world=2) == "adapter.blocks=1 data.batch_size=4 trainer.accumulate=2"
 
@@ -185,7 +185,7 @@ def test_what_a_part_cannot_do_is_left_out_and_what_the_recipe_cannot_is_told(co
     cfg, target = compose(*BASE, "adapter=lora"), Target("cpu", UNIT, bf16=False)
     fits = FitSearch(recipe_of(cfg), target, may_change_model=False)
     assert fits.as_it_is.need > fits.target.memory and fits.found() is None
-    assert fits.least.parts.batch_size == 1
+    assert fits.smallest.parts.batch_size == 1
     refused.append(True)
     with pytest.raises(UserError, match="it cannot"):
         FitSearch(recipe_of(cfg), target, may_change_model=False).found()

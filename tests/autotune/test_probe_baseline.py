@@ -120,7 +120,7 @@ def test_images_are_as_many_as_the_time_is_for(held, affordable=probe_baseline._
     splits = found.train, found.val
     slow = [affordable(*ways_of(found), splits, found.run.engine, seconds) for seconds in (0.0, -1.0, 1e9)]
     assert slow == [(slow[0][0], False), (slow[1][0], False), (64, True)] and slow[1][0] <= slow[0][0] <= 0
-    assert [len(probe_baseline.keep_evenly_spaced(found.train, count)) for count in (1, 2, 5, 64)] == [1, 2, 5, 8]
+    assert [len(probe_baseline.evenly_spaced_subset(found.train, count)) for count in (1, 2, 5, 64)] == [1, 2, 5, 8]
 
 
 def test_time_is_told_from_images_of_all_sizes(held, monkeypatch, affordable=probe_baseline._affordable):
@@ -297,7 +297,7 @@ def test_rates_are_tried_where_labels_alone_teach_and_told_where_they_clearly_he
 
 @pytest.fixture
 def quick(monkeypatch):
-    monkeypatch.setattr(probe_baseline, "_LEAST_SECONDS", 1e-9)
+    monkeypatch.setattr(probe_baseline, "_MIN_SECONDS", 1e-9)
     monkeypatch.setattr(probe_baseline, "_affordable", lambda *_: (64, True))
     monkeypatch.setattr("dinoseg.autotune.probe_comparison._CAUSES", 1e9)  # two steps leave milliseconds for causes
 

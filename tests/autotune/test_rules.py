@@ -121,7 +121,7 @@ def test_a_backbone_that_rests_first_is_tuned_as_one_of_its_size_is():
 
 def test_from_how_many_images_tuning_wins_depends_on_the_head_that_is_taken():
     cases = CASE, THIN, replace(THIN, depth=3), replace(THIN, head="linear"), replace(CASE, even=False)
-    assert [rules.least_tuned(case) for case in cases] == [1500, 1500, 600, 600, 600]
+    assert [rules.min_images_to_tune(case) for case in cases] == [1500, 1500, 600, 600, 600]
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ def test_steps_are_timed_with_their_batches_once_warm(compose, monkeypatch):
     cfg = compose(*BASE, "trainer.accumulate=2", "trainer.save_every=1")
     clock = SimpleNamespace(perf_counter=count().__next__, monotonic=lambda: 0.0)  # each reading takes a second
     monkeypatch.setattr(trial, "time", clock)
-    monkeypatch.setattr(trial, "held_memory", lambda device: 30)
+    monkeypatch.setattr(trial, "used_memory", lambda device: 30)
     monkeypatch.setattr(trial, "peak_memory", lambda device: 70)
     saved = []
     monkeypatch.setattr(trial.Checkpoints, "save", lambda *_: saved.append(1))

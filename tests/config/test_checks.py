@@ -7,7 +7,7 @@ from config_files import GROUPS, options, read_whole
 from hydra.utils import get_object
 from omegaconf import OmegaConf
 
-from dinoseg.config.checks import check_given
+from dinoseg.config.checks import check_arguments
 from dinoseg.utils.errors import UserError
 
 VIT = "dinoseg.models.backbones.transformers_vit.TransformersVit"
@@ -30,7 +30,7 @@ EOMT = "dinoseg.models.heads.eomt.EomtHead"
 )
 def test_elements_of_another_type_are_refused(target, key, value, kind):
     with pytest.raises(UserError) as caught:
-        check_given(target, {key: value})
+        check_arguments(target, {key: value})
     assert str(caught.value).startswith(f"{key}={value} is of type {kind}. Give ")
     remedy = "" if isinstance(value, list) else f" A list is written in brackets: {key}=[{value}]."
     assert "a list of " in str(caught.value) and str(caught.value).endswith(remedy)
@@ -44,9 +44,9 @@ def test_elements_that_fit_are_accepted():
         {"mean": [0, 0.5, 1]},
         {"arch": {"a": 1}},
     ):
-        check_given(VIT, given)
-    check_given(TIMM, {"mean": None, "std": (1, 2, 3)})
-    check_given(EOMT, {"anneal": [[0, 0.5], [0.2, 1]]})
+        check_arguments(VIT, given)
+    check_arguments(TIMM, {"mean": None, "std": (1, 2, 3)})
+    check_arguments(EOMT, {"anneal": [[0, 0.5], [0.2, 1]]})
 
 
 @pytest.mark.parametrize("value", [None, 5, "x", [1], {"a": 1}])
@@ -54,24 +54,24 @@ def test_what_a_group_of_keys_describes_is_no_plain_value(value):
     with pytest.raises(
         UserError, match=r"mode\.shapes=.* It is a group of keys: set one of them, as mode\.shapes\.KEY="
     ):
-        check_given("dinoseg.modes.predict.predict", {"shapes": value}, {"shapes": "mode.shapes"})
+        check_arguments("dinoseg.modes.predict.predict", {"shapes": value}, {"shapes": "mode.shapes"})
 
 
 def test_brackets_are_no_remedy_for_what_they_do_not_make_fit():
     with pytest.raises(UserError, match=r"outputs=null is of type NoneType\. Give a list of texts\.$"):
-        check_given("dinoseg.modes.predict.predict", {"outputs": None})
+        check_arguments("dinoseg.modes.predict.predict", {"outputs": None})
 
 
 @pytest.mark.parametrize("key", ["cache", "workers"])
 def test_a_word_that_yaml_reads_as_false_is_to_be_quoted(key):
     with pytest.raises(UserError, match=rf'{key}=False is of type bool.* write such a word in quotes \("off"\)\.$'):
-        check_given("dinoseg.training.engine.Engine", {key: OmegaConf.create("word: off").word})
+        check_arguments("dinoseg.training.engine.Engine", {key: OmegaConf.create("word: off").word})
 
 
 @pytest.mark.parametrize("scale", [0, 17, float("nan")])
 def test_a_picture_is_not_seen_at_a_scale_that_takes_hours(scale):
     with pytest.raises(UserError, match="scales=.* is out of range. Give a number above 0 and at most 16 for each"):
-        check_given("dinoseg.inference.windows.Windows", {"scales": [1.0, scale]})
+        check_arguments("dinoseg.inference.windows.Windows", {"scales": [1.0, scale]})
 
 
 def test_no_key_of_a_number_takes_text():
@@ -84,7 +84,7 @@ def test_no_key_of_a_number_takes_text():
                 for key in parameters.keys() & {key for key, value in node.items() if isinstance(value, int | float)}:
                     count += 1
                     with pytest.raises(UserError, match=f"^{key}=text is of type str"):
-                        check_given(node["_target_"], {key: "text"})
+                        check_arguments(node["_target_"], {key: "text"})
     assert count > 200
 
 

@@ -26,7 +26,7 @@ TRACKING = {"model", "device", "autocast", "batch_size"}
 # What build, launch and fit hand over; every other argument stands in a config or has a default
 AT_RUN_TIME = {
     "data.clips": {"split"},
-    "data.opened": {"dataset", "split", "reduced", "decided"},
+    "data.opened": {"dataset", "split", "reduced", "run_on_rank0"},
     "data.reader": {"split"},
     "export": {"source", "out_dir"},
     "head": {"in_dim", "num_layers"},
@@ -74,7 +74,7 @@ def check_binds(path, node):
     assert bool(later) <= bool(node.get("_partial_")), f"{path} waits for {later}, but is not _partial_"
     assert {key for key in node if key.startswith("_")} <= {"_target_", "_partial_"}, path
     inspect.signature(target).bind(**dict.fromkeys(given | later))
-    checks.check_given(node["_target_"], {key: node[key] for key in given})
+    checks.check_arguments(node["_target_"], {key: node[key] for key in given})
 
 
 def check(node, path=""):
@@ -151,7 +151,7 @@ def test_what_launch_reads_of_each_mode():
     assert {mode for mode, keys in said.items() if keys.get("devices") == "${engine.devices}"} == {
         *("eval", "probe", "train")
     }
-    assert {mode: keys["goes_on"] for mode, keys in said.items() if "goes_on" in keys} == {
+    assert {mode: keys["resumes_with"] for mode, keys in said.items() if "resumes_with" in keys} == {
         **{"predict": "predict.json", "probe": "probing.json"}
     }
     assert {mode for mode, keys in said.items() if "reads" not in keys} == {"help"}

@@ -73,7 +73,7 @@ def automatic(data, tmp_path, caplog):
 
 
 def test_what_pays_is_packed_by_itself_and_no_pixel_changes(automatic, tmp_path, monkeypatch):
-    monkeypatch.setattr(opening, "_LEAST_GAIN", 0.0)
+    monkeypatch.setattr(opening, "_MIN_GAIN", 0.0)
     files, packed, (told,) = automatic()
     assert isinstance(packed, PackedDataset) and packed.longest is None and packed.names == files.names
     for one, other in zip(files, packed, strict=True):
@@ -86,15 +86,15 @@ def test_what_pays_is_packed_by_itself_and_no_pixel_changes(automatic, tmp_path,
 
 def test_of_several_ranks_one_measures_and_all_do_as_it_says(automatic, monkeypatch):
     monkeypatch.setattr(opening, "pays", lambda *_: pytest.fail("this rank measures"))
-    files, kept, _ = automatic(decided=lambda find: False)
-    assert kept is files and isinstance(automatic(decided=lambda find: True)[1], PackedDataset)
+    files, kept, _ = automatic(run_on_rank0=lambda find: False)
+    assert kept is files and isinstance(automatic(run_on_rank0=lambda find: True)[1], PackedDataset)
 
 
 def test_what_does_not_pay_does_not_fit_or_is_not_trained_on_stays(automatic, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(opening, "_LEAST_GAIN", 1e9)
+    monkeypatch.setattr(opening, "_MIN_GAIN", 1e9)
     files, kept, (told,) = automatic()
     assert kept is files and "read from its files: packing pays off from a speed-up of 1e+09 on" in told
-    monkeypatch.setattr(opening, "_LEAST_GAIN", 0.0)
+    monkeypatch.setattr(opening, "_MIN_GAIN", 0.0)
     monkeypatch.setattr(opening, "_OF_FREE", 0.0)
     files, kept, (told,) = automatic()
     assert kept is files and "at most 0% of the disk's free" in told
@@ -111,14 +111,14 @@ def after(monkeypatch):
     """Make writing to a draft raise after so many writes."""
 
     def plant(count, error):
-        write_whole, left = pack.write_whole, iter([None] * count)
+        write_all, left = pack.write_all, iter([None] * count)
 
         def counted(file, content):
             if next(left, error) is error:
                 raise error
-            write_whole(file, content)
+            write_all(file, content)
 
-        monkeypatch.setattr(pack, "write_whole", counted)
+        monkeypatch.setattr(pack, "write_all", counted)
 
     return plant
 
@@ -127,7 +127,7 @@ def after(monkeypatch):
 def test_a_disk_that_fills_meanwhile_stops_no_training_and_is_given_back(
     automatic, after, error, tmp_path, monkeypatch, caplog
 ):
-    monkeypatch.setattr(opening, "_LEAST_GAIN", 0.0)
+    monkeypatch.setattr(opening, "_MIN_GAIN", 0.0)
     if error is None:  # others have filled it since it was measured
         monkeypatch.setattr(pack, "aligned", lambda size: 2**60)
     else:
@@ -139,7 +139,7 @@ def test_a_disk_that_fills_meanwhile_stops_no_training_and_is_given_back(
 
 
 def test_what_was_begun_is_not_judged_by_the_room_that_it_takes(automatic, after, monkeypatch):
-    monkeypatch.setattr(opening, "_LEAST_GAIN", 0.0)
+    monkeypatch.setattr(opening, "_MIN_GAIN", 0.0)
     after(8, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         automatic()

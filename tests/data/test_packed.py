@@ -241,16 +241,16 @@ def stop_after(monkeypatch):
     """Make the write of a number raise."""
 
     def plant(count, error):
-        write_whole, left = packed_draft.write_whole, [count]
+        write_all, left = packed_draft.write_all, [count]
 
         def counted(file, data):
             left[0] -= 1
             if left[0] < 0:
-                write_whole(file, data[: len(data) // 2])  # a full disk takes a part
+                write_all(file, data[: len(data) // 2])  # a full disk takes a part
                 raise error
-            write_whole(file, data)
+            write_all(file, data)
 
-        monkeypatch.setattr(packed_draft, "write_whole", counted)
+        monkeypatch.setattr(packed_draft, "write_all", counted)
 
     return plant
 
@@ -338,9 +338,9 @@ def test_a_killed_build_goes_on(data, cache, tmp_path):
             from dinoseg.data.formats.folder import folder_dataset
             from dinoseg.data.packed.pack import pack
             from dinoseg.data.packed import pack as packed_draft
-            from dinoseg.utils.atomic import write_whole
+            from dinoseg.utils.atomic import write_all
             if __name__ == "__main__":
-                packed_draft.write_whole = lambda *args: (time.sleep(0.03), write_whole(*args))
+                packed_draft.write_all = lambda *args: (time.sleep(0.03), write_all(*args))
                 source = folder_dataset({str(tmp_path / "data")!r}, "train", classes=["a", "b", "c"])
                 pack(source, cache_dir={str(cache)!r}, longest=40, workers=2)
             """

@@ -9,7 +9,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from dinoseg.evaluation import comparison
-from dinoseg.evaluation.comparison import SHOWN, Pictures, against, best_first, most_different, scores_of, verdicts
+from dinoseg.evaluation.comparison import SHOWN, Pictures, against, best_first, largest_differences, scores_of, verdicts
 from dinoseg.evaluation.image_record import RECORD, ImageRecord, read_record, write_record
 from dinoseg.evaluation.sides import Side, _by_seed, _jobs, aligned, seeds_note, units_note
 from dinoseg.experiment import run_config
@@ -89,13 +89,13 @@ def test_the_images_that_gain_and_lose_most_are_shown_by_the_size_of_the_differe
     gaps = [0.0, 0.1, -0.2, 0.3, None, -0.5, 0.02, 0.01, -0.01, 0.45, -0.03, 0.0, 0.04, -0.3]
     first = [None if gap is None else 0.5 for gap in gaps]
     other = tmp_path / "b"
-    shots, reason = most_different(stub, other, first, [None if gap is None else 0.5 + gap for gap in gaps])
+    shots, reason = largest_differences(stub, other, first, [None if gap is None else 0.5 + gap for gap in gaps])
     gained = sorted([gap for gap in gaps if gap and gap > 0])[-SHOWN:]
     lost = sorted([gap for gap in gaps if gap and gap < 0])[:SHOWN]
     assert [gaps[index] for index, _ in shots] == sorted([*gained, *lost], key=abs, reverse=True) and not reason
-    assert len(most_different(stub, other, [0.1] * 9, [0.2 + 0.01 * index for index in range(9)])[0]) == SHOWN
+    assert len(largest_differences(stub, other, [0.1] * 9, [0.2 + 0.01 * index for index in range(9)])[0]) == SHOWN
     for others, each in ((7, 4), (8, 3), (14, 2), (15, 1), (31, 1)):  # a page of many sides is no larger
-        few = most_different(stub, other, [0.5] * 12, [0.5 + 0.01 * gap for gap in range(-6, 6)], others)[0]
+        few = largest_differences(stub, other, [0.5] * 12, [0.5 + 0.01 * gap for gap in range(-6, 6)], others)[0]
         assert [index for index, _ in few if index < 6] == [*range(each)] and len(few) == 2 * each
     assert all(after - before == pytest.approx(gaps[index]) for index, (before, after) in shots)
 
@@ -103,7 +103,9 @@ def test_the_images_that_gain_and_lose_most_are_shown_by_the_size_of_the_differe
 def test_pictures_are_of_the_first_run_and_of_the_other(tmp_path, monkeypatch):
     asked, folders = [], [tmp_path / name for name in "abc"]
     monkeypatch.setattr(
-        comparison, "most_different", lambda pictures, other, *_: asked.append((pictures.folder, other)) or ([], "")
+        comparison,
+        "largest_differences",
+        lambda pictures, other, *_: asked.append((pictures.folder, other)) or ([], ""),
     )
     against(sides(folders, [record(), record(1), record(2)]), pytest.fail)
     assert asked == [(folders[0], folders[1]), (folders[0], folders[2])]

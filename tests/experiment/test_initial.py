@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from dinoseg.cli.words import parsed
 from dinoseg.experiment.builder import Builder
-from dinoseg.experiment.initial import begin_with, check_initial, has_initial
+from dinoseg.experiment.initial import check_initial, has_initial, load_initial_weights
 from dinoseg.experiment.recipe import config_description, recipe_of
 from dinoseg.experiment.resume import merge
 from dinoseg.models.adapters import Frozen
@@ -66,7 +66,7 @@ def begin(folder, compose, monkeypatch, caplog):
         cfg = compose(*words)
         check_initial(Builder(cfg), Builder(cfg).outline())
         with caplog.at_level(logging.INFO):
-            model = begin_with(Builder(cfg), Builder(cfg).model(outlined=True), classes)
+            model = load_initial_weights(Builder(cfg), Builder(cfg).model(outlined=True), classes)
         return model.state_dict(), caplog.text
 
     return run
@@ -174,7 +174,7 @@ def test_a_run_that_does_not_fit_is_refused_by_either_check(folder, compose, mon
     with pytest.raises(UserError, match=said):
         train.check(cfg)
     with pytest.raises(UserError, match=said):
-        begin_with(Builder(cfg), Builder(cfg).model(outlined=True), CLASSES)
+        load_initial_weights(Builder(cfg), Builder(cfg).model(outlined=True), CLASSES)
 
 
 def test_what_a_run_has_learnt_of_a_backbone_is_not_left_out(begin):
@@ -226,8 +226,8 @@ def test_ranks_that_have_read_different_checkpoints_are_told(folder, compose, mo
     with pytest.raises(
         UserError, match="init=frozen: that run wrote a new checkpoint while the ranks of this one were reading it"
     ):
-        begin_with(Builder(cfg), model, CLASSES, lambda progress: {**progress, "step": 1})
-    assert begin_with(Builder(cfg), model, CLASSES) is model
+        load_initial_weights(Builder(cfg), model, CLASSES, lambda progress: {**progress, "step": 1})
+    assert load_initial_weights(Builder(cfg), model, CLASSES) is model
 
 
 def test_a_file_that_is_passed_on_says_nothing_of_the_run_that_it_began_with(folder, begun):
@@ -286,14 +286,14 @@ def test_the_best_finite_weights_are_taken_whatever_type_the_frozen_ones_are_hel
     shutil.copytree("frozen/checkpoints", "odd/checkpoints")
     (folder / "odd/checkpoints/last.safetensors").write_bytes(b"cut")
     cfg = compose(*words, "backbone.dtype=bfloat16")
-    assert begin_with(Builder(cfg), Builder(cfg).model(), CLASSES)
+    assert load_initial_weights(Builder(cfg), Builder(cfg).model(), CLASSES)
     whole = compose(*KNOWN, "init=exported_frozen", "backbone.dtype=bfloat16")  # its frozen part is what this rounds
-    assert begin_with(Builder(whole), Builder(whole).model(), CLASSES)
+    assert load_initial_weights(Builder(whole), Builder(whole).model(), CLASSES)
     best = checkpoint.read(folder / "odd/checkpoints/best.safetensors")
     best.tensors["model/head.classify.bias"][0] = torch.nan
     kept = {key: value for key, value in best.info.items() if key != "format"}
     checkpoint.write(best.path, best.tensors, kept)
     with pytest.raises(UserError, match="^init=odd.*hold NaN or infinity"):
-        begin_with(Builder(cfg), Builder(cfg).model(), CLASSES)
+        load_initial_weights(Builder(cfg), Builder(cfg).model(), CLASSES)
     cfg = compose(*words, "finite_weights=false")
-    assert begin_with(Builder(cfg), Builder(cfg).model(), CLASSES).head.classify.bias.isnan().any()
+    assert load_initial_weights(Builder(cfg), Builder(cfg).model(), CLASSES).head.classify.bias.isnan().any()

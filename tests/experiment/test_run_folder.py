@@ -17,7 +17,7 @@ from dinoseg.modes import score
 from dinoseg.report.log import RunLog
 from dinoseg.report.loggers.logger import Logger
 from dinoseg.utils.atomic import _machine
-from dinoseg.utils.errors import UserError, telling_file_errors
+from dinoseg.utils.errors import UserError, file_errors_as_user_errors
 
 WRONG = ("mode=score", "protocol=davis2017")  # ends before it does anything: no folders are named
 
@@ -134,12 +134,12 @@ def test_a_run_folder_with_too_long_a_name(tmp_path):
 
 def test_errors_that_are_no_file_s_keep_their_traceback():
     for error in (ConnectionRefusedError(errno.ECONNREFUSED, "refused"), OSError("a hub does not answer")):
-        with pytest.raises(OSError) as raised, telling_file_errors(Path()):
+        with pytest.raises(OSError) as raised, file_errors_as_user_errors(Path()):
             raise error
         assert raised.value is error
     with (
         pytest.raises(UserError, match="Cannot read or write b.png: Permission denied. Give your user"),
-        telling_file_errors(Path()),
+        file_errors_as_user_errors(Path()),
     ):
         raise PermissionError(errno.EACCES, "Permission denied", "a.png", None, "b.png")
 
@@ -160,7 +160,7 @@ def test_a_log_on_a_full_disk_says_so_once(tmp_path, capsys, caplog):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a disk that is always full")
 def test_rows_on_a_full_disk_are_an_error_and_close_the_rest(tmp_path):
     closed = []
-    with pytest.raises(UserError, match="No space left"), telling_file_errors(tmp_path):
+    with pytest.raises(UserError, match="No space left"), file_errors_as_user_errors(tmp_path):
         board = type("Board", (Logger,), {"close": lambda self: closed.append(True)})
         log = RunLog(tmp_path, {"board": board})
         log._file.close()

@@ -11,7 +11,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from dinoseg.export import onnx_file
-from dinoseg.export.onnx_file import LEAST, shorten
+from dinoseg.export.onnx_file import MIN, shorten
 from dinoseg.export.runtime.onnx_check import read_metadata
 from dinoseg.export.runtime.onnx_model import open_session
 from dinoseg.export.runtime.onnx_record import KEY, GraphRecord
@@ -41,7 +41,7 @@ def one_operator(name):
         "graph",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, given)],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
-        [numpy_helper.from_array(weights, "w"), numpy_helper.from_array(np.ones(LEAST, np.float32), "free")],
+        [numpy_helper.from_array(weights, "w"), numpy_helper.from_array(np.ones(MIN, np.float32), "free")],
     )
     made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
     return made, draw.normal(size=given).astype(np.float32)
@@ -87,7 +87,7 @@ def test_small_and_empty_channels_stay_what_they_are():
         shorten(short, precision)
         found = computed(short, given)
         assert np.isfinite(found).all() and (found[..., 3] == 0).all()
-    made.graph.initializer[0].CopyFrom(numpy_helper.from_array(weights[:, : LEAST // 32 - 1], "w"))
+    made.graph.initializer[0].CopyFrom(numpy_helper.from_array(weights[:, : MIN // 32 - 1], "w"))
     shorten(made, "int8")
     assert [entry.name for entry in made.graph.initializer] == ["w", "free"]
 
@@ -106,7 +106,7 @@ def test_what_is_written_says_what_it_is_and_nothing_of_this_machine(tmp_path, m
     assert made.ir_version == 8  # the least that its operators need, so that runtimes of 2022 take it
     monkeypatch.setattr(onnx_file, "LARGEST", 100)
     files = onnx_file.write(made, tmp_path / "large.onnx")
-    assert [file.name for file in files] == ["large.onnx.data", "large.onnx"] and files[0].stat().st_size > LEAST
+    assert [file.name for file in files] == ["large.onnx.data", "large.onnx"] and files[0].stat().st_size > MIN
     assert json.loads(read_metadata(files[1], KEY))["graph"]["precision"] == "int8"
 
 

@@ -102,7 +102,7 @@ def test_nan_which_agrees_with_anything_proves_nothing(picture):
     ],
 )
 def test_a_process_that_hangs_dies_or_talks_nonsense_is_told_of(picture, tmp_path, monkeypatch, command, reason):
-    monkeypatch.setattr(proof, "LEAST_LIMIT", 0.3)
+    monkeypatch.setattr(proof, "MIN_LIMIT", 0.3)
     monkeypatch.setattr(proof, "_LAST_WORDS", 0.1)
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with (
@@ -170,7 +170,7 @@ def test_what_a_library_prints_is_no_answer(tmp_path, monkeypatch, picture):
 
 
 def test_large_probabilities_are_thinned_evenly(monkeypatch):
-    monkeypatch.setattr(proof, "MOST", 100)
+    monkeypatch.setattr(proof, "MAX", 100)
     values = np.arange(2 * 20 * 30, dtype=np.float32).reshape(2, 20, 30)
     thin = proof.thinned(values)
     assert thin.size <= 100 and (thin == values[:, ::4, ::4]).all()

@@ -14,7 +14,7 @@ from dinoseg.experiment.resume import alone
 from dinoseg.experiment.source import ModelSource
 from dinoseg.experiment.trained import load_trained
 from dinoseg.export import export
-from dinoseg.export.export import REPORT, keep_if_proven, prepared
+from dinoseg.export.export import REPORT, prepared, store_if_verified
 from dinoseg.export.options import GraphOptions
 from dinoseg.models.model import quantised_names
 from dinoseg.training import checkpoint
@@ -60,7 +60,7 @@ def test_the_gate_compares_the_file_with_the_trained_model(quantised, tmp_path, 
         monkeypatch.setattr(export, "exported", lambda *_: nullcontext(wrong))
         (tmp_path / "model.onnx").touch()
         with pytest.raises(UserError, match=f"The model computes in {key}, the file in float32.*min_agreement"):
-            keep_if_proven(ready, "onnx", [tmp_path / "model.onnx"], tmp_path, GraphOptions(), lambda: "all")
+            store_if_verified(ready, "onnx", [tmp_path / "model.onnx"], tmp_path, GraphOptions(), lambda: "all")
     report = json.loads((tmp_path / REPORT).read_text(encoding="utf-8"))
     assert report["agreement"] == 0 and report["trained_with"] == key and not report["proven"]
 

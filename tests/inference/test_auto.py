@@ -13,7 +13,7 @@ from dinoseg.core.shapes import Prediction
 from dinoseg.inference import auto, memory
 from dinoseg.inference.auto import Auto
 from dinoseg.inference.predictor import Predictor
-from dinoseg.inference.trained_sizes import TrainedSizes, keep_scale
+from dinoseg.inference.trained_sizes import TrainedSizes, limit_to_trained_size
 from dinoseg.inference.whole import Whole
 from dinoseg.models.heads.linear import LinearHead
 from dinoseg.models.model import Segmenter
@@ -40,8 +40,8 @@ def test_what_a_pass_takes_is_told_from_small_ones(options):
         batch = torch.zeros(1, 3, *size, dtype=torch.uint8)
         with torch.no_grad(), memory.PeakBytes() as peak:
             model(batch).class_ids()
-        assert cost.of(1, model.seen_size(size), size) == pytest.approx(peak.most, rel=0.25)
-        assert cost.of(3, model.seen_size(size), size) == 3 * cost.of(1, model.seen_size(size), size)
+        assert cost.of(1, model.input_size(size), size) == pytest.approx(peak.most, rel=0.25)
+        assert cost.of(3, model.input_size(size), size) == 3 * cost.of(1, model.input_size(size), size)
 
 
 def test_attention_that_is_written_out_is_seen_to_grow():
@@ -138,7 +138,7 @@ def test_images_that_do_not_fit_are_seen_in_windows_and_it_is_said_once(free, ca
 
 def test_windows_of_auto_see_pictures_at_the_scale_that_whole_ones_are_seen_at(free):
     model, seen = made(), []
-    keep_scale(model, TrainedSizes(typical=64, largest=80))
+    limit_to_trained_size(model, TrainedSizes(typical=64, largest=80))
     model.backbone.register_forward_pre_hook(lambda _, given: seen.append(tuple(given[0].shape[-2:])))
     free(0)
     probabilities = Predictor(model, CPU, nullcontext, Auto((64, 64))).probabilities([picture(200, 100)])
@@ -227,7 +227,9 @@ def test_a_size_that_is_asked_for_counts_where_memory_did_not_suffice(free):
     free(2**40)
     predictor = Predictor(small_memory(made(), 4 * 32 * 48), CPU, nullcontext, Auto((32, 48)))
     images = torch.from_numpy(picture(100, 90)).permute(2, 0, 1)[None]
-    scores = predictor.asked(images, lambda bands: torch.cat([band.scores() for band in bands], dim=2), size=(50, 45))
+    scores = predictor.run_bands(
+        images, lambda bands: torch.cat([band.scores() for band in bands], dim=2), size=(50, 45)
+    )
     assert scores.shape[-2:] == (50, 45)
 
 
@@ -239,7 +241,7 @@ def test_images_at_once_and_the_size_that_is_asked_for_have_to_fit(free):
     for count, size, whole in ((1, None, True), (2, None, False), (1, (1000, 900), False)):
         seen.clear()
         predictor = Predictor(model, CPU, nullcontext, Auto((32, 48), memory=1.0))
-        predictor.asked(images.expand(count, -1, -1, -1), lambda bands: [band.size for band in bands], size=size)
+        predictor.run_bands(images.expand(count, -1, -1, -1), lambda bands: [band.size for band in bands], size=size)
         assert ((100, 90) in seen) == whole
 
 

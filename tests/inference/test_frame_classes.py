@@ -14,10 +14,10 @@ class Marked(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.asked = []
+        self.run_bands = []
 
     def forward(self, images):
-        self.asked += images[:, 0, 0, 0].tolist()
+        self.run_bands += images[:, 0, 0, 0].tolist()
         return Prediction(images / 32.0, images.shape[-2:], (1.0, 1.0), lambda outputs, size, valid: outputs)
 
 
@@ -49,7 +49,7 @@ def test_frames_and_averages_are_those_of_a_loop_of_ones_own(count, skip, smooth
             predictor = Predictor(model, torch.device("cpu"), nullcontext)
             classes = FrameClasses(predictor, skip=skip, smooth=smooth, probabilities=kept)
             seen = [shown for at in range(0, count, batch) for shown in classes.of(list(frames[at : at + batch]))]
-            assert model.asked == list(range(0, count, skip))
+            assert model.run_bands == list(range(0, count, skip))
             assert len(seen) == count and all((shown.probabilities is not None) == kept for shown in seen)
             for number, shown in enumerate(seen):
                 close = np.sort(shares[number], axis=-1)

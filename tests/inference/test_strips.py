@@ -246,7 +246,7 @@ def test_a_jpeg_file_that_is_too_large_is_decoded_where_memory_suffices(tmp_path
     image = Image.fromarray(picture())
     (image.convert(mode) if mode in ("L", "CMYK") else image).save(path, **options)
     expected = read_image(path)
-    monkeypatch.setattr(strips, "MOST_HELD", 20_000)
+    monkeypatch.setattr(strips, "MAX_HELD", 20_000)
     assert only_in_strips(path)
     rows = open_rows(path, CPU)
     assert isinstance(rows, JpegRows) and (read_in_parts(rows) == expected).all()
@@ -393,7 +393,7 @@ def test_an_image_too_large_to_hold_gets_class_ids_and_goes_on(tmp_path, monkeyp
     by = SegmentationSettings(predictor, Labels.of(["a", "b"], None, 255))
     Image.fromarray(picture()).save(tmp_path / "large.tif")
     Image.fromarray(picture()[:40]).save(tmp_path / "small.tif")
-    monkeypatch.setattr(strips, "MOST_HELD", 20_000)
+    monkeypatch.setattr(strips, "MAX_HELD", 20_000)
     images = [ImageInput(tmp_path / f"{name}.tif", name, name) for name in ("large", "small")]
     run = ImageRun(tmp_path / "run", tmp_path / "run/masks", DoneInputs(tmp_path / "run"))
     with caplog.at_level("INFO"):

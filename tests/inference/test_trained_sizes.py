@@ -8,7 +8,7 @@ import torch
 from omegaconf import OmegaConf
 
 from dinoseg.experiment.builder import Builder
-from dinoseg.inference.trained_sizes import TrainedSizes, keep_scale
+from dinoseg.inference.trained_sizes import TrainedSizes, limit_to_trained_size
 from dinoseg.models.heads.linear import LinearHead
 from dinoseg.models.model import Segmenter
 from dinoseg.serving.source import model_of
@@ -47,9 +47,9 @@ def test_no_picture_of_the_training_or_its_validation_is_reduced(enlarged, model
     trained, scored = [(30, 40)] * 99 + [(300, 4)], [(20, 40), (7, 470)]
     sizes = TrainedSizes.of(trained, scored, longest=None, enlarged=enlarged)
     assert sizes == TrainedSizes(40, 470)
-    keep_scale(model, sizes)
-    assert all(model.seen_size(size) == size for size in (*trained, *scored))
-    assert model.seen_size((471, 471)) == (40, 40)
+    limit_to_trained_size(model, sizes)
+    assert all(model.input_size(size) == size for size in (*trained, *scored))
+    assert model.input_size((471, 471)) == (40, 40)
 
 
 def test_images_to_be_scored_count_as_they_are(monkeypatch):
@@ -72,7 +72,7 @@ def test_a_damaged_description_is_refused(found):
 
 
 def test_only_larger_pictures_are_reduced_and_masks_keep_their_size(model, seen, caplog):
-    keep_scale(model, SIZES)
+    limit_to_trained_size(model, SIZES)
     for size in ((60, 64), (40, 80), (160, 120), (20, 60)):
         assert model(images(*size)).scores().shape[-2:] == size
     assert seen == [(60, 64), (16, 32), (32, 24), (20, 60)]
@@ -82,16 +82,16 @@ def test_only_larger_pictures_are_reduced_and_masks_keep_their_size(model, seen,
 
 
 def test_an_evaluation_says_it_and_changes_nothing(model, seen, caplog):
-    keep_scale(model, SIZES, reduces=False)
+    limit_to_trained_size(model, SIZES, reduces=False)
     model(images(40, 80))
     assert seen == [(40, 80)] and "scored at full size; mode=predict and mode=track reduce them to 32" in caplog.text
 
 
 def test_nothing_is_said_without_sizes_or_where_the_model_reduces_anyway(model, seen, caplog):
-    keep_scale(model, None)
+    limit_to_trained_size(model, None)
     model(images(40, 80))
     model.longest = 48
-    keep_scale(model, SIZES)
+    limit_to_trained_size(model, SIZES)
     with caplog.at_level(logging.INFO):
         model(images(40, 80))
     assert seen == [(40, 80), (24, 48)] and not caplog.messages

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dinoseg.config.checks import check_given
+from dinoseg.config.checks import check_arguments
 from dinoseg.core.contracts import Head
 from dinoseg.core.geometry import upsample
 from dinoseg.inference.predictor import Predictor
-from dinoseg.inference.rows import HeldRows, ResizedRows, at_size, mean
+from dinoseg.inference.rows import MemoryRows, ResizedRows, at_size, mean
 from dinoseg.inference.whole import Whole
 from dinoseg.inference.windows import TURNS, Windows, covered, profile, starts, turned, turned_back
 from dinoseg.models.backbones.rgb import RgbBackbone
@@ -49,10 +49,10 @@ def pictures(height, width, count=2, seed=0):
     return torch.from_numpy(np.random.default_rng(seed).random((count, 3, height, width)))
 
 
-def asked(model, images, policy, **options):
+def run_bands(model, images, policy, **options):
     """Return what is averaged (B, K, H, W), in as few numbers as the policy holds at a time."""
     with torch.no_grad():
-        bands = policy.bands(model, HeldRows(images), nullcontext, **options)
+        bands = policy.bands(model, MemoryRows(images), nullcontext, **options)
         return torch.cat([band.scores().clone() for band in bands], dim=2)
 
 
@@ -81,7 +81,7 @@ def test_published_windows_are_those_of_mmsegmentation(size, crop, overlap, stri
     model, images = made(kernel=3), pictures(*size)
     policy = Windows(crop, overlap=overlap, weights="uniform", average="scores", batch_size=3)
     expected = np.stack([slid(model, image, crop, stride) for image in images])
-    np.testing.assert_allclose(asked(model, images, policy).numpy(), expected, atol=1e-12)
+    np.testing.assert_allclose(run_bands(model, images, policy).numpy(), expected, atol=1e-12)
 
 
 @pytest.mark.parametrize("mixture", [False, True])
@@ -95,9 +95,9 @@ def test_views_are_averaged_as_mmsegmentation_and_meta_do(flips, scales, mixture
         scaled = images if scale == 1 else F.interpolate(images, size, mode="bilinear", antialias=True)
         scores = torch.from_numpy(slid(model, turned(scaled, turn)[0], (13, 10), (9, 7)))[None]
         views.append(F.interpolate(turned_back(scores, turn), (37, 29), mode="bilinear").softmax(dim=1))
-    averaged = asked(model, images, policy)
+    averaged = run_bands(model, images, policy)
     torch.testing.assert_close(averaged, torch.stack(views).mean(dim=0), rtol=0, atol=1e-12)
-    (band,) = islice(policy.bands(model, HeldRows(images), nullcontext), 1)
+    (band,) = islice(policy.bands(model, MemoryRows(images), nullcontext), 1)
     assert band.mixture  # sums of probabilities, which is what a softmax of logits is of
 
 
@@ -106,14 +106,14 @@ def test_what_shortest_is_not_kept_to_is_said_once(caplog):
     model.backbone.register_forward_pre_hook(lambda *_: seen.append(1) or (_ for _ in ()).throw(InterruptedError))
     for _ in range(2):
         with pytest.raises(InterruptedError):
-            asked(model, pictures(1, 2, count=1), policy)
+            run_bands(model, pictures(1, 2, count=1), policy)
     (message,) = caplog.messages
     assert message.startswith(
         "inference.shortest=16384 would make an image of 2 x 1 (width x height) larger than 64 megapixels: it is "
         "limited to 11585 x 5793, "
     )
     with pytest.raises(UserError, match="shortest=16385 is out of range. Give a whole number from 1"):
-        check_given("dinoseg.inference.windows.Windows", {"size": 8, "shortest": 16385})
+        check_arguments("dinoseg.inference.windows.Windows", {"size": 8, "shortest": 16385})
 
 
 @pytest.mark.parametrize(("side", "overlap", "stride"), [(896, 0.3348, 596), (512, 0.334, 341), (512, 0.0, 512)])
@@ -142,7 +142,7 @@ def test_every_pixel_is_covered_and_weights_sum_to_what_they_are_divided_by(size
 @pytest.mark.parametrize("size", SIZES)
 def test_a_head_without_context_gives_the_same_mask_whole_and_tiled(size, options, mixture):
     model, images = made(mixture=mixture), pictures(*size)
-    tiled = asked(model, images, Windows((9, 12), **options))
+    tiled = run_bands(model, images, Windows((9, 12), **options))
     with torch.no_grad():
         prediction = model(images)
     # logarithms of a mixture are of float32
@@ -155,7 +155,7 @@ def test_a_head_without_context_gives_the_same_mask_whole_and_tiled(size, option
 @pytest.mark.parametrize("average", ["probabilities", "scores"])
 def test_freeing_rows_gives_what_keeping_all_gives_bit_for_bit(average):
     model, images = made(kernel=5), pictures(61, 40)
-    freed = asked(model, images, Windows((16, 11), overlap=0.4, average=average))
+    freed = run_bands(model, images, Windows((16, 11), overlap=0.4, average=average))
     rows, columns = starts(61, 16, 0.4), starts(40, 11, 0.4)
     down, across = profile(16, "cosine"), profile(11, "cosine")
     kept = torch.zeros(2, 4, 61, 40, dtype=torch.float64)
@@ -171,7 +171,7 @@ def test_freeing_rows_gives_what_keeping_all_gives_bit_for_bit(average):
 
 def test_bands_are_at_most_a_stride_and_the_last_a_window():
     model, images = made(), pictures(61, 40)
-    bands = Windows((16, 16), overlap=0.5).bands(model, HeldRows(images), nullcontext)
+    bands = Windows((16, 16), overlap=0.5).bands(model, MemoryRows(images), nullcontext)
     with torch.no_grad():
         assert [band.scores().shape[2] for band in bands] == [8] * 5 + [5, 16]
 
@@ -191,16 +191,16 @@ def test_flips_average_probabilities_of_the_turned_images(flips, policy):
     for turn in TURNS[flips]:
         with torch.no_grad():
             parts.append(turned_back(model(turned(images, turn)).logits().softmax(dim=1), turn))
-    averaged = asked(model, images, Whole(flips=flips))
+    averaged = run_bands(model, images, Whole(flips=flips))
     torch.testing.assert_close(averaged, torch.stack(parts).mean(dim=0))
     # a symmetric model sees no difference
     with torch.no_grad():
         model.head.layer.weight.copy_(
             model.head.layer.weight.mean(dim=(2, 3), keepdim=True).expand_as(model.head.layer.weight)
         )
-    plain = asked(model, images, policy())
+    plain = run_bands(model, images, policy())
     plain = plain if policy is not Whole else plain.softmax(dim=1)
-    torch.testing.assert_close(asked(model, images, policy(flips=flips)), plain)
+    torch.testing.assert_close(run_bands(model, images, policy(flips=flips)), plain)
 
 
 @pytest.mark.parametrize(
@@ -209,7 +209,7 @@ def test_flips_average_probabilities_of_the_turned_images(flips, policy):
 def test_rows_are_resized_as_whole_images_are(size, to):
     images = pictures(*size)
     whole = F.interpolate(images, to, mode="bilinear", antialias=True)
-    rows = ResizedRows(HeldRows(images), to)
+    rows = ResizedRows(MemoryRows(images), to)
     parts = [rows.read(top, min(top + 4, to[0])) for top in range(0, to[0], 4)]
     torch.testing.assert_close(torch.cat(parts, dim=2), whole, rtol=0, atol=1e-12)
     for step in (1, 3, 100):
@@ -237,7 +237,7 @@ def test_scales_average_probabilities_brought_to_the_same_size(policy):
         with torch.no_grad():
             probabilities = model(seen, reduce=False).logits().softmax(dim=1)
         parts.append(F.interpolate(probabilities, (17, 40), mode="bilinear"))
-    averaged = asked(model, images, policy(scales=scales))
+    averaged = run_bands(model, images, policy(scales=scales))
     torch.testing.assert_close(averaged, torch.stack(parts).mean(dim=0), rtol=0, atol=1e-12)
 
 
@@ -245,17 +245,17 @@ def test_the_shorter_side_is_brought_to_a_length_and_strips_stay_within_bounds()
     seen = []
     model = made()
     model.backbone.register_forward_pre_hook(lambda _, given: seen.append(tuple(given[0].shape[-2:])))
-    assert asked(model, pictures(20, 35), Windows(40, shortest=30)).shape == (2, 4, 20, 35)
+    assert run_bands(model, pictures(20, 35), Windows(40, shortest=30)).shape == (2, 4, 20, 35)
     assert set(seen) == {(30, 40)}
     seen.clear()
-    asked(model, pictures(1, 1, count=1), Windows((8, 8), shortest=16))
+    run_bands(model, pictures(1, 1, count=1), Windows((8, 8), shortest=16))
     assert set(seen) == {(8, 8)} and len(seen) == 3  # 9 windows, 4 at a time
 
 
 def test_a_size_beside_the_images_own_is_predicted_at():
     model, images = made(kernel=3), pictures(17, 23)
-    own = asked(model, images, Windows((9, 9)))
-    other = asked(model, images, Windows((9, 9)), size=(34, 40))
+    own = run_bands(model, images, Windows((9, 9)))
+    other = run_bands(model, images, Windows((9, 9)), size=(34, 40))
     torch.testing.assert_close(other, F.interpolate(own, (34, 40), mode="bilinear"))
 
 

@@ -9,7 +9,7 @@ import torch
 from dinoseg.core.geometry import valid_share
 from dinoseg.core.shapes import Prediction, WeightedMasks
 from dinoseg.losses import full_resolution
-from dinoseg.losses.distillation import SeenScores, divergence
+from dinoseg.losses.distillation import TeacherView, divergence
 
 K = 4
 
@@ -92,11 +92,11 @@ def test_value_and_gradient_are_those_of_all_pixels_at_once(case, temperature):
     teacher = 3 * torch.randn(2, K, *cells, dtype=torch.float64, generator=draw)
     valid = valid_share(size, patch)
     covered = (0.8, 0.95) if cells == (3, 4) else (1.0, 1.0)
-    made = [SeenScores.of(own, covered, where, image) for own, where in zip(teacher, matrices, strict=True)]
+    made = [TeacherView.of(own, covered, where, image) for own, where in zip(teacher, matrices, strict=True)]
     exact = [torch.linalg.inv(torch.from_numpy(where)) for where in matrices]
     height, width = image
     share = torch.tensor([[2 / width, 0, 1 / width - 1], [0, 2 / height, 1 / height - 1]], dtype=torch.float64)
-    seen = [SeenScores(one.scores, one.valid, share @ back) for one, back in zip(made, exact, strict=True)]
+    seen = [TeacherView(one.scores, one.valid, share @ back) for one, back in zip(made, exact, strict=True)]
     for one, own in zip(made, seen, strict=True):
         assert torch.allclose(one.place.double(), own.place, atol=1e-5)
     value = divergence(Prediction(grid, size, valid, refused, grid=grid), seen, size, temperature)
@@ -115,7 +115,7 @@ def test_of_a_mixture_of_masks_the_logarithm_is_held_against_the_teacher():
     teacher = torch.randn(1, K, 2, 2, dtype=torch.float64, generator=draw)
     mixture = WeightedMasks(masks, shares)
     prediction = Prediction(None, (6, 5), (1.0, 1.0), refused, mixture=True, masks=mixture)
-    value = divergence(prediction, [SeenScores.of(teacher[0].float(), (1.0, 1.0), matrix(), (6, 5))], (6, 5), 2.0)
+    value = divergence(prediction, [TeacherView.of(teacher[0].float(), (1.0, 1.0), matrix(), (6, 5))], (6, 5), 2.0)
     found = torch.autograd.grad(value, [masks, shares])
     scores = torch.einsum("qk,qhw->khw", shares[0], upsampled(masks[0], (6, 5), (1.0, 1.0)).sigmoid()).log()
     reference = expected(scores[None], teacher, [matrix()], (6, 5), (6, 5), 2.0)
@@ -127,7 +127,7 @@ def test_of_a_mixture_of_masks_the_logarithm_is_held_against_the_teacher():
 def test_a_student_that_scores_as_its_teacher_has_nothing_to_learn():
     grid = torch.randn(1, K, 3, 5, generator=torch.Generator().manual_seed(0), requires_grad=True)
     prediction = Prediction(grid, (12, 20), (1.0, 1.0), refused, grid=grid)
-    own = SeenScores.of(
+    own = TeacherView.of(
         grid.detach()[0] - 7, (1.0, 1.0), matrix(), (12, 20)
     )  # a number on all scores of a pixel says nothing
     value = divergence(prediction, [own], (12, 20), 3.0)

@@ -110,10 +110,10 @@ class Way:
     """A way of sums, which may add something, take long or fail."""
 
     def __init__(self, more=0.0, fails=None):
-        self.more, self.fails, self.form, self.asked = more, fails, Form(), 0
+        self.more, self.fails, self.form, self.run_bands = more, fails, Form(), 0
 
     def sums(self, parts, upstream):
-        self.asked += 1
+        self.run_bands += 1
         if self.fails:
             raise self.fails
         return parts[0].sum((0, 2, 3)) + self.more, [] if upstream is None else [parts[0] * upstream[0]]
@@ -140,7 +140,7 @@ def test_a_kernel_that_agrees_and_is_faster_is_taken(better):
     kernel = Way()
     taken, tiles = better(kernel)
     assert taken == [True, True]
-    assert tiles.asked == 2 and kernel.asked == 4  # the second choice tries nothing
+    assert tiles.run_bands == 2 and kernel.run_bands == 4  # the second choice tries nothing
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ QUICK = ("mode.steps=3", "mode.images=4", "mode.warmup=1")
 @pytest.fixture
 def here(monkeypatch):
     """Time in this process: what a process of its own does is tested beside it."""
-    monkeypatch.setattr(benching, "in_own_process", in_this_process)
+    monkeypatch.setattr(benching, "run_in_process", in_this_process)
 
 
 def told(where, *words):
@@ -76,7 +76,7 @@ def test_what_cannot_be_timed_is_refused(tmp_path, here, words, message):
 
 def test_shares_are_of_the_best_rate_and_nothing_is_started_that_cannot_be_trained(compose, tmp_path, monkeypatch):
     timed = iter([SpeedMeasurement("cpu", "fp32", 1, (8, 8), [1.0], None, 0, 5, peak) for peak in (10.0, 20.0)])
-    monkeypatch.setattr(benching, "in_own_process", lambda work, item: next(timed))
+    monkeypatch.setattr(benching, "run_in_process", lambda work, item: next(timed))
     cfg = compose(*SMALL)
     found = benching.bench(cfg, out_dir=tmp_path)
     assert found["matrix_peak_flops_per_s"] == 20 and found["train"]["share_of_matrix_peak"] == 0.25
@@ -89,6 +89,6 @@ def test_shares_are_of_the_best_rate_and_nothing_is_started_that_cannot_be_train
 
 
 def test_a_killed_process_is_told_as_want_of_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(benching, "in_own_process", lambda work, item: None)
+    monkeypatch.setattr(benching, "run_in_process", lambda work, item: None)
     done = call(tmp_path, *WORDS, "mode.synthetic=true")
     assert done.status == 1 and "killed, most likely because memory ran out. mode=plan" in done.err

@@ -162,8 +162,8 @@ def export(cfg, out_dir):
         patch.object(torch.export, "save"),
         patch.multiple(onnx_file, to_onnx=DEFAULT, scopes_of=DEFAULT, finish=DEFAULT),
         patch.object(onnx_file, "write", lambda *_: [out_dir / "model.onnx"]),
-        patch.object(onnx_export, "keep_if_proven", keep),
-        patch.object(program, "keep_if_proven", keep),
+        patch.object(onnx_export, "store_if_verified", keep),
+        patch.object(program, "store_if_verified", keep),
     ):
         instantiate(cfg.export)(ModelSource(cfg), out_dir=out_dir)
     if cfg.choices.export == "safetensors":
@@ -188,7 +188,7 @@ def observed(where, mode, cfg, word):
     with (
         watching() as seen,
         redirect_stdout(io.StringIO()) as said,
-        patch("dinoseg.modes.bench.in_own_process", in_this_process),
+        patch("dinoseg.modes.bench.run_in_process", in_this_process),
         patch("dinoseg.autotune.speed.matrix_peak", lambda *_, **__: 1.0),
     ):
         result = run(mode, cfg, out)

@@ -48,7 +48,7 @@ def test_what_is_larger_is_reduced_unless_the_user_says_a_size(run, source, word
 
 
 def test_a_size_that_is_typed_when_a_folder_goes_on_is_another_setting(run):
-    words = ("mode=predict", "resume=run", "input=large.png", "engine=cpu", "hydra.run.dir=goes_on")
+    words = ("mode=predict", "resume=run", "input=large.png", "engine=cpu", "hydra.run.dir=resumes_with")
     said = "hydra.run.dir=.*: settings differ from that run: resolution.longest on the command line was "
     assert call(run, *words).status == 0
     typed = call(run, *words, "resolution.longest=null", "trainer.steps=3")

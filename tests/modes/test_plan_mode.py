@@ -158,7 +158,7 @@ def shortage(*_):
 def test_a_dry_step_tells_what_it_took_or_that_it_is_more(monkeypatch, kind, tried, free, measured):
     samples = []
     monkeypatch.setattr(planning, "free_bytes", lambda device: free)
-    monkeypatch.setattr(planning, "in_own_process", lambda work, values: samples.append(work.keywords) or tried())
+    monkeypatch.setattr(planning, "run_in_process", lambda work, values: samples.append(work.keywords) or tried())
     parts, target = SimpleNamespace(batch_size=6), Target(kind, 0, bf16=False, world=2)
     found = Fit(parts, (), StepBytes(*[0] * 8), 1000)
     assert planning._measured({}, SimpleNamespace(device=None), found, target) == measured
@@ -217,7 +217,7 @@ def test_a_command_keeps_what_was_typed_but_for_what_changes(monkeypatch, tmp_pa
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_values_that_are_none_are_refused(tmp_path, monkeypatch, words, message):
-    monkeypatch.setattr(planning, "in_own_process", in_this_process)
+    monkeypatch.setattr(planning, "run_in_process", in_this_process)
     done = call(tmp_path, "mode=plan", *WORDS, "hydra.run.dir=run", *words)
     assert done.status == 1 and re.search(message, done.err), done.err
     assert "Traceback" not in done.err

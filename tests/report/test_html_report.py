@@ -10,7 +10,7 @@ from chromium import opened_page
 
 from dinoseg.report.html import comparison
 from dinoseg.report.html.about import About
-from dinoseg.report.html.charts import MOST, Axes, around, line_chart, thinned, ticks
+from dinoseg.report.html.charts import MAX, Axes, around, line_chart, thinned, ticks
 from dinoseg.report.html.comparison import ComparisonReport, OtherRun, PairShot, comparison_page
 from dinoseg.report.html.evaluation import EvaluationReport, calibration_section, evaluation_page, heat_map
 from dinoseg.report.html.page import values
@@ -259,7 +259,7 @@ def test_a_page_grows_no_further_with_its_images():
         names = [f"{index:05}" for index in range(images)]
         sizes.append(len(comparison_page(replace(base, images=names, mious=mious, others=[other]))))
     assert max(sizes) < 1.02 * min(sizes)
-    assert len(thinned([(float(x), float(x)) for x in range(3999)])) <= MOST
+    assert len(thinned([(float(x), float(x)) for x in range(3999)])) <= MAX
     assert [x for x, _ in thinned([(0.0, 1.0), (1.0, 1.0)])] == [0.0, 1.0]
 
 

@@ -149,7 +149,7 @@ def packets_without_frames(path, count):
 
 def test_packets_without_frames_are_bounded(tmp_path, monkeypatch):
     path = packets_without_frames(tmp_path / "a.mkv", 60)
-    monkeypatch.setattr("dinoseg.data.video.decoder._MOST_SILENT", 50)
+    monkeypatch.setattr("dinoseg.data.video.decoder._MAX_SILENT", 50)
     with pytest.raises(UserError, match="a.mkv has 50 packets in a row without a frame"):
         VideoReader(path)
     assert count_frames(path) == 0

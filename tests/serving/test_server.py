@@ -57,7 +57,7 @@ def serving(app, **options):
         thread.start()
 
         def end():
-            stop.asked = signal.SIGTERM
+            stop.run_bands = signal.SIGTERM
             thread.join(10)
             return not thread.is_alive()
 
@@ -119,7 +119,7 @@ def test_who_sends_on_after_the_answer_is_cut_off(monkeypatch):
 @pytest.mark.parametrize("answer", [streamed, large])
 def test_who_does_not_read_an_answer_is_cut_off_and_who_reads_slowly_is_not(answer, monkeypatch):
     monkeypatch.setattr(server_module, "_IDLE", 0.25)
-    monkeypatch.setattr(server_module, "_LEAST_READ", 2**15)
+    monkeypatch.setattr(server_module, "_MIN_READ", 2**15)
     with serving(answer) as (port, _), ExitStack() as stack:
         deaf, slow = (stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=5)) for _ in range(2))
         for client in (deaf, slow):

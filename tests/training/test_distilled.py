@@ -13,8 +13,8 @@ from dinoseg.data.train_views import TrainViews
 from dinoseg.data.transforms import Affine, Augment
 from dinoseg.data.unlabelled import Unmasked
 from dinoseg.losses.cross_entropy import CrossEntropy
-from dinoseg.losses.distillation import SeenScores, divergence
-from dinoseg.tasks.distil import DistilFeed, DistilledLoss, KeptScores, Part, ScoredBatch
+from dinoseg.losses.distillation import TeacherView, divergence
+from dinoseg.tasks.distil import CachedScores, DistilFeed, DistilledLoss, Part, ScoredBatch
 from dinoseg.training.feature_cache.form import to_bytes
 from dinoseg.training.feature_cache.store import DiskStore, NoStore
 from dinoseg.training.image_feed import ImageFeed
@@ -56,7 +56,7 @@ def views(**changes):
 
 @pytest.mark.parametrize("uniform", [None, ClassUniform(1.0, {0: np.arange(2), 1: np.arange(2)}, ["x", "y"])])
 def test_scores_of_a_view_are_those_of_the_pixels_that_it_shows(uniform):
-    drawn, kept = views(uniform=uniform), KeptScores(where, NoStore(), 2)
+    drawn, kept = views(uniform=uniform), CachedScores(where, NoStore(), 2)
     for epoch, sample in ((0, 0), (0, 1), (5, 1)):
         view, seen = drawn.read(epoch, sample), kept.look(drawn, epoch, sample).to(CPU)
         scores = seen.at(slice(0, 24), slice(0, 20))
@@ -74,7 +74,7 @@ def test_each_image_of_a_batch_comes_with_its_own_scores(tmp_path):
     for rank in range(2):
         own = {"augment": augment, "batch_size": 2, "seed": 4, "workers": 0, "rank": rank, "world": 2}
         without = ImageFeed(others, Ramps(), **own)
-        scores = KeptScores(where, NoStore(), 2)
+        scores = CachedScores(where, NoStore(), 2)
         feed = DistilFeed(Ramps(), Ramps(), **own, scores=scores, others=without, views=3)
         for drawn in islice(feed.train_batches(start=3), 4):
             batch = drawn.to(CPU)
@@ -94,8 +94,8 @@ def test_scores_are_asked_for_once_and_used_as_they_are_kept(tmp_path):
         return where(image)[0] / 3, (1.0, 0.75)
 
     drawn, store = views(), DiskStore(tmp_path, "o", "float16")
-    first = KeptScores(ask, store, 2).look(drawn, 0, 1)
-    again = KeptScores(ask, DiskStore(tmp_path, "o", "float16"), 2).look(drawn, 0, 1)
+    first = CachedScores(ask, store, 2).look(drawn, 0, 1)
+    again = CachedScores(ask, DiskStore(tmp_path, "o", "float16"), 2).look(drawn, 0, 1)
     assert len(asked) == 1 and first.scores.dtype == again.scores.dtype == torch.float16
     assert torch.equal(first.scores, again.scores) and torch.equal(first.place, again.place)
     assert first.valid == again.valid == (1.0, 0.75)
@@ -113,12 +113,12 @@ def test_scores_are_asked_for_once_and_used_as_they_are_kept(tmp_path):
     ):
         path.write_bytes(damaged)
         count = len(asked)
-        anew = KeptScores(ask, DiskStore(tmp_path, "o", "float16"), 2).look(drawn, 0, 1)
+        anew = CachedScores(ask, DiskStore(tmp_path, "o", "float16"), 2).look(drawn, 0, 1)
         assert len(asked) == count + 1 and torch.equal(anew.scores, first.scores)
 
 
 def test_scores_that_no_memory_is_for_are_refused_by_the_image_s_name():
-    kept = KeptScores(lambda image: (torch.zeros(2, 1, 1).expand(2, 2**14, 2**14), (1.0, 1.0)), NoStore(), 2)
+    kept = CachedScores(lambda image: (torch.zeros(2, 1, 1).expand(2, 2**14, 2**14), (1.0, 1.0)), NoStore(), 2)
     with pytest.raises(UserError, match="scores of 1 are 2 x 16384 x 16384 numbers, 2048 MiB, above the limit of 1024"):
         kept.look(views(), 0, 1)
 
@@ -138,7 +138,7 @@ def batch_of(count, first, features=False):
     masks = torch.randint(0, 2, (count, 6, 5), generator=draw).to(torch.uint8)
     names = [str(first + number) for number in range(count)]
     looks = [
-        lambda number=number: SeenScores.of(torch.full((2, 1, 1), 1.0 * number), (1.0, 1.0), np.eye(3), (6, 5))
+        lambda number=number: TeacherView.of(torch.full((2, 1, 1), 1.0 * number), (1.0, 1.0), np.eye(3), (6, 5))
         for number in range(first, first + count)
     ]
     if features:
@@ -179,8 +179,8 @@ def test_the_loss_is_that_of_masks_and_the_weighed_divergence_on_all_images():
     criterion = CrossEntropy(torch.ones(2))
     value, parts = DistilledLoss(criterion, 0.5, 2.0)(prediction, batch)
     own, _ = criterion(prediction.of_images(slice(0, 2)), batch.with_masks)
-    taught = divergence(prediction, batch.seen, (6, 5), 2.0)
-    assert value.item() == pytest.approx(own.item() + 0.5 * taught.item()) and parts["teacher"] == taught
+    with_labels = divergence(prediction, batch.seen, (6, 5), 2.0)
+    assert value.item() == pytest.approx(own.item() + 0.5 * with_labels.item()) and parts["teacher"] == with_labels
     plain = Batch(batch.image, batch.mask, batch.names)  # of a validation
     assert DistilledLoss(criterion)(prediction, plain)[0] == criterion(prediction, plain)[0]
 
@@ -213,4 +213,4 @@ def test_views_that_do_not_say_where_they_lie_are_refused():
 
     for augment in (Other((4, 4)), lambda image, mask, rng: (image, mask)):
         with pytest.raises(UserError, match="does not return the position of a view in its image"):
-            DistilFeed(Ramps(), Ramps(), augment, 1, 0, 0, scores=KeptScores(where, NoStore(), 2))
+            DistilFeed(Ramps(), Ramps(), augment, 1, 0, 0, scores=CachedScores(where, NoStore(), 2))

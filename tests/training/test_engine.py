@@ -133,8 +133,8 @@ def test_images_of_one_size_are_scored_at_once_by_their_size():
 
 def test_what_one_rank_decides_the_others_do_not_look_at():
     ranks = [SimpleNamespace(is_main=main, share=lambda found: found or "shared") for main in (True, False)]
-    assert Engine.decided(ranks[0], lambda: "found") == "found"
-    assert Engine.decided(ranks[1], lambda: pytest.fail("it is looked at twice")) == "shared"
+    assert Engine.run_on_rank0(ranks[0], lambda: "found") == "found"
+    assert Engine.run_on_rank0(ranks[1], lambda: pytest.fail("it is looked at twice")) == "shared"
 
 
 def test_too_many_loading_processes_are_told_where_an_engine_begins(caplog):

@@ -20,14 +20,14 @@ from dinoseg.core.shapes import Batch, MaskOutputs, Prediction, SlotOutputs
 from dinoseg.experiment.builder import Builder
 from dinoseg.losses import mask_classification
 from dinoseg.losses.cross_entropy import CrossEntropy
-from dinoseg.losses.distillation import SeenScores
+from dinoseg.losses.distillation import TeacherView
 from dinoseg.tasks.distil import DistilledLoss, Part, ScoredBatch
 from dinoseg.training import micro_batches
 from dinoseg.training.engine import Engine
 from dinoseg.training.head_training import HeadTraining
 from dinoseg.training.micro_batches import MicroBatches
+from dinoseg.training.self_training_batch import MixedBatch, SelfTrainingLoss
 from dinoseg.training.step import StepOutput, batch_loss, predict
-from dinoseg.training.taught import MixedBatch, TaughtLoss
 
 K, SIZE, IMAGES = 3, (9, 8), 4
 SLOTS = ("feature_reconstruction", "video_similarity", "slot_contrast")
@@ -179,7 +179,7 @@ def of_rank(net, loss, batches, ranks, rank, done):
     """Go through batches as training does, and keep the sum of the loss and the weight to divide it by."""
     engine, heads = RankEngine(ranks, rank), [HeadTraining(SimpleNamespace(head=Head()), loss, None, None)]
     output = StepOutput(heads, engine.device, None)
-    prepare, undo = lambda batch: batch.to(engine.device).taught(sure), partial(net.zero_grad, set_to_none=True)
+    prepare, undo = lambda batch: batch.to(engine.device).with_labels(sure), partial(net.zero_grad, set_to_none=True)
     micro = MicroBatches(engine, heads, len(batches), prepare=prepare, undo=undo)
     for batch in micro.of_step(iter(batches), output):
         with micro.retried():
@@ -232,7 +232,7 @@ def no_search_for_garbage(monkeypatch):
 
 def check(net, loss, whole, *, batchwise=False):
     """Compare the ways to go through a batch with its own loss and gradient."""
-    images = whole.to(torch.device("cpu")).taught(sure)
+    images = whole.to(torch.device("cpu")).with_labels(sure)
     alone = deepcopy(net)
     value, _ = loss(alone(images.image), images)
     value.backward()
@@ -269,16 +269,16 @@ def test_gradients_are_equal_or_the_loss_declares_that_they_are_not(name):
 @pytest.mark.parametrize("name", ["ce", "ce, lovasz per image"])
 def test_a_teacher_s_terms_are_joined_by_their_own_divisors(name, weight):
     own = criterion(*CASES.get(name, ["loss=cross_entropy"]), class_weights=torch.tensor([0.3, 1.0, 2.5]))
-    taught = TaughtLoss(own, CrossEntropy(torch.ones(K)), weight)
-    check(table("pixels", rows=3 * IMAGES), taught, with_views(samples()))
+    with_labels = SelfTrainingLoss(own, CrossEntropy(torch.ones(K)), weight)
+    check(table("pixels", rows=3 * IMAGES), with_labels, with_views(samples()))
     scored = ScoredBatch([part(samples()), part(samples(IMAGES))])
     check(table("pixels", rows=2 * IMAGES), DistilledLoss(own, weight), scored)
 
 
 def test_a_mean_over_some_pixels_times_the_share_of_sure_ones_is_no_sum():
     own, hard = CrossEntropy(torch.ones(K)), CrossEntropy(torch.ones(K), hard_fraction=0.5)
-    check(table("pixels", rows=3 * IMAGES), TaughtLoss(own, hard, 1.0), with_views(samples()), batchwise=True)
-    assert not TaughtLoss(own, hard, 0.0).sums_over_batch
+    check(table("pixels", rows=3 * IMAGES), SelfTrainingLoss(own, hard, 1.0), with_views(samples()), batchwise=True)
+    assert not SelfTrainingLoss(own, hard, 0.0).sums_over_batch
 
 
 def with_views(labelled):
@@ -301,5 +301,5 @@ def part(batch):
     """Return a batch with a teacher's scores, each view of which shows another share of its image."""
     scores = torch.randn(IMAGES, K, 3, 2, generator=torch.Generator().manual_seed(8))
     matrices = [np.array([[1.0, 0, number], [0, 1.0, 0], [0, 0, 1]]) for number in range(IMAGES)]
-    seen = [SeenScores.of(own, (1.0, 1.0), where, SIZE) for own, where in zip(scores, matrices, strict=True)]
+    seen = [TeacherView.of(own, (1.0, 1.0), where, SIZE) for own, where in zip(scores, matrices, strict=True)]
     return Part(batch, [partial(lambda each: each, each) for each in seen])

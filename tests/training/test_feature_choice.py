@@ -39,7 +39,7 @@ from dinoseg.training import feature_choice as choice
 from dinoseg.training.checkpoint import Checkpoints, read
 from dinoseg.training.engine import Engine
 from dinoseg.training.feature_cache import cache, store
-from dinoseg.training.feature_cache.cache import KeptMasks
+from dinoseg.training.feature_cache.cache import CachedMasks
 from dinoseg.training.feature_cache.form import to_bytes
 from dinoseg.training.feature_choice import Cost, Plan, feature_cache, measured
 from dinoseg.training.image_feed import ImageFeed
@@ -263,7 +263,7 @@ def test_views_that_are_never_drawn_take_no_room_and_measuring_leaves_nothing(tr
 
 
 def test_what_is_not_seen_whole_is_read_by_its_own_number(data):
-    policy = SimpleNamespace(sees_whole=lambda model, size, autocast: size != (1, 9))
+    policy = SimpleNamespace(is_single_pass=lambda model, size, autocast: size != (1, 9))
     share = {"batch_size": 2, "seed": 0, "workers": 0, "policy": policy, "rank": 1, "world": 2}
     views = [SimpleNamespace(size=size) for size in ((19, 23), (1, 9))]
     cache = SimpleNamespace(eval_batches=lambda *_, **__: iter(views))
@@ -279,8 +279,8 @@ def test_ranks_of_a_machine_share_its_memory(monkeypatch, tmp_path):
 
 def test_settings_of_a_head_count_where_features_are_of_its_own_making(folder):
     class Cut(LinearHead):
-        def until(self, backbone, images):
-            return super().until(backbone, images)
+        def forward_frozen(self, backbone, images):
+            return super().forward_frozen(backbone, images)
 
     other = {"parts": {"head": "other"}}
     assert folder() == folder(**other)
@@ -298,7 +298,7 @@ def test_masks_go_with_images_that_a_class_of_ones_own_changes(train, data):
 def test_a_training_goes_on_where_the_disk_is_full_and_the_next_one_keeps_the_rest(
     train, computed, caplog, monkeypatch
 ):
-    live, real, left = train(steps=3)[0], store.write_whole, [1 + 4]  # what is measured, and four more
+    live, real, left = train(steps=3)[0], store.write_all, [1 + 4]  # what is measured, and four more
 
     def write(file, data):
         left[0] -= 1
@@ -307,7 +307,7 @@ def test_a_training_goes_on_where_the_disk_is_full_and_the_next_one_keeps_the_re
         real(file, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(store, "write_whole", write)
+        patch.setattr(store, "write_all", write)
         assert train("disk", steps=3)[0] == live and "the disk is full" in caplog.text
     computed.clear()
     assert train("disk", steps=3)[0] == live and sum(computed) == MEASURED + (6 + 5 - 4)
@@ -356,7 +356,7 @@ def test_features_of_other_shapes_or_kinds_are_none_and_mended(
     feed = train("disk", epochs=9)[1]
     views = next(feed.train_batches(0)).views[1:]
     if not drawn:
-        views = [cache._read_whole(data, feed.cache.store, KeptMasks(), index) for index in range(5)]
+        views = [cache._read_whole(data, feed.cache.store, CachedMasks(), index) for index in range(5)]
     for view in views:
         (path,) = (tmp_path / "cache/features").rglob(f"{view.key}.features")
         path.write_bytes(to_bytes(view.key, [change(view.features[0])], "float32"))
@@ -374,8 +374,8 @@ def test_features_of_other_shapes_or_kinds_are_none_and_mended(
 
 def test_masks_that_only_other_processes_would_read_are_not_kept(train, monkeypatch):
     monkeypatch.setattr(loader, "_load_ahead", lambda read, keys, _, **__: map(read, keys))
-    kept, keep = [], KeptMasks.keep
-    monkeypatch.setattr(KeptMasks, "keep", lambda masks, *view: kept.append(view) or keep(masks, *view))
+    kept, keep = [], CachedMasks.keep
+    monkeypatch.setattr(CachedMasks, "keep", lambda masks, *view: kept.append(view) or keep(masks, *view))
     for workers, count in ((2, 0), (0, 2)):
         next(train("disk", epochs=9, workers=workers)[1].train_batches(0))
         assert len(kept) == count
@@ -460,7 +460,9 @@ def test_images_that_are_not_seen_whole_are_not_validated_by_features(train, com
     computed.clear()
     assert train("memory", **windows)[0] == live
     assert sum(computed) == 2 + 10
-    assert not Whole(flips="horizontal").sees_whole(None, (1, 1), None) and Whole().sees_whole(None, (1, 1), None)
+    assert not Whole(flips="horizontal").is_single_pass(None, (1, 1), None) and Whole().is_single_pass(
+        None, (1, 1), None
+    )
 
 
 def test_batches_are_halved_where_memory_is_short(train):
@@ -510,7 +512,7 @@ def test_auto_says_why_it_trains_on_images(train, caplog, monkeypatch):
 
 
 def test_a_run_that_goes_on_keeps_to_what_it_has_chosen_unless_told_otherwise(train, monkeypatch, caplog):
-    monkeypatch.setattr(choice, "_LEAST_GAIN", 1e9)
+    monkeypatch.setattr(choice, "_MIN_GAIN", 1e9)
     caplog.set_level(logging.INFO)
     for before in ("disk", "memory"):
         assert train("auto", epochs=20, before=before)[1].cache.place == before
@@ -530,7 +532,7 @@ def test_a_run_that_goes_on_keeps_to_what_it_has_chosen_unless_told_otherwise(tr
 
 def test_a_disk_that_takes_nothing_leaves_memory(train, monkeypatch, tmp_path, caplog):
     (tmp_path / "cache").write_text("no folder")
-    monkeypatch.setattr(choice, "_LEAST_GAIN", 0.1)
+    monkeypatch.setattr(choice, "_MIN_GAIN", 0.1)
     with caplog.at_level(logging.INFO):
         train("auto", epochs=20)
     assert "(engine.cache=auto), in memory" in caplog.text and " inf" not in caplog.text

@@ -248,7 +248,7 @@ def test_its_schedule_begins_with_it():
 
 def test_the_groups_of_what_rests_are_the_backbone_s_alone(monkeypatch):
     model = untrained()
-    monkeypatch.setattr(type(model.head), "late", (0.3, [model.head.norm]))
+    monkeypatch.setattr(type(model.head), "delayed_modules", (0.3, [model.head.norm]))
     found = parameter_groups(model, lr=0.1, weight_decay=0.0, freeze_backbone_until=0.3)
     for group in found:
         assert {name.startswith("backbone.") for name in group["names"]} == {group["frozen"]}
@@ -262,7 +262,7 @@ def test_the_groups_of_what_rests_are_the_backbone_s_alone(monkeypatch):
 
 def test_what_begins_late_in_a_head_has_gradients_while_a_backbone_rests(monkeypatch):
     model = untrained()
-    monkeypatch.setattr(type(model.head), "late", (0.3, [model.head.norm]))
+    monkeypatch.setattr(type(model.head), "delayed_modules", (0.3, [model.head.norm]))
     freeze = BackboneFreeze(model.backbone, adamw(model, lr=1e-3, freeze_backbone_until=0.3), is_single=True)
     with freeze.during(ScheduleState(schedule(), 0, 10), None):
         assert all(parameter.requires_grad for parameter in model.head.parameters())
@@ -308,4 +308,4 @@ def test_the_end_of_a_rest_is_seen_once_also_where_fewer_steps_cut_it_short():
     for lengths, end in (([10] * 10, 3), ([10, 10, 5, 5, 5], 2), ([10, 10, 10, 10, 6], 3)):
         freeze = BackboneFreeze(model.backbone, optimizer, is_single=True)
         seen = [freeze.ends_with(ScheduleState(schedule(), step, steps)) for step, steps in enumerate(lengths)]
-        assert freeze.until == 0.4 and [step for step, ends in enumerate(seen) if ends] == [end]
+        assert freeze.forward_frozen == 0.4 and [step for step, ends in enumerate(seen) if ends] == [end]

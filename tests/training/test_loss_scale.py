@@ -97,7 +97,7 @@ def test_a_loss_or_a_gradient_that_stays_infinite_ends_the_training(tmp_path, mo
     ended = train_in_fp16(tmp_path / "loss", tiny()[0], Infinite(torch.ones(3)), steps=3, val_every=9, log_every=1)
     assert isinstance(ended.error, NonFiniteLoss) and str(ended.error).startswith("Step 0: the loss is inf")
     assert "engine.precision=fp32" in str(ended.error)
-    monkeypatch.setattr("dinoseg.training.loss_scale._MOST_OVERFLOWS", 2)
+    monkeypatch.setattr("dinoseg.training.loss_scale._MAX_OVERFLOWS", 2)
     ended = train_in_fp16(tmp_path / "grad", tiny()[0], Overflowing(*range(9)), steps=9, val_every=9, log_every=1)
     assert isinstance(ended.error, NonFiniteLoss) and str(ended.error).startswith("Step 2: the loss is")
 

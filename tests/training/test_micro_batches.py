@@ -51,7 +51,7 @@ class Small(CrossEntropy):
 
     def __init__(self, weights, most, late):
         super().__init__(weights)
-        self.most, self.late, self.seen, self.each_alike = most, late, [], False
+        self.most, self.delayed_modules, self.seen, self.each_alike = most, late, [], False
 
     def forward(self, prediction, batch):
         self.seen.append(list(batch.names))
@@ -60,9 +60,9 @@ class Small(CrossEntropy):
             value, parts = prediction.grid.square().mean(), {}
         if len(batch.names) <= self.most or not torch.is_grad_enabled():
             return value, parts
-        if not self.late:
+        if not self.delayed_modules:
             raise RuntimeError(SHORT)
-        value.register_hook(lambda gradient: self._fail() if self.late == 1 else gradient)
+        value.register_hook(lambda gradient: self._fail() if self.delayed_modules == 1 else gradient)
         prediction.grid.register_hook(lambda gradient: self._fail())
         return value, parts
 
@@ -103,7 +103,7 @@ def distance(first, second):
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize(("most", "late"), [(3, 0), (2, 1), (1, 2)], ids=["forward", "loss", "backward"])
+@pytest.mark.parametrize(("most", "delayed_modules"), [(3, 0), (2, 1), (1, 2)], ids=["forward", "loss", "backward"])
 def test_a_step_is_over_the_same_images_in_parts_that_fit(train, most, late, caplog):
     whole, parted = train(), train(most, late)
     assert distance(whole.gradients, parted.gradients) < 1e-6
@@ -133,7 +133,7 @@ def test_what_does_not_fit_by_itself_ends_with_what_helps(train):
 
 def test_a_head_that_normalises_over_images_keeps_as_many_as_it_needs(train):
     class Two(MlpHead):
-        least_batch = 2
+        min_batch_size = 2
 
     train(2, head=Two(24, 1, 3, 8), batch_size=4)
     with pytest.raises(OutOfMemory, match="on a batch of 3 samples"):
@@ -152,7 +152,7 @@ def engine_of(world):
 
 def micro_batches(engine=engine_of(1), smallest=1, loss=None, undo=lambda: None, heads=1):  # noqa: B008
     """Return the micro-batches of steps of one batch."""
-    model = SimpleNamespace(head=SimpleNamespace(least_batch=smallest))
+    model = SimpleNamespace(head=SimpleNamespace(min_batch_size=smallest))
     head = HeadTraining(model, loss or CrossEntropy(torch.ones(2)), None, None)
     return MicroBatches(engine, [head] * heads, 1, prepare=lambda batch: batch, undo=undo)
 

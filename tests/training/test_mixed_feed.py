@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from dinoseg.data.train_views import UNLABELLED, VIEW, chance_of
+from dinoseg.data.train_views import UNLABELLED, VIEW, make_rng
 from dinoseg.training.mixed_feed import Unlabelled, _read
 from dinoseg.utils.errors import UserError
 
@@ -19,4 +19,4 @@ def test_a_batch_is_one_that_there_is_and_that_ranks_can_share():
 def test_views_are_drawn_by_a_chance_that_no_others_have():
     images = SimpleNamespace(read=lambda index, chance: (index, chance.random()))
     drawn = _read(images, 5, 2, 3)
-    assert drawn == (3, chance_of(5, 2, 3, UNLABELLED).random()) and drawn[1] != chance_of(5, 2, 3, VIEW).random()
+    assert drawn == (3, make_rng(5, 2, 3, UNLABELLED).random()) and drawn[1] != make_rng(5, 2, 3, VIEW).random()

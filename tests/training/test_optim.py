@@ -184,7 +184,7 @@ def test_a_share_ends_with_the_step_that_it_names_however_it_is_rounded():
 def test_what_begins_late_has_no_rate_before_and_comes_to_it_evenly(monkeypatch):
     model = smallest()
     late = model.head.norm
-    monkeypatch.setattr(type(model.head), "late", (0.3, [late]))
+    monkeypatch.setattr(type(model.head), "delayed_modules", (0.3, [late]))
     optimizer = adamw(model, lr=0.5, weight_decay=0.1)
     names = {name for group in optimizer.param_groups if group["start"] for name in group["names"]}
     assert names == {"head.norm.weight", "head.norm.bias"}

@@ -143,7 +143,7 @@ def test_ranks_share_a_machine(environment, monkeypatch, said, usable, share):
 def test_a_number_of_ranks_that_is_none_is_refused(environment, name, said):
     environment[name] = said
     with pytest.raises(UserError, match=f"^{name}={said[:60]} must be a whole number of ranks, 1 or more") as raised:
-        cores.keep_to_share()
+        cores.limit_threads_to_share()
     assert len(str(raised.value)) < 200
 
 
@@ -161,7 +161,7 @@ def test_a_rank_keeps_to_its_cores(environment, monkeypatch, tmp_path, said, usa
     monkeypatch.setattr(cores, "_TOPOLOGY", tmp_path)
     monkeypatch.setattr(torch, "set_num_threads", told.append)
     environment |= {"LOCAL_WORLD_SIZE": "4"} | said
-    cores.keep_to_share()
+    cores.limit_threads_to_share()
     assert (environment["OMP_NUM_THREADS"], told) == (str(threads), [threads])
 
 
@@ -170,14 +170,14 @@ def test_processors_that_nothing_is_known_of_are_cores(environment, monkeypatch,
     monkeypatch.setattr(cores, "_TOPOLOGY", tmp_path)
     monkeypatch.setitem(sys.modules, "torch", None)
     environment |= {"LOCAL_WORLD_SIZE": "4"}
-    cores.keep_to_share()
+    cores.limit_threads_to_share()
     assert environment["OMP_NUM_THREADS"] == "3"
 
 
 def test_threads_that_are_said_stay(environment, monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", pytest.fail)
     environment |= {"LOCAL_WORLD_SIZE": "4", "OMP_NUM_THREADS": "1"}
-    cores.keep_to_share()
+    cores.limit_threads_to_share()
     assert environment["OMP_NUM_THREADS"] == "1"
 
 

@@ -8,7 +8,7 @@ import torch
 from dinoseg.core.shapes import Batch, Prediction
 from dinoseg.losses.cross_entropy import CrossEntropy
 from dinoseg.losses.overlap import Dice
-from dinoseg.training.taught import MixedBatch, TaughtBatch, TaughtLoss
+from dinoseg.training.self_training_batch import MixedBatch, SelfTrainingBatch, SelfTrainingLoss
 
 K, V = 3, 2
 
@@ -21,7 +21,7 @@ def predicted(scores):
 
 def both(criterion, weight=1.0):
     """Return one loss of masks and of views."""
-    return TaughtLoss(criterion, criterion, weight)
+    return SelfTrainingLoss(criterion, criterion, weight)
 
 
 def mixed(labelled, unlabelled, size=(5, 6), threshold=0.6, ignore=255, seed=0):
@@ -55,10 +55,10 @@ def teacher(images):
 @pytest.mark.parametrize(("labelled", "unlabelled", "ignore"), [(2, 3, 255), (1, 1, 255), (2, 4, 0)])
 def test_views_are_labelled_where_the_teacher_is_sure_and_boxes_bring_their_labels(labelled, unlabelled, ignore):
     batch = mixed(labelled, unlabelled, ignore=ignore)
-    taught = batch.taught(teacher)
-    assert isinstance(taught, TaughtBatch) and taught.names == batch.names
-    assert taught.count == batch.count == labelled + unlabelled * V
-    assert (taught.labelled.image == batch.image).all() and (taught.labelled.mask == batch.mask).all()
+    with_labels = batch.with_labels(teacher)
+    assert isinstance(with_labels, SelfTrainingBatch) and with_labels.names == batch.names
+    assert with_labels.count == batch.count == labelled + unlabelled * V
+    assert (with_labels.labelled.image == batch.image).all() and (with_labels.labelled.mask == batch.mask).all()
     inside, kept = 0, 0
     for u in range(unlabelled):
         for v in range(V):
@@ -72,28 +72,30 @@ def test_views_are_labelled_where_the_teacher_is_sure_and_boxes_bring_their_labe
                     wanted = ignore if beyond or values[best] / sum(values) < 0.6 else best
                     inside, kept = inside + int(not beyond), kept + int(wanted != ignore)
                     at = u * V + v
-                    assert taught.views.mask[at, row, column] == wanted
-                    assert (taught.views.image[at, :, row, column] == batch.strong[source, v, :, row, column]).all()
-    assert taught.inside == inside and 0 < kept < inside
+                    assert with_labels.views.mask[at, row, column] == wanted
+                    assert (
+                        with_labels.views.image[at, :, row, column] == batch.strong[source, v, :, row, column]
+                    ).all()
+    assert with_labels.inside == inside and 0 < kept < inside
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.7])
 @pytest.mark.parametrize("criterion", [CrossEntropy, Dice])
 def test_the_loss_is_that_of_masks_and_a_mean_over_all_pixels_of_the_views(criterion, weight):
-    taught = mixed(2, 3).taught(teacher)
-    taught.mask[0] = 255
+    with_labels = mixed(2, 3).with_labels(teacher)
+    with_labels.mask[0] = 255
     weights = torch.tensor([0.2, 1.0, 3.0], dtype=torch.float64)
-    scores = torch.randn(taught.count, K, 5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    scores = torch.randn(with_labels.count, K, 5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     even = torch.tensor([1.0, 1.5, 1.0], dtype=torch.float64)
-    loss = TaughtLoss(criterion(weights), criterion(even), weight)
-    value, parts = loss(predicted(scores), taught)
-    own = criterion(weights)(predicted(scores[:2]), taught.labelled)[0]
-    views = criterion(even)(predicted(scores[2:]), taught.views)[0]
-    share = int((taught.views.mask != 255).sum()) / int(taught.inside)
+    loss = SelfTrainingLoss(criterion(weights), criterion(even), weight)
+    value, parts = loss(predicted(scores), with_labels)
+    own = criterion(weights)(predicted(scores[:2]), with_labels.labelled)[0]
+    views = criterion(even)(predicted(scores[2:]), with_labels.views)[0]
+    share = int((with_labels.views.mask != 255).sum()) / int(with_labels.inside)
     assert parts["sure"].item() == pytest.approx(share, abs=1e-6) and 0 < share < 1
     assert value.item() == pytest.approx((own + weight * views * share).item(), rel=1e-6)
     if criterion is CrossEntropy:
-        mask, logs = taught.views.mask.long(), scores[2:].log_softmax(dim=1)
+        mask, logs = with_labels.views.mask.long(), scores[2:].log_softmax(dim=1)
         sums = [0.0, 0.0]
         for at, k in ((at, mask[tuple(at)].item()) for at in (mask != 255).nonzero().tolist()):
             sums[0] -= (even[k] * logs[at[0], k, at[1], at[2]]).item()
@@ -102,15 +104,15 @@ def test_the_loss_is_that_of_masks_and_a_mean_over_all_pixels_of_the_views(crite
 
 
 def test_a_teacher_that_is_never_sure_changes_nothing_and_validation_asks_the_loss_alone():
-    taught = mixed(2, 3, threshold=0.9999).taught(teacher)
-    scores = torch.randn(taught.count, K, 5, 6, requires_grad=True)
+    with_labels = mixed(2, 3, threshold=0.9999).with_labels(teacher)
+    scores = torch.randn(with_labels.count, K, 5, 6, requires_grad=True)
     criterion = CrossEntropy(torch.ones(K))
-    value, parts = both(criterion)(predicted(scores), taught)
+    value, parts = both(criterion)(predicted(scores), with_labels)
     value.backward()
     assert parts["sure"] == 0 and scores.grad[:2].abs().sum() > 0 and scores.grad[2:].abs().sum() == 0
-    plain = Batch(taught.image, taught.mask, [""] * taught.count)
+    plain = Batch(with_labels.image, with_labels.mask, [""] * with_labels.count)
     of_views = CrossEntropy(torch.tensor([5.0, 0.1, 1.0]))
-    alone, of_plain = TaughtLoss(criterion, of_views, 1.0)(predicted(scores), plain)
+    alone, of_plain = SelfTrainingLoss(criterion, of_views, 1.0)(predicted(scores), plain)
     assert alone == criterion(predicted(scores), plain)[0] and "sure" not in of_plain
 
 
@@ -118,18 +120,18 @@ def test_a_teacher_that_is_never_sure_changes_nothing_and_validation_asks_the_lo
 def test_a_class_of_the_least_probability_is_learnt_and_of_less_it_is_not(kind):
     scores = torch.tensor([0.0, 0.0, -50.0], dtype=kind)[:, None, None].expand(2, K, 5, 6)  # a half each
     for threshold, learnt in ((0.5, True), (0.5005, False)):
-        taught = mixed(1, 2, threshold=threshold).taught(lambda _: predicted(scores))
-        assert bool((taught.views.mask != 255).any()) == learnt
+        with_labels = mixed(1, 2, threshold=threshold).with_labels(lambda _: predicted(scores))
+        assert bool((with_labels.views.mask != 255).any()) == learnt
     scores = torch.tensor([1.0, 0.0, -50.0], dtype=kind)[:, None, None].expand(2, K, 5, 6)  # 0.7311, in bfloat16 0.7305
-    assert (mixed(1, 2, threshold=0.731).taught(lambda _: predicted(scores)).views.mask != 255).any()
+    assert (mixed(1, 2, threshold=0.731).with_labels(lambda _: predicted(scores)).views.mask != 255).any()
 
 
 def test_views_that_show_no_pixel_of_an_image_cost_nothing():
     batch = mixed(2, 3)
     batch.outside[:] = 255
-    taught = batch.taught(teacher)
-    scores = torch.randn(taught.count, K, 5, 6, generator=torch.Generator().manual_seed(1))
-    value, parts = both(CrossEntropy(torch.ones(K)))(predicted(scores), taught)
+    with_labels = batch.with_labels(teacher)
+    scores = torch.randn(with_labels.count, K, 5, 6, generator=torch.Generator().manual_seed(1))
+    value, parts = both(CrossEntropy(torch.ones(K)))(predicted(scores), with_labels)
     assert parts["sure"] == 0 and parts["unlabelled"] == 0 and value.isfinite()
 
 
@@ -139,7 +141,7 @@ def test_what_the_loss_of_masks_needs_is_asked_for():
 
 
 def test_both_losses_go_to_the_device():
-    moved = TaughtLoss(CrossEntropy(torch.ones(K)), Dice(torch.ones(K)), 1.0).to("meta")
+    moved = SelfTrainingLoss(CrossEntropy(torch.ones(K)), Dice(torch.ones(K)), 1.0).to("meta")
     assert moved.criterion.weight.is_meta and moved.of_views.weight.is_meta
 
 
@@ -149,15 +151,17 @@ def test_all_of_a_batch_goes_to_the_device():
 
 
 def test_a_batch_whose_masks_ignore_all_is_taught_all_the_same():
-    taught = mixed(2, 3).taught(teacher)
-    scores = torch.randn(taught.count, K, 5, 6, generator=torch.Generator().manual_seed(1))
-    taught.mask[:2] = 255
-    value, parts = both(CrossEntropy(torch.ones(K)))(predicted(scores), taught)
+    with_labels = mixed(2, 3).with_labels(teacher)
+    scores = torch.randn(with_labels.count, K, 5, 6, generator=torch.Generator().manual_seed(1))
+    with_labels.mask[:2] = 255
+    value, parts = both(CrossEntropy(torch.ones(K)))(predicted(scores), with_labels)
     assert value == parts["unlabelled"] > 0
     loss = both(CrossEntropy(torch.ones(K)))
-    part, alone, _ = loss.in_step(predicted(scores), taught, torch.stack([torch.tensor(0.0), 2.0 * taught.inside]))
+    part, alone, _ = loss.in_step(
+        predicted(scores), with_labels, torch.stack([torch.tensor(0.0), 2.0 * with_labels.inside])
+    )
     assert alone == value and part.item() == pytest.approx(value.item() / 2)
-    assert both(CrossEntropy(torch.ones(K)), 0.0)(predicted(scores), taught)[1]["weight"] == 0
+    assert both(CrossEntropy(torch.ones(K)), 0.0)(predicted(scores), with_labels)[1]["weight"] == 0
 
 
 def test_parts_hold_each_image_once():
@@ -165,6 +169,6 @@ def test_parts_hold_each_image_once():
     parts = batch.split(3)
     assert [part.names for part in parts] == [["im0"], ["im1"], ["im2"]]
     assert torch.equal(torch.cat([part.weak for part in parts]), batch.weak) and len(parts[2].weak) == 0
-    assert type(parts[2].taught(teacher)) is Batch  # nothing to teach
+    assert type(parts[2].with_labels(teacher)) is Batch  # nothing to teach
     moved = batch.to(torch.device("cpu"))
     assert all(torch.equal(getattr(moved, name), getattr(batch, name)) for name in ("image", "weak", "strong", "boxes"))

@@ -11,9 +11,9 @@ import pytest
 from dinoseg.utils import locks
 from dinoseg.utils.atomic import (
     _machine,
+    atomic_file,
+    atomic_folder,
     remove_parts,
-    whole_file,
-    whole_folder,
     write_json,
     write_text,
 )
@@ -21,10 +21,10 @@ from dinoseg.utils.atomic import (
 
 def test_a_file_takes_its_name_at_the_end_or_vanishes(tmp_path):
     path = tmp_path / "deep" / "a.bin"
-    with whole_file(path) as part:
+    with atomic_file(path) as part:
         part.write_bytes(b"1")
         assert not path.exists() and str(os.getpid()) in part.name  # another process writes to its own
-    with pytest.raises(KeyboardInterrupt), whole_file(path) as part:
+    with pytest.raises(KeyboardInterrupt), atomic_file(path) as part:
         part.write_bytes(b"2")
         raise KeyboardInterrupt
     assert path.read_bytes() == b"1" and list(path.parent.iterdir()) == [path]
@@ -38,7 +38,7 @@ def foreseen(monkeypatch):
 
 
 def test_temporary_names_are_random(tmp_path):
-    with whole_file(tmp_path / "a") as first, whole_file(tmp_path / "a") as second:
+    with atomic_file(tmp_path / "a") as first, atomic_file(tmp_path / "a") as second:
         assert first != second and first.exists() and second.exists()
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
@@ -49,7 +49,7 @@ def test_a_link_at_a_temporary_name_is_never_written_through(tmp_path, foreseen)
     mine.write_text("of value")
     for name in ("a", "b", "gone"):
         (shared / f".{name}.{foreseen}.part").symlink_to(mine if name == "a" else tmp_path / "new")
-    for write in (whole_file(shared / "a"), whole_folder(shared / "b"), whole_file(shared / "gone")):
+    for write in (atomic_file(shared / "a"), atomic_folder(shared / "b"), atomic_file(shared / "gone")):
         with pytest.raises(FileExistsError), write:
             pass
     assert mine.read_text() == "of value" and not (tmp_path / "new").exists()
@@ -97,13 +97,13 @@ def test_a_name_that_cannot_be_taken_leaves_the_old_result(tmp_path, monkeypatch
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", refuse_part)
-    with pytest.raises(KeyboardInterrupt), whole_folder(folder):
+    with pytest.raises(KeyboardInterrupt), atomic_folder(folder):
         pass
     assert [path.name for path in tmp_path.rglob("*")] == ["a_segmentation", "old.txt"]
 
 
 def test_a_temporary_folder_is_private_until_the_end(tmp_path):
-    with whole_folder(tmp_path / "deep" / "masks") as part:
+    with atomic_folder(tmp_path / "deep" / "masks") as part:
         (part / "1.png").write_bytes(b"x")
         assert not (tmp_path / "deep" / "masks").exists()
     assert (tmp_path / "deep" / "masks" / "1.png").exists()
@@ -113,7 +113,7 @@ def test_a_folder_takes_the_place_of_another_and_holds_nothing_of_a_killed_proce
     for name in ("a", f".a.999999999-{_machine()}-00000000.part"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "old.txt").touch()
-    with whole_folder(tmp_path / "a") as part:
+    with atomic_folder(tmp_path / "a") as part:
         (part / "new.txt").touch()
     assert [path.name for path in sorted(tmp_path.rglob("*"))] == ["a", "new.txt"]
 
@@ -136,12 +136,13 @@ def test_a_name_that_is_no_text_is_written_as_escapes(tmp_path):
 KILLED = """if True:
     import os, signal, sys
     from pathlib import Path
-    from dinoseg.utils.atomic import scratch_folder, whole_file, whole_folder
+    from dinoseg.utils.atomic import scratch_folder, atomic_file, atomic_folder
     here, replace = Path(sys.argv[1]), os.replace
     def die(source, target):
         replace(source, target)
         os.kill(os.getpid(), signal.SIGKILL)
-    with scratch_folder(here, "export") as folder, whole_file(here / "a.bin") as part, whole_folder(here / "b") as new:
+    file, whole = atomic_file(here / "a.bin"), atomic_folder(here / "b")
+    with scratch_folder(here, "export") as folder, file as part, whole as new:
         (folder / "model.onnx").write_bytes(b"half")
         part.write_bytes(b"half")
         (new / "new.txt").touch()

@@ -83,18 +83,18 @@ def test_threads_follow_a_quota_unless_they_are_said(groups, monkeypatch, quota,
     groups("0::/\n", {"cpu.max": f"{quota} 100000\n"})
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     os.environ.update(environment)
-    cores.keep_to_quota()
+    cores.limit_threads_to_quota()
     assert os.environ.get("OMP_NUM_THREADS") == threads
 
 
 def test_the_threads_of_a_job_are_not_taken_for_the_users_by_the_ranks_of_the_next(groups, monkeypatch):
     groups("0::/\n", {"cpu.max": "800000 100000\n"})
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
-    cores.keep_to_quota()
+    cores.limit_threads_to_quota()
     cores.forget_share()
     assert "OMP_NUM_THREADS" not in os.environ
     os.environ["OMP_NUM_THREADS"] = "5"
-    cores.keep_to_quota()
+    cores.limit_threads_to_quota()
     cores.forget_share()
     assert os.environ["OMP_NUM_THREADS"] == "5"
 

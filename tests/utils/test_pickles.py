@@ -69,7 +69,7 @@ def test_what_would_fill_the_memory_is_not_read(kind, zipped, tmp_path, monkeypa
 
 @pytest.mark.parametrize("zipped", [True, False])
 def test_the_steps_of_a_pickle_are_limited(zipped, tmp_path, monkeypatch):
-    monkeypatch.setattr(tensor_files, "_MOST_STEPS", 1000)
+    monkeypatch.setattr(tensor_files, "_MAX_STEPS", 1000)
     path = write(tmp_path / "x.pth", b"(" + b"]" * 1000 + b"t", zipped=zipped)
     with pytest.raises(UserError, match=r"x\.pth: not a readable PyTorch file \(its pickle has more than 1000 steps"):
         read_tensor_file(path, "w")

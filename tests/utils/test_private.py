@@ -7,7 +7,7 @@ import pytest
 from command_line import call
 
 from dinoseg.utils import private
-from dinoseg.utils.atomic import whole_file
+from dinoseg.utils.atomic import atomic_file
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.private import check_private
 
@@ -111,7 +111,7 @@ def test_a_folder_that_the_umask_would_share_is_made_private(umask, made, cache)
         check_private(folder, "cache_dir")
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "features").mkdir()
-        with whole_file(folder / "features/a.npy") as part:
+        with atomic_file(folder / "features/a.npy") as part:
             part.write_bytes(b"1")
         check_private(folder, "cache_dir")
     finally:

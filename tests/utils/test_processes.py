@@ -14,7 +14,7 @@ import pytest
 
 from dinoseg.utils.cores import count_cores
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.workers import in_own_process, in_processes, telling_killed_loaders
+from dinoseg.utils.workers import in_processes, run_in_process, telling_killed_loaders
 
 run = functools.partial(in_processes, remedy="Do less.")
 started_with = []  # filled in processes by `note_start`
@@ -267,16 +267,16 @@ class Struck:
 
 
 def test_a_process_of_its_own_answers_or_tells_how_it_ended(capfd):
-    item, process, deaf = in_own_process(answers, "asked")
-    assert item == "asked" and process != os.getpid() and deaf and not held()
+    item, process, deaf = run_in_process(answers, "run_bands")
+    assert item == "run_bands" and process != os.getpid() and deaf and not held()
     with pytest.raises(KeyboardInterrupt):
-        in_own_process(Struck(), "never")
+        run_in_process(Struck(), "never")
     assert nobody_is_left() and not held() and not capfd.readouterr().err
-    assert in_own_process(answers, "killed") is None
+    assert run_in_process(answers, "killed") is None
     with pytest.raises(UserError, match="no such item"):
-        in_own_process(answers, "refused")
+        run_in_process(answers, "refused")
     with pytest.raises(RuntimeError, match="see its traceback above"):
-        in_own_process(answers, "broken")
+        run_in_process(answers, "broken")
     assert "ValueError: not foreseen" in capfd.readouterr().err
 
 
@@ -293,5 +293,5 @@ def test_a_killed_loader_is_told_with_its_remedy_and_other_errors_pass(words):
 
 def test_a_process_of_its_own_is_killed_at_its_time_limit():
     with pytest.raises(TimeoutError):
-        in_own_process(time.sleep, 600, timeout=0.05)
+        run_in_process(time.sleep, 600, timeout=0.05)
     assert not multiprocessing.active_children()

@@ -16,7 +16,7 @@ _STAND_FOR = {  # keys that also imply others
 }
 
 
-def left_of(choices: Iterable[RecipeChoice], given: frozenset[str]) -> tuple[list[RecipeChoice], list[str]]:
+def drop_typed(choices: Iterable[RecipeChoice], given: frozenset[str]) -> tuple[list[RecipeChoice], list[str]]:
     """Return the choices without typed keys or keys implied by typed ones, and the sorted list of those typed keys."""
     left, taken = [], set[str]()
     for choice in choices:

@@ -24,14 +24,14 @@ from omegaconf import DictConfig, OmegaConf
 
 from dinoseg import __version__
 from dinoseg.autotune.rules import CHOOSING, RecipeChoice
-from dinoseg.cli.auto.given import left_of
+from dinoseg.cli.auto.given import drop_typed
 from dinoseg.cli.auto.search import ComposedRecipe, RecipeSearch
-from dinoseg.config.checks import check_given
+from dinoseg.config.checks import check_arguments
 from dinoseg.config.job import job_config
 from dinoseg.config.plain import BUILDS, plain
 from dinoseg.core.shapes import SegmentationData
 from dinoseg.data.pairs.dataset import PairDataset
-from dinoseg.data.splits import keep_evenly_spaced
+from dinoseg.data.splits import evenly_spaced_subset
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.recipe import LENGTHS, config_description, recipe_of
 from dinoseg.experiment.step import check_trainer, training_parts
@@ -57,8 +57,8 @@ _SEARCHED = "hydra.searchpath"
 NAME = "chosen"  # of the written recipe
 GROUPS = ("adapter", "head", "loss")  # config groups whose option is chosen
 _NAMES = rf"(?!(?:{'|'.join(BUILDS)})$).*"  # keys of a table, except those of `BUILDS`
-_MOST_BYTES = 2**20  # of a file of choices, which takes a few thousand
-_MOST_PIXELS = 2**30  # of the images in a batch, as in a checkpoint's config
+_MAX_BYTES = 2**20  # of a file of choices, which takes a few thousand
+_MAX_PIXELS = 2**30  # of the images in a batch, as in a checkpoint's config
 _COUNT, _SIDE, _RATE = forms.whole(1, 2**40), forms.whole(1, 2**20), forms.number(0, 100)
 
 
@@ -113,20 +113,22 @@ def choose_recipe(cfg: DictConfig, words: Sequence[str], *, first: bool) -> Chos
             stored = read_choices(path)
             if stored is None:
                 most = f"candidates are timed for at most {60 * CHOOSING * minutes:.0f} s"
-                _tell(f"inspects data and machine: budget.minutes={minutes:g} starts now, {most}")
+                _log_progress(f"inspects data and machine: budget.minutes={minutes:g} starts now, {most}")
                 trying = [*words, *_shared()]
                 joined = ranks_here() if _shared() else 0
-                with _alone():
+                with _outside_ranks():
                     engine = build.engine(devices=1)
-                    data = train, keep_evenly_spaced(val, cfg.trainer.get("val_images"))
-                    search = RecipeSearch(partial(_read, trying), data, engine, given, minutes, _tell, joined=joined)
+                    data = train, evenly_spaced_subset(val, cfg.trainer.get("val_images"))
+                    search = RecipeSearch(
+                        partial(_read, trying), data, engine, given, minutes, _log_progress, joined=joined
+                    )
                     choices = search.choose()
                 stored, source = (search.about, choices), "chosen now"
-                _keep(path, *stored)
+                _store_choices(path, *stored)
     else:
         stored = read_choices(path) or _awaited(path, cfg.engine.rank_timeout)
     about, choices = stored
-    choices, taken = left_of(choices, given)  # the file stores all: other keys may be typed next
+    choices, taken = drop_typed(choices, given)  # the file stores all: other keys may be typed next
     about += f"; set on the command line: {', '.join(taken)}" if taken else ""
     if first:
         print(printable(f"hparam=auto: {about}; {source}:\n\n" + "\n".join(choice_lines(choices))))
@@ -134,7 +136,7 @@ def choose_recipe(cfg: DictConfig, words: Sequence[str], *, first: bool) -> Chos
     return ChosenRecipe(_composed(words, about, choices), recipe_text(about, choices), typed)
 
 
-def _tell(doing: str) -> None:
+def _log_progress(doing: str) -> None:
     print(printable(f"hparam=auto {doing}"), file=sys.stderr)
 
 
@@ -145,7 +147,7 @@ def _composed(words: Sequence[str], about: str, choices: Sequence[RecipeChoice])
 def _check(build: Builder) -> None:
     """Refuse what hparam=auto cannot choose for, and values that training would refuse only later."""
     minutes = build.value("budget.minutes")
-    check_given("dinoseg.cli.auto.search.RecipeSearch", {"minutes": minutes}, {"minutes": "budget.minutes"})
+    check_arguments("dinoseg.cli.auto.search.RecipeSearch", {"minutes": minutes}, {"minutes": "budget.minutes"})
     if build.task().on_clips or "unlabelled" in build.value("trainer"):
         raise UserError(
             f"hparam=auto chooses for images and their masks, not for trainer={build.options['trainer']}. Choose a "
@@ -155,7 +157,7 @@ def _check(build: Builder) -> None:
     build.lengths(samples=1)
     build.arguments(ImageFeed, SAMPLING)
     build.part("data.augment")  # refuses an invalid crop
-    build.arguments(keep_evenly_spaced, {"count": "trainer.val_images"})
+    build.arguments(evenly_spaced_subset, {"count": "trainer.val_images"})
 
 
 def _read(words: Sequence[str], choices: Sequence[RecipeChoice]) -> ComposedRecipe:
@@ -220,12 +222,12 @@ def _awaited(path: Path, seconds: float) -> tuple[str, list[RecipeChoice]]:
 def _one_at_a_time(path: Path) -> Iterator[None]:
     """Lock out processes that make the same choices; a no-op if the lock file cannot be written."""
     with ExitStack() as stack:
-        with suppress(OSError):  # `_keep` reports it when it writes to the same folder
+        with suppress(OSError):  # `_store_choices` reports it when it writes to the same folder
             stack.enter_context(locked(path.with_suffix(".lock")))
         yield
 
 
-def _keep(path: Path, about: str, choices: Sequence[RecipeChoice]) -> None:
+def _store_choices(path: Path, about: str, choices: Sequence[RecipeChoice]) -> None:
     try:
         write_choices(path, about, choices)
     except OSError as error:
@@ -249,7 +251,7 @@ def _others_wait() -> bool:
 
 
 @contextmanager
-def _alone() -> Iterator[None]:
+def _outside_ranks() -> Iterator[None]:
     """Remove the rank variables from the environment for the block, since a single process is timed."""
     before = {name: os.environ.pop(name) for name in _RANKS if name in os.environ}
     try:
@@ -339,8 +341,8 @@ def _choices(value: Any, where: str) -> None:
     forms.listing(forms.record(words=forms.some_of(**_FORMS), reason=forms.text))(value, where)
     words = {key: each for row in value for key, each in row["words"].items()}
     pixels = math.prod(words.get("resolution.crop", ())) * words.get("data.batch_size", 1)
-    if pixels > _MOST_PIXELS:
-        raise forms.Misshapen(f"{where} makes batches of {pixels} pixels; the limit is {_MOST_PIXELS}")
+    if pixels > _MAX_PIXELS:
+        raise forms.Misshapen(f"{where} makes batches of {pixels} pixels; the limit is {_MAX_PIXELS}")
 
 
 _FORM = forms.record(about=forms.text, choices=_choices)
@@ -350,7 +352,7 @@ def read_choices(path: Path) -> tuple[str, list[RecipeChoice]] | None:
     """Return the stored summary and choices; None if the file is absent or damaged. Damage is logged."""
     found = finished(
         path,
-        lambda path: forms.read_json(path, _FORM, most=_MOST_BYTES),
+        lambda path: forms.read_json(path, _FORM, most=_MAX_BYTES),
         damaged="The stored choices in %s are damaged (%s): choosing again.",
     )
     if found is None:

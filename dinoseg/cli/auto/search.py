@@ -16,7 +16,7 @@ from dinoseg.autotune.length import PROBING, SURE, Length, length_within
 from dinoseg.autotune.memory import Memory
 from dinoseg.autotune.rules import RecipeCase, RecipeChoice
 from dinoseg.autotune.timing import RecipeTimes, estimate_times
-from dinoseg.cli.auto.given import left_of
+from dinoseg.cli.auto.given import drop_typed
 from dinoseg.cli.auto.timing import time_candidate
 from dinoseg.core.shapes import SegmentationData
 from dinoseg.core.sizes import Size
@@ -24,17 +24,17 @@ from dinoseg.inference.memory import OutOfMemory
 from dinoseg.training.engine import Engine
 from dinoseg.utils.ranges import Range
 from dinoseg.utils.wording import count_of
-from dinoseg.utils.workers import in_own_process
+from dinoseg.utils.workers import run_in_process
 
 _MINUTES = (
     "a number of minutes from 1 to 1000000 (two years), or trainer.steps instead of hparam=auto for a shorter training"
 )
 Minutes = Annotated[float, Range(_MINUTES, 1, 1e6)]  # below 1, start and timing may take the whole budget
 _ROOM = 2**30  # bytes of disk space that the feature cache leaves free
-_LEAST_TIMED = 0.02  # share of the budget; with less time left, a candidate is not timed
+_MIN_TIMED = 0.02  # share of the budget; with less time left, a candidate is not timed
 _MEASURING = 0.6  # share of a candidate's time limit after which timed steps are not repeated
 _COMPOSED = 3  # compositions of the config after the last candidate is timed, which are part of choosing
-_LEAST_LEFT = 0.2  # share of the budget reserved for training, however long the search took
+_MIN_LEFT = 0.2  # share of the budget reserved for training, however long the search took
 
 
 @dataclass(frozen=True)
@@ -216,7 +216,7 @@ class RecipeSearch:
             if timed.length.images >= candidate.surely:
                 return self._settled(candidate, timed, slow + skipped)
             whole = timed if candidate.case is case else whole
-            fewest = max(candidate.least, rules.LEAST_STEPS * timed.recipe.per_step)
+            fewest = max(candidate.least, rules.MIN_STEPS * timed.recipe.per_step)
             if enough is None and timed.length.images >= fewest:
                 enough = candidate, timed, fewest, slow  # without the notes on this candidate and later ones
             of = " that are smaller" if candidate.case.smaller < 1 else ""
@@ -247,15 +247,15 @@ class RecipeSearch:
         *tuned, frozen = rules.ways(case)
         candidates = [RecipeCandidate(case, frozen, any_number, never)]
         for way in tuned:
-            least = never if self._may_rest(case) else rules.least_tuned(case)
+            least = never if self._may_freeze(case) else rules.min_images_to_tune(case)
             candidates.append(RecipeCandidate(case, way, rules.SURELY_TUNED, least))
             less = rules.smaller(case)
-            if less is not None and not self._sizes_given:
-                candidates.append(RecipeCandidate(less, rules.ways(less)[0], rules.LEAST_SMALLER, never))
+            if less is not None and not self._has_typed_sizes:
+                candidates.append(RecipeCandidate(less, rules.ways(less)[0], rules.MIN_SMALLER, never))
         return candidates
 
     @property
-    def _sizes_given(self) -> bool:
+    def _has_typed_sizes(self) -> bool:
         return any(key.partition(".")[0] == "resolution" for key in self.given)
 
     def _rested(self, tuned: TimedCandidate, case: RecipeCase) -> TimedCandidate | None:
@@ -265,11 +265,11 @@ class RecipeSearch:
         image = rules.REST * tuned.times.resting + (1 - rules.REST) * tuned.times.image
         times = replace(tuned.times, image=image, cached=None)
         length = self._length(tuned.recipe, times, case.facts)
-        if length.images < max(rules.LEAST_RESTED, rules.LEAST_STEPS * tuned.recipe.per_step):
+        if length.images < max(rules.MIN_FROZEN, rules.MIN_STEPS * tuned.recipe.per_step):
             return None
         return TimedCandidate((rules.rested(case), *tuned.choices[1:]), tuned.recipe, times, length)
 
-    def _may_rest(self, case: RecipeCase) -> bool:
+    def _may_freeze(self, case: RecipeCase) -> bool:
         able = self.base.freezes and self.base.devices == 1  # saves ranks no time
         typed = self.given & {"adapter", "optim.optimizer.freeze_backbone_until"}
         return able and not typed and case.sees_pixels and case.smaller == 1
@@ -290,7 +290,7 @@ class RecipeSearch:
         words = " ".join(f"{key}={value}" for key, value in candidate.way.words.items())
         words += " on smaller images" if candidate.case.smaller < 1 else ""
         left = self._choosing_ends - began
-        if number > 1 and left <= max(self._least_timed, self._longest):
+        if number > 1 and left <= max(self._min_timing_seconds, self._longest):
             return f"{words} was not tried: the time for choosing was used up"
         note, by_data = "", rules.by_data(candidate.case)
         choices, recipe = self._composed_for([*by_data, candidate.way], candidate.case)
@@ -301,7 +301,7 @@ class RecipeSearch:
             f"width): candidate {number} of at most {count}, {max(0.0, left):.0f} s at most"
         )
         try:
-            if left < self._least_timed:
+            if left < self._min_timing_seconds:
                 raise TimeoutError
             times = self._time(recipe, candidate.case, left)
         except OutOfMemory as error:
@@ -309,7 +309,7 @@ class RecipeSearch:
         except TimeoutError:
             if number > 1:
                 return f"{words} was stopped: timing it took longer than {left:.0f} s"
-            times = estimate_times(max(left, self._least_timed))
+            times = estimate_times(max(left, self._min_timing_seconds))
             note = "; its speed is estimated (no time to measure it)"
         self._longest = max(self._longest, monotonic() - began)
         length = self._length(recipe, times, candidate.case.facts)
@@ -319,7 +319,7 @@ class RecipeSearch:
         self, choices: Sequence[RecipeChoice], case: RecipeCase
     ) -> tuple[list[RecipeChoice], ComposedRecipe]:
         """Return `choices` extended by the choices that follow from them, and the recipe for timing."""
-        trial = self._least_batch(case)
+        trial = self._min_batch(case)
         adapter = choices[-1].words["adapter"]
         trains = self._trains_backbone(self.base) if "adapter" in self.given else adapter != "frozen"
         found = [*choices, rules.zoom(trains=trains, pixels=case.sees_pixels)]
@@ -337,9 +337,9 @@ class RecipeSearch:
     def _time(self, recipe: ComposedRecipe, case: RecipeCase, seconds: float) -> RecipeTimes:
         until = monotonic() + _MEASURING * seconds
         work = partial(
-            time_candidate, minutes=self._minutes, may_rest=self._may_rest(case), ranks=self._ranks, until=until
+            time_candidate, minutes=self._minutes, may_freeze=self._may_freeze(case), ranks=self._ranks, until=until
         )
-        times = in_own_process(work, recipe.values, timeout=seconds)
+        times = run_in_process(work, recipe.values, timeout=seconds)
         if times is None:
             raise OutOfMemory("Out of memory in the first steps. mode=plan lists settings that fit.")
         return times
@@ -347,15 +347,15 @@ class RecipeSearch:
     def _shortened(
         self, by_data: list[RecipeChoice], timed: TimedCandidate, case: RecipeCase
     ) -> tuple[list[RecipeChoice], TimedCandidate]:
-        """Return a training of at least `LEAST_STEPS` steps: on smaller images, else a head solved in closed form."""
-        least = rules.LEAST_STEPS * timed.recipe.per_step
-        if not self._sizes_given and case.longest is None:
+        """Return a training of at least `MIN_STEPS` steps: on smaller images, else a head solved in closed form."""
+        least = rules.MIN_STEPS * timed.recipe.per_step
+        if not self._has_typed_sizes and case.longest is None:
             whole = timed.times
             for smaller in rules.SHRUNK:
                 if timed.length.images >= least:
                     break
                 by_data = rules.by_data(replace(case, smaller=smaller))
-                recipe = self._composed([*by_data, self._least_batch(case), *timed.choices])
+                recipe = self._composed([*by_data, self._min_batch(case), *timed.choices])
                 times = whole.on_smaller_images(smaller)
                 timed = replace(timed, recipe=recipe, times=times, length=self._length(recipe, times, case.facts))
         heads = any(key.partition(".")[0] == "head" for key in self.given)
@@ -367,19 +367,19 @@ class RecipeSearch:
         ):
             return by_data, timed
         choice = rules.closed_form(self._left, timed.times.frozen or timed.times.image, case.facts)
-        recipe = self._composed([*by_data, self._least_batch(case), *timed.choices, choice])
+        recipe = self._composed([*by_data, self._min_batch(case), *timed.choices, choice])
         length, choices = replace(timed.length, images=0, views=None), (*timed.choices, choice)
         return by_data, replace(timed, choices=choices, recipe=recipe, length=length, is_closed_form=True)
 
     @property
-    def _least_timed(self) -> float:
+    def _min_timing_seconds(self) -> float:
         """Seconds below which timing a candidate is not worth starting its process."""
-        return _LEAST_TIMED * 60 * self._minutes
+        return _MIN_TIMED * 60 * self._minutes
 
     @property
     def _left(self) -> float:
         """Seconds left for the training: at least a fixed share of the budget, however long the search took."""
-        return max(self._ends - monotonic(), _LEAST_LEFT * 60 * self._minutes)
+        return max(self._ends - monotonic(), _MIN_LEFT * 60 * self._minutes)
 
     def _length(self, recipe: ComposedRecipe, times: RecipeTimes, facts: DatasetFacts) -> Length:
         """Return the training length that fits into the remaining time."""
@@ -396,7 +396,7 @@ class RecipeSearch:
             return
         sized = partial(rules.batch, timed.length.images, case.facts, self.base.devices)
         sized = partial(sized, accumulate=timed.recipe.accumulate)
-        wanted, timed_with = sized(), self._least_batch(case)
+        wanted, timed_with = sized(), self._min_batch(case)
         for most in rules.BATCHES:
             choice = sized(most=most)
             if choice.words == timed_with.words:
@@ -406,7 +406,7 @@ class RecipeSearch:
         less = "" if choice.words == wanted.words else f"; {wanted.words['data.batch_size']} would not fit into memory"
         yield replace(choice, reason=f"{choice.reason}{less}")
 
-    def _least_batch(self, case: RecipeCase) -> RecipeChoice:
+    def _min_batch(self, case: RecipeCase) -> RecipeChoice:
         return rules.batch(0, case.facts, self.base.devices)
 
     def _possible_views(self, recipe: ComposedRecipe, times: RecipeTimes, facts: DatasetFacts) -> list[int | None]:
@@ -454,7 +454,7 @@ class RecipeSearch:
         )
 
     def _composed(self, choices: Sequence[RecipeChoice]) -> ComposedRecipe:
-        return self.compose(left_of(choices, self.given)[0])
+        return self.compose(drop_typed(choices, self.given)[0])
 
 
 def _existing(path: Path) -> Path:

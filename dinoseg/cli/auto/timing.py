@@ -13,9 +13,9 @@ from dinoseg.training.feature_choice import stored_as
 
 
 def time_candidate(
-    values: Mapping[str, Any], *, minutes: float, may_rest: bool = False, ranks: int = 1, until: float = math.inf
+    values: Mapping[str, Any], *, minutes: float, may_freeze: bool = False, ranks: int = 1, until: float = math.inf
 ) -> RecipeTimes:
-    """Time a plain config; see `time_recipe`. `may_rest`: also with a backbone that is frozen at first."""
+    """Time a plain config; see `time_recipe`. `may_freeze`: also with a backbone that is frozen at first."""
     began = time.perf_counter()
     build = Builder.of(values)
     engine = build.engine(devices=1)
@@ -29,7 +29,7 @@ def time_candidate(
         began=began,
         minutes=minutes,
         dtype=stored_as(build.value("features.dtype"), {}),
-        rested=training_parts(build, {"optim.optimizer.freeze_backbone_until": REST}) if may_rest else None,
+        rested=training_parts(build, {"optim.optimizer.freeze_backbone_until": REST}) if may_freeze else None,
         ranks=ranks,
         until=until,
     )

@@ -214,7 +214,7 @@ def _values(override: Override) -> Any:
 
 _WORDS, _FIXED = "words", "fixed"  # attributes of a study
 _FIRST = b'{"op_code":0,'  # first bytes of optuna's file: the creation of a study
-_MOST_BYTES = 2**30  # maximum size of the file; a job takes a few thousand bytes
+_MAX_BYTES = 2**30  # maximum size of the file; a job takes a few thousand bytes
 _REMEDY = "Choose another hydra.sweeper.storage, or remove the file."
 
 
@@ -274,7 +274,7 @@ def _drop_cut_line(path: Path) -> None:
     if not path.exists():
         return
     try:
-        text = read_regular(path, _MOST_BYTES)
+        text = read_regular(path, _MAX_BYTES)
     except Misshapen as error:
         raise UserError(f"hydra.sweeper.storage={path} is not a stored search ({error}). {_REMEDY}") from None
     if text[: len(_FIRST)] != _FIRST[: len(text)]:

@@ -179,7 +179,7 @@ class SweepTable(Callback):
         if SEED in swept and not _searches(config):
             _write(path.with_name(JOBS), rows, swept, columns)
             swept, others = [key for key in swept if key not in (SEED, FOLD)], [*{*columns} - {*means}]
-            rows = over_seeds([_whole(group) for group in groups], swept, means, others)
+            rows = over_seeds([_group_row(group) for group in groups], swept, means, others)
             rows = _ordered([[row] for row in rows], score, sign)
             _print([_with_interval(row, score) for row in rows], swept, _seed_columns(columns, score))
             _write(path, rows, swept, ["seeds", *(part for key in columns for part in _parts(key, means))])
@@ -195,14 +195,14 @@ class SweepTable(Callback):
             sys.exit(1)  # the command line reports jobs that failed in this process
 
 
-def _whole(group: Sequence[Row]) -> Row:
+def _group_row(group: Sequence[Row]) -> Row:
     """Return the row that scores a group: the pooled row of folds, their mean, or the only row."""
     return next(row for row in reversed(group) if row.get(FOLD) != DEVIATION)
 
 
 def _ordered(groups: Sequence[Sequence[Row]], score: str, sign: int) -> list[Row]:
     """Return the rows of all groups, the best group first, groups without a score last."""
-    scores = [_whole(group).get(score) for group in groups]
+    scores = [_group_row(group).get(score) for group in groups]
     order = sorted(range(len(groups)), key=lambda number: (scores[number] is None, sign * (scores[number] or 0)))
     return [row for number in order for row in groups[number]]
 

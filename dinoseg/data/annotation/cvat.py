@@ -14,7 +14,7 @@ import numpy as np
 
 from dinoseg.data.annotation import rle
 from dinoseg.data.annotation.between import Outline
-from dinoseg.data.annotation.drawing import MOST_PIXELS, Between, Box, Form, Polygons
+from dinoseg.data.annotation.drawing import MAX_PIXELS, Between, Box, Form, Polygons
 from dinoseg.data.annotation.entry import AnnotatedVideo, Annotations, Entry, LabelledShape, size_of, text
 from dinoseg.data.annotation.polygon import FARTHEST, check_polygon
 from dinoseg.utils.wording import shown
@@ -153,7 +153,7 @@ def _form(tag: str, attributes: dict[str, str]) -> tuple[Form, Outline | None]:
 def _mask(attributes: dict[str, str]) -> Form:
     left, top, width, height = (_number(attributes, name) for name in ("left", "top", "width", "height"))
     box = int(left), int(top), int(width), int(height)
-    if box != (left, top, width, height) or not (width > 0 and height > 0 and width * height <= MOST_PIXELS):
+    if box != (left, top, width, height) or not (width > 0 and height > 0 and width * height <= MAX_PIXELS):
         raise ValueError(f"its mask has the box {box}, which is not a box of pixels")
     if abs(left) > FARTHEST or abs(top) > FARTHEST:
         raise ValueError(f"its mask has the box {box}, which is outside of any image")
@@ -177,8 +177,8 @@ def _as_number(value: str | None, what: str) -> float:
     return number
 
 
-_MOST_FRAMES = 2**18  # per task: two hours at 30 frames per second
-_MOST_BETWEEN = 2**21  # interpolated shapes per file, since two keyframes may span any number
+_MAX_FRAMES = 2**18  # per task: two hours at 30 frames per second
+_MAX_BETWEEN = 2**21  # interpolated shapes per file, since two keyframes may span any number
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,34 +229,34 @@ def frames_of(path: Path, tasks: Sequence[Mapping[str, str]], tracks: Sequence[T
     """
     last = max((key.frame for track in tracks for key in track.keys), default=0)
     entries: list[Entry] = []
-    left = _MOST_BETWEEN + sum(len(track.keys) for track in tracks)
+    left = _MAX_BETWEEN + sum(len(track.keys) for track in tracks)
     for task in tasks or ({"stop_frame": str(last)},):
         frames = _frames(path, task, alone=len(tasks) < 2)
         for track in tracks:
             if len(tasks) > 1 and track.task != task.get("id", ""):
                 continue
-            for frame, key in _seen(track, frames):
+            for frame, key in _visible_frames(track, frames):
                 left -= 1
                 if left < 0:
-                    raise ValueError(f"its tracks expand to more than {_MOST_BETWEEN:,} shapes: export fewer frames")
+                    raise ValueError(f"its tracks expand to more than {_MAX_BETWEEN:,} shapes: export fewer frames")
                 _add(frames[frame], track.label, key)
         entries += frames.values()
     return entries
 
 
 def _frames(path: Path, task: Mapping[str, str], *, alone: bool) -> dict[int, Entry]:
-    start, stop = (_whole(task, key) for key in ("start_frame", "stop_frame"))
+    start, stop = (_whole_number(task, key) for key in ("start_frame", "stop_frame"))
     step = re.fullmatch(r"step\s*=\s*([1-9]\d{0,8})", task.get("frame_filter", "").strip())
     numbers = range(start, stop + 1, int(step[1]) if step else 1)
-    if len(numbers) > _MOST_FRAMES:
-        raise ValueError(f"a task has {len(numbers):,} frames; the limit is {_MOST_FRAMES:,}: divide it into several")
+    if len(numbers) > _MAX_FRAMES:
+        raise ValueError(f"a task has {len(numbers):,} frames; the limit is {_MAX_FRAMES:,}: divide it into several")
     source, subset = PurePosixPath(task.get("source", "").replace("\\", "/")).name, task.get("subset", "")
     clip = AnnotatedVideo(source, subset, numbers)
     above = f"{PurePosixPath(source).stem}/" if source else "" if alone else f"task_{task.get('id', '')}/"
     size, wrong = None, ""
     if "width" in task or "height" in task:
         try:
-            size = size_of(_whole(task, "height"), _whole(task, "width"))
+            size = size_of(_whole_number(task, "height"), _whole_number(task, "width"))
         except ValueError as error:
             wrong = f"a task's original_size: {error}"
     return {
@@ -264,14 +264,14 @@ def _frames(path: Path, task: Mapping[str, str], *, alone: bool) -> dict[int, En
     }
 
 
-def _whole(task: Mapping[str, str], key: str) -> int:
+def _whole_number(task: Mapping[str, str], key: str) -> int:
     value = task.get(key, "0").strip()
     if not (value.isdecimal() and len(value) < 10):
         raise ValueError(f"{key} of a task is {shown(value, 40)}; it must be a whole number")
     return int(value)
 
 
-def _seen(track: Track, frames: Mapping[int, Entry]) -> Iterator[tuple[int, Key]]:
+def _visible_frames(track: Track, frames: Mapping[int, Entry]) -> Iterator[tuple[int, Key]]:
     """Yield each frame on which a track is visible, and its state there."""
     keys = sorted(track.keys, key=lambda key: key.frame)
     for one, other in pairwise(keys):

@@ -12,7 +12,7 @@ from dinoseg.data.annotation.between import Outline, between
 from dinoseg.data.annotation.polygon import figure, filled
 from dinoseg.data.annotation.rle import decode, values_of
 
-MOST_PIXELS = 178_956_970  # per image: Pillow's own limit
+MAX_PIXELS = 178_956_970  # per image: Pillow's own limit
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from dinoseg.data.annotation.drawing import MOST_PIXELS, Form, Polygons
+from dinoseg.data.annotation.drawing import MAX_PIXELS, Form, Polygons
 from dinoseg.data.annotation.polygon import check_polygon
 from dinoseg.utils.wording import shown
 
@@ -99,10 +99,10 @@ def size_of(height: Any, width: Any) -> tuple[int, int]:
     Raises:
         ValueError: they are not a valid image size.
     """
-    if not all(type(side) is int and side > 0 for side in (height, width)) or height * width > MOST_PIXELS:
+    if not all(type(side) is int and side > 0 for side in (height, width)) or height * width > MAX_PIXELS:
         raise ValueError(
             f"height {shown(height, 20)} and width {shown(width, 20)} are not an image size: give whole numbers, at "
-            f"most {MOST_PIXELS:,} pixels"
+            f"most {MAX_PIXELS:,} pixels"
         )
     return height, width
 

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 FARTHEST = 1_000_000  # pixels from the origin: beyond it, Pillow draws in the wrong place
-_MOST_POINTS = 2**23  # border steps of a polygon: a few with erratic borders would exhaust memory
+_MAX_POINTS = 2**23  # border steps of a polygon: a few with erratic borders would exhaust memory
 _FIFTHS = 5  # pycocotools samples borders in steps of a fifth of a pixel
 LINE_WIDTH, POINT_RADIUS = 10, 5  # pixels, as LabelMe draws them
 
@@ -28,7 +28,7 @@ def check_polygon(points: np.ndarray) -> None:
         raise ValueError(f"its polygon has {len(points)} points and needs at least 3")
     if not (np.abs(points) <= FARTHEST).all():  # also false for NaN
         raise ValueError(f"its polygon has a point that is more than {FARTHEST} pixels away, or not a number")
-    if border_length(points) > _MOST_POINTS:
+    if border_length(points) > _MAX_POINTS:
         raise ValueError("its border is too long: it crosses the image many times, or extends far beyond it")
 
 

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 HIGHEST_ID = 65535  # 16-bit files are the widest in common use
 _LOSSY_MARGIN = 16  # JPEG commonly moves a 0 or a 255 by up to this
-MOST_IDS = 20  # more unknown ids are no mere gap in a table
+MAX_IDS = 20  # more unknown ids are no mere gap in a table
 _PALETTE = "data.reader.masks.format=palette"
 _WORDS = ("null", "true", "false", "nan", "inf")  # YAML values that the command line would not take for text
 
@@ -15,7 +15,7 @@ _WORDS = ("null", "true", "false", "nan", "inf")  # YAML values that the command
 def for_ids(foreign: Collection[int], ignore_index: int, *, described: bool) -> str:
     """Return advice on ids without class; `described`: `classes.yaml` lists the ids."""
     numbers = sorted(int(number) for number in foreign)
-    if len(numbers) > MOST_IDS or numbers[0] < 0 or numbers[-1] > HIGHEST_ID:
+    if len(numbers) > MAX_IDS or numbers[0] < 0 or numbers[-1] > HIGHEST_ID:
         return (
             "These numbers do not look like class ids: check that these files are the masks, and check data.classes "
             "and data.reader.masks.format."
@@ -35,7 +35,7 @@ def for_ids(foreign: Collection[int], ignore_index: int, *, described: bool) -> 
 def for_colors(foreign: Sequence[Sequence[int]], *, described: bool) -> str:
     """Return advice on colours (R, G, B) without class."""
     colors = [list(color) for color in foreign]
-    if not 1 <= len(colors) <= MOST_IDS:
+    if not 1 <= len(colors) <= MAX_IDS:
         return "Correct the masks: there are more colours than classes. JPEG and smooth resizing add colours."
     if described:
         return (
@@ -72,7 +72,7 @@ def for_instances(name: str, *, described: bool, likely: bool = True) -> str:
 
 def for_coloured(counts: Mapping[tuple[int, ...], int], classes: Sequence[str], *, described: bool) -> str:
     """Return advice on coloured masks that are read as ids; `counts`: pixels of each colour."""
-    if len(counts) > MOST_IDS:
+    if len(counts) > MAX_IDS:
         return (
             "There are more colours than classes: JPEG and smooth resizing add colours. Save the masks again, as PNG "
             "and without smoothing."

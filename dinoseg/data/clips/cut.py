@@ -184,7 +184,7 @@ class Clips:
             frames=torch.from_numpy(frames).permute(0, 3, 1, 2),  # (T, 3, H, W)
             masks=torch.from_numpy(filled),
             annotated=torch.tensor([mask is not None for mask in masks] + [False] * padded),
-            appears=torch.from_numpy(_first_shown(masks)),
+            appears=torch.from_numpy(_first_frames(masks)),
             name=video.name,
             start=span.start,
             stride=span.stride,
@@ -222,7 +222,7 @@ def _spread(room: int, count: int) -> list[int]:
     return sorted({round(number * room / (count - 1)) for number in range(count)})
 
 
-def _first_shown(masks: Sequence[np.ndarray | None]) -> np.ndarray:
+def _first_frames(masks: Sequence[np.ndarray | None]) -> np.ndarray:
     """Return, by object id, the index of the first mask that has it, or -1; the background is not an object."""
     first = np.full(VOID, -1, dtype=np.int64)
     for number, mask in enumerate(masks):

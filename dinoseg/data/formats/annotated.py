@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 IGNORE = "ignore"
 ORDERS = ("file", "area")
 CROWDS = ("class", "ignore")
-WITHOUT_SHAPES = ("keep", "skip")
+NO_SHAPES = ("keep", "skip")
 
 
 class NotThere(ValueError):
@@ -250,7 +250,7 @@ class Shapes:
         """Reject unknown options."""
         for key, value, options in (
             ("order", self.order, ORDERS),
-            ("without_shapes", self.without_shapes, WITHOUT_SHAPES),
+            ("without_shapes", self.without_shapes, NO_SHAPES),
             ("crowds", self.crowds, CROWDS),
         ):
             if value not in options:
@@ -337,7 +337,7 @@ class _Maker:
         if not entries:
             raise UserError(f"{path} holds no image{' with a shape' * (self.shapes.without_shapes == 'skip')}.")
         self._refuse_unknown(entries, path)
-        self._tell_bare(entries, path)
+        self._warn_of_bare(entries, path)
         folder = self.images.folder(path, split, entries)
         pairs = sorted((self._pair(entry, folder) for entry in entries), key=lambda pair: pair.name)
         twice = [name for name, count in Counter(pair.name for pair in pairs).items() if count > 1]
@@ -389,7 +389,7 @@ class _Maker:
             f"data.reader.shapes.others={IGNORE}."
         )
 
-    def _tell_bare(self, entries: Sequence[Entry], path: Path) -> None:
+    def _warn_of_bare(self, entries: Sequence[Entry], path: Path) -> None:
         if bare := sum(not entry.shapes and not entry.wrong for entry in entries):
             log.warning(
                 "%s: %d of %d images have no shape and are read as %s throughout. If they are not annotated yet, leave "

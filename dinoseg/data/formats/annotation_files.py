@@ -89,7 +89,7 @@ def find_annotations(kind: Kind, root: Path, split: str, layout: AnnotationLayou
         raise UserError(f"data.root={root} is not a folder. {unpack} the folder that holds the annotations.")
     patterns = (kind.by_split if by_split else kind.single) if layout.annotations is None else (layout.annotations,)
     places = list(dict.fromkeys(root / _filled(pattern, name) for pattern in patterns for name in layout.names(split)))
-    found = [candidate for candidate in places if (_holds_json(candidate) if kind.per_image else candidate.is_file())]
+    found = [candidate for candidate in places if (_has_json(candidate) if kind.per_image else candidate.is_file())]
     if found:
         return found[0]
     if by_split and kind.subsets:
@@ -98,7 +98,7 @@ def find_annotations(kind: Kind, root: Path, split: str, layout: AnnotationLayou
                 return candidate
     tried = listed([str(candidate.relative_to(root)) for candidate in places], 20)
     single = [pattern for pattern in kind.single if (root / pattern).is_file()] if by_split else []
-    if kind.per_image and by_split and _holds_json(root):
+    if kind.per_image and by_split and _has_json(root):
         single = [str(root)]
     remedy = "Set data.reader.layout.annotations (with {split} for the split)"
     if single:
@@ -175,7 +175,7 @@ def _filled(pattern: str, name: str) -> str:
     return pattern.replace("{split}", name)
 
 
-def _holds_json(folder: Path) -> bool:
+def _has_json(folder: Path) -> bool:
     return folder.is_dir() and any(
         file.lower().endswith(".json") for _, files in visible_files(folder) for file in files
     )

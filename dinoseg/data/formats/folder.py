@@ -151,7 +151,7 @@ def _folder(root: Path, split: str, pattern: str, layout: FolderLayout) -> Path:
 
 def _without_splits(root: Path, folders: Sequence[str]) -> str:
     """Return advice on splitting one image folder, or "" unless the root has one folder each of images and masks."""
-    holding = [name for name in folders if _holds_pictures(root / name)]
+    holding = [name for name in folders if _has_images(root / name)]
     masks = [name for name in holding if _MASK_FOLDER.search(name)]
     if len(holding) != 2 or len(masks) != 1:
         return ""
@@ -162,7 +162,7 @@ def _without_splits(root: Path, folders: Sequence[str]) -> str:
     )
 
 
-def _holds_pictures(folder: Path) -> bool:
+def _has_images(folder: Path) -> bool:
     return any(Path(file).suffix.lower() in IMAGE_SUFFIXES for _, files in visible_files(folder) for file in files)
 
 

@@ -23,7 +23,7 @@ ENCODINGS = {  # the official converter's names, to columns of the label table
     "level2Id": "level2",
     "level1Id": "level1",
 }
-_HOME_MADE_NAMES, _MOST_HOME_MADE = "*_gtFine_labelIds.png", 200  # the spelling of Cityscapes; files checked at most
+_HOME_MADE_NAMES, _MAX_HOME_MADE = "*_gtFine_labelIds.png", 200  # the spelling of Cityscapes; files checked at most
 _ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".7z")
 _DATA = {"level3Id": "idd", "level2Id": "idd_level2", "level1Id": "idd_level1", "csTrainId": "idd_cityscapes"}
 _DATA |= {"id": "idd_ids"}
@@ -86,7 +86,7 @@ def files_of(folder: Path, suffix: str, endings: Collection[str]) -> dict[str, P
 
 def home_made_files(root: Path) -> list[str]:
     """Return the label maps of a faulty conversion in an IDD tree: named otherwise, and without any 0 or 3."""
-    files = list(islice(sorted(root.rglob(_HOME_MADE_NAMES)), _MOST_HOME_MADE))
+    files = list(islice(sorted(root.rglob(_HOME_MADE_NAMES)), _MAX_HOME_MADE))
     values: set[int] = set()
     for path in files:
         try:

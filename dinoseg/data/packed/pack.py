@@ -33,7 +33,7 @@ from dinoseg.data.packed.store import (
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.report.progress import Bar
 from dinoseg.utils import forms
-from dinoseg.utils.atomic import open_no_link, write_whole
+from dinoseg.utils.atomic import open_no_link, write_all
 from dinoseg.utils.errors import DISK_FULL, UserError
 from dinoseg.utils.files import check_regular
 from dinoseg.utils.images import FORMATS
@@ -83,10 +83,10 @@ class Draft:
         extent = Extent(aligned(self._end), mask.shape[0], mask.shape[1], crc)
         # pixels first: a line of the journal guarantees that its bytes exist
         self._pixels.seek(extent.offset)
-        write_whole(self._pixels, np.ascontiguousarray(image).data.cast("B"))
-        write_whole(self._pixels, np.ascontiguousarray(mask).data.cast("B"))
+        write_all(self._pixels, np.ascontiguousarray(image).data.cast("B"))
+        write_all(self._pixels, np.ascontiguousarray(mask).data.cast("B"))
         line = json.dumps([row, extent.offset, extent.height, extent.width, extent.crc]) + "\n"
-        write_whole(self._journal, memoryview(line.encode()))
+        write_all(self._journal, memoryview(line.encode()))
         self.extents[row] = extent
         self._end = extent.offset + extent.size
         if self._end - self._synced >= _SYNC_EVERY:
@@ -135,7 +135,7 @@ class Draft:
         self._journal.truncate(trusted)
         self._journal.seek(trusted)
         if not trusted:
-            write_whole(self._journal, memoryview(header))
+            write_all(self._journal, memoryview(header))
 
     def _holds(self, row: int, extent: Extent) -> bool:
         room = os.fstat(self._pixels.fileno()).st_size - extent.offset

@@ -16,7 +16,7 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.workers import in_processes
 
 _PAYS_FROM = 50  # items read in the time that a process takes to start
-_MOST = 8  # further processes would wait for the writer
+_MAX = 8  # further processes would wait for the writer
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def read_all(
 
 def paying_workers(items: int) -> int:
     """Return the number of processes that is worth starting for `items` items on this machine."""
-    return max(1, min(count_cores(), items // _PAYS_FROM, _MOST))
+    return max(1, min(count_cores(), items // _PAYS_FROM, _MAX))
 
 
 def reduced_size(size: tuple[int, int], longest: int | None) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from dinoseg.data.annotation.drawing import MOST_PIXELS
+from dinoseg.data.annotation.drawing import MAX_PIXELS
 from dinoseg.utils import forms
 from dinoseg.utils.atomic import open_no_link
 from dinoseg.utils.errors import UserError
@@ -123,9 +123,9 @@ class Store:
         try:
             got = self._read_into(item, offset)
         except OSError as error:
-            raise UserError(_gone(self.folder / PIXELS, str(error))) from None
+            raise UserError(_missing_error(self.folder / PIXELS, str(error))) from None
         if got < size:
-            raise UserError(_gone(self.folder / PIXELS, "it is truncated"))
+            raise UserError(_missing_error(self.folder / PIXELS, "it is truncated"))
         return item
 
     def _read_into(self, item: np.ndarray, offset: int) -> int:
@@ -152,14 +152,14 @@ def open_store(folder: Path, key: StoreKey, names: Sequence[str], *, verify: boo
             raise forms.Misshapen("it belongs to another dataset")
         return Store(folder, names, [Extent(*numbers) for numbers in index["places"]], verify=verify)
 
-    def is_whole(store: Store) -> bool:
+    def is_complete(store: Store) -> bool:
         size = (folder / PIXELS).stat().st_size  # apparent size: a sparse file need not occupy it
         return all(
-            extent.offset + extent.size <= size and extent.height * extent.width <= MOST_PIXELS
+            extent.offset + extent.size <= size and extent.height * extent.width <= MAX_PIXELS
             for extent in store.extents
         )
 
-    return finished(folder / INDEX, read, is_whole)
+    return finished(folder / INDEX, read, is_complete)
 
 
 def write_index(folder: Path, key: StoreKey, names: Sequence[str], extents: Sequence[Extent]) -> None:
@@ -185,7 +185,7 @@ def aligned(offset: int) -> int:
     return -(-offset // _ALIGN) * _ALIGN
 
 
-def _gone(path: Path, reason: str) -> str:
+def _missing_error(path: Path, reason: str) -> str:
     return (
         f"Cannot read {path} ({reason}). The packed data was removed or truncated during this run. Run again: missing "
         "images are packed again; resume a training with resume=auto."

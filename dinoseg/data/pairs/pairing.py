@@ -85,7 +85,7 @@ def gathered(candidates: Iterable[Pair | Lacking], split: str, labels: Labels, m
             remedies[candidate.remedy] = None
     dataset = PairDataset(whole, labels, masks, lacking, "\n".join(remedies))
     if not whole:
-        raise not_whole(dataset, split)
+        raise incomplete_pairs_error(dataset, split)
     _refuse_swapped(dataset, split)
     return dataset
 
@@ -132,7 +132,7 @@ def _count_colors(path: Path) -> int:
     return len(np.unique(pixels[..., 0] << 16 | pixels[..., 1] << 8 | pixels[..., 2]))
 
 
-def not_whole(dataset: PairDataset, split: str) -> UserError:
+def incomplete_pairs_error(dataset: PairDataset, split: str) -> UserError:
     """Return the error that lists the incomplete pairs."""
     lacking = dataset.lacking
     if not len(dataset):

@@ -36,11 +36,11 @@ def class_counts(dataset: SegmentationData, cache_dir: str | Path) -> np.ndarray
     key = files.fingerprint()
     counts = _load(_path(key, cache_dir), key, len(files.classes))
     if counts is None:
-        counts = keep_counts(files, scan(files.pairs, files.reader, images=False, cache_dir=cache_dir), key, cache_dir)
+        counts = cache_counts(files, scan(files.pairs, files.reader, images=False, cache_dir=cache_dir), key, cache_dir)
     return counts
 
 
-def keep_counts(files: PairDataset, records: Sequence[Record], key: str, cache_dir: str | Path) -> np.ndarray:
+def cache_counts(files: PairDataset, records: Sequence[Record], key: str, cache_dir: str | Path) -> np.ndarray:
     """Return the counts (K,) from the records of a scan of all masks, and cache them for `class_counts`.
 
     Args:

@@ -22,7 +22,7 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import check_regular
 from dinoseg.utils.images import FORMATS, read_ids, read_image, read_size
 
-_MOST_RAW = 256  # most file values that are listed
+_MAX_RAW = 256  # most file values that are listed
 _LOSSY = ("JPEG", "MPO")
 
 
@@ -149,9 +149,9 @@ def _raw(path: Path, reader: MaskReader) -> dict[str, int]:
     if numbers.ndim == 3 and reader.masks.format != "palette" and (numbers == numbers[..., :1]).all():
         numbers = numbers[..., 0]
     if numbers.ndim == 2:
-        return {str(value): count for value, count in _counted(numbers)[:_MOST_RAW]}
+        return {str(value): count for value, count in _counted(numbers)[:_MAX_RAW]}
     codes = numbers[..., 0].astype(np.int32) << 16 | numbers[..., 1].astype(np.int32) << 8 | numbers[..., 2]
-    common = sorted(_counted(codes), key=lambda pair: -pair[1])[:_MOST_RAW]
+    common = sorted(_counted(codes), key=lambda pair: -pair[1])[:_MAX_RAW]
     return {f"({code >> 16}, {code >> 8 & 255}, {code & 255})": count for code, count in common}
 
 

@@ -20,7 +20,7 @@ from dinoseg.data.scan.measure import measure
 from dinoseg.data.scan.record import Record
 from dinoseg.report.progress import Bar
 from dinoseg.utils import forms
-from dinoseg.utils.atomic import whole_file
+from dinoseg.utils.atomic import atomic_file
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.stamps import stamp
 from dinoseg.utils.units import finished
@@ -99,7 +99,7 @@ def _measure_all(pairs: Sequence[Pair], *, reader: MaskReader, images: bool) -> 
 log = logging.getLogger(__name__)
 
 _VERSION = 3  # version of the record format
-_MOST_BYTES = 2**30  # of the records: a million images
+_MAX_BYTES = 2**30  # of the records: a million images
 _SMALL_COPIES = ("edges", "borders")
 _TUPLES = ("image_size", "mask_size", "color_sums", "color_squares")  # JSON turns them into lists
 _SIZE_FORM = forms.maybe(forms.row(forms.whole(1), forms.whole(1)))
@@ -163,7 +163,7 @@ class ScanCache:
         for name in _SMALL_COPIES:
             arrays[name] = _joined([getattr(record, name) for _, record in self._known.values()])
         try:
-            with whole_file(self.path) as part, open(part, "wb") as file:
+            with atomic_file(self.path) as part, open(part, "wb") as file:
                 np.savez(file, **arrays)
         except OSError as error:
             log.warning("Cannot store the scan in %s (%s): the next run scans again.", self.path, error)
@@ -174,7 +174,7 @@ class ScanCache:
 
 def _read(path: Path) -> dict[str, tuple[list[int], Record]]:
     """Return key to stamps and record of each pair."""
-    records = forms.read_arrays(path, {"records": forms.ArrayForm("|u1", 1, _MOST_BYTES)})["records"]
+    records = forms.read_arrays(path, {"records": forms.ArrayForm("|u1", 1, _MAX_BYTES)})["records"]
     rows = forms.parse_json(records.tobytes(), _FORM)
     lengths = {name: [row[name] for row in rows] for name in _SMALL_COPIES}
     arrays = forms.read_arrays(path, {name: forms.ArrayForm("|u1", 1, sum(lengths[name])) for name in _SMALL_COPIES})

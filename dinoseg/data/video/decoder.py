@@ -26,8 +26,8 @@ _FORMATS = (
 )
 _COVERS = Disposition.attached_pic | Disposition.timed_thumbnails
 _CLOCK = re.compile(r"(\d{1,4}):(\d\d):(\d\d(?:\.\d+)?)")
-MOST_PIXELS = 2**27  # per frame: 16384 x 8192, more than any camera has, since a file of a kilobyte may claim any size
-_MOST_SILENT = 10_000  # packets without a frame: minutes that lack the initial key frame
+MAX_PIXELS = 2**27  # per frame: 16384 x 8192, more than any camera has, since a file of a kilobyte may claim any size
+_MAX_SILENT = 10_000  # packets without a frame: minutes that lack the initial key frame
 REMEDY = "It is truncated, damaged or not a video: replace it, or re-encode it (ffmpeg -i IN OUT.mp4)."
 
 
@@ -59,7 +59,7 @@ class Decoder:
     """
 
     def __init__(
-        self, path: str | Path, *, threads: int = 0, device: str | None = None, max_pixels: int = MOST_PIXELS
+        self, path: str | Path, *, threads: int = 0, device: str | None = None, max_pixels: int = MAX_PIXELS
     ) -> None:
         if device is None:
             check_regular(path)
@@ -185,7 +185,7 @@ class Decoder:
                 "Downscale it (ffmpeg -i IN -vf scale=4096:-2 OUT.mp4)."
             )
         # later frames may be larger, and the decoder's limit includes a codec's padding
-        codec.options = {"max_pixels": str(min(MOST_PIXELS, 2 * max_pixels + 2**16))}
+        codec.options = {"max_pixels": str(min(MAX_PIXELS, 2 * max_pixels + 2**16))}
         return moving[0]
 
     def _decoded(self) -> Generator[av.VideoFrame]:
@@ -193,8 +193,8 @@ class Decoder:
         try:
             for packet in self._container.demux(self._stream):
                 silent += 1
-                if silent > _MOST_SILENT:
-                    raise UserError(f"{self.path} has {_MOST_SILENT} packets in a row without a frame. {REMEDY}")
+                if silent > _MAX_SILENT:
+                    raise UserError(f"{self.path} has {_MAX_SILENT} packets in a row without a frame. {REMEDY}")
                 try:
                     frames = packet.decode()
                 except FFmpegError:

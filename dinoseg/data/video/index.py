@@ -15,7 +15,7 @@ import numpy as np
 
 from dinoseg.report.progress import Bar
 from dinoseg.utils import forms
-from dinoseg.utils.atomic import whole_file
+from dinoseg.utils.atomic import atomic_file
 from dinoseg.utils.cores import count_cores
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import check_regular
@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # datasets of images do not need FFmpeg's libraries
 
 log = logging.getLogger(__name__)
 _UNCOUNTED = 2  # frames that an intact video may have less than its header states: some writers count dropped ones
-_MOST_BYTES = 2**28  # of a stored index: more than 200 hours of 30 frames a second
+_MAX_BYTES = 2**28  # of a stored index: more than 200 hours of 30 frames a second
 _WORTH_A_PROCESS = 64 * 2**20  # bytes of video; a process takes a second to start
 _known: dict[tuple[Path, int, int], "VideoIndex"] = {}
 
@@ -91,7 +91,7 @@ def find_index(path: Path, cache_dir: Path | None) -> VideoIndex:
         index_path = _file_of(key, cache_dir)
         index = _load(index_path)
         if index is None:
-            with _alone(index_path):  # another process may have built it by then
+            with _index_lock(index_path):  # another process may have built it by then
                 index = _load(index_path) or _make(path, index_path)
         _known[key] = index
     return _known[key]
@@ -170,8 +170,8 @@ def _load(index_path: Path | None) -> VideoIndex | None:
     if index_path is None or not index_path.is_file():
         return None
     try:
-        lists = {"times": forms.ArrayForm("<f8", 1, _MOST_BYTES), "sums": forms.ArrayForm("<u4", 1, _MOST_BYTES // 2)}
-        arrays = forms.read_arrays(index_path, {**lists, "fps": forms.ArrayForm("<f8", 0, 8)}, most=_MOST_BYTES)
+        lists = {"times": forms.ArrayForm("<f8", 1, _MAX_BYTES), "sums": forms.ArrayForm("<u4", 1, _MAX_BYTES // 2)}
+        arrays = forms.read_arrays(index_path, {**lists, "fps": forms.ArrayForm("<f8", 0, 8)}, most=_MAX_BYTES)
         index = VideoIndex(arrays["times"], arrays["sums"], float(arrays["fps"]))
         if not 0 < len(index.times) == len(index.sums) or not np.isfinite([*index.times, index.fps]).all():
             raise forms.Misshapen(
@@ -187,14 +187,14 @@ def _load(index_path: Path | None) -> VideoIndex | None:
 
 def _save(index_path: Path, index: VideoIndex) -> None:
     try:
-        with whole_file(index_path) as part, part.open("wb") as file:
+        with atomic_file(index_path) as part, part.open("wb") as file:
             np.savez(file, times=index.times, sums=index.sums, fps=index.fps)
     except OSError as error:
         log.warning("Cannot store the index in %s (%s): the next run indexes again.", index_path, error)
 
 
 @contextlib.contextmanager
-def _alone(index_path: Path | None) -> Iterator[None]:
+def _index_lock(index_path: Path | None) -> Iterator[None]:
     """Hold the lock of an index file; without write access there is no lock, and several processes may build it."""
     with contextlib.ExitStack() as stack:
         if index_path is not None:

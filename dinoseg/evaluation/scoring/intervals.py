@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 
 METHOD = "Student's t, jackknife over units"  # as written to results
-_MOST_LOGITS = 500.0
+_MAX_LOGITS = 500.0
 _AT_ONCE = 2**22  # values per chunk, 32 MiB
 
 
@@ -109,7 +109,7 @@ class Estimate:
         reach = self.error * float(stdtrit(self.freedom, 0.975))
         if not (self.share and 0 < self.value < 1):
             return [self.value - reach, min(self.value + reach, self.highest)]
-        odds, factor = self.value / (1 - self.value), exp(min(reach / (self.value * (1 - self.value)), _MOST_LOGITS))
+        odds, factor = self.value / (1 - self.value), exp(min(reach / (self.value * (1 - self.value)), _MAX_LOGITS))
         return [odds / (odds + factor), odds * factor / (1 + odds * factor)]
 
     @property
@@ -133,7 +133,7 @@ def jackknife(protocol: Scores, sums: np.ndarray) -> dict[str, Estimate]:
     count = len(sums)
     if count < 2:
         return {key: Estimate(values[key]) for key in protocol.keys}
-    left_out = without_each(protocol, sums)
+    left_out = leave_one_out(protocol, sums)
     found = {}
     for key in protocol.keys:
         gaps = left_out[key] - left_out[key].mean()
@@ -143,7 +143,7 @@ def jackknife(protocol: Scores, sums: np.ndarray) -> dict[str, Estimate]:
     return found
 
 
-def without_each(protocol: Scores, sums: np.ndarray) -> dict[str, np.ndarray]:
+def leave_one_out(protocol: Scores, sums: np.ndarray) -> dict[str, np.ndarray]:
     """Return each key's scores (U,) of all units but one, from sums (U, d) of the units."""
     whole, at_once = sums.sum(axis=0), max(1, _AT_ONCE // sums.shape[1])
     parts = [protocol.scores(whole - sums[start : start + at_once]) for start in range(0, len(sums), at_once)]

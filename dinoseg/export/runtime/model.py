@@ -15,8 +15,8 @@ from dinoseg.export.runtime.facts import ModelFacts
 from dinoseg.export.runtime.inputs import Picture, is_many_files, is_one, pictures
 from dinoseg.export.runtime.onnx_model import parts_of
 from dinoseg.export.runtime.runtime import Options, Runtime
-from dinoseg.utils.atomic import whole_file
-from dinoseg.utils.errors import UserError, telling_file_errors
+from dinoseg.utils.atomic import atomic_file
+from dinoseg.utils.errors import UserError, file_errors_as_user_errors
 from dinoseg.utils.images import write_png
 from dinoseg.utils.wording import shown
 
@@ -64,7 +64,7 @@ class Segmentation:
             UserError: if it cannot be written.
         """
         target = Path(path).expanduser()
-        with telling_file_errors(target.parent):
+        with file_errors_as_user_errors(target.parent):
             write_png(target, self.mask)
 
 
@@ -135,9 +135,9 @@ class Model:
             raise UserError(_NO_FILE)
         target = Path(path).expanduser()
         parts = parts_of(self.file, target.name)  # a large ONNX file refers to its weight file by name
-        with telling_file_errors(target.parent):
+        with file_errors_as_user_errors(target.parent):
             for source in parts:
-                with whole_file(target if source == self.file else target.with_name(source.name)) as part:
+                with atomic_file(target if source == self.file else target.with_name(source.name)) as part:
                     shutil.copyfile(source, part)
 
     @classmethod

@@ -14,7 +14,7 @@ from dinoseg.utils.errors import UserError
 
 STANDARD = ("", "ai.onnx")  # domains of ONNX's own operators
 LARGEST_FILE = 2**31 - 1  # limit of a protobuf message
-_MOST_NODES, _MOST_SIDE, _LONGEST_NAME, _MOST_AXES = 200_000, 2**20, 255, 64
+_MAX_NODES, _MAX_SIDE, _LONGEST_NAME, _MAX_AXES = 200_000, 2**20, 255, 64
 _BITS = {1: 32, 2: 8, 3: 8, 4: 16, 5: 16, 6: 32, 7: 64, 9: 8, 10: 16, 11: 64, 12: 32, 13: 64, 16: 16, 21: 4, 22: 4}
 _DATA = ("raw_data", "float_data", "int32_data", "int64_data", "double_data", "uint64_data")
 _EXTERNAL = 1  # value of data_location
@@ -22,7 +22,7 @@ _EXTERNAL_KEYS = ("location", "offset", "length", "checksum")
 
 
 VARINT, FIXED64, DELIMITED, FIXED32 = 0, 1, 2, 5  # wire types
-_MOST_FIELDS, _LONGEST_TEXT = 2**22, 2**23  # over all messages of a file; bytes
+_MAX_FIELDS, _LONGEST_TEXT = 2**22, 2**23  # over all messages of a file; bytes
 _CODE = "custom functions or training code"
 _LOOPS = "graphs inside graphs, which may loop forever"
 _SPARSE = "sparse tensors"
@@ -108,8 +108,8 @@ class _Reading:
     def graph(self, view: memoryview) -> None:
         """Validate a GraphProto."""
         graph = self.reader.message(view, "GraphProto")
-        if len(graph.get("node", ())) > _MOST_NODES:
-            raise Damaged(f"it has more than {_MOST_NODES} nodes")
+        if len(graph.get("node", ())) > _MAX_NODES:
+            raise Damaged(f"it has more than {_MAX_NODES} nodes")
         for node in graph.get("node", ()):
             self.node(node)
         for tensor in graph.get("initializer", ()):
@@ -137,7 +137,7 @@ class _Reading:
             levels = [found for level in levels for found in self.reader.message(level, kind).get(inner, ())]
         dims = [self.reader.message(level, "TensorShapeProto.Dimension") for level in levels]
         sides = [side for dim in dims for side in dim.get("dim_value", ())]
-        if name == "input" and not all(0 <= side <= _MOST_SIDE for side in sides):
+        if name == "input" and not all(0 <= side <= _MAX_SIDE for side in sides):
             raise Damaged("an input has an invalid image size")
 
     def tensor(self, view: memoryview) -> None:
@@ -145,7 +145,7 @@ class _Reading:
         tensor = self.reader.message(view, "TensorProto")
         self.entries(tensor.get("metadata_props", []))
         dims, (kind,) = tensor.get("dims", []), tensor.get("data_type", [0])
-        if kind not in _BITS or len(dims) > _MOST_AXES or not all(0 <= side < 2**40 for side in dims):
+        if kind not in _BITS or len(dims) > _MAX_AXES or not all(0 <= side < 2**40 for side in dims):
             raise Damaged(f"a tensor is of type {kind} and shape {dims!r:.60}")
         held = {name: tensor[name] for name in _DATA if name in tensor}
         is_external = "external_data" in tensor or tensor.get("data_location") == [_EXTERNAL]
@@ -176,7 +176,7 @@ class _Reading:
         data = self.path.parent / name
         if data.is_symlink() or not data.is_file():
             raise Damaged(f"its data, the file {name!r:.60} in the same folder, is missing or not a regular file")
-        offset, length = (_whole(entries.get(key, "0")) for key in ("offset", "length"))
+        offset, length = (_whole_number(entries.get(key, "0")) for key in ("offset", "length"))
         if offset + length > data.stat().st_size:
             raise Damaged(f"its data, the file {name!r:.60}, is truncated")
         self.external_files.add(name)
@@ -194,7 +194,7 @@ def _refuse_set(message: dict[str, list[Any]]) -> None:
         raise Damaged(f"it uses operators of {domain!r:.60}, which are not standard")
 
 
-def _whole(text: str) -> int:
+def _whole_number(text: str) -> int:
     """Return a number of bytes, which must be plain digits: the runtime reads those in the same way."""
     if not (text.isascii() and text.isdigit() and len(text) < 16):
         raise Damaged(f"it describes its data by {text!r:.60}, which must be a number of bytes")
@@ -296,7 +296,7 @@ class WireReader:
     """Reader of the messages of one file, limited in the number of fields of all messages: each field costs time."""
 
     def __init__(self) -> None:
-        self._left = _MOST_FIELDS
+        self._left = _MAX_FIELDS
 
     def message(self, view: memoryview, kind: str) -> dict[str, list[Any]]:
         """Return the fields of a message by name, in the file's order; nested messages stay bytes.
@@ -356,7 +356,7 @@ class WireReader:
     def _count(self, fields: int = 1) -> None:
         self._left -= fields
         if self._left < 0:
-            raise Damaged(f"it has more than {_MOST_FIELDS} fields")
+            raise Damaged(f"it has more than {_MAX_FIELDS} fields")
 
 
 def _number(view: memoryview, position: int, kind: str) -> tuple[Any, int]:

@@ -11,7 +11,7 @@ from dinoseg.export.runtime.onnx_record import GraphRecord, Layout
 from dinoseg.utils.errors import UserError
 
 Compute = Callable[[np.ndarray], Sequence[np.ndarray]]  # pixels (B, 3, H, W) to the graph's outputs
-_MOST_PIXELS = 2**28  # largest input of the graph
+_MAX_PIXELS = 2**28  # largest input of the graph
 _AT_ONCE = 2**23  # upsampled scores or masks in memory at a time: 32 MiB
 
 
@@ -47,10 +47,10 @@ class GraphRuntime:
         """Yield an iterator for each image, over bands (K, rows, W) of its class scores from the top down."""
         size = (images[0].shape[0], images[0].shape[1])
         layout = self.record.layout(size)
-        if math.prod(layout.padded) > _MOST_PIXELS:
+        if math.prod(layout.padded) > _MAX_PIXELS:
             raise UserError(
                 f"An image of {size[0]} x {size[1]} would enter the model at {layout.padded[0]} x {layout.padded[1]}; "
-                f"the limit is {_MOST_PIXELS} pixels. Reduce it."
+                f"the limit is {_MAX_PIXELS} pixels. Reduce it."
             )
         step = self.record.batch or len(images)
         for start in range(0, len(images), step):

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from dinoseg.core.sizes import Size, backbone_size, kept_longest
+from dinoseg.core.sizes import Size, backbone_size, reduced_longest
 from dinoseg.utils import forms
 from dinoseg.utils.errors import UserError
 
@@ -105,7 +105,7 @@ class GraphRecord:
         """
         longest = self.longest
         if self.typical is not None and self.largest is not None:
-            longest = kept_longest(size, longest, self.typical, self.largest)
+            longest = reduced_longest(size, longest, self.typical, self.largest)
         content = backbone_size(size, self.scale, longest)
         padded = (math.ceil(content[0] / self.multiple), math.ceil(content[1] / self.multiple))
         padded = (padded[0] * self.multiple, padded[1] * self.multiple)

@@ -12,13 +12,13 @@ import torch
 from dinoseg.config.nodes import instantiate
 from dinoseg.config.resolvers import lent_resolvers
 from dinoseg.experiment.models import ModelBuilder
-from dinoseg.experiment.resume import alone
+from dinoseg.experiment.resume import standalone_config
 from dinoseg.experiment.trained import restore
 from dinoseg.export.runtime.facts import ModelFacts
 from dinoseg.export.runtime.runtime import Opened, Options
 from dinoseg.inference.policy import Policy
 from dinoseg.inference.predictor import Predictor
-from dinoseg.inference.trained_sizes import TrainedSizes, keep_scale
+from dinoseg.inference.trained_sizes import TrainedSizes, limit_to_trained_size
 from dinoseg.training import checkpoint
 from dinoseg.training.engine import choose_device
 from dinoseg.utils.errors import UserError
@@ -58,19 +58,19 @@ def load_torch(path: Path, options: Options) -> Opened:
         info = checkpoint.describe(file)
         facts = ModelFacts.of(info, str(file))
         changes = {"engine.device": options.device, **_weights(file, info, options)}
-        cfg = alone(file, _without_task(info), changes, inference=options.inference, trust=options.trust)
+        cfg = standalone_config(file, _drop_task(info), changes, inference=options.inference, trust=options.trust)
         policy: Policy = instantiate(cfg.inference)
         sizes = TrainedSizes.from_info(info)
         model, _ = restore(ModelBuilder(cfg), file)
     if model.head.slots is not None:
         raise UserError(f"{file} is a slot model, which has no classes. mode=track tracks its segments.")
-    keep_scale(model, sizes)
+    limit_to_trained_size(model, sizes)
     context = nullcontext if dtype == torch.float32 else partial(torch.autocast, chosen.type, dtype)
     predictor = Predictor(model.to(chosen), chosen, context, policy)
     return Opened(TorchRuntime(predictor), facts, file if "facts" in info else None)
 
 
-def _without_task(info: Mapping[str, Any]) -> dict[str, Any]:
+def _drop_task(info: Mapping[str, Any]) -> dict[str, Any]:
     """Return a description without its training task: a check of its keys would import scipy and matplotlib."""
     config = info["config"]
     return {**info, "config": {**config, "trainer": {**config["trainer"], "task": None}}}

@@ -15,7 +15,7 @@ from dinoseg import __version__
 from dinoseg.experiment.models import ModelBuilder
 from dinoseg.experiment.recipe import INITIAL, TEACHER, USE, config_description
 from dinoseg.experiment.source import ModelSource
-from dinoseg.experiment.trained import Trained, sizes_to_keep
+from dinoseg.experiment.trained import Trained, find_trained_sizes
 from dinoseg.experiment.unread import warn_unread
 from dinoseg.export.runtime.facts import UNKNOWN, ModelFacts
 from dinoseg.export.runtime.runtime import FILES
@@ -30,7 +30,7 @@ from dinoseg.utils.wording import count_of, shown
 from dinoseg.utils.yaml_text import read_yaml
 
 _CHOICES = ("hparam", "data", "backbone", "adapter", "head")
-_NO_PLACES = ("classes", "group")  # keys whose names or regular expressions may look like paths
+_NO_POSITIONS = ("classes", "group")  # keys whose names or regular expressions may look like paths
 _LIBRARIES = ("torch", "transformers", "timm", "peft", "numpy", "pillow")
 
 
@@ -84,7 +84,7 @@ def export_model(
     trained = source.load()
     if trained.model.head.slots is not None:
         raise UserError(f"resume={source.resume} is a slot model, which has no classes and cannot be exported.")
-    sizes = sizes_to_keep(trained, out_dir)
+    sizes = find_trained_sizes(trained, out_dir)
     facts = facts_of(source, trained, sizes, delta=delta, scores=scores)
     stored = _stored_config(source.config, facts)
     bits = source.settings("adapter").get("bits")
@@ -94,7 +94,7 @@ def export_model(
         checkpoint.check_finite(tensors, f"resume={source.resume}")
     if whole:
         print(f"adapter.bits={bits}: the file holds the same weights in float32, which rounds differently")
-    copies = bool(trained.model.head.own_blocks)
+    copies = bool(trained.model.head.trainable_blocks)
     base = copies or any(name.startswith("model/backbone.") and ".lora_" not in name for name in tensors)
     facts = replace(facts, backbone={**facts.backbone, "in_file": base})
     if not gated:
@@ -126,7 +126,7 @@ def facts_of(
     Args:
         source: the model's config.
         trained: the loaded model.
-        sizes: training sizes to which images are reduced, as `sizes_to_keep` returns them.
+        sizes: training sizes to which images are reduced, as `find_trained_sizes` returns them.
         delta: whether the file holds only what was trained.
         scores: as of `export_model`.
     """
@@ -157,7 +157,7 @@ def facts_of(
 
 def _stored_config(config: Mapping[str, Any], facts: ModelFacts) -> dict[str, Any]:
     """Return the config that a file stores: without paths of this machine or sources of weights that the file holds."""
-    stored: dict[str, Any] = {**_without_places(config), TEACHER: None, INITIAL: None}
+    stored: dict[str, Any] = {**_strip_folders(config), TEACHER: None, INITIAL: None}
     if "root" in stored["data"]:
         stored["data"]["root"] = "???"
     backbone, head, adapter = stored["backbone"], stored["head"], stored["adapter"]
@@ -172,12 +172,12 @@ def _stored_config(config: Mapping[str, Any], facts: ModelFacts) -> dict[str, An
     return stored
 
 
-def _without_places(node: Any) -> Any:
+def _strip_folders(node: Any) -> Any:
     """Return a plain config in which each local path is reduced to its last part."""
     if isinstance(node, Mapping):
-        return {key: value if key in _NO_PLACES else _without_places(value) for key, value in node.items()}
+        return {key: value if key in _NO_POSITIONS else _strip_folders(value) for key, value in node.items()}
     if isinstance(node, list):
-        return [_without_places(value) for value in node]
+        return [_strip_folders(value) for value in node]
     return Path(node).name if isinstance(node, str) and node.startswith(("/", "~", "./", "../")) else node
 
 

@@ -34,7 +34,7 @@ _PREDICTION = Tree(layout="PNG files whose names begin with <city>_<sequence>_<f
 _NO_INSTANCES = (
     "is missing, but iIoU needs it. It is in gtFine_trainvaltest.zip: put it into the folder of the label ids."
 )
-_LOOKED_AT = 8  # predictions searched for train ids
+_CHECKED = 8  # predictions searched for train ids
 
 
 class Cityscapes(DatasetProtocol):
@@ -220,7 +220,7 @@ def _instance_file(reference: Path) -> Path:
 def _refuse_train_ids(cases: Sequence[ScoringCase], folder: Path) -> None:
     """Refuse predictions in train ids, which would score nearly 0 without an error."""
     held: set[int] = set()
-    paths = [path for case in islice(cases, _LOOKED_AT) for _, path in case.files if path is not None]
+    paths = [path for case in islice(cases, _CHECKED) for _, path in case.files if path is not None]
     for path in paths:
         try:
             held |= set(np.unique(read_labels(path)).tolist())

@@ -130,7 +130,7 @@ class Semantic(DatasetProtocol):
             missing=lambda name: prediction / self.target(name),
         )
         as_ids = not self.binary and self.num_classes > 1 and self.ignore_index == 255 and not self.reduce_zero_label
-        if as_ids and _look_binary((case.files[0][0] for case in listing.cases), self.references or read_labels):
+        if as_ids and _are_binary((case.files[0][0] for case in listing.cases), self.references or read_labels):
             listing.notes.insert(
                 0,
                 f"reference={reference} holds 0 and 255 alone, and 255 is ignored: THE SCORE IS OF CLASS 0 ALONE. If "
@@ -237,7 +237,7 @@ class Semantic(DatasetProtocol):
         return np.moveaxis(sums.reshape(*sums.shape[:-1], -1, self.num_classes), -2, 0)
 
 
-def _look_binary(references: Iterable[Path], read: Callable[[Path], np.ndarray]) -> bool:
+def _are_binary(references: Iterable[Path], read: Callable[[Path], np.ndarray]) -> bool:
     """Return whether references hold 0 and 255 only; the search ends at the first file with other ids."""
     seen: set[int] = set()
     for path in references:

@@ -9,7 +9,7 @@ from dinoseg.core.contracts import BlockKwargs
 Block = Callable[..., Tensor]
 
 
-def until(
+def forward_frozen(
     blocks: Sequence[Block], cut: int, tapped: Collection[int], tokens: Tensor, prefix: int, block_kwargs: BlockKwargs
 ) -> list[Tensor]:
     """Return the patch tokens (B, h * w, C) of tapped blocks before block `cut`, and the input tokens of block `cut`.
@@ -30,7 +30,7 @@ def until(
     return given if cut == len(blocks) else [*given, tokens]
 
 
-def onwards(
+def forward_trainable(
     blocks: Sequence[Block],
     cut: int,
     tapped: Collection[int],
@@ -38,7 +38,7 @@ def onwards(
     prefix: int,
     block_kwargs: Callable[[], BlockKwargs],
 ) -> dict[int, Tensor]:
-    """Return the patch tokens (B, h * w, C) of each tapped block, given the output of `until`.
+    """Return the patch tokens (B, h * w, C) of each tapped block, given the output of `forward_frozen`.
 
     `block_kwargs` is called only if there are blocks left to run.
     """

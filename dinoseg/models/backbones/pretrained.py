@@ -44,7 +44,7 @@ def load_model(config: Any, weights: str, cut: Callable[[Any], None], local_cls_
     from transformers import AutoModel
 
     if weights == "random":
-        model = AutoModel.from_config(config, **_without_pooler(config))
+        model = AutoModel.from_config(config, **_drop_pooler(config))
         cut(model)
         return model
     if weights.startswith(PACKAGED):
@@ -233,7 +233,7 @@ def _from_pretrained(
     loader: Any = model_class or AutoModel
     # no pickles; mismatches are listed instead of raised, and refused below
     options |= {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
-    options |= _without_pooler(options["config"])
+    options |= _drop_pooler(options["config"])
     try:
         with _quiet():
             model, info = loader.from_pretrained(source, dtype=torch.float32, **options)
@@ -280,7 +280,7 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _without_pooler(config: Any) -> dict[str, Any]:
+def _drop_pooler(config: Any) -> dict[str, Any]:
     return {"add_pooling_layer": False} if config.model_type == "vit" else {}
 
 

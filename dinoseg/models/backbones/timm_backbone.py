@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from dinoseg.core.contracts import Backbone, BlockKwargs
 from dinoseg.models.backbones.attention import attend_fastest
 from dinoseg.models.backbones.class_attention import on_patches, plain_attention, watch_timm
-from dinoseg.models.backbones.cut import Block, onwards, until
+from dinoseg.models.backbones.cut import Block, forward_frozen, forward_trainable
 from dinoseg.models.backbones.layers import resolve_layers
 from dinoseg.models.backbones.normalisation import register_colours
 from dinoseg.utils.errors import UserError
@@ -121,23 +121,23 @@ class TimmBackbone(Backbone):
         """Return one map (B, C, h, w) for each tapped layer."""
         return self._maps(self.pixels(images))
 
-    def until(self, images: Tensor) -> list[Tensor]:
-        """Return the maps if nothing is trained; otherwise, for a plain ViT, the output of `cut.until`."""
+    def forward_frozen(self, images: Tensor) -> list[Tensor]:
+        """Return the maps if nothing is trained; otherwise, for a plain ViT, the output of `cut.forward_frozen`."""
         first, model = self.first_trained, self.model
         if first is None or not self.takes_tokens:
-            return super().until(images)
+            return super().forward_frozen(images)
         tokens, block_kwargs = self.embed(self.pixels(images))
-        return until(self.blocks, first, self.layers, tokens, model.num_prefix_tokens, block_kwargs)
+        return forward_frozen(self.blocks, first, self.layers, tokens, model.num_prefix_tokens, block_kwargs)
 
-    def onwards(self, frozen: list[Tensor], size: tuple[int, int]) -> list[Tensor]:
-        """Return the L maps for the output of `until` on images of `size` (H, W)."""
+    def forward_trainable(self, frozen: list[Tensor], size: tuple[int, int]) -> list[Tensor]:
+        """Return the L maps for the output of `forward_frozen` on images of `size` (H, W)."""
         first, model, blocks = self.first_trained, self.model, cast(Sequence[Block], self.blocks)
         if first is None:
             return frozen
         if model.grad_checkpointing:
             blocks = [partial(checkpoint, block, use_reentrant=False) for block in blocks]
         grid = [-(-side // self.patch_size) for side in size]
-        patches = onwards(blocks, first, set(self.layers), frozen, model.num_prefix_tokens, dict)
+        patches = forward_trainable(blocks, first, set(self.layers), frozen, model.num_prefix_tokens, dict)
         normed = {number: model.norm(part) for number, part in patches.items()}
         return [normed[layer].transpose(1, 2).unflatten(2, grid).contiguous() for layer in self.layers]
 

@@ -14,7 +14,7 @@ from dinoseg.core.geometry import resize
 from dinoseg.models.backbones.arch import configuration
 from dinoseg.models.backbones.attention import mask_queries_only
 from dinoseg.models.backbones.class_attention import on_patches, watch_transformers
-from dinoseg.models.backbones.cut import onwards, until
+from dinoseg.models.backbones.cut import forward_frozen, forward_trainable
 from dinoseg.models.backbones.layers import resolve_layers
 from dinoseg.models.backbones.normalisation import register_colours
 from dinoseg.models.backbones.pretrained import exported_state, load_model
@@ -156,7 +156,7 @@ class TransformersVit(Backbone):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Return one map (B, dim, h, w) for each tapped layer."""
-        return self.onwards(self.until(images), (images.shape[-2], images.shape[-1]))
+        return self.forward_trainable(self.forward_frozen(images), (images.shape[-2], images.shape[-1]))
 
     @property
     def first_trained(self) -> int | None:
@@ -165,7 +165,7 @@ class TransformersVit(Backbone):
         drawn = [getattr(model, f"pos_embed_{how}", None) for how in ("shift", "jitter", "rescale")]
         return 0 if first and any(drawn) else first
 
-    def until(self, images: Tensor) -> list[Tensor]:
+    def forward_frozen(self, images: Tensor) -> list[Tensor]:
         """Return the patch tokens (B, h * w, dim) of each tapped block before the first trained one.
 
         If nothing is trained, they have passed the final norm. Otherwise the input tokens (B, num_prefix + h * w,
@@ -175,18 +175,18 @@ class TransformersVit(Backbone):
         first, tokens = self.first_trained, self._tokens(pixels)
         cut = len(self.blocks) if first is None else first
         block_kwargs = self.block_kwargs((pixels.shape[-2], pixels.shape[-1])) if cut else {}
-        given = until(list(self.blocks), cut, self.layers, tokens, self.num_prefix, block_kwargs)
+        given = forward_frozen(list(self.blocks), cut, self.layers, tokens, self.num_prefix, block_kwargs)
         return [self.norm(patches) for patches in given] if first is None else given
 
-    def onwards(self, frozen: list[Tensor], size: tuple[int, int]) -> list[Tensor]:
-        """Return the L maps (B, dim, h, w) for the output of `until` on images of `size` (H, W)."""
+    def forward_trainable(self, frozen: list[Tensor], size: tuple[int, int]) -> list[Tensor]:
+        """Return the L maps (B, dim, h, w) for the output of `forward_frozen` on images of `size` (H, W)."""
         rows, columns = (-(-side // self.patch_size) for side in size)
         first, tapped = self.first_trained, set(self.layers)
         cut = len(self.blocks) if first is None else first
         block_kwargs = partial(self.block_kwargs, (rows * self.patch_size, columns * self.patch_size))
         dtype = cast(Any, self.model).embeddings.cls_token.dtype
         frozen = [part.to(dtype) for part in frozen]  # cached features are float32
-        patches = onwards(list(self.blocks), cut, tapped, frozen, self.num_prefix, block_kwargs)
+        patches = forward_trainable(list(self.blocks), cut, tapped, frozen, self.num_prefix, block_kwargs)
         if first is not None:
             patches = {number: self.norm(part) for number, part in patches.items()}
         return [patches[layer].transpose(1, 2).unflatten(2, (rows, columns)).float() for layer in self.layers]

@@ -80,13 +80,13 @@ class DetailHead(Head[Tensor]):
         """Return class scores of the padded input (B, K, H / 2, W / 2)."""
         return self.scored(backbone.maps(images), backbone.pixels(images))
 
-    def until(self, backbone: Backbone, images: Tensor) -> list[Tensor]:
+    def forward_frozen(self, backbone: Backbone, images: Tensor) -> list[Tensor]:
         """Return the backbone's frozen features and the images as uint8 (B, 3, H, W); exact without resizing."""
-        return [*backbone.until(images), (images * 255).round().clamp(0, 255).to(torch.uint8)]
+        return [*backbone.forward_frozen(images), (images * 255).round().clamp(0, 255).to(torch.uint8)]
 
-    def onwards(self, backbone: Backbone, frozen: list[Tensor], size: tuple[int, int]) -> Tensor:
-        """Return the scores for the output of `until` on images that entered the backbone at `size` (H, W)."""
-        return self.scored(backbone.onwards(frozen[:-1], size), backbone.pixels(frozen[-1].float() / 255))
+    def forward_trainable(self, backbone: Backbone, frozen: list[Tensor], size: tuple[int, int]) -> Tensor:
+        """Return the scores for the output of `forward_frozen` on images that entered the backbone at `size` (H, W)."""
+        return self.scored(backbone.forward_trainable(frozen[:-1], size), backbone.pixels(frozen[-1].float() / 255))
 
     def scored(self, features: list[Tensor], pixels: Tensor) -> Tensor:
         """Return class scores (B, K, H / 2, W / 2).

@@ -82,7 +82,7 @@ class EomtHead(Head[MaskOutputs]):
         )
         self.upscale = nn.Sequential(*(_Doubling(in_dim) for _ in range(doublings)))
 
-    def fits(self, backbone: Backbone) -> None:
+    def check_backbone(self, backbone: Backbone) -> None:
         """Refuse a backbone whose blocks do not accept queries, or that has too few blocks.
 
         Raises:

@@ -69,11 +69,11 @@ class SplitHead(Head[Tensor]):
         self.classify = nn.Conv2d(width, num_classes, kernel_size=1)
 
     @property
-    def own_blocks(self) -> Sequence[nn.Module]:
+    def trainable_blocks(self) -> Sequence[nn.Module]:
         """The copied blocks, in order."""
         return list(self.copies)
 
-    def fits(self, backbone: Backbone) -> None:
+    def check_backbone(self, backbone: Backbone) -> None:
         """Refuse a backbone whose blocks do not take tokens, that has too few blocks, or that is not fully frozen.
 
         Raises:
@@ -111,9 +111,11 @@ class SplitHead(Head[Tensor]):
 
     def run(self, backbone: Backbone, images: Tensor) -> Tensor:
         """Return class scores (B, K, 4h, 4w) for images (B, 3, H, W), float RGB in 0..1."""
-        return self.onwards(backbone, self.until(backbone, images), (images.shape[-2], images.shape[-1]))
+        return self.forward_trainable(
+            backbone, self.forward_frozen(backbone, images), (images.shape[-2], images.shape[-1])
+        )
 
-    def until(self, backbone: Backbone, images: Tensor) -> list[Tensor]:
+    def forward_frozen(self, backbone: Backbone, images: Tensor) -> list[Tensor]:
         """Return normed patch tokens (B, h * w, C) of each tapped block, in order, then the input of the copies.
 
         The latter are tokens (B, N, C), including class and register tokens.
@@ -131,8 +133,8 @@ class SplitHead(Head[Tensor]):
                 given.append(norm(tokens[:, -rows * columns :]))
         return [at_least_float32(part) for part in (*given, entering)]
 
-    def onwards(self, backbone: Backbone, frozen: list[Tensor], size: tuple[int, int]) -> Tensor:
-        """Return class scores (B, K, 4h, 4w) for the output of `until` on images of `size` (H, W)."""
+    def forward_trainable(self, backbone: Backbone, frozen: list[Tensor], size: tuple[int, int]) -> Tensor:
+        """Return class scores (B, K, 4h, 4w) for the output of `forward_frozen` on images of `size` (H, W)."""
         rows, columns = _grid(backbone, size)
         *given, tokens = frozen
         block_kwargs = backbone.block_kwargs((rows * backbone.patch_size, columns * backbone.patch_size))

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dinoseg.report.html.charts import MOST, Axes, Points, around, line_chart, thinned
+from dinoseg.report.html.charts import MAX, Axes, Points, around, line_chart, thinned
 from dinoseg.report.html.page import Section, block, paragraph
 from dinoseg.report.html.tables import plain_cell, table
 
@@ -57,7 +57,7 @@ def training_section(rows: Sequence[Mapping[str, Any]] | None) -> Section:
             name,
         )
         charts.append(line_chart(title, curves, axes))
-    note = paragraph(f"From the run's metrics.jsonl; curves of more than {MOST} points are averaged over neighbours.")
+    note = paragraph(f"From the run's metrics.jsonl; curves of more than {MAX} points are averaged over neighbours.")
     return Section("training", "Training", note + f'<div class="charts">{"".join(charts)}</div>')
 
 

@@ -11,7 +11,7 @@ _WIDTH, _HEIGHT = 460, 260
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 10, 40  # margins of the plot
 _STYLES = 4  # colours of the style sheet
 _TICKS = 5
-MOST = 400  # maximum points of a curve
+MAX = 400  # maximum points of a curve
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ def around(values: Sequence[float], *, zero: bool = False) -> tuple[float, float
 
 
 def thinned(points: Points) -> Points:
-    """Return a curve of at most `MOST` points: longer curves are averaged over neighbours."""
-    at_once = math.ceil(len(points) / MOST) or 1
+    """Return a curve of at most `MAX` points: longer curves are averaged over neighbours."""
+    at_once = math.ceil(len(points) / MAX) or 1
     parts = [points[start : start + at_once] for start in range(0, len(points), at_once)]
     return [(sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part)) for part in parts]
 

@@ -26,8 +26,8 @@ _NOTES = {
 }
 
 
-MOST = 150  # maximum classes: those with the most pixels in the reference
-_MOST_NUMBERS = 20  # classes up to which the cells carry numbers
+MAX = 150  # maximum classes: those with the most pixels in the reference
+_MAX_NUMBERS = 20  # classes up to which the cells carry numbers
 _LONGEST_NAME = 24
 _MIN_SHARE = 0.001  # minimum share with a number
 _FULL = 0.3  # share above which the number is light
@@ -319,9 +319,9 @@ def heat_map(matrix: np.ndarray, classes: Sequence[str], name: str = "counts") -
     """
     order = np.arange(len(classes))
     note = ""
-    if len(classes) > MOST:
-        order = np.sort(np.argsort(-matrix.sum(axis=1), kind="stable")[:MOST])
-        note = paragraph(f"The {MOST} of {len(classes)} classes with the most reference pixels; confusion.png has all.")
+    if len(classes) > MAX:
+        order = np.sort(np.argsort(-matrix.sum(axis=1), kind="stable")[:MAX])
+        note = paragraph(f"The {MAX} of {len(classes)} classes with the most reference pixels; confusion.png has all.")
     counts, names = matrix[np.ix_(order, order)].astype(np.int64), [classes[index] for index in order.tolist()]
     totals = counts.sum(axis=1, keepdims=True)
     shares = counts / np.maximum(totals, 1)
@@ -354,7 +354,7 @@ def _drawing(counts: np.ndarray, shares: np.ndarray, names: Sequence[str], name:
             f'<text x="{margin - 6:.1f}" y="{middle + 4:.1f}" text-anchor="end">{text(short)}</text>'
             f'<text transform="translate({middle + 4:.1f} {margin - 6:.1f}) rotate(-90)">{text(short)}</text>'
         )
-    if size <= _MOST_NUMBERS:
+    if size <= _MAX_NUMBERS:
         parts += [
             _number(share, margin + (column + 0.5) * cell, margin + (row + 0.5) * cell + 3.5)
             for (row, column), share in np.ndenumerate(shares)

@@ -14,8 +14,8 @@ import numpy as np
 from dinoseg.synthetic.canvas import Canvas
 from dinoseg.synthetic.noise import Wander, fractal, mix, smoothstep
 from dinoseg.synthetic.relief import Sprite
-from dinoseg.synthetic.rendering import check_least, missing, render_videos
-from dinoseg.utils.atomic import whole_folder
+from dinoseg.synthetic.rendering import check_minimum, missing, render_videos
+from dinoseg.utils.atomic import atomic_folder
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import write_png
 from dinoseg.utils.ranges import Count, Natural
@@ -29,7 +29,7 @@ _SMALLEST = 32  # pixels: smaller frames could leave objects without pixels
 
 
 RATE = 12  # frames per second
-FEWEST, MOST = 3, 5  # number of objects in a video
+FEWEST, MAX = 3, 5  # number of objects in a video
 SIZES = (0.28, 0.45)  # diameter of an object, as a share of the frame's shorter side
 CONTRASTS = (0.2, 0.7)  # maximum share of the second palette colour in an object's pattern
 CALM = (0.3, 1.0)  # the same for the ground, whose colours are dull, so that objects stand out
@@ -109,7 +109,7 @@ def _check_sizes(counts: tuple[int, int, int], seconds: int, size: Sequence[int]
             f"size={list(size)} cannot be a frame's [height, width]: both must be at least {_SMALLEST}. "
             "Take for example [128, 128]."
         )
-    check_least(seconds=(seconds, 1), workers=(workers, 1), seed=(seed, 0))
+    check_minimum(seconds=(seconds, 1), workers=(workers, 1), seed=(seed, 0))
 
 
 def _missing(root: Path, videos: list[MovingVideo]) -> list[MovingVideo]:
@@ -125,14 +125,14 @@ def _missing(root: Path, videos: list[MovingVideo]) -> list[MovingVideo]:
         )
     existing = [path for folder in FOLDERS for path in _shown(root / folder)]
     absent = missing(root, videos, existing, _description, "folder")
-    cut = [video for video in videos if video not in absent and not _is_whole(video, video.path(root))]
+    cut = [video for video in videos if video not in absent and not _is_complete(video, video.path(root))]
     for video in cut:
         log.warning("%s lacks images: rendering it again.", video.path(root))
         shutil.rmtree(video.path(root))
     return [*absent, *cut]
 
 
-def _is_whole(video: MovingVideo, path: Path) -> bool:
+def _is_complete(video: MovingVideo, path: Path) -> bool:
     return all(len(_shown(path / folder)) >= video.seconds * RATE for folder in PICTURES)
 
 
@@ -151,7 +151,7 @@ def _description(path: Path) -> str:
 def _write_video(video: MovingVideo, root: Path) -> Path:
     """Render one video into its folder, which appears when it is finished."""
     path = video.path(root)
-    with whole_folder(path) as part:
+    with atomic_folder(path) as part:
         entropy = (video.seed, FOLDERS.index(video.folder), video.number)
         for index, (rgb, mask) in enumerate(draw_video(entropy, video.seconds * RATE, video.size)):
             for folder, pixels in zip(PICTURES, (rgb, mask), strict=True):
@@ -198,7 +198,7 @@ class _Scene:
         self._size, side = size, min(size)
         palette = draw_palette(rng)
         pairs = [(i, j) for i in range(len(palette)) for j in range(i)]
-        count = int(rng.integers(FEWEST, MOST + 1))
+        count = int(rng.integers(FEWEST, MAX + 1))
         taken = rng.permutation(len(pairs))[:count]  # no two objects share both colours
         colour_pairs = [rng.permutation(palette[list(pairs[number])]) for number in taken]
         self._ground = _paint_ground(rng, size, draw_greys(rng))

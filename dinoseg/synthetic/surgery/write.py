@@ -14,7 +14,7 @@ import numpy as np
 from dinoseg.synthetic.canvas import Canvas
 from dinoseg.synthetic.noise import Wander
 from dinoseg.synthetic.relief import DETAIL, metal_sphere
-from dinoseg.synthetic.rendering import check_least, missing, render_videos
+from dinoseg.synthetic.rendering import check_minimum, missing, render_videos
 from dinoseg.synthetic.surgery.parts import paint_needle
 from dinoseg.synthetic.surgery.tissue import Tissue
 from dinoseg.synthetic.surgery.tools import Catheter, Clamp, Pose, Reach, Robot, Suction, Thread, curve
@@ -94,7 +94,7 @@ def _check_sizes(
             f"size={list(size)} cannot be a video's (height, width): both must be even and at least 16. "
             "Take for example [192, 320]."
         )
-    check_least(seconds=(seconds, 1), workers=(workers, 1), seed=(seed, 0))
+    check_minimum(seconds=(seconds, 1), workers=(workers, 1), seed=(seed, 0))
 
 
 def _missing(root: Path, videos: list[SurgeryVideo]) -> list[SurgeryVideo]:

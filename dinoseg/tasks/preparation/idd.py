@@ -137,7 +137,7 @@ def make_label_maps(job: PolygonFile, *, encodings: Sequence[str], overwrite: bo
     check_regular(job.path)
     content = job.path.read_bytes()
     source = hashlib.sha256(content).hexdigest()
-    there = [encoding for encoding in encodings if _is_whole(job.label_map(encoding))]
+    there = [encoding for encoding in encodings if _is_complete(job.label_map(encoding))]
     outdated = [encoding for encoding in there if _is_outdated(job.label_map(encoding), job.path, source)]
     due = [encoding for encoding in encodings if overwrite or encoding not in there or encoding in outdated]
     counts = Counter({"files": 1, "written": len(due), "kept": len(encodings) - len(due)})
@@ -160,7 +160,7 @@ def _is_outdated(label_map: Path, polygons: Path, source: str) -> bool:
     return polygons.stat().st_mtime_ns > label_map.stat().st_mtime_ns
 
 
-def _is_whole(path: Path) -> bool:
+def _is_complete(path: Path) -> bool:
     """Return whether a PNG exists from start to end, without decoding it."""
     if not path.is_file() or path.stat().st_size < len(_PNG_START) + len(_PNG_END):
         return False

@@ -35,7 +35,7 @@ from dinoseg.tracking.propagation.settings import DINOV3, PropagationSettings
 from dinoseg.tracking.provenance import precision_of, weights_of
 from dinoseg.training.engine import Engine
 from dinoseg.utils import forms
-from dinoseg.utils.atomic import remove_parts, whole_folder
+from dinoseg.utils.atomic import atomic_folder, remove_parts
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.forms import as_read_back
 from dinoseg.utils.images import read_image, write_png
@@ -152,7 +152,7 @@ def _write_labels(propagation: Propagation, video: Path, made_by: dict[str, Any]
     accepted: dict[str, float] = {}
     left_out: dict[str, float] = {}
     # all or nothing: training must not see a part of the labels, or labels of two settings
-    with whole_folder(video / PSEUDO_FOLDER) as part:
+    with atomic_folder(video / PSEUDO_FOLDER) as part:
         for stem, mask, agreement in _labelled(propagation, video):
             if agreement >= propagation.min_agreement:
                 accepted[stem] = round(agreement, 4)

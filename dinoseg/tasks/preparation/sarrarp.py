@@ -30,7 +30,7 @@ from dinoseg.data.video.decoder import Decoder
 from dinoseg.report.progress import Bar
 from dinoseg.tasks.preparation.jobs import incomplete, run_jobs
 from dinoseg.utils import forms
-from dinoseg.utils.atomic import remove_parts, whole_file, write_text
+from dinoseg.utils.atomic import atomic_file, remove_parts, write_text
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import check_regular, entries
 from dinoseg.utils.images import write_png
@@ -282,7 +282,7 @@ def unpack(archive: Path, folder: Path, *, landmark: str) -> int:
     try:
         with zipfile.ZipFile(archive) as opened:
             members = _checked_members(archive, opened, landmark)
-            missing = {path: info for path, info in members.items() if not _is_whole(folder / path, info)}
+            missing = {path: info for path, info in members.items() if not _is_complete(folder / path, info)}
             _check_space(archive, missing, folder)
             for path, info in missing.items():
                 _write_member(opened, info, folder / path)
@@ -335,7 +335,7 @@ def _check_space(archive: Path, members: Mapping[PurePosixPath, zipfile.ZipInfo]
         )
 
 
-def _is_whole(path: Path, info: zipfile.ZipInfo) -> bool:
+def _is_complete(path: Path, info: zipfile.ZipInfo) -> bool:
     if not path.is_file() or path.stat().st_size != info.file_size:
         return False
     checksum = 0
@@ -346,5 +346,5 @@ def _is_whole(path: Path, info: zipfile.ZipInfo) -> bool:
 
 
 def _write_member(opened: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> None:
-    with whole_file(path) as part, opened.open(info) as source, part.open("wb") as target:
+    with atomic_file(path) as part, opened.open(info) as source, part.open("wb") as target:
         shutil.copyfileobj(source, target, 2**20)

@@ -266,7 +266,7 @@ class Probe:
         return {name: concatenate([maps[index] for index in places]) for name, places in self.readings.items()}
 
     def _valid(self, batch: Batch) -> tuple[float, float]:
-        size = self.model.seen_size((batch.image.shape[-2], batch.image.shape[-1]))
+        size = self.model.input_size((batch.image.shape[-2], batch.image.shape[-1]))
         return valid_share(size, self.model.patch_size)
 
     def _add(self, batch: Batch, features: Mapping[str, Tensor]) -> None:

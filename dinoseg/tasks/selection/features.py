@@ -114,7 +114,7 @@ class FeatureExtractor:
         if self._predictor is None:
             return [mean, torch.zeros(_MEASURES)]
         height, width = (-(-side // _COARSER) for side in pixels.shape[:2])
-        bands = self._predictor.asked(images, lambda bands: list(map(_uncertainty, bands)), size=(height, width))
+        bands = self._predictor.run_bands(images, lambda bands: list(map(_uncertainty, bands)), size=(height, width))
         return [mean, torch.cat(bands, dim=1).mean(dim=1)]
 
 

@@ -85,7 +85,7 @@ def named_in(labels: str) -> set[str]:
     return masks
 
 
-def places_of(names: Collection[str], pool: list[PoolImage]) -> list[int]:
+def pool_indices(names: Collection[str], pool: list[PoolImage]) -> list[int]:
     """Return the indices of the named images in the pool.
 
     Raises:

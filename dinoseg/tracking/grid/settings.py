@@ -38,8 +38,8 @@ class MatchSettings:
     temperature: Positive = 0.2
 
     def __post_init__(self) -> None:
-        check_at_least("context", self.context, 1, "the number of earlier frames that are searched")
-        check_at_least("top_k", self.top_k, 1, "the number of nearest matches")
+        check_minimum("context", self.context, 1, "the number of earlier frames that are searched")
+        check_minimum("top_k", self.top_k, 1, "the number of nearest matches")
         if not self.radius >= 0:
             raise UserError(
                 f"radius={self.radius} is not a distance. Give the radius of the window in grid cells, 0 or more."
@@ -53,7 +53,7 @@ class MatchSettings:
         check_one_of("window", self.window, ("circle", "square"))
 
 
-def check_at_least(key: str, value: int, least: int, meaning: str) -> None:
+def check_minimum(key: str, value: int, least: int, meaning: str) -> None:
     """Check that a value is a whole number of at least `least`."""
     if value < least or value != int(value):
         raise UserError(f"{key}={value} must be a whole number, {least} or more. It is {meaning}.")

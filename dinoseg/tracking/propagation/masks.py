@@ -98,16 +98,16 @@ def to_mask(
     """
     if len(soft) > 256:
         raise UserError(f"A mask has at most 256 ids; there are {len(soft)} labels. Track fewer objects at once.")
-    decided = _decision_size(soft, size, settings, patch_size)
-    best = torch.full(decided, -torch.inf, device=soft.device, dtype=soft.dtype)
-    ids = torch.zeros(decided, device=soft.device, dtype=torch.uint8)
+    decision_size = _decision_size(soft, size, settings, patch_size)
+    best = torch.full(decision_size, -torch.inf, device=soft.device, dtype=soft.dtype)
+    ids = torch.zeros(decision_size, device=soft.device, dtype=torch.uint8)
     mode = "nearest" if settings.upsample == "nearest" else "bilinear"
     for label, channel in enumerate(soft):
-        scores = _stretched(F.interpolate(channel[None, None], decided, mode=mode)[0, 0], settings.min_max)
+        scores = _stretched(F.interpolate(channel[None, None], decision_size, mode=mode)[0, 0], settings.min_max)
         wins = scores > best
         best = torch.where(wins, scores, best)
         ids.masked_fill_(wins, label)
-    return ids if decided == tuple(size) else _nearest_by_pillow(ids, size)
+    return ids if decision_size == tuple(size) else _nearest_by_pillow(ids, size)
 
 
 def _nearest_by_pillow(ids: Tensor, size: tuple[int, int]) -> Tensor:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from dinoseg.tracking.grid.settings import MatchSettings, check_at_least, check_one_of
+from dinoseg.tracking.grid.settings import MatchSettings, check_minimum, check_one_of
 from dinoseg.utils.ranges import Count
 
 
@@ -44,9 +44,9 @@ class PropagationSettings(MatchSettings):
         check_one_of("upsample", self.upsample, ("nearest", "bilinear", "patch_bilinear"))
         check_one_of("min_max", self.min_max, ("none", "all", "positive"))
         if self.short is not None:
-            check_at_least("short", self.short, 1, "the pixels of a frame's shorter side; null: no resizing")
+            check_minimum("short", self.short, 1, "the pixels of a frame's shorter side; null: no resizing")
         if self.long_multiple is not None:
-            check_at_least("long_multiple", self.long_multiple, 1, "a number of pixels; null: the patch size")
+            check_minimum("long_multiple", self.long_multiple, 1, "a number of pixels; null: the patch size")
         check_one_of("rounding", self.rounding, ("up", "down"))
         check_one_of("resample", self.resample, ("bilinear", "bicubic"))
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dinoseg.metrics.assignment import best_assignment
 
-_LEAST = 1e-4  # added to masks before the logarithm
+_MIN = 1e-4  # added to masks before the logarithm
 _STAY = 1e-6  # tolerance within which two assignments count as equal
 _FAR = 1e9  # distance to a slot that has never won a cell
 
@@ -94,7 +94,7 @@ class Appearance:
             stays = _STAY * F.one_hot(last, len(last))
             successors = torch.from_numpy(best_assignment((overlaps + stays).numpy()))
         now = self._with(valid_tokens, won[successors], moments)
-        scores = (soft[successors] + _LEAST).log() - weight * now._distances(tokens, scale)
+        scores = (soft[successors] + _MIN).log() - weight * now._distances(tokens, scale)
         known = self._with(valid_tokens, _winners(scores[:, inside]), moments)
         settled = (scores / max(1.0, weight / 2)).softmax(0)
         return Settled(known, successors, settled.float().view_as(masks).to(masks.device))

@@ -68,7 +68,7 @@ class Follower:
     def __init__(self, head: Slots, settings: SlotTracking, autocast: Autocast = nullcontext) -> None:
         self._head, self._settings, self._autocast = head, settings, autocast
 
-    def asks_background(self, *, first: bool) -> bool:
+    def needs_background(self, *, first: bool) -> bool:
         """Return whether the first frame of a video, or each later frame, needs its `background`."""
         holds = self._settings.hold != "none"
         if first:
@@ -127,7 +127,7 @@ class Follower:
             UserError: no slot is left for a new object.
         """
         allowed = None
-        if frame.background is not None and self.asks_background(first=False):
+        if frame.background is not None and self.needs_background(first=False):
             groups = (last.num_background, len(last.ids) - last.num_background)
             allowed = hold(frame.background, groups, self._settings.hold)
         slots, masks = self._see(frame, last.slots, allowed, last.sizes)

@@ -126,7 +126,7 @@ class SlotTracker(Tracker):
         if begins and labels[0] is not None:
             other = [] if self._slot_settings.lock_on else ["slots=lock_on"]
             other += ["head.mask_source=attention"] * (self._mask_source == "alpha")
-            _tell_unseen(labels[0], found[0], other)
+            _warn_of_missing(labels[0], found[0], other)
         return found
 
     @torch.inference_mode()
@@ -221,7 +221,7 @@ class SlotTracker(Tracker):
 
     def _features(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the backbone's last map (B, C, h, w) and, if needed, a mask of the background (B, h, w)."""
-        asks = self._follower.asks_background
+        asks = self._follower.needs_background
         needed = asks(first=False) or (self._followed is None and asks(first=True))
         with self.autocast():
             if not needed:
@@ -251,7 +251,7 @@ class SlotTracker(Tracker):
                 )
 
 
-def _tell_unseen(given: np.ndarray, found: np.ndarray, remedies: Sequence[str]) -> None:
+def _warn_of_missing(given: np.ndarray, found: np.ndarray, remedies: Sequence[str]) -> None:
     """Warn about objects of the given mask that have no pixel in the slots' mask of the same frame."""
     ids = np.setdiff1d(np.unique(given), [0, VOID])
     unseen = [str(each) for each in np.setdiff1d(ids, found)]

@@ -19,7 +19,7 @@ from dinoseg.report.overlay import blend
 from dinoseg.tracking.video.mask_folder import MaskColours
 from dinoseg.tracking.video.run import TrackJob
 from dinoseg.tracking.video.state import MASKS, RESULT, STATE
-from dinoseg.utils.atomic import whole_file, write_json
+from dinoseg.utils.atomic import atomic_file, write_json
 from dinoseg.utils.csv_text import csv_cells
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import read_ids
@@ -164,7 +164,7 @@ def _with_masks(frames: FrameReader, masks: Path) -> Iterator[_Masked]:
 @contextmanager
 def _table(path: Path) -> Iterator[Any]:
     """Open a CSV writer whose file gets its name on success and is deleted on an exception."""
-    with whole_file(path) as part, open(part, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+    with atomic_file(path) as part, open(part, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(ObjectRow._fields)
         yield writer

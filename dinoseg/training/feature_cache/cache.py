@@ -15,7 +15,7 @@ from torch import Tensor
 from dinoseg.core.shapes import FeatureBatch, FrozenFeatures, SegmentationData
 from dinoseg.core.sizes import Size
 from dinoseg.data.enough_workers import AUTO, FROM_NONE, Workers
-from dinoseg.data.loader import drawn_batches, load_in_order
+from dinoseg.data.loader import load_in_order, sample_batches
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.train_views import Draw, TrainViews, Transform
 from dinoseg.data.transforms import Augment
@@ -23,22 +23,22 @@ from dinoseg.data.unlabelled import Unmasked
 from dinoseg.inference.policy import Autocast
 from dinoseg.models.model import Segmenter
 from dinoseg.training.feature_cache.form import described
-from dinoseg.training.feature_cache.key import goes_with, hash_of, image_hash
+from dinoseg.training.feature_cache.key import hash_of, image_hash, overrides_both
 from dinoseg.training.feature_cache.store import FeatureStore, NoStore
 from dinoseg.utils.ranges import NotNegative
 from dinoseg.utils.transfer import sent
 
-_MOST = 2**28  # bytes
+_MAX = 2**28  # bytes
 
 
-class KeptMasks:
+class CachedMasks:
     """Compressed masks in memory, by the key and name of a view, up to a maximum size.
 
     Args:
         cap: maximum size in bytes.
     """
 
-    def __init__(self, cap: int = _MOST) -> None:
+    def __init__(self, cap: int = _MAX) -> None:
         self._room = cap
         self._stored: dict[tuple[str, str], tuple[torch.Size, bytes]] = {}
 
@@ -58,8 +58,8 @@ class KeptMasks:
             self._stored[key] = mask.shape, content
         self._room -= len(content)
 
-    def __reduce__(self) -> tuple[type["KeptMasks"], tuple[()]]:
-        return KeptMasks, ()  # a process that is not forked starts empty: sending the masks takes longer
+    def __reduce__(self) -> tuple[type["CachedMasks"], tuple[()]]:
+        return CachedMasks, ()  # a process that is not forked starts empty: sending the masks takes longer
 
 
 log = logging.getLogger(__name__)
@@ -149,7 +149,7 @@ class FeatureCache:
     place: str | None = None
     shapes: dict[Kind, str] = field(default_factory=dict)
     _store: FeatureStore | None = None
-    _masks: KeptMasks = field(default_factory=KeptMasks)
+    _masks: CachedMasks = field(default_factory=CachedMasks)
     _validated: bool = False
     _has_warned: bool = False  # whether unusable features were logged
 
@@ -173,11 +173,11 @@ class FeatureCache:
         longer than reading it here.
         """
         samples = len(drawn.data)
-        read = partial(_read_drawn, drawn, self.store, self.drawing, self._masks)
-        batches = partial(drawn_batches, read, list, samples, batch_size=batch_size, seed=drawn.seed, **order)
+        read = partial(_read_views, drawn, self.store, self.drawing, self._masks)
+        batches = partial(sample_batches, read, list, samples, batch_size=batch_size, seed=drawn.seed, **order)
         first = self._workers(workers)
         here = isinstance(first, str) or first == 0  # this process reads views, now or later
-        again = partial(_read_drawn, drawn, NoStore(), self.drawing, self._masks)
+        again = partial(_read_views, drawn, NoStore(), self.drawing, self._masks)
         stream = batches(start=start, workers=first)
         if self.views is None or not self.keeps:  # no view occurs twice
             return map(partial(Views, self), stream)
@@ -206,7 +206,7 @@ class FeatureCache:
                 self._disturb([part[row] for part in tensors if part.is_floating_point()], view.draw)
         masks = torch.stack([view.mask for view in views])
         size = _size(masks)
-        frozen = FrozenFeatures(tensors, size, self.model.seen_size(size))
+        frozen = FrozenFeatures(tensors, size, self.model.input_size(size))
         return FeatureBatch(frozen, sent(masks, device), [view.name for view in views])
 
     def _disturb(self, features: list[Tensor], draw: int | None) -> None:
@@ -298,12 +298,14 @@ def view_key(data: SegmentationData, index: int, *draw: object) -> str:
     return hash_of(image_hash(data, index), *draw)
 
 
-def _read_drawn(drawn: TrainViews, store: FeatureStore, drawing: str, masks: KeptMasks, epoch: int, index: int) -> View:
+def _read_views(
+    drawn: TrainViews, store: FeatureStore, drawing: str, masks: CachedMasks, epoch: int, index: int
+) -> View:
     data, augment, draw = drawn.data, drawn.augment, drawn.draw(epoch, index)
     key = view_key(data, draw.image, drawing, drawn.seed, draw.number, index, *_aim(drawn, draw))
     name, noise = data.names[draw.image], int(hash_of(key, epoch)[:_DRAW_DIGITS], 16)
     features = store.get(key)
-    if features is not None and _has_masks_alone(data) and _draws_masks_alone(augment):
+    if features is not None and _has_masks_only(data) and _transforms_masks_only(augment):
         mask = masks.get((key, name), lambda: augment.mask(data.mask(draw.image), draw.chance, *draw.shown))
         return View(key, mask, name, features, None, (epoch, index), noise)
     sample = drawn.seen(draw)
@@ -317,18 +319,18 @@ def _aim(drawn: TrainViews, draw: Draw) -> tuple[object, ...]:
     return *draw.shown, drawn.uniform.digests[draw.image]
 
 
-def _has_masks_alone(data: SegmentationData) -> TypeGuard[PairDataset | Unmasked]:
-    return isinstance(data, PairDataset | Unmasked) and goes_with(type(data), "mask", "__getitem__")
+def _has_masks_only(data: SegmentationData) -> TypeGuard[PairDataset | Unmasked]:
+    return isinstance(data, PairDataset | Unmasked) and overrides_both(type(data), "mask", "__getitem__")
 
 
-def _draws_masks_alone(augment: Transform) -> TypeGuard[Augment]:
-    return isinstance(augment, Augment) and goes_with(type(augment), "mask", "__call__")
+def _transforms_masks_only(augment: Transform) -> TypeGuard[Augment]:
+    return isinstance(augment, Augment) and overrides_both(type(augment), "mask", "__call__")
 
 
-def _read_whole(data: SegmentationData, store: FeatureStore, masks: KeptMasks, index: int) -> View:
+def _read_whole(data: SegmentationData, store: FeatureStore, masks: CachedMasks, index: int) -> View:
     key = view_key(data, index)
     features = store.get(key)
-    if features is not None and _has_masks_alone(data):
+    if features is not None and _has_masks_only(data):
         mask = masks.get((key, data.names[index]), lambda: data.mask(index))
         return View(key, mask, data.names[index], features, None, (index,))
     sample = data[index]

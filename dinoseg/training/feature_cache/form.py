@@ -16,7 +16,7 @@ from dinoseg.utils.errors import UserError
 Stored = Literal["float32", "float16", "bfloat16", "int8"]
 TYPES: tuple[Stored, ...] = get_args(Stored)
 KEY_LENGTH = 32
-MOST_BYTES = 2**30  # maximum size of a sample's file
+MAX_BYTES = 2**30  # maximum size of a sample's file
 
 _MAGIC = b"dinoseg features 2\n"
 _START = len(_MAGIC) + 4  # the checksum of everything after it lies between
@@ -27,7 +27,7 @@ _FORM = forms.record(
     key=forms.text,
     stored=forms.text,
     bytes=forms.listing(forms.whole()),  # indices of the tensors that are bytes
-    shapes=forms.listing(forms.listing(forms.whole(1, MOST_BYTES))),
+    shapes=forms.listing(forms.listing(forms.whole(1, MAX_BYTES))),
 )
 
 
@@ -96,9 +96,9 @@ def to_bytes(key: str, tensors: Sequence[Tensor], stored: Stored) -> bytes:
     parts = [_padded(_header(key, values, type_of(tensors, stored)))]
     parts += [_padded(tensor.reshape(-1).view(torch.uint8).numpy().tobytes()) for tensor in tensors]
     content = b"".join(parts)
-    if len(content) > MOST_BYTES:
+    if len(content) > MAX_BYTES:
         raise UserError(
-            f"The features of one image take {len(content) / 2**20:.0f} MiB; the limit is {MOST_BYTES / 2**20:.0f}. "
+            f"The features of one image take {len(content) / 2**20:.0f} MiB; the limit is {MAX_BYTES / 2**20:.0f}. "
             "Set engine.cache=off, or reduce the images: resolution.longest."
         )
     return _MAGIC + _checksum(memoryview(content)[_START:]) + content[_START:]

@@ -93,13 +93,13 @@ def code_hash(parts: Iterable[nn.Module], augment: Any = None) -> str:
 
 def image_hash(data: SegmentationData, index: int) -> str:
     """Return a hash of an image's bytes: of its file, or of its pixels if it has no file of its own."""
-    if isinstance(data, PairDataset | Unmasked) and goes_with(type(data), "image_hash", "__getitem__"):
+    if isinstance(data, PairDataset | Unmasked) and overrides_both(type(data), "image_hash", "__getitem__"):
         return data.image_hash(index)
     pixels = data[index]["image"].numpy()
     return hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()
 
 
-def goes_with(kind: type, name: str, other: str) -> bool:
+def overrides_both(kind: type, name: str, other: str) -> bool:
     """Return whether the class that overrides the method `other`, or a subclass of it, also overrides `name`."""
     owner = next(base for base in kind.__mro__ if other in vars(base))
     return any(name in vars(base) for base in kind.__mro__[: kind.__mro__.index(owner) + 1])

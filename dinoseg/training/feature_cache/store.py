@@ -15,8 +15,8 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor
 
-from dinoseg.training.feature_cache.form import MOST_BYTES, Stored, from_bytes, restored, rounded, to_bytes, type_of
-from dinoseg.utils.atomic import open_no_link, whole_file, write_whole
+from dinoseg.training.feature_cache.form import MAX_BYTES, Stored, from_bytes, restored, rounded, to_bytes, type_of
+from dinoseg.utils.atomic import atomic_file, open_no_link, write_all
 from dinoseg.utils.errors import DISK_FULL, free_space
 from dinoseg.utils.forms import Misshapen
 from dinoseg.utils.ranges import Positive
@@ -90,7 +90,7 @@ class MemoryStore:
                 self._used += size
             else:
                 self._closed = True
-                _tell_end(f"The {in_bytes(self.cap)} of memory for features are used up")
+                _log_end(f"The {in_bytes(self.cap)} of memory for features are used up")
         return restored(converted, self.stored)
 
     def trust(self, key: str) -> None:
@@ -177,7 +177,7 @@ class DiskStore:
             except OSError as error:
                 self._closed = True
                 full = f"the disk is full, {free_space(self.root)}" if error.errno in DISK_FULL else error
-                _tell_end(f"Cannot write features to {self.folder} ({full})")
+                _log_end(f"Cannot write features to {self.folder} ({full})")
         return restored(converted, self.stored)
 
     def trust(self, key: str) -> None:
@@ -203,10 +203,10 @@ class DiskStore:
         if len(content) > (free := self._free()):
             self._closed = True
             cap = "" if self.cap is None else f", {in_bytes(self.cap)} at most"
-            _tell_end(f"{in_bytes(max(0, free))} are free in {self.root}{cap}")
+            _log_end(f"{in_bytes(max(0, free))} are free in {self.root}{cap}")
             return
-        with whole_file(path) as part, open(part, "wb", buffering=0) as file:
-            write_whole(file, memoryview(content))
+        with atomic_file(path) as part, open(part, "wb", buffering=0) as file:
+            write_all(file, memoryview(content))
         self._used += len(content)
         self._written += len(content)
         self._seen.add(path.stem)
@@ -256,7 +256,7 @@ def _read(path: Path, *, touch: bool) -> np.ndarray:
     status = path.lstat()
     if not stat.S_ISREG(status.st_mode):
         raise Misshapen("it is not a regular file")
-    if not 0 < status.st_size <= MOST_BYTES:
+    if not 0 < status.st_size <= MAX_BYTES:
         raise Misshapen(f"it has {status.st_size} bytes")
     content = np.empty(status.st_size, np.uint8)
     with open(path, "rb", opener=open_no_link) as file:
@@ -273,12 +273,12 @@ def _read(path: Path, *, touch: bool) -> np.ndarray:
 def _rounded(tensors: Sequence[Tensor], stored: Stored) -> list[Tensor]:
     converted = rounded(tensors, stored)
     if type_of(converted, stored) != stored:
-        _tell_wider()
+        _warn_of_wider()
     return converted
 
 
 @cache
-def _tell_wider() -> None:
+def _warn_of_wider() -> None:
     """Log the warning once per process."""
     log.warning(
         "Features of an image overflow in float16: such images are cached in bfloat16, which is coarser. "
@@ -286,7 +286,7 @@ def _tell_wider() -> None:
     )
 
 
-def _tell_end(reason: str) -> None:
+def _log_end(reason: str) -> None:
     log.warning(
         "%s: no more features are cached. Features of other images are computed when needed. Free some space, and the "
         "next run caches more.",

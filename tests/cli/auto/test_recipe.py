@@ -20,7 +20,7 @@ from dinoseg.autotune.rules import RecipeChoice
 from dinoseg.autotune.timing import RecipeTimes
 from dinoseg.autotune.trial import Trial
 from dinoseg.cli.auto import recipe
-from dinoseg.cli.auto.given import left_of
+from dinoseg.cli.auto.given import drop_typed
 from dinoseg.cli.auto.timing import time_candidate
 from dinoseg.config.nodes import instantiate
 from dinoseg.config.plain import plain
@@ -30,7 +30,7 @@ from dinoseg.training import checkpoint
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import read_ids, write_png
 from dinoseg.utils.locks import acquire, release
-from dinoseg.utils.workers import in_own_process
+from dinoseg.utils.workers import run_in_process
 
 CHOSEN = ("trainer.steps", "adapter", "data.batch_size", "resolution.crop")
 AUTO = ("mode=train", "hparam=auto", *(word for word in SMALL if word.split("=")[0] not in CHOSEN))
@@ -42,7 +42,7 @@ TIMED = RecipeTimes(start=0.1, image=0.02, cached=0.01, frozen=0.01, bytes=1000,
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     write_data(tmp_path / "data", train=5)
-    monkeypatch.setattr("dinoseg.cli.auto.search.in_own_process", lambda work, values, **_: TIMED)
+    monkeypatch.setattr("dinoseg.cli.auto.search.run_in_process", lambda work, values, **_: TIMED)
     monkeypatch.setattr("dinoseg.cli.auto.search.monotonic", lambda: 0.0)
     return tmp_path
 
@@ -113,7 +113,7 @@ def test_what_is_typed_is_taken_as_it_is(folder):
 )
 def test_what_goes_with_a_typed_loss_is_left_to_it(typed):
     words = {"loss": "ce_dice", "loss.weights": {"pole": 3.0}, "loss.criterion.factors.dice": 2.0}
-    ((choice,), taken) = left_of([RecipeChoice({"head": "detail", **words}, "")], frozenset({typed, "data.root"}))
+    ((choice,), taken) = drop_typed([RecipeChoice({"head": "detail", **words}, "")], frozenset({typed, "data.root"}))
     gone = {"loss": {*words}, "loss.weights": {"loss.weights"}}.get(typed, {"loss.criterion.factors.dice"})
     assert taken == [typed] and choice.words.keys() == {"head", *words} - gone
 
@@ -123,7 +123,7 @@ def test_the_same_command_chooses_the_same_however_fast_the_machine_then_is(fold
     words = (*AUTO, "trainer.epochs=1", "budget.minutes=1")
     first = call(folder, *words, "hydra.run.dir=R")
     assert first.status == 0 and "; chosen now:" in first.out, first.err
-    monkeypatch.setattr("dinoseg.cli.auto.search.in_own_process", pytest.fail)
+    monkeypatch.setattr("dinoseg.cli.auto.search.run_in_process", pytest.fail)
     again = call(folder, *words, "seed=1", "mode.pictures=0", "hydra.run.dir=S")
     assert again.status == 0 and "reused from" in again.out, again.err
     one, other = (OmegaConf.to_container(config_of(folder / run)) for run in "RS")
@@ -131,7 +131,7 @@ def test_the_same_command_chooses_the_same_however_fast_the_machine_then_is(fold
     assert [one[key] for key in ("head", "data", "optim", "trainer")] == [
         other[key] for key in ("head", "data", "optim", "trainer")
     ]
-    monkeypatch.setattr("dinoseg.cli.auto.search.in_own_process", lambda work, values, **_: TIMED)
+    monkeypatch.setattr("dinoseg.cli.auto.search.run_in_process", lambda work, values, **_: TIMED)
     call(folder, *AUTO, "trainer.epochs=1", "budget.minutes=2", "hydra.run.dir=T")
     assert len([*(folder / "outputs/.cache").glob("choices_*.json")]) == 2
 
@@ -144,7 +144,7 @@ def test_a_length_that_was_typed_once_is_chosen_where_it_is_not(folder, monkeypa
         "; set on the command line: trainer.steps; chosen now:"
         in call(folder, *words, "trainer.steps=2", "hydra.run.dir=R").out
     )
-    monkeypatch.setattr("dinoseg.cli.auto.search.in_own_process", pytest.fail)
+    monkeypatch.setattr("dinoseg.cli.auto.search.run_in_process", pytest.fail)
     done = call(folder, *words, "hydra.run.dir=S")
     assert done.status == 0 and "as given" not in done.out, done.err
     cfg = config_of(folder / "S")
@@ -169,7 +169,7 @@ def test_a_run_goes_on_with_what_was_chosen_for_it(folder, monkeypatch):
     words = (*AUTO, "budget.minutes=1")
     first = call(folder, *words, FEW)
     assert first.status == 0, first.err
-    monkeypatch.setattr("dinoseg.cli.auto.search.in_own_process", pytest.fail)
+    monkeypatch.setattr("dinoseg.cli.auto.search.run_in_process", pytest.fail)
     (run,) = (folder / "outputs/auto").iterdir()
     again = call(folder, *words, "trainer.steps=4", "resume=auto")
     assert again.status == 0 and "resuming" in again.err and "at step 2 of 4" in again.err, again.err
@@ -236,7 +236,7 @@ def test_a_backbone_is_tuned_where_time_suffices_and_else_stays_frozen(folder, m
         write_png(folder / f"data/train/images/{number}.png", torch.zeros(32, 48, 3, dtype=torch.uint8).numpy())
         write_png(folder / f"data/train/masks/{number}.png", read_ids(folder / "data/train/masks/0.png"))
     slow = replace(TIMED, image=0.2, cached=0.1)
-    monkeypatch.setattr("dinoseg.cli.auto.search.in_own_process", lambda work, values, **_: slow)
+    monkeypatch.setattr("dinoseg.cli.auto.search.run_in_process", lambda work, values, **_: slow)
     words = (*AUTO, FEW, "head=linear")
     adapters = [
         config_of(folder / name).choices.adapter
@@ -266,7 +266,7 @@ def test_smaller_images_are_taken_where_they_leave_time_to_tune(folder, monkeypa
         tried.append((values["choices"]["adapter"], *sides))
         return replace(TIMED, image=0.02 if sides[1] else 0.03, cached=None)
 
-    monkeypatch.setattr("dinoseg.cli.auto.search.in_own_process", timed)
+    monkeypatch.setattr("dinoseg.cli.auto.search.run_in_process", timed)
     done = call(folder, *AUTO, FEW, "head=linear", "budget.minutes=1", "hydra.run.dir=R")
     assert done.status == 0, done.err
     assert tried == [("frozen", [32, 48], None), ("full", [32, 48], None), ("full", [16, 32], 32)]
@@ -298,8 +298,8 @@ def test_a_backbone_is_tuned_on_whole_images_where_smaller_ones_have_no_time_eit
         tried.append(values["choices"]["adapter"])
         return replace(TIMED, image=0.1 if values["resolution"]["longest"] else 0.15, cached=None)
 
-    monkeypatch.setattr("dinoseg.cli.auto.search.in_own_process", timed)
-    monkeypatch.setattr("dinoseg.autotune.rules.LEAST_SMALLER", least_smaller)
+    monkeypatch.setattr("dinoseg.cli.auto.search.run_in_process", timed)
+    monkeypatch.setattr("dinoseg.autotune.rules.MIN_SMALLER", least_smaller)
     done = call(folder, *AUTO, FEW, "head=linear", f"budget.minutes={minutes}", "hydra.run.dir=R")
     assert done.status == 0, done.err
     cfg = config_of(folder / "R")
@@ -324,7 +324,7 @@ def plan(folder, monkeypatch, taken, *words, timed=TIMED, minutes=1.0):
             raise TimeoutError
         return timed
 
-    monkeypatch.setattr("dinoseg.cli.auto.search.in_own_process", trial)
+    monkeypatch.setattr("dinoseg.cli.auto.search.run_in_process", trial)
     monkeypatch.setattr("dinoseg.cli.auto.search.monotonic", lambda: clock[0])
     monkeypatch.setattr("dinoseg.cli.launch.run_mode", lambda *_: None)
     more = (f"budget.minutes={minutes}", "mode=plan", "mode.dry_step=false", f"hydra.run.dir={len(words)}{len(taken)}")
@@ -361,7 +361,7 @@ def test_choosing_ends_in_time_where_composing_the_config_takes_long(folder, mon
         clock[0] += timeout
         raise TimeoutError
 
-    monkeypatch.setattr("dinoseg.cli.auto.search.in_own_process", trial)
+    monkeypatch.setattr("dinoseg.cli.auto.search.run_in_process", trial)
     monkeypatch.setattr("dinoseg.cli.auto.search.monotonic", lambda: clock[0])
     monkeypatch.setattr("dinoseg.cli.launch.run_mode", lambda *_: None)
     monkeypatch.setattr(recipe, "_composed", slow)
@@ -400,7 +400,7 @@ def test_a_budget_is_never_refused_once_it_is_spent(folder, monkeypatch, timed, 
 def test_where_reading_the_data_spends_the_time_for_choosing_the_recipe_still_trains(folder, monkeypatch, seconds):
     times, read = [0.0], recipe.RecipeSearch._case
     monkeypatch.setattr("dinoseg.cli.auto.search.monotonic", lambda: times[0])
-    monkeypatch.setattr("dinoseg.cli.auto.search.in_own_process", pytest.fail)
+    monkeypatch.setattr("dinoseg.cli.auto.search.run_in_process", pytest.fail)
 
     def slow(chooser, facts):
         times[0] += seconds
@@ -456,8 +456,8 @@ def test_when_tuning_wins_depends_on_the_head_and_on_a_step(folder, monkeypatch,
         image = 0.025 if way == "frozen" else least
         return replace(TIMED, start=0.5, image=image, cached=None, val=0.05, resting=resting)
 
-    monkeypatch.setattr("dinoseg.cli.auto.search.in_own_process", timed)
-    monkeypatch.setattr("dinoseg.autotune.rules.LEAST_SMALLER", 10**6)
+    monkeypatch.setattr("dinoseg.cli.auto.search.run_in_process", timed)
+    monkeypatch.setattr("dinoseg.autotune.rules.MIN_SMALLER", 10**6)
     more = ("backbone.arch.num_hidden_layers=4", "mode=plan", "mode.dry_step=false")
     done = call(folder, *AUTO, "budget.minutes=1.5", *more, *words, "hydra.run.dir=R")
     assert done.status == 0, done.err
@@ -628,7 +628,7 @@ def test_memory_changes_no_adapter_that_was_typed(chosen_with):
 def test_what_is_timed_knows_the_minutes_typed_or_not(folder, monkeypatch, words, minutes):
     asked = []
     monkeypatch.setattr(
-        "dinoseg.cli.auto.search.in_own_process",
+        "dinoseg.cli.auto.search.run_in_process",
         lambda work, _, timeout: asked.append((work.keywords["minutes"], timeout)) or TIMED,
     )
     done = call(folder, *AUTO, "mode=plan", "mode.dry_step=false", *words, "hydra.run.dir=R")
@@ -648,7 +648,7 @@ def test_what_is_timed_knows_the_minutes_typed_or_not(folder, monkeypatch, words
 def test_what_is_timed_has_an_image_for_each_device(folder, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        "dinoseg.cli.auto.search.in_own_process",
+        "dinoseg.cli.auto.search.run_in_process",
         lambda work, values, **_: asked.append(values["data"]["batch_size"]) or TIMED,
     )
     done = call(folder, *AUTO, "engine.devices=3", "mode=plan", "mode.dry_step=false", "hydra.run.dir=R")
@@ -719,13 +719,13 @@ def test_time_that_choosing_a_batch_takes_is_counted(folder, monkeypatch):
 @pytest.mark.parametrize("words", [(), ("budget.minutes=9",)])
 def test_a_recipe_is_timed_on_its_own_data(tmp_path, monkeypatch, words):
     write_data(tmp_path / "data", train=5)
-    monkeypatch.setattr("dinoseg.autotune.timing._MOST", 0.1)
-    monkeypatch.setattr("dinoseg.cli.auto.search.in_own_process", in_this_process)
+    monkeypatch.setattr("dinoseg.autotune.timing._MAX", 0.1)
+    monkeypatch.setattr("dinoseg.cli.auto.search.run_in_process", in_this_process)
     done = call(tmp_path, *AUTO, "mode=plan", "mode.dry_step=false", *words, "hydra.run.dir=R")
     assert done.status == 0 and "A training step of" in done.out, done.err
     cfg = config_of(tmp_path / "R")
     assert cfg.trainer.steps > 10 and f"trainer.steps={cfg.trainer.steps} trainer.val_every=" in done.out
-    assert in_own_process is not in_this_process
+    assert run_in_process is not in_this_process
 
 
 @pytest.mark.parametrize(

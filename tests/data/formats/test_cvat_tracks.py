@@ -183,7 +183,7 @@ def test_images_of_a_project_are_divided_by_their_subsets(tmp_path):
     ],
 )  # fmt: skip
 def test_tracks_that_are_refused(tmp_path, tracks, meta, wrong, monkeypatch):
-    monkeypatch.setattr("dinoseg.data.annotation.cvat._MOST_BETWEEN", 100)
+    monkeypatch.setattr("dinoseg.data.annotation.cvat._MAX_BETWEEN", 100)
     path = tmp_path / "train.xml"
     write(path, *tracks, meta=task(**meta))
     try:

@@ -114,7 +114,7 @@ def test_scores_that_are_not_there_are_told_before_the_model_is_made(best, tmp_p
 def test_no_place_of_this_machine_is_kept():
     config = {"a": "~/x/y.pth", "b": ["./z", "../q/r", "plain/z"], "classes": ["/road"], "c": "/home/me/w"}
     kept = {"a": "y.pth", "b": ["z", "r", "plain/z"], "classes": ["/road"], "c": "w"}
-    assert write._without_places(config) == kept
+    assert write._strip_folders(config) == kept
 
 
 def test_a_head_of_others_is_not_passed_on_unless_asked():

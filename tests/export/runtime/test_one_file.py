@@ -355,7 +355,7 @@ def test_tensors_that_are_not_the_models_are_refused(tmp_path, sound, tensors, m
 
 
 def test_a_file_of_more_tensors_than_any_model_has_is_refused(file, monkeypatch):
-    monkeypatch.setattr(checkpoint, "_MOST_TENSORS", 20)
+    monkeypatch.setattr(checkpoint, "_MAX_TENSORS", 20)
     with pytest.raises(UserError, match="tensors, above the limit of 20, which dinoseg does not write"):
         dinoseg.load(file, device="cpu")
 

@@ -283,7 +283,7 @@ LIES = {
 
 @pytest.mark.parametrize("reason", LIES)
 def test_files_that_do_something_else_than_they_say_end_in_an_error(tmp_path, monkeypatch, reason):
-    monkeypatch.setattr("dinoseg.export.runtime.onnx_pictures._MOST_PIXELS", 1000)
+    monkeypatch.setattr("dinoseg.export.runtime.onnx_pictures._MAX_PIXELS", 1000)
     with pytest.raises(UserError, match=reason.strip()):
         dinoseg.load(written(tmp_path, LIES[reason]())).predict(np.zeros((20, 30, 3), np.uint8))
 
@@ -291,9 +291,9 @@ def test_files_that_do_something_else_than_they_say_end_in_an_error(tmp_path, mo
 @pytest.mark.parametrize(
     ("bound", "most", "reason"),
     [
-        ("onnx_wire._MOST_FIELDS", 9, "it has more than 9 fields"),
+        ("onnx_wire._MAX_FIELDS", 9, "it has more than 9 fields"),
         ("onnx_wire._LONGEST_TEXT", 9, "a text in it has .* bytes"),
-        ("onnx_check._MOST_NODES", 1, "it has more than 1 nodes"),
+        ("onnx_check._MAX_NODES", 1, "it has more than 1 nodes"),
     ],
 )
 def test_what_is_read_of_a_file_is_bounded(tmp_path, monkeypatch, bound, most, reason):

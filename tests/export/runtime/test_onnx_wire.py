@@ -128,7 +128,7 @@ def test_what_is_accepted_is_what_protobuf_reads():
 
 @pytest.mark.parametrize(("number", "size"), [(4, 4), (10, 8)])
 def test_packed_numbers_are_bounded(monkeypatch, number, size):
-    monkeypatch.setattr("dinoseg.export.runtime.onnx_check._MOST_FIELDS", 50)
+    monkeypatch.setattr("dinoseg.export.runtime.onnx_check._MAX_FIELDS", 50)
     packed = memoryview(delimited(number << 3 | 2, bytes(size * 50)))
     with pytest.raises(Damaged, match="more than 50 fields"):
         WireReader().message(packed, "TensorProto")

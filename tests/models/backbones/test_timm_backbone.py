@@ -147,7 +147,7 @@ def test_without_the_final_norm_trained_blocks_go_on_from_the_cut(adapter):
     backbone = adapter(build(layers=(1, -1), final_norm=False))
     images = torch.rand(1, 3, 33, 40)
     whole = backbone(images)
-    cut = backbone.onwards(backbone.until(images), (33, 40))
+    cut = backbone.forward_trainable(backbone.forward_frozen(images), (33, 40))
     assert all(torch.equal(a, b) for a, b in zip(whole, cut, strict=True))
     sum(part.square().sum() for part in cut).backward()
     trained = [name for name, part in backbone.named_parameters() if part.requires_grad]

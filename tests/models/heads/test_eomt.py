@@ -238,7 +238,7 @@ def test_too_many_blocks_are_refused_with_the_range():
 def test_a_backbone_whose_blocks_take_no_queries_is_refused():
     _, head = pair()
     with pytest.raises(UserError, match="head=eomt needs a backbone.*dinov2_.*dinov3_vit.*head=mask2former"):
-        head.fits(Backbone())
+        head.check_backbone(Backbone())
     with pytest.raises(UserError, match="head=eomt needs a backbone"):
         EomtHead([96, 192], 2, 4, patch_size=16)
 

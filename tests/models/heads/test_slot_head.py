@@ -233,11 +233,11 @@ def test_places_weigh_as_much_as_contents_where_slots_begin_as_clusters(first):
 
 def test_the_decoder_alone_learns_for_the_first_share_of_a_training():
     head = made(decoder_first=0.2, token_positions=True)
-    begin, parts = head.late
+    begin, parts = head.delayed_modules
     late = {id(parameter) for part in parts for parameter in part.parameters()}
     names = {name.split(".")[0] for name, parameter in head.named_parameters() if id(parameter) in late}
     assert begin == 0.2 and names == {"slot_attention", "place", "predictor"}
-    assert len(made(predictor="none").late[1]) == 1
+    assert len(made(predictor="none").delayed_modules[1]) == 1
 
 
 def test_slots_are_drawn_anew_in_each_frame_for_the_first_share_of_a_training():
@@ -352,7 +352,7 @@ def test_it_runs_on_clips_and_on_images():
     backbone = PixelMaps()
     for keys, kind in (({}, "maps"), (GROUPED, "attention")):
         head = SlotHead(DIM, 1, **SMALL | keys).eval()
-        head.fits(backbone)
+        head.check_backbone(backbone)
         backbone.calls.clear()
         pixels = torch.rand(2, 3, 3, 24, 32)
         outputs = head.run(backbone, pixels)
@@ -473,14 +473,14 @@ def test_a_clip_too_short_for_its_steps_is_refused_and_an_image_is_segmented_all
 
 def test_groups_need_a_class_token():
     plain = Backbone()
-    made().fits(plain)
-    made(**GROUPED).fits(PixelMaps())
+    made().check_backbone(plain)
+    made(**GROUPED).check_backbone(PixelMaps())
     with pytest.raises(UserError, match=r"head\.groups=always needs a backbone with a class token.*head\.groups=off"):
-        made(**GROUPED).fits(plain)
+        made(**GROUPED).check_backbone(plain)
     without = PixelMaps()
     without.has_class_attention = False
     with pytest.raises(UserError, match="needs a backbone with a class token"):
-        made(**GROUPED).fits(without)
+        made(**GROUPED).check_backbone(without)
 
 
 def test_other_numbers_of_slots_than_trained_with():

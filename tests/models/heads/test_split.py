@@ -118,7 +118,7 @@ def test_the_copies_learn_and_the_backbone_stays(family):
     moved = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
     assert moved == learns
     blocks = list(model.backbone.blocks)[-2:]
-    for block, own in zip(blocks, model.head.own_blocks, strict=True):
+    for block, own in zip(blocks, model.head.trainable_blocks, strict=True):
         assert not any(torch.equal(*pair) for pair in zip(block.parameters(), own.parameters(), strict=True))
 
 
@@ -156,7 +156,7 @@ def test_checkpointing_computes_the_copies_again_and_changes_no_gradient(family,
     for checkpointing in (False, True):
         model, calls = model_of(family, checkpointing=checkpointing, held=held).train(), []
         assert not any(getattr(part, "gradient_checkpointing", False) for part in model.head.modules())
-        for block in model.head.own_blocks:
+        for block in model.head.trainable_blocks:
             block.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         torch.manual_seed(1)
         model(torch.rand(2, 3, 40, 33)).logits().square().mean().backward()
@@ -277,7 +277,7 @@ def test_copies_are_shared_out_block_by_block(monkeypatch):
     monkeypatch.setattr("torch.distributed.fsdp.fully_shard", lambda part, **_: wrapped.append(part))
     model = model_of()
     shard(model, torch.device("cpu"), 2)
-    assert wrapped == [*model.backbone.blocks, *model.head.own_blocks, model] and len(wrapped) == 6
+    assert wrapped == [*model.backbone.blocks, *model.head.trainable_blocks, model] and len(wrapped) == 6
 
 
 def test_copies_of_gated_weights_are_not_passed_on_unless_asked():

@@ -61,7 +61,7 @@ def test_single_images_cannot_train_but_can_be_predicted():
     with pytest.raises(UserError, match="cannot train on batches of one image: .*data.batch_size to at least 2"):
         head.train()(maps)
     assert head.eval()(maps).shape == (1, 3, 16, 16)
-    assert head.train()(maps_of(head.least_batch)).shape == (head.least_batch, 3, 16, 16)
+    assert head.train()(maps_of(head.min_batch_size)).shape == (head.min_batch_size, 3, 16, 16)
 
 
 def test_no_channels_are_refused():

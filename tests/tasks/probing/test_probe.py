@@ -19,7 +19,7 @@ from dinoseg.training.validation import evaluate
 from dinoseg.utils.errors import UserError
 
 
-class Drawn:
+class RandomOrder:
     """Images of several sizes, whose classes are their brightness; class 3 never occurs."""
 
     classes, ignore_index, skipped = ("dark", "grey", "bright", "absent"), 255, {}
@@ -56,7 +56,7 @@ def probed(data, *, readings=None, grid=Grid(), size=1):  # noqa: B008
 
 
 def test_a_head_that_begins_with_it_scores_what_it_says():
-    train, val = Drawn(9), Drawn(4, seed=1)
+    train, val = RandomOrder(9), RandomOrder(4, seed=1)
     probe = probed(train, readings={"1": [1], "0+1": [0, 1]})
     probe.fit()
     alone, together = probe.choose()
@@ -71,7 +71,7 @@ def test_a_head_that_begins_with_it_scores_what_it_says():
 
 
 def test_batches_change_nothing_and_all_images_are_solved_from():
-    train = Drawn(9)
+    train = RandomOrder(9)
     single, joined = probed(train), probed(train, size=3)
     for probe in (single, joined):
         probe.fit()
@@ -84,7 +84,7 @@ def test_batches_change_nothing_and_all_images_are_solved_from():
 
 
 def test_one_image_is_summed_up_once_and_chooses_itself():
-    probe = probed(Drawn(1))
+    probe = probed(RandomOrder(1))
     assert (probe.held_out, probe.rest) == ([0], [])
     probe.fit()
     (found,) = probe.choose()
@@ -130,7 +130,7 @@ def iou(counts):
 def test_a_pass_that_is_stopped_goes_on_with_its_sums(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("dinoseg.tasks.probing.probe._TOGETHER", 2)
     monkeypatch.setattr("dinoseg.tasks.probing.sums_checkpoint._EVERY", 0.0)
-    train, settings = Drawn(9), {"blocks": "0+1"}
+    train, settings = RandomOrder(9), {"blocks": "0+1"}
     whole = probed(train)
     whole.fit()
     stopped, seen = probed(train), []
@@ -180,7 +180,7 @@ class Ranked(Engine):
 def test_two_ranks_find_what_one_does_from_the_start_or_on_the_way(tmp_path, monkeypatch):
     monkeypatch.setattr("dinoseg.tasks.probing.probe._TOGETHER", 4)
     monkeypatch.setattr("dinoseg.tasks.probing.sums_checkpoint._EVERY", 0.0)
-    train, val, begun = Drawn(9), Drawn(5, seed=1), SumsCheckpoint(tmp_path, "probing.json", {})
+    train, val, begun = RandomOrder(9), RandomOrder(5, seed=1), SumsCheckpoint(tmp_path, "probing.json", {})
 
     def run(probe, checkpoint):
         probe.fit(checkpoint)
@@ -228,6 +228,6 @@ def test_a_grid_without_a_point_is_refused():
         Grid(strengths=())
     model = Segmenter(tiny_vit((1,)), LinearHead(24, 1, 4))
     with pytest.raises(UserError, match="No pixel of the training masks is labelled"):
-        Probe(model, Drawn(2), [0] * 4, engine(), {"1": [0]})
+        Probe(model, RandomOrder(2), [0] * 4, engine(), {"1": [0]})
     with pytest.raises(UserError, match="balances=\\[0.0, 5000.0\\]: the weight of the rarest class"):
-        Probe(model, Drawn(2), [9, 90, 9, 0], engine(), {"1": [0]}, Grid(balances=(0.0, 5000.0)))
+        Probe(model, RandomOrder(2), [9, 90, 9, 0], engine(), {"1": [0]}, Grid(balances=(0.0, 5000.0)))

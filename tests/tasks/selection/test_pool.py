@@ -5,7 +5,7 @@ import pytest
 from films import write_film
 
 from dinoseg.data.video.access import VideoFrame
-from dinoseg.tasks.selection.pool import _seconds, found_in, named_in, places_of
+from dinoseg.tasks.selection.pool import _seconds, found_in, named_in, pool_indices
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import write_png
 
@@ -46,11 +46,11 @@ def test_labelled_images_are_named_by_masks_or_by_a_list(tmp_path):
     write_png(tmp_path / "images/b.png", GREY)
     write_png(tmp_path / "masks/a/1.PNG", GREY)
     pool = found_in(str(tmp_path / "images/**/*.png"), every=1.0, cache_dir=tmp_path)
-    assert named_in(str(tmp_path / "masks")) == {"a/1"} and places_of({"a/1"}, pool) == [0]
+    assert named_in(str(tmp_path / "masks")) == {"a/1"} and pool_indices({"a/1"}, pool) == [0]
     (tmp_path / "list.txt").write_text("b.png\n\n")
-    assert places_of(named_in(str(tmp_path / "list.txt")), pool) == [1]
+    assert pool_indices(named_in(str(tmp_path / "list.txt")), pool) == [1]
     with pytest.raises(UserError, match="labels names 1 of 2 images .* z. Image names have the form a/1, b"):
-        places_of({"b", "z"}, pool)
+        pool_indices({"b", "z"}, pool)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"labels=.*empty holds no mask"):
         named_in(str(tmp_path / "empty"))

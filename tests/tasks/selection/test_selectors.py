@@ -6,8 +6,8 @@ import math
 import numpy as np
 import pytest
 
-from dinoseg.tasks.selection.drawn import Drawn
 from dinoseg.tasks.selection.k_centre import KCentre
+from dinoseg.tasks.selection.random_order import RandomOrder
 from dinoseg.tasks.selection.selector import Known
 from dinoseg.tasks.selection.typical import Typical, k_means
 from dinoseg.tasks.selection.uncertainty import Uncertainty
@@ -69,7 +69,7 @@ def test_k_centre_covers_within_twice_the_best():
     assert radius(chosen(KCentre().choose(given, 2, 0))) <= 2 * best
 
 
-@pytest.mark.parametrize("selector", [KCentre(), Typical(), Drawn(), Uncertainty()])
+@pytest.mark.parametrize("selector", [KCentre(), Typical(), RandomOrder(), Uncertainty()])
 @pytest.mark.parametrize(("name", "labelled"), [("alike", ()), ("alike", (0, 1, 2)), ("one", ()), ("few", (5,))])
 def test_all_that_is_not_labelled_can_be_asked_for(selector, name, labelled):
     given = known(name, labelled, doubts=True)
@@ -134,8 +134,8 @@ def test_uncertain_images_are_the_most_uncertain_that_differ():
 
 def test_drawn_images_are_the_seed_s_alone():
     given = known("spread", (0,))
-    assert chosen(Drawn().choose(given, 4, 0)) == chosen(Drawn().choose(given, 9, 0))[:4]
-    assert chosen(Drawn().choose(given, 9, 0)) != chosen(Drawn().choose(given, 9, 1))
+    assert chosen(RandomOrder().choose(given, 4, 0)) == chosen(RandomOrder().choose(given, 9, 0))[:4]
+    assert chosen(RandomOrder().choose(given, 9, 0)) != chosen(RandomOrder().choose(given, 9, 1))
 
 
 def test_another_measure_is_refused():

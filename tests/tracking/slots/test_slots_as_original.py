@@ -143,4 +143,4 @@ def test_overlap_is_the_original_s_and_soft_iou_another():
 )
 def test_the_class_attention_is_asked_for_where_it_is_used(groups, settings, first, later):
     follower = Follower(SimpleNamespace(groups=groups), SlotTracking(**settings))
-    assert (follower.asks_background(first=True), follower.asks_background(first=False)) == (first, later)
+    assert (follower.needs_background(first=True), follower.needs_background(first=False)) == (first, later)

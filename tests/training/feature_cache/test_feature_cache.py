@@ -18,7 +18,7 @@ from dinoseg.data.pairs.pair import Pair
 from dinoseg.data.train_views import TrainViews
 from dinoseg.data.transforms import Augment
 from dinoseg.training.feature_cache import cache
-from dinoseg.training.feature_cache.cache import FeatureCache, KeptMasks, View
+from dinoseg.training.feature_cache.cache import CachedMasks, FeatureCache, View
 from dinoseg.training.feature_cache.store import MemoryStore, NoStore
 
 CPU = torch.device("cpu")
@@ -36,7 +36,7 @@ def read(tmp_path):
 
     def view(drawing="drawing", seed=5, views=2, epoch=0, index=0):
         drawn = TrainViews(data, Augment((4, 4)), seed, views)
-        return cache._read_drawn(drawn, NoStore(), drawing, KeptMasks(), epoch, index)
+        return cache._read_views(drawn, NoStore(), drawing, CachedMasks(), epoch, index)
 
     return view
 
@@ -67,7 +67,7 @@ def given():
 
     passed = []
     model = nn.Linear(1, 1)  # whose device is asked
-    model.frozen, model.seen_size = frozen, lambda size: tuple(2 * side for side in size)
+    model.frozen, model.input_size = frozen, lambda size: tuple(2 * side for side in size)
     kept = FeatureCache(model, lambda: torch.autocast("cpu", torch.bfloat16), opened, "drawing", 2)
     image, mask = torch.zeros(3, 4, 4, dtype=torch.uint8), torch.zeros(4, 4, dtype=torch.uint8)
     return kept, View("0" * 32, mask, "a", None, image, (0,)), passed
@@ -123,7 +123,7 @@ def test_once_each_view_was_read_the_next_batch_comes_from_this_process(given, m
         asked.append((start, workers))
         return iter([[]] * 9)
 
-    monkeypatch.setattr(cache, "drawn_batches", batches)
+    monkeypatch.setattr(cache, "sample_batches", batches)
     drawn = TrainViews([0] * 3, None, seed=0)
     stream = kept.train_batches(drawn, workers=AUTO, batch_size=2, start=1)
     assert len(list(islice(stream, 5))) == 5

@@ -150,6 +150,6 @@ def test_numbers_that_somebody_has_made_infinite_are_seen():
 
 
 def test_one_image_of_more_than_is_read_back_is_refused(monkeypatch):
-    monkeypatch.setattr("dinoseg.training.feature_cache.form.MOST_BYTES", 2**10)
+    monkeypatch.setattr("dinoseg.training.feature_cache.form.MAX_BYTES", 2**10)
     with pytest.raises(UserError, match=r"resolution\.longest"):
         to_bytes(KEY, rounded([torch.zeros(300, 1, 1)], "float32"), "float32")

@@ -253,11 +253,11 @@ def test_packed_images_are_known_by_their_pixels(data, tmp_path):
 
 
 def test_images_without_files_are_known_by_their_pixels():
-    class Drawn:
+    class RandomOrder:
         def __getitem__(self, index):
             return {"image": torch.full((3, 2 + index // 2, 4 - index // 2), index % 2, dtype=torch.uint8)}
 
-    assert len({image_hash(Drawn(), index) for index in range(4)}) == 4
+    assert len({image_hash(RandomOrder(), index) for index in range(4)}) == 4
 
 
 def test_a_missing_image_is_told(data, tmp_path):

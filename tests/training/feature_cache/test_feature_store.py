@@ -223,7 +223,7 @@ class Usage:
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
 def test_a_full_disk_ends_the_keeping_and_not_the_run_and_the_next_one_goes_on(number, tmp_path, monkeypatch, caplog):
-    real, left = atomic.write_whole, [2]
+    real, left = atomic.write_all, [2]
 
     def write(file, data):
         left[0] -= 1
@@ -233,7 +233,7 @@ def test_a_full_disk_ends_the_keeping_and_not_the_run_and_the_next_one_goes_on(n
         real(file, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(stores, "write_whole", write)
+        patch.setattr(stores, "write_all", write)
         store = DiskStore(tmp_path, "a", "float16")
         for each in range(4):
             assert torch.equal(store.put(KEYS[each], features(each))[0], features(each)[0].half())
@@ -258,7 +258,7 @@ def test_what_a_killed_process_left_half_written_goes(tmp_path):
     fill(DiskStore(tmp_path, "a", "float16"), [0])
     part = tmp_path / "a" / f".{KEYS[1]}.features.999999999-{atomic._machine()}-00000000.part"
     part.write_bytes(b"half")
-    atomic._looked_at.clear()
+    atomic._checked.clear()
     fill(DiskStore(tmp_path, "a", "float16"), [2])
     assert not part.exists()
 
@@ -282,7 +282,7 @@ def test_runs_that_share_a_folder_give_each_other_nothing_wrong(tmp_path, caplog
 
 
 def test_features_that_float16_does_not_hold_are_kept_and_told_once(tmp_path, caplog):
-    stores._tell_wider.cache_clear()
+    stores._warn_of_wider.cache_clear()
     large = [7e4 * part for part in features()]
     for store in (DiskStore(tmp_path, "a", "float16"), MemoryStore("float16", 2**20)):
         for key in KEYS[:2]:

@@ -3,7 +3,7 @@ import pickle
 import numpy as np
 import torch
 
-from dinoseg.training.feature_cache.cache import KeptMasks
+from dinoseg.training.feature_cache.cache import CachedMasks
 
 
 def mask(height, width, seed=0):
@@ -22,7 +22,7 @@ def given(kept, drawn, read):
 def test_a_mask_is_read_once_and_given_back_as_it_is_and_as_one_s_own():
     drawn = {(f"{view}", f"{index}"): mask(1 + 7 * index, 9 - view, index) for index in range(3) for view in range(2)}
     drawn["", ""] = mask(6, 8).T
-    kept, read = KeptMasks(), []
+    kept, read = CachedMasks(), []
     for _ in range(3):
         given(kept, drawn, read)
     assert read == list(drawn)
@@ -30,13 +30,13 @@ def test_a_mask_is_read_once_and_given_back_as_it_is_and_as_one_s_own():
 
 def test_what_has_no_room_is_read_again():
     drawn = {(f"{number}", ""): mask(20, 50, number) for number in range(3)}  # of some 1,000 bytes each
-    kept, read = KeptMasks(cap=1200), []
+    kept, read = CachedMasks(cap=1200), []
     for _ in range(2):
         given(kept, drawn, read)
     assert [key[0] for key in read] == ["0", "1", "2", "1", "2"]
 
 
 def test_none_are_sent_to_another_process():
-    kept = KeptMasks()
+    kept = CachedMasks()
     kept.keep(("a", "b"), torch.from_numpy(mask(500, 500)))
     assert len(pickle.dumps(kept)) < 1000

@@ -13,7 +13,7 @@ from dinoseg.data.scan.record import Record
 from dinoseg.utils.wording import count_of
 
 _ROWS = 64  # hashes compared with all others at once
-_MOST = 1000  # most pairs that are stored and listed
+_MAX = 1000  # most pairs that are stored and listed
 # numpy counts bits itself from 2.0 on; imagehash and imagededup compare pairs in Python, tens of times slower
 _BITS = np.array([bin(value).count("1") for value in range(1 << 16)], dtype=np.uint8)
 
@@ -75,10 +75,10 @@ def near_pairs(
         ours[here] |= near.any(axis=1)
         theirs |= near.any(axis=0)
         flat = np.flatnonzero(near)
-        flat = flat[np.argsort(bits.ravel()[flat], kind="stable")[:_MOST]]
+        flat = flat[np.argsort(bits.ravel()[flat], kind="stable")[:_MAX]]
         rows, columns = np.divmod(flat, max(1, len(second)))
         nearest = np.concatenate([nearest, np.stack([rows + start, columns, bits[rows, columns]], axis=1)])
-        nearest = nearest[np.argsort(nearest[:, 2], kind="stable")[:_MOST]]
+        nearest = nearest[np.argsort(nearest[:, 2], kind="stable")[:_MAX]]
     closest = [(one, two, count) for one, two, count in nearest.tolist()]
     either = int((ours | theirs).sum()) if inside else int(ours.sum() + theirs.sum())
     return Near(closest, int(ours.sum()), int(theirs.sum()), either)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dinoseg.data.classes.mask_advice import (
     HIGHEST_ID,
-    MOST_IDS,
+    MAX_IDS,
     for_binary,
     for_colors,
     for_coloured,
@@ -115,7 +115,7 @@ def _advice(part: Scanned, foreign: Sequence[str], records: Sequence[Record]) ->
     if _count_objects(records, part):
         return for_instances(part.classes[-1], described=described)
     advice = for_ids(numbers, part.ignore_index, described=described)
-    if len(numbers) <= MOST_IDS:
+    if len(numbers) <= MAX_IDS:
         return advice
     return f"{advice} {for_instances(part.classes[-1], described=described, likely=False)}"
 

@@ -13,8 +13,8 @@ from dinoseg.utils.wording import count_of
 _ROWS = 512  # images compared at once
 _SPAN = 4096  # images further apart in name order are not compared
 _GAIN = 0.45  # minimum gain of a swap, as a share of the median fit
-_LEAST_GAIN = 0.15
-_LEAST_FIT = 0.12  # below it, masks do not follow edges, and no swap can be detected
+_MIN_GAIN = 0.15
+_MIN_FIT = 0.12  # below it, masks do not follow edges, and no swap can be detected
 _GOOD_FIT = 0.3  # share of the median fit that both masks must reach on the other's image
 _STEPS = (1, -1, 2, -2, 3, -3)  # shifts of the masks against the images that are tried
 _CLEARLY, _MOSTLY, _FEWEST = 0.02, 0.4, 8
@@ -51,9 +51,9 @@ def swapped_pairs(edges: np.ndarray, borders: np.ndarray) -> list[tuple[int, int
     """
     paired_fit = np.einsum("np,np->n", edges, borders)  # (N,)
     common = float(np.median(paired_fit))
-    if common < _LEAST_FIT:
+    if common < _MIN_FIT:
         return []
-    least = max(_LEAST_GAIN, _GAIN * common)
+    least = max(_MIN_GAIN, _GAIN * common)
     swaps = []
     for start in range(0, len(paired_fit), _ROWS):
         rows, columns = slice(start, start + _ROWS), slice(start, start + _ROWS + _SPAN)

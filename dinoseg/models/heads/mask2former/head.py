@@ -126,25 +126,25 @@ class Mask2FormerHead(Head[MaskOutputs]):
         """Return the outputs for images (B, 3, H, W), float RGB in 0..1; the head also reads the pixels."""
         return self.decode(backbone(images), backbone.pixels(images))
 
-    def until(self, backbone: Backbone, images: Tensor) -> list[Tensor]:
+    def forward_frozen(self, backbone: Backbone, images: Tensor) -> list[Tensor]:
         """Return the backbone's frozen features and pixels.
 
         If only the class layer is trained, return queries and masks in alternation instead.
         """
-        given, pixels = backbone.until(images), backbone.pixels(images)
-        if not self._learns_classes_alone(backbone):
+        given, pixels = backbone.forward_frozen(images), backbone.pixels(images)
+        if not self._trains_classes_only(backbone):
             return [*given, pixels]
         size = (images.shape[-2], images.shape[-1])
-        levels, mask_features = self.pixel_decoder(self.adapter(backbone.onwards(given, size), pixels))
+        levels, mask_features = self.pixel_decoder(self.adapter(backbone.forward_trainable(given, size), pixels))
         return [part for read in self.predictor.read(levels, mask_features, deep=self._deep) for part in read]
 
-    def onwards(self, backbone: Backbone, frozen: list[Tensor], size: tuple[int, int]) -> MaskOutputs:
-        """Return the outputs for the output of `until` on images that entered the backbone at `size` (H, W)."""
-        if not self._learns_classes_alone(backbone):
-            return self.decode(backbone.onwards(frozen[:-1], size), frozen[-1])
+    def forward_trainable(self, backbone: Backbone, frozen: list[Tensor], size: tuple[int, int]) -> MaskOutputs:
+        """Return the outputs for `forward_frozen`'s result on images that entered the backbone at `size` (H, W)."""
+        if not self._trains_classes_only(backbone):
+            return self.decode(backbone.forward_trainable(frozen[:-1], size), frozen[-1])
         return self.predictor.classed(list(zip(frozen[::2], frozen[1::2], strict=True)))
 
-    def _learns_classes_alone(self, backbone: Backbone) -> bool:
+    def _trains_classes_only(self, backbone: Backbone) -> bool:
         learning = {parameter for parameter in self.parameters() if parameter.requires_grad}
         return backbone.first_trained is None and learning <= set(self.predictor.class_embed.parameters())
 

@@ -86,10 +86,10 @@ class SlotAttention(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(slot_dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, slot_dim))
         self.seed = nn.Linear(in_dim, slot_dim) if first == "unlike" else None
         if self.seed is not None:
-            self._begin_as_clusters(self.seed)
+            self._init_as_clusters(self.seed)
 
     @torch.no_grad()
-    def _begin_as_clusters(self, seed: nn.Linear) -> None:
+    def _init_as_clusters(self, seed: nn.Linear) -> None:
         for projection in (self.value, seed):
             projection.weight.copy_(self.key.weight)
         nn.init.eye_(self.query.weight).mul_(_SHARP)

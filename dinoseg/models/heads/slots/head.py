@@ -24,7 +24,7 @@ from dinoseg.models.heads.slots.attention import (
 )
 from dinoseg.models.heads.slots.background import background_mask
 from dinoseg.models.heads.slots.decoder import Decoded, SlotDecoder
-from dinoseg.models.heads.slots.positions import Positions, linear_positions, token_places, training_grid
+from dinoseg.models.heads.slots.positions import Positions, linear_positions, position_layer, training_grid
 from dinoseg.models.heads.slots.predictor import make_predictor
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Count, LowShare
@@ -127,7 +127,7 @@ class SlotHead(Head[SlotOutputs]):
         )
         self.standard = Standard(dim) if standardise else None
         self.independent_until, self.decoder_first, self.progress = independent_until, decoder_first, 0.0
-        self.place = token_places(dim, clusters=first == "unlike") if token_positions else None
+        self.place = position_layer(dim, clusters=first == "unlike") if token_positions else None
         self.predictor = make_predictor(predictor, slot_dim)
         self.time_decoders = make_time_decoders(time_decoder, slot_dim, len(self.steps))
         num_cells = self.grid[0] * self.grid[1] if similarity else 0
@@ -140,12 +140,12 @@ class SlotHead(Head[SlotOutputs]):
         return self
 
     @property
-    def late(self) -> tuple[float, Sequence[nn.Module]]:
+    def delayed_modules(self) -> tuple[float, Sequence[nn.Module]]:
         """The share of training after which the modules that produce slots start to learn, and these modules."""
         makers = (self.slot_attention, self.place, self.predictor)
         return self.decoder_first, [part for part in makers if part is not None]
 
-    def fits(self, backbone: Backbone) -> None:
+    def check_backbone(self, backbone: Backbone) -> None:
         """Refuse a backbone without a class token if groups need its attention.
 
         Raises:

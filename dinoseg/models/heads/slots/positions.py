@@ -43,7 +43,7 @@ def linear_positions(grid: tuple[int, int], like: Tensor) -> Tensor:
     return torch.stack(torch.meshgrid(*lines, indexing="ij"))
 
 
-def token_places(dim: int, *, clusters: bool) -> nn.Linear:
+def position_layer(dim: int, *, clusters: bool) -> nn.Linear:
     """Return a linear layer from a position (..., 2) to a code (..., dim) that is added to a token.
 
     With `clusters`, its initial magnitude matches channels of variance 1, so that distant tokens are distinguishable.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dinoseg.core.contracts import Loss, share_of
-from dinoseg.core.shapes import Batch, Prediction, Teach
+from dinoseg.core.shapes import Batch, LabelPredictor, Prediction
 from dinoseg.losses.pixel_mean import PixelDivisor
 from dinoseg.utils.ranges import NotNegative
 from dinoseg.utils.transfer import sent
@@ -48,7 +48,7 @@ class MixedBatch(Batch):
             for labelled, part in zip(super().split(parts), views, strict=True)
         ]
 
-    def taught(self, teach: Teach) -> Batch:
+    def with_labels(self, predict: LabelPredictor) -> Batch:
         """Return all images of the student in one batch, with labels of the strong views predicted from the weak ones.
 
         Pixels below `threshold` and those beyond an image's border are ignored; pasted boxes keep their own labels.
@@ -56,14 +56,14 @@ class MixedBatch(Batch):
         if not len(self.weak):
             return Batch(self.image, self.mask, self.names)
         with torch.no_grad():
-            shares = teach(self.weak).logits((self.weak.shape[-2], self.weak.shape[-1])).float().softmax(dim=1)
+            shares = predict(self.weak).logits((self.weak.shape[-2], self.weak.shape[-1])).float().softmax(dim=1)
             sure, ids = shares.max(dim=1)
         outside = self.outside == self.ignore_index
         ids = ids.to(torch.uint8).masked_fill((sure < self.threshold) | outside, self.ignore_index)
         images = torch.where(self._cut[:, :, None], self.strong.roll(1, 0), self.strong)
         masks = self._pasted(ids)
         whole = torch.cat([self.image, images.flatten(0, 1)]), torch.cat([self.mask, masks.flatten(0, 1)])
-        return TaughtBatch(*whole, self.names, self.inside, self.ignore_index)
+        return SelfTrainingBatch(*whole, self.names, self.inside, self.ignore_index)
 
     @property
     def inside(self) -> Tensor:
@@ -81,7 +81,7 @@ class MixedBatch(Batch):
 
 
 @dataclass
-class TaughtBatch(Batch):
+class SelfTrainingBatch(Batch):
     """Images with masks, followed by views with a teacher's labels; `names` are those of the images with masks."""
 
     inside: Tensor  # (), pixels of the views that show an image
@@ -104,7 +104,7 @@ class TaughtBatch(Batch):
         return Batch(*tensors, [""] * len(tensors[0]))
 
 
-class TaughtLoss(Loss):
+class SelfTrainingLoss(Loss):
     """Sum of a loss on images with masks and `weight` times a loss on views with a teacher's labels.
 
     The latter is a mean over all pixels of the views; uncertain pixels contribute 0 (FixMatch, arXiv 2001.07685).
@@ -128,11 +128,11 @@ class TaughtLoss(Loss):
 
     def forward(self, prediction: Prediction, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss; its parts are those of the images with masks, `unlabelled` and `sure` (share of pixels)."""
-        if not isinstance(batch, TaughtBatch):
+        if not isinstance(batch, SelfTrainingBatch):
             return self.criterion(prediction, batch)
         value, parts = self.criterion(prediction.of_images(slice(0, len(batch.names))), batch.labelled)
-        taught, more = self._of_views(prediction, batch)
-        return value + self.weight * taught, parts | more
+        unlabelled, more = self._of_views(prediction, batch)
+        return value + self.weight * unlabelled, parts | more
 
     def divisors(self, batch: Any) -> Tensor:
         """Return the divisors of the loss on masks, and the number of pixels of the views that show an image."""
@@ -142,21 +142,21 @@ class TaughtLoss(Loss):
     def in_step(self, prediction: Prediction, batch: Any, divisors: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Return the batch's part of a step's loss, the loss of the batch alone, and its parts by name."""
         num_divisors = self.criterion.num_divisors
-        if not isinstance(batch, TaughtBatch):
+        if not isinstance(batch, SelfTrainingBatch):
             return self.criterion.in_step(prediction, batch, divisors[:num_divisors])
         labelled = prediction.of_images(slice(0, len(batch.names)))
         part, value, parts = self.criterion.in_step(labelled, batch.labelled, divisors[:num_divisors])
-        taught, more = self._of_views(prediction, batch)
+        unlabelled, more = self._of_views(prediction, batch)
         share = share_of(batch.inside.to(divisors), divisors[num_divisors:].sum())
-        return part + self.weight * share * taught, value + self.weight * taught.detach(), parts | more
+        return part + self.weight * share * unlabelled, value + self.weight * unlabelled.detach(), parts | more
 
-    def _of_views(self, prediction: Prediction, batch: TaughtBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    def _of_views(self, prediction: Prediction, batch: SelfTrainingBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss on the views; its parts are itself and the share of pixels the teacher is certain of."""
         views = batch.views
-        taught, _ = self.of_views(prediction.of_images(slice(len(batch.names), None)), views)
+        unlabelled, _ = self.of_views(prediction.of_images(slice(len(batch.names), None)), views)
         sure = (views.mask != batch.ignore_index).sum() / batch.inside.clamp(min=1)
-        taught = taught * sure
-        return taught, {"unlabelled": taught.detach(), "sure": sure}
+        unlabelled = unlabelled * sure
+        return unlabelled, {"unlabelled": unlabelled.detach(), "sure": sure}
 
 
 def _within(boxes: Tensor, height: int, width: int) -> Tensor:

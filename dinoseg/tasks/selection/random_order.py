@@ -5,7 +5,7 @@ import numpy as np
 from dinoseg.tasks.selection.selector import NOTHING, Known, Pick, Selector
 
 
-class Drawn(Selector):
+class RandomOrder(Selector):
     """Images in a random order that only the seed decides: a smaller selection is the beginning of a larger one."""
 
     needs = NOTHING
