@@ -36,7 +36,7 @@ from dinoseg.models.heads.mask2former.head import Mask2FormerHead
 from dinoseg.models.model import Segmenter
 from dinoseg.training.engine import Engine
 from dinoseg.training.feature_choice import Plan, feature_cache
-from dinoseg.training.image_feed import ImageFeed
+from dinoseg.training.image_data_module import ImageDataModule
 from dinoseg.training.optim import adamw
 from dinoseg.utils.images import write_png
 
@@ -83,13 +83,13 @@ def epochs(case: str, args: argparse.Namespace, folder: Path) -> tuple[np.ndarra
     optimizer = adamw(model, lr=1e-3, weight_decay=0.0)
     augment = Augment((args.size, args.size), scale=(0.75, 1.5), flip=0.5, color=ColorJitter(0.2, 0.2, 0.2, 0.05))
     share = {"batch_size": 2, "seed": 0, "workers": 0, "views": 1}
-    live, kept = (ImageFeed(data, data, augment, **share) for _ in range(2))
+    live, kept = (ImageDataModule(data, data, augment, **share) for _ in range(2))
     plan = Plan(folder / "cache", 10.0, "benchmark", {}, dtype=args.dtype)
     kept.cache = feature_cache(kept, model, loss, engine, plan)
     model.train()
 
-    def epoch(feed: ImageFeed) -> np.ndarray:
-        batches, start = feed.train_batches(0), clocks()
+    def epoch(data_module: ImageDataModule) -> np.ndarray:
+        batches, start = data_module.train_batches(0), clocks()
         for _ in range(args.images // 2):
             batch = next(batches).to(engine.device)
             value, _ = loss(model(batch.image), batch)

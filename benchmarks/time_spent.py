@@ -37,7 +37,7 @@ IMPORTS = "imports"
 CLOSED = {"untrained outline", "tally", "log"}  # rooms within which only imports are told apart
 PHASES = {  # the parts of a command, by the doors that lead there and back
     STEP: "training.trainer:fit",
-    VALIDATION: "training.image_feed:ImageFeed.validate training.clip_feed:ClipFeed.validate "
+    VALIDATION: "training.image_data_module:ImageDataModule.validate tasks.clips:ClipDataModule.validate "
     "report.log:RunLog.images training.checkpoint:Checkpoints.save_if_best",
     EVALUATION: "tasks.images:ImageTask.evaluate tasks.clips:ClipTask.evaluate modes.evaluate:evaluate_images",
     TRACK: "modes.track:track_video",
@@ -52,7 +52,7 @@ ROOMS = {  # by the doors, of functions and of generators, whose every item is a
     "optimizer made": "build:optimizer",
     "short doctor": "tasks.images:ImageTask.check_data",
     "class counts": "data.scan.class_counts:class_counts",
-    "reading, augmenting": "training.image_feed:train_batches training.clip_feed:clip_batches "
+    "reading, augmenting": "training.image_data_module:train_batches tasks.clips:clip_batches "
     "training.validation:eval_batches data.clips.cut:Clips.__getitem__",
     "to the device": "shapes:Batch.to shapes:ClipBatch.to",
     "bytes to floats": "model:Segmenter.pixels",
@@ -61,10 +61,10 @@ ROOMS = {  # by the doors, of functions and of generators, whose every item is a
     "tally": "training.tally:Tally.add training.tally:Tally.read",
     "confusion matrix": "metrics.confusion:ConfusionMatrix.update",
     "log": "report.log:RunLog.scalars training.meter:Meter.step training.meter:Meter.read",
-    "validation pictures": "report.log:RunLog.images training.image_feed:compare",
+    "validation pictures": "report.log:RunLog.images training.image_data_module:compare",
     "saving": "training.checkpoint:Checkpoints.save training.checkpoint:Checkpoints.save_if_best "
     "training.checkpoint:Checkpoints.commit",
-    "scores of segments": "training.clip_feed:segment_scores training.clip_feed:contingency",
+    "scores of segments": "tasks.clips:segment_scores tasks.clips:contingency",
     "curves": "modes.training_run:draw_curves",
     "collecting for the report": "evaluation.collected:Collector.add",
     "report": "tasks.images:report_images modes.evaluate:report_images",

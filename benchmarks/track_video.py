@@ -84,7 +84,7 @@ def follow(backbone: Backbone, video: Path, out: Path, args: argparse.Namespace)
     first = out / "first.png"
     write_png(first, np.broadcast_to(np.arange(width) * 4 // width, (height, width)).astype(np.uint8))
     with VideoReader(video) as frames:
-        tracker = PropagationTracker(backbone, PropagationSettings(short=args.short), batch_size=2)
+        tracker = PropagationTracker(backbone, PropagationSettings(short_side=args.short), batch_size=2)
         track_video(TrackJob(tracker, frames, TrackLabels({0: first}, (height, width)), out, batch_size=2))
 
 

@@ -55,7 +55,7 @@ BASES = {  # a command line that works, of each mode and of what trains otherwis
     "summary sweep": ("-m", *SMALL, "head=linear,mlp"),
     "eval": ("resume=run", "engine=cpu", "engine.workers=0", "mode.metrics_only=true"),
     "predict": ("resume=run", "engine=cpu", "input=data/val/images"),
-    "track": (*TINY, "tracker.short=32", "input=data/val/images", "labels=data/val/masks/0.png"),
+    "track": (*TINY, "tracker.short_side=32", "input=data/val/images", "labels=data/val/masks/0.png"),
     "export": ("resume=run", "engine=cpu"),
     "export safetensors": ("resume=run", "engine=cpu", "export=safetensors"),
     "export onnx": ("resume=run", "engine=cpu", "export=onnx"),

@@ -292,7 +292,7 @@ def test_no_import_leads_back():
 
 def test_planted_circles_are_found():
     down, up = "from dinoseg.tracking.tracker import VideoTracker", "from dinoseg.training import checkpoint"
-    packages = {"training/feed.py": down, "training/checkpoint.py": "", "tracking/tracker.py": ""}
+    packages = {"training/data_module.py": down, "training/checkpoint.py": "", "tracking/tracker.py": ""}
     assert circles({**packages, "tracking/state.py": up}) == ["tracking - training"]
     inner = {"data/scan/scan.py": "from dinoseg.data.pairs.dataset import Pair", "data/scan/cache.py": ""}
     inner |= {"data/pairs/dataset.py": "", "data/pairs/pairing.py": "from dinoseg.data.scan import cache"}

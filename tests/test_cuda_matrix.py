@@ -44,12 +44,12 @@ def losses():
 def check(folder, model, loss, waits, **given):
     done = train(folder, model, loss, steps=3, val_every=3, log_every=3, **given)
     assert done.error is None
-    first, second, logged = done.feed.steps
+    first, second, logged = done.data_module.steps
     assert first == second == waits
     terms = "training/trainer.py log_step: read"  # of a loss that has several
     assert {name: count for name, count in logged.items() if name != terms} == {**waits, **LOGGED}
     in_validation = {name: 2 * count for name, count in waits.items() if "backward" not in name}  # of two images
-    assert done.feed.validations == [VALIDATION | in_validation]
+    assert done.data_module.validations == [VALIDATION | in_validation]
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -109,7 +109,7 @@ def test_a_loss_that_waits_is_seen(tmp_path):
 
     model, _ = tiny()
     done = train(tmp_path, model, Reading(), steps=2, val_every=2, log_every=2)
-    assert done.feed.steps[0] == {"training/step.py _loss_of: copy to the device": 1}
+    assert done.data_module.steps[0] == {"training/step.py _loss_of: copy to the device": 1}
 
 
 def test_slots():

@@ -24,7 +24,7 @@ from dinoseg.tracking.propagation.tracker import PropagationTracker
 from dinoseg.training.checkpoint import Checkpoints
 from dinoseg.training.engine import Engine
 from dinoseg.training.head_training import HeadTraining, NonFiniteLoss
-from dinoseg.training.image_feed import ImageFeed
+from dinoseg.training.image_data_module import ImageDataModule
 from dinoseg.training.optim import adamw, schedule
 from dinoseg.training.step import MetricsQueue, StepMetrics
 from dinoseg.training.trainer import Experiment, Settings, fit
@@ -60,7 +60,7 @@ class Noise:
         return {"image": torch.from_numpy(image), "mask": torch.from_numpy(mask), "name": self.names[index]}
 
 
-class Watched(ImageFeed):
+class Watched(ImageDataModule):
     """A feed that takes down what was waited for in each step, and in validations, and may fail at a batch."""
 
     def begin(self, waits=None, at=None, fails=None):
@@ -90,8 +90,8 @@ def train(folder, model, loss, *, cuda=True, precision="fp32", plain=False, devi
     settings = Settings(**{"steps": 3, "val_every": 3, "log_every": 3, **options})
     log, error = Rows(), None
     with device() as waits:
-        feed = Watched(Noise(4), Noise(2), lambda image, mask, _: (image, mask), 2, seed=0, workers=0)
-        feed.begin(waits if cuda and isinstance(waits, Waits) else None, **watch)
+        data_module = Watched(Noise(4), Noise(2), lambda image, mask, _: (image, mask), 2, seed=0, workers=0)
+        data_module.begin(waits if cuda and isinstance(waits, Waits) else None, **watch)
         engine = pretended_engine(precision=precision) if cuda else Engine("cpu", precision, workers=0)
         model, loss = (on_cuda(model), on_cuda(loss)) if cuda else (model, loss)
         optimizer = adamw(model, lr=1e-2)
@@ -100,11 +100,13 @@ def train(folder, model, loss, *, cuda=True, precision="fp32", plain=False, devi
         checkpoints = Checkpoints(folder, dict(INFO), start)
         try:
             shape = schedule("constant")
-            fit(Experiment(model, loss, feed, optimizer, shape, engine, checkpoints, log, settings))
+            fit(Experiment(model, loss, data_module, optimizer, shape, engine, checkpoints, log, settings))
         except UserError as caught:
             error = caught
     state = {name: getattr(value, "memory", value) for name, value in model.state_dict().items()}
-    return SimpleNamespace(feed=feed, rows=log.rows, state=state, error=error, step=checkpoints.progress.step)
+    return SimpleNamespace(
+        data_module=data_module, rows=log.rows, state=state, error=error, step=checkpoints.progress.step
+    )
 
 
 def tiny():
@@ -116,7 +118,7 @@ def tiny():
 def test_a_step_waits_for_nothing_and_learns_what_a_cpu_does(tmp_path, bf16):
     options = {"precision": "bf16" if bf16 else "fp32", "plain": True, "clip": 0.5}
     there, here = (train(tmp_path, *tiny(), cuda=cuda, **options) for cuda in (True, False))
-    assert there.feed.steps == [{}, {}, LOGGED] and there.feed.validations == [VALIDATION]
+    assert there.data_module.steps == [{}, {}, LOGGED] and there.data_module.validations == [VALIDATION]
     for name, value in here.state.items():
         torch.testing.assert_close(there.state[name], value, rtol=1e-4, atol=2e-3 if bf16 else 1e-6)  # other tiles
     for key in ("train/loss", "val/loss"):
@@ -236,7 +238,7 @@ def test_a_tracked_batch_waits_once_for_its_masks_and_twice_for_each_frame():
         mask[8:40, 8:40] = 3
         with pretended_cuda() as waits:
             device = torch.device("cuda" if cuda else "cpu")
-            settings = PropagationSettings(short=48, radius=2)
+            settings = PropagationSettings(short_side=48, radius=2)
             tracker = PropagationTracker(on_cuda(backbone) if cuda else backbone, settings, device=device)
             tracked = tracker.track(frames[:2], [mask, None])
             waits.take()

@@ -119,7 +119,7 @@ def as_run(command, stand_ins):
     ):
         words += small_model(words)
     if mode in ("track", "eval") and "resume=" not in command:
-        words += ["tracker.short=48"]
+        words += ["tracker.short_side=48"]
     words += SMALLER.get(mode, ())
     return words + ["mode.val_videos=1"] if mode == "render" and "data=movi" in words else words
 

@@ -68,7 +68,7 @@ def test_propagation_of_masks():
     mask = np.zeros((48, 64), np.uint8)
     mask[8:40, 8:40] = 3
     with pretended_mps():
-        tracker = PropagationTracker(on_cuda(tiny_vit()), PropagationSettings(short=48, radius=2), device=MPS)
+        tracker = PropagationTracker(on_cuda(tiny_vit()), PropagationSettings(short_side=48, radius=2), device=MPS)
         tracked = tracker.track([np.zeros((48, 64, 3), np.uint8)] * 2, [mask, None])
     assert set(np.unique(tracked[1])) <= {0, 3}
 

@@ -52,7 +52,7 @@ def train(
     """Train, by plain descent unless it is to go on: rounding turns no step; return rows, what moved and feed."""
     engine = Engine(device, precision, workers=0, compile=compile)
     model, loss = engine.place(model), loss.to(engine.device)
-    log, feed = Rows(), Watched(Noise(4), Noise(2), lambda image, mask, _: (image, mask), 2, seed=0, workers=0)
+    log, data_module = Rows(), Watched(Noise(4), Noise(2), lambda image, mask, _: (image, mask), 2, seed=0, workers=0)
     trained = {name: part for name, part in model.named_parameters() if part.requires_grad}
     before = {name: part.detach().cpu().clone() for name, part in trained.items()}
     optimizer = adamw(model, lr=1e-3)
@@ -61,13 +61,13 @@ def train(
     settings = Settings(**{"steps": 3, "val_every": 3, "log_every": 1, **options})
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        feed.begin(Waits(caught))
+        data_module.begin(Waits(caught))
         torch.cuda.set_sync_debug_mode("warn" if watch else "default")
         shape = schedule("constant")
-        fit(Experiment(model, loss, feed, optimizer, shape, engine, checkpoints, log, settings))
+        fit(Experiment(model, loss, data_module, optimizer, shape, engine, checkpoints, log, settings))
         torch.cuda.set_sync_debug_mode("default")
     moved = torch.cat([(part.detach().cpu() - before[name]).flatten().double() for name, part in trained.items()])
-    return SimpleNamespace(rows=log.rows, moved=moved, feed=feed)
+    return SimpleNamespace(rows=log.rows, moved=moved, data_module=data_module)
 
 
 def values(done, key):
@@ -132,7 +132,7 @@ def test_a_step_waits_for_the_device_where_it_is_said_to(tmp_path, head, precisi
     loss = "mask_classification" if "num_queries" in SMALL_HEADS.get(head, {}) else "cross_entropy"
     done = train(tmp_path, *cell(head, loss=loss), precision=precision, watch=True, steps=4, val_every=4, log_every=4)
     waits = sum(WAITS.get(loss, {}).values())
-    assert done.feed.steps[1:3] == [waits, waits]  # the first one is that of kernels that are made
+    assert done.data_module.steps[1:3] == [waits, waits]  # the first one is that of kernels that are made
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # of torch's own compiler

@@ -27,7 +27,7 @@ from dinoseg.models.heads.linear import LinearHead
 from dinoseg.models.model import Segmenter
 from dinoseg.tasks.probing.probe import Grid, Probe
 from dinoseg.training.engine import Engine
-from dinoseg.training.image_feed import ImageFeed
+from dinoseg.training.image_data_module import ImageDataModule
 from dinoseg.training.validation import ScoredModel, evaluate
 from dinoseg.utils.devices import synchronize
 from dinoseg.utils.wording import count_of
@@ -66,7 +66,7 @@ class TrainedRun:
 
     model: Segmenter
     engine: Engine
-    feed: ImageFeed
+    data_module: ImageDataModule
     backbone: Callable[[], Backbone]
     loss: Callable[[], Loss]
     optimizer: Callable[[Segmenter], Optimizer]
@@ -132,18 +132,18 @@ def compare(run: TrainedRun, *, seconds: float) -> ProbeComparison | None:
         run: the training.
         seconds: time limit; it decides the number of images, at most 64 per split.
     """
-    engine, feed = run.engine, run.feed
+    engine, data_module = run.engine, run.data_module
     if engine.sharded:
         return None
     seconds = engine.share(seconds)  # rank 0's value, or ranks would decide differently and wait for one another
     if seconds < _MIN_SECONDS:
         return None
-    train, val = feed.train, feed.val
+    train, val = data_module.train, data_module.val
     if not isinstance(train, PairDataset) or not isinstance(val, PairDataset):
         return None
     began = time.perf_counter()
     plain = _plain(run).to(engine.device).eval()
-    scored = _ScoredModel(run.model, feed.policy), _ScoredModel(plain)
+    scored = _ScoredModel(run.model, data_module.policy), _ScoredModel(plain)
     images, has_time = engine.run_on_rank0(
         lambda: _affordable(*scored, (train, val), engine, seconds - (time.perf_counter() - began))
     )
@@ -154,7 +154,7 @@ def compare(run: TrainedRun, *, seconds: float) -> ProbeComparison | None:
     if not all(class_counts(each, run.cache_dir).any() for each in (few, some)):
         logger.debug("no linear-probe baseline: no pixel of %d evenly spaced images of a split is labelled", images)
         return None
-    scores = evaluate(run.model, some, engine, policy=feed.policy)
+    scores = evaluate(run.model, some, engine, policy=data_module.policy)
     return ProbeComparison(run, plain, few, some, scores, score_linear_probe(run, plain, few, some), has_time)
 
 
@@ -164,7 +164,7 @@ def score_linear_probe(
     """Return the scores on `val` of a linear head that is solved in closed form from `train`."""
     dims = widths(plain.backbone.dim, plain.backbone.num_layers)
     places = list(range(len(dims))) if sum(dims) <= _WIDEST else [len(dims) - 1]
-    grid = Grid(**_GRID, group=run.group, seed=run.feed.seed)  # type: ignore[arg-type]
+    grid = Grid(**_GRID, group=run.group, seed=run.data_module.seed)  # type: ignore[arg-type]
     counts = class_counts(train, run.cache_dir).tolist()
     probe = Probe(plain, train, counts, run.engine, {"baseline": places}, grid)
     probe.fit()
@@ -175,7 +175,7 @@ def score_linear_probe(
 
 def _plain(run: TrainedRun) -> Segmenter:
     backbone = run.backbone()
-    head = LinearHead(backbone.dim, backbone.num_layers, len(run.feed.train.classes))
+    head = LinearHead(backbone.dim, backbone.num_layers, len(run.data_module.train.classes))
     return Segmenter(backbone, head, scale=run.model.scale, longest=run.model.longest)
 
 

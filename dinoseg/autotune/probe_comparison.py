@@ -87,7 +87,7 @@ def compare_with_linear_probe(run: TrainedRun, out_dir: Path, *, seconds: float)
 
 def absent_classes(comparison: ProbeComparison) -> str | None:
     """Return a message that names classes absent from the training masks, and their cost; None if there are none."""
-    train = comparison.run.feed.train
+    train = comparison.run.data_module.train
     seen = class_counts(train, comparison.run.cache_dir)
     rows = comparison.scores["classes"]
     gone = [row for row in rows if row["pixels"] and not seen[row["id"]]]
@@ -149,7 +149,7 @@ def far_crop(comparison: ProbeComparison) -> str | None:
 def learning_rate(comparison: ProbeComparison) -> str | None:
     """Test for overfitting, too few steps and a bad learning rate; return a message on the first one found."""
     run = comparison.run
-    train = evaluate(run.model, comparison.train, run.engine, policy=run.feed.policy)
+    train = evaluate(run.model, comparison.train, run.engine, policy=run.data_module.policy)
     probe = score_linear_probe(run, comparison.plain, comparison.train, comparison.train)
     if train["miou"] >= probe["miou"] - BELOW:
         return (
@@ -198,10 +198,10 @@ def _losses(comparison: ProbeComparison) -> tuple[float, dict[float, float]]:
     """Return the loss on the training images, and the losses after a few steps by factor of the learning rate."""
     run = comparison.run
     loss = run.loss().to(run.engine.device)
-    batches = list(islice(run.feed.train_batches(start=0), _STEPS))
+    batches = list(islice(run.data_module.train_batches(start=0), _STEPS))
 
     def measured() -> float:
-        value = evaluate(run.model, comparison.train, run.engine, policy=run.feed.policy, loss=loss)["loss"]
+        value = evaluate(run.model, comparison.train, run.engine, policy=run.data_module.policy, loss=loss)["loss"]
         return value if torch.tensor(value).isfinite() else float("inf")
 
     before, after = measured(), dict[float, float]()

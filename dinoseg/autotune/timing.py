@@ -18,7 +18,7 @@ from dinoseg.core.sizes import evenly_spaced
 from dinoseg.models.model import Segmenter
 from dinoseg.training.engine import Engine
 from dinoseg.training.feature_cache.form import Stored, size_of
-from dinoseg.training.image_feed import ImageFeed
+from dinoseg.training.image_data_module import ImageDataModule
 from dinoseg.training.parts import TrainingParts
 from dinoseg.training.validation import evaluate
 from dinoseg.utils.devices import synchronize
@@ -83,7 +83,7 @@ class _RepeatedFeatures:
 
 def time_recipe(
     parts: TrainingParts,
-    feed: ImageFeed,
+    data_module: ImageDataModule,
     engine: Engine,
     *,
     began: float,
@@ -114,7 +114,7 @@ def time_recipe(
         OutOfMemory: memory does not suffice.
     """
     model = engine.place(parts.model())
-    batches = feed.train_batches(start=0)
+    batches = data_module.train_batches(start=0)
     first: Any = next(batches)
     start = time.perf_counter() - began
     has_rest = rested is not None and model.backbone.first_trained is not None
@@ -136,7 +136,7 @@ def time_recipe(
         again = _RepeatedFeatures(FeatureBatch(features, first.mask.to(engine.device), first.names))
         trial = timed(lambda: model, batches=repeat(again), lasting=lasting / 4)
         cached = _later_median(trial.seconds) / images
-    val = _seconds_of_val(parts.loss(), feed, model, engine, until) / ranks
+    val = _seconds_of_val(parts.loss(), data_module, model, engine, until) / ranks
     image = _later_median(live.seconds) / images
     return RecipeTimes(start, image, cached, frozen / (ranks * len(first.names)), size, val, resting)
 
@@ -167,9 +167,11 @@ def _cut(model: Segmenter, batch: Batch, engine: Engine) -> tuple[Any, float] | 
     return features, seconds
 
 
-def _seconds_of_val(loss: Loss, feed: ImageFeed, model: Segmenter, engine: Engine, until: float = math.inf) -> float:
+def _seconds_of_val(
+    loss: Loss, data_module: ImageDataModule, model: Segmenter, engine: Engine, until: float = math.inf
+) -> float:
     """Return the seconds to read, predict and score a validation image, loss included, averaged over a few."""
-    data, loss = feed.val, loss.to(engine.device)
+    data, loss = data_module.val, loss.to(engine.device)
     places = evenly_spaced(len(data), _VALIDATED)  # evenly spaced, since sizes may differ
 
     def validated(some: Iterable[int]) -> float:
@@ -183,7 +185,7 @@ def _seconds_of_val(loss: Loss, feed: ImageFeed, model: Segmenter, engine: Engin
                 count += 1
                 yield Batch.stack([data[index]])
 
-        evaluate(model, data, engine, policy=feed.policy, loss=loss, batches=batches())
+        evaluate(model, data, engine, policy=data_module.policy, loss=loss, batches=batches())
         return (time.perf_counter() - began) / count
 
     first = validated(places[:1])  # slower than later images

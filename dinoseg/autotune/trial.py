@@ -13,8 +13,8 @@ from dinoseg.core.contracts import Loss
 from dinoseg.models.model import Segmenter
 from dinoseg.report.log import RunLog
 from dinoseg.training.checkpoint import Checkpoints
+from dinoseg.training.data_module import Validation
 from dinoseg.training.engine import Engine
-from dinoseg.training.feed import Validation
 from dinoseg.training.meter import peak_memory, reset_peak_memory, used_memory
 from dinoseg.training.parts import TrainingParts
 from dinoseg.training.tally import Tally
@@ -46,7 +46,7 @@ class Trial:
 
 
 @dataclass
-class _TimedFeed:
+class _TimedDataModule:
     """Feed that records the time at each batch, and ends the training after enough steps and seconds."""
 
     batches: Iterator[Any]
@@ -134,7 +134,7 @@ def try_steps(
     trial = Trial(before=used_memory(engine.device))
     model = make().to(engine.device)
     loss, optimizer = parts.loss().to(engine.device), parts.optimizer(model)
-    feed = _TimedFeed(
+    data_module = _TimedDataModule(
         batches,
         engine.device,
         parts.accumulate,
@@ -148,12 +148,14 @@ def try_steps(
     )
     for group in optimizer.param_groups:
         if group["frozen"]:
-            group["frozen"], group["start"] = rests, feed.most / (feed.most + 1)
-    settings = parts.settings(feed.most + 1)  # the feed raises before the last step, after which `fit` would validate
+            group["frozen"], group["start"] = rests, data_module.most / (data_module.most + 1)
+    settings = parts.settings(
+        data_module.most + 1
+    )  # the feed raises before the last step, after which `fit` would validate
     checkpoints = Checkpoints(Path(), {}, writes=False)
     try:
         with RunLog("", visible=False) as log:
-            fit(Experiment(model, loss, feed, optimizer, parts.schedule(), engine, checkpoints, log, settings))
+            fit(Experiment(model, loss, data_module, optimizer, parts.schedule(), engine, checkpoints, log, settings))
     except _TrialDone:
         pass
     trial.peak = peak_memory(engine.device) - trial.before

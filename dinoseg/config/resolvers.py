@@ -32,7 +32,7 @@ def register_resolvers() -> None:
     """Register the resolvers that config files may use.
 
     - `${len:${.classes}}` is the length of a list.
-    - `${class_file:KEY}` is the value of a key in `classes.yaml`. With `${class_file:KEY,drawn}`, the annotation files
+    - `${class_file:KEY}` is the value of a key in `classes.yaml`. With `${class_file:KEY,shapes}`, the annotation files
       replace an absent `classes.yaml`.
     - `${cells:${resolution},${backbone.patch_size}}` is the number of rows and columns of cells in a training crop;
       null if the patch size is null.
@@ -94,31 +94,31 @@ def _cells(resolution: DictConfig, patch_size: int | None) -> list[int] | None:
     return [math.ceil(side / patch_size) for side in size]
 
 
-def _from_class_file(key: str, drawn: str = "", *, _root_: DictConfig) -> Any:
+def _from_class_file(key: str, shapes: str = "", *, _root_: DictConfig) -> Any:
     """Return the value of a key in `classes.yaml` in `data.root`; if `data.classes` is given, the file is not read.
 
-    Without the file, and with masks `drawn` from shapes, the labels of the shapes are the classes.
+    Without the file, and with masks drawn from `shapes`, the labels of the shapes are the classes.
     """
     from dinoseg.data.classes.file import LABELS, NAME, NOT_DESCRIBED
 
     data = _root_.get("data")
     root = None if data is None or OmegaConf.is_missing(data, "root") else data.get("root")
     if data is None or not OmegaConf.is_interpolation(data, "classes"):
-        given = data is not None and drawn and key == "background" and data.unlabelled in data.classes
+        given = data is not None and shapes and key == "background" and data.unlabelled in data.classes
         return data.unlabelled if data is not None and given else NOT_DESCRIBED.get(key)
     path = Path(str(root or "")).expanduser() / NAME
     if root is not None and (described := _read_class_file(path, data.ignore_index)) is not None:
-        if drawn and described["format"] != LABELS:
+        if shapes and described["format"] != LABELS:
             raise _Unmet(
                 f"{path} describes mask files, but data={data.kind} rasterises masks from labelled shapes: write "
                 "`masks: labels` in it."
             )
         return described[key]
-    if drawn and key in ("classes", "background") and root is not None:
+    if shapes and key in ("classes", "background") and root is not None:
         return _classes_of_labels(data, Path(str(root)).expanduser()) if key == "classes" else _ground(data)
     if key in NOT_DESCRIBED:
         return NOT_DESCRIBED[key]
-    raise _Unmet(not_set("data.root") if drawn else _missing_classes_message(data, None if root is None else path))
+    raise _Unmet(not_set("data.root") if shapes else _missing_classes_message(data, None if root is None else path))
 
 
 def _missing_classes_message(data: DictConfig, path: Path | None) -> str:

@@ -73,7 +73,7 @@ def _time_training(values: Mapping[str, Any], *, steps: int, warmup: int, synthe
     task = build.task()
     if not synthetic:
         task.open(engine)
-    batches = None if synthetic else task.feed.train_batches(start=0)
+    batches = None if synthetic else task.data_module.train_batches(start=0)
     off = {f"{name}.checkpointing": False for name, is_on in parts.checkpointing.items() if is_on}
     return time_training(parts, engine, batches, steps=steps, warmup=warmup, counted=training_parts(build, off))
 

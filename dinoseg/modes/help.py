@@ -63,7 +63,7 @@ _COLUMN = 11  # width of a group's name with colon and space
 _LARGEST_FAMILY = 12  # options of a family that are listed
 _SMALLEST_FAMILY = 4  # options whose names share the first word, such as dinov2
 # keys in config files that users do not set
-_NO_KEYS = ("defaults", "resume_from", "keeps_folder", "goes_on", "check", "reads")
+_NO_KEYS = ("defaults", "resume_from", "keeps_folder", "resumes_with", "check", "reads")
 _FURTHER = "`--help` alone shows all modes, groups and options; `--cfg job` prints all keys of this command line."
 
 

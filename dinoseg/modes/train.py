@@ -53,7 +53,7 @@ def train(
     announce(f"data={cfg.choices.data}: listing the files")
     task = build.task()
     task.open(engine, pictures=pictures)
-    length = build.lengths(len(task.feed.train))
+    length = build.lengths(len(task.data_module.train))
     settings = build.loop_settings(length._asdict())
     shown = {"metrics_only": metrics_only, "report": report}
     if SOLO in cfg:
@@ -67,12 +67,12 @@ def train(
         model, loss, optimizer, checkpoints = job.parts(engine.place(made), sizes, length.steps)
         schedule = build_schedule(build, engine, length.steps)
         log_start(build, model, task, engine, out_dir, length.steps)
-        epochs = length.steps * cfg.trainer.accumulate / task.feed.epoch
+        epochs = length.steps * cfg.trainer.accumulate / task.data_module.epoch
         cached = task.cache_features(model, loss, engine, epochs, before=job.chosen_before)
         job.note(checkpoints, cached)
         with job.log() as log:
             began = time.monotonic()
-            parts = (model, loss, task.feed, optimizer, schedule, engine, checkpoints, log)
+            parts = (model, loss, task.data_module, optimizer, schedule, engine, checkpoints, log)
             run = fit(Experiment(*parts, settings))
             if run.best is None:
                 raise UserError(f"trainer.steps={length.steps}: this run has done {run.step}, without validation.")
@@ -84,7 +84,7 @@ def train(
             trained = TrainedRun(
                 model,
                 engine,
-                task.feed,
+                task.data_module,
                 backbone=build.backbone,
                 loss=partial(build.loss, task.labelled),
                 optimizer=build.optimizer,

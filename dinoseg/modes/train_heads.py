@@ -21,7 +21,7 @@ from dinoseg.tasks.task import TrainingTask
 from dinoseg.training import checkpoint
 from dinoseg.training.engine import Engine
 from dinoseg.training.head_training import HeadTraining
-from dinoseg.training.image_feed import ImageFeed
+from dinoseg.training.image_data_module import ImageDataModule
 from dinoseg.training.loading import Checkpoint, bounded
 from dinoseg.training.multi_head import (
     MultiHeadCheckpoints,
@@ -151,21 +151,29 @@ def train_heads(
         checkpoints = MultiHeadCheckpoints(where, info, start, engine.is_main, members=members)
         whole = engine.place(MultiHeadSegmenter(backbone, members))
         log_start(build, whole, task, engine, out_dir, settings.steps)
-        parts = (whole, members[0].criterion, task.feed, join_optimizers(optimizers), schedule, engine, checkpoints)
+        parts = (
+            whole,
+            members[0].criterion,
+            task.data_module,
+            join_optimizers(optimizers),
+            schedule,
+            engine,
+            checkpoints,
+        )
         fit(MultiHeadExperiment(*parts, RunLog("", visible=False), settings, members))
         rows, scores = [], {}
         for member, rate in zip(members, rates, strict=True):
             if member.progress.best is not None:
                 scores[member.name] = jobs[member.name].finish(member.model, member.progress, member.log, **shown)
             rows.append(_row(member, rate, scores.get(member.name, {})))
-    first = leaderboard(rows, out_dir, build.value("trainer.score"), task.feed.lowest, visible=engine.is_main)
+    first = leaderboard(rows, out_dir, build.value("trainer.score"), task.data_module.lowest, visible=engine.is_main)
     if first not in scores:
         raise UserError(f"No head has reached a validation: {listed([row.note for row in rows], 3)}")
     return {**scores[first], "head": first}
 
 
 def _check_task(build: Builder, task: TrainingTask, engine: Engine) -> None:
-    if type(task.feed) is not ImageFeed:
+    if type(task.data_module) is not ImageDataModule:
         raise UserError("trainer=multi_head trains on images and masks: leave trainer.task out.")
     if engine.sharded or engine.cache in ("disk", "memory"):
         key = "sharding=fsdp" if engine.sharded else f"cache={engine.cache}"

@@ -237,7 +237,12 @@ def log_start(build: Builder, model: Segmenter, task: TrainingTask, engine: Engi
     logger.info("model:       backbone=%s adapter=%s %s", options["backbone"], options["adapter"], heads)
     logger.info("parameters:  %s trained, %s in total", f"{counts['trainable']:,}", f"{counts['total']:,}")
     logger.info("training:    %d steps, batch of %d %s%s", steps, build.value("data.batch_size"), task.what, batches)
-    logger.info("data:        %d training and %d validation %s", len(task.feed.train), len(task.feed.val), task.what)
+    logger.info(
+        "data:        %d training and %d validation %s",
+        len(task.data_module.train),
+        len(task.data_module.val),
+        task.what,
+    )
     logger.info("run folder:  %s", out_dir)
 
 

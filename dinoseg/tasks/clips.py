@@ -34,8 +34,8 @@ from dinoseg.report.palette import default_palette
 from dinoseg.tasks.task import TrainingTask
 from dinoseg.tracking.slots.tracker import SlotFactory
 from dinoseg.tracking.tracker import Tracker
+from dinoseg.training.data_module import SHOWN_SIDE, Validation, spread
 from dinoseg.training.engine import Engine
-from dinoseg.training.feed import SHOWN_SIDE, Validation, spread
 from dinoseg.utils.atomic import write_json
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import write_png
@@ -50,7 +50,7 @@ _SHOWN = 4  # frames
 
 
 @dataclass
-class ClipFeed:
+class ClipDataModule:
     """Batches of clips for one rank.
 
     Args:
@@ -229,7 +229,7 @@ class ClipTask(TrainingTask):
 
     what = "clips"
     on_clips = True
-    feed: ClipFeed
+    data_module: ClipDataModule
     labels: Labels
 
     def __init__(self, parts: Builder, *, val_images: Count | None = None) -> None:
@@ -239,7 +239,7 @@ class ClipTask(TrainingTask):
     def open(self, engine: Engine, *, pictures: int = 0) -> None:
         """List the clips of train and val."""
         parts = self.parts
-        self.feed = ClipFeed(
+        self.data_module = ClipDataModule(
             train=parts.clips("train"),
             val=parts.clips("val"),
             view=parts.part("data.view"),
@@ -249,12 +249,12 @@ class ClipTask(TrainingTask):
             rank=engine.rank,
             world=engine.world,
             pictures=pictures,
-            **parts.arguments(ClipFeed, {"batch_size": "data.batch_size"}),
+            **parts.arguments(ClipDataModule, {"batch_size": "data.batch_size"}),
         )
         self.labels = parts.labels
-        self.plots = [plot for plot in CLIP_PLOTS if plot[0] in self.feed.score_names]
+        self.plots = [plot for plot in CLIP_PLOTS if plot[0] in self.data_module.score_names]
         # by video: clips of one video on both sides would leak data
-        sides = {"train": self.feed.train, "val": self.feed.val}
+        sides = {"train": self.data_module.train, "val": self.data_module.val}
         self.split = {side: [video.name for video in clips.videos] for side, clips in sides.items()}
 
     def check_parts(self, model: Segmenter, world: int) -> None:
@@ -320,7 +320,7 @@ class ClipTask(TrainingTask):
                 "data.clips.partition.by=fraction, or give each split a separate folder.",
                 listed(both),
             )
-        for side, clips in (("train", self.feed.train), ("val", self.feed.val)):
+        for side, clips in (("train", self.data_module.train), ("val", self.data_module.val)):
             if clips.skipped:
                 logger.warning("%s: left out, too short for a clip: %s", side, listed(clips.skipped))
 
@@ -341,7 +341,7 @@ class ClipTask(TrainingTask):
             return evaluate_videos(
                 data, make_tracker, engine, out_dir, options, provenance_of(self.parts, out_dir, best)
             )
-        scores, pictures = self.feed.validate(model, self.parts.loss(None).to(engine.device), engine)
+        scores, pictures = self.data_module.validate(model, self.parts.loss(None).to(engine.device), engine)
         if engine.is_main:
             write_json(out_dir / "scores.json", scores)
             name = self.parts.options["data"]

@@ -29,8 +29,8 @@ from dinoseg.training.feature_cache.cache import Views
 from dinoseg.training.feature_cache.form import MAX_BYTES
 from dinoseg.training.feature_cache.key import hash_of, image_hash, origin, overrides_both
 from dinoseg.training.feature_cache.store import DiskStore, FeatureStore, cap_of
-from dinoseg.training.image_feed import ImageFeed
-from dinoseg.training.mixed_feed import Unlabelled
+from dinoseg.training.image_data_module import ImageDataModule
+from dinoseg.training.mixed_data_module import Unlabelled
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Count, NotNegative, Temperature
 from dinoseg.utils.wording import count_of
@@ -159,7 +159,7 @@ class DistilledBatch(Batch):
 
 
 @dataclass(kw_only=True)
-class DistilFeed(ImageFeed):
+class DistillationDataModule(ImageDataModule):
     """Batches for distillation from a trained segmenter: images with masks, and optionally images without.
 
     Args:
@@ -168,7 +168,7 @@ class DistilFeed(ImageFeed):
     """
 
     scores: CachedScores
-    others: ImageFeed | None = None
+    others: ImageDataModule | None = None
 
     def __post_init__(self) -> None:
         """Refuse augmentations that do not report where a view lies in its image."""
@@ -232,14 +232,22 @@ class DistilledLoss(Loss):
         return divergence(prediction, batch.seen, (batch.mask.shape[-2], batch.mask.shape[-1]), self.temperature)
 
 
-def _parts(scores: CachedScores, feed: ImageFeed, batches: Iterator[Batch | Views], start: int) -> Iterator[Part]:
+def _parts(
+    scores: CachedScores, data_module: ImageDataModule, batches: Iterator[Batch | Views], start: int
+) -> Iterator[Part]:
     """Yield the batches of a feed, with a function for each sample that returns the teacher's scores."""
-    drawn = feed.drawn
+    drawn = data_module.drawn
 
     def later(epoch: int, sample: int) -> Look:
         return partial(scores.look, drawn, epoch, sample)
 
-    order = {"batch_size": feed.batch_size, "seed": feed.seed, "start": start, "rank": feed.rank, "world": feed.world}
+    order = {
+        "batch_size": data_module.batch_size,
+        "seed": data_module.seed,
+        "start": start,
+        "rank": data_module.rank,
+        "world": data_module.world,
+    }
     return map(Part, batches, sample_batches(later, list, len(drawn.data), **order))
 
 
@@ -269,7 +277,7 @@ class DistillationTask(ImageTask):
         val_images: see `ImageTask`.
     """
 
-    feed: DistilFeed
+    data_module: DistillationDataModule
 
     def __init__(
         self,
@@ -289,13 +297,13 @@ class DistillationTask(ImageTask):
     def open(self, engine: Engine, *, pictures: int = 0) -> None:
         """List the images with masks and those without, and check the teacher."""
         super().open(engine, pictures=pictures)
-        parts, train = self.parts, self.feed.train
+        parts, train = self.parts, self.data_module.train
         self._teacher = teacher = Teacher(parts, engine, train)
         root, cap = parts.cache_dir / TEACHERS, cap_of(**parts.arguments(cap_of, {"gib": "features.gib"}))
         store = DiskStore(root, origin(root, teacher.parts), "float16", cap)
         scores = CachedScores(teacher, store, len(train.classes))
         others = self._others()
-        self.feed = DistilFeed(**self.feed.given, scores=scores, others=others)
+        self.data_module = DistillationDataModule(**self.data_module.given, scores=scores, others=others)
         without = 0 if others is None else len(others.train)
         values = count_of(len(train), "training image"), without, self._given, root
         logger.info("%s with masks, %s without; teacher %s, whose scores are cached in %s", *values)
@@ -317,10 +325,10 @@ class DistillationTask(ImageTask):
         """Return the loss on masks and on the teacher's scores."""
         return DistilledLoss(loss, **self._loss_options)
 
-    def _others(self) -> ImageFeed | None:
+    def _others(self) -> ImageDataModule | None:
         """Return the feed of images without masks; None if there are none."""
-        feed, options = self.feed, self._unlabelled
-        found = unmasked_images(self.parts, options, feed.train, feed.val)
+        data_module, options = self.data_module, self._unlabelled
+        found = unmasked_images(self.parts, options, data_module.train, data_module.val)
         if not found:
             if options.batch_size is not None:
                 raise UserError(
@@ -329,6 +337,6 @@ class DistillationTask(ImageTask):
                     "which leaves masks out; or leave it out to train on images with masks only."
                 )
             return None
-        images = Unmasked([image.name for image in found], [image.source for image in found], feed.train)
-        size = options.size(feed.batch_size, len(images), feed.world)
-        return replace(feed, train=images, batch_size=size, uniform=None)
+        images = Unmasked([image.name for image in found], [image.source for image in found], data_module.train)
+        size = options.size(data_module.batch_size, len(images), data_module.world)
+        return replace(data_module, train=images, batch_size=size, uniform=None)

@@ -32,7 +32,7 @@ from dinoseg.tasks.probing.probe import Grid, Probe
 from dinoseg.tasks.task import TrainingTask
 from dinoseg.training.engine import Engine
 from dinoseg.training.feature_choice import Plan, feature_cache, stored_as
-from dinoseg.training.image_feed import ImageFeed
+from dinoseg.training.image_data_module import ImageDataModule
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Count
 
@@ -51,7 +51,7 @@ class ImageTask(TrainingTask):
 
     what = "images"
     plots = IMAGE_PLOTS
-    feed: ImageFeed
+    data_module: ImageDataModule
 
     def __init__(self, parts: Builder, *, val_images: Count | None = None) -> None:
         super().__init__(parts)
@@ -60,11 +60,11 @@ class ImageTask(TrainingTask):
     def open(self, engine: Engine, *, pictures: int = 0) -> None:
         """List the images and masks of train and val."""
         parts = self.parts
-        options = parts.arguments(ImageFeed, SAMPLING)
+        options = parts.arguments(ImageDataModule, SAMPLING)
         train, val = parts.dataset("train", engine), parts.dataset("val")
         self._val_total = len(val)
         self.split = split_table({"train": train, "val": val})
-        self.feed = ImageFeed(
+        self.data_module = ImageDataModule(
             train=train,
             val=evenly_spaced_subset(val, self._val_images),
             augment=parts.part("data.augment"),
@@ -78,7 +78,7 @@ class ImageTask(TrainingTask):
             pictures=pictures,
             **options,
         )
-        self.labels = self.labelled = self.feed.train
+        self.labels = self.labelled = self.data_module.train
 
     def check_parts(self, model: Segmenter, world: int) -> None:
         """Refuse a loss or a batch that the head cannot be trained with."""
@@ -126,19 +126,21 @@ class ImageTask(TrainingTask):
         hashes = {group: parts.digest(group, lr=None) for group in ("backbone", "adapter", "head")}
         augmentation = parts.digest("data.augment")
         plan = Plan(parts.cache_dir, epochs, augmentation, hashes, **options, before=before.get("engine.cache"))
-        cache = self.feed.cache = feature_cache(self.feed, model, loss, engine, plan)
+        cache = self.data_module.cache = feature_cache(self.data_module, model, loss, engine, plan)
         if cache is None or cache.place is None:
             return {}
         return {"engine.cache": cache.place, "features.dtype": plan.dtype}
 
     def check_data(self) -> TrainedSizes | None:
         """Run the short dataset checks; return the sizes of the training images, if they are files."""
-        parts, train, cache_dir = self.parts, self.feed.train, self.parts.cache_dir
+        parts, train, cache_dir = self.parts, self.data_module.train, self.parts.cache_dir
         counted = parts.value("loss.weights") != "none"
         files = train.source if isinstance(train, PairDataset) and counted else None
         key = files.fingerprint() if files else ""
         group, name = parts.value("data.group"), parts.options["data"]
-        splits = examine(train, self.feed.val, cache_dir=cache_dir, group=group, data_name=name, workers=parts.workers)
+        splits = examine(
+            train, self.data_module.val, cache_dir=cache_dir, group=group, data_name=name, workers=parts.workers
+        )
         records = splits[0].records if splits else ()
         if files and records:
             cache_counts(files, records, key, cache_dir)  # for the loss, which would otherwise read all masks again
@@ -157,10 +159,10 @@ class ImageTask(TrainingTask):
                 f"head.init={model.head.init} needs the full weights on each rank, but engine.sharding shards them. "
                 "Leave one of the two out."
             )
-        data = self.feed.train
+        data = self.data_module.train
         counts = class_counts(data, self.parts.cache_dir).tolist()
         places = list(range(model.backbone.num_layers))
-        grid = Grid(group=self.parts.value("data.group"), seed=self.feed.seed)
+        grid = Grid(group=self.parts.value("data.group"), seed=self.data_module.seed)
         probe = Probe(model, data, counts, engine, {"head": places}, grid)
         probe.fit()
         (found,) = probe.choose()
@@ -179,7 +181,7 @@ class ImageTask(TrainingTask):
         self, model: Segmenter, engine: Engine, best: Path, *, metrics_only: bool, report: bool
     ) -> dict[str, Any]:
         """Score by one exact count over the split; warn if the model is no better than a constant prediction."""
-        data, out_dir = self.feed.val, best.parent.parent / EVALUATION
+        data, out_dir = self.data_module.val, best.parent.parent / EVALUATION
         collector = Collector(data, engine.rank, engine.world) if report else None
         scores = evaluate_images(
             model,
@@ -187,12 +189,12 @@ class ImageTask(TrainingTask):
             engine,
             out_dir,
             metrics_only=metrics_only,
-            policy=self.feed.policy,
-            background=self.feed.background,
+            policy=self.data_module.policy,
+            background=self.data_module.background,
             collector=collector,
         )
         if collector is not None:
-            provenance, background = provenance_of(self.parts, out_dir, best), self.feed.background
+            provenance, background = provenance_of(self.parts, out_dir, best), self.data_module.background
             report_images(provenance, collector, scores, data, engine, out_dir, split="val", background=background)
         if engine.is_main and len(data) < self._val_total:
             few, every = len(data), self._val_total
@@ -212,7 +214,7 @@ class ImageTask(TrainingTask):
     @property
     def skipped(self) -> dict[str, Mapping[str, str]]:
         """Return the files that were left out, with their reasons, by split."""
-        return {"train": self.feed.train.skipped, "val": self.feed.val.skipped}
+        return {"train": self.data_module.train.skipped, "val": self.data_module.val.skipped}
 
     def _class_uniform(self, train: SegmentationData, engine: Engine) -> ClassUniform | None:
         """Return the class-balanced sampling of `data.class_uniform`, which rank 0 prepares; None if it is off."""

@@ -12,7 +12,7 @@ from dinoseg.models.model import Segmenter
 from dinoseg.tasks.images import ImageTask
 from dinoseg.tasks.unmasked import unmasked_images
 from dinoseg.training.engine import Engine
-from dinoseg.training.mixed_feed import MixedFeed, SelfTraining
+from dinoseg.training.mixed_data_module import MixedDataModule, SelfTraining
 from dinoseg.training.self_training_batch import SelfTrainingLoss
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Count
@@ -33,7 +33,7 @@ class SelfTrainingTask(ImageTask):
         val_images: see `ImageTask`.
     """
 
-    feed: MixedFeed
+    data_module: MixedDataModule
 
     def __init__(self, parts: Builder, *, options: SelfTraining, val_images: Count | None = None) -> None:
         super().__init__(parts, val_images=val_images)
@@ -43,18 +43,20 @@ class SelfTrainingTask(ImageTask):
         """List the images with masks and those without."""
         super().open(engine, pictures=pictures)
         options = self._options
-        sources = [image.source for image in unmasked_images(self.parts, options, self.feed.train, self.feed.val)]
+        sources = [
+            image.source for image in unmasked_images(self.parts, options, self.data_module.train, self.data_module.val)
+        ]
         if not sources:
             raise UserError(
                 "trainer=self_training has no images without masks. Give trainer.unlabelled=<folder, quoted pattern or "
                 "video>, or data.labelled=<share or file of names>, which leaves masks out; or train on masks only: "
                 "trainer=supervised."
             )
-        ignored = self.feed.train.ignore_index
-        seen = self.feed.augment, StrongView(), options.views
+        ignored = self.data_module.train.ignore_index
+        seen = self.data_module.augment, StrongView(), options.views
         images = UnlabelledImages(sources, *seen, inside=0 if ignored else 1)
-        self.feed = MixedFeed(**self.feed.given, unlabelled=images, options=options)
-        logger.info("%s with masks, %s without", count_of(len(self.feed.train), "training image"), len(sources))
+        self.data_module = MixedDataModule(**self.data_module.given, unlabelled=images, options=options)
+        logger.info("%s with masks, %s without", count_of(len(self.data_module.train), "training image"), len(sources))
 
     def check_parts(self, model: Segmenter, world: int) -> None:
         """Refuse what `ImageTask` refuses, and settings without a teacher, with sharding or with feature noise."""
@@ -97,7 +99,7 @@ class SelfTrainingTask(ImageTask):
     def check_data(self) -> TrainedSizes | None:
         """Run the short dataset checks, and refuse masks of at most one class: a teacher would predict only that."""
         sizes = super().check_data()
-        train = self.feed.train
+        train = self.data_module.train
         counts = dict(zip(train.classes, class_counts(train, self.parts.cache_dir).tolist(), strict=True))
         there = [name for name, count in counts.items() if count]
         if len(there) < 2:

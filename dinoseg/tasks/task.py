@@ -12,8 +12,8 @@ from dinoseg.experiment.builder import Builder
 from dinoseg.inference.trained_sizes import TrainedSizes
 from dinoseg.models.model import Segmenter
 from dinoseg.report.curves import Plot
+from dinoseg.training.data_module import DataModule
 from dinoseg.training.engine import Engine
-from dinoseg.training.feed import Feed
 from dinoseg.utils.errors import UserError
 
 
@@ -21,7 +21,7 @@ class TrainingTask(ABC):
     """Base class of training tasks: their data, the checks of their parts, and the evaluation of the best checkpoint.
 
     A config names a task as `trainer.task._target_`; further keys of that node are its own options. The constructor
-    reads no files. `open` lists the data, and sets `feed`, `labels`, `labelled` and `split`.
+    reads no files. `open` lists the data, and sets `data_module`, `labels`, `labelled` and `split`.
 
     Args:
         parts: builds the parts of the experiment.
@@ -38,7 +38,7 @@ class TrainingTask(ABC):
 
     what: str
     on_clips: bool = False
-    feed: Feed
+    data_module: DataModule
     labels: SegmentationData | Labels
     labelled: SegmentationData | None = None
     split: Mapping[str, Sequence[str]]

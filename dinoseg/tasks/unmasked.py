@@ -11,7 +11,7 @@ from dinoseg.data.unlabelled import fault
 from dinoseg.data.video.access import ImageSource
 from dinoseg.experiment.builder import Builder
 from dinoseg.tasks.selection.pool import PoolImage, found_in
-from dinoseg.training.mixed_feed import Unlabelled
+from dinoseg.training.mixed_data_module import Unlabelled
 from dinoseg.utils.wording import listed
 from dinoseg.utils.workers import in_processes
 

@@ -24,7 +24,7 @@ from dinoseg.training.feature_cache.cache import FeatureCache
 from dinoseg.training.feature_cache.form import KEY_LENGTH, TYPES, Stored, described, size_of
 from dinoseg.training.feature_cache.key import code_hash, hash_of, origin, weights_hash
 from dinoseg.training.feature_cache.store import DiskStore, FeatureStore, MemoryStore, NoStore, cap_of
-from dinoseg.training.image_feed import ImageFeed
+from dinoseg.training.image_data_module import ImageDataModule
 from dinoseg.utils.devices import synchronize
 from dinoseg.utils.disk_speed import seconds_on_disk
 from dinoseg.utils.errors import UserError
@@ -63,7 +63,9 @@ class Cost(NamedTuple):
         return epochs * (self.frozen + self.rest) / (cached + epochs * self.rest)
 
 
-def measured(feed: ImageFeed, model: Segmenter, loss: Loss, engine: Engine, root: Path, stored: Stored) -> Cost:
+def measured(
+    data_module: ImageDataModule, model: Segmenter, loss: Loss, engine: Engine, root: Path, stored: Stored
+) -> Cost:
     """Measure the cost of the first view of the first training image; the model stays unchanged.
 
     Args:
@@ -78,7 +80,7 @@ def measured(feed: ImageFeed, model: Segmenter, loss: Loss, engine: Engine, root
         UserError: the model cannot be split behind its frozen part, or its features cannot be cached.
     """
     training = model.training
-    batch = Batch.stack([feed.drawn.read(0, 0)]).to(engine.device)
+    batch = Batch.stack([data_module.drawn.read(0, 0)]).to(engine.device)
     try:
         with torch.no_grad(), engine.autocast():
             model.train()  # a head may use more features in train mode; frozen parts stay in eval
@@ -171,7 +173,9 @@ class _Live(UserError):
     """Raised when features cannot be cached, or caching does not pay off; its message is the reason."""
 
 
-def feature_cache(feed: ImageFeed, model: Segmenter, loss: Loss, engine: Engine, plan: Plan) -> FeatureCache | None:
+def feature_cache(
+    data_module: ImageDataModule, model: Segmenter, loss: Loss, engine: Engine, plan: Plan
+) -> FeatureCache | None:
     """Return the feature cache that `engine.cache` selects; None: the model is trained on images.
 
     Raises:
@@ -180,7 +184,7 @@ def feature_cache(feed: ImageFeed, model: Segmenter, loss: Loss, engine: Engine,
     wanted = plan.before if engine.cache == "auto" and plan.before in CACHES else engine.cache
     chosen, reason = None, "This run started without a cache: set engine.cache=disk or memory to use one."
     if wanted != "off":
-        chosen, reason = engine.run_on_rank0(lambda: _chosen_or_why_not(wanted, feed, model, loss, engine, plan))
+        chosen, reason = engine.run_on_rank0(lambda: _chosen_or_why_not(wanted, data_module, model, loss, engine, plan))
     if chosen is None:
         if engine.cache in ("disk", "memory"):
             raise UserError(f"engine.cache={engine.cache}: {reason}")
@@ -188,22 +192,22 @@ def feature_cache(feed: ImageFeed, model: Segmenter, loss: Loss, engine: Engine,
             logger.info("Feature cache: off (engine.cache=auto). %s", reason)
         if not plan.noise:
             return None
-        if feed.class_mix:
+        if data_module.class_mix:
             raise UserError(
-                f"data.feature_noise={plan.noise} with data.class_mix={feed.class_mix}: noise is added to features of "
-                "images without pasted classes. Set one of them to 0."
+                f"data.feature_noise={plan.noise} with data.class_mix={data_module.class_mix}: noise is added to "
+                "features of images without pasted classes. Set one of them to 0."
             )
-        _check_cut(feed, model, engine, plan.noise)
-        return FeatureCache(model, engine.autocast, NoStore, plan.drawing, feed.views, plan.noise)
+        _check_cut(data_module, model, engine, plan.noise)
+        return FeatureCache(model, engine.autocast, NoStore, plan.drawing, data_module.views, plan.noise)
     location, cost = chosen
-    opened = partial(_opened, location == "memory", feed, model, engine, plan)
+    opened = partial(_opened, location == "memory", data_module, model, engine, plan)
     shapes = {(cost.size, True): cost.shapes} if cost.shapes else {}
-    return FeatureCache(model, engine.autocast, opened, plan.drawing, feed.views, plan.noise, location, shapes)
+    return FeatureCache(model, engine.autocast, opened, plan.drawing, data_module.views, plan.noise, location, shapes)
 
 
-def _check_cut(feed: ImageFeed, model: Segmenter, engine: Engine, noise: float) -> None:
+def _check_cut(data_module: ImageDataModule, model: Segmenter, engine: Engine, noise: float) -> None:
     """Refuse feature noise if the model cannot be split behind its frozen part."""
-    sample = feed.val[0]["image"][None].to(engine.device)
+    sample = data_module.val[0]["image"][None].to(engine.device)
     try:
         if not engine.sharded:
             with engine.autocast():
@@ -226,42 +230,44 @@ def _chosen_or_why_not(wanted: str, *parts: Any) -> tuple[tuple[str, Cost] | Non
         return None, str(error)
 
 
-def _chosen(wanted: str, feed: ImageFeed, model: Segmenter, loss: Loss, engine: Engine, plan: Plan) -> tuple[str, Cost]:
+def _chosen(
+    wanted: str, data_module: ImageDataModule, model: Segmenter, loss: Loss, engine: Engine, plan: Plan
+) -> tuple[str, Cost]:
     """Return `disk` or `memory`, as `wanted` or whichever pays off, and the cost of an image; log the choice.
 
     Raises:
         _Live: neither is possible, or `auto` finds that neither pays off.
     """
     forced = wanted if wanted in ("disk", "memory") else None
-    if feed.views is None:
+    if data_module.views is None:
         raise _Live(
             "Random augmentation makes every view unique. Set data.views=4 to cache 4 fixed augmentations per image."
         )
-    if feed.class_mix:
+    if data_module.class_mix:
         raise _Live(
-            f"data.class_mix={feed.class_mix} pastes other classes on the images in each epoch, which makes every view "
-            "unique. Set data.class_mix=0."
+            f"data.class_mix={data_module.class_mix} pastes other classes on the images in each epoch, which makes "
+            "every view unique. Set data.class_mix=0."
         )
     if engine.sharded:
         raise _Live("The weights are sharded over the ranks (engine.sharding=fsdp).")
     logger.info("engine.cache=%s: timing steps with and without cached features ...", engine.cache)
     try:
-        cost = measured(feed, model, loss, engine, _root(plan), plan.dtype)
+        cost = measured(data_module, model, loss, engine, _root(plan), plan.dtype)
     except UserError as error:  # the model cannot be split
         raise _Live(str(error)) from None
-    count = len(feed.train) * min(feed.views, math.ceil(plan.epochs))
-    size = cost.bytes * count + _val_bytes(feed, model, cost)
+    count = len(data_module.train) * min(data_module.views, math.ceil(plan.epochs))
+    size = cost.bytes * count + _val_bytes(data_module, model, cost)
     rooms = {"disk": _disk_room(plan), "memory": _memory_room(plan, engine)}
-    gains = {kind: cost.gain(plan.epochs, feed.views, disk=kind == "disk") for kind in rooms}
+    gains = {kind: cost.gain(plan.epochs, data_module.views, disk=kind == "disk") for kind in rooms}
     paying = [kind for kind in rooms if size <= rooms[kind] and gains[kind] >= _MIN_GAIN]
     read = f"{cost.read:.2g} s to read back, " if math.isfinite(cost.read) else ""  # inf: write failed
     facts = (
-        f"The features of {count_of(len(feed.train), 'image')} in {count_of(feed.views, 'view')} and of "
-        f"{count_of(len(feed.val), 'validation image')} take about {in_bytes(size)} as {plan.dtype}; an "
+        f"The features of {count_of(len(data_module.train), 'image')} in {count_of(data_module.views, 'view')} and of "
+        f"{count_of(len(data_module.val), 'validation image')} take about {in_bytes(size)} as {plan.dtype}; an "
         f"image takes {cost.frozen:.2g} s to compute, {read}and the rest of its step {cost.rest:.2g} s"
     )
     if not (forced or paying):
-        raise _Live(f"{facts}. {_why_not(plan, feed.views, size, rooms, gains)}")
+        raise _Live(f"{facts}. {_why_not(plan, data_module.views, size, rooms, gains)}")
     kind = forced or paying[0]
     logger.info(
         "Feature cache: on (engine.cache=%s), %s%s. %s: estimated speed-up %.1f over %.1f epochs.",
@@ -295,10 +301,10 @@ def _why_not(plan: Plan, views: int, size: int, rooms: Mapping[str, int], gains:
     return f"The disk is too slow (estimated speed-up {gains['disk']:.2f}), and the features do not fit into memory."
 
 
-def _val_bytes(feed: ImageFeed, model: Segmenter, cost: Cost) -> int:
+def _val_bytes(data_module: ImageDataModule, model: Segmenter, cost: Cost) -> int:
     """Estimate the bytes of the validation images' features, as if all these images had the size of the first."""
-    height, width = feed.val[0]["mask"].shape
-    return round(cost.bytes * math.prod(model.input_size((height, width))) / cost.pixels) * len(feed.val)
+    height, width = data_module.val[0]["mask"].shape
+    return round(cost.bytes * math.prod(model.input_size((height, width))) / cost.pixels) * len(data_module.val)
 
 
 def _root(plan: Plan) -> Path:
@@ -315,7 +321,7 @@ def _memory_room(plan: Plan, engine: Engine) -> int:
     return room if cap is None else min(room, cap)
 
 
-def _opened(memory: bool, feed: ImageFeed, model: Segmenter, engine: Engine, plan: Plan) -> FeatureStore:
+def _opened(memory: bool, data_module: ImageDataModule, model: Segmenter, engine: Engine, plan: Plan) -> FeatureStore:
     """Return the feature store for the model's current weights."""
     if memory:
         return MemoryStore(plan.dtype, _memory_room(plan, engine))
@@ -323,7 +329,7 @@ def _opened(memory: bool, feed: ImageFeed, model: Segmenter, engine: Engine, pla
     parts = {
         **{name: part for name, part in plan.parts.items() if name != "head" or not maps_alone},
         "weights": weights_hash(frozen_tensors(model)),
-        "code": code_hash([model.backbone, model.head], feed.augment),
+        "code": code_hash([model.backbone, model.head], data_module.augment),
         "sizes": hash_of(model.scale, model.longest),
         "cut": hash_of(model.backbone.first_trained, maps_alone),
         "precision": hash_of(engine.precision, engine.tf32, engine.device.type, plan.dtype, engine.compile),

@@ -15,9 +15,9 @@ from dinoseg.inference.policy import Autocast, Policy
 from dinoseg.inference.whole import Whole
 from dinoseg.models.model import Segmenter
 from dinoseg.training.checkpoint import Checkpoints, Progress, comparable
-from dinoseg.training.feed import Validation
+from dinoseg.training.data_module import Validation
 from dinoseg.training.head_training import DROPPED, HeadTraining
-from dinoseg.training.image_feed import ImageFeed
+from dinoseg.training.image_data_module import ImageDataModule
 from dinoseg.training.loading import frozen_fingerprint
 from dinoseg.training.trainer import Experiment
 from dinoseg.utils.devices import empty_cache
@@ -180,7 +180,7 @@ class MultiHeadExperiment(Experiment):
 
     def validate(self, heads: Sequence[HeadTraining]) -> list[Validation]:
         """Return the scores of some heads from one pass over the data."""
-        assert isinstance(self.data, ImageFeed) and isinstance(self.model, MultiHeadSegmenter)
+        assert isinstance(self.data, ImageDataModule) and isinstance(self.model, MultiHeadSegmenter)
         scored = [self.data.scored(head.model, head.criterion, self.engine) for head in heads]
         inputs = partial(self.model.inputs, heads, self.data.policy or Whole(), self.engine.autocast)
         return self.data.validate_each(scored, self.engine, inputs=inputs)

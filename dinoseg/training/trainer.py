@@ -18,9 +18,9 @@ from dinoseg.core.shapes import Prediction
 from dinoseg.models.model import Segmenter
 from dinoseg.report.log import RunLog
 from dinoseg.training.checkpoint import Checkpoints, Progress
+from dinoseg.training.data_module import DataModule, Validation
 from dinoseg.training.emergency import EmergencyCheckpoint
 from dinoseg.training.engine import Engine
-from dinoseg.training.feed import Feed, Validation
 from dinoseg.training.freeze import BackboneFreeze
 from dinoseg.training.head_training import HeadTraining, NonFiniteLoss
 from dinoseg.training.loss_scale import LossScale
@@ -108,7 +108,7 @@ class Experiment:
 
     model: Segmenter
     criterion: Loss
-    data: Feed
+    data: DataModule
     optimizer: Optimizer
     schedule: Callable[[int, int], float]
     engine: Engine
@@ -204,7 +204,7 @@ def fit(experiment: Experiment) -> Progress:
     return progress
 
 
-def check_score(data: Feed, score: str) -> None:
+def check_score(data: DataModule, score: str) -> None:
     """Refuse a score that the validation does not compute."""
     if score not in data.score_names:
         raise UserError(f"trainer.score={score} is not a score. Choose one of {', '.join(data.score_names)}.")

@@ -51,7 +51,7 @@ def trained(cfg, **given):
         "cache_dir": cfg.cache_dir,
         "group": cfg.data.group,
     }
-    return TrainedRun(engine.place(Builder(cfg).model()), engine, task.feed, **{**parts, **given})
+    return TrainedRun(engine.place(Builder(cfg).model()), engine, task.data_module, **{**parts, **given})
 
 
 @pytest.fixture(scope="module")
@@ -106,9 +106,11 @@ def test_nothing_is_compared_without_time_or_images(world, compose, monkeypatch)
     monkeypatch.setattr(probe_baseline, "_affordable", lambda *given: asked.append(given) or (1, False))
     assert compare(finished, seconds=9.0) is None
     (run, policy), (plain, whole), splits, _, seconds = asked[0]
-    assert run is finished.model and policy is finished.feed.policy is not None
+    assert run is finished.model and policy is finished.data_module.policy is not None
     assert isinstance(plain.head, LinearHead) and whole is None
-    assert splits == (finished.feed.train, finished.feed.val) and 0 < seconds < 9.0  # less what was built until then
+    assert (
+        splits == (finished.data_module.train, finished.data_module.val) and 0 < seconds < 9.0
+    )  # less what was built until then
 
 
 def ways_of(found):
@@ -386,8 +388,8 @@ def test_the_probe_is_solved_and_scored_as_the_run_says(held, monkeypatch):
     monkeypatch.setattr(probe_baseline, "evaluate", scored)
     words = ("backbone.layers=[0,1]", "data.group='^(.)'", "inference=windows", "inference.size=16")
     found = held(*words, anew=True)
-    said = {"places": [0, 1], "group": "^(.)", "held_out": 0.2, "policy": found.run.feed.policy}
-    assert asked == said and found.run.feed.policy is not None
+    said = {"places": [0, 1], "group": "^(.)", "held_out": 0.2, "policy": found.run.data_module.policy}
+    assert asked == said and found.run.data_module.policy is not None
     monkeypatch.setattr(probe_baseline, "_WIDEST", 47)  # of two maps of 24
     held("backbone.layers=[0,1]", anew=True)
     assert asked["places"] == [1] and asked["group"] != "^(.)"

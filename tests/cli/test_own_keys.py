@@ -107,7 +107,7 @@ def test_only_keys_that_all_named_checkpoints_have_are_theirs(here):
         ["mode=train", "head.num_slots=2", "resume=null"],
         ["mode=eval", "resume=slots", "head=slots", "+head.num_slots=2", "++head.num_slots=3", "~head.num_slots"],
         ["mode=eval", "resume=slots", "data=videos", "data.view.flip=0"],
-        ["mode=eval", "resume=slots", "engine=cpu", "tracker.short=96", "mode.split=val", "resume", "a=[b"],
+        ["mode=eval", "resume=slots", "engine=cpu", "tracker.short_side=96", "mode.split=val", "resume", "a=[b"],
     ],
 )
 def test_other_words_stay_as_they_are(here, arguments):

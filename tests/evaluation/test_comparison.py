@@ -236,7 +236,7 @@ def with_config(folder, seed=0, **data):
 
 
 def test_what_a_class_file_says_makes_no_other_recipe(tmp_path):
-    left = {"background": "${class_file:background}", "reader": {"ids": "${class_file:ids,drawn}"}}
+    left = {"background": "${class_file:background}", "reader": {"ids": "${class_file:ids,shapes}"}}
     trained = with_config(tmp_path / "trained", **left)
     evaluated = with_config(tmp_path / "evaluated", 1, background=None, reader={"ids": {11: 255, 12: 0}})
     other = with_config(tmp_path / "other", 2, background=None, reader={"ids": {11: 255}, "idsof": 1})

@@ -646,7 +646,7 @@ def test_propagation_from_the_command_line(tmp_path, monkeypatch):
     write_davis(tmp_path / "DAVIS", SEQUENCES)
     passes = []
     monkeypatch.setattr(engine.Engine, "autocast", lambda _: nullcontext(passes.append(1)))
-    words = ["data=davis2017", "data.root=DAVIS", "backbone=rgb", "engine=cpu", "tracker.short=null"]
+    words = ["data=davis2017", "data.root=DAVIS", "backbone=rgb", "engine=cpu", "tracker.short_side=null"]
     words.append("engine.eval_batch_size=6")
     done = call(tmp_path, "mode=eval", *words, "slots.match=overlap", "hydra.run.dir=run")
     assert done.status == 0 and "J&F-Mean" in done.out, done.err

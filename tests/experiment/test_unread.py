@@ -6,11 +6,11 @@ from dinoseg.experiment.unread import warn_not_read, warn_unread
 @pytest.mark.parametrize(
     ("words", "unread", "named"),
     [
-        (["mode=track", "slots=lock_on", "tracker.short=4"], ["slots"], "slots=lock_on"),
+        (["mode=track", "slots=lock_on", "tracker.short_side=4"], ["slots"], "slots=lock_on"),
         (["slots.match=auto", "slots.extra_slots=0"], ["slots"], "slots.match=auto, slots.extra_slots=0"),
-        (["+slots.match=auto", "tracker.short=4"], ["tracker.short", "slots"], "+slots.match=auto, tracker.short=4"),
-        (["tracker=crw", "tracker.context=3"], ["tracker.short", "tracker.first"], None),
-        (["slotsize=3", "head.slots=2", "tracker.shorter=1"], ["slots", "tracker.short"], None),
+        (["+slots.match=auto", "tracker.dtype=x"], ["tracker.dtype", "slots"], "+slots.match=auto, tracker.dtype=x"),
+        (["tracker=crw", "tracker.context=3"], ["tracker.short_side", "tracker.first"], None),
+        (["slotsize=3", "head.slots=2", "tracker.shorter=1"], ["slots", "tracker.short_side"], None),
         ([], ["slots"], None),
     ],
 )  # fmt: skip

@@ -30,7 +30,7 @@ from dinoseg.utils.images import read_ids
 SIZE = (36, 50)
 kept = {}  # the composed config
 WORDS = ["mode=track", "backbone=rgb", "backbone.patch_size=4", "engine=cpu", "engine.precision=fp32"]
-WORDS += ["tracker.short=36", "tracker.radius=4", "mode.batch_size=3", "mode.save_every=3"]
+WORDS += ["tracker.short_side=36", "tracker.radius=4", "mode.batch_size=3", "mode.save_every=3"]
 
 
 def frame(number):
@@ -120,7 +120,7 @@ def test_a_video_and_another_protocol(track):
     for number in range(6):
         writer.write(frame(number)[0][..., ::-1])
     writer.release()
-    changes = ["tracker=crw", "tracker.short=null", "tracker.context=2"]
+    changes = ["tracker=crw", "tracker.short_side=null", "tracker.context=2"]
     result = track(*changes, source="v.avi")
     assert result["frames"] == 6 and names("out/masks") == [f"{number:09d}.png" for number in range(6)]
     told = json.loads(Path("out/track.json").read_text(encoding="utf-8"))
@@ -132,28 +132,28 @@ def test_a_video_and_another_protocol(track):
 def test_the_overlay_shows_the_masks_that_are_saved(track, monkeypatch, upsample):
     shown, blend = [], track_report.blend
     monkeypatch.setattr(track_report, "blend", lambda *given, **named: shown.append(given[1]) or blend(*given, **named))
-    track("tracker.short=18", f"tracker.upsample={upsample}", "mode.batch_size=10")
+    track("tracker.short_side=18", f"tracker.upsample={upsample}", "mode.batch_size=10")
     assert all(np.array_equal(*pair) for pair in zip(shown, masks("out").values(), strict=True))
 
 
 def test_own_videos_are_never_enlarged_and_get_soft_outlines_but_protocols_do_as_published(clip, compose):
     own = instantiate(compose("mode=track").tracker)
-    assert (own.upsample, own.enlarge, own.short) == ("bilinear", False, 960)
+    assert (own.upsample, own.enlarge, own.short_side) == ("bilinear", False, 960)
     assert instantiate(compose("mode=app").tracker) == own
     assert asdict(instantiate(compose("mode=eval", "data=davis2017").tracker)) == asdict(DINOV3)
     assert asdict(instantiate(compose("mode=track", "tracker=dinov3").tracker)) == asdict(DINOV3)
 
 
 def test_the_grid_is_reported_before_the_first_frame(track):
-    track("tracker.short=72", "tracker.enlarge=false", "tracker.rounding=down")
+    track("tracker.short_side=72", "tracker.enlarge=false", "tracker.rounding=down")
     assert (
         "Tracking 10 frames of 36 x 50 (height x width): the backbone gets them at 36 x 48, on a grid of 9 x 12 cells "
-        "(tracker.enlarge=true tracker.short=72 is finer, but at least four times slower)"
+        "(tracker.enlarge=true tracker.short_side=72 is finer, but at least four times slower)"
     ) in Path("out/run.log").read_text(encoding="utf-8")
-    track("tracker.short=72", "tracker.enlarge=true", out="large")
+    track("tracker.short_side=72", "tracker.enlarge=true", out="large")
     assert (
-        "gets them at 72 x 100, on a grid of 18 x 25 cells, enlarged to tracker.short=72: tracker.enlarge=false takes "
-        "less time"
+        "gets them at 72 x 100, on a grid of 18 x 25 cells, enlarged to tracker.short_side=72: tracker.enlarge=false "
+        "takes less time"
     ) in Path("large/run.log").read_text(encoding="utf-8")
 
 
@@ -198,7 +198,7 @@ def test_a_stop_in_the_report_is_gone_on_with_too(track, monkeypatch):
     [
         (["tracker.radius=5"], r"tracker\.radius was 4 and is 5"),
         (
-            ["tracker=dino", "tracker.short=36"],
+            ["tracker=dino", "tracker.short_side=36"],
             r"tracker\.first was nearest_exact and is nearest; tracker\.long_multiple",
         ),
         (["backbone.std=[.2,.2,.2]"], r"backbone\.weights was \w+ and is \w+"),
@@ -287,7 +287,7 @@ def test_the_configs_are_the_protocols(compose, name, settings):
     assert asdict(instantiate(compose(f"tracker={name}").tracker)) == asdict(settings)
     written = yaml.safe_load((FOLDER / "tracker" / f"{name}.yaml").read_text())
     assert list(written) == ["_target_", *asdict(settings)]  # every key, in the fields' order
-    assert instantiate(compose(f"tracker={name}", "tracker.radius=24", "tracker.short=480").tracker).radius == 24
+    assert instantiate(compose(f"tracker={name}", "tracker.radius=24", "tracker.short_side=480").tracker).radius == 24
 
 
 def resident():
@@ -319,7 +319,7 @@ def test_memory_does_not_grow_with_the_video(track, monkeypatch):
 
     watched(mask_folder, "write_indexed_png")
     watched(track_report, "blend")
-    changes = ["tracker.short=64", "tracker.context=2", "backbone.patch_size=32", "mode.batch_size=20"]
+    changes = ["tracker.short_side=64", "tracker.context=2", "backbone.patch_size=32", "mode.batch_size=20"]
     assert track(*changes, source="v.avi", labels="noise.png")["frames"] == 2000
     for name, (early, late) in used.items():
         # 1800 frames of 18 kB would be 33 MB

@@ -22,7 +22,7 @@ from dinoseg.utils.images import read_ids, write_png
 WAYS = {
     "segmenter": ("resume=segmenter", "mode.smoothing=0.8", "tracker.context=2"),
     "slots": ("resume=slots", "labels=first.png", "slots=lock_on", "slots.match=overlap"),
-    "backbone": ("labels=first.png", "backbone=rgb", "backbone.patch_size=4", "tracker.short=null"),
+    "backbone": ("labels=first.png", "backbone=rgb", "backbone.patch_size=4", "tracker.short_side=null"),
 }
 CPU = ("engine=cpu", "engine.precision=fp32")
 
@@ -147,8 +147,8 @@ def test_what_is_refused_leaves_nothing(trained, way, more, message):
 @pytest.mark.parametrize(
     ("way", "more", "idle"),
     [
-        ("segmenter", ("slots.temperature=0.1", "tracker.short=64", "tracker.first=nearest", "tracker.radius=3"),
-         "slots.temperature=0.1, tracker.short=64, tracker.first=nearest. Smoothing"),
+        ("segmenter", ("slots.temperature=0.1", "tracker.short_side=64", "tracker.first=nearest", "tracker.radius=3"),
+         "slots.temperature=0.1, tracker.short_side=64, tracker.first=nearest. Smoothing"),
         ("slots", ("tracker=crw", "tracker.context=3", "slots.temperature=0.1"),
          "tracker=crw, tracker.context=3. Slots"),
         ("backbone", ("slots=lock_on", "slots.extra_slots=1", "tracker.context=3"),

@@ -16,7 +16,7 @@ from dinoseg.models.heads.cnn import CnnHead
 from dinoseg.modes import train_heads
 from dinoseg.training import checkpoint
 from dinoseg.training.checkpoint import Checkpoints
-from dinoseg.training.image_feed import ImageFeed
+from dinoseg.training.image_data_module import ImageDataModule
 from dinoseg.training.multi_head import MultiHeadSegmenter
 from dinoseg.utils.errors import UserError
 
@@ -144,7 +144,7 @@ def test_it_resumes_with_all_heads_at_one_step(folder, run, monkeypatch, kind, n
         if kind == "killed":  # by what no handler sees, before a save
             patched.setattr(Checkpoints, "save", stopping(Checkpoints.save, number, SystemExit(9)))
         else:
-            patched.setattr(ImageFeed, "tally", stopping(ImageFeed.tally, number, OSError("truncated")))
+            patched.setattr(ImageDataModule, "tally", stopping(ImageDataModule.tally, number, OSError("truncated")))
         with pytest.raises(OSError) if kind == "fails" else pytest.MonkeyPatch.context():
             assert call(folder, *MANY, f"hydra.run.dir={where}/base/train_x").status == 9
     path = folder / where / "base/train_x"
@@ -172,7 +172,7 @@ def test_the_folder_of_a_head_cannot_be_resumed_and_stays_as_it_is(folder, run):
 def test_several_heads_are_not_trained_in_float16():
     engine = SimpleNamespace(sharded=False, cache="off", loss_scale=lambda: object())
     with pytest.raises(UserError, match="fp16 scales the loss of one head at a time. Set engine.precision=fp32"):
-        train_heads._check_task(None, SimpleNamespace(feed=object.__new__(ImageFeed)), engine)
+        train_heads._check_task(None, SimpleNamespace(data_module=object.__new__(ImageDataModule)), engine)
 
 
 def test_backbones_of_heads_update_no_statistics(compose):

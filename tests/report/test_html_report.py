@@ -117,7 +117,7 @@ class Tags(HTMLParser):
     def __init__(self, page):
         super().__init__()
         self.open, self.found = [], []
-        self.feed(page)
+        self.data_module(page)
         assert not self.open
 
     def handle_starttag(self, tag, attributes):

@@ -52,7 +52,7 @@ def scene(trained_once, tmp_path_factory):
 
 @contextmanager
 def running(folder, trained_once):
-    words = [f"resume={trained_once}/segmenter", "engine=cpu", "mode.port=0", "tracker.short=48"]
+    words = [f"resume={trained_once}/segmenter", "engine=cpu", "mode.port=0", "tracker.short_side=48"]
     command = [sys.executable, "-m", "dinoseg", "mode=app", *words, "hydra.run.dir=app"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     server = subprocess.Popen(

@@ -262,7 +262,7 @@ def test_a_server_without_a_model_says_what_is_missing(tmp_path):
     assert done.status == 1 and "resume is not set" in done.err and not list(tmp_path.glob("outputs/*/*"))
     both = call(tmp_path, "mode=serve", "engine=cpu", "mode.port=0", "mode.model=a.onnx", "mode.limits.queue=0")
     assert both.status == 1 and "mode.limits.queue=0 is out of range" in both.err
-    wrong = call(tmp_path, "mode=app", "engine=cpu", "mode.port=0", "tracker.short=0", "mode.hosts=[]")
+    wrong = call(tmp_path, "mode=app", "engine=cpu", "mode.port=0", "tracker.short_side=0", "mode.hosts=[]")
     assert wrong.status == 1 and "short=0 is out of range" in wrong.err
     long = call(tmp_path, "mode=serve", "mode.port=0", "mode.wait_ms=5000", "mode.limits.timeout=5")
     assert "mode.wait_ms=5000 reaches the request timeout (mode.limits.timeout=5 seconds)" in long.err

@@ -127,7 +127,7 @@ def test_images_without_masks_are_drawn_for_no_class(folder, compose, monkeypatc
     cfg = compose(*HALF, "data.class_uniform=0.5")
     task = Builder(cfg).task()
     task.open(Engine("cpu", "fp32", workers=0))
-    assert task.feed.uniform is not None and task.feed.others.uniform is None
+    assert task.data_module.uniform is not None and task.data_module.others.uniform is None
 
 
 def test_frames_of_a_video_are_learnt_from(folder):

@@ -172,7 +172,7 @@ def test_many_images_without_masks_are_read_in_processes(here, photos, compose, 
     task = Builder(compose(*words, "data.on_error=skip", "data.workers=2")).task()
     task.open(Engine("cpu", "fp32", workers=0))
     assert asked == [2] and f"left out of the images without masks: 1. Cannot read {broken}" in caplog.text
-    assert len(task.feed.unlabelled) == 5
+    assert len(task.data_module.unlabelled) == 5
 
 
 def test_masks_of_one_class_alone_are_refused(compose, tmp_path):

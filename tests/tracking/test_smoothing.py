@@ -295,9 +295,9 @@ def test_only_what_is_read_is_recorded(segmenter):
     model = segmenter()
     told = SmoothingTracker(model, NEAR).settings
     assert set(told["tracker"]) == set(asdict(NEAR)) - {
-        *("first", "upsample", "min_max", "short", "long_multiple", "rounding", "resample", "enlarge")
+        *("first", "upsample", "min_max", "short_side", "long_multiple", "rounding", "resample", "enlarge")
     }
-    assert SmoothingTracker(model, replace(NEAR, short=7, first="bilinear")).settings == told
+    assert SmoothingTracker(model, replace(NEAR, short_side=7, first="bilinear")).settings == told
     for key, value in {"context": 1, "radius": 1, "top_k": 2, "temperature": 0.3, "repeat_first": True}.items():
         assert SmoothingTracker(model, replace(NEAR, **{key: value})).settings != told, key
     half = SmoothingTracker(model, NEAR, autocast=lambda: torch.autocast("cpu", torch.bfloat16)).settings

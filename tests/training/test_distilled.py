@@ -14,10 +14,10 @@ from dinoseg.data.transforms import Affine, Augment
 from dinoseg.data.unlabelled import Unmasked
 from dinoseg.losses.cross_entropy import CrossEntropy
 from dinoseg.losses.distillation import TeacherView, divergence
-from dinoseg.tasks.distil import CachedScores, DistilFeed, DistilledLoss, Part, ScoredBatch
+from dinoseg.tasks.distil import CachedScores, DistillationDataModule, DistilledLoss, Part, ScoredBatch
 from dinoseg.training.feature_cache.form import to_bytes
 from dinoseg.training.feature_cache.store import DiskStore, NoStore
-from dinoseg.training.image_feed import ImageFeed
+from dinoseg.training.image_data_module import ImageDataModule
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import write_png
 
@@ -73,10 +73,10 @@ def test_each_image_of_a_batch_comes_with_its_own_scores(tmp_path):
     others = Unmasked(["u0", "u1"], [tmp_path / "0.png", tmp_path / "1.png"], Ramps())
     for rank in range(2):
         own = {"augment": augment, "batch_size": 2, "seed": 4, "workers": 0, "rank": rank, "world": 2}
-        without = ImageFeed(others, Ramps(), **own)
+        without = ImageDataModule(others, Ramps(), **own)
         scores = CachedScores(where, NoStore(), 2)
-        feed = DistilFeed(Ramps(), Ramps(), **own, scores=scores, others=without, views=3)
-        for drawn in islice(feed.train_batches(start=3), 4):
+        data_module = DistillationDataModule(Ramps(), Ramps(), **own, scores=scores, others=without, views=3)
+        for drawn in islice(data_module.train_batches(start=3), 4):
             batch = drawn.to(CPU)
             assert len(batch.seen) == batch.count == 2 and batch.labelled == 1 and batch.names[1][0] == "u"
             assert (batch.mask[1] == 255).all() and (batch.mask[0] != 255).any()
@@ -213,4 +213,4 @@ def test_views_that_do_not_say_where_they_lie_are_refused():
 
     for augment in (Other((4, 4)), lambda image, mask, rng: (image, mask)):
         with pytest.raises(UserError, match="does not return the position of a view in its image"):
-            DistilFeed(Ramps(), Ramps(), augment, 1, 0, 0, scores=CachedScores(where, NoStore(), 2))
+            DistillationDataModule(Ramps(), Ramps(), augment, 1, 0, 0, scores=CachedScores(where, NoStore(), 2))

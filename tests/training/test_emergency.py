@@ -20,10 +20,10 @@ from dinoseg.models.heads.linear import LinearHead
 from dinoseg.models.model import Segmenter
 from dinoseg.training import checkpoint
 from dinoseg.training.checkpoint import Checkpoints, read
+from dinoseg.training.data_module import Validation
 from dinoseg.training.engine import Engine
-from dinoseg.training.feed import Validation
 from dinoseg.training.head_training import NonFiniteLoss
-from dinoseg.training.image_feed import ImageFeed
+from dinoseg.training.image_data_module import ImageDataModule
 from dinoseg.training.optim import adamw, schedule
 from dinoseg.training.trainer import Experiment, Settings, fit
 from dinoseg.utils.errors import UserError
@@ -32,7 +32,7 @@ from dinoseg.utils.interrupt import Interrupted
 pytestmark = pytest.mark.slow  # trains in each test
 
 
-class Failing(ImageFeed):
+class Failing(ImageDataModule):
     """A feed that does something before it draws a batch, or before a validation, of a number each."""
 
     batch = validation = -1
@@ -68,15 +68,15 @@ def train():
         torch.manual_seed(0)
         model = Segmenter(Full()(tiny_vit()), Dropping(24, 1, 3))
         augment = Augment((24, 32), affine=Affine(degrees=20))
-        feed = Failing(Stripes([(32, 40)] * 6), Stripes([(32, 40), (19, 23)]), augment, 3, seed=0, workers=0)
+        data_module = Failing(Stripes([(32, 40)] * 6), Stripes([(32, 40), (19, 23)]), augment, 3, seed=0, workers=0)
         for name in ("batch", "validation", "fails"):
-            setattr(feed, name, options.pop(name, getattr(feed, name)))
+            setattr(data_module, name, options.pop(name, getattr(data_module, name)))
         found = read(folder / "last.safetensors") if start else None
         checkpoints = Checkpoints(folder, dict(INFO), found, options.pop("writes", True))
         settings = Settings(**{"steps": 6, "val_every": 3, "log_every": 1, "accumulate": 2, "ema": 0.5, **options})
         log, error = Rows(), None
         optimizer, engine = adamw(model, lr=3e-3), Engine("cpu", "fp32", workers=0)
-        parts = (model, CrossEntropy(torch.ones(3)), feed, optimizer, schedule(), engine, checkpoints, log)
+        parts = (model, CrossEntropy(torch.ones(3)), data_module, optimizer, schedule(), engine, checkpoints, log)
         try:
             fit(Experiment(*parts, settings))
         except (Exception, Interrupted) as caught:
@@ -213,7 +213,7 @@ def test_only_the_rank_that_writes_says_that_a_step_is_saved(train, tmp_path, ca
 
 
 def test_no_best_is_chosen_by_a_score_that_is_no_number(train, tmp_path, monkeypatch):
-    monkeypatch.setattr(ImageFeed, "validate", lambda *_: Validation({"miou": math.nan}, {}))
+    monkeypatch.setattr(ImageDataModule, "validate", lambda *_: Validation({"miou": math.nan}, {}))
     error = train(tmp_path).error
     assert isinstance(error, NonFiniteLoss) and str(error).startswith("val/miou is nan at step 3")
     assert not (tmp_path / "best.safetensors").exists()

@@ -42,7 +42,7 @@ from dinoseg.training.feature_cache import cache, store
 from dinoseg.training.feature_cache.cache import CachedMasks
 from dinoseg.training.feature_cache.form import to_bytes
 from dinoseg.training.feature_choice import Cost, Plan, feature_cache, measured
-from dinoseg.training.image_feed import ImageFeed
+from dinoseg.training.image_data_module import ImageDataModule
 from dinoseg.training.optim import adamw, schedule
 from dinoseg.training.trainer import Experiment, Settings, fit
 from dinoseg.utils import cores
@@ -108,18 +108,18 @@ def train(data, tiny_backbone, tmp_path):
         policy = options.pop("policy", None)
         share = {"batch_size": 2, "seed": 5, "workers": options.pop("workers", 0), "policy": policy}
         share["uniform"] = options.pop("uniform", None)
-        feed = ImageFeed(data_set, data_set, augment, pictures=1, views=views, **share)
+        data_module = ImageDataModule(data_set, data_set, augment, pictures=1, views=views, **share)
         plan = Plan(tmp_path / "cache", epochs or steps * 2 / 5, "drawing", {}, dtype=dtype, **options)
         loss = CrossEntropy(torch.ones(3))
-        feed.cache = feature_cache(feed, model, loss, engine, plan)
+        data_module.cache = feature_cache(data_module, model, loss, engine, plan)
         if epochs:
-            return [], feed, model
+            return [], data_module, model
         points = Checkpoints(tmp_path / f"run_{cache}_{steps}_{start}", INFO, start and read(start))
         log = Losses()
         optimizer = adamw(model, lr=0.05, weight_decay=0.0)
         settings = Settings(steps=steps, val_every=3, log_every=1)
-        fit(Experiment(model, loss, feed, optimizer, schedule("constant"), engine, points, log, settings))
-        return log.rows, feed, model
+        fit(Experiment(model, loss, data_module, optimizer, schedule("constant"), engine, points, log, settings))
+        return log.rows, data_module, model
 
     return run
 
@@ -184,11 +184,11 @@ def test_each_view_is_read_by_the_training_s_own_process_once_it_was_read_by_any
     loaded, load = [], loader._load_ahead
     monkeypatch.setattr(loader, "_load_ahead", lambda read, keys, n, **_: loaded.append(n) or load(read, keys, n))
     monkeypatch.setattr(cores, "_usable", lambda: set(range(2)))
-    rows, feed, _ = train("disk", workers="auto", steps=9)
+    rows, data_module, _ = train("disk", workers="auto", steps=9)
     assert rows == train(steps=9)[0]
     assert loaded == [2, 2, 0, 0, 0]  # 6 batches hold both views of all, with a validation; then 3, with two more
     monkeypatch.setattr(PairDataset, "mask", lambda *_: pytest.fail("a mask is decoded once more"))
-    batches = feed.train_batches(0)
+    batches = data_module.train_batches(0)
     assert [next(batches).names for _ in range(3)]
 
 
@@ -267,7 +267,9 @@ def test_what_is_not_seen_whole_is_read_by_its_own_number(data):
     share = {"batch_size": 2, "seed": 0, "workers": 0, "policy": policy, "rank": 1, "world": 2}
     views = [SimpleNamespace(size=size) for size in ((19, 23), (1, 9))]
     cache = SimpleNamespace(eval_batches=lambda *_, **__: iter(views))
-    whole, read = ImageFeed(data, data, AUGMENT, **share)._cached_batches(cache, None, SimpleNamespace(autocast=None))
+    whole, read = ImageDataModule(data, data, AUGMENT, **share)._cached_batches(
+        cache, None, SimpleNamespace(autocast=None)
+    )
     assert whole is views[0] and read.names == ["3"]
 
 
@@ -324,12 +326,12 @@ def test_an_image_that_float16_does_not_hold_is_trained_on_beside_others(train, 
         return found
 
     monkeypatch.setattr(Segmenter, "frozen", large)
-    _, feed, _ = train("memory", epochs=20, dtype="float16")
-    batches, kinds = feed.train_batches(0), set()
+    _, data_module, _ = train("memory", epochs=20, dtype="float16")
+    batches, kinds = data_module.train_batches(0), set()
     for views in itertools.islice(batches, 5):
         tensors = views.to(torch.device("cpu")).image.tensors
         assert all(part.dtype == torch.float32 and part.isfinite().all() for part in tensors)
-        kinds |= {feed.cache.store.get(view.key)[0].dtype for view in views.views}
+        kinds |= {data_module.cache.store.get(view.key)[0].dtype for view in views.views}
     assert kinds == {torch.float16, torch.bfloat16}
 
 
@@ -353,10 +355,10 @@ def test_features_of_other_shapes_or_kinds_are_none_and_mended(
     assert train("disk", steps=3)[0] == live
     if not known:  # what is measured tells of views alone
         monkeypatch.setattr(choice, "measured", lambda *given: measured(*given)._replace(shapes=""))
-    feed = train("disk", epochs=9)[1]
-    views = next(feed.train_batches(0)).views[1:]
+    data_module = train("disk", epochs=9)[1]
+    views = next(data_module.train_batches(0)).views[1:]
     if not drawn:
-        views = [cache._read_whole(data, feed.cache.store, CachedMasks(), index) for index in range(5)]
+        views = [cache._read_whole(data, data_module.cache.store, CachedMasks(), index) for index in range(5)]
     for view in views:
         (path,) = (tmp_path / "cache/features").rglob(f"{view.key}.features")
         path.write_bytes(to_bytes(view.key, [change(view.features[0])], "float32"))
@@ -384,7 +386,7 @@ def test_masks_that_only_other_processes_would_read_are_not_kept(train, monkeypa
 def test_trainings_that_go_on_at_once_share_what_is_kept(train, computed):
     feeds = [train("disk", epochs=9)[1] for _ in range(2)]
     computed.clear()
-    for ours, theirs in itertools.islice(zip(*(feed.train_batches(0) for feed in feeds), strict=True), 5):
+    for ours, theirs in itertools.islice(zip(*(data_module.train_batches(0) for data_module in feeds), strict=True), 5):
         pairs_of = [views.to(torch.device("cpu")).image.tensors[0] for views in (ours, theirs)]
         assert torch.equal(*pairs_of)
     assert sum(computed) == 10  # by one of the two
@@ -429,21 +431,23 @@ def test_rounded_features_train_nearly_the_same(train):
 
 
 def test_noise_is_in_training_alone_and_drawn_anew_for_a_view_in_each_epoch(train):
-    _, feed, _ = train("memory", noise=0.5, epochs=4)
-    device, batches = torch.device("cpu"), feed.train_batches(0)
+    _, data_module, _ = train("memory", noise=0.5, epochs=4)
+    device, batches = torch.device("cpu"), data_module.train_batches(0)
     drawn = [next(batches) for _ in range(11)]  # four epochs of five images
     seen = {}
     for views in drawn:
         for view, noisy in zip(views.views, views.to(device).image.tensors[0], strict=True):
-            seen.setdefault(view.key, []).append((noisy, feed.cache.store.get(view.key)[0]))
+            seen.setdefault(view.key, []).append((noisy, data_module.cache.store.get(view.key)[0]))
     assert len(seen) == 10 and max(map(len, seen.values())) > 1
     for (first, plain), *later in seen.values():
         assert float((first - plain).std()) == pytest.approx(0.5 * float(plain.std()), rel=0.2)
         assert not any(torch.equal(first, again) for again, _ in later)
     alone = torch.cat([part.to(device).image.tensors[0] for part in drawn[0].split(2)])
     assert torch.equal(alone, drawn[0].to(device).image.tensors[0])  # whatever lies beside it
-    for index, views in enumerate(feed.cache.eval_batches(feed.val, workers=0, rank=0, world=1)):
-        assert torch.equal(views.to(device).image.tensors[0][0], feed.cache.store.get(views.views[0].key)[0]), index
+    for index, views in enumerate(data_module.cache.eval_batches(data_module.val, workers=0, rank=0, world=1)):
+        assert torch.equal(views.to(device).image.tensors[0][0], data_module.cache.store.get(views.views[0].key)[0]), (
+            index
+        )
 
 
 def test_noise_is_the_same_where_features_are_kept_and_where_none_are(train, computed):
@@ -466,8 +470,8 @@ def test_images_that_are_not_seen_whole_are_not_validated_by_features(train, com
 
 
 def test_batches_are_halved_where_memory_is_short(train):
-    _, feed, _ = train("memory")
-    views = next(feed.train_batches(0))
+    _, data_module, _ = train("memory")
+    views = next(data_module.train_batches(0))
     views.views.append(views.views[0])
     parts = [part.names for part in views.split(2)]
     assert [len(part) for part in parts] == [2, 1] and sum(parts, []) == views.names
@@ -542,8 +546,8 @@ def test_auto_keeps_features_where_that_pays(train, monkeypatch, caplog):
     cost = Cost(frozen=0.1, rest=0.01, write=0.01, read=0.01, bytes=100, pixels=100)
     monkeypatch.setattr(choice, "measured", lambda *_: cost)
     with caplog.at_level(logging.INFO):
-        _, feed, _ = train("auto", epochs=20)
-    assert feed.cache is not None and "estimated speed-up 3.7 over 20.0 epochs" in caplog.text
+        _, data_module, _ = train("auto", epochs=20)
+    assert data_module.cache is not None and "estimated speed-up 3.7 over 20.0 epochs" in caplog.text
     assert cost.gain(20, 2, disk=True) == pytest.approx(20 * 0.11 / (2 * 0.11 + 18 * 0.01 + 20 * 0.01))
     assert cost.gain(1, 4, disk=False) == 1
     unwritable = cost._replace(write=math.inf, read=math.inf)

@@ -26,7 +26,7 @@ from dinoseg.training.checkpoint import Checkpoints, read
 from dinoseg.training.engine import Engine
 from dinoseg.training.feature_choice import Plan, feature_cache
 from dinoseg.training.freeze import BackboneFreeze
-from dinoseg.training.image_feed import ImageFeed
+from dinoseg.training.image_data_module import ImageDataModule
 from dinoseg.training.meter import Meter
 from dinoseg.training.optim import ScheduleState, adamw, parameter_groups, schedule, set_learning_rates
 from dinoseg.training.trainer import Experiment, Settings, fit
@@ -56,7 +56,7 @@ def train(folder, *, begin=0.5, steps=6, start=None, model=None, watch=None, **o
     """Train on stripes, and return the model and its optimizer."""
     model = model or untrained()
     engine = Engine("cpu", "fp32", workers=0, cache="memory" if options.get("kept") else "off")
-    feed = ImageFeed(
+    data_module = ImageDataModule(
         *(Stripes([(24, 32)] * 6), Stripes([(24, 32)] * 2), Augment((24, 32))),
         batch_size=2,
         seed=0,
@@ -64,14 +64,16 @@ def train(folder, *, begin=0.5, steps=6, start=None, model=None, watch=None, **o
         views=1 if options.pop("kept", False) else None,
     )
     loss = options.pop("loss", None) or CrossEntropy(torch.ones(3))
-    feed.cache = feature_cache(feed, model, loss, engine, Plan(folder / "cache", 3.0, "", {}, dtype="float32"))
+    data_module.cache = feature_cache(
+        data_module, model, loss, engine, Plan(folder / "cache", 3.0, "", {}, dtype="float32")
+    )
     optimizer = adamw(model, head_lr=1e-2, backbone_lr=1e-3, freeze_backbone_until=begin)
     if watch:
         model.backbone.register_forward_hook(lambda part, _, maps: watch(part, maps))
     checkpoints = Checkpoints(folder, dict(INFO), start and read(start))
     shape, options = options.pop("schedule", schedule("constant")), {"val_every": 100, "log_every": 1, **options}
     settings = Settings(steps=steps, **options)
-    fit(Experiment(model, loss, feed, optimizer, shape, engine, checkpoints, Rows(), settings))
+    fit(Experiment(model, loss, data_module, optimizer, shape, engine, checkpoints, Rows(), settings))
     return model, optimizer
 
 

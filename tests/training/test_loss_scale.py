@@ -58,9 +58,9 @@ def test_auto_takes_float16_on_gpus_with_tensor_cores_and_no_bfloat16(capability
 def test_a_step_in_float16_waits_for_nothing_and_learns_what_float32_does(tmp_path):
     half = train_in_fp16(tmp_path / "half", *tiny(), clip=0.5, plain=True)
     whole = train(tmp_path / "whole", *tiny(), clip=0.5, plain=True)
-    assert half.error is None and half.feed.validations == [VALIDATION]
+    assert half.error is None and half.data_module.validations == [VALIDATION]
     scaled = {"training/trainer.py log_step: read": 1}
-    assert half.feed.steps == [{"training/engine.py backward: read": 1}, {}, LOGGED | scaled]
+    assert half.data_module.steps == [{"training/engine.py backward: read": 1}, {}, LOGGED | scaled]
     for name, value in whole.state.items():
         torch.testing.assert_close(half.state[name], value, rtol=1e-2, atol=1e-3)
     # 2 x 16 x 24 pixels, two columns ignored, of weights up to 2: the first power of two that is no less

@@ -19,7 +19,7 @@ from dinoseg.models.model import Segmenter
 from dinoseg.training.checkpoint import Checkpoints
 from dinoseg.training.engine import Engine
 from dinoseg.training.head_training import HeadTraining
-from dinoseg.training.image_feed import ImageFeed
+from dinoseg.training.image_data_module import ImageDataModule
 from dinoseg.training.micro_batches import MicroBatches
 from dinoseg.training.optim import adamw, schedule
 from dinoseg.training.step import BatchLoss, StepOutput
@@ -79,7 +79,7 @@ def train(tiny_backbone, tmp_path):
         model = Segmenter(Full()(tiny_backbone()), head or MlpHead(24, 1, 3, 8))
         loss, gradients = Small(torch.tensor([1.0, 0.3, 2.0]), most, late), {}
         loss.each_alike = each_alike
-        feed = ImageFeed(Noise(), Noise(), Augment((16, 16)), batch_size=batch_size, seed=0, workers=0)
+        data_module = ImageDataModule(Noise(), Noise(), Augment((16, 16)), batch_size=batch_size, seed=0, workers=0)
 
         class Noting(Engine):
             def optimizer_step(self, optimizer, total, weight, **given):
@@ -89,7 +89,7 @@ def train(tiny_backbone, tmp_path):
         log, engine = Rows(), Noting("cpu", "fp32", workers=0)
         settings = Settings(**{"steps": 1, "val_every": 9, "log_every": 1, "accumulate": accumulate, **options})
         checkpoints, optimizer = Checkpoints(tmp_path, dict(INFO)), adamw(model, lr=1e-3)
-        fit(Experiment(model, loss, feed, optimizer, schedule(), engine, checkpoints, log, settings))
+        fit(Experiment(model, loss, data_module, optimizer, schedule(), engine, checkpoints, log, settings))
         return SimpleNamespace(gradients=gradients, rows=log.rows, loss=loss, model=model)
 
     return run

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from dinoseg.data.train_views import UNLABELLED, VIEW, make_rng
-from dinoseg.training.mixed_feed import Unlabelled, _read
+from dinoseg.training.mixed_data_module import Unlabelled, _read
 from dinoseg.utils.errors import UserError
 
 

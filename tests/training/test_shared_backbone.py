@@ -18,7 +18,7 @@ from dinoseg.models.model import Segmenter
 from dinoseg.training.checkpoint import Checkpoints, read
 from dinoseg.training.engine import Engine
 from dinoseg.training.head_training import DROPPED, HeadTraining
-from dinoseg.training.image_feed import ImageFeed
+from dinoseg.training.image_data_module import ImageDataModule
 from dinoseg.training.multi_head import (
     MultiHeadCheckpoints,
     MultiHeadExperiment,
@@ -123,12 +123,12 @@ def train(made, tmp_path):
         losses = losses or [Noisy() for _ in heads]
         model, members = made.model(*heads, folder=folder, losses=losses)
         data = Stripes([(32, 40)] * 6), Stripes([(32, 40), (19, 23)])
-        feed = ImageFeed(*data, Augment((24, 32)), 3, seed=0, workers=0)
+        data_module = ImageDataModule(*data, Augment((24, 32)), 3, seed=0, workers=0)
         rates = [1e-2, 3e-3, 1e-3]
         optimizer = join_optimizers([adamw(each.model, lr=rate) for each, rate in zip(members, rates, strict=False)])
         found = read(folder / "last.safetensors") if start else None
         checkpoints = MultiHeadCheckpoints(folder, dict(INFO), found, members=members)
-        parts = (model, members[0].criterion, feed, optimizer, schedule(), engine, checkpoints, Rows())
+        parts = (model, members[0].criterion, data_module, optimizer, schedule(), engine, checkpoints, Rows())
         lengths = {"steps": 6, "val_every": 2, "log_every": 1, "accumulate": 2, "clip": 0.5, "ema": 0.5}
         fit(MultiHeadExperiment(*parts, Settings(**{**lengths, **options}), members))
         return members

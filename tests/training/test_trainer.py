@@ -16,12 +16,12 @@ from dinoseg.models.adapters import Full
 from dinoseg.models.heads.linear import LinearHead
 from dinoseg.models.heads.mlp import MlpHead
 from dinoseg.models.model import Segmenter
-from dinoseg.training import image_feed as feeding
+from dinoseg.training import image_data_module as feeding
 from dinoseg.training import trainer as training
 from dinoseg.training.checkpoint import Checkpoints, read
+from dinoseg.training.data_module import spread
 from dinoseg.training.engine import Engine
-from dinoseg.training.feed import spread
-from dinoseg.training.image_feed import ImageFeed
+from dinoseg.training.image_data_module import ImageDataModule
 from dinoseg.training.meter import Meter
 from dinoseg.training.optim import adamw, schedule
 from dinoseg.training.time_limit import TimeLimit
@@ -62,7 +62,7 @@ def run(tiny_backbone, tmp_path):
         for parameter in model.head.parameters():
             nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(parameter.numel()))
         train_set, val_set = Stripes([(32, 40)] * 6), Stripes([(32, 40), (19, 23), (19, 23), (40, 8)])
-        feed = ImageFeed(
+        data_module = ImageDataModule(
             train_set,
             val_set,
             Augment((24, 32), affine=Affine(degrees=20)),
@@ -77,8 +77,8 @@ def run(tiny_backbone, tmp_path):
         shape = options.pop("schedule", schedule())
         settings = Settings(**{"steps": 12, "val_every": 4, "log_every": 1, **options})
         checkpoints = Checkpoints(tmp_path, dict(INFO), start)
-        progress = fit(Experiment(model, loss, feed, optimizer, shape, engine, checkpoints, log, settings))
-        return SimpleNamespace(progress=progress, rows=log.rows, model=model, feed=feed, engine=engine)
+        progress = fit(Experiment(model, loss, data_module, optimizer, shape, engine, checkpoints, log, settings))
+        return SimpleNamespace(progress=progress, rows=log.rows, model=model, data_module=data_module, engine=engine)
 
     return train
 
@@ -94,11 +94,11 @@ def test_it_learns_and_keeps_its_best(run, tmp_path):
 
 def test_scores_are_those_of_a_loop_over_whole_images(run):
     done = run(steps=4)
-    scores = evaluate(done.model, done.feed.val, done.engine, loss=CrossEntropy(torch.ones(3)))
+    scores = evaluate(done.model, done.data_module.val, done.engine, loss=CrossEntropy(torch.ones(3)))
     matrix, losses = np.zeros((3, 3), int), []
     done.model.eval()
     for index in range(4):
-        sample = done.feed.val[index]
+        sample = done.data_module.val[index]
         logits = done.model(sample["image"][None]).logits()[0].detach()
         for reference, predicted in zip(sample["mask"].flatten(), logits.argmax(0).flatten(), strict=True):
             if reference != 255:
@@ -114,19 +114,19 @@ def test_scores_are_those_of_a_loop_over_whole_images(run):
 
 def test_a_batch_is_shown_with_its_classes_and_its_logits_on_the_lattice(run):
     done, shown = run(steps=2), []
-    evaluate(done.model, done.feed.val, done.engine, on_batch=lambda *batch: shown.append(batch))
+    evaluate(done.model, done.data_module.val, done.engine, on_batch=lambda *batch: shown.append(batch))
     for batch, ids, logits in shown:
         whole = done.model.eval()(batch.image).logits().detach()
         assert torch.equal(whole.argmax(dim=1), ids.long())
         chosen = whole[..., *lattice(tuple(batch.mask.shape[-2:]))]
         torch.testing.assert_close(logits, chosen, rtol=1e-5, atol=1e-6)  # by matrix products
-    assert sum(len(batch.names) for batch, _, _ in shown) == len(done.feed.val)
+    assert sum(len(batch.names) for batch, _, _ in shown) == len(done.data_module.val)
 
 
 def test_evaluation_leaves_the_model_in_the_mode_it_was(run):
     done = run(steps=2, val_every=1)
     assert done.model.training
-    evaluate(done.model.eval(), done.feed.val, done.engine)
+    evaluate(done.model.eval(), done.data_module.val, done.engine)
     assert not done.model.training
 
 
@@ -233,7 +233,7 @@ def test_the_speed_of_training_has_no_validation_in_it(run, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(training, "Meter", meter)
     monkeypatch.setattr(training, "set_learning_rates", takes(1, training.set_learning_rates))
-    monkeypatch.setattr(ImageFeed, "validate", takes(60, ImageFeed.validate))
+    monkeypatch.setattr(ImageDataModule, "validate", takes(60, ImageDataModule.validate))
     rows = run(steps=4, val_every=1, accumulate=2).rows
     assert [row["train/images_per_s"] for row in rows if "train/images_per_s" in row] == [6, 6, 6, 6]
 
@@ -255,10 +255,10 @@ def test_the_lowest_loss_can_be_what_is_best(run):
 def test_validation_pictures_are_of_their_own_image_prediction_and_mask(run, monkeypatch):
     done = run(steps=1)
     monkeypatch.setattr(feeding, "compare", lambda *given, **_: given)
-    done.feed.pictures = 4
-    pictures = done.feed.validate(done.model.eval(), CrossEntropy(torch.ones(3)), done.engine).pictures
-    assert list(pictures) == done.feed.val.names
-    for sample in map(done.feed.val.__getitem__, range(4)):
+    done.data_module.pictures = 4
+    pictures = done.data_module.validate(done.model.eval(), CrossEntropy(torch.ones(3)), done.engine).pictures
+    assert list(pictures) == done.data_module.val.names
+    for sample in map(done.data_module.val.__getitem__, range(4)):
         frame, predicted, mask = pictures[sample["name"]]
         expected = done.model(sample["image"][None]).logits()[0].argmax(0)
         assert np.array_equal(frame, sample["image"].permute(1, 2, 0)) and np.array_equal(mask, sample["mask"])

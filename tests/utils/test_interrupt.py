@@ -9,16 +9,16 @@ from command_line import SMALL, call, write_data
 from dinoseg.cli import own_keys
 from dinoseg.report.log import RunLog
 from dinoseg.training import checkpoint
-from dinoseg.training.image_feed import ImageFeed
+from dinoseg.training.image_data_module import ImageDataModule
 from dinoseg.utils import interrupt
 from dinoseg.utils.interrupt import Interrupted, deferred, passed_on, raised
 
 SIGNALS = pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 
 
-def strike(monkeypatch, at, number, feed=ImageFeed):
+def strike(monkeypatch, at, number, data_module=ImageDataModule):
     """Send this process a signal just before batch `at` is drawn."""
-    whole = feed.train_batches
+    whole = data_module.train_batches
 
     def batches(self, start):
         for index, batch in enumerate(whole(self, start), start=start):
@@ -26,7 +26,7 @@ def strike(monkeypatch, at, number, feed=ImageFeed):
                 signal.raise_signal(number)
             yield batch
 
-    monkeypatch.setattr(feed, "train_batches", batches)
+    monkeypatch.setattr(data_module, "train_batches", batches)
 
 
 def train(where, *options):
@@ -65,7 +65,7 @@ def test_a_validation_whose_pictures_cannot_be_kept_is_logged_once(tmp_path, mon
 
 def test_a_signal_before_the_first_step_says_that_nothing_is_saved(tmp_path, monkeypatch):
     write_data(tmp_path / "data")
-    monkeypatch.setattr(ImageFeed, "__post_init__", lambda self: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr(ImageDataModule, "__post_init__", lambda self: signal.raise_signal(signal.SIGTERM))
     done = train(tmp_path)
     assert done.status == 143
     assert done.err.endswith("\ninterrupted: this run has saved nothing\n")

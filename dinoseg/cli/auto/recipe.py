@@ -36,7 +36,7 @@ from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.recipe import LENGTHS, config_description, recipe_of
 from dinoseg.experiment.step import check_trainer, training_parts
 from dinoseg.tasks.images import SAMPLING
-from dinoseg.training.image_feed import ImageFeed
+from dinoseg.training.image_data_module import ImageDataModule
 from dinoseg.utils import forms
 from dinoseg.utils.atomic import write_text
 from dinoseg.utils.cores import count_cores, ranks_here
@@ -155,7 +155,7 @@ def _check(build: Builder) -> None:
         )
     check_trainer(build)
     build.lengths(samples=1)
-    build.arguments(ImageFeed, SAMPLING)
+    build.arguments(ImageDataModule, SAMPLING)
     build.part("data.augment")  # refuses an invalid crop
     build.arguments(evenly_spaced_subset, {"count": "trainer.val_images"})
 

@@ -41,9 +41,9 @@ def last_maps(
 def input_size(size: Size, settings: PropagationSettings, patch_size: int) -> Size:
     """Return the (H, W) to which a frame of `size` is resized.
 
-    The shorter side is `settings.short`, rounded to a multiple of the patch size. The longer side is scaled in
+    The shorter side is `settings.short_side`, rounded to a multiple of the patch size. The longer side is scaled in
     proportion and rounded to `settings.long_multiple`. Each side is at least one multiple. A frame smaller than
-    `settings.short` is only enlarged if `settings.enlarge` is set.
+    `settings.short_side` is only enlarged if `settings.enlarge` is set.
 
     Raises:
         UserError: `long_multiple` is no multiple of the patch size.
@@ -55,7 +55,7 @@ def input_size(size: Size, settings: PropagationSettings, patch_size: int) -> Si
             "would extend beyond the frame. Set tracker.long_multiple=null to use the patch size."
         )
     short, long = min(size), max(size)
-    wanted = settings.short
+    wanted = settings.short_side
     if wanted is not None and not settings.enlarge and wanted >= short:
         wanted = None
     new_short = _rounded(wanted or short, 1, patch_size, settings.rounding)

@@ -46,7 +46,7 @@ class ObjectChannels:
         if lost:
             logger.warning(
                 "Frame %d: too small for the centre of a grid cell, so not tracked: object %s. Set a larger "
-                "tracker.short, or tracker.first=bilinear.",
+                "tracker.short_side, or tracker.first=bilinear.",
                 frame,
                 listed(lost),
             )

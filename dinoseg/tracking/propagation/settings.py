@@ -17,9 +17,9 @@ class PropagationSettings(MatchSettings):
             grid x patch size, argmax there, then Pillow's nearest pixel).
         min_max: channels that are rescaled to 0..1 over the frame before the argmax: "none", "all" (constant channels
             become 0), or "positive" (those with a value above 0; a constant one wins everywhere).
-        short: pixels of a frame's shorter side at the backbone's input, rounded to a multiple of the patch size;
+        short_side: pixels of a frame's shorter side at the backbone's input, rounded to a multiple of the patch size;
             None: the original size, also rounded.
-        enlarge: whether frames whose shorter side is below `short` are enlarged to it, as in the protocols.
+        enlarge: whether frames whose shorter side is below `short_side` are enlarged to it, as in the protocols.
         long_multiple: multiple in pixels to which the longer side is rounded; None: the patch size.
         rounding: direction of rounding to these multiples, "up" or "down".
         resample: resizing of frames: "bilinear" (OpenCV, reads four pixels even when downsampling) or "bicubic"
@@ -32,7 +32,7 @@ class PropagationSettings(MatchSettings):
     first: str = "nearest_exact"
     upsample: str = "nearest"
     min_max: str = "all"
-    short: Count | None = 960
+    short_side: Count | None = 960
     enlarge: bool = True
     long_multiple: Count | None = None
     rounding: str = "up"
@@ -43,8 +43,8 @@ class PropagationSettings(MatchSettings):
         check_one_of("first", self.first, ("nearest", "nearest_exact", "bilinear"))
         check_one_of("upsample", self.upsample, ("nearest", "bilinear", "patch_bilinear"))
         check_one_of("min_max", self.min_max, ("none", "all", "positive"))
-        if self.short is not None:
-            check_minimum("short", self.short, 1, "the pixels of a frame's shorter side; null: no resizing")
+        if self.short_side is not None:
+            check_minimum("short", self.short_side, 1, "the pixels of a frame's shorter side; null: no resizing")
         if self.long_multiple is not None:
             check_minimum("long_multiple", self.long_multiple, 1, "a number of pixels; null: the patch size")
         check_one_of("rounding", self.rounding, ("up", "down"))
@@ -58,7 +58,7 @@ DINO = PropagationSettings(
     first="nearest",
     upsample="patch_bilinear",
     min_max="positive",
-    short=480,
+    short_side=480,
     long_multiple=64,
     rounding="down",
     resample="bilinear",
@@ -74,6 +74,6 @@ CRW = PropagationSettings(
     first="bilinear",
     upsample="bilinear",
     min_max="none",
-    short=None,
+    short_side=None,
     resample="bilinear",
 )

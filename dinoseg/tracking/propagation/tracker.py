@@ -48,7 +48,7 @@ class PropagationTracker(Tracker):
     unread = ("slots", "resolution")
     unread_because = (
         "Label propagation has no slots (give resume=RUN of a model with head=slots), and resizes frames to "
-        "tracker.short."
+        "tracker.short_side."
     )
 
     def __init__(
@@ -87,9 +87,10 @@ class PropagationTracker(Tracker):
         height, width = input_size(size, self._protocol, patch)
         text = f"the backbone gets them at {height} x {width}, on a grid of {height // patch} x {width // patch} cells"
         if height * width > 1.5 * size[0] * size[1]:
-            return f"{text}, enlarged to tracker.short={self._protocol.short}: tracker.enlarge=false takes less time"
+            key = f"tracker.short_side={self._protocol.short_side}"
+            return f"{text}, enlarged to {key}: tracker.enlarge=false takes less time"
         if not self._protocol.enlarge and height * width <= size[0] * size[1]:
-            finer = f"tracker.enlarge=true tracker.short={2 * min(size)}"
+            finer = f"tracker.enlarge=true tracker.short_side={2 * min(size)}"
             return f"{text} ({finer} is finer, but at least four times slower)"
         return text
 

@@ -770,11 +770,11 @@ def test_a_validation_of_few_images_is_timed_with_their_reading(tmp_path, compos
     monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
     cfg = compose(*SMALL, f"data.root={tmp_path}/data")
     parts, data = training_parts(Builder(cfg)), Builder(cfg).dataset("val")
-    kind, feed = type(data), SimpleNamespace(val=data, policy=None)
+    kind, data_module = type(data), SimpleNamespace(val=data, policy=None)
     read = kind.__getitem__
     slow = lambda data, place: clock.__setitem__(0, clock[0] + 5) or read(data, place)  # noqa: E731
     monkeypatch.setattr(kind, "__getitem__", slow)
-    assert timing._seconds_of_val(parts.loss(), feed, parts.model(), instantiate(cfg.engine)) == 5
+    assert timing._seconds_of_val(parts.loss(), data_module, parts.model(), instantiate(cfg.engine)) == 5
 
 
 def test_a_validation_is_timed_on_images_of_all_sizes(tmp_path, compose, monkeypatch):
@@ -794,11 +794,11 @@ def test_a_validation_is_timed_on_images_of_all_sizes(tmp_path, compose, monkeyp
     engine = instantiate(cfg.engine)
     parts, data = training_parts(Builder(cfg)), Builder(cfg).dataset("val")
     large = [index for index, name in enumerate(data.names) if name == "10"]
-    feed = SimpleNamespace(val=data, policy=instantiate(cfg.inference))
-    seconds = timing._seconds_of_val(parts.loss(), feed, parts.model(), engine)
+    data_module = SimpleNamespace(val=data, policy=instantiate(cfg.inference))
+    seconds = timing._seconds_of_val(parts.loss(), data_module, parts.model(), engine)
     assert large == [2] and seconds == pytest.approx((5 * 64 + 32 * 48 * 4) / 6)
     assert clock[0] == pytest.approx(64 + 6 * seconds)  # one image alone comes before
-    assert [policy for policy, _ in asked] == [feed.policy] * 2
+    assert [policy for policy, _ in asked] == [data_module.policy] * 2
     assert all(loss is not None for _, loss in asked)
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from dinoseg.models.heads.slots.attention import SlotAttention, slot_weights, unlike_tokens
+from dinoseg.models.heads.slots.attention import SlotAttention, distant_tokens, slot_weights
 from dinoseg.models.heads.slots.background import background_mask
 from dinoseg.models.heads.slots.predictor import SaviPredictor, make_predictor
 from dinoseg.utils.errors import UserError
@@ -177,14 +177,14 @@ def farthest(rows, count, allowed):
 
 
 @pytest.mark.parametrize("some", [False, True])
-def test_unlike_tokens_are_each_the_farthest_from_all_before(some):
+def test_distant_tokens_are_each_the_farthest_from_all_before(some):
     torch.manual_seed(4)
     tokens = torch.randn(3, 9, 4).double()
     tokens[1] = tokens[1, :1]  # all alike: any will do, and the first is taken
     allowed = torch.rand(3, 5, 9) > 0.5 if some else torch.ones(3, 5, 9, dtype=torch.bool)
     if some:
         allowed[2, 3] = False
-    found = unlike_tokens(tokens, 5, allowed if some else None)
+    found = distant_tokens(tokens, 5, allowed if some else None)
     for clip in (0, 2):
         assert found[clip].tolist() == farthest(tokens[clip].tolist(), 5, allowed[clip].tolist())
     if some:
@@ -192,10 +192,10 @@ def test_unlike_tokens_are_each_the_farthest_from_all_before(some):
         assert found[2, 3] == 0
 
 
-def test_unlike_tokens_of_training_begin_anywhere():
+def test_distant_tokens_of_training_begin_anywhere():
     tokens = torch.randn(1, 9, 4).expand(400, -1, -1)
     torch.manual_seed(1)
-    found = unlike_tokens(tokens, 3, anywhere=True)
+    found = distant_tokens(tokens, 3, anywhere=True)
     assert len(found[:, 0].unique()) == 9
     assert all(len(set(row)) == 3 for row in found.tolist())
 
@@ -203,11 +203,11 @@ def test_unlike_tokens_of_training_begin_anywhere():
 def test_half_precision_chooses_as_float32_does():
     torch.manual_seed(2)
     tokens = torch.randn(2, 9, 4).half()
-    assert unlike_tokens(tokens, 5).equal(unlike_tokens(tokens.float(), 5))
+    assert distant_tokens(tokens, 5).equal(distant_tokens(tokens.float(), 5))
 
 
 def test_unlike_slots_of_training_begin_anywhere():
-    module, tokens = made(SlotAttention, 5, 4, 3, first="unlike").train(), torch.randn(1, 7, 5).double()
+    module, tokens = made(SlotAttention, 5, 4, 3, slot_init="clusters").train(), torch.randn(1, 7, 5).double()
     module._noise = lambda batch, count: torch.zeros(batch, count, 4).double()  # so that they differ by their tokens
     firsts = {module.start(tokens, [1]).flatten().tolist()[0] for _ in range(100)}
     assert len(firsts) == 7
@@ -215,9 +215,9 @@ def test_unlike_slots_of_training_begin_anywhere():
 
 
 def test_unlike_slots_are_the_drawn_ones_and_what_their_tokens_tell():
-    module = made(SlotAttention, 5, 4, 3, first="unlike").eval()
+    module = made(SlotAttention, 5, 4, 3, slot_init="clusters").eval()
     tokens = torch.randn(2, 7, 5).double()
-    places = unlike_tokens(module.norm_tokens(tokens), 3)
+    places = distant_tokens(module.norm_tokens(tokens), 3)
     found, seed = module.start(tokens, [3]), module.seed
     module.seed = None
     drawn = module.start(tokens, [3])
@@ -243,7 +243,7 @@ def test_queries_and_keys_begin_with_a_variance_of_one():
 
 def test_unlike_slots_begin_as_soft_k_means():
     torch.manual_seed(0)
-    module = SlotAttention(24, 16, 3, first="unlike").double().eval()
+    module = SlotAttention(24, 16, 3, slot_init="clusters").double().eval()
     kinds = torch.randn(4, 24).double()
     kind = torch.arange(20) % 4
     tokens = (kinds[kind] + 0.05 * torch.randn(1, 20, 24)).double()
@@ -269,8 +269,8 @@ def test_unlike_slots_begin_as_soft_k_means():
 
 
 def test_another_way_to_begin_is_refused():
-    with pytest.raises(UserError, match=r"head.first=drwan is unknown. Choose one of drawn, unlike"):
-        SlotAttention(5, 4, 3, first="drwan")
+    with pytest.raises(UserError, match=r"head.slot_init=gausian is unknown. Choose one of gaussian, clusters"):
+        SlotAttention(5, 4, 3, slot_init="gausian")
 
 
 def test_gaussian_starts_within_xaviers_bound():

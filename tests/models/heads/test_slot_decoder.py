@@ -12,7 +12,7 @@ from dinoseg.models.heads.slots.positions import Positions
 from dinoseg.utils.errors import UserError
 
 
-def decoder(kind="learnt", grid=(3, 4), **kwargs):
+def decoder(kind="learned", grid=(3, 4), **kwargs):
     torch.manual_seed(2)
     return SlotDecoder(6, 5, 11, Positions(kind, grid), **kwargs).double()
 
@@ -34,7 +34,7 @@ def painted(module, slots, positions):
     return torch.stack(features), torch.tensor(alphas, dtype=torch.float64)  # (N, C), (N, S)
 
 
-@pytest.mark.parametrize("kind", ["learnt", "sine", "linear"])
+@pytest.mark.parametrize("kind", ["learned", "sine", "linear"])
 @pytest.mark.parametrize("grid", [(3, 4), (5, 2), (1, 1)])
 def test_agrees_with_loops(kind, grid):
     module = decoder(kind)
@@ -88,7 +88,7 @@ def test_positions_are_what_they_are_called():
         for column in range(5):
             expected = [math.sin(column), math.cos(column), math.sin(row), math.cos(row)]
             assert sine[:, row, column].tolist() == pytest.approx(expected, abs=1e-12)
-    assert [sum(p.numel() for p in Positions(kind, (3, 5)).parameters()) for kind in ("linear", "sine", "learnt")] == [
+    assert [sum(p.numel() for p in Positions(kind, (3, 5)).parameters()) for kind in ("linear", "sine", "learned")] == [
         0,
         0,
         60,
@@ -112,7 +112,7 @@ def resampled(line, length):
     return found
 
 
-@pytest.mark.parametrize("kind", ["learnt", "sine"])
+@pytest.mark.parametrize("kind", ["learned", "sine"])
 def test_stored_positions_are_resampled_bicubically(kind):
     positions = Positions(kind, (4, 6)).double()
     like = torch.zeros((), dtype=torch.float64)
@@ -122,7 +122,7 @@ def test_stored_positions_are_resampled_bicubically(kind):
         columns = [resampled(column, 7) for column in zip(*rows, strict=True)]
         expected = torch.tensor(columns, dtype=torch.float64).T
         torch.testing.assert_close(found[channel], expected, atol=1e-9, rtol=1e-9)
-    if kind == "learnt":
+    if kind == "learned":
         assert torch.equal(stored, positions.table)
         positions((7, 5), like).sum().backward()
         assert positions.table.grad.abs().sum() > 0
@@ -155,5 +155,5 @@ def test_time_decoders_change_slots_each_in_its_own_way():
 
 
 def test_unknown_positions_are_refused():
-    with pytest.raises(UserError, match=r"head\.positions=fourier is unknown.*learnt, sine, linear"):
+    with pytest.raises(UserError, match=r"head\.positions=fourier is unknown.*learned, sine, linear"):
         Positions("fourier", (2, 2))

@@ -213,7 +213,7 @@ def test_a_single_cell_has_no_variance_to_train_on():
 
 
 def test_unlike_slots_begin_at_cells_that_their_group_may_see():
-    head = made(**GROUPED, first="unlike").eval()
+    head = made(**GROUPED, slot_init="clusters").eval()
     features, background = clip(1), torch.zeros(2, 1, 3, 4, dtype=torch.bool)
     background[..., 0] = True
     tokens, allowed = features[:, 0].flatten(2).mT, allowed_cells(background[:, 0], head.sizes).flatten(2)
@@ -223,12 +223,12 @@ def test_unlike_slots_begin_at_cells_that_their_group_may_see():
     torch.testing.assert_close(head.follow(features, background).slots[:, 0], expected)
 
 
-@pytest.mark.parametrize("first", ["drawn", "unlike"])
-def test_places_weigh_as_much_as_contents_where_slots_begin_as_clusters(first):
+@pytest.mark.parametrize("slot_init", ["gaussian", "clusters"])
+def test_places_weigh_as_much_as_contents_where_slots_begin_as_clusters(slot_init):
     torch.manual_seed(0)
-    place = SlotHead(400, 1, **SMALL, first=first, token_positions=True).place
+    place = SlotHead(400, 1, **SMALL, slot_init=slot_init, token_positions=True).place
     spread, shift = place.weight.std().item(), place.bias.abs().max().item()
-    assert (1.4 < spread < 1.6 and shift == 0) if first == "unlike" else (spread < 0.5 and shift > 0)
+    assert (1.4 < spread < 1.6 and shift == 0) if slot_init == "clusters" else (spread < 0.5 and shift > 0)
 
 
 def test_the_decoder_alone_learns_for_the_first_share_of_a_training():
@@ -430,7 +430,10 @@ def test_a_few_steps_of_training_tell_two_halves_apart():
         ({"hidden_dim": 0}, r"head\.hidden_dim=0: give"),
         ({"positions_grid": [28]}, r"head\.positions_grid=\[28\]: give rows and columns"),
         ({"positions_grid": [0, 4]}, r"head\.positions_grid=\[0, 4\]: give rows and columns"),
-        ({"positions_grid": None}, r"head\.positions=learnt needs the grid of .* Set backbone\.patch_size, from which"),
+        (
+            {"positions_grid": None},
+            r"head\.positions=learned needs the grid of .* Set backbone\.patch_size, from which",
+        ),
         (
             {"positions_grid": None, "positions": "linear", "similarity": True},
             r"head\.similarity=true needs the grid "

@@ -19,7 +19,7 @@ from dinoseg.utils.locks import locked
 SEED, SECONDS = 3, 2
 PREPARE = (
     *("mode=prepare", "data=sarrarp", "data.root=sar", "data.prepare.propagate=true", "data.prepare.workers=1"),
-    *("backbone=rgb", "tracker.short=null", "tracker.radius=3", "engine=cpu"),
+    *("backbone=rgb", "tracker.short_side=null", "tracker.radius=3", "engine=cpu"),
 )
 
 

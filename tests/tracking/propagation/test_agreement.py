@@ -8,7 +8,7 @@ from dinoseg.tasks.preparation.pseudo_labels import agree, between
 from dinoseg.tracking.propagation.settings import CRW, DINO, DINOV3, PropagationSettings
 from dinoseg.tracking.propagation.tracker import PropagationTracker
 
-PLAIN = PropagationSettings(short=None, radius=3)
+PLAIN = PropagationSettings(short_side=None, radius=3)
 VOID = 255
 
 
@@ -70,7 +70,8 @@ def test_agreement_is_that_of_pixels(void):
 
 
 @pytest.mark.parametrize(
-    "settings", [PLAIN, PropagationSettings(short=None), PropagationSettings(short=None, context=1, radius=2, top_k=2)]
+    "settings",
+    [PLAIN, PropagationSettings(short_side=None), PropagationSettings(short_side=None, context=1, radius=2, top_k=2)],
 )
 def test_objects_that_both_ways_follow_keep_their_class(settings):
     frames, masks = clip()
@@ -86,7 +87,7 @@ def test_both_ways_are_those_of_a_tracker(settings):
     draw = np.random.default_rng(1)
     frames, masks = clip(7, 3)
     frames = [(frame + draw.integers(0, 20, frame.shape)).astype(np.uint8) for frame in frames]
-    settings = PropagationSettings(**{**vars(settings), "short": None, "long_multiple": None, "radius": 2})
+    settings = PropagationSettings(**{**vars(settings), "short_side": None, "long_multiple": None, "radius": 2})
     ways = []
     for order in (slice(None), slice(None, None, -1)):
         tracker, ends = PropagationTracker(Colours(), settings), masks[order]

@@ -101,6 +101,6 @@ def test_features_of_passed_frames_are_let_go(tmp_path, monkeypatch):
         real(*given)
 
     monkeypatch.setattr(mask_folder, "write_indexed_png", write)
-    run(tmp_path, tmp_path / "out", replace(DINOV3, short=None, radius=2, context=3))
+    run(tmp_path, tmp_path / "out", replace(DINOV3, short_side=None, radius=2, context=3))
     growth = used[-1] - used[60]
     assert len(used) == 400 and growth < 12e6, f"{growth / 1e6:.1f} MB"  # features of 340 frames would be 50 MB

@@ -24,11 +24,11 @@ class Patches(Backbone):
 
 
 @pytest.mark.parametrize(
-    "settings", [PropagationSettings(short=16), PropagationSettings(short=None, resample="bilinear"), DINO]
+    "settings", [PropagationSettings(short_side=16), PropagationSettings(short_side=None, resample="bilinear"), DINO]
 )
 def test_the_last_map_of_resized_frames(settings):
     frames = list(np.random.default_rng(0).integers(0, 256, (3, 18, 30, 3)).astype(np.uint8))
-    size = {16: (16, 28), None: (20, 32), 480: (480, 768)}[settings.short]
+    size = {16: (16, 28), None: (20, 32), 480: (480, 768)}[settings.short_side]
     found = last_maps(Patches(), frames, settings, CPU, nullcontext)
     for frame, maps in zip(frames, found, strict=True):
         pixels = resize(frame, size, settings.resample).astype(np.float64) / 255
@@ -43,7 +43,7 @@ def test_the_precision_is_that_of_the_forward_pass():
     assert precision_of(nullcontext, CPU) == "float32" and precision_of(half, CPU) == "bfloat16"
     backbone = Patches()
     for autocast in (nullcontext, half):
-        last_maps(backbone, [np.zeros((8, 8, 3), np.uint8)], PropagationSettings(short=8), CPU, autocast)
+        last_maps(backbone, [np.zeros((8, 8, 3), np.uint8)], PropagationSettings(short_side=8), CPU, autocast)
         assert backbone.half == (autocast is half)
 
 

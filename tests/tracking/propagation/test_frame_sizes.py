@@ -37,8 +37,8 @@ def reference(size, short, short_multiple, long_multiple, rounding):
         (DINO, 8, (480, 480), (480, 448)),  # the longer side may become the shorter one
         (CRW, 8, (480, 854), (480, 856)),
         (CRW, 8, (1, 9), (8, 16)),
-        (replace(DINO, short=3), 8, (10, 11), (8, 64)),
-        (replace(DINOV3, short=None, rounding="down"), 8, (7, 31), (8, 24)),
+        (replace(DINO, short_side=3), 8, (10, 11), (8, 64)),
+        (replace(DINOV3, short_side=None, rounding="down"), 8, (7, 31), (8, 24)),
         (replace(DINOV3, enlarge=False, rounding="down"), 16, (192, 320), (192, 320)),  # cfg/tracker/video.yaml
         (replace(DINOV3, enlarge=False, rounding="down"), 16, (330, 190), (320, 176)),
         (replace(DINOV3, enlarge=False, rounding="down"), 16, (1080, 1920), (960, 1696)),
@@ -56,7 +56,7 @@ def test_random_sizes_against_fractions():
         short = None if draw.random() < 0.3 else int(draw.integers(1, 1500))
         long = None if draw.random() < 0.5 else patch * int(draw.integers(1, 9))
         rounding = str(draw.choice(["up", "down"]))
-        settings = PropagationSettings(short=short, long_multiple=long, rounding=rounding)
+        settings = PropagationSettings(short_side=short, long_multiple=long, rounding=rounding)
         found = input_size(size, settings, patch)
         assert found == reference(size, short, patch, long or patch, rounding), (size, settings, patch)
         assert not found[0] % patch and not found[1] % patch
@@ -82,8 +82,8 @@ def test_a_multiple_that_the_patch_does_not_divide_is_refused():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"short": 0}, "short=0 must be a whole number, 1 or more"),
-        ({"short": 2.5}, r"short=2\.5 must be a whole number"),
+        ({"short_side": 0}, "short=0 must be a whole number, 1 or more"),
+        ({"short_side": 2.5}, r"short=2\.5 must be a whole number"),
         ({"long_multiple": -8}, "long_multiple=-8 must be a whole number"),
         ({"rounding": "nearest"}, "rounding=nearest is unknown. Choose one of: up, down"),
         ({"resample": "area"}, "resample=area is unknown. Choose one of: bilinear, bicubic"),

@@ -20,8 +20,8 @@ from dinoseg.tracking.provenance import weights_of
 from dinoseg.utils.errors import UserError
 
 TINY = {
-    "dinov3": replace(DINOV3, short=32, radius=3),
-    "dino": replace(DINO, short=24, long_multiple=8, radius=3),
+    "dinov3": replace(DINOV3, short_side=32, radius=3),
+    "dino": replace(DINO, short_side=24, long_multiple=8, radius=3),
     "crw": replace(CRW, context=3, radius=3),
 }
 
@@ -115,7 +115,7 @@ def test_objects_that_come_later_keep_their_ids():
 def test_254_objects_fit():
     frame = np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)
     ids = np.arange(256, dtype=np.uint8).reshape(16, 16).repeat(4, 0).repeat(4, 1)
-    tracker = PropagationTracker(Patches(), replace(DINOV3, short=64, temperature=0.001, top_k=1))
+    tracker = PropagationTracker(Patches(), replace(DINOV3, short_side=64, temperature=0.001, top_k=1))
     found = tracker.track([frame, frame], [ids, None])
     assert np.array_equal(found[0], np.where(ids == 255, 0, ids))
     assert np.array_equal(found[1], found[0])
@@ -128,7 +128,7 @@ def test_an_object_below_the_grid_is_warned_of(caplog):
     with caplog.at_level(logging.WARNING):
         found = follow(TINY["crw"], frames, [first, *[None] * 8])  # bilinear reads four pixels, not this one
     assert "Frame 0: too small for the centre of a grid cell, so not tracked: object 3." in caplog.text
-    assert "tracker.short" in caplog.text and 3 not in found[1]
+    assert "tracker.short_side" in caplog.text and 3 not in found[1]
 
 
 def test_going_on_from_a_state_changes_nothing():
@@ -186,7 +186,7 @@ def test_the_settings_say_what_masks_depend_on():
     told = [
         settings(),
         settings(settings=replace(DINOV3, radius=11)),
-        settings(settings=replace(DINOV3, short=480)),
+        settings(settings=replace(DINOV3, short_side=480)),
         settings(mix=1e-3),
         settings(layers=(1,)),
         settings(patch_size=8),

@@ -28,7 +28,7 @@ from dinoseg.utils.images import read_ids
 
 pytestmark = pytest.mark.slow  # whole videos
 
-SETTINGS = PropagationSettings(short=24, context=3, radius=3)
+SETTINGS = PropagationSettings(short_side=24, context=3, radius=3)
 SIZE = (20, 28)
 
 

@@ -8,10 +8,14 @@ from dinoseg.utils.errors import UserError
 
 
 def test_other_settings_are_named(tmp_path):
-    then = {"kind": "propagation", "tracker": {"radius": 12, "short": None, "context": 7}, "backbone": {"weights": "a"}}
+    then = {
+        "kind": "propagation",
+        "tracker": {"radius": 12, "short_side": None, "context": 7},
+        "backbone": {"weights": "a"},
+    }
     now = {
         "kind": "propagation",
-        "tracker": {"radius": 24.0, "short": None, "context": 7},
+        "tracker": {"radius": 24.0, "short_side": None, "context": 7},
         "backbone": {"weights": "b"},
     }
     check_same_settings(tmp_path, then, then)

@@ -12,7 +12,7 @@ from dinoseg.models.heads.slots.predictor import HEADS, check_heads
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.precision import at_least_float32
 
-FIRST = ("drawn", "unlike")
+SLOT_INITS = ("gaussian", "clusters")
 _EPSILON = 1e-6  # avoids 0 / 0 for a slot that won no token
 _EVAL_SEED = 0  # seed of the initial slots in eval mode
 _SHARP = 1.5  # scale of initial cluster logits: 1.5 sqrt(D) for a token's own slot, less for others
@@ -51,8 +51,8 @@ class SlotAttention(nn.Module):
         hidden_dim: hidden width of the MLP.
         num_groups: more than one adds a learned offset of mean and log-variance for each group.
         variance_as_std: use exp(log-variance) as the standard deviation itself, not its square.
-        first: initial slots: `drawn`, samples of the Gaussian; or `unlike`, such samples plus a learned projection of
-            mutually distant tokens (`unlike_tokens`). For `unlike`, the weights are initialised as a soft k-means:
+        slot_init: initial slots: `gaussian` samples; or `clusters`, such samples plus a learned projection of
+            mutually distant tokens (`distant_tokens`). For `clusters`, the weights are initialised as a soft k-means:
             slots, keys and values share one projection of tokens, and a slot becomes the mean of itself and of the
             tokens it won. Slots thus differ from the first step on, instead of being alike for hundreds of steps.
     """
@@ -65,10 +65,10 @@ class SlotAttention(nn.Module):
         *,
         num_groups: int = 1,
         variance_as_std: bool = False,
-        first: str = "drawn",
+        slot_init: str = "gaussian",
     ) -> None:
         super().__init__()
-        check_choice("first", first, FIRST)
+        check_choice("slot_init", slot_init, SLOT_INITS)
         self.exponent = 1.0 if variance_as_std else 0.5
         self.norm_tokens = nn.LayerNorm(in_dim)
         self.norm_slots = nn.LayerNorm(slot_dim)
@@ -84,7 +84,7 @@ class SlotAttention(nn.Module):
         self.value = nn.Linear(in_dim, slot_dim, bias=False)
         self.gru = nn.GRUCell(slot_dim, slot_dim)
         self.mlp = nn.Sequential(nn.Linear(slot_dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, slot_dim))
-        self.seed = nn.Linear(in_dim, slot_dim) if first == "unlike" else None
+        self.seed = nn.Linear(in_dim, slot_dim) if slot_init == "clusters" else None
         if self.seed is not None:
             self._init_as_clusters(self.seed)
 
@@ -118,7 +118,7 @@ class SlotAttention(nn.Module):
         if self.seed is None:
             return drawn
         normed = self.norm_tokens(tokens)
-        chosen = unlike_tokens(normed, sum(sizes), allowed, anywhere=self.training)
+        chosen = distant_tokens(normed, sum(sizes), allowed, anywhere=self.training)
         return drawn + self.seed(normed.take_along_dim(chosen[..., None], dim=1))
 
     def _drawn(self, batch: int, sizes: Sequence[int]) -> Tensor:
@@ -168,7 +168,7 @@ class SlotAttention(nn.Module):
 
 
 @torch.no_grad()
-def unlike_tokens(tokens: Tensor, count: int, allowed: Tensor | None = None, *, anywhere: bool = False) -> Tensor:
+def distant_tokens(tokens: Tensor, count: int, allowed: Tensor | None = None, *, anywhere: bool = False) -> Tensor:
     """Return the indices (B, S) of mutually distant tokens: each is the farthest from all previous ones.
 
     This is farthest point sampling (Gonzalez, 1985) by Euclidean distance. The first token is the farthest from the

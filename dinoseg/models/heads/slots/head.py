@@ -47,7 +47,7 @@ class SlotHead(Head[SlotOutputs]):
         hidden_dim: hidden width of the MLP of slot attention.
         iterations: iterations of slot attention per frame.
         first_iterations: the same for frames with newly initialised slots; None = `iterations`.
-        first: initialisation of slots: `drawn` samples noise only, `unlike` starts from mutually distant cells.
+        slot_init: initialisation of slots: `gaussian` noise, or `clusters` around mutually distant cells.
         groups: frames in which background slots attend only to cells that the class token ignores, and foreground
             slots only to the rest: `off`, `initial` (the first frame) or `always`.
         variance_as_std: use exp(log-variance) of the initial slots as their standard deviation itself.
@@ -64,8 +64,8 @@ class SlotHead(Head[SlotOutputs]):
         steps: offsets in frames of the reconstruction targets: n = 0 to n, or a list.
         time_decoder: `none`, `linear` or `attention`, one for each of `steps`, applied to slots before decoding.
         decoder_dim: hidden width of the decoder.
-        positions: `learnt`, `sine` or `linear`.
-        positions_grid: (h, w) of the training cells, for `learnt` and `sine` positions and for `similarity`;
+        positions: `learned`, `sine` or `linear`.
+        positions_grid: (h, w) of the training cells, for `learned` and `sine` positions and for `similarity`;
             otherwise unused.
         similarity: predict logits over the next frame's cells (VideoSAUR, Zadaianchuk et al., arXiv 2306.04829).
         mask_source: `attention`, or the decoder's `alpha` (of offset 0 if that is among `steps`, else of the first).
@@ -87,7 +87,7 @@ class SlotHead(Head[SlotOutputs]):
         hidden_dim: Count = 1024,
         iterations: Count = 1,
         first_iterations: Count | None = None,
-        first: str = "drawn",
+        slot_init: str = "gaussian",
         groups: str = "off",
         variance_as_std: bool = False,
         token_positions: bool = False,
@@ -98,7 +98,7 @@ class SlotHead(Head[SlotOutputs]):
         steps: int | Sequence[int] = 0,
         time_decoder: str = "none",
         decoder_dim: Count = 1024,
-        positions: str = "learnt",
+        positions: str = "learned",
         positions_grid: Sequence[int] | None = (28, 28),
         similarity: bool = False,
         mask_source: str = "attention",
@@ -123,11 +123,11 @@ class SlotHead(Head[SlotOutputs]):
         self.mask_step = self.steps.index(0) if 0 in self.steps else 0
         self.grid = training_grid(positions_grid, positions, similarity)
         self.slot_attention = SlotAttention(
-            dim, slot_dim, hidden_dim, num_groups=len(self.sizes), variance_as_std=variance_as_std, first=first
+            dim, slot_dim, hidden_dim, num_groups=len(self.sizes), variance_as_std=variance_as_std, slot_init=slot_init
         )
         self.standard = Standard(dim) if standardise else None
         self.independent_until, self.decoder_first, self.progress = independent_until, decoder_first, 0.0
-        self.place = position_layer(dim, clusters=first == "unlike") if token_positions else None
+        self.place = position_layer(dim, clusters=slot_init == "clusters") if token_positions else None
         self.predictor = make_predictor(predictor, slot_dim)
         self.time_decoders = make_time_decoders(time_decoder, slot_dim, len(self.steps))
         num_cells = self.grid[0] * self.grid[1] if similarity else 0

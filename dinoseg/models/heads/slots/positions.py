@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from dinoseg.models.heads.options import check_choice
 from dinoseg.utils.errors import UserError
 
-KINDS = ("learnt", "sine", "linear")
-_CHANNELS = {"learnt": 4, "sine": 4, "linear": 2}
+KINDS = ("learned", "sine", "linear")
+_CHANNELS = {"learned": 4, "sine": 4, "linear": 2}
 _APART = 1.5  # initial standard deviation of a token's position code if slots start as clusters
 
 
@@ -66,7 +66,7 @@ class Positions(nn.Module):
     """Position codes of one kind for any grid.
 
     Args:
-        kind: `learnt` or `sine`, defined on one grid and resampled bicubically to any other; or `linear`, computed
+        kind: `learned` or `sine`, defined on one grid and resampled bicubically to any other; or `linear`, computed
             for each grid.
         grid: (h, w) on which the first two are defined.
 
@@ -81,7 +81,7 @@ class Positions(nn.Module):
         self.grid = grid
         self.channels = _CHANNELS[kind]
         shape = (self.channels, *grid)
-        self.table = nn.Parameter(nn.init.xavier_uniform_(torch.empty(shape))) if kind == "learnt" else None
+        self.table = nn.Parameter(nn.init.xavier_uniform_(torch.empty(shape))) if kind == "learned" else None
 
     def forward(self, grid: tuple[int, int], like: Tensor) -> Tensor:
         """Return positions (channels, h, w) with the device and dtype of `like`."""

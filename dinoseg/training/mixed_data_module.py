@@ -12,7 +12,7 @@ from dinoseg.data.loader import sample_batches
 from dinoseg.data.train_views import UNLABELLED, make_rng
 from dinoseg.data.unlabelled import UnlabelledImages, UnlabelledViews
 from dinoseg.training.engine import Engine
-from dinoseg.training.image_feed import ImageFeed
+from dinoseg.training.image_data_module import ImageDataModule
 from dinoseg.training.self_training_batch import MixedBatch, SelfTrainingBatch
 from dinoseg.training.tally import Tally
 from dinoseg.utils.errors import UserError
@@ -68,7 +68,7 @@ class SelfTraining(Unlabelled):
 
 
 @dataclass(kw_only=True)
-class MixedFeed(ImageFeed):
+class MixedDataModule(ImageDataModule):
     """Batches of images with and without masks, for a student that is also trained on a teacher's labels.
 
     Args:

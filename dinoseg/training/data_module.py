@@ -21,7 +21,7 @@ class Validation(NamedTuple):
     pictures: dict[str, np.ndarray]  # by the sample's name, (H, W, 3) uint8; only rank 0 has any
 
 
-class Feed(Protocol):
+class DataModule(Protocol):
     """Source of training batches for `fit`, and validation of the trained model."""
 
     seed: int

@@ -21,9 +21,9 @@ from dinoseg.inference.whole import Whole
 from dinoseg.metrics.confusion import ConfusionMatrix
 from dinoseg.models.model import Segmenter
 from dinoseg.report.overlay import compare
+from dinoseg.training.data_module import SHOWN_SIDE, Validation, spread
 from dinoseg.training.engine import Engine
 from dinoseg.training.feature_cache.cache import FeatureCache, Views
-from dinoseg.training.feed import SHOWN_SIDE, Validation, spread
 from dinoseg.training.tally import Tally
 from dinoseg.training.validation import ScoredModel, evaluate_each
 from dinoseg.utils.errors import UserError
@@ -31,7 +31,7 @@ from dinoseg.utils.ranges import Count, Share
 
 
 @dataclass
-class ImageFeed:
+class ImageDataModule:
     """Batches of images and masks for one rank.
 
     Args:
@@ -89,7 +89,7 @@ class ImageFeed:
     @property
     def given(self) -> dict[str, Any]:
         """Return the arguments of the constructor by name."""
-        return {field.name: getattr(self, field.name) for field in fields(ImageFeed) if field.init}
+        return {field.name: getattr(self, field.name) for field in fields(ImageDataModule) if field.init}
 
     @property
     def drawn(self) -> TrainViews:
@@ -157,14 +157,20 @@ class ImageFeed:
 class ValidationImages:
     """A model in validation, with visualised predictions of some images."""
 
-    def __init__(self, feed: ImageFeed, model: Segmenter, loss: Loss, engine: Engine) -> None:
-        self.model, data = model, feed.val
+    def __init__(self, data_module: ImageDataModule, model: Segmenter, loss: Loss, engine: Engine) -> None:
+        self.model, data = model, data_module.val
         self._data = data
         self.scored = ScoredModel(
-            model, data, engine, policy=feed.policy, background=feed.background, loss=loss, on_batch=self._show
+            model,
+            data,
+            engine,
+            policy=data_module.policy,
+            background=data_module.background,
+            loss=loss,
+            on_batch=self._show,
         )
-        self._shown = spread(len(data), feed.pictures, feed.world)
-        self._indices = count(feed.rank, feed.world)
+        self._shown = spread(len(data), data_module.pictures, data_module.world)
+        self._indices = count(data_module.rank, data_module.world)
         self._draw = partial(compare, classes=data.classes, palette=data.palette, ignore_index=data.ignore_index)
         self._pictures: dict[str, np.ndarray] = {}
 
