@@ -105,7 +105,7 @@ def store_if_verified(
     report = {
         "proven": proven,
         "differs": differs,
-        "limits": {"agreement": options.min_agreement, "miou_points": options.most_points},
+        "limits": {"agreement": options.min_agreement, "miou_points": options.max_miou_drop},
         **result,
         "file": path.name,
         "bytes": sum(file.stat().st_size for file in files),
@@ -154,7 +154,7 @@ def _refusal(path: Path, report: dict[str, Any]) -> str:
     elif report["trained_with"] != "float32":
         remedy = (
             f"The model computes in {report['trained_with']}, the file in float32 with the same weights. To accept "
-            "this agreement, set export.min_agreement and export.most_points."
+            "this agreement, set export.min_agreement and export.max_miou_drop."
         )
     nan = "" if report["finite"] else ", and some of its probabilities are NaN"
     return (

@@ -24,7 +24,7 @@ class GraphOptions:
         images: images for the verification: a split of the data set, a folder or a pattern.
         count: largest number of these images.
         min_agreement: required share of pixels with the trained model's class.
-        most_points: largest allowed difference in mIoU, in percentage points.
+        max_miou_drop: largest allowed difference in mIoU, in percentage points.
         gated: write weights whose licence restricts redistribution; do not share the file except on its terms.
 
     Raises:
@@ -37,7 +37,7 @@ class GraphOptions:
     images: str = "val"
     count: Count = 16
     min_agreement: Share = 0.999
-    most_points: NotNegative = 0.1
+    max_miou_drop: NotNegative = 0.1
     gated: bool = False
 
     def __post_init__(self) -> None:

@@ -22,14 +22,14 @@ usage: python -m dinoseg mode=MODE [hparam=RECIPE] [GROUP=OPTION ...] [KEY=VALUE
   python -m dinoseg mode=train data=folder data.root=DIR data.classes=[background,leaf] adapter=lora
                                                                      train by your own settings
   python -m dinoseg mode=prepare data=sarrarp data.root=DIR          unpack a dataset as downloaded
-  python -m dinoseg mode=plan hparam=sarrarp/lora data.root=DIR      estimate memory, and what makes it fit
-  python -m dinoseg mode=bench hparam=sarrarp/lora data.root=DIR     measure training speed
+  python -m dinoseg mode=plan hparam=sarrarp_lora data.root=DIR      estimate memory, and what makes it fit
+  python -m dinoseg mode=bench hparam=sarrarp_lora data.root=DIR     measure training speed
   python -m dinoseg mode=probe hparam=camvid data.root=DIR           linear probe of each block, in minutes
   python -m dinoseg mode=select input=PATH count=20                  choose images or video frames to label next
-  python -m dinoseg mode=train hparam=sarrarp/lora data.root=DIR     train a recipe
-  python -m dinoseg mode=train hparam=sarrarp/lora data.root=DIR resume=auto
+  python -m dinoseg mode=train hparam=sarrarp_lora data.root=DIR     train a recipe
+  python -m dinoseg mode=train hparam=sarrarp_lora data.root=DIR resume=auto
                                                                      resume the newest run of this recipe
-  python -m dinoseg -m mode=train hparam=sarrarp/lora head=linear,mlp adapter.rank=8,16
+  python -m dinoseg -m mode=train hparam=sarrarp_lora head=linear,mlp adapter.rank=8,16
                                                                      a sweep, with a table at the end
   python -m dinoseg mode=eval resume=RUN                             score a run folder or checkpoint
   python -m dinoseg mode=score protocol=sar_rarp50 reference=DIR prediction=DIR
@@ -42,10 +42,10 @@ usage: python -m dinoseg mode=MODE [hparam=RECIPE] [GROUP=OPTION ...] [KEY=VALUE
   python -m dinoseg mode=serve resume=RUN                            an HTTP endpoint
   python -m dinoseg mode=track input=VIDEO labels=MASK               track objects from the first frame's mask
   python -m dinoseg mode=render data=sarrarp data.root=DIR           render a synthetic dataset
-  python -m dinoseg mode=summary hparam=sarrarp/lora                 parameters by part, no weights needed
-  python -m dinoseg mode=train --help                                keys of a mode, and of training
+  python -m dinoseg mode=summary hparam=sarrarp_lora                 parameters by part, no weights needed
+  python -m dinoseg mode=train --help                                the keys of a mode, with their defaults
   python -m dinoseg head=mlp --help                                  keys of an option (hparam=idd/ --help: a family)
-  python -m dinoseg mode=train hparam=sarrarp/lora --cfg job         print the composed config
+  python -m dinoseg mode=train hparam=sarrarp_lora --cfg job         print the composed config
   python -m dinoseg --version                                        versions of dinoseg, torch, CUDA and Python
 
 A RECIPE is NAME, FAMILY/NAME or FAMILY_NAME.
@@ -136,7 +136,14 @@ def of_mode(mode: str, folders: Sequence[Path] = (CONFIGS,)) -> str:
     keys = [f"  mode.{line.replace(': ', '=', 1)}" for line in _settable_keys(text)] or ["  none"]
     title = f"Keys of mode={mode} and their defaults:"
     first, also = [*commands, ""] if commands else [], [f"It also reads {' '.join(reads)}", ""] if reads else []
-    return "\n".join((*first, title, *keys, *_of_training(mode), "", *also, _FURTHER))
+    options = [of_option(mode, option, folders) for option in _options(mode, folders)]
+    mode_keys = [title, *keys] if keys != ["  none"] or not options else []
+    return "\n".join((*first, *mode_keys, *"\n\n".join(options).splitlines(), *_of_training(mode), "", *also, _FURTHER))
+
+
+def _options(group: str, folders: Sequence[Path]) -> list[str]:
+    """Return the options of a config group, such as the formats of mode=export; none if there is no such group."""
+    return sorted({option for folder in folders for option in options_of(folder / group)})
 
 
 def _of_training(mode: str) -> list[str]:

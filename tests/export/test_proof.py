@@ -71,9 +71,9 @@ def test_pixels_points_and_what_predict_gives_are_counted(picture):
 def test_limits_are_what_is_asked_for():
     result = {"finite": True, "agreement": 0.999, "miou": {"torch": 0.5, "exported": 0.4990625}}
     assert proof.passes(result, GraphOptions())
-    assert proof.passes(result, GraphOptions(most_points=100 * (0.5 - 0.4990625)))
+    assert proof.passes(result, GraphOptions(max_miou_drop=100 * (0.5 - 0.4990625)))
     assert not proof.passes(result, GraphOptions(min_agreement=0.9991))
-    assert not proof.passes(result, GraphOptions(most_points=0.09))
+    assert not proof.passes(result, GraphOptions(max_miou_drop=0.09))
     assert not proof.passes({**result, "finite": False}, GraphOptions())
 
 
