@@ -31,7 +31,7 @@ import numpy as np
 import torch
 
 from dinoseg.config.resolvers import register_resolvers
-from dinoseg.experiment.resume import alone
+from dinoseg.experiment.resume import standalone_config
 from dinoseg.experiment.source import ModelSource
 from dinoseg.export.graph import Graph, record_of
 from dinoseg.export.options import GraphOptions
@@ -105,7 +105,7 @@ def by_hand(run, count):
     """Print dinoseg's file beside exports by hand of the same module."""
     path = Path(run) if Path(run).is_file() else Path(run, "checkpoints/best.safetensors")
     register_resolvers()
-    cfg = alone(path, checkpoint.describe(path), {"engine.device": "cpu"})
+    cfg = standalone_config(path, checkpoint.describe(path), {"engine.device": "cpu"})
     with tempfile.TemporaryDirectory() as folder:
         source = ModelSource(cfg)
         found = pictures("val", count, Path(folder), dataset=source.dataset, num_classes=source.num_classes)

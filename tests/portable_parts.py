@@ -5,7 +5,7 @@ import torch
 
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.recipe import run_description
-from dinoseg.experiment.resume import alone
+from dinoseg.experiment.resume import standalone_config
 from dinoseg.experiment.source import ModelSource
 from dinoseg.export.runtime.onnx_record import KEY
 from dinoseg.export.runtime.write import export_model
@@ -41,7 +41,7 @@ def untrained(compose, folder, *words, **info):
 
 def exported(path, folder, **options):
     """Write the one-file model of a checkpoint and return its path."""
-    cfg = alone(path, checkpoint.describe(path), {"engine.device": "cpu"})
+    cfg = standalone_config(path, checkpoint.describe(path), {"engine.device": "cpu"})
     folder.mkdir(exist_ok=True)
     return folder / export_model(ModelSource(cfg), out_dir=folder, **options)["path"]
 

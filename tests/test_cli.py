@@ -475,8 +475,9 @@ def test_the_command_line_alone_lets_the_cpu_compute_what_mps_lacks(monkeypatch,
 
 def test_an_interruption_before_torch_is_imported_does_not_import_it(tmp_path):
     code = (
-        "import sys; from pathlib import Path; from omegaconf import OmegaConf; from dinoseg.cli.launch import _left; "
-        "print(_left(OmegaConf.create({'mode': {'resume_from': 'last'}}), Path('.')), 'torch' in sys.modules)"
+        "import sys; from pathlib import Path; from omegaconf import OmegaConf; from dinoseg.cli import launch; "
+        "print(launch._interrupt_note(OmegaConf.create({'mode': {'resume_from': 'last'}}), Path('.')), "
+        "'torch' in sys.modules)"
     )
     found = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert found.stdout == "this run has saved nothing False\n"

@@ -4,7 +4,7 @@ import pytest
 import torch
 from pretended_cuda import Pretended, pretended_cuda
 
-from dinoseg.core import mixed_class_ids as module
+from dinoseg.core import class_ids as module
 from dinoseg.core.class_ids import mixed_class_ids
 from dinoseg.core.geometry import upsample
 from dinoseg.core.shapes import MaskOutputs, Prediction
@@ -109,7 +109,7 @@ def test_an_accelerator_is_not_waited_for(monkeypatch):
     logits, shares = mixture(2, 9, 5, (6, 7), 4, 0.5)
     size, valid = (45, 61), (0.9, 0.95)
     for numbers in (14 * 61 * 10, 1):  # several bands, and one for each row
-        monkeypatch.setattr(module, "_LAUNCHED", numbers)
+        monkeypatch.setattr(module, "_MIXED_LAUNCHED", numbers)
         with pretended_cuda() as waits:
             ids = mixed_class_ids(Pretended(logits), Pretended(shares), size, valid)
             assert waits.take() == {}

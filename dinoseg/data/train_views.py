@@ -10,7 +10,7 @@ import torch
 from dinoseg.core.shapes import Sample, SegmentationData
 
 Transform = Callable[..., tuple[np.ndarray, np.ndarray]]
-"""From image (H, W, 3), mask (H, W) and chance, and a class to be shown where one is asked for, to a view of both."""
+"""Map an image (H, W, 3), its mask (H, W), a generator, and a class to be shown or None, to a view of both."""
 ORDER, VIEW, _CLASS, _MIX, UNLABELLED = 0, 1, 2, 3, 4  # purposes of random streams, one Philox counter word
 
 

@@ -112,7 +112,7 @@ def segment_video(
         frames: Iterable[_Frame] = islice(reader.timed(), options.frames)
         if video.path is None:
             stop = stack.enter_context(ending_input())
-            frames = takewhile(lambda _: not stop.asked, frames)
+            frames = takewhile(lambda _: not stop.signal, frames)
 
         def infer(batch: list[_Frame]) -> list[tuple[_Frame, FramePrediction]]:
             return list(zip(batch, classes.of([frame for frame, _ in batch]), strict=True))

@@ -137,8 +137,8 @@ def of_mode(mode: str, folders: Sequence[Path] = (CONFIGS,)) -> str:
     title = f"Keys of mode={mode} and their defaults:"
     first, also = [*commands, ""] if commands else [], [f"It also reads {' '.join(reads)}", ""] if reads else []
     options = [of_option(mode, option, folders) for option in _options(mode, folders)]
-    mode_keys = [title, *keys] if keys != ["  none"] or not options else []
-    return "\n".join((*first, *mode_keys, *"\n\n".join(options).splitlines(), *_of_training(mode), "", *also, _FURTHER))
+    formats = [line for text in options for line in ("", *text.splitlines())]
+    return "\n".join((*first, title, *keys, *formats, *_of_training(mode), "", *also, _FURTHER))
 
 
 def _options(group: str, folders: Sequence[Path]) -> list[str]:

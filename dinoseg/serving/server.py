@@ -115,7 +115,7 @@ class _Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Check for a stop signal, several times a second."""
-        self.should_exit = self.should_exit or bool(self._stop.asked)
+        self.should_exit = self.should_exit or bool(self._stop.signal)
         self._close_slow()
         return await super().on_tick(counter)
 

@@ -176,14 +176,14 @@ def fit(experiment: Experiment) -> Progress:
                     output.add(loss, predictions, batch)
                 batch = predictions = loss = None  # frees the graph
             # all ranks see a stop request at the same step; a rank that fails here costs no step
-            totals, weights, stops = output.over_ranks(engine, stop.asked)
+            totals, weights, stops = output.over_ranks(engine, stop.signal)
             with emergency.updating():
                 before = metrics.newest_norms
                 losses, norms = engine.optimizer_step(
                     optimizer, totals, weights, clip=settings.clip, before=before, loss_scale=scale, ended=ended
                 )
                 values = StepMetrics(step, output.names, losses, norms, stops)
-                is_stopping = metrics.add(values, read=due.log or due.save, stop_requested=stop.asked > 0)
+                is_stopping = metrics.add(values, read=due.log or due.save, stop_requested=stop.signal > 0)
                 if ema is not None:
                     ema.update(step)
                 for each in (progress, *(head.progress for head in heads if head.is_active)):

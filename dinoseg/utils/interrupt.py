@@ -29,7 +29,7 @@ class Deferral:
     """A stop request by signal, deferred until the work is at a point where it can stop."""
 
     def __init__(self, notice: str) -> None:
-        self.asked = 0  # number of the signal; 0: none
+        self.signal = 0  # number of the signal; 0: none
         self._notice, self._since, self._waits = notice, 0.0, True
 
     def receive(self, number: int) -> None:
@@ -38,11 +38,11 @@ class Deferral:
         Raises:
             Interrupted: if signals are not deferred now, and on the second signal.
         """
-        if self.asked:
+        if self.signal:
             if time.monotonic() - self._since >= _TWICE:
                 raise Interrupted(number, again=True)
             return
-        self.asked, self._since = number, time.monotonic()
+        self.signal, self._since = number, time.monotonic()
         if not self._waits:
             raise Interrupted(number)
         if self._notice:
@@ -54,14 +54,14 @@ class Deferral:
         Raises:
             Interrupted: always.
         """
-        raise Interrupted(self.asked or signal.SIGTERM)
+        raise Interrupted(self.signal or signal.SIGTERM)
 
     @contextmanager
     def at_once(self, allowed: bool) -> Iterator[None]:
         """Let a signal interrupt the block at once, if `allowed`: where that changes nothing that is saved."""
         self._waits = not allowed
         try:
-            if self.asked and allowed:
+            if self.signal and allowed:
                 self.leave()
             yield
         finally:
@@ -91,10 +91,10 @@ def deferred(notice: str) -> Iterator[Deferral]:
         try:
             yield deferral
         except RuntimeError as error:
-            if deferral.asked:
-                raise Interrupted(deferral.asked) from error
+            if deferral.signal:
+                raise Interrupted(deferral.signal) from error
             raise
-        if deferral.asked:
+        if deferral.signal:
             deferral.leave()
 
 
@@ -115,7 +115,7 @@ def passed_on(processes: Sequence[int]) -> Iterator[None]:
     deferral = Deferral("")
 
     def receive(number: int) -> None:
-        if not deferral.asked and sys.platform != "win32":
+        if not deferral.signal and sys.platform != "win32":
             for process in processes:
                 with suppress(ProcessLookupError):
                     os.kill(process, number)

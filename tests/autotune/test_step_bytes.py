@@ -138,9 +138,9 @@ def test_what_a_module_keeps_that_a_walk_has_imported_is_forgotten(tmp_path, mon
     with walking():
         pass
     with walking():
-        expect_type = import_module("expect_type")
-        expect_type.kept()
-    assert expect_type.kept.cache_info().currsize == 0
+        keeping = import_module("expect_type")
+        keeping.kept()
+    assert keeping.kept.cache_info().currsize == 0
 
 
 def test_a_cache_that_a_walk_has_not_filled_is_kept(tmp_path, monkeypatch):
@@ -192,7 +192,7 @@ ONE_CELL = ("resolution.crop=[8,8]", "data.batch_size=1")
 
 @pytest.mark.heavy
 @pytest.mark.parametrize(
-    ("words", "smallest"),
+    ("words", "least"),
     [
         (["head=linear"], 2),
         (["head=detail", "head.layers=[0,1]"], 2),

@@ -18,7 +18,7 @@ from portable_parts import TINY, untrained
 
 import dinoseg
 from dinoseg.experiment import source
-from dinoseg.experiment.resume import alone
+from dinoseg.experiment.resume import standalone_config
 from dinoseg.experiment.source import ModelSource
 from dinoseg.export import onnx_export, onnx_file
 from dinoseg.export.export import REPORT
@@ -40,7 +40,9 @@ def cfg(compose, tmp_path):
     """Return the config of a tiny model with a linear head, and pictures beside it."""
     write_data(tmp_path / "data")
     path = untrained(compose, tmp_path, *TINY, "head=linear")
-    return alone(path, checkpoint.describe(path), {"engine.device": "cpu", "data.root": str(tmp_path / "data")})
+    return standalone_config(
+        path, checkpoint.describe(path), {"engine.device": "cpu", "data.root": str(tmp_path / "data")}
+    )
 
 
 @pytest.fixture
@@ -243,7 +245,7 @@ def test_weights_beside_a_large_file_are_read_from_there(cfg, out, monkeypatch):
 def test_lora_updates_are_merged_and_a_program_is_proven_too(compose, tmp_path):
     write_data(tmp_path / "data")
     path = untrained(compose, tmp_path, *TINY, "head=linear", "adapter=lora", "adapter.rank=2")
-    cfg = alone(path, checkpoint.describe(path), {"engine.device": "cpu"})
+    cfg = standalone_config(path, checkpoint.describe(path), {"engine.device": "cpu"})
     (tmp_path / "out").mkdir()
     ProgramExport(images=str(tmp_path / "data/val/images"))(ModelSource(cfg), out_dir=tmp_path / "out")
     report = json.loads((tmp_path / "out" / REPORT).read_text())

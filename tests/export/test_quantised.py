@@ -10,7 +10,7 @@ from portable_parts import TINY, exported, untrained
 
 import dinoseg
 from dinoseg.experiment.builder import Builder
-from dinoseg.experiment.resume import alone
+from dinoseg.experiment.resume import standalone_config
 from dinoseg.experiment.source import ModelSource
 from dinoseg.experiment.trained import load_trained
 from dinoseg.export import export
@@ -33,7 +33,9 @@ def quantised(request, compose, tmp_path):
     """Return the key that a tiny model computes with, its checkpoint and the config to use it."""
     write_data(tmp_path / "data")
     path = untrained(compose, tmp_path, *TINY, "head=linear", *FORMS[request.param])
-    cfg = alone(path, checkpoint.describe(path), {"engine.device": "cpu", "data.root": str(tmp_path / "data")})
+    cfg = standalone_config(
+        path, checkpoint.describe(path), {"engine.device": "cpu", "data.root": str(tmp_path / "data")}
+    )
     return request.param, path, cfg
 
 

@@ -12,7 +12,7 @@ import pytest
 from dinoseg.data.clips.cut import Cut, open_clips
 from dinoseg.data.formats.movi import Movi
 from dinoseg.metrics.clustering import adjusted_rand_index, contingency
-from dinoseg.synthetic.moving import objects as moving_objects
+from dinoseg.synthetic.moving import write as moving_objects
 from dinoseg.synthetic.moving import write as moving_write
 from dinoseg.synthetic.moving.write import OUTLINES, draw_video, render_moving_objects
 from dinoseg.utils.errors import UserError

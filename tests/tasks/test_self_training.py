@@ -53,7 +53,7 @@ def test_a_run_goes_on_to_the_same_bytes_with_any_workers(folder):
 
 
 def test_the_teacher_is_the_moving_average_and_leaves_the_student_as_it_is(folder, monkeypatch):
-    seen, teach = [], trainer.teach
+    seen, teach = [], trainer.predict_with_ema
 
     def watched(experiment, ema, images):
         model, names = experiment.model, list(ema.live)
@@ -71,7 +71,7 @@ def test_the_teacher_is_the_moving_average_and_leaves_the_student_as_it_is(folde
         seen.append(any(not torch.equal(before[name], average[name]) for name in names))
         return prediction
 
-    monkeypatch.setattr(trainer, "teach", watched)
+    monkeypatch.setattr(trainer, "predict_with_ema", watched)
     trained(folder, "watched", *HALF, "trainer.steps=3", "engine.precision=fp32")
     assert seen == [False, True, True]
 

@@ -310,4 +310,4 @@ def test_the_end_of_a_rest_is_seen_once_also_where_fewer_steps_cut_it_short():
     for lengths, end in (([10] * 10, 3), ([10, 10, 5, 5, 5], 2), ([10, 10, 10, 10, 6], 3)):
         freeze = BackboneFreeze(model.backbone, optimizer, is_single=True)
         seen = [freeze.ends_with(ScheduleState(schedule(), step, steps)) for step, steps in enumerate(lengths)]
-        assert freeze.forward_frozen == 0.4 and [step for step, ends in enumerate(seen) if ends] == [end]
+        assert freeze.until == 0.4 and [step for step, ends in enumerate(seen) if ends] == [end]

@@ -51,7 +51,7 @@ class Small(CrossEntropy):
 
     def __init__(self, weights, most, late):
         super().__init__(weights)
-        self.most, self.delayed_modules, self.seen, self.each_alike = most, late, [], False
+        self.most, self.late, self.seen, self.each_alike = most, late, [], False
 
     def forward(self, prediction, batch):
         self.seen.append(list(batch.names))
@@ -60,9 +60,9 @@ class Small(CrossEntropy):
             value, parts = prediction.grid.square().mean(), {}
         if len(batch.names) <= self.most or not torch.is_grad_enabled():
             return value, parts
-        if not self.delayed_modules:
+        if not self.late:
             raise RuntimeError(SHORT)
-        value.register_hook(lambda gradient: self._fail() if self.delayed_modules == 1 else gradient)
+        value.register_hook(lambda gradient: self._fail() if self.late == 1 else gradient)
         prediction.grid.register_hook(lambda gradient: self._fail())
         return value, parts
 
@@ -103,7 +103,7 @@ def distance(first, second):
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize(("most", "delayed_modules"), [(3, 0), (2, 1), (1, 2)], ids=["forward", "loss", "backward"])
+@pytest.mark.parametrize(("most", "late"), [(3, 0), (2, 1), (1, 2)], ids=["forward", "loss", "backward"])
 def test_a_step_is_over_the_same_images_in_parts_that_fit(train, most, late, caplog):
     whole, parted = train(), train(most, late)
     assert distance(whole.gradients, parted.gradients) < 1e-6

@@ -101,7 +101,7 @@ def test_the_second_signal_ends_at_once_and_what_follows_the_first_closely_is_th
     with pytest.raises(Interrupted) as ended, deferred("wait") as stop:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)  # torchrun passes on what the terminal has sent to all
-        assert stop.run_bands == signal.SIGINT
+        assert stop.signal == signal.SIGINT
         now[0] += 3
         signal.raise_signal(signal.SIGTERM)
     assert ended.value.again and ended.value.status == 143
@@ -149,6 +149,6 @@ def test_what_changes_nothing_is_left_at_once_and_only_that():
             pass
         with stop.at_once(allowed=False):
             signal.raise_signal(signal.SIGTERM)
-        assert stop.run_bands == signal.SIGTERM
+        assert stop.signal == signal.SIGTERM
     with pytest.raises(RuntimeError, match="a worker"), deferred(""):
         raise RuntimeError("a worker has died")

@@ -24,7 +24,7 @@ def time_candidate(
     task.open(engine)
     return time_recipe(
         training_parts(build),
-        task.feed,
+        task.data_module,
         engine,
         began=began,
         minutes=minutes,

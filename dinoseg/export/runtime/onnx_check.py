@@ -1,6 +1,6 @@
 """Validation of ONNX files before any runtime loads them: only tensors and standard operators are accepted.
 
-`onnx_wire.py` reads the messages, so that inference needs no generated protobuf code of another package.
+Messages are read here, so that inference needs no generated protobuf code of another package.
 """
 
 import math

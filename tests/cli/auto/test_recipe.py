@@ -426,7 +426,7 @@ def test_a_closed_form_keeps_its_length_and_the_rate_of_its_own_head(folder, mon
 @pytest.mark.usefixtures("choice_alone")
 @pytest.mark.heavy
 @pytest.mark.parametrize(
-    ("words", "adapter", "may_rest"),
+    ("words", "adapter", "may_freeze"),
     [
         (["head=linear"], "full", False),  # 1,066 images
         (DETAIL, "full", True),  # 1,454 images, of which the backbone rests for 40 %
@@ -444,12 +444,12 @@ def test_a_closed_form_keeps_its_length_and_the_rate_of_its_own_head(folder, mon
         (["head=linear", "trainer.accumulate=60"], "frozen", False),  # not even ten steps of 120
     ],
 )
-def test_when_tuning_wins_depends_on_the_head_and_on_a_step(folder, monkeypatch, words, adapter, may_rest):
+def test_when_tuning_wins_depends_on_the_head_and_on_a_step(folder, monkeypatch, words, adapter, may_freeze):
     write_halves(folder)
     tried = []
 
     def timed(work, values, **_):
-        way, asked = values["choices"]["adapter"], work.keywords["may_rest"]
+        way, asked = values["choices"]["adapter"], work.keywords["may_freeze"]
         tried.append((way, asked))
         least = 0.005 if values["resolution"]["longest"] else 0.075  # smaller images are tried, and never enough
         resting = 0.025 if asked and way == "full" else None
@@ -462,12 +462,12 @@ def test_when_tuning_wins_depends_on_the_head_and_on_a_step(folder, monkeypatch,
     done = call(folder, *AUTO, "budget.minutes=1.5", *more, *words, "hydra.run.dir=R")
     assert done.status == 0, done.err
     cfg = config_of(folder / "R")
-    rests = adapter == "full" and may_rest
+    rests = adapter == "full" and may_freeze
     assert (cfg.choices.adapter, cfg.optim.optimizer.freeze_backbone_until) == (adapter, 0.4 if rests else 0.0)
     assert ("frozen for the first 40% of the training" in done.out) == rests
     others = [] if "adapter=full" in words else [("full", False)]
-    frozen = [] if "adapter=full" in words else [("frozen", may_rest)]
-    assert tried == [*frozen, ("full", may_rest), *others]  # what a rest takes was timed with the first
+    frozen = [] if "adapter=full" in words else [("frozen", may_freeze)]
+    assert tried == [*frozen, ("full", may_freeze), *others]  # what a rest takes was timed with the first
     if rests:  # by the time that both kinds of step take, and as a backbone is that is tuned in the end
         seconds = 60 * cfg.budget.minutes
         assert cfg.trainer.steps * cfg.data.batch_size * 0.055 == pytest.approx(0.9 * seconds - 0.5, rel=0.1)
@@ -499,12 +499,12 @@ def test_another_rank_takes_what_the_first_one_chooses(folder, monkeypatch):
 
 
 def test_while_one_measures_it_is_no_rank(monkeypatch):
-    from dinoseg.cli.auto.recipe import _alone
+    from dinoseg.cli.auto.recipe import _outside_ranks
 
     ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}
     for name, value in ranks.items():
         monkeypatch.setenv(name, value)
-    with _alone():
+    with _outside_ranks():
         assert not ranks.keys() & os.environ.keys()
     assert {name: os.environ[name] for name in ranks} == ranks
 
@@ -729,7 +729,7 @@ def test_a_recipe_is_timed_on_its_own_data(tmp_path, monkeypatch, words):
 
 
 @pytest.mark.parametrize(
-    ("adapter", "may_rest", "tried"),
+    ("adapter", "may_freeze", "tried"),
     [
         ("full", True, [(8.0, False, 0.4), (4.0, True, 0.4)]),
         ("full", False, [(8.0, False, 0.0)]),
@@ -737,7 +737,7 @@ def test_a_recipe_is_timed_on_its_own_data(tmp_path, monkeypatch, words):
     ],
 )
 def test_steps_of_a_backbone_that_rests_are_timed_where_it_learns(
-    tmp_path, compose, monkeypatch, adapter, may_rest, tried
+    tmp_path, compose, monkeypatch, adapter, may_freeze, tried
 ):
     write_data(tmp_path / "data")
     found = []
@@ -749,9 +749,9 @@ def test_steps_of_a_backbone_that_rests_are_timed_where_it_learns(
 
     monkeypatch.setattr(timing, "try_steps", steps)
     cfg = compose(*SMALL, f"data.root={tmp_path}/data", f"adapter={adapter}", "data.batch_size=2")
-    timed = time_candidate(plain(cfg), minutes=9, may_rest=may_rest)
+    timed = time_candidate(plain(cfg), minutes=9, may_freeze=may_freeze)
     assert found == [(pytest.approx(lasting), rests, begin) for lasting, rests, begin in tried]
-    assert (timed.image, timed.resting) == (2.0, 1.0 if (adapter, may_rest) == ("full", True) else None)
+    assert (timed.image, timed.resting) == (2.0, 1.0 if (adapter, may_freeze) == ("full", True) else None)
 
 
 @pytest.mark.usefixtures("choice_alone")

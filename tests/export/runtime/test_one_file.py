@@ -22,7 +22,7 @@ from test_hostile_checkpoints import CASES, tampered
 import dinoseg
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.models import ModelBuilder
-from dinoseg.experiment.resume import alone
+from dinoseg.experiment.resume import standalone_config
 from dinoseg.training import checkpoint
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import read_ids
@@ -462,5 +462,5 @@ def test_names_that_begin_like_a_path_are_kept(compose, tmp_path):
 
 
 def test_a_config_alone_needs_no_command_line(file):
-    cfg = alone(file, checkpoint.describe(file), {"engine.device": "cpu"})
+    cfg = standalone_config(file, checkpoint.describe(file), {"engine.device": "cpu"})
     assert cfg.engine.device == "cpu" and cfg.backbone.weights == "random"

@@ -291,8 +291,8 @@ def test_files_that_do_something_else_than_they_say_end_in_an_error(tmp_path, mo
 @pytest.mark.parametrize(
     ("bound", "most", "reason"),
     [
-        ("onnx_wire._MAX_FIELDS", 9, "it has more than 9 fields"),
-        ("onnx_wire._LONGEST_TEXT", 9, "a text in it has .* bytes"),
+        ("onnx_check._MAX_FIELDS", 9, "it has more than 9 fields"),
+        ("onnx_check._LONGEST_TEXT", 9, "a text in it has .* bytes"),
         ("onnx_check._MAX_NODES", 1, "it has more than 1 nodes"),
     ],
 )
