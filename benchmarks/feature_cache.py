@@ -35,7 +35,7 @@ from dinoseg.models.heads.linear import LinearHead
 from dinoseg.models.heads.mask2former.head import Mask2FormerHead
 from dinoseg.models.model import Segmenter
 from dinoseg.training.engine import Engine
-from dinoseg.training.feature_choice import Plan, feature_cache
+from dinoseg.training.feature_choice import CacheOptions, feature_cache
 from dinoseg.training.image_data_module import ImageDataModule
 from dinoseg.training.optim import adamw
 from dinoseg.utils.images import write_png
@@ -84,7 +84,7 @@ def epochs(case: str, args: argparse.Namespace, folder: Path) -> tuple[np.ndarra
     augment = Augment((args.size, args.size), scale=(0.75, 1.5), flip=0.5, color=ColorJitter(0.2, 0.2, 0.2, 0.05))
     share = {"batch_size": 2, "seed": 0, "workers": 0, "views": 1}
     live, kept = (ImageDataModule(data, data, augment, **share) for _ in range(2))
-    plan = Plan(folder / "cache", 10.0, "benchmark", {}, dtype=args.dtype)
+    plan = CacheOptions(folder / "cache", 10.0, "benchmark", {}, dtype=args.dtype)
     kept.cache = feature_cache(kept, model, loss, engine, plan)
     model.train()
 

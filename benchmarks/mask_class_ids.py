@@ -17,7 +17,7 @@ from rows import Row, machine, tell
 from tabulate import tabulate
 from torch import Tensor
 
-from dinoseg.core.class_ids import highest, mixed_class_ids
+from dinoseg.core.class_ids import argmax_ids, mixed_class_ids
 from dinoseg.core.shapes import MaskOutputs
 from dinoseg.inference.memory import PeakBytes
 from dinoseg.models.heads.semantic import semantic_map, weighted_masks
@@ -71,7 +71,7 @@ def drawn(regions: int, classes: int, size: Size) -> MaskOutputs:
 
 def usual(outputs: MaskOutputs, size: Size) -> Tensor:
     """Return ids of all masks at all pixels."""
-    return highest(semantic_map(outputs, size, (1.0, 1.0)))
+    return argmax_ids(semantic_map(outputs, size, (1.0, 1.0)))
 
 
 def ours(outputs: MaskOutputs, size: Size) -> Tensor:

@@ -113,13 +113,13 @@ def run(cfg):  # noqa: ANN001, ANN201 - hydra.main wants the bare signature
 
     from dinoseg.cli.launch import launch
     from dinoseg.config.job import job_config
-    from dinoseg.config.plain import plain
+    from dinoseg.config.plain import to_container
     from dinoseg.utils.errors import UserError
     from dinoseg.utils.interrupt import Interrupted, raised
 
     hydra_cfg = HydraConfig.get()
     composed = job_config(cfg, hydra_cfg.runtime.choices)
-    words = plain(hydra_cfg.overrides)["task"]  # as typed: single access would resolve each `${...}`
+    words = to_container(hydra_cfg.overrides)["task"]  # as typed: single access would resolve each `${...}`
     try:
         with raised():
             return launch(composed, Path(hydra_cfg.runtime.output_dir), words)

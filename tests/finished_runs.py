@@ -8,7 +8,7 @@ from command_line import call
 from omegaconf import OmegaConf
 
 from dinoseg.cli import ranks
-from dinoseg.config.plain import plain
+from dinoseg.config.plain import to_container
 from dinoseg.modes.train import train
 from dinoseg.training import checkpoint
 from dinoseg.training.engine import Engine
@@ -29,7 +29,7 @@ def rows(folder, run):
 def train_in_rank(cfg, *, out_dir):
     """Stand for a mode that trains several configs one after another, so that ranks start once for all of them."""
     with patch.object(Engine, "close"):  # the next training meets in the same group
-        for name, each in plain(cfg)["trainings"]:  # each points to keys from its own root
+        for name, each in to_container(cfg)["trainings"]:  # each points to keys from its own root
             train(OmegaConf.create(each), out_dir=out_dir / name, metrics_only=True, report=False, pictures=0)
 
 
@@ -42,7 +42,7 @@ def whole_and_resumed_on_ranks(folder, compose, words):
         rest.resume = str(folder / "resumed_on_ranks/checkpoints/last.safetensors")
         mode = {"_target_": "finished_runs.train_in_rank", "_partial_": True, "keeps_folder": False}
         runs = {"whole_on_ranks": [whole], "resumed_on_ranks": [first, rest]}
-        trainings = [[name, plain(cfg)] for name, cfgs in runs.items() for cfg in cfgs]
+        trainings = [[name, to_container(cfg)] for name, cfgs in runs.items() for cfg in cfgs]
         job = {"mode": mode, "choices": {"mode": "test"}, "trainings": trainings}
         ranks.run_ranks(OmegaConf.create(job), folder, 2)
     names = ("whole_on_ranks", "resumed_on_ranks")

@@ -12,7 +12,7 @@ from test_matrix import SMALL_HEADS
 from tiny_parts import BACKBONES, load, tiny_node
 
 from dinoseg.experiment.builder import Builder
-from dinoseg.models.model import constants
+from dinoseg.models.model import non_persistent_buffers
 from dinoseg.models.no_init import allocate
 
 CELLS = [*((name, "linear") for name in BACKBONES), ("dinov3", "eomt"), ("dinov3", "mask2former"), ("convnext", "dpt")]
@@ -39,7 +39,7 @@ def test_parameters_alone_are_not_initialised(monkeypatch, backbone, head):
     buffers = dict(bare.named_buffers())
     for name, value in whole.named_buffers():
         assert torch.equal(buffers[name], value), name
-    assert constants(bare).keys() == constants(whole).keys()
+    assert non_persistent_buffers(bare).keys() == non_persistent_buffers(whole).keys()
     bare.load_state_dict(whole.state_dict())
     images = torch.randint(0, 256, (1, 3, 32, 48), dtype=torch.uint8)
     with torch.no_grad():
@@ -56,8 +56,8 @@ def test_an_outline_becomes_the_model_of_a_file_with_all_values(backbone, head):
         name: part.requires_grad for name, part in whole.named_parameters()
     }
     bare.load_state_dict(whole.state_dict())
-    own = constants(bare)
-    for name, value in constants(whole).items():
+    own = non_persistent_buffers(bare)
+    for name, value in non_persistent_buffers(whole).items():
         own[name].copy_(value)
     assert not any(part.is_meta for part in (*bare.parameters(), *bare.buffers()))
     images = torch.randint(0, 256, (1, 3, 32, 48), dtype=torch.uint8)

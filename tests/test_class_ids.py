@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from pretended_cuda import Pretended, pretended_cuda
 
 from dinoseg.core import class_ids as rooms
-from dinoseg.core.class_ids import class_ids, highest
+from dinoseg.core.class_ids import argmax_ids, class_ids
 from dinoseg.core.geometry import lattice, upsample, upsample_at, valid_share
 from dinoseg.core.shapes import Prediction
 
@@ -34,7 +34,7 @@ def test_ids_are_those_of_all_scores_at_any_size_and_share():
         grid, classes = (-(-image[0] // patch), -(-image[1] // patch)), choose.choice([1, 2, 5, 40])
         scores = smooth(draw, classes, grid) if number % 2 else torch.randn(2, classes, *grid, generator=draw)
         given = (scores, size, valid_share(image, patch))
-        assert torch.equal(class_ids(*given), highest(upsample(*given))), (image, size, patch, classes)
+        assert torch.equal(class_ids(*given), argmax_ids(upsample(*given))), (image, size, patch, classes)
 
 
 @pytest.mark.parametrize("size", [(154, 224), (160, 231), (11, 224), (200, 16)], ids=str)
@@ -61,9 +61,9 @@ def test_ties_go_to_the_first_class_as_rounding_has_it(size, kind):
     pixels = upsample(scores.contiguous(), size, (1.0, 1.0))
     if kind == "infinite":  # beside it, 0 * infinity is no number
         known = ~pixels.isnan().any(dim=1)
-        assert torch.equal(result[known], highest(pixels)[known])
+        assert torch.equal(result[known], argmax_ids(pixels)[known])
     elif kind in ("zeros", "twins"):
-        assert torch.equal(result, highest(pixels))
+        assert torch.equal(result, argmax_ids(pixels))
     else:
         lost = pixels.amax(1) - pixels.gather(1, result[:, None].long())[:, 0]
         assert lost.max() <= 4 * torch.finfo(torch.float32).eps * scores.abs().max()
@@ -102,7 +102,7 @@ def test_scores_of_all_pixels_are_never_held(monkeypatch):
         return counting
 
     scores, size = smooth(torch.Generator().manual_seed(0), 50, (20, 30)), (384, 576)
-    wanted = highest(upsample(scores, size, (1.0, 1.0)))
+    wanted = argmax_ids(upsample(scores, size, (1.0, 1.0)))
     monkeypatch.setattr(rooms, "_best", counted(rooms._best))
     assert torch.equal(class_ids(scores, size, (1.0, 1.0)), wanted)
     assert max(held) <= rooms._AT_ONCE and sum(held) < size[0] * size[1] * 50 / 10
@@ -136,7 +136,7 @@ def test_on_an_accelerator_few_numbers_are_upsampled_as_a_whole(monkeypatch):
         monkeypatch.setattr(rooms, "_LAUNCHED", most)
         with pretended_cuda():
             ids = class_ids(Pretended(scores), size, (1.0, 1.0))
-        assert torch.equal(ids.memory, highest(upsample(scores, size, (1.0, 1.0)))) and len(passed) == parts
+        assert torch.equal(ids.memory, argmax_ids(upsample(scores, size, (1.0, 1.0)))) and len(passed) == parts
 
 
 def test_a_prediction_of_a_grid_reads_it_and_one_without_its_scores():
@@ -160,6 +160,6 @@ def test_small_images_are_upsampled_as_a_whole(monkeypatch):
     scores = smooth(torch.Generator().manual_seed(0), 4, (11, 16))
     monkeypatch.setattr(rooms, "_SMALL", 4 * 40 * 50)
     monkeypatch.setattr(rooms, "_pays", None)
-    assert torch.equal(class_ids(scores, (40, 50), (1.0, 1.0)), highest(upsample(scores, (40, 50), (1.0, 1.0))))
+    assert torch.equal(class_ids(scores, (40, 50), (1.0, 1.0)), argmax_ids(upsample(scores, (40, 50), (1.0, 1.0))))
     with pytest.raises(TypeError):
         class_ids(scores, (40, 51), (1.0, 1.0))

@@ -21,7 +21,7 @@ from dinoseg.models.heads.linear import LinearHead
 from dinoseg.models.model import Segmenter
 from dinoseg.tracking.propagation.settings import PropagationSettings
 from dinoseg.tracking.propagation.tracker import PropagationTracker
-from dinoseg.training.checkpoint import Checkpoints
+from dinoseg.training.checkpoint import Checkpointer
 from dinoseg.training.engine import Engine
 from dinoseg.training.head_training import HeadTraining, NonFiniteLoss
 from dinoseg.training.image_data_module import ImageDataModule
@@ -97,7 +97,7 @@ def train(folder, model, loss, *, cuda=True, precision="fp32", plain=False, devi
         optimizer = adamw(model, lr=1e-2)
         assert optimizer.defaults["fused"]
         optimizer = torch.optim.SGD(optimizer.param_groups, fused=True) if plain else optimizer
-        checkpoints = Checkpoints(folder, dict(INFO), start)
+        checkpoints = Checkpointer(folder, dict(INFO), start)
         try:
             shape = schedule("constant")
             fit(Experiment(model, loss, data_module, optimizer, shape, engine, checkpoints, log, settings))

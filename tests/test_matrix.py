@@ -19,7 +19,7 @@ from dinoseg.config.nodes import instantiate
 from dinoseg.core.shapes import Batch
 from dinoseg.experiment.builder import Builder
 from dinoseg.training import checkpoint
-from dinoseg.training.checkpoint import Checkpoints, frozen_fingerprint
+from dinoseg.training.checkpoint import Checkpointer, frozen_fingerprint
 from dinoseg.utils.errors import UserError
 
 pytestmark = pytest.mark.slow  # every head on every backbone with every adapter: minutes together
@@ -160,7 +160,7 @@ def test_cell(configs, tmp_path, backbone, adapter, head):
     expected = model(batch.image).scores()
     assert expected.shape == (2, 3, *SIZE) and torch.equal(model(batch.image).scores(), expected)
     info = {**INFO, "frozen": frozen_fingerprint(model)}
-    Checkpoints(tmp_path, info).save_if_best(model, 0.5)
+    Checkpointer(tmp_path, info).save_if_best(model, 0.5)
     other = Builder(cfg).model().to("cpu").eval()
     checkpoint.load_weights(other, checkpoint.read(tmp_path / "best.safetensors"))
     assert torch.equal(other(batch.image).scores(), expected)
@@ -206,7 +206,7 @@ def test_of_weights_from_a_file_only_what_was_trained_is_kept(configs, tmp_path,
     train(model, loss_for(model.head, cfg, configs), steps=1)
     model.eval()
     info = {**INFO, "frozen": frozen_fingerprint(model)}
-    Checkpoints(tmp_path, info).save_if_best(model, 0.5)
+    Checkpointer(tmp_path, info).save_if_best(model, 0.5)
     found = checkpoint.read(tmp_path / "best.safetensors")
     held = {name for name in found.part("model") if name.startswith("backbone.")}
     parameters = {name for name, _ in model.named_parameters()}

@@ -13,11 +13,11 @@ from test_matrix import FILES, HEADS, SMALL_HEADS
 
 from dinoseg.autotune.fitting import FitSearch
 from dinoseg.autotune.target import Target, memory_of
-from dinoseg.config.plain import plain
+from dinoseg.config.plain import to_container
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.step import training_parts
 from dinoseg.modes.plan import dry_steps
-from dinoseg.training.checkpoint import Checkpoints, read
+from dinoseg.training.checkpoint import Checkpointer, read
 from dinoseg.training.engine import Engine
 from dinoseg.training.optim import adamw, schedule
 from dinoseg.training.trainer import Experiment, Settings, fit
@@ -57,7 +57,7 @@ def train(
     before = {name: part.detach().cpu().clone() for name, part in trained.items()}
     optimizer = adamw(model, lr=1e-3)
     optimizer = optimizer if adam else torch.optim.SGD(optimizer.param_groups, fused=device == "cuda")
-    checkpoints = Checkpoints(folder, dict(INFO), start)
+    checkpoints = Checkpointer(folder, dict(INFO), start)
     settings = Settings(**{"steps": 3, "val_every": 3, "log_every": 1, **options})
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -159,5 +159,5 @@ def test_what_a_step_takes_is_foretold(compose, adapter, checkpointing):
     cfg = compose(*words, f"backbone.checkpointing={str(checkpointing).lower()}", "engine.precision=bf16")
     target = Target("cuda", memory_of("24GiB"), bf16=True)
     foretold = FitSearch(partial(training_parts, Builder(cfg)), target).as_it_is
-    taken = run_in_process(partial(dry_steps, samples=8), plain(cfg)).peak
+    taken = run_in_process(partial(dry_steps, samples=8), to_container(cfg)).peak
     assert 0.9 * foretold.step.peak < taken < 1.08 * foretold.step.peak + 128 * 2**20, (foretold.step.peak, taken)

@@ -12,7 +12,7 @@ import pytest
 from dinoseg import __main__
 from dinoseg.cli.sweeps.search import open_study
 from dinoseg.utils.files import is_name
-from dinoseg.utils.interrupt import passed_on
+from dinoseg.utils.interrupt import forward_signals
 
 
 @pytest.mark.heavy
@@ -49,6 +49,6 @@ def test_on_windows_signals_are_not_passed_on_since_the_console_sends_them_to_al
     monkeypatch.setattr(sys, "platform", "win32")
     monkeypatch.setattr(os, "kill", lambda process, number: sent.append(process))
     sent = []
-    with passed_on([7, 8]):
+    with forward_signals([7, 8]):
         signal.raise_signal(signal.SIGTERM)
     assert not sent

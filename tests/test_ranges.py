@@ -20,7 +20,7 @@ from dinoseg.report.loggers.logger import Logger
 from dinoseg.tracking.tracker import Tracker
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Range
-from dinoseg.utils.wording import shown
+from dinoseg.utils.wording import format_value
 
 OWN_CHECK = {  # numbers whose rule is no range
     **dict.fromkeys(("Frozen", "Full", "LastBlocks", "Lora"), {"bits"}),  # 4 or 8
@@ -114,7 +114,7 @@ def test_a_number_out_of_its_range_is_refused_by_its_whole_key(composed, key, va
     node = OmegaConf.select(cfg, key.rsplit(".", 1)[0])
     with pytest.raises(UserError) as caught:
         instantiate(node, without=OF_OTHERS.get(key.split(".")[0], ()))
-    assert str(caught.value) == f"{key}={shown(str(value), 200)} is out of range. {rule}"
+    assert str(caught.value) == f"{key}={format_value(str(value), 200)} is out of range. {rule}"
 
 
 def test_a_training_without_steps_is_refused(composed):

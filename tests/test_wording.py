@@ -12,14 +12,14 @@ from dinoseg.experiment.log_file import configure_log
 from dinoseg.report.progress import Bar
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import write_png
-from dinoseg.utils.wording import in_lines, listed, printable, shown
+from dinoseg.utils.wording import format_value, in_lines, join_names, printable
 
 NASTY = "a\x1b]0;owned\x07\r\x9b31m\u202egnp.\u2066\x7fz"
 SHOWN = r"a\x1b]0;owned\x07\r\x9b31m\u202egnp.\u2066\x7fz"
 
 
 @pytest.mark.parametrize(
-    ("text", "shown"),
+    ("text", "escaped"),
     [
         (NASTY, SHOWN),
         ("line\n\tof ours: é 猫 🐈\u200d⬛", "line\n\tof ours: é 猫 🐈\u200d⬛"),
@@ -27,12 +27,12 @@ SHOWN = r"a\x1b]0;owned\x07\r\x9b31m\u202egnp.\u2066\x7fz"
         ("one\u2028two", r"one\u2028two"),
     ],
 )
-def test_what_steers_a_terminal_is_escaped(text, shown):
-    assert printable(text) == str(UserError(text)) == shown
+def test_what_steers_a_terminal_is_escaped(text, escaped):
+    assert printable(text) == str(UserError(text)) == escaped
 
 
 def test_a_line_break_in_a_name_is_shown_in_a_list():
-    assert listed(["a\nb", "c"]) == r"a\nb, c"
+    assert join_names(["a\nb", "c"]) == r"a\nb, c"
 
 
 @pytest.mark.parametrize(
@@ -88,4 +88,4 @@ def test_the_command_line_prints_names_escaped(tmp_path):
 
 
 def test_a_value_is_shown_short():
-    assert shown("a" * 81) == "a" * 77 + "..." and shown("a" * 80) == "a" * 80
+    assert format_value("a" * 81) == "a" * 77 + "..." and format_value("a" * 80) == "a" * 80

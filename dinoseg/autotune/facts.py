@@ -14,7 +14,7 @@ from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.scan.class_counts import class_counts
 from dinoseg.data.scan.scan import scan
 from dinoseg.utils.cores import count_cores
-from dinoseg.utils.wording import count_of, listed
+from dinoseg.utils.wording import count_of, join_names
 
 _CHECKED = 48  # evenly spaced masks that are read to measure parts
 _MIN, _PIXELS = 8, 2**24  # masks at least, and pixels in all: a megapixel takes about 0.1 s per class
@@ -91,7 +91,7 @@ def facts_of(train: SegmentationData, val: SegmentationData, cache_dir: str | Pa
 def headline(facts: DatasetFacts, minutes: float, device: str) -> str:
     """Return a one-line summary of data, time budget and device."""
     height, width = facts.size
-    absent = f"; without a pixel in train: {listed(facts.absent)}" if facts.absent else ""
+    absent = f"; without a pixel in train: {join_names(facts.absent)}" if facts.absent else ""
     return (
         f"{count_of(facts.images, 'training image')} of {height} x {width} (median), "
         f"{count_of(facts.classes, 'class', 'classes')}{absent}; {minutes:g} min on this {device}"

@@ -12,7 +12,7 @@ from dinoseg.autotune.step_bytes import LossBytes, StepBytes, step_bytes
 from dinoseg.autotune.target import Target
 from dinoseg.training.parts import TrainingParts
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.wording import count_of, typed
+from dinoseg.utils.wording import count_of, format_override
 
 _SHARES = (0.75, 0.5, 0.25, 0.125)  # of the blocks, trained by smaller adapters
 Words = Mapping[str, Any]  # config keys and groups with their values
@@ -27,7 +27,7 @@ class Change:
     reason: str
 
     def __str__(self) -> str:
-        return " ".join(f"{key}={typed(value)}" for key, value in self.words.items())
+        return " ".join(f"{key}={format_override(value)}" for key, value in self.words.items())
 
 
 @dataclass(frozen=True)

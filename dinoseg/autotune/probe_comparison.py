@@ -23,7 +23,7 @@ from dinoseg.training.optim import ScheduleState, set_learning_rates, tensors_of
 from dinoseg.training.validation import evaluate
 from dinoseg.utils.atomic import write_json
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.wording import listed, typed
+from dinoseg.utils.wording import format_override, join_names
 
 logger = logging.getLogger(__name__)
 NAME = "floor.json"  # in the run folder
@@ -94,7 +94,7 @@ def absent_classes(comparison: ProbeComparison) -> str | None:
     if not gone:
         return None
     left = [row["iou"] for row in rows if row["iou"] is not None and row not in gone]
-    names = listed([str(train.classes[row["id"]]) for row in gone])
+    names = join_names([str(train.classes[row["id"]]) for row in gone])
     return (
         f"No training mask has a pixel of {names}, but validation masks do: the IoU is 0 (mIoU of the other classes: "
         f"{sum(left) / max(1, len(left)):.4f}). Add training images of {names}, or remove it from data.classes"
@@ -120,7 +120,7 @@ def other_colours(comparison: ProbeComparison) -> str | None:
     best = max(found, key=lambda name: found[name])
     if found[best] <= current + 2 * BELOW:
         return None
-    means, deviations = map(typed, COLOURS[best])
+    means, deviations = map(format_override, COLOURS[best])
     return (
         f"The linear probe scores mIoU {found[best]:.4f} with another normalisation ({best}) and {current:.4f} with "
         "that of this run. Check which one the weights were trained with, and set it: "
@@ -140,8 +140,8 @@ def far_crop(comparison: ProbeComparison) -> str | None:
     if (scores["miou"] or 0.0) <= baseline + BELOW:
         return None
     return (
-        f"The model scores mIoU {scores['miou']:.4f} in windows of resolution.crop={typed(list(run.crop))} and "
-        f"{baseline:.4f} without: the validation images are too far from the training size. Set inference=windows, "
+        f"The model scores mIoU {scores['miou']:.4f} in windows of resolution.crop={format_override(list(run.crop))} "
+        f"and {baseline:.4f} without: the validation images are too far from the training size. Set inference=windows, "
         "resolution.longest, or a resolution.crop as large as the images"
     )
 

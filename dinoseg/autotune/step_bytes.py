@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dinoseg.autotune.random_batch import random_batch
-from dinoseg.core.shapes import Prediction, mapped
+from dinoseg.core.shapes import Prediction, tree_map
 from dinoseg.inference.memory import PeakBytes
 from dinoseg.inference.walk import walking
 from dinoseg.losses.full_resolution import LAUNCHED
@@ -157,7 +157,7 @@ def predict(model: Segmenter, parts: TrainingParts, samples: int, bf16: bool) ->
 def ends_of(prediction: Prediction) -> list[Tensor]:
     """Return the distinct tensors of a prediction, some of which connect the loss to the model."""
     ends: dict[int, Tensor] = {}
-    mapped([prediction.outputs, prediction.grid, prediction.masks], lambda end: ends.setdefault(id(end), end))
+    tree_map([prediction.outputs, prediction.grid, prediction.masks], lambda end: ends.setdefault(id(end), end))
     return list(ends.values())
 
 
@@ -214,7 +214,7 @@ def _real_loss(parts: TrainingParts, samples: int, bf16: bool, draws: _Draws) ->
                     drawn[id(tensor)] = value.requires_grad_(tensor.requires_grad)
                 return drawn[id(tensor)]
 
-            outputs, grid, masks = mapped([prediction.outputs, prediction.grid, prediction.masks], real)
+            outputs, grid, masks = tree_map([prediction.outputs, prediction.grid, prediction.masks], real)
             peak.most = before = peak.now
             made = dataclasses.replace(prediction, outputs=outputs, grid=grid, masks=masks)
             with draws:

@@ -12,7 +12,7 @@ import torch
 from dinoseg.core.contracts import Loss
 from dinoseg.models.model import Segmenter
 from dinoseg.report.log import RunLog
-from dinoseg.training.checkpoint import Checkpoints
+from dinoseg.training.checkpoint import Checkpointer
 from dinoseg.training.data_module import Validation
 from dinoseg.training.engine import Engine
 from dinoseg.training.meter import peak_memory, reset_peak_memory, used_memory
@@ -152,7 +152,7 @@ def try_steps(
     settings = parts.settings(
         data_module.most + 1
     )  # the feed raises before the last step, after which `fit` would validate
-    checkpoints = Checkpoints(Path(), {}, writes=False)
+    checkpoints = Checkpointer(Path(), {}, writes=False)
     try:
         with RunLog("", visible=False) as log:
             fit(Experiment(model, loss, data_module, optimizer, parts.schedule(), engine, checkpoints, log, settings))

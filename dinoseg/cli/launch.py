@@ -19,7 +19,7 @@ from dinoseg.cli.extras import hush_schemas
 from dinoseg.cli.ranks import LAUNCH_KEYS, is_first_rank, join_slurm, run_mode, run_ranks, shortages_as_user_errors
 from dinoseg.config.limits import check_training
 from dinoseg.config.options import options_of, values_in_files
-from dinoseg.config.plain import BUILDS, plain
+from dinoseg.config.plain import BUILDS, to_container
 from dinoseg.config.resolvers import register_resolvers
 from dinoseg.experiment.folder import (
     LOG,
@@ -39,7 +39,7 @@ from dinoseg.utils.cores import limit_spinning, limit_threads_to_quota, limit_th
 from dinoseg.utils.errors import UserError, file_errors_as_user_errors
 from dinoseg.utils.interrupt import Interrupted
 from dinoseg.utils.private import check_private
-from dinoseg.utils.wording import printable, shown
+from dinoseg.utils.wording import format_value, printable
 
 _CONFIGS = Path(__file__).parents[1] / "cfg"
 _POINTER = re.compile(r"\$\{(\.{2,})(\w+)\}")  # to a key above its own table
@@ -110,7 +110,7 @@ def _join_ranks(cfg: DictConfig) -> int:
     """Check `cache_dir`, join the ranks of torchrun or Slurm, and return the number of devices."""
     limit_spinning()
     if not isinstance(cfg.get("cache_dir", ""), str):
-        raise UserError(f"cache_dir={plain(cfg)['cache_dir']}: give a folder, such as cache_dir=outputs/.cache.")
+        raise UserError(f"cache_dir={to_container(cfg)['cache_dir']}: give a folder, such as cache_dir=outputs/.cache.")
     if "cache_dir" in cfg.mode.get("reads", ()) and cfg.shared_cache is not True:
         check_private(Path(cfg.cache_dir).expanduser(), "cache_dir")
     if "devices" in cfg.mode:
@@ -206,7 +206,7 @@ def _with_heads(cfg: DictConfig, overrides: Sequence[str], run: Path | None) -> 
         name: solo._replace(cfg=_settled_length(solo.cfg, overrides))
         for name, solo in solo_runs(cfg, overrides, run).items()
     }
-    return OmegaConf.merge(cfg, {SOLO: {name: plain(solo.cfg) for name, solo in runs.items()}}), runs  # type: ignore[return-value]
+    return OmegaConf.merge(cfg, {SOLO: {name: to_container(solo.cfg) for name, solo in runs.items()}}), runs  # type: ignore[return-value]
 
 
 def _resumes_in_folder(cfg: DictConfig, folder: Path) -> bool:
@@ -302,7 +302,7 @@ def _check_values(cfg: DictConfig, overrides: Sequence[str]) -> None:
         is_text = isinstance(value, str) and value != "???" and "${" not in value
         if is_text and found and all(isinstance(each, int | float) for each in found):
             rule = "true or false" if isinstance(found[0], bool) else f"a number, such as {found[0]}"
-            raise UserError(f"{name}={shown(value)} is of type str. Give {rule}.")
+            raise UserError(f"{name}={format_value(value)} is of type str. Give {rule}.")
 
 
 def _check_mode(cfg: DictConfig, overrides: Sequence[str]) -> None:

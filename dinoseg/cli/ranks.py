@@ -21,13 +21,13 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from dinoseg.config.plain import plain
+from dinoseg.config.plain import to_container
 from dinoseg.config.resolvers import register_resolvers
 from dinoseg.experiment.log_file import announce, configure_log
 from dinoseg.experiment.unread import warn_not_read
 from dinoseg.utils.cores import cores_here, count_cores, forget_share, limit_threads_to_share
 from dinoseg.utils.errors import UserError, file_errors_as_user_errors
-from dinoseg.utils.interrupt import SIGNALS, Interrupted, passed_on, raised
+from dinoseg.utils.interrupt import SIGNALS, Interrupted, forward_signals, raised
 from dinoseg.utils.workers import end_with_parent, telling_killed_loaders
 
 LAUNCH_KEYS = (
@@ -85,9 +85,9 @@ def shortages_as_user_errors() -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        from dinoseg.inference.memory import shortage_of  # imports torch
+        from dinoseg.inference.memory import as_out_of_memory  # imports torch
 
-        if (short := shortage_of(error)) is None:
+        if (short := as_out_of_memory(error)) is None:
             raise
         raise short from error
 
@@ -148,14 +148,14 @@ def run_ranks(cfg: DictConfig, out_dir: Path, devices: int) -> Any:
     context = get_context("spawn")  # CUDA does not survive a fork
     receiving, sending = context.Pipe(duplex=False)
     ranks = [
-        context.Process(target=_run_rank, args=(rank, devices, port, plain(cfg), out_dir, sending))
+        context.Process(target=_run_rank, args=(rank, devices, port, to_container(cfg), out_dir, sending))
         for rank in range(devices)
     ]
     try:
         for rank in ranks:
             rank.start()
         sending.close()
-        with passed_on([rank.pid for rank in ranks if rank.pid]):
+        with forward_signals([rank.pid for rank in ranks if rank.pid]):
             result = _watch(ranks, receiving)
     finally:
         for rank in ranks:

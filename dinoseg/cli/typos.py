@@ -18,9 +18,9 @@ from dinoseg.cli.own_keys import checkpoint_configs
 from dinoseg.cli.recipes import recipe_files
 from dinoseg.cli.words import assignments, is_sweep, parsed, values_of
 from dinoseg.config.options import RECIPES, options_of
-from dinoseg.config.plain import at, keys_of, plain
+from dinoseg.config.plain import at, keys_of, to_container
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.wording import listed, nearest, shown
+from dinoseg.utils.wording import format_value, join_names, nearest
 
 _ALL_KEYS = "Add `--cfg job` to see all keys, `--help` alone to see all groups and options."
 
@@ -151,7 +151,7 @@ def _composed(chosen: Sequence[str], folders: Sequence[Path]) -> dict[str, Any]:
     sources = ",".join(f'"file://{folder.absolute()}"' for folder in folders[1:])
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(folders[0]), version_base="1.3"):
-        return plain(compose("main", [f"hydra.searchpath=[{sources}]", *chosen]))
+        return to_container(compose("main", [f"hydra.searchpath=[{sources}]", *chosen]))
 
 
 def _read(word: str) -> tuple[Override | None, str]:
@@ -244,17 +244,17 @@ def _elsewhere(key: str, folders: Sequence[Path]) -> str:
     for folder in folders:
         for option in options_of(folder / group) if inner else []:
             with suppress(OSError, YAMLError):  # an invalid config file is reported when it is chosen
-                if inner in keys_of(plain(OmegaConf.load(folder / group / f"{option}.yaml"))):
+                if inner in keys_of(to_container(OmegaConf.load(folder / group / f"{option}.yaml"))):
                     having.append(f"{group}={option}")
-    return f" Of this group, {listed(having)} {'has' if len(having) == 1 else 'have'} it." if having else ""
+    return f" Of this group, {join_names(having)} {'has' if len(having) == 1 else 'have'} it." if having else ""
 
 
 def _other_shape(key: str, value: Any, node: Any) -> str:
     """Return the mistake if a value replaces a group of keys, or a group of keys replaces a list."""
     if isinstance(node, Mapping) and not isinstance(value, Mapping):
         several = f"{key}.{'|'.join(str(name) for name in node if not str(name).startswith('_'))}"
-        shown = "null" if value is None else value
-        return f"{key}={shown}: {key} is a group of keys. Set one of them: {several}=VALUE."
+        text = "null" if value is None else value
+        return f"{key}={text}: {key} is a group of keys. Set one of them: {several}=VALUE."
     if isinstance(node, list) and isinstance(value, Mapping):
         return f"{key} is a list. Write it in brackets: {key}=[...]."
     return ""
@@ -289,6 +289,6 @@ def _hydra_message(error: Exception) -> str:
     text = str(error).partition("Config search path:")[0]
     if merged := re.match(r"Error merging override (.*)", text):
         word = merged[1]
-        return f"{shown(word)} leaves {word.lstrip('~+').partition('=')[0]} without a valid value. Leave it out."
+        return f"{format_value(word)} leaves {word.lstrip('~+').partition('=')[0]} without a valid value. Leave it out."
     lines = [line for line in text.splitlines() if "HYDRA_FULL_ERROR" not in line]
     return re.sub(r"\n{2,}", "\n", "\n".join(lines)).strip()

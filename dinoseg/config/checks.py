@@ -10,7 +10,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Range
-from dinoseg.utils.wording import shown
+from dinoseg.utils.wording import format_value
 
 TRUSTED = ("dinoseg", "torch.nn", "torch.optim")  # packages whose targets are imported and inspected
 LIST = (list, tuple)
@@ -80,12 +80,12 @@ def _check_value(key: str, value: Any, annotation: Any) -> None:
             remedy += ' In a YAML file, off, on, yes and no mean false and true: write such a word in quotes ("off").'
         elif _is_part(_bare(annotation)):
             remedy = f"It is a group of keys: set one of them, as {key}.KEY=VALUE."
-        text = "null" if value is None else shown(str(value), _LONGEST)
+        text = "null" if value is None else format_value(str(value), _LONGEST)
         raise UserError(f"{key}={text} is of type {_type_name(value)}. {remedy}")
     if rules := _broken(value, annotation):
         rules += ["null"] * (NoneType in get_args(annotation))
         raise UserError(
-            f"{key}={shown(str(value), _LONGEST)} is out of range. Give {', or '.join(dict.fromkeys(rules))}."
+            f"{key}={format_value(str(value), _LONGEST)} is out of range. Give {', or '.join(dict.fromkeys(rules))}."
         )
 
 

@@ -17,7 +17,7 @@ from dinoseg.config.plain import BUILDS, Steps, at, below, dotted, nests, resolv
 from dinoseg.config.registry import LISTED, Registry, RegistryEntry, full_registry
 from dinoseg.config.resolvers import RESOLVERS
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.wording import shown
+from dinoseg.utils.wording import format_value
 
 ACTING = ("prepare", "render")  # keys of data for nodes that write files; checkpoints omit them
 _MAX_VALUES = 20_000  # OmegaConf takes minutes for larger configs; our largest one holds a thousand values
@@ -63,12 +63,12 @@ def guard(
             if "_target_" in node or "_partial_" in node or known.targets:
                 _check_target(node, known, trust, what)
         elif node is not None and known.targets:
-            raise UserError(f"{what}={shown(node)} is refused: config files put a _target_ there. {REMEDY}.")
+            raise UserError(f"{what}={format_value(node)} is refused: config files put a _target_ there. {REMEDY}.")
         elif isinstance(node, str):
-            check_text(node, steps, f"{what}={shown(node)}")
-            check_form(node, f"{what}={shown(node)}")
+            check_text(node, steps, f"{what}={format_value(node)}")
+            check_form(node, f"{what}={format_value(node)}")
         if not (isinstance(node, str) and "${" in node):
-            check_value(node, steps, f"{what}={shown(node)}")
+            check_value(node, steps, f"{what}={format_value(node)}")
     check_interpolations(config, composed, where)
     if "backbone.weights" not in typed:
         _check_weights(config, registry, trust, where)
@@ -78,8 +78,8 @@ def _check_keys(node: Mapping[Any, Any], steps: Steps, what: str) -> None:
     for key in node:
         if not isinstance(key, str) or not (key in ("_target_", "_partial_") or _may_name(key, steps)):
             raise UserError(
-                f"{what}: the key {shown(key)} is refused. A config from a checkpoint names every argument, and its "
-                f"keys consist of letters, digits, spaces, - and _. {REMEDY}."
+                f"{what}: the key {format_value(key)} is refused. A config from a checkpoint names every argument, and "
+                f"its keys consist of letters, digits, spaces, - and _. {REMEDY}."
             )
     for key in ACTING if steps == ("data",) else ():
         if node.get(key) is not None:
@@ -97,14 +97,15 @@ def _check_target(node: Mapping[str, Any], allowed: RegistryEntry, trust: Collec
             f"there they name {', '.join(sorted(allowed.targets))}" if allowed.targets else "there they name no class"
         )
         raise UserError(
-            f"{what}._target_={shown(target)} is refused: no config file on this machine names it there ({listed}). "
-            f"{REMEDY}. For a component of your own, add the --config-dir DIR (or hydra.searchpath) of its training; "
-            "trust=[PACKAGE] allows everything in that package."
+            f"{what}._target_={format_value(target)} is refused: no config file on this machine names it there "
+            f"({listed}). {REMEDY}. For a component of your own, add the --config-dir DIR (or hydra.searchpath) of its "
+            "training; trust=[PACKAGE] allows everything in that package."
         )
     known = target in allowed.targets
     if not isinstance(partial, bool) or (known and partial not in (allowed.partial or {False})):
         raise UserError(
-            f"{what}._partial_={shown(partial)} is refused: config files on this machine set another value. {REMEDY}."
+            f"{what}._partial_={format_value(partial)} is refused: config files on this machine set another value. "
+            f"{REMEDY}."
         )
     takes = _parameters(target, known, trust, what)
     for key, value in node.items():
@@ -188,14 +189,14 @@ def _check_weights(config: Mapping[str, Any], registry: Registry, trust: Collect
             return
     if not isinstance(weights, str) or "${" in weights or not _exists(weights):
         message = (
-            f"{where}: its config sets backbone.weights={shown(weights)}, which is neither a file nor a folder on "
-            "this machine"
+            f"{where}: its config sets backbone.weights={format_value(weights)}, which is neither a file nor a folder "
+            "on this machine"
         )
         if isinstance(weights, str) and _PATH.fullmatch(weights):
             raise UserError(f"{message}. Set its current path: backbone.weights=PATH.")
         raise UserError(
             f"{message}, and no config file on this machine names it, so nothing is downloaded. Set "
-            f"backbone.weights=PATH, or allow this source: trust=[{shown(weights)}]."
+            f"backbone.weights=PATH, or allow this source: trust=[{format_value(weights)}]."
         )
 
 
@@ -236,7 +237,9 @@ def check_interpolations(config: Mapping[str, Any], composed: Mapping[str, Any],
             # the resolved value has to satisfy the rules of this place, or a pointer would bypass them
             for deeper, value in below(resolved(whole, steps), steps):
                 if value is not None:
-                    check_value(value, deeper, f"{where}: {dotted(steps)}={text}, which resolves to {shown(value)},")
+                    check_value(
+                        value, deeper, f"{where}: {dotted(steps)}={text}, which resolves to {format_value(value)},"
+                    )
     check_batch(whole, where)
 
 
@@ -244,7 +247,7 @@ def _check_pointers(config: Mapping[str, Any], whole: Mapping[str, Any], where: 
     pointed = 0
     for steps, text in below(config, ()):
         for pointer in _POINTER.finditer(text) if isinstance(text, str) else ():
-            what = f"{where}: {dotted(steps)}={shown(text)}"
+            what = f"{where}: {dotted(steps)}={format_value(text)}"
             target = _followed(whole, steps, pointer, what)
             if nests(target):
                 raise UserError(

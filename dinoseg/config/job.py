@@ -7,7 +7,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from dinoseg.config.options import chosen_options, options_of
-from dinoseg.config.plain import plain
+from dinoseg.config.plain import to_container
 from dinoseg.utils.errors import UserError
 
 _FILES = ("main", "engine/auto")
@@ -21,7 +21,7 @@ def job_config(cfg: DictConfig, options: Mapping[str, Any]) -> DictConfig:
         cfg: composed by Hydra.
         options: Hydra's choices.
     """
-    job = {key: value for key, value in plain(squared(cfg)).items() if key != "hydra"}
+    job = {key: value for key, value in to_container(squared(cfg)).items() if key != "hydra"}
     return OmegaConf.create({**job, "choices": chosen_options(options)})
 
 
@@ -38,7 +38,7 @@ def machine_config(inference: str) -> DictConfig:
     if inference not in options:
         raise UserError(f"inference={inference} is unknown. Choose one of {', '.join(options)}.")
     root, engine, use = (OmegaConf.load(_SHIPPED / f"{name}.yaml") for name in _FILES + (f"inference/{inference}",))
-    job = {key: value for key, value in plain(root).items() if key != "defaults"}
+    job = {key: value for key, value in to_container(root).items() if key != "defaults"}
     return OmegaConf.create({**job, "engine": engine, "inference": use, "choices": {"inference": inference}})
 
 

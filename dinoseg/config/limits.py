@@ -7,10 +7,10 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from dinoseg.config.plain import Steps, below, dotted, plain, resolved
+from dinoseg.config.plain import Steps, below, dotted, resolved, to_container
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import LEARNING_RATES
-from dinoseg.utils.wording import shown
+from dinoseg.utils.wording import format_value
 
 REMEDY = "Do not use this file unless you know who made it"
 LARGEST: Mapping[Steps, float] = {  # maximum of a number at or below a key; the longest matching key counts
@@ -68,11 +68,11 @@ def check_value(value: Any, steps: Steps, what: str) -> None:
 def check_training(cfg: DictConfig) -> None:
     """Refuse numbers of a training's config that would be refused in its checkpoint: it could not be resumed."""
     groups = {steps[0] for steps in LARGEST}
-    for steps, value in below({key: node for key, node in plain(cfg).items() if key in groups}, ()):
+    for steps, value in below({key: node for key, node in to_container(cfg).items() if key in groups}, ()):
         if isinstance(value, int | float) and not abs(value) <= (most := _largest(steps)):
             raise UserError(
-                f"{dotted(steps)}={shown(str(value))} is out of range: a run with it could not be resumed. Give {most} "
-                "at most."
+                f"{dotted(steps)}={format_value(str(value))} is out of range: a run with it could not be resumed. Give "
+                f"{most} at most."
             )
     check_batch(cfg, "mode=train", remedy="Give smaller ones")
 

@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dinoseg.config.checks import check_arguments
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.wording import shown
+from dinoseg.utils.wording import format_value
 
 Part = TypeVar("Part")
 
@@ -37,7 +37,7 @@ def instantiate(node: Any, *, without: Sequence[str] = (), instead: Mapping[str,
         raise
     where = node._get_full_key(None) if OmegaConf.is_config(node) else ""
     if not isinstance(values, Mapping):
-        raise UserError(f"{where or shown(str(node))} has no `_target_`, which this config node needs. Set it.")
+        raise UserError(f"{where or format_value(str(node))} has no `_target_`, which this config node needs. Set it.")
     values = {key: value for key, value in values.items() if key not in without} | dict(instead or {})
     unset = next(_unset(values, where), None)
     if unset:
@@ -99,7 +99,7 @@ def expect_type(contract: type[Part], part: object, key: str) -> Part:
 
 
 @contextmanager
-def making(name: str, remedy: str) -> Iterator[None]:
+def type_errors_as_user_errors(name: str, remedy: str) -> Iterator[None]:
     """Turn a TypeError of a target, called with arguments that it does not take, into a UserError with a remedy."""
     try:
         yield

@@ -10,7 +10,7 @@ Steps = tuple[str | int, ...]  # keys and indices, from the root of a config dow
 BUILDS = ("_target_", "_partial_", "_args_", "_recursive_", "_convert_")  # of tables that build objects
 
 
-def plain(node: Any, *, resolve: bool = False) -> dict[str, Any]:
+def to_container(node: Any, *, resolve: bool = False) -> dict[str, Any]:
     """Return a config node as a dict; interpolations stay unresolved unless `resolve`."""
     container = OmegaConf.to_container(node, resolve=resolve)
     assert isinstance(container, dict)

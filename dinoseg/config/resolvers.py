@@ -15,7 +15,7 @@ from dinoseg.config.nodes import instantiate, not_set
 from dinoseg.config.options import recipe_name
 from dinoseg.core.sizes import backbone_size
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.wording import listed
+from dinoseg.utils.wording import join_names
 
 CLASS_FILE, CELLS = "class_file", "cells"
 RESOLVERS = ("len", CELLS)  # resolvers allowed in a checkpoint's config: functions of other values in it
@@ -57,7 +57,7 @@ def lent_resolvers() -> Iterator[None]:
             BaseContainer._resolvers.update(before)
 
 
-def settled(node: DictConfig) -> dict[Any, Any]:
+def resolve_container(node: DictConfig) -> dict[Any, Any]:
     """Return a config node as a dict, with `classes.yaml` and grids of cells, which only this run knows, resolved.
 
     Values that cannot be resolved become `???`, like any value that is not set.
@@ -66,7 +66,7 @@ def settled(node: DictConfig) -> dict[Any, Any]:
     assert isinstance(values, dict)
     for key, value in values.items():
         if isinstance(value, dict):
-            values[key] = settled(node[key])
+            values[key] = resolve_container(node[key])
         elif str(value).startswith((f"${{{CLASS_FILE}:", f"${{{CELLS}:")):
             values[key] = _resolved_or_unset(node, key)
     return values
@@ -139,7 +139,7 @@ def _missing_classes_message(data: DictConfig, path: Path | None) -> str:
         return str(error)
     example = "`classes: [background, leaf]`"
     if path is None:
-        holds = f" FOLDER holds {listed(split_folders(layout))}." if layout else ""
+        holds = f" FOLDER holds {join_names(split_folders(layout))}." if layout else ""
         return (
             "data.root and data.classes are not set. Give both, with the class names in id order: data.root=FOLDER "
             f"data.classes=[background,leaf].{holds} FOLDER/classes.yaml can list the classes instead: {example}."

@@ -30,7 +30,7 @@ _LEFT_OUT = 2**-5  # maximum of a class's score that the masks skipped in a tile
 _SINGLE = 12  # cost of a mask at a single pixel, relative to a pixel of a whole tile
 
 
-def highest(scores: Tensor) -> Tensor:
+def argmax_ids(scores: Tensor) -> Tensor:
     """Return the IDs (B, H, W) uint8 of the highest of (B, K, H, W) scores; ties go to the first."""
     # same indices as argmax, which takes 6 times as long on a CPU
     return scores.max(dim=1).indices.to(torch.uint8)
@@ -47,7 +47,7 @@ def class_ids(scores: Tensor, size: tuple[int, int], valid: tuple[float, float])
     scores = at_least_float32(scores)
     if scores.device.type != "cpu":
         small = scores.shape[0] * scores.shape[1] * math.prod(size) <= _LAUNCHED
-        return highest(upsample(scores, size, valid)) if small else _one_by_one(scores, size, valid)
+        return argmax_ids(upsample(scores, size, valid)) if small else _one_by_one(scores, size, valid)
     return torch.cat([_of_image(grid[None], size, valid) for grid in scores])
 
 
@@ -55,7 +55,7 @@ def _of_image(scores: Tensor, size: tuple[int, int], valid: tuple[float, float])
     """Return the IDs (1, H, W) of one image's scores (1, K, h, w) on a CPU, by the faster method."""
     grid = scores[0]
     if len(grid) * math.prod(size) <= _SMALL:
-        return highest(upsample(scores, size, valid))
+        return argmax_ids(upsample(scores, size, valid))
     slack = _ROUNDING * torch.finfo(grid.dtype).eps * max(map(abs, map(float, grid.aminmax())))
     rows, columns = (
         _cells(length, cells, share, grid.dtype)

@@ -313,9 +313,9 @@ class Loss(nn.Module):
         """
         value, parts = self(prediction, batch)
         batch_divisors = self.divisors(batch).to(divisors)
-        return value * share_of(batch_divisors, divisors)[0], value.detach(), parts
+        return value * safe_divide(batch_divisors, divisors)[0], value.detach(), parts
 
 
-def share_of(part: Tensor, total: Tensor) -> Tensor:
+def safe_divide(part: Tensor, total: Tensor) -> Tensor:
     """Return part / total, and 0 where the total is 0."""
     return part / torch.where(total > 0, total, 1)

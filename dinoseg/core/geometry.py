@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dinoseg.utils.precision import at_least_float32
-from dinoseg.utils.transfer import sent
+from dinoseg.utils.transfer import to_device
 
 LATTICE = 1024  # pixels that represent an image
 _READ = 48  # cells per piece of a run on a CPU: weights of all cells of a fine grid would be mostly zeros
@@ -92,7 +92,7 @@ def upsample_at(
     """Return some rows and columns of the result of `upsample`, up to rounding."""
     logits = at_least_float32(logits)
     rows, columns = (
-        sent(_weights(_positions(length, cells, share)[chosen], cells).to(logits.dtype), logits.device)
+        to_device(_weights(_positions(length, cells, share)[chosen], cells).to(logits.dtype), logits.device)
         for length, cells, share, chosen in zip(size, logits.shape[-2:], valid, places, strict=True)
     )
     with torch.autocast(logits.device.type, enabled=False):  # autocast would multiply in half precision
@@ -167,7 +167,7 @@ def _reads(positions: Tensor, cells: int, like: Tensor) -> tuple[slice, Tensor]:
     """Return the cells of a grid that pixels at ascending positions read, and their weights (pixels, cells)."""
     first, last = int(positions[0]), min(int(positions[-1]) + 2, cells)
     weights = _weights(positions - first, last - first).to(like.dtype)
-    return slice(first, last), sent(weights, like.device)
+    return slice(first, last), to_device(weights, like.device)
 
 
 def upsample_tile(cells: Tensor, rows: Span, columns: Span) -> Tensor:

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple, Protocol, TypedDict
 import torch
 from torch import Tensor
 
-from dinoseg.core.class_ids import class_ids, highest, mixed_class_ids
+from dinoseg.core.class_ids import argmax_ids, class_ids, mixed_class_ids
 from dinoseg.core.geometry import upsample_at
-from dinoseg.utils.transfer import sent
+from dinoseg.utils.transfer import to_device
 
 Palette = Sequence[tuple[int, int, int]]
 
@@ -51,11 +51,11 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """Copy to `device`."""
-        return Batch(sent(self.image, device), sent(self.mask, device), self.names)
+        return Batch(to_device(self.image, device), to_device(self.mask, device), self.names)
 
     def pin_memory(self) -> Batch:
         """Copy to pinned memory, from which CUDA copies asynchronously."""
-        return mapped(self, Tensor.pin_memory)
+        return tree_map(self, Tensor.pin_memory)
 
     def with_labels(self, predict: LabelPredictor) -> Batch:
         """Return the batch with all labels that a loss needs; `predict` predicts those of images without labels."""
@@ -86,11 +86,11 @@ class ClipBatch:
 
     def to(self, device: torch.device) -> ClipBatch:
         """Copy to `device`."""
-        return ClipBatch(sent(self.image, device), self.names)
+        return ClipBatch(to_device(self.image, device), self.names)
 
     def pin_memory(self) -> ClipBatch:
         """Copy to pinned memory, from which CUDA copies asynchronously."""
-        return mapped(self, Tensor.pin_memory)
+        return tree_map(self, Tensor.pin_memory)
 
     def with_labels(self, predict: LabelPredictor) -> ClipBatch:
         """Return the clips unchanged: training on clips needs no labels."""
@@ -197,7 +197,7 @@ class Prediction:
             return class_ids(self.grid, size or self.size, self.valid)
         if self.masks is not None:
             return mixed_class_ids(*self.masks, size or self.size, self.valid)
-        return highest(self.scores(size))
+        return argmax_ids(self.scores(size))
 
     def class_ids_and_logits(self, places: tuple[slice, slice]) -> tuple[Tensor, Tensor]:
         """Return `class_ids`, and `logits` (B, K, r, c) float32 at some rows and columns, at the size of the images."""
@@ -209,11 +209,13 @@ class Prediction:
                 return self.class_ids(), self.as_logits(torch.einsum("bqk,bqhw->bkhw", self.masks.shares, pixels))
         scores = self.scores()
         chosen = self.as_logits(scores[:, :, places[0], places[1]]).float().clone()  # a band is overwritten by the next
-        return highest(scores), chosen
+        return argmax_ids(scores), chosen
 
     def of_images(self, images: slice) -> Prediction:
         """Return the prediction for some of the images."""
-        parts = {name: mapped(getattr(self, name), lambda part: part[images]) for name in ("outputs", "grid", "masks")}
+        parts = {
+            name: tree_map(getattr(self, name), lambda part: part[images]) for name in ("outputs", "grid", "masks")
+        }
         return replace(self, **parts)
 
     def logits(self, size: tuple[int, int] | None = None) -> Tensor:
@@ -227,17 +229,19 @@ class Prediction:
         return scores.float().clamp(min=torch.finfo(torch.float32).tiny).log()
 
 
-def mapped(outputs: Any, change: Callable[[Tensor], Tensor]) -> Any:
+def tree_map(outputs: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """Return a head's outputs with `change` applied to each tensor, alone or in lists, dicts and dataclasses."""
     if isinstance(outputs, Tensor):
         return change(outputs)
     if isinstance(outputs, list | tuple):
-        parts = [mapped(part, change) for part in outputs]
+        parts = [tree_map(part, change) for part in outputs]
         return type(outputs)(*parts) if hasattr(outputs, "_fields") else type(outputs)(parts)
     if isinstance(outputs, dict):
-        return {key: mapped(part, change) for key, part in outputs.items()}
+        return {key: tree_map(part, change) for key, part in outputs.items()}
     if is_dataclass(outputs) and not isinstance(outputs, type):
-        return replace(outputs, **{part.name: mapped(getattr(outputs, part.name), change) for part in fields(outputs)})
+        return replace(
+            outputs, **{part.name: tree_map(getattr(outputs, part.name), change) for part in fields(outputs)}
+        )
     return outputs
 
 

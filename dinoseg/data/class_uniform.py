@@ -13,7 +13,7 @@ from dinoseg.data.train_views import ClassUniform
 from dinoseg.report.progress import Bar
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import HighShare
-from dinoseg.utils.wording import listed
+from dinoseg.utils.wording import join_names
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +53,6 @@ def class_uniform(
             "data.class_uniform=%g: no training mask has a pixel of %s, so it is never sampled. Remove such a class "
             "from data.classes, or add images that show it.",
             share,
-            listed(absent),
+            join_names(absent),
         )
     return ClassUniform(share, images, digests)

@@ -9,7 +9,7 @@ from torch import Tensor
 from dinoseg.core.shapes import Palette, Sample, SegmentationData
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.wording import count_of, listed
+from dinoseg.utils.wording import count_of, join_names
 
 REQUIRED = {  # members of a dataset class, and their meaning
     "__len__": "the number of samples",
@@ -74,7 +74,7 @@ class CustomDataset:
         missing = [f"`{name}` ({what})" for name, what in REQUIRED.items() if not hasattr(samples, name)]
         if missing:
             raise UserError(
-                f"{self._where} lacks {listed(missing, len(missing))}. Add {'it' if len(missing) == 1 else 'them'}."
+                f"{self._where} lacks {join_names(missing, len(missing))}. Add {'it' if len(missing) == 1 else 'them'}."
             )
         names, classes, ignored = list(samples.names), list(samples.classes), samples.ignore_index
         if (
@@ -112,7 +112,7 @@ class CustomDataset:
         ids = mask.long()
         unknown = (ids < 0) | (ids > 255) | ~self._is_known[ids.clamp(0, 255)]
         if unknown.any():
-            foreign = listed([str(value) for value in ids[unknown].unique().tolist()])
+            foreign = join_names([str(value) for value in ids[unknown].unique().tolist()])
             raise UserError(
                 f"{self._where}: the mask of {name} holds {foreign}. Return ids from 0 to {len(self.classes) - 1}, or "
                 f"{self.ignore_index} to ignore a pixel."

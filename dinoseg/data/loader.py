@@ -23,7 +23,7 @@ from dinoseg.data.clips.view import ClipView
 from dinoseg.data.enough_workers import FIRST, FROM_NONE, Workers, with_enough_workers
 from dinoseg.data.train_views import ORDER, VIEW, TrainViews, make_rng
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.interrupt import SIGNALS, held
+from dinoseg.utils.interrupt import SIGNALS, block_signals
 from dinoseg.utils.wording import count_of
 from dinoseg.utils.workers import killed_loader
 
@@ -175,7 +175,7 @@ def load_in_order(read: Callable[[K], V], keys: Iterable[K], workers: Workers, *
 def _load_ahead(
     read: Callable[[K], V], keys: Iterable[K], workers: int, *, pin: bool = False
 ) -> Generator[V, None, None]:
-    with warnings.catch_warnings(), held(*SIGNALS):
+    with warnings.catch_warnings(), block_signals(*SIGNALS):
         # more workers than cores is the user's choice, and pays off where reading waits for a disk
         warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
         # fork, where it is the default, shares the parent's memory and starts in milliseconds; workers use neither

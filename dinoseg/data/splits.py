@@ -14,7 +14,7 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import check_regular
 from dinoseg.utils.images import IMAGE_SUFFIXES
 from dinoseg.utils.ranges import Count, Natural, OpenShare
-from dinoseg.utils.wording import count_of, listed
+from dinoseg.utils.wording import count_of, join_names
 
 _LONGEST = 4096  # most characters in a line of a file list: the longest possible path
 PARTITIONS = ("folder", "lists", "fraction")
@@ -111,7 +111,7 @@ def _fold_split(names: Sequence[str], partition: Partition) -> dict[str, list[st
     sizes = Counter(group(name) for name in names)
     if len(sizes) < folds:
         raise UserError(
-            f"data.folds={folds}: there are only {len(sizes)} groups ({listed(sorted(sizes))}) to divide. Lower "
+            f"data.folds={folds}: there are only {len(sizes)} groups ({join_names(sorted(sizes))}) to divide. Lower "
             "data.folds, or correct data.group, which defines the groups."
         )
     filled = [0] * folds
@@ -138,7 +138,7 @@ def _joined(items: Mapping[str, Sequence[Item]]) -> list[Item]:
     origins = Counter((item.name, item.origin) for side in items.values() for item in side if item.name in repeated)
     if twice := sorted(name for (name, _), count in origins.items() if count > 1):
         raise UserError(
-            f"{count_of(twice, 'name')} in train and in val ({listed(twice)}) with the same file, so folds cannot "
+            f"{count_of(twice, 'name')} in train and in val ({join_names(twice)}) with the same file, so folds cannot "
             "distinguish them: remove it from one split."
         )
     return [replace(cast(Any, item), name=f"{item.name}-{split}") for split, side in items.items() for item in side]
@@ -248,7 +248,7 @@ def labelled_names(
         if absent := sorted(set(wanted) - set(names)):
             raise UserError(
                 f"data.labelled={labelled}: {len(absent)} of its names are not in the training split: "
-                f"{listed(absent)}. Names have the form {listed(names, 2)}."
+                f"{join_names(absent)}. Names have the form {join_names(names, 2)}."
             )
         return wanted
     key = regex_group(group)

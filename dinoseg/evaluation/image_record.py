@@ -115,7 +115,7 @@ def read_record(folder: Path) -> ImageRecord:
         _check_size(folder / COUNTS, size + _FRAMING)
         counts = forms.read_arrays(folder / COUNTS, {"classes": forms.ArrayForm("<i8", 3, size)})["classes"]
         _check(content, counts)
-    except (OSError, forms.Misshapen) as error:
+    except (OSError, forms.SchemaError) as error:
         raise UserError(f"runs: {folder} holds a damaged {RECORD} or {COUNTS} ({error}). {_REMEDY}") from None
     return ImageRecord(**{**content, "palette": [tuple(colour) for colour in content["palette"]]}, counts=counts)
 
@@ -128,7 +128,7 @@ def _check_size(path: Path, most: int) -> None:
         Misshapen: the file is too large (names both sizes).
     """
     if (size := path.stat().st_size) > most:
-        raise forms.Misshapen(f"{path.name} has {size} bytes; a valid one has at most {most}")
+        raise forms.SchemaError(f"{path.name} has {size} bytes; a valid one has at most {most}")
 
 
 def _check(content: dict[str, Any], counts: np.ndarray) -> None:
@@ -139,16 +139,16 @@ def _check(content: dict[str, Any], counts: np.ndarray) -> None:
     """
     images, classes = len(content["images"]), len(content["classes"])
     if not 1 <= classes <= _MAX_CLASSES or len(content["palette"]) != classes:
-        raise forms.Misshapen(f"it has {classes} classes and {len(content['palette'])} colours")
+        raise forms.SchemaError(f"it has {classes} classes and {len(content['palette'])} colours")
     if (
         not images
         or counts.shape != (images, 3, classes)
         or len(content["units"]) != images
         or len(set(content["images"])) != images
     ):
-        raise forms.Misshapen(f"{images} images of {classes} classes have counts {list(counts.shape)}")
+        raise forms.SchemaError(f"{images} images of {classes} classes have counts {list(counts.shape)}")
     if (content["background"] or 0) >= classes:
-        raise forms.Misshapen(f"background {content['background']} is not one of its {classes} classes")
+        raise forms.SchemaError(f"background {content['background']} is not one of its {classes} classes")
     right, reference, predicted = np.moveaxis(counts, 1, 0)
     if counts.size and (counts.min() < 0 or counts.max() > 2**40 or (right > np.minimum(reference, predicted)).any()):
-        raise forms.Misshapen("its counts are inconsistent")
+        raise forms.SchemaError("its counts are inconsistent")

@@ -15,7 +15,7 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import check_regular, entries
 from dinoseg.utils.stamps import stamp
 from dinoseg.utils.units import finished
-from dinoseg.utils.wording import count_of, listed
+from dinoseg.utils.wording import count_of, join_names
 
 RECORD = "tracking.json"  # in a run folder: settings that its masks depend on
 DIGESTS = "tracked"  # in a run folder: <video>.txt per finished video, a hash of its masks' inputs
@@ -35,7 +35,7 @@ def earlier_run(restart: str | None, record: Mapping[str, Any]) -> Path | None:
     folder = Path(restart).expanduser()
     try:
         before = forms.read_json(folder / RECORD, _FORM)
-    except (OSError, forms.Misshapen) as error:
+    except (OSError, forms.SchemaError) as error:
         raise UserError(
             f"mode.restart={restart} holds no readable {RECORD} ({error}): it is not a run folder of mode=eval on "
             "videos, or it is damaged. Give the run folder of the evaluation to resume, or leave mode.restart out."
@@ -47,7 +47,7 @@ def earlier_run(restart: str | None, record: Mapping[str, Any]) -> Path | None:
 def log_copied(restart: str | None, videos: Sequence[str]) -> None:
     """Log which videos' masks were copied from the run folder `mode.restart`, if it is set."""
     if restart is not None:
-        names = f": {listed(sorted(videos))}" if videos else ""
+        names = f": {join_names(sorted(videos))}" if videos else ""
         logger.info("mode.restart=%s: %s reused%s", restart, count_of(videos, "video"), names)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dinoseg.evaluation.scoring.folders import Scored
+from dinoseg.evaluation.scoring.folders import ScoringResult
 from dinoseg.evaluation.scoring.summary import summary
 from dinoseg.metrics.protocols.contract import ScoreProtocol
 from dinoseg.report.scores import few_units, scores_table
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 _NOTES = 10  # printed notes; the file has all
 
 
-def report(protocol: ScoreProtocol, scored: Scored, path: Path) -> dict[str, Any]:
+def report(protocol: ScoreProtocol, scored: ScoringResult, path: Path) -> dict[str, Any]:
     """Print the scores of predictions that a mode has just made, write them to `path`, and return them."""
     result = result_of(protocol, scored, path)
     write_json(path, result)
@@ -24,7 +24,7 @@ def report(protocol: ScoreProtocol, scored: Scored, path: Path) -> dict[str, Any
     return result
 
 
-def result_of(protocol: ScoreProtocol, scored: Scored, path: Path) -> dict[str, Any]:
+def result_of(protocol: ScoreProtocol, scored: ScoringResult, path: Path) -> dict[str, Any]:
     """Return the scores for the file `path`, and warn of notes, unscorable files and too few units."""
     for note in scored.notes[:_NOTES]:
         logger.warning("%s", note)

@@ -16,7 +16,7 @@ from dinoseg.experiment import run_config
 from dinoseg.experiment.folder import command_line
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import entries
-from dinoseg.utils.wording import count_of, listed, typed
+from dinoseg.utils.wording import count_of, format_override, join_names
 
 MAX, _MAX_RUNS = 32, 160  # sides (each has images in the page) and runs
 _AGAIN = re.compile(r"\d+_\d+")  # folder name of a repeated job, whose own name was taken
@@ -52,7 +52,7 @@ def sides_of(runs: Any) -> list[Side]:
     folders = [folder for side in given for folder in side]
     twice = [name for name, count in Counter(folder.resolve() for folder in folders).items() if count > 1]
     if twice:
-        raise _refusal(runs, f"names {listed([str(name) for name in twice])} more than once")
+        raise _refusal(runs, f"names {join_names([str(name) for name in twice])} more than once")
     if not 2 <= len(folders) <= _MAX_RUNS:
         raise _refusal(runs, f"names {count_of(folders, 'run')}")
     places = [evaluated(folder) for folder in folders]
@@ -90,7 +90,7 @@ def units_note(sides: Sequence[Side]) -> str:
         return f"none: they need two {record.unit}s, or several seeds of each side"
     single = [side.name for side in sides if len(side.folders) == 1]
     note = f"over seeds only: there is one {record.unit}, so they do not generalise to others"
-    return f"{note}; not for {listed(single)}, one run each" if single else note
+    return f"{note}; not for {join_names(single)}, one run each" if single else note
 
 
 def seeds_note(sides: Sequence[Side]) -> str:
@@ -99,13 +99,13 @@ def seeds_note(sides: Sequence[Side]) -> str:
     several = [f"{len(side.folders)} of {side.name}" for side in sides if len(side.folders) > 1]
     if not several:
         return "one trained model per side: verdicts hold for these models, not for other seeds"
-    summary = listed(several)
+    summary = join_names(several)
     if not single and len({len(side.folders) for side in sides}) == 1:
         summary = f"{len(sides[0].folders)} runs per side"
     if not _has_intervals(sides):
         return f"their variance is in no interval, since there is none ({summary})"
     counted = f"their variance is included in the intervals ({summary})"
-    return f"{counted}, except for {listed(single)}, one trained model each" if single else counted
+    return f"{counted}, except for {join_names(single)}, one trained model each" if single else counted
 
 
 def _has_intervals(sides: Sequence[Side]) -> bool:
@@ -140,7 +140,7 @@ def _jobs(name: Any, named: Collection[Path]) -> list[Path]:
         logger.warning(
             "%s: left out results of repeated jobs: %s. To compare them, name each, as in runs=[%s,...].",
             folder,
-            listed(again),
+            join_names(again),
             folder / again[0],
         )
     numbered = [job for job in inside if job.name.isdecimal()]
@@ -149,14 +149,14 @@ def _jobs(name: Any, named: Collection[Path]) -> list[Path]:
     if not jobs or len(lacking) == len(jobs):
         raise UserError(f"runs: {folder} is a sweep without an evaluation of images in any job.")
     if lacking:
-        logger.warning("%s: jobs without an evaluation of images are left out: %s.", folder, listed(lacking))
+        logger.warning("%s: jobs without an evaluation of images are left out: %s.", folder, join_names(lacking))
     return [job for job in jobs if job.name not in lacking and job.resolve() not in named]
 
 
 def _refusal(runs: Any, found: str) -> UserError:
     return UserError(
-        f"runs={typed(runs)} {found}: give 2 to {MAX} different run folders of mode=eval or mode=train, such as "
-        "runs=[outputs/a/eval_1,outputs/b/eval_1]; several seeds of each as runs=[[a1,a2,a3],[b1,b2,b3]]; or the "
+        f"runs={format_override(runs)} {found}: give 2 to {MAX} different run folders of mode=eval or mode=train, such "
+        "as runs=[outputs/a/eval_1,outputs/b/eval_1]; several seeds of each as runs=[[a1,a2,a3],[b1,b2,b3]]; or the "
         f"folder of a sweep. The limit is {_MAX_RUNS} runs in total."
     )
 
@@ -191,8 +191,8 @@ def _warn_of_others(names: Sequence[str], recipes: Sequence[tuple[dict[str, Any]
         logger.warning(
             "%s are one side, but differ in more than their seed: %s. The effect of these settings counts as seed "
             "variance.",
-            listed(names),
-            listed(differing),
+            join_names(names),
+            join_names(differing),
         )
 
 
@@ -219,7 +219,7 @@ def aligned(records: dict[Path, ImageRecord]) -> list[ImageRecord]:
             other = replace(other, images=first.images, units=first.units, counts=other.counts[order])
             if not np.array_equal(other.counts[:, 1], first.counts[:, 1]):
                 changed = np.flatnonzero((other.counts[:, 1] != first.counts[:, 1]).any(axis=1))
-                names = listed([first.images[index] for index in changed.tolist()])
+                names = join_names([first.images[index] for index in changed.tolist()])
                 differences = [f"the references of {count_of(len(changed), 'image')} differ: {names}"]
         if differences:
             reasons = "".join(f"\n- {line}" for line in differences)
@@ -237,7 +237,7 @@ def _differences(first: ImageRecord, other: ImageRecord) -> list[str]:
     for name in ("classes", "ignore_index", "background", "split"):
         ours, theirs = getattr(first, name), getattr(other, name)
         if ours != theirs:
-            shown = [listed(each) if isinstance(each, list) else str(each) for each in (ours, theirs)]
+            shown = [join_names(each) if isinstance(each, list) else str(each) for each in (ours, theirs)]
             lines.append(f"{name}: {shown[0]} in the first; {shown[1]} in the second")
     missing = [
         sorted({*ours} - {*theirs}) for ours, theirs in ((first.images, other.images), (other.images, first.images))
@@ -245,7 +245,7 @@ def _differences(first: ImageRecord, other: ImageRecord) -> list[str]:
     for names, where in zip(missing, ("first", "second"), strict=True):
         if names:
             lines.append(
-                f"{count_of(names, 'image')} only in the {where} (data={first.data}, {other.data}): {listed(names)}"
+                f"{count_of(names, 'image')} only in the {where} (data={first.data}, {other.data}): {join_names(names)}"
             )
     return lines
 

@@ -37,7 +37,7 @@ from dinoseg.utils.files import entries
 from dinoseg.utils.forms import as_read_back
 from dinoseg.utils.images import IMAGE_SUFFIXES, read_image
 from dinoseg.utils.natural_order import natural_order
-from dinoseg.utils.wording import count_of, listed
+from dinoseg.utils.wording import count_of, join_names
 
 BLENDS = "blends"
 
@@ -322,7 +322,7 @@ def score_masks(
     left_out = {path for path, _ in problems}
     listing = Cases([_case(video, folder) for video in known if folder / video.name not in left_out], list(problems))
     if bare := [video.name for video in videos if video not in known]:
-        listing.notes.append(f"{count_of(bare, 'video')} without references not scored: {listed(bare)}")
+        listing.notes.append(f"{count_of(bare, 'video')} without references not scored: {join_names(bare)}")
     advice = f"The masks are saved: mode.restart={out_dir} reuses them."
     try:
         where, on_error = f"the data set and {folder}", "skip" if skip else "stop"

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dinoseg.config.nodes import expect_type, instantiate
-from dinoseg.config.plain import plain
+from dinoseg.config.plain import to_container
 from dinoseg.data.clips.videos import Video, chosen
 from dinoseg.experiment.builder import Builder, check_split
 from dinoseg.metrics.protocols.contract import ScoreProtocol
@@ -93,10 +93,10 @@ def benchmark_videos(build: Builder, split: str, supervision: str | None) -> Ben
                 "or track without masks: resume=RUN of a slot model and mode.supervision=none."
             )
         prompts = "appearing" if tracking.later else "first"
-    written, annotated = None, plain(tracking.written)
+    written, annotated = None, to_container(tracking.written)
     if any(data[key] != value for key, value in annotated.items()):
         written = {video.name: set(video.frame_names) for video in _videos(build.changed({"data": annotated}), split)}
-    source = {key: plain(data.clips[key], resolve=True) for key in ("layout", "partition")}
+    source = {key: to_container(data.clips[key], resolve=True) for key in ("layout", "partition")}
     source["layout"]["root"] = str(Path(source["layout"]["root"]).expanduser().resolve())  # the same from any folder
     return BenchmarkVideos(
         name=build.options["data"],

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from dinoseg.config.checks import check_arguments
 from dinoseg.config.nodes import expect_type, instantiate, not_set
-from dinoseg.config.plain import plain
+from dinoseg.config.plain import to_container
 from dinoseg.core.contracts import Loss
 from dinoseg.core.shapes import SegmentationData
 from dinoseg.experiment.models import ModelBuilder
@@ -22,7 +22,7 @@ from dinoseg.training.trainer import Settings
 from dinoseg.utils.cores import count_cores
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Count, Positive
-from dinoseg.utils.wording import listed
+from dinoseg.utils.wording import join_names
 
 SPLITS = ("train", "val", "test")
 _CONFORMING = {"_target_": "dinoseg.data.custom.conforming", "_partial_": True}
@@ -106,12 +106,12 @@ class Builder(ModelBuilder):
             return value
         raise UserError(
             f"data.background={value} is not a class. Give the name or the id of one (0 to {len(names) - 1}: "
-            f"{listed(names)}), or null if there is none."
+            f"{join_names(names)}), or null if there is none."
         )
 
     def digest(self, key: str, **overrides: Any) -> str:
         """Return a hash of the resolved config node at a full key, with new values of some of its keys."""
-        return hash_of(repr({**plain(self.value(key), resolve=True), **overrides}))
+        return hash_of(repr({**to_container(self.value(key), resolve=True), **overrides}))
 
     def with_options(self, overrides: Mapping[str, Any]) -> Self:
         """Return a builder of the same config with new values of keys, and packaged options of groups."""

@@ -13,14 +13,14 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
 from dinoseg.config.job import job_config
-from dinoseg.config.plain import plain
+from dinoseg.config.plain import to_container
 from dinoseg.experiment import resume
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.recipe import HEADS, RATES
 from dinoseg.training import checkpoint
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import LEARNING_RATES
-from dinoseg.utils.wording import listed, nearest
+from dinoseg.utils.wording import join_names, nearest
 
 SOLO = "solo"  # key of a job's config: the config of each head's own run, by name
 _CACHE = "engine.cache"  # off for several heads: their features are not cached, and cached ones are rounded
@@ -74,8 +74,8 @@ def named_heads(heads: Any, rates: Any) -> list[HeadRun]:
     names = [run.name for run in runs]
     if twice := [run for run in runs if names.count(run.name) > 1]:
         raise UserError(
-            f"heads: {listed(sorted({run.name for run in twice}))} occurs more than once. Give each a name, and list "
-            "each of several lrs, which are part of the names, once: "
+            f"heads: {join_names(sorted({run.name for run in twice}))} occurs more than once. Give each a name, and "
+            "list each of several lrs, which are part of the names, once: "
             f"'heads=[{{head:{twice[0].option},name:first}},{{head:{twice[1].option},name:second}}]'."
         )
     return runs
@@ -118,7 +118,7 @@ def solo_runs(cfg: DictConfig, words: Sequence[str], run: Path | None) -> dict[s
     Raises:
         UserError: `heads` and the trainer do not go together, or a head is invalid.
     """
-    given = plain(cfg)
+    given = to_container(cfg)
     if HEADS not in given["trainer"]:
         if typed := [key for key in (HEADS, RATES) if given.get(key) is not None]:
             raise UserError(
@@ -177,7 +177,7 @@ def _resumed(cfg: DictConfig, heads: Sequence[HeadRun], overrides: Sequence[Over
     """Return the run of each head in a run's checkpoint, changed by the command line."""
     path = run / checkpoint.FOLDER / "last.safetensors"
     info = checkpoint.describe(path)
-    if [info["config"].get(key) for key in (HEADS, RATES)] != [plain(cfg).get(key) for key in (HEADS, RATES)]:
+    if [info["config"].get(key) for key in (HEADS, RATES)] != [to_container(cfg).get(key) for key in (HEADS, RATES)]:
         raise UserError(
             f"resume={run}: this run has heads={info['config'].get(HEADS)} and lrs={info['config'].get(RATES)}. Leave "
             "both out, or train other heads in a new run."

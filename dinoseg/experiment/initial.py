@@ -15,7 +15,7 @@ from dinoseg.training import checkpoint
 from dinoseg.training.loading import Checkpoint, casts
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.tensor_files import check_weights
-from dinoseg.utils.wording import count_of, listed, shown
+from dinoseg.utils.wording import count_of, format_value, join_names
 
 logger = logging.getLogger(__name__)
 _NEEDED = "needed from "  # prefix of a recipe's name: value of `init` in recipes that build on a run of the user
@@ -132,9 +132,10 @@ def _fitting(init: str, model: Segmenter, saved: Checkpoint) -> tuple[dict[str, 
     lost = [name for name in left if name.startswith("backbone.")]
     if lost:
         raise UserError(
-            f"init={init}: it holds {count_of(len(lost), 'tensor')} of its backbone (such as {shown(lost[0])}) that "
-            "this model does not train or has in another shape, but its head was trained on those features. Choose its "
-            f"backbone and adapter={shown(str(saved.info['choices']['adapter']))}, with the same values."
+            f"init={init}: it holds {count_of(len(lost), 'tensor')} of its backbone (such as {format_value(lost[0])}) "
+            "that this model does not train or has in another shape, but its head was trained on those features. "
+            f"Choose its backbone and adapter={format_value(str(saved.info['choices']['adapter']))}, with the same "
+            "values."
         )
     if not any(name.startswith("head.") for name in taken):
         raise UserError(
@@ -191,9 +192,9 @@ def _log_loaded(
     new = [name for name in rest if name not in given]
     parts = [f"init={init}: {count_of(len(taken), 'tensor')} loaded from step {saved.info['progress']['step']}"]
     parts += [f"{count_of(len(given), 'tensor')} of the backbone from backbone.weights"] if given else []
-    parts += [f"randomly initialised: {listed(new, 5)}"] if new else []
-    parts += [f"not loaded: {listed(sorted(left), 5)}"] if left else []
+    parts += [f"randomly initialised: {join_names(new, 5)}"] if new else []
+    parts += [f"not loaded: {join_names(sorted(left), 5)}"] if left else []
     logger.info("%s.", "; ".join(parts))
     theirs = list(map(str, saved.info["classes"]))
     if theirs != classes and len(theirs) == len(classes):
-        logger.warning("init: its classes are %s; those of the data start from them.", listed(theirs, 20))
+        logger.warning("init: its classes are %s; those of the data start from them.", join_names(theirs, 20))

@@ -4,7 +4,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from dinoseg.config.nodes import expect_type, instantiate, making
+from dinoseg.config.nodes import expect_type, instantiate, type_errors_as_user_errors
 from dinoseg.experiment.models import ModelBuilder
 from dinoseg.report.log import LoggerFactory
 from dinoseg.report.loggers.logger import Logger
@@ -25,14 +25,14 @@ def logger_factories(build: ModelBuilder) -> dict[str, LoggerFactory]:
 
 
 def _factory(key: str, node: Any) -> LoggerFactory:
-    with making(key, _REMEDY):
+    with type_errors_as_user_errors(key, _REMEDY):
         make = instantiate(node)
     if not callable(make):
         raise UserError(f"{key} gives {type(make).__name__}, which makes no loggers. {_REMEDY}")
 
     def open_logger(out_dir: Path, *, start_step: int) -> Logger:
         # a TypeError inside the constructor drops the logger, but one of its arguments ends the run
-        with making(key, _REMEDY):
+        with type_errors_as_user_errors(key, _REMEDY):
             try:
                 signature(make).bind(out_dir, start_step=start_step)
             except ValueError:  # a class without a signature

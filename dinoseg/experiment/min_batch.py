@@ -7,7 +7,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from dinoseg.experiment.builder import Builder
 from dinoseg.inference.walk import walking
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.wording import typed
+from dinoseg.utils.wording import format_override
 
 _SMALL = 4  # patches along a crop, above which its maps have several cells
 
@@ -16,7 +16,7 @@ def check_batch(build: Builder, least: int, world: int) -> None:
     """Refuse a batch of less than `least` images per rank, which the head needs, or too small for BatchNorm."""
     size, head, larger = build.value("data.batch_size"), build.options["head"], ""
     if least * world <= size < (least + 1) * world and (needed := min_batch(build)) > least:
-        least, larger = needed, f" at resolution.crop={typed(list(build.value('resolution.crop')))}"
+        least, larger = needed, f" at resolution.crop={format_override(list(build.value('resolution.crop')))}"
     if size < least * world:
         raise UserError(
             f"data.batch_size={size}: head={head} is trained on {least} images or more per device{larger}. "

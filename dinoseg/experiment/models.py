@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dinoseg.config.checks import check_arguments
 from dinoseg.config.nodes import expect_type, instantiate, not_set
-from dinoseg.config.plain import plain
+from dinoseg.config.plain import to_container
 from dinoseg.config.resolvers import register_resolvers
 from dinoseg.core.contracts import Backbone, Head
 from dinoseg.data.classes.labels import Labels
@@ -57,7 +57,7 @@ class ModelBuilder:
     @cached_property
     def config(self) -> dict[str, Any]:
         """The whole config as plain values, with unresolved interpolations."""
-        return plain(self._cfg)
+        return to_container(self._cfg)
 
     @property
     def yaml(self) -> str:
@@ -66,7 +66,7 @@ class ModelBuilder:
 
     def settings(self, group: str) -> dict[str, Any]:
         """Return the resolved values of a config group."""
-        return plain(self._cfg[group], resolve=True)
+        return to_container(self._cfg[group], resolve=True)
 
     def value(self, key: str, default: Any = None) -> Any:
         """Return the value or config node at a full key such as `data.group`; `default` if the config lacks it."""
@@ -201,7 +201,7 @@ class ModelBuilder:
 
     def _segmenter(self, adapted: Backbone, *, untrained: bool = False) -> Segmenter:
         """Return a segmenter of a backbone and a new head."""
-        keys = plain(self._cfg.head)
+        keys = to_container(self._cfg.head)
         runtime_arguments = {"in_dim": adapted.dim, "num_layers": adapted.num_layers}
         # timm backbones: known only once the model is built
         if "patch_size" in keys and self._cfg.head.patch_size is None:
@@ -224,7 +224,7 @@ class ModelBuilder:
 
     def _check_head_file(self) -> None:
         """Refuse an unset or missing file of head weights, before the backbone's weights are downloaded."""
-        weights = plain(self._cfg.head).get("weights")
+        weights = to_container(self._cfg.head).get("weights")
         if weights == "???":
             raise UserError(not_set("head.weights"))
         if weights is not None:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from dinoseg.config.plain import plain
+from dinoseg.config.plain import to_container
 from dinoseg.experiment.models import ModelBuilder
 
 
@@ -44,7 +44,7 @@ def provenance_of(build: ModelBuilder, out_dir: Path, best: Path | None = None) 
         config=build.yaml,
         root="" if root is None else str(Path(str(root)).expanduser().resolve()),
         group=build.value("data.group"),
-        model=str(best or build.resume or plain(build.value("head")).get("weights")),
+        model=str(best or build.resume or to_container(build.value("head")).get("weights")),
         folder=folder,
         training=training,
     )

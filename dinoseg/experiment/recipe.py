@@ -8,7 +8,7 @@ import torch
 
 from dinoseg import __version__
 from dinoseg.config.guard import ACTING
-from dinoseg.config.resolvers import settled
+from dinoseg.config.resolvers import resolve_container
 from dinoseg.core.shapes import SegmentationData
 from dinoseg.data.classes.labels import Labels
 from dinoseg.experiment.models import ModelBuilder
@@ -44,11 +44,11 @@ def config_description(build: ModelBuilder) -> dict[str, Any]:
     saved = {*SAVED} - {*unsaid}
     config = {key: value for key, value in build.config.items() if key in saved and value is not None}
     # nodes that write files come from this machine's config, never from a checkpoint
-    config["data"] = {**settled(build.value("data")), **dict.fromkeys(ACTING)}
+    config["data"] = {**resolve_container(build.value("data")), **dict.fromkeys(ACTING)}
     for key in (TEACHER, INITIAL):
         if key in config:
             config[key] = absolute(config[key])
-    config["head"] = settled(
+    config["head"] = resolve_container(
         build.value("head")
     )  # the head's grid is that of its training, whatever size later images have
     return {

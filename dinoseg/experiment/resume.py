@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dinoseg.config.guard import guard
 from dinoseg.config.job import machine_config, squared
-from dinoseg.config.plain import has_key, keys_of, plain
+from dinoseg.config.plain import has_key, keys_of, to_container
 from dinoseg.config.registry import full_registry, shipped_registry
 from dinoseg.experiment.folder import is_locked
 from dinoseg.experiment.models import ModelBuilder
@@ -32,7 +32,7 @@ from dinoseg.experiment.recipe import (
 from dinoseg.training import checkpoint
 from dinoseg.training.description import CHOSEN
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.wording import nearest, printable, shown, typed
+from dinoseg.utils.wording import format_override, format_value, nearest, printable
 
 PATIENCE = 10  # seconds that resume=auto waits for another process to end its run
 
@@ -53,10 +53,10 @@ def merge(
         UserError: the checkpoint's config is not to be trusted, or the command line names another model.
     """
     saved, keys = saved_config(info), [override.key_or_group for override in overrides]
-    guard(saved, f"resume={path}", plain(cfg), trust=trusted(plain(cfg)["trust"]), typed=keys)
+    guard(saved, f"resume={path}", to_container(cfg), trust=trusted(to_container(cfg)["trust"]), typed=keys)
     choices = {group: option for group, option in info["choices"].items() if group in (*CHOSEN, *USES)}
     # settings of this machine and run
-    facts = {**plain(cfg), "resume": str(path), "choices": {**plain(cfg.choices), **choices}}
+    facts = {**to_container(cfg), "resume": str(path), "choices": {**to_container(cfg.choices), **choices}}
     facts |= {INITIAL: None}  # only a new run takes it from the command line
     merged = OmegaConf.create({**facts, **saved})
     merged.data.root, remark = data_root(saved, Path(info["folder"]))
@@ -105,10 +105,10 @@ def standalone_config(
     saved, cfg = saved_config(info), machine_config(inference or "auto")
     registry = shipped_registry() if job is None else full_registry(job)
     trust = trust if job is None else [*trust, *trusted(job["trust"])]
-    guard(saved, f"resume={path}", plain(cfg), trust=trust, typed=[*changes], registry=registry)
+    guard(saved, f"resume={path}", to_container(cfg), trust=trust, typed=[*changes], registry=registry)
     reused = {key: value for key, value in saved.items() if not (inference and key == USE)}
-    choices = {**plain(cfg.choices), **info["choices"], **({USE: inference} if inference else {})}
-    merged = OmegaConf.create({**plain(cfg), "resume": str(path), "choices": choices, **reused})
+    choices = {**to_container(cfg.choices), **info["choices"], **({USE: inference} if inference else {})}
+    merged = OmegaConf.create({**to_container(cfg), "resume": str(path), "choices": choices, **reused})
     for key, value in changes.items():
         OmegaConf.update(merged, key, value)
     return squared(merged)
@@ -116,7 +116,7 @@ def standalone_config(
 
 def without_resume(cfg: DictConfig) -> DictConfig:
     """Return `cfg` without a run to resume."""
-    return OmegaConf.create({**plain(cfg), "resume": None})
+    return OmegaConf.create({**to_container(cfg), "resume": None})
 
 
 def trusted(trust: Any) -> list[str]:
@@ -169,7 +169,7 @@ def _changes(before: DictConfig, merged: DictConfig, overrides: Sequence[Overrid
         where = "choices." * (name in (*CHOSEN, *USES)) + name
         old, new = (_at(each, where) for each in (before, merged))
         if new != old and not _same_path(old, new):
-            found.append(f"{name}={shown(typed(new))} instead of {shown(typed(old))}")
+            found.append(f"{name}={format_value(format_override(new))} instead of {format_value(format_override(old))}")
     return found
 
 
@@ -199,8 +199,8 @@ def _check_initial(given: Any, cfg: DictConfig, merged: DictConfig, path: Path) 
 
 def _check_key(name: str, cfg: DictConfig, merged: DictConfig, path: Path) -> None:
     """Refuse a key that the checkpoint's config lacks, unless the same option has gained it since."""
-    known, group = plain(merged), name.split(".")[0]
-    newer = cfg.choices.get(group) == merged.choices.get(group) and has_key(plain(cfg), name)
+    known, group = to_container(merged), name.split(".")[0]
+    newer = cfg.choices.get(group) == merged.choices.get(group) and has_key(to_container(cfg), name)
     if not newer and not has_key(known, name):
         alike = [key for key in keys_of(known) if key.split(".")[0] in SAVED]
         raise UserError(

@@ -9,16 +9,16 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dinoseg.config.guard import ACTING, guard
-from dinoseg.config.resolvers import CLASS_FILE, settled
+from dinoseg.config.resolvers import CLASS_FILE, resolve_container
 from dinoseg.core.shapes import SegmentationData
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.recipe import SAVED
 from dinoseg.experiment.resume import trusted
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.forms import Misshapen, as_read_back, read_regular
+from dinoseg.utils.forms import SchemaError, as_read_back, read_regular
 from dinoseg.utils.yaml_text import parse_yaml
 
-BROKEN = (OSError, UnicodeError, KeyError, TypeError, AssertionError, Misshapen, OmegaConfBaseException)
+BROKEN = (OSError, UnicodeError, KeyError, TypeError, AssertionError, SchemaError, OmegaConfBaseException)
 _LARGEST = 2**17  # maximum bytes of a config file; typical files have a twentieth
 # interpolation in a training's config; its evaluations store the value
 _OF_CLASS_FILE = f"${{{CLASS_FILE}:"
@@ -51,7 +51,7 @@ def config_of(text: str) -> dict[str, Any]:
     """
     config = parse_yaml(text)
     if not isinstance(config, dict) or not all(isinstance(key, str) for key in config):
-        raise Misshapen("it is not a config")
+        raise SchemaError("it is not a config")
     return config
 
 
@@ -81,7 +81,7 @@ def open_saved_data(build: Builder, folder: Path, *, root: str, split: str) -> S
         # a training's config refers to `classes.yaml`: the rest is checked before that file is read
         guard(saved(_CLASS_FILE_VALUE.sub("''", text)), str(path), composed, trust=trust)
         config = saved(text)
-        config["data"] = settled(OmegaConf.create(config).data)
+        config["data"] = resolve_container(OmegaConf.create(config).data)
         guard(config, str(path), composed, trust=trust)
         return Builder.of({**composed, **config}).dataset(split)
     except BROKEN as error:

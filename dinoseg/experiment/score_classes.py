@@ -8,7 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dinoseg.config.checks import check_arguments
 from dinoseg.config.nodes import instantiate
-from dinoseg.config.plain import plain
+from dinoseg.config.plain import to_container
 from dinoseg.data.classes.file import NAME as CLASS_FILE
 from dinoseg.data.classes.labels import Labels
 from dinoseg.experiment.folder import command_line
@@ -59,7 +59,7 @@ def score_protocol(cfg: DictConfig, predictions: Sequence[Path], out_dir: Path) 
 def mask_keys(data: DictConfig) -> dict[str, Any]:
     """Return a data set's mask encoding, as keys of `Masks`; empty for a fixed format."""
     node = data.reader.get("masks")
-    keys = {} if node is None else plain(node, resolve=True)
+    keys = {} if node is None else to_container(node, resolve=True)
     return {key: value for key, value in keys.items() if key not in ("_target_", "described")}
 
 

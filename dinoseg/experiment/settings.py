@@ -8,7 +8,7 @@ from dinoseg.experiment.models import ModelBuilder
 from dinoseg.training.description import CHOSEN, MODEL
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.forms import as_read_back
-from dinoseg.utils.wording import typed
+from dinoseg.utils.wording import format_override
 
 
 def settings_of(build: ModelBuilder) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def check_same_settings(
 
 
 def _value_text(settings: Mapping[str, Any], name: str) -> str:
-    return typed(settings[name]) if name in settings else "not set"
+    return format_override(settings[name]) if name in settings else "not set"
 
 
 def _flat(settings: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:

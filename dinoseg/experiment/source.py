@@ -5,7 +5,7 @@ from typing import Any
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.trained import Trained, load_trained
 from dinoseg.models.adapters import dequantised_state
-from dinoseg.models.model import Segmenter, constants
+from dinoseg.models.model import Segmenter, non_persistent_buffers
 
 
 class ModelSource(Builder):
@@ -51,7 +51,7 @@ class ModelSource(Builder):
             return trained
         model = self.changed(changes).model(untrained=True).eval()
         model.load_state_dict(dequantised_state(trained))
-        buffers = constants(model)
-        for name, value in constants(trained).items():
+        buffers = non_persistent_buffers(model)
+        for name, value in non_persistent_buffers(trained).items():
             buffers[name].copy_(value)
         return model

@@ -23,8 +23,8 @@ from dinoseg.training.feature_cache.key import code_hash, hash_of
 from dinoseg.utils import forms
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import open_regular
-from dinoseg.utils.transfer import sent
-from dinoseg.utils.wording import listed, shown, typed
+from dinoseg.utils.transfer import to_device
+from dinoseg.utils.wording import format_override, format_value, join_names
 
 TEACHERS = "teachers"  # folder in the cache that holds the scores of all teachers
 _CROP = forms.listing(forms.whole(1), length=2)
@@ -60,8 +60,8 @@ class Teacher:
             crop = self._build.settings("resolution")["crop"]
             if not forms.fits(crop, _CROP):
                 raise UserError(
-                    f"its resolution.crop={shown(crop)} must be [height, width] in pixels, each at least 1. Choose "
-                    "another checkpoint."
+                    f"its resolution.crop={format_value(crop)} must be [height, width] in pixels, each at least 1. "
+                    "Choose another checkpoint."
                 )
             self._check_size(header)
             self._digest = self._hashed()  # last: it reads the whole file
@@ -101,7 +101,7 @@ class Teacher:
         # windows take images larger than those of the training at full size
         seen = backbone_size((image.shape[-2], image.shape[-1]), 1.0, predictor.model.longest)
         height, width = (max(1, math.ceil(side * of - 1e-6)) for side, of in zip(seen, cells, strict=True))
-        pixels = sent(image[None], predictor.device)
+        pixels = to_device(image[None], predictor.device)
         with self._named():
             bands = predictor.run_bands(pixels, lambda bands: list(map(_grid_of, bands)), size=(height, width))
         valid, scores = bands[0][1], torch.cat([scores for scores, _ in bands], dim=1)
@@ -147,13 +147,13 @@ class Teacher:
             [name for name in teacher_classes if name not in data_classes],
         )
         differing = [
-            *([f"it lacks {listed(lacking)}"] if lacking else []),
-            *([f"it has {listed(more)}, which the data lacks"] if more else []),
+            *([f"it lacks {join_names(lacking)}"] if lacking else []),
+            *([f"it has {join_names(more)}, which the data lacks"] if more else []),
         ]
         raise UserError(
             f"teacher={self._given} has other classes than the data: "
-            f"{'; '.join(differing) or f'their order is {listed(teacher_classes, 20)}'}. A student learns a teacher's "
-            "score of each class: train one on data of the same classes in the same order."
+            f"{'; '.join(differing) or f'their order is {join_names(teacher_classes, 20)}'}. A student learns a "
+            "teacher's score of each class: train one on data of the same classes in the same order."
         )
 
     def _check_size(self, header: checkpoint.Checkpoint) -> None:
@@ -186,8 +186,8 @@ def check_named(teacher: Any) -> None:
     """Refuse a teacher that is not the name of a run folder or a checkpoint."""
     if not isinstance(teacher, str):
         raise UserError(
-            f"trainer=distil needs a trained model, but teacher={typed(teacher)}. Set teacher=RUN, a run folder or a "
-            "checkpoint with the same classes."
+            f"trainer=distil needs a trained model, but teacher={format_override(teacher)}. Set teacher=RUN, a run "
+            "folder or a checkpoint with the same classes."
         )
 
 

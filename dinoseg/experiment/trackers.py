@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from inspect import signature
 from typing import Any
 
-from dinoseg.config.nodes import expect_type, instantiate, making
+from dinoseg.config.nodes import expect_type, instantiate, type_errors_as_user_errors
 from dinoseg.experiment.models import ModelBuilder
 from dinoseg.experiment.trained import Trained
 from dinoseg.inference.trained_sizes import TrainedSizes, limit_to_trained_size
@@ -68,7 +68,7 @@ def tracker_factory(node: Any, name: str, overrides: Mapping[str, Any] | None = 
     Raises:
         UserError: the node describes no factory.
     """
-    with making(name, _REMEDY):
+    with type_errors_as_user_errors(name, _REMEDY):
         make = instantiate(node, instead={key: value for key, value in (overrides or {}).items() if key in node})
     if not callable(make):
         raise UserError(f"{name} returns {type(make).__name__}, which does not create trackers. {_REMEDY}")

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from dinoseg.config.plain import plain
+from dinoseg.config.plain import to_container
 from dinoseg.core.shapes import Palette, SegmentationData
 from dinoseg.data.classes.labels import Labels
 from dinoseg.experiment.folder import last_command_line
@@ -18,7 +18,7 @@ from dinoseg.inference.policy import Policy
 from dinoseg.inference.predictor import Predictor
 from dinoseg.inference.trained_sizes import TrainedSizes
 from dinoseg.inference.whole import Whole
-from dinoseg.models.model import Segmenter, constants
+from dinoseg.models.model import Segmenter, non_persistent_buffers
 from dinoseg.models.no_init import allocate
 from dinoseg.training import checkpoint
 from dinoseg.training.engine import Engine
@@ -82,7 +82,7 @@ def load_trained(build: ModelBuilder) -> Trained:
 
 def is_trained(build: ModelBuilder) -> bool:
     """Return whether a config names a trained model: a checkpoint, or a head that was released trained."""
-    head = plain(build.value("head"))
+    head = to_container(build.value("head"))
     return build.resume is not None or (head.get("weights") is not None and head.get("class_layer") != "new")
 
 
@@ -127,7 +127,7 @@ def restore(build: ModelBuilder, path: Path) -> tuple[Segmenter, Mapping[str, An
     announce(f"resume={path}: reading weights and building the model")
     saved = checkpoint.read(path, finite=build.value("finite_weights"))
     whole = build.value("adapter.bits") is None and empty.state_dict().keys() <= outline.part("model").keys()
-    is_allocated = whole and constants(empty).keys() <= outline.part(CONSTANTS).keys() and allocate(empty)
+    is_allocated = whole and non_persistent_buffers(empty).keys() <= outline.part(CONSTANTS).keys() and allocate(empty)
     model = empty if is_allocated else build.model(outlined=True, initialised=not whole)
     checkpoint.load_weights(model, saved)
     return model.eval(), outline.info

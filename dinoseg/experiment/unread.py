@@ -6,7 +6,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from dinoseg.experiment.folder import last_command_line
-from dinoseg.utils.wording import listed, printable
+from dinoseg.utils.wording import join_names, printable
 
 logger = logging.getLogger(__name__)
 # read by every mode, or settings of the machine
@@ -23,7 +23,7 @@ def warn_unread(out_dir: Path, unread: Collection[str], reason: str) -> None:
     """
     idle = [word for word in last_command_line(out_dir) if _within(_key(word), unread)]
     if idle:
-        logger.warning("No effect here: %s. %s", listed(idle), reason)
+        logger.warning("No effect here: %s. %s", join_names(idle), reason)
 
 
 def warn_not_read(out_dir: Path, mode: str, reads: Collection[str] | None) -> None:
@@ -40,7 +40,7 @@ def warn_not_read(out_dir: Path, mode: str, reads: Collection[str] | None) -> No
         word for word in last_command_line(out_dir) if not is_read(_key(word).partition("@")[0], (*_FOR_ALL, *reads))
     ]
     if idle:
-        message = f"No effect here: {listed(idle)}. In addition to its own keys, {mode} reads {', '.join(reads)}."
+        message = f"No effect here: {join_names(idle)}. In addition to its own keys, {mode} reads {', '.join(reads)}."
         # printed, not logged: a line in the log would preserve the folder of a run that fails at once
         print(printable(f"warning: {message}"), file=sys.stderr)
 

@@ -68,7 +68,7 @@ def read_class_record(folder: Path) -> tuple[Labels, dict[str, Any]] | None:
     try:
         record = forms.read_json(path, _FORM)
         return Labels.of(record["classes"], record["palette"], record["ignore_index"]), record["masks"]
-    except (OSError, forms.Misshapen, UserError) as error:
+    except (OSError, forms.SchemaError, UserError) as error:
         raise UserError(
             f"{path} is not a valid class record ({error}). Remove it and give num_classes, or predict again."
         ) from None

@@ -15,7 +15,7 @@ from dinoseg.inference.outputs import ImagePrediction, ImageWriter
 from dinoseg.utils.atomic import atomic_file
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import write_png
-from dinoseg.utils.wording import listed, shown
+from dinoseg.utils.wording import format_value, join_names
 
 
 @dataclass(frozen=True)
@@ -122,12 +122,12 @@ def check_outputs(outputs: Sequence[str]) -> None:
         UserError: a name is unknown or repeated, or the value is not a list.
     """
     if isinstance(outputs, str) or not isinstance(outputs, Sequence):
-        raise UserError(f"mode.outputs={shown(outputs)}: give a list, such as mode.outputs=[coco,palette].")
-    unknown = [shown(name) for name in outputs if name not in _MAKERS]
+        raise UserError(f"mode.outputs={format_value(outputs)}: give a list, such as mode.outputs=[coco,palette].")
+    unknown = [format_value(name) for name in outputs if name not in _MAKERS]
     if unknown:
-        raise UserError(f"mode.outputs names {listed(unknown)}: choose some of {', '.join(_MAKERS)}.")
+        raise UserError(f"mode.outputs names {join_names(unknown)}: choose some of {', '.join(_MAKERS)}.")
     if twice := [name for name, count in Counter(outputs).items() if count > 1]:
-        raise UserError(f"mode.outputs names {listed(twice)} more than once: name each output once.")
+        raise UserError(f"mode.outputs names {join_names(twice)} more than once: name each output once.")
 
 
 def check_frame_outputs(outputs: Sequence[str], video: str) -> None:
@@ -138,6 +138,7 @@ def check_frame_outputs(outputs: Sequence[str], video: str) -> None:
     """
     if tools := [name for name in outputs if name not in _OF_FRAMES]:
         raise UserError(
-            f"mode.outputs names {listed(tools)}, which need image files, but {video} is a video: its frames support "
-            f"{', '.join(_OF_FRAMES)}. Leave videos out, or give a folder of frames (ffmpeg -i IN FRAMES/%09d.png)."
+            f"mode.outputs names {join_names(tools)}, which need image files, but {video} is a video: its frames "
+            f"support {', '.join(_OF_FRAMES)}. Leave videos out, or give a folder of frames (ffmpeg -i IN "
+            "FRAMES/%09d.png)."
         )

@@ -14,7 +14,7 @@ from dinoseg.inference.video_file import VideoReader
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import entries, found, is_pattern
 from dinoseg.utils.images import IMAGE_SUFFIXES, UNREAD_SUFFIXES, read_image, read_size
-from dinoseg.utils.wording import count_of, listed
+from dinoseg.utils.wording import count_of, join_names
 
 _RATE = Fraction(25)  # frames per second assumed for a folder
 
@@ -111,13 +111,13 @@ def list_inputs(source: str, key: str = "input") -> list[Path]:
     else:
         raise UserError(f"File or folder not found: {key}={source}. Check the path. {_ACCEPTED}")
     media, unread = found(source, _KINDS), found(source, UNREAD_SUFFIXES)
-    left_out = f"{count_of(unread, 'file')} of unsupported formats: {listed([path.name for path in unread])}."
+    left_out = f"{count_of(unread, 'file')} of unsupported formats: {join_names([path.name for path in unread])}."
     if not media:
         raise UserError(f"{nothing} {_ACCEPTED}{f' There are {left_out} Convert them to PNG.' if unread else ''}")
     if unread:
         log.warning("%s=%s: left out %s Convert them to PNG.", key, source, left_out)
     if path.is_dir() and (below := [folder.name for folder in entries(path) if _has_media(folder)]):
-        what = f"images or videos in {count_of(below, 'subfolder')} ({listed(below)})"
+        what = f"images or videos in {count_of(below, 'subfolder')} ({join_names(below)})"
         log.warning("%s=%s: left out %s. Give %s='%s/**/*' to include them.", key, source, what, key, path)
     return media
 

@@ -52,7 +52,7 @@ def reason_of(shortage: Exception) -> str:
     return next((line for line in lines if any(words in line for words in _SHORT)), lines[0]).strip()
 
 
-def shortage_of(error: Exception) -> OutOfMemory | None:
+def as_out_of_memory(error: Exception) -> OutOfMemory | None:
     """Return the `OutOfMemory` error to raise for a failed allocation; None for other errors."""
     if not is_shortage(error):
         return None

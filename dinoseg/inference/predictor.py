@@ -18,7 +18,7 @@ from dinoseg.inference.strips import open_rows
 from dinoseg.inference.whole import Whole
 from dinoseg.models.model import Segmenter, Size
 from dinoseg.utils.atomic import atomic_file
-from dinoseg.utils.transfer import sent
+from dinoseg.utils.transfer import to_device
 
 T = TypeVar("T")
 
@@ -117,4 +117,4 @@ class Predictor:
                 yield band.class_ids()[0].cpu().numpy()
 
     def _stacked(self, images: Sequence[np.ndarray]) -> Tensor:
-        return sent(torch.from_numpy(np.stack(images)), self.device).permute(0, 3, 1, 2).contiguous()
+        return to_device(torch.from_numpy(np.stack(images)), self.device).permute(0, 3, 1, 2).contiguous()

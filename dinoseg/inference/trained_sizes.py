@@ -55,7 +55,7 @@ class TrainedSizes:
             return None
         try:
             _FORM(sizes, KEY)
-        except forms.Misshapen as error:
+        except forms.SchemaError as error:
             raise UserError(f"The checkpoint's description is damaged: {error}. Choose another one.") from None
         return cls(**sizes)
 

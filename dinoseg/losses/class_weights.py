@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import LowShare
-from dinoseg.utils.wording import listed, shown
+from dinoseg.utils.wording import format_value, join_names
 
 _MIN, _MAX = 1e-6, 1e6  # range of a weight: float32 sums stay accurate
 _NAMED = 30  # maximum number of classes listed in a message
@@ -61,14 +61,14 @@ def _checked_weights(weights: Mapping[str, float], classes: Sequence[str]) -> Te
         name = str(key)  # YAML parses a class named 1 as a number
         if name not in found:
             raise UserError(
-                f"loss.weights: {shown(name)} is not a class. The classes are {listed(classes, _NAMED)}. Give weights "
-                "for these only; loss.weights=none removes the weights of a recipe."
+                f"loss.weights: {format_value(name)} is not a class. The classes are {join_names(classes, _NAMED)}. "
+                "Give weights for these only; loss.weights=none removes the weights of a recipe."
             )
         number = isinstance(weight, int | float) and not isinstance(weight, bool)
         if not (number and _MIN <= weight <= _MAX):
             raise UserError(
-                f"loss.weights: {name}={shown(weight)} is not a weight. Give a number from {_MIN:g} to {_MAX:g}; 1 "
-                "is neutral."
+                f"loss.weights: {name}={format_value(weight)} is not a weight. Give a number from {_MIN:g} to "
+                f"{_MAX:g}; 1 is neutral."
             )
         found[name] = float(weight)
     return torch.tensor([found[name] for name in classes])

@@ -5,8 +5,8 @@ from torch import Tensor
 from dinoseg.core.contracts import Loss
 from dinoseg.core.shapes import Batch, Prediction
 from dinoseg.losses.border import Border
-from dinoseg.losses.full_resolution import Pull
-from dinoseg.losses.fused import Form
+from dinoseg.losses.full_resolution import Vjp
+from dinoseg.losses.fused import KernelSpec
 from dinoseg.losses.labelled import weights_of
 from dinoseg.losses.pixel_mean import Hardest, pixel_divisor, pixel_mean, pixel_weight
 from dinoseg.utils.errors import UserError
@@ -51,14 +51,14 @@ class CrossEntropy(Loss):
 
         A batch without labelled pixels gives a loss of 0 and a weight of 0.
         """
-        form, ignored = Form(self.weight, self.label_smoothing), self.ignore_index
+        form, ignored = KernelSpec(self.weight, self.label_smoothing), self.ignore_index
         return pixel_mean(prediction, batch, ignored, self._cost, border=self.border, hardest=self.hardest, form=form)
 
     def divisors(self, batch: Batch) -> Tensor:
         """Return the summed weights (1,) of the labelled pixels."""
         return pixel_weight(batch, self.ignore_index, self.weight, self.border)
 
-    def _cost(self, scores: Tensor, target: Tensor, counted: Tensor) -> tuple[Tensor, Tensor, Pull]:
+    def _cost(self, scores: Tensor, target: Tensor, counted: Tensor) -> tuple[Tensor, Tensor, Vjp]:
         """Return the loss of each pixel in a tile, its weight and the gradient function: a `full_resolution.Cost`.
 
         With q = (1 - s) w_t for the label t, plus s w_k / K for each class k, the loss is the sum over k of -q_k log

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from dinoseg.core.shapes import Batch, Prediction
-from dinoseg.losses.full_resolution import Pull, pixel_sums
+from dinoseg.losses.full_resolution import Vjp, pixel_sums
 from dinoseg.losses.points import sample_maps
-from dinoseg.utils.transfer import sent
+from dinoseg.utils.transfer import to_device
 
 _INSIDE, _OUTSIDE = 0, 255
 
@@ -42,7 +42,7 @@ class TeacherView:
 
     def to(self, device: torch.device) -> "TeacherView":
         """Return a float32 copy on `device`."""
-        return replace(self, scores=sent(self.scores, device).float(), place=sent(self.place, device))
+        return replace(self, scores=to_device(self.scores, device).float(), place=to_device(self.place, device))
 
     def at(self, rows: slice, columns: slice) -> Tensor:
         """Return the scores (K, r, c) of some pixels of the view, bilinear between cells, border values outside."""
@@ -79,7 +79,7 @@ def divergence(
         temperature: T.
     """
 
-    def term(both: Tensor, _: Tensor, counted: Tensor) -> tuple[Tensor, Pull]:
+    def term(both: Tensor, _: Tensor, counted: Tensor) -> tuple[Tensor, Vjp]:
         student, teacher = (part.log_softmax(0) for part in (both / temperature).chunk(2))
         shares = teacher.exp()
         costs = (shares * (teacher - student)).sum(0)

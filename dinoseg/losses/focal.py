@@ -6,7 +6,7 @@ from torch import Tensor
 from dinoseg.core.contracts import Loss
 from dinoseg.core.shapes import Batch, Prediction
 from dinoseg.losses.border import Border
-from dinoseg.losses.full_resolution import Pull
+from dinoseg.losses.full_resolution import Vjp
 from dinoseg.losses.labelled import weights_of
 from dinoseg.losses.pixel_mean import Hardest, pixel_divisor, pixel_mean, pixel_weight
 from dinoseg.utils.errors import UserError
@@ -58,7 +58,7 @@ class Focal(Loss):
         """Return the summed weights (1,) of the labelled pixels."""
         return pixel_weight(batch, self.ignore_index, self.weight, self.border)
 
-    def _cost(self, scores: Tensor, target: Tensor, counted: Tensor) -> tuple[Tensor, Tensor, Pull]:
+    def _cost(self, scores: Tensor, target: Tensor, counted: Tensor) -> tuple[Tensor, Tensor, Vjp]:
         """Return the loss of each pixel in a tile, its weight and the gradient function: a `full_resolution.Cost`."""
         index = target.clamp(min=0)[None]
         weight = weights_of(self.weight, scores)[index[0]] * counted  # (N,)

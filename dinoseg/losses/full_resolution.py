@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dinoseg.core.geometry import Span, reduce_tile, spans, upsample_tile
 from dinoseg.core.shapes import Batch, Prediction
-from dinoseg.losses.fused import Form, Fused, PixelSums, better
+from dinoseg.losses.fused import Fused, KernelSpec, PixelSums, choose_faster
 from dinoseg.losses.labelled import UNLABELLED, labels
 from dinoseg.utils.precision import at_least_float32
 from dinoseg.utils.threads import threads
@@ -23,11 +23,11 @@ ROWS = 32  # rows of a tile
 CACHED = 2**18  # values per tile on a CPU: 1 MiB of float32
 LAUNCHED = 2**25  # values per tile on an accelerator, to amortise kernel launches: 128 MiB
 
-Pull = Callable[[Tensor], Tensor]
-Term = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Pull]]
+Vjp = Callable[[Tensor], Tensor]
+TileLoss = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Vjp]]
 """Sums of a tile: maps scores (K, N), which it may overwrite, labels (N,) and pixel weights (N,), 0 for unlabelled
 pixels, to sums (S,) and a function from their gradient (S,) to that of the scores (K, N), called at most once."""
-Cost = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Pull]]
+Cost = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Vjp]]
 """Cost of each pixel: maps the same to costs (N,), weights (N,) in a mean, and a function from the gradient of both
 sums (2,) to that of the scores."""
 Value = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -40,11 +40,11 @@ def pixel_sums(
     prediction: Prediction,
     batch: Batch,
     ignore_index: int,
-    term: Term,
+    term: TileLoss,
     *,
     weights: Tensor | None = None,
     first_alone: bool = False,
-    form: Form | None = None,
+    form: KernelSpec | None = None,
     extra: ExtraValues | None = None,
 ) -> Tensor:
     """Return the sums (S,) of a term over all mask pixels, computed from logits in float32 or better.
@@ -67,7 +67,7 @@ def pixel_sums(
     way: PixelSums = _Tiled(replace(tiles, extra=extra), term)
     if form is not None and prediction.grid is not None and weights is None:
         fused = Fused(batch.mask, valid, ignore_index, form)
-        way = better(fused, way, parts[0]) if fused.takes(parts[0]) else way
+        way = choose_faster(fused, way, parts[0]) if fused.takes(parts[0]) else way
     return _Sums.apply(way, first_alone, *parts)
 
 
@@ -171,7 +171,7 @@ class _Tiled:
     """A term summed over the pixels of tiles."""
 
     tiles: _Tiles
-    term: Term
+    term: TileLoss
 
     @torch.no_grad()
     def sums(self, parts: Sequence[Tensor], upstream: Tensor | None) -> tuple[Tensor, list[Tensor]]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dinoseg.core.geometry import cell_weights
 from dinoseg.losses.labelled import weights_of
-from dinoseg.utils.transfer import sent
+from dinoseg.utils.transfer import to_device
 
 ENLARGED = 16  # minimum pixels per grid cell: the kernel stores gradients for the four corners of each cell
 _TILE, _PIXELS = 2048, 64  # scores in registers and pixels, per iteration
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 _chosen: dict[tuple[object, ...], bool] = {}  # (device, classes, form) -> whether to use the kernel
 
 
-class Form(NamedTuple):
+class KernelSpec(NamedTuple):
     """Sums of a softmax: weighted cross-entropy as (cost, weight), or without weights the overlap as (3 K,) sums."""
 
     weights: Tensor | None = None  # (K,)
@@ -44,7 +44,7 @@ class Fused:
     mask: Tensor
     valid: tuple[float, float]
     ignore_index: int
-    form: Form
+    form: KernelSpec
 
     def takes(self, grid: Tensor) -> bool:
         """Return whether the kernel can pay off for a grid (B, K, h, w): on CUDA, and much smaller than the masks."""
@@ -111,7 +111,7 @@ def _tables(
         low, weights = cell_weights(length, cells, share, torch.float32)
         starts.append(torch.searchsorted(low, torch.arange(-1, cells + 1)))
         reads.append(weights.flatten())
-    return sent(torch.cat(starts).int(), device), sent(torch.cat(reads), device)
+    return to_device(torch.cat(starts).int(), device), to_device(torch.cat(reads), device)
 
 
 def _of_cells(corners: Tensor) -> Tensor:
@@ -129,7 +129,7 @@ def _of_cells(corners: Tensor) -> Tensor:
     return summed[:, 1:-1, 1:-1].permute(0, 3, 1, 2).contiguous()
 
 
-def better(fused: Fused, tiled: PixelSums, grid: Tensor) -> PixelSums:
+def choose_faster(fused: Fused, tiled: PixelSums, grid: Tensor) -> PixelSums:
     """Return the implementation to use for a grid (B, K, h, w): the kernel or the tiles.
 
     At first use for a device and number of classes, both run on the given data. The kernel is used if it runs, agrees

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from dinoseg.core.shapes import Batch, Prediction
 from dinoseg.utils.precision import at_least_float32
-from dinoseg.utils.transfer import sent
+from dinoseg.utils.transfer import to_device
 
 UNLABELLED = -100  # internal ignore value for all data sets; the default `ignore_index` of torch's cross_entropy
 
@@ -43,7 +43,7 @@ def labelled_images(mask: Tensor, ignore_index: int) -> Tensor:
 
 def image_count(batch: Batch, ignore_index: int, weights: Tensor) -> Tensor:
     """Return `labelled_images` as a divisor (1,), with the dtype and device of `weights`."""
-    return labelled_images(sent(batch.mask, weights.device), ignore_index).to(weights.dtype)[None]
+    return labelled_images(to_device(batch.mask, weights.device), ignore_index).to(weights.dtype)[None]
 
 
 def ratio(total: Tensor, norm: Tensor) -> Tensor:

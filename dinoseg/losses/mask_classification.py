@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from dinoseg.core.contracts import Loss, share_of
+from dinoseg.core.contracts import Loss, safe_divide
 from dinoseg.core.shapes import Batch, ClipBatch, MaskOutputs, Prediction
 from dinoseg.losses.factors import checked_factors
 from dinoseg.losses.labelled import UNLABELLED, labels, ratio
@@ -18,7 +18,7 @@ from dinoseg.losses.points import random_points, sample_labels, sample_logits, u
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.precision import at_least_float32
 from dinoseg.utils.ranges import Count, NotNegative, Positive, Share
-from dinoseg.utils.transfer import sent
+from dinoseg.utils.transfer import to_device
 
 TERMS = ("class", "mask", "dice")
 FACTORS = {"class": 2.0, "mask": 5.0, "dice": 5.0}
@@ -81,7 +81,7 @@ def match(
         pairs = zip(layer_costs, classes, strict=True)
         queries = [linear_sum_assignment(each[:, ids >= 0].T)[1] for each, ids in pairs]
         rows.append(np.concatenate([np.zeros(0), *queries]))  # concatenate needs at least one array
-    image, wanted, *of_layers = sent(torch.from_numpy(np.array(rows, np.int64)), target.device)
+    image, wanted, *of_layers = to_device(torch.from_numpy(np.array(rows, np.int64)), target.device)
     return Matched(image, wanted, of_layers)
 
 
@@ -220,7 +220,7 @@ class MaskClassification(Loss):
 
     def divisors(self, batch: Batch) -> Tensor:
         """Return (3,): number of target masks, their summed class weights, and number of images with labels."""
-        target = labels(sent(batch.mask, self.weight.device), self.ignore_index)
+        target = labels(to_device(batch.mask, self.weight.device), self.ignore_index)
         present = occurring(target, len(self.weight))
         return torch.stack([present.sum(), (present * self.weight).sum(), present.any(1).sum()])
 
@@ -231,8 +231,8 @@ class MaskClassification(Loss):
         assert isinstance(batch, Batch)
         outputs, terms = self._of_layers(prediction, batch)
         batch_divisors = self.divisors(batch).to(divisors)
-        of_masks = share_of(batch_divisors[0], divisors[0])
-        of_queries = share_of(
+        of_masks = safe_divide(batch_divisors[0], divisors[0])
+        of_queries = safe_divide(
             *(self._query_weight(counts, outputs.class_logits) for counts in (batch_divisors, divisors))
         )
         shares = {"class": of_queries, "mask": of_masks, "dice": of_masks}

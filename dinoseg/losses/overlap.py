@@ -6,14 +6,14 @@ from torch import Tensor
 from dinoseg.core.contracts import Loss
 from dinoseg.core.shapes import Batch, Prediction
 from dinoseg.losses.border import Border
-from dinoseg.losses.full_resolution import Pull, pixel_sums
-from dinoseg.losses.fused import Form
+from dinoseg.losses.full_resolution import Vjp, pixel_sums
+from dinoseg.losses.fused import KernelSpec
 from dinoseg.losses.labelled import image_count, labelled_images, ratio
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Count, NotNegative
 
 
-def overlap_sums(scores: Tensor, target: Tensor, counted: Tensor) -> tuple[Tensor, Pull]:
+def overlap_sums(scores: Tensor, target: Tensor, counted: Tensor) -> tuple[Tensor, Vjp]:
     """Return the overlap sums (3 K,) of a tile and the gradient function: a `full_resolution.Term`.
 
     For each class they are the soft hits sum p_k g_k, the predicted area sum p_k, and the labelled area sum g_k. They
@@ -95,7 +95,7 @@ class Tversky(Loss):
     def forward(self, prediction: Prediction, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss, and `weight`: the number of images with a labelled pixel."""
         weights = self.border.weights(batch.mask, self.ignore_index)
-        sums = pixel_sums(prediction, batch, self.ignore_index, overlap_sums, weights=weights, form=Form())
+        sums = pixel_sums(prediction, batch, self.ignore_index, overlap_sums, weights=weights, form=KernelSpec())
         value = tversky_loss(sums, self.weight, self.alpha, self.beta)
         return value, {"weight": labelled_images(batch.mask, self.ignore_index).to(value.dtype)}
 

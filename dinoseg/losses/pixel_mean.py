@@ -9,12 +9,12 @@ from torch import Tensor
 
 from dinoseg.core.shapes import Batch, Prediction
 from dinoseg.losses.border import Border
-from dinoseg.losses.full_resolution import Cost, Pull, pixel_sums, pixel_values
-from dinoseg.losses.fused import Form
+from dinoseg.losses.full_resolution import Cost, Vjp, pixel_sums, pixel_values
+from dinoseg.losses.fused import KernelSpec
 from dinoseg.losses.labelled import UNLABELLED, labels, ratio
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import HighShare
-from dinoseg.utils.transfer import sent
+from dinoseg.utils.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def pixel_divisor(ignore_index: int, border: Border, hardest: Hardest, class_wei
 
 def pixel_weight(batch: Batch, ignore_index: int, class_weights: Tensor, border: Border) -> Tensor:
     """Return the summed weights (1,) of all labelled pixels of a batch, including those that are not the hardest."""
-    mask = sent(batch.mask, class_weights.device)
+    mask = to_device(batch.mask, class_weights.device)
     target = labels(mask, ignore_index)
     weights = class_weights[target.clamp(min=0)]
     near = border.weights(mask, ignore_index)
@@ -81,7 +81,7 @@ def pixel_mean(
     *,
     border: Border,
     hardest: Hardest,
-    form: Form | None = None,
+    form: KernelSpec | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the mean pixel loss over the summed weights, and these as `weight`.
 
@@ -97,7 +97,7 @@ def pixel_mean(
         form: the cost in the form of the CUDA kernel, which supports no pixel weights.
     """
 
-    def sums(scores: Tensor, target: Tensor, counted: Tensor) -> tuple[Tensor, Pull]:
+    def sums(scores: Tensor, target: Tensor, counted: Tensor) -> tuple[Tensor, Vjp]:
         costs, weights, pull = cost(scores, target, counted)
         return torch.stack([costs.sum(), weights.sum()]), pull
 

@@ -154,7 +154,7 @@ def frozen_tensors(model: Segmenter) -> Iterator[tuple[str, Tensor]]:
             yield from ((f"{where}.{name}", tensor) for name, tensor in tensors)
 
 
-def constants(model: nn.Module) -> dict[str, Tensor]:
+def non_persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
     """Return the non-persistent buffers: colour statistics, and rotation frequencies that a weights file may set."""
     state = model.state_dict().keys() | quantised_names(model)
     return {name: buffer for name, buffer in model.named_buffers() if name not in state}

@@ -98,7 +98,7 @@ def _ranked(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def _read(path: Path) -> dict[str, Any] | None:
     try:
         return forms.read_json(path, forms.record(**_KEYS))
-    except (OSError, forms.Misshapen) as error:
+    except (OSError, forms.SchemaError) as error:
         logger.warning("%s is damaged (%s): the run's costs are left out. Remove it, or train again.", path, error)
         return None
 

@@ -25,7 +25,7 @@ from dinoseg.inference.memory import OutOfMemory, free_bytes
 from dinoseg.training.engine import Engine
 from dinoseg.utils.atomic import write_json
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.wording import count_of, typed
+from dinoseg.utils.wording import count_of, format_override
 from dinoseg.utils.workers import run_in_process
 
 _GIB = 2**30
@@ -214,7 +214,7 @@ def _command(out_dir: Path, words: Words) -> str:
     """Return the command that trains with the typed words, of which `words` replaces those that change."""
     gone = ("mode", "hydra.run.dir", *words)
     remaining = [word for word in last_command_line(out_dir) if not _is_of(word.lstrip("+~").partition("=")[0], gone)]
-    new = [f"{key}={typed(value)}" for key, value in words.items()]
+    new = [f"{key}={format_override(value)}" for key, value in words.items()]
     sources = HydraConfig.get().runtime.config_sources
     flags = [flag for source in sources if source.provider == "command-line" for flag in ("--config-dir", source.path)]
     return shlex.join(["python", "-m", "dinoseg", "mode=train", *remaining, *new, *flags])

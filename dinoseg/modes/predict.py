@@ -177,7 +177,7 @@ def _check_earlier(folder: Path, settings: dict[str, Any]) -> None:
         before = forms.read_json(folder / _RECORD, _ANY)
     except FileNotFoundError:
         return
-    except forms.Misshapen as error:
+    except forms.SchemaError as error:
         raise UserError(f"{folder / _RECORD} is damaged ({error}). Choose another hydra.run.dir.") from None
     if before.get("stamp") != settings["stamp"]:  # one file may have several paths
         was, now = before.get("resume"), settings["resume"]

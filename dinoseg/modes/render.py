@@ -7,7 +7,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from dinoseg.config.nodes import instantiate, not_set
-from dinoseg.config.plain import plain
+from dinoseg.config.plain import to_container
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Count, Natural
 
@@ -50,7 +50,7 @@ def render(
     if not cfg.data.root:
         raise UserError("mode=render needs a folder to write to: give data.root=<folder>.")
     draw = instantiate(node, instead={**changes, "seed": seed, "workers": workers})
-    made = plain(node, resolve=True) | changes
+    made = to_container(node, resolve=True) | changes
     if len(made["size"]) != 2:
         raise UserError(f"mode.size={made['size']} must be two numbers [height, width], for example [192, 320].")
     draw()

@@ -7,7 +7,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from dinoseg.evaluation.score_report import result_of, write_problems
-from dinoseg.evaluation.scoring.folders import Scored, Unscorable, score_cases
+from dinoseg.evaluation.scoring.folders import ScoringResult, Unscorable, score_cases
 from dinoseg.evaluation.scoring.summary import difference
 from dinoseg.experiment.score_classes import FOLDER, score_protocol
 from dinoseg.inference.class_record import NAME
@@ -76,7 +76,7 @@ def _score_all(
     *,
     workers: int | None,
     on_error: str,
-) -> list[Scored]:
+) -> list[ScoringResult]:
     """Score each folder; errors of all folders are raised together, after all were tried."""
     scored, problems, messages = [], {}, []
     for folder in predictions:

@@ -32,7 +32,7 @@ from dinoseg.training.multi_head import (
 from dinoseg.training.trainer import Settings, fit
 from dinoseg.utils.csv_text import write_csv
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.wording import count_of, listed
+from dinoseg.utils.wording import count_of, join_names
 
 logger = logging.getLogger(__name__)
 
@@ -146,7 +146,7 @@ def train_heads(
         rates = [max(group["base_lr"] for group in optimizer.param_groups) for optimizer in optimizers]
         schedule = build_schedule(build, engine, settings.steps)
         where, heads = out_dir / checkpoint.FOLDER, count_of(jobs, "head")
-        logger.info("%s on one backbone, each with a run folder in %s: %s", heads, folder, listed([*jobs]))
+        logger.info("%s on one backbone, each with a run folder in %s: %s", heads, folder, join_names([*jobs]))
         info = run_description(build, task.labels)
         checkpoints = MultiHeadCheckpoints(where, info, start, engine.is_main, members=members)
         whole = engine.place(MultiHeadSegmenter(backbone, members))
@@ -168,7 +168,7 @@ def train_heads(
             rows.append(_row(member, rate, scores.get(member.name, {})))
     first = leaderboard(rows, out_dir, build.value("trainer.score"), task.data_module.lowest, visible=engine.is_main)
     if first not in scores:
-        raise UserError(f"No head has reached a validation: {listed([row.note for row in rows], 3)}")
+        raise UserError(f"No head has reached a validation: {join_names([row.note for row in rows], 3)}")
     return {**scores[first], "head": first}
 
 

@@ -26,7 +26,7 @@ from dinoseg.report.curves import draw_curves
 from dinoseg.report.log import RunLog, read_rows
 from dinoseg.tasks.task import TrainingTask
 from dinoseg.training import checkpoint
-from dinoseg.training.checkpoint import Checkpoints, Progress
+from dinoseg.training.checkpoint import Checkpointer, Progress
 from dinoseg.training.cost import COST, cost_of, count_numbers
 from dinoseg.training.engine import Engine
 from dinoseg.training.loading import Checkpoint, check_resumable
@@ -35,7 +35,7 @@ from dinoseg.utils import forms
 from dinoseg.utils.atomic import write_json
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.units import finished
-from dinoseg.utils.wording import count_of, listed, shown, typed
+from dinoseg.utils.wording import count_of, format_override, format_value, join_names
 
 logger = logging.getLogger(__name__)
 CHOSEN = "engine"  # key of a checkpoint's description: choices of the engine, which also affect the numbers
@@ -73,7 +73,9 @@ def _change(side: str, before: Sequence[str], now: Sequence[str]) -> str:
     if not added and not removed:
         return f"{side}: {'the same' if list(before) == list(now) else 'the same in another order'}"
     named = [
-        f"{len(names)} {what} ({listed(names, 3)})" for what, names in (("added", added), ("removed", removed)) if names
+        f"{len(names)} {what} ({join_names(names, 3)})"
+        for what, names in (("added", added), ("removed", removed))
+        if names
     ]
     return f"{side}: {', '.join(named)}"
 
@@ -117,12 +119,12 @@ class TrainingRun:
         chosen = self.start.info.get(CHOSEN, {}) if self.start else {}
         if not forms.fits(chosen, _FORM):
             raise UserError(
-                f"resume={self.build.resume}: its {CHOSEN} is {shown(chosen)}; its values must be text. Choose another "
-                "checkpoint."
+                f"resume={self.build.resume}: its {CHOSEN} is {format_value(chosen)}; its values must be text. Choose "
+                "another checkpoint."
             )
         return chosen
 
-    def note(self, checkpoints: Checkpoints, cached: Mapping[str, str], *, tells: bool = True) -> None:
+    def note(self, checkpoints: Checkpointer, cached: Mapping[str, str], *, tells: bool = True) -> None:
         """Store the engine's choices in the run's checkpoints, and warn if a resumed run changes them.
 
         Args:
@@ -135,7 +137,7 @@ class TrainingRun:
         now = {"engine.precision": self.engine.precision, "engine.cache": "off", "features.dtype": None, **cached}
         checkpoints.info[CHOSEN] = now
         other = [
-            f"{key} was {typed(then[key])} and is {typed(now[key])}"
+            f"{key} was {format_override(then[key])} and is {format_override(now[key])}"
             for key in ("engine.precision", "features.dtype", "teacher")  # the cache's location changes no number
             if key in then.keys() & now.keys() and (then[key] or _EXACT) != (now[key] or _EXACT)
         ]
@@ -148,7 +150,7 @@ class TrainingRun:
 
     def parts(
         self, model: Segmenter, sizes: TrainedSizes | None, steps: int
-    ) -> tuple[Segmenter, Loss, Optimizer, Checkpoints]:
+    ) -> tuple[Segmenter, Loss, Optimizer, Checkpointer]:
         """Return the initial model, loss, optimizer and checkpoints, and record which images the run trains on.
 
         Args:
@@ -170,7 +172,7 @@ class TrainingRun:
             logger.warning(
                 "This run has already done %d steps: raise trainer.steps or trainer.epochs.", self.first_step
             )
-        return model, loss, optimizer, Checkpoints(folder, info, self.start, writes=writes)
+        return model, loss, optimizer, Checkpointer(folder, info, self.start, writes=writes)
 
     def log(self) -> RunLog:
         """Return the run's log, which the caller must close."""

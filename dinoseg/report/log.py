@@ -16,7 +16,7 @@ from dinoseg.utils import forms
 from dinoseg.utils.atomic import write_text
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import write_png
-from dinoseg.utils.wording import shown
+from dinoseg.utils.wording import format_value
 
 logger = logging.getLogger(__name__)
 _STEP = re.compile(r"step_(\d+)")  # folder with the images of one validation
@@ -129,7 +129,7 @@ class RunLog:
 
 def _warn_of(name: str, error: Exception) -> None:
     """Warn that a logger is dropped."""
-    message = shown(f"{type(error).__name__}: {error}", 300)
+    message = format_value(f"{type(error).__name__}: {error}", 300)
     logger.warning(
         "logger.%s failed and is dropped (%s). The training continues, and metrics.jsonl has all values.", name, message
     )
@@ -144,7 +144,7 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
     path = Path(path)
     try:
         lines = forms.read_regular(path, _MAX_BYTES).decode("utf-8", errors="replace").split("\n")
-    except forms.Misshapen as error:
+    except forms.SchemaError as error:
         raise UserError(f"{path} is not a training log ({error}). Remove it.") from None
     except OSError as error:
         raise UserError(f"Cannot read {path} ({error.strerror}). Give the folder of a training run.") from None

@@ -40,7 +40,7 @@ from dinoseg.utils.atomic import write_json
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import write_png
 from dinoseg.utils.ranges import Count
-from dinoseg.utils.wording import listed
+from dinoseg.utils.wording import join_names
 
 logger = logging.getLogger(__name__)
 
@@ -318,11 +318,11 @@ class ClipTask(TrainingTask):
             logger.warning(
                 "Videos are in train and in val: %s. Validation would use training videos: set "
                 "data.clips.partition.by=fraction, or give each split a separate folder.",
-                listed(both),
+                join_names(both),
             )
         for side, clips in (("train", self.data_module.train), ("val", self.data_module.val)):
             if clips.skipped:
-                logger.warning("%s: left out, too short for a clip: %s", side, listed(clips.skipped))
+                logger.warning("%s: left out, too short for a clip: %s", side, join_names(clips.skipped))
 
     def evaluate(
         self, model: Segmenter, engine: Engine, best: Path, *, metrics_only: bool, report: bool

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dinoseg.core.contracts import Loss, share_of
-from dinoseg.core.shapes import Batch, FrozenFeatures, Prediction, SegmentationData, mapped
+from dinoseg.core.contracts import Loss, safe_divide
+from dinoseg.core.shapes import Batch, FrozenFeatures, Prediction, SegmentationData, tree_map
 from dinoseg.data.loader import sample_batches
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.train_views import TrainViews
@@ -25,7 +25,7 @@ from dinoseg.models.model import Segmenter
 from dinoseg.tasks.images import ImageTask
 from dinoseg.tasks.unmasked import unmasked_images
 from dinoseg.training.engine import Engine
-from dinoseg.training.feature_cache.cache import Views
+from dinoseg.training.feature_cache.cache import LazyFeatureBatch
 from dinoseg.training.feature_cache.form import MAX_BYTES
 from dinoseg.training.feature_cache.key import hash_of, image_hash, origin, overrides_both
 from dinoseg.training.feature_cache.store import DiskStore, FeatureStore, cap_of
@@ -102,7 +102,7 @@ class CachedScores:
 class Part:
     """Samples of one kind, each with a function that returns the teacher's scores of it."""
 
-    batch: Batch | Views
+    batch: Batch | LazyFeatureBatch
     lookups: list[Look]
 
     def split(self, parts: int) -> list["Part"]:
@@ -123,7 +123,7 @@ class ScoredBatch:
         return min((part.batch.names for part in self.parts), key=len)
 
     @property
-    def with_masks(self) -> "Batch | Views":
+    def with_masks(self) -> "Batch | LazyFeatureBatch":
         """Return the samples with masks."""
         return self.parts[0].batch
 
@@ -155,7 +155,7 @@ class DistilledBatch(Batch):
     def with_masks(self) -> Batch:
         """Return the views with masks."""
         selection = slice(0, self.labelled)
-        return Batch(mapped(self.image, lambda part: part[selection]), self.mask[selection], self.names[selection])
+        return Batch(tree_map(self.image, lambda part: part[selection]), self.mask[selection], self.names[selection])
 
 
 @dataclass(kw_only=True)
@@ -224,7 +224,7 @@ class DistilledLoss(Loss):
         labelled = prediction.of_images(slice(0, batch.labelled))
         part, value, parts = self.criterion.in_step(labelled, batch.with_masks, divisors[:num_divisors])
         taught = self._divergence(prediction, batch)
-        share = share_of(divisors.new_full((), batch.count), divisors[num_divisors:].sum())
+        share = safe_divide(divisors.new_full((), batch.count), divisors[num_divisors:].sum())
         alone = value + self.weight * taught.detach()
         return part + self.weight * share * taught, alone, {**parts, "teacher": taught.detach()}
 
@@ -233,7 +233,7 @@ class DistilledLoss(Loss):
 
 
 def _parts(
-    scores: CachedScores, data_module: ImageDataModule, batches: Iterator[Batch | Views], start: int
+    scores: CachedScores, data_module: ImageDataModule, batches: Iterator[Batch | LazyFeatureBatch], start: int
 ) -> Iterator[Part]:
     """Yield the batches of a feed, with a function for each sample that returns the teacher's scores."""
     drawn = data_module.drawn

@@ -31,7 +31,7 @@ from dinoseg.report.curves import IMAGE_PLOTS
 from dinoseg.tasks.probing.probe import Grid, Probe
 from dinoseg.tasks.task import TrainingTask
 from dinoseg.training.engine import Engine
-from dinoseg.training.feature_choice import Plan, feature_cache, stored_as
+from dinoseg.training.feature_choice import CacheOptions, feature_cache, stored_as
 from dinoseg.training.image_data_module import ImageDataModule
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Count
@@ -121,11 +121,11 @@ class ImageTask(TrainingTask):
         """Let the feed cache the features of the frozen part of a model, if that saves time or is requested."""
         parts = self.parts
         keys = {"dtype": "features.dtype", "gib": "features.gib", "noise": "data.feature_noise"}
-        options = parts.arguments(Plan, keys)
+        options = parts.arguments(CacheOptions, keys)
         options["dtype"] = stored_as(options["dtype"], before)
         hashes = {group: parts.digest(group, lr=None) for group in ("backbone", "adapter", "head")}
         augmentation = parts.digest("data.augment")
-        plan = Plan(parts.cache_dir, epochs, augmentation, hashes, **options, before=before.get("engine.cache"))
+        plan = CacheOptions(parts.cache_dir, epochs, augmentation, hashes, **options, before=before.get("engine.cache"))
         cache = self.data_module.cache = feature_cache(self.data_module, model, loss, engine, plan)
         if cache is None or cache.place is None:
             return {}

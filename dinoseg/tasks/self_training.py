@@ -16,7 +16,7 @@ from dinoseg.training.mixed_data_module import MixedDataModule, SelfTraining
 from dinoseg.training.self_training_batch import SelfTrainingLoss
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Count
-from dinoseg.utils.wording import count_of, listed
+from dinoseg.utils.wording import count_of, join_names
 
 logger = logging.getLogger(__name__)
 
@@ -112,6 +112,6 @@ class SelfTrainingTask(ImageTask):
         if absent:
             logger.warning(
                 "No training mask has a pixel of %s: such classes cannot be learned from images without masks either.",
-                listed(absent),
+                join_names(absent),
             )
         return sizes

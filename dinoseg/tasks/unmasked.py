@@ -12,7 +12,7 @@ from dinoseg.data.video.access import ImageSource
 from dinoseg.experiment.builder import Builder
 from dinoseg.tasks.selection.pool import PoolImage, found_in
 from dinoseg.training.mixed_data_module import Unlabelled
-from dinoseg.utils.wording import listed
+from dinoseg.utils.wording import join_names
 from dinoseg.utils.workers import in_processes
 
 logger = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ def _readable(images: Sequence[PoolImage], workers: int) -> list[PoolImage]:
     sources, processes = [image.source for image in images], workers if len(images) >= _FEW else 1
     faults = [why for _, why in in_processes(fault, sources, processes, remedy="Use fewer processes: data.workers=1.")]
     if bad := [why for why in faults if why]:
-        logger.warning("data.on_error=skip: left out of the images without masks: %d. %s", len(bad), listed(bad, 3))
+        logger.warning("data.on_error=skip: left out of the images without masks: %d. %s", len(bad), join_names(bad, 3))
     return [image for image, why in zip(images, faults, strict=True) if not why]
 
 

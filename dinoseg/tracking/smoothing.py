@@ -22,7 +22,7 @@ from dinoseg.tracking.provenance import model_settings, precision_of
 from dinoseg.tracking.state_form import TensorForm, check_state
 from dinoseg.tracking.tracker import Autocast, Tracker
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.transfer import sent
+from dinoseg.utils.transfer import to_device
 
 _COUNTED = {"masks": TensorForm(torch.uint8, "2 H W"), "counts": TensorForm(torch.int64, "3", 0)}
 _PROPAGATED = {
@@ -133,7 +133,9 @@ class SmoothingTracker(Tracker):
                 "labels are given, but a trained segmenter needs no masks. Leave labels out; or leave resume out to "
                 "track the objects of a mask."
             )
-        images = sent(torch.from_numpy(np.stack(frames)), self.device).permute(0, 3, 1, 2).contiguous()  # (B, 3, H, W)
+        images = (
+            to_device(torch.from_numpy(np.stack(frames)), self.device).permute(0, 3, 1, 2).contiguous()
+        )  # (B, 3, H, W)
         with self.autocast():
             prediction, features = with_features(self._model, images)
         scores = prediction.scores()  # (B, K, H, W)

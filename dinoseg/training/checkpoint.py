@@ -38,7 +38,7 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import check_regular
 from dinoseg.utils.natural_order import natural_order
 from dinoseg.utils.tensor_files import is_finite, meta_tensor, write_tensors
-from dinoseg.utils.wording import count_of, listed, shown
+from dinoseg.utils.wording import count_of, format_value, join_names
 
 logger = logging.getLogger(__name__)
 FOLDER = "checkpoints"
@@ -104,8 +104,8 @@ def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
     odd = [key for key, value in tensors.items() if value.dtype in CASTS and not is_finite(value)]
     if odd:
         raise UserError(
-            f"{where}: {len(odd)} of its tensors hold NaN or infinity (such as {shown(odd[0])}), so its predictions "
-            "are meaningless. Choose an earlier checkpoint; finite_weights=false loads it anyway."
+            f"{where}: {len(odd)} of its tensors hold NaN or infinity (such as {format_value(odd[0])}), so its "
+            "predictions are meaningless. Choose an earlier checkpoint; finite_weights=false loads it anyway."
         )
 
 
@@ -145,7 +145,11 @@ def _known(names: Sequence[str], path: Path) -> Sequence[str]:
     """Return the names of a checkpoint's tensors if they are not too many and each has a known prefix."""
     odd = next((name for name in names if name.partition("/")[0] not in _PARTS), None)
     if odd is not None or len(names) > _MAX_TENSORS:
-        wrong = f"{len(names)} tensors, above the limit of {_MAX_TENSORS}" if odd is None else f"a tensor {shown(odd)}"
+        wrong = (
+            f"{len(names)} tensors, above the limit of {_MAX_TENSORS}"
+            if odd is None
+            else f"a tensor {format_value(odd)}"
+        )
         raise UserError(f"resume={path}: it holds {wrong}, which dinoseg does not write. Choose another checkpoint.")
     return names
 
@@ -168,13 +172,15 @@ def find(target: str | Path, prefer: str) -> Path:
         is_special = path.exists() and not path.is_dir()
     except (OSError, RuntimeError) as error:  # too long, not allowed, or of an unknown user
         reason = getattr(error, "strerror", None) or str(error).rstrip(".")
-        raise UserError(f"resume={shown(str(target))}: {reason}. Give a run folder or a checkpoint in it.") from None
+        raise UserError(
+            f"resume={format_value(str(target))}: {reason}. Give a run folder or a checkpoint in it."
+        ) from None
     if is_special:
         raise UserError(f"resume={target} is a pipe or a device. Give a run folder or a checkpoint in it.")
     if prefer == "best" and (path / HEADS).is_dir():
         names = sorted(folder.parent.name for folder in (path / HEADS).glob(f"*/{FOLDER}"))
         raise UserError(
-            f"resume={target}: this run has several heads ({listed(names, 20)}). Give one of them: "
+            f"resume={target}: this run has several heads ({join_names(names, 20)}). Give one of them: "
             f"resume={path / HEADS / (names or ['NAME'])[0]}."
         )
     other = {"best": "last", "last": "best"}[prefer]
@@ -206,14 +212,14 @@ def _nearby(path: Path) -> str:
         folder.parent.name for folder in path.parent.glob(f"*/{FOLDER}") if numbered.fullmatch(folder.parent.name)
     }
     return "".join(
-        f" {where} it {'lies' if len(names) == 1 else 'lie'} {listed(sorted(names, key=natural_order))}."
+        f" {where} it {'lies' if len(names) == 1 else 'lie'} {join_names(sorted(names, key=natural_order))}."
         for where, names in (("Below", below), ("Beside", siblings))
         if names
     )
 
 
 @dataclass
-class Checkpoints:
+class Checkpointer:
     """Checkpoints of one run: saves `last` and `best`, restores `last`.
 
     Args:

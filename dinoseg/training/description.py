@@ -8,7 +8,7 @@ from typing import Any
 from dinoseg.data.classes.labels import LONGEST_NAME
 from dinoseg.utils import forms
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.wording import shown
+from dinoseg.utils.wording import format_value
 
 FORMAT = 1
 MODEL = ("backbone", "adapter", "head", "loss", "optim", "trainer")  # config groups that a checkpoint fixes
@@ -53,11 +53,11 @@ def read_description(text: str | None, path: Path) -> dict[str, Any]:
                 f"{where}: written in format {info[key]}; this version of dinoseg reads format {FORMAT}. {remedy}"
             )
         if not forms.fits(info[key], form):
-            raise UserError(f"{where}: its {key} is {shown(info[key])}; it must be {rule}. {_OTHER}")
+            raise UserError(f"{where}: its {key} is {format_value(info[key])}; it must be {rule}. {_OTHER}")
     if not forms.fits(info.get(IDLE, 0), _COUNT):
-        raise UserError(f"{where}: its {IDLE} is {shown(info[IDLE])}; it must be a whole number. {_OTHER}")
+        raise UserError(f"{where}: its {IDLE} is {format_value(info[IDLE])}; it must be a whole number. {_OTHER}")
     if not forms.fits(info.get("heads", {}), HEADS):
-        raise UserError(f"{where}: its heads are {shown(info['heads'])}, which is not a valid form. {_OTHER}")
+        raise UserError(f"{where}: its heads are {format_value(info['heads'])}, which is not a valid form. {_OTHER}")
     if len(info["palette"]) != len(info["classes"]):
         raise UserError(
             f"{where}: it has {len(info['palette'])} colours for {len(info['classes'])} classes; it must have one for "
@@ -68,13 +68,13 @@ def read_description(text: str | None, path: Path) -> dict[str, Any]:
 
 def _name(value: Any, where: str) -> None:
     if not (isinstance(value, str) and 0 < len(value) <= LONGEST_NAME and value.isprintable()):
-        raise forms.Misshapen(f"{where} is not a name")
+        raise forms.SchemaError(f"{where} is not a name")
 
 
 def _names(value: Any, where: str) -> None:
     forms.listing(_name)(value, where)
     if not 1 <= len(value) <= 255:
-        raise forms.Misshapen(f"{where} are missing, or too many")
+        raise forms.SchemaError(f"{where} are missing, or too many")
 
 
 def _names_by_name(value: Any, where: str) -> None:
@@ -88,12 +88,12 @@ def _choices(value: Any, where: str) -> None:
     _names_by_name(value, where)
     forms.holding(**dict.fromkeys(CHOSEN, _name))(value, where)
     if any("${" in option or option == "???" for option in value.values()):
-        raise forms.Misshapen(f"{where} holds an interpolation")
+        raise forms.SchemaError(f"{where} holds an interpolation")
 
 
 def _folder(value: Any, where: str) -> None:
     if not (isinstance(value, str) and 0 < len(value) <= 4096 and "\0" not in value):
-        raise forms.Misshapen(f"{where} is not a folder")
+        raise forms.SchemaError(f"{where} is not a folder")
 
 
 _FINITE = forms.number()

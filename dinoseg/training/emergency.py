@@ -8,7 +8,7 @@ from types import TracebackType
 from torch.optim import Optimizer
 
 from dinoseg.models.model import Segmenter, trained_names
-from dinoseg.training.checkpoint import Checkpoints
+from dinoseg.training.checkpoint import Checkpointer
 from dinoseg.training.loss_scale import LossScale
 from dinoseg.training.optim import MovingAverage, tensors_of
 from dinoseg.training.sharding import is_shared
@@ -28,7 +28,7 @@ class EmergencyCheckpoint:
 
     def __init__(
         self,
-        checkpoints: Checkpoints,
+        checkpoints: Checkpointer,
         model: Segmenter,
         optimizer: Optimizer,
         average: MovingAverage | None,

@@ -20,7 +20,7 @@ from dinoseg.training.compiled import compile_blocks
 from dinoseg.training.frozen_casts import cache_casts
 from dinoseg.training.loss_scale import LossScale
 from dinoseg.training.optim import scale_gradients
-from dinoseg.training.sharding import Lockstep, shard, whole
+from dinoseg.training.sharding import Lockstep, full_tensor, shard
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.precision import NAMES, compute_dtype, has_tf32
 from dinoseg.utils.ranges import Count, Natural, Positive
@@ -365,7 +365,7 @@ def _clipped(parameters: Sequence[Tensor], most: float, like: Tensor) -> Tensor:
     """Clip the gradients of parameters to a norm of at most `most`; return the norm before, on the device of `like`."""
     if not parameters:
         return like.new_zeros(())
-    norm = whole(torch.nn.utils.clip_grad_norm_(parameters, most))
+    norm = full_tensor(torch.nn.utils.clip_grad_norm_(parameters, most))
     return norm.to(like.device).to(like.dtype)  # moved before it is cast: MPS has no float64
 
 

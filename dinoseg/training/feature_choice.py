@@ -126,7 +126,7 @@ _OF_MEMORY = 0.5  # share of the free memory
 
 
 @dataclass(frozen=True)
-class Plan:
+class CacheOptions:
     """Inputs of the decision whether features are cached.
 
     Args:
@@ -174,7 +174,7 @@ class _Live(UserError):
 
 
 def feature_cache(
-    data_module: ImageDataModule, model: Segmenter, loss: Loss, engine: Engine, plan: Plan
+    data_module: ImageDataModule, model: Segmenter, loss: Loss, engine: Engine, plan: CacheOptions
 ) -> FeatureCache | None:
     """Return the feature cache that `engine.cache` selects; None: the model is trained on images.
 
@@ -231,7 +231,7 @@ def _chosen_or_why_not(wanted: str, *parts: Any) -> tuple[tuple[str, Cost] | Non
 
 
 def _chosen(
-    wanted: str, data_module: ImageDataModule, model: Segmenter, loss: Loss, engine: Engine, plan: Plan
+    wanted: str, data_module: ImageDataModule, model: Segmenter, loss: Loss, engine: Engine, plan: CacheOptions
 ) -> tuple[str, Cost]:
     """Return `disk` or `memory`, as `wanted` or whichever pays off, and the cost of an image; log the choice.
 
@@ -283,7 +283,7 @@ def _chosen(
     return kind, cost
 
 
-def _why_not(plan: Plan, views: int, size: int, rooms: Mapping[str, int], gains: Mapping[str, float]) -> str:
+def _why_not(plan: CacheOptions, views: int, size: int, rooms: Mapping[str, int], gains: Mapping[str, float]) -> str:
     if plan.epochs <= views:
         return (
             f"{plan.epochs:.1f} epochs with data.views={views} hardly repeat a view. Set fewer views, or "
@@ -307,21 +307,23 @@ def _val_bytes(data_module: ImageDataModule, model: Segmenter, cost: Cost) -> in
     return round(cost.bytes * math.prod(model.input_size((height, width))) / cost.pixels) * len(data_module.val)
 
 
-def _root(plan: Plan) -> Path:
+def _root(plan: CacheOptions) -> Path:
     return plan.cache_dir / _FOLDER
 
 
-def _disk_room(plan: Plan) -> int:
+def _disk_room(plan: CacheOptions) -> int:
     return DiskStore(_root(plan), "", plan.dtype, cap_of(plan.gib)).room()
 
 
-def _memory_room(plan: Plan, engine: Engine) -> int:
+def _memory_room(plan: CacheOptions, engine: Engine) -> int:
     room = int(free_bytes(torch.device("cpu")) * _OF_MEMORY / engine.world)
     cap = cap_of(plan.gib)
     return room if cap is None else min(room, cap)
 
 
-def _opened(memory: bool, data_module: ImageDataModule, model: Segmenter, engine: Engine, plan: Plan) -> FeatureStore:
+def _opened(
+    memory: bool, data_module: ImageDataModule, model: Segmenter, engine: Engine, plan: CacheOptions
+) -> FeatureStore:
     """Return the feature store for the model's current weights."""
     if memory:
         return MemoryStore(plan.dtype, _memory_room(plan, engine))

@@ -23,7 +23,7 @@ from dinoseg.models.model import Segmenter
 from dinoseg.report.overlay import compare
 from dinoseg.training.data_module import SHOWN_SIDE, Validation, spread
 from dinoseg.training.engine import Engine
-from dinoseg.training.feature_cache.cache import FeatureCache, Views
+from dinoseg.training.feature_cache.cache import FeatureCache, LazyFeatureBatch
 from dinoseg.training.tally import Tally
 from dinoseg.training.validation import ScoredModel, evaluate_each
 from dinoseg.utils.errors import UserError
@@ -114,7 +114,7 @@ class ImageDataModule:
             advice = "Decode images only once (data.cache=packed)."
         return f"{advice} {more_workers(self.workers)}"
 
-    def train_batches(self, start: int) -> Iterator[Batch | Views]:
+    def train_batches(self, start: int) -> Iterator[Batch | LazyFeatureBatch]:
         """Yield this rank's share of every batch from number `start` on, without end."""
         order = {"batch_size": self.batch_size, "start": start, "rank": self.rank, "world": self.world}
         if self.cache is not None:
@@ -145,7 +145,9 @@ class ImageDataModule:
         found = evaluate_each([shown.scored for shown in models], self.val, engine, batches=batches, inputs=inputs)
         return [shown.validation(scores) for shown, scores in zip(models, found, strict=True)]
 
-    def _cached_batches(self, cache: FeatureCache, model: Segmenter, engine: Engine) -> Iterator[Batch | Views]:
+    def _cached_batches(
+        self, cache: FeatureCache, model: Segmenter, engine: Engine
+    ) -> Iterator[Batch | LazyFeatureBatch]:
         """Yield cached features of the validation images, or the image itself if the policy does not see it whole."""
         policy = self.policy or Whole()
         samples = cache.eval_batches(self.val, workers=self.workers, rank=self.rank, world=self.world)

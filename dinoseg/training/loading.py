@@ -15,14 +15,14 @@ from torch.nn.modules.module import (
 )
 from torch.optim import AdamW, Optimizer
 
-from dinoseg.models.model import Segmenter, constants, fingerprint, quantised_names, trained_names
+from dinoseg.models.model import Segmenter, fingerprint, non_persistent_buffers, quantised_names, trained_names
 from dinoseg.training.description import IDLE
 from dinoseg.training.optim import MovingAverage
-from dinoseg.training.sharding import parted, whole
+from dinoseg.training.sharding import full_tensor, shard_like
 from dinoseg.utils.cores import machine_memory
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.tensor_files import copy_values
-from dinoseg.utils.wording import shown
+from dinoseg.utils.wording import format_value
 
 _MAX_PARTS = 50_000  # modules, parameters and buffers; DINOv3's ViT-7B with LoRA has about 5,000
 CONSTANTS = "constants"  # prefix of buffers that a state dict leaves out
@@ -106,8 +106,8 @@ def load_weights(model: Segmenter, checkpoint: Checkpoint) -> None:
         )
     state = model.state_dict()
     for name, value in checkpoint.part("model").items():
-        copy_values(state[name], parted(value, state[name]))
-    constant_buffers = constants(model)
+        copy_values(state[name], shard_like(value, state[name]))
+    constant_buffers = non_persistent_buffers(model)
     for name, value in checkpoint.part(CONSTANTS).items():
         constant_buffers[name].copy_(value)
 
@@ -120,7 +120,10 @@ def check_fits(model: Segmenter, checkpoint: Checkpoint) -> None:
     """
     state = model.state_dict()
     parts = _misfits({name: state[name] for name in trained_names(model)}, checkpoint.part("model"))
-    held, expected = checkpoint.part(CONSTANTS), constants(model)  # only in a file that holds a whole model
+    held, expected = (
+        checkpoint.part(CONSTANTS),
+        non_persistent_buffers(model),
+    )  # only in a file that holds a whole model
     parts = parts or _misfits({name: expected[name] for name in expected if held}, held)
     if parts:
         raise UserError(
@@ -139,7 +142,7 @@ def _misfits(want: Mapping[str, Tensor], have: Mapping[str, Tensor]) -> str:
         "of another type": [name for name in both if not casts(have[name].dtype, want[name].dtype)],
     }
     return ", ".join(
-        f"{len(names)} tensors {what} (such as {shown(names[0])})" for what, names in wrong.items() if names
+        f"{len(names)} tensors {what} (such as {format_value(names[0])})" for what, names in wrong.items() if names
     )
 
 
@@ -156,7 +159,7 @@ def frozen_fingerprint(model: Segmenter) -> dict[str, str]:
     skipped = trained_names(model) | quantised_names(model)
     frozen = [(name, value) for name, value in model.state_dict().items() if name not in skipped]
     return {
-        part: fingerprint((name, whole(value)) for name, value in frozen if name.partition(".")[0] == part)
+        part: fingerprint((name, full_tensor(value)) for name, value in frozen if name.partition(".")[0] == part)
         for part in ("backbone", "head")
     }
 
@@ -182,7 +185,7 @@ def load_optimizer(optimizer: Optimizer, checkpoint: Checkpoint) -> None:
     if len(absent) > checkpoint.info.get(IDLE, 0):
         raise UserError(
             f"resume={checkpoint.path}: its optimizer state lacks parameters that it had when this run was saved, such "
-            f"as {shown(absent[0])}. Resume from another checkpoint."
+            f"as {format_value(absent[0])}. Resume from another checkpoint."
         )
     _check_state(optimizer, saved, f"resume={checkpoint.path}")
     for group in optimizer.param_groups:
@@ -190,7 +193,7 @@ def load_optimizer(optimizer: Optimizer, checkpoint: Checkpoint) -> None:
             state = {key.rpartition("/")[2]: saved[key] for key in saved if key.rpartition("/")[0] == name}
             stays = set() if group.get("fused") else {"step"}  # fused optimizers have it on the device
             optimizer.state[parameter] = {
-                key: value.clone() if key in stays else parted(value.to(parameter.device), parameter)
+                key: value.clone() if key in stays else shard_like(value.to(parameter.device), parameter)
                 for key, value in state.items()
             }
 
@@ -212,8 +215,8 @@ def _check_state(optimizer: Optimizer, saved: Mapping[str, Tensor], where: str) 
         parameter = named.get(key.rpartition("/")[0])
         if parameter is None or value.shape not in ((), parameter.shape) or value.dtype not in CASTS:
             raise UserError(
-                f"{where}: its optimizer state {shown(key)} ({list(value.shape)}, {value.dtype}) fits no parameter of "
-                "this model. Resume from another checkpoint."
+                f"{where}: its optimizer state {format_value(key)} ({list(value.shape)}, {value.dtype}) fits no "
+                "parameter of this model. Resume from another checkpoint."
             )
     if isinstance(optimizer, AdamW):
         for name in {key.rpartition("/")[0] for key in saved}:
@@ -228,7 +231,7 @@ def _check_moments(name: str, parameter: Tensor, saved: Mapping[str, Tensor], wh
         alike &= state[moment].shape == parameter.shape and state[moment].dtype == parameter.dtype
     if not alike or state["step"] < 0 or (state["exp_avg_sq"] < 0).any():
         raise UserError(
-            f"{where}: its optimizer state of {shown(name)} is not that of AdamW: it needs step, exp_avg and "
+            f"{where}: its optimizer state of {format_value(name)} is not that of AdamW: it needs step, exp_avg and "
             "exp_avg_sq of the parameter's shape and type, no step or square below 0. Resume from another checkpoint."
         )
 
@@ -249,4 +252,4 @@ def load_average(ema: MovingAverage | None, checkpoint: Checkpoint) -> None:
         if parts := _misfits(ema.average, saved):
             raise UserError(f"resume={checkpoint.path}: of its moving average {parts}. Resume from another checkpoint.")
         for name, value in ema.average.items():
-            value.copy_(parted(saved[name], value))
+            value.copy_(shard_like(saved[name], value))

@@ -7,7 +7,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from dinoseg.core.shapes import mapped
+from dinoseg.core.shapes import tree_map
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.precision import at_least_float32
 
@@ -80,4 +80,4 @@ class LossScale:
 
 def widened(predictions: T) -> T:
     """Return predictions in float32: a loss sums over pixels, which overflows float16."""
-    return mapped(predictions, cache(at_least_float32))  # shared tensors stay shared
+    return tree_map(predictions, cache(at_least_float32))  # shared tensors stay shared

@@ -14,7 +14,7 @@ from dinoseg.inference.memory import is_shortage
 from dinoseg.inference.policy import Autocast, Policy
 from dinoseg.inference.whole import Whole
 from dinoseg.models.model import Segmenter
-from dinoseg.training.checkpoint import Checkpoints, Progress, comparable
+from dinoseg.training.checkpoint import Checkpointer, Progress, comparable
 from dinoseg.training.data_module import Validation
 from dinoseg.training.head_training import DROPPED, HeadTraining
 from dinoseg.training.image_data_module import ImageDataModule
@@ -110,7 +110,7 @@ class MultiHeadSegmenter(Segmenter):
 
 
 @dataclass
-class MultiHeadCheckpoints(Checkpoints):
+class MultiHeadCheckpoints(Checkpointer):
     """Checkpoints of a run of several heads: `last` holds all of them at one step.
 
     Args:

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinoseg.core.contracts import Loss, share_of
+from dinoseg.core.contracts import Loss, safe_divide
 from dinoseg.core.shapes import Batch, LabelPredictor, Prediction
 from dinoseg.losses.pixel_mean import PixelDivisor
 from dinoseg.utils.ranges import NotNegative
-from dinoseg.utils.transfer import sent
+from dinoseg.utils.transfer import to_device
 
 _VIEWS = ("weak", "outside", "strong", "boxes")  # fields with views of images without masks
 
@@ -36,7 +36,7 @@ class MixedBatch(Batch):
     def to(self, device: torch.device) -> MixedBatch:
         """Copy to `device`."""
         there: dict[str, Any] = {
-            name: sent(value, device) for name, value in vars(self).items() if isinstance(value, Tensor)
+            name: to_device(value, device) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
         return replace(self, **there)
 
@@ -147,7 +147,7 @@ class SelfTrainingLoss(Loss):
         labelled = prediction.of_images(slice(0, len(batch.names)))
         part, value, parts = self.criterion.in_step(labelled, batch.labelled, divisors[:num_divisors])
         unlabelled, more = self._of_views(prediction, batch)
-        share = share_of(batch.inside.to(divisors), divisors[num_divisors:].sum())
+        share = safe_divide(batch.inside.to(divisors), divisors[num_divisors:].sum())
         return part + self.weight * share * unlabelled, value + self.weight * unlabelled.detach(), parts | more
 
     def _of_views(self, prediction: Prediction, batch: SelfTrainingBatch) -> tuple[Tensor, dict[str, Tensor]]:

@@ -44,7 +44,7 @@ def is_shared(model: nn.Module) -> bool:
     return any(map(_is_distributed, model.parameters()))
 
 
-def whole(value: Tensor) -> Tensor:
+def full_tensor(value: Tensor) -> Tensor:
     """Return the full tensor of a sharded one; a collective operation, which all ranks have to call."""
     shared: Any = value
     return shared.full_tensor() if _is_distributed(value) else value
@@ -63,13 +63,13 @@ def gathered(tensors: Iterable[tuple[str, Tensor]], *, keep: bool) -> dict[str, 
     """
     held = {}
     for name, value in tensors:
-        full = whole(value)
+        full = full_tensor(value)
         if keep:
             held[name] = full.cpu() if full is not value else value
     return held
 
 
-def parted(value: Tensor, held: Tensor) -> Tensor:
+def shard_like(value: Tensor, held: Tensor) -> Tensor:
     """Return a full tensor sharded like `held`; every rank has all of it, so nothing is sent."""
     if not _is_distributed(held) or value.shape != held.shape:
         return value

@@ -17,7 +17,7 @@ from dinoseg.core.contracts import Loss
 from dinoseg.core.shapes import Prediction
 from dinoseg.models.model import Segmenter
 from dinoseg.report.log import RunLog
-from dinoseg.training.checkpoint import Checkpoints, Progress
+from dinoseg.training.checkpoint import Checkpointer, Progress
 from dinoseg.training.data_module import DataModule, Validation
 from dinoseg.training.emergency import EmergencyCheckpoint
 from dinoseg.training.engine import Engine
@@ -112,7 +112,7 @@ class Experiment:
     optimizer: Optimizer
     schedule: Callable[[int, int], float]
     engine: Engine
-    checkpoints: Checkpoints
+    checkpoints: Checkpointer
     log: RunLog
     settings: Settings
 

@@ -26,7 +26,7 @@ _SMALL = 2**26  # bytes of a file that any machine can read
 _GREATEST = sys.float_info.max  # larger integers in JSON cannot become a float
 
 
-class Misshapen(ValueError):
+class SchemaError(ValueError):
     """Error for data that does not have the form in which it is written; names the location and the value."""
 
 
@@ -71,9 +71,9 @@ def parse_json(text: str | bytes, form: Form, *, finite: bool = True) -> Any:
             text, object_pairs_hook=_unique, parse_constant=_no_number, parse_float=_finite if finite else None
         )
     except UnicodeDecodeError as error:
-        raise Misshapen(f"byte {error.start} is not valid {error.encoding}: save it as UTF-8") from None
+        raise SchemaError(f"byte {error.start} is not valid {error.encoding}: save it as UTF-8") from None
     except (ValueError, RecursionError) as error:
-        raise Misshapen(str(error) or "it is nested too deeply") from None
+        raise SchemaError(str(error) or "it is nested too deeply") from None
     form(value, "it")
     return value
 
@@ -109,10 +109,12 @@ def read_arrays(path: Path, forms: Mapping[str, ArrayForm], *, most: int = _MAX_
         try:
             with zipfile.ZipFile(file) as archive:
                 return {name: _array(archive, name, form) for name, form in forms.items()}
-        except Misshapen:
+        except SchemaError:
             raise
         except Exception as error:  # a damaged archive raises many exception types
-            raise Misshapen(str(error)[:200] or type(error).__name__) from None  # the message may quote the whole file
+            raise SchemaError(
+                str(error)[:200] or type(error).__name__
+            ) from None  # the message may quote the whole file
 
 
 def whole(least: int = 0, most: int = _LARGEST) -> Form:
@@ -155,7 +157,7 @@ def nested(most: int) -> Form:
         for _ in range(most):
             level = [inner for outer in level for inner in _values(outer)]
         if level:
-            raise Misshapen(f"{where:.99} is nested too deeply")
+            raise SchemaError(f"{where:.99} is nested too deeply")
 
     return check
 
@@ -202,7 +204,7 @@ def table(form: Form, names: str = ".*") -> Form:
             _refuse(value, where, "an object")
         for key, entry in value.items():
             if re.fullmatch(names, key, re.DOTALL) is None:
-                raise Misshapen(f"{where:.99} has an unknown entry {key!r:.60}")
+                raise SchemaError(f"{where:.99} has an unknown entry {key!r:.60}")
             form(entry, f"{where}.{key:.60}")  # shortened: nested entries repeat it
 
     return check
@@ -246,13 +248,13 @@ def fits(value: Any, form: Form) -> bool:
     """Return whether a value has a form, for callers that report errors themselves."""
     try:
         form(value, "it")
-    except Misshapen:
+    except SchemaError:
         return False
     return True
 
 
 def _refuse(value: Any, where: str, rule: str) -> NoReturn:
-    raise Misshapen(f"{where:.99} is {value!r:.60}; it must be {rule}")
+    raise SchemaError(f"{where:.99} is {value!r:.60}; it must be {rule}")
 
 
 def _values(value: Any) -> Iterable[Any]:
@@ -265,21 +267,21 @@ def _check_size(file: BinaryIO, most: int) -> None:
     if size > _SMALL:
         most = min(most, machine_memory() // 4)
     if size > most:
-        raise Misshapen(f"it has {size} bytes; the limit is {most}")
+        raise SchemaError(f"it has {size} bytes; the limit is {most}")
 
 
 def _array(archive: zipfile.ZipFile, name: str, form: ArrayForm) -> np.ndarray:
     info = archive.getinfo(f"{name}.npy")
     if info.compress_type != zipfile.ZIP_STORED:
-        raise Misshapen(f"{name} is compressed")
+        raise SchemaError(f"{name} is compressed")
     with archive.open(info) as file:
         if np.lib.format.read_magic(file) != (1, 0):
-            raise Misshapen(f"{name} has another version of the format")
+            raise SchemaError(f"{name} has another version of the format")
         shape, by_columns, dtype = np.lib.format.read_array_header_1_0(file)
         size = info.file_size - file.tell()
         is_of_kind = not by_columns and dtype.str == form.kind and len(shape) == form.axes
         if not is_of_kind or math.prod(shape) * dtype.itemsize != size or size > form.most:
-            raise Misshapen(
+            raise SchemaError(
                 f"{name} is {dtype.str}{list(shape)} in {size} bytes; it must be {form.kind} with {form.axes} axes "
                 f"in at most {form.most}"
             )
@@ -290,16 +292,16 @@ def _array(archive: zipfile.ZipFile, name: str, form: ArrayForm) -> np.ndarray:
 def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     entries = dict(pairs)
     if len(entries) < len(pairs):  # parsers differ in which of the two wins
-        raise Misshapen("a name occurs twice in one object")
+        raise SchemaError("a name occurs twice in one object")
     return entries
 
 
 def _no_number(name: str) -> NoReturn:
-    raise Misshapen(f"{name} is not a number")
+    raise SchemaError(f"{name} is not a number")
 
 
 def _finite(digits: str) -> float:
     value = float(digits)
     if not math.isfinite(value):
-        raise Misshapen(f"{digits:.20} is not a number")
+        raise SchemaError(f"{digits:.20} is not a number")
     return value

@@ -107,7 +107,7 @@ def ending_input() -> Iterator[Deferral]:
 
 
 @contextmanager
-def passed_on(processes: Sequence[int]) -> Iterator[None]:
+def forward_signals(processes: Sequence[int]) -> Iterator[None]:
     """Forward a first signal to processes by their numbers; a second one raises `Interrupted` here.
 
     On Windows, Ctrl-C reaches every process of the console by itself, and `os.kill` would end them at once.
@@ -126,7 +126,7 @@ def passed_on(processes: Sequence[int]) -> Iterator[None]:
 
 
 @contextmanager
-def held(*numbers: int) -> Iterator[None]:
+def block_signals(*numbers: int) -> Iterator[None]:
     """Block signals until the end of the block, also in processes that start in it, until these unblock them."""
     if sys.platform == "win32":
         yield

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dinoseg.utils.atomic import scratch_folder, sync_to_disk
 from dinoseg.utils.errors import UserError, free_space
-from dinoseg.utils.wording import count_of, shown
+from dinoseg.utils.wording import count_of, format_value
 
 _TYPES = {  # names in a safetensors header
     **{"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64, "BOOL": torch.bool},
@@ -88,10 +88,12 @@ def meta_tensor(file: Any, key: str) -> Tensor:
     """
     part = file.get_slice(key)
     if (kind := part.get_dtype()) not in _TYPES:
-        raise SafetensorError(f"{shown(key)} has the type {shown(kind)}, which is not one of {', '.join(_TYPES)}")
+        raise SafetensorError(
+            f"{format_value(key)} has the type {format_value(kind)}, which is not one of {', '.join(_TYPES)}"
+        )
     shape = part.get_shape()
     if any(side > _LONGEST for side in shape):
-        raise SafetensorError(f"{shown(key)} has the shape {shape}, but the limit per side is {_LONGEST}")
+        raise SafetensorError(f"{format_value(key)} has the shape {shape}, but the limit per side is {_LONGEST}")
     return torch.empty(shape, dtype=_TYPES[kind], device="meta")
 
 
@@ -158,7 +160,9 @@ def check_weights(tensors: Mapping[str, Tensor], where: str, expected: Mapping[s
     if wrong:
         name, what = next(iter(wrong.items()))
         others = f" ({count_of(len(wrong) - 1, 'more tensor')} cannot be used either)" if len(wrong) > 1 else ""
-        raise UserError(f"{where}: {shown(name)} {what}{others}. Download or export the weights again, unquantised.")
+        raise UserError(
+            f"{where}: {format_value(name)} {what}{others}. Download or export the weights again, unquantised."
+        )
 
 
 def check_unquantised(tensors: Mapping[str, Tensor], where: str) -> None:

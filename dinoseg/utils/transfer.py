@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 
-def sent(tensor: Tensor, device: torch.device) -> Tensor:
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Copy a host tensor to `device`, on CUDA without waiting for the copy.
 
     Only CUDA copies asynchronously, and only from pinned memory: a tensor that is not pinned yet (loaders pin their

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from dinoseg.utils.forms import Misshapen
+from dinoseg.utils.forms import SchemaError
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ def finished(
             return content
     except FileNotFoundError:
         return None
-    except (OSError, Misshapen) as error:
+    except (OSError, SchemaError) as error:
         if damaged:
             logger.warning(damaged, note, error)
         return None

@@ -13,17 +13,17 @@ _SHOWN |= {code: f"\\u{code:04x}" for code in range(0xD800, 0xE000)}
 _SHOWN |= {0xDC00 + byte: f"\\x{byte:02x}" for byte in range(0x80, 0x100)}  # surrogates of bytes that are no UTF-8
 
 
-def listed(names: Sequence[str], limit: int = 5) -> str:
+def join_names(names: Sequence[str], limit: int = 5) -> str:
     """Return the first names, and the number of the others."""
-    shown = ", ".join(map(one_line, names[:limit]))
-    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+    first = ", ".join(map(one_line, names[:limit]))
+    return first if len(names) <= limit else f"{first} and {len(names) - limit} more"
 
 
 def reasons(bad: Mapping[str, str], limit: int = 20) -> str:
     """Return one line with the reason for each of the first names, then a list of further names."""
     lines = "".join(f"\n- {one_line(f'{name}: {reason}')}" for name, reason in islice(bad.items(), limit))
     rest = list(bad)[limit:]
-    return lines + (f"\nand {len(rest)} more: {listed(rest, 5 * limit)}" if rest else "")
+    return lines + (f"\nand {len(rest)} more: {join_names(rest, 5 * limit)}" if rest else "")
 
 
 def count_of(things: Collection | int, noun: str, plural: str | None = None) -> str:
@@ -78,14 +78,14 @@ class Printable:
         return getattr(self._stream, name)
 
 
-def typed(value: Any) -> str:
+def format_override(value: Any) -> str:
     """Format a plain value as on the command line, such as `null`, `true` or `[a,b]`."""
     if isinstance(value, list | tuple):
-        return f"[{','.join(map(typed, value))}]"
-    return str(value).lower() if isinstance(value, bool) else "null" if value is None else shown(str(value), 200)
+        return f"[{','.join(map(format_override, value))}]"
+    return str(value).lower() if isinstance(value, bool) else "null" if value is None else format_value(str(value), 200)
 
 
-def shown(value: Any, limit: int = 80) -> str:
+def format_value(value: Any, limit: int = 80) -> str:
     """Format a value from a file for a message: one line, no control characters, at most `limit` characters."""
     text = value if isinstance(value, str) and value.isprintable() else ascii(value)
     return text if len(text) <= limit else f"{text[: limit - 3]}..."

@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.interrupt import held
+from dinoseg.utils.interrupt import block_signals
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -102,7 +102,7 @@ def run_in_process(work: Callable[[T], R], item: T, *, timeout: float | None = N
     process = context.Process(target=_answer, args=(work, item, sending))
     resource_tracker.ensure_running()  # starting it later would unblock signals
     try:
-        with held(signal.SIGINT):
+        with block_signals(signal.SIGINT):
             process.start()
         sending.close()
         if not receiving.poll(timeout):

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from dinoseg.utils.forms import Misshapen, read_regular
+from dinoseg.utils.forms import SchemaError, read_regular
 
 _DEEPEST = 32  # nesting levels
 _LARGEST = 2**63 - 1  # largest integer; printing one of thousands of digits raises
@@ -23,7 +23,7 @@ def read_yaml(path: Path, most: int) -> Any:
     try:
         return parse_yaml(read_regular(path, most).decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise Misshapen(f"byte {error.start} is not valid text: save it as UTF-8") from None
+        raise SchemaError(f"byte {error.start} is not valid text: save it as UTF-8") from None
 
 
 def parse_yaml(text: str) -> Any:
@@ -34,10 +34,10 @@ def parse_yaml(text: str) -> Any:
     """
     try:
         return yaml.load(text, _Loader)
-    except Misshapen:
+    except SchemaError:
         raise
     except (yaml.YAMLError, ArithmeticError, ValueError, TypeError, RecursionError) as error:
-        raise Misshapen(f"it is not plain YAML: {' '.join(str(error).split()) or type(error).__name__}") from None
+        raise SchemaError(f"it is not plain YAML: {' '.join(str(error).split()) or type(error).__name__}") from None
 
 
 class _Loader(yaml.SafeLoader):
@@ -49,28 +49,28 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.events.AliasEvent):  # ten lines of them can expand beyond any memory
-            raise Misshapen("it has an alias (*name): write the value out")
+            raise SchemaError("it has an alias (*name): write the value out")
         if (tag := getattr(self.peek_event(), "tag", None)) is not None:  # tag constructors may raise anything
-            raise Misshapen(f"it has the tag {tag!r:.60}: write the value without it")
+            raise SchemaError(f"it has the tag {tag!r:.60}: write the value without it")
         self._depth += 1
         if self._depth > _DEEPEST:
-            raise Misshapen(f"it is nested deeper than {_DEEPEST} levels")
+            raise SchemaError(f"it is nested deeper than {_DEEPEST} levels")
         node = super().compose_node(parent, index)
         self._depth -= 1
         return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):
-            raise Misshapen("it has a merge key (<<): write the values out")
+            raise SchemaError("it has a merge key (<<): write the values out")
         mapping = super().construct_mapping(node, deep)
         if len(mapping) < len(node.value):
             counts = Counter(self.construct_object(key) for key, _ in node.value)
             twice = ", ".join(f"{key}" for key, count in counts.items() if count > 1)
-            raise Misshapen(f"{twice:.200} occurs more than once in one mapping: make each name unique")
+            raise SchemaError(f"{twice:.200} occurs more than once in one mapping: make each name unique")
         return mapping
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         value = super().construct_object(node, deep)
         if type(value) is int and abs(value) > _LARGEST:
-            raise Misshapen("it has a whole number of more than 64 bits")
+            raise SchemaError("it has a whole number of more than 64 bits")
         return value

@@ -11,7 +11,7 @@ from dinoseg.autotune.random_batch import random_batch
 from dinoseg.autotune.timing import _later_median
 from dinoseg.autotune.trial import try_steps
 from dinoseg.config.nodes import instantiate
-from dinoseg.config.plain import plain
+from dinoseg.config.plain import to_container
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.step import training_parts
 from dinoseg.modes.plan import dry_steps
@@ -51,7 +51,7 @@ def test_the_later_half_of_the_steps_tells_what_one_takes():
 
 
 def test_a_part_of_a_batch_is_tried_on_one_device(compose):
-    assert len(dry_steps(plain(compose(*BASE, "engine.devices=2")), 1, steps=1).seconds) == 1
+    assert len(dry_steps(to_container(compose(*BASE, "engine.devices=2")), 1, steps=1).seconds) == 1
 
 
 @pytest.mark.parametrize("rests", [False, True])

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from dinoseg.config.guard import guard
 from dinoseg.config.nodes import instantiate
-from dinoseg.config.plain import plain
+from dinoseg.config.plain import to_container
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.recipe import SAVED, config_description
 from dinoseg.utils.errors import UserError
@@ -133,7 +133,7 @@ def kept(request):
     with initialize_config_dir(str(FOLDER), version_base="1.3"):
         cfg = compose("main", list(SET))
     groups = {key: "base" for key in ("hparam", *SAVED)}
-    return as_read(config_description(Builder(OmegaConf.create({**plain(cfg), "choices": groups}))))
+    return as_read(config_description(Builder(OmegaConf.create({**to_container(cfg), "choices": groups}))))
 
 
 def as_read(description):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dinoseg.inference.memory import OutOfMemory, reason_of, shortage_of
+from dinoseg.inference.memory import OutOfMemory, as_out_of_memory, reason_of
 from dinoseg.utils.errors import UserError
 
 
@@ -18,7 +18,7 @@ from dinoseg.utils.errors import UserError
     ],
 )
 def test_a_shortage_is_told_by_the_line_that_tells_it(error, reason):
-    found = shortage_of(error)
+    found = as_out_of_memory(error)
     assert isinstance(found, OutOfMemory) and str(found).startswith(f"Out of memory ({reason}")
 
 
@@ -27,4 +27,4 @@ def test_the_reason_of_what_tells_no_shortage_is_its_first_line():
 
 
 def test_other_errors_are_no_shortage():
-    assert shortage_of(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
+    assert as_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None

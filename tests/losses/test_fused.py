@@ -16,7 +16,7 @@ from dinoseg.core.shapes import WeightedMasks
 from dinoseg.losses import full_resolution, fused
 from dinoseg.losses.cross_entropy import CrossEntropy
 from dinoseg.losses.focal import Focal
-from dinoseg.losses.fused import Form, Fused
+from dinoseg.losses.fused import Fused, KernelSpec
 from dinoseg.losses.overlap import Dice, Tversky
 
 CASES = [  # as of test_full_resolution: padded, masks smaller than the grid, one pixel, nothing labelled
@@ -110,7 +110,7 @@ class Way:
     """A way of sums, which may add something, take long or fail."""
 
     def __init__(self, more=0.0, fails=None):
-        self.more, self.fails, self.form, self.run_bands = more, fails, Form(), 0
+        self.more, self.fails, self.form, self.run_bands = more, fails, KernelSpec(), 0
 
     def sums(self, parts, upstream):
         self.run_bands += 1
@@ -131,7 +131,7 @@ def better(monkeypatch):
         monkeypatch.setattr(fused.time, "perf_counter", lambda: next(clock))
         tiles = Way()
         grid = torch.randn(1, 3, 2, 2, generator=torch.Generator().manual_seed(0))
-        return [fused.better(kernel, tiles, grid) is kernel for _ in range(2)], tiles
+        return [fused.choose_faster(kernel, tiles, grid) is kernel for _ in range(2)], tiles
 
     return chosen
 
@@ -169,11 +169,11 @@ def test_each_form_and_number_of_classes_is_tried_for_itself(monkeypatch):
     tried = []
     monkeypatch.setattr(fused, "_chosen", {})
     monkeypatch.setattr(fused, "_proven", lambda *_: tried.append(1) or True)
-    for form in (Form(), Form(WEIGHTS), Form(WEIGHTS, 0.2)):
+    for form in (KernelSpec(), KernelSpec(WEIGHTS), KernelSpec(WEIGHTS, 0.2)):
         for classes in (3, 4, 3):
             way = Way()
             way.form = form
-            assert fused.better(way, Way(), torch.zeros(1, classes, 2, 2)) is way
+            assert fused.choose_faster(way, Way(), torch.zeros(1, classes, 2, 2)) is way
     assert len(tried) == 3 * 2
 
 
@@ -193,7 +193,7 @@ def test_memory_that_does_not_suffice_is_for_others_to_mend(better):
 
 def test_the_kernel_is_for_cuda_and_grids_much_smaller_than_masks(monkeypatch):
     pytest.importorskip("triton", reason="Triton has no wheels for this system")
-    way = Fused(torch.zeros(1, 32, 32, dtype=torch.uint8), (1.0, 1.0), 255, Form(WEIGHTS))
+    way = Fused(torch.zeros(1, 32, 32, dtype=torch.uint8), (1.0, 1.0), 255, KernelSpec(WEIGHTS))
     grid = torch.zeros(1, 5, 8, 8)
     assert not way.takes(Pretended(grid))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -206,7 +206,7 @@ def test_the_kernel_is_for_cuda_and_grids_much_smaller_than_masks(monkeypatch):
 
 def test_weights_of_another_number_of_classes_are_refused_before_the_kernel_reads_beyond_them():
     pytest.importorskip("triton", reason="Triton has no wheels for this system")
-    way = Fused(torch.zeros(1, 32, 32, dtype=torch.uint8), (1.0, 1.0), 255, Form(WEIGHTS[:3]))
+    way = Fused(torch.zeros(1, 32, 32, dtype=torch.uint8), (1.0, 1.0), 255, KernelSpec(WEIGHTS[:3]))
     with pytest.raises(RuntimeError, match="weights for 3 classes, but the head scores 5: set head.num_classes"):
         way.sums([torch.zeros(1, 5, 8, 8)], None)
 

@@ -46,8 +46,8 @@ def test_training_begins_with_what_was_solved_and_goes_on_without(folder, monkey
         shown["before"] = {name: value.clone() for name, value in model.head.state_dict().items()}
         return restore(checkpoints, model, *others)
 
-    restore = checkpoint.Checkpoints.restore
-    monkeypatch.setattr(checkpoint.Checkpoints, "restore", watch)
+    restore = checkpoint.Checkpointer.restore
+    monkeypatch.setattr(checkpoint.Checkpointer, "restore", watch)
     words = ("mode=train", "mode.report=false", "mode.metrics_only=true", "head=linear", "hydra.run.dir=T")
     done = call(folder, *SMALL, *words, "head.init=probe")
     assert done.status == 0 and "head.init=probe: mIoU" in done.err, done.err

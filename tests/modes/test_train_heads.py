@@ -15,7 +15,7 @@ from dinoseg.experiment.models import build_multi_head
 from dinoseg.models.heads.cnn import CnnHead
 from dinoseg.modes import train_heads
 from dinoseg.training import checkpoint
-from dinoseg.training.checkpoint import Checkpoints
+from dinoseg.training.checkpoint import Checkpointer
 from dinoseg.training.image_data_module import ImageDataModule
 from dinoseg.training.multi_head import MultiHeadSegmenter
 from dinoseg.utils.errors import UserError
@@ -142,7 +142,7 @@ def test_it_resumes_with_all_heads_at_one_step(folder, run, monkeypatch, kind, n
     where = f"{kind}_{number}"
     with monkeypatch.context() as patched:
         if kind == "killed":  # by what no handler sees, before a save
-            patched.setattr(Checkpoints, "save", stopping(Checkpoints.save, number, SystemExit(9)))
+            patched.setattr(Checkpointer, "save", stopping(Checkpointer.save, number, SystemExit(9)))
         else:
             patched.setattr(ImageDataModule, "tally", stopping(ImageDataModule.tally, number, OSError("truncated")))
         with pytest.raises(OSError) if kind == "fails" else pytest.MonkeyPatch.context():

@@ -11,7 +11,7 @@ from dinoseg.models.adapters import Frozen, Full, Lora
 from dinoseg.models.heads.linear import LinearHead
 from dinoseg.models.model import Segmenter
 from dinoseg.training import checkpoint
-from dinoseg.training.checkpoint import Checkpoints, find, load_weights, read, write
+from dinoseg.training.checkpoint import Checkpointer, find, load_weights, read, write
 from dinoseg.training.optim import MovingAverage, adamw
 from dinoseg.utils.errors import UserError
 
@@ -40,14 +40,14 @@ def train(model, optimizer, steps=2):
 def test_save_and_restore_is_exact(model, tmp_path, adapter):
     source = model(adapter).train()
     optimizer, average = adamw(source, lr=0.01), None
-    checkpoints = Checkpoints(tmp_path, dict(INFO))
+    checkpoints = Checkpointer(tmp_path, dict(INFO))
     run = checkpoints.restore(source, optimizer, average)
     train(source, optimizer)
     run.step, run.stale = 2, 1
     checkpoints.save(source, optimizer, average)
     other = model(adapter, seed=1)
     other_optimizer = adamw(other, lr=0.01)
-    again = Checkpoints(tmp_path, dict(INFO), start=read(tmp_path / "last.safetensors"))
+    again = Checkpointer(tmp_path, dict(INFO), start=read(tmp_path / "last.safetensors"))
     assert again.restore(other, other_optimizer, None) == run
     assert all(
         torch.equal(a, b) for a, b in zip(source.state_dict().values(), other.state_dict().values(), strict=True)
@@ -63,7 +63,7 @@ def test_save_and_restore_is_exact(model, tmp_path, adapter):
 
 def test_only_what_was_trained_is_in_the_file(model, tmp_path):
     source = model("lora")
-    checkpoints = Checkpoints(tmp_path, dict(INFO))
+    checkpoints = Checkpointer(tmp_path, dict(INFO))
     checkpoints.restore(source, adamw(source, lr=1.0), None)
     checkpoints.save_if_best(source, 0.5)
     tensors = read(tmp_path / "best.safetensors").tensors
@@ -73,7 +73,7 @@ def test_only_what_was_trained_is_in_the_file(model, tmp_path):
 
 def test_best_moves_only_when_beaten(model, tmp_path):
     source = model("frozen")
-    checkpoints = Checkpoints(tmp_path, dict(INFO))
+    checkpoints = Checkpointer(tmp_path, dict(INFO))
     run = checkpoints.restore(source, adamw(source, lr=1.0), None)
     for step, score in enumerate([0.3, 0.5, 0.5, 0.4, 0.6], start=1):
         run.step, run.validation_pending = step, True
@@ -93,21 +93,21 @@ def test_moving_average_is_kept(model, tmp_path):
     source = model("frozen")
     optimizer = adamw(source, lr=0.1)
     average = MovingAverage([("w", source.head.classify.weight)], 0.9)
-    checkpoints = Checkpoints(tmp_path, dict(INFO))
+    checkpoints = Checkpointer(tmp_path, dict(INFO))
     checkpoints.restore(source, optimizer, average)
     train(source.train(), optimizer)
     average.update(step=1)
     checkpoints.save(source, optimizer, average)
     other = model("frozen")
     fresh = MovingAverage([("w", other.head.classify.weight)], 0.9)
-    again = Checkpoints(tmp_path, dict(INFO), start=read(tmp_path / "last.safetensors"))
+    again = Checkpointer(tmp_path, dict(INFO), start=read(tmp_path / "last.safetensors"))
     again.restore(other, adamw(other, lr=0.1), fresh)
     assert torch.equal(fresh.average["w"], average.average["w"])
 
 
 def test_another_architecture_is_refused_by_tensor(model, tmp_path):
     source = model("lora")
-    checkpoints = Checkpoints(tmp_path, dict(INFO))
+    checkpoints = Checkpointer(tmp_path, dict(INFO))
     checkpoints.restore(source, adamw(source, lr=1.0), None)
     checkpoints.save_if_best(source, 0.5)
     best = read(tmp_path / "best.safetensors")
@@ -119,7 +119,7 @@ def test_another_architecture_is_refused_by_tensor(model, tmp_path):
 
 def test_other_frozen_weights_are_refused(model, tmp_path):
     source = model("lora")
-    checkpoints = Checkpoints(tmp_path, dict(INFO))
+    checkpoints = Checkpointer(tmp_path, dict(INFO))
     checkpoints.restore(source, adamw(source, lr=1.0), None)
     checkpoints.save_if_best(source, 0.5)
     other = model("lora")
@@ -131,12 +131,12 @@ def test_other_frozen_weights_are_refused(model, tmp_path):
 
 def test_training_cannot_go_on_from_best(model, tmp_path):
     source = model("frozen")
-    checkpoints = Checkpoints(tmp_path, dict(INFO))
+    checkpoints = Checkpointer(tmp_path, dict(INFO))
     checkpoints.restore(source, adamw(source, lr=1.0), None)
     checkpoints.save_if_best(source, 0.5)
     start = read(tmp_path / "best.safetensors")
     with pytest.raises(UserError, match="holds no optimizer state.*Resume from last.safetensors"):
-        Checkpoints(tmp_path, dict(INFO), start=start).restore(source, adamw(source, lr=1.0), None)
+        Checkpointer(tmp_path, dict(INFO), start=start).restore(source, adamw(source, lr=1.0), None)
 
 
 def test_find_takes_run_folders_checkpoint_folders_and_files(tmp_path):
@@ -237,7 +237,7 @@ def test_the_best_of_another_score_is_no_best_any_more(model, tmp_path):
 
     def chosen_by(score, start=None):
         info = {**INFO, "config": {**INFO["config"], "trainer": {"score": score}}}
-        checkpoints = Checkpoints(tmp_path, info, start=start)
+        checkpoints = Checkpointer(tmp_path, info, start=start)
         checkpoints.restore(source, optimizer, None)
         return checkpoints
 
@@ -259,7 +259,7 @@ def test_a_best_score_over_other_images_is_discarded(model, tmp_path, caplog):
 
     source = model("frozen")
     optimizer = adamw(source, lr=1.0)
-    checkpoints = Checkpoints(tmp_path, info(5))
+    checkpoints = Checkpointer(tmp_path, info(5))
     checkpoints.restore(source, optimizer, None)
     checkpoints.commit(checkpoints.save_if_best(source, 0.91))
     for parameter in source.head.parameters():
@@ -267,6 +267,6 @@ def test_a_best_score_over_other_images_is_discarded(model, tmp_path, caplog):
     optimizer.step()
     checkpoints.save(source, optimizer, None)
     start = read(tmp_path / "last.safetensors")
-    assert Checkpoints(tmp_path, info(5), start=start).restore(source, optimizer, None).best == 0.91
-    assert Checkpoints(tmp_path, info(None), start=start).restore(source, optimizer, None).best is None
+    assert Checkpointer(tmp_path, info(5), start=start).restore(source, optimizer, None).best == 0.91
+    assert Checkpointer(tmp_path, info(None), start=start).restore(source, optimizer, None).best is None
     assert "to miou of all images from miou of 5 images" in caplog.text

@@ -19,7 +19,7 @@ from dinoseg.models.adapters import Full
 from dinoseg.models.heads.linear import LinearHead
 from dinoseg.models.model import Segmenter
 from dinoseg.training import checkpoint
-from dinoseg.training.checkpoint import Checkpoints, read
+from dinoseg.training.checkpoint import Checkpointer, read
 from dinoseg.training.data_module import Validation
 from dinoseg.training.engine import Engine
 from dinoseg.training.head_training import NonFiniteLoss
@@ -72,7 +72,7 @@ def train():
         for name in ("batch", "validation", "fails"):
             setattr(data_module, name, options.pop(name, getattr(data_module, name)))
         found = read(folder / "last.safetensors") if start else None
-        checkpoints = Checkpoints(folder, dict(INFO), found, options.pop("writes", True))
+        checkpoints = Checkpointer(folder, dict(INFO), found, options.pop("writes", True))
         settings = Settings(**{"steps": 6, "val_every": 3, "log_every": 1, "accumulate": 2, "ema": 0.5, **options})
         log, error = Rows(), None
         optimizer, engine = adamw(model, lr=3e-3), Engine("cpu", "fp32", workers=0)
@@ -179,7 +179,7 @@ def test_what_is_not_new_or_not_wanted_is_not_saved(train, tmp_path):
 
 
 def test_an_error_that_cannot_be_saved_is_told_first(train, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(checkpoint.Checkpoints, "save", lambda *_: crash())
+    monkeypatch.setattr(checkpoint.Checkpointer, "save", lambda *_: crash())
     assert str(train(tmp_path, batch=4, fails=truncated).error) == "7.png is truncated"
     assert "Training stopped after step 2, which could not be saved: a worker has died" in caplog.text
 

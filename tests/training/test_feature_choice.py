@@ -36,12 +36,12 @@ from dinoseg.models.heads.detail import DetailHead
 from dinoseg.models.heads.linear import LinearHead
 from dinoseg.models.model import Segmenter
 from dinoseg.training import feature_choice as choice
-from dinoseg.training.checkpoint import Checkpoints, read
+from dinoseg.training.checkpoint import Checkpointer, read
 from dinoseg.training.engine import Engine
 from dinoseg.training.feature_cache import cache, store
 from dinoseg.training.feature_cache.cache import CachedMasks
 from dinoseg.training.feature_cache.form import to_bytes
-from dinoseg.training.feature_choice import Cost, Plan, feature_cache, measured
+from dinoseg.training.feature_choice import CacheOptions, Cost, feature_cache, measured
 from dinoseg.training.image_data_module import ImageDataModule
 from dinoseg.training.optim import adamw, schedule
 from dinoseg.training.trainer import Experiment, Settings, fit
@@ -109,12 +109,12 @@ def train(data, tiny_backbone, tmp_path):
         share = {"batch_size": 2, "seed": 5, "workers": options.pop("workers", 0), "policy": policy}
         share["uniform"] = options.pop("uniform", None)
         data_module = ImageDataModule(data_set, data_set, augment, pictures=1, views=views, **share)
-        plan = Plan(tmp_path / "cache", epochs or steps * 2 / 5, "drawing", {}, dtype=dtype, **options)
+        plan = CacheOptions(tmp_path / "cache", epochs or steps * 2 / 5, "drawing", {}, dtype=dtype, **options)
         loss = CrossEntropy(torch.ones(3))
         data_module.cache = feature_cache(data_module, model, loss, engine, plan)
         if epochs:
             return [], data_module, model
-        points = Checkpoints(tmp_path / f"run_{cache}_{steps}_{start}", INFO, start and read(start))
+        points = Checkpointer(tmp_path / f"run_{cache}_{steps}_{start}", INFO, start and read(start))
         log = Losses()
         optimizer = adamw(model, lr=0.05, weight_decay=0.0)
         settings = Settings(steps=steps, val_every=3, log_every=1)
@@ -222,7 +222,7 @@ def folder(tiny_backbone, tmp_path):
             **{"compile": False, "precision": "fp32", "tf32": False, "device": torch.device("cpu"), **other}
         )
         model = Segmenter(backbone, head(24, 1, 3), longest=longest)
-        plan = Plan(tmp_path, 1.0, "", {"backbone": "b", "head": "h", **dict(parts)}, dtype=dtype)
+        plan = CacheOptions(tmp_path, 1.0, "", {"backbone": "b", "head": "h", **dict(parts)}, dtype=dtype)
         return choice._opened(False, SimpleNamespace(augment=augment), model, engine, plan).folder
 
     return named
@@ -275,7 +275,7 @@ def test_what_is_not_seen_whole_is_read_by_its_own_number(data):
 
 def test_ranks_of_a_machine_share_its_memory(monkeypatch, tmp_path):
     monkeypatch.setattr(choice, "free_bytes", lambda device: 1200)
-    plan = Plan(tmp_path, 1.0, "", {})
+    plan = CacheOptions(tmp_path, 1.0, "", {})
     assert [choice._memory_room(plan, SimpleNamespace(world=world)) for world in (1, 3)] == [600, 200]
 
 

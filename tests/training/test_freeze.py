@@ -22,9 +22,9 @@ from dinoseg.models.heads.eomt import EomtHead
 from dinoseg.models.heads.linear import LinearHead
 from dinoseg.models.heads.split import SplitHead
 from dinoseg.models.model import Segmenter
-from dinoseg.training.checkpoint import Checkpoints, read
+from dinoseg.training.checkpoint import Checkpointer, read
 from dinoseg.training.engine import Engine
-from dinoseg.training.feature_choice import Plan, feature_cache
+from dinoseg.training.feature_choice import CacheOptions, feature_cache
 from dinoseg.training.freeze import BackboneFreeze
 from dinoseg.training.image_data_module import ImageDataModule
 from dinoseg.training.meter import Meter
@@ -65,12 +65,12 @@ def train(folder, *, begin=0.5, steps=6, start=None, model=None, watch=None, **o
     )
     loss = options.pop("loss", None) or CrossEntropy(torch.ones(3))
     data_module.cache = feature_cache(
-        data_module, model, loss, engine, Plan(folder / "cache", 3.0, "", {}, dtype="float32")
+        data_module, model, loss, engine, CacheOptions(folder / "cache", 3.0, "", {}, dtype="float32")
     )
     optimizer = adamw(model, head_lr=1e-2, backbone_lr=1e-3, freeze_backbone_until=begin)
     if watch:
         model.backbone.register_forward_hook(lambda part, _, maps: watch(part, maps))
-    checkpoints = Checkpoints(folder, dict(INFO), start and read(start))
+    checkpoints = Checkpointer(folder, dict(INFO), start and read(start))
     shape, options = options.pop("schedule", schedule("constant")), {"val_every": 100, "log_every": 1, **options}
     settings = Settings(steps=steps, **options)
     fit(Experiment(model, loss, data_module, optimizer, shape, engine, checkpoints, Rows(), settings))

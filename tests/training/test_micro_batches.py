@@ -16,7 +16,7 @@ from dinoseg.models.adapters import Full
 from dinoseg.models.heads.linear import LinearHead
 from dinoseg.models.heads.mlp import MlpHead
 from dinoseg.models.model import Segmenter
-from dinoseg.training.checkpoint import Checkpoints
+from dinoseg.training.checkpoint import Checkpointer
 from dinoseg.training.engine import Engine
 from dinoseg.training.head_training import HeadTraining
 from dinoseg.training.image_data_module import ImageDataModule
@@ -88,7 +88,7 @@ def train(tiny_backbone, tmp_path):
 
         log, engine = Rows(), Noting("cpu", "fp32", workers=0)
         settings = Settings(**{"steps": 1, "val_every": 9, "log_every": 1, "accumulate": accumulate, **options})
-        checkpoints, optimizer = Checkpoints(tmp_path, dict(INFO)), adamw(model, lr=1e-3)
+        checkpoints, optimizer = Checkpointer(tmp_path, dict(INFO)), adamw(model, lr=1e-3)
         fit(Experiment(model, loss, data_module, optimizer, schedule(), engine, checkpoints, log, settings))
         return SimpleNamespace(gradients=gradients, rows=log.rows, loss=loss, model=model)
 

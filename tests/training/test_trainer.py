@@ -18,7 +18,7 @@ from dinoseg.models.heads.mlp import MlpHead
 from dinoseg.models.model import Segmenter
 from dinoseg.training import image_data_module as feeding
 from dinoseg.training import trainer as training
-from dinoseg.training.checkpoint import Checkpoints, read
+from dinoseg.training.checkpoint import Checkpointer, read
 from dinoseg.training.data_module import spread
 from dinoseg.training.engine import Engine
 from dinoseg.training.image_data_module import ImageDataModule
@@ -76,7 +76,7 @@ def run(tiny_backbone, tmp_path):
         start = options.pop("start", None)
         shape = options.pop("schedule", schedule())
         settings = Settings(**{"steps": 12, "val_every": 4, "log_every": 1, **options})
-        checkpoints = Checkpoints(tmp_path, dict(INFO), start)
+        checkpoints = Checkpointer(tmp_path, dict(INFO), start)
         progress = fit(Experiment(model, loss, data_module, optimizer, shape, engine, checkpoints, log, settings))
         return SimpleNamespace(progress=progress, rows=log.rows, model=model, data_module=data_module, engine=engine)
 

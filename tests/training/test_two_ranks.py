@@ -23,9 +23,9 @@ from dinoseg.models.heads.linear import LinearHead
 from dinoseg.models.heads.mlp import MlpHead
 from dinoseg.models.heads.split import SplitHead
 from dinoseg.models.model import Segmenter
-from dinoseg.training.checkpoint import Checkpoints, read
+from dinoseg.training.checkpoint import Checkpointer, read
 from dinoseg.training.engine import Engine
-from dinoseg.training.feature_choice import Plan, feature_cache
+from dinoseg.training.feature_choice import CacheOptions, feature_cache
 from dinoseg.training.image_data_module import ImageDataModule
 from dinoseg.training.loading import load_weights
 from dinoseg.training.optim import parameter_groups, schedule
@@ -97,11 +97,11 @@ def train(
     sets = (Uneven([(24, 32)] * 6), Uneven([(24, 32)] * val))
     order = {"batch_size": batch_size, "seed": 0, "workers": 0, "rank": engine.rank, "world": engine.world}
     data_module = ImageDataModule(*sets, Augment((24, 32)), **order, views=None if cache == "off" else 1)
-    loss, plan = loss(), Plan(folder / "cache", 3.0, "", {}, dtype="float32")
+    loss, plan = loss(), CacheOptions(folder / "cache", 3.0, "", {}, dtype="float32")
     data_module.cache = feature_cache(data_module, model, loss, engine, plan)
     groups = parameter_groups(model, lr=0.01 if adamw else 0.05, weight_decay=0.0, freeze_backbone_until=begin)
     optimizer = torch.optim.AdamW(groups, fused=True) if adamw else torch.optim.SGD(groups)
-    checkpoints = Checkpoints(folder, dict(INFO), start and read(start), writes=engine.is_main)
+    checkpoints = Checkpointer(folder, dict(INFO), start and read(start), writes=engine.is_main)
     lengths = {"steps": 3, "val_every": 3, "log_every": 1, "clip": None}
     settings = Settings(**{"score": "loss", **lengths, **options})
     fit(Experiment(model, loss, data_module, optimizer, schedule("constant"), engine, checkpoints, log, settings))

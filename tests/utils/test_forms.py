@@ -28,7 +28,7 @@ from dinoseg.tracking.video.state import STATE, read_track_state
 from dinoseg.utils import forms
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import is_name
-from dinoseg.utils.forms import ArrayForm, Misshapen, parse_json, read_arrays
+from dinoseg.utils.forms import ArrayForm, SchemaError, parse_json, read_arrays
 
 HOSTILE = [  # none of them has the form of anything that is written
     b"",
@@ -177,7 +177,7 @@ def npy(kind, shape, content=b""):
 )
 def test_arrays_of_another_form_are_refused_before_they_are_made(tmp_path, content):
     npz(tmp_path / "a.npz", a=content)
-    with pytest.raises(Misshapen):
+    with pytest.raises(SchemaError):
         read_arrays(tmp_path / "a.npz", {"a": ArrayForm("<f8", 1, 2**20)})
 
 
@@ -188,10 +188,10 @@ def test_archives_of_arrays_that_cannot_be_read(tmp_path, caplog):
     whole = path.read_bytes()
     for torn in (b"", whole[:40], whole[:-9], whole.replace(b"\x00\x00\xf0\x3f", b"\x00\x00\xf0\x40")):
         path.write_bytes(torn)
-        with pytest.raises(Misshapen):
+        with pytest.raises(SchemaError):
             read_arrays(path, form)
     npz(path, compress=True, a=npy("<f8", (1,), bytes(8)))
-    with pytest.raises(Misshapen, match="a is compressed"):
+    with pytest.raises(SchemaError, match="a is compressed"):
         read_arrays(path, form)
     for times, sums in (([0.0, np.nan], [1, 2]), ([0.0], [1, 2]), ([], [])):
         np.savez(path, times=np.array(times, np.float64), sums=np.array(sums, np.uint32), fps=25.0)
@@ -219,13 +219,13 @@ def test_forms_say_where_and_what(caplog):
         ('{"rows": [], "rows": []}', "a name occurs twice"),
         ('{"rows": -Infinity}', "-Infinity is not a number"),
     ):
-        with pytest.raises(Misshapen, match=message):
+        with pytest.raises(SchemaError, match=message):
             parse_json(text, form)
-    with pytest.raises(Misshapen, match="is 2; it must be a number from 0 to 1"):
+    with pytest.raises(SchemaError, match="is 2; it must be a number from 0 to 1"):
         parse_json("[0, 0.5, 2]", forms.listing(forms.number(0, 1)))
-    with pytest.raises(Misshapen, match="must be a number"):
+    with pytest.raises(SchemaError, match="must be a number"):
         parse_json("1" + "0" * 400, forms.number())  # no float holds it
-    with pytest.raises(Misshapen, match="must be true or false"):
+    with pytest.raises(SchemaError, match="must be true or false"):
         parse_json("1", forms.flag)
 
 
@@ -279,7 +279,7 @@ def test_a_pipe_that_takes_the_place_of_a_file_after_the_check_is_not_waited_for
 def test_a_file_that_says_it_is_larger_than_memory_is_refused(tmp_path):
     (tmp_path / "a").touch()
     os.truncate(tmp_path / "a", 2**40)
-    with pytest.raises(forms.Misshapen, match="1099511627776 bytes"):
+    with pytest.raises(forms.SchemaError, match="1099511627776 bytes"):
         forms.read_json(tmp_path / "a", forms.plain)
 
 
@@ -287,13 +287,13 @@ def test_arrays_that_claim_more_than_memory_are_not_read(tmp_path, monkeypatch):
     """A sparse file is read as zeros, which take memory although it takes no space."""
     path, form = tmp_path / "a.npz", {"a": ArrayForm("|u1", 1, 2**30)}
     npz(path, a=npy("|u1", (2**21,), bytes(2**21)))
-    with pytest.raises(Misshapen, match="bytes; the limit is 1048576"):
+    with pytest.raises(SchemaError, match="bytes; the limit is 1048576"):
         read_arrays(path, form, most=2**20)
     assert len(read_arrays(path, form)["a"]) == 2**21
     monkeypatch.setattr(forms, "_SMALL", 2**20)
     monkeypatch.setattr(forms, "machine_memory", lambda: 2**22)
     for read in (lambda path: read_arrays(path, form), lambda path: forms.read_json(path, forms.plain)):
-        with pytest.raises(Misshapen, match="bytes; the limit is 1048576"):
+        with pytest.raises(SchemaError, match="bytes; the limit is 1048576"):
             read(path)
 
 
@@ -313,7 +313,7 @@ def sizes_read(monkeypatch):
 def test_the_content_of_an_array_of_another_size_is_not_read(tmp_path, monkeypatch):
     npz(tmp_path / "a.npz", a=npy("|u1", (5,), bytes(2**20)))
     sizes = sizes_read(monkeypatch)
-    with pytest.raises(Misshapen, match=r"a is \|u1\[5\] in 1048576 bytes"):
+    with pytest.raises(SchemaError, match=r"a is \|u1\[5\] in 1048576 bytes"):
         read_arrays(tmp_path / "a.npz", {"a": ArrayForm("|u1", 1, 2**30)})
     assert max(sizes) < 1000
 
@@ -323,7 +323,7 @@ def test_an_array_of_more_bytes_than_its_form_allows_is_not_read(tmp_path, monke
     npz(tmp_path / "a.npz", a=npy("|u1", (2**20,), bytes(2**20)))
     assert len(read_arrays(tmp_path / "a.npz", {"a": ArrayForm("|u1", 1, 2**20)})["a"]) == 2**20
     sizes = sizes_read(monkeypatch)
-    with pytest.raises(Misshapen, match=r"a is \|u1\[1048576\] in 1048576 bytes; .* in at most 1048575"):
+    with pytest.raises(SchemaError, match=r"a is \|u1\[1048576\] in 1048576 bytes; .* in at most 1048575"):
         read_arrays(tmp_path / "a.npz", {"a": ArrayForm("|u1", 1, 2**20 - 1)})
     assert max(sizes) < 1000
 
@@ -332,6 +332,6 @@ def test_small_copies_without_records_are_not_read(tmp_path, monkeypatch):
     zeros = npy("|u1", (2**20,), bytes(2**20))
     npz(tmp_path / "scan.npz", records=npy("|u1", (2,), b"[]"), edges=zeros, borders=zeros)
     sizes = sizes_read(monkeypatch)
-    with pytest.raises(Misshapen, match="edges is .* in at most 0"):
+    with pytest.raises(SchemaError, match="edges is .* in at most 0"):
         scan._read(tmp_path / "scan.npz")
     assert max(sizes) < 1000

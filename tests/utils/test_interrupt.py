@@ -11,7 +11,7 @@ from dinoseg.report.log import RunLog
 from dinoseg.training import checkpoint
 from dinoseg.training.image_data_module import ImageDataModule
 from dinoseg.utils import interrupt
-from dinoseg.utils.interrupt import Interrupted, deferred, passed_on, raised
+from dinoseg.utils.interrupt import Interrupted, deferred, forward_signals, raised
 
 SIGNALS = pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 
@@ -130,7 +130,7 @@ def test_what_is_ignored_stays_ignored(monkeypatch):
 def test_signals_are_passed_on_once(monkeypatch):
     sent = []
     monkeypatch.setattr(os, "kill", lambda process, number: sent.append((process, number)))
-    with passed_on([7, 8]):
+    with forward_signals([7, 8]):
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)
     assert sent == [(7, signal.SIGTERM), (8, signal.SIGTERM)]

@@ -7,7 +7,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.forms import Misshapen
+from dinoseg.utils.forms import SchemaError
 from dinoseg.utils.yaml_text import parse_yaml, read_yaml
 
 LAUGHS = "a0: &a0 [x, x, x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 30))
@@ -46,7 +46,7 @@ MERGED = "a0: &a0 {x: 1}\n" + "".join(f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 
 )
 def test_what_is_not_plain_is_one_error_at_once(text, says):
     begin = time.process_time()
-    with pytest.raises(Misshapen, match=says) as caught:
+    with pytest.raises(SchemaError, match=says) as caught:
         parse_yaml(text)
     assert time.process_time() - begin < 2 and len(str(caught.value)) < 1000
 
@@ -65,11 +65,11 @@ def test_dates_are_text_as_in_hydra():
 
 def test_a_file_is_looked_at_before_it_is_read(tmp_path):
     (tmp_path / "large.yaml").write_text("#" * 101)
-    with pytest.raises(Misshapen, match="101 bytes; the limit is 100"):
+    with pytest.raises(SchemaError, match="101 bytes; the limit is 100"):
         read_yaml(tmp_path / "large.yaml", 100)
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UserError, match="is a named pipe"):
         read_yaml(tmp_path / "pipe", 100)
     (tmp_path / "bytes.yaml").write_bytes(b"a: \xff")
-    with pytest.raises(Misshapen, match="byte 3 is not valid"):
+    with pytest.raises(SchemaError, match="byte 3 is not valid"):
         read_yaml(tmp_path / "bytes.yaml", 100)

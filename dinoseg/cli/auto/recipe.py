@@ -28,7 +28,7 @@ from dinoseg.cli.auto.given import drop_typed
 from dinoseg.cli.auto.search import ComposedRecipe, RecipeSearch
 from dinoseg.config.checks import check_arguments
 from dinoseg.config.job import job_config
-from dinoseg.config.plain import BUILDS, plain
+from dinoseg.config.plain import BUILDS, to_container
 from dinoseg.core.shapes import SegmentationData
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.splits import evenly_spaced_subset
@@ -43,7 +43,7 @@ from dinoseg.utils.cores import count_cores, ranks_here
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.locks import locked
 from dinoseg.utils.units import finished
-from dinoseg.utils.wording import one_line, printable, typed
+from dinoseg.utils.wording import format_override, one_line, printable
 
 AUTO = "auto"  # name of the recipe that is chosen automatically
 _RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")  # environment variables that make a process a rank
@@ -132,8 +132,10 @@ def choose_recipe(cfg: DictConfig, words: Sequence[str], *, first: bool) -> Chos
     about += f"; set on the command line: {', '.join(taken)}" if taken else ""
     if first:
         print(printable(f"hparam=auto: {about}; {source}:\n\n" + "\n".join(choice_lines(choices))))
-    typed = [word for word in words if _root(word.lstrip("+~").partition("=")[0]) not in ("budget", "hparam", "resume")]
-    return ChosenRecipe(_composed(words, about, choices), recipe_text(about, choices), typed)
+    remaining = [
+        word for word in words if _root(word.lstrip("+~").partition("=")[0]) not in ("budget", "hparam", "resume")
+    ]
+    return ChosenRecipe(_composed(words, about, choices), recipe_text(about, choices), remaining)
 
 
 def _log_progress(doing: str) -> None:
@@ -165,7 +167,7 @@ def _read(words: Sequence[str], choices: Sequence[RecipeChoice]) -> ComposedReci
     cfg = _composed(words, "trying", choices)
     rates = cfg.optim.optimizer
     return ComposedRecipe(
-        values=plain(cfg),
+        values=to_container(cfg),
         parts=partial(training_parts, Builder(cfg)),
         adapter=cfg.choices.adapter,
         head=cfg.choices.head,
@@ -197,7 +199,8 @@ def _path(build: Builder, given: frozenset[str], data: Sequence[SegmentationData
         "minutes": float(build.value("budget.minutes")),
         "data": [each.fingerprint() if isinstance(each, PairDataset) else list(each.names) for each in data],
         "engine": {
-            key: plain(build.value("engine"))[key] for key in ("device", "precision", "cache", "devices", "sharding")
+            key: to_container(build.value("engine"))[key]
+            for key in ("device", "precision", "cache", "devices", "sharding")
         },
         # ranks on several machines need the same file
         "machine": _shared() if _others_wait() else (platform.node(), count_cores()),
@@ -309,7 +312,7 @@ def _name(*names: str) -> forms.Form:
 
     def check(value: Any, where: str) -> None:
         if not isinstance(value, str) or not (value in names if names else re.fullmatch(r"[a-z]\w*", value)):
-            raise forms.Misshapen(f"{where:.99} is {value!r:.60}; it must be {' or '.join(names) or 'a name'}")
+            raise forms.SchemaError(f"{where:.99} is {value!r:.60}; it must be {' or '.join(names) or 'a name'}")
 
     return check
 
@@ -342,7 +345,7 @@ def _choices(value: Any, where: str) -> None:
     words = {key: each for row in value for key, each in row["words"].items()}
     pixels = math.prod(words.get("resolution.crop", ())) * words.get("data.batch_size", 1)
     if pixels > _MAX_PIXELS:
-        raise forms.Misshapen(f"{where} makes batches of {pixels} pixels; the limit is {_MAX_PIXELS}")
+        raise forms.SchemaError(f"{where} makes batches of {pixels} pixels; the limit is {_MAX_PIXELS}")
 
 
 _FORM = forms.record(about=forms.text, choices=_choices)
@@ -377,7 +380,7 @@ def choice_lines(choices: Iterable[RecipeChoice]) -> list[str]:
 def _typed(value: Any) -> str:
     if isinstance(value, dict):
         return "{" + ", ".join(f"{name}: {number:g}" for name, number in value.items()) + "}"
-    return typed(value)
+    return format_override(value)
 
 
 def recipe_text(about: str, choices: Sequence[RecipeChoice]) -> str:

@@ -103,7 +103,7 @@ class JobResults:
             return forms.read_json(path, _ROW)
         except FileNotFoundError:
             return None
-        except forms.Misshapen as error:
+        except forms.SchemaError as error:
             print(f"{path} is damaged ({error}): the result of this job is left out.", file=sys.stderr)
             return None
 

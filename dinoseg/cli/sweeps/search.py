@@ -20,7 +20,7 @@ from omegaconf import DictConfig
 from dinoseg.cli.sweeps.job_results import JobResults
 from dinoseg.utils import locks
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.forms import Misshapen, read_regular
+from dinoseg.utils.forms import SchemaError, read_regular
 from dinoseg.utils.wording import printable
 
 SAMPLERS = ("tpe", "random")
@@ -275,7 +275,7 @@ def _drop_cut_line(path: Path) -> None:
         return
     try:
         text = read_regular(path, _MAX_BYTES)
-    except Misshapen as error:
+    except SchemaError as error:
         raise UserError(f"hydra.sweeper.storage={path} is not a stored search ({error}). {_REMEDY}") from None
     if text[: len(_FIRST)] != _FIRST[: len(text)]:
         raise UserError(f"hydra.sweeper.storage={path} does not hold a search. Choose another file.")

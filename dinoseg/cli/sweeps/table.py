@@ -22,7 +22,7 @@ from tabulate import tabulate
 from dinoseg.cli.sweeps.job_results import JobResults
 from dinoseg.config.job import job_config
 from dinoseg.config.nodes import instantiate
-from dinoseg.config.plain import plain
+from dinoseg.config.plain import to_container
 from dinoseg.evaluation.scoring.intervals import mean_of
 from dinoseg.experiment.log_file import LABEL
 from dinoseg.metrics.counts import iou, mean_defined, ratio
@@ -328,7 +328,9 @@ def impossible_cells(config: DictConfig) -> tuple[list[tuple[str, str]], int]:
 
     loader = GlobalHydra.instance().config_loader()
     parser = OverridesParser.create(config_loader=loader)  # it expands glob()
-    overrides = parser.parse_overrides(plain(config.hydra.overrides)["task"])  # as typed, including `${hydra:...}`
+    overrides = parser.parse_overrides(
+        to_container(config.hydra.overrides)["task"]
+    )  # as typed, including `${hydra:...}`
     swept = {override.get_key_element() for override in overrides if override.is_sweep_override()}
     cells = [cell for batch in BasicSweeper.split_arguments(overrides, None) for cell in batch]
     bad = []

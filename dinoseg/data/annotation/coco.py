@@ -9,7 +9,7 @@ from dinoseg.data.annotation import rle
 from dinoseg.data.annotation.drawing import Columns
 from dinoseg.data.annotation.entry import Annotations, Entry, LabelledShape, polygons, size_of, text
 from dinoseg.utils import forms
-from dinoseg.utils.wording import shown
+from dinoseg.utils.wording import format_value
 
 _FORM = forms.holding(
     images=forms.listing(forms.holding(id=forms.plain, file_name=forms.text, width=forms.plain, height=forms.plain)),
@@ -36,7 +36,7 @@ def read_coco(content: bytes, path: Path) -> Annotations:
             raise ValueError(f"{len(entries) - len(known)} ids of {what} occur more than once: make each unique")
     names = Counter(categories.values())
     if twice := [name for name, count in names.items() if count > 1]:
-        raise ValueError(f"{shown(twice[0])} is the name of {names[twice[0]]} categories: make each unique")
+        raise ValueError(f"{format_value(twice[0])} is the name of {names[twice[0]]} categories: make each unique")
     entries = {key: _entry(image, path) for key, image in images.items()}
     for position, annotation in enumerate(whole["annotations"]):
         if not isinstance(annotation, dict):
@@ -56,9 +56,9 @@ def read_coco(content: bytes, path: Path) -> Annotations:
         try:
             entry.shapes.append(_shape(annotation, categories, entry.size))
         except ValueError as error:
-            entry.wrong = f"annotation {shown(annotation.get('id', position), 40)} of {entry.image}: {error}"
+            entry.wrong = f"annotation {format_value(annotation.get('id', position), 40)} of {entry.image}: {error}"
     groups = {entry["name"]: entry.get("supercategory") for entry in whole["categories"]}
-    given = {name: text(group, f"the supercategory of {shown(name)}") for name, group in groups.items() if group}
+    given = {name: text(group, f"the supercategory of {format_value(name)}") for name, group in groups.items() if group}
     return Annotations([categories[key] for key in sorted(categories)], list(entries.values()), given)
 
 
@@ -71,14 +71,14 @@ def _entry(image: Mapping[str, Any], path: Path) -> Entry:
 
 def _id(value: Any, what: str) -> int:
     if type(value) is not int:
-        raise ValueError(f"{what} has the id {shown(value, 40)}: ids must be whole numbers")
+        raise ValueError(f"{what} has the id {format_value(value, 40)}: ids must be whole numbers")
     return value
 
 
 def _shape(annotation: Mapping[str, Any], categories: Mapping[int, str], size: tuple[int, int]) -> LabelledShape:
     category = annotation.get("category_id")
     if type(category) is not int or category not in categories:
-        raise ValueError(f"its category_id is {shown(category, 40)}, which is not in categories")
+        raise ValueError(f"its category_id is {format_value(category, 40)}, which is not in categories")
     drawn, crowd = annotation.get("segmentation"), annotation.get("iscrowd") == 1
     depth = _CROWD if crowd else 0
     if isinstance(drawn, list) and drawn:
@@ -87,6 +87,6 @@ def _shape(annotation: Mapping[str, Any], categories: Mapping[int, str], size: t
     if not isinstance(drawn, dict):
         raise ValueError("it has no segmentation, only a box: export polygons or masks")
     if drawn.get("size") != list(size):
-        raise ValueError(f"its mask has the size {shown(drawn.get('size'), 40)}, its image {list(size)}")
+        raise ValueError(f"its mask has the size {format_value(drawn.get('size'), 40)}, its image {list(size)}")
     counts = rle.checked(drawn.get("counts"), size[0] * size[1])
     return LabelledShape(categories[category], Columns(counts.tobytes()), depth, float(counts[1::2].sum()), crowd)

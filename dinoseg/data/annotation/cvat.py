@@ -17,7 +17,7 @@ from dinoseg.data.annotation.between import Outline
 from dinoseg.data.annotation.drawing import MAX_PIXELS, Between, Box, Form, Polygons
 from dinoseg.data.annotation.entry import AnnotatedVideo, Annotations, Entry, LabelledShape, size_of, text
 from dinoseg.data.annotation.polygon import FARTHEST, check_polygon
-from dinoseg.utils.wording import shown
+from dinoseg.utils.wording import format_value
 
 _DEEPEST = 32
 _LONGEST = 1000  # most characters stored of a text
@@ -104,13 +104,13 @@ class _Document:
             form, _ = _form(tag, attributes)
             entry.shapes.append(LabelledShape(label, form, _number(attributes, "z_order", "0")))
         except ValueError as error:
-            named = shown(attributes.get("label", ""), 40)
-            entry.wrong = f"image {shown(entry.image)}, {tag} {len(entry.shapes)} ({named}): {error}"
+            named = format_value(attributes.get("label", ""), 40)
+            entry.wrong = f"image {format_value(entry.image)}, {tag} {len(entry.shapes)} ({named}): {error}"
 
     def _key(self, tag: str, attributes: dict[str, str]) -> None:
         frame, form, outline, wrong, depth = attributes.get("frame", ""), None, None, "", 0.0
         if not (frame.isdecimal() and len(frame) < 10):
-            raise ValueError(f"a {tag} of a track has the frame {shown(frame, 40)}, which is not a whole number")
+            raise ValueError(f"a {tag} of a track has the frame {format_value(frame, 40)}, which is not a whole number")
         try:
             depth = _number(attributes, "z_order", "0")
             form, outline = _form(tag, attributes)
@@ -126,7 +126,7 @@ def _entry(attributes: dict[str, str], path: Path) -> Entry:
         sides = (attributes.get(side, "") for side in ("height", "width"))
         size = size_of(*(int(side) if side.isdecimal() and len(side) < 10 else side for side in sides))
     except ValueError as error:
-        return Entry(path, name, None, wrong=f"image {shown(name)}: {error}", subset=subset)
+        return Entry(path, name, None, wrong=f"image {format_value(name)}: {error}", subset=subset)
     return Entry(path, name, size, subset=subset)
 
 
@@ -173,7 +173,7 @@ def _as_number(value: str | None, what: str) -> float:
     except ValueError:
         number = math.nan
     if not math.isfinite(number):
-        raise ValueError(f"{what} is {shown(value, 40)}, which is not a number")
+        raise ValueError(f"{what} is {format_value(value, 40)}, which is not a number")
     return number
 
 
@@ -267,7 +267,7 @@ def _frames(path: Path, task: Mapping[str, str], *, alone: bool) -> dict[int, En
 def _whole_number(task: Mapping[str, str], key: str) -> int:
     value = task.get(key, "0").strip()
     if not (value.isdecimal() and len(value) < 10):
-        raise ValueError(f"{key} of a task is {shown(value, 40)}; it must be a whole number")
+        raise ValueError(f"{key} of a task is {format_value(value, 40)}; it must be a whole number")
     return int(value)
 
 
@@ -277,7 +277,7 @@ def _visible_frames(track: Track, frames: Mapping[int, Entry]) -> Iterator[tuple
     for one, other in pairwise(keys):
         if one.frame == other.frame:
             raise ValueError(
-                f"a track ({shown(track.label, 40)}) has two shapes on frame {one.frame}: remove one of them"
+                f"a track ({format_value(track.label, 40)}) has two shapes on frame {one.frame}: remove one of them"
             )
     keyframes = {key.frame for key in keys}
     yield from ((key.frame, key) for key in keys if not key.hidden and key.frame in frames)
@@ -305,6 +305,6 @@ def _add(entry: Entry, label: str, key: Key) -> None:
     if entry.wrong:
         return
     if key.form is None:
-        entry.wrong = f"{entry.image}, a track ({shown(label, 40)}): {key.wrong}"
+        entry.wrong = f"{entry.image}, a track ({format_value(label, 40)}): {key.wrong}"
     else:
         entry.shapes.append(LabelledShape(label, key.form, key.depth))

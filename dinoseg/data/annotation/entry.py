@@ -9,7 +9,7 @@ import numpy as np
 
 from dinoseg.data.annotation.drawing import MAX_PIXELS, Form, Polygons
 from dinoseg.data.annotation.polygon import check_polygon
-from dinoseg.utils.wording import shown
+from dinoseg.utils.wording import format_value
 
 LARGEST_FILE = 2**30  # bytes of an annotation file
 
@@ -101,8 +101,8 @@ def size_of(height: Any, width: Any) -> tuple[int, int]:
     """
     if not all(type(side) is int and side > 0 for side in (height, width)) or height * width > MAX_PIXELS:
         raise ValueError(
-            f"height {shown(height, 20)} and width {shown(width, 20)} are not an image size: give whole numbers, at "
-            f"most {MAX_PIXELS:,} pixels"
+            f"height {format_value(height, 20)} and width {format_value(width, 20)} are not an image size: give whole "
+            f"numbers, at most {MAX_PIXELS:,} pixels"
         )
     return height, width
 
@@ -114,7 +114,7 @@ def text(value: Any, what: str) -> str:
         ValueError: the value is not a non-empty text.
     """
     if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{what} is {shown(value, 40)}; it must be a name")
+        raise ValueError(f"{what} is {format_value(value, 40)}; it must be a name")
     return value
 
 

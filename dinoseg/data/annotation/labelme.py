@@ -14,7 +14,7 @@ from dinoseg.data.annotation.drawing import Box, Figure, Form
 from dinoseg.data.annotation.entry import Annotations, Entry, LabelledShape, points_of, size_of, text
 from dinoseg.data.annotation.polygon import FARTHEST, check_polygon
 from dinoseg.utils import forms
-from dinoseg.utils.wording import shown
+from dinoseg.utils.wording import format_value
 
 _FEWEST = {"polygon": 3, "rectangle": 2, "oriented_rectangle": 4, "circle": 2, "line": 2, "linestrip": 2, "point": 1}
 _JOINED = 7  # first version with round corners of linestrips
@@ -55,7 +55,7 @@ def _shape(shape: Mapping[str, Any], position: int, joined: bool) -> LabelledSha
             return LabelledShape(label, _mask(shape.get("mask"), points))
         return LabelledShape(label, _figure(kind, points, joined))
     except ValueError as error:
-        raise ValueError(f"shapes[{position}] ({shown(shape['label'], 40)}): {error}") from None
+        raise ValueError(f"shapes[{position}] ({format_value(shape['label'], 40)}): {error}") from None
 
 
 def _is_point(point: Any) -> bool:
@@ -64,7 +64,9 @@ def _is_point(point: Any) -> bool:
 
 def _figure(kind: Any, points: list[list[float]], joined: bool) -> Form:
     if not isinstance(kind, str) or kind not in _FEWEST:
-        raise ValueError(f"its shape_type is {shown(kind, 40)}: it must be one of {', '.join((*_FEWEST, 'mask'))}")
+        raise ValueError(
+            f"its shape_type is {format_value(kind, 40)}: it must be one of {', '.join((*_FEWEST, 'mask'))}"
+        )
     if len(points) < _FEWEST[kind] or (kind in _EXACTLY and len(points) > _FEWEST[kind]):
         raise ValueError(f"it is a {kind} of {len(points)} points; a {kind} needs {_FEWEST[kind]}")
     values = points_of([value for point in points for value in point])
@@ -79,7 +81,7 @@ def _mask(mask: Any, points: list[list[float]]) -> Form:
         raise ValueError("it is a mask, which needs two points and an image in base64")
     corners = points_of([value for point in points for value in point])
     if not (np.abs(corners) <= FARTHEST).all():
-        raise ValueError(f"its mask lies at {shown(points, 60)}, outside of any image")
+        raise ValueError(f"its mask lies at {format_value(points, 60)}, outside of any image")
     (left, top), (right, bottom) = corners.round().astype(int).tolist()
     width, height = right - left + 1, bottom - top + 1
     try:
@@ -91,6 +93,6 @@ def _mask(mask: Any, points: list[list[float]]) -> Form:
             inside = np.asarray(picture.convert("L"))[:height, :width] > 0
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(
-            f"its mask must be a PNG of {width} x {height} pixels in base64 ({shown(str(error))})"
+            f"its mask must be a PNG of {width} x {height} pixels in base64 ({format_value(str(error))})"
         ) from None
     return Box((left, top, width, height), rle.counts_of(inside.ravel()).tobytes())

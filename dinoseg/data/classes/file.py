@@ -31,7 +31,7 @@ from dinoseg.data.classes.mask_advice import HIGHEST_ID
 from dinoseg.data.classes.masks import FORMATS
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import check_regular
-from dinoseg.utils.forms import Misshapen
+from dinoseg.utils.forms import SchemaError
 from dinoseg.utils.yaml_text import read_yaml
 
 NAME = "classes.yaml"
@@ -71,7 +71,7 @@ def _read(path: Path, ignore_index: int, changed: int, size: int) -> dict[str, A
     """Parse a file once per state (time and size), since the config interpolates each key separately."""
     try:
         return _described(read_yaml(path, _LARGEST), ignore_index)
-    except (OSError, Misshapen) as error:
+    except (OSError, SchemaError) as error:
         raise UserError(f"Cannot read {path}: {error}. Correct the file.") from None
     except (ValueError, UserError) as error:
         raise UserError(f"{path}: {str(error).rstrip('.')}.") from None

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from dinoseg.report.palette import default_palette
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.wording import shown
+from dinoseg.utils.wording import format_value
 
 Color = tuple[int, int, int]
 LONGEST_NAME = 100  # characters of a class name
@@ -30,22 +30,26 @@ class Labels:
                 classes differ in number; a colour or ignore_index is outside 0..255.
         """
         if isinstance(classes, str) or not isinstance(classes, Sequence):
-            raise UserError(f"data.classes={shown(classes)}: give a list of names, such as [background, leaf].")
+            raise UserError(f"data.classes={format_value(classes)}: give a list of names, such as [background, leaf].")
         names = tuple(str(name) for name in classes)
         if not 1 <= len(names) <= 255:
             raise UserError(f"data.classes has {len(names)} names: give 1 to 255, since masks are 8-bit.")
         odd = next((name for name in names if not (0 < len(name) <= LONGEST_NAME and name.isprintable())), None)
         if odd is not None:
-            raise UserError(f"data.classes names {shown(odd)}: give names of 1 to {LONGEST_NAME} printable characters.")
+            raise UserError(
+                f"data.classes names {format_value(odd)}: give names of 1 to {LONGEST_NAME} printable characters."
+            )
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise UserError(f"data.classes names {', '.join(twice)} more than once: make each name unique.")
         if not isinstance(ignore_index, int) or not 0 <= ignore_index <= 255:
             raise UserError(
-                f"data.ignore_index={shown(ignore_index)}: give an id from 0 to 255, since masks are 8-bit."
+                f"data.ignore_index={format_value(ignore_index)}: give an id from 0 to 255, since masks are 8-bit."
             )
         if isinstance(palette, int | float | str):
-            raise UserError(f"data.palette={shown(palette)}: give [[r, g, b], ...], one colour per class, or null.")
+            raise UserError(
+                f"data.palette={format_value(palette)}: give [[r, g, b], ...], one colour per class, or null."
+            )
         colors = tuple(default_palette(len(names)) if palette is None else map(as_color, palette))
         if len(colors) != len(names):
             raise UserError(

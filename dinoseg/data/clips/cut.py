@@ -12,7 +12,7 @@ from dinoseg.data.clips.videos import VOID, Video, VideoLayout, chosen
 from dinoseg.data.splits import Partition
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Count, NotNegative, Positive
-from dinoseg.utils.wording import listed
+from dinoseg.utils.wording import join_names
 
 SHORT = ("error", "skip", "pad")
 
@@ -152,7 +152,7 @@ class Clips:
         self.skipped = [video.name for number, video in enumerate(videos) if number not in used]
         if not self.spans:
             raise UserError(
-                f"All {len(videos)} videos are too short for a clip: {listed(self.skipped)}. Set "
+                f"All {len(videos)} videos are too short for a clip: {join_names(self.skipped)}. Set "
                 "data.clips.cut.short=pad, or a lower data.clips.cut.length."
             )
 

@@ -13,7 +13,7 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import entries
 from dinoseg.utils.images import IMAGE_SUFFIXES, UNREAD_SUFFIXES, read_ids
 from dinoseg.utils.natural_order import natural_order
-from dinoseg.utils.wording import count_of, listed
+from dinoseg.utils.wording import count_of, join_names
 
 VOID = 255  # mask value of pixels without a known object
 
@@ -158,8 +158,8 @@ def picture_files(folder: Path) -> dict[str, str]:
     paths = sorted(entries(folder), key=lambda path: (natural_order(path.stem), path.suffix))
     if unread := [path.name for path in paths if path.suffix.lower() in UNREAD_SUFFIXES]:
         raise UserError(
-            f"{folder} holds {count_of(unread, 'file')} of unsupported formats: {listed(unread)}. Convert them to PNG, "
-            "or move them away."
+            f"{folder} holds {count_of(unread, 'file')} of unsupported formats: {join_names(unread)}. Convert them to "
+            "PNG, or move them away."
         )
     for path in paths:
         if path.suffix.lower() not in IMAGE_SUFFIXES:
@@ -181,7 +181,7 @@ def frames_and_masks(images: Path, masks: Path) -> tuple[FrameFiles, dict[int, P
         raise UserError(f"{images} holds no frame ({', '.join(IMAGE_SUFFIXES)}). Unpack the data set again.")
     if lone := sorted(labels.keys() - files.keys()):
         raise UserError(
-            f"{masks} has {count_of(lone, 'mask')} without frame in {images}: {listed(lone)}. "
+            f"{masks} has {count_of(lone, 'mask')} without frame in {images}: {join_names(lone)}. "
             "Unpack the data set again."
         )
     return FrameFiles(images, list(files.values())), {
@@ -193,7 +193,7 @@ def require_masks(video: str, frames: FrameFiles, masks: Mapping[int, Path]) -> 
     """Raise a UserError if any frame of a video has no mask."""
     if bare := [Path(file).stem for position, file in enumerate(frames.files) if position not in masks]:
         raise UserError(
-            f"Video {video} has {count_of(bare, 'frame')} without mask: {listed(bare)}. Unpack the data set again."
+            f"Video {video} has {count_of(bare, 'frame')} without mask: {join_names(bare)}. Unpack the data set again."
         )
 
 

@@ -25,7 +25,7 @@ from dinoseg.data.formats.sarrarp_files import (
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.scan.record import Record
 from dinoseg.data.video.length import count_frames, promised_frames
-from dinoseg.utils.wording import count_of, listed
+from dinoseg.utils.wording import count_of, join_names
 
 
 def scanned(split: str, dataset: PairDataset | CustomDataset, records: Sequence[Record]) -> Scanned:
@@ -115,7 +115,8 @@ def _check_masks_of_frames(folder: Path) -> Iterator[Finding]:
             "error",
             "masks_against_video",
             f"{folder / VIDEO} has {count_of(frames, 'frame')}, so {MASK_FOLDER}/ should have {count_of(due, 'mask')}, "
-            f"but has {len(masks)} (missing: {listed(missing) or 'none'}; without a frame: {listed(extra) or 'none'}).",
+            f"but has {len(masks)} (missing: {join_names(missing) or 'none'}; without a frame: "
+            f"{join_names(extra) or 'none'}).",
             tuple(str(folder / MASK_FOLDER / f"{stem}.png") for stem in (*missing, *extra)),
             "Unpack the video's archive again: mode=prepare data=sarrarp.",
             stops=False,
@@ -125,7 +126,7 @@ def _check_masks_of_frames(folder: Path) -> Iterator[Finding]:
         yield Finding(
             "error",
             "masks_without_frame",
-            f"{folder} has {count_of(lacking, 'mask')} without extracted frame: {listed(lacking)}.",
+            f"{folder} has {count_of(lacking, 'mask')} without extracted frame: {join_names(lacking)}.",
             tuple(str(masks[stem]) for stem in lacking),
             "Extract the frames: mode=prepare data=sarrarp.",
             stops=False,

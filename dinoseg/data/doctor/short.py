@@ -13,7 +13,7 @@ from dinoseg.data.doctor.findings import Finding, Scanned, by_severity
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.scan.scan import scan
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.wording import listed, one_line, printable
+from dinoseg.utils.wording import join_names, one_line, printable
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ def check(
     findings = brief(splits, group=group, data_name=data_name)
     for finding in findings:
         if finding.severity == "warning":
-            files = f" ({listed(finding.files, 3)})" if finding.files else ""
+            files = f" ({join_names(finding.files, 3)})" if finding.files else ""
             log.warning("data: %s", printable(f"{finding.message}{files} {finding.remedy}".rstrip()))
     if errors := [finding for finding in findings if finding.severity == "error"]:
         messages = "".join(f"\n- {error.message}{_each(error)}\n  {error.remedy}".rstrip() for error in errors)

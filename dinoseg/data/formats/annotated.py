@@ -29,7 +29,7 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import entries as files_in
 from dinoseg.utils.images import IMAGE_SUFFIXES, read_size
 from dinoseg.utils.natural_order import natural_order
-from dinoseg.utils.wording import count_of, listed, shown
+from dinoseg.utils.wording import count_of, format_value, join_names
 
 log = logging.getLogger(__name__)
 IGNORE = "ignore"
@@ -96,14 +96,14 @@ class Images:
         for name in (entry.image, *filter(None, (entry.subset, entry.clip.source if entry.clip else ""))):
             if not _stays_below(name):
                 raise UserError(
-                    f"{entry.path} names the image {shown(name)}, which is outside of the image folder. Give names "
-                    "relative to data.reader.layout.images."
+                    f"{entry.path} names the image {format_value(name)}, which is outside of the image folder. Give "
+                    "names relative to data.reader.layout.images."
                 )
         if entry.clip is not None:
             return self._frame(entry, entry.clip, folder)
         found = _image_file(folder, entry)
         if found is None:
-            raise NotThere(f"{entry.path} names the image {shown(entry.image)}, which is not in {folder}.")
+            raise NotThere(f"{entry.path} names the image {format_value(entry.image)}, which is not in {folder}.")
         return found
 
     def _is_there(self, folder: Path, entry: Entry) -> bool:
@@ -343,8 +343,8 @@ class _Maker:
         twice = [name for name, count in Counter(pair.name for pair in pairs).items() if count > 1]
         if twice:
             raise UserError(
-                f"{path} names {count_of(twice, 'image')} more than once, or with two suffixes: {listed(twice)}. Keep "
-                "one of each."
+                f"{path} names {count_of(twice, 'image')} more than once, or with two suffixes: {join_names(twice)}. "
+                "Keep one of each."
             )
         return pairs
 
@@ -354,8 +354,8 @@ class _Maker:
         if name == IGNORE:
             return self.labels.ignore_index
         raise UserError(
-            f"{key}={shown(name)} is not a class: data.classes has {', '.join(self.labels.classes)}. Name one of them, "
-            f"add it, or write {IGNORE}."
+            f"{key}={format_value(name)} is not a class: data.classes has {', '.join(self.labels.classes)}. Name one "
+            f"of them, add it, or write {IGNORE}."
         )
 
     def _of_list(self, entries: Sequence[Entry], split: str, partition: Partition) -> list[Entry]:
@@ -369,8 +369,8 @@ class _Maker:
         names = read_name_list(self.root / lists[split])
         if absent := [name for name in names if name not in by_name]:
             raise UserError(
-                f"The file list of split {split} has {count_of(absent, 'name')} without annotation: {listed(absent)}. "
-                "A name is the image name in the annotation file, without suffix."
+                f"The file list of split {split} has {count_of(absent, 'name')} without annotation: "
+                f"{join_names(absent)}. A name is the image name in the annotation file, without suffix."
             )
         return [by_name[name] for name in names]
 
@@ -380,8 +380,8 @@ class _Maker:
         labels = Counter(shape.label for entry in entries for shape in entry.shapes if shape.label not in self.values)
         if not labels:
             return
-        found = listed([f"{shown(label)} ({count})" for label, count in labels.most_common()], 20)
-        first = shown(next(iter(labels)))
+        found = join_names([f"{format_value(label)} ({count})" for label, count in labels.most_common()], 20)
+        first = format_value(next(iter(labels)))
         raise UserError(
             f"{path} has shapes with labels that are not classes: {found}. data.classes has "
             f"{', '.join(self.labels.classes)}. Add them there, map them to a class "

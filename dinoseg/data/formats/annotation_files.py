@@ -11,7 +11,7 @@ from dinoseg.data.annotation.entry import LARGEST_FILE, Annotations, Entry
 from dinoseg.data.annotation.labelme import read_labelme
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import check_regular, entries, visible_files
-from dinoseg.utils.wording import listed
+from dinoseg.utils.wording import join_names
 
 _ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar")
 _ALIASES = {
@@ -96,7 +96,7 @@ def find_annotations(kind: Kind, root: Path, split: str, layout: AnnotationLayou
         for candidate in (root / pattern for pattern in kind.single):
             if candidate.is_file() and of_subset(read_annotations(kind, candidate).entries, layout.names(split)):
                 return candidate
-    tried = listed([str(candidate.relative_to(root)) for candidate in places], 20)
+    tried = join_names([str(candidate.relative_to(root)) for candidate in places], 20)
     single = [pattern for pattern in kind.single if (root / pattern).is_file()] if by_split else []
     if kind.per_image and by_split and _has_json(root):
         single = [str(root)]

@@ -9,7 +9,7 @@ from dinoseg.data.clips.videos import FrameFiles, Video, frames_and_masks, pictu
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import is_name
 from dinoseg.utils.ranges import Count
-from dinoseg.utils.wording import count_of, listed
+from dinoseg.utils.wording import count_of, join_names
 
 FRAMES_PER_SECOND = 24
 UNSUPERVISED = 2019  # year of the unsupervised task's test sets, which have no masks
@@ -42,20 +42,20 @@ class Davis:
             UserError: a folder, image set or sequence is missing, or frames and masks do not match.
         """
         if self.year not in YEARS:
-            raise UserError(f"data.year={self.year}: DAVIS has image sets of {listed([*map(str, YEARS)])}.")
+            raise UserError(f"data.year={self.year}: DAVIS has image sets of {join_names([*map(str, YEARS)])}.")
         root = Path(self.root).expanduser()
         images, masks = root / "JPEGImages" / self.size, root / self.annotations / self.size
         for folder in (images,) if self.year == UNSUPERVISED else (images, masks):
             if not folder.is_dir():
                 contents = sorted(path.name for path in folder.parent.glob("[!.]*")) or ["nothing"]
                 raise UserError(
-                    f"No folder {folder}; its parent folder holds {listed(contents)}. Check data.root and data.size, "
-                    "and unpack DAVIS without changing its folders."
+                    f"No folder {folder}; its parent folder holds {join_names(contents)}. Check data.root and "
+                    "data.size, and unpack DAVIS without changing its folders."
                 )
         names = _read_set(root, (str(self.year), self.size), split, self.sets.get(split, split))
         if absent := [name for name in names if not (images / name).is_dir()]:
             raise UserError(
-                f"{count_of(absent, 'sequence')} of split {split} not in {images}: {listed(absent)}. Unpack DAVIS "
+                f"{count_of(absent, 'sequence')} of split {split} not in {images}: {join_names(absent)}. Unpack DAVIS "
                 "again, or remove these names from the image set."
             )
         return [self._video(name, images / name, masks / name) for name in names]
@@ -80,7 +80,7 @@ def _read_set(root: Path, folders: tuple[str, str], split: str, name: str) -> li
         image_sets = sorted(file.relative_to(root).as_posix() for file in (root / "ImageSets").glob("*/[!.]*.txt"))
         usable = sorted({file.stem for candidate in candidates for file in candidate.parent.glob("[!.]*.txt")})
         raise UserError(
-            f"No image set {candidates[0]}; {root} has {listed(image_sets) or 'none'}. {_remedy(split, usable)}"
+            f"No image set {candidates[0]}; {root} has {join_names(image_sets) or 'none'}. {_remedy(split, usable)}"
         )
     lines = path.read_text(encoding="utf-8-sig", errors="surrogateescape").split("\n")
     names = list(dict.fromkeys(_sequence(line.strip()) for line in lines if line.strip()))

@@ -15,7 +15,7 @@ from dinoseg.data.splits import Partition, divide, read_name_list
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import visible_files
 from dinoseg.utils.images import IMAGE_SUFFIXES, UNREAD_SUFFIXES
-from dinoseg.utils.wording import count_of, listed
+from dinoseg.utils.wording import count_of, join_names
 
 _REMEDY = (
     "Add the missing files or remove the others; an image and its mask have the same name except for the suffixes in "
@@ -107,7 +107,7 @@ def _pairs_of(root: Path, split: str, layout: FolderLayout, partition: Partition
     if absent := [name for name in names if name not in by_name]:
         raise UserError(
             f"The file list of split {split} has {count_of(absent, 'name')} without image and mask under {folders[0]}: "
-            f"{listed(absent)}. A name is the path below that folder, without suffix."
+            f"{join_names(absent)}. A name is the path below that folder, without suffix."
         )
     return [by_name[name] for name in names]
 
@@ -143,7 +143,7 @@ def _folder(root: Path, split: str, pattern: str, layout: FolderLayout) -> Path:
         folders = sorted(path.name for path in there.iterdir() if path.is_dir())
         raise UserError(
             f"No folder {folder} for split {split} (pattern {pattern}). {there} holds the folders "
-            f"{listed(folders, 10) or 'none'}. Check data.root and data.reader.layout."
+            f"{join_names(folders, 10) or 'none'}. Check data.root and data.reader.layout."
             f"{_without_splits(root, folders) if there == root else ''}"
         )
     return folder

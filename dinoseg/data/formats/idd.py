@@ -26,7 +26,7 @@ from dinoseg.data.pairs.pairing import Lacking, gathered
 from dinoseg.data.splits import Partition, divide
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import entries
-from dinoseg.utils.wording import listed
+from dinoseg.utils.wording import join_names
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ def find_pairs(root: Path, split: str, encoding: str) -> list[Pair | Lacking]:
     if not with_split:
         splits = sorted({path.name for part in parts.values() for path in entries(part / IMAGES) if path.is_dir()})
         folders = ", ".join(str(part / IMAGES / split) for part in parts.values())
-        raise UserError(f"No folder {folders}: the splits there are {listed(splits) or 'none'}. Check data.root.")
+        raise UserError(f"No folder {folders}: the splits there are {join_names(splits) or 'none'}. Check data.root.")
     prefixed = _share_a_drive(parts)
     pairs = [
         pair

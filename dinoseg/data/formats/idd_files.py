@@ -9,7 +9,7 @@ import numpy as np
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import entries
 from dinoseg.utils.images import read_ids
-from dinoseg.utils.wording import listed
+from dinoseg.utils.wording import join_names
 
 IMAGES, LABELS = "leftImg8bit", "gtFine"
 IMAGE, POLYGONS = "_leftImg8bit", "_gtFine_polygons"  # ends of the stems, after `{drive}/{id}`
@@ -55,11 +55,11 @@ def find_parts(root: Path) -> dict[str, Path]:
     if not parts:
         archives = [path.name for path in inside if path.is_file() and path.suffix.lower() in _ARCHIVES]
         remedy = (
-            f'Unpack {listed(archives)} there first; for a tar file use `python -c "import tarfile; '
+            f'Unpack {join_names(archives)} there first; for a tar file use `python -c "import tarfile; '
             "tarfile.open('FILE').extractall('FOLDER', filter='data')\"`."
             if archives
-            else f"It holds {listed([path.name for path in inside]) or 'nothing'}. Give the folder of a part, such as "
-            "IDD_Segmentation or idd20kII, or the folder that holds the parts."
+            else f"It holds {join_names([path.name for path in inside]) or 'nothing'}. Give the folder of a part, such "
+            "as IDD_Segmentation or idd20kII, or the folder that holds the parts."
         )
         raise UserError(
             f"data.root={root} does not hold IDD: no {IMAGES} or {LABELS} in it or in a folder below. {remedy}"

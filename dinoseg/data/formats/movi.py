@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from dinoseg.data.clips.videos import Video, frames_and_masks, require_masks, video_folders
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.wording import listed
+from dinoseg.utils.wording import join_names
 
 FRAMES_PER_SECOND = 12
 _VALIDATION = "validation"
@@ -45,7 +45,8 @@ class Movi:
         if not folder.is_dir():
             contents = sorted(path.name for path in folder.parent.glob("[!.]*")) or ["nothing"]
             raise UserError(
-                f"No folder {folder} for split {split}; its parent folder holds {listed(contents)}. Check data.root."
+                f"No folder {folder} for split {split}; its parent folder holds {join_names(contents)}. Check "
+                "data.root."
             )
         rgb = folder / "rgb"
         if rgb.is_dir() and not (rgb / "frames").is_dir():  # otherwise `rgb` is a video of that name

@@ -27,7 +27,7 @@ from dinoseg.data.video.index import index_videos
 from dinoseg.utils import forms
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import entries
-from dinoseg.utils.wording import listed
+from dinoseg.utils.wording import join_names
 
 # the parts of one operation stay together: video_11_1 and video_11_2
 BY_OPERATION = Partition(by="fraction", group="^(video_[^_/]+)")
@@ -207,11 +207,11 @@ def _no_pseudo(video: Path) -> str:
         forms.table(forms.whole())(then, "made_by.masks")
     except FileNotFoundError:
         return f"{video} has no pseudo-labels."
-    except (OSError, forms.Misshapen) as error:
+    except (OSError, forms.SchemaError) as error:
         return f"{path} does not record which masks the pseudo-labels were made from ({error})."
     now = mask_sums(video)
     other = sorted(stem for stem in then.keys() | now.keys() if then.get(stem) != now.get(stem))
-    return f"{path.parent} was made from other masks than the current ones: {listed(other)}." if other else ""
+    return f"{path.parent} was made from other masks than the current ones: {join_names(other)}." if other else ""
 
 
 def _is_due(stem: str) -> bool:

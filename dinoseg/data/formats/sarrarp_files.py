@@ -37,7 +37,7 @@ def prepared_frames(video: Path) -> int:
     """Return the number of frames that mode=prepare counted in a video, or 0 if it has not run."""
     try:
         return forms.read_json(video / PREPARED, PREPARED_FORM)["decoded"]
-    except (OSError, forms.Misshapen):
+    except (OSError, forms.SchemaError):
         return 0
 
 

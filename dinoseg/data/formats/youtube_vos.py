@@ -9,7 +9,7 @@ from dinoseg.data.clips.videos import FrameFiles, Video, frames_and_masks, video
 from dinoseg.utils import forms
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.natural_order import natural_order
-from dinoseg.utils.wording import count_of, listed
+from dinoseg.utils.wording import count_of, join_names
 
 ANNOTATED_RATE, VIDEO_RATE = 6, 30  # frames per second: every fifth is annotated
 FULLY_ANNOTATED = ("train",)  # in other splits, only frames in which an object first appears have a mask
@@ -43,15 +43,15 @@ class YoutubeVos:
             if not required.is_dir():
                 contents = sorted(path.name for path in root.glob("[!.]*")) or ["nothing"]
                 raise UserError(
-                    f"No folder {required} for split {split}; {root} holds {listed(contents)}. Check data.root, "
+                    f"No folder {required} for split {split}; {root} holds {join_names(contents)}. Check data.root, "
                     "data.all_frames and data.splits."
                 )
         meta = _read_meta(root / folder / "meta.json")
         names = [path.name for path in video_folders(images)]
         if alien := [name for name in names if meta is not None and name not in meta]:
             raise UserError(
-                f"{count_of(alien, 'video')} of {images} not in {root / folder / 'meta.json'}: {listed(alien)}. Does "
-                "it belong to another release?"
+                f"{count_of(alien, 'video')} of {images} not in {root / folder / 'meta.json'}: {join_names(alien)}. "
+                "Does it belong to another release?"
             )
         videos = []
         for name in names:
@@ -72,7 +72,7 @@ def _read_meta(path: Path) -> Mapping | None:
     try:
         whole = forms.read_json(path, forms.table(forms.plain))
         forms.table(forms.plain)(whole.get("videos"), "videos")
-    except (OSError, forms.Misshapen) as error:
+    except (OSError, forms.SchemaError) as error:
         raise UserError(f"Cannot read {path} as YouTube-VOS's meta.json ({error}). Unpack it again.") from None
     return whole["videos"]
 
@@ -87,6 +87,6 @@ def _check_objects(name: str, known: Mapping, frames: FrameFiles, labels: Mappin
     for there, what in ((stems, "which do not exist"), (masked, "without mask")):
         if absent := sorted(first - there):
             raise UserError(
-                f"meta.json has objects that appear in frames of video {name} {what}: {listed(absent)}. Unpack the "
+                f"meta.json has objects that appear in frames of video {name} {what}: {join_names(absent)}. Unpack the "
                 "data set again."
             )

@@ -122,7 +122,7 @@ class Draft:
         for line in Bar(lines if trusted else [], desc="checking", unit="image", delay=2, leave=False):
             try:
                 row, *numbers = forms.parse_json(line, _LINE_FORM)
-            except forms.Misshapen:
+            except forms.SchemaError:
                 break  # incomplete line
             extent = Extent(*numbers)
             # after a power cut, the journal may be on the disk without the pixels

@@ -149,7 +149,7 @@ def open_store(folder: Path, key: StoreKey, names: Sequence[str], *, verify: boo
     def read(path: Path) -> Store:
         index = forms.read_json(path, _INDEX_FORM)
         if index["key"] != asdict(key) or index["names"] != list(names) or len(index["places"]) != len(names):
-            raise forms.Misshapen("it belongs to another dataset")
+            raise forms.SchemaError("it belongs to another dataset")
         return Store(folder, names, [Extent(*numbers) for numbers in index["places"]], verify=verify)
 
     def is_complete(store: Store) -> bool:

@@ -215,5 +215,5 @@ def _joined(parts: Sequence[bytes]) -> np.ndarray:
 def _parted(joined: np.ndarray, lengths: Sequence[int]) -> list[bytes]:
     ends = np.cumsum(lengths)
     if len(joined) != (ends[-1] if len(ends) else 0):
-        raise forms.Misshapen("the small copies are incomplete")
+        raise forms.SchemaError("the small copies are incomplete")
     return [joined[end - length : end].tobytes() for end, length in zip(ends, lengths, strict=True)]

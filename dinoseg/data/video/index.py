@@ -174,11 +174,11 @@ def _load(index_path: Path | None) -> VideoIndex | None:
         arrays = forms.read_arrays(index_path, {**lists, "fps": forms.ArrayForm("<f8", 0, 8)}, most=_MAX_BYTES)
         index = VideoIndex(arrays["times"], arrays["sums"], float(arrays["fps"]))
         if not 0 < len(index.times) == len(index.sums) or not np.isfinite([*index.times, index.fps]).all():
-            raise forms.Misshapen(
+            raise forms.SchemaError(
                 f"{len(index.times)} times and {len(index.sums)} checksums, or values that are not numbers"
             )
         return index
-    except (OSError, forms.Misshapen) as error:
+    except (OSError, forms.SchemaError) as error:
         log.warning("The stored index %s is damaged (%s): indexing again.", index_path, error)
         with contextlib.suppress(OSError):
             index_path.unlink()

@@ -12,7 +12,7 @@ from dinoseg.metrics.protocols.contract import BadFile, Cases, Measured, ScorePr
 from dinoseg.report.progress import Bar
 from dinoseg.utils.cores import count_cores
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.wording import count_of, listed
+from dinoseg.utils.wording import count_of, join_names
 from dinoseg.utils.workers import in_processes
 
 ON_ERROR = ("stop", "skip")
@@ -21,7 +21,7 @@ _FRAMES_PER_PROCESS = 24  # fewer (10 ms each) take less time than a process sta
 
 
 @dataclass
-class Scored:
+class ScoringResult:
     """Measurements of one folder of predictions.
 
     Args:
@@ -66,7 +66,7 @@ def score_cases(
     workers: int | None = None,
     on_error: str = "stop",
     remedy: str = "Lower mode.workers (1: no worker processes), and run again.",
-) -> Scored:
+) -> ScoringResult:
     """Measure all cases and sum them by unit.
 
     Args:
@@ -97,7 +97,7 @@ def score_cases(
         first = f", such as {problems[0][0]}: {problems[0][1]}" if problems else "."
         raise UserError(f"Nothing is left to score in {where}: {count_of(problems, 'problem')}{first}")
     joined = sums_by_unit(protocol, cases)
-    return Scored(
+    return ScoringResult(
         units=list(joined),
         sums=np.stack([unit.astype(np.float64) for unit in joined.values()]),
         total=np.sum(list(joined.values()), axis=0),
@@ -156,7 +156,7 @@ def _bare_notes(protocol: ScoreProtocol, cases: Sequence[tuple[ScoringCase, Meas
     if not bare:
         return []
     return [
-        f"{len(bare)} of {count_of(cases, 'reference')} without any object: {listed(bare)}. The rule: "
+        f"{len(bare)} of {count_of(cases, 'reference')} without any object: {join_names(bare)}. The rule: "
         f"{protocol.rules['absent_class']}. Add masks if they show objects."
     ]
 

@@ -4,12 +4,12 @@ from typing import Any
 
 import numpy as np
 
-from dinoseg.evaluation.scoring.folders import Scored, sums_by_unit
+from dinoseg.evaluation.scoring.folders import ScoringResult, sums_by_unit
 from dinoseg.evaluation.scoring.intervals import METHOD, Difference, jackknife
 from dinoseg.metrics.protocols.contract import ScoreProtocol
 
 
-def summary(protocol: ScoreProtocol, scored: Scored) -> dict[str, Any]:
+def summary(protocol: ScoreProtocol, scored: ScoringResult) -> dict[str, Any]:
     """Return scores, rows by class and unit, rules, intervals and notes, ready for JSON; None means undefined."""
     unit_scores = protocol.scores(scored.sums)
     rows = [
@@ -33,7 +33,7 @@ def summary(protocol: ScoreProtocol, scored: Scored) -> dict[str, Any]:
     }
 
 
-def difference(protocol: ScoreProtocol, first: Scored, second: Scored) -> dict[str, dict[str, Any]]:
+def difference(protocol: ScoreProtocol, first: ScoringResult, second: ScoringResult) -> dict[str, dict[str, Any]]:
     """Return for each key `second` minus `first`, with the interval and p-value of this paired difference.
 
     Each unit is left out of both at once, so a video that is hard for both does not widen the interval. A case (a frame

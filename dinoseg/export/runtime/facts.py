@@ -86,7 +86,7 @@ class ModelFacts:
             known = {key: part[key] for key in _PART if key in part}
             for key, value in known.items():
                 _PART[key](value, f"facts.{key}")
-        except (forms.Misshapen, UserError) as error:
+        except (forms.SchemaError, UserError) as error:
             reason = str(error).removesuffix(".")
             raise UserError(f"{where}: {reason}. Choose another file, or export the model again.") from None
         return cls(labels.classes, labels.palette, labels.ignore_index, **known)

@@ -18,7 +18,7 @@ from dinoseg.export.runtime.runtime import Options, Runtime
 from dinoseg.utils.atomic import atomic_file
 from dinoseg.utils.errors import UserError, file_errors_as_user_errors
 from dinoseg.utils.images import write_png
-from dinoseg.utils.wording import shown
+from dinoseg.utils.wording import format_value
 
 
 @dataclass
@@ -88,7 +88,7 @@ class Model:
     def __repr__(self) -> str:
         classes = ", ".join(self.facts.classes[:5]) + (", ..." if len(self.facts.classes) > 5 else "")
         backbone = self.facts.backbone.get("name", "unknown")
-        text = f"{len(self.facts.classes)} classes: {classes}; backbone {shown(backbone)}; {self.runtime.name}"
+        text = f"{len(self.facts.classes)} classes: {classes}; backbone {format_value(backbone)}; {self.runtime.name}"
         return f"dinoseg.Model({text})"
 
     @property

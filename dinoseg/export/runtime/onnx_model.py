@@ -14,7 +14,7 @@ from dinoseg.export.runtime.onnx_record import KEY, OUTPUTS, GraphRecord, parse
 from dinoseg.export.runtime.runtime import Opened
 from dinoseg.utils.cores import machine_memory
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.wording import shown
+from dinoseg.utils.wording import format_value
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _INPUT = "image"
@@ -72,8 +72,8 @@ def parts_of(path: Path, name: str) -> list[Path]:
     other = next((data for data in data_files if data != f"{name}.data"), None)
     if other is not None:
         raise UserError(
-            f"{path} refers to its weights as {shown(other)}, so it cannot be renamed to {name}. Keep its name, "
-            f"{shown(other.removesuffix('.data'))}, or export it again."
+            f"{path} refers to its weights as {format_value(other)}, so it cannot be renamed to {name}. Keep its name, "
+            f"{format_value(other.removesuffix('.data'))}, or export it again."
         )
     return [*map(path.with_name, data_files), path]
 

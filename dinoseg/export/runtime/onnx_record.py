@@ -23,7 +23,7 @@ _SIDE = forms.whole(1, 2**15)
 def _one_of(*names: str) -> forms.Form:
     def check(value: Any, where: str) -> None:
         if value not in names:
-            raise forms.Misshapen(f"{where} is {value!r:.60}; it must be one of {', '.join(names)}")
+            raise forms.SchemaError(f"{where} is {value!r:.60}; it must be one of {', '.join(names)}")
 
     return check
 
@@ -128,7 +128,7 @@ class GraphRecord:
         """
         try:
             _FORM(value, "its description of the graph")
-        except forms.Misshapen as error:
+        except forms.SchemaError as error:
             raise UserError(f"{where}: {error}. Export the model again, with this version of dinoseg.") from None
         size = tuple(value["size"]) if value["size"] is not None else None
         return cls(**{**value, "size": size, "fill": tuple(value["fill"])})
@@ -142,7 +142,7 @@ def parse(text: str, where: str) -> Mapping[str, Any]:
     """
     try:
         if len(text) > LARGEST_TEXT:
-            raise forms.Misshapen(f"it has {len(text)} characters; the limit is {LARGEST_TEXT}")
+            raise forms.SchemaError(f"it has {len(text)} characters; the limit is {LARGEST_TEXT}")
         return forms.parse_json(text, forms.holding(graph=forms.plain, classes=forms.plain))
-    except forms.Misshapen as error:
+    except forms.SchemaError as error:
         raise UserError(f"{where}: its description is damaged ({error}). Export the model again.") from None

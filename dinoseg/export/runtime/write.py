@@ -20,13 +20,13 @@ from dinoseg.experiment.unread import warn_unread
 from dinoseg.export.runtime.facts import UNKNOWN, ModelFacts
 from dinoseg.export.runtime.runtime import FILES
 from dinoseg.inference.trained_sizes import KEY, TrainedSizes
-from dinoseg.models.model import Segmenter, constants, trained_names
+from dinoseg.models.model import Segmenter, non_persistent_buffers, trained_names
 from dinoseg.training import checkpoint
 from dinoseg.training.checkpoint import FOLDER
 from dinoseg.training.loading import CONSTANTS, frozen_fingerprint
 from dinoseg.utils import forms
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.wording import count_of, shown
+from dinoseg.utils.wording import count_of, format_value
 from dinoseg.utils.yaml_text import read_yaml
 
 _CHOICES = ("hparam", "data", "backbone", "adapter", "head")
@@ -184,7 +184,7 @@ def _strip_folders(node: Any) -> Any:
 def _tensors(config: Mapping[str, Any], model: Segmenter, delta: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the tensors that a file of this config holds, and the hashes of those that it does not hold."""
     state = model.state_dict()
-    tensors = {f"{CONSTANTS}/{name}": value for name, value in constants(model).items()}
+    tensors = {f"{CONSTANTS}/{name}": value for name, value in non_persistent_buffers(model).items()}
     if delta:
         return tensors | {f"model/{name}": state[name] for name in trained_names(model)}, frozen_fingerprint(model)
     empty = ModelBuilder.of(config).outline()
@@ -316,7 +316,7 @@ def scores_of(path: Path, classes: Sequence[str], evaluation: str | None) -> dic
         }
     try:
         _FOUND(found, "it")
-    except forms.Misshapen as error:
+    except forms.SchemaError as error:
         raise UserError(f"{where}: its scores are invalid ({error}). Run mode=eval again.") from None
     return found
 
@@ -331,7 +331,7 @@ def data_of(path: Path, name: str) -> dict[str, Any]:
     found: dict[str, Any] = {"name": name}
     try:
         split = forms.read_json(path.parent.parent / "split.json", _SPLIT)
-    except (OSError, forms.Misshapen, UserError):
+    except (OSError, forms.SchemaError, UserError):
         return found
     for side, names in split.items():
         digest = hashlib.sha256(json.dumps(names).encode()).hexdigest()
@@ -349,8 +349,8 @@ def _split_of(folder: Path, path: Path) -> str:
         raise UserError(f"export.scores={folder} is not a run folder of mode=eval ({error}). Give one.") from None
     if not same:
         raise UserError(
-            f"export.scores={folder}: those scores belong to {shown(resumed, 500)}, not to {path}. Evaluate this "
-            "checkpoint."
+            f"export.scores={folder}: those scores belong to {format_value(resumed, 500)}, not to {path}. Evaluate "
+            "this checkpoint."
         )
     return config["mode"]["split"]
 
@@ -358,5 +358,5 @@ def _split_of(folder: Path, path: Path) -> str:
 def _read(path: Path, form: forms.Form, where: str) -> Mapping[str, Any]:
     try:
         return forms.read_json(path, form)
-    except (OSError, forms.Misshapen) as error:
+    except (OSError, forms.SchemaError) as error:
         raise UserError(f"{where}: {path.name} is invalid ({error}). Run mode=eval again.") from None

@@ -8,7 +8,7 @@ from dinoseg.metrics.protocols.contract import Cases, ScoringCase
 from dinoseg.utils import forms
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import entries, is_name
-from dinoseg.utils.wording import listed
+from dinoseg.utils.wording import join_names
 
 _SHOWN = 5  # names in a message
 TRACKED, MASKS = "track.json", "masks"  # in a finished run of mode=track
@@ -162,7 +162,7 @@ def tracked_sequence(folder: Path) -> str | None:
         return None
     try:
         source = PurePosixPath(forms.read_json(record, _TRACKED_FORM)["input"])
-    except forms.Misshapen as error:
+    except forms.SchemaError as error:
         raise UserError(f"{record} is damaged ({error}). Track again, or give a folder of predictions.") from error
     return source.stem if source.suffix else source.name
 
@@ -184,4 +184,4 @@ def _folders(folder: Path, option: str, layout: str) -> list[str]:
 
 
 def _listed(names: Iterable[str]) -> str:
-    return listed(list(names), _SHOWN) or "nothing"
+    return join_names(list(names), _SHOWN) or "nothing"

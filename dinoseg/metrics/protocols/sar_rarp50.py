@@ -14,7 +14,7 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import entries
 from dinoseg.utils.images import read_ids
 from dinoseg.utils.ranges import NotNegative
-from dinoseg.utils.wording import listed
+from dinoseg.utils.wording import join_names
 
 CLASSES = (  # ids 1 to 9; 0, the background, is not scored
     "Tool Clasper",
@@ -140,16 +140,16 @@ def find_frames(reference: Path, prediction: Path) -> Cases:
     if not any(masks.values()):
         raise UserError(
             f"reference={reference} holds no <video>/{FOLDER}/<stem>.png. Give the folder that holds the videos, "
-            f"such as test/ of the data set{f'; it holds {listed(videos)}' if videos else ''}."
+            f"such as test/ of the data set{f'; it holds {join_names(videos)}' if videos else ''}."
         )
     listing = Cases([])
     labelled = [video for video in videos if masks[video]]
     if not any((prediction / video / FOLDER).is_dir() for video in labelled):
         held = _folders_in(prediction)
-        there = f"; it holds {listed(held)}" if held else ""
+        there = f"; it holds {join_names(held)}" if held else ""
         raise UserError(
             f"prediction={prediction} holds no folder {FOLDER}/ for the videos in reference={reference}, "
-            f"{listed(labelled)}{there}. Check that split and names match."
+            f"{join_names(labelled)}{there}. Check that split and names match."
             + pictures_hint(prediction, (path.name for path in prediction.rglob("*_pred.png")))
         )
     for video in videos:
@@ -166,7 +166,7 @@ def find_frames(reference: Path, prediction: Path) -> Cases:
         else:
             _add_video(listing, video, masks[video], prediction / video / FOLDER)
     if extra := [name for name in _folders_in(prediction) if name not in masks]:
-        listing.notes.append(f"{prediction}: folders without reference are not scored: {listed(extra)}")
+        listing.notes.append(f"{prediction}: folders without reference are not scored: {join_names(extra)}")
     return listing
 
 
@@ -220,7 +220,7 @@ def _read_mask(path: Path) -> np.ndarray:
             raise BadFile(path, f"holds colours, not class ids: save it as grey with ids 0 to {len(CLASSES)}")
         ids = ids[..., 0]
     if outside := np.unique(ids[(ids < 0) | (ids > len(CLASSES))]).tolist():
-        shown = listed([str(number) for number in outside])
+        shown = join_names([str(number) for number in outside])
         raise BadFile(path, f"holds ids that are not classes, {shown}: the ids are 0 to {len(CLASSES)}")
     return ids.astype(np.uint8)
 
@@ -244,11 +244,11 @@ def _add_video(listing: Cases, video: str, masks: dict[str, Path], folder: Path)
     if len(predicted) != len(masks):
         remarks.append(f"{len(predicted)} files for {len(masks)} reference frames, which the official script refuses")
     if missing := [file for file in masks if file not in predicted]:
-        remarks.append(f"missing predictions (see the rules for their score), {len(missing)}: {listed(missing)}")
+        remarks.append(f"missing predictions (see the rules for their score), {len(missing)}: {join_names(missing)}")
     extra = sorted(predicted - masks.keys())
     if ended := [file for file in extra if Path(file).with_suffix(".png").name in missing]:
-        remarks.append(f"missing only because their suffix is not .png, {len(ended)}: {listed(ended)}")
+        remarks.append(f"missing only because their suffix is not .png, {len(ended)}: {join_names(ended)}")
     if extra:
-        remarks.append(f"files without reference, which are not scored, {len(extra)}: {listed(extra)}")
+        remarks.append(f"files without reference, which are not scored, {len(extra)}: {join_names(extra)}")
     if remarks:
         listing.notes.append(f"{folder}: {'; '.join(remarks)}")

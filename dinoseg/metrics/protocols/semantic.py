@@ -12,7 +12,7 @@ from dinoseg.metrics.protocols.trees import Tree, match, read_both, read_labels,
 from dinoseg.metrics.surface import boundary_ious, surface_dices
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Count, NotNegative
-from dinoseg.utils.wording import listed
+from dinoseg.utils.wording import join_names
 
 _TREE = Tree()
 _BAND = 0.02  # width of the Boundary IoU band, as a share of the image diagonal
@@ -72,7 +72,7 @@ class Semantic(DatasetProtocol):
             )
         if len(classes) != num_classes:
             raise UserError(
-                f"num_classes={num_classes}, but there are {len(classes)} class names ({listed(classes)}): leave "
+                f"num_classes={num_classes}, but there are {len(classes)} class names ({join_names(classes)}): leave "
                 "num_classes out, or correct one of them."
             )
         if not 0 <= tolerance < np.inf:

@@ -12,7 +12,7 @@ from dinoseg.metrics.protocols.contract import BadFile, Cases, ScoringCase
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import visible_files
 from dinoseg.utils.images import read_ids
-from dinoseg.utils.wording import count_of, listed
+from dinoseg.utils.wording import count_of, join_names
 
 _SHOWN = 5  # names in a message
 
@@ -152,7 +152,7 @@ def extra(names: Iterable[str], folder: Path) -> list[str]:
         by_parent.setdefault(folder / parent, []).append(stem)
     return [
         f"{count_of(stems, 'prediction')} in {parent} {'has' if len(stems) == 1 else 'have'} no reference and "
-        f"{'is' if len(stems) == 1 else 'are'} not scored: {listed(stems, _SHOWN)}"
+        f"{'is' if len(stems) == 1 else 'are'} not scored: {join_names(stems, _SHOWN)}"
         for parent, stems in by_parent.items()
     ]
 

@@ -122,7 +122,7 @@ def _loaded_files(weights: str, folder: Path) -> list[Path]:
         return [path for path in [folder / "model.safetensors"] if path.exists()]
     try:
         names = forms.read_json(index, _SHARDS)["weight_map"].values()
-    except (OSError, forms.Misshapen) as error:
+    except (OSError, forms.SchemaError) as error:
         raise UserError(f"backbone.weights={weights}: {_INDEX} cannot be read ({error}). Download it again.") from None
     return [folder / name for name in sorted(set(names))]
 

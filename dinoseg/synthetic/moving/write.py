@@ -19,7 +19,7 @@ from dinoseg.utils.atomic import atomic_folder
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import write_png
 from dinoseg.utils.ranges import Count, Natural
-from dinoseg.utils.wording import listed
+from dinoseg.utils.wording import join_names
 
 FOLDERS = ("train", "validation", "test")
 PICTURES = ("frames", "segmentations")  # subfolders of each video
@@ -120,8 +120,8 @@ def _missing(root: Path, videos: list[MovingVideo]) -> list[MovingVideo]:
     foreign = [path.name for path in _shown(root) if path.name not in FOLDERS]
     if foreign:
         raise UserError(
-            f"{root} holds {listed(foreign)}, which was not rendered by this command. Choose another root: rendering "
-            "does not write into folders with other data."
+            f"{root} holds {join_names(foreign)}, which was not rendered by this command. Choose another root: "
+            "rendering does not write into folders with other data."
         )
     existing = [path for folder in FOLDERS for path in _shown(root / folder)]
     absent = missing(root, videos, existing, _description, "folder")

@@ -25,7 +25,7 @@ from dinoseg.utils.files import check_regular, entries
 from dinoseg.utils.images import write_png
 from dinoseg.utils.locks import locked
 from dinoseg.utils.ranges import Count
-from dinoseg.utils.wording import listed
+from dinoseg.utils.wording import join_names
 
 log = logging.getLogger(__name__)
 
@@ -180,7 +180,9 @@ def _report(results: Mapping[PolygonFile, Counter[str]]) -> None:
     lines = []
     for key in sorted(key for key in counts if key.startswith(_UNKNOWN)):
         paths = sorted(job.path for job, result in results.items() if key in result)
-        lines.append(f"\n- {key.removeprefix(_UNKNOWN)} ({counts[key]}): {listed([str(path) for path in paths], 3)}")
+        lines.append(
+            f"\n- {key.removeprefix(_UNKNOWN)} ({counts[key]}): {join_names([str(path) for path in paths], 3)}"
+        )
     if lines:
         log.warning("Objects with labels that IDD does not have were left out:%s", "".join(lines))
 

@@ -37,7 +37,7 @@ from dinoseg.utils.images import write_png
 from dinoseg.utils.locks import locked
 from dinoseg.utils.ranges import Count, Share
 from dinoseg.utils.units import finished
-from dinoseg.utils.wording import count_of, listed
+from dinoseg.utils.wording import count_of, join_names
 
 SPLIT_FOLDERS = TRAIN_FOLDERS + TEST_FOLDERS
 _LOCK = ".prepare.lock"  # in the root: one run at a time
@@ -190,7 +190,7 @@ def _extract(folder: Path, rate: int) -> dict[str, int]:
         return counts
     if not video.is_file():
         names = sorted(path.name for path in folder.iterdir())
-        raise UserError(f"{folder} has no {VIDEO}; it holds {listed(names)}. Unpack the video's archive again.")
+        raise UserError(f"{folder} has no {VIDEO}; it holds {join_names(names)}. Unpack the video's archive again.")
     target = folder / FRAME_FOLDERS[0]
     step = FRAMES_PER_SECOND // rate
     decoded = extract_frames(video, target, step=step)
@@ -212,7 +212,7 @@ def _extracted_elsewhere(folder: Path, masks: Mapping[str, Path], rate: int) -> 
         return None
     if lone := sorted(masks.keys() - frames.keys()):
         raise UserError(
-            f"{folder} has {count_of(lone, 'mask')} without frame: {listed(lone)}. Remove its frames and put "
+            f"{folder} has {count_of(lone, 'mask')} without frame: {join_names(lone)}. Remove its frames and put "
             f"{VIDEO} there to extract them."
         )
     if there < rate:
@@ -226,12 +226,12 @@ def _verify(folder: Path, decoded: int, step: int) -> None:
     if masks != due:
         raise UserError(
             f"{folder / VIDEO} has {decoded} frames, so it needs {len(due)} masks; {MASK_FOLDER}/ has {len(masks)} "
-            f"(missing: {listed(sorted(due - masks)) or 'none'}; without a frame: "
-            f"{listed(sorted(masks - due)) or 'none'}). Unpack the video's archive again."
+            f"(missing: {join_names(sorted(due - masks)) or 'none'}; without a frame: "
+            f"{join_names(sorted(masks - due)) or 'none'}). Unpack the video's archive again."
         )
     frames = png_files(folder / FRAME_FOLDERS[0]).keys()
     if lacking := sorted({f"{index:09d}" for index in range(0, decoded, step)} - frames):
-        raise UserError(f"{folder / FRAME_FOLDERS[0]} lacks the frames {listed(lacking)}. Run again.")
+        raise UserError(f"{folder / FRAME_FOLDERS[0]} lacks the frames {join_names(lacking)}. Run again.")
 
 
 def _chosen(jobs: list[VideoJob], videos: Sequence[str] | None) -> list[VideoJob]:
@@ -241,7 +241,7 @@ def _chosen(jobs: list[VideoJob], videos: Sequence[str] | None) -> list[VideoJob
     if unknown := [name for name in videos if name not in known]:
         raise UserError(
             f"data.prepare.videos names {', '.join(unknown)}, which do not exist. Choose from "
-            f"{listed([job.name for job in jobs], 60)}."
+            f"{join_names([job.name for job in jobs], 60)}."
         )
     return [job for job in jobs if job.name in videos or job.folder.name in videos]
 

@@ -40,7 +40,7 @@ class SumsCheckpoint:
             before = forms.read_json(note, forms.table(forms.plain))
         except FileNotFoundError:
             before = None
-        except forms.Misshapen as error:
+        except forms.SchemaError as error:
             raise UserError(f"{note} is damaged ({error}). Choose another hydra.run.dir.") from None
         if before is not None:
             check_same_settings(folder, before, settings, key="hydra.run.dir")

@@ -14,7 +14,7 @@ from dinoseg.inference.results import mask_names
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import visible_files
 from dinoseg.utils.images import IMAGE_SUFFIXES
-from dinoseg.utils.wording import listed
+from dinoseg.utils.wording import join_names
 
 _RATE = 25.0  # frames per second of a video without a valid rate
 _ROUNDING = 1e-6  # tolerance in seconds of a frame's time at a step
@@ -95,8 +95,8 @@ def pool_indices(names: Collection[str], pool: list[PoolImage]) -> list[int]:
     if absent := sorted(set(names) - known.keys()):
         raise UserError(
             f"labels names {len(absent)} of {len(names)} images that are not among the {len(pool)} to choose from: "
-            f"{listed(absent)}. Image names have the form {listed([pool[0].name, pool[-1].name])}: name masks like "
-            "their images, or leave labels out."
+            f"{join_names(absent)}. Image names have the form {join_names([pool[0].name, pool[-1].name])}: name masks "
+            "like their images, or leave labels out."
         )
     return sorted(known[name] for name in names)
 

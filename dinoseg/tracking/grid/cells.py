@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.transfer import sent
+from dinoseg.utils.transfer import to_device
 
 
 def one_hot(ids: Tensor, num_labels: int | None = None) -> Tensor:
@@ -43,7 +43,7 @@ def area_mean(pixels: Tensor, grid: tuple[int, int], valid: tuple[float, float])
     columns = _overlaps(pixels.shape[-1], grid[1], valid[1]).to(pixels.dtype)  # (w, W)
     # half precision rounds means to 3 digits, too few for the small differences between frames
     with torch.autocast(pixels.device.type, enabled=False):
-        return sent(rows, pixels.device) @ pixels @ sent(columns, pixels.device).T
+        return to_device(rows, pixels.device) @ pixels @ to_device(columns, pixels.device).T
 
 
 def _overlaps(length: int, cells: int, valid: float) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from dinoseg.tracking.grid.cells import one_hot
 from dinoseg.tracking.grid.settings import MatchSettings
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.transfer import sent
+from dinoseg.utils.transfer import to_device
 
 # Cells per tile side. Small tiles compute fewer similarities outside their windows, large tiles need fewer calls.
 # 8 was the fastest on a CPU with 60 x 107 cells and radius 12; a GPU needs larger tiles for parallelism.
@@ -54,7 +54,7 @@ def _match_tile(
     sizes = [(rows.stop - rows.start) * (columns.stop - columns.start) for rows, columns in regions]
     queries = target.flatten(0, 1)  # (M, C)
     similarities = queries.new_empty(len(queries), sum(sizes))
-    outside = sent(_outside(area, near, settings), queries.device)  # (M, cells around)
+    outside = to_device(_outside(area, near, settings), queries.device)  # (M, cells around)
     for part, region, (features, _) in zip(similarities.split(sizes, dim=1), regions, frames, strict=True):
         torch.mm(queries, features[region].flatten(0, 1).T, out=part)
         if region is near:

@@ -12,7 +12,7 @@ from dinoseg.core.contracts import Backbone
 from dinoseg.tracking.propagation.settings import PropagationSettings
 from dinoseg.tracking.tracker import Autocast, Size
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.transfer import sent
+from dinoseg.utils.transfer import to_device
 
 
 def last_maps(
@@ -33,7 +33,7 @@ def last_maps(
     """
     size = input_size((frames[0].shape[0], frames[0].shape[1]), settings, backbone.patch_size)
     resized = np.stack([resize(frame, size, settings.resample) for frame in frames])
-    images = sent(torch.from_numpy(resized), device).permute(0, 3, 1, 2).float() / 255  # (B, 3, H, W)
+    images = to_device(torch.from_numpy(resized), device).permute(0, 3, 1, 2).float() / 255  # (B, 3, H, W)
     with autocast():
         return backbone(images)[-1]  # (B, C, h, w)
 

@@ -12,7 +12,7 @@ from dinoseg.data.clips.videos import VOID
 from dinoseg.tracking.grid.cells import label_count, one_hot
 from dinoseg.tracking.propagation.settings import DINOV3, PropagationSettings
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.wording import listed
+from dinoseg.utils.wording import join_names
 
 logger = logging.getLogger(__name__)
 _FLAT = 1e-6  # relative range below which a channel counts as constant
@@ -48,7 +48,7 @@ class ObjectChannels:
                 "Frame %d: too small for the centre of a grid cell, so not tracked: object %s. Set a larger "
                 "tracker.short_side, or tracker.first=bilinear.",
                 frame,
-                listed(lost),
+                join_names(lost),
             )
         return labels
 

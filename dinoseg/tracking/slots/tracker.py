@@ -23,8 +23,8 @@ from dinoseg.tracking.slots.settings import SlotTracking
 from dinoseg.tracking.state_form import TensorForm, check_state
 from dinoseg.tracking.tracker import Autocast, LabelledFrames, Tracker
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.transfer import sent
-from dinoseg.utils.wording import listed
+from dinoseg.utils.transfer import to_device
+from dinoseg.utils.wording import join_names
 
 logger = logging.getLogger(__name__)
 
@@ -152,7 +152,7 @@ class SlotTracker(Tracker):
     ) -> Iterator[tuple[Tensor, Tensor, tuple[float, float]]]:
         """Yield the soft masks (S, h, w) of each of the next frames, the slots' IDs (S,) uint8, and `valid`."""
         self._check_labels(labels)
-        images = sent(torch.from_numpy(np.stack(frames)), self.device).permute(0, 3, 1, 2)  # (B, 3, H, W)
+        images = to_device(torch.from_numpy(np.stack(frames)), self.device).permute(0, 3, 1, 2)  # (B, 3, H, W)
         pixels = self._model.pixels(images)
         valid = valid_share((pixels.shape[-2], pixels.shape[-1]), self._model.patch_size)
         features, background = self._features(pixels)
@@ -260,7 +260,7 @@ def _warn_of_missing(given: np.ndarray, found: np.ndarray, remedies: Sequence[st
             "No slot covers the first mask's %s %s (of %d): another object wins its cells, or it is smaller than a "
             "cell. Set %sa larger head.num_slots or resolution, or train longer.",
             "object" if len(unseen) == 1 else "objects",
-            listed(unseen),
+            join_names(unseen),
             len(ids),
             "".join(f"{remedy}, " for remedy in remedies),
         )

@@ -10,7 +10,7 @@ from dinoseg.data.clips.videos import VOID, picture_files
 from dinoseg.inference.inputs import FrameReader
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import FORMATS, IMAGE_SUFFIXES, read_ids
-from dinoseg.utils.wording import count_of, listed
+from dinoseg.utils.wording import count_of, join_names
 
 _LOSSY = ("JPEG", "MPO", "JPEG2000", "WEBP")  # Pillow's names; lossless WebP is rare
 _LOSSY_TIFF = ("jpeg", "tiff_jpeg", "webp")
@@ -83,8 +83,8 @@ def _in_folder(folder: Path, frames: FrameReader) -> dict[int, Path]:
     lone = [file for name, file in names.items() if frames.position(name) is None]
     if lone:
         raise UserError(
-            f"labels={folder} has {count_of(lone, 'mask')} without frame in {frames.path}: {listed(lone)}. Masks are "
-            f"{_NAMES}."
+            f"labels={folder} has {count_of(lone, 'mask')} without frame in {frames.path}: {join_names(lone)}. Masks "
+            f"are {_NAMES}."
         )
     masks: dict[int, Path] = {}
     for name, file in names.items():
@@ -96,8 +96,8 @@ def _in_folder(folder: Path, frames: FrameReader) -> dict[int, Path]:
     if 0 not in masks:
         raise UserError(
             f"labels={folder} has no mask for the first frame, {frames.frame_name(0)}; it has "
-            f"{listed([frames.frame_name(position) for position in sorted(masks)])}. Add one, or give an input that "
-            "starts at the first mask."
+            f"{join_names([frames.frame_name(position) for position in sorted(masks)])}. Add one, or give an input "
+            "that starts at the first mask."
         )
     return masks
 

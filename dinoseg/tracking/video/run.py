@@ -26,7 +26,7 @@ from dinoseg.tracking.video.state import (
     save_track_state,
 )
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.wording import count_of, listed
+from dinoseg.utils.wording import count_of, join_names
 
 logger = logging.getLogger(__name__)
 _DEPTH = 2  # batches queued before and after the tracker
@@ -220,7 +220,7 @@ class VideoBatches:
         surplus = [path.name for position, path in self._labels.files.items() if position >= self._done]
         if surplus:
             raise UserError(
-                f"labels has {count_of(surplus, 'mask')} without frame: {listed(surplus)}; {self._frames.path} has "
+                f"labels has {count_of(surplus, 'mask')} without frame: {join_names(surplus)}; {self._frames.path} has "
                 f"{count_of(self._done, 'frame')}. Remove or rename them. {go_on}"
             )
 

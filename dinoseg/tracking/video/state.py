@@ -16,7 +16,7 @@ from dinoseg.utils import forms
 from dinoseg.utils.atomic import sync_to_disk
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.tensor_files import write_tensors
-from dinoseg.utils.wording import count_of, listed
+from dinoseg.utils.wording import count_of, join_names
 
 logger = logging.getLogger(__name__)
 MASKS, STATE, RESULT = "masks", "state.safetensors", "track.json"
@@ -96,7 +96,7 @@ def read_track_state(folder: Path) -> TrackState:
             raise UserError(f"{path} was written by a newer dinoseg. Update dinoseg, or start over.")
         _FORM(info, "its description")
         return TrackState(TrackProgress(**info["progress"]), info["settings"], tensors)
-    except (SafetensorError, OSError, forms.Misshapen) as error:
+    except (SafetensorError, OSError, forms.SchemaError) as error:
         raise UserError(f"{path} is not readable ({error}). Leave mode.restart out to start over.") from error
 
 
@@ -124,7 +124,7 @@ def check_masks(folder: Path, names: Iterable[str]) -> None:
     if lost:
         raise UserError(
             f"mode.restart={folder}: {count_of(lost, 'mask')} of the {len(files)} finished frames missing or empty in "
-            f"{folder / MASKS}: {listed(lost)}. Restore them, or start over without mode.restart."
+            f"{folder / MASKS}: {join_names(lost)}. Restore them, or start over without mode.restart."
         )
 
 

@@ -26,7 +26,7 @@ from dinoseg.training.feature_cache.form import described
 from dinoseg.training.feature_cache.key import hash_of, image_hash, overrides_both
 from dinoseg.training.feature_cache.store import FeatureStore, NoStore
 from dinoseg.utils.ranges import NotNegative
-from dinoseg.utils.transfer import sent
+from dinoseg.utils.transfer import to_device
 
 _MAX = 2**28  # bytes
 
@@ -90,7 +90,7 @@ class View:
 
 
 @dataclass
-class Views:
+class LazyFeatureBatch:
     """Samples of one size, whose missing features are computed by `to`."""
 
     cache: "FeatureCache"
@@ -115,11 +115,13 @@ class Views:
         """Return the samples' features and masks on `device`."""
         return self.cache.completed(self.views, device)
 
-    def split(self, parts: int) -> list["Views"]:
+    def split(self, parts: int) -> list["LazyFeatureBatch"]:
         """Split the samples in their order into batches whose sizes differ by at most one sample."""
         whole, more = divmod(len(self.views), parts)
         ends = [number * whole + min(number, more) for number in range(parts + 1)]
-        return [Views(self.cache, self.views[first:last]) for first, last in zip(ends, ends[1:], strict=False)]
+        return [
+            LazyFeatureBatch(self.cache, self.views[first:last]) for first, last in zip(ends, ends[1:], strict=False)
+        ]
 
 
 @dataclass
@@ -166,7 +168,7 @@ class FeatureCache:
 
     def train_batches(
         self, drawn: TrainViews, *, workers: Workers, batch_size: int, start: int, **order: int
-    ) -> Iterator[Views]:
+    ) -> Iterator[LazyFeatureBatch]:
         """Yield this rank's share of each training batch, with the same views as `loader.train_batches`.
 
         Once each view has been read, AUTO restarts with this process only: receiving a view from another process takes
@@ -180,13 +182,15 @@ class FeatureCache:
         again = partial(_read_views, drawn, NoStore(), self.drawing, self._masks)
         stream = batches(start=start, workers=first)
         if self.views is None or not self.keeps:  # no view occurs twice
-            return map(partial(Views, self), stream)
+            return map(partial(LazyFeatureBatch, self), stream)
         if first == AUTO:
             seen = self.views * -(-samples // batch_size)
             stream = _followed(stream, seen, partial(batches, start=start + seen, workers=FROM_NONE))
         return map(partial(self._arrived, again, masks=here), stream)
 
-    def eval_batches(self, data: SegmentationData, *, workers: Workers, rank: int, world: int) -> Iterator[Views]:
+    def eval_batches(
+        self, data: SegmentationData, *, workers: Workers, rank: int, world: int
+    ) -> Iterator[LazyFeatureBatch]:
         """Yield this rank's samples once and in order, each in a batch of its own and not augmented."""
         read = partial(_read_whole, data, self.store, self._masks)
         workers = self._workers(workers)
@@ -199,7 +203,7 @@ class FeatureCache:
     def completed(self, views: list[View], device: torch.device) -> FeatureBatch:
         """Return features and masks of views on `device`; missing features are computed and cached."""
         rows = [self._features(view, device) for view in views]
-        stacks = [sent(torch.stack(part), device) for part in zip(*rows, strict=True)]
+        stacks = [to_device(torch.stack(part), device) for part in zip(*rows, strict=True)]
         tensors = [part.float() if part.is_floating_point() else part for part in stacks]  # uint8 tensors are pixels
         if self.noise:
             for row, view in enumerate(views):
@@ -207,7 +211,7 @@ class FeatureCache:
         masks = torch.stack([view.mask for view in views])
         size = _size(masks)
         frozen = FrozenFeatures(tensors, size, self.model.input_size(size))
-        return FeatureBatch(frozen, sent(masks, device), [view.name for view in views])
+        return FeatureBatch(frozen, to_device(masks, device), [view.name for view in views])
 
     def _disturb(self, features: list[Tensor], draw: int | None) -> None:
         """Add noise to the features of one image, in place."""
@@ -227,7 +231,7 @@ class FeatureCache:
             return cached
         assert view.image is not None
         with self.autocast():
-            frozen = self.model.frozen(sent(view.image[None], device))
+            frozen = self.model.frozen(to_device(view.image[None], device))
         computed = self.store.put(view.key, [part[0] for part in frozen.tensors])
         self.shapes[view.kind] = described(computed)
         return computed
@@ -235,7 +239,7 @@ class FeatureCache:
     def _workers(self, workers: Workers) -> Workers:
         return 0 if self.place == "memory" else workers  # other processes would not see cached features
 
-    def _arrived(self, again: Callable[..., View], views: list[View], *, masks: bool = True) -> Views:
+    def _arrived(self, again: Callable[..., View], views: list[View], *, masks: bool = True) -> LazyFeatureBatch:
         """Return views that were read here or in another process, and remember their masks and checked keys.
 
         Args:
@@ -250,7 +254,7 @@ class FeatureCache:
                 self._masks.keep((view.key, view.name), view.mask)
             if view.features is not None:
                 self.store.trust(view.key)
-        return Views(self, views)
+        return LazyFeatureBatch(self, views)
 
     def _matches(self, features: list[Tensor], kind: Kind) -> bool:
         """Return whether a view's features have the shapes of its kind; log the first mismatch."""

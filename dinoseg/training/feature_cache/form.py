@@ -118,22 +118,22 @@ def from_bytes(key: str, data: np.ndarray, stored: Stored, *, verify: bool) -> l
     """
     start = data[: _START + _LONGEST_HEADER].tobytes()
     if not start.startswith(_MAGIC):
-        raise forms.Misshapen("it is not a feature file")
+        raise forms.SchemaError("it is not a feature file")
     if verify and _checksum(data[_START:].data) != start[len(_MAGIC) : _START]:
-        raise forms.Misshapen("its checksum differs")
+        raise forms.SchemaError("its checksum differs")
     text, newline, _ = start[_START:].partition(b"\n")
     header = forms.parse_json(text, _FORM)
     held = "bfloat16" if (stored, header["stored"]) == ("float16", "bfloat16") else stored
     if not newline or (header["key"], header["stored"]) != (key, held) or not all(header["shapes"]):
-        raise forms.Misshapen("it belongs to other features")
+        raise forms.SchemaError("it belongs to other features")
     places, end = _places(_aligned(_START + len(text) + 1), header["shapes"], header["bytes"], held)
     if end != len(data):
-        raise forms.Misshapen(f"it has {len(data)} bytes instead of {end}")
+        raise forms.SchemaError(f"it has {len(data)} bytes instead of {end}")
     tensors = [
         torch.from_numpy(data[offset : offset + size]).view(dtype).view(shape) for offset, size, dtype, shape in places
     ]
     if verify and not all(map(_is_finite, tensors)):
-        raise forms.Misshapen("it holds values that are not finite")
+        raise forms.SchemaError("it holds values that are not finite")
     return tensors
 
 

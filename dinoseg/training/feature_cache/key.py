@@ -23,7 +23,7 @@ from dinoseg.utils import forms
 from dinoseg.utils.atomic import write_json
 from dinoseg.utils.cores import count_cores
 from dinoseg.utils.units import finished
-from dinoseg.utils.wording import listed
+from dinoseg.utils.wording import join_names
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ def origin(root: Path, parts: Mapping[str, str]) -> str:
                 "The features cached in %s were computed with other %s: they are not used, and features are "
                 "recomputed.",
                 root,
-                listed(min(differing, key=len)),
+                join_names(min(differing, key=len)),
             )
         with suppress(OSError):  # logged when the first features cannot be written
             write_json(root / name / _NOTE, dict(parts))
@@ -128,5 +128,5 @@ def _version(library: str) -> str | None:
 
 def _read(path: Path) -> dict[str, str]:
     if path.exists() and not path.is_file():
-        raise forms.Misshapen("it is not a file")
+        raise forms.SchemaError("it is not a file")
     return forms.read_json(path, forms.table(forms.text))

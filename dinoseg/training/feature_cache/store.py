@@ -18,7 +18,7 @@ from torch import Tensor
 from dinoseg.training.feature_cache.form import MAX_BYTES, Stored, from_bytes, restored, rounded, to_bytes, type_of
 from dinoseg.utils.atomic import atomic_file, open_no_link, write_all
 from dinoseg.utils.errors import DISK_FULL, free_space
-from dinoseg.utils.forms import Misshapen
+from dinoseg.utils.forms import SchemaError
 from dinoseg.utils.ranges import Positive
 from dinoseg.utils.wording import in_bytes
 
@@ -158,7 +158,7 @@ class DiskStore:
             tensors = from_bytes(key, _read(path, touch=first), self.stored, verify=first)
         except FileNotFoundError:
             return None
-        except (OSError, Misshapen) as error:
+        except (OSError, SchemaError) as error:
             if not self._has_warned:
                 log.warning("%s cannot be used (%s). Such features are recomputed.", path, error)
             self._has_warned = True
@@ -255,15 +255,15 @@ def _read(path: Path, *, touch: bool) -> np.ndarray:
     """Return the bytes of a file; not memory-mapped, since reading a map of a truncated file kills the process."""
     status = path.lstat()
     if not stat.S_ISREG(status.st_mode):
-        raise Misshapen("it is not a regular file")
+        raise SchemaError("it is not a regular file")
     if not 0 < status.st_size <= MAX_BYTES:
-        raise Misshapen(f"it has {status.st_size} bytes")
+        raise SchemaError(f"it has {status.st_size} bytes")
     content = np.empty(status.st_size, np.uint8)
     with open(path, "rb", opener=open_no_link) as file:
         if not os.path.samestat(status, os.fstat(file.fileno())):
-            raise Misshapen("it was replaced while it was opened")
+            raise SchemaError("it was replaced while it was opened")
         if file.readinto(content.data) < len(content):
-            raise Misshapen("it is truncated")
+            raise SchemaError("it is truncated")
     if touch:
         with suppress(OSError):  # a read-only cache
             os.utime(path)

@@ -23,7 +23,7 @@ from dinoseg.cli.auto import recipe
 from dinoseg.cli.auto.given import drop_typed
 from dinoseg.cli.auto.timing import time_candidate
 from dinoseg.config.nodes import instantiate
-from dinoseg.config.plain import plain
+from dinoseg.config.plain import to_container
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.step import training_parts
 from dinoseg.training import checkpoint
@@ -695,7 +695,7 @@ def test_a_rank_is_timed_with_its_share_of_a_batch(tmp_path, compose, monkeypatc
     monkeypatch.setattr(timing, "_seconds_of_val", lambda *_: 4.0)
     monkeypatch.setattr(timing, "_cut", lambda model, batch, engine: (model.frozen(batch.image.float()), 8.0))
     cfg = compose(*SMALL, f"data.root={tmp_path}/data", "adapter=frozen", "data.batch_size=4")
-    alone, two = (time_candidate(plain(cfg), minutes=9, ranks=ranks) for ranks in (1, 2))
+    alone, two = (time_candidate(to_container(cfg), minutes=9, ranks=ranks) for ranks in (1, 2))
     assert sizes == [4, 4, 2, 2]
     assert (alone.image, alone.cached, alone.frozen, alone.val) == (1.5, 1.5, 2.0, 4.0)
     assert (two.image, two.cached, two.frozen, two.val) == (1.5, 1.5, 2.0, 2.0)  # half the images, and two at once
@@ -749,7 +749,7 @@ def test_steps_of_a_backbone_that_rests_are_timed_where_it_learns(
 
     monkeypatch.setattr(timing, "try_steps", steps)
     cfg = compose(*SMALL, f"data.root={tmp_path}/data", f"adapter={adapter}", "data.batch_size=2")
-    timed = time_candidate(plain(cfg), minutes=9, may_freeze=may_freeze)
+    timed = time_candidate(to_container(cfg), minutes=9, may_freeze=may_freeze)
     assert found == [(pytest.approx(lasting), rests, begin) for lasting, rests, begin in tried]
     assert (timed.image, timed.resting) == (2.0, 1.0 if (adapter, may_freeze) == ("full", True) else None)
 

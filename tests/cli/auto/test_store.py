@@ -21,7 +21,7 @@ from dinoseg.cli.auto.recipe import (
     write_choices,
 )
 from dinoseg.config.resolvers import register_resolvers
-from dinoseg.utils.forms import Misshapen
+from dinoseg.utils.forms import SchemaError
 
 CHOICES = [
     RecipeChoice({"head": "detail"}, "poles are thin"),
@@ -41,7 +41,7 @@ def test_what_is_kept_is_read_back_equal(tmp_path):
 
 
 def test_what_would_not_be_read_back_is_not_written(tmp_path):
-    with pytest.raises(Misshapen, match="data.root"):
+    with pytest.raises(SchemaError, match="data.root"):
         write_choices(tmp_path / "choices.json", "x", [RecipeChoice({"data.root": "elsewhere"}, "")])
 
 
@@ -86,7 +86,7 @@ def test_the_size_of_the_batch_counts_over_all_choices(tmp_path):
     large = RecipeChoice({"resolution.crop": [2**13, 2**13]}, "large")
     choices = [large, RecipeChoice({"data.batch_size": 16}, "many")]
     write_choices(tmp_path / "choices.json", "x", choices)
-    with pytest.raises(Misshapen, match="batches of 2147483648 pixels"):
+    with pytest.raises(SchemaError, match="batches of 2147483648 pixels"):
         write_choices(tmp_path / "choices.json", "x", [*choices, RecipeChoice({"data.batch_size": 32}, "more")])
 
 

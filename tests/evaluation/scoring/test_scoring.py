@@ -14,7 +14,7 @@ import pytest
 from scipy import special, stats
 
 from dinoseg.evaluation.scoring import folders, intervals
-from dinoseg.evaluation.scoring.folders import Scored, Unscorable, score_cases
+from dinoseg.evaluation.scoring.folders import ScoringResult, Unscorable, score_cases
 from dinoseg.evaluation.scoring.intervals import Difference, Estimate, holm, jackknife, mean_of, widened
 from dinoseg.evaluation.scoring.summary import difference, summary
 from dinoseg.metrics.protocols.contract import BadFile, Cases, Measured, ScoreProtocol, ScoringCase
@@ -215,7 +215,7 @@ def test_the_paired_difference_of_many_cases_takes_no_square_of_them():
     many = cases(*(f"v{index}/a=1-2" for index in range(30_000)))
     measured = [(case, Share().measure(case)) for case in many.cases]
     sums = np.tile([1.0, 2, 0.5, 1], (len(measured), 1))
-    scored = Scored([case.name for case in many.cases], sums, sums.sum(axis=0), [], measured)
+    scored = ScoringResult([case.name for case in many.cases], sums, sums.sum(axis=0), [], measured)
     start = time.process_time()
     assert difference(Share(), scored, scored)["share"]["n"] == 30_000
     assert time.process_time() - start < 5  # looking up each in the others took a minute

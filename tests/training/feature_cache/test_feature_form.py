@@ -4,7 +4,7 @@ import torch
 
 from dinoseg.training.feature_cache.form import TYPES, from_bytes, restored, rounded, size_of, to_bytes
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.forms import Misshapen
+from dinoseg.utils.forms import SchemaError
 
 KEY = "0123456789abcdef" * 2
 SHAPES = [[(1, 1, 1)], [(5, 3, 7), (8, 1, 2)], [(9, 4)], [(6,), (2, 3, 4, 5)]]
@@ -80,7 +80,7 @@ def test_a_sample_of_numbers_that_float16_does_not_have_is_bfloat16_and_one_beyo
     for before, after in zip(given, read_back(given, "float16"), strict=True):
         assert torch.equal(before.bfloat16(), after)
     assert len(written(given, "float16")) == size_of(given, "float16")
-    with pytest.raises(Misshapen, match="other features"):
+    with pytest.raises(SchemaError, match="other features"):
         from_bytes(KEY, written(given, "bfloat16"), "float32", verify=True)
     for stored in ("float16", "bfloat16"):
         with pytest.raises(UserError, match=r"3.4e\+38 overflow in bfloat16.*features\.dtype=float32"):
@@ -92,7 +92,7 @@ def test_any_byte_that_is_another_is_seen(stored):
     content = bytearray(to_bytes(KEY, rounded(tensors([(3, 2, 2), (2, 3)]), stored), stored))
     for place in range(len(content)):
         content[place] ^= 0x10
-        with pytest.raises(Misshapen):
+        with pytest.raises(SchemaError):
             from_bytes(KEY, np.frombuffer(content, np.uint8), stored, verify=True)
         content[place] ^= 0x10
     from_bytes(KEY, np.frombuffer(content, np.uint8), stored, verify=True)
@@ -101,7 +101,7 @@ def test_any_byte_that_is_another_is_seen(stored):
 def test_a_file_that_is_cut_or_longer_is_seen_without_its_checksum_too():
     content = to_bytes(KEY, rounded(tensors([(40, 3, 7)]), "float16"), "float16")
     for wrong in (b"", content[:10], content[:40], content[:-64], content[:-1], content + bytes(64)):
-        with pytest.raises(Misshapen):
+        with pytest.raises(SchemaError):
             from_bytes(KEY, np.frombuffer(wrong, np.uint8), "float16", verify=False)
 
 
@@ -132,20 +132,20 @@ def test_headers_that_lie_are_refused_before_memory_is_taken(header):
     start = len(b"dinoseg features 2\n") + 4
     text = header.replace("KEY", KEY).encode("latin-1") + b"\n"
     forged = content[:start] + text + bytes(-(start + len(text)) % 64) + content[-64:]
-    with pytest.raises(Misshapen):
+    with pytest.raises(SchemaError):
         from_bytes(KEY, np.frombuffer(forged, np.uint8), "float16", verify=False)
 
 
 def test_features_of_another_type_or_key_are_none():
     content = written(tensors([(4, 2, 2)]), "float16")
     for key, stored in ((KEY[::-1], "float16"), (KEY, "bfloat16"), (KEY, "int8")):
-        with pytest.raises(Misshapen, match="other features"):
+        with pytest.raises(SchemaError, match="other features"):
             from_bytes(key, content, stored, verify=True)
 
 
 def test_numbers_that_somebody_has_made_infinite_are_seen():
     content = bytearray(to_bytes(KEY, [torch.tensor([[float("inf"), 1.0]])], "float32"))
-    with pytest.raises(Misshapen, match="finite"):
+    with pytest.raises(SchemaError, match="finite"):
         from_bytes(KEY, np.frombuffer(content, np.uint8), "float32", verify=True)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from dinoseg.data.doctor.findings import Finding, Scanned, share
-from dinoseg.utils.wording import count_of, listed
+from dinoseg.utils.wording import count_of, join_names
 
 _BINARY = "data.reader.masks.format=binary"
 _MUCH_VOID = 0.3  # share of ignored pixels above which a split gets a warning
@@ -113,7 +113,8 @@ def _unseen(splits: Sequence[Scanned]) -> Iterator[Finding]:
         yield Finding(
             "warning",
             "class_never_seen",
-            f"In no mask at all: {listed(never, 20)} ({len(never)} of {count_of(len(anywhere), 'class', 'classes')}).",
+            f"In no mask at all: {join_names(never, 20)} ({len(never)} of "
+            f"{count_of(len(anywhere), 'class', 'classes')}).",
             remedy="Check the class table (data.classes) and the masks: a wrong label map drops classes like this.",
         )
     train = seen.get("train")
@@ -124,14 +125,14 @@ def _unseen(splits: Sequence[Scanned]) -> Iterator[Finding]:
             yield Finding(
                 "warning",
                 "class_not_in_train",
-                f"In {split} but not in train: {listed(untaught, 20)}. These classes cannot be learned.",
+                f"In {split} but not in train: {join_names(untaught, 20)}. These classes cannot be learned.",
                 remedy="Split the data differently, or merge or ignore these classes (data.reader.masks.ids).",
             )
         if unscored := _named(train & ~present, splits[0]):
             yield Finding(
                 "warning" if split == "val" else "note",
                 "class_only_in_train",
-                f"In train but not in {split}: {listed(unscored, 20)}. Their score on {split} is undefined.",
+                f"In train but not in {split}: {join_names(unscored, 20)}. Their score on {split} is undefined.",
                 remedy="Split the data differently, or note that mIoU is the mean over the classes present.",
             )
 

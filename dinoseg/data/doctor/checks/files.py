@@ -16,7 +16,7 @@ from dinoseg.data.classes.mask_advice import (
 from dinoseg.data.doctor.findings import Finding, Scanned
 from dinoseg.data.scan.record import Record
 from dinoseg.utils.images import IMAGE_SUFFIXES, is_turned
-from dinoseg.utils.wording import listed
+from dinoseg.utils.wording import join_names
 
 _SKIP = "Or leave the pairs out: data.on_error=skip."
 
@@ -81,11 +81,11 @@ def _foreign_ids(splits: Sequence[Scanned]) -> Iterator[Finding]:
         "error",
         "foreign_ids",
         f"{len(bad)} of {total} masks with values that are not classes: "
-        f"{listed([f'{value} (in {count})' for value, count in foreign.most_common()], 10)}. {_known(part)}",
+        f"{join_names([f'{value} (in {count})' for value, count in foreign.most_common()], 10)}. {_known(part)}",
         tuple(record.mask for record, _ in bad),
         f"{_advice(part, list(foreign), [record for record, _ in bad])} {_SKIP}",
         reasons=tuple(
-            f"{record.mask}: {listed(values, 10) or record.problems['foreign_ids']}"
+            f"{record.mask}: {join_names(values, 10) or record.problems['foreign_ids']}"
             for (record, _), values in zip(bad, foreign_values, strict=True)
         ),
     )

@@ -9,7 +9,7 @@ from dinoseg.data.doctor.findings import Finding, Scanned
 from dinoseg.data.scan.record import Record
 from dinoseg.data.splits import regex_group
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.wording import count_of, listed
+from dinoseg.utils.wording import count_of, join_names
 
 _NEARLY_ALL = 0.9  # share of the smaller split above which two splits count as the same
 
@@ -81,8 +81,8 @@ def check_groups(splits: Sequence[Scanned], group: str | None) -> Iterator[Findi
                 "error",
                 "group_on_both_sides",
                 f"{count_of(both, 'video or drive', 'videos or drives')} ({rule}) both in {first} and in {second}: "
-                f"{listed(both, 10)}. Frames of one are nearly the same, so the score is too high. Official splits can "
-                "have this (CamVid's has): then compare only with scores on the same split.",
+                f"{join_names(both, 10)}. Frames of one are nearly the same, so the score is too high. Official splits "
+                "can have this (CamVid's has): then compare only with scores on the same split.",
                 tuple(file for name in both for file in (*ours[name], *theirs[name])),
                 "Put all frames of a video or drive into one split, as data.folds with data.group does. If the folders "
                 "are not videos or drives, define the groups: data.group=<regular expression on the name>.",

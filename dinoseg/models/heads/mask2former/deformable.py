@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dinoseg.models.heads.mask2former.levels import Size
 from dinoseg.utils.precision import at_least_float32
-from dinoseg.utils.transfer import sent
+from dinoseg.utils.transfer import to_device
 
 POINTS = 4  # per head and level
 # sampled values per chunk, 256 MiB in float32; only without gradients, since the backward pass needs all chunks, of
@@ -71,7 +71,7 @@ class DeformableAttention(nn.Module):
             offsets, weights, values = (at_least_float32(part) for part in (offsets, weights, values))
             weights = weights.flatten(3).softmax(-1).view_as(weights)
             scale = torch.tensor([(columns, rows) for rows, columns in sizes], dtype=offsets.dtype)  # (L, 2)
-            points = centres[:, None, None, None].to(offsets) + offsets / sent(scale, offsets.device)[:, None]
+            points = centres[:, None, None, None].to(offsets) + offsets / to_device(scale, offsets.device)[:, None]
             read = sample(values, sizes, points, weights)
         return self.output_proj(read)
 
