@@ -54,7 +54,7 @@ def mode(cfg, *, out_dir, does):
     left.itself, seen = left, weakref.ref(left)
     atexit.register(lambda: (out_dir / f"left{rank}").write_text(str(seen() is not None)))
     method = multiprocessing.get_start_method()
-    return {"matrix": [[0] * 150] * 150, "world": os.environ["WORLD_SIZE"], "method": method}
+    return {"matrix": [[0] * 150] * 150, "world_size": os.environ["WORLD_SIZE"], "method": method}
 
 
 def run(where, does):
@@ -70,7 +70,7 @@ def ended(tmp_path_factory):
 
 
 def test_a_result_larger_than_a_pipe_comes_back(ended):
-    assert (ended[1]["matrix"], ended[1]["world"]) == ([[0] * 150] * 150, "2")
+    assert (ended[1]["matrix"], ended[1]["world_size"]) == ([[0] * 150] * 150, "2")
 
 
 def test_what_a_cycle_keeps_is_freed_before_the_interpreter_ends(ended):

@@ -61,7 +61,7 @@ class FitSearch:
         self.recipe, self.target = recipe, target
         self._parts = recipe({})
         self._model = self._parts.outline()
-        self._parts.check_batch(self._model.head.min_batch_size, target.world)
+        self._parts.check_batch(self._model.head.min_batch_size, target.world_size)
         self._may_change_model = may_change_model
         self._batch = self._parts.batch_size
         self._effective = self._batch * self._parts.accumulate
@@ -138,9 +138,9 @@ class FitSearch:
 
     def _sizes(self) -> list[int]:
         """Return the batch sizes that divide the samples of a step, the largest first."""
-        world, most = self.target.world, self._batch if self._bound else self._effective
-        least = world * self._smallest
-        sizes = [size for size in range(most, 0, -1) if self._effective % size == 0 and size % world == 0]
+        world_size, most = self.target.world_size, self._batch if self._bound else self._effective
+        least = world_size * self._smallest
+        sizes = [size for size in range(most, 0, -1) if self._effective % size == 0 and size % world_size == 0]
         return [size for size in sizes if size >= least] or [self._batch]
 
     def _micro_batches(self, size: int) -> tuple[Change, ...]:
@@ -172,10 +172,10 @@ class FitSearch:
             step = step_bytes(
                 parts,
                 self._loss,
-                samples=parts.batch_size // self.target.world,
+                samples=parts.batch_size // self.target.world_size,
                 accumulate=parts.accumulate,
                 bf16=self.target.bf16,
-                world=self.target.world,
+                world_size=self.target.world_size,
             )
             self._tried[key] = Fit(parts, changes, step, self.target.need(step))
         return self._tried[key]

@@ -81,5 +81,5 @@ class Memory:
         kind, free = self.engine.device.type, free_bytes(self.engine.device) / self.ranks
         if kind not in KINDS or math.isinf(free) or self.engine.sharded:
             return None, free
-        target = Target(kind, round(free), bf16=self.engine.half, world=self.devices)
+        target = Target(kind, round(free), bf16=self.engine.half, world_size=self.devices)
         return FitSearch(recipe, target, may_change_model="adapter" not in self.given), free

@@ -51,7 +51,7 @@ class TrainedRun:
     Attributes:
         model: with the weights of the best checkpoint.
         engine: device and ranks.
-        feed: the data.
+        data_module: the data.
         backbone: returns the pretrained backbone, frozen.
         loss: returns the training loss.
         optimizer: returns the optimizer of a model.
@@ -135,7 +135,7 @@ def compare(run: TrainedRun, *, seconds: float) -> ProbeComparison | None:
     engine, data_module = run.engine, run.data_module
     if engine.sharded:
         return None
-    seconds = engine.share(seconds)  # rank 0's value, or ranks would decide differently and wait for one another
+    seconds = engine.broadcast(seconds)  # rank 0's value, or ranks would decide differently and wait for one another
     if seconds < _MIN_SECONDS:
         return None
     train, val = data_module.train, data_module.val

@@ -60,7 +60,7 @@ def compare_with_linear_probe(run: TrainedRun, out_dir: Path, *, seconds: float)
         until = time.monotonic() + _CAUSES * seconds
         causes = causes_of(replace(comparison, until=until)) if comparison else []
     except (MemoryError, RuntimeError, UserError) as error:
-        if engine.world > 1 or not (isinstance(error, UserError) or is_shortage(error)):
+        if engine.world_size > 1 or not (isinstance(error, UserError) or is_shortage(error)):
             raise  # other ranks would wait
         logger.warning("The run is complete, but its comparison with the linear probe failed: %s", reason_of(error))
         return None

@@ -83,9 +83,9 @@ class LossBytes:
 
 
 def step_bytes(
-    parts: TrainingParts, loss: LossBytes, *, samples: int, accumulate: int, bf16: bool, world: int = 1
+    parts: TrainingParts, loss: LossBytes, *, samples: int, accumulate: int, bf16: bool, world_size: int = 1
 ) -> StepBytes:
-    """Return the memory of a step on one of `world` devices, with `samples` per batch and `accumulate` batches.
+    """Return the memory of a step on one of `world_size` devices, with `samples` per batch and `accumulate` batches.
 
     Temporary memory of single operations and libraries is not counted, nor is validation.
 
@@ -108,7 +108,7 @@ def step_bytes(
             DummyLoss.apply(*(ends[index] for index in loss.learns)).backward()
             del ends
         gradients = sum(parameter.grad.nbytes for parameter in model.parameters() if parameter.grad is not None)
-    ranks = gradients if world > 1 else 0
+    ranks = gradients if world_size > 1 else 0
     constant = state + average + ranks - saved
     taken = loss.of(samples)
     grown = peak.grown if isinstance(peak, HeapBytes) else 0

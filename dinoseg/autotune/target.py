@@ -46,7 +46,7 @@ class Target:
     kind: str
     memory: int
     bf16: bool
-    world: int = 1
+    world_size: int = 1
     seen: float = 1.0
 
     @property

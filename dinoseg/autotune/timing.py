@@ -97,7 +97,7 @@ def time_recipe(
 
     Args:
         parts: of the training; the batch size is that of one rank.
-        feed: its data.
+        data_module: its data.
         engine: device and precision.
         began: start of the process's work, on the clock of `time.perf_counter`.
         minutes: the whole time budget; timing takes a share of it.

@@ -222,7 +222,7 @@ def _received(receiving: Any) -> list[Any]:
 
 
 def _run_rank(
-    rank: int, world: int, port: int, cfg: dict[str, Any], out_dir: Path, sending: connection.Connection
+    rank: int, world_size: int, port: int, cfg: dict[str, Any], out_dir: Path, sending: connection.Connection
 ) -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
     if sys.platform != "win32":
@@ -232,8 +232,8 @@ def _run_rank(
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world),
-        "LOCAL_WORLD_SIZE": str(world),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }

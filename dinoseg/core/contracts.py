@@ -179,7 +179,7 @@ class Head(nn.Module, Generic[Outputs]):
     weights: str | None = None  # file of its frozen part, if any
     no_object: bool = False  # whether the last column of its class logits means "no object"
     init: str | None = None  # `probe`: a new training starts from a linear probe, see `start`; None: at random
-    one_size: str | None = None  # why its exported graph has a fixed input size; None: any size
+    fixed_size_reason: str | None = None  # why its exported graph has a fixed input size; None: any size
 
     if TYPE_CHECKING:
 
@@ -281,7 +281,7 @@ class Loss(nn.Module):
     needs_similarity: bool = False  # whether it needs `SlotOutputs` with `similarity`
     needs_carried: bool = False  # whether it compares slots that are propagated from frame to frame
     sums_over_batch: bool = False  # whether splitting a batch changes it: it is no mean over samples or labels
-    num_divisors: int = 1  # D, number of divisors of its terms; more than 1: see `in_step`
+    num_divisors: int = 1  # D, number of divisors of its terms; more than 1: see `step_loss`
     divisor: Hashable = None  # identifies the divisor of a single term; None: only known after the forward pass
 
     if TYPE_CHECKING:
@@ -298,7 +298,7 @@ class Loss(nn.Module):
         """Return what a batch's labels add to the divisors (D,); the batch may not have been completed by `to` yet."""
         return torch.full((self.num_divisors,), float(len(batch.names)))
 
-    def in_step(
+    def step_loss(
         self, prediction: Prediction, batch: Batch | ClipBatch, divisors: Tensor
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Return the batch's part of a step's loss, the loss of the batch alone, and its parts by name.

@@ -33,10 +33,10 @@ Item = TypeVar("Item")
 
 
 def train_batches(
-    drawn: TrainViews, *, batch_size: int, start: int = 0, workers: Workers = 0, rank: int = 0, world: int = 1
+    drawn: TrainViews, *, batch_size: int, start: int = 0, workers: Workers = 0, rank: int = 0, world_size: int = 1
 ) -> Iterator[Batch]:
     """Yield this rank's share of each training batch from number `start` on, indefinitely; see `sample_batches`."""
-    options = {"batch_size": batch_size, "seed": drawn.seed, "start": start, "rank": rank, "world": world}
+    options = {"batch_size": batch_size, "seed": drawn.seed, "start": start, "rank": rank, "world": world_size}
     return sample_batches(drawn.read, Batch.stack, len(drawn.data), workers=workers, **options)
 
 
@@ -50,7 +50,7 @@ def sample_batches(
     start: int = 0,
     workers: Workers = 0,
     rank: int = 0,
-    world: int = 1,
+    world_size: int = 1,
 ) -> Iterator[V]:
     """Yield this rank's share of each batch, indefinitely: `join` applied to the list of `read(epoch, sample)`.
 
@@ -61,9 +61,9 @@ def sample_batches(
         UserError: the batch is larger than the dataset, or is not a multiple of the number of ranks; while iterating:
             any error of `read`.
     """
-    check_batch_size(batch_size, samples, world)
+    check_batch_size(batch_size, samples, world_size)
     _check_seed(seed)
-    shares = _shares(samples, batch_size, seed, start=start, rank=rank, world=world)
+    shares = _shares(samples, batch_size, seed, start=start, rank=rank, world_size=world_size)
     return load_in_order(functools.partial(_read_batch, read, join), shares, workers, pin=True)
 
 
@@ -76,21 +76,21 @@ def clip_batches(
     start: int = 0,
     workers: Workers = 0,
     rank: int = 0,
-    world: int = 1,
+    world_size: int = 1,
 ) -> Iterator[ClipBatch]:
     """Yield batches of clips in the manner of `train_batches`: shuffled over all videos; no masks are read.
 
     Raises:
         UserError: see `train_batches`.
     """
-    check_batch_size(batch_size, len(clips), world, "clip")
+    check_batch_size(batch_size, len(clips), world_size, "clip")
     _check_seed(seed)
     read = functools.partial(_read_clip, clips, view, seed)
-    shares = _shares(len(clips), batch_size, seed, start=start, rank=rank, world=world)
+    shares = _shares(len(clips), batch_size, seed, start=start, rank=rank, world_size=world_size)
     return load_in_order(functools.partial(_read_batch, read, ClipBatch.stack), shares, workers, pin=True)
 
 
-def check_batch_size(batch_size: int, samples: int, world: int, what: str = "image") -> None:
+def check_batch_size(batch_size: int, samples: int, world_size: int, what: str = "image") -> None:
     """Raise a UserError if a batch is larger than the dataset, or is not a multiple of the number of ranks."""
     if not 1 <= batch_size <= samples:
         fitting = f"a number from 1 to {samples}" if samples > 1 else "1"
@@ -98,8 +98,10 @@ def check_batch_size(batch_size: int, samples: int, world: int, what: str = "ima
             f"data.batch_size={batch_size} with {count_of(samples, f'training {what}')}: choose {fitting}, or add "
             f"{what}s{', as a larger data.labelled does' if what == 'image' else ''}."
         )
-    if batch_size % world:
-        raise UserError(f"data.batch_size={batch_size} cannot be shared by {world} devices: use a multiple of {world}.")
+    if batch_size % world_size:
+        raise UserError(
+            f"data.batch_size={batch_size} cannot be shared by {world_size} devices: use a multiple of {world_size}."
+        )
 
 
 def _check_seed(seed: int) -> None:
@@ -107,9 +109,11 @@ def _check_seed(seed: int) -> None:
         raise UserError(f"seed={seed}: give a whole number that is not negative.")
 
 
-def eval_samples(dataset: SegmentationData, *, workers: Workers = 0, rank: int = 0, world: int = 1) -> Iterator[Sample]:
+def eval_samples(
+    dataset: SegmentationData, *, workers: Workers = 0, rank: int = 0, world_size: int = 1
+) -> Iterator[Sample]:
     """Yield this rank's samples once, in order and without augmentation: rank, rank + world, ..."""
-    return load_in_order(dataset.__getitem__, range(rank, len(dataset), world), workers)
+    return load_in_order(dataset.__getitem__, range(rank, len(dataset), world_size), workers)
 
 
 def stack_equal(samples: Iterable[Sample], batch_size: Callable[[tuple[int, int]], int]) -> Iterator[Batch]:
@@ -120,10 +124,10 @@ def stack_equal(samples: Iterable[Sample], batch_size: Callable[[tuple[int, int]
 
 
 def _shares(
-    count: int, batch_size: int, seed: int, *, start: int, rank: int, world: int
+    count: int, batch_size: int, seed: int, *, start: int, rank: int, world_size: int
 ) -> Iterator[list[tuple[int, int]]]:
     """Yield (epoch, sample) of this rank's share of batch `start`, `start + 1`, ..."""
-    size = batch_size // world
+    size = batch_size // world_size
     epoch, order = -1, np.empty(0, dtype=np.int64)
     for batch in itertools.count(start):
         first = batch * batch_size + rank * size

@@ -44,7 +44,7 @@ class Draw(NamedTuple):
     number: int  # of the view
     image: int
     shown: tuple[int, ...]  # class that the view must show; empty: the crop's position is unconstrained
-    chance: np.random.Generator
+    rng: np.random.Generator
 
 
 @dataclass(frozen=True)
@@ -76,18 +76,18 @@ class TrainViews:
 
     def read(self, epoch: int, sample: int) -> Sample:
         """Return the view of a sample in an epoch, with classes of another image pasted on where it is mixed."""
-        view, rng = self.seen(self.draw(epoch, sample)), make_rng(self.seed, epoch, sample, _MIX)
+        view, rng = self.view_of(self.draw(epoch, sample)), make_rng(self.seed, epoch, sample, _MIX)
         if rng.random() >= self.mix:
             return view
         other = int(rng.integers(len(self.data) - 1))
         other += other >= sample
-        return class_mixed(self.seen(self.draw(epoch, other)), view, self.data.ignore_index, rng)
+        return class_mixed(self.view_of(self.draw(epoch, other)), view, self.data.ignore_index, rng)
 
-    def seen(self, draw: Draw) -> Sample:
+    def view_of(self, draw: Draw) -> Sample:
         """Return the augmented view that `draw` describes."""
         sample = self.data[draw.image]
         pixels = np.ascontiguousarray(sample["image"].permute(1, 2, 0).numpy())  # (H, W, 3)
-        image, mask = self.augment(pixels, sample["mask"].numpy(), draw.chance, *draw.shown)
+        image, mask = self.augment(pixels, sample["mask"].numpy(), draw.rng, *draw.shown)
         return Sample(image=torch.from_numpy(image).permute(2, 0, 1), mask=torch.from_numpy(mask), name=sample["name"])
 
 

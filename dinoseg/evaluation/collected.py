@@ -46,8 +46,8 @@ class Collector:
     adds at least one pixel's logits, so more than `_LOGITS` / K images exceed that limit.
     """
 
-    def __init__(self, data: SegmentationData, rank: int = 0, world: int = 1) -> None:
-        self._data, self._world, self._next = data, world, rank
+    def __init__(self, data: SegmentationData, rank: int = 0, world_size: int = 1) -> None:
+        self._data, self._world, self._next = data, world_size, rank
         per_image = _LOGITS // (len(data.classes) * max(len(data), 1))
         self._samples = min(max(per_image, 1), LATTICE)  # sampled pixels per image
         self._rows: list[tuple[int, np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []

@@ -212,7 +212,7 @@ def evaluate_videos(
     Raises:
         UserError: prompt masks are missing, files cannot be read or scored, or the disk is full.
     """
-    out_dir = first_ranks(out_dir, engine.share)
+    out_dir = first_ranks(out_dir, engine.broadcast)
     first_tracker = make_tracker()  # only for the settings that all trackers share
     record = as_read_back({"data": data.source, "given": data.prompts, "tracker": first_tracker.settings})
     tracking = VideoTracking(
@@ -229,7 +229,7 @@ def evaluate_videos(
     if engine.is_main:
         warn_unread(out_dir, first_tracker.unread, first_tracker.unread_because)
         write_json(out_dir / RECORD, record)
-    tracked = engine.gather(tracking.track(data.videos[engine.rank :: engine.world]))
+    tracked = engine.gather(tracking.track(data.videos[engine.rank :: engine.world_size]))
     problems = [video.problem for video in tracked if video.problem is not None]
     result: dict[str, Any] = {"videos": len(data.videos) - len(problems)}
     if engine.is_main:

@@ -12,15 +12,16 @@ from dinoseg.utils.wording import format_override
 _SMALL = 4  # patches along a crop, above which its maps have several cells
 
 
-def check_batch(build: Builder, least: int, world: int) -> None:
+def check_batch(build: Builder, least: int, world_size: int) -> None:
     """Refuse a batch of less than `least` images per rank, which the head needs, or too small for BatchNorm."""
     size, head, larger = build.value("data.batch_size"), build.options["head"], ""
-    if least * world <= size < (least + 1) * world and (needed := min_batch(build)) > least:
+    if least * world_size <= size < (least + 1) * world_size and (needed := min_batch(build)) > least:
         least, larger = needed, f" at resolution.crop={format_override(list(build.value('resolution.crop')))}"
-    if size < least * world:
+    if size < least * world_size:
         raise UserError(
             f"data.batch_size={size}: head={head} is trained on {least} images or more per device{larger}. "
-            f"Set data.batch_size={least * world}{', give a larger crop' if larger else ''} or choose another head."
+            f"Set data.batch_size={least * world_size}{', give a larger crop' if larger else ''} or choose another "
+            "head."
         )
 
 

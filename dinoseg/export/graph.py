@@ -91,7 +91,7 @@ def record_of(
     )
     if reason is None:
         return record, None
-    fixed = options.one_size or record.layout(picture).padded
+    fixed = options.fixed_size_reason or record.layout(picture).padded
     multiple = segmenter.patch_size
     if any(side % multiple for side in fixed):
         near = [max(1, round(side / multiple)) * multiple for side in fixed]
@@ -138,10 +138,10 @@ def _opening(record: GraphRecord) -> str:
 
 
 def _reason(segmenter: Segmenter, options: GraphOptions) -> str | None:
-    one_size = segmenter.head.one_size
-    if options.dynamic and one_size is not None:
+    fixed_size_reason = segmenter.head.fixed_size_reason
+    if options.dynamic and fixed_size_reason is not None:
         raise UserError(
-            f"export.dynamic=true: {one_size}. Set export.dynamic=null, and export.size=[H,W] for another size than "
-            "that of the images."
+            f"export.dynamic=true: {fixed_size_reason}. Set export.dynamic=null, and export.size=[H,W] for another "
+            "size than that of the images."
         )
-    return options.why_fixed or one_size
+    return options.why_fixed or fixed_size_reason

@@ -52,7 +52,7 @@ class GraphOptions:
             )
 
     @property
-    def one_size(self) -> Size | None:
+    def fixed_size_reason(self) -> Size | None:
         """The requested (H, W); None where none is requested."""
         return None if self.size is None else (self.size[0], self.size[1])
 

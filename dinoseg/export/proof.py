@@ -217,7 +217,7 @@ def compare(
     ours, theirs = (ConfusionMatrix(num_classes, ignore_index) for _ in range(2))
     between = ConfusionMatrix(num_classes)  # exported against trained class ids, no id ignored
     equal, as_predicted, largest, seconds = 0, 0, 0.0, ([], [])  # type: ignore[var-annotated]
-    one_size = reference.record.size is not None
+    fixed_size_reason = reference.record.size is not None
     for number, picture in enumerate(pictures):
         image, times = read_image(picture.path), TIMES + 1 if number < TIMES else 1
         seconds[0].append([timed(reference, image) for _ in range(times)])
@@ -232,7 +232,7 @@ def compare(
         equal += int((wanted == given).sum())
         largest = float(np.maximum(largest, np.abs(expected - probabilities).max()))  # NaN stays NaN
         between.update(torch.from_numpy(given), torch.from_numpy(wanted))
-        if one_size:
+        if fixed_size_reason:
             as_predicted += int((reference.predicted(image) == given).sum())
         if picture.mask is not None:
             ours.update(torch.from_numpy(wanted), torch.from_numpy(picture.mask))
@@ -244,7 +244,7 @@ def compare(
         "pictures": len(pictures),
         "pixels": total["pixels"],
         "agreement": equal / total["pixels"],
-        **({"agreement_with_predict": as_predicted / total["pixels"]} if one_size else {}),
+        **({"agreement_with_predict": as_predicted / total["pixels"]} if fixed_size_reason else {}),
         "finite": math.isfinite(largest),
         "largest_difference_of_probabilities": largest if math.isfinite(largest) else None,
         "references": "masks of the data set" if scored else "the trained model's own classes",

@@ -224,7 +224,7 @@ class MaskClassification(Loss):
         present = occurring(target, len(self.weight))
         return torch.stack([present.sum(), (present * self.weight).sum(), present.any(1).sum()])
 
-    def in_step(
+    def step_loss(
         self, prediction: Prediction, batch: Batch | ClipBatch, divisors: Tensor
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Return the batch's share of the step loss, the loss of the batch itself, and the last layer's terms."""

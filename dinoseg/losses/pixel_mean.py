@@ -93,7 +93,7 @@ def pixel_mean(
         ignore_index: mask value of unlabelled pixels.
         cost: function of the pixels of a tile.
         border: weights of pixels near class borders; they also enter the losses that select the hardest pixels.
-        hard_fraction: selection of pixels, which takes an additional pass over their scores.
+        hardest: selection of pixels, which takes an additional pass over their scores.
         form: the cost in the form of the CUDA kernel, which supports no pixel weights.
     """
 

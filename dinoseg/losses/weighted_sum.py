@@ -60,16 +60,16 @@ class WeightedSum(Loss):
         device = next(self.buffers(), torch.empty(0)).device
         return torch.cat([loss.divisors(batch).to(device, torch.float32) for loss in losses])
 
-    def in_step(
+    def step_loss(
         self, prediction: Prediction, batch: Batch | ClipBatch, divisors: Tensor
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Return the batch's share of the step loss, the loss of the batch itself, and its parts by name."""
         if self.num_divisors == 1:
-            return super().in_step(prediction, batch, divisors)
+            return super().step_loss(prediction, batch, divisors)
         prediction = _scoring_once(prediction)
         given = divisors.split([loss.num_divisors for loss in self._terms])
         terms = [
-            loss.in_step(prediction, batch, loss_divisors)
+            loss.step_loss(prediction, batch, loss_divisors)
             for loss, loss_divisors in zip(self._terms, given, strict=True)
         ]
         part, parts = self._summed(terms)

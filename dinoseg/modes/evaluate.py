@@ -60,7 +60,7 @@ def run(
                 f"mode.{key}={value} is for tracking in videos: without resume, or with head=slots. This model "
                 "predicts classes of single images: leave it out."
             )
-    out_dir = first_ranks(out_dir, trained.engine.share)
+    out_dir = first_ranks(out_dir, trained.engine.broadcast)
     data = build.dataset(split)
     source = f"resume={cfg.resume}" if cfg.resume else f"head.weights={cfg.head.weights}"
     check_classes(data, trained.info, source)
@@ -69,7 +69,7 @@ def run(
     protocol = build.part("data.official") if official and cfg.data.official is not None else None
     if protocol is not None and not usable(protocol, data, out_dir, on_error=on_error, tells=engine.is_main):
         protocol = None
-    collector, background = Collector(data, engine.rank, engine.world) if report else None, build.background
+    collector, background = Collector(data, engine.rank, engine.world_size) if report else None, build.background
     scores = evaluate_images(
         trained.model,
         data,

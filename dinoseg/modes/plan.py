@@ -59,11 +59,11 @@ def plan(
     check_trainer(build)
     target, engine = _target(build, memory, device)
     build.lengths(samples=1)  # refuses invalid numbers of steps and batches, as training would
-    build.task().check_parts(build.outline(), target.world)
-    if cfg.data.batch_size % target.world:
+    build.task().check_parts(build.outline(), target.world_size)
+    if cfg.data.batch_size % target.world_size:
         raise UserError(
-            f"data.batch_size={cfg.data.batch_size} cannot be shared by {target.world} devices: use a multiple of "
-            f"{target.world}."
+            f"data.batch_size={cfg.data.batch_size} cannot be shared by {target.world_size} devices: use a multiple of "
+            f"{target.world_size}."
         )
     recipe = partial(training_parts, build)
     search = FitSearch(recipe, target, may_change_model=change_model)
@@ -99,7 +99,7 @@ def _target(build: Builder, memory: str | float | None, device: str | None) -> t
     if device not in (None, *KINDS):
         raise UserError(f"mode.device={device} is unknown. Choose {' or '.join(KINDS)}, or leave it out.")
     amount = None if memory is None else memory_of(memory)
-    world = build.value("engine.devices")
+    world_size = build.value("engine.devices")
     if (sharding := build.value("engine.sharding")) != "none":
         raise UserError(
             f"engine.sharding={sharding}: mode=plan counts all weights on each device and does not support sharding. "
@@ -114,12 +114,12 @@ def _target(build: Builder, memory: str | float | None, device: str | None) -> t
     if kind != engine.device.type:
         if amount is None:
             raise UserError(f"mode.device={kind} is not the device here. Set its memory, such as mode.memory=24GiB.")
-        return Target(kind, amount, bf16=build.value("engine.precision") != "fp32", world=world), None
-    sharing = world if kind == "cpu" else 1  # ranks on a CPU share its memory
+        return Target(kind, amount, bf16=build.value("engine.precision") != "fp32", world_size=world_size), None
+    sharing = world_size if kind == "cpu" else 1  # ranks on a CPU share its memory
     free = free_bytes(engine.device) / sharing if amount is None else amount
     if math.isinf(free):
         raise UserError("This system does not report its free memory. Set it, such as mode.memory=24GiB.")
-    return Target(kind, round(free), bf16=engine.half, world=world), engine
+    return Target(kind, round(free), bf16=engine.half, world_size=world_size), engine
 
 
 def _found(search: FitSearch) -> Fit:
@@ -144,7 +144,7 @@ def _measured(values: Mapping[str, Any], engine: Engine, found: Fit, target: Tar
     if found.need > free:
         print(f"No trial step: it needs about {_as_gib(found.need)}, and {_as_gib(free)} are free on this device.\n")
         return None
-    samples = found.parts.batch_size // target.world
+    samples = found.parts.batch_size // target.world_size
     try:
         trial = run_in_process(partial(dry_steps, samples=samples), values)
     except OutOfMemory as error:
@@ -184,7 +184,7 @@ def _print_step(fit: Fit, target: Target) -> None:
     amounts = {name.replace("_", " "): value for name, value in _parts(step).items() if value}
     amounts |= {"peak of these": step.peak, f"incl. fragmentation and {outside}": fit.need}
     rows = [(name, _as_gib(value)) for name, value in amounts.items()]
-    each = count_of(fit.parts.batch_size // target.world, "sample")
+    each = count_of(fit.parts.batch_size // target.world_size, "sample")
     print(
         f"A training step of {each} of {' x '.join(map(str, fit.parts.crop))} on a {target.kind} device "
         f"({'half precision' if target.bf16 else 'float32'}), estimated:\n"

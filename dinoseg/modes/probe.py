@@ -62,7 +62,7 @@ def probe(
     """
     build = Builder(cfg)
     engine = build.engine()
-    out_dir = first_ranks(out_dir, engine.share)
+    out_dir = first_ranks(out_dir, engine.broadcast)
     grid = Grid(tuple(strengths), tuple(balances), held_out, cfg.data.group, build.seed)
     train = build.dataset("train", engine)
     val = build.dataset("val")

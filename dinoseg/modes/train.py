@@ -46,9 +46,9 @@ def train(
     """
     build = Builder(cfg)
     engine = build.engine()
-    out_dir = first_ranks(out_dir, engine.share)
+    out_dir = first_ranks(out_dir, engine.broadcast)
     # under torchrun each rank searched for itself, and another run may have been saved in between
-    if engine.share(cfg.resume) != cfg.resume:
+    if engine.broadcast(cfg.resume) != cfg.resume:
         raise UserError("resume=auto: the ranks found different runs. Name the run to resume: resume=RUN_FOLDER.")
     announce(f"data={cfg.choices.data}: listing the files")
     task = build.task()
@@ -63,7 +63,7 @@ def train(
         announce("Checking the data")
         sizes = check_data_on_rank0(task, engine)
         announce(f"Building the model, with backbone.weights={build.value('backbone').get('weights')}")
-        made = load_initial_weights(build, build.model(outlined=True), list(task.labels.classes), engine.share)
+        made = load_initial_weights(build, build.model(outlined=True), list(task.labels.classes), engine.broadcast)
         model, loss, optimizer, checkpoints = job.parts(engine.place(made), sizes, length.steps)
         schedule = build_schedule(build, engine, length.steps)
         log_start(build, model, task, engine, out_dir, length.steps)

@@ -102,7 +102,7 @@ class TrainingRun:
             outline = build.outline()
             check_initial(build, outline)
         self._loggers = logger_factories(build)
-        build.task().check_parts(outline, engine.world)  # of this config: each of several heads has its own
+        build.task().check_parts(outline, engine.world_size)  # of this config: each of several heads has its own
 
     @property
     def first_step(self) -> int:
@@ -232,7 +232,7 @@ def log_start(build: Builder, model: Segmenter, task: TrainingTask, engine: Engi
     """Log device, model, batch, data and run folder of a training."""
     options, counts = build.options, count_numbers(model.parameters())
     heads = count_of(build.value(HEADS), "head") if build.value(HEADS) else f"head={options['head']}"
-    ranks = f", {engine.world} ranks" if engine.world > 1 else ""
+    ranks = f", {engine.world_size} ranks" if engine.world_size > 1 else ""
     accumulate = build.value("trainer.accumulate")
     batches = f", {accumulate} batches per step" if accumulate > 1 else ""
     logger.info("device:      %s, precision %s%s", engine.device, engine.precision, ranks)

@@ -73,7 +73,7 @@ class ClipDataModule:
     seed: int
     workers: Workers
     rank: int = 0
-    world: int = 1
+    world_size: int = 1
     pictures: int = 0
     make_tracker: Callable[..., Tracker] = SlotFactory()
     score_names: Sequence[str] = field(init=False)
@@ -82,7 +82,7 @@ class ClipDataModule:
 
     def __post_init__(self) -> None:
         """Refuse a batch size that does not fit, and clips that cannot be stacked, long before the first batch."""
-        check_batch_size(self.batch_size, len(self.train), self.world, "clip")
+        check_batch_size(self.batch_size, len(self.train), self.world_size, "clip")
         lengths = sorted({span.length for span in self.train.spans})
         if len(lengths) > 1:
             raise UserError(
@@ -106,7 +106,7 @@ class ClipDataModule:
             start=start,
             workers=self.workers,
             rank=self.rank,
-            world=self.world,
+            world_size=self.world_size,
         )
 
     @property
@@ -129,8 +129,8 @@ class ClipDataModule:
         model.eval()
         sums = np.zeros(2 * len(self.score_names))  # of each score, and of the clips that have it
         pictures: dict[str, np.ndarray] = {}
-        shown = spread(len(self.val), self.pictures, self.world)
-        for index in range(self.rank, len(self.val), self.world):
+        shown = spread(len(self.val), self.pictures, self.world_size)
+        for index in range(self.rank, len(self.val), self.world_size):
             clip = self.val[index]
             values = [self._loss(model, index, clip, loss, engine)]
             if index in shown or self._has_masks:
@@ -247,7 +247,7 @@ class ClipTask(TrainingTask):
             seed=parts.seed,
             workers=engine.workers,
             rank=engine.rank,
-            world=engine.world,
+            world_size=engine.world_size,
             pictures=pictures,
             **parts.arguments(ClipDataModule, {"batch_size": "data.batch_size"}),
         )
@@ -257,7 +257,7 @@ class ClipTask(TrainingTask):
         sides = {"train": self.data_module.train, "val": self.data_module.val}
         self.split = {side: [video.name for video in clips.videos] for side, clips in sides.items()}
 
-    def check_parts(self, model: Segmenter, world: int) -> None:
+    def check_parts(self, model: Segmenter, world_size: int) -> None:
         """Refuse a head or a loss that clips cannot be trained with."""
         parts, options = self.parts, self.parts.options
         if model.head.slots is None:

@@ -67,7 +67,7 @@ class CachedScores:
         size = round(height), round(width)
         mask = _mask(data, draw.image) if draw.shown else np.broadcast_to(np.uint8(0), size)
         assert isinstance(drawn.augment, Augment)
-        matrix = drawn.augment.place(mask, draw.chance, *draw.shown)
+        matrix = drawn.augment.place(mask, draw.rng, *draw.shown)
         return TeacherView.of(scores, (valid[0], valid[1]), matrix, (mask.shape[0], mask.shape[1]))
 
     def _of_image(self, data: SegmentationData, index: int) -> tuple[Tensor, list[float]]:
@@ -218,11 +218,13 @@ class DistilledLoss(Loss):
         values = self.criterion.divisors(batch.with_masks)
         return torch.cat([values, values.new_full((1,), batch.count)]) if self.weight else values
 
-    def in_step(self, prediction: Prediction, batch: Any, divisors: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def step_loss(
+        self, prediction: Prediction, batch: Any, divisors: Tensor
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Return the batch's part of a step's loss, the loss of the batch alone, and its parts by name."""
         num_divisors = self.criterion.num_divisors
         labelled = prediction.of_images(slice(0, batch.labelled))
-        part, value, parts = self.criterion.in_step(labelled, batch.with_masks, divisors[:num_divisors])
+        part, value, parts = self.criterion.step_loss(labelled, batch.with_masks, divisors[:num_divisors])
         taught = self._divergence(prediction, batch)
         share = safe_divide(divisors.new_full((), batch.count), divisors[num_divisors:].sum())
         alone = value + self.weight * taught.detach()
@@ -246,7 +248,7 @@ def _parts(
         "seed": data_module.seed,
         "start": start,
         "rank": data_module.rank,
-        "world": data_module.world,
+        "world": data_module.world_size,
     }
     return map(Part, batches, sample_batches(later, list, len(drawn.data), **order))
 
@@ -308,9 +310,9 @@ class DistillationTask(ImageTask):
         values = count_of(len(train), "training image"), without, self._given, root
         logger.info("%s with masks, %s without; teacher %s, whose scores are cached in %s", *values)
 
-    def check_parts(self, model: Segmenter, world: int) -> None:
+    def check_parts(self, model: Segmenter, world_size: int) -> None:
         """Refuse what `ImageTask` refuses, and `data.class_mix`: teachers score unmixed images."""
-        super().check_parts(model, world)
+        super().check_parts(model, world_size)
         if mix := self.parts.value("data.class_mix"):
             raise UserError(
                 f"data.class_mix={mix}: a teacher's scores are computed on original images, without pasted classes. "
@@ -338,5 +340,5 @@ class DistillationTask(ImageTask):
                 )
             return None
         images = Unmasked([image.name for image in found], [image.source for image in found], data_module.train)
-        size = options.size(data_module.batch_size, len(images), data_module.world)
+        size = options.size(data_module.batch_size, len(images), data_module.world_size)
         return replace(data_module, train=images, batch_size=size, uniform=None)

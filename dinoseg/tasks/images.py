@@ -74,13 +74,13 @@ class ImageTask(TrainingTask):
             seed=parts.seed,
             workers=engine.workers,
             rank=engine.rank,
-            world=engine.world,
+            world_size=engine.world_size,
             pictures=pictures,
             **options,
         )
         self.labels = self.labelled = self.data_module.train
 
-    def check_parts(self, model: Segmenter, world: int) -> None:
+    def check_parts(self, model: Segmenter, world_size: int) -> None:
         """Refuse a loss or a batch that the head cannot be trained with."""
         parts, options = self.parts, self.parts.options
         if not parts.loss_has_classes:
@@ -103,7 +103,7 @@ class ImageTask(TrainingTask):
                 f"head={options['head']} is trained on clips. Choose trainer=slots "
                 "loss=feature_reconstruction, or another head."
             )
-        check_batch(parts, model.head.min_batch_size, world)
+        check_batch(parts, model.head.min_batch_size, world_size)
         if loss.needs_masks and not head.mixture:
             raise UserError(
                 "loss=mask_classification needs a head that predicts masks: head=mask2former, head=mask2former_meta or "
@@ -182,7 +182,7 @@ class ImageTask(TrainingTask):
     ) -> dict[str, Any]:
         """Score by one exact count over the split; warn if the model is no better than a constant prediction."""
         data, out_dir = self.data_module.val, best.parent.parent / EVALUATION
-        collector = Collector(data, engine.rank, engine.world) if report else None
+        collector = Collector(data, engine.rank, engine.world_size) if report else None
         scores = evaluate_images(
             model,
             data,

@@ -58,9 +58,9 @@ class SelfTrainingTask(ImageTask):
         self.data_module = MixedDataModule(**self.data_module.given, unlabelled=images, options=options)
         logger.info("%s with masks, %s without", count_of(len(self.data_module.train), "training image"), len(sources))
 
-    def check_parts(self, model: Segmenter, world: int) -> None:
+    def check_parts(self, model: Segmenter, world_size: int) -> None:
         """Refuse what `ImageTask` refuses, and settings without a teacher, with sharding or with feature noise."""
-        super().check_parts(model, world)
+        super().check_parts(model, world_size)
         parts = self.parts
         if parts.value("trainer.ema") is None:
             raise UserError(

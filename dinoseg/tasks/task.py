@@ -29,7 +29,7 @@ class TrainingTask(ABC):
     Attributes:
         what: name of the training samples, for messages.
         on_clips: whether it trains on clips of videos instead of images.
-        feed: batches and validation.
+        data_module: batches and validation.
         labels: classes, palette and ignored ID, which a checkpoint stores.
         labelled: dataset whose masks a loss may count; None: there are no masks.
         split: names in train and val.
@@ -48,8 +48,8 @@ class TrainingTask(ABC):
         self.parts = parts
 
     @abstractmethod
-    def check_parts(self, model: Segmenter, world: int) -> None:
-        """Refuse a model, which may be on the meta device, a loss or a batch that `world` ranks cannot train with.
+    def check_parts(self, model: Segmenter, world_size: int) -> None:
+        """Refuse a model, which may be on the meta device, a loss or a batch that `world_size` ranks cannot train with.
 
         Raises:
             UserError: parts do not go together; the message names them.

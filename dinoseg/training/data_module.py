@@ -64,7 +64,7 @@ class DataModule(Protocol):
         ...
 
 
-def spread(samples: int, wanted: int, world: int) -> list[int]:
+def spread(samples: int, wanted: int, world_size: int) -> list[int]:
     """Return the indices of at most `wanted` samples, evenly spread over those that rank 0 validates."""
-    validated = range(0, samples, world)
+    validated = range(0, samples, world_size)
     return [validated[index] for index in evenly_spaced(len(validated), wanted)]

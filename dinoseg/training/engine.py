@@ -112,12 +112,12 @@ class Engine:
             device_placement=True,
             kwargs_handlers=[GradScalerKwargs(enabled=False)],  # `LossScale` scales, without a device sync
         )
-        if devices not in (1, self.world):
-            raise UserError(f"engine.devices={devices}: this mode runs on {self.world}. Leave engine.devices out.")
+        if devices not in (1, self.world_size):
+            raise UserError(f"engine.devices={devices}: this mode runs on {self.world_size}. Leave engine.devices out.")
         if cache not in CACHES:
             raise UserError(f"engine.cache={cache} is unknown. Choose one of {', '.join(CACHES)}.")
         self.cache = cache
-        if sharding != "none" and self.world == 1:
+        if sharding != "none" and self.world_size == 1:
             raise UserError(
                 f"engine.sharding={sharding}: sharding needs several ranks, but there is only one. Set "
                 "engine.devices=N, or leave engine.sharding out."
@@ -153,7 +153,7 @@ class Engine:
         return self.accelerator.process_index
 
     @property
-    def world(self) -> int:
+    def world_size(self) -> int:
         """Return the number of processes."""
         return self.accelerator.num_processes
 
@@ -173,7 +173,7 @@ class Engine:
             if self.compile:
                 compile_blocks(model.backbone, model.head.trainable_blocks)
             return model
-        model = shard(self._synchronised(model), self.device, self.world)
+        model = shard(self._synchronised(model), self.device, self.world_size)
         self._lockstep = Lockstep(model, self.device)
         return model
 
@@ -191,12 +191,12 @@ class Engine:
         return self.accelerator.prepare(self._synchronised(model))
 
     def _synchronised(self, model: Any) -> Any:
-        several = self.world > 1 and self.device.type == "cuda"
+        several = self.world_size > 1 and self.device.type == "cuda"
         return nn.SyncBatchNorm.convert_sync_batchnorm(model) if several else model
 
     def broadcast_buffers(self, model: nn.Module) -> None:
         """Broadcast rank 0's buffers (running means) to all ranks, as they are saved."""
-        if self.world > 1:
+        if self.world_size > 1:
             for buffer in model.buffers():
                 torch.distributed.broadcast(buffer, src=0)
 
@@ -239,7 +239,7 @@ class Engine:
 
         It is a no-op for sharded weights, whose gradients are reduced to each rank's shard in every pass.
         """
-        if is_last or self.world == 1 or self.sharded:
+        if is_last or self.world_size == 1 or self.sharded:
             return nullcontext()
         return self.accelerator.no_sync(model)
 
@@ -286,7 +286,7 @@ class Engine:
         if not on_device:
             totals, weights = totals.cpu(), weights.cpu()  # before float64, which MPS lacks
         totals, weights = totals.double(), weights.double()
-        means, scales = (torch.where(weights != 0, value / weights, 0.0) for value in (totals, self.world))
+        means, scales = (torch.where(weights != 0, value / weights, 0.0) for value in (totals, self.world_size))
         if loss_scale is not None:
             scales = scales / loss_scale.value.to(scales.device).to(scales.dtype)
         heads = [_with_gradients(optimizer, head, head in ended) for head in range(len(totals))]
@@ -326,7 +326,7 @@ class Engine:
         self._join()
         return self.accelerator.reduce(tensor, reduction="sum")
 
-    def share(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """Return rank 0's value on every rank."""
         from accelerate.utils import broadcast_object_list
 
@@ -335,7 +335,7 @@ class Engine:
 
     def run_on_rank0(self, by: Callable[[], T]) -> T:
         """Call `by` on rank 0 only, and return its result on every rank."""
-        return self.share(by() if self.is_main else None)
+        return self.broadcast(by() if self.is_main else None)
 
     def wait(self) -> None:
         """Wait until every rank has called this method."""
@@ -383,13 +383,13 @@ def meet(device: torch.device, seconds: float, at_work: float) -> None:
     Raises:
         UserError: rank 0 cannot be reached, other ranks do not join, or several ranks are to use MPS.
     """
-    distributed, world = torch.distributed, os.environ.get("WORLD_SIZE", "1")
-    if device.type == "mps" and (world != "1" or distributed.is_initialized()):
+    distributed, world_size = torch.distributed, os.environ.get("WORLD_SIZE", "1")
+    if device.type == "mps" and (world_size != "1" or distributed.is_initialized()):
         raise UserError(
-            f"engine.devices={world}: torch trains on MPS in a single process only. Set engine.devices=1, or "
+            f"engine.devices={world_size}: torch trains on MPS in a single process only. Set engine.devices=1, or "
             "engine.device=cpu to train in several processes on the processor."
         )
-    if world == "1" or distributed.is_initialized():
+    if world_size == "1" or distributed.is_initialized():
         return
     # harmless DDP warnings: tokens (1, N, C) prepended to a rank's only sample have a slice of its gradient as theirs,
     # and 1 x 1 convolutions have contiguous channels in either memory layout
@@ -406,7 +406,7 @@ def meet(device: torch.device, seconds: float, at_work: float) -> None:
     except (distributed.DistError, ValueError) as error:  # ValueError: a variable is missing or not a number
         reason = next((line for line in str(error).splitlines() if line), type(error).__name__)
         raise UserError(
-            f"Rank {rank} of {world} did not reach the others at {address} within {seconds:g} s ({reason}). Check that "
-            "all ranks were started, and that MASTER_ADDR is the machine of rank 0, reachable by that name and port "
-            "from all others; for slow starts, raise engine.rendezvous_timeout."
+            f"Rank {rank} of {world_size} did not reach the others at {address} within {seconds:g} s ({reason}). Check "
+            "that all ranks were started, and that MASTER_ADDR is the machine of rank 0, reachable by that name and "
+            "port from all others; for slow starts, raise engine.rendezvous_timeout."
         ) from error

@@ -69,7 +69,7 @@ def measured(
     """Measure the cost of the first view of the first training image; the model stays unchanged.
 
     Args:
-        feed: training images and their views.
+        data_module: training images and their views.
         model: a segmenter on its device.
         loss: loss of a training step.
         engine: device and precision.
@@ -316,7 +316,7 @@ def _disk_room(plan: CacheOptions) -> int:
 
 
 def _memory_room(plan: CacheOptions, engine: Engine) -> int:
-    room = int(free_bytes(torch.device("cpu")) * _OF_MEMORY / engine.world)
+    room = int(free_bytes(torch.device("cpu")) * _OF_MEMORY / engine.world_size)
     cap = cap_of(plan.gib)
     return room if cap is None else min(room, cap)
 

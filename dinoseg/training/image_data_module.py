@@ -61,7 +61,7 @@ class ImageDataModule:
     background: int | None = None
     policy: Policy | None = None
     rank: int = 0
-    world: int = 1
+    world_size: int = 1
     pictures: int = 0
     views: Count | None = None
     uniform: ClassUniform | None = None
@@ -72,7 +72,7 @@ class ImageDataModule:
 
     def __post_init__(self) -> None:
         """Refuse a batch size or sampling options that do not fit, long before the first batch."""
-        check_batch_size(self.batch_size, len(self.train), self.world)
+        check_batch_size(self.batch_size, len(self.train), self.world_size)
         if self.uniform is not None and "shown" not in signature(self.augment).parameters:
             raise UserError(
                 f"data.class_uniform={self.uniform.share}: data.augment cannot crop around a class, since it has no "
@@ -116,7 +116,7 @@ class ImageDataModule:
 
     def train_batches(self, start: int) -> Iterator[Batch | LazyFeatureBatch]:
         """Yield this rank's share of every batch from number `start` on, without end."""
-        order = {"batch_size": self.batch_size, "start": start, "rank": self.rank, "world": self.world}
+        order = {"batch_size": self.batch_size, "start": start, "rank": self.rank, "world": self.world_size}
         if self.cache is not None:
             return self.cache.train_batches(self.drawn, workers=self.workers, **order)
         return train_batches(self.drawn, workers=self.workers, **order)
@@ -150,8 +150,8 @@ class ImageDataModule:
     ) -> Iterator[Batch | LazyFeatureBatch]:
         """Yield cached features of the validation images, or the image itself if the policy does not see it whole."""
         policy = self.policy or Whole()
-        samples = cache.eval_batches(self.val, workers=self.workers, rank=self.rank, world=self.world)
-        for index, views in zip(count(self.rank, self.world), samples, strict=False):
+        samples = cache.eval_batches(self.val, workers=self.workers, rank=self.rank, world_size=self.world_size)
+        for index, views in zip(count(self.rank, self.world_size), samples, strict=False):
             whole = policy.is_single_pass(model, views.size, engine.autocast)
             yield views if whole else Batch.stack([self.val[index]])
 
@@ -171,8 +171,8 @@ class ValidationImages:
             loss=loss,
             on_batch=self._show,
         )
-        self._shown = spread(len(data), data_module.pictures, data_module.world)
-        self._indices = count(data_module.rank, data_module.world)
+        self._shown = spread(len(data), data_module.pictures, data_module.world_size)
+        self._indices = count(data_module.rank, data_module.world_size)
         self._draw = partial(compare, classes=data.classes, palette=data.palette, ignore_index=data.ignore_index)
         self._pictures: dict[str, np.ndarray] = {}
 

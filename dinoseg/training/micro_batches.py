@@ -92,7 +92,7 @@ class MicroBatches:
 
     def _attempt(self, taken: Iterator[Any]) -> Iterator[Any]:
         count = self._accumulate * self._parts
-        self.num_batches = count * self._engine.world
+        self.num_batches = count * self._engine.world_size
         with self.retried():
             batches, self.divisors = self._sum_divisors(self._split(taken))
         if self._shortage is not None:
@@ -126,7 +126,7 @@ class MicroBatches:
     def _halve(self, reason: str) -> None:
         parts = min(2 * self._parts, self._samples // self._smallest)
         size = -(-self._samples // self._parts)
-        if parts <= self._parts or self._engine.world > 1:
+        if parts <= self._parts or self._engine.world_size > 1:
             raise OutOfMemory(
                 f"Not enough memory to train on a batch of {count_of(size, 'sample')} ({reason}). {self._remedy}"
             )
@@ -147,7 +147,7 @@ class MicroBatches:
                 "The memory of the heads adds up: set fewer heads, a smaller data.batch_size, or a smaller "
                 "resolution.crop; mode=plan with head=NAME, without heads and trainer, estimates one head."
             )
-        accumulate = "a smaller data.batch_size with more trainer.accumulate, " if self._engine.world > 1 else ""
+        accumulate = "a smaller data.batch_size with more trainer.accumulate, " if self._engine.world_size > 1 else ""
         return (
             f"Set {accumulate}backbone.checkpointing=true, or a smaller resolution.crop; mode=plan lists settings that "
             "fit."

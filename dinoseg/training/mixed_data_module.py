@@ -34,17 +34,17 @@ class Unlabelled:
     every: Positive = 1.0
     batch_size: Count | None = None
 
-    def size(self, labelled: int, there: int, world: int) -> int:
+    def size(self, labelled: int, there: int, world_size: int) -> int:
         """Return the images without masks in a batch that has `labelled` images with masks.
 
         Raises:
             UserError: the batch is larger than the number of images, or is not a multiple of the number of ranks.
         """
         size = self.batch_size or labelled
-        if size > there or size % world:
+        if size > there or size % world_size:
             raise UserError(
                 f"trainer.unlabelled_batch_size={size} with {count_of(there, 'image')} without masks: give a number of "
-                f"at most that, a multiple of {count_of(world, 'device')}, or more images."
+                f"at most that, a multiple of {count_of(world_size, 'device')}, or more images."
             )
         return size
 
@@ -82,12 +82,18 @@ class MixedDataModule(ImageDataModule):
     def __post_init__(self) -> None:
         """Refuse batch sizes that do not fit, long before the first batch."""
         super().__post_init__()
-        self._size = self.options.size(self.batch_size, len(self.unlabelled), self.world)
+        self._size = self.options.size(self.batch_size, len(self.unlabelled), self.world_size)
 
     def train_batches(self, start: int) -> Iterator[MixedBatch]:
         """Yield this rank's share of every pair of batches from number `start` on, without end."""
         read = partial(_read, self.unlabelled, self.seed)
-        order = {"batch_size": self._size, "seed": self.seed, "start": start, "rank": self.rank, "world": self.world}
+        order = {
+            "batch_size": self._size,
+            "seed": self.seed,
+            "start": start,
+            "rank": self.rank,
+            "world": self.world_size,
+        }
         views = sample_batches(read, _stacked, len(self.unlabelled), workers=self.workers, **order)
         labelled: Iterator[Any] = super().train_batches(start)  # of images: features are not cached
         return map(self._mixed, labelled, views)

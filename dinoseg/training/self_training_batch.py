@@ -139,13 +139,15 @@ class SelfTrainingLoss(Loss):
         values = self.criterion.divisors(batch)
         return torch.cat([values, batch.inside.to(values)[None]]) if self.weight else values
 
-    def in_step(self, prediction: Prediction, batch: Any, divisors: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def step_loss(
+        self, prediction: Prediction, batch: Any, divisors: Tensor
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Return the batch's part of a step's loss, the loss of the batch alone, and its parts by name."""
         num_divisors = self.criterion.num_divisors
         if not isinstance(batch, SelfTrainingBatch):
-            return self.criterion.in_step(prediction, batch, divisors[:num_divisors])
+            return self.criterion.step_loss(prediction, batch, divisors[:num_divisors])
         labelled = prediction.of_images(slice(0, len(batch.names)))
-        part, value, parts = self.criterion.in_step(labelled, batch.labelled, divisors[:num_divisors])
+        part, value, parts = self.criterion.step_loss(labelled, batch.labelled, divisors[:num_divisors])
         unlabelled, more = self._of_views(prediction, batch)
         share = safe_divide(batch.inside.to(divisors), divisors[num_divisors:].sum())
         return part + self.weight * share * unlabelled, value + self.weight * unlabelled.detach(), parts | more

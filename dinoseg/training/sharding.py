@@ -11,7 +11,7 @@ from dinoseg.models.model import Segmenter, quantised_names
 from dinoseg.utils.errors import UserError
 
 
-def shard(model: Segmenter, device: torch.device, world: int) -> Segmenter:
+def shard(model: Segmenter, device: torch.device, world_size: int) -> Segmenter:
     """Keep this rank's shard of each parameter on `device`; the others are gathered block by block in each pass.
 
     Parameters become DTensors, so shard a model before its optimizer is created.
@@ -29,7 +29,7 @@ def shard(model: Segmenter, device: torch.device, world: int) -> Segmenter:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard  # takes a second to import
 
-    options: dict[str, Any] = {"mesh": init_device_mesh(device.type, (world,)), "reshard_after_forward": True}
+    options: dict[str, Any] = {"mesh": init_device_mesh(device.type, (world_size,)), "reshard_after_forward": True}
     blocks = model.backbone.blocks if not model.backbone.is_pyramid else ()  # its stages are not called as modules
     for block in (*blocks, *model.head.trainable_blocks):
         fully_shard(block, **options)

@@ -72,7 +72,7 @@ def _loss_of(
         zero = sum((p.sum() * 0.0 for p in head.model.head.parameters() if p.requires_grad), batch.mask.new_zeros(()))
         return zero.float(), zero.detach().float(), {}  # ranks expect gradients of all trained parameters
     if divisors is not None:
-        total, _, parts = criterion.in_step(prediction, batch, divisors)
+        total, _, parts = criterion.step_loss(prediction, batch, divisors)
         return total, torch.full_like(total, 1 / num_batches), parts
     value, parts = criterion(prediction, batch)
     weight = parts.get("weight", torch.full_like(value, len(batch.names)))
@@ -205,7 +205,7 @@ class MetricsQueue:
             NonFiniteLoss: of this step or the one before.
         """
         self._unread.append(metrics)
-        read = read or (stop_requested and self._engine.world == 1)
+        read = read or (stop_requested and self._engine.world_size == 1)
         later = 0 if read or not self._engine.updates_asynchronously(self._optimizer) else 1
         is_stopping = False
         while len(self._unread) > later:

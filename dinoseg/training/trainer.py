@@ -143,7 +143,7 @@ def fit(experiment: Experiment) -> Progress:
     progress, save_last = experiment.checkpoints.restore(*state), partial(experiment.checkpoints.save, *state)
     metrics, limit = MetricsQueue(engine, optimizer, heads), TimeLimit(settings.max_minutes, engine)
     emergency = EmergencyCheckpoint(experiment.checkpoints, *state, metrics.are_finite)
-    freeze = BackboneFreeze(model.backbone, optimizer, is_single=engine.world == 1)
+    freeze = BackboneFreeze(model.backbone, optimizer, is_single=engine.world_size == 1)
     prepare = partial(on_device, experiment, ema)
     micro = MicroBatches(engine, heads, settings.accumulate, prepare=prepare, undo=emergency.undo)
     stream, epoch = data.train_batches(start=progress.step * settings.accumulate), data.epoch / settings.accumulate
@@ -188,7 +188,7 @@ def fit(experiment: Experiment) -> Progress:
                     ema.update(step)
                 for each in (progress, *(head.progress for head in heads if head.is_active)):
                     each.step, each.validation_pending = step + 1, due.validation
-            meter.step(output.images * engine.world, metrics.mean_loss, rate)
+            meter.step(output.images * engine.world_size, metrics.mean_loss, rate)
             if freeze.ends_with(position):
                 meter.change()
             if due.log:
@@ -269,7 +269,7 @@ def validate(experiment: Experiment, ema: MovingAverage | None, stop: Deferral) 
     engine.seed(data.seed, progress.step)
     began = perf_counter()
     with scored_weights(experiment.model, ema, engine):
-        with stop.at_once(allowed=engine.world == 1):  # a resumed run starts with the pending validation
+        with stop.at_once(allowed=engine.world_size == 1):  # a resumed run starts with the pending validation
             validations = experiment.validate(heads) if heads else []
         rows = list(zip(heads, validations, strict=True))
         judged = [save_if_best(head, scores, experiment) for head, (scores, _) in rows]

@@ -78,7 +78,11 @@ def evaluate_each(
     """
     if batches is None:
         batches = eval_batches(
-            data, batch_size=engine.images_at_once, workers=engine.workers, rank=engine.rank, world=engine.world
+            data,
+            batch_size=engine.images_at_once,
+            workers=engine.workers,
+            rank=engine.rank,
+            world_size=engine.world_size,
         )
     with ExitStack() as stack:
         for scored in models:
@@ -209,13 +213,13 @@ def _part_masks(batch: Batch, part: Size, places: Sequence[Place], size: Size) -
 
 
 def eval_batches(
-    data: SegmentationData, *, batch_size: Callable[[Size], int], workers: Workers, rank: int, world: int
+    data: SegmentationData, *, batch_size: Callable[[Size], int], workers: Workers, rank: int, world_size: int
 ) -> Iterator[Batch]:
     """Yield a rank's share of a dataset once and in order, in batches of one image size (H, W).
 
     `batch_size` returns the number of images in a batch of that size.
     """
-    return stack_equal(eval_samples(data, workers=workers, rank=rank, world=world), batch_size)
+    return stack_equal(eval_samples(data, workers=workers, rank=rank, world_size=world_size), batch_size)
 
 
 class Draws:

@@ -28,7 +28,7 @@ def recipe_of(cfg):
 def changes(compose, monkeypatch):
     """Fit a recipe to a memory on a CPU: a sample takes 10 units, 4 where it is computed again, a trained block 20."""
 
-    def take(parts, loss, *, samples, accumulate, bf16, world):
+    def take(parts, loss, *, samples, accumulate, bf16, world_size):
         each = 4 if parts.checkpointing["backbone"] else 10
         is_frozen = parts.outline().backbone.first_trained is None
         blocks = 0 if is_frozen else parts.blocks or 2
@@ -38,8 +38,10 @@ def changes(compose, monkeypatch):
     monkeypatch.setattr(fitting, "step_bytes", take)
     monkeypatch.setattr(fitting, "LossBytes", lambda *_, **__: SimpleNamespace(draws=False))
 
-    def run(memory, *words, world=1, **options):
-        target = SimpleNamespace(kind="cpu", memory=memory * UNIT, bf16=False, world=world, need=lambda step: step.peak)
+    def run(memory, *words, world_size=1, **options):
+        target = SimpleNamespace(
+            kind="cpu", memory=memory * UNIT, bf16=False, world_size=world_size, need=lambda step: step.peak
+        )
         found = FitSearch(recipe_of(compose(*BASE, *words)), target, **options).found()
         return None if found is None else found.changes
 
@@ -128,17 +130,17 @@ def test_a_frozen_backbone_has_nothing_to_compute_again(fit):
 
 
 def test_each_device_gets_as_many(fit):
-    assert fit(60, "adapter=lora", world=4) == ""
-    assert fit(59, "adapter=lora", world=4) == "data.batch_size=4 trainer.accumulate=2"
-    assert fit(49, "adapter=lora", world=4) == "backbone.checkpointing=true"
+    assert fit(60, "adapter=lora", world_size=4) == ""
+    assert fit(59, "adapter=lora", world_size=4) == "data.batch_size=4 trainer.accumulate=2"
+    assert fit(49, "adapter=lora", world_size=4) == "backbone.checkpointing=true"
     words = ("adapter=lora", "data.batch_size=12")
-    assert fit(69, *words, world=4) == "data.batch_size=4 trainer.accumulate=3"  # not 6, which 4 do not share
+    assert fit(69, *words, world_size=4) == "data.batch_size=4 trainer.accumulate=3"  # not 6, which 4 do not share
 
 
 def test_each_device_gets_as_many_as_the_head_needs(fit, monkeypatch):
     monkeypatch.setattr(MlpHead, "min_batch_size", 2)
     assert fit(50, "adapter=lora") == "backbone.checkpointing=true data.batch_size=2 trainer.accumulate=4"
-    assert fit(45, "adapter=lora", world=2) == "adapter.blocks=1 data.batch_size=4 trainer.accumulate=2"
+    assert fit(45, "adapter=lora", world_size=2) == "adapter.blocks=1 data.batch_size=4 trainer.accumulate=2"
 
 
 def test_one_image_of_a_single_cell_is_refused_where_batchnorm_sees_it(compose):
@@ -153,7 +155,7 @@ def test_one_image_of_a_single_cell_is_refused_where_batchnorm_sees_it(compose):
     with pytest.raises(UserError, match=told):
         check_batch(Builder(cfg), 1, 2)
     with pytest.raises(UserError, match=told):
-        FitSearch(recipe_of(cfg), Target("cpu", UNIT, bf16=False, world=2))
+        FitSearch(recipe_of(cfg), Target("cpu", UNIT, bf16=False, world_size=2))
 
 
 def test_no_part_is_one_image_of_a_single_cell(fit):
@@ -167,8 +169,8 @@ def test_a_step_is_asked_for_as_the_device_takes_it(compose, monkeypatch):
     monkeypatch.setattr(fitting, "LossBytes", lambda parts, **how: asked.append(how))
     monkeypatch.setattr(fitting, "step_bytes", lambda parts, loss, **how: asked.append(how) or StepBytes(*[0] * 8))
     words = (*BASE, "trainer.accumulate=3")
-    assert FitSearch(recipe_of(compose(*words)), Target("cuda", UNIT, bf16=True, world=2)).as_it_is.need == 2**30
-    first, second = {"bf16": True, "accelerator": True}, {"samples": 4, "accumulate": 3, "bf16": True, "world": 2}
+    assert FitSearch(recipe_of(compose(*words)), Target("cuda", UNIT, bf16=True, world_size=2)).as_it_is.need == 2**30
+    first, second = {"bf16": True, "accelerator": True}, {"samples": 4, "accumulate": 3, "bf16": True, "world_size": 2}
     assert asked == [first, second]
 
 

@@ -65,7 +65,7 @@ def test_the_peak_is_that_of_a_real_training(compose, words):
 def test_parts_are_what_a_model_and_its_graph_hold(compose):
     """By hooks on what autograd keeps, which know nothing of how storages are counted."""
     cfg = compose(*BASE, "adapter=lora", "adapter.rank=2", "adapter.dropout=0.0", "head=mlp", "trainer.ema=0.9")
-    step, model = foretold(cfg, world=2), Builder(cfg).model(untrained=True).train()
+    step, model = foretold(cfg, world_size=2), Builder(cfg).model(untrained=True).train()
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     own = {t.untyped_storage().data_ptr(): t.nbytes for t in [*model.parameters(), *model.buffers()]}
     assert step.weights == sum(own.values())

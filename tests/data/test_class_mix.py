@@ -76,5 +76,5 @@ def test_workers_ranks_and_a_resumption_change_nothing():
     for other in (taken(workers=1), [*taken(2), *taken(3, start=2)]):
         for ours, theirs in zip(whole, other, strict=True):
             assert ours.names == theirs.names and torch.equal(ours.image, theirs.image)
-    for ours, *shares in zip(whole, *(taken(rank=rank, world=2) for rank in range(2)), strict=True):
+    for ours, *shares in zip(whole, *(taken(rank=rank, world_size=2) for rank in range(2)), strict=True):
         assert torch.equal(ours.mask, torch.cat([share.mask for share in shares]))

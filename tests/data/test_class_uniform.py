@@ -140,7 +140,7 @@ def test_workers_ranks_and_a_resumption_change_nothing(data, tmp_path, views):
         for ours, theirs in zip(whole, other, strict=True):
             assert ours.names == theirs.names
             assert torch.equal(ours.image, theirs.image) and torch.equal(ours.mask, theirs.mask)
-    for ours, *shares in zip(whole, *(taken(rank=rank, world=2) for rank in range(2)), strict=True):
+    for ours, *shares in zip(whole, *(taken(rank=rank, world_size=2) for rank in range(2)), strict=True):
         assert torch.equal(ours.mask, torch.cat([share.mask for share in shares]))
     assert views is None or {name for batch in whole for name in batch.names} <= set(data.names)
 

@@ -54,12 +54,13 @@ def test_start_is_the_same_as_skipping(start, workers):
     assert_same(through[start:], take(resumed, 3))
 
 
-@pytest.mark.parametrize("world", [2, 3])
-def test_ranks_share_a_batch(world):
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_share_a_batch(world_size):
     options = {"batch_size": 6, "seed": 1, "start": 2}
     whole = take(train_batches(Pictures(SIZES), AUGMENT, **options), 4)
     parts = [
-        take(train_batches(Pictures(SIZES), AUGMENT, rank=rank, world=world, **options), 4) for rank in range(world)
+        take(train_batches(Pictures(SIZES), AUGMENT, rank=rank, world_size=world_size, **options), 4)
+        for rank in range(world_size)
     ]
     for batch, shares in zip(whole, zip(*parts, strict=True), strict=True):
         assert batch.names == [name for share in shares for name in share.names]
@@ -162,10 +163,11 @@ def test_a_users_mistake_comes_out_as_it_is(workers):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_eval_samples_in_order_for_each_rank(workers):
     names = [
-        [s["name"] for s in eval_samples(Pictures(SIZES), workers=workers, rank=rank, world=3)] for rank in range(3)
+        [s["name"] for s in eval_samples(Pictures(SIZES), workers=workers, rank=rank, world_size=3)]
+        for rank in range(3)
     ]
     assert names == [[f"p{i}" for i in range(rank, 11, 3)] for rank in range(3)]
-    assert list(eval_samples(Pictures([(4, 4)]), workers=workers, rank=1, world=2)) == []
+    assert list(eval_samples(Pictures([(4, 4)]), workers=workers, rank=1, world_size=2)) == []
 
 
 def test_stack_equal_joins_neighbours_of_one_size():
@@ -182,7 +184,7 @@ def test_stack_equal_joins_neighbours_of_one_size():
     [
         ({"batch_size": 12}, "data.batch_size=12 with 11 training images.*1 to 11"),
         ({"batch_size": 0}, "data.batch_size=0"),
-        ({"batch_size": 4, "world": 3}, "data.batch_size=4 cannot be shared by 3 devices"),
+        ({"batch_size": 4, "world_size": 3}, "data.batch_size=4 cannot be shared by 3 devices"),
         ({"batch_size": 4, "seed": -1}, "seed=-1"),
         ({"batch_size": 4, "workers": -1}, "workers=-1"),
     ],
@@ -218,7 +220,7 @@ def test_clips_are_shuffled_over_all_videos_and_resumed():
         again = take(clip_batches(Films(), view, start=7, workers=workers, **options), 4)
         assert [batch.names for batch in again] == [batch.names for batch in whole[7:]]
         assert all(torch.equal(a.image, b.image) for a, b in zip(again, whole[7:], strict=True))
-    shares = [next(clip_batches(Films(), view, rank=rank, world=3, **options)) for rank in range(3)]
+    shares = [next(clip_batches(Films(), view, rank=rank, world_size=3, **options)) for rank in range(3)]
     assert [name for share in shares for name in share.names] == whole[0].names
     with pytest.raises(UserError, match=r"data\.batch_size=40 with 31 training clips: .* or add clips"):
         clip_batches(Films(), view, batch_size=40, seed=0)

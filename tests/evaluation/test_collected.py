@@ -33,21 +33,21 @@ def samples(count, *, ignored=0.2, seed=0):
         yield *tensors, torch.from_numpy(draw.normal(size=(CLASSES, *places))).float()
 
 
-def collected(images, world=1, ignore_index=255):
+def collected(images, world_size=1, ignore_index=255):
     data = Data(images=len(images), classes=["a", "b", "c", "d"], ignore_index=ignore_index)
     parts = []
-    for rank in range(world):
-        collector = Collector(data, rank, world)
-        for image, mask, prediction, logits in images[rank::world]:
+    for rank in range(world_size):
+        collector = Collector(data, rank, world_size)
+        for image, mask, prediction, logits in images[rank::world_size]:
             collector.add(Batch(image[None], mask[None], ["x"]), prediction[None], logits[None])
         parts += collector.parts
     return join(parts)
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
-def test_any_number_of_ranks_collects_the_same(world):
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_any_number_of_ranks_collects_the_same(world_size):
     images = list(samples(17))
-    one, several = collected(images), collected(images, world)
+    one, several = collected(images), collected(images, world_size)
     for name in ("classes", "boundary", "logits", "labels"):
         assert np.array_equal(getattr(one, name), getattr(several, name)), name
     for name in ("best", "worst"):
@@ -93,12 +93,12 @@ def test_few_images_stand_once_and_those_without_labels_nowhere():
     assert len(collected(bare).labels) == 0
 
 
-@pytest.mark.parametrize("world", [1, 2])
-def test_images_that_score_the_same_stand_once_the_earlier_ones(world):
-    found = collected(list(samples(1)) * 17, world)
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_images_that_score_the_same_stand_once_the_earlier_ones(world_size):
+    found = collected(list(samples(1)) * 17, world_size)
     assert [shot.index for shot in found.best] == [0, 1, 2] and [shot.index for shot in found.worst] == [3, 4, 5]
     image, mask, _, logits = next(samples(1))
-    found = collected([*samples(8), *[(image, mask, mask, logits)] * 8], world)
+    found = collected([*samples(8), *[(image, mask, mask, logits)] * 8], world_size)
     assert [shot.index for shot in found.best] == [8, 9, 10, 11, 12, 13]
 
 

@@ -39,8 +39,8 @@ class Engine:
 
     device = torch.device("cpu")
 
-    def __init__(self, batch=1, rank=0, world=1):
-        self._batch, self.rank, self.world, self.is_main = batch, rank, world, rank == 0
+    def __init__(self, batch=1, rank=0, world_size=1):
+        self._batch, self.rank, self.world_size, self.is_main = batch, rank, world_size, rank == 0
 
     def images_at_once(self):
         return self._batch
@@ -349,7 +349,7 @@ def test_movi_is_scored_as_clusters(track, tmp_path, kind):
 
 def test_ranks_share_the_videos(track, tmp_path):
     root = write_davis(tmp_path / "DAVIS", SEQUENCES)
-    second = track("perfect", "davis2017", root, engine=Engine(rank=1, world=2))
+    second = track("perfect", "davis2017", root, engine=Engine(rank=1, world_size=2))
     assert [path.name for path in (second.folder / "masks").iterdir()] == ["ape"] and second.scores is None
 
 

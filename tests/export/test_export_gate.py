@@ -157,11 +157,11 @@ def test_a_size_is_fixed_only_where_something_says_so():
     assert GraphOptions().why_fixed is None and GraphOptions(dynamic=True).why_fixed is None
     assert "export.dynamic" in GraphOptions(dynamic=False).why_fixed
     assert "export.pixels" in GraphOptions(pixels=True).why_fixed
-    assert GraphOptions(size=[32768, 2048]).one_size == (32768, 2048)  # as large as any
+    assert GraphOptions(size=[32768, 2048]).fixed_size_reason == (32768, 2048)  # as large as any
 
 
 def test_a_size_that_pictures_make_too_large_is_refused():
-    head = SimpleNamespace(slots=None, one_size="it pools", mixture=False, no_object=False)
+    head = SimpleNamespace(slots=None, fixed_size_reason="it pools", mixture=False, no_object=False)
     mean = torch.zeros(1, 3, 1, 1)
     model = SimpleNamespace(head=head, patch_size=16, scale=1.0, longest=None, backbone=SimpleNamespace(mean=mean))
     record, reason = record_of(model, None, GraphOptions(), (8192, 8170))

@@ -263,7 +263,7 @@ def test_parts_of_a_batch_add_up_to_its_loss(fixed_points, columns):
         outputs = MaskOutputs(prediction.outputs.class_logits[at], prediction.outputs.mask_logits[at])
         some = Prediction(outputs, prediction.size, prediction.valid, semantic, True)
         own = Batch(batch.image[at], batch.mask[at], batch.names[at])
-        part, value, _ = criterion.in_step(some, own, divisors)
+        part, value, _ = criterion.step_loss(some, own, divisors)
         assert value == criterion(some, own)[0] and not value.requires_grad
         total = total + part
     torch.testing.assert_close(total, whole, rtol=1e-6, atol=0)

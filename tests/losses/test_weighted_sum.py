@@ -52,7 +52,7 @@ def test_terms_give_a_weight_only_if_they_share_it():
     torch.testing.assert_close(loss.divisors(batch), weight.float()[None])
     loss = WeightedSum(TERMS, dict.fromkeys(TERMS, 1.0), WEIGHTS)
     torch.testing.assert_close(loss.divisors(batch), torch.stack([weight.float(), torch.tensor(2.0)]))
-    part, value, parts = loss.in_step(prediction, batch, torch.tensor([4.0, 4.0]) * loss.divisors(batch))
+    part, value, parts = loss.step_loss(prediction, batch, torch.tensor([4.0, 4.0]) * loss.divisors(batch))
     alone, named = loss(prediction, batch)
     assert part.item() == pytest.approx(alone.item() / 4) and value == alone and parts == named
 

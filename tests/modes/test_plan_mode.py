@@ -159,7 +159,7 @@ def test_a_dry_step_tells_what_it_took_or_that_it_is_more(monkeypatch, kind, tri
     samples = []
     monkeypatch.setattr(planning, "free_bytes", lambda device: free)
     monkeypatch.setattr(planning, "run_in_process", lambda work, values: samples.append(work.keywords) or tried())
-    parts, target = SimpleNamespace(batch_size=6), Target(kind, 0, bf16=False, world=2)
+    parts, target = SimpleNamespace(batch_size=6), Target(kind, 0, bf16=False, world_size=2)
     found = Fit(parts, (), StepBytes(*[0] * 8), 1000)
     assert planning._measured({}, SimpleNamespace(device=None), found, target) == measured
     assert samples == ([] if measured is None else [{"samples": 3}])

@@ -92,7 +92,7 @@ def test_a_pyramid_and_shared_weights_are_refused(monkeypatch):
     backbone.is_pyramid = True
     with pytest.raises(UserError, match="Leave it out for a pyramid"):
         compile_blocks(backbone)
-    monkeypatch.setattr(Engine, "world", 2)
+    monkeypatch.setattr(Engine, "world_size", 2)
     with pytest.raises(UserError, match="engine.compile=true with engine.sharding=fsdp: leave one of them out"):
         Engine("cpu", "fp32", devices=2, sharding="fsdp", compile=True)
 

@@ -72,7 +72,7 @@ def test_each_image_of_a_batch_comes_with_its_own_scores(tmp_path):
         write_png(tmp_path / f"{index}.png", Ramps()[index]["image"].permute(1, 2, 0).numpy())
     others = Unmasked(["u0", "u1"], [tmp_path / "0.png", tmp_path / "1.png"], Ramps())
     for rank in range(2):
-        own = {"augment": augment, "batch_size": 2, "seed": 4, "workers": 0, "rank": rank, "world": 2}
+        own = {"augment": augment, "batch_size": 2, "seed": 4, "workers": 0, "rank": rank, "world_size": 2}
         without = ImageDataModule(others, Ramps(), **own)
         scores = CachedScores(where, NoStore(), 2)
         data_module = DistillationDataModule(Ramps(), Ramps(), **own, scores=scores, others=without, views=3)
@@ -193,7 +193,7 @@ def test_a_batch_whose_masks_ignore_all_is_taught_all_the_same():
     loss = DistilledLoss(CrossEntropy(torch.ones(2)))
     value, parts = loss(prediction, batch)
     assert value == parts["teacher"] > 0
-    part, alone, _ = loss.in_step(prediction, batch, torch.tensor([0.0, 6.0]))
+    part, alone, _ = loss.step_loss(prediction, batch, torch.tensor([0.0, 6.0]))
     assert alone == value and part.item() == pytest.approx(value.item() / 2)
     assert DistilledLoss(CrossEntropy(torch.ones(2)), 0.0)(prediction, batch)[1]["weight"] == 0
 

@@ -132,8 +132,8 @@ def samples(first=0, count=IMAGES):
 class Ranks:
     """What ranks that run as threads exchange."""
 
-    def __init__(self, world):
-        self.world, self.barrier, self.given = world, Barrier(world, timeout=20), [None] * world
+    def __init__(self, world_size):
+        self.world_size, self.barrier, self.given = world_size, Barrier(world_size, timeout=20), [None] * world_size
 
     def sum(self, rank, value):
         self.given[rank] = value
@@ -149,7 +149,7 @@ class RankEngine:
     device, total = torch.device("cpu"), Engine.total
 
     def __init__(self, ranks, rank):
-        self.ranks, self.rank, self.world = ranks, rank, ranks.world
+        self.ranks, self.rank, self.world_size = ranks, rank, ranks.world_size
 
     def sum(self, tensor):
         return self.ranks.sum(self.rank, tensor)
@@ -166,8 +166,8 @@ class Short(Loss):
     def forward(self, prediction, batch):
         return self._checked(batch)(prediction, batch)
 
-    def in_step(self, prediction, batch, divisors):
-        return self._checked(batch).in_step(prediction, batch, divisors)
+    def step_loss(self, prediction, batch, divisors):
+        return self._checked(batch).step_loss(prediction, batch, divisors)
 
     def _checked(self, batch):
         if len(batch.names) > self.most:

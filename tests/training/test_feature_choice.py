@@ -264,7 +264,7 @@ def test_views_that_are_never_drawn_take_no_room_and_measuring_leaves_nothing(tr
 
 def test_what_is_not_seen_whole_is_read_by_its_own_number(data):
     policy = SimpleNamespace(is_single_pass=lambda model, size, autocast: size != (1, 9))
-    share = {"batch_size": 2, "seed": 0, "workers": 0, "policy": policy, "rank": 1, "world": 2}
+    share = {"batch_size": 2, "seed": 0, "workers": 0, "policy": policy, "rank": 1, "world_size": 2}
     views = [SimpleNamespace(size=size) for size in ((19, 23), (1, 9))]
     cache = SimpleNamespace(eval_batches=lambda *_, **__: iter(views))
     whole, read = ImageDataModule(data, data, AUGMENT, **share)._cached_batches(
@@ -276,7 +276,7 @@ def test_what_is_not_seen_whole_is_read_by_its_own_number(data):
 def test_ranks_of_a_machine_share_its_memory(monkeypatch, tmp_path):
     monkeypatch.setattr(choice, "free_bytes", lambda device: 1200)
     plan = CacheOptions(tmp_path, 1.0, "", {})
-    assert [choice._memory_room(plan, SimpleNamespace(world=world)) for world in (1, 3)] == [600, 200]
+    assert [choice._memory_room(plan, SimpleNamespace(world_size=world_size)) for world_size in (1, 3)] == [600, 200]
 
 
 def test_settings_of_a_head_count_where_features_are_of_its_own_making(folder):
@@ -444,7 +444,7 @@ def test_noise_is_in_training_alone_and_drawn_anew_for_a_view_in_each_epoch(trai
         assert not any(torch.equal(first, again) for again, _ in later)
     alone = torch.cat([part.to(device).image.tensors[0] for part in drawn[0].split(2)])
     assert torch.equal(alone, drawn[0].to(device).image.tensors[0])  # whatever lies beside it
-    for index, views in enumerate(data_module.cache.eval_batches(data_module.val, workers=0, rank=0, world=1)):
+    for index, views in enumerate(data_module.cache.eval_batches(data_module.val, workers=0, rank=0, world_size=1)):
         assert torch.equal(views.to(device).image.tensors[0][0], data_module.cache.store.get(views.views[0].key)[0]), (
             index
         )

@@ -146,8 +146,8 @@ def test_running_means_are_those_of_the_step_that_came_to_its_end(train):
     assert short[name] == 2
 
 
-def engine_of(world):
-    return SimpleNamespace(world=world, device=torch.device("cpu"))
+def engine_of(world_size):
+    return SimpleNamespace(world_size=world_size, device=torch.device("cpu"))
 
 
 def micro_batches(engine=engine_of(1), smallest=1, loss=None, undo=lambda: None, heads=1):  # noqa: B008

@@ -157,7 +157,7 @@ def test_a_batch_whose_masks_ignore_all_is_taught_all_the_same():
     value, parts = both(CrossEntropy(torch.ones(K)))(predicted(scores), with_labels)
     assert value == parts["unlabelled"] > 0
     loss = both(CrossEntropy(torch.ones(K)))
-    part, alone, _ = loss.in_step(
+    part, alone, _ = loss.step_loss(
         predicted(scores), with_labels, torch.stack([torch.tensor(0.0), 2.0 * with_labels.inside])
     )
     assert alone == value and part.item() == pytest.approx(value.item() / 2)

@@ -95,7 +95,7 @@ def train(
     engine, log = Engine("cpu", "fp32", workers=0, sharding=sharding, cache=cache), Rows()
     model = engine.place(untrained(head, adapter, dtype))
     sets = (Uneven([(24, 32)] * 6), Uneven([(24, 32)] * val))
-    order = {"batch_size": batch_size, "seed": 0, "workers": 0, "rank": engine.rank, "world": engine.world}
+    order = {"batch_size": batch_size, "seed": 0, "workers": 0, "rank": engine.rank, "world_size": engine.world_size}
     data_module = ImageDataModule(*sets, Augment((24, 32)), **order, views=None if cache == "off" else 1)
     loss, plan = loss(), CacheOptions(folder / "cache", 3.0, "", {}, dtype="float32")
     data_module.cache = feature_cache(data_module, model, loss, engine, plan)

@@ -27,7 +27,7 @@ class UperNetHead(Head[Tensor]):
     """
 
     min_batch_size = 2  # minimum images per rank in training: BatchNorm on 1x1 pooled maps needs two values
-    one_size = "its pooling windows depend on the size (head=upernet)"
+    fixed_size_reason = "its pooling windows depend on the size (head=upernet)"
 
     def __init__(self, in_dim: int | Sequence[int], num_layers: int, num_classes: Count, channels: Count = 512) -> None:
         from transformers import UperNetConfig

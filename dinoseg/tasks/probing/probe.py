@@ -191,7 +191,7 @@ class Probe:
             last = min(first + _TOGETHER, len(images))
             for batch in self._batches(self.data, images[first:last], bar):
                 self._add(batch, self._features(batch))
-            if checkpoint is not None and self.engine.share(checkpoint.due):
+            if checkpoint is not None and self.engine.broadcast(checkpoint.due):
                 totals = {name: self.engine.sum(part) for name, part in parts.items()}
                 if self.engine.is_main:
                     checkpoint.save(totals, last)
@@ -254,9 +254,11 @@ class Probe:
         engine = self.engine
         size, workers = engine.images_at_once, engine.workers
         part: Any = Subset(data, indices)  # type: ignore[arg-type]
-        for batch in eval_batches(part, batch_size=size, workers=workers, rank=engine.rank, world=engine.world):
+        for batch in eval_batches(
+            part, batch_size=size, workers=workers, rank=engine.rank, world_size=engine.world_size
+        ):
             yield batch.to(engine.device)
-            bar.update(len(batch.names) * engine.world)
+            bar.update(len(batch.names) * engine.world_size)
 
     @torch.no_grad()
     def _features(self, batch: Batch) -> dict[str, Tensor]:

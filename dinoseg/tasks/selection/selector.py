@@ -33,7 +33,7 @@ class Known:
     names: Sequence[str]
     labelled: Sequence[int]
     features: np.ndarray
-    doubts: np.ndarray | None = None
+    uncertainty: np.ndarray | None = None
 
     @cached_property
     def free(self) -> np.ndarray:

@@ -7,7 +7,7 @@ from dinoseg.tasks.selection.selector import DOUBTS, Known, Pick, Selector
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Count
 
-MEASURES = ("entropy", "margin")  # columns of `Known.doubts`
+MEASURES = ("entropy", "margin")  # columns of `Known.uncertainty`
 
 
 class Uncertainty(Selector):
@@ -32,8 +32,8 @@ class Uncertainty(Selector):
 
     def choose(self, known: Known, count: int, seed: int) -> list[Pick]:
         """Return the first of `farthest_first` among the most uncertain images; `seed` is not used."""
-        assert known.doubts is not None
-        doubt = known.doubts[:, MEASURES.index(self.measure)]
+        assert known.uncertainty is not None
+        doubt = known.uncertainty[:, MEASURES.index(self.measure)]
         ranked = known.free[np.argsort(-doubt[known.free], kind="stable")]
         rank = {int(index): position for position, index in enumerate(ranked, start=1)}
         among = ranked[: self.candidates * count]

@@ -189,13 +189,13 @@ class FeatureCache:
         return map(partial(self._arrived, again, masks=here), stream)
 
     def eval_batches(
-        self, data: SegmentationData, *, workers: Workers, rank: int, world: int
+        self, data: SegmentationData, *, workers: Workers, rank: int, world_size: int
     ) -> Iterator[LazyFeatureBatch]:
         """Yield this rank's samples once and in order, each in a batch of its own and not augmented."""
         read = partial(_read_whole, data, self.store, self._masks)
         workers = self._workers(workers)
         workers = FROM_NONE if workers == AUTO and self._validated else workers
-        samples = load_in_order(read, range(rank, len(data), world), workers)
+        samples = load_in_order(read, range(rank, len(data), world_size), workers)
         self._validated = self.keeps
         again = partial(_read_whole, data, NoStore(), self._masks)
         return (self._arrived(again, [sample]) for sample in samples)
@@ -310,9 +310,9 @@ def _read_views(
     name, noise = data.names[draw.image], int(hash_of(key, epoch)[:_DRAW_DIGITS], 16)
     features = store.get(key)
     if features is not None and _has_masks_only(data) and _transforms_masks_only(augment):
-        mask = masks.get((key, name), lambda: augment.mask(data.mask(draw.image), draw.chance, *draw.shown))
+        mask = masks.get((key, name), lambda: augment.mask(data.mask(draw.image), draw.rng, *draw.shown))
         return View(key, mask, name, features, None, (epoch, index), noise)
-    sample = drawn.seen(draw)
+    sample = drawn.view_of(draw)
     return View(key, sample["mask"], sample["name"], features, sample["image"], (epoch, index), noise)
 
 

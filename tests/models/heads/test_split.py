@@ -299,4 +299,4 @@ def test_an_image_is_learnt():
         losses[-1].backward()
         optimizer.step()
     assert losses[-1] < 0.3 * losses[0]
-    assert split.SplitHead.one_size is None
+    assert split.SplitHead.fixed_size_reason is None

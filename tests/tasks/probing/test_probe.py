@@ -157,7 +157,7 @@ def test_a_pass_that_is_stopped_goes_on_with_its_sums(tmp_path, monkeypatch, cap
 class Ranked(Engine):
     """One of two ranks, each in a thread of this process."""
 
-    rank, world, met, given = 0, 2, Barrier(2, timeout=60), [None, None]
+    rank, world_size, met, given = 0, 2, Barrier(2, timeout=60), [None, None]
 
     def __init__(self, rank):
         super().__init__("cpu", "fp32", workers=0)

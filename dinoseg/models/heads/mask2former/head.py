@@ -72,7 +72,7 @@ class Mask2FormerHead(Head[MaskOutputs]):
     """
 
     mixture = True
-    one_size = "its sampling points and positions depend on the size (head=mask2former)"
+    fixed_size_reason = "its sampling points and positions depend on the size (head=mask2former)"
 
     def __init__(
         self,
