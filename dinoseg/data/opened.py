@@ -68,8 +68,8 @@ def opened(
         labelled: selects the masks to use, see `labelled_names`; None: all.
         group: see `labelled_names`.
         seed: see `labelled_names`.
-        run_on_rank0: runs a decision and returns its result. With several ranks, all get the first rank's result, since each
-            would measure a different speed. All ranks then call `pack`, and all but one wait for it.
+        run_on_rank0: runs a decision and returns its result. With several ranks, all get the first rank's result, since
+            each would measure a different speed. All ranks then call `pack`, and all but one wait for it.
 
     Raises:
         UserError: an unknown option, an image without mask or a mask without image, or no usable image.
