@@ -248,7 +248,7 @@ def _parts(
         "seed": data_module.seed,
         "start": start,
         "rank": data_module.rank,
-        "world": data_module.world_size,
+        "world_size": data_module.world_size,
     }
     return map(Part, batches, sample_batches(later, list, len(drawn.data), **order))
 

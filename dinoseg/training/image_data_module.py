@@ -116,7 +116,7 @@ class ImageDataModule:
 
     def train_batches(self, start: int) -> Iterator[Batch | LazyFeatureBatch]:
         """Yield this rank's share of every batch from number `start` on, without end."""
-        order = {"batch_size": self.batch_size, "start": start, "rank": self.rank, "world": self.world_size}
+        order = {"batch_size": self.batch_size, "start": start, "rank": self.rank, "world_size": self.world_size}
         if self.cache is not None:
             return self.cache.train_batches(self.drawn, workers=self.workers, **order)
         return train_batches(self.drawn, workers=self.workers, **order)

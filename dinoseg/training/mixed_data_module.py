@@ -92,7 +92,7 @@ class MixedDataModule(ImageDataModule):
             "seed": self.seed,
             "start": start,
             "rank": self.rank,
-            "world": self.world_size,
+            "world_size": self.world_size,
         }
         views = sample_batches(read, _stacked, len(self.unlabelled), workers=self.workers, **order)
         labelled: Iterator[Any] = super().train_batches(start)  # of images: features are not cached

@@ -138,7 +138,7 @@ def test_what_a_module_keeps_that_a_walk_has_imported_is_forgotten(tmp_path, mon
     with walking():
         pass
     with walking():
-        keeping = import_module("expect_type")
+        keeping = import_module("keeping")
         keeping.kept()
     assert keeping.kept.cache_info().currsize == 0
 

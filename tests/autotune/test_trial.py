@@ -26,7 +26,7 @@ def test_steps_are_timed_with_their_batches_once_warm(compose, monkeypatch):
     monkeypatch.setattr(trial, "used_memory", lambda device: 30)
     monkeypatch.setattr(trial, "peak_memory", lambda device: 70)
     saved = []
-    monkeypatch.setattr(trial.Checkpoints, "save", lambda *_: saved.append(1))
+    monkeypatch.setattr(trial.Checkpointer, "save", lambda *_: saved.append(1))
     parts = training_parts(Builder(cfg))
     batches = repeat(random_batch(parts, 2))
     found = try_steps(parts, parts.model, instantiate(cfg.engine), batches, steps=2, warmup=1)

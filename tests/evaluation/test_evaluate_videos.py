@@ -45,7 +45,7 @@ class Engine:
     def images_at_once(self):
         return self._batch
 
-    def share(self, value):
+    def broadcast(self, value):
         return value
 
     def gather(self, values):

@@ -173,7 +173,7 @@ class Ranked(Engine):
     def sum(self, tensor):
         return sum(self.each(tensor.clone()))
 
-    def share(self, value):
+    def broadcast(self, value):
         return self.each(value)[0]
 
 
