@@ -172,6 +172,7 @@ class TrainingRun:
         if self.engine.is_main:
             print(f"curves:       {self.out_dir}/{', '.join(path.name for path in curves)}")
             log.scores(scores)
+            log.checkpoint(best)
             write_json(self.out_dir / COST, cost)
             for line in log.views:
                 print(line)

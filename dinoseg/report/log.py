@@ -11,11 +11,13 @@ from typing import Any, Protocol, TextIO
 
 import numpy as np
 
+from dinoseg.report.loggers.background import BackgroundLogger
 from dinoseg.report.loggers.logger import Logger
 from dinoseg.utils import forms
 from dinoseg.utils.atomic import write_text
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import write_png
+from dinoseg.utils.urls import without_credentials
 from dinoseg.utils.wording import shown
 
 logger = logging.getLogger(__name__)
@@ -68,7 +70,8 @@ class RunLog:
         self._file = path.open("a", encoding="utf-8")
         for name, open_logger in (loggers or {}).items():
             try:
-                self._loggers[name] = open_logger(out_dir, start_step=start_step)
+                opened = open_logger(out_dir, start_step=start_step)
+                self._loggers[name] = opened if opened.timeout is None else BackgroundLogger(opened)
             except UserError:
                 self.close()
                 raise
@@ -98,6 +101,10 @@ class RunLog:
     def scores(self, values: Mapping[str, Any]) -> None:
         """Pass the scores of the best checkpoint to the loggers."""
         self._pass_on(lambda each: each.scores({**values}))
+
+    def checkpoint(self, path: Path) -> None:
+        """Pass the file of the best checkpoint to the loggers."""
+        self._pass_on(lambda each: each.checkpoint(path))
 
     @property
     def views(self) -> list[str]:
@@ -129,7 +136,7 @@ class RunLog:
 
 def _warn_of(name: str, error: Exception) -> None:
     """Warn that a logger is dropped."""
-    message = shown(f"{type(error).__name__}: {error}", 300)
+    message = shown(without_credentials(f"{type(error).__name__}: {error}"), 300)
     logger.warning(
         "logger.%s failed and is dropped (%s). The training continues, and metrics.jsonl has all values.", name, message
     )
