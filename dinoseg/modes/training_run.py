@@ -152,7 +152,7 @@ class TrainingRun:
         Args:
             model: receives the checkpoint's weights.
             run: state at the end of the training; it has a best score.
-            log: receives the scores.
+            log: receives the scores and the checkpoint, and is closed.
             metrics_only: write no figures.
             report: write report.html, and the files that mode=compare reads.
         """
@@ -173,6 +173,7 @@ class TrainingRun:
             print(f"curves:       {self.out_dir}/{', '.join(path.name for path in curves)}")
             log.scores(scores)
             log.checkpoint(best)
+            log.close()
             write_json(self.out_dir / COST, cost)
             for line in log.views:
                 print(line)

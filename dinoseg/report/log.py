@@ -43,6 +43,9 @@ class RunLog:
 
     A logger that raises an exception is dropped with one warning.
 
+    Attributes:
+        views: after `close`, the lines that state how to view what the loggers wrote.
+
     Raises:
         UserError: by a logger that cannot be opened.
     """
@@ -58,6 +61,7 @@ class RunLog:
     ) -> None:
         self._file: TextIO | None = None
         self._loggers: dict[str, Logger] = {}
+        self.views: list[str] = []
         if not visible:
             return
         out_dir = Path(out_dir)
@@ -106,15 +110,11 @@ class RunLog:
         """Pass the file of the best checkpoint to the loggers."""
         self._pass_on(lambda each: each.checkpoint(path))
 
-    @property
-    def views(self) -> list[str]:
-        """Return the lines that state how to view what the loggers wrote."""
-        return [each.view for each in self._loggers.values() if each.view]
-
     def close(self) -> None:
         """Flush and close everything; a second call is a no-op."""
         file, self._file = self._file, None
         self._pass_on(lambda each: each.close())
+        self.views += [each.view for each in self._loggers.values() if each.view]
         self._loggers = {}
         if file is not None:
             file.close()

@@ -66,7 +66,7 @@ class BackgroundLogger(Logger):
         self._thread.join(self._limit)
         self._check()
         if self._thread.is_alive():
-            raise self._abandon(f"it has not received all values {self._logger.timeout:g} s after the end of the training")
+            raise self._abandon(f"it has not received all values {self._logger.timeout:g} s after the training")
 
     def _put(self, call: Callable[[], None]) -> None:
         self._check()
