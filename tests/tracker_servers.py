@@ -2,13 +2,16 @@
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from command_line import call
@@ -110,6 +113,62 @@ class MlflowServer:
         """Return the (step, value) pairs of a metric."""
         found = self.ask(f"metrics/get-history?run_id={run['info']['run_id']}&metric_key={urllib.request.quote(key)}")
         return [(int(each["step"]), each["value"]) for each in found["metrics"]]
+
+
+class WandbServer:
+    """Stand-in for W&B's server: accepts any run and file, and stores the rows of its history."""
+
+    def __init__(self):
+        self.rows = []
+        handler = type("Handler", (_WandbHandler,), {"rows": self.rows})
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self.server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.05,))
+        self.thread.start()
+
+    def kill(self):
+        self.server.shutdown()
+        self.thread.join()
+        self.server.server_close()
+
+
+class _WandbHandler(BaseHTTPRequestHandler):
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers.get("content-length") or 0))
+        answer = {}
+        if self.path == "/graphql":
+            asked = json.loads(body)
+            answer = {
+                "data": self.data(re.search(r"(?:query|mutation)\s+(\w+)", asked["query"])[1], asked["variables"])
+            }
+        elif self.path.endswith("/file_stream"):
+            lines = json.loads(body).get("files", {}).get("wandb-history.jsonl", {}).get("content", [])
+            self.rows += [json.loads(line) for line in lines]
+        self.answer(json.dumps(answer).encode())
+
+    do_GET = do_PUT = do_POST
+
+    def data(self, name, variables):
+        project = {"id": "p", "name": "dinoseg", "entity": {"id": "e", "name": "me"}}
+        if name == "UpsertBucket":
+            bucket = {"id": "aQ==", "name": "run", "displayName": "run", "config": "{}", "project": project}
+            return {"upsertBucket": {"bucket": {**bucket, "historyLineCount": 0}, "inserted": True}}
+        if name == "CreateRunFiles":
+            url = f"http://{self.headers['host']}/upload"
+            files = [{"name": file, "uploadUrl": url} for file in variables["files"]]
+            return {"createRunFiles": {"runID": "aQ==", "uploadHeaders": [], "files": files}}
+        return {"model": {**project, "bucket": None}} if name == "RunResumeStatus" else {}
+
+    def answer(self, body):
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
 
 
 @contextmanager

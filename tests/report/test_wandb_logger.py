@@ -1,13 +1,23 @@
 """Trainings logged to W&B offline: its files hold the values of metrics.jsonl."""
 
+import os
 import subprocess
 import sys
+import time
 from collections import Counter
 
 import psutil
 import pytest
 from command_line import SMALL, call, write_data
-from tracker_servers import check_same, crash_and_resume, json_lines, silent_server, wandb_records, wandb_run
+from tracker_servers import (
+    WandbServer,
+    check_same,
+    crash_and_resume,
+    json_lines,
+    silent_server,
+    wandb_records,
+    wandb_run,
+)
 
 TRAIN = ("mode=train", *SMALL, "trainer.log_every=1", "trainer.val_every=2", "mode.metrics_only=true")
 WANDB = ("logger=[tensorboard,wandb]", "logger.wandb.mode=offline", "logger.wandb.project=trial")
@@ -84,20 +94,52 @@ def test_each_of_several_heads_has_a_run(folder):
         assert values_of(rows) == json_lines(folder / f"run/heads/{name}")
 
 
-@pytest.mark.heavy
-def test_a_server_that_never_answers_does_not_hold_up_a_training_and_no_key_is_stored(folder):
-    with silent_server() as url:
-        script = f"""
-import os, sys
-os.environ |= {{"WANDB_API_KEY": {KEY!r}, "WANDB_BASE_URL": {url!r}}}
-sys.argv[1:] = {[*TRAIN, "logger=wandb", "logger.wandb.timeout=5", "trainer.steps=20", "hydra.run.dir=run"]!r}
-from dinoseg.__main__ import main
-main()
-"""
-        done = subprocess.run(
-            [sys.executable, "-c", script], cwd=folder, capture_output=True, text=True, timeout=300, check=False
-        )
-    assert done.returncode == 0 and done.stderr.count("logger.wandb failed and is dropped") == 1, done.stderr
-    assert len({step for _, step in json_lines(folder / "run")}) == 20
+def train_elsewhere(folder, url, *words):
+    """Start a training that logs to a server, in a process of its own, which has to end, too."""
+    words = [*TRAIN, "logger=wandb", "logger.wandb.timeout=5", "hydra.run.dir=run", *words]
+    env = {**os.environ, "WANDB_API_KEY": KEY, "WANDB_BASE_URL": url}
+    program = [sys.executable, "-m", "dinoseg", *words]
+    return subprocess.Popen(program, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def check_no_key(folder):
     files = [path for path in folder.rglob("*") if path.is_file()]
     assert len(files) > 10 and not [path for path in files if KEY.encode() in path.read_bytes()]
+
+
+@pytest.mark.heavy
+def test_a_server_receives_the_values_of_metrics_jsonl_and_no_key_is_stored(folder):
+    server = WandbServer()
+    try:
+        out, err = (training := train_elsewhere(folder, server.url, "trainer.steps=4")).communicate(timeout=200)
+    finally:
+        server.kill()
+    assert training.returncode == 0 and "dropped" not in err and f"W&B:          {server.url}/me/dinoseg" in out, err
+    assert values_of(server.rows) == json_lines(folder / "run") and len(server.rows) > 5
+    check_no_key(folder)
+
+
+@pytest.mark.heavy
+def test_a_server_that_is_killed_in_mid_run_costs_one_warning(folder):
+    server = WandbServer()
+    try:
+        training = train_elsewhere(folder, server.url, "trainer.steps=400", "mode.pictures=0", "trainer.val_every=200")
+        log = folder / "run/metrics.jsonl"
+        while training.poll() is None and not (log.exists() and log.read_text().count("\n") > 20):
+            time.sleep(0.05)
+    finally:
+        server.kill()
+    assert training.poll() is None, "the training ended before the server was killed"
+    _, err = training.communicate(timeout=200)
+    assert training.returncode == 0 and err.count("logger.wandb failed and is dropped") == 1, err
+    assert {step for _, step in json_lines(folder / "run")} == {*range(1, 401)}
+
+
+@pytest.mark.heavy
+def test_a_server_that_never_answers_does_not_hold_up_a_training(folder):
+    with silent_server() as url:
+        training = train_elsewhere(folder, url, "trainer.steps=20")
+        _, err = training.communicate(timeout=200)
+    assert training.returncode == 0 and err.count("logger.wandb failed and is dropped") == 1, err
+    assert len({step for _, step in json_lines(folder / "run")}) == 20
+    check_no_key(folder)
