@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from dinoseg.modes.help import help_for
 from dinoseg.report.log import RunLog
 from dinoseg.report.loggers import remote
 from dinoseg.report.loggers.mlflow import MlflowLogger, _name
@@ -145,3 +146,11 @@ def test_names_are_such_that_mlflow_accepts_them(name, accepted):
 
     assert _name(name) == accepted
     _validate_metric_name(_name(name))
+
+
+@pytest.mark.parametrize("word", ["logger=wandb", "logger=[tensorboard,mlflow,wandb]"])
+def test_the_keys_of_several_loggers_are_listed(word):
+    listed = help_for([word, "--help"])
+    assert "logger.wandb.project=dinoseg" in listed and ("logger.mlflow.artifacts=false" in listed) == (
+        "mlflow" in word
+    )
