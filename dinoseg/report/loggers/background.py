@@ -1,4 +1,4 @@
-"""Logger in a thread of its own, so that a training does not wait for a server."""
+"""Logger whose methods run in a thread, so that a training does not wait for a server."""
 
 import time
 from collections.abc import Callable, Mapping

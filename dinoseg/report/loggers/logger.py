@@ -20,8 +20,8 @@ class Logger:
 
     Attributes:
         view: how to view what was logged, printed after the training; empty: nothing to print.
-        timeout: seconds after which a call counts as failed; its methods then run in a thread of their own, so that no
-            training waits for a server, and the constructor must not wait either. None: they run at once.
+        timeout: seconds after which a call counts as failed; its methods then run in a thread, so that no training
+            waits for a server, and the constructor must not wait either. None: they run at once.
     """
 
     view: str = ""

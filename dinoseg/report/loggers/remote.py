@@ -21,21 +21,22 @@ _MOST_BYTES = 2**20  # of a record: an entry has about 30
 class RemoteLogger(Logger):
     """Logger of an experiment tracker: continues the tracked run of a run folder, and sends each value once.
 
-    `out_dir`/NAME.json stores the id of the tracked run, and the last step of each value that was sent. Trackers only
-    append, so values that a resumed run logs again are not sent again.
+    `out_dir`/PACKAGE.json stores the id of the tracked run, and the last step of each value that was sent. Trackers
+    only append, so values that a resumed run logs again are not sent again.
 
     A subclass defines `open_run` and the `send_` methods. They run in the background; see `BackgroundLogger`.
 
     Args:
         out_dir: the run folder.
-        name: of the tracker, its package and its extra.
         group: of the tracked run; None: the sweep or the multi-head training that the run belongs to.
         artifacts: whether to send the best checkpoint.
         timeout: seconds in which the tracker has to answer, and to receive the last values.
 
     Attributes:
+        package: of the tracker; also its option of `logger` and its extra.
         run_name: name of the tracked run: that of the run folder, within its sweep or multi-head training.
-        group: None for a run on its own.
+        group: None for a single run.
+        run_id: id of the tracked run; None: not opened yet.
     """
 
     package = ""

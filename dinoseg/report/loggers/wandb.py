@@ -26,14 +26,14 @@ class WandbLogger(RemoteLogger):
         start_step: steps done before; W&B keeps values of later steps.
         project: name of the project.
         entity: user or team; None: the account's default.
-        mode: online, offline or disabled; None: WANDB_MODE, or online.
+        mode: online or offline; None: WANDB_MODE, or online.
         tags: labels of the run.
         group: see `RemoteLogger`.
         artifacts: see `RemoteLogger`.
         timeout: see `RemoteLogger`.
 
     Raises:
-        UserError: no API key is set, and the mode is online.
+        UserError: another mode is set, or the mode is online and no API key is set.
     """
 
     package = "wandb"
@@ -56,8 +56,11 @@ class WandbLogger(RemoteLogger):
         import wandb
 
         self.mode = mode or wandb.setup().settings.mode
-        if self.mode not in ("online", "offline", "disabled"):
-            raise UserError(f"logger.wandb.mode={self.mode} is unknown. Choose online, offline or disabled.")
+        if self.mode not in ("online", "offline"):
+            raise UserError(
+                f"logger.wandb.mode={self.mode} (or WANDB_MODE) must be online or offline. Set one, or leave wandb out of "
+                "`logger`."
+            )
         if self.mode == "online" and not wandb.login(prompt=False, verify=False):
             raise UserError(
                 "logger=wandb needs an API key. Run `wandb login`, set WANDB_API_KEY, or add logger.wandb.mode=offline."
@@ -97,8 +100,10 @@ class WandbLogger(RemoteLogger):
         )
         self._run.config.update(dict(settings), allow_val_change=True)
         self._run.define_metric("*", step_metric=_STEP)
-        folder = shlex.quote(str(Path(self._run.dir).parent))
-        self.view = f"W&B:          {self._run.url and without_credentials(self._run.url) or f'wandb sync {folder}'}"
+        if self._run.url:
+            self.view = f"W&B:          {without_credentials(self._run.url)}"
+        else:
+            self.view = f"W&B:          wandb sync {shlex.quote(str(Path(self._run.dir).parent))}"
         return self._run.id
 
     def send_scalars(self, step: int, values: Mapping[str, float]) -> None:
