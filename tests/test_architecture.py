@@ -46,6 +46,8 @@ DOORS = {  # dependency -> the packages and files that may import it
     "timm": ("models/backbones",),
     "tensorboard": ("report/loggers/tensorboard",),
     "torch.utils.tensorboard": ("report/loggers/tensorboard",),
+    "wandb": ("report/loggers/wandb",),
+    "mlflow": ("report/loggers/mlflow",),
     "onnx": ("export",),
     "onnxscript": ("export",),
     "onnxruntime": ("export/runtime",),

@@ -51,9 +51,9 @@ GIVEN = {  # names that the Python of the docs does not make itself
     "grid": (6, 6),
     "features": torch.randn(3, 8, 6, 6, generator=torch.Generator().manual_seed(0)),
 }
-NOT_RUN = re.compile(  # what needs the package index, an account, a scheduler, or has tests of its own
+NOT_RUN = re.compile(  # what needs the package index, an account, a scheduler, a server, or has tests of its own
     r"make (demo|test|docs)$|python3 -m venv |pip install |git clone |cd |sbatch |hf auth login$|gh |export |"
-    r".* --config-dir mine/"
+    r".* --config-dir mine/|.* logger=mlflow "
 )
 ALL = list(dict.fromkeys(command for page in PAGES for command in commands(page)))
 RUN = [command for command in ALL if command.startswith(OURS) and not NOT_RUN.match(command)]

@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dinoseg.cli.extras import hush_schemas
 from dinoseg.cli.ranks import LAUNCH_KEYS, is_first_rank, join_slurm, run_mode, run_ranks, shortages_as_user_errors
+from dinoseg.config.credentials import check_credentials
 from dinoseg.config.limits import check_training
 from dinoseg.config.options import options_of, values_in_files
 from dinoseg.config.plain import BUILDS, to_container
@@ -78,6 +79,7 @@ def launch(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> Any:
     try:
         _check_words(cfg, overrides)
         _check_values(cfg, overrides)
+        check_credentials(cfg.get("logger"), "logger")  # before the config is written
         devices = _join_ranks(cfg)
     except UserError:
         drop_empty(out_dir)

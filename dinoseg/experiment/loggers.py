@@ -1,9 +1,11 @@
 """Builder of the loggers of a config, from the config group `logger`."""
 
-from inspect import signature
+from functools import partial
+from inspect import isclass, signature
 from pathlib import Path
 from typing import Any
 
+from dinoseg.config.credentials import check_credentials
 from dinoseg.config.nodes import expect_type, instantiate, type_errors_as_user_errors
 from dinoseg.experiment.models import ModelBuilder
 from dinoseg.report.log import LoggerFactory
@@ -19,8 +21,10 @@ def logger_factories(build: ModelBuilder) -> dict[str, LoggerFactory]:
     """Return a function for each logger of a config, by name, that opens it for a run.
 
     Raises:
-        UserError: a config node makes no logger. Arguments and class are only known when the function is called.
+        UserError: a config node makes no logger, holds credentials, or needs a package that is not installed. Arguments
+            and class are only known when the function is called.
     """
+    check_credentials(build.value("logger"), "logger")
     return {str(name): _factory(f"logger.{name}", node) for name, node in (build.value("logger") or {}).items()}
 
 
@@ -29,6 +33,9 @@ def _factory(key: str, node: Any) -> LoggerFactory:
         make = instantiate(node)
     if not callable(make):
         raise UserError(f"{key} gives {type(make).__name__}, which makes no loggers. {_REMEDY}")
+    made = make.func if isinstance(make, partial) else make
+    if isclass(made) and issubclass(made, Logger):
+        made.check_installed()
 
     def open_logger(out_dir: Path, *, start_step: int) -> Logger:
         # a TypeError inside the constructor drops the logger, but one of its arguments ends the run

@@ -88,7 +88,8 @@ def help_for(arguments: Sequence[str]) -> str:
         return of_mode(modes[-1], folders)
     places = [folder for folder in folders if folder.is_dir()]
     groups = {path.name for folder in places for path in folder.iterdir() if path.is_dir()} - {"mode", "local"}
-    chosen = [word.partition("=")[::2] for word in arguments]
+    words = [word.partition("=")[::2] for word in arguments]
+    chosen = [(group, option) for group, options in words for option in options.strip("[]").split(",")]
     texts = [text for group, option in chosen if group in groups and (text := of_option(group, option, folders))]
     return "\n\n".join((*texts, _FURTHER)) if texts else overview(folders[1:])
 

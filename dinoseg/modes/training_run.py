@@ -191,7 +191,7 @@ class TrainingRun:
         Args:
             model: receives the checkpoint's weights.
             run: state at the end of the training; it has a best score.
-            log: receives the scores.
+            log: receives the scores and the checkpoint, and is closed.
             metrics_only: write no figures.
             report: write report.html, and the files that mode=compare reads.
         """
@@ -211,6 +211,8 @@ class TrainingRun:
         if self.engine.is_main:
             print(f"curves:       {self.out_dir}/{', '.join(path.name for path in curves)}")
             log.scores(scores)
+            log.checkpoint(best)
+            log.close()
             write_json(self.out_dir / COST, cost)
             for line in log.views:
                 print(line)

@@ -11,11 +11,13 @@ from typing import Any, Protocol, TextIO
 
 import numpy as np
 
+from dinoseg.report.loggers.background import BackgroundLogger
 from dinoseg.report.loggers.logger import Logger
 from dinoseg.utils import forms
 from dinoseg.utils.atomic import write_text
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import write_png
+from dinoseg.utils.urls import without_credentials
 from dinoseg.utils.wording import format_value
 
 logger = logging.getLogger(__name__)
@@ -41,6 +43,9 @@ class RunLog:
 
     A logger that raises an exception is dropped with one warning.
 
+    Attributes:
+        views: after `close`, the lines that state how to view what the loggers wrote.
+
     Raises:
         UserError: by a logger that cannot be opened.
     """
@@ -56,6 +61,7 @@ class RunLog:
     ) -> None:
         self._file: TextIO | None = None
         self._loggers: dict[str, Logger] = {}
+        self.views: list[str] = []
         if not visible:
             return
         out_dir = Path(out_dir)
@@ -68,7 +74,8 @@ class RunLog:
         self._file = path.open("a", encoding="utf-8")
         for name, open_logger in (loggers or {}).items():
             try:
-                self._loggers[name] = open_logger(out_dir, start_step=start_step)
+                opened = open_logger(out_dir, start_step=start_step)
+                self._loggers[name] = opened if opened.timeout is None else BackgroundLogger(opened)
             except UserError:
                 self.close()
                 raise
@@ -99,15 +106,15 @@ class RunLog:
         """Pass the scores of the best checkpoint to the loggers."""
         self._pass_on(lambda each: each.scores({**values}))
 
-    @property
-    def views(self) -> list[str]:
-        """Return the lines that state how to view what the loggers wrote."""
-        return [each.view for each in self._loggers.values() if each.view]
+    def checkpoint(self, path: Path) -> None:
+        """Pass the file of the best checkpoint to the loggers."""
+        self._pass_on(lambda each: each.checkpoint(path))
 
     def close(self) -> None:
         """Flush and close everything; a second call is a no-op."""
         file, self._file = self._file, None
         self._pass_on(lambda each: each.close())
+        self.views += [each.view for each in self._loggers.values() if each.view]
         self._loggers = {}
         if file is not None:
             file.close()
@@ -129,7 +136,7 @@ class RunLog:
 
 def _warn_of(name: str, error: Exception) -> None:
     """Warn that a logger is dropped."""
-    message = format_value(f"{type(error).__name__}: {error}", 300)
+    message = format_value(without_credentials(f"{type(error).__name__}: {error}"), 300)
     logger.warning(
         "logger.%s failed and is dropped (%s). The training continues, and metrics.jsonl has all values.", name, message
     )

@@ -91,7 +91,7 @@ def test_pictures_and_loggers_can_be_left_out(where):
     assert not (where / "run/validation").exists() and not (where / "run/tensorboard").exists()
     assert "TensorBoard" not in done.out and (where / "run/metrics.jsonl").exists()
     unknown = call(where, "mode=train", *SMALL, "logger=[tensorboard,board]")
-    assert unknown.status == 1 and "logger=board is unknown. Choose from tensorboard." in unknown.err
+    assert unknown.status == 1 and "logger=board is unknown. Choose from mlflow, tensorboard, wandb." in unknown.err
     refused = call(where, "mode=train", *SMALL, "mode.pictures=-1")
     assert refused.status == 1 and "mode.pictures=-1 is out of range. Give a whole number of at least 0." in refused.err
 

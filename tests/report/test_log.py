@@ -186,7 +186,8 @@ def test_settings_and_final_scores_are_a_row_of_tensorboard(tmp_path):
     with RunLog(tmp_path, BOARD) as log:
         log.config({"seed": 0, "head": "mlp", "layers": None})
         log.scores({"miou": 0.5, "matrix": [[1]], "dice": None})
-        assert log.views == [f"TensorBoard:  tensorboard --logdir {tmp_path / 'tensorboard'}"]
+        assert not log.views
+    assert log.views == [f"TensorBoard:  tensorboard --logdir {tmp_path / 'tensorboard'}"]
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert events.Scalars("final/miou")[0].value == 0.5

@@ -20,12 +20,23 @@ class Logger:
 
     Attributes:
         view: how to view what was logged, printed after the training; empty: nothing to print.
+        timeout: seconds after which a call counts as failed; its methods then run in a thread, so that no training
+            waits for a server, and the constructor must not wait either. None: they run at once.
     """
 
     view: str = ""
+    timeout: float | None = None
 
     def __init__(self, out_dir: Path, *, start_step: int = 0) -> None:
         pass
+
+    @classmethod
+    def check_installed(cls) -> None:
+        """Refuse a package that is not installed, before data and weights are read.
+
+        Raises:
+            UserError: naming the package and how to install it.
+        """
 
     def config(self, settings: Mapping[str, Any]) -> None:
         """Receive the settings that distinguish runs, by dotted name such as `optim.optimizer.lr`, before all else."""
@@ -38,6 +49,9 @@ class Logger:
 
     def scores(self, values: Mapping[str, Any]) -> None:
         """Receive the scores of the best checkpoint after the training: numbers, and tables such as `matrix`."""
+
+    def checkpoint(self, path: Path) -> None:
+        """Receive the file of the best checkpoint, after its scores."""
 
     def close(self) -> None:
         """Write buffered values, and close files and connections."""

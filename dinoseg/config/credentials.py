@@ -1,0 +1,28 @@
+"""Check that a config, which run folders store, holds no credentials."""
+
+from omegaconf import DictConfig
+
+from dinoseg.config.plain import below, to_container
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.urls import has_credentials
+
+
+def check_credentials(node: DictConfig | None, key: str) -> None:
+    """Refuse URLs with a user or a password at and below a config node.
+
+    Interpolations pass: run folders store them unresolved.
+
+    Args:
+        node: the config node, if there is one.
+        key: its full key.
+
+    Raises:
+        UserError: naming the key of the URL, without its value.
+    """
+    for steps, value in below(to_container(node), ()) if node else ():
+        if isinstance(value, str) and has_credentials(value):
+            raise UserError(
+                f"{'.'.join(map(str, (key, *steps)))} is a URL with a user or a password, which the run folder would "
+                "store. Leave them out of it, and set them in the environment: MLFLOW_TRACKING_USERNAME and "
+                "MLFLOW_TRACKING_PASSWORD, or WANDB_API_KEY."
+            )

@@ -1,0 +1,147 @@
+"""Logger that sends values to an MLflow server."""
+
+import logging
+import os
+import re
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dinoseg.report.loggers.remote import RemoteLogger
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.urls import without_credentials
+
+_GROUP = "group"  # tag that holds the group
+_MAX_PARAMS, _MAX_METRICS = 100, 1000  # of a request
+_MAX_TEXT = 6000  # characters of a parameter
+_REFUSED = re.compile(r"[^\w/.\- ]")  # characters that MLflow allows in no name
+_DEFAULTS = {  # read by MLflow from the environment, where a user may set others
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # it would print the credentials of a URL
+}
+
+
+class MlflowLogger(RemoteLogger):
+    """Send to a run of an MLflow server.
+
+    Credentials come from MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN.
+
+    Args:
+        out_dir: the run folder.
+        start_step: steps done before; MLflow keeps values of later steps.
+        experiment: name of the experiment, which is created if it does not exist.
+        tracking_uri: address of the server, or what else MLflow accepts; None: MLFLOW_TRACKING_URI.
+        tags: of the run, by name.
+        group: see `RemoteLogger`; becomes the tag `group`.
+        artifacts: see `RemoteLogger`.
+        timeout: see `RemoteLogger`.
+
+    Raises:
+        UserError: no address is set.
+    """
+
+    package = "mlflow"
+
+    def __init__(
+        self,
+        out_dir: Path,
+        *,
+        start_step: int = 0,
+        experiment: str = "dinoseg",
+        tracking_uri: str | None = None,
+        tags: Mapping[str, str] | None = None,
+        group: str | None = None,
+        artifacts: bool = False,
+        timeout: float = 30.0,
+    ) -> None:
+        super().__init__(out_dir, group=group, artifacts=artifacts, timeout=timeout)
+        uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+        if not uri:
+            raise UserError(
+                "logger=mlflow needs a server. Set logger.mlflow.tracking_uri=http://HOST:PORT or MLFLOW_TRACKING_URI."
+            )
+        for name, value in _DEFAULTS.items():
+            os.environ.setdefault(name, value)
+        logging.getLogger("urllib3").setLevel(logging.ERROR)  # it warns of each retry
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(max(1, round(timeout))))
+        from mlflow import MlflowClient
+
+        self._client: Any = MlflowClient(tracking_uri=uri)
+        self._uri, self._experiment, self._tags = uri, experiment, dict(tags or {})
+
+    def open_run(self, run_id: str | None, settings: Mapping[str, Any]) -> str:
+        """Continue the run if the server has it, or start one; the settings are its parameters, which never change."""
+        run = self._existing(run_id)
+        if run is None:
+            tags = {**self._tags, **({_GROUP: self.group} if self.group else {})}
+            run = self._client.create_run(self._experiment_id(), run_name=self.run_name, tags=tags)
+            from mlflow.entities import Param
+
+            params = [Param(_name(key), str(value)[:_MAX_TEXT]) for key, value in settings.items()]
+            for start in range(0, len(params), _MAX_PARAMS):
+                self._client.log_batch(run.info.run_id, params=params[start : start + _MAX_PARAMS])
+        else:
+            self._client.update_run(run.info.run_id, status="RUNNING")
+        path = f"#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
+        self.view = f"MLflow:       {without_credentials(self._uri).rstrip('/')}/{path}"
+        return run.info.run_id
+
+    def send_scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Send the values as metrics, in as few requests as the server allows."""
+        from mlflow.entities import Metric
+
+        now = round(time.time() * 1000)
+        metrics = [Metric(_name(key), value, now, step) for key, value in values.items()]
+        for start in range(0, len(metrics), _MAX_METRICS):
+            self._client.log_batch(self.run_id, metrics=metrics[start : start + _MAX_METRICS])
+
+    def send_images(self, step: int, named: Mapping[str, np.ndarray]) -> None:
+        """Upload images, which MLflow shows by step."""
+        for name, rgb in named.items():
+            self._client.log_image(self.run_id, rgb, key=_name(name), step=step, synchronous=True)
+
+    def send_scores(self, values: Mapping[str, float]) -> None:
+        """Send the scores as metrics of the last step."""
+        self.send_scalars(self.last_step, values)
+
+    def send_checkpoint(self, path: Path) -> None:
+        """Upload the file to the folder `checkpoints` of the run's artifacts."""
+        self._client.log_artifact(self.run_id, str(path), "checkpoints")
+
+    def close(self) -> None:
+        """End the run."""
+        if self.run_id is not None:
+            self._client.set_terminated(self.run_id)
+
+    def _existing(self, run_id: str | None) -> Any:
+        """Return a run of the server; None if there is none."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            run = self._client.get_run(run_id) if run_id else None
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return None
+            raise
+        return run if run and run.info.lifecycle_stage == "active" else None
+
+    def _experiment_id(self) -> str:
+        from mlflow.exceptions import MlflowException
+
+        found = self._client.get_experiment_by_name(self._experiment)
+        try:
+            return found.experiment_id if found else self._client.create_experiment(self._experiment)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":  # by another job of a sweep, in between
+                raise
+        return self._client.get_experiment_by_name(self._experiment).experiment_id
+
+
+def _name(name: str) -> str:
+    """Return a name that MLflow accepts: other characters become underscores, and its parts are not empty."""
+    return "/".join(part if part.strip(".") else f"_{part}" for part in _REFUSED.sub("_", name).split("/"))

@@ -1,0 +1,62 @@
+"""Passwords in URLs are neither stored nor printed."""
+
+import pytest
+from command_line import SMALL, call, write_data
+
+from dinoseg.utils.urls import has_credentials, without_credentials
+
+
+@pytest.mark.parametrize(
+    ("text", "clean"),
+    [
+        ("at https://me:secret@host:80/a failed", "at https://host:80/a failed"),
+        ("https://token@host", "https://host"),
+        ("postgresql+psycopg://me:p%40w@db/x and http://a:b@c", "postgresql+psycopg://db/x and http://c"),
+        ("http://host/path?mail=me@host", None),
+        ("me@host", None),
+        ("http://127.0.0.1:5000", None),
+    ],
+)
+def test_users_and_passwords_are_removed_from_urls(text, clean):
+    assert without_credentials(text) == (clean or text) and has_credentials(text) == (clean is not None)
+
+
+@pytest.mark.parametrize("sweep", [(), ("-m", "seed=0,1")])
+def test_a_password_is_refused_before_anything_is_written(tmp_path, sweep):
+    write_data(tmp_path / "data")
+    words = ("logger=[tensorboard,mlflow]", "logger.mlflow.tracking_uri=https://me:secret@host", "hydra.run.dir=run")
+    done = call(tmp_path, *sweep, "mode=train", *SMALL, *words, "hydra.sweep.dir=swept")
+    assert done.status == 1 and "logger.mlflow.tracking_uri is a URL with a user or a password" in done.err
+    assert "MLFLOW_TRACKING_PASSWORD" in done.err and "secret" not in done.err + done.out
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+def test_a_password_in_a_variable_is_read_and_not_stored(tmp_path, monkeypatch):
+    monkeypatch.setenv("MY_SERVER", "http://me:secret@127.0.0.1:1")
+    write_data(tmp_path / "data")
+    words = ("logger=mlflow", "logger.mlflow.tracking_uri=${oc.env:MY_SERVER}", "hydra.run.dir=run")
+    done = call(tmp_path, "mode=train", *SMALL, *words, "mode.metrics_only=true", "logger.mlflow.timeout=3")
+    assert done.status == 0 and done.err.count("logger.mlflow failed and is dropped") == 1, done.err
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert "secret" not in done.err + done.out and not [path for path in files if b"secret" in path.read_bytes()]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["logger=[tensorboard,wandbb]"], "wandb"),
+        (["logger=mlflow"], "logger=mlflow needs a server"),
+        (["logger=wandb", "logger.wandb.proyect=a"], "project"),
+        (["logger=wandb", "logger.wandb.mode=of"], "must be online or offline"),
+        (["logger=wandb", "logger.wandb.mode=offline", "logger.wandb.timeout=0"], "logger.wandb.timeout=0"),
+        (["logger=wandb"], "needs an API key"),
+    ],
+)
+def test_mistakes_are_one_message(tmp_path, monkeypatch, words, message):
+    for name in ("MLFLOW_TRACKING_URI", "WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    write_data(tmp_path / "data")
+    done = call(tmp_path, "mode=train", *SMALL, *words)
+    assert done.status == 1 and message in done.err.split("error: ")[1] and "Traceback" not in done.err, done.err

@@ -1,0 +1,141 @@
+"""Trainings logged to an MLflow server of the test: its REST API returns the values of metrics.jsonl."""
+
+import time
+
+import pytest
+from command_line import SMALL, call, write_data
+from tracker_servers import MlflowServer, check_same, crash_and_resume, json_lines, silent_server
+
+from dinoseg.report.log import RunLog
+from dinoseg.report.loggers.mlflow import MlflowLogger
+
+pytestmark = pytest.mark.heavy
+TRAIN = ("mode=train", *SMALL, "trainer.log_every=1", "trainer.val_every=2", "mode.metrics_only=true")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_data(tmp_path / "data")
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    running = MlflowServer(tmp_path_factory.mktemp("mlflow"))
+    yield running
+    running.kill()
+
+
+def train(folder, server, experiment, *words):
+    names = (f"logger.mlflow.tracking_uri={server.url}", f"logger.mlflow.experiment={experiment}")
+    done = call(folder, *TRAIN, "logger=mlflow", *names, *words)
+    assert done.status == 0 and "failed and is dropped" not in done.err, done.err
+    return done
+
+
+def values_of(server, run):
+    """Return all metrics of a run but final scores as {(key, step): value}, each of which is there once."""
+    keys = [each["key"] for each in run["data"]["metrics"] if not each["key"].startswith("final/")]
+    found = [((key, step), value) for key in keys for step, value in server.history(run, key)]
+    assert len(found) == len(dict(found))
+    return dict(found)
+
+
+def test_a_run_has_the_values_of_metrics_jsonl_and_a_resumed_one_goes_on_in_it(folder, server):
+    done = train(folder, server, "trial", "logger.mlflow.tags={who: me}", "trainer.steps=2", "hydra.run.dir=run")
+    (run,) = server.runs("trial")
+    assert f"MLflow:       {server.url}/#/experiments/" in done.out and run["info"]["run_id"] in done.out
+    assert values_of(server, run) == json_lines(folder / "run") and len(json_lines(folder / "run")) > 15
+    tags = {each["key"]: each["value"] for each in run["data"]["tags"]}
+    params = {each["key"]: each["value"] for each in run["data"]["params"]}
+    final = {each["key"]: each["value"] for each in run["data"]["metrics"] if each["key"].startswith("final/")}
+    assert tags["who"] == "me" and "group" not in tags and run["info"]["run_name"] == "run"
+    assert run["info"]["status"] == "FINISHED" and params["choices.head"] == "linear" and final["final/miou"] > 0
+    images = server.ask(f"artifacts/list?run_id={run['info']['run_id']}&path=images")["files"]
+    assert len([each for each in images if each["path"].endswith(".png")]) == 2
+    files = server.ask(f"artifacts/list?run_id={run['info']['run_id']}")["files"]
+    assert [each["path"] for each in files] == ["images"]
+
+    names = (f"logger.mlflow.tracking_uri={server.url}", "logger.mlflow.experiment=trial")
+    crash_and_resume(folder, *TRAIN, "logger=mlflow", *names)
+    (run,) = server.runs("trial")
+    check_same(values_of(server, run), json_lines(folder / "run"))
+    assert run["info"]["status"] == "FINISHED"
+
+
+def test_jobs_of_a_sweep_have_one_group_and_the_checkpoint_is_an_artifact(folder, server):
+    train(
+        *(folder, server, "sweep", "-m", "seed=0,1", "trainer.steps=1", "logger.mlflow.artifacts=true"),
+        "hydra.sweep.dir=swept",
+    )
+    runs = server.runs("sweep")
+    tags = [{each["key"]: each["value"] for each in run["data"]["tags"]} for run in runs]
+    assert [each["group"] for each in tags] == ["swept"] * 2
+    assert {run["info"]["run_name"] for run in runs} == {"swept/0", "swept/1"}
+    for run in runs:
+        files = server.ask(f"artifacts/list?run_id={run['info']['run_id']}&path=checkpoints")["files"]
+        assert [each["path"] for each in files] == ["checkpoints/best.safetensors"]
+        size = (folder / run["info"]["run_name"] / "checkpoints/best.safetensors").stat().st_size
+        assert int(files[0]["file_size"]) == size
+
+
+def test_each_of_several_heads_has_a_run(folder, server):
+    words = ("adapter=frozen", "trainer=multi_head", "heads=[linear,mlp]", "trainer.steps=2", "hydra.run.dir=run")
+    train(folder, server, "heads", *words)
+    runs = {run["info"]["run_name"]: run for run in server.runs("heads")}
+    assert runs.keys() == {"run/linear", "run/mlp"}
+    for name in ("linear", "mlp"):
+        assert values_of(server, runs[f"run/{name}"]) == json_lines(folder / f"run/heads/{name}")
+
+
+def test_a_deleted_run_is_replaced_by_a_new_one(folder, server):
+    def log(step):
+        with RunLog(folder / "run", {"mlflow": make}, start_step=step - 1) as run:
+            run.config({"seed": 0})
+            run.scalars(step, {"train/loss": 0.5})
+
+    def make(out_dir, *, start_step):
+        return MlflowLogger(out_dir, start_step=start_step, tracking_uri=server.url, experiment="deleted")
+
+    log(1)
+    (first,) = server.runs("deleted")
+    server.ask("runs/delete", run_id=first["info"]["run_id"])
+    log(2)
+    (second,) = server.runs("deleted")
+    assert second["info"]["run_id"] != first["info"]["run_id"] and server.history(second, "train/loss") == [(2, 0.5)]
+
+
+def test_a_server_that_is_killed_in_mid_run_costs_one_warning(folder, tmp_path, caplog):
+    (tmp_path / "own").mkdir()
+    server = MlflowServer(tmp_path / "own")
+
+    def make(out_dir, *, start_step):
+        return MlflowLogger(out_dir, start_step=start_step, tracking_uri=server.url, timeout=5.0)
+
+    slowest = 0.0
+    try:
+        with RunLog(folder / "run", {"mlflow": make}) as log:
+            log.config({"seed": 0})
+            for step in range(1, 101):
+                began = time.monotonic()
+                log.scalars(step, {"train/loss": 1 / step})
+                slowest = max(slowest, time.monotonic() - began)
+                time.sleep(0.1)
+                if step == 20:
+                    (run,) = server.runs()
+                    assert server.history(run, "train/loss")[:5] == [(step, 1 / step) for step in range(1, 6)]
+                    server.kill()
+    finally:
+        server.kill()
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == 1 and "logger.mlflow failed and is dropped" in warnings[0], warnings
+    assert slowest < 0.5 and len(json_lines(folder / "run")) == 100
+
+
+def test_a_server_that_never_answers_does_not_hold_up_a_training(folder):
+    with silent_server() as url:
+        words = ("logger=mlflow", f"logger.mlflow.tracking_uri={url}", "logger.mlflow.timeout=2")
+        began = time.monotonic()
+        done = call(folder, *TRAIN, *words, "hydra.run.dir=run")
+    assert done.status == 0 and done.err.count("logger.mlflow failed and is dropped") == 1, done.err
+    assert time.monotonic() - began < 30 and "Retrying" not in done.err

@@ -1,0 +1,156 @@
+"""What a logger of an experiment tracker sends, and what its record in the run folder says."""
+
+import json
+
+import numpy as np
+import pytest
+
+from dinoseg.modes.help import help_for
+from dinoseg.report.log import RunLog
+from dinoseg.report.loggers import remote
+from dinoseg.report.loggers.mlflow import MlflowLogger, _name
+from dinoseg.report.loggers.remote import RemoteLogger
+from dinoseg.report.loggers.wandb import WandbLogger
+from dinoseg.utils.errors import UserError
+
+
+class ListLogger(RemoteLogger):
+    """Stand-in for a tracker: appends what is sent to a list."""
+
+    package = "list"
+    sent: list
+
+    def __init__(self, out_dir, *, start_step=0, sent, known=True, artifacts=False, group=None, timeout=9.0):
+        super().__init__(out_dir, group=group, artifacts=artifacts, timeout=timeout)
+        self.sent, self.known = sent, known
+
+    def open_run(self, run_id, settings):
+        self.sent.append(("open", run_id, settings))
+        return run_id if run_id and self.known else "run2" if run_id else "run1"
+
+    def send_scalars(self, step, values):
+        self.sent.append((step, values))
+
+    def send_images(self, step, named):
+        self.sent.append((step, [*named]))
+
+    def send_scores(self, values):
+        self.sent.append(values)
+
+    def send_checkpoint(self, path):
+        self.sent.append(path)
+
+
+def log(folder, sent, steps, **options):
+    def make(out_dir, *, start_step):
+        return ListLogger(out_dir, start_step=start_step, sent=sent, **options)
+
+    with RunLog(folder, {"list": make}, start_step=steps[0] - 1) as run:
+        run.config({"seed": 0})
+        for step in steps:
+            run.scalars(step, {"train/loss": step / 10})
+        run.images(steps[-1], {"a": np.zeros((1, 1, 3), np.uint8)})
+        run.scores({"miou": 0.5, "matrix": [[1]], "count": 3})
+        run.checkpoint(folder / "best")
+
+
+def test_each_value_is_sent_once_though_a_killed_run_had_logged_more(tmp_path):
+    sent = []
+    log(tmp_path, sent, [1, 2, 3])
+    assert sent == [
+        ("open", None, {"seed": 0}),
+        *((step, {"train/loss": step / 10}) for step in (1, 2, 3)),
+        (3, ["validation/a"]),
+        {"final/miou": 0.5},
+    ]
+    again = []
+    log(tmp_path, again, [2, 3, 4], artifacts=True)
+    assert again == [
+        ("open", "run1", {"seed": 0}),
+        (4, {"train/loss": 0.4}),
+        (4, ["validation/a"]),
+        {"final/miou": 0.5},
+        tmp_path / "best",
+    ]
+    assert json.loads((tmp_path / "list.json").read_text()) == {
+        "id": "run1",
+        "logged": {"train/loss": 4, "validation/a": 4},
+    }
+
+
+def test_a_validation_after_the_last_row_is_sent_though_its_step_is_known(tmp_path):
+    sent = []
+    log(tmp_path, sent, [1, 2])
+    logger = ListLogger(tmp_path, sent=sent)
+    logger.config({})
+    logger.scalars(2, {"train/loss": 0.2, "val/miou": 0.5})
+    assert sent[-1] == (2, {"val/miou": 0.5})
+
+
+def test_a_run_that_the_tracker_does_not_know_gets_all_values(tmp_path):
+    log(tmp_path, [], [1, 2])
+    sent = []
+    log(tmp_path, sent, [2, 3], known=False)
+    assert [step for step, *_ in sent[1:4]] == [2, 3, 3] and sent[0][:2] == ("open", "run1")
+
+
+def test_a_damaged_record_drops_the_logger(tmp_path, caplog):
+    (tmp_path / "list.json").write_text('{"id": 3}')
+    log(tmp_path, [], [1])
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert "list.json" in warning and "Remove it to start a new tracked run" in warning
+
+
+@pytest.mark.parametrize(
+    ("folder", "name", "group"),
+    [
+        ("outputs/base/train_1", "train_1", None),
+        ("outputs/base/train_1/heads/mlp", "train_1/mlp", "train_1"),
+        ("swept/3", "swept/3", "swept"),
+        ("swept/a/b", "swept/a/b", "swept"),
+        ("swept/3/heads/mlp", "swept/3/mlp", "swept"),
+    ],
+)
+def test_runs_of_a_sweep_and_of_several_heads_have_a_group(tmp_path, folder, name, group):
+    (tmp_path / "swept").mkdir()
+    (tmp_path / "swept/multirun.yaml").touch()
+    logger = ListLogger(tmp_path / folder, sent=[])
+    assert (logger.run_name, logger.group) == (name, group)
+    assert ListLogger(tmp_path / folder, sent=[], group="mine").group == "mine"
+
+
+@pytest.mark.parametrize("logger", [WandbLogger, MlflowLogger])
+def test_a_package_that_is_not_installed_is_named_with_its_extra(monkeypatch, logger):
+    logger.check_installed()
+    monkeypatch.setattr(remote, "find_spec", lambda name: None)
+    with pytest.raises(
+        UserError, match=rf"logger={logger.package} needs {logger.package}, .* in your clone of dinoseg"
+    ):
+        logger.check_installed()
+
+
+def test_a_folder_that_wandb_writes_is_no_package(monkeypatch, tmp_path):
+    (tmp_path / "nothing_but_runs").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(WandbLogger, "package", "nothing_but_runs")
+    with pytest.raises(UserError, match="is not installed"):
+        WandbLogger.check_installed()
+
+
+@pytest.mark.parametrize(
+    ("name", "accepted"),
+    [("train/loss", "train/loss"), ("val/iou/a+b (c)", "val/iou/a_b _c_"), ("a//b/..", "a/_/b/_.."), ("é", "é")],
+)
+def test_names_are_such_that_mlflow_accepts_them(name, accepted):
+    from mlflow.utils.validation import _validate_metric_name
+
+    assert _name(name) == accepted
+    _validate_metric_name(_name(name))
+
+
+@pytest.mark.parametrize("word", ["logger=wandb", "logger=[tensorboard,mlflow,wandb]"])
+def test_the_keys_of_several_loggers_are_listed(word):
+    listed = help_for([word, "--help"])
+    assert "logger.wandb.project=dinoseg" in listed and ("logger.mlflow.artifacts=false" in listed) == (
+        "mlflow" in word
+    )

@@ -1,0 +1,145 @@
+"""Trainings logged to W&B offline: its files hold the values of metrics.jsonl."""
+
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+
+import psutil
+import pytest
+from command_line import SMALL, call, write_data
+from tracker_servers import (
+    WandbServer,
+    check_same,
+    crash_and_resume,
+    json_lines,
+    silent_server,
+    wandb_records,
+    wandb_run,
+)
+
+TRAIN = ("mode=train", *SMALL, "trainer.log_every=1", "trainer.val_every=2", "mode.metrics_only=true")
+WANDB = ("logger=[tensorboard,wandb]", "logger.wandb.mode=offline", "logger.wandb.project=trial")
+KEY = "0123456789" * 4
+
+
+@pytest.fixture(scope="module", autouse=True)
+def service():
+    """Stop W&B's service after the tests."""
+    yield
+    import wandb
+
+    wandb.teardown()
+    assert not [each for each in psutil.Process().children(recursive=True) if "wandb" in each.name()]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Return a folder with data; W&B writes nothing outside it."""
+    for name in ("DATA", "CACHE", "CONFIG", "ARTIFACT"):
+        monkeypatch.setenv(f"WANDB_{name}_DIR", str(tmp_path / "home"))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    write_data(tmp_path / "data")
+    return tmp_path
+
+
+def values_of(rows):
+    """Return the numbers of a history as {(key, step): value}, each of which is there once."""
+    numbers = [(row, key) for row in rows for key in row if key.startswith(("train/", "val/"))]
+    found = [((key, row["step"]), row[key]) for row, key in numbers]
+    assert max(Counter(key for key, _ in found).values()) == 1
+    return dict(found)
+
+
+def test_a_run_has_the_values_of_metrics_jsonl_and_a_resumed_one_goes_on_in_it(folder):
+    done = call(folder, *TRAIN, *WANDB, "logger.wandb.tags=[a,b]", "trainer.steps=2", "hydra.run.dir=run")
+    assert done.status == 0 and "wandb sync " in done.out and "TensorBoard:" in done.out, done.err
+    runs, rows, summary = wandb_run(folder / "run")
+    assert values_of(rows) == json_lines(folder / "run") and len(json_lines(folder / "run")) > 15
+    assert (runs[0].project, runs[0].display_name, list(runs[0].tags)) == ("trial", "run", ["a", "b"])
+    assert runs[0].run_group == "" and summary["final/miou"] > 0
+    images = [row[key] for row in rows for key in row if key.endswith("._type")]
+    assert images == ["image-file"] * 2
+    files = [path.suffix for path in folder.glob("run/wandb/offline-run-*/files/media/images/**/*") if path.is_file()]
+    assert files == [".png"] * 2
+
+    crash_and_resume(folder, *TRAIN, *WANDB)
+    runs, rows, _ = wandb_run(folder / "run")
+    assert len({run.run_id for run in runs}) == 1 and len(list(folder.glob("run/wandb/offline-run-*"))) == 3
+    check_same(values_of(rows), json_lines(folder / "run"))
+
+
+def test_jobs_of_a_sweep_have_one_group_and_the_checkpoint_is_an_artifact(folder):
+    words = ("seed=0,1", "trainer.steps=1", "logger.wandb.artifacts=true", "hydra.sweep.dir=swept")
+    done = call(folder, "-m", *TRAIN, *WANDB, *words)
+    assert done.status == 0, done.err
+    runs = [wandb_run(folder / f"swept/{job}")[0][0] for job in (0, 1)]
+    assert [run.run_group for run in runs] == ["swept"] * 2 and runs[0].run_id != runs[1].run_id
+    assert [run.display_name for run in runs] == ["swept/0", "swept/1"]
+    (path,) = folder.glob("swept/0/wandb/offline-run-*/run-*.wandb")
+    (artifact,) = [each.artifact for each in wandb_records(path) if each.WhichOneof("record_type") == "artifact"]
+    assert artifact.type == "model" and artifact.name == f"{runs[0].run_id}-best"
+    assert [entry.path for entry in artifact.manifest.contents] == ["best.safetensors"]
+
+
+def test_each_of_several_heads_has_a_run(folder):
+    words = ("adapter=frozen", "trainer=multi_head", "heads=[linear,mlp]", "trainer.steps=2", "hydra.run.dir=run")
+    train = [word for word in TRAIN if word != "adapter=full"]
+    done = call(folder, *train, *WANDB, *words)
+    assert done.status == 0, done.err
+    for name in ("linear", "mlp"):
+        runs, rows, _ = wandb_run(folder / f"run/heads/{name}")
+        assert (runs[0].display_name, runs[0].run_group) == (f"run/{name}", "run")
+        assert values_of(rows) == json_lines(folder / f"run/heads/{name}")
+
+
+def train_elsewhere(folder, url, *words):
+    """Start a training that logs to a server, in a process of its own, which has to end, too."""
+    words = [*TRAIN, "logger=wandb", "logger.wandb.timeout=5", "hydra.run.dir=run", *words]
+    env = {**os.environ, "WANDB_API_KEY": KEY, "WANDB_BASE_URL": url}
+    program = [sys.executable, "-m", "dinoseg", *words]
+    return subprocess.Popen(program, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def check_no_key(folder):
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert len(files) > 10 and not [path for path in files if KEY.encode() in path.read_bytes()]
+
+
+@pytest.mark.heavy
+def test_a_server_receives_the_values_of_metrics_jsonl_and_no_key_is_stored(folder):
+    server = WandbServer()
+    try:
+        out, err = (training := train_elsewhere(folder, server.url, "trainer.steps=4")).communicate(timeout=200)
+    finally:
+        server.kill()
+    assert training.returncode == 0 and "dropped" not in err and f"W&B:          {server.url}/me/dinoseg" in out, err
+    assert values_of(server.rows) == json_lines(folder / "run") and len(server.rows) > 5
+    check_no_key(folder)
+
+
+@pytest.mark.heavy
+def test_a_server_that_is_killed_in_mid_run_costs_one_warning(folder):
+    server = WandbServer()
+    try:
+        training = train_elsewhere(folder, server.url, "trainer.steps=400", "mode.pictures=0", "trainer.val_every=200")
+        log = folder / "run/metrics.jsonl"
+        while training.poll() is None and not (log.exists() and log.read_text().count("\n") > 20):
+            time.sleep(0.05)
+    finally:
+        server.kill()
+    assert training.poll() is None, "the training ended before the server was killed"
+    _, err = training.communicate(timeout=200)
+    assert training.returncode == 0 and err.count("logger.wandb failed and is dropped") == 1, err
+    assert {step for _, step in json_lines(folder / "run")} == {*range(1, 401)}
+
+
+@pytest.mark.heavy
+def test_a_server_that_never_answers_does_not_hold_up_a_training(folder):
+    with silent_server() as url:
+        training = train_elsewhere(folder, url, "trainer.steps=20")
+        _, err = training.communicate(timeout=200)
+    assert training.returncode == 0 and err.count("logger.wandb failed and is dropped") == 1, err
+    assert len({step for _, step in json_lines(folder / "run")}) == 20
+    check_no_key(folder)

@@ -1,0 +1,205 @@
+"""What tests of experiment trackers read back: files of W&B, and an MLflow server of their own."""
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+from command_line import call
+
+BLOCK, HEADER = (
+    2**15,
+    7,
+)  # bytes of a block of a .wandb file, and of the header of the file and of each part of a record
+SERVER = """
+import os, sys
+folder, port = sys.argv[1:]
+os.environ["_MLFLOW_SERVER_FILE_STORE"] = f"sqlite:///{folder}/mlflow.db"
+os.environ["_MLFLOW_SERVER_SERVE_ARTIFACTS"] = "true"
+os.environ["_MLFLOW_SERVER_ARTIFACT_DESTINATION"] = f"{folder}/artifacts"
+os.environ["_MLFLOW_SERVER_ARTIFACT_ROOT"] = "mlflow-artifacts:/"
+from mlflow.server import app
+from werkzeug.serving import run_simple
+run_simple("127.0.0.1", int(port), app, threaded=True)
+"""
+
+
+def wandb_records(path):
+    """Yield the records of a .wandb file, which is a log in LevelDB's format: parts of records in blocks."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, at, whole = path.read_bytes(), HEADER, b""
+    while at + HEADER <= len(data):
+        if BLOCK - at % BLOCK < HEADER:  # the end of a block is padding
+            at += BLOCK - at % BLOCK
+            continue
+        length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        whole += data[at + HEADER : at + HEADER + length]
+        at += HEADER + length
+        if kind in (1, 4):  # whole, or the last part
+            yield Record.FromString(whole)
+            whole = b""
+
+
+def wandb_run(folder):
+    """Return the descriptions of the run in a folder, the rows of its history and its summary, as written."""
+    files = sorted(folder.glob("wandb/offline-run-*/run-*.wandb"))
+    records = [record for path in files for record in wandb_records(path)]
+    runs = [record.run for record in records if record.WhichOneof("record_type") == "run"]
+    rows = [_items(record.history.item) for record in records if record.WhichOneof("record_type") == "history"]
+    summary = {}
+    for record in records:
+        if record.WhichOneof("record_type") == "summary":
+            summary |= _items(record.summary.update)
+    return runs, rows, summary
+
+
+def _items(items):
+    return {".".join(item.nested_key) or item.key: json.loads(item.value_json) for item in items}
+
+
+def free_port():
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+class MlflowServer:
+    """An MLflow server on this machine, with SQLite in a folder."""
+
+    def __init__(self, folder):
+        self.folder, self.port = folder, free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        env = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW", "_MLFLOW"))}
+        words = [sys.executable, "-c", SERVER, str(folder), str(self.port)]
+        with (folder / "server.log").open("w") as log:
+            self.process = subprocess.Popen(words, env=env, stdout=log, stderr=subprocess.STDOUT, cwd=folder)
+        for _ in range(300):
+            try:
+                urllib.request.urlopen(f"{self.url}/health", timeout=5).close()
+                return
+            except OSError:
+                assert self.process.poll() is None, (folder / "server.log").read_text()
+                time.sleep(0.2)
+        raise AssertionError("the server does not answer")
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait()
+
+    def ask(self, path, **body):
+        """Return the answer of the REST API to a POST, or to a GET without a body."""
+        data = json.dumps(body).encode() if body else None
+        request = urllib.request.Request(
+            f"{self.url}/api/2.0/mlflow/{path}", data, {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return json.load(answer)
+
+    def runs(self, experiment="dinoseg"):
+        found = self.ask(f"experiments/get-by-name?experiment_name={experiment}")["experiment"]["experiment_id"]
+        return self.ask("runs/search", experiment_ids=[found])["runs"]
+
+    def history(self, run, key):
+        """Return the (step, value) pairs of a metric."""
+        found = self.ask(f"metrics/get-history?run_id={run['info']['run_id']}&metric_key={urllib.request.quote(key)}")
+        return [(int(each["step"]), each["value"]) for each in found["metrics"]]
+
+
+class WandbServer:
+    """Stand-in for W&B's server: accepts any run and file, and stores the rows of its history."""
+
+    def __init__(self):
+        self.rows = []
+        handler = type("Handler", (_WandbHandler,), {"rows": self.rows})
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self.server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.05,))
+        self.thread.start()
+
+    def kill(self):
+        self.server.shutdown()
+        self.thread.join()
+        self.server.server_close()
+
+
+class _WandbHandler(BaseHTTPRequestHandler):
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers.get("content-length") or 0))
+        answer = {}
+        if self.path == "/graphql":
+            asked = json.loads(body)
+            answer = {
+                "data": self.data(re.search(r"(?:query|mutation)\s+(\w+)", asked["query"])[1], asked["variables"])
+            }
+        elif self.path.endswith("/file_stream"):
+            lines = json.loads(body).get("files", {}).get("wandb-history.jsonl", {}).get("content", [])
+            self.rows += [json.loads(line) for line in lines]
+        self.answer(json.dumps(answer).encode())
+
+    do_GET = do_PUT = do_POST
+
+    def data(self, name, variables):
+        project = {"id": "p", "name": "dinoseg", "entity": {"id": "e", "name": "me"}}
+        if name == "UpsertBucket":
+            bucket = {"id": "aQ==", "name": "run", "displayName": "run", "config": "{}", "project": project}
+            return {"upsertBucket": {"bucket": {**bucket, "historyLineCount": 0}, "inserted": True}}
+        if name == "CreateRunFiles":
+            url = f"http://{self.headers['host']}/upload"
+            files = [{"name": file, "uploadUrl": url} for file in variables["files"]]
+            return {"createRunFiles": {"runID": "aQ==", "uploadHeaders": [], "files": files}}
+        return {"model": {**project, "bucket": None}} if name == "RunResumeStatus" else {}
+
+    def answer(self, body):
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+@contextmanager
+def silent_server():
+    """Accept connections on a port and never answer; yield the address."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        sock.listen(100)
+        yield f"http://127.0.0.1:{sock.getsockname()[1]}"
+
+
+def json_lines(folder: Path):
+    """Return the values of metrics.jsonl as {(key, step): value}, without nulls."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {
+        (key, row["step"]): value for row in rows for key, value in row.items() if key != "step" and value is not None
+    }
+
+
+def crash_and_resume(folder, *words):
+    """Resume a run of two steps, and again from its second step, as if killed before its fourth step was saved."""
+    shutil.copytree(folder / "run/checkpoints", folder / "before")
+    for _ in range(2):
+        shutil.rmtree(folder / "run/checkpoints")
+        shutil.copytree(folder / "before", folder / "run/checkpoints")
+        done = call(folder, *words, "resume=run", "trainer.steps=4")
+        assert done.status == 0 and "failed and is dropped" not in done.err, done.err
+
+
+def check_same(found, written):
+    """Compare the values of a tracker with those of metrics.jsonl: all keys and steps, and all that is no time."""
+    assert found.keys() == written.keys() and {step for _, step in written} == {1, 2, 3, 4}
+    measured = ("train/images_per_s", "train/data_wait", "train/memory_gib")
+    assert not [key for key in written if key[0] not in measured and found[key] != written[key]]
