@@ -88,9 +88,9 @@ def small_model(words):
         )
     if any(word.startswith(("hparam=slots", "hparam=dinosavi")) for word in words):
         return (*SMALL, "head.slot_dim=16", "head.decoder_dim=16")
-    if "hparam=idd/m2f" in words:  # whose parts have the sizes of Meta's files, and no weights here
+    if "hparam=idd_m2f" in words:  # whose parts have the sizes of Meta's files, and no weights here
         return ()
-    if {"hparam=idd/lora", "head=dpt"} & set(words):  # whose head reads four maps
+    if {"hparam=idd_lora", "head=dpt"} & set(words):  # whose head reads four maps
         return (*SMALL, "backbone.layers=[0,0,1,1]")
     return (*SMALL, "head.blocks=1") if "head=eomt" in words else SMALL
 

@@ -44,7 +44,7 @@ def apart(name, case, device="cpu"):
 def interpreted():
     """Hold losses that go by the kernel to all logits at once in float64, and print how far they are apart at most."""
     Fused.takes = lambda self, grid: True
-    full_resolution.better = lambda way, tiled, grid: way
+    full_resolution.choose_faster = lambda way, tiled, grid: way
     most = torch.stack([apart(name, case) for name in KERNELS for case in CASES]).max()
     prediction, batch = drawn(*CASES[0], seed=3, dtype=torch.float32)
     batch.mask[0, 0, 0] = 9
@@ -101,7 +101,7 @@ def test_the_kernel_compiles_for_devices_that_are_not_here(tmp_path):
 def test_on_a_device_the_kernel_gives_what_all_logits_at_once_do(monkeypatch, name, case):
     taken = []
     monkeypatch.setattr(Fused, "takes", lambda self, grid: grid.is_cuda)
-    monkeypatch.setattr(full_resolution, "better", lambda way, tiled, grid: taken.append(way) or way)
+    monkeypatch.setattr(full_resolution, "choose_faster", lambda way, tiled, grid: taken.append(way) or way)
     assert apart(name, case, "cuda") <= 2e-6
     assert taken
 
@@ -214,7 +214,7 @@ def test_weights_of_another_number_of_classes_are_refused_before_the_kernel_read
 def test_losses_ask_for_the_kernel_with_what_they_add_up(monkeypatch):
     forms = []
     monkeypatch.setattr(Fused, "takes", lambda self, grid: True)
-    monkeypatch.setattr(full_resolution, "better", lambda way, tiled, grid: forms.append(way) or tiled)
+    monkeypatch.setattr(full_resolution, "choose_faster", lambda way, tiled, grid: forms.append(way) or tiled)
     prediction, batch = drawn(*CASES[0], seed=0, dtype=torch.float32)
     for loss in (CrossEntropy(WEIGHTS, label_smoothing=0.2), Dice(WEIGHTS), Tversky(WEIGHTS), Focal(WEIGHTS)):
         loss(prediction, batch)

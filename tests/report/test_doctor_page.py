@@ -19,7 +19,7 @@ class Reader(HTMLParser):
     def __init__(self, page):
         super().__init__()
         self.open, self.text, self.sources, self.tags = [], [], [], []
-        self.data_module(page)
+        self.feed(page)
         self.close()
         assert not self.open
 

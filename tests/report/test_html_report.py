@@ -117,7 +117,7 @@ class Tags(HTMLParser):
     def __init__(self, page):
         super().__init__()
         self.open, self.found = [], []
-        self.data_module(page)
+        self.feed(page)
         assert not self.open
 
     def handle_starttag(self, tag, attributes):

@@ -57,7 +57,7 @@ def serving(app, **options):
         thread.start()
 
         def end():
-            stop.run_bands = signal.SIGTERM
+            stop.signal = signal.SIGTERM
             thread.join(10)
             return not thread.is_alive()
 
@@ -263,6 +263,6 @@ def test_a_server_without_a_model_says_what_is_missing(tmp_path):
     both = call(tmp_path, "mode=serve", "engine=cpu", "mode.port=0", "mode.model=a.onnx", "mode.limits.queue=0")
     assert both.status == 1 and "mode.limits.queue=0 is out of range" in both.err
     wrong = call(tmp_path, "mode=app", "engine=cpu", "mode.port=0", "tracker.short_side=0", "mode.hosts=[]")
-    assert wrong.status == 1 and "short=0 is out of range" in wrong.err
+    assert wrong.status == 1 and "short_side=0 is out of range" in wrong.err
     long = call(tmp_path, "mode=serve", "mode.port=0", "mode.wait_ms=5000", "mode.limits.timeout=5")
     assert "mode.wait_ms=5000 reaches the request timeout (mode.limits.timeout=5 seconds)" in long.err

@@ -132,7 +132,7 @@ def test_images_of_one_size_are_scored_at_once_by_their_size():
 
 
 def test_what_one_rank_decides_the_others_do_not_look_at():
-    ranks = [SimpleNamespace(is_main=main, share=lambda found: found or "shared") for main in (True, False)]
+    ranks = [SimpleNamespace(is_main=main, broadcast=lambda found: found or "shared") for main in (True, False)]
     assert Engine.run_on_rank0(ranks[0], lambda: "found") == "found"
     assert Engine.run_on_rank0(ranks[1], lambda: pytest.fail("it is looked at twice")) == "shared"
 

@@ -53,11 +53,11 @@ def file(compose, tmp_path):
 def test_a_model_comes_back_from_the_hub(hub, file):
     model = dinoseg.load(file, device="cpu")
     address = model.push_to_hub("me/mine", private=True, revision="draft", token=TOKEN)
-    assert address == "https://hub/me/mine/commit/draft" and {"create": "me/mine", "private": True} in hub.run_bands
+    assert address == "https://hub/me/mine/commit/draft" and {"create": "me/mine", "private": True} in hub.asked
     assert {path.name for path in (hub.folder / "me/mine").iterdir()} == {"README.md", "model.safetensors"}
     back = Model.from_pretrained("me/mine", revision="draft", token=TOKEN, device="cpu")
-    assert {"token": TOKEN} in hub.run_bands and hub.run_bands[-1]["token"] == TOKEN
-    assert hub.run_bands[-1]["revision"] == "draft" and hub.run_bands[-1]["patterns"][0] == "model.safetensors*"
+    assert {"token": TOKEN} in hub.asked and hub.asked[-1]["token"] == TOKEN
+    assert hub.asked[-1]["revision"] == "draft" and hub.asked[-1]["patterns"][0] == "model.safetensors*"
     image = np.random.default_rng(0).integers(0, 256, (30, 41, 3)).astype(np.uint8)
     assert (back.predict(image).probabilities == model.predict(image).probabilities).all()
     assert back.facts == model.facts == Model.from_pretrained(hub.folder / "me/mine", device="cpu").facts
@@ -72,7 +72,7 @@ def test_gated_weights_are_not_uploaded_unless_asked(hub, file):
     )
     with pytest.raises(UserError, match="DINOv3 License.*export.delta=true.*gated=True"):
         model.push_to_hub("me/mine")
-    assert not hub.run_bands
+    assert not hub.asked
     model.push_to_hub("me/mine", gated=True)
 
 
@@ -175,7 +175,7 @@ def test_weights_beside_a_graph_go_with_it_if_it_knows_them_by_the_hubs_name(hub
     (tmp_path / "model.onnx.txt").touch()
     with pytest.raises(UserError, match="refers to its weights as mine.onnx.data"):
         push(tmp_path / "mine.onnx", facts, "me/mine", private=None, revision=None, token=None, gated=False)
-    assert not hub.run_bands
+    assert not hub.asked
     for file, there in (
         ("model.onnx", {"model.onnx", "model.onnx.data", "README.md"}),
         ("renamed.onnx", {"model.onnx", "model.onnx.data", "README.md"}),
@@ -184,7 +184,7 @@ def test_weights_beside_a_graph_go_with_it_if_it_knows_them_by_the_hubs_name(hub
         push(tmp_path / file, facts, f"me/{file}", private=None, revision=None, token=None, gated=False)
         assert {path.name for path in (hub.folder / "me" / file).iterdir()} == there
         assert (hub.folder / "me" / file / "model.onnx").read_bytes() == (tmp_path / file).read_bytes()
-    assert fetched("me/model.onnx", runtime="onnx").name == "model.onnx" and hub.run_bands[-1]["patterns"] == [
+    assert fetched("me/model.onnx", runtime="onnx").name == "model.onnx" and hub.asked[-1]["patterns"] == [
         "model.onnx*"
     ]
 

@@ -122,14 +122,14 @@ def test_clusters_are_those_of_the_nearest_mean(name):
 def test_uncertain_images_are_the_most_uncertain_that_differ():
     given = known("spread", (4,), doubts=True)
     for column, measure in enumerate(("entropy", "margin")):
-        ranked = sorted(given.free.tolist(), key=lambda i: -given.doubts[i, column])
+        ranked = sorted(given.free.tolist(), key=lambda i: -given.uncertainty[i, column])
         alone = Uncertainty(measure, candidates=1).choose(given, 5, 0)
         assert sorted(chosen(alone)) == sorted(ranked[:5])
         spread = chosen(Uncertainty(measure, candidates=3).choose(given, 5, 0))
         assert spread == farthest(given.features, [4], sorted(ranked[:15]), 5)
     assert alone[0].reason.startswith("margin 0.") and "rank" in alone[0].reason
     first = Uncertainty().choose(known("spread", doubts=True), 3, 0)[0]
-    assert first.position == int(np.argmax(given.doubts[:, 0])) and "rank 1 of 40; the most uncertain" in first.reason
+    assert first.position == int(np.argmax(given.uncertainty[:, 0])) and "rank 1 of 40; the most uncertain" in first.reason
 
 
 def test_drawn_images_are_the_seed_s_alone():
