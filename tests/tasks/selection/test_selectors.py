@@ -129,7 +129,8 @@ def test_uncertain_images_are_the_most_uncertain_that_differ():
         assert spread == farthest(given.features, [4], sorted(ranked[:15]), 5)
     assert alone[0].reason.startswith("margin 0.") and "rank" in alone[0].reason
     first = Uncertainty().choose(known("spread", doubts=True), 3, 0)[0]
-    assert first.position == int(np.argmax(given.uncertainty[:, 0])) and "rank 1 of 40; the most uncertain" in first.reason
+    assert first.position == int(np.argmax(given.uncertainty[:, 0]))
+    assert "rank 1 of 40; the most uncertain" in first.reason
 
 
 def test_drawn_images_are_the_seed_s_alone():
