@@ -226,9 +226,9 @@ def test_every_package_has_its_level():
     [
         ("models/heads/cnn.py", "from dinoseg.losses.cross_entropy import CrossEntropy", "leaves know nothing"),
         ("models/heads/cnn.py", "from dinoseg.models.backbones import cut", "leaves know nothing"),
-        ("models/heads/cnn.py", "from dinoseg.models.model import Segmenter", "leaves know nothing"),
+        ("models/heads/cnn.py", "from dinoseg.models.model import SegmentationModel", "leaves know nothing"),
         ("data/voc.py", "import dinoseg.models.backbones.transformers_vit", "leaves know nothing"),
-        ("metrics/iou.py", "from dinoseg.models.model import Segmenter", "leaves know nothing"),
+        ("metrics/iou.py", "from dinoseg.models.model import SegmentationModel", "leaves know nothing"),
         ("metrics/iou.py", "from dinoseg.data.formats import folder", "leaves know nothing"),
         ("report/html.py", "from dinoseg.metrics.confusion import Confusion", "report (level 3) imports metrics"),
         (

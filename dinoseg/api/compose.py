@@ -114,7 +114,7 @@ def _folder(path: str | PathLike[str]) -> Path:
 def _hydra_of_its_own() -> Iterator[None]:
     """Hide the state of the surrounding program's Hydra within the block, and restore it afterwards."""
     instances = Singleton._instances
-    before = {kind: instances.pop(kind) for kind in _OF_A_PROGRAM if kind in instances}
+    before: dict[type, Any] = {kind: instances.pop(kind) for kind in _OF_A_PROGRAM if kind in instances}
     try:
         yield
     finally:

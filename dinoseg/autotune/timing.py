@@ -15,7 +15,7 @@ from dinoseg.autotune.trial import try_steps
 from dinoseg.core.contracts import Loss
 from dinoseg.core.shapes import Batch, FeatureBatch
 from dinoseg.core.sizes import evenly_spaced
-from dinoseg.models.model import Segmenter
+from dinoseg.models.model import SegmentationModel
 from dinoseg.training.engine import Engine
 from dinoseg.training.feature_cache.form import Stored, size_of
 from dinoseg.training.image_feed import ImageFeed
@@ -152,7 +152,7 @@ def _later_median(seconds: Sequence[float]) -> float:
     return statistics.median(seconds[len(seconds) // 2 :])
 
 
-def _cut(model: Segmenter, batch: Batch, engine: Engine) -> tuple[Any, float] | None:
+def _cut(model: SegmentationModel, batch: Batch, engine: Engine) -> tuple[Any, float] | None:
     """Return the output of the frozen part for a batch and its seconds; None if the model cannot be cut."""
     images = batch.to(engine.device).image
     try:
@@ -167,7 +167,9 @@ def _cut(model: Segmenter, batch: Batch, engine: Engine) -> tuple[Any, float] | 
     return features, seconds
 
 
-def _seconds_of_val(loss: Loss, feed: ImageFeed, model: Segmenter, engine: Engine, until: float = math.inf) -> float:
+def _seconds_of_val(
+    loss: Loss, feed: ImageFeed, model: SegmentationModel, engine: Engine, until: float = math.inf
+) -> float:
     """Return the seconds to read, predict and score a validation image, loss included, averaged over a few."""
     data, loss = feed.val, loss.to(engine.device)
     places = evenly_spaced(len(data), _VALIDATED)  # evenly spaced, since sizes may differ

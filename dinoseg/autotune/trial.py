@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from dinoseg.core.contracts import Loss
-from dinoseg.models.model import Segmenter
+from dinoseg.models.model import SegmentationModel
 from dinoseg.report.log import RunLog
 from dinoseg.training.checkpoint import Checkpoints
 from dinoseg.training.engine import Engine
@@ -100,14 +100,14 @@ class _TimedFeed:
     def tally(self, engine: Engine) -> Tally | None:
         """Return None: nothing is counted."""
 
-    def validate(self, model: Segmenter, loss: Loss, engine: Engine) -> Validation:
+    def validate(self, model: SegmentationModel, loss: Loss, engine: Engine) -> Validation:
         """Raise NotImplementedError: a trial ends before its last step, so it never validates."""
         raise NotImplementedError
 
 
 def try_steps(
     parts: TrainingParts,
-    make: Callable[[], Segmenter],
+    make: Callable[[], SegmentationModel],
     engine: Engine,
     batches: Iterator[Any],
     *,

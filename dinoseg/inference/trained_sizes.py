@@ -7,7 +7,7 @@ from statistics import median
 from typing import Any
 
 from dinoseg.core.sizes import Size, kept_longest
-from dinoseg.models.model import Segmenter
+from dinoseg.models.model import SegmentationModel
 from dinoseg.utils import forms
 from dinoseg.utils.errors import UserError
 
@@ -61,7 +61,7 @@ class TrainedSizes:
 
 
 def keep_scale(
-    model: Segmenter, sizes: TrainedSizes | None, *, reduces: bool = True, teacher: str | None = None
+    model: SegmentationModel, sizes: TrainedSizes | None, *, reduces: bool = True, teacher: str | None = None
 ) -> None:
     """Make a segmenter reduce images larger than any in training to the typical size, and log this once.
 

@@ -13,7 +13,7 @@ from dinoseg.export.runtime.opening import open_file
 from dinoseg.export.runtime.runtime import Opened, Options
 from dinoseg.export.runtime.torch_runtime import TorchRuntime
 from dinoseg.export.runtime.trained_model import model_of
-from dinoseg.models.model import Segmenter
+from dinoseg.models.model import SegmentationModel
 from dinoseg.tracking.tracker import Tracker
 from dinoseg.utils.errors import UserError
 
@@ -48,7 +48,7 @@ def usual_batch(model: Model) -> int:
 
 def tracker_maker(make: Callable[..., Tracker], model: Model) -> Callable[[], Tracker] | None:
     """Return a function that makes trackers of a model's backbone; None where torch does not run the model."""
-    if not isinstance(model.runtime, TorchRuntime) or not isinstance(model.runtime.predictor.model, Segmenter):
+    if not isinstance(model.runtime, TorchRuntime) or not isinstance(model.runtime.predictor.model, SegmentationModel):
         return None
     predictor = model.runtime.predictor
     backbone = model.runtime.predictor.model.backbone

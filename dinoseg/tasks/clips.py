@@ -13,7 +13,7 @@ from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.provenance import provenance_of
 from dinoseg.experiment.trackers import tracker_factory, tracker_maker
 from dinoseg.experiment.trained import Trained
-from dinoseg.models.model import Segmenter
+from dinoseg.models.model import SegmentationModel
 from dinoseg.report.curves import CLIP_PLOTS
 from dinoseg.tasks.task import TrainingTask
 from dinoseg.tracking.tracker import Tracker
@@ -66,7 +66,7 @@ class ClipTask(TrainingTask):
         sides = {"train": self.feed.train, "val": self.feed.val}
         self.split = {side: [video.name for video in clips.videos] for side, clips in sides.items()}
 
-    def check_parts(self, model: Segmenter, world: int) -> None:
+    def check_parts(self, model: SegmentationModel, world: int) -> None:
         """Refuse a head or a loss that clips cannot be trained with."""
         parts, options = self.parts, self.parts.options
         if model.head.slots is None:
@@ -134,7 +134,7 @@ class ClipTask(TrainingTask):
                 logger.warning("%s: left out, too short for a clip: %s", side, listed(clips.skipped))
 
     def evaluate(
-        self, model: Segmenter, engine: Engine, best: Path, *, metrics_only: bool, report: bool
+        self, model: SegmentationModel, engine: Engine, best: Path, *, metrics_only: bool, report: bool
     ) -> dict[str, Any]:
         """Score as mode=eval does; without masks, only report the loss and write no report."""
         out_dir = best.parent.parent / EVALUATION

@@ -16,7 +16,7 @@ from dinoseg.data.clips.view import ClipView
 from dinoseg.data.enough_workers import Workers, more_workers
 from dinoseg.data.loader import check_batch_size, clip_batches
 from dinoseg.metrics.clustering import contingency, segment_scores
-from dinoseg.models.model import Segmenter
+from dinoseg.models.model import SegmentationModel
 from dinoseg.report.clip_strip import clip_strip
 from dinoseg.tracking.factories import SlotFactory
 from dinoseg.tracking.tracker import Tracker
@@ -98,7 +98,7 @@ class ClipFeed:
         """Return None: clips have no classes to count."""
 
     @torch.no_grad()
-    def validate(self, model: Segmenter, loss: Loss, engine: Engine) -> Validation:
+    def validate(self, model: SegmentationModel, loss: Loss, engine: Engine) -> Validation:
         """Return the loss and, if there are masks, `ari`, `fg_ari` and `mbo`, as means over clips; and visualisations.
 
         The loss is that of each clip's first frames, in the number and spacing of training, with a centred view.
@@ -134,7 +134,7 @@ class ClipFeed:
     def _has_masks(self) -> bool:
         return len(self.score_names) > 1
 
-    def _loss(self, model: Segmenter, index: int, clip: Clip, loss: Loss, engine: Engine) -> float | None:
+    def _loss(self, model: SegmentationModel, index: int, clip: Clip, loss: Loss, engine: Engine) -> float | None:
         span, length = self.val.spans[index], self.train.spans[0].length
         apart = max(1, round(self.train.cut.stride_of(self.val.videos[span.video]) / span.stride))
         frames = clip["frames"][::apart][:length]
@@ -146,7 +146,7 @@ class ClipFeed:
             prediction = model(batch.image)
         return loss(prediction, batch)[0].item()
 
-    def segments_of(self, model: Segmenter, clip: Clip, engine: Engine) -> list[np.ndarray]:
+    def segments_of(self, model: SegmentationModel, clip: Clip, engine: Engine) -> list[np.ndarray]:
         """Return the segments (H, W) uint8 of each frame of a clip, counted from 1."""
         options = {"device": engine.device, "autocast": engine.autocast, "batch_size": engine.images_at_once()}
         tracker = self.make_tracker(model, **options)

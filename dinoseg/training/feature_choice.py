@@ -18,7 +18,7 @@ from dinoseg.core.contracts import Head, Loss
 from dinoseg.core.shapes import Batch, FeatureBatch
 from dinoseg.core.sizes import Size
 from dinoseg.inference.memory import free_bytes
-from dinoseg.models.model import Segmenter, frozen_tensors
+from dinoseg.models.model import SegmentationModel, frozen_tensors
 from dinoseg.training.engine import CACHES, Engine
 from dinoseg.training.feature_cache.cache import FeatureCache
 from dinoseg.training.feature_cache.form import KEY_LENGTH, TYPES, Stored, described, size_of
@@ -63,7 +63,7 @@ class Cost(NamedTuple):
         return epochs * (self.frozen + self.rest) / (cached + epochs * self.rest)
 
 
-def measured(feed: ImageFeed, model: Segmenter, loss: Loss, engine: Engine, root: Path, stored: Stored) -> Cost:
+def measured(feed: ImageFeed, model: SegmentationModel, loss: Loss, engine: Engine, root: Path, stored: Stored) -> Cost:
     """Measure the cost of the first view of the first training image; the model stays unchanged.
 
     Args:
@@ -171,7 +171,9 @@ class _Live(UserError):
     """Raised when features cannot be cached, or caching does not pay off; its message is the reason."""
 
 
-def feature_cache(feed: ImageFeed, model: Segmenter, loss: Loss, engine: Engine, plan: Plan) -> FeatureCache | None:
+def feature_cache(
+    feed: ImageFeed, model: SegmentationModel, loss: Loss, engine: Engine, plan: Plan
+) -> FeatureCache | None:
     """Return the feature cache that `engine.cache` selects; None: the model is trained on images.
 
     Raises:
@@ -201,7 +203,7 @@ def feature_cache(feed: ImageFeed, model: Segmenter, loss: Loss, engine: Engine,
     return FeatureCache(model, engine.autocast, opened, plan.drawing, feed.views, plan.noise, location, shapes)
 
 
-def _check_cut(feed: ImageFeed, model: Segmenter, engine: Engine, noise: float) -> None:
+def _check_cut(feed: ImageFeed, model: SegmentationModel, engine: Engine, noise: float) -> None:
     """Refuse feature noise if the model cannot be split behind its frozen part."""
     sample = feed.val[0]["image"][None].to(engine.device)
     try:
@@ -226,7 +228,9 @@ def _chosen_or_why_not(wanted: str, *parts: Any) -> tuple[tuple[str, Cost] | Non
         return None, str(error)
 
 
-def _chosen(wanted: str, feed: ImageFeed, model: Segmenter, loss: Loss, engine: Engine, plan: Plan) -> tuple[str, Cost]:
+def _chosen(
+    wanted: str, feed: ImageFeed, model: SegmentationModel, loss: Loss, engine: Engine, plan: Plan
+) -> tuple[str, Cost]:
     """Return `disk` or `memory`, as `wanted` or whichever pays off, and the cost of an image; log the choice.
 
     Raises:
@@ -295,7 +299,7 @@ def _why_not(plan: Plan, views: int, size: int, rooms: Mapping[str, int], gains:
     return f"The disk is too slow (estimated speed-up {gains['disk']:.2f}), and the features do not fit into memory."
 
 
-def _val_bytes(feed: ImageFeed, model: Segmenter, cost: Cost) -> int:
+def _val_bytes(feed: ImageFeed, model: SegmentationModel, cost: Cost) -> int:
     """Estimate the bytes of the validation images' features, as if all these images had the size of the first."""
     height, width = feed.val[0]["mask"].shape
     return round(cost.bytes * math.prod(model.seen_size((height, width))) / cost.pixels) * len(feed.val)
@@ -315,7 +319,7 @@ def _memory_room(plan: Plan, engine: Engine) -> int:
     return room if cap is None else min(room, cap)
 
 
-def _opened(memory: bool, feed: ImageFeed, model: Segmenter, engine: Engine, plan: Plan) -> FeatureStore:
+def _opened(memory: bool, feed: ImageFeed, model: SegmentationModel, engine: Engine, plan: Plan) -> FeatureStore:
     """Return the feature store for the model's current weights."""
     if memory:
         return MemoryStore(plan.dtype, _memory_room(plan, engine))

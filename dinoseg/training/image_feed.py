@@ -19,7 +19,7 @@ from dinoseg.data.train_views import ClassUniform, TrainViews
 from dinoseg.inference.policy import Policy
 from dinoseg.inference.whole import Whole
 from dinoseg.metrics.confusion import ConfusionMatrix
-from dinoseg.models.model import Segmenter
+from dinoseg.models.model import SegmentationModel
 from dinoseg.report.overlay import compare
 from dinoseg.training.engine import Engine
 from dinoseg.training.feature_cache.cache import FeatureCache, Views
@@ -125,11 +125,11 @@ class ImageFeed:
         """Return a tally of how well a training step predicts its batches."""
         return Tally(self.train, engine)
 
-    def validate(self, model: Segmenter, loss: Loss, engine: Engine) -> Validation:
+    def validate(self, model: SegmentationModel, loss: Loss, engine: Engine) -> Validation:
         """Return the scores of `evaluate`, `iou/CLASS` for each class, and visualised predictions of some images."""
         return self.validate_each([self.scored(model, loss, engine)], engine)[0]
 
-    def scored(self, model: Segmenter, loss: Loss, engine: Engine) -> "Shown":
+    def scored(self, model: SegmentationModel, loss: Loss, engine: Engine) -> "Shown":
         """Return a model in the form that `validate_each` takes; its random state is that of this call."""
         return Shown(self, model, loss, engine)
 
@@ -145,7 +145,7 @@ class ImageFeed:
         found = evaluate_each([shown.scored for shown in models], self.val, engine, batches=batches, inputs=inputs)
         return [shown.validation(scores) for shown, scores in zip(models, found, strict=True)]
 
-    def _cached_batches(self, cache: FeatureCache, model: Segmenter, engine: Engine) -> Iterator[Batch | Views]:
+    def _cached_batches(self, cache: FeatureCache, model: SegmentationModel, engine: Engine) -> Iterator[Batch | Views]:
         """Yield cached features of the validation images, or the image itself if the policy does not see it whole."""
         policy = self.policy or Whole()
         samples = cache.eval_batches(self.val, workers=self.workers, rank=self.rank, world=self.world)
@@ -157,7 +157,7 @@ class ImageFeed:
 class Shown:
     """A model in validation, with visualised predictions of some images."""
 
-    def __init__(self, feed: ImageFeed, model: Segmenter, loss: Loss, engine: Engine) -> None:
+    def __init__(self, feed: ImageFeed, model: SegmentationModel, loss: Loss, engine: Engine) -> None:
         self.model, data = model, feed.val
         self._data = data
         self.scored = ScoredModel(

@@ -11,7 +11,7 @@ from dinoseg.experiment.builder import Builder
 from dinoseg.export.runtime.trained_model import model_of
 from dinoseg.inference.trained_sizes import TrainedSizes, keep_scale
 from dinoseg.models.heads.linear import LinearHead
-from dinoseg.models.model import Segmenter
+from dinoseg.models.model import SegmentationModel
 from dinoseg.tasks import images as images_task
 from dinoseg.utils.errors import UserError
 
@@ -20,7 +20,7 @@ SIZES = TrainedSizes(typical=32, largest=64)
 
 @pytest.fixture
 def model(tiny_backbone):
-    return Segmenter(tiny_backbone(), LinearHead(24, 1, 3)).eval()
+    return SegmentationModel(tiny_backbone(), LinearHead(24, 1, 3)).eval()
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from dinoseg.export.runtime.evidence import data_of, scores_of
 from dinoseg.export.runtime.facts import UNKNOWN, ModelFacts
 from dinoseg.export.runtime.runtime import FILES
 from dinoseg.inference.trained_sizes import KEY, TrainedSizes
-from dinoseg.models.model import Segmenter, constants, trained_names
+from dinoseg.models.model import SegmentationModel, constants, trained_names
 from dinoseg.training import checkpoint
 from dinoseg.training.loading import CONSTANTS, frozen_fingerprint
 from dinoseg.utils.errors import UserError
@@ -156,7 +156,9 @@ def _without_places(node: Any) -> Any:
     return Path(node).name if isinstance(node, str) and node.startswith(("/", "~", "./", "../")) else node
 
 
-def _tensors(config: Mapping[str, Any], model: Segmenter, delta: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _tensors(
+    config: Mapping[str, Any], model: SegmentationModel, delta: bool
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the tensors that a file of this config holds, and the hashes of those that it does not hold."""
     state = model.state_dict()
     tensors = {f"{CONSTANTS}/{name}": value for name, value in constants(model).items()}
