@@ -19,6 +19,7 @@ from hydra.version import VersionBase
 from omegaconf import DictConfig
 from yaml import YAMLError
 
+from dinoseg.api.options import folder_of
 from dinoseg.cli.extras import check_intervals, hush_schemas
 from dinoseg.cli.own_keys import with_checkpoint_keys
 from dinoseg.cli.recipes import with_recipe_files
@@ -44,7 +45,7 @@ def compose(words: Sequence[str], *, config_dir: str | PathLike[str] | None = No
     Raises:
         UserError: an unknown option or key, or a value that cannot be parsed.
     """
-    folders = [CONFIGS, *([] if config_dir is None else [_folder(config_dir)])]
+    folders = [CONFIGS, *([] if config_dir is None else [folder_of(config_dir)])]
     with lent_resolvers(), _hydra_of_its_own():
         hush_schemas()
         words = with_recipe_files(as_text(words, CONFIGS), folders)
@@ -101,13 +102,6 @@ def _as_word(value: Any, key: str) -> str:
         return "[" + ",".join(_as_word(each, key) for each in value) + "]"
     kind = type(value).__name__
     raise UserError(f"{key} is of type {kind}. Give text, a number, true or false, null, or a list or dict of these.")
-
-
-def _folder(path: str | PathLike[str]) -> Path:
-    folder = Path(path).expanduser().absolute()
-    if not folder.is_dir():
-        raise UserError(f"config_dir={path} is no folder. Give the folder that holds your config groups.")
-    return folder
 
 
 @contextmanager

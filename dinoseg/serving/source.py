@@ -10,7 +10,7 @@ from dinoseg.experiment.trained import sizes_to_keep
 from dinoseg.experiment.unread import warn_unread
 from dinoseg.export.runtime.model import Model
 from dinoseg.export.runtime.opening import open_file
-from dinoseg.export.runtime.runtime import Opened, Options
+from dinoseg.export.runtime.runtime import Options
 from dinoseg.export.runtime.torch_runtime import TorchRuntime
 from dinoseg.export.runtime.trained_model import model_of
 from dinoseg.models.model import SegmentationModel
@@ -30,7 +30,7 @@ def load_served(source: ModelSource, out_dir: Path, file: str | None) -> Model:
     if file is not None:
         if source.resume is not None:
             raise UserError(f"mode.model={file} and resume={source.resume} both name a model: give one of them.")
-        return Model(*_opened(source, out_dir, file))
+        return _opened(source, out_dir, file)
     trained = source.load()
     if trained.model.head.slots is not None:
         raise UserError(
@@ -55,7 +55,7 @@ def tracker_maker(make: Callable[..., Tracker], model: Model) -> Callable[[], Tr
     return partial(make, backbone, device=predictor.device, autocast=predictor.autocast, batch_size=_BATCH)
 
 
-def _opened(source: ModelSource, out_dir: Path, file: str) -> Opened:
+def _opened(source: ModelSource, out_dir: Path, file: str) -> Model:
     """Open a one-file model with the settings that it stores; a delta's weights may be given on the command line."""
     typed = {word.lstrip("+").partition("=")[0] for word in command_line(out_dir)}
     weights = {part: source.settings(part)["weights"] for part in ("backbone", "head") if f"{part}.weights" in typed}

@@ -49,12 +49,12 @@ def load(
         inference=inference,
         trust=trust,
     )
-    with _collection_paused():
-        return Model(*open_model(path, options))
+    with collection_paused():
+        return open_model(path, options)
 
 
 @contextmanager
-def _collection_paused() -> Iterator[None]:
+def collection_paused() -> Iterator[None]:
     """Pause the cyclic garbage collector: it would traverse all objects of torch and timm several times (0.6 s)."""
     was_enabled = gc.isenabled()
     gc.disable()

@@ -13,7 +13,7 @@ from dinoseg.experiment.source import ModelSource
 from dinoseg.export.runtime import write
 from dinoseg.export.runtime.evidence import COUNTED, data_of, scores_of
 from dinoseg.export.runtime.runtime import Options
-from dinoseg.export.runtime.torch_runtime import _weights
+from dinoseg.export.runtime.torch_load import _weights
 from dinoseg.export.runtime.write import source_of
 from dinoseg.utils.errors import UserError
 
