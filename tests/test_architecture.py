@@ -58,8 +58,9 @@ DOORS = {  # dependency -> the packages and files that may import it
 }
 EXCEPTIONS = {
     ("__main__.py", "dinoseg.modes.help.help_for"),  # printed before hydra and torch are imported
-    ("__init__.py", "dinoseg.export.runtime.load.load"),  # dinoseg.load, imported when it is asked for
-    ("__init__.py", "dinoseg.export.runtime.model.Model"),  # likewise
+    # public names, which editors see and which are imported on first access
+    *(("__init__.py", f"{module}.{name}") for module, names in dinoseg._MODULES.items() for name in names),
+    *(("__init__.py", f"dinoseg.{package}") for package in dinoseg._PACKAGES),
 }
 ASK_OTHERS = (  # files that use hasattr, on objects of other libraries, of users or of the operating system
     "autotune/step_bytes",

@@ -57,7 +57,7 @@ def create_model(
     names = _names(num_classes, classes)
     if names is None and not {"data", "data.classes", "hparam"} & overrides.keys():
         raise UserError('The model has no classes. Give num_classes=2, or their names: classes=["ground", "leaf"].')
-    given = {"backbone": backbone, "head": head, "adapter": adapter, "data.classes": names}
+    given: dict[str, Any] = {"backbone": backbone, "head": head, "adapter": adapter, "data.classes": names}
     given["backbone.weights"] = None if weights == "pretrained" else weights
     words = words_of({key: value for key, value in given.items() if value is not None} | overrides)
     with collection_paused():

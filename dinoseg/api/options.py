@@ -90,5 +90,5 @@ def folder_of(config_dir: str | PathLike[str]) -> Path:
     """
     folder = Path(config_dir).expanduser().absolute()
     if not folder.is_dir():
-        raise UserError(f"config_dir={config_dir} is no folder. Give the folder that holds your config groups.")
+        raise UserError(f"config_dir={config_dir} is not a folder. Give the folder that holds your config groups.")
     return folder

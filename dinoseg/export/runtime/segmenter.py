@@ -247,6 +247,7 @@ class Segmenter(nn.Module, Model):
         from dinoseg.export.runtime.write import complete, with_evidence, write_model
 
         with isolated(), telling_file_errors(path.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
             source = ModelSource.of(self._config)
             facts, info = self.facts, dict(self._info)
             info.setdefault("frozen", frozen_fingerprint(self.model))
