@@ -197,7 +197,9 @@ def _labelled(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[np.nd
     known = ids != ignore_index
     rows, ids = rows[known], ids[known]
     if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < rows.shape[1]:
-        raise UserError(f"Some targets are not classes: give ids below {rows.shape[1]}, or {ignore_index} for no label.")
+        raise UserError(
+            f"Some targets are not classes: give ids below {rows.shape[1]}, or {ignore_index} for no label."
+        )
     return _array(rows.double()), _array(ids)
 
 
