@@ -58,7 +58,7 @@ def list_recipes(filter: str = "*", *, config_dir: str | PathLike[str] | None = 
     Example:
         >>> import dinoseg
         >>> dinoseg.list_recipes("dpt/*")
-        ['dpt/camvid']
+        ['dpt/camvid', 'dpt/sarrarp']
     """
     return _options(RECIPES, filter, config_dir)
 

@@ -30,6 +30,13 @@ class Segmentation:
         image: the image (H, W, 3) uint8 RGB.
         facts: of the model.
         source: the image's file, where it came from one.
+
+    Example:
+        >>> import dinoseg, numpy
+        >>> model = dinoseg.create_model("rgb", classes=["ground", "leaf"])
+        >>> found = model.predict(numpy.zeros((32, 48, 3), numpy.uint8))
+        >>> found.mask.shape, found.probabilities.shape, sum(found.areas.values())
+        ((32, 48), (2, 32, 48), 1536)
     """
 
     mask: np.ndarray
