@@ -78,7 +78,7 @@ def _untruncated() -> Iterator[None]:
     """
     from transformers import initialization
 
-    functions = initialization.TORCH_INIT_FUNCTIONS
+    functions: dict[str, Any] = initialization.TORCH_INIT_FUNCTIONS
     truncated = functions["trunc_normal_"]
 
     def normal(tensor: Tensor, mean: float, std: float, a: float, b: float, generator: Any = None) -> Tensor:
