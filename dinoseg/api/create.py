@@ -75,7 +75,7 @@ def create_model(
         if model.head.slots is not None:
             raise UserError(f"head={head} is a head of slots, which has no classes. Choose another, or use mode=train.")
         facts = ModelFacts(labels.classes, labels.palette, labels.ignore_index)
-        return Segmenter(model, facts, build.config, info={}, policy=policy).train()
+        return Segmenter(model, facts, build.config, info={}, policy=policy).to("cpu").train()
 
 
 def _names(num_classes: int | None, classes: Sequence[str] | None) -> list[str] | None:
