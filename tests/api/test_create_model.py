@@ -294,3 +294,17 @@ def test_a_loop_of_lightnings_kind_takes_a_model():
     loss.backward()
     optimizer.step()
     assert not module.eval().model.training and {"model.model.head.classify.weight"} <= module.state_dict().keys()
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("adapter", ["qlora", "lora_8bit"])
+def test_a_quantised_model_is_saved_in_float32_and_can_be_used_afterwards(adapter, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    arch = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    keys = {**TINY, "backbone.arch": arch, "engine.device": "cpu"}
+    model = dinoseg.create_model("tiny", adapter=adapter, head="mlp", num_classes=2, **keys).eval()
+    before = model(images())
+    model.save(tmp_path / "model.safetensors")
+    assert torch.equal(model(images()), before)
+    back = dinoseg.load(tmp_path / "model.safetensors", device="cpu")
+    assert torch.allclose(back(images()), before, atol=0.05 * float(before.detach().abs().max()))
