@@ -33,7 +33,7 @@ from dinoseg.models.adapters import Frozen
 from dinoseg.models.backbones.transformers_vit import TransformersVit
 from dinoseg.models.heads.linear import LinearHead
 from dinoseg.models.heads.mask2former.head import Mask2FormerHead
-from dinoseg.models.model import Segmenter
+from dinoseg.models.model import SegmentationModel
 from dinoseg.training.engine import Engine
 from dinoseg.training.feature_choice import CacheOptions, feature_cache
 from dinoseg.training.image_data_module import ImageDataModule
@@ -107,7 +107,7 @@ def clocks() -> tuple[float, float]:
     return time.perf_counter(), time.process_time()
 
 
-def made(case: str, classes: int) -> Segmenter:
+def made(case: str, classes: int) -> SegmentationModel:
     dim, heads = SHAPES[case]
     arch = {"hidden_size": dim, "num_hidden_layers": 12, "num_attention_heads": heads, "intermediate_size": 4 * dim}
     layers = "quarters" if case == "m2f" else [-1]
@@ -117,7 +117,7 @@ def made(case: str, classes: int) -> Segmenter:
     if case == "m2f":
         head = Mask2FormerHead(dim, 4, classes, no_object=False, deep_supervision=False)
         head.requires_grad_(False).predictor.class_embed.requires_grad_(True)
-    return Segmenter(backbone, head)
+    return SegmentationModel(backbone, head)
 
 
 def drawn(folder: Path, args: argparse.Namespace) -> PairDataset:

@@ -33,7 +33,7 @@ from dinoseg.config.resolvers import register_resolvers
 from dinoseg.core.shapes import Batch, Prediction
 from dinoseg.experiment.builder import Builder
 from dinoseg.losses.cross_entropy import CrossEntropy
-from dinoseg.models.model import Segmenter
+from dinoseg.models.model import SegmentationModel
 from dinoseg.training.engine import Engine
 
 CLASSES = 26
@@ -122,7 +122,7 @@ class Work:
         precision = "fp32" if way == "float32" else "bf16"
         self.engine = Engine(device, precision, workers=0, compile=way == "compiled")
         torch.manual_seed(0)
-        self.model: Segmenter = self.engine.place(Builder(cfg).model())
+        self.model: SegmentationModel = self.engine.place(Builder(cfg).model())
         self.loss = Builder(cfg).unweighted_loss().to(self.engine.device)
         self.optimizer = Builder(cfg).optimizer(self.model)
         images = torch.randint(0, 256, (batch, 3, *size), dtype=torch.uint8)

@@ -43,7 +43,7 @@ from dinoseg.inference.video_run import VideoInput, VideoOptions, segment_video
 from dinoseg.inference.video_writer import VideoWriter
 from dinoseg.models.backbones.transformers_vit import TransformersVit
 from dinoseg.models.heads.linear import LinearHead
-from dinoseg.models.model import Segmenter
+from dinoseg.models.model import SegmentationModel
 from dinoseg.report.overlay import blend
 from dinoseg.utils.cores import count_cores
 from dinoseg.utils.images import write_png
@@ -148,12 +148,12 @@ def compared(name: str, case: Case, folder: Path, count: int, repeats: int) -> b
     return of_bound < NEEDED
 
 
-def model() -> Segmenter:
+def model() -> SegmentationModel:
     """Return a ViT of 12 blocks with a linear head, of random weights."""
     arch = {"hidden_size": 192, "num_hidden_layers": 12, "num_attention_heads": 3, "intermediate_size": 768}
     torch.manual_seed(0)
     backbone = TransformersVit("dinov3_vit", arch, "random", 16)
-    return Segmenter(backbone, LinearHead(backbone.dim, backbone.num_layers, 4))
+    return SegmentationModel(backbone, LinearHead(backbone.dim, backbone.num_layers, 4))
 
 
 def cores() -> float:

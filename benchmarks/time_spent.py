@@ -55,7 +55,7 @@ ROOMS = {  # by the doors, of functions and of generators, whose every item is a
     "reading, augmenting": "training.image_data_module:train_batches tasks.clips:clip_batches "
     "training.validation:eval_batches data.clips.cut:Clips.__getitem__",
     "to the device": "shapes:Batch.to shapes:ClipBatch.to",
-    "bytes to floats": "model:Segmenter.pixels",
+    "bytes to floats": "model:SegmentationModel.pixels",
     "backward: rest": "training.engine:Engine.backward",
     "clip, optimizer": "training.engine:Engine.optimizer_step",
     "tally": "training.tally:Tally.add training.tally:Tally.read",

@@ -34,7 +34,7 @@ from dinoseg.inference.windows import Windows, starts
 from dinoseg.models.backbones.rgb import RgbBackbone
 from dinoseg.models.backbones.transformers_vit import TransformersVit
 from dinoseg.models.heads.linear import LinearHead
-from dinoseg.models.model import Segmenter
+from dinoseg.models.model import SegmentationModel
 
 MIN = 3.0
 ARCH = {"hidden_size": 192, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 768}
@@ -80,7 +80,7 @@ def measured(args: argparse.Namespace) -> tuple[int, float, str]:
     """Return the bytes above those of a single window, seconds, and a fingerprint of the mask."""
     torch.manual_seed(0)
     backbone = TransformersVit("dinov3_vit", ARCH, "random", 16, (-1,))
-    model = Segmenter(backbone, LinearHead(backbone.dim, backbone.num_layers, args.classes)).eval()
+    model = SegmentationModel(backbone, LinearHead(backbone.dim, backbone.num_layers, args.classes)).eval()
     policy = Windows(args.window, overlap=args.overlap, weights="uniform", average="scores", batch_size=1)
     predictor = Predictor(model, torch.device("cpu"), nullcontext, policy)
     image = np.random.default_rng(0).integers(0, 256, (*args.size, 3), dtype=np.uint8)
@@ -91,7 +91,7 @@ def measured(args: argparse.Namespace) -> tuple[int, float, str]:
 
 
 @torch.inference_mode()
-def kept(model: Segmenter, image: np.ndarray, args: argparse.Namespace) -> Tensor:
+def kept(model: SegmentationModel, image: np.ndarray, args: argparse.Namespace) -> Tensor:
     """Return class ids of an image, of full-size sums and counts."""
     height, width = args.size
     pixels = torch.from_numpy(image).permute(2, 0, 1)[None]
@@ -107,7 +107,7 @@ def kept(model: Segmenter, image: np.ndarray, args: argparse.Namespace) -> Tenso
 def strips(args: argparse.Namespace) -> int:
     """Segment a large file in strips and print what it took."""
     torch.manual_seed(0)
-    model = Segmenter(RgbBackbone(patch_size=16), LinearHead(3, 1, args.classes)).eval()
+    model = SegmentationModel(RgbBackbone(patch_size=16), LinearHead(3, 1, args.classes)).eval()
     policy = Windows(args.window, overlap=args.overlap)
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder) / f"large.{args.kind}", Path(folder) / "ids.png"

@@ -1,13 +1,63 @@
-"""Segmentation with DINO backbones, trained from Hydra configs; `load` loads a trained model without a config."""
+"""Segmentation with DINO backbones: models, datasets, losses and metrics for PyTorch, and a command line.
 
+Models:
+    create_model: a new model, a `torch.nn.Module` that returns class logits.
+    load: a trained model from one file, a checkpoint or a run folder.
+    Segmenter: what both return. Model: its base class without torch, for ONNX files.
+    list_backbones, list_heads, list_adapters, list_recipes, list_datasets: names of options.
+
+Data, losses and metrics:
+    open_dataset: a dataset of images and masks for a torch DataLoader.
+    losses: functions of logits and masks. metrics: scores of predictions.
+
+Errors that the caller can fix are `UserError`s. `python -m dinoseg` trains, evaluates and predicts from the command
+line. Nothing heavy is imported before it is used.
+"""
+
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dinoseg import losses, metrics
+    from dinoseg.api.create import create_model
+    from dinoseg.api.dataset import SegmentationDataset, open_dataset
+    from dinoseg.api.options import list_adapters, list_backbones, list_datasets, list_heads, list_recipes
     from dinoseg.export.runtime.load import load
-    from dinoseg.export.runtime.model import Model
+    from dinoseg.export.runtime.model import Model, Segmentation
+    from dinoseg.export.runtime.segmenter import Segmenter
+    from dinoseg.utils.errors import UserError
 
-__all__ = ["Model", "__version__", "load"]
+_MODULES = {  # module to the public names that it defines
+    "dinoseg.api.create": ("create_model",),
+    "dinoseg.api.dataset": ("SegmentationDataset", "open_dataset"),
+    "dinoseg.api.options": ("list_adapters", "list_backbones", "list_datasets", "list_heads", "list_recipes"),
+    "dinoseg.export.runtime.load": ("load",),
+    "dinoseg.export.runtime.model": ("Model", "Segmentation"),
+    "dinoseg.export.runtime.segmenter": ("Segmenter",),
+    "dinoseg.utils.errors": ("UserError",),
+}
+_PACKAGES = ("losses", "metrics")
+_HOMES = {name: module for module, names in _MODULES.items() for name in names}
+
+__all__ = [
+    "Model",
+    "Segmentation",
+    "SegmentationDataset",
+    "Segmenter",
+    "UserError",
+    "__version__",
+    "create_model",
+    "list_adapters",
+    "list_backbones",
+    "list_datasets",
+    "list_heads",
+    "list_recipes",
+    "load",
+    "losses",
+    "metrics",
+    "open_dataset",
+]
 
 try:
     __version__ = version("dinoseg")
@@ -16,13 +66,15 @@ except PackageNotFoundError:  # a source tree that is not installed
 
 
 def __getattr__(name: str) -> Any:
-    """Import `load` and `Model` on first access, so that `import dinoseg` stays cheap."""
-    if name == "load":
-        from dinoseg.export.runtime.load import load
+    """Import a public name on first access, so that `import dinoseg` stays cheap."""
+    if name in _PACKAGES:
+        return import_module(f"dinoseg.{name}")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
 
-        return load
-    if name == "Model":
-        from dinoseg.export.runtime.model import Model
 
-        return Model
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -8,7 +8,7 @@ from torch import nn
 from dinoseg.core.contracts import Backbone, Head
 from dinoseg.models import adapters
 from dinoseg.models.adapters import Frozen, Full, LastBlocks, Lora, merge
-from dinoseg.models.model import Segmenter, quantised_names
+from dinoseg.models.model import SegmentationModel, quantised_names
 from dinoseg.utils.errors import UserError
 
 IMAGES = torch.rand(1, 3, 20, 28, generator=torch.Generator().manual_seed(1))
@@ -189,7 +189,7 @@ def test_checkpointing_with_lora_changes_no_gradient(tiny_backbone):
     gradients = []
     for checkpointing in (False, True):
         backbone = train_updates(Lora(rank=2, alpha=2)(tiny_backbone(checkpointing=checkpointing)))
-        Segmenter(backbone, Head()).train()
+        SegmentationModel(backbone, Head()).train()
         backbone(IMAGES)[0].square().sum().backward()
         gradients.append({name: p.grad for name, p in backbone.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys() == trainable(backbone)

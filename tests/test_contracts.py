@@ -10,7 +10,7 @@ from dinoseg.core.geometry import upsample
 from dinoseg.experiment.benchmark_videos import benchmark_videos
 from dinoseg.experiment.builder import Builder
 from dinoseg.models.adapters import Frozen, LastBlocks, Lora
-from dinoseg.models.model import Segmenter, trained_names
+from dinoseg.models.model import SegmentationModel, trained_names
 from dinoseg.utils.errors import UserError
 
 
@@ -40,7 +40,7 @@ class Scores(Head):
 
 
 def test_parts_that_say_the_least_work():
-    model = Segmenter(LastBlocks(1)(Least()), Scores())
+    model = SegmentationModel(LastBlocks(1)(Least()), Scores())
     model.set_progress(0.5)
     assert model(torch.rand(2, 3, 6, 9)).scores().shape == (2, 3, 6, 9)
     assert model.head.slots is None and not model.head.mixture and model.head.min_batch_size == 1
@@ -59,10 +59,10 @@ class GridScores(Head):
 
 
 def test_a_head_on_a_grid_says_its_scores_once():
-    prediction = Segmenter(Least(), GridScores())(torch.rand(2, 3, 6, 9))
+    prediction = SegmentationModel(Least(), GridScores())(torch.rand(2, 3, 6, 9))
     assert prediction.grid is prediction.outputs["scores"] and prediction.grid.shape == (2, 3, 2, 3)
     assert torch.equal(prediction.scores(), upsample(prediction.grid, (6, 9), (6 / 8, 9 / 12)))
-    assert Segmenter(Least(), Scores())(torch.rand(2, 3, 6, 9)).grid is None
+    assert SegmentationModel(Least(), Scores())(torch.rand(2, 3, 6, 9)).grid is None
     with pytest.raises(NotImplementedError):
         Head().predict(torch.zeros(1), (1, 1), (1.0, 1.0))
 
@@ -74,7 +74,7 @@ def test_pixels_are_normalised_and_padded():
 
 @pytest.mark.parametrize(("adapt", "calls"), [(Frozen(), [4, 4, 4]), (LastBlocks(1), [12])])
 def test_what_does_not_learn_sees_a_few_images_at_a_time(adapt, calls):
-    model, seen = Segmenter(adapt(Least()), Scores()), []
+    model, seen = SegmentationModel(adapt(Least()), Scores()), []
     model.backbone.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
     images = torch.rand(12, 3, 6, 9)
     outputs = model(images).outputs

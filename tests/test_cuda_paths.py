@@ -18,7 +18,7 @@ from dinoseg.losses.cross_entropy import CrossEntropy
 from dinoseg.losses.mask_classification import MaskClassification
 from dinoseg.models.adapters import Full
 from dinoseg.models.heads.linear import LinearHead
-from dinoseg.models.model import Segmenter
+from dinoseg.models.model import SegmentationModel
 from dinoseg.tracking.propagation.settings import PropagationSettings
 from dinoseg.tracking.propagation.tracker import PropagationTracker
 from dinoseg.training.checkpoint import Checkpointer
@@ -111,7 +111,7 @@ def train(folder, model, loss, *, cuda=True, precision="fp32", plain=False, devi
 
 def tiny():
     torch.manual_seed(0)
-    return Segmenter(Full()(tiny_vit()), LinearHead(24, 1, 3)), CrossEntropy(torch.tensor([1.0, 0.5, 2.0]))
+    return SegmentationModel(Full()(tiny_vit()), LinearHead(24, 1, 3)), CrossEntropy(torch.tensor([1.0, 0.5, 2.0]))
 
 
 @pytest.mark.parametrize("bf16", [False, True])

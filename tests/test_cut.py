@@ -21,7 +21,7 @@ from dinoseg.models.heads.mask2former.head import Mask2FormerHead
 from dinoseg.models.heads.mlp import MlpHead
 from dinoseg.models.heads.split import SplitHead
 from dinoseg.models.heads.upernet import UperNetHead
-from dinoseg.models.model import Segmenter
+from dinoseg.models.model import SegmentationModel
 from dinoseg.utils.errors import UserError
 
 CONVNEXT = {"hidden_sizes": [8, 16, 16, 24], "depths": [1, 1, 1, 1]}
@@ -50,7 +50,7 @@ def deep_vit(layers=(-1,), **arch):
 
 def model_of(backbone, head="linear", **options):
     torch.manual_seed(1)
-    return Segmenter(backbone, HEADS[head](backbone.dim, backbone.num_layers), **options).train()
+    return SegmentationModel(backbone, HEADS[head](backbone.dim, backbone.num_layers), **options).train()
 
 
 def check_cut(model, size=(37, 51)):
@@ -116,7 +116,7 @@ def test_tokens_enter_the_first_trained_block_of_timm(layers):
 def test_copies_of_the_last_blocks_go_on_from_what_enters_them(name, layers):
     backbone = Frozen()(BACKBONES[name](layers))
     torch.manual_seed(1)
-    frozen = check_cut(Segmenter(backbone, SplitHead(backbone.dim, len(layers), 3, blocks=2)).train())
+    frozen = check_cut(SegmentationModel(backbone, SplitHead(backbone.dim, len(layers), 3, blocks=2)).train())
     tokens, cells = frozen.tensors[-1].shape[1], frozen.tensors[0].shape[1]
     assert len(frozen.tensors) == 1 + len({*layers}) and tokens > cells == (35 if name != "timm" else 12)
 
@@ -130,7 +130,7 @@ def test_mask2former_goes_on_from_maps_and_pixels_or_from_its_queries_and_masks(
     )
     if trained == "class_embed":  # which the head itself does with a file of weights
         head.requires_grad_(False).predictor.class_embed.requires_grad_(True)
-    model = Segmenter(Frozen()(deep_vit([0, 1, 2, 3])), head).train()
+    model = SegmentationModel(Frozen()(deep_vit([0, 1, 2, 3])), head).train()
     frozen = check_cut(model)
     assert len(frozen.tensors) == {"all": 5, "class_embed": 20 if deep else 2}[trained]
     assert len(model(frozen).outputs.aux) == 9 * deep
@@ -145,9 +145,9 @@ def test_details_go_on_from_maps_and_bytes(name, adapter):
     backbone = adapter(BACKBONES[name]([-1, -1] if name == "rgb" else [1, 3]))
     torch.manual_seed(1)
     head = DetailHead(backbone.dim, 2, 3, backbone.patch_size, fine=4, width=8, linear_skip=True)
-    frozen = check_cut(Segmenter(backbone, head).train())
+    frozen = check_cut(SegmentationModel(backbone, head).train())
     assert frozen.tensors[-1].dtype == torch.uint8 and frozen.tensors[-1].shape == (3, 3, 37, 51)
-    reduced = Segmenter(backbone, head, scale=0.5).eval()  # whose pixels are no bytes
+    reduced = SegmentationModel(backbone, head, scale=0.5).eval()  # whose pixels are no bytes
     live, kept = (reduced(given).scores() for given in (IMAGES, reduced.frozen(IMAGES)))
     torch.testing.assert_close(live, kept, atol=0.02, rtol=0)
 
@@ -172,5 +172,5 @@ def test_positions_drawn_at_random_are_not_drawn_twice():
 def test_a_head_with_a_run_of_its_own_and_no_door_is_refused():
     head = EomtHead(24, 1, 3, patch_size=8, num_queries=2, blocks=1)
     with pytest.raises(UserError, match=r"EomtHead runs the backbone itself.*engine.cache=off"):
-        Segmenter(Frozen()(tiny_vit()), head).frozen(torch.zeros(1, 3, 16, 16))
+        SegmentationModel(Frozen()(tiny_vit()), head).frozen(torch.zeros(1, 3, 16, 16))
     assert EomtHead.forward_frozen is Head.forward_frozen

@@ -5,7 +5,7 @@ from torch import nn
 from dinoseg.models.adapters import Frozen, Full, Lora
 from dinoseg.models.heads.linear import LinearHead
 from dinoseg.models.heads.mlp import MlpHead
-from dinoseg.models.model import Segmenter, backbone_size, fingerprint, trained_names
+from dinoseg.models.model import SegmentationModel, backbone_size, fingerprint, trained_names
 from dinoseg.utils.errors import UserError
 
 HEADS = {"linear": lambda k: LinearHead(24, 1, k), "mlp": lambda k: MlpHead(24, 1, k, 8)}
@@ -19,7 +19,7 @@ def head(request):
 @pytest.mark.parametrize("size", [(32, 40), (33, 41), (1, 1), (7, 100)])
 @pytest.mark.parametrize("scale", [1.0, 0.5, 0.25])
 def test_scores_have_the_images_size_whatever_it_is(tiny_backbone, head, size, scale):
-    model = Segmenter(tiny_backbone(), head(5), scale=scale).eval()
+    model = SegmentationModel(tiny_backbone(), head(5), scale=scale).eval()
     prediction = model(torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8))
     assert prediction.logits().shape == (2, 5, *size)
     assert prediction.logits((11, 13)).shape == (2, 5, 11, 13)
@@ -38,15 +38,15 @@ def test_a_pixel_block_lands_on_its_patch(tiny_backbone):
 
 
 def test_bytes_and_floats_give_the_same(tiny_backbone, head):
-    model = Segmenter(tiny_backbone(), head(2)).eval()
+    model = SegmentationModel(tiny_backbone(), head(2)).eval()
     images = torch.randint(0, 256, (1, 3, 19, 23), dtype=torch.uint8)
     assert torch.equal(model(images).logits(), model(images.float() / 255).logits())
 
 
 def test_a_frozen_backbone_stays_in_eval_mode(tiny_backbone, head):
-    model = Segmenter(Frozen()(tiny_backbone()), head(2)).train()
+    model = SegmentationModel(Frozen()(tiny_backbone()), head(2)).train()
     assert not model.backbone.training and model.head.training
-    model = Segmenter(Lora(rank=1, alpha=1)(tiny_backbone()), head(2)).train()
+    model = SegmentationModel(Lora(rank=1, alpha=1)(tiny_backbone()), head(2)).train()
     assert model.backbone.training
     assert not model.eval().backbone.training
 
@@ -71,7 +71,7 @@ def test_backbone_size_only_ever_reduces_to_longest(size, scale, longest, expect
 def test_the_backbone_sees_a_resized_image_and_the_head_which_part_of_the_grid_it_fills(
     tiny_backbone, head, resolution, seen
 ):
-    model = Segmenter(tiny_backbone(), head(2), **resolution).eval()
+    model = SegmentationModel(tiny_backbone(), head(2), **resolution).eval()
     images = torch.full((2, 3, 33, 41), 51, dtype=torch.uint8)
     pixels, prediction = model.pixels(images), model(images)
     assert pixels.shape == (2, 3, *seen)
@@ -82,16 +82,16 @@ def test_the_backbone_sees_a_resized_image_and_the_head_which_part_of_the_grid_i
 
 def test_resolution_out_of_range_is_refused(tiny_backbone, head):
     with pytest.raises(UserError, match="resolution.scale=0"):
-        Segmenter(tiny_backbone(), head(2), scale=0)
+        SegmentationModel(tiny_backbone(), head(2), scale=0)
     with pytest.raises(UserError, match="resolution.longest=0"):
-        Segmenter(tiny_backbone(), head(2), longest=0)
+        SegmentationModel(tiny_backbone(), head(2), longest=0)
 
 
 def test_a_checkpoint_holds_what_training_changes(tiny_backbone):
     def names(adapter, weights):
         backbone = adapter(tiny_backbone())
         backbone.weights = weights
-        return trained_names(Segmenter(backbone, LinearHead(24, 1, 2)))
+        return trained_names(SegmentationModel(backbone, LinearHead(24, 1, 2)))
 
     head = {f"head.{name}" for name in ("norm.weight", "norm.bias", "classify.weight", "classify.bias")}
     head |= {f"head.norm.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")}
@@ -109,7 +109,7 @@ def test_a_checkpoint_holds_running_means_of_trained_parts_alone(tiny_backbone):
         backbone.extra = nn.BatchNorm2d(3)
         backbone.register_buffer("constant", torch.ones(1))  # of a part with no parameter of its own
         backbone.weights = "some/hub-id"
-        names = trained_names(Segmenter(adapter(backbone), LinearHead(24, 1, 2)))
+        names = trained_names(SegmentationModel(adapter(backbone), LinearHead(24, 1, 2)))
         assert {"backbone.extra.running_mean" in names, "backbone.extra.weight" in names} == {kept}
         assert "backbone.constant" not in names
 

@@ -175,8 +175,8 @@ TRACK = ("mode=track", "input=clip", "engine=cpu", "mode.batch_size=3")
     ("words", "kind"),
     [
         (("tracker=mine", "labels=first.png", "backbone=rgb"), "RgbBackbone"),
-        (("tracker=mine", "resume=segmenter"), "Segmenter"),
-        (("slots=mine", "resume=slots", "labels=first.png"), "Segmenter"),
+        (("tracker=mine", "resume=segmenter"), "SegmentationModel"),
+        (("slots=mine", "resume=slots", "labels=first.png"), "SegmentationModel"),
     ],
 )
 def test_an_own_tracker_tracks_with_a_backbone_and_with_trained_models(trained, own, tmp_path, words, kind):

@@ -24,7 +24,7 @@ from dinoseg.data.scan.class_counts import class_counts
 from dinoseg.data.splits import evenly_spaced_subset
 from dinoseg.inference.policy import Policy
 from dinoseg.models.heads.linear import LinearHead
-from dinoseg.models.model import Segmenter
+from dinoseg.models.model import SegmentationModel
 from dinoseg.tasks.probing.probe import Grid, Probe
 from dinoseg.training.engine import Engine
 from dinoseg.training.image_data_module import ImageDataModule
@@ -64,12 +64,12 @@ class TrainedRun:
         steps: number of training steps done.
     """
 
-    model: Segmenter
+    model: SegmentationModel
     engine: Engine
     data_module: ImageDataModule
     backbone: Callable[[], Backbone]
     loss: Callable[[], Loss]
-    optimizer: Callable[[Segmenter], Optimizer]
+    optimizer: Callable[[SegmentationModel], Optimizer]
     is_supervised: bool
     crop: Size
     clip: float | None
@@ -95,7 +95,7 @@ class ProbeComparison:
     """
 
     run: TrainedRun
-    plain: Segmenter
+    plain: SegmentationModel
     train: SegmentationData
     val: SegmentationData
     scores: Mapping[str, Any]
@@ -159,7 +159,7 @@ def compare(run: TrainedRun, *, seconds: float) -> ProbeComparison | None:
 
 
 def score_linear_probe(
-    run: TrainedRun, plain: Segmenter, train: SegmentationData, val: SegmentationData
+    run: TrainedRun, plain: SegmentationModel, train: SegmentationData, val: SegmentationData
 ) -> Mapping[str, Any]:
     """Return the scores on `val` of a linear head that is solved in closed form from `train`."""
     dims = widths(plain.backbone.dim, plain.backbone.num_layers)
@@ -173,10 +173,10 @@ def score_linear_probe(
     return solutions[0].scores
 
 
-def _plain(run: TrainedRun) -> Segmenter:
+def _plain(run: TrainedRun) -> SegmentationModel:
     backbone = run.backbone()
     head = LinearHead(backbone.dim, backbone.num_layers, len(run.data_module.train.classes))
-    return Segmenter(backbone, head, scale=run.model.scale, longest=run.model.longest)
+    return SegmentationModel(backbone, head, scale=run.model.scale, longest=run.model.longest)
 
 
 def _affordable(
@@ -211,7 +211,7 @@ def _affordable(
 class _ScoredModel(NamedTuple):
     """A model and its inference strategy; None: whole images."""
 
-    model: Segmenter
+    model: SegmentationModel
     policy: Policy | None = None
 
 

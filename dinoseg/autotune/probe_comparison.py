@@ -18,7 +18,7 @@ from dinoseg.data.scan.class_counts import class_counts
 from dinoseg.inference.memory import is_shortage, reason_of
 from dinoseg.inference.windows import Windows
 from dinoseg.models.backbones.normalisation import register_colours
-from dinoseg.models.model import Segmenter, trained_names
+from dinoseg.models.model import SegmentationModel, trained_names
 from dinoseg.training.optim import ScheduleState, set_learning_rates, tensors_of
 from dinoseg.training.validation import evaluate
 from dinoseg.utils.atomic import write_json
@@ -231,7 +231,7 @@ def _train(run: TrainedRun, loss: Loss, batches: Sequence[Any], factor: float) -
 
 
 @contextmanager
-def _restored(model: Segmenter) -> Iterator[None]:
+def _restored(model: SegmentationModel) -> Iterator[None]:
     """Restore the trained weights and the mode of a model after the block."""
     saved: dict[str, Tensor] = {name: value.detach().clone() for name, value in tensors_of(model, trained_names(model))}
     training = model.training

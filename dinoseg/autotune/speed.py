@@ -17,7 +17,7 @@ from dinoseg.core.shapes import SegmentationData
 from dinoseg.inference.policy import Policy
 from dinoseg.inference.predictor import Predictor
 from dinoseg.inference.walk import walking
-from dinoseg.models.model import Segmenter
+from dinoseg.models.model import SegmentationModel
 from dinoseg.training.engine import Engine
 from dinoseg.training.meter import peak_memory, reset_peak_memory, used_memory
 from dinoseg.training.parts import TrainingParts
@@ -100,7 +100,7 @@ def time_training(
 
 
 def time_prediction(
-    make: Callable[[], Segmenter],
+    make: Callable[[], SegmentationModel],
     engine: Engine,
     policy: Policy,
     images: Sequence[np.ndarray],

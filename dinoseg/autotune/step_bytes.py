@@ -17,7 +17,7 @@ from dinoseg.core.shapes import Prediction, tree_map
 from dinoseg.inference.memory import PeakBytes
 from dinoseg.inference.walk import walking
 from dinoseg.losses.full_resolution import LAUNCHED
-from dinoseg.models.model import Segmenter, trained_names
+from dinoseg.models.model import SegmentationModel, trained_names
 from dinoseg.training.frozen_casts import cache_casts
 from dinoseg.training.optim import tensors_of
 from dinoseg.training.parts import TrainingParts
@@ -132,7 +132,7 @@ class _Draws(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def outline(parts: TrainingParts) -> tuple[Segmenter, int]:
+def outline(parts: TrainingParts) -> tuple[SegmentationModel, int]:
     """Return the model on the meta device in train mode, and the bytes that quantisation saves.
 
     Quantised weights appear as bfloat16, in which they are multiplied; subtract the second value from their size.
@@ -147,7 +147,7 @@ def outline(parts: TrainingParts) -> tuple[Segmenter, int]:
     return model.train(), math.floor(saved)
 
 
-def predict(model: Segmenter, parts: TrainingParts, samples: int, bf16: bool) -> Prediction:
+def predict(model: SegmentationModel, parts: TrainingParts, samples: int, bf16: bool) -> Prediction:
     """Return a model's prediction for `samples` training samples; within `walking` its tensors are fake."""
     images = torch.empty(samples, *parts.shape, dtype=torch.uint8)
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16 or parts.bits is not None):

@@ -15,7 +15,7 @@ from dinoseg.autotune.trial import try_steps
 from dinoseg.core.contracts import Loss
 from dinoseg.core.shapes import Batch, FeatureBatch
 from dinoseg.core.sizes import evenly_spaced
-from dinoseg.models.model import Segmenter
+from dinoseg.models.model import SegmentationModel
 from dinoseg.training.engine import Engine
 from dinoseg.training.feature_cache.form import Stored, size_of
 from dinoseg.training.image_data_module import ImageDataModule
@@ -152,7 +152,7 @@ def _later_median(seconds: Sequence[float]) -> float:
     return statistics.median(seconds[len(seconds) // 2 :])
 
 
-def _cut(model: Segmenter, batch: Batch, engine: Engine) -> tuple[Any, float] | None:
+def _cut(model: SegmentationModel, batch: Batch, engine: Engine) -> tuple[Any, float] | None:
     """Return the output of the frozen part for a batch and its seconds; None if the model cannot be cut."""
     images = batch.to(engine.device).image
     try:
@@ -168,7 +168,7 @@ def _cut(model: Segmenter, batch: Batch, engine: Engine) -> tuple[Any, float] | 
 
 
 def _seconds_of_val(
-    loss: Loss, data_module: ImageDataModule, model: Segmenter, engine: Engine, until: float = math.inf
+    loss: Loss, data_module: ImageDataModule, model: SegmentationModel, engine: Engine, until: float = math.inf
 ) -> float:
     """Return the seconds to read, predict and score a validation image, loss included, averaged over a few."""
     data, loss = data_module.val, loss.to(engine.device)

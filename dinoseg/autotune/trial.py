@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from dinoseg.core.contracts import Loss
-from dinoseg.models.model import Segmenter
+from dinoseg.models.model import SegmentationModel
 from dinoseg.report.log import RunLog
 from dinoseg.training.checkpoint import Checkpointer
 from dinoseg.training.data_module import Validation
@@ -100,14 +100,14 @@ class _TimedDataModule:
     def tally(self, engine: Engine) -> Tally | None:
         """Return None: nothing is counted."""
 
-    def validate(self, model: Segmenter, loss: Loss, engine: Engine) -> Validation:
+    def validate(self, model: SegmentationModel, loss: Loss, engine: Engine) -> Validation:
         """Raise NotImplementedError: a trial ends before its last step, so it never validates."""
         raise NotImplementedError
 
 
 def try_steps(
     parts: TrainingParts,
-    make: Callable[[], Segmenter],
+    make: Callable[[], SegmentationModel],
     engine: Engine,
     batches: Iterator[Any],
     *,

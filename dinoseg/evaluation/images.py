@@ -12,7 +12,7 @@ from dinoseg.evaluation.collected import Collector
 from dinoseg.evaluation.official import FOLDER, official_scores
 from dinoseg.inference.policy import Policy
 from dinoseg.metrics.protocols.contract import DatasetProtocol
-from dinoseg.models.model import Segmenter
+from dinoseg.models.model import SegmentationModel
 from dinoseg.report.confusion import confusion_picture
 from dinoseg.report.overlay import compare
 from dinoseg.report.table import class_table, write_scores_csv
@@ -24,7 +24,7 @@ from dinoseg.utils.wording import count_of, one_line
 
 
 def evaluate_images(
-    model: Segmenter,
+    model: SegmentationModel,
     data: SegmentationData,
     engine: Engine,
     out_dir: Path,

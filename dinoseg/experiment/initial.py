@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dinoseg.experiment.models import ModelBuilder
-from dinoseg.models.model import Segmenter, fingerprint, quantised_names, trained_names
+from dinoseg.models.model import SegmentationModel, fingerprint, quantised_names, trained_names
 from dinoseg.training import checkpoint
 from dinoseg.training.loading import Checkpoint, casts
 from dinoseg.utils.errors import UserError
@@ -24,8 +24,8 @@ _BASE = ".base_layer."  # part of the names of the original tensors of a layer w
 
 
 def load_initial_weights(
-    build: ModelBuilder, model: Segmenter, classes: list[str], share: Callable[[Any], Any] = lambda value: value
-) -> Segmenter:
+    build: ModelBuilder, model: SegmentationModel, classes: list[str], share: Callable[[Any], Any] = lambda value: value
+) -> SegmentationModel:
     """Load the trained weights of the run that `init` names into a new model, where they fit, and log the result.
 
     Without `init`, and for a resumed run, the model is returned unchanged.
@@ -84,7 +84,7 @@ def has_initial(build: ModelBuilder) -> bool:
     return init is not None
 
 
-def check_initial(build: ModelBuilder, model: Segmenter) -> None:
+def check_initial(build: ModelBuilder, model: SegmentationModel) -> None:
     """Run the checks of `load_initial_weights` that need only names and shapes; the model may be on the meta device."""
     if not has_initial(build):
         return
@@ -105,7 +105,7 @@ def _of(init: Any, read: Callable[[Path], Checkpoint]) -> Checkpoint:
         raise UserError(str(error).replace("resume=", "init=")) from None
 
 
-def _named(model: Segmenter, saved: Checkpoint) -> list[tuple[str, str, Tensor]]:
+def _named(model: SegmentationModel, saved: Checkpoint) -> list[tuple[str, str, Tensor]]:
     """Return the key, the name in this model and the value of each tensor of a checkpoint, ignoring LoRA's renaming."""
     names = {_unadapted(name): name for name in model.state_dict()}
     have = saved.part("model")
@@ -117,7 +117,7 @@ def _unadapted(name: str) -> str:
     return name.replace(_BASE, ".")
 
 
-def _fitting(init: str, model: Segmenter, saved: Checkpoint) -> tuple[dict[str, Tensor], list[str]]:
+def _fitting(init: str, model: SegmentationModel, saved: Checkpoint) -> tuple[dict[str, Tensor], list[str]]:
     """Return the tensors of a checkpoint that the model also trains, in the same shapes, and the names of the others.
 
     Frozen tensors that the model already has are in neither.
@@ -155,7 +155,7 @@ def _is_so(value: Tensor, now: Tensor | None) -> bool:
     return value.is_meta or torch.equal(value.to(now.dtype), now)
 
 
-def _check_frozen(init: str, model: Segmenter, saved: Checkpoint, config: Mapping[str, Any]) -> None:
+def _check_frozen(init: str, model: SegmentationModel, saved: Checkpoint, config: Mapping[str, Any]) -> None:
     """Refuse a model whose frozen backbone differs from that of the `init` run; its checkpoint stores a hash."""
     if _frozen_dtype(config) != _frozen_dtype(saved.info["config"]):
         return  # weights of another precision have another hash
@@ -181,7 +181,7 @@ def _frozen_dtype(config: Mapping[str, Any]) -> tuple[Any, Any]:
 
 def _log_loaded(
     init: str,
-    model: Segmenter,
+    model: SegmentationModel,
     saved: Checkpoint,
     taken: Mapping[str, Tensor],
     left: Sequence[str],

@@ -17,7 +17,7 @@ from dinoseg.config.resolvers import register_resolvers
 from dinoseg.core.contracts import Backbone, Head
 from dinoseg.data.classes.labels import Labels
 from dinoseg.models.adapters import Frozen
-from dinoseg.models.model import Segmenter
+from dinoseg.models.model import SegmentationModel
 from dinoseg.models.no_init import NoInit
 from dinoseg.training import loading
 from dinoseg.training.engine import Engine
@@ -126,7 +126,7 @@ class ModelBuilder:
         """Return the engine of the config, with overrides of its values."""
         return self.part("engine", **overrides)
 
-    def model(self, *, untrained: bool = False, outlined: bool = False, initialised: bool = True) -> Segmenter:
+    def model(self, *, untrained: bool = False, outlined: bool = False, initialised: bool = True) -> SegmentationModel:
         """Return the segmenter.
 
         Parts that do not fit together are refused before any weights are read.
@@ -144,7 +144,7 @@ class ModelBuilder:
         with nullcontext() if initialised else NoInit():
             return self._segmenter(self._adapted(untrained=untrained), untrained=untrained)
 
-    def outline(self) -> Segmenter:
+    def outline(self) -> SegmentationModel:
         """Return the segmenter on the meta device: its parts and their shapes, without memory."""
         with torch.device("meta"), NoInit():
             return self.model(untrained=True)
@@ -154,7 +154,7 @@ class ModelBuilder:
         torch.manual_seed(self.seed)
         return expect_type(Backbone, self.part("backbone"), "backbone").requires_grad_(False).eval()
 
-    def check_fits(self, file: loading.Checkpoint) -> Segmenter:
+    def check_fits(self, file: loading.Checkpoint) -> SegmentationModel:
         """Refuse a checkpoint that does not fit the model, before the model is built; return its `outline`.
 
         The outline is built on the meta device, with no more parts and parameters than this machine could hold.
@@ -182,7 +182,7 @@ class ModelBuilder:
         loading.check_size(empty, f"resume={file.path}")
         return empty
 
-    def name_weights(self, outline: Segmenter) -> None:
+    def name_weights(self, outline: SegmentationModel) -> None:
         """Set the sources of an outline's weights, which decide which tensors count as trained."""
         for part, node in ((outline.backbone, self._cfg.backbone), (outline.head, self._cfg.head)):
             part.weights = node.get("weights", part.weights)
@@ -199,7 +199,7 @@ class ModelBuilder:
             raise UserError("This backbone, such as backbone=rgb, has no parameters to train. Choose adapter=frozen.")
         return adapter(bare)
 
-    def _segmenter(self, adapted: Backbone, *, untrained: bool = False) -> Segmenter:
+    def _segmenter(self, adapted: Backbone, *, untrained: bool = False) -> SegmentationModel:
         """Return a segmenter of a backbone and a new head."""
         keys = to_container(self._cfg.head)
         runtime_arguments = {"in_dim": adapted.dim, "num_layers": adapted.num_layers}
@@ -209,9 +209,9 @@ class ModelBuilder:
         weightless = {"weights": None} if untrained and "weights" in keys else None
         make = instantiate(self._cfg.head, without=("layers", "lr", *runtime_arguments), instead=weightless)
         head = expect_type(Head, make(**runtime_arguments), "head")
-        sizes = self.arguments(Segmenter, {"scale": "resolution.scale", "longest": "resolution.longest"})
+        sizes = self.arguments(SegmentationModel, {"scale": "resolution.scale", "longest": "resolution.longest"})
         self._check_crop(adapted.patch_size)
-        return Segmenter(adapted, head, **sizes)
+        return SegmentationModel(adapted, head, **sizes)
 
     def _check_crop(self, patch_size: int) -> None:
         resolution = self.settings("resolution")
@@ -231,7 +231,9 @@ class ModelBuilder:
             check_file(Path(str(weights)).expanduser(), "head.weights")
 
 
-def build_multi_head(builders: Sequence[ModelBuilder], device: torch.device) -> tuple[Backbone, list[Segmenter]]:
+def build_multi_head(
+    builders: Sequence[ModelBuilder], device: torch.device
+) -> tuple[Backbone, list[SegmentationModel]]:
     """Return one frozen backbone, and segmenters that share its tensors, for configs that differ only in the head.
 
     Each segmenter equals `ModelBuilder.model` of its config, random weights included.

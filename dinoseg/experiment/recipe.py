@@ -41,8 +41,8 @@ def run_description(build: ModelBuilder, data: SegmentationData | Labels) -> dic
 def config_description(build: ModelBuilder) -> dict[str, Any]:
     """Return the part of the description that depends only on the config."""
     unsaid = () if build.value("loss.class_weights") is None else (FOLLOWING,)
-    saved = {*SAVED} - {*unsaid}
-    config = {key: value for key, value in build.config.items() if key in saved and value is not None}
+    saved = [key for key in SAVED if key not in unsaid]
+    config = {key: value for key in saved if (value := build.config.get(key)) is not None}
     # nodes that write files come from this machine's config, never from a checkpoint
     config["data"] = {**resolve_container(build.value("data")), **dict.fromkeys(ACTING)}
     for key in (TEACHER, INITIAL):

@@ -5,7 +5,7 @@ from typing import Any
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.trained import Trained, load_trained
 from dinoseg.models.adapters import dequantised_state
-from dinoseg.models.model import Segmenter, non_persistent_buffers
+from dinoseg.models.model import SegmentationModel, non_persistent_buffers
 
 
 class ModelSource(Builder):
@@ -37,7 +37,7 @@ class ModelSource(Builder):
         engine |= {"precision": "fp32"} if self.value("engine.precision") == "fp16" else {}
         return load_trained(self.changed({"engine": engine}))
 
-    def in_float32(self, trained: Segmenter) -> Segmenter:
+    def in_float32(self, trained: SegmentationModel) -> SegmentationModel:
         """Return the loaded model in float32, or itself if no weights are quantised or in half precision.
 
         The values do not change: NF4, 8-bit and bfloat16 weights are exact in float32.

@@ -6,7 +6,7 @@ from typing import Any
 
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.min_batch import check_batch, min_batch
-from dinoseg.models.model import Segmenter
+from dinoseg.models.model import SegmentationModel
 from dinoseg.training.parts import TrainingParts
 from dinoseg.training.trainer import Settings
 from dinoseg.utils.errors import UserError
@@ -29,7 +29,7 @@ def training_parts(build: Builder, overrides: Mapping[str, Any] | None = None) -
     bits = build.value("adapter.bits")
     whole = build.changed({"adapter": {"bits": None}}) if bits in _QUANTISED else build
 
-    def outline() -> Segmenter:
+    def outline() -> SegmentationModel:
         model = whole.outline()
         whole.name_weights(model)
         return model

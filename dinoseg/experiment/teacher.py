@@ -16,7 +16,7 @@ from dinoseg.experiment.resume import standalone_config
 from dinoseg.experiment.trained import restore
 from dinoseg.inference.predictor import Predictor
 from dinoseg.inference.trained_sizes import TrainedSizes, limit_to_trained_size
-from dinoseg.models.model import Segmenter
+from dinoseg.models.model import SegmentationModel
 from dinoseg.training import checkpoint
 from dinoseg.training.engine import Engine
 from dinoseg.training.feature_cache.key import code_hash, hash_of
@@ -127,7 +127,7 @@ class Teacher:
             return predictor, self._cells(model)
 
     @torch.no_grad()
-    def _cells(self, model: Segmenter) -> tuple[float, float]:
+    def _cells(self, model: SegmentationModel) -> tuple[float, float]:
         """Return the number of score cells per pixel of an image that is not reduced, along height and width."""
         most = math.ceil(_PROBED / model.scale)
         height, width = (min(side, most) for side in self._build.settings("resolution")["crop"])

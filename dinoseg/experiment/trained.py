@@ -18,7 +18,7 @@ from dinoseg.inference.policy import Policy
 from dinoseg.inference.predictor import Predictor
 from dinoseg.inference.trained_sizes import TrainedSizes
 from dinoseg.inference.whole import Whole
-from dinoseg.models.model import Segmenter, non_persistent_buffers
+from dinoseg.models.model import SegmentationModel, non_persistent_buffers
 from dinoseg.models.no_init import allocate
 from dinoseg.training import checkpoint
 from dinoseg.training.engine import Engine
@@ -30,7 +30,7 @@ from dinoseg.utils.errors import UserError
 class Trained:
     """Trained segmenter, ready to predict, with its classes."""
 
-    model: Segmenter
+    model: SegmentationModel
     engine: Engine
     classes: list[str]
     palette: Palette
@@ -110,7 +110,7 @@ def longest_is_typed(out_dir: Path) -> bool:
     return any(word.lstrip("+").startswith("resolution.longest=") for word in last_command_line(out_dir))
 
 
-def restore(build: ModelBuilder, path: Path) -> tuple[Segmenter, Mapping[str, Any]]:
+def restore(build: ModelBuilder, path: Path) -> tuple[SegmentationModel, Mapping[str, Any]]:
     """Return the model of a checkpoint in eval mode on the CPU, and the description in the file.
 
     Args:

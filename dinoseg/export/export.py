@@ -23,7 +23,7 @@ from dinoseg.export.runtime.onnx_record import GraphRecord
 from dinoseg.export.runtime.write import facts_of
 from dinoseg.inference.trained_sizes import limit_to_trained_size
 from dinoseg.models.adapters import merge
-from dinoseg.models.model import Segmenter
+from dinoseg.models.model import SegmentationModel
 from dinoseg.utils.atomic import scratch_folder, write_json
 from dinoseg.utils.errors import UserError
 
@@ -36,7 +36,7 @@ class Prepared:
     """A trained model ready for export, and the images on which the export is verified."""
 
     reference: Reference  # the trained model, with the weights that it was trained and scored with
-    model: Segmenter  # the exported model: the same weights in float32, LoRA updates merged
+    model: SegmentationModel  # the exported model: the same weights in float32, LoRA updates merged
     record: GraphRecord
     reason: str | None  # why the graph's size is fixed; None: it is dynamic
     facts: ModelFacts

@@ -12,7 +12,7 @@ from dinoseg.core.sizes import Size
 from dinoseg.export.options import LARGEST_SIDE, MAX_PIXELS, GraphOptions
 from dinoseg.export.runtime.onnx_record import GraphRecord
 from dinoseg.inference.trained_sizes import TrainedSizes
-from dinoseg.models.model import Segmenter
+from dinoseg.models.model import SegmentationModel
 from dinoseg.utils.errors import UserError
 
 MAX_CELLS = 4096  # maximum of a dynamic graph's patch rows, patch columns and batch size
@@ -22,7 +22,7 @@ _EXAMPLE = (2, 3, 5)  # batch, patch rows and columns: all different, so that to
 class Graph(nn.Module):
     """Module that maps images (B, 3, H, W), float RGB in 0..1, to the outputs that `GraphRecord` describes."""
 
-    def __init__(self, segmenter: Segmenter, record: GraphRecord) -> None:
+    def __init__(self, segmenter: SegmentationModel, record: GraphRecord) -> None:
         super().__init__()
         self.backbone = segmenter.backbone
         self.head = segmenter.head
@@ -44,7 +44,7 @@ class Graph(nn.Module):
 
 
 def record_of(
-    segmenter: Segmenter,
+    segmenter: SegmentationModel,
     sizes: TrainedSizes | None,
     options: GraphOptions,
     picture: Size,
@@ -104,7 +104,7 @@ def record_of(
     return replace(record, size=fixed, batch=1), reason
 
 
-def trace(segmenter: Segmenter, record: GraphRecord) -> torch.export.ExportedProgram:
+def trace(segmenter: SegmentationModel, record: GraphRecord) -> torch.export.ExportedProgram:
     """Trace the graph with torch.export and return the program.
 
     Raises:
@@ -137,7 +137,7 @@ def _opening(record: GraphRecord) -> str:
     return "an open size" if record.size is None else f"the size {list(record.size)}"
 
 
-def _reason(segmenter: Segmenter, options: GraphOptions) -> str | None:
+def _reason(segmenter: SegmentationModel, options: GraphOptions) -> str | None:
     fixed_size_reason = segmenter.head.fixed_size_reason
     if options.dynamic and fixed_size_reason is not None:
         raise UserError(

@@ -32,7 +32,7 @@ from dinoseg.export.runtime.onnx_pictures import GraphRuntime
 from dinoseg.export.runtime.onnx_record import GraphRecord
 from dinoseg.export.runtime.runtime import Runtime
 from dinoseg.metrics.confusion import ConfusionMatrix
-from dinoseg.models.model import Segmenter
+from dinoseg.models.model import SegmentationModel
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import read_image
 
@@ -62,7 +62,7 @@ class Reference:
 
     name = "torch"
 
-    def __init__(self, segmenter: Segmenter, record: GraphRecord) -> None:
+    def __init__(self, segmenter: SegmentationModel, record: GraphRecord) -> None:
         self.segmenter = segmenter
         self.record = record
 

@@ -12,7 +12,7 @@ from dinoseg.inference.policy import Autocast, Policy, Seen
 from dinoseg.inference.rows import MemoryRows, Rows
 from dinoseg.inference.whole import Whole
 from dinoseg.inference.windows import Overlap, Windows
-from dinoseg.models.model import Segmenter, Size, backbone_size
+from dinoseg.models.model import SegmentationModel, Size, backbone_size
 from dinoseg.utils.ranges import Count, HighShare, Scale
 
 logger = logging.getLogger(__name__)
@@ -54,7 +54,13 @@ class Auto(Policy):
         self._feasible, self._too_many = 0.0, math.inf  # pixels of a batch, input plus output
 
     def bands(
-        self, model: Segmenter, rows: Rows, autocast: Autocast, *, size: Size | None = None, seen: Seen | None = None
+        self,
+        model: SegmentationModel,
+        rows: Rows,
+        autocast: Autocast,
+        *,
+        size: Size | None = None,
+        seen: Seen | None = None,
     ) -> Iterator[Prediction]:
         """Yield the predictions of whole images, or of windows if whole images need too much memory."""
         grid = model.reduced_size(rows.size)
@@ -62,12 +68,12 @@ class Auto(Policy):
             return self.whole.bands(model, rows, autocast, size=size, seen=seen)
         return self.windows.over(model, rows, autocast, grid, size=size, seen=seen)
 
-    def is_single_pass(self, model: Segmenter, size: Size, autocast: Autocast) -> bool:
+    def is_single_pass(self, model: SegmentationModel, size: Size, autocast: Autocast) -> bool:
         """Return whether the prediction of an image of `size` is a single pass over the whole image."""
         rows = MemoryRows(torch.empty(1, 3, *size, device="meta"))
         return self.whole.is_single_pass(model, size, autocast) and self._is_whole_feasible(model, rows, autocast, size)
 
-    def spare(self, model: Segmenter, rows: Rows, *, size: Size | None = None) -> bool:
+    def spare(self, model: SegmentationModel, rows: Rows, *, size: Size | None = None) -> bool:
         """Use windows for images of this size and larger from now on; return False if that is already the case."""
         pixels = self._pixels(model, rows, size or rows.size)
         if pixels > self._feasible:
@@ -77,7 +83,7 @@ class Auto(Policy):
         logger.warning("%s", self._message(facts, whole=False))
         return True
 
-    def _is_whole_feasible(self, model: Segmenter, rows: Rows, autocast: Autocast, size: Size) -> bool:
+    def _is_whole_feasible(self, model: SegmentationModel, rows: Rows, autocast: Autocast, size: Size) -> bool:
         pixels = self._pixels(model, rows, size)
         if self._feasible < pixels < self._too_many:
             free = free_bytes(next(model.parameters(), torch.empty(0)).device) * self.memory
@@ -96,10 +102,10 @@ class Auto(Policy):
                 self._feasible = pixels
         return pixels <= self._feasible
 
-    def _pixels(self, model: Segmenter, rows: Rows, size: Size) -> int:
+    def _pixels(self, model: SegmentationModel, rows: Rows, size: Size) -> int:
         return rows.count * (math.prod(self._input_size(model, rows)) + math.prod(size))
 
-    def _input_size(self, model: Segmenter, rows: Rows) -> Size:
+    def _input_size(self, model: SegmentationModel, rows: Rows) -> Size:
         """Return the (h, w) of the backbone's input for whole images, at the largest scale."""
         return backbone_size(model.input_size(rows.size), max(1.0, *self.windows.scales), None)
 

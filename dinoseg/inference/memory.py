@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from dinoseg.inference.policy import Autocast
 from dinoseg.inference.rows import Rows
-from dinoseg.models.model import Segmenter, Size, backbone_size
+from dinoseg.models.model import SegmentationModel, Size, backbone_size
 from dinoseg.utils.control_groups import PROC, group_folders, read_text
 from dinoseg.utils.errors import UserError
 
@@ -137,7 +137,7 @@ class PassCost:
         return images * max(forward, self.retained * pixels + self.scores * math.prod(size))
 
 
-def measure(model: Segmenter, side: int, autocast: Autocast) -> PassCost:
+def measure(model: SegmentationModel, side: int, autocast: Autocast) -> PassCost:
     """Measure the memory of passes over two small black squares, whose sides differ by a factor of 2.
 
     Workspace that an operation allocates internally is not measured.
@@ -166,7 +166,7 @@ class _Taken(NamedTuple):
 
 
 @torch.no_grad()
-def _taken(model: Segmenter, side: int, autocast: Autocast) -> _Taken:
+def _taken(model: SegmentationModel, side: int, autocast: Autocast) -> _Taken:
     device = next(model.parameters(), torch.empty(0)).device
     images = torch.zeros(1, 3, side, side, dtype=torch.uint8, device=device)
     with PeakBytes() as peak:

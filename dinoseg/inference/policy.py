@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dinoseg.core.shapes import Prediction
 from dinoseg.inference.rows import Rows
-from dinoseg.models.model import Segmenter, Size
+from dinoseg.models.model import SegmentationModel, Size
 
 Autocast = Callable[[], AbstractContextManager]
 
@@ -29,7 +29,13 @@ class Policy(Protocol):
     """Inference strategy: splits images into parts for the model and merges the predictions."""
 
     def bands(
-        self, model: Segmenter, rows: Rows, autocast: Autocast, *, size: Size | None = None, seen: Seen | None = None
+        self,
+        model: SegmentationModel,
+        rows: Rows,
+        autocast: Autocast,
+        *,
+        size: Size | None = None,
+        seen: Seen | None = None,
     ) -> Iterator[Prediction]:
         """Yield predictions of bands of rows, from the top down, that together cover images of one size.
 
@@ -44,10 +50,10 @@ class Policy(Protocol):
         """
         ...
 
-    def is_single_pass(self, model: Segmenter, size: Size, autocast: Autocast) -> bool:
+    def is_single_pass(self, model: SegmentationModel, size: Size, autocast: Autocast) -> bool:
         """Return whether the prediction of an image of `size` is a single pass over the whole image."""
         return False
 
-    def spare(self, model: Segmenter, rows: Rows, *, size: Size | None = None) -> bool:
+    def spare(self, model: SegmentationModel, rows: Rows, *, size: Size | None = None) -> bool:
         """Handle an out-of-memory error of `bands` for such images; return whether a retry would use less memory."""
         return False

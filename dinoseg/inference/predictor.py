@@ -16,7 +16,7 @@ from dinoseg.inference.policy import Autocast, Policy, Seen
 from dinoseg.inference.rows import MemoryRows, Rows
 from dinoseg.inference.strips import open_rows
 from dinoseg.inference.whole import Whole
-from dinoseg.models.model import Segmenter, Size
+from dinoseg.models.model import SegmentationModel, Size
 from dinoseg.utils.atomic import atomic_file
 from dinoseg.utils.transfer import to_device
 
@@ -25,9 +25,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Predictor:
-    """Segmenter in eval mode with its device, precision and inference strategy."""
+    """SegmentationModel in eval mode with its device, precision and inference strategy."""
 
-    model: Segmenter
+    model: SegmentationModel
     device: torch.device
     autocast: Autocast
     policy: Policy = field(default_factory=Whole)

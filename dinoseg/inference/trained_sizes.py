@@ -2,12 +2,12 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
 
 from dinoseg.core.sizes import Size, reduced_longest
-from dinoseg.models.model import Segmenter
+from dinoseg.models.model import SegmentationModel
 from dinoseg.utils import forms
 from dinoseg.utils.errors import UserError
 
@@ -61,7 +61,7 @@ class TrainedSizes:
 
 
 def limit_to_trained_size(
-    model: Segmenter, sizes: TrainedSizes | None, *, reduces: bool = True, teacher: str | None = None
+    model: SegmentationModel, sizes: TrainedSizes | None, *, reduces: bool = True, teacher: str | None = None
 ) -> None:
     """Make a segmenter reduce images larger than any in training to the typical size, and log this once.
 
@@ -71,20 +71,34 @@ def limit_to_trained_size(
         reduces: whether to reduce such images; False: only log a warning.
         teacher: name of the model in messages if it is the teacher of a student; None: it is not.
     """
-    if sizes is None:
-        return
-    longest = model.longest  # the configured limit, for images at training scale
-    warned = False
+    if sizes is not None:
+        model.limit = ScaleLimit(sizes, model.longest, reduces, teacher)
 
-    def limit(size: Size) -> int | None:
-        nonlocal warned
-        limited = reduced_longest(size, longest, sizes.typical, sizes.largest)
-        if limited != longest and not warned:
-            warned = True
-            logger.warning("%s", _message(size, sizes, reduces, teacher))
-        return limited if reduces else longest
 
-    model.limit = limit
+@dataclass
+class ScaleLimit:
+    """Limit on the longer side of images of a size, for `SegmentationModel.limit`; see `limit_to_trained_size`.
+
+    Attributes:
+        sizes: image sizes of the training.
+        longest: the configured limit in pixels, for images at training scale; None: none.
+        reduces: as of `limit_to_trained_size`.
+        teacher: as of `limit_to_trained_size`.
+    """
+
+    sizes: TrainedSizes
+    longest: int | None
+    reduces: bool
+    teacher: str | None
+    _warned: bool = field(default=False, init=False)
+
+    def __call__(self, size: Size) -> int | None:
+        """Return the limit in pixels for images of `size` (H, W), and warn once if it is lower than configured."""
+        limited = reduced_longest(size, self.longest, self.sizes.typical, self.sizes.largest)
+        if limited != self.longest and not self._warned:
+            self._warned = True
+            logger.warning("%s", _message(size, self.sizes, self.reduces, self.teacher))
+        return limited if self.reduces else self.longest
 
 
 def _message(size: Size, sizes: TrainedSizes, reduces: bool, teacher: str | None) -> str:

@@ -7,7 +7,7 @@ from dinoseg.core.shapes import Prediction
 from dinoseg.inference.policy import Autocast, Place, Policy, Seen
 from dinoseg.inference.rows import Rows
 from dinoseg.inference.windows import Windows
-from dinoseg.models.model import Segmenter, Size
+from dinoseg.models.model import SegmentationModel, Size
 from dinoseg.utils.ranges import Scale
 
 
@@ -19,7 +19,13 @@ class Whole(Policy):
         self.passes = Windows(2**31, overlap=0.0, weights="uniform", batch_size=2**31, flips=flips, scales=scales)
 
     def bands(
-        self, model: Segmenter, rows: Rows, autocast: Autocast, *, size: Size | None = None, seen: Seen | None = None
+        self,
+        model: SegmentationModel,
+        rows: Rows,
+        autocast: Autocast,
+        *,
+        size: Size | None = None,
+        seen: Seen | None = None,
     ) -> Iterator[Prediction]:
         """Yield the model's prediction as one band, or several bands if it is averaged over flips or scales."""
         if not self.is_single_pass(model, rows.size, autocast):
@@ -33,6 +39,6 @@ class Whole(Policy):
             seen(prediction, images, [Place(image, 0, 0) for image in range(rows.count)], rows.size)
         yield replace(prediction, size=size or prediction.size)
 
-    def is_single_pass(self, model: Segmenter, size: Size, autocast: Autocast) -> bool:
+    def is_single_pass(self, model: SegmentationModel, size: Size, autocast: Autocast) -> bool:
         """Return whether the prediction is a single pass: no flips and only scale 1."""
         return len(self.passes.turns) == 1 and list(self.passes.scales) == [1.0]

@@ -15,7 +15,7 @@ from dinoseg.core.geometry import upsample
 from dinoseg.core.shapes import Prediction
 from dinoseg.inference.policy import Autocast, Place, Policy, Seen
 from dinoseg.inference.rows import ResizedRows, Rows, at_size, mean
-from dinoseg.models.model import Segmenter, Size, backbone_size
+from dinoseg.models.model import SegmentationModel, Size, backbone_size
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Count, Range, Scale
 
@@ -88,7 +88,13 @@ class Windows(Policy):
         self._warned = False  # whether the warning about `shortest` was logged
 
     def bands(
-        self, model: Segmenter, rows: Rows, autocast: Autocast, *, size: Size | None = None, seen: Seen | None = None
+        self,
+        model: SegmentationModel,
+        rows: Rows,
+        autocast: Autocast,
+        *,
+        size: Size | None = None,
+        seen: Seen | None = None,
     ) -> Iterator[Prediction]:
         """Yield predictions of bands of rows, each as soon as no later window overlaps it."""
         # windows serve small objects, so the image is reduced only if resolution.longest is set
@@ -97,7 +103,7 @@ class Windows(Policy):
 
     def over(
         self,
-        model: Segmenter,
+        model: SegmentationModel,
         rows: Rows,
         autocast: Autocast,
         grid: Size,
@@ -145,7 +151,7 @@ class _Pass:
     """One pass over images at one scale, averaged over turns; the first turn sets the window placement."""
 
     windows: Windows
-    model: Segmenter
+    model: SegmentationModel
     autocast: Autocast
     turns: Sequence[Turn]
     seen: Seen | None

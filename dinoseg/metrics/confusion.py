@@ -20,6 +20,14 @@ class ConfusionMatrix:
         num_classes: K.
         ignore_index: ignored id; if it is one of 0..K-1, that class can never be correct and enters no mean.
         background: id of the background class, which `miou_no_background` leaves out; None without one.
+
+    Example:
+        >>> import torch
+        >>> from dinoseg.metrics import ConfusionMatrix
+        >>> matrix = ConfusionMatrix(num_classes=2)
+        >>> matrix.update(torch.tensor([[0, 1]]), torch.tensor([[0, 255]]))
+        >>> matrix.compute()["miou"]
+        1.0
     """
 
     def __init__(self, num_classes: int, ignore_index: int = 255, background: int | None = None) -> None:

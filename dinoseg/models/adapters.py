@@ -5,6 +5,7 @@ Calling an adapter modifies the backbone in place and returns it.
 """
 
 import logging
+from copy import deepcopy
 from importlib.util import find_spec
 from typing import Any
 
@@ -226,7 +227,8 @@ def dequantised_state(model: nn.Module) -> dict[str, Tensor]:
 
         for name in part.state_dict():
             del state[f"{where}.{name}"]
-        state[f"{where}.weight"] = dequantize_module_weight(part).detach().float()
+        # of a copy, since peft leaves an 8-bit layer on the CPU unusable
+        state[f"{where}.weight"] = dequantize_module_weight(deepcopy(part)).detach().float()
         if part.bias is not None:
             state[f"{where}.bias"] = part.bias.detach().float()
     return state

@@ -16,7 +16,7 @@ from dinoseg.utils.ranges import Count, Scale
 _SAMPLES = 1024  # values per tensor that enter the fingerprint
 
 
-class Segmenter(nn.Module):
+class SegmentationModel(nn.Module):
     """Map images (B, 3, H, W), uint8 RGB, to a `Prediction` that returns class scores at any size.
 
     Heads for clips also take (B, T, 3, H, W).
@@ -79,7 +79,7 @@ class Segmenter(nn.Module):
         pixels = self.pixels(images, reduce=reduce)
         return FrozenFeatures(self.head.forward_frozen(self.backbone, pixels), _size(images), _size(pixels))
 
-    def train(self, mode: bool = True) -> "Segmenter":
+    def train(self, mode: bool = True) -> "SegmentationModel":
         """Switch mode, but leave frozen modules in eval mode: their dropout is off, their running means are fixed."""
         super().train(mode)
         for part in self.modules():
@@ -118,7 +118,7 @@ def _size(images: Tensor) -> Size:
     return images.shape[-2], images.shape[-1]
 
 
-def trained_names(model: Segmenter) -> set[str]:
+def trained_names(model: SegmentationModel) -> set[str]:
     """Return the state-dict names that a checkpoint must contain because training changes them.
 
     These are trainable parameters, and the buffers of the head and of trained modules (running means). A randomly
@@ -138,7 +138,7 @@ def trained_names(model: Segmenter) -> set[str]:
     return names - quantised_names(model)
 
 
-def frozen_tensors(model: Segmenter) -> Iterator[tuple[str, Tensor]]:
+def frozen_tensors(model: SegmentationModel) -> Iterator[tuple[str, Tensor]]:
     """Yield names, parameters and buffers of the modules without a trainable parameter of their own.
 
     Quantised layers also yield their scales, which are neither parameters nor buffers.

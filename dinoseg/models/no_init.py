@@ -6,13 +6,13 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from dinoseg.models.model import Segmenter
+from dinoseg.models.model import SegmentationModel
 
 _FILLS = ("uniform_", "normal_", "erfinv_", "mul_", "add_", "clamp_", "fill_", "zero_")
 _PACKAGES = ("torch", "timm", "transformers", "peft", "dinoseg")  # of modules that `allocate` takes
 
 
-def allocate(empty: Segmenter) -> bool:
+def allocate(empty: SegmentationModel) -> bool:
     """Move an outline on the meta device to uninitialised memory on the CPU, for a file that holds all of its values.
 
     Returns:

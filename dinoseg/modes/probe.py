@@ -19,7 +19,7 @@ from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.folder import first_ranks
 from dinoseg.models.backbones.layers import resolve_layers
 from dinoseg.models.heads.linear import LinearHead
-from dinoseg.models.model import Segmenter, fingerprint
+from dinoseg.models.model import SegmentationModel, fingerprint
 from dinoseg.report.scores import FEW
 from dinoseg.report.table import class_table
 from dinoseg.tasks.probing.probe import Grid, Probe, Readings, Solution
@@ -97,7 +97,7 @@ def probe(
     return {"miou": best.scores["miou"], "best": best.name, "run": str(out_dir)}
 
 
-def _model(build: Builder, layers: Sequence[int] | None) -> tuple[Segmenter, Readings]:
+def _model(build: Builder, layers: Sequence[int] | None) -> tuple[SegmentationModel, Readings]:
     """Return a segmenter whose backbone returns all probed maps, and the sets of maps that are read together."""
     depth = build.outline().backbone.depth
     alone = resolve_layers(list(range(depth)) if layers is None else list(layers), depth)
@@ -108,7 +108,7 @@ def _model(build: Builder, layers: Sequence[int] | None) -> tuple[Segmenter, Rea
     backbone = build.changed({"backbone": {"layers": blocks}}).backbone()
     head = LinearHead(backbone.dim, backbone.num_layers, build.value("data.num_classes"))
     sizes = {key: build.value(f"resolution.{key}") for key in ("scale", "longest")}
-    return Segmenter(backbone, head, **sizes), readings
+    return SegmentationModel(backbone, head, **sizes), readings
 
 
 def _settings(build: Builder, found: Probe, precision: str) -> dict[str, Any]:

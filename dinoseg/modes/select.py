@@ -16,7 +16,7 @@ from dinoseg.data.video.access import VideoFrame, read_source
 from dinoseg.experiment.builder import Builder, check_split
 from dinoseg.experiment.trained import is_trained, load_trained
 from dinoseg.experiment.unread import warn_unread
-from dinoseg.models.model import Segmenter
+from dinoseg.models.model import SegmentationModel
 from dinoseg.report.overlay import reduced, side_by_side, stacked
 from dinoseg.tasks.selection.features import FeatureExtractor
 from dinoseg.tasks.selection.pool import PoolImage, found_in, named_in, pool_indices
@@ -132,7 +132,9 @@ def _build_extractor(build: Builder, *, uncertainty: bool) -> FeatureExtractor:
     if trained is None:
         engine = build.engine()
         sizes = {key: build.value(f"resolution.{key}") for key in ("scale", "longest")}
-        return FeatureExtractor(engine.place(Segmenter(build.backbone(), Head(), **sizes)).eval(), engine, cache_dir)
+        return FeatureExtractor(
+            engine.place(SegmentationModel(build.backbone(), Head(), **sizes)).eval(), engine, cache_dir
+        )
     if not uncertainty:
         return FeatureExtractor(trained.model, trained.engine, cache_dir)
     inference = build.settings("inference")

@@ -21,7 +21,7 @@ from dinoseg.experiment.recipe import HEADS, run_description
 from dinoseg.experiment.settings import settings_of
 from dinoseg.experiment.trained import check_classes
 from dinoseg.inference.trained_sizes import TrainedSizes
-from dinoseg.models.model import Segmenter
+from dinoseg.models.model import SegmentationModel
 from dinoseg.report.curves import draw_curves
 from dinoseg.report.log import RunLog, read_rows
 from dinoseg.tasks.task import TrainingTask
@@ -149,8 +149,8 @@ class TrainingRun:
             )
 
     def parts(
-        self, model: Segmenter, sizes: TrainedSizes | None, steps: int
-    ) -> tuple[Segmenter, Loss, Optimizer, Checkpointer]:
+        self, model: SegmentationModel, sizes: TrainedSizes | None, steps: int
+    ) -> tuple[SegmentationModel, Loss, Optimizer, Checkpointer]:
         """Return the initial model, loss, optimizer and checkpoints, and record which images the run trains on.
 
         Args:
@@ -184,7 +184,7 @@ class TrainingRun:
         return log
 
     def finish(
-        self, model: Segmenter, run: Progress, log: RunLog, *, metrics_only: bool, report: bool
+        self, model: SegmentationModel, run: Progress, log: RunLog, *, metrics_only: bool, report: bool
     ) -> dict[str, Any]:
         """Score the best checkpoint, draw the curves, and print the paths of all results; return scores and cost.
 
@@ -230,7 +230,9 @@ def build_schedule(build: Builder, engine: Engine, steps: int) -> Callable[[int,
     return schedule
 
 
-def log_start(build: Builder, model: Segmenter, task: TrainingTask, engine: Engine, out_dir: Path, steps: int) -> None:
+def log_start(
+    build: Builder, model: SegmentationModel, task: TrainingTask, engine: Engine, out_dir: Path, steps: int
+) -> None:
     """Log device, model, batch, data and run folder of a training."""
     options, counts = build.options, count_numbers(model.parameters())
     heads = count_of(build.value(HEADS), "head") if build.value(HEADS) else f"head={options['head']}"
@@ -265,7 +267,7 @@ def check_data_on_rank0(task: TrainingTask, engine: Engine) -> TrainedSizes | No
     return sizes
 
 
-def _start(build: Builder, labels: SegmentationData | Labels) -> tuple[Checkpoint, Segmenter]:
+def _start(build: Builder, labels: SegmentationData | Labels) -> tuple[Checkpoint, SegmentationModel]:
     """Return the checkpoint that `resume` names, and the outline of the model, after checking that they fit."""
     # tensors last: an untrusted file may describe more than fits in memory
     file = checkpoint.outline(Path(str(build.resume)))

@@ -11,10 +11,10 @@ from dinoseg.experiment.unread import warn_unread
 from dinoseg.export.runtime.facts import ModelFacts
 from dinoseg.export.runtime.model import Model
 from dinoseg.export.runtime.opening import open_file
-from dinoseg.export.runtime.runtime import Opened, Options
+from dinoseg.export.runtime.runtime import Options
 from dinoseg.export.runtime.torch_runtime import TorchRuntime
 from dinoseg.inference.trained_sizes import TrainedSizes, limit_to_trained_size
-from dinoseg.models.model import Segmenter
+from dinoseg.models.model import SegmentationModel
 from dinoseg.tracking.tracker import Tracker
 from dinoseg.utils.errors import UserError
 
@@ -31,7 +31,7 @@ def load_served(source: ModelSource, out_dir: Path, file: str | None) -> Model:
     if file is not None:
         if source.resume is not None:
             raise UserError(f"mode.model={file} and resume={source.resume} both name a model: give one of them.")
-        return Model(*_opened(source, out_dir, file))
+        return _opened(source, out_dir, file)
     trained = source.load()
     if trained.model.head.slots is not None:
         raise UserError(
@@ -49,14 +49,14 @@ def usual_batch(model: Model) -> int:
 
 def tracker_maker(make: Callable[..., Tracker], model: Model) -> Callable[[], Tracker] | None:
     """Return a function that makes trackers of a model's backbone; None where torch does not run the model."""
-    if not isinstance(model.runtime, TorchRuntime) or not isinstance(model.runtime.predictor.model, Segmenter):
+    if not isinstance(model.runtime, TorchRuntime) or not isinstance(model.runtime.predictor.model, SegmentationModel):
         return None
     predictor = model.runtime.predictor
     backbone = model.runtime.predictor.model.backbone
     return partial(make, backbone, device=predictor.device, autocast=predictor.autocast, batch_size=_BATCH)
 
 
-def _opened(source: ModelSource, out_dir: Path, file: str) -> Opened:
+def _opened(source: ModelSource, out_dir: Path, file: str) -> Model:
     """Open a one-file model with the settings that it stores; a delta's weights may be given on the command line."""
     typed = {word.lstrip("+").partition("=")[0] for word in command_line(out_dir)}
     weights = {part: source.settings(part)["weights"] for part in ("backbone", "head") if f"{part}.weights" in typed}

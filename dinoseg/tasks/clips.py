@@ -27,7 +27,7 @@ from dinoseg.experiment.provenance import provenance_of
 from dinoseg.experiment.trackers import tracker_factory, tracker_maker
 from dinoseg.experiment.trained import Trained
 from dinoseg.metrics.clustering import contingency, segment_scores
-from dinoseg.models.model import Segmenter
+from dinoseg.models.model import SegmentationModel
 from dinoseg.report.curves import CLIP_PLOTS
 from dinoseg.report.overlay import blend, reduced, side_by_side, stacked
 from dinoseg.report.palette import default_palette
@@ -118,7 +118,7 @@ class ClipDataModule:
         """Return None: clips have no classes to count."""
 
     @torch.no_grad()
-    def validate(self, model: Segmenter, loss: Loss, engine: Engine) -> Validation:
+    def validate(self, model: SegmentationModel, loss: Loss, engine: Engine) -> Validation:
         """Return the loss and, if there are masks, `ari`, `fg_ari` and `mbo`, as means over clips; and visualisations.
 
         The loss is that of each clip's first frames, in the number and spacing of training, with a centred view.
@@ -154,7 +154,7 @@ class ClipDataModule:
     def _has_masks(self) -> bool:
         return len(self.score_names) > 1
 
-    def _loss(self, model: Segmenter, index: int, clip: Clip, loss: Loss, engine: Engine) -> float | None:
+    def _loss(self, model: SegmentationModel, index: int, clip: Clip, loss: Loss, engine: Engine) -> float | None:
         span, length = self.val.spans[index], self.train.spans[0].length
         apart = max(1, round(self.train.cut.stride_of(self.val.videos[span.video]) / span.stride))
         frames = clip["frames"][::apart][:length]
@@ -166,7 +166,7 @@ class ClipDataModule:
             prediction = model(batch.image)
         return loss(prediction, batch)[0].item()
 
-    def segments_of(self, model: Segmenter, clip: Clip, engine: Engine) -> list[np.ndarray]:
+    def segments_of(self, model: SegmentationModel, clip: Clip, engine: Engine) -> list[np.ndarray]:
         """Return the segments (H, W) uint8 of each frame of a clip, counted from 1."""
         options = {"device": engine.device, "autocast": engine.autocast, "batch_size": engine.images_at_once()}
         tracker = self.make_tracker(model, **options)
@@ -257,7 +257,7 @@ class ClipTask(TrainingTask):
         sides = {"train": self.data_module.train, "val": self.data_module.val}
         self.split = {side: [video.name for video in clips.videos] for side, clips in sides.items()}
 
-    def check_parts(self, model: Segmenter, world_size: int) -> None:
+    def check_parts(self, model: SegmentationModel, world_size: int) -> None:
         """Refuse a head or a loss that clips cannot be trained with."""
         parts, options = self.parts, self.parts.options
         if model.head.slots is None:
@@ -325,7 +325,7 @@ class ClipTask(TrainingTask):
                 logger.warning("%s: left out, too short for a clip: %s", side, join_names(clips.skipped))
 
     def evaluate(
-        self, model: Segmenter, engine: Engine, best: Path, *, metrics_only: bool, report: bool
+        self, model: SegmentationModel, engine: Engine, best: Path, *, metrics_only: bool, report: bool
     ) -> dict[str, Any]:
         """Score as mode=eval does; without masks, only report the loss and write no report."""
         out_dir = best.parent.parent / EVALUATION

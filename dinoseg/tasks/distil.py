@@ -21,7 +21,7 @@ from dinoseg.data.unlabelled import Unmasked
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.teacher import TEACHERS, Teacher, check_named
 from dinoseg.losses.distillation import TeacherView, divergence
-from dinoseg.models.model import Segmenter
+from dinoseg.models.model import SegmentationModel
 from dinoseg.tasks.images import ImageTask
 from dinoseg.tasks.unmasked import unmasked_images
 from dinoseg.training.engine import Engine
@@ -310,7 +310,7 @@ class DistillationTask(ImageTask):
         values = count_of(len(train), "training image"), without, self._given, root
         logger.info("%s with masks, %s without; teacher %s, whose scores are cached in %s", *values)
 
-    def check_parts(self, model: Segmenter, world_size: int) -> None:
+    def check_parts(self, model: SegmentationModel, world_size: int) -> None:
         """Refuse what `ImageTask` refuses, and `data.class_mix`: teachers score unmixed images."""
         super().check_parts(model, world_size)
         if mix := self.parts.value("data.class_mix"):
@@ -319,7 +319,9 @@ class DistillationTask(ImageTask):
                 "Set it to 0 with trainer=distil."
             )
 
-    def cache_features(self, model: Segmenter, loss: Loss, engine: Engine, *given: Any, **more: Any) -> dict[str, str]:
+    def cache_features(
+        self, model: SegmentationModel, loss: Loss, engine: Engine, *given: Any, **more: Any
+    ) -> dict[str, str]:
         """Cache features as `ImageTask` does; add the teacher's hash, by which a resumed run detects another one."""
         return {**super().cache_features(model, loss, engine, *given, **more), "teacher": self._teacher.name}
 

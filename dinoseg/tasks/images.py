@@ -26,7 +26,7 @@ from dinoseg.experiment.min_batch import check_batch
 from dinoseg.experiment.provenance import provenance_of
 from dinoseg.inference.trained_sizes import TrainedSizes
 from dinoseg.metrics.confusion import commonest_class
-from dinoseg.models.model import Segmenter
+from dinoseg.models.model import SegmentationModel
 from dinoseg.report.curves import IMAGE_PLOTS
 from dinoseg.tasks.probing.probe import Grid, Probe
 from dinoseg.tasks.task import TrainingTask
@@ -80,7 +80,7 @@ class ImageTask(TrainingTask):
         )
         self.labels = self.labelled = self.data_module.train
 
-    def check_parts(self, model: Segmenter, world_size: int) -> None:
+    def check_parts(self, model: SegmentationModel, world_size: int) -> None:
         """Refuse a loss or a batch that the head cannot be trained with."""
         parts, options = self.parts, self.parts.options
         if not parts.loss_has_classes:
@@ -116,7 +116,7 @@ class ImageTask(TrainingTask):
         self.parts.part("data.augment")
 
     def cache_features(
-        self, model: Segmenter, loss: Loss, engine: Engine, epochs: float, *, before: Mapping[str, str | None]
+        self, model: SegmentationModel, loss: Loss, engine: Engine, epochs: float, *, before: Mapping[str, str | None]
     ) -> dict[str, str]:
         """Let the feed cache the features of the frozen part of a model, if that saves time or is requested."""
         parts = self.parts
@@ -150,7 +150,7 @@ class ImageTask(TrainingTask):
         longest, enlarged = parts.value("resolution.longest"), parts.value("data.augment.scale")[1]
         return TrainedSizes.of(*sizes, longest=longest, enlarged=enlarged) if any(sizes[:1]) else None
 
-    def init_head(self, model: Segmenter, engine: Engine) -> None:
+    def init_head(self, model: SegmentationModel, engine: Engine) -> None:
         """Set the head to the closed-form linear probe, if `head.init` asks for it."""
         if model.head.init is None:
             return
@@ -178,7 +178,7 @@ class ImageTask(TrainingTask):
         )
 
     def evaluate(
-        self, model: Segmenter, engine: Engine, best: Path, *, metrics_only: bool, report: bool
+        self, model: SegmentationModel, engine: Engine, best: Path, *, metrics_only: bool, report: bool
     ) -> dict[str, Any]:
         """Score by one exact count over the split; warn if the model is no better than a constant prediction."""
         data, out_dir = self.data_module.val, best.parent.parent / EVALUATION

@@ -8,7 +8,7 @@ from dinoseg.data.scan.class_counts import class_counts
 from dinoseg.data.unlabelled import StrongView, UnlabelledImages
 from dinoseg.experiment.builder import Builder
 from dinoseg.inference.trained_sizes import TrainedSizes
-from dinoseg.models.model import Segmenter
+from dinoseg.models.model import SegmentationModel
 from dinoseg.tasks.images import ImageTask
 from dinoseg.tasks.unmasked import unmasked_images
 from dinoseg.training.engine import Engine
@@ -58,7 +58,7 @@ class SelfTrainingTask(ImageTask):
         self.data_module = MixedDataModule(**self.data_module.given, unlabelled=images, options=options)
         logger.info("%s with masks, %s without", count_of(len(self.data_module.train), "training image"), len(sources))
 
-    def check_parts(self, model: Segmenter, world_size: int) -> None:
+    def check_parts(self, model: SegmentationModel, world_size: int) -> None:
         """Refuse what `ImageTask` refuses, and settings without a teacher, with sharding or with feature noise."""
         super().check_parts(model, world_size)
         parts = self.parts
@@ -82,7 +82,7 @@ class SelfTrainingTask(ImageTask):
         return SelfTrainingLoss(loss, self.parts.unweighted_loss(), self._options.weight)
 
     def cache_features(
-        self, model: Segmenter, loss: Loss, engine: Engine, epochs: float, *, before: Mapping[str, str | None]
+        self, model: SegmentationModel, loss: Loss, engine: Engine, epochs: float, *, before: Mapping[str, str | None]
     ) -> dict[str, str]:
         """Cache nothing: strong views are new in each epoch.
 

@@ -10,7 +10,7 @@ from dinoseg.core.shapes import SegmentationData
 from dinoseg.data.classes.labels import Labels
 from dinoseg.experiment.builder import Builder
 from dinoseg.inference.trained_sizes import TrainedSizes
-from dinoseg.models.model import Segmenter
+from dinoseg.models.model import SegmentationModel
 from dinoseg.report.curves import Plot
 from dinoseg.training.data_module import DataModule
 from dinoseg.training.engine import Engine
@@ -48,7 +48,7 @@ class TrainingTask(ABC):
         self.parts = parts
 
     @abstractmethod
-    def check_parts(self, model: Segmenter, world_size: int) -> None:
+    def check_parts(self, model: SegmentationModel, world_size: int) -> None:
         """Refuse a model, which may be on the meta device, a loss or a batch that `world_size` ranks cannot train with.
 
         Raises:
@@ -67,7 +67,7 @@ class TrainingTask(ABC):
         """Report faults of the data; return the sizes of the training images, if they are known."""
         return None
 
-    def init_head(self, model: Segmenter, engine: Engine) -> None:  # noqa: B027
+    def init_head(self, model: SegmentationModel, engine: Engine) -> None:  # noqa: B027
         """Initialise the head of a new training according to `head.init`."""
 
     def wrap_loss(self, loss: Loss) -> Loss:
@@ -75,7 +75,7 @@ class TrainingTask(ABC):
         return loss
 
     def cache_features(
-        self, model: Segmenter, loss: Loss, engine: Engine, epochs: float, *, before: Mapping[str, str | None]
+        self, model: SegmentationModel, loss: Loss, engine: Engine, epochs: float, *, before: Mapping[str, str | None]
     ) -> dict[str, str]:
         """Let the feed cache the features of the frozen part of a model, if `engine.cache` enables it.
 
@@ -98,7 +98,7 @@ class TrainingTask(ABC):
 
     @abstractmethod
     def evaluate(
-        self, model: Segmenter, engine: Engine, best: Path, *, metrics_only: bool, report: bool
+        self, model: SegmentationModel, engine: Engine, best: Path, *, metrics_only: bool, report: bool
     ) -> dict[str, Any]:
         """Score the model of a run's best checkpoint into `evaluation` in the run folder, as mode=eval does.
 

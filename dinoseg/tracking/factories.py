@@ -7,7 +7,7 @@ import torch
 
 from dinoseg.core.contracts import Backbone
 from dinoseg.inference.trained_sizes import TrainedSizes
-from dinoseg.models.model import Segmenter
+from dinoseg.models.model import SegmentationModel
 from dinoseg.tracking.propagation.settings import PropagationSettings
 from dinoseg.tracking.propagation.tracker import PropagationTracker
 from dinoseg.tracking.smoothing import SmoothingTracker
@@ -23,7 +23,7 @@ class PropagationFactory(PropagationSettings):
 
     def __call__(
         self,
-        model: Backbone | Segmenter,
+        model: Backbone | SegmentationModel,
         *,
         device: torch.device | str = "cpu",
         autocast: Autocast = nullcontext,
@@ -32,7 +32,7 @@ class PropagationFactory(PropagationSettings):
         sizes: TrainedSizes | None = None,
     ) -> Tracker:
         """Return a tracker; `smoothing` and `sizes` are for a segmenter, see `SmoothingTracker`."""
-        if isinstance(model, Segmenter):
+        if isinstance(model, SegmentationModel):
             return SmoothingTracker(
                 model, self, smoothing=smoothing, sizes=sizes, autocast=autocast, batch_size=batch_size
             )

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dinoseg.models.model import Segmenter, fingerprint
+from dinoseg.models.model import SegmentationModel, fingerprint
 from dinoseg.tracking.tracker import Autocast
 
 
@@ -14,7 +14,7 @@ def weights_of(module: nn.Module) -> str:
     return fingerprint((*module.named_parameters(), *module.named_buffers()))
 
 
-def model_settings(model: Segmenter) -> dict[str, Any]:
+def model_settings(model: SegmentationModel) -> dict[str, Any]:
     """Return what a segmenter's outputs depend on besides the pixels: weights and resolution."""
     return {"weights": weights_of(model), "scale": model.scale, "longest": model.longest}
 

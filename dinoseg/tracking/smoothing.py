@@ -14,7 +14,7 @@ from torch import Tensor
 from dinoseg.core.geometry import upsample
 from dinoseg.core.shapes import Prediction
 from dinoseg.inference.trained_sizes import TrainedSizes, limit_to_trained_size
-from dinoseg.models.model import Segmenter
+from dinoseg.models.model import SegmentationModel
 from dinoseg.tracking.grid.cells import area_mean
 from dinoseg.tracking.grid.propagator import Propagator
 from dinoseg.tracking.grid.settings import MatchSettings
@@ -33,7 +33,7 @@ _READ = {field.name for field in fields(MatchSettings)}  # settings that apply h
 Share = tuple[float, float]
 
 
-def with_features(model: Segmenter, images: Tensor) -> tuple[Prediction, Tensor]:
+def with_features(model: SegmentationModel, images: Tensor) -> tuple[Prediction, Tensor]:
     """Return a prediction for images (B, 3, H, W) and the backbone's last map (B, C, h, w) of the same pass.
 
     A head that runs the blocks itself requests no maps. The map then consists of the patch tokens of the last
@@ -82,7 +82,7 @@ class SmoothingTracker(Tracker):
 
     def __init__(
         self,
-        model: Segmenter,
+        model: SegmentationModel,
         settings: MatchSettings = MatchSettings(),  # noqa: B008 (frozen)
         *,
         smoothing: float = 0.5,

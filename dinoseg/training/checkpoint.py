@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dinoseg.models.model import Segmenter, trained_names
+from dinoseg.models.model import SegmentationModel, trained_names
 from dinoseg.training.description import FORMAT, IDLE, read_description
 from dinoseg.training.loading import (
     CASTS,
@@ -237,7 +237,7 @@ class Checkpointer:
     progress: Progress = field(default_factory=Progress)
 
     def restore(
-        self, model: Segmenter, optimizer: Optimizer, ema: MovingAverage | None, scale: LossScale | None = None
+        self, model: SegmentationModel, optimizer: Optimizer, ema: MovingAverage | None, scale: LossScale | None = None
     ) -> Progress:
         """Load the whole training state of the checkpoint to resume from, and return the progress of the run.
 
@@ -255,7 +255,7 @@ class Checkpointer:
         return self.progress
 
     def save(
-        self, model: Segmenter, optimizer: Optimizer, ema: MovingAverage | None, scale: LossScale | None = None
+        self, model: SegmentationModel, optimizer: Optimizer, ema: MovingAverage | None, scale: LossScale | None = None
     ) -> None:
         """Save `last`: the weights and all state that an exact resume needs."""
         tensors = {f"model/{name}": value for name, value in _held(model).items()}
@@ -265,7 +265,7 @@ class Checkpointer:
         tensors |= {f"loss_scale/{name}": value for name, value in (scale.state() if scale else {}).items()}
         self._write("last", tensors, self.progress, {IDLE: len(parameters_without_state(optimizer, state))})
 
-    def save_if_best(self, model: Segmenter, score: float, *, lowest: bool = False) -> Progress:
+    def save_if_best(self, model: SegmentationModel, score: float, *, lowest: bool = False) -> Progress:
         """Save `best` if `score` beats all previous ones; the model must hold the weights that were scored.
 
         The highest score is the best, or the lowest if `lowest`.
@@ -313,7 +313,7 @@ def _chosen_by(info: Mapping[str, Any]) -> str:
     return f"{trainer.get('score')} of {'all images' if images is None else count_of(images, 'image')}"
 
 
-def _held(model: Segmenter) -> dict[str, Tensor]:
+def _held(model: SegmentationModel) -> dict[str, Tensor]:
     names = trained_names(model)
     return {name: value for name, value in model.state_dict().items() if name in names}
 

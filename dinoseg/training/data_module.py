@@ -7,7 +7,7 @@ import numpy as np
 
 from dinoseg.core.contracts import Loss
 from dinoseg.core.sizes import evenly_spaced
-from dinoseg.models.model import Segmenter
+from dinoseg.models.model import SegmentationModel
 from dinoseg.training.engine import Engine
 from dinoseg.training.tally import Tally
 
@@ -59,7 +59,7 @@ class DataModule(Protocol):
         """Return a tally of how well a training step predicts its batches; None: they have no classes."""
         ...
 
-    def validate(self, model: Segmenter, loss: Loss, engine: Engine) -> Validation:
+    def validate(self, model: SegmentationModel, loss: Loss, engine: Engine) -> Validation:
         """Score the model; each rank scores its share, and all ranks get the scores of the whole dataset."""
         ...
 

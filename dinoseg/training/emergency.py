@@ -7,7 +7,7 @@ from types import TracebackType
 
 from torch.optim import Optimizer
 
-from dinoseg.models.model import Segmenter, trained_names
+from dinoseg.models.model import SegmentationModel, trained_names
 from dinoseg.training.checkpoint import Checkpointer
 from dinoseg.training.loss_scale import LossScale
 from dinoseg.training.optim import MovingAverage, tensors_of
@@ -29,7 +29,7 @@ class EmergencyCheckpoint:
     def __init__(
         self,
         checkpoints: Checkpointer,
-        model: Segmenter,
+        model: SegmentationModel,
         optimizer: Optimizer,
         average: MovingAverage | None,
         scale: LossScale | None,

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from dinoseg.core.sizes import Size
 from dinoseg.data.enough_workers import warn_of_many
-from dinoseg.models.model import Segmenter
+from dinoseg.models.model import SegmentationModel
 from dinoseg.training.compiled import compile_blocks
 from dinoseg.training.frozen_casts import cache_casts
 from dinoseg.training.loss_scale import LossScale
@@ -162,7 +162,7 @@ class Engine:
         """Return whether this rank writes files and prints."""
         return self.rank == 0
 
-    def place(self, model: Segmenter) -> Segmenter:
+    def place(self, model: SegmentationModel) -> SegmentationModel:
         """Move a model, or this rank's shard of it, to the device; create the optimizer afterwards.
 
         Raises:

@@ -18,7 +18,7 @@ from dinoseg.core.contracts import Head, Loss
 from dinoseg.core.shapes import Batch, FeatureBatch
 from dinoseg.core.sizes import Size
 from dinoseg.inference.memory import free_bytes
-from dinoseg.models.model import Segmenter, frozen_tensors
+from dinoseg.models.model import SegmentationModel, frozen_tensors
 from dinoseg.training.engine import CACHES, Engine
 from dinoseg.training.feature_cache.cache import FeatureCache
 from dinoseg.training.feature_cache.form import KEY_LENGTH, TYPES, Stored, described, size_of
@@ -64,7 +64,7 @@ class Cost(NamedTuple):
 
 
 def measured(
-    data_module: ImageDataModule, model: Segmenter, loss: Loss, engine: Engine, root: Path, stored: Stored
+    data_module: ImageDataModule, model: SegmentationModel, loss: Loss, engine: Engine, root: Path, stored: Stored
 ) -> Cost:
     """Measure the cost of the first view of the first training image; the model stays unchanged.
 
@@ -174,7 +174,7 @@ class _Live(UserError):
 
 
 def feature_cache(
-    data_module: ImageDataModule, model: Segmenter, loss: Loss, engine: Engine, plan: CacheOptions
+    data_module: ImageDataModule, model: SegmentationModel, loss: Loss, engine: Engine, plan: CacheOptions
 ) -> FeatureCache | None:
     """Return the feature cache that `engine.cache` selects; None: the model is trained on images.
 
@@ -205,7 +205,7 @@ def feature_cache(
     return FeatureCache(model, engine.autocast, opened, plan.drawing, data_module.views, plan.noise, location, shapes)
 
 
-def _check_cut(data_module: ImageDataModule, model: Segmenter, engine: Engine, noise: float) -> None:
+def _check_cut(data_module: ImageDataModule, model: SegmentationModel, engine: Engine, noise: float) -> None:
     """Refuse feature noise if the model cannot be split behind its frozen part."""
     sample = data_module.val[0]["image"][None].to(engine.device)
     try:
@@ -231,7 +231,7 @@ def _chosen_or_why_not(wanted: str, *parts: Any) -> tuple[tuple[str, Cost] | Non
 
 
 def _chosen(
-    wanted: str, data_module: ImageDataModule, model: Segmenter, loss: Loss, engine: Engine, plan: CacheOptions
+    wanted: str, data_module: ImageDataModule, model: SegmentationModel, loss: Loss, engine: Engine, plan: CacheOptions
 ) -> tuple[str, Cost]:
     """Return `disk` or `memory`, as `wanted` or whichever pays off, and the cost of an image; log the choice.
 
@@ -301,7 +301,7 @@ def _why_not(plan: CacheOptions, views: int, size: int, rooms: Mapping[str, int]
     return f"The disk is too slow (estimated speed-up {gains['disk']:.2f}), and the features do not fit into memory."
 
 
-def _val_bytes(data_module: ImageDataModule, model: Segmenter, cost: Cost) -> int:
+def _val_bytes(data_module: ImageDataModule, model: SegmentationModel, cost: Cost) -> int:
     """Estimate the bytes of the validation images' features, as if all these images had the size of the first."""
     height, width = data_module.val[0]["mask"].shape
     return round(cost.bytes * math.prod(model.input_size((height, width))) / cost.pixels) * len(data_module.val)
@@ -322,7 +322,7 @@ def _memory_room(plan: CacheOptions, engine: Engine) -> int:
 
 
 def _opened(
-    memory: bool, data_module: ImageDataModule, model: Segmenter, engine: Engine, plan: CacheOptions
+    memory: bool, data_module: ImageDataModule, model: SegmentationModel, engine: Engine, plan: CacheOptions
 ) -> FeatureStore:
     """Return the feature store for the model's current weights."""
     if memory:

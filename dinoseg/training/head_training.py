@@ -4,7 +4,7 @@ import logging
 from contextlib import AbstractContextManager, nullcontext
 
 from dinoseg.core.contracts import Head, Loss
-from dinoseg.models.model import Segmenter
+from dinoseg.models.model import SegmentationModel
 from dinoseg.report.log import RunLog
 from dinoseg.training.checkpoint import Checkpointer, Progress
 from dinoseg.training.validation import Draws
@@ -40,7 +40,7 @@ class HeadTraining:
     dropped: str | None = None
 
     def __init__(
-        self, model: Segmenter, criterion: Loss, checkpoints: Checkpointer, log: RunLog, *, name: str = ""
+        self, model: SegmentationModel, criterion: Loss, checkpoints: Checkpointer, log: RunLog, *, name: str = ""
     ) -> None:
         self.model, self.criterion, self.checkpoints, self.log = model, criterion, checkpoints, log
         self.name, self.prefix = name, name and f"{name}: "

@@ -19,7 +19,7 @@ from dinoseg.data.train_views import ClassUniform, TrainViews
 from dinoseg.inference.policy import Policy
 from dinoseg.inference.whole import Whole
 from dinoseg.metrics.confusion import ConfusionMatrix
-from dinoseg.models.model import Segmenter
+from dinoseg.models.model import SegmentationModel
 from dinoseg.report.overlay import compare
 from dinoseg.training.data_module import SHOWN_SIDE, Validation, spread
 from dinoseg.training.engine import Engine
@@ -125,11 +125,11 @@ class ImageDataModule:
         """Return a tally of how well a training step predicts its batches."""
         return Tally(self.train, engine)
 
-    def validate(self, model: Segmenter, loss: Loss, engine: Engine) -> Validation:
+    def validate(self, model: SegmentationModel, loss: Loss, engine: Engine) -> Validation:
         """Return the scores of `evaluate`, `iou/CLASS` for each class, and visualised predictions of some images."""
         return self.validate_each([self.scored(model, loss, engine)], engine)[0]
 
-    def scored(self, model: Segmenter, loss: Loss, engine: Engine) -> "ValidationImages":
+    def scored(self, model: SegmentationModel, loss: Loss, engine: Engine) -> "ValidationImages":
         """Return a model in the form that `validate_each` takes; its random state is that of this call."""
         return ValidationImages(self, model, loss, engine)
 
@@ -146,7 +146,7 @@ class ImageDataModule:
         return [shown.validation(scores) for shown, scores in zip(models, found, strict=True)]
 
     def _cached_batches(
-        self, cache: FeatureCache, model: Segmenter, engine: Engine
+        self, cache: FeatureCache, model: SegmentationModel, engine: Engine
     ) -> Iterator[Batch | LazyFeatureBatch]:
         """Yield cached features of the validation images, or the image itself if the policy does not see it whole."""
         policy = self.policy or Whole()
@@ -159,7 +159,7 @@ class ImageDataModule:
 class ValidationImages:
     """A model in validation, with visualised predictions of some images."""
 
-    def __init__(self, data_module: ImageDataModule, model: Segmenter, loss: Loss, engine: Engine) -> None:
+    def __init__(self, data_module: ImageDataModule, model: SegmentationModel, loss: Loss, engine: Engine) -> None:
         self.model, data = model, data_module.val
         self._data = data
         self.scored = ScoredModel(

@@ -15,7 +15,7 @@ from torch.nn.modules.module import (
 )
 from torch.optim import AdamW, Optimizer
 
-from dinoseg.models.model import Segmenter, fingerprint, non_persistent_buffers, quantised_names, trained_names
+from dinoseg.models.model import SegmentationModel, fingerprint, non_persistent_buffers, quantised_names, trained_names
 from dinoseg.training.description import IDLE
 from dinoseg.training.optim import MovingAverage
 from dinoseg.training.sharding import full_tensor, shard_like
@@ -89,7 +89,7 @@ def check_size(model: nn.Module, where: str) -> None:
         )
 
 
-def load_weights(model: Segmenter, checkpoint: Checkpoint) -> None:
+def load_weights(model: SegmentationModel, checkpoint: Checkpoint) -> None:
     """Load the trained tensors; none may be missing or left over.
 
     Raises:
@@ -112,7 +112,7 @@ def load_weights(model: Segmenter, checkpoint: Checkpoint) -> None:
         constant_buffers[name].copy_(value)
 
 
-def check_fits(model: Segmenter, checkpoint: Checkpoint) -> None:
+def check_fits(model: SegmentationModel, checkpoint: Checkpoint) -> None:
     """Refuse a checkpoint whose tensors are not exactly those that training changes in a model; both may be on meta.
 
     Raises:
@@ -151,7 +151,7 @@ def casts(have: torch.dtype, want: torch.dtype) -> bool:
     return have == want or (have in CASTS and want in CASTS)
 
 
-def frozen_fingerprint(model: Segmenter) -> dict[str, str]:
+def frozen_fingerprint(model: SegmentationModel) -> dict[str, str]:
     """Return, for backbone and head, a hash of names, shapes and sampled values that a checkpoint does not hold.
 
     Quantised weights are excluded: they differ in the last place between devices.

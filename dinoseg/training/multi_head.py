@@ -13,7 +13,7 @@ from dinoseg.core.shapes import Batch, FeatureBatch, FrozenFeatures, Prediction
 from dinoseg.inference.memory import is_shortage
 from dinoseg.inference.policy import Autocast, Policy
 from dinoseg.inference.whole import Whole
-from dinoseg.models.model import Segmenter
+from dinoseg.models.model import SegmentationModel
 from dinoseg.training.checkpoint import Checkpointer, Progress, comparable
 from dinoseg.training.data_module import Validation
 from dinoseg.training.head_training import DROPPED, HeadTraining
@@ -42,7 +42,7 @@ class MultiHead(Head):
             head.set_progress(share)  # type: ignore[operator]
 
 
-class MultiHeadSegmenter(Segmenter):
+class MultiHeadSegmenter(SegmentationModel):
     """Map images (B, 3, H, W) to a list of predictions, one per head, from one pass of the backbone.
 
     Args:
@@ -119,7 +119,7 @@ class MultiHeadCheckpoints(Checkpointer):
 
     members: Sequence[HeadTraining] = ()
 
-    def restore(self, model: Segmenter, *state: Any) -> Progress:
+    def restore(self, model: SegmentationModel, *state: Any) -> Progress:
         """Load the training state of all heads; those that had ended stay so."""
         progress = super().restore(model, *state)
         for member in self.members:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dinoseg.models.model import Segmenter, trained_names
+from dinoseg.models.model import SegmentationModel, trained_names
 from dinoseg.training.sharding import local_part
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import HighShare, LearningRate, LowShare, NotNegative, OpenShare, RateFactor, Share
@@ -28,7 +28,7 @@ _RISE = 0.1  # share of the training in which late groups ramp up to their rate
 
 
 def parameter_groups(
-    model: Segmenter,
+    model: SegmentationModel,
     *,
     lr: float,
     weight_decay: float,
@@ -84,7 +84,7 @@ def parameter_groups(
 
 
 def adamw(
-    model: Segmenter,
+    model: SegmentationModel,
     *,
     lr: LearningRate | None = None,
     head_lr: LearningRate | None = None,
@@ -284,7 +284,7 @@ class MovingAverage:
         return _by_dtype([local_part(self.average[name]), local_part(value)] for name, value in self.live.items())
 
 
-def build_ema(model: Segmenter, decay: float | None) -> MovingAverage | None:
+def build_ema(model: SegmentationModel, decay: float | None) -> MovingAverage | None:
     """Return a moving average of the tensors of a model that training changes; None without a decay."""
     return MovingAverage(tensors_of(model, trained_names(model)), decay) if decay else None
 
@@ -302,7 +302,7 @@ def tensors_of(model: nn.Module, names: set[str]) -> Iterator[tuple[str, Tensor]
     yield from ((name, value) for name, value in model.state_dict(keep_vars=True).items() if name in names)
 
 
-def _layers_above(model: Segmenter) -> dict[int, int]:
+def _layers_above(model: SegmentationModel) -> dict[int, int]:
     """Return the number of layers between a backbone parameter and the head, by parameter ID: 0 after the last block.
 
     A head's copies of blocks count like the blocks that they were copied from.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch.optim import Optimizer
 
 from dinoseg.core.contracts import Loss
-from dinoseg.models.model import Segmenter
+from dinoseg.models.model import SegmentationModel
 from dinoseg.training.trainer import Settings
 
 
@@ -38,10 +38,10 @@ class TrainingParts:
         checkpointing: activation checkpointing of the parts that support it, by name (backbone, head).
     """
 
-    model: Callable[[], Segmenter]
-    outline: Callable[[], Segmenter]
+    model: Callable[[], SegmentationModel]
+    outline: Callable[[], SegmentationModel]
     loss: Callable[[], Loss]
-    optimizer: Callable[[Segmenter], Optimizer]
+    optimizer: Callable[[SegmentationModel], Optimizer]
     settings: Callable[[int], Settings]
     schedule: Callable[[], Callable[[int, int], float]]
     check_batch: Callable[[int, int], None]

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dinoseg.models.model import Segmenter, quantised_names
+from dinoseg.models.model import SegmentationModel, quantised_names
 from dinoseg.utils.errors import UserError
 
 
-def shard(model: Segmenter, device: torch.device, world_size: int) -> Segmenter:
+def shard(model: SegmentationModel, device: torch.device, world_size: int) -> SegmentationModel:
     """Keep this rank's shard of each parameter on `device`; the others are gathered block by block in each pass.
 
     Parameters become DTensors, so shard a model before its optimizer is created.
@@ -96,7 +96,7 @@ class Lockstep:
         device: of this rank.
     """
 
-    def __init__(self, model: Segmenter, device: torch.device) -> None:
+    def __init__(self, model: SegmentationModel, device: torch.device) -> None:
         self._model, self._device, self._lends = model, device, False
         model.register_forward_pre_hook(self._announce, prepend=True)  # before the pass gathers shards
 

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from dinoseg.core.contracts import Loss
 from dinoseg.core.shapes import Prediction
-from dinoseg.models.model import Segmenter
+from dinoseg.models.model import SegmentationModel
 from dinoseg.report.log import RunLog
 from dinoseg.training.checkpoint import Checkpointer, Progress
 from dinoseg.training.data_module import DataModule, Validation
@@ -106,7 +106,7 @@ class Experiment:
         settings: length, intervals and options.
     """
 
-    model: Segmenter
+    model: SegmentationModel
     criterion: Loss
     data: DataModule
     optimizer: Optimizer
@@ -230,7 +230,7 @@ def predict_with_ema(experiment: Experiment, ema: MovingAverage | None, images: 
 
 
 @contextmanager
-def scored_weights(model: Segmenter, ema: MovingAverage | None, engine: Engine) -> Iterator[None]:
+def scored_weights(model: SegmentationModel, ema: MovingAverage | None, engine: Engine) -> Iterator[None]:
     """Swap in the tensors that are scored: the moving average, if there is one, and rank 0's buffers."""
     with ema.swapped() if ema is not None else nullcontext():
         engine.broadcast_buffers(model)  # running means differ between ranks

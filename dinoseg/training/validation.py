@@ -19,7 +19,7 @@ from dinoseg.inference.policy import Place, Policy
 from dinoseg.inference.predictor import Predictor
 from dinoseg.inference.whole import Whole
 from dinoseg.metrics.confusion import ConfusionMatrix
-from dinoseg.models.model import Segmenter, Size
+from dinoseg.models.model import SegmentationModel, Size
 from dinoseg.training.engine import Engine
 
 OnBatch = Callable[[Batch, Tensor, Tensor], None]
@@ -27,7 +27,7 @@ OnBatch = Callable[[Batch, Tensor, Tensor], None]
 
 @torch.no_grad()
 def evaluate(
-    model: Segmenter,
+    model: SegmentationModel,
     data: SegmentationData,
     engine: Engine,
     *,
@@ -102,7 +102,7 @@ class ScoredModel:
 
     def __init__(
         self,
-        model: Segmenter,
+        model: SegmentationModel,
         data: SegmentationData,
         engine: Engine,
         *,

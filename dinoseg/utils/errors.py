@@ -30,6 +30,14 @@ class UserError(Exception):
 
     The message names the value, the rule that it breaks and the remedy. Its text is `printable`, whatever a file is
     called.
+
+    Example:
+        >>> import dinoseg
+        >>> try:
+        ...     dinoseg.list_heads(config_dir="nowhere")
+        ... except dinoseg.UserError as error:
+        ...     print(error)
+        config_dir=nowhere is not a folder. Give the folder that holds your config groups.
     """
 
     def __str__(self) -> str:

@@ -22,7 +22,7 @@ from dinoseg.experiment.benchmark_videos import benchmark_videos
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.provenance import provenance_of
 from dinoseg.models.heads.slots.head import SlotHead
-from dinoseg.models.model import Segmenter
+from dinoseg.models.model import SegmentationModel
 from dinoseg.modes import evaluate as mode
 from dinoseg.modes import score
 from dinoseg.modes.evaluate import run as evaluate
@@ -602,7 +602,7 @@ def test_slots_of_a_trained_model(compose, tiny_backbone, tmp_path, data, superv
     head = SlotHead(24, 1, num_slots=5, slot_dim=16, hidden_dim=16, decoder_dim=16, positions_grid=[4, 4])
     engine, passes = Engine(batch=6), []
     engine.autocast = lambda: nullcontext(passes.append(1))
-    trained = SimpleNamespace(model=Segmenter(backbone, head).eval(), engine=engine)
+    trained = SimpleNamespace(model=SegmentationModel(backbone, head).eval(), engine=engine)
     sequences = {name: SEQUENCES[name] for name in ("bear", "ape")}
     root = tmp_path / data
     for kind in ("Annotations", "Annotations_unsupervised"):

@@ -19,7 +19,7 @@ from dinoseg.experiment.recipe import config_description, recipe_of
 from dinoseg.experiment.resume import merge
 from dinoseg.models.adapters import Frozen
 from dinoseg.models.heads.linear import LinearHead
-from dinoseg.models.model import Segmenter, trained_names
+from dinoseg.models.model import SegmentationModel, trained_names
 from dinoseg.modes import train
 from dinoseg.training import checkpoint
 from dinoseg.utils.errors import UserError
@@ -73,7 +73,7 @@ def begin(folder, compose, monkeypatch, caplog):
 
 
 def test_tensors_of_another_type_are_refused_by_name(tmp_path, tiny_backbone):
-    model = Segmenter(Frozen()(tiny_backbone()), LinearHead(24, 1, 3))
+    model = SegmentationModel(Frozen()(tiny_backbone()), LinearHead(24, 1, 3))
     file, trainable = tmp_path / "w.safetensors", trained_names(model)
     tensors = {f"model/{name}": value.char() for name, value in model.state_dict().items() if name in trainable}
     checkpoint.write(file, tensors, INFO)

@@ -5,7 +5,7 @@ from dinoseg.export.graph import record_of, trace
 from dinoseg.export.options import GraphOptions
 from dinoseg.models.backbones.rgb import RgbBackbone
 from dinoseg.models.heads.detail import DetailHead
-from dinoseg.models.model import Segmenter
+from dinoseg.models.model import SegmentationModel
 
 
 @pytest.mark.heavy
@@ -14,7 +14,7 @@ def test_a_program_takes_pictures_of_even_and_odd_numbers_of_patches(patch_size=
     torch.manual_seed(0)
     backbone = RgbBackbone(patch_size)
     head = DetailHead(backbone.dim, backbone.num_layers, 3, patch_size, fine=4, width=8, linear_skip=True)
-    model = Segmenter(backbone, head).eval()
+    model = SegmentationModel(backbone, head).eval()
     record, _ = record_of(model, None, GraphOptions(), (32, 32))
     program = trace(model, record).module()
     for rows, columns in ((3, 5), (2, 4), (3, 4), (4, 3)):

@@ -16,7 +16,7 @@ from dinoseg.inference.predictor import Predictor
 from dinoseg.inference.trained_sizes import TrainedSizes, limit_to_trained_size
 from dinoseg.inference.whole import Whole
 from dinoseg.models.heads.linear import LinearHead
-from dinoseg.models.model import Segmenter
+from dinoseg.models.model import SegmentationModel
 from dinoseg.utils import control_groups
 
 CPU = torch.device("cpu")
@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 def made(**options):
     torch.manual_seed(0)
     backbone = tiny_vit()
-    return Segmenter(backbone, LinearHead(backbone.dim, backbone.num_layers, 5), **options).eval()
+    return SegmentationModel(backbone, LinearHead(backbone.dim, backbone.num_layers, 5), **options).eval()
 
 
 def picture(height, width):

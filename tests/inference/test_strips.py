@@ -22,7 +22,7 @@ from dinoseg.inference.strips import ArrayRows, JpegRows, only_in_strips, open_r
 from dinoseg.inference.tiff_rows import _LARGEST_BLOCK, TiffLayout, TiffRows
 from dinoseg.inference.windows import Windows
 from dinoseg.models.heads.linear import LinearHead
-from dinoseg.models.model import Segmenter
+from dinoseg.models.model import SegmentationModel
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import read_ids, read_image
 
@@ -355,7 +355,7 @@ def test_arrays_of_another_shape_are_refused(tmp_path, shape):
 def test_ids_of_a_file_in_strips_are_those_of_the_image(tmp_path):
     torch.manual_seed(0)
     backbone = tiny_vit()
-    model = Segmenter(backbone, LinearHead(backbone.dim, backbone.num_layers, 5)).eval()
+    model = SegmentationModel(backbone, LinearHead(backbone.dim, backbone.num_layers, 5)).eval()
     predictor = Predictor(model, CPU, nullcontext, Windows((64, 64)))
     Image.fromarray(picture()).save(tmp_path / "a.tif")
     predictor.write_strips(tmp_path / "a.tif", tmp_path / "masks/a.png")
@@ -370,7 +370,7 @@ def test_a_png_that_is_not_ended_does_not_appear(tmp_path):
     Image.fromarray(picture()).save(path)
     path.write_bytes(path.read_bytes()[:-5000])
     backbone = tiny_vit()
-    model = Segmenter(backbone, LinearHead(backbone.dim, backbone.num_layers, 5)).eval()
+    model = SegmentationModel(backbone, LinearHead(backbone.dim, backbone.num_layers, 5)).eval()
     predictor = Predictor(model, CPU, nullcontext, Windows((64, 64)))
     with pytest.raises(UserError, match="ends before its last row"):
         predictor.write_strips(path, tmp_path / "a.png")
@@ -388,7 +388,7 @@ def test_rows_of_a_png_are_what_was_written(tmp_path):
 def test_an_image_too_large_to_hold_gets_class_ids_and_goes_on(tmp_path, monkeypatch, caplog):
     torch.manual_seed(0)
     backbone = tiny_vit()
-    model = Segmenter(backbone, LinearHead(backbone.dim, backbone.num_layers, 2)).eval()
+    model = SegmentationModel(backbone, LinearHead(backbone.dim, backbone.num_layers, 2)).eval()
     predictor = Predictor(model, CPU, nullcontext, Windows((64, 64)))
     by = SegmentationSettings(predictor, Labels.of(["a", "b"], None, 255))
     Image.fromarray(picture()).save(tmp_path / "large.tif")

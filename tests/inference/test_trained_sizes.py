@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from dinoseg.experiment.builder import Builder
 from dinoseg.inference.trained_sizes import TrainedSizes, limit_to_trained_size
 from dinoseg.models.heads.linear import LinearHead
-from dinoseg.models.model import Segmenter
+from dinoseg.models.model import SegmentationModel
 from dinoseg.serving.source import model_of
 from dinoseg.tasks import images as images_task
 from dinoseg.utils.errors import UserError
@@ -20,7 +20,7 @@ SIZES = TrainedSizes(typical=32, largest=64)
 
 @pytest.fixture
 def model(tiny_backbone):
-    return Segmenter(tiny_backbone(), LinearHead(24, 1, 3)).eval()
+    return SegmentationModel(tiny_backbone(), LinearHead(24, 1, 3)).eval()
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from dinoseg.inference.rows import MemoryRows, ResizedRows, at_size, mean
 from dinoseg.inference.whole import Whole
 from dinoseg.inference.windows import TURNS, Windows, covered, profile, starts, turned, turned_back
 from dinoseg.models.backbones.rgb import RgbBackbone
-from dinoseg.models.model import Segmenter
+from dinoseg.models.model import SegmentationModel
 from dinoseg.utils.errors import UserError
 
 SIZES = [(1, 1), (1, 37), (30, 2), (17, 23), (24, 24), (25, 24), (61, 40)]
@@ -42,7 +42,9 @@ class PixelHead(Head):
 
 def made(scale=1.0, longest=None, **options):
     torch.manual_seed(0)
-    return Segmenter(RgbBackbone(patch_size=1), PixelHead(**options), scale=scale, longest=longest).double().eval()
+    return (
+        SegmentationModel(RgbBackbone(patch_size=1), PixelHead(**options), scale=scale, longest=longest).double().eval()
+    )
 
 
 def pictures(height, width, count=2, seed=0):

@@ -24,7 +24,7 @@ from dinoseg.export import onnx_export, onnx_file, program
 from dinoseg.inference.auto import Auto
 from dinoseg.inference.whole import Whole
 from dinoseg.inference.windows import Windows
-from dinoseg.models.model import Segmenter
+from dinoseg.models.model import SegmentationModel
 from dinoseg.serving.source import load_served
 from dinoseg.training import checkpoint
 from dinoseg.utils.errors import UserError
@@ -117,7 +117,7 @@ def mean_of(tensor):
 @contextmanager
 def watching():
     """Give a list of what models see and what comes of it, while it is made."""
-    seen, pixels = [], Segmenter.pixels
+    seen, pixels = [], SegmentationModel.pixels
 
     def watched(self, *words, **keys):
         found = pixels(self, *words, **keys)
@@ -133,7 +133,7 @@ def watching():
         return watched_bands
 
     with ExitStack() as stack:
-        stack.enter_context(patch.object(Segmenter, "pixels", watched))
+        stack.enter_context(patch.object(SegmentationModel, "pixels", watched))
         for kind in (Auto, Whole, Windows):
             stack.enter_context(patch.object(kind, "bands", watch(kind.bands)))
         yield seen

@@ -12,7 +12,7 @@ from dinoseg.core.contracts import Backbone, Head
 from dinoseg.core.geometry import upsample
 from dinoseg.models.heads.eomt import EomtHead
 from dinoseg.models.heads.linear import LinearHead
-from dinoseg.models.model import Segmenter
+from dinoseg.models.model import SegmentationModel
 from dinoseg.tracking.grid.cells import area_mean, one_hot
 from dinoseg.tracking.grid.propagator import Propagator, propagate
 from dinoseg.tracking.propagation.settings import CRW, DINO, DINOV3, PropagationSettings
@@ -69,7 +69,7 @@ def segmenter(tiny_backbone):
         with torch.no_grad():
             for parameter in made.parameters():
                 parameter.mul_(4)
-        return Segmenter(backbone, made, **options).eval()
+        return SegmentationModel(backbone, made, **options).eval()
 
     return build
 
@@ -174,7 +174,7 @@ def test_without_smoothing_the_masks_are_the_segmenter_s_own(segmenter, head):
 
 @pytest.mark.parametrize("settings", [DINOV3, DINO, CRW, NEAR])
 def test_a_still_noisy_scene_flickers_less(settings):
-    model = Segmenter(Strided(), Brightness()).eval()
+    model = SegmentationModel(Strided(), Brightness()).eval()
     draw = np.random.default_rng(3)
     scene = np.where(np.arange(96)[None, :, None] < 50, (110, 130, 200), (130, 110, 20)) * np.ones((64, 1, 1))
     frames = [(scene + draw.normal(0, 60, scene.shape)).clip(0, 255).astype(np.uint8) for _ in range(10)]
@@ -218,7 +218,7 @@ def test_one_pass_gives_prediction_and_features(segmenter):
 
 def test_cells_on_padding_alone_are_left_out():
     torch.manual_seed(0)
-    model = Segmenter(Strided(), LinearHead(48, 1, 2)).eval()
+    model = SegmentationModel(Strided(), LinearHead(48, 1, 2)).eval()
     tracker = SmoothingTracker(model, NEAR, smoothing=0.5)
     frames = video(3, (18, 35))
     assert np.stack(run(tracker, frames)).shape == (3, 18, 35)

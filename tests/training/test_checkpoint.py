@@ -9,7 +9,7 @@ from torch import nn
 
 from dinoseg.models.adapters import Frozen, Full, Lora
 from dinoseg.models.heads.linear import LinearHead
-from dinoseg.models.model import Segmenter
+from dinoseg.models.model import SegmentationModel
 from dinoseg.training import checkpoint
 from dinoseg.training.checkpoint import Checkpointer, find, load_weights, read, write
 from dinoseg.training.optim import MovingAverage, adamw
@@ -24,7 +24,7 @@ def model(tiny_backbone):
         backbone = ADAPTERS[adapter](tiny_backbone())
         backbone.weights = "some/hub-id"
         torch.manual_seed(seed)
-        return Segmenter(backbone, LinearHead(24, 1, classes))
+        return SegmentationModel(backbone, LinearHead(24, 1, classes))
 
     return build
 

@@ -8,7 +8,7 @@ from tiny_parts import tiny_vit
 from dinoseg.models.adapters import Frozen, Lora
 from dinoseg.models.backbones.timm_backbone import TimmBackbone
 from dinoseg.models.heads.linear import LinearHead
-from dinoseg.models.model import Segmenter
+from dinoseg.models.model import SegmentationModel
 from dinoseg.training import compiled
 from dinoseg.training.compiled import compile_blocks
 from dinoseg.training.engine import Engine
@@ -99,7 +99,7 @@ def test_a_pyramid_and_shared_weights_are_refused(monkeypatch):
 
 @pytest.mark.parametrize("wanted", [False, True])
 def test_an_engine_compiles_the_blocks_of_what_it_places_if_it_is_told(shapes, wanted):
-    model = Segmenter(Frozen()(tiny_vit()), LinearHead(24, 1, 3)).eval()
+    model = SegmentationModel(Frozen()(tiny_vit()), LinearHead(24, 1, 3)).eval()
     placed = Engine("cpu", "fp32", compile=wanted).place(model)
     for _ in range(2):
         placed(torch.rand(1, 3, 32, 24))

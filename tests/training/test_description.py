@@ -12,7 +12,7 @@ from torch import nn
 from dinoseg.data.classes.labels import Labels
 from dinoseg.models.backbones.rgb import RgbBackbone
 from dinoseg.models.heads.linear import LinearHead
-from dinoseg.models.model import Segmenter
+from dinoseg.models.model import SegmentationModel
 from dinoseg.training.checkpoint import describe, outline, read, write
 from dinoseg.training.description import FORMAT
 from dinoseg.training.loading import bounded, check_fits, check_size, load_average, load_optimizer
@@ -115,7 +115,7 @@ def test_a_run_cannot_begin_with_names_that_its_checkpoint_could_not_hold(name):
 
 
 def smallest():
-    return Segmenter(RgbBackbone(), LinearHead(3, 1, 2))
+    return SegmentationModel(RgbBackbone(), LinearHead(3, 1, 2))
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from dinoseg.data.transforms import Affine, Augment
 from dinoseg.losses.cross_entropy import CrossEntropy
 from dinoseg.models.adapters import Full
 from dinoseg.models.heads.linear import LinearHead
-from dinoseg.models.model import Segmenter
+from dinoseg.models.model import SegmentationModel
 from dinoseg.training import checkpoint
 from dinoseg.training.checkpoint import Checkpointer, read
 from dinoseg.training.data_module import Validation
@@ -66,7 +66,7 @@ def train():
 
     def run(folder, start=None, **options):
         torch.manual_seed(0)
-        model = Segmenter(Full()(tiny_vit()), Dropping(24, 1, 3))
+        model = SegmentationModel(Full()(tiny_vit()), Dropping(24, 1, 3))
         augment = Augment((24, 32), affine=Affine(degrees=20))
         data_module = Failing(Stripes([(32, 40)] * 6), Stripes([(32, 40), (19, 23)]), augment, 3, seed=0, workers=0)
         for name in ("batch", "validation", "fails"):

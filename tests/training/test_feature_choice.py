@@ -34,7 +34,7 @@ from dinoseg.models.adapters import Frozen, LastBlocks, Lora
 from dinoseg.models.backbones.transformers_vit import TransformersVit
 from dinoseg.models.heads.detail import DetailHead
 from dinoseg.models.heads.linear import LinearHead
-from dinoseg.models.model import Segmenter
+from dinoseg.models.model import SegmentationModel
 from dinoseg.training import feature_choice as choice
 from dinoseg.training.checkpoint import Checkpointer, read
 from dinoseg.training.engine import Engine
@@ -99,7 +99,7 @@ def train(data, tiny_backbone, tmp_path):
             options.pop(*each)
             for each in (("scale", 1.0), ("augment", AUGMENT), ("data", data), ("head", LinearHead(24, 1, 3)))
         )
-        model = Segmenter(adapter(tiny_backbone()), head, scale=scale)
+        model = SegmentationModel(adapter(tiny_backbone()), head, scale=scale)
         for parameter in model.head.parameters():
             nn.init.normal_(parameter, std=0.1)
         if seed:
@@ -127,8 +127,10 @@ def train(data, tiny_backbone, tmp_path):
 @pytest.fixture
 def computed(monkeypatch):
     """Count the images that pass the frozen part."""
-    passed, frozen = [], Segmenter.frozen
-    monkeypatch.setattr(Segmenter, "frozen", lambda model, images: passed.append(len(images)) or frozen(model, images))
+    passed, frozen = [], SegmentationModel.frozen
+    monkeypatch.setattr(
+        SegmentationModel, "frozen", lambda model, images: passed.append(len(images)) or frozen(model, images)
+    )
     return passed
 
 
@@ -221,7 +223,7 @@ def folder(tiny_backbone, tmp_path):
         engine = SimpleNamespace(
             **{"compile": False, "precision": "fp32", "tf32": False, "device": torch.device("cpu"), **other}
         )
-        model = Segmenter(backbone, head(24, 1, 3), longest=longest)
+        model = SegmentationModel(backbone, head(24, 1, 3), longest=longest)
         plan = CacheOptions(tmp_path, 1.0, "", {"backbone": "b", "head": "h", **dict(parts)}, dtype=dtype)
         return choice._opened(False, SimpleNamespace(augment=augment), model, engine, plan).folder
 
@@ -318,14 +320,14 @@ def test_a_training_goes_on_where_the_disk_is_full_and_the_next_one_keeps_the_re
 
 
 def test_an_image_that_float16_does_not_hold_is_trained_on_beside_others(train, monkeypatch):
-    frozen = Segmenter.frozen
+    frozen = SegmentationModel.frozen
 
     def large(model, images):
         found = frozen(model, images)
         found.tensors = [1e5 * part if images.float().mean() > 127 else part for part in found.tensors]
         return found
 
-    monkeypatch.setattr(Segmenter, "frozen", large)
+    monkeypatch.setattr(SegmentationModel, "frozen", large)
     _, data_module, _ = train("memory", epochs=20, dtype="float16")
     batches, kinds = data_module.train_batches(0), set()
     for views in itertools.islice(batches, 5):

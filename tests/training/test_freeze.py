@@ -21,7 +21,7 @@ from dinoseg.models.heads.detail import DetailHead
 from dinoseg.models.heads.eomt import EomtHead
 from dinoseg.models.heads.linear import LinearHead
 from dinoseg.models.heads.split import SplitHead
-from dinoseg.models.model import Segmenter
+from dinoseg.models.model import SegmentationModel
 from dinoseg.training.checkpoint import Checkpointer, read
 from dinoseg.training.engine import Engine
 from dinoseg.training.feature_choice import CacheOptions, feature_cache
@@ -35,7 +35,7 @@ from dinoseg.training.trainer import Experiment, Settings, fit
 def untrained(adapter=Full, head=None, backbone=None):
     torch.manual_seed(0)
     backbone = backbone() if backbone else tiny_vit()
-    return Segmenter(adapter()(backbone), head() if head else LinearHead(24, 1, 3))
+    return SegmentationModel(adapter()(backbone), head() if head else LinearHead(24, 1, 3))
 
 
 class Failing(CrossEntropy):
@@ -182,7 +182,7 @@ def test_kept_features_give_what_live_ones_do(tmp_path):
 @pytest.mark.parametrize("name", BACKBONES)
 def test_every_backbone_can_rest(name, tmp_path):
     backbone = instantiate(OmegaConf.to_container(OmegaConf.merge(tiny_node(name), {"layers": [-1]})))
-    model = Segmenter(Full()(backbone), LinearHead(backbone.dim, backbone.num_layers, 3))
+    model = SegmentationModel(Full()(backbone), LinearHead(backbone.dim, backbone.num_layers, 3))
     before, head = parts(model)
     model, _ = train(tmp_path, model=model, begin=0.999, steps=2)
     assert alike(parts(model)[0], before) and not alike(parts(model)[1], head)

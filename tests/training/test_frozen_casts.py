@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dinoseg.models.adapters import Frozen, Lora, merge
 from dinoseg.models.heads.linear import LinearHead
-from dinoseg.models.model import Segmenter
+from dinoseg.models.model import SegmentationModel
 from dinoseg.training.checkpoint import frozen_fingerprint
 from dinoseg.training.engine import Engine
 
@@ -31,7 +31,7 @@ class Casts(TorchDispatchMode):
 
 def segmenter(adapter):
     torch.manual_seed(0)
-    model = Segmenter(adapter(tiny_vit()), LinearHead(24, 1, 3))
+    model = SegmentationModel(adapter(tiny_vit()), LinearHead(24, 1, 3))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:

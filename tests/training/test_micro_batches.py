@@ -15,7 +15,7 @@ from dinoseg.losses.overlap import Dice
 from dinoseg.models.adapters import Full
 from dinoseg.models.heads.linear import LinearHead
 from dinoseg.models.heads.mlp import MlpHead
-from dinoseg.models.model import Segmenter
+from dinoseg.models.model import SegmentationModel
 from dinoseg.training.checkpoint import Checkpointer
 from dinoseg.training.engine import Engine
 from dinoseg.training.head_training import HeadTraining
@@ -76,7 +76,7 @@ def train(tiny_backbone, tmp_path):
 
     def run(most=99, late=0, head=None, batch_size=5, accumulate=2, each_alike=False, **options):
         torch.manual_seed(0)
-        model = Segmenter(Full()(tiny_backbone()), head or MlpHead(24, 1, 3, 8))
+        model = SegmentationModel(Full()(tiny_backbone()), head or MlpHead(24, 1, 3, 8))
         loss, gradients = Small(torch.tensor([1.0, 0.3, 2.0]), most, late), {}
         loss.each_alike = each_alike
         data_module = ImageDataModule(Noise(), Noise(), Augment((16, 16)), batch_size=batch_size, seed=0, workers=0)

@@ -14,7 +14,7 @@ from dinoseg.models.backbones.transformers_vit import TransformersVit
 from dinoseg.models.heads.eomt import EomtHead
 from dinoseg.models.heads.linear import LinearHead
 from dinoseg.models.heads.mask2former.head import Mask2FormerHead
-from dinoseg.models.model import Segmenter
+from dinoseg.models.model import SegmentationModel
 from dinoseg.training.optim import (
     MovingAverage,
     ScheduleState,
@@ -29,7 +29,7 @@ from dinoseg.utils.errors import UserError
 
 
 def smallest():
-    return Segmenter(RgbBackbone(), LinearHead(3, 1, 2))
+    return SegmentationModel(RgbBackbone(), LinearHead(3, 1, 2))
 
 
 def rates(groups):
@@ -37,7 +37,7 @@ def rates(groups):
 
 
 def test_each_trainable_parameter_is_in_exactly_one_group(tiny_backbone):
-    model = Segmenter(Full()(tiny_backbone()), LinearHead(24, 1, 3))
+    model = SegmentationModel(Full()(tiny_backbone()), LinearHead(24, 1, 3))
     groups = parameter_groups(model, lr=1.0, weight_decay=0.1, layer_decay=0.5)
     names = [name for group in groups for name in group["names"]]
     assert sorted(names) == sorted(name for name, p in model.named_parameters() if p.requires_grad)
@@ -46,7 +46,7 @@ def test_each_trainable_parameter_is_in_exactly_one_group(tiny_backbone):
 
 
 def test_rates_and_decay_by_place(tiny_backbone):
-    model = Segmenter(Full()(tiny_backbone()), LinearHead(24, 1, 3))
+    model = SegmentationModel(Full()(tiny_backbone()), LinearHead(24, 1, 3))
     found = rates(parameter_groups(model, lr=1.0, weight_decay=0.1, backbone_lr_scale=0.2, layer_decay=0.5))
     assert found["head.classify.weight"] == (1.0, 0.1)
     assert found["head.classify.bias"] == found["head.norm.weight"] == (1.0, 0.0)
@@ -62,7 +62,7 @@ def test_rates_and_decay_by_place(tiny_backbone):
 def test_rates_rise_from_the_image_to_the_head(name):
     small = {"arch": {"depths": [1, 2, 6, 1]}} if name == "convnext" else {}  # more blocks in a stage than stages
     backbone = instantiate(OmegaConf.to_container(OmegaConf.merge(tiny_node(name), {"layers": [-1]}, small)))
-    model = Segmenter(Full()(backbone), LinearHead(backbone.dim, 1, 2))
+    model = SegmentationModel(Full()(backbone), LinearHead(backbone.dim, 1, 2))
     found = rates(parameter_groups(model, lr=1.0, weight_decay=0.1, layer_decay=0.5))
     assert max(rate for rate, _ in found.values()) == 1.0
     by_id = {id(parameter): found[name][0] for name, parameter in model.named_parameters() if name in found}
@@ -85,7 +85,7 @@ def test_embeddings_are_not_decayed():
         Mask2FormerHead(64, 4, 2, hidden_dim=64, num_queries=5, feedforward_dim=32),
         EomtHead(64, 4, 2, patch_size=14, num_queries=5, blocks=1),
     ):
-        found = rates(parameter_groups(Segmenter(Full()(backbone), head), lr=1.0, weight_decay=0.1))
+        found = rates(parameter_groups(SegmentationModel(Full()(backbone), head), lr=1.0, weight_decay=0.1))
         decayed = {name for name, (_, decay) in found.items() if decay}
         free = ("query_feat", "query_embed", "level_embed", "level_encoding", "queries", "position_embeddings", "token")
         assert any("q_proj" in name for name in decayed) and any(name.startswith("head.") for name in decayed)
@@ -94,7 +94,7 @@ def test_embeddings_are_not_decayed():
 
 
 def test_lora_matrices_are_found(tiny_backbone):
-    model = Segmenter(Lora(rank=2, alpha=2)(tiny_backbone()), LinearHead(24, 1, 3))
+    model = SegmentationModel(Lora(rank=2, alpha=2)(tiny_backbone()), LinearHead(24, 1, 3))
     found = rates(parameter_groups(model, lr=1.0, weight_decay=0.1, backbone_lr_scale=0.5))
     assert all(value == (0.5, 0.1) for name, value in found.items() if ".lora_" in name)
     assert sum(".lora_" in name for name in found) == 16
@@ -150,7 +150,7 @@ def test_a_warmup_that_leaves_less_than_a_fifth_is_said(caplog, kind):
 
 
 def test_head_and_backbone_have_rates_of_their_own_and_one_for_all_wins(tiny_backbone):
-    model = Segmenter(Full()(tiny_backbone()), LinearHead(24, 1, 3))
+    model = SegmentationModel(Full()(tiny_backbone()), LinearHead(24, 1, 3))
 
     def found(**given):
         optimizer = adamw(model, weight_decay=0.0, **given)
@@ -287,7 +287,7 @@ def test_swapping_the_average_copies_few_weights_at_a_time(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_adamw_takes_the_fused_kernel_and_learns_what_single_operations_do(dtype):
-    models = [Segmenter(RgbBackbone(), LinearHead(3, 1, 2)).to(dtype) for _ in range(2)]
+    models = [SegmentationModel(RgbBackbone(), LinearHead(3, 1, 2)).to(dtype) for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
     fused = adamw(models[0], lr=1e-2, weight_decay=0.1)
     plain = torch.optim.AdamW(parameter_groups(models[1], lr=1e-2, weight_decay=0.1), fused=False, foreach=False)

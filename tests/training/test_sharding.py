@@ -6,7 +6,7 @@ from tiny_parts import tiny_vit
 
 from dinoseg.models.adapters import Full
 from dinoseg.models.heads.linear import LinearHead
-from dinoseg.models.model import Segmenter
+from dinoseg.models.model import SegmentationModel
 from dinoseg.training import sharding
 from dinoseg.utils.errors import UserError
 
@@ -21,4 +21,4 @@ class SlotHead(LinearHead):
 def test_what_cannot_be_shared_out_is_refused(monkeypatch, head, quantised, said):
     monkeypatch.setattr(sharding, "quantised_names", lambda _: quantised)
     with pytest.raises(UserError, match=said):
-        sharding.shard(Segmenter(Full()(tiny_vit()), head(24, 1, 3)), torch.device("cpu"), 2)
+        sharding.shard(SegmentationModel(Full()(tiny_vit()), head(24, 1, 3)), torch.device("cpu"), 2)

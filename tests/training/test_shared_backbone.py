@@ -14,7 +14,7 @@ from dinoseg.data.transforms import Augment
 from dinoseg.experiment.models import _lend_tensors
 from dinoseg.losses.cross_entropy import CrossEntropy
 from dinoseg.models.heads.linear import LinearHead
-from dinoseg.models.model import Segmenter
+from dinoseg.models.model import SegmentationModel
 from dinoseg.training.checkpoint import Checkpointer, read
 from dinoseg.training.engine import Engine
 from dinoseg.training.head_training import DROPPED, HeadTraining
@@ -81,7 +81,7 @@ def made(tiny_backbone):
             part = tiny_backbone(layers).requires_grad_(False)
             _lend_tensors(whole, part)
             torch.manual_seed(number)
-            solo = Segmenter(part, head(24, len(layers), 3))
+            solo = SegmentationModel(part, head(24, len(layers), 3))
             own = Checkpointer(folder / str(number) / "checkpoints", dict(INFO)) if folder else None
             loss = losses[number] if losses else None
             members.append(HeadTraining(solo, loss, own, Rows(), name=str(number)))

@@ -15,7 +15,7 @@ from dinoseg.losses.cross_entropy import CrossEntropy
 from dinoseg.models.adapters import Full
 from dinoseg.models.heads.linear import LinearHead
 from dinoseg.models.heads.mlp import MlpHead
-from dinoseg.models.model import Segmenter
+from dinoseg.models.model import SegmentationModel
 from dinoseg.training import image_data_module as feeding
 from dinoseg.training import trainer as training
 from dinoseg.training.checkpoint import Checkpointer, read
@@ -58,7 +58,7 @@ def run(tiny_backbone, tmp_path):
 
     def train(**options):
         torch.manual_seed(0)
-        model = Segmenter(Full()(tiny_backbone()), options.pop("head", None) or LinearHead(24, 1, 3))
+        model = SegmentationModel(Full()(tiny_backbone()), options.pop("head", None) or LinearHead(24, 1, 3))
         for parameter in model.head.parameters():
             nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(parameter.numel()))
         train_set, val_set = Stripes([(32, 40)] * 6), Stripes([(32, 40), (19, 23), (19, 23), (40, 8)])

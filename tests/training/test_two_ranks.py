@@ -22,7 +22,7 @@ from dinoseg.models.heads.detail import DetailHead
 from dinoseg.models.heads.linear import LinearHead
 from dinoseg.models.heads.mlp import MlpHead
 from dinoseg.models.heads.split import SplitHead
-from dinoseg.models.model import Segmenter
+from dinoseg.models.model import SegmentationModel
 from dinoseg.training.checkpoint import Checkpointer, read
 from dinoseg.training.engine import Engine
 from dinoseg.training.feature_choice import CacheOptions, feature_cache
@@ -73,7 +73,7 @@ class Uneven(Stripes):
 
 def untrained(head, adapter=Full, dtype="float32"):
     torch.manual_seed(0)
-    return Segmenter(adapter()(tiny_vit(dtype=dtype)), head())
+    return SegmentationModel(adapter()(tiny_vit(dtype=dtype)), head())
 
 
 def train(

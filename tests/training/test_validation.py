@@ -14,7 +14,7 @@ from dinoseg.inference.windows import Windows, starts
 from dinoseg.losses.cross_entropy import CrossEntropy
 from dinoseg.losses.overlap import Dice
 from dinoseg.models.heads.linear import LinearHead
-from dinoseg.models.model import Segmenter
+from dinoseg.models.model import SegmentationModel
 from dinoseg.training.engine import Engine
 from dinoseg.training.validation import evaluate
 
@@ -39,7 +39,7 @@ class Data:
 def made():
     torch.manual_seed(0)
     backbone = tiny_vit()
-    return Segmenter(backbone, LinearHead(backbone.dim, backbone.num_layers, 3)).eval()
+    return SegmentationModel(backbone, LinearHead(backbone.dim, backbone.num_layers, 3)).eval()
 
 
 def scored(model, policy):

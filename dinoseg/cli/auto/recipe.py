@@ -14,25 +14,21 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-from hydra import compose
-from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from dinoseg import __version__
 from dinoseg.autotune.rules import CHOOSING, RecipeChoice
 from dinoseg.cli.auto.given import drop_typed
 from dinoseg.cli.auto.search import ComposedRecipe, RecipeSearch
 from dinoseg.config.checks import check_arguments
-from dinoseg.config.job import job_config
 from dinoseg.config.plain import BUILDS, to_container
 from dinoseg.core.shapes import SegmentationData
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.splits import evenly_spaced_subset
 from dinoseg.experiment.builder import Builder
+from dinoseg.experiment.composed import composed_with, searching, typed_keys, user_folders
 from dinoseg.experiment.recipe import LENGTHS, config_description, recipe_of
 from dinoseg.experiment.step import check_trainer, training_parts
 from dinoseg.tasks.images import SAMPLING
@@ -49,9 +45,6 @@ AUTO = "auto"  # name of the recipe that is chosen automatically
 _RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")  # environment variables that make a process a rank
 # overrides that do not affect the choices
 _OF_A_RUN = ("seed", "resume", "budget", "logger", "hydra", "mode", "hparam")
-
-
-_SEARCHED = "hydra.searchpath"
 
 
 NAME = "chosen"  # of the written recipe
@@ -265,46 +258,6 @@ def _outside_ranks() -> Iterator[None]:
 
 def _root(key: str) -> str:
     return key.partition(".")[0]
-
-
-def typed_keys(words: Sequence[str]) -> frozenset[str]:
-    """Return the keys and groups that the words of a command line set."""
-    return frozenset(each.key_or_group for each in OverridesParser.create().parse_overrides(list(words)))
-
-
-def user_folders() -> list[str]:
-    """Return the folder that `--config-dir` names, as a list; empty if it is not given."""
-    return [each.path for each in HydraConfig.get().runtime.config_sources if each.provider == "command-line"]
-
-
-def searching(folders: Sequence[str]) -> str:
-    """Return the override that adds folders, of any name, to Hydra's search path for configs."""
-    quoted = ["'" + folder.replace("'", "\\'") + "'" for folder in folders]
-    return f"{_SEARCHED}=[{','.join(quoted)}]"
-
-
-def composed_with(words: Sequence[str], name: str, text: str, *, known_as: str) -> DictConfig:
-    """Return the config of a command line with a recipe of the given text instead of its own.
-
-    Precedence is unchanged: typed values and `local` override the recipe.
-
-    Args:
-        words: the command line.
-        name: name of the recipe.
-        text: content of the recipe's file.
-        known_as: the recipe's name in `choices`, under which its runs are listed.
-    """
-    overrides = OverridesParser.create().parse_overrides(list(words))
-    remaining = [str(each.input_line) for each in overrides if each.key_or_group not in ("hparam", _SEARCHED)]
-    folders = [folder for each in overrides if each.key_or_group == _SEARCHED for folder in each.value() or ()]  # type: ignore[union-attr]
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / "hparam" / f"{name}.yaml"
-        path.parent.mkdir()
-        path.write_text(text, encoding="utf-8")
-        searched = searching([*map(str, folders), f"file://{folder}"])
-        composed = compose("main", [*remaining, searched, f"hparam={name}"], return_hydra_config=True)
-        cfg = job_config(composed, composed.hydra.runtime.choices)
-    return OmegaConf.merge(cfg, {"choices": {"hparam": known_as}})  # type: ignore[return-value]
 
 
 def _name(*names: str) -> forms.Form:

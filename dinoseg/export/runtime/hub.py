@@ -13,7 +13,8 @@ from typing import Any
 from dinoseg.export.runtime.facts import UNKNOWN, ModelFacts
 from dinoseg.export.runtime.onnx_model import parts_of
 from dinoseg.export.runtime.runtime import FILES, file_in
-from dinoseg.utils.errors import UserError
+from dinoseg.utils.atomic import write_text
+from dinoseg.utils.errors import UserError, file_errors_as_user_errors
 from dinoseg.utils.wording import printable
 
 
@@ -79,7 +80,7 @@ def push(
                 target.symlink_to(part)  # a link: the file may be larger than the temporary disk
             except OSError:
                 shutil.copyfile(part, target)
-        (Path(folder) / "README.md").write_text(model_card(facts, repo_id), encoding="utf-8")
+        write_card(facts, repo_id, Path(folder))
         api = HfApi(token=token)
         api.create_repo(repo_id, private=private, exist_ok=True)
         done = api.upload_folder(
@@ -107,6 +108,16 @@ def _telling(repo: str, token: str | None) -> Iterator[None]:
             f"{repo}: the hub request failed ({kind}: {hidden}). Check the name and the network, and log in with `hf "
             "auth login`; read a local file with dinoseg.load."
         ) from None
+
+
+def write_card(facts: ModelFacts, name: str, folder: Path) -> None:
+    """Write the model card of a model called `name` to a folder, as README.md.
+
+    Raises:
+        UserError: if it cannot be written.
+    """
+    with file_errors_as_user_errors(folder):
+        write_text(folder / "README.md", model_card(facts, name))
 
 
 _HUB_LICENCES = {"Apache-2.0": "apache-2.0", "MIT": "mit"}  # SPDX names to the hub's; all others are "other"

@@ -21,7 +21,10 @@ def load(
     inference: str | None = None,
     trust: Sequence[str] = (),
 ) -> Model:
-    """Load a trained model for inference; nothing in the file is executed.
+    """Load a trained model; nothing in the file is executed.
+
+    A file of torch gives a `Segmenter`, a `torch.nn.Module` in eval mode. An ONNX file gives its base class `Model`,
+    which predicts without torch.
 
     Args:
         path: what `mode=export` wrote (`model.safetensors`, `model.onnx`) or its folder, a run folder, a checkpoint.
@@ -39,6 +42,13 @@ def load(
     Raises:
         UserError: if the file is missing, damaged, foreign or of a newer version, describes no model of dinoseg, or
             does not support an argument.
+
+    Example:
+        >>> import dinoseg, pathlib, tempfile
+        >>> file = pathlib.Path(tempfile.mkdtemp()) / "model.safetensors"
+        >>> dinoseg.create_model("rgb", classes=["ground", "leaf"]).save(file)
+        >>> dinoseg.load(file).classes
+        ('ground', 'leaf')
     """
     options = Options(
         device=device,
@@ -49,12 +59,12 @@ def load(
         inference=inference,
         trust=trust,
     )
-    with _collection_paused():
-        return Model(*open_model(path, options))
+    with collection_paused():
+        return open_model(path, options)
 
 
 @contextmanager
-def _collection_paused() -> Iterator[None]:
+def collection_paused() -> Iterator[None]:
     """Pause the cyclic garbage collector: it would traverse all objects of torch and timm several times (0.6 s)."""
     was_enabled = gc.isenabled()
     gc.disable()

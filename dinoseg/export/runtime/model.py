@@ -14,7 +14,7 @@ import numpy as np
 from dinoseg.export.runtime.facts import ModelFacts
 from dinoseg.export.runtime.inputs import Picture, is_many_files, is_one, pictures
 from dinoseg.export.runtime.onnx_model import parts_of
-from dinoseg.export.runtime.runtime import Options, Runtime
+from dinoseg.export.runtime.runtime import FILES, Options, Runtime
 from dinoseg.utils.atomic import atomic_file
 from dinoseg.utils.errors import UserError, file_errors_as_user_errors
 from dinoseg.utils.images import write_png
@@ -30,6 +30,13 @@ class Segmentation:
         image: the image (H, W, 3) uint8 RGB.
         facts: of the model.
         source: the image's file, where it came from one.
+
+    Example:
+        >>> import dinoseg, numpy
+        >>> model = dinoseg.create_model("rgb", classes=["ground", "leaf"])
+        >>> found = model.predict(numpy.zeros((32, 48, 3), numpy.uint8))
+        >>> found.mask.shape, found.probabilities.shape, sum(found.areas.values())
+        ((32, 48), (2, 32, 48), 1536)
     """
 
     mask: np.ndarray
@@ -72,18 +79,33 @@ _NO_FILE = "This model is not stored in a self-contained file. Write one: mode=e
 
 
 class Model:
-    """A trained model with its facts, ready for inference.
+    """A trained model for inference, on any runtime; it needs no torch.
+
+    `dinoseg.load` returns one for an ONNX file, and its subclass `Segmenter` for a file of torch.
 
     Args:
         runtime: computes the class ids and probabilities.
         facts: its classes, sizes, scores and sources.
         file: the file that it was loaded from, if that is a one-file model.
+
+    Example:
+        >>> import dinoseg
+        >>> isinstance(dinoseg.create_model("rgb", num_classes=2), dinoseg.Model)
+        True
     """
 
+    facts: ModelFacts
+    file: Path | None
+
     def __init__(self, runtime: Runtime, facts: ModelFacts, file: Path | None = None) -> None:
-        self.runtime = runtime
+        self._runtime = runtime
         self.facts = facts
         self.file = None if file is None else file.absolute()
+
+    @property
+    def runtime(self) -> Runtime:
+        """What computes the class ids and probabilities."""
+        return self._runtime
 
     def __repr__(self) -> str:
         classes = ", ".join(self.facts.classes[:5]) + (", ..." if len(self.facts.classes) > 5 else "")
@@ -97,9 +119,19 @@ class Model:
         return self.facts.classes
 
     @property
+    def num_classes(self) -> int:
+        """The number K of classes."""
+        return len(self.facts.classes)
+
+    @property
     def palette(self) -> tuple[tuple[int, int, int], ...]:
         """The colour of each class, (red, green, blue) in 0..255."""
         return self.facts.palette
+
+    @property
+    def ignore_index(self) -> int:
+        """The mask value of pixels without a label."""
+        return self.facts.ignore_index
 
     def predict(self, source: Any, *, batch_size: int = 4, on_error: str = "stop") -> Any:
         """Segment one image or several.
@@ -126,7 +158,7 @@ class Model:
         return results if is_many_files(source) or isinstance(source, Iterator) else list(results)
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Copy the model's file to a path, whole or not at all.
+        """Write the model as one file for `dinoseg.load`, whole or not at all: a copy of the file that it came from.
 
         Raises:
             UserError: if the model has no file of its own, or the copy cannot be written.
@@ -139,6 +171,18 @@ class Model:
             for source in parts:
                 with atomic_file(target if source == self.file else target.with_name(source.name)) as part:
                     shutil.copyfile(source, part)
+
+    def save_pretrained(self, folder: str | PathLike[str]) -> None:
+        """Write the model's file and a model card to a folder, for `from_pretrained`; created if missing.
+
+        Raises:
+            UserError: as `save`.
+        """
+        from dinoseg.export.runtime.hub import write_card
+
+        target = Path(folder).expanduser()
+        self.save(target / FILES[self.runtime.name])
+        write_card(self.facts, target.absolute().name, target)
 
     @classmethod
     def from_pretrained(
@@ -155,11 +199,11 @@ class Model:
         Raises:
             UserError: if there is no model, the hub does not answer, or as `dinoseg.load`.
         """
+        from dinoseg import load
         from dinoseg.export.runtime.hub import fetched
-        from dinoseg.export.runtime.opening import open_model
 
-        opening = Options(**options)
-        return cls(*open_model(fetched(source, revision=revision, token=token, runtime=opening.runtime), opening))
+        file = fetched(source, revision=revision, token=token, runtime=Options(**options).runtime)
+        return load(file, **options)
 
     def push_to_hub(
         self,

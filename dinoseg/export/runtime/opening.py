@@ -3,30 +3,31 @@
 from os import PathLike
 from pathlib import Path
 
-from dinoseg.export.runtime.runtime import FILES, Opened, Options, file_in
+from dinoseg.export.runtime.model import Model
+from dinoseg.export.runtime.runtime import FILES, Options, file_in
 from dinoseg.utils.errors import UserError
 
-_OF_A_CALL = {  # command-line terms to the arguments of `dinoseg.load`
+OF_A_CALL = {  # command-line terms to the arguments of `dinoseg.load`
     **{"resume=": "", "finite_weights=false loads it anyway.": ""},
     **{"engine.device=": "device=", "engine.precision=": "precision="},
     **{"backbone.weights=": "backbone=", "head.weights=": "head="},
 }
 
 
-def open_model(path: str | PathLike[str], options: Options) -> Opened:
-    """Open a trained model: return its runtime, facts and file; errors are those of `load`."""
+def open_model(path: str | PathLike[str], options: Options) -> Model:
+    """Open a trained model; errors are those of `load`."""
     where = Path(path).expanduser()
     try:
         return open_file(where, options)
     except UserError as error:
         words = str(error)
-        for typed, given in _OF_A_CALL.items():
+        for typed, given in OF_A_CALL.items():
             words = words.replace(typed, given)
         of_call = getattr(options, words.partition("=")[0], None) is not None or str(where) in words
         raise UserError(words if of_call else f"{where}: {words}") from error
 
 
-def open_file(path: Path, options: Options) -> Opened:
+def open_file(path: Path, options: Options) -> Model:
     """Open a trained model as `open_model` does, with errors in the terms of a command line with it as `resume`."""
     if path.is_dir() and not (path / "checkpoints").is_dir():  # a folder of mode=export or push_to_hub
         path = file_in(path, options.runtime) or path
@@ -39,7 +40,7 @@ def open_file(path: Path, options: Options) -> Opened:
         from dinoseg.export.runtime.onnx_model import load_onnx
 
         _check_onnx(path, options)
-        return load_onnx(path, device=options.device)
+        return Model(*load_onnx(path, device=options.device))
     if path.suffix == ".pt2":
         raise UserError(
             f"{path} is a torch.export program, which torch.export.load reads. Give the model.safetensors or "
@@ -48,7 +49,7 @@ def open_file(path: Path, options: Options) -> Opened:
     if path.suffix == ".onnx":
         raise UserError(f"{path} is an ONNX file, which runs without torch: leave runtime={runtime} out.")
     try:
-        from dinoseg.export.runtime.torch_runtime import load_torch
+        from dinoseg.export.runtime.torch_load import load_torch
     except ModuleNotFoundError as error:
         raise UserError(
             f"{path}: needs {error.name}, which is not installed: pip install . in a clone of dinoseg, or "

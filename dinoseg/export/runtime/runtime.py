@@ -28,7 +28,7 @@ class Runtime(Protocol):
 
 
 class Opened(NamedTuple):
-    """An opened model: its runtime, its facts, and its file if it is a one-file model."""
+    """Arguments of `Model`: its runtime, its facts, and its file if it is a one-file model."""
 
     runtime: Runtime
     facts: ModelFacts

@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -20,7 +20,7 @@ from dinoseg.experiment.unread import warn_unread
 from dinoseg.export.runtime.facts import UNKNOWN, ModelFacts
 from dinoseg.export.runtime.runtime import FILES
 from dinoseg.inference.trained_sizes import KEY, TrainedSizes
-from dinoseg.models.model import Segmenter, non_persistent_buffers, trained_names
+from dinoseg.models.model import SegmentationModel, non_persistent_buffers, trained_names
 from dinoseg.training import checkpoint
 from dinoseg.training.checkpoint import FOLDER
 from dinoseg.training.loading import CONSTANTS, frozen_fingerprint
@@ -86,27 +86,14 @@ def export_model(
         raise UserError(f"resume={source.resume} is a slot model, which has no classes and cannot be exported.")
     sizes = find_trained_sizes(trained, out_dir)
     facts = facts_of(source, trained, sizes, delta=delta, scores=scores)
-    stored = _stored_config(source.config, facts)
-    bits = source.settings("adapter").get("bits")
-    whole = not delta and bits is not None
-    tensors, frozen = _tensors(stored, source.in_float32(trained.model) if whole else trained.model, delta)
-    if source.config["finite_weights"]:  # loading checked the checkpoint, but not the backbone's weights
-        checkpoint.check_finite(tensors, f"resume={source.resume}")
-    if whole:
-        print(f"adapter.bits={bits}: the file holds the same weights in float32, which rounds differently")
-    copies = bool(trained.model.head.trainable_blocks)
-    base = copies or any(name.startswith("model/backbone.") and ".lora_" not in name for name in tensors)
-    facts = replace(facts, backbone={**facts.backbone, "in_file": base})
-    if not gated:
-        weights = [name for name in tensors if name.startswith("model/") and ".lora_" not in name]
-        _check_licence(facts.backbone, source.config["head"].get("weights"), weights, copies=copies)
-    description = {**config_description(ModelBuilder.of(stored)), "folder": "."}
-    info = {**trained.info, **description, **facts.description(), "frozen": frozen, "versions": dict(facts.versions)}
-    idle = {"format"} if sizes else {"format", KEY}
     path = out_dir / FILES["torch"]
-    checkpoint.write(path, tensors, {key: value for key, value in info.items() if key not in idle})
-    size = f"{count_of(tensors, 'tensor')}, {path.stat().st_size / 1e6:.2f} MB"
-    origin = facts.backbone
+    idle = {"format"} if sizes else {"format", KEY}
+    info = {key: value for key, value in trained.info.items() if key not in idle}
+    count, origin = write_model(path, source, trained.model, facts, info, delta=delta, gated=gated)
+    bits = source.settings("adapter").get("bits")
+    if not delta and bits is not None:
+        print(f"adapter.bits={bits}: the file holds the same weights in float32, which rounds differently")
+    size = f"{count_of(count, 'tensor')}, {path.stat().st_size / 1e6:.2f} MB"
     print(f"written to {path}: {size}; backbone {origin['name']}, licence {origin['licence']}")
     if delta:
         print(f"the backbone itself is not in it: {origin['weights']}, revision {origin['revision'] or 'unknown'}")
@@ -116,6 +103,48 @@ def export_model(
     given = ', backbone="FILE"' if delta and weights_file.exists() else ""
     print(f'use: import dinoseg; model = dinoseg.load("{path}"{given}); out = model.predict("picture.jpg")')
     return {"path": str(path)}
+
+
+def write_model(
+    path: Path,
+    source: ModelSource,
+    model: SegmentationModel,
+    facts: ModelFacts,
+    info: Mapping[str, Any],
+    *,
+    delta: bool = False,
+    gated: bool = False,
+) -> tuple[int, Mapping[str, Any]]:
+    """Write a model as one file; return the number of its tensors, and the facts of its backbone.
+
+    Args:
+        path: of the file.
+        source: the model's config.
+        model: the model to write; quantised weights are written in float32.
+        facts: of the model.
+        info: further entries of the file's description, such as the progress of its training.
+        delta: see `export_model`.
+        gated: see `export_model`.
+
+    Raises:
+        UserError: if the file cannot be written, holds weights that are not finite, or weights of restricted licence
+            without `gated`.
+    """
+    stored = _stored_config(source.config, facts)
+    whole = not delta and source.settings("adapter").get("bits") is not None
+    tensors, frozen = _tensors(stored, source.in_float32(model) if whole else model, delta)
+    if source.config["finite_weights"]:  # loading checked the checkpoint, but not the backbone's weights
+        checkpoint.check_finite(tensors, f"resume={source.resume}")
+    copies = bool(model.head.trainable_blocks)
+    base = copies or any(name.startswith("model/backbone.") and ".lora_" not in name for name in tensors)
+    facts = replace(facts, backbone={**facts.backbone, "in_file": base})
+    if not gated:
+        weights = [name for name in tensors if name.startswith("model/") and ".lora_" not in name]
+        _check_licence(facts.backbone, source.config["head"].get("weights"), weights, copies=copies)
+    description = {**config_description(ModelBuilder.of(stored)), "folder": "."}
+    made = {**description, **facts.description(), "frozen": frozen, "versions": dict(facts.versions)}
+    checkpoint.write(path, tensors, {"progress": asdict(checkpoint.Progress()), **info, **made})
+    return len(tensors), facts.backbone
 
 
 def facts_of(
@@ -131,26 +160,56 @@ def facts_of(
         scores: as of `export_model`.
     """
     assert source.resume is not None  # exports check it first
-    before = ModelFacts.of(
-        trained.info, f"resume={source.resume}"
-    )  # facts of a checkpoint that is itself an exported file
-    colours = {name: getattr(trained.model.backbone, name).flatten().tolist() for name in ("mean", "std")}
-    path, choices = Path(source.resume), source.config["choices"]
-    return ModelFacts(
-        before.classes,
-        before.palette,
-        before.ignore_index,
-        normalisation=colours,
+    # facts of a checkpoint that is itself an exported file
+    before = with_evidence(ModelFacts.of(trained.info, f"resume={source.resume}"), source, scores)
+    return complete(before, source, trained.model, trained.info, sizes, delta=delta)
+
+
+def with_evidence(facts: ModelFacts, source: ModelSource, scores: str | None = None) -> ModelFacts:
+    """Return facts with the scores and data of the run whose checkpoint `source` names.
+
+    Args:
+        facts: of the model.
+        source: the model's config.
+        scores: as of `export_model`.
+    """
+    path = Path(str(source.resume))
+    found = scores_of(path, facts.classes, scores) or facts.scores
+    return replace(facts, scores=found, data=facts.data or data_of(path, str(source.config["choices"]["data"])))
+
+
+def complete(
+    facts: ModelFacts,
+    source: ModelSource,
+    model: SegmentationModel,
+    info: Mapping[str, Any],
+    sizes: TrainedSizes | None,
+    *,
+    delta: bool,
+) -> ModelFacts:
+    """Return facts with all that follows from a model and its config.
+
+    Args:
+        facts: of the model; its backbone's source is used if it is known.
+        source: the model's config.
+        model: the model.
+        info: description of its checkpoint; `frozen` is the hash of its frozen weights.
+        sizes: as of `facts_of`.
+        delta: as of `facts_of`.
+    """
+    return replace(
+        facts,
+        normalisation={name: getattr(model.backbone, name).flatten().tolist() for name in ("mean", "std")},
         sizes={
             **source.settings("resolution"),
             **(sizes.as_info()[KEY] if sizes else {}),
             USE: _inference_strategy(source),
         },
-        scores=scores_of(path, before.classes, scores) or before.scores,
-        backbone=before.backbone or source_of(source.config, str(trained.info["frozen"]["backbone"])),
-        data=before.data or data_of(path, str(choices["data"])),
+        backbone=facts.backbone or source_of(source.config, str(info["frozen"]["backbone"])),
         versions=_versions(),
-        choices={group: str(option) for group, option in choices.items() if group in _CHOICES},
+        choices={
+            group: str(option) for group in _CHOICES if (option := source.config["choices"].get(group)) is not None
+        },
         delta=delta,
     )
 
@@ -181,7 +240,9 @@ def _strip_folders(node: Any) -> Any:
     return Path(node).name if isinstance(node, str) and node.startswith(("/", "~", "./", "../")) else node
 
 
-def _tensors(config: Mapping[str, Any], model: Segmenter, delta: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _tensors(
+    config: Mapping[str, Any], model: SegmentationModel, delta: bool
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the tensors that a file of this config holds, and the hashes of those that it does not hold."""
     state = model.state_dict()
     tensors = {f"{CONSTANTS}/{name}": value for name, value in non_persistent_buffers(model).items()}

@@ -22,6 +22,7 @@ PACKAGED = "dinoseg:"  # weights=dinoseg:NAME is a file that ships inside the pa
 _ADAPTER = "adapter_config.json"  # marks a peft adapter
 _INDEX = "model.safetensors.index.json"
 _SHARDS = forms.holding(weight_map=forms.table(forms.text))
+_NEVER_DRAWN = 20  # standard deviations: float32 samplers reach about 6
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 
@@ -44,7 +45,8 @@ def load_model(config: Any, weights: str, cut: Callable[[Any], None], local_cls_
     from transformers import AutoModel
 
     if weights == "random":
-        model = AutoModel.from_config(config, **_drop_pooler(config))
+        with _untruncated():
+            model = AutoModel.from_config(config, **_drop_pooler(config))
         cut(model)
         return model
     if weights.startswith(PACKAGED):
@@ -65,6 +67,31 @@ def load_model(config: Any, weights: str, cut: Callable[[Any], None], local_cls_
     folder = _fetched(name, revision)
     _check_loaded(weights, model, _loaded_files(weights, folder) if folder else ())
     return model
+
+
+@contextlib.contextmanager
+def _untruncated() -> Iterator[None]:
+    """Let transformers sample normal values without the truncation where its limits are never reached.
+
+    The search for values outside the limits takes most of the time. torch samples such values again, so without any
+    the initial values are the same.
+    """
+    from transformers import initialization
+
+    functions: dict[str, Any] = initialization.TORCH_INIT_FUNCTIONS
+    truncated = functions["trunc_normal_"]
+
+    def normal(tensor: Tensor, mean: float, std: float, a: float, b: float, generator: Any = None) -> Tensor:
+        applies = min(mean - a, b - mean) < _NEVER_DRAWN * std
+        if applies:
+            return truncated(tensor, mean=mean, std=std, a=a, b=b, generator=generator)
+        return nn.init.normal_(tensor, mean, std, generator=generator)
+
+    functions["trunc_normal_"] = normal
+    try:
+        yield
+    finally:
+        functions["trunc_normal_"] = truncated
 
 
 def _why_silent(name: str, revision: str) -> str:

@@ -158,10 +158,9 @@ class TransformersVit(Backbone):
         """Return one map (B, dim, h, w) for each tapped layer."""
         return self.forward_trainable(self.forward_frozen(images), (images.shape[-2], images.shape[-1]))
 
-    @property
-    def first_trained(self) -> int | None:
+    def find_first_trained(self) -> int | None:
         """See `Backbone`; also 0 if training randomises the positions, which all blocks must share."""
-        first, model = super().first_trained, self.model.config
+        first, model = super().find_first_trained(), self.model.config
         drawn = [getattr(model, f"pos_embed_{how}", None) for how in ("shift", "jitter", "rescale")]
         return 0 if first and any(drawn) else first
 

@@ -19,7 +19,7 @@ from dinoseg.core.shapes import Batch, SegmentationData
 from dinoseg.data.splits import fraction_split, regex_group
 from dinoseg.metrics.confusion import ConfusionMatrix
 from dinoseg.models.heads.linear import LinearHead
-from dinoseg.models.model import Segmenter
+from dinoseg.models.model import SegmentationModel
 from dinoseg.report.progress import Bar
 from dinoseg.tasks.probing.sums import LinearMap, Sums, cell_labels, reads, solve
 from dinoseg.tasks.probing.sums_checkpoint import SumsCheckpoint
@@ -160,7 +160,7 @@ class Probe:
 
     def __init__(
         self,
-        model: Segmenter,
+        model: SegmentationModel,
         data: SegmentationData,
         counts: Sequence[int],
         engine: Engine,

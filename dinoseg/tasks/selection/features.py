@@ -15,7 +15,7 @@ from dinoseg.data.loader import load_in_order
 from dinoseg.data.pairs.pair import image_hash
 from dinoseg.data.video.access import read_source
 from dinoseg.inference.predictor import Predictor
-from dinoseg.models.model import Segmenter
+from dinoseg.models.model import SegmentationModel
 from dinoseg.report.progress import Bar
 from dinoseg.tasks.selection.pool import PoolImage
 from dinoseg.training.engine import Engine
@@ -42,7 +42,7 @@ class FeatureExtractor:
 
     def __init__(
         self,
-        model: Segmenter,
+        model: SegmentationModel,
         engine: Engine,
         cache_dir: Path,
         *,

@@ -14,7 +14,7 @@ from torch import Tensor
 from dinoseg.core.geometry import valid_share
 from dinoseg.data.clips.videos import VOID
 from dinoseg.models.heads.slots.background import background_mask
-from dinoseg.models.model import Segmenter
+from dinoseg.models.model import SegmentationModel
 from dinoseg.tracking.provenance import model_settings, precision_of
 from dinoseg.tracking.slots.appearance import Appearance
 from dinoseg.tracking.slots.following import Followed, Follower, SlotFrame
@@ -77,7 +77,7 @@ class SlotTracker(Tracker):
 
     def __init__(
         self,
-        model: Segmenter,
+        model: SegmentationModel,
         settings: SlotTracking = SlotTracking(),  # noqa: B008 (frozen)
         *,
         batch_size: int = 4,
@@ -291,7 +291,7 @@ class SlotFactory(SlotTracking):
 
     def __call__(
         self,
-        model: Segmenter,
+        model: SegmentationModel,
         *,
         device: torch.device | str = "cpu",
         autocast: Autocast = nullcontext,

@@ -21,7 +21,7 @@ from dinoseg.data.train_views import Draw, TrainViews, Transform
 from dinoseg.data.transforms import Augment
 from dinoseg.data.unlabelled import Unmasked
 from dinoseg.inference.policy import Autocast
-from dinoseg.models.model import Segmenter
+from dinoseg.models.model import SegmentationModel
 from dinoseg.training.feature_cache.form import described
 from dinoseg.training.feature_cache.key import hash_of, image_hash, overrides_both
 from dinoseg.training.feature_cache.store import FeatureStore, NoStore
@@ -142,7 +142,7 @@ class FeatureCache:
         shapes: known shapes of the features of each kind of view, see `described`.
     """
 
-    model: Segmenter
+    model: SegmentationModel
     autocast: Autocast
     open_store: Callable[[], FeatureStore]
     drawing: str

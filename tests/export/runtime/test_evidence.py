@@ -12,7 +12,7 @@ from dinoseg.experiment import source
 from dinoseg.experiment.source import ModelSource
 from dinoseg.export.runtime import write
 from dinoseg.export.runtime.runtime import Options
-from dinoseg.export.runtime.torch_runtime import _weights
+from dinoseg.export.runtime.torch_load import _weights
 from dinoseg.export.runtime.write import COUNTED, data_of, scores_of, source_of
 from dinoseg.utils.errors import UserError
 

@@ -70,7 +70,7 @@ def test_gated_weights_are_not_uploaded_unless_asked(hub, file):
     model.facts = ModelFacts(
         *([getattr(model.facts, key) for key in ("classes", "palette", "ignore_index")]), backbone=of_meta
     )
-    with pytest.raises(UserError, match="DINOv3 License.*export.delta=true.*gated=True"):
+    with pytest.raises(UserError, match="DINOv3 License.*delta=True.*gated=True"):
         model.push_to_hub("me/mine")
     assert not hub.asked
     model.push_to_hub("me/mine", gated=True)

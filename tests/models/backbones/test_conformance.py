@@ -11,7 +11,7 @@ from dinoseg.config.nodes import instantiate
 from dinoseg.core.contracts import Head
 from dinoseg.core.geometry import pad_to_multiple, widths
 from dinoseg.models.adapters import Frozen, Full, LastBlocks, Lora
-from dinoseg.models.model import Segmenter
+from dinoseg.models.model import SegmentationModel
 from dinoseg.utils.errors import UserError
 
 WITH_CLASS_TOKEN = {"dino", "dinov2", "dinov2_registers", "dinov3", "timm_vit"}
@@ -99,7 +99,7 @@ def test_the_class_token_s_attention_comes_with_the_maps_or_is_not_told_of(build
 
 
 def test_a_frozen_backbone_rests_while_a_head_trains(build):
-    model = Segmenter(Frozen()(build()), Head()).train()
+    model = SegmentationModel(Frozen()(build()), Head()).train()
     assert not any(part.training for part in model.backbone.modules() if list(part.parameters()))
     images = noise(1, (64, 96))
     first, second = (model.backbone(images)[0] for _ in range(2))
@@ -119,7 +119,7 @@ def test_gradients_reach_all_but_what_is_called_unused(name, build):
 def test_checkpointing_changes_no_gradient(name, build, adapter):
     gradients = []
     for checkpointing in (False, True):
-        model = Segmenter(adapter(build("quarters", checkpointing=checkpointing)), Head()).train()
+        model = SegmentationModel(adapter(build("quarters", checkpointing=checkpointing)), Head()).train()
         torch.manual_seed(1)
         sum(part.square().mean() for part in model.backbone(noise(1, (64, 96)))).backward()
         gradients.append({name: p.grad for name, p in model.backbone.named_parameters() if p.grad is not None})

@@ -11,7 +11,7 @@ from dinoseg.models.adapters import Frozen, Full, LastBlocks, Lora
 from dinoseg.models.backbones.rgb import RgbBackbone
 from dinoseg.models.heads.eomt import EomtHead
 from dinoseg.models.heads.linear import LinearHead
-from dinoseg.models.model import Segmenter, trained_names
+from dinoseg.models.model import SegmentationModel, trained_names
 from dinoseg.training.checkpoint import frozen_fingerprint
 from dinoseg.utils.errors import UserError
 
@@ -62,17 +62,17 @@ def test_padding_leaves_the_direction_of_a_colour():
 def test_it_fits_where_a_frozen_backbone_does():
     backbone = Frozen()(RgbBackbone())
     assert not list(backbone.parameters()) and not backbone.state_dict()
-    model = Segmenter(backbone, LinearHead(3, 1, 2)).train()
+    model = SegmentationModel(backbone, LinearHead(3, 1, 2)).train()
     assert model.head.training
     names = trained_names(model)
     assert names == {f"head.{name}" for name in model.head.state_dict()}
-    assert frozen_fingerprint(model) == frozen_fingerprint(Segmenter(RgbBackbone(4), LinearHead(3, 1, 2)))
+    assert frozen_fingerprint(model) == frozen_fingerprint(SegmentationModel(RgbBackbone(4), LinearHead(3, 1, 2)))
     assert list(Full()(RgbBackbone()).parameters()) == [] and not RgbBackbone().unused
     assert not RgbBackbone.has_class_attention
 
 
 def test_a_head_learns_on_colours():
-    model = Segmenter(Frozen()(RgbBackbone(1)), LinearHead(3, 1, 2)).train()
+    model = SegmentationModel(Frozen()(RgbBackbone(1)), LinearHead(3, 1, 2)).train()
     pictures = images((24, 30))
     red = (pictures[:, 0] > 0.5).long()  # (B, H, W)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
@@ -104,7 +104,7 @@ def test_heads_take_its_map_or_say_why_not(head):
     made = instantiate(OmegaConf.create(nodes).head, without=("layers", "lr"))(
         in_dim=rgb.dim, num_layers=rgb.num_layers
     )
-    assert Segmenter(rgb, made).eval()(images((20, 30))).scores().shape == (2, 3, 20, 30)
+    assert SegmentationModel(rgb, made).eval()(images((20, 30))).scores().shape == (2, 3, 20, 30)
 
 
 def test_what_it_cannot_serve_is_refused():
@@ -116,7 +116,7 @@ def test_what_it_cannot_serve_is_refused():
     with pytest.raises(UserError, match="adapter.blocks=1: this backbone reads 0 blocks"):
         LastBlocks(1)(RgbBackbone())
     with pytest.raises(UserError, match="head=eomt needs a backbone whose blocks take queries"):
-        Segmenter(RgbBackbone(), EomtHead(3, 1, 2, patch_size=8, num_queries=2, blocks=1))
+        SegmentationModel(RgbBackbone(), EomtHead(3, 1, 2, patch_size=8, num_queries=2, blocks=1))
     with pytest.raises(UserError, match="backbone=rgb has no weights to export.*resume=RUN"):
         RgbBackbone().export_state()
     with pytest.raises(UserError, match=r"backbone.patch_size=0: patches are squares of pixels. Give at least 1"):

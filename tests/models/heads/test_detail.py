@@ -13,7 +13,7 @@ from dinoseg.models.adapters import Frozen
 from dinoseg.models.backbones.rgb import RgbBackbone
 from dinoseg.models.heads.detail import DetailHead
 from dinoseg.models.heads.linear import LinearHead
-from dinoseg.models.model import Segmenter
+from dinoseg.models.model import SegmentationModel
 from dinoseg.utils.errors import UserError
 
 
@@ -83,7 +83,7 @@ def test_a_linear_layer_on_the_tokens_adds_its_scores_where_they_lie(patch_size)
 def test_an_image_of_any_size_is_scored_as_it_is_when_padded(size, patch_size):
     """Also one that is smaller than the stride."""
     backbone = RgbBackbone(patch_size, mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2))
-    model = Segmenter(backbone, small(patch_size=patch_size)).eval()
+    model = SegmentationModel(backbone, small(patch_size=patch_size)).eval()
     images = torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8) / 255
     padding = (0, -size[1] % patch_size, 0, -size[0] % patch_size)
     padded = F.pad(images - 0.5, padding) + 0.5
@@ -158,7 +158,7 @@ def test_colours_are_jittered_in_training_alone():
 
 
 def test_the_colours_are_those_of_bytes():
-    model = Segmenter(Frozen()(tiny_vit((0, 1))), small(24, 2)).eval()
+    model = SegmentationModel(Frozen()(tiny_vit((0, 1))), small(24, 2)).eval()
     image = torch.randint(0, 256, (1, 3, 20, 20), dtype=torch.uint8)
     near = (image + torch.empty(1, 3, 20, 20).uniform_(-0.4, 0.4)).clamp(0, 255) / 255
     seen = [model.frozen(given).tensors[-1] for given in (image, image / 255, near)]
@@ -177,7 +177,7 @@ def lines(count, seed):
 def test_what_is_thinner_than_a_patch_is_learnt():
     seen, other, found = lines(8, 0), lines(8, 1), {}
     for name, head in (("detail", small(patch_size=16, jitter=0.0)), ("linear", LinearHead(3, 1, 3))):
-        model, loss = Segmenter(RgbBackbone(16), head).train(), CrossEntropy(torch.ones(3))
+        model, loss = SegmentationModel(RgbBackbone(16), head).train(), CrossEntropy(torch.ones(3))
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
         for _ in range(40):
             value, _ = loss(model(seen.image), seen)

@@ -10,7 +10,7 @@ from dinoseg.models.backbones.transformers_vit import TransformersVit
 from dinoseg.models.heads import eomt
 from dinoseg.models.heads.eomt import EomtHead, annealing_windows, attention_mask, masked_share
 from dinoseg.models.heads.semantic import semantic_map
-from dinoseg.models.model import Segmenter
+from dinoseg.models.model import SegmentationModel
 from dinoseg.utils.errors import UserError
 
 
@@ -107,7 +107,7 @@ def test_masks_have_about_four_pixels_a_cell(patch, stride):
 @pytest.mark.parametrize("size", [(45, 61), (1, 1), (16, 130), (64, 48)])
 @pytest.mark.parametrize("no_object", [True, False])
 def test_maps_have_the_size_of_the_image(family, size, no_object):
-    model = Segmenter(*pair(family, no_object=no_object)).eval()
+    model = SegmentationModel(*pair(family, no_object=no_object)).eval()
     images = torch.rand(1, 3, *size)
     prediction = model(images)
     assert prediction.mixture and prediction.outputs.class_logits.shape == (1, 5, 4 + no_object)
@@ -119,7 +119,7 @@ def test_maps_have_the_size_of_the_image(family, size, no_object):
 
 
 def test_images_of_a_batch_do_not_see_one_another(family):
-    model = Segmenter(*pair(family)).eval()
+    model = SegmentationModel(*pair(family)).eval()
     images = torch.rand(2, 3, 40, 33)
     torch.testing.assert_close(model(images).scores()[1:], model(images[1:]).scores(), atol=1e-5, rtol=1e-4)
 
@@ -131,7 +131,7 @@ def trained(model):
 @pytest.mark.parametrize("adapter", [Frozen(), Full(), LastBlocks(1), Lora(2, 2, dropout=0.1, blocks=2), Lora(2, 2)])
 @pytest.mark.parametrize("progress", [0.0, 0.4, 0.9])
 def test_gradients_reach_all_that_is_trained_and_nothing_else(adapter, progress):
-    model = Segmenter(*pair(adapter=adapter)).train()
+    model = SegmentationModel(*pair(adapter=adapter)).train()
     model.set_progress(progress)
     outputs = model(torch.rand(2, 3, 40, 33)).outputs
     parts = [outputs, *outputs.aux]
@@ -145,7 +145,7 @@ def test_gradients_reach_all_that_is_trained_and_nothing_else(adapter, progress)
 
 
 def test_every_part_learns_from_the_last_layer_alone():
-    model = Segmenter(*pair(adapter=Frozen())).train()
+    model = SegmentationModel(*pair(adapter=Frozen())).train()
     model.set_progress(0.99)
     model(torch.rand(2, 3, 40, 33)).logits().square().mean().backward()
     assert all(p.grad.abs().sum() > 0 for p in model.head.parameters())
@@ -155,7 +155,7 @@ def test_every_part_learns_from_the_last_layer_alone():
 def test_checkpointing_changes_no_gradient(family, adapter, monkeypatch):
     calls, gradients, passes = spy_on_attention(monkeypatch), [], []
     for checkpointing in (False, True):
-        model = Segmenter(*pair(family, 3, adapter=adapter, held={"checkpointing": checkpointing})).train()
+        model = SegmentationModel(*pair(family, 3, adapter=adapter, held={"checkpointing": checkpointing})).train()
         model.set_progress(0.3)  # the first block's masks are left out at random
         calls.clear()
         torch.manual_seed(1)
@@ -173,7 +173,7 @@ def test_checkpointing_changes_no_gradient(family, adapter, monkeypatch):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_backbone_held_in_half(family, adapter, checkpointing):
     held = {"dtype": "bfloat16", "checkpointing": checkpointing}
-    model = Segmenter(*pair(family, adapter=adapter, held=held)).train()
+    model = SegmentationModel(*pair(family, adapter=adapter, held=held)).train()
     images = torch.rand(2, 3, 40, 33)
     for progress in (0.0, 0.999):
         model.set_progress(progress)
@@ -185,13 +185,13 @@ def test_a_backbone_held_in_half(family, adapter, checkpointing):
     assert any("lora_B" in name for name in trainable) == isinstance(adapter, Lora)
     assert all(torch.isfinite(p.grad).all() for p in trainable.values())
     assert all(p.grad.any() for name, p in trainable.items() if "lora_A" not in name)  # their partner starts at zero
-    exact = Segmenter(*pair(family, adapter=adapter)).eval()
+    exact = SegmentationModel(*pair(family, adapter=adapter)).eval()
     torch.testing.assert_close(model.eval()(images).scores(), exact(images).scores(), atol=0.1, rtol=0.1)
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_half_precision(family, training):
-    model = Segmenter(*pair(family, adapter=Lora(2, 2))).train(training)
+    model = SegmentationModel(*pair(family, adapter=Lora(2, 2))).train(training)
     images = torch.rand(2, 3, 40, 33)
     with torch.autocast("cpu", torch.bfloat16):
         prediction = model(images)
@@ -206,7 +206,7 @@ def test_half_precision(family, training):
 
 
 def test_a_few_steps_of_training_learn_an_image():
-    model = Segmenter(*pair(adapter=Full(), queries=8)).train()
+    model = SegmentationModel(*pair(adapter=Full(), queries=8)).train()
     images = torch.rand(1, 3, 32, 32)
     labels = torch.arange(4).repeat_interleave(8).view(1, 32, 1).expand(1, 32, 32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
@@ -231,8 +231,8 @@ def test_progress_is_no_part_of_a_checkpoint():
 
 def test_too_many_blocks_are_refused_with_the_range():
     with pytest.raises(UserError, match=r"head\.blocks=4: this backbone reads 3 blocks; give 1 to 3"):
-        Segmenter(*pair(blocks=4))
-    Segmenter(*pair(blocks=3)).train()(torch.rand(1, 3, 32, 32))
+        SegmentationModel(*pair(blocks=4))
+    SegmentationModel(*pair(blocks=3)).train()(torch.rand(1, 3, 32, 32))
 
 
 def test_a_backbone_whose_blocks_take_no_queries_is_refused():

@@ -7,7 +7,7 @@ from dinoseg.core.contracts import Backbone
 from dinoseg.models.heads.slots.attention import Standard, allowed_cells
 from dinoseg.models.heads.slots.background import background_mask
 from dinoseg.models.heads.slots.head import SlotHead
-from dinoseg.models.model import Segmenter
+from dinoseg.models.model import SegmentationModel
 from dinoseg.utils.errors import UserError
 
 SMALL = {"slot_dim": 8, "hidden_dim": 12, "decoder_dim": 10, "num_slots": 3, "positions_grid": [3, 4]}
@@ -370,7 +370,7 @@ def test_it_runs_on_clips_and_on_images():
 def test_a_segmenter_gives_soft_masks_of_images(tiny_backbone):
     torch.manual_seed(0)
     head = SlotHead(24, 1, **SMALL | {"steps": [0, 1], "mask_source": "alpha"})
-    model = Segmenter(tiny_backbone().requires_grad_(False), head).eval()
+    model = SegmentationModel(tiny_backbone().requires_grad_(False), head).eval()
     prediction = model(torch.randint(0, 255, (2, 3, 30, 45), dtype=torch.uint8))
     scores = prediction.scores()
     assert scores.shape == (2, 3, 30, 45) and prediction.mixture

@@ -16,7 +16,7 @@ from dinoseg.models.backbones.timm_backbone import TimmBackbone
 from dinoseg.models.backbones.transformers_vit import TransformersVit
 from dinoseg.models.heads import split
 from dinoseg.models.heads.split import SplitHead
-from dinoseg.models.model import Segmenter, trained_names
+from dinoseg.models.model import SegmentationModel, trained_names
 from dinoseg.training.optim import parameter_groups
 from dinoseg.training.sharding import shard
 from dinoseg.utils.errors import UserError
@@ -34,7 +34,7 @@ def made(family="dinov3_vit", layers=(0, -1), **held):
 
 def model_of(family="dinov3_vit", layers=(0, -1), adapter=None, held=None, **options):
     backbone = (adapter or Frozen())(made(family, layers, **(held or {})))
-    return Segmenter(backbone, SplitHead(backbone.dim, backbone.num_layers, 3, **{"blocks": 2, **options}))
+    return SegmentationModel(backbone, SplitHead(backbone.dim, backbone.num_layers, 3, **{"blocks": 2, **options}))
 
 
 def stepped(model, image):
@@ -133,7 +133,7 @@ def test_a_checkpoint_holds_the_copies_and_of_a_backbone_with_weights_of_its_own
 def test_a_head_that_has_its_copies_keeps_them():
     model = stepped(model_of(), torch.rand(1, 3, 32, 32))
     held = copy.deepcopy(model.head.state_dict())
-    again = Segmenter(model.backbone, model.head, scale=0.5).head.state_dict()
+    again = SegmentationModel(model.backbone, model.head, scale=0.5).head.state_dict()
     assert all(torch.equal(value, again[name]) for name, value in held.items())
 
 
@@ -217,7 +217,7 @@ def test_weights_that_are_quantised_already_are_refused():
     linear = next(part for part in list(backbone.blocks)[-1].modules() if isinstance(part, nn.Linear))
     linear.weight = type("Packed", (nn.Parameter,), {})(torch.zeros(7, 1, dtype=torch.uint8), requires_grad=False)
     with pytest.raises(UserError, match="is already quantised, as with trainer=multi_head. Choose adapter.bits=null"):
-        Segmenter(backbone, SplitHead(24, 2, 3, blocks=1))
+        SegmentationModel(backbone, SplitHead(24, 2, 3, blocks=1))
 
 
 @pytest.mark.parametrize("adapter", [Full(), LastBlocks(1), Lora(2, 2), Lora(2, 2, blocks=1)])
@@ -233,7 +233,7 @@ def test_adapters_that_change_the_backbone_are_refused(adapter):
 def test_backbones_without_blocks_that_take_tokens_are_refused(backbone):
     backbone.takes_tokens &= "test_vit" not in getattr(backbone, "name", "")  # as timm's rotary ones have it
     with pytest.raises(UserError, match=r"head=split needs a backbone whose blocks take tokens .* dinov3_vit\*.*timm"):
-        Segmenter(Frozen()(backbone), SplitHead(backbone.dim, 1, 3))
+        SegmentationModel(Frozen()(backbone), SplitHead(backbone.dim, 1, 3))
 
 
 @pytest.mark.parametrize(
@@ -247,7 +247,7 @@ def test_backbones_without_blocks_that_take_tokens_are_refused(backbone):
 )
 def test_options_out_of_range_are_refused(options, message):
     with pytest.raises(UserError, match=message):
-        Segmenter(Frozen()(made()), SplitHead(**{"in_dim": 24, "num_layers": 2, "num_classes": 3, **options}))
+        SegmentationModel(Frozen()(made()), SplitHead(**{"in_dim": 24, "num_layers": 2, "num_classes": 3, **options}))
 
 
 @pytest.mark.parametrize(("blocks", "channels"), [(3, 1), (1, 40)])
@@ -290,7 +290,7 @@ def test_copies_of_gated_weights_are_not_passed_on_unless_asked():
 def test_an_image_is_learnt():
     torch.manual_seed(0)
     backbone = Frozen()(tiny_vit((0, 1)))
-    model, image = Segmenter(backbone, SplitHead(24, 2, 4, blocks=1)).train(), torch.rand(1, 3, 32, 32)
+    model, image = SegmentationModel(backbone, SplitHead(24, 2, 4, blocks=1)).train(), torch.rand(1, 3, 32, 32)
     labels = torch.arange(4).repeat_interleave(8).view(1, 32, 1).expand(1, 32, 32)
     optimizer, losses = torch.optim.AdamW(model.head.parameters(), lr=3e-3), []
     for _ in range(30):

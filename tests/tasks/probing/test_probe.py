@@ -10,7 +10,7 @@ from tiny_parts import tiny_vit
 
 from dinoseg.core.shapes import Sample
 from dinoseg.models.heads.linear import LinearHead
-from dinoseg.models.model import Segmenter
+from dinoseg.models.model import SegmentationModel
 from dinoseg.tasks.probing.probe import SHARPNESS, Candidates, Grid, Probe, held_out
 from dinoseg.tasks.probing.sums import LinearMap
 from dinoseg.tasks.probing.sums_checkpoint import SumsCheckpoint
@@ -51,7 +51,7 @@ def engine(**options):
 
 
 def probed(data, *, readings=None, grid=Grid(), size=1):  # noqa: B008
-    model = Segmenter(tiny_vit((0, 1)).requires_grad_(False), LinearHead(24, 2, 4))
+    model = SegmentationModel(tiny_vit((0, 1)).requires_grad_(False), LinearHead(24, 2, 4))
     return Probe(model, data, data.counts(), engine(eval_batch_size=size), readings or {"0+1": [0, 1]}, grid)
 
 
@@ -65,7 +65,7 @@ def test_a_head_that_begins_with_it_scores_what_it_says():
     together.start(probe.model.head, sharpened=True)
     scored = evaluate(probe.model, val, engine())
     assert scored == together.scores
-    one = Segmenter(tiny_vit((1,)), LinearHead(24, 1, 4))
+    one = SegmentationModel(tiny_vit((1,)), LinearHead(24, 1, 4))
     alone.start(one.head)
     assert evaluate(one, val, engine()) == alone.scores
 
@@ -226,7 +226,7 @@ def test_sums_that_are_damaged_or_of_another_form_begin_anew(tmp_path, caplog):
 def test_a_grid_without_a_point_is_refused():
     with pytest.raises(UserError, match="strengths=\\[\\]: the list is empty"):
         Grid(strengths=())
-    model = Segmenter(tiny_vit((1,)), LinearHead(24, 1, 4))
+    model = SegmentationModel(tiny_vit((1,)), LinearHead(24, 1, 4))
     with pytest.raises(UserError, match="No pixel of the training masks is labelled"):
         Probe(model, RandomOrder(2), [0] * 4, engine(), {"1": [0]})
     with pytest.raises(UserError, match="balances=\\[0.0, 5000.0\\]: the weight of the rarest class"):

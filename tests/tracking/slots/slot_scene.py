@@ -6,7 +6,7 @@ from torch import nn
 
 from dinoseg.core.contracts import Backbone, Head
 from dinoseg.core.geometry import pad_to_multiple
-from dinoseg.models.model import Segmenter
+from dinoseg.models.model import SegmentationModel
 
 PATCH = 4
 GREY, RED, BLUE, GREEN = (0.4, 0.4, 0.4), (0.9, 0.1, 0.1), (0.1, 0.1, 0.9), (0.1, 0.9, 0.1)
@@ -99,4 +99,4 @@ class ColourSlots(Head):
 
 
 def model_of(colours=(GREY, RED, BLUE, GREEN), *, class_attention=True, scale=1.0, **kwargs):
-    return Segmenter(Colours(class_attention), ColourSlots(colours, **kwargs), scale=scale).eval()
+    return SegmentationModel(Colours(class_attention), ColourSlots(colours, **kwargs), scale=scale).eval()

@@ -7,7 +7,7 @@ from safetensors.torch import load, save
 from slot_scene import BLUE, GREEN, GREY, RED, Colours, at_cells, crossing, model_of, paint
 
 from dinoseg.models.heads.linear import LinearHead
-from dinoseg.models.model import Segmenter
+from dinoseg.models.model import SegmentationModel
 from dinoseg.tracking.slots.appearance import Appearance
 from dinoseg.tracking.slots.settings import SlotTracking
 from dinoseg.tracking.slots.tracker import SlotTracker
@@ -473,7 +473,7 @@ class TestBadInput:
 
     def test_a_head_without_slots(self):
         with pytest.raises(UserError, match="no slots to track.*head=slots"):
-            SlotTracker(Segmenter(Colours(), LinearHead(3, 1, 2)))
+            SlotTracker(SegmentationModel(Colours(), LinearHead(3, 1, 2)))
 
     def test_frames_of_another_size(self):
         tracker = SlotTracker(model_of())

@@ -6,7 +6,7 @@ import torch
 from slot_scene import crossing
 
 from dinoseg.models.heads.slots.head import SlotHead
-from dinoseg.models.model import Segmenter
+from dinoseg.models.model import SegmentationModel
 from dinoseg.tracking.slots.settings import SlotTracking
 from dinoseg.tracking.slots.tracker import SlotTracker
 
@@ -29,7 +29,7 @@ def make(tiny_backbone):
             "positions_grid": (4, 6),
             **kwargs,
         }
-        return Segmenter(backbone, SlotHead(backbone.dim, 1, **options)).eval()
+        return SegmentationModel(backbone, SlotHead(backbone.dim, 1, **options)).eval()
 
     return build
 

@@ -10,7 +10,7 @@ from scipy.optimize import linear_sum_assignment
 from slot_scene import crossing
 
 from dinoseg.models.heads.slots.head import SlotHead
-from dinoseg.models.model import Segmenter
+from dinoseg.models.model import SegmentationModel
 from dinoseg.tracking.slots import matching as slot_matching
 from dinoseg.tracking.slots.following import Follower
 from dinoseg.tracking.slots.settings import SlotTracking
@@ -29,7 +29,7 @@ def make(tiny_backbone):
     def build(**kwargs):
         backbone = tiny_backbone()
         options = {"slot_dim": 8, "hidden_dim": 16, "decoder_dim": 16, "num_slots": 5, "positions_grid": (4, 6)}
-        return Segmenter(backbone, SlotHead(backbone.dim, 1, **options | kwargs)).eval()
+        return SegmentationModel(backbone, SlotHead(backbone.dim, 1, **options | kwargs)).eval()
 
     return build
 

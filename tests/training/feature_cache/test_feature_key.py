@@ -20,7 +20,7 @@ from dinoseg.data.pairs.pair import Pair
 from dinoseg.data.video.access import VideoFrame
 from dinoseg.models.adapters import Frozen
 from dinoseg.models.heads.linear import LinearHead
-from dinoseg.models.model import Segmenter, frozen_tensors
+from dinoseg.models.model import SegmentationModel, frozen_tensors
 from dinoseg.training.feature_cache import key
 from dinoseg.training.feature_cache.key import code_hash, hash_of, image_hash, origin, weights_hash
 from dinoseg.training.feature_cache.store import DiskStore
@@ -65,7 +65,7 @@ def test_scales_of_quantised_weights_count(bits, tiny_backbone):
         backbone = tiny_backbone()
         for block in backbone.blocks:
             block.mlp.up_proj.weight.data *= factor  # the same whole numbers, of another scale
-        model = Segmenter(Frozen(bits=bits, device="cpu")(backbone).to("cpu"), LinearHead(24, 1, 3))
+        model = SegmentationModel(Frozen(bits=bits, device="cpu")(backbone).to("cpu"), LinearHead(24, 1, 3))
         first = weights_hash(frozen_tensors(model))
         model(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
         assert weights_hash(frozen_tensors(model)) == first

@@ -1,0 +1,95 @@
+"""`dinoseg.create_model`: a new model from options of the config groups."""
+
+from collections.abc import Sequence
+from os import PathLike
+from typing import Any
+
+from dinoseg.api.compose import compose, words_of
+from dinoseg.experiment.models import ModelBuilder
+from dinoseg.export.runtime.facts import ModelFacts
+from dinoseg.export.runtime.load import collection_paused
+from dinoseg.export.runtime.segmenter import Segmenter
+from dinoseg.export.runtime.torch_runtime import isolated
+from dinoseg.utils.errors import UserError
+
+_OF_A_CALL = {"backbone.weights=": "weights=", "data.classes": "classes"}  # command-line terms to arguments
+
+
+def create_model(
+    backbone: str | None = None,
+    *,
+    head: str | None = None,
+    adapter: str | None = None,
+    num_classes: int | None = None,
+    classes: Sequence[str] | None = None,
+    weights: str | PathLike[str] = "pretrained",
+    config_dir: str | PathLike[str] | None = None,
+    **overrides: Any,
+) -> Segmenter:
+    """Return a new segmentation model on the CPU, in train mode.
+
+    Options are those of the command line, and so are all values that are not given: `list_backbones`, `list_heads` and
+    `list_adapters` return them, docs/models.md describes them. The head's weights are random; they depend on `seed`
+    alone, and the caller's random state does not change.
+
+    Args:
+        backbone: option of the group, such as `dinov3_vits16`; None: dinov2_vits14, or that of a recipe in `hparam`.
+        head: option of the group; None: linear, or that of the recipe.
+        adapter: option of the group; None: frozen, or that of the recipe.
+        num_classes: number of classes, which get the names class_0, class_1 and so on.
+        classes: their names in the order of their ids, instead of the number.
+        weights: of the backbone: `pretrained` (those of the option, downloaded once), `random`, a hub id (`id@revision`
+            for a revision), a folder or a file.
+        config_dir: folder with config groups of your own, as `--config-dir` on the command line.
+        overrides: further keys and groups of the config: `seed=1`, `hparam="camvid"`, `optim={"optimizer": {"lr":
+            1e-4}}`, or dotted ones as in `**{"head.layers": [-1]}`.
+
+    Raises:
+        UserError: an unknown option or key, an invalid value, no classes, parts that do not fit together, or weights
+            that cannot be read.
+
+    Example:
+        >>> import dinoseg
+        >>> model = dinoseg.create_model("tiny", head="mlp", adapter="lora", num_classes=3)
+        >>> model.classes
+        ('class_0', 'class_1', 'class_2')
+    """
+    names = _names(num_classes, classes)
+    if names is None and not {"data", "data.classes", "hparam"} & overrides.keys():
+        raise UserError('The model has no classes. Give num_classes=2, or their names: classes=["ground", "leaf"].')
+    given: dict[str, Any] = {"backbone": backbone, "head": head, "adapter": adapter, "data.classes": names}
+    given["backbone.weights"] = None if weights == "pretrained" else weights
+    words = words_of({key: value for key, value in given.items() if value is not None} | overrides)
+    with collection_paused():
+        try:
+            cfg = compose(words, config_dir=config_dir)
+            with isolated():
+                build = ModelBuilder(cfg)
+                labels = build.labels
+                model, policy = build.model(), build.part("inference")
+        except UserError as error:
+            message = str(error)
+            for typed, argument in _OF_A_CALL.items():
+                message = message.replace(typed, argument)
+            raise UserError(message) from error
+        if model.head.slots is not None:
+            raise UserError(f"head={head} is a head of slots, which has no classes. Choose another, or use mode=train.")
+        facts = ModelFacts(labels.classes, labels.palette, labels.ignore_index)
+        return Segmenter(model, facts, build.config, info={}, policy=policy).to("cpu").train()
+
+
+def _names(num_classes: int | None, classes: Sequence[str] | None) -> list[str] | None:
+    """Return the names of the classes; None if neither is given.
+
+    Raises:
+        UserError: the number is not one of 1 to 255, or differs from that of the names.
+    """
+    if isinstance(classes, str):
+        raise UserError(f"classes={classes!r} is one text. Give a list of names.")
+    if num_classes is not None and (type(num_classes) is not int or not 1 <= num_classes <= 255):
+        raise UserError(f"num_classes={num_classes}: give a whole number from 1 to 255.")
+    if classes is None:
+        return None if num_classes is None else [f"class_{number}" for number in range(num_classes)]
+    if num_classes not in (None, len(classes)):
+        raise UserError(f"num_classes={num_classes}, but classes has {len(classes)} names. Give one of them.")
+    return [str(name) for name in classes]

@@ -1,0 +1,94 @@
+"""Names of the options of config groups: backbones, heads, adapters, recipes and datasets."""
+
+from fnmatch import fnmatchcase
+from os import PathLike
+from pathlib import Path
+
+from dinoseg.config.options import RECIPES, options_of
+from dinoseg.utils.errors import UserError
+
+_SHIPPED = Path(__file__).parents[1] / "cfg"
+
+
+def list_backbones(filter: str = "*", *, config_dir: str | PathLike[str] | None = None) -> list[str]:
+    """Return the sorted names of backbones for `create_model`.
+
+    Args:
+        filter: pattern with `*`, `?` and `[...]`, such as `dinov3*`.
+        config_dir: folder with config groups of your own, whose options are added.
+
+    Raises:
+        UserError: `config_dir` is no folder.
+
+    Example:
+        >>> import dinoseg
+        >>> dinoseg.list_backbones("dinov3_vits*")
+        ['dinov3_vits16', 'dinov3_vits16plus']
+    """
+    return _options("backbone", filter, config_dir)
+
+
+def list_heads(filter: str = "*", *, config_dir: str | PathLike[str] | None = None) -> list[str]:
+    """Return the sorted names of heads for `create_model`; arguments and errors are those of `list_backbones`.
+
+    Example:
+        >>> import dinoseg
+        >>> dinoseg.list_heads("m*")
+        ['mask2former', 'mask2former_meta', 'mlp', 'multiscale']
+    """
+    return _options("head", filter, config_dir)
+
+
+def list_adapters(filter: str = "*", *, config_dir: str | PathLike[str] | None = None) -> list[str]:
+    """Return the sorted names of adapters for `create_model`; arguments and errors are those of `list_backbones`.
+
+    Example:
+        >>> import dinoseg
+        >>> dinoseg.list_adapters("lora*")
+        ['lora', 'lora_8bit', 'lora_all']
+    """
+    return _options("adapter", filter, config_dir)
+
+
+def list_recipes(filter: str = "*", *, config_dir: str | PathLike[str] | None = None) -> list[str]:
+    """Return the sorted names of recipes, options of `hparam`; arguments and errors are those of `list_backbones`.
+
+    Those of a family are `FAMILY/NAME`.
+
+    Example:
+        >>> import dinoseg
+        >>> dinoseg.list_recipes("dpt/*")
+        ['dpt/camvid', 'dpt/sarrarp']
+    """
+    return _options(RECIPES, filter, config_dir)
+
+
+def list_datasets(filter: str = "*", *, config_dir: str | PathLike[str] | None = None) -> list[str]:
+    """Return the sorted names of datasets for `open_dataset`; arguments and errors are those of `list_backbones`.
+
+    Example:
+        >>> import dinoseg
+        >>> dinoseg.list_datasets("*voc")
+        ['pascal_voc']
+    """
+    return _options("data", filter, config_dir)
+
+
+def _options(group: str, filter: str, config_dir: str | PathLike[str] | None) -> list[str]:
+    folders = [_SHIPPED]
+    if config_dir is not None:
+        folders.append(folder_of(config_dir))
+    names = {name for folder in folders for name in options_of(folder / group)}
+    return sorted(name for name in names if fnmatchcase(name, filter))
+
+
+def folder_of(config_dir: str | PathLike[str]) -> Path:
+    """Return the absolute path of a folder of config groups.
+
+    Raises:
+        UserError: it is no folder.
+    """
+    folder = Path(config_dir).expanduser().absolute()
+    if not folder.is_dir():
+        raise UserError(f"config_dir={config_dir} is not a folder. Give the folder that holds your config groups.")
+    return folder

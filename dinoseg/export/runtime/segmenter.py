@@ -1,0 +1,280 @@
+"""The segmentation model of the Python API: a `torch.nn.Module` that also predicts, saves and describes itself."""
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+from os import PathLike
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, Literal, Self, overload
+
+import torch
+from torch import Tensor, nn
+
+from dinoseg.core.contracts import Backbone, Head
+from dinoseg.core.shapes import Prediction
+from dinoseg.export.runtime.facts import ModelFacts
+from dinoseg.export.runtime.model import Model
+from dinoseg.export.runtime.runtime import FILES
+from dinoseg.export.runtime.torch_runtime import TorchRuntime, isolated
+from dinoseg.inference.policy import Policy
+from dinoseg.inference.predictor import Predictor
+from dinoseg.inference.trained_sizes import TrainedSizes
+from dinoseg.models.model import SegmentationModel, fingerprint
+from dinoseg.training.loading import frozen_fingerprint
+from dinoseg.utils.errors import UserError, file_errors_as_user_errors
+from dinoseg.utils.precision import compute_dtype
+from dinoseg.utils.wording import count_of, format_value
+
+_OF_A_CALL = {"export.delta=true": "delta=True", "export.gated=true": "gated=True"}  # command-line terms to arguments
+_GROUP = ("params", "lr", "weight_decay")  # of a parameter group, for any optimizer
+
+
+class Segmenter(nn.Module, Model):
+    """A segmentation model: backbone, adapter and head, with classes and preprocessing.
+
+    `dinoseg.create_model` and `dinoseg.load` return it. Called with images, it returns class logits with gradients, so
+    it trains in any PyTorch loop, in Lightning, under DDP and with `torch.compile`. Images are normalised inside.
+    Frozen modules stay in eval mode in `train()`.
+
+    Args:
+        model: backbone and head.
+        facts: classes, palette, sizes, scores and sources.
+        config: the whole config as plain values.
+        info: description of the checkpoint that it was loaded from; empty for a new model.
+        policy: inference strategy of `predict`.
+        precision: precision of `predict`: auto, bf16, fp16 or fp32. `forward` computes as the surrounding autocast.
+        file: the file that it was loaded from, if that is a one-file model.
+
+    Attributes:
+        facts: classes, palette, sizes, scores and sources.
+        file: as the argument.
+
+    Example:
+        >>> import dinoseg, torch
+        >>> model = dinoseg.create_model("rgb", classes=["ground", "leaf"])
+        >>> model(torch.zeros(1, 3, 32, 48, dtype=torch.uint8)).shape
+        torch.Size([1, 2, 32, 48])
+    """
+
+    def __init__(
+        self,
+        model: SegmentationModel,
+        facts: ModelFacts,
+        config: Mapping[str, Any],
+        *,
+        info: Mapping[str, Any],
+        policy: Policy,
+        precision: str = "auto",
+        file: Path | None = None,
+    ) -> None:
+        nn.Module.__init__(self)
+        self.model = model
+        self.facts = facts
+        self.file = None if file is None else file.absolute()
+        self._config, self._info = config, info
+        self._policy, self._precision = policy, precision
+        self._scored = self._trained_values()  # the weights that the scores in `facts` belong to
+
+    if TYPE_CHECKING:  # nn.Module's own, which is untyped
+
+        @overload
+        def __call__(self, images: Tensor, *, as_prediction: Literal[False] = False) -> Tensor: ...
+
+        @overload
+        def __call__(self, images: Tensor, *, as_prediction: Literal[True]) -> Prediction: ...
+
+        def __call__(self, images: Tensor, *, as_prediction: bool = False) -> Tensor | Prediction:
+            """Run `forward`."""
+            ...
+
+    def forward(self, images: Tensor, *, as_prediction: bool = False) -> Tensor | Prediction:
+        """Return class logits (B, K, H, W) at the size of the images, with gradients.
+
+        The softmax over K is the class probability. Heads of queries return the logarithm of their probabilities.
+
+        Args:
+            images: (B, 3, H, W) RGB of any size, uint8 or float in 0..1.
+            as_prediction: return the head's outputs as a `Prediction`, which losses of `dinoseg.losses` take instead
+                of logits: `mask_classification_loss` needs it, others save the memory of logits at full size.
+
+        Raises:
+            UserError: the images have another shape or type.
+        """
+        _check_images(images)
+        prediction = self.model(images)
+        return prediction if as_prediction else prediction.logits()
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Return class logits (B, K, H, W) of images (B, 3, H, W), as a call of the model does."""
+        return self(images)
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """Return the backbone's feature maps (B, C, h, w), one for each block that the head reads.
+
+        h and w are the height and width at the backbone's resolution divided by its patch size, rounded up.
+
+        Args:
+            images: (B, 3, H, W) RGB of any size, uint8 or float in 0..1.
+
+        Raises:
+            UserError: the images have another shape or type.
+        """
+        _check_images(images)
+        return self.model.backbone.maps(self.model.pixels(images))
+
+    @property
+    def backbone(self) -> Backbone:
+        """The backbone with its adapter."""
+        return self.model.backbone
+
+    @property
+    def head(self) -> Head:
+        """The head."""
+        return self.model.head
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the model's parameters."""
+        return self.backbone.mean.device
+
+    @property
+    def runtime(self) -> TorchRuntime:
+        """Inference with this model on the device that it is on."""
+        device = self.device
+        dtype = compute_dtype(self._precision, device)
+        context = nullcontext if dtype == torch.float32 else partial(torch.autocast, device.type, dtype)
+        return TorchRuntime(Predictor(self.model, device, context, self._policy))
+
+    def trainable_parameters(self) -> list[dict[str, Any]]:
+        """Return parameter groups for any torch optimizer, with the learning rates and weight decay of the config.
+
+        The head is trained at `head.lr`, the adapted backbone at `adapter.lr`. Biases, norms and embeddings have no
+        weight decay. Other values of the optimizer, such as AdamW's `betas`, are the caller's, and so is the schedule.
+
+        Returns:
+            Groups with `params`, `lr` and `weight_decay`, in which each trainable parameter occurs once.
+
+        Raises:
+            UserError: nothing is trainable.
+        """
+        from dinoseg.experiment.builder import Builder  # imports the training loop
+
+        with isolated():
+            optimizer = Builder.of(self._config).optimizer(self.model)
+        return [{key: group[key] for key in _GROUP} for group in optimizer.param_groups]
+
+    def save(self, path: str | PathLike[str], *, delta: bool = False, gated: bool = False) -> None:
+        """Write the model as one safetensors file, from which `dinoseg.load` returns an equal one.
+
+        The file holds weights, config, classes and preprocessing. It keeps the scores of an evaluation only if the
+        trained weights are those that were scored.
+
+        Args:
+            path: of the file; an older one is replaced, whole or not at all.
+            delta: write only the trained weights; the file names the source of the backbone's.
+            gated: write weights whose licence restricts redistribution; do not share the file except on its terms.
+
+        Raises:
+            UserError: if the file cannot be written, or the licence of the weights needs `gated` or `delta`.
+        """
+        self._write(Path(path).expanduser(), delta=delta, gated=gated)
+
+    def save_pretrained(self, folder: str | PathLike[str], *, delta: bool = False, gated: bool = False) -> None:
+        """Write model.safetensors and a model card to a folder, for `from_pretrained`; arguments as of `save`.
+
+        Raises:
+            UserError: as `save`.
+        """
+        from dinoseg.export.runtime.hub import write_card
+
+        target = Path(folder).expanduser()
+        facts = self._write(target / FILES["torch"], delta=delta, gated=gated)
+        write_card(facts, target.absolute().name, target)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        token: str | None = None,
+        delta: bool = False,
+        gated: bool = False,
+    ) -> str:
+        """Upload the model and a model card to a hub repository; return the commit's address.
+
+        Args:
+            repo_id: `ORG/NAME`, created if missing.
+            private: visibility of a new repository; None: the organisation's default.
+            revision: the branch to write to; None: main.
+            token: of the hub, never stored; None: the one that `hf auth login` has stored.
+            delta: as of `save`.
+            gated: upload weights whose licence restricts redistribution; you must follow its terms.
+
+        Raises:
+            UserError: as `save`, or if the hub refuses the upload.
+        """
+        from dinoseg.export.runtime.hub import push
+
+        with TemporaryDirectory() as folder:
+            file = Path(folder) / FILES["torch"]
+            facts = self._write(file, delta=delta, gated=gated)
+            return push(file, facts, repo_id, private=private, revision=revision, token=token, gated=gated)
+
+    def extra_repr(self) -> str:
+        """Return the options, classes and numbers of parameters on one line."""
+        choices = self._config["choices"]
+        parts = ", ".join([str(choices["backbone"]), *(f"{group}={choices[group]}" for group in ("adapter", "head"))])
+        names = ", ".join(format_value(name) for name in self.classes[:5]) + (", ..." if self.num_classes > 5 else "")
+        kinds = count_of(self.num_classes, "class", "classes")
+        total = sum(each.numel() for each in self.parameters())
+        trained = sum(each.numel() for each in self.parameters() if each.requires_grad)
+        return f"{parts}; {kinds}: {names}; {total:,} parameters, {trained:,} trainable"
+
+    def __repr__(self) -> str:
+        return f"dinoseg.Segmenter({self.extra_repr()})"
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch mode; frozen modules stay in eval mode."""
+        super().train(mode)
+        return self
+
+    def _write(self, path: Path, *, delta: bool, gated: bool) -> ModelFacts:
+        """Write the model's file and return the facts in it."""
+        from dinoseg.experiment.source import ModelSource  # imports the training loop
+        from dinoseg.export.runtime.write import complete, with_evidence, write_model
+
+        with isolated(), file_errors_as_user_errors(path.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            source = ModelSource.of(self._config)
+            facts, info = self.facts, dict(self._info)
+            info.setdefault("frozen", frozen_fingerprint(self.model))
+            if source.resume is not None and "facts" not in info:  # of a run folder
+                facts = with_evidence(facts, source)
+            if self._trained_values() != self._scored:
+                facts = replace(facts, scores=None)
+            facts = complete(facts, source, self.model, info, TrainedSizes.from_info(info), delta=delta)
+            info.pop("format", None)
+            try:
+                write_model(path, source, self.model, facts, info, delta=delta, gated=gated)
+            except UserError as error:
+                words = str(error)
+                for typed, given in _OF_A_CALL.items():
+                    words = words.replace(typed, given)
+                raise UserError(words) from error
+        return facts
+
+    def _trained_values(self) -> str:
+        """Return a hash of the trainable parameters."""
+        named = self.model.named_parameters()
+        return fingerprint((name, value) for name, value in named if value.requires_grad)
+
+
+def _check_images(images: Tensor) -> None:
+    """Refuse images of another shape than (B, 3, H, W), or of another type than uint8 and floats."""
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise UserError(f"Images have the shape {list(images.shape)}. Give (B, 3, H, W), RGB.")
+    if images.dtype != torch.uint8 and not images.is_floating_point():
+        raise UserError(f"Images are {images.dtype}. Give uint8, or floats in 0..1.")

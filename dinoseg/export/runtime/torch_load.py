@@ -1,0 +1,73 @@
+"""Loading of a file, a checkpoint or a run folder as a torch model, without a command line."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dinoseg.config.nodes import instantiate
+from dinoseg.config.plain import to_container
+from dinoseg.experiment.models import ModelBuilder
+from dinoseg.experiment.resume import standalone_config
+from dinoseg.experiment.trained import restore
+from dinoseg.export.runtime.facts import ModelFacts
+from dinoseg.export.runtime.runtime import Options
+from dinoseg.export.runtime.segmenter import Segmenter
+from dinoseg.export.runtime.torch_runtime import isolated
+from dinoseg.inference.policy import Policy
+from dinoseg.inference.trained_sizes import TrainedSizes, limit_to_trained_size
+from dinoseg.training import checkpoint
+from dinoseg.training.engine import choose_device
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.precision import compute_dtype
+
+_HELD = (None, "random")  # config values for weights that the checkpoint itself holds
+
+
+def load_torch(path: Path, options: Options) -> Segmenter:
+    """Load the model of an existing file, checkpoint or run folder, in eval mode.
+
+    Raises:
+        UserError: in the terms of a command line with the file as `resume`.
+    """
+    device = choose_device(options.device)
+    compute_dtype(options.precision, device)  # refuse a wrong precision before weights are read
+    file = checkpoint.find(path, "best")
+    with isolated():
+        info = checkpoint.describe(file)
+        facts = ModelFacts.of(info, str(file))
+        changes = {"engine.device": options.device, **_weights(file, info, options)}
+        cfg = standalone_config(file, _drop_task(info), changes, inference=options.inference, trust=options.trust)
+        policy: Policy = instantiate(cfg.inference)
+        sizes = TrainedSizes.from_info(info)
+        model, _ = restore(ModelBuilder(cfg), file)
+    if model.head.slots is not None:
+        raise UserError(f"{file} is a slot model, which has no classes. mode=track tracks its segments.")
+    limit_to_trained_size(model, sizes)
+    config = {**to_container(cfg), "trainer": info["config"]["trainer"]}
+    is_whole = "facts" in info
+    loaded = Segmenter(
+        model, facts, config, info=info, policy=policy, precision=options.precision, file=file if is_whole else None
+    )
+    return loaded.to(device).eval()
+
+
+def _drop_task(info: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a description without its training task: a check of its keys would import scipy and matplotlib."""
+    config = info["config"]
+    return {**info, "config": {**config, "trainer": {**config["trainer"], "task": None}}}
+
+
+def _weights(file: Path, info: Mapping[str, Any], options: Options) -> dict[str, str]:
+    """Return config overrides for weights that are given instead of those that the file names.
+
+    Raises:
+        UserError: if the file names none, since it holds them.
+    """
+    changes = {}
+    for part, path in (("backbone", options.backbone), ("head", options.head)):
+        if path is None:
+            continue
+        if info["config"][part].get("weights") in _HELD:
+            raise UserError(f"{part}.weights={path}: {file} holds its own {part}. Leave it out.")
+        changes[f"{part}.weights"] = str(path)
+    return changes

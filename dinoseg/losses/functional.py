@@ -1,0 +1,355 @@
+"""Losses as functions of tensors, for a training loop of one's choice: `loss(logits, targets)` is a scalar.
+
+All take logits (B, K, H, W) of K classes in any float type and targets (B, H, W) of any integer type, with class ids
+0..K-1 and `ignore_index`. Logits of another size are first upsampled to the targets. Instead of logits they take the
+`Prediction` that `model(images, as_prediction=True)` returns, which saves the memory of logits at full size.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dinoseg.core.contracts import Loss
+from dinoseg.core.geometry import upsample
+from dinoseg.core.shapes import Batch, Prediction
+from dinoseg.losses.class_weights import class_weights as weights_by_scheme
+from dinoseg.losses.cross_entropy import CrossEntropy
+from dinoseg.losses.focal import Focal
+from dinoseg.losses.lovasz import Lovasz
+from dinoseg.losses.mask_classification import FACTORS, MaskClassification
+from dinoseg.losses.overlap import Dice, Tversky
+from dinoseg.utils.errors import UserError
+
+ClassWeights = Tensor | Sequence[float] | None
+
+
+def cross_entropy_loss(
+    logits: Tensor | Prediction,
+    targets: Tensor,
+    *,
+    ignore_index: int = 255,
+    class_weights: ClassWeights = None,
+    label_smoothing: float = 0.0,
+    hard_fraction: float = 1.0,
+    border_weight: float = 1.0,
+    border_width: int = 3,
+) -> Tensor:
+    """Return the cross-entropy over labelled pixels, averaged over their class weights; 0 without labelled pixels.
+
+    Args:
+        logits: (B, K, H, W), or a `Prediction`.
+        targets: (B, H, W) class ids.
+        ignore_index: target of pixels that do not count.
+        class_weights: one weight (K,) per class; None: 1 each.
+        label_smoothing: share of the target spread evenly over the classes, in [0, 1).
+        hard_fraction: share of each image's labelled pixels that count, those with the highest loss, in (0, 1]
+            (online hard example mining).
+        border_weight: weight of pixels near a class border; all others have 1.
+        border_width: distance in pixels up to which a pixel is near a border.
+
+    Raises:
+        UserError: a shape, type or value is invalid.
+
+    Example:
+        >>> import torch
+        >>> from dinoseg.losses import cross_entropy_loss
+        >>> logits, targets = torch.zeros(1, 2, 4, 4), torch.zeros(1, 4, 4, dtype=torch.uint8)
+        >>> round(cross_entropy_loss(logits, targets).item(), 4)
+        0.6931
+    """
+    options = {
+        **{"label_smoothing": label_smoothing, "hard_fraction": hard_fraction},
+        **{"border_weight": border_weight, "border_width": border_width},
+    }
+    return _value(CrossEntropy, logits, targets, ignore_index, class_weights, **options)
+
+
+def focal_loss(
+    logits: Tensor | Prediction,
+    targets: Tensor,
+    *,
+    ignore_index: int = 255,
+    class_weights: ClassWeights = None,
+    gamma: float = 2.0,
+    hard_fraction: float = 1.0,
+    border_weight: float = 1.0,
+    border_width: int = 3,
+) -> Tensor:
+    """Return the focal loss (Lin et al., arXiv 1708.02002) over labelled pixels, with a softmax over the classes.
+
+    Args:
+        logits: (B, K, H, W), or a `Prediction`.
+        targets: (B, H, W) class ids.
+        ignore_index: target of pixels that do not count.
+        class_weights: one weight (K,) per class; None: 1 each.
+        gamma: focusing parameter, at least 0; 0 is cross-entropy.
+        hard_fraction: as of `cross_entropy_loss`.
+        border_weight: as of `cross_entropy_loss`.
+        border_width: as of `cross_entropy_loss`.
+
+    Raises:
+        UserError: a shape, type or value is invalid.
+
+    Example:
+        >>> import torch
+        >>> from dinoseg.losses import focal_loss
+        >>> logits, targets = torch.zeros(1, 2, 4, 4), torch.zeros(1, 4, 4, dtype=torch.uint8)
+        >>> round(focal_loss(logits, targets, gamma=1.0).item(), 4)
+        0.3466
+    """
+    options = {"hard_fraction": hard_fraction, "border_weight": border_weight, "border_width": border_width}
+    return _value(Focal, logits, targets, ignore_index, class_weights, gamma=gamma, **options)
+
+
+def dice_loss(
+    logits: Tensor | Prediction,
+    targets: Tensor,
+    *,
+    ignore_index: int = 255,
+    class_weights: ClassWeights = None,
+    border_weight: float = 1.0,
+    border_width: int = 3,
+) -> Tensor:
+    """Return the soft Dice loss (Milletari et al., arXiv 1606.04797), averaged over the classes in the targets.
+
+    Sums are over all labelled pixels of the batch.
+
+    Args:
+        logits: (B, K, H, W), or a `Prediction`.
+        targets: (B, H, W) class ids.
+        ignore_index: target of pixels that do not count.
+        class_weights: one weight (K,) per class in the mean; None: 1 each.
+        border_weight: as of `cross_entropy_loss`.
+        border_width: as of `cross_entropy_loss`.
+
+    Raises:
+        UserError: a shape, type or value is invalid.
+
+    Example:
+        >>> import torch
+        >>> from dinoseg.losses import dice_loss
+        >>> logits, targets = torch.zeros(1, 2, 4, 4), torch.zeros(1, 4, 4, dtype=torch.uint8)
+        >>> round(dice_loss(logits, targets).item(), 4)
+        0.3333
+    """
+    options = {"border_weight": border_weight, "border_width": border_width}
+    return _value(Dice, logits, targets, ignore_index, class_weights, **options)
+
+
+def tversky_loss(
+    logits: Tensor | Prediction,
+    targets: Tensor,
+    *,
+    ignore_index: int = 255,
+    class_weights: ClassWeights = None,
+    alpha: float = 0.3,
+    beta: float = 0.7,
+    border_weight: float = 1.0,
+    border_width: int = 3,
+) -> Tensor:
+    """Return the Tversky loss (Salehi et al., arXiv 1706.05721), averaged over the classes in the targets.
+
+    Args:
+        logits: (B, K, H, W), or a `Prediction`.
+        targets: (B, H, W) class ids.
+        ignore_index: target of pixels that do not count.
+        class_weights: one weight (K,) per class in the mean; None: 1 each.
+        alpha: weight of false positives, at least 0.
+        beta: weight of false negatives, above 0; both 0.5: the Dice loss.
+        border_weight: as of `cross_entropy_loss`.
+        border_width: as of `cross_entropy_loss`.
+
+    Raises:
+        UserError: a shape, type or value is invalid.
+
+    Example:
+        >>> import torch
+        >>> from dinoseg.losses import tversky_loss
+        >>> logits, targets = torch.zeros(1, 2, 4, 4), torch.zeros(1, 4, 4, dtype=torch.uint8)
+        >>> round(tversky_loss(logits, targets, alpha=0.5, beta=0.5).item(), 4)
+        0.3333
+    """
+    options = {"alpha": alpha, "beta": beta, "border_weight": border_weight, "border_width": border_width}
+    return _value(Tversky, logits, targets, ignore_index, class_weights, **options)
+
+
+def lovasz_loss(
+    logits: Tensor | Prediction,
+    targets: Tensor,
+    *,
+    ignore_index: int = 255,
+    class_weights: ClassWeights = None,
+    per_image: bool = False,
+) -> Tensor:
+    """Return the Lovasz-softmax loss (Berman et al., arXiv 1705.08790), averaged over the classes in the targets.
+
+    Args:
+        logits: (B, K, H, W), or a `Prediction`.
+        targets: (B, H, W) class ids.
+        ignore_index: target of pixels that do not count.
+        class_weights: one weight (K,) per class in the mean; None: 1 each.
+        per_image: average over images instead of using all pixels of the batch together.
+
+    Raises:
+        UserError: a shape, type or value is invalid.
+
+    Example:
+        >>> import torch
+        >>> from dinoseg.losses import lovasz_loss
+        >>> logits, targets = torch.zeros(1, 2, 4, 4), torch.zeros(1, 4, 4, dtype=torch.uint8)
+        >>> round(lovasz_loss(logits, targets).item(), 4)
+        0.5
+    """
+    return _value(Lovasz, logits, targets, ignore_index, class_weights, per_image=per_image)
+
+
+def mask_classification_loss(
+    prediction: Prediction,
+    targets: Tensor,
+    *,
+    ignore_index: int = 255,
+    class_weights: ClassWeights = None,
+    factors: Mapping[str, float] = FACTORS,
+    no_object: float = 0.1,
+    num_points: int = 12544,
+) -> Tensor:
+    """Return Mask2Former's loss (Cheng et al., arXiv 2112.01527) for heads of queries: mask2former and eomt.
+
+    It samples points with torch's random state.
+
+    Args:
+        prediction: of `model(images, as_prediction=True)`.
+        targets: (B, H, W) class ids.
+        ignore_index: target of pixels that do not count.
+        class_weights: one weight (K,) per class in the class term; None: 1 each.
+        factors: of the terms class, mask and dice.
+        no_object: class weight of "no object".
+        num_points: sampled points per mask.
+
+    Raises:
+        UserError: the prediction is one of logits, or a shape, type or value is invalid.
+
+    Example:
+        >>> import dinoseg, torch
+        >>> _ = torch.manual_seed(0)
+        >>> model = dinoseg.create_model("tiny", head="eomt", adapter="full", num_classes=2)
+        >>> prediction = model(torch.rand(1, 3, 32, 32), as_prediction=True)
+        >>> targets = torch.zeros(1, 32, 32, dtype=torch.uint8)
+        >>> loss = dinoseg.losses.mask_classification_loss(prediction, targets)
+        >>> loss.shape, loss.item() > 0
+        (torch.Size([]), True)
+    """
+    if not isinstance(prediction, Prediction):
+        raise UserError("mask_classification_loss needs model(images, as_prediction=True), and was given a tensor.")
+    options = {"factors": tuple(sorted(factors.items())), "no_object": no_object, "num_points": num_points}
+    return _value(MaskClassification, prediction, targets, ignore_index, class_weights, **options)
+
+
+def compute_class_weights(counts: Sequence[int] | Tensor, scheme: str = "median") -> Tensor:
+    """Return a weight (K,) for each class from its number of pixels, for `class_weights` of the losses.
+
+    Args:
+        counts: pixels (K,) of each class in the training masks.
+        scheme: one_minus_frequency, inverse, median or effective_number, as `loss.weights` on the command line.
+
+    Raises:
+        UserError: the scheme is unknown, or there are no pixels.
+
+    Example:
+        >>> from dinoseg.losses import compute_class_weights
+        >>> compute_class_weights([900, 100], "one_minus_frequency")
+        tensor([0.1000, 0.9000])
+    """
+    numbers = [int(count) for count in counts]
+    with _of_a_call():
+        return weights_by_scheme(numbers, [str(number) for number in range(len(numbers))], scheme)
+
+
+def _value(
+    kind: Callable[..., Loss],
+    logits: Tensor | Prediction,
+    targets: Tensor,
+    ignore_index: int,
+    class_weights: ClassWeights,
+    **options: Any,
+) -> Tensor:
+    """Return the value () of a loss class with these options."""
+    prediction = logits if isinstance(logits, Prediction) else _as_prediction(logits)
+    device, classes = _device_and_classes(prediction)
+    _check_targets(targets, prediction, device)
+    with _of_a_call():
+        if class_weights is None:
+            loss = _unweighted(kind, classes, device, ignore_index, **options)
+        else:
+            weights = torch.as_tensor(class_weights, dtype=torch.float32)
+            if weights.shape != (classes,):
+                raise UserError(
+                    f"class_weights has the shape {list(weights.shape)}. Give one weight per class: {classes}."
+                )
+            loss = _made(kind, weights, ignore_index, options).to(device)
+        batch = Batch(image=targets, mask=targets, names=[f"image {number}" for number in range(len(targets))])
+        return loss(prediction, batch)[0]
+
+
+@lru_cache(maxsize=64)
+def _unweighted(
+    kind: Callable[..., Loss], classes: int, device: torch.device, ignore_index: int, **options: Any
+) -> Loss:
+    """Return a loss with equal class weights; made once, since a constructor reads the weights back from the device."""
+    return _made(kind, torch.ones(classes), ignore_index, options).to(device)
+
+
+def _made(kind: Callable[..., Loss], weights: Tensor, ignore_index: int, options: Mapping[str, Any]) -> Loss:
+    known = {name: dict(value) if isinstance(value, tuple) else value for name, value in options.items()}
+    return kind(weights, ignore_index, **known)
+
+
+def _as_prediction(logits: Tensor) -> Prediction:
+    """Return logits (B, K, H, W) as a prediction.
+
+    Raises:
+        UserError: they have another shape or type.
+    """
+    if not isinstance(logits, Tensor) or logits.ndim != 4 or not logits.is_floating_point():
+        form = f"{logits.dtype} {list(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+        raise UserError(f"The logits are {form}. Give floats (B, K, H, W), or a Prediction.")
+    size = (logits.shape[2], logits.shape[3])
+    return Prediction(logits, size, (1.0, 1.0), upsample, grid=logits)
+
+
+def _device_and_classes(prediction: Prediction) -> tuple[torch.device, int]:
+    """Return the device of a prediction and its number K of classes."""
+    if prediction.grid is not None:
+        return prediction.grid.device, prediction.grid.shape[1]
+    if prediction.masks is not None:
+        return prediction.masks.shares.device, prediction.masks.shares.shape[2]
+    scores = prediction.scores((1, 1))
+    return scores.device, scores.shape[1]
+
+
+def _check_targets(targets: Tensor, prediction: Prediction, device: torch.device) -> None:
+    """Refuse targets of another shape, type or device than the prediction's.
+
+    Raises:
+        UserError: naming what to give.
+    """
+    if targets.ndim != 3 or targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
+        raise UserError(f"The targets are {targets.dtype} {list(targets.shape)}. Give class ids (B, H, W) of integers.")
+    if targets.device != device:
+        raise UserError(f"The targets are on {targets.device}, and the logits on {device}. Move the targets there.")
+    if prediction.grid is not None and len(prediction.grid) != len(targets):
+        raise UserError(f"There are {len(prediction.grid)} logits and {len(targets)} targets. Give one for each image.")
+
+
+@contextmanager
+def _of_a_call() -> Iterator[None]:
+    """Turn the config keys in an error into names of arguments."""
+    try:
+        yield
+    except UserError as error:
+        message = str(error).replace("loss.criterion.", "").replace("loss.weights=", "scheme=")
+        raise UserError(message) from error

@@ -1,0 +1,212 @@
+"""Scores of predictions as functions of tensors, computed in integers and float64."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dinoseg.metrics import calibration, surface
+from dinoseg.metrics.confusion import ConfusionMatrix
+from dinoseg.metrics.region_boundary import object_scores
+from dinoseg.utils.errors import UserError
+
+
+def mean_iou(predictions: Tensor, targets: Tensor, num_classes: int, *, ignore_index: int = 255) -> float:
+    """Return the mean IoU over the classes in predictions or targets; NaN if no pixel counts.
+
+    All pixels count together. For a dataset, update a `ConfusionMatrix` with each batch instead.
+
+    Args:
+        predictions: class ids (B, H, W) or (H, W), of any integer type.
+        targets: class ids of the same shape.
+        num_classes: K.
+        ignore_index: target of pixels that do not count.
+
+    Raises:
+        UserError: a target is neither a class nor `ignore_index`.
+        ValueError: the shapes differ, or a tensor is not of an integer type.
+
+    Example:
+        >>> import torch
+        >>> from dinoseg.metrics import mean_iou
+        >>> mean_iou(torch.tensor([[0, 1]]), torch.tensor([[0, 0]]), num_classes=2)
+        0.25
+    """
+    return _score("miou", predictions, targets, num_classes, ignore_index)
+
+
+def mean_dice(predictions: Tensor, targets: Tensor, num_classes: int, *, ignore_index: int = 255) -> float:
+    """Return the mean Dice coefficient over the classes in predictions or targets; see `mean_iou`.
+
+    Example:
+        >>> import torch
+        >>> from dinoseg.metrics import mean_dice
+        >>> round(mean_dice(torch.tensor([[0, 1]]), torch.tensor([[0, 0]]), num_classes=2), 4)
+        0.3333
+    """
+    return _score("dice", predictions, targets, num_classes, ignore_index)
+
+
+def pixel_accuracy(predictions: Tensor, targets: Tensor, num_classes: int, *, ignore_index: int = 255) -> float:
+    """Return the share of labelled pixels whose predicted class is the target's; see `mean_iou`.
+
+    Example:
+        >>> import torch
+        >>> from dinoseg.metrics import pixel_accuracy
+        >>> pixel_accuracy(torch.tensor([[0, 1]]), torch.tensor([[0, 0]]), num_classes=2)
+        0.5
+    """
+    return _score("accuracy", predictions, targets, num_classes, ignore_index)
+
+
+def region_and_boundary(
+    prediction: Tensor, target: Tensor, num_objects: int, *, void: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return DAVIS's region similarity J and boundary measure F of each object of a frame, (G,) float64.
+
+    Args:
+        prediction: object ids (H, W) of any integer type: 1..G, anything else is background.
+        target: object ids (H, W) in the same form.
+        num_objects: G, at most 255.
+        void: (H, W) bool, True where a pixel is background in both; None: nowhere.
+
+    Raises:
+        ValueError: the maps differ in size, or there are more than 255 objects.
+
+    Example:
+        >>> import torch
+        >>> from dinoseg.metrics import region_and_boundary
+        >>> ids = torch.zeros(16, 16, dtype=torch.uint8)
+        >>> ids[4:12, 4:12] = 1
+        >>> region_and_boundary(ids, ids, 1)
+        (tensor([1.], dtype=torch.float64), tensor([1.], dtype=torch.float64))
+    """
+    hidden = None if void is None else _array(void)
+    region, boundary = object_scores(_array(target), _array(prediction), num_objects, hidden)
+    return torch.from_numpy(region.copy()), torch.from_numpy(boundary.copy())
+
+
+def boundary_iou(prediction: Tensor, target: Tensor, num_classes: int, *, ratio: float = 0.02) -> Tensor:
+    """Return the Boundary IoU (B. Cheng et al., 2021) of each class of an image, (K,) float64; NaN without pixels.
+
+    Args:
+        prediction: class ids (H, W) of any integer type.
+        target: class ids (H, W).
+        num_classes: K.
+        ratio: width of the boundary bands, as a share of the image diagonal.
+
+    Raises:
+        ValueError: the maps differ in size.
+
+    Example:
+        >>> import torch
+        >>> from dinoseg.metrics import boundary_iou
+        >>> ids = torch.zeros(16, 16, dtype=torch.uint8)
+        >>> ids[4:12, 4:12] = 1
+        >>> boundary_iou(ids, ids, 2)
+        tensor([1., 1.], dtype=torch.float64)
+    """
+    both, either = surface.boundary_ious(_array(target), _array(prediction), range(num_classes), ratio).T
+    return _ratio(both, either)
+
+
+def surface_dice(prediction: Tensor, target: Tensor, num_classes: int, *, tolerance: float) -> Tensor:
+    """Return the normalised surface Dice (NSD) of each class of an image, (K,) float64; NaN for absent classes.
+
+    Args:
+        prediction: class ids (H, W) of any integer type.
+        target: class ids (H, W).
+        num_classes: K.
+        tolerance: distance in pixels up to which outlines agree, at least 0.
+
+    Raises:
+        ValueError: the maps differ in size, or the tolerance is invalid.
+
+    Example:
+        >>> import torch
+        >>> from dinoseg.metrics import surface_dice
+        >>> ids = torch.zeros(16, 16, dtype=torch.uint8)
+        >>> ids[4:12, 4:12] = 1
+        >>> surface_dice(ids, ids.roll(1, 0), 2, tolerance=1.0)
+        tensor([1., 1.], dtype=torch.float64)
+    """
+    near, total = surface.surface_counts(_array(target), _array(prediction), range(num_classes), tolerance).T
+    return _ratio(near, total)
+
+
+def expected_calibration_error(
+    logits: Tensor, targets: Tensor, *, ignore_index: int = 255, temperature: float = 1.0
+) -> float:
+    """Return the expected calibration error (C. Guo et al., 2017) over 15 bins of the confidence; NaN without pixels.
+
+    Args:
+        logits: (B, K, H, W).
+        targets: (B, H, W) class ids.
+        ignore_index: target of pixels that do not count.
+        temperature: divisor of the logits.
+
+    Raises:
+        UserError: the shapes do not fit, or a target is not a class.
+
+    Example:
+        >>> import torch
+        >>> from dinoseg.metrics import expected_calibration_error
+        >>> expected_calibration_error(torch.zeros(1, 2, 4, 4), torch.zeros(1, 4, 4, dtype=torch.uint8))
+        0.5
+    """
+    found = calibration.reliability(*_labelled(logits, targets, ignore_index), temperature).ece
+    return float("nan") if found is None else found
+
+
+def fit_temperature(logits: Tensor, targets: Tensor, *, ignore_index: int = 255) -> float:
+    """Return the temperature in 0.01..100 by which logits must be divided to maximise the likelihood of the targets.
+
+    Args:
+        logits: (B, K, H, W).
+        targets: (B, H, W) class ids.
+        ignore_index: target of pixels that do not count.
+
+    Raises:
+        UserError: the shapes do not fit, or a target is not a class.
+        ValueError: there are no pixels, or there is only one class.
+
+    Example:
+        >>> import torch
+        >>> from dinoseg.metrics import fit_temperature
+        >>> logits = torch.tensor([[[[4.0, 4.0, 4.0, 4.0]], [[0.0, 0.0, 0.0, 0.0]]]])
+        >>> round(fit_temperature(logits, torch.tensor([[[0, 0, 0, 1]]])), 2)
+        3.64
+    """
+    return calibration.fit_temperature(*_labelled(logits, targets, ignore_index))
+
+
+def _score(name: str, predictions: Tensor, targets: Tensor, num_classes: int, ignore_index: int) -> float:
+    matrix = ConfusionMatrix(num_classes, ignore_index)
+    matrix.update(predictions, targets)
+    found = matrix.compute()[name]
+    return float("nan") if found is None else found
+
+
+def _labelled(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the logits (N, K) and ids (N,) of labelled pixels."""
+    if logits.ndim != 4 or targets.shape != (len(logits), *logits.shape[2:]):
+        raise UserError(
+            f"Logits {list(logits.shape)} and targets {list(targets.shape)} do not fit. Give (B, K, H, W) and "
+            "(B, H, W)."
+        )
+    rows, ids = logits.detach().movedim(1, -1).flatten(0, 2), targets.flatten().long()
+    known = ids != ignore_index
+    rows, ids = rows[known], ids[known]
+    if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < rows.shape[1]:
+        raise UserError(
+            f"Some targets are not classes: give ids below {rows.shape[1]}, or {ignore_index} for no label."
+        )
+    return _array(rows.double()), _array(ids)
+
+
+def _ratio(part: np.ndarray, whole: np.ndarray) -> Tensor:
+    """Return part / whole, and NaN where the whole is 0."""
+    return torch.from_numpy(np.divide(part, whole, out=np.full(len(part), np.nan), where=whole > 0))
+
+
+def _array(values: Tensor) -> np.ndarray:
+    return values.detach().cpu().numpy()

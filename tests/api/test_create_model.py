@@ -1,0 +1,310 @@
+"""Models for a caller's own loop: logits with gradients, parameter groups, one file, copies and modes."""
+
+import copy
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from tiny_parts import BACKBONES
+from torch import nn
+
+import dinoseg
+from dinoseg.core.shapes import MaskOutputs, Prediction
+from dinoseg.losses import cross_entropy_loss, mask_classification_loss
+from dinoseg.training.optim import parameter_groups
+from dinoseg.utils.errors import UserError
+
+pytestmark = pytest.mark.slow
+TINY = {
+    "backbone.patch_size": 8,
+    "backbone.arch": {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 48},
+}
+QUERIES = {"head.num_queries": 5, "head.blocks": 1}
+KINDS = {
+    "frozen": {},
+    "full": {"adapter": "full", "head": "mlp"},
+    "lora": {"adapter": "lora", "head": "linear", "adapter.dropout": 0.5},
+    "last blocks": {"adapter": "last_blocks", "adapter.blocks": 1, "head": "cnn"},
+    "queries": {"adapter": "full", "head": "eomt", **QUERIES},
+    "reduced": {"adapter": "full", "resolution": {"scale": 0.5, "longest": 40}},
+}
+QUICK = ("lora", "queries")
+
+
+def tiny(**overrides):
+    return dinoseg.create_model("tiny", **{"classes": ["dark", "bright", "red"], **TINY, **overrides})
+
+
+def images(height=33, width=50, seed=0):
+    return torch.randint(0, 256, (2, 3, height, width), generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
+
+
+def same(one, other):
+    states = one.state_dict(), other.state_dict()
+    return list(states[0]) == list(states[1]) and all(map(torch.equal, *(state.values() for state in states)))
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(kind, marks=() if kind in QUICK else pytest.mark.heavy) for kind in KINDS],
+)
+def model(request):
+    made = tiny(**KINDS[request.param])
+    for value in made.parameters():
+        if value.requires_grad:
+            nn.init.normal_(value, std=0.1, generator=torch.Generator().manual_seed(1))
+    return made
+
+
+def test_logits_are_those_of_the_inner_model_at_the_size_of_the_images(model):
+    model.eval()
+    for pixels in (images(), images() / 255):
+        logits = model(pixels)
+        assert logits.shape == (2, 3, 33, 50) and torch.equal(logits, model.logits(pixels))
+        prediction = model(pixels, as_prediction=True)
+        assert isinstance(prediction, Prediction) and torch.equal(prediction.logits(), logits)
+    assert torch.equal(model(images()), model(images() / 255)) and logits.std() > 0
+    logits.softmax(1)[:, 1].sum().backward()
+    trained = [value for value in model.parameters() if value.requires_grad]
+    assert trained and any(value.grad is not None and value.grad.abs().sum() > 0 for value in trained)
+    assert all(value.grad is None for value in model.parameters() if not value.requires_grad)
+    model.zero_grad()
+
+
+def test_a_model_comes_back_from_its_file_equal_to_the_bit(model, tmp_path):
+    model.eval()
+    file = tmp_path / "deeper" / "model.safetensors"
+    model.save(file)
+    back = dinoseg.load(file, device="cpu")
+    assert type(back) is dinoseg.Segmenter and isinstance(back, nn.Module) and not back.training
+    assert (back.classes, back.palette, back.num_classes) == (model.classes, model.palette, 3)
+    assert same(back, model) and torch.equal(back(images()), model(images())) and back.file == file
+    assert [name for name, value in back.named_parameters() if value.requires_grad] == [
+        name for name, value in model.named_parameters() if value.requires_grad
+    ]
+    back.save(tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == file.read_bytes()
+    assert groups(back) == groups(model)
+
+
+def groups(model):
+    return [(group["lr"], group["weight_decay"], len(group["params"])) for group in model.trainable_parameters()]
+
+
+def test_copies_are_equal_and_independent(model, tmp_path):
+    model.eval()
+    image = np.random.default_rng(0).integers(0, 256, (40, 60, 3)).astype(np.uint8)
+    model.save(tmp_path / "model.safetensors")
+    for each in (model, dinoseg.load(tmp_path / "model.safetensors", device="cpu")):
+        for again in (copy.deepcopy(each), pickle.loads(pickle.dumps(each))):
+            assert same(again, each) and torch.equal(again(images()), each(images()))
+            assert repr(again) == repr(each) and groups(again) == groups(each)
+            before = each.predict(image).probabilities
+            with torch.no_grad():
+                next(value for value in again.parameters() if value.requires_grad).add_(1)
+            assert (each.predict(image).probabilities == before).all() and not same(again, each)
+            assert again.runtime.predictor.model is again.model
+
+
+def test_a_state_dict_goes_into_another_model(model):
+    other = copy.deepcopy(model)
+    for value in other.parameters():
+        nn.init.zeros_(value)
+    other.load_state_dict(model.state_dict())
+    assert same(other, model)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        other.load_state_dict({})
+
+
+def test_groups_hold_each_trained_parameter_once_with_the_configs_rates(model):
+    found = model.trainable_parameters()
+    ids = [id(value) for group in found for value in group["params"]]
+    assert sorted(ids) == sorted(id(value) for value in model.parameters() if value.requires_grad)
+    config = model._config
+    rates = {"lr": config["head"]["lr"], "backbone_lr": config["adapter"].get("lr"), "weight_decay": 0.01}
+    expected = parameter_groups(model.model, **rates)
+    assert [(group["lr"], group["weight_decay"]) for group in found] == [
+        (group["lr"], group["weight_decay"]) for group in expected
+    ]
+    torch.optim.SGD(found, momentum=0.9)
+
+
+def test_a_model_learns_in_a_plain_loop_and_predicts_between_steps(model):
+    model = copy.deepcopy(model).train()
+    optimizer = torch.optim.AdamW([{**group, "lr": 1e-2} for group in model.trainable_parameters()])
+    mask = (images()[:, 0] > 128).to(torch.uint8)
+    losses, dropout = [], [part for part in model.modules() if isinstance(part, nn.Dropout) and part.training]
+    for _ in range(4):
+        prediction = model(images(), as_prediction=True)
+        of_masks = isinstance(prediction.outputs, MaskOutputs)
+        torch.manual_seed(0)
+        loss = (mask_classification_loss if of_masks else cross_entropy_loss)(prediction, mask)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        model.predict(np.zeros((16, 16, 3), np.uint8))
+        assert model.training and all(part.training for part in dropout)
+    assert losses[-1] < losses[0]
+
+
+def test_frozen_modules_stay_in_eval_mode():
+    model = tiny(adapter="lora", **{"adapter.blocks": 1})
+    assert model.training and model.head.training and model.train() is model
+    blocks = model.backbone.blocks
+    assert not any(part.training for part in blocks[0].modules()) and blocks[-1].training
+    frozen = tiny()
+    assert frozen.training and not any(part.training for part in frozen.backbone.modules())
+    assert not frozen.eval().head.training
+
+
+def test_prediction_in_train_mode_is_that_of_eval_mode():
+    model = tiny(adapter="lora", head="mlp", **{"adapter.dropout": 0.9})
+    image = np.random.default_rng(0).integers(0, 256, (40, 60, 3)).astype(np.uint8)
+    one, other = model.train().predict(image), model.eval().predict(image)
+    assert (one.probabilities == other.probabilities).all() and (one.mask == other.mask).all()
+
+
+def test_a_seed_decides_the_weights_and_the_callers_random_state_is_unchanged(tmp_path):
+    state = torch.get_rng_state()
+    models = [tiny(), tiny(), tiny(seed=1)]
+    models[0].trainable_parameters()
+    models[0].save(tmp_path / "model.safetensors")
+    assert torch.equal(torch.get_rng_state(), state)
+    assert same(*models[:2]) and not same(*models[1:])
+
+
+def test_maps_are_those_that_the_head_reads():
+    model = tiny(**{"head.layers": [0, 1, 0]})
+    maps = model.features(images(33, 50))
+    assert [part.shape for part in maps] == [(2, 24, 5, 7)] * 3 and torch.equal(maps[0], maps[2])
+
+
+def test_classes_by_number_name_or_dataset():
+    assert dinoseg.create_model("rgb", num_classes=2).classes == ("class_0", "class_1")
+    assert dinoseg.create_model("rgb", data="camvid").num_classes == 11
+    red = dinoseg.create_model("rgb", classes=["a", "b"], num_classes=2, **{"data.palette": [[0, 0, 0], [255, 0, 0]]})
+    assert red.palette == ((0, 0, 0), (255, 0, 0)) and red.ignore_index == 255
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "has no classes. Give num_classes=2"),
+        ({"num_classes": 0}, "num_classes=0: give a whole number from 1 to 255"),
+        ({"num_classes": 3, "classes": ["a"]}, "num_classes=3, but classes has 1 names"),
+        ({"classes": "ab"}, "is one text"),
+        ({"classes": ["a", "a"]}, "classes names a more than once"),
+        ({"num_classes": 2, "head": "slots"}, "head of slots"),
+        ({"num_classes": 2, "backbone": "dinov3_vits61"}, "backbone=dinov3_vits61 is unknown. Did you mean"),
+        (
+            {"num_classes": 2, "weights": "nowhere.safetensors"},
+            "^weights=nowhere.safetensors: file or folder not found",
+        ),
+        ({"num_classes": 2, "head.layers": [99]}, "layers=.99.: this backbone has"),
+        ({"num_classes": 2, "nonsense": 1}, "nonsense is not a key of the config"),
+    ],
+)
+def test_mistakes_are_refused(arguments, message):
+    with pytest.raises(UserError, match=message):
+        dinoseg.create_model(**{"backbone": "tiny_surgical", **arguments})
+
+
+@pytest.mark.parametrize("pixels", [torch.zeros(3, 8, 8), torch.zeros(1, 4, 8, 8), torch.zeros(1, 3, 8, 8).long()])
+def test_images_of_another_form_are_refused(pixels):
+    model = dinoseg.create_model("rgb", num_classes=2)
+    for call in (model, model.logits, model.features):
+        with pytest.raises(UserError, match=r"Give \(B, 3, H, W\)|Give uint8, or floats"):
+            call(pixels)
+
+
+def test_the_text_of_a_model_is_one_line():
+    text = repr(tiny(adapter="lora", head="mlp"))
+    assert text.startswith("dinoseg.Segmenter(tiny, adapter=lora, head=mlp; 3 classes: dark, bright, red; ")
+    assert text == str(tiny(adapter="lora", head="mlp")) and "\n" not in text and "trainable" in text
+
+
+def test_weights_come_from_the_option_or_from_a_file(tmp_path):
+    whole = dinoseg.create_model("tiny_surgical", num_classes=2)
+    random = dinoseg.create_model("tiny_surgical", num_classes=2, weights="random")
+    assert not same(whole.backbone, random.backbone)
+    torch.save({}, tmp_path / "other.pth")
+    with pytest.raises(UserError, match="^weights="):
+        dinoseg.create_model("tiny_surgical", num_classes=2, weights=tmp_path / "other.pth")
+
+
+def test_a_folder_with_a_card_is_read_back(tmp_path):
+    model = tiny()
+    model.save_pretrained(tmp_path / "mine")
+    assert {path.name for path in (tmp_path / "mine").iterdir()} == {"README.md", "model.safetensors"}
+    assert "# mine" in (tmp_path / "mine/README.md").read_text()
+    for back in (
+        dinoseg.Model.from_pretrained(tmp_path / "mine"),
+        dinoseg.Segmenter.from_pretrained(tmp_path / "mine"),
+    ):
+        assert type(back) is dinoseg.Segmenter and same(back, model)
+
+
+def test_weights_of_a_restricted_licence_need_a_word(tmp_path):
+    packaged = dinoseg.create_model("tiny_surgical", num_classes=2, adapter="lora")
+    packaged.save(tmp_path / "delta.safetensors", delta=True)
+    whole = dinoseg.load(tmp_path / "delta.safetensors", device="cpu")
+    assert whole.facts.delta and same(whole, packaged)
+    whole.facts = dinoseg.load(tmp_path / "delta.safetensors", device="cpu").facts
+    whole.facts.backbone.update(gated=True, licence="DINOv3 License")
+    with pytest.raises(UserError, match="DINOv3 License.*: delta=True. Or.*: gated=True"):
+        whole.save(tmp_path / "refused.safetensors")
+    assert not (tmp_path / "refused.safetensors").exists()
+    whole.save(tmp_path / "whole.safetensors", gated=True)
+    assert same(dinoseg.load(tmp_path / "whole.safetensors", device="cpu"), packaged)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("family", BACKBONES)
+def test_each_family_of_backbones_is_created_saved_and_copied(family, tmp_path):
+    option, small = BACKBONES[family]
+    keys = {f"backbone.{key}": value for key, value in small.items()}
+    model = dinoseg.create_model(option, num_classes=2, weights="random", adapter="full", head="mlp", **keys).eval()
+    model.save(tmp_path / "model.safetensors")
+    back = dinoseg.load(tmp_path / "model.safetensors", device="cpu")
+    for again in (back, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(again(images(40, 48)), model(images(40, 48)))
+    model.predict(np.zeros((32, 32, 3), np.uint8))  # in inference mode, after which gradients still reach everything
+    model.train()(images(40, 48)).sum().backward()
+
+
+def test_a_loop_of_lightnings_kind_takes_a_model():
+    """A stand-in for Lightning: a module that holds the model, moves it, and toggles its modes."""
+
+    class Module(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = tiny(adapter="full")
+
+        def training_step(self, batch):
+            return cross_entropy_loss(self.model(batch["image"]), batch["mask"])
+
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.model.trainable_parameters())
+
+    module = Module().to("cpu").train()
+    optimizer = module.configure_optimizers()
+    loss = module.training_step({"image": images(), "mask": torch.zeros(2, 33, 50, dtype=torch.uint8)})
+    loss.backward()
+    optimizer.step()
+    assert not module.eval().model.training and {"model.model.head.classify.weight"} <= module.state_dict().keys()
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("adapter", ["qlora", "lora_8bit"])
+def test_a_quantised_model_is_saved_in_float32_and_can_be_used_afterwards(adapter, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    arch = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    keys = {**TINY, "backbone.arch": arch, "engine.device": "cpu"}
+    model = dinoseg.create_model("tiny", adapter=adapter, head="mlp", num_classes=2, **keys).eval()
+    before = model(images())
+    model.save(tmp_path / "model.safetensors")
+    assert torch.equal(model(images()), before)
+    back = dinoseg.load(tmp_path / "model.safetensors", device="cpu")
+    assert torch.allclose(back(images()), before, atol=0.05 * float(before.detach().abs().max()))

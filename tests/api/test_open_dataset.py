@@ -1,0 +1,92 @@
+"""Datasets for a caller's own DataLoader: items, labels, workers and mistakes."""
+
+import pickle
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from making import save
+from torch.utils.data import DataLoader
+
+import dinoseg
+from dinoseg.utils.errors import UserError
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    folder, rng = tmp_path_factory.mktemp("pairs"), np.random.default_rng(0)
+    for split, names in (("train", "abcde"), ("val", "x")):
+        for name in names:
+            save(folder / split / "images" / f"{name}.png", rng.integers(0, 256, (20, 30, 3)))
+            save(folder / split / "masks" / f"{name}.png", rng.choice([0, 1, 255], (20, 30)))
+    return folder
+
+
+def crop(item):
+    """Return the top left of an item, at module level so that workers can import it."""
+    return {**item, "image": item["image"][:, :8, :8], "mask": item["mask"][:8, :8], "seen": True}
+
+
+def test_items_are_images_masks_and_names(root):
+    data = dinoseg.open_dataset(root=root, classes=["ground", "leaf"])
+    assert (len(data), data.num_classes, data.classes, data.ignore_index) == (5, 2, ("ground", "leaf"), 255)
+    assert len(data.palette) == 2 and data.names == tuple("abcde") and "5 items, 2 classes" in repr(data)
+    item = data[0]
+    assert item["image"].shape == (3, 20, 30) and item["image"].dtype == item["mask"].dtype == torch.uint8
+    assert item["mask"].shape == (20, 30) and {*item["mask"].unique().tolist()} == {0, 1, 255} and item["name"] == "a"
+    assert data[-1]["name"] == "e" and [each["name"] for each in data] == [*"abcde"]
+    with pytest.raises(IndexError):
+        data[5]
+    assert len(dinoseg.open_dataset(root=root, classes=["ground", "leaf"], split="val")) == 1
+
+
+def test_a_transform_and_keys_of_the_config(root):
+    options = {"palette": [[0, 0, 0], [9, 9, 9]], "reader": {"masks": {"ids": {0: 1, 1: 0}}}}
+    data = dinoseg.open_dataset(root=root, classes=["leaf", "ground"], transform=crop, **options)
+    assert data[0]["seen"] and data[0]["image"].shape == (3, 8, 8) and data.palette[1] == (9, 9, 9)
+    plain = dinoseg.open_dataset(root=root, classes=["ground", "leaf"], transform=crop)
+    assert torch.equal(data[0]["mask"] == 0, plain[0]["mask"] == 1)
+
+
+def test_a_class_file_in_the_folder_names_the_classes(root, tmp_path):
+    for split in ("train", "val"):
+        (tmp_path / split).symlink_to(root / split)
+    (tmp_path / "classes.yaml").write_text("classes: [soil, plant]\n")
+    assert dinoseg.open_dataset(root=tmp_path).classes == ("soil", "plant")
+
+
+def test_nothing_is_written(root, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    dinoseg.open_dataset(root=root, classes=["ground", "leaf"])[0]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("method", [pytest.param("spawn", marks=pytest.mark.heavy), "fork"])
+def test_workers_of_a_loader_read_it(root, method):
+    data = dinoseg.open_dataset(root=root, classes=["ground", "leaf"], transform=crop)
+    again = pickle.loads(pickle.dumps(data))
+    assert torch.equal(again[2]["image"], data[2]["image"]) and again.classes == data.classes
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
+        batches = list(DataLoader(data, batch_size=2, num_workers=2, multiprocessing_context=method))
+    assert [batch["image"].shape for batch in batches] == [(2, 3, 8, 8), (2, 3, 8, 8), (1, 3, 8, 8)]
+    assert [name for batch in batches for name in batch["name"]] == [*"abcde"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"root": "nowhere"}, "nowhere"),
+        ({"name": "foldr"}, "data=foldr is unknown. Did you mean data=folder"),
+        ({"split": "training"}, "split=training is unknown. Choose one of train, val, test"),
+        ({"classes": None}, "classes is not set|classes are not set"),
+        ({"classes": ["only"]}, "1"),
+        ({"nonsense": 1}, "data.nonsense is not a key"),
+    ],
+)
+def test_mistakes_are_refused(root, arguments, message):
+    with pytest.raises(UserError, match=message):
+        [*dinoseg.open_dataset(**{"root": root, "classes": ["ground", "leaf"], **arguments})]

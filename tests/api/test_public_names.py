@@ -1,0 +1,63 @@
+"""The public names of `import dinoseg`: documented with examples that run, visible to editors, and cheap to import."""
+
+import ast
+import doctest
+import inspect
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+import dinoseg
+
+HEAVY = ("torch", "hydra", "omegaconf", "numpy", "PIL", "yaml")
+UNDOCUMENTED = ("__version__", "losses", "metrics")  # a text, and packages whose names are documented
+PUBLIC = [
+    *((dinoseg, name) for name in dinoseg.__all__ if name not in UNDOCUMENTED),
+    *((package, name) for package in (dinoseg.losses, dinoseg.metrics) for name in package.__all__),
+]
+
+
+def test_an_import_is_cheap():
+    code = f"import sys, dinoseg, dinoseg.losses, dinoseg.metrics; print({{*{HEAVY}}} & {{*sys.modules}})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+def test_errors_need_no_torch():
+    code = "import sys, dinoseg; dinoseg.UserError; dinoseg.list_heads(); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("package", [dinoseg, dinoseg.losses, dinoseg.metrics], ids=lambda each: each.__name__)
+def test_names_are_listed_and_seen_by_editors(package):
+    source = ast.parse(Path(package.__file__).read_text(encoding="utf-8"))
+    blocks = [node for node in source.body if isinstance(node, ast.If)]
+    seen = [alias.name for node in ast.walk(blocks[0]) if isinstance(node, ast.ImportFrom) for alias in node.names]
+    assert sorted(seen) == sorted({*package.__all__} - {"__version__"})
+    assert {*package.__all__} <= {*dir(package)} and package.__all__ == sorted(package.__all__)
+    assert all(getattr(package, name) is not None for name in package.__all__)
+    with pytest.raises(AttributeError, match="has no attribute 'create_modle'"):
+        package.create_modle  # noqa: B018
+
+
+def test_the_help_of_the_package_names_what_is_public():
+    for name in {*dinoseg.__all__} - {"__version__", "Segmentation", "SegmentationDataset"}:
+        assert name in dinoseg.__doc__, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("package", "name"), PUBLIC, ids=[name for _, name in PUBLIC])
+def test_a_public_name_has_a_docstring_with_an_example_that_runs(package, name, monkeypatch, tmp_path):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    value = getattr(package, name)
+    text = inspect.getdoc(value)
+    assert text and text[0].isupper() and text.splitlines()[0].endswith(".")
+    tests = doctest.DocTestFinder(recurse=False).find(value, name, module=import_module(value.__module__), globs={})
+    assert "Example:" in text and tests and tests[0].examples
+    found = []
+    doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(tests[0], out=found.append)
+    assert not found, "".join(found)

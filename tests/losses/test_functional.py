@@ -1,0 +1,149 @@
+"""Losses on tensors: equal to references in float64, to those of torch, and to the classes of a training."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dinoseg.core.shapes import Batch, MaskOutputs, Prediction, WeightedMasks
+from dinoseg.losses import (
+    compute_class_weights,
+    cross_entropy_loss,
+    dice_loss,
+    focal_loss,
+    lovasz_loss,
+    mask_classification_loss,
+    tversky_loss,
+)
+from dinoseg.losses.mask_classification import MaskClassification
+from dinoseg.utils.errors import UserError
+
+WEIGHTS = [0.5, 2.0, 1.0]
+LOSSES = (cross_entropy_loss, focal_loss, dice_loss, tversky_loss, lovasz_loss)
+
+
+@pytest.fixture
+def batch():
+    rng = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 3, 9, 11, dtype=torch.float64, generator=rng)
+    targets = torch.randint(0, 3, (2, 9, 11), generator=rng)
+    targets[:, :2] = 255
+    return logits, targets
+
+
+def overlap(logits, targets, alpha, beta, weights):
+    """Return the Tversky loss by its definition."""
+    known = targets != 255
+    shares, total, norm = logits.softmax(1).movedim(1, -1)[known], 0.0, 0.0
+    for k, weight in enumerate(weights):
+        truth, share = (targets[known] == k).double(), shares[:, k]
+        hits, false, missed = (share * truth).sum(), (share * (1 - truth)).sum(), ((1 - share) * truth).sum()
+        total, norm = total + weight * (1 - hits / (hits + alpha * false + beta * missed)), norm + weight
+    return total / norm
+
+
+@pytest.mark.parametrize("weights", [None, WEIGHTS])
+def test_values_are_those_of_their_definitions(batch, weights):
+    logits, targets = batch
+    known, of_class = targets != 255, torch.tensor(weights or [1.0] * 3, dtype=torch.float64)
+    given = {"class_weights": weights}
+    expected = F.cross_entropy(logits, targets, of_class, ignore_index=255)
+    assert cross_entropy_loss(logits, targets, **given).item() == pytest.approx(expected.item(), abs=1e-12)
+    smooth = F.cross_entropy(logits, targets, of_class, ignore_index=255, label_smoothing=0.2)
+    assert cross_entropy_loss(logits, targets, label_smoothing=0.2, **given).item() == pytest.approx(smooth.item())
+    costs = F.cross_entropy(logits, targets, ignore_index=255, reduction="none")[known]
+    of_pixel = of_class[targets[known]]
+    focal = (of_pixel * (1 - (-costs).exp()) ** 2 * costs).sum() / of_pixel.sum()
+    assert focal_loss(logits, targets, **given).item() == pytest.approx(focal.item(), abs=1e-12)
+    for alpha, beta in ((0.3, 0.7), (1.0, 1.0)):
+        found = tversky_loss(logits, targets, alpha=alpha, beta=beta, **given)
+        assert found.item() == pytest.approx(overlap(logits, targets, alpha, beta, of_class).item(), abs=1e-12)
+    dice = overlap(logits, targets, 0.5, 0.5, of_class)
+    assert dice_loss(logits, targets, **given).item() == pytest.approx(dice.item(), abs=1e-12)
+
+
+def test_hard_pixels_are_those_with_the_highest_loss_of_each_image(batch):
+    logits, targets = batch
+    costs = F.cross_entropy(logits, targets, ignore_index=255, reduction="none").flatten(1)
+    hardest = [row[row > 0].topk(math.ceil(0.25 * int((row > 0).sum()))).values for row in costs]
+    found = cross_entropy_loss(logits, targets, hard_fraction=0.25)
+    assert found.item() == pytest.approx(torch.cat(hardest).mean().item(), abs=1e-12)
+
+
+def test_the_lovasz_extension_of_hard_predictions_is_one_minus_iou():
+    targets = torch.tensor([[[0, 0, 1, 1], [0, 1, 1, 255]]])
+    predicted = torch.tensor([[[0, 1, 1, 1], [0, 0, 1, 1]]])
+    logits = 1e4 * F.one_hot(predicted, 2).movedim(-1, 1).double()
+    # of class 0: 2 of 4, of class 1: 3 of 5 pixels
+    assert lovasz_loss(logits, targets).item() == pytest.approx(1 - (2 / 4 + 3 / 5) / 2)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_gradients_are_right_and_types_do_not_matter(batch, loss):
+    logits, targets = (part[:, ..., :5, :4] for part in batch)
+    logits = logits.clone().requires_grad_()
+    assert torch.autograd.gradcheck(lambda each: loss(each, targets), logits)
+    value = loss(logits, targets)
+    for kind in (torch.uint8, torch.int16, torch.int32):
+        assert torch.equal(loss(logits, targets.to(kind)), value)
+    other = torch.where(targets == 255, -100, targets)
+    assert torch.equal(loss(logits, other, ignore_index=-100), value)
+    assert loss(logits.float(), targets).dtype == torch.float32 == loss(logits.half(), targets).dtype
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_no_label_gives_zero_and_no_gradient(batch, loss):
+    logits = batch[0].clone().requires_grad_()
+    value = loss(logits, torch.full_like(batch[1], 255))
+    value.backward()
+    assert value.item() == 0 and not logits.grad.any()
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_small_logits_are_upsampled_to_the_targets(batch, loss):
+    logits, _ = batch
+    targets = torch.randint(0, 3, (2, 36, 44), generator=torch.Generator().manual_seed(1))
+    large = F.interpolate(logits, scale_factor=4, mode="bilinear")
+    assert loss(logits, targets).item() == pytest.approx(loss(large, targets).item(), abs=1e-9)
+
+
+def test_masks_of_queries_take_the_loss_of_their_training(batch):
+    rng, targets = torch.Generator().manual_seed(0), batch[1]
+    logits, masks = torch.randn(2, 5, 4, generator=rng), torch.randn(2, 5, 9, 11, generator=rng)
+    shares = WeightedMasks(masks, logits.softmax(-1)[..., :3])
+    prediction = Prediction(MaskOutputs(logits, masks), (9, 11), (1.0, 1.0), None, mixture=True, masks=shares)
+    options = {"num_points": 50, "no_object": 0.2}
+    torch.manual_seed(0)
+    found = mask_classification_loss(prediction, targets, class_weights=WEIGHTS, **options)
+    torch.manual_seed(0)
+    criterion = MaskClassification(torch.tensor(WEIGHTS), **options)
+    assert torch.equal(found, criterion(prediction, Batch(targets, targets, ["a", "b"]))[0])
+    assert cross_entropy_loss(prediction, targets).item() > 0
+    with pytest.raises(UserError, match="as_prediction=True"):
+        mask_classification_loss(batch[0], targets)
+
+
+def test_weights_from_counts_have_a_mean_of_one():
+    assert compute_class_weights(torch.tensor([100, 300]), "inverse").tolist() == [1.5, 0.5]
+    assert compute_class_weights([5, 0], "none").tolist() == [1, 1]
+    with pytest.raises(UserError, match="^scheme=most is unknown"):
+        compute_class_weights([1, 2], "most")
+
+
+@pytest.mark.parametrize(
+    ("logits", "targets", "options", "message"),
+    [
+        ((2, 3, 4), (2, 4, 4), {}, r"The logits are torch.float32 \[2, 3, 4\]. Give floats"),
+        ((2, 3, 4, 4), (2, 1, 4, 4), {}, r"The targets are torch.int64 \[2, 1, 4, 4\]. Give class ids"),
+        ((2, 3, 4, 4), (1, 4, 4), {}, "There are 2 logits and 1 targets"),
+        ((2, 3, 4, 4), (2, 4, 4), {"class_weights": [1.0]}, r"class_weights has the shape \[1\]. Give one .*: 3"),
+        ((2, 3, 4, 4), (2, 4, 4), {"hard_fraction": 0.0}, "^hard_fraction=0.0: give a fraction"),
+        ((2, 3, 4, 4), (2, 4, 4), {"label_smoothing": 1.0}, "^label_smoothing=1.0: give a number"),
+    ],
+)
+def test_mistakes_are_refused(logits, targets, options, message):
+    with pytest.raises(UserError, match=message):
+        cross_entropy_loss(torch.zeros(logits), torch.zeros(targets, dtype=torch.int64), **options)
+    with pytest.raises(UserError, match="Give class ids"):
+        cross_entropy_loss(torch.zeros(1, 2, 3, 3), torch.zeros(1, 3, 3))

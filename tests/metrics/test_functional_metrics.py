@@ -1,0 +1,93 @@
+"""Scores of tensors: equal to independent counts, and to those of the evaluation."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import accuracy_score, f1_score, jaccard_score
+
+from dinoseg import metrics
+from dinoseg.metrics.region_boundary import object_scores
+from dinoseg.utils.errors import UserError
+
+
+@pytest.fixture
+def ids():
+    rng = torch.Generator().manual_seed(0)
+    targets, predictions = (torch.randint(0, 3, (2, 8, 9), generator=rng) for _ in range(2))
+    targets[:, :2] = 255
+    return predictions, targets
+
+
+def test_overlaps_are_those_of_another_library(ids):
+    predictions, targets = ids
+    known = targets != 255
+    ours, theirs = predictions[known].numpy(), targets[known].numpy()
+    assert metrics.mean_iou(*ids, 3) == pytest.approx(jaccard_score(theirs, ours, average="macro"))
+    assert metrics.mean_dice(*ids, 3) == pytest.approx(f1_score(theirs, ours, average="macro"))
+    assert metrics.pixel_accuracy(*ids, 3) == pytest.approx(accuracy_score(theirs, ours))
+    assert metrics.mean_iou(predictions[0].to(torch.uint8), targets[0].to(torch.uint8), 3) > 0
+    assert math.isnan(metrics.mean_iou(predictions, torch.full_like(targets, 255), 3))
+
+
+def test_a_matrix_adds_up_over_batches(ids):
+    whole, parts = metrics.ConfusionMatrix(3), [metrics.ConfusionMatrix(3) for _ in range(2)]
+    whole.update(*ids)
+    for part, prediction, target in zip(parts, *ids, strict=True):
+        part.update(prediction, target)
+    parts[0].merge(parts[1])
+    assert parts[0].compute() == whole.compute() and whole.compute()["miou"] == metrics.mean_iou(*ids, 3)
+    whole.reset()
+    assert whole.compute()["pixels"] == 0
+
+
+def test_shapes_of_objects_are_scored_as_in_davis():
+    rng = np.random.default_rng(0)
+    target, prediction = (rng.integers(0, 3, (20, 30)).astype(np.uint8) for _ in range(2))
+    ours = metrics.region_and_boundary(torch.from_numpy(prediction), torch.from_numpy(target), 2)
+    theirs = object_scores(target, prediction, 2)
+    assert all(
+        (mine.numpy() == other).all() and mine.dtype == torch.float64 for mine, other in zip(ours, theirs, strict=True)
+    )
+    hidden = torch.ones(20, 30, dtype=torch.bool)
+    nothing = metrics.region_and_boundary(torch.from_numpy(prediction), torch.from_numpy(target), 2, void=hidden)
+    assert all((part == 1).all() for part in nothing)
+
+
+def test_outlines_are_scored_by_class():
+    target = torch.zeros(32, 32, dtype=torch.uint8)
+    target[8:24, 8:24] = 1
+    moved = target.roll(2, 0)
+    near = metrics.surface_dice(moved, target, 3, tolerance=2.0)
+    far = metrics.surface_dice(moved, target, 3, tolerance=0.0)
+    assert near[:2].tolist() == [1, 1] and 0 < far[1] < 1 and near[2].isnan()
+    scores = metrics.boundary_iou(moved, target, 3)
+    assert 0 < scores[1] < 1 and scores[2].isnan() and metrics.boundary_iou(target, target, 2).tolist() == [1, 1]
+
+
+def test_calibration_is_that_of_its_definition():
+    rng = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(2, 3, 16, 16, generator=rng)
+    shares = (logits / 2).softmax(1)
+    targets = torch.multinomial(shares.movedim(1, -1).reshape(-1, 3), 1, generator=rng).view(2, 16, 16)
+    targets[:, 0] = 255
+    known = targets != 255
+    confidence, chosen = logits.double().softmax(1).max(1)
+    correct, bins = (chosen == targets)[known].double(), (confidence[known] * 15).ceil() - 1
+    gaps = [(correct - confidence[known])[bins == index].sum().abs() for index in range(15)]
+    expected = float(sum(gaps) / known.sum())
+    assert metrics.expected_calibration_error(logits, targets) == pytest.approx(expected)
+    best = metrics.fit_temperature(logits, targets)
+    assert 1.4 < best < 2.8
+    assert metrics.expected_calibration_error(logits, targets, temperature=best) < expected
+    assert math.isnan(metrics.expected_calibration_error(logits, torch.full_like(targets, 255)))
+
+
+def test_mistakes_are_refused(ids):
+    with pytest.raises(UserError, match="do not fit"):
+        metrics.expected_calibration_error(torch.zeros(1, 2, 4, 4), torch.zeros(1, 5, 4).long())
+    with pytest.raises(UserError, match="Some targets are not classes: give ids below 2, or 255"):
+        metrics.fit_temperature(torch.zeros(1, 2, 2, 2), torch.full((1, 2, 2), 7))
+    with pytest.raises(UserError, match="outside 0..1"):
+        metrics.mean_iou(*ids, 2)
