@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from multiprocessing import connection, get_context, set_start_method
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -147,8 +148,9 @@ def run_ranks(cfg: DictConfig, out_dir: Path, devices: int) -> Any:
         for rank in range(devices)
     ]
     try:
-        for rank in ranks:
-            rank.start()
+        with _without_script():
+            for rank in ranks:
+                rank.start()
         sending.close()
         with passed_on([rank.pid for rank in ranks if rank.pid]):
             result = _watch(ranks, receiving)
@@ -157,6 +159,17 @@ def run_ranks(cfg: DictConfig, out_dir: Path, devices: int) -> Any:
             if rank.is_alive():
                 rank.kill()
     return result
+
+
+@contextmanager
+def _without_script() -> Iterator[None]:
+    """Hide the main module while ranks start: they need nothing of it, and would run a caller's script once more."""
+    script = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = script
 
 
 def _watch(ranks: Sequence[BaseProcess], receiving: Any) -> Any:
