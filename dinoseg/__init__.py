@@ -1,13 +1,38 @@
 """Segmentation with DINO backbones, trained from Hydra configs; `load` loads a trained model without a config."""
 
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dinoseg.api.modes import compare, evaluate, predict, score, track, train
+    from dinoseg.api.results import Comparison, Results, Scores
+    from dinoseg.api.runs import Run
     from dinoseg.export.runtime.load import load
     from dinoseg.export.runtime.model import Model
+    from dinoseg.utils.errors import UserError
 
-__all__ = ["Model", "__version__", "load"]
+_PLACES = {  # public name to its module, imported on first access
+    **dict.fromkeys(("compare", "evaluate", "predict", "score", "track", "train"), "dinoseg.api.modes"),
+    **dict.fromkeys(("Comparison", "Results", "Scores"), "dinoseg.api.results"),
+    **{"Run": "dinoseg.api.runs", "UserError": "dinoseg.utils.errors"},
+}
+__all__ = [
+    "Comparison",
+    "Model",
+    "Results",
+    "Run",
+    "Scores",
+    "UserError",
+    "__version__",
+    "compare",
+    "evaluate",
+    "load",
+    "predict",
+    "score",
+    "track",
+    "train",
+]
 
 try:
     __version__ = version("dinoseg")
@@ -16,7 +41,9 @@ except PackageNotFoundError:  # a source tree that is not installed
 
 
 def __getattr__(name: str) -> Any:
-    """Import `load` and `Model` on first access, so that `import dinoseg` stays cheap."""
+    """Import a public name on first access, so that `import dinoseg` stays cheap."""
+    if name in _PLACES:
+        return getattr(import_module(_PLACES[name]), name)
     if name == "load":
         from dinoseg.export.runtime.load import load
 

@@ -25,16 +25,17 @@ LEVELS = (  # a package imports its own level and those below
     ("tasks", "serving"),
     ("autotune",),
     ("modes", "cli"),
+    ("api",),
     ("__main__",),
 )
 LEVEL = {package: level for level, packages in enumerate(LEVELS) for package in packages}
 LEAVES = ("models/backbones", "models/heads", "losses", "metrics", "data", "synthetic")  # none imports another
 SHARED = ("data/annotation", "data/label_tables")  # of data, what other leaves may import
 BUILDERS = ("experiment/builder.py", "experiment/models.py")  # they reach leaves through _target_ only
-WITH_CONFIG = ("config", "experiment", "modes", "cli", "__main__")  # the config ends at their edge
+WITH_CONFIG = ("config", "experiment", "modes", "cli", "api", "__main__")  # the config ends at their edge
 TRACKERS = ("tracking/propagation", "tracking/slots", "tracking/smoothing")  # siblings: none imports another
 DOORS = {  # dependency -> the packages and files that may import it
-    "hydra": ("config", "experiment", "cli", "modes", "__main__"),
+    "hydra": ("config", "experiment", "cli", "modes", "api", "__main__"),
     "omegaconf": WITH_CONFIG,
     "hydra.utils": ("config/nodes",),
     "accelerate": ("training/engine",),
@@ -55,8 +56,13 @@ DOORS = {  # dependency -> the packages and files that may import it
     "optuna": ("cli/sweeps/search",),
     "av": ("data/video/decoder", "inference/video_writer"),
 }
+MODES = ("compare", "evaluate", "predict", "score", "track", "train")  # functions of the public API
 EXCEPTIONS = {
     ("__main__.py", "dinoseg.modes.help.help_for"),  # printed before hydra and torch are imported
+    *(("__init__.py", f"dinoseg.api.modes.{name}") for name in MODES),  # imported on first access
+    *(("__init__.py", f"dinoseg.api.{name}") for name in ("results.Comparison", "results.Results", "results.Scores")),
+    ("__init__.py", "dinoseg.api.runs.Run"),
+    ("__init__.py", "dinoseg.utils.errors.UserError"),
     ("__init__.py", "dinoseg.export.runtime.load.load"),  # dinoseg.load, imported when it is asked for
     ("__init__.py", "dinoseg.export.runtime.model.Model"),  # likewise
 }
@@ -119,7 +125,7 @@ def broken_rules(file, imported):
         yield f"{leaf} imports {others or other}: leaves know nothing of one another, nor of what is made of them"
     if file in BUILDERS and others and not below(imported, ("data/classes",)):  # names and colours, no dataset
         yield f"{file} imports {others}: it names leaves through _target_ only"
-    if (own, other) in (("cli", "modes"), ("__main__", "modes")):
+    if (own, other) in (("cli", "modes"), ("api", "modes"), ("__main__", "modes")):
         yield f"{own} imports {other}: modes are reached through _target_ only"
     tracker, other_tracker = below(file, TRACKERS), below(imported, TRACKERS)
     if tracker and other_tracker and tracker != other_tracker:
@@ -243,6 +249,8 @@ def test_every_package_has_its_level():
         ("experiment/builder.py", "from dinoseg.models import heads", "through _target_ only"),
         ("cli/launch.py", "from dinoseg.modes import train", "through _target_ only"),
         ("__main__.py", "from dinoseg.modes.train import train", "through _target_ only"),
+        ("api/modes.py", "from dinoseg.modes.train import train", "through _target_ only"),
+        ("cli/launch.py", "from dinoseg.api.modes import train", "imports api"),
         ("losses/overlap.py", "from omegaconf import DictConfig", "may import omegaconf"),
         ("training/trainer.py", "import hydra.core.hydra_config", "may import hydra"),
         ("modes/train.py", "from hydra.utils import instantiate", "may import hydra.utils"),

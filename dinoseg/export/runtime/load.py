@@ -4,6 +4,7 @@ import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from os import PathLike
+from pathlib import Path
 
 from dinoseg.export.runtime.model import Model
 from dinoseg.export.runtime.opening import open_model
@@ -50,7 +51,9 @@ def load(
         trust=trust,
     )
     with _collection_paused():
-        return Model(*open_model(path, options))
+        model = Model(*open_model(path, options))
+    model.source = Path(path).expanduser().absolute()
+    return model
 
 
 @contextmanager

@@ -84,6 +84,7 @@ class Model:
         self.runtime = runtime
         self.facts = facts
         self.file = None if file is None else file.absolute()
+        self.source = self.file  # path that names it to the modes: `dinoseg.load` sets its own argument
 
     def __repr__(self) -> str:
         classes = ", ".join(self.facts.classes[:5]) + (", ..." if len(self.facts.classes) > 5 else "")
