@@ -1,4 +1,9 @@
-"""Segmentation with DINO backbones, trained from Hydra configs; `load` loads a trained model without a config."""
+"""Segmentation with DINO backbones, from Python and from the command line.
+
+`train`, `evaluate`, `predict`, `track`, `score` and `compare` do what the modes of the command line do, in this
+process. `load` loads a trained model. Errors that the caller can fix are `UserError`s. Nothing heavy is imported before
+it is used.
+"""
 
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -12,11 +17,16 @@ if TYPE_CHECKING:
     from dinoseg.export.runtime.model import Model
     from dinoseg.utils.errors import UserError
 
-_PLACES = {  # public name to its module, imported on first access
-    **dict.fromkeys(("compare", "evaluate", "predict", "score", "track", "train"), "dinoseg.api.modes"),
-    **dict.fromkeys(("Comparison", "Results", "Scores"), "dinoseg.api.results"),
-    **{"Run": "dinoseg.api.runs", "UserError": "dinoseg.utils.errors"},
+_MODULES = {  # module to the public names that it defines
+    "dinoseg.api.modes": ("compare", "evaluate", "predict", "score", "track", "train"),
+    "dinoseg.api.results": ("Comparison", "Results", "Scores"),
+    "dinoseg.api.runs": ("Run",),
+    "dinoseg.export.runtime.load": ("load",),
+    "dinoseg.export.runtime.model": ("Model",),
+    "dinoseg.utils.errors": ("UserError",),
 }
+_HOMES = {name: module for module, names in _MODULES.items() for name in names}
+
 __all__ = [
     "Comparison",
     "Model",
@@ -42,14 +52,8 @@ except PackageNotFoundError:  # a source tree that is not installed
 
 def __getattr__(name: str) -> Any:
     """Import a public name on first access, so that `import dinoseg` stays cheap."""
-    if name in _PLACES:
-        return getattr(import_module(_PLACES[name]), name)
-    if name == "load":
-        from dinoseg.export.runtime.load import load
-
-        return load
-    if name == "Model":
-        from dinoseg.export.runtime.model import Model
-
-        return Model
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value

@@ -35,7 +35,7 @@ BUILDERS = ("experiment/builder.py", "experiment/models.py")  # they reach leave
 WITH_CONFIG = ("config", "experiment", "modes", "cli", "api", "__main__")  # the config ends at their edge
 TRACKERS = ("tracking/propagation", "tracking/slots", "tracking/smoothing")  # siblings: none imports another
 DOORS = {  # dependency -> the packages and files that may import it
-    "hydra": ("config", "experiment", "cli", "modes", "api", "__main__"),
+    "hydra": WITH_CONFIG,
     "omegaconf": WITH_CONFIG,
     "hydra.utils": ("config/nodes",),
     "accelerate": ("training/engine",),
@@ -56,15 +56,10 @@ DOORS = {  # dependency -> the packages and files that may import it
     "optuna": ("cli/sweeps/search",),
     "av": ("data/video/decoder", "inference/video_writer"),
 }
-MODES = ("compare", "evaluate", "predict", "score", "track", "train")  # functions of the public API
 EXCEPTIONS = {
     ("__main__.py", "dinoseg.modes.help.help_for"),  # printed before hydra and torch are imported
-    *(("__init__.py", f"dinoseg.api.modes.{name}") for name in MODES),  # imported on first access
-    *(("__init__.py", f"dinoseg.api.{name}") for name in ("results.Comparison", "results.Results", "results.Scores")),
-    ("__init__.py", "dinoseg.api.runs.Run"),
-    ("__init__.py", "dinoseg.utils.errors.UserError"),
-    ("__init__.py", "dinoseg.export.runtime.load.load"),  # dinoseg.load, imported when it is asked for
-    ("__init__.py", "dinoseg.export.runtime.model.Model"),  # likewise
+    # public names, which editors see and which are imported on first access
+    *(("__init__.py", f"{module}.{name}") for module, names in dinoseg._MODULES.items() for name in names),
 }
 ASK_OTHERS = (  # files that use hasattr, on objects of other libraries, of users or of the operating system
     "autotune/step_bytes",
@@ -125,7 +120,7 @@ def broken_rules(file, imported):
         yield f"{leaf} imports {others or other}: leaves know nothing of one another, nor of what is made of them"
     if file in BUILDERS and others and not below(imported, ("data/classes",)):  # names and colours, no dataset
         yield f"{file} imports {others}: it names leaves through _target_ only"
-    if (own, other) in (("cli", "modes"), ("api", "modes"), ("__main__", "modes")):
+    if other == "modes" and own in ("cli", "api", "__main__"):
         yield f"{own} imports {other}: modes are reached through _target_ only"
     tracker, other_tracker = below(file, TRACKERS), below(imported, TRACKERS)
     if tracker and other_tracker and tracker != other_tracker:

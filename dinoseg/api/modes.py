@@ -6,12 +6,13 @@ run folder, by default as on the command line; `config_dir` is a folder of furth
 `UserError` with the messages of the command line, and Ctrl-C raises `KeyboardInterrupt`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
-from dinoseg.api.compose import CONFIGS
+from dinoseg.api.compose import config_folders
 from dinoseg.api.jobs import Folder, run_mode
 from dinoseg.api.results import Comparison, Results, Scores, read_json
 from dinoseg.api.runs import Run
@@ -74,10 +75,11 @@ def evaluate(
     Raises:
         UserError: any error that the user can fix.
     """
-    given = {"data": data, "mode.split": split}
-    chosen = {key: value for key, value in given.items() if value is not None}
-    result = run_mode("eval", words, {**_resumed(model), **chosen, **overrides}, out_dir=out_dir, config_dir=config_dir)
-    return Scores.read(result["run"])
+    keys = {"data": data, "mode.split": split}
+    chosen = {key: value for key, value in keys.items() if value is not None}
+    with _resumed(model) as given:
+        overrides = {**given, **chosen, **overrides}
+        return Scores.read(run_mode("eval", words, overrides, out_dir=out_dir, config_dir=config_dir)["run"])
 
 
 def score(
@@ -130,10 +132,9 @@ def predict(
     Raises:
         UserError: any error that the user can fix.
     """
-    result = run_mode(
-        "predict", words, {**_resumed(model), "input": input, **overrides}, out_dir=out_dir, config_dir=config_dir
-    )
-    return Results.of(result)
+    with _resumed(model) as given:
+        overrides = {**given, "input": input, **overrides}
+        return Results.of(run_mode("predict", words, overrides, out_dir=out_dir, config_dir=config_dir))
 
 
 def track(
@@ -157,11 +158,11 @@ def track(
     Raises:
         UserError: any error that the user can fix.
     """
-    is_backbone = isinstance(model, str) and model in options_of(CONFIGS / "backbone") and not Path(model).exists()
-    chosen = {"backbone": model} if is_backbone else _resumed(model)
-    return Results.of(
-        run_mode("track", words, {**chosen, "input": input, **overrides}, out_dir=out_dir, config_dir=config_dir)
-    )
+    options = [each for folder in config_folders(config_dir) for each in options_of(folder / "backbone")]
+    backbone = model if model in options and not Path(model).exists() else None
+    with _resumed(model if backbone is None else None) as given:
+        overrides = {**given, **({} if backbone is None else {"backbone": backbone}), "input": input, **overrides}
+        return Results.of(run_mode("track", words, overrides, out_dir=out_dir, config_dir=config_dir))
 
 
 def compare(
@@ -193,23 +194,27 @@ def compare(
     return Comparison(read_json(Path(result["run"]) / "compare.json"), result["run"])
 
 
-def _resumed(model: Source | None) -> dict[str, Any]:
-    """Return the override that names a trained model to a mode.
+@contextmanager
+def _resumed(model: Source | None) -> Iterator[dict[str, Any]]:
+    """Yield the override that names a trained model to a mode.
 
     Raises:
-        UserError: it is no model, or has no file.
+        UserError: it is not a model, or has no file.
     """
     if model is None:
-        return {}
-    path = model.source if isinstance(model, Model) else model
-    if isinstance(path, str | PathLike) and str(path).endswith(".onnx"):
-        raise UserError(f"{path} is an ONNX file, which modes do not run. Give the run or the model.safetensors.")
-    if isinstance(path, str | PathLike):
-        return {"resume": str(Path(path).expanduser())}
-    raise UserError(
-        f"A model of type {type(model).__name__} has no file that a mode could read. Give a Run, a run folder, a "
-        "checkpoint, or a model from dinoseg.load."
-    )
+        yield {}
+    elif isinstance(model, Model):
+        with model.stored() as path, _resumed(path) as given:
+            yield given
+    elif not isinstance(model, str | PathLike):
+        raise UserError(
+            f"The model is of type {type(model).__name__}. Give a Run, a run folder, a checkpoint, or a model from "
+            "dinoseg.load."
+        )
+    elif str(model).endswith(".onnx"):
+        raise UserError(f"{model} is an ONNX file, which modes do not run. Give the run or the model.safetensors.")
+    else:
+        yield {"resume": str(Path(model).expanduser())}
 
 
 def _folder_of(run: Run | Results | Folder) -> str:

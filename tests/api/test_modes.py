@@ -23,6 +23,7 @@ import dinoseg
 from dinoseg.api.results import Comparison, Results, Scores
 from dinoseg.modes import train as train_mode
 from dinoseg.training import checkpoint
+from dinoseg.utils.images import write_png
 
 KEYS = {  # SMALL in the forms of Python
     "data": {"classes": ["dark", "bright"], "root": "data", "batch_size": np.int64(2)},
@@ -139,6 +140,32 @@ def test_images_are_predicted_and_scored(here):
     assert scores.intervals.keys() == {*scores} and scores.per_class
 
 
+def test_objects_are_tracked(here):
+    for number in range(3):
+        write_png(here / f"frames/{number}.png", np.full((32, 48, 3), 60 * number, np.uint8))
+    write_png(here / "first.png", np.eye(32, 48, dtype=np.uint8))
+    keys = {key: KEYS[key] for key in ("backbone.patch_size", "backbone.arch", "engine")}
+    found = dinoseg.track("tiny", "frames", labels=here / "first.png", tracker={"short": 32}, **keys, out_dir="tracked")
+    assert found["frames"] == 3 and len([*(found.folder / "masks").glob("*.png")]) == 3
+    assert "backbone=tiny" in (found.folder / "config/overrides.txt").read_text()
+
+
+def test_a_run_of_several_heads_lists_them(here):
+    keys = KEYS | {"adapter": "frozen", "mode": SHORT, "trainer.steps": 1}
+    keys |= {"trainer": "multi_head", "heads": ["linear", {"head": "mlp", "name": "small_1"}]}
+    run = dinoseg.train(None, "data=folder", **keys, out_dir="heads_run")
+    assert run.folder == here / "heads_run" and {*run.heads} == {"linear", "small_1"} and run.scores is None
+    assert run.heads["linear"].scores["pixels"] == 2 * 32 * 48 and "step 1" in repr(run)
+
+
+@pytest.mark.heavy
+def test_a_run_is_exported_and_the_file_evaluated(here):
+    exported = dinoseg.Run("called").export("safetensors", out_dir="exported")
+    model = dinoseg.load(exported.folder, device="cpu")
+    scores = dinoseg.evaluate(model, data={"root": "data"}, mode={"metrics_only": True})
+    assert scores["miou"] == dinoseg.Run("called").scores["miou"]
+
+
 @pytest.mark.parametrize(
     ("words", "overrides", "message"),
     [
@@ -173,7 +200,7 @@ def test_mistakes_are_user_errors(here, capsys, words, overrides, message):
 @pytest.mark.parametrize(
     ("call_mode", "message"),
     [
-        (lambda: dinoseg.evaluate(3), "A model of type int"),
+        (lambda: dinoseg.evaluate(3), "The model is of type int"),
         (lambda: dinoseg.evaluate("model.onnx"), "is an ONNX file"),
         (lambda: dinoseg.predict("called", "missing.png"), "missing.png"),
         (lambda: dinoseg.track("tiny", "missing.mp4", labels="missing.png"), "missing.mp4"),

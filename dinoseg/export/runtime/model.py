@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
@@ -84,7 +85,7 @@ class Model:
         self.runtime = runtime
         self.facts = facts
         self.file = None if file is None else file.absolute()
-        self.source = self.file  # path that names it to the modes: `dinoseg.load` sets its own argument
+        self.source = self.file  # file or run folder with this model; `dinoseg.load` sets its own argument
 
     def __repr__(self) -> str:
         classes = ", ".join(self.facts.classes[:5]) + (", ..." if len(self.facts.classes) > 5 else "")
@@ -140,6 +141,17 @@ class Model:
             for source in parts:
                 with whole_file(target if source == self.file else target.with_name(source.name)) as part:
                     shutil.copyfile(source, part)
+
+    @contextmanager
+    def stored(self) -> Iterator[Path]:
+        """Yield a file or run folder with this model, which modes read.
+
+        Raises:
+            UserError: if there is none.
+        """
+        if self.source is None:
+            raise UserError(_NO_FILE)
+        yield self.source
 
     @classmethod
     def from_pretrained(
