@@ -2,6 +2,7 @@
 
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os import PathLike
@@ -12,6 +13,7 @@ import numpy as np
 from hydra import compose as hydra_compose
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path
+from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
@@ -51,7 +53,7 @@ def compose(words: Sequence[str], *, config_dir: str | PathLike[str] | None = No
     Raises:
         UserError: an unknown option or key, or a value that cannot be parsed.
     """
-    with lent_resolvers(), lent_hydra():
+    with warnings.catch_warnings(), lent_resolvers(), lent_hydra():
         return compose_job(words, config_dir=config_dir).cfg
 
 
@@ -77,7 +79,7 @@ def compose_job(words: Sequence[str], *, config_dir: str | PathLike[str] | None 
         setbase("1.3")
         search_path = create_config_search_path(str(CONFIGS))
         for folder in folders[1:]:
-            search_path.append("command-line", f"file://{folder}")
+            search_path.prepend("command-line", f"file://{folder}", anchor=SearchPathQuery(provider="schema"))
         Hydra.create_main_hydra2("dinoseg", search_path)
         cfg = hydra_compose("main", list(words), return_hydra_config=True)
         HydraConfig.instance().set_config(cfg)

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from dinoseg.api.jobs import run_mode
 from dinoseg.api.results import Results, Scores, html_table, label_of, shown_value
+from dinoseg.evaluation.about import EVALUATION
 from dinoseg.experiment.folder import last_command_line
 from dinoseg.experiment.run_config import BROKEN, config_of, config_text
 from dinoseg.export.runtime.load import load
@@ -66,8 +67,8 @@ class Run:
     @property
     def scores(self) -> Scores | None:
         """Scores of the best checkpoint on the validation split; None before the end of the training."""
-        folder = self.folder / "evaluation"
-        return Scores.read(folder) if (folder / "scores.json").is_file() else None
+        folders = (self.folder / EVALUATION, self.folder)  # the latter of mode=eval
+        return next((Scores.read(folder) for folder in folders if (folder / "scores.json").is_file()), None)
 
     @property
     def metrics(self) -> dict[str, np.ndarray]:

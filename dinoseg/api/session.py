@@ -12,11 +12,34 @@ from contextlib import ExitStack, contextmanager
 from io import TextIOWrapper
 from typing import Any
 
+import numpy as np
+
 from dinoseg.api.compose import lent_hydra
 from dinoseg.config.resolvers import added_resolvers
 from dinoseg.experiment.log_file import NOISY
-from dinoseg.utils.cores import keep_to_quota, limit_spinning
+from dinoseg.utils.cores import limit_spinning
 from dinoseg.utils.errors import UserError
+
+
+@contextmanager
+def _environment() -> Iterator[None]:
+    """Restore environment variables."""
+    variables = dict(os.environ)
+    try:
+        yield
+    finally:
+        for name in os.environ.keys() - variables.keys():
+            del os.environ[name]
+        os.environ |= {name: value for name, value in variables.items() if os.environ.get(name) != value}
+
+
+with _environment():  # torch and its OpenMP read these variables when they are imported
+    if sys.platform == "darwin":
+        os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
+    limit_spinning()
+    import torch
+
+    from dinoseg.training.engine import lent_accelerate
 
 _ONE_AT_A_TIME = threading.RLock()  # a mode changes the environment, the log and random states of the whole process
 
@@ -38,15 +61,15 @@ def isolated() -> Iterator[None]:
             '`if __name__ == "__main__":`.'
         )
     with _ONE_AT_A_TIME, ExitStack() as stack:
-        for restored in (_interpreter, _log, _torch, _hydra):
+        for restored in (_environment, _interpreter, _log, _torch, _hydra):
             stack.enter_context(restored())
         yield
 
 
 @contextmanager
 def _interpreter() -> Iterator[None]:
-    """Restore the environment, the current folder, the command line, warning filters and the start method."""
-    folder, variables, argv = os.getcwd(), dict(os.environ), sys.argv[:]
+    """Restore the current folder, the command line, warning filters and the start method of processes."""
+    folder, argv = os.getcwd(), sys.argv[:]
     start_method = multiprocessing.get_start_method(allow_none=True)
     with warnings.catch_warnings():
         try:
@@ -55,9 +78,6 @@ def _interpreter() -> Iterator[None]:
             os.chdir(folder)
             sys.argv[:] = argv
             multiprocessing.set_start_method(start_method, force=True)
-            for name in os.environ.keys() - variables.keys():
-                del os.environ[name]
-            os.environ |= {name: value for name, value in variables.items() if os.environ.get(name) != value}
 
 
 @contextmanager
@@ -65,18 +85,28 @@ def _log() -> Iterator[None]:
     """Restore handlers and levels of the log, standard streams, and the report of errors in threads."""
     root = logging.getLogger()
     known = [logging.getLogger(name) for name in (*root.manager.loggerDict, *NOISY)]
-    levels = [(each, each.level) for each in (root, *known)]
-    handlers, streams, hook = root.handlers[:], (sys.stdout, sys.stderr), threading.excepthook
+    levels = [(each, each.level, each.disabled) for each in (root, *known)]
+    handlers, streams, hook, disabled = (
+        root.handlers[:],
+        (sys.stdout, sys.stderr),
+        threading.excepthook,
+        logging.root.manager.disable,
+    )
     errors = [(each, each.errors) for each in streams if isinstance(each, TextIOWrapper)]
     root.handlers[:] = []  # `basicConfig(force=True)` closes the handlers that it finds
+    logging.disable(logging.NOTSET)
+    for each in known:
+        each.disabled = each.disabled and not each.name.startswith("dinoseg.")  # as `dictConfig` leaves older loggers
     try:
         yield
     finally:
         for handler in root.handlers:
             handler.close()
         root.handlers[:] = handlers
-        for each, level in levels:
+        for each, level, was_disabled in levels:
             each.setLevel(level)
+            each.disabled = was_disabled
+        logging.disable(disabled)
         sys.stdout, sys.stderr = streams
         for stream, mode in errors:
             stream.reconfigure(errors=mode)
@@ -86,15 +116,6 @@ def _log() -> Iterator[None]:
 @contextmanager
 def _torch() -> Iterator[None]:
     """Begin with torch's default settings, and restore the caller's, random states and what accelerate stores."""
-    if sys.platform == "darwin":
-        os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
-    limit_spinning()  # torch reads these variables when it is imported
-    keep_to_quota()
-    import numpy as np
-    import torch
-
-    from dinoseg.training.engine import lent_accelerate
-
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         raise UserError(
             "torch.distributed has a process group, and dinoseg creates its own. Call "

@@ -20,6 +20,7 @@ from command_line import SMALL, call, write_data
 from hydra.core.global_hydra import GlobalHydra
 
 import dinoseg
+from dinoseg.__main__ import CONFIGS
 from dinoseg.api.results import Comparison, Results, Scores
 from dinoseg.modes import train as train_mode
 from dinoseg.training import checkpoint
@@ -156,6 +157,17 @@ def test_a_run_of_several_heads_lists_them(here):
     run = dinoseg.train(None, "data=folder", **keys, out_dir="heads_run")
     assert run.folder == here / "heads_run" and {*run.heads} == {"linear", "small_1"} and run.scores is None
     assert run.heads["linear"].scores["pixels"] == 2 * 32 * 48 and "step 1" in repr(run)
+
+
+def test_parts_of_the_caller_are_found(here):
+    (here / "mine/head").mkdir(parents=True)
+    shutil.copy(f"{CONFIGS}/head/linear.yaml", here / "mine/head/plain.yaml")
+    keys = KEYS | {"head": "plain", "mode": SHORT, "config_dir": "mine"}
+    run = dinoseg.train(None, "data=folder", **keys, out_dir="of_mine")
+    scores = dinoseg.evaluate(run, mode={"metrics_only": True}, config_dir="mine")
+    assert run.config["choices"]["head"] == "plain" and scores["miou"] == run.scores["miou"]
+    with pytest.raises(dinoseg.UserError, match="head=plain is unknown"):
+        dinoseg.train(None, "data=folder", head="plain")
 
 
 @pytest.mark.heavy

@@ -154,6 +154,20 @@ def test_open_log_files_stay_open(tmp_path):
     assert "after" in (tmp_path / "log").read_text()
 
 
+def test_loggers_that_the_caller_has_disabled_write_the_log_of_the_run():
+    ours = logging.getLogger("dinoseg.training.trainer")
+    ours.disabled = True
+    logging.disable(logging.CRITICAL)
+    try:
+        with isolated():
+            configure_log(None)
+            assert ours.isEnabledFor(logging.ERROR)
+        assert ours.disabled and logging.root.manager.disable == logging.CRITICAL
+    finally:
+        ours.disabled = False
+        logging.disable(logging.NOTSET)
+
+
 @dataclass
 class CallersOptimizer:
     speed: int = 1
