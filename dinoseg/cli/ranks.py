@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from multiprocessing import connection, get_context, set_start_method
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -29,7 +28,7 @@ from dinoseg.experiment.unread import warn_not_read
 from dinoseg.utils.cores import cores_here, count_cores, forget_share, keep_to_share
 from dinoseg.utils.errors import UserError, telling_file_errors
 from dinoseg.utils.interrupt import SIGNALS, Interrupted, passed_on, raised
-from dinoseg.utils.workers import end_with_parent, telling_killed_loaders
+from dinoseg.utils.workers import end_with_parent, telling_killed_loaders, without_script
 
 LAUNCH_KEYS = (
     "devices",
@@ -148,7 +147,7 @@ def run_ranks(cfg: DictConfig, out_dir: Path, devices: int) -> Any:
         for rank in range(devices)
     ]
     try:
-        with _without_script():
+        with without_script():
             for rank in ranks:
                 rank.start()
         sending.close()
@@ -159,17 +158,6 @@ def run_ranks(cfg: DictConfig, out_dir: Path, devices: int) -> Any:
             if rank.is_alive():
                 rank.kill()
     return result
-
-
-@contextmanager
-def _without_script() -> Iterator[None]:
-    """Hide the main module while ranks start: they need nothing of it, and would run a caller's script once more."""
-    script = sys.modules["__main__"]
-    sys.modules["__main__"] = ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = script
 
 
 def _watch(ranks: Sequence[BaseProcess], receiving: Any) -> Any:
