@@ -1,4 +1,4 @@
-"""Segmentation with DINO backbones: models, datasets, losses and metrics for PyTorch, and a command line.
+"""Segmentation with DINO backbones, from Python and from the command line.
 
 Models:
     create_model: a new model, a `torch.nn.Module` that returns class logits.
@@ -10,8 +10,10 @@ Data, losses and metrics:
     open_dataset: a dataset of images and masks for a torch DataLoader.
     losses: functions of logits and masks. metrics: scores of predictions.
 
-Errors that the caller can fix are `UserError`s. `python -m dinoseg` trains, evaluates and predicts from the command
-line. Nothing heavy is imported before it is used.
+Runs, which do what the modes of the command line do, in this process:
+    train: a run, a `Run`. evaluate, score, compare: `Scores` and a `Comparison`. predict, track: `Results`.
+
+Errors that the caller can fix are `UserError`s. Nothing heavy is imported before it is used.
 """
 
 from importlib import import_module
@@ -22,7 +24,10 @@ if TYPE_CHECKING:
     from dinoseg import losses, metrics
     from dinoseg.api.create import create_model
     from dinoseg.api.dataset import SegmentationDataset, open_dataset
+    from dinoseg.api.modes import compare, evaluate, predict, score, track, train
     from dinoseg.api.options import list_adapters, list_backbones, list_datasets, list_heads, list_recipes
+    from dinoseg.api.results import Comparison, Results, Scores
+    from dinoseg.api.runs import Run
     from dinoseg.export.runtime.load import load
     from dinoseg.export.runtime.model import Model, Segmentation
     from dinoseg.export.runtime.segmenter import Segmenter
@@ -31,7 +36,10 @@ if TYPE_CHECKING:
 _MODULES = {  # module to the public names that it defines
     "dinoseg.api.create": ("create_model",),
     "dinoseg.api.dataset": ("SegmentationDataset", "open_dataset"),
+    "dinoseg.api.modes": ("compare", "evaluate", "predict", "score", "track", "train"),
     "dinoseg.api.options": ("list_adapters", "list_backbones", "list_datasets", "list_heads", "list_recipes"),
+    "dinoseg.api.results": ("Comparison", "Results", "Scores"),
+    "dinoseg.api.runs": ("Run",),
     "dinoseg.export.runtime.load": ("load",),
     "dinoseg.export.runtime.model": ("Model", "Segmentation"),
     "dinoseg.export.runtime.segmenter": ("Segmenter",),
@@ -41,13 +49,19 @@ _PACKAGES = ("losses", "metrics")
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
+    "Comparison",
     "Model",
+    "Results",
+    "Run",
+    "Scores",
     "Segmentation",
     "SegmentationDataset",
     "Segmenter",
     "UserError",
     "__version__",
+    "compare",
     "create_model",
+    "evaluate",
     "list_adapters",
     "list_backbones",
     "list_datasets",
@@ -57,6 +71,10 @@ __all__ = [
     "losses",
     "metrics",
     "open_dataset",
+    "predict",
+    "score",
+    "track",
+    "train",
 ]
 
 try:

@@ -247,6 +247,8 @@ def test_every_package_has_its_level():
         ("experiment/builder.py", "from dinoseg.models import heads", "through _target_ only"),
         ("cli/launch.py", "from dinoseg.modes import train", "through _target_ only"),
         ("__main__.py", "from dinoseg.modes.train import train", "through _target_ only"),
+        ("api/modes.py", "from dinoseg.modes.train import train", "through _target_ only"),
+        ("cli/launch.py", "from dinoseg.api.modes import train", "imports api"),
         ("losses/overlap.py", "from omegaconf import DictConfig", "may import omegaconf"),
         ("training/trainer.py", "import hydra.core.hydra_config", "may import hydra"),
         ("modes/train.py", "from hydra.utils import instantiate", "may import hydra.utils"),

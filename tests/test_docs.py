@@ -15,6 +15,9 @@ from docs_pages import OURS, PAGES, ROOT, blocks, commands, kind_of
 from docs_stand_ins import CPU, SHORT, SMALL, VIT, StandIns
 from meta_files import RELEASED
 
+from dinoseg.api import modes, runs
+from dinoseg.api.compose import words_of
+from dinoseg.api.jobs import run_mode
 from dinoseg.cli.own_keys import with_checkpoint_keys
 from dinoseg.config.nodes import instantiate
 from dinoseg.modes import bench as benching
@@ -198,11 +201,20 @@ def test_ranks(command, stand_ins, tmp_path):
     assert done.returncode == 0 and "pixel accuracy" in done.stdout, done.stderr
 
 
+def run_small(mode, words, overrides, **options):
+    """Run a mode as a function does, with what `SMALLER` gives to a command beside its words."""
+    words = [*words, *words_of(overrides)]
+    small = (*SMALLER.get(mode, ()), *(small_model(words) if mode in ("train", "track") else ()))
+    return run_mode(mode, [*words, *small], {}, **options)
+
+
 @pytest.mark.parametrize(("page", "code"), PYTHON)
 def test_python(page, code, stand_ins, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     quoted = re.compile(r'"([A-Z][A-Z_]+)(?=[/"])')
     code = quoted.sub(lambda found: f'"{stand_ins[found[1]]}' if found[1] in stand_ins else found[0], code)
+    for module in (modes, runs):
+        monkeypatch.setattr(module, "run_mode", run_small)
     exec(compile(code, page, "exec"), dict(GIVEN))
 
 

@@ -1,22 +1,28 @@
 """Configs composed from Python, with the options, keys and messages of the command line."""
 
+import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 from hydra import compose as hydra_compose
-from hydra import initialize_config_dir
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path
+from hydra.core.config_search_path import SearchPathQuery
+from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.core.singleton import Singleton
 from hydra.core.utils import JobRuntime
 from hydra.errors import HydraException
-from hydra.version import VersionBase
-from omegaconf import DictConfig
+from hydra.version import VersionBase, setbase
+from omegaconf import DictConfig, open_dict, read_write
 from yaml import YAMLError
 
 from dinoseg.api.options import folder_of
@@ -24,15 +30,18 @@ from dinoseg.cli.extras import check_intervals, hush_schemas
 from dinoseg.cli.own_keys import with_checkpoint_keys
 from dinoseg.cli.recipes import with_recipe_files
 from dinoseg.cli.typos import explain, explain_value
-from dinoseg.cli.words import as_text
+from dinoseg.cli.words import as_text, parsed
 from dinoseg.config.job import job_config
+from dinoseg.config.plain import to_container
 from dinoseg.config.resolvers import lent_resolvers
-from dinoseg.experiment.composed import searching
 from dinoseg.utils.errors import UserError
+from dinoseg.utils.wording import format_value
 
 CONFIGS = Path(__file__).parents[1] / "cfg"
 _OF_A_PROGRAM = (GlobalHydra, HydraConfig, JobRuntime, VersionBase)  # Hydra's state, which a caller may use itself
+_OF_HYDRA = ("hydra", "_dummy_empty_config_.yaml")  # entries of its store of configs
 _PLAIN = re.compile(r"(?!(null|true|false|nan|inf)$)[a-z_][\w./-]*", re.IGNORECASE)  # text that needs no quotes
+_SPECIAL, _ESCAPED = re.compile(r"[\\()\[\]{}:=,\s]"), r"\\\g<0>"  # in keys of dicts, which take no quotes
 
 
 def compose(words: Sequence[str], *, config_dir: str | PathLike[str] | None = None) -> DictConfig:
@@ -45,73 +54,137 @@ def compose(words: Sequence[str], *, config_dir: str | PathLike[str] | None = No
     Raises:
         UserError: an unknown option or key, or a value that cannot be parsed.
     """
-    folders = [CONFIGS, *([] if config_dir is None else [folder_of(config_dir)])]
-    with lent_resolvers(), _hydra_of_its_own():
-        hush_schemas()
-        words = with_recipe_files(as_text(words, CONFIGS), folders)
-        check_intervals(words)
-        words = with_checkpoint_keys(words)
-        searched = [searching([f"file://{folder}" for folder in folders[1:]])] if folders[1:] else []
-        try:
-            with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-                cfg = hydra_compose("main", [*words, *searched], return_hydra_config=True)
-                return job_config(cfg, cfg.hydra.runtime.choices)
-        except HydraException as error:
-            raise UserError(explain(words, folders, error)) from error
-        except YAMLError as error:
-            text = " ".join(str(error).split())
-            raise UserError(f"A config file is not valid YAML: {text}. Correct the file.") from error
-        except ValueError as error:
-            message = explain_value(words, folders, error)
-            if not message:
-                raise
-            raise UserError(message) from error
+    with warnings.catch_warnings(), lent_resolvers(), lent_hydra():
+        return compose_job(words, config_dir=config_dir).cfg
 
 
-def words_of(overrides: Mapping[str, Any]) -> list[str]:
+class Job(NamedTuple):
+    """A composed command line: the whole config, the run folder and the words without those of Hydra itself."""
+
+    cfg: DictConfig
+    out_dir: Path
+    words: list[str]
+
+
+def compose_job(words: Sequence[str], *, config_dir: str | PathLike[str] | None = None) -> Job:
+    """Return the job of a command line, see `compose`; Hydra stays initialised, as modes expect it.
+
+    Call it within `lent_hydra` and with registered resolvers.
+    """
+    folders = config_folders(config_dir)
+    hush_schemas()
+    words = with_recipe_files(as_text(words, CONFIGS), folders)
+    check_intervals(words)
+    words = with_checkpoint_keys(words)
+    try:
+        setbase("1.3")
+        search_path = create_config_search_path(str(CONFIGS))
+        for folder in folders[1:]:
+            search_path.prepend("command-line", f"file://{folder}", anchor=SearchPathQuery(provider="schema"))
+        Hydra.create_main_hydra2("dinoseg", search_path)
+        cfg = hydra_compose("main", list(words), return_hydra_config=True)
+        HydraConfig.instance().set_config(cfg)
+        out_dir = os.path.abspath(cfg.hydra.run.dir)  # resolved once, as it may hold the time
+        with read_write(cfg.hydra.runtime), open_dict(cfg.hydra.runtime):
+            cfg.hydra.runtime.output_dir = out_dir
+    except HydraException as error:
+        raise UserError(explain(words, folders, error)) from None
+    except YAMLError as error:
+        text = " ".join(str(error).split())
+        raise UserError(f"A config file is not valid YAML: {text}. Correct the file.") from None
+    except ValueError as error:
+        message = explain_value(words, folders, error)
+        if not message:
+            raise
+        raise UserError(message) from None
+    return Job(job_config(cfg, cfg.hydra.runtime.choices), Path(out_dir), to_container(cfg.hydra.overrides)["task"])
+
+
+def words_of(overrides: Mapping[str, Any], is_table: Callable[[str], bool] | None = None) -> list[str]:
     """Return overrides as words of a command line: `{"head": "mlp", "trainer": {"steps": 9}}` as `head=mlp`, ...
 
     Args:
-        overrides: values by key. A key may be dotted, and a mapping sets the keys below a group. Python's None, True
-            and False are null, true and false.
+        overrides: values by key. A key may be dotted, and a mapping sets the keys below a table of the config. None,
+            True and False become null, true and false; NumPy scalars, paths and tuples become numbers, text and lists.
+            As on the command line, `${...}` in text refers to another key.
+        is_table: whether the config has a table at a full key; None: at every key without a dot.
 
     Raises:
         UserError: a value that no config holds, such as an array.
     """
-    words = []
+    has_keys = is_table or (lambda key: "." not in key)
+    words: list[str] = []
     for key, value in overrides.items():
-        below = value if isinstance(value, Mapping) and "." not in key else {None: value}
-        for name, each in below.items():
-            full = key if name is None else f"{key}.{name}"
-            words.append(f"{full}={_as_word(each, full)}")
+        if isinstance(value, Mapping) and value and has_keys(key):
+            words += words_of({f"{key}.{name}": each for name, each in value.items()}, has_keys)
+        else:
+            words.append(_as_word(key, _plain_value(value, key)))
     return words
 
 
-def _as_word(value: Any, key: str) -> str:
-    """Return a value in Hydra's grammar of overrides."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, int | float):
-        return repr(value)
-    if isinstance(value, str | PathLike):
-        text = str(value)
-        return text if _PLAIN.fullmatch(text) else QuotedString(text, Quote.double).with_quotes()
+def _as_word(key: str, value: Any) -> str:
+    """Return a plain value as the word that Hydra parses back to the same value."""
+    texts = [value] if isinstance(value, str) else []  # as typed, if Hydra does not read it as anything else
+    for text in (*texts, _in_grammar(value)):
+        override = parsed(f"{key}={text}")
+        if override is not None and not override.is_sweep_override() and repr(override.value()) == repr(value):
+            return f"{key}={text}"
+    raise UserError(f"{key}={format_value(value)} cannot be written as an override. Set it in a YAML file of your own.")
+
+
+def _plain_value(value: Any, key: str) -> Any:
+    """Return a value as None, bool, number, text, or lists and dicts of these."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    if value is None or type(value) in (bool, int, float, str):
+        return value
     if isinstance(value, Mapping):
-        return "{" + ",".join(f"{name}:{_as_word(each, key)}" for name, each in value.items()) + "}"
+        return {name: _plain_value(each, key) for name, each in value.items()}
     if isinstance(value, list | tuple):
-        return "[" + ",".join(_as_word(each, key) for each in value) + "]"
+        return [_plain_value(each, key) for each in value]
+    if isinstance(value, PathLike):
+        return os.fsdecode(value)
+    if isinstance(value, str):  # a subclass, such as a member of an enumeration
+        return str.__str__(value)
     kind = type(value).__name__
     raise UserError(f"{key} is of type {kind}. Give text, a number, true or false, null, or a list or dict of these.")
 
 
+def _in_grammar(value: Any) -> str:
+    """Return a plain value in Hydra's grammar of overrides."""
+    if isinstance(value, dict):
+        pairs = (f"{_SPECIAL.sub(_ESCAPED, str(name))}:{_in_grammar(each)}" for name, each in value.items())
+        return "{" + ",".join(pairs) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(map(_in_grammar, value)) + "]"
+    if isinstance(value, str) and not _PLAIN.fullmatch(value):
+        return QuotedString(value, Quote.double).with_quotes()
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return value if isinstance(value, str) else repr(value)
+
+
+def config_folders(config_dir: str | PathLike[str] | None) -> list[Path]:
+    """Return the folders of config groups: the shipped one first, then the caller's, which must exist."""
+    if config_dir is None:
+        return [CONFIGS]
+    return [CONFIGS, folder_of(config_dir)]
+
+
 @contextmanager
-def _hydra_of_its_own() -> Iterator[None]:
-    """Hide the state of the surrounding program's Hydra within the block, and restore it afterwards."""
-    instances = Singleton._instances
+def lent_hydra() -> Iterator[None]:
+    """Hide the state of the surrounding program's Hydra within the block, and restore it afterwards.
+
+    Configs that the program has stored for groups of its own, such as `optim`, would be taken for schemas of ours.
+    """
+    instances, store = Singleton._instances, ConfigStore.instance()
     before: dict[type, Any] = {kind: instances.pop(kind) for kind in _OF_A_PROGRAM if kind in instances}
+    stored = store.repo
+    store.repo = {name: node for name, node in stored.items() if name in _OF_HYDRA}
     try:
         yield
     finally:
         for kind in _OF_A_PROGRAM:
             instances.pop(kind, None)
         instances.update(before)
+        store.repo = stored

@@ -103,7 +103,8 @@ def launch(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> Any:
     except KeyboardInterrupt as stop:
         drop_empty(out_dir)  # if stopped while the recipe was being chosen
         number = stop.number if isinstance(stop, Interrupted) else signal.SIGINT
-        raise Interrupted(number, note=_interrupt_note(cfg, run_folder) if is_first_rank() else "") from None
+        note = _interrupt_note(cfg, run_folder) if is_first_rank() else ""
+        raise Interrupted(number, note=note, folder=run_folder) from None
     finally:
         release(run_folder)
 

@@ -28,7 +28,7 @@ from dinoseg.experiment.unread import warn_not_read
 from dinoseg.utils.cores import cores_here, count_cores, forget_share, limit_threads_to_share
 from dinoseg.utils.errors import UserError, file_errors_as_user_errors
 from dinoseg.utils.interrupt import SIGNALS, Interrupted, forward_signals, raised
-from dinoseg.utils.workers import end_with_parent, telling_killed_loaders
+from dinoseg.utils.workers import end_with_parent, telling_killed_loaders, without_script
 
 LAUNCH_KEYS = (
     "devices",
@@ -152,8 +152,9 @@ def run_ranks(cfg: DictConfig, out_dir: Path, devices: int) -> Any:
         for rank in range(devices)
     ]
     try:
-        for rank in ranks:
-            rank.start()
+        with without_script():
+            for rank in ranks:
+                rank.start()
         sending.close()
         with forward_signals([rank.pid for rank in ranks if rank.pid]):
             result = _watch(ranks, receiving)

@@ -46,13 +46,24 @@ def register_resolvers() -> None:
 
 @contextmanager
 def lent_resolvers() -> Iterator[None]:
-    """Register our resolvers for the block, and restore those of the surrounding program after it."""
+    """Register our resolvers for the block, and restore those of the surrounding program after it.
+
+    Blocks of several threads run one after another.
+    """
+    with _ONE_AT_A_TIME, added_resolvers():
+        yield
+
+
+@contextmanager
+def added_resolvers() -> Iterator[None]:
+    """Do the same for a long block: other threads wait only while it begins and ends."""
     with _ONE_AT_A_TIME:
         before = dict(BaseContainer._resolvers)
         register_resolvers()
-        try:
-            yield
-        finally:
+    try:
+        yield
+    finally:
+        with _ONE_AT_A_TIME:
             BaseContainer._resolvers.clear()
             BaseContainer._resolvers.update(before)
 

@@ -25,7 +25,7 @@ from dinoseg.data.train_views import ORDER, VIEW, TrainViews, make_rng
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.interrupt import SIGNALS, block_signals
 from dinoseg.utils.wording import count_of
-from dinoseg.utils.workers import killed_loader
+from dinoseg.utils.workers import killed_loader, without_script
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -179,7 +179,7 @@ def load_in_order(read: Callable[[K], V], keys: Iterable[K], workers: Workers, *
 def _load_ahead(
     read: Callable[[K], V], keys: Iterable[K], workers: int, *, pin: bool = False
 ) -> Generator[V, None, None]:
-    with warnings.catch_warnings(), block_signals(*SIGNALS):
+    with warnings.catch_warnings(), block_signals(*SIGNALS), without_script():
         # more workers than cores is the user's choice, and pays off where reading waits for a disk
         warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
         # fork, where it is the default, shares the parent's memory and starts in milliseconds; workers use neither

@@ -13,6 +13,7 @@ from dinoseg.experiment.folder import LOG
 from dinoseg.utils.wording import Printable, printable
 
 _TRANSIENT = "transient"  # attribute of records that only the terminal shows
+NOISY = ("httpx", "accelerate", "transformers", "matplotlib", "PIL")  # loggers of which only errors are shown
 LABEL = "DINOSEG_LABEL"  # environment variable: prefix of terminal lines where several jobs share a terminal
 
 
@@ -55,7 +56,7 @@ def configure_log(folder: Path | None) -> None:
         force=True,
     )
     threading.excepthook = _log_thread_error
-    for noisy in ("httpx", "accelerate", "transformers", "matplotlib", "PIL"):
+    for noisy in NOISY:
         logging.getLogger(noisy).setLevel(logging.ERROR)
 
 

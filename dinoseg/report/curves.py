@@ -57,7 +57,23 @@ def _picture(
 ) -> np.ndarray:
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     canvas = FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    _draw_plot(figure.add_subplot(), rows, keys, title, share=share)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def curves_figure(rows: Sequence[Mapping[str, Any]], plots: Sequence[Plot] = (*IMAGE_PLOTS, CLIP_PLOTS[1])) -> Figure:
+    """Return one figure with a panel for each of `plots` that `rows` have values for, see `draw_curves`."""
+    shown = [plot for plot in plots if any(len(_points(rows, key)) for key in plot[1])] or [_LOSS]
+    figure = Figure(figsize=(6 * len(shown), 4), dpi=100, layout="constrained")
+    for axes, (name, keys, title) in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
+        _draw_plot(axes, rows, keys, title or name, share=title is not None)
+    return figure
+
+
+def _draw_plot(
+    axes: Axes, rows: Sequence[Mapping[str, Any]], keys: Mapping[str, str | None], title: str, *, share: bool
+) -> None:
     others = iter(_OTHERS)
     curves = [_points(rows, key) for key in keys]
     for (key, label), points in zip(keys.items(), curves, strict=True):
@@ -72,8 +88,6 @@ def _picture(
     else:
         axes.set_axis_off()
         axes.text(0.5, 0.5, "no value yet", ha="center", va="center", fontsize=14, color="#666666")
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
 def _points(rows: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:

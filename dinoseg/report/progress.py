@@ -5,12 +5,18 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from dinoseg.utils.wording import printable
 
 T = TypeVar("T")
 _EVERY = 5.0  # seconds between two lines
+IN_NOTEBOOK = any(kind.__module__ == "tqdm.notebook" for kind in tqdm.__mro__)  # in Jupyter with ipywidgets
+
+
+def has_bar() -> bool:
+    """Return whether progress is shown as a bar: on a terminal, or as a widget of a notebook."""
+    return IN_NOTEBOOK or sys.stderr.isatty()
 
 
 def awaited(
@@ -29,17 +35,19 @@ def awaited(
 
 
 class Bar(tqdm):
-    """tqdm's bar, with the same arguments; if stderr is not a terminal, it prints a line every few seconds instead."""
+    """tqdm's bar, with the same arguments; without `has_bar` it prints a line every few seconds instead."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        self.as_lines = not sys.stderr.isatty()
+        self.as_lines = not has_bar()
         if self.as_lines:
             options |= {"mininterval": _EVERY, "miniters": 1}
         super().__init__(*args, **options)
 
-    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+    def display(self, msg: str | None = None, pos: int | None = None, **options: Any) -> None:
         """Draw the bar, or print the line."""
-        if not self.as_lines:
+        if IN_NOTEBOOK:
+            super().display(msg, pos, **options)
+        elif not self.as_lines:
             super().display(printable(str(self)) if msg is None else msg, pos)
         elif self.n > self.initial:
             print(printable(self._line()), file=sys.stderr, flush=True)

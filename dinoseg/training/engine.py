@@ -3,9 +3,10 @@
 import logging
 import math
 import os
+import sys
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -29,6 +30,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 SHARDINGS = ("none", "fsdp")
 CACHES = ("auto", "off", "disk", "memory")
+_STATES = ("PartialState", "AcceleratorState", "GradientState")  # of accelerate
 _PIXELS, _IMAGES, _FRAMES = 2**21, 16, 4  # predicted at once on an accelerator: pixels, images, video frames
 
 
@@ -50,6 +52,23 @@ def choose_device(name: str = "auto") -> torch.device:
         there = ", ".join(kind for kind, there in have.items() if there)
         raise UserError(f"engine.device={name} is not available here. This machine has: {there}.")
     return torch.device(name)
+
+
+@contextmanager
+def lent_accelerate() -> Iterator[None]:
+    """Restore after the block what accelerate stores per process, such as the settings of a caller's `Accelerator`."""
+
+    def stored() -> dict[str, dict[str, Any]]:
+        state = sys.modules.get("accelerate.state")  # not imported: nothing is stored
+        return {} if state is None else {name: getattr(state, name)._shared_state for name in _STATES}
+
+    before = {name: dict(values) for name, values in stored().items()}
+    try:
+        yield
+    finally:
+        for name, values in stored().items():
+            values.clear()
+            values.update(before.get(name, {}))
 
 
 class Engine:

@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
-from dinoseg.report.progress import awaited
+from dinoseg.report.progress import IN_NOTEBOOK, awaited, has_bar
 from dinoseg.utils.wording import count_of
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 _STATUS = Path("/proc/self/status")  # Linux only; the peak in it can be reset
 _BAR = "{percentage:3.0f}%|{bar:16}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
+_FORMAT = _BAR.replace("{bar:16}", "{bar}") if IN_NOTEBOOK else _BAR  # a widget has a width of its own
 _ON_TERMINAL, _IN_FILE = 0.5, 10.0  # seconds between two updates of the bar, or two lines
 _MUCH = 0.05  # share of time spent waiting for data, above which a remedy is logged
 
@@ -50,7 +51,7 @@ class Meter:
         device: device whose memory is reported.
         visible: whether this rank displays progress.
         clock: returns seconds.
-        terminal: whether to show a progress bar; None: if stderr is a terminal.
+        terminal: whether to show a progress bar; None: if stderr is a terminal, or in a notebook.
     """
 
     def __init__(
@@ -68,9 +69,9 @@ class Meter:
         self.device, self._visible, self._clock = device, visible, clock
         self._start = self._step = done
         self._steps, self._val_every, self._epoch = steps, val_every, epoch
-        self._has_bar = visible and (sys.stderr.isatty() if terminal is None else terminal)
+        self._has_bar = visible and (has_bar() if terminal is None else terminal)
         reset_peak_memory(device)
-        self.bar = tqdm(total=steps, initial=done, disable=not self._has_bar, dynamic_ncols=True, bar_format=_BAR)
+        self.bar = tqdm(total=steps, initial=done, disable=not self._has_bar, dynamic_ncols=True, bar_format=_FORMAT)
         self._remedy = ""
         self._first = self._trained = 0.0  # seconds of the first step, and of all later ones
         self._later = _Window(0.0)  # images and waiting time of the later steps

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -16,12 +17,12 @@ _TWICE = 2.0  # seconds after which a signal is a second one: torchrun forwards 
 class Interrupted(KeyboardInterrupt):
     """Exception for a signal that ends this process; `again`: whether the signal was repeated.
 
-    `note`: a description of the remaining work.
+    `note`: a description of the remaining work. `folder`: of the interrupted run, if it has one.
     """
 
-    def __init__(self, number: int, *, again: bool = False, note: str = "") -> None:
+    def __init__(self, number: int, *, again: bool = False, note: str = "", folder: Path | None = None) -> None:
         super().__init__(number)
-        self.number, self.again, self.note = number, again, note
+        self.number, self.again, self.note, self.folder = number, again, note, folder
         self.status = 128 + number  # the exit status that a shell would give
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
@@ -65,8 +66,9 @@ def in_processes(
     waiting: dict[Future[R | E], T] = {}
     try:
         while True:
-            for item in islice(todo, _AHEAD * workers - len(waiting)):
-                waiting[pool.submit(_attempt_here, item)] = item
+            with without_script(work):  # the pool starts processes when it gets items
+                for item in islice(todo, _AHEAD * workers - len(waiting)):
+                    waiting[pool.submit(_attempt_here, item)] = item
             if not waiting:
                 return
             watched = [next(iter(waiting))] if in_order else waiting
@@ -102,7 +104,7 @@ def run_in_process(work: Callable[[T], R], item: T, *, timeout: float | None = N
     process = context.Process(target=_answer, args=(work, item, sending))
     resource_tracker.ensure_running()  # starting it later would unblock signals
     try:
-        with block_signals(signal.SIGINT):
+        with block_signals(signal.SIGINT), without_script(work):
             process.start()
         sending.close()
         if not receiving.poll(timeout):
@@ -122,6 +124,25 @@ def run_in_process(work: Callable[[T], R], item: T, *, timeout: float | None = N
     if isinstance(result, UserError):
         raise result
     return result
+
+
+@contextmanager
+def without_script(*needed: Any) -> Iterator[None]:
+    """Hide the script from processes that start in the block, unless it defines one of the `needed` functions.
+
+    Spawned processes import the main module, and a script without `if __name__ == "__main__":` would run once more in
+    each of them.
+    """
+    functions = [each.func if isinstance(each, partial) else each for each in needed]
+    script = vars(sys.modules["__main__"])
+    before: dict[str, Any] = {name: script[name] for name in ("__spec__", "__file__") if name in script}
+    if all(each.__module__ != "__main__" for each in functions):
+        script["__spec__"] = None
+        script.pop("__file__", None)
+    try:
+        yield
+    finally:
+        script |= before
 
 
 def _answer(work: Callable[[Any], Any], item: Any, sending: Connection) -> None:

@@ -18,7 +18,7 @@ _MAX_LOGITS = 500.0
 _AT_ONCE = 2**22  # values per chunk, 32 MiB
 
 
-class Scores(Protocol):
+class ScoreFunction(Protocol):
     """Interface of scores from sums over units, implemented by every `ScoreProtocol`."""
 
     @property
@@ -51,7 +51,7 @@ class Difference:
         second: number of runs of the second side.
     """
 
-    protocol: Scores
+    protocol: ScoreFunction
     first: int = 1
     second: int = 1
 
@@ -124,7 +124,7 @@ class Estimate:
         return float(2 * stdtr(self.freedom, -abs(self.value) / self.error))
 
 
-def jackknife(protocol: Scores, sums: np.ndarray) -> dict[str, Estimate]:
+def jackknife(protocol: ScoreFunction, sums: np.ndarray) -> dict[str, Estimate]:
     """Return each key's score over all units with its error, from sums (U, d) of the units.
 
     A score that is undefined without one of the units depends on that unit alone, and has no error.
@@ -143,7 +143,7 @@ def jackknife(protocol: Scores, sums: np.ndarray) -> dict[str, Estimate]:
     return found
 
 
-def leave_one_out(protocol: Scores, sums: np.ndarray) -> dict[str, np.ndarray]:
+def leave_one_out(protocol: ScoreFunction, sums: np.ndarray) -> dict[str, np.ndarray]:
     """Return each key's scores (U,) of all units but one, from sums (U, d) of the units."""
     whole, at_once = sums.sum(axis=0), max(1, _AT_ONCE // sums.shape[1])
     parts = [protocol.scores(whole - sums[start : start + at_once]) for start in range(0, len(sums), at_once)]

@@ -4,6 +4,7 @@ import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from os import PathLike
+from pathlib import Path
 
 from dinoseg.export.runtime.model import Model
 from dinoseg.export.runtime.opening import open_model
@@ -60,7 +61,9 @@ def load(
         trust=trust,
     )
     with collection_paused():
-        return open_model(path, options)
+        model = open_model(path, options)
+    model.source = Path(path).expanduser().absolute()
+    return model
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
@@ -96,6 +97,7 @@ class Model:
 
     facts: ModelFacts
     file: Path | None
+    source: Path | None = None  # file or run folder with this model; `dinoseg.load` sets it
 
     def __init__(self, runtime: Runtime, facts: ModelFacts, file: Path | None = None) -> None:
         self._runtime = runtime
@@ -183,6 +185,17 @@ class Model:
         target = Path(folder).expanduser()
         self.save(target / FILES[self.runtime.name])
         write_card(self.facts, target.absolute().name, target)
+
+    @contextmanager
+    def stored(self) -> Iterator[Path]:
+        """Yield a file or run folder with this model, which modes read.
+
+        Raises:
+            UserError: if there is none.
+        """
+        if self.source is None:
+            raise UserError(_NO_FILE)
+        yield self.source
 
     @classmethod
     def from_pretrained(

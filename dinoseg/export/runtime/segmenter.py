@@ -1,7 +1,7 @@
 """The segmentation model of the Python API: a `torch.nn.Module` that also predicts, saves and describes itself."""
 
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from os import PathLike
@@ -240,6 +240,21 @@ class Segmenter(nn.Module, Model):
         """Switch mode; frozen modules stay in eval mode."""
         super().train(mode)
         return self
+
+    @contextmanager
+    def stored(self) -> Iterator[Path]:
+        """Yield a file or run folder with this model, which modes read: a temporary one if its weights have changed.
+
+        Raises:
+            UserError: as `save`.
+        """
+        if self.source is not None and self._trained_values() == self._scored:
+            yield self.source
+            return
+        with TemporaryDirectory() as folder:
+            file = Path(folder) / FILES["torch"]
+            self._write(file, delta=False, gated=True)  # the copy does not leave this machine
+            yield file
 
     def _write(self, path: Path, *, delta: bool, gated: bool) -> ModelFacts:
         """Write the model's file and return the facts in it."""

@@ -1,0 +1,103 @@
+"""Jobs of the command line in the caller's process: modes by name, with overrides as words or as Python values."""
+
+import gc
+import signal
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from dinoseg.api.compose import Job, compose, compose_job, config_folders, words_of
+from dinoseg.api.session import isolated
+from dinoseg.cli.typos import misplaced
+from dinoseg.config.plain import at
+from dinoseg.experiment.folder import will_make
+from dinoseg.training import checkpoint
+from dinoseg.utils.errors import UserError, file_errors_as_user_errors
+from dinoseg.utils.interrupt import Interrupted, raised
+
+Folder = str | PathLike[str]
+
+
+def run_mode(
+    mode: str,
+    words: Sequence[str],
+    overrides: Mapping[str, Any],
+    *,
+    out_dir: Folder | None = None,
+    config_dir: Folder | None = None,
+) -> dict[str, Any]:
+    """Run a mode as the command line does, and return its result; the caller's process is left as it was.
+
+    Args:
+        mode: option of the group `mode`.
+        words: overrides as typed on the command line.
+        overrides: values by key, see `words_of`.
+        out_dir: the run folder; None: as on the command line, below the current folder.
+        config_dir: folder of further config groups, as `--config-dir` names it.
+
+    Raises:
+        UserError: any error that the user can fix.
+        KeyboardInterrupt: on Ctrl-C; its message states how to resume.
+    """
+    if flags := [word for word in words if word.startswith("-")]:
+        raise UserError(f"{flags[0]} is for the command line. Python runs one job per call: write a loop for several.")
+    folder = {} if out_dir is None else {"hydra.run.dir": Path(out_dir).expanduser()}
+    stopped: Interrupted | None = None
+    try:
+        with isolated():
+            try:
+                typed = [f"mode={mode}", *words]
+                typed += words_of({**overrides, **folder}, _tables(typed, overrides, config_dir))
+                return _launch(compose_job(typed, config_dir=config_dir), config_dir)
+            finally:
+                gc.collect()  # models are in reference cycles
+    except UserError as error:
+        # its frames hold the model, and a notebook stores the last error
+        error.__context__ = error.__cause__ = None
+        failed: UserError = error.with_traceback(None)
+    except Interrupted as error:
+        stopped = Interrupted(error.number, note=error.note, folder=error.folder)
+    # raised here, errors have no context, whose frames would hold the model
+    if stopped is None:
+        raise failed
+    if stopped.number != signal.SIGINT and threading.current_thread() is threading.main_thread():
+        signal.raise_signal(stopped.number)
+    raise KeyboardInterrupt(_how_to_resume(stopped))
+
+
+def _launch(job: Job, config_dir: Folder | None) -> dict[str, Any]:
+    from dinoseg.cli.launch import launch  # its import registers resolvers, which `isolated` removes
+
+    will_make(job.out_dir)
+    try:
+        with raised(), file_errors_as_user_errors(job.out_dir):
+            return launch(job.cfg, job.out_dir, job.words)
+    except UserError:
+        raise
+    except Exception as error:
+        if message := misplaced(job.words, config_folders(config_dir), error):
+            raise UserError(message) from error
+        raise
+
+
+def _tables(
+    words: Sequence[str], overrides: Mapping[str, Any], config_dir: Folder | None
+) -> Callable[[str], bool] | None:
+    """Return the function that states whether the config has a table at a key, with the options of the overrides."""
+    if not any(isinstance(value, Mapping) for value in overrides.values()):
+        return None
+    options = {key: value for key, value in overrides.items() if not isinstance(value, Mapping)}
+    cfg: DictConfig = compose([*words, *words_of(options)], config_dir=config_dir)
+    return lambda key: isinstance(at(cfg, key.split(".")), DictConfig)
+
+
+def _how_to_resume(stop: Interrupted) -> str:
+    last = stop.folder and stop.folder / checkpoint.FOLDER / "last.safetensors"
+    if not last or not last.is_file():
+        return stop.note
+    step = checkpoint.describe(last)["progress"]["step"]
+    return f"{last} holds step {step}. To resume, call dinoseg.Run({str(stop.folder)!r}).resume()."

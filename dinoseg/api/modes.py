@@ -1,0 +1,221 @@
+"""The modes as Python functions: they do what `python -m dinoseg mode=...` does, in the caller's process.
+
+All functions take overrides in any of these forms: words of the command line (`"trainer.steps=20"`), keyword arguments
+(`head="mlp"`), nested dicts (`trainer={"steps": 20}`) and dotted names (`**{"trainer.steps": 20}`). `out_dir` is the
+run folder, by default as on the command line; `config_dir` is a folder of further config groups. Mistakes raise
+`UserError` with the messages of the command line, and Ctrl-C raises `KeyboardInterrupt`.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any
+
+from dinoseg.api.compose import config_folders
+from dinoseg.api.jobs import Folder, run_mode
+from dinoseg.api.results import Comparison, Results, Scores, read_json
+from dinoseg.api.runs import Run
+from dinoseg.config.options import options_of
+from dinoseg.export.runtime.model import Model
+from dinoseg.training import checkpoint
+from dinoseg.utils.errors import UserError
+
+Source = Run | Model | str | PathLike[str]
+
+
+def train(
+    recipe: str | None = None,
+    *words: str,
+    out_dir: Folder | None = None,
+    config_dir: Folder | None = None,
+    **overrides: Any,
+) -> Run:
+    """Train a segmenter, evaluate its best checkpoint, and return the run.
+
+    Args:
+        recipe: name of a recipe, such as `demo`; None: `base`, or the recipe of the run in `resume`.
+        words: overrides as typed on the command line.
+        out_dir: the run folder; None: outputs/RECIPE/train_TIME below the current folder.
+        config_dir: folder of further config groups.
+        overrides: values by key.
+
+    Raises:
+        UserError: any error that the user can fix.
+        KeyboardInterrupt: on Ctrl-C; the last complete step is saved, and the message states how to resume.
+    """
+    if recipe is not None:
+        words = (recipe if "=" in recipe else f"hparam={recipe}", *words)
+    result = run_mode("train", words, overrides, out_dir=out_dir, config_dir=config_dir)
+    folder = Path(result["run"])  # of several heads: that of the best one
+    return Run(folder.parents[1] if folder.parent.name == checkpoint.HEADS else folder)
+
+
+def evaluate(
+    model: Source | None,
+    *words: str,
+    data: str | Mapping[str, Any] | None = None,
+    split: str | None = None,
+    out_dir: Folder | None = None,
+    config_dir: Folder | None = None,
+    **overrides: Any,
+) -> Scores:
+    """Score a trained model on a split of a dataset.
+
+    Args:
+        model: a run, a run folder, a checkpoint, an exported model file, or a model that was loaded from one; None: the
+            backbone tracks the objects of videos.
+        words: overrides as typed on the command line.
+        data: option of the group `data`, or keys of the dataset that the model was trained on; None: that dataset.
+        split: train, val or test; None: val.
+        out_dir: the run folder.
+        config_dir: folder of further config groups.
+        overrides: values by key.
+
+    Raises:
+        UserError: any error that the user can fix.
+    """
+    keys = {"data": data, "mode.split": split}
+    chosen = {key: value for key, value in keys.items() if value is not None}
+    with _resumed(model) as given:
+        overrides = {**given, **chosen, **overrides}
+        return Scores.read(run_mode("eval", words, overrides, out_dir=out_dir, config_dir=config_dir)["run"])
+
+
+def score(
+    reference: Folder,
+    prediction: Folder,
+    *words: str,
+    protocol: str | None = None,
+    out_dir: Folder | None = None,
+    config_dir: Folder | None = None,
+    **overrides: Any,
+) -> Scores:
+    """Score a folder of predicted masks with the official protocol of a benchmark.
+
+    Args:
+        reference: folder of reference masks, in the layout of the protocol's official tool.
+        prediction: folder of predictions, such as that of `predict`.
+        words: overrides as typed on the command line.
+        protocol: option of the group `protocol`; None: `semantic`.
+        out_dir: the run folder.
+        config_dir: folder of further config groups.
+        overrides: values by key.
+
+    Raises:
+        UserError: any error that the user can fix.
+    """
+    folders = {"reference": fspath(reference), "prediction": fspath(prediction)}
+    chosen = folders | ({} if protocol is None else {"protocol": protocol})
+    result = run_mode("score", words, {**chosen, **overrides}, out_dir=out_dir, config_dir=config_dir)
+    return Scores.read(result["run"])
+
+
+def predict(
+    model: Source,
+    input: Folder | int,
+    *words: str,
+    out_dir: Folder | None = None,
+    config_dir: Folder | None = None,
+    **overrides: Any,
+) -> Results:
+    """Segment images or videos, and write masks and overlays to a folder; return counts and rates.
+
+    Args:
+        model: as in `evaluate`.
+        input: image, folder, glob pattern, video, number of a camera, or a split such as `val`.
+        words: overrides as typed on the command line.
+        out_dir: the run folder, in which an interrupted prediction resumes.
+        config_dir: folder of further config groups.
+        overrides: values by key.
+
+    Raises:
+        UserError: any error that the user can fix.
+    """
+    with _resumed(model) as given:
+        overrides = {**given, "input": input, **overrides}
+        return Results.of(run_mode("predict", words, overrides, out_dir=out_dir, config_dir=config_dir))
+
+
+def track(
+    model: Source,
+    input: Folder,
+    *words: str,
+    out_dir: Folder | None = None,
+    config_dir: Folder | None = None,
+    **overrides: Any,
+) -> Results:
+    """Track objects through a video; return counts and rates.
+
+    Args:
+        model: as in `evaluate`; or the option of a backbone, such as `dinov3_vits16`, which propagates `labels`.
+        input: a video, or a folder of frames.
+        words: overrides as typed on the command line.
+        out_dir: the run folder.
+        config_dir: folder of further config groups.
+        overrides: values by key, such as `labels`, the mask of the first frame.
+
+    Raises:
+        UserError: any error that the user can fix.
+    """
+    options = [each for folder in config_folders(config_dir) for each in options_of(folder / "backbone")]
+    backbone = model if model in options and not Path(model).exists() else None
+    with _resumed(model if backbone is None else None) as given:
+        overrides = {**given, **({} if backbone is None else {"backbone": backbone}), "input": input, **overrides}
+        return Results.of(run_mode("track", words, overrides, out_dir=out_dir, config_dir=config_dir))
+
+
+def compare(
+    runs: Sequence[Run | Results | Folder | Sequence[Run | Results | Folder]],
+    *words: str,
+    out_dir: Folder | None = None,
+    config_dir: Folder | None = None,
+    **overrides: Any,
+) -> Comparison:
+    """Compare evaluations of the same images with the first of them.
+
+    Args:
+        runs: runs, results of `evaluate`, or their folders; a list of several seeds counts as one.
+        words: overrides as typed on the command line.
+        out_dir: the run folder.
+        config_dir: folder of further config groups.
+        overrides: values by key.
+
+    Raises:
+        UserError: any error that the user can fix.
+    """
+    sides = [
+        [_folder_of(each) for each in run]
+        if isinstance(run, Sequence) and not isinstance(run, str)
+        else _folder_of(run)
+        for run in runs
+    ]
+    result = run_mode("compare", words, {"runs": sides, **overrides}, out_dir=out_dir, config_dir=config_dir)
+    return Comparison(read_json(Path(result["run"]) / "compare.json"), result["run"])
+
+
+@contextmanager
+def _resumed(model: Source | None) -> Iterator[dict[str, Any]]:
+    """Yield the override that names a trained model to a mode.
+
+    Raises:
+        UserError: it is not a model, or has no file.
+    """
+    if model is None:
+        yield {}
+    elif isinstance(model, Model):
+        with model.stored() as path, _resumed(path) as given:
+            yield given
+    elif not isinstance(model, str | PathLike):
+        raise UserError(
+            f"The model is of type {type(model).__name__}. Give a Run, a run folder, a checkpoint, or a model from "
+            "dinoseg.load."
+        )
+    elif str(model).endswith(".onnx"):
+        raise UserError(f"{model} is an ONNX file, which modes do not run. Give the run or the model.safetensors.")
+    else:
+        yield {"resume": str(Path(model).expanduser())}
+
+
+def _folder_of(run: Run | Results | Folder) -> str:
+    return str(run.folder) if isinstance(run, Run | Results) else fspath(run)

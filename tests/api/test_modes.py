@@ -1,0 +1,299 @@
+"""The modes as functions: they do what the command line does, and leave the caller's process as it was."""
+
+import json
+import logging
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import threading
+import time
+import warnings
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from command_line import SMALL, call, write_data
+from hydra.core.global_hydra import GlobalHydra
+
+import dinoseg
+from dinoseg.__main__ import CONFIGS
+from dinoseg.api.results import Comparison, Results, Scores
+from dinoseg.modes import train as train_mode
+from dinoseg.training import checkpoint
+from dinoseg.utils.images import write_png
+
+KEYS = {  # SMALL in the forms of Python
+    "data": {"classes": ["dark", "bright"], "root": "data", "batch_size": np.int64(2)},
+    **{"resolution": {"crop": (32, 48)}, "backbone": "tiny", "backbone.patch_size": 8, "adapter": "full"},
+    "backbone.arch": {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 48},
+    **{"engine": "cpu", "engine.workers": 0, "trainer": {"steps": 2, "val_every": 1}},
+}
+SHORT = {"report": False, "metrics_only": True, "probe_baseline": 0}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Write a dataset, and train by the command line and from Python into folders next to it."""
+    folder = tmp_path_factory.mktemp("place")
+    write_data(folder / "data")
+    done = call(folder, "mode=train", *SMALL, "trainer.val_every=1", "hydra.run.dir=typed")
+    assert done.status == 0, done.err
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        torch.manual_seed(7)
+        before = snapshot()
+        dinoseg.train(None, "data=folder", **KEYS, out_dir="called")
+        assert snapshot() == before
+    return folder
+
+
+@pytest.fixture
+def here(place, monkeypatch):
+    monkeypatch.chdir(place)
+    return place
+
+
+def snapshot():
+    """Return what a call may not change in the process."""
+    log = logging.getLogger().handlers[:], logging.getLogger().level, logging.getLogger("PIL").level
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    settings = torch.get_num_threads(), torch.get_float32_matmul_precision(), torch.is_grad_enabled()
+    process = dict(os.environ), os.getcwd(), sys.argv[:], sys.stdout, sys.stderr, threading.excepthook
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    return log, states, settings, process, handlers, warnings.filters[:], GlobalHydra.instance().hydra
+
+
+def tensors(run, name):
+    return checkpoint.read(run / f"checkpoints/{name}.safetensors").tensors
+
+
+def files(folder):
+    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return {re.sub(r"tfevents.*", "tfevents", name) for name in names}
+
+
+def test_a_training_equals_that_of_the_command_line(place):
+    typed, called = place / "typed", place / "called"
+    for name in ("last", "best"):
+        ours, theirs = tensors(called, name), tensors(typed, name)
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert files(called) == files(typed) and len(files(called)) > 20
+    assert (called / "config/config.yaml").read_text() == (typed / "config/config.yaml").read_text()
+    words = [(folder / "config/overrides.txt").read_text().splitlines() for folder in (called, typed)]
+    assert sorted(words[0]) == sorted(words[1])
+    assert (called / "evaluation/scores.json").read_text() == (typed / "evaluation/scores.json").read_text()
+    assert "step 2 of 2" in (called / "run.log").read_text()
+
+
+def test_a_run_shows_its_files(place):
+    run = dinoseg.Run(place / "called")
+    assert run.step == 2 and run.best_checkpoint.is_file() and run.last_checkpoint.name == "last.safetensors"
+    assert run.config["data"]["batch_size"] == 2 and "trainer.steps=2" in run.overrides and not run.heads
+    assert run.metrics["step"].tolist()[-1] == 2 and np.isfinite(run.metrics["val/miou"]).sum() == 2
+    assert {each.shape for each in run.metrics.values()} == {run.metrics["step"].shape}
+    assert run.scores["miou"] == json.loads((run.folder / "evaluation/scores.json").read_text())["miou"]
+    assert len(run.plot().axes) == 3 and "step 2, mIoU" in repr(run) and len(repr(run)) < 300
+    assert os.fspath(run) == str(run.folder)
+
+
+def test_a_run_as_html_is_escaped(place, tmp_path):
+    folder = tmp_path / "<script>&'"
+    shutil.copytree(place / "called", folder)
+    html = dinoseg.Run(folder)._repr_html_()
+    assert "&lt;script&gt;&amp;" in html and "<script>" not in html and "data:image/png;base64," in html
+    assert "mIoU" in html and "best.safetensors" in html
+
+
+def test_a_model_is_loaded_and_evaluated(here):
+    run = dinoseg.Run("called")
+    model = run.load_model(device="cpu")
+    assert model.predict("data/val/images/0.png").mask.shape == (32, 48)
+    of_model, of_file = dinoseg.evaluate(model, mode={"metrics_only": True}), dinoseg.evaluate(run.best_checkpoint)
+    assert of_model.to_dict() == of_file.to_dict() == run.scores.to_dict()
+    assert of_model.folder.parent == here / "outputs/base" and of_model["miou"] == run.scores["miou"]
+    assert dict(of_model)["pixels"] == 2 * 32 * 48 and of_model.confusion.sum() == of_model["pixels"]
+    assert [row["class"] for row in of_model.per_class] == ["dark", "bright"] and of_model.official is None
+    assert repr(of_model).startswith("Scores(mIoU") and "<td>bright</td>" in of_model._repr_html_()
+    on_train = dinoseg.evaluate("called", split="train", data={"root": "data"}, out_dir="on train, 1")
+    assert on_train["pixels"] == 4 * 32 * 48 and on_train.folder == here / "on train, 1"
+    with pytest.raises(dinoseg.UserError, match="Choose best or last"):
+        run.load_model("newest")
+
+
+def test_runs_are_compared(here):
+    compared = dinoseg.compare(["typed", dinoseg.Run("called")], out_dir="compared")
+    assert isinstance(compared, Comparison) and compared.first == "typed" and [*compared] == ["called"]
+    assert compared["called"]["miou"]["value"] == 0 and compared.intervals["called"]["miou"] == (0, 0)
+    assert compared.scores["called"]["miou"] == dinoseg.Run("called").scores["miou"]
+    assert "called 0.0 (0.0 .. 0.0)" in repr(compared) and "no significant difference" in compared._repr_html_()
+    assert (compared.folder / "report.html").is_file() and compared.to_dict()["units"] == 2
+
+
+def test_images_are_predicted_and_scored(here):
+    found = dinoseg.predict("called", "val", out_dir="predicted")
+    assert isinstance(found, Results) and found["images"] == 2 and len([*(found.folder / "masks").glob("*.png")]) == 2
+    scores = dinoseg.score("predicted/references", found.folder, protocol="semantic", mode={"workers": 1})
+    assert isinstance(scores, Scores) and scores["mIoU"] == pytest.approx(dinoseg.Run("called").scores["miou"])
+    assert scores.intervals.keys() == {*scores} and scores.per_class
+
+
+def test_objects_are_tracked(here):
+    for number in range(3):
+        write_png(here / f"frames/{number}.png", np.full((32, 48, 3), 60 * number, np.uint8))
+    write_png(here / "first.png", np.eye(32, 48, dtype=np.uint8))
+    keys = {key: KEYS[key] for key in ("backbone.patch_size", "backbone.arch", "engine")}
+    found = dinoseg.track("tiny", "frames", labels=here / "first.png", tracker={"short": 32}, **keys, out_dir="tracked")
+    assert found["frames"] == 3 and len([*(found.folder / "masks").glob("*.png")]) == 3
+    assert "backbone=tiny" in (found.folder / "config/overrides.txt").read_text()
+
+
+def test_a_run_of_several_heads_lists_them(here):
+    keys = KEYS | {"adapter": "frozen", "mode": SHORT, "trainer.steps": 1}
+    keys |= {"trainer": "multi_head", "heads": ["linear", {"head": "mlp", "name": "small_1"}]}
+    run = dinoseg.train(None, "data=folder", **keys, out_dir="heads_run")
+    assert run.folder == here / "heads_run" and {*run.heads} == {"linear", "small_1"} and run.scores is None
+    assert run.heads["linear"].scores["pixels"] == 2 * 32 * 48 and "step 1" in repr(run)
+
+
+def test_parts_of_the_caller_are_found(here):
+    (here / "mine/head").mkdir(parents=True)
+    shutil.copy(f"{CONFIGS}/head/linear.yaml", here / "mine/head/plain.yaml")
+    keys = KEYS | {"head": "plain", "mode": SHORT, "config_dir": "mine"}
+    run = dinoseg.train(None, "data=folder", **keys, out_dir="of_mine")
+    scores = dinoseg.evaluate(run, mode={"metrics_only": True}, config_dir="mine")
+    assert run.config["choices"]["head"] == "plain" and scores["miou"] == run.scores["miou"]
+    with pytest.raises(dinoseg.UserError, match="head=plain is unknown"):
+        dinoseg.train(None, "data=folder", head="plain")
+
+
+@pytest.mark.heavy
+def test_a_run_is_exported_and_the_file_evaluated(here):
+    exported = dinoseg.Run("called").export("safetensors", out_dir="exported")
+    model = dinoseg.load(exported.folder, device="cpu")
+    scores = dinoseg.evaluate(model, data={"root": "data"}, mode={"metrics_only": True})
+    assert scores["miou"] == dinoseg.Run("called").scores["miou"]
+
+
+@pytest.mark.parametrize(
+    ("words", "overrides", "message"),
+    [
+        (["demoo"], {}, "Did you mean hparam=demo"),
+        ([None, "trainer.stpes=3"], {}, "Did you mean trainer.steps"),
+        ([], {"hed": "mlp"}, "hed is not a key of the config. Did you mean head"),
+        ([], {"head": "mpl"}, "head=mpl is unknown"),
+        ([], {"trainer": {"stpes": 3}}, "Did you mean trainer.steps"),
+        ([], {"trainer": {"steps": "many"}}, "trainer.steps=many is of type str"),
+        ([], {"trainer": 3}, "trainer"),
+        ([], {"head": "linear,mlp"}, "head=linear,mlp"),
+        (["head=linear,mlp"], {}, "several values"),
+        (["demo", "-m"], {}, "-m is for the command line"),
+        ([], {"seed": object()}, "seed is of type object"),
+        ([], {"data.reader._target_": "os.system"}, "can be set in config files only"),
+        ([], {"engine.devices": 0}, "engine.devices=0"),
+        ([], {"resume": "missing"}, "resume=missing"),
+        ([], {"config_dir": "missing"}, "config_dir=missing is not a folder"),
+        ([], {"data.root": "missing", "data.classes": ["a", "b"]}, "missing"),
+        (["~data"], {}, "data"),
+    ],
+)
+def test_mistakes_are_user_errors(here, capsys, words, overrides, message):
+    before, left = snapshot(), {*here.iterdir()}
+    with pytest.raises(dinoseg.UserError) as raised:
+        dinoseg.train(*words, **overrides)
+    assert message in str(raised.value) and raised.value.__cause__ is None and raised.value.__context__ is None
+    assert "error:" not in capsys.readouterr().err
+    assert snapshot() == before and {*here.iterdir()} - left <= {here / "outputs"}
+
+
+@pytest.mark.parametrize(
+    ("call_mode", "message"),
+    [
+        (lambda: dinoseg.evaluate(3), "The model is of type int"),
+        (lambda: dinoseg.evaluate("model.onnx"), "is an ONNX file"),
+        (lambda: dinoseg.predict("called", "missing.png"), "missing.png"),
+        (lambda: dinoseg.track("tiny", "missing.mp4", labels="missing.png"), "missing.mp4"),
+        (lambda: dinoseg.compare(["called"]), "runs="),
+        (lambda: dinoseg.Run("data"), "is not a run folder"),
+    ],
+)
+def test_mistakes_of_other_modes_are_user_errors(here, call_mode, message):
+    with pytest.raises(dinoseg.UserError, match=re.escape(message)):
+        call_mode()
+
+
+def test_an_interrupted_training_is_saved_and_resumed(here):
+    def interrupt():
+        while not (here / "stopped/checkpoints/last.safetensors").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    before, thread = snapshot(), threading.Thread(target=interrupt)
+    thread.start()
+    keys = KEYS | {"trainer": {"steps": 100_000, "val_every": 100_000, "save_every": 1}, "mode": SHORT}
+    with pytest.raises(KeyboardInterrupt, match=r"last.safetensors holds step \d+") as stop:
+        dinoseg.train(None, "data=folder", **keys, out_dir="stopped")
+    thread.join()
+    assert snapshot() == before and f"dinoseg.Run({str(here / 'stopped')!r}).resume()" in str(stop.value)
+    assert type(stop.value) is KeyboardInterrupt and stop.value.__context__ is None
+    run = dinoseg.Run("stopped")
+    done = run.step
+    resumed = run.resume(trainer={"steps": done + 1, "val_every": done + 1})
+    assert done >= 1 and resumed.step == done + 1 and resumed.folder == run.folder and resumed.scores["pixels"] > 0
+
+
+def test_any_other_error_passes_and_restores(here, monkeypatch):
+    def fail(*_):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(train_mode, "fit", fail)
+    before = snapshot()
+    with pytest.raises(ZeroDivisionError):
+        dinoseg.train(None, "data=folder", **KEYS)
+    assert snapshot() == before
+
+
+def test_models_are_freed(here, monkeypatch):
+    models, fit = [], train_mode.fit
+
+    def watched(experiment):
+        models.append(weakref.ref(experiment.model))
+        return fit(experiment)
+
+    monkeypatch.setattr(train_mode, "fit", watched)
+    keys = KEYS | {"mode": SHORT, "trainer": {"steps": 1}}
+    run = dinoseg.train(None, "data=folder", **keys, out_dir="freed")
+    assert models[0]() is None and run.step == 1
+
+
+def test_errors_hold_no_model(here, monkeypatch):
+    models = []
+
+    def fail(experiment):
+        models.append(weakref.ref(experiment.model))
+        raise dinoseg.UserError("of the loop")
+
+    monkeypatch.setattr(train_mode, "fit", fail)
+    with pytest.raises(dinoseg.UserError, match="of the loop") as raised:
+        dinoseg.train(None, "data=folder", **KEYS | {"mode": SHORT})
+    assert models[0]() is None and raised.value is not None
+
+
+def test_threads_take_turns_and_give_the_same_weights(here):
+    runs = {}
+
+    def work(name):
+        runs[name] = dinoseg.train(None, "data=folder", **KEYS | {"mode": SHORT}, out_dir=name)
+
+    before, threads = snapshot(), [threading.Thread(target=work, args=(f"thread_{number}",)) for number in (1, 2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert snapshot() == before and len(runs) == 2
+    for run in runs.values():
+        ours, theirs = tensors(run.folder, "last"), tensors(here / "typed", "last")
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)

@@ -1,0 +1,229 @@
+"""What a mode changes in the caller's process is restored, also after an error."""
+
+import faulthandler
+import logging
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import warnings
+from contextlib import suppress
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
+
+from dinoseg.__main__ import CONFIGS
+from dinoseg.api.compose import compose
+from dinoseg.api.session import isolated
+from dinoseg.experiment.log_file import configure_log
+from dinoseg.utils.errors import UserError
+
+
+def logged(change):
+    """Return the log's handlers and levels."""
+    if change:
+        configure_log(None)
+        logging.getLogger("matplotlib").setLevel(logging.DEBUG)
+        logging.getLogger("of_a_caller").setLevel(logging.DEBUG)
+    names = ("", "matplotlib", "of_a_caller")
+    return [logging.getLogger(name).level for name in names], logging.getLogger().handlers[:], threading.excepthook
+
+
+def filtered(change):
+    if change:
+        warnings.simplefilter("ignore")
+    return warnings.filters[:]
+
+
+def environment(change):
+    if change:
+        os.environ |= {"OMP_NUM_THREADS": "7", "OF_A_MODE": "1"}
+        os.environ.pop("PATH")
+    return dict(os.environ)
+
+
+def folder(change):
+    if change:
+        os.chdir("/")
+    return os.getcwd()
+
+
+def arguments(change):
+    if change:
+        sys.argv[1:] = ["changed"]
+    return sys.argv[:]
+
+
+def streams(change):
+    if change:
+        sys.stdout, sys.stderr = sys.stderr, sys.stdout
+    return sys.stdout, sys.stderr
+
+
+def states(change):
+    if change:
+        random.seed(9), np.random.seed(9), torch.manual_seed(9)
+    return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+
+
+def settings(change):
+    if change:
+        torch.set_num_threads(torch.get_num_threads() + 1)
+        torch.set_float32_matmul_precision("medium")
+        torch.set_default_dtype(torch.float64)
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.set_grad_enabled(False)
+        torch.backends.cudnn.benchmark = True
+    flags = torch.is_grad_enabled(), torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    return torch.get_num_threads(), torch.get_float32_matmul_precision(), torch.get_default_dtype(), *flags
+
+
+def start_method(change):
+    if change:
+        multiprocessing.set_start_method("spawn", force=True)
+    return multiprocessing.get_start_method(allow_none=True)
+
+
+def hydra(change):
+    if change:
+        HydraConfig.instance().cfg = OmegaConf.create({"hydra": {"job": {}}})
+        ConfigStore.instance().store("of_a_mode", {})
+        OmegaConf.register_new_resolver("of_a_mode", str)
+    names = [name for name in ("of_a_mode", "len", "class_file") if OmegaConf.has_resolver(name)]
+    return HydraConfig.instance().cfg, GlobalHydra.instance().hydra, [*ConfigStore.instance().repo], names
+
+
+def accelerate(change):
+    from accelerate.state import AcceleratorState, PartialState
+
+    if change:
+        AcceleratorState._shared_state["x"] = PartialState._shared_state["x"] = 1
+    return dict(AcceleratorState._shared_state), dict(PartialState._shared_state)
+
+
+def handlers(change):
+    return signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM), faulthandler.is_enabled()
+
+
+PARTS = (logged, filtered, environment, folder, arguments, streams, states, settings, start_method, hydra, accelerate)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("part", PARTS, ids=lambda part: part.__name__)
+def test_state_is_restored(part, fails):
+    before = part(change=False)
+    with suppress(ZeroDivisionError), isolated():
+        part(change=True)
+        assert part(change=False) != before
+        1 / (0 if fails else 1)
+    assert part(change=False) == before
+
+
+def test_settings_of_the_caller_do_not_reach_the_mode():
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.inference_mode(), isolated():
+            assert torch.zeros(1, requires_grad=True).dtype == torch.float32
+            assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_open_log_files_stay_open(tmp_path):
+    handler = logging.FileHandler(tmp_path / "log", "w")
+    logging.getLogger().addHandler(handler)
+    try:
+        with isolated():
+            configure_log(None)
+        logging.getLogger("of_a_caller").error("after")
+    finally:
+        logging.getLogger().removeHandler(handler)
+        handler.close()
+    assert "after" in (tmp_path / "log").read_text()
+
+
+def test_loggers_that_the_caller_has_disabled_write_the_log_of_the_run():
+    ours = logging.getLogger("dinoseg.training.trainer")
+    ours.disabled = True
+    logging.disable(logging.CRITICAL)
+    try:
+        with isolated():
+            configure_log(None)
+            assert ours.isEnabledFor(logging.ERROR)
+        assert ours.disabled and logging.root.manager.disable == logging.CRITICAL
+    finally:
+        ours.disabled = False
+        logging.disable(logging.NOTSET)
+
+
+@dataclass
+class CallersOptimizer:
+    speed: int = 1
+
+
+def test_a_hydra_program_can_call_modes():
+    store, options = ConfigStore.instance(), ["tracker=crw", "protocol=davis2016"]  # which no other test composes
+    store.store(group="optim", name="adamw", node=CallersOptimizer)
+    try:
+        with initialize_config_dir(CONFIGS, version_base="1.3"):
+            before = GlobalHydra.instance().hydra
+            # a config of that name is not taken for one of that class
+            assert "optimizer" in compose([*options, "selection=typical"]).optim
+            with isolated():
+                assert not GlobalHydra.instance().is_initialized()
+            assert GlobalHydra.instance().hydra is before and "optim" in store.repo
+            with pytest.raises(Exception, match="optim/adamw"):
+                hydra_compose("main", [*options, "selection=random"])
+    finally:
+        store.repo.pop("optim")
+
+
+def test_a_second_thread_waits():
+    order, entered = [], threading.Event()
+
+    def second():
+        entered.set()
+        with isolated():
+            order.append("second")
+
+    with isolated():
+        thread = threading.Thread(target=second)
+        thread.start()
+        entered.wait()
+        thread.join(0.2)
+        order.append("first")
+    thread.join()
+    assert order == ["first", "second"]
+
+
+def test_a_process_group_of_the_caller_is_refused(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        with pytest.raises(UserError, match="destroy_process_group"), isolated():
+            pass
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_a_worker_that_imports_the_script_is_refused(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import multiprocessing\nfrom dinoseg.api.session import isolated\n"
+        "with isolated():\n    pass\n"
+        "process = multiprocessing.get_context('spawn').Process(target=print)\nprocess.start()\nprocess.join()\n"
+        "print('status', process.exitcode)\n"
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+    assert "status 1" in done.stdout and '`if __name__ == "__main__":`' in done.stderr
