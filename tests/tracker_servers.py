@@ -43,6 +43,8 @@ def wandb_records(path):
             at += BLOCK - at % BLOCK
             continue
         length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        if at + HEADER + length > len(data):  # being written
+            return
         whole += data[at + HEADER : at + HEADER + length]
         at += HEADER + length
         if kind in (1, 4):  # whole, or the last part
@@ -53,6 +55,9 @@ def wandb_records(path):
 def wandb_run(folder):
     """Return the descriptions of the run in a folder, the rows of its history and its summary, as written."""
     files = sorted(folder.glob("wandb/offline-run-*/run-*.wandb"))
+    deadline = time.monotonic() + 60  # W&B's service may write the end of a file after the run is finished
+    while not all("exit" in kinds_of(path) for path in files) and time.monotonic() < deadline:
+        time.sleep(0.05)
     records = [record for path in files for record in wandb_records(path)]
     runs = [record.run for record in records if record.WhichOneof("record_type") == "run"]
     rows = [_items(record.history.item) for record in records if record.WhichOneof("record_type") == "history"]
@@ -61,6 +66,10 @@ def wandb_run(folder):
         if record.WhichOneof("record_type") == "summary":
             summary |= _items(record.summary.update)
     return runs, rows, summary
+
+
+def kinds_of(path):
+    return [record.WhichOneof("record_type") for record in wandb_records(path)]
 
 
 def _items(items):
