@@ -58,13 +58,8 @@ class WandbLogger(RemoteLogger):
         self.mode = mode or wandb.setup().settings.mode
         if self.mode not in ("online", "offline"):
             raise UserError(
-<<<<<<< HEAD
                 f"logger.wandb.mode={self.mode} (or WANDB_MODE) must be online or offline. Set one, or leave wandb out "
                 "of `logger`."
-=======
-                f"logger.wandb.mode={self.mode} (or WANDB_MODE) must be online or offline. Set one, or leave "
-                "wandb out of `logger`."
->>>>>>> loggers
             )
         if self.mode == "online" and not wandb.login(prompt=False, verify=False):
             raise UserError(
