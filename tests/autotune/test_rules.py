@@ -6,8 +6,7 @@ import pytest
 
 from dinoseg.autotune import rules
 from dinoseg.autotune.facts import ClassFacts, DatasetFacts
-from dinoseg.autotune.length import length_within
-from dinoseg.autotune.rules import RecipeCase
+from dinoseg.autotune.rules import RecipeCase, length_within
 from dinoseg.autotune.timing import RecipeTimes
 from dinoseg.config.plain import BUILDS
 

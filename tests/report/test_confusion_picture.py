@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from dinoseg.report.confusion import confusion_picture
+from dinoseg.evaluation.images import confusion_picture
 
 
 @pytest.mark.parametrize("num_classes", [1, 2, 10, 60])
@@ -30,7 +30,7 @@ def test_pyplot_stays_out_of_it():
     import sys
 
     code = (
-        "import sys; from dinoseg.report.confusion import confusion_picture as draw; draw([[1]], ['a']);"
+        "import sys; from dinoseg.evaluation.images import confusion_picture as draw; draw([[1]], ['a']);"
         "from dinoseg.report.curves import draw_curves; sys.exit('matplotlib.pyplot' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

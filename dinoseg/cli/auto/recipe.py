@@ -14,21 +14,25 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from omegaconf import DictConfig
+from hydra import compose
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
 
 from dinoseg import __version__
 from dinoseg.autotune.rules import CHOOSING, RecipeChoice
 from dinoseg.cli.auto.given import drop_typed
 from dinoseg.cli.auto.search import ComposedRecipe, RecipeSearch
 from dinoseg.config.checks import check_arguments
+from dinoseg.config.job import job_config
 from dinoseg.config.plain import BUILDS, to_container
 from dinoseg.core.shapes import SegmentationData
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.splits import evenly_spaced_subset
 from dinoseg.experiment.builder import Builder
-from dinoseg.experiment.composed import composed_with, searching, typed_keys, user_folders
 from dinoseg.experiment.recipe import LENGTHS, config_description, recipe_of
 from dinoseg.experiment.step import check_trainer, training_parts
 from dinoseg.tasks.images import SAMPLING
@@ -53,6 +57,9 @@ _NAMES = rf"(?!(?:{'|'.join(BUILDS)})$).*"  # keys of a table, except those of `
 _MAX_BYTES = 2**20  # of a file of choices, which takes a few thousand
 _MAX_PIXELS = 2**30  # of the images in a batch, as in a checkpoint's config
 _COUNT, _SIDE, _RATE = forms.whole(1, 2**40), forms.whole(1, 2**20), forms.number(0, 100)
+
+
+_SEARCHED = "hydra.searchpath"
 
 
 @dataclass(frozen=True)
@@ -361,3 +368,43 @@ def recipe_text(about: str, choices: Sequence[RecipeChoice]) -> str:
 def _comment(text: str) -> str:
     """Return text as a one-line YAML comment; unprintable characters, which could end it, are escaped."""
     return "# " + "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
+
+
+def typed_keys(words: Sequence[str]) -> frozenset[str]:
+    """Return the keys and groups that the words of a command line set."""
+    return frozenset(each.key_or_group for each in OverridesParser.create().parse_overrides(list(words)))
+
+
+def user_folders() -> list[str]:
+    """Return the folder that `--config-dir` names, as a list; empty if it is not given."""
+    return [each.path for each in HydraConfig.get().runtime.config_sources if each.provider == "command-line"]
+
+
+def searching(folders: Sequence[str]) -> str:
+    """Return the override that adds folders, of any name, to Hydra's search path for configs."""
+    quoted = ["'" + folder.replace("'", "\\'") + "'" for folder in folders]
+    return f"{_SEARCHED}=[{','.join(quoted)}]"
+
+
+def composed_with(words: Sequence[str], name: str, text: str, *, known_as: str) -> DictConfig:
+    """Return the config of a command line with a recipe of the given text instead of its own.
+
+    Precedence is unchanged: typed values and `local` override the recipe.
+
+    Args:
+        words: the command line.
+        name: name of the recipe.
+        text: content of the recipe's file.
+        known_as: the recipe's name in `choices`, under which its runs are listed.
+    """
+    overrides = OverridesParser.create().parse_overrides(list(words))
+    remaining = [str(each.input_line) for each in overrides if each.key_or_group not in ("hparam", _SEARCHED)]
+    folders = [folder for each in overrides if each.key_or_group == _SEARCHED for folder in each.value() or ()]  # type: ignore[union-attr]
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "hparam" / f"{name}.yaml"
+        path.parent.mkdir()
+        path.write_text(text, encoding="utf-8")
+        searched = searching([*map(str, folders), f"file://{folder}"])
+        composed = compose("main", [*remaining, searched, f"hparam={name}"], return_hydra_config=True)
+        cfg = job_config(composed, composed.hydra.runtime.choices)
+    return OmegaConf.merge(cfg, {"choices": {"hparam": known_as}})  # type: ignore[return-value]

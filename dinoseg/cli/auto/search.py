@@ -2,6 +2,7 @@
 
 import math
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,16 +13,17 @@ from typing import Annotated, Any
 from dinoseg.autotune import rules
 from dinoseg.autotune.facts import DatasetFacts, facts_of, headline
 from dinoseg.autotune.fitting import Recipe
-from dinoseg.autotune.length import PROBING, SURE, Length, length_within
 from dinoseg.autotune.memory import Memory
-from dinoseg.autotune.rules import RecipeCase, RecipeChoice
-from dinoseg.autotune.timing import RecipeTimes, estimate_times
+from dinoseg.autotune.rules import PROBING, REST, SURE, Length, RecipeCase, RecipeChoice, length_within
+from dinoseg.autotune.timing import RecipeTimes, estimate_times, time_recipe
 from dinoseg.cli.auto.given import drop_typed
-from dinoseg.cli.auto.timing import time_candidate
 from dinoseg.core.shapes import SegmentationData
 from dinoseg.core.sizes import Size
+from dinoseg.experiment.builder import Builder
+from dinoseg.experiment.step import training_parts
 from dinoseg.inference.memory import OutOfMemory
 from dinoseg.training.engine import Engine
+from dinoseg.training.feature_choice import stored_as
 from dinoseg.utils.ranges import Range
 from dinoseg.utils.wording import count_of
 from dinoseg.utils.workers import run_in_process
@@ -465,3 +467,26 @@ def _noted(timed: TimedCandidate, notes: str) -> TimedCandidate:
     """Return `timed` with notes on the other candidates appended to the reason of its first choice."""
     first, *others = timed.choices
     return replace(timed, choices=(replace(first, reason=f"{first.reason}{notes}"), *others))
+
+
+def time_candidate(
+    values: Mapping[str, Any], *, minutes: float, may_freeze: bool = False, ranks: int = 1, until: float = math.inf
+) -> RecipeTimes:
+    """Time a plain config; see `time_recipe`. `may_freeze`: also with a backbone that is frozen at first."""
+    began = time.perf_counter()
+    build = Builder.of(values)
+    engine = build.engine(devices=1)
+    build = build.changed({"data": {"batch_size": max(1, build.value("data.batch_size") // ranks)}})
+    task = build.task()
+    task.open(engine)
+    return time_recipe(
+        training_parts(build),
+        task.data_module,
+        engine,
+        began=began,
+        minutes=minutes,
+        dtype=stored_as(build.value("features.dtype"), {}),
+        rested=training_parts(build, {"optim.optimizer.freeze_backbone_until": REST}) if may_freeze else None,
+        ranks=ranks,
+        until=until,
+    )

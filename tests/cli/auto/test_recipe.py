@@ -21,7 +21,7 @@ from dinoseg.autotune.timing import RecipeTimes
 from dinoseg.autotune.trial import Trial
 from dinoseg.cli.auto import recipe
 from dinoseg.cli.auto.given import drop_typed
-from dinoseg.cli.auto.timing import time_candidate
+from dinoseg.cli.auto.search import time_candidate
 from dinoseg.config.nodes import instantiate
 from dinoseg.config.plain import to_container
 from dinoseg.experiment.builder import Builder
