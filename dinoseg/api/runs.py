@@ -33,6 +33,14 @@ class Run:
 
     Raises:
         UserError: the folder holds no run.
+
+    Example:
+        >>> import dinoseg
+        >>> run = dinoseg.Run("outputs/demo/train")
+        >>> run.load_model().classes[:2]
+        ('Background', 'Tool Clasper')
+        >>> run.metrics["train/loss"].shape == run.metrics["step"].shape
+        True
     """
 
     def __init__(self, folder: str | PathLike[str]) -> None:
