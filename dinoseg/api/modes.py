@@ -44,7 +44,7 @@ def train(
         UserError: any error that the user can fix.
         KeyboardInterrupt: on Ctrl-C; the last complete step is saved, and the message states how to resume.
 
-    Example:
+    Examples:
         >>> import dinoseg
         >>> data, out = {"root": "outputs/demo/data"}, "outputs/demo/train"
         >>> run = dinoseg.train("demo", data=data, trainer={"steps": 2}, out_dir=out)
@@ -82,7 +82,7 @@ def evaluate(
     Raises:
         UserError: any error that the user can fix.
 
-    Example:
+    Examples:
         >>> import dinoseg
         >>> run = dinoseg.Run("outputs/demo/train")
         >>> scores = dinoseg.evaluate(run, resolution={"scale": 0.5}, out_dir="outputs/demo/half")
@@ -119,7 +119,7 @@ def score(
     Raises:
         UserError: any error that the user can fix.
 
-    Example:
+    Examples:
         >>> import dinoseg
         >>> scores = dinoseg.score("outputs/demo/predicted/references", "outputs/demo/predicted", protocol="semantic")
         >>> sorted(scores)
@@ -152,7 +152,7 @@ def predict(
     Raises:
         UserError: any error that the user can fix.
 
-    Example:
+    Examples:
         >>> import dinoseg
         >>> found = dinoseg.predict("outputs/demo/train", "val", out_dir="outputs/demo/predicted")
         >>> found["images"] == len([*(found.folder / "masks").rglob("*.png")])
@@ -184,7 +184,7 @@ def track(
     Raises:
         UserError: any error that the user can fix.
 
-    Example:
+    Examples:
         >>> import dinoseg, pathlib
         >>> video = pathlib.Path("outputs/demo/data/train1/video_01")
         >>> found = dinoseg.track("rgb", video / "rgb", labels=video / "segmentation/000000000.png")
@@ -217,7 +217,7 @@ def compare(
     Raises:
         UserError: any error that the user can fix.
 
-    Example:
+    Examples:
         >>> import dinoseg
         >>> compared = dinoseg.compare(["outputs/demo/train", "outputs/demo/half"])
         >>> sorted(compared["half"]["miou"])

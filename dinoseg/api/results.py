@@ -24,7 +24,7 @@ class Results(Mapping[str, Any]):
     Attributes:
         folder: the run folder with all files, absolute.
 
-    Example:
+    Examples:
         >>> import dinoseg
         >>> found = dinoseg.Results({"images": 2, "images_per_s": 9.5}, "outputs/demo/predicted")
         >>> found["images"], found
@@ -69,7 +69,7 @@ class Scores(Results):
         values: content of scores.json.
         folder: the folder of that file.
 
-    Example:
+    Examples:
         >>> import dinoseg
         >>> scores = dinoseg.Run("outputs/demo/train").scores
         >>> 0 <= scores["miou"] <= 1, scores.per_class[0]["class"], scores.confusion.shape
@@ -139,7 +139,7 @@ class Comparison(Results):
         first: name of the run that the others are compared with.
         scores: scores of each run, by its name.
 
-    Example:
+    Examples:
         >>> import dinoseg
         >>> compared = dinoseg.compare(["outputs/demo/train", "outputs/demo/half"])
         >>> compared.first, [*compared], sorted(compared.scores)

@@ -31,10 +31,13 @@ class Run:
     Args:
         folder: of a training, such as outputs/demo/train_2026-01-31_12-00-00.
 
+    Attributes:
+        folder: the run folder, absolute.
+
     Raises:
         UserError: the folder holds no run.
 
-    Example:
+    Examples:
         >>> import dinoseg
         >>> run = dinoseg.Run("outputs/demo/train")
         >>> run.load_model().classes[:2]

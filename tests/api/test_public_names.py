@@ -3,6 +3,7 @@
 import ast
 import doctest
 import inspect
+import re
 import subprocess
 import sys
 from contextlib import redirect_stdout
@@ -12,6 +13,7 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
+from docs_pages import ROOT
 from docs_stand_ins import CPU, SHORT, SMALL
 
 import dinoseg
@@ -58,6 +60,11 @@ def test_the_help_of_the_package_names_what_is_public():
         assert name in dinoseg.__doc__, name
 
 
+def test_the_page_of_the_api_has_each_name_once():
+    entries = re.findall(r"^::: ([\w.]+)$", (ROOT / "docs/api.md").read_text(encoding="utf-8"), flags=re.M)
+    assert sorted(entries) == sorted(f"{package.__name__}.{name}" for package, name in PUBLIC)
+
+
 def run_small(mode, words, overrides, **options):
     """Run a mode with a small model on a CPU, without its output."""
     small = {
@@ -102,4 +109,4 @@ def demo(tmp_path_factory):
 def test_a_public_name_has_a_docstring_with_an_example_that_runs(package, name, demo):
     text = inspect.getdoc(getattr(package, name))
     assert text and text[0].isupper() and text.splitlines()[0].endswith(".")
-    assert "Example:" in text and not failures(package, name)
+    assert "Examples:" in text and not failures(package, name)
