@@ -35,7 +35,7 @@ class Segmenter(nn.Module, Model):
     """A segmentation model: backbone, adapter and head, with classes and preprocessing.
 
     `dinoseg.create_model` and `dinoseg.load` return it. Called with images, it returns class logits with gradients, so
-    it trains in any PyTorch loop, in Lightning, under DDP and with `torch.compile`. Images are normalised inside.
+    it trains in any PyTorch loop, under DDP and with `torch.compile`. Images are normalised inside.
     Frozen modules stay in eval mode in `train()`.
 
     Args:
