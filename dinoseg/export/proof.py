@@ -45,9 +45,7 @@ _START = (
 )
 
 
-MAX = 2**22  # number of probabilities compared per image
-
-
+class Reference:
     """The trained model in PyTorch, run as mode=predict runs it.
 
     For a fixed-size graph, it runs at that graph's input size instead.
