@@ -146,7 +146,9 @@ def test_objects_are_tracked(here):
         write_png(here / f"frames/{number}.png", np.full((32, 48, 3), 60 * number, np.uint8))
     write_png(here / "first.png", np.eye(32, 48, dtype=np.uint8))
     keys = {key: KEYS[key] for key in ("backbone.patch_size", "backbone.arch", "engine")}
-    found = dinoseg.track("tiny", "frames", labels=here / "first.png", tracker={"short_side": 32}, **keys, out_dir="tracked")
+    found = dinoseg.track(
+        "tiny", "frames", labels=here / "first.png", tracker={"short_side": 32}, **keys, out_dir="tracked"
+    )
     assert found["frames"] == 3 and len([*(found.folder / "masks").glob("*.png")]) == 3
     assert "backbone=tiny" in (found.folder / "config/overrides.txt").read_text()
 
