@@ -26,8 +26,17 @@ def test_nothing_is_fetched_from_elsewhere(site):
         assert not re.findall(r"<(?:script|link|img|iframe)[^>]+(?:src|href)=[\"']?(?:https?:)?//[^>]+>", text), page
 
 
+def test_the_page_of_the_api_has_an_entry_with_an_example_for_each_name(site):
+    names = re.findall(r"^::: ([\w.]+)$", (ROOT / "docs/api.md").read_text(), flags=re.M)
+    text = (site / "api.html").read_text()
+    entries = re.split(r'id="(dinoseg(?:\.(?:losses|metrics))?\.\w+)" class="doc doc-heading"', text)
+    shown = dict(zip(entries[1::2], entries[2::2], strict=True))
+    assert sorted(shown) == sorted(names) and len(names) > 30
+    assert [name for name in names if "&gt;&gt;&gt;" not in shown[name]] == []
+
+
 @pytest.mark.parametrize("width", [1280, 390])
-@pytest.mark.parametrize("name", ["index", "results", "first_training"])
+@pytest.mark.parametrize("name", ["index", "results", "first_training", "api"])
 def test_pages_open_on_a_desk_and_a_phone(site, name, width):
     with opened_page((site / f"{name}.html").as_uri(), width=width) as page:
         page.wait_for_load_state("load")

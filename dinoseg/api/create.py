@@ -48,7 +48,7 @@ def create_model(
         UserError: an unknown option or key, an invalid value, no classes, parts that do not fit together, or weights
             that cannot be read.
 
-    Example:
+    Examples:
         >>> import dinoseg
         >>> model = dinoseg.create_model("tiny", head="mlp", adapter="lora", num_classes=3)
         >>> model.classes

@@ -30,7 +30,7 @@ class SegmentationDataset(Dataset):
         num_classes: number of classes.
         names: the names of the items in order.
 
-    Example:
+    Examples:
         >>> import dinoseg, torch
         >>> class One:
         ...     classes, palette, ignore_index, names = ("a",), ((0, 0, 0),), 255, ("x",)
@@ -91,7 +91,7 @@ def open_dataset(
         UserError: an unknown option, key or split, no classes, a missing folder, or an image without a mask; when an
             item is read: an unreadable file, or a mask value that is not a class.
 
-    Example:
+    Examples:
         >>> import dinoseg, numpy, pathlib, PIL.Image, tempfile
         >>> root = pathlib.Path(tempfile.mkdtemp())
         >>> for kind in ("images", "masks"):

@@ -43,6 +43,13 @@ def train(
     Raises:
         UserError: any error that the user can fix.
         KeyboardInterrupt: on Ctrl-C; the last complete step is saved, and the message states how to resume.
+
+    Examples:
+        >>> import dinoseg
+        >>> data, out = {"root": "outputs/demo/data"}, "outputs/demo/train"
+        >>> run = dinoseg.train("demo", data=data, trainer={"steps": 2}, out_dir=out)
+        >>> run.step, run.best_checkpoint.name, 0 <= run.scores["miou"] <= 1
+        (2, 'best.safetensors', True)
     """
     if recipe is not None:
         words = (recipe if "=" in recipe else f"hparam={recipe}", *words)
@@ -74,6 +81,13 @@ def evaluate(
 
     Raises:
         UserError: any error that the user can fix.
+
+    Examples:
+        >>> import dinoseg
+        >>> run = dinoseg.Run("outputs/demo/train")
+        >>> scores = dinoseg.evaluate(run, resolution={"scale": 0.5}, out_dir="outputs/demo/half")
+        >>> scores["present_classes"], scores.confusion.shape
+        (10, (10, 10))
     """
     keys = {"data": data, "mode.split": split}
     chosen = {key: value for key, value in keys.items() if value is not None}
@@ -104,6 +118,12 @@ def score(
 
     Raises:
         UserError: any error that the user can fix.
+
+    Examples:
+        >>> import dinoseg
+        >>> scores = dinoseg.score("outputs/demo/predicted/references", "outputs/demo/predicted", protocol="semantic")
+        >>> sorted(scores)
+        ['accuracy', 'dice', 'mIoU', 'mean_accuracy']
     """
     folders = {"reference": fspath(reference), "prediction": fspath(prediction)}
     chosen = folders | ({} if protocol is None else {"protocol": protocol})
@@ -131,6 +151,12 @@ def predict(
 
     Raises:
         UserError: any error that the user can fix.
+
+    Examples:
+        >>> import dinoseg
+        >>> found = dinoseg.predict("outputs/demo/train", "val", out_dir="outputs/demo/predicted")
+        >>> found["images"] == len([*(found.folder / "masks").rglob("*.png")])
+        True
     """
     with _resumed(model) as given:
         overrides = {**given, "input": input, **overrides}
@@ -157,6 +183,13 @@ def track(
 
     Raises:
         UserError: any error that the user can fix.
+
+    Examples:
+        >>> import dinoseg, pathlib
+        >>> video = pathlib.Path("outputs/demo/data/train1/video_01")
+        >>> found = dinoseg.track("rgb", video / "rgb", labels=video / "segmentation/000000000.png")
+        >>> found["frames"], found.folder.is_dir()
+        (4, True)
     """
     options = [each for folder in config_folders(config_dir) for each in options_of(folder / "backbone")]
     backbone = model if model in options and not Path(model).exists() else None
@@ -183,6 +216,12 @@ def compare(
 
     Raises:
         UserError: any error that the user can fix.
+
+    Examples:
+        >>> import dinoseg
+        >>> compared = dinoseg.compare(["outputs/demo/train", "outputs/demo/half"])
+        >>> sorted(compared["half"]["miou"])
+        ['ci95', 'p', 'value', 'verdict']
     """
     sides = [
         [_folder_of(each) for each in run]

@@ -20,7 +20,7 @@ def list_backbones(filter: str = "*", *, config_dir: str | PathLike[str] | None 
     Raises:
         UserError: `config_dir` is no folder.
 
-    Example:
+    Examples:
         >>> import dinoseg
         >>> dinoseg.list_backbones("dinov3_vits*")
         ['dinov3_vits16', 'dinov3_vits16plus']
@@ -31,7 +31,7 @@ def list_backbones(filter: str = "*", *, config_dir: str | PathLike[str] | None 
 def list_heads(filter: str = "*", *, config_dir: str | PathLike[str] | None = None) -> list[str]:
     """Return the sorted names of heads for `create_model`; arguments and errors are those of `list_backbones`.
 
-    Example:
+    Examples:
         >>> import dinoseg
         >>> dinoseg.list_heads("m*")
         ['mask2former', 'mask2former_meta', 'mlp', 'multiscale']
@@ -42,7 +42,7 @@ def list_heads(filter: str = "*", *, config_dir: str | PathLike[str] | None = No
 def list_adapters(filter: str = "*", *, config_dir: str | PathLike[str] | None = None) -> list[str]:
     """Return the sorted names of adapters for `create_model`; arguments and errors are those of `list_backbones`.
 
-    Example:
+    Examples:
         >>> import dinoseg
         >>> dinoseg.list_adapters("lora*")
         ['lora', 'lora_8bit', 'lora_all']
@@ -55,7 +55,7 @@ def list_recipes(filter: str = "*", *, config_dir: str | PathLike[str] | None = 
 
     Those of a family are `FAMILY/NAME`.
 
-    Example:
+    Examples:
         >>> import dinoseg
         >>> dinoseg.list_recipes("dpt/*")
         ['dpt/camvid', 'dpt/sarrarp']
@@ -66,7 +66,7 @@ def list_recipes(filter: str = "*", *, config_dir: str | PathLike[str] | None = 
 def list_datasets(filter: str = "*", *, config_dir: str | PathLike[str] | None = None) -> list[str]:
     """Return the sorted names of datasets for `open_dataset`; arguments and errors are those of `list_backbones`.
 
-    Example:
+    Examples:
         >>> import dinoseg
         >>> dinoseg.list_datasets("*voc")
         ['pascal_voc']

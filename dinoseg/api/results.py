@@ -23,6 +23,12 @@ class Results(Mapping[str, Any]):
 
     Attributes:
         folder: the run folder with all files, absolute.
+
+    Examples:
+        >>> import dinoseg
+        >>> found = dinoseg.Results({"images": 2, "images_per_s": 9.5}, "outputs/demo/predicted")
+        >>> found["images"], found
+        (2, Results(images 2, images_per_s 9.5))
     """
 
     def __init__(self, values: Mapping[str, Any], folder: str | PathLike[str]) -> None:
@@ -62,6 +68,12 @@ class Scores(Results):
     Args:
         values: content of scores.json.
         folder: the folder of that file.
+
+    Examples:
+        >>> import dinoseg
+        >>> scores = dinoseg.Run("outputs/demo/train").scores
+        >>> 0 <= scores["miou"] <= 1, scores.per_class[0]["class"], scores.confusion.shape
+        (True, 'Background', (10, 10))
     """
 
     def __init__(self, values: Mapping[str, Any], folder: str | PathLike[str]) -> None:
@@ -126,6 +138,12 @@ class Comparison(Results):
     Attributes:
         first: name of the run that the others are compared with.
         scores: scores of each run, by its name.
+
+    Examples:
+        >>> import dinoseg
+        >>> compared = dinoseg.compare(["outputs/demo/train", "outputs/demo/half"])
+        >>> compared.first, [*compared], sorted(compared.scores)
+        ('train', ['half'], ['half', 'train'])
     """
 
     def __init__(self, values: Mapping[str, Any], folder: str | PathLike[str]) -> None:

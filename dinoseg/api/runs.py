@@ -31,8 +31,19 @@ class Run:
     Args:
         folder: of a training, such as outputs/demo/train_2026-01-31_12-00-00.
 
+    Attributes:
+        folder: the run folder, absolute.
+
     Raises:
         UserError: the folder holds no run.
+
+    Examples:
+        >>> import dinoseg
+        >>> run = dinoseg.Run("outputs/demo/train")
+        >>> run.load_model().classes[:2]
+        ('Background', 'Tool Clasper')
+        >>> run.metrics["train/loss"].shape == run.metrics["step"].shape
+        True
     """
 
     def __init__(self, folder: str | PathLike[str]) -> None:

@@ -54,7 +54,7 @@ def cross_entropy_loss(
     Raises:
         UserError: a shape, type or value is invalid.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from dinoseg.losses import cross_entropy_loss
         >>> logits, targets = torch.zeros(1, 2, 4, 4), torch.zeros(1, 4, 4, dtype=torch.uint8)
@@ -94,7 +94,7 @@ def focal_loss(
     Raises:
         UserError: a shape, type or value is invalid.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from dinoseg.losses import focal_loss
         >>> logits, targets = torch.zeros(1, 2, 4, 4), torch.zeros(1, 4, 4, dtype=torch.uint8)
@@ -129,7 +129,7 @@ def dice_loss(
     Raises:
         UserError: a shape, type or value is invalid.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from dinoseg.losses import dice_loss
         >>> logits, targets = torch.zeros(1, 2, 4, 4), torch.zeros(1, 4, 4, dtype=torch.uint8)
@@ -166,7 +166,7 @@ def tversky_loss(
     Raises:
         UserError: a shape, type or value is invalid.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from dinoseg.losses import tversky_loss
         >>> logits, targets = torch.zeros(1, 2, 4, 4), torch.zeros(1, 4, 4, dtype=torch.uint8)
@@ -197,7 +197,7 @@ def lovasz_loss(
     Raises:
         UserError: a shape, type or value is invalid.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from dinoseg.losses import lovasz_loss
         >>> logits, targets = torch.zeros(1, 2, 4, 4), torch.zeros(1, 4, 4, dtype=torch.uint8)
@@ -233,7 +233,7 @@ def mask_classification_loss(
     Raises:
         UserError: the prediction is one of logits, or a shape, type or value is invalid.
 
-    Example:
+    Examples:
         >>> import dinoseg, torch
         >>> _ = torch.manual_seed(0)
         >>> model = dinoseg.create_model("tiny", head="eomt", adapter="full", num_classes=2)
@@ -259,7 +259,7 @@ def compute_class_weights(counts: Sequence[int] | Tensor, scheme: str = "median"
     Raises:
         UserError: the scheme is unknown, or there are no pixels.
 
-    Example:
+    Examples:
         >>> from dinoseg.losses import compute_class_weights
         >>> compute_class_weights([900, 100], "one_minus_frequency")
         tensor([0.1000, 0.9000])

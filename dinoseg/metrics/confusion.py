@@ -21,7 +21,7 @@ class ConfusionMatrix:
         ignore_index: ignored id; if it is one of 0..K-1, that class can never be correct and enters no mean.
         background: id of the background class, which `miou_no_background` leaves out; None without one.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from dinoseg.metrics import ConfusionMatrix
         >>> matrix = ConfusionMatrix(num_classes=2)

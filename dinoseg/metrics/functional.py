@@ -25,7 +25,7 @@ def mean_iou(predictions: Tensor, targets: Tensor, num_classes: int, *, ignore_i
         UserError: a target is neither a class nor `ignore_index`.
         ValueError: the shapes differ, or a tensor is not of an integer type.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from dinoseg.metrics import mean_iou
         >>> mean_iou(torch.tensor([[0, 1]]), torch.tensor([[0, 0]]), num_classes=2)
@@ -37,7 +37,7 @@ def mean_iou(predictions: Tensor, targets: Tensor, num_classes: int, *, ignore_i
 def mean_dice(predictions: Tensor, targets: Tensor, num_classes: int, *, ignore_index: int = 255) -> float:
     """Return the mean Dice coefficient over the classes in predictions or targets; see `mean_iou`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from dinoseg.metrics import mean_dice
         >>> round(mean_dice(torch.tensor([[0, 1]]), torch.tensor([[0, 0]]), num_classes=2), 4)
@@ -49,7 +49,7 @@ def mean_dice(predictions: Tensor, targets: Tensor, num_classes: int, *, ignore_
 def pixel_accuracy(predictions: Tensor, targets: Tensor, num_classes: int, *, ignore_index: int = 255) -> float:
     """Return the share of labelled pixels whose predicted class is the target's; see `mean_iou`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from dinoseg.metrics import pixel_accuracy
         >>> pixel_accuracy(torch.tensor([[0, 1]]), torch.tensor([[0, 0]]), num_classes=2)
@@ -72,7 +72,7 @@ def region_and_boundary(
     Raises:
         ValueError: the maps differ in size, or there are more than 255 objects.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from dinoseg.metrics import region_and_boundary
         >>> ids = torch.zeros(16, 16, dtype=torch.uint8)
@@ -97,7 +97,7 @@ def boundary_iou(prediction: Tensor, target: Tensor, num_classes: int, *, ratio:
     Raises:
         ValueError: the maps differ in size.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from dinoseg.metrics import boundary_iou
         >>> ids = torch.zeros(16, 16, dtype=torch.uint8)
@@ -121,7 +121,7 @@ def surface_dice(prediction: Tensor, target: Tensor, num_classes: int, *, tolera
     Raises:
         ValueError: the maps differ in size, or the tolerance is invalid.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from dinoseg.metrics import surface_dice
         >>> ids = torch.zeros(16, 16, dtype=torch.uint8)
@@ -147,7 +147,7 @@ def expected_calibration_error(
     Raises:
         UserError: the shapes do not fit, or a target is not a class.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from dinoseg.metrics import expected_calibration_error
         >>> expected_calibration_error(torch.zeros(1, 2, 4, 4), torch.zeros(1, 4, 4, dtype=torch.uint8))
@@ -169,7 +169,7 @@ def fit_temperature(logits: Tensor, targets: Tensor, *, ignore_index: int = 255)
         UserError: the shapes do not fit, or a target is not a class.
         ValueError: there are no pixels, or there is only one class.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from dinoseg.metrics import fit_temperature
         >>> logits = torch.tensor([[[[4.0, 4.0, 4.0, 4.0]], [[0.0, 0.0, 0.0, 0.0]]]])

@@ -31,7 +31,7 @@ class UserError(Exception):
     The message names the value, the rule that it breaks and the remedy. Its text is `printable`, whatever a file is
     called.
 
-    Example:
+    Examples:
         >>> import dinoseg
         >>> try:
         ...     dinoseg.list_heads(config_dir="nowhere")

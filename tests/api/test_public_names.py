@@ -3,14 +3,25 @@
 import ast
 import doctest
 import inspect
+import re
 import subprocess
 import sys
+from contextlib import redirect_stdout
+from functools import cache
 from importlib import import_module
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from docs_pages import ROOT
+from docs_stand_ins import CPU, SHORT, SMALL
 
 import dinoseg
+from dinoseg.api import modes, runs
+from dinoseg.api.compose import words_of
+from dinoseg.api.jobs import run_mode
+from dinoseg.synthetic.surgery.write import render_dataset
+from dinoseg.tasks.preparation import sarrarp
 
 HEAVY = ("torch", "hydra", "omegaconf", "numpy", "PIL", "yaml")
 UNDOCUMENTED = ("__version__", "losses", "metrics")  # a text, and packages whose names are documented
@@ -49,15 +60,53 @@ def test_the_help_of_the_package_names_what_is_public():
         assert name in dinoseg.__doc__, name
 
 
+def test_the_page_of_the_api_has_each_name_once():
+    entries = re.findall(r"^::: ([\w.]+)$", (ROOT / "docs/api.md").read_text(encoding="utf-8"), flags=re.M)
+    assert sorted(entries) == sorted(f"{package.__name__}.{name}" for package, name in PUBLIC)
+
+
+def run_small(mode, words, overrides, **options):
+    """Run a mode with a small model on a CPU, without its output."""
+    small = {
+        "train": (*SMALL, *SHORT, *CPU, "mode.probe_baseline=0", "mode.metrics_only=true"),
+        "score": (),
+        "compare": (),
+    }
+    words = [*words, *words_of(overrides), *small.get(mode, CPU)]
+    with redirect_stdout(StringIO()):
+        return run_mode(mode, words, {}, **options)
+
+
+@cache
+def failures(package, name):
+    """Run the example of a public name once, in the current folder, and return what differs from its output."""
+    value, found = getattr(package, name), []
+    tests = doctest.DocTestFinder(recurse=False).find(value, name, module=import_module(value.__module__), globs={})
+    assert tests and tests[0].examples
+    doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(tests[0], out=found.append)
+    return "".join(found)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """Enter a folder with what `make demo` writes, smaller, and with the results that examples leave for others."""
+    folder = tmp_path_factory.mktemp("demo")
+    data = folder / "outputs/demo/data"
+    render_dataset(data, train_videos=3, test_videos=0, seconds=4, size=(48, 64), workers=1)
+    sarrarp.prepare(data, workers=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("TMPDIR", str(folder))
+        for module in (modes, runs):
+            patch.setattr(module, "run_mode", run_small)
+        for name in ("train", "evaluate", "predict"):
+            failures(dinoseg, name)
+        yield
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("package", "name"), PUBLIC, ids=[name for _, name in PUBLIC])
-def test_a_public_name_has_a_docstring_with_an_example_that_runs(package, name, monkeypatch, tmp_path):
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    value = getattr(package, name)
-    text = inspect.getdoc(value)
+def test_a_public_name_has_a_docstring_with_an_example_that_runs(package, name, demo):
+    text = inspect.getdoc(getattr(package, name))
     assert text and text[0].isupper() and text.splitlines()[0].endswith(".")
-    tests = doctest.DocTestFinder(recurse=False).find(value, name, module=import_module(value.__module__), globs={})
-    assert "Example:" in text and tests and tests[0].examples
-    found = []
-    doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(tests[0], out=found.append)
-    assert not found, "".join(found)
+    assert "Examples:" in text and not failures(package, name)

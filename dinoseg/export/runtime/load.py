@@ -44,7 +44,7 @@ def load(
         UserError: if the file is missing, damaged, foreign or of a newer version, describes no model of dinoseg, or
             does not support an argument.
 
-    Example:
+    Examples:
         >>> import dinoseg, pathlib, tempfile
         >>> file = pathlib.Path(tempfile.mkdtemp()) / "model.safetensors"
         >>> dinoseg.create_model("rgb", classes=["ground", "leaf"]).save(file)

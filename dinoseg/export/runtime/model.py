@@ -32,7 +32,7 @@ class Segmentation:
         facts: of the model.
         source: the image's file, where it came from one.
 
-    Example:
+    Examples:
         >>> import dinoseg, numpy
         >>> model = dinoseg.create_model("rgb", classes=["ground", "leaf"])
         >>> found = model.predict(numpy.zeros((32, 48, 3), numpy.uint8))
@@ -89,7 +89,7 @@ class Model:
         facts: its classes, sizes, scores and sources.
         file: the file that it was loaded from, if that is a one-file model.
 
-    Example:
+    Examples:
         >>> import dinoseg
         >>> isinstance(dinoseg.create_model("rgb", num_classes=2), dinoseg.Model)
         True

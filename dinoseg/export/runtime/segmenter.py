@@ -51,7 +51,7 @@ class Segmenter(nn.Module, Model):
         facts: classes, palette, sizes, scores and sources.
         file: as the argument.
 
-    Example:
+    Examples:
         >>> import dinoseg, torch
         >>> model = dinoseg.create_model("rgb", classes=["ground", "leaf"])
         >>> model(torch.zeros(1, 3, 32, 48, dtype=torch.uint8)).shape
