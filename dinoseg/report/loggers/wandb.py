@@ -11,6 +11,7 @@ import numpy as np
 
 from dinoseg.report.loggers.remote import RemoteLogger
 from dinoseg.utils.errors import UserError
+from dinoseg.utils.ranges import Positive
 from dinoseg.utils.urls import without_credentials
 
 _STEP = "step"  # value that holds the training step: W&B's own step counts rows and never goes back
@@ -49,7 +50,7 @@ class WandbLogger(RemoteLogger):
         tags: Sequence[str] = (),
         group: str | None = None,
         artifacts: bool = False,
-        timeout: float = 30.0,
+        timeout: Positive = 30.0,
     ) -> None:
         super().__init__(out_dir, group=group, artifacts=artifacts, timeout=timeout)
         os.environ.setdefault("WANDB_SILENT", "true")
