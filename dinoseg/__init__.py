@@ -1,7 +1,7 @@
 """Train segmentation models on DINO backbones, evaluate them, and predict with them.
 
-These names are public; each has its own help, such as `help(dinoseg.train)`. All packages below are internal, except
-`losses` and `metrics`.
+These names are public; each has help with an example, such as `help(dinoseg.train)`. All packages below are internal,
+except `losses`, `metrics` and the base classes that docs/extending.md names.
 
 Train and predict as the command line does. These functions write run folders:
     train        train a model; returns a Run
