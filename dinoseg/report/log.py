@@ -77,7 +77,7 @@ class RunLog:
                 opened = open_logger(out_dir, start_step=start_step)
                 self._loggers[name] = opened if opened.timeout is None else BackgroundLogger(opened)
             except UserError:
-                self.close()
+                self.close(failed=True)
                 raise
             except Exception as error:
                 _warn_of(name, error)
@@ -110,10 +110,14 @@ class RunLog:
         """Pass the file of the best checkpoint to the loggers."""
         self._pass_on(lambda each: each.checkpoint(path))
 
-    def close(self) -> None:
-        """Flush and close everything; a second call is a no-op."""
+    def close(self, *, failed: bool = False) -> None:
+        """Flush and close everything; a second call is a no-op.
+
+        Args:
+            failed: whether an error or a signal ended the training, which loggers report.
+        """
         file, self._file = self._file, None
-        self._pass_on(lambda each: each.close())
+        self._pass_on(lambda each: each.close(failed=failed))
         self.views += [each.view for each in self._loggers.values() if each.view]
         self._loggers = {}
         if file is not None:
@@ -122,8 +126,8 @@ class RunLog:
     def __enter__(self) -> "RunLog":
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        self.close(failed=kind is not None)
 
     def _pass_on(self, call: Callable[[Logger], None]) -> None:
         for name, each in [*self._loggers.items()]:

@@ -22,11 +22,12 @@ class SlowLogger(Logger):
 
     def __getattribute__(self, name):
         if name in ("config", "scalars", "images", "scores", "checkpoint", "close"):
-            return lambda *given: self.note(name, *given)
+            return lambda *given, **named: self.note(name, *given, **named)
         return super().__getattribute__(name)
 
-    def note(self, name, *given):
+    def note(self, name, *given, failed=None):
         self.calls.append(name)
+        self.failed = failed
         self.view = f"seen by {threading.current_thread().name}"
         if name == self.waits_in:
             self.gate.wait()
@@ -62,6 +63,13 @@ def test_the_view_is_that_of_the_logger():
     wrapped.config({})
     wrapped.close()
     assert wrapped.view == "seen by dinoseg SlowLogger"
+
+
+@pytest.mark.parametrize("failed", [False, True])
+def test_a_failed_training_reaches_the_logger(failed):
+    slow = SlowLogger()
+    BackgroundLogger(slow).close(failed=failed)
+    assert slow.failed is failed
 
 
 @pytest.mark.parametrize("where", ["config", "scalars", "close"])

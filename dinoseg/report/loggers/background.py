@@ -59,9 +59,9 @@ class BackgroundLogger(Logger):
         """Pass the path of a checkpoint on."""
         self._put(lambda: self._logger.checkpoint(path))
 
-    def close(self) -> None:
+    def close(self, *, failed: bool = False) -> None:
         """Close the logger after all waiting calls, and end the thread."""
-        self._put(self._logger.close)
+        self._put(lambda: self._logger.close(failed=failed))
         self._calls.put(None)
         self._thread.join(self._limit)
         self._check()

@@ -53,5 +53,9 @@ class Logger:
     def checkpoint(self, path: Path) -> None:
         """Receive the file of the best checkpoint, after its scores."""
 
-    def close(self) -> None:
-        """Write buffered values, and close files and connections."""
+    def close(self, *, failed: bool = False) -> None:
+        """Write buffered values, and close files and connections.
+
+        Args:
+            failed: whether an error or a signal ended the training, or this logger is dropped.
+        """

@@ -114,10 +114,10 @@ class MlflowLogger(RemoteLogger):
         """Upload the file to the folder `checkpoints` of the run's artifacts."""
         self._client.log_artifact(self.run_id, str(path), "checkpoints")
 
-    def close(self) -> None:
-        """End the run."""
+    def close(self, *, failed: bool = False) -> None:
+        """End the run with the status FINISHED or FAILED."""
         if self.run_id is not None:
-            self._client.set_terminated(self.run_id)
+            self._client.set_terminated(self.run_id, status="FAILED" if failed else "FINISHED")
 
     def _existing(self, run_id: str | None) -> Any:
         """Return a run of the server; None if there is none."""

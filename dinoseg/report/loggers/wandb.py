@@ -129,11 +129,11 @@ class WandbLogger(RemoteLogger):
         artifact.add_file(str(path), policy="immutable")  # not copied before the upload
         self._run.log_artifact(artifact)
 
-    def close(self) -> None:
-        """Finish the run.
+    def close(self, *, failed: bool = False) -> None:
+        """Finish the run, with the exit code 1 if it failed.
 
         Raises:
             TimeoutError: the server has not received everything within `timeout` seconds.
         """
         if self._run is not None:
-            self._run.finish()
+            self._run.finish(exit_code=int(failed))
