@@ -10,7 +10,7 @@ import numpy as np
 class Logger:
     """Base class of loggers: only rank 0 makes one, and each method does nothing by default.
 
-    An exception in any method drops the logger with one warning, and the training continues. Only a `UserError` of the
+    An exception in any method closes and drops the logger with one warning, and the training continues. Only a `UserError` of the
     constructor ends the run.
 
     Args:
