@@ -104,7 +104,9 @@ class WandbLogger(RemoteLogger):
         if self._run.url:
             self.view = f"W&B:          {without_credentials(self._run.url)}"
         else:
-            self.view = f"W&B:          wandb sync {shlex.quote(str(Path(self._run.dir).parent))}"
+            # a run that was resumed offline has a folder for each start, named by its time
+            folders = sorted(Path(self._run.dir).parents[1].glob(f"offline-run-*-{self._run.id}"))
+            self.view = f"W&B:          wandb sync {shlex.join(map(str, folders))}"
         return self._run.id
 
     def send_scalars(self, step: int, values: Mapping[str, float]) -> None:
