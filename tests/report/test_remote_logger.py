@@ -8,7 +8,7 @@ import pytest
 from dinoseg.modes.help import help_for
 from dinoseg.report.log import RunLog
 from dinoseg.report.loggers import remote
-from dinoseg.report.loggers.mlflow import MlflowLogger, _name
+from dinoseg.report.loggers.mlflow import MlflowLogger, _image_name, _name
 from dinoseg.report.loggers.remote import RemoteLogger
 from dinoseg.report.loggers.wandb import WandbLogger
 from dinoseg.utils.errors import UserError
@@ -139,13 +139,30 @@ def test_a_folder_that_wandb_writes_is_no_package(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "accepted"),
-    [("train/loss", "train/loss"), ("val/iou/a+b (c)", "val/iou/a_b _c_"), ("a//b/..", "a/_/b/_.."), ("é", "é")],
+    [
+        ("train/loss", "train/loss"),
+        ("val/iou/a+b (c)", "val/iou/a_b _c__"),
+        ("a//b/..", "a/_/b/_.._"),
+        ("/a", "_/a_"),
+        ("..a", "_..a_"),
+        ("é", "é"),
+        ("a" * 250, "a" * 250),
+        ("a" * 251, "a" * 241 + "_"),
+        ("a/" * 125, "a/" * 120 + "a_"),
+    ],
 )
 def test_names_are_such_that_mlflow_accepts_them(name, accepted):
     from mlflow.utils.validation import _validate_metric_name
 
-    assert _name(name) == accepted
-    _validate_metric_name(_name(name))
+    given = _name(name)
+    assert given == accepted if given == name else given[:-8] == accepted and len(given) <= 250
+    _validate_metric_name(given)
+
+
+def test_different_names_stay_different_in_mlflow():
+    names = ["w.a:b", "w.a_b", "w.a+b", "a" * 300, "a" * 301, "a//b", "a/_/b", "\udc80"]
+    assert len({*map(_name, names)}) == len({*map(_image_name, names)}) == len(names)
+    assert _image_name("validation/é").isascii() and len(_image_name("a" * 300)) == 120
 
 
 @pytest.mark.parametrize("word", ["logger=wandb", "logger=[tensorboard,mlflow,wandb]"])

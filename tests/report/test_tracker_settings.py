@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from dinoseg.report.loggers.mlflow import MlflowLogger
+from dinoseg.report.loggers.mlflow import MlflowLogger, _name
 from dinoseg.report.loggers.wandb import WandbLogger
 
 
@@ -29,6 +29,16 @@ def mlflow_logger(tmp_path):
 def test_mlflow_shows_whether_the_training_failed(mlflow_logger, failed, status):
     mlflow_logger.close(failed=failed)
     assert mlflow_logger._client.calls == [("set_terminated", ("run1",), {"status": status})]
+
+
+def test_tags_of_mlflow_have_names_that_it_accepts(mlflow_logger):
+    mlflow_logger._tags, mlflow_logger.group = {"a:b": 1, "plain": "x"}, "sweep"
+    info = SimpleNamespace(run_id="new", experiment_id="1")
+    mlflow_logger._client.create_run = lambda *args, tags, **named: tags_sent.append(tags) or SimpleNamespace(info=info)
+    mlflow_logger._client.get_experiment_by_name = lambda name: info
+    tags_sent = []
+    assert mlflow_logger.open_run(None, {}) == "new"
+    assert tags_sent == [{_name("a:b"): "1", "plain": "x", "group": "sweep"}]
 
 
 @pytest.mark.parametrize("failed", [False, True])
