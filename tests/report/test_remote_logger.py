@@ -1,6 +1,7 @@
 """What a logger of an experiment tracker sends, and what its record in the run folder says."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -94,8 +95,9 @@ def test_a_run_that_the_tracker_does_not_know_gets_all_values(tmp_path):
     assert [step for step, *_ in sent[1:4]] == [2, 3, 3] and sent[0][:2] == ("open", "run1")
 
 
-def test_a_damaged_record_drops_the_logger(tmp_path, caplog):
-    (tmp_path / "list.json").write_text('{"id": 3}')
+@pytest.mark.parametrize("run_id", [3, "", "../a", "a b", "a" * 65, "é", "a\n"])
+def test_a_damaged_record_drops_the_logger(tmp_path, caplog, run_id):
+    (tmp_path / "list.json").write_text(json.dumps({"id": run_id, "logged": {}}))
     log(tmp_path, [], [1])
     (warning,) = [record.getMessage() for record in caplog.records]
     assert "list.json" in warning and "Remove it to start a new tracked run" in warning
@@ -163,6 +165,12 @@ def test_different_names_stay_different_in_mlflow():
     names = ["w.a:b", "w.a_b", "w.a+b", "a" * 300, "a" * 301, "a//b", "a/_/b", "\udc80"]
     assert len({*map(_name, names)}) == len({*map(_image_name, names)}) == len(names)
     assert _image_name("validation/é").isascii() and len(_image_name("a" * 300)) == 120
+
+
+@pytest.mark.parametrize("timeout", [0, -1, math.nan, math.inf])
+def test_a_timeout_is_positive_and_finite(tmp_path, timeout):
+    with pytest.raises(UserError, match=r"logger\.list\.timeout=.*: give seconds above 0"):
+        ListLogger(tmp_path, sent=[], timeout=timeout)
 
 
 @pytest.mark.parametrize("word", ["logger=wandb", "logger=[tensorboard,mlflow,wandb]"])
