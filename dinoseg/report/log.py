@@ -76,7 +76,8 @@ class RunLog:
         for name, open_logger in (loggers or {}).items():
             try:
                 opened = open_logger(out_dir, start_step=start_step)
-                self._loggers[name] = opened if opened.timeout is None else BackgroundLogger(opened)
+                if opened.is_enabled:
+                    self._loggers[name] = opened if opened.timeout is None else BackgroundLogger(opened)
             except UserError:
                 self.close(failed=True)
                 raise
