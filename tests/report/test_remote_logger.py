@@ -176,6 +176,4 @@ def test_a_timeout_is_positive_and_finite(tmp_path, timeout):
 @pytest.mark.parametrize("word", ["logger=wandb", "logger=[tensorboard,mlflow,wandb]"])
 def test_the_keys_of_several_loggers_are_listed(word):
     listed = help_for([word, "--help"])
-    assert "logger.wandb.project=null" in listed and ("logger.mlflow.artifacts=false" in listed) == (
-        "mlflow" in word
-    )
+    assert "logger.wandb.project=null" in listed and ("logger.mlflow.artifacts=false" in listed) == ("mlflow" in word)

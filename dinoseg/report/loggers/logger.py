@@ -10,8 +10,8 @@ import numpy as np
 class Logger:
     """Base class of loggers: only rank 0 makes one, and each method does nothing by default.
 
-    An exception in any method closes and drops the logger with one warning, and the training continues. Only a `UserError` of the
-    constructor ends the run.
+    An exception in any method closes and drops the logger with one warning, and the training continues. Only a
+    `UserError` of the constructor ends the run.
 
     Args:
         out_dir: the run folder, which exists.

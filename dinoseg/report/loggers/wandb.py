@@ -33,7 +33,7 @@ def _check_names(project: str, tags: Sequence[str]) -> None:
     if len(project) > _MAX_PROJECT or _REFUSED.search(project):
         raise UserError(
             f"logger.wandb.project={format_value(project)} is not a name of a W&B project: use at most {_MAX_PROJECT} "
-            "characters, none of them / \\ # ? % :"
+            "characters, without / \\ # ? % :"
         )
     if isinstance(tags, str):
         raise UserError(f"logger.wandb.tags={format_value(tags)} is not a list: set logger.wandb.tags=[TAG,TAG].")
