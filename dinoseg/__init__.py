@@ -1,19 +1,31 @@
-"""Segmentation with DINO backbones, from Python and from the command line.
+"""Train segmentation models on DINO backbones, evaluate them, and predict with them.
+
+These names are public; each has its own help, such as `help(dinoseg.train)`. All packages below are internal, except
+`losses` and `metrics`.
+
+Train and predict as the command line does. These functions write run folders:
+    train        train a model; returns a Run
+    evaluate     score a trained model on a split; returns Scores
+    predict      segment images or videos; returns Results
+    track        track objects through a video; returns Results
+    score        score a folder of masks by a benchmark's protocol; returns Scores
+    compare      compare evaluations, with confidence intervals; returns a Comparison
 
 Models:
-    create_model: a new model, a `torch.nn.Module` that returns class logits.
-    load: a trained model from one file, a checkpoint or a run folder.
-    Segmenter: what both return. Model: its base class without torch, for ONNX files.
-    list_backbones, list_heads, list_adapters, list_recipes, list_datasets: names of options.
+    load         load a trained model from a file, a checkpoint or a run folder
+    create_model build a new model for a training loop of your own
+    Segmenter    what both return: a torch.nn.Module that maps images to class logits
+    Model        its base class, without torch: what `load` returns for ONNX files
+    Segmentation the prediction of one image: mask, probabilities, overlay
+    list_backbones, list_heads, list_adapters, list_recipes, list_datasets: names of options
 
-Data, losses and metrics:
-    open_dataset: a dataset of images and masks for a torch DataLoader.
-    losses: functions of logits and masks. metrics: scores of predictions.
+Data, losses and metrics for a training loop of your own:
+    open_dataset images and masks for a torch DataLoader; returns a SegmentationDataset
+    losses       functions of logits and masks
+    metrics      scores of predicted masks
 
-Runs, which do what the modes of the command line do, in this process:
-    train: a run, a `Run`. evaluate, score, compare: `Scores` and a `Comparison`. predict, track: `Results`.
-
-Errors that the caller can fix are `UserError`s. Nothing heavy is imported before it is used.
+Mistakes that you can fix raise a UserError. `import dinoseg` is fast: torch is imported by the first name that needs
+it.
 """
 
 from importlib import import_module

@@ -38,7 +38,8 @@ def train(
         words: overrides as typed on the command line.
         out_dir: the run folder; None: outputs/RECIPE/train_TIME below the current folder.
         config_dir: folder of further config groups.
-        overrides: values by key.
+        overrides: config groups and keys, as keyword arguments (`head="mlp"`), nested dicts (`trainer={"steps": 20}`)
+            or dotted names (`**{"trainer.steps": 20}`).
 
     Raises:
         UserError: any error that the user can fix.
@@ -77,7 +78,7 @@ def evaluate(
         split: train, val or test; None: val.
         out_dir: the run folder.
         config_dir: folder of further config groups.
-        overrides: values by key.
+        overrides: config groups and keys, as of `train`.
 
     Raises:
         UserError: any error that the user can fix.
@@ -114,7 +115,7 @@ def score(
         protocol: option of the group `protocol`; None: `semantic`.
         out_dir: the run folder.
         config_dir: folder of further config groups.
-        overrides: values by key.
+        overrides: config groups and keys, as of `train`.
 
     Raises:
         UserError: any error that the user can fix.
@@ -147,7 +148,7 @@ def predict(
         words: overrides as typed on the command line.
         out_dir: the run folder, in which an interrupted prediction resumes.
         config_dir: folder of further config groups.
-        overrides: values by key.
+        overrides: config groups and keys, as of `train`.
 
     Raises:
         UserError: any error that the user can fix.
@@ -179,7 +180,7 @@ def track(
         words: overrides as typed on the command line.
         out_dir: the run folder.
         config_dir: folder of further config groups.
-        overrides: values by key, such as `labels`, the mask of the first frame.
+        overrides: config groups and keys, as of `train`, such as `labels`, the mask of the first frame.
 
     Raises:
         UserError: any error that the user can fix.
@@ -212,7 +213,7 @@ def compare(
         words: overrides as typed on the command line.
         out_dir: the run folder.
         config_dir: folder of further config groups.
-        overrides: values by key.
+        overrides: config groups and keys, as of `train`.
 
     Raises:
         UserError: any error that the user can fix.

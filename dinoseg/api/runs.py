@@ -159,7 +159,7 @@ class Run:
             words: overrides as typed on the command line.
             out_dir: the run folder of the export.
             config_dir: folder of further config groups.
-            overrides: values by key.
+            overrides: config groups and keys, as of `dinoseg.train`.
 
         Raises:
             UserError: any error that the user can fix.

@@ -21,7 +21,7 @@ from dinoseg.export.runtime.torch_runtime import TorchRuntime, isolated
 from dinoseg.inference.policy import Policy
 from dinoseg.inference.predictor import Predictor
 from dinoseg.inference.trained_sizes import TrainedSizes
-from dinoseg.models.model import SegmentationModel, fingerprint
+from dinoseg.models.model import SegmentationModel, fingerprint, quantised_names
 from dinoseg.training.loading import frozen_fingerprint
 from dinoseg.utils.errors import UserError, file_errors_as_user_errors
 from dinoseg.utils.precision import compute_dtype
@@ -35,7 +35,7 @@ class Segmenter(nn.Module, Model):
     """A segmentation model: backbone, adapter and head, with classes and preprocessing.
 
     `dinoseg.create_model` and `dinoseg.load` return it. Called with images, it returns class logits with gradients, so
-    it trains in any PyTorch loop, in Lightning, under DDP and with `torch.compile`. Images are normalised inside.
+    it trains in any PyTorch loop, under DDP and with `torch.compile`. Images are normalised inside.
     Frozen modules stay in eval mode in `train()`.
 
     Args:
@@ -75,7 +75,7 @@ class Segmenter(nn.Module, Model):
         self.file = None if file is None else file.absolute()
         self._config, self._info = config, info
         self._policy, self._precision = policy, precision
-        self._scored = self._trained_values()  # the weights that the scores in `facts` belong to
+        self._scored = self._sampled_values()  # the weights that the scores in `facts` belong to
 
     if TYPE_CHECKING:  # nn.Module's own, which is untyped
 
@@ -168,8 +168,8 @@ class Segmenter(nn.Module, Model):
     def save(self, path: str | PathLike[str], *, delta: bool = False, gated: bool = False) -> None:
         """Write the model as one safetensors file, from which `dinoseg.load` returns an equal one.
 
-        The file holds weights, config, classes and preprocessing. It keeps the scores of an evaluation only if the
-        trained weights are those that were scored.
+        The file holds weights, config, classes and preprocessing. It includes the scores of an evaluation only if the
+        weights are those that were scored.
 
         Args:
             path: of the file; an older one is replaced, whole or not at all.
@@ -254,10 +254,13 @@ class Segmenter(nn.Module, Model):
     def stored(self) -> Iterator[Path]:
         """Yield a file or run folder with this model, which modes read: a temporary one if its weights have changed.
 
+        The temporary file has no folder of data: give it to the mode, as in `dinoseg.evaluate(model, data={"root":
+        "FOLDER"})`.
+
         Raises:
             UserError: as `save`.
         """
-        if self.source is not None and self._trained_values() == self._scored:
+        if self.source is not None and self._sampled_values() == self._scored:
             yield self.source
             return
         with TemporaryDirectory() as folder:
@@ -277,7 +280,7 @@ class Segmenter(nn.Module, Model):
             info.setdefault("frozen", frozen_fingerprint(self.model))
             if source.resume is not None and "facts" not in info:  # of a run folder
                 facts = with_evidence(facts, source)
-            if self._trained_values() != self._scored:
+            if self._sampled_values() != self._scored:
                 facts = replace(facts, scores=None)
             facts = complete(facts, source, self.model, info, TrainedSizes.from_info(info), delta=delta)
             info.pop("format", None)
@@ -290,10 +293,10 @@ class Segmenter(nn.Module, Model):
                 raise UserError(words) from error
         return facts
 
-    def _trained_values(self) -> str:
-        """Return a hash of the trainable parameters."""
-        named = self.model.named_parameters()
-        return fingerprint((name, value) for name, value in named if value.requires_grad)
+    def _sampled_values(self) -> str:
+        """Return a hash of sampled values of all parameters and buffers but quantised ones, which vary by device."""
+        skipped = quantised_names(self.model)
+        return fingerprint((name, value) for name, value in self.model.state_dict().items() if name not in skipped)
 
 
 def _check_images(images: Tensor) -> None:
