@@ -2,6 +2,7 @@
 
 import os
 import re
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -39,6 +40,7 @@ from dinoseg.utils.wording import format_value
 
 CONFIGS = Path(__file__).parents[1] / "cfg"
 _OF_A_PROGRAM = (GlobalHydra, HydraConfig, JobRuntime, VersionBase)  # Hydra's state, which a caller may use itself
+_ONE_AT_A_TIME = threading.RLock()  # taken before the lock of resolvers
 _OF_HYDRA = ("hydra", "_dummy_empty_config_.yaml")  # entries of its store of configs
 _PLAIN = re.compile(r"(?!(null|true|false|nan|inf)$)[a-z_][\w./-]*", re.IGNORECASE)  # text that needs no quotes
 _SPECIAL, _ESCAPED = re.compile(r"[\\()\[\]{}:=,\s]"), r"\\\g<0>"  # in keys of dicts, which take no quotes
@@ -54,7 +56,7 @@ def compose(words: Sequence[str], *, config_dir: str | PathLike[str] | None = No
     Raises:
         UserError: an unknown option or key, or a value that cannot be parsed.
     """
-    with warnings.catch_warnings(), lent_resolvers(), lent_hydra():
+    with lent_hydra(), lent_resolvers(), warnings.catch_warnings():
         return compose_job(words, config_dir=config_dir).cfg
 
 
@@ -176,7 +178,14 @@ def lent_hydra() -> Iterator[None]:
     """Hide the state of the surrounding program's Hydra within the block, and restore it afterwards.
 
     Configs that the program has stored for groups of its own, such as `optim`, would be taken for schemas of ours.
+    Blocks of several threads run one after another, since this state is the process's.
     """
+    with _ONE_AT_A_TIME, _lent_hydra():
+        yield
+
+
+@contextmanager
+def _lent_hydra() -> Iterator[None]:
     instances, store = Singleton._instances, ConfigStore.instance()
     before: dict[type, Any] = {kind: instances.pop(kind) for kind in _OF_A_PROGRAM if kind in instances}
     stored = store.repo

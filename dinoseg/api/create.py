@@ -1,8 +1,9 @@
 """`dinoseg.create_model`: a new model from options of the config groups."""
 
+import operator
 from collections.abc import Sequence
 from os import PathLike
-from typing import Any
+from typing import Any, SupportsIndex
 
 from dinoseg.api.compose import compose, words_of
 from dinoseg.experiment.models import ModelBuilder
@@ -82,14 +83,22 @@ def _names(num_classes: int | None, classes: Sequence[str] | None) -> list[str] 
     """Return the names of the classes; None if neither is given.
 
     Raises:
-        UserError: the number is not one of 1 to 255, or differs from that of the names.
+        UserError: the number is not one of 2 to 255, or differs from that of the names.
     """
     if isinstance(classes, str):
         raise UserError(f"classes={classes!r} is one text. Give a list of names.")
-    if num_classes is not None and (type(num_classes) is not int or not 1 <= num_classes <= 255):
-        raise UserError(f"num_classes={num_classes}: give a whole number from 1 to 255.")
+    if num_classes is not None and (isinstance(num_classes, bool) or not isinstance(num_classes, SupportsIndex)):
+        raise UserError(f"num_classes={num_classes}: give a whole number from 2 to 255.")
+    classes = None if classes is None else [str(name) for name in classes]
+    count = len(classes) if classes is not None else 2 if num_classes is None else operator.index(num_classes)
+    if not 2 <= count <= 255:
+        raise UserError(
+            f"The model has {count} classes: give 2 to 255. For one kind of object, give two: the background and the "
+            "object."
+        )
+    num_classes = None if num_classes is None else operator.index(num_classes)
     if classes is None:
         return None if num_classes is None else [f"class_{number}" for number in range(num_classes)]
     if num_classes not in (None, len(classes)):
         raise UserError(f"num_classes={num_classes}, but classes has {len(classes)} names. Give one of them.")
-    return [str(name) for name in classes]
+    return classes

@@ -279,17 +279,21 @@ def _value(
 ) -> Tensor:
     """Return the value () of a loss class with these options."""
     prediction = logits if isinstance(logits, Prediction) else _as_prediction(logits)
-    device, classes = _device_and_classes(prediction)
-    _check_targets(targets, prediction, device)
+    device, images, classes = _form_of(prediction)
+    if type(ignore_index) is not int:
+        raise UserError(f"ignore_index={ignore_index}: give a whole number, such as 255.")
+    _check_targets(targets, device, images, classes, ignore_index)
     with _of_a_call():
         if class_weights is None:
             loss = _unweighted(kind, classes, device, ignore_index, **options)
         else:
-            weights = torch.as_tensor(class_weights, dtype=torch.float32)
+            weights = torch.as_tensor(class_weights, dtype=torch.float32).detach()
             if weights.shape != (classes,):
                 raise UserError(
                     f"class_weights has the shape {list(weights.shape)}. Give one weight per class: {classes}."
                 )
+            if not (torch.isfinite(weights) & (weights >= 0)).all():
+                raise UserError(f"class_weights={weights.tolist()}: give finite numbers that are not negative.")
             loss = _made(kind, weights, ignore_index, options).to(device)
         batch = Batch(image=targets, mask=targets, names=[f"image {number}" for number in range(len(targets))])
         return loss(prediction, batch)[0]
@@ -300,7 +304,8 @@ def _unweighted(
     kind: Callable[..., Loss], classes: int, device: torch.device, ignore_index: int, **options: Any
 ) -> Loss:
     """Return a loss with equal class weights; made once, since a constructor reads the weights back from the device."""
-    return _made(kind, torch.ones(classes), ignore_index, options).to(device)
+    with torch.inference_mode(False):  # its tensors are reused in training
+        return _made(kind, torch.ones(classes), ignore_index, options).to(device)
 
 
 def _made(kind: Callable[..., Loss], weights: Tensor, ignore_index: int, options: Mapping[str, Any]) -> Loss:
@@ -321,28 +326,39 @@ def _as_prediction(logits: Tensor) -> Prediction:
     return Prediction(logits, size, (1.0, 1.0), upsample, grid=logits)
 
 
-def _device_and_classes(prediction: Prediction) -> tuple[torch.device, int]:
-    """Return the device of a prediction and its number K of classes."""
-    if prediction.grid is not None:
-        return prediction.grid.device, prediction.grid.shape[1]
+def _form_of(prediction: Prediction) -> tuple[torch.device, int, int]:
+    """Return the device of a prediction, its number B of images and its number K of classes."""
     if prediction.masks is not None:
-        return prediction.masks.shares.device, prediction.masks.shares.shape[2]
-    scores = prediction.scores((1, 1))
-    return scores.device, scores.shape[1]
+        shares = prediction.masks.shares
+        return shares.device, shares.shape[0], shares.shape[2]
+    scores = prediction.scores((1, 1)) if prediction.grid is None else prediction.grid
+    return scores.device, scores.shape[0], scores.shape[1]
 
 
-def _check_targets(targets: Tensor, prediction: Prediction, device: torch.device) -> None:
-    """Refuse targets of another shape, type or device than the prediction's.
+def _check_targets(targets: Tensor, device: torch.device, images: int, classes: int, ignore_index: int) -> None:
+    """Refuse targets of another shape, type or device than the prediction's, and ids that are no class.
 
     Raises:
         UserError: naming what to give.
     """
+    if not isinstance(targets, Tensor):
+        raise UserError(f"The targets are {type(targets).__name__}. Give a tensor of class ids (B, H, W).")
     if targets.ndim != 3 or targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
         raise UserError(f"The targets are {targets.dtype} {list(targets.shape)}. Give class ids (B, H, W) of integers.")
     if targets.device != device:
         raise UserError(f"The targets are on {targets.device}, and the logits on {device}. Move the targets there.")
-    if prediction.grid is not None and len(prediction.grid) != len(targets):
-        raise UserError(f"There are {len(prediction.grid)} logits and {len(targets)} targets. Give one for each image.")
+    if images != len(targets):
+        raise UserError(f"There are {images} logits and {len(targets)} targets. Give one for each image.")
+    ids = targets.long()
+    wrong = ((ids < 0) | (ids >= classes)) & (ids != ignore_index)
+    if device.type != "cpu":  # without waiting for the device
+        torch._assert_async(~wrong.any(), f"The targets hold ids outside 0..{classes - 1} and {ignore_index}.")
+    elif wrong.any():
+        found = ids[wrong].unique()[:5].tolist()
+        raise UserError(
+            f"The targets hold the ids {found}, which are neither classes (0..{classes - 1}) nor "
+            f"ignore_index={ignore_index}. Convert them, or set ignore_index."
+        )
 
 
 @contextmanager

@@ -60,16 +60,16 @@ class ConfusionMatrix:
         _check_class_ids(prediction, mask)
         if mask.device.type == "cpu" and prediction.dtype == mask.dtype == torch.uint8:
             pairs = _pairs(prediction.reshape(-1), mask.reshape(-1))
-            self.counts = self.counts + self._folded(pairs)
-            references = pairs.sum(1).nonzero()
+            added, references = self._folded(pairs), pairs.sum(1).nonzero()
         else:
-            bins = self._bins(prediction.reshape(-1).long(), mask.reshape(-1).long())
-            self.counts = self.counts.to(bins.device) + _histogram(bins, len(self.counts))
-            references = mask
-        if mask.device.type == "cpu":
+            references = mask.reshape(-1).long()
+            bins = self._bins(prediction.reshape(-1).long(), references)
+            added = _histogram(bins, len(self.counts))
+        if mask.device.type == "cpu":  # before these pixels are counted
             unknown = ((references < 0) | (references >= self.num_classes)) & (references != self.ignore_index)
             wrong = references[unknown].unique().tolist()
-            self._raise_for_outsiders(f" (found: {wrong})" if wrong else "")
+            self._raise_for_outsiders(added, f" (found: {wrong})" if wrong else "")
+        self.counts = self.counts.to(added.device) + added
 
     def _bins(self, prediction: Tensor, mask: Tensor) -> Tensor:
         """Return the index into `counts` of each of the pixels (N,) int64."""
@@ -111,7 +111,7 @@ class ConfusionMatrix:
         Raises:
             UserError: a mask held an id that is neither a class nor the ignore index.
         """
-        self._raise_for_outsiders("")
+        self._raise_for_outsiders(self.counts, "")
         matrix = self.matrix.tolist()
         classes = [_class_scores(matrix, index) for index in range(self.num_classes)]
         ignored = {"ignored_class": self.ignore_index} if 0 <= self.ignore_index < self.num_classes else {}
@@ -138,8 +138,8 @@ class ConfusionMatrix:
         objects = (row["iou"] for row in classes if row["id"] != self.background)
         return {"background": self.background, "miou_no_background": _mean(objects)}
 
-    def _raise_for_outsiders(self, examples: str) -> None:
-        references, predictions = self.counts[-2:].tolist()
+    def _raise_for_outsiders(self, counts: Tensor, examples: str) -> None:
+        references, predictions = counts[-2:].tolist()
         if references:
             raise UserError(
                 f"{references} mask pixels hold ids outside 0..{self.num_classes - 1}{examples} that are not "

@@ -67,10 +67,10 @@ def region_and_boundary(
         prediction: object ids (H, W) of any integer type: 1..G, anything else is background.
         target: object ids (H, W) in the same form.
         num_objects: G, at most 255.
-        void: (H, W) bool, True where a pixel is background in both; None: nowhere.
+        void: (H, W) bool or integers, True or not 0 where a pixel is background in both; None: nowhere.
 
     Raises:
-        ValueError: the maps differ in size, or there are more than 255 objects.
+        ValueError: the maps or `void` differ in size, or there are more than 255 objects.
 
     Examples:
         >>> import torch
@@ -81,6 +81,8 @@ def region_and_boundary(
         (tensor([1.], dtype=torch.float64), tensor([1.], dtype=torch.float64))
     """
     hidden = None if void is None else _array(void)
+    if hidden is not None and hidden.shape != _array(target).shape:
+        raise ValueError(f"void has the shape {list(hidden.shape)}. Give that of the target, {list(target.shape)}.")
     region, boundary = object_scores(_array(target), _array(prediction), num_objects, hidden)
     return torch.from_numpy(region.copy()), torch.from_numpy(boundary.copy())
 

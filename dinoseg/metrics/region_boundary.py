@@ -282,7 +282,7 @@ def _known(ids: np.ndarray, count: int, void: np.ndarray | None) -> np.ndarray:
     """Return ids (H, W) uint8, with 1..count unchanged and 0 where void."""
     if ids.dtype != np.uint8:
         ids = np.where((ids > 0) & (ids <= count), ids, 0).astype(np.uint8)
-    return ids if void is None else ids * ~void
+    return ids if void is None else np.where(void.astype(bool), 0, ids)
 
 
 def _score(proposal: Mask, one: Mask) -> tuple[float, float]:

@@ -6,6 +6,7 @@ import math
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -41,7 +42,7 @@ class RunLog:
     everything that a killed run wrote after that step. With `validation_pending`, the validation at that step runs
     again, so its row is dropped, too. With `visible` off (all ranks but the first), nothing is written.
 
-    A logger that raises an exception is dropped with one warning.
+    A logger that raises an exception is closed as failed, and dropped with one warning.
 
     Attributes:
         views: after `close`, the lines that state how to view what the loggers wrote.
@@ -75,9 +76,10 @@ class RunLog:
         for name, open_logger in (loggers or {}).items():
             try:
                 opened = open_logger(out_dir, start_step=start_step)
-                self._loggers[name] = opened if opened.timeout is None else BackgroundLogger(opened)
+                if opened.is_enabled:
+                    self._loggers[name] = opened if opened.timeout is None else BackgroundLogger(opened)
             except UserError:
-                self.close()
+                self.close(failed=True)
                 raise
             except Exception as error:
                 _warn_of(name, error)
@@ -110,10 +112,14 @@ class RunLog:
         """Pass the file of the best checkpoint to the loggers."""
         self._pass_on(lambda each: each.checkpoint(path))
 
-    def close(self) -> None:
-        """Flush and close everything; a second call is a no-op."""
+    def close(self, *, failed: bool = False) -> None:
+        """Flush and close everything; a second call is a no-op.
+
+        Args:
+            failed: whether an error or a signal ended the training, which loggers report.
+        """
         file, self._file = self._file, None
-        self._pass_on(lambda each: each.close())
+        self._pass_on(lambda each: each.close(failed=failed), closes=True)
         self.views += [each.view for each in self._loggers.values() if each.view]
         self._loggers = {}
         if file is not None:
@@ -122,16 +128,19 @@ class RunLog:
     def __enter__(self) -> "RunLog":
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        self.close(failed=kind is not None)
 
-    def _pass_on(self, call: Callable[[Logger], None]) -> None:
+    def _pass_on(self, call: Callable[[Logger], None], *, closes: bool = False) -> None:
         for name, each in [*self._loggers.items()]:
             try:
                 call(each)
             except Exception as error:
                 del self._loggers[name]
                 _warn_of(name, error)
+                if not closes:
+                    with suppress(Exception):  # the first error is reported
+                        each.close(failed=True)
 
 
 def _warn_of(name: str, error: Exception) -> None:

@@ -1,5 +1,7 @@
 """Configs composed from Python: as on the command line, and without a trace in the caller's Hydra."""
 
+import threading
+
 import numpy as np
 import pytest
 from hydra import compose as hydra_compose
@@ -10,7 +12,7 @@ from hydra.version import getbase
 from omegaconf import OmegaConf
 
 import dinoseg
-from dinoseg.api.compose import compose, words_of
+from dinoseg.api.compose import compose, lent_hydra, words_of
 from dinoseg.config.plain import to_container
 from dinoseg.utils.errors import UserError
 
@@ -98,3 +100,25 @@ def test_options_are_sorted_names_of_files():
     assert dinoseg.list_adapters() == ["frozen", "full", "last_blocks", "lora", "lora_8bit", "lora_all", "qlora"]
     assert "folder" in dinoseg.list_datasets() and "sarrarp/lora" in dinoseg.list_recipes("sarrarp/*")
     assert not [name for name in dinoseg.list_datasets() if name.startswith("_")] and dinoseg.list_heads("x*") == []
+
+
+def test_threads_that_compose_wait_for_one_another():
+    GlobalHydra.instance().clear()
+    inside, end = threading.Event(), threading.Event()
+
+    def hold():
+        with lent_hydra():
+            inside.set()
+            end.wait(20)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    assert inside.wait(20)
+    composer = threading.Thread(target=compose, args=(["data.classes=[a,b]"],))
+    composer.start()
+    composer.join(0.3)
+    assert composer.is_alive()
+    end.set()
+    holder.join(20)
+    composer.join(20)
+    assert not composer.is_alive() and not GlobalHydra.instance().is_initialized()

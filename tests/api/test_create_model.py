@@ -192,8 +192,8 @@ def test_classes_by_number_name_or_dataset():
     ("arguments", "message"),
     [
         ({}, "has no classes. Give num_classes=2"),
-        ({"num_classes": 0}, "num_classes=0: give a whole number from 1 to 255"),
-        ({"num_classes": 3, "classes": ["a"]}, "num_classes=3, but classes has 1 names"),
+        ({"num_classes": 0}, "The model has 0 classes: give 2 to 255"),
+        ({"num_classes": 3, "classes": ["a", "b"]}, "num_classes=3, but classes has 2 names"),
         ({"classes": "ab"}, "is one text"),
         ({"classes": ["a", "a"]}, "classes names a more than once"),
         ({"num_classes": 2, "head": "slots"}, "head of slots"),
@@ -308,3 +308,32 @@ def test_a_quantised_model_is_saved_in_float32_and_can_be_used_afterwards(adapte
     assert torch.equal(model(images()), before)
     back = dinoseg.load(tmp_path / "model.safetensors", device="cpu")
     assert torch.allclose(back(images()), before, atol=0.05 * float(before.detach().abs().max()))
+
+
+@pytest.mark.parametrize("count", [1, 0, 256, True, 2.0])
+def test_a_model_has_two_to_255_classes(count):
+    with pytest.raises(UserError, match="2 to 255"):
+        dinoseg.create_model("rgb", num_classes=count)
+
+
+def test_numbers_and_iterables_of_other_libraries_are_taken():
+    assert dinoseg.create_model("rgb", num_classes=np.int64(3)).num_classes == 3
+    assert dinoseg.create_model("rgb", classes=(name for name in "ab")).classes == ("a", "b")
+
+
+@pytest.mark.parametrize("change", [torch.nn.Module.half, torch.nn.Module.double, lambda m: m.to(torch.bfloat16)])
+def test_another_type_of_weights_is_refused_with_the_remedy(change):
+    model = dinoseg.create_model("rgb", num_classes=2)
+    with pytest.raises(UserError, match="holds its weights in float32.*torch.autocast"):
+        change(model)
+    assert model.to("cpu") is model and model.float() is model
+
+
+def test_a_segmentation_holds_its_own_image():
+    model, image = dinoseg.create_model("rgb", num_classes=2), np.zeros((16, 16, 3), np.uint8)
+    found = model.predict(image)
+    image[:] = 255
+    assert found.image.max() == 0 and (found.probabilities.argmax(0) == found.mask).all()
+    alone = pickle.loads(pickle.dumps(model.predict(image)))
+    with pytest.raises(UserError, match="was pickled without its model"):
+        alone.probabilities  # noqa: B018

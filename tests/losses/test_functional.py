@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import dinoseg
 from dinoseg.core.shapes import Batch, MaskOutputs, Prediction, WeightedMasks
 from dinoseg.losses import (
     compute_class_weights,
@@ -147,3 +148,48 @@ def test_mistakes_are_refused(logits, targets, options, message):
         cross_entropy_loss(torch.zeros(logits), torch.zeros(targets, dtype=torch.int64), **options)
     with pytest.raises(UserError, match="Give class ids"):
         cross_entropy_loss(torch.zeros(1, 2, 3, 3), torch.zeros(1, 3, 3))
+
+
+LOSSES = ("cross_entropy_loss", "focal_loss", "dice_loss", "tversky_loss", "lovasz_loss")
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("wrong", [-1, -100, 3, 254])
+def test_targets_that_are_no_class_are_refused(name, wrong):
+    loss, logits = getattr(dinoseg.losses, name), torch.randn(2, 3, 4, 4)
+    targets = torch.zeros(2, 4, 4, dtype=torch.int16)
+    targets[1, 2, 2] = wrong
+    with pytest.raises(UserError, match=rf"hold the ids \[{wrong}\], which are neither classes \(0..2\) nor"):
+        loss(logits, targets)
+    assert torch.isfinite(loss(logits, targets, ignore_index=wrong))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_trains_after_it_was_used_in_inference_mode(name):
+    loss = getattr(dinoseg.losses, name)
+    targets = torch.randint(5, (1, 4, 4))
+    with torch.inference_mode():
+        loss(torch.randn(1, 5, 4, 4), targets)
+    logits = torch.randn(1, 5, 4, 4, requires_grad=True)
+    loss(logits, targets).backward()
+    assert logits.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("weights", [[1.0, -1.0, 1.0], [1.0, float("nan"), 1.0]])
+def test_class_weights_are_finite_and_not_negative(weights):
+    with pytest.raises(UserError, match="class_weights=.*give finite numbers that are not negative"):
+        dinoseg.losses.dice_loss(torch.randn(1, 3, 4, 4), torch.zeros(1, 4, 4, dtype=torch.long), class_weights=weights)
+
+
+def test_each_image_of_a_query_head_needs_targets():
+    model = dinoseg.create_model("tiny", head="eomt", num_classes=2, weights="random")
+    prediction = model(torch.rand(2, 3, 32, 32), as_prediction=True)
+    with pytest.raises(UserError, match="There are 2 logits and 1 targets"):
+        dinoseg.losses.cross_entropy_loss(prediction, torch.zeros(1, 32, 32, dtype=torch.long))
+
+
+def test_targets_are_tensors():
+    with pytest.raises(UserError, match="The targets are ndarray. Give a tensor"):
+        dinoseg.losses.dice_loss(torch.randn(1, 3, 4, 4), torch.zeros(1, 4, 4).long().numpy())
+    with pytest.raises(UserError, match="ignore_index=None: give a whole number"):
+        dinoseg.losses.dice_loss(torch.randn(1, 3, 4, 4), torch.zeros(1, 4, 4).long(), ignore_index=None)

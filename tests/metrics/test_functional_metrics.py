@@ -7,6 +7,7 @@ import pytest
 import torch
 from sklearn.metrics import accuracy_score, f1_score, jaccard_score
 
+import dinoseg
 from dinoseg import metrics
 from dinoseg.metrics.region_boundary import object_scores
 from dinoseg.utils.errors import UserError
@@ -91,3 +92,25 @@ def test_mistakes_are_refused(ids):
         metrics.fit_temperature(torch.zeros(1, 2, 2, 2), torch.full((1, 2, 2), 7))
     with pytest.raises(UserError, match="outside 0..1"):
         metrics.mean_iou(*ids, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64])
+def test_void_pixels_are_background_whatever_their_type(dtype):
+    ids = torch.zeros(16, 16, dtype=torch.uint8)
+    ids[4:12, 4:12] = 1
+    shifted, void = ids.roll(2, 0), torch.zeros(16, 16, dtype=torch.bool)
+    void[:6] = True
+    expected = dinoseg.metrics.region_and_boundary(shifted * ~void, ids * ~void, 1)
+    assert dinoseg.metrics.region_and_boundary(shifted, ids, 1, void=void.to(dtype)) == expected
+    assert expected[0].item() < 1
+    with pytest.raises(ValueError, match=r"void has the shape \[1, 16\]"):
+        dinoseg.metrics.region_and_boundary(ids, ids, 1, void=void[:1])
+
+
+def test_refused_pixels_are_not_counted():
+    matrix, ids = dinoseg.metrics.ConfusionMatrix(3), torch.zeros(1, 4, 4, dtype=torch.uint8)
+    for dtype in (torch.uint8, torch.int32):
+        with pytest.raises(UserError, match="16 mask pixels hold ids outside 0..2"):
+            matrix.update(ids, torch.full((1, 4, 4), 7, dtype=dtype))
+    matrix.update(ids, ids.to(torch.uint16))
+    assert matrix.compute()["accuracy"] == 1 and matrix.compute()["pixels"] == 16

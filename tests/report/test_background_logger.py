@@ -15,28 +15,35 @@ from dinoseg.report.loggers.logger import Logger
 class SlowLogger(Logger):
     """Records calls, and waits in one of them for a gate that is closed or for ever."""
 
-    timeout = 0.2
+    timeout, error = 0.2, OSError
 
     def __init__(self, out_dir=None, *, start_step=0, waits_in="", fails_in=""):
         self.calls, self.gate, self.waits_in, self.fails_in = [], threading.Event(), waits_in, fails_in
 
     def __getattribute__(self, name):
         if name in ("config", "scalars", "images", "scores", "checkpoint", "close"):
-            return lambda *given: self.note(name, *given)
+            return lambda *given, **named: self.note(name, *given, **named)
         return super().__getattribute__(name)
 
-    def note(self, name, *given):
+    def note(self, name, *given, failed=None):
         self.calls.append(name)
+        self.failed = failed
         self.view = f"seen by {threading.current_thread().name}"
         if name == self.waits_in:
             self.gate.wait()
         if name == self.fails_in:
-            raise OSError("no connection to http://me:secret@host/api")
+            raise self.error("no connection to http://me:secret@host/api")
 
 
 @pytest.fixture(autouse=True)
 def short_grace(monkeypatch):
     monkeypatch.setattr(background, "_GRACE", 0.0)
+
+
+def wait_for_thread():
+    for each in threading.enumerate():
+        if each.name == "dinoseg SlowLogger":
+            each.join(10)
 
 
 def use(log, path):
@@ -62,6 +69,13 @@ def test_the_view_is_that_of_the_logger():
     wrapped.config({})
     wrapped.close()
     assert wrapped.view == "seen by dinoseg SlowLogger"
+
+
+@pytest.mark.parametrize("failed", [False, True])
+def test_a_failed_training_reaches_the_logger(failed):
+    slow = SlowLogger()
+    BackgroundLogger(slow).close(failed=failed)
+    assert slow.failed is failed
 
 
 @pytest.mark.parametrize("where", ["config", "scalars", "close"])
@@ -108,4 +122,27 @@ def test_an_exception_is_one_warning_without_credentials(tmp_path, caplog, where
     with RunLog(tmp_path, {"slow": lambda *_, **__: slow}) as log:
         use(log, tmp_path)
     (warning,) = [record.getMessage() for record in caplog.records]
-    assert "(OSError: no connection to http://host/api)" in warning and slow.calls[-1] == where
+    assert "(OSError: no connection to http://host/api)" in warning
+    wait_for_thread()
+    assert slow.calls[-2:] == ([where, "close"] if where != "close" else ["checkpoint", "close"])
+    assert slow.failed is (where != "close")
+
+
+def test_an_exit_of_a_client_is_a_warning_and_ends_no_training(tmp_path, caplog):
+    slow = SlowLogger(fails_in="config")
+    slow.error = SystemExit
+    with RunLog(tmp_path, {"slow": lambda *_, **__: slow}) as log:
+        use(log, tmp_path)
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert "(RuntimeError: SystemExit: no connection" in warning
+    wait_for_thread()
+    assert slow.calls == ["config", "close"] and slow.failed
+
+
+def test_a_stalled_logger_is_closed_when_its_call_returns(tmp_path):
+    slow = SlowLogger(waits_in="config")
+    with RunLog(tmp_path, {"slow": lambda *_, **__: slow}) as log:
+        log.config({})
+    slow.gate.set()
+    wait_for_thread()
+    assert slow.calls == ["config", "close"] and slow.failed

@@ -128,8 +128,8 @@ class Recorder(Logger):
     def scores(self, values):
         self._call("scores", values)
 
-    def close(self):
-        self._call("close")
+    def close(self, *, failed=False):
+        self._call("close", failed)
 
 
 def use_all(log):
@@ -146,8 +146,28 @@ METHODS = ("open", "config", "scalars", "images", "scores", "close")
 def test_a_logger_receives_everything_and_only_finite_values(tmp_path):
     calls = []
     use_all(RunLog(tmp_path, {"mine": partial(Recorder, calls=calls)}, start_step=3))
-    given = [(tmp_path, 3), ({"seed": 0},), (4, {"train/loss": 0.5}), (4, ["a"]), ({"miou": 0.25},), ()]
+    given = [(tmp_path, 3), ({"seed": 0},), (4, {"train/loss": 0.5}), (4, ["a"]), ({"miou": 0.25},), (False,)]
     assert calls == [(method, *each) for method, each in zip(METHODS, given, strict=True)]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_loggers_are_closed_as_failed_if_the_training_fails(tmp_path, error):
+    calls = []
+    with pytest.raises(error), RunLog(tmp_path, {"mine": partial(Recorder, calls=calls)}):
+        raise error
+    with RunLog(tmp_path, {"mine": partial(Recorder, calls=calls)}) as log:
+        log.close()
+    assert [call for call in calls if call[0] == "close"] == [("close", True), ("close", False)]
+
+
+def test_loggers_are_closed_as_failed_if_another_refuses_its_settings(tmp_path):
+    def refuse(out_dir, *, start_step):
+        raise UserError("refused")
+
+    calls = []
+    with pytest.raises(UserError, match="refused"):
+        RunLog(tmp_path, {"mine": partial(Recorder, calls=calls), "other": refuse})
+    assert calls[-1] == ("close", True)
 
 
 @pytest.mark.parametrize("fails_in", METHODS)
@@ -157,7 +177,9 @@ def test_a_logger_that_fails_is_dropped_with_one_warning_and_the_others_go_on(tm
     use_all(RunLog(tmp_path, loggers))
     (warning,) = [record.getMessage() for record in caplog.records]
     assert "logger.mine failed and is dropped (OSError: no connection). The training continues" in warning
-    assert [method for method, *_ in failed] == [*METHODS[: METHODS.index(fails_in) + 1]]
+    closed = [] if fails_in in ("open", "close") else [("close", True)]
+    count = METHODS.index(fails_in) + 1
+    assert [method for method, *_ in failed[:count]] == [*METHODS[:count]] and failed[count:] == closed
     assert [method for method, *_ in other] == [*METHODS] and len(read_rows(tmp_path / "metrics.jsonl")) == 1
 
 

@@ -1,6 +1,7 @@
 """What a logger of an experiment tracker sends, and what its record in the run folder says."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from dinoseg.modes.help import help_for
 from dinoseg.report.log import RunLog
 from dinoseg.report.loggers import remote
-from dinoseg.report.loggers.mlflow import MlflowLogger, _name
+from dinoseg.report.loggers.mlflow import MlflowLogger, _image_name, _name
 from dinoseg.report.loggers.remote import RemoteLogger
 from dinoseg.report.loggers.wandb import WandbLogger
 from dinoseg.utils.errors import UserError
@@ -94,8 +95,9 @@ def test_a_run_that_the_tracker_does_not_know_gets_all_values(tmp_path):
     assert [step for step, *_ in sent[1:4]] == [2, 3, 3] and sent[0][:2] == ("open", "run1")
 
 
-def test_a_damaged_record_drops_the_logger(tmp_path, caplog):
-    (tmp_path / "list.json").write_text('{"id": 3}')
+@pytest.mark.parametrize("run_id", [3, "", "../a", "a b", "a" * 65, "é", "a\n"])
+def test_a_damaged_record_drops_the_logger(tmp_path, caplog, run_id):
+    (tmp_path / "list.json").write_text(json.dumps({"id": run_id, "logged": {}}))
     log(tmp_path, [], [1])
     (warning,) = [record.getMessage() for record in caplog.records]
     assert "list.json" in warning and "Remove it to start a new tracked run" in warning
@@ -139,18 +141,39 @@ def test_a_folder_that_wandb_writes_is_no_package(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "accepted"),
-    [("train/loss", "train/loss"), ("val/iou/a+b (c)", "val/iou/a_b _c_"), ("a//b/..", "a/_/b/_.."), ("é", "é")],
+    [
+        ("train/loss", "train/loss"),
+        ("val/iou/a+b (c)", "val/iou/a_b _c__"),
+        ("a//b/..", "a/_/b/_.._"),
+        ("/a", "_/a_"),
+        ("..a", "_..a_"),
+        ("é", "é"),
+        ("a" * 250, "a" * 250),
+        ("a" * 251, "a" * 241 + "_"),
+        ("a/" * 125, "a/" * 120 + "a_"),
+    ],
 )
 def test_names_are_such_that_mlflow_accepts_them(name, accepted):
     from mlflow.utils.validation import _validate_metric_name
 
-    assert _name(name) == accepted
-    _validate_metric_name(_name(name))
+    given = _name(name)
+    assert given == accepted if given == name else given[:-8] == accepted and len(given) <= 250
+    _validate_metric_name(given)
+
+
+def test_different_names_stay_different_in_mlflow():
+    names = ["w.a:b", "w.a_b", "w.a+b", "a" * 300, "a" * 301, "a//b", "a/_/b", "\udc80"]
+    assert len({*map(_name, names)}) == len({*map(_image_name, names)}) == len(names)
+    assert _image_name("validation/é").isascii() and len(_image_name("a" * 300)) == 120
+
+
+@pytest.mark.parametrize("timeout", [0, -1, math.nan, math.inf])
+def test_a_timeout_is_positive_and_finite(tmp_path, timeout):
+    with pytest.raises(UserError, match=r"logger\.list\.timeout=.*: give seconds above 0"):
+        ListLogger(tmp_path, sent=[], timeout=timeout)
 
 
 @pytest.mark.parametrize("word", ["logger=wandb", "logger=[tensorboard,mlflow,wandb]"])
 def test_the_keys_of_several_loggers_are_listed(word):
     listed = help_for([word, "--help"])
-    assert "logger.wandb.project=dinoseg" in listed and ("logger.mlflow.artifacts=false" in listed) == (
-        "mlflow" in word
-    )
+    assert "logger.wandb.project=null" in listed and ("logger.mlflow.artifacts=false" in listed) == ("mlflow" in word)

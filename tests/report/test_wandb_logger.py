@@ -19,6 +19,8 @@ from tracker_servers import (
     wandb_run,
 )
 
+from dinoseg.report.loggers.wandb import WandbLogger
+
 TRAIN = ("mode=train", *SMALL, "trainer.log_every=1", "trainer.val_every=2", "mode.metrics_only=true")
 WANDB = ("logger=[tensorboard,wandb]", "logger.wandb.mode=offline", "logger.wandb.project=trial")
 KEY = "0123456789" * 4
@@ -65,8 +67,12 @@ def test_a_run_has_the_values_of_metrics_jsonl_and_a_resumed_one_goes_on_in_it(f
     assert files == [".png"] * 2
 
     crash_and_resume(folder, *TRAIN, *WANDB)
+    (logger := WandbLogger(folder / "run", mode="offline")).config({})
+    logger.close()
+    made = sorted(map(str, folder.glob("run/wandb/offline-run-*")))
+    assert len(made) == 4 and logger.view.split("wandb sync ")[1].split() == made
     runs, rows, _ = wandb_run(folder / "run")
-    assert len({run.run_id for run in runs}) == 1 and len(list(folder.glob("run/wandb/offline-run-*"))) == 3
+    assert len({run.run_id for run in runs}) == 1
     check_same(values_of(rows), json_lines(folder / "run"))
 
 

@@ -22,9 +22,11 @@ from dinoseg.utils.images import write_png
 from dinoseg.utils.wording import format_value
 
 
-@dataclass
+@dataclass(eq=False)
 class Segmentation:
     """The segmentation of an image, at the image's own size.
+
+    `probabilities` runs the model once more, so it needs the model unchanged, and is not available after pickling.
 
     Attributes:
         mask: class ids (H, W) uint8.
@@ -52,6 +54,9 @@ class Segmentation:
         """Class probabilities (K, H, W) float32."""
         return self.ask(self.image)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"ask": _without_model}
+
     @property
     def areas(self) -> dict[str, int]:
         """Number of pixels of each class, in the order of the class ids."""
@@ -74,6 +79,10 @@ class Segmentation:
         target = Path(path).expanduser()
         with file_errors_as_user_errors(target.parent):
             write_png(target, self.mask)
+
+
+def _without_model(image: np.ndarray) -> np.ndarray:
+    raise UserError("This segmentation was pickled without its model. Read `probabilities` before you pickle it.")
 
 
 _NO_FILE = "This model is not stored in a self-contained file. Write one: mode=export export=safetensors resume=RUN."
@@ -249,7 +258,8 @@ class Model:
         for batch in _batches(found, batch_size):
             ids = self.runtime.ids([image for _, image in batch])
             for (path, image), mask in zip(batch, ids, strict=True):
-                yield Segmentation(mask, image, self.facts, path, ask=self._probabilities)
+                stable = image if path is not None else image.copy()  # a caller may reuse the memory of an array
+                yield Segmentation(mask, stable, self.facts, path, ask=self._probabilities)
 
     def _probabilities(self, image: np.ndarray) -> np.ndarray:
         return self.runtime.probabilities([image])[0]

@@ -236,6 +236,15 @@ class Segmenter(nn.Module, Model):
     def __repr__(self) -> str:
         return f"dinoseg.Segmenter({self.extra_repr()})"
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """Move the parameters, but refuse another floating-point type, as `half()` and `double()` set it."""
+        if (dtype := fn(torch.empty(0, dtype=torch.float32)).dtype) != torch.float32:
+            raise UserError(
+                f"A Segmenter holds its weights in float32, not {dtype}. Use torch.autocast in a loop, or "
+                'dinoseg.load(PATH, precision="bf16") to predict.'
+            )
+        return super()._apply(fn, recurse)
+
     def train(self, mode: bool = True) -> Self:
         """Switch mode; frozen modules stay in eval mode."""
         super().train(mode)

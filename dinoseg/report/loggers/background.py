@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
@@ -19,13 +20,14 @@ class BackgroundLogger(Logger):
     """Calls the methods of a logger in order, in one thread.
 
     A call returns at once, and `close` waits at most `timeout` seconds. The next call raises an exception of an earlier
-    one; the thread ends at the first.
+    one. At the first, the thread closes the logger as failed, and ends.
 
     Args:
         logger: its `timeout` is set.
 
     Raises:
         TimeoutError: by any method, if an earlier call runs for more than `timeout` seconds, or too many calls wait.
+        RuntimeError: by any method, if an earlier call raised no `Exception`, but `SystemExit`, for example.
     """
 
     def __init__(self, logger: Logger) -> None:
@@ -34,7 +36,7 @@ class BackgroundLogger(Logger):
         self._calls: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._began: float | None = None  # when the running call began; None: none is running
         self._error: Exception | None = None
-        self._is_abandoned = False
+        self._is_closed = False
         # a daemon: Python does not wait for a call that never returns
         self._thread = Thread(target=self._run, name=f"dinoseg {type(logger).__name__}", daemon=True)
         self._thread.start()
@@ -59,9 +61,9 @@ class BackgroundLogger(Logger):
         """Pass the path of a checkpoint on."""
         self._put(lambda: self._logger.checkpoint(path))
 
-    def close(self) -> None:
+    def close(self, *, failed: bool = False) -> None:
         """Close the logger after all waiting calls, and end the thread."""
-        self._put(self._logger.close)
+        self._put(lambda: self._close(failed))
         self._calls.put(None)
         self._thread.join(self._limit)
         self._check()
@@ -82,18 +84,29 @@ class BackgroundLogger(Logger):
             raise self._error
 
     def _abandon(self, reason: str) -> TimeoutError:
-        self._is_abandoned = True
+        self._error = error = TimeoutError(reason)
         self._calls.put(None)
-        return TimeoutError(reason)
+        return error
+
+    def _close(self, failed: bool) -> None:
+        self._is_closed = True
+        self._logger.close(failed=failed)
 
     def _run(self) -> None:
-        while (call := self._calls.get()) is not None and not self._is_abandoned:
+        while (call := self._calls.get()) is not None and self._error is None:
             self._began = time.monotonic()
             try:
                 call()
             except Exception as error:
                 self._error = error
-                return
+            except BaseException as error:  # a client's SystemExit would end the thread silently, or the training
+                self._error = RuntimeError(f"{type(error).__name__}: {error}")
+            else:
+                self.view = self._logger.view
             finally:
                 self._began = None
-            self.view = self._logger.view
+            if self._error is not None:
+                break
+        if not self._is_closed:
+            with suppress(BaseException):  # the first error is reported
+                self._close(failed=True)

@@ -10,8 +10,8 @@ import numpy as np
 class Logger:
     """Base class of loggers: only rank 0 makes one, and each method does nothing by default.
 
-    An exception in any method drops the logger with one warning, and the training continues. Only a `UserError` of the
-    constructor ends the run.
+    An exception in any method closes and drops the logger with one warning, and the training continues. Only a
+    `UserError` of the constructor ends the run.
 
     Args:
         out_dir: the run folder, which exists.
@@ -22,10 +22,12 @@ class Logger:
         view: how to view what was logged, printed after the training; empty: nothing to print.
         timeout: seconds after which a call counts as failed; its methods then run in a thread, so that no training
             waits for a server, and the constructor must not wait either. None: they run at once.
+        is_enabled: False: its settings disable it, so no other method is called. The constructor logs why.
     """
 
     view: str = ""
     timeout: float | None = None
+    is_enabled: bool = True
 
     def __init__(self, out_dir: Path, *, start_step: int = 0) -> None:
         pass
@@ -53,5 +55,9 @@ class Logger:
     def checkpoint(self, path: Path) -> None:
         """Receive the file of the best checkpoint, after its scores."""
 
-    def close(self) -> None:
-        """Write buffered values, and close files and connections."""
+    def close(self, *, failed: bool = False) -> None:
+        """Write buffered values, and close files and connections.
+
+        Args:
+            failed: whether an error or a signal ended the training, or this logger is dropped.
+        """

@@ -1,5 +1,6 @@
 """Logger that sends values to an MLflow server."""
 
+import hashlib
 import logging
 import os
 import re
@@ -19,6 +20,8 @@ _GROUP = "group"  # tag that holds the group
 _MAX_PARAMS, _MAX_METRICS = 100, 1000  # of a request
 _MAX_TEXT = 6000  # characters of a parameter
 _REFUSED = re.compile(r"[^\w/.\- ]")  # characters that MLflow allows in no name
+_REFUSED_OF_IMAGES = re.compile(_REFUSED.pattern, re.ASCII)
+_MAX_NAME, _MAX_IMAGE_NAME = 250, 120  # characters; an image's file name also holds its step, time and an id
 _DEFAULTS = {  # read by MLflow from the environment, where a user may set others
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
@@ -79,7 +82,8 @@ class MlflowLogger(RemoteLogger):
         """Continue the run if the server has it, or start one; the settings are its parameters, which never change."""
         run = self._existing(run_id)
         if run is None:
-            tags = {**self._tags, **({_GROUP: self.group} if self.group else {})}
+            tags = {_name(key): str(value) for key, value in self._tags.items()}
+            tags |= {_GROUP: self.group} if self.group else {}
             run = self._client.create_run(self._experiment_id(), run_name=self.run_name, tags=tags)
             from mlflow.entities import Param
 
@@ -104,7 +108,7 @@ class MlflowLogger(RemoteLogger):
     def send_images(self, step: int, named: Mapping[str, np.ndarray]) -> None:
         """Upload images, which MLflow shows by step."""
         for name, rgb in named.items():
-            self._client.log_image(self.run_id, rgb, key=_name(name), step=step, synchronous=True)
+            self._client.log_image(self.run_id, rgb, key=_image_name(name), step=step, synchronous=True)
 
     def send_scores(self, values: Mapping[str, float]) -> None:
         """Send the scores as metrics of the last step."""
@@ -114,10 +118,10 @@ class MlflowLogger(RemoteLogger):
         """Upload the file to the folder `checkpoints` of the run's artifacts."""
         self._client.log_artifact(self.run_id, str(path), "checkpoints")
 
-    def close(self) -> None:
-        """End the run."""
+    def close(self, *, failed: bool = False) -> None:
+        """End the run with the status FINISHED or FAILED."""
         if self.run_id is not None:
-            self._client.set_terminated(self.run_id)
+            self._client.set_terminated(self.run_id, status="FAILED" if failed else "FINISHED")
 
     def _existing(self, run_id: str | None) -> Any:
         """Return a run of the server; None if there is none."""
@@ -143,6 +147,20 @@ class MlflowLogger(RemoteLogger):
         return self._client.get_experiment_by_name(self._experiment).experiment_id
 
 
-def _name(name: str) -> str:
-    """Return a name that MLflow accepts: other characters become underscores, and its parts are not empty."""
-    return "/".join(part if part.strip(".") else f"_{part}" for part in _REFUSED.sub("_", name).split("/"))
+def _name(name: str, refused: re.Pattern[str] = _REFUSED, most: int = _MAX_NAME) -> str:
+    """Return a name that MLflow accepts.
+
+    Refused characters become underscores, a part that is empty or of dots alone begins with one, and a long name is
+    cut. A changed name ends in a hash of the original, so that different names stay different.
+    """
+    clean = "/".join(part if part.strip(".") else f"_{part}" for part in refused.sub("_", name).split("/"))
+    clean = f"_{clean}" if clean.startswith("..") else clean
+    if clean == name and len(name) <= most:
+        return name
+    digest = hashlib.sha256(name.encode(errors="backslashreplace")).hexdigest()[:8]
+    return f"{clean[: most - len(digest) - 1]}_{digest}"
+
+
+def _image_name(name: str) -> str:
+    """Return a name that MLflow accepts for an image: of ASCII characters, and shorter."""
+    return _name(name, _REFUSED_OF_IMAGES, _MAX_IMAGE_NAME)

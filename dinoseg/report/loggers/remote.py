@@ -1,5 +1,7 @@
 """Base class of loggers that send values to an experiment tracker, and the record of the tracked run."""
 
+import math
+import re
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,8 +16,17 @@ from dinoseg.utils.errors import UserError
 
 _SWEEP = "multirun.yaml"  # in the folder of a sweep
 _HEADS = "heads"  # folder of the runs of a multi-head training
-_RECORD = forms.record(id=forms.maybe(forms.text), logged=forms.table(forms.whole()))
 _MAX_BYTES = 2**20  # of a record: an entry has about 30
+_RUN_ID = re.compile(r"[\w-]{1,64}", re.ASCII)  # it becomes part of URLs and of names of folders
+
+
+def _run_id(value: Any, where: str) -> None:
+    """Check that a value is the id of a tracked run."""
+    if not (isinstance(value, str) and _RUN_ID.fullmatch(value)):
+        raise forms.SchemaError(f"{where} is {value!r:.60}; it must be 1 to 64 letters, digits, _ and -")
+
+
+_RECORD = forms.record(id=forms.maybe(_run_id), logged=forms.table(forms.whole()))
 
 
 class RemoteLogger(Logger):
@@ -42,7 +53,7 @@ class RemoteLogger(Logger):
     package = ""
 
     def __init__(self, out_dir: Path, *, group: str | None, artifacts: bool, timeout: float) -> None:
-        if timeout <= 0:
+        if not 0 < timeout < math.inf:
             raise UserError(f"logger.{self.package}.timeout={timeout}: give seconds above 0.")
         self.out_dir, self.artifacts = out_dir, artifacts
         self.timeout: float = timeout

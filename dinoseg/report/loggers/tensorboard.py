@@ -49,6 +49,6 @@ class TensorBoardLogger(Logger):
         for key, value in final.items():
             self._writer.add_scalar(key, value)
 
-    def close(self) -> None:
+    def close(self, *, failed: bool = False) -> None:
         """Flush and close the file."""
         self._writer.close()

@@ -1,6 +1,8 @@
 """Logger that sends values to Weights & Biases."""
 
+import logging
 import os
+import re
 import secrets
 import shlex
 from collections.abc import Mapping, Sequence
@@ -13,28 +15,55 @@ from dinoseg.report.loggers.remote import RemoteLogger
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Positive
 from dinoseg.utils.urls import without_credentials
+from dinoseg.utils.wording import format_value
 
+logger = logging.getLogger(__name__)
+_PROJECT = "dinoseg"  # if neither the config nor the environment names one
+_REFUSED = re.compile(r"[/\\#?%:]")  # characters that W&B allows in no name of a project
+_MAX_PROJECT, _MAX_TAG = 128, 64  # characters
 _STEP = "step"  # value that holds the training step: W&B's own step counts rows and never goes back
+
+
+def _check_names(project: str, tags: Sequence[str]) -> None:
+    """Refuse a project or tags that W&B does not accept; it would raise an error in the middle of the training.
+
+    Raises:
+        UserError: naming the value and the rule.
+    """
+    if len(project) > _MAX_PROJECT or _REFUSED.search(project):
+        raise UserError(
+            f"logger.wandb.project={format_value(project)} is not a name of a W&B project: use at most {_MAX_PROJECT} "
+            "characters, without / \\ # ? % :"
+        )
+    if isinstance(tags, str):
+        raise UserError(f"logger.wandb.tags={format_value(tags)} is not a list: set logger.wandb.tags=[TAG,TAG].")
+    for tag in tags:
+        if not 1 <= len(str(tag)) <= _MAX_TAG:
+            raise UserError(
+                f"logger.wandb.tags has {format_value(str(tag))!r} of {len(str(tag))} characters: use 1 to {_MAX_TAG}."
+            )
 
 
 class WandbLogger(RemoteLogger):
     """Send to a run of Weights & Biases; offline, write it to `out_dir`/wandb.
 
-    The API key comes from WANDB_API_KEY or `wandb login`, the address of a server from WANDB_BASE_URL.
+    The API key comes from WANDB_API_KEY or `wandb login`, the address of a server from WANDB_BASE_URL. WANDB_NAME
+    replaces the name of the run.
 
     Args:
         out_dir: the run folder.
         start_step: steps done before; W&B keeps values of later steps.
-        project: name of the project.
+        project: name of the project; None: WANDB_PROJECT, or dinoseg.
         entity: user or team; None: the account's default.
-        mode: online or offline; None: WANDB_MODE, or online.
-        tags: labels of the run.
+        mode: online, offline, or disabled, which logs nothing; None: WANDB_MODE, or online.
+        tags: labels of the run; empty: WANDB_TAGS, separated by commas.
         group: see `RemoteLogger`.
         artifacts: see `RemoteLogger`.
         timeout: see `RemoteLogger`.
 
     Raises:
-        UserError: another mode is set, or the mode is online and no API key is set.
+        UserError: another mode is set, W&B does not accept the project or a tag, or the mode is online and no API key
+            is set.
     """
 
     package = "wandb"
@@ -44,7 +73,7 @@ class WandbLogger(RemoteLogger):
         out_dir: Path,
         *,
         start_step: int = 0,
-        project: str = "dinoseg",
+        project: str | None = None,
         entity: str | None = None,
         mode: str | None = None,
         tags: Sequence[str] = (),
@@ -56,12 +85,22 @@ class WandbLogger(RemoteLogger):
         os.environ.setdefault("WANDB_SILENT", "true")
         import wandb
 
-        self.mode = mode or wandb.setup().settings.mode
+        try:
+            settings = wandb.setup().settings  # with those of the environment
+        except (wandb.errors.UsageError, ValueError) as error:
+            raise UserError(f"wandb refuses a WANDB_ variable. Correct it: {format_value(str(error), 300)}") from None
+        self.mode = mode or settings.mode
+        if self.mode == "disabled":
+            logger.info("logger=wandb logs nothing: logger.wandb.mode or WANDB_MODE is disabled.")
+            self.is_enabled = False
+            return
         if self.mode not in ("online", "offline"):
             raise UserError(
-                f"logger.wandb.mode={self.mode} (or WANDB_MODE) must be online or offline. Set one, or leave wandb out "
-                "of `logger`."
+                f"logger.wandb.mode={self.mode} (or WANDB_MODE) must be online, offline or disabled. Set one, or leave "
+                "wandb out of `logger`."
             )
+        project = project or settings.project or _PROJECT
+        _check_names(project, tags)
         if self.mode == "online" and not wandb.login(prompt=False, verify=False):
             raise UserError(
                 "logger=wandb needs an API key. Run `wandb login`, set WANDB_API_KEY, or add logger.wandb.mode=offline."
@@ -69,7 +108,8 @@ class WandbLogger(RemoteLogger):
         self._run_options: dict[str, Any] = {
             "project": project,
             "entity": entity,
-            "tags": list(tags),
+            "tags": [str(tag) for tag in tags] or None,
+            "name": settings.run_name or self.run_name,
             "mode": self.mode,
         }
         self._run: Any = None
@@ -92,7 +132,6 @@ class WandbLogger(RemoteLogger):
         self._run = wandb.init(
             dir=str(self.out_dir.absolute()),
             id=run_id or secrets.token_hex(4),
-            name=self.run_name,
             group=self.group,
             resume="allow",
             reinit="create_new",
@@ -104,7 +143,9 @@ class WandbLogger(RemoteLogger):
         if self._run.url:
             self.view = f"W&B:          {without_credentials(self._run.url)}"
         else:
-            self.view = f"W&B:          wandb sync {shlex.quote(str(Path(self._run.dir).parent))}"
+            # a run that was resumed offline has a folder for each start, named by its time
+            folders = sorted(Path(self._run.dir).parents[1].glob(f"offline-run-*-{self._run.id}"))
+            self.view = f"W&B:          wandb sync {shlex.join(map(str, folders))}"
         return self._run.id
 
     def send_scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -129,11 +170,11 @@ class WandbLogger(RemoteLogger):
         artifact.add_file(str(path), policy="immutable")  # not copied before the upload
         self._run.log_artifact(artifact)
 
-    def close(self) -> None:
-        """Finish the run.
+    def close(self, *, failed: bool = False) -> None:
+        """Finish the run, with the exit code 1 if it failed.
 
         Raises:
             TimeoutError: the server has not received everything within `timeout` seconds.
         """
         if self._run is not None:
-            self._run.finish()
+            self._run.finish(exit_code=int(failed))

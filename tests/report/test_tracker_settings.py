@@ -1,0 +1,126 @@
+"""What loggers of experiment trackers accept, send at the end and print, with stand-ins for the trackers' clients."""
+
+import logging
+import os
+from types import SimpleNamespace
+
+import pytest
+
+from dinoseg.report.log import RunLog
+from dinoseg.report.loggers.mlflow import MlflowLogger, _name
+from dinoseg.report.loggers.wandb import WandbLogger
+from dinoseg.utils.errors import UserError
+
+
+class StubClient:
+    """Stand-in for the clients of both trackers: records each call."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __getattr__(self, name):
+        return lambda *args, **named: self.calls.append((name, args, named)) or SimpleNamespace()
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch, tmp_path):
+    """Remove variables of W&B, which reads them at its first use."""
+    import wandb
+
+    for name in [each for each in os.environ if each.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    wandb.teardown()
+    yield
+    wandb.teardown()
+
+
+@pytest.fixture
+def mlflow_logger(tmp_path):
+    logger = MlflowLogger(tmp_path, tracking_uri="http://127.0.0.1:1")
+    logger._client, logger.run_id = StubClient(), "run1"
+    return logger
+
+
+@pytest.mark.parametrize(("failed", "status"), [(False, "FINISHED"), (True, "FAILED")])
+def test_mlflow_shows_whether_the_training_failed(mlflow_logger, failed, status):
+    mlflow_logger.close(failed=failed)
+    assert mlflow_logger._client.calls == [("set_terminated", ("run1",), {"status": status})]
+
+
+def test_tags_of_mlflow_have_names_that_it_accepts(mlflow_logger):
+    mlflow_logger._tags, mlflow_logger.group = {"a:b": 1, "plain": "x"}, "sweep"
+    info = SimpleNamespace(run_id="new", experiment_id="1")
+    mlflow_logger._client.create_run = lambda *args, tags, **named: tags_sent.append(tags) or SimpleNamespace(info=info)
+    mlflow_logger._client.get_experiment_by_name = lambda name: info
+    tags_sent = []
+    assert mlflow_logger.open_run(None, {}) == "new"
+    assert tags_sent == [{_name("a:b"): "1", "plain": "x", "group": "sweep"}]
+
+
+@pytest.mark.parametrize("failed", [False, True])
+def test_wandb_shows_whether_the_training_failed(tmp_path, failed):
+    logger = WandbLogger(tmp_path, mode="offline")
+    logger._run = StubClient()
+    logger.close(failed=failed)
+    assert logger._run.calls == [("finish", (), {"exit_code": int(failed)})]
+
+
+def init_options(monkeypatch, logger):
+    """Return what a logger passes to wandb.init."""
+    import wandb
+
+    passed = {}
+    run = SimpleNamespace(id="run1", url="http://host/run1", config={}, define_metric=lambda *args, **named: None)
+    run.config = SimpleNamespace(update=lambda *args, **named: None)
+    monkeypatch.setattr(wandb, "init", lambda **options: passed.update(options) or run)
+    logger.config({})
+    return passed
+
+
+def test_wandb_reads_project_tags_and_name_from_the_environment(tmp_path, monkeypatch):
+    for key, value in {"PROJECT": "leaves", "NAME": "first"}.items():
+        monkeypatch.setenv(f"WANDB_{key}", value)
+    passed = init_options(monkeypatch, WandbLogger(tmp_path / "run", mode="offline"))
+    assert (passed["project"], passed["tags"], passed["name"]) == ("leaves", None, "first")  # None: WANDB_TAGS
+    passed = init_options(monkeypatch, WandbLogger(tmp_path / "run", mode="offline", project="mine", tags=["a", 1]))
+    assert (passed["project"], passed["tags"]) == ("mine", ["a", "1"])
+
+
+def test_without_environment_the_project_of_wandb_is_dinoseg(tmp_path, monkeypatch):
+    passed = init_options(monkeypatch, WandbLogger(tmp_path / "run", mode="offline"))
+    assert (passed["project"], passed["name"]) == ("dinoseg", "run")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        *(({"project": f"a{each}b"}, "is not a name of a W&B project") for each in "/\\#?%:"),
+        ({"project": "a" * 129}, "at most 128 characters"),
+        ({"tags": "abc"}, r"logger.wandb.tags=abc is not a list"),
+        ({"tags": ["a" * 65]}, "of 65 characters: use 1 to 64"),
+        ({"tags": [""]}, "of 0 characters"),
+        ({"mode": "of"}, "must be online, offline or disabled"),
+    ],
+)
+def test_wandb_names_settings_that_it_refuses(tmp_path, options, message):
+    with pytest.raises(UserError, match=message):
+        WandbLogger(tmp_path, **{"mode": "offline", **options})
+
+
+def test_wandb_names_a_variable_that_it_refuses(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_PROJECT", "a/b")
+    with pytest.raises(UserError, match="WANDB_ variable.*a/b"):
+        WandbLogger(tmp_path, mode="offline")
+
+
+def test_disabled_wandb_is_one_log_line_and_logs_nothing(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    with caplog.at_level(logging.INFO, "dinoseg"), RunLog(tmp_path, {"wandb": WandbLogger}) as log:
+        log.config({})
+        log.scalars(1, {"a": 1.0})
+    assert [record.getMessage() for record in caplog.records if record.name.startswith("dinoseg")] == [
+        "logger=wandb logs nothing: logger.wandb.mode or WANDB_MODE is disabled."
+    ]
+    assert not log.views and not (tmp_path / "wandb").exists() and not (tmp_path / "wandb.json").exists()
