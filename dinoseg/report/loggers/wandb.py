@@ -143,8 +143,9 @@ class WandbLogger(RemoteLogger):
         if self._run.url:
             self.view = f"W&B:          {without_credentials(self._run.url)}"
         else:
-            # a run that was resumed offline has a folder for each start, named by its time
-            folders = sorted(Path(self._run.dir).parents[1].glob(f"offline-run-*-{self._run.id}"))
+            # a run that was resumed offline has a folder for each start, named by its time; in the same second, -1, -2
+            named = re.compile(rf"offline-run-\d+_\d+-{re.escape(self._run.id)}(-\d+)?")
+            folders = sorted(path for path in Path(self._run.dir).parents[1].iterdir() if named.fullmatch(path.name))
             self.view = f"W&B:          wandb sync {shlex.join(map(str, folders))}"
         return self._run.id
 
