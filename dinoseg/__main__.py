@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import platform
 import sys
 import traceback
 from io import TextIOWrapper
@@ -52,13 +51,11 @@ def _command(arguments: list[str]) -> None:
         print(versions())
         return
     import hydra
-    from hydra.errors import HydraException
-    from yaml import YAMLError
 
     from dinoseg.cli.extras import check_intervals, hush_schemas, missing_extra
     from dinoseg.cli.own_keys import with_checkpoint_keys
     from dinoseg.cli.recipes import with_recipe_files
-    from dinoseg.cli.typos import check_patterns, explain, explain_value
+    from dinoseg.cli.typos import check_patterns, explained
     from dinoseg.cli.words import as_text, flags_last
     from dinoseg.config.options import config_folders
     from dinoseg.config.resolvers import register_resolvers
@@ -71,25 +68,19 @@ def _command(arguments: list[str]) -> None:
     argparse.ArgumentParser._check_help = lambda *_: None  # type: ignore[attr-defined]
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # raise errors unchanged
     try:
-        words = with_recipe_files(as_text(flags_last(arguments), Path(CONFIGS)), folders)
-        check_patterns(words, folders)
-        check_intervals(words)
-        sys.argv[1:] = with_checkpoint_keys(words)
-        with file_errors_as_user_errors(Path.cwd()):  # errors of the run folder, which Hydra creates
+        with explained(arguments, folders):
+            words = with_recipe_files(as_text(flags_last(arguments), Path(CONFIGS)), folders)
+            check_patterns(words, folders)
+            check_intervals(words)
+            words = with_checkpoint_keys(words)
+        sys.argv[1:] = words
+        # file errors: of the run folder, which Hydra creates
+        with explained(words, folders), file_errors_as_user_errors(Path.cwd()):
             hydra.main(version_base="1.3", config_path=CONFIGS, config_name="main")(run)()
     except UserError as error:
         _fail(str(error))
-    except HydraException as error:
-        _fail(explain(sys.argv[1:], folders, error))
-    except YAMLError as error:  # in a user's config file
-        _fail(f"A config file is not valid YAML: {' '.join(str(error).split())}. Correct the file.")
     except (ImportError, RuntimeError) as error:
         message = missing_extra(sys.argv[1:], error)
-        if not message:
-            raise
-        _fail(message)
-    except ValueError as error:  # by Hydra and OmegaConf for invalid values, or by a job
-        message = explain_value(sys.argv[1:], folders, error)
         if not message:
             raise
         _fail(message)
@@ -149,6 +140,8 @@ def run(cfg):  # noqa: ANN001, ANN201 - hydra.main wants the bare signature
 
 def versions() -> str:
     """Return the versions of dinoseg, torch with its CUDA, and Python, one per line."""
+    import platform
+
     import torch
 
     cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"

@@ -21,16 +21,14 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.core.singleton import Singleton
 from hydra.core.utils import JobRuntime
-from hydra.errors import HydraException
 from hydra.version import VersionBase, setbase
 from omegaconf import DictConfig, open_dict, read_write
-from yaml import YAMLError
 
-from dinoseg.api.options import folder_of
+from dinoseg.api.options import CONFIGS, config_folders
 from dinoseg.cli.extras import check_intervals, hush_schemas
 from dinoseg.cli.own_keys import with_checkpoint_keys
 from dinoseg.cli.recipes import with_recipe_files
-from dinoseg.cli.typos import explain, explain_value
+from dinoseg.cli.typos import explained
 from dinoseg.cli.words import as_text, parsed
 from dinoseg.config.job import job_config
 from dinoseg.config.plain import to_container
@@ -38,7 +36,6 @@ from dinoseg.config.resolvers import lent_resolvers
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import format_value
 
-CONFIGS = Path(__file__).parents[1] / "cfg"
 _OF_A_PROGRAM = (GlobalHydra, HydraConfig, JobRuntime, VersionBase)  # Hydra's state, which a caller may use itself
 _ONE_AT_A_TIME = threading.RLock()  # taken before the lock of resolvers
 _OF_HYDRA = ("hydra", "_dummy_empty_config_.yaml")  # entries of its store of configs
@@ -78,7 +75,7 @@ def compose_job(words: Sequence[str], *, config_dir: str | PathLike[str] | None 
     words = with_recipe_files(as_text(words, CONFIGS), folders)
     check_intervals(words)
     words = with_checkpoint_keys(words)
-    try:
+    with explained(words, folders):
         setbase("1.3")
         search_path = create_config_search_path(str(CONFIGS))
         for folder in folders[1:]:
@@ -89,16 +86,6 @@ def compose_job(words: Sequence[str], *, config_dir: str | PathLike[str] | None 
         out_dir = os.path.abspath(cfg.hydra.run.dir)  # resolved once, as it may hold the time
         with read_write(cfg.hydra.runtime), open_dict(cfg.hydra.runtime):
             cfg.hydra.runtime.output_dir = out_dir
-    except HydraException as error:
-        raise UserError(explain(words, folders, error)) from None
-    except YAMLError as error:
-        text = " ".join(str(error).split())
-        raise UserError(f"A config file is not valid YAML: {text}. Correct the file.") from None
-    except ValueError as error:
-        message = explain_value(words, folders, error)
-        if not message:
-            raise
-        raise UserError(message) from None
     return Job(job_config(cfg, cfg.hydra.runtime.choices), Path(out_dir), to_container(cfg.hydra.overrides)["task"])
 
 
@@ -164,13 +151,6 @@ def _in_grammar(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return value if isinstance(value, str) else repr(value)
-
-
-def config_folders(config_dir: str | PathLike[str] | None) -> list[Path]:
-    """Return the folders of config groups: the shipped one first, then the caller's, which must exist."""
-    if config_dir is None:
-        return [CONFIGS]
-    return [CONFIGS, folder_of(config_dir)]
 
 
 @contextmanager

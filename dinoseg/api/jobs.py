@@ -10,7 +10,8 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from dinoseg.api.compose import Job, compose, compose_job, config_folders, words_of
+from dinoseg.api.compose import Job, compose, compose_job, words_of
+from dinoseg.api.options import config_folders
 from dinoseg.api.session import isolated
 from dinoseg.cli.typos import misplaced
 from dinoseg.config.plain import at

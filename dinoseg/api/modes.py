@@ -12,11 +12,10 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
-from dinoseg.api.compose import config_folders
 from dinoseg.api.jobs import Folder, run_mode
+from dinoseg.api.options import list_backbones
 from dinoseg.api.results import Comparison, Results, Scores, read_json
 from dinoseg.api.runs import Run
-from dinoseg.config.options import options_of
 from dinoseg.export.runtime.model import Model
 from dinoseg.training import checkpoint
 from dinoseg.utils.errors import UserError
@@ -192,8 +191,7 @@ def track(
         >>> found["frames"], found.folder.is_dir()
         (4, True)
     """
-    options = [each for folder in config_folders(config_dir) for each in options_of(folder / "backbone")]
-    backbone = model if model in options and not Path(model).exists() else None
+    backbone = model if model in list_backbones(config_dir=config_dir) and not Path(model).exists() else None
     with _resumed(model if backbone is None else None) as given:
         overrides = {**given, **({} if backbone is None else {"backbone": backbone}), "input": input, **overrides}
         return Results.of(run_mode("track", words, overrides, out_dir=out_dir, config_dir=config_dir))

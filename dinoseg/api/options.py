@@ -4,10 +4,10 @@ from fnmatch import fnmatchcase
 from os import PathLike
 from pathlib import Path
 
-from dinoseg.config.options import RECIPES, options_of
+from dinoseg.config.options import RECIPES, options_in
 from dinoseg.utils.errors import UserError
 
-_SHIPPED = Path(__file__).parents[1] / "cfg"
+CONFIGS = Path(__file__).parents[1] / "cfg"
 
 
 def list_backbones(filter: str = "*", *, config_dir: str | PathLike[str] | None = None) -> list[str]:
@@ -75,20 +75,18 @@ def list_datasets(filter: str = "*", *, config_dir: str | PathLike[str] | None =
 
 
 def _options(group: str, filter: str, config_dir: str | PathLike[str] | None) -> list[str]:
-    folders = [_SHIPPED]
-    if config_dir is not None:
-        folders.append(folder_of(config_dir))
-    names = {name for folder in folders for name in options_of(folder / group)}
-    return sorted(name for name in names if fnmatchcase(name, filter))
+    return [name for name in options_in(config_folders(config_dir), group) if fnmatchcase(name, filter)]
 
 
-def folder_of(config_dir: str | PathLike[str]) -> Path:
-    """Return the absolute path of a folder of config groups.
+def config_folders(config_dir: str | PathLike[str] | None) -> list[Path]:
+    """Return the folders of config groups: the shipped one first, then the caller's.
 
     Raises:
-        UserError: it is no folder.
+        UserError: `config_dir` is not a folder.
     """
+    if config_dir is None:
+        return [CONFIGS]
     folder = Path(config_dir).expanduser().absolute()
     if not folder.is_dir():
         raise UserError(f"config_dir={config_dir} is not a folder. Give the folder that holds your config groups.")
-    return folder
+    return [CONFIGS, folder]

@@ -41,8 +41,6 @@ with _environment():  # torch and its OpenMP read these variables when they are 
 
     from dinoseg.training.engine import lent_accelerate
 
-_ONE_AT_A_TIME = threading.RLock()  # a mode changes the environment, the log and random states of the whole process
-
 
 @contextmanager
 def isolated() -> Iterator[None]:
@@ -60,8 +58,9 @@ def isolated() -> Iterator[None]:
             "A worker process imports this script and runs it again. Put the calls of dinoseg below "
             '`if __name__ == "__main__":`.'
         )
-    with _ONE_AT_A_TIME, ExitStack() as stack:
-        for restored in (_environment, _interpreter, _log, _torch, _hydra):
+    with ExitStack() as stack:
+        # Hydra first: its lock lets one thread at a time change the process
+        for restored in (lent_hydra, added_resolvers, _environment, _interpreter, _log, _torch):
             stack.enter_context(restored())
         yield
 
@@ -154,10 +153,3 @@ def _torch() -> Iterator[None]:
             torch.cuda.manual_seed_all(torch.initial_seed())
         if on_mps is not None:
             torch.mps.set_rng_state(on_mps)
-
-
-@contextmanager
-def _hydra() -> Iterator[None]:
-    """Restore the singletons of Hydra and the resolvers of OmegaConf."""
-    with added_resolvers(), lent_hydra():
-        yield

@@ -1,8 +1,8 @@
 """Error messages for command lines that Hydra could not compose."""
 
 import re
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,32 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import format_value, join_names, nearest
 
 _ALL_KEYS = "Add `--cfg job` to see all keys, `--help` alone to see all groups and options."
+
+
+@contextmanager
+def explained(arguments: Sequence[str], folders: Sequence[Path]) -> Iterator[None]:
+    """Turn errors of composing a command line into a `UserError` that names the mistake and its fix.
+
+    Args:
+        arguments: the command line, without the program's name.
+        folders: of config groups, the shipped one first.
+
+    Raises:
+        UserError: instead of an error of Hydra, of a YAML file, or of a value that an override gives.
+    """
+    try:
+        yield
+    except UserError:  # some are also errors of OmegaConf
+        raise
+    except HydraException as error:
+        raise UserError(explain(arguments, folders, error)) from None
+    except YAMLError as error:  # in a user's config file
+        text = " ".join(str(error).split())
+        raise UserError(f"A config file is not valid YAML: {text}. Correct the file.") from None
+    except ValueError as error:  # by Hydra and OmegaConf for invalid values, or by a job
+        if message := explain_value(arguments, folders, error):
+            raise UserError(message) from None
+        raise
 
 
 def explain(arguments: Sequence[str], folders: Sequence[Path], error: Exception) -> str:

@@ -1,6 +1,6 @@
 """Options of config groups: files, or folders of files for families of options."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -26,6 +26,11 @@ def options_of(group: Path) -> list[str]:
     """Return the options in a group's folder, those of a family as `family/option`."""
     names = (path.relative_to(group).with_suffix("") for path in group.rglob("*.yaml"))
     return sorted(name.as_posix() for name in names if not name.name.startswith("_"))
+
+
+def options_in(folders: Iterable[Path], group: str) -> list[str]:
+    """Return the options of a group in any of the folders of config groups, each once."""
+    return sorted({option for folder in folders for option in options_of(folder / group)})
 
 
 def option_files(folders: Sequence[Path], group: str, option: str) -> Iterator[Path]:

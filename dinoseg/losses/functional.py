@@ -61,11 +61,17 @@ def cross_entropy_loss(
         >>> round(cross_entropy_loss(logits, targets).item(), 4)
         0.6931
     """
-    options = {
-        **{"label_smoothing": label_smoothing, "hard_fraction": hard_fraction},
-        **{"border_weight": border_weight, "border_width": border_width},
-    }
-    return _value(CrossEntropy, logits, targets, ignore_index, class_weights, **options)
+    return _value(
+        CrossEntropy,
+        logits,
+        targets,
+        ignore_index,
+        class_weights,
+        label_smoothing=label_smoothing,
+        hard_fraction=hard_fraction,
+        border_weight=border_weight,
+        border_width=border_width,
+    )
 
 
 def focal_loss(

@@ -7,7 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from dinoseg.config.options import config_folders, option_files, options_of
+from dinoseg.config.options import config_folders, option_files, options_in
 
 CONFIGS = Path(str(files("dinoseg"))) / "cfg"
 COMMANDS = """\
@@ -74,9 +74,9 @@ def overview(further: Sequence[Path] = ()) -> str:
         further: further folders of config groups, in addition to the shipped one.
     """
     names = sorted(path.name for path in CONFIGS.iterdir() if path.is_dir() and path.name not in ("hydra", "local"))
-    groups = {name: [folder / name for folder in (CONFIGS, *further)] for name in names}
+    groups = {name: options_in((CONFIGS, *further), name) for name in names}
     return COMMANDS + "\n".join(
-        f"  {name + ':':{_COLUMN}}{_wrapped(_by_family(places))}" for name, places in groups.items()
+        f"  {name + ':':{_COLUMN}}{_wrapped(_by_family(options))}" for name, options in groups.items()
     )
 
 
@@ -84,7 +84,7 @@ def help_for(arguments: Sequence[str]) -> str:
     """Return the help text of the mode that a command line names, else of its options, else the overview."""
     folders = config_folders(arguments, CONFIGS)
     modes = [word.removeprefix("mode=") for word in arguments if word.startswith("mode=") and word != "mode=help"]
-    if modes and any(modes[-1] in options_of(folder / "mode") for folder in folders):
+    if modes and modes[-1] in options_in(folders, "mode"):
         return of_mode(modes[-1], folders)
     places = [folder for folder in folders if folder.is_dir()]
     groups = {path.name for folder in places for path in folder.iterdir() if path.is_dir()} - {"mode", "local"}
@@ -103,9 +103,9 @@ def of_option(group: str, option: str, folders: Sequence[Path]) -> str:
         folders: of config groups, the shipped one first.
     """
     if option.endswith("/"):
-        found = [name for folder in folders for name in options_of(folder / group) if name.startswith(option)]
-        return f"Options of {group}={option}: {' '.join(sorted(found))}" if found else ""
-    if not any(option in options_of(folder / group) for folder in folders):
+        found = [name for name in options_in(folders, group) if name.startswith(option)]
+        return f"Options of {group}={option}: {' '.join(found)}" if found else ""
+    if option not in options_in(folders, group):
         return ""
     texts = [path.read_text("utf-8") for path in option_files(folders, group, option)]
     comments = [line for line in texts[-1].splitlines() if line.startswith("#") and "@package" not in line]
@@ -137,14 +137,9 @@ def of_mode(mode: str, folders: Sequence[Path] = (CONFIGS,)) -> str:
     keys = [f"  mode.{line.replace(': ', '=', 1)}" for line in _settable_keys(text)] or ["  none"]
     title = f"Keys of mode={mode} and their defaults:"
     first, also = [*commands, ""] if commands else [], [f"It also reads {' '.join(reads)}", ""] if reads else []
-    options = [of_option(mode, option, folders) for option in _options(mode, folders)]
-    formats = [line for text in options for line in ("", *text.splitlines())]
+    # options of a group with the mode's name, such as the formats of mode=export
+    formats = [f"\n{of_option(mode, option, folders)}" for option in options_in(folders, mode)]
     return "\n".join((*first, title, *keys, *formats, *_of_training(mode), "", *also, _FURTHER))
-
-
-def _options(group: str, folders: Sequence[Path]) -> list[str]:
-    """Return the options of a config group, such as the formats of mode=export; none if there is no such group."""
-    return sorted({option for folder in folders for option in options_of(folder / group)})
 
 
 def _of_training(mode: str) -> list[str]:
@@ -185,15 +180,14 @@ def show(cfg: Any, *, out_dir: Path) -> None:
     print(overview())
 
 
-def _by_family(places: Sequence[Path]) -> list[list[str]]:
+def _by_family(options: Sequence[str]) -> list[list[str]]:
     """Return the words that list a group's options: those without a family, then each family's name and options.
 
     A family is a folder, such as `idd/`, or several names that share the first word, such as `dinov2_*`.
 
     Args:
-        places: the group's folders.
+        options: of the group, sorted.
     """
-    options = sorted({option for folder in places for option in options_of(folder)})
     first_words = Counter(option.partition("_")[0] for option in options if "_" in option and "/" not in option)
     alone, families = [], dict[str, list[str]]()
     for option in options:

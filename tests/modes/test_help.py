@@ -8,6 +8,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from dinoseg.__main__ import CONFIGS
+from dinoseg.config.options import options_of
 from dinoseg.modes import help as mode
 
 FILES = [path for path in Path(CONFIGS).glob("*/*.yaml") if path.parent.name not in ("hydra", "local")]
@@ -140,7 +141,7 @@ def test_wrapping_keeps_every_option(options):
 
 def test_each_shipped_option_has_help():
     groups = [path for path in Path(CONFIGS).iterdir() if path.is_dir() and path.name not in ("hydra", "local", "mode")]
-    options = [f"{group.name}={option}" for group in groups for option in mode.options_of(group)]
+    options = [f"{group.name}={option}" for group in groups for option in options_of(group)]
     assert len(options) > 150
     for option in options:
         assert "Keys of" in mode.help_for([option, "--help"]), option

@@ -73,9 +73,8 @@ class RemoteLogger(Logger):
     def check_installed(cls) -> None:
         """Refuse a package that is not installed."""
         spec = find_spec(cls.package)
-        if (
-            spec is None or spec.origin is None
-        ):  # a folder of this name, such as the one that wandb writes, is no package
+        # a folder of this name, such as the one that wandb writes, has no origin
+        if spec is None or spec.origin is None:
             raise UserError(
                 f"logger={cls.package} needs {cls.package}, which is not installed: in your clone of dinoseg, pip "
                 f"install '.[{cls.package}]'"
