@@ -245,11 +245,11 @@ def _resample_patches(model: Any, patch_size: int) -> None:
 
     embeddings = model.embeddings.patch_embeddings
     projection = getattr(embeddings, "projection", embeddings)
-    size = (patch_size, patch_size)
-    kernel = projection.weight.detach()
-    resampled = kernel.new_empty(*kernel.shape[:2], *size) if kernel.is_meta else resample_patch_embed(kernel, size)
+    kernel, side = projection.weight.detach(), patch_size
+    outline = kernel.new_empty(*kernel.shape[:2], side, side)
+    resampled = outline if kernel.is_meta else resample_patch_embed(kernel, [side, side])
     projection.weight = nn.Parameter(resampled)
-    projection.kernel_size = projection.stride = size
+    projection.kernel_size = projection.stride = (side, side)
     model.config.patch_size = patch_size
 
 
