@@ -48,8 +48,10 @@ def test_hours_follow_from_operations_and_steps(tmp_path):
     flops, hours = found["duration"]["flops"], found["duration"]["hours"]
     assert hours == pytest.approx(900 * flops / 2000 / 3600) and flops > 1e6
     assert f"about {hours:.1f} h for 900 steps" in out and "2e-09 TFLOP/s" in out
-    found, out = planned(tmp_path, *words[:2], "trainer.steps=null", "trainer.epochs=2")
-    assert found["duration"] == {"flops": flops, "hours": None} and " h for " not in out
+    by_epochs = ["trainer.epochs=2" if word.startswith("trainer.steps") else word for word in WORDS]
+    done = call(tmp_path, "mode=plan", *by_epochs, "hydra.run.dir=epochs", *words[:2])
+    assert done.status == 0 and " h for " not in done.out
+    assert json.loads((tmp_path / "epochs/plan.json").read_text())["duration"] == {"flops": flops, "hours": None}
     assert planned(tmp_path, words[0])[0]["duration"] is None
     refused = call(tmp_path, "mode=plan", *WORDS, "mode.tflops=0")
     assert refused.status == 1 and "mode.tflops=0" in refused.err and "above 0" in refused.err
