@@ -52,7 +52,8 @@ def test_hours_follow_from_operations_and_steps(tmp_path):
     done = call(tmp_path, "mode=plan", *by_epochs, "hydra.run.dir=epochs", *words[:2])
     assert done.status == 0 and " h for " not in done.out
     assert json.loads((tmp_path / "epochs/plan.json").read_text())["duration"] == {"flops": flops, "hours": None}
-    assert planned(tmp_path, words[0])[0]["duration"] is None
+    assert call(tmp_path, "mode=plan", *WORDS, "hydra.run.dir=memory", words[0]).status == 0
+    assert json.loads((tmp_path / "memory/plan.json").read_text())["duration"] is None
     refused = call(tmp_path, "mode=plan", *WORDS, "mode.tflops=0")
     assert refused.status == 1 and "mode.tflops=0" in refused.err and "above 0" in refused.err
 
