@@ -57,7 +57,7 @@ def test_images_to_be_scored_count_as_they_are(monkeypatch):
     data = {"group": None, "workers": 1, "augment": {"scale": [0.5, 0.75]}}
     groups = {"data": data, "loss": {"weights": "none"}, "resolution": {"longest": None}}
     cfg = OmegaConf.create({**groups, "cache_dir": "", "choices": {"data": "folder"}})
-    task = SimpleNamespace(parts=Builder(cfg), data_module=SimpleNamespace(train=None, val=None))
+    task = SimpleNamespace(parts=Builder(cfg), data_module=SimpleNamespace(train=None, val=None, augment=None))
     for (trained, scored), largest in ((records, 8), (records[::-1], 8), (([], []), None)):
         splits = [SimpleNamespace(records=trained), SimpleNamespace(records=scored)]
         monkeypatch.setattr(images_task, "examine", lambda *_, splits=splits, **__: splits)
