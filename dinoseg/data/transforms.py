@@ -257,8 +257,8 @@ class Augment:
         """Return the view of an image; with padding=end without the rows and columns to be padded."""
         size, border = self.crop, cv2.BORDER_CONSTANT
         if self.padding == "end" and self.affine == Affine():
-            pixels = (max(1, round(side * zoom)) for side, zoom in zip(image.shape, view.zoom, strict=False))
-            size, border = (min(self.crop[0], next(pixels)), min(self.crop[1], next(pixels))), cv2.BORDER_REPLICATE
+            height, width = (max(1, round(side * zoom)) for side, zoom in zip(image.shape[:2], view.zoom, strict=True))
+            size, border = (min(self.crop[0], height), min(self.crop[1], width)), cv2.BORDER_REPLICATE
         image, matrix = _shrink(image, view.matrix, view.zoom)
         return cv2.warpAffine(
             image, matrix[:2], size[::-1], flags=cv2.INTER_LINEAR, borderMode=border, borderValue=self.fill
