@@ -184,11 +184,11 @@ def schedule(
         kind: one of `SCHEDULES`.
         warmup: length w, as a share of the training (a float below 1) or a number of steps (an int).
         warmup_start: f, the factor of the first step; None: 1 / (w + 1).
-        warmup_decays: let the decay start at step 0 and multiply the warm-up (mmcv 1.5, mmcv/runner/hooks/
-            lr_updater.py). Then p = step / steps. `one_cycle` does this in either case.
-        backbone_warmup: length of a second warm-up, for the backbone, which follows the first; the backbone's factor is
-            0 before it, and its w is the end of it (tue-mps/eomt, training/two_stage_warmup_poly_schedule.py). None:
-            the backbone has the same factor as the head.
+        warmup_decays: let the decay start at step 0, with p = step / steps, and multiply the warm-up (open-mmlab/mmcv
+            1.5, mmcv/runner/hooks/lr_updater.py). `one_cycle` is the same with and without it.
+        backbone_warmup: length of a second warm-up, for the backbone, which follows the first (tue-mps/eomt,
+            training/two_stage_warmup_poly_schedule.py). The backbone's factor is 0 before it and decays from its end
+            on. None: the backbone has the same factor as the head.
         power: exponent of `poly`.
         min_lr_ratio: m, the final factor.
 
@@ -204,8 +204,8 @@ def schedule(
             )
     if kind == "exponential" and min_lr_ratio == 0:
         raise UserError(
-            "optim.schedule.min_lr_ratio=0: kind=exponential never reaches 0. Give the share of the rate at which the "
-            "training ends, above 0, such as 0.5."
+            "optim.schedule.min_lr_ratio=0: kind=exponential never reaches 0. Give the final share of the learning "
+            "rate, a number above 0, such as 0.5."
         )
 
     def cosine(done: float) -> float:
