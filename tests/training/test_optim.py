@@ -321,6 +321,6 @@ def test_other_bad_input():
             adamw(smallest(), lr=1.0, **{key: "none"})
     with pytest.raises(UserError, match="kind=step is unknown. Choose one of constant, cosine, poly, exponential, one"):
         schedule("step")
-    with pytest.raises(UserError, match="min_lr_ratio=0: kind=exponential never reaches 0. Give the share"):
+    with pytest.raises(UserError, match="min_lr_ratio=0: kind=exponential never reaches 0. Give the final share"):
         schedule("exponential")
     assert math.isfinite(schedule("cosine", warmup=10)(3, 5))
