@@ -120,7 +120,8 @@ def test_what_shortest_is_not_kept_to_is_said_once(caplog):
 
 @pytest.mark.parametrize(("side", "overlap", "stride"), [(896, 0.3348, 596), (512, 0.334, 341), (512, 0.0, 512)])
 def test_published_strides_can_be_said(side, overlap, stride):
-    assert starts(10 * side, side, overlap)[1] == stride
+    assert Windows(side, overlap=overlap).starts(0, 10 * side)[1] == stride
+    assert Windows(side, stride=stride).starts(0, 10 * side)[1] == stride
 
 
 @pytest.mark.parametrize("weights", ["cosine", "uniform"])
@@ -128,7 +129,7 @@ def test_published_strides_can_be_said(side, overlap, stride):
 @pytest.mark.parametrize("size", SIZES)
 def test_every_pixel_is_covered_and_weights_sum_to_what_they_are_divided_by(size, overlap, weights):
     for length, window in itertools.product(size, (1, 7, 24)):
-        begins = starts(length, window, overlap)
+        begins = Windows(window, overlap=overlap).starts(0, length)
         weight = profile(min(window, length), weights)
         assert (weight > 0).all() and begins == sorted(set(begins)) and begins[0] == 0
         seen = np.zeros(length)
@@ -158,7 +159,7 @@ def test_a_head_without_context_gives_the_same_mask_whole_and_tiled(size, option
 def test_freeing_rows_gives_what_keeping_all_gives_bit_for_bit(average):
     model, images = made(kernel=5), pictures(61, 40)
     freed = run_bands(model, images, Windows((16, 11), overlap=0.4, average=average))
-    rows, columns = starts(61, 16, 0.4), starts(40, 11, 0.4)
+    rows, columns = starts(61, 16, 10), starts(40, 11, 7)
     down, across = profile(16, "cosine"), profile(11, "cosine")
     kept = torch.zeros(2, 4, 61, 40, dtype=torch.float64)
     for top, image, left in itertools.product(rows, range(2), columns):
