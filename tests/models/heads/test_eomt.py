@@ -27,7 +27,7 @@ def test_no_mask_has_more_rows_than_queries_and_none_is_built_when_annealed(monk
     tokens = 5 + 5 + 12
     for progress, masked in ((0.0, 2), (0.49, 2), (0.5, 1), (0.79, 1), (0.8, 0), (0.999, 0)):
         calls.clear(), built.clear()
-        head.set_progress(progress)
+        head.set_progress(round(1000 * progress), 1000)
         outputs = head.run(backbone, torch.rand(2, 3, 48, 64))
         assert len(outputs.aux) == 2  # deep supervision goes on
         masks = [mask for *_, mask in calls if mask is not None]
@@ -132,7 +132,7 @@ def trained(model):
 @pytest.mark.parametrize("progress", [0.0, 0.4, 0.9])
 def test_gradients_reach_all_that_is_trained_and_nothing_else(adapter, progress):
     model = SegmentationModel(*pair(adapter=adapter)).train()
-    model.set_progress(progress)
+    model.set_progress(round(1000 * progress), 1000)
     outputs = model(torch.rand(2, 3, 40, 33)).outputs
     parts = [outputs, *outputs.aux]
     sum(part.class_logits.square().mean() + part.mask_logits.square().mean() for part in parts).backward()
@@ -146,7 +146,7 @@ def test_gradients_reach_all_that_is_trained_and_nothing_else(adapter, progress)
 
 def test_every_part_learns_from_the_last_layer_alone():
     model = SegmentationModel(*pair(adapter=Frozen())).train()
-    model.set_progress(0.99)
+    model.set_progress(99, 100)
     model(torch.rand(2, 3, 40, 33)).logits().square().mean().backward()
     assert all(p.grad.abs().sum() > 0 for p in model.head.parameters())
 
@@ -156,7 +156,7 @@ def test_checkpointing_changes_no_gradient(family, adapter, monkeypatch):
     calls, gradients, passes = spy_on_attention(monkeypatch), [], []
     for checkpointing in (False, True):
         model = SegmentationModel(*pair(family, 3, adapter=adapter, held={"checkpointing": checkpointing})).train()
-        model.set_progress(0.3)  # the first block's masks are left out at random
+        model.set_progress(3, 10)  # the first block's masks are left out at random
         calls.clear()
         torch.manual_seed(1)
         outputs = model(torch.ones(2, 3, 40, 33).cumsum(3) / 33).outputs
@@ -176,7 +176,7 @@ def test_a_backbone_held_in_half(family, adapter, checkpointing):
     model = SegmentationModel(*pair(family, adapter=adapter, held=held)).train()
     images = torch.rand(2, 3, 40, 33)
     for progress in (0.0, 0.999):
-        model.set_progress(progress)
+        model.set_progress(round(1000 * progress), 1000)
         outputs = model(images).outputs
         parts = [outputs, *outputs.aux]
         assert all(part.class_logits.dtype == part.mask_logits.dtype == torch.float32 for part in parts)
@@ -212,7 +212,7 @@ def test_a_few_steps_of_training_learn_an_image():
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
     for step in range(30):
-        model.set_progress(step / 30)
+        model.set_progress(step, 30)
         loss = F.cross_entropy(model(images).logits(), labels)
         optimizer.zero_grad()
         loss.backward()
@@ -224,7 +224,7 @@ def test_a_few_steps_of_training_learn_an_image():
 def test_progress_is_no_part_of_a_checkpoint():
     _, head = pair()
     before = {name: value.clone() for name, value in head.state_dict().items()}
-    head.set_progress(0.7)
+    head.set_progress(7, 10)
     assert before.keys() == head.state_dict().keys()
     assert all(torch.equal(value, head.state_dict()[name]) for name, value in before.items())
 
