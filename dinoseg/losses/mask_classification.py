@@ -74,10 +74,10 @@ class PointTargets:
             shares, weights = ids[..., None] == classes[:, None], ids != UNLABELLED
             return shares.to(dtype), (weights if self.excluded else torch.ones_like(weights)).to(dtype)
         shares = sample_membership(target, image, points, classes, dtype)
-        weights = torch.ones_like(shares[..., 0])
+        weights = shares.new_ones(shares.shape[:2])
         if self.excluded:
             labelled = (target != UNLABELLED).long()
-            weights = sample_membership(labelled, image, points, torch.ones_like(classes[:, :1]), dtype)[..., 0]
+            weights = sample_membership(labelled, image, points, classes.new_ones(len(classes), 1), dtype)[..., 0]
         return shares, weights
 
 
