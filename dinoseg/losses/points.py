@@ -60,7 +60,7 @@ def sample_membership(target: Tensor, image: Tensor, points: Tensor, classes: Te
         dtype: of the result.
     """
     height, width = target.shape[-2:]
-    x, y = (points.to(dtype) * points.new_tensor([width, height], dtype=dtype) - 0.5).unbind(-1)
+    x, y = (points[..., axis].to(dtype) * length - 0.5 for axis, length in ((0, width), (1, height)))
     left, top = x.floor(), y.floor()
     across, down = x - left, y - top
     shares = points.new_zeros(*points.shape[:2], classes.shape[1], dtype=dtype)

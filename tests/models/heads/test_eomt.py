@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -78,6 +79,38 @@ def test_annealing_is_polynomial_in_its_window():
     assert [masked_share(progress, (0.5, 0.5)) for progress in (0.49, 0.5)] == [1, 0]
     assert [masked_share(progress, (0.0, 0.0)) for progress in (0.0, 0.9)] == [0, 0]
     assert masked_share(0.999, (1.0, 1.0)) == 1
+
+
+def official_share(start, step, end):
+    """Return the probability of a mask at a step (EoMT's `mask_annealing`)."""
+    if step < start:
+        return 1.0
+    return 0.0 if step >= end else float(np.power(1 - (step - start) / (end - start), 0.9))
+
+
+def test_annealing_in_steps_is_that_of_the_published_configs(monkeypatch):
+    published = [[0, 3000], [6520, 9780], [9780, 13040], [13040, 16300]]  # ADE20K, DINOv3-L
+    backbone, head = pair(blocks=3, anneal=published[1:])
+    shares = []
+    monkeypatch.setattr(eomt, "attention_mask", lambda *given: shares.append(given[-1]))
+    for step in (0, 6519, 6520, 7001, 9779, 9780, 13039, 15555, 16299, 16300, 19559):
+        shares.clear()
+        head.set_progress(step, 19560)
+        head.run(backbone, torch.rand(1, 3, 16, 16))
+        assert shares == pytest.approx([official_share(start, step, end) for start, end in published[1:]], rel=1e-12)
+    for start, end in published:
+        assert masked_share(1234, (start, end)) == pytest.approx(official_share(start, 1234, end), rel=1e-12)
+
+
+def test_steps_after_the_end_of_the_training_are_reported_once(caplog):
+    _, head = pair(anneal=[[0, 30], [30, 60]])
+    for step in range(2):
+        head.set_progress(step, 60)
+    assert not caplog.messages
+    for step in range(2):
+        head.set_progress(step, 59)
+    (message,) = caplog.messages
+    assert message.startswith("head.anneal removes attention masks until step 60, but the training has 59 steps.")
 
 
 @pytest.mark.parametrize(
@@ -254,6 +287,10 @@ def test_a_backbone_whose_blocks_take_no_queries_is_refused():
         ({"anneal": [[0, 1], [0.5, 1.5]]}, "0 <= start <= end <= 1"),
         ({"anneal": [[-0.1, 1], [0.5, 1]]}, "0 <= start <= end <= 1"),
         ({"anneal": [[0, float("nan")], [0.5, 1]]}, "0 <= start <= end <= 1"),
+        ({"anneal": [[0, 1], [1, 1]]}, "Write shares of 0 and 1 as 0.0 and 1.0: whole numbers are steps"),
+        ({"anneal": [[5, 4], [5, 9]]}, "start <= end as whole numbers"),
+        ({"anneal": [[True, 5], [5, 9]]}, "start <= end as whole numbers"),
+        ({"anneal": [[0, 400], [0.5, 1.0]]}, r"head\.anneal=.* mixes optimizer steps"),
         ({"anneal": [0.5, 1]}, "0 <= start <= end <= 1"),
         ({"anneal": [[0, 1], ["half", 1]]}, "0 <= start <= end <= 1"),
         ({"anneal": [[0, 1], [0.1, 0.2, 0.3]]}, "0 <= start <= end <= 1"),
