@@ -166,7 +166,7 @@ def fit(experiment: Experiment) -> Progress:
             position, due = ScheduleState(experiment.schedule, step, steps), settings.due(step + 1, steps)
             engine.seed(data.seed, step)
             rate = set_learning_rates(optimizer, position)
-            model.set_progress(position.share)
+            model.set_progress(step, steps)
             output = StepOutput(heads, engine.device, partial(data.tally, engine) if due.log else None)
             for batch in micro.of_step(batches, output):
                 with micro.retried(), engine.sync(net, micro.is_last), freeze.during(position, batch.image):
