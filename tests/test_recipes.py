@@ -1,8 +1,13 @@
 """Recipes that re-make a published project carry its numbers."""
 
+import json
+
 import pytest
+from command_line import SMALL, call, write_data
 from config_files import needed, options, read, written_choices
 from omegaconf import OmegaConf
+
+from dinoseg.models.heads.eomt import annealing_windows
 
 ADAM = {"optim.optimizer.lr": 1e-4, "optim.optimizer.weight_decay": 0.0, "optim.schedule.kind": "constant"}
 ORIGINALS = {
@@ -24,7 +29,74 @@ ORIGINALS = {
     | {"adapter.rank": 16, "adapter.targets": "all_linear", "adapter.dropout": 0.1, "optim.schedule.warmup": 0},
     "dinosavi/control": {"optim.optimizer.lr": 1e-4, "optim.schedule.warmup": 0.1, "data.batch_size": 16},
     "dinosavi/final": {"optim.optimizer.lr": 2e-4, "optim.schedule.warmup": 0.1, "trainer.clip": 0.05},
-    "eomt/ade20k": {"optim.optimizer.lr": 1e-4, "optim.schedule.warmup": 1500 / 40000, "trainer.steps": 40000},
+}
+PROBE = {  # facebookresearch/dinov2 and dinov3, dinov3/eval/segmentation
+    **{"resolution.crop": [512, 512], "data.batch_size": 16, "trainer.steps": 40000, "trainer.clip": None},
+    **{"head.init": "normal", "head.layers": [-1], "loss.criterion.average": "all", "engine.precision": "fp32"},
+    **{"data.augment.relative_to": "short", "data.augment.base": None, "data.augment.scale": [0.5, 2.0]},
+    **{"data.augment.distribution": "uniform", "data.augment.cat_max_ratio": 0.75, "data.augment.flip": 0.5},
+    **{"data.augment.padding": "end", "data.augment.fill": [124, 116, 104], "data.augment.color.additive": True},
+    **{"data.augment.color.contrast": 0.5, "data.augment.color.saturation": 0.5},
+    **{"optim.optimizer.lr": 1e-3, "optim.optimizer.weight_decay_on": "all", "optim.optimizer.betas": [0.9, 0.999]},
+    **{"inference.size": 512, "inference.stride": 341, "inference.shortest": 512, "inference.scales": [1.0]},
+    **{"inference.weights": "uniform", "inference.average": "scores", "inference.flips": "none"},
+}
+DINOV3_PROBE = PROBE | {
+    **{"head.dropout": 0.1, "optim.optimizer.weight_decay": 1e-3, "trainer.val_every": 5000},
+    **{"optim.schedule.kind": "one_cycle", "data.augment.color.hue": 0.5, "data.augment.color.space": "rgb"},
+}
+DINOV2_PROBE = PROBE | {
+    **{"head.dropout": 0.0, "optim.optimizer.weight_decay": 1e-4, "optim.schedule.warmup_decays": True},
+    **{"optim.schedule.kind": "poly", "optim.schedule.power": 1.0},
+    **{"data.augment.color.hue": 0.1, "data.augment.color.space": "hsv"},
+}
+EOMT = {  # tue-mps/eomt: configs, training/mask_classification_semantic.py, datasets/transforms.py
+    **{
+        "data.batch_size": 16,
+        "trainer.clip": 0.01,
+        "trainer.ema": None,
+        "adapter._target_": "dinoseg.models.adapters.Full",
+    },
+    **{"head.num_queries": 100, "head.blocks": 4, "head.no_object": True, "backbone.patch_size": 16},
+    **{"loss.criterion.ignored": "background", "loss.criterion.no_object": 0.1, "loss.criterion.num_points": 12544},
+    **{"loss.criterion.factors": {"class": 2.0, "mask": 5.0, "dice": 5.0}, "loss.criterion.interpolation": "bilinear"},
+    **{"loss.criterion.oversample": 3.0, "loss.criterion.importance": 0.75},
+    **{"data.augment.relative_to": "fit", "data.augment.scale": [0.5, 2.0], "data.augment.distribution": "uniform"},
+    **{"data.augment.padding": "end", "data.augment.fill": [0, 0, 0], "data.augment.cat_max_ratio": None},
+    **{"data.augment.color.additive": False, "data.augment.color.whole": True, "data.augment.color.hue": 0.05},
+    **{"optim.optimizer.weight_decay": 0.05, "optim.optimizer.weight_decay_on": "all", "optim.schedule.kind": "poly"},
+    **{"optim.optimizer.layer_decay_rule": "eomt", "optim.schedule.power": 0.9, "optim.schedule.warmup_start": 0.0},
+    **{"inference.placement": "even", "inference.weights": "uniform", "inference.average": "scores"},
+}
+EOMT_DINOV2 = EOMT | {
+    **{"backbone.weights_patch_size": 14, "backbone.arch.num_register_tokens": 4, "backbone.arch.hidden_size": 1024},
+    **{"optim.optimizer.lr": 1e-4, "optim.optimizer.layer_decay": 0.8, "head.anneal": "even"},
+}
+EOMT_DINOV3 = EOMT | {
+    **{"backbone.arch.pos_embed_rescale": 2.0, "backbone.arch.hidden_size": 1024},
+    **{"optim.optimizer.lr": 2e-4, "optim.optimizer.layer_decay": None},
+}
+OFFICIAL = {  # recipe: its numbers, and its warm-ups in steps
+    **{f"linear/{data}": (DINOV3_PROBE, (1500, None)) for data in ("ade20k", "cityscapes", "voc")},
+    **{f"linear/{data}_dinov2": (DINOV2_PROBE, (1500, None)) for data in ("ade20k", "cityscapes", "voc")},
+    "eomt/ade20k": (
+        EOMT_DINOV2 | {"trainer.steps": 31 * 1262, "resolution.crop": [512, 512], "inference.shortest": 512},
+        (500, 1000),
+    ),
+    "eomt/cityscapes": (
+        EOMT_DINOV2 | {"trainer.steps": 107 * 186, "resolution.crop": [1024, 1024], "inference.shortest": 1024},
+        (500, 1000),
+    ),
+    "eomt/ade20k_dinov3": (
+        EOMT_DINOV3
+        | {"trainer.steps": 16 * 1262, "resolution.crop": [512, 512], "inference.size": 512}
+        | {"head.anneal": [[0, 3000], [6520, 9780], [9780, 13040], [13040, 16300]]},
+        (2000, 3000),
+    ),
+    "eomt/cityscapes_dinov3": (
+        EOMT_DINOV3 | {"trainer.steps": 107 * 186, "resolution.crop": [1024, 1024], "inference.size": 1024},
+        (round(19902 * 2000 / 20192), round(19902 * 3000 / 20192)),
+    ),
 }
 
 
@@ -33,6 +105,57 @@ def test_a_recipe_carries_the_numbers_of_its_original(compose, hparam):
     cfg = compose(f"hparam={hparam}", *needed(written_choices(hparam)))
     wanted = ORIGINALS[hparam]
     assert {key: OmegaConf.select(cfg, key) for key in wanted} == wanted
+
+
+@pytest.mark.parametrize("hparam", OFFICIAL)
+def test_a_recipe_has_the_numbers_of_an_official_one(compose, hparam):
+    cfg = compose(f"hparam={hparam}", *needed(written_choices(hparam)))
+    wanted, warmups = OFFICIAL[hparam]
+    found = {key: OmegaConf.select(cfg, key) for key in wanted}
+    assert {key: to_plain(value) for key, value in found.items()} == wanted
+    assert round(255 * cfg.data.augment.color.brightness, 2) == 32  # of 255, as in all of these codes
+    shares = cfg.optim.schedule.warmup, cfg.optim.schedule.backbone_warmup
+    assert tuple(share and round(share * cfg.trainer.steps) for share in shares) == warmups
+
+
+def to_plain(value):
+    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+
+
+def test_annealing_of_eomt_is_even_as_in_its_configurations(compose):
+    """`even` gives the published steps, all of them multiples of a sixth of the training, to a step."""
+    published = {
+        "eomt/ade20k": [[6520, 13040], [13040, 19560], [19560, 26080], [26080, 32600]],
+        "eomt/cityscapes": [[3317, 6634], [6634, 9951], [9951, 13268], [13268, 16585]],
+    }
+    for hparam, windows in published.items():
+        steps = compose(f"hparam={hparam}", "data.root=.").trainer.steps
+        for ours, theirs in zip(annealing_windows("even", 4), windows, strict=True):
+            assert all(abs(share * steps - step) <= 2 for share, step in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("hparam", OFFICIAL)
+def test_official_recipes_train_and_validate(tmp_path, hparam):
+    """Two steps and two validations on small images, with a small backbone."""
+    write_data(tmp_path / "data")
+    window = ["inference.size=48", "inference.shortest=48", "trainer.val_every=1"]
+    window += ["inference.stride=32"] if hparam.startswith("linear") else ["loss.criterion.num_points=40"]
+    words = [*SMALL, "backbone.arch.num_hidden_layers=4", "resolution.crop=[48,48]", "trainer.save_every=null", *window]
+    words += ["adapter=frozen"] if hparam.startswith("linear") else []
+    done = call(tmp_path, "mode=train", f"hparam={hparam}", *words, "hydra.run.dir=run", "engine.precision=fp32")
+    assert done.status == 0, done.err
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert sum("val/miou" in row for row in rows) >= 2
+
+
+@pytest.mark.parametrize("option", ["dino", "dinov2", "dinov3"])
+def test_label_propagation_runs_at_the_published_resolution(compose, option):
+    cfg = compose("mode=eval", f"hparam=davis2017/{option}", "data.root=.")
+    sides = {"dino": 480, "dinov2": 60 * 14, "dinov3": 60 * 16}
+    assert cfg.tracker.short_side == sides[option] and cfg.data.year == 2017
+    assert OmegaConf.select(cfg, "backbone.std") == ([0.228, 0.224, 0.225] if option == "dino" else None)
+    assert (cfg.tracker.temperature, cfg.tracker.top_k) == (0.1 if option == "dino" else 0.2, 5)
 
 
 def test_no_recipe_warms_up_for_a_number_of_steps():
