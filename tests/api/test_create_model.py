@@ -380,3 +380,15 @@ def test_a_segmentation_holds_its_own_image():
     alone = pickle.loads(pickle.dumps(model.predict(image)))
     with pytest.raises(UserError, match="was pickled without its model"):
         alone.probabilities  # noqa: B018
+
+
+def test_unfrozen_blocks_are_trained_at_the_rate_of_the_backbone():
+    model = tiny(**{"optim.optimizer.backbone_lr": 1e-5})
+    model.backbone.blocks[1].requires_grad_(True)
+    groups = model.train().trainable_parameters()
+    found = {id(value): group["lr"] for group in groups for value in group["params"]}
+    blocks = {id(value): 1e-5 for value in model.backbone.blocks[1].parameters()}
+    assert found == blocks | {id(value): model._config["head"]["lr"] for value in model.head.parameters()}
+    assert [part.training for part in model.backbone.blocks] == [False, True]
+    model(images()).sum().backward()
+    assert all(value.grad is not None for value in model.backbone.blocks[1].parameters())
