@@ -4,6 +4,7 @@ import logging
 import os
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from dinoseg.report.log import RunLog
@@ -57,6 +58,29 @@ def test_tags_of_mlflow_have_names_that_it_accepts(mlflow_logger):
     tags_sent = []
     assert mlflow_logger.open_run(None, {}) == "new"
     assert tags_sent == [{_name("a:b"): "1", "plain": "x", "group": "sweep"}]
+
+
+def test_mlflow_continues_the_run_that_the_server_has(mlflow_logger):
+    info = SimpleNamespace(run_id="run1", experiment_id="1", lifecycle_stage="active")
+    mlflow_logger._client.get_run = lambda run_id: SimpleNamespace(info=info) if run_id == "run1" else None
+    assert mlflow_logger.open_run("run1", {"seed": 0}) == "run1"
+    assert mlflow_logger._client.calls == [("update_run", ("run1",), {"status": "RUNNING"})]
+
+
+def test_mlflow_receives_the_images_of_a_validation(mlflow_logger):
+    rgb = np.zeros((2, 3, 3), np.uint8)
+    mlflow_logger.send_images(4, {"validation/a": rgb})
+    assert mlflow_logger._client.calls == [
+        ("log_image", ("run1", rgb), {"key": "validation/a", "step": 4, "synchronous": True})
+    ]
+
+
+def test_wandb_receives_the_images_of_a_validation(tmp_path):
+    logger, rgb = WandbLogger(tmp_path, mode="offline"), np.full((2, 3, 3), 7, np.uint8)
+    logger._run = StubClient()
+    logger.send_images(4, {"validation/a": rgb})
+    ((_, (row,), _),) = logger._run.calls
+    assert row["step"] == 4 and (np.asarray(row["validation/a"].image) == rgb).all()
 
 
 @pytest.mark.parametrize(("status", "code"), [("finished", 0), ("failed", 1), ("killed", 1)])
