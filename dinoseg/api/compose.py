@@ -135,6 +135,8 @@ def _plain_value(value: Any, key: str) -> Any:
         return os.fsdecode(value)
     if isinstance(value, str):  # a subclass, such as a member of an enumeration
         return str.__str__(value)
+    if isinstance(value, int | float):
+        return int(value) if isinstance(value, int) else float(value)
     kind = type(value).__name__
     raise UserError(f"{key} is of type {kind}. Give text, a number, true or false, null, or a list or dict of these.")
 

@@ -1,9 +1,8 @@
 """`dinoseg.create_model`: a new model from options of the config groups."""
 
-import operator
-from collections.abc import Sequence
+from collections.abc import Iterable
 from os import PathLike
-from typing import Any, SupportsIndex
+from typing import Any
 
 from dinoseg.api.compose import compose, words_of
 from dinoseg.experiment.models import ModelBuilder
@@ -12,7 +11,11 @@ from dinoseg.export.runtime.load import collection_paused
 from dinoseg.export.runtime.segmenter import Segmenter
 from dinoseg.export.runtime.torch_runtime import isolated
 from dinoseg.utils.errors import UserError
+from dinoseg.utils.ranges import Range, whole_number
+from dinoseg.utils.wording import nearest
 
+_ARGUMENTS = ("backbone", "head", "adapter", "num_classes", "classes", "weights", "config_dir")
+_CLASSES = Range("2 to 255. For one kind of object, give two: the background and the object", 2, 255)
 _OF_A_CALL = {"backbone.weights=": "weights=", "data.classes": "classes"}  # command-line terms to arguments
 
 
@@ -22,7 +25,7 @@ def create_model(
     head: str | None = None,
     adapter: str | None = None,
     num_classes: int | None = None,
-    classes: Sequence[str] | None = None,
+    classes: Iterable[str] | None = None,
     weights: str | PathLike[str] = "pretrained",
     config_dir: str | PathLike[str] | None = None,
     **overrides: Any,
@@ -37,7 +40,7 @@ def create_model(
         backbone: option of the group, such as `dinov3_vits16`; None: dinov2_vits14, or that of a recipe in `hparam`.
         head: option of the group; None: linear, or that of the recipe.
         adapter: option of the group; None: frozen, or that of the recipe.
-        num_classes: number of classes, which get the names class_0, class_1 and so on.
+        num_classes: number of classes, 2 to 255, which get the names class_0, class_1 and so on.
         classes: their names in the order of their ids, instead of the number.
         weights: of the backbone: `pretrained` (those of the option, downloaded once), `random`, a hub id (`id@revision`
             for a revision), a folder or a file.
@@ -56,20 +59,25 @@ def create_model(
         ('class_0', 'class_1', 'class_2')
     """
     names = _names(num_classes, classes)
-    if names is None and not {"data", "data.classes", "hparam"} & overrides.keys():
-        raise UserError('The model has no classes. Give num_classes=2, or their names: classes=["ground", "leaf"].')
     given: dict[str, Any] = {"backbone": backbone, "head": head, "adapter": adapter, "data.classes": names}
     given["backbone.weights"] = None if weights == "pretrained" else weights
     words = words_of({key: value for key, value in given.items() if value is not None} | overrides)
     with collection_paused():
         try:
             cfg = compose(words, config_dir=config_dir)
+            if names is None and not {"data", "data.classes", "hparam"} & overrides.keys():
+                raise UserError(
+                    'The model has no classes. Give num_classes=2, or their names: classes=["ground", "leaf"].'
+                )
             with isolated():
                 build = ModelBuilder(cfg)
                 labels = build.labels
                 model, policy = build.model(), build.part("inference")
         except UserError as error:
             message = str(error)
+            unknown = next((key for key in overrides if message.startswith(f"{key} is not a key")), "")
+            if unknown and (meant := nearest(unknown, _ARGUMENTS)):
+                message = f"{unknown} is not an argument.{meant}"
             for typed, argument in _OF_A_CALL.items():
                 message = message.replace(typed, argument)
             raise UserError(message) from error
@@ -79,26 +87,24 @@ def create_model(
         return Segmenter(model, facts, build.config, info={}, policy=policy).to("cpu").train()
 
 
-def _names(num_classes: int | None, classes: Sequence[str] | None) -> list[str] | None:
+def _names(num_classes: int | None, classes: Iterable[str] | None) -> list[str] | None:
     """Return the names of the classes; None if neither is given.
 
     Raises:
-        UserError: the number is not one of 2 to 255, or differs from that of the names.
+        UserError: the number is not one of 2 to 255, or differs from that of the names, or a name is invalid.
     """
     if isinstance(classes, str):
         raise UserError(f"classes={classes!r} is one text. Give a list of names.")
-    if num_classes is not None and (isinstance(num_classes, bool) or not isinstance(num_classes, SupportsIndex)):
-        raise UserError(f"num_classes={num_classes}: give a whole number from 2 to 255.")
-    classes = None if classes is None else [str(name) for name in classes]
-    count = len(classes) if classes is not None else 2 if num_classes is None else operator.index(num_classes)
-    if not 2 <= count <= 255:
-        raise UserError(
-            f"The model has {count} classes: give 2 to 255. For one kind of object, give two: the background and the "
-            "object."
-        )
-    num_classes = None if num_classes is None else operator.index(num_classes)
+    if num_classes is not None:
+        num_classes = whole_number(num_classes, "num_classes", _CLASSES)
     if classes is None:
         return None if num_classes is None else [f"class_{number}" for number in range(num_classes)]
-    if num_classes not in (None, len(classes)):
-        raise UserError(f"num_classes={num_classes}, but classes has {len(classes)} names. Give one of them.")
-    return classes
+    if not isinstance(classes, Iterable):
+        raise UserError(f"classes={classes!r} is not a list. Give the names of the classes, or num_classes=2.")
+    names = [str(name) for name in classes]
+    if num_classes not in (None, len(names)):
+        raise UserError(f"num_classes={num_classes}, but classes has {len(names)} names. Give one of them.")
+    whole_number(len(names), "len(classes)", _CLASSES)
+    if wrong := next((name for name in names if "${" in name), None):
+        raise UserError(f"classes: {wrong} holds ${{, which refers to another key of the config. Rename the class.")
+    return names

@@ -23,6 +23,7 @@ from dinoseg.losses.lovasz import Lovasz
 from dinoseg.losses.mask_classification import FACTORS, MaskClassification
 from dinoseg.losses.overlap import Dice, Tversky
 from dinoseg.utils.errors import UserError
+from dinoseg.utils.ranges import INTEGERS, whole_number
 
 ClassWeights = Tensor | Sequence[float] | None
 
@@ -286,8 +287,7 @@ def _value(
     """Return the value () of a loss class with these options."""
     prediction = logits if isinstance(logits, Prediction) else _as_prediction(logits)
     device, images, classes = _form_of(prediction)
-    if type(ignore_index) is not int:
-        raise UserError(f"ignore_index={ignore_index}: give a whole number, such as 255.")
+    ignore_index = whole_number(ignore_index, "ignore_index", INTEGERS)
     _check_targets(targets, device, images, classes, ignore_index)
     with _of_a_call():
         if class_weights is None:
@@ -355,6 +355,8 @@ def _check_targets(targets: Tensor, device: torch.device, images: int, classes: 
         raise UserError(f"The targets are on {targets.device}, and the logits on {device}. Move the targets there.")
     if images != len(targets):
         raise UserError(f"There are {images} logits and {len(targets)} targets. Give one for each image.")
+    if not targets.numel():
+        raise UserError(f"The targets are {list(targets.shape)}: an empty batch. Give at least one image.")
     ids = targets.long()
     wrong = ((ids < 0) | (ids >= classes)) & (ids != ignore_index)
     if device.type != "cpu":  # without waiting for the device

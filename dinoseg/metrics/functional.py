@@ -1,5 +1,8 @@
 """Scores of predictions as functions of tensors, computed in integers and float64."""
 
+import math
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -8,6 +11,7 @@ from dinoseg.metrics import calibration, surface
 from dinoseg.metrics.confusion import ConfusionMatrix
 from dinoseg.metrics.region_boundary import object_scores
 from dinoseg.utils.errors import UserError
+from dinoseg.utils.ranges import AT_LEAST_1, INTEGERS, whole_number
 
 
 def mean_iou(predictions: Tensor, targets: Tensor, num_classes: int, *, ignore_index: int = 255) -> float:
@@ -70,6 +74,7 @@ def region_and_boundary(
         void: (H, W) bool or integers, True or not 0 where a pixel is background in both; None: nowhere.
 
     Raises:
+        UserError: an argument is not a tensor of ids, or `num_objects` is below 1.
         ValueError: the maps or `void` differ in size, or there are more than 255 objects.
 
     Examples:
@@ -80,6 +85,8 @@ def region_and_boundary(
         >>> region_and_boundary(ids, ids, 1)
         (tensor([1.], dtype=torch.float64), tensor([1.], dtype=torch.float64))
     """
+    _check_ids(prediction=prediction, target=target, **({} if void is None else {"void": void}))
+    num_objects = whole_number(num_objects, "num_objects", AT_LEAST_1)
     hidden = None if void is None else _array(void)
     if hidden is not None and hidden.shape != _array(target).shape:
         raise ValueError(f"void has the shape {list(hidden.shape)}. Give that of the target, {list(target.shape)}.")
@@ -94,9 +101,10 @@ def boundary_iou(prediction: Tensor, target: Tensor, num_classes: int, *, ratio:
         prediction: class ids (H, W) of any integer type.
         target: class ids (H, W).
         num_classes: K.
-        ratio: width of the boundary bands, as a share of the image diagonal.
+        ratio: width of the boundary bands, as a share of the image diagonal, in (0, 1].
 
     Raises:
+        UserError: an argument is not a tensor of ids, or a number is out of its range.
         ValueError: the maps differ in size.
 
     Examples:
@@ -107,7 +115,11 @@ def boundary_iou(prediction: Tensor, target: Tensor, num_classes: int, *, ratio:
         >>> boundary_iou(ids, ids, 2)
         tensor([1., 1.], dtype=torch.float64)
     """
-    both, either = surface.boundary_ious(_array(target), _array(prediction), range(num_classes), ratio).T
+    _check_ids(prediction=prediction, target=target)
+    if not 0 < ratio <= 1:
+        raise UserError(f"ratio={ratio}: give a number above 0 and at most 1.")
+    classes = range(whole_number(num_classes, "num_classes", AT_LEAST_1))
+    both, either = surface.boundary_ious(_array(target), _array(prediction), classes, ratio).T
     return _ratio(both, either)
 
 
@@ -121,6 +133,7 @@ def surface_dice(prediction: Tensor, target: Tensor, num_classes: int, *, tolera
         tolerance: distance in pixels up to which outlines agree, at least 0.
 
     Raises:
+        UserError: an argument is not a tensor of ids, or `num_classes` is below 1.
         ValueError: the maps differ in size, or the tolerance is invalid.
 
     Examples:
@@ -131,7 +144,9 @@ def surface_dice(prediction: Tensor, target: Tensor, num_classes: int, *, tolera
         >>> surface_dice(ids, ids.roll(1, 0), 2, tolerance=1.0)
         tensor([1., 1.], dtype=torch.float64)
     """
-    near, total = surface.surface_counts(_array(target), _array(prediction), range(num_classes), tolerance).T
+    _check_ids(prediction=prediction, target=target)
+    classes = range(whole_number(num_classes, "num_classes", AT_LEAST_1))
+    near, total = surface.surface_counts(_array(target), _array(prediction), classes, tolerance).T
     return _ratio(near, total)
 
 
@@ -144,10 +159,10 @@ def expected_calibration_error(
         logits: (B, K, H, W).
         targets: (B, H, W) class ids.
         ignore_index: target of pixels that do not count.
-        temperature: divisor of the logits.
+        temperature: divisor of the logits, above 0.
 
     Raises:
-        UserError: the shapes do not fit, or a target is not a class.
+        UserError: a shape or type does not fit, a target is not a class, a logit is NaN, or the temperature is invalid.
 
     Examples:
         >>> import torch
@@ -155,6 +170,8 @@ def expected_calibration_error(
         >>> expected_calibration_error(torch.zeros(1, 2, 4, 4), torch.zeros(1, 4, 4, dtype=torch.uint8))
         0.5
     """
+    if not 0 < temperature < math.inf:
+        raise UserError(f"temperature={temperature}: give a number above 0.")
     found = calibration.reliability(*_labelled(logits, targets, ignore_index), temperature).ece
     return float("nan") if found is None else found
 
@@ -168,7 +185,7 @@ def fit_temperature(logits: Tensor, targets: Tensor, *, ignore_index: int = 255)
         ignore_index: target of pixels that do not count.
 
     Raises:
-        UserError: the shapes do not fit, or a target is not a class.
+        UserError: a shape or type does not fit, a target is not a class, or a logit is NaN.
         ValueError: there are no pixels, or there is only one class.
 
     Examples:
@@ -182,6 +199,7 @@ def fit_temperature(logits: Tensor, targets: Tensor, *, ignore_index: int = 255)
 
 
 def _score(name: str, predictions: Tensor, targets: Tensor, num_classes: int, ignore_index: int) -> float:
+    _check_tensors(predictions=predictions, targets=targets)
     matrix = ConfusionMatrix(num_classes, ignore_index)
     matrix.update(predictions, targets)
     found = matrix.compute()[name]
@@ -190,6 +208,9 @@ def _score(name: str, predictions: Tensor, targets: Tensor, num_classes: int, ig
 
 def _labelled(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the logits (N, K) and ids (N,) of labelled pixels."""
+    _check_tensors(logits=logits)
+    _check_ids(targets=targets)
+    ignore_index = whole_number(ignore_index, "ignore_index", INTEGERS)
     if logits.ndim != 4 or targets.shape != (len(logits), *logits.shape[2:]):
         raise UserError(
             f"Logits {list(logits.shape)} and targets {list(targets.shape)} do not fit. Give (B, K, H, W) and "
@@ -202,7 +223,24 @@ def _labelled(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[np.nd
         raise UserError(
             f"Some targets are not classes: give ids below {rows.shape[1]}, or {ignore_index} for no label."
         )
+    if rows.isnan().any():
+        raise UserError("Some logits of labelled pixels are NaN. Check the images and weights that they come from.")
     return _array(rows.double()), _array(ids)
+
+
+def _check_tensors(**values: Any) -> None:
+    """Refuse arguments that are not tensors, such as NumPy arrays."""
+    for name, value in values.items():
+        if not isinstance(value, Tensor):
+            raise UserError(f"{name} is of type {type(value).__name__}. Give a tensor: torch.as_tensor({name}).")
+
+
+def _check_ids(**values: Any) -> None:
+    """Refuse arguments that are not tensors of integers or bool."""
+    _check_tensors(**values)
+    for name, value in values.items():
+        if value.is_floating_point() or value.is_complex():
+            raise UserError(f"{name} is {value.dtype}. Give ids of an integer type: {name}.long().")
 
 
 def _ratio(part: np.ndarray, whole: np.ndarray) -> Tensor:

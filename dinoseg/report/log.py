@@ -13,7 +13,7 @@ from typing import Any, Protocol, TextIO
 import numpy as np
 
 from dinoseg.report.loggers.background import BackgroundLogger
-from dinoseg.report.loggers.logger import Logger
+from dinoseg.report.loggers.logger import Logger, Status
 from dinoseg.utils import forms
 from dinoseg.utils.atomic import write_text
 from dinoseg.utils.errors import UserError
@@ -79,7 +79,7 @@ class RunLog:
                 if opened.is_enabled:
                     self._loggers[name] = opened if opened.timeout is None else BackgroundLogger(opened)
             except UserError:
-                self.close(failed=True)
+                self.close(status="failed")
                 raise
             except Exception as error:
                 _warn_of(name, error)
@@ -112,14 +112,14 @@ class RunLog:
         """Pass the file of the best checkpoint to the loggers."""
         self._pass_on(lambda each: each.checkpoint(path))
 
-    def close(self, *, failed: bool = False) -> None:
+    def close(self, *, status: Status = "finished") -> None:
         """Flush and close everything; a second call is a no-op.
 
         Args:
-            failed: whether an error or a signal ended the training, which loggers report.
+            status: how the training ended, which loggers report.
         """
         file, self._file = self._file, None
-        self._pass_on(lambda each: each.close(failed=failed), closes=True)
+        self._pass_on(lambda each: each.close(status=status), closes=True)
         self.views += [each.view for each in self._loggers.values() if each.view]
         self._loggers = {}
         if file is not None:
@@ -129,7 +129,8 @@ class RunLog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        self.close(failed=kind is not None)
+        is_signal = kind is not None and issubclass(kind, KeyboardInterrupt)  # `Interrupted` is one, also for SIGTERM
+        self.close(status="finished" if kind is None else "killed" if is_signal else "failed")
 
     def _pass_on(self, call: Callable[[Logger], None], *, closes: bool = False) -> None:
         for name, each in [*self._loggers.items()]:
@@ -140,7 +141,7 @@ class RunLog:
                 _warn_of(name, error)
                 if not closes:
                     with suppress(Exception):  # the first error is reported
-                        each.close(failed=True)
+                        each.close(status="failed")
 
 
 def _warn_of(name: str, error: Exception) -> None:

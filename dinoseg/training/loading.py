@@ -119,12 +119,12 @@ def check_fits(model: SegmentationModel, checkpoint: Checkpoint) -> None:
         UserError: with the numbers of tensors that are missing, left over, of another shape or of another type.
     """
     state = model.state_dict()
-    parts = _misfits({name: state[name] for name in trained_names(model)}, checkpoint.part("model"))
+    parts = misfits({name: state[name] for name in trained_names(model)}, checkpoint.part("model"))
     held, expected = (
         checkpoint.part(CONSTANTS),
         non_persistent_buffers(model),
     )  # only in a file that holds a whole model
-    parts = parts or _misfits({name: expected[name] for name in expected if held}, held)
+    parts = parts or misfits({name: expected[name] for name in expected if held}, held)
     if parts:
         raise UserError(
             f"resume={checkpoint.path}: it belongs to another model: {parts}. Use the backbone, adapter, head and "
@@ -132,7 +132,7 @@ def check_fits(model: SegmentationModel, checkpoint: Checkpoint) -> None:
         )
 
 
-def _misfits(want: Mapping[str, Tensor], have: Mapping[str, Tensor]) -> str:
+def misfits(want: Mapping[str, Tensor], have: Mapping[str, Tensor]) -> str:
     """Describe how tensors differ from the expected ones in names, shapes and types; empty if they do not."""
     both = sorted(want.keys() & have.keys())
     wrong = {
@@ -249,7 +249,7 @@ def load_average(ema: MovingAverage | None, checkpoint: Checkpoint) -> None:
             f"{'on' if saved else 'off'} when this run was saved. Set it to the saved value."
         )
     if ema is not None:
-        if parts := _misfits(ema.average, saved):
+        if parts := misfits(ema.average, saved):
             raise UserError(f"resume={checkpoint.path}: of its moving average {parts}. Resume from another checkpoint.")
         for name, value in ema.average.items():
             value.copy_(shard_like(saved[name], value))

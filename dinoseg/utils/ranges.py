@@ -1,8 +1,11 @@
 """Value ranges of config keys, as annotations of signatures; `checks.check_arguments` enforces them."""
 
 import math
+import operator
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any, SupportsIndex
+
+from dinoseg.utils.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,25 @@ class Range:
         return self.least <= value <= self.most and value not in self.open_at
 
 
-Count = Annotated[int, Range("a whole number of at least 1", 1)]
+def whole_number(value: Any, name: str, rule: Range) -> int:
+    """Return an argument as an int, which may be an integer of another library, such as NumPy's.
+
+    Args:
+        value: of the argument.
+        name: of the argument.
+        rule: its allowed values.
+
+    Raises:
+        UserError: it is no integer, or outside the range.
+    """
+    if isinstance(value, bool) or not isinstance(value, SupportsIndex) or operator.index(value) not in rule:
+        raise UserError(f"{name}={value}: give {rule.rule}.")
+    return operator.index(value)
+
+
+INTEGERS = Range("a whole number")
+AT_LEAST_1 = Range("a whole number of at least 1", 1)
+Count = Annotated[int, AT_LEAST_1]
 Few = Annotated[int, Range("a whole number from 1 to 16", 1, 16)]
 Natural = Annotated[int, Range("a whole number of at least 0", 0)]
 Byte = Annotated[int, Range("a whole number from 0 to 255", 0, 255)]

@@ -1,6 +1,7 @@
 """Models for a caller's own loop: logits with gradients, parameter groups, one file, copies and modes."""
 
 import copy
+import enum
 import pickle
 
 import numpy as np
@@ -192,7 +193,12 @@ def test_classes_by_number_name_or_dataset():
     ("arguments", "message"),
     [
         ({}, "has no classes. Give num_classes=2"),
-        ({"num_classes": 0}, "The model has 0 classes: give 2 to 255"),
+        ({"num_classes": 0}, "num_classes=0: give 2 to 255. For one kind of object, give two"),
+        ({"classes": ["a"]}, r"len\(classes\)=1: give 2 to 255"),
+        ({"classes": 7}, "classes=7 is not a list"),
+        ({"classes": ["${x}", "b"]}, "refers to another key of the config. Rename the class"),
+        ({"num_clases": 2}, "^num_clases is not an argument. Did you mean num_classes"),
+        ({"num_classes": 2, "wieghts": "random"}, "^wieghts is not an argument. Did you mean weights"),
         ({"num_classes": 3, "classes": ["a", "b"]}, "num_classes=3, but classes has 2 names"),
         ({"classes": "ab"}, "is one text"),
         ({"classes": ["a", "a"]}, "classes names a more than once"),
@@ -211,11 +217,20 @@ def test_mistakes_are_refused(arguments, message):
         dinoseg.create_model(**{"backbone": "tiny_surgical", **arguments})
 
 
-@pytest.mark.parametrize("pixels", [torch.zeros(3, 8, 8), torch.zeros(1, 4, 8, 8), torch.zeros(1, 3, 8, 8).long()])
+@pytest.mark.parametrize(
+    "pixels",
+    [
+        torch.zeros(3, 8, 8),
+        torch.zeros(1, 4, 8, 8),
+        torch.zeros(1, 3, 8, 8).long(),
+        torch.zeros(0, 3, 8, 8),
+        np.zeros((8, 8, 3), np.uint8),
+    ],
+)
 def test_images_of_another_form_are_refused(pixels):
     model = dinoseg.create_model("rgb", num_classes=2)
     for call in (model, model.logits, model.features):
-        with pytest.raises(UserError, match=r"Give \(B, 3, H, W\)|Give uint8, or floats"):
+        with pytest.raises(UserError, match=r"Give \(B, 3, H, W\)|Give uint8, or floats|ndarray. Give a tensor"):
             call(pixels)
 
 
@@ -319,6 +334,34 @@ def test_a_model_has_two_to_255_classes(count):
 def test_numbers_and_iterables_of_other_libraries_are_taken():
     assert dinoseg.create_model("rgb", num_classes=np.int64(3)).num_classes == 3
     assert dinoseg.create_model("rgb", classes=(name for name in "ab")).classes == ("a", "b")
+    model, image = dinoseg.create_model("rgb", num_classes=2, seed=enum.IntEnum("Seed", "ONE").ONE), np.zeros((8, 8, 3))
+    assert model._config["seed"] == 1 and len(model.predict([image] * 3, batch_size=np.int64(2))) == 3
+    for wrong in (True, 2.0, 0):
+        with pytest.raises(UserError, match=f"^batch_size={wrong}: give a whole number of at least 1"):
+            model.predict(image, batch_size=wrong)
+
+
+def test_a_model_that_load_would_refuse_is_not_saved(tmp_path):
+    file = tmp_path / "model.safetensors"
+    model = tiny()
+    with torch.no_grad():
+        next(model.head.parameters()).fill_(torch.nan)
+    with pytest.raises(UserError, match="^The model: 1 of its tensors hold NaN"):
+        model.save(file)
+    model = tiny()
+    model.head.classify = nn.Conv2d(24, 5, 1)
+    with pytest.raises(UserError, match="2 tensors of another shape .such as head.classify.bias"):
+        model.save(file)
+    model.head.classify = nn.Sequential(nn.Conv2d(24, 3, 1))
+    with pytest.raises(UserError, match="2 tensors missing .*, 2 tensors unexpected"):
+        model.save(file)
+    model = dinoseg.create_model("tiny_surgical", num_classes=2, adapter="lora")
+    model.requires_grad_(True)
+    with pytest.raises(UserError, match="tensors unexpected .*with delta=True frozen or unfrozen, after the model was"):
+        model.save(file, delta=True)
+    assert not any(tmp_path.iterdir())
+    model.save(file)
+    assert same(dinoseg.load(file, device="cpu"), model)
 
 
 @pytest.mark.parametrize("change", [torch.nn.Module.half, torch.nn.Module.double, lambda m: m.to(torch.bfloat16)])
@@ -337,3 +380,15 @@ def test_a_segmentation_holds_its_own_image():
     alone = pickle.loads(pickle.dumps(model.predict(image)))
     with pytest.raises(UserError, match="was pickled without its model"):
         alone.probabilities  # noqa: B018
+
+
+def test_unfrozen_blocks_are_trained_at_the_rate_of_the_backbone():
+    model = tiny(**{"optim.optimizer.backbone_lr": 1e-5})
+    model.backbone.blocks[1].requires_grad_(True)
+    groups = model.train().trainable_parameters()
+    found = {id(value): group["lr"] for group in groups for value in group["params"]}
+    blocks = {id(value): 1e-5 for value in model.backbone.blocks[1].parameters()}
+    assert found == blocks | {id(value): model._config["head"]["lr"] for value in model.head.parameters()}
+    assert [part.training for part in model.backbone.blocks] == [False, True]
+    model(images()).sum().backward()
+    assert all(value.grad is not None for value in model.backbone.blocks[1].parameters())

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -191,5 +192,9 @@ def test_each_image_of_a_query_head_needs_targets():
 def test_targets_are_tensors():
     with pytest.raises(UserError, match="The targets are ndarray. Give a tensor"):
         dinoseg.losses.dice_loss(torch.randn(1, 3, 4, 4), torch.zeros(1, 4, 4).long().numpy())
+    with pytest.raises(UserError, match=r"The targets are \[0, 4, 4\]: an empty batch. Give at least one image"):
+        dinoseg.losses.dice_loss(torch.randn(0, 3, 4, 4), torch.zeros(0, 4, 4).long())
+    logits, targets = torch.randn(1, 3, 4, 4), torch.full((1, 4, 4), 254)
+    assert dinoseg.losses.dice_loss(logits, targets, ignore_index=np.int64(254)) == 0
     with pytest.raises(UserError, match="ignore_index=None: give a whole number"):
         dinoseg.losses.dice_loss(torch.randn(1, 3, 4, 4), torch.zeros(1, 4, 4).long(), ignore_index=None)

@@ -114,3 +114,50 @@ def test_refused_pixels_are_not_counted():
             matrix.update(ids, torch.full((1, 4, 4), 7, dtype=dtype))
     matrix.update(ids, ids.to(torch.uint16))
     assert matrix.compute()["accuracy"] == 1 and matrix.compute()["pixels"] == 16
+
+
+def test_arguments_of_other_types_are_refused(ids):
+    square, logits = torch.zeros(4, 4, dtype=torch.uint8), torch.zeros(1, 2, 4, 4)
+    for call in (
+        lambda: metrics.mean_iou(ids[0].numpy(), ids[1], 3),
+        lambda: metrics.region_and_boundary(square.numpy(), square, 1),
+        lambda: metrics.region_and_boundary(square, square, 1, void=square.numpy()),
+        lambda: metrics.boundary_iou(square.numpy(), square, 1),
+        lambda: metrics.surface_dice(square, square.numpy(), 1, tolerance=1.0),
+        lambda: metrics.fit_temperature(logits.numpy(), square[None]),
+    ):
+        with pytest.raises(UserError, match="is of type ndarray. Give a tensor: torch.as_tensor"):
+            call()
+    for call in (
+        lambda: metrics.boundary_iou(square.float(), square, 1),
+        lambda: metrics.surface_dice(square, square.double(), 1, tolerance=1.0),
+        lambda: metrics.region_and_boundary(square.half(), square, 1),
+        lambda: metrics.expected_calibration_error(logits, square[None].float()),
+    ):
+        with pytest.raises(UserError, match="is torch.float.*. Give ids of an integer type"):
+            call()
+
+
+def test_numbers_out_of_range_are_refused():
+    square, logits = torch.zeros(4, 4, dtype=torch.uint8), torch.zeros(1, 2, 4, 4)
+    for temperature in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(UserError, match="^temperature=.*: give a number above 0"):
+            metrics.expected_calibration_error(logits, square[None], temperature=temperature)
+    for ratio in (-1, 0.0, math.nan, 1.1):
+        with pytest.raises(UserError, match="^ratio=.*: give a number above 0 and at most 1"):
+            metrics.boundary_iou(square, square, 1, ratio=ratio)
+    for count in (0, True, 2.0):
+        for call in (metrics.boundary_iou, metrics.region_and_boundary):
+            with pytest.raises(UserError, match=f"^num_.*={count}: give a whole number of at least 1"):
+                call(square, square, count)
+
+
+def test_logits_that_are_nan_are_refused_where_a_pixel_counts():
+    logits, targets = torch.zeros(1, 2, 4, 4), torch.zeros(1, 4, 4, dtype=torch.uint8)
+    logits[:, :, 0], targets[:, 1] = math.nan, 1
+    for call in (metrics.expected_calibration_error, metrics.fit_temperature):
+        with pytest.raises(UserError, match="Some logits of labelled pixels are NaN"):
+            call(logits, targets)
+        targets[:, 0] = 255
+        assert math.isfinite(call(logits, targets))
+        targets[:, 0] = 0

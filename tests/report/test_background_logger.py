@@ -25,9 +25,9 @@ class SlowLogger(Logger):
             return lambda *given, **named: self.note(name, *given, **named)
         return super().__getattribute__(name)
 
-    def note(self, name, *given, failed=None):
+    def note(self, name, *given, status=None):
         self.calls.append(name)
-        self.failed = failed
+        self.status = status
         self.view = f"seen by {threading.current_thread().name}"
         if name == self.waits_in:
             self.gate.wait()
@@ -71,11 +71,11 @@ def test_the_view_is_that_of_the_logger():
     assert wrapped.view == "seen by dinoseg SlowLogger"
 
 
-@pytest.mark.parametrize("failed", [False, True])
-def test_a_failed_training_reaches_the_logger(failed):
+@pytest.mark.parametrize("status", ["finished", "failed", "killed"])
+def test_the_end_of_a_training_reaches_the_logger(status):
     slow = SlowLogger()
-    BackgroundLogger(slow).close(failed=failed)
-    assert slow.failed is failed
+    BackgroundLogger(slow).close(status=status)
+    assert slow.status == status
 
 
 @pytest.mark.parametrize("where", ["config", "scalars", "close"])
@@ -125,7 +125,7 @@ def test_an_exception_is_one_warning_without_credentials(tmp_path, caplog, where
     assert "(OSError: no connection to http://host/api)" in warning
     wait_for_thread()
     assert slow.calls[-2:] == ([where, "close"] if where != "close" else ["checkpoint", "close"])
-    assert slow.failed is (where != "close")
+    assert slow.status == ("finished" if where == "close" else "failed")
 
 
 def test_an_exit_of_a_client_is_a_warning_and_ends_no_training(tmp_path, caplog):
@@ -136,7 +136,7 @@ def test_an_exit_of_a_client_is_a_warning_and_ends_no_training(tmp_path, caplog)
     (warning,) = [record.getMessage() for record in caplog.records]
     assert "(RuntimeError: SystemExit: no connection" in warning
     wait_for_thread()
-    assert slow.calls == ["config", "close"] and slow.failed
+    assert slow.calls == ["config", "close"] and slow.status == "failed"
 
 
 def test_a_stalled_logger_is_closed_when_its_call_returns(tmp_path):
@@ -145,4 +145,4 @@ def test_a_stalled_logger_is_closed_when_its_call_returns(tmp_path):
         log.config({})
     slow.gate.set()
     wait_for_thread()
-    assert slow.calls == ["config", "close"] and slow.failed
+    assert slow.calls == ["config", "close"] and slow.status == "failed"

@@ -1,5 +1,6 @@
 import json
 import os
+import signal
 from functools import partial
 
 import numpy as np
@@ -11,6 +12,7 @@ from dinoseg.report.loggers.logger import Logger
 from dinoseg.report.loggers.tensorboard import TensorBoardLogger
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import read_image
+from dinoseg.utils.interrupt import Interrupted
 
 BOARD = {"tensorboard": TensorBoardLogger}
 
@@ -128,8 +130,8 @@ class Recorder(Logger):
     def scores(self, values):
         self._call("scores", values)
 
-    def close(self, *, failed=False):
-        self._call("close", failed)
+    def close(self, *, status="finished"):
+        self._call("close", status)
 
 
 def use_all(log):
@@ -146,18 +148,26 @@ METHODS = ("open", "config", "scalars", "images", "scores", "close")
 def test_a_logger_receives_everything_and_only_finite_values(tmp_path):
     calls = []
     use_all(RunLog(tmp_path, {"mine": partial(Recorder, calls=calls)}, start_step=3))
-    given = [(tmp_path, 3), ({"seed": 0},), (4, {"train/loss": 0.5}), (4, ["a"]), ({"miou": 0.25},), (False,)]
+    given = [(tmp_path, 3), ({"seed": 0},), (4, {"train/loss": 0.5}), (4, ["a"]), ({"miou": 0.25},), ("finished",)]
     assert calls == [(method, *each) for method, each in zip(METHODS, given, strict=True)]
 
 
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_loggers_are_closed_as_failed_if_the_training_fails(tmp_path, error):
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (ValueError(), "failed"),
+        (SystemExit(1), "failed"),
+        (KeyboardInterrupt(), "killed"),
+        (Interrupted(signal.SIGTERM), "killed"),
+    ],
+)
+def test_loggers_receive_whether_an_error_or_a_signal_ended_the_training(tmp_path, error, status):
     calls = []
-    with pytest.raises(error), RunLog(tmp_path, {"mine": partial(Recorder, calls=calls)}):
+    with pytest.raises(type(error)), RunLog(tmp_path, {"mine": partial(Recorder, calls=calls)}):
         raise error
     with RunLog(tmp_path, {"mine": partial(Recorder, calls=calls)}) as log:
         log.close()
-    assert [call for call in calls if call[0] == "close"] == [("close", True), ("close", False)]
+    assert [call for call in calls if call[0] == "close"] == [("close", status), ("close", "finished")]
 
 
 def test_loggers_are_closed_as_failed_if_another_refuses_its_settings(tmp_path):
@@ -167,7 +177,7 @@ def test_loggers_are_closed_as_failed_if_another_refuses_its_settings(tmp_path):
     calls = []
     with pytest.raises(UserError, match="refused"):
         RunLog(tmp_path, {"mine": partial(Recorder, calls=calls), "other": refuse})
-    assert calls[-1] == ("close", True)
+    assert calls[-1] == ("close", "failed")
 
 
 @pytest.mark.parametrize("fails_in", METHODS)
@@ -177,7 +187,7 @@ def test_a_logger_that_fails_is_dropped_with_one_warning_and_the_others_go_on(tm
     use_all(RunLog(tmp_path, loggers))
     (warning,) = [record.getMessage() for record in caplog.records]
     assert "logger.mine failed and is dropped (OSError: no connection). The training continues" in warning
-    closed = [] if fails_in in ("open", "close") else [("close", True)]
+    closed = [] if fails_in in ("open", "close") else [("close", "failed")]
     count = METHODS.index(fails_in) + 1
     assert [method for method, *_ in failed[:count]] == [*METHODS[:count]] and failed[count:] == closed
     assert [method for method, *_ in other] == [*METHODS] and len(read_rows(tmp_path / "metrics.jsonl")) == 1

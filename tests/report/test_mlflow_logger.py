@@ -1,5 +1,8 @@
 """Trainings logged to an MLflow server of the test: its REST API returns the values of metrics.jsonl."""
 
+import signal
+import subprocess
+import sys
 import time
 from urllib.error import HTTPError
 
@@ -104,6 +107,26 @@ def test_a_deleted_run_is_replaced_by_a_new_one(folder, server):
     log(2)
     (second,) = server.runs("deleted")
     assert second["info"]["run_id"] != first["info"]["run_id"] and server.history(second, "train/loss") == [(2, 0.5)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_training_is_killed_and_finished_once_it_has_resumed(folder, server, number):
+    name = f"stopped_{number}"
+    names = (f"logger.mlflow.tracking_uri={server.url}", f"logger.mlflow.experiment={name}")
+    words = [*TRAIN, "logger=mlflow", *names, "trainer.steps=4000", "trainer.val_every=4000", "hydra.run.dir=run"]
+    training = subprocess.Popen([sys.executable, "-m", "dinoseg", *words], cwd=folder)
+    log = folder / "run/metrics.jsonl"
+    while training.poll() is None and not (log.exists() and log.read_text().count("\n") > 5):
+        time.sleep(0.05)
+    training.send_signal(number)
+    assert training.wait(100) == 128 + number
+    (run,) = server.runs(name)
+    assert run["info"]["status"] == "KILLED"
+    steps = max(step for _, step in json_lines(folder / "run")) + 1
+    done = call(folder, *TRAIN, "logger=mlflow", *names, "resume=run", f"trainer.steps={steps}")
+    assert done.status == 0, done.err
+    (run,) = server.runs(name)
+    assert run["info"]["status"] == "FINISHED"
 
 
 def received(server):

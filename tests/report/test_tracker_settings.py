@@ -4,6 +4,7 @@ import logging
 import os
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from dinoseg.report.log import RunLog
@@ -43,10 +44,10 @@ def mlflow_logger(tmp_path):
     return logger
 
 
-@pytest.mark.parametrize(("failed", "status"), [(False, "FINISHED"), (True, "FAILED")])
-def test_mlflow_shows_whether_the_training_failed(mlflow_logger, failed, status):
-    mlflow_logger.close(failed=failed)
-    assert mlflow_logger._client.calls == [("set_terminated", ("run1",), {"status": status})]
+@pytest.mark.parametrize("status", ["finished", "failed", "killed"])
+def test_mlflow_shows_how_the_training_ended(mlflow_logger, status):
+    mlflow_logger.close(status=status)
+    assert mlflow_logger._client.calls == [("set_terminated", ("run1",), {"status": status.upper()})]
 
 
 def test_tags_of_mlflow_have_names_that_it_accepts(mlflow_logger):
@@ -59,12 +60,35 @@ def test_tags_of_mlflow_have_names_that_it_accepts(mlflow_logger):
     assert tags_sent == [{_name("a:b"): "1", "plain": "x", "group": "sweep"}]
 
 
-@pytest.mark.parametrize("failed", [False, True])
-def test_wandb_shows_whether_the_training_failed(tmp_path, failed):
+def test_mlflow_continues_the_run_that_the_server_has(mlflow_logger):
+    info = SimpleNamespace(run_id="run1", experiment_id="1", lifecycle_stage="active")
+    mlflow_logger._client.get_run = lambda run_id: SimpleNamespace(info=info) if run_id == "run1" else None
+    assert mlflow_logger.open_run("run1", {"seed": 0}) == "run1"
+    assert mlflow_logger._client.calls == [("update_run", ("run1",), {"status": "RUNNING"})]
+
+
+def test_mlflow_receives_the_images_of_a_validation(mlflow_logger):
+    rgb = np.zeros((2, 3, 3), np.uint8)
+    mlflow_logger.send_images(4, {"validation/a": rgb})
+    assert mlflow_logger._client.calls == [
+        ("log_image", ("run1", rgb), {"key": "validation/a", "step": 4, "synchronous": True})
+    ]
+
+
+def test_wandb_receives_the_images_of_a_validation(tmp_path):
+    logger, rgb = WandbLogger(tmp_path, mode="offline"), np.full((2, 3, 3), 7, np.uint8)
+    logger._run = StubClient()
+    logger.send_images(4, {"validation/a": rgb})
+    ((_, (row,), _),) = logger._run.calls
+    assert row["step"] == 4 and (np.asarray(row["validation/a"].image) == rgb).all()
+
+
+@pytest.mark.parametrize(("status", "code"), [("finished", 0), ("failed", 1), ("killed", 1)])
+def test_wandb_shows_whether_the_training_finished(tmp_path, status, code):
     logger = WandbLogger(tmp_path, mode="offline")
     logger._run = StubClient()
-    logger.close(failed=failed)
-    assert logger._run.calls == [("finish", (), {"exit_code": int(failed)})]
+    logger.close(status=status)
+    assert logger._run.calls == [("finish", (), {"exit_code": code})]
 
 
 def init_options(monkeypatch, logger):
@@ -86,6 +110,17 @@ def test_wandb_reads_project_tags_and_name_from_the_environment(tmp_path, monkey
     assert (passed["project"], passed["tags"], passed["name"]) == ("leaves", None, "first")  # None: WANDB_TAGS
     passed = init_options(monkeypatch, WandbLogger(tmp_path / "run", mode="offline", project="mine", tags=["a", 1]))
     assert (passed["project"], passed["tags"]) == ("mine", ["a", "1"])
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"), [("swept/0", "first/0"), ("swept/a/1", "first/a/1"), ("swept/1/heads/mlp", "first/1/mlp")]
+)
+def test_a_name_in_the_environment_is_that_of_a_whole_sweep(tmp_path, monkeypatch, folder, name):
+    monkeypatch.setenv("WANDB_NAME", "first")
+    (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "swept/multirun.yaml").touch()
+    passed = init_options(monkeypatch, WandbLogger(tmp_path / folder, mode="offline"))
+    assert (passed["name"], passed["group"]) == (name, "swept")
 
 
 def test_without_environment_the_project_of_wandb_is_dinoseg(tmp_path, monkeypatch):

@@ -19,6 +19,7 @@ from dinoseg.export.runtime.runtime import FILES, Options, Runtime
 from dinoseg.utils.atomic import atomic_file
 from dinoseg.utils.errors import UserError, file_errors_as_user_errors
 from dinoseg.utils.images import write_png
+from dinoseg.utils.ranges import AT_LEAST_1, whole_number
 from dinoseg.utils.wording import format_value
 
 
@@ -160,8 +161,7 @@ class Model:
         Raises:
             UserError: if an image is invalid; the message names it and the accepted kinds.
         """
-        if type(batch_size) is not int or batch_size < 1:
-            raise UserError(f"batch_size={batch_size}: give a whole number of at least 1.")
+        batch_size = whole_number(batch_size, "batch_size", AT_LEAST_1)
         results = self._predicted(pictures(source, on_error=on_error), batch_size)
         if is_one(source):
             found = list(results)

@@ -8,6 +8,7 @@ from os import PathLike
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal, Self, overload
+from zlib import crc32
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +22,12 @@ from dinoseg.export.runtime.torch_runtime import TorchRuntime, isolated
 from dinoseg.inference.policy import Policy
 from dinoseg.inference.predictor import Predictor
 from dinoseg.inference.trained_sizes import TrainedSizes
-from dinoseg.models.model import SegmentationModel, fingerprint, quantised_names
+from dinoseg.models.model import SegmentationModel, non_persistent_buffers, quantised_names
+from dinoseg.training.checkpoint import find
 from dinoseg.training.loading import frozen_fingerprint
 from dinoseg.utils.errors import UserError, file_errors_as_user_errors
 from dinoseg.utils.precision import compute_dtype
+from dinoseg.utils.stamps import Stamp, stamp
 from dinoseg.utils.wording import count_of, format_value
 
 _OF_A_CALL = {"export.delta=true": "delta=True", "export.gated=true": "gated=True"}  # command-line terms to arguments
@@ -46,6 +49,7 @@ class Segmenter(nn.Module, Model):
         policy: inference strategy of `predict`.
         precision: precision of `predict`: auto, bf16, fp16 or fp32. `forward` computes as the surrounding autocast.
         file: the file that it was loaded from, if that is a one-file model.
+        checkpoint: the file of any kind that it was loaded from, with its stamp before it was read.
 
     Attributes:
         facts: classes, palette, sizes, scores and sources.
@@ -68,6 +72,7 @@ class Segmenter(nn.Module, Model):
         policy: Policy,
         precision: str = "auto",
         file: Path | None = None,
+        checkpoint: tuple[Path, Stamp | None] | None = None,
     ) -> None:
         nn.Module.__init__(self)
         self.model = model
@@ -75,7 +80,8 @@ class Segmenter(nn.Module, Model):
         self.file = None if file is None else file.absolute()
         self._config, self._info = config, info
         self._policy, self._precision = policy, precision
-        self._scored = self._sampled_values()  # the weights that the scores in `facts` belong to
+        self._checkpoint = checkpoint
+        self._scored = self._checksums()  # the weights that the scores in `facts` belong to
 
     if TYPE_CHECKING:  # nn.Module's own, which is untyped
 
@@ -252,15 +258,15 @@ class Segmenter(nn.Module, Model):
 
     @contextmanager
     def stored(self) -> Iterator[Path]:
-        """Yield a file or run folder with this model, which modes read: a temporary one if its weights have changed.
+        """Yield a file or run folder with this model, which modes read.
 
-        The temporary file has no folder of data: give it to the mode, as in `dinoseg.evaluate(model, data={"root":
-        "FOLDER"})`.
+        It is a temporary file if the weights in memory have changed, or the file that they came from. The temporary
+        file has no folder of data: give it to the mode, as in `dinoseg.evaluate(model, data={"root": "FOLDER"})`.
 
         Raises:
             UserError: as `save`.
         """
-        if self.source is not None and self._sampled_values() == self._scored:
+        if self._has_its_checkpoint() and self.source is not None and self._checksums() == self._scored:
             yield self.source
             return
         with TemporaryDirectory() as folder:
@@ -278,14 +284,14 @@ class Segmenter(nn.Module, Model):
             source = ModelSource.of(self._config)
             facts, info = self.facts, dict(self._info)
             info.setdefault("frozen", frozen_fingerprint(self.model))
-            if source.resume is not None and "facts" not in info:  # of a run folder
+            if self._has_its_checkpoint() and "facts" not in info:  # of a run folder
                 facts = with_evidence(facts, source)
-            if self._sampled_values() != self._scored:
+            if self._checksums() != self._scored:
                 facts = replace(facts, scores=None)
             facts = complete(facts, source, self.model, info, TrainedSizes.from_info(info), delta=delta)
             info.pop("format", None)
             try:
-                write_model(path, source, self.model, facts, info, delta=delta, gated=gated)
+                write_model(path, source, self.model, facts, info, delta=delta, gated=gated, where="The model")
             except UserError as error:
                 words = str(error)
                 for typed, given in _OF_A_CALL.items():
@@ -293,15 +299,30 @@ class Segmenter(nn.Module, Model):
                 raise UserError(words) from error
         return facts
 
-    def _sampled_values(self) -> str:
-        """Return a hash of sampled values of all parameters and buffers but quantised ones, which vary by device."""
+    def _has_its_checkpoint(self) -> bool:
+        """Return whether the file that it was loaded from is unchanged, and still the one that `source` stands for."""
+        if self._checkpoint is None or self.source is None:
+            return False
+        file, before = self._checkpoint
+        return before is not None and stamp(file) == before and find(self.source, "best").absolute() == file
+
+    def _checksums(self) -> dict[str, int]:
+        """Return a CRC-32 of each parameter and buffer but quantised ones, which vary by device (0.3 s per GB)."""
         skipped = quantised_names(self.model)
-        return fingerprint((name, value) for name, value in self.model.state_dict().items() if name not in skipped)
+        state = self.model.state_dict() | non_persistent_buffers(self.model)
+        return {
+            name: crc32(value.detach().cpu().flatten().view(torch.uint8).numpy().data)
+            for name, value in state.items()
+            if name not in skipped
+        }
 
 
 def _check_images(images: Tensor) -> None:
-    """Refuse images of another shape than (B, 3, H, W), or of another type than uint8 and floats."""
-    if images.ndim != 4 or images.shape[1] != 3:
-        raise UserError(f"Images have the shape {list(images.shape)}. Give (B, 3, H, W), RGB.")
+    """Refuse all but tensors (B, 3, H, W) of uint8 or floats, with at least one pixel."""
+    if not isinstance(images, Tensor):
+        kind = type(images).__name__
+        raise UserError(f"Images are {kind}. Give a tensor (B, 3, H, W), or call model.predict, which takes arrays.")
+    if images.ndim != 4 or images.shape[1] != 3 or not images.numel():
+        raise UserError(f"Images have the shape {list(images.shape)}. Give (B, 3, H, W), RGB, at least one image.")
     if images.dtype != torch.uint8 and not images.is_floating_point():
         raise UserError(f"Images are {images.dtype}. Give uint8, or floats in 0..1.")

@@ -19,6 +19,7 @@ from dinoseg.training import checkpoint
 from dinoseg.training.engine import choose_device
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.precision import compute_dtype
+from dinoseg.utils.stamps import stamp
 
 _HELD = (None, "random")  # config values for weights that the checkpoint itself holds
 
@@ -32,6 +33,7 @@ def load_torch(path: Path, options: Options) -> Segmenter:
     device = choose_device(options.device)
     compute_dtype(options.precision, device)  # refuse a wrong precision before weights are read
     file = checkpoint.find(path, "best")
+    origin = (file.absolute(), stamp(file))  # before it is read
     with isolated():
         info = checkpoint.describe(file)
         facts = ModelFacts.of(info, str(file))
@@ -46,7 +48,14 @@ def load_torch(path: Path, options: Options) -> Segmenter:
     config = {**to_container(cfg), "trainer": info["config"]["trainer"]}
     is_whole = "facts" in info
     loaded = Segmenter(
-        model, facts, config, info=info, policy=policy, precision=options.precision, file=file if is_whole else None
+        model,
+        facts,
+        config,
+        info=info,
+        policy=policy,
+        precision=options.precision,
+        file=file if is_whole else None,
+        checkpoint=origin,
     )
     return loaded.to(device).eval()
 

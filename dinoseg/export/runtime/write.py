@@ -23,7 +23,7 @@ from dinoseg.inference.trained_sizes import KEY, TrainedSizes
 from dinoseg.models.model import SegmentationModel, non_persistent_buffers, trained_names
 from dinoseg.training import checkpoint
 from dinoseg.training.checkpoint import FOLDER
-from dinoseg.training.loading import CONSTANTS, frozen_fingerprint
+from dinoseg.training.loading import CONSTANTS, frozen_fingerprint, misfits
 from dinoseg.utils import forms
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import count_of, format_value
@@ -114,6 +114,7 @@ def write_model(
     *,
     delta: bool = False,
     gated: bool = False,
+    where: str | None = None,
 ) -> tuple[int, Mapping[str, Any]]:
     """Write a model as one file; return the number of its tensors, and the facts of its backbone.
 
@@ -125,16 +126,17 @@ def write_model(
         info: further entries of the file's description, such as the progress of its training.
         delta: see `export_model`.
         gated: see `export_model`.
+        where: start of messages about the weights; None: the checkpoint.
 
     Raises:
-        UserError: if the file cannot be written, holds weights that are not finite, or weights of restricted licence
-            without `gated`.
+        UserError: if the file cannot be written, the model is not that of its config, or the file would hold weights
+            that are not finite, or weights of restricted licence without `gated`.
     """
     stored = _stored_config(source.config, facts)
     whole = not delta and source.settings("adapter").get("bits") is not None
     tensors, frozen = _tensors(stored, source.in_float32(model) if whole else model, delta)
     if source.config["finite_weights"]:  # loading checked the checkpoint, but not the backbone's weights
-        checkpoint.check_finite(tensors, f"resume={source.resume}")
+        checkpoint.check_finite(tensors, where or f"resume={source.resume}")
     copies = bool(model.head.trainable_blocks)
     base = copies or any(name.startswith("model/backbone.") and ".lora_" not in name for name in tensors)
     facts = replace(facts, backbone={**facts.backbone, "in_file": base})
@@ -243,14 +245,27 @@ def _strip_folders(node: Any) -> Any:
 def _tensors(
     config: Mapping[str, Any], model: SegmentationModel, delta: bool
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors that a file of this config holds, and the hashes of those that it does not hold."""
-    state = model.state_dict()
+    """Return the tensors that a file of this config holds, and the hashes of those that it does not hold.
+
+    Raises:
+        UserError: they are not the tensors from which the config's model can be loaded.
+    """
+    build = ModelBuilder.of(config)
+    empty = build.outline()
+    build.name_weights(empty)
+    if not delta:
+        empty.backbone.weights, empty.head.weights = "random", None
+    state, wanted = model.state_dict(), empty.state_dict()
+    held = {name: state[name] for name in (trained_names(model) if delta else state)}
+    if mistake := misfits({name: wanted[name] for name in trained_names(empty)}, held):
+        raise UserError(
+            f"The model is not that of its config: {mistake}. A part was replaced, or with delta=True frozen or "
+            "unfrozen, after the model was created. Choose parts by the arguments of create_model, write a whole file, "
+            "or use torch.save(model.state_dict(), PATH)."
+        )
     tensors = {f"{CONSTANTS}/{name}": value for name, value in non_persistent_buffers(model).items()}
-    if delta:
-        return tensors | {f"model/{name}": state[name] for name in trained_names(model)}, frozen_fingerprint(model)
-    empty = ModelBuilder.of(config).outline()
-    empty.backbone.weights, empty.head.weights = "random", None
-    return tensors | {f"model/{name}": state[name] for name in trained_names(empty)}, frozen_fingerprint(empty)
+    tensors |= {f"model/{name}": value for name, value in held.items()}
+    return tensors, frozen_fingerprint(model if delta else empty)
 
 
 def _check_licence(source: Mapping[str, Any], head: str | None, names: Sequence[str], *, copies: bool = False) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from dinoseg.report.loggers.logger import Logger
+from dinoseg.report.loggers.logger import Logger, Status
 
 _GRACE = 1.0  # seconds beyond its timeout in which a logger can raise its own error
 _MAX_CALLS = 10_000  # waiting calls at which a logger counts as failed: each holds a row of some hundred values
@@ -61,9 +61,9 @@ class BackgroundLogger(Logger):
         """Pass the path of a checkpoint on."""
         self._put(lambda: self._logger.checkpoint(path))
 
-    def close(self, *, failed: bool = False) -> None:
+    def close(self, *, status: Status = "finished") -> None:
         """Close the logger after all waiting calls, and end the thread."""
-        self._put(lambda: self._close(failed))
+        self._put(lambda: self._close(status))
         self._calls.put(None)
         self._thread.join(self._limit)
         self._check()
@@ -88,9 +88,9 @@ class BackgroundLogger(Logger):
         self._calls.put(None)
         return error
 
-    def _close(self, failed: bool) -> None:
+    def _close(self, status: Status) -> None:
         self._is_closed = True
-        self._logger.close(failed=failed)
+        self._logger.close(status=status)
 
     def _run(self) -> None:
         while (call := self._calls.get()) is not None and self._error is None:
@@ -109,4 +109,4 @@ class BackgroundLogger(Logger):
                 break
         if not self._is_closed:
             with suppress(BaseException):  # the first error is reported
-                self._close(failed=True)
+                self._close("failed")

@@ -2,9 +2,11 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+
+Status = Literal["finished", "failed", "killed"]  # of a training that has ended
 
 
 class Logger:
@@ -55,9 +57,9 @@ class Logger:
     def checkpoint(self, path: Path) -> None:
         """Receive the file of the best checkpoint, after its scores."""
 
-    def close(self, *, failed: bool = False) -> None:
+    def close(self, *, status: Status = "finished") -> None:
         """Write buffered values, and close files and connections.
 
         Args:
-            failed: whether an error or a signal ended the training, or this logger is dropped.
+            status: how the training ended: finished; failed by an error, or this logger is dropped; killed by a signal.
         """

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from dinoseg.report.loggers.logger import Status
 from dinoseg.report.loggers.remote import RemoteLogger
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Positive
@@ -118,10 +119,10 @@ class MlflowLogger(RemoteLogger):
         """Upload the file to the folder `checkpoints` of the run's artifacts."""
         self._client.log_artifact(self.run_id, str(path), "checkpoints")
 
-    def close(self, *, failed: bool = False) -> None:
-        """End the run with the status FINISHED or FAILED."""
+    def close(self, *, status: Status = "finished") -> None:
+        """End the run with the status FINISHED, FAILED or KILLED."""
         if self.run_id is not None:
-            self._client.set_terminated(self.run_id, status="FAILED" if failed else "FINISHED")
+            self._client.set_terminated(self.run_id, status=status.upper())
 
     def _existing(self, run_id: str | None) -> Any:
         """Return a run of the server; None if there is none."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from dinoseg.report.loggers.logger import Logger
+from dinoseg.report.loggers.logger import Logger, Status
 
 
 class TensorBoardLogger(Logger):
@@ -49,6 +49,6 @@ class TensorBoardLogger(Logger):
         for key, value in final.items():
             self._writer.add_scalar(key, value)
 
-    def close(self, *, failed: bool = False) -> None:
+    def close(self, *, status: Status = "finished") -> None:
         """Flush and close the file."""
         self._writer.close()

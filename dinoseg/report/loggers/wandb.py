@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from dinoseg.report.loggers.logger import Status
 from dinoseg.report.loggers.remote import RemoteLogger
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Positive
@@ -48,7 +49,7 @@ class WandbLogger(RemoteLogger):
     """Send to a run of Weights & Biases; offline, write it to `out_dir`/wandb.
 
     The API key comes from WANDB_API_KEY or `wandb login`, the address of a server from WANDB_BASE_URL. WANDB_NAME
-    replaces the name of the run.
+    replaces the name of the run folder; in a sweep or multi-head training, that of the whole: `WANDB_NAME/0`.
 
     Args:
         out_dir: the run folder.
@@ -109,7 +110,9 @@ class WandbLogger(RemoteLogger):
             "project": project,
             "entity": entity,
             "tags": [str(tag) for tag in tags] or None,
-            "name": settings.run_name or self.run_name,
+            "name": "/".join([settings.run_name, *self.run_name.split("/")[1:]])
+            if settings.run_name
+            else self.run_name,
             "mode": self.mode,
         }
         self._run: Any = None
@@ -171,11 +174,11 @@ class WandbLogger(RemoteLogger):
         artifact.add_file(str(path), policy="immutable")  # not copied before the upload
         self._run.log_artifact(artifact)
 
-    def close(self, *, failed: bool = False) -> None:
-        """Finish the run, with the exit code 1 if it failed.
+    def close(self, *, status: Status = "finished") -> None:
+        """Finish the run, with the exit code 1 unless the training finished.
 
         Raises:
             TimeoutError: the server has not received everything within `timeout` seconds.
         """
         if self._run is not None:
-            self._run.finish(exit_code=int(failed))
+            self._run.finish(exit_code=int(status != "finished"))
