@@ -262,3 +262,8 @@ def test_memory_that_python_lacks_is_told_too(tmp_path):
 def test_probabilities_are_float32_whatever_the_model_computes_in():
     predictor = Predictor(made(), CPU, lambda: torch.autocast("cpu", torch.bfloat16))
     assert predictor.probabilities([picture(16, 16)]).dtype == torch.float32
+
+
+def test_windows_are_placed_as_stated():
+    assert Auto(48, stride=[32, 20]).windows.starts(1, 100) == [0, 20, 40, 52]
+    assert Auto(48, placement="even").windows.starts(0, 100) == [0, 26, 52]

@@ -33,6 +33,7 @@ from dinoseg.utils.images import read_image
 OTHER = {  # key to another value than the one below
     **{"resolution.crop": [24, 32], "resolution.scale": 0.5, "resolution.longest": 40},
     **{"inference.size": [16, 24], "inference.overlap": 0.6, "inference.weights": "uniform"},
+    **{"inference.stride": [16, 20], "inference.placement": "even", "inference.multiple": 32},
     **{"inference.average": "scores", "inference.batch_size": 1, "inference.flips": "horizontal"},
     **{"inference.scales": [0.5, 1.0], "inference.shortest": 64, "inference.memory": 1e-9},
 }
@@ -59,6 +60,10 @@ SIZES = {"typical": 48, "largest": 60}  # of the training's images: those here a
 IDLE = {  # what is read, and changes nothing here
     **dict.fromkeys(
         (("summary", "resolution.crop"), ("summary", "resolution.scale")), "a crop of less than a patch is refused"
+    ),
+    **dict.fromkeys(
+        ((mode, "inference.multiple") for mode in ("track", "export backbone", "export onnx", "export program")),
+        "is refused without inference.shortest",
     ),
 }
 HEAVY = ("app", "bench", "eval", "plan", "probe", "serve", "track", "train")
@@ -90,7 +95,7 @@ def cells():
 def where(compose, tmp_path_factory):
     """Return a folder with images, and a checkpoint of a model that was trained on smaller ones."""
     folder = tmp_path_factory.mktemp("overrides")
-    write_data(folder / "data", size=(40, 120))
+    write_data(folder / "data", size=(40, 130))
     path = untrained(compose, folder, *WORDS[:-2], "adapter=full", sizes=SIZES)
     return SimpleNamespace(folder=folder, checkpoint=path, bases={}, number=iter(range(10**6)))
 
