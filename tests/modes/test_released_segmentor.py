@@ -39,7 +39,7 @@ def picture(size=SIZE):
 
 
 # as published, but for sizes: windows of 64 px every 43 over an image whose shorter side is brought to 64
-SMALLER = ["inference.size=64", "inference.overlap=0.334", "inference.shortest=64"]
+SMALLER = ["inference.size=64", "inference.stride=43", "inference.shortest=64"]
 
 
 def by_hand(files, image):
