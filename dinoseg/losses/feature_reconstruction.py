@@ -42,9 +42,14 @@ class FeatureReconstruction(Loss):
         """Return the loss; `weight`, the number of source frames over all clips; and `step_<offset>`.
 
         Raises:
-            UserError: the head has no slots.
+            UserError: the head has no slots, or reconstructs nothing.
         """
         outputs = slot_outputs(prediction)
+        if not outputs.reconstructions[0].shape[2]:
+            raise UserError(
+                "head.reconstruct=false reconstructs no features, which this loss compares. Set head.reconstruct=true, "
+                "or choose loss=temporal_similarity."
+            )
         errors: dict[str, Tensor] = {}
         for step, reconstructed in zip(outputs.steps, outputs.reconstructions, strict=True):
             seen = outputs.features[:, step : step + reconstructed.shape[1]].detach()  # (B, T', C, h, w)
