@@ -221,16 +221,27 @@ def open_clips(
     *,
     cut: Cut = Cut(),  # noqa: B008 (frozen)
     eval_cut: Cut | None = None,
+    eval_square: Count | None = None,
     partition: Partition = Partition(),  # noqa: B008 (frozen)
 ) -> Clips:
-    """Return the clips of a split of a dataset; `eval_cut` applies to splits other than train, None: `cut`.
+    """Return the clips of a split of a dataset.
+
+    Args:
+        layout: locations of the videos.
+        split: train, val or test.
+        cut: rules for train.
+        eval_cut: rules for other splits; None: `cut`.
+        eval_square: side in pixels of the centred square of frames and masks of other splits; None: whole frames.
+        partition: rule that assigns videos to splits.
 
     Raises:
         UserError: any error of the layout, and see `Clips`.
     """
+    videos = chosen(layout, split, partition)
     if split != "train":
         cut = replace(cut, sample=False) if eval_cut is None else eval_cut
-    return Clips(chosen(layout, split, partition), cut)
+        videos = [replace(video, square=eval_square) for video in videos]
+    return Clips(videos, cut)
 
 
 def _spread(room: int, count: int) -> list[int]:

@@ -4,9 +4,8 @@ from collections.abc import Sequence
 
 import cv2
 import numpy as np
-import torch
-import torch.nn.functional as F
 
+from dinoseg.data.clips.square import resize_bicubic
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Share
 
@@ -69,6 +68,4 @@ class ClipView:
         if self.resample == "area":
             how = cv2.INTER_AREA if size[0] < frame.shape[0] or size[1] < frame.shape[1] else cv2.INTER_LINEAR
             return cv2.resize(frame, size[::-1], interpolation=how)
-        pixels = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)[None].float()
-        resized = F.interpolate(pixels, size, mode="bicubic")[0].clamp(0, 255).round()
-        return resized.to(torch.uint8).permute(1, 2, 0).numpy()
+        return resize_bicubic(frame, size)
