@@ -76,6 +76,7 @@ def needed(choice):
         "data.root=.",
         *(["data.classes=[dark,bright]"] if own_classes else []),
         *(["backbone.name=test_vit"] if choice.get("backbone") == "timm" else []),
+        *(["backbone.weights=random"] if choice.get("backbone", "").startswith("surgenet") else []),
         *(["head.weights=FILE"] if choice.get("head") == "mask2former_meta" else []),
     ]
 

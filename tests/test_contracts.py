@@ -41,7 +41,7 @@ class Scores(Head):
 
 def test_parts_that_say_the_least_work():
     model = SegmentationModel(LastBlocks(1)(Least()), Scores())
-    model.set_progress(0.5)
+    model.set_progress(1, 2)
     assert model(torch.rand(2, 3, 6, 9)).scores().shape == (2, 3, 6, 9)
     assert model.head.slots is None and not model.head.mixture and model.head.min_batch_size == 1
     assert all(parameter.requires_grad for parameter in model.parameters())  # the norm's too, which the contract finds

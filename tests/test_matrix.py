@@ -119,7 +119,7 @@ def train(model, loss, steps=2):
     batch, values = make_batch(), []
     for step in range(steps + 1):
         torch.manual_seed(0)
-        model.set_progress(0.0)
+        model.set_progress(0, 2)
         value, _ = loss(model(batch.image), batch)
         values.append(value.item())
         if step < steps:

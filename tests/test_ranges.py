@@ -97,6 +97,8 @@ def composed(compose):
         ("optim.optimizer.freeze_backbone_until", -0.1, "Give a number of at least 0 and below 1."),
         ("optim.optimizer.backbone_lr_scale", 1e20, "Give a number from 0 to 100."),
         ("optim.schedule.warmup", -1, "Give a number of at least 0."),
+        ("optim.schedule.warmup_start", 1.5, "Give a number from 0 to 1, or null."),
+        ("optim.schedule.backbone_warmup", -1, "Give a number of at least 0, or null."),
         ("optim.optimizer.betas", [0.9, 1.0], "Give a number of at least 0 and below 1 for each."),
         ("optim.schedule.min_lr_ratio", float("nan"), "Give a number from 0 to 1."),
         ("adapter.dropout", float("nan"), "Give a number of at least 0 and below 1."),

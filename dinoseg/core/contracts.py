@@ -231,8 +231,8 @@ class Head(nn.Module, Generic[Outputs]):
         """
         raise NotImplementedError
 
-    def set_progress(self, share: float) -> None:
-        """Receive the share of the training that is done, in [0, 1): for heads whose training depends on it."""
+    def set_progress(self, step: int, steps: int) -> None:
+        """Receive the 0-based step and the length of the training: for heads whose training depends on it."""
 
     def run(self, backbone: Backbone, images: Tensor) -> Outputs:
         """Return the outputs for images (B, 3, H, W), float RGB in 0..1."""

@@ -11,6 +11,17 @@ def backbone_size(size: Size, scale: float, longest: int | None) -> Size:
     return max(1, round(size[0] * factor)), max(1, round(size[1] * factor))
 
 
+def with_shorter_side(size: Size, shorter: int) -> Size:
+    """Return the (H, W) of an image of `size` resized so that its shorter side has `shorter` pixels.
+
+    The other side is int(shorter * longer / shortest + 0.5), as in mmsegmentation and facebookresearch/dinov3
+    (dinov3/eval/segmentation/transforms.py). tue-mps/eomt rounds halves to even, which differs only there.
+    """
+    low, high = min(size), max(size)
+    longer = max(1, (2 * shorter * high + low) // (2 * low))
+    return (shorter, longer) if size[0] <= size[1] else (longer, shorter)
+
+
 def reduced_longest(size: Size, longest: int | None, typical: int, largest: int) -> int | None:
     """Return `longest` for an image of `size`, or `typical` if the image is larger than any in training.
 

@@ -3,23 +3,21 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import cv2
 import numpy as np
 
+from dinoseg.data.photometric import COINS, ColorTransform, check_range
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.ranges import Count, NotNegative, Share
+from dinoseg.utils.ranges import Byte, Count, HighShare, NotNegative, Share
 
-_OUTSIDE = (128, 128, 128)  # grey outside the image; the mask is ignore_index there
 _DRAWS = 12  # random numbers per view
+_CHECKS = 10  # crops that are compared with `cat_max_ratio`; the next one is taken unchecked
+_RELATIVE, _DISTRIBUTIONS, _PADDINGS = ("image", "short", "long", "fit"), ("log_uniform", "uniform"), ("spread", "end")
 _AREA_BELOW = 0.8  # bilinear reads 2 x 2 pixels: shrinking further would skip some, so average them first
 _LUMA = np.array([0.299, 0.587, 0.114])
 _YIQ = np.array([_LUMA, [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
-
-
-def _check_range(key: str, value: float, most: float) -> None:
-    if not 0 <= value <= most:
-        raise UserError(f"data.augment: {key}={value} is outside its range: give a number from 0 to {most}.")
 
 
 @dataclass(frozen=True)
@@ -38,13 +36,13 @@ class Affine:
 
     def __post_init__(self) -> None:
         """Reject ranges that could move the whole image out of view."""
-        _check_range("degrees", self.degrees, 180)
-        _check_range("translate", self.translate, 0.9)
-        _check_range("shear", self.shear, 60)
+        check_range("degrees", self.degrees, 180)
+        check_range("translate", self.translate, 0.9)
+        check_range("shear", self.shear, 60)
 
 
 @dataclass(frozen=True)
-class ColorJitter:
+class ColorJitter(ColorTransform):
     """Ranges of a random colour change; a factor is sampled from 1 - x to 1 + x.
 
     Args:
@@ -62,7 +60,39 @@ class ColorJitter:
     def __post_init__(self) -> None:
         """Reject ranges that allow factors below 0."""
         for key, most in (("brightness", 1), ("contrast", 1), ("saturation", 1), ("hue", 0.5)):
-            _check_range(key, getattr(self, key), most)
+            check_range(key, getattr(self, key), most)
+
+    def __call__(self, image: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
+        """Return an image (H, W, 3) uint8 in changed colours; all changes form one matrix, so values are clipped once.
+
+        The first 4 `uniforms` are those of brightness, contrast, saturation and hue; 0.5 is no change.
+        """
+        if self == ColorJitter():
+            return image
+        signed = 2 * uniforms[:4] - 1
+        brightness = 1 + self.brightness * signed[0]
+        contrast = 1 + self.contrast * signed[1]
+        saturation = 1 + self.saturation * signed[2]
+        angle = 2 * math.pi * self.hue * signed[3]
+        chroma = np.array(
+            [
+                [1, 0, 0],
+                [0, saturation * math.cos(angle), -saturation * math.sin(angle)],
+                [0, saturation * math.sin(angle), saturation * math.cos(angle)],
+            ]
+        )
+        linear = brightness * contrast * (np.linalg.inv(_YIQ) @ chroma @ _YIQ)
+        mean_grey = float(np.dot(cv2.mean(image)[:3], _LUMA))
+        offset = np.full((3, 1), (1 - contrast) * brightness * mean_grey)
+        return cv2.transform(image, np.hstack([linear, offset]))
+
+
+class _View(NamedTuple):
+    """Geometry of a view, and its random numbers for colours."""
+
+    matrix: np.ndarray  # (3, 3), from image pixel centres (x, y, 1) to those of the view
+    zoom: tuple[float, float]  # view pixels per image pixel, vertically and horizontally
+    colors: np.ndarray  # (4,) or (4 + COINS,)
 
 
 class Augment:
@@ -74,11 +104,21 @@ class Augment:
 
     Args:
         crop: (H, W) of the result, pixels.
-        scale: minimum and maximum factor, sampled log-uniformly.
+        scale: minimum and maximum factor.
+        relative_to: the size at factor 1. image: the image's own after `longest`. short, long: the shorter or longer
+            side is `base`, as in mmsegmentation and DINOv3. fit: the largest that fits into the crop, as in
+            torchvision's ScaleJitter and EoMT. All but image give whole pixels, whatever `longest` is.
+        base: pixels of that side, with short and long; None: the crop's shorter or longer side.
+        distribution: of the factor: log_uniform or uniform.
         longest: larger images are reduced until their longer side has this many pixels.
+        cat_max_ratio: a crop is accepted if, without ignored pixels, it shows several classes and the largest one's
+            share is below this. Up to 10 crops are checked, the next one is taken (mmsegmentation's RandomCrop).
         affine: ranges of rotation, shift and shear.
         flip: probability of a horizontal flip.
-        color: ranges of brightness, contrast, saturation and hue.
+        padding: place of an image smaller than the crop. spread: random; colours change the padded pixels too. end: top
+            left, flipped before it is cropped, and padded pixels keep the colour `fill`, unless `affine` moves it.
+        fill: RGB of padded pixels, 0..255.
+        color: change of colours.
         ignore_index: id of mask pixels outside the image.
     """
 
@@ -87,29 +127,49 @@ class Augment:
         crop: Sequence[int],
         *,
         scale: Sequence[float] = (1.0, 1.0),
+        relative_to: str = "image",
+        base: Count | None = None,
+        distribution: str = "log_uniform",
         longest: Count | None = None,
+        cat_max_ratio: HighShare | None = None,
         affine: Affine = Affine(),  # noqa: B008 (frozen)
         flip: Share = 0.0,
-        color: ColorJitter = ColorJitter(),  # noqa: B008 (frozen)
+        padding: str = "spread",
+        fill: Sequence[Byte] = (128, 128, 128),
+        color: ColorTransform = ColorJitter(),  # noqa: B008 (frozen)
         ignore_index: int = 255,
     ) -> None:
-        if len(crop) != 2 or min(crop) < 1:
-            raise UserError(f"crop={list(crop)}: give [height, width] in pixels, each at least 1.")
-        if len(scale) != 2 or not 0 < scale[0] <= scale[1]:
-            raise UserError(f"data.augment.scale={list(scale)}: give [least, largest] with 0 < least <= largest.")
+        for key, value, options in (
+            ("relative_to", relative_to, _RELATIVE),
+            ("distribution", distribution, _DISTRIBUTIONS),
+            ("padding", padding, _PADDINGS),
+        ):
+            if value not in options:
+                raise UserError(f"data.augment.{key}={value} is unknown. Choose one of {', '.join(options)}.")
+        _check_sizes(crop, scale, longest if relative_to == "image" else None)
         if longest is not None and longest < 1:
             raise UserError(f"longest={longest}: give a number of pixels, or null for no limit.")
-        if longest is not None and max(crop) > longest:
+        if base is not None and (relative_to not in ("short", "long") or base < 1):
             raise UserError(
-                f"resolution.crop={list(crop)} is larger than resolution.longest={longest}, to which images are "
-                f"reduced: choose a crop of at most {longest} pixels a side."
+                f"data.augment.base={base}: give at least 1 pixel, with data.augment.relative_to=short or long (not "
+                f"{relative_to}), or null."
             )
-        _check_range("flip", flip, 1)
+        if cat_max_ratio is not None and not 0 < cat_max_ratio <= 1:
+            raise UserError(f"data.augment.cat_max_ratio={cat_max_ratio}: give a share above 0, at most 1, or null.")
+        if len(fill) != 3 or not all(0 <= value <= 255 for value in fill):
+            raise UserError(f"data.augment.fill={list(fill)}: give [red, green, blue], each from 0 to 255.")
+        check_range("flip", flip, 1)
         self.crop = (int(crop[0]), int(crop[1]))
         self.scale = (float(scale[0]), float(scale[1]))
+        self.relative_to = relative_to
+        self.base = base or (max if relative_to == "long" else min)(self.crop)
+        self.distribution = distribution
         self.longest = longest
+        self.cat_max_ratio = cat_max_ratio
         self.affine = affine
         self.flip = flip
+        self.padding = padding
+        self.fill = tuple(fill)
         self.color = color
         self.ignore_index = ignore_index
 
@@ -118,17 +178,25 @@ class Augment:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return a view of image (H, W, 3) and mask (H, W), both uint8.
 
-        Each view uses a fixed number of random numbers, so changing one setting does not change the others' values.
+        Each part of a view uses its own random numbers, so changing one setting does not change the others' values.
 
         Args:
             image: pixels.
             mask: class ids.
             rng: random generator.
             shown: class to show: the view contains one of its pixels, sampled uniformly from those of the mask, if any.
+                `cat_max_ratio` then chooses among the crops that contain it.
         """
-        zoom, matrix, uniforms = self._geometry(mask, rng, shown)
-        seen = _warp_image(image, matrix, zoom, self.crop)
-        return recolor(seen, self.color, uniforms[8:]), self._warp_mask(mask, matrix)
+        view = self._geometry(mask, rng, shown)
+        if self.color.whole:
+            image = self.color(image, view.colors)
+        seen = self._warp_image(image, view)
+        if not self.color.whole:
+            seen = self.color(seen, view.colors)
+        if seen.shape[:2] != self.crop:
+            bottom, right = self.crop[0] - seen.shape[0], self.crop[1] - seen.shape[1]
+            seen = cv2.copyMakeBorder(seen, 0, bottom, 0, right, cv2.BORDER_CONSTANT, value=self.fill)
+        return seen, self._warp_mask(mask, view.matrix)
 
     def mask(self, mask: np.ndarray, rng: np.random.Generator, shown: int | None = None) -> np.ndarray:
         """Return the view of a mask (H, W) alone, equal to the mask of a call with the same `rng` state."""
@@ -137,18 +205,64 @@ class Augment:
     def place(self, mask: np.ndarray, rng: np.random.Generator, shown: int | None = None) -> np.ndarray:
         """Return the matrix (3, 3) from image pixels (x, y, 1) to their positions in the view of the same call.
 
-        The mask's values are read only if a class is to be `shown`; otherwise only its size matters.
+        The mask's values are read only for a class to be `shown` and for `cat_max_ratio`; otherwise only its size
+        matters.
         """
-        return self._geometry(mask, rng, shown)[1]
+        return self._geometry(mask, rng, shown).matrix
 
-    def _geometry(
-        self, mask: np.ndarray, rng: np.random.Generator, shown: int | None
-    ) -> tuple[tuple[float, float], np.ndarray, np.ndarray]:
-        """Return the zoom, the matrix and the random numbers of a view."""
+    def scaled_size(self, size: tuple[int, int], factor: float) -> tuple[float, float]:
+        """Return height and width of an image of `size` (H, W) scaled by a factor of the range `scale`, pixels."""
+        limit = min(1.0, self.longest / max(size)) if self.longest else 1.0
+        height, width = (max(1, round(side * limit)) for side in size)
+        if self.relative_to == "image":
+            return factor * height, factor * width
+        if self.relative_to == "fit":  # whole products first, so that factor 1 gives the crop's side exactly
+            crop, side = min((self.crop[0], height), (self.crop[1], width), key=lambda pair: pair[0] / pair[1])
+            return max(1, int(factor * (crop * height) / side)), max(1, int(factor * (crop * width) / side))
+        side = (max if self.relative_to == "long" else min)(height, width)
+        given = max(1, int(self.base * factor))
+        return max(1, int(given * height / side + 0.5)), max(1, int(given * width / side + 0.5))
+
+    def _geometry(self, mask: np.ndarray, rng: np.random.Generator, shown: int | None) -> _View:
+        """Return the geometry of a view, after up to `_CHECKS` new positions of its crop, and its random numbers."""
         uniforms, (height, width) = rng.random(_DRAWS), mask.shape
-        zoom = self._zoom((height, width), uniforms[0])
+        least, largest = self.scale
+        is_log = self.distribution == "log_uniform"
+        factor = least * (largest / least) ** uniforms[0] if is_log else least + (largest - least) * uniforms[0]
+        scaled = self.scaled_size((height, width), factor)
+        zoom = (scaled[0] / height, scaled[1] / width)
         pixel = None if shown is None else _any_pixel(mask, shown, rng)
-        return zoom, self._matrix((height, width), zoom, uniforms[1:8], pixel), uniforms
+        colors, numbers = uniforms[8:], uniforms[1:8]
+        matrix = self._matrix((height, width), zoom, numbers, pixel)
+        if self.cat_max_ratio is None and not self.color.has_coins:
+            return _View(matrix, zoom, colors)
+        more = rng.random(COINS + 2 * _CHECKS)  # last, so that the numbers above do not depend on these settings
+        colors = np.concatenate([colors, more[:COINS]])
+        for position in more[COINS:].reshape(_CHECKS, 2):
+            if self._is_balanced(mask, matrix):
+                break
+            numbers[4:6] = position
+            matrix = self._matrix((height, width), zoom, numbers, pixel)
+        return _View(matrix, zoom, colors)
+
+    def _is_balanced(self, mask: np.ndarray, matrix: np.ndarray) -> bool:
+        """Return whether a view shows several classes, the largest with a share below `cat_max_ratio`, if it is set."""
+        if self.cat_max_ratio is None:
+            return True
+        counts = cv2.calcHist([self._warp_mask(mask, matrix)], [0], None, [256], [0, 256]).ravel().astype(np.float64)
+        counts[self.ignore_index] = 0
+        return bool((counts > 0).sum() > 1 and counts.max() / counts.sum() < self.cat_max_ratio)
+
+    def _warp_image(self, image: np.ndarray, view: _View) -> np.ndarray:
+        """Return the view of an image; with padding=end without the rows and columns to be padded."""
+        size, border = self.crop, cv2.BORDER_CONSTANT
+        if self.padding == "end" and self.affine == Affine():
+            height, width = (max(1, round(side * zoom)) for side, zoom in zip(image.shape[:2], view.zoom, strict=True))
+            size, border = (min(self.crop[0], height), min(self.crop[1], width)), cv2.BORDER_REPLICATE
+        image, matrix = _shrink(image, view.matrix, view.zoom)
+        return cv2.warpAffine(
+            image, matrix[:2], size[::-1], flags=cv2.INTER_LINEAR, borderMode=border, borderValue=self.fill
+        )
 
     def _warp_mask(self, mask: np.ndarray, matrix: np.ndarray) -> np.ndarray:
         return cv2.warpAffine(
@@ -159,14 +273,6 @@ class Augment:
             borderMode=cv2.BORDER_CONSTANT,
             borderValue=(self.ignore_index,),
         )
-
-    def _zoom(self, size: tuple[int, int], uniform: float) -> tuple[float, float]:
-        """Return output pixels per image pixel, vertically and horizontally."""
-        least, largest = self.scale
-        factor = least * (largest / least) ** uniform
-        limit = min(1.0, self.longest / max(size)) if self.longest else 1.0
-        vertical, horizontal = (factor * max(1, round(side * limit)) / side for side in size)
-        return vertical, horizontal
 
     def _matrix(
         self, size: tuple[int, int], zoom: tuple[float, float], uniforms: np.ndarray, pixel: np.ndarray | None
@@ -180,16 +286,39 @@ class Augment:
         shift_y = self.affine.translate * signed[3] * min(height, crop_height)
         centre_x, centre_y = (width - 1) / 2, (height - 1) / 2
         turn = _move(centre_x, centre_y) @ turn @ _move(-centre_x, -centre_y)
+        flips, at_end = uniforms[6] < self.flip, self.padding == "end"
+        if flips and at_end:
+            turn = _mirror(width) @ turn
+        if at_end:  # the crop starts at 0 in an image smaller than it
+            height, width = max(height, crop_height), max(width, crop_width)
         if pixel is None:
-            left, top = _crop_start(width - crop_width, uniforms[4]), _crop_start(height - crop_height, uniforms[5])
+            start = _crop_start if self.relative_to == "image" else _whole_crop_start
+            left, top = start(width - crop_width, uniforms[4]), start(height - crop_height, uniforms[5])
         else:
             x, y, _ = _move(shift_x, shift_y) @ turn @ _resize(zoom) @ pixel
             left = _crop_start_at(x, width, crop_width, uniforms[4])
             top = _crop_start_at(y, height, crop_height, uniforms[5])
         matrix = _move(shift_x - left, shift_y - top) @ turn @ _resize(zoom)
-        if uniforms[6] < self.flip:
-            matrix = np.array([[-1.0, 0, crop_width - 1], [0, 1, 0], [0, 0, 1]]) @ matrix
-        return matrix
+        return _mirror(crop_width) @ matrix if flips and not at_end else matrix
+
+
+def _check_sizes(crop: Sequence[int], scale: Sequence[float], longest: int | None) -> None:
+    """Refuse a crop or a range of scales that is none, and a crop larger than images are."""
+    if len(crop) != 2 or min(crop) < 1:
+        raise UserError(f"crop={list(crop)}: give [height, width] in pixels, each at least 1.")
+    if len(scale) != 2 or not 0 < scale[0] <= scale[1]:
+        raise UserError(f"data.augment.scale={list(scale)}: give [least, largest] with 0 < least <= largest.")
+    if longest is not None and max(crop) > longest >= 1:
+        raise UserError(
+            f"resolution.crop={list(crop)} is larger than resolution.longest={longest}, to which images are "
+            f"reduced: choose a crop of at most {longest} pixels a side."
+        )
+
+
+def _whole_crop_start(room: float, uniform: float) -> float:
+    """Return the start of a crop of an image of whole pixels, each possible start with the same probability."""
+    whole = round(room)
+    return min(0, whole) + int((abs(whole) + 1) * uniform)
 
 
 def _crop_start(room: float, uniform: float) -> float:
@@ -217,46 +346,14 @@ def _any_pixel(mask: np.ndarray, shown: int, rng: np.random.Generator) -> np.nda
     return np.array([x, y, 1.0])
 
 
-def _warp_image(image: np.ndarray, matrix: np.ndarray, zoom: tuple[float, float], crop: tuple[int, int]) -> np.ndarray:
-    if min(zoom) < _AREA_BELOW:
-        height, width = image.shape[:2]
-        small = (max(1, round(height * zoom[0])), max(1, round(width * zoom[1])))
-        image = cv2.resize(image, small[::-1], interpolation=cv2.INTER_AREA)
-        matrix = matrix @ np.linalg.inv(_resize((small[0] / height, small[1] / width)))
-    return cv2.warpAffine(
-        image,
-        matrix[:2],
-        crop[::-1],
-        flags=cv2.INTER_LINEAR,
-        borderMode=cv2.BORDER_CONSTANT,
-        borderValue=_OUTSIDE,
-    )
-
-
-def recolor(image: np.ndarray, color: ColorJitter, uniforms: np.ndarray) -> np.ndarray:
-    """Return an image (H, W, 3) uint8 in changed colours; `uniforms` (4,) in 0..1 sets the amounts within `color`.
-
-    The order of `uniforms` is brightness, contrast, saturation, hue. All changes form one matrix, so values are clipped
-    only once.
-    """
-    if color == ColorJitter():
-        return image
-    signed = 2 * uniforms - 1
-    brightness = 1 + color.brightness * signed[0]
-    contrast = 1 + color.contrast * signed[1]
-    saturation = 1 + color.saturation * signed[2]
-    angle = 2 * math.pi * color.hue * signed[3]
-    chroma = np.array(
-        [
-            [1, 0, 0],
-            [0, saturation * math.cos(angle), -saturation * math.sin(angle)],
-            [0, saturation * math.sin(angle), saturation * math.cos(angle)],
-        ]
-    )
-    linear = brightness * contrast * (np.linalg.inv(_YIQ) @ chroma @ _YIQ)
-    mean_grey = float(np.dot(cv2.mean(image)[:3], _LUMA))
-    offset = np.full((3, 1), (1 - contrast) * brightness * mean_grey)
-    return cv2.transform(image, np.hstack([linear, offset]))
+def _shrink(image: np.ndarray, matrix: np.ndarray, zoom: tuple[float, float]) -> tuple[np.ndarray, np.ndarray]:
+    """Return an image averaged to the size of its view if that is much smaller, and the matrix from there."""
+    if min(zoom) >= _AREA_BELOW:
+        return image, matrix
+    height, width = image.shape[:2]
+    small = (max(1, round(height * zoom[0])), max(1, round(width * zoom[1])))
+    image = cv2.resize(image, small[::-1], interpolation=cv2.INTER_AREA)
+    return image, matrix @ np.linalg.inv(_resize((small[0] / height, small[1] / width)))
 
 
 def _turn_and_slant(degrees: float, shear: float) -> np.ndarray:
@@ -274,3 +371,7 @@ def _resize(zoom: tuple[float, float]) -> np.ndarray:
 
 def _move(x: float, y: float) -> np.ndarray:
     return np.array([[1, 0, x], [0, 1, y], [0, 0, 1]])
+
+
+def _mirror(width: float) -> np.ndarray:
+    return np.array([[-1.0, 0, width - 1], [0, 1, 0], [0, 0, 1]])

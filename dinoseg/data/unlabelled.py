@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dinoseg.core.shapes import Sample, SegmentationData
 from dinoseg.data.pairs.pair import image_hash
-from dinoseg.data.transforms import ColorJitter, recolor
+from dinoseg.data.transforms import ColorJitter
 from dinoseg.data.video.access import ImageSource, read_source
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Few, Positive, Share
@@ -19,7 +19,7 @@ from dinoseg.utils.ranges import Few, Positive, Share
 _DRAWS = 12  # random numbers per strong view
 _AREA, _ASPECT = (0.02, 0.4), (0.3, 1 / 0.3)  # of a CutMix box: area as a share of the view's, and width / height
 _GREY = ColorJitter(saturation=1.0)
-_NO_COLOUR = np.array([0.5, 0.5, 0.0, 0.5])  # random numbers for `recolor` that only set the saturation to 0
+_NO_COLOUR = np.array([0.5, 0.5, 0.0, 0.5])  # random numbers that only set the saturation to 0
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,9 @@ class StrongView:
         """
         uniforms = rng.random(_DRAWS)
         if uniforms[0] < self.jitter:
-            image = recolor(image, self.color, uniforms[1:5])
+            image = self.color(image, uniforms[1:5])
         if uniforms[5] < self.grey:
-            image = recolor(image, _GREY, _NO_COLOUR)
+            image = _GREY(image, _NO_COLOUR)
         if uniforms[6] < self.blur:
             least, largest = self.sigma
             image = cv2.GaussianBlur(image, (0, 0), least + (largest - least) * uniforms[7])

@@ -18,6 +18,7 @@ from dinoseg.core.shapes import SegmentationData
 from dinoseg.experiment.models import ModelBuilder
 from dinoseg.training.engine import Engine
 from dinoseg.training.feature_cache.key import hash_of
+from dinoseg.training.optim import Schedule
 from dinoseg.training.trainer import Settings
 from dinoseg.utils.cores import count_cores
 from dinoseg.utils.errors import UserError
@@ -247,7 +248,7 @@ class Builder(ModelBuilder):
         """Return the optimizer of a model's trainable parameters."""
         return self.part("optim.optimizer")(model)
 
-    def schedule(self) -> Callable[[int, int], float]:
+    def schedule(self) -> Schedule:
         """Return the learning-rate schedule, which maps a step and the number of steps to a factor."""
         return self.part("optim.schedule")
 

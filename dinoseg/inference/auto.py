@@ -29,6 +29,8 @@ class Auto(Policy):
         size: height and width of a window, see `Windows`.
         memory: fraction of free memory that a whole image may use.
         overlap: see `Windows`.
+        stride: see `Windows`.
+        placement: see `Windows`.
         weights: see `Windows`.
         batch_size: windows per forward pass.
         flips: see `Windows`; applies to whole images too.
@@ -41,14 +43,24 @@ class Auto(Policy):
         *,
         memory: HighShare = 0.8,
         overlap: Overlap = 0.25,
+        stride: Count | Sequence[Count] | None = None,
+        placement: str = "stride",
         weights: str = "cosine",
         batch_size: Count = 4,
         flips: str = "none",
         scales: Sequence[Scale] = (1.0,),
     ) -> None:
-        options = {"overlap": overlap, "weights": weights, "batch_size": batch_size, "flips": flips, "scales": scales}
         self.whole = Whole(flips=flips, scales=scales)
-        self.windows = Windows(size, **options)  # type: ignore[arg-type]
+        self.windows = Windows(
+            size,
+            overlap=overlap,
+            stride=stride,
+            placement=placement,
+            weights=weights,
+            batch_size=batch_size,
+            flips=flips,
+            scales=scales,
+        )
         self.memory = memory
         self._cost: PassCost | None = None  # of the model; a policy serves one model
         self._feasible, self._too_many = 0.0, math.inf  # pixels of a batch, input plus output

@@ -18,7 +18,7 @@ _FORM = forms.record(typical=forms.whole(1), largest=forms.whole(1))
 
 @dataclass(frozen=True)
 class TrainedSizes:
-    """Longer sides of training images in pixels, at the model's input before crop and augmentation.
+    """Longer sides of training images in pixels, at the model's input before crop and at factor 1 of the augmentation.
 
     Crops do not change the scale: objects are as large in a crop as in the whole image.
 

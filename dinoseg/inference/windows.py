@@ -3,6 +3,7 @@
 import itertools
 import logging
 import math
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from dinoseg.core.geometry import upsample
 from dinoseg.core.shapes import Prediction
+from dinoseg.core.sizes import with_shorter_side
 from dinoseg.inference.policy import Autocast, Place, Policy, Seen
 from dinoseg.inference.rows import ResizedRows, Rows, at_size, mean
 from dinoseg.models.model import SegmentationModel, Size, backbone_size
@@ -33,6 +35,7 @@ TURNS: dict[str, Sequence[Turn]] = {
     ],
 }
 WEIGHTS = ("cosine", "uniform")
+PLACEMENTS = ("stride", "even")
 AVERAGES = ("probabilities", "scores")
 _MAX_PIXELS = 2**26  # limit of an image enlarged by `shortest`
 
@@ -45,7 +48,12 @@ class Windows(Policy):
 
     Args:
         size: height and width of a window in image pixels; one number for both. A smaller image is one window.
-        overlap: fraction of a window that the next window covers again.
+        overlap: fraction of a window that the next window covers again; of no effect with `stride` or even placement.
+        stride: pixels from one window to the next, a number or (down, across); None: from `overlap`. Published: 341
+            for windows of 512, 596 for 896 (facebookresearch/dinov3, dinov3/eval/segmentation/configs).
+        placement: `stride`, or `even`: ceil(side / size) windows along each side, the least that cover it, spread
+            evenly, the j-th at int(j (side - size) / (windows - 1)). The latter is tue-mps/eomt's
+            (training/lightning_module.py), which has windows along the longer side only, as `shortest` is `size`.
         weights: `cosine`, which gives pixels near a window's border a low weight, or `uniform`.
         average: `probabilities`, which are comparable between windows, flips and scales, or `scores`, as in
             mmsegmentation and Meta's code. `scores` averages the head's raw scores over the windows of one view (flip
@@ -53,10 +61,14 @@ class Windows(Policy):
         batch_size: windows per forward pass.
         flips: `none`; `horizontal`: the image and its mirror image; `all`: the eight symmetries of a square.
         scales: image scales to average over; 1 is the original scale.
-        shortest: length in pixels to which the image's shorter side is resized first; None: no resizing.
+        shortest: length in pixels to which the image's shorter side is enlarged or reduced first, see
+            `with_shorter_side`; with `scales`, to int(shortest * scale). None: no resizing.
+        multiple: shorter sides at scales below 1 are rounded up to a multiple of this, as in DINOv3's Mask2Former
+            evaluation (32); needs `shortest`. None: no rounding.
 
     Raises:
-        UserError: an option is unknown, `size` has neither 1 nor 2 numbers, or `scales` is empty.
+        UserError: an option is unknown or without effect, `size` or `stride` have neither 1 nor 2 numbers, `stride`
+            leaves gaps, or `scales` is empty.
     """
 
     def __init__(
@@ -64,17 +76,20 @@ class Windows(Policy):
         size: Count | Sequence[Count],
         *,
         overlap: Overlap = 0.25,
+        stride: Count | Sequence[Count] | None = None,
+        placement: str = "stride",
         weights: str = "cosine",
         average: str = "probabilities",
         batch_size: Count = 4,
         flips: str = "none",
         scales: Sequence[Scale] = (1.0,),
         shortest: Shortest | None = None,
+        multiple: Count | None = None,
     ) -> None:
-        self.size = (size, size) if isinstance(size, int) else (size[0], size[-1])
-        if not isinstance(size, int) and len(size) != 2:
-            raise UserError(f"inference.size={list(size)}: give one number of pixels, or [HEIGHT, WIDTH].")
+        self.size = _pair("size", size)
+        self.stride = None if stride is None else _pair("stride", stride)
         for key, word, known in (
+            ("placement", placement, PLACEMENTS),
             ("weights", weights, WEIGHTS),
             ("average", average, AVERAGES),
             ("flips", flips, TURNS),
@@ -83,8 +98,24 @@ class Windows(Policy):
                 raise UserError(f"inference.{key}={word} is unknown. Choose one of {', '.join(known)}.")
         if not scales:
             raise UserError("inference.scales=[] has no scale. Give [1.0] for the original size.")
-        self.overlap, self.weights, self.average = overlap, weights, average
-        self.batch_size, self.turns, self.scales, self.shortest = batch_size, TURNS[flips], scales, shortest
+        if self.stride is not None and placement == "even":
+            raise UserError(
+                "inference.stride has no effect with inference.placement=even, which spreads windows by itself. Leave "
+                "one of the two out."
+            )
+        if self.stride is not None and any(map(operator.gt, self.stride, self.size)):
+            raise UserError(
+                f"inference.stride={_listed(self.stride)} leaves pixels between windows of {_listed(self.size)} that "
+                "no window covers. Give a stride of at most inference.size."
+            )
+        if multiple is not None and shortest is None:
+            raise UserError(
+                f"inference.multiple={multiple} rounds the sides that inference.shortest sets. Set inference.shortest, "
+                "or leave inference.multiple out."
+            )
+        self.overlap, self.placement, self.weights, self.average = overlap, placement, weights, average
+        self.batch_size, self.turns, self.scales = batch_size, TURNS[flips], scales
+        self.shortest, self.multiple = shortest, multiple
         self._warned = False  # whether the warning about `shortest` was logged
 
     def bands(
@@ -112,12 +143,12 @@ class Windows(Policy):
         seen: Seen | None = None,
     ) -> Iterator[Prediction]:
         """Yield predictions as `bands` does, after resizing the images to `grid` (H, W)."""
-        grid, size = self._enlarged(grid), size or rows.size
+        size = size or rows.size
         views = [self.turns] if self.average == "probabilities" else [(turn,) for turn in self.turns]
         passes: list[_Pass] = []
         streams: list[Iterator[Tensor]] = []
         for scale, turns in itertools.product(self.scales, views):
-            scaled = backbone_size(grid, scale, None)
+            scaled = self._scaled(grid, scale)
             look = _Pass(self, model, autocast, turns, seen if not passes else None)
             at_scale = rows if scaled == rows.size else ResizedRows(rows, scaled)
             passes.append(look)
@@ -129,21 +160,32 @@ class Windows(Policy):
             mixture = of_views or passes[0].mixture
             yield Prediction(band, (band.shape[2], band.shape[3]), (1.0, 1.0), upsample, mixture)
 
-    def _enlarged(self, grid: Size) -> Size:
-        """Return `grid` (H, W) enlarged so that its shorter side is `shortest`, up to `_MAX_PIXELS` pixels."""
+    def starts(self, axis: int, length: int) -> list[int]:
+        """Return the first positions of windows that cover `length` pixels along an axis of the images."""
+        side = self.size[axis]
+        if self.placement == "even":
+            return even_starts(length, side)
+        return starts(length, side, self.stride[axis] if self.stride else max(1, round(side * (1 - self.overlap))))
+
+    def _scaled(self, grid: Size, scale: float) -> Size:
+        """Return the (H, W) of images of size `grid` at a scale, enlarged to at most `_MAX_PIXELS` pixels."""
         if self.shortest is None:
-            return grid
-        wanted = self.shortest / min(grid)
-        factor = min(wanted, max(1.0, math.sqrt(_MAX_PIXELS / math.prod(grid))))
-        enlarged = backbone_size(grid, factor, None)
-        if factor < wanted and not self._warned:
+            return backbone_size(grid, scale, None)
+        shorter = max(1, int(self.shortest * scale))
+        if self.multiple is not None and scale < 1:
+            shorter += -shorter % self.multiple
+        wanted = with_shorter_side(grid, shorter)
+        if math.prod(wanted) <= max(_MAX_PIXELS, math.prod(grid)):
+            return wanted
+        limited = backbone_size(grid, max(1.0, math.sqrt(_MAX_PIXELS / math.prod(grid))), None)
+        if not self._warned:
             self._warned = True
             logger.warning(
                 "inference.shortest=%d would make an image of %d x %d (width x height) larger than %d megapixels: it "
                 "is limited to %d x %d, as are other images of this shape. Give a smaller number, or null.",
-                self.shortest, grid[1], grid[0], _MAX_PIXELS >> 20, enlarged[1], enlarged[0],
+                shorter, grid[1], grid[0], _MAX_PIXELS >> 20, limited[1], limited[0],
             )  # fmt: skip
-        return enlarged
+        return limited
 
 
 @dataclass
@@ -163,9 +205,9 @@ class _Pass:
         A band is valid only until the next one is requested.
         """
         exchanged, *flipped = self.turns[0]
-        sides, mirrored = (pair[::-1] if exchanged else pair for pair in (self.windows.size, flipped))
+        axes, sides, mirrored = (pair[::-1] if exchanged else pair for pair in ((0, 1), self.windows.size, flipped))
         height, width = (min(side, most) for side, most in zip(sides, rows.size, strict=True))
-        along = [starts(rows.size[axis], side, self.windows.overlap) for axis, side in enumerate((height, width))]
+        along = [self.windows.starts(axis, length) for axis, length in zip(axes, rows.size, strict=True)]
         for axis, side in enumerate((height, width)):
             if mirrored[axis]:
                 along[axis] = [rows.size[axis] - side - start for start in reversed(along[axis])]
@@ -208,11 +250,16 @@ class _Pass:
         return total if len(self.turns) == 1 else total / len(self.turns)
 
 
-def starts(length: int, window: int, overlap: float) -> list[int]:
+def starts(length: int, window: int, stride: int) -> list[int]:
     """Return the first positions of windows of `window` pixels that cover `length`, the last one shifted back."""
-    stride = max(1, round(window * (1 - overlap)))
     count = max(0, math.ceil((length - window) / stride)) + 1
     return [min(number * stride, max(0, length - window)) for number in range(count)]
+
+
+def even_starts(length: int, window: int) -> list[int]:
+    """Return the first positions of the least windows of `window` pixels that cover `length`, spread evenly."""
+    count = -(-length // window)
+    return [number * (length - window) // (count - 1) if number else 0 for number in range(count)]
 
 
 def profile(length: int, weights: str) -> Tensor:
@@ -240,6 +287,23 @@ def turned_back(images: Tensor, turn: Turn) -> Tensor:
     """Invert `turned`."""
     images = images.flip([axis for axis, flips in zip((-2, -1), turn[1:], strict=True) if flips])
     return images.transpose(-1, -2) if turn[0] else images
+
+
+def _pair(key: str, given: int | Sequence[int]) -> tuple[int, int]:
+    """Return (down, across) of one number or two.
+
+    Raises:
+        UserError: other numbers of numbers.
+    """
+    if isinstance(given, int):
+        return given, given
+    if len(given) != 2:
+        raise UserError(f"inference.{key}={list(given)}: give one number of pixels, or [HEIGHT, WIDTH].")
+    return given[0], given[1]
+
+
+def _listed(pair: tuple[int, int]) -> str:
+    return str(pair[0]) if pair[0] == pair[1] else str(list(pair))
 
 
 def _cut(rows: Rows, begins: Sequence[Sequence[int]], window: Size) -> Iterator[tuple[Place, Tensor]]:

@@ -8,7 +8,7 @@ from dinoseg.losses.border import Border
 from dinoseg.losses.full_resolution import Vjp
 from dinoseg.losses.fused import KernelSpec
 from dinoseg.losses.labelled import weights_of
-from dinoseg.losses.pixel_mean import Hardest, pixel_divisor, pixel_mean, pixel_weight
+from dinoseg.losses.pixel_mean import Hardest, check_average, pixel_divisor, pixel_mean, pixel_weight
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Count, HighShare, LowShare, NotNegative
 
@@ -24,6 +24,10 @@ class CrossEntropy(Loss):
         hard_fraction: share of the labelled pixels of each image, those with the highest loss, that the mean is over.
         border_weight: weight of pixels near a class border; all others have 1.
         border_width: distance in pixels up to which a pixel is near a border.
+        average: `labelled`, the mean over the summed weights of the labelled pixels; or `all`, the sum divided by the
+            number of all pixels, ignored ones and padding included, whatever their weights. The latter is
+            `avg_non_ignore=False` of open-mmlab/mmsegmentation (mmseg/models/losses/cross_entropy_loss.py) and the
+            loss of facebookresearch/dinov3 (dinov3/eval/segmentation/loss.py).
     """
 
     weight: Tensor
@@ -36,6 +40,7 @@ class CrossEntropy(Loss):
         hard_fraction: HighShare = 1.0,
         border_weight: NotNegative = 1.0,
         border_width: Count = 3,
+        average: str = "labelled",
     ) -> None:
         super().__init__()
         if not 0 <= label_smoothing < 1:
@@ -44,19 +49,28 @@ class CrossEntropy(Loss):
         self.ignore_index = ignore_index
         self.label_smoothing = label_smoothing
         self.border, self.hardest = Border(border_weight, border_width), Hardest(hard_fraction)
-        self.divisor = pixel_divisor(ignore_index, self.border, self.hardest, class_weights)
+        self.average = check_average(average, self.hardest)
+        self.divisor = pixel_divisor(ignore_index, self.border, self.hardest, class_weights, average)
 
     def forward(self, prediction: Prediction, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss, and `weight`: the summed weights that it is averaged over.
+        """Return the loss, and `weight`: the summed weights that it is averaged over, or the number of all pixels.
 
-        A batch without labelled pixels gives a loss of 0 and a weight of 0.
+        A batch without labelled pixels gives a loss of 0.
         """
-        form, ignored = KernelSpec(self.weight, self.label_smoothing), self.ignore_index
-        return pixel_mean(prediction, batch, ignored, self._cost, border=self.border, hardest=self.hardest, form=form)
+        return pixel_mean(
+            prediction,
+            batch,
+            self.ignore_index,
+            self._cost,
+            border=self.border,
+            hardest=self.hardest,
+            average=self.average,
+            form=KernelSpec(self.weight, self.label_smoothing),
+        )
 
     def divisors(self, batch: Batch) -> Tensor:
-        """Return the summed weights (1,) of the labelled pixels."""
-        return pixel_weight(batch, self.ignore_index, self.weight, self.border)
+        """Return the summed weights (1,) of the labelled pixels, or the number of all pixels."""
+        return pixel_weight(batch, self.ignore_index, self.weight, self.border, self.average)
 
     def _cost(self, scores: Tensor, target: Tensor, counted: Tensor) -> tuple[Tensor, Tensor, Vjp]:
         """Return the loss of each pixel in a tile, its weight and the gradient function: a `full_resolution.Cost`.

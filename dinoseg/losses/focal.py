@@ -8,7 +8,7 @@ from dinoseg.core.shapes import Batch, Prediction
 from dinoseg.losses.border import Border
 from dinoseg.losses.full_resolution import Vjp
 from dinoseg.losses.labelled import weights_of
-from dinoseg.losses.pixel_mean import Hardest, pixel_divisor, pixel_mean, pixel_weight
+from dinoseg.losses.pixel_mean import Hardest, check_average, pixel_divisor, pixel_mean, pixel_weight
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Count, HighShare, NotNegative
 
@@ -27,6 +27,7 @@ class Focal(Loss):
         hard_fraction: share of the labelled pixels of each image, those with the highest loss, that the mean is over.
         border_weight: weight of pixels near a class border; all others have 1.
         border_width: distance in pixels up to which a pixel is near a border.
+        average: as of `CrossEntropy`.
     """
 
     weight: Tensor
@@ -39,6 +40,7 @@ class Focal(Loss):
         hard_fraction: HighShare = 1.0,
         border_weight: NotNegative = 1.0,
         border_width: Count = 3,
+        average: str = "labelled",
     ) -> None:
         super().__init__()
         if not gamma >= 0:
@@ -47,16 +49,24 @@ class Focal(Loss):
         self.ignore_index = ignore_index
         self.gamma = gamma
         self.border, self.hardest = Border(border_weight, border_width), Hardest(hard_fraction)
-        self.divisor = pixel_divisor(ignore_index, self.border, self.hardest, class_weights)
+        self.average = check_average(average, self.hardest)
+        self.divisor = pixel_divisor(ignore_index, self.border, self.hardest, class_weights, average)
 
     def forward(self, prediction: Prediction, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss, and `weight`: the summed class weights that it is averaged over."""
-        ignored = self.ignore_index
-        return pixel_mean(prediction, batch, ignored, self._cost, border=self.border, hardest=self.hardest)
+        """Return the loss, and `weight`: the summed class weights that it is averaged over, or the number of pixels."""
+        return pixel_mean(
+            prediction,
+            batch,
+            self.ignore_index,
+            self._cost,
+            border=self.border,
+            hardest=self.hardest,
+            average=self.average,
+        )
 
     def divisors(self, batch: Batch) -> Tensor:
-        """Return the summed weights (1,) of the labelled pixels."""
-        return pixel_weight(batch, self.ignore_index, self.weight, self.border)
+        """Return the summed weights (1,) of the labelled pixels, or the number of all pixels."""
+        return pixel_weight(batch, self.ignore_index, self.weight, self.border, self.average)
 
     def _cost(self, scores: Tensor, target: Tensor, counted: Tensor) -> tuple[Tensor, Tensor, Vjp]:
         """Return the loss of each pixel in a tile, its weight and the gradient function: a `full_resolution.Cost`."""

@@ -14,7 +14,13 @@ from dinoseg.core.contracts import Loss, safe_divide
 from dinoseg.core.shapes import Batch, ClipBatch, MaskOutputs, Prediction
 from dinoseg.losses.factors import checked_factors
 from dinoseg.losses.labelled import UNLABELLED, labels, ratio
-from dinoseg.losses.points import random_points, sample_labels, sample_logits, uncertain_points
+from dinoseg.losses.points import (
+    random_points,
+    sample_labels,
+    sample_logits,
+    sample_membership,
+    uncertain_points,
+)
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.precision import at_least_float32
 from dinoseg.utils.ranges import Count, NotNegative, Positive, Share
@@ -22,9 +28,57 @@ from dinoseg.utils.transfer import to_device
 
 TERMS = ("class", "mask", "dice")
 FACTORS = {"class": 2.0, "mask": 5.0, "dice": 5.0}
-
-
+IGNORED, INTERPOLATIONS = ("excluded", "background"), ("nearest", "bilinear")
 HOPELESS = 1e8  # replaces non-finite costs, so that the loss itself becomes non-finite instead of the matching failing
+
+
+@dataclass(frozen=True)
+class PointTargets:
+    """How target masks are read at points.
+
+    Args:
+        ignored: one of `IGNORED`, see `MaskClassification`.
+        interpolation: one of `INTERPOLATIONS`, see `MaskClassification`.
+    """
+
+    ignored: str = "excluded"
+    interpolation: str = "nearest"
+
+    def __post_init__(self) -> None:
+        """Refuse unknown options."""
+        for key, known in (("ignored", IGNORED), ("interpolation", INTERPOLATIONS)):
+            if getattr(self, key) not in known:
+                raise UserError(
+                    f"loss.criterion.{key}={getattr(self, key)} is unknown. Choose one of {', '.join(known)}."
+                )
+
+    @property
+    def excluded(self) -> bool:
+        """Return whether ignored pixels count nowhere, rather than as background of all masks."""
+        return self.ignored == "excluded"
+
+    @property
+    def fading(self) -> bool:
+        """Return whether maps fade to 0 beyond the centres of the outermost cells, as in `grid_sample`."""
+        return self.interpolation == "bilinear"
+
+    def at(
+        self, target: Tensor, image: Tensor, points: Tensor, classes: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """Return the shares (N, P, M) of `classes` (N, M) at points (N, P, 2), and the weight of each point (N, P).
+
+        A weight is 1, or less for points on ignored pixels if these are excluded.
+        """
+        if self.interpolation == "nearest":
+            ids = sample_labels(target, image, points)
+            shares, weights = ids[..., None] == classes[:, None], ids != UNLABELLED
+            return shares.to(dtype), (weights if self.excluded else torch.ones_like(weights)).to(dtype)
+        shares = sample_membership(target, image, points, classes, dtype)
+        weights = shares.new_ones(shares.shape[:2])
+        if self.excluded:
+            labelled = (target != UNLABELLED).long()
+            weights = sample_membership(labelled, image, points, classes.new_ones(len(classes), 1), dtype)[..., 0]
+        return shares, weights
 
 
 @dataclass
@@ -45,6 +99,7 @@ def match(
     factors: Mapping[str, float],
     num_points: int,
     valid: tuple[float, float],
+    targets: PointTargets,
 ) -> Matched:
     """Return the matched query, in each layer, for each class that occurs in an image.
 
@@ -60,6 +115,7 @@ def match(
         factors: of the costs `class`, `mask` and `dice`.
         num_points: number of points at which masks are compared.
         valid: share of the masks' height and width that the image covers.
+        targets: how target masks are read at points.
 
     Raises:
         UserError: an image has more classes than there are queries.
@@ -69,7 +125,10 @@ def match(
     costs = []
     for layer in layers:
         points = random_points(len(target), num_points, target.device)
-        parts = pair_costs(layer, sample_labels(target, image, points), class_ids, points, valid)
+        logits = sample_logits(at_least_float32(layer.mask_logits), points, valid, fading=targets.fading)
+        parts = pair_costs(
+            logits, layer.class_logits, class_ids, *targets.at(target, image, points, class_ids, logits.dtype)
+        )
         costs.append(torch.stack([factors[name] * part for name, part in parts.items()]).sum(0))
     all_costs = torch.stack(costs).nan_to_num(HOPELESS, HOPELESS, -HOPELESS)  # (layers, B, Q, M)
     on_host = torch.cat([class_ids.flatten().to(all_costs), all_costs.flatten()]).cpu().numpy()
@@ -86,23 +145,21 @@ def match(
 
 
 def pair_costs(
-    layer: MaskOutputs, labels: Tensor, classes: Tensor, points: Tensor, valid: tuple[float, float]
+    logits: Tensor, class_logits: Tensor, classes: Tensor, inside: Tensor, weights: Tensor
 ) -> dict[str, Tensor]:
     """Return the costs (B, Q, M) of assigning each query to each class: `class`, `mask` and `dice`.
 
-    They are minus the class probability, the mean binary cross-entropy, and the dice loss over the labelled points.
+    They are minus the class probability, the mean binary cross-entropy, and the dice loss over the points.
 
     Args:
-        layer: class and mask logits.
-        labels: class ids (B, P) at the points.
+        logits: of the masks at the points (B, Q, P).
+        class_logits: (B, Q, K) or (B, Q, K + 1).
         classes: class ids (B, M), padded with -1.
-        points: (B, P, 2).
-        valid: share of the masks' height and width that the image covers.
+        inside: shares of the classes at the points (B, P, M).
+        weights: of the points (B, P), 0 for those that do not count.
     """
-    logits = sample_logits(at_least_float32(layer.mask_logits), points, valid)  # (B, Q, P)
-    labelled = (labels != UNLABELLED).to(logits.dtype)[..., None]  # (B, P, 1)
-    inside = (labels[..., None] == classes[:, None]).to(logits.dtype)  # (B, P, M)
-    shares = at_least_float32(layer.class_logits).softmax(-1)
+    labelled = weights[..., None]  # (B, P, 1)
+    shares = at_least_float32(class_logits).softmax(-1)
     index = classes.clamp(min=0)[:, None].expand(-1, shares.shape[1], -1)  # (B, Q, M)
     # log(1 + e^x) - x t is the binary cross-entropy of logit x and label t
     entropy = F.softplus(logits) @ labelled - logits @ inside
@@ -159,10 +216,14 @@ class MaskClassification(Loss):
     masks get binary cross-entropy and dice loss at sampled points; all queries get cross-entropy on their class or
     "no object".
 
-    Differences from the paper: unlabelled pixels are ignored, not treated as background of the masks. In an image
-    without labels, queries are not trained to predict "no object". The label of a point is that of the pixel it lies
-    in, whereas the original samples the target masks bilinearly. Without a no-object column, unmatched queries have
-    no class loss.
+    By default two details differ from the original. Ignored pixels count nowhere, and in an image without labels,
+    queries are not trained to predict "no object". The label of a point is that of the pixel it lies in, and logits
+    are constant beyond the centres of the outermost cells. `ignored=background interpolation=bilinear` is the original
+    (facebookresearch/Mask2Former, mask2former/modeling/criterion.py and matcher.py; huggingface/transformers,
+    modeling_mask2former.py, with which tue-mps/eomt trains). Over several ranks, the class term is the mean over the
+    queries of all of them, whereas the original averages the means of the ranks.
+
+    Without a no-object column, unmatched queries have no class loss.
 
     In eval mode heads return no `aux`, so the value is that of the last layer only. train/loss, a sum over all
     layers, is therefore not comparable with val/loss.
@@ -175,6 +236,11 @@ class MaskClassification(Loss):
         num_points: points per mask.
         oversample: ratio of random candidates to points when selecting uncertain ones; at least 1.
         importance: share of the points that are selected as uncertain, in [0, 1].
+        ignored: `excluded`: ignored pixels count nowhere; or `background`: they belong to no mask, count as such in
+            every mask, and their points are sampled like any other. All queries of an image without labels are then
+            trained to predict "no object".
+        interpolation: how masks are read at points. `nearest`: the label of the pixel; or `bilinear`: shares of the
+            four nearest pixels, 0 outside the image; logits then fade to 0 beyond the outermost cells too.
     """
 
     weight: Tensor
@@ -190,6 +256,8 @@ class MaskClassification(Loss):
         num_points: Count = 12544,
         oversample: Positive = 3.0,
         importance: Share = 0.75,
+        ignored: str = "excluded",
+        interpolation: str = "nearest",
     ) -> None:
         super().__init__()
         if not no_object >= 0:
@@ -204,6 +272,7 @@ class MaskClassification(Loss):
         self.ignore_index = ignore_index
         self.factors = checked_factors(factors, TERMS)
         self.no_object = no_object
+        self.targets = PointTargets(ignored, interpolation)
         self.sampling: Sampling = {"num_points": num_points, "oversample": oversample, "importance": importance}
 
     def forward(self, prediction: Prediction, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -219,10 +288,11 @@ class MaskClassification(Loss):
         return self._summed(terms), {name: term.detach() for name, term in terms[0].items()}
 
     def divisors(self, batch: Batch) -> Tensor:
-        """Return (3,): number of target masks, their summed class weights, and number of images with labels."""
+        """Return (3,): number of target masks, their summed class weights, and number of images with a class loss."""
         target = labels(to_device(batch.mask, self.weight.device), self.ignore_index)
         present = occurring(target, len(self.weight))
-        return torch.stack([present.sum(), (present * self.weight).sum(), present.any(1).sum()])
+        images = present.any(1).sum() if self.targets.excluded else present.new_full((), len(present), dtype=torch.long)
+        return torch.stack([present.sum(), (present * self.weight).sum(), images])
 
     def step_loss(
         self, prediction: Prediction, batch: Batch | ClipBatch, divisors: Tensor
@@ -258,7 +328,9 @@ class MaskClassification(Loss):
             )
         layers, target = [outputs, *outputs.aux], labels(batch.mask, self.ignore_index)
         points = self.sampling["num_points"]
-        matched = match(layers, target, batch.names, len(self.weight), self.factors, points, prediction.valid)
+        matched = match(
+            layers, target, batch.names, len(self.weight), self.factors, points, prediction.valid, self.targets
+        )
         return outputs, [
             self._terms(layer, target, matched, query, prediction.valid)
             for layer, query in zip(layers, matched.queries, strict=True)
@@ -271,21 +343,28 @@ class MaskClassification(Loss):
         masks = at_least_float32(layer.mask_logits[matched.image, query])  # (N, h, w)
         if not len(masks):
             return {"class": class_term, "mask": masks.sum(), "dice": masks.sum()}
-        points = uncertain_points(masks.detach(), target, matched.image, valid, **self.sampling)
-        at_points = sample_labels(target, matched.image, points)
-        logits = sample_logits(masks[:, None], points, valid)[:, 0]
-        entropy, dice = mask_losses(logits, at_points == matched.wanted[:, None], at_points != UNLABELLED)
+        excluded, fading = self.targets.excluded, self.targets.fading
+        points = uncertain_points(
+            masks.detach(), target, matched.image, valid, excluded=excluded, fading=fading, **self.sampling
+        )
+        logits = sample_logits(masks[:, None], points, valid, fading=fading)[:, 0]
+        inside, weights = self.targets.at(target, matched.image, points, matched.wanted[:, None], logits.dtype)
+        entropy, dice = mask_losses(logits, inside[..., 0], weights)
         return {"class": class_term, "mask": entropy.mean(), "dice": dice.mean()}
 
     def _class_term(self, logits: Tensor, matched: Matched, query: Tensor) -> Tensor:
-        """Return the class loss of the queries (B, Q) in images with labels, weighted by their target class."""
+        """Return the class loss of the queries (B, Q), weighted by their target class.
+
+        Images without labels count only if ignored pixels are background.
+        """
         num_classes = len(self.weight)
         weights = self.weight.to(logits.dtype)
         unmatched = UNLABELLED
         if logits.shape[-1] == num_classes + 1:
             weights = torch.cat([weights, weights.new_full((1,), self.no_object)])
             unmatched = num_classes
-        wanted = torch.full(logits.shape[:2], UNLABELLED, device=logits.device)
+        default = UNLABELLED if self.targets.excluded else unmatched
+        wanted = torch.full(logits.shape[:2], default, device=logits.device)
         wanted.index_fill_(0, matched.image, unmatched)  # indexed assignment synchronises with CUDA in torch 2.11
         wanted[matched.image, query] = matched.wanted
         total = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), weights, reduction="sum")
@@ -293,16 +372,16 @@ class MaskClassification(Loss):
         return ratio(total, norm)
 
 
-def mask_losses(logits: Tensor, inside: Tensor, labelled: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the binary cross-entropy and the dice loss of each of N masks, over its labelled points.
+def mask_losses(logits: Tensor, inside: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the binary cross-entropy and the dice loss of each of N masks, over its points.
 
     Args:
         logits: (N, P).
-        inside: (N, P) bool, whether the point is in the target mask; implies labelled.
-        labelled: (N, P) bool.
+        inside: share (N, P) of the target mask at each point, at most its weight.
+        weights: of the points (N, P), 0 for those that do not count.
     """
-    truth, counts = inside.to(logits.dtype), labelled.to(logits.dtype)
-    entropy = F.binary_cross_entropy_with_logits(logits, truth, counts, reduction="none").sum(1)
+    truth = inside / torch.where(weights > 0, weights, 1)
+    entropy = F.binary_cross_entropy_with_logits(logits, truth, weights, reduction="none").sum(1)
     shares = logits.sigmoid()
-    overlap, areas = (shares * truth).sum(1), (shares * counts).sum(1) + truth.sum(1)
-    return entropy / counts.sum(1).clamp(min=1), 1 - (2 * overlap + 1) / (areas + 1)
+    overlap, areas = (shares * inside).sum(1), (shares * weights).sum(1) + inside.sum(1)
+    return entropy / weights.sum(1).clamp(min=1), 1 - (2 * overlap + 1) / (areas + 1)

@@ -1,4 +1,4 @@
-"""Weighted mean of pixel losses, over all labelled pixels or over the hardest ones of each image."""
+"""Mean of pixel losses, over the labelled pixels, the hardest ones of each image, or all pixels of the masks."""
 
 from dataclasses import dataclass
 from math import ceil
@@ -15,6 +15,9 @@ from dinoseg.losses.labelled import UNLABELLED, labels, ratio
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import HighShare
 from dinoseg.utils.transfer import to_device
+
+AVERAGES = ("labelled", "all")
+ALL_PIXELS = "all pixels"  # divisor of average=all
 
 
 @dataclass(frozen=True)
@@ -55,16 +58,41 @@ class PixelDivisor(NamedTuple):
     class_weights: tuple[float, ...]
 
 
-def pixel_divisor(ignore_index: int, border: Border, hardest: Hardest, class_weights: Tensor) -> PixelDivisor | None:
+def check_average(average: str, hardest: Hardest) -> str:
+    """Return `average` if it is one of `AVERAGES` and fits the selection of pixels.
+
+    Raises:
+        UserError: it is unknown, or `all` with a selection: pixels that are not selected count in no mean.
+    """
+    if average not in AVERAGES:
+        raise UserError(f"loss.criterion.average={average} is unknown. Choose one of {', '.join(AVERAGES)}.")
+    if average == "all" and hardest.share < 1:
+        raise UserError(
+            f"loss.criterion.average=all and hard_fraction={hardest.share} exclude each other: the mean is over the "
+            "hardest pixels or over all pixels. Leave one of the two out."
+        )
+    return average
+
+
+def pixel_divisor(
+    ignore_index: int, border: Border, hardest: Hardest, class_weights: Tensor, average: str
+) -> PixelDivisor | str | None:
     """Return the divisor of `pixel_mean`, or None if it depends on the scores."""
+    if average == "all":
+        return ALL_PIXELS
     if hardest.share < 1:
         return None
     weights = () if class_weights.is_meta else tuple(class_weights.tolist())  # meta tensors have no values
     return PixelDivisor(ignore_index, border if border.weight != 1 else None, weights)
 
 
-def pixel_weight(batch: Batch, ignore_index: int, class_weights: Tensor, border: Border) -> Tensor:
-    """Return the summed weights (1,) of all labelled pixels of a batch, including those that are not the hardest."""
+def pixel_weight(batch: Batch, ignore_index: int, class_weights: Tensor, border: Border, average: str) -> Tensor:
+    """Return the summed weights (1,) of all labelled pixels of a batch, including those that are not the hardest.
+
+    For average=all it is the number of pixels.
+    """
+    if average == "all":
+        return class_weights.new_full((1,), batch.mask.numel())
     mask = to_device(batch.mask, class_weights.device)
     target = labels(mask, ignore_index)
     weights = class_weights[target.clamp(min=0)]
@@ -81,11 +109,12 @@ def pixel_mean(
     *,
     border: Border,
     hardest: Hardest,
+    average: str,
     form: KernelSpec | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the mean pixel loss over the summed weights, and these as `weight`.
 
-    A batch without labelled pixels gives a loss of 0 and a weight of 0.
+    A batch without labelled pixels gives a loss of 0, and a weight of 0 unless all pixels count.
 
     Args:
         prediction: see `pixel_sums`.
@@ -94,6 +123,7 @@ def pixel_mean(
         cost: function of the pixels of a tile.
         border: weights of pixels near class borders; they also enter the losses that select the hardest pixels.
         hardest: selection of pixels, which takes an additional pass over their scores.
+        average: `labelled`; or `all`, which divides the sum over the labelled pixels by the number of all pixels.
         form: the cost in the form of the CUDA kernel, which supports no pixel weights.
     """
 
@@ -107,4 +137,5 @@ def pixel_mean(
         selected = hardest.selected(costs, batch.mask != ignore_index)
         weights = selected.to(costs.dtype) if weights is None else weights * selected
     total, weight = pixel_sums(prediction, batch, ignore_index, sums, weights=weights, first_alone=True, form=form)
-    return ratio(total, weight.detach()), {"weight": weight.detach()}
+    weight = total.new_full((), batch.mask.numel()) if average == "all" else weight.detach()
+    return ratio(total, weight), {"weight": weight}

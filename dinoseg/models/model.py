@@ -88,9 +88,9 @@ class SegmentationModel(nn.Module):
                 part.eval()
         return self
 
-    def set_progress(self, share: float) -> None:
-        """Pass the finished share of training, in [0, 1), to heads whose behaviour depends on it."""
-        self.head.set_progress(share)
+    def set_progress(self, step: int, steps: int) -> None:
+        """Pass the 0-based step and the length of the training to heads whose behaviour depends on it."""
+        self.head.set_progress(step, steps)
 
     def longest_of(self, size: Size) -> int | None:
         """Return the limit in pixels for the longer side of images of `size` (H, W), or None for no limit."""

@@ -15,7 +15,7 @@ from tabulate import tabulate
 
 from dinoseg.autotune.fitting import Fit, FitSearch, Words
 from dinoseg.autotune.random_batch import random_batch
-from dinoseg.autotune.step_bytes import StepBytes
+from dinoseg.autotune.step_bytes import StepBytes, step_flops
 from dinoseg.autotune.target import KINDS, Target, memory_of
 from dinoseg.autotune.trial import Trial, try_steps
 from dinoseg.experiment.builder import Builder
@@ -25,6 +25,7 @@ from dinoseg.inference.memory import OutOfMemory, free_bytes
 from dinoseg.training.engine import Engine
 from dinoseg.utils.atomic import write_json
 from dinoseg.utils.errors import UserError
+from dinoseg.utils.ranges import Positive
 from dinoseg.utils.wording import count_of, format_override
 from dinoseg.utils.workers import run_in_process
 
@@ -41,8 +42,11 @@ def plan(
     device: str | None = None,
     dry_step: bool = True,
     change_model: bool = True,
+    tflops: Positive | None = None,
 ) -> dict[str, Any]:
     """Estimate the memory of a recipe's training step, find the changes that make it fit, and print the command.
+
+    With `tflops`, it also estimates the hours of the training.
 
     Args:
         cfg: the whole config.
@@ -51,6 +55,7 @@ def plan(
         device: target of the plan, cuda or cpu; None: the engine's.
         dry_step: test the plan with two real steps, if this device is the target and has enough memory.
         change_model: train fewer blocks if nothing else helps.
+        tflops: 10^12 floating-point operations that all devices sustain per second in training; None: no hours.
 
     Raises:
         UserError: no known change makes the step fit, or a value is invalid.
@@ -82,6 +87,7 @@ def plan(
         found, measured = _found(search), None
     command = _command(out_dir, found.words)
     _print_changes(found, target, command, sufficient=search.as_it_is.need <= target.memory)
+    duration = None if tflops is None else _duration(build, found, target, tflops)
     result = {
         "device": target.kind,
         "memory": target.memory,
@@ -89,6 +95,7 @@ def plan(
         "planned": {"step": dataclasses.asdict(found.step), "need": found.need, "measured": measured},
         "changes": [{"words": dict(change.words), "reason": change.reason} for change in found.changes],
         "command": command,
+        "duration": duration,
     }
     write_json(out_dir / "plan.json", result)
     return result
@@ -208,6 +215,19 @@ def _print_changes(found: Fit, target: Target, command: str, *, sufficient: bool
     for change in found.changes:
         print(f"- {change}: {change.reason}.")
     print(f"\n  {command}")
+
+
+def _duration(build: Builder, found: Fit, target: Target, tflops: float) -> dict[str, float | None]:
+    """Print and return the floating-point operations of a step, and the hours if the number of steps is known."""
+    flops = step_flops(found.parts, bf16=target.bf16)
+    steps = build.value("trainer.steps") if build.value("trainer.epochs") is None else None
+    hours = None if steps is None else steps * flops / (tflops * 1e12 * 3600)
+    length = "" if hours is None else f": about {hours:.1f} h for {steps} steps"
+    print(
+        f"\nA step takes {flops / 1e12:.1f} TFLOP (forward and backward pass). At a sustained {tflops:g} TFLOP/s, that "
+        f"is {flops / (tflops * 1e12):.2f} s{length}, without loading, validation and waiting."
+    )
+    return {"flops": flops, "hours": hours}
 
 
 def _command(out_dir: Path, words: Words) -> str:

@@ -3,7 +3,7 @@
 import logging
 import os
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from dinoseg.training.checkpoint import Checkpointer, Progress
 from dinoseg.training.cost import COST, cost_of, count_numbers
 from dinoseg.training.engine import Engine
 from dinoseg.training.loading import Checkpoint, check_resumable
-from dinoseg.training.optim import warn_of_long_warmup
+from dinoseg.training.optim import Schedule, warn_of_long_warmup
 from dinoseg.utils import forms
 from dinoseg.utils.atomic import write_json
 from dinoseg.utils.errors import UserError
@@ -222,7 +222,7 @@ class TrainingRun:
         return {**scores, **cost, "best_step": run.best_step, "run": str(self.out_dir)}
 
 
-def build_schedule(build: Builder, engine: Engine, steps: int) -> Callable[[int, int], float]:
+def build_schedule(build: Builder, engine: Engine, steps: int) -> Schedule:
     """Return the learning-rate schedule."""
     schedule = build.schedule()
     if engine.is_main:

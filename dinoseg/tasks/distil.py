@@ -65,8 +65,9 @@ class CachedScores:
         draw, data = drawn.draw(epoch, sample), drawn.data
         scores, (height, width, *valid) = self._of_image(data, draw.image)
         size = round(height), round(width)
-        mask = _mask(data, draw.image) if draw.shown else np.broadcast_to(np.uint8(0), size)
         assert isinstance(drawn.augment, Augment)
+        reads_mask = draw.shown or drawn.augment.cat_max_ratio is not None
+        mask = _mask(data, draw.image) if reads_mask else np.broadcast_to(np.uint8(0), size)
         matrix = drawn.augment.place(mask, draw.rng, *draw.shown)
         return TeacherView.of(scores, (valid[0], valid[1]), matrix, (mask.shape[0], mask.shape[1]))
 

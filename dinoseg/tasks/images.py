@@ -17,6 +17,7 @@ from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.scan.class_counts import cache_counts, class_counts
 from dinoseg.data.splits import evenly_spaced_subset, split_table
 from dinoseg.data.train_views import ClassUniform
+from dinoseg.data.transforms import Augment
 from dinoseg.evaluation.about import EVALUATION
 from dinoseg.evaluation.collected import Collector
 from dinoseg.evaluation.image_report import report_images
@@ -147,8 +148,13 @@ class ImageTask(TrainingTask):
         sizes = [
             [size for record in split.records if (size := record.image_size or record.mask_size)] for split in splits
         ]
-        longest, enlarged = parts.value("resolution.longest"), parts.value("data.augment.scale")[1]
-        return TrainedSizes.of(*sizes, longest=longest, enlarged=enlarged) if any(sizes[:1]) else None
+        if not any(sizes[:1]):
+            return None
+        augment, longest = self.data_module.augment, parts.value("resolution.longest")
+        if isinstance(augment, Augment):
+            scaled = (augment.scaled_size(size, 1) for size in sizes[0])
+            sizes[0] = [(round(height), round(width)) for height, width in scaled]
+        return TrainedSizes.of(*sizes, longest=longest, enlarged=parts.value("data.augment.scale")[1])
 
     def init_head(self, model: SegmentationModel, engine: Engine) -> None:
         """Set the head to the closed-form linear probe, if `head.init` asks for it."""

@@ -36,10 +36,10 @@ class MultiHead(Head):
         """Return the copies of blocks of all heads."""
         return [block for head in self.heads for block in head.trainable_blocks]  # type: ignore[union-attr]
 
-    def set_progress(self, share: float) -> None:
-        """Receive the share of the training that is done."""
+    def set_progress(self, step: int, steps: int) -> None:
+        """Receive the 0-based step and the length of the training."""
         for head in self.heads:
-            head.set_progress(share)  # type: ignore[operator]
+            head.set_progress(step, steps)  # type: ignore[operator]
 
 
 class MultiHeadSegmenter(SegmentationModel):

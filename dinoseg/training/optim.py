@@ -3,10 +3,11 @@
 import logging
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate, groupby
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +20,11 @@ from dinoseg.utils.ranges import HighShare, LearningRate, LowShare, NotNegative,
 
 logger = logging.getLogger(__name__)
 _EMBEDDING = re.compile(r"(token|tokens|pos_embed|position_embeddings|level_embed|level_encoding|queries)$")
-SCHEDULES = ("constant", "cosine", "poly")
+LAYER_DECAY_RULES = {"beit": 1, "eomt": 0}  # levels that the head, and the parameters before the blocks, take
+WEIGHT_DECAY_ON = ("matrices", "all")
+SCHEDULES = ("constant", "cosine", "poly", "exponential", "one_cycle")
 _MIN_PAST_WARMUP = 0.2  # share of the steps
-_FULL = 0.999  # share of the configured rate that counts as reached, to allow for rounding
+_FULL = 0.999  # share of the highest rate that counts as reached, to allow for rounding
 _FUSED = ("cpu", "cuda", "mps")  # devices with fused AdamW kernels
 _SWAPPED_BYTES = 2**26  # of trained weights, cloned at once when they are swapped with their average
 _RISE = 0.1  # share of the training in which late groups ramp up to their rate
@@ -35,17 +38,24 @@ def parameter_groups(
     backbone_lr: float | None = None,
     backbone_lr_scale: float = 1.0,
     layer_decay: float | None = None,
+    layer_decay_rule: str = "beit",
+    weight_decay_on: str = "matrices",
     freeze_backbone_until: float = 0.0,
 ) -> list[dict]:
     """Return optimizer groups in which every trainable parameter occurs exactly once.
 
-    Weight decay applies neither to biases, norms and other vectors, nor to tokens, positions, queries and other
-    embeddings.
+    Weight decay applies to all parameters with `weight_decay_on="all"`. With "matrices" it applies neither to biases,
+    norms and other vectors, nor to tokens, positions, queries and other embeddings.
 
     Backbone parameters, and a head's copies of its blocks, are trained at `backbone_lr` (`lr` if None) times
-    `backbone_lr_scale`, all others at `lr`. `layer_decay` d multiplies the rate of block i (0-based) of n by d^(n - i).
-    It multiplies that of parameters before the blocks by d^(n + 1) (BEiT, arXiv 2106.08254). n counts the blocks that
-    are read, the stages of a pyramid, or a head's copies of blocks.
+    `backbone_lr_scale`, all others at `lr`. `layer_decay` d multiplies these rates by a power of d, for block i
+    (0-based) of n, and for parameters before the blocks:
+
+    - `layer_decay_rule="beit"`: d^(n - i) and d^(n + 1) (BEiT, arXiv 2106.08254).
+    - `layer_decay_rule="eomt"`: d^(n - 1 - i) and d^(n - 1) (tue-mps/eomt, training/lightning_module.py).
+
+    n counts the blocks that are read, the stages of a pyramid, or a head's copies of blocks. The final norm is trained
+    at the rate without decay.
 
     The modules that a head lists in `delayed_modules` start at its share of the training, the backbone at
     `freeze_backbone_until`.
@@ -53,29 +63,32 @@ def parameter_groups(
     Returns:
         Groups in the model's order, with `params`, `names`, `lr`, `base_lr` and `weight_decay`. `start` is the share of
         the training before which they are not trained; `frozen` states whether they have no gradients until then.
+        `backbone` states whether they are trained at the backbone's rate.
 
     Raises:
-        UserError: nothing is trainable.
+        UserError: nothing is trainable, or an option is unknown.
     """
+    _check_option("optim.optimizer.layer_decay_rule", layer_decay_rule, LAYER_DECAY_RULES)
+    _check_option("optim.optimizer.weight_decay_on", weight_decay_on, WEIGHT_DECAY_ON)
     backbone_lr = lr if backbone_lr is None else backbone_lr
-    above = _layers_above(model)
+    above = _layers_above(model, LAYER_DECAY_RULES[layer_decay_rule])
     embeddings = {id(part.weight) for part in model.modules() if isinstance(part, nn.Embedding)}
     delayed_start, parts = model.head.delayed_modules
     delayed = {id(parameter) for part in parts for parameter in part.parameters()}
     frozen_first = {id(parameter) for parameter in model.backbone.parameters()} if freeze_backbone_until else set()
-    groups: dict[tuple[float, float, float, bool], dict] = {}
+    groups: dict[tuple[float, ...], dict] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        rate = lr
-        if id(parameter) in above:
+        rate, backbone = lr, id(parameter) in above
+        if backbone:
             rate = backbone_lr * backbone_lr_scale * (layer_decay or 1.0) ** above[id(parameter)]
         exempt = parameter.ndim < 2 or id(parameter) in embeddings or _EMBEDDING.search(name)
-        decay = 0.0 if exempt else weight_decay
+        decay = 0.0 if exempt and weight_decay_on == "matrices" else weight_decay
         frozen = id(parameter) in frozen_first
         start = freeze_backbone_until if frozen else delayed_start if id(parameter) in delayed else 0.0
-        values = {"lr": rate, "base_lr": rate, "weight_decay": decay, "start": start, "frozen": frozen}
-        group = groups.setdefault((rate, decay, start, frozen), {"params": [], "names": [], **values})
+        values = {"base_lr": rate, "weight_decay": decay, "start": start, "frozen": frozen, "backbone": backbone}
+        group = groups.setdefault((*values.values(),), {"params": [], "names": [], "lr": rate, **values})
         group["params"].append(parameter)
         group["names"].append(name)
     if not groups:
@@ -93,6 +106,8 @@ def adamw(
     betas: Sequence[LowShare] = (0.9, 0.999),
     backbone_lr_scale: RateFactor = 1.0,
     layer_decay: HighShare | None = None,
+    layer_decay_rule: str = "beit",
+    weight_decay_on: str = "matrices",
     freeze_backbone_until: LowShare = 0.0,
 ) -> Optimizer:
     """Return an AdamW optimizer (Loshchilov and Hutter, arXiv 1711.05101) over `parameter_groups`.
@@ -102,7 +117,7 @@ def adamw(
     on features that do not change (Kumar et al., arXiv 2202.10054).
 
     Raises:
-        UserError: no learning rate is set, `betas` are not two numbers, or nothing is trainable.
+        UserError: no learning rate is set, `betas` are not two numbers, an option is unknown, or nothing is trainable.
     """
     rate, backbone_rate = (head_lr, backbone_lr) if lr is None else (lr, None)
     if rate is None:
@@ -114,6 +129,8 @@ def adamw(
         weight_decay=weight_decay,
         backbone_lr_scale=backbone_lr_scale,
         layer_decay=layer_decay,
+        layer_decay_rule=layer_decay_rule,
+        weight_decay_on=weight_decay_on,
         freeze_backbone_until=freeze_backbone_until,
     )
     if len(betas) != 2:
@@ -132,51 +149,125 @@ def scale_gradients(parameters: Iterable[Tensor], scale: Tensor) -> None:
         torch._foreach_mul_(gradients, scale.to(first.dtype).to(first.device))  # MPS has no float64
 
 
-def schedule(
-    kind: str = "cosine", *, warmup: NotNegative = 0, power: NotNegative = 0.9, min_lr_ratio: Share = 0.0
-) -> Callable[[int, int], float]:
-    """Return `factor(step, steps)`, the multiplier of the learning rate at a 0-based step.
+class Schedule(Protocol):
+    """Multiplier of the base learning rates as a function of the 0-based step and the number of steps."""
 
-    The factor rises linearly during the warm-up, whose first step is already above 0. After that it is constant, or
-    falls from 1 to `floor` at the last step: as half a cosine, or as a polynomial of `power`. `warmup` is a share of
-    the length (a float below 1) or a number of steps (an int).
+    def __call__(self, step: int, steps: int, backbone: bool = False, /) -> float:
+        """Return the multiplier of the backbone's rates, or of all other rates."""
+        ...
+
+
+def schedule(
+    kind: str = "cosine",
+    *,
+    warmup: NotNegative = 0,
+    warmup_start: Share | None = None,
+    warmup_decays: bool = False,
+    backbone_warmup: NotNegative | None = None,
+    power: NotNegative = 0.9,
+    min_lr_ratio: Share = 0.0,
+) -> Schedule:
+    """Return `factor(step, steps, backbone)`, the multiplier of the learning rates at a 0-based step.
+
+    In the warm-up of w steps, the factor rises linearly: f + (1 - f) step / w. After it, the factor falls from 1 to
+    `min_lr_ratio` m, which would be reached at step = steps, as a function of p = (step - w) / (steps - w):
+
+    - `constant`: 1.
+    - `cosine`: m + (1 - m) (1 + cos(pi p)) / 2.
+    - `poly`: m + (1 - m) (1 - p)^power.
+    - `exponential`: m^p.
+    - `one_cycle`: of DINOv3's linear probe (facebookresearch/dinov3, dinov3/eval/segmentation/schedulers.py). It lags
+      by a step, s = max(0, step - 1). The warm-up at s is multiplied by 1 - s / steps. After it, the factor is that of
+      `cosine` at p = (s + 1) / steps.
+
+    Args:
+        kind: one of `SCHEDULES`.
+        warmup: length w, as a share of the training (a float below 1) or a number of steps (an int).
+        warmup_start: f, the factor of the first step; None: 1 / (w + 1).
+        warmup_decays: let the decay start at step 0, with p = step / steps, and multiply the warm-up (open-mmlab/mmcv
+            1.5, mmcv/runner/hooks/lr_updater.py). `one_cycle` is the same with and without it.
+        backbone_warmup: length of a second warm-up, for the backbone, which follows the first (tue-mps/eomt,
+            training/two_stage_warmup_poly_schedule.py). The backbone's factor is 0 before it and decays from its end
+            on. None: the backbone has the same factor as the head.
+        power: exponent of `poly`.
+        min_lr_ratio: m, the final factor.
 
     Raises:
-        UserError: `kind` is unknown, or `warmup` is a float of 1 or more.
+        UserError: `kind` is unknown, a warm-up is a float of 1 or more, or `exponential` falls to 0.
     """
-    if kind not in SCHEDULES:
-        raise UserError(f"optim.schedule.kind={kind} is unknown. Choose one of {', '.join(SCHEDULES)}.")
-    if isinstance(warmup, float) and warmup >= 1:
+    _check_option("optim.schedule.kind", kind, SCHEDULES)
+    for key, length in (("warmup", warmup), ("backbone_warmup", backbone_warmup)):
+        if isinstance(length, float) and length >= 1:
+            raise UserError(
+                f"optim.schedule.{key}={length}: give a share of the steps from 0 to below 1, such as 0.1, or a whole "
+                "number of steps."
+            )
+    if kind == "exponential" and min_lr_ratio == 0:
         raise UserError(
-            f"optim.schedule.warmup={warmup}: give a share of the steps from 0 to below 1, such as 0.1, or a whole "
-            "number of steps."
+            "optim.schedule.min_lr_ratio=0: kind=exponential never reaches 0. Give the final share of the learning "
+            "rate, a number above 0, such as 0.5."
         )
 
-    def factor(step: int, steps: int) -> float:
-        rise = warmup if isinstance(warmup, int) else round(warmup * steps)
-        if step < rise:
-            return (step + 1) / (rise + 1)
-        done = (step - rise) / max(1, steps - 1 - rise)
-        shape = {"constant": 1.0, "cosine": 0.5 * (1 + math.cos(math.pi * done)), "poly": (1 - done) ** power}
-        return min_lr_ratio + (1 - min_lr_ratio) * shape[kind]
+    def cosine(done: float) -> float:
+        return min_lr_ratio + (1 - min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * done))
+
+    decay = {
+        "constant": lambda done: 1.0,
+        "cosine": cosine,
+        "poly": lambda done: min_lr_ratio + (1 - min_lr_ratio) * (1 - done) ** power,
+        "exponential": lambda done: min_lr_ratio**done,
+        "one_cycle": cosine,
+    }[kind]
+    lag = int(kind == "one_cycle")
+    during_warmup = (lambda done: 1 - done) if lag else decay if warmup_decays else (lambda done: 1.0)
+
+    def factor(step: int, steps: int, backbone: bool = False, /) -> float:
+        now, begin, end = max(0, step - lag), 0, _count_steps(warmup, steps)
+        if backbone and backbone_warmup is not None:
+            begin, end = end, end + _count_steps(backbone_warmup, steps)
+        if now < begin:
+            return 0.0
+        if now < end:
+            first = 1 / (end - begin + 1) if warmup_start is None else warmup_start
+            risen = first + (1 - first) * (now - begin) / (end - begin)
+            return risen * during_warmup(now / steps)
+        origin = 0 if lag or warmup_decays else end
+        return decay((now + lag - origin) / max(1, steps - origin))
 
     return factor
 
 
-def warn_of_long_warmup(factor: Callable[[int, int], float], steps: int) -> None:
-    """Warn if less than a fifth of the steps is left once the learning rate reaches its configured value.
+def _count_steps(length: float, steps: int) -> int:
+    """Return a length in steps, which is given as a share of them (a float) or in steps (an int)."""
+    return length if isinstance(length, int) else round(length * steps)
+
+
+def _check_option(key: str, value: str, options: Iterable[str]) -> None:
+    """Refuse a value that is not one of the options of a key."""
+    if value not in options:
+        raise UserError(f"{key}={value} is unknown. Choose one of {', '.join(options)}.")
+
+
+def warn_of_long_warmup(factor: Schedule, steps: int) -> None:
+    """Warn if less than a fifth of the steps is left once a learning rate reaches its highest value.
 
     How the rate falls after that depends on the schedule and is not considered.
     """
-    rise = next((step for step in range(steps) if factor(step, steps) > _FULL), steps)
+    peaks = []
+    for key, backbone in (("warmup", False), ("backbone_warmup", True)):
+        factors = [factor(step, steps, backbone) for step in range(steps + 1)]  # a warm-up may not end before `steps`
+        threshold = _FULL * max(factors)
+        rise = next(step for step, each in enumerate(factors) if each >= threshold)
+        peaks.append((rise, max(factors[:steps]), key))
+    rise, highest, key = max(peaks, key=lambda peak: peak[0])
     if steps - rise < _MIN_PAST_WARMUP * steps:
-        highest = max(factor(step, steps) for step in range(steps))
         logger.warning(
-            "The warm-up takes %d of %d steps and ends at %.0f %% of the learning rate. Set optim.schedule.warmup to a "
-            "share of the length, such as 0.1, or more trainer.steps.",
-            rise,
+            "The learning rate rises until step %d of %d, where it reaches %.0f %% of its configured value. Set "
+            "optim.schedule.%s to a share of the length, such as 0.1, or more trainer.steps.",
+            min(rise + 1, steps),
             steps,
             100 * highest,
+            key,
         )
 
 
@@ -185,12 +276,12 @@ class ScheduleState:
     """Position of a step in the training, from which its learning rates follow.
 
     Attributes:
-        schedule: `schedule(step, steps)`, multiplier of the base rates.
+        schedule: multiplier of the base rates.
         step: 0-based number of the step.
         steps: length of the training.
     """
 
-    schedule: Callable[[int, int], float]
+    schedule: Schedule
     step: int
     steps: int
 
@@ -203,12 +294,12 @@ class ScheduleState:
         """Return the number of steps from this one to the share `start` of the training, at least 0."""
         return max(0, _first(start, self.steps) - self.step)
 
-    def factor(self, start: float = 0.0) -> float:
+    def factor(self, start: float = 0.0, *, backbone: bool = False) -> float:
         """Return the factor of a training in two parts, before and from the share `start` on, each a full schedule."""
         first = _first(start, self.steps)
         if self.step < first:
-            return self.schedule(self.step, first)
-        return self.schedule(self.step - first, self.steps - first)
+            return self.schedule(self.step, first, backbone)
+        return self.schedule(self.step - first, self.steps - first, backbone)
 
 
 def _first(start: float, steps: int) -> int:
@@ -217,6 +308,8 @@ def _first(start: float, steps: int) -> int:
 
 def set_learning_rates(optimizer: Optimizer, position: ScheduleState) -> float:
     """Set each group's rate to its base rate times the schedule's factor, and return the highest rate.
+
+    The schedule may warm up the groups of the backbone after the others.
 
     If some groups are frozen at first, all rates restart the schedule when these are unfrozen, as in a second training
     of the whole model. Groups that start late without being frozen ramp up linearly to their rate. Their moments
@@ -227,14 +320,14 @@ def set_learning_rates(optimizer: Optimizer, position: ScheduleState) -> float:
         position: schedule state of the step.
     """
     groups = optimizer.param_groups
-    factor = position.factor(max((group["start"] for group in groups if group["frozen"]), default=0.0))
+    restart = max((group["start"] for group in groups if group["frozen"]), default=0.0)
     for group in groups:
         start, risen = group["start"], 1.0
         if group["frozen"]:
             risen = 0.0 if position.left(start) else 1.0
         elif start:
             risen = min(1.0, max(0.0, (position.share - start) / _RISE))
-        group["lr"] = group["base_lr"] * factor * risen
+        group["lr"] = group["base_lr"] * position.factor(restart, backbone=group["backbone"]) * risen
     return max(group["lr"] for group in optimizer.param_groups)
 
 
@@ -302,15 +395,17 @@ def tensors_of(model: nn.Module, names: set[str]) -> Iterator[tuple[str, Tensor]
     yield from ((name, value) for name, value in model.state_dict(keep_vars=True).items() if name in names)
 
 
-def _layers_above(model: SegmentationModel) -> dict[int, int]:
-    """Return the number of layers between a backbone parameter and the head, by parameter ID: 0 after the last block.
+def _layers_above(model: SegmentationModel, extra: int) -> dict[int, int]:
+    """Return the number of layers between a backbone parameter and the head, by parameter ID.
 
-    A head's copies of blocks count like the blocks that they were copied from.
+    It is 0 for the final norm, and `extra` for the last block. Parameters before the blocks are `extra` layers below
+    the first one. A head's copies of blocks count like the blocks that they were copied from.
     """
     backbone = model.backbone
-    above = {id(parameter): len(backbone.blocks) + 1 for parameter in backbone.parameters()}
+    lowest = max(0, len(backbone.blocks) - 1 + 2 * extra)
+    above = {id(parameter): lowest for parameter in backbone.parameters()}
     for blocks in (backbone.blocks, model.head.trainable_blocks):
         for number, block in enumerate(blocks):
-            above |= {id(parameter): len(blocks) - number for parameter in block.parameters()}
+            above |= {id(parameter): len(blocks) - 1 - number + extra for parameter in block.parameters()}
     last = [] if backbone.norm is None else backbone.norm.parameters()
     return above | {id(parameter): 0 for parameter in last}

@@ -7,6 +7,7 @@ from torch.optim import Optimizer
 
 from dinoseg.core.contracts import Loss
 from dinoseg.models.model import SegmentationModel
+from dinoseg.training.optim import Schedule
 from dinoseg.training.trainer import Settings
 
 
@@ -43,7 +44,7 @@ class TrainingParts:
     loss: Callable[[], Loss]
     optimizer: Callable[[SegmentationModel], Optimizer]
     settings: Callable[[int], Settings]
-    schedule: Callable[[], Callable[[int, int], float]]
+    schedule: Callable[[], Schedule]
     check_batch: Callable[[int, int], None]
     min_batch_size: Callable[[], int]
     shape: tuple[int, ...]

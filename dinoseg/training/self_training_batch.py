@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dinoseg.core.contracts import Loss, safe_divide
 from dinoseg.core.shapes import Batch, LabelPredictor, Prediction
-from dinoseg.losses.pixel_mean import PixelDivisor
+from dinoseg.losses.pixel_mean import ALL_PIXELS, PixelDivisor
 from dinoseg.utils.ranges import NotNegative
 from dinoseg.utils.transfer import to_device
 
@@ -124,7 +124,8 @@ class SelfTrainingLoss(Loss):
         self.num_divisors, self.divisor = criterion.num_divisors + (1 if weight else 0), criterion.divisor
         # other means, times the share of certain pixels, are not sums over pixels
         plain = isinstance(of_views.divisor, PixelDivisor) and of_views.divisor.border is None
-        self.sums_over_batch = criterion.sums_over_batch or (weight > 0 and not plain)
+        self._averages_all = of_views.divisor == ALL_PIXELS
+        self.sums_over_batch = criterion.sums_over_batch or (weight > 0 and not plain and not self._averages_all)
 
     def forward(self, prediction: Prediction, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss; its parts are those of the images with masks, `unlabelled` and `sure` (share of pixels)."""
@@ -155,9 +156,10 @@ class SelfTrainingLoss(Loss):
     def _of_views(self, prediction: Prediction, batch: SelfTrainingBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss on the views; its parts are itself and the share of pixels the teacher is certain of."""
         views = batch.views
-        unlabelled, _ = self.of_views(prediction.of_images(slice(len(batch.names), None)), views)
-        sure = (views.mask != batch.ignore_index).sum() / batch.inside.clamp(min=1)
-        unlabelled = unlabelled * sure
+        unlabelled, parts = self.of_views(prediction.of_images(slice(len(batch.names), None)), views)
+        inside = batch.inside.clamp(min=1)
+        sure = (views.mask != batch.ignore_index).sum() / inside
+        unlabelled = unlabelled * (parts["weight"] / inside if self._averages_all else sure)
         return unlabelled, {"unlabelled": unlabelled.detach(), "sure": sure}
 
 

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -26,7 +26,7 @@ from dinoseg.training.head_training import HeadTraining, NonFiniteLoss
 from dinoseg.training.loss_scale import LossScale
 from dinoseg.training.meter import Meter
 from dinoseg.training.micro_batches import MicroBatches
-from dinoseg.training.optim import MovingAverage, ScheduleState, build_ema, set_learning_rates
+from dinoseg.training.optim import MovingAverage, Schedule, ScheduleState, build_ema, set_learning_rates
 from dinoseg.training.step import (
     BatchLoss,
     MetricsQueue,
@@ -99,7 +99,7 @@ class Experiment:
         criterion: `criterion(prediction, batch) -> (scalar, dict of scalars)`.
         data: batches, and how the model is validated.
         optimizer: over `parameter_groups`.
-        schedule: `schedule(step, steps)`, multiplier of the base learning rates.
+        schedule: multiplier of the base learning rates.
         engine: device, precision and ranks.
         checkpoints: progress and checkpoint files of the run.
         log: receives scalars and images.
@@ -110,7 +110,7 @@ class Experiment:
     criterion: Loss
     data: DataModule
     optimizer: Optimizer
-    schedule: Callable[[int, int], float]
+    schedule: Schedule
     engine: Engine
     checkpoints: Checkpointer
     log: RunLog
@@ -166,7 +166,7 @@ def fit(experiment: Experiment) -> Progress:
             position, due = ScheduleState(experiment.schedule, step, steps), settings.due(step + 1, steps)
             engine.seed(data.seed, step)
             rate = set_learning_rates(optimizer, position)
-            model.set_progress(position.share)
+            model.set_progress(step, steps)
             output = StepOutput(heads, engine.device, partial(data.tally, engine) if due.log else None)
             for batch in micro.of_step(batches, output):
                 with micro.retried(), engine.sync(net, micro.is_last), freeze.during(position, batch.image):

@@ -29,6 +29,7 @@ class Range:
 Count = Annotated[int, Range("a whole number of at least 1", 1)]
 Few = Annotated[int, Range("a whole number from 1 to 16", 1, 16)]
 Natural = Annotated[int, Range("a whole number of at least 0", 0)]
+Byte = Annotated[int, Range("a whole number from 0 to 255", 0, 255)]
 Positive = Annotated[float, Range("a number above 0", 0, open_at=(0,))]
 NotNegative = Annotated[float, Range("a number of at least 0", 0)]
 Share = Annotated[float, Range("a number from 0 to 1", 0, 1)]

@@ -17,7 +17,10 @@ from transformers import AutoConfig
 from dinoseg.cli.ranks import LAUNCH_KEYS
 from dinoseg.config import checks
 from dinoseg.config.guard import guard
+from dinoseg.config.nodes import instantiate
+from dinoseg.config.registry import read_registry
 from dinoseg.config.resolvers import register_resolvers
+from dinoseg.data.photometric import PhotometricDistortion
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.recipe import FOLLOWING, SAVED, config_description
 from dinoseg.utils.errors import UserError
@@ -325,6 +328,28 @@ def test_groups_give_way_to_recipes_and_those_to_the_command_line(compose):
     assert compose("hparam=sarrarp/lora_lowres").resolution == {"crop": [1080, 1920], "scale": 0.25, "longest": None}
     assert compose("hparam=sarrarp/frozen").choices.adapter == "frozen"
     assert compose("hparam=sarrarp/full").trainer.steps == compose("hparam=sarrarp/lora").trainer.steps
+
+
+def test_a_recipe_replaces_the_colours_by_target_and_four_keys(tmp_path):
+    copy = tmp_path / "cfg"
+    shutil.copytree(FOLDER, copy, ignore=shutil.ignore_patterns("local"))
+    color = (
+        "{_target_: dinoseg.data.photometric.PhotometricDistortion, brightness: 0.1, contrast: 0.5, saturation: 0.5, "
+        "hue: 0.1, additive: true, space: hsv}"
+    )
+    text = f"# @package _global_\ndata: {{augment: {{relative_to: short, fill: [124, 116, 104], color: {color}}}}}\n"
+    (copy / "hparam/official.yaml").write_text(text)
+    register_resolvers()
+    with initialize_config_dir(str(copy), version_base="1.3"):
+        cfg = hydra_compose("main", ["hparam=official", "data.augment.color.hue=0.2", "data.augment.padding=end"])
+    augment = instantiate(cfg.data.augment)
+    assert augment.color == PhotometricDistortion(0.1, 0.5, 0.5, 0.2, additive=True, space="hsv")
+    assert (augment.relative_to, augment.padding, augment.fill) == ("short", "end", (124, 116, 104))
+    entry = read_registry((copy,))["data", "augment", "color"]  # which lets a checkpoint name the class
+    assert "dinoseg.data.photometric.PhotometricDistortion" in entry.targets
+    cfg.data.augment.fill = [0, 0, 256]
+    with pytest.raises(UserError, match="data.augment.fill=.*whole number from 0 to 255 for each"):
+        instantiate(cfg.data.augment)
 
 
 def test_a_machine_s_own_paths_win_over_recipes_only(tmp_path):

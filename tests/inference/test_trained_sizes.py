@@ -7,6 +7,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from dinoseg.data.transforms import Augment
 from dinoseg.experiment.builder import Builder
 from dinoseg.inference.trained_sizes import TrainedSizes, limit_to_trained_size
 from dinoseg.models.heads.linear import LinearHead
@@ -57,12 +58,24 @@ def test_images_to_be_scored_count_as_they_are(monkeypatch):
     data = {"group": None, "workers": 1, "augment": {"scale": [0.5, 0.75]}}
     groups = {"data": data, "loss": {"weights": "none"}, "resolution": {"longest": None}}
     cfg = OmegaConf.create({**groups, "cache_dir": "", "choices": {"data": "folder"}})
-    task = SimpleNamespace(parts=Builder(cfg), data_module=SimpleNamespace(train=None, val=None))
+    task = SimpleNamespace(parts=Builder(cfg), data_module=SimpleNamespace(train=None, val=None, augment=None))
     for (trained, scored), largest in ((records, 8), (records[::-1], 8), (([], []), None)):
         splits = [SimpleNamespace(records=trained), SimpleNamespace(records=scored)]
         monkeypatch.setattr(images_task, "examine", lambda *_, splits=splits, **__: splits)
         found = images_task.ImageTask.check_data(task)
         assert (found and found.largest) == largest
+
+
+def test_sizes_of_views_count_where_the_augmentation_gives_them(monkeypatch):
+    split = SimpleNamespace(records=[SimpleNamespace(image_size=(60, 100), mask_size=None)])
+    monkeypatch.setattr(images_task, "examine", lambda *_, **__: [split, SimpleNamespace(records=[])])
+    data = {"group": None, "workers": 1, "augment": {"scale": [0.5, 2.0]}}
+    groups = {"data": data, "loss": {"weights": "none"}, "resolution": {"longest": None}}
+    parts = Builder(OmegaConf.create({**groups, "cache_dir": "", "choices": {"data": "folder"}}))
+    for relative_to, expected in (("image", (100, 200)), ("short", (50, 100)), ("long", (40, 80)), ("fit", (40, 80))):
+        augment = Augment((30, 40), relative_to=relative_to)
+        task = SimpleNamespace(parts=parts, data_module=SimpleNamespace(train=None, val=None, augment=augment))
+        assert images_task.ImageTask.check_data(task) == TrainedSizes(*expected)
 
 
 @pytest.mark.parametrize("found", [3, {}, {"typical": 3}, {"typical": "3", "largest": 9}, {"typical": 0, "largest": 1}])

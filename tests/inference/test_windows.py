@@ -1,7 +1,9 @@
 """Windows held against mmsegmentation's rule, written out in float64, and against the whole image."""
 
 import itertools
+import math
 from contextlib import nullcontext
+from fractions import Fraction
 from itertools import islice
 
 import numpy as np
@@ -13,6 +15,7 @@ from torch import nn
 from dinoseg.config.checks import check_arguments
 from dinoseg.core.contracts import Head
 from dinoseg.core.geometry import upsample
+from dinoseg.core.sizes import with_shorter_side
 from dinoseg.inference.predictor import Predictor
 from dinoseg.inference.rows import MemoryRows, ResizedRows, at_size, mean
 from dinoseg.inference.whole import Whole
@@ -86,6 +89,94 @@ def test_published_windows_are_those_of_mmsegmentation(size, crop, overlap, stri
     np.testing.assert_allclose(run_bands(model, images, policy).numpy(), expected, atol=1e-12)
 
 
+def official_linear(model, image, side, stride):
+    """Return DINOv3's and mmsegmentation's class scores (K, H, W) of an image (3, H, W), of a linear head."""
+    height, width = image.shape[1:]
+    low, high = min(height, width), max(height, width)
+    size = [side if length == low else int(side * high / low + 0.5) for length in (height, width)]
+    resized = F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
+    mean_logits = slid(model, resized, (side, side), (stride, stride))
+    return F.interpolate(torch.from_numpy(mean_logits)[None], (height, width), mode="bilinear")[0]
+
+
+def official_eomt(model, image, side):
+    """Return EoMT's class scores (K, H, W) of an image (3, H, W): windows along the longer side."""
+    height, width = image.shape[1:]
+    factor = max(side / height, side / width)
+    size = [round(length * factor) for length in (height, width)]
+    resized = F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
+    count = math.ceil(max(size) / side)
+    overlap = count * side - max(size)
+    overlap = overlap / (count - 1) if overlap > 0 else 0
+    sums, counts = torch.zeros(4, *size, dtype=torch.float64), torch.zeros(4, *size)
+    for number in range(count):
+        start = int(number * (side - overlap))
+        part = (slice(None), slice(start, start + side)) if size[0] > size[1] else (..., slice(start, start + side))
+        with torch.no_grad():
+            sums[part] += model(resized[part][None]).scores()[0]
+        counts[part] += 1
+    return F.interpolate((sums / counts)[None], (height, width), mode="bilinear")[0]
+
+
+ODD = [(37, 61), (61, 37), (33, 33), (17, 90), (31, 24), (101, 77), (20, 40)]
+
+
+@pytest.mark.parametrize("size", ODD)
+def test_a_linear_head_is_evaluated_as_by_dinov3(size):
+    model, images = made(kernel=3), pictures(*size, count=1)
+    options = {"weights": "uniform", "average": "scores", "batch_size": 3}
+    found = run_bands(model, images, Windows(24, shortest=24, stride=16, **options))
+    torch.testing.assert_close(found[0], official_linear(model, images[0], 24, 16), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", ODD)
+def test_eomt_is_evaluated_as_in_its_code(size):
+    model, images = made(kernel=3, mixture=True), pictures(*size, count=1)
+    options = {"weights": "uniform", "average": "scores", "batch_size": 3}
+    found = run_bands(model, images, Windows(24, shortest=24, placement="even", **options))
+    torch.testing.assert_close(found[0], official_eomt(model, images[0], 24), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("window", [1, 7, 24, 512, 1024])
+def test_even_windows_start_where_those_of_eomt_do(window):
+    for length in itertools.chain(range(1, 5 * window + 2, max(1, window // 40)), (window, 2 * window)):
+        found = Windows(window, placement="even").starts(0, length)
+        count = max(1, math.ceil(length / window))
+        overlap = Fraction(count * window - length, max(1, count - 1))
+        expected = [int(number * (window - overlap)) for number in range(count)]
+        assert found == expected and found[-1] == max(0, length - window)
+    assert Windows((7, 1024), placement="even").starts(1, 2048) == [0, 1024]
+
+
+def test_the_shorter_side_is_reduced_and_rounded_as_published():
+    draw = np.random.default_rng(0)
+    for height, width, side in draw.integers(1, 3000, (300, 3)).tolist():
+        found = with_shorter_side((height, width), side)
+        low, high = min(height, width), max(height, width)
+        assert (min(found), max(found)) == (side, max(1, int(side * high / low + 0.5)))
+        assert (found[0] <= found[1]) == (height <= width)
+        factor = side / low  # EoMT rounds halves to even
+        assert max(abs(own - round(length * factor)) for own, length in zip(found, (height, width), strict=True)) <= 1
+
+
+def test_sides_of_scales_are_those_of_the_released_segmentor():
+    policy = Windows(896, shortest=896, scales=[0.9, 0.95, 1.0, 1.05, 1.1], multiple=32)
+    sizes = [policy._scaled((480, 640), scale) for scale in policy.scales]
+    assert [size[0] for size in sizes] == [832, 864, 896, 940, 985]
+    assert sizes[0] == (832, int(832 * 640 / 480 + 0.5))
+    assert Windows(896, shortest=896)._scaled((480, 640), 0.9)[0] == 806
+
+
+def test_strides_of_two_axes_turn_with_the_image():
+    model, images = made(kernel=3), pictures(37, 61, count=1)
+    policy = Windows((13, 24), stride=[9, 20], weights="uniform", average="scores", flips="all")
+    views = [
+        turned_back(torch.from_numpy(slid(model, turned(images, turn)[0], (13, 24), (9, 20)))[None], turn).softmax(1)
+        for turn in TURNS["all"]
+    ]
+    torch.testing.assert_close(run_bands(model, images, policy), torch.stack(views).mean(0), rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("mixture", [False, True])
 @pytest.mark.parametrize(("flips", "scales"), [("horizontal", (1.0, 0.7)), ("all", (1.0,))])
 def test_views_are_averaged_as_mmsegmentation_and_meta_do(flips, scales, mixture):
@@ -120,7 +211,8 @@ def test_what_shortest_is_not_kept_to_is_said_once(caplog):
 
 @pytest.mark.parametrize(("side", "overlap", "stride"), [(896, 0.3348, 596), (512, 0.334, 341), (512, 0.0, 512)])
 def test_published_strides_can_be_said(side, overlap, stride):
-    assert starts(10 * side, side, overlap)[1] == stride
+    assert Windows(side, overlap=overlap).starts(0, 10 * side)[1] == stride
+    assert Windows(side, stride=stride).starts(0, 10 * side)[1] == stride
 
 
 @pytest.mark.parametrize("weights", ["cosine", "uniform"])
@@ -128,7 +220,7 @@ def test_published_strides_can_be_said(side, overlap, stride):
 @pytest.mark.parametrize("size", SIZES)
 def test_every_pixel_is_covered_and_weights_sum_to_what_they_are_divided_by(size, overlap, weights):
     for length, window in itertools.product(size, (1, 7, 24)):
-        begins = starts(length, window, overlap)
+        begins = Windows(window, overlap=overlap).starts(0, length)
         weight = profile(min(window, length), weights)
         assert (weight > 0).all() and begins == sorted(set(begins)) and begins[0] == 0
         seen = np.zeros(length)
@@ -158,7 +250,7 @@ def test_a_head_without_context_gives_the_same_mask_whole_and_tiled(size, option
 def test_freeing_rows_gives_what_keeping_all_gives_bit_for_bit(average):
     model, images = made(kernel=5), pictures(61, 40)
     freed = run_bands(model, images, Windows((16, 11), overlap=0.4, average=average))
-    rows, columns = starts(61, 16, 0.4), starts(40, 11, 0.4)
+    rows, columns = starts(61, 16, 10), starts(40, 11, 7)
     down, across = profile(16, "cosine"), profile(11, "cosine")
     kept = torch.zeros(2, 4, 61, 40, dtype=torch.float64)
     for top, image, left in itertools.product(rows, range(2), columns):
@@ -324,6 +416,11 @@ class Rolling:
         ({"flips": "both"}, r"inference\.flips=both is unknown. Choose one of none, horizontal, all"),
         ({"average": "votes"}, r"inference\.average=votes is unknown"),
         ({"scales": []}, r"inference.scales=\[\] has no scale"),
+        ({"placement": "random"}, r"inference\.placement=random is unknown. Choose one of stride, even"),
+        ({"placement": "even", "stride": 4}, r"inference\.stride has no effect with inference\.placement=even"),
+        ({"stride": [4, 9]}, r"inference\.stride=\[4, 9\] leaves pixels between windows of 8"),
+        ({"stride": [4, 4, 4]}, r"inference\.stride=\[4, 4, 4\]: give one number"),
+        ({"multiple": 32}, r"inference\.multiple=32 rounds the sides that inference\.shortest sets"),
         ({"size": [3, 4, 5]}, r"inference\.size=\[3, 4, 5\]: give one number"),
     ],
 )

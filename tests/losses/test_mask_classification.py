@@ -15,6 +15,7 @@ from dinoseg.utils.errors import UserError
 
 K = 3
 WEIGHTS = torch.tensor([0.25, 1.0, 3.0])
+ORIGINAL = {"ignored": "background", "interpolation": "bilinear"}
 
 
 def make_outputs(images, queries=5, grid=(3, 4), columns=K + 1, aux=2, dtype=torch.float64, seed=0):
@@ -155,24 +156,36 @@ def test_other_factors_and_no_object_weight(fixed_points):
     assert value.item() == pytest.approx((parts["class"] + 3 * parts["dice"]).item(), rel=1e-12)
 
 
-def test_agrees_with_transformers(monkeypatch):
-    """Where all is labelled and points lie between cell centres, the losses are those of transformers."""
+def between_centres():
+    ys, xs = torch.meshgrid(torch.arange(1, 11), torch.arange(1, 15), indexing="ij")
+    return torch.stack([(xs + 0.5) / 16, (ys + 0.5) / 12], dim=-1).reshape(1, -1, 2)
+
+
+@pytest.mark.parametrize(
+    ("ignored", "points", "options"),
+    [
+        (0.0, between_centres(), {}),  # all labelled, and points between cell centres: no difference by default
+        *(
+            (ignored, torch.rand(1, 60, 2, generator=torch.Generator().manual_seed(seed)), ORIGINAL)
+            for seed, ignored in enumerate((0.0, 0.3, 0.8))
+        ),
+    ],
+)
+def test_agrees_with_transformers(monkeypatch, ignored, points, options):
     from transformers import Mask2FormerConfig
     from transformers.models.mask2former.modeling_mask2former import Mask2FormerLoss
 
-    mask = random_mask((2, 12, 16), 0, ignored=0.0)
+    mask = random_mask((2, 12, 16), 0, ignored=ignored)
     prediction, batch = make(mask, image=(24, 32), grid=(6, 8), dtype=torch.float32)
-    ys, xs = torch.meshgrid(torch.arange(1, 11), torch.arange(1, 15), indexing="ij")
-    points = torch.stack([(xs + 0.5) / 16, (ys + 0.5) / 12], dim=-1).reshape(1, -1, 2)
     monkeypatch.setattr(mask_classification, "random_points", lambda count, *_: points.expand(count, -1, -1))
     monkeypatch.setattr(loss_module, "uncertain_points", lambda masks, *_, **__: points.expand(len(masks), -1, -1))
-    value, parts = MaskClassification(torch.ones(K))(prediction, batch)
+    value, parts = MaskClassification(torch.ones(K), **options)(prediction, batch)
 
     config = Mask2FormerConfig(num_labels=K, train_num_points=points.shape[1])
     theirs = Mask2FormerLoss(config, {})
     theirs.sample_points_using_uncertainty = lambda masks, *_: points.expand(len(masks), -1, -1)
     monkeypatch.setattr(torch, "rand", lambda *_, **__: points)
-    classes = [labels.unique().long() for labels in mask]
+    classes = [labels[labels != 255].unique().long() for labels in mask]
     outputs = prediction.outputs
     found = theirs(
         outputs.mask_logits,
@@ -269,6 +282,20 @@ def test_parts_of_a_batch_add_up_to_its_loss(fixed_points, columns):
     torch.testing.assert_close(total, whole, rtol=1e-6, atol=0)
 
 
+def test_ignored_pixels_of_the_background_pull_masks_down(fixed_points):
+    mask = random_mask((2, 10, 13), 0)
+    mask[1] = 255
+    prediction, batch = make(mask)
+    values = {}
+    for ignored in ("excluded", "background"):
+        values[ignored] = MaskClassification(WEIGHTS, ignored=ignored)(prediction, batch)[0]
+    classes, masks = torch.autograd.grad(values["background"], tensors(prediction.outputs)[:2])
+    assert classes[1].any()  # queries of an image without labels predict no object
+    assert values["background"] != values["excluded"] and not masks[1].any()
+    divisors = [MaskClassification(WEIGHTS, ignored=ignored).divisors(batch).tolist() for ignored in values]
+    assert [images for *_, images in divisors] == [1, 2]
+
+
 def test_class_weights_reach_the_class_term_only(fixed_points):
     prediction, batch = make(MASKS["many"])
     plain, heavy = (MaskClassification(w)(prediction, batch)[1] for w in (torch.ones(K), WEIGHTS))
@@ -339,6 +366,8 @@ def test_heads_without_masks_are_refused():
         ({"num_points": 0}, "loss.criterion.num_points=0: give a number of points of at least 1"),
         ({"oversample": 0.5}, "loss.criterion.oversample=0.5: give a number of at least 1"),
         ({"importance": 1.5}, "loss.criterion.importance=1.5: give a share from 0 to 1"),
+        ({"ignored": "void"}, "loss.criterion.ignored=void is unknown. Choose one of excluded, background"),
+        ({"interpolation": "cubic"}, "loss.criterion.interpolation=cubic is unknown. Choose one of nearest, bilinear"),
         ({"factors": {"class": 2.0, "mask": 5.0}}, "loss.criterion.factors.dice is not set"),
         ({"factors": {**FACTORS, "box": 1.0}}, "factors.box=1.0: unknown term. The terms are class, mask, dice"),
     ],

@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -184,6 +185,61 @@ def test_weights_of_pixels_take_no_kernel(monkeypatch):
     assert len(asked) == 1
 
 
+def axis_weights(length, cells):
+    """Return the bilinear weights (length, cells) of an axis, pixel centres aligned, as a loop."""
+    weights = np.zeros((length, cells))
+    for pixel in range(length):
+        position = min(max((pixel + 0.5) * cells / length - 0.5, 0), cells - 1)
+        low = math.floor(position)
+        weights[pixel, low] += 1 - (position - low)
+        weights[pixel, min(low + 1, cells - 1)] += position - low
+    return weights
+
+
+def official(grid, mask):
+    """Return mmseg's loss with avg_non_ignore=False and its gradient by the grid, in numpy float64."""
+    rows, columns = axis_weights(mask.shape[1], grid.shape[2]), axis_weights(mask.shape[2], grid.shape[3])
+    scores = np.einsum("yh,bkhw,xw->bkyx", rows, grid, columns)
+    shares = np.exp(scores - scores.max(1, keepdims=True))
+    shares /= shares.sum(1, keepdims=True)
+    labelled = mask != 255
+    truth = (np.where(labelled, mask, 0)[:, None] == np.arange(grid.shape[1])[None, :, None, None]).astype(float)
+    costs = -np.log((shares * truth).sum(1)) * labelled
+    slopes = (shares - truth) * labelled[:, None] / mask.size
+    return costs.mean(), np.einsum("yh,bkyx,xw->bkhw", rows, slopes, columns)
+
+
+@pytest.mark.parametrize("make", [CrossEntropy, lambda *a, **o: Focal(*a, gamma=0.0, **o)], ids=["ce", "focal"])
+@pytest.mark.parametrize("size", [(21, 34), (33, 33), (1, 7), (40, 9)])
+def test_the_mean_over_all_pixels_is_that_of_mmsegmentation(make, size):
+    for seed in range(3):
+        draw = np.random.default_rng(seed)
+        mask = draw.integers(0, 5, (3, *size)).astype(np.uint8)
+        mask[draw.random(mask.shape) < 0.4] = 255
+        mask[1, size[0] // 2 :] = 255  # padding
+        mask[2] = 255
+        grid = draw.normal(0, 3, (3, 5, -(-size[0] // 8), -(-size[1] // 8)))
+        value, slope = official(grid, mask)
+        given = torch.from_numpy(grid).requires_grad_()
+        prediction = Prediction(given, size, (1.0, 1.0), refused, grid=given)
+        batch = Batch(torch.zeros(3, 3, 1, 1), torch.from_numpy(mask), [""] * 3)
+        loss = make(torch.ones(5), average="all")
+        found, parts = loss(prediction, batch)
+        assert found.item() == pytest.approx(value, rel=1e-12) and parts["weight"].item() == mask.size
+        assert loss.divisors(batch).tolist() == [mask.size]
+        np.testing.assert_allclose(gradient(found, given).numpy(), slope, rtol=1e-10, atol=1e-14)
+
+
+def test_over_all_pixels_weights_of_classes_and_borders_change_only_the_sum():
+    prediction, batch = drawn(SIZES[0], 4)
+    options = {"border_weight": 4.0, "border_width": WIDTH}
+    labelled, all_pixels = (CrossEntropy(WEIGHTS, average=average, **options) for average in ("labelled", "all"))
+    value, parts = labelled(prediction, batch)
+    found, counted = all_pixels(prediction, batch)
+    assert counted["weight"].item() == batch.mask.numel() > 0
+    assert found.item() == pytest.approx((value * parts["weight"] / batch.mask.numel()).item(), rel=1e-12)
+
+
 def too_hard(class_weights):
     return CrossEntropy(class_weights, hard_fraction=2)
 
@@ -197,6 +253,11 @@ def too_hard(class_weights):
         (lambda: Dice(WEIGHTS, border_weight=-1), "loss.criterion.border_weight=-1: give a number of at least 0"),
         (lambda: Dice(WEIGHTS, border_weight=math.inf), "loss.criterion.border_weight=inf"),
         (lambda: Tversky(WEIGHTS, border_width=0), "loss.criterion.border_width=0: give a number of pixels"),
+        (
+            lambda: CrossEntropy(WEIGHTS, average="known"),
+            "loss.criterion.average=known is unknown. Choose one of labelled",
+        ),
+        (lambda: Focal(WEIGHTS, average="all", hard_fraction=0.5), "average=all and hard_fraction=0.5 exclude"),
         (lambda: WeightedSum({"ce": too_hard}, {"ce": 1.0}, WEIGHTS), "loss.criterion.terms.ce.hard_fraction=2: give"),
     ],
 )

@@ -42,6 +42,22 @@ def test_what_fits_is_tried_and_started_as_it_is(tmp_path):
     assert "incl. fragmentation and libraries" in out and "CUDA" not in out and "MiB" not in out
 
 
+def test_hours_follow_from_operations_and_steps(tmp_path):
+    words = ("mode.dry_step=false", "mode.tflops=2e-9", "trainer.steps=900")
+    found, out = planned(tmp_path, *words)
+    flops, hours = found["duration"]["flops"], found["duration"]["hours"]
+    assert hours == pytest.approx(900 * flops / 2000 / 3600) and flops > 1e6
+    assert f"about {hours:.1f} h for 900 steps" in out and "2e-09 TFLOP/s" in out
+    by_epochs = ["trainer.epochs=2" if word.startswith("trainer.steps") else word for word in WORDS]
+    done = call(tmp_path, "mode=plan", *by_epochs, "hydra.run.dir=epochs", *words[:2])
+    assert done.status == 0 and " h for " not in done.out
+    assert json.loads((tmp_path / "epochs/plan.json").read_text())["duration"] == {"flops": flops, "hours": None}
+    assert call(tmp_path, "mode=plan", *WORDS, "hydra.run.dir=memory", words[0]).status == 0
+    assert json.loads((tmp_path / "memory/plan.json").read_text())["duration"] is None
+    refused = call(tmp_path, "mode=plan", *WORDS, "mode.tflops=0")
+    assert refused.status == 1 and "mode.tflops=0" in refused.err and "above 0" in refused.err
+
+
 def test_what_does_not_fit_is_changed_by_a_command_that_trains_so(tmp_path):
     words = ("data.batch_size=8", "resolution.crop=[320,320]", "mode.device=cuda", "mode.memory=1.03GiB")
     words = (*words, "backbone.checkpointing=true")

@@ -10,7 +10,6 @@ from meta_files import RELEASED, RELEASED_ARCH, write_released
 from safetensors import safe_open
 
 from dinoseg.config.nodes import instantiate
-from dinoseg.inference.windows import starts
 from dinoseg.models.backbones.transformers_vit import TransformersVit
 from dinoseg.models.heads.mask2former.head import Mask2FormerHead
 from dinoseg.utils.images import read_ids, write_png
@@ -80,7 +79,7 @@ def test_predict_as_released(files, expected, tmp_path):
 def test_the_recipe_has_the_published_windows(compose):
     policy = instantiate(compose("hparam=ade20k_m2f").inference)
     assert (policy.size, policy.shortest, policy.average, policy.weights) == ((896, 896), 896, "scores", "uniform")
-    assert starts(1500, 896, policy.overlap) == [0, 596, 604]
+    assert policy.starts(0, 1500) == [0, 596, 604]
 
 
 def test_score_as_released(files, expected, tmp_path):

@@ -49,14 +49,15 @@ def facts(values):
     return torch.tensor(values, dtype=torch.float64).view(torch.uint8)
 
 
-def views(**changes):
-    augment = Augment((24, 20), scale=(0.8, 2), affine=Affine(degrees=15), flip=0.5)
+def views(cat_max_ratio=None, **changes):
+    augment = Augment((24, 20), scale=(0.8, 2), affine=Affine(degrees=15), flip=0.5, cat_max_ratio=cat_max_ratio)
     return TrainViews(Ramps(), augment, 3, **changes)
 
 
+@pytest.mark.parametrize("ratio", [None, 0.7])
 @pytest.mark.parametrize("uniform", [None, ClassUniform(1.0, {0: np.arange(2), 1: np.arange(2)}, ["x", "y"])])
-def test_scores_of_a_view_are_those_of_the_pixels_that_it_shows(uniform):
-    drawn, kept = views(uniform=uniform), CachedScores(where, NoStore(), 2)
+def test_scores_of_a_view_are_those_of_the_pixels_that_it_shows(uniform, ratio):
+    drawn, kept = views(ratio, uniform=uniform), CachedScores(where, NoStore(), 2)
     for epoch, sample in ((0, 0), (0, 1), (5, 1)):
         view, seen = drawn.read(epoch, sample), kept.look(drawn, epoch, sample).to(CPU)
         scores = seen.at(slice(0, 24), slice(0, 20))

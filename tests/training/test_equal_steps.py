@@ -53,6 +53,15 @@ CASES |= {
     "hardest": ["loss=cross_entropy", "loss.criterion.hard_fraction=0.3"],
     "focal, border": ["loss=focal", "loss.criterion.border_weight=4", "loss.criterion.border_width=1"],
     "ce, lovasz per image": ["loss=ce_lovasz", "loss.criterion.terms.lovasz.per_image=true"],
+    "over all": ["loss=cross_entropy", "loss.criterion.average=all"],
+    "focal over all, border": ["loss=focal", "loss.criterion.average=all", "loss.criterion.border_weight=4"],
+    "ce, focal over all": mixture(ce=CE + ", average: all}", focal=FOCAL + ", average: all}"),
+    "ce, ce over all": mixture(one=CE + "}", two=CE + ", average: all}"),
+    "masks, ignored pixels are background": [
+        "loss=mask_classification",
+        "loss.criterion.ignored=background",
+        "loss.criterion.interpolation=bilinear",
+    ],
     "ce, focal": mixture(ce=CE + "}", focal=FOCAL + "}"),
     "ce, focal with border": mixture(ce=CE + "}", focal=FOCAL + ", border_weight: 4, border_width: 1}"),
     "ce, hardest": mixture(ce=CE + "}", hard=CE + ", hard_fraction: 0.1}"),
@@ -68,7 +77,7 @@ SEVERAL = {
     "ce, focal with border",
     "ce, hardest",
 }
-SEVERAL |= {"masks, ce, lovasz per image"}  # divisors
+SEVERAL |= {"masks, ce, lovasz per image", "masks, ignored pixels are background", "ce, ce over all"}  # divisors
 
 
 def criterion(option, *words, **weights):
@@ -273,6 +282,16 @@ def test_a_teacher_s_terms_are_joined_by_their_own_divisors(name, weight):
     check(table("pixels", rows=3 * IMAGES), with_labels, with_views(samples()))
     scored = ScoredBatch([part(samples()), part(samples(IMAGES))])
     check(table("pixels", rows=2 * IMAGES), DistilledLoss(own, weight), scored)
+
+
+def test_views_are_averaged_once_over_all_pixels():
+    net, batch = table("pixels", rows=3 * IMAGES), with_views(samples())
+    losses = [CrossEntropy(torch.ones(K), average=average) for average in ("labelled", "all")]
+    check(net, SelfTrainingLoss(losses[0], losses[1], 0.7), batch)
+    images = batch.to(torch.device("cpu")).with_labels(sure)
+    of_views = [SelfTrainingLoss(losses[0], each, 1.0)(net(images.image), images)[1]["unlabelled"] for each in losses]
+    assert of_views[0] > 0
+    torch.testing.assert_close(*of_views)
 
 
 def test_a_mean_over_some_pixels_times_the_share_of_sure_ones_is_no_sum():

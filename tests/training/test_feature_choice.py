@@ -47,7 +47,7 @@ from dinoseg.training.optim import adamw, schedule
 from dinoseg.training.trainer import Experiment, Settings, fit
 from dinoseg.utils import cores
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.images import write_png
+from dinoseg.utils.images import read_image, write_png
 
 AUGMENT = Augment((24, 33), scale=(0.5, 1.5), affine=Affine(20), flip=0.5, color=ColorJitter(0.2, 0.2))
 FROZEN = Frozen()
@@ -157,6 +157,19 @@ def test_views_for_a_class_are_kept_as_they_are_and_known_by_their_masks(train, 
     assert train("disk", uniform=uniform)[0] == live and sum(computed) == MEASURED + SIZES and once is None
     train("disk", uniform=replace(uniform, digests=["other"] * 5))  # crops may lie elsewhere
     assert 2 + MEASURED + SIZES < sum(computed) < first + MEASURED
+
+
+def test_checked_crops_are_cached_and_known_by_their_masks(train, data, computed):
+    checked = Augment((12, 11), scale=(0.8, 1.5), flip=0.5, cat_max_ratio=0.4)
+    live = train(augment=checked)[0]
+    assert train("disk", augment=checked)[0] == live
+    computed.clear()
+    assert train("disk", augment=checked)[0] == live and sum(computed) == MEASURED + SIZES
+    for pair in data.pairs[:2]:  # other labels may move the crops
+        write_png(pair.mask, np.eye(*read_image(pair.mask).shape[:2], dtype=np.uint8))
+    live = train(augment=checked)[0]
+    computed.clear()
+    assert train("disk", augment=checked)[0] == live and MEASURED + SIZES < sum(computed) < MEASURED + SIZES + 10
 
 
 def test_what_is_kept_is_computed_once(train, computed):

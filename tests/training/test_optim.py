@@ -100,11 +100,11 @@ def test_lora_matrices_are_found(tiny_backbone):
     assert sum(".lora_" in name for name in found) == 16
 
 
-@pytest.mark.parametrize("kind", ["constant", "cosine", "poly"])
+@pytest.mark.parametrize("kind", ["constant", "cosine", "poly", "exponential"])
 @pytest.mark.parametrize("warmup", [0, 5])
 def test_schedules_rise_then_fall_to_their_floor(kind, warmup):
     factor = schedule(kind, warmup=warmup, min_lr_ratio=0.1, power=0.9)
-    values = [factor(step, 50) for step in range(50)]
+    values = [factor(step, 50) for step in range(51)]
     assert values[warmup] == pytest.approx(1.0)
     assert values[:warmup] == sorted(values[:warmup]) and all(0 < value < 1 for value in values[:warmup])
     assert values[warmup:] == sorted(values[warmup:], reverse=True)
@@ -112,26 +112,29 @@ def test_schedules_rise_then_fall_to_their_floor(kind, warmup):
 
 
 def test_schedule_formulas_at_the_middle():
-    assert schedule("cosine")(25, 51) == pytest.approx(0.5)
-    assert schedule("poly", power=2.0)(25, 51) == pytest.approx(0.25)
+    assert schedule("cosine")(25, 50) == pytest.approx(0.5)
+    assert schedule("poly", power=2.0)(25, 50) == pytest.approx(0.25)
+    assert schedule("exponential", min_lr_ratio=0.25)(25, 50) == pytest.approx(0.5)
     assert schedule("cosine")(0, 1) == 1.0
 
 
 def test_warmup_is_a_share_of_the_length_so_a_short_trial_reaches_its_rate():
     for steps, rise in ((50, 5), (2000, 200), (3, 0)):
         values = [schedule("constant", warmup=0.1)(step, steps) for step in range(steps)]
-        assert values == [(step + 1) / (rise + 1) for step in range(rise)] + [1.0] * (steps - rise)
+        assert values == pytest.approx([(step + 1) / (rise + 1) for step in range(rise)] + [1.0] * (steps - rise))
 
 
 def test_a_whole_warmup_is_a_number_of_steps():
-    assert [schedule("constant", warmup=4)(step, 9) for step in range(6)] == [0.2, 0.4, 0.6, 0.8, 1.0, 1.0]
-    assert schedule("cosine", warmup=4)(7, 20) == 0.5 * (1 + math.cos(math.pi * 3 / 15))
+    found = [schedule("constant", warmup=4)(step, 9) for step in range(6)]
+    assert found == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.0])
+    assert schedule("cosine", warmup=4)(7, 20) == 0.5 * (1 + math.cos(math.pi * 3 / 16))
 
 
 @pytest.mark.parametrize("warmup", [1.0, 50.5])
 def test_warmup_that_is_neither_share_nor_steps_is_refused(warmup):
-    with pytest.raises(UserError, match=f"warmup={warmup}: give a share of the steps from 0 to below 1"):
-        schedule(warmup=warmup)
+    for key in ("warmup", "backbone_warmup"):
+        with pytest.raises(UserError, match=f"schedule.{key}={warmup}: give a share of the steps from 0 to below 1"):
+            schedule(**{key: warmup})
 
 
 @pytest.mark.parametrize("kind", ["constant", "cosine", "poly"])
@@ -140,13 +143,19 @@ def test_a_warmup_that_leaves_less_than_a_fifth_is_said(caplog, kind):
         warn_of_long_warmup(schedule(kind, warmup=warmup), steps)
     assert not caplog.messages
     warn_of_long_warmup(schedule(kind, warmup=2000), 50)
-    assert "warm-up takes 50 of 50 steps and ends at 2 % of the learning rate" in caplog.text
+    assert "rises until step 50 of 50, where it reaches 2 % of its configured value" in caplog.text
     caplog.clear()
     warn_of_long_warmup(schedule(kind, warmup=81), 100)
     assert (
-        "warm-up takes 81 of 100 steps and ends at 100 %" in caplog.text
-        and "such as 0.1, or more trainer.steps" in caplog.text
+        "until step 82 of 100, where it reaches 100 %" in caplog.text
+        and "Set optim.schedule.warmup to a share of the length, such as 0.1, or more trainer.steps" in caplog.text
     )
+    caplog.clear()
+    warn_of_long_warmup(schedule(kind, warmup=5, backbone_warmup=75), 100)
+    warn_of_long_warmup(schedule(kind, warmup=50, warmup_decays=True), 100)
+    assert not caplog.messages
+    warn_of_long_warmup(schedule(kind, warmup=5, backbone_warmup=76), 100)
+    assert "until step 82 of 100" in caplog.text and "Set optim.schedule.backbone_warmup to" in caplog.text
 
 
 def test_head_and_backbone_have_rates_of_their_own_and_one_for_all_wins(tiny_backbone):
@@ -177,8 +186,9 @@ def test_a_share_ends_with_the_step_that_it_names_however_it_is_rounded():
     for share, steps, first in ((0.07, 100, 7), (0.35, 20, 7), (0.4, 1060, 424), (0.5, 5, 3), (0.0, 5, 0)):
         assert ScheduleState(schedule(), 0, steps).left(share) == first
         assert ScheduleState(schedule(), first, steps).left(share) == 0
-        assert ScheduleState(lambda *place: place, first, steps).factor(share) == (0, steps - first)
-        assert first == 0 or ScheduleState(lambda *place: place, first - 1, steps).factor(share) == (first - 1, first)
+        assert ScheduleState(lambda *place: place, first, steps).factor(share) == (0, steps - first, False)
+        before = ScheduleState(lambda *place: place, first - 1, steps).factor(share, backbone=True)
+        assert first == 0 or before == (first - 1, first, True)
 
 
 def test_what_begins_late_has_no_rate_before_and_comes_to_it_evenly(monkeypatch):
@@ -306,6 +316,11 @@ def test_adamw_takes_the_fused_kernel_and_learns_what_single_operations_do(dtype
 def test_other_bad_input():
     with pytest.raises(UserError, match="Nothing is trainable"):
         parameter_groups(smallest().requires_grad_(False), lr=1.0, weight_decay=0.0)
-    with pytest.raises(UserError, match="kind=step is unknown. Choose one of constant, cosine, poly"):
+    for key in ("layer_decay_rule", "weight_decay_on"):
+        with pytest.raises(UserError, match=f"optim.optimizer.{key}=none is unknown. Choose one of (beit, eomt|matri)"):
+            adamw(smallest(), lr=1.0, **{key: "none"})
+    with pytest.raises(UserError, match="kind=step is unknown. Choose one of constant, cosine, poly, exponential, one"):
         schedule("step")
+    with pytest.raises(UserError, match="min_lr_ratio=0: kind=exponential never reaches 0. Give the final share"):
+        schedule("exponential")
     assert math.isfinite(schedule("cosine", warmup=10)(3, 5))

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from dinoseg.core.contracts import Backbone
 from dinoseg.models.backbones.arch import configuration
 from dinoseg.models.backbones.layers import resolve_layers
-from dinoseg.models.backbones.normalisation import register_colours
+from dinoseg.models.backbones.normalisation import colours_of, register_colours
 from dinoseg.models.backbones.pretrained import exported_state, load_model
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Count
@@ -30,7 +30,8 @@ class ConvNext(Backbone):
         weights: a hub id (`id` or `id@revision`), a local folder, a weights file, or `random`.
         patch_size: stride in pixels of the coarsest of `layers` (32 for the last stage); validated.
         layers: 0-based stages to return; negative numbers count from the last; `quarters` for all four.
-        mean: RGB mean of the images the weights were trained on, in 0..1.
+        mean: RGB mean of the images the weights were trained on, in 0..1; None: ImageNet's, or those of satellite
+            images if the name of the weights contains `sat493m`.
         std: RGB standard deviation of the same images.
         checkpointing: recompute block activations in the backward pass: less memory, about a third more time.
 
@@ -47,8 +48,8 @@ class ConvNext(Backbone):
         weights: str,
         patch_size: Count,
         layers: Sequence[int] | str = (-1,),
-        mean: Sequence[float] = (0.485, 0.456, 0.406),
-        std: Sequence[float] = (0.229, 0.224, 0.225),
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
         checkpointing: bool = False,
     ) -> None:
         super().__init__()
@@ -64,7 +65,7 @@ class ConvNext(Backbone):
         self.checkpointing = checkpointing
         self.unused: list[str] = []
         self.model = load_model(config, weights, self._cut)
-        register_colours(self, mean, std)
+        register_colours(self, *colours_of(weights, mean, std))
 
     @property
     def blocks(self) -> nn.ModuleList:

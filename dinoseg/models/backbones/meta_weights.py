@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ INV_FREQ = "rope_embeddings.inv_freq"  # DINOv3's rotation frequencies, absent f
 LOCAL_CLS_NORM = "local_cls_norm."  # second final norm, used only in DINOv3's pre-training
 
 FAMILIES = ("vit", "dinov2", "dinov2_with_registers", "dinov3_vit")  # transformers' model types
+_NETWORKS = ("teacher", "student", "model", "state_dict")  # keys of a checkpoint that hold weights
 _HEADS = ("head.", "dino_head.", "ibot_head.")  # pre-training heads in Meta's training checkpoints
 _DIMS = {"cls_token": 3, "pos_embed": 3, "register_tokens": 3, "storage_tokens": 3, "patch_embed.proj.weight": 4}
 _QKV = {"vit": ("query", "key", "value"), "dinov3_vit": ("q", "k", "v")}
@@ -129,11 +130,12 @@ def unwrap(content: Mapping[str, Any]) -> dict[str, Any]:
     """Return a checkpoint's backbone under plain names; content of any other form is returned under its own names.
 
     A pre-training checkpoint holds two networks, `teacher` and `student`, each a backbone with heads. The teacher's
-    backbone is returned, as Meta publishes it, or the student's if there is no teacher. The blocks of models trained
-    in chunks (`blocks.CHUNK.NUMBER`) are renamed to `blocks.NUMBER`.
+    backbone is returned, as Meta publishes it, or the student's if there is no teacher. Weights under `model` or
+    `state_dict`, as in some derived files, are returned like a teacher's. The blocks of models trained in chunks
+    (`blocks.CHUNK.NUMBER`) are renamed to `blocks.NUMBER`.
     """
     names = dict(content)
-    network = next((content[key] for key in ("teacher", "student") if isinstance(content.get(key), Mapping)), None)
+    network = next((content[key] for key in _NETWORKS if isinstance(content.get(key), Mapping)), None)
     if network is not None:
         plain = {re.sub(r"^(module\.)?(backbone\.)?", "", name): value for name, value in network.items()}
         names = {name: value for name, value in plain.items() if not name.startswith(_HEADS)}
@@ -150,7 +152,8 @@ def from_meta(state: Mapping[str, Tensor], config: Any, source: str) -> dict[str
 
     DINOv3's rotation periods are returned as `INV_FREQ`, and its norm for local crops, if present, as
     `LOCAL_CLS_NORM`; the hub's files have neither. Its key bias, which Meta's code masks, is checked to have no
-    effect and left out.
+    effect and left out, unless the configuration has a `key_bias`. SurgeNetDINO's DINOv3 (rlpddejong/SurgeNetDINO,
+    segmentation_finetuning/models/vit.py) has one and no registers; its layer scales are named `gamma_1` and `gamma_2`.
 
     Args:
         state: Meta's tensors under plain names (see `unwrap`).
@@ -160,15 +163,18 @@ def from_meta(state: Mapping[str, Tensor], config: Any, source: str) -> dict[str
     Raises:
         UserError: another family or size, or a tensor is missing or unexpected.
     """
+    state = {re.sub(r"\.gamma_([12])$", r".ls\1.gamma", name): value for name, value in state.items()}
     _check_shapes(state, source)
     layout = _layout(state)
     _check_layout(layout, state, config, source)
     names = _names(layout, state)
     _check_complete(names, state, source)
     converted: dict[str, Tensor] = {}
+    if layout.family == "dinov3_vit" and not layout.registers:
+        converted["embeddings.register_tokens"] = state["cls_token"].new_empty(1, 0, layout.width)
     for name, target in names.items():
         if ".attn.qkv." in name:
-            converted |= _split(name, target, state, layout.family, source)
+            converted |= _split(name, target, state, config, source)
         else:
             converted[target] = _tensor(name, state[name], layout.family)
     return converted
@@ -211,6 +217,8 @@ def _check_layout(layout: VitLayout, state: Mapping[str, Tensor], config: Any, s
     if layout != wanted:
         option = OPTIONS.get(layout)
         remedy = f"Choose backbone={option}" if option else "Set backbone.family, patch_size and arch to match"
+        if isinstance(wanted, VitLayout) and layout == replace(wanted, registers=layout.registers):
+            remedy = f"Set backbone.arch.num_register_tokens={layout.registers}"
         raise UserError(
             f"backbone.weights={source}: the file holds {layout}, but the backbone is {wanted}. {remedy}, or give the "
             "file for this backbone."
@@ -273,23 +281,26 @@ def _tensor(name: str, value: Tensor, family: str) -> Tensor:
     return value[None] if family == "dinov3_vit" and name == "mask_token" else value
 
 
-def _split(name: str, target: str, state: Mapping[str, Tensor], family: str, source: str) -> dict[str, Tensor]:
-    """Split a fused qkv tensor into q, k and v, without DINOv3's key bias."""
+def _split(name: str, target: str, state: Mapping[str, Tensor], config: Any, source: str) -> dict[str, Tensor]:
+    """Split a fused qkv tensor into q, k and v, without a key bias that the model does not have."""
     if name.endswith(".bias_mask"):
         return {}  # `_masked` applies it to the bias
+    family = config.model_type
     parts = dict(zip(_QKV.get(family, _QKV["vit"]), state[name].chunk(3), strict=True))
     if family == "dinov3_vit" and name.endswith(".bias"):
-        parts = _masked(name, state, source)
+        parts = _masked(name, state, config.key_bias, source)
     return {target.format(part): value.clone() for part, value in parts.items()}  # safetensors refuses shared views
 
 
-def _masked(name: str, state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
-    """Return the biases of q and v after Meta's bias mask."""
+def _masked(name: str, state: Mapping[str, Tensor], key_bias: bool, source: str) -> dict[str, Tensor]:
+    """Return the biases of q and v, and of k with `key_bias`, after Meta's bias mask."""
     mask = state.get(f"{name}_mask")
     query, key, value = (state[name] if mask is None else state[name] * mask).chunk(3)
+    if key_bias:
+        return {"q": query, "k": key, "v": value}
     if torch.count_nonzero(key):  # also true for nan
         raise UserError(
-            f"backbone.weights={source}: {name} has a non-zero key bias, but DINOv3 has none. Give an original file of "
-            "Meta."
+            f"backbone.weights={source}: {name} has a non-zero key bias, but Meta's DINOv3 has none. Give an original "
+            "file of Meta; for weights that were trained with a key bias, set backbone.arch.key_bias=true."
         )
     return {"q": query, "v": value}

@@ -1,12 +1,44 @@
 """Colour statistics for the normalisation of images."""
 
+import logging
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from dinoseg.utils.errors import UserError
+
+logger = logging.getLogger(__name__)
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # RGB mean and standard deviation, in 0..1
+SATELLITE = ((0.430, 0.411, 0.296), (0.213, 0.156, 0.143))  # of DINOv3's sat493m weights (facebookresearch/dinov3)
+_SATELLITE_TAG = "sat493m"  # part of the names of these weights
+
+
+def colours_of(
+    source: str,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    default: tuple[Sequence[float], Sequence[float]] = IMAGENET,
+) -> tuple[Sequence[float], Sequence[float]]:
+    """Return the RGB mean and standard deviation of a backbone's training images, in 0..1.
+
+    Args:
+        source: hub id or path of the weights. With `sat493m` in its last two parts, the statistics are those of
+            satellite images, which is logged.
+        mean: given by the user; None: of the weights.
+        std: as `mean`.
+        default: statistics of all other weights.
+    """
+    is_satellite = _SATELLITE_TAG in "/".join(Path(source).parts[-2:]).lower()
+    found = SATELLITE if is_satellite else default
+    if is_satellite and (mean is None or std is None):
+        logger.info(
+            "backbone.weights=%s: satellite images; normalised with mean %s and std %s. Set backbone.mean and "
+            "backbone.std to change this.", source, *map(list, SATELLITE),
+        )  # fmt: skip
+    return found[0] if mean is None else mean, found[1] if std is None else std
 
 
 def register_colours(module: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:

@@ -22,7 +22,7 @@ from dinoseg.models.backbones.class_attention import (
 )
 from dinoseg.models.backbones.cut import Block, forward_frozen, forward_trainable
 from dinoseg.models.backbones.layers import resolve_layers
-from dinoseg.models.backbones.normalisation import register_colours
+from dinoseg.models.backbones.normalisation import colours_of, register_colours
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Count
 from dinoseg.utils.tensor_files import check_weights, read_tensor_file
@@ -55,7 +55,8 @@ class TimmBackbone(Backbone):
         patch_size: side of a patch in pixels, checked against the model; None takes the model's.
         layers: 0-based blocks (stages of a pyramid) to return; negative numbers count from the last; `quarters` for
             four spread evenly.
-        mean: RGB mean of the images the weights were trained on, in 0..1; None: timm's value for `name`.
+        mean: RGB mean of the images the weights were trained on, in 0..1; None: timm's value for `name`, or
+            that of satellite images if the name of the weights contains `sat493m`.
         std: RGB standard deviation of the same images.
         checkpointing: recompute activations in the backward pass: less memory, about a third more time.
         final_norm: apply the final norm to the maps of a transformer, although its scales and shifts were learned for
@@ -111,7 +112,7 @@ class TimmBackbone(Backbone):
         if checkpointing:
             _enable_checkpointing(self.model, name)
         known = self.model.pretrained_cfg
-        register_colours(self, known["mean"] if mean is None else mean, known["std"] if std is None else std)
+        register_colours(self, *colours_of(weights, mean, std, (known["mean"], known["std"])))
 
     @property
     def blocks(self) -> list[nn.Module]:

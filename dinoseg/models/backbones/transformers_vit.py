@@ -21,7 +21,7 @@ from dinoseg.models.backbones.class_attention import (
 )
 from dinoseg.models.backbones.cut import forward_frozen, forward_trainable
 from dinoseg.models.backbones.layers import resolve_layers
-from dinoseg.models.backbones.normalisation import register_colours
+from dinoseg.models.backbones.normalisation import colours_of, register_colours
 from dinoseg.models.backbones.pretrained import exported_state, load_model
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.precision import at_least_float32
@@ -56,13 +56,16 @@ class TransformersVit(Backbone):
             `dinoseg:NAME` or `random`.
         patch_size: side of a patch in pixels.
         layers: 0-based blocks to return; negative numbers count from the last; `quarters` for four spread evenly.
-        mean: RGB mean of the images the weights were trained on, in 0..1.
+        mean: RGB mean of the images the weights were trained on, in 0..1; None: ImageNet's, or those of satellite
+            images if the name of the weights contains `sat493m`.
         std: RGB standard deviation of the same images.
         checkpointing: recompute block activations in the backward pass: less memory, about a third more time.
         local_cls_norm: store the second final norm of Meta's ViT-7B, which is used only in pre-training.
         dtype: `float32`, or `bfloat16` to store the weights in half the memory; the maps are always float32.
         final_norm: apply the final LayerNorm to the maps, although its scales and shifts were learned for the last
             block; False removes it from the model.
+        weights_patch_size: side of a patch of the weights in pixels, if it differs from `patch_size`. The patch
+            kernel is then resampled (Beyer et al., arXiv 2212.08013, equation 3), as EoMT does with DINOv2.
 
     Raises:
         UserError: unknown family, invalid key or value in `arch`, layer out of range, invalid colour statistics, or
@@ -80,15 +83,16 @@ class TransformersVit(Backbone):
         weights: str,
         patch_size: Count,
         layers: Sequence[int] | str = (-1,),
-        mean: Sequence[float] = (0.485, 0.456, 0.406),
-        std: Sequence[float] = (0.229, 0.224, 0.225),
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
         checkpointing: bool = False,
         local_cls_norm: bool = False,
         dtype: str = "float32",
         final_norm: bool = True,
+        weights_patch_size: Count | None = None,
     ) -> None:
         super().__init__()
-        config = _config(family, {**arch, "patch_size": patch_size})
+        config = _config(family, {**arch, "patch_size": weights_patch_size or patch_size})
         if dtype not in DTYPES:
             raise UserError(f"backbone.dtype={dtype} is unknown. Choose one of {', '.join(DTYPES)}.")
         self.layers = resolve_layers(layers, config.num_hidden_layers)
@@ -101,6 +105,8 @@ class TransformersVit(Backbone):
         self._has_norm = final_norm
         self.local_cls_norm = nn.LayerNorm(self.dim) if local_cls_norm else None
         self.model = load_model(config, weights, self._cut, self.local_cls_norm)
+        if config.patch_size != patch_size:
+            _resample_patches(self.model, patch_size)
         self.model.to(DTYPES[dtype])
         mask_queries_only(self.model)
         if checkpointing:
@@ -108,7 +114,7 @@ class TransformersVit(Backbone):
         self.unused = [
             name for name, _ in self.named_parameters() if name.endswith("mask_token") or "local_cls_norm" in name
         ]
-        register_colours(self, mean, std)
+        register_colours(self, *colours_of(weights, mean, std))
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -243,6 +249,20 @@ def _blocks(model: Any) -> nn.ModuleList:
     if model.config.model_type == "vit":
         return model.layers
     return model.model.layer if model.config.model_type == "dinov3_vit" else model.encoder.layer
+
+
+def _resample_patches(model: Any, patch_size: int) -> None:
+    """Resample the kernel of the patch embedding to another side in pixels, in place."""
+    from timm.layers import resample_patch_embed
+
+    embeddings = model.embeddings.patch_embeddings
+    projection = getattr(embeddings, "projection", embeddings)
+    kernel, side = projection.weight.detach(), patch_size
+    outline = kernel.new_empty(*kernel.shape[:2], side, side)
+    resampled = outline if kernel.is_meta else resample_patch_embed(kernel, [side, side])
+    projection.weight = nn.Parameter(resampled)
+    projection.kernel_size = projection.stride = (side, side)
+    model.config.patch_size = patch_size
 
 
 def _enable_checkpointing(model: Any) -> None:

@@ -1,5 +1,6 @@
 """Encoder-only mask transformer (EoMT): queries pass through the last blocks of the backbone itself."""
 
+import logging
 import math
 from collections.abc import Sequence
 from functools import partial
@@ -16,6 +17,7 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.precision import at_least_float32
 from dinoseg.utils.ranges import Count
 
+logger = logging.getLogger(__name__)
 _STRIDE = 4  # target output stride of the masks in pixels
 _POWER = 0.9  # exponent of the polynomial annealing
 _EVEN = "even"
@@ -42,8 +44,11 @@ class EomtHead(Head[MaskOutputs]):
         blocks: number of blocks that the queries join, counted back from the last tapped one.
         no_object: add a "no object" class to the class logits of the queries.
         anneal: when the attention mask of each of these blocks is removed: a [start, end] per block, first block
-            first, as shares of the training steps. `even` for the published ones: each lasts a sixth of the training;
-            the first starts at one sixth, the last ends at five sixths, the others are spread evenly between.
+            first. Two whole numbers are optimizer steps, as in the configs of tue-mps/eomt; otherwise they are shares
+            of the training, from 0.0 to 1.0. `even` for shares that the published steps follow: each lasts a sixth of
+            the training; the first starts at one sixth, the last ends at five sixths, the others are spread evenly
+            between. Between start and end, a mask is applied with the probability (1 - progress)^0.9
+            (training/lightning_module.py there).
 
     Raises:
         UserError: the widths are those of a pyramid, or an option is out of range.
@@ -73,7 +78,8 @@ class EomtHead(Head[MaskOutputs]):
         self.blocks = blocks
         self.no_object = no_object
         self.windows = annealing_windows(anneal, blocks)
-        self.progress = 0.0
+        self.step, self.steps = 0, 1
+        self._warned = False  # whether the warning about windows after the end of the training was logged
         doublings = max(1, round(math.log2(patch_size / _STRIDE)))
         self.queries = nn.Parameter(torch.randn(num_queries, in_dim))
         self.classify = nn.Linear(in_dim, num_classes + no_object)
@@ -94,9 +100,21 @@ class EomtHead(Head[MaskOutputs]):
         if self.blocks > count:
             raise UserError(f"head.blocks={self.blocks}: this backbone reads {count} blocks; give 1 to {count}.")
 
-    def set_progress(self, share: float) -> None:
-        """Set the finished share of training, in [0, 1), which controls the annealing."""
-        self.progress = share
+    def set_progress(self, step: int, steps: int) -> None:
+        """Set the 0-based step and the length of the training, which control the annealing.
+
+        Warn once if a mask is not removed before the end.
+        """
+        self.step, self.steps = step, steps
+        last = max(end for _, end in self.windows)
+        if is_in_steps(self.windows[-1]) and last > steps and not self._warned:
+            self._warned = True
+            logger.warning(
+                "head.anneal removes attention masks until step %d, but the training has %d steps. Evaluation uses no "
+                "masks, so scores will be low. Scale head.anneal to trainer.steps, or set head.anneal=even.",
+                last,
+                steps,
+            )
 
     def run(self, backbone: Backbone, images: Tensor) -> MaskOutputs:
         """Return masks (B, Q, h * 2^n, w * 2^n) and class logits; in training also those of earlier blocks."""
@@ -114,7 +132,7 @@ class EomtHead(Head[MaskOutputs]):
             mask = None
             if self.training:
                 earlier.append(self._read(norm(tokens), grid))
-                share = masked_share(self.progress, window)
+                share = masked_share(self.step if is_in_steps(window) else self.step / self.steps, window)
                 mask = attention_mask(earlier[-1].mask_logits, grid, tokens.shape[1], share)
             tokens = _through(block, tokens, attention_mask=mask, **block_kwargs)
         last = self._read(norm(tokens), grid)
@@ -174,7 +192,10 @@ def attention_mask(mask_logits: Tensor, grid: tuple[int, int], num_tokens: int, 
 
 
 def masked_share(progress: float, window: tuple[float, float]) -> float:
-    """Return the mask probability: 1 before the window (start, end), then polynomial decay to 0 at its end."""
+    """Return the mask probability: 1 before the window (start, end), then polynomial decay to 0 at its end.
+
+    Progress and window are both steps, or both shares of the training.
+    """
     start, end = window
     if progress < start:
         return 1.0
@@ -183,8 +204,13 @@ def masked_share(progress: float, window: tuple[float, float]) -> float:
     return (1 - (progress - start) / (end - start)) ** _POWER
 
 
+def is_in_steps(window: tuple[float, float]) -> bool:
+    """Return whether a window is in optimizer steps, not in shares of the training."""
+    return all(isinstance(end, int) for end in window)
+
+
 def annealing_windows(anneal: str | Sequence[Sequence[float]], blocks: int) -> list[tuple[float, float]]:
-    """Return the (start, end) of each block's annealing, as shares of the training.
+    """Return the (start, end) of each block's annealing, as shares of the training or in steps; see `is_in_steps`.
 
     Raises:
         UserError: unknown word, number of windows unlike the number of blocks, or invalid window.
@@ -197,15 +223,27 @@ def annealing_windows(anneal: str | Sequence[Sequence[float]], blocks: int) -> l
     if len(anneal) != blocks or not all(_is_window(window) for window in anneal):
         raise UserError(
             f"head.anneal={list(anneal)}: give {_EVEN}, or a [start, end] for each of head.blocks={blocks} blocks, "
-            f"with 0 <= start <= end <= 1 as shares of the training."
+            f"with 0 <= start <= end <= 1 as shares of the training, or start <= end as whole numbers of optimizer "
+            f"steps. Write shares of 0 and 1 as 0.0 and 1.0: whole numbers are steps."
         )
-    return [(start, end) for start, end in anneal]
+    windows = [(start, end) for start, end in anneal]
+    if len({is_in_steps(window) for window in windows}) > 1:
+        raise UserError(
+            f"head.anneal={list(anneal)} mixes optimizer steps (whole numbers) and shares of the training. Give either "
+            "for all blocks, and write shares of 0 and 1 as 0.0 and 1.0."
+        )
+    return windows
 
 
 def _is_window(window: object) -> bool:
-    if not isinstance(window, list | tuple) or not all(isinstance(share, int | float) for share in window):
+    if not isinstance(window, list | tuple) or len(window) != 2:
         return False
-    return len(window) == 2 and 0 <= window[0] <= window[1] <= 1
+    if not all(isinstance(end, int | float) and not isinstance(end, bool) for end in window):
+        return False
+    start, end = window
+    if is_in_steps((start, end)):
+        return 0 <= start <= end != 1  # [0, 1] is more likely meant as shares
+    return 0 <= start <= end <= 1
 
 
 def _needs_another_backbone() -> UserError:

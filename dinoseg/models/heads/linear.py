@@ -8,22 +8,26 @@ from torch import Tensor, nn
 from dinoseg.core.contracts import Head
 from dinoseg.core.geometry import concatenate, widths
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.ranges import Count
+from dinoseg.utils.ranges import Count, LowShare
+
+_STD = 0.01  # of the weights of init=normal
 
 
 class LinearHead(Head[Tensor]):
-    """BatchNorm and one 1x1 convolution over the concatenated feature maps (Oquab et al., arXiv 2304.07193).
+    """Dropout, BatchNorm and one 1x1 convolution over the concatenated feature maps (Oquab et al., arXiv 2304.07193).
 
     Args:
         in_dim: the width of a transformer's maps, or the list of a pyramid's widths.
         num_layers: number of maps, concatenated.
         num_classes: number of classes K.
         min_maps: minimum number of maps.
-        init: initialisation of a new training: `probe`, from the closed-form linear probe (`dinoseg.tasks.probing`),
-            or None, at random.
+        dropout: probability of dropping a whole channel, before BatchNorm and in training only, as in DINOv3
+            (facebookresearch/dinov3, dinov3/eval/segmentation/models/heads/linear_head.py).
+        init: initialisation of a new training: `probe`, from the closed-form linear probe (`dinoseg.tasks.probing`);
+            `normal`, weights from N(0, 0.01^2) and biases of 0, as in DINOv2 and DINOv3; or None, PyTorch's default.
 
     Raises:
-        UserError: fewer maps than `min_maps`, or unknown `init`.
+        UserError: fewer maps than `min_maps`, unknown `init`, or a `dropout` that is no probability below 1.
     """
 
     def __init__(
@@ -32,11 +36,14 @@ class LinearHead(Head[Tensor]):
         num_layers: int,
         num_classes: Count,
         min_maps: Count = 1,
+        dropout: LowShare = 0.0,
         init: str | None = None,
     ) -> None:
         super().__init__()
-        if init not in (None, "probe"):
-            raise UserError(f"head.init={init} is unknown. Choose probe, or null for a random initialisation.")
+        if init not in (None, "probe", "normal"):
+            raise UserError(f"head.init={init} is unknown. Choose probe, normal, or null for PyTorch's default.")
+        if not 0 <= dropout < 1:
+            raise UserError(f"head.dropout={dropout}: give a probability of at least 0 and below 1; 0 switches it off.")
         if num_layers < min_maps:
             raise UserError(
                 f"This head reads at least {min_maps} feature maps (head.min_maps), but backbone.layers gives "
@@ -44,9 +51,13 @@ class LinearHead(Head[Tensor]):
                 f"one map: linear, mlp or cnn."
             )
         width = sum(widths(in_dim, num_layers))
+        self.dropout = nn.Dropout2d(dropout)
         self.norm = nn.BatchNorm2d(width)
         self.classify = nn.Conv2d(width, num_classes, kernel_size=1)
-        self.init = init
+        self.init = init if init == "probe" else None
+        if init == "normal":
+            nn.init.normal_(self.classify.weight, std=_STD)
+            nn.init.zeros_(self.classify.get_parameter("bias"))
 
     @torch.no_grad()
     def start(self, weight: Tensor, bias: Tensor, mean: Tensor, variance: Tensor) -> None:
@@ -64,7 +75,7 @@ class LinearHead(Head[Tensor]):
 
     def forward(self, features: list[Tensor]) -> Tensor:
         """Return class scores on the patch grid (B, K, h, w)."""
-        return self.classify(self.norm(concatenate(features)))
+        return self.classify(self.norm(self.dropout(concatenate(features))))
 
     def grid_scores(self, outputs: Tensor) -> Tensor:
         """Return the outputs, since `predict` only upsamples them bilinearly."""

@@ -17,6 +17,7 @@ from dinoseg.core.sizes import Size
 from dinoseg.data.enough_workers import AUTO, FROM_NONE, Workers
 from dinoseg.data.loader import load_in_order, sample_batches
 from dinoseg.data.pairs.dataset import PairDataset
+from dinoseg.data.scan.likeness import digest
 from dinoseg.data.train_views import Draw, TrainViews, Transform
 from dinoseg.data.transforms import Augment
 from dinoseg.data.unlabelled import Unmasked
@@ -317,7 +318,11 @@ def _read_views(
 
 
 def _aim(drawn: TrainViews, draw: Draw) -> tuple[object, ...]:
-    """Return what determines the position of a class-balanced view: the class, and the hash of the image's mask."""
+    """Return what else determines a view's position: the class that it shows, and the hash of the image's mask."""
+    if isinstance(drawn.augment, Augment) and drawn.augment.cat_max_ratio is not None:
+        data = drawn.data
+        mask = data.mask(draw.image) if _has_masks_only(data) else data[draw.image]["mask"].numpy()
+        return *draw.shown, digest(mask)
     if drawn.uniform is None or not draw.shown:
         return ()
     return *draw.shown, drawn.uniform.digests[draw.image]

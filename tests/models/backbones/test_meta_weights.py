@@ -1,6 +1,7 @@
 import argparse
 import math
 import pickle
+import re
 from functools import partial
 from pathlib import Path
 
@@ -10,12 +11,13 @@ import torch.nn.functional as F
 from meta_files import DEPTH, HEADS, HIDDEN, PATCH, SIDE, WIDTH, meta_state
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
+from timm.layers import resample_patch_embed
 from timm.models import eva, vision_transformer
 from torch import nn
 
 import dinoseg
 from dinoseg.models.backbones.meta_weights import OPTIONS, VitLayout, config_layout, from_meta, unwrap
-from dinoseg.models.backbones.transformers_vit import METHODS, TransformersVit, _config
+from dinoseg.models.backbones.transformers_vit import METHODS, TransformersVit, _config, _resample_patches
 from dinoseg.utils.errors import UserError
 
 pytestmark = pytest.mark.slow  # large files of weights
@@ -301,7 +303,7 @@ def test_another_family_is_refused(given, wanted, saved):
         ("dinov2", {"image_size": 7 * PATCH}, rf"arch\.image_size={SIDE * PATCH}\."),
         ("dinov3", {"num_attention_heads": 6}, r"num_attention_heads=3\."),
         ("dinov3", {"num_hidden_layers": 4}, "3 blocks.*4 blocks"),
-        ("dinov3", {"num_register_tokens": 0}, "4 registers"),
+        ("dinov3", {"num_register_tokens": 0}, r"4 registers.*Set backbone\.arch\.num_register_tokens=4\b"),
         ("dinov3_swiglu", {"use_gated_mlp": False}, "SwiGLU"),
         ("dino", {"intermediate_size": 48}, "another shape"),
     ],
@@ -382,7 +384,7 @@ def test_what_is_no_checkpoint_is_refused(content, tmp_path):
         ([torch.zeros(1)], "holds no named tensors"),
         ({1: torch.zeros(1)}, "holds no named tensors"),
         ({}, "holds nothing"),
-        ({"model": {"cls_token": torch.zeros(1)}, "epoch": 3}, "holds model, epoch, and no weights.*`teacher`"),
+        ({"network": {"cls_token": torch.zeros(1)}, "epoch": 3}, "holds network, epoch, and no weights.*`teacher`"),
         ({"conv.weight": torch.zeros(1)}, "tensors are missing"),
         ({"downsample_layers.0.0.weight": torch.zeros(1)}, "holds a DINOv3 ConvNeXt.*backbone=dinov3_convnext_tiny"),
     ],
@@ -416,3 +418,118 @@ def test_layouts_read_as_words():
     assert str(VitLayout("dinov2_with_registers", 1536, 40, 14, 4, True)) == (
         "a DINOv2 vision transformer (width 1536, 40 blocks, patches of 14 px, 4 registers, SwiGLU)"
     )
+
+
+def surgenet_state(key_bias=True):
+    """Return weights in the layout of SurgeNetDINO's DINOv3 files: no registers, no mask on the key bias."""
+    state = state_of("dinov3")
+    plain = {
+        name: value for name, value in state.items() if not name.endswith("bias_mask") and name != "storage_tokens"
+    }
+    if not key_bias:
+        plain |= {name: value * state[f"{name}_mask"] for name, value in plain.items() if name.endswith("qkv.bias")}
+    return plain
+
+
+SURGENET = {"num_register_tokens": 0, "key_bias": True, "layer_norm_eps": 1e-6}
+
+
+def without_registers(state, images):
+    """Return the normed last map of timm's DINOv3 with a key bias, computed with eps 1e-6."""
+    model = eva.Eva(
+        img_size=SIDE * PATCH,
+        patch_size=PATCH,
+        num_classes=0,
+        embed_dim=WIDTH,
+        depth=DEPTH,
+        num_heads=HEADS,
+        mlp_ratio=HIDDEN / WIDTH,
+        qkv_fused=False,
+        init_values=1.0,
+        rope_type="dinov3",
+        rope_temperature=100,
+        rope_rotate_half=True,
+        use_rot_pos_emb=True,
+        use_abs_pos_emb=False,
+        use_fc_norm=False,
+        dynamic_img_size=True,
+        norm_layer=partial(nn.LayerNorm, eps=1e-6),
+    )
+    wanted = {name: value for name, value in state.items() if name not in ("mask_token", "rope_embed.periods")}
+    for name in [name for name in wanted if ".attn.qkv." in name]:
+        block, kind = name.split(".attn.qkv.")
+        parts = dict(zip("qkv", wanted.pop(name).chunk(3), strict=True))
+        wanted |= {f"{block}.attn.{part}_proj.{kind}": value for part, value in parts.items()}
+    names = {name: re.sub(r"ls([12])\.gamma", r"gamma_\1", name) for name in wanted}
+    for block in model.blocks:  # timm has no key bias by design: add one
+        block.attn.k_proj = nn.Linear(WIDTH, WIDTH)
+    model.load_state_dict({names[name]: value for name, value in wanted.items()})
+    model.rope.periods.copy_(state["rope_embed.periods"])
+    with torch.no_grad():
+        return model.eval().forward_intermediates(images, norm=True, intermediates_only=True)[-1]
+
+
+@pytest.mark.parametrize("wrapper", [None, "teacher", "model", "state_dict"])
+@pytest.mark.parametrize("scales", ["ls{}.gamma", "gamma_{}"])
+def test_surgenet_files_are_read(wrapper, scales, saved):
+    state = surgenet_state()
+    stored = {re.sub(r"ls([12])\.gamma", lambda match: scales.format(match[1]), name): state[name] for name in state}
+    if wrapper:
+        stored = {wrapper: {f"backbone.{name}": value for name, value in stored.items()}, "epoch": 50}
+    images = torch.randn(2, 3, 3 * PATCH, 4 * PATCH)
+    found = load("dinov3", saved(stored), **SURGENET)(images)[-1]
+    torch.testing.assert_close(found, without_registers(state, images), atol=2e-5, rtol=0)
+    silent = load("dinov3", saved(surgenet_state(key_bias=False), "silent.pth"), **SURGENET)(images)[-1]
+    assert (silent - found).abs().max() > 1e-2  # keys are rotated after the bias, which therefore counts
+
+
+def test_a_key_bias_needs_the_setting(saved):
+    with pytest.raises(UserError, match=r"key bias.*set backbone\.arch\.key_bias=true"):
+        load("dinov3", saved(surgenet_state()), **SURGENET | {"key_bias": False})
+    with pytest.raises(UserError, match=r"Set backbone\.arch\.num_register_tokens=0\b"):
+        load("dinov3", saved(surgenet_state()))
+
+
+@pytest.mark.parametrize("size", ["s", "b", "l"])
+def test_options_for_surgenet_have_its_sizes(size):
+    with torch.device("meta"):
+        node = OmegaConf.merge(
+            OmegaConf.load(CONFIGS / "_dinov3.yaml"), OmegaConf.load(CONFIGS / f"surgenet_dinov3_vit{size}16.yaml")
+        )
+        ours = _config(node.family, {**node.arch, "patch_size": node.patch_size})
+    published = option_config(f"dinov3_vit{size}16")
+    for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "use_gated_mlp"):
+        assert getattr(ours, key) == getattr(published, key)
+    assert (ours.num_register_tokens, ours.key_bias, ours.layer_norm_eps) == (0, True, 1e-6)
+
+
+@pytest.mark.parametrize("kind", ["dinov2", "dinov2_reg", "dino"])
+def test_patch_kernels_are_resampled_as_in_timm(kind, saved):
+    """The kernel of another patch size is that of timm, and all else stays."""
+    state = state_of(kind)
+    family, arch, _ = KINDS[kind]
+    model = TransformersVit(family, arch, str(saved(state)), 10, weights_patch_size=PATCH).eval()
+    kernel = model.model.embeddings.patch_embeddings.projection
+    expected = resample_patch_embed(state["patch_embed.proj.weight"], [10, 10])
+    torch.testing.assert_close(kernel.weight, expected)
+    assert (kernel.stride, model.patch_size, model.model.config.patch_size) == ((10, 10), 10, 10)
+    images = torch.randn(2, 3, 3 * PATCH, 4 * PATCH)
+    enlarged = F.interpolate(images, scale_factor=10 / PATCH, mode="bicubic")
+    before, after = load(kind, saved(state), layers=[-1])(images)[-1], model(enlarged)[-1]
+    assert before.shape == after.shape == (2, WIDTH, 3, 4)
+    with pytest.raises(UserError, match="patches of 8 px"):
+        TransformersVit(family, arch, str(saved(state)), 10)
+
+
+def test_resampled_patches_see_enlarged_images_alike():
+    """On patches enlarged by the operator of the method, the resampled kernel gives the same products."""
+    kernel, patches = torch.randn(6, 3, 14, 14), torch.randn(5, 3, 14, 14)
+    enlarged = F.interpolate(patches, size=(16, 16), mode="bicubic", antialias=True)
+    conv = nn.Conv2d(3, 6, 14, 14, bias=False)
+    conv.weight = nn.Parameter(kernel)
+    holder = argparse.Namespace(
+        embeddings=argparse.Namespace(patch_embeddings=conv), config=argparse.Namespace(patch_size=14)
+    )
+    before = conv(patches).flatten(1)
+    _resample_patches(holder, 16)
+    torch.testing.assert_close(conv(enlarged).flatten(1), before, atol=1e-3, rtol=1e-3)

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,7 @@ def test_no_mask_has_more_rows_than_queries_and_none_is_built_when_annealed(monk
     tokens = 5 + 5 + 12
     for progress, masked in ((0.0, 2), (0.49, 2), (0.5, 1), (0.79, 1), (0.8, 0), (0.999, 0)):
         calls.clear(), built.clear()
-        head.set_progress(progress)
+        head.set_progress(round(1000 * progress), 1000)
         outputs = head.run(backbone, torch.rand(2, 3, 48, 64))
         assert len(outputs.aux) == 2  # deep supervision goes on
         masks = [mask for *_, mask in calls if mask is not None]
@@ -78,6 +79,38 @@ def test_annealing_is_polynomial_in_its_window():
     assert [masked_share(progress, (0.5, 0.5)) for progress in (0.49, 0.5)] == [1, 0]
     assert [masked_share(progress, (0.0, 0.0)) for progress in (0.0, 0.9)] == [0, 0]
     assert masked_share(0.999, (1.0, 1.0)) == 1
+
+
+def official_share(start, step, end):
+    """Return the probability of a mask at a step (EoMT's `mask_annealing`)."""
+    if step < start:
+        return 1.0
+    return 0.0 if step >= end else float(np.power(1 - (step - start) / (end - start), 0.9))
+
+
+def test_annealing_in_steps_is_that_of_the_published_configs(monkeypatch):
+    published = [[0, 3000], [6520, 9780], [9780, 13040], [13040, 16300]]  # ADE20K, DINOv3-L
+    backbone, head = pair(blocks=3, anneal=published[1:])
+    shares = []
+    monkeypatch.setattr(eomt, "attention_mask", lambda *given: shares.append(given[-1]))
+    for step in (0, 6519, 6520, 7001, 9779, 9780, 13039, 15555, 16299, 16300, 19559):
+        shares.clear()
+        head.set_progress(step, 19560)
+        head.run(backbone, torch.rand(1, 3, 16, 16))
+        assert shares == pytest.approx([official_share(start, step, end) for start, end in published[1:]], rel=1e-12)
+    for start, end in published:
+        assert masked_share(1234, (start, end)) == pytest.approx(official_share(start, 1234, end), rel=1e-12)
+
+
+def test_steps_after_the_end_of_the_training_are_reported_once(caplog):
+    _, head = pair(anneal=[[0, 30], [30, 60]])
+    for step in range(2):
+        head.set_progress(step, 60)
+    assert not caplog.messages
+    for step in range(2):
+        head.set_progress(step, 59)
+    (message,) = caplog.messages
+    assert message.startswith("head.anneal removes attention masks until step 60, but the training has 59 steps.")
 
 
 @pytest.mark.parametrize(
@@ -132,7 +165,7 @@ def trained(model):
 @pytest.mark.parametrize("progress", [0.0, 0.4, 0.9])
 def test_gradients_reach_all_that_is_trained_and_nothing_else(adapter, progress):
     model = SegmentationModel(*pair(adapter=adapter)).train()
-    model.set_progress(progress)
+    model.set_progress(round(1000 * progress), 1000)
     outputs = model(torch.rand(2, 3, 40, 33)).outputs
     parts = [outputs, *outputs.aux]
     sum(part.class_logits.square().mean() + part.mask_logits.square().mean() for part in parts).backward()
@@ -146,7 +179,7 @@ def test_gradients_reach_all_that_is_trained_and_nothing_else(adapter, progress)
 
 def test_every_part_learns_from_the_last_layer_alone():
     model = SegmentationModel(*pair(adapter=Frozen())).train()
-    model.set_progress(0.99)
+    model.set_progress(99, 100)
     model(torch.rand(2, 3, 40, 33)).logits().square().mean().backward()
     assert all(p.grad.abs().sum() > 0 for p in model.head.parameters())
 
@@ -156,7 +189,7 @@ def test_checkpointing_changes_no_gradient(family, adapter, monkeypatch):
     calls, gradients, passes = spy_on_attention(monkeypatch), [], []
     for checkpointing in (False, True):
         model = SegmentationModel(*pair(family, 3, adapter=adapter, held={"checkpointing": checkpointing})).train()
-        model.set_progress(0.3)  # the first block's masks are left out at random
+        model.set_progress(3, 10)  # the first block's masks are left out at random
         calls.clear()
         torch.manual_seed(1)
         outputs = model(torch.ones(2, 3, 40, 33).cumsum(3) / 33).outputs
@@ -176,7 +209,7 @@ def test_a_backbone_held_in_half(family, adapter, checkpointing):
     model = SegmentationModel(*pair(family, adapter=adapter, held=held)).train()
     images = torch.rand(2, 3, 40, 33)
     for progress in (0.0, 0.999):
-        model.set_progress(progress)
+        model.set_progress(round(1000 * progress), 1000)
         outputs = model(images).outputs
         parts = [outputs, *outputs.aux]
         assert all(part.class_logits.dtype == part.mask_logits.dtype == torch.float32 for part in parts)
@@ -212,7 +245,7 @@ def test_a_few_steps_of_training_learn_an_image():
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
     for step in range(30):
-        model.set_progress(step / 30)
+        model.set_progress(step, 30)
         loss = F.cross_entropy(model(images).logits(), labels)
         optimizer.zero_grad()
         loss.backward()
@@ -224,7 +257,7 @@ def test_a_few_steps_of_training_learn_an_image():
 def test_progress_is_no_part_of_a_checkpoint():
     _, head = pair()
     before = {name: value.clone() for name, value in head.state_dict().items()}
-    head.set_progress(0.7)
+    head.set_progress(7, 10)
     assert before.keys() == head.state_dict().keys()
     assert all(torch.equal(value, head.state_dict()[name]) for name, value in before.items())
 
@@ -254,6 +287,10 @@ def test_a_backbone_whose_blocks_take_no_queries_is_refused():
         ({"anneal": [[0, 1], [0.5, 1.5]]}, "0 <= start <= end <= 1"),
         ({"anneal": [[-0.1, 1], [0.5, 1]]}, "0 <= start <= end <= 1"),
         ({"anneal": [[0, float("nan")], [0.5, 1]]}, "0 <= start <= end <= 1"),
+        ({"anneal": [[0, 1], [1, 1]]}, "Write shares of 0 and 1 as 0.0 and 1.0: whole numbers are steps"),
+        ({"anneal": [[5, 4], [5, 9]]}, "start <= end as whole numbers"),
+        ({"anneal": [[True, 5], [5, 9]]}, "start <= end as whole numbers"),
+        ({"anneal": [[0, 400], [0.5, 1.0]]}, r"head\.anneal=.* mixes optimizer steps"),
         ({"anneal": [0.5, 1]}, "0 <= start <= end <= 1"),
         ({"anneal": [[0, 1], ["half", 1]]}, "0 <= start <= end <= 1"),
         ({"anneal": [[0, 1], [0.1, 0.2, 0.3]]}, "0 <= start <= end <= 1"),

@@ -242,7 +242,7 @@ def test_the_decoder_alone_learns_for_the_first_share_of_a_training():
 
 def test_slots_are_drawn_anew_in_each_frame_for_the_first_share_of_a_training():
     head, features = made(independent_until=0.4, first_iterations=3).train(), clip()
-    head.set_progress(0.39)
+    head.set_progress(39, 100)
     torch.manual_seed(1)
     outputs = head.follow(features)
     assert not outputs.carried
@@ -252,9 +252,9 @@ def test_slots_are_drawn_anew_in_each_frame_for_the_first_share_of_a_training():
         torch.testing.assert_close(slots, outputs.slots[:, time])
     outputs.reconstructions[0].sum().backward()
     assert all(parameter.grad is not None for parameter in head.parameters() if parameter.dim())
-    head.set_progress(0.4)
+    head.set_progress(40, 100)
     assert head.follow(features).carried
-    head.set_progress(0)
+    head.set_progress(0, 100)
     head.eval()
     assert head.follow(features).carried and not made(predictor="none").eval().follow(features).carried
 

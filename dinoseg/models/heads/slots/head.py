@@ -216,9 +216,9 @@ class SlotHead(Head[SlotOutputs]):
                 "head.similarity_of=features."
             )
 
-    def set_progress(self, share: float) -> None:
-        """Set the finished share of training; from `alone` on, slots are carried from frame to frame."""
-        self.progress = share
+    def set_progress(self, step: int, steps: int) -> None:
+        """Set the finished share of training; from `independent_until` on, slots are carried from frame to frame."""
+        self.progress = step / steps
 
     def run(self, backbone: Backbone, images: Tensor) -> SlotOutputs:
         """Return the outputs for clips (B, T, 3, H, W), or for images (B, 3, H, W) as clips of one frame."""

@@ -1,0 +1,322 @@
+"""Scale, crop and padding of views: equal to those of mmsegmentation, DINOv3 and EoMT, written here independently."""
+
+import hashlib
+import math
+from fractions import Fraction
+
+import cv2
+import numpy as np
+import pytest
+from scipy.stats import ks_2samp
+
+from dinoseg.data.photometric import PhotometricDistortion
+from dinoseg.data.transforms import Affine, Augment, ColorJitter
+from dinoseg.utils.errors import UserError
+
+SIZES = [(60, 100), (101, 63), (20, 33), (480, 640), (50, 50), (37, 400)]
+CROP = (48, 48)
+SHORT = {"relative_to": "short", "base": 48, "scale": (0.5, 2.0), "distribution": "uniform", "padding": "end"}
+FIT = {"relative_to": "fit", "scale": (0.5, 2.0), "distribution": "uniform", "padding": "end"}
+FILL = (124, 116, 104)
+
+
+class Numbers:
+    """Random generator with given numbers."""
+
+    def __init__(self, *numbers):
+        self.numbers = list(numbers)
+
+    def random(self, count):
+        taken, self.numbers = self.numbers[:count], self.numbers[count:]
+        return np.array(taken)
+
+
+def numbers(factor=0.5, left=0.5, top=0.5, flip=1.0, more=()):
+    """Return the random numbers of a view without rotation, shear and shift."""
+    return Numbers(factor, *[0.5] * 4, left, top, flip, *[0.5] * 4, *more)
+
+
+def side_resized(size, pick, given):
+    """Return (H, W) with one side given, the other int(given * other / side + 0.5), by exact fractions."""
+    side = pick(size)
+    return tuple(math.floor(Fraction(given * each, side) + Fraction(1, 2)) for each in size)
+
+
+def fitted(size, crop, factor):
+    """Return (H, W) as torchvision's ScaleJitter computes it."""
+    ratio = min(crop[0] / size[0], crop[1] / size[1]) * factor
+    return tuple(max(1, int(each * ratio)) for each in size)
+
+
+def drawn_size(size, options, uniform):
+    least, largest = options["scale"]
+    factor = least + (largest - least) * uniform
+    if options["relative_to"] == "fit":
+        return fitted(size, CROP, factor)
+    pick = min if options["relative_to"] == "short" else max
+    return side_resized(size, pick, int(options["base"] * factor))
+
+
+def starts(size, left, top):
+    """Return the start (top, left) of a crop of an image: whole pixels, uniform over all that are possible."""
+    rooms = (max(0, side - crop) for side, crop in zip(size, CROP, strict=True))
+    return tuple(int((room + 1) * uniform) for room, uniform in zip(rooms, (top, left), strict=True))
+
+
+def view_of(matrix, size):
+    """Return height, width, top, left and flip of a view, from its matrix and the image's (H, W)."""
+    horizontal, vertical = abs(matrix[0, 0]), matrix[1, 1]
+    height, width = round(vertical * size[0]), round(horizontal * size[1])
+    top = (vertical - 1) / 2 - matrix[1, 2]
+    flipped = matrix[0, 0] < 0
+    left = (width - 1 - (horizontal - 1) / 2 if flipped else (horizontal - 1) / 2) - matrix[0, 2]
+    found = height, width, round(top), round(left), flipped
+    assert np.allclose((vertical * size[0], horizontal * size[1], top, left), found[:4], atol=1e-6)
+    return found
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("options", [SHORT, SHORT | {"relative_to": "long"}, FIT])
+def test_sizes_and_boxes_equal_the_formulas(size, options):
+    augment, rng = Augment(CROP, **options, flip=0.5), np.random.default_rng(size)
+    mask = np.ones(size, np.uint8)
+    for _ in range(40):
+        factor, left, top, flip = rng.random(4)
+        height, width = drawn_size(size, options, factor)
+        matrix = augment.place(mask, numbers(factor, left, top, flip))
+        assert view_of(matrix, size) == (height, width, *starts((height, width), left, top), flip < 0.5)
+        seen = augment.mask(mask, numbers(factor, left, top, flip))
+        assert (seen[:height, :width] == 1).all()  # top left, padded right and below, whether flipped or not
+        assert (seen[height:] == 255).all() and (seen[:, width:] == 255).all()
+
+
+def test_factor_1_is_the_crop_s_side_or_the_base():
+    for size in [(639, 427), (333, 1000), (7, 7), (1013, 61)]:
+        assert max(Augment((640, 640), relative_to="fit").scaled_size(size, 1.0)) == 640
+        assert min(Augment((640, 640), relative_to="fit").scaled_size((size[0], 9999), 1.0)) >= 1
+        assert min(Augment((64, 96), relative_to="short").scaled_size(size, 1.0)) == 64
+        assert max(Augment((64, 96), relative_to="long").scaled_size(size, 1.0)) == 96
+        assert min(Augment((64, 96), relative_to="short", base=70).scaled_size(size, 1.0)) == 70
+        limited = Augment((64, 96), relative_to="short", longest=50)  # a size that is given is not limited
+        assert min(limited.scaled_size(size, 1.0)) == 64
+    assert Augment((8, 8), longest=100).scaled_size((50, 200), 1.5) == (37.5, 150)
+
+
+@pytest.mark.parametrize("size", [(30, 50), (50, 30), (9, 12)])
+@pytest.mark.parametrize("flip", [0.0, 1.0])
+def test_pixels_equal_a_resized_padded_and_cropped_image(size, flip):
+    """Enlarged without a blend with padding at the image's border; OpenCV's warp and resize differ by 1 level."""
+    rng = np.random.default_rng(size)
+    image, mask = rng.integers(0, 256, (*size, 3), dtype=np.uint8), np.zeros(size, np.uint8)
+    augment = Augment(CROP, **SHORT, flip=0.5, fill=FILL)
+    for factor in (0.45, 0.5, 0.7, 1.0):
+        height, width = drawn_size(size, SHORT, factor)
+        if height < size[0] or width < size[1]:
+            continue
+        top, left = starts((height, width), left=0.9, top=0.3)
+        resized = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
+        expected = np.full((*CROP, 3), FILL, np.uint8)
+        part = (resized[:, ::-1] if flip < 0.5 else resized)[top : top + CROP[0], left : left + CROP[1]]
+        expected[: part.shape[0], : part.shape[1]] = part
+        seen, _ = augment(image, mask, numbers(factor, 0.9, 0.3, flip))
+        assert np.abs(seen.astype(int) - expected).max() <= 1
+        assert (seen[height:] == FILL).all() and (seen[:, width:] == FILL).all()
+
+
+def test_padding_keeps_its_colour_at_the_end_only():
+    image, mask = np.full((20, 20, 3), 90, np.uint8), np.zeros((20, 20), np.uint8)
+    for color in (ColorJitter(brightness=1.0), PhotometricDistortion(0.5, 0.5, 0, 0, probability=1)):
+        changed = {"end": 0, "spread": 0}
+        for padding, seed in [(each, seed) for each in changed for seed in range(8)]:
+            augment = Augment((40, 30), padding=padding, fill=(10, 200, 30), color=color)
+            seen, ids = augment(image, mask, np.random.default_rng(seed))
+            assert (ids == 0).sum() == 400
+            changed[padding] += (seen[ids == 255] != (10, 200, 30)).any()
+        assert changed["end"] == 0 and changed["spread"] > 5
+    turned = Augment((40, 30), padding="end", affine=Affine(degrees=40), fill=(0, 0, 0))
+    seen, ids = turned(image, mask, np.random.default_rng(3))
+    assert (
+        seen.shape == (40, 30, 3) and (seen[cv2.erode((ids == 255).astype(np.uint8), np.ones((5, 5))) > 0] == 0).all()
+    )
+
+
+def blobs(size, seed, classes=3):
+    """Return a mask with smooth regions of some classes, one of them large, and ignored pixels."""
+    rng = np.random.default_rng(seed)
+    field = cv2.GaussianBlur(rng.standard_normal(size), (0, 0), 9)
+    mask = np.digitize(field, np.quantile(field, [0.7, 0.9][: classes - 1])).astype(np.uint8)
+    mask[cv2.GaussianBlur(rng.standard_normal(size), (0, 0), 5) > 0.08] = 255
+    return mask
+
+
+def passes(part, ratio):
+    """Return whether a crop of labels shows several classes, none with `ratio` or more of the labelled pixels."""
+    ids, counts = np.unique(part[part != 255], return_counts=True)
+    return len(ids) > 1 and counts.max() / counts.sum() < ratio
+
+
+@pytest.mark.parametrize("ratio", [0.75, 0.6, 0.4, 1.0])
+def test_crops_are_checked_ten_times(ratio):
+    """The 11th crop is taken unchecked, as in mmsegmentation's and DINOv3's loop."""
+    augment, size = Augment(CROP, relative_to="short", base=120, padding="end", cat_max_ratio=ratio), (120, 170)
+    used = set()
+    for seed in range(60):
+        mask, rng = blobs(size, seed), np.random.default_rng(seed)
+        positions = rng.random((11, 2))
+        given = (positions[0, 0], positions[0, 1])
+        more = [*[0.5] * 5, *positions[1:].ravel()]
+        boxes = [starts(size, *position) for position in positions]
+        parts = [mask[top : top + CROP[0], left : left + CROP[1]] for top, left in boxes]
+        taken = next((number for number in range(10) if passes(parts[number], ratio)), 10)
+        used.add(taken)
+        assert np.array_equal(augment.mask(mask, numbers(0.5, *given, more=more)), parts[taken])
+        matrix = augment.place(mask, numbers(0.5, *given, more=more))
+        assert view_of(matrix, size)[2:4] == boxes[taken]
+        image = np.repeat(mask[..., None], 3, axis=2)
+        seen = augment(image, mask, numbers(0.5, *given, more=more))
+        assert np.array_equal(seen[1], parts[taken]) and np.array_equal(seen[0][..., 0], parts[taken])
+    assert {0.75: {0, 1}, 0.6: {0, 10}, 0.4: {10}, 1.0: {0}}[ratio] <= used
+
+
+@pytest.mark.parametrize("color", [ColorJitter(0.2), PhotometricDistortion(0.1, 0.1, 0.1, 0.1)])
+@pytest.mark.parametrize("shown", [None, 2])
+@pytest.mark.parametrize("options", [{}, SHORT, FIT | {"affine": Affine(20, 0.1, 5)}])
+def test_mask_and_place_agree_with_the_view(options, shown, color):
+    augment = Augment(CROP, **options, flip=0.5, color=color, cat_max_ratio=0.6)
+    free, moved = Augment(CROP, **options, flip=0.5, color=color), 0
+    for seed in range(12):
+        mask = blobs((90, 130), seed)
+        _, seen = augment(np.repeat(mask[..., None], 3, axis=2), mask, np.random.default_rng(seed), shown)
+        assert np.array_equal(augment.mask(mask, np.random.default_rng(seed), shown), seen)
+        place = augment.place(mask, np.random.default_rng(seed), shown)
+        rows, columns = np.nonzero(seen != 255)
+        x, y, _ = np.rint(np.linalg.inv(place) @ np.stack([columns, rows, np.ones(len(rows))])).astype(int)
+        assert (mask[y.clip(0, 89), x.clip(0, 129)] == seen[rows, columns]).mean() > 0.97
+        assert shown is None or (seen == shown).any()  # among the crops that show the pixel
+        other = free.place(mask, np.random.default_rng(seed), shown)
+        assert np.allclose(place[:2, :2], other[:2, :2])  # only the position is drawn again
+        moved += not np.allclose(place, other)
+    assert moved
+
+
+def test_a_mask_of_one_class_or_none_gives_a_crop():
+    augment = Augment(CROP, **SHORT, cat_max_ratio=0.75)
+    for value in (3, 255):
+        mask = np.full((60, 90), value, np.uint8)
+        assert set(np.unique(augment.mask(mask, np.random.default_rng(1)))) <= {value, 255}
+
+
+@pytest.mark.parametrize(("padding", "relative_to"), [("end", "image"), ("end", "short"), ("spread", "fit")])
+def test_a_class_is_shown_with_any_padding(padding, relative_to):
+    for size, crop in (((40, 60), (8, 12)), ((40, 60), (70, 20)), ((40, 60), (90, 90)), ((5, 60), (20, 20))):
+        for affine in (Affine(), Affine(180, 0.9, 45)):
+            augment = Augment(crop, scale=(0.3, 3), relative_to=relative_to, padding=padding, affine=affine, flip=0.5)
+            for seed in range(30):
+                mask = np.zeros(size, np.uint8)
+                mask[seed % size[0], (7 * seed) % size[1]] = 1
+                assert (augment.mask(mask, np.random.default_rng(seed), 1) == 1).any()
+
+
+def official_view(size, options, rng):
+    """Return height, width, top and left of a crop as the official pipelines draw them."""
+    factor = rng.uniform(*options["scale"])
+    if options["relative_to"] == "fit":
+        height, width = fitted(size, CROP, factor)
+    else:
+        height, width = side_resized(size, min, int(options["base"] * factor))
+    box = (rng.integers(0, max(0, height - CROP[0]) + 1), rng.integers(0, max(0, width - CROP[1]) + 1))
+    return height, width, *box, rng.random() < 0.5
+
+
+@pytest.mark.parametrize("size", [(60, 100), (101, 63), (20, 33)])
+@pytest.mark.parametrize("options", [SHORT, FIT])
+def test_views_are_distributed_as_in_the_official_pipelines(size, options):
+    augment, mask = Augment(CROP, **options, flip=0.5), np.zeros(size, np.uint8)
+    ours = [view_of(augment.place(mask, np.random.default_rng(seed)), size) for seed in range(2000)]
+    theirs = [official_view(size, options, np.random.default_rng(9000 + seed)) for seed in range(2000)]
+    for mine, others in zip(zip(*ours, strict=True), zip(*theirs, strict=True), strict=True):
+        assert len(set(mine)) > 1 and ks_2samp(np.float64(mine), np.float64(others)).pvalue > 0.01
+
+
+def test_starts_of_a_small_room_are_equally_likely():
+    """DINOv3 and mmsegmentation draw whole starts: 0, 1 and 2 with a third each."""
+    augment, mask = Augment(CROP, relative_to="short", base=50, padding="end"), np.zeros((50, 50), np.uint8)
+    found = [view_of(augment.place(mask, np.random.default_rng(seed)), (50, 50))[2:4] for seed in range(3000)]
+    shares = np.bincount([3 * top + left for top, left in found], minlength=9) / 3000
+    assert len(shares) == 9 and np.abs(shares - 1 / 9).max() < 0.02
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [(60, 100), (101, 63)])
+def test_checked_crops_are_distributed_as_in_the_official_loop(size):
+    """The class of the pixel in the middle of a crop, and its position, with at most 0.75 of one class."""
+    augment, ours, theirs = Augment(CROP, **SHORT, flip=0.5, cat_max_ratio=0.75), [], []
+    mask = np.zeros(size, np.uint8)
+    mask[:, : size[1] // 4], mask[-9:, -20:] = 1, 2
+    for seed in range(2000):
+        height, width, top, left, _ = view_of(augment.place(mask, np.random.default_rng(seed)), size)
+        ours.append((height, top, left))
+        rng = np.random.default_rng(70_000 + seed)
+        height, width = side_resized(size, min, int(48 * rng.uniform(0.5, 2)))
+        labels = mask[np.arange(height)[:, None] * size[0] // height, np.arange(width) * size[1] // width]
+        labels = labels[:, ::-1] if rng.random() < 0.5 else labels
+        rooms = max(0, height - 48), max(0, width - 48)
+        for check in range(11):
+            top, left = (rng.integers(0, room + 1) for room in rooms)
+            if check < 10 and passes(labels[top : top + 48, left : left + 48], 0.75):
+                break
+        theirs.append((height, top, left))
+    for mine, others in zip(zip(*ours, strict=True), zip(*theirs, strict=True), strict=True):
+        assert ks_2samp(mine, others).pvalue > 0.01
+
+
+def test_factors_are_uniform_or_log_uniform():
+    mask = np.zeros((200, 200), np.uint8)
+    for distribution, median in (("uniform", 1.25), ("log_uniform", 1.0)):
+        augment = Augment((64, 64), scale=(0.5, 2.0), distribution=distribution)
+        assert augment.place(mask, numbers(0.5))[0, 0] == pytest.approx(median)
+        assert augment.place(mask, numbers(0.0))[0, 0] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, "9a337410076127ce"),
+        ({"shown": 1}, "e9d09613038f151c"),
+        ({"longest": 96, "affine": Affine(20, 0.1, 5)}, "4b16952a8622148d"),
+        ({"shown": 2, "affine": Affine(20, 0.1, 5)}, "dd54c3c4d9e33fff"),
+    ],
+)
+def test_default_views_and_the_numbers_after_them_are_those_of_before(options, expected):
+    """Digests recorded before these keys existed."""
+    rng, shown = np.random.default_rng(7), options.pop("shown", None)
+    image = rng.integers(0, 256, (61, 83, 3), dtype=np.uint8)
+    mask = rng.integers(0, 5, (61, 83), dtype=np.uint8)
+    augment = Augment((40, 96), scale=(0.75, 1.5), flip=0.5, color=ColorJitter(0.2, 0.2, 0.2, 0.05), **options)
+    digest = hashlib.sha256()
+    for seed in range(8):
+        rng = np.random.default_rng(seed)
+        for part in (*augment(image, mask, rng, shown), rng.random(3)):
+            digest.update(part.tobytes())
+    assert digest.hexdigest()[:16] == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"relative_to": "width"}, "data.augment.relative_to=width is unknown. Choose one of image, short, long, fit."),
+        ({"distribution": "normal"}, "distribution=normal is unknown. Choose one of log_uniform, uniform."),
+        ({"padding": "start"}, "padding=start is unknown. Choose one of spread, end."),
+        ({"base": 9}, r"base=9: give .*relative_to=short or long \(not image\), or null"),
+        ({"base": 9, "relative_to": "fit"}, r"\(not fit\)"),
+        ({"base": 0, "relative_to": "long"}, "base=0: give at least 1 pixel"),
+        ({"cat_max_ratio": 0.0}, "cat_max_ratio=0.0: give a share above 0, at most 1, or null"),
+        ({"cat_max_ratio": 1.1}, "cat_max_ratio=1.1"),
+        ({"fill": (0, 0)}, r"fill=\[0, 0\]: give \[red, green, blue\]"),
+        ({"fill": (0, 0, 256)}, r"fill=\[0, 0, 256\]"),
+        ({"relative_to": "short", "longest": 0}, "longest=0"),
+    ],
+)
+def test_settings_out_of_range(options, message):
+    with pytest.raises(UserError, match=message):
+        Augment(CROP, **options)

@@ -1,0 +1,256 @@
+"""Photometric distortion: equal to the formulas of mmsegmentation, DINOv3 and EoMT, written here in float64."""
+
+import colorsys
+
+import cv2
+import numpy as np
+import pytest
+from scipy.stats import ks_2samp
+
+from dinoseg.data.photometric import ColorTransform, PhotometricDistortion
+from dinoseg.data.transforms import Augment, ColorJitter
+from dinoseg.utils.errors import UserError
+
+AMOUNTS = {"brightness": 32 / 255, "contrast": 0.5, "saturation": 0.5}
+MMSEG = PhotometricDistortion(**AMOUNTS, hue=0.1, additive=True, space="hsv")
+DINOV3 = PhotometricDistortion(**AMOUNTS, hue=0.5, additive=True)
+EOMT = PhotometricDistortion(**AMOUNTS, hue=0.05)
+SIZES = [(31, 45), (1, 1), (64, 7), (50, 50)]
+OFF, HALF = 1.0, 0.5  # a coin that leaves a change out; an amount of no change
+
+
+def noise(size, seed):
+    rng = np.random.default_rng(seed)
+    image = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
+    image[: size[0] // 3] //= 30  # dark
+    image[size[0] // 2] = image[size[0] // 2, :, :1]  # grey
+    return image
+
+
+def truncated(values):
+    return np.clip(values, 0, 255).astype(np.uint8)
+
+
+def grey(image):
+    return np.floor(image.astype(np.float64) @ [0.2989, 0.587, 0.114] + 1e-9)
+
+
+def brighter(image, number):
+    return image + np.float64(number)
+
+
+def multiplied(image, factor):
+    return image * np.float64(factor)
+
+
+def contrasted(image, factor):
+    return image * np.float64(factor) + (1 - factor) * grey(image).mean()
+
+
+def saturated(image, factor):
+    return image * np.float64(factor) + (1 - factor) * grey(image)[..., None]
+
+
+def turned(image, share):
+    """Rotate the hue of each pixel by the standard library."""
+    turns = []
+    for pixel in image.reshape(-1, 3) / 255:
+        hue, saturation, value = colorsys.rgb_to_hsv(*pixel)
+        turns.append(colorsys.hsv_to_rgb((hue + share) % 1, saturation, value))
+    return np.array(turns).reshape(image.shape) * 255.999
+
+
+def hsv_changed(image, saturation=1.0, hue=0):
+    """Multiply S and add to H in OpenCV's 8-bit HSV."""
+    hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV)
+    hsv[..., 1] = truncated(hsv[..., 1] * np.float64(saturation))
+    hsv[..., 0] = (hsv[..., 0].astype(int) + hue) % 180
+    return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
+
+
+def one(distortion, step, uniform, image):
+    """Apply one of the four changes."""
+    uniforms = np.array([HALF] * 4 + [OFF] * 4 + [0.0])
+    uniforms[step], uniforms[4 + step] = uniform, 0.0
+    return distortion(image, uniforms)
+
+
+def assert_truncated(ours, exact):
+    """Assert that bytes are truncated float64 values; next to a whole number, float32 may lie on its other side."""
+    near = np.abs(exact - np.round(exact)) < 1e-3
+    assert np.array_equal(ours[~near], truncated(exact)[~near])
+    assert np.abs(ours.astype(int) - truncated(exact)).max() <= 1
+
+
+def distances(ours, theirs):
+    return np.abs(ours.astype(int) - theirs)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_changes_equal_the_formulas(size):
+    for seed in range(6):
+        image, uniform = noise(size, seed), np.random.default_rng(100 + seed).random()
+        around = 0.5 + uniform  # the factor of contrast and saturation
+        for distortion in (MMSEG, DINOV3):
+            assert_truncated(one(distortion, 0, uniform, image), brighter(image, 64 * uniform - 32))
+            assert_truncated(one(distortion, 1, uniform, image), multiplied(image, around))
+        assert_truncated(one(EOMT, 0, uniform, image), multiplied(image, 1 + 32 / 255 * (2 * uniform - 1)))
+        assert_truncated(one(EOMT, 1, uniform, image), contrasted(image, around))
+        for distortion in (DINOV3, EOMT):
+            assert_truncated(one(distortion, 2, uniform, image), saturated(image, around))
+            hue = distortion.hue * (2 * uniform - 1)
+            assert_truncated(one(distortion, 3, uniform, image), turned(image, hue))
+        assert np.array_equal(one(MMSEG, 2, uniform, image), hsv_changed(image, saturation=around))
+        assert np.array_equal(one(MMSEG, 3, uniform, image), hsv_changed(image, hue=int(36 * uniform) - 18))
+
+
+def test_hues_of_mmsegmentation_are_minus_18_to_17_steps():
+    image = np.array([[[200, 40, 90]]], np.uint8)
+    for uniform, steps in ((0.0, -18), (0.5, 0), (1 - 1e-9, 17), (0.49, -1)):
+        assert np.array_equal(one(MMSEG, 3, uniform, image), hsv_changed(image, hue=steps))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_changes_equal_torchvision(size):
+    torch = pytest.importorskip("torch")
+    functional = pytest.importorskip("torchvision.transforms.v2.functional")
+    changes = (
+        functional.adjust_brightness,
+        functional.adjust_contrast,
+        functional.adjust_saturation,
+        functional.adjust_hue,
+    )
+    for seed, (step, change) in enumerate([*enumerate(changes)] * 4):
+        image, uniform = noise(size, seed), np.random.default_rng(seed).random()
+        largest = (EOMT.brightness, EOMT.contrast, EOMT.saturation, EOMT.hue)[step]
+        amount = largest * (2 * uniform - 1) + (step < 3)
+        expected = change(torch.from_numpy(image).permute(2, 0, 1), amount).permute(1, 2, 0).numpy()
+        distance = distances(one(EOMT, step, uniform, image), expected)
+        assert distance.max() <= 1 and (distance > 0).mean() < 0.01  # torchvision's v2 adds in another order
+    older = pytest.importorskip("torchvision.transforms.functional")  # which DINOv3 uses
+    for seed in range(6):
+        image, uniform = noise(size, seed), np.random.default_rng(seed).random()
+        planes = torch.from_numpy(image).permute(2, 0, 1)
+        expected = older.adjust_saturation(planes, 0.5 + uniform).permute(1, 2, 0).numpy()
+        assert np.array_equal(one(DINOV3, 2, uniform, image), expected)
+        expected = older.adjust_hue(planes, uniform - 0.5).permute(1, 2, 0).numpy()
+        distance = distances(one(DINOV3, 3, uniform, image), expected)
+        assert distance.max() <= 1 and (distance > 0).mean() < 0.01  # OpenCV divides by the range plus 1e-7
+
+
+def mmseg(image, rng):
+    return official(
+        rng,
+        image,
+        lambda each: brighter(each, rng.uniform(-32, 32)),
+        lambda each: multiplied(each, rng.uniform(0.5, 1.5)),
+        lambda each: hsv_changed(each, saturation=rng.uniform(0.5, 1.5)),
+        lambda each: hsv_changed(each, hue=rng.integers(-18, 18)),
+    )
+
+
+def dinov3(image, rng):
+    return official(
+        rng,
+        image,
+        lambda each: brighter(each, rng.uniform(-32, 32)),
+        lambda each: multiplied(each, rng.uniform(0.5, 1.5)),
+        lambda each: saturated(each, rng.uniform(0.5, 1.5)),
+        lambda each: turned(each, rng.uniform(-0.5, 0.5)),
+    )
+
+
+def eomt(image, rng):
+    return official(
+        rng,
+        image,
+        lambda each: multiplied(each, rng.uniform(1 - 32 / 255, 1 + 32 / 255)),
+        lambda each: contrasted(each, rng.uniform(0.5, 1.5)),
+        lambda each: saturated(each, rng.uniform(0.5, 1.5)),
+        lambda each: turned(each, rng.uniform(-18 / 360, 18 / 360)),
+    )
+
+
+def official(rng, image, brightness, contrast, saturation, hue):
+    """Apply each change with probability 0.5, contrast before saturation or after hue."""
+    first = rng.random() < 0.5
+    order = [brightness, contrast, saturation, hue] if first else [brightness, saturation, hue, contrast]
+    for change in order:
+        if rng.random() < 0.5:
+            image = truncated(change(image))
+    return image
+
+
+@pytest.mark.parametrize(("distortion", "pipeline"), [(MMSEG, mmseg), (DINOV3, dinov3), (EOMT, eomt)])
+def test_colours_are_distributed_as_in_the_official_pipelines(distortion, pipeline):
+    image = np.array([[[190, 90, 40], [60, 120, 200]]], np.uint8)
+    ours = [distortion(image, np.random.default_rng(seed).random(9)) for seed in range(2000)]
+    theirs = [pipeline(image, np.random.default_rng(10_000 + seed)) for seed in range(2000)]
+    for mine, official_ones in zip(np.reshape(ours, (2000, 6)).T, np.reshape(theirs, (2000, 6)).T, strict=True):
+        assert len(set(mine)) > 50 and ks_2samp(mine, official_ones).pvalue > 0.01
+
+
+def test_the_order_and_each_coin_decide_what_is_done():
+    image, rng = noise((20, 30), 3), np.random.default_rng(5)
+    for _ in range(20):
+        uniforms = rng.random(9)
+        expected = image
+        for step in (0, 1, 2, 3) if uniforms[8] < 0.5 else (0, 2, 3, 1):
+            if uniforms[4 + step] < 0.5:
+                expected = one(DINOV3, step, uniforms[step], expected)
+        assert np.array_equal(DINOV3(image, uniforms), expected)
+    never = PhotometricDistortion(**AMOUNTS, hue=0.1, probability=0, space="hsv")
+    still = PhotometricDistortion(0, 0, 0, 0, probability=1, space="hsv")
+    assert np.array_equal(never(image, np.zeros(9)), image) and np.array_equal(still(image, np.zeros(9)), image)
+
+
+def test_the_whole_image_is_changed_before_it_is_scaled():
+    image = noise((40, 60), 1)
+    image[:, :30] //= 4  # contrast depends on the mean grey
+    mask, seeds = np.zeros((40, 60), np.uint8), range(12)
+    options = {**AMOUNTS, "hue": 0.05, "probability": 1.0}
+    crop = {"crop": (20, 20), "scale": (0.4, 0.9)}
+    different = 0
+    for seed in seeds:
+        whole, part = (
+            Augment(**crop, color=PhotometricDistortion(**options, whole=each))(
+                image, mask, np.random.default_rng(seed)
+            )
+            for each in (True, False)
+        )
+        rng = np.random.default_rng(seed)
+        uniforms = np.concatenate([rng.random(12)[8:], rng.random(25)[:5]])
+        changed = PhotometricDistortion(**options)(image, uniforms)
+        plain = Augment(**crop)(changed, mask, np.random.default_rng(seed))
+        assert np.array_equal(whole[0], plain[0]) and np.array_equal(whole[1], part[1])
+        different += not np.array_equal(whole[0], part[0])
+    assert different > 6
+
+
+def test_coins_do_not_move_the_view():
+    image, mask = noise((40, 60), 2), np.random.default_rng(0).integers(0, 9, (40, 60), dtype=np.uint8)
+    for seed in range(5):
+        views = [
+            Augment((20, 30), scale=(0.5, 2), flip=0.5, color=color)(image, mask, np.random.default_rng(seed))[1]
+            for color in (ColorJitter(0.2), MMSEG, EOMT)
+        ]
+        assert np.array_equal(views[0], views[1]) and np.array_equal(views[0], views[2])
+
+
+def test_the_contract_has_no_colours():
+    with pytest.raises(NotImplementedError):
+        ColorTransform()(noise((2, 2), 0), np.zeros(4))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"space": "lab"}, "data.augment.color.space=lab is unknown. Choose one of rgb, hsv."),
+        ({"hue": 0.6}, "hue=0.6.*0 to 0.5"),
+        ({"brightness": 32}, "brightness=32 .*0 to 1"),
+        ({"probability": 1.5}, "probability=1.5"),
+    ],
+)
+def test_settings_out_of_range(options, message):
+    with pytest.raises(UserError, match=message):
+        PhotometricDistortion(**{**AMOUNTS, "hue": 0.1, **options})

@@ -1,0 +1,282 @@
+"""Learning rates and weight decays of published trainings, against the formulas of their code, written here anew."""
+
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from omegaconf import OmegaConf
+from test_freeze import Failing, alike, parts, train, untrained
+from tiny_parts import load
+from torch import nn
+
+from dinoseg.config.nodes import instantiate
+from dinoseg.models.adapters import Frozen, Full
+from dinoseg.models.backbones.transformers_vit import TransformersVit
+from dinoseg.models.heads.eomt import EomtHead
+from dinoseg.models.heads.linear import LinearHead
+from dinoseg.models.heads.split import SplitHead
+from dinoseg.models.model import SegmentationModel
+from dinoseg.training.multi_head import join_optimizers
+from dinoseg.training.optim import ScheduleState, adamw, schedule, set_learning_rates
+
+DINOV2_LINEAR = """
+optimizer: {lr: 1.0e-3, weight_decay: 1.0e-4, weight_decay_on: all}
+schedule: {kind: poly, power: 1.0, warmup: 1500, warmup_start: 1.0e-6, warmup_decays: true}
+"""
+DINOV3_LINEAR = """
+optimizer: {lr: 1.0e-3, weight_decay: 1.0e-3, weight_decay_on: all}
+schedule: {kind: one_cycle, warmup: 1500, warmup_start: 1.0e-6}
+"""
+EOMT = """
+optimizer: {lr: 1.0e-4, weight_decay: 0.05, weight_decay_on: all, layer_decay: 0.8, layer_decay_rule: eomt}
+schedule: {kind: poly, power: 0.9, warmup: 500, warmup_start: 0, backbone_warmup: 1000}
+"""
+EOMT_DINOV3 = """
+optimizer: {lr: 2.0e-4, weight_decay: 0.05, weight_decay_on: all, layer_decay: null}
+schedule: {kind: poly, power: 0.9, warmup: 2000, warmup_start: 0, backbone_warmup: 3000}
+"""
+SLOTS = """
+optimizer: {lr: 4.0e-4, weight_decay: 0.0}
+schedule: {kind: exponential, warmup: 2500, warmup_start: 0, min_lr_ratio: 0.5}
+"""
+
+
+def parts_of(recipe):
+    """Return the optimizer factory and the schedule of the default config with the keys of a recipe."""
+    alone = {"optimizer": {"head_lr": None, "backbone_lr": None}}  # refer to groups that are absent here
+    node = OmegaConf.merge(load()["optim"], alone, yaml.safe_load(recipe))
+    return instantiate(node.optimizer), instantiate(node.schedule)
+
+
+def rates_at(optimizer, factor, step, steps):
+    """Return (learning rate, weight decay) of each parameter at a step, by name."""
+    set_learning_rates(optimizer, ScheduleState(factor, step, steps))
+    groups = optimizer.param_groups
+    return {name: (group["lr"], group["weight_decay"]) for group in groups for name in group["names"]}
+
+
+def dinov2_linear(i, steps, warmup):
+    """mmcv 1.5: the poly decay of all steps, times 1 - (1 - i / warmup) (1 - ratio) during the warm-up."""
+    i, steps, warmup = np.float64(i), np.float64(steps), np.float64(warmup)
+    decayed = 1e-3 * (1 - i / steps) ** 1.0
+    return decayed * (1 - (1 - i / warmup) * (1 - 1e-6)) if i < warmup else decayed
+
+
+def dinov3_linear(i, steps, warmup):
+    """DINOv3: s scheduler steps are taken before iteration i, none after iteration 0."""
+    s, steps, warmup = np.float64(max(0, i - 1)), np.float64(steps), np.float64(warmup)
+    if s < warmup:
+        return 1e-3 * (1 - (1 - s / warmup) * (1 - 1e-6)) * (1 - s / steps)
+    return 1e-3 * (1 + np.cos(np.pi * (s + 1) / steps)) / 2
+
+
+def eomt(t, steps, warmup, vit_warmup, *, vit):
+    """EoMT: multiplier of the head, or of the ViT, whose warm-up begins where that of the head ends."""
+    t, begin = np.float64(t), np.float64(warmup if vit else 0)
+    length = vit_warmup if vit else warmup
+    if t < begin:
+        return 0.0
+    if t < begin + length:
+        return (t - begin) / length
+    return (1 - (t - begin - length) / (steps - begin - length)) ** np.float64(0.9)
+
+
+def test_table_of_the_dinov3_probe():
+    _, factor = parts_of(DINOV3_LINEAR)
+    table = {0: "1.0e-09", 1: "1.0e-09", 2: "6.68e-07", 751: "4.906e-04", 1500: "9.619e-04", 1501: "9.965e-04"}
+    for step, rate in {**table, 20000: "5.000e-04", 39999: "1.5e-12"}.items():
+        decimals = len(rate.partition("e")[0]) - 2
+        assert f"{1e-3 * factor(step, 40000):.{decimals}e}" == rate
+
+
+@pytest.mark.parametrize(("recipe", "rule"), [(DINOV2_LINEAR, dinov2_linear), (DINOV3_LINEAR, dinov3_linear)])
+def test_rates_of_the_linear_probes(tiny_backbone, recipe, rule):
+    """Each parameter of the head, norm and bias too, has the rate and the whole decay; the backbone has none."""
+    make, factor = parts_of(recipe)
+    model = SegmentationModel(Frozen()(tiny_backbone()), LinearHead(24, 1, 150))
+    optimizer, expected = make(model), {DINOV2_LINEAR: 1e-4, DINOV3_LINEAR: 1e-3}[recipe]
+    assert optimizer.defaults["betas"] == (0.9, 0.999) and optimizer.defaults["eps"] == 1e-8
+    names = {f"head.{name}" for name, _ in model.head.named_parameters()}
+    assert {"head.norm.bias", "head.classify.bias"} < names
+    for step in (0, 1, 2, 751, 1499, 1500, 1501, 20000, 31415, 39999):
+        found = rates_at(optimizer, factor, step, 40000)
+        assert found.keys() == names
+        rate = rule(step, 40000, 1500)
+        assert all(value == (pytest.approx(rate, rel=1e-9), expected) for value in found.values())
+    rng = np.random.default_rng(0)
+    for steps, share in zip(rng.integers(3, 90001, 50) | 1, rng.random(50), strict=True):
+        warmup = int(share * steps)
+        other = schedule(**yaml.safe_load(recipe)["schedule"] | {"warmup": warmup})
+        for step in rng.integers(0, steps, 10):
+            assert 1e-3 * other(int(step), int(steps)) == pytest.approx(rule(step, steps, warmup), rel=1e-9, abs=1e-18)
+
+
+def tiny(family, depth):
+    """Return a segmenter with an EoMT head of 4 blocks on a transformer of `depth` blocks of 16 channels."""
+    arch = {"hidden_size": 16, "num_hidden_layers": depth, "num_attention_heads": 2, "image_size": 32}
+    arch |= {"intermediate_size": 16} if family == "dinov3_vit" else {"mlp_ratio": 1}
+    arch |= {} if family == "dinov2" else {"num_register_tokens": 4}
+    backbone = TransformersVit(family, arch, "random", 16)
+    return SegmentationModel(Full()(backbone), EomtHead(16, 1, 150, patch_size=16, num_queries=5, blocks=4))
+
+
+def exponent(name, depth):
+    """Return the power of the layer decay of a parameter of a backbone; None: it belongs to the head."""
+    if name.startswith("head."):
+        return None
+    block = re.search(r"\.layer\.(\d+)\.", name)
+    if block:
+        return depth - 1 - int(block[1])
+    return 0 if re.search(r"\bmodel\.(norm|layernorm)\.", name) else depth - 1
+
+
+@pytest.mark.parametrize("family", ["dinov2", "dinov2_with_registers", "dinov3_vit"])
+@pytest.mark.parametrize("depth", [24, 12])
+@pytest.mark.parametrize(
+    ("recipe", "lr", "llrd", "warmups", "steps"),
+    [
+        (EOMT, 1e-4, 0.8, (500, 1000), 31 * 1262),
+        (EOMT, 1e-4, 0.8, (500, 1000), 107 * 186),
+        (EOMT_DINOV3, 2e-4, 1.0, (2000, 3000), 16 * 1262),
+    ],
+)
+def test_rates_of_eomt(family, depth, recipe, lr, llrd, warmups, steps):
+    model = tiny(family, depth)
+    make, factor = parts_of(recipe)
+    optimizer, first, both = make(model), warmups[0], sum(warmups)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    powers = {name: exponent(name, depth) for name in trained}
+    assert {*powers.values()} == {None, *range(depth)}
+    embeddings = [name for name in trained if "embeddings" in name]
+    assert len(embeddings) >= 4 and {powers[name] for name in embeddings} == {depth - 1}
+    assert sum(power == 0 for power in powers.values()) > 2, "the last block and the final norm"
+    assert optimizer.defaults["betas"] == (0.9, 0.999) and optimizer.defaults["eps"] == 1e-8
+    for step in (0, 1, first - 1, first, first + 1, both - 1, both, both + 1, steps // 2, steps - 1):
+        head, vit = (eomt(step, steps, *warmups, vit=vit) for vit in (False, True))
+        found = rates_at(optimizer, factor, step, steps)
+        assert found.keys() == trained
+        for name, power in powers.items():
+            rate = lr * head if power is None else lr * llrd**power * vit
+            assert found[name] == (pytest.approx(rate, rel=1e-9), 0.05), name
+
+
+def test_eomt_s_lowest_rates():
+    for depth, lowest in ((24, 0.0059), (12, 0.0859)):
+        groups = parts_of(EOMT)[0](tiny("dinov3_vit", depth)).param_groups
+        assert min(group["base_lr"] for group in groups) / 1e-4 == pytest.approx(lowest, rel=0.005)
+
+
+def test_rates_of_slotcontrast_and_videosaur(tiny_backbone):
+    make, factor = parts_of(SLOTS)
+    model = SegmentationModel(Frozen()(tiny_backbone()), LinearHead(24, 1, 3))
+    optimizer = make(model)
+    for steps in (100_000, 300_000):
+        for step in (0, 1, 2, 1250, 2499, 2500, 2501, 10_007, 51_250, steps - 1):
+            rate = 4e-4 * (step / 2500 if step < 2500 else 0.5 ** ((step - 2500) / (steps - 2500)))
+            found = rates_at(optimizer, factor, step, steps)
+            assert all(value == (pytest.approx(rate, rel=1e-12), 0.0) for value in found.values())
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_schedules_without_warmup_are_those_of_pytorch(seed):
+    rng = np.random.default_rng(seed)
+    steps, power, least = int(rng.integers(5, 200)), float(rng.uniform(0.3, 3)), float(rng.uniform(0, 0.5))
+    optimizers = [torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0) for _ in range(3)]
+    kinds = torch.optim.lr_scheduler
+    cosine = kinds.CosineAnnealingLR(optimizers[0], steps, eta_min=least), schedule("cosine", min_lr_ratio=least)
+    poly = kinds.PolynomialLR(optimizers[1], steps, power), schedule("poly", power=power)
+    falling = kinds.ExponentialLR(optimizers[2], 0.5 ** (1 / steps)), schedule("exponential", min_lr_ratio=0.5)
+    for theirs, ours in (cosine, poly, falling):
+        for step in range(steps + 1):
+            assert ours(step, steps) == pytest.approx(theirs.get_last_lr()[0], abs=1e-6)
+            theirs.optimizer.step()
+            theirs.step()
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_warmups_against_their_formula(seed):
+    rng = np.random.default_rng(seed)
+    for _ in range(50):
+        steps, power, least = int(rng.integers(20, 9999)), rng.uniform(0.5, 2), rng.uniform(0, 0.3)
+        first, second = (int(rng.integers(0, steps // 3)) for _ in range(2))
+        start = None if rng.random() < 0.3 else float(rng.random())
+        decays, vit = bool(rng.random() < 0.5), bool(rng.random() < 0.5)
+        rise = {"warmup": first, "backbone_warmup": second, "warmup_start": start, "warmup_decays": decays}
+        factor = schedule("poly", **rise, power=power, min_lr_ratio=least)
+        begin, end = (first, first + second) if vit else (0, first)
+        for step in (int(each) for each in rng.integers(0, steps, 8)):
+            lowest = 1 / (end - begin + 1) if start is None else start
+            risen = np.interp(step, [begin, end], [lowest, 1.0]) if begin < end else 1.0
+            done = step / steps if decays else max(0, step - end) / (steps - end)
+            expected = 0.0 if step < begin else risen * (least + (1 - least) * (1 - done) ** power)
+            assert factor(step, steps, vit) == pytest.approx(expected, rel=1e-9, abs=1e-15)
+
+
+def test_shares_of_both_warmups():
+    factor = schedule("constant", warmup=0.1, warmup_start=0, backbone_warmup=0.2)
+    assert [factor(step, 50, True) for step in (4, 5, 6, 14, 15)] == pytest.approx([0, 0, 0.1, 0.9, 1])
+    alike_without = schedule("constant", warmup=0.1, warmup_start=0)
+    assert [alike_without(step, 50, True) for step in range(50)] == [factor(step, 50) for step in range(50)]
+
+
+def test_beit_and_matrices_are_the_default(tiny_backbone):
+    model = SegmentationModel(Full()(tiny_backbone()), LinearHead(24, 1, 3))
+    plain = adamw(model, lr=1.0, weight_decay=0.1, layer_decay=0.5)
+    named = adamw(model, lr=1.0, weight_decay=0.1, layer_decay=0.5, layer_decay_rule="beit", weight_decay_on="matrices")
+    assert plain.param_groups == named.param_groups
+
+
+def test_copies_of_blocks_count_like_blocks_of_a_backbone(tiny_backbone):
+    """The head of such copies warms up with the backbone, and takes its layer decay."""
+    model = SegmentationModel(Frozen()(tiny_backbone()), SplitHead(24, 1, 3, blocks=2))
+    optimizer = adamw(model, lr=1.0, weight_decay=0.1, layer_decay=0.5, layer_decay_rule="eomt", weight_decay_on="all")
+    found = rates_at(optimizer, schedule("constant", warmup=4, warmup_start=0, backbone_warmup=4), 6, 20)
+    copies = {name: rate for name, (rate, _) in found.items() if ".copies." in name}
+    assert {rate for name, rate in copies.items() if ".copies.0." in name} == {0.25}
+    assert {rate for name, rate in copies.items() if ".copies.1." in name} == {0.5}
+    assert {rate for name, (rate, _) in found.items() if name not in copies} == {1.0}
+    assert {decay for _, decay in found.values()} == {0.1}
+
+
+def test_several_heads_warm_up_each_as_alone(tiny_backbone):
+    def head(*, copies):
+        backbone = Frozen()(tiny_backbone())
+        return SegmentationModel(backbone, SplitHead(24, 1, 3, blocks=1) if copies else LinearHead(24, 1, 3))
+
+    factor = schedule("poly", warmup=3, backbone_warmup=5, warmup_start=0)
+    optimizers = [adamw(head(copies=copies), lr=1.0) for copies in (False, True)]
+    joined = join_optimizers([adamw(head(copies=copies), lr=1.0) for copies in (False, True)])
+    for step in (0, 1, 3, 5, 8, 19):
+        alone = [sorted({*rates_at(each, factor, step, 20).values()}) for each in optimizers]
+        set_learning_rates(joined, ScheduleState(factor, step, 20))
+        for number, expected in enumerate(alone):
+            groups = [group for group in joined.param_groups if group["head"] == number]
+            assert sorted({(group["lr"], group["weight_decay"]) for group in groups}) == expected
+    assert {group["backbone"] for group in joined.param_groups} == {False, True}
+
+
+def test_a_backbone_that_is_frozen_at_first_warms_up_second_after_that(tiny_backbone):
+    model = SegmentationModel(Full()(tiny_backbone()), LinearHead(24, 1, 3))
+    optimizer = adamw(model, lr=1.0, freeze_backbone_until=0.5)
+    factor = schedule("constant", warmup=2, warmup_start=0, backbone_warmup=4)
+    for step, head, backbone in ((0, 0, 0), (1, 0.5, 0), (5, 1, 0), (10, 0, 0), (12, 1, 0), (13, 1, 0.25), (16, 1, 1)):
+        set_learning_rates(optimizer, ScheduleState(factor, step, 20))
+        found = {group["backbone"]: group["lr"] for group in optimizer.param_groups}
+        assert found == {False: head, True: backbone}
+
+
+def test_a_run_that_resumes_within_the_second_warmup_is_the_uninterrupted_one(tmp_path):
+    shape = schedule("poly", warmup=2, warmup_start=0, backbone_warmup=3)
+    before = parts(untrained())[0]
+    whole, _ = train(tmp_path / "whole", begin=0.0, steps=8, schedule=shape)
+    assert not alike(parts(whole)[0], before)
+    begun, last = untrained(), tmp_path / "part" / "last.safetensors"
+    with pytest.raises(OSError, match="the disk is gone"):
+        train(tmp_path / "part", begin=0.0, steps=8, schedule=shape, model=begun, loss=Failing(3))
+    assert alike(parts(begun)[0], before), "the backbone's rate is 0 until its warm-up's second step"
+    resumed, _ = train(tmp_path / "part", begin=0.0, steps=8, schedule=shape, start=last)
+    assert all(alike(one, two) for one, two in zip(parts(whole), parts(resumed), strict=True))
+    assert math.isclose(shape(7, 8, True), (1 / 3) ** 0.9)
