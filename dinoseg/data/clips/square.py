@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 def resize_bicubic(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Return a frame (H, W, 3) uint8 at `size` (H, W): bicubic without antialiasing, clamped to 0..255."""
-    pixels = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)[None].float()
+    pixels = torch.tensor(frame.copy()).permute(2, 0, 1)[None].float()
     resized = F.interpolate(pixels, size, mode="bicubic")[0].clamp(0, 255).round()
     return resized.to(torch.uint8).permute(1, 2, 0).numpy()
 
@@ -20,7 +20,7 @@ def square_frame(frame: np.ndarray, side: int) -> np.ndarray:
 
 def square_mask(ids: np.ndarray, side: int) -> np.ndarray:
     """Return the centred square of ids (H, W) uint8, resized to `side` pixels: that of the nearest pixel centre."""
-    square = torch.from_numpy(np.ascontiguousarray(_centre(ids)))
+    square = torch.tensor(_centre(ids).copy())
     return F.interpolate(square[None, None], (side, side), mode="nearest-exact")[0, 0].numpy()
 
 
