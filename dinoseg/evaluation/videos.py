@@ -322,7 +322,9 @@ def score_masks(
         known.sort(key=lambda video: video.name)
     left_out = {path for path, _ in problems}
     references = out_dir / "references"
-    listing = Cases([_case(video, folder, references) for video in known if folder / video.name not in left_out], list(problems))
+    listing = Cases(
+        [_case(video, folder, references) for video in known if folder / video.name not in left_out], list(problems)
+    )
     if bare := [video.name for video in videos if video not in known]:
         listing.notes.append(f"{count_of(bare, 'video')} without references not scored: {join_names(bare)}")
     advice = f"The masks are saved: mode.restart={out_dir} reuses them."

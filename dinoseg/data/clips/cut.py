@@ -144,7 +144,9 @@ class Cut:
 
 
 class Clips:
-    """Clips of some videos, in the order of the videos, or one per video with `cut.sample`; `skipped` names the videos too short for a clip.
+    """Clips of some videos, in the order of the videos; `skipped` names the videos too short for a clip.
+
+    With `cut.sample`, there is one per video.
 
     Raises:
         UserError: no video has a clip, or see `Cut`; when an item is read: an unreadable file, frames that differ in
@@ -204,9 +206,7 @@ class Clips:
             frame_names=names + names[-1:] * padded,
         )
 
-    def _find(
-        self, index: int, rng: np.random.Generator | None = None
-    ) -> tuple[Video, ClipPosition, list[int]]:
+    def _find(self, index: int, rng: np.random.Generator | None = None) -> tuple[Video, ClipPosition, list[int]]:
         """Return a clip's video, its span there, and the positions that exist in the video."""
         choices = self._choices[index]
         span = choices[0 if rng is None else int(rng.integers(len(choices)))]

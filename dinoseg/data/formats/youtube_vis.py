@@ -72,8 +72,8 @@ class YoutubeVis:
         if split in ("train", "val"):
             if len(listed) <= self.held_out:
                 raise UserError(
-                    f"{path} lists {count_of(listed, 'video')}, and data.held_out={self.held_out} of them are val: none "
-                    "is left for train. Lower data.held_out."
+                    f"{path} lists {count_of(listed, 'video')}, and data.held_out={self.held_out} of them are val: "
+                    "none is left for train. Lower data.held_out."
                 )
             listed = listed[-self.held_out :] if split == "val" else listed[: -self.held_out]
         return [_video(root / folder / "JPEGImages", path, video) for video in listed]

@@ -179,9 +179,7 @@ def criterion(kind):
         return WeightedSum(contrasts, {"reconstruction": 1.0, "contrast": 0.5})
     if kind == "similarity":
         return WeightedSum(similar, {"similarity": 0.1})
-    return WeightedSum(
-        {"reconstruction": FeatureReconstruction, **similar}, {"reconstruction": 1.0, "similarity": 0.1}
-    )
+    return WeightedSum({"reconstruction": FeatureReconstruction, **similar}, {"reconstruction": 1.0, "similarity": 0.1})
 
 
 def to_tokens(tensor):

@@ -66,8 +66,8 @@ class SlotHead(Head[SlotOutputs]):
             backbones whose features hardly encode positions: rotary positions (DINOv3), colours.
         standardise: standardise each channel of the features to mean 0 and variance 1 over the training data, both as
             input of the slots and as reconstruction target.
-        predictor: `savi`, `transformer` (a pre-norm block, as in SlotContrast), `carry` (slots enter the next frame unchanged) or `none` (initialised again in every
-            frame).
+        predictor: `savi`, `transformer` (a pre-norm block, as in SlotContrast), `carry` (slots enter the next frame
+            unchanged) or `none` (initialised again in every frame).
         independent_until: share of the training up to which slots are initialised again in every frame, whatever the
             predictor.
         decoder_first: initial share of the training in which only the decoder learns. The gradients of an untrained

@@ -1,4 +1,4 @@
-"""Pre-norm transformer blocks and MLPs of VideoSAUR and SlotContrast (martius-lab/slotcontrast, modules/networks.py)."""
+"""Transformer blocks and MLPs of VideoSAUR and SlotContrast (martius-lab/slotcontrast, modules/networks.py)."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
