@@ -18,7 +18,8 @@ def slot_outputs(prediction: Prediction) -> SlotOutputs:
     """
     if not isinstance(prediction.outputs, SlotOutputs):
         raise UserError(
-            "loss=feature_reconstruction, video_similarity and slot_contrast learn slots and need head=slots. "
+            "loss=feature_reconstruction, video_similarity, temporal_similarity and slot_contrast learn slots and "
+            "need head=slots. "
             "For other heads choose a loss on labels, such as loss=cross_entropy."
         )
     return prediction.outputs

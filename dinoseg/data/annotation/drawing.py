@@ -55,7 +55,7 @@ class Columns:
 
 
 @dataclass(frozen=True, slots=True)
-class Packed:
+class CompressedColumns:
     """Run lengths of the whole image in COCO's compressed form, column-major, validated; decoded when it is drawn."""
 
     counts: str
@@ -94,7 +94,7 @@ class Figure:
         canvas[figure(self.kind, points, (canvas.shape[0], canvas.shape[1]))] = value
 
 
-Form = Polygons | Between | Columns | Packed | Box | Figure
+Form = Polygons | Between | Columns | CompressedColumns | Box | Figure
 
 
 @dataclass(frozen=True)

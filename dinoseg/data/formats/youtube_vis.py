@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from dinoseg.data.annotation import rle
-from dinoseg.data.annotation.drawing import Drawing, Form, Packed
+from dinoseg.data.annotation.drawing import CompressedColumns, Drawing, Form
 from dinoseg.data.annotation.entry import polygons, size_of
 from dinoseg.data.clips.videos import VOID, FrameFiles, Video
 from dinoseg.utils import forms
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import is_name
+from dinoseg.utils.ranges import Count
 from dinoseg.utils.stamps import Stamp, stamp
 from dinoseg.utils.wording import count_of, format_value, join_names
 
@@ -51,7 +52,7 @@ class YoutubeVis:
     """
 
     root: str
-    held_out: int = 300
+    held_out: Count = 300
     splits: Mapping[str, str] = field(default_factory=lambda: {"test": "valid"})
     split_local_names: ClassVar[bool] = False
 
@@ -192,4 +193,4 @@ def _form(drawn: Any, size: tuple[int, int]) -> Form | None:
         raise ValueError(f"its segmentation is {format_value(drawn, 40)}: give run lengths, polygons or null")
     if drawn.get("size") != list(size):
         raise ValueError(f"its mask has the size {format_value(drawn.get('size'), 40)}, its video {list(size)}")
-    return Packed(rle.to_text(rle.checked(drawn.get("counts"), size[0] * size[1])))
+    return CompressedColumns(rle.to_text(rle.checked(drawn.get("counts"), size[0] * size[1])))

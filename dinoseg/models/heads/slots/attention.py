@@ -57,9 +57,10 @@ class SlotAttention(nn.Module):
         num_groups: more than one adds a learned offset of mean and log-variance for each group.
         variance_as_std: use exp(log-variance) as the standard deviation itself, not its square.
         slot_init: initial slots: `gaussian` samples; `learned`, one parameter for each of `num_slots`; or `clusters`,
-            samples plus a learned projection of mutually distant tokens (`distant_tokens`). For `clusters`, the weights are initialised as a soft k-means:
-            slots, keys and values share one projection of tokens, and a slot becomes the mean of itself and of the
-            tokens it won. Slots thus differ from the first step on, instead of being alike for hundreds of steps.
+            samples plus a learned projection of mutually distant tokens (`distant_tokens`). For `clusters`, the weights
+            are initialised as a soft k-means: slots, keys and values share one projection of tokens, and a slot becomes
+            the mean of itself and of the tokens it won. Slots thus differ from the first step on, instead of being
+            alike for hundreds of steps.
         num_slots: S, needed for `learned`.
         initial_std: standard deviation of the Gaussian before training, whose mean is then 0, or of the learned slots.
             None: a random mean and log-variance (Xavier initialisation), or 1 / sqrt(D) for learned slots.

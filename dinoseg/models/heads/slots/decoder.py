@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinoseg.models.heads.slots.positions import Positions
-from dinoseg.models.heads.slots.transformer import Block, mlp, zero_biases
+from dinoseg.models.heads.slots.transformer import SlotBlock, mlp, zero_biases
 from dinoseg.utils.precision import at_least_float32
 
 DECODERS = ("mlp", "slot_mixer")
@@ -126,7 +126,7 @@ class SlotMixer(nn.Module):
         super().__init__()
         self.positions, self.out_dim, self.num_cells = positions, out_dim, num_cells
         self.norm_memory, self.norm_query, self.norm_key = (nn.LayerNorm(slot_dim) for _ in range(3))
-        self.blocks = nn.ModuleList(Block(slot_dim) for _ in range(num_blocks))
+        self.blocks = nn.ModuleList(SlotBlock(slot_dim) for _ in range(num_blocks))
         self.query, self.key = (nn.Linear(slot_dim, slot_dim, bias=False) for _ in range(2))
         self.mlp = mlp(slot_dim, hidden_dim, depth - 1)
         self.last = nn.Linear(hidden_dim, out_dim + num_cells)

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -31,8 +30,12 @@ from dinoseg.models.heads.slots.transformer import token_encoder
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Count, Few, LowShare, NotNegative, Positive
 
-MASK_SOURCES = ("attention", "alpha")
-SIMILARITY_OF = ("features", "keys")
+CHOICES = {
+    "groups": GROUPS,
+    "decoder": DECODERS,
+    "similarity_of": ("features", "keys"),
+    "mask_source": ("attention", "alpha"),
+}
 
 
 class SlotHead(Head[SlotOutputs]):
@@ -137,12 +140,9 @@ class SlotHead(Head[SlotOutputs]):
         first_iterations = iterations if first_iterations is None else first_iterations
         check_positive(slot_dim=slot_dim, hidden_dim=1 if hidden_dim is None else hidden_dim, decoder_dim=decoder_dim)
         check_positive(iterations=iterations, first_iterations=first_iterations)
-        check_choice("groups", groups, GROUPS)
-        check_choice("decoder", decoder, DECODERS)
-        check_choice("similarity_of", similarity_of, SIMILARITY_OF)
-        check_choice("mask_source", mask_source, MASK_SOURCES)
-        if similarity_of == "keys" and groups != "off":
-            raise UserError(f"head.similarity_of=keys does not support head.groups={groups}. Set head.groups=off.")
+        _check_options(groups=groups, decoder=decoder, similarity_of=similarity_of, mask_source=mask_source)
+        _check_decoder(decoder, decoder_depth, positions, slot_dim)
+        _check_outputs(similarity, reconstruct=reconstruct, output_norm=output_norm)
         self.similarity_of = similarity_of
         self.sizes = slot_sizes(num_slots, groups)
         self.num_slots = sum(self.sizes)
@@ -175,15 +175,12 @@ class SlotHead(Head[SlotOutputs]):
         self.predictor = make_predictor(predictor, slot_dim)
         self.time_decoders = make_time_decoders(time_decoder, slot_dim, len(self.steps))
         num_cells = self.grid[0] * self.grid[1] if similarity else 0
-        _check_decoder(decoder, decoder_depth, positions, slot_dim)
-        _check_outputs(similarity, reconstruct=reconstruct, output_norm=output_norm)
-        codes, out_dim = Positions(positions, self.grid, slot_dim), dim if reconstruct else 0
-        make_decoder = (
-            partial(SlotDecoder, reference_init=reference_init)
+        sizes = (slot_dim, dim if reconstruct else 0, decoder_dim, Positions(positions, self.grid, slot_dim), num_cells)
+        self.decoder = (
+            SlotDecoder(*sizes, depth=decoder_depth, reference_init=reference_init)
             if decoder == "mlp"
-            else partial(SlotMixer, num_blocks=mixer_blocks)
+            else SlotMixer(*sizes, depth=decoder_depth, num_blocks=mixer_blocks)
         )
-        self.decoder = make_decoder(slot_dim, out_dim, decoder_dim, codes, num_cells, depth=decoder_depth)
         self.norm = nn.LayerNorm(dim) if output_norm else None
 
     @property
@@ -349,6 +346,15 @@ class SlotHead(Head[SlotOutputs]):
         if self.checkpointing and torch.is_grad_enabled():
             return [checkpoint(self._decode, *one, use_reentrant=False) for one in calls]
         return [self._decode(*one) for one in calls]
+
+
+def _check_options(**options: str) -> None:
+    for name, value in options.items():
+        check_choice(name, value, CHOICES[name])
+    if options["similarity_of"] == "keys" and options["groups"] != "off":
+        raise UserError(
+            f"head.similarity_of=keys does not support head.groups={options['groups']}. Set head.groups=off."
+        )
 
 
 def _check_decoder(decoder: str, depth: int, positions: str, slot_dim: int) -> None:

@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from dinoseg.models.heads.options import check_choice
-from dinoseg.models.heads.slots.transformer import HEADS, Block
+from dinoseg.models.heads.slots.transformer import HEADS, SlotBlock
 from dinoseg.utils.errors import UserError
 
 PREDICTORS = ("savi", "transformer", "carry", "none")
@@ -40,7 +40,7 @@ def make_predictor(kind: str, dim: int) -> nn.Module | None:
     check_choice("predictor", kind, PREDICTORS)
     if kind in ("savi", "transformer"):
         check_heads(dim, f"head.predictor={kind}")
-        return SaviPredictor(dim) if kind == "savi" else Block(dim)
+        return SaviPredictor(dim) if kind == "savi" else SlotBlock(dim)
     return nn.Identity() if kind == "carry" else None
 
 

@@ -22,7 +22,7 @@ def token_encoder(in_dim: int, slot_dim: int) -> nn.Sequential:
     return layers
 
 
-class Attention(nn.Module):
+class SlotsAttention(nn.Module):
     """Multi-head attention whose logits are the dot products of queries and keys times sqrt(width of a head).
 
     Scaled dot-product attention divides by that number. The official code multiplies, because it divides the queries
@@ -47,7 +47,7 @@ class Attention(nn.Module):
         return self.out(seen.transpose(1, 2).flatten(2))
 
 
-class Block(nn.Module):
+class SlotBlock(nn.Module):
     """Pre-norm attention and MLP (ReLU, 4 dim wide), both residual; the memory is not normed.
 
     Args:
@@ -57,7 +57,7 @@ class Block(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.norm_attention, self.norm_mlp = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.attention = Attention(dim)
+        self.attention = SlotsAttention(dim)
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.ReLU(), nn.Linear(4 * dim, dim))
 
     def forward(self, queries: Tensor, memory: Tensor | None = None) -> Tensor:
