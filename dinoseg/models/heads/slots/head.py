@@ -143,15 +143,11 @@ class SlotHead(Head[SlotOutputs]):
         _check_options(groups=groups, decoder=decoder, similarity_of=similarity_of, mask_source=mask_source)
         _check_decoder(decoder, decoder_depth, positions, slot_dim)
         _check_outputs(similarity, reconstruct=reconstruct, output_norm=output_norm)
-        self.similarity_of = similarity_of
-        self.sizes = slot_sizes(num_slots, groups)
+        self.sizes, self.steps = slot_sizes(num_slots, groups), resolve_steps(steps)
         self.num_slots = sum(self.sizes)
-        self.groups, self.mask_source = groups, mask_source
-        self.iterations = iterations
-        self.first_iterations = first_iterations
-        self.steps = resolve_steps(steps)
-        self.similarity = similarity
-        self.checkpointing = checkpointing
+        self.groups, self.mask_source, self.checkpointing = groups, mask_source, checkpointing
+        self.similarity, self.similarity_of = similarity, similarity_of
+        self.iterations, self.first_iterations = iterations, first_iterations
         # offset whose alpha masks segment a frame: 0 if the frame itself is reconstructed
         self.mask_step = self.steps.index(0) if 0 in self.steps else 0
         self.grid = training_grid(positions_grid, positions, similarity)
