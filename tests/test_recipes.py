@@ -10,6 +10,23 @@ from omegaconf import OmegaConf
 from dinoseg.models.heads.eomt import annealing_windows
 
 ADAM = {"optim.optimizer.lr": 1e-4, "optim.optimizer.weight_decay": 0.0, "optim.schedule.kind": "constant"}
+SLOTS = {  # martius-lab/slotcontrast and martius-lab/videosaur, configs of these names
+    **{"backbone.final_norm": False, "head.first_iterations": 3, "head.iterations": 2, "head.token_mlp": True},
+    **{"head.norm_state": True, "head.weight_floor": 1e-8, "head.reference_init": True, "head.output_norm": False},
+    **{"head.predictor": "transformer", "head.positions": "added", "head.mask_source": "alpha"},
+    **{"head.decoder_dim": 1024, "data.clips.cut.length": 4, "data.clips.cut.sample": True, "trainer.clip": 0.05},
+    **{"data.clips.eval_cut.length": None, "data.view.resample": "bicubic", "optim.schedule.kind": "exponential"},
+    **{"optim.schedule.min_lr_ratio": 0.5, "optim.schedule.warmup_start": 0.0, "optim.optimizer.weight_decay": 0.0},
+    **{"optim.optimizer.betas": [0.9, 0.999], "engine.precision": "fp32"},
+}
+SLOT_CONTRAST = SLOTS | {
+    **{"head.slot_init": "learned", "head.decoder": "mlp", "head.decoder_depth": 4, "data.batch_size": 64},
+    **{"loss.criterion.factors": {"reconstruction": 1.0, "contrast": 0.5}, "data.view.flip": 0.5},
+    **{"loss.criterion.terms.contrast.softmax_over": "previous", "loss.criterion.terms.contrast.temperature": 0.1},
+    **{"resolution.crop": [336, 336], "data.clips.eval_square": 336, "optim.optimizer.lr": 4e-4},
+    **{"head.slot_dim": 64, "head.hidden_dim": 256, "head.positions_grid": [24, 24], "trainer.steps": 100000},
+    **{"optim.schedule.warmup": 2500 / 100000, "trainer.val_every": 2500},
+}
 ORIGINALS = {
     "person_multiscale": ADAM
     | {"optim.optimizer.weight_decay": 1e-4, "data.batch_size": 8, "resolution.crop": [640, 640]}
@@ -29,6 +46,23 @@ ORIGINALS = {
     | {"adapter.rank": 16, "adapter.targets": "all_linear", "adapter.dropout": 0.1, "optim.schedule.warmup": 0},
     "dinosavi/control": {"optim.optimizer.lr": 1e-4, "optim.schedule.warmup": 0.1, "data.batch_size": 16},
     "dinosavi/final": {"optim.optimizer.lr": 2e-4, "optim.schedule.warmup": 0.1, "trainer.clip": 0.05},
+    "slotcontrast/movi_c": SLOT_CONTRAST | {"head.num_slots": 11, "backbone.arch.hidden_size": 384},
+    "slotcontrast/movi_e": SLOT_CONTRAST
+    | {"head.num_slots": 15, "head.slot_dim": 128, "head.hidden_dim": 512, "backbone.arch.hidden_size": 768}
+    | {"trainer.steps": 300000, "optim.schedule.warmup": pytest.approx(2500 / 300000)},
+    "slotcontrast/ytvis2021": SLOT_CONTRAST
+    | {"head.num_slots": 7, "backbone.arch.hidden_size": 768, "data.view.flip": 0.0, "optim.optimizer.lr": 8e-4}
+    | {"resolution.crop": [518, 518], "data.clips.eval_square": 518, "head.positions_grid": [37, 37]}
+    | {"data.held_out": 300},
+    "videosaur/movi_c": SLOTS
+    | {"head.num_slots": 11, "head.slot_dim": 128, "head.hidden_dim": None, "head.slot_init": "gaussian"}
+    | {"head.initial_std": 128**-0.5, "head.variance_as_std": True, "head.decoder": "slot_mixer"}
+    | {"head.mixer_blocks": 2, "head.decoder_depth": 5, "head.reconstruct": False, "head.similarity": True}
+    | {"head.similarity_of": "keys", "head.positions_grid": [28, 28], "backbone.patch_size": 8}
+    | {"loss.criterion.factors": {"similarity": 0.1}, "loss.criterion.terms.similarity.temperature": 0.075}
+    | {"loss.criterion.terms.similarity.threshold": 0.0, "loss.criterion.terms.similarity.unmatched": "uniform"}
+    | {"data.batch_size": 128, "resolution.crop": [224, 224], "optim.optimizer.lr": 1e-4 * 128 / 32}
+    | {"optim.schedule.warmup": 0.025, "trainer.steps": 100000, "data.view.flip": 0.5, "trainer.val_every": 1000},
 }
 PROBE = {  # facebookresearch/dinov2 and dinov3, dinov3/eval/segmentation
     **{"resolution.crop": [512, 512], "data.batch_size": 16, "trainer.steps": 40000, "trainer.clip": None},

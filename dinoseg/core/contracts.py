@@ -37,7 +37,7 @@ class Backbone(nn.Module):
     weights: str | None = None  # source of the weights; None or `random`: checkpoints have to hold all of them
     unused: Sequence[str] = ()  # parameters that no map depends on
     uncalled_linears: frozenset[str] = frozenset()  # linear layers whose weight is used outside their `forward`
-    has_class_attention: bool = False  # whether `with_class_attention` is implemented
+    has_class_attention: bool = False  # whether `with_class_attention` and `with_keys` are implemented
     takes_tokens: bool = False  # whether `embed` is implemented, whose tokens pass through one block after another
     takes_queries: bool = False  # whether blocks then accept more tokens than `embed` returns
 
@@ -127,6 +127,10 @@ class Backbone(nn.Module):
 
     def with_class_attention(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
         """Return the maps and the class token's attention (B, heads, h, w) float32 in the last block, from one pass."""
+        raise NotImplementedError
+
+    def with_keys(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Return the maps and the attention keys (B, C, h, w) of all heads in the last block that is read."""
         raise NotImplementedError
 
     def embed(self, pixels: Tensor) -> tuple[Tensor, BlockKwargs]:

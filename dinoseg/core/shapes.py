@@ -164,6 +164,7 @@ class SlotOutputs:
     slots: Tensor  # (B, T', S, D)
     steps: list[int]
     similarity: Tensor | None = None  # (B, T', N, h, w) logits: to which of the N cells of the next frame a cell moves
+    keys: Tensor | None = None  # (B, T, C, h, w) attention keys that `similarity` compares; None: the features
     carried: bool = True  # whether a frame's slots are propagated from the previous frame
 
 

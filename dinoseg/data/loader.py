@@ -21,7 +21,7 @@ from dinoseg.core.shapes import Batch, ClipBatch, Sample, SegmentationData
 from dinoseg.data.clips.cut import Clips
 from dinoseg.data.clips.view import ClipView
 from dinoseg.data.enough_workers import FIRST, FROM_NONE, Workers, with_enough_workers
-from dinoseg.data.train_views import ORDER, VIEW, TrainViews, make_rng
+from dinoseg.data.train_views import CLIP, ORDER, VIEW, TrainViews, make_rng
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.interrupt import SIGNALS, block_signals
 from dinoseg.utils.wording import count_of
@@ -145,7 +145,7 @@ def _read_batch(read: Callable[[int, int], Item], join: Callable[[list[Item]], V
 
 
 def _read_clip(clips: Clips, view: ClipView, seed: int, epoch: int, index: int) -> tuple[torch.Tensor, str]:
-    frames, name = clips.frames(index)
+    frames, name = clips.frames(index, make_rng(seed, epoch, index, CLIP))
     seen = view(frames, make_rng(seed, epoch, index, VIEW))
     return torch.from_numpy(seen).permute(0, 3, 1, 2), name  # (T, 3, H, W)
 

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dinoseg.data.annotation.drawing import Drawing
 from dinoseg.data.clips.videos import Video
 from dinoseg.experiment.settings import check_same_settings
 from dinoseg.utils import forms
@@ -65,8 +66,11 @@ def digest_of(video: Video, prompts: str) -> str:
         digest.update(f"{video.frame_name(position)} {stamp(frame)}\n".encode(errors="surrogateescape"))
     shown = {"none": [], "first": [0], "appearing": sorted(video.masks)}[prompts]
     for position in shown:
-        if (path := video.masks.get(position)) is not None and path.is_file():
-            digest.update(f"{position} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+        mask = video.masks.get(position)
+        if isinstance(mask, Drawing):
+            digest.update(f"{position} {mask.digest()}\n".encode())
+        elif mask is not None and mask.is_file():
+            digest.update(f"{position} {hashlib.sha256(mask.read_bytes()).hexdigest()}\n".encode())
     return digest.hexdigest()
 
 

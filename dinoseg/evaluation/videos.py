@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from dinoseg.core.sizes import evenly_spaced
+from dinoseg.data.annotation.drawing import Drawing
 from dinoseg.data.clips.videos import VOID, Video
 from dinoseg.evaluation.about import about_run
 from dinoseg.evaluation.restart import RECORD, digest_of, earlier_run, log_copied, store_digest, take_over
@@ -35,7 +36,7 @@ from dinoseg.utils.atomic import atomic_folder, write_json, write_text
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import entries
 from dinoseg.utils.forms import as_read_back
-from dinoseg.utils.images import IMAGE_SUFFIXES, read_image
+from dinoseg.utils.images import IMAGE_SUFFIXES, read_image, write_png
 from dinoseg.utils.natural_order import natural_order
 from dinoseg.utils.wording import count_of, join_names
 
@@ -301,7 +302,7 @@ def score_masks(
         protocol: scores the masks; None without one.
         videos: videos of the data set.
         folder: folder of the masks.
-        out_dir: the run folder.
+        out_dir: the run folder; masks without a file of their own are written into its folder references.
         problems: folder and reason of each video that was left out.
         skip: whether to leave out files that cannot be scored.
 
@@ -320,7 +321,10 @@ def score_masks(
     if protocol.annotations is None:  # DAVIS scores in the order of its list, other protocols by name
         known.sort(key=lambda video: video.name)
     left_out = {path for path, _ in problems}
-    listing = Cases([_case(video, folder) for video in known if folder / video.name not in left_out], list(problems))
+    references = out_dir / "references"
+    listing = Cases(
+        [_case(video, folder, references) for video in known if folder / video.name not in left_out], list(problems)
+    )
     if bare := [video.name for video in videos if video not in known]:
         listing.notes.append(f"{count_of(bare, 'video')} without references not scored: {join_names(bare)}")
     advice = f"The masks are saved: mode.restart={out_dir} reuses them."
@@ -335,10 +339,18 @@ def score_masks(
     return scores
 
 
-def _case(video: Video, folder: Path) -> ScoringCase:
-    masks = sorted(video.masks.items())
-    files = tuple((mask, folder / video.name / f"{video.frame_name(position)}.png") for position, mask in masks)
-    return ScoringCase(video.name, video.name, files)
+def _case(video: Video, folder: Path, references: Path) -> ScoringCase:
+    """Return a video's masks and predictions; masks without a file of their own are written below `references`."""
+    files = []
+    for position, mask in sorted(video.masks.items()):
+        file = f"{video.frame_name(position)}.png"
+        if isinstance(mask, Drawing) or video.square is not None:
+            ids, mask = video.mask(position), references / video.name / file
+            assert ids is not None
+            mask.parent.mkdir(parents=True, exist_ok=True)
+            write_png(mask, ids)
+        files.append((mask, folder / video.name / file))
+    return ScoringCase(video.name, video.name, tuple(files))
 
 
 class PromptedFrame(NamedTuple):

@@ -1,7 +1,7 @@
 """Builder of a benchmark's videos, with the masks that prompt a tracker and the protocol that scores it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +97,8 @@ def benchmark_videos(build: Builder, split: str, supervision: str | None) -> Ben
     if any(data[key] != value for key, value in annotated.items()):
         written = {video.name: set(video.frame_names) for video in _videos(build.changed({"data": annotated}), split)}
     source = {key: to_container(data.clips[key], resolve=True) for key in ("layout", "partition")}
+    if (side := build.value("data.clips.eval_square")) is not None:
+        source["eval_square"] = side
     source["layout"]["root"] = str(Path(source["layout"]["root"]).expanduser().resolve())  # the same from any folder
     return BenchmarkVideos(
         name=build.options["data"],
@@ -113,4 +115,6 @@ def benchmark_videos(build: Builder, split: str, supervision: str | None) -> Ben
 
 
 def _videos(build: Builder, split: str) -> list[Video]:
-    return chosen(build.part("data.clips.layout"), split, build.part("data.clips.partition"))
+    videos = chosen(build.part("data.clips.layout"), split, build.part("data.clips.partition"))
+    side = None if split == "train" else build.value("data.clips.eval_square")
+    return videos if side is None else [replace(video, square=side) for video in videos]

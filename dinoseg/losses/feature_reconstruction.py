@@ -18,7 +18,8 @@ def slot_outputs(prediction: Prediction) -> SlotOutputs:
     """
     if not isinstance(prediction.outputs, SlotOutputs):
         raise UserError(
-            "loss=feature_reconstruction, video_similarity and slot_contrast learn slots and need head=slots. "
+            "loss=feature_reconstruction, video_similarity, temporal_similarity and slot_contrast learn slots and "
+            "need head=slots. "
             "For other heads choose a loss on labels, such as loss=cross_entropy."
         )
     return prediction.outputs
@@ -42,9 +43,14 @@ class FeatureReconstruction(Loss):
         """Return the loss; `weight`, the number of source frames over all clips; and `step_<offset>`.
 
         Raises:
-            UserError: the head has no slots.
+            UserError: the head has no slots, or reconstructs nothing.
         """
         outputs = slot_outputs(prediction)
+        if not outputs.reconstructions[0].shape[2]:
+            raise UserError(
+                "head.reconstruct=false reconstructs no features, which this loss compares. Set head.reconstruct=true, "
+                "or choose loss=temporal_similarity."
+            )
         errors: dict[str, Tensor] = {}
         for step, reconstructed in zip(outputs.steps, outputs.reconstructions, strict=True):
             seen = outputs.features[:, step : step + reconstructed.shape[1]].detach()  # (B, T', C, h, w)

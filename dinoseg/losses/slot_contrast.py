@@ -19,8 +19,16 @@ class SlotContrast(Loss):
     batch; the target is the slot with the same index in the same clip. It is averaged over slots, clips and pairs of
     frames. It is 0 if slots are not carried from frame to frame, since their order is then arbitrary.
 
+    With `softmax_over=previous`, the softmax runs over the slots of frame t for each slot of frame t + 1, as in the
+    published code (martius-lab/slotcontrast, slotcontrast/losses.py), where the class axis of the cross-entropy holds
+    the slots of frame t.
+
     Args:
         temperature: divisor of the similarities.
+        softmax_over: frame whose slots share the softmax: `next` or `previous`.
+
+    Raises:
+        UserError: unknown frame.
     """
 
     needs_slots = True
@@ -28,8 +36,11 @@ class SlotContrast(Loss):
     needs_carried = True
     sums_over_batch = True
 
-    def __init__(self, temperature: Temperature = 0.1) -> None:
+    def __init__(self, temperature: Temperature = 0.1, softmax_over: str = "next") -> None:
         super().__init__()
+        if softmax_over not in ("next", "previous"):
+            raise UserError(f"loss.criterion.softmax_over={softmax_over} is unknown. Choose next or previous.")
+        self.softmax_over = softmax_over
         self.temperature = temperature
 
     def forward(self, prediction: Prediction, batch: Batch | ClipBatch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -52,5 +63,7 @@ class SlotContrast(Loss):
             return (outputs.slots.sum() * 0.0).abs(), {"weight": weight}  # abs avoids logging -0.0
         here, following = (part.transpose(0, 1).flatten(1, 2) for part in (slots[:, :-1], slots[:, 1:]))
         logits = here @ following.mT / self.temperature  # (T' - 1, B S, B S)
+        if self.softmax_over == "previous":
+            logits = logits.mT
         targets = torch.arange(clips * count, device=logits.device).expand(frames - 1, -1)
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten()), {"weight": weight}

@@ -14,7 +14,9 @@ from dinoseg.utils.precision import at_least_float32
 from dinoseg.utils.ranges import Positive
 
 
-def similarity_targets(here: Tensor, following: Tensor, temperature: float, threshold: float) -> tuple[Tensor, Tensor]:
+def similarity_targets(
+    here: Tensor, following: Tensor, temperature: float, threshold: float, *, uniform: bool = False
+) -> tuple[Tensor, Tensor]:
     """Return the soft assignment of a frame's cells to those of the next frame, and which cells have one.
 
     Args:
@@ -22,6 +24,7 @@ def similarity_targets(here: Tensor, following: Tensor, temperature: float, thre
         following: features (B, C, M) of the next frame.
         temperature: divisor of the cosine similarities before their softmax.
         threshold: pairs with a lower similarity get no share.
+        uniform: give all cells the same share where none is similar enough.
 
     Returns:
         Shares (B, M, N), which sum to 1 over M, or to 0 where no cell is similar enough; and whether a cell has
@@ -32,6 +35,8 @@ def similarity_targets(here: Tensor, following: Tensor, temperature: float, thre
     unlike = similarity < threshold
     lost = unlike.all(dim=1)  # their softmax would be NaN; NaN features still propagate
     shares = similarity.div_(temperature).masked_fill_(unlike, -math.inf).softmax(dim=1)
+    if uniform:
+        return shares.masked_fill_(lost[:, None], 1 / shares.shape[1]), torch.ones_like(lost)
     return shares.masked_fill_(lost[:, None], 0), ~lost
 
 
@@ -40,9 +45,11 @@ class TemporalSimilarity(Loss):
 
     Targets are the softmax over the cells of frame t + 1 of the cosine similarities with a cell of frame t. The loss
     is their cross-entropy with the head's `similarity`, averaged over cells, frames and clips. A cell without a
-    similar one in the next frame is left out: it adds 0, whereas VideoSAUR's code gives it a uniform target.
+    similar one in the next frame adds 0, or gets a uniform target with `unmatched=uniform`, as in VideoSAUR's code
+    (martius-lab/videosaur, videosaur/modules/utils.py).
 
-    VideoSAUR compares the keys of the last attention block; this loss compares the features that the head receives.
+    Cells are compared by the features that the head receives, or by the keys of the last attention block, as in
+    VideoSAUR, with `head.similarity_of=keys`.
 
     The loss is computed frame by frame at N = h w cells. Each frame of a clip stores one target matrix of N x N
     float32 until the backward pass: 2.5 MB at 28 x 28 cells and 7.5 MB at 37 x 37. The logits themselves and, for
@@ -51,13 +58,14 @@ class TemporalSimilarity(Loss):
     Args:
         temperature: divisor of the similarities; the lower, the fewer cells share a target.
         threshold: pairs with a lower similarity get no share, in [-1, 1).
+        unmatched: target of a cell without a similar one: `skip` (none) or `uniform`.
     """
 
     needs_slots = True
     divisor = "clips"  # equal clip lengths: a mean over frames is a mean over clips
     needs_similarity = True
 
-    def __init__(self, temperature: Positive = 0.075, threshold: float = 0.0) -> None:
+    def __init__(self, temperature: Positive = 0.075, threshold: float = 0.0, unmatched: str = "skip") -> None:
         super().__init__()
         if not 0 < temperature < math.inf:
             raise UserError(f"loss.criterion.temperature={temperature}: give a number above 0, such as 0.075.")
@@ -65,6 +73,9 @@ class TemporalSimilarity(Loss):
             raise UserError(
                 f"loss.criterion.threshold={threshold}: give a cosine similarity from -1 (no threshold) to below 1."
             )
+        if unmatched not in ("skip", "uniform"):
+            raise UserError(f"loss.criterion.unmatched={unmatched} is unknown. Choose skip or uniform.")
+        self.unmatched = unmatched
         self.temperature = temperature
         self.threshold = threshold
 
@@ -85,7 +96,8 @@ class TemporalSimilarity(Loss):
                 "head.similarity=false: the head does not predict the similarity with the next frame, which this loss "
                 "trains. Set head.similarity=true, or choose loss=feature_reconstruction."
             )
-        features = outputs.features.detach().flatten(3).unbind(1)  # T of (B, C, N)
+        compared = outputs.features if outputs.keys is None else outputs.keys
+        features = compared.detach().flatten(3).unbind(1)  # T of (B, C, N)
         logits = outputs.similarity.flatten(3).unbind(1)  # T' of (B, N of the next frame, N)
         pairs = list(zip(logits, features, features[1:], strict=False))  # drops a last frame without a next one
         value = torch.stack([self._frame(*pair) for pair in pairs]).mean()
@@ -96,7 +108,9 @@ class TemporalSimilarity(Loss):
 
         Written out, it stores only the targets and the logits for the backward pass, but not the log-softmax.
         """
-        shares, has_target = similarity_targets(here, following, self.temperature, self.threshold)
+        shares, has_target = similarity_targets(
+            here, following, self.temperature, self.threshold, uniform=self.unmatched == "uniform"
+        )
         assert shares.shape == logits.shape
         logits = at_least_float32(logits)
         return (torch.logsumexp(logits, dim=1) * has_target - (shares * logits).sum(dim=1)).mean()

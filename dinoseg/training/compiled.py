@@ -33,7 +33,8 @@ def compile_blocks(backbone: Backbone, copies: Sequence[nn.Module] = ()) -> None
     for block in (*copies, *backbone.blocks):
         vars(block)["forward"] = once = _Once(block.forward, state)
     if once is not None:
-        vars(backbone)["with_class_attention"] = partial(once.resting, backbone.with_class_attention)
+        for watched in (backbone.with_class_attention, backbone.with_keys):
+            vars(backbone)[watched.__name__] = partial(once.resting, watched)
 
 
 class _State:

@@ -249,6 +249,7 @@ def test_hidden_options_are_bases_and_bases_hold_the_gaps():
         "_mask2former",
         "_pixel",
         "_rendered",
+        "_slots_movi",
         "_videos",
     }
     for path in hidden:

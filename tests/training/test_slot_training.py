@@ -345,3 +345,26 @@ def test_scores_in_validation_are_those_of_a_loop(movi):
         expected.append(segment_scores(contingency(clip["masks"].numpy(), segments)))
         assert segments.min() >= 1 and segments.max() <= 3
     assert [scores["ari"], scores["fg_ari"], scores["mbo"]] == pytest.approx(np.mean(expected, axis=0), abs=1e-6)
+
+
+TINY = (  # of every official recipe: a random backbone, few slots, small frames
+    *("backbone.weights=random", "backbone.arch.hidden_size=24", "backbone.arch.num_hidden_layers=2"),
+    *("backbone.arch.num_attention_heads=3", "engine=cpu", "engine.workers=0", "data.root=movi", "data.batch_size=4"),
+    *("trainer.steps=2", "trainer.val_every=2", "head.decoder_dim=16", "head.num_slots=3", "mode.metrics_only=true"),
+)
+OFFICIAL = {
+    "slotcontrast/movi_c": ("resolution.crop=[56,56]", "data.clips.eval_square=56", "backbone.arch.mlp_ratio=2"),
+    "slotcontrast/movi_e": ("resolution.crop=[56,56]", "data.clips.eval_square=56", "backbone.arch.mlp_ratio=2"),
+    "slotcontrast/ytvis2021": ("data=movi", "resolution.crop=[28,28]", "data.clips.eval_square=28"),
+    "videosaur/movi_c": ("resolution.crop=[40,40]", "data.clips.eval_square=40", "backbone.arch.intermediate_size=48"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", OFFICIAL)
+def test_official_recipes_train_and_are_evaluated(here, recipe):
+    run(here, "mode=train", f"hparam={recipe}", *TINY, *OFFICIAL[recipe], "hydra.run.dir=run")
+    losses = [row["train/loss"] for row in rows(here / "run") if "train/loss" in row]
+    assert losses and all(np.isfinite(loss) for loss in losses)
+    scores = json.loads((here / "run/evaluation/scores.json").read_text())["scores"]
+    assert 0 <= scores["mBO"] <= 1 and scores["FG-ARI"] <= 1

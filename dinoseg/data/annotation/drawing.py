@@ -10,7 +10,7 @@ import numpy as np
 
 from dinoseg.data.annotation.between import Outline, between
 from dinoseg.data.annotation.polygon import figure, filled
-from dinoseg.data.annotation.rle import decode, values_of
+from dinoseg.data.annotation.rle import decode, from_text, values_of
 
 MAX_PIXELS = 178_956_970  # per image: Pillow's own limit
 
@@ -55,6 +55,17 @@ class Columns:
 
 
 @dataclass(frozen=True, slots=True)
+class CompressedColumns:
+    """Run lengths of the whole image in COCO's compressed form, column-major, validated; decoded when it is drawn."""
+
+    counts: str
+
+    def paint(self, canvas: np.ndarray, value: int) -> None:
+        """Set the pixels of a canvas (H, W) that the shape covers."""
+        canvas[decode(from_text(self.counts), (canvas.shape[0], canvas.shape[1]))] = value
+
+
+@dataclass(frozen=True, slots=True)
 class Box:
     """Run lengths, row by row, of a box (left, top, width, height) that may exceed the image; int64 as bytes."""
 
@@ -83,7 +94,7 @@ class Figure:
         canvas[figure(self.kind, points, (canvas.shape[0], canvas.shape[1]))] = value
 
 
-Form = Polygons | Between | Columns | Box | Figure
+Form = Polygons | Between | Columns | CompressedColumns | Box | Figure
 
 
 @dataclass(frozen=True)

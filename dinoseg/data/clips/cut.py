@@ -1,7 +1,7 @@
 """Clips: sequences of video frames with their masks, read one clip at a time."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, TypedDict
 
 import numpy as np
@@ -51,6 +51,7 @@ class Cut:
         step: video frames between the starts of successive clips; None: the frames that a clip covers, so that clips do
             not overlap. A remainder too short for a clip is dropped.
         per_video: number of clips per video, evenly spaced; None: all that fit.
+        sample: each epoch, take one of a video's clips at random, not all of them; for training.
         short: treatment of a video with fewer frames than a clip covers. `error`; `skip`: it has no clip; `pad`: repeat
             its last frame, without a mask.
     """
@@ -61,6 +62,7 @@ class Cut:
     fps_tolerance: NotNegative = 0.05
     step: Count | None = None
     per_video: Count | None = None
+    sample: bool = False
     short: str = "error"
 
     def __post_init__(self) -> None:
@@ -87,6 +89,10 @@ class Cut:
         if self.step is not None and self.per_video is not None:
             raise UserError(
                 f"data.clips.cut.step={self.step} and per_video={self.per_video} both set where clips start: set one."
+            )
+        if self.sample and self.length is None:
+            raise UserError(
+                "data.clips.cut.sample=true has no effect with length=null, the whole video. Set data.clips.cut.length."
             )
         if self.short not in SHORT:
             raise UserError(f"data.clips.cut.short={self.short} is unknown. Choose one of {', '.join(SHORT)}.")
@@ -140,6 +146,8 @@ class Cut:
 class Clips:
     """Clips of some videos, in the order of the videos; `skipped` names the videos too short for a clip.
 
+    With `cut.sample`, there is one per video.
+
     Raises:
         UserError: no video has a clip, or see `Cut`; when an item is read: an unreadable file, frames that differ in
             size, a mask whose size differs from its frame.
@@ -148,7 +156,11 @@ class Clips:
     def __init__(self, videos: Sequence[Video], cut: Cut) -> None:
         self.videos, self.cut = videos, cut
         self.spans = [span for number, video in enumerate(videos) for span in cut.spans(number, video)]
-        used = {span.video for span in self.spans}
+        by_video: dict[int, list[ClipPosition]] = {}
+        for span in self.spans:
+            by_video.setdefault(span.video, []).append(span)
+        self._choices = list(by_video.values()) if cut.sample else [[span] for span in self.spans]
+        used = by_video.keys()
         self.skipped = [video.name for number, video in enumerate(videos) if number not in used]
         if not self.spans:
             raise UserError(
@@ -157,11 +169,14 @@ class Clips:
             )
 
     def __len__(self) -> int:
-        return len(self.spans)
+        return len(self._choices)
 
-    def frames(self, index: int) -> tuple[np.ndarray, str]:
-        """Return the frames (T, H, W, 3) uint8 of a clip without their masks, and a name for it."""
-        video, span, positions = self._find(index)
+    def frames(self, index: int, rng: np.random.Generator | None = None) -> tuple[np.ndarray, str]:
+        """Return the frames (T, H, W, 3) uint8 of a clip without their masks, and a name for it.
+
+        With `cut.sample`, `index` is that of a video, and `rng` chooses one of its clips; None: the first.
+        """
+        video, span, positions = self._find(index, rng)
         return _read_frames(video, positions, span.length), f"{video.name}/{video.frame_name(span.start)}"
 
     def __getitem__(self, index: int) -> Clip:
@@ -191,9 +206,10 @@ class Clips:
             frame_names=names + names[-1:] * padded,
         )
 
-    def _find(self, index: int) -> tuple[Video, ClipPosition, list[int]]:
+    def _find(self, index: int, rng: np.random.Generator | None = None) -> tuple[Video, ClipPosition, list[int]]:
         """Return a clip's video, its span there, and the positions that exist in the video."""
-        span = self.spans[index]
+        choices = self._choices[index]
+        span = choices[0 if rng is None else int(rng.integers(len(choices)))]
         video = self.videos[span.video]
         wanted = (span.start + number * span.stride for number in range(span.length))
         return video, span, [position for position in wanted if position < len(video.frames)]
@@ -205,14 +221,27 @@ def open_clips(
     *,
     cut: Cut = Cut(),  # noqa: B008 (frozen)
     eval_cut: Cut | None = None,
+    eval_square: Count | None = None,
     partition: Partition = Partition(),  # noqa: B008 (frozen)
 ) -> Clips:
-    """Return the clips of a split of a dataset; `eval_cut` applies to splits other than train, None: `cut`.
+    """Return the clips of a split of a dataset.
+
+    Args:
+        layout: locations of the videos.
+        split: train, val or test.
+        cut: rules for train.
+        eval_cut: rules for other splits; None: `cut`.
+        eval_square: side in pixels of the centred square of frames and masks of other splits; None: whole frames.
+        partition: rule that assigns videos to splits.
 
     Raises:
         UserError: any error of the layout, and see `Clips`.
     """
-    return Clips(chosen(layout, split, partition), cut if split == "train" or eval_cut is None else eval_cut)
+    videos = chosen(layout, split, partition)
+    if split != "train":
+        cut = replace(cut, sample=False) if eval_cut is None else eval_cut
+        videos = [replace(video, square=eval_square) for video in videos]
+    return Clips(videos, cut)
 
 
 def _spread(room: int, count: int) -> list[int]:

@@ -1,7 +1,9 @@
 """Binary segmentation dataset of annotated video frames: any object against the background."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
+from dinoseg.data.annotation.drawing import Drawing, MaskSource
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.masks import Masks
 from dinoseg.data.clips.videos import VOID, Video, VideoLayout, chosen
@@ -66,6 +68,11 @@ def no_masks(split: str) -> PairDataset:
 def _annotated(video: Video) -> list[Pair]:
     positions = sorted(video.masks)
     return [
-        Pair(f"{video.name}/{video.frame_name(position)}", video.frames[position], video.masks[position])
+        Pair(f"{video.name}/{video.frame_name(position)}", video.frames[position], _as_class(video.masks[position]))
         for position in (positions if video.dense else positions[:1])
     ]
+
+
+def _as_class(mask: MaskSource) -> MaskSource:
+    """Return a mask whose objects are class 1 if it is a drawing; the reader maps the ids of files."""
+    return replace(mask, shapes=[(1, form) for _, form in mask.shapes]) if isinstance(mask, Drawing) else mask

@@ -7,6 +7,8 @@ from typing import Protocol
 
 import numpy as np
 
+from dinoseg.data.annotation.drawing import Drawing, MaskSource
+from dinoseg.data.clips.square import square_frame, square_mask
 from dinoseg.data.splits import Partition, divide
 from dinoseg.data.video.access import ImageSource, VideoFrame, read_source, source_origin
 from dinoseg.utils.errors import UserError
@@ -52,19 +54,21 @@ class Video:
         name: unique in the dataset.
         frames: image files or frames of a video file.
         fps: frames per second, None if unknown.
-        masks: position among the frames to mask file.
+        masks: position among the frames to mask: a file, or a drawing of an annotation file.
         grey: masks hold 0 and, for the single object, any other number; otherwise they hold object ids, and 255 is
             void.
         dense: every mask shows every object; otherwise an object is only in the mask of the frame in which it first
             appears.
+        square: crop frames and masks to the centred square and resize it to this side in pixels; None: unchanged.
     """
 
     name: str
     frames: Sequence[ImageSource]
     fps: float | None = None
-    masks: Mapping[int, Path] = field(default_factory=dict)
+    masks: Mapping[int, MaskSource] = field(default_factory=dict)
     grey: bool = False
     dense: bool = True
+    square: int | None = None
 
     @property
     def origin(self) -> str:
@@ -83,7 +87,8 @@ class Video:
 
     def image(self, position: int) -> np.ndarray:
         """Return a frame (H, W, 3) uint8."""
-        return read_source(self.frames[position])
+        frame = read_source(self.frames[position])
+        return frame if self.square is None else square_frame(frame, self.square)
 
     def mask(self, position: int) -> np.ndarray | None:
         """Return a frame's object ids (H, W) uint8, 0 = background, 255 = void, or None if it has no mask.
@@ -91,9 +96,13 @@ class Video:
         Raises:
             UserError: the file is unreadable, a colour image, or holds ids above 255.
         """
-        path = self.masks.get(position)
-        if path is None:
+        source = self.masks.get(position)
+        if source is None:
             return None
+        ids = source.read() if isinstance(source, Drawing) else self._ids(source)
+        return ids if self.square is None else square_mask(ids, self.square)
+
+    def _ids(self, path: Path) -> np.ndarray:
         ids = one_channel(read_ids(path), path)
         if self.grey:
             return (ids != 0).astype(np.uint8)

@@ -5,8 +5,11 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 
+from dinoseg.data.clips.square import resize_bicubic
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Share
+
+RESAMPLE = ("area", "bicubic")
 
 
 class ClipView:
@@ -16,18 +19,30 @@ class ClipView:
         crop: (H, W) of the result, pixels.
         scale: minimum and maximum factor on the smallest covering size, sampled uniformly; 1 or more.
         flip: probability of a horizontal flip, for all frames of a clip or none.
+        resample: `area` (of the covered pixels; bilinear when enlarged), or `bicubic` without antialiasing, clamped to
+            0..255, with sizes rounded down, as in SlotContrast (martius-lab/slotcontrast, data/transforms.py).
 
     Raises:
         UserError: a value is out of range.
     """
 
-    def __init__(self, crop: Sequence[int], *, scale: Sequence[float] = (1.0, 1.0), flip: Share = 0.0) -> None:
+    def __init__(
+        self,
+        crop: Sequence[int],
+        *,
+        scale: Sequence[float] = (1.0, 1.0),
+        flip: Share = 0.0,
+        resample: str = "area",
+    ) -> None:
         if len(crop) != 2 or min(crop) < 1:
             raise UserError(f"resolution.crop={list(crop)}: give [height, width] in pixels, each at least 1.")
         if len(scale) != 2 or not 1 <= scale[0] <= scale[1]:
             raise UserError(f"data.view.scale={list(scale)}: give [least, largest] with 1 <= least <= largest.")
         if not 0 <= flip <= 1:
             raise UserError(f"data.view.flip={flip}: give a probability from 0 to 1.")
+        if resample not in RESAMPLE:
+            raise UserError(f"data.view.resample={resample} is unknown. Choose one of {', '.join(RESAMPLE)}.")
+        self.resample = resample
         self.crop, self.scale, self.flip = (int(crop[0]), int(crop[1])), (float(scale[0]), float(scale[1])), flip
 
     def __call__(self, frames: np.ndarray, rng: np.random.Generator | None = None) -> np.ndarray:
@@ -39,11 +54,18 @@ class ClipView:
         height, width = frames.shape[1:3]
         factor = max(self.crop[0] / height, self.crop[1] / width)
         factor *= self.scale[0] + zoom * (self.scale[1] - self.scale[0])
-        size = (max(self.crop[0], round(height * factor)), max(self.crop[1], round(width * factor)))
+        rounded = round if self.resample == "area" else int
+        size = (max(self.crop[0], rounded(height * factor)), max(self.crop[1], rounded(width * factor)))
         top, left = round(down * (size[0] - self.crop[0])), round(right * (size[1] - self.crop[1]))
-        how = cv2.INTER_AREA if factor < 1 else cv2.INTER_LINEAR
         seen = np.empty((len(frames), *self.crop, 3), dtype=np.uint8)
         for frame, target in zip(frames, seen, strict=True):
-            resized = frame if size == (height, width) else cv2.resize(frame, size[::-1], interpolation=how)
+            resized = frame if size == (height, width) else self._resized(frame, size)
             target[:] = resized[top : top + self.crop[0], left : left + self.crop[1]]
         return np.ascontiguousarray(seen[:, :, ::-1]) if mirror < self.flip else seen
+
+    def _resized(self, frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+        """Return a frame (H, W, 3) uint8 at `size` (H, W)."""
+        if self.resample == "area":
+            how = cv2.INTER_AREA if size[0] < frame.shape[0] or size[1] < frame.shape[1] else cv2.INTER_LINEAR
+            return cv2.resize(frame, size[::-1], interpolation=how)
+        return resize_bicubic(frame, size)

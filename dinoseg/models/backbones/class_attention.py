@@ -1,4 +1,4 @@
-"""Attention weights of the class token, recorded while a block runs its own attention kernel."""
+"""Attention weights of the class token, and attention keys, recorded while a block runs its own attention kernel."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -77,5 +77,39 @@ def watch_timm(attention: Any) -> Iterator[list[Tensor]]:
     handle = attention.qkv.register_forward_hook(watch)
     try:
         yield rows
+    finally:
+        handle.remove()
+
+
+def key_maps(keys: Tensor, num_prefix: int, grid: torch.Size) -> Tensor:
+    """Return keys (B, N, C) as maps (B, C, h, w), without those of the first `num_prefix` tokens."""
+    return keys[:, num_prefix:].mT.unflatten(-1, grid)
+
+
+@contextmanager
+def watch_transformers_keys(attention: Any) -> Iterator[list[Tensor]]:
+    """Collect the keys (B, N, C) of a transformers attention module, heads side by side, at each call.
+
+    They include rotary positions, if the model has any.
+    """
+    found: list[Tensor] = []
+    attention.watcher = lambda query, key, scale: found.append(key.detach().transpose(1, 2).flatten(2))
+    try:
+        yield found
+    finally:
+        del attention.watcher
+
+
+@contextmanager
+def watch_timm_keys(attention: Any) -> Iterator[list[Tensor]]:
+    """Collect the keys (B, N, C) of a plain timm attention module, before a norm of keys, at each call."""
+    found: list[Tensor] = []
+
+    def watch(_module: nn.Module, _inputs: object, projected: Tensor) -> None:
+        found.append(projected.detach().chunk(3, dim=-1)[1])
+
+    handle = attention.qkv.register_forward_hook(watch)
+    try:
+        yield found
     finally:
         handle.remove()

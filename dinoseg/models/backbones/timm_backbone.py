@@ -13,7 +13,13 @@ from torch.utils.checkpoint import checkpoint
 
 from dinoseg.core.contracts import Backbone, BlockKwargs
 from dinoseg.models.backbones.attention import attend_fastest
-from dinoseg.models.backbones.class_attention import on_patches, plain_attention, watch_timm
+from dinoseg.models.backbones.class_attention import (
+    key_maps,
+    on_patches,
+    plain_attention,
+    watch_timm,
+    watch_timm_keys,
+)
 from dinoseg.models.backbones.cut import Block, forward_frozen, forward_trainable
 from dinoseg.models.backbones.layers import resolve_layers
 from dinoseg.models.backbones.normalisation import colours_of, register_colours
@@ -156,15 +162,29 @@ class TimmBackbone(Backbone):
         Raises:
             UserError: the model has no class token or a non-standard attention (`has_class_attention` is False).
         """
+        attention = self._plain_attention()
+        with watch_timm(attention) as rows:
+            maps = self(images)
+        return maps, on_patches(rows[0], self.model.num_prefix_tokens, maps[0].shape[2:])
+
+    def with_keys(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Return the maps and the attention keys (B, dim, h, w) of the last tapped block, without gradients.
+
+        Raises:
+            UserError: see `with_class_attention`.
+        """
+        with watch_timm_keys(self._plain_attention()) as keys:
+            maps = self(images)
+        return maps, key_maps(keys[0], self.model.num_prefix_tokens, maps[0].shape[2:])
+
+    def _plain_attention(self) -> Any:
         attention = plain_attention(self.model)
         if attention is None:
             raise UserError(
                 f"backbone.name={self.name}: this model has no class token, or a custom attention. Choose a plain "
                 "vision transformer with a class token, such as vit_small_patch16_224, or backbone=dino_vits16."
             )
-        with watch_timm(attention) as rows:
-            maps = self(images)
-        return maps, on_patches(rows[0], self.model.num_prefix_tokens, maps[0].shape[2:])
+        return attention
 
     def export_state(self) -> dict[str, Tensor]:
         """Return the weights under the names that `weights` accepts in a file.

@@ -13,7 +13,12 @@ from dinoseg.core.contracts import Backbone, BlockKwargs
 from dinoseg.core.geometry import resize
 from dinoseg.models.backbones.arch import configuration
 from dinoseg.models.backbones.attention import mask_queries_only
-from dinoseg.models.backbones.class_attention import on_patches, watch_transformers
+from dinoseg.models.backbones.class_attention import (
+    key_maps,
+    on_patches,
+    watch_transformers,
+    watch_transformers_keys,
+)
 from dinoseg.models.backbones.cut import forward_frozen, forward_trainable
 from dinoseg.models.backbones.layers import resolve_layers
 from dinoseg.models.backbones.normalisation import colours_of, register_colours
@@ -206,6 +211,13 @@ class TransformersVit(Backbone):
         with watch_transformers(blocks[-1].attention) as rows:
             maps = self(images)
         return maps, on_patches(rows[0], self.num_prefix, maps[0].shape[2:])
+
+    def with_keys(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Return the maps and the attention keys (B, dim, h, w) of the last tapped block, without gradients."""
+        blocks: Any = self.blocks
+        with watch_transformers_keys(blocks[-1].attention) as keys:
+            maps = self(images)
+        return maps, key_maps(keys[0], self.num_prefix, maps[0].shape[2:])
 
     def export_state(self) -> dict[str, Tensor]:
         """Return the weights under the names that `weights` accepts in a file.

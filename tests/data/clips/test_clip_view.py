@@ -2,6 +2,7 @@ import cv2
 import numpy as np
 import pytest
 
+from dinoseg.data.clips.square import square_frame, square_mask
 from dinoseg.data.clips.view import ClipView
 from dinoseg.utils.errors import UserError
 
@@ -70,3 +71,44 @@ def test_larger_than_need_be():
 def test_views_that_are_none(options, message):
     with pytest.raises(UserError, match=message):
         ClipView(**options)
+
+
+def bicubic(frame, size):
+    """Interpolate by the kernel of Keys (1981) with a = -0.75 at pixel centres, borders repeated, without antialias."""
+
+    def kernel(x):
+        x = abs(x)
+        near, far = 1.25 * x**3 - 2.25 * x**2 + 1, -0.75 * (x**3 - 5 * x**2 + 8 * x - 4)
+        return near if x <= 1 else far if x < 2 else 0.0
+
+    def matrix(wide, narrow):
+        weights = np.zeros((narrow, wide))
+        for row in range(narrow):
+            centre = (row + 0.5) * wide / narrow - 0.5
+            for tap in range(int(np.floor(centre)) - 1, int(np.floor(centre)) + 3):
+                weights[row, min(max(tap, 0), wide - 1)] += kernel(centre - tap)
+        return weights
+
+    rows, columns = matrix(frame.shape[0], size[0]), matrix(frame.shape[1], size[1])
+    return np.einsum("rh,hwc,sw->rsc", rows, frame.astype(np.float64), columns).clip(0, 255)
+
+
+@pytest.mark.parametrize("size", [(20, 41), (7, 9), (33, 12), (10, 10), (5, 5)])
+def test_bicubic_resizing_and_the_centred_square_of_an_evaluation(size):
+    frames = clip(size, seed=size[0])
+    seen = ClipView((10, 10), resample="bicubic")(frames)
+    short = min(size)
+    wanted = tuple(10 if side == short else side * 10 // short for side in size)
+    top, left = round((wanted[0] - 10) / 2), round((wanted[1] - 10) / 2)
+    expected = bicubic(frames[0], wanted)[top : top + 10, left : left + 10]
+    assert np.abs(seen[0] - expected).max() <= 0.51
+    corner = [round((side - short) / 2) for side in size]
+    middle = frames[0][corner[0] : corner[0] + short, corner[1] : corner[1] + short]
+    assert np.abs(square_frame(frames[0], 13) - bicubic(middle, (13, 13))).max() <= 0.51
+    nearest = [int((place + 0.5) * short / 13) for place in range(13)]
+    np.testing.assert_array_equal(square_mask(frames[0, ..., 0], 13), middle[nearest][:, nearest, 0])
+
+
+def test_unknown_resampling_is_refused():
+    with pytest.raises(UserError, match=r"data\.view\.resample=nearest is unknown. Choose one of area, bicubic"):
+        ClipView((8, 8), resample="nearest")

@@ -14,12 +14,14 @@ from dinoseg.config.nodes import instantiate
 from dinoseg.data.clips.cut import Clips, Cut, open_clips
 from dinoseg.data.clips.foreground import foreground, no_masks
 from dinoseg.data.clips.videos import DecodedFrames, Video, chosen
+from dinoseg.data.clips.view import ClipView
 from dinoseg.data.doctor.checks.splits import check_groups
 from dinoseg.data.doctor.examine import scanned
 from dinoseg.data.formats.davis import Davis
 from dinoseg.data.formats.movi import Movi
 from dinoseg.data.formats.video_folder import VideoFolder
 from dinoseg.data.formats.youtube_vos import YoutubeVos
+from dinoseg.data.loader import clip_batches
 from dinoseg.data.splits import Partition
 from dinoseg.data.video.access import VideoFrame, read_frame
 from dinoseg.utils.errors import UserError
@@ -729,3 +731,28 @@ def test_real_davis(compose):
     assert clip["masks"].unique().tolist() == [0, 1]
     index = data.names.index(f"{clip['name']}/{clip['frame_names'][2]}")
     assert torch.equal(data[index]["image"], clip["frames"][2]) and torch.equal(data[index]["mask"], clip["masks"][2])
+
+
+def test_one_random_clip_per_video_and_epoch(tmp_path):
+    layout = Still(tmp_path, v=14, w=9, x=3)
+    clips = open_clips(layout, "train", cut=Cut(length=4, sample=True, short="skip"))
+    assert len(clips) == 2 and clips.skipped == ["x"]
+    batches = clip_batches(clips, ClipView((6, 9)), batch_size=2, seed=3)
+    seen = [set(next(batches).names) for _ in range(60)]
+    assert {names for batch in seen for names in batch} == {"v/0", "v/4", "v/8", "w/0", "w/4"}
+    assert all({name[0] for name in batch} == {"v", "w"} for batch in seen)
+    later = clip_batches(clips, ClipView((6, 9)), batch_size=2, seed=3, start=7)
+    assert [set(next(later).names) for _ in range(5)] == seen[7:12]
+    counts = [sum(f"v/{start}" in batch for batch in seen) for start in (0, 4, 8)]
+    assert min(counts) > 8
+    assert len(open_clips(layout, "val", cut=Cut(length=4, sample=True, short="skip"))) == 5
+    with pytest.raises(UserError, match=r"cut\.sample=true has no effect with length=null"):
+        Cut(sample=True)
+
+
+def test_val_and_test_are_centred_squares(tmp_path):
+    layout = Still(tmp_path, v=10)
+    whole, square = (open_clips(layout, "val", cut=Cut(length=2), eval_square=side)[1] for side in (None, 6))
+    np.testing.assert_array_equal(square["frames"], whole["frames"][..., 2:8])
+    np.testing.assert_array_equal(square["masks"], whole["masks"][..., 2:8])
+    assert open_clips(layout, "train", cut=Cut(length=2), eval_square=6)[0]["frames"].shape == (2, 3, 6, 9)

@@ -254,3 +254,45 @@ def test_a_convnext_offers_none():
     arch = {"hidden_sizes": [16, 32, 32, 64], "depths": [1, 1, 1, 1]}
     backbone = ConvNext(arch, "random", 32)
     assert not backbone.has_class_attention
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "dinov3_vit"])
+@pytest.mark.parametrize("size", [(27, 30), (32, 32)])
+def test_keys_are_the_projection_of_the_last_tapped_block(family, size):
+    backbone = build(family, layers=(1,))
+    attention = backbone.blocks[-1].attention
+    found = []
+    linear = next(part for name, part in attention.named_modules() if name.split(".")[-1] in ("key", "k_proj"))
+    linear.register_forward_hook(lambda _, __, out: found.append(out))
+    maps, keys = backbone.with_keys(images(size))
+    prefix, grid = FAMILIES[family][1], maps[0].shape[2:]
+    torch.testing.assert_close(keys.flatten(2).transpose(1, 2), found[0][:, prefix:])
+    assert keys.shape == (2, 24, *grid) and not keys.requires_grad
+    torch.testing.assert_close(maps[0], backbone(images(size))[0])
+
+
+def test_keys_of_dinov3_are_rotated_and_explain_its_class_attention():
+    backbone = build("dinov3_vit")
+    attention = backbone.blocks[-1].attention
+    queries = []
+    attention.q_proj.register_forward_hook(lambda _, __, out: queries.append(out))
+    _, keys = backbone.with_keys(images((27, 30)))
+    expected = backbone.with_class_attention(images((27, 30)))[1]
+    by_head = keys.unflatten(1, (3, 8))  # (B, heads, C, h, w)
+    logits = torch.einsum("bac,bachw->bahw", queries[0][:, 0].unflatten(1, (3, 8)), by_head) / math.sqrt(8)
+    ratio = logits.flatten(2).diff(dim=2).exp()  # the class token is not rotated
+    seen = expected.flatten(2)
+    torch.testing.assert_close(ratio, seen[..., 1:] / seen[..., :-1], rtol=1e-4, atol=1e-5)
+
+
+def test_keys_of_timm_are_the_second_third_of_its_projection():
+    torch.manual_seed(0)
+    backbone = shake(TimmBackbone("test_vit", "random", None, (-1,)))
+    found = []
+    attention = backbone.model.blocks[-1].attn
+    attention.register_forward_hook(lambda _, given, __: found.append(given[0]))
+    _, keys = backbone.with_keys(images((32, 48)))
+    width = keys.shape[1]
+    weight, bias = attention.qkv.weight[width : 2 * width], attention.qkv.bias[width : 2 * width]
+    expected = (found[0] @ weight.T + bias)[:, backbone.model.num_prefix_tokens :]
+    torch.testing.assert_close(keys.flatten(2).transpose(1, 2), expected, rtol=1e-5, atol=1e-5)

@@ -8,11 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinoseg.models.heads.options import check_choice
-from dinoseg.models.heads.slots.predictor import HEADS, check_heads
+from dinoseg.models.heads.slots.predictor import check_heads
+from dinoseg.models.heads.slots.transformer import HEADS, zero_biases
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.precision import at_least_float32
+from dinoseg.utils.ranges import NotNegative, Positive
 
-SLOT_INITS = ("gaussian", "clusters")
+SLOT_INITS = ("gaussian", "clusters", "learned")
 _EPSILON = 1e-6  # avoids 0 / 0 for a slot that won no token
 _EVAL_SEED = 0  # seed of the initial slots in eval mode
 _SHARP = 1.5  # scale of initial cluster logits: 1.5 sqrt(D) for a token's own slot, less for others
@@ -41,6 +43,9 @@ def slot_weights(queries: Tensor, keys: Tensor, allowed: Tensor | None = None) -
 class SlotAttention(nn.Module):
     """Slot attention (Locatello et al., arXiv 2006.15055) with initial slots sampled from one learned Gaussian.
 
+    The variants of VideoSAUR and SlotContrast (martius-lab/slotcontrast, slotcontrast/modules/groupers.py) are
+    `norm_state`, `weight_floor`, `reference_init`, an initial standard deviation, and one parameter per slot.
+
     A GRU cell and a residual MLP update the slots; gradients pass through all iterations. Slots stay in float32 under
     autocast, since they are passed from frame to frame. Queries and keys are initialised to a variance of one, as in
     the paper's code. Torch's default gives a third: logits nine times smaller, which keep slots alike for longer.
@@ -48,42 +53,67 @@ class SlotAttention(nn.Module):
     Args:
         in_dim: width of the tokens.
         slot_dim: D.
-        hidden_dim: hidden width of the MLP.
+        hidden_dim: hidden width of the MLP; None: no MLP.
         num_groups: more than one adds a learned offset of mean and log-variance for each group.
         variance_as_std: use exp(log-variance) as the standard deviation itself, not its square.
-        slot_init: initial slots: `gaussian` samples; or `clusters`, such samples plus a learned projection of
-            mutually distant tokens (`distant_tokens`). For `clusters`, the weights are initialised as a soft k-means:
-            slots, keys and values share one projection of tokens, and a slot becomes the mean of itself and of the
-            tokens it won. Slots thus differ from the first step on, instead of being alike for hundreds of steps.
+        slot_init: initial slots: `gaussian` samples; `learned`, one parameter for each of `num_slots`; or `clusters`,
+            samples plus a learned projection of mutually distant tokens (`distant_tokens`). For `clusters`, the weights
+            are initialised as a soft k-means: slots, keys and values share one projection of tokens, and a slot becomes
+            the mean of itself and of the tokens it won. Slots thus differ from the first step on, instead of being
+            alike for hundreds of steps.
+        num_slots: S, needed for `learned`.
+        initial_std: standard deviation of the Gaussian before training, whose mean is then 0, or of the learned slots.
+            None: a random mean and log-variance (Xavier initialisation), or 1 / sqrt(D) for learned slots.
+        norm_state: pass the layer-normed slots to the GRU cell as its state, not the slots themselves.
+        weight_floor: number added to the weights of a slot before they are divided by their sum over the tokens.
+        reference_init: initialise queries and keys as torch does by default, and the biases of the MLP to 0.
     """
 
     def __init__(
         self,
         in_dim: int,
         slot_dim: int,
-        hidden_dim: int,
+        hidden_dim: int | None,
         *,
         num_groups: int = 1,
         variance_as_std: bool = False,
         slot_init: str = "gaussian",
+        num_slots: int = 1,
+        initial_std: Positive | None = None,
+        norm_state: bool = False,
+        weight_floor: NotNegative = 0.0,
+        reference_init: bool = False,
     ) -> None:
         super().__init__()
         check_choice("slot_init", slot_init, SLOT_INITS)
         self.exponent = 1.0 if variance_as_std else 0.5
         self.norm_tokens = nn.LayerNorm(in_dim)
         self.norm_slots = nn.LayerNorm(slot_dim)
-        self.norm_mlp = nn.LayerNorm(slot_dim)
-        self.mean = _gaussian_part(1, slot_dim)
-        self.log_variance = _gaussian_part(1, slot_dim)
-        self.group_mean = _gaussian_part(num_groups, slot_dim) if num_groups > 1 else None
-        self.group_log_variance = _gaussian_part(num_groups, slot_dim) if num_groups > 1 else None
+        self.norm_state, self.weight_floor = norm_state, weight_floor
+        self.table: nn.Parameter | None = None  # learned slots (1, S, D)
+        if slot_init == "learned":
+            self.table = nn.Parameter(torch.randn(1, num_slots, slot_dim) * (initial_std or slot_dim**-0.5))
+        else:
+            self.mean = _gaussian_part(1, slot_dim)
+            self.log_variance = _gaussian_part(1, slot_dim)
+            if initial_std is not None:
+                nn.init.zeros_(self.mean)
+                nn.init.constant_(self.log_variance, math.log(initial_std) / self.exponent)
+        is_grouped = num_groups > 1 and slot_init != "learned"
+        self.group_mean = _gaussian_part(num_groups, slot_dim) if is_grouped else None
+        self.group_log_variance = _gaussian_part(num_groups, slot_dim) if is_grouped else None
         self.query = nn.Linear(slot_dim, slot_dim, bias=False)
         self.key = nn.Linear(in_dim, slot_dim, bias=False)
-        for projection in (self.query, self.key):
+        for projection in () if reference_init else (self.query, self.key):
             nn.init.kaiming_uniform_(projection.weight, nonlinearity="linear")
         self.value = nn.Linear(in_dim, slot_dim, bias=False)
         self.gru = nn.GRUCell(slot_dim, slot_dim)
-        self.mlp = nn.Sequential(nn.Linear(slot_dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, slot_dim))
+        self.norm_mlp = None if hidden_dim is None else nn.LayerNorm(slot_dim)
+        self.mlp: nn.Sequential | None = None
+        if hidden_dim is not None:
+            self.mlp = nn.Sequential(nn.Linear(slot_dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, slot_dim))
+            if reference_init:
+                zero_biases(self.mlp)
         self.seed = nn.Linear(in_dim, slot_dim) if slot_init == "clusters" else None
         if self.seed is not None:
             self._init_as_clusters(self.seed)
@@ -98,9 +128,9 @@ class SlotAttention(nn.Module):
         # candidate gate
         of_input, of_hidden = (weight.chunk(3)[2] for weight in (self.gru.weight_ih, self.gru.weight_hh))
         nn.init.eye_(of_input)
-        last: nn.Linear = self.mlp[-1]  # type: ignore[assignment]
+        last = [] if self.mlp is None else list(self.mlp[-1].parameters())
         biases = (bias.chunk(3)[2] for bias in (self.gru.bias_ih, self.gru.bias_hh))
-        for nothing in (of_hidden, *biases, seed.bias, last.weight, last.bias):
+        for nothing in (of_hidden, *biases, seed.bias, *last):
             nn.init.zeros_(nothing)
 
     def start(self, tokens: Tensor, sizes: Sequence[int], allowed: Tensor | None = None) -> Tensor:
@@ -113,6 +143,9 @@ class SlotAttention(nn.Module):
             tokens: (B, N, in_dim).
             sizes: slots in each group.
             allowed: which tokens each slot may attend to (B, S, N), bool, True = may.
+
+        Raises:
+            UserError: another number of slots than the learned ones.
         """
         drawn = self._drawn(len(tokens), sizes)
         if self.seed is None:
@@ -122,6 +155,14 @@ class SlotAttention(nn.Module):
         return drawn + self.seed(normed.take_along_dim(chosen[..., None], dim=1))
 
     def _drawn(self, batch: int, sizes: Sequence[int]) -> Tensor:
+        if self.table is not None:
+            if sum(sizes) != self.table.shape[1]:
+                raise UserError(
+                    f"head.slot_init=learned has {self.table.shape[1]} slots with one parameter each, but "
+                    f"{sum(sizes)} slots are needed. Set slots=free, or train with head.slot_init=gaussian, which "
+                    "supports any number of slots."
+                )
+            return self.table.expand(batch, -1, -1)
         mean: Tensor = self.mean  # (1, 1, D)
         log_variance: Tensor = self.log_variance
         if self.group_mean is not None and self.group_log_variance is not None:
@@ -146,15 +187,23 @@ class SlotAttention(nn.Module):
         keys, values = self.key(tokens), self.value(tokens)
         weights = slots.new_zeros(())
         for _ in range(iterations):
-            weights = slot_weights(self.query(self.norm_slots(slots)), keys, allowed)
-            shares = weights / (weights.sum(dim=2, keepdim=True) + _EPSILON)
-            slots = self._updated(slots, shares @ values)
+            normed = self.norm_slots(slots)
+            weights = slot_weights(self.query(normed), keys, allowed)
+            slots = self._updated(normed if self.norm_state else slots, self._shares(weights) @ values)
         return slots, weights
 
-    def _updated(self, slots: Tensor, seen: Tensor) -> Tensor:
-        with torch.autocast(slots.device.type, enabled=False):
-            slots = self.gru(at_least_float32(seen).flatten(0, 1), slots.flatten(0, 1)).view_as(slots)
-        return slots + self.mlp(self.norm_mlp(slots))
+    def _shares(self, weights: Tensor) -> Tensor:
+        """Return the weights (B, S, N) divided by their sum over the tokens."""
+        if self.weight_floor == 0:
+            return weights / (weights.sum(dim=2, keepdim=True) + _EPSILON)
+        raised = weights + self.weight_floor
+        return raised / raised.sum(dim=2, keepdim=True)
+
+    def _updated(self, state: Tensor, seen: Tensor) -> Tensor:
+        with torch.autocast(state.device.type, enabled=False):
+            state = at_least_float32(state)
+            slots = self.gru(at_least_float32(seen).flatten(0, 1), state.flatten(0, 1)).view_as(state)
+        return slots if self.mlp is None or self.norm_mlp is None else slots + self.mlp(self.norm_mlp(slots))
 
     def _noise(self, batch: int, count: int) -> Tensor:
         shape = (count, self.mean.shape[-1])

@@ -1,4 +1,4 @@
-"""Spatial broadcast decoder: each slot predicts features on the whole grid, and an alpha mask."""
+"""Decoders of slots: each predicts features on the whole grid, and a mask for each slot."""
 
 from typing import NamedTuple
 
@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinoseg.models.heads.slots.positions import Positions
+from dinoseg.models.heads.slots.transformer import SlotBlock, mlp, zero_biases
 from dinoseg.utils.precision import at_least_float32
 
-DEPTH = 4  # layers
+DECODERS = ("mlp", "slot_mixer")
 
 
 class Decoded(NamedTuple):
@@ -22,6 +23,9 @@ class Decoded(NamedTuple):
 
 class SlotDecoder(nn.Module):
     """MLP shared by all slots and cells, on the cell's position and the slot (Seitzer et al., 2209.14860).
+
+    Positions of kind `added` are added to the slot (martius-lab/slotcontrast, slotcontrast/modules/decoders.py); others
+    are concatenated with it.
 
     Its last output is the logit of the alpha mask, a softmax over the slots. All other outputs are averaged over the
     slots with the alpha mask as weights. Two optimisations give the same numbers at lower cost. The first layer is
@@ -38,15 +42,30 @@ class SlotDecoder(nn.Module):
         hidden_dim: width of the hidden layers.
         positions: position embedding of the cells.
         num_cells: number of additional outputs, logits over this many cells.
+        depth: linear layers, 2 or more.
+        reference_init: initialise the biases to 0.
     """
 
-    def __init__(self, slot_dim: int, out_dim: int, hidden_dim: int, positions: Positions, num_cells: int = 0) -> None:
+    def __init__(
+        self,
+        slot_dim: int,
+        out_dim: int,
+        hidden_dim: int,
+        positions: Positions,
+        num_cells: int = 0,
+        *,
+        depth: int = 4,
+        reference_init: bool = False,
+    ) -> None:
         super().__init__()
         self.positions = positions
         self.out_dim = out_dim
         self.num_cells = num_cells
-        widths = [positions.channels + slot_dim, *[hidden_dim] * (DEPTH - 1), out_dim + num_cells + 1]
+        in_dim = slot_dim if positions.kind == "added" else positions.channels + slot_dim
+        widths = [in_dim, *[hidden_dim] * (depth - 1), out_dim + num_cells + 1]
         self.layers = nn.ModuleList(nn.Linear(*pair) for pair in zip(widths, widths[1:], strict=False))
+        if reference_init:
+            zero_biases(self.layers)
 
     def forward(self, slots: Tensor, grid: tuple[int, int], *, similarity: bool = False) -> Decoded:
         """Return the decoded slots (B, S, D) on a grid (h, w); `similarity` adds the logits over cells."""
@@ -64,10 +83,70 @@ class SlotDecoder(nn.Module):
 
     def _hidden(self, slots: Tensor, grid: tuple[int, int]) -> Tensor:
         first: nn.Linear = self.layers[0]  # type: ignore[assignment]
-        of_position, of_slot = first.weight.split([self.positions.channels, slots.shape[-1]], dim=1)
+        of_position = of_slot = first.weight
+        if self.positions.kind != "added":
+            of_position, of_slot = first.weight.split([self.positions.channels, slots.shape[-1]], dim=1)
         places = F.linear(self.positions(grid, slots).flatten(1).mT, of_position)  # (N, hidden_dim)
         contents = F.linear(slots, of_slot, first.bias)  # (B, S, hidden_dim)
         hidden = torch.relu_(places[:, None] + contents[:, None])  # (B, N, S, hidden_dim)
         for layer in self.layers[1:-1]:
             hidden = torch.relu_(layer(hidden))
         return hidden
+
+
+class SlotMixer(nn.Module):
+    """Decoder that mixes the slots of each cell first, and then runs an MLP once per cell, not per slot.
+
+    Transformer blocks let the learned positions of the cells attend to the slots; a dot-product attention from the
+    result to the slots gives the mask of each slot, and the mixture of slots that an MLP maps to the outputs (Sajjadi
+    et al., arXiv 2206.06922; martius-lab/videosaur, videosaur/modules/decoders.py, with layer norms and added
+    positions).
+
+    Args:
+        slot_dim: D.
+        out_dim: C, channels of the features; 0: none.
+        hidden_dim: width of the hidden layers.
+        positions: position embedding of the cells, of kind `added`.
+        num_cells: number of additional outputs, logits over this many cells.
+        depth: linear layers of the MLP, 2 or more.
+        num_blocks: transformer blocks.
+    """
+
+    def __init__(
+        self,
+        slot_dim: int,
+        out_dim: int,
+        hidden_dim: int,
+        positions: Positions,
+        num_cells: int = 0,
+        *,
+        depth: int = 5,
+        num_blocks: int = 2,
+    ) -> None:
+        super().__init__()
+        self.positions, self.out_dim, self.num_cells = positions, out_dim, num_cells
+        self.norm_memory, self.norm_query, self.norm_key = (nn.LayerNorm(slot_dim) for _ in range(3))
+        self.blocks = nn.ModuleList(SlotBlock(slot_dim) for _ in range(num_blocks))
+        self.query, self.key = (nn.Linear(slot_dim, slot_dim, bias=False) for _ in range(2))
+        self.mlp = mlp(slot_dim, hidden_dim, depth - 1)
+        self.last = nn.Linear(hidden_dim, out_dim + num_cells)
+        for layer in (self.query, self.key, self.last):
+            nn.init.xavier_uniform_(layer.weight)
+        nn.init.zeros_(self.last.bias)
+
+    def forward(self, slots: Tensor, grid: tuple[int, int], *, similarity: bool = False) -> Decoded:
+        """Return the decoded slots (B, S, D) on a grid (h, w); `similarity` adds the logits over cells."""
+        places = self.positions(grid, slots).flatten(1).mT.expand(len(slots), -1, -1)  # (B, N, D)
+        memory, cells = self.norm_memory(slots), places
+        for block in self.blocks:
+            cells = block(cells, memory)
+        query, key = self.query(self.norm_query(cells)), self.key(self.norm_key(slots))
+        masks = at_least_float32(query @ key.mT * key.shape[-1] ** -0.5).softmax(dim=2)  # (B, N, S)
+        hidden = self.mlp(masks.to(slots.dtype) @ slots + places)  # (B, N, hidden_dim)
+        outputs = self.out_dim + similarity * self.num_cells
+        painted = F.linear(hidden, self.last.weight[:outputs], self.last.bias[:outputs]).mT.unflatten(2, grid)
+        return Decoded(
+            painted[:, : self.out_dim],
+            masks.mT.unflatten(2, grid),
+            painted[:, self.out_dim :] if similarity else None,
+        )

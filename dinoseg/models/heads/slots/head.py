@@ -23,31 +23,45 @@ from dinoseg.models.heads.slots.attention import (
     slot_sizes,
 )
 from dinoseg.models.heads.slots.background import background_mask
-from dinoseg.models.heads.slots.decoder import Decoded, SlotDecoder
+from dinoseg.models.heads.slots.decoder import DECODERS, Decoded, SlotDecoder, SlotMixer
 from dinoseg.models.heads.slots.positions import Positions, linear_positions, position_layer, training_grid
-from dinoseg.models.heads.slots.predictor import make_predictor
+from dinoseg.models.heads.slots.predictor import check_heads, make_predictor
+from dinoseg.models.heads.slots.transformer import token_encoder
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.ranges import Count, LowShare
+from dinoseg.utils.ranges import Count, Few, LowShare, NotNegative, Positive
 
-MASK_SOURCES = ("attention", "alpha")
+CHOICES = {
+    "groups": GROUPS,
+    "decoder": DECODERS,
+    "similarity_of": ("features", "keys"),
+    "mask_source": ("attention", "alpha"),
+}
 
 
 class SlotHead(Head[SlotOutputs]):
     """Slots that bind to the features of a frame and reconstruct those of this and later frames.
 
     Slot attention, with SAVi's predictor between frames (Kipf et al., arXiv 2111.12594), runs on the features of a
-    frozen transformer. An MLP decoder reconstructs these (DINOSAUR, Seitzer et al., arXiv 2209.14860). No weight
-    depends on the number of slots: a trained head may run with another number.
+    frozen transformer. A decoder reconstructs these (DINOSAUR, Seitzer et al., arXiv 2209.14860). No weight depends on
+    the number of slots, except with `slot_init=learned`: a trained head may run with another number.
 
     Args:
         in_dim: width of the backbone's map.
         num_layers: number of maps; one.
         num_slots: S, or (background, foreground) slots with `groups`.
         slot_dim: D.
-        hidden_dim: hidden width of the MLP of slot attention.
+        hidden_dim: hidden width of the MLP of slot attention; None: no MLP.
+        token_mlp: pass the features through a layer norm and an MLP of two layers, 2 in_dim and D wide, before slot
+            attention; reconstruction targets remain the features.
         iterations: iterations of slot attention per frame.
         first_iterations: the same for frames with newly initialised slots; None = `iterations`.
-        slot_init: initialisation of slots: `gaussian` noise, or `clusters` around mutually distant cells.
+        slot_init: initialisation of slots: `gaussian` noise, `clusters` around mutually distant cells, or `learned`:
+            one parameter per slot.
+        initial_std: standard deviation of the initial slots before training; None: see `SlotAttention`.
+        norm_state: the state of the GRU cell is the layer-normed slot.
+        weight_floor: added to the weights of slot attention before their division by the sum over the cells.
+        reference_init: initial weights as in the code of VideoSAUR and SlotContrast: queries and keys with torch's
+            default, biases of the slot MLP and of the decoder 0.
         groups: frames in which background slots attend only to cells that the class token ignores, and foreground
             slots only to the rest: `off`, `initial` (the first frame) or `always`.
         variance_as_std: use exp(log-variance) of the initial slots as their standard deviation itself.
@@ -55,19 +69,25 @@ class SlotHead(Head[SlotOutputs]):
             backbones whose features hardly encode positions: rotary positions (DINOv3), colours.
         standardise: standardise each channel of the features to mean 0 and variance 1 over the training data, both as
             input of the slots and as reconstruction target.
-        predictor: `savi`, `carry` (slots enter the next frame unchanged) or `none` (initialised again in every
-            frame).
+        predictor: `savi`, `transformer` (a pre-norm block, as in SlotContrast), `carry` (slots enter the next frame
+            unchanged) or `none` (initialised again in every frame).
         independent_until: share of the training up to which slots are initialised again in every frame, whatever the
             predictor.
         decoder_first: initial share of the training in which only the decoder learns. The gradients of an untrained
             decoder would only make slots alike that are initialised as clusters.
         steps: offsets in frames of the reconstruction targets: n = 0 to n, or a list.
         time_decoder: `none`, `linear` or `attention`, one for each of `steps`, applied to slots before decoding.
+        decoder: `mlp` on each slot and cell, or `slot_mixer` (VideoSAUR), which mixes the slots of a cell first.
         decoder_dim: hidden width of the decoder.
-        positions: `learned`, `sine` or `linear`.
-        positions_grid: (h, w) of the training cells, for `learned` and `sine` positions and for `similarity`;
-            otherwise unused.
+        decoder_depth: linear layers of the decoder's MLP, 2 or more.
+        mixer_blocks: transformer blocks of the slot mixer.
+        positions: `learned`, `sine`, `linear` or `added` (learned, added to the slot).
+        positions_grid: (h, w) of the training cells, for all positions but `linear` and for `similarity`; otherwise
+            unused.
+        output_norm: apply a layer norm to the reconstructed features.
+        reconstruct: reconstruct the features; False: only predict the similarity.
         similarity: predict logits over the next frame's cells (VideoSAUR, Zadaianchuk et al., arXiv 2306.04829).
+        similarity_of: what the similarity compares: `features`, or `keys` of the last block that is read.
         mask_source: `attention`, or the decoder's `alpha` (of offset 0 if that is among `steps`, else of the first).
         checkpointing: recompute the decoder in the backward pass: less memory, more time.
 
@@ -84,10 +104,15 @@ class SlotHead(Head[SlotOutputs]):
         *,
         num_slots: int | Sequence[int] = 10,
         slot_dim: Count = 256,
-        hidden_dim: Count = 1024,
+        hidden_dim: Count | None = 1024,
         iterations: Count = 1,
         first_iterations: Count | None = None,
+        token_mlp: bool = False,
         slot_init: str = "gaussian",
+        initial_std: Positive | None = None,
+        norm_state: bool = False,
+        weight_floor: NotNegative = 0.0,
+        reference_init: bool = False,
         groups: str = "off",
         variance_as_std: bool = False,
         token_positions: bool = False,
@@ -97,33 +122,48 @@ class SlotHead(Head[SlotOutputs]):
         decoder_first: LowShare = 0.0,
         steps: int | Sequence[int] = 0,
         time_decoder: str = "none",
+        decoder: str = "mlp",
         decoder_dim: Count = 1024,
+        decoder_depth: Few = 4,
+        mixer_blocks: Few = 2,
         positions: str = "learned",
         positions_grid: Sequence[int] | None = (28, 28),
+        output_norm: bool = True,
+        reconstruct: bool = True,
         similarity: bool = False,
+        similarity_of: str = "features",
         mask_source: str = "attention",
         checkpointing: bool = False,
     ) -> None:
         super().__init__()
         dim = _map_width(in_dim, num_layers)
         first_iterations = iterations if first_iterations is None else first_iterations
-        check_positive(slot_dim=slot_dim, hidden_dim=hidden_dim, decoder_dim=decoder_dim)
+        check_positive(slot_dim=slot_dim, hidden_dim=1 if hidden_dim is None else hidden_dim, decoder_dim=decoder_dim)
         check_positive(iterations=iterations, first_iterations=first_iterations)
-        check_choice("groups", groups, GROUPS)
-        check_choice("mask_source", mask_source, MASK_SOURCES)
-        self.sizes = slot_sizes(num_slots, groups)
+        _check_options(groups=groups, decoder=decoder, similarity_of=similarity_of, mask_source=mask_source)
+        _check_decoder(decoder, decoder_depth, positions, slot_dim)
+        _check_outputs(similarity, reconstruct=reconstruct, output_norm=output_norm)
+        self.sizes, self.steps = slot_sizes(num_slots, groups), resolve_steps(steps)
         self.num_slots = sum(self.sizes)
-        self.groups, self.mask_source = groups, mask_source
-        self.iterations = iterations
-        self.first_iterations = first_iterations
-        self.steps = resolve_steps(steps)
-        self.similarity = similarity
-        self.checkpointing = checkpointing
+        self.groups, self.mask_source, self.checkpointing = groups, mask_source, checkpointing
+        self.similarity, self.similarity_of = similarity, similarity_of
+        self.iterations, self.first_iterations = iterations, first_iterations
         # offset whose alpha masks segment a frame: 0 if the frame itself is reconstructed
         self.mask_step = self.steps.index(0) if 0 in self.steps else 0
         self.grid = training_grid(positions_grid, positions, similarity)
+        self.token_mlp = token_encoder(dim, slot_dim) if token_mlp else None
         self.slot_attention = SlotAttention(
-            dim, slot_dim, hidden_dim, num_groups=len(self.sizes), variance_as_std=variance_as_std, slot_init=slot_init
+            slot_dim if token_mlp else dim,
+            slot_dim,
+            hidden_dim,
+            num_groups=len(self.sizes),
+            variance_as_std=variance_as_std,
+            slot_init=slot_init,
+            num_slots=self.num_slots,
+            initial_std=initial_std,
+            norm_state=norm_state,
+            weight_floor=weight_floor,
+            reference_init=reference_init,
         )
         self.standard = Standard(dim) if standardise else None
         self.independent_until, self.decoder_first, self.progress = independent_until, decoder_first, 0.0
@@ -131,8 +171,13 @@ class SlotHead(Head[SlotOutputs]):
         self.predictor = make_predictor(predictor, slot_dim)
         self.time_decoders = make_time_decoders(time_decoder, slot_dim, len(self.steps))
         num_cells = self.grid[0] * self.grid[1] if similarity else 0
-        self.decoder = SlotDecoder(slot_dim, dim, decoder_dim, Positions(positions, self.grid), num_cells)
-        self.norm = nn.LayerNorm(dim)
+        sizes = (slot_dim, dim if reconstruct else 0, decoder_dim, Positions(positions, self.grid, slot_dim), num_cells)
+        self.decoder = (
+            SlotDecoder(*sizes, depth=decoder_depth, reference_init=reference_init)
+            if decoder == "mlp"
+            else SlotMixer(*sizes, depth=decoder_depth, num_blocks=mixer_blocks)
+        )
+        self.norm = nn.LayerNorm(dim) if output_norm else None
 
     @property
     def slots(self) -> Slots:
@@ -142,7 +187,7 @@ class SlotHead(Head[SlotOutputs]):
     @property
     def delayed_modules(self) -> tuple[float, Sequence[nn.Module]]:
         """The share of training after which the modules that produce slots start to learn, and these modules."""
-        makers = (self.slot_attention, self.place, self.predictor)
+        makers = (self.slot_attention, self.token_mlp, self.place, self.predictor)
         return self.decoder_first, [part for part in makers if part is not None]
 
     def check_backbone(self, backbone: Backbone) -> None:
@@ -157,6 +202,12 @@ class SlotHead(Head[SlotOutputs]):
                 f"dino_*, dinov2_*, dinov3_vit*, tiny, tiny_surgical or a plain vision transformer of timm. Choose "
                 f"one of these, or set head.groups=off and give head.num_slots as one number."
             )
+        if self.similarity_of == "keys" and not backbone.has_class_attention:
+            raise UserError(
+                "head.similarity_of=keys needs a plain vision transformer, whose attention keys can be read: dino_*, "
+                "dinov2_*, dinov3_vit*, tiny, tiny_surgical or one of timm. Choose one of these, or set "
+                "head.similarity_of=features."
+            )
 
     def set_progress(self, step: int, steps: int) -> None:
         """Set the finished share of training; from `independent_until` on, slots are carried from frame to frame."""
@@ -166,6 +217,10 @@ class SlotHead(Head[SlotOutputs]):
         """Return the outputs for clips (B, T, 3, H, W), or for images (B, 3, H, W) as clips of one frame."""
         clips = images if images.dim() == 5 else images[:, None]
         frames = clips.flatten(0, 1)  # (B * T, 3, H, W)
+        if self.similarity and self.similarity_of == "keys" and (self.training or clips.shape[1] > 1):
+            maps, keys = backbone.with_keys(frames)
+            outputs = self.follow(maps[-1].unflatten(0, clips.shape[:2]))
+            return replace(outputs, keys=keys.unflatten(0, clips.shape[:2]))
         if self.groups == "off":
             return self.follow(backbone(frames)[-1].unflatten(0, clips.shape[:2]))
         maps, attention = backbone.with_class_attention(frames)
@@ -243,6 +298,8 @@ class SlotHead(Head[SlotOutputs]):
         tokens = features.flatten(2).mT  # (B, h * w, C)
         if self.place is not None:
             tokens = tokens + self.place(linear_positions(grid, tokens).flatten(1).T)
+        if self.token_mlp is not None:
+            tokens = self.token_mlp(tokens)  # (B, h * w, D)
         seen = None if allowed is None else allowed.flatten(2)
         guess = None if before is None or self.predictor is None else self.predictor(before)
         if guess is not None and carried:
@@ -276,6 +333,8 @@ class SlotHead(Head[SlotOutputs]):
 
     def _decode(self, slots: Tensor, grid: tuple[int, int], step: int, similarity: bool) -> Decoded:
         decoded = self.decoder(self.time_decoders[step](slots), grid, similarity=similarity)
+        if self.norm is None:
+            return decoded
         return decoded._replace(features=self.norm(decoded.features.movedim(1, -1)).movedim(-1, 1))
 
     def _decode_steps(self, slots: Tensor, grid: tuple[int, int], similarity: bool) -> list[Decoded]:
@@ -283,6 +342,40 @@ class SlotHead(Head[SlotOutputs]):
         if self.checkpointing and torch.is_grad_enabled():
             return [checkpoint(self._decode, *one, use_reentrant=False) for one in calls]
         return [self._decode(*one) for one in calls]
+
+
+def _check_options(**options: str) -> None:
+    for name, value in options.items():
+        check_choice(name, value, CHOICES[name])
+    if options["similarity_of"] == "keys" and options["groups"] != "off":
+        raise UserError(
+            f"head.similarity_of=keys does not support head.groups={options['groups']}. Set head.groups=off."
+        )
+
+
+def _check_decoder(decoder: str, depth: int, positions: str, slot_dim: int) -> None:
+    if depth < 2:
+        raise UserError(f"head.decoder_depth={depth}: give 2 or more linear layers.")
+    if decoder != "slot_mixer":
+        return
+    check_heads(slot_dim, "head.decoder=slot_mixer")
+    if positions != "added":
+        raise UserError(
+            f"head.positions={positions} with head.decoder=slot_mixer, whose positions are as wide as a slot. Set "
+            "head.positions=added."
+        )
+
+
+def _check_outputs(similarity: bool, *, reconstruct: bool, output_norm: bool) -> None:
+    if not reconstruct and not similarity:
+        raise UserError(
+            "head.reconstruct=false leaves nothing to learn with head.similarity=false. Set one of them to true."
+        )
+    if not reconstruct and output_norm:
+        raise UserError(
+            "head.output_norm=true norms the reconstructed features, and head.reconstruct=false has none. Set "
+            "head.output_norm=false."
+        )
 
 
 def _map_width(in_dim: int | Sequence[int], num_layers: int) -> int:
@@ -319,7 +412,7 @@ def telling_frames(frames: int, steps: Sequence[int], *, training: bool, learns_
     telling = frames - max(steps)
     if telling == 1 and training and learns_onwards:
         raise UserError(
-            f"head.predictor=savi learns from pairs of frames, but clips of {frames} frames have none "
+            f"head.predictor=savi or transformer learns from pairs of frames, but clips of {frames} frames have none "
             f"(head.steps={steps}). Set data.clips.cut.length={max(steps) + 2} or more; or, for single frames, "
             "head.predictor=none."
         )

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from dinoseg.models.heads.options import check_choice
 from dinoseg.utils.errors import UserError
 
-KINDS = ("learned", "sine", "linear")
+KINDS = ("learned", "sine", "linear", "added")
 _CHANNELS = {"learned": 4, "sine": 4, "linear": 2}
 _APART = 1.5  # initial standard deviation of a token's position code if slots start as clusters
 
@@ -66,22 +66,28 @@ class Positions(nn.Module):
     """Position codes of one kind for any grid.
 
     Args:
-        kind: `learned` or `sine`, defined on one grid and resampled bicubically to any other; or `linear`, computed
-            for each grid.
-        grid: (h, w) on which the first two are defined.
+        kind: `learned`, `sine` or `added`, defined on one grid and resampled bicubically to any other; or `linear`,
+            computed for each grid. `added` codes are learned, as wide as a slot, and added to it; initially, they are
+            normal with variance 1 / slot_dim.
+        grid: (h, w) on which the first three are defined.
+        slot_dim: width of a slot, for `added`.
 
     Raises:
         UserError: unknown kind.
     """
 
-    def __init__(self, kind: str, grid: tuple[int, int]) -> None:
+    def __init__(self, kind: str, grid: tuple[int, int], slot_dim: int = 1) -> None:
         super().__init__()
         check_choice("positions", kind, KINDS)
         self.kind = kind
         self.grid = grid
-        self.channels = _CHANNELS[kind]
+        self.channels = _CHANNELS.get(kind, slot_dim)
         shape = (self.channels, *grid)
-        self.table = nn.Parameter(nn.init.xavier_uniform_(torch.empty(shape))) if kind == "learned" else None
+        self.table: nn.Parameter | None = None
+        if kind == "learned":
+            self.table = nn.Parameter(nn.init.xavier_uniform_(torch.empty(shape)))
+        elif kind == "added":
+            self.table = nn.Parameter(torch.randn(shape) * slot_dim**-0.5)
 
     def forward(self, grid: tuple[int, int], like: Tensor) -> Tensor:
         """Return positions (channels, h, w) with the device and dtype of `like`."""

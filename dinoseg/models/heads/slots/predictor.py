@@ -3,10 +3,10 @@
 from torch import Tensor, nn
 
 from dinoseg.models.heads.options import check_choice
+from dinoseg.models.heads.slots.transformer import HEADS, SlotBlock
 from dinoseg.utils.errors import UserError
 
-HEADS = 4  # attention heads between slots
-PREDICTORS = ("savi", "carry", "none")
+PREDICTORS = ("savi", "transformer", "carry", "none")
 
 
 class SaviPredictor(nn.Module):
@@ -32,13 +32,15 @@ class SaviPredictor(nn.Module):
 def make_predictor(kind: str, dim: int) -> nn.Module | None:
     """Return the predictor of slots in the next frame, or None to initialise slots again in every frame.
 
+    `transformer` is the block of VideoSAUR and SlotContrast.
+
     Raises:
         UserError: unknown kind, or a width not divisible by the attention heads.
     """
     check_choice("predictor", kind, PREDICTORS)
-    if kind == "savi":
+    if kind in ("savi", "transformer"):
         check_heads(dim, f"head.predictor={kind}")
-        return SaviPredictor(dim)
+        return SaviPredictor(dim) if kind == "savi" else SlotBlock(dim)
     return nn.Identity() if kind == "carry" else None
 
 

@@ -1,0 +1,196 @@
+"""Reader of YouTube-VIS: {train,valid}/JPEGImages/<video>/<frame>.jpg, and annotations of objects in one JSON file."""
+
+import functools
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+from dinoseg.data.annotation import rle
+from dinoseg.data.annotation.drawing import CompressedColumns, Drawing, Form
+from dinoseg.data.annotation.entry import polygons, size_of
+from dinoseg.data.clips.videos import VOID, FrameFiles, Video
+from dinoseg.utils import forms
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.files import is_name
+from dinoseg.utils.ranges import Count
+from dinoseg.utils.stamps import Stamp, stamp
+from dinoseg.utils.wording import count_of, format_value, join_names
+
+FRAMES_PER_SECOND = 6  # every fifth frame of 30 per second
+_MOST_BYTES = 2**31  # of the annotations
+_FORM = forms.holding(videos=forms.listing(forms.plain))
+
+
+class _Listed(NamedTuple):
+    """Video of the annotation file."""
+
+    folder: str
+    files: list[str]  # frame files in the folder
+    size: tuple[int, int]
+    objects: list[list[Form | None]]  # by object, then by frame; None: not visible
+
+
+@dataclass(frozen=True)
+class YoutubeVis:
+    """Locations of the YouTube-VIS videos, with all objects as instance ids, without their categories.
+
+    The public annotations are those of `train`. As in SlotContrast (martius-lab/slotcontrast, data/save_ytvis2021.py),
+    its last videos, in the order of the file, are the split val; the others are train. The split test has no masks.
+
+    Object k of a video is its k-th annotation in the file, without crowds. Where objects overlap, the later one covers
+    the earlier ones.
+
+    Args:
+        root: folder with the folders of `splits`.
+        held_out: number of videos at the end of the file that are val.
+        splits: split to its folder.
+
+    Raises:
+        UserError: `held_out` is below 1.
+    """
+
+    root: str
+    held_out: Count = 300
+    splits: Mapping[str, str] = field(default_factory=lambda: {"test": "valid"})
+    split_local_names: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        """Refuse an empty val."""
+        if self.held_out < 1:
+            raise UserError(f"data.held_out={self.held_out}: give a number of videos, 1 or more.")
+
+    def videos(self, split: str) -> list[Video]:
+        """Return the videos of a split, in the order of the file; masks are decoded when they are read.
+
+        Raises:
+            UserError: a file or folder is missing, the annotations are invalid, or no video is left for train.
+        """
+        root, folder = Path(self.root).expanduser(), self.splits.get(split, "train" if split == "val" else split)
+        path = _annotation_file(root, folder)
+        listed = _read(path, stamp(path))
+        if split in ("train", "val"):
+            if len(listed) <= self.held_out:
+                raise UserError(
+                    f"{path} lists {count_of(listed, 'video')}, and data.held_out={self.held_out} of them are val: "
+                    "none is left for train. Lower data.held_out."
+                )
+            listed = listed[-self.held_out :] if split == "val" else listed[: -self.held_out]
+        return [_video(root / folder / "JPEGImages", path, video) for video in listed]
+
+
+def _annotation_file(root: Path, folder: str) -> Path:
+    places = [root / folder / "instances.json", root / f"{folder}.json", root / f"instances_{folder}.json"]
+    for path in places:
+        if path.is_file():
+            return path
+    raise UserError(
+        f"No annotations in {root}: {join_names([str(path.relative_to(root)) for path in places])} do not exist. Check "
+        "data.root and data.splits."
+    )
+
+
+def _video(images: Path, path: Path, listed: _Listed) -> Video:
+    folder = images / listed.folder
+    try:
+        present = set(os.listdir(folder))
+    except OSError:
+        raise UserError(f"No folder {folder}, which {path} lists. Unpack the data set again.") from None
+    if absent := [name for name in listed.files if name not in present]:
+        raise UserError(
+            f"{folder} lacks {count_of(absent, 'frame')} that {path} lists: {join_names(absent)}. Unpack the data set "
+            "again."
+        )
+    masks: dict[int, Path | Drawing] = {}
+    if listed.objects:
+        for position, file in enumerate(listed.files):
+            by_object = enumerate((forms[position] for forms in listed.objects), start=1)
+            shapes = [(number, form) for number, form in by_object if form is not None]
+            masks[position] = Drawing(path, f"{listed.folder}/{file}", listed.size, 0, shapes)
+    return Video(listed.folder, FrameFiles(folder, listed.files), FRAMES_PER_SECOND, masks)
+
+
+@functools.lru_cache(maxsize=2)
+def _read(path: Path, _stamp: Stamp | None) -> list[_Listed]:
+    """Return the videos of an annotation file in its order; `_stamp` renews the cache when the file changes."""
+    try:
+        whole = forms.read_json(path, _FORM, most=_MOST_BYTES)
+        return _parse(whole)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"Cannot read {path} as annotations of YouTube-VIS ({error}). Correct it, or unpack the data set again."
+        ) from None
+
+
+def _parse(whole: Mapping[str, Any]) -> list[_Listed]:
+    videos: dict[int, _Listed] = {}
+    for position, entry in enumerate(whole["videos"]):
+        where = f"videos[{position}]"
+        if not isinstance(entry, dict) or type(entry.get("id")) is not int:
+            raise ValueError(f"{where} has no whole number as id")
+        if entry["id"] in videos:
+            raise ValueError(f"{where} has the id {entry['id']} of another video: make ids unique")
+        folder, files = _file_names(entry.get("file_names"), where)
+        try:
+            size = size_of(entry.get("height"), entry.get("width"))
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+        videos[entry["id"]] = _Listed(folder, files, size, [])
+    folders = [video.folder for video in videos.values()]
+    if len({*folders}) < len(folders):
+        raise ValueError("two videos have one folder of frames")
+    annotations = whole.get("annotations") or []
+    if not isinstance(annotations, list):
+        raise ValueError("annotations is not a list")
+    for position, annotation in enumerate(annotations):
+        where = f"annotations[{position}]"
+        if not isinstance(annotation, dict):
+            raise ValueError(f"{where} is not an object")
+        video = annotation.get("video_id")
+        if type(video) is not int or video not in videos:
+            raise ValueError(f"{where} belongs to video {format_value(video, 40)}, which is not in videos")
+        if annotation.get("iscrowd") in (None, 0):
+            videos[video].objects.append(_shapes(annotation.get("segmentations"), videos[video], where))
+            if len(videos[video].objects) >= VOID:
+                raise ValueError(f"video {videos[video].folder} has more than {VOID - 1} objects")
+    return list(videos.values())
+
+
+def _file_names(names: Any, where: str) -> tuple[str, list[str]]:
+    """Return the folder and the files of a video's frames, each given as `<folder>/<file>`."""
+    if not isinstance(names, list) or not names:
+        raise ValueError(f"{where} has no file_names")
+    parts = [tuple(name.split("/")) if isinstance(name, str) else () for name in names]
+    for name, part in zip(names, parts, strict=True):
+        if len(part) != 2 or not all(map(is_name, part)):
+            raise ValueError(f"{where} has the file name {format_value(name, 60)}: give <video>/<frame>.jpg")
+    if len({folder for folder, _ in parts}) > 1 or len({*parts}) < len(parts):
+        raise ValueError(f"{where} has frames in several folders, or a frame twice")
+    return parts[0][0], [file for _, file in parts]
+
+
+def _shapes(segmentations: Any, video: _Listed, where: str) -> list[Form | None]:
+    """Return the form of an object in each frame, or None where it is not visible."""
+    if not isinstance(segmentations, list) or len(segmentations) != len(video.files):
+        count = len(segmentations) if isinstance(segmentations, Sequence) else "no"
+        raise ValueError(f"{where} has {count} segmentations, its video {len(video.files)} frames")
+    shapes: list[Form | None] = []
+    for frame, drawn in enumerate(segmentations):
+        try:
+            shapes.append(_form(drawn, video.size))
+        except ValueError as error:
+            raise ValueError(f"{where}, frame {frame}: {error}") from None
+    return shapes
+
+
+def _form(drawn: Any, size: tuple[int, int]) -> Form | None:
+    if drawn is None:
+        return None
+    if isinstance(drawn, list) and drawn:
+        return polygons(drawn)[0]
+    if not isinstance(drawn, dict):
+        raise ValueError(f"its segmentation is {format_value(drawn, 40)}: give run lengths, polygons or null")
+    if drawn.get("size") != list(size):
+        raise ValueError(f"its mask has the size {format_value(drawn.get('size'), 40)}, its video {list(size)}")
+    return CompressedColumns(rle.to_text(rle.checked(drawn.get("counts"), size[0] * size[1])))

@@ -1,0 +1,226 @@
+"""YouTube-VIS is read back equal, its mistakes are named, and slots are trained and evaluated on it."""
+
+import json
+
+import numpy as np
+import pytest
+from command_line import SLOTS, call
+
+from dinoseg.config.nodes import instantiate
+from dinoseg.data.annotation.rle import encode, to_text
+from dinoseg.data.formats import youtube_vis
+from dinoseg.data.formats.youtube_vis import YoutubeVis
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.images import read_ids, write_png
+
+SIZE = (32, 40)
+VIDEOS = {"0043f083b5": 5, "00ad5016a4": 4, "0b97736357": 6}  # frames
+
+
+def masks_of(video):
+    """Return the masks (objects, frames, H, W) bool of a video; the second object is not visible in frame 1."""
+    rng = np.random.default_rng(list(VIDEOS).index(video))
+    masks = np.zeros((2, VIDEOS[video], *SIZE), bool)
+    for number in range(2):
+        for frame in range(VIDEOS[video]):
+            top, left = rng.integers(0, 14, 2)
+            masks[number, frame, top : top + 15, left : left + 18] = True
+    masks[1, 1] = False
+    return masks
+
+
+def segmentations(masks, compressed):
+    counts = [encode(mask) for mask in masks]
+    texts = [to_text(each) if compressed else each.tolist() for each in counts]
+    return [
+        {"size": list(SIZE), "counts": text} if mask.any() else None for text, mask in zip(texts, masks, strict=True)
+    ]
+
+
+def annotations():
+    videos = [
+        {
+            **{"id": number + 7, "height": SIZE[0], "width": SIZE[1], "length": frames},
+            "file_names": [f"{name}/{5 * frame:05d}.jpg" for frame in range(frames)],
+        }
+        for number, (name, frames) in enumerate(VIDEOS.items())
+    ]
+    objects = [
+        {
+            **{"id": 10 * video["id"] + number, "video_id": video["id"], "category_id": 3 + number, "iscrowd": 0},
+            "segmentations": segmentations(masks, compressed=number == 0),
+        }
+        for video, name in zip(videos, VIDEOS, strict=True)
+        for number, masks in enumerate(masks_of(name))
+    ]
+    crowd = {"id": 1, "video_id": 7, "iscrowd": 1, "segmentations": [None] * VIDEOS["0043f083b5"]}
+    categories = [{"id": 3, "name": "dog"}, {"id": 4, "name": "cat"}]
+    return {"info": {}, "videos": videos, "annotations": [crowd, *objects], "categories": categories}
+
+
+@pytest.fixture
+def root(tmp_path):
+    folder = tmp_path / "ytvis"
+    for name, frames in VIDEOS.items():
+        for frame in range(frames):
+            pixels = np.random.default_rng([frame, frames]).integers(0, 100, (*SIZE, 3), np.uint8)
+            pixels[masks_of(name)[:, frame].any(0)] += 120
+            path = folder / f"train/JPEGImages/{name}/{5 * frame:05d}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_png(path, pixels)
+    (folder / "train/instances.json").write_text(json.dumps(annotations()))
+    return folder
+
+
+def expected(video, frame):
+    first, second = masks_of(video)[:, frame]
+    return np.where(second, 2, np.where(first, 1, 0))
+
+
+@pytest.mark.parametrize("place", ["train/instances.json", "train.json", "instances_train.json"])
+def test_clips_are_read_back_equal(compose, root, place):
+    (root / "train/instances.json").rename(root / place)
+    data = compose("data=youtube_vis", f"data.root={root}", "data.held_out=1").data
+    train, val = (instantiate(data.clips)(split=split) for split in ("train", "val"))
+    assert [clip["name"] for clip in train] == list(VIDEOS)[:2] and [clip["name"] for clip in val] == list(VIDEOS)[2:]
+    for clips in (train, val):
+        for clip in clips:
+            for frame, mask in enumerate(clip["masks"].numpy()):
+                np.testing.assert_array_equal(mask, expected(clip["name"], frame))
+            assert clip["annotated"].all() and clip["frame_names"][:2] == ["00000", "00005"]
+    pairs = instantiate(data.reader)(split="val")
+    assert len(pairs) == 6
+    np.testing.assert_array_equal(pairs[1]["mask"], expected(list(VIDEOS)[2], 1) > 0)
+
+
+def test_polygons_and_videos_without_objects(root):
+    given = annotations()
+    given["annotations"] = [given["annotations"][1]]
+    given["annotations"][0]["segmentations"][0] = [[2, 3, 12, 3, 12, 9, 2, 9]]
+    (root / "train/instances.json").write_text(json.dumps(given))
+    videos = [video for split in ("train", "val") for video in YoutubeVis(str(root), held_out=1).videos(split)]
+    assert videos[0].mask(0).sum() == 60 and videos[0].mask(0)[3:9, 2:12].all()
+    assert [len(video.masks) for video in videos] == [5, 0, 0]
+    assert videos[0].fps == 6
+
+
+def test_the_split_test_has_no_masks(root):
+    valid = annotations() | {"annotations": None}
+    (root / "valid").mkdir()
+    (root / "valid/instances.json").write_text(json.dumps(valid))
+    (root / "valid/JPEGImages").symlink_to(root / "train/JPEGImages")
+    videos = YoutubeVis(str(root)).videos("test")
+    assert [len(video.frames) for video in videos] == list(VIDEOS.values())
+    assert not any(video.masks for video in videos)
+
+
+def change(where, value):
+    def apply(given):
+        for key in where[:-1]:
+            given = given[key]
+        given[where[-1]] = value
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "message"),
+    [
+        (("videos",), 3, "videos"),
+        (("videos", 0), 3, r"videos\[0\] has no whole number as id"),
+        (("videos", 1, "id"), 7, r"videos\[1\] has the id 7 of another video"),
+        (("videos", 0, "file_names"), [], r"videos\[0\] has no file_names"),
+        (("videos", 0, "file_names", 0), "../secret/a.jpg", r"file name .*secret.*give <video>/<frame>.jpg"),
+        (("videos", 0, "file_names", 0), "../a.jpg", r"file name"),
+        (("videos", 0, "file_names", 0), "other/a.jpg", r"several folders"),
+        (("videos", 0, "height"), 0, r"videos\[0\]: height 0 and width 40 are not an image size"),
+        (("videos", 0, "width"), 10**9, r"at most 178,956,970 pixels"),
+        (("annotations",), {"a": 1}, "annotations is not a list"),
+        (("annotations", 1), 4, r"annotations\[1\] is not an object"),
+        (("annotations", 1, "video_id"), 99, r"belongs to video 99, which is not in videos"),
+        (("annotations", 1, "segmentations"), [None], r"has 1 segmentations, its video 5 frames"),
+        (("annotations", 1, "segmentations", 2), "x", r"annotations\[1\], frame 2: its segmentation is"),
+        (("annotations", 1, "segmentations", 0, "size"), [40, 32], r"frame 0: its mask has the size"),
+        (("annotations", 1, "segmentations", 0, "counts"), [5, 10**12], r"its counts must be"),
+        (("annotations", 1, "segmentations", 0, "counts"), [5, 6], r"add up to 11 pixels; its mask has 1280"),
+        (("annotations", 1, "segmentations", 0, "counts"), "~~~~", r"invalid characters|truncated"),
+    ],
+)
+def test_damaged_annotations_are_named(root, where, value, message):
+    given = annotations()
+    change(where, value)(given)
+    path = root / "train/instances.json"
+    path.write_text(json.dumps(given))
+    with pytest.raises(UserError, match=message) as caught:
+        YoutubeVis(str(root), held_out=1).videos("train")
+    assert str(path) in str(caught.value)
+
+
+def test_missing_files_broken_json_and_too_many_held_out_videos(root, monkeypatch):
+    read = YoutubeVis(str(root), held_out=1).videos
+    with pytest.raises(UserError, match=r"held_out=0: give a number of videos"):
+        YoutubeVis(str(root), held_out=0)
+    with pytest.raises(UserError, match=r"lists 3 videos, and data\.held_out=3 of them are val: none"):
+        YoutubeVis(str(root), held_out=3).videos("val")
+    (root / "train/JPEGImages/0043f083b5/00005.jpg").unlink()
+    with pytest.raises(UserError, match=r"0043f083b5 lacks 1 frame that .* lists: 00005.jpg"):
+        read("train")
+    (root / "train/JPEGImages/0043f083b5").rename(root / "elsewhere")
+    with pytest.raises(UserError, match=r"No folder .*0043f083b5, which"):
+        read("train")
+    path = root / "train/instances.json"
+    monkeypatch.setattr(youtube_vis, "_MOST_BYTES", 100)
+    path.write_text(path.read_text() + " ")
+    with pytest.raises(UserError, match=r"Cannot read .*instances.json as annotations of YouTube-VIS"):
+        read("train")
+    path.write_text("{")
+    with pytest.raises(UserError, match=r"Cannot read .*instances.json"):
+        read("train")
+    path.unlink()
+    with pytest.raises(UserError, match=r"No annotations in .*: train/instances.json, train.json"):
+        read("train")
+
+
+def test_frames_of_another_size_are_refused(compose, root):
+    write_png(root / "train/JPEGImages/0b97736357/00000.jpg", np.zeros((8, 8, 3), np.uint8))
+    write_png(root / "train/JPEGImages/0043f083b5/00000.jpg", np.zeros((8, 8, 3), np.uint8))
+    data = compose("data=youtube_vis", f"data.root={root}", "data.held_out=1", "data.clips.cut.length=1").data
+    with pytest.raises(UserError, match=r"00000.jpg is 8 x 8 \(width x height\), its mask .*instances.json"):
+        instantiate(data.clips)(split="train")[0]
+
+
+@pytest.mark.slow
+def test_slots_are_trained_evaluated_and_checked(root):
+    words = [word for word in SLOTS if not word.startswith("data=") and not word.startswith("data.root=")]
+    words += ["data=youtube_vis", f"data.root={root}", "data.held_out=1", "data.batch_size=2", "trainer.score=fg_ari"]
+    words += ["trainer.steps=2", "trainer.val_every=2", "mode.metrics_only=true", "data.clips.eval_square=24"]
+    done = call(root, *words, "hydra.run.dir=run")
+    assert done.status == 0, done.err
+    done = call(root, "mode=eval", "resume=run", "hydra.run.dir=eval", "engine=cpu")
+    assert done.status == 0, done.err
+    scores = json.loads((root / "eval/scores.json").read_text())["scores"]
+    video = list(VIDEOS)[2]
+    rows = np.floor((np.arange(24) + 0.5) * 32 / 24).astype(int)
+    true, found = [], []
+    for frame in range(6):
+        square = expected(video, frame)[:, 4:36][rows][:, rows]
+        np.testing.assert_array_equal(read_ids(root / f"eval/references/{video}/{5 * frame:05d}.png"), square)
+        true.append(square.ravel())
+        found.append(read_ids(root / f"eval/masks/{video}/{5 * frame:05d}.png").ravel())
+    true, found = np.concatenate(true), np.concatenate(found)
+    overlaps = [
+        max(((true == one) & (found == other)).sum() / ((true == one) | (found == other)).sum() for other in set(found))
+        for one in (1, 2)
+    ]
+    assert scores["mBO"] == pytest.approx(np.mean(overlaps), rel=1e-6)
+    assert scores["FG-ARI"] == pytest.approx(rand_index(true[true > 0], found[true > 0]), rel=1e-6)
+    done = call(root, "mode=doctor", "data=youtube_vis", f"data.root={root}", "data.held_out=1", "hydra.run.dir=d")
+    assert done.status == 0, done.err
+
+
+def rand_index(true, found):
+    """Return the adjusted Rand index over labelled pixels, as in VideoSAUR's and SlotContrast's metrics.py."""
+    table = np.array([[((true == a) & (found == b)).sum() for b in set(found)] for a in set(true)], float)
+    pairs, rows, columns = ((part * (part - 1)).sum() for part in (table, table.sum(1), table.sum(0)))
+    chance = rows * columns / (len(true) * (len(true) - 1))
+    return (pairs - chance) / ((rows + columns) / 2 - chance)
