@@ -24,7 +24,9 @@ def meta_state(family, width=WIDTH, depth=DEPTH, patch=PATCH, side=SIDE, **optio
     if family == "dinov3_vit":
         dim = width // options.get("heads", HEADS)
         periods = 100 ** (torch.arange(dim // 4) / (dim // 4))
-        state |= {"storage_tokens": make(1, 4, width), "rope_embed.periods": periods.bfloat16()}
+        state |= {"rope_embed.periods": periods.bfloat16()}
+        if count := options.get("registers", 4):
+            state["storage_tokens"] = make(1, count, width)
         wide = ("w1", "w2") if options.get("gated") else ("fc1",)
         linears |= {f"mlp.{name}": (hidden, width) for name in wide}
     else:

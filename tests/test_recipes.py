@@ -97,7 +97,7 @@ EOMT = {  # tue-mps/eomt: configs, training/mask_classification_semantic.py, dat
     **{"loss.criterion.oversample": 3.0, "loss.criterion.importance": 0.75},
     **{"data.augment.relative_to": "fit", "data.augment.scale": [0.5, 2.0], "data.augment.distribution": "uniform"},
     **{"data.augment.padding": "end", "data.augment.fill": [0, 0, 0], "data.augment.cat_max_ratio": None},
-    **{"data.augment.color.additive": False, "data.augment.color.whole": True, "data.augment.color.hue": 0.05},
+    **{"data.augment.color.additive": False, "data.augment.color.before_scaling": True, "data.augment.color.hue": 0.05},
     **{"optim.optimizer.weight_decay": 0.05, "optim.optimizer.weight_decay_on": "all", "optim.schedule.kind": "poly"},
     **{"optim.optimizer.layer_decay_rule": "eomt", "optim.schedule.power": 0.9, "optim.schedule.warmup_start": 0.0},
     **{"inference.placement": "even", "inference.weights": "uniform", "inference.average": "scores"},

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from dinoseg.autotune.random_batch import random_batch
 from dinoseg.core.shapes import Prediction, tree_map
@@ -117,21 +116,6 @@ def step_bytes(
     return StepBytes(
         weights, gradients, state, average, ranks, activations, taken, max(most, peak.most) + constant, heap
     )
-
-
-def step_flops(parts: TrainingParts, *, bf16: bool) -> int:
-    """Return the floating-point operations of an optimizer step on all devices, counted without computing anything.
-
-    A multiplication and an addition are two operations. Matrix products, convolutions and attention are counted, of
-    the forward and the backward pass; the loss and the optimizer are not.
-    """
-    model, _ = outline(parts)
-    with walking():
-        model.to_empty(device="cpu")
-        with FlopCounterMode(display=False) as counter:
-            ends = [end for end in ends_of(predict(model, parts, parts.batch_size, bf16)) if end.requires_grad]
-            DummyLoss.apply(*ends).backward()
-    return counter.get_total_flops() * parts.accumulate
 
 
 class _Draws(TorchDispatchMode):

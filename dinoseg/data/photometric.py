@@ -8,7 +8,7 @@ import numpy as np
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Share
 
-COINS = 5  # random numbers of a view for colour changes that are applied at random or in a random order
+SWITCHES = 5  # random numbers of a view for colour changes that are applied at random or in a random order
 _SPACES = ("rgb", "hsv")
 _GREY = (np.float32(0.2989), np.float32(0.587), np.float32(0.114))  # torchvision's weights, whose sum is 0.9999
 _UNIT = np.float32(255.999)  # torchvision's factor from 0..1 to 8 bits, before truncation
@@ -25,19 +25,19 @@ class ColorTransform:
     """Contract of `data.augment.color`: a colour change that random numbers determine.
 
     Attributes:
-        has_coins: whether it uses the last `COINS` random numbers; they are drawn only then.
-        whole: whether it changes the whole image before it is scaled, instead of the view.
+        has_switches: whether it uses the last `SWITCHES` random numbers; they are drawn only then.
+        before_scaling: whether it changes the whole image before it is scaled, instead of the view.
     """
 
-    has_coins: bool = False
-    whole: bool = False
+    has_switches: bool = False
+    before_scaling: bool = False
 
     def __call__(self, image: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
         """Return an image (H, W, 3) uint8 in changed colours.
 
         Args:
             image: pixels, RGB.
-            uniforms: random numbers in 0..1: the amounts of brightness, contrast, saturation and hue, then the coins.
+            uniforms: random numbers in 0..1: the amounts of brightness, contrast, saturation and hue, then switches.
         """
         raise NotImplementedError
 
@@ -62,7 +62,7 @@ class PhotometricDistortion(ColorTransform):
         space: colour space of saturation and hue. rgb: saturation multiplies the distance from each pixel's grey, and
             hue is rotated in floating point (torchvision). hsv: saturation multiplies S, and whole steps of 2 degrees
             are added to H, in OpenCV's 8-bit HSV, each with a conversion there and back (mmsegmentation).
-        whole: True: change the whole image before it is scaled. False: change the view, which is faster.
+        before_scaling: True: change the whole image before it is scaled. False: change the view, which is faster.
     """
 
     brightness: Share
@@ -72,9 +72,9 @@ class PhotometricDistortion(ColorTransform):
     probability: Share = 0.5
     additive: bool = False
     space: str = "rgb"
-    whole: bool = False
+    before_scaling: bool = False
 
-    has_coins = True
+    has_switches = True
 
     def __post_init__(self) -> None:
         """Reject ranges that allow factors below 0, and unknown colour spaces."""
@@ -84,9 +84,9 @@ class PhotometricDistortion(ColorTransform):
             raise UserError(f"data.augment.color.space={self.space} is unknown. Choose one of {', '.join(_SPACES)}.")
 
     def __call__(self, image: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
-        """Return an image (H, W, 3) uint8 in changed colours; `uniforms` are 4 amounts, 4 coins and that of the order.
+        """Return an image (H, W, 3) uint8 in changed colours; `uniforms` are 4 amounts, 4 switches, and the order's.
 
-        A coin below `probability` applies its change; the last one below 0.5 puts contrast before saturation.
+        A switch below `probability` applies its change; the last number below 0.5 puts contrast before saturation.
         """
         changes = (
             (self._brighten, self.brightness),
@@ -123,7 +123,7 @@ class PhotometricDistortion(ColorTransform):
             steps = int(2 * largest * uniform) - largest  # -largest to largest - 1
             return _change_hsv(image, 0, ((np.arange(256) + steps) % _STEPS).astype(np.uint8))
         hsv = cv2.cvtColor(image / np.float32(255), cv2.COLOR_RGB2HSV)
-        hsv[..., 0] += np.float32(360 * self.hue * (2 * uniform - 1) % 360)  # degrees; OpenCV takes 360 and more
+        hsv[..., 0] = hsv[..., 0] + float(360 * self.hue * (2 * uniform - 1) % 360)  # degrees; OpenCV takes 360 and more
         return (cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB) * _UNIT).astype(np.uint8)
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from dinoseg.data.photometric import COINS, ColorTransform, check_range
+from dinoseg.data.photometric import SWITCHES, ColorTransform, check_range
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Byte, Count, HighShare, NotNegative, Share
 
@@ -92,7 +92,7 @@ class _View(NamedTuple):
 
     matrix: np.ndarray  # (3, 3), from image pixel centres (x, y, 1) to those of the view
     zoom: tuple[float, float]  # view pixels per image pixel, vertically and horizontally
-    colors: np.ndarray  # (4,) or (4 + COINS,)
+    colors: np.ndarray  # (4,) or (4 + SWITCHES,)
 
 
 class Augment:
@@ -156,8 +156,8 @@ class Augment:
             )
         if cat_max_ratio is not None and not 0 < cat_max_ratio <= 1:
             raise UserError(f"data.augment.cat_max_ratio={cat_max_ratio}: give a share above 0, at most 1, or null.")
-        if len(fill) != 3 or not all(0 <= value <= 255 for value in fill):
-            raise UserError(f"data.augment.fill={list(fill)}: give [red, green, blue], each from 0 to 255.")
+        if not _is_colour(fill):
+            raise UserError(f"data.augment.fill={list(fill) if isinstance(fill, tuple) else fill}: give [red, green, blue], each from 0 to 255.")
         check_range("flip", flip, 1)
         self.crop = (int(crop[0]), int(crop[1]))
         self.scale = (float(scale[0]), float(scale[1]))
@@ -188,10 +188,10 @@ class Augment:
                 `cat_max_ratio` then chooses among the crops that contain it.
         """
         view = self._geometry(mask, rng, shown)
-        if self.color.whole:
+        if self.color.before_scaling:
             image = self.color(image, view.colors)
         seen = self._warp_image(image, view)
-        if not self.color.whole:
+        if not self.color.before_scaling:
             seen = self.color(seen, view.colors)
         if seen.shape[:2] != self.crop:
             bottom, right = self.crop[0] - seen.shape[0], self.crop[1] - seen.shape[1]
@@ -234,11 +234,11 @@ class Augment:
         pixel = None if shown is None else _any_pixel(mask, shown, rng)
         colors, numbers = uniforms[8:], uniforms[1:8]
         matrix = self._matrix((height, width), zoom, numbers, pixel)
-        if self.cat_max_ratio is None and not self.color.has_coins:
+        if self.cat_max_ratio is None and not self.color.has_switches:
             return _View(matrix, zoom, colors)
-        more = rng.random(COINS + 2 * _CHECKS)  # last, so that the numbers above do not depend on these settings
-        colors = np.concatenate([colors, more[:COINS]])
-        for position in more[COINS:].reshape(_CHECKS, 2):
+        more = rng.random(SWITCHES + 2 * _CHECKS)  # last, so that the numbers above do not depend on these settings
+        colors = np.concatenate([colors, more[:SWITCHES]])
+        for position in more[SWITCHES:].reshape(_CHECKS, 2):
             if self._is_balanced(mask, matrix):
                 break
             numbers[4:6] = position
@@ -302,8 +302,15 @@ class Augment:
         return _mirror(crop_width) @ matrix if flips and not at_end else matrix
 
 
+def _is_colour(fill: object) -> bool:
+    """Return whether a value is a list of three whole numbers from 0 to 255."""
+    if not isinstance(fill, Sequence) or len(fill) != 3:
+        return False
+    return all(isinstance(value, int) and 0 <= value <= 255 for value in fill)
+
+
 def _check_sizes(crop: Sequence[int], scale: Sequence[float], longest: int | None) -> None:
-    """Refuse a crop or a range of scales that is none, and a crop larger than images are."""
+    """Refuse a crop or an invalid range of scales, and a crop larger than images are."""
     if len(crop) != 2 or min(crop) < 1:
         raise UserError(f"crop={list(crop)}: give [height, width] in pixels, each at least 1.")
     if len(scale) != 2 or not 0 < scale[0] <= scale[1]:

@@ -43,7 +43,9 @@ class StrongView:
     cutmix: Share = 0.5
 
     def __post_init__(self) -> None:
-        """Reject a `sigma` that is not an ordered pair."""
+        """Reject a `sigma` that is not an ordered pair, and colours that need more random numbers than a view has."""
+        if self.color.has_switches:
+            raise UserError("color=PhotometricDistortion(...): a strong view takes ColorJitter only. Give its ranges.")
         if len(self.sigma) != 2 or self.sigma[0] > self.sigma[1]:
             raise UserError(f"sigma={list(self.sigma)}: give [least, largest] with least <= largest.")
 

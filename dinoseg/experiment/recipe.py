@@ -12,6 +12,7 @@ from dinoseg.config.resolvers import resolve_container
 from dinoseg.core.shapes import SegmentationData
 from dinoseg.data.classes.labels import Labels
 from dinoseg.experiment.models import ModelBuilder
+from dinoseg.models.backbones.normalisation import SATELLITE, is_satellite
 from dinoseg.training.description import CHOSEN, GROUPS
 from dinoseg.utils.forms import as_read_back
 
@@ -45,6 +46,7 @@ def config_description(build: ModelBuilder) -> dict[str, Any]:
     config = {key: value for key in saved if (value := build.config.get(key)) is not None}
     # nodes that write files come from this machine's config, never from a checkpoint
     config["data"] = {**resolve_container(build.value("data")), **dict.fromkeys(ACTING)}
+    config["backbone"] = _with_colours(config["backbone"])
     for key in (TEACHER, INITIAL):
         if key in config:
             config[key] = absolute(config[key])
@@ -56,6 +58,13 @@ def config_description(build: ModelBuilder) -> dict[str, Any]:
         "choices": {group: build.options[group] for group in (*CHOSEN, *USES) if group not in unsaid},
         "folder": str(Path.cwd()),
     }
+
+
+def _with_colours(backbone: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a backbone, with the statistics that follow from the name of its weights."""
+    mean, std = map(list, SATELLITE)
+    named = {"mean": mean, "std": std} if is_satellite(str(backbone.get("weights"))) else {}
+    return {**backbone, **{key: value for key, value in named.items() if backbone.get(key) is None}}
 
 
 def absolute(path: Any) -> Any:

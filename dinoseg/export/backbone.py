@@ -1,5 +1,6 @@
 """Export of a trained backbone to a file for `backbone.weights=FILE`."""
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from dinoseg.experiment.unread import warn_unread
 from dinoseg.models.adapters import merge as merge_updates
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.tensor_files import write_tensors
+from dinoseg.utils.wording import format_override
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -37,7 +39,20 @@ def export_backbone(
     state = {name: value.to(DTYPES[dtype]) for name, value in backbone.export_state().items()}
     path = out_dir / "backbone.safetensors"
     write_tensors(path, state, {})
-    final_norm = source.settings("backbone").get("final_norm", True)
-    words = f"backbone.weights={path}{'' if final_norm else ' backbone.final_norm=false'}"
-    print(f"written to {path}: {len(state)} tensors, {path.stat().st_size / 1e6:.2f} MB. Use: {words}")
+    words = [f"backbone.weights={path}", *_settings(source.settings("backbone"))]
+    print(f"written to {path}: {len(state)} tensors, {path.stat().st_size / 1e6:.2f} MB. Use: {' '.join(words)}")
     return {"path": str(path)}
+
+
+def _settings(backbone: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the overrides with which the weights of a backbone are used as in its training."""
+    if not backbone.get("final_norm", True):
+        yield "backbone.final_norm=false"
+    for key in ("mean", "std"):
+        if backbone.get(key) is not None:
+            yield f"backbone.{key}={format_override(backbone[key])}"
+    if trained := backbone.get("weights_patch_size"):
+        side, arch = backbone["patch_size"], backbone["arch"]
+        yield f"backbone.patch_size={side} backbone.weights_patch_size=null"
+        if "image_size" in arch:
+            yield f"backbone.arch.image_size={arch['image_size'] // trained * side}"

@@ -15,7 +15,8 @@ from tabulate import tabulate
 
 from dinoseg.autotune.fitting import Fit, FitSearch, Words
 from dinoseg.autotune.random_batch import random_batch
-from dinoseg.autotune.step_bytes import StepBytes, step_flops
+from dinoseg.autotune.speed import step_flops
+from dinoseg.autotune.step_bytes import StepBytes
 from dinoseg.autotune.target import KINDS, Target, memory_of
 from dinoseg.autotune.trial import Trial, try_steps
 from dinoseg.experiment.builder import Builder
@@ -219,13 +220,14 @@ def _print_changes(found: Fit, target: Target, command: str, *, sufficient: bool
 
 def _duration(build: Builder, found: Fit, target: Target, tflops: float) -> dict[str, float | None]:
     """Print and return the floating-point operations of a step, and the hours if the number of steps is known."""
-    flops = step_flops(found.parts, bf16=target.bf16)
+    parts = found.parts
+    flops = step_flops(parts, parts.batch_size, bf16=target.bf16) * parts.accumulate
     steps = build.value("trainer.steps") if build.value("trainer.epochs") is None else None
     hours = None if steps is None else steps * flops / (tflops * 1e12 * 3600)
-    length = "" if hours is None else f": about {hours:.1f} h for {steps} steps"
+    length = "set trainer.steps for the hours" if hours is None else f"{hours:.3g} h for {steps} steps"
     print(
-        f"\nA step takes {flops / 1e12:.1f} TFLOP (forward and backward pass). At a sustained {tflops:g} TFLOP/s, that "
-        f"is {flops / (tflops * 1e12):.2f} s{length}, without loading, validation and waiting."
+        f"\nA step takes {flops / 1e12:.3g} TFLOP. At a sustained {tflops:g} TFLOP/s, that is "
+        f"{flops / (tflops * 1e12):.3g} s: {length}, without feature cache, loading and validation."
     )
     return {"flops": flops, "hours": hours}
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from dinoseg.core.contracts import Loss
+from dinoseg.core.contracts import Head, Loss
 from dinoseg.core.shapes import SegmentationData
 from dinoseg.data.classes.labels import Labels
 from dinoseg.evaluation.images import list_skipped
@@ -233,7 +233,7 @@ def build_schedule(build: Builder, engine: Engine, steps: int) -> Schedule:
 def log_start(
     build: Builder, model: SegmentationModel, task: TrainingTask, engine: Engine, out_dir: Path, steps: int
 ) -> None:
-    """Log device, model, batch, data and run folder of a training."""
+    """Log device, model, batch, data and run folder of a training, and warn of heads that it does not suit."""
     options, counts = build.options, count_numbers(model.parameters())
     heads = count_of(build.value(HEADS), "head") if build.value(HEADS) else f"head={options['head']}"
     ranks = f", {engine.world_size} ranks" if engine.world_size > 1 else ""
@@ -250,6 +250,21 @@ def log_start(
         task.what,
     )
     logger.info("run folder:  %s", out_dir)
+    if engine.is_main:
+        _warn_of_other_sizes(build)
+        for head in (part for part in model.modules() if isinstance(part, Head)):
+            head.warn_of_length(steps)
+
+
+def _warn_of_other_sizes(build: Builder) -> None:
+    """Warn if training resizes images to a size to which inference does not resize them."""
+    relative_to, inference = build.config["data"]["augment"].get("relative_to", "image"), build.value("inference")
+    if relative_to != "image" and inference.get("shortest") is None:
+        logger.warning(
+            "data.augment.relative_to=%s trains on resized images, but validation and inference do not resize. Set "
+            "inference=windows inference.shortest=PIXELS, or data.augment.relative_to=image.",
+            relative_to,
+        )
 
 
 def _next_commands(run: Path, *, on_clips: bool) -> list[str]:

@@ -23,6 +23,7 @@ _EMBEDDING = re.compile(r"(token|tokens|pos_embed|position_embeddings|level_embe
 LAYER_DECAY_RULES = {"beit": 1, "eomt": 0}  # levels that the head, and the parameters before the blocks, take
 WEIGHT_DECAY_ON = ("matrices", "all")
 SCHEDULES = ("constant", "cosine", "poly", "exponential", "one_cycle")
+_MIN_PEAK = 0.5  # of a schedule's highest factor, which a decay during the warm-up lowers
 _MIN_PAST_WARMUP = 0.2  # share of the steps
 _FULL = 0.999  # share of the highest rate that counts as reached, to allow for rounding
 _FUSED = ("cpu", "cuda", "mps")  # devices with fused AdamW kernels
@@ -249,7 +250,7 @@ def _check_option(key: str, value: str, options: Iterable[str]) -> None:
 
 
 def warn_of_long_warmup(factor: Schedule, steps: int) -> None:
-    """Warn if less than a fifth of the steps is left once a learning rate reaches its highest value.
+    """Warn if less than a fifth of the steps is left once a learning rate reaches its highest value, or if that is low.
 
     How the rate falls after that depends on the schedule and is not considered.
     """
@@ -260,7 +261,7 @@ def warn_of_long_warmup(factor: Schedule, steps: int) -> None:
         rise = next(step for step, each in enumerate(factors) if each >= threshold)
         peaks.append((rise, max(factors[:steps]), key))
     rise, highest, key = max(peaks, key=lambda peak: peak[0])
-    if steps - rise < _MIN_PAST_WARMUP * steps:
+    if steps - rise < _MIN_PAST_WARMUP * steps or highest < _MIN_PEAK:
         logger.warning(
             "The learning rate rises until step %d of %d, where it reaches %.0f %% of its configured value. Set "
             "optim.schedule.%s to a share of the length, such as 0.1, or more trainer.steps.",

@@ -16,7 +16,7 @@ MMSEG = PhotometricDistortion(**AMOUNTS, hue=0.1, additive=True, space="hsv")
 DINOV3 = PhotometricDistortion(**AMOUNTS, hue=0.5, additive=True)
 EOMT = PhotometricDistortion(**AMOUNTS, hue=0.05)
 SIZES = [(31, 45), (1, 1), (64, 7), (50, 50)]
-OFF, HALF = 1.0, 0.5  # a coin that leaves a change out; an amount of no change
+OFF, HALF = 1.0, 0.5  # a switch that leaves a change out; an amount of no change
 
 
 def noise(size, seed):
@@ -213,7 +213,7 @@ def test_the_whole_image_is_changed_before_it_is_scaled():
     different = 0
     for seed in seeds:
         whole, part = (
-            Augment(**crop, color=PhotometricDistortion(**options, whole=each))(
+            Augment(**crop, color=PhotometricDistortion(**options, before_scaling=each))(
                 image, mask, np.random.default_rng(seed)
             )
             for each in (True, False)

@@ -47,6 +47,7 @@ _PACKAGED = "dinoseg:"
 _NO_SOURCE = ("random", None)  # values for weights without a third-party source
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 _LICENCES = (  # part of the name, licence of such weights, whether it restricts redistribution
+    ("surgenet", "CC BY-NC-SA 4.0", True),
     ("dinov3", "DINOv3 License", True),
     ("facebook/dinov2-", "Apache-2.0", False),
     ("facebook/dino-vit", "Apache-2.0", False),

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from dinoseg.core.contracts import Backbone
 from dinoseg.models.backbones.arch import configuration
 from dinoseg.models.backbones.layers import resolve_layers
-from dinoseg.models.backbones.normalisation import colours_of, register_colours
+from dinoseg.models.backbones.normalisation import register_colours, resolve_colours
 from dinoseg.models.backbones.pretrained import exported_state, load_model
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Count
@@ -65,7 +65,7 @@ class ConvNext(Backbone):
         self.checkpointing = checkpointing
         self.unused: list[str] = []
         self.model = load_model(config, weights, self._cut)
-        register_colours(self, *colours_of(weights, mean, std))
+        register_colours(self, *resolve_colours(weights, mean, std))
 
     @property
     def blocks(self) -> nn.ModuleList:

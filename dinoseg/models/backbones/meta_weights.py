@@ -111,6 +111,9 @@ OPTIONS = {  # published models -> values of `backbone`
     VitLayout("dinov3_vit", 1024, 24, 16, 4): "dinov3_vitl16",
     VitLayout("dinov3_vit", 1280, 32, 16, 4, gated=True): "dinov3_vith16plus",
     VitLayout("dinov3_vit", 4096, 40, 16, 4, gated=True): "dinov3_vit7b16",
+    VitLayout("dinov3_vit", 384, 12, 16): "surgenet_dinov3_vits16",
+    VitLayout("dinov3_vit", 768, 12, 16): "surgenet_dinov3_vitb16",
+    VitLayout("dinov3_vit", 1024, 24, 16): "surgenet_dinov3_vitl16",
 }
 
 
@@ -217,7 +220,7 @@ def _check_layout(layout: VitLayout, state: Mapping[str, Tensor], config: Any, s
     if layout != wanted:
         option = OPTIONS.get(layout)
         remedy = f"Choose backbone={option}" if option else "Set backbone.family, patch_size and arch to match"
-        if isinstance(wanted, VitLayout) and layout == replace(wanted, registers=layout.registers):
+        if not option and isinstance(wanted, VitLayout) and layout == replace(wanted, registers=layout.registers):
             remedy = f"Set backbone.arch.num_register_tokens={layout.registers}"
         raise UserError(
             f"backbone.weights={source}: the file holds {layout}, but the backbone is {wanted}. {remedy}, or give the "

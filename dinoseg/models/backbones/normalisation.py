@@ -16,7 +16,12 @@ SATELLITE = ((0.430, 0.411, 0.296), (0.213, 0.156, 0.143))  # of DINOv3's sat493
 _SATELLITE_TAG = "sat493m"  # part of the names of these weights
 
 
-def colours_of(
+def is_satellite(source: str) -> bool:
+    """Return whether a hub id or path names DINOv3's satellite weights: `sat493m` in its last two parts."""
+    return _SATELLITE_TAG in "/".join(Path(source).parts[-2:]).lower()
+
+
+def resolve_colours(
     source: str,
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
@@ -25,15 +30,13 @@ def colours_of(
     """Return the RGB mean and standard deviation of a backbone's training images, in 0..1.
 
     Args:
-        source: hub id or path of the weights. With `sat493m` in its last two parts, the statistics are those of
-            satellite images, which is logged.
+        source: hub id or path of the weights; the statistics of satellite ones (`is_satellite`) are logged.
         mean: given by the user; None: of the weights.
         std: as `mean`.
         default: statistics of all other weights.
     """
-    is_satellite = _SATELLITE_TAG in "/".join(Path(source).parts[-2:]).lower()
-    found = SATELLITE if is_satellite else default
-    if is_satellite and (mean is None or std is None):
+    found = SATELLITE if is_satellite(source) else default
+    if found is SATELLITE and (mean is None or std is None):
         logger.info(
             "backbone.weights=%s: satellite images; normalised with mean %s and std %s. Set backbone.mean and "
             "backbone.std to change this.", source, *map(list, SATELLITE),

@@ -22,7 +22,7 @@ from dinoseg.models.backbones.class_attention import (
 )
 from dinoseg.models.backbones.cut import Block, forward_frozen, forward_trainable
 from dinoseg.models.backbones.layers import resolve_layers
-from dinoseg.models.backbones.normalisation import colours_of, register_colours
+from dinoseg.models.backbones.normalisation import register_colours, resolve_colours
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Count
 from dinoseg.utils.tensor_files import check_weights, read_tensor_file
@@ -112,7 +112,7 @@ class TimmBackbone(Backbone):
         if checkpointing:
             _enable_checkpointing(self.model, name)
         known = self.model.pretrained_cfg
-        register_colours(self, *colours_of(weights, mean, std, (known["mean"], known["std"])))
+        register_colours(self, *resolve_colours(weights, mean, std, (known["mean"], known["std"])))
 
     @property
     def blocks(self) -> list[nn.Module]:

@@ -21,7 +21,7 @@ from dinoseg.models.backbones.class_attention import (
 )
 from dinoseg.models.backbones.cut import forward_frozen, forward_trainable
 from dinoseg.models.backbones.layers import resolve_layers
-from dinoseg.models.backbones.normalisation import colours_of, register_colours
+from dinoseg.models.backbones.normalisation import register_colours, resolve_colours
 from dinoseg.models.backbones.pretrained import exported_state, load_model
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.precision import at_least_float32
@@ -114,7 +114,7 @@ class TransformersVit(Backbone):
         self.unused = [
             name for name, _ in self.named_parameters() if name.endswith("mask_token") or "local_cls_norm" in name
         ]
-        register_colours(self, *colours_of(weights, mean, std))
+        register_colours(self, *resolve_colours(weights, mean, std))
 
     @property
     def blocks(self) -> nn.ModuleList:

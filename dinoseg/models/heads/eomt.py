@@ -79,7 +79,6 @@ class EomtHead(Head[MaskOutputs]):
         self.no_object = no_object
         self.windows = annealing_windows(anneal, blocks)
         self.step, self.steps = 0, 1
-        self._warned = False  # whether the warning about windows after the end of the training was logged
         doublings = max(1, round(math.log2(patch_size / _STRIDE)))
         self.queries = nn.Parameter(torch.randn(num_queries, in_dim))
         self.classify = nn.Linear(in_dim, num_classes + no_object)
@@ -101,14 +100,13 @@ class EomtHead(Head[MaskOutputs]):
             raise UserError(f"head.blocks={self.blocks}: this backbone reads {count} blocks; give 1 to {count}.")
 
     def set_progress(self, step: int, steps: int) -> None:
-        """Set the 0-based step and the length of the training, which control the annealing.
-
-        Warn once if a mask is not removed before the end.
-        """
+        """Set the 0-based step and the length of the training, which control the annealing."""
         self.step, self.steps = step, steps
+
+    def warn_of_length(self, steps: int) -> None:
+        """Warn if an attention mask is not removed before the end of the training."""
         last = max(end for _, end in self.windows)
-        if is_in_steps(self.windows[-1]) and last > steps and not self._warned:
-            self._warned = True
+        if is_in_steps(self.windows[-1]) and last > steps:
             logger.warning(
                 "head.anneal removes attention masks until step %d, but the training has %d steps. Evaluation uses no "
                 "masks, so scores will be low. Scale head.anneal to trainer.steps, or set head.anneal=even.",

@@ -1,7 +1,7 @@
 import pytest
 from timm import create_model
 
-from dinoseg.models.backbones.normalisation import colours_of
+from dinoseg.models.backbones.normalisation import resolve_colours
 from dinoseg.models.backbones.timm_backbone import TimmBackbone
 from dinoseg.models.backbones.transformers_vit import TransformersVit
 
@@ -24,13 +24,13 @@ SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "i
 )
 def test_names_of_weights_decide_the_statistics(source, statistics, caplog):
     with caplog.at_level("INFO"):
-        assert tuple(map(list, colours_of(source, None, None))) == statistics
+        assert tuple(map(list, resolve_colours(source, None, None))) == statistics
     assert ("0.296" in caplog.text and source in caplog.text) == (statistics is SATELLITE)
 
 
 def test_given_statistics_win_without_a_line(caplog):
     with caplog.at_level("INFO"):
-        found = colours_of("x/sat493m", (0.1, 0.2, 0.3), (1, 1, 1))
+        found = resolve_colours("x/sat493m", (0.1, 0.2, 0.3), (1, 1, 1))
     assert (found, caplog.text) == (((0.1, 0.2, 0.3), (1, 1, 1)), "")
 
 

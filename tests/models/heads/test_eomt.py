@@ -102,13 +102,12 @@ def test_annealing_in_steps_is_that_of_the_published_configs(monkeypatch):
         assert masked_share(1234, (start, end)) == pytest.approx(official_share(start, 1234, end), rel=1e-12)
 
 
-def test_steps_after_the_end_of_the_training_are_reported_once(caplog):
+def test_steps_after_the_end_of_the_training_are_reported(caplog):
     _, head = pair(anneal=[[0, 30], [30, 60]])
-    for step in range(2):
-        head.set_progress(step, 60)
+    head.warn_of_length(60)
+    head.set_progress(2, 59)
     assert not caplog.messages
-    for step in range(2):
-        head.set_progress(step, 59)
+    head.warn_of_length(59)
     (message,) = caplog.messages
     assert message.startswith("head.anneal removes attention masks until step 60, but the training has 59 steps.")
 
