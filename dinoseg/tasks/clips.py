@@ -268,8 +268,8 @@ class ClipTask(TrainingTask):
         loss = None if parts.loss_has_classes else parts.loss(None)
         if loss is None or not loss.needs_slots:
             raise UserError(
-                f"loss={options['loss']} is not a slot loss. Choose loss=feature_reconstruction, loss=video_similarity "
-                "or loss=slot_contrast."
+                f"loss={options['loss']} is not a slot loss. Choose loss=feature_reconstruction, "
+                "loss=video_similarity, loss=temporal_similarity or loss=slot_contrast."
             )
         similarity = parts.value("head.similarity")
         if similarity != loss.needs_similarity:

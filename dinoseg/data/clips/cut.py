@@ -159,7 +159,7 @@ class Clips:
         by_video: dict[int, list[ClipPosition]] = {}
         for span in self.spans:
             by_video.setdefault(span.video, []).append(span)
-        self._choices = list(by_video.values()) if cut.sample else [[span] for span in self.spans]
+        self._choices = list(by_video.values()) if cut.sample else None  # clips of each video
         used = by_video.keys()
         self.skipped = [video.name for number, video in enumerate(videos) if number not in used]
         if not self.spans:
@@ -169,7 +169,7 @@ class Clips:
             )
 
     def __len__(self) -> int:
-        return len(self._choices)
+        return len(self.spans if self._choices is None else self._choices)
 
     def frames(self, index: int, rng: np.random.Generator | None = None) -> tuple[np.ndarray, str]:
         """Return the frames (T, H, W, 3) uint8 of a clip without their masks, and a name for it.
@@ -208,7 +208,7 @@ class Clips:
 
     def _find(self, index: int, rng: np.random.Generator | None = None) -> tuple[Video, ClipPosition, list[int]]:
         """Return a clip's video, its span there, and the positions that exist in the video."""
-        choices = self._choices[index]
+        choices = [self.spans[index]] if self._choices is None else self._choices[index]
         span = choices[0 if rng is None else int(rng.integers(len(choices)))]
         video = self.videos[span.video]
         wanted = (span.start + number * span.stride for number in range(span.length))

@@ -148,8 +148,7 @@ class SlotHead(Head[SlotOutputs]):
         self.groups, self.mask_source, self.checkpointing = groups, mask_source, checkpointing
         self.similarity, self.similarity_of = similarity, similarity_of
         self.iterations, self.first_iterations = iterations, first_iterations
-        # offset whose alpha masks segment a frame: 0 if the frame itself is reconstructed
-        self.mask_step = self.steps.index(0) if 0 in self.steps else 0
+        self.mask_step = self.steps.index(0) if 0 in self.steps else 0  # offset of alpha masks: 0, the frame, if any
         self.grid = training_grid(positions_grid, positions, similarity)
         self.token_mlp = token_encoder(dim, slot_dim) if token_mlp else None
         self.slot_attention = SlotAttention(
