@@ -123,7 +123,9 @@ class PhotometricDistortion(ColorTransform):
             steps = int(2 * largest * uniform) - largest  # -largest to largest - 1
             return _change_hsv(image, 0, ((np.arange(256) + steps) % _STEPS).astype(np.uint8))
         hsv = cv2.cvtColor(image / np.float32(255), cv2.COLOR_RGB2HSV)
-        hsv[..., 0] = hsv[..., 0] + float(360 * self.hue * (2 * uniform - 1) % 360)  # degrees; OpenCV takes 360 and more
+        hsv[..., 0] = hsv[..., 0] + float(
+            360 * self.hue * (2 * uniform - 1) % 360
+        )  # degrees; OpenCV takes 360 and more
         return (cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB) * _UNIT).astype(np.uint8)
 
 

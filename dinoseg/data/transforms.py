@@ -157,7 +157,9 @@ class Augment:
         if cat_max_ratio is not None and not 0 < cat_max_ratio <= 1:
             raise UserError(f"data.augment.cat_max_ratio={cat_max_ratio}: give a share above 0, at most 1, or null.")
         if not _is_colour(fill):
-            raise UserError(f"data.augment.fill={list(fill) if isinstance(fill, tuple) else fill}: give [red, green, blue], each from 0 to 255.")
+            raise UserError(
+                f"data.augment.fill={list(fill) if isinstance(fill, tuple) else fill}: give [red, green, blue], each from 0 to 255."
+            )
         check_range("flip", flip, 1)
         self.crop = (int(crop[0]), int(crop[1]))
         self.scale = (float(scale[0]), float(scale[1]))

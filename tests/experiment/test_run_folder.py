@@ -161,7 +161,7 @@ def test_a_log_on_a_full_disk_says_so_once(tmp_path, capsys, caplog):
 def test_rows_on_a_full_disk_are_an_error_and_close_the_rest(tmp_path):
     closed = []
     with pytest.raises(UserError, match="No space left"), file_errors_as_user_errors(tmp_path):
-        board = type("Board", (Logger,), {"close": lambda self, *, failed: closed.append(True)})
+        board = type("Board", (Logger,), {"close": lambda self, *, status: closed.append(True)})
         log = RunLog(tmp_path, {"board": board})
         log._file.close()
         log._file = Path("/dev/full").open("w", encoding="utf-8")
