@@ -11,6 +11,7 @@ import numpy as np
 from dinoseg.data.photometric import SWITCHES, ColorTransform, check_range
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Byte, Count, HighShare, NotNegative, Share
+from dinoseg.utils.wording import format_override
 
 _DRAWS = 12  # random numbers per view
 _CHECKS = 10  # crops that are compared with `cat_max_ratio`; the next one is taken unchecked
@@ -158,7 +159,7 @@ class Augment:
             raise UserError(f"data.augment.cat_max_ratio={cat_max_ratio}: give a share above 0, at most 1, or null.")
         if not _is_colour(fill):
             raise UserError(
-                f"data.augment.fill={list(fill) if isinstance(fill, tuple) else fill}: give [red, green, blue], each from 0 to 255."
+                f"data.augment.fill={format_override(fill)}: give [red, green, blue], whole numbers from 0 to 255."
             )
         check_range("flip", flip, 1)
         self.crop = (int(crop[0]), int(crop[1]))

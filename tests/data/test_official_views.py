@@ -312,8 +312,8 @@ def test_default_views_and_the_numbers_after_them_are_those_of_before(options, e
         ({"base": 0, "relative_to": "long"}, "base=0: give at least 1 pixel"),
         ({"cat_max_ratio": 0.0}, "cat_max_ratio=0.0: give a share above 0, at most 1, or null"),
         ({"cat_max_ratio": 1.1}, "cat_max_ratio=1.1"),
-        ({"fill": (0, 0)}, r"fill=\[0, 0\]: give \[red, green, blue\]"),
-        ({"fill": (0, 0, 256)}, r"fill=\[0, 0, 256\]"),
+        ({"fill": (0, 0)}, r"fill=\[0,0\]: give \[red, green, blue\]"),
+        ({"fill": (0, 0, 256)}, r"fill=\[0,0,256\]"),
         ({"relative_to": "short", "longest": 0}, "longest=0"),
     ],
 )
