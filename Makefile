@@ -10,7 +10,7 @@ export PYTHONDONTWRITEBYTECODE =  # tests start many processes, each of which wo
 	$(PYTHON) -c 'import sys; assert (3, 11) <= sys.version_info[:2] < (3, 15), "dinoseg needs Python 3.11 to 3.14: make PYTHON=python3.12"'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --editable . --group dev
 	touch $@
 
 demo: .venv/installed  ## render, prepare, train, evaluate, predict on a video
