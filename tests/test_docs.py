@@ -56,7 +56,7 @@ GIVEN = {  # names that the Python of the docs does not make itself
 }
 NOT_RUN = re.compile(  # what needs the package index, an account, a scheduler, a server, or has tests of its own
     r"make (demo|test|docs)$|python3 -m venv |pip install |git clone |cd |sbatch |hf auth login$|gh |export |"
-    r".* --config-dir mine/|.* logger=mlflow "
+    r".* --config-dir mine/|.* logger=mlflow |python benchmarks/"
 )
 ALL = list(dict.fromkeys(command for page in PAGES for command in commands(page)))
 RUN = [command for command in ALL if command.startswith(OURS) and not NOT_RUN.match(command)]
@@ -76,7 +76,7 @@ def small_model(words):
     if any(word.startswith("resume=") and word != "resume=auto" for word in words):
         return ()
     if "hparam=ade20k_m2f" in words:
-        return (*RELEASED, "inference.size=64", "inference.shortest=64")
+        return (*RELEASED, "inference.size=64", "inference.stride=43", "inference.shortest=64")
     if "backbone=rgb" in words:
         return ()
     if "backbone=timm" in words:

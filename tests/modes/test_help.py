@@ -55,8 +55,10 @@ def test_every_group_and_option_is_listed_and_no_hidden_one():
 
 def test_families_are_collapsed():
     words = listed()
-    assert words["backbone"][:5] == ["rgb", "timm", "tiny", "tiny_surgical", "dino_*"]
-    assert words["hparam"][-3:] == ["schism/", "cnn", "linear"]
+    surgical = [f"surgenet_dinov3_vit{size}16" for size in "bls"]
+    assert words["backbone"][:8] == ["rgb", *surgical, "timm", "tiny", "tiny_surgical", "dino_*"]
+    start = words["hparam"].index("schism/")
+    assert words["hparam"][start + 1 : start + 3] == ["cnn", "linear"]
     start = words["hparam"].index("dinosavi/")
     assert words["hparam"][start + 13 : start + 15] == ["...", "(29)"]
 

@@ -63,7 +63,7 @@ def test_training_begins_with_what_was_solved_and_goes_on_without(folder, monkey
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("mode=train", "head.init=zeros"), "head.init=zeros is unknown. Choose probe, or null"),
+        (("mode=train", "head.init=zeros"), "head.init=zeros is unknown. Choose probe, normal, or null"),
         (("mode=train", "head=mlp", "+head.init=probe"), "does not take init"),
         (("mode=probe", "mode.layers=[5]"), "this backbone has 2 blocks"),
         (("mode=probe", "mode.strengths=[]"), "the list is empty"),

@@ -30,7 +30,7 @@ from dinoseg.training.self_training_batch import MixedBatch, SelfTrainingLoss
 from dinoseg.training.step import StepOutput, batch_loss, predict
 
 K, SIZE, IMAGES = 3, (9, 8), 4
-SLOTS = ("feature_reconstruction", "video_similarity", "slot_contrast")
+SLOTS = ("feature_reconstruction", "temporal_similarity", "video_similarity", "slot_contrast")
 CE, FOCAL, LOVASZ = (
     f"{{_target_: dinoseg.losses.{file}, _partial_: true, ignore_index: 255"
     for file in ("cross_entropy.CrossEntropy", "focal.Focal", "lovasz.Lovasz")
