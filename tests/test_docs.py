@@ -95,7 +95,9 @@ def small_model(words):
         return ()
     if {"hparam=idd_lora", "head=dpt"} & set(words):  # whose head reads four maps
         return (*SMALL, "backbone.layers=[0,0,1,1]")
-    return (*SMALL, "head.blocks=1") if any("=eomt" in word for word in words) else SMALL
+    if any("=eomt" in word for word in words):
+        return (*SMALL, "head.blocks=1", "head.anneal=even")
+    return SMALL
 
 
 def with_stand_ins(words, stand_ins):

@@ -321,13 +321,18 @@ def score_masks(
     if protocol.annotations is None:  # DAVIS scores in the order of its list, other protocols by name
         known.sort(key=lambda video: video.name)
     left_out = {path for path, _ in problems}
-    references = out_dir / "references"
-    listing = Cases(
-        [_case(video, folder, references) for video in known if folder / video.name not in left_out], list(problems)
-    )
+    advice = f"The masks are saved: mode.restart={out_dir} reuses them."
+    cases, left = [], list(problems)
+    for video in (video for video in known if folder / video.name not in left_out):
+        try:
+            cases.append(_case(video, folder, out_dir / "references"))
+        except UserError as error:
+            if not skip:
+                raise UserError(f"{error}\n{advice}") from error
+            left.append((folder / video.name, str(error)))
+    listing = Cases(cases, left)
     if bare := [video.name for video in videos if video not in known]:
         listing.notes.append(f"{count_of(bare, 'video')} without references not scored: {join_names(bare)}")
-    advice = f"The masks are saved: mode.restart={out_dir} reuses them."
     try:
         where, on_error = f"the data set and {folder}", "skip" if skip else "stop"
         scored = score_cases(protocol, listing, where=where, on_error=on_error, remedy=advice)

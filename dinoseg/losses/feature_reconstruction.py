@@ -18,9 +18,8 @@ def slot_outputs(prediction: Prediction) -> SlotOutputs:
     """
     if not isinstance(prediction.outputs, SlotOutputs):
         raise UserError(
-            "loss=feature_reconstruction, video_similarity, temporal_similarity and slot_contrast learn slots and "
-            "need head=slots. "
-            "For other heads choose a loss on labels, such as loss=cross_entropy."
+            "loss=feature_reconstruction, video_similarity, temporal_similarity and slot_contrast train slots and need "
+            "head=slots. For other heads choose a loss on labels, such as loss=cross_entropy."
         )
     return prediction.outputs
 
@@ -34,6 +33,7 @@ class FeatureReconstruction(Loss):
     """
 
     needs_slots = True
+    needs_reconstruction = True
     divisor = "clips"  # equal clip lengths: a mean over frames is a mean over clips
 
     def __init__(self) -> None:  # nn.Module's would accept any keyword

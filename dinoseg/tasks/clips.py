@@ -271,17 +271,11 @@ class ClipTask(TrainingTask):
                 f"loss={options['loss']} is not a slot loss. Choose loss=feature_reconstruction, "
                 "loss=video_similarity, loss=temporal_similarity or loss=slot_contrast."
             )
-        similarity = parts.value("head.similarity")
-        if similarity != loss.needs_similarity:
-            fitting = {True: "loss=video_similarity", False: "loss=feature_reconstruction"}[similarity]
-            raise UserError(
-                f"head.similarity={str(similarity).lower()} does not fit loss={options['loss']}, which needs "
-                f"{fitting}. Change one of them."
-            )
+        self._check_outputs(loss)
         if loss.needs_carried and model.head.slots.predictor is None:
             raise UserError(
                 f"loss={options['loss']} compares slots across frames, but head.predictor=none samples new ones in "
-                "each frame. Set head.predictor=savi or carry, or choose loss=feature_reconstruction."
+                "each frame. Set head.predictor=savi, transformer or carry, or choose loss=feature_reconstruction."
             )
         if self._val_images is not None:
             raise UserError(
@@ -293,6 +287,25 @@ class ClipTask(TrainingTask):
             if value := parts.value(f"data.{key}"):
                 raise UserError(f"data.{key}={value} is for images with masks, not for clips. Set it to 0.")
         self._check_tracking()
+
+    def _check_outputs(self, loss: Loss) -> None:
+        """Refuse a head whose outputs the loss does not train, or that lacks outputs of the loss."""
+        options, value = self.parts.options, self.parts.value
+        wanted = {"similarity": loss.needs_similarity, "reconstruct": loss.needs_reconstruction}
+        wrong = [key for key, needed in wanted.items() if value(f"head.{key}") != needed]
+        if not wrong:
+            return
+        keys = [f"head.{key}={str(wanted[key]).lower()}" for key in wrong]
+        if "head.reconstruct=false" in keys:
+            keys.append("head.output_norm=false")
+        losses = {
+            (False, True): "feature_reconstruction or slot_contrast",
+            (True, True): "video_similarity",
+            (True, False): "temporal_similarity",
+        }
+        fitting = losses.get((value("head.similarity"), value("head.reconstruct")), "feature_reconstruction")
+        given = f"head.{wrong[0]}={str(value(f'head.{wrong[0]}')).lower()}"
+        raise UserError(f"{given} does not fit loss={options['loss']}. Set {' '.join(keys)}, or choose loss={fitting}.")
 
     def _check_tracking(self) -> None:
         """Refuse settings that the evaluation would only refuse at the end of the training."""

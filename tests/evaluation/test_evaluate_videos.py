@@ -15,12 +15,14 @@ from failing import fail_after
 from omegaconf import OmegaConf
 from PIL import Image
 
+from dinoseg.data.clips.videos import Video
 from dinoseg.evaluation import videos
 from dinoseg.evaluation.scoring import folders
 from dinoseg.evaluation.videos import TrackingOptions, evaluate_videos
 from dinoseg.experiment.benchmark_videos import benchmark_videos
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.provenance import provenance_of
+from dinoseg.metrics.protocols.video_clustering import VideoClustering
 from dinoseg.models.heads.slots.head import SlotHead
 from dinoseg.models.model import SegmentationModel
 from dinoseg.modes import evaluate as mode
@@ -666,3 +668,27 @@ def test_propagation_from_the_command_line(tmp_path, monkeypatch):
     assert "mode.restart=run: 3 videos reused: ape, bear, cow" in on.err
     other = call(tmp_path, "mode=eval", *words, "tracker.radius=6", "mode.restart=run", "hydra.run.dir=other")
     assert other.status == 1 and "settings differ from that run: tracker.radius was 12 and is 6. Use" in other.err
+
+
+@pytest.mark.parametrize("square", [None, 8])
+def test_a_broken_reference_is_left_out_or_named(tmp_path, square):
+    clips, shown = [], np.pad(np.ones((3, 8), np.uint8), ((2, 3), (0, 0)))
+    for name in "ab":
+        frames, masks = [], {}
+        for number in range(2):
+            frames.append(tmp_path / f"{name}/frames/{number}.png")
+            masks[number] = tmp_path / f"{name}/masks/{number}.png"
+            write_png(make_parent(frames[-1]), np.zeros((8, 8, 3), np.uint8))
+            for path in (masks[number], tmp_path / f"out/masks/{name}/{number}.png"):
+                write_png(make_parent(path), shown)
+        clips.append(Video(name, frames, 12, masks, square=square))
+    (tmp_path / "a/masks/1.png").write_bytes(b"broken")
+    scored = videos.score_masks(VideoClustering(), clips, tmp_path / "out/masks", tmp_path / "out", skip=True)
+    assert scored["FG-ARI"] == 1
+    with pytest.raises(UserError, match=r"1\.png.*[\s\S]*mode\.restart="):
+        videos.score_masks(VideoClustering(), clips, tmp_path / "out/masks", tmp_path / "out", skip=False)
+
+
+def make_parent(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path

@@ -194,7 +194,7 @@ def test_outputs_without_a_next_frame_are_refused(change, said):
 
 def test_other_heads_are_refused():
     assert TemporalSimilarity.needs_slots
-    with pytest.raises(UserError, match="temporal_similarity and slot_contrast learn slots and need head=slots"):
+    with pytest.raises(UserError, match="temporal_similarity and slot_contrast train slots and need head=slots"):
         run(torch.zeros(2, 3, 4, 4))
 
 

@@ -239,7 +239,7 @@ def open_clips(
     """
     videos = chosen(layout, split, partition)
     if split != "train":
-        cut = replace(cut, sample=False) if eval_cut is None else eval_cut
+        cut = replace(cut if eval_cut is None else eval_cut, sample=False)
         videos = [replace(video, square=eval_square) for video in videos]
     return Clips(videos, cut)
 

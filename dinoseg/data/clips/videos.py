@@ -13,7 +13,7 @@ from dinoseg.data.splits import Partition, divide
 from dinoseg.data.video.access import ImageSource, VideoFrame, read_source, source_origin
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import entries
-from dinoseg.utils.images import IMAGE_SUFFIXES, UNREAD_SUFFIXES, read_ids
+from dinoseg.utils.images import IMAGE_SUFFIXES, UNREAD_SUFFIXES, read_ids, read_size
 from dinoseg.utils.natural_order import natural_order
 from dinoseg.utils.wording import count_of, join_names
 
@@ -86,9 +86,16 @@ class Video:
         return frame.stem if isinstance(frame, Path) else f"{frame.index:09d}"
 
     def image(self, position: int) -> np.ndarray:
-        """Return a frame (H, W, 3) uint8."""
+        """Return a frame (H, W, 3) uint8.
+
+        Raises:
+            UserError: the frame is unreadable, or with `square` of another size than its mask.
+        """
         frame = read_source(self.frames[position])
-        return frame if self.square is None else square_frame(frame, self.square)
+        if self.square is None:
+            return frame
+        self._check_size(position, frame.shape[:2])
+        return square_frame(frame, self.square)
 
     def mask(self, position: int) -> np.ndarray | None:
         """Return a frame's object ids (H, W) uint8, 0 = background, 255 = void, or None if it has no mask.
@@ -101,6 +108,18 @@ class Video:
             return None
         ids = source.read() if isinstance(source, Drawing) else self._ids(source)
         return ids if self.square is None else square_mask(ids, self.square)
+
+    def _check_size(self, position: int, size: tuple[int, ...]) -> None:
+        """Refuse a frame (H, W) of another size than its mask, as long as both are whole."""
+        mask = self.masks.get(position)
+        if mask is None:
+            return
+        expected = mask.size if isinstance(mask, Drawing) else read_size(mask)
+        if tuple(expected) != tuple(size):
+            raise UserError(
+                f"{self.frames[position]} is {size[1]} x {size[0]} (width x height), its mask {mask} is "
+                f"{expected[1]} x {expected[0]}. Replace the one that is wrong."
+            )
 
     def _ids(self, path: Path) -> np.ndarray:
         ids = one_channel(read_ids(path), path)

@@ -39,6 +39,8 @@ class YoutubeVis:
     The public annotations are those of `train`. As in SlotContrast (martius-lab/slotcontrast, data/save_ytvis2021.py),
     its last videos, in the order of the file, are the split val; the others are train. The split test has no masks.
 
+    With another folder for val, both splits are whole folders.
+
     Object k of a video is its k-th annotation in the file, without crowds. Where objects overlap, the later one covers
     the earlier ones.
 
@@ -67,17 +69,21 @@ class YoutubeVis:
         Raises:
             UserError: a file or folder is missing, the annotations are invalid, or no video is left for train.
         """
-        root, folder = Path(self.root).expanduser(), self.splits.get(split, "train" if split == "val" else split)
+        root, folder = Path(self.root).expanduser(), self._folder(split)
         path = _annotation_file(root, folder)
         listed = _read(path, stamp(path))
-        if split in ("train", "val"):
+        has_masks = any(video.objects for video in listed)
+        if split in ("train", "val") and self._folder("train") == self._folder("val"):
             if len(listed) <= self.held_out:
                 raise UserError(
                     f"{path} lists {count_of(listed, 'video')}, and data.held_out={self.held_out} of them are val: "
                     "none is left for train. Lower data.held_out."
                 )
             listed = listed[-self.held_out :] if split == "val" else listed[: -self.held_out]
-        return [_video(root / folder / "JPEGImages", path, video) for video in listed]
+        return [_video(root / folder / "JPEGImages", path, video, has_masks) for video in listed]
+
+    def _folder(self, split: str) -> str:
+        return self.splits.get(split, "train" if split == "val" else split)
 
 
 def _annotation_file(root: Path, folder: str) -> Path:
@@ -91,19 +97,22 @@ def _annotation_file(root: Path, folder: str) -> Path:
     )
 
 
-def _video(images: Path, path: Path, listed: _Listed) -> Video:
+def _video(images: Path, path: Path, listed: _Listed, has_masks: bool) -> Video:
+    """Return a video; if the file has annotations, one without objects has empty masks."""
     folder = images / listed.folder
     try:
         present = set(os.listdir(folder))
-    except OSError:
-        raise UserError(f"No folder {folder}, which {path} lists. Unpack the data set again.") from None
+    except (OSError, ValueError):  # ValueError: a name that no folder can have
+        raise UserError(
+            f"No folder {format_value(str(folder), 200)}, which {path} lists. Unpack the data set again."
+        ) from None
     if absent := [name for name in listed.files if name not in present]:
         raise UserError(
             f"{folder} lacks {count_of(absent, 'frame')} that {path} lists: {join_names(absent)}. Unpack the data set "
             "again."
         )
     masks: dict[int, Path | Drawing] = {}
-    if listed.objects:
+    if has_masks:
         for position, file in enumerate(listed.files):
             by_object = enumerate((forms[position] for forms in listed.objects), start=1)
             shapes = [(number, form) for number, form in by_object if form is not None]
@@ -140,7 +149,8 @@ def _parse(whole: Mapping[str, Any]) -> list[_Listed]:
     folders = [video.folder for video in videos.values()]
     if len({*folders}) < len(folders):
         raise ValueError("two videos have one folder of frames")
-    annotations = whole.get("annotations") or []
+    annotations = whole.get("annotations")
+    annotations = [] if annotations is None else annotations  # `valid` has none
     if not isinstance(annotations, list):
         raise ValueError("annotations is not a list")
     for position, annotation in enumerate(annotations):
@@ -150,7 +160,9 @@ def _parse(whole: Mapping[str, Any]) -> list[_Listed]:
         video = annotation.get("video_id")
         if type(video) is not int or video not in videos:
             raise ValueError(f"{where} belongs to video {format_value(video, 40)}, which is not in videos")
-        if annotation.get("iscrowd") in (None, 0):
+        if annotation.get("iscrowd") not in (None, 0, 1):
+            raise ValueError(f"{where} has iscrowd {format_value(annotation['iscrowd'], 40)}: give 0 or 1")
+        if not annotation.get("iscrowd"):
             videos[video].objects.append(_shapes(annotation.get("segmentations"), videos[video], where))
             if len(videos[video].objects) >= VOID:
                 raise ValueError(f"video {videos[video].folder} has more than {VOID - 1} objects")
@@ -165,8 +177,8 @@ def _file_names(names: Any, where: str) -> tuple[str, list[str]]:
     for name, part in zip(names, parts, strict=True):
         if len(part) != 2 or not all(map(is_name, part)):
             raise ValueError(f"{where} has the file name {format_value(name, 60)}: give <video>/<frame>.jpg")
-    if len({folder for folder, _ in parts}) > 1 or len({*parts}) < len(parts):
-        raise ValueError(f"{where} has frames in several folders, or a frame twice")
+    if len({folder for folder, _ in parts}) > 1 or len({Path(file).stem for _, file in parts}) < len(parts):
+        raise ValueError(f"{where} has frames in several folders, or two frames with one name")
     return parts[0][0], [file for _, file in parts]
 
 

@@ -1,6 +1,7 @@
 """YouTube-VIS is read back equal, its mistakes are named, and slots are trained and evaluated on it."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -100,7 +101,8 @@ def test_polygons_and_videos_without_objects(root):
     (root / "train/instances.json").write_text(json.dumps(given))
     videos = [video for split in ("train", "val") for video in YoutubeVis(str(root), held_out=1).videos(split)]
     assert videos[0].mask(0).sum() == 60 and videos[0].mask(0)[3:9, 2:12].all()
-    assert [len(video.masks) for video in videos] == [5, 0, 0]
+    assert [len(video.masks) for video in videos] == [len(video.frames) for video in videos]
+    assert not videos[1].mask(0).any() and videos[1].mask(0).shape == videos[0].mask(0).shape
     assert videos[0].fps == 6
 
 
@@ -135,7 +137,10 @@ def change(where, value):
         (("videos", 0, "file_names", 0), "other/a.jpg", r"several folders"),
         (("videos", 0, "height"), 0, r"videos\[0\]: height 0 and width 40 are not an image size"),
         (("videos", 0, "width"), 10**9, r"at most 178,956,970 pixels"),
+        (("videos", 0, "file_names", 1), "0043f083b5/00000.png", r"two frames with one name"),
         (("annotations",), {"a": 1}, "annotations is not a list"),
+        (("annotations",), 0, "annotations is not a list"),
+        (("annotations", 1, "iscrowd"), "0", r"annotations\[1\] has iscrowd '?0'?: give 0 or 1"),
         (("annotations", 1), 4, r"annotations\[1\] is not an object"),
         (("annotations", 1, "video_id"), 99, r"belongs to video 99, which is not in videos"),
         (("annotations", 1, "segmentations"), [None], r"has 1 segmentations, its video 5 frames"),
@@ -187,6 +192,28 @@ def test_frames_of_another_size_are_refused(compose, root):
     data = compose("data=youtube_vis", f"data.root={root}", "data.held_out=1", "data.clips.cut.length=1").data
     with pytest.raises(UserError, match=r"00000.jpg is 8 x 8 \(width x height\), its mask .*instances.json"):
         instantiate(data.clips)(split="train")[0]
+
+
+def test_with_squares_sizes_are_compared_before(root):
+    video = YoutubeVis(str(root), held_out=1).videos("train")[0]
+    write_png(video.frames[0], np.zeros((40, 32, 3), np.uint8))
+    with pytest.raises(UserError, match=r"00000.jpg is 32 x 40 \(width x height\), its mask .* is 40 x 32"):
+        replace(video, square=24).image(0)
+    assert replace(video, square=24).image(1).shape == (24, 24, 3)
+
+
+def test_another_folder_for_val_is_taken_whole(root):
+    (root / "valid").symlink_to(root / "train")
+    layout = YoutubeVis(str(root), splits={"val": "valid"})
+    assert len(layout.videos("train")) == len(layout.videos("val")) == len(VIDEOS)
+
+
+def test_names_that_no_folder_can_have_are_refused(root):
+    given = annotations()
+    given["videos"][0]["file_names"] = [name.replace("0", "\ud800", 1) for name in given["videos"][0]["file_names"]]
+    (root / "train/instances.json").write_text(json.dumps(given))
+    with pytest.raises(UserError, match="No folder .*ud800"):
+        YoutubeVis(str(root), held_out=1).videos("train")
 
 
 @pytest.mark.slow
