@@ -48,6 +48,9 @@ def test_hours_follow_from_operations_and_steps(tmp_path):
     flops, hours = found["duration"]["flops"], found["duration"]["hours"]
     assert hours == pytest.approx(900 * flops / 2000 / 3600) and flops > 1e6
     assert f"{hours:.3g} h for 900 steps" in out and "2e-09 TFLOP/s" in out
+    words = ("mode.dry_step=false", "mode.tflops=2e-9", "trainer.accumulate=3")
+    assert call(tmp_path, "mode=plan", *WORDS, "hydra.run.dir=thrice", *words).status == 0
+    assert json.loads((tmp_path / "thrice/plan.json").read_text())["duration"]["flops"] == 3 * flops
     by_epochs = ["trainer.epochs=2" if word.startswith("trainer.steps") else word for word in WORDS]
     done = call(tmp_path, "mode=plan", *by_epochs, "hydra.run.dir=epochs", *words[:2])
     assert done.status == 0 and "set trainer.steps for the hours" in done.out
