@@ -214,3 +214,17 @@ def test_rates_come_from_head_and_adapter_and_give_way_to_one_for_all(compose):
 def test_a_head_or_adapter_of_one_s_own_needs_no_rate(compose):
     assert compose("~head").optim.optimizer.head_lr == 1e-3
     assert compose("~adapter").optim.optimizer.backbone_lr == 1e-4
+
+
+@pytest.mark.slow
+def test_sizes_and_lengths_that_do_not_suit_are_reported(tmp_path):
+    write_data(tmp_path / "data")
+    words = [*SMALL, "data.augment.relative_to=short", "head=eomt", "loss=mask_classification", "head.blocks=1"]
+    done = call(tmp_path, "mode=train", *words, "head.anneal=[[0,30]]", "loss.criterion.num_points=40")
+    assert done.status == 0, done.err
+    text = " ".join(done.err.split())
+    assert "data.augment.relative_to=short trains on resized images, but validation and inference do not" in text
+    assert "head.anneal removes attention masks until step 30, but the training has 2 steps" in text
+    resized = ["inference=windows", "inference.size=48", "inference.shortest=48", "head.anneal=even"]
+    done = call(tmp_path, "mode=train", *words, *resized, "loss.criterion.num_points=40")
+    assert done.status == 0 and "relative_to" not in done.err and "removes" not in done.err

@@ -4,6 +4,7 @@ import cv2
 import numpy as np
 import pytest
 
+from dinoseg.data.photometric import PhotometricDistortion
 from dinoseg.data.transforms import Augment, ColorJitter
 from dinoseg.data.unlabelled import StrongView, UnlabelledImages
 from dinoseg.utils.errors import UserError
@@ -67,3 +68,8 @@ def test_views_are_those_of_the_weak_one_and_say_where_there_is_no_image(tmp_pat
 def test_a_blur_of_no_range_is_refused():
     with pytest.raises(UserError, match=r"sigma=\[2\.0, 1\.0\]: give \[least, largest\]"):
         StrongView(sigma=[2.0, 1.0])
+
+
+def test_a_strong_view_takes_colour_jitter_only():
+    with pytest.raises(UserError, match="takes ColorJitter only"):
+        StrongView(color=PhotometricDistortion(0.1, 0.1, 0.1, 0.1))

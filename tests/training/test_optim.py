@@ -158,6 +158,14 @@ def test_a_warmup_that_leaves_less_than_a_fifth_is_said(caplog, kind):
     assert "until step 82 of 100" in caplog.text and "Set optim.schedule.backbone_warmup to" in caplog.text
 
 
+def test_a_low_peak_is_reported(caplog):
+    warn_of_long_warmup(schedule("one_cycle", warmup=3), 100)
+    assert not caplog.messages
+    warn_of_long_warmup(schedule("one_cycle", warmup=1500), 1000)
+    (message,) = caplog.messages
+    assert "17 % of its configured value" in message
+
+
 def test_head_and_backbone_have_rates_of_their_own_and_one_for_all_wins(tiny_backbone):
     model = SegmentationModel(Full()(tiny_backbone()), LinearHead(24, 1, 3))
 
