@@ -1,4 +1,4 @@
-"""Learning rates and weight decays of published trainings, against the formulas of their code, written here anew."""
+"""Learning rates and weight decays of published trainings, against the formulas of their code, as written here."""
 
 import math
 import re

@@ -56,7 +56,7 @@ class Columns:
 
 @dataclass(frozen=True, slots=True)
 class CompressedColumns:
-    """Run lengths of the whole image in COCO's compressed form, column-major, validated; decoded when it is drawn."""
+    """Run lengths of the whole image in COCO's compressed form, column-major, validated; decoded by `paint`."""
 
     counts: str
 

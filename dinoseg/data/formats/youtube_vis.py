@@ -38,7 +38,6 @@ class YoutubeVis:
 
     The public annotations are those of `train`. As in SlotContrast (martius-lab/slotcontrast, data/save_ytvis2021.py),
     its last videos, in the order of the file, are the split val; the others are train. The split test has no masks.
-
     With another folder for val, both splits are whole folders.
 
     Object k of a video is its k-th annotation in the file, without crowds. Where objects overlap, the later one covers
@@ -188,21 +187,21 @@ def _shapes(segmentations: Any, video: _Listed, where: str) -> list[Form | None]
         count = len(segmentations) if isinstance(segmentations, Sequence) else "no"
         raise ValueError(f"{where} has {count} segmentations, its video {len(video.files)} frames")
     shapes: list[Form | None] = []
-    for frame, drawn in enumerate(segmentations):
+    for frame, segmentation in enumerate(segmentations):
         try:
-            shapes.append(_form(drawn, video.size))
+            shapes.append(_form(segmentation, video.size))
         except ValueError as error:
             raise ValueError(f"{where}, frame {frame}: {error}") from None
     return shapes
 
 
-def _form(drawn: Any, size: tuple[int, int]) -> Form | None:
-    if drawn is None:
+def _form(segmentation: Any, size: tuple[int, int]) -> Form | None:
+    if segmentation is None:
         return None
-    if isinstance(drawn, list) and drawn:
-        return polygons(drawn)[0]
-    if not isinstance(drawn, dict):
-        raise ValueError(f"its segmentation is {format_value(drawn, 40)}: give run lengths, polygons or null")
-    if drawn.get("size") != list(size):
-        raise ValueError(f"its mask has the size {format_value(drawn.get('size'), 40)}, its video {list(size)}")
-    return CompressedColumns(rle.to_text(rle.checked(drawn.get("counts"), size[0] * size[1])))
+    if isinstance(segmentation, list) and segmentation:
+        return polygons(segmentation)[0]
+    if not isinstance(segmentation, dict):
+        raise ValueError(f"its segmentation is {format_value(segmentation, 40)}: give run lengths, polygons or null")
+    if segmentation.get("size") != list(size):
+        raise ValueError(f"its mask has the size {format_value(segmentation.get('size'), 40)}, its video {list(size)}")
+    return CompressedColumns(rle.to_text(rle.checked(segmentation.get("counts"), size[0] * size[1])))

@@ -73,13 +73,8 @@ class SlotDecoder(nn.Module):
         last: nn.Linear = self.layers[-1]  # type: ignore[assignment]
         alpha = at_least_float32(F.linear(hidden, last.weight[-1:], last.bias[-1:])).softmax(dim=2)  # (B, N, S, 1)
         mean = (alpha.mT.to(hidden.dtype) @ hidden).squeeze(2)  # (B, N, hidden_dim)
-        outputs = self.out_dim + similarity * self.num_cells
-        painted = F.linear(mean, last.weight[:outputs], last.bias[:outputs]).mT.unflatten(2, grid)  # (B, outputs, h, w)
-        return Decoded(
-            painted[:, : self.out_dim],
-            alpha.squeeze(3).mT.unflatten(2, grid),
-            painted[:, self.out_dim :] if similarity else None,
-        )
+        cells = self.num_cells if similarity else 0
+        return _decoded(mean, alpha.squeeze(3), last, (self.out_dim, cells), grid)
 
     def _hidden(self, slots: Tensor, grid: tuple[int, int]) -> Tensor:
         first: nn.Linear = self.layers[0]  # type: ignore[assignment]
@@ -137,16 +132,23 @@ class SlotMixer(nn.Module):
     def forward(self, slots: Tensor, grid: tuple[int, int], *, similarity: bool = False) -> Decoded:
         """Return the decoded slots (B, S, D) on a grid (h, w); `similarity` adds the logits over cells."""
         places = self.positions(grid, slots).flatten(1).mT.expand(len(slots), -1, -1)  # (B, N, D)
-        memory, cells = self.norm_memory(slots), places
+        memory, tokens = self.norm_memory(slots), places
         for block in self.blocks:
-            cells = block(cells, memory)
-        query, key = self.query(self.norm_query(cells)), self.key(self.norm_key(slots))
+            tokens = block(tokens, memory)
+        query, key = self.query(self.norm_query(tokens)), self.key(self.norm_key(slots))
         masks = at_least_float32(query @ key.mT * key.shape[-1] ** -0.5).softmax(dim=2)  # (B, N, S)
         hidden = self.mlp(masks.to(slots.dtype) @ slots + places)  # (B, N, hidden_dim)
-        outputs = self.out_dim + similarity * self.num_cells
-        painted = F.linear(hidden, self.last.weight[:outputs], self.last.bias[:outputs]).mT.unflatten(2, grid)
-        return Decoded(
-            painted[:, : self.out_dim],
-            masks.mT.unflatten(2, grid),
-            painted[:, self.out_dim :] if similarity else None,
-        )
+        cells = self.num_cells if similarity else 0
+        return _decoded(hidden, masks, self.last, (self.out_dim, cells), grid)
+
+
+def _decoded(hidden: Tensor, masks: Tensor, last: nn.Linear, sizes: tuple[int, int], grid: tuple[int, int]) -> Decoded:
+    """Apply the last layer of a decoder to `hidden` (B, N, hidden_dim), with masks (B, N, S) on a grid (h, w).
+
+    `sizes` are the channels of the features and of the logits over cells; 0 logits: none.
+    """
+    channels, cells = sizes
+    count = channels + cells
+    outputs = F.linear(hidden, last.weight[:count], last.bias[:count]).mT.unflatten(2, grid)  # (B, count, h, w)
+    logits = outputs[:, channels:] if cells else None
+    return Decoded(outputs[:, :channels], masks.mT.unflatten(2, grid), logits)
