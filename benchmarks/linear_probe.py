@@ -1,6 +1,6 @@
-"""Official settings of DINOv3's linear probe: dinoseg beside a script in plain PyTorch, on real data, three seeds.
+"""Official settings of DINOv3's linear probe: dinoseg beside a script in plain PyTorch, on real data, several seeds.
 
-    python benchmarks/linear_probe.py WEIGHTS DATA [--steps 300] [--seeds 3]
+    python benchmarks/linear_probe.py WEIGHTS DATA [--sets camvid idd_lite] [--steps 300] [--seeds 3]
 
 WEIGHTS is a safetensors file of timm's vit_tiny_patch16_224, DATA a folder with camvid and idd20k_lite. Prints the mIoU
 of each run, and the difference of the means with its 95 % interval (Welch).
@@ -47,19 +47,20 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("weights")
     parser.add_argument("data", type=Path)
+    parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=3)
     given = parser.parse_args()
-    for name, folder in SETS.items():
-        found = {
-            run.__name__: np.array(
-                [run(given.weights, given.data / folder, name, seed, given.steps) for seed in range(given.seeds)]
-            )
-            for run in (dinoseg, reference)
-        }
-        for label, scores in found.items():
-            print(f"{name:9} {label:9} {' '.join(f'{score:.2f}' for score in scores)}  mean {scores.mean():.2f}")
-        ours, theirs = found["dinoseg"], found["reference"]
+    for name in given.sets:
+        found: dict[str, list[float]] = {"dinoseg": [], "reference": []}
+        for seed in range(given.seeds):
+            for run in (dinoseg, reference):
+                score = run(given.weights, given.data / SETS[name], name, seed, given.steps)
+                print(f"{name:9} {run.__name__:9} seed {seed}: {score:.2f}", flush=True)
+                found[run.__name__].append(score)
+        ours, theirs = map(np.array, found.values())
+        print(f"{name:9} dinoseg {ours.mean():.2f} +- {ours.std(ddof=1):.2f}, ", end="")
+        print(f"reference {theirs.mean():.2f} +- {theirs.std(ddof=1):.2f}")
         low, high = stats.ttest_ind(ours, theirs, equal_var=False).confidence_interval()
         print(f"{name:9} difference {ours.mean() - theirs.mean():+.2f}, 95 % {low:+.2f} .. {high:+.2f}", flush=True)
 

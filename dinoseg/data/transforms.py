@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
+from PIL import Image
 
 from dinoseg.data.photometric import SWITCHES, ColorTransform, check_range
 from dinoseg.utils.errors import UserError
@@ -16,6 +17,7 @@ from dinoseg.utils.wording import format_override
 _DRAWS = 12  # random numbers per view
 _CHECKS = 10  # crops that are compared with `cat_max_ratio`; the next one is taken unchecked
 _RELATIVE, _DISTRIBUTIONS, _PADDINGS = ("image", "short", "long", "fit"), ("log_uniform", "uniform"), ("spread", "end")
+_RESAMPLE = ("area", "antialias", "bilinear")
 _AREA_BELOW = 0.8  # bilinear reads 2 x 2 pixels: shrinking further would skip some, so average them first
 _LUMA = np.array([0.299, 0.587, 0.114])
 _YIQ = np.array([_LUMA, [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
@@ -100,8 +102,8 @@ class Augment:
     """Random view of size `crop` from an image and mask of any size.
 
     The steps are, in order: limit the longer side to `longest`, as the model does; scale; affine transform about the
-    centre; crop (padded where the image is smaller); flip; colour. All geometry is one warp: the image bilinear, the
-    mask nearest. Pixels outside the image are ignored.
+    centre; crop (padded where the image is smaller); flip; colour. All geometry is one warp: the image bilinear (after
+    `resample`, if it is reduced), the mask nearest. Pixels outside the image are ignored.
 
     Args:
         crop: (H, W) of the result, pixels.
@@ -111,6 +113,9 @@ class Augment:
             torchvision's ScaleJitter and EoMT. All but image give whole pixels, whatever `longest` is.
         base: pixels of that side, with short and long; None: the crop's shorter or longer side.
         distribution: of the factor: log_uniform or uniform.
+        resample: how images are reduced. area: averages of the covered pixels, below a factor of 0.8. antialias: a
+            triangle filter as wide as two pixels of the view, as in Pillow, torchvision and `mode=eval`. bilinear: from
+            the nearest 2 x 2 pixels, as in OpenCV and mmsegmentation. Enlarged images are bilinear with all three.
         longest: larger images are reduced until their longer side has this many pixels.
         cat_max_ratio: a crop is accepted if, without ignored pixels, it shows several classes and the largest one's
             share is below this. Up to 10 crops are checked, the next one is taken (mmsegmentation's RandomCrop).
@@ -131,6 +136,7 @@ class Augment:
         relative_to: str = "image",
         base: Count | None = None,
         distribution: str = "log_uniform",
+        resample: str = "area",
         longest: Count | None = None,
         cat_max_ratio: HighShare | None = None,
         affine: Affine = Affine(),  # noqa: B008 (frozen)
@@ -143,6 +149,7 @@ class Augment:
         for key, value, options in (
             ("relative_to", relative_to, _RELATIVE),
             ("distribution", distribution, _DISTRIBUTIONS),
+            ("resample", resample, _RESAMPLE),
             ("padding", padding, _PADDINGS),
         ):
             if value not in options:
@@ -167,6 +174,7 @@ class Augment:
         self.relative_to = relative_to
         self.base = base or (max if relative_to == "long" else min)(self.crop)
         self.distribution = distribution
+        self.resample = resample
         self.longest = longest
         self.cat_max_ratio = cat_max_ratio
         self.affine = affine
@@ -262,10 +270,23 @@ class Augment:
         if self.padding == "end" and self.affine == Affine():
             height, width = (max(1, round(side * zoom)) for side, zoom in zip(image.shape[:2], view.zoom, strict=True))
             size, border = (min(self.crop[0], height), min(self.crop[1], width)), cv2.BORDER_REPLICATE
-        image, matrix = _shrink(image, view.matrix, view.zoom)
+        image, matrix = self._reduce(image, view)
         return cv2.warpAffine(
             image, matrix[:2], size[::-1], flags=cv2.INTER_LINEAR, borderMode=border, borderValue=self.fill
         )
+
+    def _reduce(self, image: np.ndarray, view: _View) -> tuple[np.ndarray, np.ndarray]:
+        """Return an image reduced to the size of its view, where `resample` demands it, and the matrix from there."""
+        zoom = min(view.zoom)
+        if self.resample == "bilinear" or zoom >= (_AREA_BELOW if self.resample == "area" else 1):
+            return image, view.matrix
+        height, width = image.shape[:2]
+        size = (max(1, round(height * view.zoom[0])), max(1, round(width * view.zoom[1])))
+        if self.resample == "area":
+            image = cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA)
+        else:
+            image = np.array(Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR))
+        return image, view.matrix @ np.linalg.inv(_resize((size[0] / height, size[1] / width)))
 
     def _warp_mask(self, mask: np.ndarray, matrix: np.ndarray) -> np.ndarray:
         return cv2.warpAffine(
@@ -354,16 +375,6 @@ def _any_pixel(mask: np.ndarray, shown: int, rng: np.random.Generator) -> np.nda
         return None
     y, x = divmod(int(places[rng.integers(len(places))]), mask.shape[1])
     return np.array([x, y, 1.0])
-
-
-def _shrink(image: np.ndarray, matrix: np.ndarray, zoom: tuple[float, float]) -> tuple[np.ndarray, np.ndarray]:
-    """Return an image averaged to the size of its view if that is much smaller, and the matrix from there."""
-    if min(zoom) >= _AREA_BELOW:
-        return image, matrix
-    height, width = image.shape[:2]
-    small = (max(1, round(height * zoom[0])), max(1, round(width * zoom[1])))
-    image = cv2.resize(image, small[::-1], interpolation=cv2.INTER_AREA)
-    return image, matrix @ np.linalg.inv(_resize((small[0] / height, small[1] / width)))
 
 
 def _turn_and_slant(degrees: float, shear: float) -> np.ndarray:

@@ -123,6 +123,43 @@ def test_pixels_equal_a_resized_padded_and_cropped_image(size, flip):
         assert (seen[height:] == FILL).all() and (seen[:, width:] == FILL).all()
 
 
+def filtered(length, given, antialias):
+    """Return the weights (given, length) of a triangle filter, as wide as two pixels of the result or of the image."""
+    step = length / given
+    centres, width = (np.arange(given) + 0.5) * step, max(step, 1) if antialias else 1
+    distances = np.abs(np.arange(length) + 0.5 - centres[:, None])
+    if not antialias:  # pixels outside are those of the border
+        distances = np.abs(np.arange(length) + 0.5 - centres.clip(0.5, length - 0.5)[:, None])
+    weights = np.maximum(0, 1 - distances / width)
+    return weights / weights.sum(1, keepdims=True)
+
+
+@pytest.mark.parametrize("size", [(101, 63), (200, 333), (57, 48)])
+@pytest.mark.parametrize("resample", ["antialias", "bilinear"])
+def test_reduced_images_equal_the_filter_of_the_official_pipeline(size, resample):
+    """antialias: Pillow and torchvision, rounded after each side; bilinear: OpenCV's weights in steps of 1 / 32."""
+    rng = np.random.default_rng(size)
+    image, mask = rng.integers(0, 256, (*size, 3), dtype=np.uint8), rng.integers(0, 4, size, dtype=np.uint8)
+    for factor, flip in ((0.0, 1.0), (0.1, 0.0), (0.2, 1.0), (0.3, 0.0)):
+        height, width = drawn_size(size, SHORT, factor)
+        rows, columns = (filtered(*pair, resample == "antialias") for pair in zip(size, (height, width), strict=True))
+        full = np.einsum("yh,hwc,xw->yxc", rows, image.astype(np.float64), columns)
+        top, left = starts((height, width), left=0.9, top=0.3)
+        part = (full[:, ::-1] if flip < 0.5 else full)[top : top + CROP[0], left : left + CROP[1]]
+        seen, ids = Augment(CROP, **SHORT, flip=0.5, resample=resample)(image, mask, numbers(factor, 0.9, 0.3, flip))
+        most = 1.01 if resample == "antialias" else 255 * 2 / 32
+        assert np.abs(seen[: part.shape[0], : part.shape[1]] - part).max() <= most
+        other = Augment(CROP, **SHORT, flip=0.5)(image, mask, numbers(factor, 0.9, 0.3, flip))
+        assert np.array_equal(ids, other[1]) and not np.array_equal(seen, other[0])
+
+
+def test_enlarged_images_do_not_depend_on_the_filter():
+    image, mask = np.random.default_rng(3).integers(0, 256, (40, 30, 3), dtype=np.uint8), np.zeros((40, 30), np.uint8)
+    options = SHORT | {"scale": (1.0, 2.0)}
+    views = [Augment(CROP, **options, resample=each)(image, mask, numbers(0.4))[0] for each in ("area", "antialias")]
+    assert np.array_equal(*views)
+
+
 def test_padding_keeps_its_colour_at_the_end_only():
     image, mask = np.full((20, 20, 3), 90, np.uint8), np.zeros((20, 20), np.uint8)
     for color in (ColorJitter(brightness=1.0), PhotometricDistortion(0.5, 0.5, 0, 0, probability=1)):
@@ -306,6 +343,7 @@ def test_default_views_and_the_numbers_after_them_are_those_of_before(options, e
     [
         ({"relative_to": "width"}, "data.augment.relative_to=width is unknown. Choose one of image, short, long, fit."),
         ({"distribution": "normal"}, "distribution=normal is unknown. Choose one of log_uniform, uniform."),
+        ({"resample": "box"}, "data.augment.resample=box is unknown. Choose one of area, antialias, bilinear."),
         ({"padding": "start"}, "padding=start is unknown. Choose one of spread, end."),
         ({"base": 9}, r"base=9: give .*relative_to=short or long \(not image\), or null"),
         ({"base": 9, "relative_to": "fit"}, r"\(not fit\)"),
