@@ -211,8 +211,8 @@ def test_loss_masks_and_gradients_of_a_step_equal_the_formula(monkeypatch, kind,
     weights = {name: each.detach().numpy().copy() for name, each in head.state_dict().items()}
 
     def formula(w):
-        if "slot_attention.table" in w:
-            start = np.repeat(w["slot_attention.table"], batch, 0)
+        if "slot_attention.learned_slots" in w:
+            start = np.repeat(w["slot_attention.learned_slots"], batch, 0)
         else:
             start = w["slot_attention.mean"] + noise.numpy() * np.exp(w["slot_attention.log_variance"])
         return start
@@ -238,7 +238,7 @@ def test_loss_masks_and_gradients_of_a_step_equal_the_formula(monkeypatch, kind,
 def test_initial_weights_are_those_of_the_published_code():
     torch.manual_seed(0)
     head = SlotHead(64, 1, num_slots=50, positions_grid=[20, 20], **SLOT_CONTRAST | {"slot_dim": 64})
-    assert head.slot_attention.table.std().item() == pytest.approx(1 / 8, rel=0.05)
+    assert head.slot_attention.learned_slots.std().item() == pytest.approx(1 / 8, rel=0.05)
     assert head.decoder.positions.table.std().item() == pytest.approx(1 / 8, rel=0.05)
     assert head.slot_attention.key.weight.std().item() == pytest.approx((1 / 3 / 64) ** 0.5, rel=0.1)
     for layers in (head.token_mlp, head.slot_attention.mlp, head.decoder.layers):
