@@ -93,7 +93,6 @@ def composed(compose):
         ("optim.optimizer.weight_decay", 10**400, "Give a finite number."),
         ("optim.optimizer.weight_decay", -0.1, "Give a number of at least 0."),
         ("optim.optimizer.layer_decay", 1.5, "Give a number above 0 and at most 1, or null."),
-        ("optim.optimizer.layer_decay_skip_last", -1, "Give a whole number of at least 0."),
         ("optim.optimizer.freeze_backbone_until", 1, "Give a number of at least 0 and below 1."),
         ("optim.optimizer.freeze_backbone_until", -0.1, "Give a number of at least 0 and below 1."),
         ("optim.optimizer.backbone_lr_scale", 1e20, "Give a number from 0 to 100."),

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from dinoseg.models.model import SegmentationModel, trained_names
 from dinoseg.training.sharding import local_part
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.ranges import HighShare, LearningRate, LowShare, Natural, NotNegative, OpenShare, RateFactor, Share
+from dinoseg.utils.ranges import HighShare, LearningRate, LowShare, NotNegative, OpenShare, RateFactor, Share
 
 logger = logging.getLogger(__name__)
 _EMBEDDING = re.compile(r"(token|tokens|pos_embed|position_embeddings|level_embed|level_encoding|queries)$")
@@ -40,7 +40,6 @@ def parameter_groups(
     backbone_lr_scale: float = 1.0,
     layer_decay: float | None = None,
     layer_decay_rule: str = "beit",
-    layer_decay_skip_last: int = 0,
     weight_decay_on: str = "matrices",
     freeze_backbone_until: float = 0.0,
 ) -> list[dict]:
@@ -57,8 +56,7 @@ def parameter_groups(
     - `layer_decay_rule="eomt"`: d^(n - 1 - i) and d^(n - 1) (tue-mps/eomt, training/lightning_module.py).
 
     n counts the blocks that are read, the stages of a pyramid, or a head's copies of blocks. The final norm is trained
-    at the rate without decay, and so are the last `layer_decay_skip_last` blocks. With EoMT's number of blocks that
-    have queries, this is its option `llrd_l2_enabled=False`; the powers of all other parameters stay the same.
+    at the rate without decay.
 
     The modules that a head lists in `delayed_modules` start at its share of the training, the backbone at
     `freeze_backbone_until`.
@@ -69,12 +67,12 @@ def parameter_groups(
         `backbone` states whether they are trained at the backbone's rate.
 
     Raises:
-        UserError: nothing is trainable, an option is unknown, or more blocks are skipped than there are.
+        UserError: nothing is trainable, or an option is unknown.
     """
     _check_option("optim.optimizer.layer_decay_rule", layer_decay_rule, LAYER_DECAY_RULES)
     _check_option("optim.optimizer.weight_decay_on", weight_decay_on, WEIGHT_DECAY_ON)
     backbone_lr = lr if backbone_lr is None else backbone_lr
-    above = _layers_above(model, LAYER_DECAY_RULES[layer_decay_rule], layer_decay_skip_last)
+    above = _layers_above(model, LAYER_DECAY_RULES[layer_decay_rule])
     embeddings = {id(part.weight) for part in model.modules() if isinstance(part, nn.Embedding)}
     delayed_start, parts = model.head.delayed_modules
     delayed = {id(parameter) for part in parts for parameter in part.parameters()}
@@ -110,7 +108,6 @@ def adamw(
     backbone_lr_scale: RateFactor = 1.0,
     layer_decay: HighShare | None = None,
     layer_decay_rule: str = "beit",
-    layer_decay_skip_last: Natural = 0,
     weight_decay_on: str = "matrices",
     freeze_backbone_until: LowShare = 0.0,
 ) -> Optimizer:
@@ -134,7 +131,6 @@ def adamw(
         backbone_lr_scale=backbone_lr_scale,
         layer_decay=layer_decay,
         layer_decay_rule=layer_decay_rule,
-        layer_decay_skip_last=layer_decay_skip_last,
         weight_decay_on=weight_decay_on,
         freeze_backbone_until=freeze_backbone_until,
     )
@@ -400,29 +396,17 @@ def tensors_of(model: nn.Module, names: set[str]) -> Iterator[tuple[str, Tensor]
     yield from ((name, value) for name, value in model.state_dict(keep_vars=True).items() if name in names)
 
 
-def _layers_above(model: SegmentationModel, extra: int, skip_last: int) -> dict[int, int]:
+def _layers_above(model: SegmentationModel, extra: int) -> dict[int, int]:
     """Return the number of layers between a backbone parameter and the head, by parameter ID.
 
-    It is 0 for the final norm and for the `skip_last` last blocks, else `extra` for the last block. Parameters before
-    the blocks are `extra` layers below the first one. A head's copies of blocks count like the blocks that they were
-    copied from.
-
-    Raises:
-        UserError: `skip_last` exceeds the number of blocks.
+    It is 0 for the final norm, and `extra` for the last block. Parameters before the blocks are `extra` layers below
+    the first one. A head's copies of blocks count like the blocks that they were copied from.
     """
-    most = max(len(model.backbone.blocks), len(model.head.trainable_blocks))
-    if skip_last > most:
-        raise UserError(
-            f"optim.optimizer.layer_decay_skip_last={skip_last} exceeds the number of blocks. Give a number from 0 to "
-            f"{most}."
-        )
     backbone = model.backbone
     lowest = max(0, len(backbone.blocks) - 1 + 2 * extra)
     above = {id(parameter): lowest for parameter in backbone.parameters()}
     for blocks in (backbone.blocks, model.head.trainable_blocks):
         for number, block in enumerate(blocks):
-            behind = len(blocks) - 1 - number
-            layers = 0 if behind < skip_last else behind + extra
-            above |= {id(parameter): layers for parameter in block.parameters()}
+            above |= {id(parameter): len(blocks) - 1 - number + extra for parameter in block.parameters()}
     last = [] if backbone.norm is None else backbone.norm.parameters()
     return above | {id(parameter): 0 for parameter in last}

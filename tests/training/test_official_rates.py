@@ -21,7 +21,6 @@ from dinoseg.models.heads.split import SplitHead
 from dinoseg.models.model import SegmentationModel
 from dinoseg.training.multi_head import join_optimizers
 from dinoseg.training.optim import ScheduleState, adamw, schedule, set_learning_rates
-from dinoseg.utils.errors import UserError
 
 DINOV2_LINEAR = """
 optimizer: {lr: 1.0e-3, weight_decay: 1.0e-4, weight_decay_on: all}
@@ -162,50 +161,6 @@ def test_rates_of_eomt(family, depth, recipe, lr, llrd, warmups, steps):
         for name, power in powers.items():
             rate = lr * head if power is None else lr * llrd**power * vit
             assert found[name] == (pytest.approx(rate, rel=1e-9), 0.05), name
-
-
-def official_eomt_rates(names, depth, blocks, lr, llrd, *, l2_enabled, lr_mult=1.0):
-    """Return the base rate of each parameter: a walk from the last to the first, which remembers the block."""
-    found, block = {}, depth
-    for name in reversed(names):
-        rate = np.float64(lr)
-        if not name.startswith("head."):
-            number = re.search(r"\.layer\.(\d+)\.", name)
-            block = int(number[1]) if number else block
-            if number or block == 0:
-                rate *= np.float64(llrd) ** (depth - 1 - block)
-            if re.search(r"\bmodel\.(norm|layernorm)\.", name):
-                rate = np.float64(lr)
-            if number and block >= depth - blocks and (not l2_enabled or lr_mult != 1.0):
-                rate = np.float64(lr)
-        found[name] = rate
-    return found
-
-
-@pytest.mark.parametrize("l2_enabled", [True, False])
-@pytest.mark.parametrize("family", ["dinov2", "dinov3_vit"])
-@pytest.mark.parametrize(("depth", "llrd"), [(24, 0.8), (12, 0.8), (7, 0.63), (4, 0.9)])
-def test_blocks_with_queries_without_layer_decay(family, depth, llrd, l2_enabled):
-    model = tiny(family, depth)
-    ours = {"layer_decay": llrd, "layer_decay_rule": "eomt", "layer_decay_skip_last": 0 if l2_enabled else 4}
-    optimizer = adamw(model, lr=2e-4, weight_decay=0.05, weight_decay_on="all", **ours)
-    found = {name: group["base_lr"] for group in optimizer.param_groups for name in group["names"]}
-    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    expected = official_eomt_rates(names, depth, 4, 2e-4, llrd, l2_enabled=l2_enabled)
-    assert found.keys() == expected.keys()
-    assert found == {name: pytest.approx(rate, rel=1e-12) for name, rate in expected.items()}
-    highest = {name for name, rate in found.items() if ".layer." in name and rate == 2e-4}
-    assert {int(name.split(".layer.")[1].split(".")[0]) for name in highest} == (
-        {depth - 1} if l2_enabled else set(range(depth - 4, depth))
-    )
-
-
-def test_no_more_blocks_than_there_are_skip_layer_decay():
-    model = tiny("dinov3_vit", 4)
-    with pytest.raises(
-        UserError, match="layer_decay_skip_last=5 exceeds the number of blocks. Give a number from 0 to 4"
-    ):
-        adamw(model, lr=1.0, layer_decay=0.5, layer_decay_skip_last=5)
 
 
 def test_eomt_s_lowest_rates():
