@@ -259,7 +259,7 @@ def test_every_package_has_its_level():
         ("report/curves.py", "from torch.utils.tensorboard import SummaryWriter", "may import torch.utils.tensorboard"),
         ("report/curves.py", "from torch.utils import tensorboard", "may import torch.utils.tensorboard"),
         ("tracking/smoothing.py", "from dinoseg.tracking.slots.matching import cosine", "trackers are siblings"),
-        ("tracking/slots/following.py", "from dinoseg.tracking import smoothing", "trackers are siblings"),
+        ("tracking/slots/propagation.py", "from dinoseg.tracking import smoothing", "trackers are siblings"),
         ("models/heads/cnn.py", "from .linear import LinearHead", "absolutely"),
         ("models/heads/cnn.py", "from dinoseg.core.geometry import *", "by name"),
     ],

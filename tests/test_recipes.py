@@ -27,6 +27,18 @@ SLOT_CONTRAST = SLOTS | {
     **{"head.slot_dim": 64, "head.hidden_dim": 256, "head.positions_grid": [24, 24], "trainer.steps": 100000},
     **{"optim.schedule.warmup": 2500 / 100000, "trainer.val_every": 2500},
 }
+VIDEOSAUR = SLOTS | {
+    **{"head.hidden_dim": None, "head.slot_init": "gaussian", "head.variance_as_std": True, "head.similarity": True},
+    **{"head.decoder": "slot_mixer", "head.similarity_of": "keys", "loss.criterion.terms.similarity.threshold": 0.0},
+    **{"loss.criterion.terms.similarity.unmatched": "uniform", "data.batch_size": 128, "resolution.crop": [224, 224]},
+    **{"optim.optimizer.lr": 1e-4 * 128 / 32, "optim.schedule.warmup": 2500 / 100000, "trainer.steps": 100000},
+    **{"data.view.flip": 0.5, "trainer.val_every": 1000, "data.clips.eval_square": 224},
+}
+VIDEOSAUR_MOVI = VIDEOSAUR | {
+    **{"head.slot_dim": 128, "head.initial_std": 128**-0.5, "head.mixer_blocks": 2, "head.decoder_depth": 5},
+    **{"head.reconstruct": False, "head.positions_grid": [28, 28], "backbone.patch_size": 8},
+    **{"loss.criterion.factors": {"similarity": 0.1}, "loss.criterion.terms.similarity.temperature": 0.075},
+}
 ORIGINALS = {
     "person_multiscale": ADAM
     | {"optim.optimizer.weight_decay": 1e-4, "data.batch_size": 8, "resolution.crop": [640, 640]}
@@ -54,15 +66,14 @@ ORIGINALS = {
     | {"head.num_slots": 7, "backbone.arch.hidden_size": 768, "data.view.flip": 0.0, "optim.optimizer.lr": 8e-4}
     | {"resolution.crop": [518, 518], "data.clips.eval_square": 518, "head.positions_grid": [37, 37]}
     | {"data.held_out": 300},
-    "videosaur/movi_c": SLOTS
-    | {"head.num_slots": 11, "head.slot_dim": 128, "head.hidden_dim": None, "head.slot_init": "gaussian"}
-    | {"head.initial_std": 128**-0.5, "head.variance_as_std": True, "head.decoder": "slot_mixer"}
-    | {"head.mixer_blocks": 2, "head.decoder_depth": 5, "head.reconstruct": False, "head.similarity": True}
-    | {"head.similarity_of": "keys", "head.positions_grid": [28, 28], "backbone.patch_size": 8}
-    | {"loss.criterion.factors": {"similarity": 0.1}, "loss.criterion.terms.similarity.temperature": 0.075}
-    | {"loss.criterion.terms.similarity.threshold": 0.0, "loss.criterion.terms.similarity.unmatched": "uniform"}
-    | {"data.batch_size": 128, "resolution.crop": [224, 224], "optim.optimizer.lr": 1e-4 * 128 / 32}
-    | {"optim.schedule.warmup": 0.025, "trainer.steps": 100000, "data.view.flip": 0.5, "trainer.val_every": 1000},
+    "videosaur/movi_c": VIDEOSAUR_MOVI | {"head.num_slots": 11, "backbone.weights": "facebook/dino-vitb8"},
+    "videosaur/movi_e": VIDEOSAUR_MOVI | {"head.num_slots": 15, "backbone.weights": "facebook/dino-vitb8"},
+    "videosaur/ytvis2021": VIDEOSAUR
+    | {"head.num_slots": 7, "head.slot_dim": 64, "head.initial_std": 64**-0.5, "head.mixer_blocks": 3}
+    | {"head.decoder_depth": 4, "head.reconstruct": True, "head.positions_grid": [14, 14]}
+    | {"backbone.weights": "facebook/dino-vitb16", "data.held_out": 300, "data.clips.eval_cut.length": 6}
+    | {"loss.criterion.factors": {"reconstruction": 1.0, "similarity": 0.1}, "data.clips.cut.short": "skip"}
+    | {"loss.criterion.terms.similarity.temperature": 0.25, "data.clips.eval_cut.step": None},
 }
 PROBE = {  # facebookresearch/dinov2 and dinov3, dinov3/eval/segmentation
     **{"resolution.crop": [512, 512], "data.batch_size": 16, "trainer.steps": 40000, "trainer.clip": None},

@@ -38,6 +38,7 @@ def cross_entropy_loss(
     hard_fraction: float = 1.0,
     border_weight: float = 1.0,
     border_width: int = 3,
+    average: str = "labelled",
 ) -> Tensor:
     """Return the cross-entropy over labelled pixels, averaged over their class weights; 0 without labelled pixels.
 
@@ -51,6 +52,9 @@ def cross_entropy_loss(
             (online hard example mining).
         border_weight: weight of pixels near a class border; all others have 1.
         border_width: distance in pixels up to which a pixel is near a border.
+        average: `labelled`, the mean over the summed weights of the labelled pixels; or `all`, the sum divided by the
+            number of all pixels, ignored ones included, as in mmsegmentation and DINOv3. `all` needs
+            `hard_fraction=1`.
 
     Raises:
         UserError: a shape, type or value is invalid.
@@ -72,6 +76,7 @@ def cross_entropy_loss(
         hard_fraction=hard_fraction,
         border_weight=border_weight,
         border_width=border_width,
+        average=average,
     )
 
 
@@ -85,6 +90,7 @@ def focal_loss(
     hard_fraction: float = 1.0,
     border_weight: float = 1.0,
     border_width: int = 3,
+    average: str = "labelled",
 ) -> Tensor:
     """Return the focal loss (Lin et al., arXiv 1708.02002) over labelled pixels, with a softmax over the classes.
 
@@ -97,6 +103,7 @@ def focal_loss(
         hard_fraction: as of `cross_entropy_loss`.
         border_weight: as of `cross_entropy_loss`.
         border_width: as of `cross_entropy_loss`.
+        average: as of `cross_entropy_loss`.
 
     Raises:
         UserError: a shape, type or value is invalid.
@@ -108,8 +115,18 @@ def focal_loss(
         >>> round(focal_loss(logits, targets, gamma=1.0).item(), 4)
         0.3466
     """
-    options = {"hard_fraction": hard_fraction, "border_weight": border_weight, "border_width": border_width}
-    return _value(Focal, logits, targets, ignore_index, class_weights, gamma=gamma, **options)
+    return _value(
+        Focal,
+        logits,
+        targets,
+        ignore_index,
+        class_weights,
+        gamma=gamma,
+        hard_fraction=hard_fraction,
+        border_weight=border_weight,
+        border_width=border_width,
+        average=average,
+    )
 
 
 def dice_loss(
@@ -223,6 +240,8 @@ def mask_classification_loss(
     factors: Mapping[str, float] = FACTORS,
     no_object: float = 0.1,
     num_points: int = 12544,
+    ignored: str = "excluded",
+    interpolation: str = "nearest",
 ) -> Tensor:
     """Return Mask2Former's loss (Cheng et al., arXiv 2112.01527) for heads of queries: mask2former and eomt.
 
@@ -236,6 +255,8 @@ def mask_classification_loss(
         factors: of the terms class, mask and dice.
         no_object: class weight of "no object".
         num_points: sampled points per mask.
+        ignored: treatment of ignored pixels: `excluded`, or `background` of every mask, as in Mask2Former's code.
+        interpolation: sampling of target masks at points: `nearest` pixel, or `bilinear`, as in Mask2Former's code.
 
     Raises:
         UserError: the prediction is one of logits, or a shape, type or value is invalid.
@@ -252,8 +273,18 @@ def mask_classification_loss(
     """
     if not isinstance(prediction, Prediction):
         raise UserError("mask_classification_loss needs model(images, as_prediction=True), and was given a tensor.")
-    options = {"factors": tuple(sorted(factors.items())), "no_object": no_object, "num_points": num_points}
-    return _value(MaskClassification, prediction, targets, ignore_index, class_weights, **options)
+    return _value(
+        MaskClassification,
+        prediction,
+        targets,
+        ignore_index,
+        class_weights,
+        factors=tuple(sorted(factors.items())),
+        no_object=no_object,
+        num_points=num_points,
+        ignored=ignored,
+        interpolation=interpolation,
+    )
 
 
 def compute_class_weights(counts: Sequence[int] | Tensor, scheme: str = "median") -> Tensor:

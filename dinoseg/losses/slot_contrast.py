@@ -61,8 +61,8 @@ class SlotContrast(Loss):
         weight = slots.new_full((), clips * (frames - 1))
         if not outputs.carried:
             return (outputs.slots.sum() * 0.0).abs(), {"weight": weight}  # abs avoids logging -0.0
-        here, following = (part.transpose(0, 1).flatten(1, 2) for part in (slots[:, :-1], slots[:, 1:]))
-        logits = here @ following.mT / self.temperature  # (T' - 1, B S, B S)
+        current, following = (part.transpose(0, 1).flatten(1, 2) for part in (slots[:, :-1], slots[:, 1:]))
+        logits = current @ following.mT / self.temperature  # (T' - 1, B S, B S)
         if self.softmax_over == "previous":
             logits = logits.mT
         targets = torch.arange(clips * count, device=logits.device).expand(frames - 1, -1)

@@ -15,12 +15,12 @@ from dinoseg.utils.ranges import Positive
 
 
 def similarity_targets(
-    here: Tensor, following: Tensor, temperature: float, threshold: float, *, uniform: bool = False
+    current: Tensor, following: Tensor, temperature: float, threshold: float, *, uniform: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Return the soft assignment of a frame's cells to those of the next frame, and which cells have one.
 
     Args:
-        here: features (B, C, N) of a frame.
+        current: features (B, C, N) of a frame.
         following: features (B, C, M) of the next frame.
         temperature: divisor of the cosine similarities before their softmax.
         threshold: pairs with a lower similarity get no share.
@@ -30,14 +30,14 @@ def similarity_targets(
         Shares (B, M, N), which sum to 1 over M, or to 0 where no cell is similar enough; and whether a cell has
         shares (B, N), bool.
     """
-    here, following = F.normalize(at_least_float32(here), dim=1), F.normalize(at_least_float32(following), dim=1)
-    similarity = following.transpose(1, 2) @ here  # (B, M, N)
+    current, following = F.normalize(at_least_float32(current), dim=1), F.normalize(at_least_float32(following), dim=1)
+    similarity = following.transpose(1, 2) @ current  # (B, M, N)
     unlike = similarity < threshold
-    lost = unlike.all(dim=1)  # their softmax would be NaN; NaN features still propagate
+    unmatched = unlike.all(dim=1)  # their softmax would be NaN; NaN features still propagate
     shares = similarity.div_(temperature).masked_fill_(unlike, -math.inf).softmax(dim=1)
     if uniform:
-        return shares.masked_fill_(lost[:, None], 1 / shares.shape[1]), torch.ones_like(lost)
-    return shares.masked_fill_(lost[:, None], 0), ~lost
+        return shares.masked_fill_(unmatched[:, None], 1 / shares.shape[1]), torch.ones_like(unmatched)
+    return shares.masked_fill_(unmatched[:, None], 0), ~unmatched
 
 
 class TemporalSimilarity(Loss):
@@ -103,13 +103,13 @@ class TemporalSimilarity(Loss):
         value = torch.stack([self._frame(*pair) for pair in pairs]).mean()
         return value, {"weight": value.new_full((), len(outputs.features) * len(pairs))}
 
-    def _frame(self, logits: Tensor, here: Tensor, following: Tensor) -> Tensor:
+    def _frame(self, logits: Tensor, current: Tensor, following: Tensor) -> Tensor:
         """Return the mean cross-entropy of one frame's cells.
 
         Written out, it stores only the targets and the logits for the backward pass, but not the log-softmax.
         """
         shares, has_target = similarity_targets(
-            here, following, self.temperature, self.threshold, uniform=self.unmatched == "uniform"
+            current, following, self.temperature, self.threshold, uniform=self.unmatched == "uniform"
         )
         assert shares.shape == logits.shape
         logits = at_least_float32(logits)

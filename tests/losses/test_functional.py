@@ -15,6 +15,7 @@ from dinoseg.losses import (
     dice_loss,
     focal_loss,
     lovasz_loss,
+    mask_classification,
     mask_classification_loss,
     tversky_loss,
 )
@@ -81,6 +82,26 @@ def test_the_lovasz_extension_of_hard_predictions_is_one_minus_iou():
     assert lovasz_loss(logits, targets).item() == pytest.approx(1 - (2 / 4 + 3 / 5) / 2)
 
 
+@pytest.mark.parametrize("size", [(9, 11), (1, 7), (13, 2)])
+@pytest.mark.parametrize("weights", [None, WEIGHTS])
+def test_means_over_all_pixels_divide_by_ignored_ones_too(size, weights):
+    rng = torch.Generator().manual_seed(size[0])
+    of_class = torch.tensor(weights or [1.0] * 3, dtype=torch.float64)
+    for _ in range(3):
+        logits = 2 * torch.randn(2, 3, *size, dtype=torch.float64, generator=rng)
+        targets = torch.randint(0, 3, (2, *size), generator=rng)
+        targets[torch.rand(targets.shape, generator=rng) < 0.4] = 255
+        options = {"average": "all", "class_weights": weights}
+        expected = F.cross_entropy(logits, targets, of_class, ignore_index=255, reduction="none").mean()
+        assert cross_entropy_loss(logits, targets, **options).item() == pytest.approx(expected.item(), rel=1e-12)
+        smooth = F.cross_entropy(logits, targets, of_class, ignore_index=255, reduction="none", label_smoothing=0.1)
+        found = cross_entropy_loss(logits, targets, label_smoothing=0.1, **options)
+        assert found.item() == pytest.approx(smooth.mean().item(), rel=1e-12)
+        costs = F.cross_entropy(logits, targets, ignore_index=255, reduction="none")
+        focal = of_class[targets.where(targets != 255, 0)] * (1 - (-costs).exp()) ** 1.5 * costs
+        assert focal_loss(logits, targets, gamma=1.5, **options).item() == pytest.approx(focal.mean().item(), rel=1e-12)
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 def test_gradients_are_right_and_types_do_not_matter(batch, loss):
     logits, targets = (part[:, ..., :5, :4] for part in batch)
@@ -126,6 +147,52 @@ def test_masks_of_queries_take_the_loss_of_their_training(batch):
         mask_classification_loss(batch[0], targets)
 
 
+@pytest.mark.parametrize("interpolation", ["nearest", "bilinear"])
+@pytest.mark.parametrize("ignored", ["excluded", "background"])
+@pytest.mark.parametrize("size", [(9, 11), (5, 4)])
+def test_ignored_pixels_and_target_masks_of_queries(monkeypatch, ignored, interpolation, size):
+    """One class in each image but the last, which has none; the query of lowest cost is matched."""
+    rng = torch.Generator().manual_seed(size[1])
+    classes, masks = (torch.randn(3, 4, *shape, dtype=torch.float64, generator=rng) for shape in ((4,), (3, 5)))
+    targets = torch.tensor([2, 1, 255])[:, None, None].repeat(1, *size)
+    targets[:, torch.rand(size, generator=rng) < 0.5] = 255
+    points = torch.rand(1, 30, 2, dtype=torch.float64, generator=rng)
+    for name in ("random_points", "uncertain_points"):
+        monkeypatch.setattr(mask_classification, name, lambda first, *_, **__: every_point(points, first))
+    shares = WeightedMasks(masks, classes.softmax(-1)[..., :3])
+    prediction = Prediction(MaskOutputs(classes, masks), size, (1.0, 1.0), None, mixture=True, masks=shares)
+    found = mask_classification_loss(prediction, targets, ignored=ignored, interpolation=interpolation, no_object=0.1)
+
+    weight, wanted, terms = torch.tensor([1, 1, 1, 0.1]).double(), torch.full((3, 4), 3), []
+    fading = {"padding_mode": "border" if interpolation == "nearest" else "zeros", "align_corners": False}
+    grid = (2 * points - 1)[:, None]  # (1, 1, P, 2)
+    for image, label in enumerate((2, 1)):
+        read = {"mode": interpolation, "padding_mode": "zeros", "align_corners": False}
+        truth, known = (
+            F.grid_sample(part.double()[None, None], grid, **read)[0, 0, 0]
+            for part in (targets[image] == label, targets[image] != 255)
+        )
+        known = known if ignored == "excluded" else torch.ones_like(known)
+        logits = F.grid_sample(masks[image][None], grid, **fading)[0, :, 0]  # (Q, P)
+        truth_share = (truth / known.clamp(min=1e-9)).expand_as(logits)
+        entropy = F.binary_cross_entropy_with_logits(logits, truth_share, known.expand_as(logits), reduction="none")
+        entropy = entropy.sum(1) / known.sum().clamp(min=1)
+        probability = logits.sigmoid()
+        dice = 1 - (2 * (probability * truth).sum(1) + 1) / ((probability * known).sum(1) + truth.sum() + 1)
+        query = int((5 * entropy + 5 * dice - 2 * classes[image].softmax(-1)[:, label]).argmin())
+        wanted[image, query] = label
+        terms.append(5 * entropy[query] + 5 * dice[query])
+    if ignored == "excluded":
+        wanted[2] = -100
+    expected = 2 * F.cross_entropy(classes.flatten(0, 1), wanted.flatten(), weight) + torch.stack(terms).mean()
+    assert found.item() == pytest.approx(expected.item(), rel=1e-7)
+
+
+def every_point(points, first):
+    """Return the same points for each of `first`, a number of images or the masks themselves."""
+    return points.expand(first if isinstance(first, int) else len(first), -1, -1)
+
+
 def test_weights_from_counts_have_a_mean_of_one():
     assert compute_class_weights(torch.tensor([100, 300]), "inverse").tolist() == [1.5, 0.5]
     assert compute_class_weights([5, 0], "none").tolist() == [1, 1]
@@ -142,6 +209,8 @@ def test_weights_from_counts_have_a_mean_of_one():
         ((2, 3, 4, 4), (2, 4, 4), {"class_weights": [1.0]}, r"class_weights has the shape \[1\]. Give one .*: 3"),
         ((2, 3, 4, 4), (2, 4, 4), {"hard_fraction": 0.0}, "^hard_fraction=0.0: give a fraction"),
         ((2, 3, 4, 4), (2, 4, 4), {"label_smoothing": 1.0}, "^label_smoothing=1.0: give a number"),
+        ((1, 2, 3, 3), (1, 3, 3), {"average": "known"}, "^average=known is unknown. Choose one of labelled, all"),
+        ((1, 2, 3, 3), (1, 3, 3), {"average": "all", "hard_fraction": 0.5}, "^average=all and hard_fraction=0.5"),
     ],
 )
 def test_mistakes_are_refused(logits, targets, options, message):

@@ -357,6 +357,10 @@ OFFICIAL = {
     "slotcontrast/movi_e": ("resolution.crop=[56,56]", "data.clips.eval_square=56", "backbone.arch.mlp_ratio=2"),
     "slotcontrast/ytvis2021": ("data=movi", "resolution.crop=[28,28]", "data.clips.eval_square=28"),
     "videosaur/movi_c": ("resolution.crop=[40,40]", "data.clips.eval_square=40", "backbone.arch.intermediate_size=48"),
+    "videosaur/movi_e": ("resolution.crop=[40,40]", "data.clips.eval_square=40", "backbone.arch.intermediate_size=48"),
+    "videosaur/ytvis2021": (
+        *("data=movi", "resolution.crop=[32,32]", "data.clips.eval_square=32", "backbone.arch.intermediate_size=48"),
+    ),
 }
 
 

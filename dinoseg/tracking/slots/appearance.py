@@ -14,7 +14,7 @@ _STAY = 1e-6  # tolerance within which two assignments count as equal
 _FAR = 1e9  # distance to a slot that has never won a cell
 
 
-class Settled(NamedTuple):
+class AppearanceUpdate(NamedTuple):
     """Result of one frame: updated appearance, slot assignment and masks."""
 
     known: "Appearance"  # including this frame
@@ -42,7 +42,7 @@ class Appearance:
     whole: bool = False
 
     @classmethod
-    def nothing(cls, num_slots: int, width: int) -> "Appearance":
+    def empty(cls, num_slots: int, width: int) -> "Appearance":
         """Return the empty appearance before the first frame."""
         return cls(_zeros(num_slots, width), _zeros(num_slots), _zeros(2, width))
 
@@ -55,7 +55,7 @@ class Appearance:
         weight: float,
         *,
         same: bool = False,
-    ) -> Settled:
+    ) -> AppearanceUpdate:
         """Add a frame, assign its slots to those of the first frame, and compute its masks.
 
         A cell is won by the slot with the highest mask; it also has a nearest slot of the first frame by mean features.
@@ -97,7 +97,7 @@ class Appearance:
         scores = (soft[successors] + _MIN).log() - weight * now._distances(tokens, scale)
         known = self._with(valid_tokens, _winners(scores[:, inside]), moments)
         settled = (scores / max(1.0, weight / 2)).softmax(0)
-        return Settled(known, successors, settled.float().view_as(masks).to(masks.device))
+        return AppearanceUpdate(known, successors, settled.float().view_as(masks).to(masks.device))
 
     def _with(self, tokens: Tensor, won: Tensor, moments: Tensor) -> "Appearance":
         """Return the appearance updated by one frame's tokens (N, C); `won` (S, N) is 1 where a slot won a cell."""
@@ -108,8 +108,8 @@ class Appearance:
     def _distances(self, tokens: Tensor, scale: "_Scale") -> Tensor:
         """Return the squared distances (S, N) of scaled tokens (N, C) to each slot's mean features."""
         means = scale(self.sums / self.cells.clamp(min=1)[:, None])
-        apart = torch.cdist(means, tokens).square() / tokens.shape[1]
-        return apart.masked_fill(self.cells[:, None] == 0, _FAR)
+        distances = torch.cdist(means, tokens).square() / tokens.shape[1]
+        return distances.masked_fill(self.cells[:, None] == 0, _FAR)
 
 
 class _Scale(NamedTuple):

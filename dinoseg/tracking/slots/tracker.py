@@ -17,8 +17,8 @@ from dinoseg.models.heads.slots.background import background_mask
 from dinoseg.models.model import SegmentationModel
 from dinoseg.tracking.provenance import model_settings, precision_of
 from dinoseg.tracking.slots.appearance import Appearance
-from dinoseg.tracking.slots.following import Followed, Follower, SlotFrame
 from dinoseg.tracking.slots.matching import Correspondence, winners
+from dinoseg.tracking.slots.propagation import SlotFrame, SlotPropagator, SlotState
 from dinoseg.tracking.slots.settings import SlotTracking
 from dinoseg.tracking.state_form import TensorForm, check_state
 from dinoseg.tracking.tracker import Autocast, LabelledFrames, Tracker
@@ -32,7 +32,7 @@ _FORMS = {
     "slots": TensorForm(None, "1 S D"),
     "masks": TensorForm(torch.float32, "S h w", 0),
     "path": TensorForm(torch.float64, "S S", 0),
-    "places": TensorForm(torch.int64, "S", 0),
+    "successors": TensorForm(torch.int64, "S", 0),
     "ids": TensorForm(torch.int64, "S", 0, VOID),
     "sizes": TensorForm(torch.int64, "G", 0),
     "labelled": TensorForm(torch.int64, "1", 0, 1),
@@ -91,8 +91,8 @@ class SlotTracker(Tracker):
         if not model.backbone.has_class_attention:
             _refuse_class_attention(settings)
         self._mask_source = slots.mask_source
-        self._follower = Follower(slots, settings, autocast)
-        self._followed: Followed | None = None
+        self._propagator = SlotPropagator(slots, settings, autocast)
+        self._state: SlotState | None = None
         self._known: Appearance | None = None  # of the whole video, after a first pass
 
     @cached_property
@@ -114,13 +114,13 @@ class SlotTracker(Tracker):
                 although `lock_on` needs them; there are more objects than slots; or `passes` is 2 and `look_ahead` was
                 not called.
         """
-        if self._slot_settings.passes == 2 and self._followed is None and self._known is None:
+        if self._slot_settings.passes == 2 and self._state is None and self._known is None:
             raise UserError(
                 "slots.passes=2 needs the whole video before its first frame: call look_ahead(...) with it before "
                 "track(...), or give slots.passes=1."
             )
         assert self.size is not None
-        begins = self._followed is None
+        begins = self._state is None
         shown = [ids[winners(masks, self.size, valid)] for masks, ids, valid in self._through(frames, labels)]
         found = list(torch.stack(shown).cpu().numpy())
         if begins and labels[0] is not None:
@@ -136,16 +136,16 @@ class SlotTracker(Tracker):
         Raises:
             UserError: see `track`.
         """
-        self._followed, self._known, self.size = None, None, None
+        self._state, self._known, self.size = None, None, None
         if self._slot_settings.passes == 1:
             return
         for frames, labels in video():
             for batch in self.batches(frames, labels):
                 for _ in self._through(*batch):
                     pass
-        if self._followed is not None and self._followed.appearance is not None:
-            self._known = replace(self._followed.appearance, whole=True)
-        self._followed, self.size = None, None
+        if self._state is not None and self._state.appearance is not None:
+            self._known = replace(self._state.appearance, whole=True)
+        self._state, self.size = None, None
 
     def _through(
         self, frames: Sequence[np.ndarray], labels: Sequence[np.ndarray | None]
@@ -163,22 +163,22 @@ class SlotTracker(Tracker):
                 None if mask is None else np.where(mask == VOID, 0, mask).astype(np.uint8),
                 valid,
             )
-            if self._followed is None:
-                self._followed, masks = self._follower.begin(frame, self._known)
+            if self._state is None:
+                self._state, masks = self._propagator.start(frame, self._known)
             else:
-                self._followed, masks = self._follower.go_on(self._followed, frame)
-            yield masks, torch.tensor(self._followed.ids, dtype=torch.uint8, device=self.device), valid
+                self._state, masks = self._propagator.step(self._state, frame)
+            yield masks, torch.tensor(self._state.ids, dtype=torch.uint8, device=self.device), valid
 
     def state(self) -> dict[str, Tensor]:
         """Return all tensors that the next frame depends on; empty before the first frame."""
-        now = self._followed
+        now = self._state
         if now is None or self.size is None:
             return {}
         tensors = {
             "slots": now.slots,
             "masks": now.masks,
             "path": now.correspondence.matrix,
-            "places": now.correspondence.successors,
+            "successors": now.correspondence.successors,
         }
         counts = {"ids": now.ids, "sizes": now.sizes, "labelled": [int(now.labelled)], "frame": self.size}
         counts["background"] = [now.num_background]
@@ -196,7 +196,7 @@ class SlotTracker(Tracker):
         Raises:
             ValueError: the state is invalid.
         """
-        self._followed, self.size = None, None
+        self._state, self.size = None, None
         if not state:
             return
         by_appearance = self._slot_settings.match == "appearance"
@@ -204,14 +204,14 @@ class SlotTracker(Tracker):
         if by_appearance and (int(state["whole"]) != self._slot_settings.passes - 1 or not state["cells"].any()):
             raise ValueError(f"whole and cells do not match slots.passes={self._slot_settings.passes}")
         slots = state["slots"].shape[1]
-        if sorted(state["places"].tolist()) != list(range(slots)) or int(state["sizes"].sum()) != slots:
+        if sorted(state["successors"].tolist()) != list(range(slots)) or int(state["sizes"].sum()) != slots:
             raise ValueError(f"positions or sizes do not match {slots} slots")
         height, width = state["frame"].tolist()
         self.size = (height, width)
-        self._followed = Followed(
+        self._state = SlotState(
             slots=state["slots"].to(self.device, copy=True),
             masks=state["masks"].to(self.device, copy=True),
-            correspondence=Correspondence(state["path"].to("cpu", copy=True), state["places"].to("cpu", copy=True)),
+            correspondence=Correspondence(state["path"].to("cpu", copy=True), state["successors"].to("cpu", copy=True)),
             ids=state["ids"].tolist(),
             labelled=bool(state["labelled"]),
             sizes=state["sizes"].tolist(),
@@ -221,8 +221,8 @@ class SlotTracker(Tracker):
 
     def _features(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the backbone's last map (B, C, h, w) and, if needed, a mask of the background (B, h, w)."""
-        asks = self._follower.needs_background
-        needed = asks(first=False) or (self._followed is None and asks(first=True))
+        asks = self._propagator.needs_background
+        needed = asks(first=False) or (self._state is None and asks(first=True))
         with self.autocast():
             if not needed:
                 return self._model.backbone(pixels)[-1], None
@@ -230,7 +230,7 @@ class SlotTracker(Tracker):
         return maps[-1], background_mask(attention)
 
     def _check_labels(self, labels: Sequence[np.ndarray | None]) -> None:
-        labelled = labels[0] is not None if self._followed is None else self._followed.labelled
+        labelled = labels[0] is not None if self._state is None else self._state.labelled
         if self._slot_settings.lock_on and not labelled:
             raise UserError(
                 "slots.lock_on=true initialises slots from the mask of the first frame, which is missing. Give it, or "

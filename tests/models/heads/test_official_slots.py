@@ -1,5 +1,7 @@
 """Slot heads and losses of SlotContrast and VideoSAUR against their formulas, written out in float64 numpy."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -22,9 +24,11 @@ COMMON = {
 SLOT_CONTRAST = COMMON | {"slot_init": "learned", "hidden_dim": 32}
 VIDEOSAUR = COMMON | {
     **{"slot_init": "gaussian", "initial_std": 8**-0.5, "variance_as_std": True, "hidden_dim": None},
-    **{"decoder": "slot_mixer", "decoder_depth": 5, "similarity": True, "similarity_of": "keys"},
+    **{"decoder": "slot_mixer", "similarity": True, "similarity_of": "keys"},
 }
-ONLY_SIMILARITY = VIDEOSAUR | {"reconstruct": False}
+ONLY_SIMILARITY = VIDEOSAUR | {"reconstruct": False, "mixer_blocks": 2, "decoder_depth": 5}  # on MOVi
+BOTH = VIDEOSAUR | {"mixer_blocks": 3, "decoder_depth": 4}  # on YouTube-VIS
+TEMPERATURES = {"similarity": 0.075, "both": 0.25}
 
 
 def softmax(x, axis):
@@ -93,8 +97,8 @@ def correct(slots, tokens, w, iterations):
 
 
 def decode_mlp(slots, w):
-    places = w["decoder.positions.table"].reshape(slots.shape[-1], -1).T  # (N, D)
-    hidden = slots[:, :, None] + places  # (B, S, N, D)
+    positions = w["decoder.positions.table"].reshape(slots.shape[-1], -1).T  # (N, D)
+    hidden = slots[:, :, None] + positions  # (B, S, N, D)
     for layer in range(3):
         hidden = relu(linear(hidden, w, f"decoder.layers.{layer}"))
     outputs = linear(hidden, w, "decoder.layers.3")
@@ -102,17 +106,17 @@ def decode_mlp(slots, w):
     return (outputs[..., :-1] * masks).sum(1), masks[..., 0]
 
 
-def decode_mixer(slots, w):
-    places = w["decoder.positions.table"].reshape(slots.shape[-1], -1).T
-    cells = np.broadcast_to(places, (len(slots), *places.shape))
+def decode_mixer(slots, w, blocks, hidden_layers):
+    positions = w["decoder.positions.table"].reshape(slots.shape[-1], -1).T
+    cells = np.broadcast_to(positions, (len(slots), *positions.shape))
     memory = norm(slots, w, "decoder.norm_memory")
-    for number in range(2):
+    for number in range(blocks):
         cells = block(cells, memory, w, f"decoder.blocks.{number}")
     q = linear(norm(cells, w, "decoder.norm_query"), w, "decoder.query")
     k = linear(norm(slots, w, "decoder.norm_key"), w, "decoder.key")
     masks = softmax(q @ np.swapaxes(k, -1, -2) * slots.shape[-1] ** -0.5, -1)  # (B, N, S)
-    hidden = masks @ slots + places
-    for layer in range(4):
+    hidden = masks @ slots + positions
+    for layer in range(hidden_layers):
         hidden = relu(linear(hidden, w, f"decoder.mlp.{2 * layer}"))
     return linear(hidden, w, "decoder.last"), np.swapaxes(masks, -1, -2)
 
@@ -137,7 +141,7 @@ def contrast(slots, temperature=0.1):
     return -np.log(np.diagonal(softmax(logits, 1), axis1=1, axis2=2)).mean()
 
 
-def time_similarity(logits, keys, temperature=0.075):
+def time_similarity(logits, keys, temperature):
     """Cross-entropy over the cells of the next frame; a cell without similar ones has a uniform target."""
     keys = keys / np.linalg.norm(keys, axis=-1, keepdims=True)
     similarity = keys[:, :-1] @ np.swapaxes(keys[:, 1:], -1, -2)  # (B, T - 1, N, N)
@@ -146,14 +150,20 @@ def time_similarity(logits, keys, temperature=0.075):
     return -(softmax(similarity, -1) * np.log(softmax(logits[:, :-1], -1))).sum(-1).mean()
 
 
+DECODERS = {  # of MOVi: two blocks and four hidden layers; of YouTube-VIS: three of both
+    **{"contrast": decode_mlp, "similarity": partial(decode_mixer, blocks=2, hidden_layers=4)},
+    **{"both": partial(decode_mixer, blocks=3, hidden_layers=3)},
+}
+
+
 def loss_of(kind, features, keys, w, start):
-    slots, outputs, _ = run(features, w, start, decode_mlp if kind == "contrast" else decode_mixer)
+    slots, outputs, _ = run(features, w, start, DECODERS[kind])
     if kind == "contrast":
         return ((outputs - features) ** 2).mean() + 0.5 * contrast(slots)
     if kind == "similarity":
-        return 0.1 * time_similarity(outputs, keys)
+        return 0.1 * time_similarity(outputs, keys, 0.075)
     dim = features.shape[-1]
-    return ((outputs[..., :dim] - features) ** 2).mean() + 0.1 * time_similarity(outputs[..., dim:], keys)
+    return ((outputs[..., :dim] - features) ** 2).mean() + 0.1 * time_similarity(outputs[..., dim:], keys, 0.25)
 
 
 class Maps(Backbone):
@@ -174,7 +184,7 @@ class Maps(Backbone):
 
 def criterion(kind):
     contrasts = {"reconstruction": FeatureReconstruction, "contrast": lambda: SlotContrast(softmax_over="previous")}
-    similar = {"similarity": lambda: TemporalSimilarity(unmatched="uniform")}
+    similar = {"similarity": lambda: TemporalSimilarity(TEMPERATURES[kind], unmatched="uniform")}
     if kind == "contrast":
         return WeightedSum(contrasts, {"reconstruction": 1.0, "contrast": 0.5})
     if kind == "similarity":
@@ -186,7 +196,7 @@ def to_tokens(tensor):
     return tensor.detach().flatten(3).transpose(2, 3).numpy()  # (B, T, N, C)
 
 
-KINDS = {"contrast": SLOT_CONTRAST, "similarity": ONLY_SIMILARITY, "both": VIDEOSAUR}
+KINDS = {"contrast": SLOT_CONTRAST, "similarity": ONLY_SIMILARITY, "both": BOTH}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -211,8 +221,8 @@ def test_loss_masks_and_gradients_of_a_step_equal_the_formula(monkeypatch, kind,
     weights = {name: each.detach().numpy().copy() for name, each in head.state_dict().items()}
 
     def formula(w):
-        if "slot_attention.table" in w:
-            start = np.repeat(w["slot_attention.table"], batch, 0)
+        if "slot_attention.learned_slots" in w:
+            start = np.repeat(w["slot_attention.learned_slots"], batch, 0)
         else:
             start = w["slot_attention.mean"] + noise.numpy() * np.exp(w["slot_attention.log_variance"])
         return start
@@ -221,8 +231,7 @@ def test_loss_masks_and_gradients_of_a_step_equal_the_formula(monkeypatch, kind,
         return loss_of(kind, to_tokens(features), to_tokens(keys), w, formula(w))
 
     assert value.item() == pytest.approx(expected(weights), rel=1e-10)
-    decode = decode_mlp if kind == "contrast" else decode_mixer
-    masks = run(to_tokens(features), weights, formula(weights), decode)[2]
+    masks = run(to_tokens(features), weights, formula(weights), DECODERS[kind])[2]
     assert outputs.alphas[0].detach().flatten(3).numpy() == pytest.approx(masks, rel=1e-8, abs=1e-12)
     rng, step = np.random.default_rng(seed), 1e-6
     checked = 0
@@ -238,7 +247,7 @@ def test_loss_masks_and_gradients_of_a_step_equal_the_formula(monkeypatch, kind,
 def test_initial_weights_are_those_of_the_published_code():
     torch.manual_seed(0)
     head = SlotHead(64, 1, num_slots=50, positions_grid=[20, 20], **SLOT_CONTRAST | {"slot_dim": 64})
-    assert head.slot_attention.table.std().item() == pytest.approx(1 / 8, rel=0.05)
+    assert head.slot_attention.learned_slots.std().item() == pytest.approx(1 / 8, rel=0.05)
     assert head.decoder.positions.table.std().item() == pytest.approx(1 / 8, rel=0.05)
     assert head.slot_attention.key.weight.std().item() == pytest.approx((1 / 3 / 64) ** 0.5, rel=0.1)
     for layers in (head.token_mlp, head.slot_attention.mlp, head.decoder.layers):

@@ -140,7 +140,7 @@ def test_first_slots_have_the_mean_and_the_spread_of_their_group(as_std, power):
         module.mean.copy_(torch.tensor([1.0, -2.0])), module.log_variance.copy_(torch.tensor([1.0, 0.5]))
         module.group_mean.copy_(torch.tensor([[[5.0, 0.0], [0.0, 7.0]]]))
         module.group_log_variance.copy_(torch.tensor([[[0.0, 0.0], [-1.0, 1.0]]]))
-    slots = module.start(torch.zeros(4000, 6, 5), (3, 2))
+    slots = module.initial_slots(torch.zeros(4000, 6, 5), (3, 2))
     assert slots.shape == (4000, 5, 2)
     for part, mean, log_variance in ((slots[:, :3], (6, -2), (1, 0.5)), (slots[:, 3:], (1, 5), (0, 1.5))):
         values = part.reshape(-1, 2)
@@ -153,15 +153,15 @@ def test_first_slots_are_drawn_in_training_and_fixed_in_eval_mode():
     module = SlotAttention(5, 4, 3)
     tokens = torch.randn(2, 6, 5)
     torch.manual_seed(1)
-    first, second = module.start(tokens, [3]), module.start(tokens, [3])
+    first, second = module.initial_slots(tokens, [3]), module.initial_slots(tokens, [3])
     torch.manual_seed(1)
-    assert torch.equal(first, module.start(tokens, [3]))
+    assert torch.equal(first, module.initial_slots(tokens, [3]))
     assert not torch.equal(first, second) and not torch.equal(first[0], first[1])
     module.eval()
     before = torch.get_rng_state()
-    fixed = module.start(tokens, [3])
+    fixed = module.initial_slots(tokens, [3])
     assert torch.equal(before, torch.get_rng_state())  # nothing is taken from the training's own numbers
-    assert torch.equal(fixed[:1], module.start(tokens[:1], [3])) and torch.equal(fixed[0], fixed[1])
+    assert torch.equal(fixed[:1], module.initial_slots(tokens[:1], [3])) and torch.equal(fixed[0], fixed[1])
     assert not torch.equal(fixed[0, 0], fixed[0, 1])
 
 
@@ -195,7 +195,7 @@ def test_distant_tokens_are_each_the_farthest_from_all_before(some):
 def test_distant_tokens_of_training_begin_anywhere():
     tokens = torch.randn(1, 9, 4).expand(400, -1, -1)
     torch.manual_seed(1)
-    found = distant_tokens(tokens, 3, anywhere=True)
+    found = distant_tokens(tokens, 3, random_first=True)
     assert len(found[:, 0].unique()) == 9
     assert all(len(set(row)) == 3 for row in found.tolist())
 
@@ -209,27 +209,27 @@ def test_half_precision_chooses_as_float32_does():
 def test_unlike_slots_of_training_begin_anywhere():
     module, tokens = made(SlotAttention, 5, 4, 3, slot_init="clusters").train(), torch.randn(1, 7, 5).double()
     module._noise = lambda batch, count: torch.zeros(batch, count, 4).double()  # so that they differ by their tokens
-    firsts = {module.start(tokens, [1]).flatten().tolist()[0] for _ in range(100)}
+    firsts = {module.initial_slots(tokens, [1]).flatten().tolist()[0] for _ in range(100)}
     assert len(firsts) == 7
-    assert module.eval().start(tokens, [1]).equal(module.start(tokens, [1]))
+    assert module.eval().initial_slots(tokens, [1]).equal(module.initial_slots(tokens, [1]))
 
 
 def test_unlike_slots_are_the_drawn_ones_and_what_their_tokens_tell():
     module = made(SlotAttention, 5, 4, 3, slot_init="clusters").eval()
     tokens = torch.randn(2, 7, 5).double()
     places = distant_tokens(module.norm_tokens(tokens), 3)
-    found, seed = module.start(tokens, [3]), module.seed
-    module.seed = None
-    drawn = module.start(tokens, [3])
+    found, seed = module.initial_slots(tokens, [3]), module.cluster_init
+    module.cluster_init = None
+    drawn = module.initial_slots(tokens, [3])
     for clip in range(2):
         for slot in range(3):
             row = normed(tokens[clip, places[clip, slot]].tolist(), module.norm_tokens)
             told = torch.tensor(times(seed.weight, row, seed.bias), dtype=torch.float64)
             torch.testing.assert_close(found[clip, slot], drawn[clip, slot] + told, **EXACT)
-    module.seed = seed
+    module.cluster_init = seed
     allowed = torch.zeros(2, 3, 7, dtype=torch.bool)
     allowed[:, :, 4] = True
-    at_one = module.start(tokens, [3], allowed) - drawn
+    at_one = module.initial_slots(tokens, [3], allowed) - drawn
     torch.testing.assert_close(at_one, at_one[:, :1].expand(-1, 3, -1), **EXACT)
 
 
@@ -247,8 +247,8 @@ def test_unlike_slots_begin_as_soft_k_means():
     kinds = torch.randn(4, 24).double()
     kind = torch.arange(20) % 4
     tokens = (kinds[kind] + 0.05 * torch.randn(1, 20, 24)).double()
-    slots = module.start(tokens, [4])
-    assert not module.seed.bias.any()
+    slots = module.initial_slots(tokens, [4])
+    assert not module.cluster_init.bias.any()
     found, weights = module(tokens, slots, 2)
     assert [len(set(weights[0].argmax(0)[kind == one].tolist())) for one in range(4)] == [1] * 4
     assert len(set(weights[0].argmax(0).tolist())) == 4 and (weights[0].amax(0) > 0.8).all()
@@ -264,7 +264,7 @@ def test_unlike_slots_begin_as_soft_k_means():
     ).sigmoid()
     once, _ = module(tokens, slots, 1)
     torch.testing.assert_close(once, (1 - gate) * won.tanh() + gate * slots, **EXACT)
-    spread = torch.stack([module.train()._drawn(1, [4]) for _ in range(500)]).std()
+    spread = torch.stack([module.train()._sample(1, [4]) for _ in range(500)]).std()
     assert 0.12 < spread.item() < 0.14
 
 

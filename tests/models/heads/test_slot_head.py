@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dinoseg.core.contracts import Backbone
-from dinoseg.models.heads.slots.attention import Standard, allowed_cells
+from dinoseg.models.heads.slots.attention import Standardiser, allowed_cells
 from dinoseg.models.heads.slots.background import background_mask
 from dinoseg.models.heads.slots.head import SlotHead
 from dinoseg.models.model import SegmentationModel
@@ -94,17 +94,17 @@ def test_the_config_gives_the_published_head(compose):
     assert list(cfg.backbone.layers) == [-1] and cfg.head._target_ == "dinoseg.models.heads.slots.head.SlotHead"
 
 
-@pytest.mark.parametrize(("steps", "telling"), [(0, 4), (1, 3), ([1], 3), ([0, 3], 1), ([2, 0], 2)])
-def test_outputs_have_their_shapes(steps, telling):
-    head, features = made(steps=steps, time_decoder="linear").train(telling > 1), clip()
+@pytest.mark.parametrize(("steps", "num_sources"), [(0, 4), (1, 3), ([1], 3), ([0, 3], 1), ([2, 0], 2)])
+def test_outputs_have_their_shapes(steps, num_sources):
+    head, features = made(steps=steps, time_decoder="linear").train(num_sources > 1), clip()
     outputs = head.follow(features)
     assert outputs.features is features and outputs.steps == head.steps
-    assert outputs.slots.shape == (2, telling, 3, 8) and outputs.attention.shape == (2, telling, 3, 3, 4)
+    assert outputs.slots.shape == (2, num_sources, 3, 8) and outputs.attention.shape == (2, num_sources, 3, 3, 4)
     assert len(outputs.reconstructions) == len(outputs.alphas) == len(head.steps)
-    assert all(part.shape == (2, telling, DIM, 3, 4) for part in outputs.reconstructions)
-    assert all(part.shape == (2, telling, 3, 3, 4) for part in outputs.alphas)
+    assert all(part.shape == (2, num_sources, DIM, 3, 4) for part in outputs.reconstructions)
+    assert all(part.shape == (2, num_sources, 3, 3, 4) for part in outputs.alphas)
     for shares in (outputs.attention, *outputs.alphas):
-        torch.testing.assert_close(shares.sum(2), torch.ones(2, telling, 3, 4).double())
+        torch.testing.assert_close(shares.sum(2), torch.ones(2, num_sources, 3, 4).double())
     assert outputs.similarity is None
 
 
@@ -142,7 +142,7 @@ def test_frame_by_frame_is_the_same_as_the_clip(predictor, groups, grid):
 def test_iterations_and_predictor_are_where_they_belong():
     head, features = made(iterations=2, first_iterations=4).eval(), clip(3)
     tokens = [features[:, time].flatten(2).mT for time in range(3)]
-    slots, _ = head.slot_attention(tokens[0], head.slot_attention.start(tokens[0], [3]), 4)
+    slots, _ = head.slot_attention(tokens[0], head.slot_attention.initial_slots(tokens[0], [3]), 4)
     for time in (1, 2):
         slots, weights = head.slot_attention(tokens[time], head.predictor(slots), 2)
     outputs = head.follow(features)
@@ -177,17 +177,17 @@ def test_slots_see_and_give_back_standardised_channels():
     torch.testing.assert_close(pixels.mean(1), torch.zeros(DIM).double())
     torch.testing.assert_close(pixels.var(1, correction=0), torch.ones(DIM).double(), rtol=1e-4, atol=0)
     pixels = features.transpose(0, 2).flatten(1)  # (C, B * T * h * w)
-    torch.testing.assert_close(head.standard.running_mean, pixels.mean(1))
-    torch.testing.assert_close(head.standard.running_var, pixels.var(1))
+    torch.testing.assert_close(head.standardiser.running_mean, pixels.mean(1))
+    torch.testing.assert_close(head.standardiser.running_var, pixels.var(1))
     for _ in range(2):
         head.follow(features)  # the mean over batches: of the same three times the same
-    torch.testing.assert_close(head.standard.running_mean, pixels.mean(1))
+    torch.testing.assert_close(head.standardiser.running_mean, pixels.mean(1))
     plain = made().train()
     plain.load_state_dict(head.state_dict(), strict=False)
     head.eval(), plain.eval()
     with torch.no_grad():
-        head.standard.running_mean.copy_(shift.flatten())
-        head.standard.running_var.copy_(scale.flatten().square() - head.standard.eps)
+        head.standardiser.running_mean.copy_(shift.flatten())
+        head.standardiser.running_var.copy_(scale.flatten().square() - head.standardiser.eps)
     ours, theirs = head.follow(features), plain.follow(seen)
     torch.testing.assert_close(ours.attention, theirs.attention)
     torch.testing.assert_close(ours.features, seen)
@@ -199,7 +199,7 @@ def test_slots_see_and_give_back_standardised_channels():
 def test_channels_of_half_precision_are_counted_in_float32():
     torch.manual_seed(2)
     features = (torch.randn(2, DIM, 16, 16) * 3 + 400).half()
-    standard = Standard(DIM).train()
+    standard = Standardiser(DIM).train()
     standard(features)
     torch.testing.assert_close(standard.running_var, features.float().var((0, 2, 3)))
     torch.testing.assert_close(standard.running_mean, features.float().mean((0, 2, 3)))
@@ -209,7 +209,7 @@ def test_a_single_cell_has_no_variance_to_train_on():
     head, cell = made(standardise=True, num_slots=1, predictor="none"), clip(1, (1, 1), 1)
     with pytest.raises(UserError, match="head.standardise=true computes mean and variance over the cells of a batch"):
         head.train().follow(cell)
-    assert head.standard.running_var.isfinite().all() and head.eval().follow(cell).slots.isfinite().all()
+    assert head.standardiser.running_var.isfinite().all() and head.eval().follow(cell).slots.isfinite().all()
 
 
 def test_unlike_slots_begin_at_cells_that_their_group_may_see():
@@ -217,8 +217,8 @@ def test_unlike_slots_begin_at_cells_that_their_group_may_see():
     features, background = clip(1), torch.zeros(2, 1, 3, 4, dtype=torch.bool)
     background[..., 0] = True
     tokens, allowed = features[:, 0].flatten(2).mT, allowed_cells(background[:, 0], head.sizes).flatten(2)
-    begun = head.slot_attention.start(tokens, head.sizes, allowed)
-    assert not begun.equal(head.slot_attention.start(tokens, head.sizes))
+    begun = head.slot_attention.initial_slots(tokens, head.sizes, allowed)
+    assert not begun.equal(head.slot_attention.initial_slots(tokens, head.sizes))
     expected, _ = head.slot_attention(tokens, begun, head.first_iterations, allowed)
     torch.testing.assert_close(head.follow(features, background).slots[:, 0], expected)
 
@@ -226,7 +226,7 @@ def test_unlike_slots_begin_at_cells_that_their_group_may_see():
 @pytest.mark.parametrize("slot_init", ["gaussian", "clusters"])
 def test_places_weigh_as_much_as_contents_where_slots_begin_as_clusters(slot_init):
     torch.manual_seed(0)
-    place = SlotHead(400, 1, **SMALL, slot_init=slot_init, token_positions=True).place
+    place = SlotHead(400, 1, **SMALL, slot_init=slot_init, token_positions=True).token_positions
     spread, shift = place.weight.std().item(), place.bias.abs().max().item()
     assert (1.4 < spread < 1.6 and shift == 0) if slot_init == "clusters" else (spread < 0.5 and shift > 0)
 
@@ -236,7 +236,7 @@ def test_the_decoder_alone_learns_for_the_first_share_of_a_training():
     begin, parts = head.delayed_modules
     late = {id(parameter) for part in parts for parameter in part.parameters()}
     names = {name.split(".")[0] for name, parameter in head.named_parameters() if id(parameter) in late}
-    assert begin == 0.2 and names == {"slot_attention", "place", "predictor"}
+    assert begin == 0.2 and names == {"slot_attention", "token_positions", "predictor"}
     assert len(made(predictor="none").delayed_modules[1]) == 1
 
 
@@ -519,10 +519,10 @@ def test_tokens_are_told_where_they_are():
     assert head.follow(flat).attention.flatten(3).std(dim=3).max() > 1e-4
     assert count(head) == count(made()) + 3 * DIM
     rows, columns = torch.meshgrid(torch.linspace(-1, 1, 3), torch.linspace(-1, 1, 4), indexing="ij")
-    code = torch.einsum("ck,khw->chw", head.place.weight, torch.stack([rows, columns]).double())
-    code = code + head.place.bias[:, None, None]
+    code = torch.einsum("ck,khw->chw", head.token_positions.weight, torch.stack([rows, columns]).double())
+    code = code + head.token_positions.bias[:, None, None]
     plain = made().eval()
-    plain.load_state_dict({name: value for name, value in head.state_dict().items() if "place" not in name})
+    plain.load_state_dict({name: value for name, value in head.state_dict().items() if "token_positions" not in name})
     features = clip(1)
     outputs = head.follow(features)
     torch.testing.assert_close(outputs.attention, plain.follow(features + code).attention)
@@ -531,7 +531,7 @@ def test_tokens_are_told_where_they_are():
 
 def test_channels_are_standardised_as_batch_norm_does_it():
     torch.manual_seed(0)
-    ours, theirs = Standard(5).double(), torch.nn.BatchNorm2d(5, affine=False, momentum=None).double()
+    ours, theirs = Standardiser(5).double(), torch.nn.BatchNorm2d(5, affine=False, momentum=None).double()
     scale = torch.tensor([0.0, 1e-3, 1e-2, 1.0, 1e3]).double()[:, None, None]  # some as small as what is added
     for _ in range(3):
         features = torch.randn(2, 5, 3, 4).double() * scale + 7

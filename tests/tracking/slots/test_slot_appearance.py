@@ -26,7 +26,7 @@ def scene(generator, frames=6, slots=4, width=5, grid=(4, 6)):
 
 def seen(features, masks, valid=WHOLE, weight=2.0, known=None):
     """What is known in the end; the slots (T, S) that each of the first frame's is; and the masks (T, S, h, w)."""
-    known = Appearance.nothing(masks.shape[1], features.shape[1]) if known is None else known
+    known = Appearance.empty(masks.shape[1], features.shape[1]) if known is None else known
     last, found, settled = torch.arange(masks.shape[1]), [], []
     for frame, mask in zip(features, masks, strict=True):
         known, last, one = known.step(frame, mask, valid, last, weight)

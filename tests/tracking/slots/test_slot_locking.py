@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from dinoseg.tracking.slots.following import lock
+from dinoseg.tracking.slots.propagation import lock
 from dinoseg.tracking.slots.settings import SlotTracking
 
 

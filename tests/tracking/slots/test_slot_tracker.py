@@ -155,7 +155,7 @@ class TestWithLabels:
         tracker = SlotTracker(model, SlotTracking(match="appearance", passes=2))
         tracker.look_ahead(lambda: [(frames[3:], first(table[ids[3]], 3))])  # whose slots come in another order
         masks = tracker.track(frames[:1], [table[ids[0]]])
-        assert not torch.equal(tracker.state()["places"], torch.arange(4))
+        assert not torch.equal(tracker.state()["successors"], torch.arange(4))
         masks += tracker.track(frames[1:], [None] * 5)
         for mask, own in zip(masks, ids, strict=True):
             assert np.array_equal(at_cells(mask), table[at_cells(own)])
@@ -387,7 +387,7 @@ class TestState:
             masks = before.track(frames[:cut], labels[:cut])
             kept = load(save(before.state()))
             if story == "matched" and cut == 2:  # what decides once the path has forgotten all
-                assert not torch.equal(kept["places"], torch.arange(4))
+                assert not torch.equal(kept["successors"], torch.arange(4))
             before.track(frames[cut:], labels[cut:])  # what goes on does not reach into a state
             after.load(kept)
             assert after.state().keys() == kept.keys()

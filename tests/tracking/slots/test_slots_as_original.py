@@ -12,7 +12,7 @@ from slot_scene import crossing
 from dinoseg.models.heads.slots.head import SlotHead
 from dinoseg.models.model import SegmentationModel
 from dinoseg.tracking.slots import matching as slot_matching
-from dinoseg.tracking.slots.following import Follower
+from dinoseg.tracking.slots.propagation import SlotPropagator
 from dinoseg.tracking.slots.settings import SlotTracking
 from dinoseg.tracking.slots.tracker import SlotTracker
 
@@ -50,7 +50,7 @@ def spied(model, settings, labels=None):
     tracker, places = SlotTracker(model, settings, batch_size=3), []
     for number, frame in enumerate(FRAMES):
         tracker.track([frame], [labels if number == 0 else None])
-        places.append(tracker.state()["places"].numpy())
+        places.append(tracker.state()["successors"].numpy())
     return seen, places
 
 
@@ -142,5 +142,5 @@ def test_overlap_is_the_original_s_and_soft_iou_another():
     ],
 )
 def test_the_class_attention_is_asked_for_where_it_is_used(groups, settings, first, later):
-    follower = Follower(SimpleNamespace(groups=groups), SlotTracking(**settings))
-    assert (follower.needs_background(first=True), follower.needs_background(first=False)) == (first, later)
+    propagator = SlotPropagator(SimpleNamespace(groups=groups), SlotTracking(**settings))
+    assert (propagator.needs_background(first=True), propagator.needs_background(first=False)) == (first, later)

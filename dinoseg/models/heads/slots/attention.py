@@ -17,8 +17,8 @@ from dinoseg.utils.ranges import NotNegative, Positive
 SLOT_INITS = ("gaussian", "clusters", "learned")
 _EPSILON = 1e-6  # avoids 0 / 0 for a slot that won no token
 _EVAL_SEED = 0  # seed of the initial slots in eval mode
-_SHARP = 1.5  # scale of initial cluster logits: 1.5 sqrt(D) for a token's own slot, less for others
-_SPREAD = 0.13  # standard deviation of the noise added to the tokens that initialise clusters
+_CLUSTER_SCALE = 1.5  # scale of initial cluster logits: 1.5 sqrt(D) for a token's own slot, less for others
+_CLUSTER_STD = 0.13  # standard deviation of the noise added to the tokens that initialise clusters
 GROUPS = ("off", "initial", "always")
 TIME_DECODERS = ("none", "linear", "attention")
 
@@ -36,8 +36,8 @@ def slot_weights(queries: Tensor, keys: Tensor, allowed: Tensor | None = None) -
     if allowed is None:
         return logits.softmax(dim=1)
     # finite minimum instead of -inf: avoids 0 / 0 for tokens without any allowed slot
-    lowest = logits.masked_fill(~allowed, torch.finfo(logits.dtype).min)
-    return lowest.softmax(dim=1).masked_fill(~allowed, 0)
+    masked = logits.masked_fill(~allowed, torch.finfo(logits.dtype).min)
+    return masked.softmax(dim=1).masked_fill(~allowed, 0)
 
 
 class SlotAttention(nn.Module):
@@ -90,9 +90,9 @@ class SlotAttention(nn.Module):
         self.norm_tokens = nn.LayerNorm(in_dim)
         self.norm_slots = nn.LayerNorm(slot_dim)
         self.norm_state, self.weight_floor = norm_state, weight_floor
-        self.table: nn.Parameter | None = None  # learned slots (1, S, D)
+        self.learned_slots: nn.Parameter | None = None  # learned slots (1, S, D)
         if slot_init == "learned":
-            self.table = nn.Parameter(torch.randn(1, num_slots, slot_dim) * (initial_std or slot_dim**-0.5))
+            self.learned_slots = nn.Parameter(torch.randn(1, num_slots, slot_dim) * (initial_std or slot_dim**-0.5))
         else:
             self.mean = _gaussian_part(1, slot_dim)
             self.log_variance = _gaussian_part(1, slot_dim)
@@ -114,26 +114,26 @@ class SlotAttention(nn.Module):
             self.mlp = nn.Sequential(nn.Linear(slot_dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, slot_dim))
             if reference_init:
                 zero_biases(self.mlp)
-        self.seed = nn.Linear(in_dim, slot_dim) if slot_init == "clusters" else None
-        if self.seed is not None:
-            self._init_as_clusters(self.seed)
+        self.cluster_init = nn.Linear(in_dim, slot_dim) if slot_init == "clusters" else None
+        if self.cluster_init is not None:
+            self._init_as_clusters(self.cluster_init)
 
     @torch.no_grad()
-    def _init_as_clusters(self, seed: nn.Linear) -> None:
-        for projection in (self.value, seed):
+    def _init_as_clusters(self, cluster_init: nn.Linear) -> None:
+        for projection in (self.value, cluster_init):
             projection.weight.copy_(self.key.weight)
-        nn.init.eye_(self.query.weight).mul_(_SHARP)
+        nn.init.eye_(self.query.weight).mul_(_CLUSTER_SCALE)
         nn.init.zeros_(self.mean)
-        nn.init.constant_(self.log_variance, math.log(_SPREAD) / self.exponent)
+        nn.init.constant_(self.log_variance, math.log(_CLUSTER_STD) / self.exponent)
         # candidate gate
-        of_input, of_hidden = (weight.chunk(3)[2] for weight in (self.gru.weight_ih, self.gru.weight_hh))
-        nn.init.eye_(of_input)
+        input_weight, hidden_weight = (weight.chunk(3)[2] for weight in (self.gru.weight_ih, self.gru.weight_hh))
+        nn.init.eye_(input_weight)
         last = [] if self.mlp is None else list(self.mlp[-1].parameters())
         biases = (bias.chunk(3)[2] for bias in (self.gru.bias_ih, self.gru.bias_hh))
-        for nothing in (of_hidden, *biases, seed.bias, *last):
-            nn.init.zeros_(nothing)
+        for parameter in (hidden_weight, *biases, cluster_init.bias, *last):
+            nn.init.zeros_(parameter)
 
-    def start(self, tokens: Tensor, sizes: Sequence[int], allowed: Tensor | None = None) -> Tensor:
+    def initial_slots(self, tokens: Tensor, sizes: Sequence[int], allowed: Tensor | None = None) -> Tensor:
         """Return the initial slots (B, S, D), with `sizes` slots per group.
 
         In train mode, noise is sampled from torch's global generator. In eval mode it is the same for every clip and
@@ -147,22 +147,22 @@ class SlotAttention(nn.Module):
         Raises:
             UserError: another number of slots than the learned ones.
         """
-        drawn = self._drawn(len(tokens), sizes)
-        if self.seed is None:
-            return drawn
+        sampled = self._sample(len(tokens), sizes)
+        if self.cluster_init is None:
+            return sampled
         normed = self.norm_tokens(tokens)
-        chosen = distant_tokens(normed, sum(sizes), allowed, anywhere=self.training)
-        return drawn + self.seed(normed.take_along_dim(chosen[..., None], dim=1))
+        chosen = distant_tokens(normed, sum(sizes), allowed, random_first=self.training)
+        return sampled + self.cluster_init(normed.take_along_dim(chosen[..., None], dim=1))
 
-    def _drawn(self, batch: int, sizes: Sequence[int]) -> Tensor:
-        if self.table is not None:
-            if sum(sizes) != self.table.shape[1]:
+    def _sample(self, batch: int, sizes: Sequence[int]) -> Tensor:
+        if self.learned_slots is not None:
+            if sum(sizes) != self.learned_slots.shape[1]:
                 raise UserError(
-                    f"head.slot_init=learned has {self.table.shape[1]} slots with one parameter each, but "
+                    f"head.slot_init=learned has {self.learned_slots.shape[1]} slots with one parameter each, but "
                     f"{sum(sizes)} slots are needed. Set slots=free, or train with head.slot_init=gaussian, which "
                     "supports any number of slots."
                 )
-            return self.table.expand(batch, -1, -1)
+            return self.learned_slots.expand(batch, -1, -1)
         mean: Tensor = self.mean  # (1, 1, D)
         log_variance: Tensor = self.log_variance
         if self.group_mean is not None and self.group_log_variance is not None:
@@ -189,20 +189,20 @@ class SlotAttention(nn.Module):
         for _ in range(iterations):
             normed = self.norm_slots(slots)
             weights = slot_weights(self.query(normed), keys, allowed)
-            slots = self._updated(normed if self.norm_state else slots, self._shares(weights) @ values)
+            slots = self._update(normed if self.norm_state else slots, self._normalise(weights) @ values)
         return slots, weights
 
-    def _shares(self, weights: Tensor) -> Tensor:
+    def _normalise(self, weights: Tensor) -> Tensor:
         """Return the weights (B, S, N) divided by their sum over the tokens."""
         if self.weight_floor == 0:
             return weights / (weights.sum(dim=2, keepdim=True) + _EPSILON)
-        raised = weights + self.weight_floor
-        return raised / raised.sum(dim=2, keepdim=True)
+        positive = weights + self.weight_floor
+        return positive / positive.sum(dim=2, keepdim=True)
 
-    def _updated(self, state: Tensor, seen: Tensor) -> Tensor:
+    def _update(self, state: Tensor, updates: Tensor) -> Tensor:
         with torch.autocast(state.device.type, enabled=False):
             state = at_least_float32(state)
-            slots = self.gru(at_least_float32(seen).flatten(0, 1), state.flatten(0, 1)).view_as(state)
+            slots = self.gru(at_least_float32(updates).flatten(0, 1), state.flatten(0, 1)).view_as(state)
         return slots if self.mlp is None or self.norm_mlp is None else slots + self.mlp(self.norm_mlp(slots))
 
     def _noise(self, batch: int, count: int) -> Tensor:
@@ -217,28 +217,28 @@ class SlotAttention(nn.Module):
 
 
 @torch.no_grad()
-def distant_tokens(tokens: Tensor, count: int, allowed: Tensor | None = None, *, anywhere: bool = False) -> Tensor:
+def distant_tokens(tokens: Tensor, count: int, allowed: Tensor | None = None, *, random_first: bool = False) -> Tensor:
     """Return the indices (B, S) of mutually distant tokens: each is the farthest from all previous ones.
 
     This is farthest point sampling (Gonzalez, 1985) by Euclidean distance. The first token is the farthest from the
-    mean of all tokens, or a random one with `anywhere`.
+    mean of all tokens, or a random one with `random_first`.
 
     Args:
         tokens: (B, N, C).
         count: S.
         allowed: which tokens each slot may take (B, S, N), bool, True = may; a slot without any takes the first
             token.
-        anywhere: sample the first token from torch's global generator.
+        random_first: sample the first token from torch's global generator.
     """
     tokens = at_least_float32(tokens)
     mean = tokens.mean(1, keepdim=True)
-    distance = torch.rand_like(tokens[..., 0]) if anywhere else torch.cdist(tokens, mean).squeeze(2)  # (B, N)
+    distance = torch.rand_like(tokens[..., 0]) if random_first else torch.cdist(tokens, mean).squeeze(2)  # (B, N)
     chosen = []
     for slot in range(count):
-        free = distance if allowed is None else distance.masked_fill(~allowed[:, slot], -1.0)
-        chosen.append(free.argmax(1, keepdim=True))
-        to_newest = torch.cdist(tokens, tokens.take_along_dim(chosen[-1][..., None], dim=1)).squeeze(2)
-        distance = to_newest if slot == 0 else torch.minimum(distance, to_newest)
+        candidates = distance if allowed is None else distance.masked_fill(~allowed[:, slot], -1.0)
+        chosen.append(candidates.argmax(1, keepdim=True))
+        to_last = torch.cdist(tokens, tokens.take_along_dim(chosen[-1][..., None], dim=1)).squeeze(2)
+        distance = to_last if slot == 0 else torch.minimum(distance, to_last)
     return torch.cat(chosen, dim=1)
 
 
@@ -258,7 +258,7 @@ def check_enough_cells(num_slots: int, grid: tuple[int, int]) -> None:
         )
 
 
-class Standard(nn.BatchNorm2d):
+class Standardiser(nn.BatchNorm2d):
     """Standardise channels of features (B, C, h, w): by the batch in training, by running statistics in eval mode.
 
     The running statistics are the mean over all training batches with equal weight, since frozen features do not
@@ -338,7 +338,7 @@ def resolve_steps(steps: int | Sequence[int]) -> list[int]:
     return offsets
 
 
-class SlotsToSlots(nn.Module):
+class SlotSelfAttention(nn.Module):
     """Self-attention of slots, without residual or norm."""
 
     def __init__(self, dim: int) -> None:
@@ -359,5 +359,5 @@ def make_time_decoders(kind: str, dim: int, count: int) -> nn.ModuleList:
     check_choice("time_decoder", kind, TIME_DECODERS)
     if kind == "attention":
         check_heads(dim, f"head.time_decoder={kind}")
-        return nn.ModuleList(SlotsToSlots(dim) for _ in range(count))
+        return nn.ModuleList(SlotSelfAttention(dim) for _ in range(count))
     return nn.ModuleList(nn.Linear(dim, dim) if kind == "linear" else nn.Identity() for _ in range(count))

@@ -16,10 +16,10 @@ def background_mask(attention: Tensor) -> Tensor:
         attention: (B, heads, h, w), at least 0.
     """
     attention = at_least_float32(attention)
-    looked_at = (attention > attention.mean(dim=(1, 2, 3), keepdim=True)).sum(dim=(2, 3)).clamp(min=1)  # (B, heads)
-    looked_at = looked_at.to(attention.dtype)
-    weights = (looked_at.sum(dim=1, keepdim=True) / looked_at).log()
+    num_attended = (attention > attention.mean(dim=(1, 2, 3), keepdim=True)).sum(dim=(2, 3)).clamp(min=1)  # (B, heads)
+    num_attended = num_attended.to(attention.dtype)
+    weights = (num_attended.sum(dim=1, keepdim=True) / num_attended).log()
     if attention.shape[1] == 1:
         weights = weights + 1  # with a single head the weight would be log(1) = 0
-    seen = (attention * weights[:, :, None, None]).mean(dim=1)  # (B, h, w)
-    return seen < seen.mean(dim=(1, 2), keepdim=True)
+    mean_attention = (attention * weights[:, :, None, None]).mean(dim=1)  # (B, h, w)
+    return mean_attention < mean_attention.mean(dim=(1, 2), keepdim=True)

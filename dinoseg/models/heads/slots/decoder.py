@@ -78,12 +78,12 @@ class SlotDecoder(nn.Module):
 
     def _hidden(self, slots: Tensor, grid: tuple[int, int]) -> Tensor:
         first: nn.Linear = self.layers[0]  # type: ignore[assignment]
-        of_position = of_slot = first.weight
+        position_weight = slot_weight = first.weight
         if self.positions.kind != "added":
-            of_position, of_slot = first.weight.split([self.positions.channels, slots.shape[-1]], dim=1)
-        places = F.linear(self.positions(grid, slots).flatten(1).mT, of_position)  # (N, hidden_dim)
-        contents = F.linear(slots, of_slot, first.bias)  # (B, S, hidden_dim)
-        hidden = torch.relu_(places[:, None] + contents[:, None])  # (B, N, S, hidden_dim)
+            position_weight, slot_weight = first.weight.split([self.positions.channels, slots.shape[-1]], dim=1)
+        cell_codes = F.linear(self.positions(grid, slots).flatten(1).mT, position_weight)  # (N, hidden_dim)
+        slot_codes = F.linear(slots, slot_weight, first.bias)  # (B, S, hidden_dim)
+        hidden = torch.relu_(cell_codes[:, None] + slot_codes[:, None])  # (B, N, S, hidden_dim)
         for layer in self.layers[1:-1]:
             hidden = torch.relu_(layer(hidden))
         return hidden
@@ -131,13 +131,13 @@ class SlotMixer(nn.Module):
 
     def forward(self, slots: Tensor, grid: tuple[int, int], *, similarity: bool = False) -> Decoded:
         """Return the decoded slots (B, S, D) on a grid (h, w); `similarity` adds the logits over cells."""
-        places = self.positions(grid, slots).flatten(1).mT.expand(len(slots), -1, -1)  # (B, N, D)
-        memory, tokens = self.norm_memory(slots), places
+        cell_codes = self.positions(grid, slots).flatten(1).mT.expand(len(slots), -1, -1)  # (B, N, D)
+        memory, tokens = self.norm_memory(slots), cell_codes
         for block in self.blocks:
             tokens = block(tokens, memory)
         query, key = self.query(self.norm_query(tokens)), self.key(self.norm_key(slots))
         masks = at_least_float32(query @ key.mT * key.shape[-1] ** -0.5).softmax(dim=2)  # (B, N, S)
-        hidden = self.mlp(masks.to(slots.dtype) @ slots + places)  # (B, N, hidden_dim)
+        hidden = self.mlp(masks.to(slots.dtype) @ slots + cell_codes)  # (B, N, hidden_dim)
         cells = self.num_cells if similarity else 0
         return _decoded(hidden, masks, self.last, (self.out_dim, cells), grid)
 

@@ -15,7 +15,7 @@ from dinoseg.models.heads.options import check_choice, check_positive
 from dinoseg.models.heads.slots.attention import (
     GROUPS,
     SlotAttention,
-    Standard,
+    Standardiser,
     allowed_cells,
     check_enough_cells,
     make_time_decoders,
@@ -164,9 +164,9 @@ class SlotHead(Head[SlotOutputs]):
             weight_floor=weight_floor,
             reference_init=reference_init,
         )
-        self.standard = Standard(dim) if standardise else None
+        self.standardiser = Standardiser(dim) if standardise else None
         self.independent_until, self.decoder_first, self.progress = independent_until, decoder_first, 0.0
-        self.place = position_layer(dim, clusters=slot_init == "clusters") if token_positions else None
+        self.token_positions = position_layer(dim, clusters=slot_init == "clusters") if token_positions else None
         self.predictor = make_predictor(predictor, slot_dim)
         self.time_decoders = make_time_decoders(time_decoder, slot_dim, len(self.steps))
         num_cells = self.grid[0] * self.grid[1] if similarity else 0
@@ -186,8 +186,8 @@ class SlotHead(Head[SlotOutputs]):
     @property
     def delayed_modules(self) -> tuple[float, Sequence[nn.Module]]:
         """The share of training after which the modules that produce slots start to learn, and these modules."""
-        makers = (self.slot_attention, self.token_mlp, self.place, self.predictor)
-        return self.decoder_first, [part for part in makers if part is not None]
+        modules = (self.slot_attention, self.token_mlp, self.token_positions, self.predictor)
+        return self.decoder_first, [part for part in modules if part is not None]
 
     def check_backbone(self, backbone: Backbone) -> None:
         """Refuse a backbone without a class token if groups need its attention.
@@ -241,25 +241,27 @@ class SlotHead(Head[SlotOutputs]):
                 slots.
         """
         assert (background is None) == (self.groups == "off")
-        seen = features
-        if self.standard is not None:
-            seen = self.standard(features.flatten(0, 1)).unflatten(0, features.shape[:2])
+        inputs = features
+        if self.standardiser is not None:
+            inputs = self.standardiser(features.flatten(0, 1)).unflatten(0, features.shape[:2])
         num_frames, grid = features.shape[1], (features.shape[-2], features.shape[-1])
         similarity = self.similarity and (num_frames > 1 or self.training)  # an image has no next frame
         if similarity:
             check_similar_cells(grid, self.grid)
-        learns_onwards = self.predictor is not None and any(True for _ in self.predictor.parameters())
-        telling = telling_frames(num_frames, self.steps, training=self.training, learns_onwards=learns_onwards)
+        trains_predictor = self.predictor is not None and any(True for _ in self.predictor.parameters())
+        num_sources = count_source_frames(
+            num_frames, self.steps, training=self.training, trains_predictor=trains_predictor
+        )
         carried = not self.training or self.progress >= self.independent_until
         slots: Tensor | None = None
         frames: list[FrameSlots] = []
-        for time in range(telling):
+        for time in range(num_sources):
             allowed = None
             if background is not None and (time == 0 or self.groups == "always"):
                 allowed = allowed_cells(background[:, time], self.sizes)
-            slots, attention = self._step(seen[:, time], slots, allowed, self.sizes, carried=carried)
+            slots, attention = self._step(inputs[:, time], slots, allowed, self.sizes, carried=carried)
             frames.append(FrameSlots(slots, attention, self._decode_steps(slots, grid, similarity)))
-        outputs = clip_outputs(seen, frames, self.steps, self.mask_step)
+        outputs = clip_outputs(inputs, frames, self.steps, self.mask_step)
         return replace(outputs, carried=carried and self.predictor is not None)
 
     def step(
@@ -280,13 +282,13 @@ class SlotHead(Head[SlotOutputs]):
         Raises:
             UserError: fewer cells than slots.
         """
-        seen = features if self.standard is None else self.standard(features)
-        return self._step(seen, slots, allowed, self.sizes if sizes is None else sizes)
+        inputs = features if self.standardiser is None else self.standardiser(features)
+        return self._step(inputs, slots, allowed, self.sizes if sizes is None else sizes)
 
     def _step(
         self,
         features: Tensor,
-        before: Tensor | None,
+        previous: Tensor | None,
         allowed: Tensor | None,
         sizes: Sequence[int],
         *,
@@ -295,19 +297,19 @@ class SlotHead(Head[SlotOutputs]):
         grid = (features.shape[-2], features.shape[-1])
         check_enough_cells(sum(sizes), grid)
         tokens = features.flatten(2).mT  # (B, h * w, C)
-        if self.place is not None:
-            tokens = tokens + self.place(linear_positions(grid, tokens).flatten(1).T)
+        if self.token_positions is not None:
+            tokens = tokens + self.token_positions(linear_positions(grid, tokens).flatten(1).T)
         if self.token_mlp is not None:
             tokens = self.token_mlp(tokens)  # (B, h * w, D)
-        seen = None if allowed is None else allowed.flatten(2)
-        guess = None if before is None or self.predictor is None else self.predictor(before)
-        if guess is not None and carried:
-            slots, iterations = guess, self.iterations
+        allowed_tokens = None if allowed is None else allowed.flatten(2)
+        predicted = None if previous is None or self.predictor is None else self.predictor(previous)
+        if predicted is not None and carried:
+            slots, iterations = predicted, self.iterations
         else:
-            slots, iterations = self.slot_attention.start(tokens, sizes, seen), self.first_iterations
-            if guess is not None:
-                slots = slots + 0.0 * guess  # DDP expects a gradient for every weight
-        slots, attention = self.slot_attention(tokens, slots, iterations, seen)
+            slots, iterations = self.slot_attention.initial_slots(tokens, sizes, allowed_tokens), self.first_iterations
+            if predicted is not None:
+                slots = slots + 0.0 * predicted  # DDP expects a gradient for every weight
+        slots, attention = self.slot_attention(tokens, slots, iterations, allowed_tokens)
         return slots, attention.unflatten(2, grid)
 
     def decode(self, slots: Tensor, grid: tuple[int, int], step: int = 0) -> tuple[Tensor, Tensor]:
@@ -339,8 +341,8 @@ class SlotHead(Head[SlotOutputs]):
     def _decode_steps(self, slots: Tensor, grid: tuple[int, int], similarity: bool) -> list[Decoded]:
         calls = [(slots, grid, step, similarity and step == self.mask_step) for step in range(len(self.steps))]
         if self.checkpointing and torch.is_grad_enabled():
-            return [checkpoint(self._decode, *one, use_reentrant=False) for one in calls]
-        return [self._decode(*one) for one in calls]
+            return [checkpoint(self._decode, *call, use_reentrant=False) for call in calls]
+        return [self._decode(*call) for call in calls]
 
 
 def _check_options(**options: str) -> None:
@@ -394,7 +396,7 @@ class FrameSlots(NamedTuple):
     reconstructions: list[Decoded]  # reconstructions, one for each offset in `steps`
 
 
-def telling_frames(frames: int, steps: Sequence[int], *, training: bool, learns_onwards: bool) -> int:
+def count_source_frames(frames: int, steps: Sequence[int], *, training: bool, trains_predictor: bool) -> int:
     """Return the number of source frames, whose slots reconstruct frames.
 
     The last max(steps) frames are only targets.
@@ -403,20 +405,20 @@ def telling_frames(frames: int, steps: Sequence[int], *, training: bool, learns_
         frames: number of frames in the clip.
         steps: offsets in frames of the reconstruction targets.
         training: False allows an image, a clip of one frame, as its own source whatever the steps.
-        learns_onwards: whether the predictor is trained from one source frame to the next, and so needs two.
+        trains_predictor: whether the predictor is trained from one source frame to the next, and so needs two.
 
     Raises:
         UserError: the clip is too short.
     """
-    telling = frames - max(steps)
-    if telling == 1 and training and learns_onwards:
+    num_sources = frames - max(steps)
+    if num_sources == 1 and training and trains_predictor:
         raise UserError(
             f"head.predictor=savi or transformer learns from pairs of frames, but clips of {frames} frames have none "
             f"(head.steps={steps}). Set data.clips.cut.length={max(steps) + 2} or more; or, for single frames, "
             "head.predictor=none."
         )
-    if telling >= 1:
-        return telling
+    if num_sources >= 1:
+        return num_sources
     if frames == 1 and not training:
         return 1
     raise UserError(

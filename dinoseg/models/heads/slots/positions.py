@@ -11,7 +11,7 @@ from dinoseg.utils.errors import UserError
 
 KINDS = ("learned", "sine", "linear", "added")
 _CHANNELS = {"learned": 4, "sine": 4, "linear": 2}
-_APART = 1.5  # initial standard deviation of a token's position code if slots start as clusters
+_CLUSTER_STD = 1.5  # initial standard deviation of a token's position code if slots start as clusters
 
 
 def training_grid(positions_grid: Sequence[int] | None, positions: str, similarity: bool) -> tuple[int, int]:
@@ -39,8 +39,8 @@ def training_grid(positions_grid: Sequence[int] | None, positions: str, similari
 
 def linear_positions(grid: tuple[int, int], like: Tensor) -> Tensor:
     """Return row and column coordinates (2, h, w), from -1 at the first to 1 at the last."""
-    lines = (torch.linspace(-1, 1, cells, device=like.device, dtype=like.dtype) for cells in grid)
-    return torch.stack(torch.meshgrid(*lines, indexing="ij"))
+    axes = (torch.linspace(-1, 1, cells, device=like.device, dtype=like.dtype) for cells in grid)
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"))
 
 
 def position_layer(dim: int, *, clusters: bool) -> nn.Linear:
@@ -48,17 +48,17 @@ def position_layer(dim: int, *, clusters: bool) -> nn.Linear:
 
     With `clusters`, its initial magnitude matches channels of variance 1, so that distant tokens are distinguishable.
     """
-    places = nn.Linear(2, dim)
+    layer = nn.Linear(2, dim)
     if clusters:
-        nn.init.normal_(places.weight, std=_APART)
-        nn.init.zeros_(places.bias)
-    return places
+        nn.init.normal_(layer.weight, std=_CLUSTER_STD)
+        nn.init.zeros_(layer.bias)
+    return layer
 
 
 def sine_positions(grid: tuple[int, int], like: Tensor) -> Tensor:
     """Return (4, h, w): sine and cosine of the column index, then of the row index, in radians."""
-    lines = (torch.arange(cells, device=like.device, dtype=like.dtype) for cells in grid)
-    rows, columns = torch.meshgrid(*lines, indexing="ij")
+    axes = (torch.arange(cells, device=like.device, dtype=like.dtype) for cells in grid)
+    rows, columns = torch.meshgrid(*axes, indexing="ij")
     return torch.stack([columns.sin(), columns.cos(), rows.sin(), rows.cos()])
 
 

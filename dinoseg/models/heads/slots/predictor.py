@@ -24,8 +24,8 @@ class SaviPredictor(nn.Module):
 
     def forward(self, slots: Tensor) -> Tensor:
         """Return the predicted slots (B, S, D)."""
-        seen, _ = self.attention(slots, slots, slots, need_weights=False)
-        slots = self.norm_attention(slots + seen)
+        attended, _ = self.attention(slots, slots, slots, need_weights=False)
+        slots = self.norm_attention(slots + attended)
         return self.norm_mlp(slots + self.mlp(slots))
 
 

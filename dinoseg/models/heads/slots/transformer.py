@@ -22,7 +22,7 @@ def token_encoder(in_dim: int, slot_dim: int) -> nn.Sequential:
     return layers
 
 
-class SlotsAttention(nn.Module):
+class MultiHeadAttention(nn.Module):
     """Multi-head attention whose logits are the dot products of queries and keys times sqrt(width of a head).
 
     Scaled dot-product attention divides by that number. The official code multiplies, because it divides the queries
@@ -43,8 +43,8 @@ class SlotsAttention(nn.Module):
         """Return (B, Q, dim) for queries (B, Q, dim) and memory (B, M, dim), the source of keys and values."""
         parts = (self.query(queries), self.key(memory), self.value(memory))
         query, key, value = (part.unflatten(2, (HEADS, -1)).transpose(1, 2) for part in parts)  # (B, heads, N, C)
-        seen = F.scaled_dot_product_attention(query, key, value, scale=query.shape[-1] ** 0.5)
-        return self.out(seen.transpose(1, 2).flatten(2))
+        attended = F.scaled_dot_product_attention(query, key, value, scale=query.shape[-1] ** 0.5)
+        return self.out(attended.transpose(1, 2).flatten(2))
 
 
 class SlotBlock(nn.Module):
@@ -57,7 +57,7 @@ class SlotBlock(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.norm_attention, self.norm_mlp = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.attention = SlotsAttention(dim)
+        self.attention = MultiHeadAttention(dim)
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.ReLU(), nn.Linear(4 * dim, dim))
 
     def forward(self, queries: Tensor, memory: Tensor | None = None) -> Tensor:

@@ -43,7 +43,7 @@ class SlotFrame(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Followed:
+class SlotState:
     """State of the slots that the next frame depends on."""
 
     slots: Tensor  # (1, S, D) of the last frame
@@ -56,7 +56,7 @@ class Followed:
     appearance: Appearance | None  # of the first frame's slots; None unless match=appearance
 
 
-class Follower:
+class SlotPropagator:
     """Propagation of a slot head's slots from frame to frame.
 
     Args:
@@ -75,7 +75,7 @@ class Follower:
             return (holds and self._head.groups != "off") or self._settings.extra_slots > 0
         return holds and (self._head.groups == "always" or self._settings.lock_on)
 
-    def begin(self, frame: SlotFrame, known: Appearance | None = None) -> tuple[Followed, Tensor]:
+    def start(self, frame: SlotFrame, known: Appearance | None = None) -> tuple[SlotState, Tensor]:
         """Process the first frame: return the state, with each slot's ID from the labels or its number, and the masks.
 
         Masks are (S, h, w) in the order of the first frame's slots; with match=appearance, they take it into account.
@@ -100,15 +100,15 @@ class Follower:
                 # extra slots count as background in masks but see foreground: they are sampled like those of objects
                 sizes = [num_background, len(serves) - num_background] if len(sizes) == 2 else [len(serves)]
                 allowed = lock_on.allowed[None]
-        slots, masks = self._see(frame, None, allowed, sizes)
+        slots, masks = self._run_head(frame, None, allowed, sizes)
         if known is None and self._settings.match == "appearance":
-            known = Appearance.nothing(len(masks), frame.features.shape[1])
+            known = Appearance.empty(len(masks), frame.features.shape[1])
         locked = serves is not None  # each slot sees only its object, so appearance must not reassign slots
         start = Correspondence.start(len(masks))
-        correspondence, appearance, shown = self._matched(frame, masks, start, known, same=locked)
+        correspondence, appearance, shown = self._match(frame, masks, start, known, same=locked)
         if serves is None:
             serves = _numbered(len(masks)) if shares is None else owners(shown, shares, ids)
-        followed = Followed(
+        state = SlotState(
             slots=slots,
             masks=masks,
             correspondence=correspondence,
@@ -118,9 +118,9 @@ class Follower:
             num_background=num_background,
             appearance=appearance,
         )
-        return followed, shown
+        return state, shown
 
-    def go_on(self, last: Followed, frame: SlotFrame) -> tuple[Followed, Tensor]:
+    def step(self, last: SlotState, frame: SlotFrame) -> tuple[SlotState, Tensor]:
         """Process a later frame: return the state, with a slot for each new object, and the masks (S, h, w).
 
         Raises:
@@ -130,7 +130,7 @@ class Follower:
         if frame.background is not None and self.needs_background(first=False):
             groups = (last.num_background, len(last.ids) - last.num_background)
             allowed = hold(frame.background, groups, self._settings.hold)
-        slots, masks = self._see(frame, last.slots, allowed, last.sizes)
+        slots, masks = self._run_head(frame, last.slots, allowed, last.sizes)
         correspondence, match = last.correspondence, self._settings.match
         if match == "similarity":
             correspondence = correspondence.step(cosine(last.slots[0], slots[0]), self._settings.temperature)
@@ -139,17 +139,15 @@ class Follower:
         # auto: slots that the head propagates keep their order; those sampled in each frame have none
         elif match == "overlap" or (match == "auto" and self._head.predictor is None):
             correspondence = correspondence.step(overlap(last.masks, masks), self._settings.temperature)
-        correspondence, appearance, shown = self._matched(frame, masks, correspondence, last.appearance)
+        correspondence, appearance, shown = self._match(frame, masks, correspondence, last.appearance)
         ids = list(last.ids)
         new = [one for one in frame.ids() if one not in ids]
         if new:
             give(ids, dict(zip(new, soft_iou(frame.shares(new), shown).cpu().numpy(), strict=True)))
-        followed = replace(
-            last, slots=slots, masks=masks, correspondence=correspondence, ids=ids, appearance=appearance
-        )
-        return followed, shown
+        state = replace(last, slots=slots, masks=masks, correspondence=correspondence, ids=ids, appearance=appearance)
+        return state, shown
 
-    def _matched(
+    def _match(
         self,
         frame: SlotFrame,
         masks: Tensor,
@@ -168,7 +166,7 @@ class Follower:
         settled = known.step(frame.features[0], masks, frame.valid, last, weight, same=same)
         return replace(correspondence, successors=settled.successors), settled.known, settled.masks
 
-    def _see(
+    def _run_head(
         self, frame: SlotFrame, slots: Tensor | None, allowed: Tensor | None, sizes: list[int]
     ) -> tuple[Tensor, Tensor]:
         """Return the slots (1, S, D) of a frame and their soft masks (S, h, w) in float32."""
