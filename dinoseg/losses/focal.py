@@ -3,17 +3,14 @@
 import torch
 from torch import Tensor
 
-from dinoseg.core.contracts import Loss
-from dinoseg.core.shapes import Batch, Prediction
-from dinoseg.losses.border import Border
 from dinoseg.losses.full_resolution import Vjp
 from dinoseg.losses.labelled import weights_of
-from dinoseg.losses.pixel_mean import Hardest, check_average, pixel_divisor, pixel_mean, pixel_weight
+from dinoseg.losses.pixel_mean import PixelMean
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Count, HighShare, NotNegative
 
 
-class Focal(Loss):
+class Focal(PixelMean):
     """Focal loss over pixels (Lin et al., arXiv 1708.02002, equation 5, with a softmax over K classes).
 
     The loss of a pixel of class t is -w_t (1 - p_t)^gamma log p_t, with the class weights w instead of alpha. It is
@@ -24,13 +21,11 @@ class Focal(Loss):
         class_weights: one weight (K,) per class.
         ignore_index: mask value of unlabelled pixels.
         gamma: focusing parameter, at least 0; higher values reduce the weight of easy pixels.
-        hard_fraction: share of the labelled pixels of each image, those with the highest loss, that the mean is over.
-        border_weight: weight of pixels near a class border; all others have 1.
-        border_width: distance in pixels up to which a pixel is near a border.
-        average: as of `CrossEntropy`.
+        hard_fraction: see `PixelMean`.
+        border_weight: see `PixelMean`.
+        border_width: see `PixelMean`.
+        average: see `PixelMean`.
     """
-
-    weight: Tensor
 
     def __init__(
         self,
@@ -42,33 +37,12 @@ class Focal(Loss):
         border_width: Count = 3,
         average: str = "labelled",
     ) -> None:
-        super().__init__()
         if not gamma >= 0:
             raise UserError(f"loss.criterion.gamma={gamma}: give a number of at least 0; 0 is cross-entropy.")
-        self.register_buffer("weight", class_weights, persistent=False)
-        self.ignore_index = ignore_index
+        super().__init__(class_weights, ignore_index, hard_fraction, border_weight, border_width, average)
         self.gamma = gamma
-        self.border, self.hardest = Border(border_weight, border_width), Hardest(hard_fraction)
-        self.average = check_average(average, self.hardest)
-        self.divisor = pixel_divisor(ignore_index, self.border, self.hardest, class_weights, average)
 
-    def forward(self, prediction: Prediction, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss, and `weight`: the summed class weights that it is averaged over, or the number of pixels."""
-        return pixel_mean(
-            prediction,
-            batch,
-            self.ignore_index,
-            self._cost,
-            border=self.border,
-            hardest=self.hardest,
-            average=self.average,
-        )
-
-    def divisors(self, batch: Batch) -> Tensor:
-        """Return the summed weights (1,) of the labelled pixels, or the number of all pixels."""
-        return pixel_weight(batch, self.ignore_index, self.weight, self.border, self.average)
-
-    def _cost(self, scores: Tensor, target: Tensor, counted: Tensor) -> tuple[Tensor, Tensor, Vjp]:
+    def pixel_cost(self, scores: Tensor, target: Tensor, counted: Tensor) -> tuple[Tensor, Tensor, Vjp]:
         """Return the loss of each pixel in a tile, its weight and the gradient function: a `full_resolution.Cost`."""
         index = target.clamp(min=0)[None]
         weight = weights_of(self.weight, scores)[index[0]] * counted  # (N,)

@@ -7,13 +7,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dinoseg.core.contracts import Loss
 from dinoseg.core.shapes import Batch, Prediction
 from dinoseg.losses.border import Border
-from dinoseg.losses.full_resolution import Cost, Vjp, pixel_sums, pixel_values
+from dinoseg.losses.full_resolution import Vjp, pixel_sums, pixel_values
 from dinoseg.losses.fused import KernelSpec
 from dinoseg.losses.labelled import UNLABELLED, labels, ratio
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.ranges import HighShare
+from dinoseg.utils.ranges import Count, HighShare, NotNegative
 from dinoseg.utils.transfer import to_device
 
 AVERAGES = ("labelled", "all")
@@ -58,84 +59,98 @@ class PixelDivisor(NamedTuple):
     class_weights: tuple[float, ...]
 
 
-def check_average(average: str, hardest: Hardest) -> str:
-    """Return `average` if it is one of `AVERAGES` and fits the selection of pixels.
+class PixelMean(Loss):
+    """Base class of losses that are means over pixels; class scores are upsampled tile by tile (`full_resolution.py`).
 
-    Raises:
-        UserError: it is unknown, or `all` with a selection: pixels that are not selected count in no mean.
-    """
-    if average not in AVERAGES:
-        raise UserError(f"loss.criterion.average={average} is unknown. Choose one of {', '.join(AVERAGES)}.")
-    if average == "all" and hardest.share < 1:
-        raise UserError(
-            f"loss.criterion.average=all and hard_fraction={hardest.share} exclude each other: the mean is over the "
-            "hardest pixels or over all pixels. Leave one of the two out."
-        )
-    return average
-
-
-def pixel_divisor(
-    ignore_index: int, border: Border, hardest: Hardest, class_weights: Tensor, average: str
-) -> PixelDivisor | str | None:
-    """Return the divisor of `pixel_mean`, or None if it depends on the scores."""
-    if average == "all":
-        return ALL_PIXELS
-    if hardest.share < 1:
-        return None
-    weights = () if class_weights.is_meta else tuple(class_weights.tolist())  # meta tensors have no values
-    return PixelDivisor(ignore_index, border if border.weight != 1 else None, weights)
-
-
-def pixel_weight(batch: Batch, ignore_index: int, class_weights: Tensor, border: Border, average: str) -> Tensor:
-    """Return the summed weights (1,) of all labelled pixels of a batch, including those that are not the hardest.
-
-    For average=all it is the number of pixels.
-    """
-    if average == "all":
-        return class_weights.new_full((1,), batch.mask.numel())
-    mask = to_device(batch.mask, class_weights.device)
-    target = labels(mask, ignore_index)
-    weights = class_weights[target.clamp(min=0)]
-    near = border.weights(mask, ignore_index)
-    weights = weights if near is None else weights * near
-    return torch.where(target == UNLABELLED, 0, weights).sum()[None]
-
-
-def pixel_mean(
-    prediction: Prediction,
-    batch: Batch,
-    ignore_index: int,
-    cost: Cost,
-    *,
-    border: Border,
-    hardest: Hardest,
-    average: str,
-    form: KernelSpec | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the mean pixel loss over the summed weights, and these as `weight`.
-
-    A batch without labelled pixels gives a loss of 0, and a weight of 0 unless all pixels count.
+    A subclass implements `pixel_cost`.
 
     Args:
-        prediction: see `pixel_sums`.
-        batch: see `pixel_sums`.
+        class_weights: one weight (K,) per class; the mean is over the summed weights, as in
+            `torch.nn.functional.cross_entropy`.
         ignore_index: mask value of unlabelled pixels.
-        cost: function of the pixels of a tile.
-        border: weights of pixels near class borders; they also enter the losses that select the hardest pixels.
-        hardest: selection of pixels, which takes an additional pass over their scores.
-        average: `labelled`; or `all`, which divides the sum over the labelled pixels by the number of all pixels.
-        form: the cost in the form of the CUDA kernel, which supports no pixel weights.
+        hard_fraction: share of the labelled pixels of each image, those with the highest loss, that the mean is over.
+        border_weight: weight of pixels near a class border; all others have 1.
+        border_width: distance in pixels up to which a pixel is near a border.
+        average: `labelled`, the mean over the summed weights of the labelled pixels; or `all`, the sum divided by the
+            number of all pixels, ignored ones and padding included, whatever their weights. The latter is
+            `avg_non_ignore=False` of open-mmlab/mmsegmentation (mmseg/models/losses/cross_entropy_loss.py) and the
+            loss of facebookresearch/dinov3 (dinov3/eval/segmentation/loss.py).
+
+    Raises:
+        UserError: `average` is unknown, or `all` with a selection: pixels that are not selected count in no mean.
     """
 
-    def sums(scores: Tensor, target: Tensor, counted: Tensor) -> tuple[Tensor, Vjp]:
-        costs, weights, pull = cost(scores, target, counted)
-        return torch.stack([costs.sum(), weights.sum()]), pull
+    weight: Tensor
 
-    weights = border.weights(batch.mask, ignore_index)
-    if hardest.share < 1:
-        costs = pixel_values(prediction, batch, ignore_index, lambda *tile: cost(*tile)[0], weights=weights)
-        selected = hardest.selected(costs, batch.mask != ignore_index)
-        weights = selected.to(costs.dtype) if weights is None else weights * selected
-    total, weight = pixel_sums(prediction, batch, ignore_index, sums, weights=weights, first_alone=True, form=form)
-    weight = total.new_full((), batch.mask.numel()) if average == "all" else weight.detach()
-    return ratio(total, weight), {"weight": weight}
+    def __init__(
+        self,
+        class_weights: Tensor,
+        ignore_index: int,
+        hard_fraction: HighShare,
+        border_weight: NotNegative,
+        border_width: Count,
+        average: str,
+    ) -> None:
+        super().__init__()
+        self.register_buffer("weight", class_weights, persistent=False)
+        self.ignore_index, self.average = ignore_index, average
+        self.border, self.hardest = Border(border_weight, border_width), Hardest(hard_fraction)
+        if average not in AVERAGES:
+            raise UserError(f"loss.criterion.average={average} is unknown. Choose one of {', '.join(AVERAGES)}.")
+        if average == "all" and hard_fraction < 1:
+            raise UserError(
+                f"loss.criterion.average=all and hard_fraction={hard_fraction} exclude each other: the mean is over "
+                "the hardest pixels or over all pixels. Leave one of the two out."
+            )
+        self.divisor = self._divisor()
+
+    def pixel_cost(self, scores: Tensor, target: Tensor, counted: Tensor) -> tuple[Tensor, Tensor, Vjp]:
+        """Return the loss of each pixel in a tile, its weight and the gradient function: a `full_resolution.Cost`."""
+        raise NotImplementedError
+
+    def kernel(self) -> KernelSpec | None:
+        """Return the loss in the form of the CUDA kernel, which supports no pixel weights; None: it has none."""
+        return None
+
+    def forward(self, prediction: Prediction, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss, and `weight`: the summed weights that it is averaged over, or the number of all pixels.
+
+        A batch without labelled pixels gives a loss of 0, and a weight of 0 unless all pixels count. The weights of
+        pixels near borders also enter the losses that select the hardest pixels, which takes an additional pass.
+        """
+        weights = self.border.weights(batch.mask, self.ignore_index)
+        if self.hardest.share < 1:
+            costs = pixel_values(
+                prediction, batch, self.ignore_index, lambda *tile: self.pixel_cost(*tile)[0], weights=weights
+            )
+            selected = self.hardest.selected(costs, batch.mask != self.ignore_index)
+            weights = selected.to(costs.dtype) if weights is None else weights * selected
+        total, weight = pixel_sums(
+            prediction, batch, self.ignore_index, self._sums, weights=weights, first_alone=True, form=self.kernel()
+        )
+        weight = total.new_full((), batch.mask.numel()) if self.average == "all" else weight.detach()
+        return ratio(total, weight), {"weight": weight}
+
+    def divisors(self, batch: Batch) -> Tensor:
+        """Return the summed weights (1,) of the labelled pixels, hardest or not, or the number of all pixels."""
+        if self.average == "all":
+            return self.weight.new_full((1,), batch.mask.numel())
+        mask = to_device(batch.mask, self.weight.device)
+        target = labels(mask, self.ignore_index)
+        weights = self.weight[target.clamp(min=0)]
+        near = self.border.weights(mask, self.ignore_index)
+        weights = weights if near is None else weights * near
+        return torch.where(target == UNLABELLED, 0, weights).sum()[None]
+
+    def _divisor(self) -> PixelDivisor | str | None:
+        """Return the divisor of the mean, or None if it depends on the scores."""
+        if self.average == "all":
+            return ALL_PIXELS
+        if self.hardest.share < 1:
+            return None
+        weights = () if self.weight.is_meta else tuple(self.weight.tolist())  # meta tensors have no values
+        return PixelDivisor(self.ignore_index, self.border if self.border.weight != 1 else None, weights)
+
+    def _sums(self, scores: Tensor, target: Tensor, counted: Tensor) -> tuple[Tensor, Vjp]:
+        costs, weights, pull = self.pixel_cost(scores, target, counted)
+        return torch.stack([costs.sum(), weights.sum()]), pull
