@@ -10,7 +10,8 @@ from torch import Tensor
 
 from dinoseg.core.contracts import Loss, safe_divide
 from dinoseg.core.shapes import Batch, LabelPredictor, Prediction
-from dinoseg.losses.pixel_mean import ALL_PIXELS, PixelDivisor
+from dinoseg.losses.pixel_mean import ALL_PIXELS, PixelDivisor, PixelMean
+from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import NotNegative
 from dinoseg.utils.transfer import to_device
 
@@ -115,10 +116,19 @@ class SelfTrainingLoss(Loss):
         of_views: loss on views, in which all classes should have the same weight. A teacher trained with class
             weights predicts rare classes too often. Class weights here would amplify that in the student.
         weight: weight of the views.
+
+    Raises:
+        UserError: some terms of `of_views` average over all pixels, others over the labelled ones.
     """
 
     def __init__(self, criterion: Loss, of_views: Loss, weight: NotNegative) -> None:
         super().__init__()
+        over_all = [part for part in of_views.modules() if isinstance(part, PixelMean) and part.average == "all"]
+        if over_all and of_views.divisor != ALL_PIXELS:
+            raise UserError(
+                "trainer=self_training averages each term over all pixels of the views; average=all would divide one "
+                "term of the loss twice. Set average=labelled in loss.criterion.terms."
+            )
         self.criterion, self.of_views, self.weight = criterion, of_views, weight
         self.needs_masks = criterion.needs_masks
         self.num_divisors, self.divisor = criterion.num_divisors + (1 if weight else 0), criterion.divisor

@@ -27,6 +27,7 @@ from dinoseg.training.engine import Engine
 from dinoseg.training.head_training import HeadTraining
 from dinoseg.training.micro_batches import MicroBatches
 from dinoseg.training.self_training_batch import MixedBatch, SelfTrainingLoss
+from dinoseg.utils.errors import UserError
 from dinoseg.training.step import StepOutput, batch_loss, predict
 
 K, SIZE, IMAGES = 3, (9, 8), 4
@@ -292,6 +293,9 @@ def test_views_are_averaged_once_over_all_pixels():
     of_views = [SelfTrainingLoss(losses[0], each, 1.0)(net(images.image), images)[1]["unlabelled"] for each in losses]
     assert of_views[0] > 0
     torch.testing.assert_close(*of_views)
+    mixed = criterion(*mixture(ce=CE + ", average: all}", focal=FOCAL + "}"), class_weights=torch.ones(K))
+    with pytest.raises(UserError, match="divide one term of the loss twice. Set average=labelled in loss.criterion"):
+        SelfTrainingLoss(losses[0], mixed, 0.7)
 
 
 def test_a_mean_over_some_pixels_times_the_share_of_sure_ones_is_no_sum():
