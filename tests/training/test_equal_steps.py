@@ -27,8 +27,8 @@ from dinoseg.training.engine import Engine
 from dinoseg.training.head_training import HeadTraining
 from dinoseg.training.micro_batches import MicroBatches
 from dinoseg.training.self_training_batch import MixedBatch, SelfTrainingLoss
-from dinoseg.utils.errors import UserError
 from dinoseg.training.step import StepOutput, batch_loss, predict
+from dinoseg.utils.errors import UserError
 
 K, SIZE, IMAGES = 3, (9, 8), 4
 SLOTS = ("feature_reconstruction", "temporal_similarity", "video_similarity", "slot_contrast")
