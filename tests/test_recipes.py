@@ -89,11 +89,12 @@ PROBE = {  # facebookresearch/dinov2 and dinov3, dinov3/eval/segmentation
 DINOV3_PROBE = PROBE | {
     **{"head.dropout": 0.1, "optim.optimizer.weight_decay": 1e-3, "trainer.val_every": 5000},
     **{"optim.schedule.kind": "one_cycle", "data.augment.color.hue": 0.5, "data.augment.color.space": "rgb"},
+    "data.augment.resample": "antialias",
 }
 DINOV2_PROBE = PROBE | {
     **{"head.dropout": 0.0, "optim.optimizer.weight_decay": 1e-4, "optim.schedule.warmup_decays": True},
     **{"optim.schedule.kind": "poly", "optim.schedule.power": 1.0},
-    **{"data.augment.color.hue": 0.1, "data.augment.color.space": "hsv"},
+    **{"data.augment.color.hue": 0.1, "data.augment.color.space": "hsv", "data.augment.resample": "bilinear"},
 }
 EOMT = {  # tue-mps/eomt: configs, training/mask_classification_semantic.py, datasets/transforms.py
     **{
@@ -108,6 +109,7 @@ EOMT = {  # tue-mps/eomt: configs, training/mask_classification_semantic.py, dat
     **{"loss.criterion.oversample": 3.0, "loss.criterion.importance": 0.75},
     **{"data.augment.relative_to": "fit", "data.augment.scale": [0.5, 2.0], "data.augment.distribution": "uniform"},
     **{"data.augment.padding": "end", "data.augment.fill": [0, 0, 0], "data.augment.cat_max_ratio": None},
+    "data.augment.resample": "antialias",
     **{"data.augment.color.additive": False, "data.augment.color.before_scaling": True, "data.augment.color.hue": 0.05},
     **{"optim.optimizer.weight_decay": 0.05, "optim.optimizer.weight_decay_on": "all", "optim.schedule.kind": "poly"},
     **{"optim.optimizer.layer_decay_rule": "eomt", "optim.schedule.power": 0.9, "optim.schedule.warmup_start": 0.0},
