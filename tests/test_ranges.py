@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 
 from dinoseg.cli.ranks import LAUNCH_KEYS
 from dinoseg.config.checks import check_arguments
+from dinoseg.config.guard import guard
 from dinoseg.config.limits import LARGEST, READERS, check_training
 from dinoseg.config.nodes import instantiate
 from dinoseg.config.plain import below, dotted, to_container
@@ -196,6 +197,20 @@ def test_no_number_is_refused_by_the_limits_of_checkpoints_alone(trained):
             check_training(cfg)
         assert "could not be resumed" not in str(caught.value), key
     assert len(numbers) > 50
+
+
+def test_steps_of_a_head_are_limited_like_those_of_a_training_and_its_widths_as_before(compose):
+    steps = [[40_000, 120_000], [90_000, 400_000], [10**6, 2 * 10**6], [0, 2**40]]
+    cfg = compose("mode=train", "head=eomt", "backbone=tiny", f"head.anneal={steps}", "data.root=x", "data.classes=[a]")
+    check_training(cfg)
+    guard({"head": to_container(cfg.head)}, "resume=file", to_container(cfg))
+    for key, value in (("head.anneal.3.1", 2**41), ("head.num_queries", 2**17), ("head.blocks", 10**6)):
+        other = copy.deepcopy(cfg)
+        OmegaConf.update(other, key, value)
+        with pytest.raises(UserError, match=f"^{re.escape(key)}={value} is out of range.* at most"):
+            check_training(other)
+        with pytest.raises(UserError, match=f"{re.escape(key)}={value} is refused"):
+            guard({"head": to_container(other.head)}, "resume=file", to_container(cfg))
 
 
 def test_readers_of_keys_have_ranges_for_them(trained):

@@ -14,12 +14,13 @@ from dinoseg.utils.ranges import LEARNING_RATES
 from dinoseg.utils.wording import format_value
 
 REMEDY = "Do not use this file unless you know who made it"
+_MOST_STEPS = 2**40  # optimizer steps: they are compared with, and size nothing
 LARGEST: Mapping[Steps, float] = {  # maximum of a number at or below a key; the longest matching key counts
     **{("seed",): 2**63 - 1, ("resolution",): 2**14, ("resolution", "scale"): 16},
     **{("head", "iterations"): 2**8, ("head", "first_iterations"): 2**8, ("resolution", "longest"): 2**20},
     **dict.fromkeys([("backbone",), ("adapter",), ("head",)], 2**16),
     **{("data",): 2**20, ("data", "workers"): 2**8, ("data", "batch_size"): 2**16, ("loss",): 2**20},
-    **{("trainer",): 2**40, ("optim",): 2**40, ("heads",): 2**40, ("lrs",): 2**40},
+    **dict.fromkeys([("trainer",), ("optim",), ("heads",), ("lrs",), ("head", "anneal")], _MOST_STEPS),
     **{("inference",): 2**14, ("inference", "scales"): 16, ("inference", "batch_size"): 2**10},
     **dict.fromkeys([("head", "lr"), ("adapter", "lr"), ("optim", "optimizer", "lr"), ("lrs",)], LEARNING_RATES.most),
 }
