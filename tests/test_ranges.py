@@ -141,7 +141,7 @@ NAN, INFINITY = float("nan"), float("inf")
         ("head.lr", NAN, "Give a number above 0 and at most 100"),
         ("adapter.dropout", -INFINITY, "Give a number of at least 0 and below 1."),
         ("backbone.patch_size", NAN, "Give a whole number."),
-        ("backbone.mean.0", NAN, "Give a "),
+        ("backbone.mean.0", NAN, "Give a number from -1 to 2 "),
         ("backbone.arch.layerscale_value", NAN, "Give a finite number."),
         ("data.augment.cat_max_ratio", NAN, "Give a number above 0 and at most 1, or null."),
         ("data.augment.cat_max_ratio", 2**21, "Give a number above 0 and at most 1, or null."),
