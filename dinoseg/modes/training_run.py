@@ -222,11 +222,25 @@ class TrainingRun:
         return {**scores, **cost, "best_step": run.best_step, "run": str(self.out_dir)}
 
 
-def build_schedule(build: Builder, engine: Engine, steps: int) -> Schedule:
-    """Return the learning-rate schedule."""
+def build_schedule(build: Builder, engine: Engine, steps: int, optimizer: Optimizer) -> Schedule:
+    """Return the learning-rate schedule, and warn of warm-ups that are too long or without effect.
+
+    Args:
+        build: of the whole config.
+        engine: device and ranks.
+        steps: length of the training.
+        optimizer: whose parameter groups the schedule is for.
+    """
     schedule = build.schedule()
     if engine.is_main:
-        warn_of_long_warmup(schedule, steps)
+        trains_backbone = any(group["backbone"] for group in optimizer.param_groups)
+        if not trains_backbone and (warmup := build.value("optim.schedule.backbone_warmup")) is not None:
+            logger.warning(
+                "optim.schedule.backbone_warmup=%s has no effect: the backbone is not trained. Set it to null, or "
+                "choose an adapter that trains the backbone.",
+                warmup,
+            )
+        warn_of_long_warmup(schedule, steps, trains_backbone=trains_backbone)
     return schedule
 
 
