@@ -3,6 +3,7 @@
 import copy
 import inspect
 import re
+from functools import partial
 from types import UnionType
 from typing import get_args
 
@@ -18,6 +19,8 @@ from dinoseg.config.guard import guard
 from dinoseg.config.limits import LARGEST, READERS, check_training
 from dinoseg.config.nodes import instantiate
 from dinoseg.config.plain import below, dotted, to_container
+from dinoseg.data.photometric import PhotometricDistortion
+from dinoseg.data.transforms import ColorJitter
 from dinoseg.experiment.builder import Builder
 from dinoseg.report.loggers.logger import Logger
 from dinoseg.tracking.tracker import Tracker
@@ -107,6 +110,10 @@ def composed(compose):
         ("adapter.dropout", float("nan"), "Give a number of at least 0 and below 1."),
         ("data.augment.scale", [float("nan"), 1], "Give a finite number for each."),
         ("data.augment.flip", 2, "Give a number from 0 to 1."),
+        ("data.augment.color.hue", 0.7, "Give a number from 0 to 0.5."),
+        ("data.augment.affine.degrees", 181, "Give a number from 0 to 180."),
+        ("data.augment.affine.translate", 0.95, "Give a number from 0 to 0.9."),
+        ("data.augment.affine.shear", 61, "Give a number from 0 to 60."),
         ("mode.opacity", float("nan"), "Give a number from 0 to 1."),
         ("mode.batch_size", 0, "Give a whole number of at least 1."),
         ("engine.workers", -1, "Give a whole number of at least 0."),
@@ -147,7 +154,7 @@ NAN, INFINITY = float("nan"), float("inf")
         ("data.augment.cat_max_ratio", 2**21, "Give a number above 0 and at most 1, or null."),
         *((f"data.augment.color.{key}", NAN, "Give a number from 0 to 1.") for key in ("brightness", "contrast")),
         *(("data.augment.color.saturation", each, "Give a number from 0 to 1.") for each in (NAN, INFINITY)),
-        *(("data.augment.color.hue", each, "Give a number from 0 to ") for each in (NAN, -INFINITY)),
+        *(("data.augment.color.hue", each, "Give a number from 0 to 0.5.") for each in (NAN, -INFINITY)),
         ("data.augment.scale.1", INFINITY, "Give a finite number."),
         ("data.batch_size", NAN, "Give a whole number."),
         ("data.class_uniform", 2**21, "Give a number above 0 and at most 1."),
@@ -219,6 +226,14 @@ def test_readers_of_keys_have_ranges_for_them(trained):
         for name, key in keys.items():
             assert is_ranged(parameters[name].annotation), (target, name)
             assert OmegaConf.select(trained, key, default="absent") != "absent"
+
+
+@pytest.mark.parametrize("color", [ColorJitter, partial(PhotometricDistortion, 0.1, 0.1, 0.1)])
+def test_colours_of_python_code_have_the_same_ranges(color):
+    with pytest.raises(
+        UserError, match=r"^data\.augment\.color\.hue=0\.7 is out of range\. Give a number from 0 to 0\.5\.$"
+    ):
+        color(hue=0.7)
 
 
 def test_a_training_without_steps_is_refused(composed):

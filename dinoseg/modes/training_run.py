@@ -8,6 +8,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
 
 from dinoseg.core.contracts import Head, Loss
@@ -96,6 +97,7 @@ class TrainingRun:
     def __init__(self, build: Builder, out_dir: Path, task: TrainingTask, engine: Engine) -> None:
         self.build, self.out_dir, self.task, self.engine = build, out_dir, task, engine
         self.start: Checkpoint | None = None
+        build.schedule()  # refuses unknown options before a model is built
         if build.resume:
             self.start, outline = _start(build, task.labels)
         else:
@@ -103,6 +105,8 @@ class TrainingRun:
             check_initial(build, outline)
         self._loggers = logger_factories(build)
         build.task().check_parts(outline, engine.world_size)  # of this config: each of several heads has its own
+        with torch.device("meta"):
+            build.optimizer(outline)
 
     @property
     def first_step(self) -> int:

@@ -57,6 +57,7 @@ Share = Annotated[float, Range("a number from 0 to 1", 0, 1)]
 LowShare = Annotated[float, Range("a number of at least 0 and below 1", 0, 1, open_at=(1,))]
 HighShare = Annotated[float, Range("a number above 0 and at most 1", 0, 1, open_at=(0,))]
 Scale = Annotated[float, Range("a number above 0 and at most 16", 0, 16, open_at=(0,))]
+HalfShare = Annotated[float, Range("a number from 0 to 0.5", 0, 0.5)]
 Temperature = Annotated[float, Range("a number from 0.01 to 100", 0.01, 100)]
 OpenShare = Annotated[float, Range("a number above 0 and below 1", 0, 1, open_at=(0, 1))]
 LEARNING_RATES = Range("a number above 0 and at most 100", 0, 100, open_at=(0,))

@@ -45,6 +45,15 @@ def test_progress_can_be_leafed_through(where):
 
 
 @pytest.mark.parametrize(
+    "word", ["schedule.kind=unknown", "optimizer.layer_decay_rule=unknown", "optimizer.betas=[0.9]"]
+)
+def test_options_of_rates_are_refused_before_the_model_is_built(where, word):
+    done = call(where, "mode=train", *SMALL, f"optim.{word}")
+    assert done.status == 1 and f"error: optim.{word}" in done.err, done.err
+    assert "Checking the data" not in done.err and "Building the model" not in done.err
+
+
+@pytest.mark.parametrize(
     ("adapter", "heads"),
     [("frozen", ()), ("full", ()), ("frozen", ("trainer=multi_head", "heads=[linear,cnn]"))],
 )
