@@ -3,6 +3,7 @@
 import copy
 import inspect
 import re
+from functools import partial
 from types import UnionType
 from typing import get_args
 
@@ -14,7 +15,12 @@ from omegaconf import OmegaConf
 
 from dinoseg.cli.ranks import LAUNCH_KEYS
 from dinoseg.config.checks import check_arguments
+from dinoseg.config.guard import guard
+from dinoseg.config.limits import LARGEST, READERS, check_training
 from dinoseg.config.nodes import instantiate
+from dinoseg.config.plain import below, dotted, to_container
+from dinoseg.data.photometric import PhotometricDistortion
+from dinoseg.data.transforms import ColorJitter
 from dinoseg.experiment.builder import Builder
 from dinoseg.report.loggers.logger import Logger
 from dinoseg.tracking.tracker import Tracker
@@ -104,6 +110,10 @@ def composed(compose):
         ("adapter.dropout", float("nan"), "Give a number of at least 0 and below 1."),
         ("data.augment.scale", [float("nan"), 1], "Give a finite number for each."),
         ("data.augment.flip", 2, "Give a number from 0 to 1."),
+        ("data.augment.color.hue", 0.7, "Give a number from 0 to 0.5."),
+        ("data.augment.affine.degrees", 181, "Give a number from 0 to 180."),
+        ("data.augment.affine.translate", 0.95, "Give a number from 0 to 0.9."),
+        ("data.augment.affine.shear", 61, "Give a number from 0 to 60."),
         ("mode.opacity", float("nan"), "Give a number from 0 to 1."),
         ("mode.batch_size", 0, "Give a whole number of at least 1."),
         ("engine.workers", -1, "Give a whole number of at least 0."),
@@ -117,6 +127,113 @@ def test_a_number_out_of_its_range_is_refused_by_its_whole_key(composed, key, va
     with pytest.raises(UserError) as caught:
         instantiate(node, without=OF_OTHERS.get(key.split(".")[0], ()))
     assert str(caught.value) == f"{key}={format_value(str(value), 200)} is out of range. {rule}"
+
+
+@pytest.fixture(scope="module")
+def trained(compose):
+    """Return the config of a training whose options have many numbers."""
+    options = ("adapter=lora", "backbone=tiny", "head=cnn", "inference=windows", "inference.size=[64,48]")
+    return compose("mode=train", *options, "backbone.mean=[0,0,0]", "data.root=x", "data.classes=[a,b]")
+
+
+NAN, INFINITY = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "rule"),
+    [
+        ("head.dropout", NAN, "Give a number of at least 0 and below 1."),
+        ("head.dropout", 70_000, "Give a number of at least 0 and below 1."),
+        ("head.channels", INFINITY, "Give a whole number."),
+        ("head.lr", NAN, "Give a number above 0 and at most 100"),
+        ("adapter.dropout", -INFINITY, "Give a number of at least 0 and below 1."),
+        ("backbone.patch_size", NAN, "Give a whole number."),
+        ("backbone.mean.0", NAN, "Give a number from -1 to 2 "),
+        ("backbone.arch.layerscale_value", NAN, "Give a finite number."),
+        ("data.augment.cat_max_ratio", NAN, "Give a number above 0 and at most 1, or null."),
+        ("data.augment.cat_max_ratio", 2**21, "Give a number above 0 and at most 1, or null."),
+        *((f"data.augment.color.{key}", NAN, "Give a number from 0 to 1.") for key in ("brightness", "contrast")),
+        *(("data.augment.color.saturation", each, "Give a number from 0 to 1.") for each in (NAN, INFINITY)),
+        *(("data.augment.color.hue", each, "Give a number from 0 to 0.5.") for each in (NAN, -INFINITY)),
+        ("data.augment.scale.1", INFINITY, "Give a finite number."),
+        ("data.batch_size", NAN, "Give a whole number."),
+        ("data.class_uniform", 2**21, "Give a number above 0 and at most 1."),
+        ("data.class_mix", NAN, "Give a number from 0 to 1."),
+        ("data.feature_noise", NAN, "Give a number of at least 0."),
+        ("data.labelled", 2**21, "Give a number above 0 and at most 1, or null."),
+        ("data.views", NAN, "Give a whole number or null."),
+        ("optim.schedule.min_lr_ratio", NAN, "Give a number from 0 to 1."),
+        ("optim.optimizer.betas.1", INFINITY, "Give a number of at least 0 and below 1."),
+        ("inference.stride", NAN, "Give a whole number or a list of whole numbers or null."),
+        ("inference.stride", INFINITY, "Give a whole number or a list of whole numbers or null."),
+        ("inference.size.1", NAN, "Give a whole number."),
+        ("inference.multiple", NAN, "Give a whole number or null."),
+        ("inference.scales.0", 17, "Give a number above 0 and at most 16."),
+        ("resolution.scale", NAN, "Give a number above 0 and at most 16."),
+        ("resolution.longest", 2**21, "Give 1048576 at most."),
+        ("trainer.steps", NAN, "Give a whole number or null."),
+        ("trainer.epochs", NAN, "Give a number above 0, or null."),
+        ("trainer.clip", INFINITY, "Give a finite number, or null."),
+        ("trainer.clip", 1e20, "Give 1099511627776 at most."),
+        ("trainer.ema", NAN, "Give a number above 0 and below 1, or null."),
+        ("seed", NAN, "Give a finite number."),
+    ],
+)
+def test_the_range_of_a_key_comes_before_the_limits_of_checkpoints(trained, key, value, rule):
+    cfg = copy.deepcopy(trained)
+    OmegaConf.update(cfg, key, value)
+    with pytest.raises(UserError) as caught:
+        check_training(cfg)
+    message = str(caught.value)
+    assert message.startswith(f"{key}={value} is ") and rule in message and "for each" not in message
+    assert ("could not be resumed" in message) == (" at most." in rule and "number" not in rule or key == "seed")
+
+
+@pytest.mark.slow
+def test_no_number_is_refused_by_the_limits_of_checkpoints_alone(trained):
+    numbers = [
+        dotted(steps)
+        for group in {steps[0] for steps in LARGEST} & trained.keys() - {"seed"}
+        for steps, value in below(to_container(trained)[group], (group,))
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    ]
+    for key in numbers:
+        cfg = copy.deepcopy(trained)
+        OmegaConf.update(cfg, key, NAN)
+        with pytest.raises(UserError, match=f"^{re.escape(key)}=nan is ") as caught:
+            check_training(cfg)
+        assert "could not be resumed" not in str(caught.value), key
+    assert len(numbers) > 50
+
+
+def test_steps_of_a_head_are_limited_like_those_of_a_training_and_its_widths_as_before(compose):
+    steps = [[40_000, 120_000], [90_000, 400_000], [10**6, 2 * 10**6], [0, 2**40]]
+    cfg = compose("mode=train", "head=eomt", "backbone=tiny", f"head.anneal={steps}", "data.root=x", "data.classes=[a]")
+    check_training(cfg)
+    guard({"head": to_container(cfg.head)}, "resume=file", to_container(cfg))
+    for key, value in (("head.anneal.3.1", 2**41), ("head.num_queries", 2**17), ("head.blocks", 10**6)):
+        other = copy.deepcopy(cfg)
+        OmegaConf.update(other, key, value)
+        with pytest.raises(UserError, match=f"^{re.escape(key)}={value} is out of range.* at most"):
+            check_training(other)
+        with pytest.raises(UserError, match=f"{re.escape(key)}={value} is refused"):
+            guard({"head": to_container(other.head)}, "resume=file", to_container(cfg))
+
+
+def test_readers_of_keys_have_ranges_for_them(trained):
+    for target, keys in READERS.items():
+        parameters = inspect.signature(get_object(target)).parameters
+        for name, key in keys.items():
+            assert is_ranged(parameters[name].annotation), (target, name)
+            assert OmegaConf.select(trained, key, default="absent") != "absent"
+
+
+@pytest.mark.parametrize("color", [ColorJitter, partial(PhotometricDistortion, 0.1, 0.1, 0.1)])
+def test_colours_of_python_code_have_the_same_ranges(color):
+    with pytest.raises(
+        UserError, match=r"^data\.augment\.color\.hue=0\.7 is out of range\. Give a number from 0 to 0\.5\.$"
+    ):
+        color(hue=0.7)
 
 
 def test_a_training_without_steps_is_refused(composed):

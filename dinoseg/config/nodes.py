@@ -7,10 +7,11 @@ from typing import Any, TypeVar
 
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate as hydra_instantiate
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dinoseg.config.checks import check_arguments
+from dinoseg.config.checks import check_arguments, check_item
+from dinoseg.config.plain import Steps, dotted, resolved
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import format_value
 
@@ -60,6 +61,38 @@ def instantiate(node: Any, *, without: Sequence[str] = (), instead: Mapping[str,
         raise (error.__cause__ or error) from None  # the target's own error, without hydra's wrapper
 
 
+def check_key(cfg: DictConfig, steps: Steps, value: Any, readers: Mapping[str, Mapping[str, str]]) -> None:
+    """Refuse a value that the innermost targets in a config, or other functions, which take its key do not allow.
+
+    Args:
+        cfg: the whole config.
+        steps: path to the value.
+        value: resolved.
+        readers: for keys that no target takes, from names of functions to their parameters and the keys of these.
+
+    Raises:
+        UserError: naming the key and what its target takes.
+    """
+    groups = [(str(group), resolved(cfg, (group,))) for group in cfg]
+    takers = [
+        (target, names)
+        for group, values in groups
+        if isinstance(values, Mapping)
+        for target, _, names in _targets(values, cfg[group], group)
+    ]
+    key = dotted(steps)
+    arguments = [(target, *each) for target, names in (*takers, *readers.items()) for each in names.items()]
+    around = [
+        (name.count("."), target, parameter)
+        for target, parameter, name in arguments
+        if f"{key}.".startswith(f"{name}.")
+    ]
+    innermost = max((dots for dots, *_ in around), default=0)
+    for dots, target, parameter in around:
+        if dots == innermost:
+            check_item(target, (parameter, *steps[dots + 1 :]), value, key)
+
+
 def _targets(values: Any, node: Any, where: str) -> Iterator[tuple[str, dict[str, Any], dict[str, str]]]:
     """Yield every `_target_` at or below a node with its arguments and the full key of each argument."""
     items: Any = values.items() if isinstance(values, Mapping) else enumerate(values)
@@ -80,8 +113,8 @@ def _typed_at(node: Any, key: Any, where: str) -> tuple[Any, str]:
     if inner is None:
         return None, name
     if inner._is_interpolation():
-        inner = inner._dereference_node()
-    return inner, inner._get_full_key(None) or name
+        inner = inner._maybe_dereference_node()
+    return inner, (inner is not None and inner._get_full_key(None)) or name
 
 
 def expect_type(contract: type[Part], part: object, key: str) -> Part:

@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.ranges import Share
+from dinoseg.utils.ranges import HalfShare, Share
 
 SWITCHES = 5  # random numbers of a view for colour changes that are applied at random or in a random order
 _SPACES = ("rgb", "hsv")
@@ -16,9 +16,9 @@ _STEPS = 180  # hues of OpenCV's 8-bit HSV
 
 
 def check_range(key: str, value: float, most: float) -> None:
-    """Refuse a value of `data.augment` outside 0 to `most`."""
+    """Refuse a value of a key of `data.augment` outside 0 to `most`."""
     if not 0 <= value <= most:
-        raise UserError(f"data.augment: {key}={value} is outside its range: give a number from 0 to {most}.")
+        raise UserError(f"data.augment.{key}={value} is out of range. Give a number from 0 to {most}.")
 
 
 class ColorTransform:
@@ -68,7 +68,7 @@ class PhotometricDistortion(ColorTransform):
     brightness: Share
     contrast: Share
     saturation: Share
-    hue: Share
+    hue: HalfShare
     probability: Share = 0.5
     additive: bool = False
     space: str = "rgb"
@@ -79,7 +79,7 @@ class PhotometricDistortion(ColorTransform):
     def __post_init__(self) -> None:
         """Reject ranges that allow factors below 0, and unknown colour spaces."""
         for key, most in (("brightness", 1), ("contrast", 1), ("saturation", 1), ("hue", 0.5), ("probability", 1)):
-            check_range(key, getattr(self, key), most)
+            check_range(f"color.{key}", getattr(self, key), most)
         if self.space not in _SPACES:
             raise UserError(f"data.augment.color.space={self.space} is unknown. Choose one of {', '.join(_SPACES)}.")
 

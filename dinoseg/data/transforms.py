@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import cv2
 import numpy as np
@@ -11,7 +11,7 @@ from PIL import Image
 
 from dinoseg.data.photometric import SWITCHES, ColorTransform, check_range
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.ranges import Byte, Count, HighShare, NotNegative, Share
+from dinoseg.utils.ranges import Byte, Count, HalfShare, HighShare, Range, Share
 from dinoseg.utils.wording import format_override
 
 _DRAWS = 12  # random numbers per view
@@ -33,15 +33,15 @@ class Affine:
         shear: largest shear to either side, degrees.
     """
 
-    degrees: NotNegative = 0.0
-    translate: Share = 0.0
-    shear: NotNegative = 0.0
+    degrees: Annotated[float, Range("a number from 0 to 180", 0, 180)] = 0.0
+    translate: Annotated[float, Range("a number from 0 to 0.9", 0, 0.9)] = 0.0
+    shear: Annotated[float, Range("a number from 0 to 60", 0, 60)] = 0.0
 
     def __post_init__(self) -> None:
         """Reject ranges that could move the whole image out of view."""
-        check_range("degrees", self.degrees, 180)
-        check_range("translate", self.translate, 0.9)
-        check_range("shear", self.shear, 60)
+        check_range("affine.degrees", self.degrees, 180)
+        check_range("affine.translate", self.translate, 0.9)
+        check_range("affine.shear", self.shear, 60)
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,12 @@ class ColorJitter(ColorTransform):
     brightness: Share = 0.0
     contrast: Share = 0.0
     saturation: Share = 0.0
-    hue: Share = 0.0
+    hue: HalfShare = 0.0
 
     def __post_init__(self) -> None:
         """Reject ranges that allow factors below 0."""
         for key, most in (("brightness", 1), ("contrast", 1), ("saturation", 1), ("hue", 0.5)):
-            check_range(key, getattr(self, key), most)
+            check_range(f"color.{key}", getattr(self, key), most)
 
     def __call__(self, image: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
         """Return an image (H, W, 3) uint8 in changed colours; all changes form one matrix, so values are clipped once.

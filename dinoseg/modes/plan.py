@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from functools import partial
 from itertools import repeat
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
@@ -26,10 +26,12 @@ from dinoseg.inference.memory import OutOfMemory, free_bytes
 from dinoseg.training.engine import Engine
 from dinoseg.utils.atomic import write_json
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.ranges import Positive
+from dinoseg.utils.ranges import Range
 from dinoseg.utils.wording import count_of, format_override
 from dinoseg.utils.workers import run_in_process
 
+# from a processor of a microcomputer to the largest cluster
+Tflops = Annotated[float, Range("a number from 0.001 to 10000000", 1e-3, 1e7)]
 _GIB = 2**30
 _MORE = 1.25  # factor on the estimate after a dry step that ran out of memory
 _TRIES = 3  # plans that a dry step may reject as too large
@@ -43,7 +45,7 @@ def plan(
     device: str | None = None,
     dry_step: bool = True,
     change_model: bool = True,
-    tflops: Positive | None = None,
+    tflops: Tflops | None = None,
 ) -> dict[str, Any]:
     """Estimate the memory of a recipe's training step, find the changes that make it fit, and print the command.
 
@@ -56,7 +58,8 @@ def plan(
         device: target of the plan, cuda or cpu; None: the engine's.
         dry_step: test the plan with two real steps, if this device is the target and has enough memory.
         change_model: train fewer blocks if nothing else helps.
-        tflops: 10^12 floating-point operations that all devices sustain per second in training; None: no hours.
+        tflops: 10^12 floating-point operations that all devices sustain per second in training, 0.001 to 10^7; None:
+            no hours.
 
     Raises:
         UserError: no known change makes the step fit, or a value is invalid.

@@ -65,7 +65,7 @@ def train(
         announce(f"Building the model, with backbone.weights={build.value('backbone').get('weights')}")
         made = load_initial_weights(build, build.model(outlined=True), list(task.labels.classes), engine.broadcast)
         model, loss, optimizer, checkpoints = job.parts(engine.place(made), sizes, length.steps)
-        schedule = build_schedule(build, engine, length.steps)
+        schedule = build_schedule(build, engine, length.steps, optimizer)
         log_start(build, model, task, engine, out_dir, length.steps)
         epochs = length.steps * cfg.trainer.accumulate / task.data_module.epoch
         cached = task.cache_features(model, loss, engine, epochs, before=job.chosen_before)

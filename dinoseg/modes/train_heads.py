@@ -144,7 +144,8 @@ def train_heads(
             members.append(HeadTraining(model, loss, checkpoints, log, name=name))
             optimizers.append(optimizer)
         rates = [max(group["base_lr"] for group in optimizer.param_groups) for optimizer in optimizers]
-        schedule = build_schedule(build, engine, settings.steps)
+        joined = join_optimizers(optimizers)
+        schedule = build_schedule(build, engine, settings.steps, joined)
         where, heads = out_dir / checkpoint.FOLDER, count_of(jobs, "head")
         logger.info("%s on one backbone, each with a run folder in %s: %s", heads, folder, join_names([*jobs]))
         info = run_description(build, task.labels)
@@ -155,7 +156,7 @@ def train_heads(
             whole,
             members[0].criterion,
             task.data_module,
-            join_optimizers(optimizers),
+            joined,
             schedule,
             engine,
             checkpoints,

@@ -8,6 +8,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
 
 from dinoseg.core.contracts import Head, Loss
@@ -96,6 +97,7 @@ class TrainingRun:
     def __init__(self, build: Builder, out_dir: Path, task: TrainingTask, engine: Engine) -> None:
         self.build, self.out_dir, self.task, self.engine = build, out_dir, task, engine
         self.start: Checkpoint | None = None
+        build.schedule()  # refuses unknown options before a model is built
         if build.resume:
             self.start, outline = _start(build, task.labels)
         else:
@@ -103,6 +105,8 @@ class TrainingRun:
             check_initial(build, outline)
         self._loggers = logger_factories(build)
         build.task().check_parts(outline, engine.world_size)  # of this config: each of several heads has its own
+        with torch.device("meta"):
+            build.optimizer(outline)
 
     @property
     def first_step(self) -> int:
@@ -222,11 +226,25 @@ class TrainingRun:
         return {**scores, **cost, "best_step": run.best_step, "run": str(self.out_dir)}
 
 
-def build_schedule(build: Builder, engine: Engine, steps: int) -> Schedule:
-    """Return the learning-rate schedule."""
+def build_schedule(build: Builder, engine: Engine, steps: int, optimizer: Optimizer) -> Schedule:
+    """Return the learning-rate schedule, and warn of warm-ups that are too long or without effect.
+
+    Args:
+        build: of the whole config.
+        engine: device and ranks.
+        steps: length of the training.
+        optimizer: whose parameter groups the schedule is for.
+    """
     schedule = build.schedule()
     if engine.is_main:
-        warn_of_long_warmup(schedule, steps)
+        trains_backbone = any(group["backbone"] for group in optimizer.param_groups)
+        if not trains_backbone and (warmup := build.value("optim.schedule.backbone_warmup")) is not None:
+            logger.warning(
+                "optim.schedule.backbone_warmup=%s has no effect: the backbone is not trained. Set it to null, or "
+                "choose an adapter that trains the backbone.",
+                warmup,
+            )
+        warn_of_long_warmup(schedule, steps, trains_backbone=trains_backbone)
     return schedule
 
 

@@ -249,13 +249,14 @@ def _check_option(key: str, value: str, options: Iterable[str]) -> None:
         raise UserError(f"{key}={value} is unknown. Choose one of {', '.join(options)}.")
 
 
-def warn_of_long_warmup(factor: Schedule, steps: int) -> None:
+def warn_of_long_warmup(factor: Schedule, steps: int, *, trains_backbone: bool = True) -> None:
     """Warn if less than a fifth of the steps is left once a learning rate reaches its highest value, or if that is low.
 
-    How the rate falls after that depends on the schedule and is not considered.
+    How the rate falls after that depends on the schedule and is not considered. The backbone's rate counts only if the
+    training has one.
     """
     peaks = []
-    for key, backbone in (("warmup", False), ("backbone_warmup", True)):
+    for key, backbone in (("warmup", False), ("backbone_warmup", True))[: 1 + trains_backbone]:
         factors = [factor(step, steps, backbone) for step in range(steps + 1)]  # a warm-up may not end before `steps`
         threshold = _FULL * max(factors)
         rise = next(step for step, each in enumerate(factors) if each >= threshold)

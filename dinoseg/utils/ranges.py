@@ -57,8 +57,15 @@ Share = Annotated[float, Range("a number from 0 to 1", 0, 1)]
 LowShare = Annotated[float, Range("a number of at least 0 and below 1", 0, 1, open_at=(1,))]
 HighShare = Annotated[float, Range("a number above 0 and at most 1", 0, 1, open_at=(0,))]
 Scale = Annotated[float, Range("a number above 0 and at most 16", 0, 16, open_at=(0,))]
+HalfShare = Annotated[float, Range("a number from 0 to 0.5", 0, 0.5)]
 Temperature = Annotated[float, Range("a number from 0.01 to 100", 0.01, 100)]
 OpenShare = Annotated[float, Range("a number above 0 and below 1", 0, 1, open_at=(0, 1))]
 LEARNING_RATES = Range("a number above 0 and at most 100", 0, 100, open_at=(0,))
 LearningRate = Annotated[float, LEARNING_RATES]
 RateFactor = Annotated[float, Range("a number from 0 to 100", 0, 100)]
+# RGB statistics are those of images in 0..1: means in 0..1, standard deviations up to 0.5. A model that takes values of
+# another scale expresses it by them, such as 0..255 by mean 0 and std 1 / 255.
+MEANS = Range("a number from -1 to 2 (of images in 0..1; divide statistics of 0..255 by 255)", -1, 2)
+DEVIATIONS = Range("a number from 0.001 to 10 (of images in 0..1; divide statistics of 0..255 by 255)", 0.001, 10)
+ColourMean = Annotated[float, MEANS]
+ColourStd = Annotated[float, DEVIATIONS]

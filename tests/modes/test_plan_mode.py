@@ -43,12 +43,12 @@ def test_what_fits_is_tried_and_started_as_it_is(tmp_path):
 
 
 def test_hours_follow_from_operations_and_steps(tmp_path):
-    words = ("mode.dry_step=false", "mode.tflops=2e-9", "trainer.steps=900")
+    words = ("mode.dry_step=false", "mode.tflops=0.002", "trainer.steps=900")
     found, out = planned(tmp_path, *words)
     flops, hours = found["duration"]["flops"], found["duration"]["hours"]
-    assert hours == pytest.approx(900 * flops / 2000 / 3600) and flops > 1e6
-    assert f"{hours:.3g} h for 900 steps" in out and "2e-09 TFLOP/s" in out
-    words = ("mode.dry_step=false", "mode.tflops=2e-9", "trainer.accumulate=3")
+    assert hours == pytest.approx(900 * flops / 2e9 / 3600) and flops > 1e6
+    assert f"{hours:.3g} h for 900 steps" in out and "0.002 TFLOP/s" in out
+    words = ("mode.dry_step=false", "mode.tflops=0.002", "trainer.accumulate=3")
     assert call(tmp_path, "mode=plan", *WORDS, "hydra.run.dir=thrice", *words).status == 0
     assert json.loads((tmp_path / "thrice/plan.json").read_text())["duration"]["flops"] == 3 * flops
     by_epochs = ["trainer.epochs=2" if word.startswith("trainer.steps") else word for word in WORDS]
@@ -57,8 +57,10 @@ def test_hours_follow_from_operations_and_steps(tmp_path):
     assert json.loads((tmp_path / "epochs/plan.json").read_text())["duration"] == {"flops": flops, "hours": None}
     assert call(tmp_path, "mode=plan", *WORDS, "hydra.run.dir=memory", words[0]).status == 0
     assert json.loads((tmp_path / "memory/plan.json").read_text())["duration"] is None
-    refused = call(tmp_path, "mode=plan", *WORDS, "mode.tflops=0")
-    assert refused.status == 1 and "mode.tflops=0" in refused.err and "above 0" in refused.err
+    for value in ("0", "1e-300", "1e+300", "nan"):
+        refused = call(tmp_path, "mode=plan", *WORDS, f"mode.tflops={value}")
+        message = f"mode.tflops={value} is out of range. Give a number from 0.001 to 10000000, or null."
+        assert refused.status == 1 and message in refused.err
 
 
 def test_what_does_not_fit_is_changed_by_a_command_that_trains_so(tmp_path):

@@ -44,6 +44,27 @@ def test_progress_can_be_leafed_through(where):
     assert len(training) == 2 and all(0 <= row["train/miou"] <= 1 for row in training)
 
 
+@pytest.mark.parametrize(
+    "word", ["schedule.kind=unknown", "optimizer.layer_decay_rule=unknown", "optimizer.betas=[0.9]"]
+)
+def test_options_of_rates_are_refused_before_the_model_is_built(where, word):
+    done = call(where, "mode=train", *SMALL, f"optim.{word}")
+    assert done.status == 1 and f"error: optim.{word}" in done.err, done.err
+    assert "Checking the data" not in done.err and "Building the model" not in done.err
+
+
+@pytest.mark.parametrize(
+    ("adapter", "heads"),
+    [("frozen", ()), ("full", ()), ("frozen", ("trainer=multi_head", "heads=[linear,cnn]"))],
+)
+def test_the_warmup_of_a_backbone_that_is_not_trained_has_no_effect(where, adapter, heads):
+    words = (f"adapter={adapter}", *heads, "optim.schedule.backbone_warmup=500", "mode.pictures=0")
+    said = train(where, *words, "mode.report=false", "mode.probe_baseline=0").err
+    line = "optim.schedule.backbone_warmup=500 has no effect: the backbone is not trained. Set it to null, or choose"
+    assert said.count("backbone_warmup") == 1 and (line in said) == (adapter == "frozen")
+    assert ("The learning rate rises until" in said) == (adapter == "full")
+
+
 def test_a_run_logs_its_setup_and_prints_the_next_commands(where):
     done = train(where, "mode.pictures=0", "trainer.accumulate=2", "adapter=frozen", "engine.precision=fp32")
     lines = [line.partition(" INFO ")[2] for line in done.err.splitlines()]

@@ -158,6 +158,14 @@ def test_a_warmup_that_leaves_less_than_a_fifth_is_said(caplog, kind):
     assert "until step 82 of 100" in caplog.text and "Set optim.schedule.backbone_warmup to" in caplog.text
 
 
+def test_a_warmup_of_a_frozen_backbone_is_not_long(caplog):
+    shape = schedule("poly", warmup=5, backbone_warmup=90)
+    warn_of_long_warmup(shape, 100, trains_backbone=False)
+    assert not caplog.messages
+    warn_of_long_warmup(shape, 100)
+    assert "Set optim.schedule.backbone_warmup to" in caplog.text
+
+
 def test_a_low_peak_is_reported(caplog):
     warn_of_long_warmup(schedule("one_cycle", warmup=3), 100)
     assert not caplog.messages

@@ -12,7 +12,7 @@ from dinoseg.models.backbones.layers import resolve_layers
 from dinoseg.models.backbones.normalisation import register_colours, resolve_colours
 from dinoseg.models.backbones.pretrained import exported_state, load_model
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.ranges import Count
+from dinoseg.utils.ranges import ColourMean, ColourStd, Count
 
 STEM = 4  # stride of the first stage in pixels; each later stage doubles it
 
@@ -48,8 +48,8 @@ class ConvNext(Backbone):
         weights: str,
         patch_size: Count,
         layers: Sequence[int] | str = (-1,),
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
+        mean: Sequence[ColourMean] | None = None,
+        std: Sequence[ColourStd] | None = None,
         checkpointing: bool = False,
     ) -> None:
         super().__init__()

@@ -1,7 +1,6 @@
 """Colour statistics for the normalisation of images."""
 
 import logging
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import torch
 from torch import nn
 
 from dinoseg.utils.errors import UserError
+from dinoseg.utils.ranges import DEVIATIONS, MEANS
 
 logger = logging.getLogger(__name__)
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # RGB mean and standard deviation, in 0..1
@@ -48,13 +48,11 @@ def register_colours(module: nn.Module, mean: Sequence[float], std: Sequence[flo
     """Register the RGB mean and standard deviation as non-persistent buffers `mean` and `std`, (3, 1, 1).
 
     Raises:
-        UserError: not three finite numbers, or a standard deviation that is not above 0.
+        UserError: not three numbers, or one out of range.
     """
-    for name, values in (("mean", mean), ("std", std)):
-        if len(values) != 3 or not all(math.isfinite(value) for value in values):
+    for name, values, rule in (("mean", mean, MEANS), ("std", std, DEVIATIONS)):
+        if len(values) != 3:
             raise UserError(f"backbone.{name}={list(values)}: give three numbers, one each for red, green and blue.")
-        if name == "std" and min(values) <= 0:
-            raise UserError(
-                f"backbone.std={list(values)}: images are divided by these values; give three numbers above 0."
-            )
+        if not all(value in rule for value in values):
+            raise UserError(f"backbone.{name}={list(values)} is out of range. Give {rule.rule} for each.")
         module.register_buffer(name, torch.tensor([float(value) for value in values]).view(3, 1, 1), persistent=False)

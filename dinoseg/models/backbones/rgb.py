@@ -9,7 +9,7 @@ from dinoseg.core.contracts import Backbone
 from dinoseg.models.backbones.layers import resolve_layers
 from dinoseg.models.backbones.normalisation import register_colours
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.ranges import Count
+from dinoseg.utils.ranges import ColourMean, ColourStd, Count
 
 
 class RgbBackbone(Backbone):
@@ -37,8 +37,8 @@ class RgbBackbone(Backbone):
         self,
         patch_size: Count = 8,
         layers: Sequence[int] | str = (-1,),
-        mean: Sequence[float] = (0.485, 0.456, 0.406),
-        std: Sequence[float] = (0.229, 0.224, 0.225),
+        mean: Sequence[ColourMean] = (0.485, 0.456, 0.406),
+        std: Sequence[ColourStd] = (0.229, 0.224, 0.225),
     ) -> None:
         super().__init__()
         if patch_size < 1:

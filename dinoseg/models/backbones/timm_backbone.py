@@ -24,7 +24,7 @@ from dinoseg.models.backbones.cut import Block, forward_frozen, forward_trainabl
 from dinoseg.models.backbones.layers import resolve_layers
 from dinoseg.models.backbones.normalisation import register_colours, resolve_colours
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.ranges import Count
+from dinoseg.utils.ranges import ColourMean, ColourStd, Count
 from dinoseg.utils.tensor_files import check_weights, read_tensor_file
 
 _ANY_SIZE: Any = ({"dynamic_img_size": True}, {"strict_img_size": False})  # a model has one of these options or none
@@ -73,8 +73,8 @@ class TimmBackbone(Backbone):
         weights: str,
         patch_size: Count | None,
         layers: Sequence[int] | str = (-1,),
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
+        mean: Sequence[ColourMean] | None = None,
+        std: Sequence[ColourStd] | None = None,
         checkpointing: bool = False,
         final_norm: bool = True,
     ) -> None:

@@ -25,7 +25,7 @@ from dinoseg.models.backbones.normalisation import register_colours, resolve_col
 from dinoseg.models.backbones.pretrained import exported_state, load_model
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.precision import at_least_float32
-from dinoseg.utils.ranges import Count
+from dinoseg.utils.ranges import ColourMean, ColourStd, Count
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 FAMILIES = ("vit", "dinov2", "dinov2_with_registers", "dinov3_vit")
@@ -83,8 +83,8 @@ class TransformersVit(Backbone):
         weights: str,
         patch_size: Count,
         layers: Sequence[int] | str = (-1,),
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
+        mean: Sequence[ColourMean] | None = None,
+        std: Sequence[ColourStd] | None = None,
         checkpointing: bool = False,
         local_cls_norm: bool = False,
         dtype: str = "float32",

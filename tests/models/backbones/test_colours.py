@@ -1,9 +1,14 @@
 import pytest
+import torch
 from timm import create_model
+from timm.models import get_pretrained_cfg, list_pretrained
 
+from dinoseg.config.limits import check_training
+from dinoseg.experiment.builder import Builder
 from dinoseg.models.backbones.normalisation import resolve_colours
 from dinoseg.models.backbones.timm_backbone import TimmBackbone
 from dinoseg.models.backbones.transformers_vit import TransformersVit
+from dinoseg.utils.ranges import DEVIATIONS, MEANS
 
 IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 SATELLITE = ([0.430, 0.411, 0.296], [0.213, 0.156, 0.143])
@@ -37,6 +42,39 @@ def test_given_statistics_win_without_a_line(caplog):
 def test_satellite_statistics_equal_timms():
     known = create_model("vit_large_patch16_dinov3.sat493m", pretrained=False, depth=1).pretrained_cfg
     assert (list(known["mean"]), list(known["std"])) == SATELLITE
+
+
+PUBLISHED = [  # in 0..1
+    IMAGENET,
+    SATELLITE,
+    ([0.5] * 3, [0.5] * 3),
+    ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]),  # CLIP
+    ([0.0] * 3, [1.0] * 3),  # models that take 0..1
+    ([0.0] * 3, [1 / 255] * 3),  # models that take 0..255
+    ([123.675 / 255, 116.28 / 255, 103.53 / 255], [1 / 255] * 3),  # Caffe's: only the mean is subtracted
+    ([-0.5] * 3, [2.0] * 3),
+]
+
+
+@pytest.mark.parametrize(("mean", "std"), PUBLISHED)
+@pytest.mark.parametrize("backbone", ["rgb", "tiny"])
+def test_published_statistics_are_in_range(compose, backbone, mean, std):
+    added = ("+",) * 2 if backbone == "rgb" else ("",) * 2
+    words = (f"{added[0]}backbone.mean={mean}", f"{added[1]}backbone.std={std}")
+    cfg = compose("mode=train", f"backbone={backbone}", "data.root=x", "data.classes=[a,b]", *words)
+    check_training(cfg)
+    model = Builder(cfg).backbone()
+    image = torch.rand(1, 3, 16, 16)
+    scaled = (image.double() - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    assert torch.allclose(model.pixels(image).double(), scaled, rtol=1e-4, atol=1e-5)
+
+
+def test_timms_statistics_are_in_range():
+    found = {(*cfg.mean, None, *cfg.std) for name in list_pretrained() for cfg in [get_pretrained_cfg(name)]}
+    statistics = [(values[: values.index(None)], values[values.index(None) + 1 :]) for values in found]
+    for mean, std in statistics:
+        assert all(value in MEANS for value in mean) and all(value in DEVIATIONS for value in std), (mean, std)
+    assert len(statistics) > 5
 
 
 @pytest.mark.slow

@@ -179,10 +179,18 @@ def test_a_patch_size_below_one_is_refused(build, patch_size):
         ("mean", [0.5, 0.5], "give three numbers"),
         ("mean", [], "give three numbers"),
         ("std", [0.2] * 4, "give three numbers"),
-        ("mean", [0.5, float("nan"), 0.5], "Give a finite number for each"),
-        ("std", [0.2, float("inf"), 0.2], "Give a finite number for each"),
-        ("std", [0.2, 0.0, 0.2], "give three numbers above 0"),
-        ("std", [-0.2, 0.2, 0.2], "give three numbers above 0"),
+        (
+            "mean",
+            [0.5, float("nan"), 0.5],
+            "Give a number from -1 to 2 .*divide statistics of 0..255 by 255.* for each",
+        ),
+        ("mean", [60000, 0, 0], "Give a number from -1 to 2 "),
+        ("mean", [123.675, 116.28, 103.53], "Give a number from -1 to 2 "),
+        ("std", [0.2, float("inf"), 0.2], "Give a number from 0.001 to 10 .* for each"),
+        ("std", [0.2, 0.0, 0.2], "Give a number from 0.001 to 10 "),
+        ("std", [-0.2, 0.2, 0.2], "Give a number from 0.001 to 10 "),
+        ("std", [1e-300, 1, 1], "Give a number from 0.001 to 10 "),
+        ("std", [58.395, 57.12, 57.375], "Give a number from 0.001 to 10 "),
     ],
 )
 def test_colours_that_cannot_be_are_refused(build, key, values, rule):

@@ -12,6 +12,7 @@ from dinoseg.losses.feature_reconstruction import FeatureReconstruction
 from dinoseg.losses.slot_contrast import SlotContrast
 from dinoseg.losses.temporal_similarity import TemporalSimilarity
 from dinoseg.losses.weighted_sum import WeightedSum
+from dinoseg.models.heads.slots.attention import SlotAttention
 from dinoseg.models.heads.slots.head import SlotHead
 from dinoseg.utils.errors import UserError
 
@@ -272,6 +273,19 @@ def test_initial_weights_are_those_of_the_published_code():
         ({"slot_dim": 6}, r"head\.slot_dim=6 is not a multiple of 4"),
         ({"reconstruct": False, "similarity": False}, "leaves nothing to learn"),
         ({"reconstruct": False, "output_norm": True}, r"Set head\.output_norm=false"),
+        (
+            {"reconstruct": True, "similarity": False},
+            r"^head\.similarity_of=keys has no effect with head\.similarity=false\. Set head\.similarity=true, or ",
+        ),
+        (
+            {"slot_init": "clusters", "initial_std": 0.5},
+            r"^head\.initial_std=0\.5 has no effect with head\.slot_init=cl",
+        ),
+        (
+            {"slot_init": "clusters", "initial_std": 0.5, "groups": "initial", "num_slots": [2, 2]}
+            | {"similarity_of": "features"},
+            r"^head\.initial_std=0\.5 has no effect with head\.slot_init=clusters",
+        ),
         ({"similarity_of": "values"}, r"head\.similarity_of=values is unknown"),
         ({"groups": "always", "num_slots": [2, 2]}, r"Set head\.groups=off"),
     ],
@@ -279,6 +293,19 @@ def test_initial_weights_are_those_of_the_published_code():
 def test_invalid_options(options, message):
     with pytest.raises(UserError, match=message):
         SlotHead(DIM, 1, **{"num_slots": 3, "positions_grid": [2, 3]} | VIDEOSAUR | options)
+
+
+@pytest.mark.parametrize("slot_init", ["gaussian", "learned"])
+def test_an_initial_deviation_acts_on_groups_too(slot_init):
+    spreads = []
+    for std in (0.01, 1.0, 3.0):
+        torch.manual_seed(0)
+        slots = SlotAttention(
+            5, 64, None, num_groups=2, slot_init=slot_init, num_slots=60, initial_std=std, variance_as_std=True
+        )
+        first = slots.start(torch.zeros(1, 4, 5), (30, 30)).detach().unflatten(1, (2, 30))  # (1, 2, 30, 64)
+        spreads.append((first - first.mean(2, keepdim=True)).std().item())
+    assert spreads == pytest.approx([0.01, 1.0, 3.0], rel=0.1)
 
 
 def test_learned_slots_have_one_number_and_keys_need_attention():

@@ -63,7 +63,8 @@ class SlotAttention(nn.Module):
             alike for hundreds of steps.
         num_slots: S, needed for `learned`.
         initial_std: standard deviation of the Gaussian before training, whose mean is then 0, or of the learned slots.
-            None: a random mean and log-variance (Xavier initialisation), or 1 / sqrt(D) for learned slots.
+            None: a random mean and log-variance (Xavier initialisation), or 1 / sqrt(D) for learned slots. Groups add
+            their offsets to it; `clusters` does not take it.
         norm_state: pass the layer-normed slots to the GRU cell as its state, not the slots themselves.
         weight_floor: number added to the weights of a slot before they are divided by their sum over the tokens.
         reference_init: initialise queries and keys as torch does by default, and the biases of the MLP to 0.
@@ -86,6 +87,11 @@ class SlotAttention(nn.Module):
     ) -> None:
         super().__init__()
         check_choice("slot_init", slot_init, SLOT_INITS)
+        if slot_init == "clusters" and initial_std is not None:
+            raise UserError(
+                f"head.initial_std={initial_std} has no effect with head.slot_init=clusters, whose noise is fixed. Set "
+                "head.initial_std=null, or head.slot_init=gaussian."
+            )
         self.exponent = 1.0 if variance_as_std else 0.5
         self.norm_tokens = nn.LayerNorm(in_dim)
         self.norm_slots = nn.LayerNorm(slot_dim)

@@ -142,7 +142,7 @@ class SlotHead(Head[SlotOutputs]):
         check_positive(iterations=iterations, first_iterations=first_iterations)
         _check_options(groups=groups, decoder=decoder, similarity_of=similarity_of, mask_source=mask_source)
         _check_decoder(decoder, decoder_depth, positions, slot_dim)
-        _check_outputs(similarity, reconstruct=reconstruct, output_norm=output_norm)
+        _check_outputs(similarity, similarity_of, reconstruct=reconstruct, output_norm=output_norm)
         self.sizes, self.steps = slot_sizes(num_slots, groups), resolve_steps(steps)
         self.num_slots = sum(self.sizes)
         self.groups, self.mask_source, self.checkpointing = groups, mask_source, checkpointing
@@ -367,7 +367,7 @@ def _check_decoder(decoder: str, depth: int, positions: str, slot_dim: int) -> N
         )
 
 
-def _check_outputs(similarity: bool, *, reconstruct: bool, output_norm: bool) -> None:
+def _check_outputs(similarity: bool, similarity_of: str, *, reconstruct: bool, output_norm: bool) -> None:
     if not reconstruct and not similarity:
         raise UserError(
             "head.reconstruct=false leaves nothing to learn with head.similarity=false. Set one of them to true."
@@ -376,6 +376,11 @@ def _check_outputs(similarity: bool, *, reconstruct: bool, output_norm: bool) ->
         raise UserError(
             "head.output_norm=true norms the reconstructed features, and head.reconstruct=false has none. Set "
             "head.output_norm=false."
+        )
+    if similarity_of == "keys" and not similarity:
+        raise UserError(
+            "head.similarity_of=keys has no effect with head.similarity=false. Set head.similarity=true, or "
+            "head.similarity_of=features."
         )
 
 
