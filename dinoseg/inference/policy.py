@@ -54,6 +54,10 @@ class Policy(Protocol):
         """Return whether the prediction of an image of `size` is a single pass over the whole image."""
         return False
 
+    def equals_single_pass(self, model: SegmentationModel, size: Size, autocast: Autocast) -> bool:
+        """Return whether an image of `size` gets the classes of one pass over the whole image, however computed."""
+        return self.is_single_pass(model, size, autocast)
+
     def spare(self, model: SegmentationModel, rows: Rows, *, size: Size | None = None) -> bool:
         """Handle an out-of-memory error of `bands` for such images; return whether a retry would use less memory."""
         return False

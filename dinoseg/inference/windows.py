@@ -160,6 +160,14 @@ class Windows(Policy):
             mixture = of_views or passes[0].mixture
             yield Prediction(band, (band.shape[2], band.shape[3]), (1.0, 1.0), upsample, mixture)
 
+    def equals_single_pass(self, model: SegmentationModel, size: Size, autocast: Autocast) -> bool:
+        """Return whether one window without further resizing, flips and scales covers an image of `size`."""
+        if self.shortest is not None or len(self.turns) > 1 or list(self.scales) != [1.0]:
+            return False
+        grid = backbone_size(size, 1.0, model.longest)
+        is_resized_once = grid == size or model.scale == 1.0
+        return grid == model.reduced_size(size) and is_resized_once and all(map(operator.le, grid, self.size))
+
     def starts(self, axis: int, length: int) -> list[int]:
         """Return the first positions of windows that cover `length` pixels along an axis of the images."""
         side = self.size[axis]
