@@ -234,8 +234,9 @@ class Head(nn.Module, Generic[Outputs]):
     def set_progress(self, step: int, steps: int) -> None:
         """Receive the 0-based step and the length of the training: for heads whose training depends on it."""
 
-    def warn_of_length(self, steps: int) -> None:
-        """Warn if settings in steps do not suit the length of the training; called once at its start."""
+    def length_warning(self, steps: int) -> str | None:
+        """Return a warning if settings in steps do not suit the length of the training; None: they do."""
+        return None
 
     def run(self, backbone: Backbone, images: Tensor) -> Outputs:
         """Return the outputs for images (B, 3, H, W), float RGB in 0..1."""

@@ -21,6 +21,7 @@ from dinoseg.export.proof import Reference, compare, exported, passes
 from dinoseg.export.runtime.facts import ModelFacts
 from dinoseg.export.runtime.onnx_record import GraphRecord
 from dinoseg.export.runtime.write import facts_of
+from dinoseg.export.strategy import Strategy, missing_strategy, warn_of_strategy
 from dinoseg.inference.trained_sizes import limit_to_trained_size
 from dinoseg.models.adapters import merge
 from dinoseg.models.model import SegmentationModel
@@ -43,6 +44,7 @@ class Prepared:
     pictures: list[Picture]
     folder: Path  # scratch folder inside the run folder, removed at the end
     rounding: str | None  # low-precision setting of the trained model; the file computes in float32
+    strategy: Strategy | None  # inference strategy of the run, if the graph lacks it
 
 
 @contextmanager
@@ -72,8 +74,8 @@ def prepared(
         record, reason = record_of(model, sizes, options, found[0].size, opset=opset, precision=precision)
         limit_to_trained_size(reference, sizes)
         model.limit = reference.limit
-        rounding = _rounding(source)
-        yield Prepared(Reference(reference, record), model, record, reason, facts, found, folder, rounding)
+        rounding, strategy = _rounding(source), missing_strategy(trained, [picture.size for picture in found])
+        yield Prepared(Reference(reference, record), model, record, reason, facts, found, folder, rounding, strategy)
 
 
 def store_if_verified(
@@ -123,6 +125,8 @@ def store_if_verified(
     for file in files:
         os.replace(file, out_dir / file.name)
     _print(out_dir / path.name, report)
+    if ready.strategy is not None:
+        warn_of_strategy(ready.strategy, path.name, ready.record, report, ready.pictures[0].size)
     return report
 
 

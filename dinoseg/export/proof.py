@@ -242,6 +242,7 @@ def compare(
         **({"agreement_with_predict": as_predicted / total["pixels"]} if fixed_size_reason else {}),
         "finite": math.isfinite(largest),
         "largest_difference_of_probabilities": largest if math.isfinite(largest) else None,
+        "has_masks": scored,
         "references": "masks of the data set" if scored else "the trained model's own classes",
         "miou": {
             "torch": ours.compute()["miou"] if scored else 1.0,

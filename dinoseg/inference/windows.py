@@ -4,7 +4,7 @@ import itertools
 import logging
 import math
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Annotated
@@ -116,7 +116,6 @@ class Windows(Policy):
         self.overlap, self.placement, self.weights, self.average = overlap, placement, weights, average
         self.batch_size, self.turns, self.scales = batch_size, TURNS[flips], scales
         self.shortest, self.multiple = shortest, multiple
-        self._warned = False  # whether the warning about `shortest` was logged
 
     def bands(
         self,
@@ -160,6 +159,19 @@ class Windows(Policy):
             mixture = of_views or passes[0].mixture
             yield Prediction(band, (band.shape[2], band.shape[3]), (1.0, 1.0), upsample, mixture)
 
+    def equals_single_pass(self, model: SegmentationModel, size: Size, autocast: Autocast) -> bool:
+        """Return whether one window without further resizing, flips and scales covers an image of `size`."""
+        if self.shortest is not None or len(self.turns) > 1 or list(self.scales) != [1.0]:
+            return False
+        grid = backbone_size(size, 1.0, model.longest)
+        is_resized_once = grid == size or model.scale == 1.0
+        return grid == model.reduced_size(size) and is_resized_once and all(map(operator.le, grid, self.size))
+
+    def warn_of_sizes(self, sizes: Iterable[Size]) -> None:
+        """Warn once if `shortest` would enlarge images of one of these sizes beyond the limit."""
+        for size, scale in itertools.product(dict.fromkeys(sizes), self.scales):
+            self._scaled(size, scale)
+
     def starts(self, axis: int, length: int) -> list[int]:
         """Return the first positions of windows that cover `length` pixels along an axis of the images."""
         side = self.size[axis]
@@ -178,8 +190,8 @@ class Windows(Policy):
         if math.prod(wanted) <= max(_MAX_PIXELS, math.prod(grid)):
             return wanted
         limited = backbone_size(grid, max(1.0, math.sqrt(_MAX_PIXELS / math.prod(grid))), None)
-        if not self._warned:
-            self._warned = True
+        if self.warns:
+            self.warns = False
             logger.warning(
                 "inference.shortest=%d would make an image of %d x %d (width x height) larger than %d megapixels: it "
                 "is limited to %d x %d, as are other images of this shape. Give a smaller number, or null.",

@@ -270,8 +270,10 @@ def log_start(
     logger.info("run folder:  %s", out_dir)
     if engine.is_main:
         _warn_of_other_sizes(build)
-        for head in (part for part in model.modules() if isinstance(part, Head)):
-            head.warn_of_length(steps)
+        # several heads may share a setting
+        warnings = [part.length_warning(steps) for part in model.modules() if isinstance(part, Head)]
+        for warning in dict.fromkeys(filter(None, warnings)):
+            logger.warning("%s", warning)
 
 
 def _warn_of_other_sizes(build: Builder) -> None:

@@ -1,6 +1,7 @@
 """Text helpers for messages: lists, counts, suggestions, and escaping of unprintable names."""
 
 import difflib
+import json
 import textwrap
 from collections.abc import Collection, Mapping, Sequence
 from itertools import islice
@@ -83,6 +84,11 @@ def format_override(value: Any) -> str:
     if isinstance(value, list | tuple):
         return f"[{','.join(map(format_override, value))}]"
     return str(value).lower() if isinstance(value, bool) else "null" if value is None else format_value(str(value), 200)
+
+
+def format_json(value: Any, limit: int = 80) -> str:
+    """Format a value of a JSON file as it is written there, such as `"8"` or `8`, on one line of `limit` characters."""
+    return format_value(json.dumps(value), limit)
 
 
 def format_value(value: Any, limit: int = 80) -> str:

@@ -109,6 +109,16 @@ class Video:
         ids = source.read() if isinstance(source, Drawing) else self._ids(source)
         return ids if self.square is None else square_mask(ids, self.square)
 
+    def check_size(self, position: int) -> None:
+        """Refuse a frame file whose header has another size than its mask; nothing is decoded.
+
+        Raises:
+            UserError: the sizes differ, or the file is no image.
+        """
+        frame = self.frames[position]
+        if isinstance(frame, Path):
+            self._check_size(position, read_size(frame))
+
     def _check_size(self, position: int, size: tuple[int, ...]) -> None:
         """Refuse a frame (H, W) of another size than its mask, as long as both are whole."""
         mask = self.masks.get(position)

@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -16,7 +16,7 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import is_name
 from dinoseg.utils.ranges import Count
 from dinoseg.utils.stamps import Stamp, stamp
-from dinoseg.utils.wording import count_of, format_value, join_names
+from dinoseg.utils.wording import count_of, format_json, format_value, join_names
 
 FRAMES_PER_SECOND = 6  # every fifth frame of 30 per second
 _MOST_BYTES = 2**31  # of the annotations
@@ -97,7 +97,10 @@ def _annotation_file(root: Path, folder: str) -> Path:
 
 
 def _video(images: Path, path: Path, listed: _Listed, has_masks: bool) -> Video:
-    """Return a video; if the file has annotations, one without objects has empty masks."""
+    """Return a video; if the file has annotations, one without objects has empty masks.
+
+    Of its frames, only the first one's size is compared with the file: a header for each video, no pixels.
+    """
     folder = images / listed.folder
     try:
         present = set(os.listdir(folder))
@@ -116,7 +119,10 @@ def _video(images: Path, path: Path, listed: _Listed, has_masks: bool) -> Video:
             by_object = enumerate((forms[position] for forms in listed.objects), start=1)
             shapes = [(number, form) for number, form in by_object if form is not None]
             masks[position] = Drawing(path, f"{listed.folder}/{file}", listed.size, 0, shapes)
-    return Video(listed.folder, FrameFiles(folder, listed.files), FRAMES_PER_SECOND, masks)
+    video = Video(listed.folder, FrameFiles(folder, listed.files), FRAMES_PER_SECOND, masks)
+    if masks:
+        video.check_size(0)
+    return video
 
 
 @functools.lru_cache(maxsize=2)
@@ -136,14 +142,15 @@ def _parse(whole: Mapping[str, Any]) -> list[_Listed]:
     for position, entry in enumerate(whole["videos"]):
         where = f"videos[{position}]"
         if not isinstance(entry, dict) or type(entry.get("id")) is not int:
-            raise ValueError(f"{where} has no whole number as id")
+            given = format_json(entry.get("id") if isinstance(entry, dict) else entry, 40)
+            raise ValueError(f"{where} has no whole number as id: {given}")
         if entry["id"] in videos:
             raise ValueError(f"{where} has the id {entry['id']} of another video: make ids unique")
         folder, files = _file_names(entry.get("file_names"), where)
         try:
             size = size_of(entry.get("height"), entry.get("width"))
         except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
+            raise ValueError(f"{where} (id {entry['id']}): {error}") from None
         videos[entry["id"]] = _Listed(folder, files, size, [])
     folders = [video.folder for video in videos.values()]
     if len({*folders}) < len(folders):
@@ -156,11 +163,12 @@ def _parse(whole: Mapping[str, Any]) -> list[_Listed]:
         where = f"annotations[{position}]"
         if not isinstance(annotation, dict):
             raise ValueError(f"{where} is not an object")
+        where = f"{where} (id {format_json(annotation.get('id'), 20)})"
         video = annotation.get("video_id")
         if type(video) is not int or video not in videos:
-            raise ValueError(f"{where} belongs to video {format_value(video, 40)}, which is not in videos")
+            raise ValueError(f"{where} belongs to video {format_json(video, 40)}, which is not in videos")
         if annotation.get("iscrowd") not in (None, 0, 1):
-            raise ValueError(f"{where} has iscrowd {format_value(annotation['iscrowd'], 40)}: give 0 or 1")
+            raise ValueError(f"{where} has iscrowd {format_json(annotation['iscrowd'], 40)}: give 0 or 1")
         if not annotation.get("iscrowd"):
             videos[video].objects.append(_shapes(annotation.get("segmentations"), videos[video], where))
             if len(videos[video].objects) >= VOID:
@@ -183,15 +191,22 @@ def _file_names(names: Any, where: str) -> tuple[str, list[str]]:
 
 def _shapes(segmentations: Any, video: _Listed, where: str) -> list[Form | None]:
     """Return the form of an object in each frame, or None where it is not visible."""
-    if not isinstance(segmentations, list) or len(segmentations) != len(video.files):
-        count = len(segmentations) if isinstance(segmentations, Sequence) else "no"
-        raise ValueError(f"{where} has {count} segmentations, its video {len(video.files)} frames")
+    if not isinstance(segmentations, list):
+        raise ValueError(
+            f"{where} has the segmentations {format_json(segmentations, 40)}: give a list with run lengths, polygons "
+            f"or null for each of the {count_of(video.files, 'frame')} of video {video.folder}"
+        )
+    if len(segmentations) != len(video.files):
+        raise ValueError(
+            f"{where} has {count_of(segmentations, 'segmentation')}, its video {video.folder} "
+            f"{count_of(video.files, 'frame')}: give one for each frame, or null"
+        )
     shapes: list[Form | None] = []
     for frame, segmentation in enumerate(segmentations):
         try:
             shapes.append(_form(segmentation, video.size))
         except ValueError as error:
-            raise ValueError(f"{where}, frame {frame}: {error}") from None
+            raise ValueError(f"{where}, frame {frame} of video {video.folder}: {error}") from None
     return shapes
 
 
@@ -201,7 +216,10 @@ def _form(segmentation: Any, size: tuple[int, int]) -> Form | None:
     if isinstance(segmentation, list) and segmentation:
         return polygons(segmentation)[0]
     if not isinstance(segmentation, dict):
-        raise ValueError(f"its segmentation is {format_value(segmentation, 40)}: give run lengths, polygons or null")
+        raise ValueError(f"its segmentation is {format_json(segmentation, 40)}: give run lengths, polygons or null")
     if segmentation.get("size") != list(size):
-        raise ValueError(f"its mask has the size {format_value(segmentation.get('size'), 40)}, its video {list(size)}")
+        raise ValueError(
+            f"its mask has the size {format_json(segmentation.get('size'), 40)}, but its video the height and width "
+            f"{list(size)}: both must be equal whole numbers"
+        )
     return CompressedColumns(rle.to_text(rle.checked(segmentation.get("counts"), size[0] * size[1])))

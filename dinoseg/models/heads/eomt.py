@@ -1,6 +1,5 @@
 """Encoder-only mask transformer (EoMT): queries pass through the last blocks of the backbone itself."""
 
-import logging
 import math
 from collections.abc import Sequence
 from functools import partial
@@ -17,7 +16,6 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.precision import at_least_float32
 from dinoseg.utils.ranges import Count
 
-logger = logging.getLogger(__name__)
 _STRIDE = 4  # target output stride of the masks in pixels
 _POWER = 0.9  # exponent of the polynomial annealing
 _EVEN = "even"
@@ -103,16 +101,15 @@ class EomtHead(Head[MaskOutputs]):
         """Set the 0-based step and the length of the training, which control the annealing."""
         self.step, self.steps = step, steps
 
-    def warn_of_length(self, steps: int) -> None:
-        """Warn if an attention mask is not removed before the end of the training."""
+    def length_warning(self, steps: int) -> str | None:
+        """Return a warning if an attention mask is not removed before the end of the training."""
         last = max(end for _, end in self.windows)
-        if is_in_steps(self.windows[-1]) and last > steps:
-            logger.warning(
-                "head.anneal removes attention masks until step %d, but the training has %d steps. Evaluation uses no "
-                "masks, so scores will be low. Scale head.anneal to trainer.steps, or set head.anneal=even.",
-                last,
-                steps,
-            )
+        if not is_in_steps(self.windows[-1]) or last <= steps:
+            return None
+        return (
+            f"head.anneal removes attention masks until step {last}, but the training has {steps} steps. Evaluation "
+            "uses no masks, so scores will be low. Scale head.anneal to trainer.steps, or set head.anneal=even."
+        )
 
     def run(self, backbone: Backbone, images: Tensor) -> MaskOutputs:
         """Return masks (B, Q, h * 2^n, w * 2^n) and class logits; in training also those of earlier blocks."""

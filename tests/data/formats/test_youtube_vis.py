@@ -1,5 +1,6 @@
 """YouTube-VIS is read back equal, its mistakes are named, and slots are trained and evaluated on it."""
 
+import itertools
 import json
 from dataclasses import replace
 
@@ -129,23 +130,48 @@ def change(where, value):
     ("where", "value", "message"),
     [
         (("videos",), 3, "videos"),
-        (("videos", 0), 3, r"videos\[0\] has no whole number as id"),
+        (("videos", 0), 3, r"videos\[0\] has no whole number as id: 3"),
+        (("videos", 0, "id"), "7", r'videos\[0\] has no whole number as id: "7"'),
         (("videos", 1, "id"), 7, r"videos\[1\] has the id 7 of another video"),
         (("videos", 0, "file_names"), [], r"videos\[0\] has no file_names"),
         (("videos", 0, "file_names", 0), "../secret/a.jpg", r"file name .*secret.*give <video>/<frame>.jpg"),
         (("videos", 0, "file_names", 0), "../a.jpg", r"file name"),
         (("videos", 0, "file_names", 0), "other/a.jpg", r"several folders"),
-        (("videos", 0, "height"), 0, r"videos\[0\]: height 0 and width 40 are not an image size"),
+        (("videos", 0, "height"), 0, r"videos\[0\] \(id 7\): height 0 and width 40 are not an image size"),
+        (
+            ("videos", 0, "height"),
+            "8",
+            r'videos\[0\] \(id 7\): height "8" and width 40 are not an .*give whole numbers',
+        ),
+        (("videos", 0, "width"), None, r"height 32 and width null are not an image size"),
+        (("videos", 0, "width"), True, r"height 32 and width true are not an image size"),
         (("videos", 0, "width"), 10**9, r"at most 178,956,970 pixels"),
         (("videos", 0, "file_names", 1), "0043f083b5/00000.png", r"two frames with one name"),
         (("annotations",), {"a": 1}, "annotations is not a list"),
         (("annotations",), 0, "annotations is not a list"),
-        (("annotations", 1, "iscrowd"), "0", r"annotations\[1\] has iscrowd '?0'?: give 0 or 1"),
+        (("annotations", 1, "iscrowd"), "0", r'annotations\[1\] \(id 70\) has iscrowd "0": give 0 or 1'),
         (("annotations", 1), 4, r"annotations\[1\] is not an object"),
-        (("annotations", 1, "video_id"), 99, r"belongs to video 99, which is not in videos"),
-        (("annotations", 1, "segmentations"), [None], r"has 1 segmentations, its video 5 frames"),
-        (("annotations", 1, "segmentations", 2), "x", r"annotations\[1\], frame 2: its segmentation is"),
-        (("annotations", 1, "segmentations", 0, "size"), [40, 32], r"frame 0: its mask has the size"),
+        (("annotations", 1, "video_id"), 99, r"annotations\[1\] \(id 70\) belongs to video 99, which"),
+        (("annotations", 1, "video_id"), "7", r'belongs to video "7", which is not in videos'),
+        (("annotations", 1, "segmentations"), [None], r"has 1 segmentation, its video 0043f083b5 5 frames: give one"),
+        (
+            ("annotations", 1, "segmentations"),
+            "xxxxx",
+            r'has the segmentations "xxxxx": give a list .* each of the 5 fr',
+        ),
+        (("annotations", 1, "segmentations"), None, r"has the segmentations null: give a list with run lengths"),
+        (
+            ("annotations", 1, "segmentations", 2),
+            "x",
+            r'\(id 70\), frame 2 of video 0043f083b5: its segmentation is "x"',
+        ),
+        (
+            ("annotations", 1, "segmentations", 0, "size"),
+            [40, 32],
+            r"has the size \[40, 32\], but its .*\[32, 40\]: both",
+        ),
+        (("annotations", 1, "segmentations", 0, "size"), ["32", "40"], r'has the size \["32", "40"\], but its video'),
+        (("annotations", 5, "segmentations", 3, "size"), [1, 2], r"annotations\[5\] \(id 90\), frame 3 of video 0b97"),
         (("annotations", 1, "segmentations", 0, "counts"), [5, 10**12], r"its counts must be"),
         (("annotations", 1, "segmentations", 0, "counts"), [5, 6], r"add up to 11 pixels; its mask has 1280"),
         (("annotations", 1, "segmentations", 0, "counts"), "~~~~", r"invalid characters|truncated"),
@@ -192,6 +218,28 @@ def test_frames_of_another_size_are_refused(compose, root):
     data = compose("data=youtube_vis", f"data.root={root}", "data.held_out=1", "data.clips.cut.length=1").data
     with pytest.raises(UserError, match=r"00000.jpg is 8 x 8 \(width x height\), its mask .*instances.json"):
         instantiate(data.clips)(split="train")[0]
+
+
+def test_sizes_are_compared_when_a_training_starts(root, monkeypatch):
+    """Of each video, the header of one frame is read, and no mask is decoded."""
+    monkeypatch.setattr("dinoseg.data.annotation.drawing.decode", lambda *_: pytest.fail("a mask was decoded"))
+    given = annotations()
+    video, objects = given["videos"][2], [each for each in given["annotations"] if each["video_id"] == 9]
+    video["height"], video["width"] = SIZE[::-1]
+    for segmentation in itertools.chain.from_iterable(each["segmentations"] for each in objects):
+        if segmentation is not None:
+            segmentation["size"] = list(SIZE[::-1])
+    (root / "train/instances.json").write_text(json.dumps(given))
+    read = YoutubeVis(str(root), held_out=1).videos
+    assert len(read("train")) == 2
+    message = r"0b97736357/00000.jpg is 40 x 32 \(width x height\), its mask .*instances.json.* is 32 x 40. Replace"
+    with pytest.raises(UserError, match=message):
+        read("val")
+    (root / "train/JPEGImages/0b97736357/00000.jpg").write_bytes(b"")
+    with pytest.raises(UserError, match="00000.jpg"):
+        read("val")
+    (root / "train/instances.json").write_text(json.dumps(given | {"annotations": None}))
+    assert len(read("val")) == 1  # without masks
 
 
 def test_with_squares_sizes_are_compared_before(root):

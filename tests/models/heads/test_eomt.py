@@ -102,13 +102,10 @@ def test_annealing_in_steps_is_that_of_the_published_configs(monkeypatch):
         assert masked_share(1234, (start, end)) == pytest.approx(official_share(start, 1234, end), rel=1e-12)
 
 
-def test_steps_after_the_end_of_the_training_are_reported(caplog):
+def test_steps_after_the_end_of_the_training_are_reported():
     _, head = pair(anneal=[[0, 30], [30, 60]])
-    head.warn_of_length(60)
-    head.set_progress(2, 59)
-    assert not caplog.messages
-    head.warn_of_length(59)
-    (message,) = caplog.messages
+    assert head.length_warning(60) is None and pair()[1].length_warning(1) is None
+    message = head.length_warning(59)
     assert message.startswith("head.anneal removes attention masks until step 60, but the training has 59 steps.")
 
 

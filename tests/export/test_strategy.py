@@ -1,0 +1,142 @@
+"""Exported graphs warn of the inference strategy that they lack; files that store it apply it without a warning."""
+
+import json
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from command_line import call, write_data
+from portable_parts import PROGRESS, TINY, exported, untrained
+
+import dinoseg
+from dinoseg.core.sizes import backbone_size
+from dinoseg.experiment.resume import standalone_config
+from dinoseg.experiment.source import ModelSource
+from dinoseg.export.graph import record_of
+from dinoseg.export.options import GraphOptions
+from dinoseg.export.strategy import Strategy, missing_strategy, warn_of_strategy
+from dinoseg.inference.windows import Windows
+from dinoseg.training import checkpoint
+from dinoseg.utils.images import read_image
+
+WINDOWS = ("inference=windows", "inference.size=[16,24]")
+
+
+@pytest.fixture
+def missing(compose, tmp_path):
+    """Return a function that returns the strategy that a graph of a model with some overrides lacks."""
+
+    def find(*words, sizes=((32, 48),), **info):
+        path = untrained(compose, tmp_path, *TINY, "head=linear", *words, **info)
+        cfg = standalone_config(path, checkpoint.describe(path), {"engine.device": "cpu"})
+        return missing_strategy(ModelSource(cfg).load_on_cpu(), sizes)
+
+    return find
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (WINDOWS, "inference=windows inference.size=[16,24]"),
+        (("inference=windows", "resolution.crop=[16,24]"), "inference=windows inference.size=[16,24]"),
+        (
+            (*WINDOWS, "inference.shortest=64", "inference.multiple=32", "inference.scales=[0.5,1]"),
+            "inference=windows inference.size=[16,24] inference.scales=[0.5,1] inference.shortest=64 "
+            "inference.multiple=32",
+        ),
+        (
+            ("inference=windows", "inference.size=64", "inference.shortest=32", "inference.average=scores"),
+            "inference=windows inference.size=64 inference.average=scores inference.shortest=32",
+        ),
+        (("inference=whole", "inference.flips=horizontal"), "inference=whole inference.flips=horizontal"),
+        (("inference.scales=[0.5,1.0]",), "inference=auto inference.size=[518,518] inference.scales=[0.5,1.0]"),
+    ],
+)
+def test_strategies_that_a_graph_lacks_are_named_with_their_values(missing, words, named):
+    found = missing(*words)
+    assert " ".join(found.words) == named and found.miou == PROGRESS["best"]
+
+
+@pytest.mark.parametrize("words", [(), ("inference=whole",), ("inference=windows", "inference.size=[32,48]")])
+def test_one_pass_over_the_whole_image_is_what_a_graph_applies(missing, words):
+    assert missing(*words) is None
+
+
+def test_windows_are_compared_with_each_size(missing):
+    words = ("inference=windows", "inference.size=[32,48]")
+    assert missing(*words, sizes=[(8, 9), (32, 48)]) is None
+    assert missing(*words, sizes=[(8, 9), (32, 49)]) is not None
+    sizes = {"typical": 32, "largest": 40}  # `whole` reduces images larger than all of the training, windows do not
+    model = SimpleNamespace(longest=None, scale=1.0, reduced_size=lambda size: backbone_size(size, 1.0, 32))
+    assert not Windows(64).equals_single_pass(model, (sizes["largest"] + 1, 8), None)
+    model.longest = 32
+    assert Windows(64).equals_single_pass(model, (41, 8), None) and Windows(32).equals_single_pass(model, (41, 8), None)
+    assert not Windows(31).equals_single_pass(model, (41, 8), None)
+    model.scale = 0.5  # windows are resized twice
+    assert not Windows(64).equals_single_pass(model, (41, 8), None)
+
+
+def test_only_scores_of_the_exported_step_are_stated(missing):
+    assert missing(*WINDOWS, "trainer.score=dice").miou is None
+    assert missing(*WINDOWS, "trainer.score=miou").miou == PROGRESS["best"]
+
+
+def test_the_warning_states_size_scores_and_remedy(caplog):
+    mean = torch.zeros(1, 3, 1, 1)
+    head = SimpleNamespace(slots=None, fixed_size_reason=None, mixture=False, no_object=False)
+    model = SimpleNamespace(head=head, patch_size=8, scale=0.5, longest=None, backbone=SimpleNamespace(mean=mean))
+    record, _ = record_of(model, None, GraphOptions(), (32, 48))
+    report = {"has_masks": True, "pictures": 2, "miou": {"torch": 0.88, "exported": 0.8825}}
+    warn_of_strategy(
+        Strategy(["inference=windows", "inference.size=16"], 0.998), "model.onnx", record, report, (32, 48)
+    )
+    warn_of_strategy(Strategy(["inference=x"], None), "model.pt2", record, report | {"has_masks": False}, (32, 48))
+    both, neither = caplog.messages
+    assert both == (
+        "The run was validated with inference=windows inference.size=16. model.onnx does not apply this: it predicts "
+        "each image whole, in one pass (one of 48 x 32, width x height, at 24 x 16). With its strategy the run scored "
+        "mIoU 99.80. On the 2 images of the verification, the file scored mIoU 88.25. Apply the strategy in the "
+        "program that calls the file. For scores that compare with those of the file: mode=eval resume=RUN "
+        "inference=whole inference.flips=none inference.scales=[1.0]."
+    )
+    assert "model.pt2 does not apply this" in neither and "mIoU" not in neither
+
+
+@pytest.mark.parametrize("words", [(), WINDOWS])
+def test_a_file_with_its_strategy_applies_it_without_a_warning(compose, tmp_path, caplog, words):
+    path = untrained(compose, tmp_path, *TINY, "head=linear", *words)
+    file = exported(path, tmp_path / "out")
+    assert not [message for message in caplog.messages if "validated with" in message]
+    write_data(tmp_path / "data")
+    image = read_image(tmp_path / "data/val/images/0.png")
+    loaded, run = dinoseg.load(file, device="cpu"), dinoseg.load(path, device="cpu")
+    whole = dinoseg.load(file, device="cpu", inference="whole")
+    np.testing.assert_array_equal(loaded.predict(image).probabilities, run.predict(image).probabilities)
+    assert np.array_equal(loaded.predict(image).probabilities, whole.predict(image).probabilities) == (not words)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("kind", ["onnx", "program"])
+def test_a_windowed_run_is_exported_with_one_warning_and_both_scores(compose, tmp_path, kind):
+    write_data(tmp_path / "data")
+    windowed = ("inference=windows", "inference.size=[8,8]", "inference.shortest=64")
+    for name, words in (("windowed", windowed), ("plain", ())):
+        untrained(compose, tmp_path / name, *TINY, "head=linear", *words, progress=PROGRESS)
+        given = ["mode=export", f"export={kind}", f"resume={name}/run", "engine=cpu", "data.root=data"]
+        done = call(tmp_path, *given, f"hydra.run.dir={name}/out")
+        assert done.status == 0, done.err
+        stated = re.findall(r"The run was validated with .*", done.err)
+        if not words:
+            assert not stated
+            continue
+        (message,) = stated
+        assert "inference=windows inference.size=[8,8] inference.shortest=64. model." in message
+        assert "the run scored mIoU 50.00. On the 2 images of the verification" in message
+        given = ["mode=eval", f"resume={name}/run", "engine=cpu", "data.root=data", "hydra.run.dir=e"]
+        scored = call(tmp_path, *given, *message.split("resume=RUN ")[1].removesuffix(".").split())
+        assert scored.status == 0, scored.err
+        of_file = float(re.search(r"the file scored mIoU (\d+\.\d+)", message)[1])
+        of_mode_eval = json.loads((tmp_path / "e/scores.json").read_text())["miou"]
+        assert of_file == pytest.approx(100 * of_mode_eval, abs=GraphOptions.max_miou_drop)
