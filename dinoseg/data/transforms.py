@@ -280,13 +280,23 @@ class Augment:
         zoom = min(view.zoom)
         if self.resample == "bilinear" or zoom >= (_AREA_BELOW if self.resample == "area" else 1):
             return image, view.matrix
-        height, width = image.shape[:2]
-        size = (max(1, round(height * view.zoom[0])), max(1, round(width * view.zoom[1])))
+        (height, width), (vertical, horizontal) = image.shape[:2], view.zoom
+        size = (max(1, round(width * horizontal)), max(1, round(height * vertical)))
+        matrix = view.matrix @ np.linalg.inv(_resize((size[1] / height, size[0] / width)))
         if self.resample == "area":
-            image = cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA)
-        else:
-            image = np.array(Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR))
-        return image, view.matrix @ np.linalg.inv(_resize((size[0] / height, size[1] / width)))
+            return cv2.resize(image, size, interpolation=cv2.INTER_AREA), matrix
+        left, top, right, bottom = self._visible(matrix, size)
+        box = (left * width / size[0], top * height / size[1], right * width / size[0], bottom * height / size[1])
+        part = Image.fromarray(image).resize((right - left, bottom - top), Image.Resampling.BILINEAR, box)
+        return np.array(part), matrix @ _move(left, top)
+
+    def _visible(self, matrix: np.ndarray, size: tuple[int, int]) -> tuple[int, int, int, int]:
+        """Return left, top, right and bottom of the part of an image of `size` (W, H) that a view is sampled from."""
+        right, bottom = self.crop[1] - 1, self.crop[0] - 1
+        corners = np.linalg.inv(matrix) @ [[0, right, 0, right], [0, 0, bottom, bottom], [1, 1, 1, 1]]
+        start = np.clip(np.floor(corners[:2].min(1)) - 1, 0, np.subtract(size, 1)).astype(int)
+        end = np.clip(np.ceil(corners[:2].max(1)) + 2, start + 1, size).astype(int)
+        return int(start[0]), int(start[1]), int(end[0]), int(end[1])
 
     def _warp_mask(self, mask: np.ndarray, matrix: np.ndarray) -> np.ndarray:
         return cv2.warpAffine(

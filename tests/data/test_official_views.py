@@ -7,6 +7,7 @@ from fractions import Fraction
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 from scipy.stats import ks_2samp
 
 from dinoseg.data.photometric import PhotometricDistortion
@@ -152,6 +153,30 @@ def test_reduced_images_equal_the_filter_of_the_official_pipeline(size, resample
         other = Augment(CROP, **SHORT, flip=0.5)(image, mask, numbers(factor, 0.9, 0.3, flip))
         assert np.array_equal(ids, other[1])
         assert factor or not np.array_equal(seen, other[0])
+
+
+@pytest.mark.parametrize("affine", [Affine(), Affine(180, 0.9, 45)])
+@pytest.mark.parametrize("size", [(101, 263), (200, 133), (64, 1)])
+def test_only_the_visible_part_is_reduced_with_the_same_result(size, affine):
+    """The reference reduces the whole image; views that rotation moves out of the image are only padding."""
+    image = np.random.default_rng(size).integers(0, 256, (*size, 3), dtype=np.uint8)
+    mask, compared = np.zeros(size, np.uint8), 0
+    for seed in range(40):
+        augment = Augment((40, 30), scale=(0.2, 1.2), affine=affine, flip=0.5, resample="antialias")
+        matrix = augment.place(mask, np.random.default_rng(seed))
+        zoom = np.sqrt(abs(np.linalg.det(matrix[:2, :2])))
+        if zoom >= 1:
+            continue
+        height, width = (max(1, round(side * zoom)) for side in size)
+        whole = np.array(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
+        scale = np.diag([width / size[1], height / size[0], 1])
+        scale[:2, 2] = (np.diag(scale)[:2] - 1) / 2  # between pixel centres
+        options = {"flags": cv2.INTER_LINEAR, "borderMode": cv2.BORDER_CONSTANT, "borderValue": (128, 128, 128)}
+        expected = cv2.warpAffine(whole, (matrix @ np.linalg.inv(scale))[:2], (30, 40), **options)
+        seen, _ = augment(image, mask, np.random.default_rng(seed))
+        assert np.abs(seen.astype(int) - expected).max() <= (1 if affine == Affine() else 255 / 16)
+        compared += 1
+    assert compared > 20
 
 
 def test_enlarged_images_do_not_depend_on_the_filter():
