@@ -1,4 +1,4 @@
-"""Official settings of DINOv3's linear probe: dinoseg beside a script in plain PyTorch, on real data, several seeds.
+"""DINOv3's linear probe with official settings: compare dinoseg with a script in plain PyTorch, on real data.
 
     python benchmarks/linear_probe.py WEIGHTS DATA [--sets camvid idd_lite] [--steps 300] [--seeds 3]
 
@@ -51,6 +51,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=3)
     given = parser.parse_args()
+    if given.seeds < 2:
+        parser.error("--seeds: give at least 2, for an interval")
     for name in given.sets:
         found: dict[str, list[float]] = {"dinoseg": [], "reference": []}
         for seed in range(given.seeds):

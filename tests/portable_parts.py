@@ -30,10 +30,7 @@ def untrained(compose, folder, *words, **info):
             torch.nn.init.normal_(value, std=0.1)
     names = checkpoint.trained_names(model)
     tensors = {f"model/{name}": value for name, value in model.state_dict().items() if name in names}
-    info |= run_description(build, build.labels) | {
-        "progress": PROGRESS,
-        "frozen": frozen_fingerprint(model),
-    }
+    info = {"progress": PROGRESS} | info | run_description(build, build.labels) | {"frozen": frozen_fingerprint(model)}
     path = folder / "run" / "checkpoints" / "best.safetensors"
     checkpoint.write(path, tensors, info)
     return path

@@ -1,4 +1,4 @@
-"""The inference strategy of a run that an exported graph, one pass over a whole image, does not apply."""
+"""The inference strategy of a model that an exported graph, one pass over an image, does not apply."""
 
 import inspect
 import logging
@@ -20,11 +20,11 @@ _SELECTING = "miou"  # value of `trainer.score` for which a checkpoint's best sc
 
 @dataclass(frozen=True)
 class Strategy:
-    """Inference strategy with which a run was validated, and which a graph lacks.
+    """Inference strategy that is stored with a model, and which a graph lacks.
 
     Attributes:
         words: its option and its values other than defaults, as typed on a command line.
-        miou: of the run's validation with it, 0..1; None: unknown.
+        miou: of the training's validation with it, 0..1; None: unknown.
     """
 
     words: Sequence[str]
@@ -62,22 +62,24 @@ def warn_of_strategy(strategy: Strategy, name: str, record: GraphRecord, report:
     """Warn that an exported file lacks a strategy, with the mIoU of both where they are known.
 
     Args:
-        strategy: of the run.
+        strategy: of the model.
         name: of the file.
         record: of its graph.
         report: of its verification, see `compare`.
         size: (H, W) of the first image of the verification.
     """
     height, width = record.layout(size).content
-    scores = "" if strategy.miou is None else f" With its strategy the run scored mIoU {100 * strategy.miou:.2f}."
+    scores = "" if strategy.miou is None else f" With its strategy the model scored mIoU {100 * strategy.miou:.2f}."
     if report["has_masks"]:
         images = count_of(report["pictures"], "image")
         scores += f" On the {images} of the verification, the file scored mIoU {100 * report['miou']['exported']:.2f}."
+    # `mode=eval` computes images at other sizes than a graph of fixed size or one that reduces large images
+    is_comparable = record.size is None and (record.largest is None or max(size) <= record.largest)
+    comparison = f" For scores that compare with those of the file, add {_ONE_PASS} to mode=eval."
     logger.warning(
-        "The run was validated with %s. %s does not apply this: it predicts each image whole, in one pass (one of "
-        "%d x %d, width x height, at %d x %d).%s Apply the strategy in the program that calls the file. For scores "
-        "that compare with those of the file: mode=eval resume=RUN %s.",
-        " ".join(strategy.words), name, size[1], size[0], width, height, scores, _ONE_PASS,
+        "mode=eval and mode=predict use %s for this model. %s does not apply this: it predicts each image in one pass "
+        "(one of %d x %d, width x height, at %d x %d).%s Apply the strategy in the program that calls the file.%s",
+        " ".join(strategy.words), name, size[1], size[0], width, height, scores, comparison if is_comparable else "",
     )  # fmt: skip
 
 

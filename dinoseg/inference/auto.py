@@ -85,6 +85,10 @@ class Auto(Policy):
         rows = MemoryRows(torch.empty(1, 3, *size, device="meta"))
         return self.whole.is_single_pass(model, size, autocast) and self._is_whole_feasible(model, rows, autocast, size)
 
+    def equals_single_pass(self, model: SegmentationModel, size: Size, autocast: Autocast) -> bool:
+        """Return whether an image of `size` gets the classes of one pass, if memory suffices for it."""
+        return self.whole.equals_single_pass(model, size, autocast)
+
     def spare(self, model: SegmentationModel, rows: Rows, *, size: Size | None = None) -> bool:
         """Use windows for images of this size and larger from now on; return False if that is already the case."""
         pixels = self._pixels(model, rows, size or rows.size)

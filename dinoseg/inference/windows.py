@@ -161,9 +161,10 @@ class Windows(Policy):
 
     def equals_single_pass(self, model: SegmentationModel, size: Size, autocast: Autocast) -> bool:
         """Return whether one window without further resizing, flips and scales covers an image of `size`."""
-        if self.shortest is not None or len(self.turns) > 1 or list(self.scales) != [1.0]:
-            return False
         grid = backbone_size(size, 1.0, model.longest)
+        is_enlarged = self.shortest is not None and with_shorter_side(grid, self.shortest) != grid
+        if is_enlarged or len(self.turns) > 1 or list(self.scales) != [1.0]:
+            return False
         is_resized_once = grid == size or model.scale == 1.0
         return grid == model.reduced_size(size) and is_resized_once and all(map(operator.le, grid, self.size))
 

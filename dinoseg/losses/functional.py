@@ -320,6 +320,9 @@ def _value(
     device, images, classes = _form_of(prediction)
     ignore_index = whole_number(ignore_index, "ignore_index", INTEGERS)
     _check_targets(targets, device, images, classes, ignore_index)
+    for name, value in options.items():
+        if isinstance(value, list | dict | set | Tensor):
+            raise UserError(f"{name}={value} is a {type(value).__name__}. Give a single value.")
     with _of_a_call():
         if class_weights is None:
             loss = _unweighted(kind, classes, device, ignore_index, **options)

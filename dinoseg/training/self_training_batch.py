@@ -118,13 +118,13 @@ class SelfTrainingLoss(Loss):
         weight: weight of the views.
 
     Raises:
-        UserError: some terms of `of_views` average over all pixels, others over the labelled ones.
+        UserError: some terms of `of_views` average over all pixels, and others have another divisor.
     """
 
     def __init__(self, criterion: Loss, of_views: Loss, weight: NotNegative) -> None:
         super().__init__()
         over_all = [part for part in of_views.modules() if isinstance(part, PixelMean) and part.average == "all"]
-        if over_all and of_views.divisor != ALL_PIXELS:
+        if weight and over_all and of_views.divisor != ALL_PIXELS:
             raise UserError(
                 "trainer=self_training averages each term over all pixels of the views; average=all would divide one "
                 "term of the loss twice. Set average=labelled in loss.criterion.terms."

@@ -52,7 +52,7 @@ def test_a_key_that_modifies_nothing_is_named(tmp_path, capsys, compose, words, 
     (tmp_path / "config").mkdir()
     (tmp_path / "config/overrides.txt").write_text("\n".join(words) + "\n")
     warn_of_modifiers(tmp_path, cfg, cfg.mode.reads)
-    said = capsys.readouterr().err
-    assert said.startswith(f"warning: No effect here: {named}") if named else not said
+    output = capsys.readouterr().err
+    assert output.startswith(f"warning: No effect here: {named}") if named else not output
     warn_of_modifiers(tmp_path, cfg, ["data"])  # of which `warn_not_read` warns
     assert not capsys.readouterr().err

@@ -47,8 +47,8 @@ def missing(compose, tmp_path):
             "inference.multiple=32",
         ),
         (
-            ("inference=windows", "inference.size=64", "inference.shortest=32", "inference.average=scores"),
-            "inference=windows inference.size=64 inference.average=scores inference.shortest=32",
+            ("inference=windows", "inference.size=64", "inference.shortest=40", "inference.average=scores"),
+            "inference=windows inference.size=64 inference.average=scores inference.shortest=40",
         ),
         (("inference=whole", "inference.flips=horizontal"), "inference=whole inference.flips=horizontal"),
         (("inference.scales=[0.5,1.0]",), "inference=auto inference.size=[518,518] inference.scales=[0.5,1.0]"),
@@ -73,6 +73,8 @@ def test_windows_are_compared_with_each_size(missing):
     assert not Windows(64).equals_single_pass(model, (sizes["largest"] + 1, 8), None)
     model.longest = 32
     assert Windows(64).equals_single_pass(model, (41, 8), None) and Windows(32).equals_single_pass(model, (41, 8), None)
+    assert Windows(64, shortest=6).equals_single_pass(model, (6, 32), None)
+    assert not Windows(64, shortest=7).equals_single_pass(model, (6, 32), None)
     assert not Windows(31).equals_single_pass(model, (41, 8), None)
     model.scale = 0.5  # windows are resized twice
     assert not Windows(64).equals_single_pass(model, (41, 8), None)
@@ -81,6 +83,7 @@ def test_windows_are_compared_with_each_size(missing):
 def test_only_scores_of_the_exported_step_are_stated(missing):
     assert missing(*WINDOWS, "trainer.score=dice").miou is None
     assert missing(*WINDOWS, "trainer.score=miou").miou == PROGRESS["best"]
+    assert missing(*WINDOWS, progress=PROGRESS | {"best_step": 2}).miou is None
 
 
 def test_the_warning_states_size_scores_and_remedy(caplog):
@@ -95,20 +98,31 @@ def test_the_warning_states_size_scores_and_remedy(caplog):
     warn_of_strategy(Strategy(["inference=x"], None), "model.pt2", record, report | {"has_masks": False}, (32, 48))
     both, neither = caplog.messages
     assert both == (
-        "The run was validated with inference=windows inference.size=16. model.onnx does not apply this: it predicts "
-        "each image whole, in one pass (one of 48 x 32, width x height, at 24 x 16). With its strategy the run scored "
-        "mIoU 99.80. On the 2 images of the verification, the file scored mIoU 88.25. Apply the strategy in the "
-        "program that calls the file. For scores that compare with those of the file: mode=eval resume=RUN "
-        "inference=whole inference.flips=none inference.scales=[1.0]."
+        "mode=eval and mode=predict use inference=windows inference.size=16 for this model. model.onnx does not apply "
+        "this: it predicts each image in one pass (one of 48 x 32, width x height, at 24 x 16). With its strategy the "
+        "model scored mIoU 99.80. On the 2 images of the verification, the file scored mIoU 88.25. Apply the strategy "
+        "in the program that calls the file. For scores that compare with those of the file, add inference=whole "
+        "inference.flips=none inference.scales=[1.0] to mode=eval."
     )
     assert "model.pt2 does not apply this" in neither and "mIoU" not in neither
+
+
+@pytest.mark.parametrize(("largest", "compares"), [(None, True), (48, True), (47, False)])
+def test_scores_of_other_sizes_are_not_compared(caplog, largest, compares):
+    layout = SimpleNamespace(content=(16, 24))
+    record = SimpleNamespace(largest=largest, layout=lambda size: layout)
+    for size in (None, (16, 24)):
+        record.size = size
+        warn_of_strategy(Strategy(["inference=x"], None), "model.onnx", record, {"has_masks": False}, (32, 48))
+    of_any, of_one = (" to mode=eval." in message for message in caplog.messages)
+    assert of_any == compares and not of_one
 
 
 @pytest.mark.parametrize("words", [(), WINDOWS])
 def test_a_file_with_its_strategy_applies_it_without_a_warning(compose, tmp_path, caplog, words):
     path = untrained(compose, tmp_path, *TINY, "head=linear", *words)
     file = exported(path, tmp_path / "out")
-    assert not [message for message in caplog.messages if "validated with" in message]
+    assert not [message for message in caplog.messages if "does not apply" in message]
     write_data(tmp_path / "data")
     image = read_image(tmp_path / "data/val/images/0.png")
     loaded, run = dinoseg.load(file, device="cpu"), dinoseg.load(path, device="cpu")
@@ -123,19 +137,19 @@ def test_a_windowed_run_is_exported_with_one_warning_and_both_scores(compose, tm
     write_data(tmp_path / "data")
     windowed = ("inference=windows", "inference.size=[8,8]", "inference.shortest=64")
     for name, words in (("windowed", windowed), ("plain", ())):
-        untrained(compose, tmp_path / name, *TINY, "head=linear", *words, progress=PROGRESS)
+        untrained(compose, tmp_path / name, *TINY, "head=linear", *words)
         given = ["mode=export", f"export={kind}", f"resume={name}/run", "engine=cpu", "data.root=data"]
         done = call(tmp_path, *given, f"hydra.run.dir={name}/out")
         assert done.status == 0, done.err
-        stated = re.findall(r"The run was validated with .*", done.err)
+        stated = re.findall(r"mode=eval and mode=predict use .*", done.err)
         if not words:
             assert not stated
             continue
         (message,) = stated
-        assert "inference=windows inference.size=[8,8] inference.shortest=64. model." in message
-        assert "the run scored mIoU 50.00. On the 2 images of the verification" in message
+        assert "inference=windows inference.size=[8,8] inference.shortest=64 for this model. model." in message
+        assert "the model scored mIoU 50.00. On the 2 images of the verification" in message
         given = ["mode=eval", f"resume={name}/run", "engine=cpu", "data.root=data", "hydra.run.dir=e"]
-        scored = call(tmp_path, *given, *message.split("resume=RUN ")[1].removesuffix(".").split())
+        scored = call(tmp_path, *given, *message.split(" add ")[1].removesuffix(" to mode=eval.").split())
         assert scored.status == 0, scored.err
         of_file = float(re.search(r"the file scored mIoU (\d+\.\d+)", message)[1])
         of_mode_eval = json.loads((tmp_path / "e/scores.json").read_text())["miou"]

@@ -18,7 +18,7 @@ WORDS = [
     *("backbone=timm", "backbone.name=test_vit", "backbone.weights=random", "head.dropout=0", "engine=cpu"),
     *("resolution.crop=[64,64]", "inference.size=64", "inference.stride=43", "inference.shortest=64"),
     *(f"trainer.steps={STEPS}", f"optim.schedule.warmup={WARMUP}", f"trainer.val_every={STEPS}", "data.batch_size=4"),
-    *("trainer.log_every=1", "engine.workers=0"),
+    *("optim.optimizer.weight_decay=0.5", "trainer.log_every=1", "engine.workers=0"),
 ]
 
 
@@ -59,7 +59,7 @@ def test_a_training_of_the_linear_probe_equals_a_loop_in_pytorch(tmp_path, monke
     plain = nn.ModuleDict({"norm": norm, "classify": classify})
     plain.load_state_dict(heads[0])
     norm.reset_running_stats()  # the first forward pass has already updated them
-    optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-3, betas=(0.9, 0.999), weight_decay=1e-3)
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-3, betas=(0.9, 0.999), weight_decay=0.5)
     losses = []
     for step in range(STEPS):
         optimizer.param_groups[0]["lr"] = rate(step)

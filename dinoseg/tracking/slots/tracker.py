@@ -205,7 +205,7 @@ class SlotTracker(Tracker):
             raise ValueError(f"whole and cells do not match slots.passes={self._slot_settings.passes}")
         slots = state["slots"].shape[1]
         if sorted(state["successors"].tolist()) != list(range(slots)) or int(state["sizes"].sum()) != slots:
-            raise ValueError(f"positions or sizes do not match {slots} slots")
+            raise ValueError(f"successors or sizes do not match {slots} slots")
         height, width = state["frame"].tolist()
         self.size = (height, width)
         self._state = SlotState(

@@ -70,8 +70,7 @@ def test_published_statistics_are_in_range(compose, backbone, mean, std):
 
 
 def test_timms_statistics_are_in_range():
-    found = {(*cfg.mean, None, *cfg.std) for name in list_pretrained() for cfg in [get_pretrained_cfg(name)]}
-    statistics = [(values[: values.index(None)], values[values.index(None) + 1 :]) for values in found]
+    statistics = {(tuple(cfg.mean), tuple(cfg.std)) for cfg in map(get_pretrained_cfg, list_pretrained())}
     for mean, std in statistics:
         assert all(value in MEANS for value in mean) and all(value in DEVIATIONS for value in std), (mean, std)
     assert len(statistics) > 5

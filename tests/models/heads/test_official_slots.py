@@ -303,7 +303,7 @@ def test_an_initial_deviation_acts_on_groups_too(slot_init):
         slots = SlotAttention(
             5, 64, None, num_groups=2, slot_init=slot_init, num_slots=60, initial_std=std, variance_as_std=True
         )
-        first = slots.start(torch.zeros(1, 4, 5), (30, 30)).detach().unflatten(1, (2, 30))  # (1, 2, 30, 64)
+        first = slots.initial_slots(torch.zeros(1, 4, 5), (30, 30)).detach().unflatten(1, (2, 30))  # (1, 2, 30, 64)
         spreads.append((first - first.mean(2, keepdim=True)).std().item())
     assert spreads == pytest.approx([0.01, 1.0, 3.0], rel=0.1)
 
