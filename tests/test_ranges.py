@@ -176,7 +176,7 @@ NAN, INFINITY = float("nan"), float("inf")
         ("trainer.clip", INFINITY, "Give a finite number, or null."),
         ("trainer.clip", 1e20, "Give 1099511627776 at most."),
         ("trainer.ema", NAN, "Give a number above 0 and below 1, or null."),
-        ("seed", NAN, "Give a finite number."),
+        *(("seed", each, "Give a finite number.") for each in (NAN, -INFINITY)),
     ],
 )
 def test_the_range_of_a_key_comes_before_the_limits_of_checkpoints(trained, key, value, rule):
