@@ -20,7 +20,7 @@ PROGRESS = {"step": 3, "best": 0.5, "best_step": 3, "stale": 0, "validation_pend
 
 
 def untrained(compose, folder, *words, **info):
-    """Write the checkpoint of a model whose trained weights are random, with more `info` in it; return its path."""
+    """Write the checkpoint of a model whose trained weights are random, with other `info` in it; return its path."""
     cfg = compose("data=folder", "data.classes=[dark,bright]", "data.root=/data/of/mine", "engine=cpu", *words)
     build = Builder(cfg)
     model = build.model()
@@ -30,9 +30,9 @@ def untrained(compose, folder, *words, **info):
             torch.nn.init.normal_(value, std=0.1)
     names = checkpoint.trained_names(model)
     tensors = {f"model/{name}": value for name, value in model.state_dict().items() if name in names}
-    info = {"progress": PROGRESS} | info | run_description(build, build.labels) | {"frozen": frozen_fingerprint(model)}
+    described = run_description(build, build.labels) | {"progress": PROGRESS, "frozen": frozen_fingerprint(model)}
     path = folder / "run" / "checkpoints" / "best.safetensors"
-    checkpoint.write(path, tensors, info)
+    checkpoint.write(path, tensors, described | info)
     return path
 
 

@@ -191,7 +191,7 @@ def test_the_range_of_a_key_comes_before_the_limits_of_checkpoints(trained, key,
     [
         ("resolution.longest", 2**21, "Give 1048576 at most."),
         ("trainer.clip", 1e20, "Give 1099511627776 at most."),
-        ("seed", NAN, "Give a finite number."),
+        *(("seed", each, "Give a finite number.") for each in (NAN, -INFINITY)),
     ],
 )
 def test_values_in_the_range_of_their_key_are_limited_as_in_checkpoints(trained, key, value, rule):

@@ -73,7 +73,8 @@ ORIGINALS = {
     | {"head.decoder_depth": 4, "head.reconstruct": True, "head.positions_grid": [14, 14]}
     | {"backbone.weights": "facebook/dino-vitb16", "data.held_out": 300, "data.clips.eval_cut.length": 6}
     | {"loss.criterion.factors": {"reconstruction": 1.0, "similarity": 0.1}, "data.clips.cut.short": "skip"}
-    | {"loss.criterion.terms.similarity.temperature": 0.25, "data.clips.eval_cut.step": None},
+    | {"loss.criterion.terms.similarity.temperature": 0.25, "data.clips.eval_cut.step": None}
+    | {"data.clips.eval_cut.short": "skip"},
 }
 PROBE = {  # facebookresearch/dinov2 and dinov3, dinov3/eval/segmentation
     **{"resolution.crop": [512, 512], "data.batch_size": 16, "trainer.steps": 40000, "trainer.clip": None},

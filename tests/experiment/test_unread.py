@@ -54,5 +54,7 @@ def test_a_key_that_modifies_nothing_is_named(tmp_path, capsys, compose, words, 
     warn_of_modifiers(tmp_path, cfg, cfg.mode.reads)
     output = capsys.readouterr().err
     assert output.startswith(f"warning: No effect here: {named}") if named else not output
+    warn_of_modifiers(tmp_path, cfg, None)  # of a mode that reads everything
+    assert capsys.readouterr().err == output
     warn_of_modifiers(tmp_path, cfg, ["data"])  # of which `warn_not_read` warns
     assert not capsys.readouterr().err

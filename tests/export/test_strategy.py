@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 import torch
 from command_line import call, write_data
+from making import save
 from portable_parts import PROGRESS, TINY, exported, untrained
 
 import dinoseg
 from dinoseg.core.sizes import backbone_size
 from dinoseg.experiment.resume import standalone_config
 from dinoseg.experiment.source import ModelSource
+from dinoseg.export.export import prepared
 from dinoseg.export.graph import record_of
 from dinoseg.export.options import GraphOptions
 from dinoseg.export.strategy import Strategy, missing_strategy, warn_of_strategy
@@ -51,6 +53,10 @@ def missing(compose, tmp_path):
             "inference=windows inference.size=64 inference.average=scores inference.shortest=40",
         ),
         (("inference=whole", "inference.flips=horizontal"), "inference=whole inference.flips=horizontal"),
+        (
+            ("inference=windows", "inference.size=64", "inference.flips=horizontal"),
+            "inference=windows inference.size=64 inference.flips=horizontal",
+        ),
         (("inference.scales=[0.5,1.0]",), "inference=auto inference.size=[518,518] inference.scales=[0.5,1.0]"),
     ],
 )
@@ -80,10 +86,20 @@ def test_windows_are_compared_with_each_size(missing):
     assert not Windows(64).equals_single_pass(model, (41, 8), None)
 
 
+def test_all_images_of_the_verification_are_considered(compose, tmp_path):
+    path = untrained(compose, tmp_path, *TINY, "head=linear", "inference=windows", "inference.size=[32,48]")
+    cfg = standalone_config(path, checkpoint.describe(path), {"engine.device": "cpu"})
+    for width, is_whole in ((48, True), (56, False)):
+        for number, size in enumerate([(8, 8), (32, width)]):
+            save(tmp_path / f"images/{number}.png", np.zeros((*size, 3), np.uint8))
+        with prepared(ModelSource(cfg), tmp_path, GraphOptions(images=str(tmp_path / "images"))) as ready:
+            assert (ready.strategy is None) == is_whole
+
+
 def test_only_scores_of_the_exported_step_are_stated(missing):
     assert missing(*WINDOWS, "trainer.score=dice").miou is None
     assert missing(*WINDOWS, "trainer.score=miou").miou == PROGRESS["best"]
-    assert missing(*WINDOWS, progress=PROGRESS | {"best_step": 2}).miou is None
+    assert missing(*WINDOWS, "trainer.score=miou", progress=PROGRESS | {"step": 4}).miou is None
 
 
 def test_the_warning_states_size_scores_and_remedy(caplog):

@@ -212,6 +212,11 @@ def test_sizes_that_shortest_would_enlarge_too_much_are_reported_before_any_pass
     policy.warns = False  # of another rank
     policy.warn_of_sizes([(1, 5)])
     assert len(caplog.messages) == 1
+    policy = Windows(8, shortest=2048, scales=[0.5, 2.0])
+    policy.warn_of_sizes([(1, 4)])
+    assert len(caplog.messages) == 1
+    policy.warn_of_sizes([(1, 5)])
+    assert "an image of 5 x 1 (width x height) larger than 64 megapixels" in caplog.messages[1]
 
 
 def test_what_shortest_is_not_kept_to_is_said_once(caplog):

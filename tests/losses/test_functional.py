@@ -66,12 +66,27 @@ def test_values_are_those_of_their_definitions(batch, weights):
     assert dice_loss(logits, targets, **given).item() == pytest.approx(dice.item(), abs=1e-12)
 
 
-def test_hard_pixels_are_those_with_the_highest_loss_of_each_image(batch):
-    logits, targets = batch
-    costs = F.cross_entropy(logits, targets, ignore_index=255, reduction="none").flatten(1)
+def costs_of_pixels(loss, logits, targets):
+    costs = F.cross_entropy(logits, targets, ignore_index=255, reduction="none")
+    return (1 - (-costs).exp()) ** 2 * costs if loss is focal_loss else costs
+
+
+@pytest.mark.parametrize("loss", [cross_entropy_loss, focal_loss])
+def test_hard_pixels_are_those_with_the_highest_loss_of_each_image(batch, loss):
+    costs = costs_of_pixels(loss, *batch).flatten(1)
     hardest = [row[row > 0].topk(math.ceil(0.25 * int((row > 0).sum()))).values for row in costs]
-    found = cross_entropy_loss(logits, targets, hard_fraction=0.25)
-    assert found.item() == pytest.approx(torch.cat(hardest).mean().item(), abs=1e-12)
+    assert loss(*batch, hard_fraction=0.25).item() == pytest.approx(torch.cat(hardest).mean().item(), abs=1e-12)
+
+
+@pytest.mark.parametrize("loss", [cross_entropy_loss, focal_loss])
+def test_pixels_near_borders_have_a_weight(batch, loss):
+    logits, columns = batch[0], torch.arange(11)
+    targets = (columns // 4).repeat(2, 9, 1)
+    targets[:, :2] = 255
+    weights = 1 + 2 * torch.isin(columns, torch.tensor([3, 4, 7, 8])).double()
+    expected = (weights * costs_of_pixels(loss, logits, targets)).sum() / (2 * 7 * weights.sum())
+    found = loss(logits, targets, border_weight=3.0, border_width=1)
+    assert found.item() == pytest.approx(expected.item(), abs=1e-12)
 
 
 def test_the_lovasz_extension_of_hard_predictions_is_one_minus_iou():

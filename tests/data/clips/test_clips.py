@@ -501,6 +501,15 @@ class Still:
         ]
 
 
+def test_sizes_of_files_are_compared_without_decoding_a_video(tmp_path):
+    mask, frame = save(tmp_path / "mask.png", np.zeros((6, 9))), save(tmp_path / "frame.png", np.zeros((9, 6, 3)))
+    Video("v", DecodedFrames(tmp_path / "absent.mp4", 2, None), masks={1: mask}).check_size(1)
+    video = Video("v", [frame, frame], masks={1: mask})
+    video.check_size(0)  # without a mask
+    with pytest.raises(UserError, match="frame.png is 6 x 9 .* its mask .*mask.png is 9 x 6"):
+        video.check_size(1)
+
+
 NUMBERED = ("frame1", "frame2", "frame10", "frame11", "frame100")
 
 
