@@ -13,7 +13,7 @@ from dinoseg.core.shapes import SegmentationData
 from dinoseg.data.classes.labels import Labels
 from dinoseg.experiment.models import ModelBuilder
 from dinoseg.models.backbones.normalisation import SATELLITE, is_satellite
-from dinoseg.training.description import CHOSEN, GROUPS
+from dinoseg.training.description import CHOSEN, GROUPS, PRECISION
 from dinoseg.utils.forms import as_read_back
 
 USE = "inference"  # inference strategy: a run that validates with windows is evaluated with them
@@ -53,7 +53,9 @@ def config_description(build: ModelBuilder) -> dict[str, Any]:
     config["head"] = resolve_container(
         build.value("head")
     )  # the head's grid is that of its training, whatever size later images have
+    exact = build.value("engine.precision") == "fp32"  # half precisions depend on the machine
     return {
+        **({PRECISION: "fp32"} if exact else {}),
         "config": config,
         "choices": {group: build.options[group] for group in (*CHOSEN, *USES) if group not in unsaid},
         "folder": str(Path.cwd()),

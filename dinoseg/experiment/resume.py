@@ -30,7 +30,7 @@ from dinoseg.experiment.recipe import (
     saved_config,
 )
 from dinoseg.training import checkpoint
-from dinoseg.training.description import CHOSEN
+from dinoseg.training.description import CHOSEN, PRECISION
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import format_override, format_value, nearest, printable
 
@@ -59,6 +59,7 @@ def merge(
     facts = {**to_container(cfg), "resume": str(path), "choices": {**to_container(cfg.choices), **choices}}
     facts |= {INITIAL: None}  # only a new run takes it from the command line
     merged = OmegaConf.create({**facts, **saved})
+    _keep_precision(merged, info, keys)
     merged.data.root, remark = data_root(saved, Path(info["folder"]))
     if remark and not {"data", "data.root"} & {*keys}:
         print(printable(f"resume={path}: {remark}"), file=sys.stderr)
@@ -109,9 +110,16 @@ def standalone_config(
     reused = {key: value for key, value in saved.items() if not (inference and key == USE)}
     choices = {**to_container(cfg.choices), **info["choices"], **({USE: inference} if inference else {})}
     merged = OmegaConf.create({**to_container(cfg), "resume": str(path), "choices": choices, **reused})
+    _keep_precision(merged, info, [*changes])
     for key, value in changes.items():
         OmegaConf.update(merged, key, value)
     return squared(merged)
+
+
+def _keep_precision(merged: DictConfig, info: Mapping[str, Any], keys: Sequence[str]) -> None:
+    """Compute in float32 if the run of a checkpoint was set to, unless `keys` name a precision."""
+    if info.get(PRECISION) is not None and "engine.precision" not in keys and merged.engine.precision == "auto":
+        merged.engine.precision = info[PRECISION]
 
 
 def without_resume(cfg: DictConfig) -> DictConfig:

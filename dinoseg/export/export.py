@@ -117,7 +117,7 @@ def store_if_verified(
         "precision": ready.record.precision,
         "trained_with": ready.rounding or "float32",
         "versions": {**ready.facts.versions, **_libraries(), "dinoseg": __version__},
-        "images": [picture.path.name for picture in ready.pictures],
+        "images": [picture.name for picture in ready.pictures],
     }
     write_json(out_dir / REPORT, report)
     if not proven:

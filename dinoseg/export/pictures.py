@@ -26,9 +26,10 @@ _REMEDY = "An export is verified on real images before it is saved: set export.i
 
 @dataclass(frozen=True)
 class Picture:
-    """An image file, its (H, W), and its mask (H, W) uint8 where there is one."""
+    """An image file, its name for the report, its (H, W), and its mask (H, W) uint8 where there is one."""
 
     path: Path
+    name: str
     size: Size
     mask: np.ndarray | None = None
 
@@ -72,7 +73,7 @@ def _of_split(dataset: Callable[[str], SegmentationData], split: str, count: int
             sample, path = data[index], folder / f"{index}.png"
             image = np.ascontiguousarray(sample["image"].permute(1, 2, 0).numpy())
             write_png(path, image)
-            yield Picture(path, (image.shape[0], image.shape[1]), sample["mask"].numpy())
+            yield Picture(path, str(sample["name"]), (image.shape[0], image.shape[1]), sample["mask"].numpy())
     except UserError as error:
         raise UserError(f"The export cannot be verified on the dataset's split {split}: {error} {_REMEDY}") from error
 
@@ -84,7 +85,7 @@ def _of_files(images: str, count: int) -> Iterator[Picture]:
     for path in _spread(files, count):
         _check_photograph(path, images)
         height, width, _ = read_image(path).shape
-        yield Picture(path, (height, width))
+        yield Picture(path, path.name, (height, width))
 
 
 def _check_photograph(path: Path, images: str) -> None:

@@ -16,6 +16,7 @@ GROUPS = ("resolution", "data", *MODEL)
 CHOSEN = ("hparam", "data", *MODEL)
 _LARGEST = 2**20  # characters of a description
 _DEEPEST = 32
+PRECISION = "precision"  # key of an explicit `engine.precision=fp32`, which later runs of the model keep
 IDLE = "idle"  # key in `last`: number of parameters without optimizer state
 _COUNT = forms.whole()
 _COUNTS = ("step", "best_step", "stale")  # in the progress
@@ -54,6 +55,8 @@ def read_description(text: str | None, path: Path) -> dict[str, Any]:
             )
         if not forms.fits(info[key], form):
             raise UserError(f"{where}: its {key} is {format_value(info[key])}; it must be {rule}. {_OTHER}")
+    if info.get(PRECISION) not in (None, "fp32"):
+        raise UserError(f"{where}: its precision is {format_value(info[PRECISION])}; it must be fp32. {_OTHER}")
     if not forms.fits(info.get(IDLE, 0), _COUNT):
         raise UserError(f"{where}: its {IDLE} is {format_value(info[IDLE])}; it must be a whole number. {_OTHER}")
     if not forms.fits(info.get("heads", {}), HEADS):

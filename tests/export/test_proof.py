@@ -43,7 +43,7 @@ class Fixed:
 def picture(tmp_path):
     """Return a picture with its mask of two classes."""
     write_data(tmp_path, val=1)
-    return Picture(tmp_path / "val/images/0.png", SIZE, read_ids(tmp_path / "val/masks/0.png").copy())
+    return Picture(tmp_path / "val/images/0.png", "0", SIZE, read_ids(tmp_path / "val/masks/0.png").copy())
 
 
 def test_pixels_points_and_what_predict_gives_are_counted(picture):
@@ -63,7 +63,7 @@ def test_pixels_points_and_what_predict_gives_are_counted(picture):
     assert result["miou"]["torch"] == 1 and 0.9 < result["miou"]["exported"] < 1 and result["pixels"] == 1536
     assert result["largest_difference_of_probabilities"] == 0.25 and result["latency_ms"]["exported"] == 500
     assert result["references"] == "masks of the data set"
-    alone = proof.compare(Fixed(given, half), answer, [Picture(picture.path, SIZE)], 2, 255)
+    alone = proof.compare(Fixed(given, half), answer, [Picture(picture.path, "0", SIZE)], 2, 255)
     assert "agreement_with_predict" not in alone and alone["references"] == "the trained model's own classes"
     assert alone["agreement"] == alone["miou"]["exported"] == alone["miou"]["torch"] == 1
 

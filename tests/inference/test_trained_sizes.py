@@ -17,6 +17,7 @@ from dinoseg.tasks import images as images_task
 from dinoseg.utils.errors import UserError
 
 SIZES = TrainedSizes(typical=32, largest=64)
+UNREAD = {"train": None, "val": None, "policy": None}
 
 
 @pytest.fixture
@@ -58,7 +59,7 @@ def test_images_to_be_scored_count_as_they_are(monkeypatch):
     data = {"group": None, "workers": 1, "augment": {"scale": [0.5, 0.75]}}
     groups = {"data": data, "loss": {"weights": "none"}, "resolution": {"longest": None}}
     cfg = OmegaConf.create({**groups, "cache_dir": "", "choices": {"data": "folder"}})
-    task = SimpleNamespace(parts=Builder(cfg), data_module=SimpleNamespace(train=None, val=None, augment=None))
+    task = SimpleNamespace(parts=Builder(cfg), data_module=SimpleNamespace(**UNREAD, augment=None))
     for (trained, scored), largest in ((records, 8), (records[::-1], 8), (([], []), None)):
         splits = [SimpleNamespace(records=trained), SimpleNamespace(records=scored)]
         monkeypatch.setattr(images_task, "examine", lambda *_, splits=splits, **__: splits)
@@ -74,7 +75,7 @@ def test_sizes_of_views_count_where_the_augmentation_gives_them(monkeypatch):
     parts = Builder(OmegaConf.create({**groups, "cache_dir": "", "choices": {"data": "folder"}}))
     for relative_to, expected in (("image", (100, 200)), ("short", (50, 100)), ("long", (40, 80)), ("fit", (40, 80))):
         augment = Augment((30, 40), relative_to=relative_to)
-        task = SimpleNamespace(parts=parts, data_module=SimpleNamespace(train=None, val=None, augment=augment))
+        task = SimpleNamespace(parts=parts, data_module=SimpleNamespace(**UNREAD, augment=augment))
         assert images_task.ImageTask.check_data(task) == TrainedSizes(*expected)
 
 

@@ -53,7 +53,7 @@ def load_torch(path: Path, options: Options) -> Segmenter:
         config,
         info=info,
         policy=policy,
-        precision=options.precision,
+        precision=cfg.engine.precision if options.precision == "auto" else options.precision,
         file=file if is_whole else None,
         checkpoint=origin,
     )
