@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +118,7 @@ def store_if_verified(
         "trained_with": ready.rounding or "float32",
         "versions": {**ready.facts.versions, **_libraries(), "dinoseg": __version__},
         "images": [picture.name for picture in ready.pictures],
+        "missing_strategy": asdict(ready.strategy) if ready.strategy else None,
     }
     write_json(out_dir / REPORT, report)
     if not proven:

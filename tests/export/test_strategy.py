@@ -157,11 +157,17 @@ def test_a_windowed_run_is_exported_with_one_warning_and_both_scores(compose, tm
         given = ["mode=export", f"export={kind}", f"resume={name}/run", "engine=cpu", "data.root=data"]
         done = call(tmp_path, *given, f"hydra.run.dir={name}/out")
         assert done.status == 0, done.err
+        report = json.loads((tmp_path / name / "out/export_report.json").read_text())
+        assert report["images"] == ["0", "1"] and (report["missing_strategy"] is None) == (not words)
         stated = re.findall(r"mode=eval and mode=predict use .*", done.err)
         if not words:
             assert not stated
             continue
         (message,) = stated
+        assert report["missing_strategy"] == {
+            "words": ["inference=windows", "inference.size=[8,8]", "inference.shortest=64"],
+            "miou": 0.5,
+        }
         assert "inference=windows inference.size=[8,8] inference.shortest=64 for this model. model." in message
         assert "the model scored mIoU 50.00. On the 2 images of the verification" in message
         given = ["mode=eval", f"resume={name}/run", "engine=cpu", "data.root=data", "hydra.run.dir=e"]
