@@ -194,9 +194,10 @@ class Windows(Policy):
         if self.warns:
             self.warns = False
             logger.warning(
-                "inference.shortest=%d would make an image of %d x %d (width x height) larger than %d megapixels: it "
+                "inference.shortest=%d would make an image of %d x %d (width x height) larger than %d megapixels%s: it "
                 "is limited to %d x %d, as are other images of this shape. Give a smaller number, or null.",
-                shorter, grid[1], grid[0], _MAX_PIXELS >> 20, limited[1], limited[0],
+                self.shortest, grid[1], grid[0], _MAX_PIXELS >> 20, "" if scale == 1 else f" at scale {scale:g}",
+                limited[1], limited[0],
             )  # fmt: skip
         return limited
 
