@@ -23,7 +23,7 @@ from dinoseg.utils.ranges import AT_LEAST_1, whole_number
 from dinoseg.utils.wording import format_value
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Segmentation:
     """The segmentation of an image, at the image's own size.
 
@@ -48,7 +48,7 @@ class Segmentation:
     facts: ModelFacts
     source: Path | None = None
     # called only when needed: 4 * K bytes a pixel, and another forward pass
-    ask: Callable[[np.ndarray], np.ndarray] = field(repr=False, kw_only=True)
+    ask: Callable[[np.ndarray], np.ndarray] = field(kw_only=True)
 
     @cached_property
     def probabilities(self) -> np.ndarray:
@@ -57,6 +57,14 @@ class Segmentation:
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"ask": _without_model}
+
+    def __repr__(self) -> str:
+        """Return the size, the source and the largest classes on one line."""
+        found = sorted(self.areas.items(), key=lambda area: -area[1])[:5]
+        shares = [f"{format_value(name)} {count / self.mask.size:.1%}" for name, count in found if count]
+        source = "" if self.source is None else f"{format_value(str(self.source))}, "
+        height, width = self.mask.shape
+        return f"dinoseg.Segmentation({source}{width} x {height}: {', '.join(shares)})"
 
     @property
     def areas(self) -> dict[str, int]:
