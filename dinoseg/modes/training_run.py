@@ -21,6 +21,7 @@ from dinoseg.experiment.loggers import logger_factories
 from dinoseg.experiment.recipe import HEADS, run_description
 from dinoseg.experiment.settings import settings_of
 from dinoseg.experiment.trained import check_classes
+from dinoseg.experiment.unread import warn_unread
 from dinoseg.inference.trained_sizes import TrainedSizes
 from dinoseg.models.model import SegmentationModel
 from dinoseg.report.curves import draw_curves
@@ -107,6 +108,8 @@ class TrainingRun:
         build.task().check_parts(outline, engine.world_size)  # of this config: each of several heads has its own
         with torch.device("meta"):
             build.optimizer(outline)
+        if engine.is_main:
+            warn_unread(out_dir, task.unread, task.unread_because)
 
     @property
     def first_step(self) -> int:

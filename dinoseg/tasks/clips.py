@@ -229,6 +229,8 @@ class ClipTask(TrainingTask):
 
     what = "clips"
     on_clips = True
+    unread = ("data.augment",)
+    unread_because = "Clips are cropped and flipped by data.view."
     data_module: ClipDataModule
     labels: Labels
 

@@ -1,7 +1,7 @@
 """Base class of training tasks: everything before the first step and after the last; `fit` runs the steps between."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,8 @@ class TrainingTask(ABC):
         labelled: dataset whose masks a loss may count; None: there are no masks.
         split: names in train and val.
         plots: curves of the run.
+        unread: keys without effect, of which a training warns if they are typed.
+        unread_because: sentence on what takes their place.
     """
 
     what: str
@@ -43,6 +45,8 @@ class TrainingTask(ABC):
     labelled: SegmentationData | None = None
     split: Mapping[str, Sequence[str]]
     plots: Sequence[Plot]
+    unread: Collection[str] = ()
+    unread_because: str = ""
 
     def __init__(self, parts: Builder) -> None:
         self.parts = parts

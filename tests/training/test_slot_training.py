@@ -169,8 +169,10 @@ def test_videos_whose_masks_are_all_empty_are_scored_and_said(here):
     for path in (here / "bare/validation").rglob("segmentations/*.png"):
         write_png(path, np.zeros((32, 32), np.uint8))
     lengths = ("data.root=bare", "trainer.steps=2", "trainer.val_every=1", "trainer.score=fg_ari")
-    done = run(here, *SLOTS, *lengths, "hydra.run.dir=run", "mode.metrics_only=true")
-    assert done.err.count("No validation clip has an object: fg_ari") == 1
+    more = ("data.augment.flip=0", "data.view.flip=0")
+    done = run(here, *SLOTS, *lengths, *more, "hydra.run.dir=run", "mode.metrics_only=true")
+    assert done.err.count("No effect here: data.augment.flip=0. Clips are cropped and flipped by data.view.") == 1
+    assert done.err.count("No effect here") == 1 and done.err.count("No validation clip has an object: fg_ari") == 1
     result = json.loads((here / "run/evaluation/scores.json").read_text())
     assert result["scores"]["FG-ARI"] == 1 and result["scores"]["mBO"] is None
     (note,) = result["notes"]
