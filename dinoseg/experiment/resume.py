@@ -118,7 +118,8 @@ def standalone_config(
 
 def _keep_precision(merged: DictConfig, info: Mapping[str, Any], keys: Sequence[str]) -> None:
     """Compute in float32 if the run of a checkpoint was set to, unless `keys` name a precision."""
-    if info.get(PRECISION) is not None and "engine.precision" not in keys and merged.engine.precision == "auto":
+    is_open = "engine.precision" not in keys and merged.engine.get("precision", "auto") == "auto"
+    if is_open and info.get(PRECISION) is not None:
         merged.engine.precision = info[PRECISION]
 
 

@@ -60,8 +60,8 @@ def pictures(
         needed = _COPIES * 4 * num_classes * math.prod(picture.size)
         if needed > free:
             raise UserError(
-                f"{picture.path.name} ({picture.size[0]} x {picture.size[1]}) needs {needed / 2**30:.1f} GiB for the "
-                f"comparison of scores, and {free / 2**30:.1f} are free. Leave it out of export.images."
+                f"{picture.name} ({picture.size[0]} x {picture.size[1]}) needs {needed / 2**30:.1f} GiB for the "
+                f"comparison of scores, and {free / 2**30:.1f} are free. Set export.images to smaller images."
             )
     return found
 

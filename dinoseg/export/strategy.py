@@ -55,10 +55,13 @@ def missing_strategy(trained: Trained, sizes: Sequence[Size]) -> Strategy | None
             words.append(f"{USE}.{key}={format_override(value)}")
     progress = trained.info["progress"]
     is_scored = stored["trainer"].get("score") == _SELECTING and progress["step"] == progress["best_step"]
-    return Strategy(words, progress["best"] if is_scored else None)
+    # the strategy of a self-contained file may have been given at its export
+    return Strategy(words, progress["best"] if is_scored and "facts" not in trained.info else None)
 
 
-def warn_of_strategy(strategy: Strategy, name: str, record: GraphRecord, report: dict[str, Any], size: Size) -> None:
+def warn_of_strategy(
+    strategy: Strategy, name: str, record: GraphRecord, report: dict[str, Any], sizes: Sequence[Size]
+) -> None:
     """Warn that an exported file lacks a strategy, with the mIoU of both where they are known.
 
     Args:
@@ -66,15 +69,16 @@ def warn_of_strategy(strategy: Strategy, name: str, record: GraphRecord, report:
         name: of the file.
         record: of its graph.
         report: of its verification, see `compare`.
-        size: (H, W) of the first image of the verification.
+        sizes: (H, W) of the images of the verification.
     """
+    size, longest = sizes[0], max(map(max, sizes))
     height, width = record.layout(size).content
     scores = "" if strategy.miou is None else f" With its strategy the model scored mIoU {100 * strategy.miou:.2f}."
     if report["has_masks"]:
         images = count_of(report["pictures"], "image")
         scores += f" On the {images} of the verification, the file scored mIoU {100 * report['miou']['exported']:.2f}."
     # `mode=eval` computes images at other sizes than a graph of fixed size or one that reduces large images
-    is_comparable = record.size is None and (record.largest is None or max(size) <= record.largest)
+    is_comparable = record.size is None and (record.largest is None or longest <= record.largest)
     comparison = f" For scores that compare with those of the file, add {_ONE_PASS} to mode=eval."
     logger.warning(
         "mode=eval and mode=predict use %s for this model. %s does not apply this: it predicts each image in one pass "

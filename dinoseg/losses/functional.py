@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,6 +25,7 @@ from dinoseg.losses.mask_classification import FACTORS, MaskClassification
 from dinoseg.losses.overlap import Dice, Tversky
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import INTEGERS, whole_number
+from dinoseg.utils.wording import format_value
 
 ClassWeights = Tensor | Sequence[float] | None
 
@@ -320,9 +322,7 @@ def _value(
     device, images, classes = _form_of(prediction)
     ignore_index = whole_number(ignore_index, "ignore_index", INTEGERS)
     _check_targets(targets, device, images, classes, ignore_index)
-    for name, value in options.items():
-        if isinstance(value, list | dict | set | Tensor):
-            raise UserError(f"{name}={value} is a {type(value).__name__}. Give a single value.")
+    options = {name: _plain(name, value) for name, value in options.items()}
     with _of_a_call():
         if class_weights is None:
             loss = _unweighted(kind, classes, device, ignore_index, **options)
@@ -337,6 +337,15 @@ def _value(
             loss = _made(kind, weights, ignore_index, options).to(device)
         batch = Batch(image=targets, mask=targets, names=[f"image {number}" for number in range(len(targets))])
         return loss(prediction, batch)[0]
+
+
+def _plain(name: str, value: Any) -> Any:
+    """Return an option as a plain value, which the cache of losses needs; `factors` are pairs."""
+    if isinstance(value, Tensor | np.ndarray | np.generic) and not value.ndim:
+        return value.item()
+    if value is None or isinstance(value, str | int | float) or name == "factors":
+        return value
+    raise UserError(f"{name}={format_value(str(value))} is of type {type(value).__name__}. Give a single value.")
 
 
 @lru_cache(maxsize=64)

@@ -6,6 +6,9 @@ from omegaconf import OmegaConf
 from portable_parts import TINY, exported, untrained
 
 import dinoseg
+from dinoseg.experiment.resume import merge, standalone_config
+from dinoseg.experiment.source import ModelSource
+from dinoseg.export.runtime.write import export_model
 from dinoseg.training import checkpoint
 from dinoseg.utils.errors import UserError
 
@@ -36,9 +39,25 @@ def test_a_run_in_float32_is_resumed_and_evaluated_in_float32(tmp_path):
 def test_a_loaded_or_exported_model_predicts_in_the_float32_of_its_training(compose, tmp_path, precision):
     path = untrained(compose, tmp_path, *TINY, "head=linear", f"engine.precision={precision}")
     expected = "fp32" if precision == "fp32" else "auto"
-    for file in (path, exported(path, tmp_path / "out")):
+    whole = exported(path, tmp_path / "out")
+    dinoseg.load(whole, device="cpu").save(tmp_path / "again.safetensors")
+    for file in (path, whole, tmp_path / "again.safetensors"):
         assert dinoseg.load(file, device="cpu")._precision == expected
         assert dinoseg.load(file, device="cpu", precision="bf16")._precision == "bf16"
+
+
+def test_a_typed_precision_of_an_export_counts(compose, tmp_path):
+    path = untrained(compose, tmp_path, *TINY, "head=linear", "engine.precision=fp32")
+    for number, (typed, stored) in enumerate({"bf16": None, "auto": None, "fp32": "fp32"}.items()):
+        cfg = standalone_config(path, checkpoint.describe(path), {"engine.device": "cpu", "engine.precision": typed})
+        export_model(ModelSource(cfg), out_dir=(folder := tmp_path / str(number)))
+        assert checkpoint.describe(folder / "model.safetensors").get("precision") == stored
+
+
+def test_a_machine_s_engine_may_lack_a_precision(compose, tmp_path):
+    path = untrained(compose, tmp_path, *TINY, "head=linear", "engine.precision=fp32")
+    cfg = compose("mode=eval", "data=folder", "data.root=x", "data.classes=[dark,bright]", "~engine.precision")
+    assert merge(cfg, [], path, checkpoint.describe(path)).engine.precision == "fp32"
 
 
 def test_another_stored_precision_is_refused(compose, tmp_path):

@@ -99,6 +99,7 @@ def test_all_images_of_the_verification_are_considered(compose, tmp_path):
 def test_only_scores_of_the_exported_step_are_stated(missing):
     assert missing(*WINDOWS, "trainer.score=dice").miou is None
     assert missing(*WINDOWS, "trainer.score=miou").miou == PROGRESS["best"]
+    assert missing(*WINDOWS, "trainer.score=miou", facts={}).miou is None  # a file, whose strategy may be another
     assert missing(*WINDOWS, "trainer.score=miou", progress=PROGRESS | {"step": 4}).miou is None
 
 
@@ -109,9 +110,9 @@ def test_the_warning_states_size_scores_and_remedy(caplog):
     record, _ = record_of(model, None, GraphOptions(), (32, 48))
     report = {"has_masks": True, "pictures": 2, "miou": {"torch": 0.88, "exported": 0.8825}}
     warn_of_strategy(
-        Strategy(["inference=windows", "inference.size=16"], 0.998), "model.onnx", record, report, (32, 48)
+        Strategy(["inference=windows", "inference.size=16"], 0.998), "model.onnx", record, report, [(32, 48)]
     )
-    warn_of_strategy(Strategy(["inference=x"], None), "model.pt2", record, report | {"has_masks": False}, (32, 48))
+    warn_of_strategy(Strategy(["inference=x"], None), "model.pt2", record, report | {"has_masks": False}, [(32, 48)])
     both, neither = caplog.messages
     assert both == (
         "mode=eval and mode=predict use inference=windows inference.size=16 for this model. model.onnx does not apply "
@@ -129,7 +130,9 @@ def test_scores_of_other_sizes_are_not_compared(caplog, largest, compares):
     record = SimpleNamespace(largest=largest, layout=lambda size: layout)
     for size in (None, (16, 24)):
         record.size = size
-        warn_of_strategy(Strategy(["inference=x"], None), "model.onnx", record, {"has_masks": False}, (32, 48))
+        warn_of_strategy(
+            Strategy(["inference=x"], None), "model.onnx", record, {"has_masks": False}, [(8, 8), (32, 48)]
+        )
     of_any, of_one = (" to mode=eval." in message for message in caplog.messages)
     assert of_any == compares and not of_one
 

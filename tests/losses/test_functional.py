@@ -282,3 +282,15 @@ def test_targets_are_tensors():
     assert dinoseg.losses.dice_loss(logits, targets, ignore_index=np.int64(254)) == 0
     with pytest.raises(UserError, match="ignore_index=None: give a whole number"):
         dinoseg.losses.dice_loss(torch.randn(1, 3, 4, 4), torch.zeros(1, 4, 4).long(), ignore_index=None)
+
+
+def test_options_are_single_values():
+    logits, targets = torch.randn(1, 3, 4, 5), torch.randint(0, 3, (1, 4, 5))
+    expected = focal_loss(logits, targets, gamma=1.5)
+    for gamma in (torch.tensor(1.5), np.array(1.5), np.float32(1.5)):
+        assert focal_loss(logits, targets, gamma=gamma) == expected
+    for gamma, kind in (([1.5], "list"), ((1, 2), "tuple"), (torch.ones(2), "Tensor"), (np.ones(1), "ndarray")):
+        with pytest.raises(UserError, match=rf"gamma=.* is of type {kind}\. Give a single value\."):
+            focal_loss(logits, targets, gamma=gamma)
+    with pytest.raises(UserError, match=r"average=\['all'\] is of type list"):
+        cross_entropy_loss(logits, targets, average=["all"])

@@ -31,8 +31,8 @@ def load(
         path: what `mode=export` wrote (`model.safetensors`, `model.onnx`) or its folder, a run folder, a checkpoint.
         device: auto (CUDA, then MPS, then CPU), cuda, mps or cpu.
         runtime: torch or onnx; None: by the file.
-        precision: auto, bf16 or fp32. auto is fp32 for a model trained with `engine.precision=fp32`, otherwise bf16
-            where that is faster.
+        precision: auto, bf16 or fp32. auto is fp32 for a model trained or exported with `engine.precision=fp32`,
+            otherwise bf16 where that is faster.
         backbone: weights for a file that holds only what was trained: a file, a folder or a hub id instead of the one
             that it names.
         head: weights for a head whose frozen part comes from a file, in the same way.

@@ -62,9 +62,9 @@ class Segmentation:
         """Return the size, the source and the largest classes on one line."""
         found = sorted(self.areas.items(), key=lambda area: -area[1])[:5]
         shares = [f"{format_value(name)} {count / self.mask.size:.1%}" for name, count in found if count]
-        source = "" if self.source is None else f"{format_value(str(self.source))}, "
+        source = [] if self.source is None else [format_value(str(self.source))]
         height, width = self.mask.shape
-        return f"dinoseg.Segmentation({source}{width} x {height}: {', '.join(shares)})"
+        return f"dinoseg.Segmentation({', '.join([*source, f'{width} x {height}', *shares])})"
 
     @property
     def areas(self) -> dict[str, int]:

@@ -23,6 +23,7 @@ from dinoseg.inference.trained_sizes import KEY, TrainedSizes
 from dinoseg.models.model import SegmentationModel, non_persistent_buffers, trained_names
 from dinoseg.training import checkpoint
 from dinoseg.training.checkpoint import FOLDER
+from dinoseg.training.description import PRECISION
 from dinoseg.training.loading import CONSTANTS, frozen_fingerprint, misfits
 from dinoseg.utils import forms
 from dinoseg.utils.errors import UserError
@@ -146,7 +147,8 @@ def write_model(
         _check_licence(facts.backbone, source.config["head"].get("weights"), weights, copies=copies)
     description = {**config_description(ModelBuilder.of(stored)), "folder": "."}
     made = {**description, **facts.description(), "frozen": frozen, "versions": dict(facts.versions)}
-    checkpoint.write(path, tensors, {"progress": asdict(checkpoint.Progress()), **info, **made})
+    remaining = {key: value for key, value in info.items() if key != PRECISION}  # which the config states
+    checkpoint.write(path, tensors, {"progress": asdict(checkpoint.Progress()), **remaining, **made})
     return len(tensors), facts.backbone
 
 

@@ -52,9 +52,9 @@ def test_one_picture_gives_all_that_is_asked(model):
     assert out.mask.dtype == np.uint8 and (out.mask == (image[..., 0] > 127)).all()
     assert out.areas == {"dark": int((out.mask == 0).sum()), "bright": int(out.mask.sum())}
     dark = model.predict(np.zeros((5, 7, 3), np.uint8))
-    assert dark.areas == {"dark": 35, "bright": 0} and repr(dark) == "dinoseg.Segmentation(7 x 5: dark 100.0%)"
+    assert dark.areas == {"dark": 35, "bright": 0} and repr(dark) == "dinoseg.Segmentation(7 x 5, dark 100.0%)"
     dark.source, dark.mask[0, 0:7] = Path("a/b.png"), 1
-    assert repr(dark) == "dinoseg.Segmentation(a/b.png, 7 x 5: dark 80.0%, bright 20.0%)"
+    assert repr(dark) == "dinoseg.Segmentation(a/b.png, 7 x 5, dark 80.0%, bright 20.0%)"
     assert out.probabilities.shape == (2, 5, 7) and out.probabilities is out.probabilities
     assert (out.overlay(1.0)[out.mask == 1] == (255, 0, 0)).all() and (out.overlay(0.0) == image).all()
 
