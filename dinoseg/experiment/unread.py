@@ -68,10 +68,13 @@ def warn_of_modifiers(out_dir: Path, cfg: DictConfig, reads: Collection[str] | N
         cfg: the whole config.
         reads: see `warn_not_read`, which warns of the keys that are not in it.
     """
+    words = last_command_line(out_dir)
     for key, (modified, is_off, reason) in _MODIFIERS.items():
-        idle = [word for word in last_command_line(out_dir) if _key(word) == key]
+        idle = [word for word in words if _key(word) == key]
+        if not idle or not (reads is None or is_read(key, reads)):
+            continue
         value, base = (resolved(cfg, name.split(".")) for name in (key, modified))
-        if idle and value is not None and (reads is None or is_read(key, reads)) and is_off(base):
+        if value is not None and is_off(base):
             _print_idle(idle, reason)
 
 

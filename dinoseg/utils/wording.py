@@ -87,7 +87,7 @@ def format_override(value: Any) -> str:
 
 
 def format_json(value: Any, limit: int = 80) -> str:
-    """Format a value of a JSON file as it is written there, such as `"8"` or `8`, on one line of `limit` characters."""
+    """Format a value as JSON, such as `"8"` or `8`, on one line of at most `limit` characters."""
     return format_value(json.dumps(value), limit)
 
 

@@ -56,5 +56,5 @@ def test_a_key_that_modifies_nothing_is_named(tmp_path, capsys, compose, words, 
     assert output.startswith(f"warning: No effect here: {named}") if named else not output
     warn_of_modifiers(tmp_path, cfg, None)  # of a mode that reads everything
     assert capsys.readouterr().err == output
-    warn_of_modifiers(tmp_path, cfg, ["data"])  # of which `warn_not_read` warns
+    warn_of_modifiers(tmp_path, cfg, ["data"])  # `warn_not_read` reports the others
     assert not capsys.readouterr().err
