@@ -23,7 +23,11 @@ from dinoseg.training.optim import adamw, schedule
 from dinoseg.training.trainer import Experiment, Settings, fit
 from dinoseg.utils.workers import run_in_process
 
-pytestmark = [pytest.mark.gpu, pytest.mark.heavy]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.heavy,
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning"),  # torch gives it once per process
+]
 
 
 @pytest.fixture(autouse=True)
@@ -140,6 +144,37 @@ def test_compiled_blocks_learn_the_same(tmp_path, caplog):
     plain, compiled = (train(tmp_path / str(way), *cell(adapter="full"), compile=way) for way in (False, True))
     agree(compiled, plain)
     assert "torch cannot compile here" not in caplog.text
+
+
+def test_cuda_graphs_follow_images_weights_and_sizes():
+    model = Engine("cuda", "bf16", workers=0, compile=True).place(cell(adapter="full")[0]).eval()
+    plain = Engine("cuda", "bf16", workers=0).place(cell(adapter="full")[0]).eval()
+    plain.load_state_dict(model.state_dict())
+    generator = torch.Generator().manual_seed(0)
+
+    def compare(size, change=None):
+        for _ in range(6):  # three passes precede the capture
+            images = torch.rand(2, 3, *size, generator=generator).cuda()
+            if change is not None:
+                for each in (model, plain):
+                    change(each.backbone)
+            with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16):
+                found, expected = (each(images).logits() for each in (model, plain))
+            torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
+
+    def scale_in_place(backbone):
+        with torch.no_grad():
+            next(iter(backbone.blocks.parameters())).mul_(1.5)
+
+    def replace_storage(backbone):
+        for parameter in backbone.blocks.parameters():
+            parameter.data = parameter.data * 0.9
+
+    compare((64, 96))
+    compare((64, 96), scale_in_place)
+    compare((64, 96), replace_storage)
+    compare((48, 48))
+    assert vars(model.backbone)["forward"]._graph is not None
 
 
 @pytest.mark.parametrize(("first", "then"), [("cuda", "cuda"), ("cuda", "cpu"), ("cpu", "cuda")])

@@ -15,7 +15,7 @@ from dinoseg.utils.threads import threads
 _BAND = 2**17  # scores of a grid processed at once
 _AT_ONCE = 2**17  # upsampled numbers held at a time, to stay in a core's cache
 _SMALL = 2**19  # upsampled numbers of an image, below which upsampling all is fastest
-_LAUNCHED = 2**26  # the same on an accelerator, where kernel launches take time
+_LAUNCHED = 2**26  # upsampled numbers at once on an accelerator (256 MiB), where kernel launches take time
 # measured costs, relative to one upsampled number in the method by cells: a class that can win in a cell, any class in
 # a cell, and one upsampled number if all pixels are upsampled class by class
 _PAIR, _LOOK, _PIXEL = 25, 5, 0.65
@@ -46,8 +46,10 @@ def class_ids(scores: Tensor, size: tuple[int, int], valid: tuple[float, float])
     """
     scores = at_least_float32(scores)
     if scores.device.type != "cpu":
-        small = scores.shape[0] * scores.shape[1] * math.prod(size) <= _LAUNCHED
-        return argmax_ids(upsample(scores, size, valid)) if small else _one_by_one(scores, size, valid)
+        images = _LAUNCHED // (scores.shape[1] * math.prod(size))  # that fit at once
+        if not images:
+            return _one_by_one(scores, size, valid)
+        return torch.cat([argmax_ids(upsample(some, size, valid)) for some in scores.split(images)])
     return torch.cat([_of_image(grid[None], size, valid) for grid in scores])
 
 

@@ -1,9 +1,9 @@
-"""Compilation of a backbone's blocks, and of a head's copies of them, for the first shape seen twice in a row."""
+"""Compilation of a backbone's blocks for the first shape seen twice in a row, and their inference as a CUDA graph."""
 
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from dinoseg.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+_PASSES_BEFORE_CAPTURE = 3  # the second one compiles the blocks
 
 
 def compile_blocks(backbone: Backbone, copies: Sequence[nn.Module] = ()) -> None:
@@ -22,7 +23,7 @@ def compile_blocks(backbone: Backbone, copies: Sequence[nn.Module] = ()) -> None
 
     Nothing is compiled twice: other sizes, as in a validation or a last batch, are not worth the wait. If torch cannot
     compile here, blocks run uncompiled, and a warning is logged once. The last block also runs uncompiled when its
-    attention is requested, which compiled code does not expose.
+    attention is requested, which compiled code does not expose. On CUDA, passes without gradients become a CUDA graph.
 
     Raises:
         UserError: the backbone is a pyramid, whose stages are not blocks.
@@ -33,8 +34,10 @@ def compile_blocks(backbone: Backbone, copies: Sequence[nn.Module] = ()) -> None
     for block in (*copies, *backbone.blocks):
         vars(block)["forward"] = once = _Once(block.forward, state)
     if once is not None:
+        replayed = _CudaGraph(backbone)
+        vars(backbone)["forward"] = replayed
         for watched in (backbone.with_class_attention, backbone.with_keys):
-            vars(backbone)[watched.__name__] = partial(once.resting, watched)
+            vars(backbone)[watched.__name__] = partial(replayed.resting, partial(once.resting, watched))
 
 
 class _State:
@@ -77,3 +80,64 @@ class _Once:
             )
             self._state.failed = True
             return self._plain(tokens, *args, **kwargs)
+
+
+class _CudaGraph:
+    """A backbone's `forward` in eval mode without gradients, replayed as one CUDA graph for repeated shapes.
+
+    A fast GPU waits for the CPU to launch several hundred kernels in a pass. A graph is one launch.
+    """
+
+    def __init__(self, backbone: Backbone) -> None:
+        self._backbone, self._plain = backbone, backbone.forward
+        self._key: tuple[Any, ...] = ()
+        self._passes = 0  # with this key
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._images = torch.empty(0)
+        self._maps: list[Tensor] = []
+        self._rests = False
+
+    def resting(self, call: Callable[[Tensor], T], images: Tensor) -> T:
+        """Return the result of `call` on images, without a graph, which would skip its hooks."""
+        self._rests = True
+        try:
+            return call(images)
+        finally:
+            self._rests = False
+
+    def __call__(self, images: Tensor) -> list[Tensor]:
+        training = self._backbone.training or torch.is_grad_enabled()
+        if not images.is_cuda or training or self._rests or torch.cuda.is_current_stream_capturing():
+            return self._plain(images)
+        key = self._state(images)
+        if key != self._key:
+            self._key, self._passes, self._graph = key, 0, None
+        self._passes += 1
+        if self._passes <= _PASSES_BEFORE_CAPTURE:
+            return self._plain(images)
+        if self._graph is None:
+            self._capture(images)
+        else:
+            self._images.copy_(images)
+        cast("torch.cuda.CUDAGraph", self._graph).replay()
+        return [part.clone() for part in self._maps]  # the next replay overwrites them
+
+    def _state(self, images: Tensor) -> tuple[Any, ...]:
+        """Return what a graph depends on: shape, precision, and where the weights are, which it reads anew."""
+        where = [tensor.data_ptr() for tensor in (*self._backbone.parameters(), *self._backbone.buffers())]
+        precision = (torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"))
+        return images.shape, images.dtype, images.device, precision, torch.is_inference_mode_enabled(), *where
+
+    def _capture(self, images: Tensor) -> None:
+        self._images = images.clone()
+        enabled, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+        # autocast must not cache casts: replays would read the weights of the capture
+        with torch.autocast("cuda", dtype, enabled, cache_enabled=False):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                self._plain(self._images)  # kernels choose their workspaces outside the graph
+            torch.cuda.current_stream().wait_stream(stream)
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
+                self._maps = self._plain(self._images)

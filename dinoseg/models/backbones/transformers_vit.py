@@ -107,6 +107,7 @@ class TransformersVit(Backbone):
         self.model = load_model(config, weights, self._cut, self.local_cls_norm)
         if config.patch_size != patch_size:
             _resample_patches(self.model, patch_size)
+        _patch_projection(self.model).__class__ = PatchProjection
         self.model.to(DTYPES[dtype])
         mask_queries_only(self.model)
         if checkpointing:
@@ -251,12 +252,32 @@ def _blocks(model: Any) -> nn.ModuleList:
     return model.model.layer if model.config.model_type == "dinov3_vit" else model.encoder.layer
 
 
+class PatchProjection(nn.Conv2d):
+    """Convolution whose stride is its kernel size, as a matrix product of patches for inference on CUDA.
+
+    There, cuDNN takes 7 times as long in bfloat16 (patches of 16, an H100).
+    """
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Return (B, dim, h, w) for pixels (B, 3, H, W) whose sides are multiples of the patch size."""
+        if not pixels.is_cuda or torch.is_grad_enabled():
+            return super().forward(pixels)
+        rows, columns = self.kernel_size
+        patches = pixels.unflatten(3, (-1, columns)).unflatten(2, (-1, rows))  # (B, 3, h, rows, w, columns)
+        patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3)  # (B, h, w, 3 * rows * columns)
+        return F.linear(patches, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+
+
+def _patch_projection(model: Any) -> nn.Conv2d:
+    embeddings = model.embeddings.patch_embeddings
+    return getattr(embeddings, "projection", embeddings)
+
+
 def _resample_patches(model: Any, patch_size: int) -> None:
     """Resample the kernel of the patch embedding to another side in pixels, in place."""
     from timm.layers import resample_patch_embed
 
-    embeddings = model.embeddings.patch_embeddings
-    projection = getattr(embeddings, "projection", embeddings)
+    projection = _patch_projection(model)
     kernel, side = projection.weight.detach(), patch_size
     outline = kernel.new_empty(*kernel.shape[:2], side, side)
     resampled = outline if kernel.is_meta else resample_patch_embed(kernel, [side, side])
