@@ -2,7 +2,6 @@ import base64
 import io
 import json
 import logging
-import re
 from pathlib import Path
 
 import numpy as np
@@ -428,58 +427,6 @@ def test_shapes_of_labelme_that_are_refused(tmp_path, shape, wrong):
         opened("labelme", root)
     labelme(tmp_path / "train/b.json", ("leaf", "point", [[1, 1]]), image="b.png")
     assert opened("labelme", root).names == ["b"]
-
-
-def png_mask(height, width):
-    file = io.BytesIO()
-    Image.new("1", (width, height), 1).save(file, "PNG")
-    return base64.b64encode(file.getvalue()).decode()
-
-
-@pytest.mark.parametrize("corners", [[[0, 0], [9, 8]], [[0, 0], [10, 7]], [[0.5, 0], [2, 2]], [[0, 0], [1, 1]]])
-def test_labelme_masks_larger_than_the_image_are_refused(tmp_path, monkeypatch, corners):
-    def fail(*_):
-        raise AssertionError("the pixels were decoded")
-
-    monkeypatch.setattr(Image.Image, "convert", fail)
-    shape = {"label": "leaf", "shape_type": "mask", "points": corners, "mask": png_mask(9, 11)}
-    root = labelme(tmp_path / "train/a.json", shape).parent
-    with pytest.raises(UserError, match="11 x 9 pixels, but its image only 10 x 8"):
-        opened("labelme", root)
-
-
-def test_labelme_masks_need_the_size_of_the_image(tmp_path):
-    shape = {"label": "leaf", "shape_type": "mask", "points": [[0, 0], [1, 1]], "mask": png_mask(2, 2)}
-    root = labelme(tmp_path / "train/a.json", shape, imageHeight=None, imageWidth=None).parent
-    with pytest.raises(UserError, match="imageHeight and imageWidth"):
-        opened("labelme", root)
-
-
-def test_cvat_masks_larger_than_the_image_are_refused(tmp_path):
-    mask = '<mask label="leaf" left="0" top="0" width="13000" height="13000" rle="0, 169000000"/>'
-    root = cvat(tmp_path / "train.xml", mask)
-    with pytest.raises(UserError, match="13000 x 13000 pixels, but its image only 10 x 8"):
-        opened("cvat", root)
-
-
-@pytest.mark.parametrize("bad", [r"\ud800", r"leaf\uDFFF", r"\udc80"])
-@pytest.mark.parametrize("where", ["name", "file_name", "label", "imagePath"])
-def test_lone_surrogates_in_names_are_one_error(tmp_path, where, bad):
-    kind = "coco" if where in ("name", "file_name") else "labelme"
-    path = tmp_path / ("train.json" if kind == "coco" else "train/a.json")
-    if kind == "coco":
-        coco(path)
-    else:
-        labelme(path, ("leaf", "point", [[1, 1]]))
-    path.write_text(re.sub(f'"{where}": "[^"]*"', lambda _: f'"{where}": "{bad}"', path.read_text()))
-    with pytest.raises(UserError, match="valid Unicode|surrogate"):
-        opened(kind, tmp_path)
-
-
-def test_circles_far_larger_than_images_are_refused(tmp_path):
-    root = labelme(tmp_path / "train/a.json", ("leaf", "circle", [[0, 0], [1e6, 1e6]])).parent
-    with pytest.raises(UserError, match="a radius above 262144 pixels"):
-        opened("labelme", root)
 
 
 def test_old_and_foreign_files_beside_those_of_labelme(tmp_path):
