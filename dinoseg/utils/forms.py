@@ -93,7 +93,7 @@ def refuse_surrogates(value: Any) -> None:
         texts = [each for each in level if isinstance(each, str)]
         texts += [key for each in level if isinstance(each, dict) for key in each if isinstance(key, str)]
         if odd := [each for each in texts if has_surrogates(each.translate(_ESCAPED_BYTES))]:
-            raise SchemaError(f"{odd[0]!a:.60} holds half of a surrogate pair, which is no character: save it again")
+            raise SchemaError(f"{odd[0]!a:.60} holds half of a surrogate pair: save it as valid Unicode")
         level = [inner for outer in level for inner in _values(outer)]
 
 

@@ -84,7 +84,7 @@ def _mask(mask: Any, points: list[list[float]], size: tuple[int, int] | None) ->
     if len(points) != 2 or not isinstance(mask, str):
         raise ValueError("it is a mask, which needs two points and an image in base64")
     if size is None:
-        raise ValueError("it is a mask, whose size is bounded by imageHeight and imageWidth: the file needs both")
+        raise ValueError("it is a mask, and the file lacks imageHeight and imageWidth, which bound it: add both")
     corners = points_of([value for point in points for value in point])
     if not (np.abs(corners) <= FARTHEST).all():
         raise ValueError(f"its mask lies at {format_value(points, 60)}, outside of any image")
