@@ -3,7 +3,7 @@
 import math
 import re
 import struct
-from typing import BinaryIO, Literal
+from typing import IO, Literal
 
 from PIL import Image
 from PIL.ImageFile import ImageFile
@@ -36,7 +36,7 @@ class Unfit(Exception):
     """Error for an image that cannot be used; the text continues a sentence that begins with its name."""
 
 
-def check_header(file: BinaryIO) -> None:
+def check_header(file: IO[bytes]) -> None:
     """Refuse an image file whose header takes far more time or memory to read than headers warrant.
 
     It reads only what precedes the pixels, and leaves the file at its start. Damage is left to the decoder to report.
@@ -58,7 +58,7 @@ def check_header(file: BinaryIO) -> None:
     file.seek(0)
 
 
-def check_tags(file: BinaryIO) -> None:
+def check_tags(file: IO[bytes]) -> None:
     """Refuse a TIFF file of too many tags, or of a kind that Pillow misreads.
 
     Raises:
@@ -72,7 +72,7 @@ def check_tags(file: BinaryIO) -> None:
         raise Unfit(f"has {count} TIFF tags; the limit is {MAX_TAGS}. Save it again")
 
 
-def count_tags(file: BinaryIO) -> int:
+def count_tags(file: IO[bytes]) -> int:
     """Return how many tags the first directory of a TIFF file, or of EXIF, announces; 0 if it is truncated."""
     order, is_big = _find_directory(file)
     head = file.read(8 if is_big else 2)
@@ -119,7 +119,7 @@ def count_scans(data: bytes) -> int:
     return scans
 
 
-def _check_segments(file: BinaryIO) -> None:
+def _check_segments(file: IO[bytes]) -> None:
     """Raise if the segments before the first scan are too many, as Pillow finds them."""
     segments, of_exif, fill, position = 0, 0, 0, 2
     while True:
@@ -147,7 +147,7 @@ def _check_segments(file: BinaryIO) -> None:
                 raise Unfit(f"has over {most} {what}. Save it again")
 
 
-def _check_chunks(file: BinaryIO, stop: tuple[bytes, ...]) -> None:
+def _check_chunks(file: IO[bytes], stop: tuple[bytes, ...]) -> None:
     """Raise if the chunks of a PNG file, up to the first of some names, are too many."""
     chunks, packed, position = 0, 0, 8
     while True:
@@ -186,7 +186,7 @@ def _check_blocks(image: TiffImageFile) -> None:
         raise Unfit(f"has {len(offsets)} TIFF blocks, but its pixels need {needed}. Save it again")
 
 
-def _read_tags(file: BinaryIO) -> list[tuple[int, int]]:
+def _read_tags(file: IO[bytes]) -> list[tuple[int, int]]:
     """Return number and count of values of each tag of a TIFF's first directory, at most `MAX_TAGS`."""
     count = min(count_tags(file), MAX_TAGS)
     order, is_big = _find_directory(file)
@@ -196,7 +196,7 @@ def _read_tags(file: BinaryIO) -> list[tuple[int, int]]:
     return list(form.iter_unpack(entries[: len(entries) // form.size * form.size]))
 
 
-def _find_directory(file: BinaryIO) -> tuple[Literal["little", "big"], bool]:
+def _find_directory(file: IO[bytes]) -> tuple[Literal["little", "big"], bool]:
     """Seek to a TIFF's first directory; return its byte order and whether it is a BigTIFF, as Pillow decides."""
     file.seek(0)
     head = file.read(16)

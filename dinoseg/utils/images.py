@@ -4,7 +4,7 @@ import functools
 import io
 import logging
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, TypeVar
@@ -246,7 +246,7 @@ def open_bounded(path: str | Path) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def open_image(path: str | Path, formats: Sequence[str] = FORMATS) -> Iterator[ImageFile]:
+def open_image(path: str | Path, formats: tuple[str, ...] = FORMATS) -> Iterator[ImageFile]:
     """Open an image file without decoding it.
 
     Raises:
