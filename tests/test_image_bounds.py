@@ -1,15 +1,22 @@
 """Image files that cost far more to decode than their pixels are refused before they are decoded."""
 
 import io
+import re
 import struct
 import zlib
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from dinoseg.inference.strips import open_rows
+from dinoseg.serving.decoding import decode, measure
+from dinoseg.serving.limits import Refused
+from dinoseg.utils import image_cost
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.images import MAX_SCANS, as_rgb, read_image
+from dinoseg.utils.image_cost import MAX_SCANS, check_header, count_scans
+from dinoseg.utils.images import as_rgb, read_ids, read_image, read_orientation, read_size
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (24, 32, 3)).astype(np.uint8)
 
@@ -107,7 +114,7 @@ def test_what_encoders_write_is_read(tmp_path, data, name):
 
 
 def test_a_tile_of_four_times_the_pixels_is_read(tmp_path, monkeypatch):
-    monkeypatch.setattr("dinoseg.utils.images.MAX_BLOCK_PIXELS", 100)
+    monkeypatch.setattr("dinoseg.utils.image_cost.MAX_BLOCK_PIXELS", 100)
     first, second = opened(tmp_path, tiff([*TILED, (322, 32), (323, 32)], block=bytes(32 * 32)), "a.tif")
     assert first.shape == (16, 16, 3) and (first == second).all()
     with pytest.raises(UserError, match="in TIFF tiles of 80 x 80"):
@@ -116,5 +123,153 @@ def test_a_tile_of_four_times_the_pixels_is_read(tmp_path, monkeypatch):
 
 def test_no_other_format_of_pillows_is_read_under_a_familiar_name(tmp_path):
     (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
-    with pytest.raises(UserError, match="cannot identify image file"):
+    with pytest.raises(UserError, match="a.png as an image"):
         read_image(tmp_path / "a.png")
+
+
+def jpeg_with(*parts):
+    """Return a JPEG file with bytes between its first marker and its segments."""
+    file = io.BytesIO()
+    Image.fromarray(IMAGE).save(file, "JPEG")
+    return file.getvalue()[:2] + b"".join(parts) + file.getvalue()[2:]
+
+
+def chunk(name, content):
+    """Return a PNG chunk."""
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+
+def png_with(*chunks, behind=False):
+    """Return a PNG file with chunks before its pixels, or behind them."""
+    file = io.BytesIO()
+    Image.fromarray(IMAGE).save(file, "PNG")
+    at = len(file.getvalue()) - 12 if behind else 33
+    return file.getvalue()[:at] + b"".join(chunks) + file.getvalue()[at:]
+
+
+def tiff_of(tags):
+    """Return the start of a TIFF file whose first directory has these (number, type, count)."""
+    entries = b"".join(struct.pack("<HHII", *tag, 8) for tag in tags)
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4)
+
+
+COMMENT = b"\xff\xfe\0\2"
+EXIF = b"\xff\xe1\0\x09Exif\0\0x"
+PROFILE = chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(2**20)))
+COSTLY_HEADERS = {
+    "segments": ("a.jpg", jpeg_with(COMMENT * 2000), "over 1024 JPEG segments"),
+    "exif": ("a.jpg", jpeg_with(EXIF * 100), "over 8 JPEG segments of EXIF"),
+    "restart markers": ("a.jpg", jpeg_with(b"\xff\xd0" * 2000), "over 1024 JPEG segments"),
+    "fill": ("a.jpg", jpeg_with(b"\xff" * 70_000), "over 65536 bytes between"),
+    "junk": ("a.jpg", jpeg_with(COMMENT, bytes(70_000)), "over 65536 bytes between"),
+    "chunks": ("a.png", png_with(chunk(b"tIME", b"") * 5000), "over 4096 PNG chunks"),
+    "profiles": ("a.png", png_with(PROFILE * 65), "over 64 compressed PNG chunks"),
+    "tags": ("a.tif", tiff_of([(number, 4, 1) for number in range(5000)]), "5000 TIFF tags; the limit is 4096"),
+    "strips": ("a.tif", tiff_of([(256, 4, 1), (273, 4, 300_000)]), "300000 TIFF blocks; the limit is 262144"),
+    "byte order": ("a.tif", b"MM\0+" + bytes(60), "a BigTIFF in big-endian order"),
+}
+
+
+@pytest.mark.parametrize(("name", "data", "reason"), COSTLY_HEADERS.values(), ids=COSTLY_HEADERS)
+def test_costly_headers_are_refused_before_opening(tmp_path, monkeypatch, name, data, reason):
+    def fail(*_, **__):
+        raise AssertionError("Pillow opened the file")
+
+    monkeypatch.setattr(Image, "open", fail)
+    (tmp_path / name).write_bytes(data)
+    for read in (read_size, read_image, read_ids):
+        with pytest.raises(UserError, match=f"{name} (has|is) {reason}"):
+            read(tmp_path / name)
+    for read in (decode, lambda content: measure(content, 10**6)):
+        with pytest.raises(Refused) as error:
+            read(data)
+        assert reason in error.value.message
+
+
+@pytest.mark.parametrize("case", ["segments", "fill", "chunks", "tags", "byte order"])
+def test_rows_of_files_with_costly_headers_are_refused(tmp_path, case):
+    name, data, reason = COSTLY_HEADERS[case]
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(UserError, match=reason):
+        open_rows(tmp_path / name, torch.device("cpu"))
+
+
+def test_profiles_behind_the_pixels_are_refused(tmp_path):
+    (tmp_path / "a.png").write_bytes(png_with(PROFILE * 65, behind=True))
+    assert read_size(tmp_path / "a.png") == (24, 32)  # the header itself is short
+    with pytest.raises(UserError, match="over 64 compressed PNG chunks"):
+        read_image(tmp_path / "a.png")
+
+
+class CountedFile(io.BytesIO):
+    """File in memory that counts its reads and the bytes read."""
+
+    reads = 0
+    bytes_read = 0
+
+    def read(self, size=-1, /):
+        found = super().read(size)
+        self.reads += 1
+        self.bytes_read += len(found)
+        return found
+
+
+@pytest.mark.parametrize(
+    "data", [jpeg_with(COMMENT * 1000), png_with(chunk(b"tIME", b"") * 4000), tiff_of([(1, 4, 1)] * 4000)]
+)
+def test_header_check_reads_each_part_once(data):
+    file = CountedFile(data)
+    check_header(file)
+    assert file.tell() == 0 and file.reads < 4100 and file.bytes_read < 2 * len(data) + 10_000
+
+
+def test_jpeg_segments_after_the_first_scan_are_bounded(tmp_path):
+    data = progressive(MAX_SCANS)
+    at = data.rindex(b"\xff\xda")
+    (tmp_path / "a.jpg").write_bytes(data[:at] + COMMENT * 2000 + data[at:])
+    with pytest.raises(UserError, match="over 1024 JPEG segments"):
+        read_image(tmp_path / "a.jpg")
+
+
+def test_scans_are_counted_behind_long_runs_of_fill_bytes():
+    data = progressive(MAX_SCANS)
+    assert count_scans(data[:-2] + (b"\xff" * 40_000 + b"\0") + data[-2:]) == count_scans(data) > MAX_SCANS
+
+
+def count_scans_by_backtracking(data):
+    """Count all scans by an independent pattern, whose time is quadratic in runs of fill bytes."""
+    scans, position = 0, 2
+    marker = re.compile(rb"\xff+([^\x00\x01\xff\xd0-\xd8])", re.DOTALL)
+    while (match := marker.search(data, position)) and match[1] != b"\xd9":
+        scans += match[1] == b"\xda"
+        position = match.end() + int.from_bytes(data[match.end() : match.end() + 2], "big")
+    return scans
+
+
+@pytest.mark.parametrize("size", [(1, 1), (24, 32), (121, 90)])
+def test_scan_counts_of_progressive_files_are_exact(tmp_path, monkeypatch, size):
+    monkeypatch.setattr(image_cost, "MAX_SCANS", 0)  # all are counted exactly
+    pixels = np.random.default_rng(0).integers(0, 60, (*size, 3)).astype(np.uint8)
+    counts = set()
+    for options in (
+        {"progressive": True},
+        {"progressive": True, "quality": 100, "subsampling": 0},
+        {"progressive": True, "restart_marker_blocks": 2},
+        {"optimize": True, "restart_marker_rows": 1},
+    ):
+        Image.fromarray(pixels).save(tmp_path / "a.jpg", **options)
+        data = (tmp_path / "a.jpg").read_bytes()
+        counts.add(count_scans(data))
+        assert count_scans(data) == count_scans_by_backtracking(data)
+    assert counts == {1, 10}
+
+
+def test_exif_of_too_many_tags_means_upright():
+    exif = b"Exif\0\0" + tiff_of([(number, 3, 1) for number in range(10_000)])
+    image = Image.new("RGB", (8, 5))
+    image.info["exif"] = exif
+    assert read_orientation(image) == 1
+    image.info["exif"] = "text of a PNG chunk of that name"
+    assert read_orientation(image) == 1
+    image.info["exif"] = b"Exif\0\0II*\0" + struct.pack("<IHHHII", 8, 1, 274, 3, 1, 6) + bytes(4)
+    assert read_orientation(image) == 6

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dinoseg.inference.rows import LONGEST, Rows, Size, as_rows
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.images import read_orientation
+from dinoseg.utils.images import open_bounded, read_orientation
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _GREY, _PALETTE = 0, 3
@@ -44,10 +44,10 @@ class PngLayout:
         """Read a file's header; None: it is no PNG file, or of a kind that cannot be read row by row.
 
         Raises:
-            UserError: the file is damaged.
+            UserError: the file is damaged, or its header has too many chunks.
         """
         palette, size, kind = None, None, -1
-        with path.open("rb") as file:
+        with open_bounded(path) as file:
             if file.read(8) != _SIGNATURE:
                 return None
             while (found := _chunk_at(file, path))[1] != b"IDAT":

@@ -15,7 +15,8 @@ from dinoseg.inference.rows import MemoryRows, Rows, Size, as_rows
 from dinoseg.inference.tiff_rows import TiffLayout, TiffRows
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import check_regular
-from dinoseg.utils.images import read_image, read_orientation
+from dinoseg.utils.image_cost import Unfit, check_cost
+from dinoseg.utils.images import open_bounded, read_image, read_orientation
 
 MAX_HELD = 2 * (Image.MAX_IMAGE_PIXELS or 2**27)  # maximum number of pixels that Pillow opens
 _TIFF, _JPEG = (".tif", ".tiff"), (".jpg", ".jpeg")
@@ -107,9 +108,13 @@ class JpegLayout:
 
     @classmethod
     def of(cls, path: Path) -> "JpegLayout | None":
-        """Read a file's header; None: it is no JPEG file."""
+        """Read a file's header; None: it is no JPEG file.
+
+        Raises:
+            UserError: its header has too many segments.
+        """
         try:
-            with JpegImageFile(path) as image:
+            with open_bounded(path) as file, JpegImageFile(file) as image:
                 return cls(image)
         except (OSError, SyntaxError, ValueError):
             return None
@@ -124,19 +129,22 @@ class JpegRows(Rows):
         """Decode the file.
 
         Raises:
-            UserError: memory does not suffice, or the file is truncated.
+            UserError: memory does not suffice, or the file is truncated or has too many scans.
         """
         try:
             # `Image.open` would refuse the file for its size alone
-            with JpegImageFile(path) as image:
+            with open_bounded(path) as file, JpegImageFile(file) as image:
                 layout, free = JpegLayout(image), free_bytes(torch.device("cpu"))
                 if layout.bytes > free:
                     raise UserError(
                         f"{path} of {image.width} x {image.height} pixels has to be decoded as a whole, which needs "
                         f"about {layout.bytes / 2**30:.1f} GiB; {free / 2**30:.1f} GiB are free. {_LATER}"
                     )
+                check_cost(image)
                 image.load()
                 self._image: Image.Image = ImageOps.exif_transpose(image) if layout.is_turned else image
+        except Unfit as error:
+            raise UserError(f"{path} {error}.") from None
         except (OSError, SyntaxError, ValueError, MemoryError) as error:
             raise UserError(f"Cannot read {path} as an image ({error or 'no memory left'}). {_LATER}") from error
         self.size, self.device = (self._image.height, self._image.width), device

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dinoseg.inference.rows import LONGEST, Rows, Size, as_rows
 from dinoseg.utils.errors import UserError
+from dinoseg.utils.image_cost import Unfit, check_tags
 from dinoseg.utils.images import read_orientation
 
 _GREY, _RGB, _YCBCR = 1, 2, 6  # photometric interpretations
@@ -49,6 +50,8 @@ class TiffLayout:
         try:
             with path.open("rb") as file, warnings.catch_warnings():
                 warnings.simplefilter("error")  # Pillow only warns about truncated tags
+                check_tags(file)
+                file.seek(0)
                 header = file.read(8)
                 header += file.read(8) if header[2:3] == b"\x2b" or header[3:4] == b"\x2b" else b""
                 tags = ImageFileDirectory_v2(header)
@@ -61,6 +64,8 @@ class TiffLayout:
                 if not plain or (kind, int(tags.get(277, 1))) not in kinds:
                     return None
                 layout = cls(tags)
+        except Unfit as error:
+            raise UserError(f"{path} {error}.") from None
         except (OSError, SyntaxError, KeyError, ValueError, TypeError, struct.error, Warning) as error:
             raise UserError(f"Cannot read {path} as a TIFF file ({error}). It is truncated or not an image.") from error
         return layout._usable(path)

@@ -16,6 +16,7 @@ from PIL import Image, UnidentifiedImageError
 from dinoseg.serving.limits import MIB, Refused
 from dinoseg.utils.child import Channel, Child, ChildEnded, Message
 from dinoseg.utils.errors import UserError
+from dinoseg.utils.image_cost import Unfit, check_header
 from dinoseg.utils.images import FORMATS, as_rgb
 
 _NAME = "The image"
@@ -124,7 +125,7 @@ def measure(data: bytes, max_pixels: int) -> int:
     """Return the number of pixels of an encoded image from its header, without decoding it.
 
     Raises:
-        Refused: if the image is empty, invalid, too large or animated.
+        Refused: if the image is empty, invalid, too large or animated, or its header has too many parts.
     """
     if not data:
         raise Refused(400, "empty", f"{_NAME} has 0 bytes. Send the file's content: curl -F image=@FILE.")
@@ -173,7 +174,12 @@ def _answer(child: Child) -> Message:
 
 
 def _opened(data: bytes) -> Image.Image:
-    return Image.open(io.BytesIO(data), formats=FORMATS)
+    file = io.BytesIO(data)
+    try:
+        check_header(file)
+    except Unfit as error:
+        raise Refused(400, "unreadable", f"{_NAME} {error}.") from None
+    return Image.open(file, formats=FORMATS)
 
 
 def _unreadable(error: Exception) -> Refused:

@@ -17,12 +17,14 @@ import numpy as np
 
 from dinoseg.utils.cores import machine_memory
 from dinoseg.utils.files import open_regular
+from dinoseg.utils.wording import has_surrogates
 
 Form = Callable[[Any, str], None]
 _DEEPEST = 16  # nesting levels of a `plain` value
 _LARGEST = 2**63 - 1
 _MAX_BYTES = 2**32  # of a JSON file; a sparse one may claim more than any memory
 _SMALL = 2**26  # bytes of a file that any machine can read
+_ESCAPED_BYTES = dict.fromkeys(range(0xDC80, 0xDD00))  # deleted by `str.translate`
 _GREATEST = sys.float_info.max  # larger integers in JSON cannot become a float
 
 
@@ -74,8 +76,25 @@ def parse_json(text: str | bytes, form: Form, *, finite: bool = True) -> Any:
         raise SchemaError(f"byte {error.start} is not valid {error.encoding}: save it as UTF-8") from None
     except (ValueError, RecursionError) as error:
         raise SchemaError(str(error) or "it is nested too deeply") from None
+    raw = text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass")
+    if b"\\ud" in raw or b"\\uD" in raw:
+        refuse_surrogates(value)
     form(value, "it")
     return value
+
+
+def refuse_surrogates(value: Any) -> None:
+    """Raise a SchemaError if a text in a plain value holds a lone surrogate that no file name can hold.
+
+    Python keeps the bytes of a file name that are no UTF-8 as U+DC80 to U+DCFF; caches may hold such names.
+    """
+    level: list[Any] = [value]  # level by level: recursion would exceed Python's stack
+    while level:
+        texts = [each for each in level if isinstance(each, str)]
+        texts += [key for each in level if isinstance(each, dict) for key in each if isinstance(key, str)]
+        if odd := [each for each in texts if has_surrogates(each.translate(_ESCAPED_BYTES))]:
+            raise SchemaError(f"{odd[0]!a:.60} holds half of a surrogate pair: save it as valid Unicode")
+        level = [inner for outer in level for inner in _values(outer)]
 
 
 def as_read_back(value: Any) -> Any:

@@ -1,24 +1,24 @@
 """Strict reading and writing of image files: a truncated or foreign file is an error that names it."""
 
 import functools
+import io
 import logging
-import math
-import re
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 from PIL.ImageFile import ImageFile
-from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngInfo
 from PIL.TiffImagePlugin import TiffImageFile
 
 from dinoseg.utils.atomic import atomic_file
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.files import check_regular
+from dinoseg.utils.files import open_regular
+from dinoseg.utils.image_cost import MAX_TAGS, Unfit, check_cost, check_header, count_tags
 
 UNREAD_SUFFIXES = (  # of unsupported image formats; such files among images are reported
     *(".gif", ".heic", ".heif", ".avif", ".jp2", ".j2k", ".jpx", ".jxl", ".jfif", ".jpe", ".tga", ".psd", ".svg"),
@@ -39,7 +39,10 @@ _TRANSPOSES = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_METADATA = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}  # info keys with a possible orientation
+_EXIF, _RAW_EXIF = "exif", "Raw profile type exif"  # info keys
+_EXIF_START = b"Exif\0\0"  # before the tags, once or twice
+_MAX_RAW_EXIF = 2**20  # characters of EXIF as hexadecimal text
+_METADATA = {_EXIF, _RAW_EXIF, "xmp", "XML:com.adobe.xmp"}  # info keys with a possible orientation
 _BITS = 258  # TIFF tag: bits per sample
 _SAMPLE_FORMAT, _SIGNED = 339, 2  # TIFF tag, and its value for signed integers
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # signatures of TIFF files
@@ -108,10 +111,15 @@ def is_turned(path: str | Path) -> bool:
 def read_orientation(image: Image.Image) -> int:
     """Return the orientation (1 to 8, as in EXIF) in the header of an image that is not loaded yet.
 
-    It is read from EXIF or TIFF tags, else from XMP; damaged tags mean 1 (upright). PNG metadata behind the pixels is
-    not read: a reader of the header does not see it.
+    It is read from EXIF or TIFF tags, else from XMP; damaged or far too many tags mean 1 (upright). PNG metadata behind
+    the pixels is not read: a reader of the header does not see it.
     """
     if not isinstance(image, TiffImageFile) and not _METADATA & image.info.keys():
+        return 1
+    exif = image.info.get(_EXIF, b"")
+    if not isinstance(exif, bytes) or len(image.info.get(_RAW_EXIF, "")) > _MAX_RAW_EXIF:
+        return 1  # text of a PNG chunk that is named exif, or too much of it
+    if count_tags(io.BytesIO(exif.removeprefix(_EXIF_START).removeprefix(_EXIF_START))) > MAX_TAGS:
         return 1
     try:
         # not `PngImageFile.getexif`, which decodes all pixels to read the chunks behind them
@@ -221,12 +229,38 @@ def _upright_size(image: Image.Image) -> tuple[int, int]:
     return (image.width, image.height) if swapped else (image.height, image.width)
 
 
+@contextmanager
+def open_bounded(path: str | Path) -> Iterator[BinaryIO]:
+    """Open an image file as bytes, unless its header alone would cost far more to read than it warrants.
+
+    Raises:
+        UserError: if its header has too many parts, or it is no regular file.
+        OSError: if the file is missing or cannot be read.
+    """
+    with open_regular(path) as file:
+        try:
+            check_header(file)
+        except Unfit as error:
+            raise UserError(f"{path} {error}.") from None
+        yield file
+
+
+@contextmanager
+def open_image(path: str | Path, formats: tuple[str, ...] = FORMATS) -> Iterator[ImageFile]:
+    """Open an image file without decoding it.
+
+    Raises:
+        UserError, OSError: as `open_bounded`, or if it is no image of these formats (Pillow's names).
+    """
+    with open_bounded(path) as file, Image.open(file, formats=formats) as image:
+        yield image
+
+
 def _opened(path: str | Path, take: Callable[[Image.Image], T]) -> T:
     path = Path(path)
     cause: Exception | None = None  # a system error: the file itself may be intact
     try:
-        check_regular(path)
-        with Image.open(path, formats=FORMATS) as image:
+        with open_image(path) as image:
             return take(image)
     except FileNotFoundError:
         message = f"File not found: {path}. Check the path."
@@ -240,11 +274,11 @@ def _opened(path: str | Path, take: Callable[[Image.Image], T]) -> T:
         message = f"Cannot read {path} as an image: it is too large ({error}). Reduce or split it."
     except Unfit as error:
         message = f"{path} {error}."
-    except UnidentifiedImageError as error:
+    except UnidentifiedImageError:
         with path.open("rb") as file:
             is_tiff = file.read(4) in _TIFF
         kind = "is truncated, or has an unsupported format, such as floating point: replace it, or convert it to 8 bits"
-        message = f"Cannot read {path} as an image ({error}). It {kind if is_tiff else _NO_PICTURE}."
+        message = f"Cannot read {path} as an image. It {kind if is_tiff else _NO_PICTURE}."
     except (OSError, SyntaxError, ValueError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             cause = error
@@ -252,82 +286,3 @@ def _opened(path: str | Path, take: Callable[[Image.Image], T]) -> T:
         else:
             message = f"Cannot read {path} as an image ({error}). It {_NO_PICTURE}."
     raise UserError(message) from cause
-
-
-MAX_SCANS = 32  # of a JPEG file: each is a pass over all pixels; progressive encoders write about ten
-MAX_BLOCK_PIXELS = 2**22  # always allowed in a TIFF tile, whatever the size of its image
-MAX_TILE_RATIO = 4  # largest ratio of a larger TIFF tile's pixels to its image's
-_MAX_TAGS = 2**16  # tags of a TIFF file that are read
-_SCAN, _END = 0xDA, 0xD9
-_MARKER = re.compile(rb"\xff+([^\x00\x01\xff\xd0-\xd8])", re.DOTALL)  # markers with a length, and the end
-_WIDTH, _HEIGHT, _SAMPLES, _ROWS, _TILE_WIDTH, _TILE_HEIGHT = 256, 257, 277, 278, 322, 323  # TIFF tags
-_OFFSETS = (273, 324)  # TIFF tags: of strips, of tiles
-_LAYOUT = (_WIDTH, _HEIGHT, _SAMPLES, _ROWS, _TILE_WIDTH, _TILE_HEIGHT, *_OFFSETS)
-
-
-class Unfit(Exception):
-    """Error for an opened image that cannot be used; the text continues a sentence that begins with its name."""
-
-
-def check_cost(image: Image.Image) -> None:
-    """Refuse an opened image that takes far more time or memory to decode than its size warrants.
-
-    Raises:
-        Unfit: if its file has too many scans, or larger or more blocks than its pixels need.
-    """
-    if not isinstance(image, ImageFile) or image.fp is None or image.fp.closed or not image.tile:
-        return  # decoded already, or never a file
-    position = image.fp.tell()
-    if isinstance(image, JpegImageFile):
-        image.fp.seek(0)
-        scans = _count_scans(image.fp.read())
-        if scans > MAX_SCANS:
-            raise Unfit(f"has {scans} JPEG scans; the limit is {MAX_SCANS}. Save it again")
-    elif isinstance(image, TiffImageFile):
-        _check_blocks(image)
-    image.fp.seek(position)
-
-
-def _count_scans(data: bytes) -> int:
-    """Return the number of scans of the first image of a JPEG file; exact only above `MAX_SCANS`."""
-    found = data.count(b"\xff\xda")
-    if found <= MAX_SCANS:
-        return found
-    scans, position = 0, 2
-    while (match := _MARKER.search(data, position)) and match[1][0] != _END:
-        scans += match[1][0] == _SCAN
-        position = match.end() + int.from_bytes(data[match.end() : match.end() + 2], "big")
-    return scans
-
-
-def _check_blocks(image: TiffImageFile) -> None:
-    tags = image.tag_v2
-    numbers = _tag_numbers(image)
-    if twice := [number for number in _LAYOUT if numbers.count(number) > 1]:
-        raise Unfit(f"has the TIFF tag {twice[0]} twice. Save it again")
-    if skipped := [number for number in _LAYOUT if number in numbers and number not in tags]:  # but not by libtiff
-        raise Unfit(f"has the TIFF tag {skipped[0]} in an unsupported form. Save it again")
-    width, height = tags[_WIDTH], tags[_HEIGHT]
-    is_tiled = _TILE_WIDTH in tags or _TILE_HEIGHT in tags
-    columns, rows = (tags.get(_TILE_WIDTH), tags.get(_TILE_HEIGHT)) if is_tiled else (width, tags.get(_ROWS, height))
-    if not (isinstance(columns, int) and isinstance(rows, int) and min(columns, rows) > 0):
-        raise Unfit(f"has TIFF blocks of {columns} x {rows} pixels. Save it again")
-    if is_tiled and columns * rows > max(MAX_BLOCK_PIXELS, MAX_TILE_RATIO * (width + 15) * (height + 15)):
-        raise Unfit(f"has {width} x {height} pixels in TIFF tiles of {columns} x {rows}. Save it with smaller tiles")
-    offsets = tags.get(_OFFSETS[is_tiled], ())
-    needed = math.ceil(width / columns) * math.ceil(height / rows) * tags.get(_SAMPLES, 1)
-    if len(offsets) > needed:
-        raise Unfit(f"has {len(offsets)} TIFF blocks, but its pixels need {needed}. Save it again")
-
-
-def _tag_numbers(image: TiffImageFile) -> list[int]:
-    """Return all tag numbers of a TIFF's first image: of duplicates, libtiff uses the first, Pillow the last."""
-    assert image.fp is not None and image.tag_v2.offset is not None
-    order = "<" if image.tag_v2.prefix == b"II" else ">"
-    image.fp.seek(2)
-    is_big = struct.unpack(f"{order}H", image.fp.read(2)) == (43,)
-    count_form, size = ("Q", 20) if is_big else ("H", 12)
-    image.fp.seek(image.tag_v2.offset)
-    (count,) = struct.unpack(order + count_form, image.fp.read(struct.calcsize(count_form)))
-    entries = image.fp.read(min(count, _MAX_TAGS) * size)
-    return [number for (number,) in struct.iter_unpack(f"{order}H{size - 2}x", entries[: len(entries) // size * size])]

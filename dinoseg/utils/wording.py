@@ -2,11 +2,13 @@
 
 import difflib
 import json
+import re
 import textwrap
 from collections.abc import Collection, Mapping, Sequence
 from itertools import islice
 from typing import Any, TextIO
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _DIRECTIONS = (*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x061C, 0x200E, 0x200F)  # reverse the direction of text
 _CONTROLS = (*range(0x20), *range(0x7F, 0xA0), 0x2028, 0x2029, *_DIRECTIONS)
 _SHOWN = {code: chr(code).encode("unicode_escape").decode() for code in _CONTROLS if chr(code) not in "\n\t"}
@@ -44,6 +46,11 @@ def nearest(word: str, known: Sequence[str], before: str = "") -> str:
     same = [key for key in known if key.rsplit(".", 1)[-1] == last]
     found = (same or difflib.get_close_matches(word, known, n=3, cutoff=0.75))[:3]
     return f" Did you mean {' or '.join(before + each for each in found)}?" if found else ""
+
+
+def has_surrogates(text: str) -> bool:
+    """Return whether text holds lone surrogates: they are no characters, and UTF-8 cannot encode them."""
+    return _SURROGATE.search(text) is not None
 
 
 def printable(text: str) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from dinoseg.utils.forms import SchemaError, read_regular
+from dinoseg.utils.forms import SchemaError, read_regular, refuse_surrogates
 
 _DEEPEST = 32  # nesting levels
 _LARGEST = 2**63 - 1  # largest integer; printing one of thousands of digits raises
@@ -33,7 +33,9 @@ def parse_yaml(text: str) -> Any:
         Misshapen: if it is no YAML, or holds anything else.
     """
     try:
-        return yaml.load(text, _Loader)
+        value = yaml.load(text, _Loader)
+        refuse_surrogates(value)
+        return value
     except SchemaError:
         raise
     except (yaml.YAMLError, ArithmeticError, ValueError, TypeError, RecursionError) as error:

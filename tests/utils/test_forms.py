@@ -236,6 +236,17 @@ def test_a_long_name_is_not_repeated_for_each_entry_below_it():
     assert len(seen) == 5 and max(seen) < 80
 
 
+@pytest.mark.parametrize("text", [r'"\ud800"', r'{"\uDBFF": 1}', r'[["a\udfff"]]', r'"\ude00\ud83d"', r'"\udd00"'])
+def test_json_with_half_of_a_surrogate_pair_is_refused(text):
+    for content in (text, text.encode()):
+        with pytest.raises(SchemaError, match="half of a surrogate pair"):
+            parse_json(content, forms.plain)
+
+
+def test_json_keeps_pairs_and_bytes_of_file_names():
+    assert parse_json(r'["\ud83d\ude00", "a\udcff"]', forms.plain) == ["\U0001f600", "a\udcff"]
+
+
 def test_names_that_lead_elsewhere_are_none():
     assert all(map(is_name, ("a", "...", ".hidden", "a b", "é", "-a")))
     assert not any(map(is_name, ("", ".", "..", "/", "a/b", "/etc", "a\0b")))

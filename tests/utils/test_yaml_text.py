@@ -42,6 +42,8 @@ MERGED = "a0: &a0 {x: 1}\n" + "".join(f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 
         ("---\na: 1\n---\nb: 2", "not plain YAML"),
         ("a: \0", "not plain YAML"),
         ("data: !!omap 3", "has the tag"),
+        (r'a: ["\uD83D\uDE00"]', "half of a surrogate pair"),
+        (r'"\uD800": 1', "half of a surrogate pair"),
     ],
 )
 def test_what_is_not_plain_is_one_error_at_once(text, says):

@@ -63,10 +63,11 @@ def read_coco(content: bytes, path: Path) -> Annotations:
 
 
 def _entry(image: Mapping[str, Any], path: Path) -> Entry:
+    name = text(image["file_name"], f"the file_name of image {image['id']}")
     try:
-        return Entry(path, image["file_name"], size_of(image["height"], image["width"]))
+        return Entry(path, name, size_of(image["height"], image["width"]))
     except ValueError as error:
-        return Entry(path, image["file_name"], None, wrong=f"image {image['id']}: {error}")
+        return Entry(path, name, None, wrong=f"image {image['id']}: {error}")
 
 
 def _id(value: Any, what: str) -> int:

@@ -15,6 +15,12 @@ from dinoseg.data.annotation.rle import decode, from_text, values_of
 MAX_PIXELS = 178_956_970  # per image: Pillow's own limit
 
 
+def check_mask_size(width: int, height: int, image: tuple[int, int]) -> None:
+    """Raise a ValueError if a mask has more rows or columns than its image (H, W)."""
+    if height > image[0] or width > image[1]:
+        raise ValueError(f"its mask has {width} x {height} pixels, but its image only {image[1]} x {image[0]}")
+
+
 @dataclass(frozen=True, slots=True)
 class Polygons:
     """Polygons of one object, whose union is rasterised as by pycocotools; each ring is float64 pairs as bytes."""

@@ -9,7 +9,7 @@ import numpy as np
 
 from dinoseg.data.annotation.drawing import MAX_PIXELS, Form, Polygons
 from dinoseg.data.annotation.polygon import check_polygon
-from dinoseg.utils.wording import format_json, format_value
+from dinoseg.utils.wording import format_json, format_value, has_surrogates
 
 LARGEST_FILE = 2**30  # bytes of an annotation file
 
@@ -111,10 +111,10 @@ def text(value: Any, what: str) -> str:
     """Return a non-empty text, validated.
 
     Raises:
-        ValueError: the value is not a non-empty text.
+        ValueError: the value is not a non-empty text, or holds lone surrogates.
     """
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{what} is {format_value(value, 40)}; it must be a name")
+    if not isinstance(value, str) or not value.strip() or has_surrogates(value):
+        raise ValueError(f"{what} is {format_value(value, 40)}; it must be a name in valid Unicode")
     return value
 
 

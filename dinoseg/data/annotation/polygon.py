@@ -7,7 +7,9 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 FARTHEST = 1_000_000  # pixels from the origin: beyond it, Pillow draws in the wrong place
+MAX_RADIUS = 2**18  # pixels: Pillow takes a minute for a circle of twice that, whose squares overflow
 _MAX_POINTS = 2**23  # border steps of a polygon: a few with erratic borders would exhaust memory
+_CHUNK = 1024  # edges whose crossings are computed at once: bounds the memory by the width of the image
 _FIFTHS = 5  # pycocotools samples borders in steps of a fifth of a pixel
 LINE_WIDTH, POINT_RADIUS = 10, 5  # pixels, as LabelMe draws them
 
@@ -36,18 +38,17 @@ def filled(points: np.ndarray, size: tuple[int, int]) -> tuple[int, np.ndarray]:
     """Fill a polygon (N, 2) exactly as pycocotools does: return the first column and a mask (H, columns) bool.
 
     The border is sampled in fifths of a pixel. Each crossing of a column's centre toggles between inside and outside
-    (rleFrPoly of maskApi.c).
+    (rleFrPoly of maskApi.c). Only crossings of the image's own columns are computed, however far the border extends.
     """
     height, width = size
-    along, down = _border(np.trunc(_FIFTHS * points + 0.5).astype(np.int64))  # C's cast truncates towards zero
-    moves = np.flatnonzero(along[1:] != along[:-1]) + 1
-    column = (np.minimum(along[moves], along[moves - 1]) + 0.5) / _FIFTHS - 0.5
-    row = (np.minimum(down[moves], down[moves - 1]) + 0.5) / _FIFTHS - 0.5
-    inside = (np.floor(column) == column) & (column >= 0) & (column <= width - 1)
-    columns = column[inside].astype(np.int64)
-    rows = np.ceil(row[inside].clip(0, height)).astype(np.int64)
+    corners = np.trunc(_FIFTHS * points + 0.5).astype(np.int64)  # C's cast truncates towards zero
+    ends = np.roll(corners, -1, axis=0)
+    chunks = range(0, len(corners), _CHUNK)
+    parts = [_crossings(corners[at : at + _CHUNK], ends[at : at + _CHUNK], width) for at in chunks]
+    columns, lowest = (np.concatenate(part) for part in zip(*parts, strict=True))
     if not columns.size:
         return 0, np.zeros((height, 0), bool)
+    rows = np.ceil(((lowest + 0.5) / _FIFTHS - 0.5).clip(0, height)).astype(np.int64)
     first, count = int(columns.min()), int(columns.max() - columns.min()) + 1
     changes = np.sort((columns - first) * height + rows)  # column-major positions of the toggles
     runs = np.diff(changes, prepend=0, append=max(count * height, changes[-1]))
@@ -55,26 +56,48 @@ def filled(points: np.ndarray, size: tuple[int, int]) -> tuple[int, np.ndarray]:
     return first, inside.reshape(count, height).T
 
 
-def _border(corners: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return x and y of every step along the border of a polygon (N, 2) int64; each edge includes both ends."""
-    ends = np.roll(corners, -1, axis=0)
-    moved = (corners != ends).any(axis=1)
-    starts, ends = corners[moved], ends[moved]
+def _crossings(starts: np.ndarray, ends: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return where edges between two points (N, 2) int64, in fifths, cross the centres of columns 0 to width - 1.
+
+    An edge is a chain of samples, one for each step along its longer axis. It crosses the centre of column c between
+    two samples at 5 c + 2 and 5 c + 3.
+
+    Returns:
+        Columns (M,) int64, and the lesser y (M,) int64 of the two samples.
+    """
+    left = np.minimum(starts[:, 0], ends[:, 0])
+    right = np.maximum(starts[:, 0], ends[:, 0])
+    first = np.maximum(-((2 - left) // _FIFTHS), 0)  # the least c with 5 c + 2 >= left
+    last = np.minimum((right - 3) // _FIFTHS, width - 1)
+    counts = np.maximum(last - first + 1, 0)
+    edge = np.repeat(np.arange(len(starts)), counts)
+    column = np.arange(len(edge)) - np.repeat(np.cumsum(counts) - counts, counts) + first[edge]
+    before = _FIFTHS * column + _FIFTHS // 2  # x of the sample on the left of the centre
+    starts = starts[edge]
+    ends = ends[edge]
     across, down = np.abs(ends - starts).T
     flat = across >= down  # edges sampled by column; the others by row
-    if not len(starts):
-        return np.zeros(1, np.int64), np.zeros(1, np.int64)
-    longer = np.where(flat, across, down)
-    main = np.where(flat[:, None], starts, starts[:, ::-1]), np.where(flat[:, None], ends, ends[:, ::-1])
-    back = main[0][:, 0] > main[1][:, 0]
-    low, high = np.where(back[:, None], main[1], main[0]), np.where(back[:, None], main[0], main[1])
-    slope = (high[:, 1] - low[:, 1]) / longer
-    edge = np.repeat(np.arange(len(starts)), longer + 1)
-    step = np.arange(edge.size) - np.repeat(np.cumsum(longer + 1) - longer - 1, longer + 1)
-    step = np.where(back[edge], longer[edge] - step, step)
-    walked = step + low[edge, 0]
-    other = np.trunc(low[edge, 1] + slope[edge] * step + 0.5).astype(np.int64)
-    return np.where(flat[edge], walked, other), np.where(flat[edge], other, walked)
+    axis = np.where(flat, 0, 1)
+    each = np.arange(len(edge))
+    back = (starts[each, axis] > ends[each, axis])[:, None]
+    low = np.where(back, ends, starts)
+    high = np.where(back, starts, ends)
+    longer = np.maximum(np.where(flat, across, down), 1)
+    slope = (high[each, 1 - axis] - low[each, 1 - axis]) / longer
+    offset = low[each, 1 - axis]
+
+    def sample(step: np.ndarray) -> np.ndarray:
+        """Return the other coordinate after some steps along the longer axis, rounded as in C."""
+        return np.trunc(offset + slope * step + 0.5).astype(np.int64)
+
+    step = before - low[:, 0]
+    of_flat = np.minimum(sample(step), sample(step + 1))
+    # the last step before a steep edge crosses: a division gives it up to rounding, so that a few candidates are tried
+    guess = np.floor((before + 0.5 - offset) / np.where(slope == 0, 1, slope)).astype(np.int64) - 2
+    rising = slope > 0
+    behind = [np.where(rising, sample(guess + more) <= before, sample(guess + more) > before) for more in range(5)]
+    of_steep = low[:, 1] + guess + np.sum(behind, axis=0) - 1
+    return column, np.where(flat, of_flat, of_steep)
 
 
 def figure(kind: str, points: Sequence[tuple[float, float]], size: tuple[int, int]) -> np.ndarray:

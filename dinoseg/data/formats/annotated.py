@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from dinoseg.data.annotation.drawing import Drawing
+from dinoseg.data.annotation.drawing import Box, Drawing, check_mask_size
 from dinoseg.data.annotation.entry import AnnotatedVideo, Entry, LabelledShape, size_of
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.masks import Masks
@@ -405,8 +405,14 @@ class _Maker:
                 reason = entry.wrong if str(entry.path) in entry.wrong else f"{entry.path}: {entry.wrong}."
                 return Lacking(name, reason, "Correct the shapes in the annotation tool, and export again.")
             size = size_of_image(entry, image)
+            for shape in entry.shapes:
+                if isinstance(shape.form, Box):
+                    check_mask_size(*shape.form.place[2:], size)
         except NotThere as error:
             return Lacking(name, str(error), "Put the images there, or set their folder: data.reader.layout.images.")
+        except ValueError as error:
+            reason = f"{entry.path}, image {entry.image}: {error}."
+            return Lacking(name, reason, "Correct the masks in the annotation tool, and export again.")
         by_area = self.shapes.order == "area"
         drawn = sorted(entry.shapes, key=lambda shape: (shape.depth, -shape.area if by_area else 0))
         forms = tuple((self._id(shape), shape.form) for shape in drawn)

@@ -16,7 +16,7 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import is_name
 from dinoseg.utils.ranges import Count
 from dinoseg.utils.stamps import Stamp, stamp
-from dinoseg.utils.wording import count_of, format_json, format_value, join_names
+from dinoseg.utils.wording import count_of, format_json, format_value, has_surrogates, join_names
 
 FRAMES_PER_SECOND = 6  # every fifth frame of 30 per second
 _MOST_BYTES = 2**31  # of the annotations
@@ -182,7 +182,7 @@ def _file_names(names: Any, where: str) -> tuple[str, list[str]]:
         raise ValueError(f"{where} has no file_names")
     parts = [tuple(name.split("/")) if isinstance(name, str) else () for name in names]
     for name, part in zip(names, parts, strict=True):
-        if len(part) != 2 or not all(map(is_name, part)):
+        if len(part) != 2 or not all(map(is_name, part)) or has_surrogates(name):
             raise ValueError(f"{where} has the file name {format_value(name, 60)}: give <video>/<frame>.jpg")
     if len({folder for folder, _ in parts}) > 1 or len({Path(file).stem for _, file in parts}) < len(parts):
         raise ValueError(f"{where} has frames in several folders, or two frames with one name")

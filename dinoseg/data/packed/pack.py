@@ -35,8 +35,7 @@ from dinoseg.report.progress import Bar
 from dinoseg.utils import forms
 from dinoseg.utils.atomic import open_no_link, write_all
 from dinoseg.utils.errors import DISK_FULL, UserError
-from dinoseg.utils.files import check_regular
-from dinoseg.utils.images import FORMATS
+from dinoseg.utils.images import open_image
 from dinoseg.utils.locks import acquire, locked, release
 from dinoseg.utils.wording import in_bytes
 
@@ -354,8 +353,7 @@ def _sizes(dataset: PairDataset, longest: int | None) -> Iterator[tuple[int, int
         size = (0, 0)  # of an unreadable file: packing reports its error
         with contextlib.suppress(OSError, SyntaxError, ValueError, UserError, Image.DecompressionBombError):
             if isinstance(pair.image, Path):
-                check_regular(pair.image)
-                with Image.open(pair.image, formats=FORMATS) as image:
+                with open_image(pair.image) as image:
                     size = image.height, image.width
             else:
                 if pair.image.path not in videos:

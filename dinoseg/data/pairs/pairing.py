@@ -6,15 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.masks import Masks
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.pairs.pair import Pair
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.files import check_regular
-from dinoseg.utils.images import FORMATS, read_image
+from dinoseg.utils.images import open_image, read_image
 from dinoseg.utils.wording import count_of, reasons
 
 _MASK_COLORS = 32  # a mask has more colours only if objects have ids
@@ -116,9 +114,8 @@ def _is_mask(dataset: PairDataset, path: Path) -> bool:
 def _has_colors(path: Path) -> bool:
     """Return whether an image file has several channels by its header; single-channel masks are not decoded here."""
     try:
-        check_regular(path)
-        with Image.open(path, formats=FORMATS) as file:
-            return len(file.getbands()) > 1
+        with open_image(path) as image:
+            return len(image.getbands()) > 1
     except Exception:  # a decoder may raise anything on a damaged file
         return False
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import cv2
 import numpy as np
-from PIL import Image
 from PIL.TiffImagePlugin import TiffImageFile
 
 from dinoseg.data.annotation.drawing import Drawing, MaskSource
@@ -20,7 +19,7 @@ from dinoseg.data.scan.record import Record
 from dinoseg.data.video.access import ImageSource, read_source
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import check_regular
-from dinoseg.utils.images import FORMATS, read_ids, read_image, read_size
+from dinoseg.utils.images import open_image, read_ids, read_image, read_size
 
 _MAX_RAW = 256  # most file values that are listed
 _LOSSY = ("JPEG", "MPO")
@@ -102,8 +101,7 @@ def _header_size(image: ImageSource) -> tuple[int, int] | None:
 
 
 def _with_mask_header(record: Record, mask: Path) -> Record:
-    check_regular(mask)
-    with Image.open(mask, formats=FORMATS) as file:
+    with open_image(mask) as file:
         record = replace(record, mask_size=(file.height, file.width), mask_format=file.format or "")
     if record.mask_format not in _LOSSY:
         return record
@@ -207,7 +205,7 @@ def ends_early(path: Path) -> bool:
 
 
 def _end_of_tiff(path: Path) -> int:
-    with Image.open(path, formats=("TIFF",)) as file:
+    with open_image(path, ("TIFF",)) as file:
         if not isinstance(file, TiffImageFile):
             return 0
         tags = file.tag_v2

@@ -25,7 +25,7 @@ from dinoseg.utils.files import check_regular, entries
 from dinoseg.utils.images import write_png
 from dinoseg.utils.locks import locked
 from dinoseg.utils.ranges import Count
-from dinoseg.utils.wording import join_names
+from dinoseg.utils.wording import has_surrogates, join_names
 
 log = logging.getLogger(__name__)
 
@@ -240,7 +240,7 @@ def _shape(entry: Any, where: str) -> tuple[str, list[tuple[float, float]]]:
         raise ValueError(f"{where}.deleted={deleted!r} is neither 0 nor 1")
     if deleted:
         return "", []
-    if not isinstance(label, str):
+    if not isinstance(label, str) or has_surrogates(label):
         raise ValueError(f"{where}.label={label!r} is not a name")
     if not isinstance(points, list):
         raise ValueError(f"{where} ({label}) has no polygon")

@@ -4,12 +4,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from dinoseg.data.clips.videos import VOID, picture_files
 from dinoseg.inference.inputs import FrameReader
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.images import FORMATS, IMAGE_SUFFIXES, read_ids
+from dinoseg.utils.images import IMAGE_SUFFIXES, open_image, read_ids
 from dinoseg.utils.wording import count_of, join_names
 
 _LOSSY = ("JPEG", "MPO", "JPEG2000", "WEBP")  # Pillow's names; lossless WebP is rare
@@ -104,7 +103,7 @@ def _in_folder(folder: Path, frames: FrameReader) -> dict[int, Path]:
 
 def _ids(path: Path, size: tuple[int, int]) -> np.ndarray:
     ids = read_ids(path)
-    with Image.open(path, formats=FORMATS) as image:
+    with open_image(path) as image:
         lossy = image.format in _LOSSY or image.info.get("compression") in _LOSSY_TIFF
     if lossy:
         raise UserError(

@@ -1,9 +1,11 @@
+import tracemalloc
+
 import cv2
 import numpy as np
 import pytest
 from pycocotools import mask as coco
 
-from dinoseg.data.annotation.polygon import figure, filled
+from dinoseg.data.annotation.polygon import check_polygon, figure, filled
 from dinoseg.data.annotation.rle import encode
 from dinoseg.inference.annotations import edge_polygons, middle_polygons, parts_of
 
@@ -92,3 +94,42 @@ def test_a_tolerance_leaves_points_out_and_moves_little():
         before, after = drawn(one, ids.shape, False), drawn(other, ids.shape, False)
         scores.append((before & after).sum() / (before | after).sum())
     assert min(scores) > 0.85
+
+
+def random_polygons(count):
+    """Yield an image size and a polygon (N, 2), often partly or wholly outside of the image."""
+    rng = np.random.default_rng(0)
+    for number in range(count):
+        points = rng.normal(rng.uniform(-50, 120, 2), rng.choice([5, 30, 100, 1000]), (rng.integers(3, 12), 2))
+        if number % 3 == 0:
+            points = np.round(points)
+        if number % 3 == 1:
+            points = np.round(points * 5) / 5
+        if number % 7 == 0:
+            points[1] = points[0] + rng.integers(-3, 4, 2)
+        if number % 11 == 0:
+            points[:, 0] = points[0, 0]
+        yield (int(rng.integers(1, 90)), int(rng.integers(1, 90))), points
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools' own
+def test_polygons_partly_outside_are_those_of_pycocotools():
+    outside = covered = 0
+    for size, points in random_polygons(500):
+        whole = coco.decode(coco.frPyObjects([points.ravel().tolist()], *size))[..., 0].astype(bool)
+        np.testing.assert_array_equal(drawn([points], size, by_middles=False), whole)
+        outside += bool((points < 0).any() or (points > size[::-1]).any())
+        covered += whole.any()
+    assert outside > 300 and covered > 150
+
+
+def test_a_polygon_far_outside_costs_no_memory():
+    points = np.array([(-4e5, -2e5), (4e5, -2e5), (30.0, 100)])
+    check_polygon(points)
+    tracemalloc.start()
+    try:
+        _, mask = filled(points, (64, 64))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert mask.all() and peak < 2**20

@@ -137,6 +137,7 @@ def change(where, value):
         (("videos", 0, "file_names", 0), "../secret/a.jpg", r"file name .*secret.*give <video>/<frame>.jpg"),
         (("videos", 0, "file_names", 0), "../a.jpg", r"file name"),
         (("videos", 0, "file_names", 0), "other/a.jpg", r"several folders"),
+        (("videos", 0, "file_names", 0), "0043f083b5/\udc80.jpg", r"give <video>/<frame>.jpg"),
         (("videos", 0, "height"), 0, r"videos\[0\] \(id 7\): height 0 and width 40 are not an image size"),
         (
             ("videos", 0, "height"),
@@ -260,7 +261,7 @@ def test_names_that_no_folder_can_have_are_refused(root):
     given = annotations()
     given["videos"][0]["file_names"] = [name.replace("0", "\ud800", 1) for name in given["videos"][0]["file_names"]]
     (root / "train/instances.json").write_text(json.dumps(given))
-    with pytest.raises(UserError, match="No folder .*ud800"):
+    with pytest.raises(UserError, match="half of a surrogate pair"):
         YoutubeVis(str(root), held_out=1).videos("train")
 
 

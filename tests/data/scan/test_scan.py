@@ -169,10 +169,10 @@ def test_what_the_machine_could_not_read_is_read_again(fill, tmp_path, monkeypat
         error.code = cv2.Error.StsNoMem
     (tmp_path / "train/masks/n2.png").write_bytes(b"")
 
-    def fail(path, **options):
-        if str(path).endswith(f"{side}/n1.png"):
+    def fail(file, **options):
+        if str(file.name).endswith(f"{side}/n1.png"):
             raise error
-        return openings(path, **options)
+        return openings(file, **options)
 
     monkeypatch.setattr(Image, "open", fail)
     assert list(unreadable(scan(data.pairs, data.reader, cache_dir=cache))) == ["n1", "n2"]

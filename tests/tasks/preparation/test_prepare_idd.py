@@ -265,6 +265,7 @@ BAD = {
     "objects_word": ({"objects": "road"}, "it has no list named objects"),
     "object_word": ({"objects": ["road"]}, r"objects\[0\] is not an object"),
     "no_label": ({"objects": [box(3, 0, 0, 1, 1)]}, r"objects\[0\].label=3 is not a name"),
+    "surrogate": ({"objects": [box("\ud800", 0, 0, 1, 1)]}, r"objects\[0\].label=.*ud800.* is not a name"),
     "no_polygon": ({"objects": [box("sky", 0, 0, 1, 1), {"label": "road"}]}, r"objects\[1\] \(road\) has no polygon"),
     "word_point": ({"objects": [box("road", "a", 0, 1, 1)]}, r"objects\[0\].polygon\[0\]=\['a', 0\] is not a pair"),
     "bool_point": ({"objects": [box("road", True, 0, 1, 1)]}, r"polygon\[0\]=\[True, 0\] is not a pair of numbers"),

@@ -1,0 +1,207 @@
+"""Limits on what an image file may cost to open and to decode, checked on its bytes before Pillow parses them."""
+
+import math
+import re
+import struct
+from typing import IO, Literal
+
+from PIL import Image
+from PIL.ImageFile import ImageFile
+from PIL.JpegImagePlugin import MARKER, JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import PREFIXES, TiffImageFile
+
+MAX_SCANS = 32  # of a JPEG file: each is a pass over all pixels; progressive encoders write about ten
+MAX_SEGMENTS = 2**10  # of a JPEG file; a profile or depth map takes up to 255
+MAX_EXIF_SEGMENTS = 8  # of a JPEG file: Pillow copies all that it has for each further one; cameras write one
+MAX_FILL = 2**16  # bytes between JPEG segments, which Pillow reads one by one
+MAX_CHUNKS = 2**12  # of a PNG file, besides those of its pixels
+MAX_PACKED_CHUNKS = 2**6  # of a PNG file: each may expand a thousandfold, to 1 MiB
+MAX_TAGS = 2**12  # of a TIFF file or of EXIF: Pillow takes about 30 microseconds each
+MAX_BLOCKS = 2**18  # of a TIFF file: Pillow takes about 300 bytes each
+MAX_BLOCK_PIXELS = 2**22  # always allowed in a TIFF tile, whatever the size of its image
+MAX_TILE_RATIO = 4  # largest ratio of a larger TIFF tile's pixels to its image's
+_SCAN, _END, _EXIF = 0xDA, 0xD9, 0xE1
+_MARKER = re.compile(rb"\xff([^\x00\x01\xff\xd0-\xd8])", re.DOTALL)  # markers with a length, and the end
+_PIXEL_CHUNKS = (b"IDAT", b"fdAT", b"fcTL")
+_PACKED_CHUNKS = (b"iCCP", b"zTXt", b"iTXt")
+_BIG = 43  # version number of BigTIFF
+_MAX_OFFSET = 2**40  # behind the end of any file; seeking much further is a system error
+_WIDTH, _HEIGHT, _SAMPLES, _ROWS, _TILE_WIDTH, _TILE_HEIGHT = 256, 257, 277, 278, 322, 323  # TIFF tags
+_OFFSETS = (273, 324)  # TIFF tags: of strips, of tiles
+_LAYOUT = (_WIDTH, _HEIGHT, _SAMPLES, _ROWS, _TILE_WIDTH, _TILE_HEIGHT, *_OFFSETS)
+
+
+class Unfit(Exception):
+    """Error for an image that cannot be used; the text continues a sentence that begins with its name."""
+
+
+def check_header(file: IO[bytes]) -> None:
+    """Refuse an image file whose header takes far more time or memory to read than headers warrant.
+
+    It reads only what precedes the pixels, and leaves the file at its start. Damage is left to the decoder to report.
+
+    Raises:
+        Unfit: if it has too many segments (JPEG), chunks (PNG), tags or blocks (TIFF).
+    """
+    file.seek(0)
+    start = file.read(8)
+    if start.startswith(b"\xff\xd8\xff"):
+        _check_segments(file)
+    elif start.startswith(b"\x89PNG"):
+        _check_chunks(file, stop=(b"IDAT", b"fdAT", b"IEND"))
+    elif start.startswith(tuple(PREFIXES)):
+        check_tags(file)
+        blocks = max((count for number, count in _read_tags(file) if number in _OFFSETS), default=0)
+        if blocks > MAX_BLOCKS:
+            raise Unfit(f"has {blocks} TIFF blocks; the limit is {MAX_BLOCKS}. Save it with larger ones")
+    file.seek(0)
+
+
+def check_tags(file: IO[bytes]) -> None:
+    """Refuse a TIFF file of too many tags, or of a kind that Pillow misreads.
+
+    Raises:
+        Unfit: if it has too many tags, or is a BigTIFF in big-endian order.
+    """
+    file.seek(0)
+    if file.read(4) == b"MM\0+":  # Pillow takes it for a classic TIFF, libtiff does not
+        raise Unfit("is a BigTIFF in big-endian order. Save it in little-endian order")
+    count = count_tags(file)
+    if count > MAX_TAGS:
+        raise Unfit(f"has {count} TIFF tags; the limit is {MAX_TAGS}. Save it again")
+
+
+def count_tags(file: IO[bytes]) -> int:
+    """Return how many tags the first directory of a TIFF file, or of EXIF, announces; 0 if it is truncated."""
+    order, is_big = _find_directory(file)
+    head = file.read(8 if is_big else 2)
+    return int.from_bytes(head, order)
+
+
+def check_cost(image: Image.Image) -> None:
+    """Refuse an opened image that takes far more time or memory to decode than its size warrants.
+
+    Raises:
+        Unfit: if its file has too many scans, segments or chunks, or larger or more blocks than its pixels need.
+    """
+    if not isinstance(image, ImageFile) or image.fp is None or image.fp.closed or not image.tile:
+        return  # decoded already, or never a file
+    position = image.fp.tell()
+    if isinstance(image, JpegImageFile):
+        image.fp.seek(0)
+        scans = count_scans(image.fp.read())
+        if scans > MAX_SCANS:
+            raise Unfit(f"has {scans} JPEG scans; the limit is {MAX_SCANS}. Save it again")
+    elif isinstance(image, PngImageFile):
+        _check_chunks(image.fp, stop=(b"IEND",))  # Pillow also reads those behind the pixels
+    elif isinstance(image, TiffImageFile):
+        _check_blocks(image)
+    image.fp.seek(position)
+
+
+def count_scans(data: bytes) -> int:
+    """Return the number of scans of the first image of a JPEG file; exact only above `MAX_SCANS`.
+
+    Raises:
+        Unfit: if it has too many segments between its scans.
+    """
+    found = data.count(b"\xff\xda")
+    if found <= MAX_SCANS:
+        return found
+    scans, segments, position = 0, 0, 2
+    while (match := _MARKER.search(data, position)) and match[1][0] != _END:
+        scans += match[1][0] == _SCAN
+        segments += match[1][0] != _SCAN
+        if segments > MAX_SEGMENTS:
+            raise Unfit(f"has over {MAX_SEGMENTS} JPEG segments. Save it again")
+        position = match.end() + int.from_bytes(data[match.end() : match.end() + 2], "big")
+    return scans
+
+
+def _check_segments(file: IO[bytes]) -> None:
+    """Raise if the segments before the first scan are too many, as Pillow finds them."""
+    segments, of_exif, fill, position = 0, 0, 0, 2
+    while True:
+        file.seek(position)
+        head = file.read(10)
+        marker = int.from_bytes(head[:2], "big")
+        if head[:1] != b"\xff" or marker in (0xFF00, 0xFFFF):
+            if not head:
+                return
+            fill += 1
+            position += 1
+        elif marker not in MARKER or head[1] == _SCAN:
+            return
+        else:
+            segments += 1
+            of_exif += head[1] == _EXIF and head[4:] == b"Exif\0\0"
+            has_length = MARKER[marker][2] is not None
+            position += 2 + (max(2, int.from_bytes(head[2:4], "big")) if has_length else 0)
+        for count, most, what in (
+            (segments, MAX_SEGMENTS, "JPEG segments"),
+            (of_exif, MAX_EXIF_SEGMENTS, "JPEG segments of EXIF"),
+            (fill, MAX_FILL, "bytes between its JPEG segments"),
+        ):
+            if count > most:
+                raise Unfit(f"has over {most} {what}. Save it again")
+
+
+def _check_chunks(file: IO[bytes], stop: tuple[bytes, ...]) -> None:
+    """Raise if the chunks of a PNG file, up to the first of some names, are too many."""
+    chunks, packed, position = 0, 0, 8
+    while True:
+        file.seek(position)
+        head = file.read(8)
+        name = head[4:]
+        if len(head) < 8 or name in stop:
+            return
+        chunks += name not in _PIXEL_CHUNKS
+        packed += name in _PACKED_CHUNKS
+        if chunks > MAX_CHUNKS:
+            raise Unfit(f"has over {MAX_CHUNKS} PNG chunks. Save it again")
+        if packed > MAX_PACKED_CHUNKS:
+            raise Unfit(f"has over {MAX_PACKED_CHUNKS} compressed PNG chunks of text or profiles. Save it again")
+        position += 12 + int.from_bytes(head[:4], "big")
+
+
+def _check_blocks(image: TiffImageFile) -> None:
+    assert image.fp is not None
+    tags = image.tag_v2
+    numbers = [number for number, _ in _read_tags(image.fp)]
+    if twice := [number for number in _LAYOUT if numbers.count(number) > 1]:  # libtiff uses the first, Pillow the last
+        raise Unfit(f"has the TIFF tag {twice[0]} twice. Save it again")
+    if skipped := [number for number in _LAYOUT if number in numbers and number not in tags]:  # but not by libtiff
+        raise Unfit(f"has the TIFF tag {skipped[0]} in an unsupported form. Save it again")
+    width, height = tags[_WIDTH], tags[_HEIGHT]
+    is_tiled = _TILE_WIDTH in tags or _TILE_HEIGHT in tags
+    columns, rows = (tags.get(_TILE_WIDTH), tags.get(_TILE_HEIGHT)) if is_tiled else (width, tags.get(_ROWS, height))
+    if not (isinstance(columns, int) and isinstance(rows, int) and min(columns, rows) > 0):
+        raise Unfit(f"has TIFF blocks of {columns} x {rows} pixels. Save it again")
+    if is_tiled and columns * rows > max(MAX_BLOCK_PIXELS, MAX_TILE_RATIO * (width + 15) * (height + 15)):
+        raise Unfit(f"has {width} x {height} pixels in TIFF tiles of {columns} x {rows}. Save it with smaller tiles")
+    offsets = tags.get(_OFFSETS[is_tiled], ())
+    needed = math.ceil(width / columns) * math.ceil(height / rows) * tags.get(_SAMPLES, 1)
+    if len(offsets) > needed:
+        raise Unfit(f"has {len(offsets)} TIFF blocks, but its pixels need {needed}. Save it again")
+
+
+def _read_tags(file: IO[bytes]) -> list[tuple[int, int]]:
+    """Return number and count of values of each tag of a TIFF's first directory, at most `MAX_TAGS`."""
+    count = min(count_tags(file), MAX_TAGS)
+    order, is_big = _find_directory(file)
+    file.seek(8 if is_big else 2, 1)
+    form = struct.Struct(("<" if order == "little" else ">") + ("H2xQ8x" if is_big else "H2xI4x"))
+    entries = file.read(count * form.size)
+    return list(form.iter_unpack(entries[: len(entries) // form.size * form.size]))
+
+
+def _find_directory(file: IO[bytes]) -> tuple[Literal["little", "big"], bool]:
+    """Seek to a TIFF's first directory; return its byte order and whether it is a BigTIFF, as Pillow decides."""
+    file.seek(0)
+    head = file.read(16)
+    order: Literal["little", "big"] = "little" if head.startswith(b"II") else "big"
+    is_big = head[2:3] == bytes([_BIG])
+    offset = int.from_bytes(head[8:16] if is_big else head[4:8], order)
+    file.seek(min(offset, _MAX_OFFSET))
+    return order, is_big
