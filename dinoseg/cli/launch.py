@@ -135,7 +135,8 @@ def launch(cfg: DictConfig, out_dir: Path, overrides: Sequence[str], location: R
     except KeyboardInterrupt as stop:
         drop_empty(out_dir)  # if stopped while the recipe was being chosen
         number = stop.number if isinstance(stop, Interrupted) else signal.SIGINT
-        note = _interrupt_note(cfg, run_folder) if is_first_rank() else ""
+        sweep = location.root if location is not None and location.in_sweep else None
+        note = _interrupt_note(cfg, run_folder, sweep) if is_first_rank() else ""
         raise Interrupted(number, note=note, folder=run_folder) from None
     finally:
         release_all()
@@ -247,7 +248,7 @@ def _recipe(cfg: DictConfig, overrides: Sequence[str]) -> Any:
         return None
     from dinoseg.cli.auto.recipe import choose_recipe
 
-    return choose_recipe(cfg, overrides, first=is_first_rank())
+    return choose_recipe(cfg, overrides)
 
 
 def _with_heads(cfg: DictConfig, overrides: Sequence[str], run: Path | None) -> tuple[DictConfig, dict[str, Any]]:
@@ -319,7 +320,7 @@ def _settle_length(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
     return OmegaConf.merge(cfg, {"trainer": {"epochs": None}})  # type: ignore[return-value]
 
 
-def _interrupt_note(cfg: DictConfig, folder: Path) -> str:
+def _interrupt_note(cfg: DictConfig, folder: Path, sweep: Path | None = None) -> str:
     """Return a note on what an interrupted run has left on disk."""
     if cfg.mode.get("resume_from") != "last":
         return f"finished results are in {folder}" if has_results(folder) else ""
@@ -329,7 +330,8 @@ def _interrupt_note(cfg: DictConfig, folder: Path) -> str:
     from dinoseg.training import checkpoint
 
     step = checkpoint.describe(last)["progress"]["step"]
-    return f"{last} holds step {step}. To resume, add resume=auto or resume={folder} to the same command"
+    remedy = f"resume=auto or resume={folder}" if sweep is None else f"resume=auto hydra.sweep.dir={sweep}"
+    return f"{last} holds step {step}. To resume, add {remedy} to the same command"
 
 
 def _parsed(overrides: Sequence[str]) -> list[Override]:

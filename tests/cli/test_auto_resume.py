@@ -3,6 +3,8 @@
 import fcntl
 import json
 import signal
+import subprocess
+import sys
 
 import pytest
 from command_line import SMALL, call, write_data
@@ -266,6 +268,19 @@ def test_loser_of_a_race_starts_a_new_run(here, interrupt, monkeypatch):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         done = succeed(here, *AUTO)
     assert str(run) in done.err and step_of(run) == 2 and len(runs(here)) == 2
+
+
+@pytest.mark.heavy
+def test_two_racing_processes_share_no_run(here, interrupt):
+    interrupt(*AUTO)
+    (run,) = runs(here)
+    command = [sys.executable, "-m", "dinoseg", *AUTO]
+    racers = [subprocess.Popen(command, cwd=here, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    errors = [racer.communicate()[1] for racer in racers]
+    # the one that comes later finds the run locked or finished, whichever is faster
+    assert [racer.returncode for racer in racers] == [0, 0], errors
+    assert len(runs(here)) == 2 and all(step_of(path) == 3 for path in runs(here)), errors
+    assert len([error for error in errors if "resuming" in error]) == 1 and len(list(run.glob("config*"))) == 2
 
 
 def test_run_finished_before_its_lock_is_free_is_left_alone(here, interrupt, monkeypatch):
