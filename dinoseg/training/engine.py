@@ -21,6 +21,7 @@ from dinoseg.training.compiled import compile_blocks
 from dinoseg.training.frozen_casts import cache_casts
 from dinoseg.training.loss_scale import LossScale
 from dinoseg.training.optim import scale_gradients
+from dinoseg.training.rendezvous import open_store, reach_ranks
 from dinoseg.training.sharding import Lockstep, full_tensor, shard
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.precision import NAMES, compute_dtype, has_tf32
@@ -413,19 +414,9 @@ def meet(device: torch.device, seconds: float, at_work: float) -> None:
     # harmless DDP warnings: tokens (1, N, C) prepended to a rank's only sample have a slice of its gradient as theirs,
     # and 1 x 1 convolutions have contiguous channels in either memory layout
     warnings.filterwarnings("ignore", _ALIKE)
-    address, rank = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}", os.environ.get("RANK")
-    try:
-        store, number, ranks = next(distributed.rendezvous("env://", timeout=timedelta(seconds=seconds)))
-        patience = timedelta(seconds=at_work)
-        store.set_timeout(patience)
-        # torchrun reuses its store when it restarts ranks, with stale addresses of dead ranks
-        store = distributed.PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
-        backend = "nccl" if device.type == "cuda" else "gloo"
+    patience = timedelta(seconds=at_work)
+    store, number, ranks = open_store(seconds)
+    store.set_timeout(patience)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    with reach_ranks(seconds):
         distributed.init_process_group(backend, store=store, rank=number, world_size=ranks, timeout=patience)
-    except (distributed.DistError, ValueError) as error:  # ValueError: a variable is missing or not a number
-        reason = next((line for line in str(error).splitlines() if line), type(error).__name__)
-        raise UserError(
-            f"Rank {rank} of {world_size} did not reach the others at {address} within {seconds:g} s ({reason}). Check "
-            "that all ranks were started, and that MASTER_ADDR is the machine of rank 0, reachable by that name and "
-            "port from all others; for slow starts, raise engine.rendezvous_timeout."
-        ) from error
