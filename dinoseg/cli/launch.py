@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from dinoseg.cli.extras import hush_schemas
 from dinoseg.cli.ranks import LAUNCH_KEYS, is_first_rank, join_slurm, run_mode, run_ranks, shortages_as_user_errors
 from dinoseg.config.credentials import check_credentials
+from dinoseg.config.grammar import decode_keys
 from dinoseg.config.limits import check_training
 from dinoseg.config.options import options_of, values_in_files
 from dinoseg.config.plain import BUILDS, to_container
@@ -276,7 +277,7 @@ def _check_words(cfg: DictConfig, overrides: Sequence[str]) -> None:
     for override in _parsed(overrides):
         name = override.key_or_group
         hidden = [part for part in name.split(".") if part.startswith("_")]
-        hidden += [key for table in _tables(override.value()) for key in map(str, table) if key in BUILDS]
+        hidden += [key for table in _tables(decode_keys(override.value())) for key in map(str, table) if key in BUILDS]
         if hidden := hidden or [key for key in LAUNCH_KEYS[1:] if f"{name}.".startswith(f"mode.{key}.")]:
             raise UserError(
                 f"{name}: {hidden[0]} can be set in config files only. Choose a component by GROUP=OPTION; for your "

@@ -12,6 +12,7 @@ from typing import Any
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
+from dinoseg.config.grammar import decode_keys
 from dinoseg.config.guard import guard
 from dinoseg.config.job import machine_config, squared
 from dinoseg.config.plain import has_key, keys_of, to_container
@@ -158,7 +159,7 @@ def _take_value(override: Override, cfg: DictConfig, merged: DictConfig, path: P
         return
     if not (override.is_add() or override.is_force_add()):
         _check_key(name, cfg, merged, path)
-    OmegaConf.update(merged, name, override.value())
+    OmegaConf.update(merged, name, decode_keys(override.value()))
 
 
 def _lift_time_limit(merged: DictConfig, keys: Sequence[str]) -> bool:
