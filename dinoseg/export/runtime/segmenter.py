@@ -13,7 +13,7 @@ from zlib import crc32
 import torch
 from torch import Tensor, nn
 
-from dinoseg.core.contracts import Backbone, Head
+from dinoseg.core.contracts import Backbone, Head, Part
 from dinoseg.core.shapes import Prediction
 from dinoseg.export.runtime.facts import ModelFacts
 from dinoseg.export.runtime.model import Model
@@ -34,7 +34,7 @@ _OF_A_CALL = {"export.delta=true": "delta=True", "export.gated=true": "gated=Tru
 _GROUP = ("params", "lr", "weight_decay")  # of a parameter group, for any optimizer
 
 
-class Segmenter(nn.Module, Model):
+class Segmenter(Part, Model):
     """A segmentation model: backbone, adapter and head, with classes and preprocessing.
 
     `dinoseg.create_model` and `dinoseg.load` return it. Called with images, it returns class logits with gradients, so
