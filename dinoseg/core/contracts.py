@@ -18,7 +18,7 @@ _FEW = (4, 3, 2, 1)  # chunk sizes: 0.87 of the time of 16 images at once, ViT-S
 BlockKwargs = dict[str, tuple[Tensor, Tensor]]  # keyword arguments of a block besides its tokens
 
 
-class Part(nn.Module):
+class GuardedModule(nn.Module):
     """Module that refuses a submodule under the name of a property which does not return it.
 
     nn.Module would register the submodule, while the property and `forward` keep the old one.
@@ -42,7 +42,7 @@ class Part(nn.Module):
             )
 
 
-class Backbone(Part):
+class Backbone(GuardedModule):
     """Base class of backbones: map images (B, 3, H, W), float in 0..1, to L maps (B, C, h, w).
 
     h = ceil(H / patch_size) and w = ceil(W / patch_size). A backbone normalises images and pads them at the bottom
@@ -198,7 +198,7 @@ class Slots(Protocol):
         ...
 
 
-class Head(Part, Generic[Outputs]):
+class Head(GuardedModule, Generic[Outputs]):
     """Base class of heads: map feature maps to outputs of the head's own type, and these to pixels.
 
     Outputs are tensors (B, ...), alone or in lists, dicts or dataclasses: a validation computes the loss of each image.

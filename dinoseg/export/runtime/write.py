@@ -20,6 +20,7 @@ from dinoseg.experiment.unread import warn_unread
 from dinoseg.export.runtime.facts import UNKNOWN, ModelFacts
 from dinoseg.export.runtime.runtime import FILES
 from dinoseg.inference.trained_sizes import KEY, TrainedSizes
+from dinoseg.models.adapters import check_active
 from dinoseg.models.model import SegmentationModel, non_persistent_buffers, trained_names
 from dinoseg.training import checkpoint
 from dinoseg.training.checkpoint import FOLDER
@@ -131,9 +132,10 @@ def write_model(
         where: start of messages about the weights; None: the checkpoint.
 
     Raises:
-        UserError: if the file cannot be written, the model is not that of its config, or the file would hold weights
-            that are not finite, or weights of restricted licence without `gated`.
+        UserError: if the file cannot be written, the model is not that of its config, its LoRA layers are merged or
+            off, or the file would hold weights that are not finite, or weights of restricted licence without `gated`.
     """
+    check_active(model)
     stored = _stored_config(source.config, facts)
     whole = not delta and source.settings("adapter").get("bits") is not None
     tensors, frozen = _tensors(stored, source.in_float32(model) if whole else model, delta)
