@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from dinoseg.api.compose import compose, words_of
@@ -60,7 +61,7 @@ def create_model(
     """
     names = _names(num_classes, classes)
     given: dict[str, Any] = {"backbone": backbone, "head": head, "adapter": adapter, "data.classes": names}
-    given["backbone.weights"] = None if weights == "pretrained" else weights
+    given["backbone.weights"] = None if weights == "pretrained" else _whole_path(weights)
     words = words_of({key: value for key, value in given.items() if value is not None} | overrides)
     with collection_paused():
         try:
@@ -85,6 +86,12 @@ def create_model(
             raise UserError(f"head={head} is a head of slots, which has no classes. Choose another, or use mode=train.")
         facts = ModelFacts(labels.classes, labels.palette, labels.ignore_index)
         return Segmenter(model, facts, build.config, info={}, policy=policy).to("cpu").train()
+
+
+def _whole_path(weights: str | PathLike[str]) -> str | PathLike[str]:
+    """Return an existing file or folder as its whole path: the current folder may change before the model is saved."""
+    path = Path(weights).expanduser()
+    return path.absolute() if path.exists() else weights
 
 
 def _names(num_classes: int | None, classes: Iterable[str] | None) -> list[str] | None:

@@ -13,7 +13,7 @@ from zlib import crc32
 import torch
 from torch import Tensor, nn
 
-from dinoseg.core.contracts import Backbone, Head, GuardedModule
+from dinoseg.core.contracts import Backbone, GuardedModule, Head
 from dinoseg.core.shapes import Prediction
 from dinoseg.export.runtime.facts import ModelFacts
 from dinoseg.export.runtime.inputs import check_levels

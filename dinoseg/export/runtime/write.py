@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -136,7 +137,7 @@ def write_model(
             off, or the file would hold weights that are not finite, or weights of restricted licence without `gated`.
     """
     check_active(model)
-    stored = _stored_config(source.config, facts)
+    stored = _stored_config(source.config, facts, path.parent)
     whole = not delta and source.settings("adapter").get("bits") is not None
     tensors, frozen = _tensors(stored, source.in_float32(model) if whole else model, delta)
     if source.config["finite_weights"]:  # loading checked the checkpoint, but not the backbone's weights
@@ -221,21 +222,38 @@ def complete(
     )
 
 
-def _stored_config(config: Mapping[str, Any], facts: ModelFacts) -> dict[str, Any]:
-    """Return the config that a file stores: without paths of this machine or sources of weights that the file holds."""
+def _stored_config(config: Mapping[str, Any], facts: ModelFacts, folder: Path) -> dict[str, Any]:
+    """Return the config that a file in a folder stores.
+
+    It has no paths of this machine and no sources of weights that the file holds. Other sources are relative to it.
+    """
     stored: dict[str, Any] = {**_strip_folders(config), TEACHER: None, INITIAL: None}
     if "root" in stored["data"]:
         stored["data"]["root"] = "???"
     backbone, head, adapter = stored["backbone"], stored["head"], stored["adapter"]
     if facts.delta and is_hub_id(backbone["weights"]) and facts.backbone["revision"]:
         backbone["weights"] = f"{facts.backbone['weights']}@{facts.backbone['revision']}"
-    if not facts.delta:
+    if facts.delta:
+        for part, weights in ((part, config[part].get("weights")) for part in ("backbone", "head")):
+            if isinstance(weights, str) and Path(weights).expanduser().exists():
+                stored[part]["weights"] = _path_from(folder, Path(weights).expanduser())
+    else:
         # a checkpoint with a random-weights backbone holds all of that backbone
         backbone |= {"weights": "random"} if "weights" in backbone else {}
         adapter |= {"bits": None} if "bits" in adapter else {}
         in_file = {"weights": None, "class_layer": "loaded", "trainable": "all"}
         head |= {key: value for key, value in in_file.items() if head.get("weights") is not None and key in head}
     return stored
+
+
+def _path_from(folder: Path, path: Path) -> str:
+    """Return the path from a folder to another place, or the name alone where they have no folder in common."""
+    there, here = os.path.realpath(path), os.path.realpath(folder)
+    try:
+        common = Path(os.path.commonpath([there, here]))
+    except ValueError:  # on other drives
+        return path.name
+    return path.name if common == common.parent else Path(os.path.relpath(there, here)).as_posix()
 
 
 def _strip_folders(node: Any) -> Any:
