@@ -88,6 +88,7 @@ def standalone_config(
     inference: str | None = None,
     trust: Sequence[str] = (),
     job: Mapping[str, Any] | None = None,
+    config_dir: Path | None = None,
 ) -> DictConfig:
     """Return the config for using a checkpoint without a command line, validated against the shipped config files.
 
@@ -99,13 +100,14 @@ def standalone_config(
         changes: dotted key to the user's own value, such as `engine.device` or `backbone.weights`.
         inference: option of that group, instead of the file's own.
         trust: packages and hub IDs that the file may name, in addition to those in config files.
+        config_dir: folder of further config files, without a job.
         job: config of the job that uses the checkpoint; its own config files and its `trust` then count as well.
 
     Raises:
         UserError: the checkpoint's config is not to be trusted.
     """
     saved, cfg = saved_config(info), machine_config(inference or "auto")
-    registry = shipped_registry() if job is None else full_registry(job)
+    registry = shipped_registry(config_dir) if job is None else full_registry(job)
     trust = trust if job is None else [*trust, *trusted(job["trust"])]
     guard(saved, f"resume={path}", to_container(cfg), trust=trust, typed=[*changes], registry=registry)
     reused = {key: value for key, value in saved.items() if not (inference and key == USE)}

@@ -46,6 +46,7 @@ class Segmenter(GuardedModule, Model):
         model: backbone and head.
         facts: classes, palette, sizes, scores and sources.
         config: the whole config as plain values.
+        unused: values of the config that `save` writes and nothing here builds, by group.
         info: description of the checkpoint that it was loaded from; empty for a new model.
         policy: inference strategy of `predict`.
         precision: precision of `predict`: auto, bf16, fp16 or fp32. `forward` computes as the surrounding autocast.
@@ -71,6 +72,7 @@ class Segmenter(GuardedModule, Model):
         *,
         info: Mapping[str, Any],
         policy: Policy,
+        unused: Mapping[str, Mapping[str, Any]] | None = None,
         precision: str = "auto",
         file: Path | None = None,
         checkpoint: tuple[Path, Stamp | None] | None = None,
@@ -79,7 +81,7 @@ class Segmenter(GuardedModule, Model):
         self.model = model
         self.facts = facts
         self.file = None if file is None else file.absolute()
-        self._config, self._info = config, info
+        self._config, self._unused, self._info = config, unused or {}, info
         self._policy, self._precision = policy, precision
         self._checkpoint = checkpoint
         self._has_checked_levels = False
@@ -293,7 +295,8 @@ class Segmenter(GuardedModule, Model):
             facts = complete(facts, source, self.model, info, TrainedSizes.from_info(info), delta=delta)
             info.pop("format", None)
             try:
-                write_model(path, source, self.model, facts, info, delta=delta, gated=gated, where="The model")
+                options = {"delta": delta, "gated": gated, "unused": self._unused}
+                write_model(path, source, self.model, facts, info, **options, where="The model")
             except UserError as error:
                 words = str(error)
                 for typed, given in _OF_A_CALL.items():
