@@ -101,11 +101,11 @@ def _check_unused(job: Job, *, overwrite: bool) -> None:
     Raises:
         UserError: the folder holds a run, which the job may read, or another process is writing to it.
     """
-    from dinoseg.cli.launch import _resumes_in_folder
+    from dinoseg.cli.launch import resumes_in_folder
 
     folder, mode = job.out_dir, job.cfg.mode
     resumes = job.cfg.resume is not None and mode.get("resume_from") == "last"
-    if resumes or not (folder / LOG).exists() or (not overwrite and _resumes_in_folder(job.cfg, folder)):
+    if resumes or not (folder / LOG).exists() or (not overwrite and resumes_in_folder(job.cfg, folder)):
         return
     if not overwrite:
         raise UserError(

@@ -156,7 +156,7 @@ def _enter_folder(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> t
     if continued is None:
         if new != out_dir:
             drop_empty(out_dir)
-        resumes_with = _resumes_in_folder(cfg, new)
+        resumes_with = resumes_in_folder(cfg, new)
         run_folder = new if resumes_with else claim(new)
         if run_folder != new and not _DEFAULT_NAME.fullmatch(new.name):  # a typed name; default names may collide
             message = f"hydra.run.dir={new} holds another run: this one is written to {run_folder}"
@@ -213,7 +213,7 @@ def _with_heads(cfg: DictConfig, overrides: Sequence[str], run: Path | None) -> 
     return OmegaConf.merge(cfg, {SOLO: {name: to_container(solo.cfg) for name, solo in runs.items()}}), runs  # type: ignore[return-value]
 
 
-def _resumes_in_folder(cfg: DictConfig, folder: Path) -> bool:
+def resumes_in_folder(cfg: DictConfig, folder: Path) -> bool:
     """Return whether a mode with `resumes_with` resumes in its existing run folder instead of using a new one."""
     record = cfg.mode.get("resumes_with")
     claimed = (folder / LOG).exists()

@@ -31,7 +31,7 @@ def check_classes(class_weights: Tensor) -> None:
     """
     if len(class_weights) == 1:
         raise UserError(
-            "With 1 class every probability is 1 and the loss 0, so nothing is learnt. Give scores of at least two "
+            "With 1 class every probability is 1 and the loss 0, without a gradient. Give scores of at least two "
             "classes (data.classes): for one kind of object, the background and the object."
         )
 

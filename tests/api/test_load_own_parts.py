@@ -10,6 +10,7 @@ import dinoseg
 from dinoseg.data.formats.folder import folder_dataset
 from dinoseg.losses.cross_entropy import CrossEntropy
 from dinoseg.models.heads.linear import LinearHead
+from dinoseg.training import checkpoint
 from dinoseg.utils.errors import UserError
 
 IMAGES = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -94,3 +95,21 @@ def test_parts_that_only_train_are_not_needed_to_predict(mine, monkeypatch):
         monkeypatch.setattr(sys.modules["__main__"], name, part, raising=False)
     scores = dinoseg.evaluate("again.safetensors", data={"root": "data"}, config_dir=mine, mode={"metrics_only": True})
     assert scores["miou"] == run.scores["miou"]
+
+
+@pytest.mark.parametrize("place", ["trainer/task", "loss/criterion", "data/reader"])
+def test_nothing_unchecked_of_a_file_is_built(place, tmp_path):
+    """An interpolation may not lead from a part that is built to one that loading leaves unchecked."""
+    file, ran = tmp_path / "model.safetensors", tmp_path / "ran"
+    dinoseg.create_model("rgb", num_classes=2).save(file)
+    held = checkpoint.read(file)
+    group, key = place.split("/")
+    path = {"_target_": "pathlib.Path", "_args_": [str(ran)]}
+    held.info["config"][group][key] = {"evil": {"_target_": "pathlib.Path.touch", "self": path}}
+    held.info["config"]["optim"]["optimizer"]["betas"] = f"${{{group}.{key}.evil}}"
+    checkpoint.write(file, held.tensors, {name: value for name, value in held.info.items() if name != "format"})
+    model = dinoseg.load(file, device="cpu")
+    with pytest.raises(Exception, match=key):
+        model.trainable_parameters()
+    model.save(tmp_path / "again.safetensors")
+    assert not ran.exists()
