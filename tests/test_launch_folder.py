@@ -90,7 +90,7 @@ def test_a_mode_goes_on_in_a_folder_of_its_own_alone(tmp_path):
         for name in names:
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).touch()
-        return launch._resumes_in_folder(cfg, folder)
+        return launch.resumes_in_folder(cfg, folder)
 
     assert resumes_with("run.log", "predict.json", "a.png") and resumes_with("run.log")
     assert not (resumes_with() or resumes_with("predict.json") or resumes_with("run.log", "a.png"))

@@ -61,8 +61,9 @@ def test_problems_are_found(count, text):
 @pytest.mark.heavy
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @notebooks
-def test_a_notebook_runs(path, tmp_path):
+def test_a_notebook_runs_twice_in_the_same_folder(path, tmp_path):
     nbclient = pytest.importorskip("nbclient")
-    notebook = nbformat.read(path, as_version=4)
-    nbclient.NotebookClient(notebook, timeout=1200, kernel_name="python3").execute(cwd=str(tmp_path))
-    assert problems([cell for cell in notebook.cells if cell.cell_type == "code"]) == []
+    for _ in range(2):
+        notebook = nbformat.read(path, as_version=4)
+        nbclient.NotebookClient(notebook, timeout=1200, kernel_name="python3").execute(cwd=str(tmp_path))
+        assert problems([cell for cell in notebook.cells if cell.cell_type == "code"]) == []

@@ -1,7 +1,6 @@
 """Configs composed from Python, with the options, keys and messages of the command line."""
 
 import os
-import re
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +17,6 @@ from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.core.singleton import Singleton
 from hydra.core.utils import JobRuntime
 from hydra.version import VersionBase, setbase
@@ -30,6 +28,7 @@ from dinoseg.cli.own_keys import with_checkpoint_keys
 from dinoseg.cli.recipes import with_recipe_files
 from dinoseg.cli.typos import explained
 from dinoseg.cli.words import as_text, parsed
+from dinoseg.config.grammar import decode_keys, write_value
 from dinoseg.config.job import job_config
 from dinoseg.config.plain import to_container
 from dinoseg.config.resolvers import lent_resolvers
@@ -40,8 +39,6 @@ from dinoseg.utils.wording import format_value
 _OF_A_PROGRAM = (GlobalHydra, HydraConfig, JobRuntime, VersionBase)  # Hydra's state, which a caller may use itself
 _ONE_AT_A_TIME = threading.RLock()  # taken before the lock of resolvers
 _OF_HYDRA = ("hydra", "_dummy_empty_config_.yaml")  # entries of its store of configs
-_PLAIN = re.compile(r"(?!(null|true|false|nan|inf)$)[a-z_][\w./-]*", re.IGNORECASE)  # text that needs no quotes
-_SPECIAL, _ESCAPED = re.compile(r"[\\()\[\]{}:=,\s]"), r"\\\g<0>"  # in keys of dicts, which take no quotes
 
 
 def compose(words: Sequence[str], *, config_dir: str | PathLike[str] | None = None) -> DictConfig:
@@ -116,9 +113,11 @@ def words_of(overrides: Mapping[str, Any], is_table: Callable[[str], bool] | Non
 def _as_word(key: str, value: Any) -> str:
     """Return a plain value as the word that Hydra parses back to the same value."""
     texts = [value] if isinstance(value, str) else []  # as typed, if Hydra does not read it as anything else
-    for text in (*texts, _in_grammar(value)):
+    for text in (*texts, write_value(value)):
         override = parsed(f"{key}={text}")
-        if override is not None and not override.is_sweep_override() and repr(override.value()) == repr(value):
+        if override is None or override.is_sweep_override():
+            continue
+        if repr(decode_keys(override.value())) == repr(value):
             return f"{key}={text}"
     raise UserError(f"{key}={format_value(value)} cannot be written as an override. Set it in a YAML file of your own.")
 
@@ -130,7 +129,7 @@ def _plain_value(value: Any, key: str) -> Any:
     if value is None or type(value) in (bool, int, float, str):
         return value
     if isinstance(value, Mapping):
-        return {name: _plain_value(each, key) for name, each in value.items()}
+        return {_plain_value(name, key): _plain_value(each, key) for name, each in value.items()}
     if isinstance(value, list | tuple):
         return [_plain_value(each, key) for each in value]
     if isinstance(value, PathLike):
@@ -141,20 +140,6 @@ def _plain_value(value: Any, key: str) -> Any:
         return int(value) if isinstance(value, int) else float(value)
     kind = type(value).__name__
     raise UserError(f"{key} is of type {kind}. Give text, a number, true or false, null, or a list or dict of these.")
-
-
-def _in_grammar(value: Any) -> str:
-    """Return a plain value in Hydra's grammar of overrides."""
-    if isinstance(value, dict):
-        pairs = (f"{_SPECIAL.sub(_ESCAPED, str(name))}:{_in_grammar(each)}" for name, each in value.items())
-        return "{" + ",".join(pairs) + "}"
-    if isinstance(value, list):
-        return "[" + ",".join(map(_in_grammar, value)) + "]"
-    if isinstance(value, str) and not _PLAIN.fullmatch(value):
-        return QuotedString(value, Quote.double).with_quotes()
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    return value if isinstance(value, str) else repr(value)
 
 
 @contextmanager

@@ -2,10 +2,14 @@
 
 from collections.abc import Iterable
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from dinoseg.api.compose import compose, words_of
+from dinoseg.config.plain import keys_of
+from dinoseg.experiment.initial import check_initial, load_initial_weights
 from dinoseg.experiment.models import ModelBuilder
+from dinoseg.experiment.unread import is_read
 from dinoseg.export.runtime.facts import ModelFacts
 from dinoseg.export.runtime.load import collection_paused
 from dinoseg.export.runtime.segmenter import Segmenter
@@ -14,7 +18,15 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Range, whole_number
 from dinoseg.utils.wording import nearest
 
-_ARGUMENTS = ("backbone", "head", "adapter", "num_classes", "classes", "weights", "config_dir")
+_ARGUMENTS = ("backbone", "head", "adapter", "num_classes", "classes", "weights", "init", "config_dir")
+_READ = (  # groups and keys that change a model, its parameter groups or its file
+    *("hparam", "local", "backbone", "adapter", "head", "data", "resolution", "inference", "seed", "init"),
+    *("optim.optimizer", "engine.device", "finite_weights"),
+)
+_NOT_READ = (
+    "optim.optimizer.betas",
+    "optim.optimizer.freeze_backbone_until",
+)  # of the optimizer, which is the caller's
 _CLASSES = Range("2 to 255. For one kind of object, give two: the background and the object", 2, 255)
 _OF_A_CALL = {"backbone.weights=": "weights=", "data.classes": "classes"}  # command-line terms to arguments
 
@@ -27,6 +39,7 @@ def create_model(
     num_classes: int | None = None,
     classes: Iterable[str] | None = None,
     weights: str | PathLike[str] = "pretrained",
+    init: str | PathLike[str] | None = None,
     config_dir: str | PathLike[str] | None = None,
     **overrides: Any,
 ) -> Segmenter:
@@ -44,6 +57,8 @@ def create_model(
         classes: their names in the order of their ids, instead of the number.
         weights: of the backbone: `pretrained` (those of the option, downloaded once), `random`, a hub id (`id@revision`
             for a revision), a folder or a file.
+        init: saved model, checkpoint or run folder, whose trained weights the new model starts from. It needs the same
+            backbone, adapter and head, and may have other classes: the log names the tensors that are loaded and new.
         config_dir: folder with config groups of your own, as `--config-dir` on the command line.
         overrides: further keys and groups of the config: `seed=1`, `hparam="camvid"`, `optim={"optimizer": {"lr":
             1e-4}}`, or dotted ones as in `**{"head.layers": [-1]}`.
@@ -59,8 +74,9 @@ def create_model(
         ('class_0', 'class_1', 'class_2')
     """
     names = _names(num_classes, classes)
+    overrides = overrides if init is None else {**overrides, "init": init}
     given: dict[str, Any] = {"backbone": backbone, "head": head, "adapter": adapter, "data.classes": names}
-    given["backbone.weights"] = None if weights == "pretrained" else weights
+    given["backbone.weights"] = None if weights == "pretrained" else _whole_path(weights)
     words = words_of({key: value for key, value in given.items() if value is not None} | overrides)
     with collection_paused():
         try:
@@ -69,10 +85,19 @@ def create_model(
                 raise UserError(
                     'The model has no classes. Give num_classes=2, or their names: classes=["ground", "leaf"].'
                 )
+            if idle := [key for key in keys_of(overrides) if not _is_used(key.lstrip("+~"))]:
+                raise UserError(
+                    f"{max(idle, key=len)} has no effect on a model that trains in a loop of your own. Leave it out, "
+                    f"or train by dinoseg.train. create_model reads {', '.join(_READ)}."
+                )
             with isolated():
                 build = ModelBuilder(cfg)
                 labels = build.labels
+                if init is not None:
+                    check_initial(build, build.outline())
                 model, policy = build.model(), build.part("inference")
+                if init is not None:
+                    model = load_initial_weights(build, model, list(labels.classes))
         except UserError as error:
             message = str(error)
             unknown = next((key for key in overrides if message.startswith(f"{key} is not a key")), "")
@@ -85,6 +110,16 @@ def create_model(
             raise UserError(f"head={head} is a head of slots, which has no classes. Choose another, or use mode=train.")
         facts = ModelFacts(labels.classes, labels.palette, labels.ignore_index)
         return Segmenter(model, facts, build.config, info={}, policy=policy).to("cpu").train()
+
+
+def _is_used(key: str) -> bool:
+    return is_read(key, _READ) and key not in _NOT_READ
+
+
+def _whole_path(weights: str | PathLike[str]) -> str | PathLike[str]:
+    """Return an existing file or folder as its whole path: the current folder may change before the model is saved."""
+    path = Path(weights).expanduser()
+    return path.absolute() if path.exists() else weights
 
 
 def _names(num_classes: int | None, classes: Iterable[str] | None) -> list[str] | None:

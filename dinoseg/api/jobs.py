@@ -1,12 +1,13 @@
 """Jobs of the command line in the caller's process: modes by name, with overrides as words or as Python values."""
 
 import gc
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from omegaconf import DictConfig
 
@@ -14,13 +15,32 @@ from dinoseg.api.compose import Job, compose, compose_job, words_of
 from dinoseg.api.options import config_folders
 from dinoseg.api.session import isolated
 from dinoseg.cli.typos import misplaced
-from dinoseg.config.plain import at
-from dinoseg.experiment.folder import will_make
+from dinoseg.cli.words import FILES
+from dinoseg.config.plain import at, texts_of, to_container
+from dinoseg.experiment.folder import LOG, is_locked, will_make
 from dinoseg.training import checkpoint
 from dinoseg.utils.errors import UserError, file_errors_as_user_errors
 from dinoseg.utils.interrupt import Interrupted, raised
 
 Folder = str | PathLike[str]
+_READ = (*FILES, "init", "teacher", "runs")  # keys of files and folders that a mode reads
+
+
+class OutDir(NamedTuple):
+    """The run folder of a call, and what to do where it holds a run.
+
+    Attributes:
+        folder: None: as on the command line, below the current folder.
+        exist_ok: write to a new folder next to it.
+        overwrite: delete it first.
+    """
+
+    folder: Folder | None = None
+    exist_ok: bool = False
+    overwrite: bool = False
+
+
+_DEFAULT = OutDir()
 
 
 def run_mode(
@@ -28,7 +48,7 @@ def run_mode(
     words: Sequence[str],
     overrides: Mapping[str, Any],
     *,
-    out_dir: Folder | None = None,
+    out_dir: OutDir = _DEFAULT,
     config_dir: Folder | None = None,
 ) -> dict[str, Any]:
     """Run a mode as the command line does, and return its result; the caller's process is left as it was.
@@ -37,7 +57,7 @@ def run_mode(
         mode: option of the group `mode`.
         words: overrides as typed on the command line.
         overrides: values by key, see `words_of`.
-        out_dir: the run folder; None: as on the command line, below the current folder.
+        out_dir: the run folder.
         config_dir: folder of further config groups, as `--config-dir` names it.
 
     Raises:
@@ -46,14 +66,19 @@ def run_mode(
     """
     if flags := [word for word in words if word.startswith("-")]:
         raise UserError(f"{flags[0]} is for the command line. Python runs one job per call: write a loop for several.")
-    folder = {} if out_dir is None else {"hydra.run.dir": Path(out_dir).expanduser()}
+    if out_dir.exist_ok and out_dir.overwrite:
+        raise UserError("exist_ok=True and overwrite=True exclude each other. Give one of them.")
+    folder = {} if out_dir.folder is None else {"hydra.run.dir": Path(out_dir.folder).expanduser()}
     stopped: Interrupted | None = None
     try:
         with isolated():
             try:
                 typed = [f"mode={mode}", *words]
                 typed += words_of({**overrides, **folder}, _tables(typed, overrides, config_dir))
-                return _launch(compose_job(typed, config_dir=config_dir), config_dir)
+                job = compose_job(typed, config_dir=config_dir)
+                if folder and not out_dir.exist_ok:
+                    _check_unused(job, overwrite=out_dir.overwrite)
+                return _launch(job, config_dir)
             finally:
                 gc.collect()  # models are in reference cycles
     except UserError as error:
@@ -68,6 +93,33 @@ def run_mode(
     if stopped.number != signal.SIGINT and threading.current_thread() is threading.main_thread():
         signal.raise_signal(stopped.number)
     raise KeyboardInterrupt(_how_to_resume(stopped))
+
+
+def _check_unused(job: Job, *, overwrite: bool) -> None:
+    """Refuse a folder that holds a run, or delete it; a run that resumes in its folder needs neither.
+
+    Raises:
+        UserError: the folder holds a run, which the job may read, or another process is writing to it.
+    """
+    from dinoseg.cli.launch import resumes_in_folder
+
+    folder = job.location.folder
+    mode = job.cfg.mode
+    resumes = job.cfg.resume is not None and mode.get("resume_from") == "last"
+    if resumes or not (folder / LOG).exists() or (not overwrite and resumes_in_folder(job.cfg, folder)):
+        return
+    if not overwrite:
+        raise UserError(
+            f"out_dir={folder} holds a run. Choose another folder, replace the run by overwrite=True, or keep it by "
+            f"exist_ok=True, which writes to a folder next to it, such as {folder.name}_2."
+        )
+    config = to_container(job.cfg)
+    read = [Path(path).expanduser() for key in _READ for path in texts_of(at(config, key.split(".")))]
+    if any(path.resolve().is_relative_to(folder.resolve()) for path in (Path.cwd(), *read)):
+        raise UserError(f"out_dir={folder} with overwrite=True: the run there is read, too. Choose another out_dir.")
+    if is_locked(folder):
+        raise UserError(f"out_dir={folder}: another process is writing to it. Wait for it, or choose another out_dir.")
+    shutil.rmtree(folder.resolve())
 
 
 def _launch(job: Job, config_dir: Folder | None) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
-from dinoseg.api.jobs import Folder, run_mode
+from dinoseg.api.jobs import Folder, OutDir, run_mode
 from dinoseg.api.options import list_backbones
 from dinoseg.api.results import Comparison, Results, Scores, read_json
 from dinoseg.api.runs import Run
@@ -27,6 +27,8 @@ def train(
     recipe: str | None = None,
     *words: str,
     out_dir: Folder | None = None,
+    exist_ok: bool = False,
+    overwrite: bool = False,
     config_dir: Folder | None = None,
     **overrides: Any,
 ) -> Run:
@@ -36,6 +38,8 @@ def train(
         recipe: name of a recipe, such as `demo`; None: `base`, or the recipe of the run in `resume`.
         words: overrides as typed on the command line.
         out_dir: the run folder; None: outputs/RECIPE/train_TIME below the current folder.
+        exist_ok: where `out_dir` holds a run, write to a new folder next to it, such as RUN_2.
+        overwrite: delete the run in `out_dir` first.
         config_dir: folder of further config groups.
         overrides: config groups and keys, as keyword arguments (`head="mlp"`), nested dicts (`trainer={"steps": 20}`)
             or dotted names (`**{"trainer.steps": 20}`).
@@ -53,7 +57,8 @@ def train(
     """
     if recipe is not None:
         words = (recipe if "=" in recipe else f"hparam={recipe}", *words)
-    result = run_mode("train", words, overrides, out_dir=out_dir, config_dir=config_dir)
+    target = OutDir(out_dir, exist_ok, overwrite)
+    result = run_mode("train", words, overrides, out_dir=target, config_dir=config_dir)
     folder = Path(result["run"])  # of several heads: that of the best one
     return Run(folder.parents[1] if folder.parent.name == checkpoint.HEADS else folder)
 
@@ -64,6 +69,8 @@ def evaluate(
     data: str | Mapping[str, Any] | None = None,
     split: str | None = None,
     out_dir: Folder | None = None,
+    exist_ok: bool = False,
+    overwrite: bool = False,
     config_dir: Folder | None = None,
     **overrides: Any,
 ) -> Scores:
@@ -76,6 +83,8 @@ def evaluate(
         data: option of the group `data`, or keys of the dataset that the model was trained on; None: that dataset.
         split: train, val or test; None: val.
         out_dir: the run folder.
+        exist_ok: where `out_dir` holds a run, write to a new folder next to it, such as RUN_2.
+        overwrite: delete the run in `out_dir` first.
         config_dir: folder of further config groups.
         overrides: config groups and keys, as of `train`.
 
@@ -89,11 +98,12 @@ def evaluate(
         >>> scores["present_classes"], scores.confusion.shape
         (10, (10, 10))
     """
+    target = OutDir(out_dir, exist_ok, overwrite)
     keys = {"data": data, "mode.split": split}
     chosen = {key: value for key, value in keys.items() if value is not None}
     with _resumed(model) as given:
         overrides = {**given, **chosen, **overrides}
-        return Scores.read(run_mode("eval", words, overrides, out_dir=out_dir, config_dir=config_dir)["run"])
+        return Scores.read(run_mode("eval", words, overrides, out_dir=target, config_dir=config_dir)["run"])
 
 
 def score(
@@ -102,6 +112,8 @@ def score(
     *words: str,
     protocol: str | None = None,
     out_dir: Folder | None = None,
+    exist_ok: bool = False,
+    overwrite: bool = False,
     config_dir: Folder | None = None,
     **overrides: Any,
 ) -> Scores:
@@ -113,6 +125,8 @@ def score(
         words: overrides as typed on the command line.
         protocol: option of the group `protocol`; None: `semantic`.
         out_dir: the run folder.
+        exist_ok: where `out_dir` holds a run, write to a new folder next to it, such as RUN_2.
+        overwrite: delete the run in `out_dir` first.
         config_dir: folder of further config groups.
         overrides: config groups and keys, as of `train`.
 
@@ -127,7 +141,8 @@ def score(
     """
     folders = {"reference": fspath(reference), "prediction": fspath(prediction)}
     chosen = folders | ({} if protocol is None else {"protocol": protocol})
-    result = run_mode("score", words, {**chosen, **overrides}, out_dir=out_dir, config_dir=config_dir)
+    target = OutDir(out_dir, exist_ok, overwrite)
+    result = run_mode("score", words, {**chosen, **overrides}, out_dir=target, config_dir=config_dir)
     return Scores.read(result["run"])
 
 
@@ -136,6 +151,8 @@ def predict(
     input: Folder | int,
     *words: str,
     out_dir: Folder | None = None,
+    exist_ok: bool = False,
+    overwrite: bool = False,
     config_dir: Folder | None = None,
     **overrides: Any,
 ) -> Results:
@@ -146,6 +163,8 @@ def predict(
         input: image, folder, glob pattern, video, number of a camera, or a split such as `val`.
         words: overrides as typed on the command line.
         out_dir: the run folder, in which an interrupted prediction resumes.
+        exist_ok: where `out_dir` holds a run, write to a new folder next to it, such as RUN_2.
+        overwrite: delete the run in `out_dir` first.
         config_dir: folder of further config groups.
         overrides: config groups and keys, as of `train`.
 
@@ -158,9 +177,10 @@ def predict(
         >>> found["images"] == len([*(found.folder / "masks").rglob("*.png")])
         True
     """
+    target = OutDir(out_dir, exist_ok, overwrite)
     with _resumed(model) as given:
         overrides = {**given, "input": input, **overrides}
-        return Results.of(run_mode("predict", words, overrides, out_dir=out_dir, config_dir=config_dir))
+        return Results.of(run_mode("predict", words, overrides, out_dir=target, config_dir=config_dir))
 
 
 def track(
@@ -168,6 +188,8 @@ def track(
     input: Folder,
     *words: str,
     out_dir: Folder | None = None,
+    exist_ok: bool = False,
+    overwrite: bool = False,
     config_dir: Folder | None = None,
     **overrides: Any,
 ) -> Results:
@@ -178,6 +200,8 @@ def track(
         input: a video, or a folder of frames.
         words: overrides as typed on the command line.
         out_dir: the run folder.
+        exist_ok: where `out_dir` holds a run, write to a new folder next to it, such as RUN_2.
+        overwrite: delete the run in `out_dir` first.
         config_dir: folder of further config groups.
         overrides: config groups and keys, as of `train`, such as `labels`, the mask of the first frame.
 
@@ -191,16 +215,19 @@ def track(
         >>> found["frames"], found.folder.is_dir()
         (4, True)
     """
+    target = OutDir(out_dir, exist_ok, overwrite)
     backbone = model if model in list_backbones(config_dir=config_dir) and not Path(model).exists() else None
     with _resumed(model if backbone is None else None) as given:
         overrides = {**given, **({} if backbone is None else {"backbone": backbone}), "input": input, **overrides}
-        return Results.of(run_mode("track", words, overrides, out_dir=out_dir, config_dir=config_dir))
+        return Results.of(run_mode("track", words, overrides, out_dir=target, config_dir=config_dir))
 
 
 def compare(
     runs: Sequence[Run | Results | Folder | Sequence[Run | Results | Folder]],
     *words: str,
     out_dir: Folder | None = None,
+    exist_ok: bool = False,
+    overwrite: bool = False,
     config_dir: Folder | None = None,
     **overrides: Any,
 ) -> Comparison:
@@ -210,6 +237,8 @@ def compare(
         runs: runs, results of `evaluate`, or their folders; a list of several seeds counts as one.
         words: overrides as typed on the command line.
         out_dir: the run folder.
+        exist_ok: where `out_dir` holds a run, write to a new folder next to it, such as RUN_2.
+        overwrite: delete the run in `out_dir` first.
         config_dir: folder of further config groups.
         overrides: config groups and keys, as of `train`.
 
@@ -228,7 +257,8 @@ def compare(
         else _folder_of(run)
         for run in runs
     ]
-    result = run_mode("compare", words, {"runs": sides, **overrides}, out_dir=out_dir, config_dir=config_dir)
+    target = OutDir(out_dir, exist_ok, overwrite)
+    result = run_mode("compare", words, {"runs": sides, **overrides}, out_dir=target, config_dir=config_dir)
     return Comparison(read_json(Path(result["run"]) / "compare.json"), result["run"])
 
 

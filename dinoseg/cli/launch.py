@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from dinoseg.cli.extras import hush_schemas
 from dinoseg.cli.ranks import LAUNCH_KEYS, is_first_rank, join_slurm, run_mode, run_ranks, shortages_as_user_errors
 from dinoseg.config.credentials import check_credentials
+from dinoseg.config.grammar import decode_keys
 from dinoseg.config.limits import check_training
 from dinoseg.config.options import options_of, values_in_files
 from dinoseg.config.plain import BUILDS, to_container
@@ -221,7 +222,7 @@ def _enter_folder(
 
 def _claim_folder(cfg: DictConfig, folder: Path) -> Path:
     """Create a new run folder, or return an existing one in which the mode resumes; report another name than typed."""
-    if _resumes_in_folder(cfg, folder):
+    if resumes_in_folder(cfg, folder):
         lock(folder, instead="choose another hydra.run.dir")
         return folder
     run_folder = claim(folder)
@@ -264,7 +265,7 @@ def _with_heads(cfg: DictConfig, overrides: Sequence[str], run: Path | None) -> 
     return OmegaConf.merge(cfg, {SOLO: {name: to_container(solo.cfg) for name, solo in runs.items()}}), runs  # type: ignore[return-value]
 
 
-def _resumes_in_folder(cfg: DictConfig, folder: Path) -> bool:
+def resumes_in_folder(cfg: DictConfig, folder: Path) -> bool:
     """Return whether a mode with `resumes_with` resumes in its existing run folder instead of using a new one."""
     record = cfg.mode.get("resumes_with")
     claimed = (folder / LOG).exists()
@@ -343,7 +344,7 @@ def _check_words(cfg: DictConfig, overrides: Sequence[str]) -> None:
     for override in _parsed(overrides):
         name = override.key_or_group
         hidden = [part for part in name.split(".") if part.startswith("_")]
-        hidden += [key for table in _tables(override.value()) for key in map(str, table) if key in BUILDS]
+        hidden += [key for table in _tables(decode_keys(override.value())) for key in map(str, table) if key in BUILDS]
         if hidden := hidden or [key for key in LAUNCH_KEYS[1:] if f"{name}.".startswith(f"mode.{key}.")]:
             raise UserError(
                 f"{name}: {hidden[0]} can be set in config files only. Choose a component by GROUP=OPTION; for your "

@@ -6,6 +6,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from dinoseg.config.grammar import decode_keys
 from dinoseg.config.options import chosen_options, options_of
 from dinoseg.config.plain import to_container
 from dinoseg.utils.errors import UserError
@@ -22,7 +23,7 @@ def job_config(cfg: DictConfig, options: Mapping[str, Any]) -> DictConfig:
         options: Hydra's choices.
     """
     job = {key: value for key, value in to_container(squared(cfg)).items() if key != "hydra"}
-    return OmegaConf.create({**job, "choices": chosen_options(options)})
+    return OmegaConf.create({**decode_keys(job), "choices": chosen_options(options)})
 
 
 def machine_config(inference: str) -> DictConfig:

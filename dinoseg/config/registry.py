@@ -12,6 +12,7 @@ import yaml
 from hydra.core.hydra_config import HydraConfig
 
 from dinoseg.config.options import RECIPES
+from dinoseg.utils.stamps import Stamp, stamp
 
 # groups that a checkpoint's config fills
 GROUPS = ("backbone", "adapter", "head", "loss", "data", "optim", "trainer", "inference")
@@ -42,9 +43,9 @@ class RegistryEntry:
 Registry = Mapping[Keys, RegistryEntry]
 
 
-def shipped_registry() -> Registry:
-    """Return the registry of the shipped config files only, whatever Hydra program this runs in."""
-    return read_registry((_SHIPPED,))
+def shipped_registry(config_dir: Path | None = None) -> Registry:
+    """Return the registry of the shipped config files and of a further folder, whatever Hydra program this runs in."""
+    return read_registry((_SHIPPED,) if config_dir is None else (_SHIPPED, config_dir))
 
 
 def full_registry(config: Mapping[str, Any]) -> Registry:
@@ -66,7 +67,6 @@ def full_registry(config: Mapping[str, Any]) -> Registry:
     return _joined(_joined(read_registry(folders), read_chosen(folders, chosen)), composed)
 
 
-@lru_cache(maxsize=4)
 def read_registry(folders: tuple[Path, ...]) -> Registry:
     """Return the registry of config files in `folders`.
 
@@ -76,6 +76,13 @@ def read_registry(folders: tuple[Path, ...]) -> Registry:
     Args:
         folders: roots of config groups.
     """
+    # a notebook may write a file between two calls; those of the package do not change
+    files = (path for folder in folders if folder != _SHIPPED for path in sorted(folder.rglob("*.yaml")))
+    return _read_registry(folders, tuple((path, stamp(path)) for path in files))
+
+
+@lru_cache(maxsize=4)
+def _read_registry(folders: tuple[Path, ...], stamps: tuple[tuple[Path, Stamp | None], ...]) -> Registry:
     registry: dict[Keys, RegistryEntry] = {}
     seen: set[_Config] = set()
     for folder in folders:

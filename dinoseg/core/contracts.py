@@ -18,7 +18,31 @@ _FEW = (4, 3, 2, 1)  # chunk sizes: 0.87 of the time of 16 images at once, ViT-S
 BlockKwargs = dict[str, tuple[Tensor, Tensor]]  # keyword arguments of a block besides its tokens
 
 
-class Backbone(nn.Module):
+class GuardedModule(nn.Module):
+    """Module that refuses a submodule under the name of a property which does not return it.
+
+    nn.Module would register the submodule, while the property and `forward` keep the old one.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute or register a submodule.
+
+        Raises:
+            UserError: it would be ignored.
+        """
+        to_property = isinstance(value, nn.Module) and isinstance(getattr(type(self), name, None), property)
+        if to_property and getattr(self, name) is value:
+            return
+        super().__setattr__(name, value)
+        if to_property and getattr(self, name) is not value:
+            del self._modules[name]
+            raise UserError(
+                f"{type(self).__name__}.{name} is read-only: {type(value).__name__} would be ignored. Choose parts by "
+                "the arguments of dinoseg.create_model, such as head=; change modules inside the part instead."
+            )
+
+
+class Backbone(GuardedModule):
     """Base class of backbones: map images (B, 3, H, W), float in 0..1, to L maps (B, C, h, w).
 
     h = ceil(H / patch_size) and w = ceil(W / patch_size). A backbone normalises images and pads them at the bottom
@@ -174,7 +198,7 @@ class Slots(Protocol):
         ...
 
 
-class Head(nn.Module, Generic[Outputs]):
+class Head(GuardedModule, Generic[Outputs]):
     """Base class of heads: map feature maps to outputs of the head's own type, and these to pixels.
 
     Outputs are tensors (B, ...), alone or in lists, dicts or dataclasses: a validation computes the loss of each image.

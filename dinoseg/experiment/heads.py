@@ -1,6 +1,5 @@
 """Runs of several heads: parsing of `heads` and `lrs`, and the config of each head's own run."""
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
+from dinoseg.config.grammar import write_value
 from dinoseg.config.job import job_config
 from dinoseg.config.plain import to_container
 from dinoseg.experiment import resume
@@ -164,13 +164,10 @@ def _composed(heads: Sequence[HeadRun], overrides: Sequence[Override]) -> dict[s
                 "keys of every entry."
             )
         cfg.head = OmegaConf.merge(cfg.head, head.keys)
-        found[head.name] = SoloRun(cfg, [*words, *(f"head.{key}={_typed(value)}" for key, value in head.keys.items())])
+        found[head.name] = SoloRun(
+            cfg, [*words, *(f"head.{key}={write_value(value)}" for key, value in head.keys.items())]
+        )
     return found
-
-
-def _typed(value: Any) -> str:
-    """Return a plain value as typed on a command line."""
-    return json.dumps(value, separators=(",", ":"))
 
 
 def _resumed(cfg: DictConfig, heads: Sequence[HeadRun], overrides: Sequence[Override], run: Path) -> dict[str, SoloRun]:

@@ -47,7 +47,8 @@ def load_initial_weights(
         return model
     init = build.value("init")
     offered = _of(init, checkpoint.outline)
-    _, left = _fitting(init, model, offered)
+    fitting, left = _fitting(init, model, offered)
+    _check_head(build, model, offered, fitting)
     # read only what the model has room for: an untrusted file may describe more than fits in memory
     room = {key for key, name, _ in _named(model, offered) if name not in left}
     saved = _of(init, partial(checkpoint.read, finite=build.value("finite_weights"), only=room))
@@ -93,7 +94,9 @@ def check_initial(build: ModelBuilder, model: SegmentationModel) -> None:
         raise UserError(
             f"init={init} and head.init={model.head.init} both set the initial weights of the head. Leave one out."
         )
-    _fitting(init, model, _of(init, checkpoint.outline))
+    offered = _of(init, checkpoint.outline)
+    fitting, _ = _fitting(init, model, offered)
+    _check_head(build, model, offered, fitting)
 
 
 def _of(init: Any, read: Callable[[Path], Checkpoint]) -> Checkpoint:
@@ -137,12 +140,25 @@ def _fitting(init: str, model: SegmentationModel, saved: Checkpoint) -> tuple[di
             f"Choose its backbone and adapter={format_value(str(saved.info['choices']['adapter']))}, with the same "
             "values."
         )
-    if not any(name.startswith("head.") for name in taken):
-        raise UserError(
-            f"init={init}: its {count_of(len(have), 'tensor')} do not match this model's head. Use the head and the "
-            "backbone of its config, or leave init out."
-        )
     return taken, left
+
+
+def _check_head(
+    build: ModelBuilder, model: SegmentationModel, offered: Checkpoint, fitting: Mapping[str, Tensor]
+) -> None:
+    """Refuse a checkpoint without a tensor of the model's head, unless its head differs in the number of classes only.
+
+    All layers of a linear head or an MLP depend on that number.
+    """
+    theirs, ours = (
+        {name for name in names if name.startswith("head.")}
+        for names in ([name for _, name, _ in _named(model, offered)], trained_names(model))
+    )
+    if theirs.isdisjoint(fitting) and (theirs != ours or len(build.labels.classes) == len(offered.info["classes"])):
+        raise UserError(
+            f"init={build.value('init')}: its {count_of(len(offered.part('model')), 'tensor')} do not match this "
+            "model's head. Use the head and the backbone of its config, or leave init out."
+        )
 
 
 def _is_so(value: Tensor, now: Tensor | None) -> bool:
@@ -194,7 +210,8 @@ def _log_loaded(
     parts += [f"{count_of(len(given), 'tensor')} of the backbone from backbone.weights"] if given else []
     parts += [f"randomly initialised: {join_names(new, 5)}"] if new else []
     parts += [f"not loaded: {join_names(sorted(left), 5)}"] if left else []
-    logger.info("%s.", "; ".join(parts))
+    is_partial = any(name.startswith("head.") for name in new)
+    logger.log(logging.WARNING if is_partial else logging.INFO, "%s.", "; ".join(parts))
     theirs = list(map(str, saved.info["classes"]))
     if theirs != classes and len(theirs) == len(classes):
         logger.warning("init: its classes are %s; those of the data start from them.", join_names(theirs, 20))

@@ -13,7 +13,7 @@ from dinoseg.core.shapes import SegmentationData
 from dinoseg.data.classes.labels import Labels
 from dinoseg.experiment.models import ModelBuilder
 from dinoseg.models.backbones.normalisation import SATELLITE, is_satellite
-from dinoseg.training.description import CHOSEN, GROUPS, PRECISION
+from dinoseg.training.description import CHOSEN, GROUPS, PRECISION, locate_weights
 from dinoseg.utils.forms import as_read_back
 
 USE = "inference"  # inference strategy: a run that validates with windows is evaluated with them
@@ -82,6 +82,7 @@ def recipe_of(info: Mapping[str, Any]) -> dict[str, Any]:
     """
     # the inference strategy does not affect training
     config = {key: value for key, value in as_read_back(saved_config(info)).items() if key not in USES}
+    config = locate_weights(config, Path(info["folder"]))
     trainer = {key: value for key, value in config["trainer"].items() if key not in LENGTHS}
     # the background affects a score, but not training
     data = {**config["data"], "root": data_root(config, Path(info["folder"]))[0], "background": None}

@@ -10,6 +10,7 @@ from typing import Any
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
+from dinoseg.config.grammar import decode_keys
 from dinoseg.config.guard import guard
 from dinoseg.config.job import machine_config, squared
 from dinoseg.config.plain import has_key, keys_of, to_container
@@ -78,6 +79,7 @@ def standalone_config(
     inference: str | None = None,
     trust: Sequence[str] = (),
     job: Mapping[str, Any] | None = None,
+    config_dir: Path | None = None,
 ) -> DictConfig:
     """Return the config for using a checkpoint without a command line, validated against the shipped config files.
 
@@ -89,13 +91,14 @@ def standalone_config(
         changes: dotted key to the user's own value, such as `engine.device` or `backbone.weights`.
         inference: option of that group, instead of the file's own.
         trust: packages and hub IDs that the file may name, in addition to those in config files.
+        config_dir: folder of further config files, without a job.
         job: config of the job that uses the checkpoint; its own config files and its `trust` then count as well.
 
     Raises:
         UserError: the checkpoint's config is not to be trusted.
     """
     saved, cfg = saved_config(info), machine_config(inference or "auto")
-    registry = shipped_registry() if job is None else full_registry(job)
+    registry = shipped_registry(config_dir) if job is None else full_registry(job)
     trust = trust if job is None else [*trust, *trusted(job["trust"])]
     guard(saved, f"resume={path}", to_container(cfg), trust=trust, typed=[*changes], registry=registry)
     reused = {key: value for key, value in saved.items() if not (inference and key == USE)}
@@ -155,7 +158,7 @@ def _take_value(override: Override, cfg: DictConfig, merged: DictConfig, path: P
         return
     if not (override.is_add() or override.is_force_add()):
         _check_key(name, cfg, merged, path)
-    OmegaConf.update(merged, name, override.value())
+    OmegaConf.update(merged, name, decode_keys(override.value()))
 
 
 def _lift_time_limit(merged: DictConfig, keys: Sequence[str]) -> bool:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from dinoseg.core.shapes import Batch, Prediction
+from dinoseg.utils.errors import UserError
 from dinoseg.utils.precision import at_least_float32
 from dinoseg.utils.transfer import to_device
 
@@ -20,6 +21,19 @@ def labels(mask: Tensor, ignore_index: int) -> Tensor:
     """Return the class ids of a mask as int64, with UNLABELLED instead of `ignore_index`."""
     ids = mask.long()
     return ids.masked_fill(ids == ignore_index, UNLABELLED)
+
+
+def check_classes(class_weights: Tensor) -> None:
+    """Refuse a softmax over a single class, whose probability is 1 whatever its score.
+
+    Raises:
+        UserError: there is one class.
+    """
+    if len(class_weights) == 1:
+        raise UserError(
+            "With 1 class every probability is 1 and the loss 0, without a gradient. Give scores of at least two "
+            "classes (data.classes): for one kind of object, the background and the object."
+        )
 
 
 def weights_of(class_weights: Tensor, scores: Tensor) -> Tensor:

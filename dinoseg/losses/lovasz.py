@@ -5,7 +5,7 @@ from torch import Tensor
 
 from dinoseg.core.contracts import Loss
 from dinoseg.core.shapes import Batch, Prediction
-from dinoseg.losses.labelled import UNLABELLED, image_count, labelled_images, labelled_pixels, ratio
+from dinoseg.losses.labelled import UNLABELLED, check_classes, image_count, labelled_images, labelled_pixels, ratio
 
 
 @torch.no_grad()
@@ -70,6 +70,7 @@ class Lovasz(Loss):
 
     def forward(self, prediction: Prediction, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss, and `weight`: the number of images with a labelled pixel."""
+        check_classes(self.weight)
         logits, target = labelled_pixels(prediction, batch, self.ignore_index)
         shares = logits.softmax(1).movedim(1, -1)  # (B, H, W, K)
         class_weights = self.weight.to(logits.dtype)

@@ -8,7 +8,7 @@ from dinoseg.core.shapes import Batch, Prediction
 from dinoseg.losses.border import Border
 from dinoseg.losses.full_resolution import Vjp, pixel_sums
 from dinoseg.losses.fused import KernelSpec
-from dinoseg.losses.labelled import image_count, labelled_images, ratio
+from dinoseg.losses.labelled import check_classes, image_count, labelled_images, ratio
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Count, NotNegative
 
@@ -94,6 +94,7 @@ class Tversky(Loss):
 
     def forward(self, prediction: Prediction, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss, and `weight`: the number of images with a labelled pixel."""
+        check_classes(self.weight)
         weights = self.border.weights(batch.mask, self.ignore_index)
         sums = pixel_sums(prediction, batch, self.ignore_index, overlap_sums, weights=weights, form=KernelSpec())
         value = tversky_loss(sums, self.weight, self.alpha, self.beta)

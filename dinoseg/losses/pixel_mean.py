@@ -12,7 +12,7 @@ from dinoseg.core.shapes import Batch, Prediction
 from dinoseg.losses.border import Border
 from dinoseg.losses.full_resolution import Vjp, pixel_sums, pixel_values
 from dinoseg.losses.fused import KernelSpec
-from dinoseg.losses.labelled import UNLABELLED, labels, ratio
+from dinoseg.losses.labelled import UNLABELLED, check_classes, labels, ratio
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Count, HighShare, NotNegative
 from dinoseg.utils.transfer import to_device
@@ -118,6 +118,7 @@ class PixelMean(Loss):
         A batch without labelled pixels gives a loss of 0, and a weight of 0 unless all pixels count. The weights of
         pixels near borders also enter the losses that select the hardest pixels, which takes an additional pass.
         """
+        check_classes(self.weight)
         weights = self.border.weights(batch.mask, self.ignore_index)
         if self.hardest.share < 1:
             costs = pixel_values(

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,16 +48,17 @@ class ConfusionMatrix:
         """Set all counts to 0."""
         self.counts = torch.zeros_like(self.counts)
 
-    def update(self, prediction: Tensor, mask: Tensor) -> None:
-        """Count predicted ids (B, H, W) against reference ids (B, H, W), both of any integer type.
+    def update(self, prediction: Tensor | np.ndarray, mask: Tensor | np.ndarray) -> None:
+        """Count predicted ids (B, H, W) against reference ids (B, H, W): tensors or arrays of any integer type.
 
         This never synchronises with an accelerator: ids outside the classes raise here on the CPU, on other devices in
         `compute`.
 
         Raises:
-            UserError: a mask holds an id that is neither a class nor the ignore index.
+            UserError: a mask holds an id that is neither a class nor the ignore index, or is no tensor or array.
             ValueError: the shapes differ, or a tensor is not of an integer type.
         """
+        prediction, mask = as_tensor(prediction, "prediction"), as_tensor(mask, "mask")
         _check_class_ids(prediction, mask)
         if mask.device.type == "cpu" and prediction.dtype == mask.dtype == torch.uint8:
             pairs = _pairs(prediction.reshape(-1), mask.reshape(-1))
@@ -155,6 +157,19 @@ def commonest_class(matrix: list[list[int]]) -> tuple[int, float]:
     commonest = pixels.index(max(pixels))
     present = sum(count > 0 for count in pixels)
     return commonest, pixels[commonest] / sum(pixels) / present if present else 0.0
+
+
+def as_tensor(value: Any, name: str) -> Tensor:
+    """Return a tensor, or an array as one.
+
+    Raises:
+        UserError: it is neither; the message begins with its name.
+    """
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(value.copy())  # torch takes no read-only and no flipped arrays
+    if not isinstance(value, Tensor):
+        raise UserError(f"{name} is of type {type(value).__name__}. Give a tensor or an array.")
+    return value
 
 
 def _check_class_ids(prediction: Tensor, mask: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Scores of predictions as functions of tensors, computed in integers and float64."""
+"""Scores of predictions as functions of tensors or arrays, computed in integers and float64."""
 
 import math
 from typing import Any
@@ -8,13 +8,15 @@ import torch
 from torch import Tensor
 
 from dinoseg.metrics import calibration, surface
-from dinoseg.metrics.confusion import ConfusionMatrix
+from dinoseg.metrics.confusion import ConfusionMatrix, as_tensor
 from dinoseg.metrics.region_boundary import object_scores
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import AT_LEAST_1, INTEGERS, whole_number
 
+Values = Tensor | np.ndarray
 
-def mean_iou(predictions: Tensor, targets: Tensor, num_classes: int, *, ignore_index: int = 255) -> float:
+
+def mean_iou(predictions: Values, targets: Values, num_classes: int, *, ignore_index: int = 255) -> float:
     """Return the mean IoU over the classes in predictions or targets; NaN if no pixel counts.
 
     All pixels count together. For a dataset, update a `ConfusionMatrix` with each batch instead.
@@ -38,7 +40,7 @@ def mean_iou(predictions: Tensor, targets: Tensor, num_classes: int, *, ignore_i
     return _score("miou", predictions, targets, num_classes, ignore_index)
 
 
-def mean_dice(predictions: Tensor, targets: Tensor, num_classes: int, *, ignore_index: int = 255) -> float:
+def mean_dice(predictions: Values, targets: Values, num_classes: int, *, ignore_index: int = 255) -> float:
     """Return the mean Dice coefficient over the classes in predictions or targets; see `mean_iou`.
 
     Examples:
@@ -50,7 +52,7 @@ def mean_dice(predictions: Tensor, targets: Tensor, num_classes: int, *, ignore_
     return _score("dice", predictions, targets, num_classes, ignore_index)
 
 
-def pixel_accuracy(predictions: Tensor, targets: Tensor, num_classes: int, *, ignore_index: int = 255) -> float:
+def pixel_accuracy(predictions: Values, targets: Values, num_classes: int, *, ignore_index: int = 255) -> float:
     """Return the share of labelled pixels whose predicted class is the target's; see `mean_iou`.
 
     Examples:
@@ -63,7 +65,7 @@ def pixel_accuracy(predictions: Tensor, targets: Tensor, num_classes: int, *, ig
 
 
 def region_and_boundary(
-    prediction: Tensor, target: Tensor, num_objects: int, *, void: Tensor | None = None
+    prediction: Values, target: Values, num_objects: int, *, void: Values | None = None
 ) -> tuple[Tensor, Tensor]:
     """Return DAVIS's region similarity J and boundary measure F of each object of a frame, (G,) float64.
 
@@ -74,7 +76,7 @@ def region_and_boundary(
         void: (H, W) bool or integers, True or not 0 where a pixel is background in both; None: nowhere.
 
     Raises:
-        UserError: an argument is not a tensor of ids, or `num_objects` is below 1.
+        UserError: an argument holds no ids, or `num_objects` is below 1.
         ValueError: the maps or `void` differ in size, or there are more than 255 objects.
 
     Examples:
@@ -85,16 +87,16 @@ def region_and_boundary(
         >>> region_and_boundary(ids, ids, 1)
         (tensor([1.], dtype=torch.float64), tensor([1.], dtype=torch.float64))
     """
-    _check_ids(prediction=prediction, target=target, **({} if void is None else {"void": void}))
+    prediction, target = _as_ids(prediction, "prediction"), _as_ids(target, "target")
     num_objects = whole_number(num_objects, "num_objects", AT_LEAST_1)
-    hidden = None if void is None else _array(void)
+    hidden = None if void is None else _array(_as_ids(void, "void"))
     if hidden is not None and hidden.shape != _array(target).shape:
         raise ValueError(f"void has the shape {list(hidden.shape)}. Give that of the target, {list(target.shape)}.")
     region, boundary = object_scores(_array(target), _array(prediction), num_objects, hidden)
     return torch.from_numpy(region.copy()), torch.from_numpy(boundary.copy())
 
 
-def boundary_iou(prediction: Tensor, target: Tensor, num_classes: int, *, ratio: float = 0.02) -> Tensor:
+def boundary_iou(prediction: Values, target: Values, num_classes: int, *, ratio: float = 0.02) -> Tensor:
     """Return the Boundary IoU (B. Cheng et al., 2021) of each class of an image, (K,) float64; NaN without pixels.
 
     Args:
@@ -104,7 +106,7 @@ def boundary_iou(prediction: Tensor, target: Tensor, num_classes: int, *, ratio:
         ratio: width of the boundary bands, as a share of the image diagonal, in (0, 1].
 
     Raises:
-        UserError: an argument is not a tensor of ids, or a number is out of its range.
+        UserError: an argument holds no ids, or a number is out of its range.
         ValueError: the maps differ in size.
 
     Examples:
@@ -115,7 +117,7 @@ def boundary_iou(prediction: Tensor, target: Tensor, num_classes: int, *, ratio:
         >>> boundary_iou(ids, ids, 2)
         tensor([1., 1.], dtype=torch.float64)
     """
-    _check_ids(prediction=prediction, target=target)
+    prediction, target = _as_ids(prediction, "prediction"), _as_ids(target, "target")
     if not 0 < ratio <= 1:
         raise UserError(f"ratio={ratio}: give a number above 0 and at most 1.")
     classes = range(whole_number(num_classes, "num_classes", AT_LEAST_1))
@@ -123,7 +125,7 @@ def boundary_iou(prediction: Tensor, target: Tensor, num_classes: int, *, ratio:
     return _ratio(both, either)
 
 
-def surface_dice(prediction: Tensor, target: Tensor, num_classes: int, *, tolerance: float) -> Tensor:
+def surface_dice(prediction: Values, target: Values, num_classes: int, *, tolerance: float) -> Tensor:
     """Return the normalised surface Dice (NSD) of each class of an image, (K,) float64; NaN for absent classes.
 
     Args:
@@ -133,7 +135,7 @@ def surface_dice(prediction: Tensor, target: Tensor, num_classes: int, *, tolera
         tolerance: distance in pixels up to which outlines agree, at least 0.
 
     Raises:
-        UserError: an argument is not a tensor of ids, or `num_classes` is below 1.
+        UserError: an argument holds no ids, or `num_classes` is below 1.
         ValueError: the maps differ in size, or the tolerance is invalid.
 
     Examples:
@@ -144,14 +146,14 @@ def surface_dice(prediction: Tensor, target: Tensor, num_classes: int, *, tolera
         >>> surface_dice(ids, ids.roll(1, 0), 2, tolerance=1.0)
         tensor([1., 1.], dtype=torch.float64)
     """
-    _check_ids(prediction=prediction, target=target)
+    prediction, target = _as_ids(prediction, "prediction"), _as_ids(target, "target")
     classes = range(whole_number(num_classes, "num_classes", AT_LEAST_1))
     near, total = surface.surface_counts(_array(target), _array(prediction), classes, tolerance).T
     return _ratio(near, total)
 
 
 def expected_calibration_error(
-    logits: Tensor, targets: Tensor, *, ignore_index: int = 255, temperature: float = 1.0
+    logits: Values, targets: Values, *, ignore_index: int = 255, temperature: float = 1.0
 ) -> float:
     """Return the expected calibration error (C. Guo et al., 2017) over 15 bins of the confidence; NaN without pixels.
 
@@ -176,7 +178,7 @@ def expected_calibration_error(
     return float("nan") if found is None else found
 
 
-def fit_temperature(logits: Tensor, targets: Tensor, *, ignore_index: int = 255) -> float:
+def fit_temperature(logits: Values, targets: Values, *, ignore_index: int = 255) -> float:
     """Return the temperature in 0.01..100 by which logits must be divided to maximise the likelihood of the targets.
 
     Args:
@@ -198,18 +200,16 @@ def fit_temperature(logits: Tensor, targets: Tensor, *, ignore_index: int = 255)
     return calibration.fit_temperature(*_labelled(logits, targets, ignore_index))
 
 
-def _score(name: str, predictions: Tensor, targets: Tensor, num_classes: int, ignore_index: int) -> float:
-    _check_tensors(predictions=predictions, targets=targets)
+def _score(name: str, predictions: Values, targets: Values, num_classes: int, ignore_index: int) -> float:
     matrix = ConfusionMatrix(num_classes, ignore_index)
     matrix.update(predictions, targets)
     found = matrix.compute()[name]
     return float("nan") if found is None else found
 
 
-def _labelled(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[np.ndarray, np.ndarray]:
+def _labelled(logits: Values, targets: Values, ignore_index: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the logits (N, K) and ids (N,) of labelled pixels."""
-    _check_tensors(logits=logits)
-    _check_ids(targets=targets)
+    logits, targets = as_tensor(logits, "logits"), _as_ids(targets, "targets")
     ignore_index = whole_number(ignore_index, "ignore_index", INTEGERS)
     if logits.ndim != 4 or targets.shape != (len(logits), *logits.shape[2:]):
         raise UserError(
@@ -228,19 +228,12 @@ def _labelled(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[np.nd
     return _array(rows.double()), _array(ids)
 
 
-def _check_tensors(**values: Any) -> None:
-    """Refuse arguments that are not tensors, such as NumPy arrays."""
-    for name, value in values.items():
-        if not isinstance(value, Tensor):
-            raise UserError(f"{name} is of type {type(value).__name__}. Give a tensor: torch.as_tensor({name}).")
-
-
-def _check_ids(**values: Any) -> None:
-    """Refuse arguments that are not tensors of integers or bool."""
-    _check_tensors(**values)
-    for name, value in values.items():
-        if value.is_floating_point() or value.is_complex():
-            raise UserError(f"{name} is {value.dtype}. Give ids of an integer type: {name}.long().")
+def _as_ids(value: Any, name: str) -> Tensor:
+    """Return a tensor or an array of integers or bool as a tensor; refuse others."""
+    ids = as_tensor(value, name)
+    if ids.is_floating_point() or ids.is_complex():
+        raise UserError(f"{name} is {ids.dtype}. Give ids of an integer type: {name}.long().")
+    return ids
 
 
 def _ratio(part: np.ndarray, whole: np.ndarray) -> Tensor:

@@ -214,6 +214,20 @@ def merge(backbone: Backbone) -> Backbone:
     return backbone
 
 
+def check_active(model: nn.Module) -> None:
+    """Refuse a model whose LoRA layers peft has merged or switched off, which its state dict does not say.
+
+    Raises:
+        UserError: a model loaded from its file would apply them, merged ones for the second time.
+    """
+    layers = [part for part in model.modules() if type(part).__module__.startswith("peft.")]
+    if any(getattr(part, "merged", False) or getattr(part, "disable_adapters", False) for part in layers):
+        raise UserError(
+            "LoRA layers of the model are merged or switched off by peft, so a file of it would give other results. "
+            "Undo that before saving: call unmerge() and enable_adapters(True) on each layer."
+        )
+
+
 def dequantised_state(model: nn.Module) -> dict[str, Tensor]:
     """Return a model's state dict with quantised weights dequantised to float32.
 

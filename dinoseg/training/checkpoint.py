@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dinoseg.models.model import SegmentationModel, trained_names
-from dinoseg.training.description import FORMAT, IDLE, read_description
+from dinoseg.training.description import FORMAT, IDLE, locate_weights, read_description
 from dinoseg.training.loading import (
     CASTS,
     CONSTANTS,
@@ -132,6 +132,7 @@ def _read(path: Path, value_of: Callable[[Any, str], Tensor] | None, only: Conta
         check_regular(path)
         with safe_open(path, framework="pt") as file:
             info = read_description((file.metadata() or {}).get("dinoseg"), path)
+            info["config"] = locate_weights(info["config"], path.parent / info["folder"])
             names = _known(file.keys(), path) if value_of else ()
             wanted = [key for key in names if only is None or key in only]
             return Checkpoint(path, {key: value_of(file, key) for key in wanted if value_of}, info)

@@ -69,6 +69,27 @@ def read_description(text: str | None, path: Path) -> dict[str, Any]:
     return info
 
 
+def locate_weights(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Return a config in which relative paths of weights are whole ones, if they lead to something in a folder.
+
+    Args:
+        config: of a checkpoint; other weights, such as hub ids, do not change.
+        folder: where the run was started; of a one-file model, its own folder.
+    """
+    parts = {part: config[part] for part in ("backbone", "head")}
+    return {**config, **{part: {**node, **_whole_path(node.get("weights"), folder)} for part, node in parts.items()}}
+
+
+def _whole_path(weights: Any, folder: Path) -> dict[str, str]:
+    if not isinstance(weights, str) or weights in ("random", "timm"):
+        return {}
+    try:
+        path = folder / Path(weights).expanduser()
+        return {"weights": str(path.absolute())} if path.exists() else {}
+    except (OSError, RuntimeError, ValueError):  # name too long, home of an unknown user, invalid characters
+        return {}
+
+
 def _name(value: Any, where: str) -> None:
     if not (isinstance(value, str) and 0 < len(value) <= LONGEST_NAME and value.isprintable()):
         raise forms.SchemaError(f"{where} is not a name")

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from dinoseg.api.compose import compose, words_of
+from dinoseg.config.grammar import write_value
 from dinoseg.config.plain import to_container
 from dinoseg.utils.errors import UserError
 
 pytestmark = pytest.mark.slow
-LETTERS = "ab1_-. ,=:;'\"\\()[]{}<>|&!?*+~#%@^`/$é中\t\n"
+LETTERS = "abnul1_-. ,=:;'\"\\()[]{}<>|&!?*+~#%@^`/$éßö中İſ\u212a\U0001f33f\t\n"
 TEXTS = ["", " ", "null", "None", "true", "1", "1e3", "-1", "inf", "nan", "a b", "a,b", "a=b", "[a]", "{a:b}", "it's"]
 TEXTS += [
     '"',
@@ -31,6 +32,8 @@ TEXTS += [
     "range(1,2)",
     "glob(*)",
     "a #b",
+    "Döhe",
+    "\\u00f6",
 ]
 
 
@@ -50,7 +53,7 @@ def value(rng, depth=0):
         return [None, rng.random() < 0.5, number, text(rng), text(rng)][kind]
     if kind < 7:
         return [value(rng, depth + 1) for _ in range(rng.randrange(3))]
-    return {f"k{number}": value(rng, depth + 1) for number in range(rng.randrange(3))}
+    return {rng.choice([text(rng), f"k{number}", number]): value(rng, depth + 1) for number in range(rng.randrange(3))}
 
 
 def test_what_is_composed_equals_what_was_given():
@@ -107,6 +110,18 @@ def test_other_values_are_refused(value):
         words_of({"seed": value})
 
 
-def test_keys_that_cannot_be_written_are_refused():
+def test_letters_of_any_language_are_written():
+    given = {"data": "folder", "data.root": "Döhe", "data.classes": ["a", "Höhe"], "loss": {"weights": {"Höhe": 2.0}}}
+    cfg = compose(words_of(given))
+    assert (cfg.data.root, [*cfg.data.classes], dict(cfg.loss.weights)) == ("Döhe", ["a", "Höhe"], {"Höhe": 2.0})
+
+
+def test_a_dotted_name_that_cannot_be_written_is_refused():
     with pytest.raises(UserError, match="Set it in a YAML file"):
-        words_of({"labels.x": {"1": 2}}, lambda key: False)
+        words_of({"labels.ä": 1})
+
+
+def test_entries_of_heads_are_words_that_hydra_parses_back():
+    keys = {"weights": "Döhe.pth", "note": "null", "channels": 16, "drop": 0.5, "norm": None, "on": True}
+    words = [f"++probe.{key}={write_value(value)}" for key, value in keys.items()]
+    assert to_container(compose(words).probe) == keys

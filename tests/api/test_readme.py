@@ -21,7 +21,7 @@ def test_both_ways_to_train_have_the_same_config(monkeypatch):
 
     def record(mode, words, overrides, *, out_dir, **_):
         called.append([f"mode={mode}", *words, *words_of(overrides)])
-        raise Called(out_dir)
+        raise Called(out_dir.folder)
 
     monkeypatch.setattr(modes, "run_mode", record)
     code = next(text for _, text in blocks(ROOT / "README.md", "python") if "dinoseg.train(" in text)

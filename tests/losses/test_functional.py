@@ -250,6 +250,15 @@ def test_targets_that_are_no_class_are_refused(name, wrong):
 
 
 @pytest.mark.parametrize("name", LOSSES)
+def test_a_softmax_over_one_class_is_refused(name):
+    loss, targets = getattr(dinoseg.losses, name), torch.zeros(2, 4, 4, dtype=torch.int64)
+    for weights in (None, [2.0]):
+        with pytest.raises(UserError, match="1 class.*two"):
+            loss(torch.randn(2, 1, 4, 4), targets, class_weights=weights)
+    assert loss(torch.randn(2, 2, 4, 4), targets) > 0
+
+
+@pytest.mark.parametrize("name", LOSSES)
 def test_a_loss_trains_after_it_was_used_in_inference_mode(name):
     loss = getattr(dinoseg.losses, name)
     targets = torch.randint(5, (1, 4, 4))

@@ -116,17 +116,33 @@ def test_refused_pixels_are_not_counted():
     assert matrix.compute()["accuracy"] == 1 and matrix.compute()["pixels"] == 16
 
 
+def test_arrays_count_as_tensors(ids):
+    arrays = [np.flip(each.numpy(), -1) for each in ids]
+    for each in arrays:
+        each.setflags(write=False)  # as arrays of Pillow images
+    flipped = [each.flip(-1) for each in ids]
+    for mixed in (arrays, [arrays[0], flipped[1]], [flipped[0], arrays[1]]):
+        matrix = metrics.ConfusionMatrix(3)
+        matrix.update(*mixed)
+        assert matrix.compute()["miou"] == metrics.mean_iou(*mixed, 3) == metrics.mean_iou(*flipped, 3)
+    square, logits = torch.randint(2, (16, 16), dtype=torch.uint8), torch.randn(1, 2, 16, 16)
+    for call in (
+        lambda change: metrics.region_and_boundary(change(square), change(square), 1, void=change(square)),
+        lambda change: metrics.boundary_iou(change(square), square, 2),
+        lambda change: metrics.surface_dice(square, change(square), 2, tolerance=1.0),
+        lambda change: metrics.expected_calibration_error(change(logits), change(square[None])),
+    ):
+        assert str(call(torch.Tensor.numpy)) == str(call(lambda each: each))
+
+
 def test_arguments_of_other_types_are_refused(ids):
     square, logits = torch.zeros(4, 4, dtype=torch.uint8), torch.zeros(1, 2, 4, 4)
     for call in (
-        lambda: metrics.mean_iou(ids[0].numpy(), ids[1], 3),
-        lambda: metrics.region_and_boundary(square.numpy(), square, 1),
-        lambda: metrics.region_and_boundary(square, square, 1, void=square.numpy()),
-        lambda: metrics.boundary_iou(square.numpy(), square, 1),
-        lambda: metrics.surface_dice(square, square.numpy(), 1, tolerance=1.0),
-        lambda: metrics.fit_temperature(logits.numpy(), square[None]),
+        lambda: metrics.mean_iou([[0, 1]], ids[1], 3),
+        lambda: metrics.ConfusionMatrix(3).update(ids[0], None),
+        lambda: metrics.fit_temperature([logits], square[None]),
     ):
-        with pytest.raises(UserError, match="is of type ndarray. Give a tensor: torch.as_tensor"):
+        with pytest.raises(UserError, match="is of type (list|NoneType). Give a tensor or an array"):
             call()
     for call in (
         lambda: metrics.boundary_iou(square.float(), square, 1),

@@ -17,6 +17,7 @@ logger = logging.getLogger(__name__)
 ON_ERROR = ("stop", "skip")
 _ACCEPTED = "Give a path, an array (H, W, 3), a torch tensor (3, H, W), a Pillow image, or a list of them."
 _WHITE = 65535  # white level of 16 bits
+_SLACK = 0.5 / 255  # resizing of floats rounds: 1.0000001 is white
 
 Picture = tuple[Path | None, np.ndarray]  # its file, if any, and (H, W, 3) uint8 RGB
 
@@ -100,13 +101,26 @@ def _levels(array: np.ndarray, name: str) -> np.ndarray:
             f"{name} is an array of {array.dtype}: give uint8 in 0..255 (array.astype('uint8')), uint16 or floats in "
             "0..1."
         )
-    least, most = float(array.min()), float(array.max())
-    if not (0 <= least and most <= 1):  # false for NaN
+    check_levels(float(array.min()), float(array.max()), name)
+    return np.round(array.clip(0, 1) * 255).astype(np.uint8)
+
+
+def check_levels(least: float, most: float, name: str) -> None:
+    """Refuse an image of floats that are not levels in 0..1, up to half a level of 8 bits.
+
+    Args:
+        least: smallest level.
+        most: largest level.
+        name: begins the message.
+
+    Raises:
+        UserError: they are in 0..255, normalised or NaN.
+    """
+    if not (-_SLACK <= least and most <= 1 + _SLACK):  # false for NaN
         raise UserError(
             f"{name} holds floats from {least:.3g} to {most:.3g}: give levels in 0..1, or uint8 in 0..255. Do not "
             "normalise them: the model does so."
         )
-    return np.round(array * 255).astype(np.uint8)
 
 
 def _ones(source: Any) -> Iterable[Any]:

@@ -21,6 +21,7 @@ def load(
     head: str | PathLike[str] | None = None,
     inference: str | None = None,
     trust: Sequence[str] = (),
+    config_dir: str | PathLike[str] | None = None,
 ) -> Model:
     """Load a trained model; nothing in the file is executed.
 
@@ -38,6 +39,8 @@ def load(
         head: weights for a head whose frozen part comes from a file, in the same way.
         inference: whole, windows or auto (whole images where memory suffices); None: as the file states.
         trust: packages and hub ids that the file may name in addition to those of dinoseg.
+        config_dir: folder with config groups of your own, whose classes the file may name; a class of a notebook is
+            `__main__.NAME` there.
 
     An ONNX file takes whole images, computes in float32 and holds all of its weights.
 
@@ -60,6 +63,7 @@ def load(
         head=head,
         inference=inference,
         trust=trust,
+        config_dir=config_dir,
     )
     with collection_paused():
         model = open_model(path, options)

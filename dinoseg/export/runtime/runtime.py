@@ -46,6 +46,7 @@ class Options:
     head: str | PathLike[str] | None = None
     inference: str | None = None
     trust: Sequence[str] = ()
+    config_dir: str | PathLike[str] | None = None
 
 
 def file_in(folder: Path, runtime: str | None) -> Path | None:

@@ -13,9 +13,10 @@ from zlib import crc32
 import torch
 from torch import Tensor, nn
 
-from dinoseg.core.contracts import Backbone, Head
+from dinoseg.core.contracts import Backbone, GuardedModule, Head
 from dinoseg.core.shapes import Prediction
 from dinoseg.export.runtime.facts import ModelFacts
+from dinoseg.export.runtime.inputs import check_levels
 from dinoseg.export.runtime.model import Model
 from dinoseg.export.runtime.runtime import FILES
 from dinoseg.export.runtime.torch_runtime import TorchRuntime, isolated
@@ -34,7 +35,7 @@ _OF_A_CALL = {"export.delta=true": "delta=True", "export.gated=true": "gated=Tru
 _GROUP = ("params", "lr", "weight_decay")  # of a parameter group, for any optimizer
 
 
-class Segmenter(nn.Module, Model):
+class Segmenter(GuardedModule, Model):
     """A segmentation model: backbone, adapter and head, with classes and preprocessing.
 
     `dinoseg.create_model` and `dinoseg.load` return it. Called with images, it returns class logits with gradients, so
@@ -45,6 +46,7 @@ class Segmenter(nn.Module, Model):
         model: backbone and head.
         facts: classes, palette, sizes, scores and sources.
         config: the whole config as plain values.
+        unused: values of the config that `save` writes and nothing here builds, by group.
         info: description of the checkpoint that it was loaded from; empty for a new model.
         policy: inference strategy of `predict`.
         precision: precision of `predict`: auto, bf16, fp16 or fp32. `forward` computes as the surrounding autocast.
@@ -70,6 +72,7 @@ class Segmenter(nn.Module, Model):
         *,
         info: Mapping[str, Any],
         policy: Policy,
+        unused: Mapping[str, Mapping[str, Any]] | None = None,
         precision: str = "auto",
         file: Path | None = None,
         checkpoint: tuple[Path, Stamp | None] | None = None,
@@ -78,9 +81,10 @@ class Segmenter(nn.Module, Model):
         self.model = model
         self.facts = facts
         self.file = None if file is None else file.absolute()
-        self._config, self._info = config, info
+        self._config, self._unused, self._info = config, unused or {}, info
         self._policy, self._precision = policy, precision
         self._checkpoint = checkpoint
+        self._has_checked_levels = False
         self._scored = self._checksums()  # the weights that the scores in `facts` belong to
 
     if TYPE_CHECKING:  # nn.Module's own, which is untyped
@@ -96,7 +100,7 @@ class Segmenter(nn.Module, Model):
             ...
 
     def forward(self, images: Tensor, *, as_prediction: bool = False) -> Tensor | Prediction:
-        """Return class logits (B, K, H, W) at the size of the images, with gradients.
+        """Return contiguous class logits (B, K, H, W) at the size of the images, with gradients.
 
         The softmax over K is the class probability. Heads of queries return the logarithm of their probabilities.
 
@@ -106,11 +110,11 @@ class Segmenter(nn.Module, Model):
                 of logits: `mask_classification_loss` needs it, others save the memory of logits at full size.
 
         Raises:
-            UserError: the images have another shape or type.
+            UserError: the images have another shape, type or range.
         """
-        _check_images(images)
+        self._check_images(images)
         prediction = self.model(images)
-        return prediction if as_prediction else prediction.logits()
+        return prediction if as_prediction else prediction.logits().contiguous()
 
     def logits(self, images: Tensor) -> Tensor:
         """Return class logits (B, K, H, W) of images (B, 3, H, W), as a call of the model does."""
@@ -125,9 +129,9 @@ class Segmenter(nn.Module, Model):
             images: (B, 3, H, W) RGB of any size, uint8 or float in 0..1.
 
         Raises:
-            UserError: the images have another shape or type.
+            UserError: the images have another shape, type or range.
         """
-        _check_images(images)
+        self._check_images(images)
         return self.model.backbone.maps(self.model.pixels(images))
 
     @property
@@ -291,7 +295,8 @@ class Segmenter(nn.Module, Model):
             facts = complete(facts, source, self.model, info, TrainedSizes.from_info(info), delta=delta)
             info.pop("format", None)
             try:
-                write_model(path, source, self.model, facts, info, delta=delta, gated=gated, where="The model")
+                options = {"delta": delta, "gated": gated, "unused": self._unused}
+                write_model(path, source, self.model, facts, info, **options, where="The model")
             except UserError as error:
                 words = str(error)
                 for typed, given in _OF_A_CALL.items():
@@ -316,13 +321,23 @@ class Segmenter(nn.Module, Model):
             if name not in skipped
         }
 
+    def _check_images(self, images: Tensor) -> None:
+        """Refuse all but tensors (B, 3, H, W) of uint8 or floats in 0..1, with at least one pixel.
 
-def _check_images(images: Tensor) -> None:
-    """Refuse all but tensors (B, 3, H, W) of uint8 or floats, with at least one pixel."""
-    if not isinstance(images, Tensor):
-        kind = type(images).__name__
-        raise UserError(f"Images are {kind}. Give a tensor (B, 3, H, W), or call model.predict, which takes arrays.")
-    if images.ndim != 4 or images.shape[1] != 3 or not images.numel():
-        raise UserError(f"Images have the shape {list(images.shape)}. Give (B, 3, H, W), RGB, at least one image.")
-    if images.dtype != torch.uint8 and not images.is_floating_point():
-        raise UserError(f"Images are {images.dtype}. Give uint8, or floats in 0..1.")
+        Levels on an accelerator are read from the first batch only, since that waits for it; compiled calls read none.
+        """
+        if not isinstance(images, Tensor):
+            kind = type(images).__name__
+            raise UserError(
+                f"Images are {kind}. Give a tensor (B, 3, H, W), or call model.predict, which takes arrays."
+            )
+        if images.ndim != 4 or images.shape[1] != 3 or not images.numel():
+            raise UserError(f"Images have the shape {list(images.shape)}. Give (B, 3, H, W), RGB, at least one image.")
+        if images.dtype == torch.uint8:
+            return
+        if not images.is_floating_point():
+            raise UserError(f"Images are {images.dtype}. Give uint8, or floats in 0..1.")
+        is_known = self._has_checked_levels and images.device.type != "cpu"
+        if not (is_known or images.is_meta or torch.compiler.is_compiling()):
+            check_levels(*map(float, images.detach().aminmax()), "The batch of images")
+            self._has_checked_levels = True

@@ -21,6 +21,8 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.precision import compute_dtype
 from dinoseg.utils.stamps import stamp
 
+# objects that training and evaluation build, and a loaded model does not
+_UNUSED = {"data": ("reader", "augment"), "loss": ("criterion",), "trainer": ("task",)}
 _HELD = (None, "random")  # config values for weights that the checkpoint itself holds
 
 
@@ -38,19 +40,23 @@ def load_torch(path: Path, options: Options) -> Segmenter:
         info = checkpoint.describe(file)
         facts = ModelFacts.of(info, str(file))
         changes = {"engine.device": options.device, **_weights(file, info, options)}
-        cfg = standalone_config(file, _drop_task(info), changes, inference=options.inference, trust=options.trust)
+        own = _config_folder(options)
+        described, unused = _split_unused(info)
+        cfg = standalone_config(
+            file, described, changes, inference=options.inference, trust=options.trust, config_dir=own
+        )
         policy: Policy = instantiate(cfg.inference)
         sizes = TrainedSizes.from_info(info)
         model, _ = restore(ModelBuilder(cfg), file)
     if model.head.slots is not None:
         raise UserError(f"{file} is a slot model, which has no classes. mode=track tracks its segments.")
     limit_to_trained_size(model, sizes)
-    config = {**to_container(cfg), "trainer": info["config"]["trainer"]}
     is_whole = "facts" in info
     loaded = Segmenter(
         model,
         facts,
-        config,
+        to_container(cfg),
+        unused=unused,
         info=info,
         policy=policy,
         precision=cfg.engine.precision if options.precision == "auto" else options.precision,
@@ -60,10 +66,26 @@ def load_torch(path: Path, options: Options) -> Segmenter:
     return loaded.to(device).eval()
 
 
-def _drop_task(info: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a description without its training task: a check of its keys would import scipy and matplotlib."""
+def _config_folder(options: Options) -> Path | None:
+    if options.config_dir is None:
+        return None
+    folder = Path(options.config_dir).expanduser().absolute()
+    if not folder.is_dir():
+        raise UserError(f"config_dir={options.config_dir} is not a folder. Give the folder of your config groups.")
+    return folder
+
+
+def _split_unused(info: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """Return a description without the objects that only training and evaluation build, and these by group.
+
+    They are the reader of the data, the loss and the task. Nothing checks them here, so nothing may build them.
+    """
     config = info["config"]
-    return {**info, "config": {**config, "trainer": {**config["trainer"], "task": None}}}
+    unused = {
+        group: {key: config[group][key] for key in keys if key in config[group]} for group, keys in _UNUSED.items()
+    }
+    used = {group: {**config[group], **dict.fromkeys(values)} for group, values in unused.items()}
+    return {**info, "config": {**config, **used}}, unused
 
 
 def _weights(file: Path, info: Mapping[str, Any], options: Options) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -20,6 +21,7 @@ from dinoseg.experiment.unread import warn_unread
 from dinoseg.export.runtime.facts import UNKNOWN, ModelFacts
 from dinoseg.export.runtime.runtime import FILES
 from dinoseg.inference.trained_sizes import KEY, TrainedSizes
+from dinoseg.models.adapters import check_active
 from dinoseg.models.model import SegmentationModel, non_persistent_buffers, trained_names
 from dinoseg.training import checkpoint
 from dinoseg.training.checkpoint import FOLDER
@@ -116,6 +118,7 @@ def write_model(
     *,
     delta: bool = False,
     gated: bool = False,
+    unused: Mapping[str, Mapping[str, Any]] | None = None,
     where: str | None = None,
 ) -> tuple[int, Mapping[str, Any]]:
     """Write a model as one file; return the number of its tensors, and the facts of its backbone.
@@ -128,13 +131,15 @@ def write_model(
         info: further entries of the file's description, such as the progress of its training.
         delta: see `export_model`.
         gated: see `export_model`.
+        unused: values for the config in the file that are not part of `source`, by group.
         where: start of messages about the weights; None: the checkpoint.
 
     Raises:
-        UserError: if the file cannot be written, the model is not that of its config, or the file would hold weights
-            that are not finite, or weights of restricted licence without `gated`.
+        UserError: if the file cannot be written, the model is not that of its config, its LoRA layers are merged or
+            off, or the file would hold weights that are not finite, or weights of restricted licence without `gated`.
     """
-    stored = _stored_config(source.config, facts)
+    check_active(model)
+    stored = _stored_config(source.config, facts, path.parent)
     whole = not delta and source.settings("adapter").get("bits") is not None
     tensors, frozen = _tensors(stored, source.in_float32(model) if whole else model, delta)
     if source.config["finite_weights"]:  # loading checked the checkpoint, but not the backbone's weights
@@ -146,6 +151,9 @@ def write_model(
         weights = [name for name in tensors if name.startswith("model/") and ".lora_" not in name]
         _check_licence(facts.backbone, source.config["head"].get("weights"), weights, copies=copies)
     description = {**config_description(ModelBuilder.of(stored)), "folder": "."}
+    config = description["config"]
+    more = {group: {**config[group], **_strip_folders(values)} for group, values in (unused or {}).items()}
+    description["config"] = {**config, **more}
     made = {**description, **facts.description(), "frozen": frozen, "versions": dict(facts.versions)}
     remaining = {key: value for key, value in info.items() if key != PRECISION}  # which the config states
     checkpoint.write(path, tensors, {"progress": asdict(checkpoint.Progress()), **remaining, **made})
@@ -219,21 +227,38 @@ def complete(
     )
 
 
-def _stored_config(config: Mapping[str, Any], facts: ModelFacts) -> dict[str, Any]:
-    """Return the config that a file stores: without paths of this machine or sources of weights that the file holds."""
+def _stored_config(config: Mapping[str, Any], facts: ModelFacts, folder: Path) -> dict[str, Any]:
+    """Return the config that a file in a folder stores.
+
+    It has no paths of this machine and no sources of weights that the file holds. Other sources are relative to it.
+    """
     stored: dict[str, Any] = {**_strip_folders(config), TEACHER: None, INITIAL: None}
     if "root" in stored["data"]:
         stored["data"]["root"] = "???"
     backbone, head, adapter = stored["backbone"], stored["head"], stored["adapter"]
     if facts.delta and is_hub_id(backbone["weights"]) and facts.backbone["revision"]:
         backbone["weights"] = f"{facts.backbone['weights']}@{facts.backbone['revision']}"
-    if not facts.delta:
+    if facts.delta:
+        for part, weights in ((part, config[part].get("weights")) for part in ("backbone", "head")):
+            if isinstance(weights, str) and Path(weights).expanduser().exists():
+                stored[part]["weights"] = _path_from(folder, Path(weights).expanduser())
+    else:
         # a checkpoint with a random-weights backbone holds all of that backbone
         backbone |= {"weights": "random"} if "weights" in backbone else {}
         adapter |= {"bits": None} if "bits" in adapter else {}
         in_file = {"weights": None, "class_layer": "loaded", "trainable": "all"}
         head |= {key: value for key, value in in_file.items() if head.get("weights") is not None and key in head}
     return stored
+
+
+def _path_from(folder: Path, path: Path) -> str:
+    """Return the path from a folder to another place, or the name alone where they have no folder in common."""
+    there, here = os.path.realpath(path), os.path.realpath(folder)
+    try:
+        common = Path(os.path.commonpath([there, here]))
+    except ValueError:  # on other drives
+        return path.name
+    return path.name if common == common.parent else Path(os.path.relpath(there, here)).as_posix()
 
 
 def _strip_folders(node: Any) -> Any:

@@ -233,7 +233,7 @@ def test_gated_weights_are_not_passed_on_unless_asked(compose, tmp_path, capsys)
     weights.rename(weights_elsewhere)
     with pytest.raises(
         UserError,
-        match="backbone=dinov3_file.safetensors, which is neither a file.*Set its current path: backbone=PATH",
+        match="backbone=../dinov3_file.safetensors, which is neither a file.*Set its current path: backbone=PATH",
     ):
         dinoseg.load(delta)
     model = dinoseg.load(delta, device="cpu", backbone=weights_elsewhere)

@@ -1,0 +1,99 @@
+"""New models that start from the weights of a saved one, and arguments that a new model does not use."""
+
+import logging
+
+import pytest
+import torch
+
+import dinoseg
+from dinoseg.utils.errors import UserError
+
+IMAGES = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+KINDS = {
+    "frozen": {"adapter": "frozen", "head": "linear"},
+    "lora": {"adapter": "lora", "head": "mlp"},
+    "full": {"adapter": "full", "head": "linear"},
+}
+
+
+def create(kind, **options):
+    return dinoseg.create_model("tiny_surgical", **KINDS[kind], **options).eval()
+
+
+@pytest.fixture(params=KINDS)
+def saved(request, tmp_path):
+    """Return the name of a kind of model, a model whose trained weights are noise, and its file."""
+    model, file = create(request.param, num_classes=3), tmp_path / "model.safetensors"
+    with torch.no_grad():
+        for value in model.parameters():
+            if value.requires_grad:
+                value.add_(torch.randn(value.shape, generator=torch.Generator().manual_seed(1)), alpha=0.1)
+    model.save(file)
+    return request.param, model, file
+
+
+def test_a_model_starts_from_a_saved_one(saved):
+    kind, model, file = saved
+    new = create(kind, num_classes=3, init=file)
+    assert torch.equal(new(IMAGES), model(IMAGES)) and not torch.equal(create(kind, num_classes=3)(IMAGES), new(IMAGES))
+    new.train()(IMAGES).sum().backward()
+    assert len(new.trainable_parameters()) and new.facts.scores is None
+
+
+def test_another_number_of_classes_starts_with_a_new_class_layer(saved, caplog, tmp_path):
+    kind, model, file = saved
+    with caplog.at_level(logging.WARNING):
+        new = create(kind, num_classes=5, init=str(file))
+    state, theirs = new.state_dict(), model.state_dict()
+    anew = [name for name, value in state.items() if value.shape != theirs[name].shape]
+    assert anew and all(name.startswith("model.head.") for name in anew)
+    assert all(torch.equal(state[name], theirs[name]) for name in state if name not in anew)
+    assert "loaded" in caplog.text and sorted(anew)[0].removeprefix("model.") in caplog.text
+    new.save(tmp_path / "new.safetensors")
+    assert torch.equal(dinoseg.load(tmp_path / "new.safetensors", device="cpu")(IMAGES), new(IMAGES))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"head": "mlp", "adapter": "full"}, "do not match this model's head"),
+        ({"head": "linear", "adapter": "frozen"}, "of its backbone .*adapter=full"),
+        ({"head": "linear", "adapter": "full", "init": "nowhere"}, "^init=nowhere: "),
+    ],
+)
+def test_other_parts_than_those_of_the_file_are_refused(options, message, tmp_path):
+    model = create("full", num_classes=2)
+    with torch.no_grad():
+        next(model.backbone.parameters()).add_(1)
+    model.save(tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=message):
+        dinoseg.create_model("tiny_surgical", num_classes=2, **{"init": tmp_path / "model.safetensors", **options})
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({"loss": "dice"}, "loss"),
+        ({"trainer": {"steps": 3}}, "trainer.steps"),
+        ({"engine": {"workers": 3}}, "engine.workers"),
+        ({"optim": {"schedule": {"kind": "poly"}}}, "optim.schedule.kind"),
+        ({"optim": {"optimizer": {"betas": [0.9, 0.95]}}}, "optim.optimizer.betas"),
+        ({"seed": 1, "logger": ["wandb"]}, "logger"),
+    ],
+)
+def test_arguments_without_effect_are_refused(options, word):
+    with pytest.raises(UserError, match=f"^{word} has no effect"):
+        dinoseg.create_model("rgb", num_classes=2, **options)
+
+
+def test_arguments_with_effect_are_taken():
+    options = {
+        "seed": 3,
+        "hparam": "base",
+        "engine.device": "cpu",
+        "resolution": {"scale": 0.5},
+        "inference": "whole",
+    }
+    options |= {"optim": {"optimizer": {"lr": 0.5, "layer_decay": 0.9}}, "data": {"ignore_index": 9}, "head.lr": 0.1}
+    model = dinoseg.create_model("tiny_surgical", adapter="full", num_classes=2, **options)
+    assert model.ignore_index == 9 and max(group["lr"] for group in model.trainable_parameters()) == 0.5
