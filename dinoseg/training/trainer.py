@@ -39,7 +39,7 @@ from dinoseg.training.step import (
 from dinoseg.training.time_limit import TimeLimit
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.interrupt import Deferral, deferred
-from dinoseg.utils.ranges import Count, Natural, OpenShare, Positive
+from dinoseg.utils.ranges import Count, OpenShare, Positive
 
 logger = logging.getLogger(__name__)
 NOTICE = "stopping: `last` is saved after this step (a second signal ends it at once, unsaved)"
@@ -64,7 +64,7 @@ class Settings:
         log_every: steps between logged rows.
         accumulate: batches per optimizer step.
         clip: maximum gradient norm, or None.
-        patience: stop after more validations than this without a better score, or None.
+        patience: stop after this many validations without a better score, as in Keras and Lightning; or None.
         ema: decay of a moving average of the weights, which is then scored and saved as best; or None.
         score: validation score that selects the best checkpoint.
         max_minutes: wall-clock limit, for which steps that take too long are dropped, see `TimeLimit`; or None.
@@ -76,7 +76,7 @@ class Settings:
     log_every: Count = 10
     accumulate: Count = 1
     clip: Positive | None = 1.0
-    patience: Natural | None = None
+    patience: Count | None = None
     ema: OpenShare | None = None
     score: str = "miou"
     max_minutes: Positive | None = None
