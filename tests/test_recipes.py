@@ -93,12 +93,13 @@ PROBE = {  # facebookresearch/dinov2 and dinov3, dinov3/eval/segmentation
 DINOV3_PROBE = PROBE | {
     **{"head.dropout": 0.1, "optim.optimizer.weight_decay": 1e-3, "trainer.val_every": 5000},
     **{"optim.schedule.kind": "one_cycle", "data.augment.color.hue": 0.5, "data.augment.color.space": "rgb"},
-    "data.augment.resample": "antialias",
+    **{"data.augment.resample": "antialias", "inference.resample": "antialias"},
 }
 DINOV2_PROBE = PROBE | {
     **{"head.dropout": 0.0, "optim.optimizer.weight_decay": 1e-4, "optim.schedule.warmup_decays": True},
     **{"optim.schedule.kind": "poly", "optim.schedule.power": 1.0},
     **{"data.augment.color.hue": 0.1, "data.augment.color.space": "hsv", "data.augment.resample": "bilinear"},
+    "inference.resample": "bilinear",
 }
 EOMT = {  # tue-mps/eomt: configs, training/mask_classification_semantic.py, datasets/transforms.py
     **{
