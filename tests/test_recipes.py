@@ -225,6 +225,15 @@ def test_label_propagation_runs_at_the_published_resolution(compose, option):
     assert (cfg.tracker.temperature, cfg.tracker.top_k) == (0.1 if option == "dino" else 0.2, 5)
 
 
+def test_precision_of_official_evaluations_is_float32(compose):
+    """But for the backbone and the sums over queries of Meta's segmentor, which are bfloat16."""
+    for option in ("dino", "dinov2", "dinov3"):
+        assert compose("mode=eval", f"hparam=davis2017/{option}", "data.root=.").engine.precision == "fp32"
+    cfg = compose("mode=eval", "hparam=ade20k_m2f", "data.root=.", "head.weights=FILE")
+    assert cfg.engine.precision == "fp32" and cfg.head.backbone_in_bfloat16 and cfg.head.scores_in_bfloat16
+    assert not compose("hparam=idd/m2f", "head.weights=FILE").head.backbone_in_bfloat16
+
+
 def test_no_recipe_warms_up_for_a_number_of_steps():
     seen = 0
     for hparam in options("hparam"):
