@@ -21,6 +21,7 @@ SLOTS = {  # martius-lab/slotcontrast and martius-lab/videosaur, configs of thes
     **{"data.clips.eval_cut.length": None, "data.view.resample": "bicubic", "optim.schedule.kind": "exponential"},
     **{"optim.schedule.min_lr_ratio": 0.5, "optim.schedule.warmup_start": 0.0, "optim.optimizer.weight_decay": 0.0},
     **{"optim.optimizer.betas": [0.9, 0.999], "engine.precision": "fp32"},
+    "trainer.evaluate": "last",
 }
 SLOT_CONTRAST = SLOTS | {
     **{"head.slot_init": "learned", "head.decoder": "mlp", "head.decoder_depth": 4, "data.batch_size": 64},
@@ -92,6 +93,7 @@ PROBE = {  # facebookresearch/dinov2 and dinov3, dinov3/eval/segmentation
 }
 DINOV3_PROBE = PROBE | {
     **{"head.dropout": 0.1, "optim.optimizer.weight_decay": 1e-3, "trainer.val_every": 5000},
+    "trainer.evaluate": "best",
     **{"optim.schedule.kind": "one_cycle", "data.augment.color.hue": 0.5, "data.augment.color.space": "rgb"},
     **{"data.augment.resample": "antialias", "inference.resample": "antialias"},
 }
@@ -106,6 +108,7 @@ EOMT = {  # tue-mps/eomt: configs, training/mask_classification_semantic.py, dat
         "data.batch_size": 16,
         "trainer.clip": 0.01,
         "trainer.ema": None,
+        "trainer.evaluate": "last",
         "adapter._target_": "dinoseg.models.adapters.Full",
     },
     **{"head.num_queries": 100, "head.blocks": 4, "head.no_object": True, "backbone.patch_size": 16},
