@@ -94,7 +94,10 @@ class Run:
 
     @property
     def best_checkpoint(self) -> Path | None:
-        """The checkpoint with the best validation score; None before the first validation."""
+        """The checkpoint that the run is evaluated with; None before the first validation.
+
+        It has the best validation score, or with `trainer.evaluate=last` the newest one.
+        """
         return self._checkpoint("best")
 
     @property

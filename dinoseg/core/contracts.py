@@ -60,6 +60,7 @@ class Backbone(GuardedModule):
     std: Tensor
     weights: str | None = None  # source of the weights; None or `random`: checkpoints have to hold all of them
     unused: Sequence[str] = ()  # parameters that no map depends on
+    undecayed: frozenset[str] = frozenset()  # names of weights that its library exempts from weight decay
     uncalled_linears: frozenset[str] = frozenset()  # linear layers whose weight is used outside their `forward`
     has_class_attention: bool = False  # whether `with_class_attention` and `with_keys` are implemented
     takes_tokens: bool = False  # whether `embed` is implemented, whose tokens pass through one block after another

@@ -38,16 +38,17 @@ class MemoryRows(Rows):
 
 
 class ResizedRows(Rows):
-    """Rows of resized images, equal to `F.interpolate(..., mode="bilinear", antialias=True)`."""
+    """Rows of resized images, equal to `F.interpolate(..., mode="bilinear", antialias=antialias)`."""
 
-    def __init__(self, rows: Rows, size: Size) -> None:
+    def __init__(self, rows: Rows, size: Size, *, antialias: bool = True) -> None:
         self.rows, self.size, self.count = rows, size, rows.count
+        self.antialias = antialias
 
     def read(self, top: int, bottom: int) -> Tensor:
         """Return the rows (B, 3, bottom - top, W) as floats in 0..1."""
         height, width = self.rows.size[0], self.size[1]
         scale = height / self.size[0]
-        reach = max(1.0, scale)
+        reach = max(1.0, scale) if self.antialias else 1.0
         centres = (torch.arange(top, bottom, dtype=torch.float64) + 0.5) * scale
         first = max(0, int(centres[0] - reach))
         last = min(height, int(centres[-1] + reach) + 1)
@@ -59,7 +60,7 @@ class ResizedRows(Rows):
             end = min(start + _READ, last)
             part = self.rows.read(start, end)
             part = part.float() / 255 if part.dtype == torch.uint8 else part
-            part = F.interpolate(part, (end - start, width), mode="bilinear", antialias=True)
+            part = F.interpolate(part, (end - start, width), mode="bilinear", antialias=self.antialias)
             added = weights[:, start - first : end - first].to(part) @ part
             total = added if total is None else total.add_(added)
         assert total is not None

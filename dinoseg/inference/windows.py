@@ -37,6 +37,7 @@ TURNS: dict[str, Sequence[Turn]] = {
 WEIGHTS = ("cosine", "uniform")
 PLACEMENTS = ("stride", "even")
 AVERAGES = ("probabilities", "scores")
+RESAMPLES = ("antialias", "bilinear")
 _MAX_PIXELS = 2**26  # limit of an image enlarged by `shortest`
 
 
@@ -65,6 +66,8 @@ class Windows(Policy):
             `with_shorter_side`; with `scales`, to int(shortest * scale). None: no resizing.
         multiple: shorter sides at scales below 1 are rounded up to a multiple of this, as in DINOv3's Mask2Former
             evaluation (32); needs `shortest`. None: no rounding.
+        resample: interpolation of resized images: `antialias`, as in Pillow, or `bilinear` without antialiasing, as in
+            OpenCV, and so in mmsegmentation and DINOv2's linear evaluation.
 
     Raises:
         UserError: an option is unknown or without effect, `size` or `stride` have neither 1 nor 2 numbers, `stride`
@@ -85,6 +88,7 @@ class Windows(Policy):
         scales: Sequence[Scale] = (1.0,),
         shortest: Shortest | None = None,
         multiple: Count | None = None,
+        resample: str = "antialias",
     ) -> None:
         self.size = _pair("size", size)
         self.stride = None if stride is None else _pair("stride", stride)
@@ -93,6 +97,7 @@ class Windows(Policy):
             ("weights", weights, WEIGHTS),
             ("average", average, AVERAGES),
             ("flips", flips, TURNS),
+            ("resample", resample, RESAMPLES),
         ):
             if word not in known:
                 raise UserError(f"inference.{key}={word} is unknown. Choose one of {', '.join(known)}.")
@@ -116,6 +121,7 @@ class Windows(Policy):
         self.overlap, self.placement, self.weights, self.average = overlap, placement, weights, average
         self.batch_size, self.turns, self.scales = batch_size, TURNS[flips], scales
         self.shortest, self.multiple = shortest, multiple
+        self.antialias = resample == "antialias"
 
     def bands(
         self,
@@ -149,7 +155,7 @@ class Windows(Policy):
         for scale, turns in itertools.product(self.scales, views):
             scaled = self._scaled(grid, scale)
             look = _Pass(self, model, autocast, turns, seen if not passes else None)
-            at_scale = rows if scaled == rows.size else ResizedRows(rows, scaled)
+            at_scale = rows if scaled == rows.size else ResizedRows(rows, scaled, antialias=self.antialias)
             passes.append(look)
             streams.append(at_size(look.averages(at_scale), scaled, size))
         of_views = self.average == "scores" and len(streams) > 1

@@ -121,18 +121,22 @@ def best_overlaps(counts: np.ndarray, objects: np.ndarray, matching: str = "over
 
 
 def segment_scores(
-    table: Contingency, *, background: int = 0, matching: str = "overlap"
-) -> tuple[float, float, float | None]:
+    table: Contingency, *, background: int = 0, labelled_background: bool = True, matching: str = "overlap"
+) -> tuple[float, float | None, float | None]:
     """Return ARI, FG-ARI (without the pixels of the true background) and mBO of a video or frame.
 
-    Without objects, mBO is None and FG-ARI is 1, as in SAVi, VideoSAUR and OCLF.
+    Without objects, mBO is None. FG-ARI is then 1 if the background is labelled, as in MOVi, and None if its pixels
+    have no label, as in YouTube-VIS (martius-lab/slotcontrast, slotcontrast/metrics.py).
 
     Raises:
         UserError: the matching is unknown.
     """
     overlaps = best_overlaps(table.counts, table.true_ids != background, matching)
-    foreground = adjusted_rand_index(table.without(background).counts)
-    return adjusted_rand_index(table.counts), foreground, float(overlaps.mean()) if len(overlaps) else None
+    has_objects = len(overlaps) > 0
+    foreground = None
+    if has_objects or labelled_background:
+        foreground = adjusted_rand_index(table.without(background).counts)
+    return adjusted_rand_index(table.counts), foreground, float(overlaps.mean()) if has_objects else None
 
 
 def _ordered_pairs(counts: np.ndarray) -> int:

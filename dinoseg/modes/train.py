@@ -1,4 +1,4 @@
-"""mode=train: training, and evaluation of the best checkpoint."""
+"""mode=train: training, and evaluation of the checkpoint that `trainer.evaluate` chooses."""
 
 import math
 import time
@@ -34,7 +34,7 @@ def train(
     report: bool = True,
     probe_baseline: Share = 0.03,
 ) -> dict[str, Any]:
-    """Train, then evaluate the best checkpoint on the validation split; return its scores.
+    """Train, then evaluate the best or last weights on the validation split; return the scores.
 
     Args:
         cfg: the whole config; `resume` names a checkpoint file to resume from, or is None.

@@ -190,6 +190,11 @@ def _check_task(build: Builder, task: TrainingTask, engine: Engine) -> None:
             "engine.precision=fp16 scales the loss of one head at a time. Set engine.precision=fp32 with "
             "trainer=multi_head, or bf16 where the device has it."
         )
+    if (evaluate := build.value("trainer.evaluate")) == "last":
+        raise UserError(
+            f"trainer.evaluate={evaluate} is for one head at a time: the leaderboard ranks best scores. Set "
+            "trainer.evaluate=best with trainer=multi_head."
+        )
     if has_initial(build):
         raise UserError(f"init={build.value('init')} is for one head at a time. Leave it out with trainer=multi_head.")
     if noise := build.value("data.feature_noise"):

@@ -214,7 +214,8 @@ class TrainingRun:
                 f"{best.with_name('best.safetensors')} is missing, though step {run.best_step} was saved as the best "
                 f"one. Restore it, or evaluate the last checkpoint: mode=eval resume={best}."
             )
-        checkpoint.load_weights(model, checkpoint.read(best, finite=self.build.value("finite_weights")))
+        chosen = checkpoint.read(best, finite=self.build.value("finite_weights"))
+        checkpoint.load_weights(model, chosen)
         cost = cost_of(model, rows)
         scores = self.task.evaluate(model, self.engine, best, metrics_only=metrics_only, report=report)
         if self.engine.is_main:
@@ -225,7 +226,7 @@ class TrainingRun:
             write_json(self.out_dir / COST, cost)
             for line in log.views:
                 print(line)
-            print(f"checkpoint:   {best} (step {run.best_step})")
+            print(f"checkpoint:   {best} (step {chosen.info['progress']['step']})")
             list_skipped(self.task.skipped, self.out_dir)
             print("\n".join(_next_commands(self.out_dir, on_clips=self.task.on_clips)))
         return {**scores, **cost, "best_step": run.best_step, "run": str(self.out_dir)}

@@ -26,7 +26,8 @@ from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.provenance import provenance_of
 from dinoseg.experiment.trackers import tracker_factory, tracker_maker
 from dinoseg.experiment.trained import Trained
-from dinoseg.metrics.clustering import contingency, segment_scores
+from dinoseg.metrics.clustering import contingency
+from dinoseg.metrics.protocols.video_clustering import VideoClustering
 from dinoseg.models.model import SegmentationModel
 from dinoseg.report.curves import CLIP_PLOTS
 from dinoseg.report.overlay import blend, reduced, side_by_side, stacked
@@ -64,6 +65,7 @@ class ClipDataModule:
         world: number of ranks.
         pictures: number of validation clips that each validation visualises, the same ones every time.
         make_tracker: creates a tracker of a model's slots for a validation clip.
+        protocol: rules of the scores.
     """
 
     train: Clips
@@ -76,6 +78,7 @@ class ClipDataModule:
     world_size: int = 1
     pictures: int = 0
     make_tracker: Callable[..., Tracker] = SlotFactory()
+    protocol: VideoClustering = field(default_factory=VideoClustering)
     score_names: Sequence[str] = field(init=False)
     lowest: Sequence[str] = ("loss",)
     _has_warned: bool = field(default=False, init=False)  # that no validation clip shows an object
@@ -135,7 +138,7 @@ class ClipDataModule:
             values = [self._loss(model, index, clip, loss, engine)]
             if index in shown or self._has_masks:
                 segments = self.segments_of(model, clip, engine)
-                values += _scores(clip, segments) if self._has_masks else ()
+                values += _scores(clip, segments, self.protocol) if self._has_masks else ()
                 if index in shown:
                     pictures[f"{clip['name']}_{clip['start']:05d}"] = _picture(clip, segments)
             sums += [*(value or 0.0 for value in values), *(value is not None for value in values)]
@@ -145,8 +148,9 @@ class ClipDataModule:
         if self._has_masks and not counts[-1] and engine.is_main and not self._has_warned:
             self._has_warned = True
             logger.warning(
-                "No validation clip has an object: fg_ari is always 1 by definition, and mbo is undefined. Select "
-                "checkpoints by trainer.score=loss, or give masks with objects."
+                "No validation clip has an object: fg_ari is %s, and mbo is undefined. Select checkpoints by "
+                "trainer.score=loss, or give masks with objects.",
+                "always 1 by definition" if self.protocol.labelled_background else "undefined",
             )
         return Validation(dict(zip(self.score_names, means, strict=True)), pictures)
 
@@ -176,12 +180,12 @@ class ClipDataModule:
         return tracker.track(frames, labels)
 
 
-def _scores(clip: Clip, segments: Sequence[np.ndarray]) -> tuple[float | None, ...]:
-    """Return ARI, FG-ARI and mBO over all frames of a clip, None where no pixel has a mask."""
+def _scores(clip: Clip, segments: Sequence[np.ndarray], protocol: VideoClustering) -> tuple[float | None, ...]:
+    """Return ARI, FG-ARI and mBO over all frames of a clip, None where undefined or if no pixel has a mask."""
     table = contingency(np.zeros(0, np.uint8), np.zeros(0, np.uint8))
     for mask, segment in zip(clip["masks"].numpy(), segments, strict=True):
         table += contingency(mask[mask != VOID], segment[mask != VOID])
-    return segment_scores(table) if table.counts.size else (None,) * len(SCORES)
+    return protocol.table_scores(table) if table.counts.size else (None,) * len(SCORES)
 
 
 def _picture(clip: Clip, segments: Sequence[np.ndarray]) -> np.ndarray:
@@ -246,6 +250,7 @@ class ClipTask(TrainingTask):
             val=parts.clips("val"),
             view=parts.part("data.view"),
             make_tracker=_clip_trackers(parts),
+            protocol=_clip_protocol(parts),
             seed=parts.seed,
             workers=engine.workers,
             rank=engine.rank,
@@ -365,6 +370,14 @@ class ClipTask(TrainingTask):
                 write_png(out_dir / "segments.png", next(iter(pictures.values())))
                 print(f"image:        {out_dir / 'segments.png'}")
         return scores
+
+
+def _clip_protocol(parts: Builder) -> VideoClustering:
+    """Return the protocol of this dataset that scores segments at the end; the default one if there is none."""
+    tracking, protocol = parts.value("data.tracking"), None
+    if tracking is not None and tracking.protocols["none"] is not None:
+        protocol = parts.part("data.tracking.protocols.none")
+    return protocol if isinstance(protocol, VideoClustering) else VideoClustering()
 
 
 def _clip_trackers(parts: Builder) -> Callable[..., Tracker]:

@@ -2,7 +2,7 @@
 
 A file holds tensors under `model/`; `last` also has `optimizer/`, `ema/` and `loss_scale/`. The header holds one JSON
 object with the step, the scores, the unresolved config, classes, palette and versions. A run resumes from `last`;
-`best` holds the weights with the best validation score.
+`best` holds the weights with the best validation score, or with `trainer.evaluate=last` those of the last validation.
 """
 
 import json
@@ -266,20 +266,29 @@ class Checkpointer:
         tensors |= {f"loss_scale/{name}": value for name, value in (scale.state() if scale else {}).items()}
         self._write("last", tensors, self.progress, {IDLE: len(parameters_without_state(optimizer, state))})
 
-    def save_if_best(self, model: SegmentationModel, score: float, *, lowest: bool = False) -> Progress:
+    def save_if_best(
+        self, model: SegmentationModel, score: float, *, lowest: bool = False, evaluate: str = "best"
+    ) -> Progress:
         """Save `best` if `score` beats all previous ones; the model must hold the weights that were scored.
 
-        The highest score is the best, or the lowest if `lowest`.
+        Args:
+            model: holds the weights.
+            score: of the validation.
+            lowest: whether the lowest score is the best.
+            evaluate: `last` saves `best` after each validation, whatever its score.
 
         Returns:
             The updated progress, which `commit` sets once the rest of the validation is saved.
         """
-        now = self.progress
-        if now.best is not None and (score >= now.best if lowest else score <= now.best):
-            return replace(now, stale=now.stale + 1, validation_pending=False)
-        best = replace(now, best=score, best_step=now.step, stale=0, validation_pending=False)
-        self._write("best", {f"model/{name}": value for name, value in _held(model).items()}, best)
-        return best
+        now = replace(self.progress, validation_pending=False)
+        is_best = now.best is None or (score < now.best if lowest else score > now.best)
+        if is_best:
+            now = replace(now, best=score, best_step=now.step, stale=0)
+        else:
+            now = replace(now, stale=now.stale + 1)
+        if is_best or evaluate == "last":
+            self._write("best", {f"model/{name}": value for name, value in _held(model).items()}, now)
+        return now
 
     def commit(self, progress: Progress) -> None:
         """Set the progress that `save_if_best` returned."""
@@ -308,8 +317,10 @@ def comparable(progress: Progress, before: Mapping[str, Any], now: Mapping[str, 
 
 
 def _chosen_by(info: Mapping[str, Any]) -> str:
-    """Return the score that selects a run's best checkpoint, and the number of images it is computed on."""
+    """Return what selects a run's `best`: the last validation, or a score and the number of images that it is of."""
     trainer = info.get("config", {}).get("trainer", {})
+    if trainer.get("evaluate") == "last":
+        return "the last validation"
     images = trainer.get("val_images")
     return f"{trainer.get('score')} of {'all images' if images is None else count_of(images, 'image')}"
 

@@ -58,8 +58,8 @@ class HeadTraining:
         return kind.run is Head.run and kind.forward_frozen is Head.forward_frozen
 
     def has_ended(self, patience: int | None) -> bool:
-        """Return whether its training has ended, also by more than `patience` validations without a better score."""
-        if self.is_active and patience is not None and self.progress.stale > patience:
+        """Return whether its training has ended, also by `patience` validations without a better score."""
+        if self.is_active and patience is not None and self.progress.stale >= patience:
             self.is_active = False
             where = self.prefix, self.progress.stale, self.progress.step
             logger.info("%sNo better score in %d validations: early stopping at step %d.", *where)

@@ -2,7 +2,6 @@
 
 import logging
 import math
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +18,13 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import HighShare, LearningRate, LowShare, NotNegative, OpenShare, RateFactor, Share
 
 logger = logging.getLogger(__name__)
-_EMBEDDING = re.compile(r"(token|tokens|pos_embed|position_embeddings|level_embed|level_encoding|queries)$")
+_WITHOUT_DECAY = (  # kinds of modules with weights of several axes that scale or look up, and multiply no vector
+    nn.Embedding,
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.RMSNorm,
+    nn.modules.batchnorm._NormBase,
+)
 LAYER_DECAY_RULES = {"beit": 1, "eomt": 0}  # levels that the head, and the parameters before the blocks, take
 WEIGHT_DECAY_ON = ("matrices", "all")
 SCHEDULES = ("constant", "cosine", "poly", "exponential", "one_cycle")
@@ -45,8 +50,8 @@ def parameter_groups(
 ) -> list[dict]:
     """Return optimizer groups in which every trainable parameter occurs exactly once.
 
-    Weight decay applies to all parameters with `weight_decay_on="all"`. With "matrices" it applies neither to biases,
-    norms and other vectors, nor to tokens, positions, queries and other embeddings.
+    Weight decay applies to all parameters with `weight_decay_on="all"`, and with "matrices" to those of
+    `weight_matrices`.
 
     Backbone parameters, and a head's copies of its blocks, are trained at `backbone_lr` (`lr` if None) times
     `backbone_lr_scale`, all others at `lr`. `layer_decay` d multiplies these rates by a power of d, for block i
@@ -73,7 +78,7 @@ def parameter_groups(
     _check_option("optim.optimizer.weight_decay_on", weight_decay_on, WEIGHT_DECAY_ON)
     backbone_lr = lr if backbone_lr is None else backbone_lr
     above = _layers_above(model, LAYER_DECAY_RULES[layer_decay_rule])
-    embeddings = {id(part.weight) for part in model.modules() if isinstance(part, nn.Embedding)}
+    decayed = weight_matrices(model) if weight_decay_on == "matrices" else {*model.parameters()}
     delayed_start, parts = model.head.delayed_modules
     delayed = {id(parameter) for part in parts for parameter in part.parameters()}
     frozen_first = {id(parameter) for parameter in model.backbone.parameters()} if freeze_backbone_until else set()
@@ -84,8 +89,7 @@ def parameter_groups(
         rate, backbone = lr, id(parameter) in above
         if backbone:
             rate = backbone_lr * backbone_lr_scale * (layer_decay or 1.0) ** above[id(parameter)]
-        exempt = parameter.ndim < 2 or id(parameter) in embeddings or _EMBEDDING.search(name)
-        decay = 0.0 if exempt and weight_decay_on == "matrices" else weight_decay
+        decay = weight_decay if parameter in decayed else 0.0
         frozen = id(parameter) in frozen_first
         start = freeze_backbone_until if frozen else delayed_start if id(parameter) in delayed else 0.0
         values = {"base_lr": rate, "weight_decay": decay, "start": start, "frozen": frozen, "backbone": backbone}
@@ -95,6 +99,25 @@ def parameter_groups(
     if not groups:
         raise UserError("Nothing is trainable: choose another adapter or head.")
     return list(groups.values())
+
+
+def weight_matrices(model: SegmentationModel) -> set[nn.Parameter]:
+    """Return the parameters that multiply features: weights of convolutions, linear layers, attention and GRUs.
+
+    Such a parameter is called a weight, as in PyTorch, has two or more axes, and is not that of a norm or an embedding.
+    Whatever has another name is none, whatever its axes: tokens, positions and tables of relative positions, scales of
+    layers, of logits and of attention. Weights in `Backbone.undecayed` are left out, such as those that map relative
+    positions to biases in Swin v2.
+    """
+    exempt = {parameter for name, parameter in model.backbone.named_parameters() if name in model.backbone.undecayed}
+    matrices = {
+        parameter
+        for module in model.modules()
+        if not isinstance(module, _WITHOUT_DECAY)
+        for name, parameter in module.named_parameters(recurse=False)
+        if "weight" in name and parameter.ndim >= 2
+    }
+    return matrices - exempt
 
 
 def adamw(

@@ -39,9 +39,10 @@ from dinoseg.training.step import (
 from dinoseg.training.time_limit import TimeLimit
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.interrupt import Deferral, deferred
-from dinoseg.utils.ranges import Count, Natural, OpenShare, Positive
+from dinoseg.utils.ranges import Count, OpenShare, Positive
 
 logger = logging.getLogger(__name__)
+EVALUATE = ("best", "last")
 NOTICE = "stopping: `last` is saved after this step (a second signal ends it at once, unsaved)"
 
 
@@ -64,9 +65,10 @@ class Settings:
         log_every: steps between logged rows.
         accumulate: batches per optimizer step.
         clip: maximum gradient norm, or None.
-        patience: stop after more validations than this without a better score, or None.
+        patience: stop after this many validations without a better score, as in Keras and Lightning; or None.
         ema: decay of a moving average of the weights, which is then scored and saved as best; or None.
         score: validation score that selects the best checkpoint.
+        evaluate: `best` or `last`: validated weights that the run is evaluated with, and that are saved as best.
         max_minutes: wall-clock limit, for which steps that take too long are dropped, see `TimeLimit`; or None.
     """
 
@@ -76,10 +78,16 @@ class Settings:
     log_every: Count = 10
     accumulate: Count = 1
     clip: Positive | None = 1.0
-    patience: Natural | None = None
+    patience: Count | None = None
     ema: OpenShare | None = None
     score: str = "miou"
+    evaluate: str = "best"
     max_minutes: Positive | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse an unknown choice of weights."""
+        if self.evaluate not in EVALUATE:
+            raise UserError(f"trainer.evaluate={self.evaluate} is unknown. Choose {' or '.join(EVALUATE)}.")
 
     def due(self, step: int, steps: int) -> Due:
         """Return what is due after this many steps of a training that ends after `steps`."""
@@ -301,7 +309,7 @@ def validation_line(head: HeadTraining, scores: Mapping[str, Any], experiment: E
 
 
 def save_if_best(head: HeadTraining, scores: Mapping[str, Any], experiment: Experiment) -> Progress | None:
-    """Save a head if its score is the best so far; return its progress, or None if it was dropped for the score.
+    """Save a head if its score is the best so far, or always; return its progress, or None if the score dropped it.
 
     Raises:
         UserError: the score is undefined.
@@ -312,7 +320,8 @@ def save_if_best(head: HeadTraining, scores: Mapping[str, Any], experiment: Expe
     if score is None:
         raise UserError(f"trainer.score={name} is undefined: the validation data has no pixels or objects for it.")
     if math.isfinite(score):
-        return head.checkpoints.save_if_best(head.model, score, lowest=name in experiment.data.lowest)
+        lowest, evaluate = name in experiment.data.lowest, experiment.settings.evaluate
+        return head.checkpoints.save_if_best(head.model, score, lowest=lowest, evaluate=evaluate)
     error = NonFiniteLoss(
         f"val/{name} is {score} at step {step}: it cannot select checkpoints. Set a lower optim.optimizer.lr, or check "
         "the validation data."

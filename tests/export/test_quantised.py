@@ -73,3 +73,29 @@ def test_one_file_answers_as_the_trained_model(quantised, tmp_path):
     trained, picture = load_trained(Builder(cfg)).model, tmp_path / "data/val/images/0.png"
     expected = scores_of(trained, picture)
     assert (scores_of(model, picture) - expected).norm() < 5e-3 * expected.norm()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_saving_quantised_weights_states_the_change(compose, tmp_path, caplog, bits):
+    """Only the whole file computes in float32; with `delta`, loading quantises again."""
+    path = untrained(compose, tmp_path, *TINY, "head=linear", *FORMS[f"adapter.bits={bits}"])
+    model = dinoseg.load(path, device="cpu", precision="fp32")
+    images = torch.rand(2, 3, 48, 64, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected = model(images)
+    model.save(tmp_path / "delta.safetensors", delta=True)
+    assert not caplog.records
+    with torch.inference_mode():
+        assert torch.equal(
+            dinoseg.load(tmp_path / "delta.safetensors", device="cpu", precision="fp32")(images), expected
+        )
+    model.save(tmp_path / "whole.safetensors")
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert f"adapter.bits={bits}: whole.safetensors" in line and "delta=True" in line
+    whole = dinoseg.load(tmp_path / "whole.safetensors", device="cpu", precision="fp32")
+    assert (whole.facts.dequantised, model.facts.dequantised) == (bits, None)
+    with torch.inference_mode():
+        assert 0 < (whole(images) - expected).norm() < 5e-3 * expected.norm()
+    caplog.clear()
+    whole.save(tmp_path / "again.safetensors")
+    assert not caplog.records and dinoseg.load(tmp_path / "again.safetensors").facts.dequantised == bits

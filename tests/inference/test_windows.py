@@ -89,12 +89,15 @@ def test_published_windows_are_those_of_mmsegmentation(size, crop, overlap, stri
     np.testing.assert_allclose(run_bands(model, images, policy).numpy(), expected, atol=1e-12)
 
 
-def official_linear(model, image, side, stride):
-    """Return DINOv3's and mmsegmentation's class scores (K, H, W) of an image (3, H, W), of a linear head."""
+def official_linear(model, image, side, stride, *, antialias=True):
+    """Return DINOv3's and mmsegmentation's class scores (K, H, W) of an image (3, H, W), of a linear head.
+
+    DINOv3 resizes by Pillow, with antialiasing, mmsegmentation by OpenCV, without.
+    """
     height, width = image.shape[1:]
     low, high = min(height, width), max(height, width)
     size = [side if length == low else int(side * high / low + 0.5) for length in (height, width)]
-    resized = F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
+    resized = F.interpolate(image[None], size, mode="bilinear", antialias=antialias)[0]
     mean_logits = slid(model, resized, (side, side), (stride, stride))
     return F.interpolate(torch.from_numpy(mean_logits)[None], (height, width), mode="bilinear")[0]
 
@@ -127,6 +130,25 @@ def test_a_linear_head_is_evaluated_as_by_dinov3(size):
     options = {"weights": "uniform", "average": "scores", "batch_size": 3}
     found = run_bands(model, images, Windows(24, shortest=24, stride=16, **options))
     torch.testing.assert_close(found[0], official_linear(model, images[0], 24, 16), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", ODD)
+def test_dinov2_evaluation_resizes_without_antialiasing(size):
+    model, images = made(kernel=3), pictures(*size, count=1)
+    options = {"weights": "uniform", "average": "scores", "resample": "bilinear"}
+    found = run_bands(model, images, Windows(24, shortest=24, stride=16, **options))
+    expected = official_linear(model, images[0], 24, 16, antialias=False)
+    torch.testing.assert_close(found[0], expected, rtol=0, atol=1e-6)
+    if min(size) > 24:
+        assert (found[0] - official_linear(model, images[0], 24, 16)).abs().max() > 1e-3
+
+
+def test_bilinear_resizing_is_that_of_opencv():
+    cv2 = pytest.importorskip("cv2")
+    image = np.random.default_rng(0).random((37, 61, 3), np.float32)
+    rows = ResizedRows(MemoryRows(torch.from_numpy(image).permute(2, 0, 1)[None]), (24, 40), antialias=False)
+    expected = cv2.resize(image, (40, 24), interpolation=cv2.INTER_LINEAR)
+    np.testing.assert_allclose(rows.read(0, 24)[0].permute(1, 2, 0), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("size", ODD)
@@ -325,10 +347,11 @@ def test_flips_average_probabilities_of_the_turned_images(flips, policy):
 @pytest.mark.parametrize(
     ("size", "to"), [((17, 23), (9, 30)), ((5, 1), (40, 3)), ((30, 8), (30, 16)), ((64, 3), (1, 1))]
 )
-def test_rows_are_resized_as_whole_images_are(size, to):
+@pytest.mark.parametrize("antialias", [True, False])
+def test_rows_are_resized_as_whole_images_are(size, to, antialias):
     images = pictures(*size)
-    whole = F.interpolate(images, to, mode="bilinear", antialias=True)
-    rows = ResizedRows(MemoryRows(images), to)
+    whole = F.interpolate(images, to, mode="bilinear", antialias=antialias)
+    rows = ResizedRows(MemoryRows(images), to, antialias=antialias)
     parts = [rows.read(top, min(top + 4, to[0])) for top in range(0, to[0], 4)]
     torch.testing.assert_close(torch.cat(parts, dim=2), whole, rtol=0, atol=1e-12)
     for step in (1, 3, 100):

@@ -285,6 +285,24 @@ def test_a_video_without_foreground_counts_for_fg_ari_and_not_for_mbo(tmp_path):
     assert note.startswith("1 of 2 references without any object: empty. The rule: a video (or frame) without fore")
 
 
+def test_without_background_labels_fg_ari_skips_empty_videos(tmp_path):
+    """As in SlotContrast and VideoSAUR on YouTube-VIS, per video and per frame."""
+    protocol = VideoClustering(labelled_background=False)
+    held = videos()
+    scores, _, _ = score(protocol, write_videos(tmp_path / "one", {"empty": held["empty"]}))
+    assert np.isnan(scores["FG-ARI"]) and np.isnan(scores["FG-ARI_per_frame"]) and scores["ARI"] <= 1
+    true, predicted = held["a"]
+    partly = (np.where(np.arange(len(true))[:, None, None] == 0, 0, true), predicted)  # no object in frame 0
+    folders = write_videos(tmp_path / "two", {"empty": held["empty"], "partly": partly})
+    scores, _, _ = score(protocol, folders)
+    alone, _, _ = score(VideoClustering(), write_videos(tmp_path / "three", {"partly": partly}))
+    assert scores["FG-ARI"] == alone["FG-ARI"]
+    frames = len(true)
+    assert scores["FG-ARI_per_frame"] == pytest.approx((frames * alone["FG-ARI_per_frame"] - 1) / (frames - 1))
+    (note,) = score_cases(protocol, protocol.find(*folders), where="W", workers=1).notes
+    assert note.startswith("1 of 2 references without any object: empty. The rule: FG-ARI and mBO leave out a video")
+
+
 def test_an_all_ignored_video_and_a_perfect_one(tmp_path):
     held = {"void": (np.full((2, 3, 3), 255, np.uint8), np.zeros((2, 3, 3), np.uint8))}
     scores, measured, _ = score(VideoClustering(ignore=255), write_videos(tmp_path / "void", held))

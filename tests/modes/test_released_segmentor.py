@@ -43,7 +43,10 @@ SMALLER = ["inference.size=64", "inference.stride=43", "inference.shortest=64"]
 
 
 def by_hand(files, image):
-    """Return the semantic map of an image by Meta's evaluation (its `slide_inference`), from the parts alone."""
+    """Return the semantic map of an image by Meta's evaluation (its `slide_inference`), from the parts alone.
+
+    Only the backbone and the sums over the queries are in bfloat16.
+    """
     arch = {**RELEASED_ARCH, "num_register_tokens": 4, "layerscale_value": 1.0}
     backbone = TransformersVit("dinov3_vit", arch, str(files[0]), 16, "quarters").eval()
     head = Mask2FormerHead(64, 4, 150, hidden_dim=64, feedforward_dim=4096, weights=str(files[1])).eval()
@@ -57,9 +60,12 @@ def by_hand(files, image):
         bottom, right = min(row * 43 + 64, size[0]), min(column * 43 + 64, size[1])
         place = (..., slice(bottom - 64, bottom), slice(right - 64, right))
         with torch.inference_mode():
-            outputs = head.run(backbone, pixels[place])
+            with torch.autocast("cpu", torch.bfloat16):
+                features = backbone(pixels[place])
+            outputs = head.decode(features, backbone.pixels(pixels[place]))
         masks = resize(outputs.mask_logits, (64, 64), mode="bilinear").sigmoid()
-        total[place] += torch.einsum("bqk,bqhw->bkhw", outputs.class_logits.softmax(-1)[..., :150], masks)
+        classes = outputs.class_logits.softmax(-1)[..., :150]
+        total[place] += torch.einsum("bqk,bqhw->bkhw", classes.bfloat16(), masks.bfloat16())
         counts[place] += 1
     return resize(total / counts, image.shape[:2], mode="bilinear")[0]
 
@@ -71,8 +77,8 @@ def test_predict_as_released(files, expected, tmp_path):
     assert done.status == 0, done.err
     found = np.load(next(tmp_path.rglob("segmentation_raw.npy")))
     best = expected.topk(2, dim=0)
-    sure = (best.values[0] - best.values[1] > 1e-5).numpy()
-    assert sure.mean() > 0.9 and len(np.unique(found)) > 3
+    sure = (best.values[0] - best.values[1] > 2**-7 * best.values[0]).numpy()  # two roundings to bfloat16
+    assert sure.mean() > 0.5 and len(np.unique(found)) > 3
     np.testing.assert_array_equal(found[sure], best.indices[0].numpy()[sure])
 
 

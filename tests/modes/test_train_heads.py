@@ -24,7 +24,7 @@ WORDS = (
     *("mode=train", *(word for word in SMALL if not word.startswith(("adapter=", "trainer.steps="))), "adapter=frozen"),
     *("engine.precision=fp32", "mode.metrics_only=true", "mode.report=false", "mode.pictures=1"),
     *("trainer.steps=7", "trainer.val_every=2", "trainer.save_every=3", "trainer.log_every=1", "trainer.accumulate=2"),
-    *("trainer.clip=0.05", "trainer.ema=0.9", "trainer.patience=1"),
+    *("trainer.clip=0.05", "trainer.ema=0.9", "trainer.patience=2"),
 )
 HEADS = "heads=[linear,{head: cnn, channels: 16, name: wide, lr: 3e-2},{head: linear, layers: [0], name: early}]"
 MANY = (*WORDS, "trainer=multi_head", HEADS)

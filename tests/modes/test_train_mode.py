@@ -1,9 +1,11 @@
 """What a training run leaves behind beside its checkpoints."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
+import torch
 from command_line import SMALL, call, write_data
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -12,6 +14,7 @@ from dinoseg.experiment.builder import Builder
 from dinoseg.modes.training_run import _next_commands
 from dinoseg.report.log import read_rows
 from dinoseg.tasks import images
+from dinoseg.training.checkpoint import read
 from dinoseg.utils.images import read_image
 
 
@@ -143,3 +146,38 @@ def test_one_image_of_a_single_cell_is_refused_before_the_training(where):
     done = call(where, "mode=train", *words, f"hydra.run.dir={where}/run")
     assert done.status == 1
     assert "error: data.batch_size=1: head=linear is trained on 2 images or more per device" in done.err
+
+
+def test_evaluate_last_uses_the_last_weights_everywhere(where):
+    """Without progress, the first validation stays the best one; `last` evaluates the third."""
+    words = ("head=mlp", "optim.optimizer.lr=1e-12", "trainer.steps=3", "trainer.val_every=1", "trainer.evaluate=last")
+    done = train(where, *words)
+    best, last = (read(where / f"run/checkpoints/{name}.safetensors") for name in ("best", "last"))
+    assert best.info["progress"]["best_step"] == 1 and best.info["progress"]["step"] == 3
+    assert all(torch.equal(value, last.part("model")[name]) for name, value in best.part("model").items())
+    assert "best.safetensors (step 3)" in done.out
+    scores = json.loads((where / "run/evaluation/scores.json").read_text())
+    again = call(where, "mode=eval", "resume=run", "engine=cpu", "hydra.run.dir=eval", "mode.metrics_only=true")
+    assert again.status == 0, again.err
+    assert json.loads((where / "eval/scores.json").read_text())["miou"] == scores["miou"]
+
+
+def test_evaluate_change_discards_the_previous_best(where):
+    words = ("head=mlp", "trainer.val_every=1", "trainer.score=loss")
+    train(where, *words, "trainer.evaluate=last")
+    more = ("trainer.steps=3", "trainer.evaluate=best", "mode.metrics_only=true")
+    done = call(where, "mode=train", "resume=run", *more)
+    assert done.status == 0 and "Checkpoint selection changed to loss of all images from the last" in done.err
+    assert read(where / "run/checkpoints/best.safetensors").info["progress"]["best_step"] == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("trainer.evaluate=newest",), "trainer.evaluate=newest is unknown. Choose best or last"),
+        (("trainer=multi_head", "heads=[linear,mlp]", "adapter=frozen", "trainer.evaluate=last"), "one head at a time"),
+    ],
+)
+def test_choices_of_evaluated_weights_that_do_not_fit(where, words, message):
+    done = call(where, "mode=train", *SMALL, *words)
+    assert done.status == 1 and message in done.err, done.err

@@ -89,6 +89,20 @@ def test_best_moves_only_when_beaten(model, tmp_path):
     assert read(tmp_path / "best.safetensors").info["progress"]["best_step"] == 5
 
 
+def test_evaluate_last_saves_weights_of_each_validation(model, tmp_path):
+    source = model("frozen")
+    checkpoints = Checkpointer(tmp_path, dict(INFO))
+    run = checkpoints.progress
+    for step, score in enumerate([0.5, 0.3, 0.4], start=1):
+        run.step = step
+        nn.init.constant_(source.head.classify.weight, step)
+        checkpoints.commit(checkpoints.save_if_best(source, score, evaluate="last"))
+        saved = read(tmp_path / "best.safetensors")
+        assert saved.info["progress"]["step"] == step and (run.best, run.best_step) == (0.5, 1)
+        assert (saved.tensors["model/head.classify.weight"] == step).all()
+    assert run.stale == 2
+
+
 def test_moving_average_is_kept(model, tmp_path):
     source = model("frozen")
     optimizer = adamw(source, lr=0.1)

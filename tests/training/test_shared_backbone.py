@@ -197,6 +197,6 @@ def test_a_head_without_a_better_score_stops_alone(train, monkeypatch):
         ]
 
     monkeypatch.setattr(MultiHeadExperiment, "validate", scored)
-    members = train("stopped", ((1,), LinearHead), ((0,), LinearHead), patience=0)
+    members = train("stopped", ((1,), LinearHead), ((0,), LinearHead), patience=1)
     assert [member.progress.step for member in members] == [6, 4]
     assert [member.progress.best_step for member in members] == [6, 2]

@@ -18,6 +18,7 @@ from dinoseg.config.job import job_config
 from dinoseg.config.resolvers import register_resolvers
 from dinoseg.experiment.builder import Builder
 from dinoseg.metrics.clustering import contingency, segment_scores
+from dinoseg.metrics.protocols.video_clustering import VideoClustering
 from dinoseg.synthetic.moving.write import render_moving_objects
 from dinoseg.training.checkpoint import read, write
 from dinoseg.training.engine import Engine
@@ -347,6 +348,26 @@ def test_scores_in_validation_are_those_of_a_loop(movi):
         expected.append(segment_scores(contingency(clip["masks"].numpy(), segments)))
         assert segments.min() >= 1 and segments.max() <= 3
     assert [scores["ari"], scores["fg_ari"], scores["mbo"]] == pytest.approx(np.mean(expected, axis=0), abs=1e-6)
+
+
+def test_fg_ari_of_unlabelled_background_skips_empty_clips(movi):
+    model, engine, data_module, loss = parts(movi)
+    data_module.protocol = VideoClustering(labelled_background=False)
+    shown = data_module.val[0]
+    table = contingency(shown["masks"].numpy(), np.stack(data_module.segments_of(model, shown, engine)))
+    empty = [{**clip, "masks": torch.zeros_like(clip["masks"])} for clip in data_module.val]
+    data_module.val = Listed(data_module.val, [shown, *empty[1:]])
+    assert data_module.validate(model, loss, engine).scores["fg_ari"] == pytest.approx(segment_scores(table)[1])
+    data_module.val = Listed(data_module.val, empty)
+    assert data_module.validate(model, loss, engine).scores["fg_ari"] is None
+
+
+class Listed(list):
+    """Clips in memory, cut like those of a dataset."""
+
+    def __init__(self, clips, held):
+        super().__init__(held)
+        self.videos, self.spans = clips.videos, clips.spans
 
 
 TINY = (  # of every official recipe: a random backbone, few slots, small frames

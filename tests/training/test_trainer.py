@@ -148,13 +148,12 @@ def test_accumulated_batches_are_one_batch_to_the_label(run):
         torch.testing.assert_close(first, second, atol=1e-5, rtol=1e-4)
 
 
-def test_early_stopping_counts_validations_without_a_better_score(run):
-    done = run(steps=40, val_every=1, patience=2, lr=1e-12)
-    assert done.progress.step == 4 and done.progress.stale == 3 and done.progress.best_step == 1
-
-
-def test_without_patience_the_first_worse_validation_ends_it(run):
-    assert run(steps=40, val_every=1, patience=0, lr=1e-12).progress.step == 2
+@pytest.mark.parametrize("patience", [1, 2])
+def test_patience_counts_validations_without_better_score(run, patience):
+    """As in Keras and Lightning: the first validation sets the best score, and `patience` further ones end the run."""
+    done = run(steps=40, val_every=1, patience=patience, lr=1e-12)
+    assert done.progress.step == 1 + patience
+    assert done.progress.stale == patience and done.progress.best_step == 1
 
 
 def test_each_validation_is_a_line(run, caplog):

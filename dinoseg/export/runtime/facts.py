@@ -25,6 +25,7 @@ _PART: Mapping[str, forms.Form] = {  # key under `facts` to the form of its valu
     "versions": forms.table(forms.text),
     "choices": forms.table(forms.text),
     "delta": forms.flag,
+    "dequantised": forms.maybe(forms.whole(1, 16)),
 }
 
 
@@ -45,6 +46,8 @@ class ModelFacts:
         versions: of dinoseg and the libraries that wrote the file.
         choices: option of each config group.
         delta: whether the file holds only what was trained.
+        dequantised: bits that weights had in training (`adapter.bits`), if the file holds them in float32. It then
+            computes in float32, too, so that a few pixels differ. None: as trained.
     """
 
     classes: tuple[str, ...]
@@ -58,6 +61,7 @@ class ModelFacts:
     versions: Mapping[str, str] = field(default_factory=dict)
     choices: Mapping[str, str] = field(default_factory=dict)
     delta: bool = False
+    dequantised: int | None = None
 
     def part(self) -> dict[str, Any]:
         """Return all but the classes as plain values, as a file's description stores them under `facts`."""

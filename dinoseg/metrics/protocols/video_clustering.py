@@ -22,6 +22,7 @@ class VideoClustering(ScoreProtocol):
     Args:
         ignore: reference id whose pixels do not count, such as 255 for padding; null for none.
         matching: matching of mBO: `overlap`, the best segment of each object, or `hungarian`, one to one.
+        labelled_background: whether id 0 is a label. If it is none, FG-ARI leaves out videos without objects.
 
     Raises:
         UserError: an option is unknown or out of range.
@@ -33,7 +34,7 @@ class VideoClustering(ScoreProtocol):
     signed = tuple(key for key in keys if "ARI" in key)  # negative if worse than chance
     highest = dict.fromkeys(signed, 1.0)
 
-    def __init__(self, ignore: int | None = None, matching: str = "overlap") -> None:
+    def __init__(self, ignore: int | None = None, matching: str = "overlap", labelled_background: bool = True) -> None:
         if ignore is not None and (isinstance(ignore, bool) or not isinstance(ignore, int) or ignore < 1):
             raise UserError(
                 f"protocol.ignore={ignore}: give an id from 1 up, such as 255, or null; 0 is the background."
@@ -41,6 +42,7 @@ class VideoClustering(ScoreProtocol):
         if matching not in MATCHINGS:
             raise UserError(f"protocol.matching={matching} is unknown. Choose one of {', '.join(MATCHINGS)}.")
         self.ignore, self.matching = ignore, matching
+        self.labelled_background = labelled_background
         self._tree = Tree(layout="<video>/<frame>.png", depth=1)
         best = (
             "its best predicted segment, which may serve several"
@@ -49,7 +51,10 @@ class VideoClustering(ScoreProtocol):
         )
         self.rules: dict[str, Any] = {
             "absent_class": "a video (or frame) without foreground has FG-ARI 1 and counts, as in SAVi, VideoSAUR and "
-            "OCLF; mBO leaves it out; an ARI of 0 / 0 is 1",
+            "OCLF; mBO leaves it out; an ARI of 0 / 0 is 1"
+            if labelled_background
+            else "FG-ARI and mBO leave out a video (or frame) without foreground, as in SlotContrast and VideoSAUR for "
+            "data without background labels; an ARI of 0 / 0 is 1",
             "resolution": "as stored; another size than the reference's is an error",
             "ignore": "nothing" if ignore is None else f"pixels of reference id {ignore}",
             "background": "reference id 0: no object, and not in FG-ARI; predicted id 0 is a segment like any other",
@@ -107,14 +112,14 @@ class VideoClustering(ScoreProtocol):
         return Measured(np.concatenate([self._scores(total), frames]), details)
 
     def scores(self, sums: np.ndarray) -> dict[str, np.ndarray]:
-        """Return the scores (...) from sums (..., 10); mBO is nan without objects."""
+        """Return the scores (...) from sums (..., 10); mBO, and FG-ARI without background labels, may be nan."""
         halves = (sums[..., :5], sums[..., 5:])
         means = [
             np.divide(
                 half[..., column], half[..., count], out=np.full(sums.shape[:-1], np.nan), where=half[..., count] > 0
             )
             for half in halves
-            for column, count in ((0, 3), (1, 3), (2, 4))
+            for column, count in ((0, 3), (1, 3 if self.labelled_background else 4), (2, 4))
         ]
         return dict(zip(self.keys, means, strict=True))
 
@@ -124,10 +129,16 @@ class VideoClustering(ScoreProtocol):
             true, predicted = true[counted], predicted[counted]
         return contingency(true, predicted)
 
+    def table_scores(self, table: Contingency) -> tuple[float, float | None, float | None]:
+        """Return ARI, FG-ARI and mBO of a video or frame, see `segment_scores`."""
+        return segment_scores(
+            table, background=BACKGROUND, labelled_background=self.labelled_background, matching=self.matching
+        )
+
     def _scores(self, table: Contingency) -> np.ndarray:
-        """Return ARI, FG-ARI, mBO (0 without objects), 1, and whether there are objects: (5,)."""
-        ari, foreground, mean = segment_scores(table, background=BACKGROUND, matching=self.matching)
-        return np.array([ari, foreground, mean or 0.0, 1.0, float(mean is not None)])
+        """Return ARI, FG-ARI and mBO (0 where undefined), 1, and whether there are objects: (5,)."""
+        ari, foreground, mean = self.table_scores(table)
+        return np.array([ari, foreground or 0.0, mean or 0.0, 1.0, float(mean is not None)])
 
 
 def _by_video(files: dict[str, Path]) -> dict[str, dict[str, Path]]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import fnmatch
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -106,6 +107,7 @@ class TimmBackbone(Backbone):
         if self.num_layers == 1 or not self.is_pyramid:
             self.dim = maps[0].shape[1]
         self.unused = unreached(self, maps)
+        self.undecayed = _undecayed(self)
         self.has_class_attention = plain_attention(self.model) is not None
         self.takes_tokens = not self.is_pyramid and _is_plain(self.model)
         attend_fastest(self.model)
@@ -222,6 +224,13 @@ class TimmBackbone(Backbone):
                 "swin_tiny_patch4_window7_224, convnext_tiny or resnet50."
             )
         return maps
+
+
+def _undecayed(backbone: TimmBackbone) -> frozenset[str]:
+    """Return the names of the parameters that timm exempts from weight decay, by names or by patterns such as `a.*`."""
+    patterns = backbone.model.no_weight_decay() if hasattr(backbone.model, "no_weight_decay") else ()
+    names = [name for name, _ in backbone.named_parameters()]
+    return frozenset(name for pattern in patterns for name in fnmatch.filter(names, f"model.{pattern}"))
 
 
 def _create(name: str, download: bool) -> Any:

@@ -1,6 +1,7 @@
 """Semantic maps of mask classification: class scores per pixel from Q masks and their classes."""
 
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,7 +22,11 @@ def weighted_masks(outputs: MaskOutputs, no_object: bool = True) -> WeightedMask
 
 
 def semantic_map(
-    outputs: MaskOutputs, size: tuple[int, int], valid: tuple[float, float], no_object: bool = True
+    outputs: MaskOutputs,
+    size: tuple[int, int],
+    valid: tuple[float, float],
+    no_object: bool = True,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Return class scores (B, K, H, W), float32: class times mask probability, summed over the queries.
 
@@ -35,25 +40,30 @@ def semantic_map(
         size: (H, W) of the map.
         valid: share of the masks' height and width that lies on the image.
         no_object: whether the last column of the class logits is "no object".
+        dtype: precision to which probabilities and scores are rounded; products are summed in float32.
     """
+    # products of two bfloat16 numbers are exact in float32, where matrix units sum them too
+    rounded = partial(_rounded, dtype=dtype)
     with torch.autocast(outputs.mask_logits.device.type, enabled=False):
         masks, classes = weighted_masks(outputs, no_object)
-        images = list(zip(classes, masks, strict=True))
+        images = list(zip(rounded(classes), masks, strict=True))
         if torch.is_grad_enabled():
-            return torch.stack([_image_map(*image, size, valid) for image in images])
+            return rounded(torch.stack([_image_map(*image, size, valid, dtype) for image in images]))
         maps = classes.new_zeros(len(images), classes.shape[2], *size)
         for scores, image in zip(maps, images, strict=True):
             for part_classes, part_masks in _parts(*image, size):
-                pixels = _pixels(part_masks, size, valid)
+                pixels = _pixels(part_masks, size, valid, dtype)
                 scores.flatten(1).addmm_(part_classes.T, pixels.flatten(1))  # in place: no second map in memory
-    return maps
+    return rounded(maps)
 
 
-def _image_map(classes: Tensor, masks: Tensor, size: tuple[int, int], valid: tuple[float, float]) -> Tensor:
+def _image_map(
+    classes: Tensor, masks: Tensor, size: tuple[int, int], valid: tuple[float, float], dtype: torch.dtype
+) -> Tensor:
     """Return the map (K, H, W) of one image's classes (Q, K) and masks (Q, h, w), with gradients."""
     scores = classes.new_zeros(classes.shape[1], *size)
     for part in _parts(classes, masks, size):
-        scores = scores + checkpoint(_sum, *part, size, valid, use_reentrant=False)
+        scores = scores + checkpoint(_sum, *part, size, valid, dtype, use_reentrant=False)
     return scores
 
 
@@ -63,9 +73,16 @@ def _parts(classes: Tensor, masks: Tensor, size: tuple[int, int]) -> Iterable[tu
     return zip(classes.split(at_once), masks.split(at_once), strict=True)
 
 
-def _sum(classes: Tensor, masks: Tensor, size: tuple[int, int], valid: tuple[float, float]) -> Tensor:
-    return torch.einsum("qk,qhw->khw", classes, _pixels(masks, size, valid))
+def _sum(
+    classes: Tensor, masks: Tensor, size: tuple[int, int], valid: tuple[float, float], dtype: torch.dtype
+) -> Tensor:
+    return torch.einsum("qk,qhw->khw", classes, _pixels(masks, size, valid, dtype))
 
 
-def _pixels(masks: Tensor, size: tuple[int, int], valid: tuple[float, float]) -> Tensor:
-    return upsample(masks[None], size, valid)[0].sigmoid()  # (q, H, W)
+def _pixels(masks: Tensor, size: tuple[int, int], valid: tuple[float, float], dtype: torch.dtype) -> Tensor:
+    return _rounded(upsample(masks[None], size, valid)[0].sigmoid(), dtype)  # (q, H, W)
+
+
+def _rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return values rounded to a dtype of at most their own precision, in their own dtype."""
+    return values if dtype == torch.float32 else values.to(dtype).to(values.dtype)

@@ -265,6 +265,12 @@ def test_names_that_no_folder_can_have_are_refused(root):
         YoutubeVis(str(root), held_out=1).videos("train")
 
 
+def test_videos_without_objects_do_not_count_in_fg_ari(compose):
+    protocols = compose("data=youtube_vis", "data.root=.", "trainer=slots").data.tracking.protocols
+    assert [protocol.labelled_background for protocol in (protocols.none, protocols.first_frame)] == [False, False]
+    assert instantiate(compose("data=movi", "data.root=.").data.tracking.protocols.none).labelled_background
+
+
 @pytest.mark.slow
 def test_slots_are_trained_evaluated_and_checked(root):
     words = [word for word in SLOTS if not word.startswith("data=") and not word.startswith("data.root=")]

@@ -251,3 +251,25 @@ def test_it_learns_a_mask_and_a_class_for_each_half():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.25 * losses[0]
+
+
+class Watched(Backbone):
+    """Backbone that records whether autocast is on."""
+
+    def __call__(self, images):
+        self.in_bfloat16 = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+        return super().__call__(images)
+
+
+@pytest.mark.parametrize("half", [True, False])
+def test_precision_of_backbone_and_scores_is_set_by_part(half):
+    head, backbone = tiny(backbone_in_bfloat16=half, scores_in_bfloat16=half).eval(), Watched(16)
+    states = []
+    head.adapter.register_forward_pre_hook(lambda *_: states.append(torch.is_autocast_enabled("cpu")))
+    images = torch.rand(1, 3, 32, 48, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        outputs = head.run(backbone, images)
+        scores = head.predict(outputs, (32, 48), (1.0, 1.0))
+    assert backbone.in_bfloat16 == half and states == [False]
+    assert torch.equal(scores, scores.bfloat16().float()) == half
+    assert (head.weighted_masks(outputs) is None) == half

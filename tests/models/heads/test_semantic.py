@@ -136,3 +136,17 @@ def test_half_precision_around_it_changes_nothing():
         found = semantic_map(low, (11, 13), (0.8, 0.9))
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), written_out(low, (11, 13), (0.8, 0.9), True), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_scores_in_bfloat16_equal_metas_contraction(gradients):
+    """facebookresearch/dinov3, dinov3/eval/segmentation/inference.py: both factors, and the result, are bfloat16."""
+    outputs = draw(2, 40, 6, (5, 7))
+    masks = torch.nn.functional.interpolate(outputs.mask_logits, (20, 28), mode="bilinear").sigmoid()
+    classes = outputs.class_logits.softmax(-1)[..., :-1]
+    expected = torch.einsum("bqc,bqhw->bchw", classes.bfloat16(), masks.bfloat16()).float()
+    with torch.set_grad_enabled(gradients):
+        found = semantic_map(outputs, (20, 28), (1.0, 1.0), dtype=torch.bfloat16)
+    assert found.dtype == torch.float32 and torch.equal(found, found.bfloat16().float())
+    assert (found == expected).float().mean() > 0.99  # sums in another order may round to the neighbour
+    torch.testing.assert_close(found, expected, rtol=2**-7, atol=0)

@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -65,6 +65,10 @@ class Mask2FormerHead(Head[MaskOutputs]):
         deep_supervision: also return the outputs of earlier layers in training, for loss=mask_classification.
         drop_path: probability of skipping an extractor's feed-forward block per sample in training.
         checkpointing: recompute the deformable layers in the backward pass: less memory, more time.
+        backbone_in_bfloat16: run the backbone in bfloat16 autocast, whatever the precision of the head, as Meta's
+            adapter does (facebookresearch/dinov3, dinov3/eval/segmentation/models/backbone/dinov3_adapter.py).
+        scores_in_bfloat16: round class and mask probabilities, and the sums of their products, to bfloat16, as Meta's
+            evaluation does (dinov3/eval/segmentation/inference.py).
 
     Raises:
         UserError: the maps, a value or the weights do not fit. Also if `weights` is missing for class_layer=new or
@@ -91,6 +95,8 @@ class Mask2FormerHead(Head[MaskOutputs]):
         deep_supervision: bool = True,
         drop_path: LowShare = 0.3,
         checkpointing: bool = False,
+        backbone_in_bfloat16: bool = False,
+        scores_in_bfloat16: bool = False,
     ) -> None:
         super().__init__()
         dim = _map_width(in_dim, num_layers)
@@ -106,6 +112,7 @@ class Mask2FormerHead(Head[MaskOutputs]):
         if not weights and device.type != "meta":  # on meta only sizes are counted, without the file
             _check_without_weights(class_layer, trainable)
         self.no_object, self.deep_supervision = no_object, deep_supervision
+        self.backbone_in_bfloat16, self.scores_in_bfloat16 = backbone_in_bfloat16, scores_in_bfloat16
         self.weights = weights
         with torch.device("meta") if weights else nullcontext():  # the file replaces any random initialisation
             self.adapter = VitAdapter(dim, num_heads, drop_path, checkpointing)
@@ -124,25 +131,39 @@ class Mask2FormerHead(Head[MaskOutputs]):
 
     def run(self, backbone: Backbone, images: Tensor) -> MaskOutputs:
         """Return the outputs for images (B, 3, H, W), float RGB in 0..1; the head also reads the pixels."""
-        return self.decode(backbone(images), backbone.pixels(images))
+        with self._backbone_precision(images):
+            features = backbone(images)
+        return self.decode(features, backbone.pixels(images))
 
     def forward_frozen(self, backbone: Backbone, images: Tensor) -> list[Tensor]:
         """Return the backbone's frozen features and pixels.
 
         If only the class layer is trained, return queries and masks in alternation instead.
         """
-        given, pixels = backbone.forward_frozen(images), backbone.pixels(images)
+        pixels = backbone.pixels(images)
+        with self._backbone_precision(images):
+            given = backbone.forward_frozen(images)
         if not self._trains_classes_only(backbone):
             return [*given, pixels]
         size = (images.shape[-2], images.shape[-1])
-        levels, mask_features = self.pixel_decoder(self.adapter(backbone.forward_trainable(given, size), pixels))
+        with self._backbone_precision(images):
+            features = backbone.forward_trainable(given, size)
+        levels, mask_features = self.pixel_decoder(self.adapter(features, pixels))
         return [part for read in self.predictor.read(levels, mask_features, deep=self._deep) for part in read]
 
     def forward_trainable(self, backbone: Backbone, frozen: list[Tensor], size: tuple[int, int]) -> MaskOutputs:
         """Return the outputs for `forward_frozen`'s result on images that entered the backbone at `size` (H, W)."""
         if not self._trains_classes_only(backbone):
-            return self.decode(backbone.forward_trainable(frozen[:-1], size), frozen[-1])
+            with self._backbone_precision(frozen[-1]):
+                features = backbone.forward_trainable(frozen[:-1], size)
+            return self.decode(features, frozen[-1])
         return self.predictor.classed(list(zip(frozen[::2], frozen[1::2], strict=True)))
+
+    def _backbone_precision(self, pixels: Tensor) -> AbstractContextManager:
+        """Return the context of the backbone's pass over pixels."""
+        if not self.backbone_in_bfloat16:
+            return nullcontext()
+        return torch.autocast(pixels.device.type, torch.bfloat16)
 
     def _trains_classes_only(self, backbone: Backbone) -> bool:
         learning = {parameter for parameter in self.parameters() if parameter.requires_grad}
@@ -162,16 +183,17 @@ class Mask2FormerHead(Head[MaskOutputs]):
         levels, mask_features = self.pixel_decoder(self.adapter(features, pixels))
         return self.predictor(levels, mask_features, deep=self._deep)
 
-    def weighted_masks(self, outputs: MaskOutputs) -> WeightedMasks:
-        """Return the masks and class probabilities that `predict` mixes."""
-        return weighted_masks(outputs, self.no_object)
+    def weighted_masks(self, outputs: MaskOutputs) -> WeightedMasks | None:
+        """Return the masks and class probabilities that `predict` mixes; None if it rounds them."""
+        return None if self.scores_in_bfloat16 else weighted_masks(outputs, self.no_object)
 
     def predict(self, outputs: MaskOutputs, size: tuple[int, int], valid: tuple[float, float]) -> Tensor:
         """Return class scores (B, K, H, W): class probability times mask probability, summed over the queries.
 
         The masks are upsampled to `size` first. Scores are non-negative but not probabilities: they may exceed 1.
         """
-        return semantic_map(outputs, size, valid, self.no_object)
+        dtype = torch.bfloat16 if self.scores_in_bfloat16 else torch.float32
+        return semantic_map(outputs, size, valid, self.no_object, dtype)
 
 
 def _map_width(in_dim: int | Sequence[int], num_layers: int) -> int:
