@@ -257,7 +257,7 @@ def test_items_that_are_wrong(tmp_path):
         with pytest.raises(UserError, match=message):
             data[index]
     resized = idd(tmp_path, "train", **CLASSES, masks=Masks(on_size_mismatch="resize_mask"))
-    with pytest.raises(UserError, match="Their aspect ratios differ"):
+    with pytest.raises(UserError, match="aspect ratios differ"):
         resized[1]
 
 
