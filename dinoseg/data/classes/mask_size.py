@@ -24,13 +24,14 @@ def fit_mask(mask: np.ndarray, size: tuple[int, int], rule: str, *, image: objec
     if mask.shape == size:
         return mask
     sizes = f"{image} is {size[1]} x {size[0]} (width x height), its mask {path} is {mask.shape[1]} x {mask.shape[0]}."
-    if rule == "error":
-        raise UserError(f"{sizes} Make them equal, or resize the mask: data.reader.masks.on_size_mismatch=resize_mask.")
     height, width = size[0] / mask.shape[0], size[1] / mask.shape[1]
     if abs(height / width - 1) > _PROPORTIONS:
         raise UserError(
-            f"{sizes} Their aspect ratios differ by more than {_PROPORTIONS:.0%}, so resizing cannot align them (was "
-            "one of them rotated or cropped?). Correct or remove the pair."
+            f"{sizes} Make them equal, or remove the pair: their aspect ratios differ by more than {_PROPORTIONS:.0%}, "
+            "so resizing cannot align them. Was one of them cropped or rotated? Images are turned by their EXIF "
+            "orientation, masks are not."
         )
+    if rule == "error":
+        raise UserError(f"{sizes} Make them equal, or resize the mask: data.reader.masks.on_size_mismatch=resize_mask.")
     # pixel centres aligned: plain INTER_NEAREST would shift the mask by up to half a pixel
     return cv2.resize(mask, (size[1], size[0]), interpolation=cv2.INTER_NEAREST_EXACT)

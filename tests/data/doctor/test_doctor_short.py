@@ -8,6 +8,7 @@ import pytest
 from doctor_sets import opened, rewrite, scene, splits_of, write, write_clean
 from making import save
 
+from dinoseg.data.classes.masks import Masks
 from dinoseg.data.doctor.examine import examine
 from dinoseg.data.doctor.short import brief, check
 from dinoseg.data.opened import opened as as_configured
@@ -124,3 +125,26 @@ def test_a_name_that_is_no_utf8(root, tmp_path, caplog):
     with pytest.raises(UserError, match=r"caf\\xe9\.png: 40, 41, 42") as caught:
         check(opened(root, "train"), opened(root, "val"), cache_dir=tmp_path / "cache")
     str(caught.value).encode("utf-8")
+
+
+@pytest.mark.parametrize("splits", [("train",), ("val",), ("train", "val")])
+@pytest.mark.parametrize("value", [7, 255])
+def test_a_split_without_labels_stops_training(root, tmp_path, splits, value):
+    for split in splits:
+        for path in (root / split / "masks").rglob("*.png"):
+            rewrite(path, lambda mask: mask * 0 + value)
+    data = [opened(root, split, masks=Masks(ids={7: 255})) for split in ("train", "val")]
+    with pytest.raises(UserError) as caught:
+        check(*data, cache_dir=tmp_path / "cache")
+    message = str(caught.value)
+    assert all(f"no labelled pixel in {split}" in message for split in splits)
+    assert "data.reader.masks.ids" in message
+
+
+def test_transposed_mask_names_the_orientation(root):
+    rewrite(root / "train/masks/d0/f0.png", lambda mask: mask.T)
+    names = opened(root, "train").names
+    with pytest.raises(UserError, match="96 x 128") as caught:
+        opened(root, "train")[names.index("d0/f0")]
+    assert "EXIF" in str(caught.value)
+    assert "resize_mask" not in str(caught.value)

@@ -19,11 +19,10 @@ def check_classes(splits: Sequence[Scanned], data_name: str = "") -> Iterator[Fi
     yield from _similar_names(splits)
     yield from _binary_as_ids(splits)
     yield from _home_made_idd(splits, data_name)
-    if not any(part.counts.any() for part in splits):
-        return
-    yield from _unseen(splits)
     for part in splits:
         yield from _void(part)
+    if any(part.counts.any() for part in splits):
+        yield from _unseen(splits)
 
 
 def _one_class(splits: Sequence[Scanned]) -> Iterator[Finding]:
@@ -144,6 +143,14 @@ def _named(chosen: np.ndarray, part: Scanned) -> list[str]:
 
 def _void(part: Scanned) -> Iterator[Finding]:
     total = int(part.counts.sum()) + part.void
+    if total and part.void == total:
+        yield Finding(
+            "warning" if part.split == "test" else "error",
+            "no_labels",
+            f"There is no labelled pixel in {part.split}: all are ignored ({part.ignore_index}).",
+            remedy="Check the ids that are ignored: data.ignore_index, data.reader.masks.ids.",
+        )
+        return
     if total and part.void / total > _MUCH_VOID:
         yield Finding(
             "warning",
