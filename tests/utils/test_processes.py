@@ -14,7 +14,7 @@ import pytest
 
 from dinoseg.utils.cores import count_cores
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.workers import in_processes, run_in_process, telling_killed_loaders
+from dinoseg.utils.workers import in_processes, run_in_process
 
 run = functools.partial(in_processes, remedy="Do less.")
 started_with = []  # filled in processes by `note_start`
@@ -278,17 +278,6 @@ def test_a_process_of_its_own_answers_or_tells_how_it_ended(capfd):
     with pytest.raises(RuntimeError, match="see its traceback above"):
         run_in_process(answers, "broken")
     assert "ValueError: not foreseen" in capfd.readouterr().err
-
-
-@pytest.mark.parametrize("words", ["(pid 7) is killed by signal: Killed.", "(pid(s) 7) exited unexpectedly"])
-def test_a_killed_loader_is_told_with_its_remedy_and_other_errors_pass(words):
-    with (
-        pytest.raises(UserError, match=r"most likely because memory ran out.* 7.*engine\.workers=1.*resume=auto"),
-        telling_killed_loaders(),
-    ):
-        raise RuntimeError(f"DataLoader worker {words}")
-    with pytest.raises(RuntimeError, match="another"), telling_killed_loaders():
-        raise RuntimeError("another")
 
 
 def test_a_process_of_its_own_is_killed_at_its_time_limit():
