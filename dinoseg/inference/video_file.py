@@ -11,7 +11,6 @@ import numpy as np
 from dinoseg.data.video.decoder import MAX_PIXELS, REMEDY, Decoder
 from dinoseg.utils.errors import UserError
 
-_COUNTED_SUFFIXES = (".avi", ".mp4", ".mov", ".m4v")  # their headers hold the number of frames
 _SHORTEST_TICK = Fraction(1, 2**19)  # seconds; an mp4 frame may last 2**29 of them, about 17 minutes
 _RATE = Fraction(25)  # if the file states no rate, or an implausible one
 
@@ -83,7 +82,6 @@ class VideoReader:
         Timestamps are exact multiples of `traits.tick`. If only rounding to the file's clock makes them uneven, they
         are corrected to the constant rate.
         """
-        end = Fraction(0)  # seconds from the file's start
         while self._waiting or self._decoder.advance():
             self._waiting = False
             frame, shown = self._decoder.rgb_image(), self._shown()
@@ -92,10 +90,9 @@ class VideoReader:
                     f"{self.path} changes its frame size from {self.size} to {frame.shape[:2]} (H, W) after "
                     f"{self.frames_read} frames. Cut it there, or re-encode it at one size."
                 )
-            end = (end if shown is None else shown) + 1 / self.rate
             self.frames_read += 1
             yield frame, shown
-        if self._ended_early(end):
+        if self._decoder.is_truncated():
             raise UserError(f"{self.path} ends early: {self.frames_read} of {self.count} frames read. {REMEDY}")
 
     def frame_name(self, position: int) -> str:
@@ -124,13 +121,6 @@ class VideoReader:
         time = self._decoder.time - self._decoder.start
         even = self._first + round((time - self._first) * self.rate) / self.rate
         return even if abs(time - even) <= self._decoder.time_base else time
-
-    def _ended_early(self, end: Fraction) -> bool:
-        if self.frames_read >= self.count - 1:
-            return False
-        # in other formats, `count` is duration times a possibly nominal rate, so the time must be short too
-        counted = self.path.suffix.lower() in _COUNTED_SUFFIXES
-        return counted or end < (self.count - Fraction(3, 2)) / self.rate
 
 
 def _common_tick(rate: Fraction, time_base: Fraction) -> Fraction:
