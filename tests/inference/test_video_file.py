@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 import pytest
 from av.stream import Disposition
-from films import write_film
+from films import write_film, write_slow_sound
 
 from dinoseg.data.video.access import VideoFrame, read_frame
 from dinoseg.inference import video_file, video_writer
@@ -214,6 +214,25 @@ class TestFilms:
         with copy_film(source, tmp_path / "out.mp4") as copy:
             first = next(copy.decode(audio=0))
             assert abs(first.pts * first.time_base) < 0.03
+
+    @pytest.mark.parametrize("rate", [20, 100, 3999, 400_000])
+    def test_sound_of_an_implausible_rate_is_left_out(self, tmp_path, caplog, rate):
+        source = write_slow_sound(tmp_path / "in.avi", rate)
+        with copy_film(source, tmp_path / "out.mp4") as copy:
+            assert not copy.streams.audio and copy.streams.video[0].frames == 24
+        assert f"{rate} samples per second" in caplog.text and "in.avi" in caplog.text
+
+    def test_only_the_sound_of_the_frames_is_encoded(self, tmp_path, monkeypatch):
+        encoded = []
+        read = video_writer.SoundReader.packets
+        monkeypatch.setattr(
+            video_writer.SoundReader, "packets", lambda self: (encoded.append(each) or each for each in read(self))
+        )
+        source = write_slow_sound(tmp_path / "in.avi", 4000)  # 262 s
+        with copy_film(source, tmp_path / "out.mp4") as copy:
+            track = copy.streams.audio[0]
+            assert 0.9 < track.duration * track.time_base < 1.1
+        assert len(encoded) <= 50  # of 1024 samples, 48,000 a second
 
     def test_uneven_times(self, tmp_path):
         ticks = [0, 3000, 6000, 21000, 24000, 30000, 90000, 93000]
