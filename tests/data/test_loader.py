@@ -95,7 +95,7 @@ def test_global_chance_is_left_alone(workers):
 
 def children_after_a_moment(before):
     gc.collect()
-    for _ in range(100):
+    for _ in range(1200):
         if not (left := [each for each in multiprocessing.active_children() if each not in before]):
             return 0
         time.sleep(0.05)
@@ -111,7 +111,7 @@ def test_a_signal_to_all_processes_leaves_the_workers_to_the_first(number):
     assert len(take(batches, 20)) == 20
     for worker in multiprocessing.active_children():
         worker.terminate()
-        worker.join(20)
+        worker.join(120)
         assert worker.exitcode == 0
 
 
